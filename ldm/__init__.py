@@ -1,0 +1,33 @@
+"""Latent diffusion in PyTorch: files in, pictures out, or records in, losses out.
+
+The public names; each is imported from its home on first use, so `import ldm` costs nothing:
+
+    model = ldm.load("v2-inference-v.yaml", "v2-1_768-ema-pruned.ckpt", device="cuda")
+    image = ldm.txt2img(model, ["a red apple"], size=(768, 768))     # (1, 3, 768, 768) in [-1, 1]
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ldm.diffusion.samplers import SAMPLERS
+    from ldm.loading.config import instantiate
+    from ldm.loading.load import load
+    from ldm.pipelines import sample, txt2img
+
+__version__ = "0.1.0"
+__all__ = ["SAMPLERS", "__version__", "instantiate", "load", "sample", "txt2img"]
+
+_HOMES = {
+    "SAMPLERS": "ldm.diffusion.samplers",
+    "instantiate": "ldm.loading.config",
+    "load": "ldm.loading.load",
+    "sample": "ldm.pipelines",
+    "txt2img": "ldm.pipelines",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module `ldm` has no attribute `{name}`")
+    return getattr(import_module(_HOMES[name]), name)

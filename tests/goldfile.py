@@ -1,0 +1,63 @@
+"""Golden files: what the original code computed, recorded once (tests/data/goldens/README.md)."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recipe import fill
+from safetensors import safe_open
+from torch import Tensor
+
+HERE = Path(__file__).parent / "data" / "goldens"
+ELSEWHERE = Path(os.environ.get("LDM_GOLDENS", Path(__file__).parents[2] / "shared" / "goldens"))
+
+
+@dataclass(frozen=True)
+class Gold:
+    """One golden file: `tensors` by name, `meta` with JSON values parsed."""
+
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+
+    @property
+    def cases(self) -> list[dict[str, Any]]:
+        return self.meta.get("cases", [])
+
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        return {k[len(prefix) :]: v for k, v in self.tensors.items() if k.startswith(prefix)}
+
+    def inputs(self, case: str) -> dict[str, Tensor]:
+        return self.under(f"{case}/in/")
+
+    def outputs(self, case: str) -> dict[str, Tensor]:
+        return self.under(f"{case}/out/")
+
+    def rng(self, case: str) -> list[Tensor]:
+        return [v for _, v in sorted(self.under(f"{case}/rng/").items())]
+
+    def case(self, name: str) -> dict[str, Any]:
+        return next(case for case in self.cases if case["name"] == name)
+
+    def weights(self, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+        return self.under("state_dict/") or fill(state, self.meta["salt"], prefix)
+
+
+def gold(name: str) -> Gold:
+    """The golden file `name` (no suffix); the test is skipped where it is not at hand."""
+    path = next((p for d in (HERE, ELSEWHERE) if (p := d / f"{name}.safetensors").is_file()), None)
+    if path is None:
+        pytest.skip(f"golden file `{name}` is not in the repository; set LDM_GOLDENS to its folder")
+    with safe_open(str(path), "pt") as file:
+        meta = {key: _parsed(value) for key, value in (file.metadata() or {}).items()}
+        return Gold({key: file.get_tensor(key) for key in file.keys()}, meta)  # noqa: SIM118
+
+
+def _parsed(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value

@@ -1,0 +1,51 @@
+"""Weights made from names alone, so that golden files need to hold none.
+
+Every floating tensor with a dimension gets z = randn(shape) from a CPU generator seeded with
+crc32("SALT|KEY"), scaled by what its name says it is. Buffers in `SKIPPED` keep their value.
+"""
+
+import math
+import zlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+SKIPPED = frozenset(
+    "betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod "
+    "log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod "
+    "posterior_variance posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2 "
+    "lvlb_weights logvar scale_factor decay num_updates attn_mask position_ids "
+    "num_batches_tracked mean std data_mean data_std shift scale clip_mean clip_std".split()
+)
+EMBEDDINGS = (
+    "token_embedding.weight", "positional_embedding", "position_embedding.weight", "pos_embed",
+    "cls_token", "label_emb.weight",
+)  # fmt: skip
+
+
+def weight(key: str, shape: tuple[int, ...], salt: str) -> Tensor:
+    """The float32 value of the entry `key`."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{salt}|{key}".encode()))
+    z = torch.randn(shape, generator=generator)
+    last = key.rsplit(".", 1)[-1]
+    if last == "running_var":
+        return 1 + 0.25 * z.abs()
+    if last == "running_mean" or (len(shape) == 1 and last not in ("weight", "gamma", "g")):
+        return 0.1 * z
+    if len(shape) == 1:
+        return 1 + 0.1 * z
+    if key.endswith(EMBEDDINGS):
+        return 0.5 * z
+    gain = 1.5 if {"to_q", "to_k"} & set(key.split(".")[-2:]) else 1.0
+    return z * (gain / math.sqrt(math.prod(shape[1:])))
+
+
+def fill(state: Mapping[str, Tensor], salt: str, prefix: str = "") -> dict[str, Tensor]:
+    """`state` with the recipe's values wherever the recipe applies; `prefix` is put before keys."""
+    return {
+        key: weight(prefix + key, tuple(value.shape), salt).to(value.dtype)
+        if value.is_floating_point() and value.dim() and key.rsplit(".", 1)[-1] not in SKIPPED
+        else value
+        for key, value in state.items()
+    }
