@@ -1,0 +1,345 @@
+"""The KL autoencoder: image <-> latent, a factor 2 ** (levels - 1) smaller on each side.
+
+    image (B, 3, H, W) -> Encoder -> quant_conv -> DiagonalGaussian (mean, logvar) -> z
+    z (B, embed_dim, h, w) -> post_quant_conv -> Decoder -> image
+
+The latent here is not yet multiplied by the model's scale_factor. Rombach et al. 2022
+(arXiv:2112.10752), section 3.1. All norms have eps 1e-6; nothing is conditioned on time.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.nets.attention import attention
+from ldm.nets.blocks import Conv2d, GroupNorm, Upsample
+
+EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """`ddconfig` of the YAML: what encoder and decoder have in common.
+
+    attn_resolutions: sides, in pixels of an image of `resolution`, at which blocks have attention.
+    attn_type: "vanilla" (or "vanilla-xformers", the same weights) | "none".
+    give_pre_end, tanh_out: the decoder stops before its last norm, or ends in tanh.
+    """
+
+    ch: int
+    z_channels: int
+    num_res_blocks: int
+    resolution: int = 256
+    in_channels: int = 3
+    out_ch: int = 3
+    ch_mult: Sequence[int] = (1, 2, 4, 8)
+    attn_resolutions: Sequence[int] = ()
+    dropout: float = 0.0
+    resamp_with_conv: bool = True
+    double_z: bool = True
+    attn_type: str = "vanilla"
+    give_pre_end: bool = False
+    tanh_out: bool = False
+
+    def __post_init__(self) -> None:
+        if self.attn_type not in ("vanilla", "vanilla-xformers", "none"):
+            raise ValueError(
+                f"ddconfig: unknown attn_type `{self.attn_type}`, "
+                "choose one of vanilla, vanilla-xformers, none"
+            )
+
+    @property
+    def widths(self) -> list[int]:
+        return [self.ch * mult for mult in self.ch_mult]
+
+    def has_attention(self, level: int) -> bool:
+        return self.attn_type != "none" and self.resolution // 2**level in self.attn_resolutions
+
+    @classmethod
+    def read(cls, ddconfig: Mapping[str, Any]) -> "Layout":
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(ddconfig) - known):
+            raise ValueError(
+                f"ddconfig has unknown parameter `{unknown[0]}`, "
+                f"known are {', '.join(sorted(known))}"
+            )
+        return cls(**ddconfig)
+
+
+class DiagonalGaussian:
+    """A normal distribution with independent entries, given by its mean and log variance.
+
+        parameters: (B, 2C, h, w), mean and logvar joined on channels.
+        deterministic: no noise at all: std and var are zero.
+
+    `logvar` is clamped to [-30, 20].
+    """
+
+    def __init__(self, parameters: Tensor, deterministic: bool = False) -> None:
+        self.parameters = parameters  # (B, 2C, h, w)
+        self.mean, logvar = parameters.chunk(2, dim=1)  # (B, C, h, w) each
+        self.logvar = logvar.clamp(-30.0, 20.0)
+        self.std = torch.zeros_like(self.mean) if deterministic else (0.5 * self.logvar).exp()
+        self.var = torch.zeros_like(self.mean) if deterministic else self.logvar.exp()
+        self.deterministic = deterministic
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """mean + std * noise, drawn in float32 on the generator's device (CPU if None)."""
+        device = torch.device("cpu") if generator is None else generator.device
+        noise = torch.randn(self.mean.shape, generator=generator, device=device)
+        return self.mean + self.std * noise.to(self.mean)
+
+    def kl(self, other: "DiagonalGaussian | None" = None) -> Tensor:
+        """KL(self || other), summed over C, h, w, in nats; other: the standard normal if None.
+
+        Returns (B,); a single zero for a deterministic distribution.
+        """
+        if self.deterministic:
+            return torch.zeros(1, device=self.mean.device)
+        if other is None:
+            zero = torch.zeros_like(self.mean)
+            return normal_kl(self.mean, self.logvar, zero, zero).sum(dim=(1, 2, 3))
+        terms = normal_kl(self.mean, self.logvar, other.mean, other.logvar)
+        return terms.sum(dim=(1, 2, 3))
+
+    def nll(self, sample: Tensor) -> Tensor:
+        """-log p(sample), summed over C, h, w, in nats. Returns (B,)."""
+        if self.deterministic:
+            return torch.zeros(1, device=self.mean.device)
+        terms = math.log(2 * math.pi) + self.logvar + (sample - self.mean) ** 2 / self.var
+        return 0.5 * terms.sum(dim=(1, 2, 3))
+
+
+def normal_kl(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor) -> Tensor:
+    """KL(N(mean1, e^logvar1) || N(mean2, e^logvar2)) of each entry, in nats."""
+    spread = (logvar1 - logvar2).exp() + (mean1 - mean2) ** 2 * (-logvar2).exp()
+    return 0.5 * (spread - 1.0 + logvar2 - logvar1)
+
+
+class ResnetBlock(nn.Module):
+    """norm, SiLU, conv, twice; plus the input (through a 1x1 convolution if the width changes)."""
+
+    def __init__(self, *, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = GroupNorm(in_channels, eps=EPS)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = GroupNorm(out_channels, eps=EPS)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, C_out, h, w)
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))  # (B, C_out, h, w)
+        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+
+
+class AttnBlock(nn.Module):
+    """One head of self-attention over all positions, as a residual."""
+
+    def __init__(self, in_channels: int) -> None:
+        super().__init__()
+        self.norm = GroupNorm(in_channels, eps=EPS)
+        self.q = Conv2d(in_channels, in_channels, 1)
+        self.k = Conv2d(in_channels, in_channels, 1)
+        self.v = Conv2d(in_channels, in_channels, 1)
+        self.proj_out = Conv2d(in_channels, in_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)  # (B, C, h, w)
+        h = attention(_tokens(self.q(h)), _tokens(self.k(h)), _tokens(self.v(h)))  # (B, 1, h w, C)
+        h = h.squeeze(1).transpose(1, 2).reshape(x.shape)  # (B, C, h, w)
+        return x + self.proj_out(h)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    # Contiguous, because no fused attention kernel takes features that are not.
+    return x.flatten(2).transpose(1, 2).contiguous()[:, None]  # (B, 1, h w, C)
+
+
+class Downsample(nn.Module):
+    """Half the size (rounded down): stride 2, one pixel of padding at the right and bottom only."""
+
+    def __init__(self, channels: int, *, use_conv: bool = True) -> None:
+        super().__init__()
+        self.conv = Conv2d(channels, channels, 3, stride=2) if use_conv else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.conv is None:
+            return F.avg_pool2d(x, 2)  # (B, C, h / 2, w / 2)
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # (B, C, h / 2, w / 2)
+
+
+class Level(nn.Module):
+    """The blocks of one resolution (widths[i] -> widths[i + 1]), then the step to the next."""
+
+    def __init__(
+        self,
+        *,
+        layout: Layout,
+        level: int,
+        widths: Sequence[int],
+        downsample: bool = False,
+        upsample: bool = False,
+    ) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(
+            ResnetBlock(in_channels=width_in, out_channels=width_out, dropout=layout.dropout)
+            for width_in, width_out in itertools.pairwise(widths)
+        )
+        attn = widths[1:] if layout.has_attention(level) else []
+        self.attn = nn.ModuleList(AttnBlock(width) for width in attn)
+        if downsample:
+            self.downsample = Downsample(widths[-1], use_conv=layout.resamp_with_conv)
+        if upsample:
+            self.upsample = Upsample(widths[-1], use_conv=layout.resamp_with_conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)  # (B, C, h, w)
+            if self.attn:
+                x = self.attn[i](x)
+        if hasattr(self, "downsample"):
+            return self.downsample(x)  # (B, C, h / 2, w / 2)
+        return self.upsample(x) if hasattr(self, "upsample") else x  # (B, C, 2h, 2w)
+
+
+class Middle(nn.Module):
+    def __init__(self, width: int, layout: Layout) -> None:
+        super().__init__()
+        dropout = layout.dropout
+        self.block_1 = ResnetBlock(in_channels=width, out_channels=width, dropout=dropout)
+        self.attn_1 = nn.Identity() if layout.attn_type == "none" else AttnBlock(width)
+        self.block_2 = ResnetBlock(in_channels=width, out_channels=width, dropout=dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))  # (B, C, h, w)
+
+
+class Encoder(nn.Module):
+    """image (B, 3, H, W) -> (B, 2 z_channels, h, w), down one level at a time."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        widths = layout.widths
+        self.conv_in = Conv2d(layout.in_channels, layout.ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        for level, (width_in, width) in enumerate(zip([layout.ch, *widths], widths, strict=False)):
+            self.down.append(
+                Level(
+                    layout=layout,
+                    level=level,
+                    widths=[width_in] + [width] * layout.num_res_blocks,
+                    downsample=level < len(widths) - 1,
+                )
+            )
+        self.mid = Middle(widths[-1], layout)
+        self.norm_out = GroupNorm(widths[-1], eps=EPS)
+        z_channels = 2 * layout.z_channels if layout.double_z else layout.z_channels
+        self.conv_out = Conv2d(widths[-1], z_channels, 3, padding=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        h = self.conv_in(image)  # (B, ch, H, W)
+        for level in self.down:
+            h = level(h)  # (B, ch ch_mult[i], H / 2^i, W / 2^i)
+        h = self.mid(h)  # (B, C, h, w)
+        return self.conv_out(F.silu(self.norm_out(h)))  # (B, 2 z_channels, h, w)
+
+
+class Decoder(nn.Module):
+    """(B, z_channels, h, w) -> image (B, 3, H, W), up one level at a time; up[0] is full size."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        self.give_pre_end = layout.give_pre_end
+        self.tanh_out = layout.tanh_out
+        widths = layout.widths
+        self.conv_in = Conv2d(layout.z_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], layout)
+        self.up = nn.ModuleList()
+        for level, (width, width_in) in enumerate(
+            zip(widths, [*widths[1:], widths[-1]], strict=True)
+        ):
+            self.up.append(
+                Level(
+                    layout=layout,
+                    level=level,
+                    widths=[width_in] + [width] * (layout.num_res_blocks + 1),
+                    upsample=level > 0,
+                )
+            )
+        self.norm_out = GroupNorm(widths[0], eps=EPS)
+        self.conv_out = Conv2d(widths[0], layout.out_ch, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(z))  # (B, C, h, w)
+        for level in reversed(self.up):
+            h = level(h)  # (B, ch ch_mult[i], H / 2^i, W / 2^i)
+        if self.give_pre_end:
+            return h
+        h = self.conv_out(F.silu(self.norm_out(h)))  # (B, 3, H, W)
+        return h.tanh() if self.tanh_out else h
+
+
+class AutoencoderKL(nn.Module):
+    """Encoder and decoder with their 1x1 convolutions to and from the latent.
+
+    ddconfig: the fields of Layout.
+    embed_dim: channels of the latent.
+    """
+
+    IGNORED = frozenset({
+        "lossconfig", "ckpt_path", "ignore_keys", "image_key", "colorize_nlabels", "monitor",
+        "ema_decay", "learn_logvar",
+    })  # fmt: skip
+
+    def __init__(self, *, ddconfig: Mapping[str, Any], embed_dim: int) -> None:
+        super().__init__()
+        layout = Layout.read(ddconfig)
+        if not layout.double_z:
+            raise ValueError(
+                "ddconfig: AutoencoderKL needs `double_z: true` (mean and log variance)"
+            )
+        self.embed_dim = embed_dim
+        self.z_channels = layout.z_channels
+        self.downscale = 2 ** (len(layout.ch_mult) - 1)
+        self.encoder = Encoder(layout)
+        self.decoder = Decoder(layout)
+        self.quant_conv = Conv2d(2 * layout.z_channels, 2 * embed_dim, 1)
+        self.post_quant_conv = Conv2d(embed_dim, layout.z_channels, 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.quant_conv.weight.dtype
+
+    def encode(self, image: Tensor) -> DiagonalGaussian:
+        """image: (B, 3, H, W) in [-1, 1]. Returns a distribution over (B, embed_dim, h, w)."""
+        if min(image.shape[-2:]) < self.downscale:
+            raise ValueError(
+                f"image of {image.shape[-2]} x {image.shape[-1]} pixels is too small, "
+                f"each side needs at least {self.downscale}"
+            )
+        moments = self.quant_conv(self.encoder(image.to(self.dtype)))  # (B, 2 embed_dim, h, w)
+        return DiagonalGaussian(moments.to(image.dtype))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """z: (B, embed_dim, h, w), not scaled. Returns (B, 3, H, W), about [-1, 1], not clamped."""
+        image = self.decoder(self.post_quant_conv(z.to(self.dtype)))  # (B, 3, H, W)
+        return image.to(z.dtype)
+
+    def forward(
+        self, image: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, DiagonalGaussian]:
+        """Returns the reconstruction of a sampled latent, and the distribution it came from."""
+        posterior = self.encode(image)
+        return self.decode(posterior.sample(generator)), posterior

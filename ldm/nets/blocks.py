@@ -1,0 +1,194 @@
+"""What the UNet and the autoencoder are built of: linear, convolution, norms, residual blocks.
+
+Every Linear, Conv2d and GroupNorm of the networks is one of the classes here, so this is the place
+to speed them up. On the meta device they skip their initialisation: weights come from a file there.
+Blocks with time embedding follow Dhariwal & Nichol 2021 (arXiv:2105.05233).
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+GROUPS = 32
+
+
+class Linear(nn.Linear):
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class Conv2d(nn.Conv2d):
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class LayerNorm(nn.LayerNorm):
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).to(x.dtype)
+
+
+class GroupNorm(nn.GroupNorm):
+    """32 groups; mean and variance in float32 whatever the dtype, as the kernels do."""
+
+    def __init__(self, channels: int, *, eps: float = 1e-5) -> None:
+        if channels % GROUPS:
+            raise ValueError(
+                f"width {channels} is not a multiple of {GROUPS}, which every GroupNorm needs\n"
+                f"hint: choose model_channels (or ch) and channel_mult so that all widths are"
+            )
+        super().__init__(GROUPS, channels, eps=eps)
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype:
+            return super().forward(x).to(x.dtype)  # under autocast the kernel returns float32
+        y = F.group_norm(x.float(), GROUPS, self.weight.float(), self.bias.float(), self.eps)
+        return y.to(x.dtype)
+
+
+def zero(module: nn.Module) -> nn.Module:
+    """Set every parameter to zero, so that a residual branch starts as the identity."""
+    for parameter in module.parameters():
+        if not parameter.is_meta:
+            nn.init.zeros_(parameter)
+    return module
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000) -> Tensor:
+    """Sinusoids of the timestep: [cos(t f_0) … | sin(t f_0) …], f_k = max_period ** (-2k / dim).
+
+        t: (B,), may be fractional.
+        dim: width; an odd one ends in a column of zeros.
+        Returns (B, dim), float32.
+
+    Vaswani et al. 2017 (arXiv:1706.03762), section 3.5.
+    """
+    half = dim // 2
+    k = torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t[:, None].float() * torch.exp(-math.log(max_period) * k / half)  # (B, dim // 2)
+    embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    return F.pad(embedding, (0, dim % 2))  # (B, dim)
+
+
+def run(function: Callable[..., Tensor], *args: Tensor | None, recompute: bool) -> Tensor:
+    """function(*args); with `recompute` its activations are made again in the backward pass.
+
+    Gradient checkpointing (Chen et al. 2016, arXiv:1604.06174): the same gradients, less memory.
+    """
+    if recompute and torch.is_grad_enabled():
+        out: Tensor = checkpoint(function, *args, use_reentrant=False)
+        return out
+    return function(*args)
+
+
+class Upsample(nn.Module):
+    """Twice the size by nearest neighbour, then a 3x3 convolution unless `use_conv` is off."""
+
+    def __init__(
+        self, channels: int, *, out_channels: int | None = None, use_conv: bool = True
+    ) -> None:
+        super().__init__()
+        self.conv = Conv2d(channels, out_channels or channels, 3, padding=1) if use_conv else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (B, C, 2h, 2w)
+        return x if self.conv is None else self.conv(x)
+
+
+class Downsample(nn.Module):
+    """Half the size by a 3x3 convolution of stride 2, or by the mean of 2x2 pixels."""
+
+    def __init__(
+        self, channels: int, *, out_channels: int | None = None, use_conv: bool = True
+    ) -> None:
+        super().__init__()
+        conv = Conv2d(channels, out_channels or channels, 3, stride=2, padding=1)
+        self.op = conv if use_conv else nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)  # (B, C, h / 2, w / 2)
+
+
+class ResBlock(nn.Module):
+    """norm, SiLU, conv; plus the time embedding; norm, SiLU, dropout, conv; plus the input.
+
+    `up` and `down` resample both branches, before the first convolution. With
+    `use_scale_shift_norm` the embedding scales and shifts the second norm instead of being added.
+    `use_conv` makes the skip connection 3x3 where it changes the width.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        emb_channels: int,
+        dropout: float = 0.0,
+        out_channels: int | None = None,
+        use_conv: bool = False,
+        use_scale_shift_norm: bool = False,
+        use_checkpoint: bool = False,
+        up: bool = False,
+        down: bool = False,
+    ) -> None:
+        super().__init__()
+        out_channels = out_channels or channels
+        self.use_scale_shift_norm = use_scale_shift_norm
+        self.use_checkpoint = use_checkpoint
+        self.in_layers = nn.Sequential(
+            GroupNorm(channels), nn.SiLU(), Conv2d(channels, out_channels, 3, padding=1)
+        )
+        self.resample = _resampler(channels, up=up, down=down)
+        emb_out = 2 * out_channels if use_scale_shift_norm else out_channels
+        self.emb_layers = nn.Sequential(nn.SiLU(), Linear(emb_channels, emb_out))
+        self.out_layers = nn.Sequential(
+            GroupNorm(out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero(Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        self.skip_connection: nn.Module = nn.Identity()
+        if out_channels != channels:
+            kernel = 3 if use_conv else 1
+            self.skip_connection = Conv2d(channels, out_channels, kernel, padding=kernel // 2)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return run(self._forward, x, emb, recompute=self.use_checkpoint)
+
+    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        norm, silu, conv = self.in_layers
+        h = conv(self.resample(silu(norm(x))))  # (B, C_out, h, w)
+        emb = self.emb_layers(emb).to(h.dtype)[:, :, None, None]  # (B, C_out or 2 C_out, 1, 1)
+        if self.use_scale_shift_norm:
+            norm, *rest = self.out_layers
+            scale, shift = emb.chunk(2, dim=1)
+            h = norm(h) * (1 + scale) + shift
+            for layer in rest:
+                h = layer(h)
+        else:
+            h = self.out_layers(h + emb)
+        return self.skip_connection(self.resample(x)) + h  # (B, C_out, h, w)
+
+
+def _resampler(channels: int, *, up: bool, down: bool) -> nn.Module:
+    if up:
+        return Upsample(channels, use_conv=False)
+    return Downsample(channels, use_conv=False) if down else nn.Identity()
