@@ -1,0 +1,185 @@
+"""Noise schedules: betas, what follows from them, and the grids of steps that samplers walk.
+
+Everything here is a number per timestep, in float64. Two clocks describe the same noise level:
+the timestep `t` in 0 … T-1 (what the network is told) and `sigma = sqrt((1 - ᾱ) / ᾱ)` (what the
+samplers integrate over). Between two timesteps log ᾱ is linear in t, as in DPM-Solver.
+
+DDPM: arXiv:2006.11239. Cosine: arXiv:2102.09672. Karras grid: arXiv:2206.00364.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["GRIDS", "Schedule", "make_betas"]
+
+
+def make_betas(
+    name: str = "linear",
+    timesteps: int = 1000,
+    *,
+    linear_start: float = 1e-4,
+    linear_end: float = 2e-2,
+    cosine_s: float = 8e-3,
+) -> Tensor:
+    """The betas of a named schedule, (timesteps,) float64.
+
+        name: `linear` is linear in sqrt(beta) and what Stable Diffusion uses, `sqrt_linear` is
+            linear in beta, `sqrt` its square root; `cosine` and `squaredcos_cap_v2` take ᾱ from a
+            squared cosine. The first two names are the original's, misleading as they are.
+    Raises ValueError for another name.
+    """
+    if name == "linear":
+        return _linspace(linear_start**0.5, linear_end**0.5, timesteps) ** 2
+    if name == "sqrt_linear":
+        return _linspace(linear_start, linear_end, timesteps)
+    if name == "sqrt":
+        return _linspace(linear_start, linear_end, timesteps) ** 0.5
+    if name in ("cosine", "squaredcos_cap_v2"):
+        offset = cosine_s if name == "cosine" else 8e-3
+        u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+        alpha_bar = torch.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2
+        return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(0, 0.999)
+    names = "linear, sqrt_linear, sqrt, cosine, squaredcos_cap_v2"
+    raise ValueError(f"unknown beta schedule `{name}`, choose one of {names}")
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """The noise of T timesteps, seen as betas, as alphas_cumprod and as sigmas.
+
+        betas: (T,) float64 in (0, 1).
+        v_posterior: weight of beta against the posterior variance in `buffers`.
+
+    Example: Schedule(make_betas("linear", linear_start=0.00085, linear_end=0.012)).
+    """
+
+    betas: Tensor
+    v_posterior: float = 0.0
+    alphas_cumprod: Tensor = field(init=False)
+    sigmas: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        betas = self.betas.double()
+        alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        object.__setattr__(self, "betas", betas)
+        object.__setattr__(self, "alphas_cumprod", alphas_cumprod)
+        object.__setattr__(self, "sigmas", (1 / alphas_cumprod - 1).sqrt())
+
+    def __len__(self) -> int:
+        return len(self.betas)
+
+    def sigma_to_t(self, sigma: Tensor | float) -> Tensor:
+        """The (fractional) timestep of a noise level; beyond the table its nearest end."""
+        log_alpha = -torch.as_tensor(sigma, dtype=torch.float64).cpu().square().log1p()
+        table = self.alphas_cumprod.log().flip(0).numpy()
+        index = np.arange(len(self) - 1, -1, -1, dtype=np.float64)
+        return torch.as_tensor(np.interp(log_alpha.numpy(), table, index))
+
+    def t_to_sigma(self, t: Tensor | float) -> Tensor:
+        """The noise level of a (fractional) timestep in 0 … T-1."""
+        t = torch.as_tensor(t, dtype=torch.float64).cpu()
+        table = self.alphas_cumprod.log().numpy()
+        log_alpha = np.interp(t.numpy(), np.arange(len(self), dtype=np.float64), table)
+        return torch.as_tensor(np.sqrt(np.expm1(-log_alpha)))
+
+    def steps(self, steps: int, grid: str = "uniform", *, original_count: bool = False) -> Tensor:
+        """The noise levels of a run of `steps` steps, (steps + 1,) float64, descending.
+
+            grid: a name in GRIDS. All but the first two end at 0.
+            original_count: the original's own count of `uniform` steps, often more than asked for.
+        Raises ValueError for an unknown grid, or a count that the grid cannot hold.
+        """
+        if grid not in GRIDS:
+            raise ValueError(f"unknown step grid `{grid}`, choose one of {', '.join(GRIDS)}")
+        if not 1 <= steps <= len(self):
+            raise ValueError(f"steps must be in 1 … {len(self)}, got {steps}")
+        if original_count and grid == "uniform":
+            return _original_uniform(self, steps)
+        return GRIDS[grid](self, steps)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The twelve float32 tables that the original keeps in its checkpoints, by their names."""
+        betas, alphas_cumprod = self.betas, self.alphas_cumprod
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+        posterior = betas * (1 - previous) / (1 - alphas_cumprod)
+        variance = (1 - self.v_posterior) * posterior + self.v_posterior * betas
+        tables = {
+            "betas": betas,
+            "alphas_cumprod": alphas_cumprod,
+            "alphas_cumprod_prev": previous,
+            "sqrt_alphas_cumprod": alphas_cumprod.sqrt(),
+            "sqrt_one_minus_alphas_cumprod": (1 - alphas_cumprod).sqrt(),
+            "log_one_minus_alphas_cumprod": (1 - alphas_cumprod).log(),
+            "sqrt_recip_alphas_cumprod": (1 / alphas_cumprod).sqrt(),
+            "sqrt_recipm1_alphas_cumprod": (1 / alphas_cumprod - 1).sqrt(),
+            "posterior_variance": variance,
+            "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
+            "posterior_mean_coef1": betas * previous.sqrt() / (1 - alphas_cumprod),
+            "posterior_mean_coef2": (1 - previous) * (1 - betas).sqrt() / (1 - alphas_cumprod),
+        }
+        return {name: table.float() for name, table in tables.items()}
+
+
+def _linspace(start: float, end: float, n: int) -> Tensor:
+    return torch.linspace(start, end, n, dtype=torch.float64)
+
+
+def _uniform(schedule: Schedule, steps: int) -> Tensor:
+    """The original's grid, made exact: t = floor(i T / steps) + 1, and ᾱ_0 instead of 1 at the end.
+
+    Equal to the original wherever `steps` divides T. All T steps leave no room for the + 1.
+    """
+    total = len(schedule)
+    t = torch.arange(steps) * total // steps + (1 if steps < total else 0)
+    return torch.cat([schedule.sigmas[t].flip(0), schedule.sigmas[:1]])
+
+
+def _original_uniform(schedule: Schedule, steps: int) -> Tensor:
+    t = torch.arange(0, len(schedule), len(schedule) // steps) + 1
+    if t[-1] >= len(schedule):
+        raise ValueError(
+            f"the original fails at {steps} steps: its last timestep would be {int(t[-1])} of "
+            f"{len(schedule)}\nhint: leave out the legacy name `steps`"
+        )
+    return torch.cat([schedule.sigmas[t].flip(0), schedule.sigmas[:1]])
+
+
+def _time_uniform(schedule: Schedule, steps: int) -> Tensor:
+    """DPM-Solver's grid: even in continuous time, from the last timestep to the first."""
+    return schedule.t_to_sigma(_linspace(len(schedule) - 1, 0, steps + 1))
+
+
+def _trailing(schedule: Schedule, steps: int) -> Tensor:
+    """Starts at the very last timestep (arXiv:2305.08891, table 2)."""
+    t = (torch.arange(steps, 0, -1, dtype=torch.float64) * len(schedule) / steps).round().long()
+    return _to_zero(schedule.sigmas[t - 1])
+
+
+def _karras(schedule: Schedule, steps: int, rho: float = 7.0) -> Tensor:
+    """Even in sigma^(1/rho) (arXiv:2206.00364, eq. 5)."""
+    low, high = schedule.sigmas[0] ** (1 / rho), schedule.sigmas[-1] ** (1 / rho)
+    return _to_zero(_linspace(float(high), float(low), steps) ** rho)
+
+
+def _exponential(schedule: Schedule, steps: int) -> Tensor:
+    """Even in log sigma."""
+    low, high = schedule.sigmas[0].log(), schedule.sigmas[-1].log()
+    return _to_zero(_linspace(float(high), float(low), steps).exp())
+
+
+def _to_zero(sigmas: Tensor) -> Tensor:
+    return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
+
+
+GRIDS: dict[str, Callable[[Schedule, int], Tensor]] = {
+    "uniform": _uniform,
+    "time_uniform": _time_uniform,
+    "trailing": _trailing,
+    "karras": _karras,
+    "exponential": _exponential,
+}

@@ -1,0 +1,178 @@
+"""Samplers against the recorded trajectories, against theory, and against each other.
+
+Tolerance of recorded cases: 1e-4 of the largest value plus ten times what the original itself moves
+when run without oneDNN on one thread (recorded with each case).
+"""
+
+import math
+
+import pytest
+import torch
+from goldfile import Gold, gold
+from torch import Tensor
+
+from ldm.conditioning import Cond
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.guidance import guided
+from ldm.diffusion.samplers import SAMPLERS, STOCHASTIC, ddim, dpmpp_2m, euler, plms
+from ldm.diffusion.schedule import Schedule, make_betas
+from ldm.nets.unet import UNet
+
+RECORDED_DDIM = [
+    "eta0_cfg1", "eta0_cfg", "eta1_cfg1", "eta1_cfg", "eta_half_noxT", "scale0", "scale_uc_none",
+    "mask_x0", "ucg_schedule", "longer",
+]  # fmt: skip
+
+
+def denoiser_of(file: Gold, parameterization: str | None = None) -> Denoiser:
+    params = file.meta["config"]["params"]
+    config = dict(params["unet_config"]["params"])
+    for key in UNet.IGNORED:
+        config.pop(key, None)
+    unet = UNet(**config)
+    unet.load_state_dict(file.weights(unet.state_dict(), "model.diffusion_model."))
+    betas = make_betas(
+        "linear", 1000, linear_start=params["linear_start"], linear_end=params["linear_end"]
+    )
+    predicts = parameterization or params["parameterization"]
+    return Denoiser(unet.eval().requires_grad_(False), Schedule(betas), predicts)
+
+
+def run(file: Gold, name: str, sampler, denoiser: Denoiser, grid: str = "uniform"):
+    """Replays a recorded case; returns (samples, x after each step, denoised), all as z_t."""
+    info = file.case(name)["info"]
+    kwargs, shared, drawn = info["kwargs"], file.under("shared/"), file.rng(name)
+    drawn = drawn if "x_T" not in kwargs else [None, *drawn]
+    x_T = shared["x_T"] if "x_T" in kwargs else drawn[0]
+    sigmas = denoiser.schedule.steps(info["S"], grid, original_count=True)
+    spread = [math.sqrt(1 + sigma**2) for sigma in sigmas.tolist()]
+    queue = iter(drawn[1:])
+
+    def constrain(x: Tensor, sigma: float) -> Tensor:
+        known = shared["x0"] + sigma * next(queue)
+        return known * shared["mask"] + x * (1 - shared["mask"])
+
+    scale = kwargs.get("unconditional_guidance_scale", 1.0)
+    if "ucg_schedule" in kwargs:
+        at = dict(zip(sigmas.tolist(), kwargs["ucg_schedule"], strict=False))
+        scale = at.__getitem__
+    uncond = Cond(shared["uc"]) if "unconditional_conditioning" in kwargs else None
+    seen: list[tuple[Tensor, Tensor]] = []
+    options = {"eta": kwargs["eta"], "noise": lambda like: next(queue)} if sampler is ddim else {}
+    x = sampler(
+        guided(denoiser, Cond(shared["c"]), uncond, scale),
+        x_T * spread[0],
+        sigmas,
+        constrain=constrain if "mask" in kwargs else None,
+        callback=lambda i, x, denoised: seen.append((x / spread[i + 1], denoised)),
+        **options,
+    )
+    return x / spread[-1], [x for x, _ in seen], [denoised for _, denoised in seen]
+
+
+def close(file: Gold, name: str, out: str, ours: Tensor, skip: int = 0) -> None:
+    theirs = file.outputs(name)[out][skip:]
+    noise = file.case(name)["noise_mkldnn_off_1thread"][out]
+    limit = 1e-4 * max(1.0, float(theirs.abs().max())) + 10 * noise
+    assert (ours - theirs).abs().max() <= limit
+
+
+@pytest.mark.parametrize("kind", ["eps", "v"])
+@pytest.mark.parametrize("name", RECORDED_DDIM)
+def test_ddim_follows_the_recorded_trajectory(kind, name):
+    file = gold(f"ddim_{kind}")
+    samples, xs, denoised = run(file, name, ddim, denoiser_of(file))
+    close(file, name, "samples", samples)
+    close(file, name, "x_inter", torch.stack(xs), skip=1)
+    close(file, name, "pred_x0", torch.stack(denoised), skip=1)
+
+
+@pytest.mark.parametrize("kind", ["eps", "v"])
+@pytest.mark.parametrize("steps", [8, 5, 1])
+def test_ddim_decodes_from_the_middle_as_recorded(kind, steps):
+    file = gold(f"ddim_{kind}")
+    name = f"img2img_tenc{steps}"
+    denoiser, shared = denoiser_of(file), file.under("shared/")
+    sigmas = denoiser.schedule.steps(10)[-steps - 1 :]
+    x = file.outputs(name)["z_enc"] * (1 + sigmas[0] ** 2).sqrt().float()
+    for out, uncond, scale in (("decoded_cfg1", None, 1.0), ("decoded_cfg", shared["uc"], 7.5)):
+        conds = Cond(shared["c"]), None if uncond is None else Cond(uncond)
+        end = ddim(guided(denoiser, *conds, scale), x, sigmas)
+        close(file, name, out, end / (1 + sigmas[-1] ** 2).sqrt().float())
+
+
+@pytest.mark.parametrize("kind", ["eps", "v"])
+@pytest.mark.parametrize("name", ["cfg1", "cfg", "longer", "two_steps"])
+def test_plms_follows_the_recorded_trajectory(kind, name):
+    file = gold(f"plms_{kind}")
+    samples, xs, denoised = run(file, name, plms, denoiser_of(file, "eps"))
+    close(file, name, "samples", samples)
+    close(file, name, "x_inter", torch.stack(xs), skip=1)
+    close(file, name, "pred_x0", torch.stack(denoised), skip=1)
+
+
+@pytest.mark.parametrize("kind", ["eps", "v"])
+@pytest.mark.parametrize("name", ["S5_cfg", "S10_cfg", "S15_cfg", "S20_cfg", "S6_cfg1", "S2"])
+def test_dpm_gives_the_recorded_samples_at_the_recorded_times(kind, name):
+    file = gold(f"dpm_{kind}")
+    denoiser = denoiser_of(file)
+    samples, _, _ = run(file, name, dpmpp_2m, denoiser, grid="time_uniform")
+    close(file, name, "samples", samples)
+    steps = file.case(name)["info"]["S"]
+    t = denoiser.schedule.sigma_to_t(denoiser.schedule.steps(steps, "time_uniform")[:-1])
+    recorded = file.outputs(name)["model_times"].double()
+    torch.testing.assert_close(t, recorded, rtol=0, atol=1e-3)
+
+
+SIGMAS = torch.logspace(1, -1.3, 61, dtype=torch.float64)
+
+
+def gaussian(x: Tensor, sigma: float) -> Tensor:
+    """The ideal denoiser of data ~ N(0, 1)."""
+    return x / (1 + sigma**2)
+
+
+@pytest.mark.parametrize("name", sorted(set(SAMPLERS) - STOCHASTIC))
+def test_each_ode_sampler_converges_at_its_order(name):
+    """The ODE of Gaussian data is solved by x(sigma) ∝ sqrt(1 + sigma²)."""
+    order = {"euler": 1, "heun": 2, "dpm": 2, "dpmpp_2m": 2, "plms": 2, "lms": 3}[name]
+    x = torch.full((1, 1, 1, 1), 3.0, dtype=torch.float64)
+    errors = []
+    for n in (40, 80):
+        sigmas = torch.logspace(1, -1, n + 1, dtype=torch.float64)
+        if name == "plms":  # its weights are for even steps
+            sigmas = torch.linspace(10, 0.1, n * 10 + 1, dtype=torch.float64)
+        exact = 3.0 * math.sqrt((1 + float(sigmas[-1]) ** 2) / (1 + float(sigmas[0]) ** 2))
+        errors.append(abs(float(SAMPLERS[name](gaussian, x, sigmas)) - exact))
+    assert math.log2(errors[0] / errors[1]) > order - 0.4
+
+
+@pytest.mark.parametrize("name", sorted(STOCHASTIC))
+def test_each_sde_sampler_keeps_the_distribution(name):
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=like.dtype)
+
+    x = noise(torch.empty(20000, 1, 1, 1, dtype=torch.float64)) * math.sqrt(101)
+    options = {"eta": 1.0} if name == "ddim" else {}
+    x = SAMPLERS[name](gaussian, x, SIGMAS, noise=noise, **options)
+    assert float(x.std()) == pytest.approx(math.sqrt(1 + float(SIGMAS[-1]) ** 2), rel=0.03)
+
+
+def test_ddim_without_noise_is_euler():
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    torch.testing.assert_close(ddim(gaussian, x, SIGMAS), euler(gaussian, x, SIGMAS))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_grid_that_ends_at_zero_ends_in_the_last_estimate(name):
+    sigmas = torch.tensor([10.0, 3.0, 1.0, 0.0], dtype=torch.float64)
+    seen = []
+    x = torch.ones(1, 1, 1, 1)
+    options = {"noise": torch.zeros_like} if name in STOCHASTIC else {}
+    end = SAMPLERS[name](gaussian, x, sigmas, callback=lambda *a: seen.append(a), **options)
+    assert [i for i, _, _ in seen] == [0, 1, 2]
+    assert end.isfinite().all()
+    if name not in ("plms", "lms"):
+        torch.testing.assert_close(end, seen[-1][2])
