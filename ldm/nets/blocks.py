@@ -28,6 +28,12 @@ class Conv2d(nn.Conv2d):
             super().reset_parameters()
 
 
+class Conv1d(nn.Conv1d):
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:

@@ -1,0 +1,240 @@
+"""Where a feature map looks at itself and at the prompt.
+
+SpatialTransformer: (B, C, h, w) -> tokens (B, h w, C) -> TransformerBlocks -> (B, C, h, w), plus x.
+TransformerBlock: self-attention, cross-attention to the context, feed-forward; each after a
+LayerNorm, each added to its input. AttentionBlock is the older kind, without a prompt.
+Rombach et al. 2022 (arXiv:2112.10752), appendix E.2.1; gates: Shazeer 2020 (arXiv:2002.05202).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.nets.attention import attention
+from ldm.nets.blocks import Conv1d, Conv2d, GroupNorm, LayerNorm, Linear, run, zero
+
+
+class GEGLU(nn.Module):
+    """value * gelu(gate), both halves of one projection, the value first."""
+
+    def __init__(self, *, dim_in: int, dim_out: int) -> None:
+        super().__init__()
+        self.proj = Linear(dim_in, 2 * dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)  # (B, N, dim_out) each
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(
+        self,
+        *,
+        dim: int,
+        dim_out: int | None = None,
+        mult: int = 4,
+        glu: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        inner = dim * mult
+        first = (
+            GEGLU(dim_in=dim, dim_out=inner)
+            if glu
+            else nn.Sequential(Linear(dim, inner), nn.GELU())
+        )
+        self.net = nn.Sequential(first, nn.Dropout(dropout), Linear(inner, dim_out or dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)  # (B, N, dim_out)
+
+
+class CrossAttention(nn.Module):
+    """Attention of x to a context, or of x to itself."""
+
+    def __init__(
+        self,
+        *,
+        query_dim: int,
+        context_dim: int | None = None,
+        heads: int = 8,
+        dim_head: int = 64,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        inner = heads * dim_head
+        self.heads = heads
+        self.context_dim = context_dim or query_dim
+        self.to_q = Linear(query_dim, inner, bias=False)
+        self.to_k = Linear(self.context_dim, inner, bias=False)
+        self.to_v = Linear(self.context_dim, inner, bias=False)
+        self.to_out = nn.Sequential(Linear(inner, query_dim), nn.Dropout(dropout))
+
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """x: (B, N, query_dim).  context: (B, M, context_dim).  mask: (B, M), True = keep."""
+        context = x if context is None else context
+        if context.shape[-1] != self.context_dim:
+            raise ValueError(
+                f"cross-attention to {self.context_dim} features cannot take {context.shape[-1]}\n"
+                "hint: does the text encoder belong to this UNet (SD 1: 768, SD 2: 1024)?"
+            )
+        q, k, v = (self._split(y) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        h = attention(q, k, v, None if mask is None else mask[:, None, None])  # (B, heads, N, d)
+        return self.to_out(h.transpose(1, 2).flatten(2))  # (B, N, query_dim)
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
+
+
+class TransformerBlock(nn.Module):
+    """`disable_self_attn` makes the first attention a second one to the context."""
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        n_heads: int,
+        d_head: int,
+        dropout: float = 0.0,
+        context_dim: int | None = None,
+        gated_ff: bool = True,
+        use_checkpoint: bool = False,
+        disable_self_attn: bool = False,
+    ) -> None:
+        super().__init__()
+        self.use_checkpoint = use_checkpoint
+        self.disable_self_attn = disable_self_attn
+        self.attn1 = CrossAttention(
+            query_dim=dim,
+            context_dim=context_dim if disable_self_attn else None,
+            heads=n_heads,
+            dim_head=d_head,
+            dropout=dropout,
+        )
+        self.ff = FeedForward(dim=dim, glu=gated_ff, dropout=dropout)
+        self.attn2 = CrossAttention(
+            query_dim=dim, context_dim=context_dim, heads=n_heads, dim_head=d_head, dropout=dropout
+        )
+        self.norm1 = LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
+        self.norm3 = LayerNorm(dim)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return run(self._forward, x, context, recompute=self.use_checkpoint)
+
+    def _forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        x = x + self.attn1(self.norm1(x), context if self.disable_self_attn else None)  # (B, N, C)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """TransformerBlocks over the positions of a feature map, as a residual.
+
+    context_dim: width of the context, or a list of one per block.
+    use_linear: project tokens (SD 2) instead of the feature map (SD 1); the same numbers.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        n_heads: int,
+        d_head: int,
+        depth: int = 1,
+        dropout: float = 0.0,
+        context_dim: int | Sequence[int] | None = None,
+        disable_self_attn: bool = False,
+        use_linear: bool = False,
+        use_checkpoint: bool = False,
+    ) -> None:
+        super().__init__()
+        inner = n_heads * d_head
+        self.use_linear = use_linear
+        self.norm = GroupNorm(in_channels, eps=1e-6)
+        self.proj_in = Linear(in_channels, inner) if use_linear else Conv2d(in_channels, inner, 1)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(
+                dim=inner,
+                n_heads=n_heads,
+                d_head=d_head,
+                dropout=dropout,
+                context_dim=dim,
+                use_checkpoint=use_checkpoint,
+                disable_self_attn=disable_self_attn,
+            )
+            for dim in _one_per_block(context_dim, depth, "context_dim")
+        )
+        proj_out = Linear(inner, in_channels) if use_linear else Conv2d(inner, in_channels, 1)
+        self.proj_out = zero(proj_out)
+
+    def forward(self, x: Tensor, context: Tensor | Sequence[Tensor] | None = None) -> Tensor:
+        """x: (B, C, h, w).  context: (B, M, D) for all blocks, or a list of one per block."""
+        h = self.norm(x)  # (B, C, h, w)
+        h = self.proj_in(_tokens(h)) if self.use_linear else _tokens(self.proj_in(h))  # (B, h w, C)
+        contexts = _one_per_block(context, len(self.transformer_blocks), "context")
+        for block, its_context in zip(self.transformer_blocks, contexts, strict=True):
+            h = block(h, its_context)  # (B, h w, C)
+        size = x.shape[-2:]
+        h = _map(self.proj_out(h), size) if self.use_linear else self.proj_out(_map(h, size))
+        return x + h  # (B, C, h, w)
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all positions, as a residual; without a prompt.
+
+    The channels of `qkv` are ordered heads first, then q, k, v; in the new order q, k, v first.
+    Dhariwal & Nichol 2021 (arXiv:2105.05233).
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        use_checkpoint: bool = False,
+        use_new_attention_order: bool = False,
+    ) -> None:
+        super().__init__()
+        self.heads = num_heads if num_head_channels == -1 else channels // num_head_channels
+        if channels % self.heads:
+            raise ValueError(f"width {channels} cannot be divided among {self.heads} heads")
+        self.use_checkpoint = use_checkpoint
+        self.use_new_attention_order = use_new_attention_order
+        self.norm = GroupNorm(channels)
+        self.qkv = Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zero(Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return run(self._forward, x, recompute=self.use_checkpoint)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm(x).flatten(2))  # (B, 3 C, h w)
+        if self.use_new_attention_order:
+            qkv = qkv.unflatten(1, (3, self.heads, -1)).transpose(1, 2)
+        else:
+            qkv = qkv.unflatten(1, (self.heads, 3, -1))  # (B, heads, 3, d, h w)
+        q, k, v = qkv.transpose(-2, -1).contiguous().unbind(2)  # (B, heads, h w, d) each
+        h = attention(q, k, v).transpose(-2, -1).flatten(1, 2)  # (B, C, h w)
+        return x + self.proj_out(h).view(x.shape)  # (B, C, h, w)
+
+
+def _one_per_block(value: Any, depth: int, name: str) -> Sequence[Any]:
+    if not isinstance(value, (list, tuple)):
+        return [value] * depth
+    if len(value) != depth:
+        raise ValueError(f"{name} has {len(value)} entries for {depth} transformer blocks")
+    return value
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2)  # (B, h w, C)
+
+
+def _map(x: Tensor, size: Sequence[int]) -> Tensor:
+    return x.transpose(1, 2).unflatten(-1, tuple(size))  # (B, C, h, w)

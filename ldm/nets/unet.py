@@ -1,0 +1,308 @@
+"""The UNet: (noisy latent, timestep, prompt) -> eps or v, the same shape as the latent.
+
+    x ── input_blocks ──> middle_block ──> output_blocks ──> out
+              └── one skip connection per input block ──┘
+
+Each level has residual blocks, most with attention, and halves or doubles the size at its end.
+Attribute names are the original ones, so published weights need no map. One class serves SD 1,
+SD 2, inpainting, depth, x4 and unCLIP. Ronneberger et al. 2015 (arXiv:1505.04597); Dhariwal & Nichol
+2021 (arXiv:2105.05233); Rombach et al. 2022 (arXiv:2112.10752).
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ldm.nets.blocks import (
+    Conv2d,
+    Downsample,
+    Embedding,
+    GroupNorm,
+    Linear,
+    ResBlock,
+    Upsample,
+    timestep_embedding,
+    zero,
+)
+from ldm.nets.transformer import AttentionBlock, SpatialTransformer
+
+Context = Tensor | Sequence[Tensor] | None
+
+LISTS = ("num_res_blocks", "transformer_depth", "disable_self_attentions", "num_attention_blocks")
+
+
+class Stage(nn.Sequential):
+    """Layers in a row, each given what it listens to besides x."""
+
+    def forward(self, x: Tensor, emb: Tensor, context: Context) -> Tensor:  # type: ignore[override]
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context)
+            else:
+                x = layer(x)
+        return x
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class UNet(nn.Module):
+    """The fields are the constructor's keywords, as the original YAML spells them.
+
+    Lists have one entry per level, `channel_mult[i] * model_channels` wide, 2 ** i times smaller.
+
+        attention_resolutions: downsampling factors 2 ** i of the levels that have attention.
+        num_attention_blocks: only so many blocks of a level have it.
+        num_classes: what `y` is: an int = that many classes (Embedding), "continuous" = (B, 1),
+            "sequential" = (B, adm_in_channels).
+        num_heads | num_head_channels: fix the number of heads, or their width.
+        num_heads_upsample, use_new_attention_order: for attention without transformer.
+        legacy: with num_head_channels, divide the width evenly among the heads.
+        transformer_depth: blocks per transformer, also one number per level.
+        context_dim: features of the context; a list = each block has a context of its own.
+    """
+
+    IGNORED: ClassVar[frozenset[str]] = frozenset(
+        {"image_size", "use_fp16", "use_bf16", "spatial_transformer_attn_type"}
+    )
+
+    in_channels: int
+    model_channels: int
+    out_channels: int
+    num_res_blocks: int | Sequence[int]
+    attention_resolutions: Collection[int]
+    dropout: float = 0.0
+    channel_mult: Sequence[int] = (1, 2, 4, 8)
+    conv_resample: bool = True
+    dims: Literal[2] = 2
+    num_classes: int | Literal["continuous", "sequential"] | None = None
+    use_checkpoint: bool = False
+    num_heads: int = -1
+    num_head_channels: int = -1
+    num_heads_upsample: int = -1
+    use_scale_shift_norm: bool = False
+    resblock_updown: bool = False
+    use_new_attention_order: bool = False
+    use_spatial_transformer: bool = False
+    transformer_depth: int | Sequence[int] = 1
+    context_dim: int | Sequence[int] | None = None
+    n_embed: None = None
+    legacy: bool = True
+    disable_self_attentions: Sequence[bool] | None = None
+    num_attention_blocks: Sequence[int] | None = None
+    disable_middle_self_attn: bool = False
+    use_linear_in_transformer: bool = False
+    adm_in_channels: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._check_settings()
+        self.emb_channels = 4 * self.model_channels
+        self.time_embed = nn.Sequential(
+            Linear(self.model_channels, self.emb_channels),
+            nn.SiLU(),
+            Linear(self.emb_channels, self.emb_channels),
+        )
+        if self.num_classes is not None:
+            self.label_emb = self._label_emb()
+        self.input_blocks, skips = self._way_down()
+        ch, last = skips[-1], len(self.channel_mult) - 1
+        attention = self._attention(ch, last, disable_self_attn=self.disable_middle_self_attn)
+        self.middle_block = Stage(self._res(ch, ch), attention, self._res(ch, ch))
+        self.output_blocks, ch = self._way_up(ch, skips)
+        self.out = nn.Sequential(
+            GroupNorm(ch), nn.SiLU(), zero(Conv2d(ch, self.out_channels, 3, padding=1))
+        )
+
+    @property
+    def _widths(self) -> list[int]:
+        return [self.model_channels * mult for mult in self.channel_mult]
+
+    @property
+    def _res_blocks(self) -> Sequence[int]:
+        blocks = self.num_res_blocks
+        return [blocks] * len(self.channel_mult) if isinstance(blocks, int) else blocks
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def forward(
+        self, x: Tensor, timesteps: Tensor, context: Context = None, y: Tensor | None = None
+    ) -> Tensor:
+        """The network's prediction for a noisy latent; computed in the dtype of the weights.
+
+        x: (B, in_channels, h, w), h and w divisible by 2 ** (levels - 1).
+        timesteps: (B,), 0 … 999, may be fractional.
+        context: (B, M, context_dim), or a list of one per transformer block.
+        y: (B,) class, (B, 1) or (B, adm_in_channels), see num_classes.
+        Returns (B, out_channels, h, w), dtype of x.
+        Raises ValueError for a size or conditioning that does not fit this UNet.
+        """
+        self._check_input(x, y)
+        emb = timestep_embedding(timesteps, self.model_channels)  # (B, model_channels)
+        emb = self.time_embed(emb.to(self.dtype))  # (B, 4 model_channels)
+        if y is not None:
+            emb = emb + self.label_emb(y if isinstance(self.num_classes, int) else self._cast(y))
+        context = self._cast(context)
+        h, skips = x.to(self.dtype), []
+        for stage in self.input_blocks:
+            h = stage(h, emb, context)  # (B, C_i, h / 2^i, w / 2^i)
+            skips.append(h)
+        h = self.middle_block(h, emb, context)
+        for stage in self.output_blocks:
+            h = stage(torch.cat([h, skips.pop()], dim=1), emb, context)  # (B, C_i, h / 2^i, …)
+        return self.out(h).to(x.dtype)  # (B, out_channels, h, w)
+
+    def _way_down(self) -> tuple[nn.ModuleList, list[int]]:
+        """The input blocks, and the width that each leaves for its skip connection."""
+        blocks = [Stage(Conv2d(self.in_channels, self.model_channels, 3, padding=1))]
+        skips = [self.model_channels]
+        for level, width in enumerate(self._widths):
+            for i in range(self._res_blocks[level]):
+                layers: list[nn.Module] = [self._res(skips[-1], width)]
+                if self._has_attention(level, i):
+                    layers.append(self._attention(width, level))
+                blocks.append(Stage(*layers))
+                skips.append(width)
+            if level < len(self._widths) - 1:
+                blocks.append(Stage(self._down(width)))
+                skips.append(width)
+        return nn.ModuleList(blocks), skips
+
+    def _way_up(self, ch: int, skips: list[int]) -> tuple[nn.ModuleList, int]:
+        """The output blocks, one for each skip connection, and the last width."""
+        blocks = []
+        for level, width in reversed(list(enumerate(self._widths))):
+            for i in range(self._res_blocks[level] + 1):
+                layers: list[nn.Module] = [self._res(ch + skips.pop(), width)]
+                ch = width
+                if self._has_attention(level, i):
+                    layers.append(self._attention(ch, level, up=True))
+                if level and i == self._res_blocks[level]:
+                    layers.append(self._up(ch))
+                blocks.append(Stage(*layers))
+        return nn.ModuleList(blocks), ch
+
+    def _res(self, ch: int, out_channels: int, *, up: bool = False, down: bool = False) -> ResBlock:
+        return ResBlock(
+            channels=ch,
+            emb_channels=self.emb_channels,
+            dropout=self.dropout,
+            out_channels=out_channels,
+            use_scale_shift_norm=self.use_scale_shift_norm,
+            use_checkpoint=self.use_checkpoint,
+            up=up,
+            down=down,
+        )
+
+    def _down(self, ch: int) -> nn.Module:
+        if self.resblock_updown:
+            return self._res(ch, ch, down=True)
+        return Downsample(ch, use_conv=self.conv_resample)
+
+    def _up(self, ch: int) -> nn.Module:
+        if self.resblock_updown:
+            return self._res(ch, ch, up=True)
+        return Upsample(ch, use_conv=self.conv_resample)
+
+    def _has_attention(self, level: int, i: int) -> bool:
+        most = self.num_attention_blocks
+        return 2**level in self.attention_resolutions and (most is None or i < most[level])
+
+    def _attention(
+        self, ch: int, level: int, *, up: bool = False, disable_self_attn: bool | None = None
+    ) -> nn.Module:
+        if not self.use_spatial_transformer:
+            return self._attention_block(ch, up)
+        heads, dim_head = self._heads(ch)
+        if disable_self_attn is None and self.disable_self_attentions is not None:
+            disable_self_attn = self.disable_self_attentions[level]
+        depth = self.transformer_depth
+        return SpatialTransformer(
+            in_channels=ch,
+            n_heads=heads,
+            d_head=dim_head,
+            depth=depth if isinstance(depth, int) else depth[level],
+            context_dim=self.context_dim,
+            disable_self_attn=bool(disable_self_attn),
+            use_linear=self.use_linear_in_transformer,
+            use_checkpoint=self.use_checkpoint,
+        )
+
+    def _attention_block(self, ch: int, up: bool) -> AttentionBlock:
+        heads, _ = self._heads(ch)
+        if up and self.legacy and self.num_head_channels == -1 and self.num_heads_upsample != -1:
+            heads = self.num_heads_upsample
+        return AttentionBlock(
+            channels=ch,
+            num_heads=heads,
+            use_checkpoint=self.use_checkpoint,
+            use_new_attention_order=self.use_new_attention_order,
+        )
+
+    def _heads(self, ch: int) -> tuple[int, int]:
+        """Number of heads and features per head at a width."""
+        if self.num_head_channels == -1:
+            return self.num_heads, ch // self.num_heads
+        heads = ch // self.num_head_channels
+        if not heads:
+            raise ValueError(f"num_head_channels {self.num_head_channels} exceeds the width {ch}")
+        return heads, ch // heads if self.legacy else self.num_head_channels
+
+    def _label_emb(self) -> nn.Module:
+        if isinstance(self.num_classes, int):
+            return Embedding(self.num_classes, self.emb_channels)
+        if self.num_classes == "continuous":
+            return Linear(1, self.emb_channels)
+        if self.num_classes == "sequential" and self.adm_in_channels is not None:
+            return nn.Sequential(
+                nn.Sequential(
+                    Linear(self.adm_in_channels, self.emb_channels),
+                    nn.SiLU(),
+                    Linear(self.emb_channels, self.emb_channels),
+                )
+            )
+        raise ValueError(
+            f"num_classes `{self.num_classes}` is not a number, `continuous`, or `sequential` "
+            "with adm_in_channels"
+        )
+
+    def _cast(self, x: Context) -> Context:
+        if x is None:
+            return None
+        return x.to(self.dtype) if isinstance(x, Tensor) else [part.to(self.dtype) for part in x]
+
+    def _check_settings(self) -> None:
+        levels = len(self.channel_mult)
+        if self.dims != 2:
+            raise ValueError(f"dims `{self.dims}` is not supported, only 2 (pictures)")
+        if self.n_embed is not None:
+            raise ValueError("n_embed (prediction of codebook entries) is not supported")
+        if self.num_heads == -1 and self.num_head_channels == -1:
+            raise ValueError("either num_heads or num_head_channels is needed")
+        if self.use_spatial_transformer != (self.context_dim is not None):
+            raise ValueError("use_spatial_transformer and context_dim go together, one is missing")
+        for name in LISTS:
+            value = getattr(self, name)
+            if isinstance(value, Sequence) and len(value) != levels:
+                raise ValueError(f"{name} has {len(value)} entries for {levels} levels")
+
+    def _check_input(self, x: Tensor, y: Tensor | None) -> None:
+        factor = 2 ** (len(self.channel_mult) - 1)
+        if x.shape[-2] % factor or x.shape[-1] % factor:
+            raise ValueError(
+                f"latent of {x.shape[-2]} x {x.shape[-1]} does not fit this UNet, "
+                f"both sides must be multiples of {factor}"
+            )
+        if x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"this UNet takes {self.in_channels} channels, {x.shape[1]} were given"
+            )
+        if y is None and self.num_classes is not None:
+            raise ValueError(f"this UNet needs `y` (num_classes is `{self.num_classes}`)")
+        if y is not None and self.num_classes is None:
+            raise ValueError("this UNet takes no `y` (it has no num_classes)")
