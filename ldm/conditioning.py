@@ -91,6 +91,7 @@ class Conditioner(nn.Module):
         Raises KeyError if the batch lacks what an encoder reads.
         """
         cond = Cond()
+        encoder: Any
         for name, encoder in self.named_children():
             if encoder.key not in batch:
                 given = ", ".join(f"`{key}`" for key in batch)

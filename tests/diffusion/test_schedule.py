@@ -1,4 +1,4 @@
-"""Schedules against the recorded float64 betas, the recorded buffers and the recorded step grids."""
+"""Schedules against the recorded betas, buffers and step grids."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_every_grid_descends_in_exactly_the_steps_asked_for(grid, steps):
     sigmas = SD.steps(steps, grid)
     assert len(sigmas) == steps + 1
     assert (sigmas.diff() <= 0).all()
-    assert sigmas[0] <= SD.sigmas[-1]
+    assert sigmas[0] <= SD.sigmas[-1] * (1 + 1e-12)
 
 
 def test_sigma_and_t_are_inverse():

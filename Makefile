@@ -1,0 +1,15 @@
+.PHONY: format lint type test
+
+format:
+	ruff format .
+	ruff check --fix .
+
+lint:
+	ruff format --check .
+	ruff check .
+
+type:
+	mypy
+
+test: lint type
+	python -m pytest -q

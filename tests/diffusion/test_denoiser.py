@@ -1,0 +1,116 @@
+"""The denoiser: eps, v and x0 are three spellings of one estimate; loss and guidance agree with it."""
+
+import pytest
+import torch
+from goldfile import gold
+from torch import Tensor
+
+from ldm.conditioning import Cond
+from ldm.diffusion.denoiser import PARAMETERIZATIONS, Denoiser
+from ldm.diffusion.guidance import guided, interval
+from ldm.diffusion.schedule import Schedule, make_betas
+from ldm.nets.unet import UNet
+
+SCHEDULE = Schedule(make_betas("linear", 1000, linear_start=0.00085, linear_end=0.012))
+
+
+class Oracle:
+    """A "network" that knows z and noise, and counts its calls."""
+
+    def __init__(self, predicts: str, z: Tensor, noise: Tensor) -> None:
+        self.denoiser = Denoiser(self, SCHEDULE, predicts)
+        self.z, self.noise, self.rows = z, noise, []
+
+    def __call__(self, z_t, t, context=None, y=None):
+        self.rows.append(len(z_t))
+        n = len(z_t) // len(self.z)
+        target = self.denoiser.target(self.z, self.noise, t[: len(self.z)].round().long())
+        shift = 0 if context is None else context.mean(dim=(1, 2)).reshape(-1, 1, 1, 1)
+        return target.repeat(n, 1, 1, 1) + shift
+
+
+@pytest.fixture
+def pair():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, 2, 4, 3, 3, generator=generator).unbind(0)
+
+
+@pytest.mark.parametrize("predicts", PARAMETERIZATIONS)
+@pytest.mark.parametrize("t", [0, 500, 999])
+def test_a_perfect_network_gives_the_clean_latent_and_no_loss(pair, predicts, t):
+    z, noise = pair
+    denoiser = Oracle(predicts, z, noise).denoiser
+    sigma = float(SCHEDULE.sigmas[t])
+    # eps is multiplied by sigma: float32 rounding of x shows as sigma * 1e-7.
+    torch.testing.assert_close(denoiser(z + sigma * noise, sigma), z, rtol=0, atol=2e-5)
+    loss = denoiser.loss(z, None, torch.tensor([t, t]), noise)
+    assert loss.shape == (2,)
+    assert loss.max() < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["eps", "v", "x0"])
+def test_the_loss_is_the_recorded_one(kind):
+    """The recorded loss_simple: mean over the batch of the squared error."""
+    file = gold("train_losses")
+    name = f"{kind}_l2_train"
+    params = file.meta[f"config_{kind}_l2"]["params"]
+    unet_config = dict(params["unet_config"]["params"])
+    unet = UNet(**{k: v for k, v in unet_config.items() if k not in UNet.IGNORED})
+    unet.load_state_dict(file.weights(unet.state_dict(), "model.diffusion_model."))
+    betas = make_betas(
+        params.get("beta_schedule", "linear"),
+        params["timesteps"],
+        linear_start=params["linear_start"],
+        linear_end=params["linear_end"],
+    )
+    given = file.under("shared/")
+    denoiser = Denoiser(unet.eval(), Schedule(betas), kind)
+    loss = denoiser.loss(given["x_start"], Cond(given["c"]), given["t"], given["noise"])
+    recorded = file.outputs(name)["dict/train/loss_simple"]
+    torch.testing.assert_close(loss.mean(), recorded, rtol=1e-4, atol=0)
+
+
+def test_guidance_is_one_call_and_scale_one_has_no_unconditional_half(pair):
+    z, noise = pair
+    oracle = Oracle("eps", z, noise)
+    cond, uncond = Cond(torch.ones(2, 3, 5)), Cond(torch.zeros(2, 3, 5))
+    x = z + noise
+    guided(oracle.denoiser, cond, uncond, 4.0)(x, 1.0)
+    guided(oracle.denoiser, cond, uncond, 1.0)(x, 1.0)
+    guided(oracle.denoiser, cond, None, 4.0)(x, 1.0)
+    assert oracle.rows == [4, 2, 2]
+
+
+def test_guidance_extrapolates_from_the_unconditional_prediction(pair):
+    z, noise = pair
+    cond, uncond = Cond(torch.ones(2, 3, 5)), Cond(torch.zeros(2, 3, 5))
+    denoiser = Oracle("eps", z, noise).denoiser
+    once, twice = (guided(denoiser, cond, uncond, s)(z + noise, 1.0) for s in (2.0, 4.0))
+    torch.testing.assert_close(once - twice, torch.full_like(z, 2.0), rtol=0, atol=1e-5)
+
+
+def test_outside_the_interval_guidance_costs_nothing(pair):
+    z, noise = pair
+    oracle = Oracle("v", z, noise)
+    cond = Cond(torch.ones(2, 3, 5))
+    denoise = guided(oracle.denoiser, cond, cond, interval(7.5, 0.3, 5.0))
+    for sigma in (10.0, 5.0, 1.0, 0.2):
+        denoise(z + sigma * noise, sigma)
+    assert oracle.rows == [2, 4, 4, 2]
+
+
+def test_full_rescale_gives_the_conditional_spread(pair):
+    z, noise = pair
+    denoiser = Oracle("v", z, noise).denoiser
+    cond, uncond = Cond(torch.randn(2, 3, 5)), Cond(torch.randn(2, 3, 5))
+    denoise = guided(denoiser, cond, uncond, 9.0, rescale=1.0)
+    x = z + 2.0 * noise
+    variance = 1 + 2.0**2
+    prediction = (x / variance - denoise(x, 2.0)) * variance**0.5 / 2.0
+    expected = denoiser.predict(x, 2.0, cond).std(dim=(1, 2, 3))
+    torch.testing.assert_close(prediction.std(dim=(1, 2, 3)), expected, rtol=1e-4, atol=0)
+
+
+def test_an_unknown_parameterization_is_named():
+    with pytest.raises(ValueError, match="unknown parameterization `u`, choose one of eps, v, x0"):
+        Denoiser(lambda *a, **k: a[0], SCHEDULE, "u")(torch.ones(1, 4, 2, 2), 1.0)
