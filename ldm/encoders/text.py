@@ -1,0 +1,229 @@
+"""The text towers of CLIP: OpenCLIP's (Stable Diffusion 2) and OpenAI's (Stable Diffusion 1).
+
+Both are causal pre-norm transformers over 77 tokens and give one vector per token, for
+cross-attention. Weights keep the names of the two libraries they come from (open_clip and
+transformers), so checkpoints load without a map. Nothing is downloaded: sizes are tables here,
+weights come from a checkpoint or from training.
+
+    text --tokenize--> (B, 77) --embed--> (B, 77, D) --blocks--> --final norm--> (B, 77, D)
+
+Radford et al. 2021 (arXiv:2103.00020); Cherti et al. 2022 (arXiv:2212.07143).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ldm.encoders import tokenizer
+from ldm.encoders.towers import ACTIVATIONS, VOCAB, CLIPTower, OpenCLIPTower
+
+# name: (width, heads, layers) of the text tower; `-quickgelu` may follow the name
+ARCHS = {
+    "ViT-B-32": (512, 8, 12),
+    "ViT-B-16": (512, 8, 12),
+    "ViT-L-14": (768, 12, 12),
+    "ViT-L-14-336": (768, 12, 12),
+    "ViT-H-14": (1024, 16, 24),
+    "ViT-g-14": (1024, 16, 24),
+    "ViT-bigG-14": (1280, 20, 32),
+}
+
+CLIP_LARGE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+CLIP_BASE = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+CLIP_SIZES = {
+    "openai/clip-vit-base-patch16": CLIP_LARGE | CLIP_BASE,
+    "openai/clip-vit-base-patch32": CLIP_LARGE | CLIP_BASE,
+}
+# what else a transformers config of a text tower says, without meaning here
+CLIP_UNUSED = (
+    "projection_dim", "attention_dropout", "dropout", "initializer_factor", "initializer_range",
+    "bos_token_id", "eos_token_id", "pad_token_id", "model_type", "architectures", "torch_dtype",
+    "dtype", "transformers_version", "_name_or_path",
+)  # fmt: skip
+
+
+class OpenCLIPText(nn.Module):
+    """Prompts -> context (B, 77, D) by the text tower of an OpenCLIP model.
+
+        arch: a name in ARCHS, an open_clip model config (`embed_dim`, `text_cfg`), or a text_cfg.
+        version: "openai" means quick GELU, as in those weights; otherwise without meaning.
+        layer: "last", or "penultimate": all blocks but one; the final norm follows in both cases.
+        compact_vocab: rows of a reduced embedding: `token_ids` (rows - 1,) holds the sorted CLIP
+            ids of rows 1, 2 …; every other id shares row 0.
+
+    The unused last block, text_projection and logit_scale stay in the state dict, as in published
+    checkpoints.
+    """
+
+    slot: Literal["crossattn"] = "crossattn"
+    key = "txt"
+    token_ids: Tensor | None
+    LAYERS = ("last", "penultimate")
+    IGNORED: ClassVar[frozenset[str]] = frozenset({"device", "max_length"})
+
+    def __init__(
+        self,
+        *,
+        arch: str | Mapping[str, Any] = "ViT-H-14",
+        version: str = "laion2b_s32b_b79k",
+        device: str | None = None,
+        max_length: int = 77,
+        freeze: bool = True,
+        layer: Literal["last", "penultimate"] = "last",
+        compact_vocab: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.layer = _chosen(layer, self.LAYERS)
+        size = _open_clip_size(arch)
+        if version == "openai":
+            size["quick_gelu"] = True
+        if compact_vocab is not None:
+            size["vocab_size"] = compact_vocab
+        ids = None if compact_vocab is None else torch.arange(compact_vocab - 1)
+        self.register_buffer("token_ids", ids)
+        self.length = size["context_length"]
+        self.model = OpenCLIPTower(**size)
+        self.requires_grad_(not freeze)
+
+    def tokenize(self, texts: Sequence[str] | str) -> Tensor:
+        """Ids (B, 77) int64: 49406, words, 49407, zeros."""
+        return tokenizer.tokenize(_listed(texts), tokenizer.OPEN_CLIP, self.length)
+
+    def encode(self, texts: Sequence[str] | str) -> Tensor:
+        """Context (B, 77, D) of the texts."""
+        tokens = self.tokenize(texts)
+        return self(tokens.to(self.model.positional_embedding.device))
+
+    def forward(self, tokens: Tensor | Sequence[str]) -> Tensor:
+        """Context (B, 77, D) of token ids (B, 77), or of texts."""
+        if not isinstance(tokens, Tensor):
+            return self.encode(tokens)
+        if self.token_ids is not None:
+            tokens = _rows(tokens, self.token_ids)  # (B, N)
+        skip = 1 if self.layer == "penultimate" else 0
+        return self.model(tokens, skip)  # (B, N, D)
+
+
+class CLIPText(nn.Module):
+    """Prompts -> context (B, 77, D) by the text tower of OpenAI's CLIP, as transformers names it.
+
+        version: the published model whose size is meant: a name in CLIP_SIZES, all others mean
+            ViT-L/14. Nothing is looked up by it.
+        arch: sizes that differ from `version`, by transformers' names (`hidden_size` …).
+        layer: "last"; "pooled": only the vector at the first end token, (B, 1, D);
+            "hidden": output of block `layer_idx` (0 = the embedding), without the final norm.
+
+    Keys are those of SD 1 files, without the constant `position_ids` that older ones hold.
+    """
+
+    slot: Literal["crossattn"] = "crossattn"
+    key = "txt"
+    LAYERS = ("last", "pooled", "hidden")
+    IGNORED: ClassVar[frozenset[str]] = frozenset({"device"})
+
+    def __init__(
+        self,
+        *,
+        version: str = "openai/clip-vit-large-patch14",
+        device: str | None = None,
+        max_length: int = 77,
+        freeze: bool = True,
+        layer: Literal["last", "pooled", "hidden"] = "last",
+        layer_idx: int | None = None,
+        arch: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        size = _clip_size(version, arch or {})
+        self.layer = _chosen(layer, self.LAYERS)
+        self.blocks_run = _blocks_run(layer, layer_idx, size["num_hidden_layers"])
+        self.length = min(max_length, size["max_position_embeddings"])
+        self.transformer = nn.ModuleDict({"text_model": CLIPTower(**size)})
+        self.requires_grad_(not freeze)
+
+    def tokenize(self, texts: Sequence[str] | str) -> Tensor:
+        """Ids (B, 77) int64: 49406, words, then 49407 to the end."""
+        return tokenizer.tokenize(_listed(texts), tokenizer.CLIP, self.length)
+
+    def encode(self, texts: Sequence[str] | str) -> Tensor:
+        """Context (B, 77, D) of the texts; (B, 1, D) if pooled."""
+        tokens = self.tokenize(texts)
+        return self(tokens.to(self._tower.final_layer_norm.weight.device))
+
+    def forward(self, tokens: Tensor | Sequence[str]) -> Tensor:
+        """Context (B, 77, D) of token ids (B, 77), or of texts."""
+        if not isinstance(tokens, Tensor):
+            return self.encode(tokens)
+        x = self._tower(tokens, self.blocks_run)  # (B, N, D)
+        if self.layer == "hidden":
+            return x
+        x = self._tower.final_layer_norm(x)
+        if self.layer == "pooled":
+            ends = tokens.argmax(dim=1)  # (B,); 49407 is the greatest id
+            x = x[torch.arange(len(x), device=x.device), ends, None]  # (B, 1, D)
+        return x
+
+    @property
+    def _tower(self) -> CLIPTower:
+        return self.transformer["text_model"]  # type: ignore[return-value]
+
+
+def _open_clip_size(arch: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords of OpenCLIPTower."""
+    if isinstance(arch, str):
+        name = arch.removesuffix("-quickgelu")
+        width, heads, layers = ARCHS[_chosen(name, tuple(ARCHS), "arch")]
+        size: dict[str, Any] = {"width": width, "heads": heads, "layers": layers}
+        return size | {"quick_gelu": name != arch, "embed_dim": width, "context_length": 77}
+    outer = {key: value for key, value in arch.items() if key not in ("text_cfg", "vision_cfg")}
+    size = {"width": 512, "heads": 8, "layers": 12, "context_length": 77}
+    allowed = (*size, "vocab_size", "mlp_ratio", "embed_dim", "quick_gelu")
+    for key, value in (outer | dict(arch.get("text_cfg", {}))).items():
+        size[_chosen(key, allowed, "text_cfg key")] = value
+    return {"embed_dim": size["width"]} | size
+
+
+def _clip_size(version: str, arch: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords of CLIPTower."""
+    size = dict(CLIP_SIZES.get(version, CLIP_LARGE))
+    for key in arch.keys() - set(CLIP_UNUSED):
+        size[_chosen(key, tuple(size), "arch key")] = arch[key]
+    _chosen(size["hidden_act"], tuple(ACTIVATIONS), "hidden_act")
+    return size
+
+
+def _rows(tokens: Tensor, ids: Tensor) -> Tensor:
+    """CLIP ids -> rows of a reduced embedding: 1 + place among `ids`, or 0."""
+    places = torch.searchsorted(ids, tokens).clamp(max=len(ids) - 1)
+    return torch.where(ids[places] == tokens, places + 1, 0)
+
+
+def _blocks_run(layer: str, layer_idx: int | None, layers: int) -> int:
+    """How many blocks lead to hidden state `layer_idx` of layers + 1, counted from either end."""
+    if layer != "hidden":
+        return layers
+    if layer_idx is None or not -layers - 1 <= layer_idx <= layers:
+        raise ValueError(
+            f'layer "hidden" needs a layer_idx from {-layers - 1} to {layers}, got `{layer_idx}`'
+        )
+    return layer_idx % (layers + 1)
+
+
+def _chosen(value: str, allowed: tuple[str, ...], what: str = "layer") -> str:
+    if value not in allowed:
+        raise ValueError(f"unknown {what} `{value}`, choose one of {', '.join(allowed)}")
+    return value
+
+
+def _listed(texts: Sequence[str] | str) -> Sequence[str]:
+    return [texts] if isinstance(texts, str) else texts

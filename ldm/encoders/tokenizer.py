@@ -1,0 +1,148 @@
+"""Text -> CLIP token ids, in the two spellings that Stable Diffusion 1 and 2 were trained with.
+
+Byte-level BPE over the 49,408 tokens of CLIP. The merge table is read from the open_clip package,
+lazily and without importing it. The spellings differ in padding, in the names of the special tokens
+and in cleaning; words themselves get the same ids.
+
+Sennrich et al. 2016 (arXiv:1508.07909); Radford et al. 2021 (arXiv:2103.00020).
+"""
+
+import gzip
+import html
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+START, END = 49406, 49407
+MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
+MERGES = 48894  # 49408 - 2 * 256 bytes - 2 special tokens; the file holds more than CLIP uses
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One spelling: special tokens (as a prompt may write them), padding id, cleaning."""
+
+    start: str
+    end: str
+    pad: int
+    unescape: bool  # undo HTML entities even where ftfy leaves them, i.e. beside a literal "<"
+    split_first: bool  # special tokens are cut out before the pieces between them are cleaned
+
+
+OPEN_CLIP = Dialect("<start_of_text>", "<end_of_text>", 0, unescape=True, split_first=False)
+CLIP = Dialect("<|startoftext|>", "<|endoftext|>", END, unescape=False, split_first=True)
+
+
+def tokenize(texts: Sequence[str], dialect: Dialect, length: int = 77) -> Tensor:
+    """Token ids of each text: start, words, end, padding.
+
+    Longer texts lose their tail; the last id is then the end token.
+    Returns (B, length) int64, on the CPU.
+    """
+    rows = []
+    for text in texts:
+        ids = [START, *encode(text, dialect)[: length - 2], END]
+        rows.append(ids + [dialect.pad] * (length - len(ids)))
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), length)
+
+
+def encode(text: str, dialect: Dialect) -> list[int]:
+    """Ids of one text, without start, end and padding."""
+    words, specials = _patterns(dialect)
+    pieces = specials.split(text) if dialect.split_first else [text]
+    ids: list[int] = []
+    for piece in pieces:
+        for word in words.findall(_clean(piece, dialect)):
+            ids.extend(_word_ids(word, dialect))
+    return ids
+
+
+def _clean(text: str, dialect: Dialect) -> str:
+    """Repaired Unicode, single spaces, lower case."""
+    import ftfy
+
+    text = ftfy.fix_text(text)
+    if dialect.unescape:
+        text = html.unescape(html.unescape(text))
+    return " ".join(text.split()).lower()
+
+
+@cache
+def _patterns(dialect: Dialect) -> tuple[Any, Any]:
+    """What counts as a word, and (with itself kept by `split`) what counts as a special token."""
+    import regex
+
+    specials = f"{regex.escape(dialect.start)}|{regex.escape(dialect.end)}"
+    words = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+    return regex.compile(f"{specials}|{words}", regex.IGNORECASE), regex.compile(f"({specials})")
+
+
+@lru_cache(maxsize=1 << 16)
+def _word_ids(word: str, dialect: Dialect) -> tuple[int, ...]:
+    """Merge the bytes of a word, always the earliest learned pair first."""
+    if word in (dialect.start, dialect.end):
+        return (START if word == dialect.start else END,)
+    ids, ranks = _vocabulary()
+    letters = _letters()
+    symbols = [letters[byte] for byte in word.encode("utf-8")]
+    symbols[-1] += "</w>"
+    while len(symbols) > 1:
+        pairs = set(pairwise(symbols))
+        best = min(pairs, key=lambda pair: ranks.get(pair, MERGES))
+        if best not in ranks:
+            break
+        symbols = _merge(symbols, best)
+    return tuple(ids[symbol] for symbol in symbols)
+
+
+def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
+    """Join every occurrence of the pair, from left to right."""
+    merged: list[str] = []
+    left = None
+    for symbol in symbols:
+        if (left, symbol) == pair:
+            merged[-1] += symbol
+            left = None  # a joined symbol takes part in no other join of this round
+        else:
+            merged.append(symbol)
+            left = symbol
+    return merged
+
+
+@cache
+def _letters() -> dict[int, str]:
+    """A printable character for each of the 256 bytes, in the order of their ids."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable}
+    return letters | {byte: chr(256 + k) for k, byte in enumerate(others)}
+
+
+@cache
+def _vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
+    """Symbol -> id, and pair -> rank."""
+    with gzip.open(_merges_path(), "rt", encoding="utf-8") as file:
+        next(file)  # a version line
+        merges = [(a, b) for a, b in (next(file).split() for _ in range(MERGES))]
+    letters = list(_letters().values())
+    symbols = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges)]
+    ids = {symbol: k for k, symbol in enumerate(symbols)}
+    return ids, {pair: rank for rank, pair in enumerate(merges)}
+
+
+def _merges_path() -> Path:
+    spec = importlib.util.find_spec("open_clip")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / MERGES_FILE
+        if path.is_file():
+            return path
+    raise ImportError(
+        f"`{MERGES_FILE}` of the open_clip package was not found\nhint: pip install open-clip-torch"
+    )

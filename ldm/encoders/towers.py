@@ -1,0 +1,231 @@
+"""The two transformers behind the text encoders, with the parameter names of their libraries.
+
+Causal, pre-norm; attention and MLP in each block. open_clip keeps queries, keys and values in one
+matrix and transformers in three, otherwise they differ only in names and in who applies the final
+norm. Tokens in, one vector per token out; text and the choice of layer are `text.py`'s.
+
+Radford et al. 2021 (arXiv:2103.00020).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.nets.attention import attention
+from ldm.nets.blocks import Embedding, LayerNorm, Linear
+
+VOCAB = 49408
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """The sigmoid approximation of GELU that OpenAI's CLIP was trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+
+
+class OpenCLIPTower(nn.Module):
+    """Embedding, causal blocks and final norm, with open_clip's parameter names."""
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        layers: int,
+        embed_dim: int,
+        context_length: int = 77,
+        vocab_size: int = VOCAB,
+        mlp_ratio: float = 4.0,
+        quick_gelu: bool = False,
+    ) -> None:
+        super().__init__()
+        activation = ACTIVATIONS["quick_gelu" if quick_gelu else "gelu"]
+        hidden = int(width * mlp_ratio)
+        blocks = [OpenCLIPBlock(width, heads, hidden, activation) for _ in range(layers)]
+        self.token_embedding = Embedding(vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
+        self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(blocks)})
+        self.ln_final = LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.empty(width, embed_dim))
+        self.logit_scale = nn.Parameter(torch.full((), math.log(1 / 0.07)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Small normal weights; those that end a residual branch shrink with depth."""
+        if self.positional_embedding.is_meta:
+            return
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection, std=self.text_projection.shape[0] ** -0.5)
+        blocks: Any = self.transformer["resblocks"]
+        for block in blocks:
+            attn, mlp = block.attn, block.mlp
+            outputs = [attn.out_proj, mlp["c_proj"]]
+            _init_block(len(blocks), [attn.in_proj_weight], mlp["c_fc"], outputs)
+
+    def forward(self, tokens: Tensor, skip: int = 0) -> Tensor:
+        """Tokens (B, N) through all blocks but the last `skip`, and the final norm."""
+        x = self.token_embedding(tokens)  # (B, N, D)
+        x = x + self.positional_embedding[: x.shape[1]]
+        blocks: Any = self.transformer["resblocks"]
+        mask = _causal(x)  # (N, N)
+        for block in islice(blocks, len(blocks) - skip):
+            x = block(x, mask)
+        return self.ln_final(x)  # (B, N, D)
+
+
+class OpenCLIPBlock(nn.Module):
+    """Pre-norm causal attention and MLP, open_clip's names."""
+
+    def __init__(
+        self, width: int, heads: int, hidden: int, activation: Callable[[Tensor], Tensor]
+    ) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(width)
+        self.attn = FusedAttention(width, heads)
+        self.ln_2 = LayerNorm(width)
+        self.mlp = nn.ModuleDict({"c_fc": Linear(width, hidden), "c_proj": Linear(hidden, width)})
+        self.activation = activation
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask)  # (B, N, D)
+        h = self.activation(self.mlp["c_fc"](self.ln_2(x)))  # (B, N, hidden)
+        return x + self.mlp["c_proj"](h)  # (B, N, D)
+
+
+class FusedAttention(nn.Module):
+    """Causal self-attention with queries, keys and values in one matrix, open_clip's names."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, N, 3 D)
+        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        y = attention(q, k, v, mask)  # (B, heads, N, d)
+        return self.out_proj(rearrange(y, "b h n d -> b n (h d)"))  # (B, N, D)
+
+
+class CLIPTower(nn.Module):
+    """Embeddings, causal blocks and (not applied here) the final norm, transformers' names."""
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        hidden_size: int,
+        intermediate_size: int,
+        num_hidden_layers: int,
+        num_attention_heads: int,
+        max_position_embeddings: int,
+        hidden_act: str,
+        layer_norm_eps: float,
+    ) -> None:
+        super().__init__()
+        width, eps = hidden_size, layer_norm_eps
+        activation = ACTIVATIONS[hidden_act]
+        blocks = [
+            CLIPBlock(width, num_attention_heads, intermediate_size, activation, eps)
+            for _ in range(num_hidden_layers)
+        ]
+        self.embeddings = nn.ModuleDict(
+            {
+                "token_embedding": Embedding(vocab_size, width),
+                "position_embedding": Embedding(max_position_embeddings, width),
+            }
+        )
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(blocks)})
+        self.final_layer_norm = LayerNorm(width, eps=eps)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Small normal weights, as in OpenCLIPTower."""
+        if self.final_layer_norm.weight.is_meta:
+            return
+        for weight in self.embeddings.parameters():
+            nn.init.normal_(weight, std=0.02)
+        blocks: Any = self.encoder["layers"]
+        for block in blocks:
+            attn, mlp = block.self_attn, block.mlp
+            inputs = [attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight]
+            _init_block(len(blocks), inputs, mlp["fc1"], [attn.out_proj, mlp["fc2"]])
+
+    def forward(self, tokens: Tensor, count: int) -> Tensor:
+        """Tokens (B, N) through the first `count` blocks."""
+        table: Any = self.embeddings["position_embedding"].weight
+        x = self.embeddings["token_embedding"](tokens)  # (B, N, D)
+        x = x + table[: x.shape[1]]
+        mask = _causal(x)  # (N, N)
+        blocks: Any = self.encoder["layers"]
+        for block in islice(blocks, count):
+            x = block(x, mask)
+        return x  # (B, N, D)
+
+
+class CLIPBlock(nn.Module):
+    """Pre-norm causal attention and MLP, transformers' names."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        activation: Callable[[Tensor], Tensor],
+        eps: float,
+    ) -> None:
+        super().__init__()
+        self.layer_norm1 = LayerNorm(width, eps=eps)
+        self.self_attn = SplitAttention(width, heads)
+        self.layer_norm2 = LayerNorm(width, eps=eps)
+        self.mlp = nn.ModuleDict({"fc1": Linear(width, hidden), "fc2": Linear(hidden, width)})
+        self.activation = activation
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), mask)  # (B, N, D)
+        h = self.activation(self.mlp["fc1"](self.layer_norm2(x)))  # (B, N, hidden)
+        return x + self.mlp["fc2"](h)  # (B, N, D)
+
+
+class SplitAttention(nn.Module):
+    """Causal self-attention with three input matrices, transformers' names."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj = Linear(width, width), Linear(width, width)
+        self.v_proj, self.out_proj = Linear(width, width), Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        qkv = (self.q_proj(x), self.k_proj(x), self.v_proj(x))  # (B, N, D) each
+        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in qkv)
+        y = attention(q, k, v, mask)  # (B, heads, N, d)
+        return self.out_proj(rearrange(y, "b h n d -> b n (h d)"))  # (B, N, D)
+
+
+def _causal(x: Tensor) -> Tensor:
+    """Each token sees itself and those before it: (N, N) bool."""
+    n = x.shape[1]
+    return torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
+
+
+def _init_block(
+    layers: int, inputs: Sequence[Tensor], hidden: Linear, outputs: Sequence[Linear]
+) -> None:
+    width = hidden.in_features
+    nn.init.normal_(hidden.weight, std=(2 * width) ** -0.5)
+    for weight in inputs:
+        nn.init.normal_(weight, std=width**-0.5)
+    for linear in outputs:
+        nn.init.normal_(linear.weight, std=(2 * width * layers) ** -0.5)

@@ -1,0 +1,73 @@
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from goldfile import gold
+from ldm.encoders.tokenizer import CLIP, OPEN_CLIP, encode, tokenize
+
+# what transformers 4.30.2's slow CLIPTokenizer with ftfy 6.3.1 gives, loaded by from_pretrained
+SLOW_IDS = [
+    ("a < b &amp; c", [320, 283, 321, 261, 6259, 282, 322]),
+    ("a &amp; b", [320, 261, 321]),
+    ("\"<|endoftext|>'s", [257, 49407, 568]),
+    ("&amp; <|startoftext|>é", [261, 49406, 4166]),
+    ("<|STARTOFTEXT|> Ã©", [49406, 4166]),
+    ("ﬁne Ⅳ x²", [3797, 158, 227, 367, 343, 41175]),
+    ("<start_of_text> <|endoftext|> &lt;", [283, 1572, 318, 539, 318, 4160, 285, 49407, 283]),
+]
+ODD = [
+    "a < b &amp;amp; c",
+    "<|startoftext|>it's<END_OF_TEXT>",
+    "l’été à 12:30 – ½ ﬁn, naïve café",
+    "\x00zero\u200bwidth\u00a0\u3000 \x85 \u2028 ſ'ſ İstanbul",
+    "हिन्दी ٣ ﷺ 👩‍🚀 ❤️ １２ＡＢ ǅ",
+    "a" * 300,
+    "word " * 100,
+]
+
+
+@pytest.mark.parametrize(("variant", "dialect"), [("open_clip", OPEN_CLIP), ("hf_slow_ftfy", CLIP)])
+def test_ids_equal_the_recorded_ones(variant, dialect):
+    golden = gold("tokenizer")
+    ids = tokenize(golden.meta["prompts"], dialect)
+    assert torch.equal(ids, golden.outputs("ids")[variant])
+
+
+@pytest.mark.parametrize(("text", "ids"), SLOW_IDS)
+def test_sd1_ids_equal_the_slow_tokenizer_on_odd_text(text, ids):
+    assert encode(text, CLIP) == ids
+
+
+def test_sd2_ids_equal_open_clip_on_odd_text():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from open_clip.tokenizer import SimpleTokenizer
+    assert torch.equal(tokenize(ODD, OPEN_CLIP), SimpleTokenizer()(ODD))
+
+
+def test_padding_is_zero_for_sd2_and_the_end_token_for_sd1():
+    assert tokenize(["cat"], OPEN_CLIP, 5).tolist() == [[49406, 2368, 49407, 0, 0]]
+    assert tokenize(["cat"], CLIP, 5).tolist() == [[49406, 2368, 49407, 49407, 49407]]
+
+
+def test_a_long_text_keeps_its_beginning_and_an_end_token():
+    ids = tokenize(["photo " * 100], OPEN_CLIP)
+    assert ids.shape == (1, 77)
+    assert ids[0, -1] == 49407
+    assert torch.equal(ids[:, :-1], tokenize(["photo " * 75], OPEN_CLIP)[:, :-1])
+
+
+def test_no_texts_give_no_rows():
+    assert tokenize([], CLIP).shape == (0, 77)
+
+
+def test_the_merge_table_is_found_without_importing_open_clip():
+    code = (
+        "import sys; from ldm.encoders.tokenizer import *; tokenize(['a'], CLIP);"
+        "assert not {'open_clip', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
