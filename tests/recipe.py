@@ -11,13 +11,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-SKIPPED = frozenset(
-    "betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod "
-    "log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod "
-    "posterior_variance posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2 "
-    "lvlb_weights logvar scale_factor decay num_updates attn_mask position_ids "
-    "num_batches_tracked mean std data_mean data_std shift scale clip_mean clip_std".split()  # noqa: SIM905
-)
+_SKIPPED = """
+betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod
+log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod
+posterior_variance posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2
+lvlb_weights logvar scale_factor decay num_updates attn_mask position_ids num_batches_tracked
+mean std data_mean data_std shift scale clip_mean clip_std
+"""
+SKIPPED = frozenset(_SKIPPED.split())
 EMBEDDINGS = (
     "token_embedding.weight", "positional_embedding", "position_embedding.weight", "pos_embed",
     "cls_token", "label_emb.weight",
