@@ -1,0 +1,169 @@
+"""What a PNG says about its making: A1111's `parameters` text, and our JSON under the key `ldm`.
+
+Other programs read the first; `scripts/replay.py` reads the second, which has everything. The
+info of a picture is a plain dict; `parameters_text` knows these keys, all optional:
+
+    prompt, negative_prompt, seed, sampler, grid, steps, eta, scale, size (height, width),
+    strength, checkpoint (name), checkpoint_hash, ldm (version)
+
+and the JSON keeps whatever else it holds (legacy, watermark, config, config_hash, dtype, device,
+torch, sha256_unmarked …) and `sha256`, the fingerprint of the pixels in the file.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+__all__ = ["fingerprint", "parameters_text", "read_info", "write_png"]
+
+KEY = "ldm"
+SAMPLERS = {  # ours -> A1111's
+    "ddim": "DDIM",
+    "plms": "PLMS",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpm": "DPM++ 2M",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "heun": "Heun",
+    "dpmpp_2s_a": "DPM++ 2S a",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "lms": "LMS",
+}
+GRIDS = {"uniform": "Uniform", "karras": "Karras", "exponential": "Exponential"}
+NAMES = {  # A1111's -> ours, where the value is one number or one text
+    "Steps": ("steps", int),
+    "CFG scale": ("scale", float),
+    "Seed": ("seed", int),
+    "Denoising strength": ("strength", float),
+    "Eta": ("eta", float),
+    "Eta DDIM": ("eta", float),
+    "Model hash": ("checkpoint_hash", str),
+    "Model": ("checkpoint", str),
+    "Version": ("version", str),
+}
+SETTING = re.compile(r'\s*(\w[^:,"]*):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
+
+
+def write_png(path: str | Path, picture: Image.Image, info: Mapping[str, Any]) -> None:
+    """The picture as a PNG file that carries its info; `sha256` is added.
+
+    info: see the top of this file; values that JSON lacks become lists (sets) or text.
+    """
+    entries = {**info, "sha256": fingerprint(picture)}
+    text = PngInfo()
+    # Pillow takes tEXt where Latin-1 is enough, else iTXt; neither knows lone surrogates.
+    text.add_text("parameters", parameters_text(info).encode("utf-8", "replace").decode())
+    text.add_text(KEY, json.dumps(entries, default=_plain))
+    picture.save(path, "PNG", pnginfo=text)
+
+
+def read_info(path: str | Path) -> dict[str, Any]:
+    """What the file says about its making: ours, else what can be told from A1111's text.
+
+    Returns the info given to `write_png` and `sha256`; from another program's file the keys
+    at the top of this file, `version`, and what has no name here under `other`; or an empty dict.
+    """
+    with Image.open(path) as picture:
+        texts = {**picture.info, **getattr(picture, "text", {})}
+    try:
+        info = json.loads(texts.get(KEY, ""))
+    except (ValueError, TypeError):
+        info = None
+    if isinstance(info, dict):
+        return info
+    parameters = texts.get("parameters")
+    return _parsed(parameters) if isinstance(parameters, str) else {}
+
+
+def fingerprint(picture: Image.Image) -> str:
+    """SHA-256 of the RGB bytes, row by row, in hexadecimal."""
+    return hashlib.sha256(picture.convert("RGB").tobytes()).hexdigest()
+
+
+def parameters_text(info: Mapping[str, Any]) -> str:
+    """The info as A1111 writes it: prompt, negative prompt and one line of settings."""
+    lines = [str(info.get("prompt") or "")]
+    if info.get("negative_prompt"):
+        lines.append(f"Negative prompt: {info['negative_prompt']}")
+    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in _settings(info)))
+    return "\n".join(line for line in lines if line)
+
+
+def _settings(info: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """A1111's names and values, in its order, of those that the info has."""
+    sampler = info.get("sampler")
+    found = {
+        "Steps": info.get("steps"),
+        "Sampler": sampler and SAMPLERS.get(sampler, sampler),
+        "Schedule type": GRIDS.get(info.get("grid") or ""),
+        "CFG scale": info.get("scale"),
+        "Seed": info.get("seed"),
+        "Size": info.get("size") and "{1}x{0}".format(*info["size"]),
+        "Model hash": info.get("checkpoint_hash"),
+        "Model": info.get("checkpoint") and PurePath(info["checkpoint"]).stem,
+        "Denoising strength": info.get("strength"),
+        "Eta DDIM" if sampler in ("ddim", "plms") else "Eta": info.get("eta") or None,
+        "Version": info.get("ldm") and f"ldm {info['ldm']}",
+    }
+    for name, value in found.items():
+        if value is not None and value != "":
+            yield name, f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _parsed(parameters: str) -> dict[str, Any]:
+    """A1111's text taken apart; its last line holds settings if it has three or more of them."""
+    *body, last = parameters.strip().split("\n")
+    settings = SETTING.findall(last)
+    if len(settings) < 3:
+        body, settings = [*body, last], []
+    cut = next((k for k, line in enumerate(body) if line.startswith("Negative prompt:")), len(body))
+    negative = "\n".join(body[cut:]).removeprefix("Negative prompt:").strip()
+    info: dict[str, Any] = {"prompt": "\n".join(body[:cut]), "negative_prompt": negative}
+    other = {}
+    for name, quoted in settings:
+        value = _unquoted(quoted)
+        try:
+            if name in NAMES:
+                key, kind = NAMES[name]
+                info[key] = kind(value)
+            elif name == "Size":
+                width, height = value.split("x")
+                info["size"] = [int(height), int(width)]
+            else:
+                other[name] = value
+        except ValueError:
+            other[name] = value
+    info |= _sampler(other.pop("Sampler", ""), other.pop("Schedule type", ""))
+    return {**info, "other": other} if other else info
+
+
+def _sampler(name: str, schedule: str) -> dict[str, str]:
+    """Our names of A1111's sampler and schedule, which its older versions wrote as one."""
+    for label in GRIDS.values():
+        if name.endswith(f" {label}"):
+            name, schedule = name.removesuffix(f" {label}"), label
+    ours = {theirs: key for key, theirs in reversed(SAMPLERS.items())}
+    grids = {theirs: key for key, theirs in GRIDS.items()}
+    found = {"sampler": ours.get(name, name), "grid": grids.get(schedule, "")}
+    return {key: value for key, value in found.items() if value}
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False) if re.search(r'[,:\n"]', text) else text
+
+
+def _unquoted(text: str) -> str:
+    try:
+        return str(json.loads(text)) if text.startswith('"') else text.strip()
+    except ValueError:
+        return text
+
+
+def _plain(value: object) -> object:
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)

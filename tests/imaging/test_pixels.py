@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.imaging.pixels import grid, to_pil, to_tensor, to_uint8
+
+
+def _pictures(number, size=(6, 5)):
+    rng = np.random.default_rng(number)
+    shape = (number, size[1], size[0], 3)
+    return [Image.fromarray(p) for p in rng.integers(0, 256, shape, dtype=np.uint8)]
+
+
+def test_pixels_round_to_the_nearest_and_truncate_as_the_original():
+    image = (torch.tensor([0.4, 0.6, 254.4, 254.6]) / 127.5 - 1).view(1, 1, 1, 4).expand(1, 3, 1, 4)
+    assert to_uint8(image)[0, 0, :, 0].tolist() == [0, 1, 254, 255]
+    assert to_uint8(image, truncate=True)[0, 0, :, 0].tolist() == [0, 0, 254, 254]
+
+
+def test_pixels_outside_the_range_are_clamped():
+    image = torch.tensor([-9.0, 9.0]).view(1, 1, 1, 2).expand(1, 3, 1, 2)
+    assert to_uint8(image)[0, 0, :, 1].tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_any_float_type_gives_pixels(dtype):
+    assert to_uint8(torch.zeros(2, 3, 4, 5, dtype=dtype)).shape == (2, 4, 5, 3)
+
+
+def test_nan_is_refused():
+    with pytest.raises(ValueError, match="NaN"):
+        to_uint8(torch.full((1, 3, 2, 2), torch.nan))
+
+
+def test_every_pixel_value_survives_the_way_to_a_tensor_and_back():
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
+    image = to_tensor(Image.fromarray(ramp))
+    assert image.shape == (1, 3, 16, 16)
+    assert (image.min(), image.max()) == (-1, 1)
+    assert (np.asarray(to_pil(image)[0]) == ramp).all()
+
+
+def test_a_palette_picture_becomes_three_channels():
+    assert to_tensor(Image.new("P", (3, 2))).shape == (1, 3, 2, 3)
+
+
+@pytest.mark.parametrize(("number", "columns"), [(1, 3), (2, 3), (3, 3), (7, 3), (4, 1), (5, 8)])
+def test_grid_equals_torchvision(number, columns):
+    utils = pytest.importorskip("torchvision.utils")
+    pictures = _pictures(number)
+    batch = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in pictures])
+    expected = utils.make_grid(batch, nrow=columns, padding=2).permute(1, 2, 0).numpy()
+    assert (np.asarray(grid(pictures, columns)) == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("pictures", "columns"),
+    [([], 3), (_pictures(2), 0), ([*_pictures(1), *_pictures(1, (4, 4))], 2)],
+)
+def test_impossible_grids_are_refused(pictures, columns):
+    with pytest.raises(ValueError, match="grid"):
+        grid(pictures, columns)
