@@ -1,0 +1,193 @@
+"""YAML -> plain dict -> objects.
+
+A config file is data from elsewhere, so nothing in it is executed: `target` is looked up in the
+tables of `legacy` (never imported to see what it is), `${…}` may only name another place in the
+same file (no resolvers, so no environment variables), and size is capped. Numbers are read as
+OmegaConf does (`1.e-6` is a float, unlike in plain YAML 1.1).
+"""
+
+import inspect
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ldm.loading import legacy
+
+__all__ = ["find", "instantiate", "parse", "read"]
+
+log = logging.getLogger(__name__)
+
+MAX_BYTES = 1 << 20
+MAX_NODES = 10_000  # values in a file once aliases and references are followed
+REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*(?:\.\w+)*)\}")
+
+
+def find(path: str | Path) -> Path:
+    """A file as given, or beneath the project root, or beneath the installed package.
+
+    Raises FileNotFoundError naming what was tried.
+    """
+    package = Path(__file__).resolve().parents[1]
+    places = [Path(path).expanduser(), package.parent / path, package / path]
+    for place in places:
+        if place.is_file():
+            return place
+    tried = ", ".join(f"`{place}`" for place in dict.fromkeys(map(str, places)))
+    raise FileNotFoundError(f"no file `{path}` (tried {tried})")
+
+
+def read(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The content of a YAML file as plain dicts, lists and values, references resolved.
+
+        overrides: `model.params.linear_end=0.02`, applied last, values parsed as YAML.
+    Raises FileNotFoundError, or ValueError for what is not a config.
+    """
+    place = find(path)
+    if place.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path}: {place.stat().st_size} bytes is too much for a config")
+    try:
+        text = place.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file ({error.reason})") from error
+    return parse(text, overrides, where=str(path))
+
+
+def parse(text: str, overrides: Iterable[str] = (), *, where: str = "config") -> dict[str, Any]:
+    """As `read`, from the text of a YAML file."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    overrides = list(overrides)
+    try:
+        loaded = OmegaConf.create(text, max_yaml_expanded_nodes=MAX_NODES)
+        raw = OmegaConf.to_container(loaded, resolve=False)
+        if not isinstance(raw, dict):
+            raise ValueError(f"{where}: not a config, a mapping with `model:` is expected")
+        for override in overrides:
+            section = re.split(r"[.=\[]", override)[0]
+            if "=" not in override or section not in raw:
+                raise ValueError(
+                    f"override `{override}` does not fit {where}: `section.key=value` with one of "
+                    f"the sections {', '.join(map(str, raw))} is expected"
+                )
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(overrides))
+        raw = OmegaConf.to_container(merged, resolve=False)
+    except (OmegaConfBaseException, YAMLError, RecursionError) as error:
+        raise ValueError(f"{where}: {_first_line(error)}") from error
+    return _Resolver(raw, where).resolve(raw)
+
+
+class _Resolver:
+    """Follows `${section.key}` where that is the whole value, with a budget of values."""
+
+    def __init__(self, root: Any, where: str) -> None:
+        self.root, self.where, self.budget = root, where, MAX_NODES
+
+    def resolve(self, node: Any, depth: int = 0) -> Any:
+        self.budget -= 1
+        if self.budget < 0 or depth > 64:
+            raise ValueError(f"{self.where}: references expand without end")
+        if isinstance(node, dict):
+            return {str(key): self.resolve(value, depth + 1) for key, value in node.items()}
+        if isinstance(node, list):
+            return [self.resolve(value, depth + 1) for value in node]
+        if isinstance(node, str) and "${" in node:
+            return self.resolve(self.look_up(node), depth + 1)
+        return node
+
+    def look_up(self, text: str) -> Any:
+        match = REFERENCE.fullmatch(text)
+        if match is None:
+            raise ValueError(
+                f"{self.where}: `{text}` is not supported, a reference is a whole value such as "
+                "`${model.params.channels}`"
+            )
+        node = self.root
+        for key in match[1].split("."):
+            if isinstance(node, list) and key.isdigit() and int(key) < len(node):
+                node = node[int(key)]
+            elif isinstance(node, dict) and key in node:
+                node = node[key]
+            else:
+                raise ValueError(f"{self.where}: `{text}` names nothing in this file")
+        return node
+
+
+def instantiate(
+    spec: Mapping[str, Any],
+    *,
+    allow: Sequence[str] = (),
+    where: str = "config",
+    skipped: list[str] | None = None,
+) -> Any:
+    """The object that a `{"target": …, "params": {…}}` describes, parts of it likewise.
+
+        allow: packages whose classes may be named beside the known ones.
+        where: file and place, for messages.
+        skipped: receives the names of the parameters without meaning here.
+    Raises ValueError for an unknown target or parameter, naming the nearest known one.
+    """
+    spec = legacy.translate(spec, where=where, skipped=skipped)
+    make = _resolve(spec["target"], allow, where)
+    params = dict(spec.get("params") or {})
+    for key in sorted(set(params) & getattr(make, "IGNORED", frozenset())):
+        log.debug("%s: `%s` has no meaning for %s", where, key, make.__name__)
+        if skipped is not None:
+            skipped.append(f"{where}.{key}")
+        del params[key]
+    _check(make, params, where)
+    for key, value in params.items():
+        if isinstance(value, Mapping) and "target" in value:
+            inner = f"{where}.{key}"
+            params[key] = instantiate(value, allow=allow, where=inner, skipped=skipped)
+    try:
+        return make(**params)
+    except (TypeError, ValueError, AssertionError, KeyError, IndexError) as error:
+        if str(error).startswith(where):
+            raise
+        raise ValueError(f"{where}: {make.__name__} refuses its parameters: {error}") from error
+
+
+def _resolve(target: Any, allow: Sequence[str], where: str) -> Callable[..., Any]:
+    """The class (or function of ours) behind a dotted name, refused before any import."""
+    if target in legacy.OURS:
+        module, _, name = target.rpartition(".")
+        return getattr(import_module(module), name)
+    package = next((p for p in allow if str(target).startswith(p + ".")), None)
+    if package is None:
+        raise legacy.unknown("target", target, legacy.known_targets(), where)
+    parts = target.split(".")
+    if not all(part.isidentifier() and not part.startswith("__") for part in parts):
+        raise ValueError(f"{where}: `{target}` is not the name of a class")
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{where}: target `{target}` cannot be found: {error}") from error
+    home = getattr(found, "__module__", "")
+    if not inspect.isclass(found) or not f"{home}.".startswith(package + "."):
+        raise ValueError(f"{where}: target `{target}` is not a class of the package `{package}`")
+    return found
+
+
+def _check(make: Callable[..., Any], params: Mapping[str, Any], where: str) -> None:
+    signature = inspect.signature(make).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in signature):
+        return
+    known = [p.name for p in signature]
+    for key in params:
+        if key not in known:
+            raise legacy.unknown(f"parameter of {make.__name__}", key, known, where)
+    needed = [p.name for p in signature if p.default is p.empty and p.name not in params]
+    if needed:
+        names = ", ".join(f"`{name}`" for name in needed)
+        raise ValueError(f"{where}: {make.__name__} needs {names}")
+
+
+def _first_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text[:300] or type(error).__name__

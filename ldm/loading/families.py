@@ -1,0 +1,179 @@
+"""Whose weights are these: which published family, which config, and do they predict eps or v?
+
+Families are told apart by shapes alone: the channels that the UNet reads, the width of the context
+and of the global embedding. Shapes cannot tell eps from v, so that is decided by independent
+methods whose verdicts are kept side by side:
+
+    marker   a `v_pred` tensor, or `modelspec.prediction_type` in the file's metadata
+    family   every published model of the family predicts the same
+    step     `global_step` of the published SD 2 files
+    bias     spread of one norm's bias in the last block, small in eps models of SD 2
+    probe    one pass of the UNet over a constant: a v model answers with minus its input
+
+All names here are ours (`legacy.rename`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FAMILIES", "Family", "Prediction", "Verdict", "predict", "probe", "recognise"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A published family: how its weights look, and what serves it.
+
+    channels, context, vector: widths of the UNet's input, of the tokens, of the global embedding.
+    config: for eps, and for v where that differs.
+    """
+
+    name: str
+    title: str
+    channels: int
+    context: int | None
+    vector: int | None
+    predicts: str | None
+    config: str
+    config_v: str = ""
+    script: str = "scripts/txt2img.py"
+
+
+# fmt: off
+FAMILIES = (
+    Family("sd1", "Stable Diffusion 1", 4, 768, None, "eps", "v1-inference"),
+    Family("sd1-inpainting", "Stable Diffusion 1 inpainting", 9, 768, None, "eps",
+           "v1-inpainting-inference", script="scripts/inpaint.py"),
+    Family("sd2", "Stable Diffusion 2", 4, 1024, None, None, "v2-inference", "v2-inference-v"),
+    Family("sd2-inpainting", "Stable Diffusion 2 inpainting", 9, 1024, None, "eps",
+           "v2-inpainting-inference", script="scripts/inpaint.py"),
+    Family("sd2-depth", "Stable Diffusion 2 depth", 5, 1024, None, "eps", "v2-midas-inference",
+           script="scripts/depth2img.py"),
+    Family("x4", "Stable Diffusion x4 upscaler", 7, 1024, 1000, "v", "x4-upscaling",
+           script="scripts/upscale.py"),
+    Family("unclip-l", "Stable unCLIP 2.1 (CLIP ViT-L)", 4, 1024, 1536, "v",
+           "v2-1-stable-unclip-l-inference", script="scripts/unclip.py"),
+    Family("unclip-h", "Stable unCLIP 2.1 (OpenCLIP ViT-H)", 4, 1024, 2048, "v",
+           "v2-1-stable-unclip-h-inference", script="scripts/unclip.py"),
+    Family("sdxl", "Stable Diffusion XL", 4, 2048, 2816, "eps", "", script=""),
+    Family("sdxl-refiner", "Stable Diffusion XL refiner", 4, 1280, 2560, "eps", "", script=""),
+)
+# fmt: on
+
+# `global_step` in the published files of SD 2: 512-base-ema, v2-1_512-*, v2-1_768-*.
+STEPS = {875_000: "eps", 220_000: "eps", 110_000: "v"}
+BIAS = "unet.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+BIAS_LIMIT = 0.09
+PROBE_LIMIT = -1.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one method says: "eps", "v" or None, and the number it looked at."""
+
+    method: str
+    says: str | None
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the network predicts, by the first method that has an answer; all answers are kept."""
+
+    kind: str | None
+    verdicts: tuple[Verdict, ...] = field(default=())
+
+    @property
+    def disputed(self) -> bool:
+        """Two methods contradict each other."""
+        return len({verdict.says for verdict in self.verdicts if verdict.says}) > 1
+
+    @property
+    def votes(self) -> int:
+        """How many methods had an answer."""
+        return sum(verdict.says is not None for verdict in self.verdicts)
+
+    def __str__(self) -> str:
+        said = [f"{v.method}: {v.says or 'nothing'} ({v.evidence})" for v in self.verdicts]
+        return f"{self.kind or 'unknown'} by {'; '.join(said)}"
+
+
+def recognise(state: Mapping[str, Tensor]) -> Family | None:
+    """The family of weights under our names, or None if no published one looks like this."""
+    first, last = state.get("unet.input_blocks.0.0.weight"), None
+    if first is None or first.dim() != 4:
+        return None
+    label = state.get("unet.label_emb.0.0.weight", state.get("unet.label_emb.weight"))
+    vector = None
+    if label is not None:  # Linear (out, in) for an embedding, Embedding (n, width) for a number
+        vector = label.shape[1] if "unet.label_emb.0.0.weight" in state else label.shape[0]
+    keys = (name for name in state if name.startswith("unet.") and "attn2.to_k.weight" in name)
+    last = next(keys, None)
+    context = state[last].shape[1] if last else None
+    look = (first.shape[1], context, vector)
+    return next((f for f in FAMILIES if (f.channels, f.context, f.vector) == look), None)
+
+
+def predict(
+    family: Family | None,
+    state: Mapping[str, Tensor],
+    *,
+    step: int | None = None,
+    markers: Mapping[str, str] | None = None,
+) -> Prediction:
+    """What the weights predict, by every method that costs no pass of the network.
+
+    state: under our names; only one small tensor is read.
+    markers: metadata of the file, and `v_pred` if it holds such a tensor.
+    """
+    verdicts = [_by_marker(markers or {})]
+    if family is not None and family.predicts:
+        verdicts.append(Verdict("family", family.predicts, family.title))
+    elif family is not None:
+        says = STEPS.get(step or 0)
+        verdicts.append(Verdict("step", says, f"global_step {step}"))
+        verdicts.append(_by_bias(state))
+    return _decided([verdict for verdict in verdicts if verdict is not None])
+
+
+@torch.no_grad()
+def probe(unet: nn.Module, prediction: Prediction, context: int = 1024) -> Prediction:
+    """The same with one more verdict: the UNet's answer to a constant at the noisiest step.
+
+    There z_t is almost pure noise, eps is nearly z_t itself, and v is nearly minus the image.
+    """
+    weight = next(unet.parameters())
+    x = torch.full((1, 4, 8, 8), 0.5, device=weight.device, dtype=weight.dtype)
+    tokens = torch.full((1, 2, context), 0.5, device=weight.device, dtype=weight.dtype)
+    answer = unet(x, torch.tensor([999], device=weight.device), context=tokens)
+    shift = float((answer.float() - x.float()).mean())
+    says = None if shift != shift else ("v" if shift < PROBE_LIMIT else "eps")
+    verdict = Verdict("probe", says, f"mean shift {shift:.3f}, v below {PROBE_LIMIT:g}")
+    return _decided([*prediction.verdicts, verdict])
+
+
+def _by_marker(markers: Mapping[str, str]) -> Verdict | None:
+    named = markers.get("modelspec.prediction_type", "")
+    if "v_pred" in markers or named == "v":
+        return Verdict("marker", "v", f"`{named or 'v_pred'}`")
+    if named in ("epsilon", "eps"):
+        return Verdict("marker", "eps", f"`{named}`")
+    return None
+
+
+def _by_bias(state: Mapping[str, Tensor]) -> Verdict:
+    if BIAS not in state:
+        return Verdict("bias", None, "no such layer")
+    spread = float(state[BIAS].float().std())
+    says = "v" if spread > BIAS_LIMIT else "eps"
+    return Verdict("bias", says, f"std {spread:.4f}, v above {BIAS_LIMIT}")
+
+
+def _decided(verdicts: list[Verdict]) -> Prediction:
+    """The most reliable method that answered: marker, family, step, probe, then bias."""
+    order = ("marker", "family", "step", "probe", "bias")
+    ranked = sorted(verdicts, key=lambda verdict: order.index(verdict.method))
+    kind = next((verdict.says for verdict in ranked if verdict.says), None)
+    return Prediction(kind, tuple(ranked))

@@ -1,0 +1,158 @@
+"""Pickled checkpoints, read without running anything in them.
+
+A pickle is a program that may import and call whatever it names. torch's restricted unpickler runs
+only the few functions that rebuild tensors; on top of those, this file lends it stand-ins for the
+names that old training frameworks left in published files, each an empty class, so neither
+Lightning nor numpy need be installed or trusted. There is no way around it: no fallback, no flag.
+"""
+
+import contextlib
+import pickletools
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+__all__ = ["foreign_names", "names_in", "read"]
+
+MAX_PICKLE = 100_000_000  # bytes
+MAX_MEMBERS = 100_000
+MEMBER = re.compile(
+    r"[^/]+/(data\.pkl|data/\d+|version|byteorder|\.format_version|\.storage_alignment"
+    r"|\.data/serialization_id)"
+)
+SAFE_TORCH = (2, 10)  # the restricted unpickler of older versions had holes
+HARMLESS = re.compile(  # only decides which names an error message lists
+    r"collections\.OrderedDict|torch\._utils\._rebuild_\w+|torch\.\w+Storage"
+    r"|torch\.\w+\d+|torch\.Size"
+)
+
+INERT = (
+    "_codecs.encode",
+    "argparse.Namespace",
+    "lightning.pytorch.callbacks.early_stopping.EarlyStopping",
+    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "numpy._core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy.core.multiarray.scalar",
+    "numpy.dtype",
+    "numpy.ndarray",
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+)
+
+
+class Inert:
+    """Stands for an object of a foreign class: takes any arguments and state, keeps none."""
+
+    def __init__(self, *args: Any) -> None: ...
+
+    def __new__(cls, *args: Any) -> "Inert":
+        return object.__new__(cls)
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+# One class per name: files use such classes as dictionary keys.
+STAND_INS = [(type(name.rpartition(".")[2], (Inert,), {}), name) for name in INERT]
+
+
+def read(path: Path, kind: str) -> dict[str, Any]:
+    """A `.ckpt` through torch's restricted unpickler, which runs nothing outside its short list."""
+    numbers = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    if numbers is None or (int(numbers[1]), int(numbers[2])) < SAFE_TORCH:
+        raise ValueError(
+            f"`{path}`: reading pickles safely needs torch 2.10 or newer, this is "
+            f"{torch.__version__}\nhint: a .safetensors file can be read by any"
+        )
+    if kind == "zip":
+        _check_members(path)
+    try:
+        with torch.serialization.safe_globals(list(STAND_INS)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            mapped = kind == "zip"
+            content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # whatever a hostile file provokes in the parser, it is refused
+        foreign = foreign_names(path, kind)
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if foreign:
+            names = ", ".join(f"`{name}`" for name in foreign[:10])
+            reason = f"its pickle names {names}, which weights do not need"
+        raise ValueError(f"`{path}` is refused: {reason}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"`{path}` holds a {type(content).__name__}, not weights by name")
+    return content
+
+
+def names_in(path: Path, kind: str) -> list[str]:
+    """The names that the pickles in a file would import, found without running them."""
+    found: set[str] = set()
+    if kind == "zip":
+        with contextlib.suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if member.filename.endswith(".pkl") and member.file_size <= MAX_PICKLE:
+                    with archive.open(member) as file:
+                        found.update(_imports(file))
+    else:
+        with path.open("rb") as file:
+            for _ in range(5):  # magic number, protocol, system, content, names of storages
+                found.update(_imports(file))
+    return sorted(found)
+
+
+def foreign_names(path: Path, kind: str) -> list[str]:
+    """Those of `names_in` that neither torch nor the stand-ins answer to."""
+    names = names_in(path, kind)
+    return [name for name in names if name not in INERT and not HARMLESS.fullmatch(name)]
+
+
+def _check_members(path: Path) -> None:
+    """Names and sizes inside a zip, before anything reads it: torch.save makes no others."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"`{path}` is damaged: {error}") from error
+    for member in members:
+        if not MEMBER.fullmatch(member.filename):
+            raise ValueError(f"`{path}` is refused: `{member.filename}` has no place in weights")
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+            raise ValueError(f"`{path}` is refused: `{member.filename}` is compressed")
+        if member.filename.endswith("data.pkl") and member.file_size > MAX_PICKLE:
+            raise ValueError(f"`{path}` is refused: a pickle of {member.file_size} bytes")
+    names = [member.filename for member in members]
+    if len(set(names)) < len(names) or sum(name.endswith("/data.pkl") for name in names) != 1:
+        raise ValueError(f"`{path}` is refused: exactly one `data.pkl` is expected")
+    if len(names) > MAX_MEMBERS:
+        raise ValueError(f"`{path}` is refused: {len(names)} members")
+
+
+def _imports(file: IO[bytes]) -> Iterator[str]:
+    """Names that a pickle imports; ends quietly where the pickle is malformed."""
+    strings: list[str] = []
+    memo: dict[Any, str] = {}
+    try:
+        for opcode, argument, _ in pickletools.genops(file):
+            if opcode.name in ("GLOBAL", "INST"):
+                yield str(argument).replace(" ", ".", 1)
+            elif opcode.name == "STACK_GLOBAL":
+                yield ".".join(strings[-2:])
+            elif opcode.name.startswith("EXT"):
+                yield f"copyreg extension {argument}"
+            elif isinstance(argument, str):
+                strings.append(argument)
+            elif opcode.name == "MEMOIZE" and strings:
+                memo[len(memo)] = strings[-1]
+            elif opcode.name in ("BINPUT", "LONG_BINPUT") and strings:
+                memo[argument] = strings[-1]
+            elif opcode.name in ("BINGET", "LONG_BINGET") and argument in memo:
+                strings.append(memo[argument])
+    except (ValueError, EOFError, IndexError):
+        return
