@@ -31,6 +31,7 @@ LEGACY = {
     "x0-eps": "an x0 prediction is taken for eps",
     "encode": "DDIM inversion tells the network the loop index, and takes v for eps",
     "watermark": "the weaker watermark, dwtDct",
+    "size": "height and width cut down to multiples of 8",
 }
 DEFAULT_GRIDS = {"ddim": "uniform", "plms": "uniform", "dpm": "time_uniform"}
 Callback = Callable[[int, int, Tensor, Tensor], None]
@@ -54,7 +55,7 @@ def txt2img(
     model: LatentDiffusion,
     prompts: Sequence[str],
     *,
-    negative_prompt: str = "",
+    negative_prompt: str | Sequence[str] = "",
     size: tuple[int, int] | None = None,
     scale: Scale = 9.0,
     tile: int | None = None,
@@ -62,7 +63,7 @@ def txt2img(
 ) -> Tensor:
     """One image per prompt, (B, 3, H, W) float32 in [-1, 1].
 
-        negative_prompt: what to steer away from; "" is the unconditional model.
+        negative_prompt: what to steer away from, for all or one for each; "" is nothing.
         size: (height, width) in pixels, multiples of 8; None = the model's own.
         scale: guidance; 1 is none.
         tile: decode in tiles of this many latent pixels (None = whole).
@@ -72,7 +73,7 @@ def txt2img(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     uncond = None
     if scale != 1:
-        uncond = model.condition({"txt": [negative_prompt]}).repeat(len(prompts))
+        uncond = _negative(model, negative_prompt, len(prompts))
     cond = _finite(model.condition({"txt": prompts}), "the text encoder")
     z = sample(model, cond, uncond, size=size, scale=scale, **options)  # type: ignore[arg-type]
     return _finite(model.decode(_finite(z, "the UNet"), tile=tile), "the VAE").clamp(-1, 1)
@@ -184,6 +185,16 @@ def _seeds(seeds: int | Sequence[int] | None, n: int) -> list[int]:
     if len(seeds) != n:
         raise ValueError(f"{len(seeds)} seeds were given for {n} images")
     return list(seeds)
+
+
+def _negative(model: LatentDiffusion, negative: str | Sequence[str], n: int) -> Cond:
+    """The condition to steer away from, n rows; what all share is encoded once."""
+    negatives = [negative] if isinstance(negative, str) else list(negative)
+    if len(set(negatives)) == 1:
+        return model.condition({"txt": negatives[:1]}).repeat(n)
+    if len(negatives) != n:
+        raise ValueError(f"{len(negatives)} negative prompts were given for {n} images")
+    return model.condition({"txt": negatives})
 
 
 def _options(

@@ -1,0 +1,251 @@
+"""Flags: the groups that scripts put their command lines together from, and how they are read.
+
+Flags may be written with `_` or `-`, and shortened while that is unambiguous. Nothing here imports
+torch, so `--help` and a misspelt flag answer at once; tests hold the lists of names to the truth.
+"""
+
+import argparse
+import difflib
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+SAMPLERS = (
+    *("ddim", "plms", "dpm", "euler", "euler_a", "heun"),
+    *("dpmpp_2s_a", "dpmpp_2m_sde", "lms", "dpmpp_2m"),
+)
+SPACINGS = ("uniform", "trailing", "karras", "exponential", "time_uniform")
+ATTENTION = ("xformers", "sdpa", "math")
+LEGACY = ("steps", "noise", "truncate", "plms-v", "x0-eps", "watermark", "size")
+# A shortened flag means what it meant to the original script, whatever was added since.
+ORIGINAL = frozenset(
+    [
+        *("--help", "--prompt", "--outdir", "--steps", "--plms", "--dpm", "--fixed_code"),
+        *("--ddim_eta", "--n_iter", "--H", "--W", "--C", "--f", "--n_samples", "--n_rows"),
+        *("--scale", "--from-file", "--config", "--ckpt", "--seed", "--precision", "--repeat"),
+        *("--device", "--torchscript", "--ipex", "--bf16"),
+    ]
+)
+
+
+def parser(description: str | None, *parents: ArgumentParser, **defaults: Any) -> ArgumentParser:
+    """The parser of one script: its docstring, groups of flags, and its own defaults."""
+    made = ArgumentParser(
+        description=description,
+        parents=list(parents),
+        usage="%(prog)s [flags] [key=value ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.set_defaults(**defaults)
+    return made
+
+
+def model_flags() -> ArgumentParser:
+    """Which model, where and how precisely it runs."""
+    parent = ArgumentParser(add_help=False)
+    group = parent.add_argument_group("model", "key=value changes the YAML: model.params.x=1")
+    add = group.add_argument
+    add("--ckpt", metavar="FILE", help="checkpoint, .ckpt or .safetensors (the small demo model)")
+    add("--config", metavar="FILE", help="YAML of the model (recognised from the checkpoint)")
+    add("--ema", action="store_true", help="use the EMA weights of the checkpoint")
+    add(
+        "--allow-module",
+        action="append",
+        default=[],
+        metavar="M",
+        help="trust targets in package M",
+    )
+    add("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu (the first that is there)")
+    add(
+        "--precision",
+        choices=["full", "autocast", "fp16", "bf16"],
+        default="autocast",
+        help="full is fp32; autocast what suits device and model (%(default)s)",
+    )
+    add("--bf16", dest="precision", action="store_const", const="bf16", help="--precision bf16")
+    add("--attention", choices=ATTENTION, help="implementation of attention (the fastest there is)")
+    add("--tile", "--vae-tile", nargs="?", type=_count, const=512, metavar="PIXELS",
+        help="decode in tiles of this many pixels, to save memory (%(const)s)")  # fmt: skip
+    add("--C", type=int, metavar="N", help="latent channels; the model knows")
+    add("--f", type=int, metavar="N", help="downsampling factor; the model knows")
+    for name in ("--torchscript", "--ipex", "--laion400m"):
+        add(name, action="store_true", help="accepted and ignored")
+    add("--verbose", action="store_true", help="say more, and show the traceback of an error")
+    return parent
+
+
+def prompt_flags() -> ArgumentParser:
+    """What is to be seen."""
+    parent = ArgumentParser(add_help=False)
+    add = parent.add_argument_group("prompt").add_argument
+    add("--prompt", nargs="?", metavar="TEXT", help="what to paint (%(default)s)")
+    add("--negative-prompt", default="", metavar="TEXT", help="what to stay away from")
+    add("--from-file", metavar="FILE", help="one prompt per line, blank lines too; a line may end"
+        ' in --seed N and --negative-prompt "TEXT"')  # fmt: skip
+    add(
+        "--repeat",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="use each line of the file so often (%(default)s)",
+    )
+    return parent
+
+
+def sampling_flags() -> ArgumentParser:
+    """How the picture is found."""
+    parent = ArgumentParser(add_help=False)
+    add = parent.add_argument_group("sampling").add_argument
+    add(
+        "--steps",
+        "--ddim_steps",
+        type=_count,
+        default=50,
+        metavar="N",
+        help="sampling steps (%(default)s)",
+    )
+    add("--sampler", choices=SAMPLERS, metavar="NAME", help=f"{', '.join(SAMPLERS)} (ddim)")
+    add("--plms", action="store_true", help="--sampler plms")
+    add("--dpm", "--dpm_solver", action="store_true", help="--sampler dpm: DPM-Solver++ 2M")
+    add(
+        "--spacing",
+        "--grid-spacing",
+        choices=SPACINGS,
+        metavar="NAME",
+        help="where the steps lie: " + ", ".join(SPACINGS) + " (the sampler's own)",
+    )
+    add(
+        "--ddim_eta",
+        "--eta",
+        type=float,
+        default=0.0,
+        metavar="ETA",
+        help="share of fresh noise (%(default)s)",
+    )
+    add("--scale", type=float, default=9.0, metavar="S", help="guidance; 1 is none (%(default)s)")
+    add(
+        "--seed",
+        type=int,
+        default=42,
+        metavar="N",
+        help="image k of the run has seed + k (%(default)s)",
+    )
+    add("--fixed_code", action="store_true", help="the same start noise for every batch")
+    add(
+        "--H", type=int, metavar="N", help="height in pixels, a multiple of 8 (512, or the model's)"
+    )
+    add("--W", type=int, metavar="N", help="width in pixels, a multiple of 8 (512, or the model's)")
+    add("--legacy", nargs="?", type=_quirks, const=frozenset(LEGACY), default=frozenset(),
+        metavar="NAMES", help="do as the original: all or some of " + ",".join(LEGACY))  # fmt: skip
+    return parent
+
+
+def output_flags() -> ArgumentParser:
+    """How many pictures, and what becomes of them."""
+    parent = ArgumentParser(add_help=False)
+    add = parent.add_argument_group("output").add_argument
+    add("--outdir", nargs="?", metavar="DIR", help="folder for samples/ and the grid (%(default)s)")
+    add("--n_samples", type=_count, default=3, metavar="N", help="batch size (%(default)s)")
+    add(
+        "--n_iter",
+        type=_count,
+        default=3,
+        metavar="N",
+        help="how often all prompts are used (%(default)s)",
+    )
+    add(
+        "--n_rows",
+        type=int,
+        default=0,
+        metavar="N",
+        help="pictures per row of the grid (the batch size)",
+    )
+    add("--skip_grid", action="store_true", help="do not save the grid")
+    add("--skip_save", action="store_true", help="do not save single pictures")
+    add("--no-watermark", action="store_true", help="leave the invisible watermark out")
+    add("--json", action="store_true", help="write one JSON object per picture to stdout")
+    return parent
+
+
+def parse(parser: ArgumentParser, argv: Sequence[str] | None = None) -> Namespace:
+    """Understand a command line, in either spelling, without importing anything heavy.
+
+    argv: words after the script's name; those of this process if None.
+    Returns the flags; `overrides` holds the key=value words, `size` is (H, W) with None for unset.
+    Exits with status 2 and one line about the first mistake.
+    """
+    words = _spelled(parser, list(sys.argv[1:] if argv is None else argv))
+    args, rest = parser.parse_known_args(words)
+    args.overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    for word in rest:
+        if word not in args.overrides:
+            _refuse(parser, word)
+    if "sampler" in args:
+        _settle(parser, args)
+    for flag in ("prompt", "outdir"):
+        if flag in args and getattr(args, flag) is None:
+            parser.error(f"--{flag} needs a value")
+    return args
+
+
+def _spelled(parser: ArgumentParser, words: list[str]) -> list[str]:
+    """The words with every long flag in the spelling the parser knows."""
+    end = words.index("--") if "--" in words else len(words)
+    return [_flag(parser, word) for word in words[:end]] + words[end:]
+
+
+def _flag(parser: ArgumentParser, word: str) -> str:
+    name, equals, value = word.partition("=")
+    if not name.startswith("--"):
+        return word
+    key = name.replace("-", "_")
+    flags = parser._option_string_actions
+    for pool in (ORIGINAL & flags.keys(), flags.keys()):
+        exact = [flag for flag in pool if flag.replace("-", "_") == key]
+        found = exact or [flag for flag in pool if flag.replace("-", "_").startswith(key)]
+        if len({id(flags[flag]) for flag in found}) == 1:
+            return found[0] + equals + value
+    if found:
+        parser.error(f"`{name}` could be any of {', '.join(sorted(found))}")
+    return word
+
+
+def _refuse(parser: ArgumentParser, word: str) -> NoReturn:
+    known = parser._option_string_actions
+    near = difflib.get_close_matches(word.partition("=")[0].replace("-", "_"), known, n=1)
+    near = near or difflib.get_close_matches(word.partition("=")[0], known, n=1)
+    hint = f", did you mean `{near[0]}`?" if near else ""
+    parser.error(f"unknown argument `{word}`{hint}")
+
+
+def _settle(parser: ArgumentParser, args: Namespace) -> None:
+    """Decide what several flags say together."""
+    chosen = "plms" if args.plms else "dpm" if args.dpm else None
+    if chosen and args.sampler not in (None, chosen):
+        parser.error(f"--{chosen} contradicts --sampler {args.sampler}")
+    args.sampler = chosen or args.sampler or "ddim"
+    if args.sampler == "plms" and args.ddim_eta != 0:
+        parser.error("PLMS is deterministic: --ddim_eta must be 0")
+    for flag in ("H", "W"):
+        side = getattr(args, flag)
+        if side is not None and "size" in args.legacy:
+            side -= side % 8
+        if side is not None and (side < 8 or side % 8):
+            parser.error(f"--{flag} {side} is not a positive multiple of 8")
+        setattr(args, flag, side)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"`{text}` is not a whole number from 1 up")
+    return int(text)
+
+
+def _quirks(text: str) -> frozenset[str]:
+    names = [name.strip() for name in text.replace("_", "-").split(",")]
+    for name in names:
+        if name not in LEGACY:
+            raise argparse.ArgumentTypeError(f"unknown `{name}`, choose from {', '.join(LEGACY)}")
+    return frozenset(names)

@@ -1,0 +1,347 @@
+"""Jobs: which pictures a run makes, which process makes them, and what becomes of each.
+
+    flags -> plan -> batches of Job -> run(make) -> samples/00000.png …, grid-0000.png
+
+`make` is the one call of a pipeline; everything around it (shares of several processes, progress,
+a second try after NaN, watermark, metadata, grid) is the same for every task.
+"""
+
+import json
+import logging
+import re
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.cli import share
+from ldm.provenance import describe, marked, method
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from ldm.imaging.folder import OutputFolder
+    from ldm.model import LatentDiffusion
+
+GRID_LIMIT = 1024  # pictures; more would be kept in memory for a grid nobody can look at
+LINE_OPTION = re.compile(r"(?:^|\s)--(?:seed|negative[-_]prompt)(?=[\s=]|$)")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to make.
+
+    index: place in the run, from 0, the same however many processes share the run.
+    seed: of all its noise; start: of the noise it starts from (`--fixed_code` shares it).
+    """
+
+    index: int
+    prompt: str
+    negative_prompt: str
+    seed: int
+    start: int
+
+
+Batch = list[Job]
+Make = Callable[[Batch, Callable[..., None]], "Tensor"]
+
+
+def plan(args: Namespace) -> list[Batch]:
+    """This process' share of the run, as batches.
+
+    The run is `n_iter` times all lines of the file, each `repeat` times (or `n_samples` times the
+    prompt), in batches of `n_samples` that do not reach across iterations. Image k has seed + k;
+    where a line has a seed of its own, its r-th picture has that seed + r.
+    Raises ValueError naming file and line, or for a sequential run shared by several processes.
+    """
+    rank, ranks = share()
+    if ranks > 1 and "noise" in args.legacy:
+        raise ValueError("--legacy noise draws one picture after the other: run a single process")
+    lines = read_lines(args) if args.from_file else [(args.prompt, {})] * args.n_samples
+    batches: list[Batch] = []
+    for iteration in range(args.n_iter):
+        for first in range(0, len(lines), args.n_samples):
+            places = range(first, min(first + args.n_samples, len(lines)))
+            batches.append([_job(args, lines, iteration, place) for place in places])
+    mine = batches[rank::ranks]
+    if ranks > 1:
+        log.info("process %d of %d: %d of %d batches", rank, ranks, len(mine), len(batches))
+    return mine
+
+
+def read_lines(args: Namespace) -> list[tuple[str, dict[str, Any]]]:
+    """(prompt, options) for each line of the prompt file, each repeated.
+
+    A blank line is an empty prompt, as it always was. Options stand at the end of a line.
+    """
+    text = Path(args.from_file).read_text("utf-8")
+    lines = [
+        _line(line, f"{args.from_file}:{number}")
+        for number, line in enumerate(text.splitlines(), start=1)
+    ]
+    if not lines:
+        raise ValueError(f"{args.from_file} is empty")
+    return [line for line in lines for _ in range(args.repeat)]
+
+
+def keywords(batch: Batch, args: Namespace, model: "LatentDiffusion") -> dict[str, Any]:
+    """What every pipeline is told about a batch, from the flags."""
+    told = {
+        "negative_prompt": [job.negative_prompt for job in batch],
+        "size": args.size,
+        "steps": args.steps,
+        "sampler": args.sampler,
+        "grid": args.spacing,
+        "eta": args.ddim_eta,
+        "scale": args.scale,
+        "seeds": [job.seed for job in batch],
+        "legacy": args.legacy,
+        "tile": args.tile and max(args.tile // model.downscale, 1),
+    }
+    if args.fixed_code and ("noise" in args.legacy or any(j.start != j.seed for j in batch)):
+        told["x_T"] = _start_noise(batch, args, model)
+    return told
+
+
+def maker(pipeline: Callable[..., "Tensor"], model: "LatentDiffusion", args: Namespace) -> Make:
+    """A pipeline as the function of a batch that `run` wants."""
+
+    def make(batch: Batch, callback: Callable[..., None]) -> "Tensor":
+        prompts = [job.prompt for job in batch]
+        return pipeline(model, prompts, callback=callback, **keywords(batch, args, model))
+
+    return make
+
+
+def again(
+    info: dict[str, Any], args: Namespace, model: "LatentDiffusion", make: Make
+) -> "Image.Image":
+    """The picture of which `info` tells, in a batch of the same shape.
+
+    args: as `provenance.flags` gives them.
+    """
+    from ldm.imaging.pixels import to_pil
+
+    seed = info["seed"]
+    job = Job(
+        index=info["index"],
+        prompt=info["prompt"],
+        negative_prompt=info["negative_prompt"],
+        seed=seed,
+        start=info.get("start_seed", seed),
+    )
+    seed_globally(args, model)
+    for rows in info.get("earlier", ()):  # they drew from the same generator
+        make([job] * rows, _ignore)
+    image = make([job] * info["rows"], _ignore)
+    row = slice(info["row"], info["row"] + 1)
+    return marked(to_pil(image[row], truncate="truncate" in args.legacy)[0], info)
+
+
+def run(make: Make, batches: list[Batch], model: "LatentDiffusion", args: Namespace) -> None:
+    """Make every batch and save its pictures; paths (or JSON lines) go to stdout.
+
+    make: (batch, callback) -> image (B, 3, H, W) in [-1, 1].
+    What is finished stays, and gets its grid, however the run ends.
+    Raises NonFinite if a picture is NaN even in float32.
+    """
+    from ldm.imaging.folder import OutputFolder
+    from ldm.imaging.pixels import to_pil
+
+    folder = OutputFolder(args.outdir)
+    facts = describe(args, model)
+    shown: list[tuple[Image.Image, dict[str, Any]]] = []
+    if facts["watermark"] is None and not args.no_watermark:
+        log.warning("pictures of %dx%d are too small for a watermark: saved without", *args.size)
+    seed_globally(args, model)
+    try:
+        for number, (batch, callback) in enumerate(_progress(batches, args)):
+            image = _made(make, batch, callback, model)
+            facts["dtype"] = str(model.dtype).removeprefix("torch.")
+            for row, picture in enumerate(to_pil(image, truncate="truncate" in args.legacy)):
+                info = facts | _own(batches, number, row, args)
+                info["path"] = None if args.skip_save else _save(folder, picture, info)
+                _report(info, args.json)
+                if not args.skip_grid and len(shown) < GRID_LIMIT:
+                    shown.append((picture, info))
+    finally:
+        if shown:
+            _save_grid(folder, shown, args)
+    log.info("Your samples are ready and waiting for you here: \n%s \n \nEnjoy.", args.outdir)
+
+
+def seed_globally(args: Namespace, model: "LatentDiffusion") -> None:
+    """Under `--legacy noise`, where the original's generator stands when sampling begins."""
+    import torch
+
+    if "noise" in args.legacy:
+        torch.manual_seed(args.seed)
+        if args.fixed_code:
+            torch.randn(_latent_shape(args, model, args.n_samples), device=model.device)
+
+
+def _job(
+    args: Namespace, lines: Sequence[tuple[str, dict[str, Any]]], iteration: int, place: int
+) -> Job:
+    prompt, options = lines[place]
+    index = iteration * len(lines) + place
+    seed = args.seed + index
+    if "seed" in options:
+        repetition = place % args.repeat if args.from_file else 0
+        seed = options["seed"] + iteration * args.repeat + repetition
+    return Job(
+        index=index,
+        prompt=prompt,
+        negative_prompt=options.get("negative_prompt", args.negative_prompt),
+        seed=seed,
+        start=args.seed + place % args.n_samples if args.fixed_code else seed,
+    )
+
+
+def _line(text: str, where: str) -> tuple[str, dict[str, Any]]:
+    """A line taken apart: its prompt, and the options behind it."""
+    match = LINE_OPTION.search(text)
+    if match is None:
+        return text, {}
+    try:
+        words = shlex.split(text[match.start() :])
+    except ValueError as error:
+        raise ValueError(f"{where}: {str(error).lower()} in `{text.strip()}`") from error
+    options: dict[str, Any] = {}
+    while words:
+        name, equals, value = words.pop(0).partition("=")
+        key = name.removeprefix("--").replace("-", "_")
+        if not name.startswith("--") or key not in ("seed", "negative_prompt"):
+            raise ValueError(
+                f"{where}: `{name}` is not an option of a line, "
+                'it may end in --seed N and --negative-prompt "TEXT"'
+            )
+        if not equals and not words:
+            raise ValueError(f"{where}: {name} needs a value")
+        options[key] = value if equals else words.pop(0)
+    try:
+        return text[: match.start()], options | {"seed": int(options["seed"])}
+    except KeyError:
+        return text[: match.start()], options
+    except ValueError as error:
+        raise ValueError(f"{where}: seed `{options['seed']}` is not a number") from error
+
+
+def _made(make: Make, batch: Batch, callback: Callable[..., None], model: Any) -> "Tensor":
+    """The images of a batch; if NaN appears in half precision, once more in float32."""
+    import torch
+
+    from ldm.pipelines import NonFinite
+
+    try:
+        return make(batch, callback)
+    except NonFinite as error:
+        if model.dtype == torch.float32:
+            raise
+        log.warning("%s in %s: going on in float32 (--precision full)", error, model.dtype)
+    model.float()
+    return make(batch, callback)
+
+
+def _progress(batches: list[Batch], args: Namespace) -> Iterator[tuple[Batch, Callable[..., None]]]:
+    """Each batch with the callback that moves its bar; bars show on a terminal only."""
+    from tqdm import tqdm
+
+    hidden = not sys.stderr.isatty() or share()[0] > 0
+    for batch in tqdm(batches, "Sampling", disable=hidden):
+        with tqdm(desc=args.sampler, total=args.steps, leave=False, disable=hidden) as bar:
+
+            def advance(step: int, steps: int, *_: Any, bar: tqdm = bar) -> None:
+                bar.total = steps
+                bar.update()
+
+            yield batch, advance
+
+
+def _own(batches: list[Batch], number: int, row: int, args: Namespace) -> dict[str, Any]:
+    """What is a picture's own; enough to draw its noise again."""
+    batch = batches[number]
+    job = batch[row]
+    own = {
+        "index": job.index,
+        "prompt": job.prompt,
+        "negative_prompt": job.negative_prompt,
+        "seed": job.seed,
+        "row": row,
+        "rows": len(batch),
+    }
+    if args.fixed_code:
+        own |= {"fixed_code": True, "start_seed": job.start, "n_samples": args.n_samples}
+    if "noise" in args.legacy:
+        own |= {"run_seed": args.seed, "earlier": [len(before) for before in batches[:number]]}
+    return own
+
+
+def _save(folder: "OutputFolder", picture: "Image.Image", info: dict[str, Any]) -> str:
+    from ldm.imaging.metadata import fingerprint
+
+    unmarked = {"sha256_unmarked": fingerprint(picture)}
+    return str(folder.save_sample(marked(picture, info), info | unmarked))
+
+
+def _save_grid(
+    folder: "OutputFolder", shown: list[tuple["Image.Image", dict[str, Any]]], args: Namespace
+) -> None:
+    """All pictures of the run on one sheet, marked as a whole."""
+    from ldm.imaging.pixels import grid
+    from ldm.imaging.watermark import can_hold
+
+    sheet = grid([picture for picture, _ in shown], args.n_rows or args.n_samples)
+    keys = ("path", "prompt", "negative_prompt", "seed")
+    own = {
+        "task": "grid",
+        "watermark": method(args) if can_hold(sheet) else None,
+        "images": [{key: info[key] for key in keys} for _, info in shown],
+    }
+    info = shown[0][1] | own
+    path = folder.save_grid(marked(sheet, info), info)
+    if not args.json:
+        _say(str(path))
+
+
+def _report(info: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _say(json.dumps(info, ensure_ascii=False))
+    elif info["path"] is not None:
+        _say(info["path"])
+
+
+def _say(line: str) -> None:
+    """A line of results, between the bars if there are any."""
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def _ignore(*_: Any) -> None: ...
+
+
+def _start_noise(batch: Batch, args: Namespace, model: "LatentDiffusion") -> "Tensor":
+    """What `--fixed_code` starts every batch from, (B, C, h, w)."""
+    import torch
+
+    from ldm.pipelines import seeded_noise
+
+    if "noise" in args.legacy:
+        generator = torch.Generator(model.device).manual_seed(args.seed)
+        shape = _latent_shape(args, model, args.n_samples)
+        return torch.randn(shape, generator=generator, device=model.device)[: len(batch)]
+    like = torch.empty(_latent_shape(args, model, len(batch)), device=model.device)
+    return seeded_noise([job.start for job in batch])(like)
+
+
+def _latent_shape(args: Namespace, model: "LatentDiffusion", n: int) -> tuple[int, int, int, int]:
+    height, width = args.size
+    return n, model.channels, height // model.downscale, width // model.downscale
