@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recipe import fill
 from safetensors import safe_open
 from torch import Tensor
+
+from recipe import fill
 
 HERE = Path(__file__).parent / "data" / "goldens"
 ELSEWHERE = Path(os.environ.get("LDM_GOLDENS", Path(__file__).parents[2] / "shared" / "goldens"))

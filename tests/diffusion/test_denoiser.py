@@ -1,10 +1,10 @@
-"""The denoiser: eps, v and x0 are three spellings of one estimate; loss and guidance agree with it."""
+"""The denoiser: eps, v and x0 are three spellings of one estimate; guidance agrees with it."""
 
 import pytest
 import torch
-from goldfile import gold
 from torch import Tensor
 
+from goldfile import gold
 from ldm.conditioning import Cond
 from ldm.diffusion.denoiser import PARAMETERIZATIONS, Denoiser
 from ldm.diffusion.guidance import guided, interval

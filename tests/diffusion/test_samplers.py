@@ -8,9 +8,9 @@ import math
 
 import pytest
 import torch
-from goldfile import Gold, gold
 from torch import Tensor
 
+from goldfile import Gold, gold
 from ldm.conditioning import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import guided

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from goldfile import gold
 
+from goldfile import gold
 from ldm.diffusion.schedule import GRIDS, Schedule, make_betas
 
 SD = Schedule(make_betas("linear", 1000, linear_start=0.00085, linear_end=0.012))
