@@ -74,7 +74,7 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     try:
         from xformers.ops import memory_efficient_attention
     except ImportError as error:
-        hint = "attention backend `xformers` needs `pip install 'ldm[xformers]'`"
+        hint = "attention backend `xformers` needs `pip install 'ldm-revived[xformers]'`"
         raise ImportError(hint) from error
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, N, heads, d), its own layout
     out: Tensor = memory_efficient_attention(q, k, v)
@@ -82,7 +82,7 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _xformers_runs(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    if q.device.type != "cuda":
+    if not q.is_cuda or torch.compiler.is_compiling():
         return False
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     return _xformers_probe(q.device, q.dtype, q.shape[-1], needs_grad)

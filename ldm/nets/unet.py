@@ -5,8 +5,8 @@
 
 Each level has residual blocks, most with attention, and halves or doubles the size at its end.
 Attribute names are the original ones, so published weights need no map. One class serves SD 1,
-SD 2, inpainting, depth, x4 and unCLIP. Ronneberger et al. 2015 (arXiv:1505.04597); Dhariwal & Nichol
-2021 (arXiv:2105.05233); Rombach et al. 2022 (arXiv:2112.10752).
+SD 2, inpainting, depth, x4 and unCLIP. Ronneberger et al. 2015 (arXiv:1505.04597); Dhariwal and
+Nichol 2021 (arXiv:2105.05233); Rombach et al. 2022 (arXiv:2112.10752).
 """
 
 from collections.abc import Collection, Sequence

@@ -1,0 +1,79 @@
+"""What the tests of the networks share: building from recorded configs, comparing, key lists."""
+
+from pathlib import Path
+
+import torch
+
+from ldm.nets.autoencoder import AutoencoderKL
+from ldm.nets.unet import UNet
+
+KEYS = Path(__file__).parents[1] / "data" / "keys"
+TINY = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 32,
+    "num_res_blocks": 1,
+    "channel_mult": [1, 2],
+    "attention_resolutions": [1, 2],
+    "num_head_channels": 16,
+    "use_spatial_transformer": True,
+    "use_linear_in_transformer": True,
+    "context_dim": 24,
+    "legacy": False,
+}
+
+
+def build(network, config):
+    params = {k: v for k, v in config["params"].items() if k not in network.IGNORED}
+    return network(**params).eval()
+
+
+def build_from(golden, network, config=None):
+    """The network of a golden file, with its weights."""
+    net = build(network, config or golden.meta["config"])
+    net.load_state_dict(golden.weights(net.state_dict()))
+    return net
+
+
+def tiny_unet(**changes):
+    """A small UNet whose output is not zero."""
+    torch.manual_seed(0)
+    unet = UNet(**{**TINY, **changes})
+    for parameter in unet.parameters():
+        if parameter.abs().max() == 0:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return unet.eval()
+
+
+def tiny_autoencoder(**changes):
+    torch.manual_seed(0)
+    layout = {"ch": 32, "ch_mult": [1, 2, 2], "num_res_blocks": 1, "z_channels": 4, **changes}
+    return AutoencoderKL(ddconfig=layout, embed_dim=4).eval()
+
+
+def tiny_inputs(batch=2, side=8, context=24):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, 4, side, side, generator=generator)
+    return x, torch.arange(batch) * 400, torch.randn(batch, 5, context, generator=generator)
+
+
+def assert_close(ours, theirs, *, noise=0.0, tolerance=1e-4):
+    """As advised for the recordings: relative to the largest value, plus ten times their noise."""
+    assert ours.shape == theirs.shape
+    assert ours.dtype == theirs.dtype
+    limit = tolerance * max(1.0, theirs.abs().max().item()) + 10 * noise
+    assert (ours - theirs).abs().max().item() <= limit
+
+
+def noise_of(golden, case, output):
+    return golden.case(case)["noise_mkldnn_off_1thread"][output]
+
+
+def recorded_keys(name):
+    """{parameter: shape} as the original builds them at full size."""
+    lines = (KEYS / f"{name}.txt").read_text().splitlines()
+    return {key: [int(n) for n in shape.split("x")] for key, shape in map(str.split, lines)}
+
+
+def keys_of(network):
+    return {key: list(value.shape) for key, value in network.state_dict().items()}

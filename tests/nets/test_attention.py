@@ -1,0 +1,189 @@
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ldm.nets import attention as module
+from ldm.nets.attention import BACKENDS, attention, set_backend
+
+needs_gpu = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    for name in ("LDM_ATTENTION", "ATTN_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    set_backend(None)
+
+
+@pytest.fixture
+def fake_xformers(monkeypatch):
+    """The interface of xformers, so that our use of it runs without its kernels."""
+
+    def memory_efficient_attention(q, k, v):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    ops = types.ModuleType("xformers.ops")
+    ops.memory_efficient_attention = memory_efficient_attention
+    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+
+
+def qkv(n=12, m=7, heads=3, d=16, dtype=torch.float32, size=1.0, device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, heads, n, d), (2, heads, m, d), (2, heads, m, d)]
+    q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
+    return [x.to(device, dtype) for x in (q * size, k * size, v)]
+
+
+@pytest.mark.parametrize(("n", "m", "heads", "d"), [(12, 7, 3, 16), (1, 1, 1, 8), (64, 64, 1, 40)])
+def test_math_and_sdpa_agree(n, m, heads, d):
+    q, k, v = qkv(n, m, heads, d)
+    math, sdpa = (attention(q, k, v, backend=name) for name in ("math", "sdpa"))
+    assert (math - sdpa).abs().max() < 1e-6
+
+
+def test_xformers_gets_and_returns_its_own_layout(fake_xformers):
+    q, k, v = qkv()
+    ours = attention(q, k, v, backend="xformers")
+    assert (ours - attention(q, k, v, backend="math")).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 7), (2, 3, 12, 7), (12, 7)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masked_keys_are_as_if_absent(shape, backend, fake_xformers):
+    q, k, v = qkv()
+    mask = torch.ones(shape, dtype=torch.bool)
+    mask[..., 4:] = False
+    masked = attention(q, k, v, mask, backend=backend)
+    assert (masked - attention(q, k[:, :, :4], v[:, :, :4], backend="math")).abs().max() < 1e-6
+
+
+def test_gradients_of_the_backends_agree():
+    def gradients(backend):
+        inputs = [x.requires_grad_() for x in qkv()]
+        return torch.autograd.grad(attention(*inputs, backend=backend).square().sum(), inputs)
+
+    for ours, theirs in zip(gradients("math"), gradients("sdpa"), strict=True):
+        assert (ours - theirs).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["math", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_beyond_half_precision_do_not_overflow(backend, dtype):
+    q, k, v = qkv(64, 64, d=64, dtype=dtype, size=300.0)
+    assert (q.float() @ k.float().mT).abs().max() > 65504 * 8
+    exact = attention(q.double(), k.double(), v.double(), backend="math")
+    out = attention(q, k, v, backend=backend)
+    assert out.dtype == dtype
+    assert (out - exact).abs().max() < 0.02
+
+
+def test_attn_precision_fp16_leaves_the_scores_in_half(monkeypatch):
+    q, k, v = qkv(64, 64, d=64, dtype=torch.float16, size=300.0)
+    monkeypatch.setenv("ATTN_PRECISION", "fp16")
+    assert not attention(q, k, v, backend="math").isfinite().all()
+
+
+def test_scores_stay_in_float32_under_autocast():
+    q, k, v = qkv()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attention(q, k, v, backend="math")
+    assert torch.equal(out, attention(q, k, v, backend="math"))
+
+
+def test_double_precision_is_kept():
+    q, k, v = qkv(dtype=torch.float64)
+    outputs = [attention(q, k, v, backend=name) for name in ("math", "sdpa")]
+    assert (outputs[0] - outputs[1]).abs().max() < 1e-14
+
+
+def used(monkeypatch):
+    """The backends that an unnamed choice takes, in order of the calls."""
+    calls = []
+    monkeypatch.setattr(module, "_math", lambda *args: calls.append("math"))
+    monkeypatch.setattr(module, "_xformers", lambda *args: calls.append("xformers"))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: calls.append("sdpa"))
+    return calls
+
+
+def test_on_a_cpu_sdpa_is_chosen_even_with_xformers_installed(monkeypatch, fake_xformers):
+    calls = used(monkeypatch)
+    attention(*qkv())
+    assert calls == ["sdpa"]
+
+
+def test_xformers_is_chosen_where_its_kernel_runs(monkeypatch):
+    calls = used(monkeypatch)
+    monkeypatch.setattr(module, "_xformers_runs", lambda *args: True)
+    attention(*qkv())
+    attention(*qkv(), torch.ones(7, dtype=torch.bool))
+    assert calls == ["xformers", "sdpa"]
+
+
+def test_call_precedes_set_backend_precedes_environment(monkeypatch):
+    calls = used(monkeypatch)
+    monkeypatch.setenv("LDM_ATTENTION", "math")
+    attention(*qkv())
+    set_backend("sdpa")
+    attention(*qkv())
+    attention(*qkv(), backend="math")
+    set_backend("auto")
+    attention(*qkv())
+    monkeypatch.setenv("LDM_ATTENTION", "auto")
+    attention(*qkv())
+    assert calls == ["math", "sdpa", "math", "math", "sdpa"]
+
+
+def test_an_unknown_backend_is_refused_by_name(monkeypatch):
+    with pytest.raises(ValueError, match="`flash`, choose one of xformers, sdpa, math"):
+        set_backend("flash")
+    monkeypatch.setenv("LDM_ATTENTION", "fast")
+    with pytest.raises(ValueError, match="`fast`"):
+        attention(*qkv())
+
+
+def test_xformers_that_is_not_installed_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)
+    with pytest.raises(ImportError, match=r"pip install 'ldm-revived\[xformers\]'"):
+        attention(*qkv(), backend="xformers")
+
+
+def test_a_kernel_that_fails_its_trial_is_not_chosen(monkeypatch):
+    def broken(*args):
+        raise NotImplementedError("no operator found")
+
+    monkeypatch.setattr(module, "_xformers", broken)
+    module._xformers_probe.cache_clear()
+    assert not module._xformers_probe(torch.device("cpu"), torch.float32, 8, True)
+    module._xformers_probe.cache_clear()
+
+
+def test_importing_the_networks_does_not_import_xformers():
+    assert "xformers" not in sys.modules
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("d", [40, 64, 160, 512])
+@pytest.mark.parametrize("backend", ["xformers", "sdpa", None])
+def test_backends_agree_on_a_gpu(dtype, d, backend):
+    if backend == "xformers":
+        pytest.importorskip("xformers")
+    q, k, v = qkv(256, 77, 2, d, dtype, device="cuda")
+    if backend == "xformers" and not module._xformers_runs(q, k, v):
+        pytest.skip("xformers has no kernel for this")
+    error = attention(q, k, v, backend=backend) - attention(q, k, v, backend="math")
+    assert error.abs().max() < {torch.float16: 4e-3, torch.bfloat16: 3e-2}.get(dtype, 2e-3)
+
+
+@needs_gpu
+@pytest.mark.parametrize("backend", ["sdpa", None])
+def test_scores_beyond_half_precision_do_not_overflow_on_a_gpu(backend):
+    q, k, v = qkv(64, 64, d=64, dtype=torch.float16, size=300.0, device="cuda")
+    exact = attention(q.double(), k.double(), v.double(), backend="math")
+    assert (attention(q, k, v, backend=backend) - exact).abs().max() < 0.05

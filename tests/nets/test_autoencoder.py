@@ -1,0 +1,280 @@
+import pytest
+import torch
+from diffusers_keys import to_diffusers_vae
+from nethelp import (
+    assert_close,
+    build,
+    build_from,
+    keys_of,
+    noise_of,
+    recorded_keys,
+    tiny_autoencoder,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from goldfile import gold
+from ldm.nets.autoencoder import (
+    AttnBlock,
+    AutoencoderKL,
+    DiagonalGaussian,
+    Downsample,
+    ResnetBlock,
+    normal_kl,
+)
+from ldm.nets.blocks import Upsample
+from recipe import fill
+
+SMALL = {
+    "vae_f8": ["0_2x64x64", "1_1x96x48", "2_1x100x68"],
+    "vae_f4": ["0_1x64x64", "1_2x40x72"],
+    "vae_f16_attn": ["0_1x64x64", "1_2x64x128"],
+}
+NAMES = [(file, name) for file, names in SMALL.items() for name in names]
+FAITHFUL = ["kl_f8", "x4_f4", "kl_f4", "kl_f16", "kl_f32"]
+MODULES = {
+    "vae_res": lambda: ResnetBlock(in_channels=64, out_channels=32),
+    "vae_res_small": lambda: ResnetBlock(in_channels=64, out_channels=64),
+    "vae_attn": lambda: AttnBlock(64),
+    "vae_attn_small": lambda: AttnBlock(64),
+    "vae_down": lambda: Downsample(64),
+    "vae_down_pool": lambda: Downsample(64, use_conv=False),
+    "vae_up": lambda: Upsample(64),
+    "vae_up_noconv": lambda: Upsample(64, use_conv=False),
+}
+LAYOUT = {"ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "z_channels": 4}
+F16 = {"z_channels": 16, "ch_mult": [1, 1, 2, 2, 4], "attn_resolutions": [16]}
+F32 = {"z_channels": 64, "ch_mult": [1, 1, 2, 2, 4, 4], "attn_resolutions": [16, 8]}
+SIZES = {
+    "kl_f4": (3, {**LAYOUT, "z_channels": 3, "ch_mult": [1, 2, 4]}),
+    "kl_f8": (4, LAYOUT),
+    "kl_f16": (16, {**LAYOUT, **F16}),
+    "kl_f32": (64, {**LAYOUT, **F32}),
+    "x4": (4, {**LAYOUT, "ch_mult": [1, 2, 4]}),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("case", MODULES)
+def test_module_equals_the_recorded_one(case):
+    golden = gold("modules")
+    module = MODULES[case]()
+    module.load_state_dict(fill(module.state_dict(), golden.case(case)["info"]["salt"]))
+    ours = module(golden.inputs(case)["x"])
+    assert_close(ours, golden.outputs(case)["out"], tolerance=1e-5)
+
+
+@pytest.mark.parametrize(("file", "name"), NAMES)
+def test_encoding_equals_the_recorded_one(file, name):
+    golden, case = gold(file), f"enc{name}"
+    posterior = build_from(golden, AutoencoderKL).encode(golden.inputs(case)["x"])
+    torch.manual_seed(golden.case(case)["info"]["seed_before_sample"])
+    sample = posterior.sample()
+    ours = {
+        "parameters": posterior.parameters,
+        "kl": posterior.kl(),
+        "sample": sample,
+        "nll": posterior.nll(sample),
+    }
+    for output, value in ours.items():
+        noise = noise_of(golden, case, output)
+        assert_close(value, golden.outputs(case)[output], noise=noise)
+
+
+@pytest.mark.parametrize(("file", "name"), NAMES)
+def test_decoding_equals_the_recorded_one(file, name):
+    golden = gold(file)
+    case = next(c["name"] for c in golden.cases if c["name"].startswith(f"dec{name[:2]}"))
+    ours = build_from(golden, AutoencoderKL).decode(golden.inputs(case)["z"])
+    assert_close(ours, golden.outputs(case)["dec"], noise=noise_of(golden, case, "dec"))
+
+
+@pytest.mark.parametrize("file", SMALL)
+def test_faint_images_show_the_eps_of_the_norms(file):
+    golden, case = gold(file), "forward_small_input"
+    autoencoder = build_from(golden, AutoencoderKL)
+    ours = autoencoder.decode(autoencoder.encode(golden.inputs(case)["x"]).mode())
+    theirs = golden.outputs(case)["dec_mode"]
+    assert_close(ours, theirs, noise=noise_of(golden, case, "dec_mode"))
+
+
+@pytest.mark.parametrize("name", FAITHFUL)
+def test_narrow_autoencoder_of_each_config_equals_the_recorded_one(name):
+    golden = gold("vae_faithful_recipe")
+    check_both_ways(build_from(golden, AutoencoderKL, golden.meta[f"config_{name}"]), golden, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["full_vae_f8", "full_vae_x4"])
+def test_full_size_autoencoder_equals_the_recorded_one(name):
+    golden = gold(name)
+    with torch.device("meta"):
+        autoencoder = build(AutoencoderKL, golden.meta["config"])
+    autoencoder.load_state_dict(golden.weights(autoencoder.state_dict()), assign=True)
+    check_both_ways(autoencoder, golden, "a")
+
+
+def check_both_ways(autoencoder, golden, case):
+    inputs, outputs = golden.inputs(case), golden.outputs(case)
+    moments = autoencoder.encode(inputs["x"]).parameters
+    assert_close(moments, outputs["moments"], noise=noise_of(golden, case, "moments"))
+    image = autoencoder.decode(inputs["z"])
+    assert_close(image, outputs["dec"], noise=noise_of(golden, case, "dec"))
+
+
+def test_distribution_equals_the_recorded_one():
+    golden = gold("diag_gaussian")
+    inputs, outputs = golden.inputs("extreme"), golden.outputs("extreme")
+    torch.manual_seed(golden.case("extreme")["info"]["seed"])
+    one, other = DiagonalGaussian(inputs["moments"]), DiagonalGaussian(inputs["moments_other"])
+    flipped, zero = DiagonalGaussian(inputs["moments_other"].flip(0)), torch.zeros(2, 3, 5, 7)
+    fixed = DiagonalGaussian(inputs["moments_other"], deterministic=True)
+    ours = {
+        "mean": one.mean,
+        "logvar": one.logvar,
+        "std": one.std,
+        "var": one.var,
+        "sample": one.sample(),
+        "mode": one.mode(),
+        "kl": other.kl(),
+        "kl_other": other.kl(flipped),
+        "nll": other.nll(0.5 * inputs["moments_other"][:, :3]),
+        "det_kl": fixed.kl(),
+        "det_std": fixed.std,
+        "det_sample": fixed.sample(),
+        "normal_kl": normal_kl(other.mean, other.logvar, zero, zero),
+    }
+    assert set(ours) == set(outputs)
+    for name, value in ours.items():
+        assert_close(value, outputs[name], tolerance=1e-6)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_names_and_shapes_are_the_original_ones_at_full_size(name):
+    embed_dim, layout = SIZES[name]
+    with torch.device("meta"):
+        autoencoder = AutoencoderKL(ddconfig=layout, embed_dim=embed_dim)
+    assert keys_of(autoencoder) == recorded_keys(f"vae_{name}")
+    assert autoencoder.downscale == 2 ** (len(layout["ch_mult"]) - 1)
+
+
+def test_diffusers_computes_the_same():
+    diffusers = pytest.importorskip("diffusers")
+    ours = tiny_autoencoder()
+    theirs = diffusers.AutoencoderKL(
+        block_out_channels=(32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+    ).eval()
+    theirs.load_state_dict(to_diffusers_vae(ours.state_dict(), levels=3))
+    image = torch.rand(2, 3, 32, 24) * 2 - 1
+    moments = theirs.encode(image).latent_dist.parameters
+    assert_close(ours.encode(image).parameters, moments, tolerance=1e-5)
+    z = torch.randn(2, 4, 8, 6)
+    assert_close(ours.decode(z), theirs.decode(z).sample, tolerance=1e-5)
+
+
+def test_a_generator_decides_the_sample_and_leaves_the_global_one_alone():
+    posterior = DiagonalGaussian(torch.randn(1, 8, 4, 4))
+    before = torch.get_rng_state()
+    first, again = (posterior.sample(torch.Generator().manual_seed(7)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert torch.equal(before, torch.get_rng_state())
+    assert not torch.equal(first, posterior.sample(torch.Generator().manual_seed(8)))
+
+
+def test_half_precision_draws_the_noise_of_float32():
+    parameters = torch.zeros(1, 8, 4, 4)
+    full = DiagonalGaussian(parameters).sample(torch.Generator().manual_seed(7))
+    half = DiagonalGaussian(parameters.bfloat16()).sample(torch.Generator().manual_seed(7))
+    assert torch.equal(full.bfloat16(), half)
+
+
+def test_forward_gives_the_reconstruction_and_the_distribution():
+    autoencoder = tiny_autoencoder()
+    image = torch.rand(1, 3, 16, 16)
+    reconstruction, posterior = autoencoder(image, torch.Generator().manual_seed(7))
+    z = posterior.sample(torch.Generator().manual_seed(7))
+    assert torch.equal(reconstruction, autoencoder.decode(z))
+
+
+class LargestTensor(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            self.numel = max(self.numel, tensor.numel() if hasattr(tensor, "numel") else 0)
+        return out
+
+
+def test_attention_over_many_positions_never_holds_all_scores():
+    block, x = AttnBlock(32), torch.randn(1, 32, 48, 48)
+    with LargestTensor() as largest:
+        block(x)
+    assert largest.numel < (48 * 48) ** 2 / 8
+
+
+def test_every_parameter_gets_a_gradient():
+    autoencoder = tiny_autoencoder()
+    with torch.enable_grad():
+        autoencoder(torch.rand(2, 3, 16, 16))[0].square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in autoencoder.parameters())
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 3e-2), (torch.float16, 3e-3)])
+def test_weights_decide_the_precision_and_the_input_the_dtype_of_the_result(dtype, limit):
+    autoencoder = tiny_autoencoder()
+    image, z = torch.rand(1, 3, 16, 16), torch.randn(1, 4, 4, 4)
+    moments, decoded = autoencoder.encode(image).parameters, autoencoder.decode(z)
+    autoencoder.to(dtype)
+    for ours, exact in [
+        (autoencoder.encode(image).parameters, moments),
+        (autoencoder.decode(z), decoded),
+    ]:
+        assert ours.dtype == torch.float32
+        assert (ours - exact).norm() <= limit * exact.norm()
+
+
+def test_options_of_the_decoder():
+    z = torch.randn(1, 4, 4, 4)
+    plain = tiny_autoencoder().decode(z)
+    assert torch.equal(tiny_autoencoder(tanh_out=True).decode(z), plain.tanh())
+    assert tiny_autoencoder(give_pre_end=True).decode(z).shape == (1, 32, 16, 16)
+
+
+def test_attention_can_be_left_out():
+    keys = keys_of(tiny_autoencoder(attn_type="none", attn_resolutions=[256]))
+    assert not [key for key in keys if "attn" in key]
+
+
+def test_xformers_attention_has_the_weights_of_the_plain_one():
+    plain = tiny_autoencoder(attn_resolutions=[128])
+    assert keys_of(tiny_autoencoder(attn_resolutions=[128], attn_type="vanilla-xformers")) == (
+        keys_of(plain)
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ch": 48}, "width 48 is not a multiple of 32"),
+        ({"attn_type": "linear"}, "unknown attn_type `linear`, choose one of vanilla"),
+        ({"double_z": False}, "needs `double_z: true`"),
+        ({"channel_mult": [1, 2]}, "unknown parameter `channel_mult`, known are .*ch_mult"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_autoencoder(**changes)
+
+
+def test_an_image_smaller_than_a_latent_pixel_is_refused():
+    with pytest.raises(ValueError, match="3 x 16 pixels is too small, .* at least 4"):
+        tiny_autoencoder().encode(torch.zeros(1, 3, 3, 16))
