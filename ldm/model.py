@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ldm.conditioning import Cond, Conditioner
 from ldm.diffusion.denoiser import Denoiser, scalings
 from ldm.diffusion.schedule import Schedule
-from ldm.nets.autoencoder import AutoencoderKL
+from ldm.nets.autoencoder import AutoencoderKL, PixelSpace
+from ldm.nets.unet import UNet
 
 __all__ = ["LatentDiffusion"]
 
@@ -39,8 +40,8 @@ class LatentDiffusion(nn.Module):
     def __init__(
         self,
         *,
-        unet: nn.Module,
-        autoencoder: AutoencoderKL,
+        unet: UNet,
+        autoencoder: AutoencoderKL | PixelSpace,
         conditioner: Conditioner,
         schedule: Schedule,
         parameterization: str = "eps",
@@ -66,7 +67,7 @@ class LatentDiffusion(nn.Module):
     @property
     def channels(self) -> int:
         """Channels of a latent."""
-        return self.autoencoder.embed_dim
+        return self.unet.out_channels
 
     @property
     def downscale(self) -> int:
@@ -83,8 +84,7 @@ class LatentDiffusion(nn.Module):
 
     def encode(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """image (B, 3, H, W) in [-1, 1] -> z (B, C, h, w) float32, drawn from the posterior."""
-        posterior = self.autoencoder.encode(image.to(_dtype(self.autoencoder)))
-        return posterior.sample(generator).float() * self.scale_factor
+        return self.autoencoder.encode(image).sample(generator).float() * self.scale_factor
 
     def decode(self, z: Tensor, tile: int | None = None) -> Tensor:
         """z (B, C, h, w) -> image (B, 3, H, W) float32, about [-1, 1] (not clamped).
@@ -92,9 +92,9 @@ class LatentDiffusion(nn.Module):
         tile: side in latent pixels of overlapping tiles, decoded one by one and blended: less
             memory, and not quite the same picture, as each tile is normalised by itself.
         """
-        z = (z / self.scale_factor).to(_dtype(self.autoencoder))
+        z = z / self.scale_factor
         if tile is None or max(z.shape[-2:]) <= tile:
-            return self.autoencoder.decode(z).float()
+            return self.autoencoder.decode(z)
         return _decode_tiled(self.autoencoder, z, tile)
 
     def condition(
@@ -110,13 +110,13 @@ class LatentDiffusion(nn.Module):
         return self.conditioner(batch, drop, generator)
 
 
-def _decode_tiled(autoencoder: AutoencoderKL, z: Tensor, tile: int) -> Tensor:
+def _decode_tiled(autoencoder: AutoencoderKL | PixelSpace, z: Tensor, tile: int) -> Tensor:
     """Tiles that overlap by a quarter, blended linearly where they do."""
     f, (height, width) = autoencoder.downscale, z.shape[-2:]
     image = total = torch.zeros(())
     for top in _starts(height, tile):
         for left in _starts(width, tile):
-            part = autoencoder.decode(z[..., top : top + tile, left : left + tile]).float()
+            part = autoencoder.decode(z[..., top : top + tile, left : left + tile])
             if not image.dim():
                 image = part.new_zeros(*part.shape[:2], height * f, width * f)
                 total = part.new_zeros(height * f, width * f)
@@ -140,7 +140,3 @@ def _ramp(length: int, overlap: int) -> Tensor:
     """Rises over `overlap` pixels, and falls over as many; never 0."""
     up = (torch.arange(length) + 0.5) / max(overlap, 1)
     return torch.minimum(up, up.flip(0)).clamp(max=1.0)
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype

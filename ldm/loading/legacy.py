@@ -28,12 +28,14 @@ CONDITIONER = "ldm.conditioning.Conditioner"
 SCHEDULE = "ldm.diffusion.schedule.Schedule"
 BETAS = "ldm.diffusion.schedule.make_betas"
 AUTOENCODER = "ldm.nets.autoencoder.AutoencoderKL"
+PIXELS = "ldm.nets.autoencoder.PixelSpace"
 UNET = "ldm.nets.unet.UNet"
 OPEN_CLIP = "ldm.encoders.text.OpenCLIPText"
 CLIP = "ldm.encoders.text.CLIPText"
 
 TARGETS = {
     "ldm.models.autoencoder.AutoencoderKL": AUTOENCODER,
+    "ldm.models.autoencoder.IdentityFirstStage": PIXELS,
     "ldm.modules.diffusionmodules.openaimodel.UNetModel": UNET,
     "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder": OPEN_CLIP,
     "ldm.modules.encoders.modules.FrozenCLIPEmbedder": CLIP,
@@ -74,7 +76,6 @@ PENDING = {
     "ldm.modules.encoders.modules.ClipImageEmbedder": ("stable unCLIP", "scripts/unclip.py"),
     "ldm.models.autoencoder.VQModel": ("VQ first stage", ""),
     "ldm.models.autoencoder.VQModelInterface": ("VQ first stage", ""),
-    "ldm.models.autoencoder.IdentityFirstStage": ("pixel-space", ""),
     "ldm.modules.encoders.modules.BERTEmbedder": ("BERT-conditioned", ""),
     "ldm.modules.encoders.modules.ClassEmbedder": ("class-conditioned", ""),
     "ldm.modules.encoders.modules.SpatialRescaler": ("layout-conditioned", ""),
@@ -189,9 +190,12 @@ LIFTED: dict[str, Callable[[dict[str, Any], str, list[str]], dict[str, Any]]] = 
 
 
 def _text(params: Mapping[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
-    """The text encoder, if the model has one: two magic strings of the original say no."""
+    """The text encoder, if the model has one: two magic strings of the original say no.
+
+    `torch.nn.Identity` says that the caller brings the condition itself.
+    """
     config = params["cond_stage_config"]
-    if config in ("__is_unconditional__", "__is_first_stage__"):
+    if config in ("__is_unconditional__", "__is_first_stage__", {"target": "torch.nn.Identity"}):
         return {}
     spec = translate(config, where=f"{where}.cond_stage_config", skipped=notes)
     if params.get("cond_stage_trainable"):
