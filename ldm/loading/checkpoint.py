@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.loading import pickles
@@ -106,8 +108,6 @@ def write(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import save_file
-
             texts = {key: str(value) for key, value in notes.items()}
             save_file(_separate(state), temporary, {"format": "pt"} | texts)
         else:
@@ -178,8 +178,6 @@ def _hash(path: Path, size: int, changed: int) -> str:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER:

@@ -14,6 +14,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
 from ldm.loading import legacy
 
 __all__ = ["find", "instantiate", "parse", "read"]
@@ -57,10 +61,6 @@ def read(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
 
 def parse(text: str, overrides: Iterable[str] = (), *, where: str = "config") -> dict[str, Any]:
     """As `read`, from the text of a YAML file."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
     overrides = list(overrides)
     try:
         loaded = OmegaConf.create(text, max_yaml_expanded_nodes=MAX_NODES)

@@ -101,16 +101,16 @@ def on_meta(
     where: str = "config",
     skipped: list[str] | None = None,
 ) -> nn.Module:
-    """The module of a translated config without memory: every tensor is on the meta device."""
-    params = dict(spec.get("params") or {})
-    if isinstance(params.get("schedule"), Mapping):  # numbers, not weights
-        inner = f"{where}.schedule"
-        params["schedule"] = configs.instantiate(params["schedule"], allow=allow, where=inner)
-    with torch.device("meta"), _NoInit():
-        module = configs.instantiate(
-            {**spec, "params": params}, allow=allow, where=where, skipped=skipped
-        )
-    return cast(nn.Module, module)
+    """The module of a translated config without memory: every weight is on the meta device."""
+    args: dict[str, Any] = {"allow": allow, "skipped": skipped}
+    if spec["target"] != legacy.MODEL:
+        with torch.device("meta"), _NoInit():
+            return cast(nn.Module, configs.instantiate(spec, where=where, **args))
+    parts = dict(spec["params"])
+    for name in ("unet", "autoencoder", "conditioner"):  # the rest is numbers, wanted for real
+        with torch.device("meta"), _NoInit():
+            parts[name] = configs.instantiate(parts[name], where=f"{where}: {name}", **args)
+    return cast(nn.Module, configs.instantiate({**spec, "params": parts}, where=where, **args))
 
 
 def fill(
@@ -133,8 +133,8 @@ def fill(
     prefix = next((p for p in PREFIXES if any(p + name in state for name in wanted)), "")
     weights: dict[str, Tensor] = {}
     _check_fit(wanted, {n.removeprefix(prefix): v for n, v in state.items()}, misfit)
-    while state:
-        name, old = state.popitem()
+    for name in list(state):  # in the order of the file, so that the system reads ahead
+        old = state.pop(name)
         kind = dtype if old.is_floating_point() else old.dtype
         weights[name.removeprefix(prefix)] = new = old.to(device=device, dtype=kind)
         if mapped and new.data_ptr() != old.data_ptr():
