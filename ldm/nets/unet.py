@@ -135,7 +135,7 @@ class UNet(nn.Module):
     ) -> Tensor:
         """The network's prediction for a noisy latent; computed in the dtype of the weights.
 
-        x: (B, in_channels, h, w), h and w divisible by 2 ** (levels - 1).
+        x: (B, in_channels, h, w), of any size where a convolution halves it.
         timesteps: (B,), 0 … 999, may be fractional.
         context: (B, M, context_dim), or a list of one per transformer block.
         y: (B,) class, (B, 1) or (B, adm_in_channels), see num_classes.
@@ -154,7 +154,9 @@ class UNet(nn.Module):
             skips.append(h)
         h = self.middle_block(h, emb, context)
         for stage in self.output_blocks:
-            h = stage(torch.cat([h, skips.pop()], dim=1), emb, context)  # (B, C_i, h / 2^i, …)
+            skip = skips.pop()
+            h = h[..., : skip.shape[-2], : skip.shape[-1]]  # an odd size was rounded up
+            h = stage(torch.cat([h, skip], dim=1), emb, context)  # (B, C_i, h / 2^i, …)
         return self.out(h).to(x.dtype)  # (B, out_channels, h, w)
 
     def _way_down(self) -> tuple[nn.ModuleList, list[int]]:
@@ -292,8 +294,9 @@ class UNet(nn.Module):
                 raise ValueError(f"{name} has {len(value)} entries for {levels} levels")
 
     def _check_input(self, x: Tensor, y: Tensor | None) -> None:
+        rounds_down = self.resblock_updown or not self.conv_resample
         factor = 2 ** (len(self.channel_mult) - 1)
-        if x.shape[-2] % factor or x.shape[-1] % factor:
+        if rounds_down and (x.shape[-2] % factor or x.shape[-1] % factor):
             raise ValueError(
                 f"latent of {x.shape[-2]} x {x.shape[-1]} does not fit this UNet, "
                 f"both sides must be multiples of {factor}"

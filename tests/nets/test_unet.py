@@ -84,6 +84,35 @@ def test_narrow_unet_of_each_family_equals_the_recorded_one(name):
     assert_close(ours, golden.outputs(name)["eps"], noise=noise_of(golden, name, "eps"))
 
 
+ROUTES = {
+    "crossattn_tensor": ("crossattn", lambda x, c, g: (x, {"context": c})),
+    "crossattn_two": ("crossattn", lambda x, c, g: (x, {"context": torch.cat([c, g["uc"]], 1)})),
+    "sequential_crossattn": ("sequential", lambda x, c, g: (x, {"context": [c, g["uc"]]})),
+    "concat": ("concat", lambda x, c, g: (torch.cat([x, g["cc"]], 1), {})),
+    "hybrid": ("hybrid", lambda x, c, g: (torch.cat([x, g["cc"]], 1), {"context": c})),
+    "hybrid-adm": (
+        "hybrid-adm",
+        lambda x, c, g: (torch.cat([x, g["cc"]], 1), {"context": c, "y": g["y"]}),
+    ),
+    "crossattn-adm": ("crossattn-adm", lambda x, c, g: (x, {"context": c, "y": g["adm"]})),
+    "adm": ("adm", lambda x, c, g: (x, {"y": g["y"]})),
+    "uncond": ("uncond", lambda x, c, g: (x, {})),
+}
+
+
+@pytest.mark.parametrize("case", ROUTES)
+def test_each_way_of_conditioning_equals_the_recorded_one(case):
+    golden = gold("conditioning_routes")
+    config, arrange = ROUTES[case]
+    unet = build(UNet, golden.meta[f"config_{config}"]["params"]["unet_config"])
+    unet.load_state_dict(golden.weights(unet.state_dict(), "model.diffusion_model."))
+    given = golden.inputs("crossattn_tensor")
+    x, conditions = arrange(given["x"], given["c"], golden.under("shared/"))
+    with torch.no_grad():
+        ours = unet(x, given["t"], **conditions)
+    assert_close(ours, golden.outputs(case)["out"], noise=noise_of(golden, case, "out"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FULL)
 def test_full_size_unet_equals_the_recorded_one(name):
@@ -253,10 +282,15 @@ def test_settings_that_cannot_work_are_refused(changes, message):
         UNet(**{**TINY, **changes})
 
 
+def test_any_latent_size_comes_back():
+    unet, (x, t, context) = tiny_unet(), tiny_inputs()
+    assert unet(x[:, :, :7, :5], t, context).shape == (*x.shape[:2], 7, 5)
+
+
 def test_inputs_that_cannot_work_are_refused():
     unet, (x, t, context) = tiny_unet(), tiny_inputs()
     with pytest.raises(ValueError, match="7 x 8 does not fit this UNet, .* multiples of 2"):
-        unet(x[:, :, :7], t, context)
+        tiny_unet(resblock_updown=True)(x[:, :, :7], t, context)
     with pytest.raises(ValueError, match="takes 4 channels, 3 were given"):
         unet(x[:, :3], t, context)
     with pytest.raises(ValueError, match="takes no `y`"):
