@@ -176,7 +176,8 @@ def _warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -
 
 
 def _bytes(path: str) -> int:
-    return Path(path).stat().st_size if Path(path).is_file() else 0
+    file = Path(path).expanduser()
+    return file.stat().st_size if file.is_file() else 0
 
 
 def _has_fast_bf16() -> bool:
@@ -206,6 +207,9 @@ def _complete(args: Namespace, model: "LatentDiffusion") -> None:
             log.warning("--%s has no meaning any more and is ignored", flag)
     if "H" not in args:
         return
+    if args.sampler == "dpm" and args.ddim_eta:
+        log.warning("--dpm is deterministic: --ddim_eta %g is ignored", args.ddim_eta)
+        args.ddim_eta = 0.0
     native = model.image_size * model.downscale
     if native == 512 and model.parameterization == "v" and args.H is args.W is None:
         log.info("Stable Diffusion 2 v models were trained at 768: --H 768 --W 768 may be better")

@@ -64,6 +64,8 @@ def plan(args: Namespace) -> list[Batch]:
     if ranks > 1 and "noise" in args.legacy:
         raise ValueError("--legacy noise draws one picture after the other: run a single process")
     lines = read_lines(args) if args.from_file else [(args.prompt, {})] * args.n_samples
+    if "noise" in args.legacy and any("seed" in options for _, options in lines):
+        raise ValueError("--legacy noise knows one seed for the run, not one per line")
     batches: list[Batch] = []
     for iteration in range(args.n_iter):
         for first in range(0, len(lines), args.n_samples):
@@ -80,7 +82,7 @@ def read_lines(args: Namespace) -> list[tuple[str, dict[str, Any]]]:
 
     A blank line is an empty prompt, as it always was. Options stand at the end of a line.
     """
-    text = Path(args.from_file).read_text("utf-8")
+    text = Path(args.from_file).read_text("utf-8-sig")
     lines = [
         _line(line, f"{args.from_file}:{number}")
         for number, line in enumerate(text.splitlines(), start=1)
@@ -159,6 +161,8 @@ def run(make: Make, batches: list[Batch], model: "LatentDiffusion", args: Namesp
     shown: list[tuple[Image.Image, dict[str, Any]]] = []
     if facts["watermark"] is None and not args.no_watermark:
         log.warning("pictures of %dx%d are too small for a watermark: saved without", *args.size)
+    if sum(map(len, batches)) > GRID_LIMIT and not args.skip_grid:
+        log.info("the grid will hold the first %d pictures", GRID_LIMIT)
     seed_globally(args, model)
     try:
         for number, (batch, callback) in enumerate(_progress(batches, args)):
@@ -244,7 +248,8 @@ def _made(make: Make, batch: Batch, callback: Callable[..., None], model: Any) -
     except NonFinite as error:
         if model.dtype == torch.float32:
             raise
-        log.warning("%s in %s: going on in float32 (--precision full)", error, model.dtype)
+        dtype = str(model.dtype).removeprefix("torch.")
+        log.warning("%s in %s: going on in float32, as --precision full", error, dtype)
     model.float()
     return make(batch, callback)
 
@@ -279,7 +284,7 @@ def _own(batches: list[Batch], number: int, row: int, args: Namespace) -> dict[s
     if args.fixed_code:
         own |= {"fixed_code": True, "start_seed": job.start, "n_samples": args.n_samples}
     if "noise" in args.legacy:
-        own |= {"run_seed": args.seed, "earlier": [len(before) for before in batches[:number]]}
+        own |= {"seed": args.seed, "earlier": [len(before) for before in batches[:number]]}
     return own
 
 
@@ -298,16 +303,21 @@ def _save_grid(
     from ldm.imaging.watermark import can_hold
 
     sheet = grid([picture for picture, _ in shown], args.n_rows or args.n_samples)
-    keys = ("path", "prompt", "negative_prompt", "seed")
+    keys = ("prompt", "negative_prompt", "seed")
+    images = [{key: info[key] for key in keys} | {"file": _name(info)} for _, info in shown]
     own = {
         "task": "grid",
         "watermark": method(args) if can_hold(sheet) else None,
-        "images": [{key: info[key] for key in keys} for _, info in shown],
+        "images": images,
     }
-    info = shown[0][1] | own
+    info = {key: value for key, value in shown[0][1].items() if key != "path"} | own
     path = folder.save_grid(marked(sheet, info), info)
     if not args.json:
         _say(str(path))
+
+
+def _name(info: dict[str, Any]) -> str | None:
+    return info["path"] and Path(info["path"]).name
 
 
 def _report(info: dict[str, Any], as_json: bool) -> None:

@@ -89,8 +89,8 @@ def flags(info: Mapping[str, Any], given: Namespace) -> Namespace:
     if not info:
         raise ValueError(f"{given.picture} does not say how it was made")
     if info.get("task") == "grid":
-        names = ", ".join(str(image.get("path")) for image in info.get("images", [])[:3])
-        raise ValueError(f"{given.picture} is a grid, replay its pictures: {names} …")
+        names = ", ".join(str(image.get("file")) for image in info.get("images", [])[:3])
+        raise ValueError(f"{given.picture} is a grid, replay its pictures: {names}, …")
     lacking = [key for key in ("prompt", "seed", "rows", *CAUSES) if key not in info]
     if info.get("task") not in TASKS or lacking:
         what = f"`{lacking[0]}`" if lacking else "a task that is known here"
@@ -101,7 +101,7 @@ def flags(info: Mapping[str, Any], given: Namespace) -> Namespace:
     made.H, made.W = made.size
     made.steps, made.sampler, made.spacing = info["steps"], info["sampler"], info["grid"]
     made.ddim_eta, made.scale, made.tile = info["eta"], info["scale"], info["tile"]
-    made.seed = info.get("run_seed", info["seed"])
+    made.seed = info["seed"]
     made.legacy = frozenset(info["legacy"])
     made.fixed_code = bool(info.get("fixed_code"))
     made.n_samples = info.get("n_samples", info["rows"])

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from ldm import pipelines
 from ldm.imaging.metadata import read_info
+from ldm.imaging.watermark import identify
+from ldm.pipelines import txt2img
 from scripts.txt2img import main
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +34,8 @@ def run(tiny, tmp_path, capsys):
 
 
 def pixels(path: str | Path) -> np.ndarray:
-    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB")).astype(int)
 
 
 CASES = [
@@ -62,3 +67,220 @@ def close(ours: np.ndarray, theirs) -> None:
     apart = np.abs(ours - theirs.numpy().astype(int))
     assert apart.max() <= 1
     assert (apart > 0).mean() < 0.05
+
+
+def test_pictures_and_grid_are_saved_and_named_on_stdout(run, tmp_path):
+    status, out, err = run("--prompt", "a fox", "--n_samples", "2", "--n_rows", "1")
+    assert status == 0
+    names = ["samples/00000.png", "samples/00001.png", "grid-0000.png"]
+    assert out == [str(tmp_path / "out" / name) for name in names]
+    assert pixels(out[0]).shape == (64, 64, 3)
+    assert pixels(out[2]).shape == (134, 68, 3)
+    assert "Your samples are ready and waiting for you here" in err
+    assert err.count("too small for a watermark") == 1
+
+
+def test_numbers_go_on_and_nothing_is_written_over(run):
+    first = run("--n_samples", "2", "--skip_grid")[1]
+    before = Path(first[1]).read_bytes()
+    Path(first[0]).unlink()
+    second = run("--n_samples", "1", "--seed", "7")[1]
+    assert [Path(path).name for path in second] == ["00002.png", "grid-0000.png"]
+    assert Path(first[1]).read_bytes() == before
+
+
+def test_json_has_one_line_per_picture(run):
+    _, out, _ = run("--prompt", "a fox", "--n_samples", "2", "--json", "--negative-prompt", "red")
+    pictures = [json.loads(line) for line in out]
+    assert [picture["seed"] for picture in pictures] == [42, 43]
+    for picture in pictures:
+        assert (picture["prompt"], picture["negative_prompt"]) == ("a fox", "red")
+        assert read_info(picture.pop("path")).items() >= picture.items()
+
+
+def test_skipping_leaves_files_out(run, tmp_path):
+    _, out, _ = run("--skip_grid", "--skip_save", "--n_samples", "1", "--json")
+    assert json.loads(out[0])["path"] is None
+    assert not list((tmp_path / "out").rglob("*.png"))
+
+
+def test_a_prompt_file_may_end_in_a_partial_batch(run, tmp_path):
+    file = tmp_path / "prompts.txt"
+    last = "it's a cat --seed 7 --negative-prompt 'blue, dull'"
+    file.write_text(f"\ufeffa fox\n\n{last}\n", "utf-8")
+    flags = ["--from-file", str(file), "--repeat", "2", "--n_samples", "4", "--n_iter", "2"]
+    _, out, _ = run(*flags, "--json", "--skip_save", "--skip_grid", "--steps", "1")
+    pictures = [json.loads(line) for line in out]
+    assert [p["prompt"] for p in pictures] == ["a fox", "a fox", "", "", *["it's a cat"] * 2] * 2
+    assert [p["seed"] for p in pictures] == [42, 43, 44, 45, 7, 8, 48, 49, 50, 51, 9, 10]
+    assert [p["negative_prompt"] for p in pictures] == ([""] * 4 + ["blue, dull"] * 2) * 2
+    assert [p["rows"] for p in pictures] == [4, 4, 4, 4, 2, 2] * 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a --seed x", "prompts.txt:1: seed `x` is not a number"),
+        ("a --seed", "prompts.txt:1: --seed needs a value"),
+        ("a --negative-prompt two words", "prompts.txt:1: `words` is not an option of a line"),
+        ("a --negative-prompt 'b", "prompts.txt:1: no closing quotation"),
+        ("", "prompts.txt is empty"),
+    ],
+)
+def test_mistakes_in_a_prompt_file_are_located(run, tmp_path, line, message):
+    (tmp_path / "prompts.txt").write_text(line)
+    status, out, err = run("--from-file", str(tmp_path / "prompts.txt"))
+    assert (status, out) == (1, [])
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_picture_depends_on_its_seed_and_not_on_its_batch(run):
+    def shots(*flags):
+        _, out, _ = run(*flags, "--skip_grid", "--ddim_eta", "0.5")
+        return np.stack([pixels(path) for path in out])
+
+    assert np.abs(shots("--n_samples", "3") - shots("--n_samples", "1", "--n_iter", "3")).max() <= 1
+
+
+def test_fixed_code_starts_every_batch_from_the_same_noise(run):
+    def shots(*flags):
+        _, out, _ = run("--n_samples", "2", "--n_iter", "2", "--skip_grid", "--fixed_code", *flags)
+        return [pixels(path) for path in out]
+
+    one, two, again, _ = shots()
+    assert (one == again).all()
+    assert (one != two).any()
+    one, _, again, _ = shots("--eta", "1")
+    assert (one != again).any()
+
+
+def test_processes_share_a_run(run, tiny, tmp_path):
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\nfour\nfive")
+    flags = ["--from-file", str(tmp_path / "prompts.txt"), "--n_samples", "2", "--skip_grid"]
+    whole = [pixels(path).tobytes() for path in run(*flags)[1]]
+    command = [sys.executable, "-m", "scripts.txt2img", *tiny.flags, *QUICK, *flags]
+    processes = [
+        subprocess.Popen(
+            [*command, "--outdir", str(tmp_path / "shared")],
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    paths = [process.communicate()[0].splitlines() for process in processes]
+    assert [len(mine) for mine in paths] == [3, 2]
+    assert len({*paths[0], *paths[1]}) == 5
+    shared = [pixels(path).tobytes() for path in paths[0] + paths[1]]
+    assert sorted(shared) == sorted(whole)
+
+
+def test_slurm_tasks_share_a_run_too(run, monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    _, out, err = run("--n_samples", "1", "--n_iter", "3", "--json", "--skip_save", "--skip_grid")
+    assert [json.loads(line)["index"] for line in out] == [1]
+    assert "process 1 of 2: 1 of 3 batches" in err
+    status, _, err = run("--legacy")
+    assert (status, "run a single process" in err) == (1, True)
+
+
+def interrupt_at(monkeypatch, call: int, error: BaseException) -> None:
+    """Lets the pipeline fail at its call-th batch."""
+    calls = []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise error
+        return txt2img(*args, **kwargs)
+
+    monkeypatch.setattr(pipelines, "txt2img", failing)
+
+
+def test_what_is_finished_survives_an_interruption(run, monkeypatch):
+    interrupt_at(monkeypatch, 3, KeyboardInterrupt())
+    status, out, err = run("--n_samples", "1", "--n_iter", "5")
+    assert status == 130
+    assert [Path(path).name for path in out] == ["00000.png", "00001.png", "grid-0000.png"]
+    assert "interrupted" in err
+
+
+def test_nan_in_half_precision_is_tried_again_in_float32(run, monkeypatch):
+    interrupt_at(monkeypatch, 1, pipelines.NonFinite("the VAE"))
+    status, out, err = run("--n_samples", "1", "--precision", "bf16", "--json")
+    assert status == 0
+    assert "the VAE gave values that are not finite in bfloat16: going on in float32" in err
+    assert json.loads(out[0])["dtype"] == "float32"
+
+
+def test_nan_in_float32_is_an_error_that_names_the_stage(run, monkeypatch):
+    interrupt_at(monkeypatch, 1, pipelines.NonFinite("the UNet"))
+    status, _, err = run("--n_samples", "1")
+    assert status == 1
+    assert "error: the UNet gave values that are not finite" in err
+
+
+def test_out_of_memory_names_three_flags(run, monkeypatch):
+    interrupt_at(monkeypatch, 1, torch.OutOfMemoryError("CUDA out of memory. Tried to …\n…"))
+    status, _, err = run()
+    assert status == 1
+    assert "--n_samples 1, --tile, a smaller --H and --W" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--ckpt", "missing.ckpt"], "no checkpoint `missing.ckpt`"),
+        (["--config", "missing.yaml"], "no file `missing.yaml`"),
+        (["--from-file", "missing.txt"], "missing.txt: No such file or directory"),
+        (["--device", "toaster"], "--device toaster is not available here, choose one of"),
+        (["model.params.typo=1"], "typo"),
+        (["--sampler", "heun", "--eta", "1"], "eta is DDIM's"),
+    ],
+)
+def test_errors_are_one_line(run, flags, message):
+    status, out, err = run(*flags)
+    assert (status, out) == (1, [])
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_verbose_shows_the_traceback(run):
+    assert "Traceback" in run("--ckpt", "missing.ckpt", "--verbose")[2]
+
+
+def test_flags_without_meaning_are_accepted_with_one_warning(run):
+    status, _, err = run("--torchscript", "--ipex", "--C", "4", "--f", "4", "--n_samples", "1")
+    assert status == 0
+    assert err.count("--torchscript has no meaning") == err.count("--ipex has no meaning") == 1
+    assert "--f 4 is ignored: the model has 8" in err
+    assert "--C" not in err
+
+
+def test_large_pictures_carry_the_watermark(run):
+    def found(*flags):
+        _, out, _ = run("--H", "256", "--W", "256", "--steps", "1", "--n_samples", "1", *flags)
+        with Image.open(out[0]) as picture:
+            finding = identify(picture)[0]
+        info = read_info(out[0])
+        return finding.payload, finding.method, finding.verdict, info["watermark"]
+
+    assert found() == ("SDV2", "dwtDctSvd", "found", "dwtDctSvd")
+    assert found("--no-watermark")[2:] == ("absent", None)
+    assert found("--legacy", "watermark")[3] == "dwtDct"
+
+
+def test_tiles_change_little(run):
+    def shot(*flags):
+        _, out, _ = run("--H", "128", "--W", "128", "--n_samples", "1", "--skip_grid", *flags)
+        return pixels(out[0])
+
+    assert np.abs(shot("--tile", "64") - shot()).mean() < 20
+
+
+def test_any_multiple_of_8_is_a_size(run):
+    _, out, _ = run("--H", "72", "--W", "88", "--n_samples", "1")
+    assert pixels(out[0]).shape == (72, 88, 3)

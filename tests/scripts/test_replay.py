@@ -1,0 +1,92 @@
+"""scripts/replay.py: a picture tells how it was made, and is made again."""
+
+import pytest
+from PIL import Image, PngImagePlugin
+
+from ldm.imaging.metadata import write_png
+from scripts import replay, txt2img
+
+QUICK = ["--steps", "2", "--n_iter", "1", "--H", "64", "--W", "64", "--precision", "full"]
+
+
+@pytest.fixture
+def shots(tiny, tmp_path, capsys):
+    """Makes pictures and returns their paths."""
+
+    def shots(*flags: str) -> list[str]:
+        outdir = ["--outdir", str(tmp_path / "out")]
+        assert txt2img.main([*tiny.flags, *QUICK, *outdir, *flags]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    return shots
+
+
+@pytest.fixture
+def again(tiny, capsys):
+    def again(path: str, *flags: str) -> tuple[int, str]:
+        status = replay.main([path, "--ckpt", str(tiny.ckpt), *flags])
+        out, err = capsys.readouterr()
+        return status, out if status < 2 and out else err
+
+    return again
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--n_samples", "3"],
+        ["--n_samples", "2", "--n_iter", "2", "--fixed_code", "--eta", "1"],
+        ["--n_samples", "2", "--n_iter", "2", "--legacy", "--eta", "1"],
+        ["--n_samples", "2", "--n_iter", "2", "--legacy", "--fixed_code", "--eta", "0.5"],
+        ["--sampler", "euler_a", "--spacing", "karras", "--negative-prompt", "red", "--scale", "3"],
+        ["--H", "256", "--W", "256", "--tile", "128", "--n_samples", "1", "--steps", "1"],
+        ["--precision", "bf16", "--n_samples", "1", "model.params.scale_factor=0.2"],
+    ],
+    ids=lambda flags: " ".join(flags),
+)
+def test_a_picture_is_made_again_identically(shots, again, flags):
+    path = shots(*flags, "--skip_grid")[-1]
+    assert again(path) == (0, "identical\n")
+
+
+def test_a_different_model_is_named_as_the_reason(shots, again, models, tmp_path):
+    path = shots("--n_samples", "1", "--skip_grid")[0]
+    other = models["base_eps"]
+    new = str(tmp_path / "new.png")
+    flags = ["--ckpt", str(other.ckpt), "--config", str(other.config), "--output", new]
+    status, out = again(path, *flags)
+    assert status == 1
+    first, *reasons = out.splitlines()
+    assert "of the pixels differ, by" in first
+    assert any(line.strip().startswith("config_hash: ") for line in reasons)
+    with Image.open(new) as picture:
+        assert picture.size == (64, 64)
+
+
+def test_an_edited_picture_is_told_from_a_changed_program(shots, again, tmp_path):
+    path = shots("--n_samples", "1", "--skip_grid")[0]
+    text = PngImagePlugin.PngInfo()
+    with Image.open(path) as picture:
+        text.add_text("ldm", picture.info["ldm"])
+        picture.putpixel((3, 3), (255, 0, 255))
+        picture.save(tmp_path / "edited.png", pnginfo=text)
+    status, out = again(str(tmp_path / "edited.png"))
+    assert status == 1
+    assert out.splitlines()[0].startswith("0.02% of the pixels differ")
+    assert out.splitlines()[1:] == ["  the file was edited after it was made"]
+
+
+def test_pictures_that_cannot_be_made_again_are_refused(shots, again, tmp_path):
+    grid = shots("--n_samples", "2")[-1]
+    assert "is a grid, replay its pictures: 00000.png, 00001.png" in again(grid)[1]
+    plain = tmp_path / "plain.png"
+    Image.new("RGB", (8, 8)).save(plain)
+    assert "does not say how it was made" in again(str(plain))[1]
+    write_png(plain, Image.new("RGB", (8, 8)), {"prompt": "a fox"})
+    assert "lacks `seed`" in again(str(plain))[1]
+
+
+def test_a_checkpoint_that_is_not_at_hand_is_asked_for(shots, capsys):
+    path = shots("--n_samples", "1", "--skip_grid")[0]
+    assert replay.main([path]) == 1
+    assert "made with base_v.ckpt (hash " in capsys.readouterr().err
