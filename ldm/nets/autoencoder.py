@@ -44,10 +44,13 @@ class Layout:
     resamp_with_conv: bool = True
     double_z: bool = True
     attn_type: str = "vanilla"
+    use_linear_attn: bool = False
     give_pre_end: bool = False
     tanh_out: bool = False
 
     def __post_init__(self) -> None:
+        if self.use_linear_attn:
+            raise ValueError("ddconfig: use_linear_attn is not supported")
         if self.attn_type not in ("vanilla", "vanilla-xformers", "none"):
             raise ValueError(
                 f"ddconfig: unknown attn_type `{self.attn_type}`, "

@@ -266,6 +266,7 @@ def test_xformers_attention_has_the_weights_of_the_plain_one():
     [
         ({"ch": 48}, "width 48 is not a multiple of 32"),
         ({"attn_type": "linear"}, "unknown attn_type `linear`, choose one of vanilla"),
+        ({"use_linear_attn": True}, "use_linear_attn is not supported"),
         ({"double_z": False}, "needs `double_z: true`"),
         ({"channel_mult": [1, 2]}, "unknown parameter `channel_mult`, known are .*ch_mult"),
     ],
