@@ -6,7 +6,7 @@ Blocks with time embedding follow Dhariwal & Nichol 2021 (arXiv:2105.05233).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +107,10 @@ def run(function: Callable[..., Tensor], *args: Tensor | None, recompute: bool) 
 
 
 class Upsample(nn.Module):
-    """Twice the size by nearest neighbour, then a 3x3 convolution unless `use_conv` is off."""
+    """Twice the size by nearest neighbour, then a 3x3 convolution unless `use_conv` is off.
+
+    `size` (height, width) cuts what an odd size, rounded up when it was halved, has too much.
+    """
 
     def __init__(
         self, channels: int, *, out_channels: int | None = None, use_conv: bool = True
@@ -115,8 +118,10 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = Conv2d(channels, out_channels or channels, 3, padding=1) if use_conv else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (B, C, 2h, 2w)
+        if size is not None:
+            x = x[..., : size[0], : size[1]]
         return x if self.conv is None else self.conv(x)
 
 

@@ -35,14 +35,18 @@ LISTS = ("num_res_blocks", "transformer_depth", "disable_self_attentions", "num_
 
 
 class Stage(nn.Sequential):
-    """Layers in a row, each given what it listens to besides x."""
+    """Layers in a row, each given what it listens to besides x; `size` is the next skip's."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Context) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, emb: Tensor, context: Context, size: torch.Size | None = None
+    ) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
             elif isinstance(layer, SpatialTransformer):
                 x = layer(x, context)
+            elif isinstance(layer, Upsample):
+                x = layer(x, size)
             else:
                 x = layer(x)
         return x
@@ -154,9 +158,9 @@ class UNet(nn.Module):
             skips.append(h)
         h = self.middle_block(h, emb, context)
         for stage in self.output_blocks:
-            skip = skips.pop()
-            h = h[..., : skip.shape[-2], : skip.shape[-1]]  # an odd size was rounded up
-            h = stage(torch.cat([h, skip], dim=1), emb, context)  # (B, C_i, h / 2^i, …)
+            h = torch.cat([h, skips.pop()], dim=1)  # (B, C_i + C_skip, h / 2^i, w / 2^i)
+            size = skips[-1].shape[-2:] if skips else None
+            h = stage(h, emb, context, size)  # (B, C_i, h / 2^i, w / 2^i)
         return self.out(h).to(x.dtype)  # (B, out_channels, h, w)
 
     def _way_down(self) -> tuple[nn.ModuleList, list[int]]:
