@@ -65,10 +65,11 @@ def read(path: str | Path, ema: bool = False, names: Iterable[str] = ()) -> Chec
     path = Path(path).expanduser()
     kind = sniff(path)
     metadata: dict[str, str] = {}
+    mapped = True
     if kind == "safetensors":
         content, metadata = _read_safetensors(path)
     else:
-        content = pickles.read(path, kind)
+        content, mapped = pickles.read(path, kind)
     state, extras = _unwrap(content, path)
     step = content.get("global_step", metadata.get("global_step"))
     if isinstance(step, str) and step.isdigit():
@@ -86,7 +87,7 @@ def read(path: str | Path, ema: bool = False, names: Iterable[str] = ()) -> Chec
         step=step if isinstance(step, int) else None,
         has_ema=bool(averages),
         ema=ema,
-        mapped=kind != "legacy",
+        mapped=mapped,
         extras=extras,
         metadata=metadata,
     )

@@ -40,6 +40,10 @@ class Family:
     config_v: str = ""
     script: str = "scripts/txt2img.py"
 
+    def config_for(self, kind: str | None) -> str:
+        """The config (without `.yaml`) of the family's models that predict `kind`."""
+        return self.config_v if kind == "v" and self.config_v else self.config
+
 
 # fmt: off
 FAMILIES = (

@@ -143,7 +143,10 @@ def translate(
     if not isinstance(spec, Mapping) or "target" not in spec:
         raise ValueError(f"{where}: `target` is missing")
     notes.extend(f"{where}.{key}" for key in spec if key not in ("target", "params"))
-    target, params = spec["target"], dict(spec.get("params") or {})
+    target, params = spec["target"], spec.get("params") or {}
+    if not isinstance(target, str) or not isinstance(params, Mapping):
+        raise ValueError(f"{where}: `target` must be a name and `params` a mapping")
+    params = dict(params)
     if target in LIFTED:
         return LIFTED[target](params, where, notes)
     if target in PENDING:
@@ -253,6 +256,14 @@ def tables(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if pattern.fullmatch(name)}
 
 
+def old_name(name: str) -> str:
+    """Our name of a weight, or the start of one -> the original's."""
+    for old, new in KEYS:
+        if name.startswith(new):
+            return old + name.removeprefix(new)
+    return name
+
+
 def rename_back(
     state: Mapping[str, Tensor], buffers: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
@@ -262,12 +273,9 @@ def rename_back(
     """
     renamed = dict(buffers or {})
     for name, value in state.items():
-        for old, new in KEYS:
-            if name.startswith(new):
-                name = old + name.removeprefix(new)
-                break
-        if name == POSITIONS:
+        old = old_name(name)
+        if old == POSITIONS:
             ids = torch.arange(len(value), device="cpu")[None]
-            renamed[name.replace("embedding.weight", "ids")] = ids
-        renamed[name] = value
+            renamed[old.replace("embedding.weight", "ids")] = ids
+        renamed[old] = value
     return renamed

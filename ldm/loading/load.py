@@ -25,7 +25,7 @@ from ldm.loading import checkpoint, config as configs, families, legacy
 from ldm.loading.checkpoint import Checkpoint
 from ldm.model import LatentDiffusion
 
-__all__ = ["choose_config", "fill", "load", "on_meta", "save"]
+__all__ = ["choose_config", "fill", "load", "markers", "on_meta", "save"]
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def load(
     model = on_meta(spec, allow=allow, where=where, skipped=skipped)
     if file is None:
         file = checkpoint.read(ckpt, ema, legacy.rename_back(model.state_dict()))
-    state, tables, markers = legacy.rename(file.state), legacy.tables(file.state), _markers(file)
+    state, tables, notes = legacy.rename(file.state), legacy.tables(file.state), markers(file)
     file.state.clear()  # so that memory is given back while `state` is used up
     misfit = f"`{file.path}` does not fit {where}"
     fill(model, state, device=device, dtype=dtype, mapped=file.mapped, misfit=misfit)
@@ -90,7 +90,7 @@ def load(
             "ema": ema,
             "skipped": skipped,
         }
-        _check_prediction(model, file, markers, given=config is not None)
+        _check_prediction(model, file, notes, given=config is not None)
     return cast(LatentDiffusion, model.eval())
 
 
@@ -165,8 +165,8 @@ def choose_config(file: Checkpoint) -> str:
     if family is None or not family.config:
         looks = f"looks like {family.title}, which is not supported" if family else "is unknown"
         raise ValueError(f"`{file.path}` {looks}\nhint: pass its config (--config)")
-    found = families.predict(family, state, step=file.step, markers=_markers(file))
-    name = family.config_v if found.kind == "v" and family.config_v else family.config
+    found = families.predict(family, state, step=file.step, markers=markers(file))
+    name = family.config_for(found.kind)
     log.info("`%s` is %s; config %s; predicts %s", file.path, family.title, name, found)
     return f"{PUBLISHED}/{name}.yaml"
 
@@ -181,15 +181,16 @@ def _demo() -> tuple[str, str]:
     return config, ckpt
 
 
-def _markers(file: Checkpoint) -> dict[str, str]:
+def markers(file: Checkpoint) -> dict[str, str]:
+    """What the file says about itself: its metadata, and empty tensors that serve as notes."""
     return {**file.metadata, **{key: "" for key in legacy.MARKERS if key in file.state}}
 
 
 def _check_fit(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], misfit: str) -> None:
-    missing = [name for name in wanted if name not in state]
-    unexpected = [name for name in state if name not in wanted]
+    missing = [legacy.old_name(name) for name in wanted if name not in state]
+    unexpected = [legacy.old_name(name) for name in state if name not in wanted]
     shapes = [
-        f"{name} {tuple(state[name].shape)} for {tuple(value.shape)}"
+        f"{legacy.old_name(name)} {tuple(state[name].shape)} for {tuple(value.shape)}"
         for name, value in wanted.items()
         if name in state and state[name].shape != value.shape
     ]
@@ -244,7 +245,7 @@ def _check_averages(raw: Mapping[str, Any], file: Checkpoint) -> None:
 
 
 def _check_prediction(
-    model: LatentDiffusion, file: Checkpoint, markers: Mapping[str, str], *, given: bool
+    model: LatentDiffusion, file: Checkpoint, notes: Mapping[str, str], *, given: bool
 ) -> None:
     """Holds what the weights look like against what the config says; warns of a contradiction.
 
@@ -252,12 +253,12 @@ def _check_prediction(
     """
     state = model.state_dict()
     family = families.recognise(state)
-    found = families.predict(family, state, step=file.step, markers=markers)
+    found = families.predict(family, state, step=file.step, markers=notes)
     if not given and family is not None and family.predicts is None and found.votes < 2:
         found = families.probe(model.unet, found, family.context or 0)
         if found.kind and found.kind != model.parameterization:
             model.parameterization = found.kind
-            name = family.config_v if found.kind == "v" else family.config
+            name = family.config_for(found.kind)
             model.provenance["config"] = f"{PUBLISHED}/{name}.yaml"
     model.provenance["prediction"] = str(found)
     if found.kind and found.kind != model.parameterization:

@@ -64,8 +64,13 @@ class Inert:
 STAND_INS = [(type(name.rpartition(".")[2], (Inert,), {}), name) for name in INERT]
 
 
-def read(path: Path, kind: str) -> dict[str, Any]:
-    """A `.ckpt` through torch's restricted unpickler, which runs nothing outside its short list."""
+def read(path: Path, kind: str) -> tuple[dict[str, Any], bool]:
+    """A pickled checkpoint through the restricted unpickler.
+
+        kind: "zip" or "legacy".
+    Returns what it holds, and whether its tensors are pages of the file.
+    Raises ValueError for whatever is not plain weights, naming what the pickle names.
+    """
     numbers = re.match(r"(\d+)\.(\d+)", torch.__version__)
     if numbers is None or (int(numbers[1]), int(numbers[2])) < SAFE_TORCH:
         raise ValueError(
@@ -77,8 +82,11 @@ def read(path: Path, kind: str) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(list(STAND_INS)), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            mapped = kind == "zip"
-            content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
+            # torch.load trusts the ending of a name, and maps only what it is given by name.
+            mapped = kind == "zip" and path.suffix != ".safetensors"
+            with path.open("rb") as file:
+                source: Any = str(path) if mapped else file
+                content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # whatever a hostile file provokes in the parser, it is refused
         foreign = foreign_names(path, kind)
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -88,7 +96,7 @@ def read(path: Path, kind: str) -> dict[str, Any]:
         raise ValueError(f"`{path}` is refused: {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"`{path}` holds a {type(content).__name__}, not weights by name")
-    return content
+    return content, mapped
 
 
 def names_in(path: Path, kind: str) -> list[str]:

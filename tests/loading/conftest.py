@@ -1,0 +1,74 @@
+"""A model of 30 thousand parameters in the original's words, and its weights under old names."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.loading import config, legacy
+
+TINY = """
+model:
+  base_learning_rate: 1.e-4
+  target: ldm.models.diffusion.ddpm.LatentDiffusion
+  params:
+    linear_start: 0.00085
+    linear_end: 0.0120
+    timesteps: 1000
+    image_size: 8
+    channels: 4
+    scale_factor: 0.18215
+    conditioning_key: crossattn
+    use_ema: false
+    monitor: val/loss_simple_ema
+    scheduler_config: {target: os.system, params: {command: echo}}
+    unet_config:
+      target: ldm.modules.diffusionmodules.openaimodel.UNetModel
+      params:
+        image_size: 8
+        in_channels: 4
+        out_channels: 4
+        model_channels: 32
+        attention_resolutions: [1]
+        num_res_blocks: 1
+        channel_mult: [1]
+        num_head_channels: 16
+        use_spatial_transformer: true
+        use_linear_in_transformer: true
+        context_dim: 16
+        legacy: false
+    first_stage_config:
+      target: ldm.models.autoencoder.AutoencoderKL
+      params:
+        embed_dim: 4
+        ckpt_path: models/first_stage_models/none.ckpt
+        ddconfig: {double_z: true, z_channels: 4, resolution: 16, in_channels: 3, out_ch: 3,
+          ch: 32, ch_mult: [1, 1], num_res_blocks: 1, attn_resolutions: [], dropout: 0.0}
+        lossconfig: {target: torch.nn.Identity}
+    cond_stage_config:
+      target: ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder
+      params:
+        freeze: true
+        layer: penultimate
+        arch: {embed_dim: 16, text_cfg: {vocab_size: 49408, width: 16, heads: 2, layers: 2}}
+data:
+  target: nowhere.Data
+lightning:
+  trainer: {devices: 1}
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_yaml(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tiny") / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_state(tiny_yaml) -> dict[str, torch.Tensor]:
+    """Random weights by the original's names, schedule tables included."""
+    torch.manual_seed(0)
+    model = config.instantiate(config.read(tiny_yaml), where="tiny.yaml")
+    state = legacy.rename_back(model.state_dict(), model.schedule.buffers())
+    return {name: torch.randn_like(v) if v.dim() > 1 else v for name, v in state.items()}

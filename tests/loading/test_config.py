@@ -1,0 +1,197 @@
+"""YAML files: numbers, overrides, references; targets from the table and from nowhere else."""
+
+import sys
+
+import pytest
+import torch
+
+import ldm
+from ldm.loading import config
+from ldm.nets.autoencoder import AutoencoderKL
+from ldm.nets.unet import UNet
+
+DDCONFIG = {
+    "double_z": True, "z_channels": 4, "resolution": 16, "in_channels": 3, "out_ch": 3, "ch": 32,
+    "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0,
+}  # fmt: skip
+
+
+def test_numbers_are_read_as_omegaconf_reads_them():
+    raw = config.parse("a: {b: 1.e-6, c: 5.0e-07, d: 1e-4, e: 0.0120, f: 1000}")
+    assert raw == {"a": {"b": 1e-6, "c": 5e-7, "d": 1e-4, "e": 0.012, "f": 1000}}
+
+
+def test_overrides_are_merged_last():
+    raw = config.parse("a: {b: 1, c: [1, 2]}", ["a.b=2.5", "a.d.e=null", "a.c=[3]"])
+    assert raw == {"a": {"b": 2.5, "c": [3], "d": {"e": None}}}
+
+
+@pytest.mark.parametrize("override", ["modle.params.x=1", "model", "=3"])
+def test_overrides_that_do_not_fit_are_errors(override):
+    with pytest.raises(ValueError, match="does not fit tiny.yaml"):
+        config.parse("model: {}", [override], where="tiny.yaml")
+
+
+def test_references_are_followed():
+    text = "a: {b: 3, c: [{x: 1}]}\nd: ${a.b}\ne: ${a.c.0}\nf: ${d}"
+    assert config.parse(text) == {"a": {"b": 3, "c": [{"x": 1}]}, "d": 3, "e": {"x": 1}, "f": 3}
+
+
+HOSTILE_YAML = {
+    "environment": "a: ${oc.env:HOME}",
+    "resolver": "a: ${oc.create:'x'}",
+    "inside text": "a: b\nc: x${a}",
+    "nested": "a: b\nc: ${${a}}",
+    "absent": "a: ${b.c}",
+    "circle": "a: ${b}\nb: ${a}",
+    "bomb of references": "a0: [1, 1]\n"
+    + "\n".join(f"a{i}: [{', '.join([f'${{a{i - 1}}}'] * 9)}]" for i in range(1, 12)),
+    "bomb of aliases": "a0: &a0 [1, 1]\n"
+    + "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)),
+    "python object": "a: !!python/object/apply:os.system [echo]",
+    "list": "[1, 2]",
+    "syntax": "a: [1, 2",
+    "same key twice": "a: 1\na: 2",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_YAML)
+def test_hostile_yaml_is_one_error(name):
+    with pytest.raises(ValueError, match=r"^x\.yaml: "):
+        config.parse(HOSTILE_YAML[name], where="x.yaml")
+
+
+def test_large_and_binary_files_are_errors(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_bytes(b"\x80\x02}q\x00.")
+    with pytest.raises(ValueError, match="not a text file"):
+        config.read(path)
+    path.write_bytes(b"a: 1\n" * 300_000)
+    with pytest.raises(ValueError, match="too much"):
+        config.read(path)
+
+
+def test_configs_are_found_from_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config.find("configs/stable-diffusion/v2-inference.yaml").is_file()
+    with pytest.raises(FileNotFoundError, match="tried"):
+        config.find("configs/absent.yaml")
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["ldm.models.autoencoder.AutoencoderKL", "ldm.nets.autoencoder.AutoencoderKL"],
+)
+def test_parts_are_built_by_old_and_new_names(target):
+    params = {"embed_dim": 4, "ddconfig": DDCONFIG, "lossconfig": {"target": "os.system"}}
+    part = ldm.instantiate({"target": target, "params": params})
+    assert isinstance(part, AutoencoderKL)
+    assert "encoder.down.0.block.0.norm1.weight" in part.state_dict()
+
+
+def test_a_unet_of_any_family_is_built():
+    params = {
+        "in_channels": 9, "out_channels": 4, "model_channels": 32, "attention_resolutions": [1],
+        "num_res_blocks": 1, "channel_mult": [1], "num_heads": 2, "context_dim": 8,
+        "use_spatial_transformer": True, "image_size": 32, "use_fp16": True,
+    }  # fmt: skip
+    target = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
+    unet = ldm.instantiate({"target": target, "params": params})
+    assert isinstance(unet, UNet)
+    assert unet.dtype is torch.float32
+
+
+def test_unknown_parameters_name_class_file_and_nearest():
+    spec = {
+        "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+        "params": {"in_channels": 4, "out_channels": 4, "model_channels": 32, "chanel_mult": [1]},
+    }
+    message = r"v\.yaml: unknown parameter of UNet `chanel_mult`, did you mean `channel_mult`"
+    with pytest.raises(ValueError, match=message):
+        config.instantiate(spec, where="v.yaml")
+
+
+def test_unknown_targets_name_the_nearest():
+    with pytest.raises(ValueError, match=r"did you mean `ldm\.models\.autoencoder\.AutoencoderKL`"):
+        config.instantiate({"target": "ldm.models.autoencoder.AutoencoderKl"})
+
+
+def test_missing_parameters_are_named():
+    with pytest.raises(ValueError, match="AutoencoderKL needs .*`ddconfig`"):
+        config.instantiate({"target": "ldm.models.autoencoder.AutoencoderKL"})
+
+
+HOSTILE = [
+    "os.system", "posix.system", "os.popen", "os.execv", "subprocess.Popen", "subprocess.run",
+    "subprocess.getoutput", "builtins.eval", "builtins.exec", "builtins.open", "builtins.getattr",
+    "builtins.__import__", "pickle.loads", "pickle.load", "marshal.loads", "shelve.open",
+    "torch.load", "torch.hub.load", "torch.hub.download_url_to_file", "torch.ops.load_library",
+    "torch.utils.cpp_extension.load_inline", "torch.jit.load", "torch.package.PackageImporter",
+    "torch.classes.load_library", "torch.nn.Module", "logging.os.system", "torch.os.system",
+    "functools.partial", "operator.attrgetter", "importlib.import_module", "runpy.run_path",
+    "ctypes.CDLL", "shutil.rmtree", "socket.socket", "webbrowser.open", "pdb.run", "code.interact",
+    "numpy.load", "yaml.unsafe_load", "ldm.loading.load.save", "ldm.loading.config.read",
+    "ldm.model.torch.load", "ldm.nets.unet.UNet.__init__", "antigravity.geohash", "this.s",
+    "__main__.x", "", None, 3, ["os.system"], {"target": "os.system"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", HOSTILE, ids=str)
+@pytest.mark.parametrize("place", ["model", "unet_config", "cond_stage_config"])
+def test_hostile_targets_are_refused_without_import(tiny_yaml, target, place):
+    raw = config.read(tiny_yaml)
+    spec = {"target": target, "params": {"command": "echo"}}
+    if place == "model":
+        raw["model"] = spec
+    else:
+        raw["model"]["params"][place] = spec
+    before = set(sys.modules)
+    with pytest.raises(ValueError, match="target"), torch.device("meta"):
+        config.instantiate(raw, where="evil.yaml")
+    imported = {name.split(".")[0] for name in set(sys.modules) - before}
+    assert not imported & {"antigravity", "this", "webbrowser", "shelve", "pdb"}
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package of the user's own, with things in it that are not its classes."""
+    folder = tmp_path / "my_pkg"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "nets.py").write_text(
+        "import os\nfrom subprocess import Popen\nfrom os import system\nimport torch\n"
+        "from functools import partial\n"
+        "class Mine(torch.nn.Linear):\n"
+        "    def __init__(self, *, width):\n        super().__init__(width, width)\n"
+        "def function(**kwargs): raise AssertionError('called')\n"
+        "def lies(**kwargs): raise AssertionError('called')\nlies.__module__ = 'my_pkg.nets'\n"
+        "shell = os.system\nbound = partial(system, 'echo')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "my_pkg"
+    for name in [name for name in sys.modules if name.startswith("my_pkg")]:
+        del sys.modules[name]
+
+
+def test_classes_of_an_allowed_package_are_built(package):
+    spec = {"target": "my_pkg.nets.Mine", "params": {"width": 3}}
+    with pytest.raises(ValueError, match="unknown target"):
+        config.instantiate(spec)
+    assert "my_pkg" not in sys.modules
+    assert config.instantiate(spec, allow=[package]).in_features == 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["nets.Popen", "nets.system", "nets.os.system", "nets.function", "nets.lies", "nets.shell",
+     "nets.bound", "nets.torch.nn.Linear", "nets.partial", "nets.Mine.__init__", "nets.__dict__",
+     "absent.Mine", "nets.Absent", "nets", "..os.system"],
+)  # fmt: skip
+def test_only_classes_of_an_allowed_package_are_built(package, name):
+    with pytest.raises(ValueError, match="target|name of a class"):
+        config.instantiate({"target": f"my_pkg.{name}"}, allow=[package])
+
+
+def test_a_name_that_only_begins_alike_is_not_allowed(package):
+    with pytest.raises(ValueError, match="unknown target"):
+        config.instantiate({"target": "my_pkg_evil.Mine"}, allow=[package])

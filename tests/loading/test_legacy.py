@@ -1,0 +1,174 @@
+"""Old names: whole published configs, weights renamed there and back, parameters of families."""
+
+import gzip
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.loading import config, legacy
+from ldm.loading.load import on_meta
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "configs/stable-diffusion").glob("*.yaml"))
+SERVED = {"v1-inference", "v2-inference", "v2-inference-v"}
+PENDING = {
+    "v1-inpainting-inference": "scripts/inpaint.py",
+    "v2-inpainting-inference": "scripts/inpaint.py",
+    "v2-midas-inference": "scripts/depth2img.py",
+    "x4-upscaling": "scripts/upscale.py",
+    "v2-1-stable-unclip-h-inference": "scripts/unclip.py",
+    "v2-1-stable-unclip-l-inference": "scripts/unclip.py",
+}
+
+
+def meta(name):
+    path = ROOT / f"configs/stable-diffusion/{name}.yaml"
+    return on_meta(legacy.translate(config.read(path), where=path.name), where=path.name)
+
+
+def published(name: str) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Names, shapes and dtypes that the original builds for a config."""
+    text = gzip.decompress((ROOT / f"tests/data/keys/{name}.txt.gz").read_bytes()).decode()
+    rows = (line.split() for line in text.splitlines())
+    return {k: (tuple(map(int, s.split("x"))) if s != "-" else (), d) for k, s, d in rows}
+
+
+def test_all_shipped_configs_are_known():
+    assert {path.stem for path in SHIPPED} == SERVED | set(PENDING)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("v1-inference", 1066235307), ("v2-inference", 1303597228), ("v2-inference-v", 1303597228)],
+)
+def test_whole_models_have_the_names_and_shapes_of_published_files(name, parameters):
+    model = meta(name)
+    state = legacy.rename_back(model.state_dict(), model.schedule.buffers())
+    ours = {k: (tuple(v.shape), str(v.dtype).removeprefix("torch.")) for k, v in state.items()}
+    assert ours == published(name.removesuffix("-v"))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_v_configs_predict_v():
+    assert meta("v2-inference").parameterization == "eps"
+    assert meta("v2-inference-v").parameterization == "v"
+
+
+@pytest.mark.parametrize("name", PENDING)
+def test_families_of_later_are_named_with_their_script(name):
+    with pytest.raises(ValueError, match="not supported yet") as caught:
+        meta(name)
+    assert PENDING[name] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_parts_of_every_shipped_config_are_built(path):
+    params = config.read(path)["model"]["params"]
+    for key in ("unet_config", "first_stage_config", "cond_stage_config"):
+        part = on_meta(legacy.translate(params[key], where=key), where=key)
+        assert next(part.parameters()).is_meta
+
+
+def test_renaming_back_and_forth_changes_nothing(tiny_state):
+    ours = legacy.rename(tiny_state)
+    assert legacy.rename(legacy.rename_back(ours)) == ours
+    back = legacy.rename_back(ours, legacy.tables(tiny_state))
+    assert back.keys() == tiny_state.keys()
+
+
+def test_positions_are_written_back():
+    name = "conditioner.text.transformer.text_model.embeddings.position_embedding.weight"
+    state = legacy.rename_back({name: torch.zeros(77, 8)})
+    ids = state["cond_stage_model.transformer.text_model.embeddings.position_ids"]
+    assert torch.equal(ids, torch.arange(77)[None])
+    assert set(legacy.rename(state)) == {name}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("cond_stage_model.transformer.encoder.x", "conditioner.text.transformer.text_model."
+         "encoder.x"),
+        ("cond_stage_model.transformer.text_model.a", "conditioner.text.transformer.text_model.a"),
+        ("conditioner.embedders.0.model.ln_final.bias", "conditioner.text.model.ln_final.bias"),
+        ("depth_model.model.a", "conditioner.depth.model.a"),
+        ("embedder.model.a", "conditioner.image.clip.model.a"),
+        ("noise_augmentor.betas", "conditioner.image.noise.betas"),
+        ("low_scale_model.betas", "conditioner.lowres.betas"),
+        ("encoder.conv_in.weight", "encoder.conv_in.weight"),
+    ],
+)  # fmt: skip
+def test_spellings_of_other_tools_are_understood(old, new):
+    assert list(legacy.rename({old: torch.ones(1)})) == [new]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["betas", "posterior_mean_coef2", "lvlb_weights", "logvar", "model_ema.decay", "v_pred",
+     "cond_stage_model.model.attn_mask", "first_stage_model.loss.logvar", "loss.discriminator.x",
+     "cond_stage_model.transformer.text_model.embeddings.position_ids", "denoiser.sigmas",
+     "cond_stage_model.transformer.embeddings.position_ids", "sqrt_recipm1_alphas_cumprod"],
+)  # fmt: skip
+def test_what_is_recomputed_is_left_out(name):
+    assert legacy.rename({name: torch.ones(1)}) == {}
+
+
+def params():
+    return config.read(SHIPPED[0].with_name("v2-inference.yaml"))["model"]["params"]
+
+
+def translate(params):
+    spec = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}
+    return legacy.translate({"model": spec}, where="x.yaml")
+
+
+def test_unknown_parameters_of_the_model_name_the_nearest():
+    with pytest.raises(ValueError, match="`scale_facto`, did you mean `scale_factor`"):
+        translate(params() | {"scale_facto": 1.0})
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["loss_type", "ckpt_path", "ignore_keys", "load_only_unet", "log_every_t", "clip_denoised",
+     "original_elbo_weight", "l_simple_weight", "learn_logvar", "logvar_init", "make_it_fit",
+     "ucg_training", "reset_ema", "reset_num_ema_updates", "concat_mode", "cond_stage_forward",
+     "force_null_conditioning", "num_timesteps_cond", "scheduler_config", "monitor", "v_posterior",
+     "use_positional_encodings", "unet_trainable", "scale_by_std", "cosine_s", "beta_schedule"],
+)  # fmt: skip
+def test_every_parameter_of_the_original_is_accepted(key):
+    value = {"beta_schedule": "cosine", "cosine_s": 8e-3, "v_posterior": 0.5}.get(key)
+    assert translate(params() | {key: value})["target"] == legacy.MODEL
+
+
+def test_what_is_skipped_is_reported():
+    skipped = []
+    raw = {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params()},
+           "data": {}, "lightning": {}}  # fmt: skip
+    legacy.translate(raw, where="x.yaml", skipped=skipped)
+    assert {"data", "lightning", "x.yaml: model.monitor"} <= set(skipped)
+
+
+def test_other_conditioning_is_one_clear_error():
+    with pytest.raises(ValueError, match="conditioning_key `concat`"):
+        translate(params() | {"conditioning_key": "concat"})
+
+
+def test_given_betas_make_the_schedule():
+    spec = translate(params() | {"given_betas": [0.1, 0.2]})
+    schedule = config.instantiate(spec["params"]["schedule"])
+    assert schedule.betas.tolist() == [0.1, 0.2]
+
+
+@pytest.mark.parametrize("text", ["__is_unconditional__", "__is_first_stage__"])
+def test_models_without_text_have_no_encoder(text):
+    spec = translate(params() | {"cond_stage_config": text})
+    assert spec["params"]["conditioner"]["params"] == {}
+
+
+def test_trainable_text_is_not_frozen():
+    changed = params() | {"cond_stage_trainable": True}
+    changed["cond_stage_config"]["params"].pop("freeze")
+    text = translate(changed)["params"]["conditioner"]["params"]["text"]
+    assert text["params"]["freeze"] is False

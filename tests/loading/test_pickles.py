@@ -1,0 +1,177 @@
+"""Hostile pickles are refused and nothing in them runs; files of old trainers are read."""
+
+import pickle
+import sys
+import types
+
+import numpy as np
+import payloads
+import pytest
+import torch
+
+from ldm.loading import checkpoint, pickles
+
+
+def names(folder):
+    marker = folder / "marker"
+    return marker, payloads.write_all(folder, marker)
+
+
+def test_hostile_files_are_refused_and_nothing_runs(tmp_path):
+    marker, files = names(tmp_path)
+    before = set(sys.modules)
+    for name, path in files.items():
+        with pytest.raises(ValueError, match=r".") as caught:
+            checkpoint.read(path)
+        assert str(path) in str(caught.value), name
+    assert len(files) >= 60
+    assert not marker.exists()
+    assert not {"antigravity", "pdb", "webbrowser"} & (set(sys.modules) - before)
+
+
+def test_the_payloads_are_live(tmp_path):
+    """So that their refusal means something: an ordinary unpickler runs them."""
+    marker = tmp_path / "marker"
+    for name in ("os.system", "builtins.eval", "builtins.exec", "subprocess.getoutput"):
+        pickle.loads(payloads.document(payloads.calls(marker)[name]))
+        assert marker.exists(), name
+        marker.unlink()
+
+
+@pytest.mark.parametrize("envelope", [payloads.zipped, payloads.legacy])
+def test_the_refusal_names_what_the_pickle_names(tmp_path, envelope):
+    for name, body in payloads.calls(tmp_path / "marker").items():
+        path = envelope(tmp_path / "x.ckpt", payloads.document(body))
+        with pytest.raises(ValueError, match="which weights do not need") as caught:
+            checkpoint.read(path)
+        assert f"`{name}`" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["inst", "stack-global", "stack-global-memo", "newobj"])
+def test_names_are_found_however_they_are_written(tmp_path, name):
+    body = payloads.tricks(tmp_path / "marker")[name]
+    path = payloads.zipped(tmp_path / "x.ckpt", payloads.document(body, 4))
+    assert "os.system" in pickles.foreign_names(path, "zip")
+
+
+def test_stand_ins_keep_nothing():
+    stand_in = next(cls for cls, name in pickles.STAND_INS if name == "numpy.dtype")
+    made = stand_in("f8", False, True)
+    made.__setstate__({"x": 1})
+    assert vars(made) == {}
+
+
+# What is left of old trainers in published files.
+
+
+class Foreign:
+    """Pickles as a call of a class or function in a module that is not installed."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """Makes an object `module.name` that pickles under that name."""
+
+    def make(module, name):
+        def function(*arguments): ...
+
+        made = type(name, (), {}) if name[0].isupper() else function
+        made.__module__, made.__qualname__, made.__name__ = module, name, name
+        parts = module.split(".")
+        for i in range(1, len(parts) + 1):
+            if ".".join(parts[:i]) not in sys.modules or i == len(parts):
+                part = ".".join(parts[:i])
+                monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+        setattr(sys.modules[module], name, made)
+        return made
+
+    return make
+
+
+def lightning(state, callback, score):
+    return {
+        "epoch": 3,
+        "global_step": 470000,
+        "pytorch-lightning_version": "1.4.2",
+        "state_dict": state,
+        "callbacks": {callback: {"monitor": "val/loss", "best_model_score": score}},
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{}]}],
+        "lr_schedulers": [{"_last_lr": [score]}],
+    }
+
+
+STATE = {"model.a.weight": torch.arange(6.0).view(2, 3), "model.a.bias": torch.ones(2)}
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "pytorch_lightning.callbacks.model_checkpoint",
+        "lightning.pytorch.callbacks.model_checkpoint",
+    ],
+)
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "legacy"])
+def test_lightning_files_load_without_lightning(tmp_path, pretend, module, old):
+    path = tmp_path / "last.ckpt"
+    content = lightning(STATE, pretend(module, "ModelCheckpoint"), np.float64(0.5))
+    torch.save(content, path, _use_new_zipfile_serialization=not old)
+    sys.modules.pop(module)
+    file = checkpoint.read(path)
+    assert file.step == 470000
+    assert file.kind == ("legacy" if old else "zip")
+    assert torch.equal(file.state["model.a.weight"], STATE["model.a.weight"])
+    assert "callbacks" in file.extras
+
+
+@pytest.mark.parametrize("home", ["numpy.core.multiarray", "numpy._core.multiarray"])
+def test_numpy_scalars_of_either_home_are_skipped(tmp_path, pretend, home):
+    scalar = Foreign(pretend(home, "scalar"), np.dtype("f8"), b"12345678")
+    torch.save({"state_dict": STATE, "best": scalar}, tmp_path / "x.ckpt")
+    assert set(checkpoint.read(tmp_path / "x.ckpt").state) == set(STATE)
+
+
+def test_early_stopping_and_namespaces_are_skipped(tmp_path, pretend):
+    stopping = pretend("pytorch_lightning.callbacks.early_stopping", "EarlyStopping")
+    import argparse
+
+    extra = {"callbacks": {stopping: {}}, "hyper_parameters": argparse.Namespace(lr=1e-4)}
+    torch.save({"state_dict": STATE, **extra}, tmp_path / "x.ckpt")
+    assert set(checkpoint.read(tmp_path / "x.ckpt").state) == set(STATE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "legacy"])
+def test_every_precision_loads(tmp_path, dtype, old):
+    state = {name: value.to(dtype) for name, value in STATE.items()}
+    torch.save(state, tmp_path / "x.ckpt", _use_new_zipfile_serialization=not old)
+    read = checkpoint.read(tmp_path / "x.ckpt").state
+    assert all(torch.equal(read[name], state[name]) for name in state)
+
+
+def test_bare_and_parallel_and_parameter_dictionaries_load(tmp_path):
+    parallel = {f"module.{name}": torch.nn.Parameter(value) for name, value in STATE.items()}
+    torch.save(torch.nn.ModuleDict().state_dict() | parallel, tmp_path / "x.ckpt")
+    read = checkpoint.read(tmp_path / "x.ckpt").state
+    assert set(read) == set(STATE)
+    assert not read["model.a.bias"].requires_grad
+
+
+def test_embeddings_and_hypernetworks_are_flattened(tmp_path):
+    embedding = {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(2, 4)}}
+    torch.save(embedding, tmp_path / "embedding.pt")
+    assert set(checkpoint.read(tmp_path / "embedding.pt").state) == {"string_to_param.*"}
+    torch.save({768: [{"w": torch.ones(2)}, {"w": torch.ones(3)}]}, tmp_path / "hyper.pt")
+    assert set(checkpoint.read(tmp_path / "hyper.pt").state) == {"768.0.w", "768.1.w"}
+
+
+def test_an_older_torch_is_refused_not_trusted(tmp_path, monkeypatch):
+    torch.save(STATE, tmp_path / "x.ckpt")
+    monkeypatch.setattr(torch, "__version__", "2.5.1")
+    with pytest.raises(ValueError, match=r"needs torch 2\.10"):
+        checkpoint.read(tmp_path / "x.ckpt")
