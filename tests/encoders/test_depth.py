@@ -1,0 +1,253 @@
+import ast
+import copy
+import inspect
+import re
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from goldfile import gold
+from ldm.conditioning import Conditioner
+from ldm.encoders import depth
+from ldm.encoders.depth import MiDaSDepth, midas_input, network_size, resized, scaled
+from recipe import fill
+
+KEYS = Path(__file__).parents[1] / "data" / "keys"
+TINY = {
+    "embed_dim": 64, "depth": 3, "num_heads": 2, "img_size": 64, "hooks": (1, 2), "features": 32,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny() -> MiDaSDepth:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what importing timm and torchvision says
+        encoder = MiDaSDepth(arch=TINY)
+    encoder.load_state_dict(fill(encoder.state_dict(), "tiny"))
+    return encoder.eval()
+
+
+def assert_close(ours, theirs, tolerance=1e-5):
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= tolerance * max(1, theirs.abs().max())
+
+
+def pixels(picture):
+    return picture.permute(2, 0, 1)[None] / 127.5 - 1
+
+
+@pytest.mark.parametrize("size", ["64x64", "64x128", "320x192"])
+def test_the_network_is_fed_what_was_recorded(size):
+    golden, case = gold("e2e_depth2img"), f"midas_transform_{size}"
+    recorded = golden.outputs(case)
+    ours = midas_input(pixels(golden.inputs(case)["image"]))[0]
+    assert list(ours.shape) == recorded["shape"].tolist()
+    assert_close(ours[:, ::8, ::8], recorded["sub"])
+    assert_close(ours.double().mean(dim=(1, 2)), recorded["mean"])
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((500, 333), (576, 384)),
+        ((384, 384), (384, 384)),
+        ((512, 768), (384, 576)),
+        ((768, 768), (384, 384)),
+        ((8, 4000), (32, 384)),
+    ],
+)
+def test_the_side_nearer_to_384_decides(size, expected):
+    assert network_size(*size) == expected
+
+
+def test_the_channel_equals_the_recorded_one():
+    """The recorded map is a stand-in: 3 x_0 + 2 x_1 x_2 + a ramp."""
+    golden = gold("get_input_concat")
+    red, green, blue = golden.inputs("depth")["midas_in"].split(1, dim=1)
+    ramp = torch.linspace(0, 1, red.shape[-1])
+    depth_map = 3 * red + 2 * green * blue + 0.25 * ramp
+    recorded = golden.outputs("depth")["c_concat"]
+    assert_close(scaled(resized(depth_map, (8, 12)), margin=0.001), recorded)
+
+
+def test_a_map_of_any_range_gives_the_same_channel(tiny):
+    depth_map = torch.rand(2, 1, 8, 12)
+    ours = tiny(depth_map)
+    assert ours.amin() == -1
+    assert ours.amax() == 1
+    assert_close(tiny(3000 * depth_map - 7), ours)
+    assert_close(tiny(-depth_map), -ours)
+    assert_close(tiny(ours), ours)
+
+
+def test_a_constant_map_is_finite(tiny):
+    assert torch.equal(tiny(torch.full((1, 1, 4, 4), 7.0)), -torch.ones(1, 1, 4, 4))
+
+
+def test_estimates_do_not_depend_on_the_batch(tiny):
+    images = torch.rand(2, 3, 64, 96) * 2 - 1
+    both = tiny.infer(images)
+    assert both.shape == (2, 1, 64, 96)
+    assert_close(tiny.infer(images[1:]), both[1:])
+
+
+def test_images_become_maps_of_the_networks_own_size(tiny):
+    assert tiny.estimate(torch.zeros(1, 3, 64, 192)).shape == (1, 1, 128, 384)
+
+
+def test_weights_of_any_dtype_give_float32_maps(tiny):
+    half = copy.deepcopy(tiny).to(torch.bfloat16)
+    depth_map = half.infer(torch.rand(1, 3, 64, 64) * 2 - 1)
+    assert depth_map.dtype == torch.float32
+    assert depth_map.isfinite().all()
+
+
+def test_sides_must_be_multiples_of_32(tiny):
+    with pytest.raises(ValueError, match="48 x 64 pixels: both sides must be multiples of 32"):
+        tiny.infer(torch.zeros(1, 3, 48, 64))
+
+
+def test_depth_comes_from_a_map_or_the_networks_input_or_a_picture(tiny, monkeypatch):
+    monkeypatch.setattr(depth, "network_size", lambda height, width: (64, 32))
+    image = torch.rand(1, 3, 80, 48) * 2 - 1
+    estimated = tiny.estimate(image)
+    batches = [{"depth": estimated}, {"midas_in": midas_input(image)}, {"jpg": image}]
+    maps = [tiny.prepare(batch, size=(10, 6))["depth"] for batch in batches]
+    assert maps[0].shape == (1, 1, 10, 6)
+    assert torch.equal(maps[0], maps[1])
+    assert torch.equal(maps[0], maps[2])
+    assert torch.equal(tiny.prepare({"depth": maps[0]}, size=(10, 6))["depth"], maps[0])
+    with pytest.raises(KeyError, match="the batch has `txt`"):
+        tiny.prepare({"txt": ["a"]}, size=(10, 6))
+
+
+def test_a_conditioner_joins_the_channel(tiny):
+    cond = Conditioner(depth=tiny)({"depth": torch.rand(2, 1, 8, 12)})
+    assert list(cond.filled()) == ["concat"]
+    assert cond.concat.shape == (2, 1, 8, 12)
+
+
+def test_wrong_shapes_and_names_are_refused():
+    with pytest.raises(ValueError, match=r"depth maps \(B, 1, H, W\) are expected, got \(1, 3, 8"):
+        resized(torch.zeros(1, 3, 8, 8), (4, 4))
+    with pytest.raises(ValueError, match=r"images \(B, 3, H, W\) are expected"):
+        midas_input(torch.zeros(3, 8, 8))
+    with pytest.raises(ValueError, match="unknown depth model `midas_v21`, choose one of dpt_hyb"):
+        MiDaSDepth(model_type="midas_v21")
+
+
+def test_without_timm_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ImportError, match=r"pip install 'ldm-revived\[depth\]'"):
+        MiDaSDepth()
+
+
+def test_timm_is_imported_only_when_a_depth_model_is_built():
+    top = ast.parse(inspect.getsource(depth)).body
+    names = [ast.unparse(node) for node in top if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not [name for name in names if "timm" in name]
+
+
+def test_full_size_keys_equal_the_published_ones(tiny):
+    with torch.device("meta"):
+        encoder = MiDaSDepth(model_type="dpt_hybrid")
+    names = Counter()
+    for key, value in encoder.state_dict().items():
+        name = re.sub(r"\.blocks\.\d+\.", ".blocks.*.", key)
+        names[f"{name} {'x'.join(map(str, value.shape))}"] += 1
+    listed = [
+        line.split(" ", 1) for line in (KEYS / "depth_dpt_hybrid.txt").read_text().splitlines()
+    ]
+    assert names == {name: int(count) for count, name in listed}
+    assert sum(p.numel() for p in encoder.parameters()) == 123_146_985
+
+
+def test_depth_equals_transformers(tiny):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import DPTConfig, DPTForDepthEstimation
+    bit = {
+        "model_type": "bit", "global_padding": "same", "layer_type": "bottleneck",
+        "depths": [3, 4, 9], "hidden_sizes": [256, 512, 1024], "embedding_dynamic_padding": True,
+        "out_features": ["stage1", "stage2", "stage3"],
+    }  # fmt: skip
+    config = DPTConfig(
+        is_hybrid=True, hidden_size=64, num_hidden_layers=3, num_attention_heads=2,
+        intermediate_size=256, image_size=64, patch_size=16, layer_norm_eps=1e-6,
+        backbone_out_indices=[0, 1, 1, 2], neck_hidden_sizes=[256, 512, 64, 64],
+        fusion_hidden_size=32, backbone_featmap_shape=[1, 1024, 4, 4],
+        reassemble_factors=[1, 1, 1, 0.5], backbone_config=bit,
+    )  # fmt: skip
+    theirs = DPTForDepthEstimation(config).eval()
+    theirs.load_state_dict(in_transformers_words(tiny.state_dict(), theirs.state_dict()))
+    theirs.dpt.embeddings.image_size = (96, 96)  # the position embedding has to stretch
+    x = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        expected = theirs(x).predicted_depth[:, None]
+    assert expected.std() > 0.01
+    assert_close(tiny.infer(x), expected)
+
+
+def in_transformers_words(ours, theirs):
+    vit, post, scratch = "pretrained.model.", "pretrained.act_postprocess", "scratch."
+    bit, fuse = "embeddings.backbone.bit.", "neck.fusion_stage.layers."
+    rules = [
+        (r"dpt\.embeddings\.position_embeddings", vit + "pos_embed"),
+        (r"dpt\.embeddings\.projection", vit + "patch_embed.proj"),
+        (r"dpt\." + bit + r"embedder\.convolution", vit + "patch_embed.backbone.stem.conv"),
+        (r"dpt\." + bit + r"embedder", vit + "patch_embed.backbone.stem"),
+        (r"dpt\." + bit + r"encoder", vit + "patch_embed.backbone"),
+        (r"(stages\.\d+)\.layers", r"\1.blocks"),
+        (r"dpt\.embeddings\.", vit),
+        (r"dpt\.encoder\.layer", vit + "blocks"),
+        (r"dpt\.layernorm", vit + "norm"),
+        (r"layernorm_before", "norm1"),
+        (r"layernorm_after", "norm2"),
+        (r"attention\.output\.dense", "attn.proj"),
+        (r"intermediate\.dense", "mlp.fc1"),
+        (r"output\.dense", "mlp.fc2"),
+        (r"neck\.reassemble_stage\.layers\.2\.projection", post + "3.3"),
+        (r"neck\.reassemble_stage\.layers\.3\.projection", post + "4.3"),
+        (r"neck\.reassemble_stage\.layers\.3\.resize", post + "4.4"),
+        (r"neck\.reassemble_stage\.readout_projects\.2\.0", post + "3.0.project.0"),
+        (r"neck\.reassemble_stage\.readout_projects\.3\.0", post + "4.0.project.0"),
+        (r"residual_layer", "resConfUnit"),
+        (r"convolution", "conv"),
+        (r"head\.head", scratch + "output_conv"),
+    ]
+    rules += [(rf"neck\.convs\.{i}\.", f"{scratch}layer{i + 1}_rn.") for i in range(4)]
+    rules += [(re.escape(f"{fuse}{i}."), f"{scratch}refinenet{4 - i}.") for i in range(4)]
+    rules += [(r"(refinenet\d)\.projection", r"\1.out_conv")]
+    found = {}
+    for name in theirs:
+        key = name
+        for pattern, new in rules:
+            key = re.sub(pattern, new, key)
+        part = re.search(r"attention\.attention\.(query|key|value)\.(\w+)$", key)
+        if part is None:
+            found[name] = ours["model." + key]
+        else:
+            joined = ours[f"model.{key[: part.start()]}attn.qkv.{part[2]}"]
+            found[name] = joined.chunk(3)[["query", "key", "value"].index(part[1])]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["1x384x384", "2x256x448"])
+def test_full_size_depth_equals_the_recorded_one(case):
+    golden = gold("full_midas_dpt_hybrid")
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        encoder = MiDaSDepth()
+    encoder.load_state_dict(golden.weights(encoder.state_dict()), assign=True)
+    info = golden.case(case)["info"]
+    x = F.interpolate(golden.inputs(case)["small"], (info["h"], info["w"]), mode="bilinear")
+    with torch.no_grad():
+        ours = encoder.eval().infer(x)
+    allowed = 1e-4 + 10 * golden.case(case)["noise_mkldnn_off_1thread"]["depth"]
+    assert_close(ours, golden.outputs(case)["depth"], allowed)
