@@ -68,6 +68,7 @@ class OpenCLIPText(nn.Module):
 
     slot: Literal["crossattn"] = "crossattn"
     key = "txt"
+    null = ""
     token_ids: Tensor | None
     LAYERS = ("last", "penultimate")
     IGNORED: ClassVar[frozenset[str]] = frozenset({"device", "max_length"})
@@ -85,7 +86,7 @@ class OpenCLIPText(nn.Module):
     ) -> None:
         super().__init__()
         self.layer = _chosen(layer, self.LAYERS)
-        size = _open_clip_size(arch)
+        size = open_clip_size(arch)
         if version == "openai":
             size["quick_gelu"] = True
         if compact_vocab is not None:
@@ -129,6 +130,7 @@ class CLIPText(nn.Module):
 
     slot: Literal["crossattn"] = "crossattn"
     key = "txt"
+    null = ""
     LAYERS = ("last", "pooled", "hidden")
     IGNORED: ClassVar[frozenset[str]] = frozenset({"device"})
 
@@ -178,7 +180,7 @@ class CLIPText(nn.Module):
         return self.transformer["text_model"]  # type: ignore[return-value]
 
 
-def _open_clip_size(arch: str | Mapping[str, Any]) -> dict[str, Any]:
+def open_clip_size(arch: str | Mapping[str, Any]) -> dict[str, Any]:
     """Keywords of OpenCLIPTower."""
     if isinstance(arch, str):
         name = arch.removesuffix("-quickgelu")

@@ -1,10 +1,12 @@
-"""The two transformers behind the text encoders, with the parameter names of their libraries.
+"""The transformers behind the text and image encoders, with the parameter names of their libraries.
 
-Causal, pre-norm; attention and MLP in each block. open_clip keeps queries, keys and values in one
-matrix and transformers in three, otherwise they differ only in names and in who applies the final
-norm. Tokens in, one vector per token out; text and the choice of layer are `text.py`'s.
+Pre-norm; attention and MLP in each block. open_clip (and OpenAI's package) keeps queries, keys and
+values in one matrix and transformers in three, otherwise the two text towers differ only in names
+and in who applies the final norm. Text towers are causal: tokens in, one vector per token out; the
+vision tower sees all patches at once and gives one vector per image. What a text or an image is,
+and the choice of layer, are the business of `text.py` and `image.py`.
 
-Radford et al. 2021 (arXiv:2103.00020).
+Radford et al. 2021 (arXiv:2103.00020); Dosovitskiy et al. 2021 (arXiv:2010.11929).
 """
 
 import math
@@ -18,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.nets.attention import attention
-from ldm.nets.blocks import Embedding, LayerNorm, Linear
+from ldm.nets.blocks import Conv2d, Embedding, LayerNorm, Linear
 
 VOCAB = 49408
 
@@ -65,11 +67,7 @@ class OpenCLIPTower(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.text_projection, std=self.text_projection.shape[0] ** -0.5)
-        blocks: Any = self.transformer["resblocks"]
-        for block in blocks:
-            attn, mlp = block.attn, block.mlp
-            outputs = [attn.out_proj, mlp["c_proj"]]
-            _init_block(len(blocks), [attn.in_proj_weight], mlp["c_fc"], outputs)
+        _init_open_clip_blocks(self.transformer["resblocks"])
 
     def forward(self, tokens: Tensor, skip: int = 0) -> Tensor:
         """Tokens (B, N) through all blocks but the last `skip`, and the final norm."""
@@ -82,8 +80,62 @@ class OpenCLIPTower(nn.Module):
         return self.ln_final(x)  # (B, N, D)
 
 
+class VisionTower(nn.Module):
+    """Patches, a class token, blocks; the class token's projection is the image's embedding.
+
+    Parameter names are open_clip's, which are OpenAI's.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        patch_size: int,
+        width: int,
+        layers: int,
+        heads: int,
+        embed_dim: int,
+        mlp_ratio: float = 4.0,
+        quick_gelu: bool = False,
+    ) -> None:
+        super().__init__()
+        activation = ACTIVATIONS["quick_gelu" if quick_gelu else "gelu"]
+        hidden = int(width * mlp_ratio)
+        blocks = [OpenCLIPBlock(width, heads, hidden, activation) for _ in range(layers)]
+        self.image_size = image_size
+        self.class_embedding = nn.Parameter(torch.empty(width))
+        self.positional_embedding = nn.Parameter(
+            torch.empty((image_size // patch_size) ** 2 + 1, width)
+        )
+        self.proj = nn.Parameter(torch.empty(width, embed_dim))
+        self.conv1 = Conv2d(3, width, patch_size, stride=patch_size, bias=False)
+        self.ln_pre = LayerNorm(width)
+        self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(blocks)})
+        self.ln_post = LayerNorm(width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Small normal weights, as in OpenCLIPTower."""
+        if self.proj.is_meta:
+            return
+        for weight in (self.class_embedding, self.positional_embedding, self.proj):
+            nn.init.normal_(weight, std=len(self.proj) ** -0.5)
+        _init_open_clip_blocks(self.transformer["resblocks"])
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Normalised images (B, 3, S, S), S = image_size, to embeddings (B, embed_dim)."""
+        patches = self.conv1(image.to(self.proj.dtype)).flatten(2).mT  # (B, P, D)
+        first = self.class_embedding.expand(len(patches), 1, -1)  # (B, 1, D)
+        x = torch.cat([first, patches], dim=1) + self.positional_embedding  # (B, 1 + P, D)
+        x = self.ln_pre(x)
+        blocks: Any = self.transformer["resblocks"]
+        for block in blocks:
+            x = block(x)
+        return self.ln_post(x[:, 0]) @ self.proj  # (B, embed_dim)
+
+
 class OpenCLIPBlock(nn.Module):
-    """Pre-norm causal attention and MLP, open_clip's names."""
+    """Pre-norm attention and MLP, open_clip's names."""
 
     def __init__(
         self, width: int, heads: int, hidden: int, activation: Callable[[Tensor], Tensor]
@@ -95,14 +147,14 @@ class OpenCLIPBlock(nn.Module):
         self.mlp = nn.ModuleDict({"c_fc": Linear(width, hidden), "c_proj": Linear(hidden, width)})
         self.activation = activation
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), mask)  # (B, N, D)
         h = self.activation(self.mlp["c_fc"](self.ln_2(x)))  # (B, N, hidden)
         return x + self.mlp["c_proj"](h)  # (B, N, D)
 
 
 class FusedAttention(nn.Module):
-    """Causal self-attention with queries, keys and values in one matrix, open_clip's names."""
+    """Self-attention with queries, keys and values in one matrix, open_clip's names."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -111,7 +163,7 @@ class FusedAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, N, 3 D)
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
         y = attention(q, k, v, mask)  # (B, heads, N, d)
@@ -218,6 +270,13 @@ def _causal(x: Tensor) -> Tensor:
     """Each token sees itself and those before it: (N, N) bool."""
     n = x.shape[1]
     return torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
+
+
+def _init_open_clip_blocks(blocks: Any) -> None:
+    for block in blocks:
+        attn, mlp = block.attn, block.mlp
+        outputs = [attn.out_proj, mlp["c_proj"]]
+        _init_block(len(blocks), [attn.in_proj_weight], mlp["c_fc"], outputs)
 
 
 def _init_block(
