@@ -1,0 +1,119 @@
+"""The Karlo prior: a noisy CLIP image embedding and a text -> the clean embedding.
+
+A causal transformer over one sequence; what it makes of the last place is the answer.
+
+    [ text tokens … | text embedding | timestep | noisy embedding | a learned query ]
+      N               1                1          1                 1
+
+Parameter names are Karlo's. unCLIP: Ramesh et al. 2022 (arXiv:2204.06125), section 2.2.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.nets.attention import attention
+from ldm.nets.blocks import LayerNorm, Linear, timestep_embedding
+
+__all__ = ["Prior"]
+
+
+class Prior(nn.Module):
+    """Predicts x0 of an embedding, called like a UNet: (x, timesteps, context=…, y=…).
+
+        clip_dim: width D of embeddings and text tokens.
+        text_ctx: text tokens, N.
+        xf_width, xf_layers, xf_heads, xf_final_ln: of the transformer.
+
+    Embeddings are in the units in which CLIP's have mean 0 and standard deviation 1.
+    """
+
+    IGNORED: ClassVar[frozenset[str]] = frozenset({"text_drop"})
+
+    def __init__(
+        self,
+        *,
+        clip_dim: int = 768,
+        text_ctx: int = 77,
+        xf_width: int = 2048,
+        xf_layers: int = 20,
+        xf_heads: int = 32,
+        xf_final_ln: bool = True,
+        text_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        width = xf_width
+        self.time_embed = nn.Sequential(Linear(width, width), nn.SiLU(), Linear(width, width))
+        self.text_enc_proj = Linear(clip_dim, width)
+        self.text_emb_proj = Linear(clip_dim, width)
+        self.clip_img_proj = Linear(clip_dim, width)
+        self.out_proj = Linear(width, clip_dim)
+        blocks = [PriorBlock(width, xf_heads) for _ in range(xf_layers)]
+        self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(blocks)})
+        self.final_ln = LayerNorm(width) if xf_final_ln else nn.Identity()
+        self.positional_embedding = nn.Parameter(torch.empty(1, text_ctx + 4, width))
+        self.prd_emb = nn.Parameter(torch.empty(1, 1, width))
+        if not self.prd_emb.is_meta:
+            nn.init.normal_(self.prd_emb, std=0.01)
+            nn.init.normal_(self.positional_embedding, std=0.01)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.prd_emb.dtype
+
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor) -> Tensor:
+        """The clean embedding (B, D), dtype of x.
+
+        x: (B, D) noisy embedding. timesteps: (B,).
+        context: (B, N, D) text tokens; a token that is all zeros is padding and not looked at.
+        y: (B, D) text embedding.
+        """
+        t = timestep_embedding(timesteps, self.prd_emb.shape[-1]).to(self.dtype)
+        places = [
+            self.text_enc_proj(context.to(self.dtype)),  # (B, N, W)
+            self.text_emb_proj(y.to(self.dtype))[:, None],  # (B, 1, W)
+            self.time_embed(t)[:, None],
+            self.clip_img_proj(x.to(self.dtype))[:, None],
+            self.prd_emb.expand(len(x), -1, -1),
+        ]
+        h = torch.cat(places, dim=1) + self.positional_embedding  # (B, N + 4, W)
+        mask = _mask(context, h.shape[1])  # (B, 1, N + 4, N + 4)
+        blocks: Any = self.transformer["resblocks"]
+        for block in blocks:
+            h = block(h, mask)
+        return self.out_proj(self.final_ln(h[:, -1])).to(x.dtype)  # (B, D)
+
+
+class PriorBlock(nn.Module):
+    """Pre-norm attention and MLP, Karlo's names."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attn = nn.ModuleDict(
+            {"c_qkv": Linear(width, 3 * width), "c_proj": Linear(width, width)}
+        )
+        self.ln_1 = LayerNorm(width)
+        self.mlp = nn.ModuleDict(
+            {"c_fc": Linear(width, 4 * width), "c_proj": Linear(4 * width, width)}
+        )
+        self.ln_2 = LayerNorm(width)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        qkv = self.attn["c_qkv"](self.ln_1(x))  # (B, N, 3 W), head by head
+        q, k, v = rearrange(qkv, "b n (h three d) -> three b h n d", three=3, h=self.heads)
+        y = rearrange(attention(q, k, v, mask), "b h n d -> b n (h d)")  # (B, N, W)
+        x = x + self.attn["c_proj"](y)
+        return x + self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x))))  # (B, N, W)
+
+
+def _mask(context: Tensor, length: int) -> Tensor:
+    """Each place sees itself, and those before it that are not padding."""
+    seen = F.pad(context.ne(0).any(dim=-1), (0, length - context.shape[1]), value=True)
+    square = torch.ones(length, length, dtype=torch.bool, device=context.device)
+    return (seen[:, None, None] & square.tril()) | torch.eye(
+        length, dtype=torch.bool, device=context.device
+    )

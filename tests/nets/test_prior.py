@@ -1,0 +1,222 @@
+import re
+import warnings
+from collections import Counter
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from goldfile import gold
+from ldm.conditioning import Cond
+from ldm.diffusion.schedule import Schedule, make_betas
+from ldm.encoders import tokenizer
+from ldm.encoders.image import CLIPImage, OpenCLIPImage
+from ldm.encoders.prior import image_embedding, sample, spaced, text_condition
+from ldm.nets.prior import Prior
+
+KEYS = Path(__file__).parents[1] / "data" / "keys"
+TINY = {"clip_dim": 16, "xf_width": 32, "xf_layers": 2, "xf_heads": 4}
+TEXT = {"vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
+VISION = {"image_size": 32, "patch_size": 16, "width": 16, "head_width": 8, "layers": 1}
+TINY_CLIP = {"embed_dim": 16, "text_cfg": TEXT, "vision_cfg": VISION}
+
+
+def assert_close(ours, theirs, tolerance=1e-5):
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= tolerance * max(1, theirs.abs().max())
+
+
+def recorded_prior():
+    golden = gold("karlo_prior")
+    options = golden.meta["config"]["model"]["hparams"]
+    prior = Prior(**{k: v for k, v in options.items() if k not in Prior.IGNORED})
+    prior.load_state_dict(golden.weights(prior.state_dict(), "model."))
+    given = golden.inputs("transformer")
+    tokens = given["txt_feat_seq"] * given["mask"][..., None]
+    both = Cond(crossattn=tokens, vector=given["txt_feat"])
+    return golden, prior.eval(), both
+
+
+def tiny_prior():
+    torch.manual_seed(0)
+    prior = Prior(**TINY)
+    for parameter in prior.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return prior
+
+
+def test_the_prediction_equals_the_recorded_one():
+    golden, prior, both = recorded_prior()
+    given = golden.inputs("transformer")
+    with torch.no_grad():
+        x0 = prior(given["x"], given["timesteps"], both.crossattn, both.vector)
+    assert_close(x0, golden.outputs("transformer")["out"])
+
+
+@pytest.mark.parametrize("steps", [5, 25])
+def test_samples_equal_the_recorded_ones(steps):
+    golden, prior, both = recorded_prior()
+    case = f"sample_{steps}"
+    # The original carries the unconditional half along with noise of its own, and never reads it.
+    drawn = iter([noise[:2] for noise in golden.rng(case)])
+    scale = golden.case(case)["info"]["cf_scale"]
+    with torch.no_grad():
+        x = sample(prior, both[:2], both[2:], steps=steps, scale=scale, noise=lambda _: next(drawn))
+    given = golden.inputs("transformer")
+    assert_close(x * given["clip_std"] + given["clip_mean"], golden.outputs(case)["img_feat"])
+    assert next(drawn, None) is None
+
+
+def test_ddim_samples_equal_the_recorded_ones():
+    golden, prior, both = recorded_prior()
+    table = Schedule(make_betas("squaredcos_cap_v2")).sigmas
+    sigmas = torch.cat([table[[750, 500, 250, 0]], torch.zeros(1)])
+    start = golden.rng("sample_ddim4")[0][:2]
+    with torch.no_grad():
+        x = sample(prior, both[:2], both[2:], sigmas=sigmas, eta=0.0, noise=lambda _: start)
+    given = golden.inputs("transformer")
+    expected = golden.outputs("sample_ddim4")["img_feat"]
+    assert_close(x * given["clip_std"] + given["clip_mean"], expected)
+
+
+def test_the_grid_is_the_recorded_one():
+    expected = gold("karlo_prior").outputs("respaced_schedule_25")
+    schedule = Schedule(make_betas("squaredcos_cap_v2"))
+    sigmas = spaced(schedule, 25)
+    t = schedule.sigma_to_t(sigmas[:-1]).flip(0)
+    assert torch.allclose(t, expected["timestep_map"].double(), atol=1e-9)
+    respaced = Schedule(expected["betas"])
+    assert torch.allclose(sigmas[:-1].flip(0), respaced.sigmas, rtol=1e-9)
+
+
+def test_ancestral_steps_have_the_recorded_posterior_variance():
+    expected = gold("karlo_prior").outputs("respaced_schedule_25")["posterior_variance"]
+    sigmas = spaced(Schedule(make_betas("squaredcos_cap_v2")), 25)
+    now, after = sigmas[:-1] ** 2, sigmas[1:] ** 2
+    ours = (after * (1 - after / now) / (1 + after)).flip(0)  # fresh noise, where z_t has unit size
+    assert torch.allclose(ours, expected, rtol=1e-9)
+
+
+def test_full_size_keys_equal_the_published_ones():
+    with torch.device("meta"):
+        prior = Prior()
+    names = Counter()
+    for key, value in prior.state_dict().items():
+        name = re.sub(r"\.resblocks\.\d+\.", ".resblocks.*.", f"model.{key}")
+        names[f"{name} {'x'.join(map(str, value.shape))}"] += 1
+    listed = [line.split(" ", 1) for line in (KEYS / "prior_karlo.txt").read_text().splitlines()]
+    assert names == {name: int(count) for count, name in listed}
+    assert sum(p.numel() for p in prior.parameters()) == 1_022_028_544
+
+
+def test_padding_is_not_looked_at():
+    prior = tiny_prior()
+    x, y, t = torch.randn(2, 16), torch.randn(2, 16), torch.tensor([3, 700])
+    context = torch.randn(2, 77, 16)
+    short = context.clone()
+    short[:, 5:] = 0
+    prior.text_enc_proj.bias.data += 1
+    with torch.no_grad():
+        before = prior(x, t, short, y)
+        prior.positional_embedding.data[:, 5:77] += 1
+        after = prior(x, t, short, y)
+        assert not torch.allclose(prior(x, t, context, y), after)
+    assert torch.equal(before, after)
+
+
+def test_gradient_reaches_every_parameter():
+    prior = tiny_prior()
+    prior(
+        torch.randn(1, 16), torch.tensor([3]), torch.randn(1, 77, 16), torch.randn(1, 16)
+    ).sum().backward()
+    assert all(p.grad is not None for p in prior.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_prediction_has_the_dtype_of_the_input(dtype):
+    prior = tiny_prior()
+    inputs = (torch.randn(1, 16), torch.tensor([3]), torch.randn(1, 77, 16), torch.randn(1, 16))
+    with torch.no_grad():
+        full, half = prior(*inputs), prior.to(dtype)(*inputs)
+    assert half.dtype == torch.float32
+    assert_close(half, full, 0.05)
+
+
+def test_a_text_leads_to_an_embedding_in_the_units_of_clip():
+    prior, clip = tiny_prior(), CLIPImage(model=TINY_CLIP)
+    mean, std = torch.full((16,), 3.0), torch.full((16,), 0.5)
+    runs = [
+        image_embedding(
+            prior, clip, ["a cat"], negative, mean=mean, std=std, steps=4, noise=torch.ones_like
+        ).detach()
+        for negative in ("", "", "a dog")
+    ]
+    assert runs[0].shape == (1, 16)
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+    plain = sample(
+        prior, text_condition(clip, ["a cat"]), text_condition(clip, [""]), steps=4,
+        noise=torch.ones_like,
+    )  # fmt: skip
+    assert_close(runs[0], plain * 0.5 + 3)
+
+
+def test_text_embedding_equals_transformers():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+    config = CLIPTextConfig(
+        hidden_size=16, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        projection_dim=16, eos_token_id=49407,
+    )  # fmt: skip
+    theirs = CLIPTextModelWithProjection(config).eval()
+    clip = CLIPImage(model=TINY_CLIP)
+    state, tower = theirs.state_dict(), clip.model
+    ours = {"text_projection": state["text_projection.weight"].T}
+    pairs = [("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1"),
+             ("mlp.c_proj", "mlp.fc2"), ("attn.out_proj", "self_attn.out_proj")]  # fmt: skip
+    find = {re.sub(r"^text_model\.", "", key): value for key, value in state.items()}
+    ours["token_embedding.weight"] = find["embeddings.token_embedding.weight"]
+    ours["positional_embedding"] = find["embeddings.position_embedding.weight"]
+    for kind in ("weight", "bias"):
+        ours[f"ln_final.{kind}"] = find[f"final_layer_norm.{kind}"]
+        for n, (new, old) in product(range(2), pairs):
+            ours[f"transformer.resblocks.{n}.{new}.{kind}"] = find[
+                f"encoder.layers.{n}.{old}.{kind}"
+            ]
+        for n in range(2):
+            old = f"encoder.layers.{n}.self_attn"
+            fused = torch.cat([find[f"{old}.{part}_proj.{kind}"] for part in "qkv"])
+            ours[f"transformer.resblocks.{n}.attn.in_proj_{kind}"] = fused
+    assert not tower.load_state_dict(ours, strict=False).unexpected_keys
+    texts = ["a cat", "an astronaut riding a horse"]
+    cond = text_condition(clip, texts)
+    ends = cond.crossattn.ne(0).any(-1).sum(1)
+    assert ends.tolist() == [4, 7]
+    expected = theirs(tokenizer.tokenize(texts, tokenizer.CLIP))
+    assert_close(cond.vector, expected.text_embeds, 2e-6)
+    for row, seen, end in zip(cond.crossattn, expected.last_hidden_state, ends, strict=True):
+        assert_close(row[:end], seen[:end], 2e-6)
+
+
+def test_a_clip_without_text_tower_is_refused():
+    with pytest.raises(ValueError, match="the prior needs CLIP's text tower"):
+        text_condition(OpenCLIPImage(arch=TINY_CLIP), ["a cat"])
+
+
+def test_a_wrong_option_is_named():
+    prior, cond = tiny_prior(), Cond(crossattn=torch.ones(1, 77, 16), vector=torch.ones(1, 16))
+    with pytest.raises(ValueError, match="unknown sampler `dmp`, choose one of ddim"):
+        sample(prior, cond, cond, sampler="dmp")
+    with pytest.raises(ValueError, match="must be in 2 … 1000, got 1"):
+        sample(prior, cond, cond, steps=1)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "heun"])
+def test_other_samplers_walk_the_same_grid(sampler):
+    prior, cond = tiny_prior(), Cond(crossattn=torch.ones(1, 77, 16), vector=torch.ones(1, 16))
+    with torch.no_grad():
+        x = sample(prior, cond, cond, sampler=sampler, steps=6)
+    assert x.shape == (1, 16)
+    assert x.isfinite().all()
