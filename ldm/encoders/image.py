@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.diffusion.schedule import Schedule, make_betas
+from ldm.encoders.lowres import TABLES
 from ldm.encoders.text import open_clip_size
 from ldm.encoders.towers import OpenCLIPTower, VisionTower
 from ldm.nets.blocks import timestep_embedding
@@ -174,12 +175,6 @@ class EmbeddingNoise(nn.Module):
     used are computed here in float64.
     """
 
-    TABLES = (
-        "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod",
-        "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod",
-        "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod",
-    )  # fmt: skip
-
     def __init__(
         self,
         *,
@@ -193,7 +188,7 @@ class EmbeddingNoise(nn.Module):
         with torch.device("cpu"):  # real numbers, also where weights are on the meta device
             self.schedule = Schedule(make_betas(config.pop("beta_schedule", "linear"), **config))
             tables = self.schedule.buffers()
-        for name in self.TABLES:
+        for name in TABLES:
             self.register_buffer(name, tables[name])
         self.width = timestep_dim
         self.max_noise_level = max_noise_level
