@@ -7,7 +7,7 @@ A network has three ears, and a `Cond` has one slot for each:
     vector    (B, D)        added to the time embedding                  a noise level, an image
 
 A `Conditioner` is a set of named encoders; each says which record it reads (`key`), which slot it
-fills (`slot`) and what stands for "nothing" (`null`).
+fills (`slot`) and, if its record may be left out, what stands for "nothing" (`null`).
 """
 
 from collections.abc import Mapping
@@ -70,7 +70,7 @@ class Cond:
 class Conditioner(nn.Module):
     """Named encoders, run over one batch.
 
-        encoders: modules with `key`, `slot`, `null`, called with `batch[key]`.
+        encoders: modules with `key`, `slot`, perhaps `null`, called with `batch[key]`.
 
     The names are the attribute names, so that weights are `conditioner.text.…`.
     """
@@ -97,7 +97,7 @@ class Conditioner(nn.Module):
                 given = ", ".join(f"`{key}`" for key in batch)
                 raise KeyError(f"encoder `{name}` reads `{encoder.key}`, the batch has {given}")
             records = batch[encoder.key]
-            if drop:
+            if drop and hasattr(encoder, "null"):
                 lost = torch.rand(len(records), generator=generator) < drop
                 records = [
                     encoder.null if gone else r for r, gone in zip(records, lost, strict=True)

@@ -96,9 +96,7 @@ class Denoiser:
 
     def predict_at(self, z: Tensor, cond: Cond | None, t: Tensor, noise: Tensor) -> Tensor:
         """The network's prediction for z under `noise` at timesteps t (B,), float32."""
-        alphas = self.schedule.alphas_cumprod[t.cpu()]
-        z_t = _column(alphas.sqrt(), z) * z + _column((1 - alphas).sqrt(), z) * noise
-        return self._network(z_t, t, cond)
+        return self._network(self.schedule.noised(z, noise, t), t, cond)
 
     def _network(self, z_t: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
         cond = cond or Cond()

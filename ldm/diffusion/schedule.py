@@ -87,6 +87,18 @@ class Schedule:
         log_alpha = np.interp(t.numpy(), np.arange(len(self), dtype=np.float64), table)
         return torch.as_tensor(np.sqrt(np.expm1(-log_alpha)))
 
+    def noised(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """z_t = √ᾱ z + √(1-ᾱ) noise, float32 (arXiv:2006.11239, eq. 4).
+
+            z, noise: (B, …). t: (B,) integers in 0 … T-1.
+        Raises ValueError for a timestep outside the schedule.
+        """
+        if t.min() < 0 or t.max() >= len(self):
+            raise ValueError(f"noise levels are 0 … {len(self) - 1}, got {t.tolist()}")
+        alphas = self.alphas_cumprod[t.cpu()].reshape(-1, *(1,) * (z.dim() - 1))
+        signal, spread = (a.sqrt().to(z.device, torch.float32) for a in (alphas, 1 - alphas))
+        return signal * z.float() + spread * noise.to(z.device, torch.float32)
+
     def steps(self, steps: int, grid: str = "uniform", *, original_count: bool = False) -> Tensor:
         """The noise levels of a run of `steps` steps, (steps + 1,) float64, descending.
 

@@ -221,11 +221,7 @@ class EmbeddingNoise(nn.Module):
         if len(level) and not 0 <= int(level.min()) <= int(level.max()) < self.max_noise_level:
             last = self.max_noise_level - 1
             raise ValueError(f"noise levels are 0 … {last}, got {level.tolist()}")
-        alphas = self.schedule.alphas_cumprod[level.cpu()][:, None]  # (B, 1)
-        signal, spread = (
-            a.sqrt().to(embedding.device, torch.float32) for a in (alphas, 1 - alphas)
-        )
-        noised = signal * self.scale(embedding) + spread * noise.to(embedding.device)  # (B, D)
+        noised = self.schedule.noised(self.scale(embedding), noise, level)  # (B, D)
         beside = timestep_embedding(level, self.width)  # (B, D)
         return torch.cat([self.unscale(noised), beside], dim=1)  # (B, 2 D)
 

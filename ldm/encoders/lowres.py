@@ -76,12 +76,7 @@ class LowRes(nn.Module):
         """
         if self.schedule is None:
             return lr.float()
-        if level.min() < 0 or level.max() >= len(self.schedule):
-            last = len(self.schedule) - 1
-            raise ValueError(f"noise levels are 0 … {last}, got {level.tolist()}")
-        alphas = self.schedule.alphas_cumprod[level.cpu()][:, None, None, None]
-        signal, spread = (a.sqrt().to(lr.device, torch.float32) for a in (alphas, 1 - alphas))
-        return signal * lr.float() + spread * noise.to(lr.device, torch.float32)
+        return self.schedule.noised(lr, noise, level)
 
     def draw_level(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """Levels (count,) int64, uniform below `max_noise_level`, as in training."""
