@@ -131,8 +131,10 @@ def fill(
     """
     wanted = model.state_dict()
     prefix = next((p for p in PREFIXES if any(p + name in state for name in wanted)), "")
-    weights: dict[str, Tensor] = {}
+    for name in [name for name in state if not name.startswith(prefix)]:
+        del state[name]  # other parts of a whole model
     _check_fit(wanted, {n.removeprefix(prefix): v for n, v in state.items()}, misfit)
+    weights: dict[str, Tensor] = {}
     for name in list(state):  # in the order of the file, so that the system reads ahead
         old = state.pop(name)
         kind = dtype if old.is_floating_point() else old.dtype

@@ -1,0 +1,279 @@
+"""YAML + file -> model: every kind of file gives the same model, and misfits are said clearly."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+import ldm
+from ldm.loading import checkpoint, config, families, legacy, load
+from ldm.loading.checkpoint import Checkpoint
+
+
+@pytest.fixture
+def tiny_file(tmp_path, tiny_state):
+    path = tmp_path / "tiny.safetensors"
+    checkpoint.write(path, tiny_state)
+    return path
+
+
+def same(model, state):
+    ours = legacy.rename(state)
+    theirs = model.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(theirs[k], ours[k]) for k in ours)
+
+
+def spellings(state):
+    """The same weights as the world writes them."""
+    half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+    bare = {k: v for k, v in state.items() if k.startswith(("model.", "first", "cond"))}
+    return {
+        "lightning": {"state_dict": state, "global_step": 3, "epoch": 1},
+        "bare": state,
+        "without schedule": bare,
+        "half": half,
+        "parallel": {f"module.{k}": v for k, v in state.items()},
+        "with loss": {**state, "first_stage_model.loss.logvar": torch.zeros(())},
+        "with logvar": {**state, "logvar": torch.zeros(1000)},
+        "with mask": {**state, "cond_stage_model.model.attn_mask": torch.zeros(77, 77)},
+        "with counters": {**state, "model_ema.num_updates": torch.tensor(3)},
+    }
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "legacy"])
+def test_every_spelling_gives_the_same_model(tmp_path, tiny_yaml, tiny_state, old):
+    for name, content in spellings(tiny_state).items():
+        path = tmp_path / "x.ckpt"
+        torch.save(content, path, _use_new_zipfile_serialization=not old)
+        model = ldm.load(tiny_yaml, path)
+        expected = tiny_state
+        if name == "half":
+            expected = {k: v.half().float() if v.is_floating_point() else v for k, v in
+                        tiny_state.items()}  # fmt: skip
+        assert same(model, expected), name
+
+
+def test_the_model_runs_and_says_where_it_is_from(tiny_yaml, tiny_file):
+    model = ldm.load(tiny_yaml, tiny_file)
+    assert not model.training
+    assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
+    cond = model.condition({"txt": ["an apple", ""]})
+    z = model.denoiser(torch.randn(2, 4, 8, 8), torch.ones(2), cond)
+    assert model.decode(z).shape == (2, 3, 16, 16)
+    about = model.provenance
+    assert about["config"] == str(tiny_yaml)
+    assert about["checkpoint"] == str(tiny_file)
+    assert "data" in about["skipped"]
+    assert any("scheduler_config" in name for name in about["skipped"])
+    assert any("ckpt_path" in name for name in about["skipped"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_are_cast_once(tiny_yaml, tiny_file, tiny_state, dtype):
+    model = ldm.load(tiny_yaml, tiny_file, dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    name = "first_stage_model.encoder.conv_in.weight"
+    assert torch.equal(model.autoencoder.encoder.conv_in.weight, tiny_state[name].to(dtype))
+
+
+def test_casting_gives_the_file_back(tmp_path, tiny_yaml, tiny_state):
+    """Pages given back are read again from the file, never lost: two names for one storage."""
+    state = dict(tiny_state)
+    state["cond_stage_model.model.token_embedding.weight"] = shared = torch.randn(49408, 16)
+    torch.save({**state, "again": shared}, tmp_path / "x.ckpt")
+    file = checkpoint.read(tmp_path / "x.ckpt")
+    checkpoint.release(file.state["again"])
+    assert torch.equal(file.state["again"], shared)
+
+
+def test_a_model_saved_is_the_model_loaded(tmp_path, tiny_yaml, tiny_file, tiny_state):
+    model = ldm.load(tiny_yaml, tiny_file)
+    for ending in (".ckpt", ".safetensors"):
+        path = tmp_path / f"again{ending}"
+        load.save(model, path, {"global_step": 7, load.EMBEDDED: tiny_yaml.read_text()})
+        assert checkpoint.read(path).state.keys() == tiny_state.keys()
+        assert same(ldm.load(tiny_yaml, path), tiny_state)
+    alone = ldm.load(ckpt=tmp_path / "again.safetensors")
+    assert same(alone, tiny_state)
+    assert alone.provenance["step"] == 7
+
+
+def test_weights_may_be_trained_after_loading(tiny_yaml, tiny_file):
+    model = ldm.load(tiny_yaml, tiny_file)
+    before = tiny_file.read_bytes()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    assert tiny_file.read_bytes() == before
+
+
+def test_averages_are_loaded_when_asked_for(tmp_path, tiny_yaml, tiny_state):
+    averages = {
+        "model_ema." + k.removeprefix("model.").replace(".", ""): v + 1
+        for k, v in tiny_state.items()
+        if k.startswith("model.")
+    }
+    torch.save(tiny_state | averages, tmp_path / "x.ckpt")
+    raw = ldm.load(tiny_yaml, tmp_path / "x.ckpt").state_dict()
+    ema = ldm.load(tiny_yaml, tmp_path / "x.ckpt", ema=True).state_dict()
+    for name in raw:
+        assert torch.equal(ema[name], raw[name] + 1 if name.startswith("unet.") else raw[name])
+    rest = {k: v for k, v in tiny_state.items() if not k.startswith("model.")}
+    torch.save(rest | averages, tmp_path / "y.ckpt")
+    alone = ldm.load(tiny_yaml, tmp_path / "y.ckpt", ema=True).state_dict()
+    assert all(torch.equal(alone[name], ema[name]) for name in ema)
+
+
+def test_missing_and_unexpected_names_are_counted(tmp_path, tiny_yaml, tiny_state):
+    state = {k: v for k, v in tiny_state.items() if "attn1.to_q" not in k}
+    state |= {f"extra.{i}": torch.ones(1) for i in range(12)}
+    state["first_stage_model.quant_conv.bias"] = torch.ones(3)
+    torch.save(state, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match="does not fit tiny.yaml") as caught:
+        ldm.load(tiny_yaml, tmp_path / "x.ckpt")
+    text = str(caught.value)
+    assert "12 unexpected, 1 of another shape" in text
+    assert "attn1.to_q.weight" in text
+    assert "extra.9, …" in text
+    assert "extra.10" not in text
+    assert "first_stage_model.quant_conv.bias (3,) for (8,)" in text
+
+
+def test_another_schedule_in_the_file_is_a_warning(tmp_path, tiny_yaml, tiny_state):
+    torch.save(tiny_state, tmp_path / "x.ckpt")
+    with pytest.warns(UserWarning, match="its noise schedule is another one"):
+        ldm.load(tiny_yaml, tmp_path / "x.ckpt", overrides=["model.params.linear_end=0.02"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ldm.load(tiny_yaml, tmp_path / "x.ckpt")
+
+
+def test_a_scale_measured_in_training_is_used(tmp_path, tiny_yaml, tiny_state):
+    torch.save({**tiny_state, "scale_factor": torch.tensor(0.5)}, tmp_path / "x.ckpt")
+    assert ldm.load(tiny_yaml, tmp_path / "x.ckpt").scale_factor == 0.5
+    assert ldm.load(tiny_yaml, tmp_path / "x.ckpt").provenance["ema"] is False
+
+
+def test_single_parts_load_from_their_own_and_from_whole_files(tmp_path, tiny_yaml, tiny_state):
+    part = config.read(tiny_yaml)["model"]["params"]["first_stage_config"]
+    (tmp_path / "kl.yaml").write_text(json.dumps({"model": part}))
+    prefix = "first_stage_model."
+    own = {k.removeprefix(prefix): v for k, v in tiny_state.items() if k.startswith(prefix)}
+    torch.save({"state_dict": own | {"loss.logvar": torch.zeros(())}}, tmp_path / "kl.ckpt")
+    assert same(ldm.load(tmp_path / "kl.yaml", tmp_path / "kl.ckpt"), own)
+    torch.save(tiny_state, tmp_path / "whole.ckpt")
+    assert same(ldm.load(tmp_path / "kl.yaml", tmp_path / "whole.ckpt"), own)
+
+
+def test_a_config_without_weights_is_an_error(tiny_yaml):
+    with pytest.raises(ValueError, match="no weights"):
+        ldm.load(tiny_yaml)
+
+
+def test_unknown_weights_without_config_are_an_error(tiny_file):
+    with pytest.raises(ValueError, match="is unknown\nhint: pass its config"):
+        ldm.load(ckpt=tiny_file)
+
+
+def test_loading_neither_initialises_nor_opens_connections(tiny_yaml, tiny_file):
+    code = f"""
+import socket, sys
+def refuse(*arguments, **keywords): raise AssertionError("network")
+socket.socket.connect = refuse; socket.create_connection = refuse; socket.getaddrinfo = refuse
+import ldm
+ldm.load({str(tiny_yaml)!r}, {str(tiny_file)!r})
+heavy = ["torch._dynamo", "transformers", "open_clip", "lightning", "torchvision", "diffusers"]
+print([name for name in heavy if name in sys.modules])
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+# Families, by the shapes of full-size models; values are one number each.
+
+
+def full(name, **values):
+    """A checkpoint with the shapes of a shipped config, taking no memory."""
+    raw = config.read(f"configs/stable-diffusion/{name}.yaml")["model"]["params"]
+    unet = load.on_meta(legacy.translate(raw["unet_config"]))
+    state = {f"unet.{k}": torch.zeros(1).expand(v.shape) for k, v in unet.state_dict().items()}
+    return state | {k: v for k, v in values.items() if isinstance(v, torch.Tensor)}
+
+
+@pytest.mark.parametrize("family", [f for f in families.FAMILIES if f.config], ids=lambda f: f.name)
+def test_families_are_recognised(family):
+    assert families.recognise(full(family.config)) is family
+
+
+def test_other_unets_are_no_family(tiny_state):
+    assert families.recognise(legacy.rename(tiny_state)) is None
+    assert families.recognise({}) is None
+
+
+EPS, V = torch.full((320,), 0.05), torch.linspace(-0.5, 0.5, 320)
+EPS[::2] *= -1
+
+
+@pytest.mark.parametrize(
+    ("step", "bias", "notes", "says", "disputed"),
+    [
+        (875000, EPS, {}, "eps", False),
+        (220000, EPS, {}, "eps", False),
+        (110000, V, {}, "v", False),
+        (None, EPS, {}, "eps", False),
+        (None, V, {}, "v", False),
+        (110000, EPS, {}, "v", True),
+        (875000, V, {}, "eps", True),
+        (875000, EPS, {"v_pred": ""}, "v", True),
+        (None, V, {"modelspec.prediction_type": "v"}, "v", False),
+        (None, EPS, {"modelspec.prediction_type": "epsilon"}, "eps", False),
+    ],
+)
+def test_predictions_are_decided_by_several_methods(step, bias, notes, says, disputed):
+    state = full("v2-inference") | {families.BIAS: bias}
+    found = families.predict(families.recognise(state), state, step=step, markers=notes)
+    assert found.kind == says
+    assert found.disputed == disputed
+    assert found.votes == sum(v is not None for v in (step, bias)) + bool(notes)
+
+
+@pytest.mark.parametrize(("step", "name"), [(875000, "v2-inference"), (110000, "v2-inference-v")])
+def test_a_config_is_chosen_by_family_and_prediction(tmp_path, step, name):
+    state = full("v2-inference") | {families.BIAS: EPS if step == 875000 else V}
+    file = Checkpoint(tmp_path / "x.ckpt", "zip", legacy.rename_back(state), step)
+    assert load.choose_config(file).endswith(f"/{name}.yaml")
+
+
+@pytest.mark.parametrize("name", ["v2-midas-inference", "x4-upscaling", "v1-inpainting-inference"])
+def test_kin_are_named_with_their_script(tmp_path, monkeypatch, name):
+    file = Checkpoint(tmp_path / "x.ckpt", "zip", legacy.rename_back(full(name)))
+    monkeypatch.setattr(checkpoint, "read", lambda *arguments: file)
+    with pytest.raises(ValueError, match=r"not supported yet .*`scripts/\w+\.py` will serve it"):
+        ldm.load(ckpt=tmp_path / "x.ckpt")
+
+
+def test_the_probe_tells_v_from_eps():
+    class Answer(torch.nn.Module):
+        def __init__(self, factor):
+            super().__init__()
+            self.factor = torch.nn.Parameter(torch.tensor(factor))
+
+        def forward(self, x, t, context):
+            return self.factor * x
+
+    nothing = families.Prediction(None)
+    assert families.probe(Answer(-2.0), nothing).kind == "v"
+    assert families.probe(Answer(1.0), nothing).kind == "eps"
+    assert families.probe(Answer(float("nan")), nothing).kind is None
+
+
+def test_a_contradiction_between_config_and_weights_is_loud(tiny_yaml, tiny_state, monkeypatch):
+    sure = families.Prediction("v", (families.Verdict("step", "v", "global_step 110000"),))
+    monkeypatch.setattr(families, "predict", lambda *arguments, **keywords: sure)
+    file = Checkpoint(tiny_yaml, "zip", dict(tiny_state))
+    monkeypatch.setattr(checkpoint, "read", lambda *arguments: file)
+    with pytest.warns(UserWarning, match="predicts v, the config says eps: .*110000"):
+        ldm.load(tiny_yaml, tiny_yaml)

@@ -1,0 +1,84 @@
+"""inspect_checkpoint.py: what is in a file, as text and as JSON, without running it."""
+
+import json
+
+import payloads
+import pytest
+import torch
+
+from ldm.loading import checkpoint, load
+from ldm.loading.report import inspect
+from scripts.inspect_checkpoint import main
+
+
+@pytest.fixture
+def file(tmp_path, tiny_state):
+    state = {**tiny_state, "model_ema.diffusion_modelout2bias": torch.zeros(4)}
+    state = {k: v.half() if k.startswith("first") else v for k, v in state.items()}
+    torch.save({"state_dict": state, "global_step": 5, "epoch": 1}, tmp_path / "x.ckpt")
+    return tmp_path / "x.ckpt"
+
+
+def test_parts_averages_and_step_are_reported(file, tiny_yaml, tiny_state):
+    report = inspect(file, tiny_yaml)
+    parts = {part.name: part for part in report.parts}
+    assert set(parts) == {"unet", "autoencoder", "conditioner.text"}
+    prefix = "first_stage_model."
+    expected = sum(v.numel() for k, v in tiny_state.items() if k.startswith(prefix))
+    assert parts["autoencoder"].parameters == expected
+    assert parts["autoencoder"].prefix == prefix
+    assert set(parts["autoencoder"].dtypes) == {"float16"}
+    assert report.has_ema
+    assert report.step == 5
+    assert report.extras == ["global_step", "epoch"]
+    assert (report.missing, report.unexpected) == ([], [])
+    assert "torch.HalfStorage" in report.pickle_names
+    assert report.foreign_names == []
+
+
+def test_what_does_not_fit_is_reported_by_the_names_in_the_file(file, tiny_yaml, tiny_state):
+    del tiny_state  # only so that the session's weights are made
+    content = torch.load(file, weights_only=True)
+    del content["state_dict"]["model.diffusion_model.out.2.bias"]
+    content["state_dict"]["extra"] = torch.ones(1)
+    torch.save(content, file)
+    report = inspect(file, tiny_yaml)
+    assert report.missing == ["model.diffusion_model.out.2.bias"]
+    assert report.unexpected == ["extra"]
+
+
+def test_text_and_json_say_the_same(file, tiny_yaml, capsys):
+    assert main([str(file), "--config", str(tiny_yaml)]) == 0
+    text = capsys.readouterr().out
+    assert "EMA         yes" in text
+    assert "missing     0" in text
+    assert main([str(file), "--config", str(tiny_yaml), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["step"] == 5
+    assert {"family", "config", "prediction", "parts", "pickle_names"} <= report.keys()
+
+
+def test_hostile_files_are_described_and_not_run(tmp_path, capsys):
+    marker = tmp_path / "marker"
+    for name, body in payloads.calls(marker).items():
+        path = payloads.zipped(tmp_path / "evil.ckpt", payloads.document(body))
+        assert main([str(path)]) == 1
+        out = capsys.readouterr().out
+        assert "refused" in out
+        assert name in out
+    assert not marker.exists()
+
+
+def test_files_that_are_no_checkpoints_are_one_line(tmp_path, capsys):
+    assert main([str(tmp_path / "absent.ckpt")]) == 1
+    assert "no checkpoint" in capsys.readouterr().err
+    (tmp_path / "page.ckpt").write_text("<html></html>")
+    assert main([str(tmp_path / "page.ckpt")]) == 1
+    assert "a web page" in capsys.readouterr().out
+
+
+def test_a_file_with_its_own_yaml_is_compared_with_it(tmp_path, tiny_yaml, tiny_state):
+    path = tmp_path / "x.safetensors"
+    checkpoint.write(path, tiny_state, {load.EMBEDDED: tiny_yaml.read_text()})
+    report = inspect(path)
+    assert (report.missing, report.unexpected, report.note) == ([], [], "")
