@@ -1,0 +1,160 @@
+"""A folder of pictures with metadata.jsonl or metadata.csv, and the order in which it is read.
+
+    DIR/metadata.jsonl      {"file_name": "images/0001.png", "text": "a red apple", …}
+    DIR/metadata.csv        file_name,text,…
+
+The order is a pure function of (seed, position), and chance inside a sample one of (seed, epoch, index): a run that
+was interrupted goes on with exactly the samples that it would have seen.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping
+from io import BytesIO
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+__all__ = ["Folder", "Latents", "Order", "batches", "read_metadata"]
+
+Transform = Callable[[Mapping[str, Any], Random], dict[str, Any]]
+
+
+class Folder(Dataset):
+    """Pictures with their metadata; `folder[epoch, index]` is a transformed record.
+
+    root: the folder.
+    transform: (record, rng) -> sample; the record holds the metadata and `picture`.
+    split: keep the rows with this `split`, None = all.
+    """
+
+    def __init__(
+        self, *, root: str | Path, transform: Transform, split: str | None = None, seed: int = 0
+    ) -> None:
+        self.root, self.transform, self.seed = Path(root), transform, seed
+        rows = read_metadata(self.root)
+        self.rows = [row for row in rows if split is None or row.get("split") == split]
+        if not self.rows:
+            raise ValueError(f"`{root}` has no pictures of split `{split}`")
+        self._files: dict[int, bytes] = {}  # small data sets are read from disk only once
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key
+        return self.transform(self.record(index), Random(f"{self.seed} {epoch} {index}"))
+
+    def record(self, index: int) -> dict[str, Any]:
+        """The metadata of a row and its `picture`, decoded."""
+        row = self.rows[index]
+        if index not in self._files:
+            self._files[index] = (self.root / row["file_name"]).read_bytes()
+        picture = Image.open(BytesIO(self._files[index]))
+        return {**row, "picture": picture.copy()}
+
+
+class Latents(Dataset):
+    """Latents made in advance, several per record (see `ldm.train.latents`), as {"z", "txt"}.
+
+    z: (records, variants, C, h, w), any float dtype.
+    captions: (record, variant, rng) -> caption.
+    """
+
+    def __init__(
+        self, z: Tensor, captions: Callable[[int, int, Random], str], *, seed: int = 0
+    ) -> None:
+        self.z, self.captions, self.seed = z, captions, seed
+
+    def __len__(self) -> int:
+        return len(self.z)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key
+        rng = Random(f"{self.seed} {epoch} {index}")
+        variant = rng.randrange(self.z.shape[1])
+        return {"z": self.z[index, variant].float(), "txt": self.captions(index, variant, rng)}
+
+
+class Order:
+    """An endless order over `length` records: every epoch a new permutation.
+
+    rank, world: this process takes every world-th record, beginning with its rank.
+    """
+
+    def __init__(self, length: int, *, seed: int = 0, rank: int = 0, world: int = 1) -> None:
+        self.length, self.seed, self.rank, self.world = length, seed, rank, world
+        self._epoch = -1
+        self._permutation: list[int] = []
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        """(epoch, index) of the position-th record of this process."""
+        epoch, place = divmod(position * self.world + self.rank, self.length)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._permutation = torch.randperm(self.length, generator=generator).tolist()
+            self._epoch = epoch
+        return epoch, self._permutation[place]
+
+
+def batches(
+    dataset: Dataset, order: Order, batch_size: int, *, start: int = 0, workers: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Endless batches, beginning at the start-th record of this process.
+
+    Tensors are stacked, everything else is a list.
+    """
+
+    def keys() -> Iterator[list[tuple[int, int]]]:
+        position = start
+        while True:
+            yield [order[i] for i in range(position, position + batch_size)]
+            position += batch_size
+
+    loader: Any = DataLoader(
+        dataset, batch_sampler=_Keys(keys), collate_fn=collate, num_workers=workers
+    )
+    return iter(loader)
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Samples with the same keys -> one batch."""
+    joined = {key: [sample[key] for sample in samples] for key in samples[0]}
+    return {
+        key: torch.stack(values) if isinstance(values[0], Tensor) else values
+        for key, values in joined.items()
+    }
+
+
+def read_metadata(root: Path) -> list[dict[str, Any]]:
+    """The rows of metadata.jsonl or metadata.csv, each with `file_name`.
+
+    Raises FileNotFoundError, or ValueError for a row without `file_name`.
+    """
+    if (root / "metadata.jsonl").exists():
+        lines = (root / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines if line.strip()]
+    elif (root / "metadata.csv").exists():
+        with (root / "metadata.csv").open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    else:
+        raise FileNotFoundError(f"`{root}` has neither metadata.jsonl nor metadata.csv")
+    for number, row in enumerate(rows, 1):
+        if "file_name" not in row:
+            raise ValueError(f"`{root}`: row {number} of the metadata has no `file_name`")
+    return rows
+
+
+class _Keys:
+    """The batches of keys as the iterable that DataLoader wants."""
+
+    def __init__(self, keys: Callable[[], Iterator[list[tuple[int, int]]]]) -> None:
+        self.keys = keys
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self.keys()

@@ -1,0 +1,188 @@
+"""What is done to a record before training: a picture becomes a tensor, its fields become a caption.
+
+A transform is called with (record, rng) and returns {"jpg": image (3, H, W) in [-1, 1], "txt": caption}. All chance
+comes from `rng`, which the data set seeds by (seed, epoch, index), so a sample is the same whatever came before it.
+"""
+
+from collections.abc import Iterable, Mapping
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+__all__ = ["COLOURS", "Emoji", "Photo", "all_words", "caption", "compose"]
+
+# Background colours and what they are called; far enough apart to be told by their nearest neighbour.
+COLOURS = {
+    "white": (255, 255, 255),
+    "red": (220, 40, 40),
+    "orange": (245, 140, 30),
+    "yellow": (250, 215, 50),
+    "green": (60, 160, 70),
+    "blue": (40, 80, 200),
+    "purple": (130, 60, 170),
+    "pink": (250, 150, 190),
+    "brown": (130, 80, 45),
+    "gray": (150, 150, 150),
+    "sky blue": (135, 206, 235),
+}
+# Shares of captions per form; {object} etc. are filled in, a missing part drops its brackets.
+FORMS = (
+    (0.55, "a [{style} ]emoji[ of {an object}][ on a {colour} background]"),
+    (0.20, "{object}[, {style} style][, {colour} background]"),
+    (0.15, "[{style} ]{object}[ on {colour}]"),
+    (0.10, "a picture of {an object}[ in {style} style][ on a {colour} background]"),
+)
+BRACKETS = str.maketrans(dict.fromkeys("[]{}", " "))
+
+
+class Emoji:
+    """An RGBA picture on a background of one of COLOURS, slightly moved and scaled, with a caption.
+
+    size: side of the image, pixels.
+    scale: smallest and largest side of the picture as a share of `size`.
+    shift: greatest move from the centre, pixels.
+    flip: probability of a mirrored picture.
+    crop: side of a random crop, pixels, or None for the whole image.
+    any_colour: share of backgrounds of a random colour without name.
+    drop, drop_object: probability that style and colour, or the object, stay out of the caption.
+    keyword: probability that a keyword of this object alone stands for its name.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int = 128,
+        scale: tuple[float, float] = (0.79, 0.83),
+        shift: int = 2,
+        flip: float = 0.0,
+        crop: int | None = None,
+        any_colour: float = 0.0,
+        drop: float = 0.1,
+        drop_object: float = 0.02,
+        keyword: float = 0.1,
+    ) -> None:
+        self.size, self.scale, self.shift = size, tuple(scale), shift
+        self.flip, self.crop, self.any_colour = flip, crop, any_colour
+        self.drop, self.drop_object, self.keyword = drop, drop_object, keyword
+
+    def __call__(self, record: Mapping[str, Any], rng: Random) -> dict[str, Any]:
+        colour = rng.choice(list(COLOURS))
+        image = self.image(record["picture"], colour, rng)  # (3, size, size)
+        return {"jpg": image, "txt": self.caption(record, colour, rng)}
+
+    def image(self, picture: Image.Image, colour: str, rng: Random) -> Tensor:
+        """The picture on the named background, (3, size, size), or a crop of it."""
+        rgb = COLOURS[colour]
+        if rng.random() < self.any_colour:
+            rgb = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
+        if rng.random() < self.flip:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        side = round(self.size * rng.uniform(*self.scale))
+        shift = (rng.randint(-self.shift, self.shift), rng.randint(-self.shift, self.shift))
+        image = compose(picture, rgb, size=self.size, side=side, shift=shift)
+        if self.crop is None:
+            return image
+        top, left = (rng.randint(0, self.size - self.crop) for _ in range(2))
+        return image[:, top : top + self.crop, left : left + self.crop]
+
+    def caption(self, record: Mapping[str, Any], colour: str, rng: Random) -> str:
+        """A caption that names object, style and colour, each left out now and then."""
+        name = record["object"]
+        if record.get("keywords") and rng.random() < self.keyword:
+            name = rng.choice(record["keywords"])
+        form = rng.choices([text for _, text in FORMS], [share for share, _ in FORMS])[0]
+        return caption(
+            "" if rng.random() < self.drop_object else name,
+            "" if rng.random() < self.drop else record["style"],
+            "" if rng.random() < self.drop else colour,
+            form,
+        )
+
+
+class Photo:
+    """A picture scaled and cut to a square, with the text of its record.
+
+    size: side of the image, pixels.
+    flip: probability of a mirrored picture.
+    """
+
+    def __init__(self, *, size: int = 512, flip: float = 0.5) -> None:
+        self.size, self.flip = size, flip
+
+    def __call__(self, record: Mapping[str, Any], rng: Random) -> dict[str, Any]:
+        picture = record["picture"].convert("RGB")
+        scale = self.size / min(picture.size)
+        width, height = (max(self.size, round(side * scale)) for side in picture.size)
+        left, top = (width - self.size) // 2, (height - self.size) // 2
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+        picture = picture.crop((left, top, left + self.size, top + self.size))
+        if rng.random() < self.flip:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return {"jpg": _tensor(picture), "txt": record.get("text", "")}
+
+
+def compose(
+    picture: Image.Image,
+    rgb: tuple[int, int, int],
+    *,
+    size: int,
+    side: int,
+    shift: tuple[int, int] = (0, 0),
+) -> Tensor:
+    """An RGBA picture, scaled to `side`, near the middle of a plain square.
+
+    shift: (down, right) from the middle, pixels.
+    Returns (3, size, size) in [-1, 1].
+    """
+    # scaled with premultiplied alpha, so that no hidden colour bleeds in at the edges
+    small = picture.convert("RGBa").resize((side, side), Image.Resampling.LANCZOS).convert("RGBA")
+    image = Image.new("RGBA", (size, size), (*rgb, 255))
+    middle = (size - side) // 2
+    image.alpha_composite(small, (middle + shift[1], middle + shift[0]))
+    return _tensor(image.convert("RGB"))
+
+
+def caption(name: str, style: str, colour: str, form: str = FORMS[0][1]) -> str:
+    """One of FORMS filled in; "" leaves a part out.
+
+    Example: caption("apple", "3d", "blue") = "a 3d emoji of an apple on a blue background".
+    """
+    if not name and "[ of {an object}]" not in form:
+        form = FORMS[0][1]
+    parts = {"{an object}": _with_article(name), "{object}": name}
+    parts |= {"{style}": style, "{colour}": colour}
+    text = ""
+    for piece in form.replace("]", "[").split("["):
+        fields = {key: value for key, value in parts.items() if key in piece}
+        if all(fields.values()):
+            for key, value in fields.items():
+                piece = piece.replace(key, value)
+            text += piece
+    words = text.split(" ")
+    for i, (article, following) in enumerate(zip(words, words[1:], strict=False)):
+        if article == "a" and following[:1].lower() in "aeio":
+            words[i] = "an"
+    return " ".join(words)
+
+
+def all_words(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Texts that together hold every word that a caption of these records may have."""
+    texts = [*COLOURS, *(form for _, form in FORMS), "an [ ] { }"]
+    for row in rows:
+        texts += [row.get("text", ""), row.get("object", ""), row.get("style", "")]
+        texts += row.get("keywords", [])
+    return [word for text in texts for word in (text, text.translate(BRACKETS))]
+
+
+def _with_article(name: str) -> str:
+    is_plural = name.endswith("s") and not name.endswith(("ss", "us"))
+    return name if is_plural or not name else f"a {name}"
+
+
+def _tensor(picture: Image.Image) -> Tensor:
+    pixels = torch.from_numpy(np.array(picture, dtype=np.uint8))  # (H, W, 3)
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1

@@ -1,0 +1,119 @@
+"""What a run does beside training: saves, exports, draws pictures, and says how it goes."""
+
+import csv
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.data.folder import collate
+from ldm.imaging import pixels
+from ldm.loading import checkpoint, legacy
+from ldm.model import LatentDiffusion
+from ldm.nets.autoencoder import AutoencoderKL
+from ldm.pipelines import txt2img
+
+__all__ = ["Every", "Progress", "draw", "export"]
+
+log = logging.getLogger(__name__)
+
+
+class Every:
+    """True now and then: after so many seconds, or so many steps."""
+
+    def __init__(self, *, seconds: float | None = None, steps: int | None = None) -> None:
+        self.seconds, self.steps = seconds, steps
+        self.last = time.monotonic()
+
+    def __call__(self, step: int) -> bool:
+        late = self.seconds is not None and time.monotonic() - self.last >= self.seconds
+        if late or (self.steps is not None and step % self.steps == 0):
+            self.last = time.monotonic()
+            return True
+        return False
+
+
+class Progress:
+    """A tqdm line with loss, learning rate and images per second, and the same as log.csv.
+
+    A step costs nothing here but its number: losses are read every `every` steps.
+    """
+
+    def __init__(self, folder: Path, *, start: int, steps: int | None, every: int = 20) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, mininterval=5)
+        self.path, self.every = folder / "log.csv", every
+        self.sums: dict[str, float] = {}
+        self.images, self.since = 0, time.monotonic()
+
+    def __call__(self, step: int, losses: dict[str, Tensor], lr: float, images: int) -> None:
+        self.bar.update()
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value.detach()) / self.every
+        self.images += images
+        if step % self.every:
+            return
+        now = time.monotonic()
+        rate = self.images / (now - self.since)
+        row = {"step": step, "lr": lr, "images_per_second": rate, **self.sums}
+        self.bar.set_postfix_str(
+            ", ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "step"), refresh=False
+        )
+        self._write(row)
+        self.sums, self.images, self.since = {}, 0, now
+
+    def close(self) -> None:
+        self.bar.close()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        is_new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            if is_new:
+                writer.writeheader()
+            writer.writerow({key: f"{value:.6g}" for key, value in row.items()})
+
+
+def export(task: Any, path: Path, *, config: str = "", step: int = 0) -> None:
+    """Writes the weights as they are now, half precision, with the original's names.
+
+    config: text of the YAML, kept in the file.
+    """
+    state = {
+        name: value.half() if value.is_floating_point() else value
+        for name, value in task.weights_to_export().items()
+    }
+    state = legacy.rename_back(state)
+    checkpoint.write(path, state, {"global_step": step, "ldm.config": config})
+
+
+@torch.inference_mode()
+def draw(model: LatentDiffusion | AutoencoderKL, dataset: Any, path: Path, n: int = 16) -> None:
+    """A grid of n samples: pictures for captions, or pictures above their reconstructions."""
+    chosen = [len(dataset) * k // n for k in range(n)]
+    batch = collate([dataset[0, index] for index in chosen])
+    was_training = model.training
+    model.eval()
+    if isinstance(model, AutoencoderKL):
+        image = batch["jpg"].to(model.quant_conv.weight.device)  # (n, 3, H, W)
+        image = torch.cat([image, model.decode(model.encode(image).mode())])
+        columns = n
+    else:
+        side = model.image_size * model.downscale
+        image = txt2img(
+            model, batch["txt"], size=(side, side), steps=20, scale=3.0, seeds=list(range(n))
+        )
+        columns = max(1, round(n**0.5))
+    model.train(was_training)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels.grid(pixels.to_pil(image), columns).save(path)
+    if "txt" in batch:
+        path.with_suffix(".txt").write_text("\n".join(batch["txt"]) + "\n", encoding="utf-8")
+
+
+Callback = Callable[[int], None]

@@ -1,0 +1,75 @@
+"""batch -> latent -> noise -> loss: what a latent diffusion model is trained on."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.diffusion.schedule import Schedule
+from ldm.model import LatentDiffusion
+
+__all__ = ["Diffusion", "min_snr", "spread_timesteps"]
+
+
+class Diffusion:
+    """The training task of a LatentDiffusion: the UNet, and encoders that are not frozen.
+
+    drop: share of captions replaced by "", which guidance needs.
+    min_snr_gamma: cap of the signal-to-noise ratio in the weights (arXiv:2303.09556); None = all
+        timesteps count alike.
+    """
+
+    def __init__(
+        self, model: LatentDiffusion, *, drop: float = 0.1, min_snr_gamma: float | None = None
+    ) -> None:
+        self.model, self.drop = model, drop
+        self.weights = min_snr(model.schedule, model.parameterization, min_snr_gamma)  # (T,)
+        model.autoencoder.requires_grad_(False)
+        self.trained = nn.ModuleDict({"unet": model.unet, "conditioner": model.conditioner})
+
+    def loss(self, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+        """{"loss": scalar} of a batch of images ("jpg") or latents ("z"), and captions."""
+        if "z" in batch:
+            z = batch["z"].to(self.model.device)  # (B, C, h, w)
+        else:
+            with torch.no_grad():
+                z = self.model.encode(batch["jpg"].to(self.model.device), generator)
+        t = spread_timesteps(len(z), len(self.model.schedule), generator)  # (B,)
+        noise = torch.randn(z.shape, generator=generator).to(z)  # (B, C, h, w)
+        cond = self.model.condition(batch, self.drop, generator)
+        losses = self.model.denoiser.loss(z, cond, t, noise)  # (B,)
+        return {"loss": (self.weights[t].to(losses) * losses).mean()}
+
+    def weights_to_export(self) -> dict[str, Tensor]:
+        """The whole model, under our names."""
+        return self.model.state_dict()
+
+
+def min_snr(schedule: Schedule, parameterization: str, gamma: float | None) -> Tensor:
+    """Weight of the loss at every timestep, (T,) float32, as min(SNR, gamma) in terms of z."""
+    snr = schedule.sigmas**-2
+    if gamma is None:
+        return torch.ones_like(snr).float()
+    per_z = {"x0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[parameterization]
+    return (snr.clamp(max=gamma) / per_z).float()
+
+
+def spread_timesteps(n: int, timesteps: int, generator: torch.Generator) -> Tensor:
+    """(n,) timesteps, one from each n-th of the range, shuffled: uniform, with less variance."""
+    place = torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)
+    return (place / n * timesteps).long().clamp(max=timesteps - 1)
+
+
+def vocabulary(texts: Iterable[str], encoder: Any) -> Tensor:
+    """Sorted ids of all tokens in the texts, as the compact embedding of `encoder` keeps them.
+
+    Rows that the texts leave over get ids beyond CLIP's, which never occur.
+    Raises ValueError if there are more tokens than rows.
+    """
+    ids = encoder.tokenize(sorted(set(texts))).unique()
+    rows = len(encoder.token_ids)
+    if len(ids) > rows:
+        raise ValueError(f"`compact_vocab` is too small: {len(ids)} tokens occur, plus one row")
+    spare = torch.arange(rows - len(ids)) + 49408
+    return torch.cat([ids, spare])

@@ -1,0 +1,137 @@
+"""Optimizers and learning rates.
+
+Muon (Keller Jordan 2024) makes the update of every weight matrix orthogonal; what is no matrix goes by AdamW
+(arXiv:1711.05101). On the small models of this project it needs about half the steps of AdamW for the same loss.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Muon", "learning_rate", "make"]
+
+# Newton-Schulz iteration: a quintic that pulls singular values to about 1 in five rounds.
+QUINTIC = (3.4445, -4.7750, 2.0315)
+SMALLEST_SIDE = 16  # matrices narrower than this go by AdamW
+
+
+def make(module: nn.Module, lr: float, *, name: str = "adamw", **options: Any) -> Any:
+    """The optimizer of a module's trainable parameters: "adamw" or "muon".
+
+    Raises ValueError for another name.
+    """
+    named = [(key, p) for key, p in module.named_parameters() if p.requires_grad]
+    if name == "adamw":
+        return torch.optim.AdamW([p for _, p in named], lr=lr, **options)
+    if name != "muon":
+        raise ValueError(f"unknown optimizer `{name}`, choose one of adamw, muon")
+    groups: dict[bool, list[Tensor]] = {True: [], False: []}
+    for key, p in named:
+        groups[_is_matrix(key, p)].append(p)
+    return Muon(
+        [{"params": ps, "matrix": matrix} for matrix, ps in groups.items()], lr=lr, **options
+    )
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for groups with `matrix`, AdamW for the others.
+
+    lr: of both; updates of matrices are scaled to the size of AdamW's (arXiv:2502.16982).
+    momentum: of the matrices. betas: of AdamW. weight_decay: decoupled, of both.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        *,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 1e-3,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "matrix": True,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            update = _muon if group["matrix"] else _adam
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(update(p.grad, self.state[p], group), alpha=group["lr"])
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """About U V^T of matrix = U S V^T, (m, n), float32.
+
+    Five rounds X <- p(X X^T) X. All p commute, so they are gathered on the smaller side, and only
+    the first product (in float32, for small singular values) and the last touch the longer one.
+    """
+    a, b, c = QUINTIC
+    x = matrix.float()
+    tall = x.shape[0] > x.shape[1]
+    x = x.mT if tall else x
+    x = x / (x.norm() + 1e-7)
+    gram = x @ x.mT  # (m, m)
+    one = torch.eye(len(gram), device=x.device)
+    total = one
+    for round_ in range(5):
+        p = a * one + b * gram + c * (gram @ gram)
+        total = total @ p if round_ else p
+        if round_ < 4:
+            gram = p @ gram @ p
+    x = (total.bfloat16() @ x.bfloat16()).float()
+    return x.mT if tall else x
+
+
+def learning_rate(
+    lr: float, step: int, progress: float, *, warm_up: int = 100, decay: str = "cosine"
+) -> float:
+    """The rate at a step, when `progress` (0 … 1) of the run is done.
+
+        warm_up: steps over which it rises linearly.
+        decay: "constant", "linear" (to 0) or "cosine" (to 0).
+    Raises ValueError for another decay.
+    """
+    left = max(0.0, 1 - progress)
+    shapes = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}
+    if decay not in shapes:
+        raise ValueError(f"unknown decay `{decay}`, choose one of {', '.join(shapes)}")
+    return lr * min(1.0, (step + 1) / max(1, warm_up)) * shapes[decay]
+
+
+def _is_matrix(name: str, p: Tensor) -> bool:
+    wide = p.ndim >= 2 and min(p.shape[0], p[0].numel()) >= SMALLEST_SIDE
+    return wide and "embedding" not in name
+
+
+def _muon(grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    if not state:
+        state["mean"] = torch.zeros_like(grad)
+    state["mean"].lerp_(grad, 1 - group["momentum"])
+    update = grad.lerp(state["mean"], group["momentum"]).flatten(1)  # Nesterov's look ahead
+    scale = 0.2 * max(update.shape) ** 0.5
+    return (orthogonal(update) * scale).view_as(grad)
+
+
+def _adam(grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    if not state:
+        state |= {"step": 0, "mean": torch.zeros_like(grad), "square": torch.zeros_like(grad)}
+    state["step"] += 1
+    state["mean"].lerp_(grad, 1 - group["betas"][0])
+    state["square"].lerp_(grad.square(), 1 - group["betas"][1])
+    mean, square = (
+        state[key] / (1 - beta ** state["step"])
+        for key, beta in zip(("mean", "square"), group["betas"], strict=True)
+    )
+    return mean / (square.sqrt() + 1e-8)
