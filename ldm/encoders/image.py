@@ -121,7 +121,7 @@ class CLIPImage(nn.Module):
         slot, key: as a conditioner's encoder; a record None stands for no image and gives zeros.
         antialias, blur: see `preprocess`.
 
-    The whole of CLIP is kept, as in published files; the Karlo prior reads its text tower.
+    text_tower: keep the whole of CLIP, as files of unCLIP do; the Karlo prior reads it.
     """
 
     null = None
@@ -139,11 +139,13 @@ class CLIPImage(nn.Module):
         blur: Blur = "wide",
         freeze: bool = True,
         key: str = "jpg",
+        text_tower: bool = True,
     ) -> None:
         super().__init__()
         if isinstance(model, str):
             model = model.replace("/", "-").replace("@336px", "-336")
-        self.model = _with_vision(model, open_clip_size(model) | {"quick_gelu": True})
+        size = open_clip_size(model) | {"quick_gelu": True}
+        self.model = _with_vision(model, size if text_tower else size | {"layers": 0})
         self.options = {"antialias": antialias, "blur": _known(blur)}
         self.key = key
         self.requires_grad_(not freeze)
@@ -243,8 +245,8 @@ class EmbeddingNoise(nn.Module):
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         if self.statistics is None:
             raise ValueError(
-                f"this model needs the statistics of CLIP's embeddings, `{self.clip_stats_path}`\n"
-                "hint: put the file beside the checkpoint, or name it"
+                f"this model needs the statistics of CLIP's embeddings, `{self.clip_stats_path}`: "
+                "put the file beside the checkpoint, or say where it is (--clip-stats)"
             )
         mean, std = self.statistics
         return mean.to(like.device), std.to(like.device)

@@ -39,6 +39,7 @@ class Family:
     config: str
     config_v: str = ""
     script: str = "scripts/txt2img.py"
+    sees: bool = False  # CLIP's vision tower stands in the place of text
 
     def config_for(self, kind: str | None) -> str:
         """The config (without `.yaml`) of the family's models that predict `kind`."""
@@ -50,6 +51,8 @@ FAMILIES = (
     Family("sd1", "Stable Diffusion 1", 4, 768, None, "eps", "v1-inference"),
     Family("sd1-inpainting", "Stable Diffusion 1 inpainting", 9, 768, None, "eps",
            "v1-inpainting-inference", script="scripts/inpaint.py"),
+    Family("sd1-variations", "Stable Diffusion 1 image variations", 4, 768, None, "eps",
+           "v1-image-variation-inference", script="scripts/unclip.py", sees=True),
     Family("sd2", "Stable Diffusion 2", 4, 1024, None, None, "v2-inference", "v2-inference-v"),
     Family("sd2-inpainting", "Stable Diffusion 2 inpainting", 9, 1024, None, "eps",
            "v2-inpainting-inference", script="scripts/inpaint.py"),
@@ -68,6 +71,7 @@ FAMILIES = (
 
 # `global_step` in the published files of SD 2: 512-base-ema, v2-1_512-*, v2-1_768-*.
 STEPS = {875_000: "eps", 220_000: "eps", 110_000: "v"}
+EYE = "conditioner.text.model.visual.proj"
 BIAS = "unet.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 BIAS_LIMIT = 0.09
 PROBE_LIMIT = -1.0
@@ -116,8 +120,8 @@ def recognise(state: Mapping[str, Tensor]) -> Family | None:
     keys = (name for name in state if name.startswith("unet.") and "attn2.to_k.weight" in name)
     last = next(keys, None)
     context = state[last].shape[1] if last else None
-    look = (first.shape[1], context, vector)
-    return next((f for f in FAMILIES if (f.channels, f.context, f.vector) == look), None)
+    look = (first.shape[1], context, vector, EYE in state)
+    return next((f for f in FAMILIES if (f.channels, f.context, f.vector, f.sees) == look), None)
 
 
 def predict(

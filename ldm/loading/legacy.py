@@ -32,6 +32,14 @@ PIXELS = "ldm.nets.autoencoder.PixelSpace"
 UNET = "ldm.nets.unet.UNet"
 OPEN_CLIP = "ldm.encoders.text.OpenCLIPText"
 CLIP = "ldm.encoders.text.CLIPText"
+OPEN_CLIP_IMAGE = "ldm.encoders.image.OpenCLIPImage"
+CLIP_IMAGE = "ldm.encoders.image.CLIPImage"
+IMAGE_EMBEDDING = "ldm.encoders.image.ImageEmbedding"
+EMBEDDING_NOISE = "ldm.encoders.image.EmbeddingNoise"
+DEPTH = "ldm.encoders.depth.MiDaSDepth"
+LOW_RES = "ldm.encoders.lowres.LowRes"
+NOISE_LEVEL = "ldm.encoders.lowres.NoiseLevel"
+MASKED_IMAGE = "ldm.encoders.lowres.MaskedImage"
 
 TARGETS = {
     "ldm.models.autoencoder.AutoencoderKL": AUTOENCODER,
@@ -39,47 +47,37 @@ TARGETS = {
     "ldm.modules.diffusionmodules.openaimodel.UNetModel": UNET,
     "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder": OPEN_CLIP,
     "ldm.modules.encoders.modules.FrozenCLIPEmbedder": CLIP,
+    "ldm.modules.encoders.modules.FrozenOpenCLIPImageEmbedder": OPEN_CLIP_IMAGE,
+    "ldm.modules.encoders.modules.ClipImageEmbedder": CLIP_IMAGE,
+    "ldm.modules.encoders.modules.FrozenCLIPImageEmbedder": CLIP_IMAGE,
+    "ldm.modules.encoders.modules.FrozenClipImageEmbedder": CLIP_IMAGE,
+    "ldm.modules.encoders.modules.CLIPEmbeddingNoiseAugmentation": EMBEDDING_NOISE,
+    "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation": LOW_RES,
+    "ldm.modules.midas.api.MiDaSInference": DEPTH,
     "sgm.models.autoencoder.AutoencoderKL": AUTOENCODER,
     "sgm.modules.diffusionmodules.openaimodel.UNetModel": UNET,
     "sgm.modules.encoders.modules.FrozenOpenCLIPEmbedder": OPEN_CLIP,
     "sgm.modules.encoders.modules.FrozenCLIPEmbedder": CLIP,
     "torch.nn.Identity": "torch.nn.Identity",
 }
-OURS = frozenset({MODEL, CONDITIONER, SCHEDULE, BETAS, *TARGETS.values()})
+OURS = frozenset(
+    {
+        *(MODEL, CONDITIONER, SCHEDULE, BETAS, IMAGE_EMBEDDING, NOISE_LEVEL, MASKED_IMAGE),
+        *TARGETS.values(),
+    }
+)
+# Encoders that take the place of text, with what makes them fit its slot in published files.
+IN_PLACE_OF_TEXT = {CLIP_IMAGE: {"text_tower": False}}
 
-# Known classes that this version does not build: what they are, and the script that will.
+# Known classes that this version does not build, and what they are.
 PENDING = {
-    "ldm.models.diffusion.ddpm.LatentInpaintDiffusion": ("inpainting", "scripts/inpaint.py"),
-    "ldm.models.diffusion.ddpm.LatentDepth2ImageDiffusion": ("depth", "scripts/depth2img.py"),
-    "ldm.models.diffusion.ddpm.LatentUpscaleDiffusion": ("x4 upscaling", "scripts/upscale.py"),
-    "ldm.models.diffusion.ddpm.LatentUpscaleFinetuneDiffusion": (
-        "upscaling fine-tune",
-        "scripts/upscale.py",
-    ),
-    "ldm.models.diffusion.ddpm.ImageEmbeddingConditionedLatentDiffusion": (
-        "stable unCLIP",
-        "scripts/unclip.py",
-    ),
-    "ldm.modules.midas.api.MiDaSInference": ("depth", "scripts/depth2img.py"),
-    "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation": (
-        "x4 upscaling",
-        "scripts/upscale.py",
-    ),
-    "ldm.modules.encoders.modules.CLIPEmbeddingNoiseAugmentation": (
-        "stable unCLIP",
-        "scripts/unclip.py",
-    ),
-    "ldm.modules.encoders.modules.FrozenOpenCLIPImageEmbedder": (
-        "stable unCLIP",
-        "scripts/unclip.py",
-    ),
-    "ldm.modules.encoders.modules.ClipImageEmbedder": ("stable unCLIP", "scripts/unclip.py"),
-    "ldm.models.autoencoder.VQModel": ("VQ first stage", ""),
-    "ldm.models.autoencoder.VQModelInterface": ("VQ first stage", ""),
-    "ldm.modules.encoders.modules.BERTEmbedder": ("BERT-conditioned", ""),
-    "ldm.modules.encoders.modules.ClassEmbedder": ("class-conditioned", ""),
-    "ldm.modules.encoders.modules.SpatialRescaler": ("layout-conditioned", ""),
-    "sgm.models.diffusion.DiffusionEngine": ("generative-models", ""),
+    "ldm.models.diffusion.ddpm.LatentUpscaleFinetuneDiffusion": "upscaling fine-tune",
+    "ldm.models.autoencoder.VQModel": "VQ first stage",
+    "ldm.models.autoencoder.VQModelInterface": "VQ first stage",
+    "ldm.modules.encoders.modules.BERTEmbedder": "BERT-conditioned",
+    "ldm.modules.encoders.modules.ClassEmbedder": "class-conditioned",
+    "ldm.modules.encoders.modules.SpatialRescaler": "layout-conditioned",
+    "sgm.models.diffusion.DiffusionEngine": "generative-models",
 }
 
 # Parameters of the original model class that only training or logging looks at.
@@ -95,6 +93,7 @@ TRAINING_ONLY = frozenset(
 )  # fmt: skip
 # Parameters that say in other words what the parts say, or that `load` looks at itself.
 REDUNDANT = frozenset({"channels", "conditioning_key", "cond_stage_key", "use_ema"})
+FINETUNE = ("finetune_keys", "concat_keys", "c_concat_log_start", "c_concat_log_end")
 SCHEDULE_KEYS = ("timesteps", "linear_start", "linear_end", "cosine_s")
 LIFTED_KEYS = frozenset(
     {
@@ -119,18 +118,20 @@ KEYS = (
 DERIVED = re.compile(
     r"""betas | (sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?
     | posterior_(variance|log_variance_clipped|mean_coef[12]) | lvlb_weights | denoiser\.sigmas
-    | logvar | scale_factor | model_ema\..* | (first_stage_model\.)?(loss|model_ema)\..*
+    | logvar | scale_factor | noise_augmentor\.data_(mean|std) | cond_stage_model\.(mean|std)
+    | model_ema\..* | (first_stage_model\.)?(loss|model_ema)\..*
     | .*\.embeddings\.position_ids | .*\.attn_mask | v_pred | ztsnr""",
     re.VERBOSE,
 )
 MARKERS = ("v_pred", "ztsnr")  # empty tensors that some tools add
+BLIND = "cond_stage_model.model.transformer."
 POSITIONS = "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight"
 
 
 def translate(
     spec: Mapping[str, Any], *, where: str = "config", skipped: list[str] | None = None
 ) -> dict[str, Any]:
-    """A config in the original's words -> the same in ours: `{"target": …, "params": {…}}`.
+    """A config in the original's words -> in ours: `{"target": …, "params": {…}, "where": …}`.
 
         spec: a whole file (with `model:`) or any part of it (with `target:`); new names pass.
         skipped: receives the places of what sampling does not need.
@@ -142,7 +143,8 @@ def translate(
         spec, where = spec["model"], f"{where}: model"
     if not isinstance(spec, Mapping) or "target" not in spec:
         raise ValueError(f"{where}: `target` is missing")
-    notes.extend(f"{where}.{key}" for key in spec if key not in ("target", "params"))
+    where = spec.get("where", where)
+    notes.extend(f"{where}.{key}" for key in spec if key not in ("target", "params", "where"))
     target, params = spec["target"], spec.get("params") or {}
     if not isinstance(target, str) or not isinstance(params, Mapping):
         raise ValueError(f"{where}: `target` must be a name and `params` a mapping")
@@ -150,33 +152,44 @@ def translate(
     if target in LIFTED:
         return LIFTED[target](params, where, notes)
     if target in PENDING:
-        family, script = PENDING[target]
-        served = f"; `{script}` will serve it" if script else ""
-        raise ValueError(f"{where}: {family} models are not supported yet (`{target}`){served}")
-    return {"target": TARGETS.get(target, target), "params": params}
+        raise ValueError(f"{where}: {PENDING[target]} models are not supported yet (`{target}`)")
+    return {"target": TARGETS.get(target, target), "params": params, "where": where}
 
 
-def _latent_diffusion(params: dict[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
-    """`LatentDiffusion` of SD 1 and SD 2: text by cross-attention, an optional encoder."""
+def _latent_diffusion(
+    params: dict[str, Any],
+    where: str,
+    notes: list[str],
+    *,
+    name: str = "LatentDiffusion",
+    conditioning: str = "crossattn",
+    needs: tuple[str, ...] = (),
+    takes: tuple[str, ...] = (),
+    skips: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """`LatentDiffusion` of SD 1 and SD 2: text by cross-attention, an optional encoder.
+
+    Families add parameters: `needs` are configs of parts, `takes` optional ones, `skips` for
+    training only. conditioning: the one `conditioning_key` that works.
+    """
+    takes = (*takes, *needs)
     for key in params:
-        if key in TRAINING_ONLY:
+        if key in TRAINING_ONLY or key in skips:
             notes.append(f"{where}.{key}")
-        elif key not in LIFTED_KEYS | REDUNDANT:
-            known = LIFTED_KEYS | REDUNDANT | TRAINING_ONLY
-            raise unknown("parameter of LatentDiffusion", key, known, where)
-    for key in ("unet_config", "first_stage_config", "cond_stage_config"):
+        elif key not in LIFTED_KEYS | REDUNDANT and key not in takes:
+            known = LIFTED_KEYS | REDUNDANT | TRAINING_ONLY | {*takes, *skips}
+            raise unknown(f"parameter of {name}", key, known, where)
+    for key in ("unet_config", "first_stage_config", "cond_stage_config", *needs):
         if key not in params:
-            raise ValueError(f"{where}: LatentDiffusion needs `{key}`")
-    if params.get("conditioning_key") not in (None, "crossattn"):
+            raise ValueError(f"{where}: {name} needs `{key}`")
+    if params.get("conditioning_key") not in (None, conditioning):
         raise ValueError(
-            f"{where}: LatentDiffusion with conditioning_key `{params['conditioning_key']}` is not "
-            "supported yet, only `crossattn`"
+            f"{where}: {name} with conditioning_key `{params['conditioning_key']}` is not "
+            f"supported yet, only `{conditioning}`"
         )
     parts = {
-        "unet": translate(params["unet_config"], where=f"{where}.unet_config", skipped=notes),
-        "autoencoder": translate(
-            params["first_stage_config"], where=f"{where}.first_stage_config", skipped=notes
-        ),
+        "unet": _part(params, "unet_config", where, notes),
+        "autoencoder": _part(params, "first_stage_config", where, notes),
         "conditioner": {"target": CONDITIONER, "params": _text(params, where, notes)},
         "schedule": _schedule(params),
         "parameterization": params.get("parameterization", "eps"),
@@ -184,23 +197,101 @@ def _latent_diffusion(params: dict[str, Any], where: str, notes: list[str]) -> d
     }
     if "image_size" in params:
         parts["image_size"] = params["image_size"]
-    return {"target": MODEL, "params": parts}
+    return {"target": MODEL, "params": parts, "where": where}
 
 
+def _inpainting(params: dict[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
+    spec = _latent_diffusion(
+        params,
+        where,
+        notes,
+        name="LatentInpaintDiffusion",
+        conditioning="hybrid",
+        skips=(*FINETUNE, "masked_image_key"),
+    )
+    return _listening(spec, masked={"target": MASKED_IMAGE, "params": {}})
+
+
+def _depth(params: dict[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
+    spec = _latent_diffusion(
+        params,
+        where,
+        notes,
+        name="LatentDepth2ImageDiffusion",
+        conditioning="hybrid",
+        needs=("depth_stage_config",),
+        skips=FINETUNE,
+    )
+    return _listening(spec, depth=_part(params, "depth_stage_config", where, notes))
+
+
+def _upscaling(params: dict[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
+    spec = _latent_diffusion(
+        params,
+        where,
+        notes,
+        name="LatentUpscaleDiffusion",
+        conditioning="hybrid-adm",
+        needs=("low_scale_config",),
+        takes=("low_scale_key",),
+        skips=("noise_level_key",),
+    )
+    lowres = _part(params, "low_scale_config", where, notes)
+    lowres["params"]["low_scale_key"] = params.get("low_scale_key", "LR")
+    return _listening(spec, lowres=lowres, level={"target": NOISE_LEVEL, "params": {}})
+
+
+def _unclip(params: dict[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
+    spec = _latent_diffusion(
+        params,
+        where,
+        notes,
+        name="ImageEmbeddingConditionedLatentDiffusion",
+        conditioning="crossattn-adm",
+        needs=("embedder_config", "noise_aug_config"),
+        takes=("freeze_embedder", "embedding_key"),
+        skips=("embedding_dropout",),
+    )
+    image = {
+        "clip": _part(params, "embedder_config", where, notes),
+        "noise": _part(params, "noise_aug_config", where, notes),
+        "freeze": params.get("freeze_embedder", True),
+        "embedding_key": params.get("embedding_key", "jpg"),
+    }
+    return _listening(spec, image={"target": IMAGE_EMBEDDING, "params": image})
+
+
+DDPM = "ldm.models.diffusion.ddpm."
 LIFTED: dict[str, Callable[[dict[str, Any], str, list[str]], dict[str, Any]]] = {
-    "ldm.models.diffusion.ddpm.LatentDiffusion": _latent_diffusion,
+    DDPM + "LatentDiffusion": _latent_diffusion,
+    DDPM + "LatentInpaintDiffusion": _inpainting,
+    DDPM + "LatentDepth2ImageDiffusion": _depth,
+    DDPM + "LatentUpscaleDiffusion": _upscaling,
+    DDPM + "ImageEmbeddingConditionedLatentDiffusion": _unclip,
 }
 
 
-def _text(params: Mapping[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
-    """The text encoder, if the model has one: two magic strings of the original say no.
+def _listening(spec: dict[str, Any], **encoders: dict[str, Any]) -> dict[str, Any]:
+    """The model with more encoders, behind that of text."""
+    spec["params"]["conditioner"]["params"] |= encoders
+    return spec
 
+
+def _part(params: Mapping[str, Any], key: str, where: str, notes: list[str]) -> dict[str, Any]:
+    return translate(params[key], where=f"{where}.{key}", skipped=notes)
+
+
+def _text(params: Mapping[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
+    """The text encoder (or what stands in its place), if the model has one.
+
+    Two magic strings of the original say that it has none;
     `torch.nn.Identity` says that the caller brings the condition itself.
     """
     config = params["cond_stage_config"]
     if config in ("__is_unconditional__", "__is_first_stage__", {"target": "torch.nn.Identity"}):
         return {}
-    spec = translate(config, where=f"{where}.cond_stage_config", skipped=notes)
+    spec = translate(config, where=f"{where}.params.cond_stage_config", skipped=notes)
+    spec["params"] |= IN_PLACE_OF_TEXT.get(spec["target"], {})
     if params.get("cond_stage_trainable"):
         spec["params"].setdefault("freeze", False)
     return {"text": spec}
@@ -236,8 +327,9 @@ def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Also accepts text towers saved without `text_model.`, as some tools and new libraries write.
     """
     renamed = {}
+    sees = "cond_stage_model.model.visual.proj" in state  # CLIP, of which only the eye is used
     for name, value in state.items():
-        if DERIVED.fullmatch(name):
+        if DERIVED.fullmatch(name) or (sees and name.startswith(BLIND)):
             continue
         for old, new in KEYS:
             if name.startswith(old):
@@ -252,7 +344,9 @@ def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def tables(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The numbers beside the weights: schedule tables, and the scale if training measured it."""
-    pattern = re.compile(r"scale_factor|betas|.*alphas_cumprod.*|posterior_.*")
+    pattern = re.compile(
+        r"scale_factor|betas|\w*alphas_cumprod\w*|posterior_.*|noise_augmentor\.data_(mean|std)"
+    )
     return {name: value for name, value in state.items() if pattern.fullmatch(name)}
 
 

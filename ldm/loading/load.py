@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ldm.loading import checkpoint, config as configs, families, legacy
+from ldm.loading import checkpoint, config as configs, families, legacy, statistics
 from ldm.loading.checkpoint import Checkpoint
 from ldm.model import LatentDiffusion
 
@@ -45,6 +45,7 @@ def load(
     ema: bool = False,
     overrides: Iterable[str] = (),
     allow: Sequence[str] = (),
+    clip_stats: str | Path | None = None,
 ) -> LatentDiffusion:
     """The model that a config describes, with the weights of a checkpoint.
 
@@ -53,6 +54,7 @@ def load(
         ema: the averaged weights of a file that has both.
         overrides: `model.params.scale_factor=0.13`, applied to the YAML.
         allow: packages of your own whose classes the YAML may name.
+        clip_stats: statistics of CLIP's embeddings, for unCLIP models that do not find theirs.
     Returns the model in eval mode (or the part, for the config of a single part); `provenance`
     says what it was made of.
     Raises FileNotFoundError, or ValueError saying what does not fit what.
@@ -80,6 +82,7 @@ def load(
         log.info("not needed for sampling, skipped: %s", ", ".join(skipped))
     if isinstance(model, LatentDiffusion):
         _check_tables(model, tables, misfit)
+        statistics.use(model.conditioner, file.path, clip_stats, tables)
         _check_averages(raw, file)
         digest = hashlib.sha256(json.dumps(raw, sort_keys=True, default=str).encode())
         model.provenance = {
@@ -109,7 +112,7 @@ def on_meta(
     parts = dict(spec["params"])
     for name in ("unet", "autoencoder", "conditioner"):  # the rest is numbers, wanted for real
         with torch.device("meta"), _NoInit():
-            parts[name] = configs.instantiate(parts[name], where=f"{where}: {name}", **args)
+            parts[name] = configs.instantiate(parts[name], where=f"{where}.{name}", **args)
     return cast(nn.Module, configs.instantiate({**spec, "params": parts}, where=where, **args))
 
 

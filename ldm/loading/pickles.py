@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import torch
 
-__all__ = ["foreign_names", "names_in", "read"]
+__all__ = ["foreign_names", "load", "names_in", "read"]
 
 MAX_PICKLE = 100_000_000  # bytes
 MAX_MEMBERS = 100_000
@@ -71,6 +71,14 @@ def read(path: Path, kind: str) -> tuple[dict[str, Any], bool]:
     Returns what it holds, and whether its tensors are pages of the file.
     Raises ValueError for whatever is not plain weights, naming what the pickle names.
     """
+    content, mapped = load(path, kind)
+    if not isinstance(content, dict):
+        raise ValueError(f"`{path}` holds a {type(content).__name__}, not weights by name")
+    return content, mapped
+
+
+def load(path: Path, kind: str) -> tuple[Any, bool]:
+    """As `read`, for files that hold tensors without names."""
     numbers = re.match(r"(\d+)\.(\d+)", torch.__version__)
     if numbers is None or (int(numbers[1]), int(numbers[2])) < SAFE_TORCH:
         raise ValueError(
@@ -94,8 +102,6 @@ def read(path: Path, kind: str) -> tuple[dict[str, Any], bool]:
             names = ", ".join(f"`{name}`" for name in foreign[:10])
             reason = f"its pickle names {names}, which weights do not need"
         raise ValueError(f"`{path}` is refused: {reason}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"`{path}` holds a {type(content).__name__}, not weights by name")
     return content, mapped
 
 

@@ -11,14 +11,25 @@ from ldm.loading.load import on_meta
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs/stable-diffusion").glob("*.yaml"))
-SERVED = {"v1-inference", "v2-inference", "v2-inference-v"}
-PENDING = {
-    "v1-inpainting-inference": "scripts/inpaint.py",
-    "v2-inpainting-inference": "scripts/inpaint.py",
-    "v2-midas-inference": "scripts/depth2img.py",
-    "x4-upscaling": "scripts/upscale.py",
-    "v2-1-stable-unclip-h-inference": "scripts/unclip.py",
-    "v2-1-stable-unclip-l-inference": "scripts/unclip.py",
+# Parameters of whole models; the encoders beside text, and their slots.
+MODELS = {
+    "v1-inference": 1066235307,
+    "v2-inference": 1303597228,
+    "v2-inference-v": 1303597228,
+    "v2-inpainting-inference": 1303611628,
+    "v2-midas-inference": 1426747093,
+    "x4-upscaling": 882756588,
+    "v2-1-stable-unclip-h-inference": 1991659693,
+    "v2-1-stable-unclip-l-inference": 1734820781,
+}
+LISTENS = {
+    "v1-inpainting-inference": {"txt": "crossattn", "masked": "concat"},
+    "v1-image-variation-inference": {"jpg": "crossattn"},
+    "v2-inpainting-inference": {"txt": "crossattn", "masked": "concat"},
+    "v2-midas-inference": {"txt": "crossattn", "depth": "concat"},
+    "x4-upscaling": {"txt": "crossattn", "lowres": "concat", "noise_level": "vector"},
+    "v2-1-stable-unclip-h-inference": {"txt": "crossattn", "embedding": "vector"},
+    "v2-1-stable-unclip-l-inference": {"txt": "crossattn", "embedding": "vector"},
 }
 
 
@@ -35,13 +46,10 @@ def published(name: str) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def test_all_shipped_configs_are_known():
-    assert {path.stem for path in SHIPPED} == SERVED | set(PENDING)
+    assert {path.stem for path in SHIPPED} == set(MODELS) | set(LISTENS)
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    [("v1-inference", 1066235307), ("v2-inference", 1303597228), ("v2-inference-v", 1303597228)],
-)
+@pytest.mark.parametrize(("name", "parameters"), MODELS.items())
 def test_whole_models_have_the_names_and_shapes_of_published_files(name, parameters):
     model = meta(name)
     state = legacy.rename_back(model.state_dict(), model.schedule.buffers())
@@ -55,12 +63,19 @@ def test_v_configs_predict_v():
     assert meta("v2-inference-v").parameterization == "v"
 
 
-@pytest.mark.parametrize("name", PENDING)
-def test_families_of_later_are_named_with_their_script(name):
-    with pytest.raises(ValueError, match="not supported yet") as caught:
-        meta(name)
-    assert PENDING[name] in str(caught.value)
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize(("name", "listens"), LISTENS.items())
+def test_families_differ_in_what_they_listen_to(name, listens):
+    encoders = meta(name).conditioner.children()
+    assert {encoder.key: encoder.slot for encoder in encoders} == listens
+
+
+def test_a_picture_in_place_of_text_needs_no_text_tower():
+    """Whether a file still has the blocks of that tower or not."""
+    tower = meta("v1-image-variation-inference").conditioner.text.model
+    assert len(tower.visual.transformer.resblocks) == 24
+    prefix = "cond_stage_model.model."
+    state = {prefix + "visual.proj": torch.ones(1), prefix + "transformer.resblocks.0.x": None}
+    assert list(legacy.rename(state)) == ["conditioner.text.model.visual.proj"]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -172,3 +187,46 @@ def test_trainable_text_is_not_frozen():
     changed["cond_stage_config"]["params"].pop("freeze")
     text = translate(changed)["params"]["conditioner"]["params"]["text"]
     assert text["params"]["freeze"] is False
+
+
+def family(name, **changes):
+    spec = config.read(SHIPPED[0].with_name(f"{name}.yaml"))["model"]
+    return legacy.translate({**spec, "params": spec["params"] | changes}, where="x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("v2-inpainting-inference", {"concat_keys": ["mask"], "masked_image_key": "masked_image"}),
+        ("v2-midas-inference", {"concat_keys": ["midas_in"], "finetune_keys": ["x"]}),
+        ("x4-upscaling", {"noise_level_key": None}),
+        ("v2-1-stable-unclip-h-inference", {"embedding_dropout": 0.5}),
+    ],
+)
+def test_what_only_training_of_a_family_needs_is_accepted(name, changes):
+    assert family(name, **changes) == family(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("x4-upscaling", {"low_scale_kee": "x"}, "LatentUpscaleDiffusion `low_scale_kee`, did you"),
+        ("v2-midas-inference", {"conditioning_key": "concat"}, "only `hybrid`"),
+        ("v2-inference", {"low_scale_key": "lr"}, "unknown parameter of LatentDiffusion"),
+    ],
+)
+def test_a_family_refuses_what_it_cannot_do(name, changes, message):
+    with pytest.raises(ValueError, match=message):
+        family(name, **changes)
+
+
+def test_a_family_without_its_part_is_refused():
+    params = config.read(SHIPPED[0].with_name("x4-upscaling.yaml"))["model"]["params"]
+    del params["low_scale_config"]
+    with pytest.raises(ValueError, match="LatentUpscaleDiffusion needs `low_scale_config`"):
+        legacy.translate({"target": legacy.DDPM + "LatentUpscaleDiffusion", "params": params})
+
+
+def test_the_names_of_the_small_picture_differ_by_config():
+    spec = family("x4-upscaling")
+    assert spec["params"]["conditioner"]["params"]["lowres"]["params"]["low_scale_key"] == "lr"

@@ -1,0 +1,81 @@
+"""Karlo's files: statistics of embeddings are found, or missed when they are needed; the prior."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ldm.encoders.image import EmbeddingNoise
+from ldm.loading import statistics
+from ldm.loading.karlo import load_prior
+from ldm.nets.prior import Prior
+
+MEAN, STD = torch.arange(8.0), torch.arange(8.0) + 1
+
+
+def conditioner():
+    noise = EmbeddingNoise(timestep_dim=8, clip_stats_path="karlo/stats.th")
+    return SimpleNamespace(image=SimpleNamespace(noise=noise))
+
+
+def known(conditioner):
+    mean, std = conditioner.image.noise.statistics
+    return torch.equal(mean[0], MEAN) and torch.equal(std[0], STD)
+
+
+def test_the_file_is_found_beside_the_checkpoint(tmp_path):
+    torch.save((MEAN, STD), tmp_path / "stats.th")
+    made = conditioner()
+    statistics.use(made, tmp_path / "model.ckpt")
+    assert known(made)
+
+
+def test_a_given_file_comes_before_all_others(tmp_path):
+    torch.save((MEAN * 0, STD), tmp_path / "stats.th")
+    torch.save((MEAN[None], STD[None]), tmp_path / "other.th")
+    made = conditioner()
+    statistics.use(made, tmp_path / "model.ckpt", tmp_path / "other.th")
+    assert known(made)
+
+
+def test_statistics_inside_the_checkpoint_are_used(tmp_path):
+    made = conditioner()
+    tables = {"noise_augmentor.data_mean": MEAN, "noise_augmentor.data_std": STD}
+    statistics.use(made, tmp_path / "model.ckpt", None, tables)
+    assert known(made)
+
+
+def test_without_a_file_the_model_says_what_it_misses_when_it_is_used(tmp_path):
+    made = conditioner()
+    statistics.use(made, tmp_path / "model.ckpt")
+    with pytest.raises(ValueError, match=r"karlo/stats.th.*--clip-stats") as caught:
+        made.image.noise(torch.zeros(1, 8), 0, torch.zeros(1, 8))
+    assert "\n" not in str(caught.value)
+
+
+def test_other_models_need_none(tmp_path):
+    statistics.use(SimpleNamespace(), tmp_path / "model.ckpt", "absent.th")
+
+
+@pytest.mark.parametrize("content", [{"a": MEAN}, [MEAN, 3], MEAN, {}])
+def test_files_of_something_else_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / "stats.th")
+    with pytest.raises(ValueError, match="does not hold statistics"):
+        statistics.read(tmp_path / "stats.th")
+
+
+@pytest.mark.parametrize("final", [True, False])
+def test_a_prior_is_built_to_the_sizes_of_its_file(tmp_path, final):
+    torch.manual_seed(0)
+    prior = Prior(clip_dim=8, xf_width=16, xf_layers=3, xf_heads=2, text_ctx=7, xf_final_ln=final)
+    state = {f"model.{name}": value for name, value in prior.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "prior.ckpt")
+    loaded = load_prior(tmp_path / "prior.ckpt", heads=2)
+    given = torch.randn(1, 8), torch.tensor([3]), torch.randn(1, 7, 8), torch.randn(1, 8)
+    assert torch.equal(loaded(*given), prior.eval()(*given))
+
+
+def test_another_file_is_no_prior(tmp_path):
+    torch.save({"a": torch.ones(1)}, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match="is not the file of a Karlo prior"):
+        load_prior(tmp_path / "x.ckpt")
