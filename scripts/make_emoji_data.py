@@ -1,7 +1,8 @@
 """Build the emoji data set that the demo model is trained on.
 
-Fetches the pictures from npm packages (Apache-2.0, MIT and CC-BY-4.0 only) into a cache folder, rasterises them
-and writes OUT/images/<style>/<id>.png, OUT/metadata.jsonl and OUT/NOTICE. Needs npm and `pip install resvg-py`.
+Fetches the pictures from npm packages (Apache-2.0, MIT and CC-BY-4.0 only) into a cache folder,
+rasterises them and writes OUT/images/<style>/<id>.png, OUT/metadata.jsonl and OUT/NOTICE. Needs npm
+and `pip install resvg-py`.
 
     python scripts/make_emoji_data.py data/emoji --objects 300
 """

@@ -4,7 +4,8 @@
     python scripts/train.py --base configs/demo/text2img.yaml -t data.params.batch_size=64
     python scripts/train.py --base configs/demo/text2img.yaml -t --resume   # goes on where it ended
 
-Every key of the config can be given as `key.sub=value`. The run lives in LOGDIR/NAME: checkpoints/, images/, log.csv.
+Every key of the config can be given as `key.sub=value`. The run lives in LOGDIR/NAME: checkpoints/,
+images/, log.csv.
 """
 
 import argparse

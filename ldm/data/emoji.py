@@ -1,9 +1,10 @@
-"""Build the emoji data set: pictures of one object in several drawing styles, with names and licences.
+"""Build the emoji data set: pictures of one object in several drawing styles, with their names.
 
-Source are npm packages with permissive licences (Iconify's sets, LobeHub's 3d pictures, Emojibase's names); they
-are joined by Unicode code point, or by the slug of the name where a package knows no code points. The result is a
-folder `images/<style>/<id>.png` (RGBA) with `metadata.jsonl` and `NOTICE`, as `ldm.data.folder` reads it.
-Held-out (object, style) pairs form a Latin square: every second fully drawn object lacks one style in training.
+Source are npm packages with permissive licences (Iconify's sets, LobeHub's 3d pictures, Emojibase's
+names); they are joined by Unicode code point, or by the slug of the name where a package knows no
+code points. The result is a folder `images/<style>/<id>.png` (RGBA) with `metadata.jsonl` and
+`NOTICE`, as `ldm.data.folder` reads it. Held-out (object, style) pairs form a Latin square: every
+second fully drawn object lacks one style in training.
 """
 
 import io
@@ -43,27 +44,30 @@ PACKAGES = {
     "@lobehub/fluent-emoji-3d": ("1.1.0", "MIT", "Fluent Emoji 3D, Microsoft; packed by LobeHub"),
     "emojibase-data": ("17.0.0", "MIT", "names, keywords and groups; Miles Johnson"),
 }
-# Emojibase's group numbers; people, symbols and flags stay out. The weight says how many objects of a
-# subgroup are taken in each round of the ranking; faces are so alike that they come last.
+# Emojibase's group numbers; people, symbols and flags stay out. The weight says how many objects of
+# a subgroup are taken in each round of the ranking; faces are so alike that they come last.
 GROUPS = {0: "faces", 3: "animals", 4: "food", 5: "travel", 6: "activities", 7: "objects"}
 WEIGHTS = {"faces": 1, "animals": 3, "food": 3, "travel": 2, "activities": 2, "objects": 1}
 # What people ask for first: leads the ranking, in this order.
 COMMON = """
-cat face, dog face, lion, tiger face, horse face, cow face, pig face, mouse face, rabbit face, fox, bear, panda,
-koala, monkey face, chicken, penguin, owl, frog, turtle, snake, fish, tropical fish, octopus, spouting whale, dolphin,
-crab, butterfly, honeybee, lady beetle, snail, spider, elephant, unicorn, duck, eagle, dragon, rose, sunflower, tulip,
-cactus, palm tree, evergreen tree, four leaf clover, mushroom, maple leaf, red apple, green apple, pear, lemon,
-tangerine, banana, watermelon, grapes, strawberry, cherries, peach, pineapple, tomato, carrot, avocado, hot pepper,
-ear of corn, bread, croissant, cheese wedge, hamburger, french fries, pizza, hot dog, taco, sushi, doughnut, cookie,
-birthday cake, chocolate bar, ice cream, soft ice cream, lollipop, hot beverage, beer mug, wine glass, cooking,
-popcorn, automobile, bus, locomotive, bicycle, airplane, rocket, sailboat, helicopter, ambulance, fire engine,
-police car, tractor, house, castle, tent, volcano, mountain, sun, crescent moon, star, cloud, rainbow, snowflake,
-umbrella, fire, anchor, hourglass done, alarm clock, flying saucer, soccer ball, basketball, tennis, trophy,
-Christmas tree, jack-o-lantern, balloon, wrapped gift, video game, artist palette, glasses, crown, top hat, t-shirt,
-backpack, high-heeled shoe, guitar, trumpet, drum, violin, mobile phone, laptop, camera, television, light bulb,
-candle, books, envelope, pencil, scissors, key, locked, hammer, wrench, bomb, microscope, telescope, bed, toilet, bell,
-megaphone, money bag, gem stone, ring, door, syringe, pill, grinning face, smiling face with sunglasses,
-smiling face with heart-eyes, thinking face, angry face, ghost, alien, robot, skull, pile of poo, red heart
+cat face, dog face, lion, tiger face, horse face, cow face, pig face, mouse face, rabbit face, fox,
+bear, panda, koala, monkey face, chicken, penguin, owl, frog, turtle, snake, fish, tropical fish,
+octopus, spouting whale, dolphin, crab, butterfly, honeybee, lady beetle, snail, spider, elephant,
+unicorn, duck, eagle, dragon, rose, sunflower, tulip, cactus, palm tree, evergreen tree, four leaf
+clover, mushroom, maple leaf, red apple, green apple, pear, lemon, tangerine, banana, watermelon,
+grapes, strawberry, cherries, peach, pineapple, tomato, carrot, avocado, hot pepper, ear of corn,
+bread, croissant, cheese wedge, hamburger, french fries, pizza, hot dog, taco, sushi, doughnut,
+cookie, birthday cake, chocolate bar, ice cream, soft ice cream, lollipop, hot beverage, beer mug,
+wine glass, cooking, popcorn, automobile, bus, locomotive, bicycle, airplane, rocket, sailboat,
+helicopter, ambulance, fire engine, police car, tractor, house, castle, tent, volcano, mountain,
+sun, crescent moon, star, cloud, rainbow, snowflake, umbrella, fire, anchor, hourglass done, alarm
+clock, flying saucer, soccer ball, basketball, tennis, trophy, Christmas tree, jack-o-lantern,
+balloon, wrapped gift, video game, artist palette, glasses, crown, top hat, t-shirt, backpack,
+high-heeled shoe, guitar, trumpet, drum, violin, mobile phone, laptop, camera, television, light
+bulb, candle, books, envelope, pencil, scissors, key, locked, hammer, wrench, bomb, microscope,
+telescope, bed, toilet, bell, megaphone, money bag, gem stone, ring, door, syringe, pill, grinning
+face, smiling face with sunglasses, smiling face with heart-eyes, thinking face, angry face, ghost,
+alien, robot, skull, pile of poo, red heart
 """
 CLOCK = re.compile(r"o’clock|-thirty|o'clock")
 DISTINCT = 0.07  # least root mean square distance between two objects, averaged over the styles
@@ -85,7 +89,7 @@ class Picture:
 
 
 def install(folder: Path) -> Path:
-    """Fetch the packages with npm into folder/node_modules, unless they are there; return that folder."""
+    """Fetch the packages with npm, unless they are there; return the folder that holds them."""
     modules = folder / "node_modules"
     if all((modules / name).is_dir() for name in PACKAGES):
         return modules
@@ -112,20 +116,20 @@ def build(modules: Path, out: Path, objects: int | None = None, size: int = 128)
     names = [entry for entry in _names(modules) if not CLOCK.search(entry["label"])]
     drawn = {
         entry["id"]: {
-            style: picture
+            style: found
             for style, source in sources.items()
-            if (picture := source.picture(entry, slugs.get(entry["id"], set()), size)) is not None
+            if (found := source.picture(entry, slugs.get(entry["id"], set()), size)) is not None
         }
         for entry in names
     }
     names = [entry for entry in names if drawn[entry["id"]]]
     names = _ranked(names, drawn)[:objects]
     pictures = list(_describe(names, drawn))
-    for picture in pictures:
-        path = out / picture.file_name
+    for row in pictures:
+        path = out / row.file_name
         path.parent.mkdir(parents=True, exist_ok=True)
-        drawn[picture.id][picture.style].save(path)
-    lines = [json.dumps(asdict(picture), ensure_ascii=False) for picture in pictures]
+        drawn[row.id][row.style].save(path)
+    lines = [json.dumps(asdict(row), ensure_ascii=False) for row in pictures]
     (out / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (out / "NOTICE").write_text(_notice(), encoding="utf-8")
     return pictures
@@ -166,24 +170,17 @@ class _Source:
     def _render(self, icon: dict, size: int) -> Image.Image | None:
         import resvg_py
 
-        box = [icon.get(key, default) for key, default in self._box(icon)]
+        width, height = icon.get("width", self.side), icon.get("height", self.side)
+        box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
         # "currentColor" of the line style is black
         svg = (
             f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="{box[0]} {box[1]} {box[2]} {box[3]}" width="{size}" height="{size}" '
+            f'viewBox="{box}" width="{size}" height="{size}" '
             f'color="black">{icon["body"]}</svg>'
         )
         data = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size)
         picture = Image.open(io.BytesIO(bytes(data))).convert("RGBA")
         return picture if picture.getextrema()[3][1] > 0 else None
-
-    def _box(self, icon: dict) -> list[tuple[str, int]]:
-        return [
-            ("left", 0),
-            ("top", 0),
-            ("width", self.side),
-            ("height", icon.get("width", self.side)),
-        ]
 
 
 def _names(modules: Path) -> Iterator[dict]:
@@ -204,7 +201,7 @@ def _names(modules: Path) -> Iterator[dict]:
 
 def _ranked(names: list[dict], drawn: dict[str, dict[str, Image.Image]]) -> list[dict]:
     """Fully drawn and distinct objects first; among them the common, then short and old names."""
-    common = {label.strip(): rank for rank, label in enumerate(COMMON.split(","))}
+    common = {" ".join(label.split()): rank for rank, label in enumerate(COMMON.split(","))}
     queue = sorted(
         (entry for entry in names if entry["label"] in common), key=lambda e: common[e["label"]]
     )

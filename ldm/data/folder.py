@@ -3,8 +3,8 @@
     DIR/metadata.jsonl      {"file_name": "images/0001.png", "text": "a red apple", …}
     DIR/metadata.csv        file_name,text,…
 
-The order is a pure function of (seed, position), and chance inside a sample one of (seed, epoch, index): a run that
-was interrupted goes on with exactly the samples that it would have seen.
+The order is a pure function of (seed, position), and chance inside a sample one of (seed, epoch,
+index): a run that was interrupted goes on with exactly the samples that it would have seen.
 """
 
 import csv

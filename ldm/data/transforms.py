@@ -1,10 +1,12 @@
-"""What is done to a record before training: a picture becomes a tensor, its fields become a caption.
+"""What is done to a record before training: picture to tensor, fields to caption.
 
-A transform is called with (record, rng) and returns {"jpg": image (3, H, W) in [-1, 1], "txt": caption}. All chance
-comes from `rng`, which the data set seeds by (seed, epoch, index), so a sample is the same whatever came before it.
+A transform is called with (record, rng) and returns {"jpg": image (3, H, W) in [-1, 1], "txt":
+caption}. All chance comes from `rng`, which the data set seeds by (seed, epoch, index), so a sample
+is the same whatever came before it.
 """
 
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from random import Random
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor
 
 __all__ = ["COLOURS", "Emoji", "Photo", "all_words", "caption", "compose"]
 
-# Background colours and what they are called; far enough apart to be told by their nearest neighbour.
+# Background colours and their names; far enough apart to be told by their nearest neighbour.
 COLOURS = {
     "white": (255, 255, 255),
     "red": (220, 40, 40),
@@ -163,7 +165,7 @@ def caption(name: str, style: str, colour: str, form: str = FORMS[0][1]) -> str:
                 piece = piece.replace(key, value)
             text += piece
     words = text.split(" ")
-    for i, (article, following) in enumerate(zip(words, words[1:], strict=False)):
+    for i, (article, following) in enumerate(pairwise(words)):
         if article == "a" and following[:1].lower() in "aeio":
             words[i] = "an"
     return " ".join(words)

@@ -1,1 +1,1 @@
-"""Training: a loss, an optimizer, and a state that can stop and go on as if nothing had happened."""
+"""Training: a loss, an optimizer, and a state that stops and goes on as if nothing happened."""

@@ -61,7 +61,8 @@ def normalise(model: AutoencoderKL, z: Tensor) -> None:
     channels = z.shape[1]
     mean, std = z.mean(dim=(0, 2, 3)), z.std(dim=(0, 2, 3))
     after, before = model.quant_conv, model.post_quant_conv
-    assert after.bias is not None and before.bias is not None
+    assert after.bias is not None
+    assert before.bias is not None
     before.bias += before.weight[:, :, 0, 0] @ mean
     before.weight *= std[None, :, None, None]
     after.weight[:channels] /= std[:, None, None, None]

@@ -1,7 +1,8 @@
 """Latents made once and read many times, so that a step costs only what is trained.
 
-Several variants of each record are encoded (on different colours and places); captions are still drawn anew for
-every sample. The cache is named after what it depends on, so an old one is never taken for a new one.
+Several variants of each record are encoded (on different colours and places); captions are still
+drawn anew for every sample. The cache is named after what it depends on, so an old one is never
+taken for a new one.
 """
 
 import hashlib
@@ -84,7 +85,7 @@ def _key(model: LatentDiffusion, folder: Folder, variants: int) -> str:
     digest = hashlib.sha256()
     for text in (folder.rows, vars(folder.transform), variants, model.scale_factor):
         digest.update(json.dumps(text, sort_keys=True).encode())
-    for value in model.autoencoder.encoder.state_dict().values():
+    first_stage: Any = model.autoencoder
+    for value in [*first_stage.encoder.state_dict().values(), first_stage.quant_conv.weight]:
         digest.update(value.detach().cpu().contiguous().float().numpy().tobytes())
-    digest.update(model.autoencoder.quant_conv.weight.detach().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]

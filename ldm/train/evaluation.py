@@ -1,0 +1,159 @@
+"""How well a model follows prompts that name an object, a style and a background colour."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.data.folder import Folder
+from ldm.data.transforms import COLOURS, caption, compose
+from ldm.model import LatentDiffusion
+from ldm.pipelines import txt2img
+from ldm.train.judges import Judges, background
+
+__all__ = ["Score", "evaluate", "generate", "prompts", "real", "score", "shuffled", "table"]
+
+ALIKE = ("flat", "soft gradient", "3d")  # styles that share one drawing, so an easy composition
+
+
+@dataclass(frozen=True)
+class Score:
+    """Shares of pictures that are right, 0 … 1."""
+
+    count: int
+    background: float
+    style: float
+    object: float
+    object_top5: float
+    all: float
+
+
+def evaluate(
+    model: LatentDiffusion,
+    folder: Folder,
+    judges: Judges,
+    wanted: dict[str, list[dict]],
+    **options: Any,
+) -> tuple[dict[str, Score], dict[str, Tensor]]:
+    """Scores by name, and the generated images of each group of prompts.
+
+    wanted: groups of prompts by name, see `prompts`.
+    options: those of `generate`.
+
+    Beside generated pictures stand real ones, also through the autoencoder (what a perfect UNet
+    would score), and as a control the generated ones against each other's prompts.
+    """
+    scores, made = {}, {}
+    for name, group in wanted.items():
+        pictures = real(folder, group)
+        scores[f"{name}: real"] = score(judges, pictures, group)
+        scores[f"{name}: real, through the autoencoder"] = score(
+            judges, _through(model, pictures), group
+        )
+        made[name] = generate(model, group, **options)
+        scores[f"{name}: generated"] = score(judges, made[name], group)
+        rest = [k for k, row in enumerate(group) if row["style"] not in ALIKE]
+        scores[f"{name}: generated, without {', '.join(ALIKE)}"] = score(
+            judges, made[name][rest], [group[k] for k in rest]
+        )
+        control = shuffled(group)
+        scores[f"{name}: generated, prompts shuffled"] = score(judges, made[name], control)
+    return scores, made
+
+
+def prompts(folder: Folder, split: str, count: int | None = None, *, seed: int = 0) -> list[dict]:
+    """Records of a split, each with a random `colour` and its `prompt`; all, or `count` of them."""
+    rng = Random(seed)
+    rows = [row for row in folder.rows if row["split"] == split]
+    if count is not None and count < len(rows):
+        rows = rng.sample(rows, count)
+    chosen = []
+    for row in rows:
+        colour = rng.choice(list(COLOURS))
+        text = caption(row["object"], row["style"], colour)
+        chosen.append({**row, "colour": colour, "prompt": text})
+    return chosen
+
+
+def generate(
+    model: LatentDiffusion,
+    wanted: Sequence[dict],
+    *,
+    batch: int = 25,
+    advance: Callable[[int], Any] | None = None,
+    **options: Any,
+) -> Tensor:
+    """One image per prompt, (N, 3, H, W); the seed of the k-th is k.
+
+    advance: called with the number of images made.
+    options: those of `txt2img`: steps, scale, sampler …
+    """
+    images = []
+    for start in range(0, len(wanted), batch):
+        texts = [row["prompt"] for row in wanted[start : start + batch]]
+        seeds = list(range(start, start + len(texts)))
+        images.append(txt2img(model, texts, seeds=seeds, **options).cpu())
+        if advance:
+            advance(len(texts))
+    return torch.cat(images)
+
+
+def real(folder: Folder, wanted: Sequence[dict], size: int = 128) -> Tensor:
+    """The real pictures that the prompts describe, (N, 3, size, size)."""
+    index = {row["file_name"]: k for k, row in enumerate(folder.rows)}
+    side = round(0.81 * size)
+    return torch.stack(
+        [
+            compose(
+                folder.record(index[row["file_name"]])["picture"],
+                COLOURS[row["colour"]],
+                size=size,
+                side=side,
+            )
+            for row in wanted
+        ]
+    )
+
+
+def score(judges: Judges, images: Tensor, wanted: Sequence[dict]) -> Score:
+    """How many of the images show what was wanted."""
+    objects, styles = judges.judge(images)
+    right_object, right_style = judges.labels(wanted)
+    colour = torch.tensor(
+        [seen == row["colour"] for seen, row in zip(background(images), wanted, strict=True)]
+    )
+    style = styles[:, 0] == right_style
+    top1 = objects[:, 0] == right_object
+    top5 = (objects[:, :5] == right_object[:, None]).any(dim=1)
+    shares = (colour, style, top1, top5, colour & style & top1)
+    return Score(len(wanted), *(float(share.float().mean()) for share in shares))
+
+
+def shuffled(wanted: Sequence[dict], *, seed: int = 0) -> list[dict]:
+    """The same prompts in another order: no picture keeps its own."""
+    order = list(wanted)
+    Random(seed).shuffle(order)
+    place = {id(row): k for k, row in enumerate(order)}
+    return [order[(place[id(row)] + 1) % len(order)] for row in wanted]
+
+
+def table(scores: dict[str, Score]) -> str:
+    """The scores in Markdown, one line each."""
+    lines = [
+        "| pictures | n | background | style | object | object in top 5 | all three |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, s in scores.items():
+        shares = (s.background, s.style, s.object, s.object_top5, s.all)
+        cells = " | ".join(f"{100 * share:.1f} %" for share in shares)
+        lines.append(f"| {name} | {s.count} | {cells} |")
+    return "\n".join(lines)
+
+
+@torch.inference_mode()
+def _through(model: LatentDiffusion, images: Tensor) -> Tensor:
+    parts = [model.autoencoder.decode(model.autoencoder.encode(x).mode()) for x in images.split(16)]
+    return torch.cat(parts).clamp(-1, 1)

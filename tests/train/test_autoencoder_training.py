@@ -1,0 +1,54 @@
+"""Training an autoencoder, and folding the latents' statistics into it."""
+
+from pathlib import Path
+
+import torch
+
+from ldm.data.folder import Folder, Order, batches
+from ldm.data.transforms import Emoji
+from ldm.nets.autoencoder import AutoencoderKL
+from ldm.train import optim
+from ldm.train.autoencoder import Reconstruction, normalise, psnr
+
+EMOJI = Path(__file__).parents[1] / "data" / "emoji"
+LAYOUT = {"ch": 32, "z_channels": 4, "num_res_blocks": 1, "ch_mult": (1, 1), "resolution": 32}
+
+
+def tiny() -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(ddconfig=LAYOUT, embed_dim=4)
+
+
+def test_reconstructions_get_better() -> None:
+    folder = Folder(root=EMOJI, transform=Emoji(size=16))
+    batch = next(batches(folder, Order(len(folder)), 4))
+    task = Reconstruction(tiny())
+    optimizer = optim.make(task.trained, 3e-3, name="muon")
+    generator = torch.Generator().manual_seed(0)
+    quality = []
+    for _ in range(20):
+        losses = task.loss(batch, generator)
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        optimizer.step()
+        quality.append(float(losses["psnr"]))
+    assert quality[-1] > quality[0] + 4
+
+
+@torch.no_grad()
+def test_normalised_latents_are_standard_and_decode_to_the_same() -> None:
+    model, image = tiny().eval(), torch.rand(4, 3, 32, 32) * 2 - 1
+    posterior = model.encode(image)
+    z, decoded = posterior.mode(), model.decode(posterior.mode())
+    normalise(model, z)
+    after = model.encode(image)
+    torch.testing.assert_close(after.mode().mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(after.mode().std((0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(model.decode(after.mode()), decoded, atol=1e-4, rtol=1e-4)
+    std = z.std((0, 2, 3))[:, None, None]
+    torch.testing.assert_close(after.std * std, posterior.std, atol=1e-5, rtol=1e-4)
+
+
+def test_psnr_of_a_known_error() -> None:
+    image = torch.zeros(2, 3, 4, 4)
+    torch.testing.assert_close(psnr(image + 0.2, image), torch.full((2,), 20.0))

@@ -1,0 +1,130 @@
+"""The training loop: it learns, it stops, it goes on exactly, and what it writes can be loaded."""
+
+import csv
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ldm.loading import config
+from ldm.loading.load import load
+from ldm.train.loop import Run, seconds
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "configs/train/tiny.yaml"
+
+
+def tiny(folder: Path, *overrides: str) -> Run:
+    data = f"data.params.train.root={ROOT / 'tests/data/emoji'}"
+    return Run(config.read(TINY, [data, *overrides]), folder, text=TINY.read_text())
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return {**run.task.trained.state_dict(), **run.state.ema.shadow}
+
+
+def test_one_batch_is_learned_by_heart(tmp_path: Path) -> None:
+    run = tiny(tmp_path)
+    generator = torch.Generator()
+    batch = {"z": torch.randn(2, 4, 8, 8), "txt": ["cat", "dog"]}
+    run.task.drop = 0.0
+    losses = []
+    for _ in range(40):
+        generator.manual_seed(0)
+        loss = run.task.loss(batch, generator)["loss"]
+        run.optimizer.zero_grad()
+        loss.backward()
+        run.optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole = tiny(tmp_path / "whole", "lightning.trainer.max_steps=6")
+    whole.train()
+    first = tiny(tmp_path / "parts", "lightning.trainer.max_steps=3")
+    first.train()
+    second = tiny(tmp_path / "parts", "lightning.trainer.max_steps=6")
+    second.state.load(second.last)
+    second.train()
+    assert second.state.step == 6
+    for name, value in weights(whole).items():
+        assert torch.equal(weights(second)[name], value), name
+
+
+def test_gradients_add_up_over_parts_of_a_batch(tmp_path: Path) -> None:
+    run = tiny(tmp_path, "lightning.trainer.accumulate_grad_batches=2")
+    batches = iter([{"z": torch.randn(2, 4, 8, 8), "txt": ["a", "b"]} for _ in range(2)])
+    run.step(batches, 1e-3)
+    assert run.state.position == 2 * run.batch_size
+    assert run.state.step == 1
+
+
+def test_what_a_run_exports_makes_pictures(tmp_path: Path) -> None:
+    run = tiny(tmp_path, "lightning.trainer.max_steps=2")
+    run.train()
+    model: Any = load(None, run.last.with_suffix(".safetensors"))
+    shadow = run.state.ema.shadow["unet.out.2.weight"]
+    torch.testing.assert_close(model.unet.out[2].weight, shadow, rtol=1e-3, atol=1e-3)
+    assert (tmp_path / "images" / "gs-000002.png").exists()
+    assert model.conditioner.text.token_ids.max() >= 49407
+
+
+def test_a_signal_ends_the_run_and_keeps_its_state(tmp_path: Path) -> None:
+    run = tiny(tmp_path)
+    step = run.step
+
+    def interrupted(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    run.step = interrupted  # type: ignore[method-assign]
+    run.train()
+    assert run.state.step == 1
+    assert torch.load(run.last, weights_only=True)["step"] == 1
+
+
+def test_a_run_ends_by_time(tmp_path: Path) -> None:
+    run = tiny(tmp_path, "lightning.trainer.max_steps=null", "lightning.trainer.max_time=0.5")
+    run.train()
+    assert 0 < run.state.step < 200
+    assert run.progress() >= 1
+
+
+def test_the_log_has_a_line_every_few_steps(tmp_path: Path) -> None:
+    tiny(tmp_path, "lightning.trainer.max_steps=10").train()
+    with (tmp_path / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["5", "10"]
+    assert float(rows[-1]["loss"]) > 0
+
+
+def test_latents_are_cached_and_used(tmp_path: Path) -> None:
+    latents = [f"data.params.latents.cache={tmp_path}", "data.params.latents.variants=2"]
+    first, again = tiny(tmp_path, *latents), tiny(tmp_path, *latents)
+    assert first.dataset.z.shape == (23, 2, 4, 8, 8)  # type: ignore[union-attr]
+    assert len(list(tmp_path.glob("latents-*.pt"))) == 1
+    assert again.dataset[3, 5]["txt"] == first.dataset[3, 5]["txt"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lightning.trainer.max_step=3", "did you mean `max_steps`"),
+        ("lightning.trainers.max_steps=3", "did you mean `trainer`"),
+        ("lightning.trainer.max_steps=null", "needs `max_steps` or `max_time`"),
+        ("data.params.train.transform.name=emojis", "did you mean `emoji`"),
+    ],
+)
+def test_a_wrong_key_is_named(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny(tmp_path, override)
+
+
+def test_times_are_read_from_the_right() -> None:
+    assert seconds("01:10:00") == 4200
+    assert seconds("01:00:00:00") == 86400
+    assert seconds("90") == seconds(90) == 90
