@@ -1,8 +1,9 @@
-"""Writes a full-size checkpoint of random weights in the original's layout, in seconds.
+r"""Writes a full-size checkpoint of random weights in the original's layout, in seconds.
 
 python benchmarks/make_checkpoint.py /tmp/sd2.ckpt                                    # 5.2 GB
 python benchmarks/make_checkpoint.py /tmp/sd2-fp16.safetensors --dtype float16        # 2.6 GB
-python benchmarks/make_checkpoint.py /tmp/sd1.ckpt --config configs/stable-diffusion/v1-inference.yaml --ema
+python benchmarks/make_checkpoint.py /tmp/sd1.ckpt --ema --config \
+    configs/stable-diffusion/v1-inference.yaml
 
 A `.ckpt` is a Lightning dictionary as the published ones are: callbacks keyed by a class, numpy
 scalars, an optimizer state. Names and shapes come from the config, values from one block of normal

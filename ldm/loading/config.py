@@ -25,6 +25,11 @@ __all__ = ["find", "instantiate", "parse", "read"]
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 1 << 20
+# What a class raises when it is given nonsense.
+NONSENSE = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
 MAX_NODES = 10_000  # values in a file once aliases and references are followed
 REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*(?:\.\w+)*)\}")
 
@@ -132,6 +137,7 @@ def instantiate(
     Raises ValueError for an unknown target or parameter, naming the nearest known one.
     """
     spec = legacy.translate(spec, where=where, skipped=skipped)
+    where = spec["where"]
     make = _resolve(spec["target"], allow, where)
     params = dict(spec.get("params") or {})
     for key in sorted(set(params) & getattr(make, "IGNORED", frozenset())):
@@ -142,11 +148,11 @@ def instantiate(
     _check(make, params, where)
     for key, value in params.items():
         if isinstance(value, Mapping) and "target" in value:
-            inner = f"{where}.{key}"
+            inner = f"{where}.{key}"  # unless the value says where it is from
             params[key] = instantiate(value, allow=allow, where=inner, skipped=skipped)
     try:
         return make(**params)
-    except (TypeError, ValueError, AssertionError, KeyError, IndexError) as error:
+    except NONSENSE as error:
         if str(error).startswith(where):
             raise
         raise ValueError(f"{where}: {make.__name__} refuses its parameters: {error}") from error

@@ -278,7 +278,7 @@ def _listening(spec: dict[str, Any], **encoders: dict[str, Any]) -> dict[str, An
 
 
 def _part(params: Mapping[str, Any], key: str, where: str, notes: list[str]) -> dict[str, Any]:
-    return translate(params[key], where=f"{where}.{key}", skipped=notes)
+    return translate(params[key], where=f"{where}.params.{key}", skipped=notes)
 
 
 def _text(params: Mapping[str, Any], where: str, notes: list[str]) -> dict[str, Any]:

@@ -195,3 +195,11 @@ def test_only_classes_of_an_allowed_package_are_built(package, name):
 def test_a_name_that_only_begins_alike_is_not_allowed(package):
     with pytest.raises(ValueError, match="unknown target"):
         config.instantiate({"target": "my_pkg_evil.Mine"}, allow=[package])
+
+
+@pytest.mark.parametrize("value", ["many", -1, None, [1, "x"], {"a": 1}, 2.5])
+def test_nonsense_values_are_one_error(tiny_yaml, value):
+    raw = config.read(tiny_yaml)
+    raw["model"]["params"]["unet_config"]["params"]["model_channels"] = value
+    with pytest.raises(ValueError, match=r"^tiny\.yaml: model"):
+        config.instantiate(raw, where="tiny.yaml")
