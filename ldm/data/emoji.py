@@ -33,16 +33,40 @@ STYLES = {
     "emojione": "@iconify-json/emojione",
     "3d": "@lobehub/fluent-emoji-3d",
 }
+# npm package: version, licence, what it is, repository on GitHub
 PACKAGES = {
-    "@iconify-json/noto": ("1.2.9", "Apache-2.0", "Noto Emoji, Google"),
-    "@iconify-json/noto-v1": ("1.2.5", "Apache-2.0", "Noto Emoji (old), Google"),
-    "@iconify-json/twemoji": ("1.2.5", "CC-BY-4.0", "Twemoji, Twitter and contributors"),
-    "@iconify-json/fluent-emoji-flat": ("1.2.6", "MIT", "Fluent Emoji flat, Microsoft"),
-    "@iconify-json/fluent-emoji": ("1.2.7", "MIT", "Fluent Emoji, Microsoft"),
-    "@iconify-json/fluent-emoji-high-contrast": ("1.2.6", "MIT", "Fluent Emoji line, Microsoft"),
-    "@iconify-json/emojione": ("1.2.3", "CC-BY-4.0", "EmojiOne 2, Emoji One"),
-    "@lobehub/fluent-emoji-3d": ("1.1.0", "MIT", "Fluent Emoji 3D, Microsoft; packed by LobeHub"),
-    "emojibase-data": ("17.0.0", "MIT", "names, keywords and groups; Miles Johnson"),
+    "@iconify-json/noto": (
+        "1.2.9", "Apache-2.0", "Noto Emoji by Google", "googlefonts/noto-emoji",
+    ),
+    "@iconify-json/noto-v1": (
+        "1.2.5", "Apache-2.0", "Noto Emoji (v1) by Google", "googlefonts/noto-emoji",
+    ),
+    "@iconify-json/twemoji": (
+        "1.2.5", "CC-BY-4.0", "Twitter Emoji by Twitter and contributors", "jdecked/twemoji",
+    ),
+    "@iconify-json/fluent-emoji-flat": (
+        "1.2.6", "MIT", "Fluent Emoji Flat by Microsoft", "microsoft/fluentui-emoji",
+    ),
+    "@iconify-json/fluent-emoji": (
+        "1.2.7", "MIT", "Fluent Emoji by Microsoft", "microsoft/fluentui-emoji",
+    ),
+    "@iconify-json/fluent-emoji-high-contrast": (
+        "1.2.6", "MIT", "Fluent Emoji High Contrast by Microsoft", "microsoft/fluentui-emoji",
+    ),
+    "@iconify-json/emojione": (
+        "1.2.3", "CC-BY-4.0", "Emoji One (Colored) by Emoji One", "EmojiTwo/emojitwo",
+    ),
+    "@lobehub/fluent-emoji-3d": (
+        "1.1.0", "MIT", "Fluent Emoji 3D by Microsoft, packed by LobeHub", "lobehub/fluent-emoji",
+    ),
+    "emojibase-data": (
+        "17.0.0", "MIT", "names, keywords and groups by Miles Johnson", "milesj/emojibase",
+    ),
+}  # fmt: skip
+LICENCES = {
+    "Apache-2.0": "https://www.apache.org/licenses/LICENSE-2.0",
+    "CC-BY-4.0": "https://creativecommons.org/licenses/by/4.0/",
+    "MIT": "https://opensource.org/license/mit",
 }
 # Emojibase's group numbers; people, symbols and flags stay out. The weight says how many objects of
 # a subgroup are taken in each round of the ranking; faces are so alike that they come last.
@@ -180,7 +204,7 @@ class _Source:
         )
         data = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size)
         picture = Image.open(io.BytesIO(bytes(data))).convert("RGBA")
-        return picture if picture.getextrema()[3][1] > 0 else None
+        return picture if picture.getbbox() else None
 
 
 def _names(modules: Path) -> Iterator[dict]:
@@ -282,11 +306,13 @@ def _slug(label: str) -> str:
 
 def _notice() -> str:
     lines = [
-        "The pictures in this folder were drawn by others and are used under these licences:",
+        "The pictures in this folder were drawn by others; their licences ask to name them:",
         "",
     ]
-    for package, (version, licence, author) in PACKAGES.items():
-        style = next((style for style, name in STYLES.items() if name == package), "captions")
-        lines.append(f"{style}: {author}; npm package {package} {version}; {licence}")
-    lines += ["", "They were rasterised and scaled; nothing else was changed.", ""]
+    styles = {package: style for style, package in STYLES.items()}
+    for package, (version, licence, author, home) in PACKAGES.items():
+        lines.append(f"{styles.get(package, 'captions')}: {author}, https://github.com/{home}")
+        lines.append(f"    npm package {package} {version}, {licence}")
+    lines += ["", *(f"{name}: {url}" for name, url in LICENCES.items()), ""]
+    lines += ["The pictures were rasterised and scaled; nothing else was changed.", ""]
     return "\n".join(lines)

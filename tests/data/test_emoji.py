@@ -1,0 +1,84 @@
+"""The data set of emoji, built from packages as npm lays them out."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ldm.data.emoji import PACKAGES, STYLES, build
+
+OBJECTS = {"1F34E": "red apple", "1F680": "rocket", "1F431": "cat face", "1F55B": "twelve o’clock"}
+SHAPES = (
+    '<circle cx="16" cy="16" r="15" fill="red"/>',
+    '<path d="M16 0L32 32H0z" fill="currentColor"/>',
+    '<rect width="20" height="12" fill="#04f"/>',
+    '<circle cx="16" cy="16" r="9"/>',
+)
+
+
+@pytest.fixture
+def modules(tmp_path: Path) -> Path:
+    pytest.importorskip("resvg_py")
+    slugs = [label.replace(" ", "-").replace("’", "") for label in OBJECTS.values()]
+    for package in STYLES.values():
+        folder = tmp_path / package
+        (folder / "assets").mkdir(parents=True)
+        if package.startswith("@lobehub"):
+            for code in OBJECTS:
+                picture = Image.new("RGBA", (32, 32), (0, 128, 0, 255))
+                picture.save(folder / "assets" / f"{code.lower()}-fe0f.webp")
+            continue
+        icons = {slug: {"body": body} for slug, body in zip(slugs, SHAPES, strict=True)}
+        if package.endswith("emojione"):
+            del icons["cat-face"]
+        (folder / "icons.json").write_text(json.dumps({"icons": icons, "width": 32}))
+        if package.endswith("noto"):
+            chars = dict(zip((code.lower() for code in OBJECTS), slugs, strict=True))
+            (folder / "chars.json").write_text(json.dumps(chars))
+    base = tmp_path / "emojibase-data"
+    for part in ("en", "meta"):
+        (base / part).mkdir(parents=True)
+    names = [
+        {"label": label, "hexcode": code, "tags": ["thing", label[:3]], "group": 3}
+        | {"subgroup": 34, "version": 1, "order": order}
+        for order, (code, label) in enumerate(OBJECTS.items())
+    ]
+    names.append({"label": "A", "hexcode": "1F1E6"})
+    (base / "en" / "data.json").write_text(json.dumps(names))
+    (base / "meta" / "groups.json").write_text(json.dumps({"subgroups": {"34": "mammal"}}))
+    return tmp_path
+
+
+def test_every_object_is_drawn_in_every_style_that_has_it(modules: Path, tmp_path: Path) -> None:
+    pictures = build(modules, tmp_path / "out", size=32)
+    styles = {name: {p.style for p in pictures if p.object == name} for name in OBJECTS.values()}
+    assert styles["red apple"] == styles["rocket"] == set(STYLES)
+    assert styles["cat face"] == set(STYLES) - {"emojione"}
+    assert styles["twelve o’clock"] == set()
+    for picture in pictures:
+        with Image.open(tmp_path / "out" / picture.file_name) as file:
+            assert file.size == (32, 32)
+            assert file.mode == "RGBA"
+
+
+def test_every_second_object_lacks_one_style_in_training(modules: Path, tmp_path: Path) -> None:
+    pictures = build(modules, tmp_path / "out", size=32)
+    assert len([p for p in pictures if p.split == "heldout"]) == 1
+    assert {p.rank for p in pictures if p.object == "cat face"} == {2}
+
+
+def test_only_keywords_of_one_object_stand_for_it(modules: Path, tmp_path: Path) -> None:
+    pictures = build(modules, tmp_path / "out", size=32)
+    assert {tuple(p.keywords) for p in pictures} == {("red",), ("roc",), ("cat",)}
+
+
+def test_metadata_and_licences_lie_beside_the_pictures(modules: Path, tmp_path: Path) -> None:
+    pictures = build(modules, tmp_path / "out", objects=1, size=32)
+    lines = (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()
+    assert len(lines) == len(pictures) == 8
+    notice = (tmp_path / "out" / "NOTICE").read_text()
+    for package, (version, licence, *_) in PACKAGES.items():
+        assert f"{package} {version}" in notice
+        assert licence in notice
+    assert {licence for _, licence, *_ in PACKAGES.values()} == {"MIT", "Apache-2.0", "CC-BY-4.0"}
