@@ -108,11 +108,14 @@ def write(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the user's umask wants; safetensors has its own idea
         if path.suffix == ".safetensors":
             texts = {key: str(value) for key, value in notes.items()}
             save_file(_separate(state), temporary, {"format": "pt"} | texts)
         else:
             torch.save({"state_dict": _separate(state), **notes}, temporary)
+        temporary.chmod(mode)
         _to_disk(temporary)
         temporary.replace(path)
     finally:

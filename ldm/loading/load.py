@@ -245,8 +245,12 @@ def _check_averages(raw: Mapping[str, Any], file: Checkpoint) -> None:
     params = raw.get("model", raw).get("params") or {}
     if not file.has_ema or file.ema:
         return
-    wanted = "the config asks for them" if params.get("use_ema", True) else "the config does not"
-    log.info("`%s` also holds averaged (EMA) weights; %s; `ema` takes them", file.path, wanted)
+    asks = "asks" if params.get("use_ema", True) else "does not ask"
+    log.info(
+        "`%s` also holds averaged (EMA) weights, the config %s for them; `ema` takes them",
+        file.path,
+        asks,
+    )
 
 
 def _check_prediction(

@@ -32,6 +32,8 @@ def test_written_weights_come_back(tmp_path, ending, dtype):
     assert file.step == 12
     assert file.mapped
     assert os.listdir(tmp_path) == [path.name]
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_tensors_that_share_memory_are_written_apart(tmp_path):
