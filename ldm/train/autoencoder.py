@@ -1,6 +1,7 @@
 """Training an autoencoder on pixels: no discriminator, no perceptual network."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -41,8 +42,14 @@ class Reconstruction:
         loss = loss + self.gradient * _edges(error) + self.kl * kl
         return {"loss": loss, "psnr": psnr(made.detach().float(), image).mean(), "kl": kl.detach()}
 
-    def weights_to_export(self) -> dict[str, Tensor]:
-        return self.model.state_dict()
+    @torch.inference_mode()
+    def weights_to_export(self, images: Iterable[Tensor]) -> dict[str, Tensor]:
+        """The model with latents normalised on these images (3, H, W): mean 0, std 1."""
+        device = self.model.quant_conv.weight.device
+        z = [self.model.encode(image[None].to(device)).mode() for image in images]
+        model = copy.deepcopy(self.model)
+        normalise(model, torch.cat(z))
+        return model.state_dict()
 
 
 def psnr(made: Tensor, image: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ __all__ = ["Every", "Progress", "draw", "export"]
 
 log = logging.getLogger(__name__)
 
+MEASURED = 256  # pictures that the statistics of an autoencoder's latents are taken from
+
 
 class Every:
     """True now and then: after so many seconds, or so many steps."""
@@ -79,14 +81,17 @@ class Progress:
             writer.writerow({key: f"{value:.6g}" for key, value in row.items()})
 
 
-def export(task: Any, path: Path, *, config: str = "", step: int = 0) -> None:
+def export(task: Any, path: Path, dataset: Any, *, config: str = "", step: int = 0) -> None:
     """Writes the weights as they are now, half precision, with the original's names.
 
+    dataset: pictures, for statistics of the latents.
     config: text of the YAML, kept in the file.
     """
+    some = range(0, len(dataset), max(1, len(dataset) // MEASURED))
+    images = (dataset[0, index]["jpg"] for index in some)
     state = {
         name: value.half() if value.is_floating_point() else value
-        for name, value in task.weights_to_export().items()
+        for name, value in task.weights_to_export(images).items()
     }
     state = legacy.rename_back(state)
     checkpoint.write(path, state, {"global_step": step, "ldm.config": config})

@@ -170,7 +170,7 @@ class Run:
         """checkpoints/last.safetensors: the averaged weights in the original's names."""
         path = self.last.with_suffix(".safetensors")
         with self.state.ema.applied(self.task.trained):
-            callbacks.export(self.task, path, config=self.text, step=self.state.step)
+            callbacks.export(self.task, path, self.pictures, config=self.text, step=self.state.step)
 
 
 def seconds(text: str | int | float) -> float:

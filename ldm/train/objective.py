@@ -41,8 +41,8 @@ class Diffusion:
         losses = self.model.denoiser.loss(z, cond, t, noise)  # (B,)
         return {"loss": (self.weights[t].to(losses) * losses).mean()}
 
-    def weights_to_export(self) -> dict[str, Tensor]:
-        """The whole model, under our names."""
+    def weights_to_export(self, images: Iterable[Tensor]) -> dict[str, Tensor]:
+        """The whole model, under our names; the images are not needed."""
         return self.model.state_dict()
 
 

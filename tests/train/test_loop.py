@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ldm.loading import config
+from ldm.loading.checkpoint import read
 from ldm.loading.load import load
 from ldm.train.loop import Run, seconds
 
@@ -128,3 +129,19 @@ def test_times_are_read_from_the_right() -> None:
     assert seconds("01:10:00") == 4200
     assert seconds("01:00:00:00") == 86400
     assert seconds("90") == seconds(90) == 90
+
+
+def test_an_exported_autoencoder_has_standard_latents(tmp_path: Path) -> None:
+    raw = config.read(ROOT / "configs/demo/autoencoder.yaml")
+    raw["model"]["params"]["ddconfig"] |= {"ch_mult": [1, 1], "resolution": 16}
+    raw["data"]["params"] |= {"batch_size": 2}
+    raw["data"]["params"]["train"] |= {"root": ROOT / "tests/data/emoji"}
+    raw["data"]["params"]["train"]["transform"] |= {"size": 16, "shift": 1, "crop": None}
+    raw["lightning"]["trainer"] |= {"max_steps": 2}
+    run = Run(raw, tmp_path)
+    run.train()
+    model: Any = run.model
+    model.load_state_dict(read(run.last.with_suffix(".safetensors")).state)
+    with torch.no_grad():
+        z = torch.cat([model.encode(run.pictures[0, k]["jpg"][None]).mode() for k in range(23)])
+    torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(4), atol=0.05, rtol=0)
