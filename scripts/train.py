@@ -3,6 +3,7 @@
     python scripts/train.py --base configs/demo/autoencoder.yaml -t
     python scripts/train.py --base configs/demo/text2img.yaml -t data.params.batch_size=64
     python scripts/train.py --base configs/demo/text2img.yaml -t --resume   # goes on where it ended
+    python scripts/train.py --base configs/demo/text2img.yaml --resume      # only exports
 
 Every key of the config can be given as `key.sub=value`. The run lives in LOGDIR/NAME: checkpoints/,
 images/, log.csv.
@@ -21,7 +22,7 @@ from ldm.train.loop import Run
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-b", "--base", required=True, help="config file (YAML)")
-    parser.add_argument("-t", "--train", action="store_true", help="train (else: check the config)")
+    parser.add_argument("-t", "--train", action="store_true", help="train (else: export, or check)")
     parser.add_argument("-n", "--name", help="name of the run (default: name of the config)")
     parser.add_argument("-l", "--logdir", type=Path, default=Path("logs"), help="folder of runs")
     parser.add_argument("-r", "--resume", action="store_true", help="continue the run of this name")
@@ -43,7 +44,9 @@ def main() -> None:
         run.state.load(run.last)
     if args.train:
         run.train()
-        print(run.last.with_suffix(".safetensors"))
+    elif args.resume:
+        run.export()
+    print(run.last.with_suffix(".safetensors") if args.train or args.resume else "the config fits")
 
 
 if __name__ == "__main__":

@@ -89,11 +89,12 @@ def export(task: Any, path: Path, dataset: Any, *, config: str = "", step: int =
     """
     some = range(0, len(dataset), max(1, len(dataset) // MEASURED))
     images = (dataset[0, index]["jpg"] for index in some)
+    is_whole = isinstance(task.model, LatentDiffusion)
+    tables = task.model.schedule.buffers() if is_whole else {}
     state = {
         name: value.half() if value.is_floating_point() else value
-        for name, value in task.weights_to_export(images).items()
+        for name, value in legacy.rename_back(task.weights_to_export(images), tables).items()
     }
-    state = legacy.rename_back(state)
     checkpoint.write(path, state, {"global_step": step, "ldm.config": config})
 
 
