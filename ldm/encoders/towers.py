@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.nets import cpu
 from ldm.nets.attention import attention
 from ldm.nets.blocks import Conv2d, Embedding, LayerNorm, Linear
 
@@ -162,12 +163,17 @@ class FusedAttention(nn.Module):
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = Linear(width, width)
+        self.packs = cpu.Packs()
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, N, 3 D)
+        qkv = cpu.linear(self.packs, x, self.in_proj_weight, self.in_proj_bias)  # (B, N, 3 D)
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
         y = attention(q, k, v, mask)  # (B, heads, N, d)
         return self.out_proj(rearrange(y, "b h n d -> b n (h d)"))  # (B, N, D)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "FusedAttention":
+        self.packs = cpu.Packs()
+        return super()._apply(*args, **kwargs)
 
 
 class CLIPTower(nn.Module):

@@ -333,12 +333,12 @@ class AutoencoderKL(nn.Module):
                 f"each side needs at least {self.downscale}"
             )
         moments = self.quant_conv(self.encoder(image.to(self.dtype)))  # (B, 2 embed_dim, h, w)
-        return DiagonalGaussian(moments.to(image.dtype))
+        return DiagonalGaussian(moments.to(image.dtype).contiguous())
 
     def decode(self, z: Tensor) -> Tensor:
         """z: (B, embed_dim, h, w), not scaled. Returns (B, 3, H, W), about [-1, 1], not clamped."""
         image = self.decoder(self.post_quant_conv(z.to(self.dtype)))  # (B, 3, H, W)
-        return image.to(z.dtype)
+        return image.to(z.dtype).contiguous()
 
     def forward(
         self, image: Tensor, generator: torch.Generator | None = None

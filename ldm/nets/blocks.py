@@ -1,31 +1,67 @@
 """What the UNet and the autoencoder are built of: linear, convolution, norms, residual blocks.
 
-Every Linear, Conv2d and GroupNorm of the networks is one of the classes here, so this is the place
-to speed them up. On the meta device they skip their initialisation: weights come from a file there.
+Every Linear, Conv2d and GroupNorm of the networks is one of the classes here. On the meta device
+they skip their initialisation: weights come from a file there. For inference on a CPU, `cpu.py`
+computes linear layers and convolutions, with the same result.
 Blocks with time embedding follow Dhariwal & Nichol 2021 (arXiv:2105.05233).
 """
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ldm.nets import cpu
+
 GROUPS = 32
 
 
 class Linear(nn.Linear):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.packs = cpu.Packs()
+
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:
             super().reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cpu.linear(self.packs, x, self.weight, self.bias)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "Linear":
+        self.packs = cpu.Packs()
+        return super()._apply(*args, **kwargs)
 
 
 class Conv2d(nn.Conv2d):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.packs = cpu.Packs()
+
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:
             super().reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cpu.conv2d(self.packs, x, self)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "Conv2d":
+        self.packs = cpu.Packs()
+        return super()._apply(*args, **kwargs)
+
+
+class DoublingConv2d(Conv2d):
+    """A convolution of x after doubling it by nearest neighbour, and cutting it to `size`."""
+
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        height, width = x.shape[-2:]
+        if size is None or tuple(size) == (2 * height, 2 * width):
+            return cpu.conv2d_doubled(self.packs, x, self)  # (B, C_out, 2h, 2w)
+        return super().forward(doubled(x, size))
 
 
 class Conv1d(nn.Conv1d):
@@ -106,6 +142,11 @@ def run(function: Callable[..., Tensor], *args: Tensor | None, recompute: bool) 
     return function(*args)
 
 
+def doubled(x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+    x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (B, C, 2h, 2w)
+    return x if size is None else x[..., : size[0], : size[1]]
+
+
 class Upsample(nn.Module):
     """Twice the size by nearest neighbour, then a 3x3 convolution unless `use_conv` is off.
 
@@ -116,13 +157,11 @@ class Upsample(nn.Module):
         self, channels: int, *, out_channels: int | None = None, use_conv: bool = True
     ) -> None:
         super().__init__()
-        self.conv = Conv2d(channels, out_channels or channels, 3, padding=1) if use_conv else None
+        conv = DoublingConv2d(channels, out_channels or channels, 3, padding=1)
+        self.conv = conv if use_conv else None
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (B, C, 2h, 2w)
-        if size is not None:
-            x = x[..., : size[0], : size[1]]
-        return x if self.conv is None else self.conv(x)
+        return doubled(x, size) if self.conv is None else self.conv(x, size)  # (B, C, 2h, 2w)
 
 
 class Downsample(nn.Module):

@@ -161,7 +161,7 @@ class UNet(nn.Module):
             h = torch.cat([h, skips.pop()], dim=1)  # (B, C_i + C_skip, h / 2^i, w / 2^i)
             size = skips[-1].shape[-2:] if skips else None
             h = stage(h, emb, context, size)  # (B, C_i, h / 2^i, w / 2^i)
-        return self.out(h).to(x.dtype)  # (B, out_channels, h, w)
+        return self.out(h).to(x.dtype).contiguous()  # (B, out_channels, h, w)
 
     def _way_down(self) -> tuple[nn.ModuleList, list[int]]:
         """The input blocks, and the width that each leaves for its skip connection."""

@@ -1,0 +1,269 @@
+"""Linear and convolution for inference on x86 CPUs: equal to torch's own up to rounding, faster.
+
+    torch rearranges weights for its kernels in every call    -> once, and keeps them (packs)
+    linear in float32 goes to MKL, slow on some CPUs          -> oneDNN
+    3x3 convolution in float32                                -> winograd.py, 2.25 times less work
+    3x3 convolution behind a nearest-neighbour doubling       -> 2.25 (float32: 4) times less work
+    glibc returns large buffers after every use               -> `keep_memory`
+
+Only without gradients, on plain CPU tensors of the dtype of the weights, and never under autocast
+or torch.compile; everything else takes torch's ordinary way, as does all after `enable(False)`.
+
+Packs double (float32 convolutions: up to triple) the memory of weights. They are made where they
+pay, that is for weights that are used on many rows or a second time, and only while half of the
+free memory would remain; `.to()` and any change of the weights drops them, copies and pickles of a
+layer are without. Changes are noticed by address, version and, as writing through `.data` changes
+neither, by a few of the values.
+"""
+
+import ctypes
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.nets import winograd
+
+ROWS = 512  # with so many rows a pack pays at once
+# Multiplications; below, the overhead of the calls shows.
+LINEAR_WORK = 5e7
+CONV_WORK = 5e8
+WINOGRAD_WIDTH = 128  # channels; below, the transforms cost as much as they save
+SAMPLES = 16
+
+_enabled = True
+
+
+def enable(on: bool = True) -> None:
+    """Switch the fast paths of all layers on or off."""
+    global _enabled
+    _enabled = on
+
+
+def keep_memory() -> bool:
+    """Let glibc keep freed buffers for the next layer, in this whole process; False if it cannot.
+
+    Without it every large activation is mapped, faulted in page by page, and unmapped again.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    trim_threshold, mmap_threshold = -1, -3  # M_… of malloc.h
+    sizes = (1 << 30, 32 << 20)  # older versions refuse more than 32 MiB
+    return any(mallopt(mmap_threshold, size) for size in sizes) and bool(
+        mallopt(trim_threshold, (1 << 31) - 1)
+    )
+
+
+class Packs:
+    """What was made of one weight; empty again in a copy or pickle of its layer."""
+
+    def __init__(self) -> None:
+        self.made: dict[str, Any] = {}
+        self.uses = 0
+        self.state: tuple[int, int, Tensor] | None = None
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Packs, ()
+
+    def get(self, kind: str, weight: Tensor, rows: int, make: Callable[[Tensor], Any]) -> Any:
+        """The pack of this kind, None where it does not pay or does not fit."""
+        self._forget_if_changed(weight)
+        if kind not in self.made:
+            self.uses += 1
+            if (rows < ROWS and self.uses == 1) or not _fits(2 * weight.nbytes):
+                return None
+            self.made[kind] = make(weight.detach())
+        return self.made[kind]
+
+    def _forget_if_changed(self, weight: Tensor) -> None:
+        address = weight.data_ptr()
+        version = 0 if weight.is_inference() else weight._version
+        some = weight.detach().as_strided((SAMPLES,), (weight.numel() // SAMPLES,))
+        if self.state is not None:
+            old_address, old_version, old = self.state
+            if (address, version) == (old_address, old_version) and torch.equal(some, old):
+                return
+        self.made.clear()
+        self.uses = 0
+        self.state = address, version, some.clone()
+
+
+def linear(packs: Packs, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b. x: (…, D_in). Returns (…, D_out)."""
+    rows = x.shape[:-1].numel()
+    if not _applies(x, weight, rows / LINEAR_WORK):
+        return F.linear(x, weight, bias)
+    packed = packs.get("linear", weight, rows, _pack_linear)
+    return _product(x, weight if packed is None else packed, bias)
+
+
+def conv2d(packs: Packs, x: Tensor, layer: nn.Conv2d) -> Tensor:
+    """The convolution `layer` of x (B, C, h, w); channels last where a fast path was taken."""
+    weight = layer.weight
+    *batch, _, height, width = x.shape
+    rows = math.prod(batch) * height * width
+    simple = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    # Torch's own kernels are slow where only x, not the weight, is channels last: stay on this path.
+    follows = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    if not (simple and _applies(x, weight, 1.0 if follows else rows / CONV_WORK)):
+        return layer._conv_forward(x, weight, layer.bias)
+    if not (height % 2 or width % 2) and _suits_winograd(layer, rows):
+        matrices = packs.get("winograd", weight, rows, _pack_winograd)
+        if matrices is not None:
+            return winograd.convolve(x, matrices, layer.bias, _product)
+    geometry = (layer.padding, layer.stride, layer.dilation, layer.groups)
+    packed = packs.get("conv", weight, rows, lambda w: _pack_conv(w, *geometry, list(x.shape)))
+    if packed is None:
+        return layer._conv_forward(x, weight, layer.bias)
+    return _convolution(x, packed, layer.bias, *geometry)
+
+
+def conv2d_doubled(packs: Packs, x: Tensor, layer: nn.Conv2d) -> Tensor:
+    """conv2d(layer) of x doubled by nearest neighbour. Returns (B, C_out, 2h, 2w)."""
+    rows = x.shape[0] * x.shape[-2:].numel()
+    if _applies(x, layer.weight, rows / CONV_WORK) and _is_3x3(layer):
+        if x.dtype == torch.bfloat16:
+            phases = packs.get("phases", layer.weight, rows, lambda w: _pack_phases(w, x.shape))
+            if phases is not None:
+                return _convolve_phases(x, phases, layer.bias)
+        elif _suits_winograd(layer, 4 * rows):
+            matrices = packs.get("doubled", layer.weight, rows, _pack_doubled)
+            if matrices is not None:
+                return winograd.convolve(x, matrices, layer.bias, _product)
+    return conv2d(packs, F.interpolate(x, scale_factor=2.0, mode="nearest"), layer)
+
+
+def applies(x: Tensor) -> bool:
+    """Whether fast paths are on and may be taken with this input."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _enabled:
+        return False
+    return (
+        x.device.type == "cpu"
+        and x.dtype in _dtypes()
+        and type(x) is Tensor
+        and x.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()
+    )
+
+
+def _applies(x: Tensor, weight: Tensor, share: float) -> bool:
+    return (
+        share * weight.numel() >= 1.0
+        and applies(x)
+        and type(weight) is nn.Parameter
+        and weight.device.type == "cpu"
+        and weight.dtype == x.dtype
+        and weight.is_contiguous()
+    )
+
+
+@functools.cache
+def _dtypes() -> tuple[torch.dtype, ...]:
+    """Those that oneDNN computes fast here; the operators needed are private: tried once."""
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return ()
+    x, layer = torch.ones(2, 16), nn.Conv2d(16, 16, 3, padding=1)
+    try:
+        _product(x, _pack_linear(torch.ones(16, 16)), None)
+        geometry = (layer.padding, layer.stride, layer.dilation, layer.groups)
+        packed = _pack_conv(layer.weight.detach(), *geometry, [1, 16, 2, 2])
+        _convolution(torch.ones(1, 16, 2, 2), packed, layer.bias, *geometry)
+        bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    except (AttributeError, RuntimeError, TypeError):
+        return ()
+    return (torch.float32, torch.bfloat16) if bfloat16 else (torch.float32,)
+
+
+def _fits(nbytes: int) -> bool:
+    """Whether half of the free memory, of the machine and of a container, would remain."""
+    free = [nbytes * 2]
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free.append(int(line.split()[1]) << 10)
+        limit, used = (
+            Path("/sys/fs/cgroup", f"memory.{x}").read_text() for x in ("max", "current")
+        )
+        free.append(int(limit) - int(used))
+    except (OSError, ValueError):
+        pass  # no such file, or a limit of "max"
+    return nbytes <= min(free[1:], default=free[0]) // 2
+
+
+def _is_3x3(layer: nn.Conv2d) -> bool:
+    return (
+        layer.kernel_size == (3, 3)
+        and layer.padding == layer.stride == layer.dilation == (1, 1)
+        and layer.groups == 1
+        and layer.padding_mode == "zeros"
+    )
+
+
+def _suits_winograd(layer: nn.Conv2d, rows: int) -> bool:
+    return (
+        layer.weight.dtype == torch.float32
+        and _is_3x3(layer)
+        and min(layer.in_channels, layer.out_channels) >= WINOGRAD_WIDTH
+        and rows * layer.weight.numel() >= CONV_WORK
+    )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
+
+
+def _pack_linear(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+    return packed
+
+
+def _convolution(x: Tensor, packed: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    convolution = torch.ops.mkldnn._convolution_pointwise
+    out: Tensor = convolution(x, packed, bias, *geometry, "none", [], "")
+    return out
+
+
+def _pack_conv(weight: Tensor, *geometry_and_size: Any) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry_and_size)
+    return packed
+
+
+def _pack_winograd(weight: Tensor) -> list[Tensor]:
+    return [_pack_linear(matrix) for matrix in winograd.transform(weight, doubled=False)]
+
+
+def _pack_doubled(weight: Tensor) -> list[Tensor]:
+    return [_pack_linear(matrix) for matrix in winograd.transform(weight, doubled=True)]
+
+
+def _pack_phases(weight: Tensor, size: torch.Size) -> list[Tensor]:
+    """Each output pixel of a doubled picture sees 2x2 pixels of x: four 2x2 kernels."""
+    g = weight.float()
+    rows = [torch.stack(two, 2) for two in _merged(g.unbind(2))]  # (C_out, C_in, 2, 3) each
+    kernels = [torch.stack(two, 3) for row in rows for two in _merged(row.unbind(3))]
+    return [_pack_conv(k.to(weight.dtype), (1, 1), (1, 1), (1, 1), 1, list(size)) for k in kernels]
+
+
+def _merged(taps: tuple[Tensor, ...]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Taps on (x[i-1], x[i]) of even outputs, and on (x[i], x[i+1]) of odd ones."""
+    return (taps[0], taps[1] + taps[2]), (taps[0] + taps[1], taps[2])
+
+
+def _convolve_phases(x: Tensor, phases: list[Tensor], bias: Tensor | None) -> Tensor:
+    batch, _, height, width = x.shape
+    features = phases[0].shape[0]
+    out = x.new_empty(batch, 2 * height, 2 * width, features).permute(0, 3, 1, 2)
+    for k, packed in enumerate(phases):
+        row, column = divmod(k, 2)
+        y = _convolution(x, packed, bias, (1, 1), (1, 1), (1, 1), 1)  # (B, C_out, h + 1, w + 1)
+        out[:, :, row::2, column::2] = y[:, :, row : row + height, column : column + width]
+    return out  # (B, C_out, 2h, 2w)
