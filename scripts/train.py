@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("-s", "--seed", type=int, help="seed of weights, order and noise")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("overrides", nargs="*", help="key.sub=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -18,12 +18,19 @@ class Diffusion:
     drop: share of captions replaced by "", which guidance needs.
     min_snr_gamma: cap of the signal-to-noise ratio in the weights (arXiv:2303.09556); None = all
         timesteps count alike.
+    noise_bias: timesteps are drawn with density t ** (noise_bias - 1): 1 is uniform, 2 looks more
+        often at much noise, where the caption alone must tell what to draw.
     """
 
     def __init__(
-        self, model: LatentDiffusion, *, drop: float = 0.1, min_snr_gamma: float | None = None
+        self,
+        model: LatentDiffusion,
+        *,
+        drop: float = 0.1,
+        min_snr_gamma: float | None = None,
+        noise_bias: float = 1.0,
     ) -> None:
-        self.model, self.drop = model, drop
+        self.model, self.drop, self.noise_bias = model, drop, noise_bias
         self.weights = min_snr(model.schedule, model.parameterization, min_snr_gamma)  # (T,)
         model.autoencoder.requires_grad_(False)
         self.trained = nn.ModuleDict({"unet": model.unet, "conditioner": model.conditioner})
@@ -35,7 +42,7 @@ class Diffusion:
         else:
             with torch.no_grad():
                 z = self.model.encode(batch["jpg"].to(self.model.device), generator)
-        t = spread_timesteps(len(z), len(self.model.schedule), generator)  # (B,)
+        t = spread_timesteps(len(z), len(self.model.schedule), generator, self.noise_bias)  # (B,)
         noise = torch.randn(z.shape, generator=generator).to(z)  # (B, C, h, w)
         cond = self.model.condition(batch, self.drop, generator)
         losses = self.model.denoiser.loss(z, cond, t, noise)  # (B,)
@@ -55,10 +62,15 @@ def min_snr(schedule: Schedule, parameterization: str, gamma: float | None) -> T
     return (snr.clamp(max=gamma) / per_z).float()
 
 
-def spread_timesteps(n: int, timesteps: int, generator: torch.Generator) -> Tensor:
-    """(n,) timesteps, one from each n-th of the range, shuffled: uniform, with less variance."""
+def spread_timesteps(
+    n: int, timesteps: int, generator: torch.Generator, bias: float = 1.0
+) -> Tensor:
+    """(n,) timesteps, one from each n-th of their distribution, shuffled: drawn with less variance.
+
+    bias: see `Diffusion.noise_bias`.
+    """
     place = torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)
-    return (place / n * timesteps).long().clamp(max=timesteps - 1)
+    return ((place / n) ** (1 / bias) * timesteps).long().clamp(max=timesteps - 1)
 
 
 def vocabulary(texts: Iterable[str], encoder: Any) -> Tensor:
