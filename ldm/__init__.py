@@ -13,17 +13,31 @@ if TYPE_CHECKING:
     from ldm.diffusion.samplers import SAMPLERS
     from ldm.loading.config import instantiate
     from ldm.loading.load import load
-    from ldm.pipelines import sample, txt2img
+    from ldm.pipelines import depth2img, img2img, inpaint, sample, txt2img, unclip, upscale
 
 __version__ = "0.1.0"
-__all__ = ["SAMPLERS", "__version__", "instantiate", "load", "sample", "txt2img"]
+__all__ = [
+    "SAMPLERS",
+    "__version__",
+    "depth2img",
+    "img2img",
+    "inpaint",
+    "instantiate",
+    "load",
+    "sample",
+    "txt2img",
+    "unclip",
+    "upscale",
+]
 
 _HOMES = {
     "SAMPLERS": "ldm.diffusion.samplers",
     "instantiate": "ldm.loading.config",
     "load": "ldm.loading.load",
-    "sample": "ldm.pipelines",
-    "txt2img": "ldm.pipelines",
+    **dict.fromkeys(
+        ["depth2img", "img2img", "inpaint", "sample", "txt2img", "unclip", "upscale"],
+        "ldm.pipelines",
+    ),
 }
 
 

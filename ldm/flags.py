@@ -17,7 +17,9 @@ SAMPLERS = (
 )
 SPACINGS = ("uniform", "trailing", "karras", "exponential", "time_uniform")
 ATTENTION = ("xformers", "sdpa", "math")
-LEGACY = ("steps", "noise", "truncate", "plms-v", "x0-eps", "watermark", "size")
+LEGACY = (
+    *("steps", "noise", "truncate", "plms-v", "x0-eps", "watermark", "size", "strength", "weights"),
+)
 # A shortened flag means what it meant to the original script, whatever was added since.
 ORIGINAL = frozenset(
     [

@@ -20,6 +20,7 @@ from ldm.conditioning import Cond, Conditioner
 from ldm.diffusion.denoiser import Denoiser, scalings
 from ldm.diffusion.schedule import Schedule
 from ldm.nets.autoencoder import AutoencoderKL, PixelSpace
+from ldm.nets.tiling import tiled
 from ldm.nets.unet import UNet
 
 __all__ = ["LatentDiffusion"]
@@ -86,6 +87,31 @@ class LatentDiffusion(nn.Module):
         """image (B, 3, H, W) in [-1, 1] -> z (B, C, h, w) float32, drawn from the posterior."""
         return self.autoencoder.encode(image).sample(generator).float() * self.scale_factor
 
+    def prepare(
+        self,
+        batch: Mapping[str, Any],
+        size: tuple[int, int],
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Any]:
+        """The batch with the records that encoders read, made of what they are made from.
+
+        What is slow or drawn at random (a depth map, the latent of a masked picture, noise) is so
+        made once, and conditions with and without a prompt agree.
+
+        size: (h, w) of the latent. generator: of all that is drawn.
+        """
+        prepared = dict(batch)
+        encoder: Any
+        for encoder in self.conditioner.children():
+            if hasattr(encoder, "prepare"):
+                prepared |= encoder.prepare(
+                    prepared,
+                    size=size,
+                    encode=lambda image: self.encode(image, generator),
+                    generator=generator,
+                )
+        return prepared
+
     def decode(self, z: Tensor, tile: int | None = None) -> Tensor:
         """z (B, C, h, w) -> image (B, 3, H, W) float32, about [-1, 1] (not clamped).
 
@@ -93,9 +119,9 @@ class LatentDiffusion(nn.Module):
             memory, and not quite the same picture, as each tile is normalised by itself.
         """
         z = z / self.scale_factor
-        if tile is None or max(z.shape[-2:]) <= tile:
+        if tile is None:
             return self.autoencoder.decode(z)
-        return _decode_tiled(self.autoencoder, z, tile)
+        return tiled(self.autoencoder.decode, z, tile, factor=self.downscale)
 
     def condition(
         self,
@@ -108,35 +134,3 @@ class LatentDiffusion(nn.Module):
         drop: share of records replaced by "nothing", for training with guidance.
         """
         return self.conditioner(batch, drop, generator)
-
-
-def _decode_tiled(autoencoder: AutoencoderKL | PixelSpace, z: Tensor, tile: int) -> Tensor:
-    """Tiles that overlap by a quarter, blended linearly where they do."""
-    f, (height, width) = autoencoder.downscale, z.shape[-2:]
-    image = total = torch.zeros(())
-    for top in _starts(height, tile):
-        for left in _starts(width, tile):
-            part = autoencoder.decode(z[..., top : top + tile, left : left + tile])
-            if not image.dim():
-                image = part.new_zeros(*part.shape[:2], height * f, width * f)
-                total = part.new_zeros(height * f, width * f)
-            rows, columns = part.shape[-2:]
-            weight = torch.outer(_ramp(rows, tile * f // 4), _ramp(columns, tile * f // 4)).to(part)
-            where = (..., slice(top * f, top * f + rows), slice(left * f, left * f + columns))
-            image[where] += part * weight
-            total[where] += weight
-    return image / total
-
-
-def _starts(length: int, tile: int) -> list[int]:
-    """First pixels of tiles that cover `length`, each overlapping the next by a quarter or more."""
-    if length <= tile:
-        return [0]
-    count = 1 + -(-(length - tile) // max(tile * 3 // 4, 1))
-    return [round(i * (length - tile) / (count - 1)) for i in range(count)]
-
-
-def _ramp(length: int, overlap: int) -> Tensor:
-    """Rises over `overlap` pixels, and falls over as many; never 0."""
-    up = (torch.arange(length) + 0.5) / max(overlap, 1)
-    return torch.minimum(up, up.flip(0)).clamp(max=1.0)

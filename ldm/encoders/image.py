@@ -234,22 +234,23 @@ class EmbeddingNoise(nn.Module):
 
     def scale(self, embedding: Tensor) -> Tensor:
         """Embeddings (B, D) as CLIP gives them -> mean 0, std 1, float32."""
-        mean, std = self._statistics(embedding)
+        mean, std = self.known_statistics(embedding)
         return (embedding.float() - mean) / std
 
     def unscale(self, x: Tensor) -> Tensor:
         """The inverse of `scale`."""
-        mean, std = self._statistics(x)
+        mean, std = self.known_statistics(x)
         return x * std + mean
 
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def known_statistics(self, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(mean, std), (1, D) each, on the device of `like`; raises ValueError without."""
         if self.statistics is None:
             raise ValueError(
                 f"this model needs the statistics of CLIP's embeddings, `{self.clip_stats_path}`: "
                 "put the file beside the checkpoint, or say where it is (--clip-stats)"
             )
         mean, std = self.statistics
-        return mean.to(like.device), std.to(like.device)
+        return (mean, std) if like is None else (mean.to(like.device), std.to(like.device))
 
 
 class ImageEmbedding(nn.Module):

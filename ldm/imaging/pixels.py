@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["grid", "to_pil", "to_tensor", "to_uint8"]
+__all__ = ["grid", "squeezed", "to_pil", "to_tensor", "to_uint8"]
 
 PADDING = 2  # pixels between and around the pictures of a grid
 
@@ -65,3 +65,16 @@ def grid(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
         row, column = divmod(k, columns)
         sheet.paste(picture, (column * cell_width + PADDING, row * cell_height + PADDING))
     return sheet
+
+
+def squeezed(picture: Image.Image, multiple: int) -> Image.Image:
+    """The picture at the nearest smaller size whose sides are multiples, proportions not kept.
+
+    What the original did to pictures that did not fit.
+    """
+    width, height = (side - side % multiple for side in picture.size)
+    if not width or not height:
+        raise ValueError(
+            f"a picture of {picture.width}x{picture.height} is smaller than {multiple}"
+        )
+    return picture.resize((width, height), Image.Resampling.LANCZOS)

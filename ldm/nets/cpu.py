@@ -110,7 +110,7 @@ def conv2d(packs: Packs, x: Tensor, layer: nn.Conv2d) -> Tensor:
     *batch, _, height, width = x.shape
     rows = math.prod(batch) * height * width
     simple = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    # Torch's own kernels are slow where only x, not the weight, is channels last: stay on this path.
+    # Torch's own kernels are slow where x, but not the weight, is channels last: stay on this path.
     follows = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     if not (simple and _applies(x, weight, 1.0 if follows else rows / CONV_WORK)):
         return layer._conv_forward(x, weight, layer.bias)
@@ -170,7 +170,8 @@ def _dtypes() -> tuple[torch.dtype, ...]:
     """Those that oneDNN computes fast here; the operators needed are private: tried once."""
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return ()
-    x, layer = torch.ones(2, 16), nn.Conv2d(16, 16, 3, padding=1)
+    with torch.random.fork_rng(devices=[]):  # initialising a layer draws numbers
+        x, layer = torch.ones(2, 16), nn.Conv2d(16, 16, 3, padding=1)
     try:
         _product(x, _pack_linear(torch.ones(16, 16)), None)
         geometry = (layer.padding, layer.stride, layer.dilation, layer.groups)

@@ -9,21 +9,11 @@ from torch import Tensor
 import ldm
 from goldfile import Gold, gold
 from ldm.conditioning import Cond
-from ldm.loading import legacy
 from ldm.model import LatentDiffusion
 from ldm.pipelines import LEGACY, NonFinite, Stop, invert, sample, txt2img
-from recipe import fill
+from pipelines.goldmodels import model_of
 
 ALL_LEGACY = frozenset(LEGACY)
-
-
-def model_of(file: Gold, name: str) -> LatentDiffusion:
-    config = copy.deepcopy(file.meta[f"config_{name}"])
-    config["params"]["cond_stage_config"]["params"]["arch"] = file.meta["tiny_arch"]
-    model = ldm.instantiate(config)
-    state = fill(legacy.rename_back(model.state_dict()), file.meta["salt"])
-    model.load_state_dict(legacy.rename(state))
-    return model.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
-"""What a user asks for, as functions: a task is a function over one sampling loop.
+"""From a condition to a latent: the one sampling loop that every task uses, and its inverse.
 
-    sample     condition -> latent: the loop that every task uses
-    txt2img    prompts -> images
+    sample     condition (and a latent to start from) -> latent
     invert     latent -> the noise that would give it (DDIM inversion)
 
 `legacy` is a set of names out of LEGACY: each brings back one thing that the original did and that
@@ -10,7 +9,7 @@ we do otherwise, so that old results can be made again.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,10 +17,11 @@ from torch import Tensor
 from ldm.conditioning import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Denoise, Scale, guided
-from ldm.diffusion.samplers import SAMPLERS, STOCHASTIC, euler
+from ldm.diffusion.samplers import SAMPLERS, STOCHASTIC, Constrain, euler
 from ldm.model import LatentDiffusion
+from ldm.nets.tiling import tiled
 
-__all__ = ["LEGACY", "NonFinite", "Stop", "invert", "sample", "seeded_noise", "txt2img"]
+__all__ = ["LEGACY", "Noise", "Stop", "invert", "noise_source", "sample", "seeded_noise"]
 
 LEGACY = {
     "steps": "the original's count of DDIM and PLMS steps (31 for 30), and its failures",
@@ -31,52 +31,17 @@ LEGACY = {
     "x0-eps": "an x0 prediction is taken for eps",
     "encode": "DDIM inversion tells the network the loop index, and takes v for eps",
     "watermark": "the weaker watermark, dwtDct",
-    "size": "height and width cut down to multiples of 8",
+    "size": "height and width cut down to multiples of 8, pictures squeezed to multiples of 64",
+    "strength": "img2img truncates its count of steps, and starts with the noise of a step above",
+    "weights": "unCLIP mixes with weights as they are given, not made to sum to 1",
 }
 DEFAULT_GRIDS = {"ddim": "uniform", "plms": "uniform", "dpm": "time_uniform"}
 Callback = Callable[[int, int, Tensor, Tensor], None]
-Checked = TypeVar("Checked", Tensor, Cond)
+Noise = Callable[[Tensor], Tensor]
 
 
 class Stop(Exception):
     """Raised by a callback to end a run."""
-
-
-class NonFinite(ArithmeticError):
-    """NaN or infinity came out of a stage of the model."""
-
-    def __init__(self, stage: str) -> None:
-        super().__init__(f"{stage} gave values that are not finite")
-        self.stage = stage
-
-
-@torch.no_grad()
-def txt2img(
-    model: LatentDiffusion,
-    prompts: Sequence[str],
-    *,
-    negative_prompt: str | Sequence[str] = "",
-    size: tuple[int, int] | None = None,
-    scale: Scale = 9.0,
-    tile: int | None = None,
-    **options: object,
-) -> Tensor:
-    """One image per prompt, (B, 3, H, W) float32 in [-1, 1].
-
-        negative_prompt: what to steer away from, for all or one for each; "" is nothing.
-        size: (height, width) in pixels, multiples of 8; None = the model's own.
-        scale: guidance; 1 is none.
-        tile: decode in tiles of this many latent pixels (None = whole).
-        options: those of `sample`: steps, sampler, eta, seeds, grid, x_T, callback, legacy …
-    Raises NonFinite naming the stage, ValueError for a bad option.
-    """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    uncond = None
-    if scale != 1:
-        uncond = _negative(model, negative_prompt, len(prompts))
-    cond = _finite(model.condition({"txt": prompts}), "the text encoder")
-    z = sample(model, cond, uncond, size=size, scale=scale, **options)  # type: ignore[arg-type]
-    return _finite(model.decode(_finite(z, "the UNet"), tile=tile), "the VAE").clamp(-1, 1)
 
 
 @torch.no_grad()
@@ -85,6 +50,8 @@ def sample(
     cond: Cond,
     uncond: Cond | None = None,
     *,
+    z: Tensor | None = None,
+    strength: float = 1.0,
     x_T: Tensor | None = None,
     size: tuple[int, int] | None = None,
     steps: int = 50,
@@ -92,40 +59,46 @@ def sample(
     eta: float = 0.0,
     scale: Scale = 9.0,
     rescale: float = 0.0,
-    seeds: int | Sequence[int] | None = None,
+    seeds: int | Sequence[int] | Noise | None = None,
     callback: Callback | None = None,
+    constrain: Constrain | None = None,
+    unet_tile: int | None = None,
     grid: str | None = None,
     legacy: Iterable[str] = (),
 ) -> Tensor:
     """A latent for each row of `cond`, (B, C, h, w) float32: the one loop of every task.
 
         uncond: the other half of guidance; None = none.
+        z: (B, C, h, w), what to start from under noise; None = from noise alone.
+        strength: share of the steps that is run from z: 0 keeps it, 1 forgets it.
         x_T: the noise to start from, standard normal; None = drawn.
-        size: (height, width) in pixels; None = that of x_T, else the model's own.
+        size: (height, width) in pixels; None = that of z or x_T, else the model's own.
         sampler: a name in SAMPLERS. eta: DDIM's share of fresh noise. rescale: see `guided`.
         seeds: one per row, or the first of consecutive ones; None = from torch's generator.
-            The noise of a row depends on its seed alone: not on batch, position or device.
+            The noise of a row depends on its seed alone; or a source of noise, used as it is.
         callback: called with (step, steps, x, denoised); may raise Stop.
-        grid: a name in GRIDS; None = the sampler's own.
-        legacy: names in LEGACY.
+        constrain: (x, sigma) -> x before every step. unet_tile: see `tiled`, in latent pixels.
+        grid: a name in GRIDS; None = the sampler's own. legacy: names in LEGACY.
     Raises ValueError for an unknown or unfitting option.
     """
     legacy = _known(legacy)
     _check(sampler, eta)
     grid = grid or DEFAULT_GRIDS.get(sampler, "uniform")
     sigmas = model.schedule.steps(steps, grid, original_count="steps" in legacy)
-    shape = (len(cond), model.channels, *_latent_size(model, size, x_T))
-    noise = _global_noise if "noise" in legacy else seeded_noise(_seeds(seeds, len(cond)))
+    shape = (len(cond), model.channels, *_latent_size(model, size, x_T if z is None else z))
+    noise = noise_source(seeds, len(cond), legacy)
     if x_T is None:
         x_T = noise(torch.empty(shape, device=model.device))
-    denoiser = _taken_for_eps(model, sampler, legacy)
-    options = _options(sampler, eta, noise, "noise" in legacy)
+    original = int(strength * steps) if "strength" in legacy else None
+    x, sigmas = _started(z, x_T.to(model.device, torch.float32), sigmas, strength, original)
+    denoiser = _in_tiles(_taken_for_eps(model, sampler, legacy), unet_tile)
     x = SAMPLERS[sampler](
         guided(denoiser, cond, uncond, scale, rescale=rescale),
-        x_T.to(model.device, torch.float32) * _spread(sigmas[0]),
+        x,
         sigmas,
         callback=callback and _counted(callback, len(sigmas) - 1),
-        **options,
+        constrain=constrain,
+        **_options(sampler, eta, noise, "noise" in legacy),
     )
     if "noise" in legacy and sampler == "plms":
         # The original draws what it does not use, and so shifts the noise of later batches.
@@ -162,7 +135,19 @@ def invert(
     return x / _spread(sigmas[-1])
 
 
-def seeded_noise(seeds: Sequence[int]) -> Callable[[Tensor], Tensor]:
+def noise_source(
+    seeds: int | Sequence[int] | Noise | None, n: int, legacy: Iterable[str] = ()
+) -> Noise:
+    """`noise(like)` for n rows, from whatever may be said for seeds; drawing goes on where it was.
+
+    Raises ValueError for another number of seeds.
+    """
+    if callable(seeds):
+        return seeds
+    return _global_noise if "noise" in legacy else seeded_noise(_seeds(seeds, n))
+
+
+def seeded_noise(seeds: Sequence[int]) -> Noise:
     """`noise(like)` whose row k is drawn on the CPU by a generator of its own, seeded seeds[k]."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -174,7 +159,7 @@ def seeded_noise(seeds: Sequence[int]) -> Callable[[Tensor], Tensor]:
 
 
 def _global_noise(like: Tensor) -> Tensor:
-    return torch.randn(like.shape, device=like.device)
+    return torch.randn_like(like, dtype=torch.float32)
 
 
 def _seeds(seeds: int | Sequence[int] | None, n: int) -> list[int]:
@@ -187,19 +172,41 @@ def _seeds(seeds: int | Sequence[int] | None, n: int) -> list[int]:
     return list(seeds)
 
 
-def _negative(model: LatentDiffusion, negative: str | Sequence[str], n: int) -> Cond:
-    """The condition to steer away from, n rows; what all share is encoded once."""
-    negatives = [negative] if isinstance(negative, str) else list(negative)
-    if len(set(negatives)) == 1:
-        return model.condition({"txt": negatives[:1]}).repeat(n)
-    if len(negatives) != n:
-        raise ValueError(f"{len(negatives)} negative prompts were given for {n} images")
-    return model.condition({"txt": negatives})
+def _started(
+    z: Tensor | None, noise: Tensor, sigmas: Tensor, strength: float, original: int | None
+) -> tuple[Tensor, Tensor]:
+    """z under the noise of the step where sampling begins, and the grid from there on.
+
+    original: the number of steps as the original counts them; it then starts with the noise of the
+        step above, and from noise alone if strength is 1.
+    """
+    if z is None:
+        return noise * _spread(sigmas[0]), sigmas
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must be in 0 … 1, got {strength}")
+    count = len(sigmas) - 1
+    run = round(strength * count) or min(math.ceil(strength), count)
+    first = above = count - run
+    if original is not None:
+        first = count - min(original, count - 1)
+        above = first - 1
+    spread = _spread(sigmas[above])
+    x = noise * spread if strength == 1 else z.to(noise) + float(sigmas[above]) * noise
+    return x * (_spread(sigmas[first]) / spread), sigmas[first:]
 
 
-def _options(
-    sampler: str, eta: float, noise: Callable[[Tensor], Tensor], always: bool
-) -> dict[str, object]:
+def _in_tiles(denoiser: Denoiser, tile: int | None) -> Denoiser:
+    """The same with a network that sees one patch at a time; what they say is blended."""
+    if tile is None:
+        return denoiser
+
+    def network(z_t: Tensor, t: Tensor, **listens: Tensor | None) -> Tensor:
+        return tiled(lambda patch: denoiser.network(patch, t, **listens), z_t, tile)
+
+    return replace(denoiser, network=network)
+
+
+def _options(sampler: str, eta: float, noise: Noise, always: bool) -> dict[str, object]:
     """What the chosen sampler takes beyond the common arguments."""
     if sampler == "ddim":
         return {"eta": eta, "noise": noise if eta > 0 or always else None}
@@ -244,11 +251,11 @@ def _spread(sigma: Tensor) -> float:
 
 
 def _latent_size(
-    model: LatentDiffusion, size: tuple[int, int] | None, x_T: Tensor | None
+    model: LatentDiffusion, size: tuple[int, int] | None, like: Tensor | None
 ) -> tuple[int, int]:
     if size is None:
         side = model.image_size
-        return (side, side) if x_T is None else (x_T.shape[-2], x_T.shape[-1])
+        return (side, side) if like is None else (like.shape[-2], like.shape[-1])
     f = model.downscale
     if any(pixels <= 0 or pixels % f for pixels in size):
         raise ValueError(f"height and width must be multiples of {f}, got {size[0]} x {size[1]}")
@@ -267,10 +274,3 @@ def _known(legacy: Iterable[str]) -> frozenset[str]:
     if unknown := sorted(names - LEGACY.keys()):
         raise ValueError(f"unknown legacy name `{unknown[0]}`, choose among {', '.join(LEGACY)}")
     return names
-
-
-def _finite(value: Checked, stage: str) -> Checked:
-    tensors = [value] if isinstance(value, Tensor) else value.filled().values()
-    if not all(tensor.isfinite().all() for tensor in tensors):
-        raise NonFinite(stage)
-    return value

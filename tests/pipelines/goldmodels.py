@@ -1,0 +1,48 @@
+"""Models of the recorded pictures: weights by the recipe, depth by a formula."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+import ldm
+from goldfile import Gold
+from ldm.loading import legacy
+from ldm.model import LatentDiffusion
+from recipe import fill
+
+TINY_DPT = {"embed_dim": 48, "depth": 2, "num_heads": 3, "hooks": [0, 1], "features": 16}
+
+
+class DepthDummy(nn.Module):
+    """Stands for MiDaS in the recordings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x0, x1, x2 = x.split(1, dim=1)
+        slope = torch.linspace(0, 1, x.shape[-1]).expand_as(x0)
+        return 3 * x0 + 2 * x1 * x2 + 0.25 * slope
+
+
+def model_of(file: Gold, name: str) -> LatentDiffusion:
+    config: dict[str, Any] = copy.deepcopy(file.meta[f"config_{name}"])
+    params = config["params"]
+    params["cond_stage_config"]["params"]["arch"] = file.meta["tiny_arch"]
+    if "embedder_config" in params:
+        params["embedder_config"]["params"] |= {"arch": file.meta["tiny_arch"], "blur": "narrow"}
+    if "depth_stage_config" in params:
+        target = "ldm.modules.midas.api.MiDaSInference"
+        params["depth_stage_config"] = {"target": target, "params": {"arch": TINY_DPT}}
+    model = ldm.instantiate(config)
+    if "depth_stage_config" in params:
+        encoder: Any = model.conditioner.depth
+        encoder.model = nn.Identity()
+    state = fill(legacy.rename_back(model.state_dict()), file.meta["salt"])
+    model.load_state_dict(legacy.rename(state))
+    if "depth_stage_config" in params:
+        encoder.model = DepthDummy()
+    return model.eval().requires_grad_(False)

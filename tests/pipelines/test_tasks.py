@@ -1,0 +1,278 @@
+"""The tasks, as a user relies on them."""
+
+import copy
+
+import pytest
+import torch
+
+import ldm
+from goldfile import gold
+from ldm.nets.prior import Prior
+from ldm.nets.tiling import tiled
+from ldm.pipelines import (
+    WrongFamily,
+    depth2img,
+    imagined,
+    img2img,
+    inpaint,
+    txt2img,
+    unclip,
+    upscale,
+    vary,
+)
+from pipelines.goldmodels import model_of
+
+QUICK = {"steps": 3, "scale": 3.0, "seeds": 5}
+NAMES = {"text": "img2img", "inpaint": "inpaint", "depth": "depth2img", "upscale": "upscale",
+         "unclip": "unclip"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models():
+    keys = {"text": "base_v"}
+    return {k: model_of(gold(f"e2e_{file}"), keys.get(k, k)) for k, file in NAMES.items()}
+
+
+@pytest.fixture(scope="module")
+def sure(models):
+    """A text-to-image model that encodes almost without noise, unlike one of random weights."""
+    model = copy.deepcopy(models["text"])
+    model.autoencoder.quant_conv.weight[4:] = 0
+    model.autoencoder.quant_conv.bias[4:] = -20
+    return model
+
+
+@pytest.fixture(scope="module")
+def image():
+    return torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def mask():
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., 16:40, 24:48] = 1
+    return mask
+
+
+def test_strength_1_forgets_the_picture(models, image):
+    """What is left is txt2img from the same noise, the first that was drawn after the latent's."""
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(9))
+    options = {**QUICK, "x_T": noise}
+    forgotten = img2img(models["text"], ["a"], image, strength=1.0, **options)
+    assert torch.equal(forgotten, txt2img(models["text"], ["a"], **options))
+
+
+def coded(model, image):
+    with torch.no_grad():
+        return model.decode(model.encode(image)).clamp(-1, 1)
+
+
+def test_strength_0_keeps_the_picture(sure, image):
+    kept = img2img(sure, ["a"], image, strength=0.0, **QUICK)
+    assert (kept - coded(sure, image)).abs().mean() < 0.2  # a little noise is left by the grid
+
+
+@pytest.mark.parametrize(("strength", "run"), [(0.8, 8), (0.33, 3), (0.01, 1), (1.0, 10), (0, 0)])
+def test_strength_is_the_share_of_steps(models, image, strength, run):
+    seen = []
+    options = {"steps": 10, "scale": 1, "callback": lambda i, n, *_: seen.append((i, n))}
+    img2img(models["text"], ["a"], image, strength=strength, **options)
+    assert seen == [(i, run) for i in range(run)]
+
+
+@pytest.mark.parametrize("sampler", ldm.SAMPLERS)
+def test_img2img_works_with_every_sampler(sure, image, sampler):
+    options = {**QUICK, "steps": 8, "sampler": sampler}
+    weak, strong = (img2img(sure, ["a"], image, strength=s, **options) for s in (0.13, 1.0))
+    assert weak.isfinite().all()
+    assert not torch.allclose(weak, strong, atol=0.1)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (70, 53), (9, 100)])
+def test_pictures_of_any_size_keep_it(models, size):
+    image = torch.zeros(1, 3, *size)
+    assert img2img(models["text"], ["a"], image, **QUICK).shape == (1, 3, *size)
+    assert inpaint(models["inpaint"], ["a"], image, image[:, :1] + 1, **QUICK).shape[2:] == size
+    assert depth2img(models["depth"], ["a"], image, **QUICK).shape == (1, 3, *size)
+
+
+def test_an_image_depends_on_its_seed_and_not_on_its_batch(models, image, mask):
+    runs = {
+        "text": lambda model, *a, **k: img2img(model, *a, image, **k),
+        "inpaint": lambda model, *a, **k: inpaint(model, *a, image, mask, **k),
+        "depth": lambda model, *a, **k: depth2img(model, *a, image, **k),
+        "upscale": lambda model, *a, **k: upscale(model, *a, image[..., :16, :16], **k),
+        "unclip": lambda model, *a, **k: unclip(model, *a, [image], size=(64, 64), **k),
+    }
+    for name, run in runs.items():
+        both = run(models[name], ["a", "b"], **QUICK | {"seeds": [4, 5]})
+        alone = run(models[name], ["b"], **QUICK)
+        # Other batches take other matrix kernels; guidance magnifies float32 rounding.
+        torch.testing.assert_close(both[1:], alone, rtol=0, atol=2e-3, msg=name)
+
+
+@pytest.mark.parametrize("name", ["inpaint", "text"])
+def test_known_pixels_come_back_bit_exact(models, image, mask, name):
+    """By a model made for it, and by an ordinary one that is held to what is known."""
+    painted = inpaint(models[name], ["a"], image, mask, **QUICK)
+    known = (mask == 0).expand_as(image)
+    assert torch.equal(painted[known], image[known])
+    assert not torch.equal(painted, image)
+    raw = inpaint(models[name], ["a"], image, mask, composite=False, **QUICK)
+    assert not torch.equal(raw[known], image[known])
+
+
+def test_an_ordinary_model_paints_to_fit_what_is_known(sure, image, mask):
+    """Without compositing: the known part is nearer to the picture than txt2img's is."""
+    known, options = (mask == 0).expand_as(image), {**QUICK, "steps": 8, "scale": 1}
+    held = inpaint(sure, ["a"], image, mask, composite=False, **options)
+    free = txt2img(sure, ["a"], size=(64, 64), **options)
+    near, far = ((made - coded(sure, image))[known].abs().mean() for made in (held, free))
+    assert near < 0.9 * far
+
+
+def test_a_mask_of_another_size_is_refused(models, image):
+    with pytest.raises(ValueError, match="64 x 64 pixels has a mask of 32 x 64"):
+        inpaint(models["inpaint"], ["a"], image, torch.zeros(1, 1, 32, 64))
+
+
+def test_depth_of_one_s_own_comes_before_the_estimate(models, image):
+    model = models["depth"]
+    with torch.no_grad():
+        estimate = model.conditioner.depth.estimate(image)
+    own, other = (
+        depth2img(model, ["a"], image, depth=d, **QUICK)
+        for d in (estimate * 7 + 3, torch.rand(1, 1, 20, 30))
+    )
+    same = depth2img(model, ["a"], image, **QUICK)
+    torch.testing.assert_close(own, same, rtol=0, atol=1e-3)
+    assert not torch.allclose(other, same, atol=1e-2)
+
+
+def test_noise_levels_of_the_upscaler_are_checked(models, image):
+    with pytest.raises(ValueError, match=r"levels are 0 … 349, got 350"):
+        upscale(models["upscale"], ["a"], image, noise_level=350)
+
+
+def test_tiled_upscaling_is_nearly_the_whole_and_has_no_seams(models):
+    """Steps of the difference across tile borders are no larger than elsewhere."""
+    lr = torch.rand(1, 3, 40, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    whole, parts = (
+        upscale(models["upscale"], ["a"], lr, tile=tile, **QUICK | {"scale": 1})
+        for tile in (64, 32)
+    )
+    assert parts.shape == (1, 3, 160, 256)
+    correlation = torch.corrcoef(torch.stack([whole.flatten(), parts.flatten()]))[0, 1]
+    assert correlation > 0.9
+    jumps = (parts - whole).diff(dim=-1).abs().mean(dim=(0, 1, 2))
+    borders = jumps[[4 * 16 - 1, 4 * 32 - 1]]  # tiles of 32 begin at 0, 16, 32
+    assert borders.max() < 1.5 * jumps.median()
+
+
+def test_patches_of_a_local_function_give_the_whole():
+    x = torch.randn(2, 3, 37, 50)
+    for tile in (8, 16, 37, 50, 64):
+        torch.testing.assert_close(tiled(lambda patch: 2 * patch[:, :1], x, tile), 2 * x[:, :1])
+
+
+def test_pictures_are_mixed_by_weight(models, image):
+    model, other = models["unclip"], -image.flip(-1)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(9))
+    options = {**QUICK, "size": (64, 64), "x_T": noise}
+    first = unclip(model, ["a"], [image], **options)
+    mixed = unclip(model, ["a"], [image, other], weights=[1, 0], **options)
+    torch.testing.assert_close(mixed, first, rtol=0, atol=1e-3)
+    scaled = [unclip(model, ["a"], [image, other], weights=w, **options) for w in ([3, 1], [6, 2])]
+    torch.testing.assert_close(*scaled, rtol=0, atol=1e-3)
+    assert not torch.allclose(scaled[0], first, atol=1e-2)
+
+
+def test_every_picture_may_have_its_noise_and_the_mix_too(models, image):
+    model, options = models["unclip"], {**QUICK, "size": (64, 64)}
+    pair = [image, image.flip(-1)]
+    plain = unclip(model, ["a"], pair, **options)
+    for changes in ({"noise_levels": [0, 500]}, {"mix_level": 300}):
+        assert not torch.allclose(
+            unclip(model, ["a"], pair, **options, **changes), plain, atol=1e-2
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": [1, 2]}, "2 weights were given for 1 pictures"),
+        ({"weights": [0]}, "must not sum to 0"),
+        ({"noise_levels": [1, 2]}, "2 noise levels were given for 1"),
+        ({"noise_levels": 1000}, "noise levels are 0 … 999"),
+        ({"images": []}, "nothing to see"),
+    ],
+)
+def test_what_does_not_fit_a_mix_is_one_line(models, image, changes, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        unclip(models["unclip"], ["a"], **{"images": [image], **QUICK, **changes})
+    assert "\n" not in str(caught.value)
+
+
+def test_embeddings_stand_for_pictures(models, image):
+    model, options = models["unclip"], {**QUICK, "size": (64, 64)}
+    with torch.no_grad():
+        embedding = model.conditioner.image.embed(image)
+    seen = unclip(model, ["a"], embeddings=[embedding], **options)
+    assert torch.equal(seen, unclip(model, ["a"], [image], **options))
+
+
+def test_the_prior_imagines_what_unclip_sees(models):
+    model = copy.deepcopy(models["unclip"])
+    clip = copy.deepcopy(model.conditioner.text.model)
+    model.conditioner.image.clip.model.transformer = clip.transformer
+    torch.manual_seed(0)
+    prior = Prior(clip_dim=32, xf_width=32, xf_layers=1, xf_heads=2).eval()
+    embeddings = imagined(model, prior, ["a", "b"], steps=3)
+    assert embeddings.shape == (2, 32)
+    made = unclip(model, ["a", "b"], embeddings=[embeddings], **QUICK, size=(64, 64))
+    assert made.isfinite().all()
+
+
+def test_a_model_that_sees_in_place_of_reading_varies_a_picture(models, image):
+    text = gold("e2e_img2img")
+    config = copy.deepcopy(text.meta["config_base_eps"])
+    arch = text.meta["tiny_arch"]
+    config["params"]["cond_stage_config"] = {
+        "target": "ldm.modules.encoders.modules.FrozenCLIPImageEmbedder",
+        "params": {"model": arch},
+    }
+    torch.manual_seed(0)
+    model = ldm.instantiate(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    options = {**QUICK, "size": (64, 64)}
+    first, other = (vary(model, [""] * 2, [picture], **options) for picture in (image, -image))
+    assert first.shape == (2, 3, 64, 64)
+    assert not torch.equal(first, other)
+
+
+WRONG = [
+    ("inpaint", txt2img, (), "this is the inpainting model: use scripts/inpaint.py"),
+    ("depth", txt2img, (), "this is the depth model: use scripts/depth2img.py"),
+    ("upscale", img2img, ("image",), "this is the upscaling model: use scripts/upscale.py"),
+    ("unclip", txt2img, (), "this is the unCLIP model: use scripts/unclip.py"),
+    ("text", depth2img, ("image",), "this is a text-to-image model: use scripts/txt2img.py"),
+    ("depth", inpaint, ("image", "mask"), "this is the depth model: use scripts/depth2img.py"),
+    ("text", unclip, (), "this is a text-to-image model: use scripts/txt2img.py"),
+]
+
+
+@pytest.mark.parametrize(("name", "task", "given", "message"), WRONG)
+def test_a_model_of_another_family_is_one_line(models, image, mask, name, task, given, message):
+    with pytest.raises(WrongFamily) as caught:
+        task(models[name], ["a"], *({"image": image, "mask": mask}[key] for key in given))
+    assert str(caught.value) == message
+
+
+def test_prepared_records_are_the_same_with_and_without_a_prompt(models, image):
+    generator = torch.Generator().manual_seed(0)
+    model = models["upscale"]
+    batch = model.prepare({"lr": image, "noise_level": 20}, (64, 64), generator)
+    cond, uncond = (model.condition({**batch, "txt": [text]}) for text in ("a", ""))
+    assert torch.equal(cond.concat, uncond.concat)
+    assert batch["noise_level"].tolist() == [20]
