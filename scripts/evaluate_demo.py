@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument(
         "--heldout", type=int, default=370, help="prompts of held-out pairs, at most"
     )
+    parser.add_argument("--objects", type=int, default=300, help="the model knows the first N")
     parser.add_argument("--steps", type=int, default=25, help="sampling steps")
     parser.add_argument("--scale", type=float, default=3.0, help="guidance")
     parser.add_argument("--judges", type=Path, default=Path("logs/judges.pt"), help="kept here")
@@ -38,11 +39,12 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     folder = Folder(root=args.data, transform=Emoji())
-    judges = Judges.load_or_train(folder, args.judges)
+    known = sorted({row["object"] for row in folder.rows if row["rank"] < args.objects})
+    judges = Judges.load_or_train(folder, args.judges, objects=known)
     model = load(args.config, args.ckpt)
     wanted = {
-        "seen pairs": ev.prompts(folder, "train", args.seen),
-        "held-out pairs": ev.prompts(folder, "heldout", args.heldout),
+        "seen pairs": ev.prompts(folder, "train", known, args.seen),
+        "held-out pairs": ev.prompts(folder, "heldout", known, args.heldout),
     }
     with tqdm(total=sum(map(len, wanted.values())), unit="picture") as bar:
         options = {"steps": args.steps, "scale": args.scale, "advance": bar.update}

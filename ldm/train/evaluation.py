@@ -1,6 +1,6 @@
 """How well a model follows prompts that name an object, a style and a background colour."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -64,10 +64,21 @@ def evaluate(
     return scores, made
 
 
-def prompts(folder: Folder, split: str, count: int | None = None, *, seed: int = 0) -> list[dict]:
-    """Records of a split, each with a random `colour` and its `prompt`; all, or `count` of them."""
+def prompts(
+    folder: Folder,
+    split: str,
+    objects: Collection[str] | None = None,
+    count: int | None = None,
+    *,
+    seed: int = 0,
+) -> list[dict]:
+    """Records of a split, each with a random `colour` and its `prompt`.
+
+    objects: only these, None = all. count: so many at random, None = all.
+    """
     rng = Random(seed)
     rows = [row for row in folder.rows if row["split"] == split]
+    rows = [row for row in rows if objects is None or row["object"] in objects]
     if count is not None and count < len(rows):
         rows = rng.sample(rows, count)
     chosen = []

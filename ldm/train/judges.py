@@ -1,12 +1,15 @@
 """Judges of generated emoji: a rule for the background, small classifiers for style and object.
 
-The classifiers learn from real pictures of the training split only, at half size, on every
-background, moved, scaled and blurred. How well they do on real pictures that they never saw, drawn
-for (object, style) pairs of the held-out split, bounds what a perfect model could score.
+The classifiers learn from real pictures of the training split only, on every background, moved,
+scaled and blurred. The one for objects sees the whole picture at half size; the one for styles sees
+only patches of it, because one that sees whole pictures learns them by heart and takes an unseen
+drawing for the most similar one that it knows. How well they do on real pictures of held-out pairs,
+which they never saw, bounds what a perfect model could score.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,8 +28,9 @@ __all__ = ["Classifier", "Judges", "background"]
 
 log = logging.getLogger(__name__)
 
-SIDE = 64  # pixels that a classifier sees
+SIDE = 64  # pixels that a classifier sees in training
 SIDES = (48, 50, 52, 54, 56)  # of the picture inside; 52 is what the model is trained on
+PATCHES = (56, 64, 72)  # of a picture of 104, scaled to 64
 BORDER = 6  # pixels of a 128-pixel picture that are surely background
 
 
@@ -52,51 +56,70 @@ class Classifier(nn.Module):
         return self.head(F.dropout(h, 0.3, self.training))  # (B, classes)
 
 
+class Texture(nn.Module):
+    """image (B, 3, H, W) in [-1, 1] -> scores (B, classes), the mean of what patches of 33 say."""
+
+    def __init__(self, classes: int, width: int = 32) -> None:
+        super().__init__()
+        widths = (3, width, 2 * width, 3 * width, 4 * width)
+        strides = (2, 2, 1, 2)
+        self.layers = nn.ModuleList(
+            Conv2d(before, after, 5 if before == 3 else 3, stride=stride)
+            for (before, after), stride in zip(pairwise(widths), strides, strict=True)
+        )
+        self.head = Conv2d(widths[-1], classes, 3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        h = image
+        for layer in self.layers:
+            h = F.silu(layer(h))  # (B, C, h, w)
+            h = h * (h.square().mean(dim=1, keepdim=True) + 1e-4).rsqrt()
+        h = F.dropout(h, 0.2, self.training)
+        return self.head(h).mean(dim=(2, 3))  # (B, classes)
+
+
 class Judges:
     """What was drawn, in which style: classifiers of a set of objects and styles."""
 
     def __init__(self, objects: Sequence[str], styles: Sequence[str]) -> None:
         self.objects, self.styles = list(objects), list(styles)
-        self.by_object, self.by_style = Classifier(len(objects)), Classifier(len(styles))
+        self.by_object, self.by_style = Classifier(len(objects)), Texture(len(styles))
 
     @classmethod
-    def load_or_train(cls, folder: Folder, path: Path, *, steps: int = 2500) -> "Judges":
-        """Judges for the pictures of a folder; trained once, then kept in `path`."""
-        objects = sorted({row["object"] for row in folder.rows})
-        judges = cls(objects, sorted({row["style"] for row in folder.rows}))
+    def load_or_train(
+        cls, folder: Folder, path: Path, *, objects: Sequence[str] | None = None, steps: int = 2500
+    ) -> "Judges":
+        """Judges for the pictures of a folder; trained once, then kept in `path`.
+
+        objects: those to tell apart, None = all; styles are learned from all pictures.
+        """
+        names = objects or sorted({row["object"] for row in folder.rows})
+        judges = cls(names, sorted({row["style"] for row in folder.rows}))
         nets = nn.ModuleDict({"object": judges.by_object, "style": judges.by_style})
         if path.exists():
             nets.load_state_dict(torch.load(path, weights_only=True))
         else:
-            judges.train(folder, steps)
+            judges.learn_objects(folder, steps)
+            judges.learn_styles(folder, steps)
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(nets.state_dict(), path)
         nets.eval()
         return judges
 
-    def train(self, folder: Folder, steps: int, *, batch: int = 64, seed: int = 0) -> None:
-        """Cross entropy on real pictures of the training split."""
-        rows = [k for k, row in enumerate(folder.rows) if row["split"] == "train"]
+    def learn_objects(self, folder: Folder, steps: int) -> None:
+        """From whole pictures of the training split at half size."""
+        known = set(self.objects)
+        rows = _rows(folder, lambda row: row["object"] in known)
         banks = [_bank(folder, rows, side) for side in SIDES]
-        objects, styles = self.labels([folder.rows[k] for k in rows])
-        generator = torch.Generator().manual_seed(seed)
-        nets = nn.ModuleList([self.by_object, self.by_style]).train()
-        optimizer = optim.make(nets, 1e-3, name="muon", weight_decay=1e-2)
-        for step in range(steps):
-            lr = optim.learning_rate(1e-3, step, step / steps, decay="linear")
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            chosen = torch.randint(len(rows), (batch,), generator=generator)
-            image = _augmented(banks[step % len(banks)][chosen], generator)
-            with torch.autocast("cpu", torch.bfloat16):
-                scores = self.by_object(image), self.by_style(image)
-            loss = F.cross_entropy(scores[0].float(), objects[chosen], label_smoothing=0.1)
-            loss = loss + F.cross_entropy(scores[1].float(), styles[chosen], label_smoothing=0.1)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if step % 100 == 0:
-                log.info("judges: step %d of %d, loss %.3f", step, steps, float(loss.detach()))
+        labels, _ = self.labels([folder.rows[k] for k in rows])
+        draw = partial(_whole, banks)
+        _fit(self.by_object, draw, labels, steps, "objects")
+
+    def learn_styles(self, folder: Folder, steps: int) -> None:
+        """From patches of pictures of the training split, mirrored or not."""
+        rows = _rows(folder, lambda row: True)
+        labels = torch.tensor([self.styles.index(folder.rows[k]["style"]) for k in rows])
+        _fit(self.by_style, partial(_patches, _bank(folder, rows, 104)), labels, steps, "styles")
 
     def labels(self, rows: Sequence[dict]) -> tuple[Tensor, Tensor]:
         """The right answers for records or prompts: objects (B,), styles (B,)."""
@@ -105,9 +128,11 @@ class Judges:
 
     @torch.inference_mode()
     def judge(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Ranked answers for images (B, 3, H, W): objects (B, all), styles (B, all), best first."""
-        small = torch.cat([F.interpolate(x, (SIDE, SIDE), mode="area") for x in image.split(64)])
-        scores = [(self.by_object(x), self.by_style(x)) for x in small.split(64)]
+        """Ranked answers for images (B, 3, 128, 128): objects (B, all), styles (B, all)."""
+        scores = [
+            (self.by_object(F.interpolate(x, (SIDE, SIDE), mode="area")), self.by_style(x))
+            for x in image.split(64)
+        ]
         objects, styles = (torch.cat(parts) for parts in zip(*scores, strict=True))
         return objects.argsort(dim=1, descending=True), styles.argsort(dim=1, descending=True)
 
@@ -133,17 +158,68 @@ def _bank(folder: Folder, rows: Sequence[int], side: int) -> Tensor:
     return bank
 
 
-def _augmented(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """On random named colours, moved by up to 4 pixels, half of them blurred: (B, 3, 64, 64)."""
-    n, side = len(pictures), pictures.shape[-1]
-    table = torch.tensor(list(COLOURS.values())) / 127.5 - 1
-    colours = table[torch.randint(len(table), (n,), generator=generator)]
-    image = colours[:, :, None, None].repeat(1, 1, SIDE, SIDE)  # (B, 3, 64, 64)
-    rgb, alpha = pictures[:, :3] / 127.5, pictures[:, 3:] / 255
+def _rows(folder: Folder, wanted: Callable[[dict], bool]) -> list[int]:
+    rows = enumerate(folder.rows)
+    return [k for k, row in rows if row["split"] == "train" and wanted(row)]
+
+
+def _fit(
+    net: nn.Module,
+    draw: Callable[[Tensor, torch.Generator], Tensor],
+    labels: Tensor,
+    steps: int,
+    name: str,
+) -> None:
+    """Cross entropy of net(draw(chosen rows, generator)) against their labels."""
+    generator = torch.Generator().manual_seed(0)
+    optimizer = optim.make(net.train(), 1e-3, name="muon", weight_decay=1e-2)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = optim.learning_rate(1e-3, step, step / steps, decay="linear")
+        chosen = torch.randint(len(labels), (64,), generator=generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            scores = net(draw(chosen, generator))
+        loss = F.cross_entropy(scores.float(), labels[chosen], label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 100 == 0:
+            log.info("%s: step %d of %d, loss %.3f", name, step, steps, float(loss.detach()))
+
+
+def _whole(banks: Sequence[Tensor], chosen: Tensor, generator: torch.Generator) -> Tensor:
+    """Whole pictures of a random scale, moved by up to 4 pixels: (B, 3, 64, 64)."""
+    which = int(torch.randint(len(banks), (), generator=generator))
+    pictures = banks[which][chosen]
+    side = pictures.shape[-1]
     top, left = (torch.randint(-4, 5, (2,), generator=generator) + (SIDE - side) // 2).tolist()
-    where = (..., slice(top, top + side), slice(left, left + side))
-    image[where] = image[where] * (1 - alpha) + rgb - alpha
+    around = (left, SIDE - side - left, top, SIDE - side - top)
+    return _soften(_on_colours(F.pad(pictures, around), generator), generator)
+
+
+def _patches(bank: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:
+    """Random parts of pictures, mirrored or not: (B, 3, 64, 64)."""
+    side = PATCHES[int(torch.randint(len(PATCHES), (), generator=generator))]
+    top, left = torch.randint(0, bank.shape[-1] - side + 1, (2,), generator=generator).tolist()
+    pictures = bank[chosen, :, top : top + side, left : left + side]
+    image = _on_colours(pictures, generator)
+    if torch.rand((), generator=generator) < 0.5:
+        image = image.flip(-1)
+    image = F.interpolate(image, (SIDE, SIDE), mode="bilinear", align_corners=False)
+    return _soften(image, generator)
+
+
+def _on_colours(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """(B, 4, h, w) uint8 with premultiplied alpha -> (B, 3, h, w) on random named colours."""
+    table = torch.tensor(list(COLOURS.values())) / 127.5 - 1
+    colours = table[torch.randint(len(table), (len(pictures),), generator=generator)]
+    rgb, alpha = pictures[:, :3] / 127.5, pictures[:, 3:] / 255
+    return colours[:, :, None, None] * (1 - alpha) + rgb - alpha
+
+
+def _soften(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Half of the images, blurred by a random amount."""
     soft = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    share = torch.rand(n, 1, 1, 1, generator=generator)
-    share = share * (torch.rand(n, 1, 1, 1, generator=generator) < 0.5)
+    share = torch.rand(len(image), 1, 1, 1, generator=generator)
+    share = share * (torch.rand(len(image), 1, 1, 1, generator=generator) < 0.5)
     return torch.lerp(image, soft, share)
