@@ -77,6 +77,7 @@ def load(args: Namespace, threads: int | None = None) -> "LatentDiffusion":
         ema=args.ema,
         overrides=args.overrides,
         allow=args.allow_module,
+        clip_stats=getattr(args, "clip_stats", None),
     )
     log.info("running on %s in %s", device, str(dtype).removeprefix("torch."))
     _complete(args, model)

@@ -144,6 +144,68 @@ def sampling_flags() -> ArgumentParser:
     return parent
 
 
+def picture_flags(strength: float | None = None) -> ArgumentParser:
+    """The picture that a task begins with.
+
+    strength: its default, if the task has it.
+    """
+    parent = ArgumentParser(add_help=False)
+    add = parent.add_argument_group("picture").add_argument
+    add("--init-img", "--image", metavar="FILE", help="the picture; --H and --W scale and crop it")
+    if strength is not None:
+        add("--strength", type=_share, default=strength, metavar="S",
+            help="0 keeps the picture, 1 forgets it (%(default)s)")  # fmt: skip
+    return parent
+
+
+def mask_flags() -> ArgumentParser:
+    """What of it is painted anew."""
+    parent = ArgumentParser(add_help=False)
+    add = parent.add_argument_group("mask").add_argument
+    add("--mask", metavar="FILE", help="white is painted anew (what is transparent in the picture)")
+    add("--mask-box", type=_box, metavar="L,T,R,B", help="paint this box anew, in pixels")
+    add("--mask-grow", type=_level, default=0, metavar="N", help="pixels to reach further (0)")
+    add("--mask-blur", type=float, default=0.0, metavar="R", help="radius of a soft edge (0)")
+    add("--no-composite", action="store_true", help="leave known pixels as the decoder made them")
+    add("--indir", metavar="DIR", help="all pairs X.png and X_mask.png of a folder")
+    return parent
+
+
+def depth_flags() -> ArgumentParser:
+    """Depth of one's own, or to keep."""
+    parent = ArgumentParser(add_help=False)
+    add = parent.add_argument_group("depth").add_argument
+    add("--depth-map", metavar="FILE", help="a map of 8 or 16 bits, white is near (estimated)")
+    add("--depth-inverted", action="store_true", help="in the map, white is far")
+    add("--save-depth", metavar="FILE", help="write the estimated map, a PNG of 16 bits")
+    return parent
+
+
+def upscale_flags() -> ArgumentParser:
+    """How far the picture is trusted."""
+    parent = ArgumentParser(add_help=False)
+    add = parent.add_argument_group("upscaling").add_argument
+    add("--noise-level", type=_level, default=20, metavar="N",
+        help="noise on the picture, 0 to 349: more invents more (%(default)s)")  # fmt: skip
+    return parent
+
+
+def unclip_flags() -> ArgumentParser:
+    """Which pictures are seen, and how they are mixed."""
+    parent = ArgumentParser(add_help=False)
+    add = parent.add_argument_group("pictures").add_argument
+    add("--image", "--init-img", dest="init_img", action="append", metavar="FILE",
+        help="a picture; may be given several times")  # fmt: skip
+    add("--weight", type=float, action="append", metavar="W",
+        help="of each picture, then of the prior (all alike)")  # fmt: skip
+    add("--noise-level", type=_level, action="append", metavar="N",
+        help="noise on what is seen, 0 to 999, for all or for each (0)")  # fmt: skip
+    add("--mix-noise-level", type=_level, metavar="N", help="noise on the mix (none)")
+    add("--prior", metavar="FILE", help="the Karlo prior: imagines a picture of the prompt")
+    add("--clip-stats", metavar="FILE", help="statistics of CLIP's embeddings (ViT-L-14_stats.th)")
+    return parent
+
+
 def output_flags() -> ArgumentParser:
     """How many pictures, and what becomes of them."""
     parent = ArgumentParser(add_help=False)
@@ -243,6 +305,29 @@ def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"`{text}` is not a whole number from 1 up")
     return int(text)
+
+
+def _level(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"`{text}` is not a whole number from 0 up")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"`{text}` is not a number in 0 … 1")
+    return share
+
+
+def _box(text: str) -> tuple[int, ...]:
+    sides = tuple(int(side) if side.isdigit() else -1 for side in text.split(","))
+    if len(sides) != 4 or min(sides) < 0 or sides[0] >= sides[2] or sides[1] >= sides[3]:
+        raise argparse.ArgumentTypeError(f"`{text}` is not LEFT,TOP,RIGHT,BOTTOM in pixels")
+    return sides
 
 
 def _quirks(text: str) -> frozenset[str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli import share
-from ldm.provenance import describe, marked, method
+from ldm.provenance import Kept, describe, marked, method
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ldm.imaging.folder import OutputFolder
     from ldm.model import LatentDiffusion
 
+FROM_NUMPY = ("inpaint", "upscale")  # tasks whose originals start from numpy's noise
 GRID_LIMIT = 1024  # pictures; more would be kept in memory for a grid nobody can look at
 LINE_OPTION = re.compile(r"(?:^|\s)--(?:seed|negative[-_]prompt)(?=[\s=]|$)")
 
@@ -96,7 +97,6 @@ def keywords(batch: Batch, args: Namespace, model: "LatentDiffusion") -> dict[st
     """What every pipeline is told about a batch, from the flags."""
     told = {
         "negative_prompt": [job.negative_prompt for job in batch],
-        "size": args.size,
         "steps": args.steps,
         "sampler": args.sampler,
         "grid": args.spacing,
@@ -106,23 +106,49 @@ def keywords(batch: Batch, args: Namespace, model: "LatentDiffusion") -> dict[st
         "legacy": args.legacy,
         "tile": args.tile and max(args.tile // model.downscale, 1),
     }
-    if args.fixed_code and ("noise" in args.legacy or any(j.start != j.seed for j in batch)):
+    from_numpy = args.task in FROM_NUMPY and "noise" in args.legacy
+    if from_numpy or (
+        args.fixed_code and ("noise" in args.legacy or any(j.start != j.seed for j in batch))
+    ):
         told["x_T"] = _start_noise(batch, args, model)
     return told
 
 
-def maker(pipeline: Callable[..., "Tensor"], model: "LatentDiffusion", args: Namespace) -> Make:
-    """A pipeline as the function of a batch that `run` wants."""
+def maker(
+    pipeline: Callable[..., "Tensor"],
+    model: "LatentDiffusion",
+    args: Namespace,
+    told: dict[str, Any] | None = None,
+) -> Make:
+    """A pipeline as the function of a batch that `run` wants.
+
+    told: what the pipeline of a task takes beyond the common keywords (`inputs.read`).
+    """
+    from ldm.pipelines import latent_of, noise_source
+
+    told = dict(told or {})
+    if "image" not in told:
+        told["size"] = args.size
 
     def make(batch: Batch, callback: Callable[..., None]) -> "Tensor":
-        prompts = [job.prompt for job in batch]
-        return pipeline(model, prompts, callback=callback, **keywords(batch, args, model))
+        prompts, own = [job.prompt for job in batch], dict(told)
+        if args.task == "img2img" and "noise" in args.legacy:
+            if "z" not in told:  # the original draws it once for all batches
+                noise = noise_source(None, len(batch), args.legacy)
+                told["z"] = latent_of(model, told["image"], len(batch), noise)
+            own["z"] = told["z"][: len(batch)]
+        options = keywords(batch, args, model) | own
+        return pipeline(model, prompts, callback=callback, **options)
 
     return make
 
 
 def again(
-    info: dict[str, Any], args: Namespace, model: "LatentDiffusion", make: Make
+    info: dict[str, Any],
+    args: Namespace,
+    model: "LatentDiffusion",
+    make: Make,
+    keep: Kept | None = None,
 ) -> "Image.Image":
     """The picture of which `info` tells, in a batch of the same shape.
 
@@ -143,13 +169,20 @@ def again(
         make([job] * rows, _ignore)
     image = make([job] * info["rows"], _ignore)
     row = slice(info["row"], info["row"] + 1)
-    return marked(to_pil(image[row], truncate="truncate" in args.legacy)[0], info)
+    return marked(to_pil(image[row], truncate="truncate" in args.legacy)[0], info, keep)
 
 
-def run(make: Make, batches: list[Batch], model: "LatentDiffusion", args: Namespace) -> None:
+def run(
+    make: Make,
+    batches: list[Batch],
+    model: "LatentDiffusion",
+    args: Namespace,
+    keep: Kept | None = None,
+) -> None:
     """Make every batch and save its pictures; paths (or JSON lines) go to stdout.
 
     make: (batch, callback) -> image (B, 3, H, W) in [-1, 1].
+    keep: see `provenance.marked`.
     What is finished stays, and gets its grid, however the run ends.
     Raises NonFinite if a picture is NaN even in float32.
     """
@@ -170,7 +203,7 @@ def run(make: Make, batches: list[Batch], model: "LatentDiffusion", args: Namesp
             facts["dtype"] = str(model.dtype).removeprefix("torch.")
             for row, picture in enumerate(to_pil(image, truncate="truncate" in args.legacy)):
                 info = facts | _own(batches, number, row, args)
-                info["path"] = None if args.skip_save else _save(folder, picture, info)
+                info["path"] = None if args.skip_save else _save(folder, picture, info, keep)
                 _report(info, args.json)
                 if not args.skip_grid and len(shown) < GRID_LIMIT:
                     shown.append((picture, info))
@@ -288,11 +321,13 @@ def _own(batches: list[Batch], number: int, row: int, args: Namespace) -> dict[s
     return own
 
 
-def _save(folder: "OutputFolder", picture: "Image.Image", info: dict[str, Any]) -> str:
+def _save(
+    folder: "OutputFolder", picture: "Image.Image", info: dict[str, Any], keep: Kept | None
+) -> str:
     from ldm.imaging.metadata import fingerprint
 
     unmarked = {"sha256_unmarked": fingerprint(picture)}
-    return str(folder.save_sample(marked(picture, info), info | unmarked))
+    return str(folder.save_sample(marked(picture, info, keep), info | unmarked))
 
 
 def _save_grid(
@@ -340,10 +375,14 @@ def _ignore(*_: Any) -> None: ...
 
 def _start_noise(batch: Batch, args: Namespace, model: "LatentDiffusion") -> "Tensor":
     """What `--fixed_code` starts every batch from, (B, C, h, w)."""
+    import numpy as np
     import torch
 
     from ldm.pipelines import seeded_noise
 
+    if args.task in FROM_NUMPY and "noise" in args.legacy:
+        shape = _latent_shape(args, model, len(batch))
+        return torch.from_numpy(np.random.RandomState(args.seed).randn(*shape)).float()
     if "noise" in args.legacy:
         generator = torch.Generator(model.device).manual_seed(args.seed)
         shape = _latent_shape(args, model, args.n_samples)
@@ -353,5 +392,5 @@ def _start_noise(batch: Batch, args: Namespace, model: "LatentDiffusion") -> "Te
 
 
 def _latent_shape(args: Namespace, model: "LatentDiffusion", n: int) -> tuple[int, int, int, int]:
-    height, width = args.size
-    return n, model.channels, height // model.downscale, width // model.downscale
+    height, width = (-(-side // model.downscale) for side in args.size)
+    return n, model.channels, height, width

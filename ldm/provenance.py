@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm import inputs
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 Info = dict[str, Any]
 
-TASKS = ("txt2img",)
+Kept = tuple["Image.Image", "Image.Image"]
 PRECISIONS = {"float32": "full", "float16": "fp16", "bfloat16": "bf16"}
 # What may explain that a picture differs.
 CAUSES = (
@@ -45,6 +47,7 @@ def describe(args: Namespace, model: "LatentDiffusion") -> Info:
         "eta": args.ddim_eta,
         "scale": args.scale,
         "size": list(args.size),
+        **inputs.describe(args),
         "tile": args.tile,
         "legacy": sorted(args.legacy),
         "watermark": method(args) if is_large else None,
@@ -71,13 +74,20 @@ def method(args: Namespace) -> str | None:
     return "dwtDct" if "watermark" in args.legacy else "dwtDctSvd"
 
 
-def marked(picture: "Image.Image", info: Mapping[str, Any]) -> "Image.Image":
-    """The picture with the watermark that its info names."""
+def marked(
+    picture: "Image.Image", info: Mapping[str, Any], keep: Kept | None = None
+) -> "Image.Image":
+    """The picture with the watermark that its info names.
+
+    keep: a picture and a mask: where the mask is 0, its pixels stay without a mark.
+    """
+    from PIL import Image
+
     from ldm.imaging.watermark import PAYLOADS, mark
 
-    if info["watermark"] is None:
-        return picture
-    return mark(picture, PAYLOADS[info["payload"]], info["watermark"])
+    if info["watermark"] is not None:
+        picture = mark(picture, PAYLOADS[info["payload"]], info["watermark"])
+    return picture if keep is None else Image.composite(picture, *keep)
 
 
 def flags(info: Mapping[str, Any], given: Namespace) -> Namespace:
@@ -92,13 +102,14 @@ def flags(info: Mapping[str, Any], given: Namespace) -> Namespace:
         names = ", ".join(str(image.get("file")) for image in info.get("images", [])[:3])
         raise ValueError(f"{given.picture} is a grid, replay its pictures: {names}, …")
     lacking = [key for key in ("prompt", "seed", "rows", *CAUSES) if key not in info]
-    if info.get("task") not in TASKS or lacking:
+    if info.get("task") not in inputs.FILES or lacking:
         what = f"`{lacking[0]}`" if lacking else "a task that is known here"
         raise ValueError(f"{given.picture} lacks {what}: it was not written by this program")
     made = Namespace(**vars(given))
     made.task = info["task"]
     made.size = tuple(info["size"])
     made.H, made.W = made.size
+    inputs.restore(info, made)
     made.steps, made.sampler, made.spacing = info["steps"], info["sampler"], info["grid"]
     made.ddim_eta, made.scale, made.tile = info["eta"], info["scale"], info["tile"]
     made.seed = info["seed"]
@@ -137,7 +148,7 @@ def compare(old: "Image.Image", new: "Image.Image") -> str | None:
 
 def _payload(model: "LatentDiffusion") -> str:
     """What the original scripts of the model's family wrote."""
-    is_sd1 = type(model.conditioner.text).__name__ == "CLIPText"
+    is_sd1 = type(model.conditioner.text).__name__ in ("CLIPText", "CLIPImage")
     return "StableDiffusionV1" if is_sd1 else "SDV2"
 
 

@@ -10,7 +10,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from ldm import cli, flags, jobs, provenance
+from ldm import cli, flags, inputs, jobs, provenance
 
 PARSER = flags.parser(__doc__, flags.model_flags(), task="replay", precision=None)
 PARSER.add_argument("picture", help="a PNG that these scripts wrote")
@@ -20,14 +20,14 @@ PARSER.add_argument("--output", metavar="FILE", help="save the new picture here"
 def replay(given: Namespace) -> int:
     from PIL import Image
 
-    from ldm import pipelines
     from ldm.imaging.metadata import fingerprint, read_info, write_png
 
     info = read_info(given.picture)
     args = provenance.flags(info, given)
+    told = inputs.read(args)
     model = cli.load(args, threads=info["threads"])
-    make = jobs.maker(getattr(pipelines, args.task), model, args)
-    picture = jobs.again(info, args, model, make)
+    make = jobs.maker(inputs.pipeline(args, model, told), model, args, told)
+    picture = jobs.again(info, args, model, make, inputs.kept(told))
     if args.output:
         write_png(args.output, picture, info)
     with Image.open(args.picture) as old:

@@ -19,7 +19,8 @@ FLOORS = {
     "ldm.diffusion": 2,
     "ldm.model": 3, "ldm.encoders": 3,
     "ldm.loading": 4, "ldm.pipelines": 4,
-    "ldm.train": 5, "ldm.cli": 5, "ldm.flags": 5, "ldm.jobs": 5, "ldm.provenance": 5,
+    "ldm.train": 5, "ldm.cli": 5, "ldm.flags": 5, "ldm.inputs": 5, "ldm.jobs": 5,
+    "ldm.provenance": 5,
     "scripts": 6,
 }  # fmt: skip
 

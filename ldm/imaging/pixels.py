@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
-__all__ = ["grid", "squeezed", "to_pil", "to_tensor", "to_uint8"]
+__all__ = ["fitted", "grid", "squeezed", "to_pil", "to_tensor", "to_uint8"]
 
 PADDING = 2  # pixels between and around the pictures of a grid
 
@@ -78,3 +78,18 @@ def squeezed(picture: Image.Image, multiple: int) -> Image.Image:
             f"a picture of {picture.width}x{picture.height} is smaller than {multiple}"
         )
     return picture.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def fitted(picture: Image.Image, size: tuple[int | None, int | None]) -> Image.Image:
+    """The picture at (height, width), scaled to cover it, the rest cut off evenly.
+
+    size: a side that is None follows from the other, as a multiple of 8.
+    """
+    height, width = size
+    if height is None and width is None:
+        return picture
+    if height is None:
+        height = max(round(picture.height * (width or 1) / picture.width / 8), 1) * 8
+    if width is None:
+        width = max(round(picture.width * height / picture.height / 8), 1) * 8
+    return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)

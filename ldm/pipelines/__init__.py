@@ -6,7 +6,7 @@ tasks      txt2img, img2img, inpaint, depth2img, upscale, unclip, vary: each a w
 
 from ldm.pipelines.frame import NonFinite, WrongFamily, latent_of
 from ldm.pipelines.sampling import LEGACY, Stop, invert, noise_source, sample, seeded_noise
-from ldm.pipelines.tasks import depth2img, img2img, inpaint, txt2img, upscale
+from ldm.pipelines.tasks import depth2img, depth_of, img2img, inpaint, txt2img, upscale
 from ldm.pipelines.variations import imagined, unclip, vary
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Stop",
     "WrongFamily",
     "depth2img",
+    "depth_of",
     "imagined",
     "img2img",
     "inpaint",

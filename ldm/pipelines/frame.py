@@ -113,6 +113,7 @@ def decoded(model: LatentDiffusion, z: Tensor, tile: int | None) -> Tensor:
     return finite(model.decode(finite(z, "the UNet"), tile=tile), "the VAE").clamp(-1, 1)
 
 
+@torch.no_grad()
 def latent_of(model: LatentDiffusion, image: Tensor, n: int, noise: Noise) -> Tensor:
     """n draws of the latent of one picture (1, 3, H, W), padded to whole latent pixels."""
     image = padded(image.to(model.device), model.downscale)

@@ -34,7 +34,7 @@ from ldm.pipelines.frame import (
     seeded,
 )
 
-__all__ = ["depth2img", "img2img", "inpaint", "txt2img", "upscale"]
+__all__ = ["depth2img", "depth_of", "img2img", "inpaint", "txt2img", "upscale"]
 
 
 @torch.no_grad()
@@ -155,6 +155,15 @@ def depth2img(
     records = {"depth": prepared["depth"].expand(n, -1, -1, -1)}
     options |= {"z": z, "strength": strength, "size": None}
     return cropped(made(model, prompts, negative_prompt, records, scale, tile, **options), image)
+
+
+@torch.no_grad()
+def depth_of(model: LatentDiffusion, image: Tensor) -> Tensor:
+    """What the model's own network says of a picture: (1, 1, H', W'), near = large."""
+    check_family(model, "depth2img")
+    encoder: Any = model.conditioner.depth
+    depth: Tensor = encoder.estimate(image.to(model.device))
+    return depth
 
 
 @torch.no_grad()

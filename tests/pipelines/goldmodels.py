@@ -28,7 +28,8 @@ class DepthDummy(nn.Module):
         return 3 * x0 + 2 * x1 * x2 + 0.25 * slope
 
 
-def model_of(file: Gold, name: str) -> LatentDiffusion:
+def model_of(file: Gold, name: str, whole: bool = False) -> LatentDiffusion:
+    """whole: with a small depth network of its own, instead of the formula."""
     config: dict[str, Any] = copy.deepcopy(file.meta[f"config_{name}"])
     params = config["params"]
     params["cond_stage_config"]["params"]["arch"] = file.meta["tiny_arch"]
@@ -38,11 +39,11 @@ def model_of(file: Gold, name: str) -> LatentDiffusion:
         target = "ldm.modules.midas.api.MiDaSInference"
         params["depth_stage_config"] = {"target": target, "params": {"arch": TINY_DPT}}
     model = ldm.instantiate(config)
-    if "depth_stage_config" in params:
-        encoder: Any = model.conditioner.depth
+    encoder: Any = getattr(model.conditioner, "depth", None)
+    if encoder is not None and not whole:
         encoder.model = nn.Identity()
     state = fill(legacy.rename_back(model.state_dict()), file.meta["salt"])
     model.load_state_dict(legacy.rename(state))
-    if "depth_stage_config" in params:
+    if encoder is not None and not whole:
         encoder.model = DepthDummy()
     return model.eval().requires_grad_(False)

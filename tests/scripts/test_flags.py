@@ -13,9 +13,53 @@ from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import GRIDS
 from ldm.nets.attention import BACKENDS
 from ldm.pipelines import LEGACY
+from scripts import depth2img, img2img, inpaint, unclip, upscale
 from scripts.txt2img import PARSER
 
 ROOT = Path(__file__).parents[2]
+
+
+TASKS = [img2img, inpaint, depth2img, upscale, unclip]
+
+
+@pytest.mark.parametrize(
+    ("script", "command", "expected"),
+    [
+        (img2img, "--prompt x --init-img a.jpg --strength 0.8 --ckpt m.ckpt",
+         {"init_img": "a.jpg", "strength": 0.8, "n_samples": 2, "n_iter": 1, "scale": 9.0}),
+        (img2img, "--init_img a.jpg --ddim_steps 20 --ddim_eta 0.5 --fixed_code --C 4 --f 8",
+         {"steps": 20, "ddim_eta": 0.5, "outdir": "outputs/img2img-samples"}),
+        (inpaint, "--indir in --outdir out --steps 20", {"indir": "in", "steps": 20}),
+        (inpaint, "--image a.png --mask m.png --mask-grow 4 --mask-box 0,1,20,30",
+         {"mask": "m.png", "mask_grow": 4, "mask_box": (0, 1, 20, 30)}),
+        (depth2img, "--init-img a.png --depth-map d.png", {"strength": 0.9, "depth_map": "d.png"}),
+        (upscale, "--init-img a.png --noise_level 30 --eta 1", {"noise_level": 30}),
+        (unclip, "--image a.png --image b.png --weight 2 --weight -1 --noise-level 9",
+         {"init_img": ["a.png", "b.png"], "weight": [2, -1], "noise_level": [9]}),
+    ],
+)  # fmt: skip
+def test_the_tasks_keep_the_words_of_their_originals(script, command, expected):
+    given = vars(flags.parse(script.PARSER, command.split()))
+    assert {key: given[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("script", TASKS)
+def test_every_task_explains_itself(script, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        flags.parse(script.PARSER, ["--help"])
+    assert stopped.value.code == 0
+    assert script.__doc__.splitlines()[0] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [
+    ["--strength", "1.5"], ["--strength", "much"], ["--mask-box", "1,2,3"],
+    ["--mask-box", "9,9,3,3"], ["--mask-grow", "-1"],
+])  # fmt: skip
+def test_numbers_out_of_range_are_refused(words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        flags.parse(inpaint.PARSER, words)
+    assert stopped.value.code == 2
+    assert "is not" in capsys.readouterr().err
 
 
 def parsed(*words: str) -> dict:

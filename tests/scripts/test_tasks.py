@@ -1,0 +1,209 @@
+"""The scripts of pictures: img2img, inpaint, depth2img, upscale, unclip, on tiny models."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from goldfile import gold
+from ldm.imaging.metadata import read_info
+from ldm.loading import checkpoint, legacy
+from pipelines.goldmodels import TINY_DPT, model_of
+from scripts import depth2img, img2img, inpaint, replay, txt2img, unclip, upscale
+
+QUICK = ["--steps", "2", "--precision", "full", "--skip_grid"]
+MODELS = {"inpaint": "inpaint", "depth": "depth2img", "upscale": "upscale", "unclip": "unclip",
+          "base_v": "img2img", "base_eps": "img2img"}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """Flags that name the model of each family."""
+    folder, flags = tmp_path_factory.mktemp("families"), {}
+    for name, recorded in MODELS.items():
+        file = gold(f"e2e_{recorded}")
+        config = json.loads(json.dumps(file.meta[f"config_{name}"]))
+        params = config["params"]
+        params["cond_stage_config"]["params"]["arch"] = file.meta["tiny_arch"]
+        if "embedder_config" in params:
+            params["embedder_config"]["params"]["arch"] = file.meta["tiny_arch"]
+        if name == "depth":
+            target = "ldm.modules.midas.api.MiDaSInference"
+            params["depth_stage_config"] = {"target": target, "params": {"arch": TINY_DPT}}
+        model = model_of(file, name, whole=True)
+        ckpt, yaml = folder / f"{name}.ckpt", folder / f"{name}.yaml"
+        checkpoint.write(ckpt, legacy.rename_back(model.state_dict()))
+        yaml.write_text(json.dumps({"model": config}))
+        flags[name] = ["--ckpt", str(ckpt), "--config", str(yaml)]
+    return flags
+
+
+@pytest.fixture
+def photo(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (70, 60, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+@pytest.fixture
+def run(files, tmp_path, capsys):
+    """Runs a script; returns its status, lines of stdout, text of stderr."""
+
+    def run(script, name, *flags):
+        outdir = str(tmp_path / "out")
+        words = [*files[name], *QUICK, "--outdir", outdir, *map(str, flags)]
+        status = script.main(words)
+        out, err = capsys.readouterr()
+        return status, out.splitlines(), err
+
+    return run
+
+
+def pixels(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB")).astype(int)
+
+
+CASES = [
+    (img2img, "base_v", ["--n_samples", "2", "--strength", "0.5"], (70, 60)),
+    (img2img, "base_v", ["--n_samples", "1", "--H", "64", "--W", "96"], (64, 96)),
+    (img2img, "base_v", ["--n_samples", "1", "--legacy", "--n_iter", "2"], (64, 0)),
+    (inpaint, "inpaint", ["--mask-box", "8,8,30,40", "--mask-blur", "2"], (70, 60)),
+    (inpaint, "inpaint", ["--mask-box", "8,8,30,40", "--legacy"], (64, 0)),
+    (inpaint, "base_v", ["--mask-box", "8,8,30,40", "--no-composite"], (70, 60)),
+    (depth2img, "depth", ["--n_samples", "2"], (70, 60)),
+    (upscale, "upscale", ["--noise-level", "5", "--tile", "128"], (280, 240)),
+    (unclip, "unclip", ["--H", "64", "--W", "64", "--noise_level", "7"], (64, 64)),
+]
+
+
+@pytest.mark.parametrize(("script", "name", "flags", "size"), CASES)
+def test_a_picture_is_made_and_made_again(run, files, photo, capsys, script, name, flags, size):
+    if size[1] == 0:  # squeezed to multiples of 64
+        Image.open(photo).resize((70, 75)).save(photo)
+        size = (64, 64)
+    status, out, err = run(script, name, "--init-img", photo, "--prompt", "a fox", *flags)
+    assert status == 0, err
+    assert pixels(out[-1]).shape == (*size, 3)
+    info = read_info(out[-1])
+    assert info["task"] == script.__name__.split(".")[1]
+    assert info["inputs"]["init_img"][0]["path"] == str(photo)
+    assert replay.main([out[-1], "--ckpt", files[name][1]]) == 0
+    assert capsys.readouterr().out == "identical\n"
+
+
+def test_replay_says_which_input_is_missing_or_another(run, files, photo, capsys):
+    path = run(img2img, "base_v", "--init-img", photo, "--n_samples", "1")[1][0]
+    Image.new("RGB", (60, 70)).save(photo)
+    assert replay.main([path, "--ckpt", files["base_v"][1]]) == 1
+    assert "photo.png` is not the file it was made from any more" in capsys.readouterr().err
+    photo.unlink()
+    assert replay.main([path, "--ckpt", files["base_v"][1]]) == 1
+    assert "photo.png`, which is not there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["s08", "s05_v", "resize", "eta1", "from_file"])
+def test_legacy_img2img_gives_the_recorded_pictures(run, tmp_path, name):
+    file = gold("e2e_img2img")
+    info = file.case(name)["info"]
+    options, flags = dict(info["options"]), ["--legacy", "--no-watermark"]
+    Image.fromarray(file.inputs(name)["init_image"].numpy()).save(tmp_path / "init.png")
+    if lines := options.pop("from_file", None):
+        (tmp_path / "prompts.txt").write_text("\n".join(lines))
+        flags += ["--from-file", tmp_path / "prompts.txt"]
+    for key, value in options.items():
+        flags += [f"--{key}", value]
+    _, out, _ = run(img2img, info["model"], "--init-img", tmp_path / "init.png", *flags)
+    apart = np.abs(np.stack([pixels(path) for path in out]) - file.outputs(name)["images"].numpy())
+    assert apart.max() <= 1
+    assert (apart > 0).mean() < 0.05
+
+
+def test_known_pixels_survive_the_watermark(run, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (256, 264, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "large.png")
+    box = ["--mask-box", "100,100,180,180", "--steps", "1"]
+    _, out, err = run(inpaint, "inpaint", "--init-img", tmp_path / "large.png", *box)
+    assert "too small for a watermark" not in err
+    same = (pixels(out[0]) == noise).all(-1)
+    assert same[:100].all()
+    assert same[180:].all()
+    assert same[:, :100].all()
+    assert not same[100:180, 100:180].all()
+
+
+def test_transparent_parts_and_masks_by_file_are_the_same(run, tmp_path, photo):
+    mask = Image.new("L", (60, 70))
+    mask.paste(255, (10, 10, 40, 50))
+    mask.save(tmp_path / "mask.png")
+    with Image.open(photo) as picture:
+        picture.putalpha(Image.eval(mask, lambda v: 255 - v))
+        picture.save(tmp_path / "holed.png")
+    by_file = run(inpaint, "inpaint", "--init-img", photo, "--mask", tmp_path / "mask.png")[1]
+    by_alpha = run(inpaint, "inpaint", "--init-img", tmp_path / "holed.png")[1]
+    by_box = run(inpaint, "inpaint", "--init-img", photo, "--mask-box", "10,10,40,50")[1]
+    assert (pixels(by_file[0]) == pixels(by_box[0])).all()
+    assert (pixels(by_file[0]) == pixels(by_alpha[0])).all()
+
+
+def test_a_folder_of_pairs_is_painted(run, tmp_path, photo):
+    for name in ("one", "two"):
+        Image.open(photo).save(tmp_path / f"{name}.png")
+        Image.new("L", (60, 70), 255).save(tmp_path / f"{name}_mask.png")
+    status, out, _ = run(inpaint, "inpaint", "--indir", tmp_path)
+    assert (status, len(out)) == (0, 2)
+    assert run(inpaint, "inpaint", "--indir", tmp_path / "out")[0] == 1
+
+
+def test_depth_is_saved_and_taken_back(run, tmp_path, photo):
+    map_ = tmp_path / "depth.png"
+    status, out, err = run(depth2img, "depth", "--init-img", photo, "--save-depth", map_)
+    assert status == 0, err
+    with Image.open(map_) as saved:
+        assert saved.mode.startswith("I")
+    again = run(depth2img, "depth", "--init-img", photo, "--depth-map", map_)[1]
+    far = run(depth2img, "depth", "--init-img", photo, "--depth-map", map_, "--depth-inverted")[1]
+    assert np.abs(pixels(out[0]) - pixels(again[0])).mean() < 5
+    assert np.abs(pixels(out[0]) - pixels(far[0])).mean() > 5
+
+
+def test_several_pictures_are_mixed(run, photo, tmp_path):
+    Image.new("RGB", (50, 50), "red").save(tmp_path / "red.png")
+    flags = ["--image", photo, "--image", tmp_path / "red.png", "--H", "64", "--W", "64"]
+    status, out, err = run(
+        unclip, "unclip", *flags, "--weight", "3", "--weight", "1", "--noise-level", "0",
+        "--noise-level", "90", "--mix-noise-level", "5",
+    )  # fmt: skip
+    assert status == 0, err
+    info = read_info(out[0])
+    assert (info["weight"], info["noise_level"], info["mix_noise_level"]) == ([3, 1], [0, 90], 5)
+    assert (
+        "2 weights were given for 1"
+        in run(unclip, "unclip", *flags[:2], "--weight", "1", "--weight", "1")[2]
+    )
+
+
+WRONG = [
+    (txt2img, "inpaint", "this is the inpainting model: use scripts/inpaint.py"),
+    (img2img, "depth", "this is the depth model: use scripts/depth2img.py"),
+    (inpaint, "upscale", "this is the upscaling model: use scripts/upscale.py"),
+    (upscale, "unclip", "this is the unCLIP model: use scripts/unclip.py"),
+]
+
+
+@pytest.mark.parametrize(("script", "name", "message"), WRONG)
+def test_a_model_of_another_family_is_one_line(run, photo, script, name, message):
+    flags = [] if script is txt2img else ["--init-img", photo]
+    flags += ["--mask-box", "1,1,9,9"] if script is inpaint else []
+    status, _, err = run(script, name, *flags)
+    assert status == 1
+    assert err.strip().splitlines()[-1].endswith(message)
+
+
+@pytest.mark.parametrize("script", [img2img, inpaint, depth2img, upscale, unclip])
+def test_a_missing_picture_is_one_line(run, script):
+    status, _, err = run(script, "base_v", "--init-img", "absent.png")
+    assert status == 1
+    assert "no picture `absent.png`" in err
+    assert "Traceback" not in err
