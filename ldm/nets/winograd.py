@@ -1,10 +1,10 @@
-"""3x3 convolution in float32 as matrix products, with 2.25 or 4 times fewer multiplications.
+"""3x3 convolution as matrix products, with 2.25 or 4 times fewer multiplications.
 
 A tile of 4x4 inputs d gives 2x2 outputs  A^T [(G g G^T) * (B^T d B)] A  by 16 products instead of
 36; summed over channels these are 16 matrix products over all tiles. Behind a doubling by nearest
 neighbour the middle rows of a tile are equal, one line of B^T d is always zero and one line of G
-drops out: 9 products remain. The sums are shorter than the direct ones, so the rounding error is
-no larger. Lavin & Gray 2016 (arXiv:1509.09308), F(2x2, 3x3).
+drops out: 9 products remain. The sums are shorter than the direct ones, so in float32 the rounding
+error is about the same. Lavin & Gray 2016 (arXiv:1509.09308), F(2x2, 3x3).
 """
 
 from collections.abc import Callable, Sequence
