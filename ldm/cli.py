@@ -212,6 +212,7 @@ def _complete(args: Namespace, model: "LatentDiffusion") -> None:
         log.warning("--dpm is deterministic: --ddim_eta %g is ignored", args.ddim_eta)
         args.ddim_eta = 0.0
     native = model.image_size * model.downscale
-    if native == 512 and model.parameterization == "v" and args.H is args.W is None:
+    is_text = args.task == "txt2img" and model.parameterization == "v"
+    if native == 512 and is_text and args.H is args.W is None:
         log.info("Stable Diffusion 2 v models were trained at 768: --H 768 --W 768 may be better")
     args.size = (args.H or native, args.W or native)

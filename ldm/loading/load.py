@@ -145,6 +145,8 @@ def fill(
         if mapped and new.data_ptr() != old.data_ptr():
             checkpoint.release(old)
     model.load_state_dict(weights, strict=True, assign=True)
+    if dtype == torch.float16 and hasattr(getattr(model, "conditioner", None), "lowres"):
+        cast(LatentDiffusion, model).autoencoder.float()  # the upscaler's overflows in float16
 
 
 def save(

@@ -4,11 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import ldm
 from goldfile import gold
 from ldm.imaging.metadata import read_info
 from ldm.loading import checkpoint, legacy
+from ldm.nets.prior import Prior
 from pipelines.goldmodels import TINY_DPT, model_of
 from scripts import depth2img, img2img, inpaint, replay, txt2img, unclip, upscale
 
@@ -184,6 +187,85 @@ def test_several_pictures_are_mixed(run, photo, tmp_path):
     )
 
 
+def write(folder, config):
+    """Flags of a model of random weights."""
+    torch.manual_seed(0)
+    model = ldm.instantiate(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    checkpoint.write(folder / "x.ckpt", legacy.rename_back(model.state_dict()))
+    (folder / "x.yaml").write_text(json.dumps({"model": config}))
+    return ["--ckpt", str(folder / "x.ckpt"), "--config", str(folder / "x.yaml")]
+
+
+@pytest.fixture
+def unclip_l(tmp_path):
+    """Flags of an unCLIP-L, beside it the two files that it borrows from Karlo."""
+    file = gold("e2e_unclip")
+    config = json.loads(json.dumps(file.meta["config_unclip"]))
+    params, arch = config["params"], file.meta["tiny_arch"]
+    params["cond_stage_config"]["params"]["arch"] = arch
+    target = "ldm.modules.encoders.modules.ClipImageEmbedder"
+    params["embedder_config"] = {"target": target, "params": {"model": arch}}
+    params["noise_aug_config"]["params"]["clip_stats_path"] = "karlo_models/stats.th"
+    torch.save((torch.zeros(1, 32), torch.ones(1, 32)), tmp_path / "stats.th")
+    prior = Prior(clip_dim=32, xf_width=64, xf_layers=1)
+    torch.save({"state_dict": prior.state_dict()}, tmp_path / "prior.ckpt")
+    return write(tmp_path, config)
+
+
+@pytest.fixture
+def seen(tmp_path, capsys):
+    """Runs unclip.py with flags; returns its status, lines of stdout, text of stderr."""
+
+    def seen(*flags):
+        words = [*QUICK, "--outdir", str(tmp_path / "out"), "--H", "64", "--W", "64"]
+        status = unclip.main([*words, *map(str, flags)])
+        out, err = capsys.readouterr()
+        return status, out.splitlines(), err
+
+    return seen
+
+
+def test_a_picture_is_imagined_by_the_prior_and_made(unclip_l, seen, tmp_path, photo, capsys):
+    flags = [*unclip_l, "--prior", tmp_path / "prior.ckpt", "--prompt", "a fox"]
+    status, out, err = seen(*flags, "--n_samples", "2")
+    assert status == 0, err
+    assert (pixels(out[0]) != pixels(out[1])).any()
+    assert replay.main([out[1], "--ckpt", unclip_l[1]]) == 0
+    capsys.readouterr()
+    status, out, err = seen(*flags, "--image", photo, "--weight", "1", "--weight", "2")
+    assert status == 0, err
+    assert [file["path"] for file in read_info(out[0])["inputs"]["prior"]] == [
+        str(tmp_path / "prior.ckpt")
+    ]
+
+
+def test_statistics_are_asked_for_in_one_line_and_may_be_given(unclip_l, seen, tmp_path, photo):
+    (tmp_path / "stats.th").rename(tmp_path / "elsewhere.th")
+    status, _, err = seen(*unclip_l, "--image", photo)
+    assert status == 1
+    assert "`karlo_models/stats.th`: put the file beside the checkpoint, or say where" in err
+    stats = ["--clip-stats", tmp_path / "elsewhere.th"]
+    assert seen(*unclip_l, "--image", photo, *stats)[0] == 0
+
+
+def test_unclip_without_anything_to_see_is_one_line(unclip_l, seen):
+    assert "give a picture (--image), or a prior" in seen(*unclip_l)[2]
+
+
+def test_image_variations_of_sd_1_are_made_without_text(seen, tmp_path, photo):
+    file = gold("e2e_img2img")
+    config = json.loads(json.dumps(file.meta["config_base_eps"]))
+    config["params"]["cond_stage_config"] = {
+        "target": "ldm.modules.encoders.modules.FrozenCLIPImageEmbedder",
+        "params": {"model": file.meta["tiny_arch"]},
+    }
+    status, out, err = seen(*write(tmp_path, config), "--image", photo, "--scale", "3")
+    assert status == 0, err
+    assert len(out) == 2
+
+
 WRONG = [
     (txt2img, "inpaint", "this is the inpainting model: use scripts/inpaint.py"),
     (img2img, "depth", "this is the depth model: use scripts/depth2img.py"),
@@ -207,3 +289,16 @@ def test_a_missing_picture_is_one_line(run, script):
     assert status == 1
     assert "no picture `absent.png`" in err
     assert "Traceback" not in err
+
+
+def test_the_upscaler_decodes_in_float32_whatever_its_precision(run, files, photo):
+    flags, name = files["upscale"], "upscale"
+    model = ldm.load(flags[3], flags[1], dtype=torch.float16)
+    assert (model.dtype, next(model.autoencoder.parameters()).dtype) == (
+        torch.float16,
+        torch.float32,
+    )
+    small = ["--init-img", photo, "--H", "16", "--W", "16", "--steps", "1"]
+    status, out, err = run(upscale, name, *small, "--precision", "fp16")
+    assert status == 0, err
+    assert read_info(out[0])["dtype"] == "float16"
