@@ -24,7 +24,7 @@ from ldm.data.transforms import COLOURS
 from ldm.nets.blocks import Conv2d, GroupNorm, Linear
 from ldm.train import optim
 
-__all__ = ["Classifier", "Judges", "background"]
+__all__ = ["Classifier", "Judges", "Texture", "background"]
 
 log = logging.getLogger(__name__)
 
