@@ -12,4 +12,4 @@ type:
 	mypy
 
 test: lint type
-	python -m pytest -q
+	python -m pytest -q -n 2
