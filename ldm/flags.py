@@ -30,6 +30,8 @@ ORIGINAL = frozenset(
     ]
 )
 
+SCALE, DEMO_SCALE = 9.0, 3.0  # the original's, and what suits the small model that ships
+
 
 def parser(description: str | None, *parents: ArgumentParser, **defaults: Any) -> ArgumentParser:
     """The parser of one script: its docstring, groups of flags, and its own defaults."""
@@ -126,7 +128,12 @@ def sampling_flags() -> ArgumentParser:
         metavar="ETA",
         help="share of fresh noise (%(default)s)",
     )
-    add("--scale", type=float, default=9.0, metavar="S", help="guidance; 1 is none (%(default)s)")
+    add(
+        "--scale",
+        type=float,
+        metavar="S",
+        help=f"guidance; 1 is none ({SCALE:g}, the demo model {DEMO_SCALE:g})",
+    )
     add(
         "--seed",
         type=int,
@@ -248,6 +255,8 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None = None) -> Namespac
             _refuse(parser, word)
     if "sampler" in args:
         _settle(parser, args)
+    if "scale" in args and args.scale is None:
+        args.scale = DEMO_SCALE if args.ckpt is None and args.config is None else SCALE
     for flag in ("prompt", "outdir"):
         if flag in args and getattr(args, flag) is None:
             parser.error(f"--{flag} needs a value")

@@ -71,11 +71,16 @@ def test_defaults_are_those_of_the_original():
         "prompt": "a professional photograph of an astronaut riding a triceratops",
         "outdir": "outputs/txt2img-samples", "steps": 50, "plms": False, "dpm": False,
         "fixed_code": False, "ddim_eta": 0.0, "n_iter": 3, "n_samples": 3, "n_rows": 0,
-        "scale": 9.0, "from_file": None, "ckpt": None, "seed": 42, "precision": "autocast",
+        "scale": 9.0, "from_file": None, "ckpt": "m.ckpt", "seed": 42, "precision": "autocast",
         "repeat": 1, "torchscript": False, "ipex": False,
     }  # fmt: skip
-    given = parsed()
+    given = parsed("--ckpt", "m.ckpt")
     assert {key: given[key] for key in expected} == expected
+
+
+def test_the_demo_model_has_a_scale_of_its_own():
+    assert parsed()["scale"] == 3.0
+    assert parsed("--scale", "9")["scale"] == 9.0
 
 
 COMMANDS = [
