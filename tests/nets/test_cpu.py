@@ -10,7 +10,7 @@ from torch import nn
 
 from ldm.nets import cpu
 from ldm.nets.attention import attention
-from ldm.nets.blocks import Conv2d, DoublingConv2d, Linear, Upsample
+from ldm.nets.blocks import Conv2d, DoublingConv2d, GroupNorm, Linear, Upsample
 
 pytestmark = pytest.mark.skipif(not cpu._dtypes(), reason="this CPU has no fast paths")
 
@@ -249,6 +249,20 @@ def test_a_whole_unet_is_equal_and_contiguous():
         expected = unet(x, t, context)
     assert fast.is_contiguous()
     assert distance(fast, expected) < 1e-5
+
+
+@pytest.mark.parametrize(("batch", "height", "width"), [(2, 100, 130), (1, 200, 40), (1, 97, 64)])
+def test_norms_of_large_maps_keep_their_digits(batch, height, width):
+    torch.manual_seed(0)
+    norm, x = GroupNorm(64, eps=1e-6), torch.randn(batch, 64, height, width) + 0.5
+    nn.init.uniform_(norm.weight)
+    nn.init.uniform_(norm.bias)
+    x = x.contiguous(memory_format=torch.channels_last)
+    exact = F.group_norm(x.double(), 32, norm.weight.double(), norm.bias.double(), norm.eps)
+    with torch.no_grad():
+        y = norm(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert distance(y.double(), exact) < 3e-7
 
 
 @pytest.mark.skipif(torch.bfloat16 not in cpu._dtypes(), reason="needs bfloat16")
