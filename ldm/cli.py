@@ -60,6 +60,7 @@ def load(args: Namespace, threads: int | None = None) -> "LatentDiffusion":
 
     from ldm.loading.load import load as load_model
     from ldm.nets.attention import set_backend
+    from ldm.nets.cpu import keep_memory
 
     if args.ckpt is None and args.config is None:
         log.info(DEMO)
@@ -68,6 +69,7 @@ def load(args: Namespace, threads: int | None = None) -> "LatentDiffusion":
     dtype = pick_dtype(args.precision, device, small)
     if device.type == "cpu":
         torch.set_num_threads(threads or _suitable_threads(small))
+        keep_memory()
     set_backend(args.attention)
     model = load_model(
         args.config,
