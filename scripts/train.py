@@ -5,16 +5,17 @@
     python scripts/train.py --base configs/demo/text2img.yaml -t --resume   # goes on where it ended
     python scripts/train.py --base configs/demo/text2img.yaml --resume      # only exports
 
-Every key of the config can be given as `key.sub=value`. The run lives in LOGDIR/NAME: checkpoints/,
-images/, log.csv.
+Every key of the config can be given as `key.sub=value`. The run lives in LOGDIR/NAME.
 """
 
 import argparse
 import logging
+import sys
 from pathlib import Path
 
 import torch
 
+from ldm import cli
 from ldm.loading import config
 from ldm.train.loop import Run
 
@@ -26,13 +27,19 @@ def main() -> None:
     parser.add_argument("-n", "--name", help="name of the run (default: name of the config)")
     parser.add_argument("-l", "--logdir", type=Path, default=Path("logs"), help="folder of runs")
     parser.add_argument("-r", "--resume", action="store_true", help="continue the run of this name")
-    parser.add_argument("-s", "--seed", type=int, help="seed of weights, order and noise")
-    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("-s", "--seed", type=int, help="of weights, order and noise")
+    parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("overrides", nargs="*", help="key.sub=value")
     args = parser.parse_intermixed_args()
+    try:
+        work(args, parser)
+    except (ValueError, KeyError, OSError) as error:
+        sys.exit(f"{parser.prog}: error: {cli.explain(error)}")
+
+
+def work(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     raw = config.read(args.base, args.overrides)
     if args.seed is not None:
         raw.setdefault("lightning", {}).setdefault("trainer", {})["seed"] = args.seed
