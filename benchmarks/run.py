@@ -195,7 +195,7 @@ def load(args: argparse.Namespace) -> list[dict[str, Any]]:
 def start(args: argparse.Namespace) -> list[dict[str, Any]]:
     """How long until a program is ready to read its arguments, and until its modules are there."""
     ways = {
-        "txt2img.py --help": ["scripts/txt2img.py", "--help"],
+        "txt2img.py --help": ["-m", "scripts.txt2img", "--help"],
         "import ldm, its parts": ["-c", "import ldm; ldm.load; ldm.txt2img"],
         "import diffusers' parts": ["-c", "from diffusers import StableDiffusionPipeline"],
     }
