@@ -51,7 +51,7 @@ def main() -> None:
     add = parser.add_argument
     add("--stage", nargs="+", choices=[*MODULES, "load", "start"], default=list(MODULES))
     add("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
-    add("--quick", action="store_true", help="small pictures, 3 rounds, bfloat16 too")
+    add("--quick", action="store_true", help="small pictures, at most 2 rounds")
     add("--rounds", type=int, default=5)
     add("--threads", type=int, default=torch.get_num_threads())
     add("--json", type=Path, metavar="FILE", help="write all samples there")
