@@ -34,6 +34,9 @@ LINE_OPTION = re.compile(r"(?:^|\s)--(?:seed|negative[-_]prompt)(?=[\s=]|$)")
 log = logging.getLogger(__name__)
 
 
+def _ignore(*_: Any) -> None: ...
+
+
 @dataclass(frozen=True)
 class Job:
     """One picture to make.
@@ -50,7 +53,8 @@ class Job:
 
 
 Batch = list[Job]
-Make = Callable[[Batch, Callable[..., None]], "Tensor"]
+Watch = Callable[..., None]  # the callback of `ldm.sample`
+Make = Callable[[Batch, Watch], "Tensor"]
 
 
 def plan(args: Namespace) -> list[Batch]:
@@ -130,7 +134,7 @@ def maker(
     if "image" not in told:
         told["size"] = args.size
 
-    def make(batch: Batch, callback: Callable[..., None]) -> "Tensor":
+    def make(batch: Batch, callback: Watch) -> "Tensor":
         prompts, own = [job.prompt for job in batch], dict(told)
         if args.task == "img2img" and "noise" in args.legacy:
             if "z" not in told:  # the original draws it once for all batches
@@ -149,6 +153,7 @@ def again(
     model: "LatentDiffusion",
     make: Make,
     keep: Kept | None = None,
+    watch: Watch = _ignore,
 ) -> "Image.Image":
     """The picture of which `info` tells, in a batch of the same shape.
 
@@ -156,18 +161,12 @@ def again(
     """
     from ldm.imaging.pixels import to_pil
 
-    seed = info["seed"]
-    job = Job(
-        index=info["index"],
-        prompt=info["prompt"],
-        negative_prompt=info["negative_prompt"],
-        seed=seed,
-        start=info.get("start_seed", seed),
-    )
+    texts, seed = (info["prompt"], info["negative_prompt"]), info["seed"]
+    job = Job(info["index"], *texts, seed=seed, start=info.get("start_seed", seed))
     seed_globally(args, model)
     for rows in info.get("earlier", ()):  # they drew from the same generator
-        make([job] * rows, _ignore)
-    image = make([job] * info["rows"], _ignore)
+        make([job] * rows, watch)
+    image = make([job] * info["rows"], watch)
     row = slice(info["row"], info["row"] + 1)
     return marked(to_pil(image[row], truncate="truncate" in args.legacy)[0], info, keep)
 
@@ -178,11 +177,15 @@ def run(
     model: "LatentDiffusion",
     args: Namespace,
     keep: Kept | None = None,
+    *,
+    watch: Watch = _ignore,
+    report: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
     """Make every batch and save its pictures; paths (or JSON lines) go to stdout.
 
-    make: (batch, callback) -> image (B, 3, H, W) in [-1, 1].
-    keep: see `provenance.marked`.
+        make: (batch, callback) -> image (B, 3, H, W) in [-1, 1].
+        keep: see `provenance.marked`.
+        report: told the info of each picture, with its path, in place of stdout.
     What is finished stays, and gets its grid, however the run ends.
     Raises NonFinite if a picture is NaN even in float32.
     """
@@ -198,13 +201,13 @@ def run(
         log.info("the grid will hold the first %d pictures", GRID_LIMIT)
     seed_globally(args, model)
     try:
-        for number, (batch, callback) in enumerate(_progress(batches, args)):
+        for number, (batch, callback) in enumerate(_progress(batches, args, watch)):
             image = _made(make, batch, callback, model)
             facts["dtype"] = str(model.dtype).removeprefix("torch.")
             for row, picture in enumerate(to_pil(image, truncate="truncate" in args.legacy)):
                 info = facts | _own(batches, number, row, args)
                 info["path"] = None if args.skip_save else _save(folder, picture, info, keep)
-                _report(info, args.json)
+                report(info) if report else _report(info, args.json)
                 if not args.skip_grid and len(shown) < GRID_LIMIT:
                     shown.append((picture, info))
     finally:
@@ -270,7 +273,7 @@ def _line(text: str, where: str) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"{where}: seed `{options['seed']}` is not a number") from error
 
 
-def _made(make: Make, batch: Batch, callback: Callable[..., None], model: Any) -> "Tensor":
+def _made(make: Make, batch: Batch, callback: Watch, model: Any) -> "Tensor":
     """The images of a batch; if NaN appears in half precision, once more in float32."""
     import torch
 
@@ -287,7 +290,7 @@ def _made(make: Make, batch: Batch, callback: Callable[..., None], model: Any) -
     return make(batch, callback)
 
 
-def _progress(batches: list[Batch], args: Namespace) -> Iterator[tuple[Batch, Callable[..., None]]]:
+def _progress(batches: list[Batch], args: Namespace, watch: Watch) -> Iterator[tuple[Batch, Watch]]:
     """Each batch with the callback that moves its bar; bars show on a terminal only."""
     from tqdm import tqdm
 
@@ -295,9 +298,10 @@ def _progress(batches: list[Batch], args: Namespace) -> Iterator[tuple[Batch, Ca
     for batch in tqdm(batches, "Sampling", disable=hidden):
         with tqdm(desc=args.sampler, total=args.steps, leave=False, disable=hidden) as bar:
 
-            def advance(step: int, steps: int, *_: Any, bar: tqdm = bar) -> None:
+            def advance(step: int, steps: int, *state: Any, bar: tqdm = bar) -> None:
                 bar.total = steps
                 bar.update()
+                watch(step, steps, *state)
 
             yield batch, advance
 
@@ -368,9 +372,6 @@ def _say(line: str) -> None:
 
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
-
-
-def _ignore(*_: Any) -> None: ...
 
 
 def _start_noise(batch: Batch, args: Namespace, model: "LatentDiffusion") -> "Tensor":
