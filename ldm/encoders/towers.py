@@ -162,16 +162,27 @@ class FusedAttention(nn.Module):
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.in_proj = Product()
         self.out_proj = Linear(width, width)
-        self.packs = cpu.Packs()
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        qkv = cpu.linear(self.packs, x, self.in_proj_weight, self.in_proj_bias)  # (B, N, 3 D)
+        qkv = self.in_proj(x, self.in_proj_weight, self.in_proj_bias)  # (B, N, 3 D)
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
         y = attention(q, k, v, mask)  # (B, heads, N, d)
         return self.out_proj(rearrange(y, "b h n d -> b n (h d)"))  # (B, N, D)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> "FusedAttention":
+
+class Product(nn.Module):
+    """x W^T + b, where the parameters are its owner's; a module, so that hooks find it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packs = cpu.Packs()
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return cpu.linear(self.packs, x, weight, bias)  # (B, N, D_out)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "Product":
         self.packs = cpu.Packs()
         return super()._apply(*args, **kwargs)
 

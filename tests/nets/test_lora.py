@@ -1,0 +1,116 @@
+import pytest
+import torch
+
+from ldm.encoders.towers import FusedAttention
+from ldm.nets import cpu
+from ldm.nets.blocks import Conv2d, DoublingConv2d, Linear
+from ldm.nets.lora import Adapter, LowRank, Place, merge
+
+LAYERS = {
+    "linear": lambda: Linear(12, 20),
+    "1x1": lambda: Conv2d(12, 20, 1),
+    "3x3": lambda: Conv2d(12, 20, 3, padding=1),
+    "halving": lambda: Conv2d(12, 20, 3, stride=2, padding=1),
+    "doubling": lambda: DoublingConv2d(12, 20, 3, padding=1),
+    "fused": lambda: FusedAttention(12, 3),
+}
+
+
+@pytest.fixture(params=LAYERS)
+def layer(request):
+    torch.manual_seed(0)
+    layer = LAYERS[request.param]().requires_grad_(False)
+    if request.param == "fused":
+        torch.nn.init.normal_(layer.in_proj_weight)
+    return layer
+
+
+def changes(layer, *, rank=4, alpha=2.0):
+    parts = range(3) if isinstance(layer, FusedAttention) else [None]
+    lows = {f"layer{part}": LowRank(Place(layer, part), rank, alpha) for part in parts}
+    for low in lows.values():
+        torch.nn.init.normal_(low.lora_up.weight)
+    return Adapter(lows)
+
+
+def example(layer):
+    wide = (2, 12, 6, 8) if isinstance(layer, Conv2d) else (2, 5, 12)
+    return torch.randn(wide, generator=torch.Generator().manual_seed(1))
+
+
+def test_attached_equals_merged(layer):
+    x, adapter = example(layer), changes(layer)
+    plain = layer(x)
+    adapter.attach()
+    attached = layer(x)
+    adapter.detach()
+    assert torch.equal(layer(x), plain)
+    merge(adapter)
+    assert (attached - plain).abs().max() > 0.1
+    torch.testing.assert_close(layer(x), attached, rtol=1e-5, atol=1e-5)
+
+
+def test_a_fresh_change_is_zero(layer):
+    x = example(layer)
+    plain = layer(x)
+    part = 1 if isinstance(layer, FusedAttention) else None
+    Adapter({"new": LowRank(Place(layer, part), 4)}).attach()
+    assert torch.equal(layer(x), plain)
+
+
+def test_several_with_weights_are_their_sum(layer):
+    first, second = changes(layer), changes(layer, rank=2)
+    places = [low.place for low in first.values()]
+    expected = [
+        place.weight + 0.75 * first[name].change() - 0.5 * second[name].change()
+        for name, place in zip(first, places, strict=True)
+    ]
+    x, plain = example(layer), layer(example(layer))
+    first.scale(0.75).attach()
+    second.scale(-0.5).attach()
+    attached = layer(x)
+    first.detach()
+    second.detach()
+    assert torch.equal(layer(x), plain)
+    merge(first, second)
+    for place, weight in zip(places, expected, strict=True):
+        torch.testing.assert_close(place.weight, weight, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(layer(x), attached, rtol=1e-5, atol=1e-5)
+
+
+def test_merging_does_not_write_into_the_memory_of_a_file(layer):
+    name = "in_proj_weight" if isinstance(layer, FusedAttention) else "weight"
+    old = getattr(layer, name)
+    copy = old.clone()
+    merge(changes(layer))
+    assert torch.equal(old, copy)
+    assert not torch.equal(getattr(layer, name), copy)
+    assert not getattr(layer, name).requires_grad
+
+
+def test_packs_of_the_old_weight_are_not_used_after_merging():
+    layer, x = Linear(256, 256).requires_grad_(False), torch.randn(1024, 256)
+    adapter = changes(layer)
+    with torch.no_grad():
+        layer(x)
+        assert layer.packs.made or not cpu.applies(x)
+        merge(adapter)
+        expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_change_is_trained(layer):
+    adapter = changes(layer)
+    adapter.attach()
+    layer(example(layer)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in adapter.parameters())
+    assert all(p.grad is None for p in layer.parameters())
+
+
+def test_half_precision_weights_are_rounded_once():
+    layer = Linear(64, 64).to(torch.bfloat16).requires_grad_(False)
+    adapters = [changes(layer).scale(0.001), changes(layer).scale(0.001)]
+    sum_ = sum(adapter["layerNone"].change() for adapter in adapters)
+    expected = (layer.weight.float() + sum_).to(torch.bfloat16)
+    merge(*adapters)
+    assert torch.equal(layer.weight, expected)
