@@ -61,6 +61,8 @@ def model_flags() -> ArgumentParser:
         metavar="M",
         help="trust targets in package M",
     )
+    add("--lora", type=_weighted, action="append", default=[], metavar="FILE[:WEIGHT]",
+        help="add a LoRA, in kohya's or diffusers' format; may be given several times")  # fmt: skip
     add("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu (the first that is there)")
     add(
         "--precision",
@@ -320,6 +322,15 @@ def _level(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"`{text}` is not a whole number from 0 up")
     return int(text)
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """FILE or FILE:WEIGHT; a colon may also be part of the file's name."""
+    name, _, weight = text.rpartition(":")
+    try:
+        return (name, float(weight)) if name else (text, 1.0)
+    except ValueError:
+        return text, 1.0
 
 
 def _share(text: str) -> float:

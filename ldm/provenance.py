@@ -7,7 +7,7 @@ picture was made, because kernels round differently for other shapes.
 """
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,7 @@ def describe(args: Namespace, model: "LatentDiffusion") -> Info:
         "checkpoint": Path(checkpoint).name,
         "checkpoint_hash": file_hash(checkpoint),
         "ema": args.ema,
+        "loras": model.provenance.get("loras", []),
         "config": args.config,
         "config_hash": model.provenance["config_hash"],
         "overrides": list(args.overrides),
@@ -120,6 +121,7 @@ def flags(info: Mapping[str, Any], given: Namespace) -> Namespace:
     made.ema = given.ema or info["ema"]
     made.overrides = given.overrides or info["overrides"]
     made.attention = given.attention or info["attention"]
+    made.lora = getattr(given, "lora", None) or _unchanged(info.get("loras", ()))
     made.precision = given.precision or PRECISIONS[info["dtype"]]
     made.device = given.device or _device(info["device"])
     made.ckpt, made.config = _files(info, given)
@@ -128,7 +130,9 @@ def flags(info: Mapping[str, Any], given: Namespace) -> Namespace:
 
 def changes(info: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What may explain a difference, one line each: `torch: 2.10.0 then, 2.11.0 now`."""
-    return [f"{key}: {info[key]} then, {now[key]} now" for key in CAUSES if info[key] != now[key]]
+    then = {"loras": [], **info}  # older pictures do not say
+    keys = (*CAUSES, "loras")
+    return [f"{key}: {then[key]} then, {now[key]} now" for key in keys if then[key] != now[key]]
 
 
 def compare(old: "Image.Image", new: "Image.Image") -> str | None:
@@ -150,6 +154,19 @@ def _payload(model: "LatentDiffusion") -> str:
     """What the original scripts of the model's family wrote."""
     is_sd1 = type(model.conditioner.text).__name__ in ("CLIPText", "CLIPImage")
     return "StableDiffusionV1" if is_sd1 else "SDV2"
+
+
+def _unchanged(files: Iterable[Mapping[str, Any]]) -> list[tuple[str, float]]:
+    """The LoRA files that a picture was made with, which must be what they were."""
+    from ldm.loading.checkpoint import file_hash
+
+    for file in files:
+        hint = f"hint: say --lora FILE:{file['weight']:g} where it is now"
+        if not Path(file["path"]).is_file():
+            raise FileNotFoundError(f"made with `{file['path']}`, which is not there\n{hint}")
+        if file_hash(file["path"]) != file["hash"]:
+            raise ValueError(f"`{file['path']}` is not the LoRA it was made with any more\n{hint}")
+    return [(file["path"], file["weight"]) for file in files]
 
 
 def _device(name: str) -> str | None:

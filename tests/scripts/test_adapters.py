@@ -1,0 +1,84 @@
+"""--lora in the scripts: it changes the picture, is written down, and replayed."""
+
+import shutil
+
+import pytest
+import torch
+
+import ldm
+from ldm import flags
+from ldm.imaging.metadata import parameters_text, read_info
+from ldm.loading import adapters
+from ldm.nets.lora import Adapter, LowRank
+from scripts import replay, txt2img
+
+QUICK = ["--steps=2", "--n_iter=1", "--n_samples=1", "--H=64", "--W=64", "--skip_grid"]
+QUICK += ["--precision=full"]
+
+
+@pytest.fixture
+def loras(tiny, tmp_path):
+    """Two files for the tiny model."""
+    model = ldm.load(tiny.config, tiny.ckpt)
+    paths = []
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        changes = {}
+        for title, place in adapters.places(model).items():
+            low = LowRank(place, 2)
+            torch.nn.init.normal_(low.lora_up.weight, std=0.1)
+            changes[adapters.kohya(title)] = low
+        paths.append(tmp_path / f"{name}.safetensors")
+        adapters.write(Adapter(changes), paths[-1], model)
+    return paths
+
+
+@pytest.fixture
+def shot(tiny, tmp_path, capsys):
+    def shot(*words: str) -> tuple[int, str]:
+        status = txt2img.main([*tiny.flags, *QUICK, "--outdir", str(tmp_path / "out"), *words])
+        out, err = capsys.readouterr()
+        return status, out.strip() if not status else err
+
+    return shot
+
+
+@pytest.mark.parametrize(
+    ("word", "meaning"),
+    [
+        ("a.safetensors", ("a.safetensors", 1.0)),
+        ("a.safetensors:0.8", ("a.safetensors", 0.8)),
+        ("C:\\a.safetensors", ("C:\\a.safetensors", 1.0)),
+        ("C:\\a.safetensors:-1", ("C:\\a.safetensors", -1.0)),
+    ],
+)
+def test_a_weight_may_follow_the_file(word, meaning):
+    given = flags.parse(txt2img.PARSER, ["--prompt", "x", "--lora", word, "--lora", "b:2"])
+    assert given.lora == [meaning, ("b", 2.0)]
+
+
+def test_pictures_with_loras_say_so_and_are_made_again(shot, loras, tiny, capsys, tmp_path):
+    words = ["--lora", f"{loras[0]}:0.8", "--lora", f"{loras[1]}:-0.5"]
+    paths = [shot()[1], shot(*words)[1]]
+    plain, info = (read_info(path) for path in paths)
+    assert plain["loras"] == []
+    assert plain["sha256"] != info["sha256"]
+    assert [(lora["path"], lora["weight"]) for lora in info["loras"]] == [
+        (str(loras[0]), 0.8),
+        (str(loras[1]), -0.5),
+    ]
+    assert f'Lora hashes: "one: {info["loras"][0]["hash"]}, two: ' in parameters_text(info)
+    assert replay.main([paths[1], "--ckpt", str(tiny.ckpt)]) == 0
+    moved = str(shutil.move(loras[1], tmp_path / "three.safetensors"))
+    capsys.readouterr()
+    assert replay.main([paths[1], "--ckpt", str(tiny.ckpt)]) == 1
+    assert "two.safetensors`, which is not there" in capsys.readouterr().err
+    words = ["--lora", str(loras[0]), "--lora", moved]
+    assert replay.main([paths[1], "--ckpt", str(tiny.ckpt), *words]) == 1
+    assert "\n  loras: [{" in capsys.readouterr().out
+
+
+def test_a_lora_that_is_not_there_is_one_line(shot):
+    status, err = shot("--lora", "none.safetensors:0.5")
+    assert status == 1
+    assert err.splitlines()[-1].endswith("error: no checkpoint `none.safetensors`")
