@@ -94,6 +94,7 @@ face, smiling face with sunglasses, smiling face with heart-eyes, thinking face,
 alien, robot, skull, pile of poo, red heart
 """
 CLOCK = re.compile(r"o’clock|-thirty|o'clock")
+RANKED = 128  # pixels at which objects are compared
 DISTINCT = 0.07  # least root mean square distance between two objects, averaged over the styles
 
 
@@ -124,13 +125,15 @@ def install(folder: Path) -> Path:
     return modules
 
 
-def build(modules: Path, out: Path, objects: int | None = None, size: int = 128) -> list[Picture]:
+def build(
+    modules: Path, out: Path, objects: int | None = None, size: int = RANKED
+) -> list[Picture]:
     """Write the data set and return its metadata.
 
     modules: node_modules folder with the packages of PACKAGES.
     out: folder to write; images/, metadata.jsonl, NOTICE.
     objects: keep the first so many of the ranking (fully drawn and distinct first); None = all.
-    size: side of the square pictures, pixels.
+    size: side of the square pictures, pixels; what would have to be enlarged is left out.
     """
     sources = {style: _Source(modules / package) for style, package in STYLES.items()}
     slugs: dict[str, set[str]] = {}
@@ -142,17 +145,23 @@ def build(modules: Path, out: Path, objects: int | None = None, size: int = 128)
         entry["id"]: {
             style: found
             for style, source in sources.items()
-            if (found := source.picture(entry, slugs.get(entry["id"], set()), size)) is not None
+            if (found := source.picture(entry, slugs.get(entry["id"], set()))) is not None
         }
         for entry in names
     }
     names = [entry for entry in names if drawn[entry["id"]]]
     names = _ranked(names, drawn)[:objects]
-    pictures = list(_describe(names, drawn))
-    for row in pictures:
-        path = out / row.file_name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        drawn[row.id][row.style].save(path)
+    by_id = {entry["id"]: entry for entry in names}
+    pictures = []
+    for row in _describe(names, drawn):
+        picture: Image.Image | None = drawn[row.id][row.style]
+        if size != RANKED:  # all were drawn to be compared, only these are wanted
+            picture = sources[row.style].picture(by_id[row.id], slugs.get(row.id, set()), size)
+        if picture is not None:
+            path = out / row.file_name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+            pictures.append(row)
     lines = [json.dumps(asdict(row), ensure_ascii=False) for row in pictures]
     (out / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (out / "NOTICE").write_text(_notice(), encoding="utf-8")
@@ -175,13 +184,15 @@ class _Source:
             self.chars = json.loads((folder / "chars.json").read_text(encoding="utf-8"))
         self.by_code = {_plain(code): name for code, name in self.chars.items()}
 
-    def picture(self, entry: dict, slugs: set[str], size: int) -> Image.Image | None:
-        """RGBA picture of the object, or None where this style lacks it."""
+    def picture(self, entry: dict, slugs: set[str], size: int = RANKED) -> Image.Image | None:
+        """RGBA picture of the object, or None where this style lacks it (at this size)."""
         if not self.icons:
             for code in (entry["id"], f"{entry['id']}-fe0f"):
                 path = self.assets / f"{code}.webp"
                 if path.exists():
                     picture = Image.open(path).convert("RGBA")
+                    if picture.width < size:
+                        return None
                     return picture.resize((size, size), Image.Resampling.LANCZOS)
             return None
         wanted = [self.by_code.get(entry["id"]), *sorted(slugs), _slug(entry["label"])]

@@ -60,25 +60,30 @@ class Folder(Dataset):
 
 
 class Latents(Dataset):
-    """Latents made in advance, several per record (see `ldm.train.latents`), as {"z", "txt"}.
+    """Latents made in advance, several per record (see `ldm.train.latents`), as {"z", "txt", …}.
 
-    z: (records, variants, C, h, w), any float dtype.
+    kept: each (records, variants, …), any float dtype; `z` and what else a model sees.
     captions: (record, variant, rng) -> caption.
     """
 
     def __init__(
-        self, z: Tensor, captions: Callable[[int, int, Random], str], *, seed: int = 0
+        self,
+        kept: Mapping[str, Tensor],
+        captions: Callable[[int, int, Random], str],
+        *,
+        seed: int = 0,
     ) -> None:
-        self.z, self.captions, self.seed = z, captions, seed
+        self.kept, self.captions, self.seed = kept, captions, seed
 
     def __len__(self) -> int:
-        return len(self.z)
+        return len(self.kept["z"])
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
         rng = Random(f"{self.seed} {epoch} {index}")
-        variant = rng.randrange(self.z.shape[1])
-        return {"z": self.z[index, variant].float(), "txt": self.captions(index, variant, rng)}
+        variant = rng.randrange(self.kept["z"].shape[1])
+        sample = {name: value[index, variant].float() for name, value in self.kept.items()}
+        return {**sample, "txt": self.captions(index, variant, rng)}
 
 
 class Order:

@@ -1,8 +1,9 @@
 """What is done to a record before training: picture to tensor, fields to caption.
 
 A transform is called with (record, rng) and returns {"jpg": image (3, H, W) in [-1, 1], "txt":
-caption}. All chance comes from `rng`, which the data set seeds by (seed, epoch, index), so a sample
-is the same whatever came before it.
+caption}, and what else its `records` ask for (see `ldm.data.conditions`). All chance comes from
+`rng`, which the data set seeds by (seed, epoch, index), so a sample is the same whatever came
+before it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from ldm.data import conditions
 
 __all__ = ["COLOURS", "Emoji", "Photo", "all_words", "caption", "compose"]
 
@@ -52,6 +55,7 @@ class Emoji:
     any_colour: share of backgrounds of a random colour without name.
     drop, drop_object: probability that style and colour, or the object, stay out of the caption.
     keyword: probability that a keyword of this object alone stands for its name.
+    records: what else a sample holds, {"mask": options, …}.
     """
 
     def __init__(
@@ -66,18 +70,20 @@ class Emoji:
         drop: float = 0.1,
         drop_object: float = 0.02,
         keyword: float = 0.1,
+        records: Mapping[str, Any] | None = None,
     ) -> None:
         self.size, self.scale, self.shift = size, tuple(scale), shift
         self.flip, self.crop, self.any_colour = flip, crop, any_colour
         self.drop, self.drop_object, self.keyword = drop, drop_object, keyword
+        self.records = conditions.makers(records or {})
 
     def __call__(self, record: Mapping[str, Any], rng: Random) -> dict[str, Any]:
         colour = rng.choice(list(COLOURS))
-        image = self.image(record["picture"], colour, rng)  # (3, size, size)
-        return {"jpg": image, "txt": self.caption(record, colour, rng)}
+        seen = self.seen(record["picture"], colour, rng)
+        return {**seen, "txt": self.caption(record, colour, rng)}
 
-    def image(self, picture: Image.Image, colour: str, rng: Random) -> Tensor:
-        """The picture on the named background, (3, size, size), or a crop of it."""
+    def seen(self, picture: Image.Image, colour: str, rng: Random) -> dict[str, Tensor]:
+        """All of a sample but its caption; `jpg` is the picture on the named background."""
         rgb = COLOURS[colour]
         if rng.random() < self.any_colour:
             rgb = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
@@ -85,11 +91,18 @@ class Emoji:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         side = round(self.size * rng.uniform(*self.scale))
         shift = (rng.randint(-self.shift, self.shift), rng.randint(-self.shift, self.shift))
-        image = compose(picture, rgb, size=self.size, side=side, shift=shift)
-        if self.crop is None:
-            return image
-        top, left = (rng.randint(0, self.size - self.crop) for _ in range(2))
-        return image[:, top : top + self.crop, left : left + self.crop]
+        layer = placed(picture, size=self.size, side=side, shift=shift)
+        image = on_colour(layer, rgb)  # (3, size, size)
+        top, left, length = 0, 0, self.crop or self.size
+        if self.crop is not None:
+            top, left = (rng.randint(0, self.size - length) for _ in range(2))
+            image = image[:, top : top + length, left : left + length]
+        if not self.records:
+            return {"jpg": image}
+        cut = layer.getchannel("A").crop((left, top, left + length, top + length))
+        opacity = torch.from_numpy(np.array(cut, dtype=np.float32) / 255)[None]  # (1, H, W)
+        made = {name: make(image, opacity, rng) for name, make in self.records.items()}
+        return {"jpg": image, **made}
 
     def caption(self, record: Mapping[str, Any], colour: str, rng: Random) -> str:
         """A caption that names object, style and colour, each left out now and then."""
@@ -110,10 +123,14 @@ class Photo:
 
     size: side of the image, pixels.
     flip: probability of a mirrored picture.
+    records: as `Emoji`.
     """
 
-    def __init__(self, *, size: int = 512, flip: float = 0.5) -> None:
+    def __init__(
+        self, *, size: int = 512, flip: float = 0.5, records: Mapping[str, Any] | None = None
+    ) -> None:
         self.size, self.flip = size, flip
+        self.records = conditions.makers(records or {})
 
     def __call__(self, record: Mapping[str, Any], rng: Random) -> dict[str, Any]:
         picture = record["picture"].convert("RGB")
@@ -124,7 +141,10 @@ class Photo:
         picture = picture.crop((left, top, left + self.size, top + self.size))
         if rng.random() < self.flip:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return {"jpg": _tensor(picture), "txt": record.get("text", "")}
+        image = _tensor(picture)  # (3, size, size)
+        opacity = torch.ones_like(image[:1])
+        made = {name: make(image, opacity, rng) for name, make in self.records.items()}
+        return {"jpg": image, **made, "txt": record.get("text", "")}
 
 
 def compose(
@@ -140,11 +160,25 @@ def compose(
     shift: (down, right) from the middle, pixels.
     Returns (3, size, size) in [-1, 1].
     """
+    return on_colour(placed(picture, size=size, side=side, shift=shift), rgb)
+
+
+def placed(
+    picture: Image.Image, *, size: int, side: int, shift: tuple[int, int] = (0, 0)
+) -> Image.Image:
+    """The picture of `compose` before it gets its background, RGBA."""
     # scaled with premultiplied alpha, so that no hidden colour bleeds in at the edges
     small = picture.convert("RGBa").resize((side, side), Image.Resampling.LANCZOS).convert("RGBA")
-    image = Image.new("RGBA", (size, size), (*rgb, 255))
+    layer = Image.new("RGBA", (size, size))
     middle = (size - side) // 2
-    image.alpha_composite(small, (middle + shift[1], middle + shift[0]))
+    layer.paste(small, (middle + shift[1], middle + shift[0]))
+    return layer
+
+
+def on_colour(layer: Image.Image, rgb: tuple[int, int, int]) -> Tensor:
+    """An RGBA picture on a plain background, (3, H, W) in [-1, 1]."""
+    image = Image.new("RGBA", layer.size, (*rgb, 255))
+    image.alpha_composite(layer)
     return _tensor(image.convert("RGB"))
 
 

@@ -31,7 +31,7 @@ ARCHS: dict[str, dict[str, Any]] = {
 class MiDaSDepth(nn.Module):
     """A depth map of the latent's size -> channel (B, 1, h, w), scaled to [-1, 1] per image.
 
-    model_type: a name in ARCHS.
+    model_type: a name in ARCHS; None has no network, and reads maps that are given.
     arch: sizes that differ from it.
     margin: added to the range of the map before dividing; 0.001 where the original trained, 0
         where its scripts sampled.
@@ -41,22 +41,25 @@ class MiDaSDepth(nn.Module):
     """
 
     slot: Literal["concat"] = "concat"
-    key = "depth"
+    key = cached = "depth"
 
     def __init__(
         self,
         *,
-        model_type: str = "dpt_hybrid",
+        model_type: str | None = "dpt_hybrid",
         arch: Mapping[str, Any] | None = None,
         margin: float = 0.0,
     ) -> None:
         super().__init__()
+        self.margin = margin
+        self.model: DPT | None = None
+        if model_type is None:
+            return
         if model_type not in ARCHS:
             names = ", ".join(ARCHS)
             raise ValueError(f"unknown depth model `{model_type}`, choose one of {names}")
         size = ARCHS[model_type] | dict(arch or {})
         hooks, features = size.pop("hooks"), size.pop("features")
-        self.margin = margin
         self.model = DPT(_backbone(size), hooks=tuple(hooks), features=features)
         self.requires_grad_(False)
 
@@ -72,7 +75,12 @@ class MiDaSDepth(nn.Module):
         return self.infer(midas_input(image))
 
     def infer(self, midas_in: Tensor) -> Tensor:
-        """Inverse depth (B, 1, H', W') float32 of what `midas_input` gives, (B, 3, H', W')."""
+        """Inverse depth (B, 1, H', W') float32 of what `midas_input` gives, (B, 3, H', W').
+
+        Raises ValueError without a network.
+        """
+        if self.model is None:
+            raise ValueError("this model cannot estimate depth: give it a map (--depth-map FILE)")
         x = midas_in.to(next(self.model.parameters()))
         return self.model(x).float()
 

@@ -147,7 +147,7 @@ class CLIPImage(nn.Module):
         size = open_clip_size(model) | {"quick_gelu": True}
         self.model = _with_vision(model, size if text_tower else size | {"layers": 0})
         self.options = {"antialias": antialias, "blur": _known(blur)}
-        self.key = key
+        self.key = self.cached = key
         self.requires_grad_(not freeze)
 
     def embed(self, image: Images) -> Tensor:
@@ -282,7 +282,7 @@ class ImageEmbedding(nn.Module):
             raise ValueError(f"timestep_dim {noise.width} is not the embedding's width {width}")
         self.clip = clip.requires_grad_(not freeze)
         self.noise = noise
-        self.embedding_key = embedding_key
+        self.embedding_key = self.cached = embedding_key
 
     def embed(self, image: Images) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], or a list of (3, H, W) -> embeddings (B, D) float32."""

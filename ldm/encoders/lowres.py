@@ -62,6 +62,11 @@ class LowRes(nn.Module):
             for table in TABLES:
                 self.register_buffer(table, tables[table])
 
+    @property
+    def cached(self) -> str:
+        """The record made of the picture alone, for caches: noise is drawn anew."""
+        return self.low_scale_key
+
     def forward(self, lowres: Tensor) -> Tensor:
         """lowres: (B, 3, h, w), what `noised` gave."""
         return lowres
@@ -126,7 +131,7 @@ class MaskedImage(nn.Module):
     """What inpainting models read beside the latent: mask, then latent of the masked picture."""
 
     slot: Literal["concat"] = "concat"
-    key = "masked"
+    key = cached = "masked"
 
     def forward(self, masked: Tensor) -> Tensor:
         """masked: (B, 1 + C, h, w), what `pair` gave."""

@@ -93,6 +93,7 @@ TRAINING_ONLY = frozenset(
 )  # fmt: skip
 # Parameters that say in other words what the parts say, or that `load` looks at itself.
 REDUNDANT = frozenset({"channels", "conditioning_key", "cond_stage_key", "use_ema"})
+FIRST_WEIGHT = "model.diffusion_model.input_blocks.0.0.weight"  # what a fine-tune may widen
 FINETUNE = ("finetune_keys", "concat_keys", "c_concat_log_start", "c_concat_log_end")
 SCHEDULE_KEYS = ("timesteps", "linear_start", "linear_end", "cosine_s")
 LIFTED_KEYS = frozenset(

@@ -2,9 +2,11 @@
 
 import csv
 import logging
+import math
 import time
-from collections.abc import Callable
+from collections import deque
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -15,7 +17,9 @@ from ldm.imaging import pixels
 from ldm.loading import checkpoint, legacy
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
-from ldm.pipelines import txt2img
+from ldm.pipelines import sample
+from ldm.pipelines.frame import reads
+from ldm.train.objective import on_device
 
 __all__ = ["Every", "Progress", "draw", "export"]
 
@@ -37,6 +41,30 @@ class Every:
             self.last = time.monotonic()
             return True
         return False
+
+
+class Clock:
+    """Seconds of training since it was made, restarted, or read the last time.
+
+    A step that takes much longer than most is counted as PATIENCE ordinary ones: the process slept
+    (SIGSTOP, a closed lid), and that is no training.
+    """
+
+    PATIENCE = 10
+
+    def __init__(self) -> None:
+        self.steps: deque[float] = deque(maxlen=101)
+        self.restart()
+
+    def restart(self) -> None:
+        self.since = time.monotonic()
+
+    def __call__(self) -> float:
+        seconds = time.monotonic() - self.since
+        usual = median(self.steps) if len(self.steps) >= 5 else math.inf
+        self.steps.append(seconds)
+        self.restart()
+        return min(seconds, self.PATIENCE * usual)
 
 
 class Progress:
@@ -100,26 +128,38 @@ def export(task: Any, path: Path, dataset: Any, *, config: str = "", step: int =
 
 @torch.inference_mode()
 def draw(model: LatentDiffusion | AutoencoderKL, dataset: Any, path: Path, n: int = 16) -> None:
-    """A grid of n samples: pictures for captions, or pictures above their reconstructions."""
+    """A grid of n samples of a data set of pictures.
+
+    An autoencoder shows pictures above their reconstructions; a model that sees more than text
+    shows the picture that its condition was made of before each sample.
+    """
     chosen = [len(dataset) * k // n for k in range(n)]
-    batch = collate([dataset[0, index] for index in chosen])
+    batch: dict[str, Any] = collate([dataset[0, index] for index in chosen])
     was_training = model.training
     model.eval()
+    image = batch["jpg"].to(next(model.parameters()).device)  # (n, 3, H, W)
     if isinstance(model, AutoencoderKL):
-        image = batch["jpg"].to(model.quant_conv.weight.device)  # (n, 3, H, W)
-        image = torch.cat([image, model.decode(model.encode(image).mode())])
-        columns = n
+        columns, made = n, model.decode(model.encode(image).mode())
+        pictures = torch.cat([image, made])
     else:
-        side = model.image_size * model.downscale
-        image = txt2img(
-            model, batch["txt"], size=(side, side), steps=20, scale=3.0, seeds=list(range(n))
-        )
-        columns = max(1, round(n**0.5))
+        columns, made = max(1, round(n**0.5)), sampled(model, batch)
+        pictures = made
+        if reads(model) != {"txt"}:
+            columns, pictures = 2 * columns, torch.stack([image, made], dim=1).flatten(0, 1)
     model.train(was_training)
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels.grid(pixels.to_pil(image), columns).save(path)
+    pixels.grid(pixels.to_pil(pictures), columns).save(path)
     if "txt" in batch:
         path.with_suffix(".txt").write_text("\n".join(batch["txt"]) + "\n", encoding="utf-8")
 
 
-Callback = Callable[[int], None]
+def sampled(model: LatentDiffusion, batch: dict[str, Any]) -> Tensor:
+    """One image (3, H, W) for every record of a batch of pictures, whatever the model reads."""
+    n, f = len(batch["jpg"]), model.downscale
+    height, width = batch["jpg"].shape[-2:]
+    batch = model.prepare(on_device(batch, model.device), (height // f, width // f))
+    cond, uncond = model.condition(batch), model.condition(batch, drop=1.0)
+    z = sample(
+        *(model, cond, uncond), size=(height, width), steps=20, scale=3.0, seeds=list(range(n))
+    )
+    return model.decode(z).clamp(-1, 1)

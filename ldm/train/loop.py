@@ -14,8 +14,7 @@ in the original's names), images/, log.csv, config.yaml.
 
 import logging
 import signal
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -111,20 +110,21 @@ class Run:
         source = batches(
             self.dataset, order, self.batch_size, start=state.position, workers=self.workers
         )
+        clock = callbacks.Clock()
         task.trained.train()
         with _signals(self):
             while self.progress() < 1 and not self.stopped:
-                began = time.monotonic()
                 lr = optim.learning_rate(
                     self.lr, state.step, self.progress(), warm_up=self.warm_up, decay=self.decay
                 )
                 losses = self.step(source, lr)
-                state.seconds += time.monotonic() - began
+                state.seconds += clock()
                 report(state.step, losses, lr, self.batch_size * trainer["accumulate_grad_batches"])
                 if save(state.step):
                     state.save(self.last)
                 if draw(state.step):
                     self.draw()
+                clock.restart()
         report.close()
         state.save(self.last)
         self.export()
@@ -219,7 +219,8 @@ def _dataset(model: nn.Module, pictures: Folder, data: dict[str, Any]) -> Folder
     if not isinstance(model, LatentDiffusion):
         return pictures
     text = getattr(model.conditioner, "text", None)
-    if getattr(text, "token_ids", None) is not None:
+    ids = getattr(text, "token_ids", None)
+    if ids is not None and ids.equal(torch.arange(len(ids))):  # else it has learned words already
         rows = folders.read_metadata(pictures.root)
         texts = transforms.all_words(rows)
         text.token_ids.copy_(objective.vocabulary(texts, text))  # type: ignore[union-attr]
@@ -230,14 +231,41 @@ def _dataset(model: nn.Module, pictures: Folder, data: dict[str, Any]) -> Folder
 
 
 def _start_from_checkpoints(model: nn.Module, params: dict[str, Any]) -> None:
-    """Loads `ckpt_path` of the model and of its first stage, where the config names one."""
-    if path := params.get("ckpt_path"):
-        model.load_state_dict(legacy.rename(checkpoint.read(config.find(path)).state))
+    """Loads `ckpt_path` of the model and of its first stage, where the config names one.
+
+    The original's switches hold: `load_only_unet`; `ignore_keys`, starts of names that are not
+    taken from the file; `finetune_keys`, weights that may have fewer input channels there (if not
+    said, the UNet's first): the new ones start at zero.
+    """
     first = (params.get("first_stage_config") or {}).get("params") or {}
-    if path := first.get("ckpt_path"):
-        state = legacy.rename(checkpoint.read(config.find(path)).state)
-        state = {name.removeprefix("autoencoder."): value for name, value in state.items()}
-        model.get_submodule("autoencoder").load_state_dict(state)
+    if first.get("ckpt_path"):
+        _put(model.get_submodule("autoencoder"), first, "autoencoder.")
+    if params.get("ckpt_path"):
+        is_whole = isinstance(model, LatentDiffusion)
+        part = "unet." if params.get("load_only_unet") else "" if is_whole else "autoencoder."
+        widened = params.get("finetune_keys", [legacy.FIRST_WEIGHT]) or ()
+        _put(model.get_submodule("unet" if part == "unet." else ""), params, part, widened)
+    elif params.get("finetune_keys"):
+        raise ValueError("`finetune_keys` needs a `ckpt_path` to start from")
+
+
+def _put(
+    module: nn.Module, params: dict[str, Any], prefix: str, widened: Sequence[str] = ()
+) -> None:
+    """Loads the file `ckpt_path`, or the part `prefix` of it if it holds a whole model."""
+    state = legacy.rename(checkpoint.read(config.find(params["ckpt_path"])).state)
+    if any(name.startswith(prefix) for name in state):
+        state = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+    wanted, ignored = module.state_dict(), tuple(params.get("ignore_keys") or ())
+    state = {n: v for n, v in state.items() if not n.startswith(ignored)}
+    for name in legacy.rename(dict.fromkeys(widened, torch.empty(0))):
+        name = name.removeprefix(prefix)
+        if name in state and name in wanted and state[name].shape != wanted[name].shape:
+            wide = torch.zeros_like(wanted[name])
+            wide[:, : state[name].shape[1]] = state[name]
+            state[name] = wide
+    kept = {n: v for n, v in wanted.items() if n.startswith(ignored)}
+    module.load_state_dict(kept | state)
 
 
 @contextmanager

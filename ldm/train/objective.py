@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ldm.diffusion.schedule import Schedule
 from ldm.model import LatentDiffusion
 
-__all__ = ["Diffusion", "min_snr", "spread_timesteps"]
+__all__ = ["Diffusion", "min_snr", "on_device", "spread_timesteps"]
 
 
 class Diffusion:
@@ -36,14 +36,18 @@ class Diffusion:
         self.trained = nn.ModuleDict({"unet": model.unet, "conditioner": model.conditioner})
 
     def loss(self, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
-        """{"loss": scalar} of a batch of images ("jpg") or latents ("z"), and captions."""
-        if "z" in batch:
-            z = batch["z"].to(self.model.device)  # (B, C, h, w)
-        else:
+        """{"loss": scalar} of a batch of images ("jpg") or latents ("z"), and of what else is read.
+
+        Every family goes this way: what an encoder reads it makes itself of the batch.
+        """
+        batch = on_device(batch, self.model.device)
+        z = batch.get("z")  # (B, C, h, w)
+        if z is None:
             with torch.no_grad():
-                z = self.model.encode(batch["jpg"].to(self.model.device), generator)
+                z = self.model.encode(batch["jpg"], generator)
         t = spread_timesteps(len(z), len(self.model.schedule), generator, self.noise_bias)  # (B,)
         noise = torch.randn(z.shape, generator=generator).to(z)  # (B, C, h, w)
+        batch = self.model.prepare(batch, (z.shape[-2], z.shape[-1]), generator)
         cond = self.model.condition(batch, self.drop, generator)
         losses = self.model.denoiser.loss(z, cond, t, noise)  # (B,)
         return {"loss": (self.weights[t].to(losses) * losses).mean()}
@@ -51,6 +55,11 @@ class Diffusion:
     def weights_to_export(self, images: Iterable[Tensor]) -> dict[str, Tensor]:
         """The whole model, under our names; the images are not needed."""
         return self.model.state_dict()
+
+
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on a device."""
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def min_snr(schedule: Schedule, parameterization: str, gamma: float | None) -> Tensor:

@@ -26,7 +26,7 @@ def modules(tmp_path: Path) -> Path:
         (folder / "assets").mkdir(parents=True)
         if package.startswith("@lobehub"):
             for code in OBJECTS:
-                picture = Image.new("RGBA", (32, 32), (0, 128, 0, 255))
+                picture = Image.new("RGBA", (128, 128), (0, 128, 0, 255))
                 picture.save(folder / "assets" / f"{code.lower()}-fe0f.webp")
             continue
         icons = {slug: {"body": body} for slug, body in zip(slugs, SHAPES, strict=True)}
