@@ -58,14 +58,14 @@ def load(args: Namespace, threads: int | None = None) -> "LatentDiffusion":
     """
     import torch
 
-    from ldm.loading.adapters import use
+    from ldm.loading import adapters, embeddings
     from ldm.loading.load import load as load_model
     from ldm.nets.attention import set_backend
     from ldm.nets.cpu import keep_memory
 
     if args.ckpt is None and args.config is None:
         log.info(DEMO)
-    loras = getattr(args, "lora", [])
+    loras, words = getattr(args, "lora", []), getattr(args, "embedding", [])
     small = args.ckpt is None or _bytes(args.ckpt) < SMALL
     device = pick_device(args.device)
     dtype = pick_dtype(args.precision, device, small)
@@ -84,7 +84,9 @@ def load(args: Namespace, threads: int | None = None) -> "LatentDiffusion":
         clip_stats=getattr(args, "clip_stats", None),
     )
     if loras:
-        use(model, loras)
+        adapters.use(model, loras)
+    if words:
+        embeddings.use(model, words)
     log.info("running on %s in %s", device, str(dtype).removeprefix("torch."))
     _complete(args, model)
     return model

@@ -63,6 +63,8 @@ def model_flags() -> ArgumentParser:
     )
     add("--lora", type=_weighted, action="append", default=[], metavar="FILE[:WEIGHT]",
         help="add a LoRA, in kohya's or diffusers' format; may be given several times")  # fmt: skip
+    add("--embedding", action="append", default=[], metavar="FILE",
+        help="a textual inversion, or a folder of them: words to use in prompts")  # fmt: skip
     add("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu (the first that is there)")
     add(
         "--precision",

@@ -7,7 +7,7 @@ picture was made, because kernels round differently for other shapes.
 """
 
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,7 @@ def describe(args: Namespace, model: "LatentDiffusion") -> Info:
         "checkpoint_hash": file_hash(checkpoint),
         "ema": args.ema,
         "loras": model.provenance.get("loras", []),
+        "embeddings": model.provenance.get("embeddings", []),
         "config": args.config,
         "config_hash": model.provenance["config_hash"],
         "overrides": list(args.overrides),
@@ -121,7 +122,12 @@ def flags(info: Mapping[str, Any], given: Namespace) -> Namespace:
     made.ema = given.ema or info["ema"]
     made.overrides = given.overrides or info["overrides"]
     made.attention = given.attention or info["attention"]
-    made.lora = getattr(given, "lora", None) or _unchanged(info.get("loras", ()))
+    made.lora = getattr(given, "lora", None) or [
+        (file["path"], file["weight"]) for file in _unchanged(info.get("loras", ()), "--lora")
+    ]
+    made.embedding = getattr(given, "embedding", None) or [
+        file["path"] for file in _unchanged(info.get("embeddings", ()), "--embedding")
+    ]
     made.precision = given.precision or PRECISIONS[info["dtype"]]
     made.device = given.device or _device(info["device"])
     made.ckpt, made.config = _files(info, given)
@@ -130,8 +136,8 @@ def flags(info: Mapping[str, Any], given: Namespace) -> Namespace:
 
 def changes(info: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What may explain a difference, one line each: `torch: 2.10.0 then, 2.11.0 now`."""
-    then = {"loras": [], **info}  # older pictures do not say
-    keys = (*CAUSES, "loras")
+    then = {"loras": [], "embeddings": [], **info}  # older pictures do not say
+    keys = (*CAUSES, "loras", "embeddings")
     return [f"{key}: {then[key]} then, {now[key]} now" for key in keys if then[key] != now[key]]
 
 
@@ -156,17 +162,17 @@ def _payload(model: "LatentDiffusion") -> str:
     return "StableDiffusionV1" if is_sd1 else "SDV2"
 
 
-def _unchanged(files: Iterable[Mapping[str, Any]]) -> list[tuple[str, float]]:
-    """The LoRA files that a picture was made with, which must be what they were."""
+def _unchanged(files: Sequence[Mapping[str, Any]], flag: str) -> Sequence[Mapping[str, Any]]:
+    """The files of `flag` that a picture was made with, which must be what they were."""
     from ldm.loading.checkpoint import file_hash
 
     for file in files:
-        hint = f"hint: say --lora FILE:{file['weight']:g} where it is now"
+        hint = f"hint: say with {flag} where it is now"
         if not Path(file["path"]).is_file():
             raise FileNotFoundError(f"made with `{file['path']}`, which is not there\n{hint}")
         if file_hash(file["path"]) != file["hash"]:
-            raise ValueError(f"`{file['path']}` is not the LoRA it was made with any more\n{hint}")
-    return [(file["path"], file["weight"]) for file in files]
+            raise ValueError(f"`{file['path']}` is not the file it was made with any more\n{hint}")
+    return files
 
 
 def _device(name: str) -> str | None:

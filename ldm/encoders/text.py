@@ -11,6 +11,7 @@ Radford et al. 2021 (arXiv:2103.00020); Cherti et al. 2022 (arXiv:2212.07143).
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -63,7 +64,8 @@ class OpenCLIPText(nn.Module):
             ids of rows 1, 2 …; every other id shares row 0.
 
     The unused last block, text_projection and logit_scale stay in the state dict, as in published
-    checkpoints.
+    checkpoints. `learned` holds words in addition to CLIP's, in lower case, and their vectors
+    (n, D): textual inversion. They belong to no file of the model.
     """
 
     slot: Literal["crossattn"] = "crossattn"
@@ -94,12 +96,14 @@ class OpenCLIPText(nn.Module):
         ids = None if compact_vocab is None else torch.arange(compact_vocab - 1)
         self.register_buffer("token_ids", ids)
         self.length = size["context_length"]
+        self.learned: dict[str, Tensor] = {}
         self.model = OpenCLIPTower(**size)
         self.requires_grad_(not freeze)
 
     def tokenize(self, texts: Sequence[str] | str) -> Tensor:
         """Ids (B, 77) int64: 49406, words, 49407, zeros."""
-        return tokenizer.tokenize(_listed(texts), tokenizer.OPEN_CLIP, self.length)
+        ids = _ids(self.learned)
+        return tokenizer.tokenize(_listed(texts), tokenizer.OPEN_CLIP, self.length, ids)
 
     def encode(self, texts: Sequence[str] | str) -> Tensor:
         """Context (B, 77, D) of the texts."""
@@ -113,7 +117,12 @@ class OpenCLIPText(nn.Module):
         if self.token_ids is not None:
             tokens = _rows(tokens, self.token_ids)  # (B, N)
         skip = 1 if self.layer == "penultimate" else 0
-        return self.model(tokens, skip)  # (B, N, D)
+        return self.model(tokens, skip, _table(self.learned))  # (B, N, D)
+
+    @property
+    def width(self) -> int:
+        """Features of a token."""
+        return self.model.token_embedding.embedding_dim
 
 
 class CLIPText(nn.Module):
@@ -126,6 +135,7 @@ class CLIPText(nn.Module):
             "hidden": output of block `layer_idx` (0 = the embedding), without the final norm.
 
     Keys are those of SD 1 files, without the constant `position_ids` that older ones hold.
+    `learned`: see OpenCLIPText.
     """
 
     slot: Literal["crossattn"] = "crossattn"
@@ -150,12 +160,14 @@ class CLIPText(nn.Module):
         self.layer = _chosen(layer, self.LAYERS)
         self.blocks_run = _blocks_run(layer, layer_idx, size["num_hidden_layers"])
         self.length = min(max_length, size["max_position_embeddings"])
+        self.learned: dict[str, Tensor] = {}
         self.transformer = nn.ModuleDict({"text_model": CLIPTower(**size)})
         self.requires_grad_(not freeze)
 
     def tokenize(self, texts: Sequence[str] | str) -> Tensor:
         """Ids (B, 77) int64: 49406, words, then 49407 to the end."""
-        return tokenizer.tokenize(_listed(texts), tokenizer.CLIP, self.length)
+        ids = _ids(self.learned)
+        return tokenizer.tokenize(_listed(texts), tokenizer.CLIP, self.length, ids)
 
     def encode(self, texts: Sequence[str] | str) -> Tensor:
         """Context (B, 77, D) of the texts; (B, 1, D) if pooled."""
@@ -166,7 +178,7 @@ class CLIPText(nn.Module):
         """Context (B, 77, D) of token ids (B, 77), or of texts."""
         if not isinstance(tokens, Tensor):
             return self.encode(tokens)
-        x = self._tower(tokens, self.blocks_run)  # (B, N, D)
+        x = self._tower(tokens, self.blocks_run, _table(self.learned))  # (B, N, D)
         if self.layer == "hidden":
             return x
         x = self._tower.final_layer_norm(x)
@@ -174,6 +186,11 @@ class CLIPText(nn.Module):
             ends = tokens.argmax(dim=1)  # (B,); 49407 is the greatest id
             x = x[torch.arange(len(x), device=x.device), ends, None]  # (B, 1, D)
         return x
+
+    @property
+    def width(self) -> int:
+        """Features of a token."""
+        return self._tower.final_layer_norm.normalized_shape[0]
 
     @property
     def _tower(self) -> CLIPTower:
@@ -205,9 +222,23 @@ def _clip_size(version: str, arch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rows(tokens: Tensor, ids: Tensor) -> Tensor:
-    """CLIP ids -> rows of a reduced embedding: 1 + place among `ids`, or 0."""
+    """CLIP ids -> rows of a reduced embedding: 1 + place among `ids`, or 0; less than 0 stays."""
     places = torch.searchsorted(ids, tokens).clamp(max=len(ids) - 1)
-    return torch.where(ids[places] == tokens, places + 1, 0)
+    return torch.where(ids[places] == tokens, places + 1, tokens.clamp(max=0))
+
+
+def _ids(learned: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """The ids of learned words: -1, -2 …, as many for each as it has vectors."""
+    ends = accumulate(len(vectors) for vectors in learned.values())
+    return {
+        word: [-1 - k for k in range(end - len(vectors), end)]
+        for (word, vectors), end in zip(learned.items(), ends, strict=True)
+    }
+
+
+def _table(learned: Mapping[str, Tensor]) -> Tensor | None:
+    """The vectors of all learned words, by rows."""
+    return torch.cat(list(learned.values())) if learned else None
 
 
 def _blocks_run(layer: str, layer_idx: int | None, layers: int) -> int:

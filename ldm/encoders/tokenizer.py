@@ -10,17 +10,21 @@ Sennrich et al. 2016 (arXiv:1508.07909); Radford et al. 2021 (arXiv:2103.00020).
 import gzip
 import html
 import importlib.util
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 START, END = 49406, 49407
+Learned = Mapping[str, Sequence[int]]
+NOTHING: Learned = MappingProxyType({})
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
 MERGES = 48894  # 49408 - 2 * 256 bytes - 2 special tokens; the file holds more than CLIP uses
 
@@ -40,21 +44,29 @@ OPEN_CLIP = Dialect("<start_of_text>", "<end_of_text>", 0, unescape=True, split_
 CLIP = Dialect("<|startoftext|>", "<|endoftext|>", END, unescape=False, split_first=True)
 
 
-def tokenize(texts: Sequence[str], dialect: Dialect, length: int = 77) -> Tensor:
+def tokenize(
+    texts: Sequence[str], dialect: Dialect, length: int = 77, learned: Learned = NOTHING
+) -> Tensor:
     """Token ids of each text: start, words, end, padding.
 
     Longer texts lose their tail; the last id is then the end token.
+    learned: words in addition to CLIP's, in lower case, and the ids that stand for each.
     Returns (B, length) int64, on the CPU.
     """
     rows = []
     for text in texts:
-        ids = [START, *encode(text, dialect)[: length - 2], END]
+        ids = [START, *encode(text, dialect, learned)[: length - 2], END]
         rows.append(ids + [dialect.pad] * (length - len(ids)))
     return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), length)
 
 
-def encode(text: str, dialect: Dialect) -> list[int]:
+def encode(text: str, dialect: Dialect, learned: Learned = NOTHING) -> list[int]:
     """Ids of one text, without start, end and padding."""
+    if learned:
+        names = "|".join(_alone(word) for word in sorted(learned, key=len, reverse=True))
+        pieces = re.split(f"({names})", text, flags=re.IGNORECASE)
+        found = (learned.get(piece.lower()) or encode(piece, dialect) for piece in pieces)
+        return [one for some in found for one in some]
     words, specials = _patterns(dialect)
     pieces = specials.split(text) if dialect.split_first else [text]
     ids: list[int] = []
@@ -62,6 +74,24 @@ def encode(text: str, dialect: Dialect) -> list[int]:
         for word in words.findall(_clean(piece, dialect)):
             ids.extend(_word_ids(word, dialect))
     return ids
+
+
+@cache
+def vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
+    """Symbol -> id (words and letters; not start and end), and pair -> rank."""
+    with gzip.open(_merges_path(), "rt", encoding="utf-8") as file:
+        next(file)  # a version line
+        merges = [(a, b) for a, b in (next(file).split() for _ in range(MERGES))]
+    letters = list(_letters().values())
+    symbols = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges)]
+    ids = {symbol: k for k, symbol in enumerate(symbols)}
+    return ids, {pair: rank for rank, pair in enumerate(merges)}
+
+
+def _alone(word: str) -> str:
+    """The pattern of a word that is not a part of a longer one."""
+    before = r"(?<!\w)" if word[0].isalnum() else ""
+    return before + re.escape(word) + (r"(?!\w)" if word[-1].isalnum() else "")
 
 
 def _clean(text: str, dialect: Dialect) -> str:
@@ -89,7 +119,7 @@ def _word_ids(word: str, dialect: Dialect) -> tuple[int, ...]:
     """Merge the bytes of a word, always the earliest learned pair first."""
     if word in (dialect.start, dialect.end):
         return (START if word == dialect.start else END,)
-    ids, ranks = _vocabulary()
+    ids, ranks = vocabulary()
     letters = _letters()
     symbols = [letters[byte] for byte in word.encode("utf-8")]
     symbols[-1] += "</w>"
@@ -123,18 +153,6 @@ def _letters() -> dict[int, str]:
     others = [byte for byte in range(256) if byte not in printable]
     letters = {byte: chr(byte) for byte in printable}
     return letters | {byte: chr(256 + k) for k, byte in enumerate(others)}
-
-
-@cache
-def _vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
-    """Symbol -> id, and pair -> rank."""
-    with gzip.open(_merges_path(), "rt", encoding="utf-8") as file:
-        next(file)  # a version line
-        merges = [(a, b) for a, b in (next(file).split() for _ in range(MERGES))]
-    letters = list(_letters().values())
-    symbols = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges)]
-    ids = {symbol: k for k, symbol in enumerate(symbols)}
-    return ids, {pair: rank for rank, pair in enumerate(merges)}
 
 
 def _merges_path() -> Path:

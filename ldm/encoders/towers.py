@@ -70,9 +70,9 @@ class OpenCLIPTower(nn.Module):
         nn.init.normal_(self.text_projection, std=self.text_projection.shape[0] ** -0.5)
         _init_open_clip_blocks(self.transformer["resblocks"])
 
-    def forward(self, tokens: Tensor, skip: int = 0) -> Tensor:
+    def forward(self, tokens: Tensor, skip: int = 0, learned: Tensor | None = None) -> Tensor:
         """Tokens (B, N) through all blocks but the last `skip`, and the final norm."""
-        x = self.token_embedding(tokens)  # (B, N, D)
+        x = embed(self.token_embedding, tokens, learned)  # (B, N, D)
         x = x + self.positional_embedding[: x.shape[1]]
         blocks: Any = self.transformer["resblocks"]
         mask = _causal(x)  # (N, N)
@@ -231,10 +231,10 @@ class CLIPTower(nn.Module):
             inputs = [attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight]
             _init_block(len(blocks), inputs, mlp["fc1"], [attn.out_proj, mlp["fc2"]])
 
-    def forward(self, tokens: Tensor, count: int) -> Tensor:
+    def forward(self, tokens: Tensor, count: int, learned: Tensor | None = None) -> Tensor:
         """Tokens (B, N) through the first `count` blocks."""
         table: Any = self.embeddings["position_embedding"].weight
-        x = self.embeddings["token_embedding"](tokens)  # (B, N, D)
+        x = embed(self.embeddings["token_embedding"], tokens, learned)  # (B, N, D)
         x = x + table[: x.shape[1]]
         mask = _causal(x)  # (N, N)
         blocks: Any = self.encoder["layers"]
@@ -281,6 +281,15 @@ class SplitAttention(nn.Module):
         q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in qkv)
         y = attention(q, k, v, mask)  # (B, heads, N, d)
         return self.out_proj(rearrange(y, "b h n d -> b n (h d)"))  # (B, N, D)
+
+
+def embed(table: nn.Module, tokens: Tensor, learned: Tensor | None) -> Tensor:
+    """The vectors of tokens (B, N), where token -1 - k means row k of `learned`."""
+    if learned is None:
+        return table(tokens)
+    x = table(tokens.clamp(min=0))  # (B, N, D)
+    new = learned.to(x)[(-1 - tokens).clamp(min=0)]
+    return torch.where((tokens < 0)[..., None], new, x)  # (B, N, D)
 
 
 def _causal(x: Tensor) -> Tensor:

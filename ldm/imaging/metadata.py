@@ -4,7 +4,8 @@ Other programs read the first; `scripts/replay.py` reads the second, which has e
 info of a picture is a plain dict; `parameters_text` knows these keys, all optional:
 
     prompt, negative_prompt, seed, sampler, grid, steps, eta, scale, size (height, width),
-    strength, checkpoint (name), checkpoint_hash, loras (each with path and hash), ldm (version)
+    strength, checkpoint (name), checkpoint_hash, ldm (version),
+    loras and embeddings (each file a dict with path and hash)
 
 and the JSON keeps whatever else it holds (legacy, watermark, config, config_hash, dtype, device,
 torch, sha256_unmarked …) and `sha256`, the fingerprint of the pixels in the file.
@@ -109,14 +110,17 @@ def _settings(info: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         "Model": info.get("checkpoint") and PurePath(info["checkpoint"]).stem,
         "Denoising strength": info.get("strength"),
         "Eta DDIM" if sampler in ("ddim", "plms") else "Eta": info.get("eta") or None,
-        "Lora hashes": ", ".join(
-            f"{PurePath(lora['path']).stem}: {lora['hash']}" for lora in info.get("loras") or ()
-        ),
+        "Lora hashes": _hashes(info.get("loras")),
+        "TI hashes": _hashes(info.get("embeddings")),
         "Version": info.get("ldm") and f"ldm {info['ldm']}",
     }
     for name, value in found.items():
         if value is not None and value != "":
             yield name, f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _hashes(files: Iterable[Mapping[str, str]] | None) -> str:
+    return ", ".join(f"{PurePath(file['path']).stem}: {file['hash']}" for file in files or ())
 
 
 def _parsed(parameters: str) -> dict[str, Any]:

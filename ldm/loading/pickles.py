@@ -60,8 +60,17 @@ class Inert:
     def __setstate__(self, state: Any) -> None: ...
 
 
+class Parameters(dict[str, torch.Tensor]):
+    """Stands for `torch.nn.ParameterDict`, in which old textual inversions are kept."""
+
+    def __setstate__(self, state: Any) -> None:
+        found = state.get("_parameters") if isinstance(state, dict) else None
+        self.update(found if isinstance(found, dict) else {})
+
+
 # One class per name: files use such classes as dictionary keys.
 STAND_INS = [(type(name.rpartition(".")[2], (Inert,), {}), name) for name in INERT]
+STAND_INS.append((Parameters, "torch.nn.modules.container.ParameterDict"))
 
 
 def read(path: Path, kind: str) -> tuple[dict[str, Any], bool]:

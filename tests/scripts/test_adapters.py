@@ -8,7 +8,7 @@ import torch
 import ldm
 from ldm import flags
 from ldm.imaging.metadata import parameters_text, read_info
-from ldm.loading import adapters
+from ldm.loading import adapters, embeddings
 from ldm.nets.lora import Adapter, LowRank
 from scripts import replay, txt2img
 
@@ -76,6 +76,25 @@ def test_pictures_with_loras_say_so_and_are_made_again(shot, loras, tiny, capsys
     words = ["--lora", str(loras[0]), "--lora", moved]
     assert replay.main([paths[1], "--ckpt", str(tiny.ckpt), *words]) == 1
     assert "\n  loras: [{" in capsys.readouterr().out
+
+
+def test_a_learned_word_changes_the_picture_and_is_written_down(shot, tiny, tmp_path, capsys):
+    torch.manual_seed(0)
+    width = ldm.load(tiny.config, tiny.ckpt).conditioner.text.width
+    folder = tmp_path / "words"
+    embeddings.write(folder / "cat.safetensors", {"<Cat>": torch.randn(2, width)})
+    embeddings.write(folder / "wide.safetensors", {"<wide>": torch.randn(2, width + 1)})
+    words = ["--prompt", "an apple by <cat>", "--embedding", str(folder)]
+    (path,), plain = shot(*words)[1].splitlines(), shot(*words[:2])[1]
+    info = read_info(path)
+    assert [(file["words"], file["path"]) for file in info["embeddings"]] == [
+        (["<cat>"], str(folder / "cat.safetensors"))
+    ]
+    assert info["sha256"] != read_info(plain)["sha256"]
+    assert replay.main([path, "--ckpt", str(tiny.ckpt)]) == 0
+    status, err = shot("--embedding", str(folder / "wide.safetensors"))
+    assert status == 1
+    assert f"`<wide>` has vectors of {width + 1} numbers" in err
 
 
 def test_a_lora_that_is_not_there_is_one_line(shot):

@@ -1,0 +1,102 @@
+"""Textual inversion; the oracle is transformers' tower with as many more rows."""
+
+import pytest
+import torch
+from lorahelp import KINDS, WIDTH, their_parts, tiny_model
+from torch import nn
+
+from ldm.encoders.text import OpenCLIPText
+from ldm.loading import checkpoint, embeddings
+
+VECTORS = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_computes_the_same_with_rows_for_the_word(kind, tmp_path):
+    model = tiny_model(kind)
+    _, theirs = their_parts(model, kind)
+    embeddings.write(tmp_path / "x.safetensors", {"<cat>": VECTORS, "sks": VECTORS[:1] - 1})
+    embeddings.use(model, [tmp_path / "x.safetensors"])
+    tower = theirs.text_model if hasattr(theirs, "text_model") else theirs
+    table = tower.embeddings.token_embedding
+    rows = torch.cat([table.weight.data, VECTORS, VECTORS[:1] - 1])
+    tower.embeddings.token_embedding = nn.Embedding.from_pretrained(rows)
+    text = model.conditioner.text
+    tokens = text.tokenize(["a <CAT> and a sks, by sks", "no sksses"])
+    assert (tokens[0] < 0).sum() == 5
+    assert (tokens[1] >= 0).all()
+    with torch.no_grad():
+        expected = theirs(torch.where(tokens < 0, 49407 - tokens, tokens)).last_hidden_state
+        context = text(tokens)
+        plain = text(["a and a, by", ""])
+    torch.testing.assert_close(context, expected, rtol=0, atol=5e-6)
+    assert (context[0] - plain[0]).abs().max() > 0.1
+
+
+FORMATS = {
+    "word.pt": {"string_to_token": {"*": 265}, "string_to_param": {"*": VECTORS}, "name": "x"},
+    "old.pt": {
+        "string_to_token": {"*": torch.tensor(265)},
+        "string_to_param": nn.ParameterDict({"*": nn.Parameter(VECTORS.clone())}),
+    },
+    "kohya.safetensors": {"emb_params": VECTORS},
+    "one.bin": {"<one>": VECTORS[0]},
+    "many.safetensors": {"<many>": VECTORS, "<more>": VECTORS[:2]},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("word.pt", {"word": VECTORS}),
+        ("old.pt", {"old": VECTORS}),
+        ("kohya.safetensors", {"kohya": VECTORS}),
+        ("one.bin", {"<one>": VECTORS[:1]}),
+        ("many.safetensors", {"<many>": VECTORS, "<more>": VECTORS[:2]}),
+    ],
+)
+def test_every_format_is_read(name, words, tmp_path):
+    if name.endswith(".safetensors"):
+        checkpoint.write(tmp_path / name, FORMATS[name])
+    else:
+        torch.save(FORMATS[name], tmp_path / name)
+    found = embeddings.read(tmp_path / name)
+    assert found.keys() == words.keys()
+    assert all(torch.equal(found[word], vectors) for word, vectors in words.items())
+
+
+def test_what_does_not_fit_is_refused_and_skipped_in_a_folder(tmp_path, caplog):
+    model = tiny_model()
+    embeddings.write(tmp_path / "wide.safetensors", {"<wide>": torch.zeros(2, 768)})
+    embeddings.write(tmp_path / "xl.safetensors", {"clip_l": VECTORS, "clip_g": VECTORS})
+    embeddings.write(tmp_path / "lora.safetensors", {"x": torch.zeros(2, 2, 1, 1)})
+    embeddings.write(tmp_path / "fits.safetensors", {"<Fits>": VECTORS})
+    for name, message in (
+        (
+            "wide",
+            r"`<wide>` has vectors of 768 numbers \(Stable Diffusion 1\), the text tower takes",
+        ),
+        ("xl", "two text towers: it is made for SDXL"),
+        ("lora", "is no textual inversion: it holds 1 other tensors"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            embeddings.use(model, [tmp_path / f"{name}.safetensors"])
+    embeddings.use(model, [tmp_path])
+    assert list(model.conditioner.text.learned) == ["<fits>"]
+    assert len(model.provenance["embeddings"]) == 1
+    assert caplog.text.count("skipped: ") == 3
+    del model.conditioner.text
+    with pytest.raises(ValueError, match="no text tower that could learn words"):
+        embeddings.use(model, [tmp_path])
+
+
+def test_a_reduced_vocabulary_learns_words_too():
+    arch = {"width": WIDTH, "heads": 3, "layers": 1, "context_length": 12}
+    text = OpenCLIPText(arch=arch, compact_vocab=8)
+    text.token_ids.copy_(torch.arange(7) + 320)
+    plain = text(["a b c"])
+    text.learned = {"cat": text.model.token_embedding.weight[:1].detach() * 0}
+    assert torch.equal(text(["a b c"]), plain)
+    assert not torch.equal(text(["a cat c"]), text(["a zebra c"]))
+    assert text.state_dict().keys() == OpenCLIPText(arch=arch, compact_vocab=8).state_dict().keys()
