@@ -50,10 +50,15 @@ def run(work: Callable[[Namespace], int | None], parser: ArgumentParser,
             return 1
 
 
-def load(args: Namespace, threads: int | None = None) -> "LatentDiffusion":
+def load(
+    args: Namespace,
+    threads: int | None = None,
+    loader: "Callable[..., LatentDiffusion] | None" = None,
+) -> "LatentDiffusion":
     """The model the flags ask for, on its device, in its precision; `args.size` becomes complete.
 
         threads: of the CPU; None for what suits the model.
+        loader: what to call in place of `ldm.load`, with its arguments.
     Raises ValueError or FileNotFoundError about a flag, as `ldm.load` does.
     """
     import torch
@@ -73,7 +78,7 @@ def load(args: Namespace, threads: int | None = None) -> "LatentDiffusion":
         torch.set_num_threads(threads or _suitable_threads(small))
         keep_memory()
     set_backend(args.attention)
-    model = load_model(
+    model = (loader or load_model)(
         args.config,
         args.ckpt,
         device=device,

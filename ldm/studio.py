@@ -1,0 +1,292 @@
+"""Studio: what the runs of a program for many share, and what each may ask for.
+
+    models      of one folder, in memory as long as there is room
+    uploads     pictures that users brought, kept by content
+    limits      on size, steps and number of pictures
+
+What a request or a picture says about files is never followed: models are looked up by name,
+uploads by hash, all else is refused.
+"""
+
+import hashlib
+import io
+import os
+import time
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from ldm import cli, inputs, jobs, provenance
+from ldm.flags import DEMO_SCALE, SCALE
+from ldm.live import Live
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from ldm.loading.catalogue import Model
+    from ldm.loading.pool import Pool
+    from ldm.model import LatentDiffusion
+
+ENLARGED = 4096 * 3072  # pixels that a picture may have after upscaling
+PROMPT = 2000  # characters
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one run may ask for.
+
+    side: of a picture, in pixels. batch: pictures made at once; batches: how often.
+    """
+
+    side: int = 1024
+    steps: int = 150
+    batch: int = 4
+    batches: int = 8
+
+    def check(self, args: Namespace) -> None:
+        """Raises ValueError naming the first flag that asks for more."""
+        bounds = {
+            "steps": (1, self.steps),
+            "n_samples": (1, self.batch),
+            "n_iter": (1, self.batches),
+            "H": (8, self.side),
+            "W": (8, self.side),
+            "tile": (64, 4 * self.side),
+            "mask_grow": (0, 256),
+            "mask_blur": (0, 256),
+        }
+        for flag, (low, high) in bounds.items():
+            value = getattr(args, flag, None)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"`{flag}` is {value:g}, {low} to {high} are allowed")
+        if any((getattr(args, flag) or 0) % 8 for flag in ("H", "W")):
+            raise ValueError(f"width and height must be multiples of 8, got {args.W} x {args.H}")
+        if len(args.prompt) + len(args.negative_prompt) > PROMPT:
+            raise ValueError(f"prompts may have {PROMPT} characters together")
+
+    def check_picture(self, width: int, height: int, task: str) -> None:
+        """Raises ValueError if the picture that a task begins with is too large."""
+        if task == "upscale" and 16 * width * height > ENLARGED:
+            allowed = f"{ENLARGED // 16} pixels can be enlarged"
+        elif task != "upscale" and max(width, height) > self.side:
+            allowed = f"sides up to {self.side} are allowed"
+        else:
+            return
+        raise ValueError(f"the picture is {width}x{height}, {allowed}: set width or height")
+
+
+class Uploads:
+    """Pictures that users brought, kept by content, so that what was made of them can be replayed.
+
+    folder: created if absent; files are named by their SHA-256.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def keep(self, path: str | Path) -> str:
+        """The path of the kept copy.
+
+        Raises ValueError saying what is wrong with a file that is no whole picture.
+        """
+        from ldm.imaging.opening import open_picture
+
+        try:
+            open_picture(path)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(path), Path(path).name)) from error
+        return self._put(Path(path).read_bytes())
+
+    def keep_drawn(self, picture: "Image.Image") -> str:
+        """The same of a picture that is in no file yet."""
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        return self._put(buffer.getvalue())
+
+    def find(self, sha256: object) -> Path:
+        """The kept file of this content.
+
+        Raises FileNotFoundError if nobody brought it.
+        """
+        names = {path.stem: path for path in self.folder.glob("*.png")}
+        if sha256 not in names:
+            raise FileNotFoundError("made from a picture that was not uploaded here: upload it")
+        return names[str(sha256)]
+
+    def _put(self, content: bytes) -> str:
+        # The ending is for programs that go by names; ours look into the file.
+        path = self.folder / f"{hashlib.sha256(content).hexdigest()}.png"
+        if not path.is_file():
+            part = path.with_suffix(f".{time.monotonic_ns()}.part")
+            part.write_bytes(content)
+            part.replace(path)
+        return str(path)
+
+
+class Studio:
+    """Runs of all users; for one at a time.
+
+    models: folder of checkpoints. outdir: for pictures (`samples`), `uploads` and `replays`.
+    given: flags of all runs: device, precision, attention.
+    memory: bytes that models may take together; None for half of what the device has.
+    """
+
+    def __init__(
+        self,
+        models: str | Path,
+        outdir: str | Path,
+        given: Namespace,
+        limits: Limits,
+        memory: float | None = None,
+    ) -> None:
+        self.folder, self.outdir = Path(models), Path(outdir).resolve()
+        self.given, self.limits, self.memory = given, limits, memory
+        self.uploads = Uploads(self.outdir / "uploads")
+        self._pool: Pool | None = None
+
+    def names(self, task: str | None = None) -> list[str]:
+        """The models of the folder that serve a task; None: all checkpoints, models or not."""
+        from ldm.loading.catalogue import catalogue, files
+
+        if task is None:
+            return [path.name for path in files(self.folder)]
+        return [name for name, model in catalogue(self.folder)[0].items() if task in model.tasks]
+
+    def skipped(self) -> list[str]:
+        """Why other checkpoints of the folder are no models, a line for each."""
+        from ldm.loading.catalogue import catalogue
+
+        return catalogue(self.folder)[1]
+
+    def inspect(self, name: str | None) -> str:
+        """What is in a checkpoint of the folder."""
+        from ldm.loading.catalogue import files
+        from ldm.loading.report import inspect
+
+        path = {path.name: path for path in files(self.folder)}.get(name or "")
+        return "choose a checkpoint" if path is None else "\n".join(inspect(path).lines())
+
+    def flags(self, parsed: Namespace, name: str | None, values: Mapping[str, Any]) -> Namespace:
+        """The flags of a run: defaults of its script, what is the same for all runs, its own.
+
+        name: of the model. values: of flags; those of files are paths of uploads.
+        Raises ValueError if no such model serves the task.
+        """
+        model = self._model(name, parsed.task)
+        fixed = {"outdir": str(self.outdir), "skip_grid": True, "ckpt": str(model.path)}
+        fixed["config"] = model.config and str(model.config)
+        made = Namespace(**vars(parsed) | vars(self.given) | fixed | dict(values))
+        if made.scale is None:
+            is_small = model.path.stat().st_size < cli.SMALL
+            made.scale = DEMO_SCALE if is_small else SCALE
+        return made
+
+    def generate(self, args: Namespace, live: Live) -> str:
+        """Makes pictures as the script of the task does; returns what to say in the end."""
+        self.limits.check(args)
+        start, batches = time.monotonic(), jobs.plan(args)
+        live.total = sum(map(len, batches))
+        model, make, kept = self._prepared(args, live)
+        jobs.run(make, batches, model, args, kept, watch=live.watch, report=live.report)
+        return f"finished in {time.monotonic() - start:.1f} s"
+
+    def replay(self, parsed: Namespace, live: Live) -> str:
+        """Makes a picture again, reports it and returns how it compares.
+
+        parsed: flags of the script, with the path of the picture.
+        """
+        from PIL import Image
+
+        from ldm.imaging.folder import OutputFolder
+        from ldm.imaging.metadata import read_info
+
+        self.uploads.keep(parsed.picture)
+        info = read_info(parsed.picture)
+        args = self._recorded(info, parsed)
+        self.limits.check(args)
+        model, make, kept = self._prepared(args, live, info["threads"])
+        new = jobs.again(info, args, model, make, kept, live.watch)
+        path = OutputFolder(self.outdir / "replays").save_sample(new, info)
+        live.report(info | {"path": str(path)})
+        with Image.open(parsed.picture) as old:
+            difference = provenance.compare(old, new)
+        if difference is None:
+            return "identical"
+        return "; ".join([difference, *provenance.changes(info, provenance.describe(args, model))])
+
+    def depth(self, args: Namespace, live: Live) -> str:
+        """Reports the path of the depth that a model sees in a picture, a PNG of 16 bits."""
+        from ldm.imaging.opening import save_depth
+        from ldm.pipelines import depth_of
+
+        told = self._told(args)
+        model = self._loaded(args, live)
+        with TemporaryDirectory() as place:
+            path = Path(place, "depth.png")
+            save_depth(path, depth_of(model, told["image"]))
+            live.report({"task": "depth", "path": self.uploads.keep(path)})
+        return "this is the depth that the model sees"
+
+    def _model(self, name: str | None, task: str) -> "Model":
+        from ldm.loading.catalogue import catalogue
+
+        models = catalogue(self.folder)[0]
+        if name not in models or task not in models[name].tasks:
+            known = ", ".join(self.names(task)) or f"none, put one into {self.folder}"
+            raise ValueError(f"no model `{name or ''}` for {task}; there is: {known}")
+        return models[name]
+
+    def _prepared(self, args: Namespace, live: Live, threads: int | None = None) -> Any:
+        """(model, make, kept) of a run, as `jobs` takes them."""
+        told = self._told(args)
+        model = self._loaded(args, live, threads)
+        make = jobs.maker(inputs.pipeline(args, model, told), model, args, told)
+        live.sampling(model)
+        return model, make, inputs.kept(told)
+
+    def _told(self, args: Namespace) -> dict[str, Any]:
+        told = inputs.read(args)
+        if "image" in told:
+            height, width = told["image"].shape[-2:]
+            self.limits.check_picture(width, height, args.task)
+        return told
+
+    def _loaded(self, args: Namespace, live: Live, threads: int | None = None) -> "LatentDiffusion":
+        from ldm.loading.pool import Pool
+
+        if self._pool is None:
+            self._pool = Pool(self.memory or _memory(cli.pick_device(args.device)) / 2)
+        live.say(f"loading {Path(args.ckpt).name}")
+        return cli.load(args, threads and min(threads, os.cpu_count() or 1), self._pool)
+
+    def _recorded(self, info: dict[str, Any], parsed: Namespace) -> Namespace:
+        """The flags that made a picture; what it says of files is replaced by what is here."""
+        own = {"picture": Path(parsed.picture).name, "device": self.given.device}
+        given = Namespace(**vars(parsed) | own)
+        if info.get("overrides"):
+            raise ValueError("it was made with key=value overrides: use scripts/replay.py")
+        for files in info.get("inputs", {}).values():
+            for file in files:
+                file["path"] = str(self.uploads.find(file["sha256"]))
+        if "checkpoint" in info:
+            model = self._model(info["checkpoint"], info["task"])
+            given.ckpt, info["config"] = str(model.path), model.config and str(model.config)
+        args = provenance.flags(info, given)
+        for flag in ("prompt", "negative_prompt"):
+            setattr(args, flag, info[flag])
+        args.n_samples, args.n_iter = info["rows"], 1 + len(info.get("earlier", ()))
+        return args
+
+
+def _memory(device: "torch.device") -> int:
+    """Bytes of memory that a device has."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
