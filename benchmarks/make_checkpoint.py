@@ -4,6 +4,8 @@ python benchmarks/make_checkpoint.py /tmp/sd2.ckpt                              
 python benchmarks/make_checkpoint.py /tmp/sd2-fp16.safetensors --dtype float16        # 2.6 GB
 python benchmarks/make_checkpoint.py /tmp/sd1.ckpt --ema --config \
     configs/stable-diffusion/v1-inference.yaml
+python benchmarks/make_checkpoint.py /tmp/unclip-l.safetensors --karlo --dtype float16 --config \
+    configs/stable-diffusion/v2-1-stable-unclip-l-inference.yaml    # and KARLO's files beside it
 
 A `.ckpt` is a Lightning dictionary as the published ones are: callbacks keyed by a class, numpy
 scalars, an optimizer state. Names and shapes come from the config, values from one block of normal
@@ -25,6 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.loading import checkpoint, config, legacy
 from ldm.loading.load import on_meta
 from ldm.model import LatentDiffusion
+from ldm.nets.prior import Prior
+
+KARLO = ("prior-ckpt-step=01000000-of-01000000.ckpt", "ViT-L-14_stats.th")
 
 
 def main() -> None:
@@ -35,19 +40,23 @@ def main() -> None:
     parser.add_argument("--config", default="configs/stable-diffusion/v2-inference.yaml")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     parser.add_argument("--ema", action="store_true", help="averaged weights of the UNet as well")
+    parser.add_argument("--karlo", action="store_true", help="Karlo's files, in the same folder")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
 
     model = on_meta(legacy.translate(config.read(args.config)), where=args.config)
     if not isinstance(model, LatentDiffusion):
         parser.error(f"`{args.config}` is not the config of a latent diffusion model")
-    state = original_layout(model, dtype=getattr(torch, args.dtype), seed=args.seed)
+    state = original_layout(model, dtype=dtype, seed=args.seed)
     if args.ema:
         state |= averages(state)
     if args.out.suffix == ".ckpt":
         torch.save(lightning(state), args.out)
     else:
         checkpoint.write(args.out, state)
+    if args.karlo:
+        karlo(args.out.parent, dtype=dtype, seed=args.seed)
     print(args.out)
 
 
@@ -55,9 +64,27 @@ def original_layout(
     model: LatentDiffusion, *, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> dict[str, Tensor]:
     """Random weights of a model on the meta device, schedule tables included, by original names."""
+    names = legacy.rename_back(model.state_dict(), model.schedule.buffers())
+    return filled(names, dtype=dtype, seed=seed)
+
+
+def karlo(folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
+    """Writes the files that unCLIP-L borrows from Karlo, in the layout and under the names of it.
+
+    Random weights of the prior; statistics that say mean 0, deviation 1.
+    """
+    with torch.device("meta"):
+        names = Prior().state_dict()
+    torch.save({"state_dict": filled(names, dtype=dtype, seed=seed)}, folder / KARLO[0])
+    torch.save((torch.zeros(1, 768), torch.ones(1, 768)), folder / KARLO[1])
+
+
+def filled(
+    names: dict[str, Tensor], *, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> dict[str, Tensor]:
+    """Random weights in place of the tensors that are on the meta device."""
     generator = torch.Generator().manual_seed(seed)
     block = torch.randn(1 << 22, generator=generator)
-    names = legacy.rename_back(model.state_dict(), model.schedule.buffers())
     return {
         name: value if not value.is_meta else _random(name, value, block, generator).to(dtype)
         for name, value in names.items()

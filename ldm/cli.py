@@ -87,6 +87,7 @@ def load(
         overrides=args.overrides,
         allow=args.allow_module,
         clip_stats=getattr(args, "clip_stats", None),
+        midas=getattr(args, "midas", None),
     )
     if loras:
         adapters.use(model, loras)

@@ -26,7 +26,7 @@ ORIGINAL = frozenset(
         *("--help", "--prompt", "--outdir", "--steps", "--plms", "--dpm", "--fixed_code"),
         *("--ddim_eta", "--n_iter", "--H", "--W", "--C", "--f", "--n_samples", "--n_rows"),
         *("--scale", "--from-file", "--config", "--ckpt", "--seed", "--precision", "--repeat"),
-        *("--device", "--torchscript", "--ipex", "--bf16"),
+        *("--device", "--torchscript", "--ipex", "--bf16", "--strength"),
     ]
 )
 
@@ -178,7 +178,8 @@ def mask_flags() -> ArgumentParser:
     add("--mask-grow", type=_level, default=0, metavar="N", help="pixels to reach further (0)")
     add("--mask-blur", type=float, default=0.0, metavar="R", help="radius of a soft edge (0)")
     add("--no-composite", action="store_true", help="leave known pixels as the decoder made them")
-    add("--indir", metavar="DIR", help="all pairs X.png and X_mask.png of a folder")
+    add("--indir", metavar="DIR", help="all pairs X.png and X_mask.png of a folder,"
+        " each to OUTDIR/X.png")  # fmt: skip
     return parent
 
 
@@ -189,6 +190,7 @@ def depth_flags() -> ArgumentParser:
     add("--depth-map", metavar="FILE", help="a map of 8 or 16 bits, white is near (estimated)")
     add("--depth-inverted", action="store_true", help="in the map, white is far")
     add("--save-depth", metavar="FILE", help="write the estimated map, a PNG of 16 bits")
+    add("--midas", metavar="FILE", help="depth network, dpt_hybrid-midas-501f0c75.pt (the model's)")
     return parent
 
 
@@ -213,6 +215,8 @@ def unclip_flags() -> ArgumentParser:
         help="noise on what is seen, 0 to 999, for all or for each (0)")  # fmt: skip
     add("--mix-noise-level", type=_level, metavar="N", help="noise on the mix (none)")
     add("--prior", metavar="FILE", help="the Karlo prior: imagines a picture of the prompt")
+    add("--prior-steps", type=_count, metavar="N", help="sampling steps of the prior (25)")
+    add("--prior-scale", type=float, metavar="S", help="guidance of the prior (4)")
     add("--clip-stats", metavar="FILE", help="statistics of CLIP's embeddings (ViT-L-14_stats.th)")
     return parent
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.cli import share
+
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
@@ -21,7 +23,7 @@ FILES = {
     "txt2img": (),
     "img2img": ("init_img",),
     "inpaint": ("init_img", "mask"),
-    "depth2img": ("init_img", "depth_map"),
+    "depth2img": ("init_img", "depth_map", "midas"),
     "upscale": ("init_img",),
     "unclip": ("init_img", "prior", "clip_stats"),
 }
@@ -31,7 +33,7 @@ OTHERS = {
     "inpaint": ("strength", "mask_box", "mask_grow", "mask_blur", "no_composite"),
     "depth2img": ("strength", "depth_inverted"),
     "upscale": ("noise_level",),
-    "unclip": ("weight", "noise_level", "mix_noise_level"),
+    "unclip": ("weight", "noise_level", "mix_noise_level", "prior_steps", "prior_scale"),
 }
 PRIOR_SEED = 1 << 32  # apart from the seeds of pictures
 
@@ -59,14 +61,22 @@ def read(args: Namespace) -> dict[str, Any]:
 
 
 def pairs(args: Namespace) -> list[tuple[str | None, str | None]]:
-    """(picture, mask) of every run: those of the flags, or X.png with X_mask.png of a folder."""
+    """(picture, mask) of every run: those of the flags, or X.png with X_mask.png of a folder.
+
+    Of a folder, several processes take a share of the pairs each.
+    Raises FileNotFoundError if there is none, or a picture is lacking.
+    """
     if args.indir is None:
         return [(args.init_img, args.mask)]
-    masks = sorted(Path(args.indir).glob("*_mask.png"))
-    found = [(mask.with_name(mask.name.replace("_mask.png", ".png")), mask) for mask in masks]
+    masks = sorted(Path(args.indir).expanduser().glob("*_mask.png"))
+    found = [(mask.with_name(mask.name.removesuffix("_mask.png") + ".png"), mask) for mask in masks]
     if not found:
         raise FileNotFoundError(f"no pairs X.png and X_mask.png in `{args.indir}`")
-    return [(str(picture), str(mask)) for picture, mask in found]
+    for picture, mask in found:
+        if not picture.is_file():
+            raise FileNotFoundError(f"no picture `{picture}` for the mask `{mask}`")
+    rank, ranks = share()
+    return [(str(picture), str(mask)) for picture, mask in found[rank::ranks]]
 
 
 def pipeline(
@@ -123,7 +133,9 @@ def restore(info: Mapping[str, Any], made: Namespace) -> None:
     for flag in OTHERS[made.task]:
         value = info.get(flag)
         setattr(made, flag, tuple(value) if flag == "mask_box" and value else value)
-    for flag, files in info.get("inputs", {}).items():
+    recorded = info.get("inputs", {})
+    for flag in FILES[made.task]:
+        files = recorded.get(flag, [])
         for file in files:
             if not Path(file["path"]).is_file():
                 raise FileNotFoundError(f"made from `{file['path']}`, which is not there")
@@ -188,11 +200,15 @@ def _with_prior(args: Namespace, model: "LatentDiffusion") -> Callable[..., "Ten
     from ldm.loading.karlo import load_prior
 
     prior = load_prior(args.prior, device=model.device, dtype=model.dtype)
+    numbers: dict[str, Any] = {"steps": args.prior_steps, "scale": args.prior_scale}
+    numbers = {name: number for name, number in numbers.items() if number is not None}
 
     def imagining(model: Any, prompts: list[str], *rest: Any, **options: Any) -> "Tensor":
         noise = pipelines.seeded_noise([seed + PRIOR_SEED for seed in options["seeds"]])
         negative = options["negative_prompt"]
-        seen = pipelines.imagined(model, prior, prompts, negative_prompt=negative, noise=noise)
+        seen = pipelines.imagined(
+            model, prior, prompts, negative_prompt=negative, noise=noise, **numbers
+        )
         return pipelines.unclip(model, prompts, *rest, embeddings=[seen], **options)
 
     return imagining

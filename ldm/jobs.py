@@ -65,7 +65,8 @@ def plan(args: Namespace) -> list[Batch]:
     where a line has a seed of its own, its r-th picture has that seed + r.
     Raises ValueError naming file and line, or for a sequential run shared by several processes.
     """
-    rank, ranks = share()
+    of_folder = getattr(args, "indir", None) is not None  # its pictures are shared instead
+    rank, ranks = (0, 1) if of_folder else share()
     if ranks > 1 and "noise" in args.legacy:
         raise ValueError("--legacy noise draws one picture after the other: run a single process")
     lines = read_lines(args) if args.from_file else [(args.prompt, {})] * args.n_samples
@@ -192,7 +193,8 @@ def run(
     from ldm.imaging.folder import OutputFolder
     from ldm.imaging.pixels import to_pil
 
-    folder = OutputFolder(args.outdir)
+    of_folder = getattr(args, "indir", None) is not None
+    folder = OutputFolder(args.outdir, Path(args.init_img).stem if of_folder else None)
     facts = describe(args, model)
     shown: list[tuple[Image.Image, dict[str, Any]]] = []
     if facts["watermark"] is None and not args.no_watermark:

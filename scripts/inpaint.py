@@ -4,6 +4,7 @@
         --prompt "a cat on a bench"
     python scripts/inpaint.py --ckpt 512-inpainting-ema.ckpt --init-img dog.png \\
         --mask-box 64,64,256,256
+    python scripts/inpaint.py --ckpt 512-inpainting-ema.ckpt --indir pairs --outdir painted
 
 White is painted anew, or what is transparent; all other pixels come back as they were. A model
 that was not made for it works as well, held to the known part at every step.
@@ -34,6 +35,7 @@ PARSER = flags.parser(
 
 def generate(args: Namespace) -> None:
     batches, model = jobs.plan(args), None
+    args.skip_grid |= args.indir is not None  # every picture has its own name
     for picture, mask in inputs.pairs(args):
         args.init_img, args.mask = picture, mask
         told = inputs.read(args)

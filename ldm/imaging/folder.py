@@ -23,16 +23,20 @@ class OutputFolder:
     """Where one run puts its pictures; both folders are made at once, so errors come early.
 
     outdir: created if absent. Numbers go on after the highest that is there.
+    name: what pictures are called that lie in outdir itself: NAME.png, NAME-1.png …
     """
 
-    def __init__(self, outdir: str | Path) -> None:
+    def __init__(self, outdir: str | Path, name: str | None = None) -> None:
         self.path = Path(outdir)
-        self.samples = self.path / "samples"
+        self.name = name
+        self.samples = self.path if name else self.path / "samples"
         self.samples.mkdir(parents=True, exist_ok=True)
         self._following: dict[Path, int] = {}
 
     def save_sample(self, picture: Image.Image, info: Mapping[str, Any]) -> Path:
-        """The picture as the next `samples/NNNNN.png`; returns its path."""
+        """The picture as the next `samples/NNNNN.png`, or under its name; returns its path."""
+        if self.name is not None:
+            return self._save_named(picture, info)
         return self._save(self.samples, "", 5, picture, info)
 
     def save_grid(self, picture: Image.Image, info: Mapping[str, Any]) -> Path:
@@ -49,6 +53,14 @@ class OutputFolder:
             if _write_new(path, picture, info):
                 break
         self._following[folder] = number + 1
+        return path
+
+    def _save_named(self, picture: Image.Image, info: Mapping[str, Any]) -> Path:
+        for number in count(self._following.get(self.path, 0)):
+            path = self.path / (f"{self.name}-{number}.png" if number else f"{self.name}.png")
+            if _write_new(path, picture, info):
+                break
+        self._following[self.path] = number + 1
         return path
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ldm.loading import checkpoint, config as configs, families, legacy, statistics
+from ldm.loading import checkpoint, config as configs, families, legacy, midas as depth, statistics
 from ldm.loading.checkpoint import Checkpoint
 from ldm.model import LatentDiffusion
 
@@ -46,6 +46,7 @@ def load(
     overrides: Iterable[str] = (),
     allow: Sequence[str] = (),
     clip_stats: str | Path | None = None,
+    midas: str | Path | None = None,
 ) -> LatentDiffusion:
     """The model that a config describes, with the weights of a checkpoint.
 
@@ -55,6 +56,7 @@ def load(
         overrides: `model.params.scale_factor=0.13`, applied to the YAML.
         allow: packages of your own whose classes the YAML may name.
         clip_stats: statistics of CLIP's embeddings, for unCLIP models that do not find theirs.
+        midas: the depth network, for depth models whose checkpoint lacks it or for another one.
     Returns the model in eval mode (or the part, for the config of a single part); `provenance`
     says what it was made of.
     Raises FileNotFoundError, or ValueError saying what does not fit what.
@@ -77,22 +79,15 @@ def load(
     state, tables, notes = legacy.rename(file.state), legacy.tables(file.state), markers(file)
     file.state.clear()  # so that memory is given back while `state` is used up
     misfit = f"`{file.path}` does not fit {where}"
-    fill(model, state, device=device, dtype=dtype, mapped=file.mapped, misfit=misfit)
+    lent = depth.borrow(model.state_dict(), state, file.path, midas)
+    fill(model, state, device=device, dtype=dtype, mapped=file.mapped and not lent, misfit=misfit)
     if skipped:
         log.info("not needed for sampling, skipped: %s", ", ".join(skipped))
     if isinstance(model, LatentDiffusion):
         _check_tables(model, tables, misfit)
         statistics.use(model.conditioner, file.path, clip_stats, tables)
         _check_averages(raw, file)
-        digest = hashlib.sha256(json.dumps(raw, sort_keys=True, default=str).encode())
-        model.provenance = {
-            "config": source,
-            "config_hash": digest.hexdigest()[:10],
-            "checkpoint": str(file.path),
-            "step": file.step,
-            "ema": ema,
-            "skipped": skipped,
-        }
+        model.provenance = {"config": source, **_origin(raw, file), "skipped": skipped}
         _check_prediction(model, file, notes, given=config is not None)
     return cast(LatentDiffusion, model.eval())
 
@@ -157,7 +152,7 @@ def save(
     metadata: kept beside the weights; the YAML's text under `ldm.config` lets `load` do without.
     """
     state = legacy.rename_back(model.state_dict(), model.schedule.buffers())
-    checkpoint.write(path, state, metadata)
+    checkpoint.write(path, state | statistics.tables(model.conditioner), metadata)
 
 
 def choose_config(file: Checkpoint) -> str:
@@ -217,6 +212,17 @@ def _check_fit(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], misfit
     if family is not None:
         lines.append(f"hint: the weights look like {family.title} (`{family.config}.yaml`)")
     raise ValueError("\n".join([f"{misfit}: {counts}", *lines]))
+
+
+def _origin(raw: Mapping[str, Any], file: Checkpoint) -> dict[str, Any]:
+    """What a model was made of: the config's hash, the file, its step, and which weights of it."""
+    digest = hashlib.sha256(json.dumps(raw, sort_keys=True, default=str).encode())
+    return {
+        "config_hash": digest.hexdigest()[:10],
+        "checkpoint": str(file.path),
+        "step": file.step,
+        "ema": file.ema,
+    }
 
 
 def _check_tables(model: LatentDiffusion, tables: Mapping[str, Tensor], misfit: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm.loading import checkpoint, config, pickles
 
-__all__ = ["read", "use"]
+__all__ = ["beside", "read", "tables", "use"]
 
 
 def use(
@@ -35,8 +35,20 @@ def use(
     elif tables and "noise_augmentor.data_mean" in tables:
         mean, std = (tables[f"noise_augmentor.data_{name}"] for name in ("mean", "std"))
         noise.use_statistics(mean, std)
-    elif path := _beside(ckpt, noise.clip_stats_path):
+    elif path := beside(ckpt, noise.clip_stats_path):
         noise.use_statistics(*read(path))
+
+
+def tables(conditioner: nn.Module) -> dict[str, Tensor]:
+    """The statistics of an unCLIP model as tensors of its file, so that it needs no other one.
+
+    Nothing for other models, and for those that were trained without.
+    """
+    noise: Any = getattr(getattr(conditioner, "image", None), "noise", None)
+    if noise is None or noise.clip_stats_path is None or noise.statistics is None:
+        return {}
+    mean, std = noise.statistics
+    return {"noise_augmentor.data_mean": mean, "noise_augmentor.data_std": std}
 
 
 def read(path: str | Path) -> tuple[Tensor, Tensor]:
@@ -53,8 +65,8 @@ def read(path: str | Path) -> tuple[Tensor, Tensor]:
     return pair[0].float().flatten(), pair[1].float().flatten()
 
 
-def _beside(ckpt: Path, named: str | None) -> Path | None:
-    """A file where the config says, or of that name beside the checkpoint."""
+def beside(ckpt: Path, named: str | None) -> Path | None:
+    """A file where the original kept it, or of that name beside the checkpoint."""
     if named is None:
         return None
     try:

@@ -31,6 +31,14 @@ def test_names_are_those_of_the_original(tmp_path, picture):
     assert folder.save_grid(picture, {}) == tmp_path / "new/out/grid-0001.png"
 
 
+def test_named_pictures_lie_in_the_folder_and_are_not_written_over(tmp_path, picture):
+    folder = OutputFolder(tmp_path / "out", "dog")
+    assert folder.save_sample(picture, {}) == tmp_path / "out/dog.png"
+    assert folder.save_sample(picture, {}) == tmp_path / "out/dog-1.png"
+    assert OutputFolder(tmp_path / "out", "dog").save_sample(picture, {}).name == "dog-2.png"
+    assert _names(tmp_path / "out") == ["dog-1.png", "dog-2.png", "dog.png"]
+
+
 def test_numbers_go_on_after_the_highest_whatever_was_deleted_or_added(tmp_path, picture):
     first = OutputFolder(tmp_path)
     paths = [first.save_sample(picture, {}) for _ in range(4)]

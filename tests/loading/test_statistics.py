@@ -53,6 +53,17 @@ def test_without_a_file_the_model_says_what_it_misses_when_it_is_used(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_saved_model_carries_them_in_its_file(tmp_path):
+    made = conditioner()
+    assert statistics.tables(made) == {}
+    made.image.noise.use_statistics(MEAN, STD)
+    again = conditioner()
+    statistics.use(again, tmp_path / "model.ckpt", None, statistics.tables(made))
+    assert known(again)
+    made.image.noise.clip_stats_path = None  # trained with mean 0 and deviation 1
+    assert statistics.tables(made) == statistics.tables(SimpleNamespace()) == {}
+
+
 def test_other_models_need_none(tmp_path):
     statistics.use(SimpleNamespace(), tmp_path / "model.ckpt", "absent.th")
 

@@ -1,15 +1,19 @@
-"""A tiny model on disk, as a YAML and a checkpoint in the original layout."""
+"""Tiny models on disk, each a YAML and a checkpoint in the original layout."""
 
 import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from picturehelp import MODELS, QUICK
+from PIL import Image
 
 import ldm
 from goldfile import Gold, gold
 from ldm.loading import checkpoint, legacy
+from pipelines.goldmodels import TINY_DPT, model_of
 from recipe import fill
 
 
@@ -50,3 +54,46 @@ def write(recorded: Gold, name: str, folder: Path) -> Files:
     state = legacy.rename_back(ldm.instantiate(config).state_dict())
     checkpoint.write(files.ckpt, fill(state, recorded.meta["salt"]))
     return files
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """Flags that name the model of each family."""
+    folder, flags = tmp_path_factory.mktemp("families"), {}
+    for name, recorded in MODELS.items():
+        file = gold(f"e2e_{recorded}")
+        config = json.loads(json.dumps(file.meta[f"config_{name}"]))
+        params = config["params"]
+        params["cond_stage_config"]["params"]["arch"] = file.meta["tiny_arch"]
+        if "embedder_config" in params:
+            params["embedder_config"]["params"]["arch"] = file.meta["tiny_arch"]
+        if name == "depth":
+            target = "ldm.modules.midas.api.MiDaSInference"
+            params["depth_stage_config"] = {"target": target, "params": {"arch": TINY_DPT}}
+        model = model_of(file, name, whole=True)
+        ckpt, yaml = folder / f"{name}.ckpt", folder / f"{name}.yaml"
+        checkpoint.write(ckpt, legacy.rename_back(model.state_dict()))
+        yaml.write_text(json.dumps({"model": config}))
+        flags[name] = ["--ckpt", str(ckpt), "--config", str(yaml)]
+    return flags
+
+
+@pytest.fixture
+def photo(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (70, 60, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+@pytest.fixture
+def run(files, tmp_path, capsys):
+    """Runs a script; returns its status, lines of stdout, text of stderr."""
+
+    def run(script, name, *flags):
+        outdir = str(tmp_path / "out")
+        words = [*files[name], *QUICK, "--outdir", outdir, *map(str, flags)]
+        status = script.main(words)
+        out, err = capsys.readouterr()
+        return status, out.splitlines(), err
+
+    return run

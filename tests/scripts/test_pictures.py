@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from picturehelp import QUICK, pixels
 from PIL import Image
 
 import ldm
@@ -12,70 +13,22 @@ from goldfile import gold
 from ldm.imaging.metadata import read_info
 from ldm.loading import checkpoint, legacy
 from ldm.nets.prior import Prior
-from pipelines.goldmodels import TINY_DPT, model_of
 from scripts import depth2img, img2img, inpaint, replay, txt2img, unclip, upscale
-
-QUICK = ["--steps", "2", "--precision", "full", "--skip_grid"]
-MODELS = {"inpaint": "inpaint", "depth": "depth2img", "upscale": "upscale", "unclip": "unclip",
-          "base_v": "img2img", "base_eps": "img2img"}  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def files(tmp_path_factory):
-    """Flags that name the model of each family."""
-    folder, flags = tmp_path_factory.mktemp("families"), {}
-    for name, recorded in MODELS.items():
-        file = gold(f"e2e_{recorded}")
-        config = json.loads(json.dumps(file.meta[f"config_{name}"]))
-        params = config["params"]
-        params["cond_stage_config"]["params"]["arch"] = file.meta["tiny_arch"]
-        if "embedder_config" in params:
-            params["embedder_config"]["params"]["arch"] = file.meta["tiny_arch"]
-        if name == "depth":
-            target = "ldm.modules.midas.api.MiDaSInference"
-            params["depth_stage_config"] = {"target": target, "params": {"arch": TINY_DPT}}
-        model = model_of(file, name, whole=True)
-        ckpt, yaml = folder / f"{name}.ckpt", folder / f"{name}.yaml"
-        checkpoint.write(ckpt, legacy.rename_back(model.state_dict()))
-        yaml.write_text(json.dumps({"model": config}))
-        flags[name] = ["--ckpt", str(ckpt), "--config", str(yaml)]
-    return flags
-
-
-@pytest.fixture
-def photo(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 255, (70, 60, 3), np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "photo.png")
-    return tmp_path / "photo.png"
-
-
-@pytest.fixture
-def run(files, tmp_path, capsys):
-    """Runs a script; returns its status, lines of stdout, text of stderr."""
-
-    def run(script, name, *flags):
-        outdir = str(tmp_path / "out")
-        words = [*files[name], *QUICK, "--outdir", outdir, *map(str, flags)]
-        status = script.main(words)
-        out, err = capsys.readouterr()
-        return status, out.splitlines(), err
-
-    return run
-
-
-def pixels(path):
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB")).astype(int)
-
 
 CASES = [
     (img2img, "base_v", ["--n_samples", "2", "--strength", "0.5"], (70, 60)),
     (img2img, "base_v", ["--n_samples", "1", "--H", "64", "--W", "96"], (64, 96)),
     (img2img, "base_v", ["--n_samples", "1", "--legacy", "--n_iter", "2"], (64, 0)),
-    (inpaint, "inpaint", ["--mask-box", "8,8,30,40", "--mask-blur", "2"], (70, 60)),
+    (
+        inpaint,
+        "inpaint",
+        ["--mask-box", "8,8,30,40", "--mask-blur", "2", "--mask-grow", "3"],
+        (70, 60),
+    ),
     (inpaint, "inpaint", ["--mask-box", "8,8,30,40", "--legacy"], (64, 0)),
     (inpaint, "base_v", ["--mask-box", "8,8,30,40", "--no-composite"], (70, 60)),
     (depth2img, "depth", ["--n_samples", "2"], (70, 60)),
+    (depth2img, "depth", ["--depth-map", "MAP", "--depth-inverted", "--midas", "CKPT"], (70, 60)),
     (upscale, "upscale", ["--noise-level", "5", "--tile", "128"], (280, 240)),
     (unclip, "unclip", ["--H", "64", "--W", "64", "--noise_level", "7"], (64, 64)),
 ]
@@ -86,6 +39,7 @@ def test_a_picture_is_made_and_made_again(run, files, photo, capsys, script, nam
     if size[1] == 0:  # squeezed to multiples of 64
         Image.open(photo).resize((70, 75)).save(photo)
         size = (64, 64)
+    flags = [{"MAP": photo, "CKPT": files[name][1]}.get(flag, flag) for flag in flags]
     status, out, err = run(script, name, "--init-img", photo, "--prompt", "a fox", *flags)
     assert status == 0, err
     assert pixels(out[-1]).shape == (*size, 3)
@@ -151,12 +105,29 @@ def test_transparent_parts_and_masks_by_file_are_the_same(run, tmp_path, photo):
 
 
 def test_a_folder_of_pairs_is_painted(run, tmp_path, photo):
-    for name in ("one", "two"):
+    for name in ("one", "two", "three"):
         Image.open(photo).save(tmp_path / f"{name}.png")
         Image.new("L", (60, 70), 255).save(tmp_path / f"{name}_mask.png")
-    status, out, _ = run(inpaint, "inpaint", "--indir", tmp_path)
-    assert (status, len(out)) == (0, 2)
+    status, out, _ = run(inpaint, "inpaint", "--indir", tmp_path, "--n_samples", "2")
+    names = ["one.png", "one-1.png", "three.png", "three-1.png", "two.png", "two-1.png"]
+    assert (status, out) == (0, [str(tmp_path / "out" / name) for name in names])
     assert run(inpaint, "inpaint", "--indir", tmp_path / "out")[0] == 1
+    (tmp_path / "two.png").unlink()
+    assert "two.png` for the mask" in run(inpaint, "inpaint", "--indir", tmp_path)[2]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_share_the_pairs_of_a_folder(run, tmp_path, photo, monkeypatch, rank):
+    for name in ("one", "three", "two"):
+        Image.open(photo).save(tmp_path / f"{name}.png")
+        Image.new("L", (60, 70), 255).save(tmp_path / f"{name}_mask.png")
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    _, out, err = run(inpaint, "inpaint", "--indir", tmp_path, "--steps", "1")
+    assert [path[len(str(tmp_path)) :] for path in out] == [
+        ["/out/one.png", "/out/two.png"],
+        ["/out/three.png"],
+    ][rank], err
 
 
 def test_depth_is_saved_and_taken_back(run, tmp_path, photo):
@@ -229,9 +200,12 @@ def seen(tmp_path, capsys):
 
 def test_a_picture_is_imagined_by_the_prior_and_made(unclip_l, seen, tmp_path, photo, capsys):
     flags = [*unclip_l, "--prior", tmp_path / "prior.ckpt", "--prompt", "a fox"]
-    status, out, err = seen(*flags, "--n_samples", "2")
+    quick = ["--prior-steps", "3", "--prior-scale", "2.5"]
+    status, out, err = seen(*flags, "--n_samples", "2", *quick)
     assert status == 0, err
     assert (pixels(out[0]) != pixels(out[1])).any()
+    info = read_info(out[1])
+    assert (info["prior_steps"], info["prior_scale"]) == (3, 2.5)
     assert replay.main([out[1], "--ckpt", unclip_l[1]]) == 0
     capsys.readouterr()
     status, out, err = seen(*flags, "--image", photo, "--weight", "1", "--weight", "2")
@@ -248,13 +222,17 @@ def test_statistics_are_asked_for_in_one_line_and_may_be_given(unclip_l, seen, t
     assert "`karlo_models/stats.th`: put the file beside the checkpoint, or say where" in err
     stats = ["--clip-stats", tmp_path / "elsewhere.th"]
     assert seen(*unclip_l, "--image", photo, *stats)[0] == 0
+    model = ldm.load(unclip_l[3], unclip_l[1], clip_stats=tmp_path / "elsewhere.th")
+    ldm.loading.load.save(model, tmp_path / "x.ckpt")
+    (tmp_path / "elsewhere.th").unlink()
+    assert seen(*unclip_l, "--image", photo)[0] == 0
 
 
 def test_unclip_without_anything_to_see_is_one_line(unclip_l, seen):
     assert "give a picture (--image), or a prior" in seen(*unclip_l)[2]
 
 
-def test_image_variations_of_sd_1_are_made_without_text(seen, tmp_path, photo):
+def test_image_variations_of_sd_1_are_made_without_text(seen, tmp_path, photo, capsys):
     file = gold("e2e_img2img")
     config = json.loads(json.dumps(file.meta["config_base_eps"]))
     config["params"]["cond_stage_config"] = {
@@ -264,6 +242,8 @@ def test_image_variations_of_sd_1_are_made_without_text(seen, tmp_path, photo):
     status, out, err = seen(*write(tmp_path, config), "--image", photo, "--scale", "3")
     assert status == 0, err
     assert len(out) == 2
+    assert replay.main([out[1], "--ckpt", str(tmp_path / "x.ckpt")]) == 0
+    assert capsys.readouterr().out == "identical\n"
 
 
 WRONG = [

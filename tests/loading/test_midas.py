@@ -1,0 +1,121 @@
+"""The depth network of a depth model: out of the checkpoint, or out of the file of MiDaS."""
+
+import json
+
+import pytest
+import torch
+
+import ldm
+from goldfile import gold
+from ldm.loading import checkpoint, legacy
+from pipelines.goldmodels import TINY_DPT, model_of
+
+FILE = "dpt_hybrid-midas-501f0c75.pt"
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return legacy.rename_back(model_of(gold("e2e_depth2img"), "depth", whole=True).state_dict())
+
+
+@pytest.fixture
+def files(whole, tmp_path):
+    """A depth model without its depth network, and the network in a file as MiDaS publishes it."""
+    recorded = gold("e2e_depth2img")
+    config = json.loads(json.dumps(recorded.meta["config_depth"]))
+    params, target = config["params"], "ldm.modules.midas.api.MiDaSInference"
+    params["cond_stage_config"]["params"]["arch"] = recorded.meta["tiny_arch"]
+    params["depth_stage_config"] = {"target": target, "params": {"arch": TINY_DPT}}
+    (tmp_path / "depth.yaml").write_text(json.dumps({"model": config}))
+    lean = {name: value for name, value in whole.items() if not name.startswith("depth_model.")}
+    checkpoint.write(tmp_path / "lean.ckpt", lean)
+    checkpoint.write(tmp_path / "whole.ckpt", whole)
+    (tmp_path / "midas").mkdir()
+    torch.save(network(whole), tmp_path / "midas" / FILE)
+    return tmp_path
+
+
+def network(whole, factor=1.0):
+    prefix = "depth_model.model."
+    return {k.removeprefix(prefix): v * factor for k, v in whole.items() if k.startswith(prefix)}
+
+
+def loaded(files, name="lean.ckpt", **options):
+    model = ldm.load(files / "depth.yaml", files / name, **options)
+    return model.conditioner.depth.state_dict()
+
+
+def equal(state, whole, factor=1.0):
+    wanted = network(whole, factor)
+    return all(
+        torch.equal(value, wanted[name.removeprefix("model.")]) for name, value in state.items()
+    )
+
+
+def test_the_network_is_found_beside_the_checkpoint(files, whole):
+    (files / "midas" / FILE).rename(files / FILE)
+    assert equal(loaded(files), whole)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_given_file_comes_before_the_checkpoint(files, whole, old, wrapped):
+    path, content = files / "other.pt", network(whole, 2.0)
+    content = {"optimizer": {}, "model": content} if wrapped else content
+    torch.save(content, path, _use_new_zipfile_serialization=not old)
+    for name in ("lean.ckpt", "whole.ckpt"):
+        assert equal(loaded(files, name, midas=path), whole, 2.0)
+
+
+def test_the_network_is_taken_out_of_another_depth_model(files, whole):
+    assert equal(loaded(files, midas=files / "whole.ckpt"), whole)
+
+
+def test_without_a_network_two_lines_say_where_to_put_it(files):
+    with pytest.raises(
+        FileNotFoundError, match=r"lean.ckpt` holds no depth network .*\nhint: .*--midas"
+    ):
+        loaded(files)
+    with pytest.raises(FileNotFoundError, match="absent"):
+        loaded(files, midas="absent.pt")
+
+
+def drop(state):
+    del state["scratch.layer1_rn.weight"]
+
+
+def reshape(state):
+    state["scratch.layer1_rn.weight"] = torch.zeros(3)
+
+
+def large(state):
+    for name in [name for name in state if "backbone" in name]:
+        del state[name]
+
+
+def other(state):
+    state.clear()
+    state["layer.weight"] = torch.zeros(3)
+
+
+WRONG = {
+    drop: "does not fit the depth network: 1 tensors are missing, 0 of another shape",
+    reshape: "0 tensors are missing, 1 of another shape, the first is `scratch.layer1_rn.weight`",
+    large: "is another network of MiDaS, depth models need dpt_hybrid",
+    other: "is not a file of MiDaS",
+}
+
+
+@pytest.mark.parametrize("spoil", WRONG)
+def test_files_of_something_else_are_refused_in_one_line(files, whole, spoil):
+    content = network(whole)
+    spoil(content)
+    torch.save(content, files / "x.pt")
+    with pytest.raises(ValueError, match=WRONG[spoil]) as caught:
+        loaded(files, midas=files / "x.pt")
+    assert "\n" not in str(caught.value)
+
+
+def test_models_without_depth_need_none(tiny_yaml, tiny_state, tmp_path):
+    checkpoint.write(tmp_path / "tiny.ckpt", tiny_state)
+    ldm.load(tiny_yaml, tmp_path / "tiny.ckpt", midas="absent.pt")
