@@ -9,10 +9,12 @@ tensor costs memory only when it is used.
 
 import ctypes
 import hashlib
+import json
+import math
 import mmap
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -20,18 +22,24 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.loading import pickles
 
 __all__ = ["Checkpoint", "file_hash", "read", "release", "write"]
 
+EMBEDDED = "ldm.config"  # metadata key under which a file carries its own YAML
 MAX_TENSORS = 20_000
 MAX_HEADER = 100_000_000  # bytes of names in a .safetensors
 # The pickled number that torch.save put first, before it wrote zip files.
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 WRAPPERS = ("state_dict", "model_state_dict")
+# What a .safetensors calls kinds of numbers.
+SPELLINGS = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,8 @@ class Checkpoint:
     kind: "zip", "legacy" or "safetensors".
     mapped: tensors are pages of the file, not memory.
     extras: entries beside the weights (`global_step`, `callbacks` …), only their names.
+    metadata: texts beside the weights.
+    averages: everything named `model_ema.*`.
     """
 
     path: Path
@@ -52,6 +62,7 @@ class Checkpoint:
     mapped: bool = False
     extras: tuple[str, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
+    averages: dict[str, Tensor] = field(default_factory=dict)
 
 
 def read(path: str | Path, ema: bool = False, names: Iterable[str] = ()) -> Checkpoint:
@@ -70,6 +81,7 @@ def read(path: str | Path, ema: bool = False, names: Iterable[str] = ()) -> Chec
         content, metadata = _read_safetensors(path)
     else:
         content, mapped = pickles.read(path, kind)
+        metadata = {str(k): v for k, v in content.items() if isinstance(v, str)}
     state, extras = _unwrap(content, path)
     step = content.get("global_step", metadata.get("global_step"))
     if isinstance(step, str) and step.isdigit():
@@ -78,8 +90,7 @@ def read(path: str | Path, ema: bool = False, names: Iterable[str] = ()) -> Chec
     averages -= {"model_ema.decay", "model_ema.num_updates"}
     if ema:
         _choose_averages(state, averages, [*names, *state], path)
-    for key in [k for k in state if k.startswith("model_ema.")]:
-        del state[key]
+    kept = {key: state.pop(key) for key in list(state) if key.startswith("model_ema.")}
     return Checkpoint(
         path=path,
         kind=kind,
@@ -90,16 +101,26 @@ def read(path: str | Path, ema: bool = False, names: Iterable[str] = ()) -> Chec
         mapped=mapped,
         extras=extras,
         metadata=metadata,
+        averages=kept,
     )
 
 
 def write(
-    path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, str | int] | None = None
+    path: str | Path,
+    state: Mapping[str, Tensor],
+    metadata: Mapping[str, str | int] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    mapped: bool = False,
+    progress: Callable[[int], object] = lambda size: None,
 ) -> None:
     """Writes weights, `.safetensors` or `.ckpt` by the name; whole or not at all.
 
         state: names as they shall be in the file; see `legacy.rename_back`.
         metadata: kept beside them (`global_step`, texts); read back as `Checkpoint.metadata`.
+        dtype: of all floating-point tensors; None leaves them as they are.
+        mapped: they are pages of files, given back once written, so that memory stays small.
+        progress: told the bytes of each tensor that was written.
     Raises ValueError for another ending.
     """
     path, notes = Path(path), dict(metadata or {})
@@ -108,14 +129,16 @@ def write(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what the user's umask wants; safetensors has its own idea
+        ready = {name: _Ready(value, dtype, mapped) for name, value in state.items()}
         if path.suffix == ".safetensors":
             texts = {key: str(value) for key, value in notes.items()}
-            save_file(_separate(state), temporary, {"format": "pt"} | texts)
+            _stream(temporary, ready, {"format": "pt"} | texts, progress)
         else:
-            torch.save({"state_dict": _separate(state), **notes}, temporary)
-        temporary.chmod(mode)
+            weights = {}
+            for name, value in ready.items():
+                weights[name] = value.separate()
+                progress(weights[name].nbytes)
+            torch.save({"state_dict": weights, **notes}, temporary)
         _to_disk(temporary)
         temporary.replace(path)
     finally:
@@ -242,14 +265,57 @@ def _choose_averages(
         raise ValueError(f"`{path}`: {len(left)} averaged weights fit no name: {some}")
 
 
-def _separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors, each with its own memory: both formats write whole storages."""
-    return {
-        name: value.detach().contiguous()
-        if value.untyped_storage().nbytes() == value.nbytes
-        else value.detach().clone(memory_format=torch.contiguous_format)
-        for name, value in state.items()
-    }
+@dataclass(frozen=True)
+class _Ready:
+    """A tensor to be written, cast and copied only when its turn comes."""
+
+    value: Tensor
+    dtype: torch.dtype | None
+    mapped: bool
+
+    @property
+    def kind(self) -> torch.dtype:
+        is_cast = self.dtype is not None and self.value.is_floating_point()
+        return self.dtype if is_cast else self.value.dtype  # type: ignore[return-value]
+
+    def separate(self) -> Tensor:
+        """Contiguous, in memory of its own: a .ckpt holds whole storages."""
+        old = self.value.detach()
+        new = old.to("cpu", self.kind).contiguous()
+        if new.untyped_storage().nbytes() != new.nbytes:
+            new = new.clone()
+        if self.mapped and new.data_ptr() != old.data_ptr():
+            release(old)
+        return new
+
+
+def _stream(
+    path: Path,
+    state: Mapping[str, _Ready],
+    notes: Mapping[str, str],
+    progress: Callable[[int], object],
+) -> None:
+    """A .safetensors, one tensor after the other: length of the header, header, numbers."""
+    # Wide numbers first, as readers may expect them to be aligned.
+    order = sorted(state, key=lambda name: -state[name].kind.itemsize)
+    header: dict[str, Any] = {"__metadata__": dict(notes)}
+    end = 0
+    for name in order:
+        kind, shape = state[name].kind, list(state[name].value.shape)
+        if kind not in SPELLINGS:
+            raise ValueError(f"`{name}`: a .safetensors cannot hold {kind}")
+        start, end = end, end + math.prod(shape) * kind.itemsize
+        header[name] = {"dtype": SPELLINGS[kind], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            value = state[name].separate()
+            file.write(value.reshape(-1).view(torch.uint8).numpy().data)
+            progress(value.nbytes)
+            if state[name].mapped:
+                release(value)
 
 
 def _to_disk(path: Path) -> None:

@@ -20,7 +20,7 @@ from yaml import YAMLError
 
 from ldm.loading import legacy
 
-__all__ = ["find", "instantiate", "parse", "read"]
+__all__ = ["find", "instantiate", "parse", "read", "text"]
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +84,11 @@ def parse(text: str, overrides: Iterable[str] = (), *, where: str = "config") ->
     except (OmegaConfBaseException, YAMLError, RecursionError) as error:
         raise ValueError(f"{where}: {_first_line(error)}") from error
     return _Resolver(raw, where).resolve(raw)
+
+
+def text(raw: Mapping[str, Any]) -> str:
+    """A config as YAML, which `parse` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.create(dict(raw)))
 
 
 class _Resolver:

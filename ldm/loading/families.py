@@ -22,6 +22,9 @@ from torch import Tensor, nn
 __all__ = ["FAMILIES", "Family", "Prediction", "Verdict", "predict", "probe", "recognise"]
 
 
+PUBLISHED = "configs/stable-diffusion"
+
+
 @dataclass(frozen=True)
 class Family:
     """A published family: how its weights look, and what serves it.

@@ -18,11 +18,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
-from ldm.loading import checkpoint, config as configs, families, legacy, midas as depth, statistics
-from ldm.loading.checkpoint import Checkpoint
+from ldm.loading import (
+    checkpoint,
+    config as configs,
+    families,
+    legacy,
+    midas as depth,
+    sources,
+    statistics,
+)
+from ldm.loading.checkpoint import EMBEDDED, Checkpoint
+from ldm.loading.families import PUBLISHED
+from ldm.loading.skeleton import fill, on_meta
 from ldm.model import LatentDiffusion
 
 __all__ = ["choose_config", "fill", "load", "markers", "on_meta", "save"]
@@ -30,9 +39,6 @@ __all__ = ["choose_config", "fill", "load", "markers", "on_meta", "save"]
 log = logging.getLogger(__name__)
 
 DEMO = ("configs/demo/text2img.yaml", "checkpoints/demo.safetensors")
-PUBLISHED = "configs/stable-diffusion"
-EMBEDDED = "ldm.config"  # metadata key under which a file carries its own YAML
-PREFIXES = ("", "unet.", "autoencoder.", "conditioner.text.")
 TABLE_ERROR = {torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of schedule tables; float32: 1e-5
 
 
@@ -51,6 +57,8 @@ def load(
     """The model that a config describes, with the weights of a checkpoint.
 
         config: a YAML; None recognises the family from the weights. Both None: the demo model.
+        ckpt: a .ckpt or .safetensors, or the folder of a diffusers pipeline or of a training run;
+            may stand alone, `load("folder")`.
         dtype: of all weights; every part computes in the dtype of its weights.
         ema: the averaged weights of a file that has both.
         overrides: `model.params.scale_factor=0.13`, applied to the YAML.
@@ -63,9 +71,11 @@ def load(
     """
     if config is None and ckpt is None:
         config, ckpt = _demo()
+    if ckpt is None and not str(config).endswith((".yaml", ".yml")):
+        config, ckpt = None, config  # weights alone
     if ckpt is None:
         raise ValueError("a config alone has no weights\nhint: pass a checkpoint as well")
-    file = checkpoint.read(ckpt, ema) if config is None else None
+    file = sources.read(ckpt, ema) if config is None else None
     source = str(config) if file is None else choose_config(file)
     if file is not None and source == EMBEDDED:
         raw = configs.parse(file.metadata[EMBEDDED], overrides, where=source)
@@ -75,9 +85,10 @@ def load(
     spec = legacy.translate(raw, where=where, skipped=skipped)
     model = on_meta(spec, allow=allow, where=where, skipped=skipped)
     if file is None:
-        file = checkpoint.read(ckpt, ema, legacy.rename_back(model.state_dict()))
+        file = sources.read(ckpt, ema, legacy.rename_back(model.state_dict()))
     state, tables, notes = legacy.rename(file.state), legacy.tables(file.state), markers(file)
-    file.state.clear()  # so that memory is given back while `state` is used up
+    for held in (file.state, file.averages):
+        held.clear()  # so that memory is given back while `state` is used up
     misfit = f"`{file.path}` does not fit {where}"
     lent = depth.borrow(model.state_dict(), state, file.path, midas)
     fill(model, state, device=device, dtype=dtype, mapped=file.mapped and not lent, misfit=misfit)
@@ -90,58 +101,6 @@ def load(
         model.provenance = {"config": source, **_origin(raw, file), "skipped": skipped}
         _check_prediction(model, file, notes, given=config is not None)
     return cast(LatentDiffusion, model.eval())
-
-
-def on_meta(
-    spec: Mapping[str, Any],
-    *,
-    allow: Sequence[str] = (),
-    where: str = "config",
-    skipped: list[str] | None = None,
-) -> nn.Module:
-    """The module of a translated config without memory: every weight is on the meta device."""
-    args: dict[str, Any] = {"allow": allow, "skipped": skipped}
-    if spec["target"] != legacy.MODEL:
-        with torch.device("meta"), _NoInit():
-            return cast(nn.Module, configs.instantiate(spec, where=where, **args))
-    parts = dict(spec["params"])
-    for name in ("unet", "autoencoder", "conditioner"):  # the rest is numbers, wanted for real
-        with torch.device("meta"), _NoInit():
-            parts[name] = configs.instantiate(parts[name], where=f"{where}.{name}", **args)
-    return cast(nn.Module, configs.instantiate({**spec, "params": parts}, where=where, **args))
-
-
-def fill(
-    model: nn.Module,
-    state: dict[str, Tensor],
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    mapped: bool = False,
-    misfit: str = "the weights do not fit",
-) -> None:
-    """Puts weights into a model on the meta device, strictly; `state` is used up.
-
-        state: under our names, as `legacy.rename` gives them; for a single part also bare names.
-        mapped: the tensors are pages of a file: those that are copied are given back at once, so
-            that the peak is what the model keeps.
-    Raises ValueError with counts and the first ten names that do not fit.
-    """
-    wanted = model.state_dict()
-    prefix = next((p for p in PREFIXES if any(p + name in state for name in wanted)), "")
-    for name in [name for name in state if not name.startswith(prefix)]:
-        del state[name]  # other parts of a whole model
-    _check_fit(wanted, {n.removeprefix(prefix): v for n, v in state.items()}, misfit)
-    weights: dict[str, Tensor] = {}
-    for name in list(state):  # in the order of the file, so that the system reads ahead
-        old = state.pop(name)
-        kind = dtype if old.is_floating_point() else old.dtype
-        weights[name.removeprefix(prefix)] = new = old.to(device=device, dtype=kind)
-        if mapped and new.data_ptr() != old.data_ptr():
-            checkpoint.release(old)
-    model.load_state_dict(weights, strict=True, assign=True)
-    if dtype == torch.float16 and hasattr(getattr(model, "conditioner", None), "lowres"):
-        cast(LatentDiffusion, model).autoencoder.float()  # the upscaler's overflows in float16
 
 
 def save(
@@ -186,32 +145,6 @@ def _demo() -> tuple[str, str]:
 def markers(file: Checkpoint) -> dict[str, str]:
     """What the file says about itself: its metadata, and empty tensors that serve as notes."""
     return {**file.metadata, **{key: "" for key in legacy.MARKERS if key in file.state}}
-
-
-def _check_fit(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], misfit: str) -> None:
-    missing = [legacy.old_name(name) for name in wanted if name not in state]
-    unexpected = [legacy.old_name(name) for name in state if name not in wanted]
-    shapes = [
-        f"{legacy.old_name(name)} {tuple(state[name].shape)} for {tuple(value.shape)}"
-        for name, value in wanted.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    if not (missing or unexpected or shapes):
-        return
-    lines = [
-        f"{kind}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"
-        for kind, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", shapes),
-        )
-        if names
-    ]
-    counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(shapes)} of another shape"
-    family = families.recognise(state)
-    if family is not None:
-        lines.append(f"hint: the weights look like {family.title} (`{family.config}.yaml`)")
-    raise ValueError("\n".join([f"{misfit}: {counts}", *lines]))
 
 
 def _origin(raw: Mapping[str, Any], file: Checkpoint) -> dict[str, Any]:
@@ -290,29 +223,3 @@ def _check_prediction(
             "hint: say it with a config (v2-inference.yaml: eps, v2-inference-v.yaml: v)",
             stacklevel=3,
         )
-
-
-class _NoInit(TorchFunctionMode):
-    """Skips filling meta tensors: without effect, but torch would load its compiler for it."""
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in FILLS and args and isinstance(args[0], Tensor) and args[0].is_meta:
-            return args[0]
-        return func(*args, **(kwargs or {}))
-
-
-FILLS = frozenset(
-    f"{name}_"
-    for name in (
-        "add", "clamp", "copy", "div", "erfinv", "fill", "mul", "normal", "trunc_normal", "uniform",
-        "kaiming_normal", "kaiming_uniform", "xavier_normal", "xavier_uniform", "zero", "zeros",
-        "ones", "constant", "orthogonal",
-    )
-)  # fmt: skip

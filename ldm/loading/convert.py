@@ -1,0 +1,195 @@
+"""Conversion: original files (.ckpt, .safetensors), folders of runs and of diffusers.
+
+    source -> Checkpoint -> file in the original's layout | diffusers folder
+
+Tensors are pages of the source until they are written, one after the other. What is written appears
+under its name only when it is complete.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ldm
+from ldm.loading import checkpoint, config as configs, legacy, report, sources
+from ldm.loading.checkpoint import EMBEDDED, Checkpoint
+from ldm.loading.families import PUBLISHED
+from ldm.loading.folder import files
+
+__all__ = ["SUFFIXES", "Conversion", "convert", "plan"]
+
+SUFFIXES = (".safetensors", ".ckpt")
+KL, STAGE = "encoder.conv_in.weight", "first_stage_config"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What would be written, and what a reader should know of it.
+
+    texts: JSONs and texts of a folder, by path. weights: tensors, by the path of their file
+        ("" for a single file). notes: one line for each thing.
+    """
+
+    source: Checkpoint
+    target: Path
+    weights: dict[str, dict[str, Tensor]]
+    texts: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, str | int] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """How much there is to write."""
+        tensors = (value for part in self.weights.values() for value in part.values())
+        return sum(_size(value, self.dtype) for value in tensors)
+
+
+def plan(
+    source: str | Path,
+    target: str | Path,
+    *,
+    config: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    ema: bool = False,
+    prune: bool = False,
+    variant: str | None = None,
+    clip_stats: str | Path | None = None,
+) -> Conversion:
+    """Reads names and configs, and settles what becomes of each tensor; writes nothing.
+
+        source: a file, a diffusers folder, or the folder of a training run.
+        target: ending in .safetensors or .ckpt: a file in the original's layout; else a folder.
+        config: the YAML of the source; None finds it as `load` does.
+        dtype: of all floating-point numbers, None = as they are.
+        ema: averaged weights take the place of raw ones. prune: they are left out; single files
+            keep both otherwise, folders have no room for both.
+        variant: in the names of weights in folders, such as `fp16` (which also means that dtype).
+        clip_stats: statistics of CLIP's embeddings, for unCLIP models that do not bring theirs.
+    Raises FileNotFoundError, or ValueError for what does not fit or cannot be expressed.
+    """
+    if variant == "fp16" and dtype is None and not Path(source).is_dir():
+        dtype = torch.float16
+    file = sources.read(source, ema, variant=variant if Path(source).is_dir() else None)
+    text = _config(file, config)
+    notes = []
+    metadata: dict[str, str | int] = {**file.metadata, **_provenance(file, text, ema)}
+    target = Path(target).expanduser()
+    is_file = target.suffix in SUFFIXES
+    kept = file.averages if is_file and not (ema or prune) else {}
+    texts: dict[str, Any] = {}
+    if is_file:
+        weights = {"": {**file.state, **kept}}
+    elif text is None:
+        raise ValueError(f"`{file.path}` is of no known family\nhint: pass its --config")
+    else:
+        texts, parts = files.parts(file, configs.parse(text, where="config"), clip_stats)
+        weights = {files.weights_file(name, variant): part for name, part in parts.items() if part}
+    for path, part in weights.items():
+        size = sum(_size(value, dtype) for value in part.values())
+        notes.append(f"{path or target.name:60} {len(part):>5} tensors {size / 1e9:8.3f} GB")
+    if file.averages and not kept:
+        what = "took the place of raw ones" if ema else "left out, --ema takes them"
+        notes.append(f"{'model_ema.*':60} {len(file.averages):>5} tensors {what}")
+    return Conversion(file, target, weights, texts, metadata, dtype, tuple(notes))
+
+
+def convert(
+    what: Conversion, *, force: bool = False, progress: Callable[[int], object] = lambda size: None
+) -> Path:
+    """Writes it, whole or not at all.
+
+        force: replace what is there.
+        progress: told the bytes of each tensor that was written.
+    Raises FileExistsError if something is there, ValueError if it may not be replaced.
+    """
+    _check_target(what, force)
+    options: dict[str, Any] = {"dtype": what.dtype, "progress": progress}
+    options["mapped"] = what.source.mapped
+    if not what.texts:
+        checkpoint.write(what.target, what.weights[""], what.metadata, **options)
+        return what.target
+    part = what.target.with_name(f".{what.target.name}.{os.getpid()}.part")
+    old = what.target.with_name(f".{what.target.name}.{os.getpid()}.old")
+    try:
+        for path, content in what.texts.items():
+            (part / path).parent.mkdir(parents=True, exist_ok=True)
+            text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+            (part / path).write_text(text, "utf-8")
+        for path, state in what.weights.items():
+            notes = what.metadata if path == files.REST else {}
+            checkpoint.write(part / path, state, notes, **options)
+        _exchange(part, what.target, old)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return what.target
+
+
+def _exchange(new: Path, place: Path, aside: Path) -> None:
+    """Puts a folder where another one may be."""
+    if not place.exists():
+        new.rename(place)
+        return
+    place.rename(aside)
+    try:
+        new.rename(place)
+    except OSError:
+        aside.rename(place)
+        raise
+    shutil.rmtree(aside)
+
+
+def _check_target(what: Conversion, force: bool) -> None:
+    target = what.target
+    if not target.exists():
+        return
+    if not force:
+        raise FileExistsError(f"`{target}` exists\nhint: --force replaces it")
+    if target.is_dir() != bool(what.texts) or (target.is_dir() and not files.is_folder(target)):
+        kind = "a folder of another kind" if target.is_dir() else "a file"
+        raise ValueError(f"`{target}` is {kind}, it is not replaced")
+
+
+def _config(file: Checkpoint, given: str | Path | None) -> str | None:
+    """The text of the YAML: as given, from inside the file, or that of the recognised family."""
+    names = legacy.rename(file.state)
+    alone = not any(name.startswith("unet.") for name in names)
+    if given is not None:
+        text: str | None = configs.find(given).read_text("utf-8")
+    elif EMBEDDED in file.metadata:
+        text = file.metadata[EMBEDDED]
+    elif alone and any(name.removeprefix("autoencoder.") == KL for name in names):
+        text = configs.find(f"{PUBLISHED}/v1-inference.yaml").read_text("utf-8")
+    else:
+        found = report.inspect(file.path).config
+        text = None if found is None else configs.find(found).read_text("utf-8")
+    model = configs.parse(text, where="config").get("model", {}) if text else {}
+    if alone and STAGE in (model.get("params") or {}):
+        return configs.text({"model": model["params"][STAGE]})
+    return text
+
+
+def _provenance(file: Checkpoint, text: str | None, ema: bool) -> dict[str, str | int]:
+    """What a single file, or the rest of a folder, says about itself."""
+    notes: dict[str, str | int] = {"ldm.version": ldm.__version__, "ldm.source": file.path.name}
+    if text:
+        params = configs.parse(text, where="config").get("model", {}).get("params") or {}
+        notes[EMBEDDED] = text
+        if "unet_config" in params:
+            kind = params.get("parameterization", "eps")
+            notes["modelspec.prediction_type"] = {"eps": "epsilon"}.get(kind, kind)
+    if file.step is not None:
+        notes["global_step"] = file.step
+    return notes | ({"ldm.ema": "merged"} if ema else {})
+
+
+def _size(value: Tensor, dtype: torch.dtype | None) -> int:
+    kind = dtype if dtype is not None and value.is_floating_point() else value.dtype
+    return value.numel() * kind.itemsize

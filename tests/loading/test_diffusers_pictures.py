@@ -1,0 +1,176 @@
+"""Folders that we write open in diffusers, and both sides make the same picture of a family.
+
+Weights are random, so a difference of kernels grows: 2e-4 of pixels in [0, 1] is the tolerance, and
+what is measured is below 5e-5.
+"""
+
+import pytest
+import torch
+from tinyfamilies import PROMPT, WIDTH, write
+
+import ldm
+from ldm.encoders.image import preprocess
+from ldm.loading import convert, sources
+from ldm.loading.folder import files
+from ldm.pipelines import sample, vary
+
+diffusers = pytest.importorskip("diffusers")
+pytestmark = pytest.mark.filterwarnings("ignore")  # about the future of other packages
+
+TOLERANCE = 2e-4
+STEPS, SCALE, SIDE = 4, 3.0, 32
+TEXT = ("sd1", "sd2", "sd2-v")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """family -> (original file, what it holds, diffusers folder), each made once."""
+    place, kept = tmp_path_factory.mktemp("families"), {}
+
+    def make(family):
+        if family not in kept:
+            source, folder = place / f"{family}.safetensors", place / family
+            state = write(family, source)
+            convert.convert(convert.plan(source, folder))
+            kept[family] = source, state, folder
+        return kept[family]
+
+    return make
+
+
+def opened(folder):
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def picture(side=SIDE):
+    return torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def common(x):
+    return {"latents": x, "num_inference_steps": STEPS, "guidance_scale": SCALE,
+            "output_type": "pt", "generator": torch.Generator().manual_seed(5)}  # fmt: skip
+
+
+def agree(ours, theirs):
+    ours = (ours + 1) / 2
+    assert ours.std() > 0.05
+    assert (ours - theirs).abs().max() < TOLERANCE
+
+
+@torch.no_grad()
+def sampled(model, records, x, z=None):
+    """Ours with records that are given, so that both sides see the same noise."""
+    cond = model.condition({"txt": [PROMPT], **records})
+    uncond = model.condition({"txt": [""], **records})
+    z = sample(model, cond, uncond, x_T=x, steps=STEPS, scale=SCALE)
+    return model.decode(z).clamp(-1, 1)
+
+
+@pytest.mark.parametrize("family", TEXT)
+def test_text_to_image(made, family):
+    source, _, folder = made(family)
+    x = noise(1, 4, 16, 16)
+    theirs = opened(folder)(PROMPT, height=SIDE, width=SIDE, **common(x.clone())).images
+    options = {"size": (SIDE, SIDE), "steps": STEPS, "scale": SCALE, "x_T": x}
+    agree(ldm.txt2img(ldm.load(source), [PROMPT], **options), theirs)
+    agree(ldm.txt2img(ldm.load(folder), [PROMPT], **options), theirs)
+
+
+@pytest.mark.parametrize("family", ["sd1-inpainting", "inpainting"])
+def test_inpainting(made, family):
+    source, _, folder = made(family)
+    x, image, mask = noise(1, 4, 16, 16), picture(), torch.zeros(1, 1, SIDE, SIDE)
+    mask[..., 8:24, 8:24] = 1
+    pipe = opened(folder)
+    theirs = pipe(PROMPT, image=image, mask_image=mask, strength=1.0, height=SIDE, width=SIDE,
+                  **common(x.clone())).images  # fmt: skip
+    options = {"steps": STEPS, "scale": SCALE, "x_T": x, "seeds": 5, "composite": False}
+    agree(ldm.inpaint(ldm.load(source), [PROMPT], 2 * image - 1, mask, **options), theirs)
+
+
+def test_depth(made):
+    source, _, folder = made("depth")
+    model, image, depth = ldm.load(source), picture(), noise(1, SIDE, SIDE, seed=2)
+    pipe = opened(folder)
+    theirs = pipe(PROMPT, image=image, depth_map=depth, strength=1.0, **common(None)).images
+    g = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        z = model.encode(2 * image - 1, g)
+    pipe.scheduler.set_timesteps(STEPS)
+    drawn = torch.randn(z.shape, generator=g)
+    x = pipe.scheduler.add_noise(z, drawn, pipe.scheduler.timesteps[:1])
+    prepared = model.prepare({"depth": depth[None]}, (16, 16))
+    agree(sampled(model, {"depth": prepared["depth"]}, x), theirs)
+    seen = noise(1, 3, 64, 64)
+    with torch.no_grad():
+        ours = model.conditioner.depth.infer(seen)[:, 0]
+        theirs = pipe.depth_estimator(seen).predicted_depth
+    assert ours.std() > 1e-3
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+def test_upscaling(made):
+    source, _, folder = made("x4")
+    model, x, image = ldm.load(source), noise(1, 4, 16, 16), picture(16)
+    theirs = opened(folder)(PROMPT, image=image, noise_level=20, **common(x.clone())).images
+    level, drawn = torch.tensor([20]), noise(1, 3, 16, 16, seed=5)
+    records = {"lowres": model.conditioner.lowres.noised(2 * image - 1, level, drawn)}
+    agree(sampled(model, records | {"noise_level": level}, x), theirs)
+
+
+@pytest.mark.parametrize("family", ["unclip-l", "unclip-h"])
+def test_unclip(made, family):
+    source, _, folder = made(family)
+    model, x, seen = ldm.load(source), noise(1, 4, 16, 16), noise(1, 3, 28, 28)
+    pipe = opened(folder)
+    with torch.no_grad():
+        embedding = model.conditioner.image.clip.model.visual(seen)
+        assert torch.allclose(pipe.image_encoder(seen).image_embeds, embedding, atol=1e-5)
+        theirs = pipe(prompt=PROMPT, image_embeds=embedding, noise_level=10, height=SIDE,
+                      width=SIDE, **common(x.clone())).images  # fmt: skip
+        vector = model.conditioner.image.noise(embedding, 10, noise(1, WIDTH, seed=5))
+    cond = model.condition({"txt": [PROMPT], "embedding": vector})
+    uncond = model.condition({"txt": [""], "embedding": [None]})
+    with torch.no_grad():
+        z = sample(model, cond, uncond, x_T=x, steps=STEPS, scale=SCALE)
+        agree(model.decode(z).clamp(-1, 1), theirs)
+
+
+def test_variations(made):
+    source, _, folder = made("variations")
+    model, x, image = ldm.load(source), noise(1, 4, 16, 16), picture()
+    seen = preprocess(2 * image - 1, 28)
+    theirs = opened(folder)(image=seen, height=SIDE, width=SIDE, **common(x.clone())).images
+    options = {"steps": STEPS, "scale": SCALE, "x_T": x, "size": (SIDE, SIDE)}
+    agree(vary(model, [2 * image - 1], **options), theirs)
+
+
+FAMILIES = [*TEXT, "sd1-inpainting", "inpainting", "depth", "x4", "unclip-l", "unclip-h",
+            "variations"]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_way_back_loses_nothing(made, family):
+    _, state, folder = made(family)
+    back = sources.read(folder).state
+    assert back.keys() == state.keys()
+    assert [k for k in state if not torch.equal(state[k], back[k])] == []
+    assert sources.read(folder).step == 7
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_folders_saved_by_diffusers_are_read(made, family, tmp_path):
+    """Without our rest, and in the words of today's versions: what both layouts hold is equal."""
+    _, state, folder = made(family)
+    opened(folder).save_pretrained(tmp_path)
+    assert not (tmp_path / files.REST).exists()
+    back = sources.read(tmp_path).state
+    kept = sources.read(folder / files.REST).state.keys() if (folder / files.REST).exists() else ()
+    assert [k for k in state if k not in kept and not torch.equal(state[k], back[k])] == []
+    assert all(not back[k].any() for k in back if k in kept and ".resblocks." in k)

@@ -1,0 +1,78 @@
+"""A tiny model of every published family: its own YAML made small, weights by the recipe."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.loading import checkpoint, config, legacy
+from ldm.loading.skeleton import on_meta
+from recipe import fill
+
+WIDTH = 32
+TEXT = {"embed_dim": WIDTH, "text_cfg": {"width": WIDTH, "heads": 2, "layers": 3}}
+CLIP = {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2}  # fmt: skip
+EYE = {"embed_dim": WIDTH, "text_cfg": {"width": WIDTH, "heads": 2, "layers": 1},
+       "vision_cfg": {"width": 48, "layers": 2, "patch_size": 14, "image_size": 28,
+                      "head_width": 16}}  # fmt: skip
+DPT = {"embed_dim": 48, "depth": 2, "num_heads": 3, "hooks": [0, 1], "features": 16, "img_size": 64}
+
+NAMES = {
+    "sd1": "v1-inference",
+    "sd1-inpainting": "v1-inpainting-inference",
+    "variations": "v1-image-variation-inference",
+    "sd2": "v2-inference",
+    "sd2-v": "v2-inference-v",
+    "inpainting": "v2-inpainting-inference",
+    "depth": "v2-midas-inference",
+    "x4": "x4-upscaling",
+    "unclip-l": "v2-1-stable-unclip-l-inference",
+    "unclip-h": "v2-1-stable-unclip-h-inference",
+}
+PROMPT = "a red apple on a table"
+
+
+def small(family: str) -> dict[str, Any]:
+    """The published config with small numbers."""
+    raw = config.read(f"configs/stable-diffusion/{NAMES[family]}.yaml")
+    params = raw["model"]["params"]
+    params["image_size"] = 16
+    unet, vae = params["unet_config"]["params"], params["first_stage_config"]["params"]
+    unet |= {
+        "model_channels": 32,
+        "channel_mult": [1, 2],
+        "num_res_blocks": 1,
+        "context_dim": WIDTH,
+    }
+    unet["attention_resolutions"] = [2] if family == "x4" else [1]
+    unet |= {"num_heads": 4} if "num_heads" in unet else {"num_head_channels": 16}
+    if "disable_self_attentions" in unet:
+        unet["disable_self_attentions"] = [True, False]
+    vae["ddconfig"] |= {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1}
+    text = params["cond_stage_config"]
+    if family == "variations":
+        text["params"] = {"model": EYE}
+    else:
+        text.setdefault("params", {})["arch"] = CLIP if family.startswith("sd1") else TEXT
+    if family.startswith("unclip"):
+        unet["adm_in_channels"] = 2 * WIDTH
+        params["noise_aug_config"]["params"]["timestep_dim"] = WIDTH
+        key = "model" if family == "unclip-l" else "arch"
+        params["embedder_config"].setdefault("params", {})[key] = EYE
+    if family == "depth":
+        params["depth_stage_config"]["params"]["arch"] = DPT
+    return raw
+
+
+def write(family: str, path: Path) -> dict[str, torch.Tensor]:
+    """A file in the original's layout, its YAML inside; returns what it holds."""
+    raw = small(family)
+    model: Any = on_meta(legacy.translate(raw))
+    empty = {k: torch.ones(v.shape) if v.is_meta else v for k, v in model.state_dict().items()}
+    state = fill(legacy.rename_back(empty, model.schedule.buffers()), "convert")
+    if family == "unclip-l":
+        state["noise_augmentor.data_mean"] = torch.linspace(-1, 1, WIDTH)
+        state["noise_augmentor.data_std"] = torch.linspace(0.5, 2, WIDTH)
+    checkpoint.write(path, state, {"ldm.config": config.text(raw), "global_step": 7})
+    return state
