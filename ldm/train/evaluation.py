@@ -1,7 +1,8 @@
 """How well a model follows prompts that name an object, a style and a background colour."""
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -9,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ldm.data.folder import Folder
-from ldm.data.transforms import COLOURS, caption, compose
+from ldm.data.transforms import COLOURS, Emoji, caption
 from ldm.model import LatentDiffusion
 from ldm.pipelines import txt2img
-from ldm.train.judges import Judges, background
+from ldm.train.judges import Gallery, Judges, background
 
 __all__ = ["Score", "evaluate", "generate", "prompts", "real", "score", "shuffled", "table"]
 
@@ -29,6 +30,8 @@ class Score:
     object: float
     object_top5: float
     all: float
+    nearest_style: float
+    nearest_object: float
 
 
 def evaluate(
@@ -47,20 +50,18 @@ def evaluate(
     would score), and as a control the generated ones against each other's prompts.
     """
     scores, made = {}, {}
+    say = partial(score, judges, Gallery(folder, judges.objects))
     for name, group in wanted.items():
         pictures = real(folder, group)
-        scores[f"{name}: real"] = score(judges, pictures, group)
-        scores[f"{name}: real, through the autoencoder"] = score(
-            judges, _through(model, pictures), group
-        )
+        scores[f"{name}: real"] = say(pictures, group)
+        scores[f"{name}: real, through the autoencoder"] = say(_through(model, pictures), group)
         made[name] = generate(model, group, **options)
-        scores[f"{name}: generated"] = score(judges, made[name], group)
+        scores[f"{name}: generated"] = say(made[name], group)
         rest = [k for k, row in enumerate(group) if row["style"] not in ALIKE]
-        scores[f"{name}: generated, without {', '.join(ALIKE)}"] = score(
-            judges, made[name][rest], [group[k] for k in rest]
+        scores[f"{name}: generated, without {', '.join(ALIKE)}"] = say(
+            made[name][rest], [group[k] for k in rest]
         )
-        control = shuffled(group)
-        scores[f"{name}: generated, prompts shuffled"] = score(judges, made[name], control)
+        scores[f"{name}: generated, prompts shuffled"] = say(made[name], shuffled(group))
     return scores, made
 
 
@@ -112,24 +113,20 @@ def generate(
     return torch.cat(images)
 
 
-def real(folder: Folder, wanted: Sequence[dict], size: int = 128) -> Tensor:
-    """The real pictures that the prompts describe, (N, 3, size, size)."""
+def real(folder: Folder, wanted: Sequence[dict], *, seed: int = 0) -> Tensor:
+    """The real pictures that the prompts describe, placed as in training: (N, 3, H, W)."""
+    assert isinstance(folder.transform, Emoji), "judges know emoji only"
     index = {row["file_name"]: k for k, row in enumerate(folder.rows)}
-    side = round(0.81 * size)
-    return torch.stack(
-        [
-            compose(
-                folder.record(index[row["file_name"]])["picture"],
-                COLOURS[row["colour"]],
-                size=size,
-                side=side,
-            )
-            for row in wanted
-        ]
-    )
+    rng = Random(seed)
+    pictures = [folder.record(index[row["file_name"]])["picture"] for row in wanted]
+    seen = [
+        folder.transform.seen(p, row["colour"], rng)
+        for p, row in zip(pictures, wanted, strict=True)
+    ]
+    return torch.stack([sample["jpg"] for sample in seen])
 
 
-def score(judges: Judges, images: Tensor, wanted: Sequence[dict]) -> Score:
+def score(judges: Judges, gallery: Gallery, images: Tensor, wanted: Sequence[dict]) -> Score:
     """How many of the images show what was wanted."""
     objects, styles = judges.judge(images)
     right_object, right_style = judges.labels(wanted)
@@ -139,7 +136,10 @@ def score(judges: Judges, images: Tensor, wanted: Sequence[dict]) -> Score:
     style = styles[:, 0] == right_style
     top1 = objects[:, 0] == right_object
     top5 = (objects[:, :5] == right_object[:, None]).any(dim=1)
-    shares = (colour, style, top1, top5, colour & style & top1)
+    nearest_object, nearest_style = gallery.nearest(images, wanted)
+    shares = (
+        colour, style, top1, top5, colour & style & top1, nearest_style, nearest_object,
+    )  # fmt: skip
     return Score(len(wanted), *(float(share.float().mean()) for share in shares))
 
 
@@ -154,11 +154,12 @@ def shuffled(wanted: Sequence[dict], *, seed: int = 0) -> list[dict]:
 def table(scores: dict[str, Score]) -> str:
     """The scores in Markdown, one line each."""
     lines = [
-        "| pictures | n | background | style | object | object in top 5 | all three |",
-        "|---|---|---|---|---|---|---|",
+        "| pictures | n | background | style | object | object in top 5 | all three "
+        "| nearest drawing: style | object |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, s in scores.items():
-        shares = (s.background, s.style, s.object, s.object_top5, s.all)
+        shares = astuple(s)[1:]
         cells = " | ".join(f"{100 * share:.1f} %" for share in shares)
         lines.append(f"| {name} | {s.count} | {cells} |")
     return "\n".join(lines)

@@ -1,4 +1,7 @@
-"""Judges of generated emoji: a rule for the background, small classifiers for style and object.
+"""Judges of generated emoji: a rule for the background, and two opinions on style and object.
+
+The gallery compares a picture with every real drawing, the right one too, and needs no training. It
+asks more than a classifier: a drawing of its own in the right style may be nearer to another one.
 
 The classifiers learn from real pictures of the training split only, on every background, moved,
 scaled and blurred. The one for objects sees the whole picture at half size; the one for styles sees
@@ -24,12 +27,13 @@ from ldm.data.transforms import COLOURS
 from ldm.nets.blocks import Conv2d, GroupNorm, Linear
 from ldm.train import optim
 
-__all__ = ["Classifier", "Judges", "Texture", "background"]
+__all__ = ["Classifier", "Gallery", "Judges", "Texture", "background"]
 
 log = logging.getLogger(__name__)
 
-SIDE = 64  # pixels that a classifier sees in training
-SIDES = (48, 50, 52, 54, 56)  # of the picture inside; 52 is what the model is trained on
+SIDE = 64  # pixels that a judge sees
+INSIDE = 52  # of them for the picture, as in the training of the model
+SIDES = (48, 50, INSIDE, 54, 56)  # of them for the picture, in the training of a classifier
 PATCHES = (56, 64, 72)  # of a picture of 104, scaled to 64
 BORDER = 6  # pixels of a 128-pixel picture that are surely background
 
@@ -137,6 +141,53 @@ class Judges:
         return objects.argsort(dim=1, descending=True), styles.argsort(dim=1, descending=True)
 
 
+class Gallery:
+    """Every real drawing of some objects, held-out ones too: which one is a picture nearest to?
+
+    folder: of the drawings. objects: names, in the order of the answers.
+    """
+
+    def __init__(self, folder: Folder, objects: Sequence[str]) -> None:
+        rows = [k for k, row in enumerate(folder.rows) if row["object"] in set(objects)]
+        edge = (SIDE - INSIDE) // 2
+        self.drawings = F.pad(_bank(folder, rows, INSIDE), (edge, edge, edge, edge))
+        self.objects = [folder.rows[k]["object"] for k in rows]
+        self.styles = [folder.rows[k]["style"] for k in rows]
+
+    @torch.inference_mode()
+    def distances(self, image: Tensor, colours: Sequence[str]) -> Tensor:
+        """Squared distances of images (B, 3, H, W) to all drawings: (B, drawings).
+
+        colours: names of the backgrounds on which the drawings are put, one per image.
+        The image is moved by up to one pixel of 64 each way, to where it is nearest.
+        """
+        result = torch.empty(len(image), len(self.drawings))
+        small = F.interpolate(image.float(), (SIDE, SIDE), mode="area")
+        for colour in sorted(set(colours)):
+            places = [k for k, name in enumerate(colours) if name == colour]
+            plain = torch.tensor(COLOURS[colour]).expand(len(self.drawings), 3) / 127.5 - 1
+            real = _over(self.drawings, plain).flatten(1)  # (drawings, 3 * 64 * 64)
+            moved = F.unfold(F.pad(small[places], (1, 1, 1, 1), mode="replicate"), SIDE)
+            seen = moved.mT.flatten(0, 1)  # (b * 9, 3 * 64 * 64)
+            distance = seen.square().sum(1)[:, None] - 2 * seen @ real.mT + real.square().sum(1)
+            result[places] = distance.unflatten(0, (-1, 9)).amin(1)
+        return result
+
+    def nearest(self, image: Tensor, wanted: Sequence[dict]) -> tuple[Tensor, Tensor]:
+        """Is the nearest drawing one of the wanted object; of its drawings, is it of the style?
+
+        wanted: one record per image, with `object`, `style` and `colour`.
+        Returns two bool tensors (B,), for the object and for the style.
+        """
+        distances = self.distances(image, [row["colour"] for row in wanted])
+        objects, styles = [], []
+        for row, distance in zip(wanted, distances, strict=True):
+            own = [k for k, name in enumerate(self.objects) if name == row["object"]]
+            objects.append(self.objects[int(distance.argmin())] == row["object"])
+            styles.append(self.styles[own[int(distance[own].argmin())]] == row["style"])
+        return torch.tensor(objects), torch.tensor(styles)
+
+
 def background(image: Tensor) -> list[str]:
     """The name of the colour nearest to the median of the border, for images (B, 3, H, W)."""
     width = max(1, BORDER * image.shape[-1] // 128)
@@ -210,9 +261,13 @@ def _patches(bank: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor
 
 
 def _on_colours(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """(B, 4, h, w) uint8 with premultiplied alpha -> (B, 3, h, w) on random named colours."""
+    """(B, 4, h, w) uint8 as `_over` wants them -> (B, 3, h, w) on random named colours."""
     table = torch.tensor(list(COLOURS.values())) / 127.5 - 1
-    colours = table[torch.randint(len(table), (len(pictures),), generator=generator)]
+    return _over(pictures, table[torch.randint(len(table), (len(pictures),), generator=generator)])
+
+
+def _over(pictures: Tensor, colours: Tensor) -> Tensor:
+    """(B, 4, h, w) uint8 with premultiplied alpha -> (B, 3, h, w) on colours (B, 3) in [-1, 1]."""
     rgb, alpha = pictures[:, :3] / 127.5, pictures[:, 3:] / 255
     return colours[:, :, None, None] * (1 - alpha) + rgb - alpha
 

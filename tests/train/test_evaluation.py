@@ -9,7 +9,7 @@ import torch
 from ldm.data.folder import Folder
 from ldm.data.transforms import COLOURS, Emoji
 from ldm.train import evaluation
-from ldm.train.judges import Judges, background
+from ldm.train.judges import Gallery, Judges, background
 
 EMOJI = Path(__file__).parents[1] / "data" / "emoji"
 
@@ -60,10 +60,24 @@ class Perfect(Judges):
 
 def test_real_pictures_score_full_marks(folder: Folder) -> None:
     wanted = evaluation.prompts(folder, "train")
-    images = evaluation.real(folder, wanted, size=64)
-    result = evaluation.score(Perfect(folder, wanted), images, wanted)
-    assert result == evaluation.Score(23, 1.0, 1.0, 1.0, 1.0, 1.0)
+    images = evaluation.real(folder, wanted)
+    judges = Perfect(folder, wanted)
+    result = evaluation.score(judges, Gallery(folder, judges.objects), images, wanted)
+    assert result == evaluation.Score(23, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
     assert "| real | 23 | 100.0 % | 100.0 %" in evaluation.table({"real": result})
+
+
+def test_the_gallery_tells_style_apart_from_object(folder: Folder) -> None:
+    wanted = evaluation.prompts(folder, "train")
+    images = evaluation.real(folder, wanted)
+    gallery = Gallery(folder, sorted({row["object"] for row in wanted}))
+    rocket = [{**row, "object": "rocket"} for row in wanted]
+    object_is_right, _ = gallery.nearest(images, rocket)
+    assert object_is_right.tolist() == [row["object"] == "rocket" for row in wanted]
+    drawn_anew = [{**row, "style": "noto"} for row in wanted]
+    object_is_right, style_is_right = gallery.nearest(images, drawn_anew)
+    assert object_is_right.all()
+    assert style_is_right.tolist() == [row["style"] == "noto" for row in wanted]
 
 
 def test_judges_learn_and_are_kept(folder: Folder, tmp_path: Path) -> None:
