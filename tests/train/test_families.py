@@ -1,0 +1,151 @@
+"""Every family goes through one trainer: what it sees is made by its own encoders."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ldm.loading import config
+from ldm.loading.load import load
+from ldm.pipelines.frame import READS, reads
+from ldm.train import callbacks
+from ldm.train.loop import Run
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "configs/train/tiny.yaml"
+DDPM = "ldm.models.diffusion.ddpm."
+LOW_SCALE = {
+    "target": "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation",
+    "params": {"noise_schedule_config": {"linear_end": 0.02}, "max_noise_level": 10},
+}
+EYE = {
+    "target": "ldm.modules.encoders.modules.FrozenCLIPImageEmbedder",
+    "params": {
+        "freeze": False,
+        "model": {
+            "embed_dim": 32,
+            "text_cfg": {"width": 32, "heads": 2, "layers": 1, "vocab_size": 8},
+            "vision_cfg": {
+                "image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16,
+            },
+        },
+    },
+}  # fmt: skip
+DEPTH = {"target": "ldm.modules.midas.api.MiDaSInference", "params": {"model_type": None}}
+# task: (class, channels that the UNet reads, records of the data, parameters)
+FAMILIES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
+    "inpaint": ("LatentInpaintDiffusion", 9, {"mask": {}}, {"conditioning_key": "hybrid"}),
+    "depth2img": (
+        "LatentDepth2ImageDiffusion", 5, {"depth": {}},
+        {"conditioning_key": "hybrid", "depth_stage_config": DEPTH},
+    ),
+    "upscale": (
+        "LatentUpscaleDiffusion", 7, {"lr": {"factor": 4}},
+        {"conditioning_key": "hybrid-adm", "low_scale_config": LOW_SCALE, "low_scale_key": "lr"},
+    ),
+    "vary": ("LatentDiffusion", 4, {}, {"cond_stage_config": EYE}),
+}  # fmt: skip
+CACHED: dict[str, dict[str, Any]] = {
+    "inpaint": {"masked": (5, 8, 8)},
+    "depth2img": {"depth": (1, 8, 8)},
+    "upscale": {"lr": (3, 8, 8)},
+    "vary": {"jpg": (3, 32, 32)},
+}
+
+
+def raw_of(task: str, folder: Path, **params: Any) -> dict[str, Any]:
+    name, channels, records, own = FAMILIES[task]
+    raw = config.read(TINY)
+    model = raw["model"]["params"] | own | params
+    model["unet_config"]["params"]["in_channels"] = channels
+    if task == "upscale":
+        model["unet_config"]["params"]["num_classes"] = 10
+    raw["model"] |= {"target": DDPM + name, "params": model}
+    train = raw["data"]["params"]["train"]
+    train |= {"root": ROOT / "tests/data/emoji"}
+    train["transform"]["records"] = records
+    raw["data"]["params"]["latents"] = {"cache": folder / "latents", "variants": 1}
+    raw["lightning"]["trainer"]["max_steps"] = 2
+    return raw
+
+
+@pytest.mark.parametrize("task", FAMILIES)
+def test_a_family_is_trained_drawn_and_loaded(task: str, tmp_path: Path) -> None:
+    raw = raw_of(task, tmp_path)
+    run = Run(raw, tmp_path / "run")
+    kept = {name: tuple(value.shape[2:]) for name, value in run.dataset.kept.items()}  # type: ignore[union-attr]
+    assert kept == {"z": (4, 8, 8)} | CACHED[task]
+    first: Any = run.model.unet.input_blocks[0][0]  # type: ignore[union-attr]
+    before = first.weight[:, -1].detach().clone()
+    run.train()
+    assert not torch.equal(before, first.weight[:, -1])  # what it sees reaches the last channel
+    assert len(list((tmp_path / "run" / "images").glob("*.png"))) == 1
+    (tmp_path / "model.yaml").write_text(_yaml(raw["model"]))
+    model = load(tmp_path / "model.yaml", run.last.with_suffix(".safetensors"))
+    assert reads(model) == READS[task]
+
+
+def test_new_input_channels_start_at_zero_and_change_nothing(tmp_path: Path) -> None:
+    text = _text_run(tmp_path / "text")
+    text.export()
+    weights = text.last.with_suffix(".safetensors")
+    wide = Run(raw_of("depth2img", tmp_path, ckpt_path=str(weights)), tmp_path / "wide")
+    models: list[Any] = [load(ckpt=weights), wide.model]
+    z, t = torch.randn(1, 4, 8, 8), torch.tensor([500])
+    depth = {"depth": torch.rand(1, 1, 8, 8)}
+    conds = [models[0].condition({"txt": ["cat"]}), models[1].condition({"txt": ["cat"], **depth})]
+    with torch.no_grad():
+        seen = [
+            m.denoiser.predict_at(z, c, t, torch.zeros_like(z))
+            for m, c in zip(models, conds, strict=True)
+        ]
+    torch.testing.assert_close(seen[0], seen[1], atol=2e-3, rtol=0)
+    assert models[1].conditioner.text.token_ids.equal(models[0].conditioner.text.token_ids)
+
+
+def test_only_the_unet_is_taken_if_asked_for(tmp_path: Path) -> None:
+    text = _text_run(tmp_path / "text")
+    text.export()
+    weights = str(text.last.with_suffix(".safetensors"))
+    raw = raw_of("vary", tmp_path, ckpt_path=weights, load_only_unet=True)
+    first = raw["model"]["params"]["first_stage_config"]["params"]
+    first |= {"ckpt_path": weights, "ignore_keys": ["decoder."]}
+    raw["lightning"]["trainer"]["seed"] = 5
+    run: Any = Run(raw, tmp_path / "run")
+    theirs: Any = text.model
+    for name, equal in (("unet.out.2.weight", True), ("autoencoder.decoder.conv_in.weight", False)):
+        ours, other = run.model.get_parameter(name), theirs.get_parameter(name)
+        assert torch.allclose(ours, other, atol=1e-3) == equal, name
+
+
+def test_weights_to_widen_need_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`finetune_keys` needs a `ckpt_path`"):
+        Run(raw_of("inpaint", tmp_path, finetune_keys=["any"]), tmp_path)
+
+
+def test_time_spent_asleep_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
+    clock = callbacks.Clock()
+    counted = []
+    for seconds in (5, 1, 1, 1, 1, 1, 3600, 1):
+        now[0] += seconds
+        counted.append(clock())
+    assert counted == [5, 1, 1, 1, 1, 1, 10, 1]
+    now[0] += 100
+    clock.restart()
+    assert clock() == 0
+
+
+def _text_run(folder: Path) -> Run:
+    """A text-to-image model of random weights."""
+    data = f"data.params.train.root={ROOT / 'tests/data/emoji'}"
+    raw, text = config.read(TINY, [data]), TINY.read_text()
+    return Run(raw, folder, text=text)
+
+
+def _yaml(model: dict[str, Any]) -> str:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml({"model": model})
