@@ -1,11 +1,9 @@
 """Train a model from a config in the original's format.
 
-    python scripts/train.py --base configs/demo/autoencoder.yaml -t
     python scripts/train.py --base configs/demo/text2img.yaml -t data.params.batch_size=64
-    python scripts/train.py --base configs/demo/text2img.yaml -t --resume   # goes on where it ended
-    python scripts/train.py --base configs/demo/text2img.yaml --resume      # only exports
+    python scripts/train.py --base configs/demo/text2img.yaml configs/train/lora.yaml -t
 
-Every key of the config can be given as `key.sub=value`. The run lives in LOGDIR/NAME.
+Later files go over earlier ones, `key.sub=value` over all. The run lives in LOGDIR/NAME.
 """
 
 import argparse
@@ -22,9 +20,9 @@ from ldm.train.loop import Run
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-b", "--base", required=True, help="config file (YAML)")
+    parser.add_argument("-b", "--base", required=True, nargs="+", help="config files (YAML)")
     parser.add_argument("-t", "--train", action="store_true", help="train (else: export, or check)")
-    parser.add_argument("-n", "--name", help="name of the run (default: name of the config)")
+    parser.add_argument("-n", "--name", help="name of the run (default: the last config's)")
     parser.add_argument("-l", "--logdir", type=Path, default=Path("logs"), help="folder of runs")
     parser.add_argument("-r", "--resume", action="store_true", help="continue the run of this name")
     parser.add_argument("-s", "--seed", type=int, help="of weights, order and noise")
@@ -40,13 +38,15 @@ def main() -> None:
 def work(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    raw = config.read(args.base, args.overrides)
+    files = [word for word in args.base if "=" not in word]  # the others are overrides
+    overrides = [word for word in args.base + args.overrides if word not in files]
+    raw = config.read(files[0], overrides, *files[1:])
     if args.seed is not None:
         raw.setdefault("lightning", {}).setdefault("trainer", {})["seed"] = args.seed
-    folder = args.logdir / (args.name or Path(args.base).stem)
+    folder = args.logdir / (args.name or Path(files[-1]).stem)
     if not args.resume and (folder / "checkpoints" / "last.pt").exists():
         parser.error(f"`{folder}` holds a run already\nhint: --resume, or another --name")
-    run = Run(raw, folder, text=config.find(args.base).read_text(encoding="utf-8"))
+    run = Run(raw, folder, text=config.text(raw))
     if args.resume:
         run.state.load(run.last)
     if args.train:

@@ -2,6 +2,7 @@
 
     DIR/metadata.jsonl      {"file_name": "images/0001.png", "text": "a red apple", …}
     DIR/metadata.csv        file_name,text,…
+    DIR/0001.png, 0001.txt  without metadata: every picture, with the text beside it if there is one
 
 The order is a pure function of (seed, position), and chance inside a sample one of (seed, epoch,
 index): a run that was interrupted goes on with exactly the samples that it would have seen.
@@ -20,8 +21,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["Folder", "Latents", "Order", "batches", "read_metadata"]
+__all__ = ["Folder", "Latents", "Order", "WithPrior", "batches", "read_metadata"]
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 Transform = Callable[[Mapping[str, Any], Random], dict[str, Any]]
 
 
@@ -31,16 +33,28 @@ class Folder(Dataset):
     root: the folder.
     transform: (record, rng) -> sample; the record holds the metadata and `picture`.
     split: keep the rows with this `split`, None = all.
+    where: keep the rows with these values, {"object": "robot"}.
+    fields: values that take the place of the metadata's, {"text": "a photo of a sks dog"}.
     """
 
     def __init__(
-        self, *, root: str | Path, transform: Transform, split: str | None = None, seed: int = 0
+        self,
+        *,
+        root: str | Path,
+        transform: Transform,
+        split: str | None = None,
+        where: Mapping[str, Any] | None = None,
+        fields: Mapping[str, Any] | None = None,
+        seed: int = 0,
     ) -> None:
         self.root, self.transform, self.seed = Path(root), transform, seed
+        wanted = {**(where or {}), **({} if split is None else {"split": split})}
         rows = read_metadata(self.root)
-        self.rows = [row for row in rows if split is None or row.get("split") == split]
+        rows = [row for row in rows if all(row.get(key) == v for key, v in wanted.items())]
+        self.rows = [{**row, **(fields or {})} for row in rows]
         if not self.rows:
-            raise ValueError(f"`{root}` has no pictures of split `{split}`")
+            only = ", ".join(f"{key} `{value}`" for key, value in wanted.items())
+            raise ValueError(f"`{root}` has no pictures of {only}")
         self._files: dict[int, bytes] = {}  # small data sets are read from disk only once
 
     def __len__(self) -> int:
@@ -86,6 +100,21 @@ class Latents(Dataset):
         return {**sample, "txt": self.captions(index, variant, rng)}
 
 
+class WithPrior(Dataset):
+    """Each sample of one data set, with one of another as its `prior`: DreamBooth."""
+
+    def __init__(self, dataset: Any, others: Any) -> None:
+        self.dataset, self.others = dataset, others
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key
+        turn, other = divmod(epoch * len(self) + index, len(self.others))
+        return {**self.dataset[key], "prior": self.others[turn, other]}
+
+
 class Order:
     """An endless order over `length` records: every epoch a new permutation.
 
@@ -128,16 +157,18 @@ def batches(
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Samples with the same keys -> one batch."""
-    joined = {key: [sample[key] for sample in samples] for key in samples[0]}
-    return {
-        key: torch.stack(values) if isinstance(values[0], Tensor) else values
-        for key, values in joined.items()
-    }
+    """Samples with the same keys -> one batch; a sample within a sample becomes a batch as well."""
+    joined: dict[str, Any] = {key: [sample[key] for sample in samples] for key in samples[0]}
+    for key, values in joined.items():
+        if isinstance(values[0], Tensor):
+            joined[key] = torch.stack(values)
+        elif isinstance(values[0], dict):
+            joined[key] = collate(values)
+    return joined
 
 
 def read_metadata(root: Path) -> list[dict[str, Any]]:
-    """The rows of metadata.jsonl or metadata.csv, each with `file_name`.
+    """The rows of metadata.jsonl or metadata.csv, each with `file_name`; else all pictures.
 
     Raises FileNotFoundError, or ValueError for a row without `file_name`.
     """
@@ -148,11 +179,22 @@ def read_metadata(root: Path) -> list[dict[str, Any]]:
         with (root / "metadata.csv").open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
     else:
-        raise FileNotFoundError(f"`{root}` has neither metadata.jsonl nor metadata.csv")
+        rows = list(_listed(root))
+        if not rows:
+            raise FileNotFoundError(f"`{root}` has no metadata.jsonl, metadata.csv or pictures")
     for number, row in enumerate(rows, 1):
         if "file_name" not in row:
             raise ValueError(f"`{root}`: row {number} of the metadata has no `file_name`")
     return rows
+
+
+def _listed(root: Path) -> Iterator[dict[str, Any]]:
+    """The pictures of a folder without metadata, and the text that lies beside each."""
+    for path in sorted(root.glob("**/*")):
+        if path.suffix.lower() in PICTURES and not path.name.startswith("."):
+            caption = path.with_suffix(".txt")
+            text = {"text": caption.read_text("utf-8").strip()} if caption.is_file() else {}
+            yield {"file_name": str(path.relative_to(root)), **text}
 
 
 class _Keys:

@@ -124,6 +124,14 @@ class OpenCLIPText(nn.Module):
         """Features of a token."""
         return self.model.token_embedding.embedding_dim
 
+    def vectors(self, words: str | None = None) -> Tensor:
+        """What stands for the n tokens of some words, or for all tokens there are: (n, D)."""
+        table = self.model.token_embedding.weight.detach()
+        if words is None:
+            return table
+        ids = torch.tensor(tokenizer.encode(words, tokenizer.OPEN_CLIP), device=table.device)
+        return table[ids if self.token_ids is None else _rows(ids, self.token_ids)]
+
 
 class CLIPText(nn.Module):
     """Prompts -> context (B, 77, D) by the text tower of OpenAI's CLIP, as transformers names it.
@@ -191,6 +199,12 @@ class CLIPText(nn.Module):
     def width(self) -> int:
         """Features of a token."""
         return self._tower.final_layer_norm.normalized_shape[0]
+
+    def vectors(self, words: str | None = None) -> Tensor:
+        """As OpenCLIPText.vectors."""
+        table: Any = self._tower.embeddings["token_embedding"].weight
+        ids = slice(None) if words is None else tokenizer.encode(words, tokenizer.CLIP)
+        return table.detach()[ids]
 
     @property
     def _tower(self) -> CLIPTower:

@@ -48,30 +48,36 @@ def find(path: str | Path) -> Path:
     raise FileNotFoundError(f"no file `{path}` (tried {tried})")
 
 
-def read(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+def read(path: str | Path, overrides: Iterable[str] = (), *more: str | Path) -> dict[str, Any]:
     """The content of a YAML file as plain dicts, lists and values, references resolved.
 
+        more: files that are laid over the first, later ones over earlier.
         overrides: `model.params.linear_end=0.02`, applied last, values parsed as YAML.
     Raises FileNotFoundError, or ValueError for what is not a config.
     """
-    place = find(path)
-    if place.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path}: {place.stat().st_size} bytes is too much for a config")
-    try:
-        text = place.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file ({error.reason})") from error
-    return parse(text, overrides, where=str(path))
+    texts = []
+    for file in (path, *more):
+        place = find(file)
+        if place.stat().st_size > MAX_BYTES:
+            raise ValueError(f"{file}: {place.stat().st_size} bytes is too much for a config")
+        try:
+            texts.append(place.read_text("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: not a text file ({error.reason})") from error
+    return parse(texts, overrides, where=" + ".join(map(str, (path, *more))))
 
 
-def parse(text: str, overrides: Iterable[str] = (), *, where: str = "config") -> dict[str, Any]:
-    """As `read`, from the text of a YAML file."""
-    overrides = list(overrides)
+def parse(
+    text: str | Sequence[str], overrides: Iterable[str] = (), *, where: str = "config"
+) -> dict[str, Any]:
+    """As `read`, from the text of a YAML file, or of several."""
+    overrides, texts = list(overrides), [text] if isinstance(text, str) else text
     try:
-        loaded = OmegaConf.create(text, max_yaml_expanded_nodes=MAX_NODES)
-        raw = OmegaConf.to_container(loaded, resolve=False)
-        if not isinstance(raw, dict):
+        layers = [OmegaConf.create(text, max_yaml_expanded_nodes=MAX_NODES) for text in texts]
+        if not all(OmegaConf.is_dict(layer) for layer in layers):
             raise ValueError(f"{where}: not a config, a mapping with `model:` is expected")
+        loaded = OmegaConf.merge(*layers)
+        raw: Any = OmegaConf.to_container(loaded, resolve=False)
         for override in overrides:
             section = re.split(r"[.=\[]", override)[0]
             if "=" not in override or section not in raw:

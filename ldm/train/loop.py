@@ -3,8 +3,10 @@
     model:      as for sampling; its weights start at random, or from `ckpt_path`
                 base_learning_rate
     data:       params: batch_size, num_workers, train: {root, split, transform}, latents
+                prior: {root, prompt, count, transform}                         DreamBooth
     lightning:  trainer: max_steps, max_time, gradient_clip_val, precision, …   optimizer: …
                 objective: …   callbacks: …                                     see DEFAULTS
+                lora: …   textual_inversion: …                                  see adaptation.py
 
     batch -> task.loss -> gradients -> clip -> optimizer -> average; now and then save and draw
 
@@ -23,16 +25,18 @@ import torch
 from torch import nn
 
 from ldm.data import folder as folders, transforms
-from ldm.data.folder import Folder, Latents, Order, batches
+from ldm.data.folder import Folder, Order, WithPrior, batches
 from ldm.loading import checkpoint, config, legacy
 from ldm.model import LatentDiffusion
 from ldm.nets import attention
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.train import callbacks, objective, optim
+from ldm.train.adaptation import Adaptation
 from ldm.train.autoencoder import Reconstruction
 from ldm.train.ema import EMA
 from ldm.train.latents import cached_latents
 from ldm.train.objective import Diffusion
+from ldm.train.prior import make_pictures
 from ldm.train.state import State
 
 __all__ = ["DEFAULTS", "Run", "seconds"]
@@ -54,6 +58,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "optimizer": {"name": "adamw", "warm_up": 100, "decay": "cosine", "ema_decay": 0.9999},
     "objective": {},  # keywords of Diffusion or Reconstruction
     "callbacks": {"save_minutes": 3, "image_minutes": 10, "images": 16, "log_every": 20},
+    "lora": {},  # keywords of what is trained beside a frozen model; empty: nothing is
+    "textual_inversion": {},
 }
 TRANSFORMS = {"emoji": transforms.Emoji, "photo": transforms.Photo}
 
@@ -77,7 +83,7 @@ class Run:
         self.batch_size, self.workers = data["batch_size"], data.get("num_workers", 0)
         self.pictures = _folder(data["train"], seed=trainer["seed"])
         self.dataset = _dataset(self.model, self.pictures, data)
-        self.task = _task(self.model, self.settings["objective"])
+        self.task = _task(self.model, self.settings)
         self.lr, self.warm_up = raw["model"]["base_learning_rate"], optimizer.pop("warm_up")
         self.decay, ema_decay = optimizer.pop("decay"), optimizer.pop("ema_decay")
         self.optimizer = optim.make(self.task.trained, self.lr, **optimizer)
@@ -167,10 +173,14 @@ class Run:
             callbacks.draw(self.model, self.pictures, path, n)
 
     def export(self) -> None:
-        """checkpoints/last.safetensors: the averaged weights in the original's names."""
+        """checkpoints/last.safetensors: the averaged weights in the original's names (or LoRA)."""
         path = self.last.with_suffix(".safetensors")
-        with self.state.ema.applied(self.task.trained):
-            callbacks.export(self.task, path, self.pictures, config=self.text, step=self.state.step)
+        task, step = self.task, self.state.step
+        with self.state.ema.applied(task.trained):
+            if isinstance(task, Adaptation):
+                task.export(path, step=step)
+            else:
+                callbacks.export(task, path, self.pictures, config=self.text, step=step)
 
 
 def seconds(text: str | int | float) -> float:
@@ -198,9 +208,13 @@ def _settings(raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return merged
 
 
-def _task(model: nn.Module, options: dict[str, Any]) -> Diffusion | Reconstruction:
+def _task(
+    model: nn.Module, settings: dict[str, dict[str, Any]]
+) -> Diffusion | Adaptation | Reconstruction:
+    options, little = settings["objective"], (settings["lora"], settings["textual_inversion"])
     if isinstance(model, LatentDiffusion):
-        return Diffusion(model, **options)
+        task = Diffusion(model, **options)
+        return Adaptation(task, *little) if any(little) else task
     if isinstance(model, AutoencoderKL):
         return Reconstruction(model, **options)
     raise ValueError(f"`{type(model).__name__}` cannot be trained, only whole models can")
@@ -215,7 +229,7 @@ def _folder(spec: dict[str, Any], *, seed: int) -> Folder:
     return Folder(**spec, transform=TRANSFORMS[name](**options), seed=seed)
 
 
-def _dataset(model: nn.Module, pictures: Folder, data: dict[str, Any]) -> Folder | Latents:
+def _dataset(model: nn.Module, pictures: Folder, data: dict[str, Any]) -> Any:
     if not isinstance(model, LatentDiffusion):
         return pictures
     text = getattr(model.conditioner, "text", None)
@@ -224,10 +238,22 @@ def _dataset(model: nn.Module, pictures: Folder, data: dict[str, Any]) -> Folder
         rows = folders.read_metadata(pictures.root)
         texts = transforms.all_words(rows)
         text.token_ids.copy_(objective.vocabulary(texts, text))  # type: ignore[union-attr]
-    if "latents" not in data:
+    if data.get("prior"):
+        return WithPrior(pictures, _prior(model, dict(data["prior"]), seed=pictures.seed))
+    if not data.get("latents"):
         return pictures
     options = dict(data["latents"])
     return cached_latents(model, pictures, Path(options.pop("cache")), **options)
+
+
+def _prior(model: LatentDiffusion, spec: dict[str, Any], *, seed: int) -> Folder:
+    """The pictures of a class; those that lack are made by the model as it is now."""
+    for key in ("root", "prompt", "count", "transform"):
+        if key not in spec:
+            raise ValueError(f"data.params.prior needs `{key}`")
+    prompt = spec.pop("prompt")
+    make_pictures(model, Path(spec["root"]), prompt, spec.pop("count"))
+    return _folder({**spec, "fields": {"text": prompt}}, seed=seed)
 
 
 def _start_from_checkpoints(model: nn.Module, params: dict[str, Any]) -> None:

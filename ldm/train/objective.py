@@ -18,6 +18,8 @@ class Diffusion:
     drop: share of captions replaced by "", which guidance needs.
     min_snr_gamma: cap of the signal-to-noise ratio in the weights (arXiv:2303.09556); None = all
         timesteps count alike.
+    prior_weight: of the loss of `prior`, the samples of a class beside those of one of it
+        (arXiv:2208.12242), where a batch has them.
     noise_bias: timesteps are drawn with density t ** (noise_bias - 1): 1 is uniform, 2 looks more
         often at much noise, where the caption alone must tell what to draw.
     """
@@ -28,9 +30,11 @@ class Diffusion:
         *,
         drop: float = 0.1,
         min_snr_gamma: float | None = None,
+        prior_weight: float = 1.0,
         noise_bias: float = 1.0,
     ) -> None:
         self.model, self.drop, self.noise_bias = model, drop, noise_bias
+        self.prior_weight = prior_weight
         self.weights = min_snr(model.schedule, model.parameterization, min_snr_gamma)  # (T,)
         model.autoencoder.requires_grad_(False)
         self.trained = nn.ModuleDict({"unet": model.unet, "conditioner": model.conditioner})
@@ -39,7 +43,19 @@ class Diffusion:
         """{"loss": scalar} of a batch of images ("jpg") or latents ("z"), and of what else is read.
 
         Every family goes this way: what an encoder reads it makes itself of the batch.
+        With a "prior" in the batch: the sum, and {"instance", "prior"}, its parts without weight.
         """
+        loss = self._loss(batch, generator)
+        if "prior" not in batch:
+            return {"loss": loss}
+        prior = self._loss(batch["prior"], generator)
+        return {"loss": loss + self.prior_weight * prior, "instance": loss, "prior": prior}
+
+    def weights_to_export(self, images: Iterable[Tensor]) -> dict[str, Tensor]:
+        """The whole model, under our names; the images are not needed."""
+        return self.model.state_dict()
+
+    def _loss(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
         batch = on_device(batch, self.model.device)
         z = batch.get("z")  # (B, C, h, w)
         if z is None:
@@ -50,11 +66,7 @@ class Diffusion:
         batch = self.model.prepare(batch, (z.shape[-2], z.shape[-1]), generator)
         cond = self.model.condition(batch, self.drop, generator)
         losses = self.model.denoiser.loss(z, cond, t, noise)  # (B,)
-        return {"loss": (self.weights[t].to(losses) * losses).mean()}
-
-    def weights_to_export(self, images: Iterable[Tensor]) -> dict[str, Tensor]:
-        """The whole model, under our names; the images are not needed."""
-        return self.model.state_dict()
+        return (self.weights[t].to(losses) * losses).mean()
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
