@@ -13,7 +13,6 @@ Seconds are the call's own, imports excluded; peak is the process's largest resi
 """
 
 import argparse
-import gzip
 import json
 import os
 import re
@@ -22,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +46,9 @@ def main() -> None:
     ways = ["torch", "ldm", "read", *(["diffusers"] if args.diffusers else [])]
     with tempfile.TemporaryDirectory() as folder:
         if args.diffusers:
-            diffusers_folder(Path(folder))
+            from opponents import write_folder
+
+            write_folder(Path(folder))
         rows: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
         for i in range(args.rounds):
             for way in ways if i % 2 == 0 else ways[::-1]:
@@ -151,73 +151,6 @@ def peak() -> float:
     text = Path("/proc/self/status").read_text()
     found = re.search(r"VmHWM:\s+(\d+)", text)
     return int(found[1]) / 2**20 if found else float("nan")
-
-
-def diffusers_folder(folder: Path) -> None:
-    """The configs (no weights) that diffusers otherwise downloads for Stable Diffusion 2."""
-    channels, down = [320, 640, 1280, 1280], "CrossAttnDownBlock2D"
-    parts: dict[str, dict[str, Any]] = {
-        "unet/config.json": {
-            "_class_name": "UNet2DConditionModel", "sample_size": 64, "in_channels": 4,
-            "out_channels": 4, "layers_per_block": 2, "block_out_channels": channels,
-            "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024,
-            "use_linear_projection": True, "down_block_types": [down] * 3 + ["DownBlock2D"],
-            "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-        },
-        "vae/config.json": {
-            "_class_name": "AutoencoderKL", "sample_size": 512, "latent_channels": 4,
-            "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
-            "down_block_types": ["DownEncoderBlock2D"] * 4, "scaling_factor": 0.18215,
-            "up_block_types": ["UpDecoderBlock2D"] * 4,
-        },
-        "text_encoder/config.json": {
-            "architectures": ["CLIPTextModel"], "model_type": "clip_text_model",
-            "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23,
-            "num_attention_heads": 16, "hidden_act": "gelu", "vocab_size": 49408,
-            "max_position_embeddings": 77, "projection_dim": 512,
-        },
-        "scheduler/scheduler_config.json": {
-            "_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
-            "beta_schedule": "scaled_linear", "clip_sample": False, "steps_offset": 1,
-            "set_alpha_to_one": False, "num_train_timesteps": 1000,
-        },
-        "tokenizer/tokenizer_config.json": {
-            "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": "!",
-            "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
-        },
-        "model_index.json": {
-            "_class_name": "StableDiffusionPipeline",
-            "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "scheduler": ["diffusers", "DDIMScheduler"],
-            "feature_extractor": [None, None], "safety_checker": [None, None],
-            "requires_safety_checker": False,
-        },
-    }  # fmt: skip
-    merges, vocabulary = _bpe()
-    parts["tokenizer/vocab.json"] = vocabulary
-    for name, content in parts.items():
-        path = folder / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(content))
-    (folder / "tokenizer/merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
-
-
-def _bpe() -> tuple[list[str], dict[str, int]]:
-    """CLIP's merges and vocabulary, from the file that open_clip brings."""
-    spec = find_spec("open_clip")
-    assert spec is not None
-    home = Path(str(spec.submodule_search_locations[0]))  # type: ignore[index]
-    text = gzip.decompress((home / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
-    merges = text.split("\n")[1 : 49152 - 256 - 2 + 1]
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    characters = [chr(byte) for byte in shown] + [chr(256 + i) for i in range(len(hidden))]
-    words = [*characters, *(c + "</w>" for c in characters)]
-    words += ["".join(merge.split()) for merge in merges]
-    words += ["<|startoftext|>", "<|endoftext|>"]
-    return merges, {word: i for i, word in enumerate(words)}
 
 
 def _environment() -> dict[str, str]:

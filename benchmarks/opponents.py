@@ -1,32 +1,18 @@
 """diffusers' and transformers' modules of Stable Diffusion 2, holding the very tensors of ours."""
 
 import json
-import re
-import sys
-import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, device, nn
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[0] / "tests/nets")]
+from ldm.loading import config, legacy
+from ldm.loading.folder import files, index, places
+from ldm.loading.skeleton import on_meta
 
-from diffusers_keys import to_diffusers_unet, to_diffusers_vae  # noqa: E402
-from load_checkpoint import diffusers_folder  # noqa: E402
-
-TEXT = {
-    "model.token_embedding": "embeddings.token_embedding",
-    "model.positional_embedding": "embeddings.position_embedding.weight",
-    "model.transformer.resblocks": "encoder.layers",
-    "model.ln_final": "final_layer_norm",
-    ".ln_1.": ".layer_norm1.",
-    ".ln_2.": ".layer_norm2.",
-    ".attn.": ".self_attn.",
-    ".mlp.c_fc.": ".mlp.fc1.",
-    ".mlp.c_proj.": ".mlp.fc2.",
-}
+CONFIG = "configs/stable-diffusion/v2-inference.yaml"
 
 
 def unet(ours: nn.Module) -> nn.Module:
@@ -34,7 +20,7 @@ def unet(ours: nn.Module) -> nn.Module:
 
     with device("meta"):
         made = UNet2DConditionModel.from_config(_config("unet"))
-    return _fill(made, to_diffusers_unet(ours.state_dict(), res_blocks=2))
+    return _fill(made, places.scatter(places.unet(ours.state_dict()), ours.state_dict()))
 
 
 def vae(ours: nn.Module) -> nn.Module:
@@ -42,7 +28,7 @@ def vae(ours: nn.Module) -> nn.Module:
 
     with device("meta"):
         made = AutoencoderKL.from_config(_config("vae"))
-    return _fill(made, to_diffusers_vae(ours.state_dict(), levels=4))
+    return _fill(made, places.scatter(places.vae(ours.state_dict()), ours.state_dict()))
 
 
 def text(ours: nn.Module) -> nn.Module:
@@ -52,24 +38,17 @@ def text(ours: nn.Module) -> nn.Module:
         made = CLIPTextModel(CLIPTextConfig(**_config("text_encoder")))
     names = made.state_dict()
     prefix = "text_model." if any(name.startswith("text_model.") for name in names) else ""
-    state = {prefix + key: value for key, value in _text_words(ours.state_dict()).items()}
-    made = _fill(made, {key: value for key, value in state.items() if key in names})
+    table = places.text(ours.state_dict(), places.text_blocks(ours))
+    state = places.scatter(table, ours.state_dict())
+    made = _fill(made, {prefix + k.removeprefix("text_model."): v for k, v in state.items()})
     embeddings: Any = made.get_submodule(prefix + "embeddings")
     embeddings.position_ids = torch.arange(77)[None]  # a buffer that is in no file
     return made
 
 
-def _text_words(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    renamed = {}
-    for key, value in state.items():
-        for ours, theirs in TEXT.items():
-            key = key.replace(ours, theirs)
-        if match := re.match(r"(.*)\.in_proj_(weight|bias)", key):
-            for letter, part in zip("qkv", value.chunk(3), strict=True):
-                renamed[f"{match[1]}.{letter}_proj.{match[2]}"] = part
-        else:
-            renamed[key] = value
-    return renamed
+def write_folder(folder: Path) -> None:
+    """A folder without weights: the configs that diffusers otherwise downloads."""
+    files.write_texts(folder, _described())
 
 
 def _fill(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
@@ -77,8 +56,12 @@ def _fill(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     return module.eval()
 
 
+@cache
+def _described() -> dict[str, Any]:
+    spec = legacy.translate(config.read(CONFIG), where=CONFIG)
+    return index.describe(on_meta(spec, where=CONFIG), spec)
+
+
 def _config(part: str) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        diffusers_folder(Path(folder))
-        config: dict[str, Any] = json.loads((Path(folder) / part / "config.json").read_text())
+    config: dict[str, Any] = json.loads(json.dumps(_described()[f"{part}/config.json"]))
     return {key: value for key, value in config.items() if key != "architectures"}

@@ -6,7 +6,6 @@ Tensors are pages of the source until they are written, one after the other. Wha
 under its name only when it is complete.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -91,7 +90,8 @@ def plan(
         raise ValueError(f"`{file.path}` is of no known family\nhint: pass its --config")
     else:
         texts, parts = files.parts(file, configs.parse(text, where="config"), clip_stats)
-        weights = {files.weights_file(name, variant): part for name, part in parts.items() if part}
+        parts = {name: part for name, part in parts.items() if part}
+        weights = {files.weights_file(name, texts, variant): part for name, part in parts.items()}
     for path, part in weights.items():
         size = sum(_size(value, dtype) for value in part.values())
         notes.append(f"{path or target.name:60} {len(part):>5} tensors {size / 1e9:8.3f} GB")
@@ -119,10 +119,7 @@ def convert(
     part = what.target.with_name(f".{what.target.name}.{os.getpid()}.part")
     old = what.target.with_name(f".{what.target.name}.{os.getpid()}.old")
     try:
-        for path, content in what.texts.items():
-            (part / path).parent.mkdir(parents=True, exist_ok=True)
-            text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-            (part / path).write_text(text, "utf-8")
+        files.write_texts(part, what.texts)
         for path, state in what.weights.items():
             notes = what.metadata if path == files.REST else {}
             checkpoint.write(part / path, state, notes, **options)

@@ -24,7 +24,7 @@ from ldm.loading.folder.places import VAE_OLD, Place, gather, places, scatter
 from ldm.loading.skeleton import check_fit, on_meta
 from ldm.model import LatentDiffusion
 
-__all__ = ["REST", "is_folder", "parts", "read", "weights_file"]
+__all__ = ["REST", "is_folder", "parts", "read", "weights_file", "write_texts"]
 
 log = logging.getLogger(__name__)
 
@@ -128,11 +128,21 @@ def parts(
     return files, {**found, "": legacy.rename_back(rest, derived if found.keys() > {"vae"} else {})}
 
 
-def weights_file(component: str, variant: str | None = None) -> str:
-    """Where the weights of a component are, in the folder."""
+def weights_file(component: str, files: Files, variant: str | None = None) -> str:
+    """Where the weights of a component are, in a folder of these files."""
+    if not component:
+        return REST
     stem = STEMS[1] if component in OF_TRANSFORMERS else STEMS[0]
     name = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
-    return f"{component}/{name}" if component else REST
+    return f"{component}/{name}" if INDEX in files else name
+
+
+def write_texts(folder: Path, files: Files) -> None:
+    """Writes the JSONs and texts of a folder."""
+    for path, content in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+        (folder / path).write_text(text, "utf-8")
 
 
 def _model(

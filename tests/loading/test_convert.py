@@ -1,0 +1,201 @@
+"""Conversion from the command line: what is written, what is refused, what is left untouched."""
+
+import json
+
+import pytest
+import torch
+from tinyfamilies import write
+
+import ldm
+from ldm.loading import checkpoint, config, convert, sources
+from ldm.loading.folder import files
+from scripts.convert import main
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("convert")
+
+
+@pytest.fixture(scope="module")
+def tiny(place):
+    """(file, what it holds) of a tiny Stable Diffusion 2."""
+    path = place / "tiny.safetensors"
+    return path, write("sd2-v", path)
+
+
+@pytest.fixture(scope="module")
+def folder(place, tiny):
+    assert main([str(tiny[0]), str(place / "folder")]) == 0
+    return place / "folder"
+
+
+def averages(state):
+    named = {k: v for k, v in state.items() if k.startswith("model.")}
+    found = {
+        f"model_ema.{k.removeprefix('model.').replace('.', '')}": v + 1 for k, v in named.items()
+    }
+    return found | {"model_ema.decay": torch.tensor(0.9999)}
+
+
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(ours[k], theirs[k]) and ours[k].dtype == theirs[k].dtype for k in ours
+    )
+
+
+def test_a_file_becomes_the_other_kind_and_back(tiny, tmp_path, capsys):
+    path, state = tiny
+    assert main([str(path), str(tmp_path / "x.ckpt")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "x.ckpt")
+    assert main([str(tmp_path / "x.ckpt"), str(tmp_path / "y.safetensors")]) == 0
+    for name in ("x.ckpt", "y.safetensors"):
+        file = checkpoint.read(tmp_path / name)
+        assert same(file.state, state)
+        assert file.step == 7
+        assert file.metadata["modelspec.prediction_type"] == "v"
+        assert ldm.load(tmp_path / name).parameterization == "v"  # by the YAML inside
+
+
+def test_a_folder_becomes_the_file_it_was_made_of(tiny, folder, tmp_path):
+    for name in ("x.ckpt", "y.safetensors"):
+        assert main([str(folder), str(tmp_path / name)]) == 0
+        assert same(checkpoint.read(tmp_path / name).state, tiny[1])
+
+
+def test_a_folder_loads_like_a_file(tiny, folder):
+    ours, theirs = ldm.load(folder), ldm.load(tiny[0])
+    assert same(ours.state_dict(), theirs.state_dict())
+    assert same(ldm.load(ckpt=folder).state_dict(), theirs.state_dict())
+    assert ours.provenance["checkpoint"] == str(folder)
+    with pytest.raises(ValueError, match="no averaged"):
+        ldm.load(folder, ema=True)
+
+
+def test_half_precision_and_its_variant(tiny, tmp_path):
+    assert main([str(tiny[0]), str(tmp_path / "half"), "--variant", "fp16"]) == 0
+    weights = tmp_path / "half/unet/diffusion_pytorch_model.fp16.safetensors"
+    assert {v.dtype for v in checkpoint.read(weights).state.values()} == {torch.float16}
+    back = sources.read(tmp_path / "half").state  # the only variant there is
+    name = "first_stage_model.encoder.conv_in.weight"
+    assert torch.equal(back[name], tiny[1][name].half())
+    with pytest.raises(FileNotFoundError, match="of variant `bf16`"):
+        sources.read(tmp_path / "half", variant="bf16")
+    assert main([str(tiny[0]), str(tmp_path / "b.safetensors"), "--dtype", "bfloat16"]) == 0
+    state = checkpoint.read(tmp_path / "b.safetensors").state
+    assert torch.equal(state[name], tiny[1][name].bfloat16())
+
+
+def test_averages_are_kept_merged_or_left_out(tiny, tmp_path, capsys):
+    state, both = tiny[1], tmp_path / "both.ckpt"
+    text = checkpoint.read(tiny[0]).metadata["ldm.config"]
+    torch.save({"state_dict": state | averages(state), "ldm.config": text}, both)
+    unet = [k for k in state if k.startswith("model.")]
+    for target, flags, raw, kept in (
+        ("kept.safetensors", [], True, True),
+        ("merged.safetensors", ["--ema"], False, False),
+        ("raw.safetensors", ["--prune"], True, False),
+        ("folder", [], True, False),
+        ("averaged", ["--ema"], False, False),
+    ):
+        assert main([str(both), str(tmp_path / target), *flags]) == 0
+        file = sources.read(tmp_path / target)
+        assert all(torch.equal(file.state[k], state[k] + (0 if raw else 1)) for k in unet)
+        assert bool(file.averages) == kept
+        assert ("model_ema.*" in capsys.readouterr().err) == (not kept)
+
+
+def test_folders_of_training_runs(tiny, tmp_path):
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/configs").mkdir()
+    metadata = {"ldm.config": checkpoint.read(tiny[0]).metadata["ldm.config"]}
+    torch.save({"state_dict": tiny[1], "global_step": 9}, tmp_path / "run/checkpoints/last.ckpt")
+    (tmp_path / "run/configs/2026-01-project.yaml").write_text(metadata["ldm.config"])
+    assert main([str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    file = sources.read(tmp_path / "out")
+    assert same(file.state, tiny[1])
+    assert file.step == 9
+
+
+def test_an_autoencoder_alone(tmp_path, tiny):
+    raw = config.parse(checkpoint.read(tiny[0]).metadata["ldm.config"])
+    part = raw["model"]["params"]["first_stage_config"]
+    (tmp_path / "whole.yaml").write_text(config.text(raw))
+    (tmp_path / "kl.yaml").write_text(config.text({"model": part}))
+    prefix = "first_stage_model."
+    state = {k.removeprefix(prefix): v for k, v in tiny[1].items() if k.startswith(prefix)}
+    torch.save({"state_dict": state | {"loss.logvar": torch.zeros(())}}, tmp_path / "kl.ckpt")
+    for name in ("whole", "kl"):
+        folder = tmp_path / name
+        flags = ["--config", str(tmp_path / f"{name}.yaml")]
+        assert main([str(tmp_path / "kl.ckpt"), str(folder), *flags]) == 0
+        about = json.loads((folder / "config.json").read_text())
+        assert about["block_out_channels"] == [32, 64]
+        assert same(sources.read(folder).state, state)
+        assert same(ldm.load(folder).state_dict(), state)
+
+
+def fails(capsys, *words):
+    assert main([str(word) for word in words]) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+def test_nothing_is_replaced_unasked(tiny, folder, tmp_path, capsys):
+    (tmp_path / "x.safetensors").write_text("mine")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("mine")
+    assert "exists" in fails(capsys, tiny[0], tmp_path / "x.safetensors")
+    assert (tmp_path / "x.safetensors").read_text() == "mine"
+    assert "is not replaced" in fails(capsys, tiny[0], tmp_path / "mine", "--force")
+    assert (tmp_path / "mine/thesis.txt").read_text() == "mine"
+    before = {path.name for path in folder.parent.iterdir()}
+    assert main([str(tiny[0]), str(folder), "--force"]) == 0
+    assert {path.name for path in folder.parent.iterdir()} == before  # nothing aside is left
+    assert main([str(tiny[0]), str(tmp_path / "x.safetensors"), "--force"]) == 0
+
+
+def test_a_crash_leaves_nothing(tiny, tmp_path, monkeypatch):
+    what = convert.plan(tiny[0], tmp_path / "out")
+
+    def crash(size):
+        raise KeyboardInterrupt
+
+    for target in ("out", "out.ckpt", "out.safetensors"):
+        what = convert.plan(tiny[0], tmp_path / target)
+        with pytest.raises(KeyboardInterrupt):
+            convert.convert(what, progress=crash)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rest_of_another_model_is_left_out(tiny, folder, tmp_path, caplog):
+    assert main([str(tiny[0]), str(tmp_path / "x")]) == 0
+    path = tmp_path / "x/scheduler/scheduler_config.json"
+    path.write_text(path.read_text().replace("v_prediction", "epsilon"))
+    file = sources.read(tmp_path / "x")
+    assert "is of another model" in caplog.text
+    assert config.parse(file.metadata["ldm.config"])["model"]["params"]["parameterization"] == "eps"
+    last = [k for k in file.state if ".resblocks.2." in k]
+    assert last
+    assert not any(file.state[k].any() for k in last)  # what is not used is zero
+
+
+def test_mistakes_are_said_in_one_line(tiny, folder, tmp_path, capsys):
+    assert "no checkpoint" in fails(capsys, tmp_path / "none.ckpt", tmp_path / "x")
+    assert "no folder of diffusers" in fails(capsys, tmp_path, tmp_path / "x")
+    assert main([str(folder), str(tmp_path / "copy")]) == 0
+    unet = tmp_path / "copy/unet/config.json"
+    text = unet.read_text()
+    unet.write_text(text.replace('"dropout": 0.0', '"addition_embed_type": "text_time"'))
+    (tmp_path / "copy" / files.REST).unlink()
+    error = fails(capsys, tmp_path / "copy", tmp_path / "x.safetensors")
+    assert "unet/config.json: `addition_embed_type: text_time` is unknown here" in error
+    unet.write_text(text.replace('"cross_attention_dim": 32', '"cross_attention_dim": 48'))
+    error = fails(capsys, tmp_path / "copy", tmp_path / "x.safetensors")
+    assert "does not fit its own configs" in error
+    unet.write_text("{")
+    assert "is damaged" in fails(capsys, tmp_path / "copy", tmp_path / "x.safetensors")
+    torch.save({"a": torch.ones(1)}, tmp_path / "odd.ckpt")
+    assert "of no known family" in fails(capsys, tmp_path / "odd.ckpt", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
