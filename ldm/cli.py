@@ -69,8 +69,11 @@ def load(
     from ldm.nets.cpu import keep_memory
 
     if args.ckpt is None and args.config is None:
-        log.info(DEMO)
+        log.info(DEMO, FULL.get(args.task, TEXT))
+        args.ckpt = str(find(DEMOS[args.task])) if args.task in DEMOS else None
     loras, words = getattr(args, "lora", []), getattr(args, "embedding", [])
+    if (loras or words) and loader is not None:  # its models are shared, and would stay changed
+        raise ValueError("pictures with --lora or --embedding are made by the scripts only")
     small = args.ckpt is None or _bytes(args.ckpt) < SMALL
     device = pick_device(args.device)
     dtype = pick_dtype(args.precision, device, small)

@@ -268,8 +268,9 @@ class Studio:
         """The flags that made a picture; what it says of files is replaced by what is here."""
         own = {"picture": Path(parsed.picture).name, "device": self.given.device}
         given = Namespace(**vars(parsed) | own)
-        if info.get("overrides"):
-            raise ValueError("it was made with key=value overrides: use scripts/replay.py")
+        for told in ("overrides", "loras", "embeddings"):  # any path of the server, or any key
+            if info.get(told):
+                raise ValueError(f"it was made with {told}: use scripts/replay.py")
         for files in info.get("inputs", {}).values():
             for file in files:
                 file["path"] = str(self.uploads.find(file["sha256"]))
