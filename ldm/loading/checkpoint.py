@@ -176,10 +176,14 @@ def sniff(path: Path) -> str:
 
 
 def file_hash(path: str | Path) -> str:
-    """First ten hex digits of the SHA-256 of a file: the usual name of a model."""
+    """First ten hex digits of the SHA-256 of a file: the usual name of a model.
+
+    Of a folder: that of all weights in it, one after the other.
+    """
     path = Path(path).resolve()
-    status = path.stat()
-    return _hash(path, status.st_size, status.st_mtime_ns)
+    files = sorted(path.glob("*/*.safetensors")) if path.is_dir() else [path]
+    stats = [file.stat() for file in files]
+    return _hash(tuple(files), tuple((stat.st_size, stat.st_mtime_ns) for stat in stats))
 
 
 def release(tensor: Tensor) -> None:
@@ -196,11 +200,12 @@ def release(tensor: Tensor) -> None:
 
 
 @lru_cache(maxsize=64)
-def _hash(path: Path, size: int, changed: int) -> str:
+def _hash(files: tuple[Path, ...], changed: tuple[tuple[int, int], ...]) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
     return digest.hexdigest()[:10]
 
 

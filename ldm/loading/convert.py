@@ -74,9 +74,9 @@ def plan(
         clip_stats: statistics of CLIP's embeddings, for unCLIP models that do not bring theirs.
     Raises FileNotFoundError, or ValueError for what does not fit or cannot be expressed.
     """
-    if variant == "fp16" and dtype is None and not Path(source).is_dir():
+    if variant == "fp16" and dtype is None and not files.is_folder(source):
         dtype = torch.float16
-    file = sources.read(source, ema, variant=variant if Path(source).is_dir() else None)
+    file = sources.read(source, ema, variant=variant)
     text = _config(file, config)
     notes = []
     metadata: dict[str, str | int] = {**file.metadata, **_provenance(file, text, ema)}

@@ -9,6 +9,7 @@ from tinyfamilies import write
 import ldm
 from ldm.loading import checkpoint, config, convert, sources
 from ldm.loading.folder import files
+from ldm.loading.folder.places import VAE_OLD
 from scripts.convert import main
 
 
@@ -179,6 +180,33 @@ def test_a_rest_of_another_model_is_left_out(tiny, folder, tmp_path, caplog):
     last = [k for k in file.state if ".resblocks.2." in k]
     assert last
     assert not any(file.state[k].any() for k in last)  # what is not used is zero
+
+
+def test_folders_of_other_versions_are_read(tiny, tmp_path):
+    """Pickles, shards, attention by its old words, text without prefix, configs full of trifles."""
+    assert main([str(tiny[0]), str(tmp_path / "old")]) == 0
+    place = tmp_path / "old"
+    vae = place / "vae/diffusion_pytorch_model.safetensors"
+    state = checkpoint.read(vae).state
+    for new, old in VAE_OLD.items():
+        state = {k.replace(f".{new}.", f".{old}."): v for k, v in state.items()}
+    torch.save(state, vae.with_suffix(".bin"))
+    text = place / "text_encoder/model.safetensors"
+    state = {k.removeprefix("text_model."): v for k, v in checkpoint.read(text).state.items()}
+    checkpoint.write(text, state | {"embeddings.position_ids": torch.arange(77)[None]})
+    about = json.loads((place / "text_encoder/config.json").read_text())
+    about |= {"length_penalty": 1.0, "top_k": 50, "id2label": {"0": "x"}}
+    (place / "text_encoder/config.json").write_text(json.dumps(about))
+    unet = place / "unet/diffusion_pytorch_model.safetensors"
+    names = list(state := checkpoint.read(unet).state)
+    shards = {f"part-{i}.safetensors": names[i::2] for i in range(2)}
+    for name, part in shards.items():
+        checkpoint.write(unet.with_name(name), {k: state[k] for k in part})
+    where = {k: name for name, part in shards.items() for k in part}
+    unet.with_name(f"{unet.name}.index.json").write_text(json.dumps({"weight_map": where}))
+    for path in (vae, unet):
+        path.unlink()
+    assert same(sources.read(place).state, tiny[1])
 
 
 def test_mistakes_are_said_in_one_line(tiny, folder, tmp_path, capsys):

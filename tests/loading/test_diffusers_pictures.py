@@ -20,6 +20,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # about the future of other p
 TOLERANCE = 2e-4
 STEPS, SCALE, SIDE = 4, 3.0, 32
 TEXT = ("sd1", "sd2", "sd2-v")
+FAMILIES = [*TEXT, "sd1-inpainting", "inpainting", "depth", "x4", "unclip-l", "unclip-h",
+            "variations"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,15 @@ def sampled(model, records, x, z=None):
     return model.decode(z).clamp(-1, 1)
 
 
-@pytest.mark.parametrize("family", TEXT)
+SLOW = pytest.mark.slow  # as the others, but for what takes long to import or to build
+
+
+def some(*quick):
+    """All families; without `-m slow` those that differ most."""
+    return [f if f in quick else pytest.param(f, marks=SLOW) for f in FAMILIES]
+
+
+@pytest.mark.parametrize("family", ["sd1", pytest.param("sd2", marks=SLOW), "sd2-v"])
 def test_text_to_image(made, family):
     source, _, folder = made(family)
     x = noise(1, 4, 16, 16)
@@ -82,7 +92,7 @@ def test_text_to_image(made, family):
     agree(ldm.txt2img(ldm.load(folder), [PROMPT], **options), theirs)
 
 
-@pytest.mark.parametrize("family", ["sd1-inpainting", "inpainting"])
+@pytest.mark.parametrize("family", [pytest.param("sd1-inpainting", marks=SLOW), "inpainting"])
 def test_inpainting(made, family):
     source, _, folder = made(family)
     x, image, mask = noise(1, 4, 16, 16), picture(), torch.zeros(1, 1, SIDE, SIDE)
@@ -94,6 +104,7 @@ def test_inpainting(made, family):
     agree(ldm.inpaint(ldm.load(source), [PROMPT], 2 * image - 1, mask, **options), theirs)
 
 
+@SLOW
 def test_depth(made):
     source, _, folder = made("depth")
     model, image, depth = ldm.load(source), picture(), noise(1, SIDE, SIDE, seed=2)
@@ -124,7 +135,7 @@ def test_upscaling(made):
     agree(sampled(model, records | {"noise_level": level}, x), theirs)
 
 
-@pytest.mark.parametrize("family", ["unclip-l", "unclip-h"])
+@pytest.mark.parametrize("family", ["unclip-l", pytest.param("unclip-h", marks=SLOW)])
 def test_unclip(made, family):
     source, _, folder = made(family)
     model, x, seen = ldm.load(source), noise(1, 4, 16, 16), noise(1, 3, 28, 28)
@@ -142,6 +153,7 @@ def test_unclip(made, family):
         agree(model.decode(z).clamp(-1, 1), theirs)
 
 
+@SLOW
 def test_variations(made):
     source, _, folder = made("variations")
     model, x, image = ldm.load(source), noise(1, 4, 16, 16), picture()
@@ -151,11 +163,7 @@ def test_variations(made):
     agree(vary(model, [2 * image - 1], **options), theirs)
 
 
-FAMILIES = [*TEXT, "sd1-inpainting", "inpainting", "depth", "x4", "unclip-l", "unclip-h",
-            "variations"]  # fmt: skip
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some("sd2-v", "x4", "unclip-l"))
 def test_the_way_back_loses_nothing(made, family):
     _, state, folder = made(family)
     back = sources.read(folder).state
@@ -164,7 +172,7 @@ def test_the_way_back_loses_nothing(made, family):
     assert sources.read(folder).step == 7
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some("sd1", "x4", "unclip-l"))
 def test_folders_saved_by_diffusers_are_read(made, family, tmp_path):
     """Without our rest, and in the words of today's versions: what both layouts hold is equal."""
     _, state, folder = made(family)

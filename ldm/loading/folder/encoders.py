@@ -18,36 +18,19 @@ from ldm.encoders.towers import VOCAB, quick_gelu
 from ldm.loading.folder.networks import checked
 
 __all__ = [
-    "depth_config", "depth_params", "depth_processor", "image_processor", "text_config",
-    "text_params", "tokenizer_files", "vision_config", "vision_params",
+    "by_openai", "depth_config", "depth_params", "depth_processor", "image_processor",
+    "text_config", "text_params", "tokenizer_files", "vision_config", "vision_params",
 ]  # fmt: skip
 
 Config = Mapping[str, Any]
 
 EPS = 1e-5
 BICUBIC = 3
-TEXT_READ = frozenset({
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "max_position_embeddings", "hidden_act", "layer_norm_eps", "projection_dim",
-})  # fmt: skip
-VISION_READ = TEXT_READ | {"image_size", "patch_size"}
-DEPTH_READ = frozenset({
-    "backbone_config", "backbone_featmap_shape", "backbone_out_indices", "fusion_hidden_size",
-    "hidden_size", "image_size", "intermediate_size", "is_hybrid", "layer_norm_eps",
-    "neck_hidden_sizes", "num_attention_heads", "num_hidden_layers", "patch_size",
-})  # fmt: skip
 DEPTH_FIXED = {
     "head_in_index": -1, "hidden_act": "gelu", "num_channels": 3, "qkv_bias": True,
-    "readout_type": "project", "reassemble_factors": [4, 2, 1, 0.5], "neck_ignore_stages": [0, 1],
+    "readout_type": "project", "neck_ignore_stages": [0, 1], "is_hybrid": True,
 }  # fmt: skip
-# What a config of transformers says besides sizes; for training, or about the file.
-TRIVIA = frozenset({
-    "architectures", "attention_dropout", "dropout", "dtype", "torch_dtype", "initializer_factor",
-    "initializer_range", "model_type", "transformers_version", "bos_token_id", "eos_token_id",
-    "pad_token_id", "num_channels", "auxiliary_loss_weight", "attention_probs_dropout_prob",
-    "hidden_dropout_prob", "semantic_classifier_dropout", "semantic_loss_ignore_index",
-    "use_auxiliary_head", "pooler_act", "pooler_output_size",
-})  # fmt: skip
+ACTIVATIONS = ("quick_gelu", "gelu")
 
 
 def text_config(encoder: nn.Module, blocks: int | None) -> dict[str, Any]:
@@ -95,8 +78,7 @@ def text_params(config: Config) -> dict[str, Any]:
     The latter gets a block that is not used behind those in the folder, as published files have,
     unless all blocks of a published size are there.
     """
-    config = checked(config, "text_encoder/config.json", {}, TEXT_READ | TRIVIA)
-    if config.get("hidden_act", "quick_gelu") == "quick_gelu":
+    if by_openai(config, "text_encoder/config.json"):
         arch = {k: config[k] for k, v in CLIP_LARGE.items() if config.get(k, v) != v}
         return {"arch": arch} if arch else {}
     width, heads = config["hidden_size"], config["num_attention_heads"]
@@ -155,9 +137,8 @@ def vision_config(visual: Any) -> dict[str, Any]:
 
 def vision_params(config: Config) -> dict[str, Any]:
     """The keywords of CLIPImage for quick GELU, of OpenCLIPImage otherwise."""
-    config = checked(config, "image_encoder/config.json", {}, VISION_READ | TRIVIA)
     width, embed = config["hidden_size"], config["projection_dim"]
-    is_openai = config.get("hidden_act", "quick_gelu") == "quick_gelu"
+    is_openai = by_openai(config, "image_encoder/config.json")
     size = {
         "width": width,
         "layers": config["num_hidden_layers"],
@@ -230,7 +211,7 @@ def depth_config(encoder: Any) -> dict[str, Any]:
 
 def depth_params(config: Config) -> dict[str, Any]:
     """The keywords of our MiDaSDepth."""
-    config = checked(config, "depth_estimator/config.json", DEPTH_FIXED, DEPTH_READ | TRIVIA)
+    config = checked(config, "depth_estimator/config.json", DEPTH_FIXED)
     size = {
         "embed_dim": config.get("hidden_size", 768),
         "depth": config.get("num_hidden_layers", 12),
@@ -259,6 +240,14 @@ def depth_processor(side: int) -> dict[str, Any]:
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
     }
+
+
+def by_openai(config: Config, where: str) -> bool:
+    """Whether a CLIP is OpenAI's, by its activation."""
+    kind = config.get("hidden_act", "quick_gelu")
+    if kind not in ACTIVATIONS:
+        raise ValueError(f"{where}: `hidden_act: {kind}` is none of {', '.join(ACTIVATIONS)}")
+    return bool(kind == "quick_gelu")
 
 
 def _activation(block: Any) -> str:

@@ -77,9 +77,10 @@ def read(path: str | Path, variant: str | None = None) -> Checkpoint:
         if foreign:
             raise ValueError(f"`{home}`: {len(foreign)} unexpected tensors: `{min(foreign)}` …")
         state |= gather(mine, theirs, wanted)
+    kind = next((state[name].dtype for name in homes if name in state), None)
     for name in wanted.keys() - homes.keys() - state.keys():
         value = wanted[name]
-        state[name] = torch.zeros(value.shape) if value.is_meta else value
+        state[name] = torch.zeros(value.shape, dtype=kind) if value.is_meta else value
     check_fit(wanted, state, f"`{path}` does not fit its own configs")
     tables = model.schedule.buffers() if isinstance(model, LatentDiffusion) else {}
     if f"{NORMALIZER}/config.json" in files:

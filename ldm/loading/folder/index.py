@@ -102,7 +102,7 @@ def recall(files: Files) -> dict[str, Any]:
         return {"model": stage}
     kind = _kind_of(files)
     part = "image_encoder/config.json" if kind in ("image", "sees") else TEXT
-    is_openai = files[part].get("hidden_act", "quick_gelu") == "quick_gelu"
+    is_openai = encoders.by_openai(files[part], part)
     if (kind, is_openai) not in TEMPLATES:
         raise ValueError(f"`{files[INDEX]['_class_name']}` with {part} of SD 1 has no original")
     raw = configs.read(f"{families.PUBLISHED}/{TEMPLATES[kind, is_openai]}.yaml")
@@ -191,10 +191,11 @@ def _kind_of(files: Files) -> str:
         ("depth_estimator", "depth"),
         ("low_res_scheduler", "lowres"),
         ("image_normalizer", "image"),
-        ("image_encoder", "sees"),
     ):
         if part in parts:
             return kind
+    if "image_encoder" in parts and "text_encoder" not in parts:
+        return "sees"
     lacking = {"unet", "vae", "text_encoder", "scheduler"} - parts
     if lacking or "text_encoder_2" in parts:
         name, what = files[INDEX].get("_class_name"), ", ".join(sorted(lacking)) or "text_encoder_2"

@@ -177,14 +177,17 @@ def vae_params(config: Config) -> dict[str, Any]:
     return {"embed_dim": channels, "ddconfig": ddconfig}
 
 
-def checked(config: Config, where: str, fixed: Config, read: frozenset[str]) -> Config:
+def checked(
+    config: Config, where: str, fixed: Config, read: frozenset[str] | None = None
+) -> Config:
     """The config itself, if it says nothing that would be lost here.
 
-    fixed: key -> the value that it must have. read: keys that are looked at.
+    fixed: key -> the value that it must have. read: keys that are looked at; others must be null
+        or false. None = they are trifles.
     Raises ValueError naming the first key that asks for something else.
     """
     for key, value in config.items():
-        if key in read or key.startswith("_") or (key not in fixed and not value):
+        if key not in fixed and (read is None or key in read or key.startswith("_") or not value):
             continue
         if key not in fixed or value != fixed[key]:
             wanted = f", only `{fixed[key]}` is known here" if key in fixed else " is unknown here"
