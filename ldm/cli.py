@@ -195,7 +195,8 @@ def _warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -
 
 def _bytes(path: str) -> int:
     file = Path(path).expanduser()
-    return file.stat().st_size if file.is_file() else 0
+    files = file.glob("*/*.safetensors") if file.is_dir() else [file]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _has_fast_bf16() -> bool:
