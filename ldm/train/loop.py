@@ -238,12 +238,13 @@ def _dataset(model: nn.Module, pictures: Folder, data: dict[str, Any]) -> Any:
         rows = folders.read_metadata(pictures.root)
         texts = transforms.all_words(rows)
         text.token_ids.copy_(objective.vocabulary(texts, text))  # type: ignore[union-attr]
+    dataset: Any = pictures
+    if data.get("latents"):
+        options = dict(data["latents"])
+        dataset = cached_latents(model, pictures, Path(options.pop("cache")), **options)
     if data.get("prior"):
-        return WithPrior(pictures, _prior(model, dict(data["prior"]), seed=pictures.seed))
-    if not data.get("latents"):
-        return pictures
-    options = dict(data["latents"])
-    return cached_latents(model, pictures, Path(options.pop("cache")), **options)
+        return WithPrior(dataset, _prior(model, dict(data["prior"]), seed=pictures.seed))
+    return dataset
 
 
 def _prior(model: LatentDiffusion, spec: dict[str, Any], *, seed: int) -> Folder:

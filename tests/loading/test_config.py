@@ -203,3 +203,13 @@ def test_nonsense_values_are_one_error(tiny_yaml, value):
     raw["model"]["params"]["unet_config"]["params"]["model_channels"] = value
     with pytest.raises(ValueError, match=r"^tiny\.yaml: model"):
         config.instantiate(raw, where="tiny.yaml")
+
+
+def test_later_files_go_over_earlier_ones(tmp_path):
+    (tmp_path / "a.yaml").write_text("model: {params: {x: 1, y: [1, 2]}}\nz: ${model.params.x}")
+    (tmp_path / "b.yaml").write_text("model: {params: {x: 3, y: [4]}}\nnew: 5")
+    raw = config.read(tmp_path / "a.yaml", ["new=6"], tmp_path / "b.yaml")
+    assert raw == {"model": {"params": {"x": 3, "y": [4]}}, "z": 3, "new": 6}
+    (tmp_path / "c.yaml").write_text("[1, 2]")
+    with pytest.raises(ValueError, match=r"a.yaml \+ .*c.yaml: not a config"):
+        config.read(tmp_path / "a.yaml", (), tmp_path / "c.yaml")

@@ -10,8 +10,10 @@ from PIL import Image
 import ldm
 from ldm.data.folder import Folder, WithPrior, collate
 from ldm.data.transforms import Photo
-from ldm.loading import adapters, config, embeddings
+from ldm.loading import adapters, config, embeddings, legacy, load
+from ldm.train.adaptation import Adaptation
 from ldm.train.loop import Run
+from ldm.train.objective import Diffusion
 from ldm.train.prior import make_pictures
 
 ROOT = Path(__file__).parents[2]
@@ -100,6 +102,26 @@ def test_both_at_once_are_two_files_and_go_on_where_they_ended(base: Path, tmp_p
 def test_mistakes_are_named(overrides: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         tiny(tmp_path, *overrides).train()
+
+
+@pytest.mark.parametrize(
+    ("base", "recipe", "parts"),
+    [
+        ("demo/text2img", "lora", {"lora"}),
+        ("demo/text2img", "textual-inversion", {"word"}),
+        ("stable-diffusion/v1-inference", "lora-photos", {"lora"}),
+        ("stable-diffusion/v2-inference-v", "lora-photos", {"lora"}),
+    ],
+)
+def test_the_recipes_fit_the_models(base: str, recipe: str, parts: set[str]) -> None:
+    raw = config.read(f"configs/{base}.yaml", (), f"configs/train/{recipe}.yaml")
+    model: Any = load.on_meta(legacy.translate(raw))
+    settings = raw["lightning"]
+    little = (settings.get("lora"), settings.get("textual_inversion"))
+    task = Adaptation(Diffusion(model, **settings["objective"]), *little)
+    assert task.trained.keys() == parts
+    if recipe == "lora-photos":
+        assert len(task.trained["lora"]) == 192
 
 
 def test_pictures_of_a_class_are_made_where_they_lack(base: Path, tmp_path: Path) -> None:
