@@ -22,7 +22,7 @@ TASKS = {
     "txt2img": ("Text to image", PROMPTS),
     "img2img": ("Image to image", f"init_img {PROMPTS} strength"),
     "inpaint": ("Inpaint", f"sketch {PROMPTS} strength mask_grow mask_blur"),
-    "depth2img": ("Depth", f"init_img depth_map depth_inverted {PROMPTS} strength"),
+    "depth2img": ("Depth", f"init_img depth_map {PROMPTS} depth_inverted strength"),
     "upscale": ("Upscale", f"init_img {PROMPTS} noise_on_picture"),
     "unclip": ("Variations", f"pictures {PROMPTS} weight noise_on_seen"),
 }

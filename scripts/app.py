@@ -17,7 +17,7 @@ from typing import Any
 
 from ldm import cli, flags
 from ldm.live import Live, follow
-from ldm.page import CSS, SAMPLING, TASKS, about, about_file, show, table, told
+from ldm.page import CSS, PROMPTS, SAMPLING, TASKS, about, about_file, show, table, told
 from ldm.studio import Limits, Studio
 from scripts import depth2img, img2img, inpaint, replay, txt2img, unclip, upscale
 
@@ -31,9 +31,7 @@ add("--auth", metavar="USER:PASSWORD", help="who is let in")
 add("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu (the first that is there)")
 add("--precision", choices=["full", "autocast", "fp16", "bf16"], default="autocast")
 add("--attention", choices=flags.ATTENTION, help="implementation of attention (the fastest)")
-add(
-    "--memory", type=float, metavar="GIB", help="for models that stay loaded (half of the device's)"
-)
+add("--memory", type=float, metavar="GIB", help="for models that stay loaded (half of all)")
 add("--max-side", type=int, default=1024, metavar="N", help="of pictures (%(default)s)")
 add("--max-steps", type=int, default=150, metavar="N", help="of a run (%(default)s)")
 add("--max-batch", type=int, default=4, metavar="N", help="pictures made at once (%(default)s)")
@@ -82,7 +80,10 @@ class Page:
         gr, (label, names) = self.gr, TASKS[task]
         with gr.Tab(label, id=task, elem_id=f"tab-{task}"):
             self.models[task] = model = self._choice(task)
-            fields = {name: self._field(name, task) for name in names.split()}
+            pictures, words, rest = names.partition(PROMPTS)
+            with gr.Row(visible=bool(pictures)):
+                fields = {name: self._field(name, task) for name in pictures.split()}
+            fields |= {name: self._field(name, task) for name in (words + rest).split()}
             with gr.Accordion("Sampling", open=False), gr.Row():
                 fields |= {name: self._field(name, task) for name in SAMPLING.split()}
             inputs = [model, *fields.values()]
@@ -94,7 +95,7 @@ class Page:
             button = gr.Button("Generate", variant="primary", elem_id=f"go-{task}")
             work = partial(self.work, task, list(fields), self.studio.generate)
             self.runs.append((button, work, inputs, None))
-            if names.split()[0] != "prompt":
+            if pictures:
                 self.first[task] = next(iter(fields.values()))
 
     def _field(self, name: str, task: str) -> Any:
@@ -126,7 +127,7 @@ class Page:
     def _results(self) -> None:
         gr = self.gr
         self.shown = gr.HTML(show(Live(message="")), elem_id="live")
-        self.stop = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel")
+        self.stop = gr.Button("Cancel", size="sm", interactive=False, elem_id="cancel")
         self.gallery = gr.Gallery(label="Pictures", columns=4, height=420, object_fit="contain",
                                   buttons=["download", "fullscreen"], elem_id="gallery",
                                   interactive=False)  # fmt: skip
@@ -134,10 +135,9 @@ class Page:
         with gr.Row():
             for task, field in self.first.items():
                 label = TASKS[task][0] if task in TASKS else "Replay"
-                button = gr.Button(f"→ {label}", size="sm", min_width=100, elem_id=f"send-{task}")
-                button.click(
-                    partial(self.send, task), [self.shots, self.chosen], [self.tabs, field]
-                )
+                button = gr.Button(f"→ {label}", size="sm", min_width=140, elem_id=f"send-{task}")
+                chosen = [self.shots, self.chosen]
+                button.click(partial(self.send, task), chosen, [self.tabs, field])
 
         def choose(shots: list[Any], event: gr.SelectData) -> list[Any]:
             return [event.index, about(shots[event.index])]

@@ -1,0 +1,35 @@
+"""loading.catalogue: what a folder holds, without loading it."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ldm.loading.catalogue import catalogue, files
+
+DEMO = Path(__file__).parents[2] / "checkpoints/demo.safetensors"
+
+
+def test_the_demo_model_serves_what_text_is_enough_for(tmp_path):
+    shutil.copy(DEMO, tmp_path / "demo.safetensors")
+    models, skipped = catalogue(tmp_path)
+    assert models["demo.safetensors"].tasks == ("txt2img", "img2img", "inpaint")
+    assert skipped == []
+
+
+def test_files_that_are_no_models_are_skipped_with_a_line_each(tmp_path):
+    (tmp_path / "cut.safetensors").write_bytes(DEMO.read_bytes()[:100_000])
+    (tmp_path / "empty.ckpt").touch()
+    (tmp_path / "page.ckpt").write_text("<!doctype html>")
+    (tmp_path / "README.md").write_text("no checkpoint")
+    models, skipped = catalogue(tmp_path)
+    assert models == {}
+    assert [path.name for path in files(tmp_path)] == ["cut.safetensors", "empty.ckpt", "page.ckpt"]
+    for line, reason in zip(skipped, ("damaged", "an empty file", "a web page"), strict=True):
+        assert reason in line
+        assert "\n" not in line
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder `.*absent`"):
+        catalogue(tmp_path / "absent")

@@ -1,0 +1,96 @@
+"""loading.pool: models stay, within a bound, and have in common what is equal."""
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.conditioning import Conditioner
+from ldm.loading.pool import Pool
+
+
+class Text(nn.Module):
+    def __init__(self, seed: int, layer: str = "last") -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.net, self.layer = nn.Linear(16, 16), layer
+
+
+class Model(nn.Module):
+    """As much of a model as a pool looks at."""
+
+    def __init__(self, unet: int, text: Text, autoencoder: int) -> None:
+        super().__init__()
+        torch.manual_seed(unet)
+        self.unet = nn.Linear(16, 16)
+        self.conditioner = Conditioner(text=text)
+        torch.manual_seed(autoencoder)
+        self.autoencoder = nn.Conv2d(3, 4, 3)
+
+
+@pytest.fixture
+def pool(tmp_path):
+    """A pool of models by name; `pool.file` makes one, `pool.get` asks for it."""
+    made = {}
+
+    def load(config, ckpt, **options):
+        return made[ckpt.name]()
+
+    pool = Pool(1e6, load)
+
+    def file(name, make, size=10):
+        (tmp_path / name).write_bytes(b"x" * size)
+        made[name] = make
+        return tmp_path / name
+
+    pool.file = file
+    return pool
+
+
+def test_the_same_model_is_given_again_and_another_of_a_changed_file(pool):
+    path = pool.file("a", lambda: Model(0, Text(0), 0))
+    first = pool(None, path, ema=False)
+    assert pool(None, path, ema=False) is first
+    assert pool(None, path, ema=True) is not first
+    pool.file("a", lambda: Model(1, Text(0), 0), size=11)
+    assert pool(None, path, ema=False) is not first
+
+
+def test_equal_towers_and_autoencoders_are_there_once(pool):
+    one = pool(None, pool.file("a", lambda: Model(0, Text(5), 7)))
+    alone = pool.nbytes
+    two = pool(None, pool.file("b", lambda: Model(1, Text(5), 7)))
+    assert two.conditioner.text is one.conditioner.text
+    assert two.autoencoder is one.autoencoder
+    assert two.unet is not one.unet
+    assert pool.nbytes == alone + sum(p.nbytes for p in two.unet.parameters())
+
+
+def test_parts_that_differ_in_a_weight_or_a_setting_are_not_shared(pool):
+    one = pool(None, pool.file("a", lambda: Model(0, Text(5), 7)))
+    other = pool(None, pool.file("b", lambda: Model(0, Text(6), 8)))
+    setting = pool(None, pool.file("c", lambda: Model(0, Text(5, "penultimate"), 7)))
+    half = pool(None, pool.file("d", lambda: Model(0, Text(5), 7).half()))
+    for model in (other, setting, half):
+        assert model.conditioner.text is not one.conditioner.text
+    assert setting.autoencoder is one.autoencoder
+    assert half.autoencoder is not one.autoencoder
+    assert other.autoencoder is not one.autoencoder
+
+
+def test_the_model_used_longest_ago_goes_first(pool):
+    paths = [pool.file(name, lambda: Model(0, Text(0), 0), size=4000) for name in "abc"]
+    pool.limit = 2 * sum(p.nbytes for p in Model(0, Text(0), 0).parameters()) + 4000
+    a, b = pool(None, paths[0]), pool(None, paths[1])
+    pool.limit = pool.nbytes + 3000  # no room for a third
+    assert pool(None, paths[0]) is a
+    pool(None, paths[2])
+    assert pool(None, paths[0]) is a
+    assert pool(None, paths[1]) is not b
+
+
+def test_a_model_larger_than_the_bound_is_loaded_alone(pool):
+    pool.limit = 1
+    paths = [pool.file(name, lambda: Model(0, Text(0), 0)) for name in "ab"]
+    assert pool(None, paths[0]) is pool(None, paths[0])
+    pool(None, paths[1])
+    assert len(pool) == 1
