@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm.data.folder import collate
 from ldm.imaging import pixels
-from ldm.loading import checkpoint, legacy
+from ldm.loading import checkpoint, legacy, statistics
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.pipelines import sample
@@ -119,6 +119,7 @@ def export(task: Any, path: Path, dataset: Any, *, config: str = "", step: int =
     images = (dataset[0, index]["jpg"] for index in some)
     is_whole = isinstance(task.model, LatentDiffusion)
     tables = task.model.schedule.buffers() if is_whole else {}
+    tables |= statistics.tables(task.model.conditioner) if is_whole else {}
     state = {
         name: value.half() if value.is_floating_point() else value
         for name, value in legacy.rename_back(task.weights_to_export(images), tables).items()
