@@ -29,7 +29,7 @@ KL = {
     "kl-f32": ([1, 1, 2, 2, 4, 4], 64, [16, 8]),
 }
 # Without `-m slow`: those that differ most.
-QUICK = ("v1-inference", "x4-upscaling", "v2-1-stable-unclip-l-inference")
+QUICK = ("x4-upscaling", "v2-1-stable-unclip-l-inference")
 SOME = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
 # What no network of diffusers holds, by the beginning of our names.
 WITHOUT_PLACE = (
