@@ -49,7 +49,8 @@ def answers(photo):
 
 def sketch(photo, box):
     """What the editor gives for a picture with a box painted over."""
-    picture = Image.open(photo)
+    with Image.open(photo) as file:
+        picture = file.convert("RGB")
     layer = Image.new("RGBA", picture.size)
     if box is not None:
         layer.paste((255, 0, 0, 255), box)
