@@ -76,7 +76,7 @@ def table(limits: Limits) -> dict[str, tuple[str, dict[str, Any]]]:
         "strength": ("Slider", "Strength", share | {"info": "0 keeps the picture, 1 forgets it"}),
         "mask_grow": ("Slider", "Grow the mask", whole | {"maximum": 64}),
         "mask_blur": ("Slider", "Soften its edge", whole | {"maximum": 64}),
-        "weight": ("Textbox", "Weights of the pictures", {"placeholder": "all alike, or 2, 1 …"}),
+        "weight": ("Textbox", "Weights of the pictures", text | {"placeholder": "2, 1"}),
         "noise_on_picture": ("Slider", "Noise on the picture", whole | trust),
         "noise_on_seen": ("Slider", "Noise on what is seen", whole | loose),
         "steps": ("Slider", "Steps", some | steps),
@@ -86,8 +86,12 @@ def table(limits: Limits) -> dict[str, tuple[str, dict[str, Any]]]:
         "W": ("Number", "Width", side | own),
         "H": ("Number", "Height", side | own),
         "seed": ("Number", "Seed", seed),
-        "sampler": ("Dropdown", "Sampler", {"choices": list(flags.SAMPLERS)}),
-        "spacing": ("Dropdown", "Spacing of steps", {"choices": [OWN, *flags.SPACINGS]}),
+        "sampler": ("Dropdown", "Sampler", {"choices": list(flags.SAMPLERS), "value": "ddim"}),
+        "spacing": (
+            "Dropdown",
+            "Spacing of steps",
+            {"choices": [OWN, *flags.SPACINGS], "value": OWN},
+        ),
         "ddim_eta": ("Slider", "Fresh noise (eta)", share | {"value": 0}),
         "tile": ("Number", "Tile", side | {"maximum": 4096, "step": 64, "info": "pixels; 0: none"}),
     }

@@ -100,9 +100,9 @@ class Page:
 
     def _field(self, name: str, task: str) -> Any:
         kind, settings = self.table[name]
-        if "value" not in settings and (default := PARSERS[task].get_default(name)) is not None:
-            settings = settings | {"value": default}
-        field = getattr(self.gr, kind)(**settings)
+        settings = {"value": PARSERS[task].get_default(name)} | settings
+        pink = {"brush": self.gr.Brush(colors=["#ff40ff"])} if kind == "ImageEditor" else {}
+        field = getattr(self.gr, kind)(**settings, **pink)
         if kind == "Image":  # the file as it is: our loader says better what is wrong with it
             field.preprocess = lambda data: data and data.path
         return field

@@ -48,7 +48,9 @@ class Pool:
         self._models[key] = model
         return model
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
+        """How many models there are."""
         return len(self._models)
 
     @property

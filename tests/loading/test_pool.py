@@ -93,4 +93,4 @@ def test_a_model_larger_than_the_bound_is_loaded_alone(pool):
     paths = [pool.file(name, lambda: Model(0, Text(0), 0)) for name in "ab"]
     assert pool(None, paths[0]) is pool(None, paths[0])
     pool(None, paths[1])
-    assert len(pool) == 1
+    assert pool.count == 1

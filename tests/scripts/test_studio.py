@@ -191,7 +191,7 @@ LIES = [
     ({"embeddings": [{"path": "/etc/passwd", "hash": ""}]}, "use scripts/replay.py"),
     ({"steps": 10**9}, "`steps` is"),
     ({"rows": 10**9}, "`n_samples` is"),
-    ({"size": [8192, 8192]}, "`H` is 8192"),
+    ({"fit": [8192, 8192]}, "`H` is 8192"),
 ]
 
 
@@ -221,9 +221,9 @@ def test_pictures_of_other_programs_are_not_replayed(studio, photo):
 def test_models_stay_in_memory_between_tasks(studio, answers):
     run(studio, "txt2img", answers("txt2img"))
     run(studio, "img2img", answers("img2img"), model="base_v.ckpt")
-    assert len(studio._pool) == 1
+    assert studio._pool.count == 1
     run(studio, "inpaint", answers("inpaint"))
-    assert len(studio._pool) == 2
+    assert studio._pool.count == 2
 
 
 def test_a_checkpoint_is_inspected_by_its_name_only(studio):

@@ -1,0 +1,206 @@
+"""scripts/app.py in a real browser: Debian's chromium, driven by playwright."""
+
+import contextlib
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from picturehelp import pixels
+
+from ldm.imaging.metadata import read_info
+from scripts.app import main
+
+ROOT = Path(__file__).parents[2]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+PATIENCE = 300  # seconds; a busy machine is slow
+
+
+@pytest.fixture(scope="session")
+def app(tmp_path_factory):
+    """(address, output folder) of an app with the demo model and a file that is none."""
+    pytest.importorskip("gradio", reason="needs gradio: pip install 'ldm-revived[app]'")
+    folder = tmp_path_factory.mktemp("app")
+    models, outdir, log = folder / "models", folder / "out", folder / "log"
+    models.mkdir()
+    shutil.copy(ROOT / "checkpoints/demo.safetensors", models)
+    (models / "page.ckpt").write_text("<html>")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["--models", models, "--outdir", outdir, "--port", port]
+    words = [sys.executable, "-m", "scripts.app", *map(str, flags)]
+    with log.open("w") as stderr:
+        process = subprocess.Popen(words, cwd=ROOT, stderr=stderr)
+    address = f"http://127.0.0.1:{port}"
+    for _ in range(10 * PATIENCE):
+        with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=5):
+            break
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.1)
+    yield address, outdir
+    process.terminate()
+    process.wait(30)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs chromium: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        flags = ["--no-sandbox"] if os.geteuid() == 0 else []
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def page(app, browser):
+    """The page, loaded once; it notes which hosts it asks."""
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page.set_default_timeout(1000 * PATIENCE)
+    page.hosts = set()
+    page.on("request", lambda request: page.hosts.add(request.url.split("/")[2]))
+    page.goto(app[0])
+    page.locator("#tab-txt2img textarea").first.wait_for()
+    return page
+
+
+def opened(page, task, label):
+    page.get_by_role("tab", name=label, exact=True).click()
+    return page.locator(f"#tab-{task}")
+
+
+def fill_in(area, prompt="a flat emoji of a red apple on a blue background", **settings):
+    """Types a prompt, and numbers by their labels."""
+    area.locator("textarea").first.fill(prompt)
+    settings = {"Steps": 2, "Pictures at once": 1, "Seed": 7} | settings
+    for label, value in settings.items():
+        field = area.get_by_label(label).first
+        if not field.is_visible():
+            area.get_by_role("button", name="Sampling").click()
+        field.fill(str(value))
+        field.press("Tab")
+
+
+def ended(page, task, pattern):
+    """Presses the button of a task; returns what is said in the end."""
+    page.locator(f"#go-{task}").click()
+    return said(page, pattern)
+
+
+def said(page, pattern):
+    message = page.locator("#live").get_by_text(re.compile(pattern))
+    message.wait_for()
+    return message.inner_text()
+
+
+def made(page):
+    """Makes a picture from text."""
+    fill_in(opened(page, "txt2img", "Text to image"))
+    return ended(page, "txt2img", "finished")
+
+
+def newest(outdir):
+    return max((outdir / "samples").glob("*.png"), key=lambda path: path.name)
+
+
+def test_a_prompt_is_typed_and_its_picture_is_downloaded_as_it_was_saved(app, page):
+    made(page)
+    page.locator("#gallery").get_by_text("seed 7").first.wait_for()
+    info = read_info(newest(app[1]))
+    assert (info["seed"], info["steps"], info["task"]) == (7, 2, "txt2img")
+    with page.expect_download() as download:
+        page.locator("#gallery [aria-label='Download']").first.click()
+    assert Path(download.value.path()).read_bytes() == newest(app[1]).read_bytes()
+    assert page.hosts == {app[0].removeprefix("http://")}
+
+
+def test_a_picture_is_sent_to_another_tab_and_inpainted_where_a_mask_is_drawn(app, page):
+    made(page)
+    before = pixels(newest(app[1]))
+    page.locator("#send-inpaint").click()
+    area = page.locator("#tab-inpaint")
+    area.get_by_role("button", name="Brush", exact=True).first.click()
+    page.wait_for_timeout(1000)  # till the picture lies on the canvas
+    box = area.locator("canvas").first.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + 20, y + 20, steps=3)
+    page.mouse.up()
+    page.wait_for_timeout(500)
+    fill_in(area, "a flat emoji of a green apple on a blue background")
+    ended(page, "inpaint", "finished")
+    after = pixels(newest(app[1]))
+    changed = (before != after).any(-1)
+    assert read_info(newest(app[1]))["task"] == "inpaint"
+    assert 0 < changed.mean() < 0.5
+    assert not changed[:16].any()
+    assert not changed[-16:].any()
+
+
+def test_a_run_is_cancelled_between_two_steps(page):
+    fill_in(opened(page, "txt2img", "Text to image"), Steps=150)
+    page.locator("#go-txt2img").click()
+    said(page, "step [0-9]+ of 150")
+    page.locator("#cancel").click()
+    assert int(re.findall("[0-9]+", said(page, "stopped at step"))[0]) < 150
+    made(page)
+
+
+def test_a_picture_is_made_again_from_what_it_says(page):
+    made(page)
+    page.locator("#send-replay").click()
+    page.wait_for_function("document.querySelector('#facts textarea').value.includes('Seed: 7')")
+    assert ended(page, "replay", "identical|differ|made") == "identical"
+
+
+def test_a_bad_upload_is_one_line_and_no_traceback(page, tmp_path):
+    (tmp_path / "holiday.png").write_text("<html>not found</html>")
+    area = opened(page, "img2img", "Image to image")
+    with page.expect_response(re.compile("/upload")):
+        area.locator("input[type=file]").first.set_input_files(tmp_path / "holiday.png")
+    page.wait_for_timeout(500)
+    message = ended(page, "img2img", "holiday")
+    assert message == "`holiday.png` is a web page, not a picture"
+
+
+def test_a_checkpoint_is_inspected_and_what_is_none_is_named(page):
+    area = opened(page, "inspect", "Inspect")
+    area.get_by_text("is a web page, probably a failed download").first.wait_for()
+    page.locator("#go-inspect").click()
+    page.wait_for_function("document.querySelector('#report textarea').value.includes('predicts')")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/etc/passwd", "../../../../etc/passwd", "checkpoints/demo.safetensors", "scripts/app.py",
+     "http://127.0.0.1:1/", "file:///etc/passwd"],
+)  # fmt: skip
+def test_no_file_outside_the_output_folder_is_served(app, path):
+    for route in ("gradio_api/file=", "gradio_api/file/", "file="):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{app[0]}/{route}{path}")
+        refused.value.close()
+        assert refused.value.code in (400, 403, 404)
+
+
+@pytest.mark.parametrize("auth", [[], ["--auth", "me"]])
+def test_other_machines_are_not_let_in_without_a_password(capsys, auth):
+    assert main(["--listen", *auth]) == 1
+    assert "say who may with --auth USER:PASSWORD" in capsys.readouterr().err
+
+
+def test_help_needs_neither_torch_nor_gradio():
+    code = "import sys, scripts.app; print({'torch', 'gradio', 'PIL'} & {*sys.modules})"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert out.stdout.strip() == "set()", out.stderr
