@@ -11,15 +11,6 @@ import argparse
 import logging
 from pathlib import Path
 
-from tqdm import tqdm
-
-from ldm.data.folder import Folder
-from ldm.data.transforms import Emoji
-from ldm.imaging import pixels
-from ldm.loading.load import load
-from ldm.train import evaluation as ev
-from ldm.train.judges import Judges
-
 
 def main() -> None:
     form = argparse.ArgumentDefaultsHelpFormatter
@@ -28,15 +19,25 @@ def main() -> None:
     parser.add_argument("--config", help="config (default: of the demo model)")
     parser.add_argument("--ckpt", help="weights (default: the demo model's)")
     parser.add_argument("--seen", type=int, default=400, help="prompts of trained pairs")
-    parser.add_argument(
-        "--heldout", type=int, default=370, help="prompts of held-out pairs, at most"
-    )
+    parser.add_argument("--heldout", type=int, default=370, help="prompts of held-out pairs")
     parser.add_argument("--objects", type=int, default=300, help="the model knows the first N")
     parser.add_argument("--steps", type=int, default=25, help="sampling steps")
     parser.add_argument("--scale", type=float, default=3.0, help="guidance")
     parser.add_argument("--judges", type=Path, default=Path("logs/judges.pt"), help="kept here")
     parser.add_argument("--out", type=Path, default=Path("outputs/evaluation"), help="folder")
-    args = parser.parse_args()
+    measure(parser.parse_args())
+
+
+def measure(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from ldm.data.folder import Folder
+    from ldm.data.transforms import Emoji
+    from ldm.imaging import pixels
+    from ldm.loading.load import load
+    from ldm.train import evaluation as ev
+    from ldm.train.judges import Judges
+
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     folder = Folder(root=args.data, transform=Emoji())
     known = sorted({row["object"] for row in folder.rows if row["rank"] < args.objects})

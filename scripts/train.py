@@ -11,11 +11,7 @@ import logging
 import sys
 from pathlib import Path
 
-import torch
-
 from ldm import cli
-from ldm.loading import config
-from ldm.train.loop import Run
 
 
 def main() -> None:
@@ -36,13 +32,17 @@ def main() -> None:
 
 
 def work(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    import torch
+
+    from ldm.loading import config
+    from ldm.train.loop import Run
+
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(args.threads or torch.get_num_threads())
     files = [word for word in args.base if "=" not in word]  # the others are overrides
     overrides = [word for word in args.base + args.overrides if word not in files]
+    overrides += [] if args.seed is None else [f"lightning.trainer.seed={args.seed}"]
     raw = config.read(files[0], overrides, *files[1:])
-    if args.seed is not None:
-        raw.setdefault("lightning", {}).setdefault("trainer", {})["seed"] = args.seed
     folder = args.logdir / (args.name or Path(files[-1]).stem)
     if not args.resume and (folder / "checkpoints" / "last.pt").exists():
         parser.error(f"`{folder}` holds a run already\nhint: --resume, or another --name")
