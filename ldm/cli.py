@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.flags import parse
+from ldm.flags import DEMOS, parse
 
 if TYPE_CHECKING:
     import torch
@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from ldm.model import LatentDiffusion
 
 SMALL = 200e6  # bytes of a checkpoint below which half precision and many threads do not pay
-DEMO = (
-    "no --ckpt given: using the small model that ships with ldm (emoji); for Stable Diffusion 2.1:"
-    " --ckpt v2-1_768-ema-pruned.safetensors --H 768 --W 768"
-)
+DEMO = "no --ckpt given: using the small model that ships with ldm (emoji); for %s"
+FULL = {
+    "inpaint": "Stable Diffusion 2: --ckpt 512-inpainting-ema.ckpt",
+    "upscale": "the upscaler of Stable Diffusion: --ckpt x4-upscaler-ema.ckpt",
+}  # what people may have had in mind, by task
+TEXT = "Stable Diffusion 2.1: --ckpt v2-1_768-ema-pruned.safetensors --H 768 --W 768"
 MEMORY = "out of memory; these help: --n_samples 1, --tile, a smaller --H and --W"
 
 log = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ def load(
     import torch
 
     from ldm.loading import adapters, embeddings
+    from ldm.loading.config import find
     from ldm.loading.load import load as load_model
     from ldm.nets.attention import set_backend
     from ldm.nets.cpu import keep_memory

@@ -30,7 +30,13 @@ ORIGINAL = frozenset(
     ]
 )
 
-SCALE, DEMO_SCALE = 9.0, 3.0  # the original's, and what suits the small model that ships
+SCALE, DEMO_SCALE = 9.0, 3.0  # the original's, and what suits the small models that ship
+DEMO_SCALES = {"upscale": 1.0}  # by task, where that is another: text says little about details
+# Models that ship beside the one that is for text alone, by task.
+DEMOS = {
+    "inpaint": "checkpoints/demo-inpainting.safetensors",
+    "upscale": "checkpoints/demo-upscaler.safetensors",
+}
 
 
 def parser(description: str | None, *parents: ArgumentParser, **defaults: Any) -> ArgumentParser:
@@ -264,7 +270,9 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None = None) -> Namespac
     if "sampler" in args:
         _settle(parser, args)
     if "scale" in args and args.scale is None:
-        args.scale = DEMO_SCALE if args.ckpt is None and args.config is None else SCALE
+        is_demo = args.ckpt is None and args.config is None
+        suits_demo = DEMO_SCALES.get(args.task, DEMO_SCALE)
+        args.scale = suits_demo if is_demo else getattr(args, "usual_scale", SCALE)
     for flag in ("prompt", "outdir"):
         if flag in args and getattr(args, flag) is None:
             parser.error(f"--{flag} needs a value")

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ldm import cli, inputs, jobs, provenance
-from ldm.flags import DEMO_SCALE, SCALE
+from ldm.flags import DEMO_SCALE, DEMO_SCALES, SCALE
 from ldm.live import Live
 
 if TYPE_CHECKING:
@@ -183,7 +183,8 @@ class Studio:
         made = Namespace(**vars(parsed) | vars(self.given) | fixed | dict(values))
         if made.scale is None:
             is_small = model.path.stat().st_size < cli.SMALL
-            made.scale = DEMO_SCALE if is_small else SCALE
+            suits_small = DEMO_SCALES.get(made.task, DEMO_SCALE)
+            made.scale = suits_small if is_small else getattr(made, "usual_scale", SCALE)
         return made
 
     def generate(self, args: Namespace, live: Live) -> str:

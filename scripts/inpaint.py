@@ -29,7 +29,7 @@ PARSER = flags.parser(
     outdir="outputs/inpaint-samples",
     n_samples=1,
     n_iter=1,
-    scale=10.0,
+    usual_scale=10.0,
 )
 
 

@@ -26,7 +26,7 @@ PARSER = flags.parser(
     outdir="outputs/unclip-samples",
     n_samples=2,
     n_iter=1,
-    scale=10.0,
+    usual_scale=10.0,
     steps=20,
 )
 
