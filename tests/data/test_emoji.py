@@ -82,3 +82,10 @@ def test_metadata_and_licences_lie_beside_the_pictures(modules: Path, tmp_path: 
         assert f"{package} {version}" in notice
         assert licence in notice
     assert {licence for _, licence, *_ in PACKAGES.values()} == {"MIT", "Apache-2.0", "CC-BY-4.0"}
+
+
+def test_no_drawing_is_enlarged(modules: Path, tmp_path: Path) -> None:
+    pictures = build(modules, tmp_path / "out", size=192)
+    assert {picture.style for picture in pictures} == set(STYLES) - {"3d"}
+    with Image.open(tmp_path / "out" / pictures[0].file_name) as file:
+        assert file.size == (192, 192)

@@ -250,3 +250,12 @@ def test_full_size_depth_equals_the_recorded_one(case):
     with torch.no_grad():
         ours = encoder.eval().infer(x)
     assert_close(ours, golden.outputs(case)["depth"], 1e-4)
+
+
+def test_without_a_network_maps_are_read_and_pictures_refused():
+    encoder = MiDaSDepth(model_type=None)
+    assert not encoder.state_dict()
+    channel = encoder(encoder.prepare({"depth": torch.rand(2, 1, 32, 32)}, size=(8, 8))["depth"])
+    assert channel.shape == (2, 1, 8, 8)
+    with pytest.raises(ValueError, match="cannot estimate depth: give it a map"):
+        encoder.prepare({"jpg": torch.zeros(1, 3, 32, 32)}, size=(8, 8))
