@@ -10,9 +10,8 @@ Only without gradients, on plain CPU tensors of the dtype of the weights, and ne
 or torch.compile; everything else takes torch's ordinary way, as does all after `enable(False)`.
 
 Packs more than double the memory of weights (convolutions by winograd.py take 1.8 times theirs).
-They are made where they pay, that is for weights that are used on many rows or a second time, and
-only while half of the free memory would remain. `.to()` and any change of the weights drops them;
-copies and pickles of a layer are without. Changes are noticed by address, by version and, as
+They are made at the first use of a weight, and only while half of the free memory would remain.
+`.to()` and any change of the weights drops them; copies and pickles of a layer are without. Changes are noticed by address, by version and, as
 writing through `.data` changes neither, by a few of the values.
 """
 
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from ldm.nets import winograd
 
 PIXELS = 4096  # whose moments float32 sums well
-ROWS = 512  # with so many rows a pack pays at once
+ROWS = 512  # that a pack is made for; it serves any number
 # Multiplications; below, the overhead of the calls shows.
 LINEAR_WORK = 5e7
 CONV_WORK = 5e8
@@ -69,18 +68,20 @@ class Packs:
 
     def __init__(self) -> None:
         self.made: dict[str, Any] = {}
-        self.uses = 0
         self.state: tuple[int, int, Tensor] | None = None
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Packs, ()
 
-    def get(self, kind: str, weight: Tensor, rows: int, make: Callable[[Tensor], Any]) -> Any:
-        """The pack of this kind, None where it does not pay or does not fit."""
+    def get(self, kind: str, weight: Tensor, make: Callable[[Tensor], Any]) -> Any:
+        """The pack of this kind, None where it does not fit.
+
+        It is made at the first use, even if there were no other: packed or not, the last digits
+        differ, and a picture must not depend on what its model did before.
+        """
         self._forget_if_changed(weight)
         if kind not in self.made:
-            self.uses += 1
-            if (rows < ROWS and self.uses == 1) or not _fits(2 * weight.nbytes):
+            if not _fits(2 * weight.nbytes):
                 return None
             self.made[kind] = make(weight.detach())
         return self.made[kind]
@@ -94,7 +95,6 @@ class Packs:
             if (address, version) == (old_address, old_version) and torch.equal(some, old):
                 return
         self.made.clear()
-        self.uses = 0
         self.state = address, version, some.clone()
 
 
@@ -103,7 +103,7 @@ def linear(packs: Packs, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     rows = x.shape[:-1].numel()
     if not _applies(x, weight, rows / LINEAR_WORK):
         return F.linear(x, weight, bias)
-    packed = packs.get("linear", weight, rows, _pack_linear)
+    packed = packs.get("linear", weight, _pack_linear)
     return _product(x, weight if packed is None else packed, bias)
 
 
@@ -118,12 +118,12 @@ def conv2d(packs: Packs, x: Tensor, layer: nn.Conv2d) -> Tensor:
     if not (simple and _applies(x, weight, 1.0 if follows else rows / CONV_WORK)):
         return layer._conv_forward(x, weight, layer.bias)
     if not (height % 2 or width % 2) and _suits_winograd(layer, rows):
-        matrices = packs.get("winograd", weight, rows, _pack_winograd)
+        matrices = packs.get("winograd", weight, _pack_winograd)
         if matrices is not None:
             return winograd.convolve(x, matrices, layer.bias, _product)
         return layer._conv_forward(x, weight, layer.bias)
     geometry = (layer.padding, layer.stride, layer.dilation, layer.groups)
-    packed = packs.get("conv", weight, rows, lambda w: _pack_conv(w, *geometry, list(x.shape)))
+    packed = packs.get("conv", weight, lambda w: _pack_conv(w, *geometry, list(x.shape)))
     if packed is None:
         return layer._conv_forward(x, weight, layer.bias)
     return _convolution(x, packed, layer.bias, *geometry)
@@ -134,11 +134,11 @@ def conv2d_doubled(packs: Packs, x: Tensor, layer: nn.Conv2d) -> Tensor:
     rows = x.shape[0] * x.shape[-2:].numel()
     if _is_3x3(layer) and _applies(x, layer.weight, rows / CONV_WORK):
         if _suits_winograd(layer, 4 * rows):
-            matrices = packs.get("doubled", layer.weight, rows, _pack_doubled)
+            matrices = packs.get("doubled", layer.weight, _pack_doubled)
             if matrices is not None:
                 return winograd.convolve(x, matrices, layer.bias, _product)
         else:
-            phases = packs.get("phases", layer.weight, rows, lambda w: _pack_phases(w, x.shape))
+            phases = packs.get("phases", layer.weight, lambda w: _pack_phases(w, x.shape))
             if phases is not None:
                 return _convolve_phases(x, phases, layer.bias)
     x = F.interpolate(x, scale_factor=2.0, mode="nearest")
