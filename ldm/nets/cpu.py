@@ -11,8 +11,9 @@ or torch.compile; everything else takes torch's ordinary way, as does all after 
 
 Packs more than double the memory of weights (convolutions by winograd.py take 1.8 times theirs).
 They are made at the first use of a weight, and only while half of the free memory would remain.
-`.to()` and any change of the weights drops them; copies and pickles of a layer are without. Changes are noticed by address, by version and, as
-writing through `.data` changes neither, by a few of the values.
+`.to()` and any change of the weights drops them; copies and pickles of a layer are without. Changes
+are noticed by address, by version and, as writing through `.data` changes neither, by a few of the
+values.
 """
 
 import ctypes
