@@ -119,15 +119,15 @@ class Page:
     def _replay(self) -> None:
         with self.gr.Tab("Replay", id="replay", elem_id="tab-replay"):
             self.first["replay"] = box = self._field("made", "txt2img")
-            facts = self.gr.Textbox(label="What it says", lines=4, elem_id="facts")
+            self.facts = self.gr.Textbox(label="What it says", lines=4, elem_id="facts")
             button = self.gr.Button("Make it again", variant="primary", elem_id="go-replay")
-            box.change(about_file, box, facts, queue=False)
+            box.upload(about_file, box, self.facts, queue=False)
             self.runs.append((button, self.replay, [box], None))
 
     def _results(self) -> None:
         gr = self.gr
-        self.shown = gr.HTML(show(Live(message="")), elem_id="live")
         self.stop = gr.Button("Cancel", size="sm", interactive=False, elem_id="cancel")
+        self.shown = gr.HTML(show(Live(message="")), elem_id="live")
         self.gallery = gr.Gallery(label="Pictures", columns=4, height=420, object_fit="contain",
                                   buttons=["download", "fullscreen"], elem_id="gallery",
                                   interactive=False)  # fmt: skip
@@ -137,13 +137,15 @@ class Page:
                 label = TASKS[task][0] if task in TASKS else "Replay"
                 button = gr.Button(f"→ {label}", size="sm", min_width=140, elem_id=f"send-{task}")
                 chosen = [self.shots, self.chosen]
-                button.click(partial(self.send, task), chosen, [self.tabs, field])
+                event = button.click(partial(self.send, task), chosen, [self.tabs, field])
+                if task == "replay":
+                    event.then(about_file, field, self.facts, queue=False)
 
         def choose(shots: list[Any], event: gr.SelectData) -> list[Any]:
             return [event.index, about(shots[event.index])]
 
         self.gallery.select(choose, self.shots, [self.chosen, self.about], queue=False)
-        self.stop.click(self.cancel, self.live, self.shown, queue=False)
+        self.stop.click(self.cancel, self.live, queue=False)
 
     def _run(self, button: Any, work: Callable[..., str], inputs: list[Any], found: Any) -> None:
         """A button that begins a run; while that goes, no other can be begun.
@@ -205,12 +207,9 @@ class Page:
             raise ValueError("there is no picture: put one in, or send one from the results")
         return self.studio.replay(flags.parse(replay.PARSER, [path]), live)
 
-    def cancel(self, live: Live | None) -> str:
-        if live is None:
-            return show(Live(message="nothing runs"))
-        live.stop.set()
-        live.message = "stopping"
-        return show(live)
+    def cancel(self, live: Live | None) -> None:
+        if live is not None:
+            live.stop.set()
 
     def send(self, task: str, shots: list[Any], chosen: int) -> list[Any]:
         """The chosen picture in the field of another tab."""
