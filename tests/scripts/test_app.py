@@ -22,6 +22,8 @@ ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PATIENCE = 60  # seconds; a busy machine is slow
 
+pytestmark = pytest.mark.flaky(reruns=2)  # a browser has a clock of its own
+
 
 @pytest.fixture(scope="session")
 def app(tmp_path_factory):
