@@ -1,0 +1,205 @@
+"""What a run is told: our words, the original's, and what is neither."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldm.loading import config
+from ldm.train.schedules import multiplier
+from ldm.train.settings import DEFAULTS, Settings, read
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted([*ROOT.glob("configs/demo/*.yaml"), *ROOT.glob("configs/train/*.yaml")])
+# As published for the training of SD 2 inpainting.
+SD2 = """
+  find_unused_parameters: true
+  modelcheckpoint: {params: {every_n_train_steps: 5000}}
+  callbacks:
+    metrics_over_trainsteps_checkpoint: {params: {every_n_train_steps: 10000}}
+    image_logger:
+      target: main.ImageLogger
+      params:
+        enable_autocast: false
+        disabled: false
+        batch_frequency: 1000
+        max_images: 4
+        increase_log_steps: false
+        log_first_step: false
+        log_images_kwargs:
+          use_ema_scope: false
+          inpaint: false
+          plot_progressive_rows: false
+          plot_diffusion_rows: false
+          N: 4
+          unconditional_guidance_scale: 5.0
+          unconditional_guidance_label: [""]
+          ddim_steps: 50
+          ddim_eta: 0.0
+  trainer:
+    benchmark: true
+    val_check_interval: 5000000
+    num_sanity_val_steps: 0
+    accumulate_grad_batches: 1
+"""
+
+
+def settings(text: str = "", *, model: str = "{}") -> Settings:
+    return read(config.parse(f"model: {model}\nlightning: {text}\n"))
+
+
+def linear(**changes: Any) -> dict[str, Any]:
+    params = {"warm_up_steps": [4], "f_min": [0.2], "f_max": [1.0], "f_start": [0.0]}
+    params |= {"cycle_lengths": [10]} | changes
+    return {"target": "ldm.lr_scheduler.LambdaLinearScheduler", "params": params}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_our_recipes_are_understood_and_their_rates_are_not_scaled(path: Path) -> None:
+    raw = config.read(path)
+    raw.setdefault("lightning", {}).setdefault("trainer", {}).setdefault("max_steps", 1)
+    made = read(raw)
+    assert made.notes == []
+    assert made.rate(raw["model"]["base_learning_rate"], batch=8)[0].lr == pytest.approx(
+        raw["model"]["base_learning_rate"]
+    )
+
+
+def test_the_training_config_of_sd2_inpainting_is_understood() -> None:
+    made = read(config.parse(f"model: {{params: {{use_ema: false}}}}\nlightning: {SD2}"))
+    callbacks = made["callbacks"]
+    assert callbacks["save_steps"] == 5000
+    assert callbacks["export_steps"] == 10_000
+    assert (callbacks["image_steps"], callbacks["image_minutes"]) == (1000, None)
+    assert callbacks["sampling"] == {"steps": 50, "scale": 5.0, "eta": 0.0}
+    assert callbacks["validate_steps"] == 5_000_000
+    assert made["trainer"]["max_epochs"] == 1000
+    assert made["trainer"]["benchmark"] is True
+    assert made["optimizer"]["ema_decay"] == 0.0
+    assert any("num_sanity_val_steps" in note for note in made.notes)
+    assert any("inpaint, plot_progressive_rows" in note for note in made.notes)
+
+
+def test_arguments_of_lightning_get_our_names() -> None:
+    made = settings(
+        "{trainer: {precision: 16, gpus: '0,1,', max_steps: -1, max_epochs: 3, "
+        "gradient_clip_val: 0, strategy: ddp_find_unused_parameters_false, max_time: {hours: 2}, "
+        "val_check_interval: 100, accumulate_grad_batches: 4, limit_val_batches: 5, "
+        "log_every_n_steps: 7}, logger: {target: pytorch_lightning.loggers.WandbLogger, "
+        "params: {project: p, offline: true}}}"
+    )
+    trainer, callbacks = made["trainer"], made["callbacks"]
+    assert trainer["precision"] == "16-mixed"
+    assert trainer["strategy"] == "ddp"
+    assert (trainer["max_steps"], trainer["max_epochs"]) == (None, 3)
+    assert trainer["max_time"] == "0:2:0:0"
+    assert trainer["gradient_clip_val"] is None
+    assert (callbacks["validate_steps"], callbacks["validate_batches"]) == (25, 5)
+    assert callbacks["log_every"] == 7
+    assert callbacks["loggers"] == ["csv", "wandb"]
+    assert callbacks["wandb"] == {"project": "p", "mode": "offline"}
+    assert set(trainer) == set(DEFAULTS["trainer"])
+
+
+def test_a_config_of_the_original_scales_its_rate_by_the_whole_batch() -> None:
+    made = settings("{trainer: {accumulate_grad_batches: 2}}")
+    rate, line = made.rate(1e-6, batch=4, world=16)
+    assert rate(0, 0.0) == rate(10_000, 0.9) == pytest.approx(1.28e-4)
+    assert line == (
+        "learning rate 1.28e-04 = 2 (accumulate_grad_batches) x 16 (ranks) x 4 (batch_size) x "
+        "1.00e-06 (base_learning_rate)"
+    )
+    made["trainer"]["scale_lr"] = False
+    assert made.rate(1e-6, batch=4, world=16)[0].lr == 1e-6
+
+
+def test_captions_are_dropped_as_the_model_class_was_told() -> None:
+    model = "{params: {unet_config: {}, ucg_training: {txt: {p: 0.2, val: ''}}}}"
+    assert settings(model=model)["objective"] == {"drop": 0.2}
+    assert settings(model="{params: {unet_config: {}}}")["objective"] == {"drop": 0.0}
+    assert settings("{optimizer: {}, trainer: {max_steps: 1}}", model=model)["objective"] == {}
+
+
+def test_epochs_become_steps_once_their_length_is_known() -> None:
+    made = settings("{trainer: {max_epochs: 3, check_val_every_n_epoch: 2}, "
+                    "modelcheckpoint: {params: {every_n_epochs: 1, save_top_k: 3}}}")  # fmt: skip
+    with pytest.raises(ValueError, match="no known length, give `max_steps`"):
+        made.count_epochs(None)
+    made.count_epochs(50)
+    assert made["trainer"]["max_steps"] == 150
+    assert made["callbacks"]["validate_steps"] == 100
+    assert made["callbacks"]["save_steps"] == 50
+    assert any("save_top_k" in note for note in made.notes)
+
+
+def test_a_linear_schedule_warms_up_and_falls_in_cycles() -> None:
+    once = multiplier(linear())
+    assert [once(n) for n in (0, 2, 4, 5, 10, 99)] == pytest.approx([0, 0.5, 0.68, 0.6, 0.2, 0.2])
+    twice = multiplier(
+        linear(warm_up_steps=[0, 5], f_min=[0.0, 0.5], f_max=[1.0, 0.5], f_start=[0.0, 0.1],
+               cycle_lengths=[10, 20])
+    )  # fmt: skip
+    assert [twice(n) for n in (0, 9, 10, 11, 20)] == pytest.approx([1.0, 0.1, 0.0, 0.18, 0.5])
+    forever = multiplier(
+        linear(warm_up_steps=[10_000], f_start=[1e-6], f_min=[1.0], cycle_lengths=[10**13])
+    )
+    assert [forever(n) for n in (0, 5000, 10_000, 10**6)] == pytest.approx([1e-6, 0.5, 1, 1], 1e-6)
+
+
+def test_a_cosine_schedule_ends_at_its_smallest_rate() -> None:
+    params = {"warm_up_steps": 1000, "max_decay_steps": 50_000, "lr_start": 1e-3, "lr_max": 0.1}
+    target = "ldm.lr_scheduler.LambdaWarmUpCosineScheduler"
+    params |= {"lr_min": 1e-4, "verbosity_interval": 0}
+    at = multiplier({"target": target, "params": params})
+    found = [at(n) for n in (0, 500, 1000, 25_500, 50_000, 60_000)]
+    assert found == pytest.approx([1e-3, 0.0505, 0.1, 0.05005, 1e-4, 1e-4])
+    lists = linear(warm_up_steps=[2], f_min=[0.0], cycle_lengths=[12])["params"]
+    round_ = multiplier({"target": target + "2", "params": lists})
+    assert [round_(n) for n in (1, 2, 7, 12)] == pytest.approx([0.5, 1.0, 0.5, 0.0])
+
+
+def test_the_scheduler_of_a_model_decides_unless_the_optimizer_does() -> None:
+    model = {"params": {"scheduler_config": linear()}}
+    made = read({"model": model, "lightning": {"trainer": {"max_steps": 9}}})
+    rate, _ = made.rate(1.0, batch=2)
+    assert rate(2, 0.5) == pytest.approx(1.0)  # 0.5 x batch 2
+    optimizer = {"decay": "linear", "warm_up": 0}
+    ours = read(
+        {"model": model, "lightning": {"trainer": {"max_steps": 9}, "optimizer": optimizer}}
+    )
+    assert ours.rate(1.0, batch=2)[0](2, 0.5) == pytest.approx(0.5)
+    assert any("yields" in note for note in ours.notes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{trainer: {max_step: 3}}", "lightning.trainer: unknown key `max_step`, did you mean"),
+        ("{trainers: {max_steps: 3}}", "unknown section `trainers`, did you mean `trainer`"),
+        ("{trainer: {max_steps: null}}", "needs `max_steps` or `max_time`"),
+        ("{trainer: {precision: 64}}", "`64` is none of 32, bf16-mixed, 16-mixed"),
+        ("{trainer: {strategy: deepspeed_stage_2}}", "unknown strategy `deepspeed_stage_2`"),
+        ("{trainer: {accumulate_grad_batches: {0: 2}}}", "is no positive number"),
+        ("{trainer: {gradient_clip_algorithm: value}}", "only `norm` is supported"),
+        ("{callbacks: {image_loger: {}}}", "did you mean `image_logger`"),
+        ("{callbacks: {image_logger: {params: {batch_freqency: 1}}}}", "mean `batch_frequency`"),
+        ("{logger: {target: x.MLFlowLogger}}", "unknown logger `x.MLFlowLogger`"),
+        ("{trainer: 7}", "lightning.trainer: `7` is no mapping"),
+        ("{callbacks: {loggers: [csv, tensorbord]}}", "`tensorbord` is none of csv, tensorboard"),
+    ],
+)
+def test_what_is_not_understood_is_named(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cycle_lengths": [10, 20]}, "must be equally long"),
+        ({"f_top": [1]}, "unknown parameter of LambdaLinearScheduler `f_top`"),
+    ],
+)
+def test_a_wrong_schedule_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        multiplier(linear(**changes))
