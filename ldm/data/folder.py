@@ -11,19 +11,21 @@ index): a run that was interrupted goes on with exactly the samples that it woul
 import csv
 import json
 from collections.abc import Callable, Iterator, Mapping
-from io import BytesIO
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["Folder", "Latents", "Order", "WithPrior", "batches", "read_metadata"]
+from ldm.data.source import Unreadable, collate
+from ldm.imaging.opening import picture_in
+
+__all__ = ["Folder", "Latents", "Order", "WithPrior", "batches", "collate", "read_metadata"]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+KEPT = 2**28  # bytes of files that are kept in memory
 Transform = Callable[[Mapping[str, Any], Random], dict[str, Any]]
 
 
@@ -56,6 +58,7 @@ class Folder(Dataset):
             only = ", ".join(f"{key} `{value}`" for key, value in wanted.items())
             raise ValueError(f"`{root}` has no pictures of {only}")
         self._files: dict[int, bytes] = {}  # small data sets are read from disk only once
+        self._room = KEPT
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -65,12 +68,24 @@ class Folder(Dataset):
         return self.transform(self.record(index), Random(f"{self.seed} {epoch} {index}"))
 
     def record(self, index: int) -> dict[str, Any]:
-        """The metadata of a row and its `picture`, decoded."""
+        """The metadata of a row and its `picture`, decoded.
+
+        Raises Unreadable for a file that is missing or damaged.
+        """
         row = self.rows[index]
-        if index not in self._files:
-            self._files[index] = (self.root / row["file_name"]).read_bytes()
-        picture = Image.open(BytesIO(self._files[index]))
-        return {**row, "picture": picture.copy()}
+        try:
+            return {**row, "picture": picture_in(self._bytes(index), row["file_name"])}
+        except (OSError, ValueError) as error:
+            raise Unreadable(row["file_name"], str(error)) from error
+
+    def _bytes(self, index: int) -> bytes:
+        if index in self._files:
+            return self._files[index]
+        data = (self.root / self.rows[index]["file_name"]).read_bytes()
+        self._room -= len(data)
+        if self._room >= 0:
+            self._files[index] = data
+        return data
 
 
 class Latents(Dataset):
@@ -154,17 +169,6 @@ def batches(
         dataset, batch_sampler=_Keys(keys), collate_fn=collate, num_workers=workers
     )
     return iter(loader)
-
-
-def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Samples with the same keys -> one batch; a sample within a sample becomes a batch as well."""
-    joined: dict[str, Any] = {key: [sample[key] for sample in samples] for key in samples[0]}
-    for key, values in joined.items():
-        if isinstance(values[0], Tensor):
-            joined[key] = torch.stack(values)
-        elif isinstance(values[0], dict):
-            joined[key] = collate(values)
-    return joined
 
 
 def read_metadata(root: Path) -> list[dict[str, Any]]:

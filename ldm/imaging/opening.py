@@ -6,6 +6,7 @@ and palettes to RGB; what is no picture, is cut off or is enormous is refused in
 
 import logging
 import warnings
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,21 @@ import torch
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-__all__ = ["mask_of", "open_depth", "open_mask", "open_picture", "save_depth"]
+__all__ = [
+    "mask_of",
+    "on_white",
+    "open_depth",
+    "open_mask",
+    "open_picture",
+    "picture_in",
+    "save_depth",
+]
 
 log = logging.getLogger(__name__)
 
 MAX_PIXELS = 100_000_000
+# What Pillow may open; it has more, some of which run other programs.
+FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 Box = tuple[int, int, int, int]
 
 
@@ -26,7 +37,11 @@ def open_picture(path: str | Path) -> Image.Image:
 
     Raises FileNotFoundError, or ValueError saying what is wrong with the file.
     """
-    picture = _opened(path)
+    return on_white(_opened(path))
+
+
+def on_white(picture: Image.Image) -> Image.Image:
+    """The picture without transparency, RGB."""
     if "A" not in picture.getbands():
         return picture.convert("RGB")
     ground = Image.new("RGBA", picture.size, "white")
@@ -101,27 +116,28 @@ def save_depth(path: str | Path, depth: Tensor) -> None:
     Image.fromarray(levels[0, 0].cpu().numpy().astype(np.uint16)).save(path, "PNG")
 
 
-def _opened(path: str | Path, deep: bool = False) -> Image.Image:
-    """The first frame, upright. deep: leave 16 bits as they are."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"no picture `{path}`")
+def picture_in(data: bytes, name: str | Path, deep: bool = False) -> Image.Image:
+    """The picture in the bytes of a file, upright, its first frame; transparency stays.
+
+        name: how to call it in errors. deep: leave 16 bits as they are.
+    Raises ValueError saying what is wrong with it.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as file:
+            with Image.open(BytesIO(data), formats=FORMATS) as file:
                 if file.width * file.height > MAX_PIXELS:
                     raise Image.DecompressionBombError
                 if getattr(file, "n_frames", 1) > 1:
-                    log.warning("`%s` is animated: its first frame is used", path)
+                    log.warning("`%s` is animated: its first frame is used", name)
                 picture = ImageOps.exif_transpose(file)
     except Image.DecompressionBombError:
-        raise ValueError(f"`{path}` has more than {MAX_PIXELS} pixels") from None
+        raise ValueError(f"`{name}` has more than {MAX_PIXELS} pixels") from None
     except UnidentifiedImageError:
-        raise ValueError(f"`{path}` is {_looks(path)}, not a picture") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise ValueError(f"`{name}` is {_looks(data)}, not a picture") from None
+    except Exception as error:  # a damaged file makes Pillow's readers raise whatever comes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"`{path}` is damaged: {reason}") from error
+        raise ValueError(f"`{name}` is damaged: {reason}") from error
     if picture.mode == "P":
         return picture.convert("RGBA" if "transparency" in picture.info else "RGB")
     if picture.mode.startswith("I") and not deep:
@@ -130,9 +146,15 @@ def _opened(path: str | Path, deep: bool = False) -> Image.Image:
     return picture
 
 
-def _looks(path: Path) -> str:
-    with path.open("rb") as file:
-        start = file.read(512).lower()
+def _opened(path: str | Path, deep: bool = False) -> Image.Image:
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no picture `{path}`")
+    return picture_in(path.read_bytes(), path, deep)
+
+
+def _looks(data: bytes) -> str:
+    start = data[:512].lower()
     if not start:
         return "an empty file"
     return "a web page" if b"<html" in start or b"<!doctype" in start else "something else"
