@@ -77,7 +77,7 @@ def test_the_training_config_of_sd2_inpainting_is_understood() -> None:
     assert made["trainer"]["benchmark"] is True
     assert made["optimizer"]["ema_decay"] == 0.0
     assert any("num_sanity_val_steps" in note for note in made.notes)
-    assert any("inpaint, plot_progressive_rows" in note for note in made.notes)
+    assert any("log_images_kwargs.plot_diffusion_rows" in note for note in made.notes)
 
 
 def test_arguments_of_lightning_get_our_names() -> None:
