@@ -51,6 +51,11 @@ class LatentDiffusion(nn.Module):
     ) -> None:
         super().__init__()
         scalings(parameterization, torch.ones(()))  # raises for an unknown one
+        if schedule.zero_snr and parameterization == "eps":
+            raise ValueError(
+                "rescale_betas_zero_snr needs parameterization `v` or `x0`, got `eps`: where z_t "
+                "is noise alone, eps says nothing of z"
+            )
         self.unet = unet
         self.autoencoder = autoencoder
         self.conditioner = conditioner

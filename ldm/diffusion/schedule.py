@@ -4,7 +4,8 @@ Everything here is a number per timestep, in float64. Two clocks describe the sa
 the timestep `t` in 0 … T-1 (what the network is told) and `sigma = sqrt((1 - ᾱ) / ᾱ)` (what the
 samplers integrate over). Between two timesteps log ᾱ is linear in t, as in DPM-Solver.
 
-DDPM: arXiv:2006.11239. Cosine: arXiv:2102.09672. Karras grid: arXiv:2206.00364.
+DDPM: arXiv:2006.11239. Cosine: arXiv:2102.09672. Karras grid: arXiv:2206.00364. Zero terminal SNR:
+arXiv:2305.08891.
 """
 
 import math
@@ -15,7 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["GRIDS", "Schedule", "make_betas"]
+__all__ = ["GRIDS", "Schedule", "make_betas", "rescaled"]
+
+# ᾱ of the last timestep where nothing of z is to be left. Not 0, so that sigma is finite (4096) and
+# every sampler runs; z then is 2.4e-4 of z_t, 1/280 of what Stable Diffusion's own schedule leaves.
+NOTHING = 2.0**-24
 
 
 def make_betas(
@@ -48,23 +53,38 @@ def make_betas(
     raise ValueError(f"unknown beta schedule `{name}`, choose one of {names}")
 
 
+def rescaled(betas: Tensor) -> Tensor:
+    """Betas (T,) float64 with √ᾱ stretched so that the last timestep is noise alone.
+
+    √ᾱ of the first timestep is kept, that of the last becomes √NOTHING (arXiv:2305.08891, alg. 1).
+    """
+    signal = torch.cumprod(1 - betas.double(), dim=0).sqrt()  # (T,)
+    first, last = signal[0], signal[-1]
+    alphas_cumprod = ((signal - last) * first / (first - last)) ** 2
+    alphas_cumprod[-1] = NOTHING
+    previous = torch.cat([torch.ones_like(signal[:1]), alphas_cumprod[:-1]])
+    return 1 - alphas_cumprod / previous
+
+
 @dataclass(frozen=True, eq=False)
 class Schedule:
     """The noise of T timesteps, seen as betas, as alphas_cumprod and as sigmas.
 
         betas: (T,) float64 in (0, 1).
         v_posterior: weight of beta against the posterior variance in `buffers`.
+        zero_snr: the betas are to be `rescaled`.
 
     Example: Schedule(make_betas("linear", linear_start=0.00085, linear_end=0.012)).
     """
 
     betas: Tensor
     v_posterior: float = 0.0
+    zero_snr: bool = False
     alphas_cumprod: Tensor = field(init=False)
     sigmas: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        betas = self.betas.double()
+        betas = rescaled(self.betas) if self.zero_snr else self.betas.double()
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         object.__setattr__(self, "betas", betas)
         object.__setattr__(self, "alphas_cumprod", alphas_cumprod)
@@ -113,6 +133,22 @@ class Schedule:
         if original_count and grid == "uniform":
             return _original_uniform(self, steps)
         return GRIDS[grid](self, steps)
+
+    def vlb_weights(self, parameterization: str) -> Tensor:
+        """Weights (T,) that make the squared error the variational bound, as the original has them.
+
+        Its x0 weights are not those of the bound (2 - ᾱ where 2 (1 - ᾱ) belongs), and v has none.
+        arXiv:2006.11239, eq. 12.
+        """
+        alphas_cumprod = self.alphas_cumprod
+        if parameterization == "v":
+            return torch.ones_like(alphas_cumprod)
+        if parameterization == "x0":
+            weights = 0.5 * alphas_cumprod.sqrt() / (2 - alphas_cumprod)
+        else:
+            variance = self.buffers()["posterior_variance"].double()
+            weights = self.betas**2 / (2 * variance * (1 - self.betas) * (1 - alphas_cumprod))
+        return torch.cat([weights[1:2], weights[1:]])
 
     def buffers(self) -> dict[str, Tensor]:
         """The twelve float32 tables that the original keeps in its checkpoints, by their names."""

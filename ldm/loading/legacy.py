@@ -40,6 +40,7 @@ DEPTH = "ldm.encoders.depth.MiDaSDepth"
 LOW_RES = "ldm.encoders.lowres.LowRes"
 NOISE_LEVEL = "ldm.encoders.lowres.NoiseLevel"
 MASKED_IMAGE = "ldm.encoders.lowres.MaskedImage"
+ADVERSARIAL = "ldm.train.autoencoder.LossConfig"
 
 TARGETS = {
     "ldm.models.autoencoder.AutoencoderKL": AUTOENCODER,
@@ -54,6 +55,9 @@ TARGETS = {
     "ldm.modules.encoders.modules.CLIPEmbeddingNoiseAugmentation": EMBEDDING_NOISE,
     "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation": LOW_RES,
     "ldm.modules.midas.api.MiDaSInference": DEPTH,
+    "ldm.modules.losses.LPIPSWithDiscriminator": ADVERSARIAL,
+    "ldm.modules.losses.contperceptual.LPIPSWithDiscriminator": ADVERSARIAL,
+    "ldm.modules.losses.contperceptual.DummyLoss": "torch.nn.Identity",
     "sgm.models.autoencoder.AutoencoderKL": AUTOENCODER,
     "sgm.modules.diffusionmodules.openaimodel.UNetModel": UNET,
     "sgm.modules.encoders.modules.FrozenOpenCLIPEmbedder": OPEN_CLIP,
@@ -74,6 +78,7 @@ PENDING = {
     "ldm.models.diffusion.ddpm.LatentUpscaleFinetuneDiffusion": "upscaling fine-tune",
     "ldm.models.autoencoder.VQModel": "VQ first stage",
     "ldm.models.autoencoder.VQModelInterface": "VQ first stage",
+    "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator": "VQ first stage",
     "ldm.modules.encoders.modules.BERTEmbedder": "BERT-conditioned",
     "ldm.modules.encoders.modules.ClassEmbedder": "class-conditioned",
     "ldm.modules.encoders.modules.SpatialRescaler": "layout-conditioned",
@@ -100,7 +105,7 @@ LIFTED_KEYS = frozenset(
     {
         "unet_config", "first_stage_config", "cond_stage_config", "cond_stage_trainable",
         "beta_schedule", "given_betas", "v_posterior", "parameterization", "scale_factor",
-        "image_size", *SCHEDULE_KEYS,
+        "image_size", "rescale_betas_zero_snr", *SCHEDULE_KEYS,
     }
 )  # fmt: skip
 
@@ -303,11 +308,12 @@ def _schedule(params: Mapping[str, Any]) -> dict[str, Any]:
     if given is not None:
         betas: Any = torch.tensor(given, dtype=torch.float64, device="cpu")
     else:
-        numbers = {key: params[key] for key in SCHEDULE_KEYS if key in params}
-        numbers["name"] = params.get("beta_schedule", "linear")
-        betas = {"target": BETAS, "params": numbers}
-    v_posterior = params.get("v_posterior", 0.0)
-    return {"target": SCHEDULE, "params": {"betas": betas, "v_posterior": v_posterior}}
+        named = {key: params[key] for key in SCHEDULE_KEYS if key in params}
+        named["name"] = params.get("beta_schedule", "linear")
+        betas = {"target": BETAS, "params": named}
+    numbers = {"betas": betas, "v_posterior": params.get("v_posterior", 0.0)}
+    numbers["zero_snr"] = params.get("rescale_betas_zero_snr", False)
+    return {"target": SCHEDULE, "params": numbers}
 
 
 def known_targets() -> list[str]:
@@ -343,12 +349,24 @@ def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def losses(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of training losses in an original file: `discriminator.…`, `perceptual_loss.…`."""
+    matches = {re.fullmatch(r"(first_stage_model\.)?loss\.(.+)", name): name for name in state}
+    return {match[2]: state[name] for match, name in matches.items() if match}
+
+
 def tables(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The numbers beside the weights: schedule tables, and the scale if training measured it."""
     pattern = re.compile(
         r"scale_factor|betas|\w*alphas_cumprod\w*|posterior_.*|noise_augmentor\.data_(mean|std)"
     )
     return {name: value for name, value in state.items() if pattern.fullmatch(name)}
+
+
+def marks(parameterization: str, *, zero_snr: bool) -> dict[str, Tensor]:
+    """Empty tensors by which other programs know a model of zero terminal SNR."""
+    named = {"v_pred": parameterization == "v", "ztsnr": True}
+    return {name: torch.empty(0) for name, holds in named.items() if zero_snr and holds}
 
 
 def old_name(name: str) -> str:

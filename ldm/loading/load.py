@@ -81,6 +81,8 @@ def load(
         raw = configs.parse(file.metadata[EMBEDDED], overrides, where=source)
     else:
         raw = configs.read(source, overrides)
+        if file is not None and "ztsnr" in markers(file):
+            raw["model"]["params"].setdefault("rescale_betas_zero_snr", True)
     where, skipped = Path(source).name, list[str]()
     spec = legacy.translate(raw, where=where, skipped=skipped)
     model = on_meta(spec, allow=allow, where=where, skipped=skipped)
@@ -110,7 +112,9 @@ def save(
 
     metadata: kept beside the weights; the YAML's text under `ldm.config` lets `load` do without.
     """
-    state = legacy.rename_back(model.state_dict(), model.schedule.buffers())
+    schedule = model.schedule
+    tables = schedule.buffers() | legacy.marks(model.parameterization, zero_snr=schedule.zero_snr)
+    state = legacy.rename_back(model.state_dict(), tables)
     checkpoint.write(path, state | statistics.tables(model.conditioner), metadata)
 
 

@@ -18,6 +18,7 @@ from ldm.conditioning import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Denoise, Scale, guided
 from ldm.diffusion.samplers import SAMPLERS, STOCHASTIC, Constrain, euler
+from ldm.diffusion.schedule import Schedule
 from ldm.model import LatentDiffusion
 from ldm.nets.tiling import tiled
 
@@ -35,7 +36,6 @@ LEGACY = {
     "strength": "img2img truncates its count of steps, and starts with the noise of a step above",
     "weights": "unCLIP mixes with weights as they are given, not made to sum to 1",
 }
-DEFAULT_GRIDS = {"ddim": "uniform", "plms": "uniform", "dpm": "time_uniform"}
 Callback = Callable[[int, int, Tensor, Tensor], None]
 Noise = Callable[[Tensor], Tensor]
 
@@ -83,7 +83,7 @@ def sample(
     """
     legacy = _known(legacy)
     _check(sampler, eta)
-    grid = grid or DEFAULT_GRIDS.get(sampler, "uniform")
+    grid = grid or default_grid(model.schedule, sampler)
     sigmas = model.schedule.steps(steps, grid, original_count="steps" in legacy)
     shape = (len(cond), model.channels, *_latent_size(model, size, x_T if z is None else z))
     noise = noise_source(seeds, len(cond), legacy)
@@ -133,6 +133,13 @@ def invert(
         denoise = _told_the_index(denoiser, sigmas, cond, uncond, scale)
     x = euler(denoise, z.float() * _spread(sigmas[0]), sigmas)
     return x / _spread(sigmas[-1])
+
+
+def default_grid(schedule: Schedule, sampler: str) -> str:
+    """A name in GRIDS; where the last timestep is noise alone, it must be the first step."""
+    if sampler == "dpm":
+        return "time_uniform"
+    return "trailing" if schedule.zero_snr else "uniform"
 
 
 def noise_source(

@@ -42,6 +42,20 @@ def test_buffers_equal_the_recorded_ones(index):
         torch.testing.assert_close(table, expected[name], rtol=1e-6, atol=1e-9, msg=name)
 
 
+@pytest.mark.parametrize("index", range(8))
+def test_weights_of_the_bound_equal_the_recorded_ones(index):
+    """Tolerance: the original takes 1 - ᾱ, 4e-5 at first, of an ᾱ rounded to float32 (6e-8)."""
+    file = gold("schedules")
+    case = next(c for c in file.cases if c["name"].startswith(f"buffers{index}_"))
+    info = case["info"]
+    keys = ("linear_start", "linear_end")
+    betas = make_betas(info["beta_schedule"], info["timesteps"], **{k: info[k] for k in keys})
+    schedule = Schedule(betas, v_posterior=info["v_posterior"])
+    expected = file.outputs(case["name"])["lvlb_weights"]
+    ours = schedule.vlb_weights(info["parameterization"]).float()
+    torch.testing.assert_close(ours, expected, rtol=3e-4, atol=1e-9)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 5, 7, 10, 20, 25, 50, 100, 200, 250, 500])
 def test_original_step_counts_are_the_recorded_timesteps(steps):
     expected = gold("schedules").outputs(f"ddim_t_uniform_{steps}")["timesteps"]

@@ -71,14 +71,15 @@ def describe(model: nn.Module, spec: Mapping[str, Any]) -> Files:
     params = spec["params"]
     if not isinstance(model, LatentDiffusion):
         return {"config.json": networks.vae_config(params, None, 512)}
-    side, betas = _side(model), params["schedule"]["params"]["betas"]
+    side, betas, zero = _side(model), params["schedule"]["params"]["betas"], model.schedule.zero_snr
+    scheduler = schedulers.ddim_config(betas, model.parameterization, zero_snr=zero)
     vae = params["autoencoder"]["params"]
     if "ddconfig" not in vae:
         raise ValueError("diffusers has no pipeline for models without an autoencoder")
     files: Files = {
         "unet/config.json": networks.unet_config(model.unet, side),
         "vae/config.json": networks.vae_config(vae, model.scale_factor, side * model.downscale),
-        "scheduler/scheduler_config.json": schedulers.ddim_config(betas, model.parameterization),
+        "scheduler/scheduler_config.json": scheduler,
     }
     kind = _kind(model)
     files |= _conditions(model, params["conditioner"]["params"], kind)

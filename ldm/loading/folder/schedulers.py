@@ -20,18 +20,20 @@ COSINE = 8e-3  # the offset of diffusers' cosine, which is the original's defaul
 START, END = 1e-4, 2e-2  # `make_betas`' and diffusers' own
 
 
-def ddim_config(betas: Any, parameterization: str) -> dict[str, Any]:
+def ddim_config(betas: Any, parameterization: str, *, zero_snr: bool = False) -> dict[str, Any]:
     """The sampler that our scripts use when nothing is said: the same grid, the same end.
 
     betas: those of a translated config, a spec of `make_betas` or a tensor.
     """
+    zero = {"rescale_betas_zero_snr": True} if zero_snr else {}
     return {
         "_class_name": "DDIMScheduler",
         **betas_config(betas),
+        **zero,
         "clip_sample": False,
-        "set_alpha_to_one": False,
+        "set_alpha_to_one": zero_snr,
         "steps_offset": 1,
-        "timestep_spacing": "leading",
+        "timestep_spacing": "trailing" if zero_snr else "leading",
         "prediction_type": PREDICTS[parameterization],
     }
 
@@ -59,10 +61,10 @@ def beta_params(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
     Raises ValueError for a schedule that has no name there.
     """
+    zero = {"rescale_betas_zero_snr": True} if config.get("rescale_betas_zero_snr") else {}
     if config.get("trained_betas"):
-        return {"timesteps": len(config["trained_betas"]), "given_betas": config["trained_betas"]}
-    if config.get("rescale_betas_zero_snr"):
-        raise ValueError(f"{where}: `rescale_betas_zero_snr` is unknown here")
+        betas = config["trained_betas"]
+        return {"timesteps": len(betas), "given_betas": betas, **zero}
     names = {theirs: ours for ours, theirs in NAMES.items()}
     name = config.get("beta_schedule", "linear")
     if name not in names:
@@ -72,6 +74,7 @@ def beta_params(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "beta_schedule": names[name],
         "linear_start": config.get("beta_start", START),
         "linear_end": config.get("beta_end", END),
+        **zero,
     }
 
 

@@ -1,0 +1,98 @@
+"""Zero terminal SNR: the schedule, sampling beside diffusers, files (arXiv:2305.08891)."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+from omegaconf import OmegaConf
+from safetensors import safe_open
+from torch import Tensor
+
+from ldm.conditioning import Cond
+from ldm.diffusion.samplers import SAMPLERS
+from ldm.diffusion.schedule import Schedule, make_betas, rescaled
+from ldm.loading import config
+from ldm.loading.load import load, save
+from ldm.model import LatentDiffusion
+from ldm.pipelines import sample
+from loading import tinyfamilies
+
+BETAS = make_betas("linear", linear_start=0.00085, linear_end=0.012)
+
+
+def test_rescaled_betas_equal_diffusers_but_for_the_last() -> None:
+    ours, theirs = (torch.cumprod(1 - b, 0) for b in (rescaled(BETAS), _theirs(BETAS)))
+    torch.testing.assert_close(ours[:-1], theirs[:-1], rtol=1e-9, atol=0)
+    assert ours[-1].item() == pytest.approx(2**-24, rel=1e-9)
+    assert theirs[-1] == 0
+    assert Schedule(BETAS, zero_snr=True).sigmas.isfinite().all()
+
+
+@pytest.mark.parametrize("steps", [4, 10])
+def test_ddim_from_nothing_equals_diffusers(steps: int) -> None:
+    """Tolerance: the last timestep of ours keeps 2.4e-4 of the latent, theirs nothing."""
+    model, cond = tiny(), Cond(crossattn=torch.randn(1, 7, 32))
+    x_T = torch.randn(1, 4, 8, 8)
+    ours = sample(model, cond, x_T=x_T, steps=steps, scale=1.0)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+    scheduler.set_timesteps(steps)
+    z = x_T
+    for t in scheduler.timesteps:
+        with torch.no_grad():
+            v = model.unet(z, t.expand(1), cond.crossattn)
+        z = scheduler.step(v, t, z).prev_sample
+    torch.testing.assert_close(ours, z, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_starts_from_nothing(sampler: str) -> None:
+    cond = Cond(crossattn=torch.zeros(1, 7, 32))
+    z = sample(tiny(), cond, sampler=sampler, size=(64, 64), steps=6, seeds=0, scale=1.0)
+    assert z.isfinite().all()
+    assert z.abs().max() < 100
+
+
+def test_eps_is_refused() -> None:
+    raw = raw_of(parameterization="eps")
+    with pytest.raises(ValueError, match="rescale_betas_zero_snr needs parameterization `v`"):
+        config.instantiate(raw["model"], where="model")
+
+
+def test_a_file_alone_says_it(tmp_path: Path) -> None:
+    """By the config inside, and for other programs by the empty tensors `v_pred` and `ztsnr`."""
+    model, raw = tiny(), raw_of()
+    text = OmegaConf.to_yaml({"model": raw["model"]})
+    save(model, tmp_path / "model.safetensors", {"ldm.config": text})
+    again = load(ckpt=tmp_path / "model.safetensors")
+    assert torch.equal(again.schedule.betas, model.schedule.betas)
+    with safe_open(str(tmp_path / "model.safetensors"), "pt") as file:
+        assert {"v_pred", "ztsnr"} <= set(file.keys())
+
+
+def tiny() -> LatentDiffusion:
+    torch.manual_seed(0)
+    model: LatentDiffusion = config.instantiate(raw_of()["model"], where="model")
+    for p in model.unet.parameters():  # the last layers start at zero: let them say something
+        torch.nn.init.normal_(p, std=0.05)
+    return model.eval()
+
+
+def raw_of(**params: Any) -> dict[str, Any]:
+    raw = tinyfamilies.small("sd2-v")
+    raw["model"]["params"] |= {"rescale_betas_zero_snr": True, **params}
+    return raw
+
+
+def _theirs(betas: Tensor) -> Tensor:
+    return rescale_zero_terminal_snr(betas)
