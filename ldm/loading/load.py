@@ -77,12 +77,7 @@ def load(
         raise ValueError("a config alone has no weights\nhint: pass a checkpoint as well")
     file = sources.read(ckpt, ema) if config is None else None
     source = str(config) if file is None else choose_config(file)
-    if file is not None and source == EMBEDDED:
-        raw = configs.parse(file.metadata[EMBEDDED], overrides, where=source)
-    else:
-        raw = configs.read(source, overrides)
-        if file is not None and "ztsnr" in markers(file):
-            raw["model"]["params"].setdefault("rescale_betas_zero_snr", True)
+    raw = _raw(source, file, overrides)
     where, skipped = Path(source).name, list[str]()
     spec = legacy.translate(raw, where=where, skipped=skipped)
     model = on_meta(spec, allow=allow, where=where, skipped=skipped)
@@ -134,6 +129,16 @@ def choose_config(file: Checkpoint) -> str:
     name = family.config_for(found.kind)
     log.info("`%s` is %s; config %s; predicts %s", file.path, family.title, name, found)
     return f"{PUBLISHED}/{name}.yaml"
+
+
+def _raw(source: str, file: Checkpoint | None, overrides: Iterable[str]) -> dict[str, Any]:
+    """The config at `source`, which may be in the file; if it was chosen, with the file's marks."""
+    if file is not None and source == EMBEDDED:
+        return configs.parse(file.metadata[EMBEDDED], overrides, where=source)
+    raw = configs.read(source, overrides)
+    if file is not None and "ztsnr" in markers(file):
+        raw["model"]["params"].setdefault("rescale_betas_zero_snr", True)
+    return raw
 
 
 def _demo() -> tuple[str, str]:
