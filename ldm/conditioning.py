@@ -83,11 +83,12 @@ class Conditioner(nn.Module):
     def forward(
         self,
         batch: Mapping[str, Any],
-        drop: float = 0.0,
+        drop: float | Mapping[str, float] = 0.0,
         generator: torch.Generator | None = None,
     ) -> Cond:
         """The condition of a batch; each record is replaced by "nothing" with probability `drop`.
 
+            drop: for all that encoders read, or for some by name: {"txt": 0.1}.
         Raises KeyError if the batch lacks what an encoder reads.
         """
         cond = Cond()
@@ -97,8 +98,9 @@ class Conditioner(nn.Module):
                 given = ", ".join(f"`{key}`" for key in batch)
                 raise KeyError(f"encoder `{name}` reads `{encoder.key}`, the batch has {given}")
             records = batch[encoder.key]
-            if drop and hasattr(encoder, "null"):
-                lost = torch.rand(len(records), generator=generator) < drop
+            share = drop.get(encoder.key, 0.0) if isinstance(drop, Mapping) else drop
+            if share and hasattr(encoder, "null"):
+                lost = torch.rand(len(records), generator=generator) < share
                 records = [
                     encoder.null if gone else r for r, gone in zip(records, lost, strict=True)
                 ]

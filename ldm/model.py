@@ -131,11 +131,11 @@ class LatentDiffusion(nn.Module):
     def condition(
         self,
         batch: Mapping[str, Any],
-        drop: float = 0.0,
+        drop: float | Mapping[str, float] = 0.0,
         generator: torch.Generator | None = None,
     ) -> Cond:
         """The condition of a batch, a dict keyed like the records: {"txt": ["a red apple", …]}.
 
-        drop: share of records replaced by "nothing", for training with guidance.
+        drop: share of records replaced by "nothing", for training with guidance; see `Conditioner`.
         """
         return self.conditioner(batch, drop, generator)

@@ -91,8 +91,17 @@ class Denoiser:
 
         z, noise: (B, C, h, w). t: (B,) integers in 0 … T-1. Gradients flow to network and cond.
         """
-        error = self.predict_at(z, cond, t, noise) - self.target(z, noise, t)
-        return error.square().mean(dim=(1, 2, 3))
+        return self.error(z, cond, t, noise).square().mean(dim=(1, 2, 3))
+
+    def error(
+        self, z: Tensor, cond: Cond | None, t: Tensor, noise: Tensor, seen: Tensor | None = None
+    ) -> Tensor:
+        """Prediction minus target at timesteps t (B,), (B, C, h, w) float32.
+
+        seen: the noise that the network is shown, where that is not `noise` (arXiv:2301.11706).
+        """
+        prediction = self.predict_at(z, cond, t, noise if seen is None else seen)
+        return prediction - self.target(z, noise, t)
 
     def predict_at(self, z: Tensor, cond: Cond | None, t: Tensor, noise: Tensor) -> Tensor:
         """The network's prediction for z under `noise` at timesteps t (B,), float32."""

@@ -7,13 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from goldfile import Gold, gold
-from ldm.conditioning import Cond
+from ldm.conditioning import Cond, Conditioner
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.loading import config
+from ldm.model import LatentDiffusion
+from ldm.nets.autoencoder import PixelSpace
 from ldm.train import optim
+from ldm.train.criterion import Criterion, min_snr
 from ldm.train.ema import EMA
-from ldm.train.objective import min_snr, spread_timesteps, vocabulary
+from ldm.train.objective import Diffusion, measure_scale, options, spread_timesteps, vocabulary
 
 SCHEDULE = Schedule(make_betas("linear", linear_start=0.00085, linear_end=0.012))
 PREFIX = "model.diffusion_model."
@@ -25,32 +28,72 @@ def unet_of(golden: Gold, key: str) -> Any:
     return unet
 
 
-@pytest.mark.parametrize("parameterization", ["eps", "v", "x0"])
-def test_loss_and_gradients_equal_the_originals(parameterization: str) -> None:
+CASES = [f"{kind}_l2" for kind in ("eps", "v", "x0")] + [f"{k}_elbo" for k in ("eps", "v", "x0")]
+CASES += ["eps_l1", "logvar_init", "learn_logvar"]
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_losses_and_gradients_equal_the_originals(name: str, mode: str) -> None:
+    """Tolerance: the recorder's own float32 differs from itself by 5e-7 in gradients of 0.1."""
     golden = gold("train_losses")
-    shared, case = golden.under("shared/"), golden.outputs(f"{parameterization}_l2_train")
-    unet = unet_of(golden, "config_eps_l2")
+    shared, recorded = golden.under("shared/"), golden.outputs(f"{name}_{mode}")
+    given = golden.case(f"{name}_{mode}")["info"]["options"]
+    parameterization = given.get("parameterization", "eps")
+    unet = unet_of(golden, f"config_{name}").train(mode == "train")
+    criterion = criterion_of(given)
+    cond, noise = Cond(crossattn=shared["c"]), shared["noise"]
     denoiser = Denoiser(unet, SCHEDULE, parameterization)
-    cond = Cond(crossattn=shared["c"])
-    loss = denoiser.loss(shared["x_start"], cond, shared["t"], shared["noise"]).mean()
-    loss.backward()
-    torch.testing.assert_close(loss, case["dict/train/loss_simple"], rtol=1e-5, atol=1e-6)
-    for name, wanted in case.items():
-        if name.startswith("grad/"):
+    made = criterion(denoiser.error(shared["x_start"], cond, shared["t"], noise), shared["t"])
+    for key, wanted in recorded.items():
+        if not key.startswith("grad/"):
+            ours = made[key.rsplit("/", 1)[-1]]
+            torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6, msg=key)
+    assert made["t"].equal(shared["t"])
+    assert made["losses"].mean() == pytest.approx(float(made["loss_simple"]), rel=1e-6)
+    if mode == "train":
+        made["loss"].backward()
+        same_gradients(unet, criterion, recorded)
+
+
+def criterion_of(given: dict[str, Any]) -> Criterion:
+    """What a YAML of the original with these parameters asks for."""
+    asked = options(given, {})
+    return Criterion(SCHEDULE, given.get("parameterization", "eps"), **asked)
+
+
+def same_gradients(unet: nn.Module, criterion: Criterion, recorded: dict[str, Tensor]) -> None:
+    for name, wanted in recorded.items():
+        if name == "grad/logvar":
+            torch.testing.assert_close(criterion.logvar.grad, wanted, rtol=1e-4, atol=1e-6)
+        elif name.startswith("grad/"):
             p = unet.get_parameter(name.removeprefix("grad/" + PREFIX))
             torch.testing.assert_close(p.grad, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_loss_of_drawn_timesteps_and_noise_equals_the_originals() -> None:
+    golden = gold("train_losses")
+    shared = golden.under("shared/")
+    t, noise = golden.rng("forward_rng")
+    denoiser = Denoiser(unet_of(golden, "config_eps_l2"), SCHEDULE)
+    with torch.no_grad():
+        error = denoiser.error(shared["x_start"], Cond(crossattn=shared["c"]), t, noise)
+        loss = criterion_of({})(error, t)["loss"]
+    torch.testing.assert_close(loss, golden.outputs("forward_rng")["loss"], rtol=1e-5, atol=1e-6)
 
 
 def test_two_steps_of_adamw_equal_the_originals() -> None:
     golden = gold("train_step")
     given, wanted = golden.inputs("adamw"), golden.outputs("adamw")
-    unet = unet_of(golden, "config")
+    unet, criterion = unet_of(golden, "config"), criterion_of({})
     denoiser, ema = Denoiser(unet, SCHEDULE), EMA(unet)
     optimizer = optim.make(unet, 1e-3)
     for step in range(2):
         noise = given["noise"].roll(step, 0)
         cond = Cond(crossattn=given["c"])
-        loss = denoiser.loss(given["x_start"], cond, given["t"], noise).mean()
+        loss = criterion(denoiser.error(given["x_start"], cond, given["t"], noise), given["t"])[
+            "loss"
+        ]
         torch.testing.assert_close(loss.detach(), wanted[f"loss{step}"], rtol=1e-4, atol=1e-5)
         optimizer.zero_grad()
         loss.backward()
@@ -74,6 +117,104 @@ def test_min_snr_weighs_the_same_error_of_z_alike(parameterization: str) -> None
 
 def test_without_gamma_all_timesteps_count_alike() -> None:
     assert min_snr(SCHEDULE, "v", None).unique().tolist() == [1.0]
+
+
+def test_min_snr_weighs_the_trained_loss_but_not_the_logged_one() -> None:
+    error, t = torch.ones(2, 4, 8, 8), torch.tensor([10, 900])
+    made = Criterion(SCHEDULE, "eps", min_snr_gamma=5.0)(error, t)
+    assert made["losses"].tolist() == [1.0, 1.0]
+    torch.testing.assert_close(made["loss"], min_snr(SCHEDULE, "eps", 5.0)[t].mean())
+
+
+class Shown(nn.Module):
+    """A network that predicts nothing, and remembers what it was shown."""
+
+    out_channels = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, z_t: Tensor, t: Tensor, **listens: Tensor) -> Tensor:
+        self.seen, self.told = z_t.detach(), t
+        return self.bias.expand_as(z_t)
+
+
+def task_of(**asked: Any) -> Diffusion:
+    parts: dict[str, Any] = {"unet": Shown(), "autoencoder": PixelSpace()}
+    model = LatentDiffusion(conditioner=Conditioner(), schedule=SCHEDULE, **parts)
+    return Diffusion(model, **asked)
+
+
+def noise_seen(task: Diffusion) -> tuple[Tensor, float]:
+    """The noise that the network was shown on an empty picture, and the loss of predicting 0."""
+    made = task.loss({"z": torch.zeros(16, 4, 16, 16)}, torch.Generator().manual_seed(3))
+    shown: Any = task.model.unet
+    spread = (1 - SCHEDULE.alphas_cumprod[made["t"]]).sqrt().float()
+    return shown.seen / spread[:, None, None, None], float(made["loss"].detach())
+
+
+def test_offset_noise_moves_whole_channels() -> None:
+    """The mean of a channel has variance 1 / 256 from the noise, plus offset squared."""
+    plain, _ = noise_seen(task_of())
+    moved, loss = noise_seen(task_of(offset_noise=0.5))
+    assert plain.mean(dim=(2, 3)).std() == pytest.approx(1 / 16, rel=0.2)
+    assert moved.mean(dim=(2, 3)).std() == pytest.approx((1 / 256 + 0.25) ** 0.5, rel=0.2)
+    assert loss == pytest.approx(moved.square().mean().item(), rel=1e-4)  # it is to be found
+
+
+def test_input_perturbation_is_shown_but_not_to_be_found() -> None:
+    plain, wanted = noise_seen(task_of())
+    shown, loss = noise_seen(task_of(input_perturbation=0.3))
+    assert (shown - plain).std() == pytest.approx(0.3, rel=0.05)
+    assert loss == pytest.approx(wanted, rel=1e-6)
+
+
+def test_the_same_generator_gives_the_same_loss() -> None:
+    losses = [noise_seen(task_of(offset_noise=0.1, input_perturbation=0.1))[1] for _ in range(2)]
+    assert losses[0] == losses[1]
+
+
+def test_an_unknown_option_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown key `offset_nose`, did you mean `offset_noise`"):
+        task_of(offset_nose=0.1)
+    with pytest.raises(ValueError, match="unknown loss_type `l3`, choose one of l2, l1"):
+        task_of(loss_type="l3")
+
+
+def test_options_come_from_the_original_yaml_and_from_the_objective() -> None:
+    params = {"loss_type": "l1", "logvar_init": 0.5, "ckpt_path": None}
+    assert options(params, {"min_snr_gamma": 5}) == params_without(params) | {"min_snr_gamma": 5}
+    assert options(params, {"loss_type": "l2"})["loss_type"] == "l2"
+    unclip = {"embedding_dropout": 0.25, "ucg_training": {"txt": {"p": 0.2, "val": ""}}}
+    assert options(unclip, {}) == {"drop": {"txt": 0.2, "embedding": 0.25}}
+    assert options(unclip, {"drop": 0.3}) == {"drop": {"txt": 0.3, "embedding": 0.25}}
+    assert options({"embedding_dropout": 0.25}, {})["drop"] == {"txt": 0.1, "embedding": 0.25}
+
+
+def params_without(params: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in params.items() if value is not None}
+
+
+def test_logvar_is_learned_and_exported_if_asked_for() -> None:
+    task = task_of(learn_logvar=True, logvar_init=-0.3)
+    task.loss({"z": torch.ones(2, 4, 8, 8)}, torch.Generator().manual_seed(0))["loss"].backward()
+    assert (task.trained["criterion"].logvar.grad != 0).sum() == 2
+    assert task.weights_to_export([])["logvar"].shape == (1000,)
+    assert "logvar" not in task_of(logvar_init=0.5).weights_to_export([])
+    assert "criterion" not in task_of(logvar_init=0.5).trained
+
+
+def test_a_measured_scale_equals_the_originals() -> None:
+    """The latent that the recording measures, without an autoencoder around it."""
+    recorded = gold("misc_cond").outputs("scale_by_std")
+    task = task_of(scale_by_std=True)
+    measure_scale(task.model, recorded["z"], torch.Generator())
+    assert task.model.scale_factor == pytest.approx(recorded["scale_factor"].item(), rel=1e-6)
+    exported = task.weights_to_export([])["scale_factor"]
+    assert float(exported) == pytest.approx(task.model.scale_factor, rel=1e-6)
+    with pytest.raises(ValueError, match="scale_by_std measures `scale_factor`, which is"):
+        measure_scale(task.model, recorded["z"], torch.Generator())
 
 
 def test_timesteps_are_spread_over_the_range() -> None:
