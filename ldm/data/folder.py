@@ -1,15 +1,17 @@
-"""A folder of pictures with metadata.jsonl or metadata.csv, and the order in which it is read.
+"""A folder of pictures and their captions, however people keep them.
 
-    DIR/metadata.jsonl      {"file_name": "images/0001.png", "text": "a red apple", …}
-    DIR/metadata.csv        file_name,text,…
-    DIR/0001.png, 0001.txt  without metadata: every picture, with the text beside it if there is one
+    DIR/metadata.jsonl        {"file_name": "images/0001.png", "text": "a red apple", …}
+    DIR/metadata.csv          file_name,text,…
+    DIR/0001.png, 0001.txt    without metadata: every picture, with the .txt or .caption beside it
+    DIR/10_sks dog/0001.png   a folder as kohya's scripts want it: ten times in an epoch; without a
+                              text beside it, the caption is the name of the folder
 
-The order is a pure function of (seed, position), and chance inside a sample one of (seed, epoch,
-index): a run that was interrupted goes on with exactly the samples that it would have seen.
+Chance inside a sample is a pure function of (seed, epoch, index).
 """
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from random import Random
@@ -18,13 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
+from ldm.data.buckets import Buckets
 from ldm.data.source import Unreadable, collate
-from ldm.imaging.opening import picture_in
+from ldm.imaging.opening import picture_in, size_in
 
 __all__ = ["Folder", "Latents", "Order", "WithPrior", "batches", "collate", "read_metadata"]
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
+CAPTIONS = (".txt", ".caption")
 KEPT = 2**28  # bytes of files that are kept in memory
 Transform = Callable[[Mapping[str, Any], Random], dict[str, Any]]
 
@@ -32,8 +37,9 @@ Transform = Callable[[Mapping[str, Any], Random], dict[str, Any]]
 class Folder(Dataset):
     """Pictures with their metadata; `folder[epoch, index]` is a transformed record.
 
-    root: the folder.
-    transform: (record, rng) -> sample; the record holds the metadata and `picture`.
+    root: the folder. Rows with `repeats` count as so many records.
+    transform: (record, rng) -> sample; the record holds the metadata and `picture`. If it has
+        `buckets`, records of one bucket are one of our `groups`.
     split: keep the rows with this `split`, None = all.
     where: keep the rows with these values, {"object": "robot"}.
     fields: values that take the place of the metadata's, {"text": "a photo of a sks dog"}.
@@ -53,12 +59,16 @@ class Folder(Dataset):
         wanted = {**(where or {}), **({} if split is None else {"split": split})}
         rows = read_metadata(self.root)
         rows = [row for row in rows if all(row.get(key) == v for key, v in wanted.items())]
-        self.rows = [{**row, **(fields or {})} for row in rows]
+        self.rows = [
+            {**row, **(fields or {})} for row in rows for _ in range(int(row.get("repeats", 1)))
+        ]
         if not self.rows:
             only = ", ".join(f"{key} `{value}`" for key, value in wanted.items())
             raise ValueError(f"`{root}` has no pictures of {only}")
-        self._files: dict[int, bytes] = {}  # small data sets are read from disk only once
+        self._files: dict[str, bytes] = {}  # small data sets are read from disk only once
         self._room = KEPT
+        buckets = getattr(transform, "buckets", None)
+        self.groups = None if buckets is None else self._places(buckets)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -74,18 +84,31 @@ class Folder(Dataset):
         """
         row = self.rows[index]
         try:
-            return {**row, "picture": picture_in(self._bytes(index), row["file_name"])}
+            return {**row, "picture": picture_in(self.content(index), row["file_name"])}
         except (OSError, ValueError) as error:
             raise Unreadable(row["file_name"], str(error)) from error
 
-    def _bytes(self, index: int) -> bytes:
-        if index in self._files:
-            return self._files[index]
-        data = (self.root / self.rows[index]["file_name"]).read_bytes()
-        self._room -= len(data)
-        if self._room >= 0:
-            self._files[index] = data
-        return data
+    def content(self, index: int) -> bytes:
+        """The file of a record."""
+        name = self.rows[index]["file_name"]
+        if name not in self._files:
+            data = (self.root / name).read_bytes()
+            self._room -= len(data)
+            if self._room < 0:
+                return data
+            self._files[name] = data
+        return self._files[name]
+
+    def _places(self, buckets: Buckets) -> list[int]:
+        """The bucket of every record; what is no picture will be found broken in any."""
+        places: dict[str, int] = {}
+        names = [row["file_name"] for row in self.rows]
+        for name in tqdm(dict.fromkeys(names), "Measuring", delay=5, dynamic_ncols=True):
+            try:
+                places[name] = buckets.index(*size_in(self.root / name))
+            except ValueError:
+                places[name] = buckets.index(1, 1)
+        return [places[name] for name in names]
 
 
 class Latents(Dataset):
@@ -193,12 +216,19 @@ def read_metadata(root: Path) -> list[dict[str, Any]]:
 
 
 def _listed(root: Path) -> Iterator[dict[str, Any]]:
-    """The pictures of a folder without metadata, and the text that lies beside each."""
+    """The pictures of a folder without metadata, and the text that belongs to each."""
     for path in sorted(root.glob("**/*")):
-        if path.suffix.lower() in PICTURES and not path.name.startswith("."):
-            caption = path.with_suffix(".txt")
-            text = {"text": caption.read_text("utf-8").strip()} if caption.is_file() else {}
-            yield {"file_name": str(path.relative_to(root)), **text}
+        if path.suffix.lower() not in PICTURES or path.name.startswith("."):
+            continue
+        row: dict[str, Any] = {"file_name": str(path.relative_to(root))}
+        kohya = re.fullmatch(r"(\d+)_(.+)", path.parent.name) if path.parent != root else None
+        if kohya:
+            row |= {"repeats": int(kohya[1]), "text": kohya[2]}
+        for suffix in CAPTIONS:
+            if path.with_suffix(suffix).is_file():
+                row["text"] = path.with_suffix(suffix).read_text("utf-8").strip()
+                break
+        yield row
 
 
 class _Keys:

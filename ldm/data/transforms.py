@@ -7,6 +7,7 @@ before it.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
 from typing import Any
@@ -17,8 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.data import conditions
+from ldm.data.buckets import Buckets
+from ldm.imaging.opening import on_white
 
-__all__ = ["COLOURS", "Emoji", "Photo", "all_words", "caption", "compose"]
+__all__ = ["COLOURS", "CROPS", "Emoji", "Photo", "Tags", "all_words", "caption", "compose"]
 
 # Background colours and their names; far enough apart to be told by their nearest neighbour.
 COLOURS = {
@@ -34,6 +37,7 @@ COLOURS = {
     "gray": (150, 150, 150),
     "sky blue": (135, 206, 235),
 }
+CROPS = ("centre", "random")
 # Shares of captions per form; {object} etc. are filled in, a missing part drops its brackets.
 FORMS = (
     (0.55, "a [{style} ]emoji[ of {an object}][ on a {colour} background]"),
@@ -119,32 +123,84 @@ class Emoji:
 
 
 class Photo:
-    """A picture scaled and cut to a square, with the text of its record.
+    """A picture scaled and cut to a square, or to the nearest of several sizes, with its text.
 
     size: side of the image, pixels.
+    crop: what stays of a picture with other proportions: its "centre", or a "random" part.
     flip: probability of a mirrored picture.
+    buckets: options of other sizes with the same area (see `Buckets`), {} for their defaults.
+    tags: options of captions that are lists (see `Tags`).
     records: as `Emoji`.
     """
 
     def __init__(
-        self, *, size: int = 512, flip: float = 0.5, records: Mapping[str, Any] | None = None
+        self,
+        *,
+        size: int = 512,
+        crop: str = "centre",
+        flip: float = 0.5,
+        buckets: Mapping[str, int] | None = None,
+        tags: Mapping[str, Any] | None = None,
+        records: Mapping[str, Any] | None = None,
     ) -> None:
-        self.size, self.flip = size, flip
+        if crop not in CROPS:
+            raise ValueError(f"unknown crop `{crop}`, choose one of {', '.join(CROPS)}")
+        self.size, self.crop, self.flip = size, crop, flip
+        self.buckets = None if buckets is None else Buckets(size, **buckets)
+        self.tags = None if tags is None else Tags(**tags)
         self.records = conditions.makers(records or {})
 
     def __call__(self, record: Mapping[str, Any], rng: Random) -> dict[str, Any]:
-        picture = record["picture"].convert("RGB")
-        scale = self.size / min(picture.size)
-        width, height = (max(self.size, round(side * scale)) for side in picture.size)
-        left, top = (width - self.size) // 2, (height - self.size) // 2
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-        picture = picture.crop((left, top, left + self.size, top + self.size))
+        return {**self.seen(record["picture"], rng), "txt": self.caption(record, rng)}
+
+    def seen(self, picture: Image.Image, rng: Random) -> dict[str, Tensor]:
+        """All of a sample but its caption."""
+        picture = self.cut(on_white(picture), rng)
         if rng.random() < self.flip:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        image = _tensor(picture)  # (3, size, size)
+        image = _tensor(picture)  # (3, H, W)
         opacity = torch.ones_like(image[:1])
         made = {name: make(image, opacity, rng) for name, make in self.records.items()}
-        return {"jpg": image, **made, "txt": record.get("text", "")}
+        return {"jpg": image, **made}
+
+    def cut(self, picture: Image.Image, rng: Random) -> Image.Image:
+        """The largest part of the right proportions, scaled."""
+        size = (self.size, self.size)
+        if self.buckets is not None:
+            size = self.buckets.sizes[self.buckets.index(*picture.size)]
+        scale = min(side / wanted for side, wanted in zip(picture.size, size, strict=True))
+        kept = [wanted * scale for wanted in size]
+        left, top = (
+            (side - part) * (rng.random() if self.crop == "random" else 0.5)
+            for side, part in zip(picture.size, kept, strict=True)
+        )
+        box = (left, top, left + kept[0], top + kept[1])
+        return picture.resize(size, Image.Resampling.LANCZOS, box)
+
+    def caption(self, record: Mapping[str, Any], rng: Random) -> str:
+        """The text of a record; a list of tags as `tags` says."""
+        text = str(record.get("text") or "")
+        return self.tags(text, rng) if self.tags else text
+
+
+@dataclass(frozen=True)
+class Tags:
+    """What is done to a caption that is a list, "1cat, sitting, red hat".
+
+    shuffle: put them into an order of chance. drop: probability that one is left out.
+    keep: how many at the beginning stay as they are.
+    """
+
+    shuffle: bool = True
+    drop: float = 0.0
+    keep: int = 1
+
+    def __call__(self, text: str, rng: Random) -> str:
+        tags = [tag.strip() for tag in text.split(",") if tag.strip()]
+        fixed, free = tags[: self.keep], tags[self.keep :]
+        if self.shuffle:
+            rng.shuffle(free)
+        return ", ".join(fixed + [tag for tag in free if rng.random() >= self.drop])
 
 
 def compose(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFilter, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "open_picture",
     "picture_in",
     "save_depth",
+    "size_in",
 ]
 
 log = logging.getLogger(__name__)
@@ -144,6 +145,21 @@ def picture_in(data: bytes, name: str | Path, deep: bool = False) -> Image.Image
         values = np.asarray(picture).astype(np.float32)
         return Image.fromarray((values / 257).clip(0, 255).round().astype(np.uint8))
     return picture
+
+
+def size_in(path: str | Path) -> tuple[int, int]:
+    """(width, height) of the picture in a file as it will be seen, read from its header alone.
+
+    Raises ValueError if it has none.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=FORMATS) as file:
+                turned = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+                return (file.height, file.width) if turned else file.size
+    except Exception as error:  # see above
+        raise ValueError(f"`{path}` cannot be measured: {error}") from error
 
 
 def _opened(path: str | Path, deep: bool = False) -> Image.Image:

@@ -1,12 +1,16 @@
-"""The folder of pictures, and the order in which it is read."""
+"""The folder of pictures, in the forms that people have."""
 
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from ldm.data.folder import Folder, Order, batches, read_metadata
-from ldm.data.transforms import Emoji
+from imaging.badpictures import REFUSED
+from ldm.data.folder import Folder, read_metadata
+from ldm.data.source import Records
+from ldm.data.transforms import Emoji, Photo
 
 EMOJI = Path(__file__).parent / "emoji"
 
@@ -22,28 +26,6 @@ def test_a_split_is_kept_apart() -> None:
     assert len(Folder(root=EMOJI, transform=Emoji(), split="train")) == 23
 
 
-def test_an_epoch_sees_every_record_once() -> None:
-    order = Order(10, seed=3)
-    first, second = ([order[k][1] for k in range(e * 10, e * 10 + 10)] for e in (0, 1))
-    assert sorted(first) == sorted(second) == list(range(10))
-    assert first != second
-
-
-def test_two_processes_share_the_order_of_one() -> None:
-    alone = [Order(7)[k] for k in range(12)]
-    shared = [Order(7, rank=k % 2, world=2)[k // 2] for k in range(12)]
-    assert shared == alone
-
-
-def test_batches_go_on_where_they_were_stopped() -> None:
-    folder = Folder(root=EMOJI, transform=Emoji(size=32))
-    whole = batches(folder, Order(len(folder)), 4)
-    skipped = [next(whole) for _ in range(4)][-1]
-    resumed = next(batches(folder, Order(len(folder)), 4, start=12))
-    assert torch.equal(skipped["jpg"], resumed["jpg"])
-    assert skipped["txt"] == resumed["txt"]
-
-
 def test_csv_metadata_is_read(tmp_path: Path) -> None:
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,one\n")
     assert read_metadata(tmp_path) == [{"file_name": "a.png", "text": "one"}]
@@ -57,3 +39,70 @@ def test_a_folder_without_metadata_is_refused(tmp_path: Path) -> None:
 def test_an_empty_split_is_refused() -> None:
     with pytest.raises(ValueError, match="no pictures of split `test`"):
         Folder(root=EMOJI, transform=Emoji(), split="test")
+
+
+def draw(path: Path, size: tuple[int, int] = (8, 8), text: str = "", suffix: str = ".txt") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, "red").save(path)
+    if text:
+        path.with_suffix(suffix).write_text(text)
+
+
+def test_captions_lie_beside_the_pictures(tmp_path: Path) -> None:
+    draw(tmp_path / "a.png", text="one\n")
+    draw(tmp_path / "b" / "b.jpg", text="two", suffix=".caption")
+    draw(tmp_path / "c.webp")
+    rows = read_metadata(tmp_path)
+    assert [(row["file_name"], row.get("text")) for row in rows] == [
+        ("a.png", "one"),
+        ("b/b.jpg", "two"),
+        ("c.webp", None),
+    ]
+
+
+def test_a_folder_for_kohyas_scripts_is_read_so_often_as_its_name_says(tmp_path: Path) -> None:
+    draw(tmp_path / "3_sks dog" / "a.png")
+    draw(tmp_path / "3_sks dog" / "b.png", text="a sks dog in snow")
+    draw(tmp_path / "1_dog" / "c.png")
+    folder = Folder(root=tmp_path, transform=Photo(size=8))
+    texts = [text for batch in islice(Records(folder).batches(7), 1) for text in batch["txt"]]
+    assert sorted(texts) == ["a sks dog in snow"] * 3 + ["dog"] + ["sks dog"] * 3
+
+
+def test_what_is_no_picture_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
+    for name, (make, _) in REFUSED.items():
+        if name != "absent":
+            make(tmp_path / f"{name}.png")
+    names = [f"{name}.png" for name in REFUSED]
+    draw(tmp_path / "good.png")
+    lines = "".join(f"{name},x\n" for name in [*names, "good.png"])
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\n{lines}")
+    for buckets in (None, {"step": 8}):
+        folder = Folder(root=tmp_path, transform=Photo(size=8, buckets=buckets))
+        batch = next(Records(folder).batches(len(folder)))
+        assert set(batch["broken"]) == set(names)
+        assert batch["jpg"].shape == (len(folder), 3, 8, 8)
+
+
+def test_batches_of_buckets_have_one_size_and_hold_everything_once(tmp_path: Path) -> None:
+    sizes = [(16, 16)] * 3 + [(32, 8)] * 4 + [(8, 32)] * 2 + [(20, 16)]
+    for number, size in enumerate(sizes):
+        draw(tmp_path / f"{number}.png", size, text=str(number))
+    folder = Folder(root=tmp_path, transform=Photo(size=16, buckets={"step": 8}))
+    batches = list(islice(Records(folder, 1).batches(2), 5))
+    shapes = {number: batch["jpg"].shape[2:] for batch in batches for number in batch["txt"]}
+    assert sorted(shapes) == sorted(map(str, range(10)))
+    assert shapes["0"] == shapes["9"] == (16, 16)
+    assert (shapes["3"], shapes["7"]) == ((8, 32), (32, 8))
+    resumed = next(Records(folder, 1).batches(2, start=3))
+    assert resumed["txt"] == batches[3]["txt"]
+    assert torch.equal(resumed["jpg"], batches[3]["jpg"])
+
+
+def test_a_turned_photo_is_put_into_the_bucket_of_how_it_is_seen(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.new("RGB", (32, 8), "red").save(tmp_path / "a.jpg", exif=exif)
+    folder = Folder(root=tmp_path, transform=Photo(size=16, buckets={"step": 8}))
+    assert folder[0, 0]["jpg"].shape == (3, 32, 8)
+    assert folder.groups == [0]

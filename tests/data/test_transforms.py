@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data.transforms import COLOURS, Emoji, Photo, caption, compose
+from ldm.data.transforms import COLOURS, Emoji, Photo, Tags, caption, compose
 
 
 @pytest.mark.parametrize(
@@ -56,3 +56,34 @@ def test_a_photo_is_cut_to_a_square() -> None:
     sample = Photo(size=32)({"picture": Image.new("RGB", (90, 50)), "text": "night"}, Random(0))
     assert sample["jpg"].shape == (3, 32, 32)
     assert sample["txt"] == "night"
+
+
+def test_a_photo_keeps_its_middle_or_a_part_of_chance() -> None:
+    picture = Image.new("RGB", (96, 32))
+    for x in range(96):
+        picture.paste((2 * x, 0, 0), (x, 0, x + 1, 32))
+    middle = Photo(size=32, flip=0)({"picture": picture}, Random(0))["jpg"]
+    assert torch.allclose((middle[0, 0] + 1) * 127.5, 2.0 * torch.arange(32, 64), atol=1.01)
+    parts = [Photo(size=32, flip=0, crop="random")({"picture": picture}, Random(k)) for k in (0, 1)]
+    assert not torch.equal(parts[0]["jpg"], parts[1]["jpg"])
+    with pytest.raises(ValueError, match="unknown crop `left`"):
+        Photo(crop="left")
+
+
+def test_what_is_transparent_in_a_photo_is_white() -> None:
+    picture = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert Photo(size=8)({"picture": picture}, Random(0))["jpg"].min() == 1
+
+
+def test_a_line_of_pixels_is_no_burden() -> None:
+    assert (
+        Photo(size=64)({"picture": Image.new("RGB", (1, 60000))}, Random(0))["jpg"].shape[1] == 64
+    )
+
+
+def test_tags_are_shuffled_and_dropped_but_for_the_first() -> None:
+    tags = "1cat, sitting, red hat, snow"
+    assert Tags(drop=1.0, keep=2)(tags, Random(0)) == "1cat, sitting"
+    shuffled = {Tags()(tags, Random(seed)) for seed in range(20)}
+    assert len(shuffled) == 6
+    assert all(text.startswith("1cat, ") for text in shuffled)
