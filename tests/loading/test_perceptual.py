@@ -1,0 +1,45 @@
+"""LPIPS from the files that it is published in."""
+
+import pytest
+import torch
+
+from ldm.loading import perceptual
+from ldm.nets.perceptual import WIDTHS
+
+# The convolutions of VGG16 by torchvision's numbers.
+NUMBERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+OUT = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
+
+
+def one_value(value: float, *shape: int) -> torch.Tensor:
+    """So large in the network, so small in a file."""
+    return torch.tensor([value]).expand(shape)
+
+
+@pytest.fixture
+def files(tmp_path):
+    heads = {f"lin{k}.model.1.weight": one_value(k, 1, w, 1, 1) for k, w in enumerate(WIDTHS)}
+    vgg = {"classifier.0.weight": one_value(0, 4096, 25088)}
+    for number, before, after in zip(NUMBERS, (3, *OUT), OUT, strict=False):
+        vgg[f"features.{number}.weight"] = one_value(number, after, before, 3, 3)
+        vgg[f"features.{number}.bias"] = one_value(-number, after)
+    torch.save(heads, tmp_path / "vgg.pth")
+    torch.save(vgg, tmp_path / "vgg16-397923af.pth")
+    return [tmp_path / "vgg.pth", tmp_path / "vgg16-397923af.pth"]
+
+
+def test_two_files_make_one_network(files) -> None:
+    net = perceptual.read(files)
+    layers = [layer for part in net.net.children() for layer in part.named_children()]
+    assert [name for name, _ in layers] == [str(n) for n in range(30)]
+    for name, layer in layers:
+        if isinstance(layer, torch.nn.Conv2d):
+            assert (layer.weight == int(name)).all()
+            assert (layer.bias == -int(name)).all()
+    assert all((net.get_submodule(f"lin{k}.model.1").weight == k).all() for k in range(5))
+    assert net.scaling_layer.shift.flatten().tolist() == pytest.approx([-0.030, -0.088, -0.188])
+
+
+def test_one_of_the_two_is_not_enough(files) -> None:
+    with pytest.raises(ValueError, match=r"vgg.pth`: no LPIPS in there, it needs .* of torchvis"):
+        perceptual.read(files[0])
