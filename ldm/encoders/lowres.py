@@ -127,6 +127,25 @@ class NoiseLevel(nn.Module):
         return level  # (B,)
 
 
+class Folded(nn.Module):
+    """A picture cut into patch x patch parts, which become channels: (B, 3 patch², H / p, W / p).
+
+    key: the record of the picture (B, 3, H, W), `patch` times as large as the latent.
+    """
+
+    slot: Literal["concat"] = "concat"
+
+    def __init__(self, *, key: str = "lr", patch: int = 1) -> None:
+        super().__init__()
+        self.key = self.cached = key
+        self.patch = patch
+
+    def forward(self, image: Tensor) -> Tensor:
+        height, width = (side // self.patch for side in image.shape[-2:])
+        parts = image.unflatten(-1, (self.patch, width)).unflatten(-3, (self.patch, height))
+        return parts.permute(0, 2, 4, 1, 3, 5).flatten(1, 3)  # (B, patch² C, H / patch, W / patch)
+
+
 class MaskedImage(nn.Module):
     """What inpainting models read beside the latent: mask, then latent of the masked picture."""
 

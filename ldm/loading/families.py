@@ -188,3 +188,9 @@ def _decided(verdicts: list[Verdict]) -> Prediction:
     ranked = sorted(verdicts, key=lambda verdict: order.index(verdict.method))
     kind = next((verdict.says for verdict in ranked if verdict.says), None)
     return Prediction(kind, tuple(ranked))
+
+
+def marks(parameterization: str, *, zero_snr: bool) -> dict[str, Tensor]:
+    """Empty tensors by which other programs know a model of zero terminal SNR."""
+    named = {"v_pred": parameterization == "v", "ztsnr": True}
+    return {name: torch.empty(0) for name, holds in named.items() if zero_snr and holds}

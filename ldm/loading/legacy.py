@@ -40,6 +40,7 @@ DEPTH = "ldm.encoders.depth.MiDaSDepth"
 LOW_RES = "ldm.encoders.lowres.LowRes"
 NOISE_LEVEL = "ldm.encoders.lowres.NoiseLevel"
 MASKED_IMAGE = "ldm.encoders.lowres.MaskedImage"
+FOLDED = "ldm.encoders.lowres.Folded"
 ADVERSARIAL = "ldm.train.autoencoder.LossConfig"
 
 TARGETS = {
@@ -66,7 +67,7 @@ TARGETS = {
 }
 OURS = frozenset(
     {
-        *(MODEL, CONDITIONER, SCHEDULE, BETAS, IMAGE_EMBEDDING, NOISE_LEVEL, MASKED_IMAGE),
+        *(MODEL, CONDITIONER, SCHEDULE, BETAS, IMAGE_EMBEDDING, NOISE_LEVEL, MASKED_IMAGE, FOLDED),
         *TARGETS.values(),
     }
 )
@@ -75,7 +76,6 @@ IN_PLACE_OF_TEXT = {CLIP_IMAGE: {"text_tower": False}}
 
 # Known classes that this version does not build, and what they are.
 PENDING = {
-    "ldm.models.diffusion.ddpm.LatentUpscaleFinetuneDiffusion": "upscaling fine-tune",
     "ldm.models.autoencoder.VQModel": "VQ first stage",
     "ldm.models.autoencoder.VQModelInterface": "VQ first stage",
     "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator": "VQ first stage",
@@ -247,6 +247,16 @@ def _upscaling(params: dict[str, Any], where: str, notes: list[str]) -> dict[str
     return _listening(spec, lowres=lowres, level={"target": NOISE_LEVEL, "params": {}})
 
 
+def _enlarging(params: dict[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
+    name, takes = "LatentUpscaleFinetuneDiffusion", ("concat_keys", "reshuffle_patch_size")
+    skips = tuple(key for key in FINETUNE if key not in takes)
+    how: dict[str, Any] = {"name": name, "conditioning": "hybrid", "takes": takes, "skips": skips}
+    spec = _latent_diffusion(params, where, notes, **how)
+    (key,) = params.get("concat_keys") or ["lr"]
+    folded = {"key": key, "patch": params.get("reshuffle_patch_size") or 1}
+    return _listening(spec, folded={"target": FOLDED, "params": folded})
+
+
 def _unclip(params: dict[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
     spec = _latent_diffusion(
         params,
@@ -273,6 +283,7 @@ LIFTED: dict[str, Callable[[dict[str, Any], str, list[str]], dict[str, Any]]] = 
     DDPM + "LatentInpaintDiffusion": _inpainting,
     DDPM + "LatentDepth2ImageDiffusion": _depth,
     DDPM + "LatentUpscaleDiffusion": _upscaling,
+    DDPM + "LatentUpscaleFinetuneDiffusion": _enlarging,
     DDPM + "ImageEmbeddingConditionedLatentDiffusion": _unclip,
 }
 
@@ -361,12 +372,6 @@ def tables(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         r"scale_factor|betas|\w*alphas_cumprod\w*|posterior_.*|noise_augmentor\.data_(mean|std)"
     )
     return {name: value for name, value in state.items() if pattern.fullmatch(name)}
-
-
-def marks(parameterization: str, *, zero_snr: bool) -> dict[str, Tensor]:
-    """Empty tensors by which other programs know a model of zero terminal SNR."""
-    named = {"v_pred": parameterization == "v", "ztsnr": True}
-    return {name: torch.empty(0) for name, holds in named.items() if zero_snr and holds}
 
 
 def old_name(name: str) -> str:

@@ -108,7 +108,7 @@ def save(
     metadata: kept beside the weights; the YAML's text under `ldm.config` lets `load` do without.
     """
     schedule = model.schedule
-    tables = schedule.buffers() | legacy.marks(model.parameterization, zero_snr=schedule.zero_snr)
+    tables = schedule.buffers() | families.marks(model.parameterization, zero_snr=schedule.zero_snr)
     state = legacy.rename_back(model.state_dict(), tables)
     checkpoint.write(path, state | statistics.tables(model.conditioner), metadata)
 

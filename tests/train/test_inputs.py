@@ -1,0 +1,85 @@
+"""What the network is trained on, of every family, against the original's `get_input`."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from goldfile import Gold, gold
+from ldm.model import LatentDiffusion
+from pipelines.goldmodels import model_of
+
+# case: what the recorded batch is called there, and the shares that are dropped
+DROPS: dict[str, dict[str, float]] = {"unclip_train": {"embedding": 0.25}}
+CONFIGS = {"unclip_train": "unclip"}
+CASES = ["base_eps", "inpaint", "depth", "upscale", "unclip", "unclip_train", "upscale_ft"]
+# The recorder's own float32 differs from itself by 1.4e-6.
+CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+
+
+@pytest.fixture
+def golden() -> Gold:
+    arch = gold("e2e_unclip").meta["tiny_arch"]
+    recorded = gold("get_input")
+    return replace(recorded, meta=recorded.meta | {"tiny_arch": arch})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_inputs_equal_the_originals(
+    case: str, golden: Gold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(golden, CONFIGS.get(case, case))
+    if hasattr(model.conditioner, "depth"):
+        model.conditioner.depth.margin = 0.001  # type: ignore[union-attr]
+    info, wanted = golden.case(case)["info"], golden.outputs(case)
+    batch = {name: picture(name, value) for name, value in golden.inputs(case).items()}
+    replay(golden.rng(case), monkeypatch)
+    made = inputs(model, {**batch, "txt": info["txt"]}, DROPS.get(case, {}))
+    assert made.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(made[name], value, msg=f"{case} {name}", **CLOSE)
+
+
+def test_the_first_stage_equals_the_originals(
+    golden: Gold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, wanted = model_of(golden, "base_eps"), golden.outputs("base_first_stage")
+    image = picture("jpg", golden.inputs("base_first_stage")["jpg"])
+    replay(golden.rng("base_first_stage"), monkeypatch)
+    z = model.encode(image)
+    torch.testing.assert_close(z, wanted["z"], **CLOSE)
+    mode = model.autoencoder.encode(image).mode() * model.scale_factor
+    torch.testing.assert_close(mode, wanted["z_mode"], **CLOSE)
+    torch.testing.assert_close(model.decode(mode), wanted["dec"], rtol=1e-4, atol=1e-4)
+    nothing = model.condition({"txt": [""] * 3}).crossattn
+    torch.testing.assert_close(nothing, wanted["uc"], **CLOSE)
+
+
+def inputs(
+    model: LatentDiffusion, batch: dict[str, Any], drop: dict[str, float]
+) -> dict[str, Tensor]:
+    """z and the conditions, under the original's names."""
+    with torch.no_grad():
+        z = model.encode(batch["jpg"])
+        cond = model.condition(model.prepare(batch, (z.shape[-2], z.shape[-1])), drop)
+    names = {"crossattn": "c_crossattn", "concat": "c_concat", "vector": "c_adm"}
+    made = {names[slot]: value for slot, value in cond.filled().items()}
+    return {"z": z, **made} if len(made) > 1 else {"z": z, "c": made["c_crossattn"]}
+
+
+def picture(name: str, value: Tensor) -> Tensor:
+    """As our batches have it: channels first; `midas_in` already is."""
+    return value if name == "midas_in" else value.permute(0, 3, 1, 2)
+
+
+def replay(recorded: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is drawn is what the original drew, in its order.
+
+    Its last draw of four says which rows are kept; ours, below which share a row is dropped.
+    """
+    left: Iterator[Tensor] = iter(recorded)
+    for name in ("randn", "randint", "rand"):
+        monkeypatch.setattr(torch, name, lambda *_, **__: next(left).squeeze(-1))
