@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.data.folder import collate
+from ldm.data.source import Source, collate
 from ldm.imaging import pixels
 from ldm.loading import checkpoint, legacy, statistics
 from ldm.model import LatentDiffusion
@@ -20,6 +20,7 @@ from ldm.nets.autoencoder import AutoencoderKL
 from ldm.pipelines import sample
 from ldm.pipelines.frame import reads
 from ldm.train.objective import on_device
+from ldm.train.parallel import Ranks, whole
 
 __all__ = ["Every", "Progress", "draw", "export"]
 
@@ -73,10 +74,20 @@ class Progress:
     A step costs nothing here but its number: losses are read every `every` steps.
     """
 
-    def __init__(self, folder: Path, *, start: int, steps: int | None, every: int = 20) -> None:
+    def __init__(
+        self, folder: Path, ranks: Ranks, *, start: int, steps: int | None, every: int = 20
+    ) -> None:
         from tqdm import tqdm
 
-        self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, mininterval=5)
+        self.ranks = ranks
+        self.bar = tqdm(
+            total=steps,
+            initial=start,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=5,
+            disable=not ranks.is_first,
+        )
         self.path, self.every = folder / "log.csv", every
         self.sums: dict[str, float] = {}
         self.images, self.since = 0, time.monotonic()
@@ -84,17 +95,20 @@ class Progress:
     def __call__(self, step: int, losses: dict[str, Tensor], lr: float, images: int) -> None:
         self.bar.update()
         for name, value in losses.items():
+            if value.ndim:
+                continue  # one number per sample
             self.sums[name] = self.sums.get(name, 0.0) + float(value.detach()) / self.every
         self.images += images
         if step % self.every:
             return
         now = time.monotonic()
         rate = self.images / (now - self.since)
-        row = {"step": step, "lr": lr, "images_per_second": rate, **self.sums}
+        row = {"step": step, "lr": lr, "images_per_second": rate, **self.ranks.mean(self.sums)}
         self.bar.set_postfix_str(
             ", ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "step"), refresh=False
         )
-        self._write(row)
+        if self.ranks.is_first:
+            self._write(row)
         self.sums, self.images, self.since = {}, 0, now
 
     def close(self) -> None:
@@ -109,33 +123,44 @@ class Progress:
             writer.writerow({key: f"{value:.6g}" for key, value in row.items()})
 
 
-def export(task: Any, path: Path, dataset: Any, *, config: str = "", step: int = 0) -> None:
+def export(
+    task: Any, path: Path, source: Source, ranks: Ranks, *, config: str = "", step: int = 0
+) -> None:
     """Writes the weights as they are now, half precision, with the original's names.
 
-    dataset: pictures, for statistics of the latents.
+    source: of pictures, for statistics of the latents.
+    ranks: the first process writes; all call this, as weights may be split over them.
     config: text of the YAML, kept in the file.
     """
-    some = range(0, len(dataset), max(1, len(dataset) // MEASURED))
-    images = (dataset[0, index]["jpg"] for index in some)
+    images = (sample["jpg"] for sample in source.first(MEASURED))
+    weights = whole(task.weights_to_export(images), keep=ranks.is_first)
+    if not ranks.is_first:
+        return
     is_whole = isinstance(task.model, LatentDiffusion)
     tables = task.model.schedule.buffers() if is_whole else {}
     tables |= statistics.tables(task.model.conditioner) if is_whole else {}
     state = {
         name: value.half() if value.is_floating_point() else value
-        for name, value in legacy.rename_back(task.weights_to_export(images), tables).items()
+        for name, value in legacy.rename_back(weights, tables).items()
     }
     checkpoint.write(path, state, {"global_step": step, "ldm.config": config})
 
 
-@torch.inference_mode()
-def draw(model: LatentDiffusion | AutoencoderKL, dataset: Any, path: Path, n: int = 16) -> None:
-    """A grid of n samples of a data set of pictures.
+@torch.no_grad()  # not inference_mode: gathered weights of split models are used for training again
+def draw(
+    model: LatentDiffusion | AutoencoderKL,
+    source: Source,
+    path: Path,
+    n: int = 16,
+    *,
+    write: bool = True,
+) -> None:
+    """A grid of n samples of a data set of pictures, written if this is the process that writes.
 
     An autoencoder shows pictures above their reconstructions; a model that sees more than text
     shows the picture that its condition was made of before each sample.
     """
-    chosen = [len(dataset) * k // n for k in range(n)]
-    batch: dict[str, Any] = collate([dataset[0, index] for index in chosen])
+    batch: dict[str, Any] = collate(source.first(n))
     was_training = model.training
     model.eval()
     image = batch["jpg"].to(next(model.parameters()).device)  # (n, 3, H, W)
@@ -148,6 +173,8 @@ def draw(model: LatentDiffusion | AutoencoderKL, dataset: Any, path: Path, n: in
         if reads(model) != {"txt"}:
             columns, pictures = 2 * columns, torch.stack([image, made], dim=1).flatten(0, 1)
     model.train(was_training)
+    if not write:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels.grid(pixels.to_pil(pictures), columns).save(path)
     if "txt" in batch:

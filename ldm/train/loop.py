@@ -1,310 +1,342 @@
 """The training loop: a YAML in the original's format, a folder for the run, and one loop to read.
 
-    model:      as for sampling; its weights start at random, or from `ckpt_path`
-                base_learning_rate
-    data:       params: batch_size, num_workers, train: {root, split, transform}, latents
-                prior: {root, prompt, count, transform}                         DreamBooth
-    lightning:  trainer: max_steps, max_time, gradient_clip_val, precision, …   optimizer: …
-                objective: …   callbacks: …                                     see DEFAULTS
-                lora: …   textual_inversion: …                                  see adaptation.py
+    batch -> loss -> gradients -> clip -> optimizer -> average; now and then save, draw, validate
 
-    batch -> task.loss -> gradients -> clip -> optimizer -> average; now and then save and draw
+A step is `parts` batches, over all processes and all accumulated ones. Batches are numbered through
+the whole run, and all chance in one comes from its number, so that a run that was interrupted goes
+on exactly, on as many processes as there are then.
 
-A run is a folder: checkpoints/last.pt (to go on), checkpoints/last.safetensors (averaged weights
-in the original's names), images/, log.csv, config.yaml.
+A run is a folder: checkpoints/state-… (to go on), checkpoints/last.safetensors (averaged weights in
+the original's names), images/, logs. `ldm.train.settings` says what a config may contain.
 """
 
+import contextlib
 import logging
+import math
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from ldm.data import folder as folders, transforms
-from ldm.data.folder import Folder, Order, WithPrior, batches
-from ldm.loading import checkpoint, config, legacy
-from ldm.model import LatentDiffusion
+from ldm.cli import pick_device
+from ldm.data.source import Broken
+from ldm.loading import config
 from ldm.nets import attention
-from ldm.nets.autoencoder import AutoencoderKL
-from ldm.train import callbacks, objective, optim
+from ldm.train import build, callbacks, objective, parallel, settings, start
 from ldm.train.adaptation import Adaptation
-from ldm.train.autoencoder import Reconstruction
-from ldm.train.ema import EMA
-from ldm.train.latents import cached_latents
-from ldm.train.objective import Diffusion
-from ldm.train.prior import make_pictures
-from ldm.train.state import State
+from ldm.train.resume import States
+from ldm.train.sources import open_sources
+from ldm.train.state import Player
 
-__all__ = ["DEFAULTS", "Run", "seconds"]
+__all__ = ["Run"]
 
 log = logging.getLogger(__name__)
 
-# What `lightning:` may say, and what holds where it is silent.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "trainer": {
-        "max_steps": None,  # the run ends after so many steps …
-        "max_time": None,  # … or so much time, DD:HH:MM:SS, over all sessions: whatever is first
-        "gradient_clip_val": 1.0,
-        "accumulate_grad_batches": 1,
-        "precision": "32",  # or bf16-mixed
-        "attention": None,  # a backend of nets.attention
-        "seed": 23,
-    },
-    # name: adamw | muon; other keys go to the optimizer
-    "optimizer": {"name": "adamw", "warm_up": 100, "decay": "cosine", "ema_decay": 0.9999},
-    "objective": {},  # keywords of Diffusion or Reconstruction
-    "callbacks": {"save_minutes": 3, "image_minutes": 10, "images": 16, "log_every": 20},
-    "lora": {},  # keywords of what is trained beside a frozen model; empty: nothing is
-    "textual_inversion": {},
-}
-TRANSFORMS = {"emoji": transforms.Emoji, "photo": transforms.Photo}
+Work = Sequence[tuple[int, dict[str, Any]]]  # batches and their numbers
 
 
 class Run:
     """One training run, from a config to weights.
 
     raw: the config as `config.read` gives it. text: the same as text, kept beside the weights.
-    folder: where the run lives.
+    folder: where the run lives. device: by default the best there is.
     """
 
-    def __init__(self, raw: dict[str, Any], folder: Path, *, text: str = "") -> None:
-        self.settings = _settings(raw)
+    def __init__(
+        self,
+        raw: dict[str, Any],
+        folder: Path,
+        *,
+        text: str = "",
+        device: torch.device | None = None,
+    ) -> None:
+        self.settings = settings.read(raw)
         self.folder, self.text = folder, text
-        trainer, optimizer = self.settings["trainer"], dict(self.settings["optimizer"])
-        torch.manual_seed(trainer["seed"])
+        trainer, data = self.settings["trainer"], raw["data"]["params"]
+        self.seed = trainer["seed"]
+        self.device = device or pick_device(None)
+        self.ranks = parallel.start(self.device, silence=trainer["timeout"])
+        torch.manual_seed(self.seed)
         attention.set_backend(trainer["attention"])
-        self.model = config.instantiate(raw["model"], where="model")
-        _start_from_checkpoints(self.model, raw["model"].get("params") or {})
-        data = raw["data"]["params"]
-        self.batch_size, self.workers = data["batch_size"], data.get("num_workers", 0)
-        self.pictures = _folder(data["train"], seed=trainer["seed"])
-        self.dataset = _dataset(self.model, self.pictures, data)
-        self.task = _task(self.model, self.settings)
-        self.lr, self.warm_up = raw["model"]["base_learning_rate"], optimizer.pop("warm_up")
-        self.decay, ema_decay = optimizer.pop("decay"), optimizer.pop("ema_decay")
-        self.optimizer = optim.make(self.task.trained, self.lr, **optimizer)
-        ema = EMA(self.task.trained, ema_decay)
-        self.state = State(self.task.trained, self.optimizer, ema, seed=trainer["seed"])
-        self.stopped = False
+        self.model = config.instantiate(raw["model"], where="model").to(self.device)
+        self.is_fine_tune = start.from_checkpoints(self.model, raw["model"].get("params") or {})
+        self.batch_size, self.workers = data["batch_size"], data.get("num_workers") or 0
+        with self.ranks.first_before_others():
+            self.source, self.held_out = open_sources(self.model, raw["data"], seed=self.seed)
+        params = raw["model"].get("params") or {}
+        if params.get("scale_by_std") and not self.is_fine_tune:
+            self._measure_scale()
+        self.task: Any = build.task(self.model, params, self.settings)
+        self.accumulate = trainer["accumulate_grad_batches"]
+        self.settings.count_epochs(self._steps_per_epoch())
+        self.rate, self.rate_line = self.settings.rate(
+            raw["model"]["base_learning_rate"], batch=self.batch_size, world=self.ranks.world
+        )
+        self.state = build.state(self.task, self.settings, self.ranks, self.device)
+        self.states = States(folder / "checkpoints", self.ranks, keep=trainer["keep"])
+        self.wishes: set[str] = set()  # what signals ask for
+        self.bad = 0  # steps in a row without finite gradients
 
     @property
     def last(self) -> Path:
-        return self.folder / "checkpoints" / "last.pt"
+        """The weights as they were written last."""
+        return self.folder / "checkpoints" / "last.safetensors"
 
     def progress(self) -> float:
         """How much of the run is done, 0 … 1, by steps or by time, whichever is further."""
         trainer, state = self.settings["trainer"], self.state
         by_steps = state.step / trainer["max_steps"] if trainer["max_steps"] else 0.0
-        by_time = state.seconds / seconds(trainer["max_time"]) if trainer["max_time"] else 0.0
+        by_time = (
+            state.seconds / settings.seconds(trainer["max_time"]) if trainer["max_time"] else 0.0
+        )
         return max(by_steps, by_time)
 
-    def train(self) -> None:
-        """Trains until the end or a signal (SIGTERM, SIGINT); saves either way."""
-        options, trainer = self.settings["callbacks"], self.settings["trainer"]
-        state, task = self.state, self.task
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save = callbacks.Every(seconds=60 * options["save_minutes"])
-        draw = callbacks.Every(seconds=60 * options["image_minutes"])
-        report = callbacks.Progress(
-            self.folder, start=state.step, steps=trainer["max_steps"], every=options["log_every"]
-        )
-        order = Order(len(self.dataset), seed=trainer["seed"])
-        source = batches(
-            self.dataset, order, self.batch_size, start=state.position, workers=self.workers
-        )
-        clock = callbacks.Clock()
-        task.trained.train()
-        with _signals(self):
-            while self.progress() < 1 and not self.stopped:
-                lr = optim.learning_rate(
-                    self.lr, state.step, self.progress(), warm_up=self.warm_up, decay=self.decay
+    def resume(self, path: Path | None = None) -> None:
+        """Goes on from a state, by default the newest of this run; keeps the size of a step.
+
+        Raises ValueError if there is none, or these processes cannot share such a step.
+        """
+        path = path or self.states.newest()
+        if path is None:
+            raise ValueError(f"`{self.states.folder}` has no state to resume from")
+        self.states.load(self.state, path)
+        world, parts = self.ranks.world, self.state.parts
+        if parts != world * self.accumulate:
+            if parts % world:
+                raise ValueError(
+                    f"a step of `{path}` is {parts} batches, {world} processes cannot share them"
                 )
-                losses = self.step(source, lr)
-                state.seconds += clock()
-                report(state.step, losses, lr, self.batch_size * trainer["accumulate_grad_batches"])
-                if save(state.step):
-                    state.save(self.last)
-                if draw(state.step):
-                    self.draw()
+            self.accumulate = parts // world
+            log.info("%d batches per step as before: %d x %d ranks", parts, self.accumulate, world)
+
+    def train(self) -> None:
+        """Trains until the end or a signal (SIGTERM, SIGINT), and saves; SIGUSR1 saves at once."""
+        state, options = self.state, self.settings["callbacks"]
+        self.ranks.once(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+        every = {
+            "save": callbacks.Every(seconds=60 * options["save_minutes"]),
+            "draw": callbacks.Every(seconds=60 * options["image_minutes"]),
+        }
+        batches = self.source.batches(
+            self.batch_size,
+            start=state.position,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+            workers=self.workers,
+        )
+        broken = Broken(self.folder / "broken.txt", self.settings["trainer"]["broken_share"])
+        report, clock = self._report(), callbacks.Clock()
+        self.task.trained.train()
+        with self._signals(), self._saved_on_error():
+            while self.progress() < 1 and "stop" not in self.wishes:
+                work = self._next(batches, broken)
+                lr = self.rate(state.step, self.progress())
+                losses = self.step(work, lr)
+                due = self._agreed(clock(), {name: on(state.step) for name, on in every.items()})
+                report(state.step, losses, lr, self.batch_size * state.parts)
+                for duty in due:
+                    with _keep_going(duty):
+                        getattr(self, duty)()
                 clock.restart()
         report.close()
-        state.save(self.last)
+        self.finish()
+
+    def finish(self) -> None:
+        """The state, the weights and a grid, at the end."""
+        self.save()
         self.export()
         self.draw()
 
-    def step(self, source: Iterator[dict[str, Any]], lr: float) -> dict[str, torch.Tensor]:
-        """One update of the weights and of their average; returns the losses of the last batch."""
-        state, trainer = self.state, self.settings["trainer"]
-        parts = trainer["accumulate_grad_batches"]
-        state.optimizer.zero_grad(set_to_none=True)
-        for _ in range(parts):
-            with self.precision():
-                losses = self.task.loss(next(source), state.generator)
-            if not torch.isfinite(losses["loss"]):
-                raise FloatingPointError(
-                    f"the loss is {float(losses['loss'])} at step {state.step}"
-                )
-            (losses["loss"] / parts).backward()
-            state.position += self.batch_size
-        parameters = [p for p in state.trained.parameters() if p.grad is not None]
-        nn.utils.clip_grad_norm_(parameters, trainer["gradient_clip_val"])
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr
-        state.optimizer.step()
-        state.ema.update(state.trained)
+    def step(self, work: Work, lr: float) -> dict[str, Tensor]:
+        """One update of all players' weights and of the average; the losses of this process."""
+        state = self.state
+        self.task.step = state.step
+        losses: dict[str, Tensor] = {}
+        are_finite = True
+        for player in state.players.values():
+            losses |= self._gradients(player, work)
+            norm = self._clip(player)
+            are_finite &= math.isfinite(norm)
+            if math.isfinite(norm):
+                self._update(player, lr)
+        if are_finite:
+            state.ema.update(self.task.trained)
         state.step += 1
+        state.position += state.parts
+        state.scale.update(are_finite)
+        if not are_finite and not state.scale.is_adapting:
+            self._skipped(work, losses)
+        self.bad = 0 if are_finite else self.bad
         return losses
 
-    def precision(self) -> Any:
-        if self.settings["trainer"]["precision"] == "bf16-mixed":
-            device = next(self.task.trained.parameters()).device.type
-            return torch.autocast(device, torch.bfloat16)
-        return nullcontext()
+    def save(self) -> None:
+        self.states.save(self.state)
 
     def draw(self) -> None:
         """A grid of samples made by the averaged weights."""
         n = self.settings["callbacks"]["images"]
         path = self.folder / "images" / f"gs-{self.state.step:06}.png"
-        with self.state.ema.applied(self.task.trained):
-            callbacks.draw(self.model, self.pictures, path, n)
+        if self.ranks.is_first or parallel.is_split(self.task.trained):
+            with self.state.ema.applied(self.task.trained):
+                callbacks.draw(self.model, self.source, path, n, write=self.ranks.is_first)
 
     def export(self) -> None:
         """checkpoints/last.safetensors: the averaged weights in the original's names (or LoRA)."""
-        path = self.last.with_suffix(".safetensors")
         task, step = self.task, self.state.step
         with self.state.ema.applied(task.trained):
             if isinstance(task, Adaptation):
-                task.export(path, step=step)
+                if self.ranks.is_first:
+                    task.export(self.last, step=step)
             else:
-                callbacks.export(task, path, self.pictures, config=self.text, step=step)
+                callbacks.export(
+                    task, self.last, self.source, self.ranks, config=self.text, step=step
+                )
 
+    def precision(self) -> Any:
+        """The context in which losses are computed."""
+        dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(
+            self.settings["trainer"]["precision"]
+        )
+        return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
 
-def seconds(text: str | int | float) -> float:
-    """ "DD:HH:MM:SS", or a part of it from the right, or a number of seconds -> seconds."""
-    if not isinstance(text, str):
-        return float(text)
-    total = 0.0
-    for part, unit in zip(reversed(text.split(":")), (1, 60, 3600, 86400), strict=False):
-        total += float(part) * unit
-    return total
+    def _steps_per_epoch(self) -> int | None:
+        if self.source.length is None:
+            return None
+        return max(1, self.source.length // (self.batch_size * self.accumulate * self.ranks.world))
 
+    def _measure_scale(self) -> None:
+        """Of the latents of the first batch, on one process for all."""
+        first = [sample["jpg"] for sample in self.source.first(self.batch_size)]
+        objective.measure_scale(self.model, torch.stack(first), self._chance(0))
 
-def _settings(raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    given = raw.get("lightning") or {}
-    for section in given:
-        if section not in DEFAULTS:
-            raise legacy.unknown("section", section, DEFAULTS, "lightning")
-    for section in ("trainer", "callbacks"):
-        for key in given.get(section) or {}:
-            if key not in DEFAULTS[section]:
-                raise legacy.unknown("key", key, DEFAULTS[section], f"lightning.{section}")
-    merged = {name: {**values, **(given.get(name) or {})} for name, values in DEFAULTS.items()}
-    if not merged["trainer"]["max_steps"] and not merged["trainer"]["max_time"]:
-        raise ValueError("lightning.trainer needs `max_steps` or `max_time`")
-    return merged
+    def _next(self, batches: Iterator[dict[str, Any]], broken: Broken) -> Work:
+        """This process's batches of the step, with their numbers."""
+        state, ranks = self.state, self.ranks
+        numbers = range(state.position + ranks.rank, state.position + state.parts, ranks.world)
+        work = [(number, next(batches)) for number in numbers]
+        for _, batch in work:
+            broken.add(batch.pop("broken", []), self.batch_size)
+        return work
 
+    def _gradients(self, player: Player, work: Work) -> dict[str, Tensor]:
+        """Mean gradients over the step's batches, times the scale; the last batch's losses."""
+        player.optimizer.zero_grad(set_to_none=True)
+        losses: dict[str, Tensor] = {}
+        for place, (number, batch) in enumerate(work):
+            with self._exchange(player, is_last=place == len(work) - 1):
+                with self.precision():
+                    losses = player.loss(batch, self._chance(number))
+                (losses["loss"] * (self.state.scale.value / len(work))).backward()
+        return losses
 
-def _task(
-    model: nn.Module, settings: dict[str, dict[str, Any]]
-) -> Diffusion | Adaptation | Reconstruction:
-    options, little = settings["objective"], (settings["lora"], settings["textual_inversion"])
-    if isinstance(model, LatentDiffusion):
-        task = Diffusion(model, **options)
-        return Adaptation(task, *little) if any(little) else task
-    if isinstance(model, AutoencoderKL):
-        return Reconstruction(model, **options)
-    raise ValueError(f"`{type(model).__name__}` cannot be trained, only whole models can")
+    def _chance(self, number: int) -> torch.Generator:
+        """The source of all chance in a batch; dropout draws from torch's own, seeded alike."""
+        seed = (self.seed * 0x9E3779B1 + number) % 2**32
+        torch.manual_seed(seed)
+        return torch.Generator().manual_seed(seed)
 
+    def _clip(self, player: Player) -> float:
+        """Brings gradients to their true scale, and below the limit; returns their norm before."""
+        gradients = [p.grad for p in player.module.parameters() if p.grad is not None]
+        total = parallel.whole({"norm": nn.utils.get_total_norm(gradients)})["norm"]
+        norm = float(total) / self.state.scale.value
+        limit = self.settings["trainer"]["gradient_clip_val"]
+        factor = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
+        if math.isfinite(norm) and factor / self.state.scale.value != 1:
+            torch._foreach_mul_(gradients, factor / self.state.scale.value)
+        return norm
 
-def _folder(spec: dict[str, Any], *, seed: int) -> Folder:
-    spec = dict(spec)
-    options = dict(spec.pop("transform"))
-    name = options.pop("name")
-    if name not in TRANSFORMS:
-        raise legacy.unknown("transform", name, TRANSFORMS, "data.params.train")
-    return Folder(**spec, transform=TRANSFORMS[name](**options), seed=seed)
+    def _update(self, player: Player, lr: float) -> None:
+        self.state.is_whole = False
+        for group in player.optimizer.param_groups:
+            group["lr"] = lr
+        player.optimizer.step()
+        self.state.is_whole = True
 
+    def _exchange(self, player: Player, *, is_last: bool) -> Any:
+        """Only the last batch's backward pass sends gradients to the other processes."""
+        if isinstance(player.loss, DistributedDataParallel):
+            return nullcontext() if is_last else player.loss.no_sync()
+        parallel.sync_gradients(player.module, is_last)
+        return nullcontext()
 
-def _dataset(model: nn.Module, pictures: Folder, data: dict[str, Any]) -> Any:
-    if not isinstance(model, LatentDiffusion):
-        return pictures
-    text = getattr(model.conditioner, "text", None)
-    ids = getattr(text, "token_ids", None)
-    if ids is not None and ids.equal(torch.arange(len(ids))):  # else it has learned words already
-        rows = folders.read_metadata(pictures.root)
-        texts = transforms.all_words(rows)
-        text.token_ids.copy_(objective.vocabulary(texts, text))  # type: ignore[union-attr]
-    dataset: Any = pictures
-    if data.get("latents"):
-        options = dict(data["latents"])
-        dataset = cached_latents(model, pictures, Path(options.pop("cache")), **options)
-    if data.get("prior"):
-        return WithPrior(dataset, _prior(model, dict(data["prior"]), seed=pictures.seed))
-    return dataset
+    def _agreed(self, spent: float, due: Mapping[str, bool]) -> list[str]:
+        """Adds the first process's time; what all do now if the first, or a signal, asks for it."""
+        mine = [name in self.wishes or (self.ranks.is_first and due[name]) for name in due]
+        time = self.state.seconds + spent if self.ranks.is_first else 0.0
+        time, stop, *all_ = self.ranks.greatest([time, "stop" in self.wishes, *mine])
+        self.state.seconds = time
+        self.wishes = {"stop"} if stop else set()
+        return [name for name, is_due in zip(due, all_, strict=True) if is_due]
 
+    def _skipped(self, work: Work, losses: Mapping[str, Tensor]) -> None:
+        """Counts a step without finite gradients.
 
-def _prior(model: LatentDiffusion, spec: dict[str, Any], *, seed: int) -> Folder:
-    """The pictures of a class; those that lack are made by the model as it is now."""
-    for key in ("root", "prompt", "count", "transform"):
-        if key not in spec:
-            raise ValueError(f"data.params.prior needs `{key}`")
-    prompt = spec.pop("prompt")
-    make_pictures(model, Path(spec["root"]), prompt, spec.pop("count"))
-    return _folder({**spec, "fields": {"text": prompt}}, seed=seed)
+        Raises FloatingPointError after too many in a row, with the batches on disk.
+        """
+        self.state.skipped += 1
+        self.bad += 1
+        loss = float(losses["loss"].detach())
+        log.warning("step %d is skipped: its loss is %g", self.state.step, loss)
+        if self.bad >= self.settings["trainer"]["nan_limit"]:
+            path = self.folder / f"not-finite-rank{self.ranks.rank}.pt"
+            torch.save([batch for _, batch in work], path)
+            raise FloatingPointError(
+                f"{self.bad} steps in a row had no finite gradients, the last loss is {loss:g}; "
+                f"its batches are in `{path}`"
+            )
 
+    def _report(self) -> callbacks.Progress:
+        return callbacks.Progress(
+            self.folder,
+            self.ranks,
+            start=self.state.step,
+            steps=self.settings["trainer"]["max_steps"],
+            every=self.settings["callbacks"]["log_every"],
+        )
 
-def _start_from_checkpoints(model: nn.Module, params: dict[str, Any]) -> None:
-    """Loads `ckpt_path` of the model and of its first stage, where the config names one.
+    @contextmanager
+    def _saved_on_error(self) -> Iterator[None]:
+        """Alone, a run that fails is saved as it was after its last step; the error goes on."""
+        try:
+            yield
+        except Exception:
+            if self.ranks.world == 1 and self.state.is_whole and self.state.step:
+                with contextlib.suppress(OSError):
+                    self.save()
+            raise
 
-    The original's switches hold: `load_only_unet`; `ignore_keys`, starts of names that are not
-    taken from the file; `finetune_keys`, weights that may have fewer input channels there (if not
-    said, the UNet's first): the new ones start at zero.
-    """
-    first = (params.get("first_stage_config") or {}).get("params") or {}
-    if first.get("ckpt_path"):
-        _put(model.get_submodule("autoencoder"), first, "autoencoder.")
-    if params.get("ckpt_path"):
-        is_whole = isinstance(model, LatentDiffusion)
-        part = "unet." if params.get("load_only_unet") else "" if is_whole else "autoencoder."
-        widened = params.get("finetune_keys", [legacy.FIRST_WEIGHT]) or ()
-        _put(model.get_submodule("unet" if part == "unet." else ""), params, part, widened)
-    elif params.get("finetune_keys"):
-        raise ValueError("`finetune_keys` needs a `ckpt_path` to start from")
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT end the run after the step under way, at once if they come again.
 
+        SIGUSR1 saves.
+        """
+        wishes = {"SIGTERM": "stop", "SIGINT": "stop", "SIGUSR1": "save"}
+        numbers = {getattr(signal, n): wish for n, wish in wishes.items() if hasattr(signal, n)}
 
-def _put(
-    module: nn.Module, params: dict[str, Any], prefix: str, widened: Sequence[str] = ()
-) -> None:
-    """Loads the file `ckpt_path`, or the part `prefix` of it if it holds a whole model."""
-    state = legacy.rename(checkpoint.read(config.find(params["ckpt_path"])).state)
-    if any(name.startswith(prefix) for name in state):
-        state = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
-    wanted, ignored = module.state_dict(), tuple(params.get("ignore_keys") or ())
-    state = {n: v for n, v in state.items() if not n.startswith(ignored)}
-    for name in legacy.rename(dict.fromkeys(widened, torch.empty(0))):
-        name = name.removeprefix(prefix)
-        if name in state and name in wanted and state[name].shape != wanted[name].shape:
-            wide = torch.zeros_like(wanted[name])
-            wide[:, : state[name].shape[1]] = state[name]
-            state[name] = wide
-    kept = {n: v for n, v in wanted.items() if n.startswith(ignored)}
-    module.load_state_dict(kept | state)
+        def heard(number: int, _: Any) -> None:
+            if numbers[signal.Signals(number)] in self.wishes:
+                signal.signal(number, kept[signal.Signals(number)])
+            self.wishes.add(numbers[signal.Signals(number)])
+
+        kept = {number: signal.signal(number, heard) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in kept.items():
+                signal.signal(number, handler)
 
 
 @contextmanager
-def _signals(run: Run) -> Iterator[None]:
-    """SIGTERM and SIGINT end the run after the step that is under way."""
-
-    def stop(*_: Any) -> None:
-        run.stopped = True
-
-    kept = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+def _keep_going(what: str) -> Iterator[None]:
+    """A disk that is full or gone is no reason to throw away the training; it is reported."""
     try:
         yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
+    except OSError as error:
+        log.error("could not %s: %s; training goes on", what, error)

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from ldm.loading import legacy
 
 __all__ = ["Muon", "learning_rate", "make"]
 
@@ -20,21 +23,72 @@ SMALLEST_SIDE = 16  # matrices narrower than this go by AdamW
 
 
 def make(module: nn.Module, lr: float, *, name: str = "adamw", **options: Any) -> Any:
-    """The optimizer of a module's trainable parameters: "adamw" or "muon".
+    """The optimizer of a module's trainable parameters.
 
-    Raises ValueError for another name.
+        name: "adamw"; "adamw8bit", its moments in 8 bits (arXiv:2110.02861), by bitsandbytes;
+            "adafactor", whose second moments are rows and columns (arXiv:1804.04235); "muon".
+        options: its own keywords.
+    Raises ValueError for another name or keyword, ImportError where a package is missing.
+
+    What it keeps of a parameter p is `optimizer.state[p]`: tensors and numbers by name.
     """
-    named = [(key, p) for key, p in module.named_parameters() if p.requires_grad]
-    if name == "adamw":
-        return torch.optim.AdamW([p for _, p in named], lr=lr, **options)
-    if name != "muon":
-        raise ValueError(f"unknown optimizer `{name}`, choose one of adamw, muon")
+    if name not in OPTIMIZERS:
+        raise legacy.unknown("optimizer", name, OPTIMIZERS, "lightning.optimizer")
+    made, known = OPTIMIZERS[name]
+    for key in options:
+        if key not in known:
+            raise legacy.unknown(f"key of {name}", key, known, "lightning.optimizer")
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    return made(module, lr, **options)
+
+
+def _adamw(module: nn.Module, lr: float, **options: Any) -> torch.optim.Optimizer:
+    """One kernel per parameter where there is one, else as torch chooses: the same numbers."""
+    trained = _trained(module)
+    is_simple = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in trained)
+    return torch.optim.AdamW(trained, lr=lr, fused=is_simple or None, **options)
+
+
+def _adamw8bit(module: nn.Module, lr: float, **options: Any) -> torch.optim.Optimizer:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        hint = "the optimizer `adamw8bit` needs `pip install 'ldm-revived[8bit]'`"
+        raise ImportError(hint) from error
+    made: torch.optim.Optimizer = AdamW8bit(_trained(module), lr=lr, **options)
+
+    def count(optimizer: Any) -> None:
+        """It counts steps in Python, files keep them as tensors."""
+        for state in optimizer.state.values():
+            state["step"] = int(state["step"])
+
+    made.register_load_state_dict_post_hook(count)
+    return made
+
+
+def _adafactor(module: nn.Module, lr: float, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adafactor(_trained(module), lr=lr, **options)
+
+
+def _muon(module: nn.Module, lr: float, **options: Any) -> "Muon":
     groups: dict[bool, list[Tensor]] = {True: [], False: []}
-    for key, p in named:
-        groups[_is_matrix(key, p)].append(p)
-    return Muon(
-        [{"params": ps, "matrix": matrix} for matrix, ps in groups.items()], lr=lr, **options
-    )
+    for key, p in module.named_parameters():
+        if p.requires_grad:
+            groups[_is_matrix(key, p)].append(p)
+    return Muon([{"params": ps, "matrix": matrix} for matrix, ps in groups.items()], lr, **options)
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+ADAM = ("betas", "eps", "weight_decay")
+OPTIMIZERS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "adamw": (_adamw, (*ADAM, "amsgrad")),
+    "adamw8bit": (_adamw8bit, ADAM),
+    "adafactor": (_adafactor, ("beta2_decay", "eps", "d", "weight_decay")),
+    "muon": (_muon, ("momentum", "betas", "weight_decay")),
+}
 
 
 class Muon(torch.optim.Optimizer):
@@ -65,7 +119,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            update = _muon if group["matrix"] else _adam
+            update = _orthogonal if group["matrix"] else _adam
             for p in group["params"]:
                 if p.grad is not None:
                     p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -116,23 +170,31 @@ def _is_matrix(name: str, p: Tensor) -> bool:
     return wide and "embedding" not in name
 
 
-def _muon(grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+def _orthogonal(grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    """The update of a matrix; a split one is put together, and what is made of it split again."""
     if not state:
         state["mean"] = torch.zeros_like(grad)
     state["mean"].lerp_(grad, 1 - group["momentum"])
-    update = grad.lerp(state["mean"], group["momentum"]).flatten(1)  # Nesterov's look ahead
-    scale = 0.2 * max(update.shape) ** 0.5
-    return (orthogonal(update) * scale).view_as(grad)
+    look_ahead = grad.lerp(state["mean"], group["momentum"])  # Nesterov's
+    matrix = look_ahead.full_tensor() if isinstance(look_ahead, DTensor) else look_ahead
+    matrix = matrix.flatten(1)
+    update = (orthogonal(matrix) * 0.2 * max(matrix.shape) ** 0.5).to(grad.dtype).view(grad.shape)
+    if not isinstance(grad, DTensor):
+        return update
+    mesh = grad.device_mesh
+    same = DTensor.from_local(update, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return same.redistribute(mesh, grad.placements)
 
 
 def _adam(grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     if not state:
-        state |= {"step": 0, "mean": torch.zeros_like(grad), "square": torch.zeros_like(grad)}
+        state |= {"step": torch.tensor(0.0), "mean": torch.zeros_like(grad)}
+        state["square"] = torch.zeros_like(grad)
     state["step"] += 1
     state["mean"].lerp_(grad, 1 - group["betas"][0])
     state["square"].lerp_(grad.square(), 1 - group["betas"][1])
     mean, square = (
-        state[key] / (1 - beta ** state["step"])
+        state[key] / (1 - beta ** float(state["step"]))
         for key, beta in zip(("mean", "square"), group["betas"], strict=True)
     )
     return mean / (square.sqrt() + 1e-8)

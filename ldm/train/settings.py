@@ -11,7 +11,7 @@ from ldm.loading import legacy
 from ldm.train import translation
 from ldm.train.schedules import Rate
 
-__all__ = ["DEFAULTS", "Settings", "read"]
+__all__ = ["DEFAULTS", "Settings", "read", "seconds"]
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "trainer": {
@@ -153,6 +153,16 @@ def read(raw: Mapping[str, Any]) -> Settings:
         merged["trainer"]["max_epochs"] = EPOCHS
         notes.append(f"lightning.trainer names no end: {EPOCHS} epochs, as in Lightning")
     return Settings(merged, notes)
+
+
+def seconds(text: str | int | float) -> float:
+    """ "DD:HH:MM:SS", or a part of it from the right, or a number of seconds -> seconds."""
+    if not isinstance(text, str):
+        return float(text)
+    total = 0.0
+    for part, unit in zip(reversed(text.split(":")), (1, 60, 3600, 86400), strict=False):
+        total += float(part) * unit
+    return total
 
 
 def _check_keys(given: Mapping[str, Mapping[str, Any]]) -> None:

@@ -1,62 +1,169 @@
-"""Everything that a run is, as one whole that can be saved and continued.
+"""Everything that a run is, as named tensors and a few numbers.
 
-    model, average (EMA), optimizer, generator of noise, step, records seen, seconds trained
+    weights and buffers, optimizer, average (EMA); step, place in the data, seconds trained
 
-A file is written beside its final name and renamed, so a crash never leaves half of one.
+Nothing random is in it: data order, noise and dropout are functions of the seed and of the number
+of the batch, so that a run goes on exactly, on any number of processes.
 """
 
-import os
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.train.ema import EMA
 
-__all__ = ["State"]
+__all__ = ["Player", "Scale", "State"]
+
+
+class Player:
+    """A module, its optimizer, and the loss that it is trained on.
+
+    loss: (batch, generator) -> {"loss", …}. The network that makes pictures is one player, a
+    discriminator would be another.
+    """
+
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[..., Any]
+    ) -> None:
+        self.module, self.optimizer, self.loss = module, optimizer, loss
+
+    def weights(self) -> dict[str, Tensor]:
+        """Trained parameters, and buffers; frozen parameters belong to nobody's state."""
+        frozen = {name for name, p in self.module.named_parameters() if not p.requires_grad}
+        state = self.module.state_dict()
+        return {name: value for name, value in state.items() if name not in frozen}
+
+    def moments(self) -> dict[str, Tensor]:
+        """What the optimizer keeps of each parameter, as "weight.name.key"."""
+        names = self._names()
+        kept: dict[str, Tensor] = {}
+        for p, values in self.optimizer.state.items():
+            for key, value in values.items():
+                kept[f"{names[id(p)]}.{key}"] = torch.as_tensor(value)
+        return kept
+
+    def empty_moments(
+        self, like: Mapping[str, tuple[torch.Size, torch.dtype]]
+    ) -> dict[str, Tensor]:
+        """Room for `moments` of these shapes; those of a parameter's shape are split as it is."""
+        parameters = dict(self.module.named_parameters())
+        room: dict[str, Tensor] = {}
+        for name, (shape, dtype) in like.items():
+            p = parameters[name.rpartition(".")[0]]
+            fits = shape == p.shape
+            room[name] = (
+                torch.zeros_like(p, dtype=dtype) if fits else torch.zeros(shape, dtype=dtype)
+            )
+        return room
+
+    def put_moments(self, moments: Mapping[str, Tensor]) -> None:
+        names = self._names()
+        state = self.optimizer.state_dict()
+        order = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for number, p in enumerate(order):
+            start = names[id(p)] + "."
+            found = {k.removeprefix(start): v for k, v in moments.items() if k.startswith(start)}
+            if found:
+                state["state"][number] = found
+        self.optimizer.load_state_dict(state)
+
+    def _names(self) -> dict[int, str]:
+        return {id(p): name for name, p in self.module.named_parameters()}
+
+
+class Scale:
+    """What a loss in half precision is multiplied with, so that small gradients do not vanish.
+
+    It halves when gradients overflow, and doubles after PATIENCE steps without
+    (arXiv:1710.03740).
+    """
+
+    PATIENCE = 2000
+
+    def __init__(self, is_half: bool) -> None:
+        self.is_half = is_half
+        self.value, self.steady = 65536.0 if is_half else 1.0, 0
+
+    @property
+    def is_adapting(self) -> bool:
+        """Whether an overflow may be cured by a smaller scale."""
+        return self.is_half and self.value >= 1
+
+    def update(self, are_finite: bool) -> None:
+        if not self.is_half:
+            return
+        self.steady = self.steady + 1 if are_finite else 0
+        if not are_finite:
+            self.value /= 2
+        elif self.steady % self.PATIENCE == 0:
+            self.value *= 2
 
 
 class State:
     """The resumable state of one training run.
 
-    trained: the module whose parameters are trained; frozen ones belong to nobody's state.
-    position: records consumed by this process, the place in the data's `Order`.
+    players: by name; the first is the one whose average is taken.
+    position: batches consumed by all processes together, the place in the data.
+    parts: batches in a step, over all processes.
+    is_half: losses are computed in float16, and need a `Scale`.
     seconds: time spent training, over all sessions.
+    skipped: steps whose gradients were not finite.
     """
 
+    NUMBERS = ("step", "position", "parts", "seconds", "skipped")
+
     def __init__(
-        self, trained: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, *, seed: int
+        self, players: dict[str, Player], ema: EMA, *, parts: int = 1, is_half: bool = False
     ) -> None:
-        self.trained, self.optimizer, self.ema = trained, optimizer, ema
-        self.generator = torch.Generator().manual_seed(seed)
-        self.step, self.position, self.seconds = 0, 0, 0.0
+        self.players, self.ema, self.parts, self.scale = players, ema, parts, Scale(is_half)
+        self.step, self.position, self.seconds, self.skipped = 0, 0, 0.0, 0
+        self.is_whole = True  # False while weights are being changed
 
-    def save(self, path: Path) -> None:
-        """Writes the whole state to `path`, or nothing."""
-        content = {
-            "trained": self.trained.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-            "step": self.step,
-            "position": self.position,
-            "seconds": self.seconds,
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        with part.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+    def numbers(self) -> dict[str, Any]:
+        own = {key: getattr(self, key) for key in self.NUMBERS}
+        scale = {"scale": self.scale.value, "steady": self.scale.steady}
+        return own | scale | {"averaged": self.ema.updates}
 
-    def load(self, path: Path) -> None:
-        """Continues from a file of `save`."""
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        self.trained.load_state_dict(content["trained"])
-        self.ema.load_state_dict(content["ema"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.generator.set_state(content["generator"])
-        for key in ("step", "position", "seconds"):
-            setattr(self, key, content[key])
+    def put_numbers(self, numbers: Mapping[str, Any]) -> None:
+        for key in self.NUMBERS:
+            setattr(self, key, numbers[key])
+        self.scale.value, self.scale.steady = numbers["scale"], numbers["steady"]
+        self.ema.updates = numbers["averaged"]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors, by "average.…", "PLAYER.weights.…" and "PLAYER.optimizer.…"."""
+        found = self._fixed()
+        for name, player in self.players.items():
+            found |= _prefixed(f"{name}.optimizer", player.moments())
+        return found
+
+    def room(self, saved: Mapping[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
+        """Tensors to read a saved state into: weights and average in place, moments new ones."""
+        found = self._fixed()
+        for name, player in self.players.items():
+            found |= _prefixed(
+                f"{name}.optimizer", player.empty_moments(_within(f"{name}.optimizer", saved))
+            )
+        return found
+
+    def put_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes over what was read into `room`."""
+        for name, player in self.players.items():
+            player.put_moments(_within(f"{name}.optimizer", tensors))
+
+    def _fixed(self) -> dict[str, Tensor]:
+        found = _prefixed("average", self.ema.shadow)
+        for name, player in self.players.items():
+            found |= _prefixed(f"{name}.weights", player.weights())
+        return found
+
+
+def _prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}.{name}": value for name, value in values.items()}
+
+
+def _within(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    start = prefix + "."
+    return {n.removeprefix(start): v for n, v in values.items() if n.startswith(start)}

@@ -1,0 +1,62 @@
+"""What a run consists of, made from its config: a task, and the players that are trained for it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ldm.model import LatentDiffusion
+from ldm.nets.autoencoder import AutoencoderKL
+from ldm.train import autoencoder, objective, optim, parallel
+from ldm.train.adaptation import Adaptation
+from ldm.train.ema import EMA
+from ldm.train.objective import Diffusion
+from ldm.train.parallel import Ranks
+from ldm.train.state import Player, State
+
+__all__ = ["state", "task"]
+
+Sections = Mapping[str, Mapping[str, Any]]
+
+
+def task(model: nn.Module, params: Mapping[str, Any], settings: Sections) -> Any:
+    """What `model` is trained for: to denoise, to learn something small, or to reconstruct.
+
+    params: of the model, as in its config. settings: of the run.
+    """
+    options, little = settings["objective"], (settings["lora"], settings["textual_inversion"])
+    if isinstance(model, LatentDiffusion):
+        whole = Diffusion(model, **objective.options(params, options))
+        return Adaptation(whole, *little) if any(little) else whole
+    if isinstance(model, AutoencoderKL):
+        return autoencoder.task(model, params, options)
+    raise ValueError(f"`{type(model).__name__}` cannot be trained, only whole models can")
+
+
+def state(task: Any, settings: Sections, ranks: Ranks, device: torch.device) -> State:
+    """Optimizers, average, and the processes' shares in them, at the beginning of a run."""
+    trainer, options = settings["trainer"], dict(settings["optimizer"])
+    for key in ("warm_up", "decay", "schedule"):  # these are the learning rate's
+        options.pop(key)
+    decay, module = options.pop("ema_decay"), task.trained
+    if trainer["strategy"] in ("fsdp", "hsdp") and ranks.world > 1:
+        if not isinstance(task, Diffusion):
+            raise ValueError(f"strategy `{trainer['strategy']}` is for whole models, use `ddp`")
+        parallel.split(module, ranks.world, trainer["strategy"], trainer["shard"], device.type)
+    players = {"model": _player(module, task.loss, ranks, options)}
+    if getattr(task, "rival", None) is not None:
+        players["rival"] = _player(task.rival, task.rival_loss, ranks, options)
+    average = EMA(module, decay, torch.device("cpu") if trainer["ema_device"] == "cpu" else None)
+    parts = ranks.world * trainer["accumulate_grad_batches"]
+    return State(players, average, parts=parts, is_half=trainer["precision"] == "16-mixed")
+
+
+def _player(module: nn.Module, loss: Any, ranks: Ranks, options: Mapping[str, Any]) -> Player:
+    if ranks.world > 1 and not parallel.is_split(module):
+        replica = parallel.Replica(module, loss)
+        loss = DistributedDataParallel(  # text towers have weights that no context needs
+            replica, gradient_as_bucket_view=True, find_unused_parameters=True
+        )
+    return Player(module, optim.make(module, 0.0, **options), loss)

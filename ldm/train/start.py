@@ -1,0 +1,56 @@
+"""What a run starts from: weights of a model, or of parts of it, that its config names."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm.loading import checkpoint, config, legacy
+from ldm.model import LatentDiffusion
+
+__all__ = ["from_checkpoints"]
+
+
+def from_checkpoints(model: nn.Module, params: Mapping[str, Any]) -> bool:
+    """Loads `ckpt_path` of the model and of its first stage, where the config names one.
+
+        params: of the model, as in the config.
+
+    The original's switches hold: `load_only_unet`; `ignore_keys`, starts of names that are not
+    taken from the file; `finetune_keys`, weights that may have fewer input channels there (if not
+    said, the UNet's first): the new ones start at zero.
+
+    Returns whether the model itself had weights to start from, so that this is a fine-tune.
+    """
+    first = (params.get("first_stage_config") or {}).get("params") or {}
+    if first.get("ckpt_path"):
+        _put(model.get_submodule("autoencoder"), first, "autoencoder.")
+    if params.get("ckpt_path"):
+        is_whole = isinstance(model, LatentDiffusion)
+        part = "unet." if params.get("load_only_unet") else "" if is_whole else "autoencoder."
+        widened = params.get("finetune_keys", [legacy.FIRST_WEIGHT]) or ()
+        _put(model.get_submodule("unet" if part == "unet." else ""), params, part, widened)
+        return True
+    if params.get("finetune_keys"):
+        raise ValueError("`finetune_keys` needs a `ckpt_path` to start from")
+    return False
+
+
+def _put(
+    module: nn.Module, params: Mapping[str, Any], prefix: str, widened: Sequence[str] = ()
+) -> None:
+    """Loads the file `ckpt_path`, or the part `prefix` of it if it holds a whole model."""
+    state = legacy.rename(checkpoint.read(config.find(params["ckpt_path"])).state)
+    if any(name.startswith(prefix) for name in state):
+        state = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+    wanted, ignored = module.state_dict(), tuple(params.get("ignore_keys") or ())
+    state = {n: v for n, v in state.items() if not n.startswith(ignored)}
+    for name in legacy.rename(dict.fromkeys(widened, torch.empty(0))):
+        name = name.removeprefix(prefix)
+        if name in state and name in wanted and state[name].shape != wanted[name].shape:
+            wide = torch.zeros_like(wanted[name])
+            wide[:, : state[name].shape[1]] = state[name]
+            state[name] = wide
+    kept = {n: v for n, v in wanted.items() if n.startswith(ignored)}
+    module.load_state_dict(kept | state)
