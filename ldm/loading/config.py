@@ -48,11 +48,17 @@ def find(path: str | Path) -> Path:
     raise FileNotFoundError(f"no file `{path}` (tried {tried})")
 
 
-def read(path: str | Path, overrides: Iterable[str] = (), *more: str | Path) -> dict[str, Any]:
+def read(
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    *more: str | Path,
+    sections: Sequence[str] = (),
+) -> dict[str, Any]:
     """The content of a YAML file as plain dicts, lists and values, references resolved.
 
         more: files that are laid over the first, later ones over earlier.
         overrides: `model.params.linear_end=0.02`, applied last, values parsed as YAML.
+        sections: may be overridden even if no file has them.
     Raises FileNotFoundError, or ValueError for what is not a config.
     """
     texts = []
@@ -64,11 +70,16 @@ def read(path: str | Path, overrides: Iterable[str] = (), *more: str | Path) -> 
             texts.append(place.read_text("utf-8"))
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}: not a text file ({error.reason})") from error
-    return parse(texts, overrides, where=" + ".join(map(str, (path, *more))))
+    where = " + ".join(map(str, (path, *more)))
+    return parse(texts, overrides, where=where, sections=sections)
 
 
 def parse(
-    text: str | Sequence[str], overrides: Iterable[str] = (), *, where: str = "config"
+    text: str | Sequence[str],
+    overrides: Iterable[str] = (),
+    *,
+    where: str = "config",
+    sections: Sequence[str] = (),
 ) -> dict[str, Any]:
     """As `read`, from the text of a YAML file, or of several."""
     overrides, texts = list(overrides), [text] if isinstance(text, str) else text
@@ -77,6 +88,8 @@ def parse(
         if not all(OmegaConf.is_dict(layer) for layer in layers):
             raise ValueError(f"{where}: not a config, a mapping with `model:` is expected")
         loaded = OmegaConf.merge(*layers)
+        for section in sections:
+            loaded.setdefault(section, {})
         raw: Any = OmegaConf.to_container(loaded, resolve=False)
         for override in overrides:
             section = re.split(r"[.=\[]", override)[0]

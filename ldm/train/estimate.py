@@ -1,0 +1,265 @@
+"""--dry-run: what a run would be, and the memory that each of its processes would need.
+
+Weights, optimizer and average are counted. Activations are found by running a training step of the
+network on fake tensors, which have shapes and lifetimes but no numbers: their largest sum is the
+answer, for any size of model, without its memory. Pictures are encoded before that, by themselves.
+"""
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ldm.loading import config, legacy, skeleton
+from ldm.model import LatentDiffusion
+from ldm.nets.autoencoder import AutoencoderKL
+from ldm.train.adaptation import Adaptation
+from ldm.train.objective import Diffusion
+from ldm.train.settings import Settings, read
+
+__all__ = ["Memory", "describe", "estimate"]
+
+TOKENS = 77
+SIDE = 512  # pixels, if the data does not say
+# Bytes that an optimizer keeps per trained number.
+OPTIMIZERS = {"adamw": 8.0, "adamw8bit": 2.0, "muon": 4.0, "adafactor": 0.1, "lion": 4.0}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process; `parameters`, `trained`: numbers in the model, and those trained.
+
+    step: what the optimizer needs for a moment, when the activations are gone.
+    """
+
+    parameters: int
+    trained: int
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    activations: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        """At the moment when most is needed."""
+        kept = self.weights + self.gradients + self.optimizer + self.average
+        return kept + max(self.activations, self.step)
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made inside and live; `peak` is the most so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor):
+                self._see(leaf.untyped_storage())
+        return made
+
+    def _see(self, storage: Any) -> None:
+        key = storage._cdata
+        if key not in self.sizes:
+            self.sizes[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+
+def describe(raw: Mapping[str, Any], *, processes: int = 1) -> Iterator[str]:
+    """Lines: the config with everything filled in, the memory, and what would lower it."""
+    settings = read(raw)
+    yield config.text({**raw, "lightning": dict(settings)})
+    yield from settings.notes
+    memory = estimate(raw, settings, processes)
+    frozen = memory.parameters - memory.trained
+    yield f"parameters  {memory.trained / 1e6:.2f} M trained, {max(0, frozen) / 1e6:.2f} M frozen"
+    batch = raw["data"]["params"]["batch_size"]
+    parts = settings["trainer"]["accumulate_grad_batches"]
+    yield f"batch       {batch} x {parts} accumulated x {processes} processes"
+    yield f"memory      about {_size(memory.total)} per process"
+    for name in ("weights", "gradients", "optimizer", "average", "activations"):
+        yield f"  {name:<11} {_size(getattr(memory, name))}"
+    for switch, other in _switches(raw, settings, processes):
+        saved = memory.total - other.total
+        if saved > 0.01 * memory.total:
+            yield f"saves {_size(saved):>9}  {switch}"
+
+
+def estimate(raw: Mapping[str, Any], settings: Settings, processes: int = 1) -> Memory:
+    """The memory of one process of a run."""
+    trainer, optimizer = settings["trainer"], settings["optimizer"]
+    task = _task(raw, settings)
+    trained = [p for p in task.trained.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in trained)
+    own = {id(p): p.numel() for part in (task.model, task.trained) for p in part.parameters()}
+    share = _share(trainer, processes)
+    bytes_ = OPTIMIZERS.get(optimizer["name"], 8.0)
+    if optimizer["name"] == "muon":  # what is no matrix has two moments
+        bytes_ += 4 * sum(p.numel() for p in trained if p.ndim < 2) / max(1, count)
+    averaged = bool(optimizer["ema_decay"]) and trainer["ema_device"] != "cpu"
+    whole = 4 * sum(own.values())
+    return Memory(
+        parameters=sum(own.values()),
+        trained=count,
+        weights=whole - 4 * count + int(4 * count * share),
+        gradients=int(4 * count * share),
+        optimizer=int(bytes_ * count * share),
+        average=int(4 * count * share) if averaged else 0,
+        activations=_activations(task, raw, trainer),
+        step=int(4 * count * share) if optimizer["name"].startswith("adamw") else 0,
+    )
+
+
+def _switches(
+    raw: Mapping[str, Any], settings: Settings, processes: int
+) -> Iterator[tuple[str, Memory]]:
+    """Settings that need less memory, and what would be needed then."""
+    trainer, batch = settings["trainer"], raw["data"]["params"]["batch_size"]
+    changes: list[tuple[str, dict[str, Any]]] = [
+        ("trainer.precision=bf16-mixed", {"trainer": {"precision": "bf16-mixed"}}),
+        ("trainer.checkpoint_gradients=true", {"trainer": {"checkpoint_gradients": True}}),
+        ("trainer.ema_device=cpu", {"trainer": {"ema_device": "cpu"}}),
+        ("optimizer.name=adamw8bit", {"optimizer": {"name": "adamw8bit"}}),
+    ]
+    if processes > 1 and trainer["strategy"] not in ("fsdp", "hsdp"):
+        changes.append(("trainer.strategy=fsdp", {"trainer": {"strategy": "fsdp"}}))
+    for name, change in changes:
+        sections = {key: {**values, **change.get(key, {})} for key, values in settings.items()}
+        yield f"lightning.{name}", estimate(raw, Settings(sections, []), processes)
+    if batch > 1:
+        data = copy.deepcopy(dict(raw["data"]))
+        data["params"]["batch_size"] = batch // 2
+        parts = 2 * trainer["accumulate_grad_batches"]
+        name = (
+            f"data.params.batch_size={batch // 2} lightning.trainer.accumulate_grad_batches={parts}"
+        )
+        sections = {**settings, "trainer": {**trainer, "accumulate_grad_batches": parts}}
+        yield name, estimate({**raw, "data": data}, Settings(sections, []), processes)
+
+
+def _task(raw: Mapping[str, Any], settings: Settings) -> Any:
+    """The task of a run with a model that has no memory; .model, .trained."""
+    spec = legacy.translate(raw["model"], where="model")
+    checkpointed = settings["trainer"]["checkpoint_gradients"]
+    if checkpointed is not None and "unet" in spec["params"]:
+        spec["params"]["unet"]["params"]["use_checkpoint"] = checkpointed
+    model = skeleton.on_meta(spec, where="model")
+    if isinstance(model, LatentDiffusion):
+        task = Diffusion(model)
+        little = (settings["lora"], settings["textual_inversion"])
+        with torch.device("meta"):
+            return Adaptation(task, *little) if any(little) else task
+    if isinstance(model, AutoencoderKL):
+        return _Plain(model)
+    raise ValueError(f"`{type(model).__name__}` cannot be trained, only whole models can")
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """An autoencoder as its own task."""
+
+    model: nn.Module
+
+    @property
+    def trained(self) -> nn.Module:
+        return self.model
+
+
+def _activations(task: Any, raw: Mapping[str, Any], trainer: Mapping[str, Any]) -> int:
+    """Bytes at the peak of a training step, beyond weights and their gradients."""
+    batch, side = raw["data"]["params"]["batch_size"], _side(raw["data"]["params"])
+    dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.bfloat16}  # as large as each other
+    dtype = dtypes.get(trainer["precision"])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in (task.model, task.trained):
+            _fake(module)
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            image = torch.zeros(batch, 3, side, side)
+            if isinstance(task.model, AutoencoderKL):
+                return _peak(lambda: task.model(image)[0], task.trained)
+            peaks = [_peak(lambda: _forward(task.model, batch, side), task.trained)]
+            if not raw["data"]["params"].get("latents"):
+                with torch.no_grad(), Live() as live:
+                    task.model.autoencoder.encode(image)
+                peaks.append(live.peak)
+            return max(peaks)
+
+
+def _forward(model: LatentDiffusion, batch: int, side: int) -> Tensor:
+    """One pass of the UNet over what its family reads."""
+    state = {f"unet.{name}": value for name, value in model.unet.state_dict().items()}
+    x = torch.zeros(
+        batch, state["unet.input_blocks.0.0.weight"].shape[1], *[side // model.downscale] * 2
+    )
+    key = next((name for name in state if name.endswith("attn2.to_k.weight")), None)
+    context = torch.zeros(batch, TOKENS, state[key].shape[1]) if key else None
+    y = None
+    if "unet.label_emb.0.0.weight" in state:
+        y = torch.zeros(batch, state["unet.label_emb.0.0.weight"].shape[1])
+    elif "unet.label_emb.weight" in state:
+        y = torch.zeros(batch, dtype=torch.long)
+    made: Tensor = model.unet(x, torch.zeros(batch, dtype=torch.long), context=context, y=y)
+    return made
+
+
+def _peak(forward: Callable[[], Tensor], trained: nn.Module) -> int:
+    """Of the bytes that live during a forward and backward pass, without the gradients."""
+    for p in trained.parameters():  # there, as for the second of several accumulated batches
+        p.grad = torch.empty_like(p) if p.requires_grad else None
+    with Live() as live:
+        made = forward()
+        if made.requires_grad:
+            made.float().square().mean().backward()
+    return live.peak
+
+
+def _fake(module: nn.Module) -> None:
+    """Replaces tensors on the meta device by fake ones of the CPU, where autocast works."""
+    for part in module.modules():
+        for name, p in part._parameters.items():
+            if p is not None and p.is_meta:
+                twin = nn.Parameter(torch.empty(p.shape), requires_grad=p.requires_grad)
+                part._parameters[name] = twin
+        for name, value in part._buffers.items():
+            if value is not None and value.is_meta:
+                part._buffers[name] = torch.empty(value.shape, dtype=value.dtype)
+
+
+def _share(trainer: Mapping[str, Any], processes: int) -> float:
+    """The part of what is trained that a process holds."""
+    split = {"fsdp": processes, "hsdp": trainer["shard"] or processes}
+    return 1 / split.get(trainer["strategy"], 1)
+
+
+def _side(params: Mapping[str, Any]) -> int:
+    """Pixels along a picture of the data."""
+    train = params.get("train") or {}
+    size = (train.get("transform") or {}).get("size", train.get("size", SIDE))
+    return int(max(size) if isinstance(size, list) else size)
+
+
+def _size(number: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.4g} {unit}"
+        number /= 1024
+    return f"{number:.4g} GiB"

@@ -1,0 +1,164 @@
+"""The folders of runs, laid out as the original does.
+
+logs/2026-11-21T15-00-00_NAME/
+    configs/2026-11-21T15-00-00-project.yaml   model and data
+    configs/2026-11-21T15-00-00-lightning.yaml everything else
+    checkpoints/ images/ log.csv tensorboard/
+logs/NAME -> the newest of them
+"""
+
+import logging
+import os
+import re
+from argparse import Namespace
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Old", "find", "new_folder", "note", "read"]
+
+log = logging.getLogger(__name__)
+
+STAMP = "%Y-%m-%dT%H-%M-%S"
+STAMPED = re.compile(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_")
+STATES = "checkpoints/state-*"
+LAUNCH = ".launch"  # holds the id of the torchrun that a run belongs to
+
+
+@dataclass(frozen=True)
+class Old:
+    """A run that exists, and the state in it to go on from; None if it died before the first."""
+
+    folder: Path
+    state: Path | None
+
+
+def name(args: Namespace) -> str:
+    """Of the run: as given, or that of the last config file."""
+    return (args.name or (Path(args.base[-1]).stem if args.base else "")) + args.postfix
+
+
+def find(args: Namespace) -> Old | None:
+    """The run to go on with, None if a new one shall begin.
+
+    After an elastic restart that is the run which the same torchrun began.
+    Raises ValueError or FileNotFoundError if a run is asked for and there is none.
+    """
+    logdir = _logdir(args)
+    if args.resume:
+        return _named(Path(args.resume).expanduser(), logdir)
+    if args.resume is None:
+        is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        for folder in _of_name(logdir, name(args)) if is_restart and args.train else []:
+            launch = folder / LAUNCH
+            if launch.is_file() and launch.read_text() == os.environ.get("TORCHELASTIC_RUN_ID"):
+                return Old(folder, newest_state(folder))
+        return None
+    if not name(args):
+        raise ValueError("--resume alone needs -n NAME or -b CONFIG to know which run is meant")
+    for folder in _of_name(logdir, name(args)):
+        if state := newest_state(folder):
+            return Old(folder, state)
+    raise ValueError(f"no run `{name(args)}` in `{logdir}` has a state to resume from")
+
+
+def newest_state(folder: Path) -> Path | None:
+    """The last state that a run has saved."""
+    states = sorted(path.parent for path in folder.glob(f"{STATES}/run.json"))
+    return states[-1] if states else None
+
+
+def read(args: Namespace, old: Old | None) -> dict[str, Any]:
+    """The config: of the old run if there is one, the given files over it, overrides over all."""
+    from ldm.loading import config
+
+    files = [*(_configs(old.folder) if old else []), *args.base]
+    if not files:
+        folder = old.folder if old else args.logdir
+        raise ValueError(f"`{folder}` has no configs/*-project.yaml, give the config with --base")
+    return config.read(files[0], args.overrides, *files[1:], sections=("data", "lightning"))
+
+
+def new_folder(args: Namespace) -> Path:
+    """A folder with the time in its name, made now, and NAME as a link to it."""
+    logdir, now = _logdir(args), datetime.now()
+    while True:
+        folder = logdir / f"{now.strftime(STAMP)}_{name(args)}"
+        try:
+            folder.mkdir(parents=True) if args.train else None
+        except FileExistsError:
+            now += timedelta(seconds=1)
+            continue
+        if args.train:
+            (folder / LAUNCH).write_text(os.environ.get("TORCHELASTIC_RUN_ID", ""))
+            _link(logdir / name(args), folder)
+        return folder
+
+
+def note(args: Namespace, folder: Path, raw: dict[str, Any]) -> None:
+    """Keeps the config in the run's folder, unless the one kept there last says the same."""
+    from ldm.loading import config
+
+    others = {key: value for key, value in raw.items() if key != "lightning"}
+    parts = {"project": others, "lightning": {"lightning": raw.get("lightning", {})}}
+    texts = {kind: config.text(part) for kind, part in parts.items()}
+    if [path.read_text("utf-8") for path in _configs(folder)] == list(texts.values()):
+        return
+    (folder / "configs").mkdir(parents=True, exist_ok=True)
+    now = datetime.now().strftime(STAMP)
+    for kind, text in texts.items():
+        (folder / "configs" / f"{now}-{kind}.yaml").write_text(text, "utf-8")
+
+
+def _logdir(args: Namespace) -> Path:
+    logdir: Path = args.logdir
+    return logdir / "debug_runs" if args.debug else logdir
+
+
+def _named(path: Path, logdir: Path) -> Old:
+    """A run by its folder, its name in the folder of runs, or something in its checkpoints/."""
+    path = next((place for place in (path, logdir / path) if place.exists()), path)
+    if not path.exists():
+        raise FileNotFoundError(f"no run and no state `{path}`")
+    parents = [path, *path.absolute().parents]
+    inside = next((p for p in parents if p.name == "checkpoints"), None)
+    folder = (inside.parent if inside else path).resolve()
+    state = newest_state(folder)
+    if inside and path != inside and not path.name.startswith("last"):
+        state = path.resolve()
+        if not (path / "run.json").is_file():
+            raise ValueError(
+                f"`{path}` is no state to resume from, those are {STATES}\nhint: to start anew "
+                f"with its weights, set model.params.ckpt_path={path}"
+            )
+    if state is None:
+        raise ValueError(f"`{folder}` has no {STATES} to resume from")
+    return Old(folder, state)
+
+
+def _of_name(logdir: Path, wanted: str) -> list[Path]:
+    """Folders of runs of a name, newest first."""
+    found = [p for p in logdir.glob(f"*_{wanted}") if p.is_dir() and not p.is_symlink()]
+    return sorted((p for p in found if STAMPED.sub("", p.name, count=1) == wanted), reverse=True)
+
+
+def _configs(folder: Path) -> list[Path]:
+    """The newest project and lightning files that a run keeps."""
+    kinds = ("project", "lightning")
+    found = [sorted((folder / "configs").glob(f"*-{kind}.yaml"))[-1:] for kind in kinds]
+    return [path for paths in found for path in paths]
+
+
+def _link(link: Path, folder: Path) -> None:
+    """A relative link, put in place at once; nothing else of that name is touched."""
+    if link.exists() and not link.is_symlink():
+        log.warning("`%s` is not a link, so it does not lead to the new run `%s`", link, folder)
+        return
+    beside = link.with_name(f".{link.name}.{os.getpid()}")
+    try:
+        beside.symlink_to(folder.name, target_is_directory=True)
+        beside.replace(link)
+    except OSError:  # a file system without links
+        beside.unlink(missing_ok=True)
+        log.info("the run is `%s`", folder)
