@@ -4,6 +4,7 @@
     python scripts/convert.py sd21 sd21.safetensors                      # and back, bit for bit
     python scripts/convert.py v1-5-pruned.ckpt v1-5.safetensors --ema --dtype float16
     python scripts/convert.py logs/my-run mine --variant fp16
+    python scripts/convert.py v1-5.safetensors new.safetensors --vae logs/autoencoder-decoder
 
 What diffusers has no place for is kept in the folder's `original.safetensors`. Nothing that exists
 is replaced without --force, and nothing is left half written.
@@ -17,8 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm import cli, flags
 
-DTYPES = ("float32", "float16", "bfloat16")
-
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
@@ -28,11 +27,12 @@ def main(argv: list[str] | None = None) -> int:
     add("source", help="a file, a diffusers folder, or the folder of a training run")
     add("target", help="*.safetensors or *.ckpt: a file in the original's layout; else a folder")
     add("--config", metavar="FILE", help="YAML of the source (recognised from the weights)")
-    add("--dtype", choices=DTYPES, help="of all weights (as they are)")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="of all weights (as they are)")
     add("--ema", action="store_true", help="averaged (EMA) weights in place of the raw ones")
     add("--prune", action="store_true", help="single files: leave the averaged weights out")
     add("--variant", metavar="NAME", help="in file names of diffusers folders: fp16")
     add("--clip-stats", metavar="FILE", help="statistics of CLIP's embeddings (unCLIP-L)")
+    add("--vae", metavar="FILE", help="take the autoencoder from there")
     add("--force", action="store_true", help="replace the target")
     add("--verbose", action="store_true", help="show where an error comes from")
     return cli.run(work, parser, argv)
@@ -47,7 +47,7 @@ def work(args: argparse.Namespace) -> None:
 
     if args.overrides:
         raise ValueError(f"`{args.overrides[0]}` is one word too many: a source and a target")
-    options = {key: getattr(args, key) for key in ("config", "ema", "prune", "variant")}
+    options = {key: getattr(args, key) for key in ("config", "ema", "prune", "variant", "vae")}
     dtype = getattr(torch, args.dtype) if args.dtype else None
     what = plan(args.source, args.target, dtype=dtype, clip_stats=args.clip_stats, **options)
     print("\n".join(what.notes), file=sys.stderr)

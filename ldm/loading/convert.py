@@ -9,7 +9,7 @@ under its name only when it is complete.
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ __all__ = ["SUFFIXES", "Conversion", "convert", "plan"]
 
 SUFFIXES = (".safetensors", ".ckpt")
 KL, STAGE = "encoder.conv_in.weight", "first_stage_config"
+PART = "autoencoder."
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def plan(
     prune: bool = False,
     variant: str | None = None,
     clip_stats: str | Path | None = None,
+    vae: str | Path | None = None,
 ) -> Conversion:
     """Reads names and configs, and settles what becomes of each tensor; writes nothing.
 
@@ -72,6 +74,7 @@ def plan(
             keep both otherwise, folders have no room for both.
         variant: in the names of weights in folders, such as `fp16` (which also means that dtype).
         clip_stats: statistics of CLIP's embeddings, for unCLIP models that do not bring theirs.
+        vae: what `source` may be, whose autoencoder takes the place of the source's.
     Raises FileNotFoundError, or ValueError for what does not fit or cannot be expressed.
     """
     if variant == "fp16" and dtype is None and not files.is_folder(source):
@@ -79,6 +82,9 @@ def plan(
     file = sources.read(source, ema, variant=variant)
     text = _config(file, config)
     notes = []
+    if vae is not None:
+        file = _with_autoencoder(file, sources.read(vae))
+        notes.append(f"the autoencoder is that of {vae}")
     metadata: dict[str, str | int] = {**file.metadata, **_provenance(file, text, ema)}
     target = Path(target).expanduser()
     is_file = target.suffix in SUFFIXES
@@ -171,6 +177,25 @@ def _config(file: Checkpoint, given: str | Path | None) -> str | None:
     if alone and STAGE in (model.get("params") or {}):
         return configs.text({"model": model["params"][STAGE]})
     return text
+
+
+def _with_autoencoder(file: Checkpoint, other: Checkpoint) -> Checkpoint:
+    """A whole model with another autoencoder, in the precision of its own."""
+    wanted = [name for name in legacy.rename(file.state) if name.startswith(PART)]
+    given = {PART + n.removeprefix(PART): v for n, v in legacy.rename(other.state).items()}
+    state = dict(file.state)
+    for name in wanted:
+        own = state[legacy.old_name(name)]
+        if name not in given or given[name].shape != own.shape:
+            what = "is missing" if name not in given else f"is {tuple(given[name].shape)}"
+            raise ValueError(
+                f"the autoencoder of `{other.path}` does not fit `{file.path}`: "
+                f"`{name.removeprefix(PART)}` {what}, {tuple(own.shape)} is needed"
+            )
+        state[legacy.old_name(name)] = given[name].to(own.dtype)
+    if not wanted:
+        raise ValueError(f"`{file.path}` has no autoencoder to put another in the place of")
+    return replace(file, state=state, mapped=False)
 
 
 def _provenance(file: Checkpoint, text: str | None, ema: bool) -> dict[str, str | int]:

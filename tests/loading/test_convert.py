@@ -143,6 +143,24 @@ def fails(capsys, *words):
     return error
 
 
+def test_another_autoencoder_takes_the_place_of_the_models_own(tiny, tmp_path, capsys):
+    """Such as one whose decoder was trained on: alone in its file, or within a whole model."""
+    path, state = tiny
+    start = "first_stage_model."
+    other = {k.removeprefix(start): v + 1 for k, v in state.items() if k.startswith(start)}
+    checkpoint.write(tmp_path / "vae.ckpt", {n: v.half() for n, v in other.items()})
+    assert main([str(path), str(tmp_path / "x.ckpt"), "--vae", str(tmp_path / "vae.ckpt")]) == 0
+    found = checkpoint.read(tmp_path / "x.ckpt").state
+    assert same(found, state | {start + n: v.half().float() for n, v in other.items()})
+    assert ldm.load(tmp_path / "x.ckpt").autoencoder is not None
+    again = tmp_path / "y.safetensors"
+    assert main([str(path), str(again), "--vae", str(tmp_path / "x.ckpt")]) == 0
+    assert same(checkpoint.read(again).state, found)
+    checkpoint.write(tmp_path / "no.ckpt", {"decoder.conv_in.bias": torch.ones(1)})
+    assert main([str(path), str(tmp_path / "z.ckpt"), "--vae", str(tmp_path / "no.ckpt")]) == 1
+    assert "does not fit" in capsys.readouterr().err
+
+
 def test_nothing_is_replaced_unasked(tiny, folder, tmp_path, capsys):
     (tmp_path / "x.safetensors").write_text("mine")
     (tmp_path / "mine").mkdir()
