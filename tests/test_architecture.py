@@ -34,6 +34,8 @@ FENCES = {
     "omegaconf": ["ldm.loading.config"],
     "safetensors": ["ldm.loading.checkpoint"],
     "webdataset": ["ldm.data.shards"],
+    "braceexpand": ["ldm.data.shards"],
+    "datasets": ["ldm.data.hub"],
     "ftfy": ["ldm.encoders.tokenizer"],
     "regex": ["ldm.encoders.tokenizer"],
     "resvg_py": ["ldm.data.emoji"],

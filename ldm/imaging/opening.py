@@ -147,7 +147,7 @@ def picture_in(data: bytes, name: str | Path, deep: bool = False) -> Image.Image
     return picture
 
 
-def size_in(path: str | Path) -> tuple[int, int]:
+def size_in(path: str | Path | BytesIO) -> tuple[int, int]:
     """(width, height) of the picture in a file as it will be seen, read from its header alone.
 
     Raises ValueError if it has none.

@@ -1,0 +1,215 @@
+"""Tar shards: the same batches on any number of ranks, exact to go on with."""
+
+import gc
+import io
+import json
+import tarfile
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from PIL import Image
+
+from ldm.data.download import Download
+from ldm.data.folder import Folder
+from ldm.data.shards import Shards, expand, pack, samples_of
+from ldm.data.transforms import Emoji, Photo
+
+EMOJI = Path(__file__).parent / "emoji"
+COUNTS = (5, 1, 7, 2, 4)  # samples in five shards
+
+
+def png(number: int, size: tuple[int, int] = (8, 8)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, (number, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path, numbers = tmp_path_factory.mktemp("shards"), iter(range(sum(COUNTS)))
+    for shard, count in enumerate(COUNTS):
+        members = {}
+        for number in islice(numbers, count):
+            size = (16, 4) if number % 3 == 0 else (8, 8)
+            members |= {f"{number:03}.png": png(number, size), f"{number:03}.txt": b"%d" % number}
+            members[f"{number:03}.json"] = json.dumps({"width": number}).encode()
+        write(path / f"{shard:03}.tar", members)
+    return path
+
+
+def source(folder: Path, **options: Any) -> Shards:
+    transform = options.pop("transform", Photo(size=8))
+    return Shards(
+        f"{folder}/{{000..004}}.tar", transform, 7, **{"lanes": 3, "shuffle": 4} | options
+    )
+
+
+def read(source: Shards, count: int, **options: int) -> list[dict[str, Any]]:
+    return list(islice(source.batches(2, **options), count))
+
+
+def same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
+    return all(
+        a["txt"] == b["txt"] and torch.equal(a["jpg"], b["jpg"])
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+@pytest.mark.parametrize("buckets", [None, {"step": 4}])
+def test_four_ranks_read_together_what_one_reads(folder: Path, buckets: Any) -> None:
+    make = partial(source, folder, transform=Photo(size=8, buckets=buckets))
+    alone = read(make(), 40)
+    for world in (2, 4):
+        parts = [read(make(), 40 // world, rank=r, world=world) for r in range(world)]
+        assert same([batch for turn in zip(*parts, strict=True) for batch in turn], alone)
+
+
+@pytest.mark.parametrize("buckets", [None, {"step": 4}])
+def test_a_run_goes_on_where_it_was_stopped(folder: Path, buckets: Any) -> None:
+    make = partial(source, folder, transform=Photo(size=8, buckets=buckets))
+    whole = read(make(), 40)
+    for start in (1, 8, 29):
+        assert same(read(make(), 40 - start, start=start), whole[start:])
+
+
+def test_workers_change_nothing(folder: Path) -> None:
+    options = {"start": 3, "rank": 1, "world": 2}
+    assert same(read(source(folder), 7, **options), read(source(folder), 7, **options, workers=2))
+
+
+def test_every_epoch_of_a_lane_holds_everything_once_in_another_order(folder: Path) -> None:
+    batches = read(source(folder, lanes=1), 20)  # 19 samples: 10 batches, the last one smaller
+    epochs = [[text for b in part for text in b["txt"]] for part in (batches[:10], batches[10:])]
+    assert all(Counter(epoch) == Counter(map(str, range(19))) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_batches_have_one_size_if_there_are_buckets(folder: Path) -> None:
+    batches = read(source(folder, transform=Photo(size=8, buckets={"step": 4})), 30)
+    shapes = {text: batch["jpg"].shape[2:] for batch in batches for text in batch["txt"]}
+    assert shapes["3"] == (4, 16)
+    assert shapes["4"] == (8, 8)
+
+
+def test_samples_outside_the_limits_are_left_out(folder: Path) -> None:
+    batches = read(source(folder, least={"width": 5}, most={"width": 15}), 20)
+    assert {text for batch in batches for text in batch["txt"]} == set(map(str, range(5, 16)))
+
+
+def test_damaged_samples_and_shards_are_named_and_replaced(folder: Path, tmp_path: Path) -> None:
+    good, cut = (folder / "002.tar").read_bytes(), tmp_path / "b.tar"
+    cut.write_bytes(good[: len(good) // 2 - 300])
+    write(tmp_path / "a.tar", {"1.png": png(1)[:30], "1.txt": b"x", "2.jpg": png(2), "3.txt": b"x"})
+    batches = read(Shards([str(tmp_path / "*.tar")], Photo(size=8), lanes=2), 16)
+    assert all(batch["jpg"].isfinite().all() for batch in batches)
+    broken = {name for batch in batches for name in batch.get("broken", [])}
+    assert broken == {"a.tar/1", "a.tar/3", "b.tar"}
+    (tmp_path / "a.tar").write_bytes(b"<html>")
+    with pytest.raises(ValueError, match="no sample of 1 can be read: a.tar"):
+        read(Shards(str(tmp_path / "a.tar"), Photo(size=8)), 1)
+
+
+def test_fixed_samples_come_from_the_first_shards(folder: Path) -> None:
+    assert [sample["txt"] for sample in source(folder).first(7)] == list("0123456")
+    assert len(source(folder).first(30)) == 30
+
+
+def test_commands_are_not_run_unless_that_is_allowed(folder: Path) -> None:
+    command = f"pipe:cat {folder}/{{000..001}}.tar"
+    with pytest.raises(ValueError, match="is a command, which a config may not run"):
+        Shards(command, Photo(size=8))
+    allowed = Shards(command, Photo(size=8), commands=True)
+    assert {text for b in read(allowed, 6) for text in b["txt"]} == set("012345")
+    with pytest.raises(OSError, match="failed with code 3"):
+        list(samples_of(f"pipe:cat {folder}/000.tar; exit 3"))
+
+
+@pytest.mark.parametrize(
+    ("shards", "message"),
+    [
+        ("s3://bucket/{000..004}.tar", "cannot be read, only files and http"),
+        ("/nowhere/{000..004}.tar", "no shard `/nowhere/000.tar`"),
+        ("/nowhere/*.tar", r"no shard `/nowhere/\*.tar`"),
+        ("{0..99}.tar", "more than 9 shards"),
+        ("{0", "Unbalanced braces"),
+        ([], "names no files"),
+    ],
+)
+def test_shards_that_cannot_be_read_are_named(
+    shards: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ldm.data.shards.MOST", 9)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        expand(shards)
+
+
+class Flaky(SimpleHTTPRequestHandler):
+    """Breaks off the first answer for every file in its middle."""
+
+    served: ClassVar[dict[str, int]] = {}
+
+    def do_GET(self) -> None:
+        path = Path(self.translate_path(self.path))
+        if not path.exists():
+            return self.send_error(404)
+        data, begins = path.read_bytes(), int(self.headers["Range"][6:-1])
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(data) - begins))
+        self.end_headers()
+        self.served[self.path] = self.served.get(self.path, 0) + 1
+        self.wfile.write(data[begins : len(data) // 2 if not begins else None])
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Flaky, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_shards_come_over_the_web_though_connections_break(folder: Path, server: str) -> None:
+    with Download(f"{server}/002.tar", pause=0) as file:
+        assert file.readall() == (folder / "002.tar").read_bytes()
+    assert Flaky.served["/002.tar"] == 2
+    with pytest.raises(FileNotFoundError, match="404"):
+        Download(f"{server}/nothing.tar").read(1)
+
+
+def test_what_we_pack_we_and_webdataset_can_read(tmp_path: Path) -> None:
+    import webdataset
+
+    folder = Folder(root=EMOJI, transform=Emoji(size=16), split="train")
+    paths = list(pack(folder, str(tmp_path / "emoji-%03d.tar"), count=10))
+    assert [path.name for path in paths] == [f"emoji-00{k}.tar" for k in range(3)]
+    ours = [raw["png"] for path in paths for raw in samples_of(str(path))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # it leaves files open
+        reader = webdataset.WebDataset(list(map(str, paths)), shardshuffle=False)
+        theirs = [raw["png"] for raw in reader]
+        gc.collect()
+    assert ours == theirs == [folder.content(k) for k in range(23)]
+    batch = read(Shards(str(tmp_path / "*.tar"), Emoji(size=16)), 1)[0]
+    assert batch["jpg"].shape == (2, 3, 16, 16)
+    with pytest.raises(ValueError, match="no place for a number"):
+        list(pack(folder, str(tmp_path / "emoji.tar")))
