@@ -166,7 +166,7 @@ def learning_rate(
 
 
 def _is_matrix(name: str, p: Tensor) -> bool:
-    wide = p.ndim >= 2 and min(p.shape[0], p[0].numel()) >= SMALLEST_SIDE
+    wide = p.ndim >= 2 and min(p.shape[0], math.prod(p.shape[1:])) >= SMALLEST_SIDE
     return wide and "embedding" not in name
 
 
@@ -178,7 +178,8 @@ def _orthogonal(grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> T
     look_ahead = grad.lerp(state["mean"], group["momentum"])  # Nesterov's
     matrix = look_ahead.full_tensor() if isinstance(look_ahead, DTensor) else look_ahead
     matrix = matrix.flatten(1)
-    update = (orthogonal(matrix) * 0.2 * max(matrix.shape) ** 0.5).to(grad.dtype).view(grad.shape)
+    scale = 0.2 * max(matrix.shape) ** 0.5
+    update = (orthogonal(matrix) * scale).view(grad.shape)
     if not isinstance(grad, DTensor):
         return update
     mesh = grad.device_mesh

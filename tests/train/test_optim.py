@@ -1,10 +1,24 @@
 """Optimizers and learning rates."""
 
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from ldm.train import optim
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ImportError, match=r"`adamw8bit` needs `pip install 'ldm-revived\[8bit\]'`"):
+        optim.make(nn.Linear(2, 2), 1.0, name="adamw8bit")
 
 
 @pytest.mark.parametrize("shape", [(24, 100), (100, 24), (32, 32)])
@@ -18,9 +32,22 @@ def test_orthogonal_pulls_singular_values_to_about_one(shape: tuple[int, int]) -
     assert torch.cosine_similarity(made.flatten(), (u @ v).flatten(), dim=0) > 0.95
 
 
-@pytest.mark.parametrize(("name", "lr"), [("adamw", 0.05), ("muon", 0.2)])
-def test_an_optimizer_fits_a_line(name: str, lr: float) -> None:
+RATES = {"adamw": 0.05, "adamw8bit": 0.05, "adafactor": 0.5, "muon": 0.2}
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_an_optimizer_fits_a_line(name: str) -> None:
+    needs(name)
     torch.manual_seed(0)
+    lr = RATES[name]
     module, x = nn.Linear(20, 20), torch.randn(64, 20)
     target = x @ torch.randn(20, 20)
     optimizer = optim.make(module, lr, name=name)
@@ -34,6 +61,63 @@ def test_an_optimizer_fits_a_line(name: str, lr: float) -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.05 * losses[0]
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_what_an_optimizer_remembers_can_be_written_and_read(name: str) -> None:
+    """Three steps equal two, a state of tensors by name, and a third."""
+    needs(name)
+    whole, parts = layer(), layer()
+    first = optim.make(whole, 1e-2, name=name)
+    for seed in range(3):
+        step(whole, first, seed)
+    second = optim.make(parts, 1e-2, name=name)
+    for seed in range(2):
+        step(parts, second, seed)
+    kept = {
+        p: {key: torch.as_tensor(value).clone() for key, value in second.state[p].items()}
+        for p in parts.parameters()
+    }
+    third = optim.make(parts, 1e-2, name=name)
+    state = third.state_dict()
+    state["state"] = {number: kept[p] for number, p in enumerate(ordered(third))}
+    third.load_state_dict(state)
+    step(parts, third, 2)
+    for ours, theirs in zip(parts.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_muon_does_the_same_with_split_weights(group: None) -> None:
+    alone, split = layer(), layer()
+    fully_shard(split, mesh=init_device_mesh("cpu", (1,)))
+    for module in (alone, split):
+        optimizer = optim.make(module, 1e-2, name="muon")
+        for seed in range(2):
+            step(module, optimizer, seed)
+    assert isinstance(split.weight, DTensor)
+    for ours, theirs in zip(split.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(ours.full_tensor(), theirs)
+
+
+def needs(name: str) -> None:
+    if name == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+
+
+def layer() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(80, 64)  # more than 4096 numbers, fewer stay in 32 bits
+
+
+def step(module: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    x = torch.randn(8, 80, generator=torch.Generator().manual_seed(seed))
+    optimizer.zero_grad()
+    module(x).square().mean().backward()
+    optimizer.step()
+
+
+def ordered(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def test_vectors_embeddings_and_narrow_matrices_are_left_to_adam() -> None:
@@ -55,7 +139,9 @@ def test_the_rate_warms_up_and_decays_to_nothing() -> None:
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown optimizer `best`"):
-        optim.make(nn.Linear(2, 2), 1.0, name="best")
+    with pytest.raises(ValueError, match="unknown optimizer `adanw`, did you mean `adamw`"):
+        optim.make(nn.Linear(2, 2), 1.0, name="adanw")
+    with pytest.raises(ValueError, match="unknown key of muon `momentun`, did you mean `momentum`"):
+        optim.make(nn.Linear(2, 2), 1.0, name="muon", momentun=0.9)
     with pytest.raises(ValueError, match="unknown decay `best`"):
         optim.learning_rate(1.0, 0, 0.0, decay="best")
