@@ -43,9 +43,11 @@ def read(paths: str | Path | Sequence[str | Path]) -> LPIPS:
 
 def load(losses: Mapping[str, Tensor]) -> LPIPS | None:
     """LPIPS from weights of losses (see `legacy.losses`); None if they are not all there."""
+    found = {_name(n.removeprefix(PREFIX)): v for n, v in losses.items() if n.startswith(PREFIX)}
+    if not found:
+        return None
     net = LPIPS()
     wanted = net.state_dict()
-    found = {_name(n.removeprefix(PREFIX)): v for n, v in losses.items() if n.startswith(PREFIX)}
     constants = {name: value for name, value in wanted.items() if "scaling_layer" in name}
     found = constants | {name: value for name, value in found.items() if name in wanted}
     shapes = {name: value.shape for name, value in found.items()}

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from goldfile import Gold, gold
-from ldm.loading import checkpoint, legacy
+from ldm.loading import checkpoint, config, legacy
+from ldm.loading.load import on_meta
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.perceptual import LPIPS
 from ldm.train.autoencoder import Adversarial, LossConfig, Reconstruction, task
@@ -198,3 +199,29 @@ def test_a_training_checkpoint_of_the_original_starts_everything(tmp_path, recor
         assert all(v.equal(two.state_dict()[k]) for k, v in one.state_dict().items())
     assert float(second.logvar) == pytest.approx(0.4)
     assert set(legacy.rename(checkpoint.read(path).state)) == set(tiny().state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),  # of the originals' manifests, without their losses
+    [
+        ("64x64x3", 55312063), ("32x32x4", 83653863), ("16x16x16", 69610963), ("8x8x64", 103880131)
+    ],
+)  # fmt: skip
+def test_configs_of_the_original_build_its_models_and_losses(name: str, parameters: int) -> None:
+    raw = config.read(f"configs/autoencoder/autoencoder_kl_{name}.yaml")
+    model = on_meta(legacy.translate(raw), where=name)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    losses = config.instantiate(raw["model"]["params"]["lossconfig"])
+    assert losses == LossConfig(disc_start=50001, kl_weight=1e-6, disc_weight=0.5)
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "autoencoder-decoder"])
+def test_recipes_build(name: str) -> None:
+    raw = config.read(f"configs/train/{name}.yaml")
+    params = raw["model"]["params"]
+    params["lossconfig"]["params"]["perceptual_weight"] = 0.0
+    params["ddconfig"]["ch"] = 32
+    model = config.instantiate(raw["model"])
+    trainer = task(model, params | {"ckpt_path": None}, raw["lightning"]["objective"])
+    assert isinstance(trainer, Adversarial)
+    assert tuple(raw["lightning"]["optimizer"]["betas"]) == trainer.betas
