@@ -12,7 +12,9 @@ data:
 train, validation = open_sources(model, raw["data"], seed)
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,10 @@ from torch import nn
 
 from ldm.data import transforms
 from ldm.data.folder import Folder, WithPrior, read_metadata
+from ldm.data.hub import Hub
+from ldm.data.shards import Shards
 from ldm.data.source import Records, Source
-from ldm.loading import legacy
+from ldm.loading import datamodules, legacy
 from ldm.model import LatentDiffusion
 from ldm.train.latents import cached_latents
 from ldm.train.objective import vocabulary
@@ -30,73 +34,101 @@ from ldm.train.prior import make_pictures
 
 __all__ = ["open_sources"]
 
-KEYS = ("batch_size", "num_workers", "train", "validation", "latents", "prior")
+log = logging.getLogger(__name__)
+
 TRANSFORMS = {"emoji": transforms.Emoji, "photo": transforms.Photo}
 
 
 def open_sources(
-    model: nn.Module, data: Mapping[str, Any], seed: int
+    model: nn.Module, data: Mapping[str, Any], seed: int, *, commands: bool = False
 ) -> tuple[Source, Source | None]:
     """What is trained on, and what is held out, if anything is.
 
         model: what is trained; it makes cached latents and pictures of a class, and a vocabulary
             that has no words yet gets those of the data.
-        data: the section as read, {"params": …}.
+        data: the section as read, {"params": …}, also in the original's words.
         seed: of the order and of all chance in the samples.
+        commands: whether shards may come from `pipe:COMMAND`; never what a config says.
     Raises ValueError for what is unknown or missing.
     """
-    params = data.get("params") or {}
-    for key in params:
-        if key not in KEYS:
-            raise legacy.unknown("key", key, KEYS, "data.params")
-    for key in ("batch_size", "train"):
-        if key not in params:
-            raise ValueError(f"data.params needs `{key}`")
-    train = _folder(params["train"], seed, "data.params.train")
+    params, notes = datamodules.translate(data)
+    for note in notes:
+        log.info("%s", note)
+    train = _opened(params["train"], seed, "data.params.train", commands)
     _learn_words(model, train)
     held_out = None
     if params.get("validation"):
-        held_out = Records(_folder(params["validation"], seed, "data.params.validation"), seed)
-    return Records(_with_extras(model, train, params), seed, shown=train), held_out
+        held_out = _opened(params["validation"], seed, "data.params.validation", commands)
+    return _with_extras(model, train, params), held_out
 
 
-def _with_extras(model: nn.Module, train: Folder, params: Mapping[str, Any]) -> Any:
-    """The folder, or its latents, with pictures of the class beside them if the config says so."""
-    dataset: Any = train
-    if not isinstance(model, LatentDiffusion):
-        return dataset
+def _with_extras(model: nn.Module, train: Records | Shards, params: Mapping[str, Any]) -> Source:
+    """The pictures, or their latents, with those of a class beside them if the config says so."""
+    wanted = [key for key in ("latents", "prior") if params.get(key)]
+    if not isinstance(model, LatentDiffusion) or not wanted:
+        return train
+    if isinstance(train, Shards):
+        raise ValueError(f"data.params: `{wanted[0]}` needs a folder or a hub, not `shards`")
+    dataset: Any = train.dataset
     if params.get("latents"):
         options = dict(params["latents"])
-        dataset = cached_latents(model, train, Path(options.pop("cache")), **options)
+        dataset = cached_latents(model, dataset, Path(options.pop("cache")), **options)
     if params.get("prior"):
-        return WithPrior(dataset, _prior(model, dict(params["prior"]), train.seed))
+        dataset = WithPrior(dataset, _prior(model, dict(params["prior"]), train.seed))
+    return Records(dataset, train.seed, shown=train.dataset)
+
+
+def _opened(
+    spec: Mapping[str, Any], seed: int, where: str, commands: bool = False
+) -> Records | Shards:
+    if "shards" not in spec:
+        return Records(_dataset(spec, seed, where), seed)
+    with _named(where):
+        options = {**spec, "transform": _transform(spec, where)}
+        return Shards(**options, seed=seed, commands=commands)
+
+
+def _dataset(spec: Mapping[str, Any], seed: int, where: str) -> Folder | Hub:
+    kind: Any = Folder if "root" in spec else Hub
+    with _named(where):
+        dataset: Folder | Hub = kind(**{**spec, "transform": _transform(spec, where)}, seed=seed)
     return dataset
 
 
-def _folder(spec: Mapping[str, Any], seed: int, where: str) -> Folder:
-    spec = dict(spec)
-    if "transform" not in spec:
-        raise ValueError(f"{where} needs `transform`, {{name: {' | '.join(TRANSFORMS)}, …}}")
-    options = dict(spec.pop("transform"))
+def _transform(spec: Mapping[str, Any], where: str) -> Any:
+    options = dict(spec["transform"])
     name = options.pop("name", None)
     if name not in TRANSFORMS:
         raise legacy.unknown("transform", name, TRANSFORMS, where)
-    return Folder(**spec, transform=TRANSFORMS[name](**options), seed=seed)
+    return TRANSFORMS[name](**options)
 
 
-def _prior(model: LatentDiffusion, spec: dict[str, Any], seed: int) -> Folder:
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Options that nothing has are the config's mistake, so it is said where they are."""
+    try:
+        yield
+    except TypeError as error:
+        raise ValueError(f"{where}: {str(error).replace('.__init__()', '')}") from error
+
+
+def _prior(model: LatentDiffusion, spec: dict[str, Any], seed: int) -> Folder | Hub:
     """The pictures of a class; those that lack are made by the model as it is now."""
     for key in ("root", "prompt", "count", "transform"):
         if key not in spec:
             raise ValueError(f"data.params.prior needs `{key}`")
     prompt = spec.pop("prompt")
     make_pictures(model, Path(spec["root"]), prompt, spec.pop("count"))
-    return _folder({**spec, "fields": {"text": prompt}}, seed, "data.params.prior")
+    return _dataset({**spec, "fields": {"text": prompt}}, seed, "data.params.prior")
 
 
-def _learn_words(model: nn.Module, train: Folder) -> None:
+def _learn_words(model: nn.Module, train: Records | Shards) -> None:
     """Gives a compact vocabulary that is still empty the words of all captions."""
     text = getattr(getattr(model, "conditioner", None), "text", None)
     ids = getattr(text, "token_ids", None)
     if text is not None and ids is not None and ids.equal(torch.arange(len(ids))):
-        ids.copy_(vocabulary(transforms.all_words(read_metadata(train.root)), text))
+        if isinstance(train, Shards):
+            raise ValueError("`compact_vocab` needs all captions before training: a folder, a hub")
+        data = train.dataset
+        rows = read_metadata(data.root) if isinstance(data, Folder) else data.rows
+        ids.copy_(vocabulary(transforms.all_words(rows), text))

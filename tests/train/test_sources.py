@@ -7,10 +7,16 @@ import pytest
 import torch
 from torch import nn
 
+from ldm.data.folder import Folder
+from ldm.data.shards import pack
+from ldm.data.transforms import Emoji
+from ldm.loading import config
 from ldm.train.sources import open_sources
 
-EMOJI = Path(__file__).parents[1] / "data/emoji"
+ROOT = Path(__file__).parents[2]
+EMOJI = ROOT / "tests/data/emoji"
 TRAIN = {"root": EMOJI, "split": "train", "transform": {"name": "emoji", "size": 16}}
+SHARDS = {"shards": "x-*.tar", "transform": {"name": "emoji", "size": 16}}
 
 
 def section(**params: Any) -> dict[str, Any]:
@@ -32,9 +38,35 @@ def test_a_folder_is_trained_on_and_another_split_is_held_out() -> None:
     [
         ({"trian": TRAIN}, "did you mean `train`"),
         ({"train": {"root": EMOJI}}, "data.params.train needs `transform`"),
+        ({"train": {"path": EMOJI}}, "needs one of `root` "),
+        ({"train": {**TRAIN, "splits": "train"}}, "data.params.train: .*argument 'splits'"),
+        (
+            {"train": {**SHARDS, "commands": True}},
+            "multiple values for keyword argument 'commands'",
+        ),
+        ({"train": {**SHARDS, "shards": "pipe:true"}}, "a config may not run"),
         ({"train": {**TRAIN, "transform": {"name": "emojis"}}}, "did you mean `emoji`"),
     ],
 )
 def test_what_is_wrong_is_named(params: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         open_sources(nn.Identity(), section(**params), 23)
+
+
+def test_shards_are_opened_by_their_pattern(tmp_path: Path) -> None:
+    folder = Folder(root=EMOJI, transform=Emoji(), split="train")
+    list(pack(folder, str(tmp_path / "%06d.tar"), count=8))
+    train, _ = open_sources(
+        nn.Identity(), section(train={**SHARDS, "shards": f"{tmp_path}/{{000000..000002}}.tar"}), 23
+    )
+    assert next(train.batches(4))["jpg"].shape == (4, 3, 16, 16)
+
+
+def test_no_latents_are_made_of_shards() -> None:
+    run = config.read(ROOT / "configs/train/tiny.yaml")
+    model = config.instantiate(run["model"], where="model")
+    model.conditioner.text.token_ids += 1
+    latents = {"cache": "x", "variants": 2}
+    shards = {**SHARDS, "shards": f"pipe:cat {EMOJI}"}
+    with pytest.raises(ValueError, match="`latents` needs a folder or a hub"):
+        open_sources(model, section(train=shards, latents=latents), 23, commands=True)
