@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from ldm.loading import legacy
+from ldm.train.adamw import AdamW
 
 __all__ = ["Muon", "learning_rate", "make"]
 
@@ -43,10 +44,10 @@ def make(module: nn.Module, lr: float, *, name: str = "adamw", **options: Any) -
 
 
 def _adamw(module: nn.Module, lr: float, **options: Any) -> torch.optim.Optimizer:
-    """One kernel per parameter where there is one, else as torch chooses: the same numbers."""
     trained = _trained(module)
-    is_simple = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in trained)
-    return torch.optim.AdamW(trained, lr=lr, fused=is_simple or None, **options)
+    if all(p.device.type == "cpu" for p in trained):
+        return AdamW(trained, lr, **options)
+    return torch.optim.AdamW(trained, lr=lr, fused=trained[0].is_cuda, **options)
 
 
 def _adamw8bit(module: nn.Module, lr: float, **options: Any) -> torch.optim.Optimizer:
@@ -84,7 +85,7 @@ def _trained(module: nn.Module) -> list[nn.Parameter]:
 
 ADAM = ("betas", "eps", "weight_decay")
 OPTIMIZERS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
-    "adamw": (_adamw, (*ADAM, "amsgrad")),
+    "adamw": (_adamw, ADAM),
     "adamw8bit": (_adamw8bit, ADAM),
     "adafactor": (_adafactor, ("beta2_decay", "eps", "d", "weight_decay")),
     "muon": (_muon, ("momentum", "betas", "weight_decay")),

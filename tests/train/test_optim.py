@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from ldm.train import optim
+from ldm.train.adamw import AdamW
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,6 +87,42 @@ def test_what_an_optimizer_remembers_can_be_written_and_read(name: str) -> None:
     step(parts, third, 2)
     for ours, theirs in zip(parts.parameters(), whole.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("numbers", [3, 40, 1001, 4096])
+def test_a_weight_becomes_the_same_however_its_tensor_is_split(numbers: int) -> None:
+    """And torch's own up to rounding: its loop rounds after every operation, the kernel once."""
+    start = torch.randn(numbers, generator=torch.Generator().manual_seed(0))
+    whole = adamw_steps(start.split(numbers), AdamW)
+    parts = adamw_steps(start.split([numbers // 3, numbers - numbers // 3]), AdamW)
+    assert torch.equal(whole, parts)
+    plain = adamw_steps(start.split(numbers), torch.optim.AdamW)
+    torch.testing.assert_close(whole, plain, rtol=1e-6, atol=1e-6)
+
+
+def adamw_steps(parts: tuple[Tensor, ...], kind: Any) -> Tensor:
+    weights = [nn.Parameter(part.clone()) for part in parts]
+    optimizer = kind(weights, lr=1e-2)
+    for seed in range(3):
+        numbers = sum(len(p) for p in weights)
+        grad = torch.randn(numbers, generator=torch.Generator().manual_seed(seed))
+        for p, g in zip(weights, grad.split([len(p) for p in weights]), strict=True):
+            p.grad = g.clone()
+        optimizer.step()
+    return torch.cat([p.detach() for p in weights])
+
+
+def test_adamw_keeps_weights_that_are_channels_last_in_their_order() -> None:
+    made = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(4, 3, 3, 3).to(memory_format=layout))
+        optimizer = AdamW([weight], 1e-2)
+        for _ in range(2):
+            weight.grad = torch.randn(4, 3, 3, 3)
+            optimizer.step()
+        made.append(weight.detach())
+    torch.testing.assert_close(made[0], made[1], rtol=0, atol=1e-7)
 
 
 def test_muon_does_the_same_with_split_weights(group: None) -> None:
