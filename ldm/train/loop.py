@@ -14,7 +14,7 @@ import contextlib
 import logging
 import math
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,25 @@ from torch.nn.parallel import DistributedDataParallel
 from ldm.cli import pick_device
 from ldm.data.source import Broken
 from ldm.loading import config
+from ldm.model import LatentDiffusion
 from ldm.nets import attention
-from ldm.train import build, callbacks, objective, parallel, settings, start
-from ldm.train.adaptation import Adaptation
+from ldm.train import (
+    build,
+    callbacks,
+    exports,
+    logs,
+    objective,
+    parallel,
+    pictures,
+    sanity,
+    settings,
+    start,
+    validation,
+)
 from ldm.train.resume import States
 from ldm.train.sources import open_sources
 from ldm.train.state import Player
+from ldm.train.timesteps import TimestepLog
 
 __all__ = ["Run"]
 
@@ -56,7 +69,7 @@ class Run:
         device: torch.device | None = None,
     ) -> None:
         self.settings = settings.read(raw)
-        self.folder, self.text = folder, text
+        self.raw, self.folder, self.text = raw, folder, text
         trainer, data = self.settings["trainer"], raw["data"]["params"]
         self.seed = trainer["seed"]
         self.device = device or pick_device(None)
@@ -79,6 +92,8 @@ class Run:
         )
         self.state = build.state(self.task, self.settings, self.ranks, self.device)
         self.states = States(folder / "checkpoints", self.ranks, keep=trainer["keep"])
+        self.loggers = logs.Loggers(folder, ())
+        self.timesteps: TimestepLog | None = None
         self.wishes: set[str] = set()  # what signals ask for
         self.bad = 0  # steps in a row without finite gradients
 
@@ -116,12 +131,8 @@ class Run:
 
     def train(self) -> None:
         """Trains until the end or a signal (SIGTERM, SIGINT), and saves; SIGUSR1 saves at once."""
-        state, options = self.state, self.settings["callbacks"]
-        self.ranks.once(lambda: self.folder.mkdir(parents=True, exist_ok=True))
-        every = {
-            "save": callbacks.Every(seconds=60 * options["save_minutes"]),
-            "draw": callbacks.Every(seconds=60 * options["image_minutes"]),
-        }
+        state = self.state
+        self._begin()
         batches = self.source.batches(
             self.batch_size,
             start=state.position,
@@ -130,9 +141,9 @@ class Run:
             workers=self.workers,
         )
         broken = Broken(self.folder / "broken.txt", self.settings["trainer"]["broken_share"])
-        report, clock = self._report(), callbacks.Clock()
+        every, clock = callbacks.cadences(self.settings["callbacks"]), callbacks.Clock()
         self.task.trained.train()
-        with self._signals(), self._saved_on_error():
+        with self._report() as report, self._signals(), self._saved_on_error():
             while self.progress() < 1 and "stop" not in self.wishes:
                 work = self._next(batches, broken)
                 lr = self.rate(state.step, self.progress())
@@ -143,8 +154,7 @@ class Run:
                     with _keep_going(duty):
                         getattr(self, duty)()
                 clock.restart()
-        report.close()
-        self.finish()
+            self.finish()
 
     def finish(self) -> None:
         """The state, the weights and a grid, at the end."""
@@ -177,25 +187,27 @@ class Run:
     def save(self) -> None:
         self.states.save(self.state)
 
-    def draw(self) -> None:
-        """A grid of samples made by the averaged weights."""
-        n = self.settings["callbacks"]["images"]
-        path = self.folder / "images" / f"gs-{self.state.step:06}.png"
-        if self.ranks.is_first or parallel.is_split(self.task.trained):
-            with self.state.ema.applied(self.task.trained):
-                callbacks.draw(self.model, self.source, path, n, write=self.ranks.is_first)
-
     def export(self) -> None:
-        """checkpoints/last.safetensors: the averaged weights in the original's names (or LoRA)."""
-        task, step = self.task, self.state.step
-        with self.state.ema.applied(task.trained):
-            if isinstance(task, Adaptation):
-                if self.ranks.is_first:
-                    task.export(self.last, step=step)
-            else:
-                callbacks.export(
-                    task, self.last, self.source, self.ranks, config=self.text, step=step
-                )
+        """checkpoints/last.safetensors (or what is asked for), in the original's names; or LoRA."""
+        exports.export(self, self.last.with_suffix(""))
+
+    def export_step(self) -> None:
+        """The same under the number of the step, to stay."""
+        exports.export_step(self)
+
+    def draw(self) -> None:
+        """Grids of samples, with and without averaging, and the loss by timestep."""
+        if self.ranks.is_first or parallel.is_split(self.task.trained):
+            for path in pictures.draw(self, write=self.ranks.is_first):
+                self.loggers.image(self.state.step, f"{path.parent.name}/samples", path)
+        if self.timesteps is not None:
+            plot = self.timesteps.write(self.state.step)
+            if plot is not None:
+                self.loggers.image(self.state.step, "loss per timestep", plot)
+
+    def validate(self) -> None:
+        """The loss on held-out data, into the logs."""
+        self.loggers.scalars(self.state.step, validation.validate(self))
 
     def precision(self) -> Any:
         """The context in which losses are computed."""
@@ -291,14 +303,46 @@ class Run:
                 f"its batches are in `{path}`"
             )
 
-    def _report(self) -> callbacks.Progress:
-        return callbacks.Progress(
+    def _begin(self) -> None:
+        """A folder, the logs, and what there is to say before the first step."""
+        self.ranks.once(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+        if self.ranks.is_first:
+            for line in (*self.settings.notes, self.rate_line):
+                log.info(line)
+        options, start_ = self.settings["callbacks"], self.state.step
+        self.loggers = logs.Loggers(
             self.folder,
-            self.ranks,
+            options["loggers"] if self.ranks.is_first else (),
+            start=start_,
+            wandb=options["wandb"],
+            config=self.raw,
+        )
+        if isinstance(self.model, LatentDiffusion):
+            timesteps = len(self.model.schedule)
+            self.timesteps = TimestepLog(self.folder, self.ranks, timesteps, start=start_)
+        if self.is_fine_tune and not start_:
+            sanity.check(self)
+
+    @contextmanager
+    def _report(self) -> Iterator[Callable[..., None]]:
+        """What is told of every step: (step, losses, lr, images)."""
+        progress = logs.Progress(
+            *(self.loggers, self.ranks, self.device),
             start=self.state.step,
             steps=self.settings["trainer"]["max_steps"],
             every=self.settings["callbacks"]["log_every"],
         )
+
+        def report(step: int, losses: dict[str, Tensor], lr: float, images: int) -> None:
+            if self.timesteps is not None and "t" in losses:
+                self.timesteps.add(losses["t"], losses["losses"])
+            progress(step, losses, lr, images)
+
+        try:
+            yield report
+        finally:
+            progress.close()
+            self.loggers.close()
 
     @contextmanager
     def _saved_on_error(self) -> Iterator[None]:

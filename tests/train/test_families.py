@@ -74,22 +74,23 @@ def raw_of(task: str, folder: Path, **params: Any) -> dict[str, Any]:
 def test_a_family_is_trained_drawn_and_loaded(task: str, tmp_path: Path) -> None:
     raw = raw_of(task, tmp_path)
     run = Run(raw, tmp_path / "run")
-    kept = {name: tuple(value.shape[2:]) for name, value in run.dataset.kept.items()}  # type: ignore[union-attr]
+    source: Any = run.source
+    kept = {name: tuple(value.shape[2:]) for name, value in source.dataset.kept.items()}
     assert kept == {"z": (4, 8, 8)} | CACHED[task]
     first: Any = run.model.unet.input_blocks[0][0]  # type: ignore[union-attr]
     before = first.weight[:, -1].detach().clone()
     run.train()
     assert not torch.equal(before, first.weight[:, -1])  # what it sees reaches the last channel
-    assert len(list((tmp_path / "run" / "images").glob("*.png"))) == 1
+    assert len(list((tmp_path / "run" / "images" / "train").glob("*.png"))) == 1
     (tmp_path / "model.yaml").write_text(_yaml(raw["model"]))
-    model = load(tmp_path / "model.yaml", run.last.with_suffix(".safetensors"))
+    model = load(tmp_path / "model.yaml", run.last)
     assert reads(model) == READS[task]
 
 
 def test_new_input_channels_start_at_zero_and_change_nothing(tmp_path: Path) -> None:
     text = _text_run(tmp_path / "text")
     text.export()
-    weights = text.last.with_suffix(".safetensors")
+    weights = text.last
     wide = Run(raw_of("depth2img", tmp_path, ckpt_path=str(weights)), tmp_path / "wide")
     models: list[Any] = [load(ckpt=weights), wide.model]
     z, t = torch.randn(1, 4, 8, 8), torch.tensor([500])
@@ -107,7 +108,7 @@ def test_new_input_channels_start_at_zero_and_change_nothing(tmp_path: Path) -> 
 def test_only_the_unet_is_taken_if_asked_for(tmp_path: Path) -> None:
     text = _text_run(tmp_path / "text")
     text.export()
-    weights = str(text.last.with_suffix(".safetensors"))
+    weights = str(text.last)
     raw = raw_of("vary", tmp_path, ckpt_path=weights, load_only_unet=True)
     first = raw["model"]["params"]["first_stage_config"]["params"]
     first |= {"ckpt_path": weights, "ignore_keys": ["decoder."]}

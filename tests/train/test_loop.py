@@ -73,7 +73,7 @@ def test_what_a_run_exports_makes_pictures(tmp_path: Path) -> None:
     model: Any = load(None, run.last)
     shadow = run.state.ema.shadow["unet.out.2.weight"]
     torch.testing.assert_close(model.unet.out[2].weight, shadow, rtol=1e-3, atol=1e-3)
-    assert (tmp_path / "images" / "gs-000002.png").exists()
+    assert (tmp_path / "images/train/samples_gs-000002_e-000000_b-000002.png").exists()
     assert model.conditioner.text.token_ids.max() >= 49407
 
 

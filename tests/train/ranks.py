@@ -1,0 +1,116 @@
+"""Runs of the tiny model as one of several processes; test_parallel.py starts it by torchrun.
+
+    torchrun --nproc-per-node 2 tests/train/ranks.py FOLDER CASE …
+
+A case is STRATEGY-PRECISION-DATA, such as ddp-32-map: 6 steps in one go, and 3 + 3. The first
+process prints "CASE hash hash", of all that was trained. `save`, `load` and `go`: see below.
+"""
+
+import hashlib
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.loading import config
+from ldm.train.loop import Run
+from ldm.train.parallel import whole
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "configs/train/tiny.yaml"
+STEPS = 6
+
+
+class Quiet(Run):
+    """A run that draws and exports nothing at its end."""
+
+    def finish(self) -> None:
+        self.save()
+
+
+def run(folder: Path, case: str, steps: int, *overrides: str) -> Quiet:
+    strategy, precision, data = case.split("-", 2)
+    words = {
+        "trainer.max_steps": steps,
+        "trainer.strategy": strategy,
+        "trainer.shard": 2 if strategy == "hsdp" else "null",
+        "trainer.precision": {"bf16": "bf16-mixed"}.get(precision, precision),
+        "optimizer.name": "adamw",
+        "optimizer.warm_up": 0,
+    }
+    raw = config.read(
+        TINY,
+        [
+            "data.params.batch_size=2",
+            "data.params.train=" + sources(data),
+            *(f"lightning.{key}={value}" for key, value in words.items()),
+            *overrides,
+        ],
+    )
+    return Quiet(raw, folder, device=torch.device("cpu"))
+
+
+def sources(data: str) -> str:
+    transform = "transform: {name: emoji, size: 32}"
+    if data == "map":
+        return f"{{root: {ROOT / 'tests/data/emoji'}, split: train, {transform}}}"
+    return f"{{shards: '{data}', shuffle: 4, {transform}}}"
+
+
+def digest(run: Run) -> str:
+    """Of weights, average, moments and numbers; the same for the same values, however split."""
+    found = hashlib.sha256()
+    for name, value in sorted(whole(run.state.tensors()).items()):
+        found.update(name.encode() + value.detach().contiguous().numpy().tobytes())
+    numbers = {k: v for k, v in run.state.numbers().items() if k not in ("seconds", "parts")}
+    found.update(repr(sorted(numbers.items())).encode())
+    return found.hexdigest()[:16]
+
+
+def interrupted(folder: Path, case: str) -> tuple[str, str]:
+    straight = run(folder / case / "whole", case, STEPS)
+    straight.train()
+    first = run(folder / case / "parts", case, STEPS // 2)
+    first.train()
+    second = run(folder / case / "parts", case, STEPS)
+    second.resume()
+    assert second.state.step == STEPS // 2
+    second.train()
+    return digest(straight), digest(second)
+
+
+def moved(folder: Path, case: str, verb: str) -> tuple[str, str]:
+    """save: trains 3 steps. load: what was saved. go: what was saved, and after 3 more steps.
+
+    After `go` the weights lie in FOLDER/weights-WORLD.pt.
+
+    A step has as many batches as it had at first, on any number of processes.
+    """
+    here = run(folder, case, STEPS // 2 if verb == "save" else STEPS)
+    if verb != "save":
+        here.resume(folder / "checkpoints" / f"state-{STEPS // 2:08}")
+    before = digest(here)
+    if verb != "load":
+        here.train()
+    if verb == "go":
+        weights = whole(here.task.trained.state_dict())
+        torch.save(weights, folder / f"weights-{here.ranks.world}.pt")
+    return before, digest(here)
+
+
+def main() -> Any:
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    folder, *words = sys.argv[1:]
+    for word in words:
+        verb, _, case = word.rpartition(":")
+        before, after = moved(Path(folder), case, verb) if verb else interrupted(Path(folder), case)
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            sys.stdout.write(f"{word} {before} {after}\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
