@@ -1,0 +1,124 @@
+"""What a run gives to the world: files with the original's names, which every program opens.
+
+    weights  ema   the average, in the place of the weights (what one wants to sample from)
+             raw   the weights as they are
+             both  the weights, and the average under `model_ema.*`, as the original saves them
+    dtype    half or full
+    export   safetensors and/or ckpt
+
+The config, the step and where the weights are from stand in the file. LoRA and words are written in
+the formats of `adaptation`.
+"""
+
+import json
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ldm
+from ldm.loading import checkpoint, families, legacy, statistics
+from ldm.loading.checkpoint import EMBEDDED
+from ldm.model import LatentDiffusion
+from ldm.train.adaptation import Adaptation
+from ldm.train.parallel import whole
+from ldm.train.pictures import epoch
+
+__all__ = ["export", "export_step"]
+
+MEASURED = 256  # pictures that the statistics of an autoencoder's latents are taken from
+
+
+def export(run: Any, stem: Path) -> list[Path]:
+    """Writes `stem`.safetensors and/or .ckpt as `lightning.callbacks` of the run say.
+
+    run: a `Run`; all its processes call this, as weights may be split, and the first writes.
+    Returns the files, [] on other processes.
+    """
+    options = run.settings["callbacks"]
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in options["export"]]
+    averaged = options["weights"] != "raw" and bool(run.state.ema.decay)
+    if isinstance(run.task, Adaptation):
+        if not run.ranks.is_first:
+            return []
+        with run.state.ema.applied(run.task.trained) if averaged else nullcontext():
+            run.task.export(stem.with_name(f"{stem.name}.safetensors"), step=run.state.step)
+        return [stem.with_name(f"{stem.name}.safetensors")]
+    state = _state(run, averaged=averaged and options["weights"] == "ema")
+    if averaged and options["weights"] == "both":
+        state |= _averages(run)
+    if not run.ranks.is_first:
+        return []
+    for path in paths:
+        checkpoint.write(path, state | _tables(run, state), _notes(run))
+    return paths
+
+
+def export_step(run: Any) -> list[Path]:
+    """An export that stays: checkpoints/trainstep_checkpoints/epoch=000001-step=000010000.…"""
+    name = f"epoch={epoch(run):06}-step={run.state.step:09}"
+    return export(run, run.folder / "checkpoints" / "trainstep_checkpoints" / name)
+
+
+def _state(run: Any, *, averaged: bool) -> dict[str, Tensor]:
+    """The weights under the original's names, with what its files hold beside weights."""
+    images = (sample["jpg"] for sample in run.source.first(MEASURED))
+    with run.state.ema.applied(run.task.trained) if averaged else nullcontext():
+        weights = whole(run.task.weights_to_export(images), keep=run.ranks.is_first)
+        dtype = torch.float16 if run.settings["callbacks"]["dtype"] == "half" else torch.float32
+        return {
+            name: value.to("cpu", dtype if value.is_floating_point() else None, copy=True)
+            for name, value in legacy.rename_back(weights).items()
+        }
+
+
+def _averages(run: Any) -> dict[str, Tensor]:
+    """`model_ema.*`: names that lost their dots, the decay and the number of updates."""
+    state, ema = _state(run, averaged=True), run.state.ema
+    trained = {legacy.old_name(name) for name in ema.shadow}
+    found = {
+        "model_ema." + name.removeprefix("model.").replace(".", ""): value
+        for name, value in state.items()
+        if name in trained
+    }
+    numbers = {"model_ema.decay": torch.tensor(ema.decay, dtype=torch.float32)}
+    numbers["model_ema.num_updates"] = torch.tensor(ema.updates, dtype=torch.int32)
+    return found | numbers
+
+
+def _tables(run: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The schedule, marks and statistics of a whole model, unless its weights have them."""
+    model = run.model
+    if not isinstance(model, LatentDiffusion):
+        return {}
+    found = model.schedule.buffers() | statistics.tables(model.conditioner)
+    found |= families.marks(model.parameterization, zero_snr=model.schedule.zero_snr)
+    return {name: value for name, value in found.items() if name not in state}
+
+
+def _notes(run: Any) -> dict[str, str | int]:
+    """What the file says about itself."""
+    trainer, state = run.settings["trainer"], run.state
+    origin = {
+        "seed": trainer["seed"],
+        "batches_per_step": state.parts,
+        "batch_size": run.batch_size,
+        "seconds": round(state.seconds),
+        "weights": run.settings["callbacks"]["weights"] if state.ema.decay else "raw",
+        "torch": torch.__version__,
+    }
+    notes = {
+        "global_step": state.step,
+        "epoch": epoch(run),
+        "ldm.version": ldm.__version__,
+        "ldm.training": json.dumps(origin),
+    }
+    if run.text:
+        notes[EMBEDDED] = run.text
+    if isinstance(run.model, LatentDiffusion):
+        kind = run.model.parameterization
+        notes["modelspec.prediction_type"] = {"eps": "epsilon"}.get(kind, kind)
+    return notes

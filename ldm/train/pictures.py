@@ -1,0 +1,119 @@
+"""What a model draws while it is trained: grids at fixed prompts, with and without averaging.
+
+    images/train/samples_gs-001000_e-000002_b-001000.png   and .txt, its prompts
+
+A model that sees more than text shows the picture that its condition was made of before each
+sample; an autoencoder shows pictures above their reconstructions.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ldm.data.source import Source, collate
+from ldm.imaging import pixels
+from ldm.nets.autoencoder import AutoencoderKL
+from ldm.pipelines import sample
+from ldm.pipelines.frame import reads
+from ldm.train.objective import on_device
+from ldm.train.validation import paused
+
+__all__ = ["draw", "epoch"]
+
+STRIP = 20  # pixels of a label
+
+
+def draw(run: Any, *, write: bool = True) -> list[Path]:
+    """A file of labelled grids of what is trained on, one of what is held out; their paths.
+
+    run: a `Run`; `callbacks.images` says how many pictures, `callbacks.prompts` of what.
+    write: whether this process writes; if weights are split over processes, all must draw.
+    """
+    options, paths = run.settings["callbacks"], []
+    sources = {"train": run.source} | ({"val": run.held_out} if run.held_out else {})
+    for split, source in sources.items() if options["images"] else ():
+        prompts = options["prompts"] if split == "train" else None
+        batch = _batch(run.model, source, options["images"], prompts)
+        grids = []
+        for label, weights in _weights(run):
+            with weights, paused(run.model):
+                grids.append((label, _grid(run, batch)))
+        place = f"gs-{run.state.step:06}_e-{epoch(run):06}_b-{run.state.position:06}"
+        path = run.folder / "images" / split / f"samples_{place}.png"
+        if write:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _labelled(grids).save(path)
+            if "txt" in batch:
+                path.with_suffix(".txt").write_text("\n".join(batch["txt"]) + "\n", "utf-8")
+            paths.append(path)
+    return paths
+
+
+def epoch(run: Any) -> int:
+    """How often a run has seen all its data."""
+    length = run.source.length
+    return run.state.position * run.batch_size // length if length else 0
+
+
+def _weights(run: Any) -> Iterator[tuple[str, AbstractContextManager[None]]]:
+    """Labels, and contexts in which the model has the weights that they name."""
+    step = run.state.step
+    if run.state.ema.decay:
+        yield f"averaged weights, step {step}", run.state.ema.applied(run.task.trained)
+    yield f"weights as they are, step {step}", nullcontext()
+
+
+def _batch(model: Any, source: Source, n: int, prompts: Sequence[str] | None) -> dict[str, Any]:
+    """n fixed records of one size; the prompts in place of their captions, over and over."""
+    samples = source.first(n)
+    shape = samples[0]["jpg"].shape
+    samples = [one for one in samples if one["jpg"].shape == shape]
+    if prompts and not isinstance(model, AutoencoderKL):
+        for place, one in enumerate(samples):
+            one["txt"] = prompts[place % len(prompts)]
+    return collate(samples)
+
+
+def _grid(run: Any, batch: dict[str, Any]) -> Image.Image:
+    model, image = run.model, batch["jpg"].to(run.device)  # (n, 3, H, W)
+    columns = len(image)
+    if isinstance(model, AutoencoderKL):
+        pictures = torch.cat([image, model.decode(model.encode(image).mode())])
+    else:
+        columns, pictures = max(1, round(columns**0.5)), sampled(run, batch)
+        if reads(model) != {"txt"}:
+            columns, pictures = 2 * columns, torch.stack([image, pictures], 1).flatten(0, 1)
+    return pixels.grid(pixels.to_pil(pictures), columns)
+
+
+def sampled(run: Any, batch: dict[str, Any]) -> Tensor:
+    """One image (3, H, W) for every record, whatever the model reads; the k-th has seed k."""
+    model = run.model
+    options: dict[str, Any] = {"steps": 20, "scale": 3.0, "eta": 0.0}
+    options |= run.settings["callbacks"]["sampling"]
+    n, f = len(batch["jpg"]), model.downscale
+    height, width = batch["jpg"].shape[-2:]
+    batch = model.prepare(on_device(batch, model.device), (height // f, width // f))
+    cond, uncond = model.condition(batch), model.condition(batch, drop=1.0)
+    with run.precision():
+        size, seeds = (height, width), list(range(n))
+        z = sample(model, cond, uncond, size=size, seeds=seeds, **options)
+    image: Tensor = model.decode(z.float()).clamp(-1, 1)
+    return image
+
+
+def _labelled(grids: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Grids below each other, each under a line that says what it is."""
+    width = max(grid.width for _, grid in grids)
+    sheet = Image.new("RGB", (width, sum(grid.height + STRIP for _, grid in grids)), "white")
+    pen, font, top = ImageDraw.Draw(sheet), ImageFont.load_default(size=12), 0
+    for label, grid in grids:
+        pen.text((4, top + 2), label, "black", font)
+        sheet.paste(grid, (0, top + STRIP))
+        top += grid.height + STRIP
+    return sheet

@@ -1,0 +1,108 @@
+"""The loss by timestep: where, between hardly any noise and nothing else, a model still errs.
+
+timesteps.csv                  step, from, to, loss, samples
+images/loss-per-timestep.png   the same, drawn; the earlier, the paler
+"""
+
+import csv
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm.train.parallel import Ranks
+
+__all__ = ["TimestepLog"]
+
+log = logging.getLogger(__name__)
+
+SHOWN = 8  # curves in the plot
+
+
+class TimestepLog:
+    """Running means of the loss in bins of timesteps; each `write` halves the weight of the past.
+
+    timesteps: of the schedule. start: the step that the run goes on from.
+    """
+
+    def __init__(
+        self, folder: Path, ranks: Ranks, timesteps: int = 1000, *, bins: int = 50, start: int = 0
+    ) -> None:
+        self.folder, self.ranks, self.timesteps, self.bins = folder, ranks, timesteps, bins
+        self.sums, self.counts = torch.zeros(bins), torch.zeros(bins)
+        self.curves = self._read(start)
+
+    def add(self, t: Tensor, losses: Tensor) -> None:
+        """t: (B,) timesteps. losses: (B,), detached."""
+        places = (t.cpu() * self.bins // self.timesteps).clamp(0, self.bins - 1)
+        values = losses.detach().float().cpu()
+        fine = values.isfinite()
+        self.sums.index_add_(0, places[fine], values[fine])
+        self.counts.index_add_(0, places[fine], torch.ones(int(fine.sum())))
+
+    def write(self, step: int) -> Path | None:
+        """Writes what all processes have seen; the plot, where this is the first and can draw."""
+        sums, counts = (self._over_ranks(values) for values in (self.sums, self.counts))
+        self.sums, self.counts = self.sums / 2, self.counts / 2
+        if not self.ranks.is_first or not counts.any():
+            return None
+        self.curves[step] = torch.where(counts > 0, sums / counts.clamp(min=1e-9), torch.nan)
+        path = self.folder / "timesteps.csv"
+        is_new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.writer(file)
+            if is_new:
+                writer.writerow(["step", "from", "to", "loss", "samples"])
+            for k, (loss, count) in enumerate(zip(self.curves[step], counts, strict=True)):
+                if count > 0:
+                    writer.writerow([step, *self._edges(k), f"{loss:.6g}", f"{count:g}"])
+        return self._plot(self.folder / "images" / "loss-per-timestep.png")
+
+    def _edges(self, k: int) -> tuple[int, int]:
+        """First and last timestep of a bin."""
+        first, after = (-(-place * self.timesteps // self.bins) for place in (k, k + 1))
+        return first, after - 1
+
+    def _over_ranks(self, values: Tensor) -> Tensor:
+        named = {str(k): float(value) for k, value in enumerate(values)}
+        return torch.tensor(list(self.ranks.mean(named).values())) * self.ranks.world
+
+    def _read(self, start: int) -> dict[int, Tensor]:
+        """The curves of an earlier session, up to the step that it is continued from."""
+        path, curves = self.folder / "timesteps.csv", dict[int, Tensor]()
+        if not path.exists():
+            return curves
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                k = int(row["from"] or 0) * self.bins // self.timesteps
+                if int(row["step"]) <= start and k < self.bins:
+                    empty = torch.full((self.bins,), torch.nan)
+                    curves.setdefault(int(row["step"]), empty)[k] = float(row["loss"] or "nan")
+        return curves
+
+    def _plot(self, path: Path) -> Path | None:
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            log.info("no plot of the loss per timestep, matplotlib is not installed")
+            return None
+        figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
+        axes = figure.add_subplot()
+        steps = sorted(self.curves)[-SHOWN:]
+        middles = [sum(self._edges(k)) / 2 for k in range(self.bins)]
+        for place, step in enumerate(steps):
+            colour, is_last = (place + 1) / len(steps), step == steps[-1]
+            axes.plot(
+                *(middles, self.curves[step].tolist()),
+                color=(0.1, 0.3, 0.7, 0.15 + 0.85 * colour**2),
+                linewidth=2 if is_last else 1,
+                label=f"step {step}" if is_last or place == 0 else None,
+            )
+        axes.set(xlabel="timestep (0: hardly any noise)", ylabel="loss", xlim=(0, self.timesteps))
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+        return path
