@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ldm.nets import cpu
 from ldm.nets.attention import attention
-from ldm.nets.blocks import Conv2d, Embedding, LayerNorm, Linear
+from ldm.nets.blocks import Conv2d, Embedding, LayerNorm, Linear, run
 
 VOCAB = 49408
 
@@ -142,6 +142,7 @@ class OpenCLIPBlock(nn.Module):
         self, width: int, heads: int, hidden: int, activation: Callable[[Tensor], Tensor]
     ) -> None:
         super().__init__()
+        self.use_checkpoint = False
         self.ln_1 = LayerNorm(width)
         self.attn = FusedAttention(width, heads)
         self.ln_2 = LayerNorm(width)
@@ -149,6 +150,9 @@ class OpenCLIPBlock(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return run(self._forward, x, mask, recompute=self.use_checkpoint)
+
+    def _forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x = x + self.attn(self.ln_1(x), mask)  # (B, N, D)
         h = self.activation(self.mlp["c_fc"](self.ln_2(x)))  # (B, N, hidden)
         return x + self.mlp["c_proj"](h)  # (B, N, D)
@@ -255,6 +259,7 @@ class CLIPBlock(nn.Module):
         eps: float,
     ) -> None:
         super().__init__()
+        self.use_checkpoint = False
         self.layer_norm1 = LayerNorm(width, eps=eps)
         self.self_attn = SplitAttention(width, heads)
         self.layer_norm2 = LayerNorm(width, eps=eps)
@@ -262,6 +267,9 @@ class CLIPBlock(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return run(self._forward, x, mask, recompute=self.use_checkpoint)
+
+    def _forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x), mask)  # (B, N, D)
         h = self.activation(self.mlp["fc1"](self.layer_norm2(x)))  # (B, N, hidden)
         return x + self.mlp["fc2"](h)  # (B, N, D)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.nets.attention import attention
-from ldm.nets.blocks import Conv2d, GroupNorm, Upsample
+from ldm.nets.blocks import Conv2d, GroupNorm, Upsample, run
 
 EPS = 1e-6
 
@@ -133,6 +133,7 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, *, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
         super().__init__()
+        self.use_checkpoint = False
         self.norm1 = GroupNorm(in_channels, eps=EPS)
         self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = GroupNorm(out_channels, eps=EPS)
@@ -142,6 +143,9 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        return run(self._forward, x, recompute=self.use_checkpoint)
+
+    def _forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))  # (B, C_out, h, w)
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))  # (B, C_out, h, w)
         return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h

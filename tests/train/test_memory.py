@@ -1,0 +1,117 @@
+"""Switches that cost time or memory change no number."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ldm.conditioning import Conditioner
+from ldm.diffusion.schedule import Schedule, make_betas
+from ldm.encoders.text import CLIPText, OpenCLIPText
+from ldm.model import LatentDiffusion
+from ldm.nets.autoencoder import AutoencoderKL
+from ldm.nets.unet import UNet
+from ldm.train import memory
+from ldm.train.objective import Diffusion
+
+SMALL = {"width": 32, "heads": 2, "layers": 2}
+TOWERS: dict[str, Any] = {
+    "open_clip": (OpenCLIPText, {"embed_dim": 32, "text_cfg": SMALL}),
+    "clip": (CLIPText, {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+                        "num_attention_heads": 2}),
+}  # fmt: skip
+
+
+def model_of(tower: str = "open_clip") -> LatentDiffusion:
+    torch.manual_seed(0)
+    kind, arch = TOWERS[tower]
+    unet = UNet(
+        in_channels=4, model_channels=32, out_channels=4, num_res_blocks=1, channel_mult=[1, 2],
+        attention_resolutions=[1, 2], num_head_channels=16, use_spatial_transformer=True,
+        context_dim=32, legacy=False, dropout=0.2,
+    )  # fmt: skip
+    layout = {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "z_channels": 4, "resolution": 16}
+    layout |= {"in_channels": 3, "out_ch": 3, "attn_resolutions": [], "double_z": True}
+    model = LatentDiffusion(
+        unet=unet,
+        autoencoder=AutoencoderKL(ddconfig=layout, embed_dim=4),
+        conditioner=Conditioner(text=kind(arch=arch, freeze=False)),
+        schedule=Schedule(make_betas()),
+    )
+    for p in model.unet.parameters():  # the last layers start at zero, and would hide the others
+        nn.init.normal_(p, std=0.1)
+    return model.train()
+
+
+def gradients(model: LatentDiffusion, autocast: bool) -> dict[str, Tensor]:
+    """Of one batch, with dropout."""
+    task, batch = Diffusion(model), {"z": torch.ones(2, 4, 8, 8), "txt": ["a cat", "a dog"]}
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = task.loss(batch, torch.Generator().manual_seed(2))["loss"]
+    loss.backward()
+    named = model.named_parameters()
+    return {name: p.grad for name, p in named if p.grad is not None}
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_are_equal_with_and_without_checkpointing(tower: str, autocast: bool) -> None:
+    """Bit by bit: the same operations are done twice, dropout draws the same numbers."""
+    plain, saving = model_of(tower), model_of(tower)
+    assert memory.checkpoint_gradients(saving) > 10
+    ours, theirs = gradients(saving, autocast), gradients(plain, autocast)
+    assert ours.keys() == theirs.keys()
+    assert {name.split(".")[0] for name in ours} == {"unet", "conditioner"}
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+
+
+def test_checkpointing_keeps_fewer_activations() -> None:
+    kept = []
+    for on in (False, True):
+        model = model_of()
+        memory.apply(model, checkpoint=on)
+        sizes: list[int] = []
+
+        def note(x: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            model.unet(torch.ones(1, 4, 16, 16), torch.ones(1), context=torch.ones(1, 7, 32))
+        kept.append(sum(sizes))
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_the_autoencoder_can_save_memory_too() -> None:
+    losses = []
+    for on in (False, True):
+        autoencoder = model_of().autoencoder.requires_grad_(True)
+        assert memory.checkpoint_gradients(autoencoder, on) == 10
+        loss = autoencoder.decode(torch.ones(1, 4, 4, 4)).square().mean()
+        loss.backward()
+        losses.append(autoencoder.decoder.conv_in.weight.grad)  # type: ignore[union-attr]
+    assert torch.equal(*losses)
+
+
+def test_channels_last_gives_the_same_gradients() -> None:
+    """Tolerance: other kernels sum in another order. Dropout is off: it draws in memory's order."""
+    plain, turned = model_of().eval(), model_of().eval()
+    memory.apply(turned, channels_last=True)
+    assert turned.unet.out[2].weight.is_contiguous(memory_format=torch.channels_last)
+    ours, theirs = gradients(turned, False), gradients(plain, False)
+    for name, value in theirs.items():
+        assert (ours[name] - value).norm() <= 1e-3 * value.norm(), name
+
+
+@pytest.mark.slow
+def test_a_compiled_model_keeps_its_names_and_its_gradients() -> None:
+    """Tolerance: fused operations round less often. Dropout is off: it draws other numbers."""
+    plain, compiled = model_of().eval(), model_of().eval()
+    memory.apply(compiled, compiled=True)
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    ours, theirs = gradients(compiled, False), gradients(plain, False)
+    for name, value in theirs.items():
+        assert (ours[name] - value).norm() <= 1e-3 * value.norm(), name
