@@ -18,7 +18,6 @@ from random import Random
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -26,7 +25,7 @@ from ldm.data.buckets import Buckets
 from ldm.data.source import Unreadable, collate
 from ldm.imaging.opening import picture_in, size_in
 
-__all__ = ["Folder", "Latents", "Order", "WithPrior", "batches", "collate", "read_metadata"]
+__all__ = ["Folder", "Order", "WithPrior", "batches", "collate", "read_metadata"]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 CAPTIONS = (".txt", ".caption")
@@ -82,15 +81,25 @@ class Folder(Dataset):
 
         Raises Unreadable for a file that is missing or damaged.
         """
-        row = self.rows[index]
         try:
-            return {**row, "picture": picture_in(self.content(index), row["file_name"])}
+            return {
+                **self.row(index),
+                "picture": picture_in(self.content(index), self.name(index)),
+            }
         except (OSError, ValueError) as error:
-            raise Unreadable(row["file_name"], str(error)) from error
+            raise Unreadable(self.name(index), str(error)) from error
+
+    def row(self, index: int) -> Mapping[str, Any]:
+        """The metadata of a record."""
+        return self.rows[index]
+
+    def name(self, index: int) -> str:
+        """What errors call a record."""
+        return str(self.rows[index]["file_name"])
 
     def content(self, index: int) -> bytes:
         """The file of a record."""
-        name = self.rows[index]["file_name"]
+        name = self.name(index)
         if name not in self._files:
             data = (self.root / name).read_bytes()
             self._room -= len(data)
@@ -111,38 +120,16 @@ class Folder(Dataset):
         return [places[name] for name in names]
 
 
-class Latents(Dataset):
-    """Latents made in advance, several per record (see `ldm.train.latents`), as {"z", "txt", …}.
+class WithPrior(Dataset):
+    """Each sample of one data set, with one of another as its `prior`: DreamBooth.
 
-    kept: each (records, variants, …), any float dtype; `z` and what else a model sees.
-    captions: (record, variant, rng) -> caption.
+    Raises ValueError if the others have several sizes, as each of them may meet any sample.
     """
 
-    def __init__(
-        self,
-        kept: Mapping[str, Tensor],
-        captions: Callable[[int, int, Random], str],
-        *,
-        seed: int = 0,
-    ) -> None:
-        self.kept, self.captions, self.seed = kept, captions, seed
-
-    def __len__(self) -> int:
-        return len(self.kept["z"])
-
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = key
-        rng = Random(f"{self.seed} {epoch} {index}")
-        variant = rng.randrange(self.kept["z"].shape[1])
-        sample = {name: value[index, variant].float() for name, value in self.kept.items()}
-        return {**sample, "txt": self.captions(index, variant, rng)}
-
-
-class WithPrior(Dataset):
-    """Each sample of one data set, with one of another as its `prior`: DreamBooth."""
-
     def __init__(self, dataset: Any, others: Any) -> None:
-        self.dataset, self.others = dataset, others
+        if others.groups is not None:
+            raise ValueError("pictures of a class must have one size, not `buckets`")
+        self.dataset, self.others, self.groups = dataset, others, dataset.groups
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -44,9 +44,10 @@ class Hub(Dataset):
         cache: str | Path | None = None,
         seed: int = 0,
     ) -> None:
-        self.name, self.transform, self.seed = str(hub), transform, seed
+        self.source, self.transform, self.seed = Path(hub).name, transform, seed
         self.image, self.text, self.fields = image, text, dict(fields or {})
         self.table = _table(str(hub), name, split, image, cache)
+        self.facts = self.table.remove_columns(image)
         if text not in self.table.column_names and "text" not in self.fields:
             columns = ", ".join(f"`{column}`" for column in self.table.column_names)
             raise ValueError(f"`{hub}` has no column `{text}`, only {columns}")
@@ -63,20 +64,26 @@ class Hub(Dataset):
     @property
     def rows(self) -> Sequence[Mapping[str, Any]]:
         """All metadata; `text` is the caption."""
-        return [self._row(row) for row in self.table.remove_columns(self.image)]
+        return [self._row(row) for row in self.facts]
 
     def record(self, index: int) -> dict[str, Any]:
         """The columns of a row and its `picture`, decoded.
 
         Raises Unreadable for a picture that is missing or damaged.
         """
-        row = dict(self.table[index])
-        name = f"{Path(self.name).name}/{index}"
         try:
-            picture = picture_in((row.pop(self.image) or {}).get("bytes") or b"", name)
+            picture = picture_in(self.content(index), self.name(index))
         except ValueError as error:
-            raise Unreadable(name, str(error)) from error
-        return {**self._row(row), "picture": picture}
+            raise Unreadable(self.name(index), str(error)) from error
+        return {**self.row(index), "picture": picture}
+
+    def row(self, index: int) -> Mapping[str, Any]:
+        """The metadata of a record."""
+        return self._row(self.facts[index])
+
+    def name(self, index: int) -> str:
+        """What errors call a record."""
+        return f"{self.source}/{index}"
 
     def content(self, index: int) -> bytes:
         """The file of a record."""

@@ -62,6 +62,8 @@ class Emoji:
     records: what else a sample holds, {"mask": options, …}.
     """
 
+    SEEN = ("size", "scale", "shift", "flip", "crop", "any_colour", "records")  # all but captions
+
     def __init__(
         self,
         *,
@@ -132,6 +134,8 @@ class Photo:
     tags: options of captions that are lists (see `Tags`).
     records: as `Emoji`.
     """
+
+    SEEN = ("size", "crop", "flip", "records")  # what pixels depend on, and the bucket
 
     def __init__(
         self,

@@ -65,7 +65,8 @@ class OpenCLIPText(nn.Module):
 
     The unused last block, text_projection and logit_scale stay in the state dict, as in published
     checkpoints. `learned` holds words in addition to CLIP's, in lower case, and their vectors
-    (n, D): textual inversion. They belong to no file of the model.
+    (n, D): textual inversion. They belong to no file of the model. `known` may hold contexts
+    (77, D) of texts that were encoded before; it is asked while the tower is what made them.
     """
 
     slot: Literal["crossattn"] = "crossattn"
@@ -97,6 +98,7 @@ class OpenCLIPText(nn.Module):
         self.register_buffer("token_ids", ids)
         self.length = size["context_length"]
         self.learned: dict[str, Tensor] = {}
+        self.known: Mapping[str, Tensor] | None = None
         self.model = OpenCLIPTower(**size)
         self.requires_grad_(not freeze)
 
@@ -107,8 +109,9 @@ class OpenCLIPText(nn.Module):
 
     def encode(self, texts: Sequence[str] | str) -> Tensor:
         """Context (B, 77, D) of the texts."""
-        tokens = self.tokenize(texts)
-        return self(tokens.to(self.model.positional_embedding.device))
+        weight = self.model.positional_embedding
+        known = _remembered(self, texts)
+        return self(self.tokenize(texts).to(weight.device)) if known is None else known.to(weight)
 
     def forward(self, tokens: Tensor | Sequence[str]) -> Tensor:
         """Context (B, 77, D) of token ids (B, 77), or of texts."""
@@ -143,7 +146,7 @@ class CLIPText(nn.Module):
             "hidden": output of block `layer_idx` (0 = the embedding), without the final norm.
 
     Keys are those of SD 1 files, without the constant `position_ids` that older ones hold.
-    `learned`: see OpenCLIPText.
+    `learned`, `known`: see OpenCLIPText.
     """
 
     slot: Literal["crossattn"] = "crossattn"
@@ -169,6 +172,7 @@ class CLIPText(nn.Module):
         self.blocks_run = _blocks_run(layer, layer_idx, size["num_hidden_layers"])
         self.length = min(max_length, size["max_position_embeddings"])
         self.learned: dict[str, Tensor] = {}
+        self.known: Mapping[str, Tensor] | None = None
         self.transformer = nn.ModuleDict({"text_model": CLIPTower(**size)})
         self.requires_grad_(not freeze)
 
@@ -179,8 +183,9 @@ class CLIPText(nn.Module):
 
     def encode(self, texts: Sequence[str] | str) -> Tensor:
         """Context (B, 77, D) of the texts; (B, 1, D) if pooled."""
-        tokens = self.tokenize(texts)
-        return self(tokens.to(self._tower.final_layer_norm.weight.device))
+        weight = self._tower.final_layer_norm.weight
+        known = _remembered(self, texts)
+        return self(self.tokenize(texts).to(weight.device)) if known is None else known.to(weight)
 
     def forward(self, tokens: Tensor | Sequence[str]) -> Tensor:
         """Context (B, 77, D) of token ids (B, 77), or of texts."""
@@ -233,6 +238,16 @@ def _clip_size(version: str, arch: Mapping[str, Any]) -> dict[str, Any]:
         size[_chosen(key, tuple(size), "arch key")] = arch[key]
     _chosen(size["hidden_act"], tuple(ACTIVATIONS), "hidden_act")
     return size
+
+
+def _remembered(encoder: Any, texts: Sequence[str] | str) -> Tensor | None:
+    """The contexts of texts, if all are known and nothing has been laid over the tower since."""
+    known, texts = encoder.known, _listed(texts)
+    if known is None or encoder.learned or any(text not in known for text in texts):
+        return None
+    if any(module._forward_hooks for module in encoder.modules()):  # a LoRA
+        return None
+    return torch.stack([known[text] for text in texts])
 
 
 def _rows(tokens: Tensor, ids: Tensor) -> Tensor:

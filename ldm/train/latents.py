@@ -1,95 +1,163 @@
-"""Latents made once and read many times, so that a step costs only what is trained.
+"""Latents and contexts made once and read many times, so that a step costs only what is trained.
 
-Several variants of each record are encoded (on different colours and places), and with them what
-the encoders of the model see beside the picture (`cached` names it: a mask with the latent around
-it, a depth map, a small copy). Captions and noise are still drawn anew for every sample. The cache
-is named after what it depends on, so an old one is never taken for a new one.
+Some variants of each picture are encoded (emoji on different colours and places, photos cut and
+mirrored differently), and with them what the encoders of the model see beside the picture (`cached`
+names it: a mask with the latent around it, a depth map, a small copy). Captions and noise are still
+drawn anew for every sample. Keys: what was done to which bytes, and by which weights (see `Store`).
 """
 
-import hashlib
-import json
-import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ldm.data.folder import Folder, Latents, collate
+from ldm.data.source import Unreadable, collate
 from ldm.data.transforms import COLOURS, Emoji
 from ldm.model import LatentDiffusion
 from ldm.train.objective import on_device
+from ldm.train.store import Store, digest, digest_of_weights
 
-__all__ = ["cached_latents"]
+__all__ = ["Contexts", "Latents", "cached_contexts", "cached_latents"]
 
-log = logging.getLogger(__name__)
+PRECISIONS = {"16": torch.float16, "32": torch.float32}
+
+
+class Latents(Dataset):
+    """Latents in the place of pictures, as {"z", "txt", …}; `groups` as the pictures have.
+
+    dataset: a Folder or a Hub.
+    digests: of the file of every record, "" where it cannot be read.
+    recipe: what else the latents depend on.
+    variants: how many there are of each picture.
+    """
+
+    def __init__(
+        self, dataset: Any, store: Store, digests: Sequence[str], recipe: str, variants: int
+    ) -> None:
+        self.dataset, self.store, self.digests = dataset, store, digests
+        self.recipe, self.variants = recipe, variants
+        self.groups = dataset.groups
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key
+        rng = Random(f"{self.dataset.seed} {epoch} {index}")
+        variant = rng.randrange(self.variants)
+        name = self.key(index, variant)
+        if name not in self.store:
+            raise Unreadable(self.dataset.name(index), "no latent could be made of it")
+        sample = {name: value.float() for name, value in self.store[name].items()}
+        look = self.look(index, variant)
+        return {
+            **sample,
+            "txt": self.dataset.transform.caption(self.dataset.row(index), *look, rng),
+        }
+
+    def key(self, index: int, variant: int) -> str:
+        """The name of a latent in the store."""
+        return digest(self.recipe, self.digests[index], self.size(index), variant)
+
+    def size(self, index: int) -> tuple[int, int] | None:
+        """(width, height) of the bucket of a picture, if there are buckets."""
+        if self.groups is None:
+            return None
+        size: tuple[int, int] = self.dataset.transform.buckets.sizes[self.groups[index]]
+        return size
+
+    def look(self, index: int, variant: int) -> tuple[str, ...]:
+        """What tells the variants of a picture apart, besides chance: the colour behind an emoji.
+
+        They come in an order of its own, and again after all of them.
+        """
+        if not isinstance(self.dataset.transform, Emoji):
+            return ()
+        order = Random(self.digests[index]).sample(list(COLOURS), len(COLOURS))
+        return (order[variant % len(COLOURS)],)
+
+    def seen(self, index: int, variant: int) -> dict[str, Tensor]:
+        """All of a sample but its caption.
+
+        Raises Unreadable for a file that is missing or damaged.
+        """
+        picture, look = self.dataset.record(index)["picture"], self.look(index, variant)
+        rng = Random(f"{self.digests[index]} {variant}")
+        seen: dict[str, Tensor] = self.dataset.transform.seen(picture, *look, rng)
+        return seen
+
+    def wanted(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """(key, (index, variant)) of all latents, one group after the other."""
+        groups = self.groups or [0] * len(self)
+        for index in sorted(range(len(self)), key=lambda index: groups[index]):
+            if self.digests[index]:
+                for variant in range(self.variants):
+                    yield self.key(index, variant), (index, variant)
 
 
 def cached_latents(
-    model: LatentDiffusion, folder: Folder, cache: Path, *, variants: int = 11, batch: int = 32
+    model: LatentDiffusion,
+    dataset: Any,
+    cache: Path,
+    *,
+    variants: int | None = None,
+    batch: int = 32,
+    precision: str = "16",
 ) -> Latents:
-    """The latents of a folder of emoji, from the cache if it is there.
+    """The latents of pictures (a Folder or a Hub), those from the cache that are there.
 
     cache: folder of the cache files.
-    variants: how many colours (and places) of each picture.
+    variants: of each picture; by default all colours of an emoji, or one of a photo.
+    batch: pictures encoded at once.
+    precision: "16" (encoded under bfloat16, kept as float16) or "32".
+    Raises ValueError for an unknown precision.
     """
-    path = cache / f"latents-{_key(model, folder, variants)}.pt"
-    if not path.exists():
-        log.info("encoding %d x %d pictures into `%s`", len(folder), variants, path)
-        cache.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        torch.save(_encode(model, folder, variants, batch), part)
-        part.replace(path)
-    kept = torch.load(path, weights_only=True)  # {"z": (N, variants, C, h, w), …}, half precision
-    return Latents(kept, _Captions(folder), seed=folder.seed)
+    if str(precision) not in PRECISIONS:
+        allowed = ", ".join(PRECISIONS)
+        raise ValueError(f"data.params.latents: precision `{precision}`, choose one of {allowed}")
+    if variants is None:
+        variants = len(COLOURS) if isinstance(dataset.transform, Emoji) else 1
+    digests = list(_digests(dataset))
+    recipe = _recipe(model, dataset.transform, str(precision))
+    latents = Latents(dataset, Store(cache, "latents"), digests, recipe, variants)
 
-
-class _Captions:
-    """(record, variant, rng) -> caption."""
-
-    def __init__(self, folder: Folder) -> None:
-        assert isinstance(folder.transform, Emoji), "only emoji have variants"
-        self.rows, self.transform = folder.rows, folder.transform
-
-    def __call__(self, record: int, variant: int, rng: Random) -> str:
-        colour = _colour(record, variant)
-        return self.transform.caption(self.rows[record], colour, rng)
-
-
-def _colour(record: int, variant: int) -> str:
-    """The colours of a record come in an order of its own; after all of them they come again."""
-    return Random(record).sample(list(COLOURS), len(COLOURS))[variant % len(COLOURS)]
+    latents.store.fill(
+        latents.wanted(),
+        lambda places: _made(model, latents, places, str(precision)),
+        batch=batch,
+        kind=lambda place: latents.size(place[0]),
+    )
+    return latents
 
 
 @torch.inference_mode()
-def _encode(model: LatentDiffusion, folder: Folder, variants: int, batch: int) -> dict[str, Tensor]:
-    transform: Any = folder.transform
-    parts: list[dict[str, Tensor]] = []
-    samples: list[dict[str, Tensor]] = []
-    for index in tqdm(range(len(folder)), unit="picture", dynamic_ncols=True, mininterval=5):
-        picture = folder.record(index)["picture"]
-        for variant in range(variants):
-            chance = Random(f"{index} {variant}")
-            samples.append(transform.seen(picture, _colour(index, variant), chance))
-        while len(samples) >= batch or (samples and index == len(folder) - 1):
-            parts.append(_kept(model, collate(samples[:batch])))
-            samples = samples[batch:]
-    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return {n: v.reshape(len(folder), variants, *v.shape[1:]) for n, v in joined.items()}
-
-
-def _kept(model: LatentDiffusion, batch: dict[str, Any]) -> dict[str, Tensor]:
-    """The latents of a batch of samples, and what the encoders say they make of the picture."""
-    names = _seen(model)
-    batch = on_device(batch, model.device)
-    with torch.autocast(model.device.type, torch.bfloat16):
+def _made(
+    model: LatentDiffusion, latents: Latents, places: Sequence[tuple[int, int]], precision: str
+) -> tuple[list[int], dict[str, Tensor]]:
+    """The latents of some variants, and what the encoders say they make of the pictures."""
+    samples, kept = [], []
+    for number, (index, variant) in enumerate(places):
+        try:
+            samples.append(latents.seen(index, variant))
+            kept.append(number)
+        except Unreadable:  # whoever asks for it will be told
+            continue
+    if not samples:
+        return [], {}
+    names, batch = _seen(model), on_device(collate(samples), model.device)
+    generator = torch.Generator().manual_seed(int(latents.key(*places[0])[:15], 16))
+    half = torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "16")
+    with half:
         z = model.autoencoder.encode(batch["jpg"]).mode() * model.scale_factor  # (B, C, h, w)
         if names:
-            batch = model.prepare(batch, (z.shape[-2], z.shape[-1]))
-    kept: dict[str, Tensor] = {"z": z, **{name: batch[name] for name in names}}
-    return {name: value.half().cpu() for name, value in kept.items()}
+            batch = model.prepare(batch, (z.shape[-2], z.shape[-1]), generator)
+    made = {"z": z, **{name: batch[name] for name in names}}
+    return kept, {name: v.to("cpu", PRECISIONS[precision]) for name, v in made.items()}
 
 
 def _seen(model: LatentDiffusion) -> list[str]:
@@ -98,13 +166,66 @@ def _seen(model: LatentDiffusion) -> list[str]:
     return sorted({e.cached for e in encoders if getattr(e, "cached", None)})
 
 
-def _key(model: LatentDiffusion, folder: Folder, variants: int) -> str:
-    """A name for the cache: data, transform and the weights of the encoder."""
-    digest = hashlib.sha256()
-    seen = (_seen(model), variants, model.scale_factor)
-    for text in (folder.rows, vars(folder.transform), *seen):
-        digest.update(json.dumps(text, sort_keys=True, default=repr).encode())
-    first_stage: Any = model.autoencoder
-    for value in [*first_stage.encoder.state_dict().values(), first_stage.quant_conv.weight]:
-        digest.update(value.detach().cpu().contiguous().float().numpy().tobytes())
-    return digest.hexdigest()[:12]
+def _recipe(model: LatentDiffusion, transform: Any, precision: str) -> str:
+    """A name for all that latents depend on besides the pictures."""
+    first_stage, encoders = model.autoencoder, list(model.conditioner.children())
+    parts: list[Any] = [getattr(first_stage, name, None) for name in ("encoder", "quant_conv")]
+    parts += [encoder for encoder in encoders if getattr(encoder, "cached", None)]
+    weights = digest_of_weights(*(part for part in parts if part is not None))
+    done = {name: getattr(transform, name) for name in transform.SEEN}
+    return digest(type(transform).__name__, done, weights, model.scale_factor, precision)
+
+
+def _digests(dataset: Any) -> Iterator[str]:
+    for index in tqdm(range(len(dataset)), "Reading", delay=5, dynamic_ncols=True):
+        try:
+            yield digest(dataset.content(index))
+        except OSError:
+            yield ""
+
+
+class Contexts(Mapping[str, Tensor]):
+    """What a text tower makes of captions, (N, D) by text; only what is kept is in it."""
+
+    def __init__(self, store: Store, recipe: str, texts: Iterable[str]) -> None:
+        self.store = store
+        self.keys_of = {text: digest(recipe, text) for text in texts}
+
+    def __getitem__(self, text: str) -> Tensor:
+        return self.store[self.keys_of[text]]["context"]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys_of)
+
+    def __len__(self) -> int:
+        return len(self.keys_of)
+
+
+@torch.inference_mode()
+def cached_contexts(
+    model: LatentDiffusion, texts: Iterable[str], cache: Path, *, batch: int = 64
+) -> Contexts:
+    """The contexts of all texts by the model's text tower, those from the cache that are there.
+
+    Raises ValueError if the tower is trained, so that contexts would be out of date.
+    """
+    tower: Any = getattr(model.conditioner, "text", None)
+    if tower is None or any(p.requires_grad for p in tower.parameters()):
+        raise ValueError("data.params.texts: contexts can be kept only of a frozen text tower")
+    recipe = digest(digest_of_weights(tower), [_options(module) for module in tower.modules()])
+    contexts = Contexts(Store(cache, "contexts"), recipe, dict.fromkeys(["", *texts]))
+
+    def make(some: Sequence[str]) -> tuple[list[int], dict[str, Tensor]]:
+        context = tower.encode(list(some))  # (B, N, D)
+        return list(range(len(some))), {"context": context.half()}
+
+    wanted = ((key, text) for text, key in contexts.keys_of.items())
+    contexts.store.fill(wanted, make, batch=batch, unit="text")
+    return contexts
+
+
+def _options(module: Any) -> dict[str, Any]:
+    """What a module was told, as far as it keeps it in plain values."""
+    plain = (str, int, float, bool, tuple)
+    told = {k: v for k, v in vars(module).items() if isinstance(v, plain) and k[0] != "_"}
+    return {"class": type(module).__name__, **told, "training": False}

@@ -16,6 +16,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from ldm.data.shards import Shards
 from ldm.data.source import Records, Source
 from ldm.loading import datamodules, legacy
 from ldm.model import LatentDiffusion
-from ldm.train.latents import cached_latents
+from ldm.train.latents import cached_contexts, cached_latents
 from ldm.train.objective import vocabulary
 from ldm.train.prior import make_pictures
 
@@ -64,7 +65,7 @@ def open_sources(
 
 def _with_extras(model: nn.Module, train: Records | Shards, params: Mapping[str, Any]) -> Source:
     """The pictures, or their latents, with those of a class beside them if the config says so."""
-    wanted = [key for key in ("latents", "prior") if params.get(key)]
+    wanted = [key for key in ("latents", "texts", "prior") if params.get(key)]
     if not isinstance(model, LatentDiffusion) or not wanted:
         return train
     if isinstance(train, Shards):
@@ -73,8 +74,15 @@ def _with_extras(model: nn.Module, train: Records | Shards, params: Mapping[str,
     if params.get("latents"):
         options = dict(params["latents"])
         dataset = cached_latents(model, dataset, Path(options.pop("cache")), **options)
+    prior = None
     if params.get("prior"):
-        dataset = WithPrior(dataset, _prior(model, dict(params["prior"]), train.seed))
+        prior = _prior(model, dict(params["prior"]), train.seed)
+        dataset = WithPrior(dataset, prior)
+    if params.get("texts"):
+        options = dict(params["texts"])
+        texts = [*_captions(train.dataset), *(_captions(prior) if prior else ())]
+        text: Any = model.conditioner.text
+        text.known = cached_contexts(model, texts, Path(options.pop("cache")), **options)
     return Records(dataset, train.seed, shown=train.dataset)
 
 
@@ -120,6 +128,14 @@ def _prior(model: LatentDiffusion, spec: dict[str, Any], seed: int) -> Folder | 
     prompt = spec.pop("prompt")
     make_pictures(model, Path(spec["root"]), prompt, spec.pop("count"))
     return _dataset({**spec, "fields": {"text": prompt}}, seed, "data.params.prior")
+
+
+def _captions(dataset: Folder | Hub) -> Iterator[str]:
+    """All captions, where each record has one and keeps it."""
+    photo = dataset.transform
+    if not isinstance(photo, transforms.Photo) or photo.tags is not None:
+        raise ValueError("data.params.texts: only photos without `tags` have captions that stay")
+    return (photo.caption(dataset.row(index), Random(0)) for index in range(len(dataset)))
 
 
 def _learn_words(model: nn.Module, train: Records | Shards) -> None:

@@ -1,0 +1,162 @@
+"""Caches that are never out of date: what changed is made anew, all else is found again."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from ldm.data.folder import Folder
+from ldm.data.source import Records
+from ldm.data.transforms import Emoji, Photo
+from ldm.loading import config
+from ldm.train.latents import cached_contexts, cached_latents
+from ldm.train.sources import open_sources
+from ldm.train.store import Store
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def model() -> Any:
+    raw = config.read(ROOT / "configs/train/tiny.yaml")["model"]
+    torch.manual_seed(0)
+    made: Any = config.instantiate(raw, where="model")
+    made.conditioner.text.token_ids += 300  # a vocabulary
+    return made.eval()
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    root = tmp_path / "photos"
+    root.mkdir()
+    for number in range(6):
+        noise = torch.randint(0, 255, (16, 32 if number % 2 else 16, 3), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(root / f"{number}.png")
+        (root / f"{number}.txt").write_text(f"picture {number}")
+    return root
+
+
+def made(model: Any, photos: Path, cache: Path, **options: Any) -> int:
+    """How many latents had to be made."""
+    before = len(Store(cache, "latents"))
+    folder = Folder(root=photos, transform=Photo(**{"size": 16, "flip": 0.5} | options))
+    cached_latents(model, folder, cache, variants=2, batch=4)
+    return len(Store(cache, "latents")) - before
+
+
+def test_latents_are_those_of_the_pictures(model: Any, photos: Path, tmp_path: Path) -> None:
+    folder = Folder(root=photos, transform=Photo(size=16, flip=0.0))
+    latents = cached_latents(model, folder, tmp_path / "cache", precision="32")
+    sample = latents[0, 3]
+    with torch.no_grad():
+        z = model.autoencoder.encode(folder[0, 3]["jpg"][None]).mode()[0]
+    torch.testing.assert_close(sample["z"], z, rtol=1e-4, atol=1e-4)
+    assert sample["txt"] == "picture 3"
+
+
+def test_only_what_changed_is_made_anew(model: Any, photos: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    assert made(model, photos, cache) == 12
+    assert made(model, photos, cache) == 0
+    (photos / "1.txt").write_text("another caption")
+    assert made(model, photos, cache) == 0
+    with Image.open(photos / "1.png") as picture:
+        picture.putpixel((0, 0), (1, 2, 3))
+        picture.save(photos / "1.png")
+    assert made(model, photos, cache) == 2
+    shutil.copy(photos / "0.png", photos / "7.png")  # the same bytes under another name
+    assert made(model, photos, cache) == 0
+    assert made(model, photos, cache, crop="random") == 12
+    assert made(model, photos, cache, flip=0.0) == 12
+    assert made(model, photos, cache, buckets={"step": 8}) == 12
+    with torch.no_grad():
+        model.autoencoder.quant_conv.bias[0] += 1
+    assert made(model, photos, cache) == 12
+
+
+def test_more_variants_keep_those_that_are_there(model: Any, tmp_path: Path) -> None:
+    folder = Folder(root=ROOT / "tests/data/emoji", transform=Emoji(size=16), split="train")
+    for variants, count in ((2, 46), (3, 69)):
+        latents = cached_latents(model, folder, tmp_path, variants=variants)
+        assert len(latents.store) == count
+    colours = {latents.look(5, variant) for variant in range(11)}
+    assert len(colours) == 11
+    assert any(colours.pop()[0] in latents[epoch, 5]["txt"] for epoch in range(300))
+
+
+def test_an_interrupted_filling_goes_on(
+    model: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ldm.train.store.PER_FILE", 4)
+    encode, calls = model.autoencoder.encode, []
+
+    def failing(image: torch.Tensor) -> Any:
+        calls.append(len(image))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode(image)
+
+    monkeypatch.setattr(model.autoencoder, "encode", failing)
+    with pytest.raises(KeyboardInterrupt):
+        made(model, photos, tmp_path / "cache")
+    assert made(model, photos, tmp_path / "cache") == 4  # of 12, 8 were kept
+    assert calls == [4, 4, 4, 4]
+
+
+def test_a_damaged_file_is_made_anew(model: Any, photos: Path, tmp_path: Path) -> None:
+    made(model, photos, tmp_path / "cache")
+    (path,) = (tmp_path / "cache").glob("latents-*.pt")
+    path.write_bytes(path.read_bytes()[:1000])
+    assert made(model, photos, tmp_path / "cache") == 12
+
+
+def test_latents_come_in_buckets_and_broken_pictures_are_named(
+    model: Any, photos: Path, tmp_path: Path
+) -> None:
+    (photos / "2.png").write_bytes(b"")
+    (photos / "8.png").write_bytes((photos / "1.png").read_bytes()[:60])
+    folder = Folder(root=photos, transform=Photo(size=16, buckets={"step": 8}))
+    latents = cached_latents(model, folder, tmp_path / "cache")
+    batches = Records(latents).batches(2)
+    seen = [next(batches) for _ in range(4)]
+    assert {batch["z"].shape[1:] for batch in seen} == {(4, 4, 4), (4, 2, 6)}
+    assert {name for batch in seen for name in batch.get("broken", [])} == {"2.png", "8.png"}
+
+
+def test_contexts_are_kept_of_a_frozen_tower_alone(model: Any, tmp_path: Path) -> None:
+    text = model.conditioner.text
+    with pytest.raises(ValueError, match="only of a frozen text tower"):
+        cached_contexts(model, ["a cat"], tmp_path)
+    text.requires_grad_(False)
+    with torch.no_grad():
+        context = text.encode(["a cat", ""])
+    text.known = cached_contexts(model, ["a cat", "a dog"], tmp_path)
+    assert len(Store(tmp_path, "contexts")) == 3  # and that of no text
+    torch.testing.assert_close(text.encode(["a cat", ""]), context, rtol=1e-3, atol=1e-3)
+    cached_contexts(model, ["a cat", "a pig"], tmp_path)
+    assert len(Store(tmp_path, "contexts")) == 4
+    with torch.no_grad():
+        text.model.ln_final.bias += 1
+    assert torch.equal(text.encode("a cat"), text.known["a cat"].float()[None])
+    assert len(cached_contexts(model, ["a cat"], tmp_path).store) == 6
+    text.learned["<x>"] = torch.zeros(1, 32)
+    assert not torch.equal(text.encode("a cat"), text.known["a cat"].float()[None])
+
+
+def test_a_config_asks_for_both(model: Any, photos: Path, tmp_path: Path) -> None:
+    model.conditioner.text.requires_grad_(False)
+    train = {"root": str(photos), "transform": {"name": "photo", "size": 16}}
+    caches = {"latents": {"cache": str(tmp_path / "a")}, "texts": {"cache": str(tmp_path / "b")}}
+    data = {"params": {"batch_size": 3, "train": train, **caches}}
+    source, _ = open_sources(model, data, 0)
+    batch = next(source.batches(3, workers=1))
+    assert batch["z"].shape == (3, 4, 4, 4)
+    assert set(batch["txt"]) <= set(model.conditioner.text.known)
+    assert source.first(1)[0]["jpg"].shape == (3, 16, 16)
+    train["transform"] |= {"tags": {}}
+    with pytest.raises(ValueError, match="only photos without `tags`"):
+        open_sources(model, json.loads(json.dumps(data)), 0)
