@@ -205,7 +205,7 @@ class Adversarial:
         image, losses = self._image(batch), self.losses  # (B, 3, H, W)
         with _input_of(self.model.decoder.conv_out) as seen:
             made, posterior = self.model(image, generator)
-        leaf = made.detach().float().requires_grad_()  # (B, 3, H, W)
+        leaf = made.detach().float().requires_grad_(torch.is_grad_enabled())  # (B, 3, H, W)
         rec, nll = self._nll(image, leaf)
         g, kl = -self.rival(leaf).float().mean(), posterior.kl().float().mean()
         factor, d_weight = self._factor(), torch.zeros_like(kl)

@@ -116,7 +116,7 @@ def test_discriminator_and_reconstruction_pull_equally_at_the_last_layer(tanh_ou
 
 def test_a_look_at_a_trained_model_changes_nothing() -> None:
     adversarial = Adversarial(tiny(), LossConfig(**PIXELS))
-    with torch.no_grad():
+    with torch.inference_mode():
         losses = adversarial.loss(images(), seeded())
     assert losses["loss"].isfinite()
     assert losses["d_weight"] == 0
