@@ -43,7 +43,8 @@ def task(
     spec = params.get("lossconfig") or {"target": "torch.nn.Identity"}
     losses = config.instantiate(spec, where="model.params.lossconfig")
     kind = Adversarial if isinstance(losses, LossConfig) else Reconstruction
-    known = list(inspect.signature(kind).parameters)[1:]
+    keywords = inspect.signature(kind).parameters.values()
+    known = [p.name for p in keywords if p.kind is p.KEYWORD_ONLY]
     for key in options:
         if key not in known:
             raise legacy.unknown("keyword", key, known, "lightning.objective")
@@ -51,8 +52,11 @@ def task(
         return Reconstruction(model, **options)
     start = _starting_losses(params)
     options = {"learn_logvar": params.get("learn_logvar", False), **options}
-    given = (options.pop("perceptual", None) or {}).get("ckpt_path")
-    lpips = perceptual.read(given) if given else perceptual.load(start)
+    given = options.pop("perceptual", None) or {"ckpt_path": None}
+    if not isinstance(given, Mapping) or list(given) != ["ckpt_path"]:
+        raise ValueError("lightning.objective.perceptual must be {ckpt_path: a file or several}")
+    path = given["ckpt_path"]
+    lpips = perceptual.read(path) if path else perceptual.load(start)
     made = Adversarial(model, losses, perceptual=lpips, **options)
     made.start_from(start)
     return made

@@ -1,5 +1,7 @@
 """The original's training of an autoencoder: its recorded losses, and the balance of its parts."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,9 @@ from ldm.loading.load import on_meta
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.perceptual import LPIPS
 from ldm.train.autoencoder import Adversarial, LossConfig, Reconstruction, task
+from ldm.train.loop import Run
 
+EMOJI = Path(__file__).parents[1] / "data" / "emoji"
 # The original's own gradients move by 1.4e-6 of the largest without oneDNN, its losses by 2e-7.
 # Here a gradient is taken in two pieces, which sums in another order: measured 2.4e-6 and 6e-7.
 TOLERANCE = 1e-5
@@ -175,6 +179,8 @@ def test_the_config_chooses_the_losses() -> None:
         (PIXELS | {"use_actnorm": True}, {}, "`use_actnorm` and .* can only be false"),
         (PIXELS, {"l1": 1.0}, "lightning.objective: unknown keyword `l1`"),
         (PIXELS, {"trained": "encoder"}, "`encoder`, choose one of all, decoder"),
+        (PIXELS, {"losses": 1}, "lightning.objective: unknown keyword `losses`"),
+        (PIXELS, {"perceptual": "vgg.pth"}, "perceptual must be {ckpt_path: a file or several}"),
         (PIXELS, {"perceptual": {"ckpt_path": "vgg.pth"}}, "no file `vgg.pth`"),
     ],
 )
@@ -225,3 +231,28 @@ def test_recipes_build(name: str) -> None:
     trainer = task(model, params | {"ckpt_path": None}, raw["lightning"]["objective"])
     assert isinstance(trainer, Adversarial)
     assert tuple(raw["lightning"]["optimizer"]["betas"]) == trainer.betas
+
+
+def test_a_resumed_game_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    """The discriminator and its optimizer are part of the state."""
+    recipe = Path("configs/train/autoencoder-decoder.yaml")
+    small = [
+        f"data.params.train.root={EMOJI}", "data.params.train.split=null",
+        "data.params.train.transform.size=32", "data.params.train.transform.crop=null",
+        "model.params.ckpt_path=null", "model.params.ddconfig.ch_mult=[1,1]",
+        "model.params.lossconfig.params.disc_start=1", "data.params.batch_size=2",
+        "model.params.lossconfig.params.disc_num_layers=1", "lightning.trainer.max_time=null",
+        "lightning.callbacks.images=1", "lightning.trainer.precision=32",
+        "lightning.optimizer.decay=constant",
+    ]  # fmt: skip
+    runs = []
+    for name, steps in (("whole", 3), ("parts", 2), ("parts", 3)):
+        raw = config.read(recipe, [*small, f"lightning.trainer.max_steps={steps}"])
+        runs.append(Run(raw, tmp_path / name))
+        if len(runs) == 3:
+            runs[-1].resume()
+        runs[-1].train()
+    whole, _, parts = (run.task for run in runs)
+    for one, two in ((whole.trained, parts.trained), (whole.rival, parts.rival)):
+        assert all(v.equal(two.state_dict()[k]) for k, v in one.state_dict().items())
+    assert not whole.rival.main[0].weight.equal(runs[1].task.rival.main[0].weight)
