@@ -119,6 +119,7 @@ def _guess(z: Tensor, noise: Tensor, t: Tensor, target: Tensor, model: LatentDif
     return (best[:, None] * z_t - target).square().mean()
 
 
+@torch.no_grad()
 def _reconstruction(model: AutoencoderKL, image: Tensor) -> str | None:
     made = model.decode(model.encode(image).mode()).float()
     error = float((made - image).square().mean())

@@ -50,6 +50,7 @@ class TimestepLog:
         self.curves[step] = torch.where(counts > 0, sums / counts.clamp(min=1e-9), torch.nan)
         path = self.folder / "timesteps.csv"
         is_new = not path.exists()
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", newline="") as file:
             writer = csv.writer(file)
             if is_new:
@@ -90,11 +91,13 @@ class TimestepLog:
         figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
         axes = figure.add_subplot()
         steps = sorted(self.curves)[-SHOWN:]
-        middles = [sum(self._edges(k)) / 2 for k in range(self.bins)]
+        middles = torch.tensor([sum(self._edges(k)) / 2 for k in range(self.bins)])
         for place, step in enumerate(steps):
             colour, is_last = (place + 1) / len(steps), step == steps[-1]
+            seen = self.curves[step].isfinite()
             axes.plot(
-                *(middles, self.curves[step].tolist()),
+                *(middles[seen], self.curves[step][seen]),
+                marker=".",
                 color=(0.1, 0.3, 0.7, 0.15 + 0.85 * colour**2),
                 linewidth=2 if is_last else 1,
                 label=f"step {step}" if is_last or place == 0 else None,

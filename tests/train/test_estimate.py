@@ -1,0 +1,80 @@
+"""--dry-run: what would be trained, and the memory that it needs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ldm.loading import config
+from ldm.train import estimate
+from ldm.train.settings import read
+
+ROOT = Path(__file__).parents[2]
+
+
+def memory(*overrides: str, processes: int = 1) -> estimate.Memory:
+    raw = config.read(ROOT / "configs/train/tiny.yaml", overrides)
+    return estimate.estimate(raw, read(raw), processes)
+
+
+def test_live_counts_what_a_real_step_holds() -> None:
+    with estimate.Live() as live:
+        kept = torch.zeros(1000)
+        gone = kept + 1
+        assert live.now == 8000
+        view = gone[:10]
+        del gone
+        assert live.now == 8000
+        del view
+        assert live.now == 4000
+    assert live.peak == 8000
+
+
+def test_every_part_of_the_memory_is_counted() -> None:
+    found = memory("lightning.optimizer.name=adamw")
+    assert found.gradients == found.average == 4 * found.trained
+    assert found.optimizer == 8 * found.trained
+    assert found.weights == 4 * found.parameters
+    assert found.total > found.weights + 4 * found.gradients
+    assert 5e6 < found.activations < 5e7
+    small = memory("lightning.trainer.checkpoint_gradients=true", "data.params.batch_size=4")
+    assert small.activations < 0.75 * found.activations
+
+
+@pytest.fixture
+def quick(monkeypatch: Any) -> None:
+    """Without the simulated step."""
+    monkeypatch.setattr(
+        estimate,
+        "_activations",
+        lambda task, raw, trainer: 1e6 * raw["data"]["params"]["batch_size"],
+    )
+
+
+@pytest.mark.usefixtures("quick")
+def test_switches_lower_the_memory() -> None:
+    whole = memory("lightning.optimizer.name=adamw")
+    split = memory("lightning.optimizer.name=adamw", "lightning.trainer.strategy=fsdp", processes=4)
+    assert split.optimizer == whole.optimizer // 4
+    assert split.total < whole.total
+    assert memory("lightning.trainer.ema_device=cpu").average == 0
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_lora_needs_little_beside_the_weights() -> None:
+    raw = config.read(ROOT / "configs/train/tiny.yaml", ["lightning.lora.rank=2"])
+    found = estimate.estimate(raw, read(raw))
+    assert found.trained < 0.05 * found.parameters
+    assert found.optimizer < 0.2 * found.weights
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_dry_run_prints_the_whole_config_and_what_would_help() -> None:
+    raw: Any = config.read(ROOT / "configs/train/tiny.yaml", ["data.params.batch_size=2"])
+    lines = list(estimate.describe(raw, processes=2))
+    assert config.parse(lines[0])["lightning"]["trainer"]["nan_limit"] == 10
+    text = "\n".join(lines)
+    assert "2 x 1 accumulated x 2 processes" in text
+    assert "lightning.trainer.strategy=fsdp" in text
+    assert "data.params.batch_size=1 lightning.trainer.accumulate_grad_batches=2" in text
