@@ -17,15 +17,14 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ldm.data.buckets import Buckets
-from ldm.data.source import Unreadable, collate
+from ldm.data.source import Unreadable
 from ldm.imaging.opening import picture_in, size_in
 
-__all__ = ["Folder", "Order", "WithPrior", "batches", "collate", "read_metadata"]
+__all__ = ["PICTURES", "Folder", "Transform", "WithPrior", "read_metadata"]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 CAPTIONS = (".txt", ".caption")
@@ -140,47 +139,6 @@ class WithPrior(Dataset):
         return {**self.dataset[key], "prior": self.others[turn, other]}
 
 
-class Order:
-    """An endless order over `length` records: every epoch a new permutation.
-
-    rank, world: this process takes every world-th record, beginning with its rank.
-    """
-
-    def __init__(self, length: int, *, seed: int = 0, rank: int = 0, world: int = 1) -> None:
-        self.length, self.seed, self.rank, self.world = length, seed, rank, world
-        self._epoch = -1
-        self._permutation: list[int] = []
-
-    def __getitem__(self, position: int) -> tuple[int, int]:
-        """(epoch, index) of the position-th record of this process."""
-        epoch, place = divmod(position * self.world + self.rank, self.length)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._permutation = torch.randperm(self.length, generator=generator).tolist()
-            self._epoch = epoch
-        return epoch, self._permutation[place]
-
-
-def batches(
-    dataset: Dataset, order: Order, batch_size: int, *, start: int = 0, workers: int = 0
-) -> Iterator[dict[str, Any]]:
-    """Endless batches, beginning at the start-th record of this process.
-
-    Tensors are stacked, everything else is a list.
-    """
-
-    def keys() -> Iterator[list[tuple[int, int]]]:
-        position = start
-        while True:
-            yield [order[i] for i in range(position, position + batch_size)]
-            position += batch_size
-
-    loader: Any = DataLoader(
-        dataset, batch_sampler=_Keys(keys), collate_fn=collate, num_workers=workers
-    )
-    return iter(loader)
-
-
 def read_metadata(root: Path) -> list[dict[str, Any]]:
     """The rows of metadata.jsonl or metadata.csv, each with `file_name`; else all pictures.
 
@@ -216,13 +174,3 @@ def _listed(root: Path) -> Iterator[dict[str, Any]]:
                 row["text"] = path.with_suffix(suffix).read_text("utf-8").strip()
                 break
         yield row
-
-
-class _Keys:
-    """The batches of keys as the iterable that DataLoader wants."""
-
-    def __init__(self, keys: Callable[[], Iterator[list[tuple[int, int]]]]) -> None:
-        self.keys = keys
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return self.keys()

@@ -259,8 +259,12 @@ def _add(tar: tarfile.TarFile, folder: Folder, index: int) -> None:
 
 
 def _expanded(pattern: str, commands: bool) -> list[str]:
-    import braceexpand
-
+    try:
+        import braceexpand  # webdataset brings it
+    except ImportError as error:
+        raise ImportError(
+            "shards need the package `webdataset`: pip install 'ldm-revived[shards]'"
+        ) from error
     if pattern.startswith("pipe:") and not commands:
         raise ValueError(
             f"`{pattern}` is a command, which a config may not run: copy the shards, name their"

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 import ldm
-from ldm.data.folder import Folder, WithPrior, collate
+from ldm.data.folder import Folder, WithPrior
+from ldm.data.source import collate
 from ldm.data.transforms import Photo
 from ldm.loading import adapters, config, embeddings, legacy, load
 from ldm.train.adaptation import Adaptation

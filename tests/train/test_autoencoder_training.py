@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from ldm.data.folder import Folder, Order, batches
+from ldm.data.folder import Folder
+from ldm.data.source import Records
 from ldm.data.transforms import Emoji
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.train import optim
@@ -21,7 +22,7 @@ def tiny() -> AutoencoderKL:
 
 def test_reconstructions_get_better() -> None:
     folder = Folder(root=EMOJI, transform=Emoji(size=16))
-    batch = next(batches(folder, Order(len(folder)), 4))
+    batch = next(Records(folder).batches(4))
     task = Reconstruction(tiny())
     optimizer = optim.make(task.trained, 3e-3, name="muon")
     generator = torch.Generator().manual_seed(0)

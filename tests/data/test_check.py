@@ -1,0 +1,68 @@
+"""What is said of a folder, or of shards, before training."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from imaging.badpictures import REFUSED
+from ldm.data.check import check
+from scripts.check_data import main
+
+EMOJI = Path(__file__).parent / "emoji"
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    root = tmp_path / "photos"
+    root.mkdir()
+    for name, (make, _) in REFUSED.items():
+        if name != "folder":
+            make(root / f"{name}.png")
+    (root / "cut.whole.png").unlink()
+    for number, size in enumerate([(300, 300), (300, 300), (600, 300), (80, 160)]):
+        Image.new("RGB", size, (number, 0, 0)).save(root / f"{number}.png")
+    (root / "0.txt").write_text("the same")
+    (root / "1.txt").write_text("the same")
+    (root / "2.txt").write_text("another")
+    (root / "copy.png").write_bytes((root / "0.png").read_bytes())
+    return root
+
+
+def test_everything_is_counted(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(photos), "--size", "256", "--list", str(photos / "broken.txt")]) == 1
+    out = capsys.readouterr().out
+    assert "5 pictures can be read, 6 are broken" in out
+    assert "`huge.png` has more than 100000000 pixels" in out
+    assert "1 pictures are copies of others" in out
+    assert "2 have no caption\n  3.png\n  copy.png\n" in out
+    assert "1 captions are copies of others\n  2 x `the same`" in out
+    assert "256 – 511        4 ####" in out
+    assert "256 x 256        3 ####" in out
+    assert "320 x 192        0" not in out
+    assert "cut.png" in (photos / "broken.txt").read_text().splitlines()
+
+
+def test_a_folder_is_packed_and_its_shards_are_checked(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(photos), "--pack", str(tmp_path / "%03d.tar"), "--count", "8"]) == 1
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        str(tmp_path / f"00{number}.tar") for number in range(2)
+    ]
+    report = check([str(tmp_path / "{000..001}.tar")])
+    assert sum(report.sizes.values()) == 5
+    assert report.broken == []
+    assert report.captions == {"the same": 2, "another": 1}
+    assert main([str(tmp_path / "*.tar"), "--pack", "%d.tar"]) == 1
+    assert "only a folder can be packed" in capsys.readouterr().err
+
+
+def test_a_good_folder_is_good(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(EMOJI)]) == 0
+    assert "24 pictures can be read, 0 are broken" in capsys.readouterr().out
+
+
+def test_nothing_to_read_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 1
+    assert "has no metadata.jsonl, metadata.csv or pictures" in capsys.readouterr().err
