@@ -5,7 +5,7 @@
 {hub: lambdalabs/naruto-blip-captions, split: train}
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 from random import Random
@@ -61,10 +61,9 @@ class Hub(Dataset):
         epoch, index = key
         return self.transform(self.record(index), Random(f"{self.seed} {epoch} {index}"))
 
-    @property
-    def rows(self) -> Sequence[Mapping[str, Any]]:
+    def rows(self) -> Iterator[Mapping[str, Any]]:
         """All metadata; `text` is the caption."""
-        return [self._row(row) for row in self.facts]
+        return map(self._row, self.facts)
 
     def record(self, index: int) -> dict[str, Any]:
         """The columns of a row and its `picture`, decoded.

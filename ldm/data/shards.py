@@ -19,7 +19,7 @@ import subprocess
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from glob import glob, has_magic
 from io import BufferedReader, BytesIO
@@ -90,6 +90,13 @@ class Shards:
         if not found:
             raise ValueError(f"`{self.urls[0]}` … have no pictures that can be read")
         return [found[k % len(found)] for k in range(n)]
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """What is said of all samples, `text` among it; this reads all shards once."""
+        log.info("reading the captions of %d shards", len(self.urls))
+        for raw in itertools.chain.from_iterable(map(samples_of, self.urls)):
+            with suppress(ValueError):  # a damaged one will be named when its turn comes
+                yield _said(raw)
 
     def _read(self, size: int, first: int, step: int) -> Iterator[dict[str, Any]]:
         streams: dict[int, tuple[int, Iterator[tuple[int, list[Raw]]]]] = {}
@@ -208,12 +215,9 @@ def record_of(raw: Raw) -> dict[str, Any]:
     name = f"{Path(raw['__url__']).name}/{raw['__key__']}".rstrip("/")
     try:
         suffix, data = _picture(raw)
-        facts = _facts(raw)
-        text = raw["txt"].decode("utf-8") if "txt" in raw else _caption(facts)
-        picture = picture_in(data, f"{name}.{suffix}")
+        return {**_said(raw), "picture": picture_in(data, f"{name}.{suffix}")}
     except ValueError as error:
         raise Unreadable(name, str(error)) from error
-    return {**facts, "text": text.strip(), "picture": picture}
 
 
 def pack(folder: Folder, pattern: str, *, count: int = 1000) -> Iterator[Path]:
@@ -327,8 +331,11 @@ def _picture(raw: Raw) -> tuple[str, bytes]:
     raise ValueError(f"`{raw['__key__']}` has no picture, only {', '.join(sorted(raw))}")
 
 
-def _caption(facts: Mapping[str, Any]) -> str:
-    return str(facts.get("text") or facts.get("caption") or "")
+def _said(raw: Raw) -> dict[str, Any]:
+    """What the .json of a sample says, and its `text`."""
+    facts = _facts(raw)
+    text = str(facts.get("text") or facts.get("caption") or "")
+    return {**facts, "text": (raw["txt"].decode("utf-8") if "txt" in raw else text).strip()}
 
 
 def _facts(raw: Raw) -> dict[str, Any]:

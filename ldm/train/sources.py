@@ -143,8 +143,6 @@ def _learn_words(model: nn.Module, train: Records | Shards) -> None:
     text = getattr(getattr(model, "conditioner", None), "text", None)
     ids = getattr(text, "token_ids", None)
     if text is not None and ids is not None and ids.equal(torch.arange(len(ids))):
-        if isinstance(train, Shards):
-            raise ValueError("`compact_vocab` needs all captions before training: a folder, a hub")
-        data = train.dataset
-        rows = read_metadata(data.root) if isinstance(data, Folder) else data.rows
+        data: Any = train if isinstance(train, Shards) else train.dataset
+        rows = read_metadata(data.root) if isinstance(data, Folder) else data.rows()
         ids.copy_(vocabulary(transforms.all_words(rows), text))

@@ -34,7 +34,7 @@ def test_what_was_saved_to_disk_is_read(table, tmp_path: Path) -> None:
     assert batch["jpg"].shape == (6, 3, 16, 16)
     assert set(batch["txt"]) == set("01235")
     assert batch["broken"] == [f"{tmp_path.name}/4"]
-    assert [row["text"] for row in hub.rows] == list("012345")
+    assert [row["text"] for row in hub.rows()] == list("012345")
 
 
 def test_parquet_is_read_into_buckets_ahead(table, tmp_path: Path) -> None:

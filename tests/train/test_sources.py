@@ -60,6 +60,12 @@ def test_shards_are_opened_by_their_pattern(tmp_path: Path) -> None:
         nn.Identity(), section(train={**SHARDS, "shards": f"{tmp_path}/{{000000..000002}}.tar"}), 23
     )
     assert next(train.batches(4))["jpg"].shape == (4, 3, 16, 16)
+    model: Any = config.instantiate(config.read(ROOT / "configs/train/tiny.yaml")["model"])
+    open_sources(model, section(train={**SHARDS, "shards": f"{tmp_path}/*.tar"}), 23)
+    shown, text = model.conditioner.text.token_ids.clone(), model.conditioner.text
+    text.token_ids.copy_(torch.arange(len(shown)))
+    open_sources(model, section(), 23)
+    assert torch.equal(text.token_ids, shown)  # the words of a folder are those of its shards
 
 
 def test_no_latents_are_made_of_shards() -> None:
