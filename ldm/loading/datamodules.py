@@ -56,16 +56,18 @@ def translate(data: Mapping[str, Any]) -> tuple[Spec, list[str]]:
 
 
 def _split(spec: Mapping[str, Any], where: str, notes: list[str]) -> Spec:
-    if "target" in spec:
+    kinds = [kind for kind in KINDS if kind in spec]
+    if "target" in spec and not kinds:
         params = dict(spec.get("params") or {})
         if spec["target"] not in DATASETS:
             raise ValueError(f"{where}: {_instead(spec['target'], params)}")
         return DATASETS[spec["target"]](params, where, notes)
-    if sum(kind in spec for kind in KINDS) != 1:
+    if len(kinds) != 1:
         raise ValueError(f"{where} needs one of `root` (a folder), `shards` or `hub`")
     if "transform" not in spec and "image_transforms" not in spec:
         raise ValueError(f"{where} needs `transform`, {{name: photo, size: 512, …}}")
-    return dict(spec)
+    # What was laid over a data set of the original takes its place.
+    return {key: value for key, value in spec.items() if key not in ("target", "params")}
 
 
 def _folder(params: Spec, where: str, notes: list[str]) -> Spec:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from ldm.loading import config
 from ldm.loading.datamodules import translate
 
 PHOTO = {"name": "photo", "size": 32}
@@ -129,3 +130,15 @@ def test_simple_data_sets_are_read(spec: dict[str, Any], ours: dict[str, Any]) -
 def test_what_cannot_be_read_is_named(data: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         translate(data)
+
+
+def test_a_folder_takes_the_place_of_data_that_nobody_has() -> None:
+    name = "configs/autoencoder/autoencoder_kl_32x32x4.yaml"
+    photo = "{name: photo, size: 256, crop: random}"
+    given = ["data.params.train.root=photos", f"data.params.train.transform={photo}"]
+    raw = config.read(name, [*given, "data.params.validation=null"])
+    params, _ = translate(raw["data"])
+    wanted = {"name": "photo", "size": 256, "crop": "random"}
+    assert params["train"] == {"root": "photos", "transform": wanted}
+    with pytest.raises(ValueError, match="ImageNetSRTrain` cannot be read here"):
+        translate(config.read(name)["data"])
