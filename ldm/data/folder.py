@@ -13,6 +13,7 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from io import StringIO
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -41,6 +42,7 @@ class Folder(Dataset):
     split: keep the rows with this `split`, None = all.
     where: keep the rows with these values, {"object": "robot"}.
     fields: values that take the place of the metadata's, {"text": "a photo of a sks dog"}.
+    text: which field of the metadata is the caption.
     """
 
     def __init__(
@@ -51,14 +53,16 @@ class Folder(Dataset):
         split: str | None = None,
         where: Mapping[str, Any] | None = None,
         fields: Mapping[str, Any] | None = None,
+        text: str = "text",
         seed: int = 0,
     ) -> None:
         self.root, self.transform, self.seed = Path(root), transform, seed
         wanted = {**(where or {}), **({} if split is None else {"split": split})}
         rows = read_metadata(self.root)
         rows = [row for row in rows if all(row.get(key) == v for key, v in wanted.items())]
+        said = ({**row, "text": row[text]} if text in row else row for row in rows)
         self.rows = [
-            {**row, **(fields or {})} for row in rows for _ in range(int(row.get("repeats", 1)))
+            {**row, **(fields or {})} for row in said for _ in range(int(row.get("repeats", 1)))
         ]
         if not self.rows:
             only = ", ".join(f"{key} `{value}`" for key, value in wanted.items())
@@ -142,14 +146,13 @@ class WithPrior(Dataset):
 def read_metadata(root: Path) -> list[dict[str, Any]]:
     """The rows of metadata.jsonl or metadata.csv, each with `file_name`; else all pictures.
 
-    Raises FileNotFoundError, or ValueError for a row without `file_name`.
+    Raises FileNotFoundError, or ValueError for a row without `file_name` and unreadable text.
     """
+    rows: list[dict[str, Any]]
     if (root / "metadata.jsonl").exists():
-        lines = (root / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
+        rows = list(_json_lines(root / "metadata.jsonl"))
     elif (root / "metadata.csv").exists():
-        with (root / "metadata.csv").open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        rows = list(csv.DictReader(StringIO(_text(root / "metadata.csv"), newline="")))
     else:
         rows = list(_listed(root))
         if not rows:
@@ -158,6 +161,22 @@ def read_metadata(root: Path) -> list[dict[str, Any]]:
         if "file_name" not in row:
             raise ValueError(f"`{root}`: row {number} of the metadata has no `file_name`")
     return rows
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`{path}` is not UTF-8: {error}") from None
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if line.strip():
+            try:
+                yield dict(json.loads(line))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"`{path}`, line {number}: {error}") from None
 
 
 def _listed(root: Path) -> Iterator[dict[str, Any]]:
@@ -171,6 +190,6 @@ def _listed(root: Path) -> Iterator[dict[str, Any]]:
             row |= {"repeats": int(kohya[1]), "text": kohya[2]}
         for suffix in CAPTIONS:
             if path.with_suffix(suffix).is_file():
-                row["text"] = path.with_suffix(suffix).read_text("utf-8").strip()
+                row["text"] = _text(path.with_suffix(suffix)).strip()
                 break
         yield row

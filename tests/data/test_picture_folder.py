@@ -36,6 +36,31 @@ def test_a_folder_without_metadata_is_refused(tmp_path: Path) -> None:
         read_metadata(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metadata.jsonl", b'{"file_name": "a.png"}\n{"file', r"metadata\.jsonl`, line 2: "),
+        ("metadata.jsonl", b'["a.png"]', r"line 1: "),
+        ("metadata.csv", b"file,text\na.png,b", "row 1 of the metadata has no `file_name`"),
+        ("a.txt", b"caf\xe9", r"a\.txt` is not UTF-8"),
+    ],
+)
+def test_text_that_cannot_be_read_is_named(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    draw(tmp_path / "a.png")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_metadata(tmp_path)
+
+
+def test_another_field_may_be_the_caption(tmp_path: Path) -> None:
+    draw(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,prompt\na.png,one\n", "utf-8-sig")
+    folder = Folder(root=tmp_path, transform=Photo(size=8), text="prompt")
+    assert folder[0, 0]["txt"] == "one"
+
+
 def test_an_empty_split_is_refused() -> None:
     with pytest.raises(ValueError, match="no pictures of split `test`"):
         Folder(root=EMOJI, transform=Emoji(), split="test")
