@@ -33,6 +33,7 @@ from ldm.train import (
     callbacks,
     exports,
     logs,
+    memory,
     objective,
     parallel,
     pictures,
@@ -75,9 +76,16 @@ class Run:
         self.device = device or pick_device(None)
         self.ranks = parallel.start(self.device, silence=trainer["timeout"])
         torch.manual_seed(self.seed)
+        torch.backends.cudnn.benchmark = bool(trainer["benchmark"])
         attention.set_backend(trainer["attention"])
         self.model = config.instantiate(raw["model"], where="model").to(self.device)
         self.is_fine_tune = start.from_checkpoints(self.model, raw["model"].get("params") or {})
+        memory.apply(
+            self.model,
+            checkpoint=trainer["checkpoint_gradients"],
+            channels_last=trainer["channels_last"],
+            compiled=trainer["compile"],
+        )
         self.batch_size, self.workers = data["batch_size"], data.get("num_workers") or 0
         with self.ranks.first_before_others():
             self.source, self.held_out = open_sources(self.model, raw["data"], seed=self.seed)

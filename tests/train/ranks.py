@@ -2,12 +2,14 @@
 
     torchrun --nproc-per-node 2 tests/train/ranks.py FOLDER CASE …
 
-A case is STRATEGY-PRECISION-DATA, such as ddp-32-map: 6 steps in one go, and 3 + 3. The first
-process prints "CASE hash hash", of all that was trained. `save`, `load` and `go`: see below.
+A case is STRATEGY-PRECISION-DATA, such as ddp-32-map: 4 steps in one go, and 2 + 2. The first
+process prints "CASE hash hash", of all that was trained. `VERB:CASE` does what
+`moved` says.
 """
 
 import hashlib
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,17 +22,26 @@ from ldm.train.parallel import whole
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs/train/tiny.yaml"
-STEPS = 6
+STEPS = 4
 
 
 class Quiet(Run):
-    """A run that draws and exports nothing at its end."""
+    """A run that draws and exports nothing at its end, and knows its losses."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.losses: list[float] = []
+
+    def step(self, work: Any, lr: float) -> dict[str, torch.Tensor]:
+        losses = super().step(work, lr)
+        self.losses.append(self.ranks.mean({"loss": float(losses["loss"].detach())})["loss"])
+        return losses
 
     def finish(self) -> None:
         self.save()
 
 
-def run(folder: Path, case: str, steps: int, *overrides: str) -> Quiet:
+def run(folder: Path, case: str, steps: int, *overrides: str, kind: type[Quiet] = Quiet) -> Any:
     strategy, precision, data = case.split("-", 2)
     words = {
         "trainer.max_steps": steps,
@@ -49,7 +60,7 @@ def run(folder: Path, case: str, steps: int, *overrides: str) -> Quiet:
             *overrides,
         ],
     )
-    return Quiet(raw, folder, device=torch.device("cpu"))
+    return kind(raw, folder, device=torch.device("cpu"))
 
 
 def sources(data: str) -> str:
@@ -82,21 +93,22 @@ def interrupted(folder: Path, case: str) -> tuple[str, str]:
 
 
 def moved(folder: Path, case: str, verb: str) -> tuple[str, str]:
-    """save: trains 3 steps. load: what was saved. go: what was saved, and after 3 more steps.
+    """save: trains 2 steps. go: from what was saved, 2 more. forever: until it is stopped.
 
-    After `go` the weights lie in FOLDER/weights-WORLD.pt.
-
-    A step has as many batches as it had at first, on any number of processes.
+    A step has as many batches as it had at first, on any number of processes. After `go` losses and
+    weights lie in FOLDER/went-on-WORLD.pt; before `forever` the process number in FOLDER/RANK.pid.
     """
-    here = run(folder, case, STEPS // 2 if verb == "save" else STEPS)
-    if verb != "save":
-        here.resume(folder / "checkpoints" / f"state-{STEPS // 2:08}")
-    before = digest(here)
-    if verb != "load":
-        here.train()
+    steps = {"save": STEPS // 2, "go": STEPS, "forever": 10**9}[verb]
+    here = run(folder, case, steps, "lightning.trainer.timeout=5")
     if verb == "go":
-        weights = whole(here.task.trained.state_dict())
-        torch.save(weights, folder / f"weights-{here.ranks.world}.pt")
+        here.resume(folder / "checkpoints" / f"state-{STEPS // 2:08}")
+    if verb == "forever":
+        (folder / f"{here.ranks.rank}.pid").write_text(str(os.getpid()))
+    before = digest(here)
+    here.train()
+    if verb == "go":
+        path = folder / f"went-on-{here.ranks.world}.pt"
+        torch.save({"weights": whole(here.task.trained.state_dict()), "losses": here.losses}, path)
     return before, digest(here)
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import resource
 import signal
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,73 @@ def test_a_signal_ends_the_run_and_keeps_its_state(tmp_path: Path) -> None:
     run.train()
     assert run.state.step == 1
     assert [path.name for path in run.last.parent.glob("state-*")] == ["state-00000001"]
+
+
+def test_steps_without_finite_gradients_are_skipped(tmp_path: Path) -> None:
+    run = tiny(tmp_path, "lightning.trainer.max_steps=4")
+    fail_at(run, {1, 2})
+    before = {name: value.clone() for name, value in weights(run).items()}
+    run.train()
+    assert (run.state.step, run.state.skipped) == (4, 2)
+    assert all(value.isfinite().all() for value in weights(run).values())
+    assert not torch.equal(before["unet.out.2.weight"], weights(run)["unet.out.2.weight"])
+
+
+def test_a_run_that_diverges_stops_with_state_and_batch_on_disk(tmp_path: Path) -> None:
+    run = tiny(tmp_path, "lightning.trainer.nan_limit=3")
+    fail_at(run, set(range(2, 9)))
+    with pytest.raises(FloatingPointError, match="3 steps in a row"):
+        run.train()
+    batch = torch.load(tmp_path / "not-finite-rank0.pt", weights_only=True)[0]
+    assert len(batch["txt"]) == run.batch_size
+    again = tiny(tmp_path)
+    again.resume()
+    assert again.state.step == 5
+    assert torch.equal(weights(again)["unet.out.2.weight"], weights(run)["unet.out.2.weight"])
+
+
+def test_a_full_disk_neither_ends_a_run_nor_costs_a_state(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tiny(tmp_path, "lightning.trainer.max_steps=2")
+    run.train()
+    again = tiny(tmp_path, "lightning.trainer.max_steps=5", "lightning.callbacks.save_steps=1")
+    again.resume()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # as if no more would fit
+    try:
+        with caplog.at_level("ERROR", "ldm"), pytest.raises(OSError, match="could not be written"):
+            again.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert again.state.step == 5
+    assert "training goes on" in caplog.text
+    assert [path.name for path in run.last.parent.iterdir()].count("state-00000002") == 1
+    assert not list(run.last.parent.glob(".state-*"))
+    run.resume()
+    assert run.state.step == 2
+
+
+def test_a_state_that_would_run_code_is_not_opened(tmp_path: Path) -> None:
+    run = tiny(tmp_path, "lightning.trainer.max_steps=1")
+    run.train()
+    state = run.states.newest()
+    assert state is not None
+    (state / ".metadata").write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR.")
+    with pytest.raises(ValueError, match=r"refused: it would call `os\.system`"):
+        run.resume()
+
+
+def fail_at(run: Run, steps: set[int]) -> None:
+    """The loss is not a number at these steps."""
+    player = run.state.players["model"]
+    loss = player.loss
+
+    def failing(batch: Any, generator: torch.Generator) -> Any:
+        factor = float("nan") if run.state.step in steps else 1.0
+        return {"loss": loss(batch, generator)["loss"] * factor}
+
+    player.loss = failing
 
 
 def test_a_run_ends_by_time(tmp_path: Path) -> None:

@@ -1,0 +1,106 @@
+"""Many processes train what one would, go on as more or fewer of them, and end together."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.data.folder import Folder
+from ldm.data.shards import pack
+from ldm.data.transforms import Photo
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "tests/train/ranks.py"
+
+
+def started(processes: int, *words: str) -> "list[subprocess.Popen[str]]":
+    """The processes, told of each other as torchrun and Slurm do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    shared |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), *words],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        )
+        for rank in range(processes)
+    ]  # fmt: skip
+
+
+def ranks(processes: int, folder: Path, *cases: str) -> dict[str, tuple[str, str]]:
+    """{case: (hash, hash)} of tests/train/ranks.py."""
+    outputs = [run.communicate(timeout=900) for run in started(processes, str(folder), *cases)]
+    lines = [line.split() for line in outputs[0][0].splitlines()]
+    found = {line[0]: (line[1], line[2]) for line in lines if line and line[0] in cases}
+    assert set(found) == set(cases), outputs[0][1][-3000:]
+    return found
+
+
+def test_two_processes_stop_and_go_on_bit_by_bit(tmp_path: Path) -> None:
+    found = ranks(2, tmp_path, "ddp-32-map", "fsdp-bf16-map")
+    for case, (straight, interrupted) in found.items():
+        assert straight == interrupted, case
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "strategies"), [(1, ["auto"]), (2, ["ddp", "fsdp"]), (4, ["hsdp"])]
+)
+def test_every_way_of_training_is_resumed_bit_by_bit(
+    processes: int, strategies: list[str], tmp_path: Path
+) -> None:
+    shards = tmp_path / "shards"
+    folder = Folder(root=ROOT / "tests/data/emoji", transform=Photo(size=32))
+    assert len(list(pack(folder, f"{shards}/%03d.tar", count=5))) == 5
+    cases = [
+        f"{strategy}-{precision}-{data}"
+        for strategy in strategies
+        for precision in ("32", "bf16")
+        for data in ("map", f"{shards}/*.tar")
+    ]
+    for case, (straight, interrupted) in ranks(processes, tmp_path, *cases).items():
+        assert straight == interrupted, case
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_state_of_four_processes_is_the_same_on_two_and_one(
+    strategy: str, tmp_path: Path
+) -> None:
+    case = f"{strategy}-32-map"
+    (_, saved), gone = ranks(4, tmp_path, f"save:{case}", f"go:{case}").values()
+    assert gone[0] == saved
+    assert [ranks(n, tmp_path, f"go:{case}")[f"go:{case}"][0] for n in (2, 1)] == [saved, saved]
+    after = [torch.load(tmp_path / f"went-on-{n}.pt") for n in (4, 2, 1)]
+    for other in after[1:]:
+        assert other["losses"] == pytest.approx(after[0]["losses"], rel=1e-5)
+        for name, value in after[0]["weights"].items():
+            # gradients are summed in another order, and Adam divides by their size: where that is
+            # about nothing, a weight may go 0.002 (the learning rate) this way or that
+            difference = (value.float() - other["weights"][name].float()).abs()
+            assert difference.median() < 1e-6, name
+
+
+def test_when_one_is_lost_the_others_end(tmp_path: Path) -> None:
+    """A process that stops without dying is noticed too: no connection breaks."""
+    first, second = started(2, str(tmp_path), "forever:ddp-32-map")
+    while len(list(tmp_path.glob("*.pid"))) < 2 and first.poll() is None:
+        time.sleep(0.1)
+    time.sleep(1)
+    second.send_signal(signal.SIGSTOP)
+    since = time.monotonic()
+    _, errors = first.communicate(timeout=120)
+    second.kill()
+    second.communicate()
+    assert first.returncode == 1
+    assert time.monotonic() - since < 60
+    assert "process 1 has been silent for 5 s" in errors
