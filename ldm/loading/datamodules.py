@@ -56,15 +56,19 @@ def translate(data: Mapping[str, Any]) -> tuple[Spec, list[str]]:
 
 
 def _split(spec: Mapping[str, Any], where: str, notes: list[str]) -> Spec:
+    spec = {key: value for key, value in spec.items() if value is not None}
     kinds = [kind for kind in KINDS if kind in spec]
     if "target" in spec and not kinds:
         params = dict(spec.get("params") or {})
         if spec["target"] not in DATASETS:
             raise ValueError(f"{where}: {_instead(spec['target'], params)}")
         return DATASETS[spec["target"]](params, where, notes)
-    if len(kinds) != 1:
+    if len(kinds) > 1:
+        both = " and ".join(f"`{kind}`" for kind in kinds)
+        raise ValueError(f"{where} has {both}: set all but one to null, and their options")
+    if not kinds:
         raise ValueError(f"{where} needs one of `root` (a folder), `shards` or `hub`")
-    if "transform" not in spec and "image_transforms" not in spec:
+    if "transform" not in spec:
         raise ValueError(f"{where} needs `transform`, {{name: photo, size: 512, …}}")
     # What was laid over a data set of the original takes its place.
     return {key: value for key, value in spec.items() if key not in ("target", "params")}

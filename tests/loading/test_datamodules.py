@@ -124,7 +124,11 @@ def test_simple_data_sets_are_read(spec: dict[str, Any], ours: dict[str, Any]) -
         ({"target": "sgm.data.mnist.MNISTLoader"}, "data: `sgm.data.mnist.MNISTLoader` cannot"),
         ({"params": {"train": FOLDER}}, "needs `batch_size`"),
         ({"params": {"batch_size": 1, "train": FOLDER, "worker": 1}}, "did you mean"),
-        ({"params": {"batch_size": 1, "train": {**FOLDER, "hub": "x"}}}, "needs one of `root`"),
+        ({"params": {"batch_size": 1, "train": {**FOLDER, "root": None}}}, "needs one of `root`"),
+        (
+            {"params": {"batch_size": 1, "train": {**FOLDER, "hub": "x"}}},
+            "has `root` and `hub`: set",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_named(data: dict[str, Any], message: str) -> None:
