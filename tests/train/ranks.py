@@ -67,7 +67,7 @@ def sources(data: str) -> str:
     transform = "transform: {name: emoji, size: 32}"
     if data == "map":
         return f"{{root: {ROOT / 'tests/data/emoji'}, split: train, {transform}}}"
-    return f"{{shards: '{data}', shuffle: 4, {transform}}}"
+    return f"{{root: null, split: null, shards: '{data}', shuffle: 4, {transform}}}"
 
 
 def digest(run: Run) -> str:
