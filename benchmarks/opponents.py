@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, device, nn
 
 from ldm.loading import config, legacy
-from ldm.loading.folder import files, index, places
+from ldm.loading.folder import files, index, networks, places
 from ldm.loading.skeleton import on_meta
+from ldm.nets.unet import UNet
 
 CONFIG = "configs/stable-diffusion/v2-inference.yaml"
 
@@ -21,6 +22,18 @@ def unet(ours: nn.Module) -> nn.Module:
     with device("meta"):
         made = UNet2DConditionModel.from_config(_config("unet"))
     return _fill(made, places.scatter(places.unet(ours.state_dict()), ours.state_dict()))
+
+
+def unet_like(ours: UNet) -> nn.Module:
+    """Of any size, in float32 on the CPU, with the weights of ours."""
+    from diffusers import UNet2DConditionModel
+
+    described = networks.unet_config(ours, 64)
+    with device("meta"):
+        made = UNet2DConditionModel.from_config(described)
+    state = {name: value.detach() for name, value in ours.state_dict().items()}
+    made.load_state_dict(places.scatter(places.unet(state), state), assign=True)
+    return made.requires_grad_(True)
 
 
 def vae(ours: nn.Module) -> nn.Module:
