@@ -43,6 +43,7 @@ from ldm.train import (
     validation,
 )
 from ldm.train.resume import States
+from ldm.train.schedules import Rate
 from ldm.train.sources import open_sources
 from ldm.train.state import Player
 from ldm.train.timesteps import TimestepLog
@@ -93,11 +94,6 @@ class Run:
         if params.get("scale_by_std") and not self.is_fine_tune:
             self._measure_scale()
         self.task: Any = build.task(self.model, params, self.settings)
-        self.accumulate = trainer["accumulate_grad_batches"]
-        self.settings.count_epochs(self._steps_per_epoch())
-        self.rate, self.rate_line = self.settings.rate(
-            raw["model"]["base_learning_rate"], batch=self.batch_size, world=self.ranks.world
-        )
         self.state = build.state(self.task, self.settings, self.ranks, self.device)
         self.states = States(folder / "checkpoints", self.ranks, keep=trainer["keep"])
         self.loggers = logs.Loggers(folder, ())
@@ -128,19 +124,18 @@ class Run:
         if path is None:
             raise ValueError(f"`{self.states.folder}` has no state to resume from")
         self.states.load(self.state, path)
-        world, parts = self.ranks.world, self.state.parts
-        if parts != world * self.accumulate:
-            if parts % world:
-                raise ValueError(
-                    f"a step of `{path}` is {parts} batches, {world} processes cannot share them"
-                )
-            self.accumulate = parts // world
-            log.info("%d batches per step as before: %d x %d ranks", parts, self.accumulate, world)
+        world, parts, trainer = self.ranks.world, self.state.parts, self.settings["trainer"]
+        if parts % world:
+            raise ValueError(
+                f"a step of `{path}` is {parts} batches, {world} processes cannot share them"
+            )
+        if parts // world != trainer["accumulate_grad_batches"]:
+            log.info("%d batches per step, as before: %d x %d ranks", parts, parts // world, world)
+            trainer["accumulate_grad_batches"] = parts // world
 
     def train(self) -> None:
         """Trains until the end or a signal (SIGTERM, SIGINT), and saves; SIGUSR1 saves at once."""
-        state = self.state
-        self._begin()
+        state, rate = self.state, self._begin()
         batches = self.source.batches(
             self.batch_size,
             start=state.position,
@@ -154,7 +149,7 @@ class Run:
         with self._report() as report, self._signals(), self._saved_on_error():
             while self.progress() < 1 and "stop" not in self.wishes:
                 work = self._next(batches, broken)
-                lr = self.rate(state.step, self.progress())
+                lr = rate(state.step, self.progress())
                 losses = self.step(work, lr)
                 due = self._agreed(clock(), {name: on(state.step) for name, on in every.items()})
                 report(state.step, losses, lr, self.batch_size * state.parts)
@@ -223,11 +218,6 @@ class Run:
             self.settings["trainer"]["precision"]
         )
         return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
-
-    def _steps_per_epoch(self) -> int | None:
-        if self.source.length is None:
-            return None
-        return max(1, self.source.length // (self.batch_size * self.accumulate * self.ranks.world))
 
     def _measure_scale(self) -> None:
         """Of the latents of the first batch, on one process for all."""
@@ -311,12 +301,16 @@ class Run:
                 f"its batches are in `{path}`"
             )
 
-    def _begin(self) -> None:
-        """A folder, the logs, and what there is to say before the first step."""
+    def _begin(self) -> Rate:
+        """A folder, the logs, and what there is to say before the first step; the learning rate."""
         self.ranks.once(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+        size, length = self.batch_size, self.source.length
+        self.settings.count_epochs(length and max(1, length // (size * self.state.parts)))
+        base, world = self.raw["model"]["base_learning_rate"], self.ranks.world
+        rate, line = self.settings.rate(base, batch=size, world=world)
         if self.ranks.is_first:
-            for line in (*self.settings.notes, self.rate_line):
-                log.info(line)
+            for note in (*self.settings.notes, line):
+                log.info(note)
         options, start_ = self.settings["callbacks"], self.state.step
         self.loggers = logs.Loggers(
             self.folder,
@@ -330,6 +324,7 @@ class Run:
             self.timesteps = TimestepLog(self.folder, self.ranks, timesteps, start=start_)
         if self.is_fine_tune and not start_:
             sanity.check(self)
+        return rate
 
     @contextmanager
     def _report(self) -> Iterator[Callable[..., None]]:

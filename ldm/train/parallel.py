@@ -115,7 +115,9 @@ def start(device: torch.device, *, silence: float = 45.0) -> Ranks:
     if world == 1:
         return Ranks()
     if not dist.is_initialized():
-        for name, value in (("RANK", rank), ("WORLD_SIZE", world)):
+        first = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")  # torchrun names its own
+        place = {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": first, "MASTER_PORT": 29500}
+        for name, value in place.items():
             os.environ.setdefault(name, str(value))
         if device.type == "cuda":
             torch.cuda.set_device(device)
