@@ -5,6 +5,7 @@ same, pictures that are there twice, sizes, proportions, and the buckets that th
 """
 
 import hashlib
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -116,7 +117,8 @@ def check(where: Sequence[str], *, size: int = 512, step: int = 64, workers: int
     records: Iterable[Any] = _in_shards(where) if folder is None else _in_folder(folder)
     total = None if folder is None else len(folder)
     bar = tqdm(total=total, unit="picture", dynamic_ncols=True, mininterval=1)
-    with bar, ThreadPoolExecutor(workers) as pool:
+    # Each picture is opened without warnings; threads would not put their filters back in order.
+    with bar, warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
         records = iter(records)
         while some := list(islice(records, AT_ONCE)):
             for name, found in pool.map(_found, some):

@@ -179,7 +179,7 @@ class Photo:
             for side, part in zip(picture.size, kept, strict=True)
         )
         box = (left, top, left + kept[0], top + kept[1])
-        return picture.resize(size, Image.Resampling.LANCZOS, box)
+        return picture.resize(size, Image.Resampling.LANCZOS, box, reducing_gap=3.0)
 
     def caption(self, record: Mapping[str, Any], rng: Random) -> str:
         """The text of a record; a list of tags as `tags` says."""
