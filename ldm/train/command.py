@@ -38,7 +38,16 @@ def boolean(text: str) -> bool:
 # Options whose value may be left out, and what they mean then.
 OPTIONAL = {
     **dict.fromkeys(
-        ("--train", "--debug", "--validate", "--dry-run", "--no-test", "--scale_lr"), "true"
+        (
+            "--train",
+            "--debug",
+            "--validate",
+            "--dry-run",
+            "--no-test",
+            "--scale_lr",
+            "--allow-commands",
+        ),
+        "true",
     ),
     **dict.fromkeys(("--resume", "--name", "--project"), ""),
 }
@@ -66,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--validate", **switch, help="print the loss on held-out data, raw and averaged weights")
     add("--dry-run", **switch, help="print the whole config and the memory that it needs")
     add("--nproc", type=int, default=0, help="processes on this machine, with or without GPUs")
+    text = "shards may come from `pipe:COMMAND`, which runs whatever the config says"
+    add("--allow-commands", **switch, help=text)
     add("--threads", type=int, help="of the CPU, for each process")
     text = "run in LOGDIR/debug_runs; show tracebacks, and open pdb if there is a terminal"
     add("-d", "--debug", **switch, help=text)
@@ -143,7 +154,7 @@ def _run(args: argparse.Namespace, raw: dict[str, Any], old: runs.Old | None) ->
 
     torch.set_num_threads(args.threads or torch.get_num_threads())
     folder = old.folder if old else launch.agreed(lambda: runs.new_folder(args))
-    run = Run(raw, folder, text=config.text(raw))
+    run = Run(raw, folder, text=config.text(raw), commands=args.allow_commands)
     if old and old.state:
         run.resume(old.state)
     if run.ranks.is_first and args.train:

@@ -60,6 +60,7 @@ class Run:
 
     raw: the config as `config.read` gives it. text: the same as text, kept beside the weights.
     folder: where the run lives. device: by default the best there is.
+    commands: whether shards may come from commands that the config names.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Run:
         *,
         text: str = "",
         device: torch.device | None = None,
+        commands: bool = False,
     ) -> None:
         self.settings = settings.read(raw)
         self.raw, self.folder, self.text = raw, folder, text
@@ -89,7 +91,9 @@ class Run:
         )
         self.batch_size, self.workers = data["batch_size"], data.get("num_workers") or 0
         with self.ranks.first_before_others():
-            self.source, self.held_out = open_sources(self.model, raw["data"], seed=self.seed)
+            self.source, self.held_out = open_sources(
+                self.model, raw["data"], seed=self.seed, commands=commands
+            )
         params = raw["model"].get("params") or {}
         if params.get("scale_by_std") and not self.is_fine_tune:
             self._measure_scale()
