@@ -27,6 +27,7 @@ from ldm.train.settings import Settings, read
 __all__ = ["Memory", "describe", "estimate"]
 
 TOKENS = 77
+TORCH = "torch (about 0.2 GiB on a CPU, 0.5 GiB on a GPU)"
 SIDE = 512  # pixels, if the data does not say
 # Bytes that an optimizer keeps per trained number.
 OPTIMIZERS = {"adamw": 8.0, "adamw8bit": 2.0, "muon": 4.0, "adafactor": 0.1, "lion": 4.0}
@@ -67,9 +68,10 @@ class Live(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         made = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(made):
-            if isinstance(leaf, Tensor):
-                self._see(leaf.untyped_storage())
+        given = {storage._cdata for storage in _storages((args, kwargs))}  # a view makes nothing
+        for storage in _storages(made):
+            if storage._cdata not in given:
+                self._see(storage)
         return made
 
     def _see(self, storage: Any) -> None:
@@ -82,6 +84,10 @@ class Live(TorchDispatchMode):
 
     def _drop(self, key: int) -> None:
         self.now -= self.sizes.pop(key)
+
+
+def _storages(tree: Any) -> list[Any]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def describe(raw: Mapping[str, Any], *, processes: int = 1) -> Iterator[str]:
@@ -98,6 +104,7 @@ def describe(raw: Mapping[str, Any], *, processes: int = 1) -> Iterator[str]:
     yield f"memory      about {_size(memory.total)} per process"
     for name in ("weights", "gradients", "optimizer", "average", "activations"):
         yield f"  {name:<11} {_size(getattr(memory, name))}"
+    yield f"  beside what {TORCH} takes for itself"
     for switch, other in _switches(raw, settings, processes):
         saved = memory.total - other.total
         if saved > 0.01 * memory.total:

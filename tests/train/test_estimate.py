@@ -19,7 +19,10 @@ def memory(*overrides: str, processes: int = 1) -> estimate.Memory:
 
 
 def test_live_counts_what_a_real_step_holds() -> None:
+    outside = torch.zeros(1000)
     with estimate.Live() as live:
+        kept = outside[:10].t() + torch.zeros(1000)[:10]
+        del kept
         kept = torch.zeros(1000)
         gone = kept + 1
         assert live.now == 8000
