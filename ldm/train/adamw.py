@@ -32,6 +32,9 @@ class AdamW(torch.optim.AdamW):
             rests: list[tuple[Tensor, Tensor]] = []  # (place, its padded copy)
             rows: list[list[Tensor]] = []  # (weight, gradient, mean, square, count) each
             for tensors in zip(weights, gradients, means, squares, counts, strict=True):
+                if _is_plain(*tensors[:2]):
+                    rows.append(list(tensors))
+                    continue
                 flat = [_flat(x, like=tensors[0]) for x in tensors[:4]]
                 full = flat[0].numel() // REGISTER * REGISTER
                 if full:
@@ -74,6 +77,12 @@ def _fused(
         eps=group["eps"],
         maximize=False,
     )
+
+
+def _is_plain(weight: Tensor, gradient: Tensor) -> bool:
+    """Whether the kernel can take them as they are."""
+    whole = not isinstance(weight, DTensor) and weight.numel() % REGISTER == 0
+    return whole and weight.stride() == gradient.stride()
 
 
 def _flat(x: Tensor, like: Tensor) -> Tensor:
