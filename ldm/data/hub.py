@@ -72,7 +72,7 @@ class Hub(Dataset):
         """
         try:
             picture = picture_in(self.content(index), self.name(index))
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise Unreadable(self.name(index), str(error)) from error
         return {**self.row(index), "picture": picture}
 
@@ -85,9 +85,14 @@ class Hub(Dataset):
         return f"{self.source}/{index}"
 
     def content(self, index: int) -> bytes:
-        """The file of a record."""
-        data: bytes = (self.table[index][self.image] or {}).get("bytes") or b""
-        return data
+        """The file of a record; empty where there is none.
+
+        Raises OSError if the table names a file that cannot be read.
+        """
+        kept = self.table[index][self.image] or {}
+        if kept.get("bytes") is None and kept.get("path"):
+            return Path(kept["path"]).read_bytes()
+        return kept.get("bytes") or b""
 
     def _row(self, row: Mapping[str, Any]) -> dict[str, Any]:
         return {**row, "text": row.get(self.text) or "", **self.fields}
@@ -99,7 +104,7 @@ class Hub(Dataset):
         """The bucket of a record; what is no picture will be found broken in any."""
         try:
             return int(buckets.index(*size_in(BytesIO(self.content(index)))))
-        except ValueError:
+        except (OSError, ValueError):
             return int(buckets.index(1, 1))
 
 

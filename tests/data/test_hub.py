@@ -1,6 +1,8 @@
 """Data sets of Hugging Face's package, from disk."""
 
+import gc
 import sys
+import warnings
 from io import BytesIO
 from pathlib import Path
 
@@ -44,6 +46,19 @@ def test_parquet_is_read_into_buckets_ahead(table, tmp_path: Path) -> None:
     batches = Records(hub).batches(3, workers=1)
     shapes = {batch["jpg"].shape for batch in (next(batches), next(batches))}
     assert shapes == {(3, 3, 16, 16), (3, 3, 8, 32)}
+
+
+def test_a_folder_of_pictures_is_read(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    for name in "ab":
+        Image.new("RGB", (8, 8), "red").save(tmp_path / "pictures" / f"{name}.png")
+    lines = "".join(f"{name}.png,{name}\n" for name in "ab")
+    (tmp_path / "pictures" / "metadata.csv").write_text(f"file_name,text\n{lines}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # that package leaves the .csv open
+        hub = Hub(hub=tmp_path / "pictures", transform=Photo(size=8), cache=tmp_path / "cache")
+        gc.collect()
+    assert [hub[0, index]["txt"] for index in range(2)] == ["a", "b"]
 
 
 def test_a_missing_column_is_named(table, tmp_path: Path) -> None:
