@@ -57,6 +57,7 @@ def open_sources(
         log.info("%s", note)
     train = _opened(params["train"], seed, "data.params.train", commands)
     _learn_words(model, train)
+    _warn_of_silence(model, train)
     held_out = None
     if params.get("validation"):
         held_out = _opened(params["validation"], seed, "data.params.validation", commands)
@@ -128,6 +129,16 @@ def _prior(model: LatentDiffusion, spec: dict[str, Any], seed: int) -> Folder | 
     prompt = spec.pop("prompt")
     make_pictures(model, Path(spec["root"]), prompt, spec.pop("count"))
     return _dataset({**spec, "fields": {"text": prompt}}, seed, "data.params.prior")
+
+
+def _warn_of_silence(model: nn.Module, train: Records | Shards) -> None:
+    """Says how many pictures have no caption, where they are known and a model listens to them."""
+    data = None if isinstance(train, Shards) else train.dataset
+    listens = getattr(getattr(model, "conditioner", None), "text", None) is not None
+    if listens and isinstance(data, Folder) and isinstance(data.transform, transforms.Photo):
+        lacking = sum(not row.get("text") for row in data.rows)
+        if lacking:
+            log.warning("%d of %d pictures of `%s` have no caption", lacking, len(data), data.root)
 
 
 def _captions(dataset: Folder | Hub) -> Iterator[str]:

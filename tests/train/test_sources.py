@@ -76,3 +76,10 @@ def test_no_latents_are_made_of_shards() -> None:
     shards = {**SHARDS, "shards": f"pipe:cat {EMOJI}"}
     with pytest.raises(ValueError, match="`latents` needs a folder or a hub"):
         open_sources(model, section(train=shards, latents=latents), 23, commands=True)
+
+
+def test_pictures_without_caption_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    model: Any = config.instantiate(config.read(ROOT / "configs/train/tiny.yaml")["model"])
+    photos = {**TRAIN, "split": None, "transform": {"name": "photo", "size": 16}}
+    open_sources(model, section(train=photos), 23)
+    assert "24 of 24 pictures" in caplog.text
