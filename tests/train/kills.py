@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import suppress
 from mmap import mmap
 from pathlib import Path
 from struct import pack, unpack
@@ -53,7 +54,7 @@ def attempt(folder: Path, shared: mmap, steps: int) -> None:
 
 def killed(folder: Path, shared: mmap, chance: random.Random, *, while_saving: bool) -> bool:
     """One attempt and its end; whether it was killed while a state was being written."""
-    before = {path.name for path in (folder / "checkpoints").glob("state-*")}
+    seen, stale = {path.name for path in (folder / "checkpoints").glob("state-*")}, parts(folder)
     child = os.fork()
     if not child:
         code = 1
@@ -63,22 +64,30 @@ def killed(folder: Path, shared: mmap, chance: random.Random, *, while_saving: b
             os._exit(code)
     if while_saving:
         chosen = chance.randint(1, 3)  # the first save of the session, or a later one
-        wait_for_part(folder, before, chosen)
+        wait_for_part(folder, seen | stale.keys(), chosen)
         time.sleep(chance.uniform(0, 0.15))
     else:
         time.sleep(chance.uniform(0.2, 6))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return any((folder / "checkpoints").glob(".state-*"))
+    return bool(parts(folder).items() - stale.items())
 
 
-def wait_for_part(folder: Path, seen: set[str], nth: int) -> None:
+def parts(folder: Path) -> dict[str, int]:
+    """States that are being written, or were when somebody died; and when they were begun."""
+    found = {}
+    for path in (folder / "checkpoints").glob(".state-*"):
+        with suppress(FileNotFoundError):
+            found[path.name] = path.stat().st_ctime_ns
+    return found
+
+
+def wait_for_part(folder: Path, stale: set[str], nth: int) -> None:
     """Until the nth state of a session is being written."""
-    parts: set[str] = set()
-    stale = {path.name for path in (folder / "checkpoints").glob(".state-*")}
+    begun: set[str] = set()
     deadline = time.monotonic() + 120
-    while len(parts) < nth and time.monotonic() < deadline:
-        parts |= {p.name for p in (folder / "checkpoints").glob(".state-*.part")} - stale - seen
+    while len(begun) < nth and time.monotonic() < deadline:
+        begun |= parts(folder).keys() - stale
         time.sleep(0.001)
 
 

@@ -89,7 +89,15 @@ def interrupted(folder: Path, case: str) -> tuple[str, str]:
     second.resume()
     assert second.state.step == STEPS // 2
     second.train()
+    keep(second, folder / case / "trained.pt")
     return digest(straight), digest(second)
+
+
+def keep(here: Quiet, path: Path) -> None:
+    """Losses and weights, for comparisons that are not exact."""
+    weights = whole(here.task.trained.state_dict())
+    if here.ranks.is_first:
+        torch.save({"weights": weights, "losses": here.losses}, path)
 
 
 def moved(folder: Path, case: str, verb: str) -> tuple[str, str]:
@@ -107,8 +115,7 @@ def moved(folder: Path, case: str, verb: str) -> tuple[str, str]:
     before = digest(here)
     here.train()
     if verb == "go":
-        path = folder / f"went-on-{here.ranks.world}.pt"
-        torch.save({"weights": whole(here.task.trained.state_dict()), "losses": here.losses}, path)
+        keep(here, folder / f"went-on-{here.ranks.world}.pt")
     return before, digest(here)
 
 
