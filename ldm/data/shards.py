@@ -81,14 +81,16 @@ class Shards:
         return numbered(partial(self._read, size), start + rank, world, workers)
 
     def first(self, n: int) -> list[dict[str, Any]]:
+        raws = itertools.chain.from_iterable(map(samples_of, self.urls))
+        piles: dict[int, list[Raw]] = {}
+        for raw in itertools.islice(filter(self._is_wanted, raws), 4 * n):
+            piles.setdefault(self._bucket(raw), []).append(raw)
         found: list[dict[str, Any]] = []
-        for raw in itertools.chain.from_iterable(map(samples_of, self.urls)):
-            if self._is_wanted(raw) and len(found) < n:
+        for raw in max(piles.values(), key=len, default=[]):
+            if len(found) < n:
                 found += self._decoded([raw], Random(self.seed), [])
-            if len(found) == n:
-                break
         if not found:
-            raise ValueError(f"`{self.urls[0]}` … have no pictures that can be read")
+            raise ValueError(f"`{self.urls[0]}` … begin with no pictures that can be read")
         return [found[k % len(found)] for k in range(n)]
 
     def rows(self) -> Iterator[dict[str, Any]]:

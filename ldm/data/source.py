@@ -43,7 +43,7 @@ class Source(Protocol):
         """
 
     def first(self, n: int) -> list[dict[str, Any]]:
-        """n fixed samples with their pictures ("jpg"), for grids and statistics."""
+        """n fixed samples with pictures ("jpg") of one size, for grids and statistics."""
 
 
 class Unreadable(ValueError):
@@ -78,8 +78,12 @@ class Records:
         return numbered(partial(self._read, size), start + rank, world, workers)
 
     def first(self, n: int) -> list[dict[str, Any]]:
-        length = len(self.shown)
-        return [readable(self.shown, 0, length * k // n, []) for k in range(n)]
+        groups = getattr(self.shown, "groups", None)
+        alike: Sequence[int] = range(len(self.shown))
+        if groups is not None:
+            most = Counter(groups).most_common(1)[0][0]
+            alike = [index for index in alike if groups[index] == most]
+        return [readable(self.shown, 0, alike[len(alike) * k // n], []) for k in range(n)]
 
     def keys(self, number: int, size: int) -> list[tuple[int, int]]:
         """(epoch, index) of the records of a batch."""
@@ -123,7 +127,7 @@ class Broken:
 
     def __init__(self, path: Path, share: float) -> None:
         self.path, self.share = path, share
-        self.names = set(path.read_text("utf-8").splitlines()) if path.exists() else set()
+        self.names: set[str] = set()  # that are listed, by whomever
         self.count = self.seen = 0
 
     def add(self, names: Sequence[str], seen: int) -> None:
@@ -132,9 +136,11 @@ class Broken:
             names: of one batch, from its "broken". seen: how many records that batch has.
         Raises ValueError if more than the share of at least 100 records was broken.
         """
-        new = [name for name in dict.fromkeys(names) if name not in self.names]
-        if new:
+        if not self.names.issuperset(names):
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                self.names.update(self.path.read_text("utf-8").splitlines())
+            new = [name for name in dict.fromkeys(names) if name not in self.names]
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(f"{name}\n" for name in new)
             self.names.update(new)

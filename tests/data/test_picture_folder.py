@@ -119,6 +119,7 @@ def test_batches_of_buckets_have_one_size_and_hold_everything_once(tmp_path: Pat
     assert sorted(shapes) == sorted(map(str, range(10)))
     assert shapes["0"] == shapes["9"] == (16, 16)
     assert (shapes["3"], shapes["7"]) == ((8, 32), (32, 8))
+    assert len({sample["jpg"].shape for sample in Records(folder).first(6)}) == 1
     resumed = next(Records(folder, 1).batches(2, start=3))
     assert resumed["txt"] == batches[3]["txt"]
     assert torch.equal(resumed["jpg"], batches[3]["jpg"])

@@ -129,6 +129,8 @@ def test_damaged_samples_and_shards_are_named_and_replaced(folder: Path, tmp_pat
 def test_fixed_samples_come_from_the_first_shards(folder: Path) -> None:
     assert [sample["txt"] for sample in source(folder).first(7)] == list("0123456")
     assert len(source(folder).first(30)) == 30
+    bucketed = source(folder, transform=Photo(size=8, buckets={"step": 4}))
+    assert [sample["txt"] for sample in bucketed.first(4)] == list("1245")  # of one size
 
 
 def test_commands_are_not_run_unless_that_is_allowed(folder: Path) -> None:
