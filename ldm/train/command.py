@@ -169,7 +169,9 @@ def _run(args: argparse.Namespace, raw: dict[str, Any], old: runs.Old | None) ->
             raise ValueError("--validate needs held-out data, `data.params.validation`")
         yield from (f"{name} {value:.6f}" for name, value in figures.items())
     elif run.ranks.is_first:
-        yield str(run.last) if args.train or old else "the config fits"
+        written = [run.last.with_suffix(f".{kind}") for kind in ("safetensors", "ckpt")]
+        done = [str(path) for path in written if path.exists()] if args.train or old else []
+        yield from done or ["the config fits"]
     run.ranks.stop()
 
 

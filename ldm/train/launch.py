@@ -114,9 +114,9 @@ def _show(numbers: Sequence[int], there: int, wanted: list[int] | int | None) ->
 
 
 def _script() -> list[str]:
-    """How this program was started, for torchrun."""
+    """How this program was started, for torchrun; what follows is not torchrun's."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return ["-m", spec.name] if spec is not None else [sys.argv[0]]
+    return ["-m", "--", spec.name] if spec is not None else ["--", sys.argv[0]]
 
 
 def _replace(words: Sequence[str]) -> None:

@@ -66,7 +66,8 @@ class Loggers:
                 self.logs.append(writer)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        for each in self.logs:
+        """Nothing is written where there are no values."""
+        for each in self.logs if values else ():
             each.scalars(step, values)
 
     def image(self, step: int, name: str, path: Path) -> None:

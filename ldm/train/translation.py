@@ -61,6 +61,14 @@ WITHOUT_CALLBACK = (
     "setup_callback", "learning_rate_logger", "cuda_callback", "ignore_keys_callback",
     "checkpoint_callback",
 )  # fmt: skip
+# Classes of callbacks, and the names that the original gives them.
+CLASSES = {
+    "ImageLogger": "image_logger",
+    "ModelCheckpoint": "metrics_over_trainsteps_checkpoint",
+    "SetupCallback": "setup_callback",
+    "LearningRateMonitor": "learning_rate_logger",
+    "CUDACallback": "cuda_callback",
+}
 STEP_CHECKPOINTS = 10_000  # steps between them in the original, if nothing is said
 KNOWN = {
     "trainer": (*WITHOUT_MEANING, "strategy", "val_check_interval", "check_val_every_n_epoch",
@@ -154,17 +162,24 @@ def _validation(trainer: dict[str, Any], sections: Sections) -> None:
 
 
 def _callbacks(sections: Sections, notes: list[str]) -> None:
+    """Callbacks that are meant by their name in the original, or by the class that they target."""
     callbacks = sections.get("callbacks", {})
     readers: dict[str, Callable[[dict[str, Any], Sections, list[str]], None]] = {
         "image_logger": _image_logger,
         "metrics_over_trainsteps_checkpoint": _step_checkpoints,
     }
-    for key in [key for key in callbacks if key in WITHOUT_CALLBACK]:
-        del callbacks[key]
-        notes.append(f"lightning.callbacks.{key} has no meaning here: that is built in")
-    for key in [key for key in callbacks if key in readers]:
-        spec = callbacks.pop(key) or {}
-        readers[key](dict(spec.get("params") or {}), sections, notes)
+    for key in list(callbacks):
+        spec = callbacks[key] if isinstance(callbacks[key], Mapping) else {}
+        target = str(spec.get("target", ""))
+        name = CLASSES.get(target.rpartition(".")[2], key)
+        if target and target.rpartition(".")[2] not in CLASSES:
+            raise legacy.unknown("callback", target, CLASSES, f"lightning.callbacks.{key}")
+        if name in WITHOUT_CALLBACK:
+            del callbacks[key]
+            notes.append(f"lightning.callbacks.{key} has no meaning here: that is built in")
+        elif name in readers:
+            del callbacks[key]
+            readers[name](dict(spec.get("params") or {}), sections, notes)
 
 
 def _image_logger(params: dict[str, Any], sections: Sections, notes: list[str]) -> None:

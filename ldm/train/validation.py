@@ -4,6 +4,7 @@ val/loss        the weights as they are
 val/loss_ema    their average
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 __all__ = ["paused", "validate"]
+
+log = logging.getLogger(__name__)
 
 
 def validate(run: Any, *, averaged: bool = True) -> dict[str, float]:
@@ -27,6 +30,9 @@ def validate(run: Any, *, averaged: bool = True) -> dict[str, float]:
     if averaged and run.state.ema.decay:
         with run.state.ema.applied(run.task.trained):
             found |= {f"val/{name}_ema": value for name, value in _means(run).items()}
+    if run.ranks.is_first:
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+        log.info("step %d: %s", run.state.step, figures)
     return found
 
 
