@@ -24,6 +24,7 @@ from ldm.train.store import Store, digest, digest_of_weights
 
 __all__ = ["Contexts", "Latents", "cached_contexts", "cached_latents"]
 
+VERSION = 1  # of what transforms do; raise it when the same options give other pixels
 PRECISIONS = {"16": torch.float16, "32": torch.float32}
 
 
@@ -173,7 +174,8 @@ def _recipe(model: LatentDiffusion, transform: Any, precision: str) -> str:
     parts += [encoder for encoder in encoders if getattr(encoder, "cached", None)]
     weights = digest_of_weights(*(part for part in parts if part is not None))
     done = {name: getattr(transform, name) for name in transform.SEEN}
-    return digest(type(transform).__name__, done, weights, model.scale_factor, precision)
+    name = type(transform).__name__
+    return digest(VERSION, name, done, weights, model.scale_factor, precision)
 
 
 def _digests(dataset: Any) -> Iterator[str]:
