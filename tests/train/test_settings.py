@@ -11,7 +11,8 @@ from ldm.train.settings import DEFAULTS, Settings, read
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted([*ROOT.glob("configs/demo/*.yaml"), *ROOT.glob("configs/train/*.yaml")])
-RECIPES = [path for path in FILES if "optimizer:" in path.read_text()]  # else as the original
+# The others are scaled as the original does it.
+RECIPES = [path for path in FILES if "optimizer" in config.read(path).get("lightning", {})]
 # As published for the training of SD 2 inpainting.
 SD2 = """
   find_unused_parameters: true
@@ -56,14 +57,14 @@ def linear(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_our_recipes_are_understood_and_their_rates_are_not_scaled(path: Path) -> None:
+def test_our_recipes_are_understood_and_scale_their_rates_if_they_say_so(path: Path) -> None:
     raw = config.read(path)
-    raw.setdefault("lightning", {}).setdefault("trainer", {}).setdefault("max_steps", 1)
-    made = read(raw)
+    trainer = raw.setdefault("lightning", {}).setdefault("trainer", {})
+    trainer.setdefault("max_steps", 1)
+    made, base = read(raw), raw["model"]["base_learning_rate"]
     assert made.notes == []
-    assert made.rate(raw["model"]["base_learning_rate"], batch=8)[0].lr == pytest.approx(
-        raw["model"]["base_learning_rate"]
-    )
+    factor = 8 * made["trainer"]["accumulate_grad_batches"] if trainer.get("scale_lr") else 1
+    assert made.rate(base, batch=8)[0].lr == pytest.approx(factor * base)
 
 
 def test_the_training_config_of_sd2_inpainting_is_understood() -> None:
