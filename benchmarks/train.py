@@ -185,8 +185,7 @@ def work(args: argparse.Namespace) -> None:
     loss, step = make(model, Batch(z, context, noise, t), not args.no_ema)
     del model
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        with torch.no_grad():
-            agreed = float(loss())
+        agreed = float(loss().detach())  # not without gradients: weights would be packed for that
         step()
         print(json.dumps({"loss": agreed}), flush=True)
         for _ in sys.stdin:
@@ -217,11 +216,21 @@ class Given(nn.Module):
 
 def model_of(size: Size) -> Any:
     spec = legacy.translate(config.read(size.config))["params"]
-    unet = config.instantiate(spec["unet"], where="unet")
+    with torch.device("meta"):
+        unet: Any = config.instantiate(spec["unet"], where="unet")
+    filled(unet.to_empty(device="cpu"))
     schedule = config.instantiate(spec["schedule"], where="schedule")
     predicts, conditioner = spec["parameterization"], Conditioner(text=Given())
     parts = {"unet": unet, "conditioner": conditioner, "autoencoder": PixelSpace()}
     return LatentDiffusion(**parts, schedule=schedule, parameterization=predicts).train()
+
+
+def filled(unet: nn.Module) -> None:
+    """Weights of about the size that training starts with, none of them zero, in little time."""
+    block = torch.randn(1 << 20)
+    for p in unet.parameters():
+        numbers = block.repeat(-(-p.numel() // len(block)))[: p.numel()].view(p.shape)
+        p.data = numbers / p[0].numel() ** 0.5 if p.dim() > 1 else 1 + 0.1 * numbers
 
 
 def ours(model: Any, batch: Batch, ema: bool) -> tuple[Callable[[], Tensor], Callable[[], None]]:
