@@ -1,13 +1,16 @@
 """Pictures in tar files, as webdataset and img2dataset write them, read as one endless sequence.
 
     data-000000.tar     0001.jpg 0001.txt 0001.json   0002.jpg …
-    lane     0    1    2    0    1    2    0   …      lane i reads shards i, i + lanes, …
-    number   0    1    2    3    4    5    6   …      batch n comes from lane n % lanes
+    shard    0    1    2    3    4                    shard s belongs to lane s % lanes
+    lane     0    1    0    1    0
+    batch    0    1    2    3    4    5    6   …      as often from a lane as it has shards
+    lane     0    1    0    1    0    0    1   …
 
 Every lane has its own order of shards in every epoch and a buffer that shuffles what is read but
 not yet decoded, both functions of (seed, lane, epoch). So batch n is the same on any number of
 ranks, lanes of unequal length wait for nobody, and to go on means to read the lane's epoch again
-without decoding. Any number of ranks works; one that divides `lanes` reads nothing in vain.
+without decoding. Within an epoch of a lane nothing comes twice; if all shards have the same size,
+in no epoch at all. Where ranks divide lanes, and lanes shards, no rank reads in vain.
 """
 
 import itertools
@@ -103,7 +106,9 @@ class Shards:
     def _read(self, size: int, first: int, step: int) -> Iterator[dict[str, Any]]:
         streams: dict[int, tuple[int, Iterator[tuple[int, list[Raw]]]]] = {}
         for number in itertools.count(first, step):
-            place, lane = divmod(number, self.lanes)
+            turn, shard = divmod(number, len(self.urls))
+            lane, share = shard % self.lanes, len(self.urls[shard % self.lanes :: self.lanes])
+            place = turn * share + shard // self.lanes  # among the batches of this lane
             at, stream = streams.get(lane) or (place, self._lane(lane, size, place))
             epoch, raws = next(itertools.islice(stream, place - at, None))
             streams[lane] = place + 1, stream

@@ -101,6 +101,17 @@ def test_every_epoch_of_a_lane_holds_everything_once_in_another_order(folder: Pa
     assert epochs[0] != epochs[1]
 
 
+def test_shards_of_one_size_are_seen_once_in_an_epoch_whatever_the_lanes(tmp_path: Path) -> None:
+    for shard in range(5):
+        members = {f"{k}.png": png(4 * shard + k) for k in range(4)}
+        members |= {f"{k}.txt": b"%d" % (4 * shard + k) for k in range(4)}
+        write(tmp_path / f"{shard}.tar", dict(sorted(members.items())))
+    for lanes in (1, 2, 3, 5):
+        batches = read(Shards(f"{tmp_path}/*.tar", Photo(size=8), lanes=lanes), 30)
+        epochs = [[t for b in batches[k : k + 10] for t in b["txt"]] for k in (0, 10, 20)]
+        assert all(Counter(epoch) == Counter(map(str, range(20))) for epoch in epochs)
+
+
 def test_batches_have_one_size_if_there_are_buckets(folder: Path) -> None:
     batches = read(source(folder, transform=Photo(size=8, buckets={"step": 4})), 30)
     shapes = {text: batch["jpg"].shape[2:] for batch in batches for text in batch["txt"]}
