@@ -40,6 +40,8 @@ def state(task: Any, settings: Sections, ranks: Ranks, device: torch.device) -> 
     trainer, options = settings["trainer"], dict(settings["optimizer"])
     for key in ("warm_up", "decay", "schedule"):  # these are the learning rate's
         options.pop(key)
+    if options["name"] == "adamw" and hasattr(task, "betas"):
+        options.setdefault("betas", task.betas)
     decay, module = options.pop("ema_decay"), task.trained
     if trainer["strategy"] in ("fsdp", "hsdp") and ranks.world > 1:
         if not isinstance(task, Diffusion):

@@ -175,8 +175,10 @@ class Run:
         self.task.step = state.step
         losses: dict[str, Tensor] = {}
         are_finite = True
-        for player in state.players.values():
-            losses |= self._gradients(player, work)
+        for name, player in state.players.items():
+            if name == "rival" and not self.task.competes:
+                continue
+            losses = {**self._gradients(player, work), **losses}  # "loss" is the first player's
             norm = self._clip(player)
             are_finite &= math.isfinite(norm)
             if math.isfinite(norm):
