@@ -73,17 +73,19 @@ def _with_extras(model: nn.Module, train: Records | Shards, params: Mapping[str,
         raise ValueError(f"data.params: `{wanted[0]}` needs a folder or a hub, not `shards`")
     dataset: Any = train.dataset
     if params.get("latents"):
-        options = dict(params["latents"])
-        dataset = cached_latents(model, dataset, Path(options.pop("cache")), **options)
+        with _named("data.params.latents"):
+            cache, options = _cache(params, "latents")
+            dataset = cached_latents(model, dataset, cache, **options)
     prior = None
     if params.get("prior"):
         prior = _prior(model, dict(params["prior"]), train.seed)
         dataset = WithPrior(dataset, prior)
     if params.get("texts"):
-        options = dict(params["texts"])
         texts = [*_captions(train.dataset), *(_captions(prior) if prior else ())]
-        text: Any = model.conditioner.text
-        text.known = cached_contexts(model, texts, Path(options.pop("cache")), **options)
+        with _named("data.params.texts"):
+            cache, options = _cache(params, "texts")
+            text: Any = model.conditioner.text
+            text.known = cached_contexts(model, texts, cache, **options)
     return Records(dataset, train.seed, shown=train.dataset)
 
 
@@ -110,6 +112,14 @@ def _transform(spec: Mapping[str, Any], where: str) -> Any:
     if name not in TRANSFORMS:
         raise legacy.unknown("transform", name, TRANSFORMS, where)
     return TRANSFORMS[name](**options)
+
+
+def _cache(params: Mapping[str, Any], key: str) -> tuple[Path, dict[str, Any]]:
+    """The folder and the other options of a cache."""
+    options = dict(params[key])
+    if "cache" not in options:
+        raise ValueError(f"data.params.{key} needs `cache`, a folder")
+    return Path(options.pop("cache")), options
 
 
 @contextmanager

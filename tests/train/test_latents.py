@@ -157,6 +157,9 @@ def test_a_config_asks_for_both(model: Any, photos: Path, tmp_path: Path) -> Non
     assert batch["z"].shape == (3, 4, 4, 4)
     assert set(batch["txt"]) <= set(model.conditioner.text.known)
     assert source.first(1)[0]["jpg"].shape == (3, 16, 16)
+    for wrong, message in (({}, "needs `cache`"), ({"cache": "x", "variant": 2}, "'variant'")):
+        with pytest.raises(ValueError, match=f"data.params.latents.*{message}"):
+            open_sources(model, {"params": {**data["params"], "latents": wrong | {"batch": 1}}}, 0)
     train["transform"] |= {"tags": {}}
     with pytest.raises(ValueError, match="only photos without `tags`"):
         open_sources(model, json.loads(json.dumps(data)), 0)
