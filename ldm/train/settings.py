@@ -142,6 +142,8 @@ def read(raw: Mapping[str, Any]) -> Settings:
             "the batch, no clipping"
         )
         defaults = {name: {**keys, **ORIGINAL.get(name, {})} for name, keys in DEFAULTS.items()}
+        if str((raw.get("model") or {}).get("target")).endswith("AutoencoderKL"):
+            defaults["optimizer"]["weight_decay"] = 0.0  # Adam, not AdamW
     _check_keys(given)
     merged = {name: {**values, **given.get(name, {})} for name, values in defaults.items()}
     _check_values(merged)
