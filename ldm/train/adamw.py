@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 __all__ = ["AdamW"]
 
-REGISTER = 64  # numbers; a multiple of what any vector register holds
+REGISTER = 32  # numbers, as many as a vector register holds at most
 
 
 class AdamW(torch.optim.AdamW):
