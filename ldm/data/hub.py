@@ -115,7 +115,7 @@ def _table(
         import datasets
     except ImportError as error:
         raise ImportError(
-            f"`{hub}` needs the package `datasets`: pip install 'ldm-revived[datasets]'"
+            f"`{hub}` needs the package `datasets`: pip install 'ldm-revived[hub]'"
         ) from error
     path, options = Path(hub), {"cache_dir": None if cache is None else str(cache)}
     if any((path / mark).exists() for mark in ("dataset_dict.json", "dataset_info.json")):

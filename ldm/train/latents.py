@@ -6,7 +6,9 @@ names it: a mask with the latent around it, a depth map, a small copy). Captions
 drawn anew for every sample. Keys: what was done to which bytes, and by which weights (see `Store`).
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -82,14 +84,16 @@ class Latents(Dataset):
         order = Random(self.digests[index]).sample(list(COLOURS), len(COLOURS))
         return (order[variant % len(COLOURS)],)
 
-    def seen(self, index: int, variant: int) -> dict[str, Tensor]:
-        """All of a sample but its caption.
-
-        Raises Unreadable for a file that is missing or damaged.
-        """
-        picture, look = self.dataset.record(index)["picture"], self.look(index, variant)
+    def seen(self, at: tuple[int, int]) -> dict[str, Tensor] | None:
+        """All of a sample but its caption, of (index, variant); None for a damaged file."""
+        index, variant = at
+        try:
+            picture = self.dataset.record(index)["picture"]
+        except Unreadable:  # whoever asks for its latent will be told
+            return None
         rng = Random(f"{self.digests[index]} {variant}")
-        seen: dict[str, Tensor] = self.dataset.transform.seen(picture, *look, rng)
+        seen: dict[str, Tensor]
+        seen = self.dataset.transform.seen(picture, *self.look(index, variant), rng)
         return seen
 
     def wanted(self) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -127,38 +131,35 @@ def cached_latents(
     recipe = _recipe(model, dataset.transform, str(precision))
     latents = Latents(dataset, Store(cache, "latents"), digests, recipe, variants)
 
-    latents.store.fill(
-        latents.wanted(),
-        lambda places: _made(model, latents, places, str(precision)),
-        batch=batch,
-        kind=lambda place: latents.size(place[0]),
-    )
+    # Each picture is opened without warnings; threads would not put their filters back in order.
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+
+        def make(places: Sequence[tuple[int, int]]) -> tuple[list[int], dict[str, Tensor]]:
+            samples = list(pool.map(latents.seen, places))
+            kept = [place for place, sample in enumerate(samples) if sample is not None]
+            if not kept:
+                return [], {}
+            chance = torch.Generator().manual_seed(int(latents.key(*places[0])[:15], 16))
+            batch = collate([sample for sample in samples if sample is not None])
+            return kept, _encoded(model, batch, str(precision), chance)
+
+        sizes = latents.size
+        latents.store.fill(latents.wanted(), make, batch=batch, kind=lambda at: sizes(at[0]))
     return latents
 
 
 @torch.inference_mode()
-def _made(
-    model: LatentDiffusion, latents: Latents, places: Sequence[tuple[int, int]], precision: str
-) -> tuple[list[int], dict[str, Tensor]]:
-    """The latents of some variants, and what the encoders say they make of the pictures."""
-    samples, kept = [], []
-    for number, (index, variant) in enumerate(places):
-        try:
-            samples.append(latents.seen(index, variant))
-            kept.append(number)
-        except Unreadable:  # whoever asks for it will be told
-            continue
-    if not samples:
-        return [], {}
-    names, batch = _seen(model), on_device(collate(samples), model.device)
-    generator = torch.Generator().manual_seed(int(latents.key(*places[0])[:15], 16))
-    half = torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "16")
-    with half:
+def _encoded(
+    model: LatentDiffusion, batch: dict[str, Any], precision: str, chance: torch.Generator
+) -> dict[str, Tensor]:
+    """The latents of a batch of pictures, and what the encoders say they make of them."""
+    names, batch = _seen(model), on_device(batch, model.device)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "16"):
         z = model.autoencoder.encode(batch["jpg"]).mode() * model.scale_factor  # (B, C, h, w)
         if names:
-            batch = model.prepare(batch, (z.shape[-2], z.shape[-1]), generator)
+            batch = model.prepare(batch, (z.shape[-2], z.shape[-1]), chance)
     made = {"z": z, **{name: batch[name] for name in names}}
-    return kept, {name: v.to("cpu", PRECISIONS[precision]) for name, v in made.items()}
+    return {name: value.to("cpu", PRECISIONS[precision]) for name, value in made.items()}
 
 
 def _seen(model: LatentDiffusion) -> list[str]:

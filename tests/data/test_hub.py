@@ -71,5 +71,5 @@ def test_a_missing_column_is_named(table, tmp_path: Path) -> None:
 
 def test_the_package_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"pip install 'ldm-revived\[datasets\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'ldm-revived\[hub\]'"):
         Hub(hub="someone/something", transform=Photo())
