@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.loading import checkpoint, config, legacy
 from ldm.model import LatentDiffusion
@@ -19,7 +19,8 @@ def from_checkpoints(model: nn.Module, params: Mapping[str, Any]) -> bool:
 
     The original's switches hold: `load_only_unet`; `ignore_keys`, starts of names that are not
     taken from the file; `finetune_keys`, weights that may have fewer input channels there (if not
-    said, the UNet's first): the new ones start at zero.
+    said, the UNet's first): the new ones start at zero; `make_it_fit`, all weights may have another
+    width there, see `fitted`. The average starts from these weights, as with `reset_ema`.
 
     Returns whether the model itself had weights to start from, so that this is a fine-tune.
     """
@@ -52,5 +53,22 @@ def _put(
             wide = torch.zeros_like(wanted[name])
             wide[:, : state[name].shape[1]] = state[name]
             state[name] = wide
+    if params.get("make_it_fit"):
+        state = {n: fitted(v, wanted[n].shape) if n in wanted else v for n, v in state.items()}
     kept = {n: v for n, v in wanted.items() if n.startswith(ignored)}
     module.load_state_dict(kept | state)
+
+
+def fitted(old: Tensor, shape: torch.Size) -> Tensor:
+    """A weight (out, in, …) or bias (out,) of another width: outputs and inputs are repeated.
+
+    Inputs that stand for one of old are divided by one more than their number, as in the original.
+    """
+    if old.shape == shape:
+        return old
+    new = old[torch.arange(shape[0]) % len(old)]
+    if len(shape) == 1:
+        return new
+    inputs = torch.arange(shape[1]) % old.shape[1]
+    uses = inputs.bincount()[inputs] + 1
+    return new[:, inputs] / uses.view(-1, *(1,) * (len(shape) - 2))

@@ -1,0 +1,20 @@
+"""Weights of another width, as the original fits them in."""
+
+import torch
+
+from goldfile import gold
+from ldm.train.start import fitted
+
+
+def test_weights_of_another_width_equal_the_originals() -> None:
+    golden = gold("misc_cond")
+    narrow, wide = golden.inputs("make_it_fit"), golden.outputs("make_it_fit")
+    ours = fitted(narrow["conv_in_4ch"], wide["conv_in_7ch"].shape)
+    torch.testing.assert_close(ours, wide["conv_in_7ch"], rtol=1e-6, atol=0)
+
+
+def test_outputs_are_repeated_and_biases_too() -> None:
+    assert fitted(torch.tensor([1.0, 2.0]), torch.Size([5])).tolist() == [1, 2, 1, 2, 1]
+    weight = torch.arange(4.0).view(2, 2)
+    assert fitted(weight, weight.shape) is weight
+    assert fitted(weight, torch.Size([3, 2]))[2].tolist() == [0, 0.5]
