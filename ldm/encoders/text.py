@@ -241,11 +241,12 @@ def _clip_size(version: str, arch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _remembered(encoder: Any, texts: Sequence[str] | str) -> Tensor | None:
-    """The contexts of texts, if all are known and nothing has been laid over the tower since."""
+    """The contexts of texts, if all are known and nothing can have changed the tower since."""
     known, texts = encoder.known, _listed(texts)
     if known is None or encoder.learned or any(text not in known for text in texts):
         return None
-    if any(module._forward_hooks for module in encoder.modules()):  # a LoRA
+    is_trained = any(weight.requires_grad for weight in encoder.parameters())
+    if is_trained or any(module._forward_hooks for module in encoder.modules()):  # a LoRA
         return None
     return torch.stack([known[text] for text in texts])
 

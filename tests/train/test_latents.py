@@ -139,12 +139,20 @@ def test_contexts_are_kept_of_a_frozen_tower_alone(model: Any, tmp_path: Path) -
     torch.testing.assert_close(text.encode(["a cat", ""]), context, rtol=1e-3, atol=1e-3)
     cached_contexts(model, ["a cat", "a pig"], tmp_path)
     assert len(Store(tmp_path, "contexts")) == 4
+    kept = text.known["a cat"].float()[None]
+    assert torch.equal(text.encode("a cat"), kept)
     with torch.no_grad():
         text.model.ln_final.bias += 1
-    assert torch.equal(text.encode("a cat"), text.known["a cat"].float()[None])
     assert len(cached_contexts(model, ["a cat"], tmp_path).store) == 6
+    assert torch.equal(text.encode("a cat"), kept)  # as was asked for, until something is laid over
+    hook = text.model.ln_final.register_forward_hook(lambda *_: None)
+    assert not torch.equal(text.encode("a cat"), kept)
+    hook.remove()
     text.learned["<x>"] = torch.zeros(1, 32)
-    assert not torch.equal(text.encode("a cat"), text.known["a cat"].float()[None])
+    assert not torch.equal(text.encode("a cat"), kept)
+    text.learned.clear()
+    text.requires_grad_(True)
+    assert not torch.equal(text.encode("a cat"), kept)
 
 
 def test_a_config_asks_for_both(model: Any, photos: Path, tmp_path: Path) -> None:
