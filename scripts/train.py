@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, KeyError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
         if debug:
             raise
-        sys.exit(f"{name}: error: {cli.explain(error)}")
+        sys.exit(f"{name}: error: {cli.explain(error).replace('--verbose', '--debug')}")
 
 
 if __name__ == "__main__":

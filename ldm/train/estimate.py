@@ -95,7 +95,8 @@ def describe(raw: Mapping[str, Any], *, processes: int = 1) -> Iterator[str]:
     settings = read(raw)
     yield config.text({**raw, "lightning": dict(settings)})
     yield from settings.notes
-    memory = estimate(raw, settings, processes)
+    known: dict[Any, int] = {}
+    memory = estimate(raw, settings, processes, known)
     frozen = memory.parameters - memory.trained
     yield f"parameters  {memory.trained / 1e6:.2f} M trained, {max(0, frozen) / 1e6:.2f} M frozen"
     batch = raw["data"]["params"]["batch_size"]
@@ -105,14 +106,22 @@ def describe(raw: Mapping[str, Any], *, processes: int = 1) -> Iterator[str]:
     for name in ("weights", "gradients", "optimizer", "average", "activations"):
         yield f"  {name:<11} {_size(getattr(memory, name))}"
     yield f"  beside what {TORCH} takes for itself"
-    for switch, other in _switches(raw, settings, processes):
+    for switch, other in _switches(raw, settings, processes, known):
         saved = memory.total - other.total
         if saved > 0.01 * memory.total:
             yield f"saves {_size(saved):>9}  {switch}"
 
 
-def estimate(raw: Mapping[str, Any], settings: Settings, processes: int = 1) -> Memory:
-    """The memory of one process of a run."""
+def estimate(
+    raw: Mapping[str, Any],
+    settings: Settings,
+    processes: int = 1,
+    known: dict[Any, int] | None = None,
+) -> Memory:
+    """The memory of one process of a run.
+
+    known: activations of runs that were looked at before, which is what takes time.
+    """
     trainer, optimizer = settings["trainer"], settings["optimizer"]
     task = _task(raw, settings)
     trained = [p for p in task.trained.parameters() if p.requires_grad]
@@ -123,7 +132,11 @@ def estimate(raw: Mapping[str, Any], settings: Settings, processes: int = 1) -> 
     if optimizer["name"] == "muon":  # what is no matrix has two moments
         bytes_ += 4 * sum(p.numel() for p in trained if p.ndim < 2) / max(1, count)
     averaged = bool(optimizer["ema_decay"]) and trainer["ema_device"] != "cpu"
-    whole = 4 * sum(own.values())
+    whole, known = 4 * sum(own.values()), {} if known is None else known
+    batch = raw["data"]["params"]["batch_size"]
+    key = (batch, trainer["precision"], trainer["checkpoint_gradients"])
+    if key not in known:
+        known[key] = _activations(task, raw, trainer)
     return Memory(
         parameters=sum(own.values()),
         trained=count,
@@ -131,13 +144,13 @@ def estimate(raw: Mapping[str, Any], settings: Settings, processes: int = 1) -> 
         gradients=int(4 * count * share),
         optimizer=int(bytes_ * count * share),
         average=int(4 * count * share) if averaged else 0,
-        activations=_activations(task, raw, trainer),
+        activations=known[key],
         step=int(4 * count * share) if optimizer["name"].startswith("adamw") else 0,
     )
 
 
 def _switches(
-    raw: Mapping[str, Any], settings: Settings, processes: int
+    raw: Mapping[str, Any], settings: Settings, processes: int, known: dict[Any, int]
 ) -> Iterator[tuple[str, Memory]]:
     """Settings that need less memory, and what would be needed then."""
     trainer, batch = settings["trainer"], raw["data"]["params"]["batch_size"]
@@ -151,7 +164,7 @@ def _switches(
         changes.append(("trainer.strategy=fsdp", {"trainer": {"strategy": "fsdp"}}))
     for name, change in changes:
         sections = {key: {**values, **change.get(key, {})} for key, values in settings.items()}
-        yield f"lightning.{name}", estimate(raw, Settings(sections, []), processes)
+        yield f"lightning.{name}", estimate(raw, Settings(sections, []), processes, known)
     if batch > 1:
         data = copy.deepcopy(dict(raw["data"]))
         data["params"]["batch_size"] = batch // 2
@@ -160,7 +173,7 @@ def _switches(
             f"data.params.batch_size={batch // 2} lightning.trainer.accumulate_grad_batches={parts}"
         )
         sections = {**settings, "trainer": {**trainer, "accumulate_grad_batches": parts}}
-        yield name, estimate({**raw, "data": data}, Settings(sections, []), processes)
+        yield name, estimate({**raw, "data": data}, Settings(sections, []), processes, known)
 
 
 def _task(raw: Mapping[str, Any], settings: Settings) -> Any:
