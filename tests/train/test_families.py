@@ -33,6 +33,18 @@ EYE = {
     },
 }  # fmt: skip
 DEPTH = {"target": "ldm.modules.midas.api.MiDaSInference", "params": {"model_type": None}}
+UNCLIP = {
+    "conditioning_key": "crossattn-adm",
+    "embedding_dropout": 0.25,
+    "embedder_config": {
+        "target": "ldm.modules.encoders.modules.FrozenOpenCLIPImageEmbedder",
+        "params": {"arch": EYE["params"]["model"]},  # type: ignore[index]
+    },
+    "noise_aug_config": {
+        "target": "ldm.modules.encoders.modules.CLIPEmbeddingNoiseAugmentation",
+        "params": {"timestep_dim": 32},
+    },
+}
 # task: (class, channels that the UNet reads, records of the data, parameters)
 FAMILIES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     "inpaint": ("LatentInpaintDiffusion", 9, {"mask": {}}, {"conditioning_key": "hybrid"}),
@@ -45,12 +57,24 @@ FAMILIES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
         {"conditioning_key": "hybrid-adm", "low_scale_config": LOW_SCALE, "low_scale_key": "lr"},
     ),
     "vary": ("LatentDiffusion", 4, {}, {"cond_stage_config": EYE}),
+    "unclip": ("ImageEmbeddingConditionedLatentDiffusion", 4, {}, UNCLIP),
+    "enlarge": (
+        "LatentUpscaleFinetuneDiffusion", 16, {"lr": {"factor": 2}},
+        {"conditioning_key": "hybrid", "concat_keys": ["lr"], "reshuffle_patch_size": 2},
+    ),
 }  # fmt: skip
+# what `num_classes` of the UNet is, and with it
+VECTORS: dict[str, dict[str, Any]] = {
+    "upscale": {"num_classes": 10},
+    "unclip": {"num_classes": "sequential", "adm_in_channels": 64},
+}
 CACHED: dict[str, dict[str, Any]] = {
     "inpaint": {"masked": (5, 8, 8)},
     "depth2img": {"depth": (1, 8, 8)},
     "upscale": {"lr": (3, 8, 8)},
     "vary": {"jpg": (3, 32, 32)},
+    "unclip": {"jpg": (3, 32, 32)},
+    "enlarge": {"lr": (3, 16, 16)},
 }
 
 
@@ -59,8 +83,7 @@ def raw_of(task: str, folder: Path, **params: Any) -> dict[str, Any]:
     raw = config.read(TINY)
     model = raw["model"]["params"] | own | params
     model["unet_config"]["params"]["in_channels"] = channels
-    if task == "upscale":
-        model["unet_config"]["params"]["num_classes"] = 10
+    model["unet_config"]["params"] |= VECTORS.get(task, {})
     raw["model"] |= {"target": DDPM + name, "params": model}
     train = raw["data"]["params"]["train"]
     train |= {"root": ROOT / "tests/data/emoji"}
@@ -74,6 +97,8 @@ def raw_of(task: str, folder: Path, **params: Any) -> dict[str, Any]:
 def test_a_family_is_trained_drawn_and_loaded(task: str, tmp_path: Path) -> None:
     raw = raw_of(task, tmp_path)
     run = Run(raw, tmp_path / "run")
+    if task == "unclip":
+        assert run.task.drop == {"txt": 0.1, "embedding": 0.25}
     source: Any = run.source
     sample = source.dataset[0, 0]
     kept = {name: tuple(value.shape) for name, value in sample.items() if name != "txt"}
@@ -85,7 +110,7 @@ def test_a_family_is_trained_drawn_and_loaded(task: str, tmp_path: Path) -> None
     assert len(list((tmp_path / "run" / "images" / "train").glob("*.png"))) == 1
     (tmp_path / "model.yaml").write_text(_yaml(raw["model"]))
     model = load(tmp_path / "model.yaml", run.last)
-    assert reads(model) == READS[task]
+    assert reads(model) == READS.get(task, {"txt", "lr"})
 
 
 def test_new_input_channels_start_at_zero_and_change_nothing(tmp_path: Path) -> None:
