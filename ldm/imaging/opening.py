@@ -117,10 +117,13 @@ def save_depth(path: str | Path, depth: Tensor) -> None:
     Image.fromarray(levels[0, 0].cpu().numpy().astype(np.uint16)).save(path, "PNG")
 
 
-def picture_in(data: bytes, name: str | Path, deep: bool = False) -> Image.Image:
+def picture_in(
+    data: bytes, name: str | Path, *, deep: bool = False, warn: bool = False
+) -> Image.Image:
     """The picture in the bytes of a file, upright, its first frame; transparency stays.
 
-        name: how to call it in errors. deep: leave 16 bits as they are.
+        name: how to call it in errors.
+        deep: leave 16 bits as they are. warn: say that there are more frames.
     Raises ValueError saying what is wrong with it.
     """
     try:
@@ -129,7 +132,7 @@ def picture_in(data: bytes, name: str | Path, deep: bool = False) -> Image.Image
             with Image.open(BytesIO(data), formats=FORMATS) as file:
                 if file.width * file.height > MAX_PIXELS:
                     raise Image.DecompressionBombError
-                if getattr(file, "n_frames", 1) > 1:
+                if warn and getattr(file, "n_frames", 1) > 1:
                     log.warning("`%s` is animated: its first frame is used", name)
                 picture = ImageOps.exif_transpose(file)
     except Image.DecompressionBombError:
@@ -166,7 +169,7 @@ def _opened(path: str | Path, deep: bool = False) -> Image.Image:
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no picture `{path}`")
-    return picture_in(path.read_bytes(), path, deep)
+    return picture_in(path.read_bytes(), path, deep=deep, warn=True)
 
 
 def _looks(data: bytes) -> str:
