@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ldm import cli
 from ldm.train import launch, runs
 
 __all__ = ["PARSER", "parse", "work"]
@@ -128,7 +129,8 @@ def work(args: argparse.Namespace) -> Iterator[str]:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logging.getLogger("ldm").handlers = [handler]
-    logging.getLogger("ldm").setLevel(logging.INFO)
+    is_first = cli.share()[0] == 0  # the others would say the same
+    logging.getLogger("ldm").setLevel(logging.INFO if is_first else logging.WARNING)
     try:
         old = runs.find(args)
         raw = runs.read(args, old)

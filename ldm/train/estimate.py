@@ -30,7 +30,7 @@ TOKENS = 77
 TORCH = "torch (about 0.2 GiB on a CPU, 0.5 GiB on a GPU)"
 SIDE = 512  # pixels, if the data does not say
 # Bytes that an optimizer keeps per trained number.
-OPTIMIZERS = {"adamw": 8.0, "adamw8bit": 2.0, "muon": 4.0, "adafactor": 0.1, "lion": 4.0}
+OPTIMIZERS = {"adamw": 8.0, "adamw8bit": 2.0, "muon": 4.0, "adafactor": 0.1}
 
 
 @dataclass(frozen=True)

@@ -38,18 +38,19 @@ def draw(run: Any, *, write: bool = True) -> list[Path]:
     sources = {"train": run.source} | ({"val": run.held_out} if run.held_out else {})
     for split, source in sources.items() if options["images"] else ():
         prompts = options["prompts"] if split == "train" else None
-        batch = _batch(run.model, source, options["images"], prompts)
+        records = _records(run.model, source, options["images"], prompts)
         grids = []
         for label, weights in _weights(run):
             with weights, paused(run.model):
-                grids.append((label, _grid(run, batch)))
+                grids.append((label, _grid(run, records)))
         place = f"gs-{run.state.step:06}_e-{epoch(run):06}_b-{run.state.position:06}"
         path = run.folder / "images" / split / f"samples_{place}.png"
         if write:
             path.parent.mkdir(parents=True, exist_ok=True)
             _labelled(grids).save(path)
-            if "txt" in batch:
-                path.with_suffix(".txt").write_text("\n".join(batch["txt"]) + "\n", "utf-8")
+            if "txt" in records[0]:
+                texts = [f"{record['txt']}\n" for record in records]
+                path.with_suffix(".txt").write_text("".join(texts), "utf-8")
             paths.append(path)
     return paths
 
@@ -68,42 +69,47 @@ def _weights(run: Any) -> Iterator[tuple[str, AbstractContextManager[None]]]:
     yield f"weights as they are, step {step}", nullcontext()
 
 
-def _batch(model: Any, source: Source, n: int, prompts: Sequence[str] | None) -> dict[str, Any]:
+def _records(
+    model: Any, source: Source, n: int, prompts: Sequence[str] | None
+) -> list[dict[str, Any]]:
     """n fixed records of one size; the prompts in place of their captions, over and over."""
-    samples = source.first(n)
-    shape = samples[0]["jpg"].shape
-    samples = [one for one in samples if one["jpg"].shape == shape]
+    records = source.first(n)
+    records = [one for one in records if one["jpg"].shape == records[0]["jpg"].shape]
     if prompts and not isinstance(model, AutoencoderKL):
-        for place, one in enumerate(samples):
+        for place, one in enumerate(records):
             one["txt"] = prompts[place % len(prompts)]
-    return collate(samples)
+    return records
 
 
-def _grid(run: Any, batch: dict[str, Any]) -> Image.Image:
-    model, image = run.model, batch["jpg"].to(run.device)  # (n, 3, H, W)
-    columns = len(image)
+def _grid(run: Any, records: Sequence[dict[str, Any]]) -> Image.Image:
+    """Made in batches of the size that is trained with, which surely fit into memory."""
+    model, columns = run.model, len(records)
+    image = torch.stack([record["jpg"] for record in records])  # (n, 3, H, W)
+    parts = range(0, columns, run.batch_size)
     if isinstance(model, AutoencoderKL):
-        pictures = torch.cat([image, model.decode(model.encode(image).mode())])
+        seen = [image[k : k + run.batch_size].to(run.device) for k in parts]
+        pictures = torch.cat([image, *[model.decode(model.encode(x).mode()).cpu() for x in seen]])
     else:
-        columns, pictures = max(1, round(columns**0.5)), sampled(run, batch)
+        columns = max(1, round(columns**0.5))
+        pictures = torch.cat([sampled(run, records[k : k + run.batch_size], k) for k in parts])
         if reads(model) != {"txt"}:
             columns, pictures = 2 * columns, torch.stack([image, pictures], 1).flatten(0, 1)
     return pixels.grid(pixels.to_pil(pictures), columns)
 
 
-def sampled(run: Any, batch: dict[str, Any]) -> Tensor:
-    """One image (3, H, W) for every record, whatever the model reads; the k-th has seed k."""
+def sampled(run: Any, records: Sequence[dict[str, Any]], first: int = 0) -> Tensor:
+    """One image (3, H, W) for every record, whatever the model reads; seeds first, first + 1, …"""
     model = run.model
     options: dict[str, Any] = {"steps": 20, "scale": 3.0, "eta": 0.0}
     options |= run.settings["callbacks"]["sampling"]
-    n, f = len(batch["jpg"]), model.downscale
+    batch, f = collate(list(records)), model.downscale
     height, width = batch["jpg"].shape[-2:]
     batch = model.prepare(on_device(batch, model.device), (height // f, width // f))
     cond, uncond = model.condition(batch), model.condition(batch, drop=1.0)
     with run.precision():
-        size, seeds = (height, width), list(range(n))
-        z = sample(model, cond, uncond, size=size, seeds=seeds, **options)
-    image: Tensor = model.decode(z.float()).clamp(-1, 1)
+        seeds = list(range(first, first + len(records)))
+        z = sample(model, cond, uncond, size=(height, width), seeds=seeds, **options)
+    image: Tensor = model.decode(z.float()).clamp(-1, 1).cpu()
     return image
 
 

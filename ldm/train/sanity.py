@@ -7,6 +7,7 @@ is worse. The same prediction is compared with eps, v and x0, which tells what i
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,12 +78,14 @@ def check(run: Any) -> None:
     """
     if not run.settings["trainer"]["sanity"]:
         return
-    batch = collate(_alike(run.source.first(SAMPLES)))
+    records = _alike(run.source.first(SAMPLES))
     with paused(run.model), run.precision():
         if isinstance(run.model, AutoencoderKL):
-            complaint = _reconstruction(run.model, batch["jpg"].to(run.device))
+            image = torch.stack([record["jpg"] for record in records[: run.batch_size]])
+            complaint = _reconstruction(run.model, image.to(run.device))
         else:
-            findings = look(run.model, batch, torch.Generator().manual_seed(run.seed))
+            chance = torch.Generator().manual_seed(run.seed)
+            findings = look(run.model, records, chance, size=run.batch_size)
             complaint = findings.complaint()
             log.info(
                 "the model predicts %s: loss %.3f before the first step, a guess would have %.3f",
@@ -93,14 +96,21 @@ def check(run: Any) -> None:
 
 
 @torch.no_grad()
-def look(model: LatentDiffusion, batch: dict[str, Any], generator: torch.Generator) -> Findings:
-    """One pass over a batch of pictures at timesteps that are spread over the schedule."""
-    batch = on_device(batch, model.device)
-    z = model.encode(batch["jpg"], generator)  # (B, C, h, w)
-    t = spread_timesteps(len(z), len(model.schedule), generator)  # (B,)
-    noise = torch.randn(z.shape, generator=generator).to(z)
-    batch = model.prepare(batch, (z.shape[-2], z.shape[-1]), generator)
-    prediction = model.denoiser.predict_at(z, model.condition(batch), t, noise)
+def look(
+    model: LatentDiffusion,
+    records: Sequence[dict[str, Any]],
+    generator: torch.Generator,
+    *,
+    size: int = SAMPLES,
+) -> Findings:
+    """One pass over pictures at timesteps that are spread over the schedule.
+
+    size: of the batches in which they go through the model.
+    """
+    t = spread_timesteps(len(records), len(model.schedule), generator)  # (B,)
+    parts = [slice(k, k + size) for k in range(0, len(records), size)]
+    seen = [_predicted(model, collate(list(records[part])), t[part], generator) for part in parts]
+    z, noise, prediction = (torch.cat(values) for values in zip(*seen, strict=True))
     losses, ratios, guesses = {}, {}, {}
     for name in PARAMETERIZATIONS:
         target = Denoiser(model.unet, model.schedule, name).target(z, noise, t)
@@ -109,6 +119,17 @@ def look(model: LatentDiffusion, batch: dict[str, Any], generator: torch.Generat
         ratios[name] = losses[name] / guesses[name]
     own = model.parameterization
     return Findings(own, losses[own], guesses[own], ratios, float(z.std()))
+
+
+def _predicted(
+    model: LatentDiffusion, batch: dict[str, Any], t: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(z, noise, prediction) of a batch of pictures, (B, C, h, w) each."""
+    batch = on_device(batch, model.device)
+    z = model.encode(batch["jpg"], generator)
+    noise = torch.randn(z.shape, generator=generator).to(z)
+    batch = model.prepare(batch, (z.shape[-2], z.shape[-1]), generator)
+    return z, noise, model.denoiser.predict_at(z, model.condition(batch), t, noise)
 
 
 def _guess(z: Tensor, noise: Tensor, t: Tensor, target: Tensor, model: LatentDiffusion) -> Tensor:

@@ -28,8 +28,7 @@ def source() -> Records:
 
 
 def found(model: Any, source: Records) -> Findings:
-    batch = collate(source.first(6))
-    return sanity.look(model, batch, torch.Generator().manual_seed(0))
+    return sanity.look(model, source.first(6), torch.Generator().manual_seed(0), size=4)
 
 
 def test_a_trained_model_is_far_better_than_a_guess(demo: Any, source: Records) -> None:
@@ -67,7 +66,7 @@ def test_random_weights_stop_a_fine_tune_unless_it_is_told_otherwise(
     trainer = {"sanity": True}
     run = SimpleNamespace(
         settings={"trainer": trainer}, source=source, model=demo, device=torch.device("cpu"),
-        seed=1, precision=torch.no_grad,
+        seed=1, precision=torch.no_grad, batch_size=8,
     )  # fmt: skip
     with pytest.raises(ValueError, match="hardly better than a guess: are its weights loaded"):
         sanity.check(run)
