@@ -17,6 +17,7 @@ __all__ = ["TimestepLog"]
 
 log = logging.getLogger(__name__)
 
+COLUMNS = ("step", "from", "to", "loss", "samples")
 SHOWN = 8  # curves in the plot
 
 
@@ -54,7 +55,7 @@ class TimestepLog:
         with path.open("a", newline="") as file:
             writer = csv.writer(file)
             if is_new:
-                writer.writerow(["step", "from", "to", "loss", "samples"])
+                writer.writerow(COLUMNS)
             for k, (loss, count) in enumerate(zip(self.curves[step], counts, strict=True)):
                 if count > 0:
                     writer.writerow([step, *self._edges(k), f"{loss:.6g}", f"{count:g}"])
@@ -70,16 +71,23 @@ class TimestepLog:
         return torch.tensor(list(self.ranks.mean(named).values())) * self.ranks.world
 
     def _read(self, start: int) -> dict[int, Tensor]:
-        """The curves of an earlier session, up to the step that it is continued from."""
+        """The curves of an earlier session; what came after the state will come again."""
         path, curves = self.folder / "timesteps.csv", dict[int, Tensor]()
         if not path.exists():
             return curves
         with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                k = int(row["from"] or 0) * self.bins // self.timesteps
-                if int(row["step"]) <= start and k < self.bins:
-                    empty = torch.full((self.bins,), torch.nan)
-                    curves.setdefault(int(row["step"]), empty)[k] = float(row["loss"] or "nan")
+            rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS)]
+        kept = [row for row in rows[1:] if int(row[0]) <= start]
+        if self.ranks.is_first and len(kept) < len(rows) - 1:
+            part = path.with_name(path.name + ".part")
+            with part.open("w", newline="") as file:
+                csv.writer(file).writerows([COLUMNS, *kept])
+            part.replace(path)
+        for step, first, _, loss, _ in kept:
+            k = int(first) * self.bins // self.timesteps
+            if k < self.bins:
+                empty = torch.full((self.bins,), torch.nan)
+                curves.setdefault(int(step), empty)[k] = float(loss)
         return curves
 
     def _plot(self, path: Path) -> Path | None:

@@ -17,12 +17,12 @@ from ldm.loading import legacy
 __all__ = ["KNOWN", "SECTIONS", "translate"]
 
 SECTIONS = ("modelcheckpoint", "logger", "strategy", "find_unused_parameters")
+LAUNCH = ("accelerator", "gpus", "devices", "num_nodes")  # what `launch` has read before
 # Arguments of Lightning's Trainer that mean nothing here, and why.
 WITHOUT_MEANING = {
     **dict.fromkeys(
-        ("accelerator", "gpus", "devices", "num_nodes", "num_processes", "auto_select_gpus",
-         "distributed_backend"),
-        "the command line, or torchrun, decides where a run lives",
+        ("num_processes", "auto_select_gpus", "distributed_backend"),
+        "--nproc, --gpus or torchrun decide where a run lives",
     ),
     **dict.fromkeys(
         ("logger", "checkpoint_callback", "enable_checkpointing", "enable_progress_bar",
@@ -71,7 +71,7 @@ CLASSES = {
 }
 STEP_CHECKPOINTS = 10_000  # steps between them in the original, if nothing is said
 KNOWN = {
-    "trainer": (*WITHOUT_MEANING, "strategy", "val_check_interval", "check_val_every_n_epoch",
+    "trainer": (*WITHOUT_MEANING, *LAUNCH, "strategy", "val_check_interval", "check_val_every_n_epoch",
                 "limit_val_batches", "log_every_n_steps", "terminate_on_nan", "fast_dev_run",
                 "gradient_clip_algorithm"),
     "callbacks": ("image_logger", "metrics_over_trainsteps_checkpoint", *WITHOUT_CALLBACK),
@@ -116,6 +116,8 @@ def _put(sections: Sections, section: str, **values: Any) -> None:
 
 def _trainer(sections: Sections, notes: list[str]) -> None:
     trainer = sections.get("trainer", {})
+    for key in LAUNCH:
+        trainer.pop(key, None)
     for key in [key for key in trainer if key in WITHOUT_MEANING]:
         del trainer[key]
         notes.append(f"lightning.trainer.{key} has no meaning here: {WITHOUT_MEANING[key]}")

@@ -180,6 +180,7 @@ def test_the_loss_is_kept_by_timestep(tmp_path: Path) -> None:
     log.write(20)  # what was seen before counts half
     assert rows(tmp_path / "timesteps.csv")[2]["loss"] == "6"
     assert sorted(TimestepLog(tmp_path, Ranks(), 1000, bins=4, start=10).curves) == [10]
+    assert [row["step"] for row in rows(tmp_path / "timesteps.csv")] == ["10", "10"]
 
 
 @pytest.mark.parametrize("weights", ["ema", "raw", "both"])
