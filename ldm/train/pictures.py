@@ -115,9 +115,10 @@ def sampled(run: Any, records: Sequence[dict[str, Any]], first: int = 0) -> Tens
 
 def _labelled(grids: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     """Grids below each other, each under a line that says what it is."""
-    width = max(grid.width for _, grid in grids)
+    font = ImageFont.load_default(size=12)
+    width = max(max(grid.width, int(font.getlength(text)) + 8) for text, grid in grids)
     sheet = Image.new("RGB", (width, sum(grid.height + STRIP for _, grid in grids)), "white")
-    pen, font, top = ImageDraw.Draw(sheet), ImageFont.load_default(size=12), 0
+    pen, top = ImageDraw.Draw(sheet), 0
     for label, grid in grids:
         pen.text((4, top + 2), label, "black", font)
         sheet.paste(grid, (0, top + STRIP))
