@@ -72,8 +72,8 @@ CLASSES = {
 STEP_CHECKPOINTS = 10_000  # steps between them in the original, if nothing is said
 KNOWN = {
     "trainer": (*WITHOUT_MEANING, *LAUNCH, "strategy", "val_check_interval",
-                "check_val_every_n_epoch", "limit_val_batches", "log_every_n_steps", "terminate_on_nan", "fast_dev_run",
-                "gradient_clip_algorithm"),
+                "check_val_every_n_epoch", "limit_val_batches", "log_every_n_steps",
+                "terminate_on_nan", "fast_dev_run", "gradient_clip_algorithm"),
     "callbacks": ("image_logger", "metrics_over_trainsteps_checkpoint", *WITHOUT_CALLBACK),
 }  # fmt: skip
 
