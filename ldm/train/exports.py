@@ -70,7 +70,9 @@ def _state(run: Any, *, averaged: bool) -> dict[str, Tensor]:
         weights = whole(run.task.weights_to_export(images), keep=run.ranks.is_first)
         dtype = torch.float16 if run.settings["callbacks"]["dtype"] == "half" else torch.float32
         return {
-            name: value.to("cpu", dtype if value.is_floating_point() else None, copy=True)
+            name: value.to(
+                "cpu", dtype if value.is_floating_point() and value.ndim else None, copy=True
+            )
             for name, value in legacy.rename_back(weights).items()
         }
 
