@@ -388,8 +388,8 @@ class Run:
 
 @contextmanager
 def _keep_going(what: str) -> Iterator[None]:
-    """A disk that is full or gone is no reason to throw away the training; it is reported."""
+    """A full disk or too little memory for a grid is no reason to end the training; it is told."""
     try:
         yield
-    except OSError as error:
-        log.error("could not %s: %s; training goes on", what, error)
+    except (OSError, torch.OutOfMemoryError) as error:
+        log.error("could not %s: %s; training goes on", what.replace("_", " "), error)
