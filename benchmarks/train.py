@@ -40,7 +40,7 @@ from ldm.loading import config, legacy  # noqa: E402
 from ldm.model import LatentDiffusion  # noqa: E402
 from ldm.nets import cpu  # noqa: E402
 from ldm.nets.autoencoder import PixelSpace  # noqa: E402
-from ldm.train import optim  # noqa: E402
+from ldm.train import memory, optim  # noqa: E402
 from ldm.train.ema import EMA  # noqa: E402
 from ldm.train.objective import Diffusion  # noqa: E402
 
@@ -219,6 +219,7 @@ def model_of(size: Size) -> Any:
     with torch.device("meta"):
         unet: Any = config.instantiate(spec["unet"], where="unet")
     filled(unet.to_empty(device="cpu"))
+    memory.checkpoint_gradients(unet, on=False)  # as theirs; SD 2's config asks for it
     schedule = config.instantiate(spec["schedule"], where="schedule")
     predicts, conditioner = spec["parameterization"], Conditioner(text=Given())
     parts = {"unet": unet, "conditioner": conditioner, "autoencoder": PixelSpace()}
