@@ -10,6 +10,7 @@ and the batch names it under "broken".
 
 import itertools
 import math
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -225,6 +226,9 @@ class _Share(IterableDataset):
         self.read, self.first, self.step = read, first, step
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):  # are the run's; it ends its workers itself
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
         worker: Any = get_worker_info()  # DataLoader takes from the workers in turn
         return self.read(self.first + worker.id * self.step, self.step * worker.num_workers)
 

@@ -46,6 +46,8 @@ def state(task: Any, settings: Sections, ranks: Ranks, device: torch.device) -> 
     if trainer["strategy"] in ("fsdp", "hsdp") and ranks.world > 1:
         if not isinstance(task, Diffusion):
             raise ValueError(f"strategy `{trainer['strategy']}` is for whole models, use `ddp`")
+        if trainer["channels_last"] or trainer["ema_device"] == "cpu":
+            raise ValueError("`channels_last` and `ema_device: cpu` do not go with fsdp and hsdp")
         parallel.split(module, ranks.world, trainer["strategy"], trainer["shard"], device.type)
     players = {"model": _player(module, task.loss, ranks, options)}
     if getattr(task, "rival", None) is not None:

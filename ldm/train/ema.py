@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.train.parallel import reshard
+
 __all__ = ["EMA"]
 
 
@@ -37,12 +39,14 @@ class EMA:
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
         """Inside, `module` has the averaged weights; afterwards its own again."""
+        reshard(module)
         parameters = dict(module.named_parameters())
         kept = {name: parameters[name].detach().clone() for name in self.shadow}
         _put(parameters, self.shadow)
         try:
             yield
         finally:
+            reshard(module)
             _put(parameters, kept)
 
 

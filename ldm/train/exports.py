@@ -11,7 +11,7 @@ the formats of `adaptation`.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ def export_step(run: Any) -> list[Path]:
 
 def _state(run: Any, *, averaged: bool) -> dict[str, Tensor]:
     """The weights under the original's names, with what its files hold beside weights."""
-    images = (sample["jpg"] for sample in run.source.first(MEASURED))
+    images = _images(run)
     with run.state.ema.applied(run.task.trained) if averaged else nullcontext():
         weights = whole(run.task.weights_to_export(images), keep=run.ranks.is_first)
         dtype = torch.float16 if run.settings["callbacks"]["dtype"] == "half" else torch.float32
@@ -75,6 +75,12 @@ def _state(run: Any, *, averaged: bool) -> dict[str, Tensor]:
             )
             for name, value in legacy.rename_back(weights).items()
         }
+
+
+def _images(run: Any) -> Iterator[Tensor]:
+    """Decoded when the first is asked for, which only an autoencoder does."""
+    for sample in run.source.first(MEASURED):
+        yield sample["jpg"]
 
 
 def _averages(run: Any) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ the original's names), images/, logs. `ldm.train.settings` says what a config ma
 import contextlib
 import logging
 import math
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -44,6 +43,7 @@ from ldm.train import (
 )
 from ldm.train.resume import States
 from ldm.train.schedules import Rate
+from ldm.train.signals import Wishes
 from ldm.train.sources import open_sources
 from ldm.train.state import Player
 from ldm.train.timesteps import TimestepLog
@@ -102,7 +102,7 @@ class Run:
         self.states = States(folder / "checkpoints", self.ranks, keep=trainer["keep"])
         self.loggers = logs.Loggers(folder, ())
         self.timesteps: TimestepLog | None = None
-        self.wishes: set[str] = set()  # what signals ask for
+        self.wishes, self.ends = Wishes(), False  # what signals ask for, what all agreed on
         self.bad = 0  # steps in a row without finite gradients
 
     @property
@@ -150,8 +150,8 @@ class Run:
         broken = Broken(self.folder / "broken.txt", self.settings["trainer"]["broken_share"])
         every, clock = callbacks.cadences(self.settings["callbacks"]), callbacks.Clock()
         self.task.trained.train()
-        with self._report() as report, self._signals(), self._saved_on_error():
-            while self.progress() < 1 and "stop" not in self.wishes:
+        with self._report() as report, self.wishes, self._saved_on_error():
+            while self.progress() < 1 and not self.ends:
                 work = self._next(batches, broken)
                 lr = rate(state.step, self.progress())
                 losses = self.step(work, lr)
@@ -188,6 +188,7 @@ class Run:
         state.step += 1
         state.position += state.parts
         state.scale.update(are_finite)
+        state.is_whole = True
         if not are_finite and not state.scale.is_adapting:
             self._skipped(work, losses)
         self.bad = 0 if are_finite else self.bad
@@ -206,9 +207,10 @@ class Run:
 
     def draw(self) -> None:
         """Grids of samples, with and without averaging, and the loss by timestep."""
-        if self.ranks.is_first or parallel.is_split(self.task.trained):
-            for path in pictures.draw(self, write=self.ranks.is_first):
-                self.loggers.image(self.state.step, f"{path.parent.name}/samples", path)
+        with _keep_going("draw"):  # here, as others may wait below
+            if self.ranks.is_first or parallel.is_split(self.task.trained):
+                for path in pictures.draw(self, write=self.ranks.is_first):
+                    self.loggers.image(self.state.step, f"{path.parent.name}/samples", path)
         if self.timesteps is not None:
             plot = self.timesteps.write(self.state.step)
             if plot is not None:
@@ -272,7 +274,6 @@ class Run:
         for group in player.optimizer.param_groups:
             group["lr"] = lr
         player.optimizer.step()
-        self.state.is_whole = True
 
     def _exchange(self, player: Player, *, is_last: bool) -> Any:
         """Only the last batch's backward pass sends gradients to the other processes."""
@@ -283,11 +284,11 @@ class Run:
 
     def _agreed(self, spent: float, due: Mapping[str, bool]) -> list[str]:
         """Adds the first process's time; what all do now if the first, or a signal, asks for it."""
-        mine = [name in self.wishes or (self.ranks.is_first and due[name]) for name in due]
-        time = self.state.seconds + spent if self.ranks.is_first else 0.0
-        time, stop, *all_ = self.ranks.greatest([time, "stop" in self.wishes, *mine])
-        self.state.seconds = time
-        self.wishes = {"stop"} if stop else set()
+        heard, is_first = self.wishes.take(), self.ranks.is_first
+        mine = [name in heard or (is_first and due[name]) for name in due]
+        seconds = self.state.seconds + spent if is_first else 0.0
+        self.state.seconds, stop, *all_ = self.ranks.greatest([seconds, "stop" in heard, *mine])
+        self.ends = bool(stop)
         return [name for name, is_due in zip(due, all_, strict=True) if is_due]
 
     def _skipped(self, work: Work, losses: Mapping[str, Tensor]) -> None:
@@ -345,7 +346,8 @@ class Run:
         def report(step: int, losses: dict[str, Tensor], lr: float, images: int) -> None:
             if self.timesteps is not None and "t" in losses:
                 self.timesteps.add(losses["t"], losses["losses"])
-            progress(step, losses, lr, images)
+            with _keep_going("log"):
+                progress(step, losses, lr, images)
 
         try:
             yield report
@@ -363,27 +365,6 @@ class Run:
                 with contextlib.suppress(OSError):
                     self.save()
             raise
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT end the run after the step under way, at once if they come again.
-
-        SIGUSR1 saves.
-        """
-        wishes = {"SIGTERM": "stop", "SIGINT": "stop", "SIGUSR1": "save"}
-        numbers = {getattr(signal, n): wish for n, wish in wishes.items() if hasattr(signal, n)}
-
-        def heard(number: int, _: Any) -> None:
-            if numbers[signal.Signals(number)] in self.wishes:
-                signal.signal(number, kept[signal.Signals(number)])
-            self.wishes.add(numbers[signal.Signals(number)])
-
-        kept = {number: signal.signal(number, heard) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in kept.items():
-                signal.signal(number, handler)
 
 
 @contextmanager

@@ -53,7 +53,8 @@ class Diffusion:
         for key in weighting:
             if key not in Criterion.keywords():
                 raise legacy.unknown("key", key, KEYWORDS, "lightning.objective")
-        self.criterion = Criterion(model.schedule, model.parameterization, **weighting)
+        criterion = Criterion(model.schedule, model.parameterization, **weighting)
+        self.criterion = criterion.to(model.device)
         model.autoencoder.requires_grad_(False)
         self.trained = nn.ModuleDict({"unet": model.unet, "conditioner": model.conditioner})
         if self.criterion.learns:

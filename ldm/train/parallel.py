@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -92,8 +93,9 @@ class Ranks:
     def stop(self) -> None:
         """The end: after this no process waits for another."""
         if self.pulse is not None:
+            dist.barrier()  # until here, who works for long gives signs of life
             self.pulse.stop()
-            dist.barrier()
+            dist.barrier()  # the first, whom all listen to, leaves last
             dist.destroy_process_group()
             self.pulse, self.rank, self.world = None, 0, 1
 
@@ -124,9 +126,10 @@ def start(device: torch.device, *, silence: float = 45.0) -> Ranks:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         # A lost process is noticed by its pulse; this long may one work while the others wait.
         dist.init_process_group(backend, timeout=timedelta(hours=2))
-    pulse = Pulse(rank, world, silence)
-    pulse.start()
-    return Ranks(rank, world, pulse)
+    ranks = Ranks(rank, world)
+    ranks.pulse = Pulse(rank, world, silence, turn=ranks.told(uuid4().hex))
+    ranks.pulse.start()
+    return ranks
 
 
 class Pulse(threading.Thread):
@@ -134,16 +137,17 @@ class Pulse(threading.Thread):
 
     Collectives alone would wait for a stopped process or a dead machine until their time is up.
     The first process listens to all, the others to the first, all through the store of torchrun.
+
+    turn: tells this start of the processes from others.
     """
 
-    def __init__(self, rank: int, world: int, silence: float) -> None:
+    def __init__(self, rank: int, world: int, silence: float, *, turn: str) -> None:
         super().__init__(name="pulse", daemon=True)
         self.rank, self.silence = rank, silence
         self.watched = range(1, world) if rank == 0 else range(1)
         self.ended = threading.Event()
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=silence))
-        turn = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = dist.PrefixStore(f"pulse/{turn}", store)
 
     def run(self) -> None:
@@ -210,6 +214,13 @@ def sync_gradients(module: nn.Module, on: bool) -> None:
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.set_requires_gradient_sync(on, recurse=False)
+
+
+def reshard(module: nn.Module) -> None:
+    """Gives back what a forward pass without a backward one has left gathered."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def is_split(module: nn.Module) -> bool:

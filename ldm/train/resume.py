@@ -45,6 +45,7 @@ class States:
         self.folder, self.ranks, self.keep = folder, ranks, keep
 
     def newest(self) -> Path | None:
+        """The last complete state, None if there is none."""
         found = self._all()
         return found[-1] if found else None
 
@@ -98,13 +99,14 @@ class States:
             os.fsync(file.fileno())
         _flush(part)
         if path.exists():  # the same step again, after a change of the time spent
-            part.replace(spare := path.with_name(f".{path.name}.new"))
-            shutil.rmtree(path)
-            part = spare
+            path.replace(path.with_name(f".{path.name}.old"))
         part.replace(path)
         _flush(self.folder)
-        for old in self._all()[: -self.keep]:
-            old.replace(gone := old.with_name(f".{old.name}.old"))
+        # Later ones are of a branch that was left when an older state was resumed.
+        kept = [old for old in self._all() if old.name <= path.name][-self.keep :]
+        for other in {*self._all()} - {*kept}:
+            other.replace(other.with_name(f".{other.name}.gone"))
+        for gone in (*self.folder.glob(".state-*.old"), *self.folder.glob(".state-*.gone")):
             shutil.rmtree(gone, ignore_errors=True)
 
     def _all(self) -> list[Path]:
@@ -115,9 +117,18 @@ class States:
 def _fresh(part: Path) -> None:
     """An empty folder, and nothing left of earlier attempts."""
     part.parent.mkdir(parents=True, exist_ok=True)
+    _restore(part.parent)
     for old in part.parent.glob(".state-*"):
         shutil.rmtree(old, ignore_errors=True)
     part.mkdir()
+
+
+def _restore(folder: Path) -> None:
+    """Puts a state back that was moved aside for its successor, if that did not come."""
+    for old in folder.glob(".state-*.old"):
+        path = folder / old.name.removeprefix(".").removesuffix(".old")
+        if not path.exists():
+            old.replace(path)
 
 
 def _flush(folder: Path) -> None:

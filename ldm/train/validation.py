@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldm.train.parallel import reshard
+
 __all__ = ["paused", "validate"]
 
 log = logging.getLogger(__name__)
@@ -46,6 +48,7 @@ def paused(module: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
+        reshard(module)
         for part in trained:
             part.training = True
 
