@@ -242,15 +242,16 @@ class Run:
         return work
 
     def _gradients(self, player: Player, work: Work) -> dict[str, Tensor]:
-        """Mean gradients over the step's batches, times the scale; the last batch's losses."""
+        """Mean gradients over the step's batches, times the scale; the losses of all of them."""
         player.optimizer.zero_grad(set_to_none=True)
-        losses: dict[str, Tensor] = {}
+        found: list[dict[str, Tensor]] = []
         for place, (number, batch) in enumerate(work):
             with self._exchange(player, is_last=place == len(work) - 1):
                 with self.precision():
                     losses = player.loss(batch, self._chance(number))
                 (losses["loss"] * (self.state.scale.value / len(work))).backward()
-        return losses
+            found.append({name: value.detach() for name, value in losses.items()})
+        return {name: _joined([losses[name] for losses in found]) for name in found[0]}
 
     def _chance(self, number: int) -> torch.Generator:
         """The source of all chance in a batch; dropout draws from torch's own, seeded alike."""
@@ -365,6 +366,11 @@ class Run:
                 with contextlib.suppress(OSError):
                     self.save()
             raise
+
+
+def _joined(values: Sequence[Tensor]) -> Tensor:
+    """Means of batches become their mean, numbers per sample are strung together."""
+    return torch.cat(list(values)) if values[0].ndim else torch.stack(list(values)).mean()
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import torch
 from ldm.loading import config
 from ldm.train.loop import Run
 from ldm.train.parallel import whole
+from ldm.train.validation import validate
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs/train/tiny.yaml"
@@ -50,6 +51,7 @@ def run(folder: Path, case: str, steps: int, *overrides: str, kind: type[Quiet] 
         "trainer.precision": {"bf16": "bf16-mixed"}.get(precision, precision),
         "optimizer.name": "adamw",
         "optimizer.warm_up": 0,
+        "callbacks.validate_batches": 2,
     }
     raw = config.read(
         TINY,
@@ -90,7 +92,15 @@ def interrupted(folder: Path, case: str) -> tuple[str, str]:
     assert second.state.step == STEPS // 2
     second.train()
     keep(second, folder / case / "trained.pt")
+    looked_at(second)
     return digest(straight), digest(second)
+
+
+def looked_at(here: Quiet) -> None:
+    """Validation sees the same twice, and leaves everything as it was."""
+    before, here.held_out = digest(here), here.source
+    assert validate(here) == validate(here) != {}
+    assert digest(here) == before
 
 
 def keep(here: Quiet, path: Path) -> None:
