@@ -228,7 +228,12 @@ class Run:
         return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
 
     def _measure_scale(self) -> None:
-        """Of the latents of the first batch, on one process for all."""
+        """Of the latents of the first pictures, which are the same on all processes.
+
+        Raises ValueError if latents are cached, as those would have another scale.
+        """
+        if self.raw["data"]["params"].get("latents"):
+            raise ValueError("`scale_by_std` does not go with `data.params.latents`")
         first = [sample["jpg"] for sample in self.source.first(self.batch_size)]
         objective.measure_scale(self.model, torch.stack(first), self._chance(0))
 

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 tests/train/ranks.py FOLDER CASE …
 
-A case is STRATEGY-PRECISION-DATA, such as ddp-32-map: 4 steps in one go, and 2 + 2. The first
+A case is STRATEGY-PRECISION-DATA, such as ddp-32-map: 2 steps in one go, and 1 + 1. The first
 process prints "CASE hash hash", of all that was trained. `VERB:CASE` does what
 `moved` says.
 """
@@ -23,7 +23,7 @@ from ldm.train.validation import validate
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs/train/tiny.yaml"
-STEPS = 4
+STEPS = 2
 
 
 class Quiet(Run):
@@ -51,7 +51,7 @@ def run(folder: Path, case: str, steps: int, *overrides: str, kind: type[Quiet] 
         "trainer.precision": {"bf16": "bf16-mixed"}.get(precision, precision),
         "optimizer.name": "adamw",
         "optimizer.warm_up": 0,
-        "callbacks.validate_batches": 2,
+        "callbacks.validate_batches": 1,
     }
     raw = config.read(
         TINY,
@@ -111,7 +111,7 @@ def keep(here: Quiet, path: Path) -> None:
 
 
 def moved(folder: Path, case: str, verb: str) -> tuple[str, str]:
-    """save: trains 2 steps. go: from what was saved, 2 more. forever: until it is stopped.
+    """save: trains a step. go: from what was saved, one more. forever: until it is stopped.
 
     A step has as many batches as it had at first, on any number of processes. After `go` losses and
     weights lie in FOLDER/went-on-WORLD.pt; before `forever` the process number in FOLDER/RANK.pid.
