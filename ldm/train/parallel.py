@@ -8,7 +8,6 @@ Started by torchrun or Slurm, on one machine or many; alone, everything here doe
 Rajbhandari et al. 2020 (arXiv:1910.02054); Zhao et al. 2023 (arXiv:2304.11277).
 """
 
-import logging
 import os
 import sys
 import threading
@@ -16,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -30,12 +29,9 @@ from ldm.cli import share
 from ldm.nets.blocks import ResBlock
 from ldm.nets.transformer import TransformerBlock
 
-__all__ = ["STRATEGIES", "Ranks", "Replica", "split", "start", "whole"]
+__all__ = ["Ranks", "Replica", "split", "start", "whole"]
 
-log = logging.getLogger(__name__)
-T = TypeVar("T")
 
-STRATEGIES = ("auto", "ddp", "fsdp", "hsdp")
 BLOCKS = (ResBlock, TransformerBlock)  # gathered one at a time
 
 
@@ -62,17 +58,16 @@ class Ranks:
         sums = self._reduced(list(values.values()), dist.ReduceOp.SUM)
         return {key: total / self.world for key, total in zip(values, sums, strict=True)}
 
-    def once(self, work: Callable[[], T]) -> T | None:
+    def once(self, work: Callable[[], None]) -> None:
         """The first process does `work`, the others wait; if it fails with OSError, all do."""
-        result, failure = None, None
+        failure = None
         if self.is_first:
             try:
-                result = work()
+                work()
             except OSError as error:
                 failure = error
         if any(self.greatest([failure is not None])):
             raise failure or OSError("the first process failed, its message says why")
-        return result
 
     def told(self, text: str) -> str:
         """What the first process says, on all."""

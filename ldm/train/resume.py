@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ldm.loading import pickles
 from ldm.train.parallel import Ranks
+from ldm.train.runs import complete
 from ldm.train.state import State
 
 __all__ = ["States"]
@@ -46,7 +47,7 @@ class States:
 
     def newest(self) -> Path | None:
         """The last complete state, None if there is none."""
-        found = self._all()
+        found = complete(self.folder)
         return found[-1] if found else None
 
     def save(self, state: State) -> Path:
@@ -103,15 +104,11 @@ class States:
         part.replace(path)
         _flush(self.folder)
         # Later ones are of a branch that was left when an older state was resumed.
-        kept = [old for old in self._all() if old.name <= path.name][-self.keep :]
-        for other in {*self._all()} - {*kept}:
+        kept = [old for old in complete(self.folder) if old.name <= path.name][-self.keep :]
+        for other in {*complete(self.folder)} - {*kept}:
             other.replace(other.with_name(f".{other.name}.gone"))
         for gone in (*self.folder.glob(".state-*.old"), *self.folder.glob(".state-*.gone")):
             shutil.rmtree(gone, ignore_errors=True)
-
-    def _all(self) -> list[Path]:
-        found = self.folder.glob("state-????????")
-        return sorted(p for p in found if (p / METADATA).exists() and (p / NUMBERS).exists())
 
 
 def _fresh(part: Path) -> None:

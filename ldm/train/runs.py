@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Old", "find", "new_folder", "note", "read"]
+__all__ = ["Old", "complete", "find", "new_folder", "note", "read"]
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +65,13 @@ def find(args: Namespace) -> Old | None:
 
 def newest_state(folder: Path) -> Path | None:
     """The last state that a run has saved."""
-    states = sorted(path.parent for path in folder.glob(f"{STATES}/run.json"))
+    states = complete(folder / "checkpoints")
     return states[-1] if states else None
+
+
+def complete(checkpoints: Path) -> list[Path]:
+    """The states in a folder, oldest first; what is still being written has another name."""
+    return sorted(path.parent for path in checkpoints.glob("state-*/run.json"))
 
 
 def read(args: Namespace, old: Old | None) -> dict[str, Any]:

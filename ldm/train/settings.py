@@ -74,7 +74,7 @@ ORIGINAL: dict[str, dict[str, Any]] = {
 EPOCHS = 1000  # Lightning's end of a run that is told none
 CHOICES = {
     ("trainer", "precision"): ("32", "bf16-mixed", "16-mixed"),
-    ("trainer", "strategy"): ("auto", "ddp", "fsdp", "hsdp"),
+    ("trainer", "strategy"): translation.STRATEGIES,
     ("callbacks", "weights"): ("ema", "raw", "both"),
     ("callbacks", "dtype"): ("half", "full"),
     ("callbacks", "loggers"): ("csv", "tensorboard", "wandb"),

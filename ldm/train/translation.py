@@ -50,7 +50,7 @@ PRECISIONS = {
     "32": "32", "32-true": "32", "16": "16-mixed", "16-mixed": "16-mixed", "bf16": "bf16-mixed",
     "bf16-mixed": "bf16-mixed",
 }  # fmt: skip
-STRATEGIES = ("ddp", "fsdp", "hsdp", "auto")
+STRATEGIES = ("auto", "ddp", "fsdp", "hsdp")
 LOGGERS = {
     "WandbLogger": "wandb",
     "TestTubeLogger": "tensorboard",
