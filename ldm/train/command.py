@@ -132,11 +132,11 @@ def work(args: argparse.Namespace) -> Iterator[str]:
     is_first = cli.share()[0] == 0  # the others would say the same
     logging.getLogger("ldm").setLevel(logging.INFO if is_first else logging.WARNING)
     try:
-        old = runs.find(args)
-        raw = runs.read(args, old)
         if args.dry_run:
-            yield from _dry_run(args, raw)
+            yield from _dry_run(args, runs.read(args, runs.find(args)))
         else:
+            old = launch.agreed(lambda starters: runs.find(args, starters))
+            raw = runs.read(args, old)
             launch.launch(raw, args.nproc, args.argv)
             yield from _run(args, raw, old)
     except Exception:
@@ -155,7 +155,7 @@ def _run(args: argparse.Namespace, raw: dict[str, Any], old: runs.Old | None) ->
     from ldm.train.loop import Run
 
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    folder = old.folder if old else launch.agreed(lambda: runs.new_folder(args))
+    folder = launch.agreed(lambda starters: runs.begin(args, old, starters))
     run = Run(raw, folder, text=config.text(raw), commands=args.allow_commands)
     if old and old.state:
         run.resume(old.state)
@@ -174,7 +174,10 @@ def _run(args: argparse.Namespace, raw: dict[str, Any], old: runs.Old | None) ->
         written = [run.last.with_suffix(f".{kind}") for kind in ("safetensors", "ckpt")]
         done = [str(path) for path in written if path.exists()] if args.train or old else []
         yield from done or ["the config fits"]
+    is_first = run.ranks.is_first
     run.ranks.stop()
+    if is_first and args.train:
+        runs.end(folder)
 
 
 def _dry_run(args: argparse.Namespace, raw: dict[str, Any]) -> Iterator[str]:

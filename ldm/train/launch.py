@@ -5,17 +5,19 @@ More than one process are started by torchrun, which takes the place of this one
 
 import logging
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ldm import cli
 
 __all__ = ["agreed", "gpus", "launch", "processes"]
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 NODES = """\
 {nodes} nodes are started by torchrun on each of them
@@ -84,17 +86,25 @@ def launch(raw: Mapping[str, Any], nproc: int, argv: Sequence[str]) -> None:
         _replace(["--standalone", f"--nproc-per-node={count}", *_script(), *argv])
 
 
-def agreed(choose: Callable[[], Path]) -> Path:
-    """What the first process chooses, on all of them."""
+def agreed(choose: Callable[[Sequence[str]], T]) -> T:
+    """What the first process chooses, on all of them.
+
+    choose: is told by which torchruns, on which machines, the processes were started; if they are
+        started again after a failure, some of these are the same.
+    """
+    mine = ""
+    if launch_id := os.environ.get("TORCHELASTIC_RUN_ID"):
+        mine = f"{launch_id} {platform.node()} {os.getppid()}"
     if cli.share()[1] == 1:
-        return choose()
+        return choose([mine] if mine else [])
     from ldm.train import parallel
 
     ranks = parallel.start(cli.pick_device(None))
-    told = ranks.told(str(choose()) if ranks.is_first else "")
+    starters = sorted({*ranks.gathered(mine)} - {""})
+    chosen = ranks.told(lambda: choose(starters))
     if ranks.pulse is not None:
         ranks.pulse.stop()  # the run listens by itself
-    return Path(told)
+    return chosen
 
 
 def _nodes(raw: Mapping[str, Any]) -> int:

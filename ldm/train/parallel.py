@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import torch
@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from ldm.cli import share
@@ -32,7 +33,11 @@ from ldm.nets.transformer import TransformerBlock
 __all__ = ["Ranks", "Replica", "split", "start", "whole"]
 
 
+T = TypeVar("T")
+
 BLOCKS = (ResBlock, TransformerBlock)  # gathered one at a time
+MEETING = timedelta(minutes=10)  # all processes must have started by then
+PATIENCE = timedelta(hours=2)  # for others at work; if one of them is lost, its pulse tells
 
 
 class Ranks:
@@ -69,12 +74,26 @@ class Ranks:
         if any(self.greatest([failure is not None])):
             raise failure or OSError("the first process failed, its message says why")
 
-    def told(self, text: str) -> str:
-        """What the first process says, on all."""
-        said = [text]
+    def told(self, choose: Callable[[], T]) -> T:
+        """What the first process chooses, on all; it is raised on all if it is a ValueError."""
+        said: list[T | ValueError | None] = [None]
+        if self.is_first:
+            try:
+                said = [choose()]
+            except ValueError as error:
+                said = [error]
         if self.world > 1:
             dist.broadcast_object_list(said, src=0)
-        return said[0]
+        if isinstance(said[0], ValueError):
+            raise said[0]
+        return said[0]  # type: ignore[return-value]
+
+    def gathered(self, text: str) -> list[str]:
+        """What each process says, on all."""
+        said = [text] * self.world
+        if self.world > 1:
+            dist.all_gather_object(said, text)
+        return said
 
     @contextmanager
     def first_before_others(self) -> Iterator[None]:
@@ -111,20 +130,50 @@ def start(device: torch.device, *, silence: float = 45.0) -> Ranks:
     rank, world = share()
     if world == 1:
         return Ranks()
+    first = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")  # torchrun names its own
+    place = {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": first, "MASTER_PORT": 29500}
+    for name, value in place.items():
+        os.environ.setdefault(name, str(value))
     if not dist.is_initialized():
-        first = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")  # torchrun names its own
-        place = {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": first, "MASTER_PORT": 29500}
-        for name, value in place.items():
-            os.environ.setdefault(name, str(value))
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        # A lost process is noticed by its pulse; this long may one work while the others wait.
-        dist.init_process_group(backend, timeout=timedelta(hours=2))
+        store, _, _ = next(rendezvous("env://", timeout=PATIENCE))
+        store = dist.PrefixStore(_turn(store, rank, world), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     ranks = Ranks(rank, world)
-    ranks.pulse = Pulse(rank, world, silence, turn=ranks.told(uuid4().hex))
+    ranks.pulse = Pulse(rank, world, silence, turn=ranks.told(lambda: uuid4().hex))
     ranks.pulse.start()
     return ranks
+
+
+def _turn(store: Any, rank: int, world: int) -> str:
+    """A name for this start of the processes, the same on all, and of no start before.
+
+    Started again after a failure they find the same store, with all that those before them left
+    there, addresses too. So each introduces itself by a new name, and is answered under that.
+    Raises TimeoutError or torch's DistStoreError if they do not all come.
+    """
+    if rank:
+        name = uuid4().hex
+        store.set(f"newcomer/{rank}", name)
+        store.wait([f"turn/{name}"], MEETING)
+        turn: str = store.get(f"turn/{name}").decode()
+        store.set(f"{turn}/{rank}", "here")
+        return turn
+    turn, answered, began = uuid4().hex, {""}, time.monotonic()
+    while not store.check([f"{turn}/{other}" for other in range(1, world)]):
+        for key in (f"newcomer/{other}" for other in range(1, world)):
+            newcomer = store.get(key).decode() if store.check([key]) else ""
+            if newcomer not in answered:
+                store.set(f"turn/{newcomer}", turn)
+                answered.add(newcomer)
+        if time.monotonic() - began > MEETING.total_seconds():
+            raise TimeoutError(
+                f"of {world} processes, {len(answered)} others have come in {MEETING}"
+            )
+        time.sleep(0.05)
+    return turn
 
 
 class Pulse(threading.Thread):

@@ -11,19 +11,20 @@ import logging
 import os
 import re
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Old", "complete", "find", "new_folder", "note", "read"]
+__all__ = ["Old", "begin", "complete", "end", "find", "note", "read"]
 
 log = logging.getLogger(__name__)
 
 STAMP = "%Y-%m-%dT%H-%M-%S"
 STAMPED = re.compile(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_")
 STATES = "checkpoints/state-*"
-LAUNCH = ".launch"  # holds the id of the torchrun that a run belongs to
+LAUNCH = ".launch"  # in the folder of a run under way: the torchruns that its processes are of
 
 
 @dataclass(frozen=True)
@@ -39,22 +40,21 @@ def name(args: Namespace) -> str:
     return (args.name or (Path(args.base[-1]).stem if args.base else "")) + args.postfix
 
 
-def find(args: Namespace) -> Old | None:
+def find(args: Namespace, starters: Sequence[str] = ()) -> Old | None:
     """The run to go on with, None if a new one shall begin.
 
-    After an elastic restart that is the run which the same torchrun began.
-    Raises ValueError or FileNotFoundError if a run is asked for and there is none.
+    starters: the torchruns of these processes; a run that one of them began and that has not ended
+        goes on, as after an elastic restart.
+    Raises ValueError if a run is asked for and there is none.
     """
     logdir = _logdir(args)
     if args.resume:
-        return _named(Path(args.resume).expanduser(), logdir)
+        old = _named(Path(args.resume).expanduser(), logdir)
+        return Old(old.folder, newest_state(old.folder)) if _is_of(old.folder, starters) else old
     if args.resume is None:
-        is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        for folder in _of_name(logdir, name(args)) if is_restart and args.train else []:
-            launch = folder / LAUNCH
-            if launch.is_file() and launch.read_text() == os.environ.get("TORCHELASTIC_RUN_ID"):
-                return Old(folder, newest_state(folder))
-        return None
+        folders = _of_name(logdir, name(args)) if args.train else []
+        mine = [folder for folder in folders if _is_of(folder, starters)]
+        return Old(mine[0], newest_state(mine[0])) if mine else None
     if not name(args):
         raise ValueError("--resume alone needs -n NAME or -b CONFIG to know which run is meant")
     for folder in _of_name(logdir, name(args)):
@@ -85,7 +85,20 @@ def read(args: Namespace, old: Old | None) -> dict[str, Any]:
     return config.read(files[0], args.overrides, *files[1:], sections=("data", "lightning"))
 
 
-def new_folder(args: Namespace) -> Path:
+def begin(args: Namespace, old: Old | None, starters: Sequence[str] = ()) -> Path:
+    """The folder of the run, a new one if there is none, and in it who its `starters` are."""
+    folder = old.folder if old else _new_folder(args)
+    if starters and args.train:
+        (folder / LAUNCH).write_text("".join(f"{line}\n" for line in starters), "utf-8")
+    return folder
+
+
+def end(folder: Path) -> None:
+    """The run is over: should its torchrun start the processes again, they begin another."""
+    (folder / LAUNCH).unlink(missing_ok=True)
+
+
+def _new_folder(args: Namespace) -> Path:
     """A folder with the time in its name, made now, and NAME as a link to it."""
     logdir, now = _logdir(args), datetime.now()
     while True:
@@ -96,7 +109,6 @@ def new_folder(args: Namespace) -> Path:
             now += timedelta(seconds=1)
             continue
         if args.train:
-            (folder / LAUNCH).write_text(os.environ.get("TORCHELASTIC_RUN_ID", ""))
             _link(logdir / name(args), folder)
         return folder
 
@@ -125,7 +137,7 @@ def _named(path: Path, logdir: Path) -> Old:
     """A run by its folder, its name in the folder of runs, or something in its checkpoints/."""
     path = next((place for place in (path, logdir / path) if place.exists()), path)
     if not path.exists():
-        raise FileNotFoundError(f"no run and no state `{path}`")
+        raise ValueError(f"no run and no state `{path}`")
     parents = [path, *path.absolute().parents]
     inside = next((p for p in parents if p.name == "checkpoints"), None)
     folder = (inside.parent if inside else path).resolve()
@@ -140,6 +152,13 @@ def _named(path: Path, logdir: Path) -> Old:
     if state is None:
         raise ValueError(f"`{folder}` has no {STATES} to resume from")
     return Old(folder, state)
+
+
+def _is_of(folder: Path, starters: Sequence[str]) -> bool:
+    """Whether one of the starters has begun this run, which has not ended."""
+    path = folder / LAUNCH
+    known = path.read_text("utf-8").splitlines() if starters and path.is_file() else []
+    return not {*known}.isdisjoint(starters)
 
 
 def _of_name(logdir: Path, wanted: str) -> list[Path]:

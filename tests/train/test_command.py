@@ -15,15 +15,20 @@ from ldm.train.command import parse
 TINY = "configs/train/tiny.yaml"
 
 
-def begun(args: Namespace, *, state: int | None = None) -> Path:
+def begun(args: Namespace, *starters: str, state: int | None = None) -> Path:
     """A run as `train.py` leaves it, with a state if it got so far."""
-    folder = runs.new_folder(args)
+    folder = runs.begin(args, None, starters)
     runs.note(args, folder, runs.read(args, None))
     if state is not None:
-        saved = folder / "checkpoints" / f"state-{state:08}"
-        saved.mkdir(parents=True)
-        (saved / "run.json").write_text("{}")
+        saved(folder, state)
     return folder
+
+
+def saved(folder: Path, step: int) -> Path:
+    state = folder / "checkpoints" / f"state-{step:08}"
+    state.mkdir(parents=True)
+    (state / "run.json").write_text("{}")
+    return state
 
 
 def flags(tmp_path: Path, *words: str) -> Namespace:
@@ -128,9 +133,7 @@ def test_a_run_is_found_by_folder_link_name_state_or_weights(tmp_path: Path) -> 
     old = begun(flags(tmp_path), state=1)
     begun(flags(tmp_path))  # died before its first state
     new = begun(flags(tmp_path, "-n", "other_tiny"), state=3)
-    earlier = new / "checkpoints/state-00000002"
-    earlier.mkdir()
-    (earlier / "run.json").write_text("{}")
+    earlier = saved(new, 2)
     expected = {
         "": (old, 1),
         str(old): (old, 1),
@@ -164,15 +167,20 @@ def test_what_cannot_be_resumed_says_why(tmp_path: Path, given: str, message: st
         runs.find(flags(tmp_path, f"--resume={given.format(run=run)}"))
 
 
-def test_after_an_elastic_restart_the_same_run_goes_on(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "abc")
-    mine = begun(flags(tmp_path), state=4)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "of another")
-    begun(flags(tmp_path), state=9)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "abc")
-    assert runs.find(flags(tmp_path)) is None
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert runs.find(flags(tmp_path)) == runs.Old(mine, mine / "checkpoints/state-00000004")
+def test_after_an_elastic_restart_the_same_run_goes_on(tmp_path: Path) -> None:
+    args = flags(tmp_path)
+    mine = begun(args, "id node1 7", "id node2 7", state=4)
+    begun(args, "id node3 7", state=9)
+    assert runs.find(args) is None
+    assert runs.find(args, ["id node1 8"]) is None  # started anew, with the same id
+    after = ["id node2 7", "id node4 7"]  # node1 was replaced
+    assert runs.find(args, after) == runs.Old(mine, mine / "checkpoints/state-00000004")
+    runs.begin(args, runs.find(args, after), after)
+    earlier = flags(tmp_path, "-r", str(saved(mine, 2)))
+    assert runs.find(earlier, ["id node4 7"]) == runs.Old(mine, mine / "checkpoints/state-00000004")
+    assert runs.find(earlier, ["id node5 7"]) == runs.Old(mine, mine / "checkpoints/state-00000002")
+    runs.end(mine)
+    assert runs.find(args, after) is None
 
 
 @pytest.mark.parametrize(

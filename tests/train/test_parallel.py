@@ -6,14 +6,18 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from ldm.data.folder import Folder
 from ldm.data.shards import pack
 from ldm.data.transforms import Photo
+from ldm.loading import checkpoint
+from ldm.train import parallel
 from tests.train.ranks import STEPS, run
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +73,43 @@ def test_two_processes_go_on_bit_by_bit_equal_one_and_end_together(tmp_path: Pat
     one.train()
     two = torch.load(tmp_path / "ddp-32-map" / "trained.pt")
     compare(two["weights"], one.task.trained.state_dict())
+
+
+def test_processes_started_again_do_not_take_old_ones_for_new() -> None:
+    store = dist.HashStore()
+    turns = []
+    for _ in range(2):
+        with ThreadPoolExecutor() as pool:
+            first = pool.submit(parallel._turn, store, 0, 3)  # finds the others of last time
+            time.sleep(0.2)
+            others = [pool.submit(parallel._turn, store, rank, 3) for rank in (1, 2)]
+            said = {place.result(timeout=10) for place in (first, *others)}
+        assert len(said) == 1
+        turns += said
+    assert turns[0] != turns[1]
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_killed_process_again_and_nothing_is_lost(tmp_path: Path) -> None:
+    words = ["lightning.trainer.max_steps=12", "lightning.callbacks.save_steps=3"]
+    words += ["lightning.callbacks.images=0", "data.params.batch_size=2"]
+    words += ["-b", "configs/train/tiny.yaml", "-t", "-l"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc-per-node=2", "--max-restarts=1", "scripts/train.py", *words]
+    weights = []
+    for name in ("whole", "killed"):
+        run = subprocess.Popen([*torchrun, str(tmp_path / name)], cwd=ROOT)
+        if name == "killed":
+            while not list(tmp_path.glob("killed/*/checkpoints/state-*3")):
+                assert run.poll() is None
+                time.sleep(0.1)
+            workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+            os.kill(int(workers[1]), signal.SIGKILL)
+        assert run.wait(timeout=300) == 0
+        (last,) = tmp_path.glob(f"{name}/*_tiny/checkpoints/last.safetensors")
+        weights.append(checkpoint.read(last).state)
+    for name_, value in weights[0].items():
+        assert torch.equal(value, weights[1][name_]), name_
 
 
 @pytest.mark.slow
