@@ -1,4 +1,4 @@
-"""Layers for inference on x86 CPUs: equal to torch's own up to rounding, faster.
+"""Layers on x86 CPUs: equal to torch's own up to rounding, faster. Without gradients:
 
     torch rearranges weights for its kernels in every call    -> once, and keeps them (packs)
     linear in float32 goes to MKL, slow on some CPUs          -> oneDNN
@@ -6,8 +6,9 @@
     3x3 convolution behind a nearest-neighbour doubling       -> 2.25 products, or 4
     glibc returns large buffers after every use               -> `keep_memory`
 
-Only without gradients, on plain CPU tensors of the dtype of the weights, and never under autocast
-or torch.compile; everything else takes torch's ordinary way, as does all after `enable(False)`.
+With gradients, in float32, some layers are those of gradients.py, which keeps nothing. All this is
+for plain CPU tensors of the dtype of the weights, and never under autocast or torch.compile;
+everything else takes torch's ordinary way, as does all after `enable(False)`.
 
 Packs more than double the memory of weights (convolutions by winograd.py take 1.8 times theirs).
 They are made at the first use of a weight, and only while half of the free memory would remain.
@@ -19,7 +20,7 @@ values.
 import ctypes
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.nets import winograd
+from ldm.nets import gradients, winograd
+from ldm.nets.gradients import product
 
 PIXELS = 4096  # whose moments float32 sums well
 ROWS = 512  # that a pack is made for; it serves any number
 # Multiplications; below, the overhead of the calls shows.
 LINEAR_WORK = 5e7
 CONV_WORK = 5e8
+DOUBLED_WORK = 1e7  # with gradients
+# Where a convolution with gradients is one matrix product: at most so many pixels of output, in
+# all pictures, and at least so many weights.
+FEW_PIXELS, MANY_WEIGHTS = 64, 1e6
+TAPS = 1 << 26  # numbers, at most, that a convolution behind a doubling has for a short time
 # Channels. In float32, with fewer the transforms cost as much as they save; in bfloat16 they round
 # once more, which adds 6 % to the rounding error of a UNet's output, but 15 to 40 % with fewer.
 WINOGRAD_WIDTH = {torch.float32: 128, torch.bfloat16: 640}
@@ -102,10 +109,12 @@ class Packs:
 def linear(packs: Packs, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b. x: (…, D_in). Returns (…, D_out)."""
     rows = x.shape[:-1].numel()
+    if rows * weight.numel() >= LINEAR_WORK and _learns(x, weight):
+        return _result(gradients.Linear.apply(x, weight, bias))
     if not _applies(x, weight, rows / LINEAR_WORK):
         return F.linear(x, weight, bias)
     packed = packs.get("linear", weight, _pack_linear)
-    return _product(x, weight if packed is None else packed, bias)
+    return product(x, weight if packed is None else packed, bias)
 
 
 def conv2d(packs: Packs, x: Tensor, layer: nn.Conv2d) -> Tensor:
@@ -113,6 +122,9 @@ def conv2d(packs: Packs, x: Tensor, layer: nn.Conv2d) -> Tensor:
     weight = layer.weight
     *batch, _, height, width = x.shape
     rows = math.prod(batch) * height * width
+    is_large = weight.numel() >= MANY_WEIGHTS and rows <= FEW_PIXELS * math.prod(layer.stride)
+    if is_large and _is_3x3(layer, strides=(1, 2)) and _learns(x, weight):
+        return _result(gradients.Convolution.apply(x, weight, layer.bias, layer.stride[0]))
     simple = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     # Torch's own kernels are slow where x, but not the weight, is channels last: stay on this path.
     follows = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
@@ -121,7 +133,7 @@ def conv2d(packs: Packs, x: Tensor, layer: nn.Conv2d) -> Tensor:
     if not (height % 2 or width % 2) and _suits_winograd(layer, rows):
         matrices = packs.get("winograd", weight, _pack_winograd)
         if matrices is not None:
-            return winograd.convolve(x, matrices, layer.bias, _product)
+            return winograd.convolve(x, matrices, layer.bias, product)
         return layer._conv_forward(x, weight, layer.bias)
     geometry = (layer.padding, layer.stride, layer.dilation, layer.groups)
     packed = packs.get("conv", weight, lambda w: _pack_conv(w, *geometry, list(x.shape)))
@@ -133,11 +145,15 @@ def conv2d(packs: Packs, x: Tensor, layer: nn.Conv2d) -> Tensor:
 def conv2d_doubled(packs: Packs, x: Tensor, layer: nn.Conv2d) -> Tensor:
     """conv2d(layer) of x doubled by nearest neighbour. Returns (B, C_out, 2h, 2w)."""
     rows = x.shape[0] * x.shape[-2:].numel()
+    is_worth_it = rows * layer.weight.numel() >= DOUBLED_WORK
+    fits = 9 * rows * layer.out_channels <= TAPS
+    if is_worth_it and fits and _is_3x3(layer) and _learns(x, layer.weight):
+        return _result(gradients.DoubledConvolution.apply(x, layer.weight, layer.bias))
     if _is_3x3(layer) and _applies(x, layer.weight, rows / CONV_WORK):
         if _suits_winograd(layer, 4 * rows):
             matrices = packs.get("doubled", layer.weight, _pack_doubled)
             if matrices is not None:
-                return winograd.convolve(x, matrices, layer.bias, _product)
+                return winograd.convolve(x, matrices, layer.bias, product)
         else:
             phases = packs.get("phases", layer.weight, lambda w: _pack_phases(w, x.shape))
             if phases is not None:
@@ -180,16 +196,7 @@ def _moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
 def applies(x: Tensor) -> bool:
     """Whether fast paths are on and may be taken with this input."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _enabled:
-        return False
-    return (
-        x.device.type == "cpu"
-        and x.dtype in _dtypes()
-        and type(x) is Tensor
-        and x.numel() > 0
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.jit.is_tracing()
-    )
+    return not torch.is_grad_enabled() and _is_plain(x)
 
 
 def _applies(x: Tensor, weight: Tensor, share: float) -> bool:
@@ -203,6 +210,38 @@ def _applies(x: Tensor, weight: Tensor, share: float) -> bool:
     )
 
 
+def _learns(x: Tensor, weight: Tensor) -> bool:
+    """Whether the layers of gradients.py may be taken."""
+    return (
+        torch.is_grad_enabled()
+        and x.dtype == weight.dtype == torch.float32
+        and type(weight) in (Tensor, nn.Parameter)
+        and weight.device.type == "cpu"
+        and weight.is_contiguous()
+        and _is_plain(x)
+    )
+
+
+def _is_plain(x: Tensor) -> bool:
+    return (
+        _enabled
+        and not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and x.dtype in _dtypes()
+        and type(x) in (Tensor, nn.Parameter)
+        and x.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _result(y: Any) -> Tensor:
+    """What a Function gives, which torch leaves untyped."""
+    out: Tensor = y
+    return out
+
+
 @functools.cache
 def _dtypes() -> tuple[torch.dtype, ...]:
     """Those that oneDNN computes fast here; the operators needed are private: tried once."""
@@ -211,7 +250,7 @@ def _dtypes() -> tuple[torch.dtype, ...]:
     with torch.random.fork_rng(devices=[]):  # initialising a layer draws numbers
         x, layer = torch.ones(2, 16), nn.Conv2d(16, 16, 3, padding=1)
     try:
-        _product(x, _pack_linear(torch.ones(16, 16)), None)
+        product(x, _pack_linear(torch.ones(16, 16)), None)
         geometry = (layer.padding, layer.stride, layer.dilation, layer.groups)
         packed = _pack_conv(layer.weight.detach(), *geometry, [1, 16, 2, 2])
         _convolution(torch.ones(1, 16, 2, 2), packed, layer.bias, *geometry)
@@ -237,10 +276,11 @@ def _fits(nbytes: int) -> bool:
     return nbytes <= min(free[1:], default=free[0]) // 2
 
 
-def _is_3x3(layer: nn.Conv2d) -> bool:
+def _is_3x3(layer: nn.Conv2d, strides: Sequence[int] = (1,)) -> bool:
     return (
         layer.kernel_size == (3, 3)
-        and layer.padding == layer.stride == layer.dilation == (1, 1)
+        and layer.padding == layer.dilation == (1, 1)
+        and layer.stride in [(stride, stride) for stride in strides]
         and layer.groups == 1
         and layer.padding_mode == "zeros"
     )
@@ -252,11 +292,6 @@ def _suits_winograd(layer: nn.Conv2d, rows: int) -> bool:
         and min(layer.in_channels, layer.out_channels) >= WINOGRAD_WIDTH[layer.weight.dtype]
         and rows * layer.weight.numel() >= CONV_WORK
     )
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return out
 
 
 def _pack_linear(weight: Tensor) -> Tensor:

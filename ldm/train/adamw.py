@@ -28,7 +28,8 @@ class AdamW(torch.optim.AdamW):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             weights, gradients, means, squares, counts = self._with_gradient(group)
-            torch._foreach_add_(counts, 1)
+            # A tensor, as torch would make one of a number for each of the counts.
+            torch._foreach_add_(counts, torch.ones(()), alpha=1)
             rests: list[tuple[Tensor, Tensor]] = []  # (place, its padded copy)
             rows: list[list[Tensor]] = []  # (weight, gradient, mean, square, count) each
             for tensors in zip(weights, gradients, means, squares, counts, strict=True):

@@ -25,7 +25,7 @@ LIMITS = {torch.float32: 1e-6, torch.bfloat16: 3e-3}  # relative, of one layer
 @pytest.fixture(autouse=True)
 def small_layers_count(monkeypatch):
     """Packs are made of layers small enough for tests, at their second use."""
-    for name in ("LINEAR_WORK", "CONV_WORK"):
+    for name in ("LINEAR_WORK", "CONV_WORK", "DOUBLED_WORK"):
         monkeypatch.setattr(cpu, name, 1.0)
     yield
     cpu.enable()
@@ -142,15 +142,57 @@ def test_a_changed_weight_is_noticed(case, change):
     assert distance(fast, plain(layer, x)) < 1e-6
 
 
-@pytest.mark.parametrize("case", ["linear", "winograd", "doubled"])
-def test_gradients_take_the_plain_way(case):
+def gradients(layer, x, *, on):
+    """Output, and gradients of input, weight and bias."""
+    cpu.enable(on)
+    x, parameters = x.clone().requires_grad_(), list(layer.parameters())
+    y = layer(x)
+    found = torch.autograd.grad(y.square().sum(), [x, *parameters], create_graph=True)
+    again = torch.autograd.grad(sum(g.square().sum() for g in found), [x, *parameters])
+    cpu.enable()
+    return [y, *found, *again]
+
+
+LEARNING = {
+    "linear": "LinearBackward",
+    "linear without bias": "LinearBackward",
+    "conv": "ConvolutionBackward",
+    "conv with stride": "ConvolutionBackward",
+    "winograd without bias": "ConvolutionBackward",
+    "doubled": "DoubledConvolutionBackward",
+    "doubled and narrow": "DoubledConvolutionBackward",
+    "conv without padding": "ConvolutionBackward0",  # torch's own
+}
+
+
+@pytest.mark.parametrize("case", LEARNING)
+def test_layers_with_gradients_equal_the_plain_ones(case, monkeypatch):
+    """Those of gradients too; 1e-6 is the rounding of sums in another order."""
+    monkeypatch.setattr(cpu, "FEW_PIXELS", 1 << 20)
+    monkeypatch.setattr(cpu, "MANY_WEIGHTS", 1)
     layer, x = CASES[case]()
-    twice(layer, x)
-    expected = layer(x)
-    assert expected.requires_grad
-    expected.sum().backward()
-    assert layer.weight.grad.abs().sum() > 0
-    assert torch.equal(expected, plain(layer, x))
+    twice(layer, x)  # packs do not get in the way
+    fast, slow = gradients(layer, x, on=True), gradients(layer, x, on=False)
+    assert LEARNING[case] in fast[0].grad_fn.name()
+    for one, other in zip(fast, slow, strict=True):
+        assert distance(one, other) < 1e-6
+    assert all(one.is_contiguous() for one in fast[: 2 + len(list(layer.parameters()))])
+
+
+@pytest.mark.parametrize("case", LEARNING)
+def test_frozen_layers_pass_gradients_on_and_get_none(case):
+    layer, x = CASES[case]()
+    layer.requires_grad_(False)
+    x.requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert layer.weight.grad is None
+
+
+def test_transforms_of_functions_take_the_plain_way():
+    layer, x = linear()
+    found = torch.func.vmap(torch.func.grad(lambda row: layer(row).sum()))(x)
+    assert distance(found, layer.weight.sum(0).expand_as(x)) < 1e-6
 
 
 def test_training_between_samplings_is_seen():
