@@ -167,7 +167,8 @@ class Wandb:
 class Progress:
     """A tqdm line with losses, learning rate, images per second and memory; logged alike.
 
-    A step costs nothing here but its count: losses stay where they are for `every` steps.
+    A step costs nothing here but its count: losses stay where they are for `every` steps, or until
+    the last of all.
     """
 
     def __init__(
@@ -201,7 +202,7 @@ class Progress:
             if not value.ndim:
                 self.sums[name] = self.sums.get(name, 0) + value.detach()
         self.images, self.steps = self.images + images, self.steps + 1
-        if step % self.every:
+        if step % self.every and step != self.bar.total:
             return
         rate = self.images / (time.monotonic() - self.since)
         means = self.ranks.mean({name: float(v) / self.steps for name, v in self.sums.items()})

@@ -20,7 +20,8 @@ def from_checkpoints(model: nn.Module, params: Mapping[str, Any]) -> bool:
     The original's switches hold: `load_only_unet`; `ignore_keys`, starts of names that are not
     taken from the file; `finetune_keys`, weights that may have fewer input channels there (if not
     said, the UNet's first): the new ones start at zero; `make_it_fit`, all weights may have another
-    width there, see `fitted`. The average starts from these weights, as with `reset_ema`.
+    width there, see `fitted`. The average starts from these weights, as with `reset_ema`. With
+    `scale_by_std` the scale that was measured for them is taken too.
 
     Returns whether the model itself had weights to start from, so that this is a fine-tune.
     """
@@ -31,7 +32,10 @@ def from_checkpoints(model: nn.Module, params: Mapping[str, Any]) -> bool:
         is_whole = isinstance(model, LatentDiffusion)
         part = "unet." if params.get("load_only_unet") else "" if is_whole else "autoencoder."
         widened = params.get("finetune_keys", [legacy.FIRST_WEIGHT]) or ()
-        _put(model.get_submodule("unet" if part == "unet." else ""), params, part, widened)
+        tables = _put(model.get_submodule("unet" if part == "unet." else ""), params, part, widened)
+        measured = params.get("scale_by_std") and "scale_factor" in tables
+        if measured and isinstance(model, LatentDiffusion):
+            model.scale_factor = float(tables["scale_factor"])
         return True
     if params.get("finetune_keys"):
         raise ValueError("`finetune_keys` needs a `ckpt_path` to start from")
@@ -40,9 +44,13 @@ def from_checkpoints(model: nn.Module, params: Mapping[str, Any]) -> bool:
 
 def _put(
     module: nn.Module, params: Mapping[str, Any], prefix: str, widened: Sequence[str] = ()
-) -> None:
-    """Loads the file `ckpt_path`, or the part `prefix` of it if it holds a whole model."""
-    state = legacy.rename(checkpoint.read(config.find(params["ckpt_path"])).state)
+) -> dict[str, Tensor]:
+    """Loads the file `ckpt_path`, or the part `prefix` of it if it holds a whole model.
+
+    Returns the numbers that the file has beside weights.
+    """
+    raw = checkpoint.read(config.find(params["ckpt_path"])).state
+    state, tables = legacy.rename(raw), legacy.tables(raw)
     if any(name.startswith(prefix) for name in state):
         state = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
     wanted, ignored = module.state_dict(), tuple(params.get("ignore_keys") or ())
@@ -57,6 +65,7 @@ def _put(
         state = {n: fitted(v, wanted[n].shape) if n in wanted else v for n, v in state.items()}
     kept = {n: v for n, v in wanted.items() if n.startswith(ignored)}
     module.load_state_dict(kept | state)
+    return tables
 
 
 def fitted(old: Tensor, shape: torch.Size) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.loading import config
+from ldm.loading import checkpoint, config
 from ldm.loading.load import load
 from ldm.pipelines.frame import READS, reads
 from ldm.train import callbacks
@@ -131,11 +131,13 @@ def test_new_input_channels_start_at_zero_and_change_nothing(tmp_path: Path) -> 
     assert models[1].conditioner.text.token_ids.equal(models[0].conditioner.text.token_ids)
 
 
-def test_only_the_unet_is_taken_if_asked_for(tmp_path: Path) -> None:
+def test_only_the_unet_and_its_scale_are_taken_if_asked_for(tmp_path: Path) -> None:
     text = _text_run(tmp_path / "text")
     text.export()
-    weights = str(text.last)
-    raw = raw_of("vary", tmp_path, ckpt_path=weights, load_only_unet=True)
+    weights = str(tmp_path / "measured.ckpt")
+    measured = checkpoint.read(text.last).state | {"scale_factor": torch.tensor(0.3)}
+    torch.save({"state_dict": measured}, weights)
+    raw = raw_of("vary", tmp_path, ckpt_path=weights, load_only_unet=True, scale_by_std=True)
     first = raw["model"]["params"]["first_stage_config"]["params"]
     first |= {"ckpt_path": weights, "ignore_keys": ["decoder."]}
     raw["lightning"]["trainer"]["seed"] = 5
@@ -144,6 +146,7 @@ def test_only_the_unet_is_taken_if_asked_for(tmp_path: Path) -> None:
     for name, equal in (("unet.out.2.weight", True), ("autoencoder.decoder.conv_in.weight", False)):
         ours, other = run.model.get_parameter(name), theirs.get_parameter(name)
         assert torch.allclose(ours, other, atol=1e-3) == equal, name
+    assert run.model.scale_factor == pytest.approx(0.3)  # not measured anew
 
 
 def test_weights_to_widen_need_a_checkpoint(tmp_path: Path) -> None:
