@@ -1,8 +1,8 @@
 """What the UNet and the autoencoder are built of: linear, convolution, norms, residual blocks.
 
 Every Linear, Conv2d and GroupNorm of the networks is one of the classes here. On the meta device
-they skip their initialisation: weights come from a file there. For inference on a CPU, `cpu.py`
-computes linear layers and convolutions, with the same result.
+they skip their initialisation: weights come from a file there. On a CPU, `cpu.py` computes linear
+layers and convolutions, with the same result.
 Blocks with time embedding follow Dhariwal & Nichol 2021 (arXiv:2105.05233).
 """
 

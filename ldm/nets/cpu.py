@@ -8,7 +8,8 @@
 
 With gradients, in float32, some layers are those of gradients.py, which keeps nothing. All this is
 for plain CPU tensors of the dtype of the weights, and never under autocast or torch.compile;
-everything else takes torch's ordinary way, as does all after `enable(False)`.
+everything else takes torch's ordinary way, as does all after `enable(False)`: use that to count
+operations or to batch gradients (`is_grads_batched`), which know ordinary operators only.
 
 Packs more than double the memory of weights (convolutions by winograd.py take 1.8 times theirs).
 They are made at the first use of a weight, and only while half of the free memory would remain.
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ldm.nets import gradients, winograd
 from ldm.nets.gradients import product
@@ -40,7 +42,9 @@ DOUBLED_WORK = 1e7  # with gradients
 # Where a convolution with gradients is one matrix product: at most so many pixels of output, in
 # all pictures, and at least so many weights.
 FEW_PIXELS, MANY_WEIGHTS = 64, 1e6
-TAPS = 1 << 26  # numbers, at most, that a convolution behind a doubling has for a short time
+# Where one behind a doubling goes tap by tap: from so many channels on, and with so many products
+# in memory, for a short time and 2.5 times.
+TAPS_WIDTH, TAPS = 64, 1 << 25
 # Channels. In float32, with fewer the transforms cost as much as they save; in bfloat16 they round
 # once more, which adds 6 % to the rounding error of a UNet's output, but 15 to 40 % with fewer.
 WINOGRAD_WIDTH = {torch.float32: 128, torch.bfloat16: 640}
@@ -110,7 +114,8 @@ def linear(packs: Packs, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     """x W^T + b. x: (…, D_in). Returns (…, D_out)."""
     rows = x.shape[:-1].numel()
     if rows * weight.numel() >= LINEAR_WORK and _learns(x, weight):
-        return _result(gradients.Linear.apply(x, weight, bias))
+        y: Tensor = gradients.Linear.apply(x.reshape(rows, -1), weight, bias)
+        return y.view(*x.shape[:-1], -1)
     if not _applies(x, weight, rows / LINEAR_WORK):
         return F.linear(x, weight, bias)
     packed = packs.get("linear", weight, _pack_linear)
@@ -122,9 +127,11 @@ def conv2d(packs: Packs, x: Tensor, layer: nn.Conv2d) -> Tensor:
     weight = layer.weight
     *batch, _, height, width = x.shape
     rows = math.prod(batch) * height * width
-    is_large = weight.numel() >= MANY_WEIGHTS and rows <= FEW_PIXELS * math.prod(layer.stride)
-    if is_large and _is_3x3(layer, strides=(1, 2)) and _learns(x, weight):
-        return _result(gradients.Convolution.apply(x, weight, layer.bias, layer.stride[0]))
+    if _is_one_product(x, layer) and _learns(x, weight):
+        stride = layer.stride[0]
+        pixels: Tensor = gradients.Convolution.apply(x, weight, layer.bias, stride)
+        maps = pixels.view(len(x), (height - 1) // stride + 1, -1, layer.out_channels)
+        return maps.permute(0, 3, 1, 2).contiguous()
     simple = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     # Torch's own kernels are slow where x, but not the weight, is channels last: stay on this path.
     follows = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
@@ -145,10 +152,10 @@ def conv2d(packs: Packs, x: Tensor, layer: nn.Conv2d) -> Tensor:
 def conv2d_doubled(packs: Packs, x: Tensor, layer: nn.Conv2d) -> Tensor:
     """conv2d(layer) of x doubled by nearest neighbour. Returns (B, C_out, 2h, 2w)."""
     rows = x.shape[0] * x.shape[-2:].numel()
-    is_worth_it = rows * layer.weight.numel() >= DOUBLED_WORK
-    fits = 9 * rows * layer.out_channels <= TAPS
-    if is_worth_it and fits and _is_3x3(layer) and _learns(x, layer.weight):
-        return _result(gradients.DoubledConvolution.apply(x, layer.weight, layer.bias))
+    if _suits_taps(layer, rows) and _learns(x, layer.weight):
+        pixels: Tensor = gradients.DoubledConvolution.apply(x, layer.weight, layer.bias)
+        maps = pixels.view(len(x), 2 * x.shape[2], 2 * x.shape[3], layer.out_channels)
+        return maps.permute(0, 3, 1, 2).contiguous()
     if _is_3x3(layer) and _applies(x, layer.weight, rows / CONV_WORK):
         if _suits_winograd(layer, 4 * rows):
             matrices = packs.get("doubled", layer.weight, _pack_doubled)
@@ -214,6 +221,7 @@ def _learns(x: Tensor, weight: Tensor) -> bool:
     """Whether the layers of gradients.py may be taken."""
     return (
         torch.is_grad_enabled()
+        and forward_ad._current_level < 0
         and x.dtype == weight.dtype == torch.float32
         and type(weight) in (Tensor, nn.Parameter)
         and weight.device.type == "cpu"
@@ -226,20 +234,14 @@ def _is_plain(x: Tensor) -> bool:
     return (
         _enabled
         and not torch.compiler.is_compiling()
-        and x.device.type == "cpu"
-        and x.dtype in _dtypes()
-        and type(x) in (Tensor, nn.Parameter)
-        and x.numel() > 0
-        and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
+        and type(x) in (Tensor, nn.Parameter)
+        and x.device.type == "cpu"
+        and x.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+        and x.dtype in _dtypes()
     )
-
-
-def _result(y: Any) -> Tensor:
-    """What a Function gives, which torch leaves untyped."""
-    out: Tensor = y
-    return out
 
 
 @functools.cache
@@ -284,6 +286,20 @@ def _is_3x3(layer: nn.Conv2d, strides: Sequence[int] = (1,)) -> bool:
         and layer.groups == 1
         and layer.padding_mode == "zeros"
     )
+
+
+def _is_one_product(x: Tensor, layer: nn.Conv2d) -> bool:
+    """Whether that serves a convolution with gradients best."""
+    pixels = len(x) * x.shape[-2:].numel() / math.prod(layer.stride)
+    large = layer.weight.numel() >= MANY_WEIGHTS and pixels <= FEW_PIXELS
+    return large and x.dim() == 4 and _is_3x3(layer, strides=(1, 2))
+
+
+def _suits_taps(layer: nn.Conv2d, rows: int) -> bool:
+    """The same of a convolution tap by tap, behind a doubling of `rows` pixels."""
+    work, taps = rows * layer.weight.numel(), 9 * rows * layer.out_channels
+    is_wide = layer.out_channels >= TAPS_WIDTH
+    return work >= DOUBLED_WORK and taps <= TAPS and is_wide and _is_3x3(layer)
 
 
 def _suits_winograd(layer: nn.Conv2d, rows: int) -> bool:

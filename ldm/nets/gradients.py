@@ -29,68 +29,69 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """The same; with gradients of its own where gradients of gradients are asked for."""
+def _differentiable(x: Tensor, weight: Tensor) -> Tensor:
+    """The same; by what torch can differentiate, if gradients of gradients are asked for."""
     return F.linear(x, weight) if torch.is_grad_enabled() else product(x, weight)
 
 
-class Linear(Function):
-    """x W^T + b. x: (…, K). weight: (N, K)."""
+class _Layer(Function):
+    """Of (x, weight, bias, …); keeps what its gradients need, and no more."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight = inputs[:2]
+        to_input, to_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if to_weight else None, weight if to_input else None)
+        ctx.shapes, ctx.options = (x.shape, weight.shape), inputs[3:]
+
+
+class Linear(_Layer):
+    """x W^T + b. x: (M, K). weight: (N, K). Returns (M, N)."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return product(x, weight, bias)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
-
-    @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Gradients:
         x, weight = ctx.saved_tensors
-        rows = gradient.flatten(0, -2)  # (M, N)
         return _asked(
             ctx,
-            lambda: _product(rows, weight.t()).view(x.shape),
-            lambda: _product(rows.t(), x.flatten(0, -2).t()),
-            lambda: rows.sum(0),
+            lambda: _differentiable(gradient, weight.t()),
+            lambda: _differentiable(gradient.t(), x.t()),
+            lambda: gradient.sum(0),
         )
 
 
-class Convolution(Function):
-    """3x3 convolution with padding 1 and a stride of x (B, C_in, h, w)."""
+class Convolution(_Layer):
+    """3x3 convolution of x (B, C_in, h, w), padding 1, some stride: rows of pixels (B P, C_out)."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
         patches = F.unfold(x, 3, padding=1, stride=stride).transpose(1, 2)  # (B, P, 9 C_in)
-        out = product(patches, weight.flatten(1), bias).transpose(1, 2)  # (B, C_out, P)
-        height = (x.shape[2] - 1) // stride + 1
-        return out.unflatten(2, (height, -1)).contiguous()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
-        ctx.stride = inputs[3]
+        return product(patches.flatten(0, 1), weight.flatten(1), bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Gradients:
         x, weight = ctx.saved_tensors
-        columns = gradient.flatten(2).transpose(0, 1).flatten(1)  # (C_out, B P)
+        (batch, _, *size), shape = ctx.shapes
+        stride = ctx.options[0]
+        columns = gradient.t()  # (C_out, B P)
 
         def to_input() -> Tensor:
-            patches = weight.flatten(1).t() @ columns  # (9 C_in, B P)
-            patches = patches.unflatten(1, (len(x), -1)).transpose(0, 1)
-            return F.fold(patches, x.shape[2:], 3, padding=1, stride=ctx.stride)
+            patches = weight.flatten(1).t() @ columns  # (9 C_in, B P); here MKL is as fast
+            patches = patches.unflatten(1, (batch, -1)).transpose(0, 1)
+            return F.fold(patches, size, 3, padding=1, stride=stride)
 
         def to_weight() -> Tensor:
-            patches = F.unfold(x, 3, padding=1, stride=ctx.stride)
-            return _product(columns, patches.transpose(0, 1).flatten(1)).view(weight.shape)
+            patches = F.unfold(x, 3, padding=1, stride=stride)
+            return _differentiable(columns, patches.transpose(0, 1).flatten(1)).view(shape)
 
-        return *_asked(ctx, to_input, to_weight, lambda: gradient.sum((0, 2, 3))), None
+        return *_asked(ctx, to_input, to_weight, lambda: gradient.sum(0)), None
 
 
-class DoubledConvolution(Function):
-    """3x3 convolution with padding 1 of x (B, C_in, h, w) doubled: (B, C_out, 2h, 2w)."""
+class DoubledConvolution(_Layer):
+    """3x3 convolution, padding 1, of x (B, C_in, h, w) doubled: pixels (B, h, 2, w, 2, C_out)."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -101,31 +102,24 @@ class DoubledConvolution(Function):
         for j, of_column in enumerate(zip(*columns, strict=True)):
             for i, value in enumerate(_doubled(of_column, 1)):
                 out[:, :, i, :, j] = value
-        if bias is not None:
-            out += bias
-        return out.view(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2).contiguous()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
+        return out if bias is None else out.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Gradients:
         x, weight = ctx.saved_tensors
-        pixels = gradient.permute(0, 2, 3, 1).contiguous()
-        pairs = pixels.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (B, h, 2, w, 2, C_out)
-        columns = [_undoubled(row, 3) for row in _undoubled(pairs, 2)]
+        (batch, inputs, height, width), shape = ctx.shapes
+        columns = [_undoubled(row, 3) for row in _undoubled(gradient.contiguous(), 2)]
         taps = torch.stack([tap for row in columns for tap in row], 3).flatten(3).flatten(0, 2)
 
         def to_input() -> Tensor:
-            out = _product(taps, _by_tap(weight).t()).view(*x.permute(0, 2, 3, 1).shape)
+            out = _differentiable(taps, _by_tap(weight).t()).view(batch, height, width, inputs)
             return out.permute(0, 3, 1, 2).contiguous()
 
         def to_weight() -> Tensor:
-            out = _product(taps.t(), _pixels(x).t())  # (9 C_out, C_in)
-            return out.view(3, 3, *weight.shape[:2]).permute(2, 3, 0, 1).contiguous()
+            out = _differentiable(taps.t(), _pixels(x).t())  # (9 C_out, C_in)
+            return out.view(3, 3, *shape[:2]).permute(2, 3, 0, 1).contiguous()
 
-        return _asked(ctx, to_input, to_weight, lambda: gradient.sum((0, 2, 3)))
+        return _asked(ctx, to_input, to_weight, lambda: gradient.sum((0, 1, 2, 3, 4)))
 
 
 def _asked(ctx: Any, *gradients: Callable[[], Tensor]) -> Gradients:

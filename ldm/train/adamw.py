@@ -28,7 +28,7 @@ class AdamW(torch.optim.AdamW):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             weights, gradients, means, squares, counts = self._with_gradient(group)
-            # A tensor, as torch would make one of a number for each of the counts.
+            # One tensor for all: of a number, torch makes a tensor for every count.
             torch._foreach_add_(counts, torch.ones(()), alpha=1)
             rests: list[tuple[Tensor, Tensor]] = []  # (place, its padded copy)
             rows: list[list[Tensor]] = []  # (weight, gradient, mean, square, count) each

@@ -174,10 +174,7 @@ def _run(args: argparse.Namespace, raw: dict[str, Any], old: runs.Old | None) ->
         written = [run.last.with_suffix(f".{kind}") for kind in ("safetensors", "ckpt")]
         done = [str(path) for path in written if path.exists()] if args.train or old else []
         yield from done or ["the config fits"]
-    is_first = run.ranks.is_first
     run.ranks.stop()
-    if is_first and args.train:
-        runs.end(folder)
 
 
 def _dry_run(args: argparse.Namespace, raw: dict[str, Any]) -> Iterator[str]:

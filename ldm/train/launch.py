@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ldm import cli
@@ -89,12 +90,10 @@ def launch(raw: Mapping[str, Any], nproc: int, argv: Sequence[str]) -> None:
 def agreed(choose: Callable[[Sequence[str]], T]) -> T:
     """What the first process chooses, on all of them.
 
-    choose: is told by which torchruns, on which machines, the processes were started; if they are
+    choose: is told which torchruns, on which machines, have started the processes; if processes are
         started again after a failure, some of these are the same.
     """
-    mine = ""
-    if launch_id := os.environ.get("TORCHELASTIC_RUN_ID"):
-        mine = f"{launch_id} {platform.node()} {os.getppid()}"
+    mine = _starter()
     if cli.share()[1] == 1:
         return choose([mine] if mine else [])
     from ldm.train import parallel
@@ -105,6 +104,18 @@ def agreed(choose: Callable[[Sequence[str]], T]) -> T:
     if ranks.pulse is not None:
         ranks.pulse.stop()  # the run listens by itself
     return chosen
+
+
+def _starter() -> str:
+    """The torchrun that has started this process: its id, machine, number and time; "" if none."""
+    launch_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    parent = os.getppid()
+    try:  # what tells it from one of the same number, in another container or another time
+        born = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+        born += " " + Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except (OSError, IndexError):  # not Linux
+        born = ""
+    return f"{launch_id} {platform.node()} {parent} {born}" if launch_id else ""
 
 
 def _nodes(raw: Mapping[str, Any]) -> int:

@@ -75,16 +75,16 @@ class Ranks:
             raise failure or OSError("the first process failed, its message says why")
 
     def told(self, choose: Callable[[], T]) -> T:
-        """What the first process chooses, on all; it is raised on all if it is a ValueError."""
-        said: list[T | ValueError | None] = [None]
+        """What the first process chooses; its ValueError or OSError is raised on all."""
+        said: list[T | ValueError | OSError | None] = [None]
         if self.is_first:
             try:
                 said = [choose()]
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 said = [error]
         if self.world > 1:
             dist.broadcast_object_list(said, src=0)
-        if isinstance(said[0], ValueError):
+        if isinstance(said[0], ValueError | OSError):
             raise said[0]
         return said[0]  # type: ignore[return-value]
 
@@ -162,16 +162,16 @@ def _turn(store: Any, rank: int, world: int) -> str:
         store.set(f"{turn}/{rank}", "here")
         return turn
     turn, answered, began = uuid4().hex, {""}, time.monotonic()
-    while not store.check([f"{turn}/{other}" for other in range(1, world)]):
-        for key in (f"newcomer/{other}" for other in range(1, world)):
+    others = range(1, world)
+    while not store.check([f"{turn}/{other}" for other in others]):
+        for key in (f"newcomer/{other}" for other in others):
             newcomer = store.get(key).decode() if store.check([key]) else ""
             if newcomer not in answered:
                 store.set(f"turn/{newcomer}", turn)
                 answered.add(newcomer)
         if time.monotonic() - began > MEETING.total_seconds():
-            raise TimeoutError(
-                f"of {world} processes, {len(answered)} others have come in {MEETING}"
-            )
+            here = sum(store.check([f"{turn}/{other}"]) for other in others)
+            raise TimeoutError(f"{here} of {len(others)} other processes have come in {MEETING}")
         time.sleep(0.05)
     return turn
 

@@ -7,6 +7,7 @@ logs/2026-11-21T15-00-00_NAME/
 logs/NAME -> the newest of them
 """
 
+import json
 import logging
 import os
 import re
@@ -17,14 +18,14 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Old", "begin", "complete", "end", "find", "note", "read"]
+__all__ = ["Old", "begin", "complete", "find", "note", "read"]
 
 log = logging.getLogger(__name__)
 
 STAMP = "%Y-%m-%dT%H-%M-%S"
 STAMPED = re.compile(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_")
 STATES = "checkpoints/state-*"
-LAUNCH = ".launch"  # in the folder of a run under way: the torchruns that its processes are of
+LAUNCH = ".launch.json"  # in a run's folder: which torchruns have started it, and from what state
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,23 @@ def name(args: Namespace) -> str:
 def find(args: Namespace, starters: Sequence[str] = ()) -> Old | None:
     """The run to go on with, None if a new one shall begin.
 
-    starters: the torchruns of these processes; a run that one of them began and that has not ended
-        goes on, as after an elastic restart.
+    starters: the torchruns of these processes. A run that one of them has started before goes on,
+        as after a failure, whatever else is asked for.
     Raises ValueError if a run is asked for and there is none.
     """
     logdir = _logdir(args)
-    if args.resume:
-        old = _named(Path(args.resume).expanduser(), logdir)
-        return Old(old.folder, newest_state(old.folder)) if _is_of(old.folder, starters) else old
+    given = Path(args.resume).expanduser() if args.resume else None
+    if starters and args.train:
+        named = [_folder(given), _folder(logdir / given)] if given else []
+        for folder in (*named, *(path.parent for path in logdir.glob(f"*/{LAUNCH}"))):
+            if (started := _started(folder)) and not {*starters}.isdisjoint(started["starters"]):
+                return Old(folder.resolve(), _state_after(folder, started))
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+            log.warning("no run of this torchrun was found to go on with; wrappers must `exec`")
+    if given:
+        return _named(given, logdir)
     if args.resume is None:
-        folders = _of_name(logdir, name(args)) if args.train else []
-        mine = [folder for folder in folders if _is_of(folder, starters)]
-        return Old(mine[0], newest_state(mine[0])) if mine else None
+        return None
     if not name(args):
         raise ValueError("--resume alone needs -n NAME or -b CONFIG to know which run is meant")
     for folder in _of_name(logdir, name(args)):
@@ -86,16 +92,14 @@ def read(args: Namespace, old: Old | None) -> dict[str, Any]:
 
 
 def begin(args: Namespace, old: Old | None, starters: Sequence[str] = ()) -> Path:
-    """The folder of the run, a new one if there is none, and in it who its `starters` are."""
+    """The folder of the run, a new one if there is none; who has started it is noted there."""
     folder = old.folder if old else _new_folder(args)
     if starters and args.train:
-        (folder / LAUNCH).write_text("".join(f"{line}\n" for line in starters), "utf-8")
+        state = old.state.name if old and old.state else None
+        states = [path.name for path in complete(folder / "checkpoints")]
+        started = {"starters": [*starters], "from": state, "states": states}
+        (folder / LAUNCH).write_text(json.dumps(started), "utf-8")
     return folder
-
-
-def end(folder: Path) -> None:
-    """The run is over: should its torchrun start the processes again, they begin another."""
-    (folder / LAUNCH).unlink(missing_ok=True)
 
 
 def _new_folder(args: Namespace) -> Path:
@@ -138,9 +142,7 @@ def _named(path: Path, logdir: Path) -> Old:
     path = next((place for place in (path, logdir / path) if place.exists()), path)
     if not path.exists():
         raise ValueError(f"no run and no state `{path}`")
-    parents = [path, *path.absolute().parents]
-    inside = next((p for p in parents if p.name == "checkpoints"), None)
-    folder = (inside.parent if inside else path).resolve()
+    inside, folder = _checkpoints(path), _folder(path)
     state = newest_state(folder)
     if inside and path != inside and not path.name.startswith("last"):
         state = path.resolve()
@@ -154,11 +156,31 @@ def _named(path: Path, logdir: Path) -> Old:
     return Old(folder, state)
 
 
-def _is_of(folder: Path, starters: Sequence[str]) -> bool:
-    """Whether one of the starters has begun this run, which has not ended."""
-    path = folder / LAUNCH
-    known = path.read_text("utf-8").splitlines() if starters and path.is_file() else []
-    return not {*known}.isdisjoint(starters)
+def _checkpoints(path: Path) -> Path | None:
+    """The folder `checkpoints` that a path is, or lies in."""
+    return next((p for p in (path, *path.absolute().parents) if p.name == "checkpoints"), None)
+
+
+def _folder(path: Path) -> Path:
+    """Of the run that a path means, which need not exist any more."""
+    inside = _checkpoints(path)
+    return (inside.parent if inside else path).resolve()
+
+
+def _started(folder: Path) -> dict[str, Any]:
+    """What `begin` has noted last."""
+    try:
+        found: dict[str, Any] = json.loads((folder / LAUNCH).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def _state_after(folder: Path, started: dict[str, Any]) -> Path | None:
+    """The newest state since the start, else that which it went on from."""
+    states = {path.name: path for path in complete(folder / "checkpoints")}
+    new = [path for name, path in states.items() if name not in started["states"]]
+    return new[-1] if new else states.get(started["from"], newest_state(folder))
 
 
 def _of_name(logdir: Path, wanted: str) -> list[Path]:

@@ -1,6 +1,7 @@
 """The command line of training: the original's grammar, folders of runs, and which processes."""
 
 import os
+import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -169,18 +170,28 @@ def test_what_cannot_be_resumed_says_why(tmp_path: Path, given: str, message: st
 
 def test_after_an_elastic_restart_the_same_run_goes_on(tmp_path: Path) -> None:
     args = flags(tmp_path)
-    mine = begun(args, "id node1 7", "id node2 7", state=4)
+    mine = begun(args, "id node1 7", "id node2 7")
     begun(args, "id node3 7", state=9)
     assert runs.find(args) is None
     assert runs.find(args, ["id node1 8"]) is None  # started anew, with the same id
+    assert runs.find(args, ["id node1 7"]) == runs.Old(mine, None)
+    four = saved(mine, 4)
     after = ["id node2 7", "id node4 7"]  # node1 was replaced
-    assert runs.find(args, after) == runs.Old(mine, mine / "checkpoints/state-00000004")
+    assert runs.find(args, after) == runs.Old(mine, four)
     runs.begin(args, runs.find(args, after), after)
-    earlier = flags(tmp_path, "-r", str(saved(mine, 2)))
-    assert runs.find(earlier, ["id node4 7"]) == runs.Old(mine, mine / "checkpoints/state-00000004")
-    assert runs.find(earlier, ["id node5 7"]) == runs.Old(mine, mine / "checkpoints/state-00000002")
-    runs.end(mine)
-    assert runs.find(args, after) is None
+    for words in ([], ["-r"], ["-r", str(four)], ["-r", "tiny"]):  # where `tiny` is another by now
+        assert runs.find(flags(tmp_path, *words), ["id node4 7"]) == runs.Old(mine, four)
+
+
+def test_a_restart_after_resuming_an_older_state_stays_on_its_branch(tmp_path: Path) -> None:
+    folder = begun(flags(tmp_path), state=4)
+    two = saved(folder, 2)
+    args = flags(tmp_path, "-r", str(two))
+    runs.begin(args, runs.find(args, ["id"]), ["id"])
+    assert runs.find(args, ["id"]) == runs.Old(folder, two)
+    three = saved(folder, 3)
+    shutil.rmtree(two)  # as no more than the newest are kept
+    assert runs.find(args, ["id"]) == runs.Old(folder, three)
 
 
 @pytest.mark.parametrize(
