@@ -2,7 +2,7 @@
 
     argv -> flags.parse -> Namespace -> load -> LatentDiffusion -> jobs.run -> pictures
 
-Environment variables are read here and in `nets.attention` only.
+Environment variables are read here and in `nets.attention`, those of launchers also in `train`.
 """
 
 import logging

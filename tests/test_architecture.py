@@ -131,6 +131,7 @@ def test_importing_ldm_is_light():
 
 
 def test_every_public_name_resolves():
+    pytest.importorskip("torch", reason="all else here reads files only, and needs no packages")
     import ldm
 
     assert all(getattr(ldm, name) is not None for name in ldm.__all__)

@@ -42,8 +42,8 @@ DOUBLED_WORK = 1e7  # with gradients
 # Where a convolution with gradients is one matrix product: at most so many pixels of output, in
 # all pictures, and at least so many weights.
 FEW_PIXELS, MANY_WEIGHTS = 64, 1e6
-# Where one behind a doubling goes tap by tap: from so many channels on, and with so many products
-# in memory, for a short time and 2.5 times.
+# Where one behind a doubling goes tap by tap: from so many channels on, and with at most so many
+# products, which are in memory for a short time.
 TAPS_WIDTH, TAPS = 64, 1 << 25
 # Channels. In float32, with fewer the transforms cost as much as they save; in bfloat16 they round
 # once more, which adds 6 % to the rounding error of a UNet's output, but 15 to 40 % with fewer.
