@@ -65,7 +65,6 @@ def load(
     """
     import torch
 
-    from ldm.loading import adapters, embeddings
     from ldm.loading.config import find
     from ldm.loading.load import load as load_model
     from ldm.nets.attention import set_backend
@@ -74,9 +73,6 @@ def load(
     if args.ckpt is None and args.config is None:
         log.info(DEMO, FULL.get(args.task, TEXT))
         args.ckpt = str(find(DEMOS[args.task])) if args.task in DEMOS else None
-    loras, words = getattr(args, "lora", []), getattr(args, "embedding", [])
-    if (loras or words) and loader is not None:  # its models are shared, and would stay changed
-        raise ValueError("pictures with --lora or --embedding are made by the scripts only")
     small = args.ckpt is None or _bytes(args.ckpt) < SMALL
     device = pick_device(args.device)
     dtype = pick_dtype(args.precision, device, small)
@@ -94,11 +90,9 @@ def load(
         allow=args.allow_module,
         clip_stats=getattr(args, "clip_stats", None),
         midas=getattr(args, "midas", None),
+        loras=args.lora,
+        embeddings=args.embedding,
     )
-    if loras:
-        adapters.use(model, loras)
-    if words:
-        embeddings.use(model, words)
     log.info("running on %s in %s", device, str(dtype).removeprefix("torch."))
     _complete(args, model)
     return model

@@ -8,7 +8,7 @@ import argparse
 import difflib
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 SAMPLERS = (
@@ -67,10 +67,7 @@ def model_flags() -> ArgumentParser:
         metavar="M",
         help="trust targets in package M",
     )
-    add("--lora", type=_weighted, action="append", default=[], metavar="FILE[:WEIGHT]",
-        help="add a LoRA, in kohya's or diffusers' format; may be given several times")  # fmt: skip
-    add("--embedding", action="append", default=[], metavar="FILE",
-        help="a textual inversion, or a folder of them: words to use in prompts")  # fmt: skip
+    adapter_flags(add)
     add("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu (the first that is there)")
     add(
         "--precision",
@@ -338,7 +335,15 @@ def _level(text: str) -> int:
     return int(text)
 
 
-def _weighted(text: str) -> tuple[str, float]:
+def adapter_flags(add: Callable[..., object]) -> None:
+    """LoRAs and words, by the `add_argument` of a parser or of a group."""
+    add("--lora", type=weighted, action="append", default=[], metavar="FILE[:WEIGHT]",
+        help="add a LoRA, in kohya's or diffusers' format; may be given several times")  # fmt: skip
+    add("--embedding", action="append", default=[], metavar="FILE",
+        help="a textual inversion, or a folder of them: words to use in prompts")  # fmt: skip
+
+
+def weighted(text: str) -> tuple[str, float]:
     """FILE or FILE:WEIGHT; a colon may also be part of the file's name."""
     name, _, weight = text.rpartition(":")
     try:

@@ -9,7 +9,7 @@ import base64
 import html
 import io
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ldm import flags
@@ -17,7 +17,7 @@ from ldm.live import Live
 from ldm.studio import Limits, Uploads
 
 # Every task: the label of its tab and its fields; pictures that are sent to it go to the first.
-PROMPTS = "prompt negative_prompt"
+PROMPTS = "prompt negative_prompt lora"
 TASKS = {
     "txt2img": ("Text to image", PROMPTS),
     "img2img": ("Image to image", f"init_img {PROMPTS} strength"),
@@ -45,8 +45,11 @@ SEEDS = 1 << 31
 OPTIONAL = ("W", "H", "tile", "scale")
 
 
-def table(limits: Limits) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Every field: the kind of component, and its settings."""
+def table(limits: Limits, loras: Sequence[str] = ()) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Every field: the kind of component, and its settings.
+
+    loras: what the field of these offers, `NAME:WEIGHT`; all of them are chosen.
+    """
     side = {"precision": 0, "value": 0, "minimum": 0, "maximum": limits.side, "step": 8}
     own = {"info": "0: its own"}
     whole = {"minimum": 0, "step": 1, "precision": 0}
@@ -64,10 +67,13 @@ def table(limits: Limits) -> dict[str, tuple[str, dict[str, Any]]]:
     drawing |= {"layers": False, "transforms": (), "sources": ["upload", "clipboard"]}
     text = {"max_length": 1000, "value": ""}
     guide = {"minimum": 0, "maximum": 30, "step": 0.5, "value": 0, "info": "0: as suits the model"}
+    chips = {"choices": list(loras), "value": list(loras), "visible": bool(loras)}
+    chips |= {"multiselect": True, "allow_custom_value": True}
     fields: dict[str, tuple[str, str, dict[str, Any]]] = {
         "prompt": ("Textbox", "Prompt", text | {"lines": 2, "placeholder": EXAMPLE}),
         "negative_prompt": ("Textbox", "Stay away from", text),
         "init_img": ("Image", "Picture", box),
+        "lora": ("Dropdown", "LoRA", chips | {"info": "NAME:WEIGHT; other weights can be typed"}),
         "pictures": ("Gallery", "Pictures to see", several),
         "sketch": ("ImageEditor", "Picture: paint over what is to be made anew", drawing),
         "made": ("Image", "A picture that was made here", box),

@@ -13,14 +13,14 @@ import io
 import os
 import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ldm import cli, inputs, jobs, provenance
-from ldm.flags import DEMO_SCALE, DEMO_SCALES, SCALE
+from ldm.flags import DEMO_SCALE, DEMO_SCALES, SCALE, weighted
 from ldm.live import Live
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 ENLARGED = 4096 * 3072  # pixels that a picture may have after upscaling
 PROMPT = 2000  # characters
+GIVEN = ("device", "precision", "attention", "embedding")
+STRONGEST = 10  # weight of a LoRA
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,10 @@ class Studio:
     """Runs of all users; for one at a time.
 
     models: folder of checkpoints. outdir: for pictures (`samples`), `uploads` and `replays`.
-    given: flags of all runs: device, precision, attention.
+    given: flags, of which GIVEN are the same for all runs.
     memory: bytes that models may take together; None for half of what the device has.
+    loras: files that a run may add, and their usual weights.
+    Raises ValueError if two of them have the same name.
     """
 
     def __init__(
@@ -143,11 +147,21 @@ class Studio:
         given: Namespace,
         limits: Limits,
         memory: float | None = None,
+        loras: Sequence[tuple[str, float]] = (),
     ) -> None:
         self.folder, self.outdir = Path(models), Path(outdir).resolve()
-        self.given, self.limits, self.memory = given, limits, memory
+        self.given = Namespace(**{flag: getattr(given, flag) for flag in GIVEN})
+        self.limits, self.memory = limits, memory
+        self.loras = {Path(file).stem: (file, weight) for file, weight in loras}
+        if len(self.loras) < len(loras):
+            raise ValueError("two files of --lora have the same name, by which they are chosen")
         self.uploads = Uploads(self.outdir / "uploads")
         self._pool: Pool | None = None
+
+    @property
+    def offered(self) -> list[str]:
+        """The LoRAs that a run may choose from, `NAME:WEIGHT`."""
+        return [f"{name}:{weight:g}" for name, (_, weight) in self.loras.items()]
 
     def names(self, task: str | None = None) -> list[str]:
         """The models of the folder that serve a task; None: all checkpoints, models or not."""
@@ -181,6 +195,7 @@ class Studio:
         fixed = {"outdir": str(self.outdir), "skip_grid": True, "ckpt": str(model.path)}
         fixed["config"] = model.config and str(model.config)
         made = Namespace(**vars(parsed) | vars(self.given) | fixed | dict(values))
+        made.lora = [self._lora(*weighted(choice)) for choice in made.lora]
         if made.scale is None:
             is_small = model.path.stat().st_size < cli.SMALL
             suits_small = DEMO_SCALES.get(made.task, DEMO_SCALE)
@@ -242,6 +257,26 @@ class Studio:
             raise ValueError(f"no model `{name or ''}` for {task}; there is: {known}")
         return models[name]
 
+    def _lora(self, name: str, weight: float) -> tuple[str, float]:
+        """A file of ours, with the weight that a run wants for it."""
+        if name not in self.loras or not abs(weight) <= STRONGEST:
+            known = ", ".join(self.loras) or "none, start the app with --lora"
+            raise ValueError(
+                f"no LoRA `{name}` of weight {weight:g}; there is: {known}; weights go from "
+                f"-{STRONGEST} to {STRONGEST}"
+            )
+        return self.loras[name][0], weight
+
+    def _known(self, recorded: Mapping[str, Any]) -> tuple[str, float]:
+        """The file of ours that is the one a picture was made with."""
+        from ldm.loading.checkpoint import file_hash
+
+        for name, (file, _) in self.loras.items():
+            if file_hash(file) == recorded["hash"]:
+                return self._lora(name, float(recorded["weight"]))
+        name = Path(recorded["path"]).name
+        raise ValueError(f"made with the LoRA `{name}`, which is not here: start the app with it")
+
     def _prepared(self, args: Namespace, live: Live, threads: int | None = None) -> Any:
         """(model, make, kept) of a run, as `jobs` takes them."""
         told = self._told(args)
@@ -269,9 +304,12 @@ class Studio:
         """The flags that made a picture; what it says of files is replaced by what is here."""
         own = {"picture": Path(parsed.picture).name, "device": self.given.device}
         given = Namespace(**vars(parsed) | own)
-        for told in ("overrides", "loras", "embeddings"):  # any path of the server, or any key
-            if info.get(told):
-                raise ValueError(f"it was made with {told}: use scripts/replay.py")
+        if info.get("overrides"):  # any key
+            raise ValueError("it was made with overrides: use scripts/replay.py")
+        given.embedding = self.given.embedding
+        if info.get("embeddings") and not given.embedding:
+            raise ValueError("made with words that are not here: start the app with --embedding")
+        given.lora = [self._known(file) for file in info.get("loras", ())]
         for files in info.get("inputs", {}).values():
             for file in files:
                 file["path"] = str(self.uploads.find(file["sha256"]))

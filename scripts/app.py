@@ -28,6 +28,7 @@ add("--outdir", default="outputs/app", metavar="DIR", help="folder for pictures 
 add("--port", type=int, default=7860, help="port of the page (%(default)s)")
 add("--listen", action="store_true", help="let other machines in; needs --auth")
 add("--auth", metavar="USER:PASSWORD", help="who is let in")
+flags.adapter_flags(add)
 add("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu (the first that is there)")
 add("--precision", choices=["full", "autocast", "fp16", "bf16"], default="autocast")
 add("--attention", choices=flags.ATTENTION, help="implementation of attention (the fastest)")
@@ -53,7 +54,8 @@ class Page:
     def __init__(self, studio: Studio) -> None:
         import gradio
 
-        self.gr, self.studio, self.table = gradio, studio, table(studio.limits)
+        self.gr, self.studio = gradio, studio
+        self.table = table(studio.limits, studio.offered)
         self.models: dict[str, Any] = {}  # the drop-down of each task
         self.first: dict[str, Any] = {}  # the field of each task that pictures are sent to
         self.runs: list[tuple[Any, Callable[..., str], list[Any], Any]] = []
@@ -101,6 +103,7 @@ class Page:
     def _field(self, name: str, task: str) -> Any:
         kind, settings = self.table[name]
         settings = {"value": PARSERS[task].get_default(name)} | settings
+        settings |= {"value": []} if (task, name) == ("upscale", "lora") else {}  # few would fit
         pink = {"brush": self.gr.Brush(colors=["#ff40ff"])} if kind == "ImageEditor" else {}
         field = getattr(self.gr, kind)(**settings, **pink)
         if kind == "Image":  # the file as it is: our loader says better what is wrong with it
@@ -163,9 +166,8 @@ class Page:
             event.then(lambda live: live.made[-1]["path"] if live.made else None, self.live, found)
 
     def _choice(self, task: str | None) -> Any:
-        names = self.studio.names(task)
-        first = names[0] if names else None
-        return self.gr.Dropdown(names, value=first, label="Model" if task else "Checkpoint")
+        label, names = "Model" if task else "Checkpoint", self.studio.names(task)
+        return self.gr.Dropdown(names, value=next(iter(names), None), label=label)
 
     def found(self) -> list[Any]:
         """What is in the folder now: for every drop-down, and what cannot be used."""
@@ -225,10 +227,9 @@ def serve(args: Namespace) -> None:
     """Opens the page and stays until it is interrupted."""
     if args.listen and ":" not in (args.auth or ""):
         raise ValueError("--listen lets everybody in: say who may with --auth USER:PASSWORD")
-    given = Namespace(device=args.device, precision=args.precision, attention=args.attention)
     limits = Limits(side=args.max_side, steps=args.max_steps, batch=args.max_batch)
     memory = args.memory and args.memory * 2**30
-    studio = Studio(args.models, args.outdir, given, limits, memory)
+    studio = Studio(args.models, args.outdir, args, limits, memory, args.lora)
     os.environ["GRADIO_TEMP_DIR"] = str(studio.outdir / "served")  # or it would be in /tmp
     page = Page(studio)
     log.info("open http://127.0.0.1:%d", args.port)

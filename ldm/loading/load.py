@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from ldm.loading import (
+    adapters,
     checkpoint,
     config as configs,
+    embeddings as learned,
     families,
     legacy,
     midas as depth,
@@ -53,6 +55,8 @@ def load(
     allow: Sequence[str] = (),
     clip_stats: str | Path | None = None,
     midas: str | Path | None = None,
+    loras: Iterable[tuple[str | Path, float]] = (),
+    embeddings: Iterable[str | Path] = (),
 ) -> LatentDiffusion:
     """The model that a config describes, with the weights of a checkpoint.
 
@@ -65,6 +69,8 @@ def load(
         allow: packages of your own whose classes the YAML may name.
         clip_stats: statistics of CLIP's embeddings, for unCLIP models that do not find theirs.
         midas: the depth network, for depth models whose checkpoint lacks it or for another one.
+        loras: files and their weights, to be merged into the model.
+        embeddings: files of textual inversions, or folders of them: words for prompts.
     Returns the model in eval mode (or the part, for the config of a single part); `provenance`
     says what it was made of.
     Raises FileNotFoundError, or ValueError saying what does not fit what.
@@ -89,14 +95,13 @@ def load(
     misfit = f"`{file.path}` does not fit {where}"
     lent = depth.borrow(model.state_dict(), state, file.path, midas)
     fill(model, state, device=device, dtype=dtype, mapped=file.mapped and not lent, misfit=misfit)
-    if skipped:
-        log.info("not needed for sampling, skipped: %s", ", ".join(skipped))
     if isinstance(model, LatentDiffusion):
         _check_tables(model, tables, misfit)
         statistics.use(model.conditioner, file.path, clip_stats, tables)
         _check_averages(raw, file)
-        model.provenance = {"config": source, **_origin(raw, file), "skipped": skipped}
+        model.provenance = {"config": source, **_origin(raw, file, skipped)}
         _check_prediction(model, file, notes, given=config is not None)
+    _extend(model, tuple(loras), tuple(embeddings))
     return cast(LatentDiffusion, model.eval())
 
 
@@ -111,6 +116,18 @@ def save(
     tables = schedule.buffers() | families.marks(model.parameterization, zero_snr=schedule.zero_snr)
     state = legacy.rename_back(model.state_dict(), tables)
     checkpoint.write(path, state | statistics.tables(model.conditioner), metadata)
+
+
+def _extend(
+    model: Any, loras: Sequence[tuple[str | Path, float]], embeddings: Sequence[str | Path]
+) -> None:
+    """Merges LoRAs into a model and teaches it words."""
+    if (loras or embeddings) and not isinstance(model, LatentDiffusion):
+        raise ValueError("LoRAs and words are for a whole model, the config is that of a part")
+    if loras:
+        adapters.use(model, loras)
+    if embeddings:
+        learned.use(model, embeddings)
 
 
 def choose_config(file: Checkpoint) -> str:
@@ -156,14 +173,17 @@ def markers(file: Checkpoint) -> dict[str, str]:
     return {**file.metadata, **{key: "" for key in legacy.MARKERS if key in file.state}}
 
 
-def _origin(raw: Mapping[str, Any], file: Checkpoint) -> dict[str, Any]:
+def _origin(raw: Mapping[str, Any], file: Checkpoint, skipped: list[str]) -> dict[str, Any]:
     """What a model was made of: the config's hash, the file, its step, and which weights of it."""
+    if skipped:
+        log.info("not needed for sampling, skipped: %s", ", ".join(skipped))
     digest = hashlib.sha256(json.dumps(raw, sort_keys=True, default=str).encode())
     return {
         "config_hash": digest.hexdigest()[:10],
         "checkpoint": str(file.path),
         "step": file.step,
         "ema": file.ema,
+        "skipped": skipped,
     }
 
 

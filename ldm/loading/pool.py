@@ -33,7 +33,9 @@ class Pool:
 
     def __call__(self, config: Any = None, ckpt: Any = None, **options: Any) -> LatentDiffusion:
         """The model; arguments as `load`. A file that has changed since is loaded anew."""
-        key = (str(config), _state(ckpt), repr(sorted(options.items())))
+        beside = [*(file for file, _ in options.get("loras", ())), *options.get("embeddings", ())]
+        states = tuple(map(_state, (ckpt, *beside)))
+        key = (str(config), states, repr(sorted(options.items())))
         if key in self._models:
             self._models[key] = self._models.pop(key)
             return self._models[key]
@@ -82,11 +84,13 @@ def _equal(one: nn.Module, two: nn.Module) -> bool:
 
 def _look(module: nn.Module) -> tuple[type, dict[str, Any], list[str]]:
     """Class, settings and names of a module, but no weights."""
-    settings = {
+    settings: dict[str, Any] = {
         name: value
         for name, value in vars(module).items()
         if isinstance(value, PLAIN) or inspect.isroutine(value)
     }
+    learned = getattr(module, "learned", {})  # words of a text tower, which are no weights of it
+    settings["learned"] = {word: vectors.tolist() for word, vectors in learned.items()}
     names = [*module._parameters, *module._buffers]
     return type(module), settings, names
 

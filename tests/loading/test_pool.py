@@ -77,6 +77,24 @@ def test_parts_that_differ_in_a_weight_or_a_setting_are_not_shared(pool):
     assert other.autoencoder is not one.autoencoder
 
 
+def test_models_with_other_loras_or_words_are_other_models(pool, tmp_path):
+    path = pool.file("a", lambda: Model(0, Text(0), 0))
+    (tmp_path / "style").write_bytes(b"1")
+    options = {"loras": [(tmp_path / "style", 0.5)], "embeddings": [tmp_path]}
+    plain, styled = pool(None, path), pool(None, path, **options)
+    assert styled is not plain
+    assert pool(None, path, **options) is styled
+    (tmp_path / "style").write_bytes(b"12")
+    assert pool(None, path, **options) is not styled
+
+
+def test_a_tower_that_learned_words_is_not_shared(pool):
+    one = pool(None, pool.file("a", lambda: Model(0, Text(5), 7)))
+    one.conditioner.text.learned = {"cat": torch.ones(1, 16)}
+    two = pool(None, pool.file("b", lambda: Model(1, Text(5), 7)))
+    assert two.conditioner.text is not one.conditioner.text
+
+
 def test_the_model_used_longest_ago_goes_first(pool):
     paths = [pool.file(name, lambda: Model(0, Text(0), 0), size=4000) for name in "abc"]
     pool.limit = 2 * sum(p.nbytes for p in Model(0, Text(0), 0).parameters()) + 4000

@@ -1,12 +1,27 @@
 """What tests of the scripts of pictures share."""
 
 import numpy as np
+import torch
 from PIL import Image
+
+from ldm.loading import adapters
+from ldm.nets.lora import Adapter, LowRank
 
 QUICK = ["--steps", "2", "--precision", "full", "--skip_grid"]
 # Tiny models, and the recording that their config is from.
 MODELS = {"inpaint": "inpaint", "depth": "depth2img", "upscale": "upscale", "unclip": "unclip",
           "base_v": "img2img", "base_eps": "img2img"}  # fmt: skip
+
+
+def random_lora(path, model, seed):
+    """Writes one that changes every place of a model, so that its pictures differ."""
+    torch.manual_seed(seed)
+    changes = {}
+    for name, place in adapters.places(model).items():
+        changes[adapters.kohya(name)] = low = LowRank(place, 2)
+        torch.nn.init.normal_(low.lora_up.weight, std=0.1)
+    adapters.write(Adapter(changes), path, model)
+    return path
 
 
 def pixels(path):

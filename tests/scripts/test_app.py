@@ -13,8 +13,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from picturehelp import pixels
+from picturehelp import pixels, random_lora
 
+import ldm
 from ldm.imaging.metadata import read_info
 from scripts.app import main
 
@@ -27,17 +28,19 @@ pytestmark = pytest.mark.flaky(reruns=2)  # a browser has a clock of its own
 
 @pytest.fixture(scope="session")
 def app(tmp_path_factory):
-    """(address, output folder) of an app with the demo model and a file that is none."""
+    """(address, output folder) of an app with the demo model, a LoRA, and a file that is none."""
     pytest.importorskip("gradio", reason="needs gradio: pip install 'ldm-revived[app]'")
     folder = tmp_path_factory.mktemp("app")
     models, outdir, log = folder / "models", folder / "out", folder / "log"
     models.mkdir()
     shutil.copy(ROOT / "checkpoints/demo.safetensors", models)
     (models / "page.ckpt").write_text("<html>")
+    lora = random_lora(folder / "style.safetensors", ldm.load(), 0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = ["--models", models, "--outdir", outdir, "--port", port]
+    flags += ["--lora", f"{lora}:0.25"]
     words = [sys.executable, "-m", "scripts.app", *map(str, flags)]
     with log.open("w") as stderr:
         process = subprocess.Popen(words, cwd=ROOT, stderr=stderr)
@@ -139,6 +142,20 @@ def test_a_prompt_is_typed_and_its_picture_is_downloaded_as_it_was_saved(app, pa
         page.locator("#gallery [aria-label='Download']").first.click()
     assert Path(download.value.path()).read_bytes() == newest(app[1]).read_bytes()
     assert page.hosts == {app[0].removeprefix("http://")}
+
+
+def test_a_lora_is_chosen_at_first_taken_away_and_given_another_weight(app, page):
+    area = opened(page, "txt2img", "Text to image")
+    for remove, weight, used in [(0, "", [0.25]), (1, "", []), (0, "style:-0.5", [-0.5])]:
+        if remove:
+            area.locator(".token-remove").first.click()
+        if weight:
+            field = area.get_by_label("LoRA")
+            field.fill(weight)
+            field.press("Enter")
+        fill_in(area)
+        ended(page, "txt2img", "finished")
+        assert [lora["weight"] for lora in read_info(newest(app[1]))["loras"]] == used
 
 
 def test_a_picture_is_sent_to_another_tab_and_inpainted_where_a_mask_is_drawn(app, page):

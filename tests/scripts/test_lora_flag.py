@@ -4,12 +4,12 @@ import shutil
 
 import pytest
 import torch
+from picturehelp import random_lora
 
 import ldm
 from ldm import flags
 from ldm.imaging.metadata import parameters_text, read_info
-from ldm.loading import adapters, embeddings
-from ldm.nets.lora import Adapter, LowRank
+from ldm.loading import embeddings
 from scripts import replay, txt2img
 
 QUICK = ["--steps=2", "--n_iter=1", "--n_samples=1", "--H=64", "--W=64", "--skip_grid"]
@@ -20,17 +20,8 @@ QUICK += ["--precision=full"]
 def loras(tiny, tmp_path):
     """Two files for the tiny model."""
     model = ldm.load(tiny.config, tiny.ckpt)
-    paths = []
-    for seed, name in enumerate(("one", "two")):
-        torch.manual_seed(seed)
-        changes = {}
-        for title, place in adapters.places(model).items():
-            low = LowRank(place, 2)
-            torch.nn.init.normal_(low.lora_up.weight, std=0.1)
-            changes[adapters.kohya(title)] = low
-        paths.append(tmp_path / f"{name}.safetensors")
-        adapters.write(Adapter(changes), paths[-1], model)
-    return paths
+    paths = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
+    return [random_lora(path, model, seed) for seed, path in enumerate(paths)]
 
 
 @pytest.fixture

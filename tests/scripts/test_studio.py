@@ -6,9 +6,10 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from picturehelp import pixels
+from picturehelp import pixels, random_lora
 from PIL import Image
 
+import ldm
 from ldm import flags, page
 from ldm.imaging.metadata import read_info, write_png
 from ldm.live import Live, follow
@@ -24,7 +25,7 @@ LIMITS = Limits(side=256, steps=20, batch=2, batches=2)
 
 @pytest.fixture
 def studio(files, tmp_path):
-    given = Namespace(device="cpu", precision="full", attention=None)
+    given = Namespace(device="cpu", precision="full", attention=None, embedding=[])
     return Studio(Path(files["base_v"][1]).parent, tmp_path / "out", given, LIMITS)
 
 
@@ -187,8 +188,8 @@ LIES = [
     ({"checkpoint": "/etc/passwd"}, "no model `/etc/passwd`"),
     ({"inputs": {"init_img": [{"path": "/etc/passwd", "sha256": "0" * 64}]}}, "upload it"),
     ({"overrides": ["model.params.x=1"]}, "use scripts/replay.py"),
-    ({"loras": [{"path": "/etc/passwd", "weight": 1.0, "hash": ""}]}, "use scripts/replay.py"),
-    ({"embeddings": [{"path": "/etc/passwd", "hash": ""}]}, "use scripts/replay.py"),
+    ({"loras": [{"path": "/etc/passwd", "weight": 1, "hash": ""}]}, "`passwd`, which is not here"),
+    ({"embeddings": [{"path": "/etc/passwd", "hash": ""}]}, "words that are not here"),
     ({"steps": 10**9}, "`steps` is"),
     ({"rows": 10**9}, "`n_samples` is"),
     ({"fit": [8192, 8192]}, "`H` is 8192"),
@@ -224,6 +225,33 @@ def test_models_stay_in_memory_between_tasks(studio, answers):
     assert studio._pool.count == 1
     run(studio, "inpaint", answers("inpaint"))
     assert studio._pool.count == 2
+
+
+def test_chosen_loras_change_the_picture_and_are_found_again_by_content(
+    studio, files, answers, tmp_path, capsys
+):
+    model = ldm.load(files["base_v"][3], files["base_v"][1])
+    given = [(str(random_lora(tmp_path / f"{n}.safetensors", model, n)), 0.5) for n in (1, 2)]
+    studio = Studio(studio.folder, studio.outdir, studio.given, LIMITS, loras=given)
+    assert page.table(LIMITS, studio.offered)["lora"][1]["value"] == ["1:0.5", "2:0.5"]
+    with_one, plain = (
+        run(studio, "txt2img", answers("txt2img", lora=lora)).made[0] for lora in (["1:0.8"], [])
+    )
+    assert [(lora["path"], lora["weight"]) for lora in with_one["loras"]] == [(given[0][0], 0.8)]
+    assert (pixels(with_one["path"]) != pixels(plain["path"])).any()
+    assert studio._pool.count == 2
+    assert replay.main([with_one["path"], "--ckpt", files["base_v"][1]]) == 0
+    moved = [(str(Path(given[0][0]).rename(tmp_path / "moved.safetensors")), 1.0)]
+    studio = Studio(studio.folder, studio.outdir, studio.given, LIMITS, loras=moved)
+    assert replayed(studio, with_one["path"]).message == "identical"
+    assert replayed(studio, plain["path"]).message == "identical"
+
+
+@pytest.mark.parametrize("choice", ["/etc/passwd", "style:1000", "style:nan"])
+def test_loras_are_those_that_were_offered(studio, answers, choice):
+    studio = Studio(studio.folder, studio.outdir, studio.given, LIMITS, loras=[("style.pt", 1)])
+    live = run(studio, "txt2img", answers("txt2img", lora=[choice]))
+    assert "there is: style; weights go from -10 to 10" in live.message
 
 
 def test_a_checkpoint_is_inspected_by_its_name_only(studio):
