@@ -337,10 +337,15 @@ def _level(text: str) -> int:
 
 def adapter_flags(add: Callable[..., object]) -> None:
     """LoRAs and words, by the `add_argument` of a parser or of a group."""
-    add("--lora", type=weighted, action="append", default=[], metavar="FILE[:WEIGHT]",
-        help="add a LoRA, in kohya's or diffusers' format; may be given several times")  # fmt: skip
+    lora_flag(add)
     add("--embedding", action="append", default=[], metavar="FILE",
         help="a textual inversion, or a folder of them: words to use in prompts")  # fmt: skip
+
+
+def lora_flag(add: Callable[..., object]) -> None:
+    """LoRAs alone, for what makes no pictures."""
+    add("--lora", type=weighted, action="append", default=[], metavar="FILE[:WEIGHT]",
+        help="add a LoRA, in kohya's or diffusers' format; may be given several times")  # fmt: skip
 
 
 def weighted(text: str) -> tuple[str, float]:

@@ -5,6 +5,7 @@
     python scripts/convert.py v1-5-pruned.ckpt v1-5.safetensors --ema --dtype float16
     python scripts/convert.py logs/my-run mine --variant fp16
     python scripts/convert.py v1-5.safetensors new.safetensors --vae logs/autoencoder-decoder
+    python scripts/convert.py v1-5.safetensors styled.safetensors --lora style.safetensors:0.8
 
 What diffusers has no place for is kept in the folder's `original.safetensors`. Nothing that exists
 is replaced without --force, and nothing is left half written.
@@ -12,9 +13,6 @@ is replaced without --force, and nothing is left half written.
 
 import argparse
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm import cli, flags
 
@@ -32,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--prune", action="store_true", help="single files: leave the averaged weights out")
     add("--variant", metavar="NAME", help="in file names of diffusers folders: fp16")
     add("--clip-stats", metavar="FILE", help="statistics of CLIP's embeddings (unCLIP-L)")
+    flags.lora_flag(add)
     add("--vae", metavar="FILE", help="take the autoencoder from there")
     add("--force", action="store_true", help="replace the target")
     add("--verbose", action="store_true", help="show where an error comes from")
@@ -48,8 +47,8 @@ def work(args: argparse.Namespace) -> None:
     if args.overrides:
         raise ValueError(f"`{args.overrides[0]}` is one word too many: a source and a target")
     options = {key: getattr(args, key) for key in ("config", "ema", "prune", "variant", "vae")}
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    what = plan(args.source, args.target, dtype=dtype, clip_stats=args.clip_stats, **options)
+    options |= {"dtype": args.dtype and getattr(torch, args.dtype), "loras": args.lora}
+    what = plan(args.source, args.target, clip_stats=args.clip_stats, **options)
     print("\n".join(what.notes), file=sys.stderr)
     with tqdm(total=what.bytes, unit="B", unit_scale=True, disable=None) as bar:
         path = convert(what, force=args.force, progress=bar.update)

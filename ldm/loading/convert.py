@@ -6,9 +6,10 @@ Tensors are pages of the source until they are written, one after the other. Wha
 under its name only when it is complete.
 """
 
+import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,19 @@ import torch
 from torch import Tensor
 
 import ldm
-from ldm.loading import checkpoint, config as configs, legacy, report, sources
+from ldm.loading import adapters, checkpoint, config as configs, legacy, report, sources
 from ldm.loading.checkpoint import EMBEDDED, Checkpoint
 from ldm.loading.families import PUBLISHED
 from ldm.loading.folder import files
+from ldm.loading.skeleton import check_fit, on_meta
+from ldm.model import LatentDiffusion
 
 __all__ = ["SUFFIXES", "Conversion", "convert", "plan"]
 
 SUFFIXES = (".safetensors", ".ckpt")
 KL, STAGE = "encoder.conv_in.weight", "first_stage_config"
 PART = "autoencoder."
+ADAPTED = ("unet.", "conditioner.text.")  # what LoRAs change
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ def plan(
     variant: str | None = None,
     clip_stats: str | Path | None = None,
     vae: str | Path | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (),
 ) -> Conversion:
     """Reads names and configs, and settles what becomes of each tensor; writes nothing.
 
@@ -75,6 +80,7 @@ def plan(
         variant: in the names of weights in folders, such as `fp16` (which also means that dtype).
         clip_stats: statistics of CLIP's embeddings, for unCLIP models that do not bring theirs.
         vae: what `source` may be, whose autoencoder takes the place of the source's.
+        loras: files and their weights, to be merged into the model; averages are left out then.
     Raises FileNotFoundError, or ValueError for what does not fit or cannot be expressed.
     """
     if variant == "fp16" and dtype is None and not files.is_folder(source):
@@ -86,15 +92,17 @@ def plan(
         file = _with_autoencoder(file, sources.read(vae))
         notes.append(f"the autoencoder is that of {vae}")
     metadata: dict[str, str | int] = {**file.metadata, **_provenance(file, text, ema)}
+    if loras:
+        file, metadata["ldm.loras"] = _merged(file, text, loras)
+        notes.append(f"merged: {', '.join(f'{name} of weight {w:g}' for name, w in loras)}")
     target = Path(target).expanduser()
     is_file = target.suffix in SUFFIXES
-    kept = file.averages if is_file and not (ema or prune) else {}
+    kept = file.averages if is_file and not (ema or prune or loras) else {}
     texts: dict[str, Any] = {}
     if is_file:
         weights = {"": {**file.state, **kept}}
-    elif text is None:
-        raise ValueError(f"`{file.path}` is of no known family\nhint: pass its --config")
     else:
+        text = _known(text, file)
         texts, parts = files.parts(file, configs.parse(text, where="config"), clip_stats)
         parts = {name: part for name, part in parts.items() if part}
         weights = {files.weights_file(name, texts, variant): part for name, part in parts.items()}
@@ -177,6 +185,34 @@ def _config(file: Checkpoint, given: str | Path | None) -> str | None:
     if alone and STAGE in (model.get("params") or {}):
         return configs.text({"model": model["params"][STAGE]})
     return text
+
+
+def _known(text: str | None, file: Checkpoint) -> str:
+    if text is None:
+        raise ValueError(f"`{file.path}` is of no known family\nhint: pass its --config")
+    return text
+
+
+def _merged(
+    file: Checkpoint, text: str | None, loras: Sequence[tuple[str | Path, float]]
+) -> tuple[Checkpoint, str]:
+    """A model with LoRAs in its weights, in their precision; and a note about these as JSON."""
+    spec = legacy.translate(configs.parse(_known(text, file), where="config"), where="config")
+    model = on_meta(spec)
+    if not isinstance(model, LatentDiffusion):
+        raise ValueError(f"`{file.path}` is a part of a model, LoRAs are for whole ones")
+    names: dict[str, Any] = legacy.rename({name: name for name in file.state})  # type: ignore[misc]
+    names = {ours: theirs for ours, theirs in names.items() if ours.startswith(ADAPTED)}
+    wanted = {name: v for name, v in model.state_dict().items() if name.startswith(ADAPTED)}
+    state = {ours: file.state[theirs] for ours, theirs in names.items()}
+    check_fit(wanted, state, f"`{file.path}` does not fit its config")
+    model.load_state_dict(state, strict=False, assign=True)
+    before = dict(model.named_parameters())
+    adapters.use(model, loras)
+    new = {name: p.detach() for name, p in model.named_parameters() if p is not before[name]}
+    noted = [{**lora, "path": Path(lora["path"]).name} for lora in model.provenance["loras"]]
+    state = {**file.state, **{names[name]: value for name, value in new.items()}}
+    return replace(file, state=state, mapped=False), json.dumps(noted)
 
 
 def _with_autoencoder(file: Checkpoint, other: Checkpoint) -> Checkpoint:

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from lorahelp import random_adapter
 from tinyfamilies import write
 
 import ldm
-from ldm.loading import checkpoint, config, convert, sources
+from ldm.loading import adapters, checkpoint, config, convert, sources
 from ldm.loading.folder import files
 from ldm.loading.folder.places import VAE_OLD
 from scripts.convert import main
@@ -104,6 +105,43 @@ def test_averages_are_kept_merged_or_left_out(tiny, tmp_path, capsys):
         assert all(torch.equal(file.state[k], state[k] + (0 if raw else 1)) for k in unet)
         assert bool(file.averages) == kept
         assert ("model_ema.*" in capsys.readouterr().err) == (not kept)
+
+
+@pytest.mark.parametrize("target", ["merged.safetensors", "merged.ckpt", "folder"])
+def test_loras_are_merged_as_they_are_when_a_model_is_loaded(tiny, tmp_path, target, capsys):
+    styles = [(tmp_path / f"{n}.safetensors", weight) for n, weight in ((1, 0.8), (2, -0.5))]
+    model = ldm.load(tiny[0])
+    for seed, (path, _) in enumerate(styles):
+        adapters.write(random_adapter(model, seed=seed), path, model)
+    state, source = tiny[1], tmp_path / "both.ckpt"
+    text = checkpoint.read(tiny[0]).metadata["ldm.config"]
+    torch.save({"state_dict": state | averages(state), "ldm.config": text}, source)
+    flags = [word for path, weight in styles for word in ("--lora", f"{path}:{weight}")]
+    assert main([str(source), str(tmp_path / target), *flags]) == 0
+    said = capsys.readouterr().err
+    assert f"merged: {styles[0][0]} of weight 0.8, " in said
+    assert "model_ema.*" in said
+    theirs = ldm.load(tiny[0], loras=styles).state_dict()
+    assert same(ldm.load(tmp_path / target).state_dict(), theirs)
+    if target == "merged.safetensors":
+        noted = json.loads(checkpoint.read(tmp_path / target).metadata["ldm.loras"])
+        assert [(lora["path"], lora["weight"]) for lora in noted] == [
+            ("1.safetensors", 0.8),
+            ("2.safetensors", -0.5),
+        ]
+    assert same(checkpoint.read(source).state, state)
+
+
+def test_a_lora_for_a_part_of_a_model_or_for_none_is_refused(tiny, tmp_path, capsys):
+    vae, target = tmp_path / "vae.safetensors", str(tmp_path / "x.ckpt")
+    prefix = "first_stage_model."
+    parts = {k.removeprefix(prefix): v for k, v in tiny[1].items() if k.startswith(prefix)}
+    checkpoint.write(vae, parts)
+    assert main([str(vae), target, "--lora", "style.safetensors"]) == 1
+    assert "is a part of a model, LoRAs are for whole ones" in capsys.readouterr().err
+    assert main([str(tiny[0]), target, "--lora", str(vae)]) == 1
+    assert "is no LoRA" in capsys.readouterr().err
+    assert not (tmp_path / "x.ckpt").exists()
 
 
 def test_folders_of_training_runs(tiny, tmp_path):
