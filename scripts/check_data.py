@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     from ldm.data.check import check, folder_of
-    from ldm.data.shards import pack
+    from ldm.data.pack import pack
 
     try:
         folder = folder_of(args.where)

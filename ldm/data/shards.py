@@ -17,12 +17,12 @@ import itertools
 import json
 import logging
 import math
-import re
 import subprocess
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from functools import partial
 from glob import glob, has_magic
 from io import BufferedReader, BytesIO
@@ -30,12 +30,14 @@ from pathlib import Path
 from random import Random
 from typing import IO, Any
 
+from tqdm import tqdm
+
 from ldm.data.download import Download
-from ldm.data.folder import PICTURES, Folder, Transform
+from ldm.data.folder import PICTURES, Transform
 from ldm.data.source import Unreadable, collate, numbered
 from ldm.imaging.opening import picture_in, size_in
 
-__all__ = ["Shards", "expand", "pack", "record_of", "samples_of"]
+__all__ = ["Shards", "expand", "name_of", "picture_of", "record_of", "said_of", "samples_of"]
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ class Shards:
         commands: bool = False,
     ) -> None:
         self.urls = expand(shards, commands=commands)
+        self.make: Callable[[Raw, Random], dict[str, Any]] = self._transformed
         self.transform, self.seed, self.length = transform, seed, length
         self.lanes, self.shuffle = min(lanes, len(self.urls)), shuffle
         low, high = least or {}, most or {}
@@ -91,17 +94,35 @@ class Shards:
         found: list[dict[str, Any]] = []
         for raw in max(piles.values(), key=len, default=[]):
             if len(found) < n:
-                found += self._decoded([raw], Random(self.seed), [])
+                found += _made(self._transformed, [raw], Random(self.seed), [])
         if not found:
             raise ValueError(f"`{self.urls[0]}` … begin with no pictures that can be read")
         return [found[k % len(found)] for k in range(n)]
 
+    def raws(self) -> Iterator[Raw]:
+        """All wanted samples, undecoded, in the order of the shards, which are read once."""
+        for url in tqdm(self.urls, "Reading", unit="shard", delay=5, dynamic_ncols=True):
+            yield from filter(self._is_wanted, samples_of(url))
+
     def rows(self) -> Iterator[dict[str, Any]]:
-        """What is said of all samples, `text` among it; this reads all shards once."""
-        log.info("reading the captions of %d shards", len(self.urls))
-        for raw in itertools.chain.from_iterable(map(samples_of, self.urls)):
+        """What is said of all samples, `text` among it."""
+        for raw in self.raws():
             with suppress(ValueError):  # a damaged one will be named when its turn comes
-                yield _said(raw)
+                yield said_of(raw)
+
+    def size(self, raw: Raw) -> tuple[int, int] | None:
+        """(width, height) of the bucket of a sample, if there are buckets."""
+        buckets = getattr(self.transform, "buckets", None)
+        return None if buckets is None else buckets.sizes[self._bucket(raw)]
+
+    def replaced(self, make: Callable[[Raw, Random], dict[str, Any]]) -> "Shards":
+        """A source of what `make` makes of the samples; `first` goes on to show pictures.
+
+        make: raises Unreadable for a damaged one.
+        """
+        other = copy(self)
+        other.make = make
+        return other
 
     def _read(self, size: int, first: int, step: int) -> Iterator[dict[str, Any]]:
         streams: dict[int, tuple[int, Iterator[tuple[int, list[Raw]]]]] = {}
@@ -113,10 +134,10 @@ class Shards:
             epoch, raws = next(itertools.islice(stream, place - at, None))
             streams[lane] = place + 1, stream
             rng, broken = Random(f"{self.seed} {number}"), list[str]()
-            found = self._decoded(raws, rng, broken)
+            found = _made(self.make, raws, rng, broken)
             if not found:  # then the first batch of this lane that can be read stands in
-                others = self._epoch(lane, epoch, size)
-                found = next(filter(None, (self._decoded(other, rng, []) for other in others)), [])
+                others = (_made(self.make, o, rng, []) for o in self._epoch(lane, epoch, size))
+                found = next(filter(None, others), [])
             if not found:
                 raise ValueError(f"no sample of {len(raws)} can be read: {', '.join(broken)}")
             batch = collate([found[k % len(found)] for k in range(len(raws))])
@@ -155,7 +176,7 @@ class Shards:
         if buckets is None:
             return 0
         try:
-            return buckets.index(*size_in(BytesIO(_picture(raw)[1])))
+            return buckets.index(*size_in(BytesIO(picture_of(raw)[1])))
         except ValueError:
             return buckets.index(1, 1)
 
@@ -171,15 +192,8 @@ class Shards:
             for key, (low, high) in self.limits.items()
         )
 
-    def _decoded(self, raws: Sequence[Raw], rng: Random, broken: list[str]) -> list[dict[str, Any]]:
-        """The samples that can be read; the names of the others are added to `broken`."""
-        found = []
-        for raw in raws:
-            try:
-                found.append(self.transform(record_of(raw), rng))
-            except Unreadable as error:
-                broken.append(error.name)
-        return found
+    def _transformed(self, raw: Raw, rng: Random) -> dict[str, Any]:
+        return self.transform(record_of(raw), rng)
 
 
 def expand(shards: str | Sequence[str], *, commands: bool = False) -> list[str]:
@@ -219,54 +233,40 @@ def record_of(raw: Raw) -> dict[str, Any]:
 
     Raises Unreadable if it has no picture or a damaged one.
     """
-    name = f"{Path(raw['__url__']).name}/{raw['__key__']}".rstrip("/")
+    name = name_of(raw)
     try:
-        suffix, data = _picture(raw)
-        return {**_said(raw), "picture": picture_in(data, f"{name}.{suffix}")}
+        suffix, data = picture_of(raw)
+        return {**said_of(raw), "picture": picture_in(data, f"{name}.{suffix}")}
     except ValueError as error:
         raise Unreadable(name, str(error)) from error
 
 
-def pack(folder: Folder, pattern: str, *, count: int = 1000) -> Iterator[Path]:
-    """Writes the pictures of a folder into shards; yields each when it is complete.
+def name_of(raw: Raw) -> str:
+    """What errors call a sample: its shard, and its name there."""
+    return f"{Path(raw['__url__']).name}/{raw['__key__']}".rstrip("/")
 
-        pattern: of their names, "data-%06d.tar". count: samples in each.
-    Pictures that cannot be read are left out. The same folder gives the same bytes.
-    Raises ValueError for a pattern without a place for the number.
+
+def picture_of(raw: Raw) -> tuple[str, bytes]:
+    """(suffix, bytes) of the picture of a sample.
+
+    Raises ValueError if it has none.
     """
-    if not re.fullmatch(r"[^%]*%0?\d*d[^%]*", pattern):
-        raise ValueError(f"`{pattern}` has no place for a number, such as `data-%06d.tar`")
-    names = {row["file_name"]: index for index, row in enumerate(folder.rows)}
-    indices = iter(names.values())
-    for number in itertools.count():
-        some = list(itertools.islice(indices, count))
-        if not some:
-            return
-        path = Path(pattern % number)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        with tarfile.open(part, "w") as tar:
-            for index in some:
-                _add(tar, folder, index)
-        part.replace(path)
-        yield path
+    if "__error__" in raw:
+        raise ValueError(raw["__error__"])
+    for suffix in SUFFIXES:
+        if suffix in raw:
+            return suffix, raw[suffix]
+    raise ValueError(f"`{raw['__key__']}` has no picture, only {', '.join(sorted(raw))}")
 
 
-def _add(tar: tarfile.TarFile, folder: Folder, index: int) -> None:
-    try:
-        folder.record(index)
-    except Unreadable as error:
-        log.warning("left out: %s", error)
-        return
-    row = {key: value for key, value in folder.rows[index].items() if key != "repeats"}
-    suffix = Path(row.pop("file_name")).suffix.lower().replace(".jpeg", ".jpg")
-    members = {suffix: folder.content(index), ".json": json.dumps(row).encode()}
-    if row.get("text"):
-        members[".txt"] = str(row["text"]).encode()
-    for ending, data in members.items():
-        member = tarfile.TarInfo(f"{index:09}{ending}")
-        member.size = len(data)
-        tar.addfile(member, BytesIO(data))
+def said_of(raw: Raw) -> dict[str, Any]:
+    """What the .json of a sample says, and its `text` (of its .txt, if it has one).
+
+    Raises ValueError for what is no JSON object and no UTF-8.
+    """
+    facts = _facts(raw)
+    text = str(facts.get("text") or facts.get("caption") or "")
+    return {**facts, "text": (raw["txt"].decode("utf-8") if "txt" in raw else text).strip()}
 
 
 def _expanded(pattern: str, commands: bool) -> list[str]:
@@ -328,21 +328,20 @@ def _shuffled(raws: Iterable[Raw], keep: int, rng: Random) -> Iterator[Raw]:
     yield from kept
 
 
-def _picture(raw: Raw) -> tuple[str, bytes]:
-    """(suffix, bytes) of the picture of a sample."""
-    if "__error__" in raw:
-        raise ValueError(raw["__error__"])
-    for suffix in SUFFIXES:
-        if suffix in raw:
-            return suffix, raw[suffix]
-    raise ValueError(f"`{raw['__key__']}` has no picture, only {', '.join(sorted(raw))}")
-
-
-def _said(raw: Raw) -> dict[str, Any]:
-    """What the .json of a sample says, and its `text`."""
-    facts = _facts(raw)
-    text = str(facts.get("text") or facts.get("caption") or "")
-    return {**facts, "text": (raw["txt"].decode("utf-8") if "txt" in raw else text).strip()}
+def _made(
+    make: Callable[[Raw, Random], dict[str, Any]],
+    raws: Sequence[Raw],
+    rng: Random,
+    broken: list[str],
+) -> list[dict[str, Any]]:
+    """The samples that can be made; the names of the others are added to `broken`."""
+    found = []
+    for raw in raws:
+        try:
+            found.append(make(raw, rng))
+        except Unreadable as error:
+            broken.append(error.name)
+    return found
 
 
 def _facts(raw: Raw) -> dict[str, Any]:

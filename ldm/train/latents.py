@@ -1,33 +1,136 @@
-"""Latents and contexts made once and read many times, so that a step costs only what is trained.
+"""Latents made once and read many times, so that a step costs only what is trained.
 
 Some variants of each picture are encoded (emoji on different colours and places, photos cut and
 mirrored differently), and with them what the encoders of the model see beside the picture (`cached`
 names it: a mask with the latent around it, a depth map, a small copy). Captions and noise are still
 drawn anew for every sample. Keys: what was done to which bytes, and by which weights (see `Store`).
+So the pictures of a folder find their latents when they are packed into shards.
 """
 
+import json
+import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from ldm.data.shards import Shards, name_of, picture_of, record_of, said_of
 from ldm.data.source import Unreadable, collate
 from ldm.data.transforms import COLOURS, Emoji
 from ldm.model import LatentDiffusion
 from ldm.train.objective import on_device
 from ldm.train.store import Store, digest, digest_of_weights
 
-__all__ = ["Contexts", "Latents", "cached_contexts", "cached_latents"]
+__all__ = ["Latents", "cached_latents"]
+
+log = logging.getLogger(__name__)
 
 VERSION = 1  # of what transforms do; raise it when the same options give other pixels
 PRECISIONS = {"16": torch.float16, "32": torch.float32}
+
+
+class Wanted(NamedTuple):
+    """A latent that is wanted.
+
+    picture: opens what it is of; raises Unreadable for a damaged file.
+    content: digest of that file. size: (width, height) of its bucket, if there are buckets.
+    """
+
+    picture: Callable[[], Image.Image]
+    content: str
+    size: tuple[int, int] | None
+    variant: int
+
+
+class Looks:
+    """Some variants of each picture, as latents in a store.
+
+    transform: what is done to pictures and captions. recipe: what else the latents depend on.
+    """
+
+    def __init__(self, store: Store, transform: Any, recipe: str, variants: int) -> None:
+        self.store, self.transform, self.recipe, self.variants = store, transform, recipe, variants
+
+    def key(self, content: str, size: tuple[int, int] | None, variant: int) -> str:
+        """The name of a latent in the store."""
+        return digest(self.recipe, content, size, variant)
+
+    def look(self, content: str, variant: int) -> tuple[str, ...]:
+        """What tells the variants of a picture apart, besides chance: the colour behind an emoji.
+
+        They come in an order of its own, and again after all of them.
+        """
+        if not isinstance(self.transform, Emoji):
+            return ()
+        order = Random(content).sample(list(COLOURS), len(COLOURS))
+        return (order[variant % len(COLOURS)],)
+
+    def seen(self, wanted: Wanted) -> dict[str, Tensor] | None:
+        """All of a sample but its caption; None for a damaged file."""
+        try:
+            picture = wanted.picture()
+        except Unreadable:  # whoever asks for its latent will be told
+            return None
+        rng = Random(f"{wanted.content} {wanted.variant}")
+        look = self.look(wanted.content, wanted.variant)
+        seen: dict[str, Tensor] = self.transform.seen(picture, *look, rng)
+        return seen
+
+    def sample(
+        self, name: str, content: str, size: tuple[int, int] | None, row: Any, rng: Random
+    ) -> dict[str, Any]:
+        """{"z", "txt", …} of a picture in a variant of chance.
+
+            name: what errors call it. row: its metadata.
+        Raises Unreadable if no latent could be made of it.
+        """
+        variant = rng.randrange(self.variants)
+        key = self.key(content, size, variant)
+        if key not in self.store:
+            raise Unreadable(name, "no latent could be made of it")
+        kept = {name: value.float() for name, value in self.store[key].items()}
+        return {**kept, "txt": self.transform.caption(row, *self.look(content, variant), rng)}
+
+    def all_of(
+        self, picture: Callable[[], Image.Image], content: str, size: tuple[int, int] | None
+    ) -> Iterator[tuple[str, Wanted]]:
+        """(key, latent) of all variants of a picture."""
+        for variant in range(self.variants):
+            key = self.key(content, size, variant)
+            yield key, Wanted(picture, content, size, variant)
+
+    def fill(
+        self,
+        wanted: Iterable[tuple[str, Wanted]],
+        model: LatentDiffusion,
+        batch: int,
+        precision: str,
+    ) -> None:
+        """Makes the latents that lack."""
+        # Each picture is opened without warnings; threads would not put their filters back.
+        with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+
+            def make(some: Sequence[Wanted]) -> tuple[list[int], dict[str, Tensor]]:
+                samples = list(pool.map(self.seen, some))
+                kept = [place for place, sample in enumerate(samples) if sample is not None]
+                if not kept:
+                    return [], {}
+                key = self.key(some[0].content, some[0].size, some[0].variant)
+                chance = torch.Generator().manual_seed(int(key[:15], 16))
+                batch = collate([sample for sample in samples if sample is not None])
+                return kept, _encoded(model, batch, precision, chance)
+
+            self.store.fill(wanted, make, batch=batch, kind=lambda one: one.size)
 
 
 class Latents(Dataset):
@@ -35,15 +138,10 @@ class Latents(Dataset):
 
     dataset: a Folder or a Hub.
     digests: of the file of every record, "" where it cannot be read.
-    recipe: what else the latents depend on.
-    variants: how many there are of each picture.
     """
 
-    def __init__(
-        self, dataset: Any, store: Store, digests: Sequence[str], recipe: str, variants: int
-    ) -> None:
-        self.dataset, self.store, self.digests = dataset, store, digests
-        self.recipe, self.variants = recipe, variants
+    def __init__(self, dataset: Any, looks: Looks, digests: Sequence[str]) -> None:
+        self.dataset, self.looks, self.digests = dataset, looks, digests
         self.groups = dataset.groups
 
     def __len__(self) -> int:
@@ -52,20 +150,8 @@ class Latents(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
         rng = Random(f"{self.dataset.seed} {epoch} {index}")
-        variant = rng.randrange(self.variants)
-        name = self.key(index, variant)
-        if name not in self.store:
-            raise Unreadable(self.dataset.name(index), "no latent could be made of it")
-        sample = {name: value.float() for name, value in self.store[name].items()}
-        look = self.look(index, variant)
-        return {
-            **sample,
-            "txt": self.dataset.transform.caption(self.dataset.row(index), *look, rng),
-        }
-
-    def key(self, index: int, variant: int) -> str:
-        """The name of a latent in the store."""
-        return digest(self.recipe, self.digests[index], self.size(index), variant)
+        row, name = self.dataset.row(index), self.dataset.name(index)
+        return self.looks.sample(name, self.digests[index], self.size(index), row, rng)
 
     def size(self, index: int) -> tuple[int, int] | None:
         """(width, height) of the bucket of a picture, if there are buckets."""
@@ -74,35 +160,16 @@ class Latents(Dataset):
         size: tuple[int, int] = self.dataset.transform.buckets.sizes[self.groups[index]]
         return size
 
-    def look(self, index: int, variant: int) -> tuple[str, ...]:
-        """What tells the variants of a picture apart, besides chance: the colour behind an emoji.
+    def picture(self, index: int) -> Image.Image:
+        picture: Image.Image = self.dataset.record(index)["picture"]
+        return picture
 
-        They come in an order of its own, and again after all of them.
-        """
-        if not isinstance(self.dataset.transform, Emoji):
-            return ()
-        order = Random(self.digests[index]).sample(list(COLOURS), len(COLOURS))
-        return (order[variant % len(COLOURS)],)
-
-    def seen(self, at: tuple[int, int]) -> dict[str, Tensor] | None:
-        """All of a sample but its caption, of (index, variant); None for a damaged file."""
-        index, variant = at
-        try:
-            picture = self.dataset.record(index)["picture"]
-        except Unreadable:  # whoever asks for its latent will be told
-            return None
-        rng = Random(f"{self.digests[index]} {variant}")
-        seen: dict[str, Tensor]
-        seen = self.dataset.transform.seen(picture, *self.look(index, variant), rng)
-        return seen
-
-    def wanted(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        """(key, (index, variant)) of all latents, one group after the other."""
-        groups = self.groups or [0] * len(self)
-        for index in sorted(range(len(self)), key=lambda index: groups[index]):
-            if self.digests[index]:
-                for variant in range(self.variants):
-                    yield self.key(index, variant), (index, variant)
+    def wanted(self) -> Iterator[tuple[str, Wanted]]:
+        """All latents and their keys."""
+        for index, content in enumerate(self.digests):
+            if content:
+                open_ = partial(self.picture, index)
+                yield from self.looks.all_of(open_, content, self.size(index))
 
 
 def cached_latents(
@@ -113,39 +180,80 @@ def cached_latents(
     variants: int | None = None,
     batch: int = 32,
     precision: str = "16",
-) -> Latents:
-    """The latents of pictures (a Folder or a Hub), those from the cache that are there.
+) -> Any:
+    """The latents of pictures, those from the cache that are there.
 
-    cache: folder of the cache files.
-    variants: of each picture; by default all colours of an emoji, or one of a photo.
-    batch: pictures encoded at once.
-    precision: "16" (encoded under bfloat16, kept as float16) or "32".
+        dataset: a Folder or a Hub, which become Latents, or Shards, which become other Shards.
+        cache: folder of the cache files.
+        variants: of each picture; by default all colours of an emoji, or one of a photo.
+        batch: pictures encoded at once.
+        precision: "16" (encoded under bfloat16, kept as float16) or "32".
     Raises ValueError for an unknown precision.
     """
-    if str(precision) not in PRECISIONS:
+    precision = str(precision)
+    if precision not in PRECISIONS:
         allowed = ", ".join(PRECISIONS)
         raise ValueError(f"data.params.latents: precision `{precision}`, choose one of {allowed}")
     if variants is None:
         variants = len(COLOURS) if isinstance(dataset.transform, Emoji) else 1
-    digests = list(_digests(dataset))
-    recipe = _recipe(model, dataset.transform, str(precision))
-    latents = Latents(dataset, Store(cache, "latents"), digests, recipe, variants)
-
-    # Each picture is opened without warnings; threads would not put their filters back in order.
-    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
-
-        def make(places: Sequence[tuple[int, int]]) -> tuple[list[int], dict[str, Tensor]]:
-            samples = list(pool.map(latents.seen, places))
-            kept = [place for place, sample in enumerate(samples) if sample is not None]
-            if not kept:
-                return [], {}
-            chance = torch.Generator().manual_seed(int(latents.key(*places[0])[:15], 16))
-            batch = collate([sample for sample in samples if sample is not None])
-            return kept, _encoded(model, batch, str(precision), chance)
-
-        sizes = latents.size
-        latents.store.fill(latents.wanted(), make, batch=batch, kind=lambda at: sizes(at[0]))
+    recipe = _recipe(model, dataset.transform, precision)
+    looks = Looks(Store(cache, "latents"), dataset.transform, recipe, variants)
+    if isinstance(dataset, Shards):
+        return _of_shards(dataset, looks, model, batch, precision)
+    latents = Latents(dataset, looks, list(_digests(dataset)))
+    looks.fill(list(latents.wanted()), model, batch, precision)
     return latents
+
+
+def _of_shards(
+    shards: Shards, looks: Looks, model: LatentDiffusion, batch: int, precision: str
+) -> Shards:
+    """The same of shards, which are read for it only if one of them is not as it was."""
+    states = [(url, _state(url)) for url in shards.urls]
+    facts = (looks.recipe, looks.variants, sorted(shards.limits.items()), states)
+    mark = looks.store.folder / f"shards-{digest(*facts)[:16]}.json"
+    if not (all(state for _, state in states) and _lists(mark, looks.store.files)):
+        log.info("reading %d shards for their latents", len(shards.urls))
+        looks.fill(_wanted_of(shards, looks), model, batch, precision)
+        mark.write_text(json.dumps(sorted(looks.store.files)), "utf-8")
+    return shards.replaced(partial(_latent_of, looks, shards))
+
+
+def _wanted_of(shards: Shards, looks: Looks) -> Iterator[tuple[str, Wanted]]:
+    """All latents of the samples in shards, and their keys."""
+    for raw in shards.raws():
+        with suppress(ValueError):  # whoever asks for its latent will be told
+            content = digest(picture_of(raw)[1])
+            yield from looks.all_of(partial(_opened, raw), content, shards.size(raw))
+
+
+def _opened(raw: Any) -> Image.Image:
+    picture: Image.Image = record_of(raw)["picture"]
+    return picture
+
+
+def _latent_of(looks: Looks, shards: Shards, raw: Any, rng: Random) -> dict[str, Any]:
+    """The sample of an undecoded one."""
+    name = name_of(raw)
+    try:
+        content, row = digest(picture_of(raw)[1]), said_of(raw)
+    except ValueError as error:
+        raise Unreadable(name, str(error)) from error
+    return looks.sample(name, content, shards.size(raw), row, rng)
+
+
+def _state(url: str) -> tuple[int, int] | None:
+    """Size and time of a file; None for what is not on this machine, which may always change."""
+    path = Path(url)
+    return (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None
+
+
+def _lists(mark: Path, files: set[str]) -> bool:
+    """Whether a list of files is there, and all of these."""
+    try:
+        return files.issuperset(json.loads(mark.read_text("utf-8")))
+    except (OSError, ValueError):
+        return False
 
 
 @torch.inference_mode()
@@ -185,50 +293,3 @@ def _digests(dataset: Any) -> Iterator[str]:
             yield digest(dataset.content(index))
         except OSError:
             yield ""
-
-
-class Contexts(Mapping[str, Tensor]):
-    """What a text tower makes of captions, (N, D) by text; only what is kept is in it."""
-
-    def __init__(self, store: Store, recipe: str, texts: Iterable[str]) -> None:
-        self.store = store
-        self.keys_of = {text: digest(recipe, text) for text in texts}
-
-    def __getitem__(self, text: str) -> Tensor:
-        return self.store[self.keys_of[text]]["context"]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys_of)
-
-    def __len__(self) -> int:
-        return len(self.keys_of)
-
-
-@torch.inference_mode()
-def cached_contexts(
-    model: LatentDiffusion, texts: Iterable[str], cache: Path, *, batch: int = 64
-) -> Contexts:
-    """The contexts of all texts by the model's text tower, those from the cache that are there.
-
-    Raises ValueError if the tower is trained, so that contexts would be out of date.
-    """
-    tower: Any = getattr(model.conditioner, "text", None)
-    if tower is None or any(p.requires_grad for p in tower.parameters()):
-        raise ValueError("data.params.texts: contexts can be kept only of a frozen text tower")
-    recipe = digest(digest_of_weights(tower), [_options(module) for module in tower.modules()])
-    contexts = Contexts(Store(cache, "contexts"), recipe, dict.fromkeys(["", *texts]))
-
-    def make(some: Sequence[str]) -> tuple[list[int], dict[str, Tensor]]:
-        context = tower.encode(list(some))  # (B, N, D)
-        return list(range(len(some))), {"context": context.half()}
-
-    wanted = ((key, text) for text, key in contexts.keys_of.items())
-    contexts.store.fill(wanted, make, batch=batch, unit="text")
-    return contexts
-
-
-def _options(module: Any) -> dict[str, Any]:
-    """What a module was told, as far as it keeps it in plain values."""
-    plain = (str, int, float, bool, tuple)
-    told = {k: v for k, v in vars(module).items() if isinstance(v, plain) and k[0] != "_"}
-    return {"class": type(module).__name__, **told, "training": False}

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -29,7 +29,8 @@ from ldm.data.shards import Shards
 from ldm.data.source import Records, Source
 from ldm.loading import datamodules, legacy
 from ldm.model import LatentDiffusion
-from ldm.train.latents import cached_contexts, cached_latents
+from ldm.train.contexts import cached_contexts
+from ldm.train.latents import cached_latents
 from ldm.train.objective import vocabulary
 from ldm.train.prior import make_pictures
 
@@ -69,24 +70,27 @@ def _with_extras(model: nn.Module, train: Records | Shards, params: Mapping[str,
     wanted = [key for key in ("latents", "texts", "prior") if params.get(key)]
     if not isinstance(model, LatentDiffusion) or not wanted:
         return train
-    if isinstance(train, Shards):
-        raise ValueError(f"data.params: `{wanted[0]}` needs a folder or a hub, not `shards`")
-    dataset: Any = train.dataset
+    if isinstance(train, Shards) and params.get("prior"):
+        raise ValueError("data.params: `prior` needs a folder or a hub, not `shards`")
+    pictures: Any = train if isinstance(train, Shards) else train.dataset
+    dataset = pictures
     if params.get("latents"):
         with _named("data.params.latents"):
             cache, options = _cache(params, "latents")
-            dataset = cached_latents(model, dataset, cache, **options)
+            dataset = cached_latents(model, pictures, cache, **options)
     prior = None
     if params.get("prior"):
         prior = _prior(model, dict(params["prior"]), train.seed)
         dataset = WithPrior(dataset, prior)
     if params.get("texts"):
-        texts = [*_captions(train.dataset), *(_captions(prior) if prior else ())]
+        texts = [*_captions(pictures), *(_captions(prior) if prior else ())]
         with _named("data.params.texts"):
             cache, options = _cache(params, "texts")
             text: Any = model.conditioner.text
             text.known = cached_contexts(model, texts, cache, **options)
-    return Records(dataset, train.seed, shown=train.dataset)
+    if isinstance(train, Shards):
+        return cast(Source, dataset)
+    return Records(dataset, train.seed, shown=pictures)
 
 
 def _opened(
@@ -151,11 +155,13 @@ def _warn_of_silence(model: nn.Module, train: Records | Shards) -> None:
             log.warning("%d of %d pictures of `%s` have no caption", lacking, len(data), data.root)
 
 
-def _captions(dataset: Folder | Hub) -> Iterator[str]:
+def _captions(dataset: Folder | Hub | Shards) -> Iterator[str]:
     """All captions, where each record has one and keeps it."""
     photo = dataset.transform
     if not isinstance(photo, transforms.Photo) or photo.tags is not None:
         raise ValueError("data.params.texts: only photos without `tags` have captions that stay")
+    if isinstance(dataset, Shards):
+        return (photo.caption(row, Random(0)) for row in dataset.rows())
     return (photo.caption(dataset.row(index), Random(0)) for index in range(len(dataset)))
 
 

@@ -12,8 +12,7 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import groupby, islice
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +26,7 @@ log = logging.getLogger(__name__)
 
 PER_FILE = 256
 T = TypeVar("T")
+Pile = list[tuple[list[str], Mapping[str, Tensor]]]  # keys, and their rows by name
 
 
 class Store:
@@ -52,6 +52,14 @@ class Store:
         path, row = self._places[key]
         return {k: v[row] for k, v in self._files[path].items() if isinstance(v, Tensor)}
 
+    def __reduce__(self) -> Any:
+        return Store, (self.folder, self.prefix)  # another process maps the files itself
+
+    @property
+    def files(self) -> set[str]:
+        """The names of all files."""
+        return {path.name for path in self._files}
+
     def fill(
         self,
         wanted: Iterable[tuple[str, T]],
@@ -63,28 +71,42 @@ class Store:
     ) -> None:
         """Makes and writes what lacks of `wanted`, pairs of a key and what it is made of.
 
+        wanted: if it is no collection it is read once, and only what waits for a batch is kept.
         make: up to `batch` things of one kind -> the places of those that could be made, and
             tensors (n, …) by name, one row for each of these.
         """
-        lacking = {key: thing for key, thing in wanted if key not in self}
-        if not lacking:
+        counted = isinstance(wanted, Collection)
+        total = sum(key not in self for key, _ in wanted) if counted else None
+        if total == 0:
             return
-        log.info("%d of `%s` to be made for `%s`", len(lacking), self.prefix, self.folder)
+        if counted:
+            log.info("%d of `%s` to be made for `%s`", total, self.prefix, self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with tqdm(total=len(lacking), unit=unit, dynamic_ncols=True, mininterval=2) as bar:
-            for _, alike in groupby(lacking.items(), lambda item: kind(item[1])):
-                pile: list[tuple[list[str], Mapping[str, Tensor]]] = []
-                while some := list(islice(alike, batch)):
-                    places, made = make([thing for _, thing in some])
-                    if places:
-                        pile.append(([some[place][0] for place in places], made))
-                    if sum(len(keys) for keys, _ in pile) >= PER_FILE:
-                        self._write(pile)
-                        pile = []
-                    bar.update(len(some))
-                self._write(pile)
+        lacking = self._lacking(wanted)
+        piles: dict[Any, Pile] = {}
+        with tqdm(total=total, unit=unit, dynamic_ncols=True, mininterval=2,
+                  disable=not counted) as bar:  # fmt: skip
+            for some in _alike(lacking, batch, lambda item: kind(item[1])):
+                places, made = make([thing for _, thing in some])
+                pile = piles.setdefault(kind(some[0][1]), [])
+                if places:
+                    pile.append(([some[place][0] for place in places], made))
+                if sum(len(keys) for keys, _ in pile) >= PER_FILE:
+                    self._write(pile)
+                    pile.clear()
+                bar.update(len(some))
+        for pile in piles.values():
+            self._write(pile)
 
-    def _write(self, pile: Sequence[tuple[list[str], Mapping[str, Tensor]]]) -> None:
+    def _lacking(self, wanted: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
+        """What is not there yet, each key once."""
+        asked = set[str]()
+        for key, thing in wanted:
+            if key not in self and key not in asked:
+                asked.add(key)
+                yield key, thing
+
+    def _write(self, pile: Pile) -> None:
         keys = [key for part, _ in pile for key in part]
         if not keys:
             return
@@ -109,6 +131,17 @@ class Store:
         if "keys" in content:  # older versions wrote other files
             self._files[path] = content
             self._places |= {key: (path, row) for row, key in enumerate(content["keys"])}
+
+
+def _alike(things: Iterable[T], size: int, kind: Callable[[T], Any]) -> Iterator[list[T]]:
+    """Batches of one kind each, as soon as they are complete; incomplete ones at the end."""
+    waiting: dict[Any, list[T]] = {}
+    for thing in things:
+        some = waiting.setdefault(kind(thing), [])
+        some.append(thing)
+        if len(some) == size:
+            yield waiting.pop(kind(thing))
+    yield from waiting.values()
 
 
 def digest(*facts: Any) -> str:

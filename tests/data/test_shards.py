@@ -20,7 +20,8 @@ from PIL import Image
 
 from ldm.data.download import Download
 from ldm.data.folder import Folder
-from ldm.data.shards import Shards, expand, pack, samples_of
+from ldm.data.pack import pack
+from ldm.data.shards import Shards, expand, samples_of
 from ldm.data.transforms import Emoji, Photo
 
 EMOJI = Path(__file__).parent / "emoji"

@@ -10,10 +10,13 @@ import torch
 from PIL import Image
 
 from ldm.data.folder import Folder
+from ldm.data.pack import pack
+from ldm.data.shards import Shards
 from ldm.data.source import Records
 from ldm.data.transforms import Emoji, Photo
 from ldm.loading import config
-from ldm.train.latents import cached_contexts, cached_latents
+from ldm.train.contexts import cached_contexts
+from ldm.train.latents import cached_latents
 from ldm.train.sources import open_sources
 from ldm.train.store import Store
 
@@ -82,10 +85,11 @@ def test_more_variants_keep_those_that_are_there(model: Any, tmp_path: Path) -> 
     folder = Folder(root=ROOT / "tests/data/emoji", transform=Emoji(size=16), split="train")
     for variants, count in ((2, 46), (3, 69)):
         latents = cached_latents(model, folder, tmp_path, variants=variants)
-        assert len(latents.store) == count
-    assert len({latents.look(5, variant) for variant in range(11)}) == 11
+        assert len(latents.looks.store) == count
+    looks = [latents.looks.look(latents.digests[5], variant)[0] for variant in range(11)]
+    assert len(set(looks)) == 11
     texts = [latents[epoch, 5]["txt"] for epoch in range(100)]
-    assert all(any(latents.look(5, k)[0] in text for text in texts) for k in range(3))
+    assert all(any(look in text for text in texts) for look in looks[:3])
 
 
 def test_an_interrupted_filling_goes_on(
@@ -127,6 +131,60 @@ def test_latents_come_in_buckets_and_broken_pictures_are_named(
     assert {name for batch in seen for name in batch.get("broken", [])} == {"2.png", "8.png"}
 
 
+def packed(photos: Path, place: Path) -> list[str]:
+    """Shards of 4 and 2 pictures."""
+    return [*map(str, pack(Folder(root=photos, transform=Photo()), f"{place}/%d.tar", count=4))]
+
+
+def test_latents_of_a_folder_are_found_when_it_is_packed_into_shards(
+    model: Any, photos: Path, tmp_path: Path
+) -> None:
+    photo, cache = Photo(size=16, buckets={"step": 8}), tmp_path / "cache"
+    latents = cached_latents(model, Folder(root=photos, transform=photo), cache, variants=2)
+    model.autoencoder.encode = None  # nothing is made anew
+    shards = cached_latents(model, Shards(packed(photos, tmp_path), photo), cache, variants=2)
+    batches = shards.batches(2, workers=1)
+    for batch in (next(batches) for _ in range(6)):
+        assert len({z.shape for z in batch["z"]}) == 1
+        for text, z in zip(batch["txt"], batch["z"], strict=True):
+            assert any(torch.equal(z, latents[epoch, int(text[-1])]["z"]) for epoch in range(20))
+    assert shards.first(1)[0]["jpg"].shape[0] == 3
+
+
+def test_shards_are_read_for_latents_only_when_something_changed(
+    model: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, cache, read = packed(photos, tmp_path), tmp_path / "cache", []
+    raws = Shards.raws
+    monkeypatch.setattr(Shards, "raws", lambda shards: read.append(1) or raws(shards))
+
+    def found() -> tuple[int, int]:
+        """(how often shards were read, how many latents there are)"""
+        cached_latents(model, Shards(files, Photo(size=16)), cache)
+        return len(read), len(Store(cache, "latents"))
+
+    assert found() == (1, 6)
+    assert found() == (1, 6)
+    Image.new("RGB", (16, 16)).save(photos / "3.png")
+    (photos / "5.png").unlink()
+    packed(photos, tmp_path)
+    assert found() == (2, 7)
+    next(cache.glob("latents-*.pt")).unlink()
+    assert found()[0] == 3
+    assert found()[0] == 3
+
+
+def test_damaged_pictures_in_shards_are_named(model: Any, photos: Path, tmp_path: Path) -> None:
+    (shard,) = pack(Folder(root=photos, transform=Photo()), f"{tmp_path}/%d.tar")
+    content = shard.read_bytes()
+    place = content.index(b"IHDR", content.index(b"000000002.png"))
+    shard.write_bytes(content[:place] + b"XXXX" + content[place + 4 :])
+    shards = cached_latents(model, Shards(str(shard), Photo(size=16)), tmp_path / "cache")
+    batch = next(shards.batches(6))
+    assert batch["broken"] == ["0.tar/000000002"]
+    assert batch["z"].shape == (6, 4, 4, 4)
+
+
 def test_contexts_are_kept_of_a_frozen_tower_alone(model: Any, tmp_path: Path) -> None:
     text = model.conditioner.text
     with pytest.raises(ValueError, match="only of a frozen text tower"):
@@ -155,9 +213,11 @@ def test_contexts_are_kept_of_a_frozen_tower_alone(model: Any, tmp_path: Path) -
     assert not torch.equal(text.encode("a cat"), kept)
 
 
-def test_a_config_asks_for_both(model: Any, photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["root", "shards"])
+def test_a_config_asks_for_both(model: Any, photos: Path, tmp_path: Path, kind: str) -> None:
     model.conditioner.text.requires_grad_(False)
-    train = {"root": str(photos), "transform": {"name": "photo", "size": 16}}
+    place = str(photos) if kind == "root" else packed(photos, tmp_path)
+    train: Any = {kind: place, "transform": {"name": "photo", "size": 16}}
     caches = {"latents": {"cache": str(tmp_path / "a")}, "texts": {"cache": str(tmp_path / "b")}}
     data = {"params": {"batch_size": 3, "train": train, **caches}}
     source, _ = open_sources(model, data, 0)

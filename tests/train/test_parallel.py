@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ldm.data.folder import Folder
-from ldm.data.shards import pack
+from ldm.data.pack import pack
 from ldm.data.transforms import Photo
 from ldm.loading import checkpoint
 from ldm.train import parallel

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ldm.data.folder import Folder
-from ldm.data.shards import pack
+from ldm.data.pack import pack
 from ldm.data.transforms import Emoji
 from ldm.loading import config
 from ldm.train.sources import open_sources
@@ -68,14 +68,13 @@ def test_shards_are_opened_by_their_pattern(tmp_path: Path) -> None:
     assert torch.equal(text.token_ids, shown)  # the words of a folder are those of its shards
 
 
-def test_no_latents_are_made_of_shards() -> None:
+def test_shards_have_no_prior() -> None:
     run = config.read(ROOT / "configs/train/tiny.yaml")
     model = config.instantiate(run["model"], where="model")
     model.conditioner.text.token_ids += 1
-    latents = {"cache": "x", "variants": 2}
     shards = {**SHARDS, "shards": f"pipe:cat {EMOJI}"}
-    with pytest.raises(ValueError, match="`latents` needs a folder or a hub"):
-        open_sources(model, section(train=shards, latents=latents), 23, commands=True)
+    with pytest.raises(ValueError, match="`prior` needs a folder or a hub"):
+        open_sources(model, section(train=shards, prior={"root": "x"}), 23, commands=True)
 
 
 def test_pictures_without_caption_are_counted(caplog: pytest.LogCaptureFixture) -> None:
