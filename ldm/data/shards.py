@@ -23,6 +23,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
+from fractions import Fraction
 from functools import partial
 from glob import glob, has_magic
 from io import BufferedReader, BytesIO
@@ -85,6 +86,9 @@ class Shards:
         self, size: int, *, start: int = 0, rank: int = 0, world: int = 1, workers: int = 0
     ) -> Iterator[dict[str, Any]]:
         return numbered(partial(self._read, size), start + rank, world, workers)
+
+    def epoch(self, size: int) -> Fraction | None:
+        return None if self.length is None else Fraction(self.length, size)
 
     def first(self, n: int) -> list[dict[str, Any]]:
         raws = itertools.chain.from_iterable(map(samples_of, self.urls))

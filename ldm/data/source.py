@@ -13,6 +13,7 @@ import math
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,12 +28,7 @@ PATIENCE = 100  # records in a row that cannot be read before we give up
 
 
 class Source(Protocol):
-    """What a training run reads.
-
-    length: records in an epoch, None where nobody has counted them.
-    """
-
-    length: int | None
+    """What a training run reads."""
 
     def batches(
         self, size: int, *, start: int = 0, rank: int = 0, world: int = 1, workers: int = 0
@@ -42,6 +38,9 @@ class Source(Protocol):
         Tensors are stacked, everything else is a list ("jpg" or "z", "txt", …). workers: processes
         that read ahead, none = this one reads when it is asked.
         """
+
+    def epoch(self, size: int) -> Fraction | None:
+        """How many batches of a size are an epoch; None where nobody has counted the records."""
 
     def first(self, n: int) -> list[dict[str, Any]]:
         """n fixed samples with pictures ("jpg") of one size, for grids and statistics."""
@@ -69,7 +68,6 @@ class Records:
     def __init__(self, dataset: Any, seed: int = 0, *, shown: Any = None) -> None:
         self.dataset, self.seed = dataset, seed
         self.shown = dataset if shown is None else shown
-        self.length: int | None = len(dataset)
         self._orders: dict[tuple[int, int], Any] = {}
         self._batches: dict[int, int] = {}  # in an epoch, by their size
 
@@ -77,6 +75,15 @@ class Records:
         self, size: int, *, start: int = 0, rank: int = 0, world: int = 1, workers: int = 0
     ) -> Iterator[dict[str, Any]]:
         return numbered(partial(self._read, size), start + rank, world, workers)
+
+    def epoch(self, size: int) -> Fraction:
+        groups = getattr(self.dataset, "groups", None)
+        if groups is None:
+            return Fraction(len(self.dataset), size)
+        if size not in self._batches:
+            counts = Counter(groups).values()
+            self._batches[size] = sum(math.ceil(count / size) for count in counts)
+        return Fraction(self._batches[size])
 
     def first(self, n: int) -> list[dict[str, Any]]:
         groups = getattr(self.shown, "groups", None)
@@ -93,10 +100,7 @@ class Records:
             places = range(number * size, (number + 1) * size)
             epochs = [divmod(place, len(self.dataset)) for place in places]
             return [(epoch, int(self._order(epoch)[place])) for epoch, place in epochs]
-        if size not in self._batches:
-            counts = Counter(groups).values()
-            self._batches[size] = sum(math.ceil(count / size) for count in counts)
-        epoch, place = divmod(number, self._batches[size])
+        epoch, place = divmod(number, int(self.epoch(size)))
         order = self._order(epoch, size, partial(by_group, groups, size))
         return [(epoch, index) for index in order[place]]
 

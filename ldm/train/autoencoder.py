@@ -31,13 +31,18 @@ TINY = 1e-4
 
 
 def task(
-    model: AutoencoderKL, params: Mapping[str, Any], options: Mapping[str, Any]
+    model: AutoencoderKL,
+    params: Mapping[str, Any],
+    options: Mapping[str, Any],
+    *,
+    weights: bool = True,
 ) -> "Reconstruction | Adversarial":
     """How `model` is trained: as its `lossconfig` says, or on pixels only if that says nothing.
 
         params: of the model in the config. Its `ckpt_path` gives weights of losses, if it has any.
         options: `lightning.objective`, the keywords of Reconstruction or Adversarial; the latter's
             `perceptual` is {ckpt_path: a file or several}, see `ldm.loading.perceptual`.
+        weights: False leaves out those of the losses' networks, for who wants their sizes only.
     Raises ValueError for unknown losses and keywords, or if LPIPS is needed and not at hand.
     """
     spec = params.get("lossconfig") or {"target": "torch.nn.Identity"}
@@ -50,14 +55,14 @@ def task(
             raise legacy.unknown("keyword", key, known, "lightning.objective")
     if not isinstance(losses, LossConfig):
         return Reconstruction(model, **options)
-    start = _starting_losses(params)
+    start = _starting_losses(params) if weights else {}
     options = {"learn_logvar": params.get("learn_logvar", False), **options}
     given = options.pop("perceptual", None) or {"ckpt_path": None}
     if not isinstance(given, Mapping) or list(given) != ["ckpt_path"]:
         raise ValueError("lightning.objective.perceptual must be {ckpt_path: a file or several}")
     path = given["ckpt_path"]
-    lpips = perceptual.read(path) if path else perceptual.load(start)
-    made = Adversarial(model, losses, perceptual=lpips, **options)
+    found = (perceptual.read(path) if path else perceptual.load(start)) if weights else LPIPS()
+    made = Adversarial(model, losses, perceptual=found, **options)
     made.start_from(start)
     return made
 
@@ -179,10 +184,12 @@ class Adversarial:
         _freeze(model, trained)
         device = model.quant_conv.weight.device
         self.model, self.losses, self.export_losses = model, losses, export_losses
-        self.perceptual = perceptual.to(device) if perceptual and losses.perceptual_weight else None
-        self.rival = PatchDiscriminator(
-            in_channels=losses.disc_in_channels, layers=losses.disc_num_layers
-        ).to(device)
+        with_lpips = perceptual is not None and losses.perceptual_weight
+        self.perceptual = _moved(perceptual, device) if with_lpips else None
+        self.rival = _moved(
+            PatchDiscriminator(in_channels=losses.disc_in_channels, layers=losses.disc_num_layers),
+            device,
+        )
         logvar = torch.tensor(losses.logvar_init, device=device)
         self.logvar = nn.Parameter(logvar, requires_grad=learn_logvar)
         self._learned = [self.logvar] if learn_logvar else []
@@ -321,6 +328,11 @@ def normalise(model: AutoencoderKL, z: Tensor) -> None:
     after.weight[:channels] /= std[:, None, None, None]
     after.bias[:channels] = (after.bias[:channels] - mean) / std
     after.bias[channels:] -= 2 * std.log()  # the log variance scales with the square
+
+
+def _moved(module: Any, device: torch.device) -> Any:
+    """On the device; fake tensors, as `--dry-run` has, cannot be moved, and need not be."""
+    return module if next(module.parameters()).device == device else module.to(device)
 
 
 def _edges(error: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ answer, for any size of model, without its memory. Pictures are encoded before t
 """
 
 import copy
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from ldm.loading import config, legacy, skeleton
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
+from ldm.train import autoencoder
 from ldm.train.adaptation import Adaptation
 from ldm.train.objective import Diffusion
 from ldm.train.settings import Settings, read
@@ -124,14 +126,15 @@ def estimate(
     """
     trainer, optimizer = settings["trainer"], settings["optimizer"]
     task = _task(raw, settings)
-    trained = [p for p in task.trained.parameters() if p.requires_grad]
+    averaged = [p for p in task.trained.parameters() if p.requires_grad]
+    trained = [*averaged, *(p for part in _rivals(task) for p in part.parameters())]
     count = sum(p.numel() for p in trained)
-    own = {id(p): p.numel() for part in (task.model, task.trained) for p in part.parameters()}
+    own = {id(p): p.numel() for part in _parts(task) for p in part.parameters()}
     share = _share(trainer, processes)
     bytes_ = OPTIMIZERS.get(optimizer["name"], 8.0)
     if optimizer["name"] == "muon":  # what is no matrix has two moments
         bytes_ += 4 * sum(p.numel() for p in trained if p.ndim < 2) / max(1, count)
-    averaged = bool(optimizer["ema_decay"]) and trainer["ema_device"] != "cpu"
+    is_averaged = bool(optimizer["ema_decay"]) and trainer["ema_device"] != "cpu"
     whole, known = 4 * sum(own.values()), {} if known is None else known
     batch = raw["data"]["params"]["batch_size"]
     key = (batch, trainer["precision"], trainer["checkpoint_gradients"])
@@ -143,7 +146,7 @@ def estimate(
         weights=whole - 4 * count + int(4 * count * share),
         gradients=int(4 * count * share),
         optimizer=int(bytes_ * count * share),
-        average=int(4 * count * share) if averaged else 0,
+        average=int(4 * sum(p.numel() for p in averaged) * share) if is_averaged else 0,
         activations=known[key],
         step=int(4 * count * share) if optimizer["name"].startswith("adamw") else 0,
     )
@@ -160,7 +163,8 @@ def _switches(
         ("trainer.ema_device=cpu", {"trainer": {"ema_device": "cpu"}}),
         ("optimizer.name=adamw8bit", {"optimizer": {"name": "adamw8bit"}}),
     ]
-    if processes > 1 and trainer["strategy"] not in ("fsdp", "hsdp"):
+    is_whole = not raw["model"]["target"].endswith("AutoencoderKL")
+    if processes > 1 and is_whole and trainer["strategy"] not in ("fsdp", "hsdp"):
         changes.append(("trainer.strategy=fsdp", {"trainer": {"strategy": "fsdp"}}))
     for name, change in changes:
         sections = {key: {**values, **change.get(key, {})} for key, values in settings.items()}
@@ -189,19 +193,29 @@ def _task(raw: Mapping[str, Any], settings: Settings) -> Any:
         with torch.device("meta"):
             return Adaptation(task, *little) if any(little) else task
     if isinstance(model, AutoencoderKL):
-        return _Plain(model)
+        with torch.device("meta"):
+            return _reconstructing(model, raw)
     raise ValueError(f"`{type(model).__name__}` cannot be trained, only whole models can")
 
 
-@dataclass(frozen=True)
-class _Plain:
-    """An autoencoder as its own task."""
+def _reconstructing(model: AutoencoderKL, raw: Mapping[str, Any]) -> Any:
+    """The task of an autoencoder, at a step when its discriminator counts."""
+    options = (raw.get("lightning") or {}).get("objective") or {}
+    task = autoencoder.task(model, raw["model"].get("params") or {}, options, weights=False)
+    task.step = sys.maxsize
+    return task
 
-    model: nn.Module
 
-    @property
-    def trained(self) -> nn.Module:
-        return self.model
+def _rivals(task: Any) -> list[nn.Module]:
+    """The network that is trained against the model, if there is one."""
+    rival = getattr(task, "rival", None)
+    return [] if rival is None else [rival]
+
+
+def _parts(task: Any) -> list[nn.Module]:
+    """All networks of a task."""
+    perceptual = getattr(task, "perceptual", None)
+    return [task.model, task.trained, *_rivals(task), *([perceptual] if perceptual else [])]
 
 
 def _activations(task: Any, raw: Mapping[str, Any], trainer: Mapping[str, Any]) -> int:
@@ -215,7 +229,12 @@ def _activations(task: Any, raw: Mapping[str, Any], trainer: Mapping[str, Any]) 
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
             image = torch.zeros(batch, 3, side, side)
             if isinstance(task.model, AutoencoderKL):
-                return _peak(lambda: task.model(image)[0], task.trained)
+                task, batch_ = _reconstructing(task.model, raw), {"jpg": image}
+                chance = torch.Generator()
+                peaks = [_peak(lambda: task.loss(batch_, chance)["loss"], task.trained)]
+                for rival in _rivals(task):
+                    peaks.append(_peak(lambda: task.rival_loss(batch_, chance)["loss"], rival))
+                return max(peaks)
             peaks = [_peak(lambda: _forward(task.model, batch, side), task.trained)]
             if not raw["data"]["params"].get("latents"):
                 with torch.no_grad(), Live() as live:
@@ -271,9 +290,10 @@ def _share(trainer: Mapping[str, Any], processes: int) -> float:
 
 
 def _side(params: Mapping[str, Any]) -> int:
-    """Pixels along a picture of the data."""
+    """Pixels along a picture of the data, as we or the original say it."""
     train = params.get("train") or {}
-    size = (train.get("transform") or {}).get("size", train.get("size", SIDE))
+    places = [train, train.get("params") or {}, train.get("transform") or {}]
+    size = next((place["size"] for place in places if "size" in place), SIDE)
     return int(max(size) if isinstance(size, list) else size)
 
 

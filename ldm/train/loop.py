@@ -317,8 +317,8 @@ class Run:
     def _begin(self) -> Rate:
         """A folder, the logs, and what there is to say before the first step; the learning rate."""
         self.ranks.once(lambda: self.folder.mkdir(parents=True, exist_ok=True))
-        size, length = self.batch_size, self.source.length
-        self.settings.count_epochs(length and max(1, length // (size * self.state.parts)))
+        size, epoch = self.batch_size, self.source.epoch(self.batch_size)
+        self.settings.count_epochs(epoch and epoch / self.state.parts)
         base, world = self.raw["model"]["base_learning_rate"], self.ranks.world
         rate, line = self.settings.rate(base, batch=size, world=world)
         if self.ranks.is_first:

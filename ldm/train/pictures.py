@@ -57,8 +57,8 @@ def draw(run: Any, *, write: bool = True) -> list[Path]:
 
 def epoch(run: Any) -> int:
     """How often a run has seen all its data."""
-    length = run.source.length
-    return run.state.position * run.batch_size // length if length else 0
+    batches = run.source.epoch(run.batch_size)
+    return int(run.state.position // batches) if batches else 0
 
 
 def _weights(run: Any) -> Iterator[tuple[str, AbstractContextManager[None]]]:

@@ -5,6 +5,7 @@ otherwise is put into these words by `translation`; what means nothing today bec
 """
 
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 from ldm.loading import legacy
@@ -92,7 +93,7 @@ class Settings(dict[str, dict[str, Any]]):
         super().__init__(sections)
         self.notes = notes
 
-    def count_epochs(self, steps: int | None) -> None:
+    def count_epochs(self, steps: Fraction | int | None) -> None:
         """Turns everything that is counted in epochs into steps.
 
             steps: in an epoch; None if the data has no end.

@@ -1,5 +1,6 @@
 """The endless numbered sequence of batches, whoever reads it."""
 
+from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,14 @@ def test_four_ranks_read_together_what_one_reads(groups: list[int] | None) -> No
             for r in range(world)
         ]
         assert [batch for turn in zip(*parts, strict=True) for batch in turn] == alone
+
+
+@pytest.mark.parametrize(("groups", "epoch"), [(None, Fraction(11, 3)), (GROUPS, 4)])
+def test_an_epoch_is_as_many_batches_as_show_everything_once(groups: Any, epoch: Any) -> None:
+    source = Records(Numbers(11, groups), 3)
+    assert source.epoch(3) == epoch
+    seen = chain.from_iterable(indices(read(source, 3, int(3 * epoch))))
+    assert sorted(seen) == sorted(3 * [*range(11)])
 
 
 @pytest.mark.parametrize("groups", [None, GROUPS])

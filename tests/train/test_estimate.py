@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from ldm.loading import config
+from ldm.nets.discriminator import PatchDiscriminator
+from ldm.nets.perceptual import LPIPS
 from ldm.train import estimate
 from ldm.train.settings import read
 
@@ -43,6 +45,22 @@ def test_every_part_of_the_memory_is_counted() -> None:
     assert 5e6 < found.activations < 5e7
     small = memory("lightning.trainer.checkpoint_gradients=true", "data.params.batch_size=4")
     assert small.activations < 0.75 * found.activations
+
+
+@pytest.mark.parametrize("weight", [0, 1])
+def test_the_networks_of_an_autoencoders_losses_are_counted(weight: int) -> None:
+    small = {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1}
+    words = [f"model.params.ddconfig.{key}={value}" for key, value in small.items()]
+    words += [f"model.params.lossconfig.params.perceptual_weight={weight}"]
+    words += ["data.params.batch_size=2", "data.params.train.params.size=64"]
+    raw = config.read(ROOT / "configs/autoencoder/autoencoder_kl_32x32x4.yaml", words)
+    found = estimate.estimate(raw, read(raw))
+    discriminator = sum(p.numel() for p in PatchDiscriminator().parameters())
+    lpips = sum(p.numel() for p in LPIPS().parameters())
+    assert found.parameters - found.trained == weight * lpips
+    assert found.trained - found.average / 4 == discriminator
+    assert found.optimizer == 8 * found.trained
+    assert found.activations > 2 * 3 * 64 * 64 * 4 * (1 + weight) * 64
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def test_a_folder_is_trained_on_and_another_split_is_held_out() -> None:
     data = section(validation={**TRAIN, "split": "heldout"})
     train, held_out = open_sources(nn.Identity(), data, 23)
     assert held_out is not None
-    assert (train.length, held_out.length) == (23, 1)
+    assert (train.epoch(1), held_out.epoch(1)) == (23, 1)
     batch = next(train.batches(4, start=2))
     assert batch["jpg"].shape == (4, 3, 16, 16)
     assert torch.equal(held_out.first(1)[0]["jpg"], held_out.first(1)[0]["jpg"])
