@@ -11,6 +11,8 @@ the formats of `adaptation`.
 """
 
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,8 +29,9 @@ from ldm.train.adaptation import Adaptation
 from ldm.train.parallel import whole
 from ldm.train.pictures import epoch
 
-__all__ = ["export", "export_step"]
+__all__ = ["export", "export_best", "export_step"]
 
+USUAL = "val/loss_ema"  # what is monitored if nothing is said
 MEASURED = 256  # pictures that the statistics of an autoencoder's latents are taken from
 
 
@@ -61,6 +64,44 @@ def export_step(run: Any) -> list[Path]:
     """An export that stays: checkpoints/trainstep_checkpoints/epoch=000001-step=000010000.…"""
     name = f"epoch={epoch(run):06}-step={run.state.step:09}"
     return export(run, run.folder / "checkpoints" / "trainstep_checkpoints" / name)
+
+
+def export_best(run: Any, found: Mapping[str, float]) -> list[Path]:
+    """An export that stays while few are better: checkpoints/epoch=…-step=…-loss_ema=0.123456.…
+
+        found: the losses on held-out data, as `validate` gives them; all processes call this.
+    Raises ValueError if the one that is monitored is not among them.
+    """
+    most, name = (run.settings["callbacks"][key] for key in ("best", "monitor"))
+    if not (most and found):
+        return []
+    name = name or USUAL
+    name = name if name in found else name.removesuffix("_ema")  # where nothing is averaged
+    if name not in found:
+        raise ValueError(f"lightning.callbacks.monitor: `{name}` is none of {', '.join(found)}")
+    folder, value = run.folder / "checkpoints", found[name]
+    title = name.removeprefix("val/").replace("/", "_")
+
+    def is_good() -> bool:
+        kept = _best(folder, title)
+        return math.isfinite(value) and (not 0 < most <= len(kept) or value < kept[most - 1][0])
+
+    if not run.ranks.told(is_good):
+        return []
+    step = f"epoch={epoch(run):06}-step={run.state.step:09}"
+    paths = export(run, folder / f"{step}-{title}={value:.6f}")
+    if run.ranks.is_first and most > 0:
+        for _, path in _best(folder, title)[most:]:
+            for kind in ("safetensors", "ckpt"):
+                path.with_name(f"{path.name}.{kind}").unlink(missing_ok=True)
+    return paths
+
+
+def _best(folder: Path, title: str) -> list[tuple[float, Path]]:
+    """(value, file without ending) of the exports that were kept for a loss, the best first."""
+    pattern = re.compile(rf"(epoch=\d+-step=\d+-{re.escape(title)}=(.+))\.(safetensors|ckpt)")
+    matches = [pattern.fullmatch(path.name) for path in folder.glob("epoch=*")]
+    return sorted({(float(match[2]), folder / match[1]) for match in matches if match})
 
 
 def _state(run: Any, *, averaged: bool) -> dict[str, Tensor]:

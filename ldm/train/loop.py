@@ -217,8 +217,10 @@ class Run:
                 self.loggers.image(self.state.step, "loss per timestep", plot)
 
     def validate(self) -> None:
-        """The loss on held-out data, into the logs."""
-        self.loggers.scalars(self.state.step, validation.validate(self))
+        """The loss on held-out data, into the logs; the weights stay if they are among the best."""
+        found = validation.validate(self)
+        self.loggers.scalars(self.state.step, found)
+        exports.export_best(self, found)
 
     def precision(self) -> Any:
         """The context in which losses are computed."""

@@ -59,6 +59,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "validate_steps": None,
         "validate_epochs": None,
         "validate_batches": 8,
+        "best": 0,  # exports that stay, those with the lowest loss on held-out data; -1: all
+        "monitor": None,  # that loss; null: val/loss_ema, or val/loss without an average
         "export": ["safetensors"],  # and/or ckpt
         "export_steps": None,  # also to checkpoints/trainstep_checkpoints, and all are kept
         "weights": "ema",  # or raw, both

@@ -1,10 +1,10 @@
 """`lightning:` in the words of Lightning 1.4 and of the original's `main.py` -> in ours.
 
     trainer.*                                   any argument of Lightning's Trainer
-    modelcheckpoint.params.*                    when to save
+    modelcheckpoint.params.*                    when to save, and which weights to keep
     callbacks.<name>.{target, params}           main.ImageLogger, checkpoints at fixed steps
     logger, strategy, find_unused_parameters
-    model.params: scheduler_config, use_ema, ucg_training     what decides how is trained
+    model.params: scheduler_config, use_ema, ucg_training, monitor     what decides how is trained
 
 Words that are ours already pass. Nothing is dropped in silence: there is a note for each.
 """
@@ -69,6 +69,7 @@ CLASSES = {
     "LearningRateMonitor": "learning_rate_logger",
     "CUDACallback": "cuda_callback",
 }
+BEST = 3  # weights that the original keeps, if the model names what to monitor
 STEP_CHECKPOINTS = 10_000  # steps between them in the original, if nothing is said
 KNOWN = {
     "trainer": (*WITHOUT_MEANING, *LAUNCH, "strategy", "val_check_interval",
@@ -105,6 +106,19 @@ def translate(raw: Mapping[str, Any]) -> tuple[Sections, list[str]]:
         notes.append("lightning.find_unused_parameters has no meaning here: it is seen by itself")
     _model(raw, sections, notes)
     return sections, notes
+
+
+def _held_out(raw: Mapping[str, Any], params: Mapping[str, Any], sections: Sections) -> None:
+    """Held-out data is looked at after every epoch, and the three best weights are kept."""
+    data = (raw.get("data") or {}).get("params") or {}
+    if not data.get("validation"):
+        return
+    is_said = sections.get("callbacks", {}).keys() & {"validate_steps", "validate_epochs"}
+    if not is_said and "shards" not in (data.get("train") or {}):
+        _put(sections, "callbacks", validate_epochs=1)
+    losses = str((params.get("lossconfig") or {}).get("target"))
+    if params.get("monitor") and ("unet_config" in params or losses.endswith("Discriminator")):
+        _put(sections, "callbacks", monitor=params["monitor"], best=BEST)
 
 
 def _put(sections: Sections, section: str, **values: Any) -> None:
@@ -225,11 +239,15 @@ def _modelcheckpoint(spec: Mapping[str, Any], sections: Sections, notes: list[st
     names = {"every_n_train_steps": "save_steps", "every_n_epochs": "save_epochs",
              "period": "save_epochs", "every_n_val_epochs": "save_epochs"}  # fmt: skip
     ours = {new: params.pop(old) for old, new in names.items() if params.get(old)}
+    if params.get("mode", "min") == "min":
+        kept = {"save_top_k": "best", "monitor": "monitor"}
+        ours |= {new: params.pop(old) for old, new in kept.items() if params.get(old) is not None}
+        params.pop("mode", None)
     _put(sections, "callbacks", **ours)
     if params:
         notes.append(
             f"lightning.modelcheckpoint.params: no meaning here for {', '.join(params)}; the last "
-            "states are kept to resume from, and checkpoints at fixed steps if export_steps is set"
+            "states are kept to resume from, and the weights with the lowest `monitor`"
         )
 
 
@@ -274,6 +292,7 @@ def _model(raw: Mapping[str, Any], sections: Sections, notes: list[str]) -> None
         _put(sections, "optimizer", ema_decay=0.0)
         _put(sections, "callbacks", weights="raw")
         notes.append("model.params.use_ema is false: no average of the weights is made")
+    _held_out(raw, params, sections)
     if "unet_config" in params:
         dropped = (params.get("ucg_training") or {}).get(params.get("cond_stage_key", "txt")) or {}
         _put(sections, "objective", drop=dropped.get("p", 0.0))

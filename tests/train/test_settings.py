@@ -140,7 +140,24 @@ def test_epochs_become_steps_once_their_length_is_known() -> None:
     assert made["trainer"]["max_steps"] == 150
     assert made["callbacks"]["validate_steps"] == 100
     assert made["callbacks"]["save_steps"] == 50
-    assert any("save_top_k" in note for note in made.notes)
+    assert (made["callbacks"]["best"], made["callbacks"]["monitor"]) == (3, None)
+
+
+def test_what_the_original_monitors_is_monitored() -> None:
+    text = """
+        {{model: {{params: {{unet_config: {{}}, monitor: val/loss_simple_ema}}}},
+          data: {{params: {{train: {{}}, validation: {held_out}}}}}, lightning: {lightning}}}"""
+
+    def kept(held_out: str = "{}", lightning: str = "{}") -> list[Any]:
+        made = read(config.parse(text.format(held_out=held_out, lightning=lightning)))
+        return [made["callbacks"][key] for key in ("best", "monitor", "validate_epochs")]
+
+    assert kept("{root: x}") == [3, "val/loss_simple_ema", 1]
+    assert kept() == [0, None, None]
+    fewer = "{modelcheckpoint: {params: {save_top_k: 1, monitor: val/loss_simple}}}"
+    assert kept("{root: x}", fewer) == [1, "val/loss_simple", 1]
+    highest = "{modelcheckpoint: {params: {mode: max, monitor: val/psnr}}}"
+    assert kept("{}", highest) == [0, None, None]
 
 
 def test_a_linear_schedule_warms_up_and_falls_in_cycles() -> None:

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -130,6 +132,34 @@ def test_pictures_come_early_and_then_in_turn() -> None:
     assert [step for step in range(1, 31) if every(step)] == [1, 2, 4, 8, 10, 16, 20, 30]
     never = Every()
     assert not any(never(step) for step in range(1, 100))
+
+
+def test_the_best_weights_stay(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "folder", tmp_path)
+    monkeypatch.setitem(run.settings["callbacks"], "export", ["safetensors", "ckpt"])
+
+    def kept(**options: Any) -> list[str]:
+        """What is there after five validations, by the losses in the names."""
+        for name, value in options.items():
+            monkeypatch.setitem(run.settings["callbacks"], name, value)
+        for step, loss in enumerate((0.5, 0.3, 0.4, math.nan, 0.1)):
+            monkeypatch.setattr(run.state, "step", step)
+            exports.export_best(run, {"val/loss": 1 - loss, "val/loss_ema": loss})
+        files = sorted((tmp_path / "checkpoints").glob("*"))
+        assert all(path.stat().st_size > 1e6 for path in files)
+        names = [path.name.rpartition("=")[2] for path in files]
+        shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+        return names
+
+    assert kept(best=0) == []
+    both = [
+        f"{loss}.{kind}" for loss in ("0.300000", "0.100000") for kind in ("ckpt", "safetensors")
+    ]
+    assert kept(best=2) == both
+    assert len(kept(best=-1)) == 8
+    assert [name[:8] for name in kept(best=1, monitor="val/loss")] == ["0.500000"] * 2
+    with pytest.raises(ValueError, match="monitor: `val/psnr` is none of val/loss, val/loss_ema"):
+        kept(monitor="val/psnr")
 
 
 def test_validation_is_the_same_every_time_and_leaves_no_trace(run: Run) -> None:
