@@ -25,7 +25,7 @@ def unet(ours: nn.Module) -> nn.Module:
 
 
 def unet_like(ours: UNet) -> nn.Module:
-    """Of any size, in float32 on the CPU, with the weights of ours."""
+    """Of any size, in float32, with the weights of ours."""
     from diffusers import UNet2DConditionModel
 
     described = networks.unet_config(ours, 64)

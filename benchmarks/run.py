@@ -1,15 +1,18 @@
-"""Our modules beside diffusers' on this CPU: same weights, same inputs, one process, interleaved.
+"""Our modules beside diffusers': same weights, same inputs, one process, interleaved.
 
 python benchmarks/run.py --quick                       # UNet 32x32, decoding 256: about a minute
 python benchmarks/run.py --dtype float32 bfloat16      # UNet 64x64, decoding 512
 python benchmarks/run.py --stage load start            # fresh processes
+python benchmarks/run.py --device cuda --dtype float16 bfloat16
 
 Weights are random, of Stable Diffusion 2's sizes. Before anything is timed outputs must agree: in
-float32 within 1e-5 of each other (relative, L2), in bfloat16 ours may be at most 1.2 times as far
+float32 within 1e-5 of each other (relative, L2), in 16 bits ours may be at most 1.2 times as far
 from float32 as diffusers'. Then rounds of ours, theirs, theirs, ours …; a ratio is diffusers' time
 by ours of neighbours, the median of all rounds with its range. With one thread time is the CPU's.
 `others` is the share of the CPUs that other processes took: above 5 % do not trust wall times.
-Both sides run with the allocator set as our scripts set it (`ldm.nets.cpu.keep_memory`).
+Both sides run with the allocator set as our scripts set it (`ldm.nets.cpu.keep_memory`). On a GPU
+time is the wall's, nothing else being under way there, memory is torch's, and float32 is exact (no
+TF32), so that the outputs can agree.
 """
 
 import argparse
@@ -39,7 +42,7 @@ from ldm.nets import cpu  # noqa: E402
 
 MODULES = ("unet", "vae", "text")
 CONFIG = "configs/stable-diffusion/v2-inference.yaml"
-FP32_GATE, BF16_GATE = 1e-5, 1.2
+FP32_GATE, HALF_GATE = 1e-5, 1.2
 
 Run = Callable[[], Tensor]
 
@@ -50,7 +53,8 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--stage", nargs="+", choices=[*MODULES, "load", "start"], default=list(MODULES))
-    add("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
+    add("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32"])
+    add("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda, cuda:1 …")
     add("--quick", action="store_true", help="small pictures, at most 2 rounds")
     add("--rounds", type=int, default=5)
     add("--threads", type=int, default=torch.get_num_threads())
@@ -58,14 +62,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     cpu.keep_memory()
-    print(f"{processor()}, {args.threads} threads, torch {torch.__version__}")
+    torch.backends.cudnn.allow_tf32 = False
+    print(f"{processor(args.device)}, {args.threads} threads, torch {torch.__version__}")
     if args.quick:
         args.rounds = min(args.rounds, 2)
     rows = []
     for dtype in args.dtype if any(stage in MODULES for stage in args.stage) else []:
         rows += compare_modules(args, getattr(torch, dtype))
     if rows:
-        print(f"peak of this process, both sides in it: {_peak():.1f} GiB")
+        print(f"peak of this process, both sides in it: {peak(args.device):.1f} GiB")
     for stage in args.stage:
         if stage not in MODULES:
             rows += {"load": load, "start": start}[stage](args)
@@ -87,16 +92,17 @@ def compare_modules(args: argparse.Namespace, dtype: torch.dtype) -> list[dict[s
     rows = []
     for stage in [stage for stage in MODULES if stage in args.stage]:
         ours = {"unet": model.unet, "vae": model.autoencoder, "text": model.conditioner.text}[stage]
-        inputs = _inputs(stage, quick=args.quick)
+        inputs = [x.to(args.device) for x in _inputs(stage, quick=args.quick)]
+        ours.to(args.device)
         exact = _exact(ours, stage, inputs) if dtype != torch.float32 else None
         ours.to(dtype)
-        theirs = getattr(opponents, stage)(ours)
+        theirs = getattr(opponents, stage)(ours).to(args.device)
         inputs = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
         runs = _ours(ours, stage, inputs), _theirs(theirs, stage, inputs)
         row: dict[str, Any] = {"stage": stage, "dtype": str(dtype), "size": list(inputs[0].shape)}
         row |= _agreement(runs, exact)
         row["packs_gib"] = _packs(ours)
-        row |= _interleaved(runs, args.rounds)
+        row |= _interleaved(runs, args.rounds, clock(args.device))
         print(_line(row), flush=True)
         rows.append(row)
         ours.to("meta")
@@ -145,7 +151,7 @@ def _agreement(runs: tuple[Run, Run], exact: Tensor | None) -> dict[str, float]:
             raise SystemExit(f"outputs differ by {error:.1e}, allowed are {FP32_GATE}")
         return {"difference": error}
     errors = _distance(ours, exact), _distance(theirs, exact)
-    if not errors[0] <= BF16_GATE * errors[1]:
+    if not errors[0] <= HALF_GATE * errors[1]:
         raise SystemExit(f"our error is {errors[0]:.1e}, theirs {errors[1]:.1e}")
     return {"difference": errors[0], "their_error": errors[1]}
 
@@ -155,8 +161,19 @@ def _distance(x: Tensor, y: Tensor) -> float:
     return ((x - y).norm() / y.norm()).item()
 
 
-def _interleaved(runs: tuple[Run, Run], rounds: int) -> dict[str, Any]:
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+def clock(device: torch.device) -> Callable[[], float]:
+    """Seconds: of the CPU if one thread works there, else of the wall, when a GPU has ended."""
+    if device.type == "cpu":
+        return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+    def ended() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return ended
+
+
+def _interleaved(runs: tuple[Run, Run], rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
     seconds: tuple[list[float], list[float]] = ([], [])
     busy, own, wall = _busy(), time.process_time(), time.perf_counter()
     for round in range(rounds):
@@ -226,7 +243,10 @@ def _made(layer: Any) -> list[Tensor]:
     return [pack for entry in packs for pack in (entry if isinstance(entry, list) else [entry])]
 
 
-def _peak() -> float:
+def peak(device: torch.device) -> float:
+    """GiB: the largest resident size, or what torch held of a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
     found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
     return int(found[1]) / 2**20 if found else float("nan")
 
@@ -239,7 +259,9 @@ def _busy() -> float:
     return (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK")
 
 
-def processor() -> str:
+def processor(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return found[1] if found else "an unknown CPU"
 

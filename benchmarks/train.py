@@ -1,7 +1,8 @@
-"""One step of training beside diffusers' `train_text_to_image`: images per second and memory, CPU.
+"""One step of training beside diffusers' `train_text_to_image`: images per second and memory.
 
 python benchmarks/train.py                                   # tiny and demo size: two minutes
 python benchmarks/train.py --size sd2 --dtype float32 bfloat16 --no-ema
+python benchmarks/train.py --device cuda --size sd2 --dtype bfloat16 --side 64
 
 Both sides train the same UNet from the same weights, on latents and text embeddings that are at
 hand: noise, forward, mean squared error, backward, clipping, AdamW, running average (EMA). Theirs
@@ -13,7 +14,7 @@ and 2 % in bfloat16. After three steps, in which memory is taken from the system
 ours, theirs, theirs, ours …; a ratio is their time by ours of neighbours, the median of all with
 its range. Models of 865 million weights are not held side by side: there, one process does three
 steps, then another. Time is the CPU's, with one thread; peak is the largest resident size. Both
-run with the allocator set as our scripts set it.
+run with the allocator set as our scripts set it. On a GPU time is the wall's and memory is torch's.
 """
 
 import argparse
@@ -21,7 +22,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from run import _peak, processor  # noqa: E402
+from run import clock, peak, processor  # noqa: E402
 
 from ldm.conditioning import Cond, Conditioner  # noqa: E402
 from ldm.loading import config, legacy  # noqa: E402
@@ -74,6 +74,7 @@ def main() -> None:
     add = parser.add_argument
     add("--size", nargs="+", choices=SIZES, default=["tiny", "demo"])
     add("--dtype", nargs="+", choices=GATE, default=["float32"])
+    add("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda, cuda:1 …")
     add("--rounds", type=int, default=5)
     add("--no-ema", action="store_true", help="without averages, which take 3.5 GB at size sd2")
     add("--side", type=int, help="of the latent (the size's own)")
@@ -83,7 +84,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         return work(args)
-    print(f"{processor()}, {args.threads} threads, torch {torch.__version__}", flush=True)
+    name = processor(args.device)
+    print(f"{name}, {args.threads} threads, torch {torch.__version__}", flush=True)
     rows = [compare(args, size, dtype) for size in args.size for dtype in args.dtype]
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
@@ -139,7 +141,8 @@ class Worker:
 
     def __init__(self, args: argparse.Namespace, side: str, size: str, dtype: str) -> None:
         words = ["--worker", side, "--size", size, "--dtype", dtype]
-        words += ["--threads", str(args.threads)] + ["--no-ema"] * args.no_ema
+        words += ["--threads", str(args.threads), "--device", str(args.device)]
+        words += ["--no-ema"] * args.no_ema
         words += ["--side", str(args.side)] if args.side else []
         self.process = subprocess.Popen(
             [sys.executable, __file__, *words],
@@ -151,7 +154,7 @@ class Worker:
         self.loss = self._told()["loss"]
 
     def step(self) -> float:
-        """CPU seconds of a step."""
+        """Seconds of a step."""
         assert self.process.stdin is not None
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
@@ -176,27 +179,29 @@ def work(args: argparse.Namespace) -> None:
     """A worker: the agreed loss, first steps, then a step for every line that comes in."""
     torch.set_num_threads(args.threads)
     cpu.keep_memory()
-    size = SIZES[args.size[0]]
+    torch.backends.cudnn.allow_tf32 = False
+    size, device, now = SIZES[args.size[0]], args.device, clock(args.device)
     torch.manual_seed(0)
-    model = model_of(size)
+    model = model_of(size).to(device)
     side = args.side or size.side
     z, noise = torch.randn(2, size.batch, 4, side, side)
     t = torch.linspace(50, 950, size.batch).long()
     context = torch.randn(size.batch, 77, model.unet.context_dim)
     dtype = getattr(torch, args.dtype[0])
     make = {"ours": ours, "theirs": theirs}[args.worker]
-    loss, step = make(model, Batch(z, context, noise, t), not args.no_ema)
+    batch = Batch(z.to(device), context.to(device), noise.to(device), t.to(device))
+    loss, step = make(model, batch, not args.no_ema)
     del model
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         agreed = float(loss().detach())  # not without gradients: weights would be packed for that
         for _ in range(FIRST):
             step()
         print(json.dumps({"loss": agreed}), flush=True)
         for _ in sys.stdin:
-            begin = time.process_time()
+            begin = now()
             step()
-            seconds = time.process_time() - begin
-            print(json.dumps({"seconds": seconds, "peak": _peak()}), flush=True)
+            seconds = now() - begin
+            print(json.dumps({"seconds": seconds, "peak": peak(device)}), flush=True)
 
 
 @dataclass(frozen=True)
@@ -247,7 +252,7 @@ def ours(model: Any, batch: Batch, ema: bool) -> tuple[Callable[[], Tensor], Cal
 
     def loss() -> Tensor:
         error = model.denoiser.error(batch.z, cond, batch.t, batch.noise)
-        return task.criterion(error, batch.t)["loss"]
+        return task.criterion(error, batch.t.cpu())["loss"]
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -271,7 +276,7 @@ def theirs(model: Any, batch: Batch, ema: bool) -> tuple[Callable[[], Tensor], C
 
     predicts = {"eps": "epsilon", "v": "v_prediction"}[model.parameterization]
     scheduler: Any = DDPMScheduler(
-        trained_betas=model.schedule.betas.numpy(), prediction_type=predicts
+        trained_betas=model.schedule.betas.cpu().numpy(), prediction_type=predicts
     )
     unet: Any = opponents.unet_like(model.unet).train()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, weight_decay=1e-2)
@@ -287,7 +292,7 @@ def theirs(model: Any, batch: Batch, ema: bool) -> tuple[Callable[[], Tensor], C
 
     def step() -> None:
         noise = torch.randn_like(batch.z)
-        loss_of(noise, torch.randint(0, 1000, (len(batch.z),))).backward()
+        loss_of(noise, torch.randint_like(batch.t, 0, 1000)).backward()
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
