@@ -27,6 +27,7 @@ CAUSES = (
     *("checkpoint_hash", "ema", "config_hash", "overrides", "device", "dtype", "attention"),
     *("threads", "torch", "ldm"),
 )
+FILES = ("loras", "embeddings")  # lists of what a model was extended by
 
 
 def describe(args: Namespace, model: "LatentDiffusion") -> Info:
@@ -136,8 +137,10 @@ def flags(info: Mapping[str, Any], given: Namespace) -> Namespace:
 
 def changes(info: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What may explain a difference, one line each: `torch: 2.10.0 then, 2.11.0 now`."""
-    then = {"loras": [], "embeddings": [], **info}  # older pictures do not say
-    keys = (*CAUSES, "loras", "embeddings")
+    then, now = (
+        {**side, **{key: _contents(side.get(key, ())) for key in FILES}} for side in (info, now)
+    )
+    keys = (*CAUSES, *FILES)
     return [f"{key}: {then[key]} then, {now[key]} now" for key in keys if then[key] != now[key]]
 
 
@@ -154,6 +157,11 @@ def compare(old: "Image.Image", new: "Image.Image") -> str | None:
     share = (apart.max(-1) > 0).mean()
     most, mean = apart.max(), apart.mean()
     return f"{share:.2%} of the pixels differ, by {most} of 255 at most, {mean:.4f} on average"
+
+
+def _contents(files: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What tells files apart: not where they are."""
+    return [" ".join(str(file[key]) for key in ("hash", "weight") if key in file) for file in files]
 
 
 def _payload(model: "LatentDiffusion") -> str:

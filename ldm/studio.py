@@ -13,7 +13,7 @@ import io
 import os
 import time
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -137,7 +137,8 @@ class Studio:
     given: flags, of which GIVEN are the same for all runs.
     memory: bytes that models may take together; None for half of what the device has.
     loras: files that a run may add, and their usual weights.
-    Raises ValueError if two of them have the same name.
+    Raises FileNotFoundError if one of them is not there, ValueError if two have the same name or
+    a weight is too large.
     """
 
     def __init__(
@@ -152,9 +153,7 @@ class Studio:
         self.folder, self.outdir = Path(models), Path(outdir).resolve()
         self.given = Namespace(**{flag: getattr(given, flag) for flag in GIVEN})
         self.limits, self.memory = limits, memory
-        self.loras = {Path(file).stem: (file, weight) for file, weight in loras}
-        if len(self.loras) < len(loras):
-            raise ValueError("two files of --lora have the same name, by which they are chosen")
+        self.loras = _by_name(loras)
         self.uploads = Uploads(self.outdir / "uploads")
         self._pool: Pool | None = None
 
@@ -195,7 +194,7 @@ class Studio:
         fixed = {"outdir": str(self.outdir), "skip_grid": True, "ckpt": str(model.path)}
         fixed["config"] = model.config and str(model.config)
         made = Namespace(**vars(parsed) | vars(self.given) | fixed | dict(values))
-        made.lora = [self._lora(*weighted(choice)) for choice in made.lora]
+        made.lora = self._loras(weighted(str(choice)) for choice in made.lora or ())
         if made.scale is None:
             is_small = model.path.stat().st_size < cli.SMALL
             suits_small = DEMO_SCALES.get(made.task, DEMO_SCALE)
@@ -257,25 +256,24 @@ class Studio:
             raise ValueError(f"no model `{name or ''}` for {task}; there is: {known}")
         return models[name]
 
-    def _lora(self, name: str, weight: float) -> tuple[str, float]:
-        """A file of ours, with the weight that a run wants for it."""
-        if name not in self.loras or not abs(weight) <= STRONGEST:
-            known = ", ".join(self.loras) or "none, start the app with --lora"
-            raise ValueError(
-                f"no LoRA `{name}` of weight {weight:g}; there is: {known}; weights go from "
-                f"-{STRONGEST} to {STRONGEST}"
-            )
-        return self.loras[name][0], weight
+    def _loras(self, chosen: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
+        """Files of ours, by their names, with the weights that a run wants for them."""
+        found: dict[str, float] = {}
+        for name, weight in chosen:
+            if name in found:
+                raise ValueError(f"the LoRA `{name}` was chosen twice")
+            if name not in self.loras:
+                known = ", ".join(self.loras) or "none, start the app with --lora"
+                raise ValueError(f"no LoRA `{name}`; there is: {known}")
+            _check_weight(name, weight)
+            found[name] = weight
+        return [(self.loras[name][0], weight) for name, weight in found.items()]
 
-    def _known(self, recorded: Mapping[str, Any]) -> tuple[str, float]:
-        """The file of ours that is the one a picture was made with."""
-        from ldm.loading.checkpoint import file_hash
+    def _words(self) -> list[str]:
+        """All files of --embedding."""
+        from ldm.loading import embeddings
 
-        for name, (file, _) in self.loras.items():
-            if file_hash(file) == recorded["hash"]:
-                return self._lora(name, float(recorded["weight"]))
-        name = Path(recorded["path"]).name
-        raise ValueError(f"made with the LoRA `{name}`, which is not here: start the app with it")
+        return [str(file) for path in self.given.embedding for file in embeddings.files(path)]
 
     def _prepared(self, args: Namespace, live: Live, threads: int | None = None) -> Any:
         """(model, make, kept) of a run, as `jobs` takes them."""
@@ -298,7 +296,15 @@ class Studio:
         if self._pool is None:
             self._pool = Pool(self.memory or _memory(cli.pick_device(args.device)) / 2)
         live.say(f"loading {Path(args.ckpt).name}")
-        return cli.load(args, threads and min(threads, os.cpu_count() or 1), self._pool)
+        try:
+            model = cli.load(args, threads and min(threads, os.cpu_count() or 1), self._pool)
+        except ValueError as error:
+            files = [file for file, _ in args.lora]
+            raise ValueError(_without_folders(str(error), files)) from error
+        for kind in provenance.FILES:
+            for file in model.provenance.get(kind, ()):  # pictures say it, so users see it
+                file["path"] = Path(file["path"]).name
+        return model
 
     def _recorded(self, info: dict[str, Any], parsed: Namespace) -> Namespace:
         """The flags that made a picture; what it says of files is replaced by what is here."""
@@ -306,10 +312,12 @@ class Studio:
         given = Namespace(**vars(parsed) | own)
         if info.get("overrides"):  # any key
             raise ValueError("it was made with overrides: use scripts/replay.py")
-        given.embedding = self.given.embedding
-        if info.get("embeddings") and not given.embedding:
-            raise ValueError("made with words that are not here: start the app with --embedding")
-        given.lora = [self._known(file) for file in info.get("loras", ())]
+        names = {file: name for name, (file, _) in self.loras.items()}
+        then = info.get("loras", ())
+        files = _ours(then, names, "--lora")
+        weights = (float(lora.get("weight", 1.0)) for lora in then)
+        given.lora = self._loras(zip((names[file] for file in files), weights, strict=True))
+        given.embedding = _ours(info.get("embeddings", ()), self._words(), "--embedding")
         for files in info.get("inputs", {}).values():
             for file in files:
                 file["path"] = str(self.uploads.find(file["sha256"]))
@@ -321,6 +329,47 @@ class Studio:
             setattr(args, flag, info[flag])
         args.n_samples, args.n_iter = info["rows"], 1 + len(info.get("earlier", ()))
         return args
+
+
+def _by_name(loras: Sequence[tuple[str, float]]) -> dict[str, tuple[str, float]]:
+    """LoRAs by the names that they are chosen by."""
+    found = {Path(file).stem: (file, weight) for file, weight in loras}
+    if len(found) < len(loras):
+        raise ValueError("two files of --lora have the same name, by which they are chosen")
+    for name, (file, weight) in found.items():
+        if not Path(file).expanduser().is_file():
+            raise FileNotFoundError(f"no file `{file}` (--lora)")
+        _check_weight(name, weight)
+    return found
+
+
+def _check_weight(name: str, weight: float) -> None:
+    if not abs(weight) <= STRONGEST:  # nor is it not a number
+        raise ValueError(f"the LoRA `{name}` of weight {weight:g}: -{STRONGEST} to {STRONGEST}")
+
+
+def _ours(recorded: Any, files: Iterable[str], flag: str) -> list[str]:
+    """The files of ours that are those which a picture was made with, by their content.
+
+    Raises ValueError if one is not here.
+    """
+    from ldm.loading.checkpoint import file_hash
+
+    if not all(isinstance(one, dict) and {"hash", "path"} <= one.keys() for one in recorded):
+        raise ValueError(f"what it says of {flag} is damaged")
+    known = {file_hash(file): file for file in files} if recorded else {}
+    for one in recorded:
+        if one["hash"] not in known:
+            name = Path(one["path"]).name
+            raise ValueError(f"made with `{name}`, which is not here: start the app with {flag}")
+    return [known[one["hash"]] for one in recorded]
+
+
+def _without_folders(message: str, files: Iterable[str]) -> str:
+    """What is wrong with files, without where they are on the server."""
+    for file in files:
+        message = message.replace(file, Path(file).name)
+    return message
 
 
 def _memory(device: "torch.device") -> int:

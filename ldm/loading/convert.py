@@ -30,6 +30,7 @@ __all__ = ["SUFFIXES", "Conversion", "convert", "plan"]
 SUFFIXES = (".safetensors", ".ckpt")
 KL, STAGE = "encoder.conv_in.weight", "first_stage_config"
 PART = "autoencoder."
+LORAS = "ldm.loras"  # key of what was merged
 ADAPTED = ("unet.", "conditioner.text.")  # what LoRAs change
 
 
@@ -93,7 +94,7 @@ def plan(
         notes.append(f"the autoencoder is that of {vae}")
     metadata: dict[str, str | int] = {**file.metadata, **_provenance(file, text, ema)}
     if loras:
-        file, metadata["ldm.loras"] = _merged(file, text, loras)
+        file, metadata[LORAS] = _merged(file, text, loras, dtype)
         notes.append(f"merged: {', '.join(f'{name} of weight {w:g}' for name, w in loras)}")
     target = Path(target).expanduser()
     is_file = target.suffix in SUFFIXES
@@ -194,9 +195,15 @@ def _known(text: str | None, file: Checkpoint) -> str:
 
 
 def _merged(
-    file: Checkpoint, text: str | None, loras: Sequence[tuple[str | Path, float]]
+    file: Checkpoint,
+    text: str | None,
+    loras: Sequence[tuple[str | Path, float]],
+    dtype: torch.dtype | None,
 ) -> tuple[Checkpoint, str]:
-    """A model with LoRAs in its weights, in their precision; and a note about these as JSON."""
+    """A model with LoRAs in its weights, and a note about all that it has now, as JSON.
+
+    dtype: what the weights will be written in; the sum is rounded to it only if it is coarser.
+    """
     spec = legacy.translate(configs.parse(_known(text, file), where="config"), where="config")
     model = on_meta(spec)
     if not isinstance(model, LatentDiffusion):
@@ -205,12 +212,15 @@ def _merged(
     names = {ours: theirs for ours, theirs in names.items() if ours.startswith(ADAPTED)}
     wanted = {name: v for name, v in model.state_dict().items() if name.startswith(ADAPTED)}
     state = {ours: file.state[theirs] for ours, theirs in names.items()}
+    if dtype == torch.float32:
+        state = {name: v.float() if v.is_floating_point() else v for name, v in state.items()}
     check_fit(wanted, state, f"`{file.path}` does not fit its config")
     model.load_state_dict(state, strict=False, assign=True)
     before = dict(model.named_parameters())
     adapters.use(model, loras)
     new = {name: p.detach() for name, p in model.named_parameters() if p is not before[name]}
-    noted = [{**lora, "path": Path(lora["path"]).name} for lora in model.provenance["loras"]]
+    noted = json.loads(file.metadata.get(LORAS, "[]"))
+    noted += [{**lora, "path": Path(lora["path"]).name} for lora in model.provenance["loras"]]
     state = {**file.state, **{names[name]: value for name, value in new.items()}}
     return replace(file, state=state, mapped=False), json.dumps(noted)
 

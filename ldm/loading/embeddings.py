@@ -19,7 +19,7 @@ from ldm.loading import checkpoint
 from ldm.loading.adapters import WIDTHS
 from ldm.model import LatentDiffusion
 
-__all__ = ["read", "use", "write"]
+__all__ = ["files", "read", "use", "write"]
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def use(model: LatentDiffusion, paths: Iterable[str | Path]) -> None:
         raise ValueError("this model has no text tower that could learn words")
     noted = []
     for path in map(Path, paths):
-        for file in _files(path.expanduser()):
+        for file in files(path):
             try:
                 words = {word.lower(): vectors for word, vectors in read(file).items()}
                 _check(words, text.width, file)
@@ -54,6 +54,14 @@ def use(model: LatentDiffusion, paths: Iterable[str | Path]) -> None:
             digest = checkpoint.file_hash(file)
             noted.append({"path": str(file.resolve()), "words": list(words), "hash": digest})
     model.provenance["embeddings"] = [*model.provenance.get("embeddings", []), *noted]
+
+
+def files(path: str | Path) -> list[Path]:
+    """The files that a path names: itself, or those of the folder that it is."""
+    place = Path(path).expanduser()
+    if not place.is_dir():
+        return [place]
+    return sorted(file for file in place.iterdir() if file.suffix in ENDINGS)
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
@@ -83,12 +91,6 @@ def write(
     """
     state = {word: vectors.detach().cpu() for word, vectors in words.items()}
     checkpoint.write(path, state, metadata)
-
-
-def _files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    return sorted(file for file in path.iterdir() if file.suffix in ENDINGS)
 
 
 def _check(words: dict[str, Tensor], width: int, file: Path) -> None:

@@ -100,10 +100,12 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers()
 
 
-def _state(path: Any) -> tuple[str, int, int] | None:
-    """A file as it is now."""
+def _state(path: Any) -> Any:
+    """A file, or all of a folder, as it is now."""
     if path is None:
         return None
     file = Path(path).expanduser()
+    if file.is_dir():
+        return tuple(_state(inside) for inside in sorted(file.iterdir()) if inside.is_file())
     status = file.stat()
     return str(file.resolve()), status.st_size, status.st_mtime_ns

@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ldm.data.shards import Shards, name_of, picture_of, record_of, said_of
+from ldm.data.shards import Shards, name_of, picture_of, said_of
 from ldm.data.source import Unreadable, collate
 from ldm.data.transforms import COLOURS, Emoji
+from ldm.imaging.opening import picture_in
 from ldm.model import LatentDiffusion
 from ldm.train.objective import on_device
 from ldm.train.store import Store, digest, digest_of_weights
@@ -115,8 +116,8 @@ class Looks:
         model: LatentDiffusion,
         batch: int,
         precision: str,
-    ) -> None:
-        """Makes the latents that lack."""
+    ) -> int:
+        """Makes the latents that lack; how many could not be made."""
         # Each picture is opened without warnings; threads would not put their filters back.
         with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
 
@@ -130,7 +131,7 @@ class Looks:
                 batch = collate([sample for sample in samples if sample is not None])
                 return kept, _encoded(model, batch, precision, chance)
 
-            self.store.fill(wanted, make, batch=batch, kind=lambda one: one.size)
+            return self.store.fill(wanted, make, batch=batch, kind=lambda one: one.size)
 
 
 class Latents(Dataset):
@@ -165,9 +166,10 @@ class Latents(Dataset):
         return picture
 
     def wanted(self) -> Iterator[tuple[str, Wanted]]:
-        """All latents and their keys."""
-        for index, content in enumerate(self.digests):
-            if content:
+        """All latents and their keys, one group after the other."""
+        groups = self.groups or [0] * len(self)
+        for index in sorted(range(len(self)), key=lambda index: groups[index]):
+            if content := self.digests[index]:
                 open_ = partial(self.picture, index)
                 yield from self.looks.all_of(open_, content, self.size(index))
 
@@ -201,7 +203,8 @@ def cached_latents(
     if isinstance(dataset, Shards):
         return _of_shards(dataset, looks, model, batch, precision)
     latents = Latents(dataset, looks, list(_digests(dataset)))
-    looks.fill(list(latents.wanted()), model, batch, precision)
+    lacking = [(key, one) for key, one in latents.wanted() if key not in looks.store]
+    looks.fill(lacking, model, batch, precision)
     return latents
 
 
@@ -210,12 +213,18 @@ def _of_shards(
 ) -> Shards:
     """The same of shards, which are read for it only if one of them is not as it was."""
     states = [(url, _state(url)) for url in shards.urls]
-    facts = (looks.recipe, looks.variants, sorted(shards.limits.items()), states)
-    mark = looks.store.folder / f"shards-{digest(*facts)[:16]}.json"
-    if not (all(state for _, state in states) and _lists(mark, looks.store.files)):
+    sizes = getattr(getattr(shards.transform, "buckets", None), "sizes", None)
+    facts = (looks.recipe, looks.variants, sizes, sorted(shards.limits.items()), states)
+    path = looks.store.folder / f"shards-{digest(*facts)[:16]}.json"
+    done = _done(path, looks.store.files) if all(state for _, state in states) else None
+    if done is None:
         log.info("reading %d shards for their latents", len(shards.urls))
-        looks.fill(_wanted_of(shards, looks), model, batch, precision)
-        mark.write_text(json.dumps(sorted(looks.store.files)), "utf-8")
+        damaged = looks.fill(_wanted_of(shards, looks), model, batch, precision)
+        done = {"damaged": damaged, "files": sorted(looks.store.files)}
+        path.write_text(json.dumps(done), "utf-8")
+    if done["damaged"]:
+        log.warning("%d latents could not be made; they are tried again without `%s`",
+                    done["damaged"], path)  # fmt: skip
     return shards.replaced(partial(_latent_of, looks, shards))
 
 
@@ -228,8 +237,11 @@ def _wanted_of(shards: Shards, looks: Looks) -> Iterator[tuple[str, Wanted]]:
 
 
 def _opened(raw: Any) -> Image.Image:
-    picture: Image.Image = record_of(raw)["picture"]
-    return picture
+    suffix, data = picture_of(raw)
+    try:
+        return picture_in(data, f"{name_of(raw)}.{suffix}")
+    except ValueError as error:
+        raise Unreadable(name_of(raw), str(error)) from error
 
 
 def _latent_of(looks: Looks, shards: Shards, raw: Any, rng: Random) -> dict[str, Any]:
@@ -242,18 +254,21 @@ def _latent_of(looks: Looks, shards: Shards, raw: Any, rng: Random) -> dict[str,
     return looks.sample(name, content, shards.size(raw), row, rng)
 
 
-def _state(url: str) -> tuple[int, int] | None:
-    """Size and time of a file; None for what is not on this machine, which may always change."""
-    path = Path(url)
-    return (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None
+def _state(url: str) -> tuple[int, ...] | None:
+    """Size and times of a file; None for what is not on this machine, which may always change."""
+    if not Path(url).is_file():
+        return None
+    status = Path(url).stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _lists(mark: Path, files: set[str]) -> bool:
-    """Whether a list of files is there, and all of these."""
+def _done(path: Path, files: set[str]) -> dict[str, Any] | None:
+    """What was written after shards were read, if all files that were there then still are."""
     try:
-        return files.issuperset(json.loads(mark.read_text("utf-8")))
-    except (OSError, ValueError):
-        return False
+        done: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        return done if files.issuperset(done["files"]) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @torch.inference_mode()

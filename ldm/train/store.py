@@ -25,6 +25,7 @@ __all__ = ["Store", "digest", "digest_of_weights"]
 log = logging.getLogger(__name__)
 
 PER_FILE = 256
+WAITING = 4  # so many files' worth of all kinds may be lost when a filling is interrupted
 T = TypeVar("T")
 Pile = list[tuple[list[str], Mapping[str, Tensor]]]  # keys, and their rows by name
 
@@ -68,17 +69,18 @@ class Store:
         batch: int = 32,
         kind: Callable[[T], Any] = lambda _: None,
         unit: str = "picture",
-    ) -> None:
+    ) -> int:
         """Makes and writes what lacks of `wanted`, pairs of a key and what it is made of.
 
-        wanted: if it is no collection it is read once, and only what waits for a batch is kept.
-        make: up to `batch` things of one kind -> the places of those that could be made, and
-            tensors (n, …) by name, one row for each of these.
+            wanted: if it is no collection it is read once, and only what waits for a batch is kept.
+            make: up to `batch` things of one kind -> the places of those that could be made, and
+                tensors (n, …) by name, one row for each of these.
+        Returns how many could not be made.
         """
-        counted = isinstance(wanted, Collection)
-        total = sum(key not in self for key, _ in wanted) if counted else None
+        counted, failed = isinstance(wanted, Collection), 0
+        total = len({key for key, _ in wanted if key not in self}) if counted else None
         if total == 0:
-            return
+            return 0
         if counted:
             log.info("%d of `%s` to be made for `%s`", total, self.prefix, self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -88,15 +90,17 @@ class Store:
                   disable=not counted) as bar:  # fmt: skip
             for some in _alike(lacking, batch, lambda item: kind(item[1])):
                 places, made = make([thing for _, thing in some])
+                failed += len(some) - len(places)
                 pile = piles.setdefault(kind(some[0][1]), [])
                 if places:
                     pile.append(([some[place][0] for place in places], made))
-                if sum(len(keys) for keys, _ in pile) >= PER_FILE:
-                    self._write(pile)
-                    pile.clear()
+                if _length(pile) >= PER_FILE:
+                    self._write(piles.pop(kind(some[0][1])))
+                elif sum(map(_length, piles.values())) >= WAITING * PER_FILE:
+                    self._write_all(piles)
                 bar.update(len(some))
-        for pile in piles.values():
-            self._write(pile)
+        self._write_all(piles)
+        return failed
 
     def _lacking(self, wanted: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
         """What is not there yet, each key once."""
@@ -105,6 +109,10 @@ class Store:
             if key not in self and key not in asked:
                 asked.add(key)
                 yield key, thing
+
+    def _write_all(self, piles: dict[Any, Pile]) -> None:
+        while piles:
+            self._write(piles.pop(next(iter(piles))))
 
     def _write(self, pile: Pile) -> None:
         keys = [key for part, _ in pile for key in part]
@@ -131,6 +139,10 @@ class Store:
         if "keys" in content:  # older versions wrote other files
             self._files[path] = content
             self._places |= {key: (path, row) for row, key in enumerate(content["keys"])}
+
+
+def _length(pile: Pile) -> int:
+    return sum(len(keys) for keys, _ in pile)
 
 
 def _alike(things: Iterable[T], size: int, kind: Callable[[T], Any]) -> Iterator[list[T]]:

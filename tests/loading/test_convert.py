@@ -124,12 +124,24 @@ def test_loras_are_merged_as_they_are_when_a_model_is_loaded(tiny, tmp_path, tar
     theirs = ldm.load(tiny[0], loras=styles).state_dict()
     assert same(ldm.load(tmp_path / target).state_dict(), theirs)
     if target == "merged.safetensors":
+        again = str(tmp_path / "again.safetensors")
+        assert main([str(tmp_path / target), again, *flags[:2]]) == 0
+        assert len(json.loads(checkpoint.read(again).metadata["ldm.loras"])) == 3
         noted = json.loads(checkpoint.read(tmp_path / target).metadata["ldm.loras"])
         assert [(lora["path"], lora["weight"]) for lora in noted] == [
             ("1.safetensors", 0.8),
             ("2.safetensors", -0.5),
         ]
     assert same(checkpoint.read(source).state, state)
+
+
+def test_a_sum_is_as_fine_as_what_is_written(tiny, tmp_path):
+    style, half = tmp_path / "style.safetensors", str(tmp_path / "half.safetensors")
+    adapters.write(random_adapter(model := ldm.load(tiny[0])), style, model)
+    assert main([str(tiny[0]), half, "--dtype", "float16"]) == 0
+    assert main([half, str(tmp_path / "x.ckpt"), "--dtype", "float32", "--lora", str(style)]) == 0
+    theirs = ldm.load(half, loras=[(style, 1.0)]).state_dict()
+    assert same(ldm.load(tmp_path / "x.ckpt").state_dict(), theirs)
 
 
 def test_a_lora_for_a_part_of_a_model_or_for_none_is_refused(tiny, tmp_path, capsys):

@@ -85,7 +85,10 @@ def test_models_with_other_loras_or_words_are_other_models(pool, tmp_path):
     assert styled is not plain
     assert pool(None, path, **options) is styled
     (tmp_path / "style").write_bytes(b"12")
-    assert pool(None, path, **options) is not styled
+    options["loras"] = []
+    taught = pool(None, path, **options)
+    (tmp_path / "style").write_bytes(b"123")  # a file of the folder of words
+    assert pool(None, path, **options) is not taught
 
 
 def test_a_tower_that_learned_words_is_not_shared(pool):

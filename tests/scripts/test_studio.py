@@ -6,6 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 from picturehelp import pixels, random_lora
 from PIL import Image
 
@@ -13,6 +14,7 @@ import ldm
 from ldm import flags, page
 from ldm.imaging.metadata import read_info, write_png
 from ldm.live import Live, follow
+from ldm.loading import embeddings
 from ldm.studio import Limits, Studio
 from scripts import depth2img, img2img, inpaint, replay, txt2img, unclip, upscale
 
@@ -189,7 +191,7 @@ LIES = [
     ({"inputs": {"init_img": [{"path": "/etc/passwd", "sha256": "0" * 64}]}}, "upload it"),
     ({"overrides": ["model.params.x=1"]}, "use scripts/replay.py"),
     ({"loras": [{"path": "/etc/passwd", "weight": 1, "hash": ""}]}, "`passwd`, which is not here"),
-    ({"embeddings": [{"path": "/etc/passwd", "hash": ""}]}, "words that are not here"),
+    ({"embeddings": [{"path": "/etc/passwd", "hash": ""}]}, "`passwd`, which is not here"),
     ({"steps": 10**9}, "`steps` is"),
     ({"rows": 10**9}, "`n_samples` is"),
     ({"fit": [8192, 8192]}, "`H` is 8192"),
@@ -237,21 +239,64 @@ def test_chosen_loras_change_the_picture_and_are_found_again_by_content(
     with_one, plain = (
         run(studio, "txt2img", answers("txt2img", lora=lora)).made[0] for lora in (["1:0.8"], [])
     )
-    assert [(lora["path"], lora["weight"]) for lora in with_one["loras"]] == [(given[0][0], 0.8)]
+    assert [(lora["path"], lora["weight"]) for lora in with_one["loras"]] == [
+        ("1.safetensors", 0.8)
+    ]
     assert (pixels(with_one["path"]) != pixels(plain["path"])).any()
     assert studio._pool.count == 2
-    assert replay.main([with_one["path"], "--ckpt", files["base_v"][1]]) == 0
+    words = ["--ckpt", files["base_v"][1], "--lora", f"{given[0][0]}:0.8"]
+    assert replay.main([with_one["path"], *words]) == 0
     moved = [(str(Path(given[0][0]).rename(tmp_path / "moved.safetensors")), 1.0)]
     studio = Studio(studio.folder, studio.outdir, studio.given, LIMITS, loras=moved)
     assert replayed(studio, with_one["path"]).message == "identical"
     assert replayed(studio, plain["path"]).message == "identical"
 
 
-@pytest.mark.parametrize("choice", ["/etc/passwd", "style:1000", "style:nan"])
-def test_loras_are_those_that_were_offered(studio, answers, choice):
-    studio = Studio(studio.folder, studio.outdir, studio.given, LIMITS, loras=[("style.pt", 1)])
-    live = run(studio, "txt2img", answers("txt2img", lora=[choice]))
-    assert "there is: style; weights go from -10 to 10" in live.message
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (["/etc/passwd"], "no LoRA `/etc/passwd`; there is: style"),
+        (["style:1000"], "of weight 1000: -10 to 10"),
+        (["style:nan"], "of weight nan: -10 to 10"),
+        (["style", "style:0.5"], "`style` was chosen twice"),
+        ([1], "no LoRA `1`"),
+        (["style"], "`style.pt` is"),
+    ],
+)
+def test_loras_are_those_that_were_offered(studio, answers, tmp_path, chosen, message):
+    (tmp_path / "style.pt").write_bytes(b"<html>")
+    loras = [(str(tmp_path / "style.pt"), 1)]
+    studio = Studio(studio.folder, studio.outdir, studio.given, LIMITS, loras=loras)
+    live = run(studio, "txt2img", answers("txt2img", lora=chosen))
+    assert message in live.message
+    assert str(tmp_path) not in live.message
+
+
+@pytest.mark.parametrize(
+    ("loras", "message"),
+    [
+        ([("absent.pt", 1)], "no file `absent.pt`"),
+        ([("a/x.pt", 1), ("b/x.pt", 1)], "have the same name"),
+    ],
+)
+def test_loras_are_there_when_the_app_starts(studio, loras, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        Studio(studio.folder, studio.outdir, studio.given, LIMITS, loras=loras)
+
+
+def test_a_picture_is_made_again_with_the_words_it_was_made_with(studio, files, answers, tmp_path):
+    width = ldm.load(files["base_v"][3], files["base_v"][1]).conditioner.text.width
+    word, given = tmp_path / "cat.safetensors", Namespace(**vars(studio.given))
+    given.embedding = [str(tmp_path)]
+    taught = Studio(studio.folder, studio.outdir, given, LIMITS)
+    path = run(studio, "txt2img", answers("txt2img", prompt="a cat")).made[0]["path"]
+    embeddings.write(word, {"cat": torch.randn(2, width)})
+    with_word = run(taught, "txt2img", answers("txt2img", prompt="a cat")).made[0]["path"]
+    assert (pixels(path) != pixels(with_word)).any()
+    for shown in (path, with_word):
+        assert replayed(taught, shown).message == "identical"
+    embeddings.write(word, {"cat": torch.randn(2, width)})
+    assert "`cat.safetensors`, which is not here" in replayed(taught, with_word).message
 
 
 def test_a_checkpoint_is_inspected_by_its_name_only(studio):

@@ -158,9 +158,9 @@ def test_shards_are_read_for_latents_only_when_something_changed(
     raws = Shards.raws
     monkeypatch.setattr(Shards, "raws", lambda shards: read.append(1) or raws(shards))
 
-    def found() -> tuple[int, int]:
+    def found(**options: Any) -> tuple[int, int]:
         """(how often shards were read, how many latents there are)"""
-        cached_latents(model, Shards(files, Photo(size=16)), cache)
+        cached_latents(model, Shards(files, Photo(size=16, **options)), cache)
         return len(read), len(Store(cache, "latents"))
 
     assert found() == (1, 6)
@@ -172,17 +172,42 @@ def test_shards_are_read_for_latents_only_when_something_changed(
     next(cache.glob("latents-*.pt")).unlink()
     assert found()[0] == 3
     assert found()[0] == 3
+    assert found(buckets={"step": 8})[0] == 4
 
 
-def test_damaged_pictures_in_shards_are_named(model: Any, photos: Path, tmp_path: Path) -> None:
+def test_damaged_pictures_in_shards_are_named(
+    model: Any, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copy(photos / "1.png", photos / "0.png")
     (shard,) = pack(Folder(root=photos, transform=Photo()), f"{tmp_path}/%d.tar")
     content = shard.read_bytes()
     place = content.index(b"IHDR", content.index(b"000000002.png"))
-    shard.write_bytes(content[:place] + b"XXXX" + content[place + 4 :])
+    content = content[:place] + b"XXXX" + content[place + 4 :]
+    shard.write_bytes(content.replace(b"picture 0", b"picture \xff"))  # a caption that is no text
     shards = cached_latents(model, Shards(str(shard), Photo(size=16)), tmp_path / "cache")
     batch = next(shards.batches(6))
-    assert batch["broken"] == ["0.tar/000000002"]
+    assert sorted(batch["broken"]) == ["0.tar/000000000", "0.tar/000000002"]
+    assert {*batch["txt"]} == {f"picture {n}" for n in (1, 3, 4, 5)}
     assert batch["z"].shape == (6, 4, 4, 4)
+    assert "1 latents could not be made; they are tried again without `" in caplog.text
+
+
+def test_little_is_lost_of_many_kinds_when_a_filling_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ldm.train.store.PER_FILE", 8)
+    done: list[int] = []
+
+    def make(some: Any) -> tuple[list[int], dict[str, torch.Tensor]]:
+        done.extend(some)
+        if len(done) > 100:
+            raise KeyboardInterrupt
+        return list(range(len(some))), {"z": torch.tensor(some)}
+
+    wanted = ((str(n), n) for n in [*range(200), *range(200)])  # as shards give them: uncounted
+    with pytest.raises(KeyboardInterrupt):
+        Store(tmp_path, "x").fill(wanted, make, batch=4, kind=lambda n: n % 20)
+    assert len(Store(tmp_path, "x")) > 60
 
 
 def test_contexts_are_kept_of_a_frozen_tower_alone(model: Any, tmp_path: Path) -> None:
