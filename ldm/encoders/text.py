@@ -102,6 +102,14 @@ class OpenCLIPText(nn.Module):
         self.model = OpenCLIPTower(**size)
         self.requires_grad_(not freeze)
 
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Names of weights, or their beginnings, that no context depends on."""
+        blocks: Any = self.model.transformer["resblocks"]
+        last = (f"model.transformer.resblocks.{len(blocks) - 1}.",)
+        is_run = self.layer == "last"
+        return ("model.text_projection", "model.logit_scale", *(() if is_run else last))
+
     def tokenize(self, texts: Sequence[str] | str) -> Tensor:
         """Ids (B, 77) int64: 49406, words, 49407, zeros."""
         ids = _ids(self.learned)

@@ -121,8 +121,8 @@ def places(model: LatentDiffusion) -> dict[str, Place]:
     if isinstance(text, (CLIPText, OpenCLIPText)):
         for ours, theirs in text_layers(_layer_names(text)).items():
             layer = text.get_submodule(ours)
-            if text.layer == "penultimate" and ours.startswith(_last_block(text)):
-                continue  # it is never run
+            if ours.startswith(getattr(text, "unused", ())):
+                continue
             if isinstance(layer, FusedAttention):
                 for part, third in enumerate(THIRDS):
                     found[f"text_encoder.{theirs}.{third}"] = Place(layer, part)
@@ -148,11 +148,6 @@ def kohya(name: str) -> str:
 def _layer_names(network: nn.Module) -> list[str]:
     kinds = (nn.Linear, nn.Conv2d, FusedAttention)
     return [name for name, layer in network.named_modules() if isinstance(layer, kinds)]
-
-
-def _last_block(text: nn.Module) -> str:
-    blocks = text.get_submodule("model.transformer.resblocks")
-    return f"model.transformer.resblocks.{len(list(blocks.children())) - 1}."
 
 
 def _layers(file: Checkpoint) -> dict[str, dict[str, Tensor]]:

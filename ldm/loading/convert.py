@@ -22,7 +22,7 @@ from ldm.loading import adapters, checkpoint, config as configs, legacy, report,
 from ldm.loading.checkpoint import EMBEDDED, Checkpoint
 from ldm.loading.families import PUBLISHED
 from ldm.loading.folder import files
-from ldm.loading.skeleton import check_fit, on_meta
+from ldm.loading.skeleton import check_fit, complete, on_meta
 from ldm.model import LatentDiffusion
 
 __all__ = ["SUFFIXES", "Conversion", "convert", "plan"]
@@ -214,6 +214,7 @@ def _merged(
     state = {ours: file.state[theirs] for ours, theirs in names.items()}
     if dtype == torch.float32:
         state = {name: v.float() if v.is_floating_point() else v for name, v in state.items()}
+    complete(model, state, str(file.path))
     check_fit(wanted, state, f"`{file.path}` does not fit its config")
     model.load_state_dict(state, strict=False, assign=True)
     before = dict(model.named_parameters())

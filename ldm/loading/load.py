@@ -33,7 +33,7 @@ from ldm.loading import (
 )
 from ldm.loading.checkpoint import EMBEDDED, Checkpoint
 from ldm.loading.families import PUBLISHED
-from ldm.loading.skeleton import fill, on_meta
+from ldm.loading.skeleton import complete, fill, on_meta
 from ldm.model import LatentDiffusion
 
 __all__ = ["choose_config", "fill", "load", "markers", "on_meta", "save"]
@@ -93,6 +93,7 @@ def load(
     for held in (file.state, file.averages):
         held.clear()  # so that memory is given back while `state` is used up
     misfit = f"`{file.path}` does not fit {where}"
+    complete(model, state, str(file.path))
     lent = depth.borrow(model.state_dict(), state, file.path, midas)
     fill(model, state, device=device, dtype=dtype, mapped=file.mapped and not lent, misfit=misfit)
     if isinstance(model, LatentDiffusion):

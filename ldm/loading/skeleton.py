@@ -3,6 +3,7 @@
 Strict: every tensor, every shape. Nothing is initialised, as all of it is replaced.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -10,12 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ldm.encoders.text import OpenCLIPText
 from ldm.loading import checkpoint, config as configs, families, legacy
 from ldm.model import LatentDiffusion
 
-__all__ = ["check_fit", "fill", "on_meta"]
+__all__ = ["check_fit", "complete", "fill", "on_meta"]
 
-PREFIXES = ("", "unet.", "autoencoder.", "conditioner.text.")
+log = logging.getLogger(__name__)
+
+TEXT = "conditioner.text."
+PREFIXES = ("", "unet.", "autoencoder.", TEXT)
 
 
 def on_meta(
@@ -68,6 +73,25 @@ def fill(
     model.load_state_dict(weights, strict=True, assign=True)
     if dtype == torch.float16 and hasattr(getattr(model, "conditioner", None), "lowres"):
         cast(LatentDiffusion, model).autoencoder.float()  # the upscaler's overflows in float16
+
+
+def complete(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Puts zeros in place of what no computation uses, where other programs leave it out.
+
+    These are the projection of OpenCLIP's text tower, and its last block if that is not run.
+    state: under our names. where: the file that it is from.
+    """
+    text = getattr(getattr(model, "conditioner", None), "text", None)
+    if not isinstance(text, OpenCLIPText):
+        return
+    unused = tuple(TEXT + name for name in text.unused)
+    wanted = model.state_dict()
+    lacking = [name for name in wanted if name.startswith(unused) and name not in state]
+    kind = next((value.dtype for name, value in state.items() if name.startswith(TEXT)), None)
+    if kind is not None:  # else it is not this that the file lacks
+        state |= {name: torch.zeros(wanted[name].shape, dtype=kind) for name in lacking}
+    if kind is not None and lacking:
+        log.info("`%s` lacks %d tensors of the text tower that are not used", where, len(lacking))
 
 
 def check_fit(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], misfit: str) -> None:

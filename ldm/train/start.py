@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.loading import checkpoint, config, legacy
+from ldm.loading.skeleton import check_fit, complete
 from ldm.model import LatentDiffusion
 
 __all__ = ["from_checkpoints"]
@@ -57,15 +58,23 @@ def _put(
     state = {n: v for n, v in state.items() if not n.startswith(ignored)}
     for name in legacy.rename(dict.fromkeys(widened, torch.empty(0))):
         name = name.removeprefix(prefix)
-        if name in state and name in wanted and state[name].shape != wanted[name].shape:
+        if name in state and name in wanted and _is_narrower(state[name], wanted[name]):
             wide = torch.zeros_like(wanted[name])
             wide[:, : state[name].shape[1]] = state[name]
             state[name] = wide
     if params.get("make_it_fit"):
         state = {n: fitted(v, wanted[n].shape) if n in wanted else v for n, v in state.items()}
+    complete(module, state, params["ckpt_path"])
     kept = {n: v for n, v in wanted.items() if n.startswith(ignored)}
+    check_fit(wanted, kept | state, f"`{params['ckpt_path']}` does not fit the config")
     module.load_state_dict(kept | state)
     return tables
+
+
+def _is_narrower(old: Tensor, new: Tensor) -> bool:
+    """Whether a weight (out, in, …) only lacks inputs."""
+    rest = old.shape[:1] + old.shape[2:], new.shape[:1] + new.shape[2:]
+    return rest[0] == rest[1] and old.shape[1:2] < new.shape[1:2]
 
 
 def fitted(old: Tensor, shape: torch.Size) -> Tensor:

@@ -74,6 +74,28 @@ def test_a_folder_loads_like_a_file(tiny, folder):
         ldm.load(folder, ema=True)
 
 
+def test_what_no_computation_uses_may_lack(tiny, tmp_path, capsys):
+    """Programs that write SD 2's text tower from diffusers' have no last block and projection."""
+    tower = "cond_stage_model.model."
+    unused = tuple(
+        tower + name for name in ("transformer.resblocks.2.", "text_projection", "logit_scale")
+    )
+    text = checkpoint.read(tiny[0]).metadata["ldm.config"]
+    state = {name: value for name, value in tiny[1].items() if not name.startswith(unused)}
+    assert len(state) == len(tiny[1]) - 14
+    torch.save({"state_dict": state, "ldm.config": text}, tmp_path / "short.ckpt")
+    ours, whole = ldm.load(tmp_path / "short.ckpt"), ldm.load(tiny[0])
+    assert torch.equal(
+        *(model.condition({"txt": ["a red apple"]}).crossattn for model in (ours, whole))
+    )
+    assert main([str(tmp_path / "short.ckpt"), str(tmp_path / "folder")]) == 0
+    assert ldm.load(tmp_path / "folder").provenance["prediction"]
+    del state[tower + "transformer.resblocks.1.ln_1.weight"]
+    torch.save({"state_dict": state, "ldm.config": text}, tmp_path / "short.ckpt")
+    with pytest.raises(ValueError, match="1 missing, 0 unexpected"):
+        ldm.load(tmp_path / "short.ckpt")
+
+
 def test_half_precision_and_its_variant(tiny, tmp_path):
     assert main([str(tiny[0]), str(tmp_path / "half"), "--variant", "fp16"]) == 0
     weights = tmp_path / "half/unet/diffusion_pytorch_model.fp16.safetensors"

@@ -1,9 +1,15 @@
 """Weights of another width, as the original fits them in."""
 
+from pathlib import Path
+
+import pytest
 import torch
 
 from goldfile import gold
-from ldm.train.start import fitted
+from ldm.loading import config
+from ldm.train.start import fitted, from_checkpoints
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_weights_of_another_width_equal_the_originals() -> None:
@@ -11,6 +17,14 @@ def test_weights_of_another_width_equal_the_originals() -> None:
     narrow, wide = golden.inputs("make_it_fit"), golden.outputs("make_it_fit")
     ours = fitted(narrow["conv_in_4ch"], wide["conv_in_7ch"].shape)
     torch.testing.assert_close(ours, wide["conv_in_7ch"], rtol=1e-6, atol=0)
+
+
+def test_weights_of_another_model_are_one_line() -> None:
+    raw = config.read(ROOT / "configs/train/tiny.yaml")["model"]
+    path = str(ROOT / "checkpoints/demo.safetensors")
+    with pytest.raises(ValueError, match=r"`.*` does not fit the config: \d+ missing") as error:
+        from_checkpoints(config.instantiate(raw, where="model"), {"ckpt_path": path})
+    assert "model.diffusion_model.input_blocks.0.0.weight (64, 4, 3, 3)" in str(error.value)
 
 
 def test_outputs_are_repeated_and_biases_too() -> None:

@@ -21,7 +21,7 @@ from ldm.loading import checkpoint, config as configs, legacy, statistics
 from ldm.loading.checkpoint import EMBEDDED, Checkpoint
 from ldm.loading.folder.index import INDEX, describe, recall
 from ldm.loading.folder.places import VAE_OLD, Place, gather, places, scatter
-from ldm.loading.skeleton import check_fit, on_meta
+from ldm.loading.skeleton import check_fit, complete, on_meta
 from ldm.model import LatentDiffusion
 
 __all__ = ["REST", "is_folder", "parts", "read", "weights_file", "write_texts"]
@@ -112,6 +112,7 @@ def parts(
     if not isinstance(model, LatentDiffusion):  # a part, perhaps out of a whole
         own = {name.removeprefix("autoencoder."): name for name in state}
         state = {name: state[own[name]] for name in wanted if name in own}
+    complete(model, state, str(file.path))
     check_fit(wanted, state, f"`{file.path}` does not fit its config")
     files = describe(model, spec)
     found = {part: scatter(mine, state) for part, mine in _by_component(homes).items()}
