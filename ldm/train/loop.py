@@ -6,8 +6,7 @@ A step is `parts` batches, over all processes and all accumulated ones. Batches 
 the whole run, and all chance in one comes from its number, so that a run that was interrupted goes
 on exactly, on as many processes as there are then.
 
-A run is a folder: checkpoints/state-… (to go on), checkpoints/last.safetensors (averaged weights in
-the original's names), images/, logs. `ldm.train.settings` says what a config may contain.
+`ldm.train.runs` says what a run's folder holds, `ldm.train.settings` what a config may contain.
 """
 
 import contextlib
@@ -195,15 +194,20 @@ class Run:
         return losses
 
     def save(self) -> None:
-        self.states.save(self.state)
+        """A state to go on from. Steps that change nothing push out none that may be needed."""
+        changed = self.state.step - self.bad
+        if not (self.bad and self.states.has(changed)) and self._is_finite("state"):
+            self.states.save(self.state)
 
     def export(self) -> None:
         """checkpoints/last.safetensors (or what is asked for), in the original's names; or LoRA."""
-        exports.export(self, self.last.with_suffix(""))
+        if self._is_finite("export"):
+            exports.export(self, self.last.with_suffix(""))
 
     def export_step(self) -> None:
         """The same under the number of the step, to stay."""
-        exports.export_step(self)
+        if self._is_finite("export"):
+            exports.export_step(self)
 
     def draw(self) -> None:
         """Grids of samples, with and without averaging, and the loss by timestep."""
@@ -299,6 +303,13 @@ class Run:
         self.ends = bool(stop)
         return [name for name, is_due in zip(due, all_, strict=True) if is_due]
 
+    def _is_finite(self, what: str) -> bool:
+        """Whether all processes still have numbers; if not, says that `what` is not written."""
+        (is_lost,) = self.ranks.greatest([not self.state.is_finite()])
+        if is_lost:
+            log.error("step %d: weights are not finite, no %s is written", self.state.step, what)
+        return not is_lost
+
     def _skipped(self, work: Work, losses: Mapping[str, Tensor]) -> None:
         """Counts a step without finite gradients.
 
@@ -308,12 +319,12 @@ class Run:
         self.bad += 1
         loss = float(losses["loss"].detach())
         log.warning("step %d is skipped: its loss is %g", self.state.step, loss)
-        if self.bad >= self.settings["trainer"]["nan_limit"]:
+        if self.bad >= self.settings["trainer"]["nan_limit"] or not self._is_finite("state"):
             path = self.folder / f"not-finite-rank{self.ranks.rank}.pt"
             torch.save([batch for _, batch in work], path)
             raise FloatingPointError(
                 f"{self.bad} steps in a row had no finite gradients, the last loss is {loss:g}; "
-                f"its batches are in `{path}`"
+                f"its batches are in `{path}`; `{self.states.folder}` has earlier states"
             )
 
     def _begin(self) -> Rate:

@@ -50,6 +50,11 @@ class States:
         found = complete(self.folder)
         return found[-1] if found else None
 
+    def has(self, step: int) -> bool:
+        """Whether there is a complete state of this step or a later one, on all processes."""
+        oldest = self.folder / f"state-{step:08}"
+        return self.ranks.told(lambda: any(old >= oldest for old in complete(self.folder)))
+
     def save(self, state: State) -> Path:
         """Writes the state of all processes; what was there before stays until that is done.
 

@@ -139,6 +139,16 @@ class State:
             found |= _prefixed(f"{name}.optimizer", player.moments())
         return found
 
+    def is_finite(self) -> bool:
+        """Whether all that this process has of what is trained is still numbers."""
+        held = [*self.ema.shadow.values()]
+        for player in self.players.values():
+            held += [p for p in player.module.parameters() if p.requires_grad]
+            held += player.moments().values()
+        numbers = (value.detach() for value in held if value.is_floating_point())
+        local = (value.to_local() if hasattr(value, "to_local") else value for value in numbers)
+        return all(bool(value.isfinite().all()) for value in local)
+
     def room(self, saved: Mapping[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
         """Tensors to read a saved state into: weights and average in place, moments new ones."""
         found = self._fixed()

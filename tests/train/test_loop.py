@@ -115,6 +115,33 @@ def test_a_run_that_diverges_stops_with_state_and_batch_on_disk(tmp_path: Path) 
     assert torch.equal(weights(again)["unet.out.2.weight"], weights(run)["unet.out.2.weight"])
 
 
+def test_a_run_that_diverges_keeps_a_state_from_before_however_often_it_is_resumed(
+    tmp_path: Path,
+) -> None:
+    tiny(tmp_path, "lightning.trainer.max_steps=4", "lightning.callbacks.save_steps=2").train()
+    good = tmp_path / "checkpoints/state-00000004"
+    kept = {path: path.read_bytes() for path in good.iterdir()}
+    for _ in range(3):
+        again = tiny(tmp_path, "lightning.trainer.max_steps=99", "lightning.callbacks.save_steps=2")
+        again.resume()
+        again.raw["model"]["base_learning_rate"] = 1e38
+        with pytest.raises(FloatingPointError, match="has earlier states"):
+            again.train()
+        assert {path: path.read_bytes() for path in good.iterdir()} == kept
+    assert len([*good.parent.glob("state-*")]) == 2
+
+
+def test_numbers_that_were_lost_are_not_written(tmp_path: Path) -> None:
+    run = tiny(tmp_path, "lightning.trainer.max_steps=2")
+    run.train()
+    before = {path: path.read_bytes() for path in tmp_path.glob("**/*") if path.is_file()}
+    run.state.step = 3
+    run.state.ema.shadow["unet.out.2.weight"][0] = torch.nan
+    run.save()
+    run.export()
+    assert {path: path.read_bytes() for path in tmp_path.glob("**/*") if path.is_file()} == before
+
+
 def test_a_full_disk_neither_ends_a_run_nor_costs_a_state(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
