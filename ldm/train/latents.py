@@ -2,9 +2,10 @@
 
 Some variants of each picture are encoded (emoji on different colours and places, photos cut and
 mirrored differently), and with them what the encoders of the model see beside the picture (`cached`
-names it: a mask with the latent around it, a depth map, a small copy). Captions and noise are still
-drawn anew for every sample. Keys: what was done to which bytes, and by which weights (see `Store`).
-So the pictures of a folder find their latents when they are packed into shards.
+names it: a mask with the latent around it, a depth map, a small copy). Kept are mean and deviation:
+latents are drawn from their posterior anew for every sample, as captions and noise are. Keys: what
+was done to which bytes, and by which weights (see `Store`). So the pictures of a folder find their
+latents when they are packed into shards.
 """
 
 import json
@@ -36,7 +37,7 @@ __all__ = ["Latents", "cached_latents"]
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of what transforms do; raise it when the same options give other pixels
+VERSION = 2  # of what is kept; raise it too when the same options give other pixels
 PRECISIONS = {"16": torch.float16, "32": torch.float32}
 
 
@@ -90,7 +91,7 @@ class Looks:
     def sample(
         self, name: str, content: str, size: tuple[int, int] | None, row: Any, rng: Random
     ) -> dict[str, Any]:
-        """{"z", "txt", …} of a picture in a variant of chance.
+        """{"z", "z_std", "txt", …} of a picture in a variant of chance.
 
             name: what errors call it. row: its metadata.
         Raises Unreadable if no latent could be made of it.
@@ -135,7 +136,7 @@ class Looks:
 
 
 class Latents(Dataset):
-    """Latents in the place of pictures, as {"z", "txt", …}; `groups` as the pictures have.
+    """Latents in the place of pictures, as {"z", "z_std", "txt", …}; `groups` as the pictures have.
 
     dataset: a Folder or a Hub.
     digests: of the file of every record, "" where it cannot be read.
@@ -278,10 +279,11 @@ def _encoded(
     """The latents of a batch of pictures, and what the encoders say they make of them."""
     names, batch = _seen(model), on_device(batch, model.device)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "16"):
-        z = model.autoencoder.encode(batch["jpg"]).mode() * model.scale_factor  # (B, C, h, w)
+        posterior = model.autoencoder.encode(batch["jpg"])
+        z, std = (part * model.scale_factor for part in (posterior.mean, posterior.std))
         if names:
             batch = model.prepare(batch, (z.shape[-2], z.shape[-1]), chance)
-    made = {"z": z, **{name: batch[name] for name in names}}
+    made = {"z": z, "z_std": std, **{name: batch[name] for name in names}}
     return {name: value.to("cpu", PRECISIONS[precision]) for name, value in made.items()}
 
 

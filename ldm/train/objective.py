@@ -61,7 +61,8 @@ class Diffusion:
             self.trained["criterion"] = self.criterion
 
     def loss(self, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
-        """What `Criterion` says of a batch: images ("jpg") or latents ("z"), and what else is read.
+        """What `Criterion` says of a batch: images ("jpg") or latents ("z", and perhaps "z_std",
+        the deviation of their posterior), and what else is read.
 
         Every family goes this way: what an encoder reads it makes itself of the batch.
         With a "prior" in the batch: the sum, and {"instance", "prior"}, its parts without weight.
@@ -89,6 +90,8 @@ class Diffusion:
         if z is None:
             with torch.no_grad():
                 z = self.model.encode(batch["jpg"], generator)
+        elif "z_std" in batch:  # of the posterior that z is the mean of
+            z = z + batch["z_std"] * torch.randn(z.shape, generator=generator).to(z)
         t = spread_timesteps(len(z), len(self.model.schedule), generator, self.noise_bias)  # (B,)
         noise, seen = self._noise(z, generator)  # (B, C, h, w) each
         batch = self.model.prepare(batch, (z.shape[-2], z.shape[-1]), generator)

@@ -17,6 +17,7 @@ from ldm.data.transforms import Emoji, Photo
 from ldm.loading import config
 from ldm.train.contexts import cached_contexts
 from ldm.train.latents import cached_latents
+from ldm.train.objective import Diffusion
 from ldm.train.sources import open_sources
 from ldm.train.store import Store
 
@@ -59,6 +60,15 @@ def test_latents_are_those_of_the_pictures(model: Any, photos: Path, tmp_path: P
         z = model.autoencoder.encode(folder[0, 3]["jpg"][None]).mode()[0]
     torch.testing.assert_close(sample["z"], z, rtol=1e-4, atol=1e-4)
     assert sample["txt"] == "picture 3"
+
+
+def test_the_loss_is_the_same_with_a_cache(model: Any, photos: Path, tmp_path: Path) -> None:
+    folder = Folder(root=photos, transform=Photo(size=16, flip=0.0))
+    cached = cached_latents(model, folder, tmp_path, precision="32")
+    task = Diffusion(model, drop=0.0)
+    batches = (next(Records(data, seed=5).batches(4)) for data in (folder, cached))
+    losses = [task.loss(batch, torch.Generator().manual_seed(7)) for batch in batches]
+    torch.testing.assert_close(losses[0]["losses"], losses[1]["losses"], rtol=1e-4, atol=1e-5)
 
 
 def test_only_what_changed_is_made_anew(model: Any, photos: Path, tmp_path: Path) -> None:
