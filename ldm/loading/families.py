@@ -169,9 +169,8 @@ def _by_marker(markers: Mapping[str, str]) -> Verdict | None:
     named = markers.get("modelspec.prediction_type", "")
     if "v_pred" in markers or named == "v":
         return Verdict("marker", "v", f"`{named or 'v_pred'}`")
-    if named in ("epsilon", "eps"):
-        return Verdict("marker", "eps", f"`{named}`")
-    return None
+    says = {"epsilon": "eps", "eps": "eps", "sample": "x0", "x0": "x0"}.get(named)
+    return None if says is None else Verdict("marker", says, f"`{named}`")
 
 
 def _by_bias(state: Mapping[str, Tensor]) -> Verdict:

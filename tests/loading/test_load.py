@@ -231,6 +231,7 @@ EPS[::2] *= -1
         (875000, EPS, {"v_pred": ""}, "v", True),
         (None, V, {"modelspec.prediction_type": "v"}, "v", False),
         (None, EPS, {"modelspec.prediction_type": "epsilon"}, "eps", False),
+        (None, EPS, {"modelspec.prediction_type": "x0"}, "x0", True),
     ],
 )
 def test_predictions_are_decided_by_several_methods(step, bias, notes, says, disputed):
