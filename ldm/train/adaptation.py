@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.encoders import tokenizer
 from ldm.encoders.text import CLIPText, OpenCLIPText
-from ldm.loading import adapters, embeddings, legacy
+from ldm.loading import adapters, embeddings
 from ldm.model import LatentDiffusion
 from ldm.nets.lora import Adapter, LowRank
 from ldm.train.objective import Diffusion
@@ -38,8 +39,8 @@ class Adaptation:
 
         lora: {rank, alpha (the rank), targets}, or empty for none.
         textual_inversion: {token, vectors (1), init}, or empty for none. init: a word whose
-            vectors are where it starts; none: the mean of all words.
-    Raises ValueError for an unknown key or target.
+            vectors are where it starts; none: the mean of all words. `settings` has checked both.
+    Raises ValueError for a model that has no such layers, no text tower, or not the words of init.
     """
 
     def __init__(
@@ -50,11 +51,9 @@ class Adaptation:
         self.trained = nn.ModuleDict()
         self.token: str | None = None
         if lora:
-            _check_keys(lora, ("rank", "alpha", "targets"), "lora")
             self.trained["lora"] = adapter = _adapter(self.model, **lora)
             adapter.attach()
         if textual_inversion:
-            _check_keys(textual_inversion, ("token", "vectors", "init"), "textual_inversion")
             self.trained["word"] = word = _word(self.model, **textual_inversion)
             self.token = textual_inversion["token"].lower()
             text: Any = self.model.conditioner.text
@@ -107,9 +106,6 @@ def _adapter(
     alpha: float | None = None,
     targets: Sequence[str] = ("transformer",),
 ) -> Adapter:
-    for target in targets:
-        if target not in TARGETS:
-            raise legacy.unknown("target", target, TARGETS, "lightning.lora")
     patterns = [re.compile(TARGETS[target]) for target in targets]
     chosen = {
         adapters.kohya(name): LowRank(place, rank, alpha)
@@ -125,14 +121,32 @@ def _word(model: LatentDiffusion, *, token: str, vectors: int = 1, init: str | N
     text = getattr(model.conditioner, "text", None)
     if not isinstance(text, (CLIPText, OpenCLIPText)):
         raise ValueError("lightning.textual_inversion: the model has no text tower")
-    start = text.vectors(init) if init else text.vectors().mean(0, keepdim=True)  # (n, D)
+    if init is None:
+        start = text.vectors().mean(0, keepdim=True)  # (1, D)
+    else:
+        _check_words(init, getattr(text, "token_ids", None))
+        start = text.vectors(init)  # (n, D)
     return Word(start[torch.arange(vectors) % len(start)])
 
 
-def _check_keys(given: Mapping[str, Any], known: Sequence[str], section: str) -> None:
-    for key in given:
-        if key not in known:
-            raise legacy.unknown("key", key, known, f"lightning.{section}")
+def _check_words(init: str, ids: Tensor | None) -> None:
+    """Raises ValueError for words without tokens, or without those that a model knows.
+
+    ids: the latter, of a compact vocabulary; None: all.
+    """
+    where = "lightning.textual_inversion.init"
+    if not tokenizer.encode(init, tokenizer.OPEN_CLIP):
+        raise ValueError(f"{where}: `{init}` has no words")
+    if ids is None or ids.is_meta:
+        return
+    known = set(ids.tolist())
+    lacking = [
+        f"`{word}`"
+        for word in init.split()
+        if not known.issuperset(tokenizer.encode(word, tokenizer.OPEN_CLIP))
+    ]
+    if lacking:
+        raise ValueError(f"{where}: the model's vocabulary lacks {', '.join(lacking)}")
 
 
 def _beside(path: Path, name: str) -> Path:

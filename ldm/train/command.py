@@ -36,6 +36,13 @@ def boolean(text: str) -> bool:
     return text.lower() in TRUE
 
 
+def amount(text: str) -> int:
+    """A whole number from 0 on."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"`{text}` is no whole number >= 0")
+    return int(text)
+
+
 # Options whose value may be left out, and what they mean then.
 OPTIONAL = {
     **dict.fromkeys(
@@ -75,10 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--scale_lr", type=boolean, metavar="BOOL", help=text)
     add("--validate", **switch, help="print the loss on held-out data, raw and averaged weights")
     add("--dry-run", **switch, help="print the whole config and the memory that it needs")
-    add("--nproc", type=int, default=0, help="processes on this machine, with or without GPUs")
+    add("--nproc", type=amount, default=0, help="processes on this machine, with or without GPUs")
     text = "shards may come from `pipe:COMMAND`, which runs whatever the config says"
     add("--allow-commands", **switch, help=text)
-    add("--threads", type=int, help="of the CPU, for each process")
+    add("--threads", type=amount, help="of the CPU, for each process")
     text = "run in LOGDIR/debug_runs; show tracebacks, and open pdb if there is a terminal"
     add("-d", "--debug", **switch, help=text)
     add("--no-test", **switch | {"help": argparse.SUPPRESS})
@@ -133,10 +140,10 @@ def work(args: argparse.Namespace) -> Iterator[str]:
     logging.getLogger("ldm").setLevel(logging.INFO if is_first else logging.WARNING)
     try:
         if args.dry_run:
-            yield from _dry_run(args, runs.read(args, runs.find(args)))
+            yield from _dry_run(args, _config(args, runs.find(args)))
         else:
             old = launch.agreed(lambda starters: runs.find(args, starters))
-            raw = runs.read(args, old)
+            raw = _config(args, old)
             launch.launch(raw, args.nproc, args.argv)
             yield from _run(args, raw, old)
     except Exception:
@@ -145,6 +152,17 @@ def work(args: argparse.Namespace) -> Iterator[str]:
 
             pdb.post_mortem()
         raise
+
+
+def _config(args: argparse.Namespace, old: runs.Old | None) -> dict[str, Any]:
+    """The config of the run; what is wrong with it is said before anything is started or made."""
+    from ldm.train import settings
+
+    raw = runs.read(args, old)
+    wanted = ["model.target", "data.params.train", "data.params.batch_size"]
+    settings.read(raw)
+    settings.refuse_incomplete(raw, *wanted, *["model.base_learning_rate"] * args.train)
+    return raw
 
 
 def _run(args: argparse.Namespace, raw: dict[str, Any], old: runs.Old | None) -> Iterator[str]:

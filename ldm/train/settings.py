@@ -9,10 +9,11 @@ from fractions import Fraction
 from typing import Any
 
 from ldm.loading import legacy
-from ldm.train import translation
-from ldm.train.schedules import Rate
+from ldm.train import translation, values
+from ldm.train.schedules import WHERE, Rate
+from ldm.train.values import seconds
 
-__all__ = ["DEFAULTS", "Settings", "read", "seconds"]
+__all__ = ["DEFAULTS", "Settings", "read", "refuse_incomplete", "seconds"]
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "trainer": {
@@ -75,14 +76,7 @@ ORIGINAL: dict[str, dict[str, Any]] = {
     "optimizer": {"warm_up": 0, "decay": "constant", "weight_decay": 1e-2},
 }
 EPOCHS = 1000  # Lightning's end of a run that is told none
-CHOICES = {
-    ("trainer", "precision"): ("32", "bf16-mixed", "16-mixed"),
-    ("trainer", "strategy"): translation.STRATEGIES,
-    ("callbacks", "weights"): ("ema", "raw", "both"),
-    ("callbacks", "dtype"): ("half", "full"),
-    ("callbacks", "loggers"): ("csv", "tensorboard", "wandb"),
-    ("callbacks", "export"): ("safetensors", "ckpt"),
-}
+MODEL = ("base_learning_rate", "target", "params")
 
 
 class Settings(dict[str, dict[str, Any]]):
@@ -103,8 +97,8 @@ class Settings(dict[str, dict[str, Any]]):
         """
         pairs = [("trainer", "max")] + [("callbacks", key) for key in ("save", "validate")]
         for section, key in pairs:
-            values = self[section]
-            epochs, limit = values[f"{key}_epochs"], values[f"{key}_steps"]
+            options = self[section]
+            epochs, limit = options[f"{key}_epochs"], options[f"{key}_steps"]
             if epochs is None:
                 continue
             if steps is None:
@@ -113,7 +107,7 @@ class Settings(dict[str, dict[str, Any]]):
                     f"`{key}_steps`"
                 )
             counted = max(1, round(epochs * steps))
-            values[f"{key}_steps"] = min(counted, limit) if limit else counted
+            options[f"{key}_steps"] = min(counted, limit) if limit else counted
 
     def rate(self, base: float, *, batch: int, world: int = 1) -> tuple[Rate, str]:
         """The learning rate of a run, and a line that says where it is from.
@@ -135,21 +129,24 @@ class Settings(dict[str, dict[str, Any]]):
 def read(raw: Mapping[str, Any]) -> Settings:
     """The settings of a whole config.
 
-    Raises ValueError for an unknown section, key or choice, naming the nearest known one.
+    Raises ValueError for an unknown section or key, naming the nearest known one, and for a value
+    that cannot be, also of what a run reads in `model` and `data`.
     """
+    _check_original(raw)
     given, notes = translation.translate(raw)
-    defaults = DEFAULTS
-    if "optimizer" not in (raw.get("lightning") or {}):
+    target, defaults = str(values.at(raw, "model").get("target")), DEFAULTS
+    if "optimizer" not in values.at(raw, "lightning"):
         notes.append(
             "no `lightning.optimizer`: AdamW as in the original, constant learning rate scaled by "
             "the batch, no clipping"
         )
         defaults = {name: {**keys, **ORIGINAL.get(name, {})} for name, keys in DEFAULTS.items()}
-        if str((raw.get("model") or {}).get("target")).endswith("AutoencoderKL"):
+        if target.endswith("AutoencoderKL"):
             defaults["optimizer"]["weight_decay"] = 0.0  # Adam, not AdamW
     _check_keys(given)
-    merged = {name: {**values, **given.get(name, {})} for name, values in defaults.items()}
-    _check_values(merged)
+    merged = _checked(
+        {name: {**keys, **given.get(name, {})} for name, keys in defaults.items()}, target
+    )
     trainer = given.get("trainer", {})
     limits = ("max_steps", "max_epochs", "max_time")
     if not any(merged["trainer"][key] for key in limits):
@@ -157,17 +154,36 @@ def read(raw: Mapping[str, Any]) -> Settings:
             raise ValueError("lightning.trainer needs `max_steps` or `max_time` (or `max_epochs`)")
         merged["trainer"]["max_epochs"] = EPOCHS
         notes.append(f"lightning.trainer names no end: {EPOCHS} epochs, as in Lightning")
-    return Settings(merged, notes)
+    made = Settings(merged, notes)
+    _check_schedule(made)
+    return made
 
 
-def seconds(text: str | int | float) -> float:
-    """ "DD:HH:MM:SS", or a part of it from the right, or a number of seconds -> seconds."""
-    if not isinstance(text, str):
-        return float(text)
-    total = 0.0
-    for part, unit in zip(reversed(text.split(":")), (1, 60, 3600, 86400), strict=False):
-        total += float(part) * unit
-    return total
+def refuse_incomplete(raw: Mapping[str, Any], *wanted: str) -> None:
+    """Raises ValueError if a config has not all that is wanted, "model.base_learning_rate"."""
+    places = {where: where.rpartition(".") for where in wanted}
+    lacking = [
+        f"`{where}`"
+        for where, (section, _, key) in places.items()
+        if values.at(raw, section).get(key) is None
+    ]
+    if lacking:
+        raise ValueError(f"the config lacks {', '.join(lacking)}")
+
+
+def _check_original(raw: Mapping[str, Any]) -> None:
+    """What is read as it stands, and what `translation` computes with."""
+    for key in values.at(raw, "model"):
+        if key not in MODEL:
+            known = (*MODEL, "params.ckpt_path")  # some configs have it a level too high
+            raise legacy.unknown("key", key, known, "model")
+    for where, kinds in values.ORIGINAL.items():
+        said = {key: value for key, value in values.at(raw, where).items() if value is not None}
+        values.checked(said, kinds, where)
+    callbacks = values.at(raw, "lightning.callbacks")
+    specs = [f"callbacks.{key}" for key, spec in callbacks.items() if isinstance(spec, Mapping)]
+    for name in ("modelcheckpoint", *specs):
+        values.at(raw, f"lightning.{name}.params")  # refuses what is no mapping
 
 
 def _check_keys(given: Mapping[str, Mapping[str, Any]]) -> None:
@@ -176,22 +192,38 @@ def _check_keys(given: Mapping[str, Mapping[str, Any]]) -> None:
             known = [*DEFAULTS, *translation.SECTIONS]
             raise legacy.unknown("section", section, known, "lightning")
     for section in ("trainer", "callbacks"):
-        for key in given.get(section, {}):
-            if key not in DEFAULTS[section]:
-                known = [*DEFAULTS[section], *translation.KNOWN[section]]
-                raise legacy.unknown("key", key, known, f"lightning.{section}")
+        known = [*DEFAULTS[section], *translation.KNOWN[section]]
+        values.refuse_unknown(given.get(section, {}), known, f"lightning.{section}")
 
 
-def _check_values(merged: Mapping[str, Mapping[str, Any]]) -> None:
-    for (section, key), allowed in CHOICES.items():
-        value = merged[section][key]
-        for one in value if isinstance(value, list | tuple) else [value]:
-            if one not in allowed:
-                raise ValueError(
-                    f"lightning.{section}.{key}: `{one}` is none of {', '.join(allowed)}"
-                )
-    parts = merged["trainer"]["accumulate_grad_batches"]
-    if not isinstance(parts, int) or parts < 1:
-        raise ValueError(
-            f"lightning.trainer.accumulate_grad_batches: `{parts}` is no positive number"
-        )
+def _checked(sections: Mapping[str, dict[str, Any]], target: str) -> dict[str, dict[str, Any]]:
+    """All values as they are used.
+
+    target: the class of the model, which knows what its objective can be told.
+    """
+    kinds = {**values.KINDS, "objective": values.kinds_of_objective(target)}
+    made = {
+        name: values.checked(keys, kinds[name], f"lightning.{name}")
+        for name, keys in sections.items()
+    }
+    # These have no keys but those of KINDS, or of what is chosen.
+    name, callbacks = made["optimizer"]["name"], made["callbacks"]
+    closed = {
+        "optimizer": (made["optimizer"], values.kinds_of_optimizer(name)),
+        "callbacks.sampling": (callbacks["sampling"], kinds["callbacks.sampling"]),
+        **{part: (made[part], kinds[part]) for part in ("objective", "lora", "textual_inversion")},
+    }
+    for part, (keys, known) in closed.items():
+        of = f" of {name}" if part == "optimizer" else ""
+        values.refuse_unknown(keys, known, f"lightning.{part}", of)
+        keys.update(values.checked(keys, known, f"lightning.{part}"))
+    if made["textual_inversion"] and "token" not in made["textual_inversion"]:
+        raise ValueError("lightning.textual_inversion needs `token`, the word to be learned")
+    return made
+
+
+def _check_schedule(settings: Settings) -> None:
+    try:
+        settings.rate(1.0, batch=1)
+    except (TypeError, ArithmeticError, LookupError) as error:
+        raise ValueError(f"{WHERE}: its numbers cannot be used: {error}") from error

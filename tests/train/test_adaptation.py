@@ -94,8 +94,10 @@ def test_both_at_once_are_two_files_and_go_on_where_they_ended(base: Path, tmp_p
     ("overrides", "message"),
     [
         (["lightning.lora.ranks=4"], "lightning.lora: unknown key `ranks`, did you mean `rank`"),
-        (["lightning.lora.targets=[texts]"], "unknown target `texts`, did you mean `text`"),
+        (["lightning.lora.targets=[texts]"], "targets: `texts` is none of attention, transf"),
         (["lightning.textual_inversion.tokens=x"], "unknown key `tokens`, did you mean `token`"),
+        ([*WORD, "lightning.textual_inversion.init=a qwertyuiop"], "vocabulary lacks `qwertyuiop`"),
+        ([*WORD, "lightning.textual_inversion.init='&#7;'"], "has no words"),
         (["lightning.textual_inversion.token=<x>"], "no caption has the word `<x>`, one is `"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 
 from ldm.loading import config
 from ldm.train import launch, runs
-from ldm.train.command import parse
+from ldm.train.command import parse, work
 
 TINY = "configs/train/tiny.yaml"
 
@@ -98,6 +98,28 @@ def test_a_run_to_go_on_with_may_be_named_or_not(words: str, resume: str | None)
 def test_an_unknown_option_is_named() -> None:
     with pytest.raises(ValueError, match="unknown option `max_stepz`, did you mean `max_steps`"):
         parse(["-b", "a.yaml", "--max_stepz", "3"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("-b", TINY, "data.params.batch_size=0"), "data.params.batch_size: `0` is no whole"),
+        (("-b", TINY, "model.base_learning_rate=null"), "lacks `model.base_learning_rate`"),
+        (("-b", "configs/stable-diffusion/v2-inference.yaml"), "lacks `data.params.train`, "),
+    ],
+)
+def test_nothing_is_made_for_a_config_that_cannot_be(
+    words: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        list(work(parse(["-t", "-l", str(tmp_path / "logs"), *words])))
+    assert not list(tmp_path.iterdir())
+
+
+def test_counts_of_processes_and_threads_are_none_below_zero(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        parse(["-b", TINY, "--nproc=-1"])
+    assert "argument --nproc: `-1` is no whole number >= 0" in capsys.readouterr().err
 
 
 def test_a_run_has_the_time_in_its_name_and_a_link_without(tmp_path: Path) -> None:

@@ -1,16 +1,24 @@
 """What a run is told: our words, the original's, and what is neither."""
 
+import math
+import re
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ldm.loading import config
+from ldm.train.autoencoder import Adversarial, Reconstruction
+from ldm.train.objective import KEYWORDS
+from ldm.train.optim import OPTIMIZERS
 from ldm.train.schedules import multiplier
-from ldm.train.settings import DEFAULTS, Settings, read
+from ldm.train.settings import DEFAULTS, Settings, read, refuse_incomplete
+from ldm.train.values import kinds_of_objective, kinds_of_optimizer
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted([*ROOT.glob("configs/demo/*.yaml"), *ROOT.glob("configs/train/*.yaml")])
+CONFIGS = sorted(ROOT.glob("configs/*/*.yaml"))
 # The others are scaled as the original does it.
 RECIPES = [path for path in FILES if "optimizer" in config.read(path).get("lightning", {})]
 # As published for the training of SD 2 inpainting.
@@ -207,7 +215,7 @@ def test_the_scheduler_of_a_model_decides_unless_the_optimizer_does() -> None:
         ("{trainer: {max_steps: null}}", "needs `max_steps` or `max_time`"),
         ("{trainer: {precision: 64}}", "`64` is none of 32, bf16-mixed, 16-mixed"),
         ("{trainer: {strategy: deepspeed_stage_2}}", "unknown strategy `deepspeed_stage_2`"),
-        ("{trainer: {accumulate_grad_batches: {0: 2}}}", "is no positive number"),
+        ("{trainer: {accumulate_grad_batches: {0: 2}}}", "is no whole number >= 1"),
         ("{trainer: {gradient_clip_algorithm: value}}", "only `norm` is supported"),
         ("{callbacks: {image_loger: {}}}", "did you mean `image_logger`"),
         ("{callbacks: {image_logger: {params: {batch_freqency: 1}}}}", "mean `batch_frequency`"),
@@ -225,13 +233,103 @@ def test_what_is_not_understood_is_named(text: str, message: str) -> None:
         settings(text)
 
 
+KEYS = [(section, key) for section, keys in DEFAULTS.items() for key in keys]
+
+
+@pytest.mark.parametrize(("section", "key"), KEYS, ids=[".".join(key) for key in KEYS])
+def test_nonsense_is_refused_for_every_key_and_named_by_it(section: str, key: str) -> None:
+    message = "unknown strategy" if key == "strategy" else rf"lightning\.{section}\.{key}: `[\[{{]"
+    with pytest.raises(ValueError, match=message):
+        read({"lightning": {section: {key: [{}]}}})
+
+
+def test_what_a_task_or_an_optimizer_takes_has_a_kind() -> None:
+    keywords = {*signature(Reconstruction).parameters, *signature(Adversarial).parameters}
+    assert kinds_of_objective("AutoencoderKL").keys() == keywords - {"model", "losses"}
+    assert kinds_of_objective("LatentDiffusion").keys() == {*KEYWORDS}
+    for name, (_, keys) in OPTIMIZERS.items():
+        assert kinds_of_optimizer(name).keys() == {*DEFAULTS["optimizer"], *keys}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.base_learning_ratee=1", "model: unknown key `base_learning_ratee`, did you mean"),
+        ("model.ckpt_path=x", "model: unknown key `ckpt_path`, did you mean `params.ckpt_path`"),
+        ("model.base_learning_rate=-1", "rate: `-1` is no finite number >= 0"),
+        ("model.base_learning_rate=.nan", "model.base_learning_rate: `nan` is no finite number"),
+        ("model.base_learning_rate=nan", "model.base_learning_rate: `nan` is no finite number"),
+        ("model.params.ucg_training={txt: 0.1}", "ucg_training: `0.1` for `txt` is no mapping"),
+        ("model.params.loss_type=l3", "model.params.loss_type: `l3` is none of l2, l1"),
+        ("model=7", "model: `7` is no mapping"),
+        ("data.params.batch_size=0", "data.params.batch_size: `0` is no whole number >= 1"),
+        ("data.params.batch_size=two", "data.params.batch_size: `two` is no whole number >= 1"),
+        ("lightning.trainer.num_nodes=two", "num_nodes: `two` is no whole number"),
+        ("lightning.trainer.val_check_interval=x", "val_check_interval: `x` is no finite number"),
+        ("lightning.trainer.max_steps=2.5", "`2.5` is neither a whole number >= 0 nor null"),
+        ("lightning.trainer.max_time=abc", "trainer.max_time: `abc` is no time, which is DD:HH:"),
+        ("lightning.trainer.max_time='1:1:2:3:4'", "max_time: `1:1:2:3:4` is no time"),
+        ("lightning.trainer.compile=perhaps", "compile: `perhaps` is neither true nor false"),
+        ("lightning.trainer.ema_device=gpu", "ema_device: `gpu` is none of cpu, null"),
+        ("lightning.trainer.seed=true", "lightning.trainer.seed: `True` is no whole number"),
+        ("lightning.optimizer.ema_decay=2", "ema_decay: `2` is no finite number >= 0 and < 1"),
+        ("lightning.optimizer.betas=[0.9,2]", "lightning.optimizer.betas: `2` is no finite"),
+        ("lightning.optimizer.beta=[0.9,2]", "unknown key of adamw `beta`, did you mean `betas`"),
+        ("lightning.objective.min_snr_gamma=-1", "`-1` is neither a number > 0 nor null"),
+        ("lightning.objective.drop={txt: 2}", "drop: `2` is no finite number >= 0 and <= 1"),
+        ("lightning.objective.dropp=0", "lightning.objective: unknown key `dropp`, did you mean"),
+        ("lightning.callbacks.save_minutez=5", "`save_minutez`, did you mean `save_minutes`"),
+        ("lightning.callbacks.log_every=0", "log_every: `0` is no whole number >= 1"),
+        ("lightning.callbacks.images=-3", "lightning.callbacks.images: `-3` is no whole number"),
+        ("lightning.callbacks.prompts=5", "prompts: `5` is neither a list of texts nor null"),
+        ("lightning.callbacks.export=ckp", "export: `ckp` is none of safetensors, ckpt"),
+        ("lightning.callbacks.sampling.step=3", "sampling: unknown key `step`, did you mean `st"),
+        ("lightning.callbacks.sampling.steps=0", "callbacks.sampling.steps: `0` is no whole"),
+        ("lightning.callbacks.image_logger.params=5", "image_logger.params: `5` is no mapping"),
+        ("lightning.modelcheckpoint=5", "lightning.modelcheckpoint: `5` is no mapping of keys"),
+        ("lightning.lora.rank=0", "lightning.lora.rank: `0` is no whole number >= 1"),
+        ("lightning.textual_inversion.vectors=2", "textual_inversion needs `token`"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named_with_its_place(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read(config.parse("{model: {}, data: {}, lightning: {}}", [override]))
+
+
+def test_one_word_is_a_list_of_one_and_counts_may_be_written_as_powers() -> None:
+    made = settings("{trainer: {max_steps: 1e6, nan_limit: .inf, gradient_clip_val: .inf}, "
+                    "lora: {targets: text}, callbacks: {export: ckpt, loggers: csv, prompts: a cat,"
+                    " save_steps: off, image_minutes: .inf}}")  # fmt: skip
+    assert repr(made["trainer"]["max_steps"]) == "1000000"
+    assert made["trainer"]["nan_limit"] == made["callbacks"]["image_minutes"] == math.inf
+    assert made["lora"]["targets"] == ["text"]
+    assert [made["callbacks"][key] for key in ("export", "loggers", "prompts", "save_steps")] == [
+        *(["ckpt"], ["csv"], ["a cat"], 0)
+    ]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_all_values_of_our_configs_can_be(path: Path) -> None:
+    made = read(config.read(path))
+    again = read({"model": {}, "lightning": {k: v for k, v in made.items() if k != "objective"}})
+    assert {**again, "objective": made["objective"]} == made
+
+
+def test_what_lacks_is_named_at_once() -> None:
+    raw = config.read(ROOT / "configs/stable-diffusion/v2-inference-v.yaml")
+    with pytest.raises(ValueError, match="the config lacks `data.params.train`, `data.params.b"):
+        refuse_incomplete(raw, "model.target", "data.params.train", "data.params.batch_size")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"cycle_lengths": [10, 20]}, "must be equally long"),
+        ({"f_max": ["high"]}, "numbers cannot be used"),
         ({"f_top": [1]}, "unknown parameter of LambdaLinearScheduler `f_top`"),
     ],
 )
 def test_a_wrong_schedule_is_named(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        multiplier(linear(**changes))
+    raw = {"model": {"params": {"scheduler_config": linear(**changes)}}}
+    with pytest.raises(ValueError, match=f"^model.params.scheduler_config: .*{message}"):
+        read(raw)
