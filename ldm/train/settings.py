@@ -46,7 +46,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "objective": {},  # keywords of the task
     "callbacks": {
         "log_every": 20,  # steps between lines of the log
-        "loggers": ["csv", "tensorboard"],  # or wandb; those not installed are left out
+        "loggers": ["csv", "tensorboard"],  # or wandb
         "wandb": {},  # project, name, entity, tags, mode
         "save_minutes": 3,
         "save_steps": None,
@@ -137,8 +137,8 @@ def read(raw: Mapping[str, Any]) -> Settings:
     target, defaults = str(values.at(raw, "model").get("target")), DEFAULTS
     if "optimizer" not in values.at(raw, "lightning"):
         notes.append(
-            "no `lightning.optimizer`: AdamW as in the original, constant learning rate scaled by "
-            "the batch, no clipping"
+            "no `lightning.optimizer`: AdamW as in the original, learning rate scaled by the batch, "
+            "no clipping"
         )
         defaults = {name: {**keys, **ORIGINAL.get(name, {})} for name, keys in DEFAULTS.items()}
         if target.endswith("AutoencoderKL"):

@@ -137,8 +137,9 @@ def _trainer(sections: Sections, notes: list[str]) -> None:
         notes.append(f"lightning.trainer.{key} has no meaning here: {WITHOUT_MEANING[key]}")
     if "precision" in trainer:
         trainer["precision"] = PRECISIONS.get(str(trainer["precision"]), trainer["precision"])
-    if trainer.get("max_steps") == -1:  # as Lightning says "any number"
-        trainer["max_steps"] = None
+    for limit in ("max_steps", "max_epochs"):
+        if trainer.get(limit) == -1:  # as Lightning says "any number"
+            trainer[limit] = None
     if isinstance(trainer.get("max_time"), Mapping):
         units = ("days", "hours", "minutes", "seconds")
         trainer["max_time"] = ":".join(str(trainer["max_time"].get(unit, 0)) for unit in units)
