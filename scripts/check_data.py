@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         report = check(args.where, size=args.size, step=args.step, workers=args.workers)
         print("\n".join(report.lines()))
         if args.list:
-            args.list.write_text("".join(f"{name}\n" for name, _ in report.broken), "utf-8")
+            names = "".join(f"{name}\n" for name, _ in report.broken)
+            args.list.write_text(names, "utf-8", errors="surrogateescape")
         if args.pack and folder is not None:
             for path in pack(folder, args.pack, count=args.count):
                 print(path)

@@ -128,7 +128,13 @@ def check(where: Sequence[str], *, size: int = 512, step: int = 64, workers: int
 
 
 def folder_of(where: Sequence[str]) -> Folder | None:
-    """The folder that is meant, each picture once, or None for shards."""
+    """The folder that is meant, each picture once, or None for shards.
+
+    Raises FileNotFoundError for what is no pattern, no address and not there.
+    """
+    for name in where:
+        if not any(mark in name for mark in "*?[{:") and not Path(name).exists():
+            raise FileNotFoundError(f"there is no folder or file `{name}`")
     if len(where) != 1 or not Path(where[0]).is_dir():
         return None
     folder = Folder(root=where[0], transform=lambda record, _: dict(record))

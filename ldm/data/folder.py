@@ -12,7 +12,8 @@ Chance inside a sample is a pure function of (seed, epoch, index).
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from random import Random
@@ -25,7 +26,7 @@ from ldm.data.buckets import Buckets
 from ldm.data.source import Unreadable
 from ldm.imaging.opening import picture_in, size_in
 
-__all__ = ["PICTURES", "Folder", "Transform", "WithPrior", "read_metadata"]
+__all__ = ["PICTURES", "Folder", "Transform", "WithPrior", "in_greatest", "read_metadata"]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 CAPTIONS = (".txt", ".caption")
@@ -58,7 +59,9 @@ class Folder(Dataset):
     ) -> None:
         self.root, self.transform, self.seed = Path(root), transform, seed
         wanted = {**(where or {}), **({} if split is None else {"split": split})}
-        rows = read_metadata(self.root)
+        rows, damaged = _read(self.root)
+        # Where all have one caption, nobody needs the files that were damaged.
+        self.damaged = {} if "text" in (fields or {}) else damaged  # why, by the pictures' names
         rows = [row for row in rows if all(row.get(key) == v for key, v in wanted.items())]
         said = ({**row, "text": row[text]} if text in row else row for row in rows)
         self.rows = [
@@ -82,7 +85,7 @@ class Folder(Dataset):
     def record(self, index: int) -> dict[str, Any]:
         """The metadata of a row and its `picture`, decoded.
 
-        Raises Unreadable for a file that is missing or damaged.
+        Raises Unreadable for a file that is missing or damaged, the picture's or the caption's.
         """
         try:
             return {
@@ -93,7 +96,12 @@ class Folder(Dataset):
             raise Unreadable(self.name(index), str(error)) from error
 
     def row(self, index: int) -> Mapping[str, Any]:
-        """The metadata of a record."""
+        """The metadata of a record.
+
+        Raises Unreadable if its caption lies in a file that cannot be read.
+        """
+        if reason := self.damaged.get(self.name(index)):
+            raise Unreadable(self.name(index), reason)
         return self.rows[index]
 
     def name(self, index: int) -> str:
@@ -112,15 +120,25 @@ class Folder(Dataset):
         return self._files[name]
 
     def _places(self, buckets: Buckets) -> list[int]:
-        """The bucket of every record; what is no picture will be found broken in any."""
-        places: dict[str, int] = {}
+        """The bucket of every record; what is no picture will be found broken in the greatest.
+
+        There, and perhaps not elsewhere, are others to take its place.
+        """
+        places: dict[str, int | None] = {}
         names = [row["file_name"] for row in self.rows]
         for name in tqdm(dict.fromkeys(names), "Measuring", delay=5, dynamic_ncols=True):
             try:
                 places[name] = buckets.index(*size_in(self.root / name))
             except ValueError:
-                places[name] = buckets.index(1, 1)
-        return [places[name] for name in names]
+                places[name] = None
+        return in_greatest([places[name] for name in names])
+
+
+def in_greatest(groups: Sequence[int | None]) -> list[int]:
+    """The groups of records; those that have none get into the greatest."""
+    counts = Counter(group for group in groups if group is not None)
+    greatest = max(counts, key=lambda group: counts[group], default=0)
+    return [greatest if group is None else group for group in groups]
 
 
 class WithPrior(Dataset):
@@ -134,33 +152,49 @@ class WithPrior(Dataset):
             raise ValueError("pictures of a class must have one size, not `buckets`")
         self.dataset, self.others, self.groups = dataset, others, dataset.groups
 
+    def names_of_others(self) -> Iterator[str]:
+        """What errors call the others, whose files may be named as those of the first."""
+        return (f"prior/{self.others.name(index)}" for index in range(len(self.others)))
+
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
         turn, other = divmod(epoch * len(self) + index, len(self.others))
-        return {**self.dataset[key], "prior": self.others[turn, other]}
+        sample = self.dataset[key]
+        try:
+            return {**sample, "prior": self.others[turn, other]}
+        except Unreadable as error:
+            raise Unreadable(f"prior/{error.name}", str(error)) from error
 
 
 def read_metadata(root: Path) -> list[dict[str, Any]]:
     """The rows of metadata.jsonl or metadata.csv, each with `file_name`; else all pictures.
 
-    Raises FileNotFoundError, or ValueError for a row without `file_name` and unreadable text.
+    Raises FileNotFoundError, or ValueError for a row without `file_name` and unreadable metadata.
     """
+    return _read(root)[0]
+
+
+def _read(root: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The same, and the reasons why captions of some cannot be read, by `file_name`."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"there is no folder `{root}`")
     rows: list[dict[str, Any]]
+    damaged: dict[str, str] = {}
     if (root / "metadata.jsonl").exists():
         rows = list(_json_lines(root / "metadata.jsonl"))
     elif (root / "metadata.csv").exists():
         rows = list(csv.DictReader(StringIO(_text(root / "metadata.csv"), newline="")))
     else:
-        rows = list(_listed(root))
+        rows = list(_listed(root, damaged))
         if not rows:
             raise FileNotFoundError(f"`{root}` has no metadata.jsonl, metadata.csv or pictures")
     for number, row in enumerate(rows, 1):
         if "file_name" not in row:
             raise ValueError(f"`{root}`: row {number} of the metadata has no `file_name`")
-    return rows
+    return rows, damaged
 
 
 def _text(path: Path) -> str:
@@ -179,8 +213,11 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 raise ValueError(f"`{path}`, line {number}: {error}") from None
 
 
-def _listed(root: Path) -> Iterator[dict[str, Any]]:
-    """The pictures of a folder without metadata, and the text that belongs to each."""
+def _listed(root: Path, damaged: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """The pictures of a folder without metadata, and the text that belongs to each.
+
+    damaged: takes the reasons why a text cannot be read, by `file_name`.
+    """
     for path in sorted(root.glob("**/*")):
         if path.suffix.lower() not in PICTURES or path.name.startswith("."):
             continue
@@ -190,6 +227,9 @@ def _listed(root: Path) -> Iterator[dict[str, Any]]:
             row |= {"repeats": int(kohya[1]), "text": kohya[2]}
         for suffix in CAPTIONS:
             if path.with_suffix(suffix).is_file():
-                row["text"] = _text(path.with_suffix(suffix)).strip()
+                try:
+                    row["text"] = _text(path.with_suffix(suffix)).strip()
+                except (OSError, ValueError) as error:
+                    damaged[row["file_name"]] = str(error)
                 break
         yield row

@@ -14,7 +14,7 @@ from typing import Any
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ldm.data.folder import Transform
+from ldm.data.folder import Transform, in_greatest
 from ldm.data.source import Unreadable
 from ldm.imaging.opening import picture_in, size_in
 
@@ -52,7 +52,9 @@ class Hub(Dataset):
             columns = ", ".join(f"`{column}`" for column in self.table.column_names)
             raise ValueError(f"`{hub}` has no column `{text}`, only {columns}")
         buckets = getattr(transform, "buckets", None)
-        self.groups = None if buckets is None else [self._place(i, buckets) for i in self._all()]
+        self.groups = None
+        if buckets is not None:
+            self.groups = in_greatest([self._place(i, buckets) for i in self._all()])
 
     def __len__(self) -> int:
         return len(self.table)
@@ -100,12 +102,12 @@ class Hub(Dataset):
     def _all(self) -> Any:
         return tqdm(range(len(self)), "Measuring", delay=5, dynamic_ncols=True)
 
-    def _place(self, index: int, buckets: Any) -> int:
-        """The bucket of a record; what is no picture will be found broken in any."""
+    def _place(self, index: int, buckets: Any) -> int | None:
+        """The bucket of a record, if that is a picture; else it will be found broken."""
         try:
             return int(buckets.index(*size_in(BytesIO(self.content(index)))))
         except (OSError, ValueError):
-            return int(buckets.index(1, 1))
+            return None
 
 
 def _table(

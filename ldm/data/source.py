@@ -4,8 +4,8 @@
     rank        0    1    0    1    0    1          of 2 ranks, which read what one would have read
 
 Batch `number` is a pure function of (seed, number, size), so nothing has to be saved to go on
-exactly, here or on more or fewer ranks. A record that cannot be read is replaced by the next one,
-and the batch names it under "broken".
+exactly, here or on more or fewer ranks. A record that cannot be read is replaced by another, the
+next if possible, and the batch names it under "broken".
 """
 
 import itertools
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +25,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 __all__ = ["Broken", "Records", "Source", "Unreadable", "collate", "numbered"]
 
-PATIENCE = 100  # records in a row that cannot be read before we give up
+PATIENCE = 100  # records that are tried in the place of one before we give up
+ENOUGH = 1000  # records seen before their share is judged, if nobody knows how many there are
 
 
 class Source(Protocol):
@@ -93,6 +95,12 @@ class Records:
             alike = [index for index in alike if groups[index] == most]
         return [readable(self.shown, 0, alike[len(alike) * k // n], []) for k in range(n)]
 
+    def names(self) -> Counter[str]:
+        """How many records have each name, the pictures of a class (`WithPrior`) included."""
+        counts = Counter(map(self.shown.name, range(len(self.shown))))
+        counts.update(getattr(self.dataset, "names_of_others", tuple)())
+        return counts
+
     def keys(self, number: int, size: int) -> list[tuple[int, int]]:
         """(epoch, index) of the records of a batch."""
         groups = getattr(self.dataset, "groups", None)
@@ -126,35 +134,67 @@ class Records:
 class Broken:
     """The files that could not be read, listed in the folder of a run, one line each.
 
-    path: the list; every process may add to it.
-    share: of the records seen that may be broken before the run stops.
+    path: the list; every process adds to it, and learns from it what the others found.
+    share: of all records that may be damaged before the run stops.
+    source: what is read; None = nobody knows how many records there are.
     """
 
-    def __init__(self, path: Path, share: float) -> None:
-        self.path, self.share = path, share
-        self.names: set[str] = set()  # that are listed, by whomever
-        self.count = self.seen = 0
+    def __init__(self, path: Path, share: float, source: Source | None = None) -> None:
+        self.path, self.share, self.source = path, Fraction(str(share)), source
+        epoch = None if source is None else source.epoch(1)
+        self.number = None if epoch is None else int(epoch)  # of records
+        # What an earlier start of the run listed may be mended by now: it counts when found again.
+        self.before = self._listed()
+        self.known: set[str] = set()  # found damaged since, by whomever
+        self.times: Counter[str] | None = None  # how many records a name stands for, else one
+        self.damaged = self.met = self.seen = 0  # known; that came here, among all that came
 
     def add(self, names: Sequence[str], seen: int) -> None:
         """Adds the names that are not listed yet.
 
             names: of one batch, from its "broken". seen: how many records that batch has.
-        Raises ValueError if more than the share of at least 100 records was broken.
+        Raises ValueError if more than the share of all records is known to be damaged; where their
+        number is not known, if so many of those seen here are that it can hardly be chance.
         """
-        if not self.names.issuperset(names):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists():
-                self.names.update(self.path.read_text("utf-8").splitlines())
-            new = [name for name in dict.fromkeys(names) if name not in self.names]
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(f"{name}\n" for name in new)
-            self.names.update(new)
-        self.count, self.seen = self.count + len(names), self.seen + seen
-        if self.seen >= 100 and self.count > self.share * self.seen:
-            raise ValueError(
-                f"{self.count} of {self.seen} records cannot be read, more than a share of"
-                f" {self.share} (trainer.broken_share); they are listed in `{self.path}`"
-            )
+        if not self.known.issuperset(names):
+            self._exchange(names)
+            self._count()
+        self.met, self.seen = self.met + len(names), self.seen + seen
+        if self.number is not None and self.damaged > self.share * self.number:
+            raise self._too_many(f"{self.damaged} of {self.number} records")
+        expected = float(self.share * self.seen)
+        chance = 3 * math.sqrt(expected)  # standard deviations of a rare thing's count
+        if self.number is None and self.seen >= ENOUGH and self.met > expected + chance:
+            raise self._too_many(f"{self.met} of the {self.seen} records seen")
+
+    def _too_many(self, what: str) -> ValueError:
+        return ValueError(
+            f"{what} cannot be read, more than a share of {float(self.share):g}"
+            f" (trainer.broken_share); they are listed in `{self.path}`"
+        )
+
+    def _exchange(self, names: Sequence[str]) -> None:
+        """Tells the others of names, and only then asks, so that one of them knows of all."""
+        listed = self._listed()
+        new = [name for name in dict.fromkeys(names) if name not in listed]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8", errors="surrogateescape") as file:
+            file.writelines(f"{name}\n" for name in new)
+        self.known.update(names, self._listed() - self.before)
+
+    def _listed(self) -> set[str]:
+        if not self.path.exists():
+            return set()
+        text = self.path.read_text("utf-8", errors="surrogateescape")
+        return set(text.split("\n")) - {""}
+
+    def _count(self) -> None:
+        """A file that is shown ten times in an epoch is ten records, and all are damaged."""
+        if isinstance(self.source, Records) and self.times is None:
+            self.times = self.source.names()
+            self.number = self.times.total()
+        times = self.times
+        self.damaged = sum(1 if times is None else times[name] for name in self.known)
 
 
 def permutation(length: int, seed: int) -> Tensor:
@@ -174,21 +214,39 @@ def by_group(groups: Sequence[int], size: int, order: Tensor, seed: int) -> list
 
 
 def readable(dataset: Any, epoch: int, index: int, broken: list[str]) -> dict[str, Any]:
-    """The record, or the next one (of its group) that can be read; adds to the names of the broken.
+    """The record, or another one that can be read; adds to the names of the broken.
 
-    Raises ValueError if there is none among the next 100.
+    Raises ValueError if none of those that are tried can be read.
     """
-    groups = getattr(dataset, "groups", None)
-    following = itertools.chain(range(index, len(dataset)), range(index))
-    alike = (other for other in following if groups is None or groups[other] == groups[index])
-    for other in itertools.islice(alike, PATIENCE):
+    tried = 0
+    for other in substitutes(dataset, epoch, index):
+        tried += 1
         try:
             sample: dict[str, Any] = dataset[epoch, other]
             return sample
         except Unreadable as error:
             broken.append(error.name)
             last = error
-    raise ValueError(f"{len(broken)} records in a row cannot be read, the last: {last}")
+    raise ValueError(f"{tried} records in a row cannot be read, the last: {last}")
+
+
+def substitutes(dataset: Any, epoch: int, index: int) -> Iterator[int]:
+    """The record, those that follow, and others from anywhere: damaged ones are often neighbours.
+
+    All are of its group; the greatest other one follows only if that has no more, so that records
+    of a batch, which see the same groups damaged, still have one size.
+    """
+    groups, rng = getattr(dataset, "groups", None), Random(f"{epoch} {index}")
+    following = itertools.chain(range(index, len(dataset)), range(index))
+    alike = (other for other in following if groups is None or groups[other] == groups[index])
+    yield from itertools.islice(alike, PATIENCE // 2)
+    rest = list(alike)
+    yield from rng.sample(rest, min(len(rest), PATIENCE // 2))
+    if groups is not None and len(rest) <= PATIENCE // 2:
+        counts = Counter(group for group in groups if group != groups[index])
+        greatest = max(counts, key=lambda group: counts[group], default=None)
+        rest = [other for other, group in enumerate(groups) if group == greatest]
+        yield from rng.sample(rest, min(len(rest), PATIENCE))
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -218,7 +276,14 @@ def numbered(
         collate_fn=_same,
         generator=torch.Generator(),  # else it would draw from the global one
     )
-    return iter(loader)
+    return _raised(iter(loader))
+
+
+def _raised(batches: Iterator[Any]) -> Iterator[dict[str, Any]]:
+    for batch in batches:
+        if isinstance(batch, ValueError):
+            raise batch
+        yield batch
 
 
 class _Share(IterableDataset):
@@ -229,12 +294,15 @@ class _Share(IterableDataset):
     ) -> None:
         self.read, self.first, self.step = read, first, step
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, Any] | ValueError]:
         for name in ("SIGINT", "SIGTERM", "SIGUSR1"):  # are the run's; it ends its workers itself
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
         worker: Any = get_worker_info()  # DataLoader takes from the workers in turn
-        return self.read(self.first + worker.id * self.step, self.step * worker.num_workers)
+        try:
+            yield from self.read(self.first + worker.id * self.step, self.step * worker.num_workers)
+        except ValueError as error:  # DataLoader would make pages of its one line
+            yield ValueError(str(error))
 
 
 def _same(batch: Any) -> Any:

@@ -14,7 +14,7 @@ train, validation = open_sources(model, raw["data"], seed)
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
 from typing import Any, cast
@@ -26,7 +26,7 @@ from ldm.data import transforms
 from ldm.data.folder import Folder, WithPrior, read_metadata
 from ldm.data.hub import Hub
 from ldm.data.shards import Shards
-from ldm.data.source import Records, Source
+from ldm.data.source import Records, Source, Unreadable
 from ldm.loading import datamodules, legacy
 from ldm.model import LatentDiffusion
 from ldm.train.contexts import cached_contexts
@@ -98,14 +98,14 @@ def _opened(
 ) -> Records | Shards:
     if "shards" not in spec:
         return Records(_dataset(spec, seed, where), seed)
-    with _named(where):
+    with _named(where, ".shards"):
         options = {**spec, "transform": _transform(spec, where)}
         return Shards(**options, seed=seed, commands=commands)
 
 
 def _dataset(spec: Mapping[str, Any], seed: int, where: str) -> Folder | Hub:
     kind: Any = Folder if "root" in spec else Hub
-    with _named(where):
+    with _named(where, ".root" if kind is Folder else ".hub"):
         dataset: Folder | Hub = kind(**{**spec, "transform": _transform(spec, where)}, seed=seed)
     return dataset
 
@@ -127,10 +127,15 @@ def _cache(params: Mapping[str, Any], key: str) -> tuple[Path, dict[str, Any]]:
 
 
 @contextmanager
-def _named(where: str) -> Iterator[None]:
-    """Options that nothing has are the config's mistake, so it is said where they are."""
+def _named(where: str, files: str = "") -> Iterator[None]:
+    """Options that nothing has are the config's mistake, so it is said where they are.
+
+    files: the option that names files, of which the same is true if there are none.
+    """
     try:
         yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{where}{files}: {error}") from error
     except TypeError as error:
         raise ValueError(f"{where}: {str(error).replace('.__init__()', '')}") from error
 
@@ -150,7 +155,7 @@ def _warn_of_silence(model: nn.Module, train: Records | Shards) -> None:
     data = None if isinstance(train, Shards) else train.dataset
     listens = getattr(getattr(model, "conditioner", None), "text", None) is not None
     if listens and isinstance(data, Folder) and isinstance(data.transform, transforms.Photo):
-        lacking = sum(not row.get("text") for row in data.rows)
+        lacking = sum(not row.get("text") for row in _rows(data))
         if lacking:
             log.warning("%d of %d pictures of `%s` have no caption", lacking, len(data), data.root)
 
@@ -160,9 +165,15 @@ def _captions(dataset: Folder | Hub | Shards) -> Iterator[str]:
     photo = dataset.transform
     if not isinstance(photo, transforms.Photo) or photo.tags is not None:
         raise ValueError("data.params.texts: only photos without `tags` have captions that stay")
-    if isinstance(dataset, Shards):
-        return (photo.caption(row, Random(0)) for row in dataset.rows())
-    return (photo.caption(dataset.row(index), Random(0)) for index in range(len(dataset)))
+    rows = dataset.rows() if isinstance(dataset, Shards) else _rows(dataset)
+    return (photo.caption(row, Random(0)) for row in rows)
+
+
+def _rows(dataset: Folder | Hub) -> Iterator[Mapping[str, Any]]:
+    """What is said of all pictures."""
+    for index in range(len(dataset)):
+        with suppress(Unreadable):  # a damaged one will be named when its turn comes
+            yield dataset.row(index)
 
 
 def _learn_words(model: nn.Module, train: Records | Shards) -> None:

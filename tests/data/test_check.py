@@ -25,6 +25,8 @@ def photos(tmp_path: Path) -> Path:
     (root / "0.txt").write_text("the same")
     (root / "1.txt").write_text("the same")
     (root / "2.txt").write_text("another")
+    Image.new("RGB", (300, 300)).save(root / "words.png")
+    (root / "words.txt").write_bytes(b"caf\xe9")
     (root / "copy.png").write_bytes((root / "0.png").read_bytes())
     return root
 
@@ -32,8 +34,9 @@ def photos(tmp_path: Path) -> Path:
 def test_everything_is_counted(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(photos), "--size", "256", "--list", str(photos / "broken.txt")]) == 1
     out = capsys.readouterr().out
-    assert "5 pictures can be read, 6 are broken" in out
+    assert "5 pictures can be read, 7 are broken" in out
     assert "`huge.png` has more than 100000000 pixels" in out
+    assert "words.txt` is not UTF-8: 'utf-8' codec can't decode" in out
     assert "1 pictures are copies of others" in out
     assert "2 have no caption\n  3.png\n  copy.png\n" in out
     assert "1 captions are copies of others\n  2 x `the same`" in out
@@ -66,3 +69,7 @@ def test_a_good_folder_is_good(capsys: pytest.CaptureFixture[str]) -> None:
 def test_nothing_to_read_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 1
     assert "has no metadata.jsonl, metadata.csv or pictures" in capsys.readouterr().err
+    assert main([str(tmp_path / "nope")]) == 1
+    assert "there is no folder or file `" in capsys.readouterr().err
+    assert main([str(tmp_path / "nope-{0..2}.tar")]) == 1
+    assert "nope-0.tar`" in capsys.readouterr().err

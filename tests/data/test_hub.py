@@ -43,9 +43,9 @@ def test_parquet_is_read_into_buckets_ahead(table, tmp_path: Path) -> None:
     table.to_parquet(tmp_path / "a.parquet")
     photo = Photo(size=16, buckets={"step": 8})
     hub = Hub(hub=tmp_path / "a.parquet", transform=photo, cache=tmp_path / "cache")
-    batches = Records(hub).batches(3, workers=1)
+    batches = Records(hub).batches(4, workers=1)
     shapes = {batch["jpg"].shape for batch in (next(batches), next(batches))}
-    assert shapes == {(3, 3, 16, 16), (3, 3, 8, 32)}
+    assert shapes == {(2, 3, 16, 16), (4, 3, 8, 32)}  # the damaged one is among the most
 
 
 def test_a_folder_of_pictures_is_read(tmp_path: Path) -> None:

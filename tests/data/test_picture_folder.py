@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from imaging.badpictures import REFUSED
-from ldm.data.folder import Folder, read_metadata
-from ldm.data.source import Records
+from ldm.data.folder import Folder, WithPrior, read_metadata
+from ldm.data.source import Records, Unreadable
 from ldm.data.transforms import Emoji, Photo
 
 EMOJI = Path(__file__).parent / "emoji"
@@ -34,6 +34,8 @@ def test_csv_metadata_is_read(tmp_path: Path) -> None:
 def test_a_folder_without_metadata_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"metadata\.jsonl"):
         read_metadata(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no folder `.*/nope`"):
+        read_metadata(tmp_path / "nope")
 
 
 @pytest.mark.parametrize(
@@ -42,7 +44,7 @@ def test_a_folder_without_metadata_is_refused(tmp_path: Path) -> None:
         ("metadata.jsonl", b'{"file_name": "a.png"}\n{"file', r"metadata\.jsonl`, line 2: "),
         ("metadata.jsonl", b'["a.png"]', r"line 1: "),
         ("metadata.csv", b"file,text\na.png,b", "row 1 of the metadata has no `file_name`"),
-        ("a.txt", b"caf\xe9", r"a\.txt` is not UTF-8"),
+        ("metadata.csv", b"file_name,text\na.png,caf\xe9", r"metadata\.csv` is not UTF-8"),
     ],
 )
 def test_text_that_cannot_be_read_is_named(
@@ -109,6 +111,35 @@ def test_what_is_no_picture_is_named_and_the_run_goes_on(tmp_path: Path) -> None
         assert batch["jpg"].shape == (len(folder), 3, 8, 8)
 
 
+@pytest.mark.parametrize("place", ["", "3_sks dog"])
+def test_a_caption_that_cannot_be_read_makes_its_picture_unreadable(
+    place: str, tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        draw(tmp_path / place / f"{name}.png", text=name)
+    (tmp_path / place / "b.txt").write_bytes(b"caf\xe9")
+    folder = Folder(root=tmp_path, transform=Photo(size=8))
+    batch = next(Records(folder).batches(len(folder)))
+    assert set(batch["txt"]) == {"a"}
+    assert set(batch["broken"]) == {str(Path(place) / "b.png")}
+    with pytest.raises(Unreadable, match=r"b\.txt` is not UTF-8"):
+        folder.row(len(folder) - 1)
+    alike = Folder(root=tmp_path, transform=Photo(size=8), fields={"text": "a dog"})
+    assert alike[0, len(alike) - 1]["txt"] == "a dog"  # needs no captions
+
+
+def test_a_damaged_picture_of_a_class_is_told_from_one_of_the_same_name(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        draw(tmp_path / "one" / name, text="x")
+        draw(tmp_path / "class" / name, text="x")
+    (tmp_path / "class" / "a.png").write_bytes(b"")
+    data, others = (Folder(root=tmp_path / k, transform=Photo(size=8)) for k in ("one", "class"))
+    source = Records(WithPrior(data, others), shown=data)
+    broken = {name for batch in islice(source.batches(2), 2) for name in batch.get("broken", [])}
+    assert broken == {"prior/a.png"}
+    assert source.names() == dict.fromkeys(["a.png", "b.png", "prior/a.png", "prior/b.png"], 1)
+
+
 def test_batches_of_buckets_have_one_size_and_hold_everything_once(tmp_path: Path) -> None:
     sizes = [(16, 16)] * 3 + [(32, 8)] * 4 + [(8, 32)] * 2 + [(20, 16)]
     for number, size in enumerate(sizes):
@@ -123,6 +154,15 @@ def test_batches_of_buckets_have_one_size_and_hold_everything_once(tmp_path: Pat
     resumed = next(Records(folder, 1).batches(2, start=3))
     assert resumed["txt"] == batches[3]["txt"]
     assert torch.equal(resumed["jpg"], batches[3]["jpg"])
+
+
+def test_what_is_no_picture_is_among_the_most(tmp_path: Path) -> None:
+    for number in range(3):
+        draw(tmp_path / f"{number}.png", (32, 8))
+    (tmp_path / "3.png").write_bytes(b"")
+    folder = Folder(root=tmp_path, transform=Photo(size=16, buckets={"step": 8}))
+    assert folder.groups is not None
+    assert len(set(folder.groups)) == 1
 
 
 def test_a_turned_photo_is_put_into_the_bucket_of_how_it_is_seen(tmp_path: Path) -> None:

@@ -12,20 +12,25 @@ from ldm.data.source import Broken, Records, Unreadable
 
 
 class Numbers:
-    """Records that are their own index; those in `damaged` cannot be read."""
+    """Records that are their own index, of files shown so many times; some are `damaged`."""
 
-    def __init__(self, length: int, groups: list[int] | None = None, damaged: Any = ()) -> None:
-        self.length, self.damaged = length, damaged
+    def __init__(
+        self, length: int, groups: list[int] | None = None, damaged: Any = (), times: int = 1
+    ) -> None:
+        self.length, self.damaged, self.times = length, damaged, times
         if groups is not None:
             self.groups = groups
 
     def __len__(self) -> int:
         return self.length
 
+    def name(self, index: int) -> str:
+        return f"{index // self.times}.png"
+
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
-        if index in self.damaged:
-            raise Unreadable(f"{index}.png", f"`{index}.png` is damaged")
+        if index // self.times in self.damaged:
+            raise Unreadable(self.name(index), f"`{self.name(index)}` is damaged")
         return {"index": index, "value": torch.tensor(1000 * epoch + index)}
 
 
@@ -108,20 +113,84 @@ def test_a_broken_record_is_replaced_by_one_of_its_group() -> None:
     assert 8 not in broken["index"]
 
 
-def test_reading_stops_where_nothing_can_be_read() -> None:
-    with pytest.raises(ValueError, match=r"4 records in a row cannot be read.*`\d.png` is damaged"):
-        read(Records(Numbers(4, damaged=range(4))), 2, 1)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_reading_stops_where_nothing_can_be_read(workers: int) -> None:
+    message = r"^4 records in a row cannot be read.*`\d.png` is damaged$"
+    with pytest.raises(ValueError, match=message):
+        read(Records(Numbers(4, damaged=range(4))), 2, 1, workers=workers)
 
 
-def test_broken_files_are_listed_once_and_stop_the_run_above_a_share(tmp_path: Path) -> None:
-    broken = Broken(tmp_path / "run" / "broken.txt", 0.02)
-    broken.add([], 50)
-    broken.add(["a.png", "a.png"], 10)
-    Broken(broken.path, 0.02).add(["a.png", "b.png"], 10)
-    assert broken.path.read_text() == "a.png\nb.png\n"
-    broken.add([], 50)
-    with pytest.raises(ValueError, match=r"3 of 120 records cannot be read.*broken\.txt"):
-        broken.add(["a.png"], 10)
+def test_many_damaged_neighbours_are_still_few_of_all() -> None:
+    source = Records(Numbers(1000, damaged=range(300, 600)), 0)
+    assert not {*range(300, 600)} & {*chain(*indices(read(source, 100, 10)))}
+
+
+@pytest.mark.parametrize("groups", [[0] * 6 + [1, 1], [0] * 6 + [1] * 2 + [2]])
+def test_a_group_of_damaged_records_alone_is_replaced_by_another(groups: list[int]) -> None:
+    batches = read(Records(Numbers(len(groups), groups, damaged=(6, 7)), 0), 2, len(groups))
+    seen = {frozenset(groups[index] for index in batch) for batch in indices(batches)}
+    assert seen == {frozenset([group]) for group in groups if group != 1}
+
+
+def started(path: Path, share: float, dataset: Any) -> tuple[Broken, Any]:
+    """The list of a run, and its batches of 50."""
+    source = Records(dataset, 0)
+    return Broken(path / "broken.txt", share, source), source.batches(50)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "share", "message"),
+    [
+        (Numbers(1000, damaged=range(400, 410)), 0.01, None),
+        (Numbers(1000, damaged=range(400, 411)), 0.01, "11 of 1000 records"),
+        (Numbers(1000, damaged=range(7, 1000, 91)), 0.01, "11 of 1000 records"),
+        (Numbers(100, damaged=range(29)), 0.29, None),  # 0.29 * 100 is less than 29
+        (Numbers(1000, damaged=(3,), times=10), 0.01, None),
+        (Numbers(1000, damaged=(3, 4), times=10), 0.01, "20 of 1000 records"),
+    ],
+)
+def test_more_damaged_records_than_a_share_of_all_end_the_run(
+    dataset: Any, share: float, message: str | None, tmp_path: Path
+) -> None:
+    broken, batches = started(tmp_path, share, dataset)
+
+    def two_epochs() -> None:
+        for batch in islice(batches, 2 * len(dataset) // 50):
+            broken.add(batch.get("broken", []), 50)
+
+    if message is None:
+        two_epochs()
+    else:
+        with pytest.raises(ValueError, match=rf"{message} .*{share} \(trainer.broken_share.*txt`"):
+            two_epochs()
+    listed = broken.path.read_text().splitlines()
+    assert sorted(listed) == sorted(f"{index}.png" for index in dataset.damaged)
+
+
+def test_processes_count_together_what_each_has_found(tmp_path: Path) -> None:
+    one, other = (started(tmp_path, 0.02, Numbers(100))[0] for _ in range(2))
+    one.add(["1.png", "1.png"], 50)
+    other.add(["1.png", "2.png"], 50)
+    assert one.path.read_text() == "1.png\n2.png\n"
+    with pytest.raises(ValueError, match="3 of 100 records"):
+        one.add(["3.png"], 50)
+
+
+def test_what_was_listed_before_counts_when_it_is_found_again(tmp_path: Path) -> None:
+    (tmp_path / "broken.txt").write_text("".join(f"{index}.png\n" for index in range(50)))
+    broken = started(tmp_path, 0.01, Numbers(100))[0]
+    broken.add(["7.png"], 50)  # all others have been mended since
+    with pytest.raises(ValueError, match="2 of 100 records"):
+        broken.add(["8.png"], 50)
+    assert len(broken.path.read_text().splitlines()) == 50
+
+
+def test_records_that_nobody_counted_are_judged_by_many_and_not_by_chance(tmp_path: Path) -> None:
+    broken = Broken(tmp_path / "broken.txt", 0.01)
+    broken.add([f"a.tar/{index}" for index in range(19)], 999)
+    broken.add([], 1)  # 10 are expected, 3.2 is a standard deviation
+    with pytest.raises(ValueError, match="20 of the 1001 records seen cannot be read"):
+        broken.add(["b.tar"], 1)
 
 
 def test_fixed_samples_are_spread_over_the_pictures_that_can_be_read() -> None:

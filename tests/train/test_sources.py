@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from ldm.data.folder import Folder
@@ -51,6 +52,37 @@ def test_a_folder_is_trained_on_and_another_split_is_held_out() -> None:
 def test_what_is_wrong_is_named(params: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         open_sources(nn.Identity(), section(**params), 23)
+
+
+@pytest.mark.parametrize(
+    ("part", "place", "message"),
+    [
+        ("train", "nope", "there is no folder `.*nope`"),
+        ("validation", "", "`.*` has no metadata.jsonl, metadata.csv or pictures"),
+    ],
+)
+def test_a_folder_without_pictures_is_named_with_its_key(
+    part: str, place: str, message: str, tmp_path: Path
+) -> None:
+    data = section(**{part: {**TRAIN, "root": tmp_path / place}})
+    with pytest.raises(FileNotFoundError, match=rf"^data\.params\.{part}\.root: {message}$"):
+        open_sources(nn.Identity(), data, 23)
+
+
+def test_a_caption_that_cannot_be_read_goes_the_way_of_a_damaged_picture(tmp_path: Path) -> None:
+    for name in "abc":
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(name)
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    model: Any = config.instantiate(config.read(ROOT / "configs/train/tiny.yaml")["model"])
+    model.conditioner.text.requires_grad_(False)
+    train = {"root": tmp_path, "transform": {"name": "photo", "size": 16}}
+    caches = {key: {"cache": str(tmp_path / key)} for key in ("latents", "texts")}
+    for extras in ({}, {"latents": caches["latents"]}, caches):
+        source, _ = open_sources(model, section(train=train, **extras), 23)
+        batch = next(source.batches(3))
+        assert set(batch["txt"]) == {"a", "c"}
+        assert batch["broken"] == ["b.png"]
 
 
 def test_shards_are_opened_by_their_pattern(tmp_path: Path) -> None:
