@@ -72,23 +72,22 @@ class Adaptation:
             self.is_heard = True
         return self.task.loss(batch, generator)
 
-    def export(self, path: Path, *, step: int = 0) -> None:
+    def export(self, path: Path, notes: Mapping[str, str | int]) -> None:
         """Writes what was learned: LoRA in kohya's format to `path`, in diffusers' beside it.
 
-        A word goes to `path`, or beside it if there is a LoRA.
+        A word goes to `path`, or beside it if there is a LoRA. notes: what the files say of it.
         """
-        notes = {"global_step": step}
         if "lora" in self.trained:
             adapter: Any = self.trained["lora"]
             low: Any = next(iter(adapter.values()))
             kohyas = {"ss_network_module": "networks.lora", "ss_network_dim": low.rank}
             kohyas["ss_network_alpha"] = float(low.alpha)
-            adapters.write(adapter, path, self.model, "kohya", notes | kohyas)
+            adapters.write(adapter, path, self.model, "kohya", {**notes, **kohyas})
             adapters.write(adapter, _beside(path, "diffusers"), self.model, "diffusers", notes)
         if self.token is not None:
             to = _beside(path, "word") if "lora" in self.trained else path
             word: Any = self.trained["word"]
-            embeddings.write(to, {self.token: word.vectors}, notes)
+            embeddings.write(to, {self.token: word.vectors}, {**notes})
 
 
 class Word(nn.Module):

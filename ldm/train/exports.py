@@ -32,6 +32,7 @@ from ldm.train.pictures import epoch
 __all__ = ["export", "export_best", "export_step"]
 
 USUAL = "val/loss_ema"  # what is monitored if nothing is said
+ADAPTED = "ldm.training.config"  # key of the config that something small was trained with
 MEASURED = 256  # pictures that the statistics of an autoencoder's latents are taken from
 
 
@@ -48,7 +49,10 @@ def export(run: Any, stem: Path) -> list[Path]:
         if not run.ranks.is_first:
             return []
         with run.state.ema.applied(run.task.trained) if averaged else nullcontext():
-            run.task.export(stem.with_name(f"{stem.name}.safetensors"), step=run.state.step)
+            notes = _notes(run)
+            if EMBEDDED in notes:  # under another name, as the file is no model with a config
+                notes[ADAPTED] = notes.pop(EMBEDDED)
+            run.task.export(stem.with_name(f"{stem.name}.safetensors"), notes)
         return [stem.with_name(f"{stem.name}.safetensors")]
     state = _state(run, averaged=averaged and options["weights"] == "ema")
     if averaged and options["weights"] == "both":

@@ -245,3 +245,15 @@ def test_half_an_export_is_half_as_large(run: Run, tmp_path: Path) -> None:
     file = checkpoint.read(path)
     assert file.state["model.diffusion_model.out.2.weight"].dtype == torch.float16
     assert file.averages["model_ema.decay"].dtype == torch.float32
+
+
+def test_what_is_small_says_what_it_was_trained_with(tmp_path: Path) -> None:
+    words = [f"data.params.train.root={ROOT}/tests/data/emoji", "lightning.lora.rank=2"]
+    raw = config.read(TINY, [*words, "lightning.textual_inversion.token=emoji"])
+    run = Run(raw, tmp_path, text=config.text(raw))
+    exports.export(run, tmp_path / "last")
+    for name in ("last", "last-diffusers", "last-word"):
+        notes = checkpoint.read(tmp_path / f"{name}.safetensors").metadata
+        assert config.parse(notes["ldm.training.config"])["lightning"]["lora"] == {"rank": 2}
+        assert json.loads(notes["ldm.training"])["seed"] == 23
+        assert "ldm.config" not in notes  # it is no model
