@@ -174,13 +174,17 @@ def _run(args: argparse.Namespace, raw: dict[str, Any], old: runs.Old | None) ->
 
     torch.set_num_threads(args.threads or torch.get_num_threads())
     folder = launch.agreed(lambda starters: runs.begin(args, old, starters))
-    run = Run(raw, folder, text=config.text(raw), commands=args.allow_commands)
+    try:
+        run = Run(raw, folder, text=config.text(raw), commands=args.allow_commands)
+    except Exception:
+        runs.discard(folder)
+        raise
     if old and old.state:
         run.resume(old.state)
     if run.ranks.is_first and args.train:
         runs.note(args, folder, raw)
     if args.train:
-        run.train()
+        run.train(begun=lambda: runs.link(args, folder))
     elif old and not args.validate:
         run.export()
     if args.validate:

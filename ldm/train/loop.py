@@ -32,7 +32,6 @@ from ldm.train import (
     exports,
     logs,
     memory,
-    objective,
     parallel,
     pictures,
     sanity,
@@ -95,7 +94,7 @@ class Run:
             )
         params = raw["model"].get("params") or {}
         if params.get("scale_by_std") and not self.is_fine_tune:
-            self._measure_scale()
+            start.measure_scale(self.model, self.source, data, self._chance(0))
         self.task: Any = build.task(self.model, params, self.settings)
         self.state = build.state(self.task, self.settings, self.ranks, self.device)
         self.states = States(folder / "checkpoints", self.ranks, keep=trainer["keep"])
@@ -136,9 +135,13 @@ class Run:
             log.info("%d batches per step, as before: %d x %d ranks", parts, parts // world, world)
             trainer["accumulate_grad_batches"] = parts // world
 
-    def train(self) -> None:
-        """Trains until the end or a signal (SIGTERM, SIGINT), and saves; SIGUSR1 saves at once."""
+    def train(self, begun: Callable[[], None] = lambda: None) -> None:
+        """Trains until the end or a signal (SIGTERM, SIGINT), and saves; SIGUSR1 saves at once.
+
+        begun: done by the first process when nothing speaks against the first step.
+        """
         state, rate = self.state, self._begin()
+        self.ranks.once(begun)
         batches = self.source.batches(
             self.batch_size,
             start=state.position,
@@ -146,7 +149,8 @@ class Run:
             world=self.ranks.world,
             workers=self.workers,
         )
-        broken = Broken(self.folder / "broken.txt", self.settings["trainer"]["broken_share"])
+        share = self.settings["trainer"]["broken_share"]
+        broken = Broken(self.folder / "broken.txt", share, self.source)
         every, clock = callbacks.cadences(self.settings["callbacks"]), callbacks.Clock()
         self.task.trained.train()
         with self._report() as report, self.wishes, self._saved_on_error():
@@ -232,16 +236,6 @@ class Run:
             self.settings["trainer"]["precision"]
         )
         return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
-
-    def _measure_scale(self) -> None:
-        """Of the latents of the first pictures, which are the same on all processes.
-
-        Raises ValueError if latents are cached, as those would have another scale.
-        """
-        if self.raw["data"]["params"].get("latents"):
-            raise ValueError("`scale_by_std` does not go with `data.params.latents`")
-        first = [sample["jpg"] for sample in self.source.first(self.batch_size)]
-        objective.measure_scale(self.model, torch.stack(first), self._chance(0))
 
     def _next(self, batches: Iterator[dict[str, Any]], broken: Broken) -> Work:
         """This process's batches of the step, with their numbers."""

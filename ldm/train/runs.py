@@ -7,6 +7,7 @@ logs/2026-11-21T15-00-00_NAME/
 logs/NAME -> the newest of them
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Old", "begin", "complete", "find", "note", "read"]
+__all__ = ["Old", "begin", "complete", "discard", "find", "link", "note", "read"]
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def begin(args: Namespace, old: Old | None, starters: Sequence[str] = ()) -> Pat
 
 
 def _new_folder(args: Namespace) -> Path:
-    """A folder with the time in its name, made now, and NAME as a link to it."""
+    """A folder with the time in its name, made now."""
     logdir, now = _logdir(args), datetime.now()
     while True:
         folder = logdir / f"{now.strftime(STAMP)}_{name(args)}"
@@ -112,9 +113,20 @@ def _new_folder(args: Namespace) -> Path:
         except FileExistsError:
             now += timedelta(seconds=1)
             continue
-        if args.train:
-            _link(logdir / name(args), folder)
         return folder
+
+
+def link(args: Namespace, folder: Path) -> None:
+    """Lets NAME lead to the folder of a run that has begun, if it is the newest of that name."""
+    logdir = _logdir(args)
+    if [folder.resolve()] == [path.resolve() for path in _of_name(logdir, name(args))[:1]]:
+        _link(logdir / name(args), folder)
+
+
+def discard(folder: Path) -> None:
+    """Removes the folder of a run that never began, if nothing is in it."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def note(args: Namespace, folder: Path, raw: dict[str, Any]) -> None:

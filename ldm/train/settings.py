@@ -137,8 +137,8 @@ def read(raw: Mapping[str, Any]) -> Settings:
     target, defaults = str(values.at(raw, "model").get("target")), DEFAULTS
     if "optimizer" not in values.at(raw, "lightning"):
         notes.append(
-            "no `lightning.optimizer`: AdamW as in the original, learning rate scaled by the batch, "
-            "no clipping"
+            "no `lightning.optimizer`: AdamW as in the original, learning rate scaled by the "
+            "batch, no clipping"
         )
         defaults = {name: {**keys, **ORIGINAL.get(name, {})} for name, keys in DEFAULTS.items()}
         if target.endswith("AutoencoderKL"):

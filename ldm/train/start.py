@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.data.source import Source
 from ldm.loading import checkpoint, config, legacy
 from ldm.loading.skeleton import check_fit, complete
 from ldm.model import LatentDiffusion
+from ldm.train import objective
 
-__all__ = ["from_checkpoints"]
+__all__ = ["from_checkpoints", "measure_scale"]
 
 
 def from_checkpoints(model: nn.Module, params: Mapping[str, Any]) -> bool:
@@ -41,6 +43,20 @@ def from_checkpoints(model: nn.Module, params: Mapping[str, Any]) -> bool:
     if params.get("finetune_keys"):
         raise ValueError("`finetune_keys` needs a `ckpt_path` to start from")
     return False
+
+
+def measure_scale(
+    model: LatentDiffusion, source: Source, data: Mapping[str, Any], generator: torch.Generator
+) -> None:
+    """Sets `scale_factor` by the latents of the first batch, the same on all processes.
+
+        data: `data.params` of the config.
+    Raises ValueError if latents are cached, as those would have another scale.
+    """
+    if data.get("latents"):
+        raise ValueError("`scale_by_std` does not go with `data.params.latents`")
+    first = [sample["jpg"] for sample in source.first(data["batch_size"])]
+    objective.measure_scale(model, torch.stack(first), generator)
 
 
 def _put(

@@ -35,6 +35,18 @@ def failed(*argv: str) -> str:
     return str(stopped.value.code)
 
 
+def test_a_start_that_fails_leaves_the_run_before_as_it_was(tmp_path: Path) -> None:
+    base = [*TINY, "-l", str(tmp_path), "-t", "--max_steps", "1", "lightning.callbacks.images=0"]
+    main([*base, "data.params.batch_size=2"])
+    before = {path.name: path.resolve() for path in tmp_path.iterdir()}
+    assert "unknown key `rnk`" in failed(*base, "lightning.lora.rnk=3")
+    assert {path.name: path.resolve() for path in tmp_path.iterdir()} == before
+    (weights,) = tmp_path.glob("tiny/checkpoints/last.safetensors")
+    start = f"model.params.ckpt_path={weights}"
+    assert "hardly better than a guess" in failed(*base, start)
+    assert (tmp_path / "tiny").resolve() == before["tiny"]
+
+
 def test_help_is_there_without_torch() -> None:
     code = "import sys, scripts.train as t\ntry: t.main(['--help'])\nfinally: print(*sys.modules)"
     command = [sys.executable, "-c", code]

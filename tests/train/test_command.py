@@ -20,6 +20,7 @@ def begun(args: Namespace, *starters: str, state: int | None = None) -> Path:
     """A run as `train.py` leaves it, with a state if it got so far."""
     folder = runs.begin(args, None, starters)
     runs.note(args, folder, runs.read(args, None))
+    runs.link(args, folder)
     if state is not None:
         saved(folder, state)
     return folder
