@@ -8,9 +8,11 @@ exactly, here or on more or fewer ranks. A record that cannot be read is replace
 next if possible, and the batch names it under "broken".
 """
 
+import atexit
 import itertools
 import math
 import signal
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
@@ -26,6 +28,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 __all__ = ["Broken", "Records", "Source", "Unreadable", "collate", "numbered"]
 
 PATIENCE = 100  # records that are tried in the place of one before we give up
+READING: Any = weakref.WeakSet()  # loaders whose worker processes live
 ENOUGH = 1000  # records seen before their share is judged, if nobody knows how many there are
 
 
@@ -276,14 +279,26 @@ def numbered(
         collate_fn=_same,
         generator=torch.Generator(),  # else it would draw from the global one
     )
-    return _raised(iter(loader))
+    begun = iter(loader)
+    READING.add(begun)
+    return _read_ahead(begun)
 
 
-def _raised(batches: Iterator[Any]) -> Iterator[dict[str, Any]]:
-    for batch in batches:
-        if isinstance(batch, ValueError):
-            raise batch
-        yield batch
+def _read_ahead(loader: Any) -> Iterator[dict[str, Any]]:
+    try:
+        for batch in loader:
+            if isinstance(batch, ValueError):
+                raise batch
+            yield batch
+    finally:
+        loader._shutdown_workers()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """They ignore the signal by which Python would end them, so it would wait for them forever."""
+    for loader in list(READING):
+        loader._shutdown_workers()
 
 
 class _Share(IterableDataset):

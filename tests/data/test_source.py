@@ -1,5 +1,8 @@
 """The endless numbered sequence of batches, whoever reads it."""
 
+import subprocess
+import sys
+import textwrap
 from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
@@ -118,6 +121,21 @@ def test_reading_stops_where_nothing_can_be_read(workers: int) -> None:
     message = r"^4 records in a row cannot be read.*`\d.png` is damaged$"
     with pytest.raises(ValueError, match=message):
         read(Records(Numbers(4, damaged=range(4))), 2, 1, workers=workers)
+
+
+def test_a_process_ends_though_its_workers_still_read() -> None:
+    code = """
+        import itertools, sys
+        from ldm.data.source import numbered
+
+        def numbers(first, step):
+            for number in itertools.count(first, step):
+                yield {"number": number}
+
+        kept = numbered(numbers, 0, 1, 1), numbered(numbers, 0, 1, 1)
+        sys.exit(next(kept[0])["number"])"""
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    assert subprocess.run(command, cwd=Path(__file__).parents[2], timeout=60).returncode == 0
 
 
 def test_many_damaged_neighbours_are_still_few_of_all() -> None:

@@ -121,8 +121,9 @@ def test_a_run_that_diverges_keeps_a_state_from_before_however_often_it_is_resum
     tiny(tmp_path, "lightning.trainer.max_steps=4", "lightning.callbacks.save_steps=2").train()
     good = tmp_path / "checkpoints/state-00000004"
     kept = {path: path.read_bytes() for path in good.iterdir()}
-    for _ in range(3):
-        again = tiny(tmp_path, "lightning.trainer.max_steps=99", "lightning.callbacks.save_steps=2")
+    words = ["trainer.max_steps=99", "trainer.nan_limit=3", "callbacks.save_steps=2"]
+    for _ in range(2):
+        again = tiny(tmp_path, *(f"lightning.{word}" for word in words))
         again.resume()
         again.raw["model"]["base_learning_rate"] = 1e38
         with pytest.raises(FloatingPointError, match="has earlier states"):
