@@ -108,7 +108,7 @@ def _read(args: argparse.Namespace, dtype: Any) -> Any:
     import torch
     from safetensors.torch import load_file
 
-    from ldm.loading import pickles
+    from ldm.loading.files import pickles
 
     def run() -> list[Any]:
         if args.file.suffix == ".safetensors":

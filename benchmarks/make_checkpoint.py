@@ -24,10 +24,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.loading import checkpoint, config, legacy
+from ldm.loading import config, legacy
+from ldm.loading.files import checkpoint
 from ldm.loading.load import on_meta
 from ldm.model import LatentDiffusion
-from ldm.nets.prior import Prior
+from ldm.nets.karlo import Prior
 
 KARLO = ("prior-ckpt-step=01000000-of-01000000.ckpt", "ViT-L-14_stats.th")
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, device, nn
 
 from ldm.loading import config, legacy
-from ldm.loading.folder import files, index, networks, places
-from ldm.loading.skeleton import on_meta
+from ldm.loading.build import on_meta
+from ldm.loading.diffusers import files, index, networks, places
 from ldm.nets.unet import UNet
 
 CONFIG = "configs/stable-diffusion/v2-inference.yaml"

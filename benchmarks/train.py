@@ -41,9 +41,10 @@ from ldm.loading import config, legacy  # noqa: E402
 from ldm.model import LatentDiffusion  # noqa: E402
 from ldm.nets import cpu  # noqa: E402
 from ldm.nets.autoencoder import PixelSpace  # noqa: E402
-from ldm.train import memory, optim  # noqa: E402
-from ldm.train.ema import EMA  # noqa: E402
-from ldm.train.objective import Diffusion  # noqa: E402
+from ldm.train import memory  # noqa: E402
+from ldm.train.optim import optimizers  # noqa: E402
+from ldm.train.optim.ema import EMA  # noqa: E402
+from ldm.train.tasks.diffusion import Diffusion  # noqa: E402
 
 SIDES = ("ours", "theirs")
 GATE = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -246,7 +247,7 @@ def filled(unet: nn.Module) -> None:
 def ours(model: Any, batch: Batch, ema: bool) -> tuple[Callable[[], Tensor], Callable[[], None]]:
     """As `ldm.train.loop` does it."""
     task, generator = Diffusion(model, drop=0.0), torch.Generator().manual_seed(0)
-    optimizer = optim.make(task.trained, 1e-5)
+    optimizer = optimizers.make(task.trained, 1e-5)
     average = EMA(task.trained) if ema else None
     cond = Cond(crossattn=batch.context)
 

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from ldm import cli, flags
-from ldm.live import Live, follow
-from ldm.page import CSS, PROMPTS, SAMPLING, TASKS, about, about_file, show, table, told
-from ldm.studio import Limits, Studio
+from ldm.app.form import CSS, PROMPTS, SAMPLING, TASKS, about, about_file, show, table, told
+from ldm.app.progress import Live, follow
+from ldm.app.studio import Limits, Studio
+from ldm.generate import flags, load
 from scripts import depth2img, img2img, inpaint, replay, txt2img, unclip, upscale
 
 PARSER = flags.parser(__doc__)
@@ -42,7 +42,7 @@ add("--verbose", action="store_true", help="say more, and show the traceback of 
 SCRIPTS = (txt2img, img2img, inpaint, depth2img, upscale, unclip)
 PARSERS = {script.PARSER.get_default("task"): script.PARSER for script in SCRIPTS}
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-log = logging.getLogger("ldm.cli")
+log = logging.getLogger("ldm.generate.load")
 
 
 class Page:
@@ -253,7 +253,7 @@ def serve(args: Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(serve, PARSER, argv)
+    return load.run(serve, PARSER, argv)
 
 
 if __name__ == "__main__":

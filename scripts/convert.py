@@ -14,7 +14,7 @@ is replaced without --force, and nothing is left half written.
 import argparse
 import sys
 
-from ldm import cli, flags
+from ldm.generate import flags, load
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--vae", metavar="FILE", help="take the autoencoder from there")
     add("--force", action="store_true", help="replace the target")
     add("--verbose", action="store_true", help="show where an error comes from")
-    return cli.run(work, parser, argv)
+    return load.run(work, parser, argv)
 
 
 def work(args: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from ldm import cli, flags, inputs, jobs
+from ldm.generate import flags, inputs, load, run
 
 PARSER = flags.parser(
     __doc__,
@@ -29,20 +29,20 @@ PARSER = flags.parser(
 
 
 def generate(args: Namespace) -> None:
-    batches = jobs.plan(args)
+    batches = run.plan(args)
     told = inputs.read(args)
-    model = cli.load(args)
+    model = load.load(args)
     pipeline = inputs.pipeline(args, model, told)
     if args.save_depth:
-        from ldm.imaging.opening import save_depth
+        from ldm.imaging.reading import save_depth
         from ldm.pipelines import depth_of
 
         save_depth(args.save_depth, depth_of(model, told["image"]))
-    jobs.run(jobs.maker(pipeline, model, args, told), batches, model, args)
+    run.run(run.maker(pipeline, model, args, told), batches, model, args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(generate, PARSER, argv)
+    return load.run(generate, PARSER, argv)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from ldm import cli, flags, inputs, jobs
+from ldm.generate import flags, inputs, load, run
 
 PARSER = flags.parser(
     __doc__,
@@ -27,15 +27,15 @@ PARSER = flags.parser(
 
 
 def generate(args: Namespace) -> None:
-    batches = jobs.plan(args)
+    batches = run.plan(args)
     told = inputs.read(args)
-    model = cli.load(args)
-    make = jobs.maker(inputs.pipeline(args, model, told), model, args, told)
-    jobs.run(make, batches, model, args)
+    model = load.load(args)
+    make = run.maker(inputs.pipeline(args, model, told), model, args, told)
+    run.run(make, batches, model, args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(generate, PARSER, argv)
+    return load.run(generate, PARSER, argv)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from ldm import cli, flags, inputs, jobs
+from ldm.generate import flags, inputs, load, run
 
 PARSER = flags.parser(
     __doc__,
@@ -34,18 +34,18 @@ PARSER = flags.parser(
 
 
 def generate(args: Namespace) -> None:
-    batches, model = jobs.plan(args), None
+    batches, model = run.plan(args), None
     args.skip_grid |= args.indir is not None  # every picture has its own name
     for picture, mask in inputs.pairs(args):
         args.init_img, args.mask = picture, mask
         told = inputs.read(args)
-        model = model or cli.load(args)
-        make = jobs.maker(inputs.pipeline(args, model, told), model, args, told)
-        jobs.run(make, batches, model, args, inputs.kept(told))
+        model = model or load.load(args)
+        make = run.maker(inputs.pipeline(args, model, told), model, args, told)
+        run.run(make, batches, model, args, inputs.kept(told))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(generate, PARSER, argv)
+    return load.run(generate, PARSER, argv)
 
 
 if __name__ == "__main__":

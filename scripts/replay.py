@@ -10,7 +10,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from ldm import cli, flags, inputs, jobs, provenance
+from ldm.generate import flags, inputs, load, provenance, run
 
 PARSER = flags.parser(__doc__, flags.model_flags(), task="replay", precision=None)
 PARSER.add_argument("picture", help="a PNG that these scripts wrote")
@@ -25,9 +25,9 @@ def replay(given: Namespace) -> int:
     info = read_info(given.picture)
     args = provenance.flags(info, given)
     told = inputs.read(args)
-    model = cli.load(args, threads=info["threads"])
-    make = jobs.maker(inputs.pipeline(args, model, told), model, args, told)
-    picture = jobs.again(info, args, model, make, inputs.kept(told))
+    model = load.load(args, threads=info["threads"])
+    make = run.maker(inputs.pipeline(args, model, told), model, args, told)
+    picture = run.again(info, args, model, make, inputs.kept(told))
     if args.output:
         write_png(args.output, picture, info)
     with Image.open(args.picture) as old:
@@ -44,7 +44,7 @@ def replay(given: Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(replay, PARSER, argv)
+    return load.run(replay, PARSER, argv)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from ldm import cli, flags, jobs
+from ldm.generate import flags, load, run
 
 PARSER = flags.parser(
     __doc__,
@@ -26,16 +26,16 @@ PARSER = flags.parser(
 
 
 def generate(args: Namespace) -> None:
-    batches = jobs.plan(args)
-    model = cli.load(args)
+    batches = run.plan(args)
+    model = load.load(args)
 
     from ldm.pipelines import txt2img
 
-    jobs.run(jobs.maker(txt2img, model, args), batches, model, args)
+    run.run(run.maker(txt2img, model, args), batches, model, args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(generate, PARSER, argv)
+    return load.run(generate, PARSER, argv)
 
 
 if __name__ == "__main__":

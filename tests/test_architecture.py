@@ -15,13 +15,13 @@ FILES = sorted([*ROOT.glob("ldm/**/*.py"), *ROOT.glob("scripts/*.py")])
 # A file may import from its own floor or a lower one; the longest matching prefix counts.
 FLOORS = {
     "ldm": 0,  # the package itself: lazy names, which nothing here imports at run time
-    "ldm.nets": 1, "ldm.data": 1, "ldm.conditioning": 1, "ldm.imaging": 1,
-    "ldm.diffusion": 2,
+    "ldm.runtime": 1, "ldm.nets": 1, "ldm.conditioning": 1, "ldm.imaging": 1,
+    "ldm.diffusion": 2, "ldm.data": 2,
     "ldm.model": 3, "ldm.encoders": 3,
     "ldm.loading": 4, "ldm.pipelines": 4,
-    "ldm.train": 5, "ldm.cli": 5, "ldm.flags": 5, "ldm.inputs": 5, "ldm.jobs": 5,
-    "ldm.provenance": 5, "ldm.live": 5, "ldm.studio": 5, "ldm.page": 5,
-    "scripts": 6,
+    "ldm.train": 5, "ldm.generate": 5,
+    "ldm.app": 6,
+    "scripts": 7,
 }  # fmt: skip
 
 # Third-party packages, and the only places that may import them.
@@ -32,16 +32,15 @@ FENCES = {
     "timm": ["ldm.encoders.depth"],
     "xformers": ["ldm.nets.attention"],
     "omegaconf": ["ldm.loading.config"],
-    "safetensors": ["ldm.loading.checkpoint"],
+    "safetensors": ["ldm.loading.files.checkpoint"],
     "webdataset": ["ldm.data.shards"],
     "braceexpand": ["ldm.data.shards"],
     "datasets": ["ldm.data.hub"],
-    "matplotlib": ["ldm.train.timesteps"],
-    "wandb": ["ldm.train.logs"],
-    "bitsandbytes": ["ldm.train.optim"],
+    "matplotlib": ["ldm.train.monitoring.timesteps"],
+    "wandb": ["ldm.train.monitoring.logs"],
+    "bitsandbytes": ["ldm.train.optim.optimizers"],
     "ftfy": ["ldm.encoders.tokenizer"],
     "regex": ["ldm.encoders.tokenizer"],
-    "resvg_py": ["ldm.data.emoji"],
     "lightning": [],
     "pytorch_lightning": [],
     "diffusers": [],

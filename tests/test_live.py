@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from ldm.live import Live, follow
+from ldm.app.progress import Live, follow
 from ldm.pipelines import Stop
 
 LATENT = torch.zeros(2, 4, 8, 8)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ldm.data.buckets import Buckets
 from ldm.data.source import Unreadable
-from ldm.imaging.opening import picture_in, size_in
+from ldm.imaging.reading import picture_in, size_in
 
 __all__ = ["PICTURES", "Folder", "Transform", "WithPrior", "in_greatest", "read_metadata"]
 

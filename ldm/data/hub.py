@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ldm.data.folder import Transform, in_greatest
 from ldm.data.source import Unreadable
-from ldm.imaging.opening import picture_in, size_in
+from ldm.imaging.reading import picture_in, size_in
 
 __all__ = ["Hub"]
 

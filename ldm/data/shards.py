@@ -36,7 +36,7 @@ from tqdm import tqdm
 from ldm.data.download import Download
 from ldm.data.folder import PICTURES, Transform
 from ldm.data.source import Unreadable, collate, numbered
-from ldm.imaging.opening import picture_in, size_in
+from ldm.imaging.reading import picture_in, size_in
 
 __all__ = ["Shards", "expand", "name_of", "picture_of", "record_of", "said_of", "samples_of"]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ldm.data import conditions
 from ldm.data.buckets import Buckets
-from ldm.imaging.opening import on_white
+from ldm.imaging.reading import on_white
 
 __all__ = ["COLOURS", "CROPS", "Emoji", "Photo", "Tags", "all_words", "caption", "compose"]
 

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 import ldm
-from ldm.loading import adapters, checkpoint, config as configs, legacy, report, sources
-from ldm.loading.checkpoint import EMBEDDED, Checkpoint
+from ldm.loading import config as configs, legacy, report, weights as weight_files
+from ldm.loading.addons import lora
+from ldm.loading.build import check_fit, complete, on_meta
+from ldm.loading.diffusers import files
 from ldm.loading.families import PUBLISHED
-from ldm.loading.folder import files
-from ldm.loading.skeleton import check_fit, complete, on_meta
+from ldm.loading.files import checkpoint
+from ldm.loading.files.checkpoint import EMBEDDED, Checkpoint
 from ldm.model import LatentDiffusion
 
 __all__ = ["SUFFIXES", "Conversion", "convert", "plan"]
@@ -86,11 +88,11 @@ def plan(
     """
     if variant == "fp16" and dtype is None and not files.is_folder(source):
         dtype = torch.float16
-    file = sources.read(source, ema, variant=variant)
+    file = weight_files.read(source, ema, variant=variant)
     text = _config(file, config)
     notes = []
     if vae is not None:
-        file = _with_autoencoder(file, sources.read(vae))
+        file = _with_autoencoder(file, weight_files.read(vae))
         notes.append(f"the autoencoder is that of {vae}")
     metadata: dict[str, str | int] = {**file.metadata, **_provenance(file, text, ema)}
     if loras:
@@ -218,7 +220,7 @@ def _merged(
     check_fit(wanted, state, f"`{file.path}` does not fit its config")
     model.load_state_dict(state, strict=False, assign=True)
     before = dict(model.named_parameters())
-    adapters.use(model, loras)
+    lora.use(model, loras)
     new = {name: p.detach() for name, p in model.named_parameters() if p is not before[name]}
     noted = json.loads(file.metadata.get(LORAS, "[]"))
     noted += [{**lora, "path": Path(lora["path"]).name} for lora in model.provenance["loras"]]

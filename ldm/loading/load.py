@@ -20,20 +20,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ldm.loading import (
-    adapters,
-    checkpoint,
-    config as configs,
-    embeddings as learned,
-    families,
-    legacy,
-    midas as depth,
-    sources,
-    statistics,
-)
-from ldm.loading.checkpoint import EMBEDDED, Checkpoint
+from ldm.loading import config as configs, families, legacy, weights
+from ldm.loading.addons import embeddings as learned, lora, midas as depth
+from ldm.loading.build import complete, fill, on_meta
 from ldm.loading.families import PUBLISHED
-from ldm.loading.skeleton import complete, fill, on_meta
+from ldm.loading.files import checkpoint, clip_statistics
+from ldm.loading.files.checkpoint import EMBEDDED, Checkpoint
 from ldm.model import LatentDiffusion
 
 __all__ = ["choose_config", "fill", "load", "markers", "on_meta", "save"]
@@ -81,14 +73,14 @@ def load(
         config, ckpt = None, config  # weights alone
     if ckpt is None:
         raise ValueError("a config alone has no weights\nhint: pass a checkpoint as well")
-    file = sources.read(ckpt, ema) if config is None else None
+    file = weights.read(ckpt, ema) if config is None else None
     source = str(config) if file is None else choose_config(file)
     raw = _raw(source, file, overrides)
     where, skipped = Path(source).name, list[str]()
     spec = legacy.translate(raw, where=where, skipped=skipped)
     model = on_meta(spec, allow=allow, where=where, skipped=skipped)
     if file is None:
-        file = sources.read(ckpt, ema, legacy.rename_back(model.state_dict()))
+        file = weights.read(ckpt, ema, legacy.rename_back(model.state_dict()))
     state, tables, notes = legacy.rename(file.state), legacy.tables(file.state), markers(file)
     for held in (file.state, file.averages):
         held.clear()  # so that memory is given back while `state` is used up
@@ -98,7 +90,7 @@ def load(
     fill(model, state, device=device, dtype=dtype, mapped=file.mapped and not lent, misfit=misfit)
     if isinstance(model, LatentDiffusion):
         _check_tables(model, tables, misfit)
-        statistics.use(model.conditioner, file.path, clip_stats, tables)
+        clip_statistics.use(model.conditioner, file.path, clip_stats, tables)
         _check_averages(raw, file)
         model.provenance = {"config": source, **_origin(raw, file, skipped)}
         _check_prediction(model, file, notes, given=config is not None)
@@ -116,7 +108,7 @@ def save(
     schedule = model.schedule
     tables = schedule.buffers() | families.marks(model.parameterization, zero_snr=schedule.zero_snr)
     state = legacy.rename_back(model.state_dict(), tables)
-    checkpoint.write(path, state | statistics.tables(model.conditioner), metadata)
+    checkpoint.write(path, state | clip_statistics.tables(model.conditioner), metadata)
 
 
 def _extend(
@@ -126,7 +118,7 @@ def _extend(
     if (loras or embeddings) and not isinstance(model, LatentDiffusion):
         raise ValueError("LoRAs and words are for a whole model, the config is that of a part")
     if loras:
-        adapters.use(model, loras)
+        lora.use(model, loras)
     if embeddings:
         learned.use(model, embeddings)
 

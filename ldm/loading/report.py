@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.loading import checkpoint, config as configs, families, legacy, load, pickles
-from ldm.loading.checkpoint import Checkpoint
+from ldm.loading import config as configs, families, legacy, load
 from ldm.loading.families import Family, Prediction
+from ldm.loading.files import checkpoint, pickles
+from ldm.loading.files.checkpoint import Checkpoint
 
 __all__ = ["Part", "Report", "inspect"]
 

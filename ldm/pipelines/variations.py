@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ldm.conditioning import Cond
 from ldm.diffusion.guidance import Scale
-from ldm.encoders import prior as karlo
 from ldm.model import LatentDiffusion
-from ldm.nets.prior import Prior
+from ldm.nets.karlo import Prior
+from ldm.pipelines import karlo as karlo
 from ldm.pipelines.frame import check_family, decoded, listed, made, seeded
 from ldm.pipelines.sampling import Noise, sample
 

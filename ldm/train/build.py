@@ -9,12 +9,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
-from ldm.train import autoencoder, objective, optim, parallel
-from ldm.train.adaptation import Adaptation
-from ldm.train.ema import EMA
-from ldm.train.objective import Diffusion
-from ldm.train.parallel import Ranks
+from ldm.train.distributed import parallel
+from ldm.train.distributed.parallel import Ranks
+from ldm.train.optim import optimizers
+from ldm.train.optim.ema import EMA
 from ldm.train.state import Player, State
+from ldm.train.tasks import autoencoder, diffusion
+from ldm.train.tasks.adaptation import Adaptation
+from ldm.train.tasks.diffusion import Diffusion
 
 __all__ = ["state", "task"]
 
@@ -28,7 +30,7 @@ def task(model: nn.Module, params: Mapping[str, Any], settings: Sections) -> Any
     """
     options, little = settings["objective"], (settings["lora"], settings["textual_inversion"])
     if isinstance(model, LatentDiffusion):
-        whole = Diffusion(model, **objective.options(params, options))
+        whole = Diffusion(model, **diffusion.options(params, options))
         return Adaptation(whole, *little) if any(little) else whole
     if isinstance(model, AutoencoderKL):
         return autoencoder.task(model, params, options)
@@ -63,4 +65,4 @@ def _player(module: nn.Module, loss: Any, ranks: Ranks, options: Mapping[str, An
         loss = DistributedDataParallel(  # text towers have weights that no context needs
             replica, gradient_as_bucket_view=True, find_unused_parameters=True
         )
-    return Player(module, optim.make(module, 0.0, **options), loss)
+    return Player(module, optimizers.make(module, 0.0, **options), loss)

@@ -15,8 +15,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm import cli
-from ldm.train import launch, runs
+from ldm.generate import load
+from ldm.train.distributed import launch
+from ldm.train.runs import run_folder
 
 __all__ = ["PARSER", "parse", "work"]
 
@@ -136,13 +137,13 @@ def work(args: argparse.Namespace) -> Iterator[str]:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logging.getLogger("ldm").handlers = [handler]
-    is_first = cli.share()[0] == 0  # the others would say the same
+    is_first = load.share()[0] == 0  # the others would say the same
     logging.getLogger("ldm").setLevel(logging.INFO if is_first else logging.WARNING)
     try:
         if args.dry_run:
-            yield from _dry_run(args, _config(args, runs.find(args)))
+            yield from _dry_run(args, _config(args, run_folder.find(args)))
         else:
-            old = launch.agreed(lambda starters: runs.find(args, starters))
+            old = launch.agreed(lambda starters: run_folder.find(args, starters))
             raw = _config(args, old)
             launch.launch(raw, args.nproc, args.argv)
             yield from _run(args, raw, old)
@@ -154,37 +155,39 @@ def work(args: argparse.Namespace) -> Iterator[str]:
         raise
 
 
-def _config(args: argparse.Namespace, old: runs.Old | None) -> dict[str, Any]:
+def _config(args: argparse.Namespace, old: run_folder.Old | None) -> dict[str, Any]:
     """The config of the run; what is wrong with it is said before anything is started or made."""
-    from ldm.train import settings
+    from ldm.train.config import settings
 
-    raw = runs.read(args, old)
+    raw = run_folder.read(args, old)
     wanted = ["model.target", "data.params.train", "data.params.batch_size"]
     settings.read(raw)
     settings.refuse_incomplete(raw, *wanted, *["model.base_learning_rate"] * args.train)
     return raw
 
 
-def _run(args: argparse.Namespace, raw: dict[str, Any], old: runs.Old | None) -> Iterator[str]:
+def _run(
+    args: argparse.Namespace, raw: dict[str, Any], old: run_folder.Old | None
+) -> Iterator[str]:
     import torch
 
     from ldm.loading import config
-    from ldm.train import validation
     from ldm.train.loop import Run
+    from ldm.train.monitoring import validation
 
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    folder = launch.agreed(lambda starters: runs.begin(args, old, starters))
+    folder = launch.agreed(lambda starters: run_folder.begin(args, old, starters))
     try:
         run = Run(raw, folder, text=config.text(raw), commands=args.allow_commands)
     except Exception:
-        runs.discard(folder)
+        run_folder.discard(folder)
         raise
     if old and old.state:
         run.resume(old.state)
     if run.ranks.is_first and args.train:
-        runs.note(args, folder, raw)
+        run_folder.note(args, folder, raw)
     if args.train:
-        run.train(begun=lambda: runs.link(args, folder))
+        run.train(begun=lambda: run_folder.link(args, folder))
     elif old and not args.validate:
         run.export()
     if args.validate:
@@ -232,9 +235,9 @@ def _trainer_flags(args: argparse.Namespace, given: dict[str, str]) -> list[str]
         args.resume = given.pop("resume_from_checkpoint")
     if given:
         from ldm.loading import legacy
-        from ldm.train import settings, translation
+        from ldm.train.config import lightning, settings
 
-        known = [*settings.DEFAULTS["trainer"], *translation.KNOWN["trainer"]]
+        known = [*settings.DEFAULTS["trainer"], *lightning.KNOWN["trainer"]]
         for name in given:
             if name not in known:
                 options = [spelling.lstrip("-") for spelling in PARSER._option_string_actions]

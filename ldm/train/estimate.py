@@ -18,13 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ldm.loading import config, legacy, skeleton
+from ldm.loading import build, config, legacy
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
-from ldm.train import autoencoder
-from ldm.train.adaptation import Adaptation
-from ldm.train.objective import Diffusion
-from ldm.train.settings import Settings, read
+from ldm.train.config.settings import Settings, read
+from ldm.train.tasks import autoencoder
+from ldm.train.tasks.adaptation import Adaptation
+from ldm.train.tasks.diffusion import Diffusion
 
 __all__ = ["Memory", "describe", "estimate"]
 
@@ -186,7 +186,7 @@ def _task(raw: Mapping[str, Any], settings: Settings) -> Any:
     checkpointed = settings["trainer"]["checkpoint_gradients"]
     if checkpointed is not None and "unet" in spec["params"]:
         spec["params"]["unet"]["params"]["use_checkpoint"] = checkpointed
-    model = skeleton.on_meta(spec, where="model")
+    model = build.on_meta(spec, where="model")
     if isinstance(model, LatentDiffusion):
         task = Diffusion(model)
         little = (settings["lora"], settings["textual_inversion"])

@@ -21,30 +21,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ldm.cli import pick_device
 from ldm.data.source import Broken
+from ldm.generate.load import pick_device
 from ldm.loading import config
 from ldm.model import LatentDiffusion
 from ldm.nets import attention
-from ldm.train import (
-    build,
-    callbacks,
-    exports,
-    logs,
-    memory,
-    parallel,
-    pictures,
-    sanity,
-    settings,
-    start,
-    validation,
-)
-from ldm.train.resume import States
-from ldm.train.schedules import Rate
-from ldm.train.signals import Wishes
-from ldm.train.sources import open_sources
+from ldm.train import build, memory
+from ldm.train.batches.sources import open_sources
+from ldm.train.config import settings
+from ldm.train.distributed import parallel
+from ldm.train.distributed.signals import Wishes
+from ldm.train.monitoring import cadence, logs, samples, sanity, validation
+from ldm.train.monitoring.timesteps import TimestepLog
+from ldm.train.optim.schedules import Rate
+from ldm.train.runs import exports, initial
+from ldm.train.runs.states import States
 from ldm.train.state import Player
-from ldm.train.timesteps import TimestepLog
 
 __all__ = ["Run"]
 
@@ -80,7 +72,7 @@ class Run:
         torch.backends.cudnn.benchmark = bool(trainer["benchmark"])
         attention.set_backend(trainer["attention"])
         self.model = config.instantiate(raw["model"], where="model").to(self.device)
-        self.is_fine_tune = start.from_checkpoints(self.model, raw["model"].get("params") or {})
+        self.is_fine_tune = initial.from_checkpoints(self.model, raw["model"].get("params") or {})
         memory.apply(
             self.model,
             checkpoint=trainer["checkpoint_gradients"],
@@ -94,7 +86,7 @@ class Run:
             )
         params = raw["model"].get("params") or {}
         if params.get("scale_by_std") and not self.is_fine_tune:
-            start.measure_scale(self.model, self.source, data, self._chance(0))
+            initial.measure_scale(self.model, self.source, data, self._chance(0))
         self.task: Any = build.task(self.model, params, self.settings)
         self.state = build.state(self.task, self.settings, self.ranks, self.device)
         self.states = States(folder / "checkpoints", self.ranks, keep=trainer["keep"])
@@ -151,7 +143,7 @@ class Run:
         )
         share = self.settings["trainer"]["broken_share"]
         broken = Broken(self.folder / "broken.txt", share, self.source)
-        every, clock = callbacks.cadences(self.settings["callbacks"]), callbacks.Clock()
+        every, clock = cadence.cadences(self.settings["callbacks"]), cadence.Clock()
         self.task.trained.train()
         with self._report() as report, self.wishes, self._saved_on_error():
             while self.progress() < 1 and not self.ends:
@@ -217,7 +209,7 @@ class Run:
         """Grids of samples, with and without averaging, and the loss by timestep."""
         with _keep_going("draw"):  # here, as others may wait below
             if self.ranks.is_first or parallel.is_split(self.task.trained):
-                for path in pictures.draw(self, write=self.ranks.is_first):
+                for path in samples.draw(self, write=self.ranks.is_first):
                     self.loggers.image(self.state.step, f"{path.parent.name}/samples", path)
         if self.timesteps is not None:
             plot = self.timesteps.write(self.state.step)

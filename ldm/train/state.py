@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.train.ema import EMA
+from ldm.train.optim.ema import EMA
 
 __all__ = ["Player", "Scale", "State"]
 

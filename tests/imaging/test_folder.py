@@ -4,8 +4,8 @@ import pytest
 from PIL import Image
 
 from ldm.imaging import folder as folder_module
-from ldm.imaging.folder import OutputFolder
 from ldm.imaging.metadata import read_info
+from ldm.imaging.output import OutputFolder
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from imaging.badpictures import REFUSED
-from ldm.imaging.opening import mask_of, open_depth, open_mask, open_picture, save_depth
 from ldm.imaging.pixels import fitted, squeezed
+from ldm.imaging.reading import mask_of, open_depth, open_mask, open_picture, save_depth
 
 
 def gradient(mode="RGB", size=(40, 30)):

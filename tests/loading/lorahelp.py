@@ -9,8 +9,8 @@ import torch
 from ldm.conditioning import Conditioner
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.encoders.text import CLIPText, OpenCLIPText
-from ldm.loading import adapters
-from ldm.loading.diffusers import text_layers, unet_layers
+from ldm.loading.addons import lora
+from ldm.loading.diffusers.names import text_layers, unet_layers
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import PixelSpace
 from ldm.nets.lora import Adapter, LowRank
@@ -57,10 +57,10 @@ def random_adapter(model: LatentDiffusion, *, rank: int = 3, alpha=None, seed=0)
     """Of every place there is."""
     torch.manual_seed(seed)
     changes = {}
-    for name, place in adapters.places(model).items():
+    for name, place in lora.places(model).items():
         low = LowRank(place, rank, alpha)
         torch.nn.init.normal_(low.lora_up.weight, std=0.05)
-        changes[adapters.kohya(name)] = low
+        changes[lora.kohya(name)] = low
     return Adapter(changes).requires_grad_(False)
 
 

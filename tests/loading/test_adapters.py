@@ -6,7 +6,9 @@ import pytest
 import torch
 from lorahelp import KINDS, PROMPTS, outputs, random_adapter, their_parts, tiny_model
 
-from ldm.loading import adapters, checkpoint, config, legacy, load
+from ldm.loading import config, legacy, load
+from ldm.loading.addons import lora
+from ldm.loading.files import checkpoint
 from ldm.nets.lora import merge
 
 SD1 = "configs/stable-diffusion/v1-inference.yaml"
@@ -36,12 +38,12 @@ def test_diffusers_computes_the_same_with_our_file(kind, style, tmp_path):
 
     model, file = tiny_model(kind), tmp_path / "x.safetensors"
     unet, text = their_parts(model, kind)
-    adapters.write(random_adapter(model, alpha=2), file, model, style)
+    lora.write(random_adapter(model, alpha=2), file, model, style)
     plain = outputs(model)
     state, alphas = Loader.lora_state_dict(str(file))
     Loader.load_lora_into_unet(state, alphas, unet)
     Loader.load_lora_into_text_encoder(state, alphas, text)
-    adapters.use(model, [(file, 1.0)])
+    lora.use(model, [(file, 1.0)])
     prediction, context = outputs(model)
     x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -57,7 +59,7 @@ def test_diffusers_computes_the_same_with_our_file(kind, style, tmp_path):
 @pytest.mark.parametrize(("yaml", "text"), [(SD1, 12 * 6), (SD2, 23 * 6)])
 def test_published_models_have_the_layers_that_kohya_trains(yaml, text):
     model = load.on_meta(legacy.translate(config.read(yaml)))
-    names = [adapters.kohya(name) for name in adapters.places(model)]
+    names = [lora.kohya(name) for name in lora.places(model)]
     assert len(set(names)) == len(names)
     assert sum(name.startswith("lora_te_text_model_encoder_layers_") for name in names) == text
     inside = [name for name in names if "_attentions_" in name]
@@ -69,17 +71,17 @@ def test_published_models_have_the_layers_that_kohya_trains(yaml, text):
 @pytest.mark.parametrize("style", ["kohya", "diffusers"])
 def test_a_file_comes_back_bit_for_bit(model, style, tmp_path):
     adapter = random_adapter(model, alpha=None if style == "diffusers" else 1.5)
-    adapters.write(adapter, tmp_path / "x.safetensors", model, style)
-    again = adapters.read(tmp_path / "x.safetensors", model)
+    lora.write(adapter, tmp_path / "x.safetensors", model, style)
+    again = lora.read(tmp_path / "x.safetensors", model)
     assert same(again.state_dict(), adapter.state_dict())
 
 
 def test_both_formats_mean_the_same(model, tmp_path):
     adapter = random_adapter(model, alpha=1.5)  # half the rank: a power of two is exact
     for style in ("kohya", "diffusers"):
-        adapters.write(adapter, tmp_path / f"{style}.safetensors", model, style)
+        lora.write(adapter, tmp_path / f"{style}.safetensors", model, style)
     first, second = (
-        adapters.read(tmp_path / f"{s}.safetensors", model) for s in ("kohya", "diffusers")
+        lora.read(tmp_path / f"{s}.safetensors", model) for s in ("kohya", "diffusers")
     )
     for name in first:
         assert torch.equal(first[name].change(), second[name].change())
@@ -100,42 +102,42 @@ def test_both_formats_mean_the_same(model, tmp_path):
 )
 def test_older_spellings_are_understood(part, old, new, tmp_path):
     model = tiny_model()
-    adapters.write(random_adapter(model), tmp_path / "x.safetensors", model, "diffusers")
+    lora.write(random_adapter(model), tmp_path / "x.safetensors", model, "diffusers")
     state = checkpoint.read(tmp_path / "x.safetensors").state
     renamed = {k.replace(old, new) if k.startswith(part) else k: v for k, v in state.items()}
     assert renamed.keys() != state.keys()
     checkpoint.write(tmp_path / "old.safetensors", renamed)
-    ours, theirs = (adapters.read(tmp_path / f"{n}.safetensors", model) for n in ("x", "old"))
+    ours, theirs = (lora.read(tmp_path / f"{n}.safetensors", model) for n in ("x", "old"))
     assert same(theirs.state_dict(), ours.state_dict())
 
 
 def test_alpha_is_found_in_notes(tmp_path):
     model = tiny_model()
-    adapters.write(random_adapter(model), tmp_path / "x.safetensors", model, "diffusers")
+    lora.write(random_adapter(model), tmp_path / "x.safetensors", model, "diffusers")
     state = checkpoint.read(tmp_path / "x.safetensors").state
     notes = {"unet.lora_alpha": 6, "unet.alpha_pattern": {"mid_block.attentions.0.proj_in": 12}}
-    checkpoint.write(tmp_path / "y.safetensors", state, {adapters.METADATA: json.dumps(notes)})
-    adapter = adapters.read(tmp_path / "y.safetensors", model)
+    checkpoint.write(tmp_path / "y.safetensors", state, {lora.METADATA: json.dumps(notes)})
+    adapter = lora.read(tmp_path / "y.safetensors", model)
     assert adapter["lora_unet_conv_in"].alpha == 6
     assert adapter["lora_unet_mid_block_attentions_0_proj_in"].alpha == 12
     assert adapter["lora_te_text_model_encoder_layers_0_mlp_fc1"].alpha == 3  # its rank
     notes = {"unet.use_dora": True}
-    checkpoint.write(tmp_path / "z.safetensors", state, {adapters.METADATA: json.dumps(notes)})
+    checkpoint.write(tmp_path / "z.safetensors", state, {lora.METADATA: json.dumps(notes)})
     with pytest.raises(ValueError, match="LoRA with `use_dora` is not supported"):
-        adapters.read(tmp_path / "z.safetensors", model)
+        lora.read(tmp_path / "z.safetensors", model)
 
 
 def test_files_with_weights_are_merged_and_noted(model, tmp_path):
     made = [random_adapter(model, seed=seed) for seed in (1, 2)]
     files = [tmp_path / "a.safetensors", tmp_path / "b.ckpt"]
     for adapter, file in zip(made, files, strict=True):
-        adapters.write(adapter, file, model)
+        lora.write(adapter, file, model)
     for adapter, weight in zip(made, (0.8, -0.3), strict=True):
         adapter.scale(weight).attach()
     attached = outputs(model)
     for adapter in made:
         adapter.detach()
-    adapters.use(model, [(files[0], 0.8), (files[1], -0.3)])
+    lora.use(model, [(files[0], 0.8), (files[1], -0.3)])
     for ours, expected in zip(outputs(model), attached, strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
     noted = model.provenance["loras"]
@@ -159,14 +161,14 @@ def test_a_file_of_another_family_is_refused_in_one_line(tmp_path):
     state |= {"lora_unet_down_blocks_3_x.lora_up.weight": torch.ones(8, 4)}
     checkpoint.write(tmp_path / "x.safetensors", state)
     with pytest.raises(ValueError, match="does not fit this model") as caught:
-        adapters.use(sd1, [(tmp_path / "x.safetensors", 1.0)])
+        lora.use(sd1, [(tmp_path / "x.safetensors", 1.0)])
     line, hint = str(caught.value).splitlines()
     assert "of its 3 layers 1 are unknown, 2 of another size: lora_unet_down_blocks_3_x" in line
     assert hint == "hint: it looks made for Stable Diffusion 2, the model is Stable Diffusion 1"
     state = {name.replace("unet_down_blocks_3_x", "te2_text"): v for name, v in state.items()}
     checkpoint.write(tmp_path / "xl.safetensors", state)
     with pytest.raises(ValueError, match="looks made for SDXL, the model is Stable Diffusion 2"):
-        adapters.read(tmp_path / "xl.safetensors", sd2)
+        lora.read(tmp_path / "xl.safetensors", sd2)
 
 
 @pytest.mark.parametrize(
@@ -185,11 +187,11 @@ def test_a_file_of_another_family_is_refused_in_one_line(tmp_path):
 def test_what_is_no_lora_is_refused(names, message, tmp_path):
     checkpoint.write(tmp_path / "x.safetensors", {name: torch.ones(2, 2) for name in names})
     with pytest.raises(ValueError, match=message):
-        adapters.read(tmp_path / "x.safetensors", tiny_model())
+        lora.read(tmp_path / "x.safetensors", tiny_model())
 
 
 def test_a_model_without_prompts_has_no_text_layers():
     model = tiny_model()
     del model.conditioner.text
-    assert all(name.startswith("unet.") for name in adapters.places(model))
+    assert all(name.startswith("unet.") for name in lora.places(model))
     assert merge() is None

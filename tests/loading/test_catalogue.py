@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.loading.catalogue import catalogue, files
+from ldm.app.catalogue import catalogue, files
 
 DEMO = Path(__file__).parents[2] / "checkpoints/demo.safetensors"
 

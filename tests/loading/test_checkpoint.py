@@ -7,7 +7,7 @@ import struct
 import pytest
 import torch
 
-from ldm.loading import checkpoint
+from ldm.loading.files import checkpoint
 
 STATE = {
     "model.diffusion_model.in.weight": torch.arange(12.0).view(3, 4),

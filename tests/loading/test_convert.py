@@ -8,9 +8,11 @@ from lorahelp import random_adapter
 from tinyfamilies import write
 
 import ldm
-from ldm.loading import adapters, checkpoint, config, convert, sources
-from ldm.loading.folder import files
-from ldm.loading.folder.places import VAE_OLD
+from ldm.loading import config, convert, weights
+from ldm.loading.addons import lora
+from ldm.loading.diffusers import files
+from ldm.loading.diffusers.places import VAE_OLD
+from ldm.loading.files import checkpoint
 from scripts.convert import main
 
 
@@ -100,11 +102,11 @@ def test_half_precision_and_its_variant(tiny, tmp_path):
     assert main([str(tiny[0]), str(tmp_path / "half"), "--variant", "fp16"]) == 0
     weights = tmp_path / "half/unet/diffusion_pytorch_model.fp16.safetensors"
     assert {v.dtype for v in checkpoint.read(weights).state.values()} == {torch.float16}
-    back = sources.read(tmp_path / "half").state  # the only variant there is
+    back = weights.read(tmp_path / "half").state  # the only variant there is
     name = "first_stage_model.encoder.conv_in.weight"
     assert torch.equal(back[name], tiny[1][name].half())
     with pytest.raises(FileNotFoundError, match="of variant `bf16`"):
-        sources.read(tmp_path / "half", variant="bf16")
+        weights.read(tmp_path / "half", variant="bf16")
     assert main([str(tiny[0]), str(tmp_path / "b.safetensors"), "--dtype", "bfloat16"]) == 0
     state = checkpoint.read(tmp_path / "b.safetensors").state
     assert torch.equal(state[name], tiny[1][name].bfloat16())
@@ -123,7 +125,7 @@ def test_averages_are_kept_merged_or_left_out(tiny, tmp_path, capsys):
         ("averaged", ["--ema"], False, False),
     ):
         assert main([str(both), str(tmp_path / target), *flags]) == 0
-        file = sources.read(tmp_path / target)
+        file = weights.read(tmp_path / target)
         assert all(torch.equal(file.state[k], state[k] + (0 if raw else 1)) for k in unet)
         assert bool(file.averages) == kept
         assert ("model_ema.*" in capsys.readouterr().err) == (not kept)
@@ -134,7 +136,7 @@ def test_loras_are_merged_as_they_are_when_a_model_is_loaded(tiny, tmp_path, tar
     styles = [(tmp_path / f"{n}.safetensors", weight) for n, weight in ((1, 0.8), (2, -0.5))]
     model = ldm.load(tiny[0])
     for seed, (path, _) in enumerate(styles):
-        adapters.write(random_adapter(model, seed=seed), path, model)
+        lora.write(random_adapter(model, seed=seed), path, model)
     state, source = tiny[1], tmp_path / "both.ckpt"
     text = checkpoint.read(tiny[0]).metadata["ldm.config"]
     torch.save({"state_dict": state | averages(state), "ldm.config": text}, source)
@@ -159,7 +161,7 @@ def test_loras_are_merged_as_they_are_when_a_model_is_loaded(tiny, tmp_path, tar
 
 def test_a_sum_is_as_fine_as_what_is_written(tiny, tmp_path):
     style, half = tmp_path / "style.safetensors", str(tmp_path / "half.safetensors")
-    adapters.write(random_adapter(model := ldm.load(tiny[0])), style, model)
+    lora.write(random_adapter(model := ldm.load(tiny[0])), style, model)
     assert main([str(tiny[0]), half, "--dtype", "float16"]) == 0
     assert main([half, str(tmp_path / "x.ckpt"), "--dtype", "float32", "--lora", str(style)]) == 0
     theirs = ldm.load(half, loras=[(style, 1.0)]).state_dict()
@@ -185,7 +187,7 @@ def test_folders_of_training_runs(tiny, tmp_path):
     torch.save({"state_dict": tiny[1], "global_step": 9}, tmp_path / "run/checkpoints/last.ckpt")
     (tmp_path / "run/configs/2026-01-project.yaml").write_text(metadata["ldm.config"])
     assert main([str(tmp_path / "run"), str(tmp_path / "out")]) == 0
-    file = sources.read(tmp_path / "out")
+    file = weights.read(tmp_path / "out")
     assert same(file.state, tiny[1])
     assert file.step == 9
 
@@ -204,7 +206,7 @@ def test_an_autoencoder_alone(tmp_path, tiny):
         assert main([str(tmp_path / "kl.ckpt"), str(folder), *flags]) == 0
         about = json.loads((folder / "config.json").read_text())
         assert about["block_out_channels"] == [32, 64]
-        assert same(sources.read(folder).state, state)
+        assert same(weights.read(folder).state, state)
         assert same(ldm.load(folder).state_dict(), state)
 
 
@@ -264,7 +266,7 @@ def test_a_rest_of_another_model_is_left_out(tiny, folder, tmp_path, caplog):
     assert main([str(tiny[0]), str(tmp_path / "x")]) == 0
     path = tmp_path / "x/scheduler/scheduler_config.json"
     path.write_text(path.read_text().replace("v_prediction", "epsilon"))
-    file = sources.read(tmp_path / "x")
+    file = weights.read(tmp_path / "x")
     assert "is of another model" in caplog.text
     assert config.parse(file.metadata["ldm.config"])["model"]["params"]["parameterization"] == "eps"
     last = [k for k in file.state if ".resblocks.2." in k]
@@ -296,7 +298,7 @@ def test_folders_of_other_versions_are_read(tiny, tmp_path):
     unet.with_name(f"{unet.name}.index.json").write_text(json.dumps({"weight_map": where}))
     for path in (vae, unet):
         path.unlink()
-    assert same(sources.read(place).state, tiny[1])
+    assert same(weights.read(place).state, tiny[1])
 
 
 def test_mistakes_are_said_in_one_line(tiny, folder, tmp_path, capsys):

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from ldm.loading import config
-from ldm.loading.datamodules import translate
+from ldm.train.config.datamodules import translate
 
 PHOTO = {"name": "photo", "size": 32}
 FOLDER = {"root": "pictures", "transform": PHOTO}

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from ldm.loading import config, legacy
-from ldm.loading.folder import index, networks
-from ldm.loading.folder.places import places, scatter
-from ldm.loading.skeleton import on_meta
+from ldm.loading.build import on_meta
+from ldm.loading.diffusers import index, networks
+from ldm.loading.diffusers.places import places, scatter
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")

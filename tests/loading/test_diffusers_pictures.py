@@ -10,8 +10,8 @@ from tinyfamilies import PROMPT, WIDTH, write
 
 import ldm
 from ldm.encoders.image import preprocess
-from ldm.loading import convert, sources
-from ldm.loading.folder import files
+from ldm.loading import convert, weights as weight_files
+from ldm.loading.diffusers import files
 from ldm.pipelines import sample, vary
 
 diffusers = pytest.importorskip("diffusers")
@@ -167,10 +167,10 @@ def test_variations(made):
 @pytest.mark.parametrize("family", some("unclip-l"))
 def test_the_way_back_loses_nothing(made, family):
     _, state, folder = made(family)
-    back = sources.read(folder).state
+    back = weight_files.read(folder).state
     assert back.keys() == state.keys()
     assert [k for k in state if not torch.equal(state[k], back[k])] == []
-    assert sources.read(folder).step == 7
+    assert weight_files.read(folder).step == 7
 
 
 @pytest.mark.parametrize("family", some("sd1", "unclip-l"))
@@ -179,7 +179,11 @@ def test_folders_saved_by_diffusers_are_read(made, family, tmp_path):
     _, state, folder = made(family)
     opened(folder).save_pretrained(tmp_path)
     assert not (tmp_path / files.REST).exists()
-    back = sources.read(tmp_path).state
-    kept = sources.read(folder / files.REST).state.keys() if (folder / files.REST).exists() else ()
+    back = weight_files.read(tmp_path).state
+    kept = (
+        weight_files.read(folder / files.REST).state.keys()
+        if (folder / files.REST).exists()
+        else ()
+    )
     assert [k for k in state if k not in kept and not torch.equal(state[k], back[k])] == []
     assert all(not back[k].any() for k in back if k in kept and ".resblocks." in k)

@@ -6,7 +6,8 @@ from lorahelp import KINDS, WIDTH, their_parts, tiny_model
 from torch import nn
 
 from ldm.encoders.text import OpenCLIPText
-from ldm.loading import checkpoint, embeddings
+from ldm.loading.addons import embeddings
+from ldm.loading.files import checkpoint
 
 VECTORS = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import ldm
-from ldm.loading import checkpoint, config, families, legacy, load
-from ldm.loading.checkpoint import Checkpoint
+from ldm.loading import config, families, legacy, load
+from ldm.loading.files import checkpoint
+from ldm.loading.files.checkpoint import Checkpoint
 
 
 @pytest.fixture

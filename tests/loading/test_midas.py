@@ -7,7 +7,8 @@ import torch
 
 import ldm
 from goldfile import gold
-from ldm.loading import checkpoint, legacy
+from ldm.loading import legacy
+from ldm.loading.files import checkpoint
 from pipelines.goldmodels import TINY_DPT, model_of
 
 FILE = "dpt_hybrid-midas-501f0c75.pt"

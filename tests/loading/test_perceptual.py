@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ldm.loading import perceptual
-from ldm.nets.perceptual import WIDTHS
+from ldm.loading.addons import lpips
+from ldm.nets.lpips import WIDTHS
 
 # The convolutions of VGG16 by torchvision's numbers.
 NUMBERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
@@ -29,7 +29,7 @@ def files(tmp_path):
 
 
 def test_two_files_make_one_network(files) -> None:
-    net = perceptual.read(files)
+    net = lpips.read(files)
     layers = [layer for part in net.net.children() for layer in part.named_children()]
     assert [name for name, _ in layers] == [str(n) for n in range(30)]
     for name, layer in layers:
@@ -42,4 +42,4 @@ def test_two_files_make_one_network(files) -> None:
 
 def test_one_of_the_two_is_not_enough(files) -> None:
     with pytest.raises(ValueError, match=r"vgg.pth`: no LPIPS in there, it needs .* of torchvis"):
-        perceptual.read(files[0])
+        lpips.read(files[0])

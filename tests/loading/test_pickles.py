@@ -9,7 +9,7 @@ import payloads
 import pytest
 import torch
 
-from ldm.loading import checkpoint, pickles
+from ldm.loading.files import checkpoint, pickles
 
 
 def names(folder):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from ldm.app.pool import Pool
 from ldm.conditioning import Conditioner
-from ldm.loading.pool import Pool
 
 
 class Text(nn.Module):

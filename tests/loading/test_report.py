@@ -6,7 +6,8 @@ import payloads
 import pytest
 import torch
 
-from ldm.loading import checkpoint, load
+from ldm.loading import load
+from ldm.loading.files import checkpoint
 from ldm.loading.report import inspect
 from scripts.inspect_checkpoint import main
 

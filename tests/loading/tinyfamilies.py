@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-from ldm.loading import checkpoint, config, legacy
-from ldm.loading.skeleton import on_meta
+from ldm.loading import config, legacy
+from ldm.loading.build import on_meta
+from ldm.loading.files import checkpoint
 from recipe import fill
 
 WIDTH = 32

@@ -12,7 +12,7 @@ from nethelp import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from goldfile import gold
-from ldm.loading.folder import places
+from ldm.loading.diffusers import places
 from ldm.nets.autoencoder import (
     AttnBlock,
     AutoencoderKL,

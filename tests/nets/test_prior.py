@@ -12,8 +12,8 @@ from ldm.conditioning import Cond
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.encoders import tokenizer
 from ldm.encoders.image import CLIPImage, OpenCLIPImage
-from ldm.encoders.prior import image_embedding, sample, spaced, text_condition
-from ldm.nets.prior import Prior
+from ldm.nets.karlo import Prior
+from ldm.pipelines.karlo import image_embedding, sample, spaced, text_condition
 
 KEYS = Path(__file__).parents[1] / "data" / "keys"
 TINY = {"clip_dim": 16, "xf_width": 32, "xf_layers": 2, "xf_heads": 4}

@@ -13,7 +13,7 @@ from nethelp import (
 )
 
 from goldfile import gold
-from ldm.loading.folder import places
+from ldm.loading.diffusers import places
 from ldm.nets.unet import UNet
 
 SMALL = ["adm", "depth", "inpaint", "misc", "unclip", "upscaler", "v1", "v2"]

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 import ldm
-from ldm.imaging.opening import open_picture
 from ldm.imaging.pixels import to_tensor
+from ldm.imaging.reading import open_picture
 from ldm.pipelines.preview import fit_preview
 
 EMOJI = Path(__file__).parents[1] / "data/emoji/images"

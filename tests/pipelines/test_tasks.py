@@ -7,7 +7,7 @@ import torch
 
 import ldm
 from goldfile import gold
-from ldm.nets.prior import Prior
+from ldm.nets.karlo import Prior
 from ldm.nets.tiling import tiled
 from ldm.pipelines import (
     WrongFamily,

@@ -12,7 +12,8 @@ from PIL import Image
 
 import ldm
 from goldfile import Gold, gold
-from ldm.loading import checkpoint, legacy
+from ldm.loading import legacy
+from ldm.loading.files import checkpoint
 from pipelines.goldmodels import TINY_DPT, model_of
 from recipe import fill
 

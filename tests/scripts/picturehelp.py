@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ldm.loading import adapters
+from ldm.loading.addons import lora
 from ldm.nets.lora import Adapter, LowRank
 
 QUICK = ["--steps", "2", "--precision", "full", "--skip_grid"]
@@ -17,10 +17,10 @@ def random_lora(path, model, seed):
     """Writes one that changes every place of a model, so that its pictures differ."""
     torch.manual_seed(seed)
     changes = {}
-    for name, place in adapters.places(model).items():
-        changes[adapters.kohya(name)] = low = LowRank(place, 2)
+    for name, place in lora.places(model).items():
+        changes[lora.kohya(name)] = low = LowRank(place, 2)
         torch.nn.init.normal_(low.lora_up.weight, std=0.1)
-    adapters.write(Adapter(changes), path, model)
+    lora.write(Adapter(changes), path, model)
     return path
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ldm import flags
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import GRIDS
+from ldm.generate import flags
 from ldm.nets.attention import BACKENDS
 from ldm.pipelines import LEGACY
 from scripts import depth2img, img2img, inpaint, unclip, upscale

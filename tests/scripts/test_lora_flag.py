@@ -7,9 +7,9 @@ import torch
 from picturehelp import random_lora
 
 import ldm
-from ldm import flags
+from ldm.generate import flags
 from ldm.imaging.metadata import parameters_text, read_info
-from ldm.loading import embeddings
+from ldm.loading.addons import embeddings
 from scripts import replay, txt2img
 
 QUICK = ["--steps=2", "--n_iter=1", "--n_samples=1", "--H=64", "--W=64", "--skip_grid"]

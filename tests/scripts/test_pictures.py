@@ -11,8 +11,9 @@ from PIL import Image
 import ldm
 from goldfile import gold
 from ldm.imaging.metadata import read_info
-from ldm.loading import checkpoint, legacy
-from ldm.nets.prior import Prior
+from ldm.loading import legacy
+from ldm.loading.files import checkpoint
+from ldm.nets.karlo import Prior
 from scripts import depth2img, img2img, inpaint, replay, txt2img, unclip, upscale
 
 CASES = [

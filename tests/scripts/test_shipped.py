@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import ldm
-from ldm.flags import DEMO_SCALE, DEMO_SCALES, DEMOS
+from ldm.generate.flags import DEMO_SCALE, DEMO_SCALES, DEMOS
 from ldm.imaging.metadata import read_info
 from ldm.loading import config
 from scripts import inpaint, upscale

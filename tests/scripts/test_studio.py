@@ -11,11 +11,12 @@ from picturehelp import pixels, random_lora
 from PIL import Image
 
 import ldm
-from ldm import flags, page
+from ldm.app import form
+from ldm.app.progress import Live, follow
+from ldm.app.studio import Limits, Studio
+from ldm.generate import flags
 from ldm.imaging.metadata import read_info, write_png
-from ldm.live import Live, follow
-from ldm.loading import embeddings
-from ldm.studio import Limits, Studio
+from ldm.loading.addons import embeddings
 from scripts import depth2img, img2img, inpaint, replay, txt2img, unclip, upscale
 
 SCRIPTS = {"txt2img": txt2img, "img2img": img2img, "inpaint": inpaint, "depth2img": depth2img,
@@ -36,10 +37,10 @@ def answers(photo):
     """What a user fills in for a task; the defaults of the page otherwise."""
 
     def answers(task, **changes):
-        names = f"{page.TASKS[task][1]} {page.SAMPLING}".split()
-        settings = {name: page.table(LIMITS)[name][1] for name in names}
+        names = f"{form.TASKS[task][1]} {form.SAMPLING}".split()
+        settings = {name: form.table(LIMITS)[name][1] for name in names}
         filled = {name: setting.get("value") for name, setting in settings.items()}
-        filled |= {"steps": 2, "n_samples": 1, "seed": 5, "sampler": "ddim", "spacing": page.OWN}
+        filled |= {"steps": 2, "n_samples": 1, "seed": 5, "sampler": "ddim", "spacing": form.OWN}
         filled |= {"prompt": "a fox", "negative_prompt": "", "weight": "", "strength": 1.0}
         filled |= {"mask_grow": 0, "mask_blur": 0, "depth_inverted": False, "init_img": str(photo)}
         filled |= {"pictures": [(str(photo), None)], "sketch": sketch(photo, (8, 8, 30, 40))}
@@ -64,7 +65,7 @@ def run(studio, task, answers, model=None):
     """The run of a task, when it has ended."""
 
     def work(live):
-        values = page.told(answers, studio.uploads)
+        values = form.told(answers, studio.uploads)
         name = model or f"{MODELS[task]}.ckpt"
         return studio.generate(
             studio.flags(flags.parse(SCRIPTS[task].PARSER, []), name, values), live
@@ -112,7 +113,7 @@ def test_known_pixels_of_a_sketch_stay(studio, answers, photo):
 
 
 def test_an_estimated_depth_map_is_taken_back(studio, answers):
-    args = page.told(answers("depth2img"), studio.uploads)
+    args = form.told(answers("depth2img"), studio.uploads)
     parsed, live = flags.parse(depth2img.PARSER, []), Live()
     studio.depth(studio.flags(parsed, "depth.ckpt", args), live)
     map_ = live.made[0]["path"]
@@ -235,7 +236,7 @@ def test_chosen_loras_change_the_picture_and_are_found_again_by_content(
     model = ldm.load(files["base_v"][3], files["base_v"][1])
     given = [(str(random_lora(tmp_path / f"{n}.safetensors", model, n)), 0.5) for n in (1, 2)]
     studio = Studio(studio.folder, studio.outdir, studio.given, LIMITS, loras=given)
-    assert page.table(LIMITS, studio.offered)["lora"][1]["value"] == ["1:0.5", "2:0.5"]
+    assert form.table(LIMITS, studio.offered)["lora"][1]["value"] == ["1:0.5", "2:0.5"]
     with_one, plain = (
         run(studio, "txt2img", answers("txt2img", lora=lora)).made[0] for lora in (["1:0.8"], [])
     )
@@ -305,7 +306,7 @@ def test_a_checkpoint_is_inspected_by_its_name_only(studio):
 
 
 def test_a_run_is_html_without_what_users_write(studio):
-    shown = page.show(Live(message="<script>", preview=Image.new("RGB", (4, 4))))
+    shown = form.show(Live(message="<script>", preview=Image.new("RGB", (4, 4))))
     assert "&lt;script&gt;" in shown
     assert "data:image/png;base64," in shown
-    assert json.dumps(page.about({})) == '"it does not say how it was made"'
+    assert json.dumps(form.about({})) == '"it does not say how it was made"'

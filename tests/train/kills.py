@@ -22,7 +22,7 @@ from struct import pack, unpack
 
 import torch
 
-from ldm.train.resume import States
+from ldm.train.runs.states import States
 from tests.train.ranks import Quiet, digest, run
 
 CADENCE = 3  # steps between states

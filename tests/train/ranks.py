@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from ldm.loading import config
+from ldm.train.distributed.parallel import whole
 from ldm.train.loop import Run
-from ldm.train.parallel import whole
-from ldm.train.validation import validate
+from ldm.train.monitoring.validation import validate
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs/train/tiny.yaml"

@@ -11,11 +11,12 @@ import ldm
 from ldm.data.folder import Folder, WithPrior
 from ldm.data.source import collate
 from ldm.data.transforms import Photo
-from ldm.loading import adapters, config, embeddings, legacy, load
-from ldm.train.adaptation import Adaptation
+from ldm.loading import config, legacy, load
+from ldm.loading.addons import embeddings, lora
+from ldm.train.batches.class_images import make_pictures
 from ldm.train.loop import Run
-from ldm.train.objective import Diffusion
-from ldm.train.prior import make_pictures
+from ldm.train.tasks.adaptation import Adaptation
+from ldm.train.tasks.diffusion import Diffusion
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs/train/tiny.yaml"
@@ -52,7 +53,7 @@ def test_a_lora_is_trained_beside_a_frozen_model_and_used(base: Path, tmp_path: 
     assert all(torch.equal(value, frozen[name]) for name, value in run.model.state_dict().items())
     model: Any = ldm.load(None, base)
     for style in ("last", "last-diffusers"):
-        adapter: Any = adapters.read(run.last.with_name(f"{style}.safetensors"), model)
+        adapter: Any = lora.read(run.last.with_name(f"{style}.safetensors"), model)
         trained = dict(run.state.ema.shadow)
         assert {f"lora.{name}" for name, _ in adapter.named_parameters()} == trained.keys()
         for name, value in adapter.named_parameters():

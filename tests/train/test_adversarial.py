@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from goldfile import Gold, gold
-from ldm.loading import checkpoint, config, legacy
+from ldm.loading import config, legacy
+from ldm.loading.files import checkpoint
 from ldm.loading.load import on_meta
 from ldm.nets.autoencoder import AutoencoderKL
-from ldm.nets.perceptual import LPIPS
-from ldm.train.autoencoder import Adversarial, LossConfig, Reconstruction, task
+from ldm.nets.lpips import LPIPS
 from ldm.train.loop import Run
+from ldm.train.tasks.autoencoder import Adversarial, LossConfig, Reconstruction, task
 
 EMOJI = Path(__file__).parents[1] / "data" / "emoji"
 # The original's own gradients move by 1.4e-6 of the largest without oneDNN, its losses by 2e-7.

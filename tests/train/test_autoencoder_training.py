@@ -8,8 +8,8 @@ from ldm.data.folder import Folder
 from ldm.data.source import Records
 from ldm.data.transforms import Emoji
 from ldm.nets.autoencoder import AutoencoderKL
-from ldm.train import optim
-from ldm.train.autoencoder import Reconstruction, normalise, psnr
+from ldm.train.optim import optimizers
+from ldm.train.tasks.autoencoder import Reconstruction, normalise, psnr
 
 EMOJI = Path(__file__).parents[1] / "data" / "emoji"
 LAYOUT = {"ch": 32, "z_channels": 4, "num_res_blocks": 1, "ch_mult": (1, 1), "resolution": 32}
@@ -24,7 +24,7 @@ def test_reconstructions_get_better() -> None:
     folder = Folder(root=EMOJI, transform=Emoji(size=16))
     batch = next(Records(folder).batches(4))
     task = Reconstruction(tiny())
-    optimizer = optim.make(task.trained, 3e-3, name="muon")
+    optimizer = optimizers.make(task.trained, 3e-3, name="muon")
     generator = torch.Generator().manual_seed(0)
     quality = []
     for _ in range(20):

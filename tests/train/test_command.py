@@ -10,17 +10,18 @@ import pytest
 import torch
 
 from ldm.loading import config
-from ldm.train import launch, runs
 from ldm.train.command import parse, work
+from ldm.train.distributed import launch
+from ldm.train.runs import run_folder
 
 TINY = "configs/train/tiny.yaml"
 
 
 def begun(args: Namespace, *starters: str, state: int | None = None) -> Path:
     """A run as `train.py` leaves it, with a state if it got so far."""
-    folder = runs.begin(args, None, starters)
-    runs.note(args, folder, runs.read(args, None))
-    runs.link(args, folder)
+    folder = run_folder.begin(args, None, starters)
+    run_folder.note(args, folder, run_folder.read(args, None))
+    run_folder.link(args, folder)
     if state is not None:
         saved(folder, state)
     return folder
@@ -126,7 +127,11 @@ def test_counts_of_processes_and_threads_are_none_below_zero(capsys: Any) -> Non
 def test_a_run_has_the_time_in_its_name_and_a_link_without(tmp_path: Path) -> None:
     first = begun(flags(tmp_path, "-f", "_a"))
     second = begun(flags(tmp_path, "-f", "_a"))
-    assert runs.STAMPED.sub("", first.name) == runs.STAMPED.sub("", second.name) == "tiny_a"
+    assert (
+        run_folder.STAMPED.sub("", first.name)
+        == run_folder.STAMPED.sub("", second.name)
+        == "tiny_a"
+    )
     assert first != second
     assert os.readlink(tmp_path / "tiny_a") == second.name
     stems = sorted(path.name[20:] for path in (second / "configs").iterdir())
@@ -144,13 +149,13 @@ def test_a_config_is_kept_once_and_read_again(tmp_path: Path) -> None:
     args = flags(tmp_path, "lightning.trainer.max_steps=2", "data.params.batch_size=3")
     folder = begun(args, state=2)
     again = parse(["-t", "-r", str(folder), "lightning.trainer.max_steps=5"])
-    raw = runs.read(again, runs.find(again))
+    raw = run_folder.read(again, run_folder.find(again))
     assert raw["data"]["params"]["batch_size"] == 3
     assert raw["lightning"]["trainer"]["max_steps"] == 5
-    runs.note(args, folder, runs.read(args, None))
+    run_folder.note(args, folder, run_folder.read(args, None))
     assert len(list((folder / "configs").iterdir())) == 2
     over = parse(["-r", str(folder), "-b", TINY])
-    assert runs.read(over, runs.find(over))["data"]["params"]["batch_size"] == 8
+    assert run_folder.read(over, run_folder.find(over))["data"]["params"]["batch_size"] == 8
 
 
 def test_a_run_is_found_by_folder_link_name_state_or_weights(tmp_path: Path) -> None:
@@ -169,7 +174,7 @@ def test_a_run_is_found_by_folder_link_name_state_or_weights(tmp_path: Path) -> 
     }
     (new / "checkpoints/last.ckpt").touch()
     for given, (folder, step) in expected.items():
-        found = runs.find(flags(tmp_path, f"--resume={given}"))
+        found = run_folder.find(flags(tmp_path, f"--resume={given}"))
         assert found is not None
         assert found.state == folder / f"checkpoints/state-{step:08}", given
 
@@ -188,33 +193,35 @@ def test_what_cannot_be_resumed_says_why(tmp_path: Path, given: str, message: st
     (run / "checkpoints").mkdir()
     (run / "checkpoints/epoch=000001.ckpt").touch()
     with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){message}"):
-        runs.find(flags(tmp_path, f"--resume={given.format(run=run)}"))
+        run_folder.find(flags(tmp_path, f"--resume={given.format(run=run)}"))
 
 
 def test_after_an_elastic_restart_the_same_run_goes_on(tmp_path: Path) -> None:
     args = flags(tmp_path)
     mine = begun(args, "id node1 7", "id node2 7")
     begun(args, "id node3 7", state=9)
-    assert runs.find(args) is None
-    assert runs.find(args, ["id node1 8"]) is None  # started anew, with the same id
-    assert runs.find(args, ["id node1 7"]) == runs.Old(mine, None)
+    assert run_folder.find(args) is None
+    assert run_folder.find(args, ["id node1 8"]) is None  # started anew, with the same id
+    assert run_folder.find(args, ["id node1 7"]) == run_folder.Old(mine, None)
     four = saved(mine, 4)
     after = ["id node2 7", "id node4 7"]  # node1 was replaced
-    assert runs.find(args, after) == runs.Old(mine, four)
-    runs.begin(args, runs.find(args, after), after)
+    assert run_folder.find(args, after) == run_folder.Old(mine, four)
+    run_folder.begin(args, run_folder.find(args, after), after)
     for words in ([], ["-r"], ["-r", str(four)], ["-r", "tiny"]):  # where `tiny` is another by now
-        assert runs.find(flags(tmp_path, *words), ["id node4 7"]) == runs.Old(mine, four)
+        assert run_folder.find(flags(tmp_path, *words), ["id node4 7"]) == run_folder.Old(
+            mine, four
+        )
 
 
 def test_a_restart_after_resuming_an_older_state_stays_on_its_branch(tmp_path: Path) -> None:
     folder = begun(flags(tmp_path), state=4)
     two = saved(folder, 2)
     args = flags(tmp_path, "-r", str(two))
-    runs.begin(args, runs.find(args, ["id"]), ["id"])
-    assert runs.find(args, ["id"]) == runs.Old(folder, two)
+    run_folder.begin(args, run_folder.find(args, ["id"]), ["id"])
+    assert run_folder.find(args, ["id"]) == run_folder.Old(folder, two)
     three = saved(folder, 3)
     shutil.rmtree(two)  # as no more than the newest are kept
-    assert runs.find(args, ["id"]) == runs.Old(folder, three)
+    assert run_folder.find(args, ["id"]) == run_folder.Old(folder, three)
 
 
 @pytest.mark.parametrize(

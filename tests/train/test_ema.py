@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from goldfile import gold
-from ldm.train.ema import EMA
+from ldm.train.optim.ema import EMA
 
 
 def test_three_updates_equal_the_originals() -> None:

@@ -8,9 +8,9 @@ import torch
 
 from ldm.loading import config
 from ldm.nets.discriminator import PatchDiscriminator
-from ldm.nets.perceptual import LPIPS
+from ldm.nets.lpips import LPIPS
 from ldm.train import estimate
-from ldm.train.settings import read
+from ldm.train.config.settings import read
 
 ROOT = Path(__file__).parents[2]
 

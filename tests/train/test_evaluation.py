@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+import evaluation
+from judges import Gallery, Judges, background
 from ldm.data.folder import Folder
 from ldm.data.transforms import COLOURS, Emoji
-from ldm.train import evaluation
-from ldm.train.judges import Gallery, Judges, background
 
 EMOJI = Path(__file__).parents[1] / "data" / "emoji"
 

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.loading import checkpoint, config
+from ldm.loading import config
+from ldm.loading.files import checkpoint
 from ldm.loading.load import load
 from ldm.pipelines.frame import READS, reads
-from ldm.train import callbacks
 from ldm.train.loop import Run
+from ldm.train.monitoring import cadence
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs/train/tiny.yaml"
@@ -156,8 +157,8 @@ def test_weights_to_widen_need_a_checkpoint(tmp_path: Path) -> None:
 
 def test_time_spent_asleep_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
-    clock = callbacks.Clock()
+    monkeypatch.setattr(cadence.time, "monotonic", lambda: now[0])
+    clock = cadence.Clock()
     counted = []
     for seconds in (5, 1, 1, 1, 1, 1, 3600, 1):
         now[0] += seconds

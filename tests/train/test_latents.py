@@ -15,11 +15,11 @@ from ldm.data.shards import Shards
 from ldm.data.source import Records
 from ldm.data.transforms import Emoji, Photo
 from ldm.loading import config
-from ldm.train.contexts import cached_contexts
-from ldm.train.latents import cached_latents
-from ldm.train.objective import Diffusion
-from ldm.train.sources import open_sources
-from ldm.train.store import Store
+from ldm.train.batches.contexts import cached_contexts
+from ldm.train.batches.latents import cached_latents
+from ldm.train.batches.sources import open_sources
+from ldm.train.batches.store import Store
+from ldm.train.tasks.diffusion import Diffusion
 
 ROOT = Path(__file__).parents[2]
 

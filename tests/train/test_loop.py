@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from ldm.loading import config
-from ldm.loading.checkpoint import read
+from ldm.loading.files.checkpoint import read
 from ldm.loading.load import load
+from ldm.train.config.settings import seconds
 from ldm.train.loop import Run
-from ldm.train.settings import seconds
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs/train/tiny.yaml"

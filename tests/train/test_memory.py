@@ -14,7 +14,7 @@ from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.unet import UNet
 from ldm.train import memory
-from ldm.train.objective import Diffusion
+from ldm.train.tasks.diffusion import Diffusion
 
 SMALL = {"width": 32, "heads": 2, "layers": 2}
 TOWERS: dict[str, Any] = {

@@ -13,10 +13,16 @@ from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.loading import config
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import PixelSpace
-from ldm.train import optim
-from ldm.train.criterion import Criterion, min_snr
-from ldm.train.ema import EMA
-from ldm.train.objective import Diffusion, measure_scale, options, spread_timesteps, vocabulary
+from ldm.train.optim import optimizers
+from ldm.train.optim.ema import EMA
+from ldm.train.tasks.criterion import Criterion, min_snr
+from ldm.train.tasks.diffusion import (
+    Diffusion,
+    measure_scale,
+    options,
+    spread_timesteps,
+    vocabulary,
+)
 
 SCHEDULE = Schedule(make_betas("linear", linear_start=0.00085, linear_end=0.012))
 PREFIX = "model.diffusion_model."
@@ -87,7 +93,7 @@ def test_two_steps_of_adamw_equal_the_originals() -> None:
     given, wanted = golden.inputs("adamw"), golden.outputs("adamw")
     unet, criterion = unet_of(golden, "config"), criterion_of({})
     denoiser, ema = Denoiser(unet, SCHEDULE), EMA(unet)
-    optimizer = optim.make(unet, 1e-3)
+    optimizer = optimizers.make(unet, 1e-3)
     for step in range(2):
         noise = given["noise"].roll(step, 0)
         cond = Cond(crossattn=given["c"])

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from ldm.data.folder import Folder
 from ldm.data.pack import pack
 from ldm.data.transforms import Photo
-from ldm.loading import checkpoint
-from ldm.train import parallel
+from ldm.loading.files import checkpoint
+from ldm.train.distributed import parallel
 from tests.train.ranks import STEPS, run
 
 ROOT = Path(__file__).parents[2]

@@ -11,8 +11,8 @@ from ldm.data import transforms
 from ldm.data.folder import Folder
 from ldm.data.source import Records, collate
 from ldm.loading.load import load
-from ldm.train import sanity
-from ldm.train.sanity import Findings
+from ldm.train.monitoring import sanity
+from ldm.train.monitoring.sanity import Findings
 
 EMOJI = Path(__file__).parents[1] / "data/emoji"
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from ldm.loading import config
-from ldm.train.autoencoder import Adversarial, Reconstruction
-from ldm.train.objective import KEYWORDS
-from ldm.train.optim import OPTIMIZERS
-from ldm.train.schedules import multiplier
-from ldm.train.settings import DEFAULTS, Settings, read, refuse_incomplete
-from ldm.train.values import kinds_of_objective, kinds_of_optimizer
+from ldm.train.config.schema import kinds_of_objective, kinds_of_optimizer
+from ldm.train.config.settings import DEFAULTS, Settings, read, refuse_incomplete
+from ldm.train.optim.optimizers import OPTIMIZERS
+from ldm.train.optim.schedules import multiplier
+from ldm.train.tasks.autoencoder import Adversarial, Reconstruction
+from ldm.train.tasks.diffusion import KEYWORDS
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted([*ROOT.glob("configs/demo/*.yaml"), *ROOT.glob("configs/train/*.yaml")])

@@ -12,7 +12,7 @@ from ldm.data.folder import Folder
 from ldm.data.pack import pack
 from ldm.data.transforms import Emoji
 from ldm.loading import config
-from ldm.train.sources import open_sources
+from ldm.train.batches.sources import open_sources
 
 ROOT = Path(__file__).parents[2]
 EMOJI = ROOT / "tests/data/emoji"

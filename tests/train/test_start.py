@@ -7,7 +7,7 @@ import torch
 
 from goldfile import gold
 from ldm.loading import config
-from ldm.train.start import fitted, from_checkpoints
+from ldm.train.runs.initial import fitted, from_checkpoints
 
 ROOT = Path(__file__).parents[2]
 

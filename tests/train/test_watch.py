@@ -13,15 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.loading import checkpoint, config
+from ldm.loading import config
+from ldm.loading.files import checkpoint
 from ldm.loading.load import load
-from ldm.train import exports, pictures
-from ldm.train.callbacks import Every
-from ldm.train.logs import Csv, Loggers, Progress
+from ldm.train.distributed.parallel import Ranks
 from ldm.train.loop import Run
-from ldm.train.parallel import Ranks
-from ldm.train.timesteps import TimestepLog
-from ldm.train.validation import validate
+from ldm.train.monitoring import samples
+from ldm.train.monitoring.cadence import Every
+from ldm.train.monitoring.logs import Csv, Loggers, Progress
+from ldm.train.monitoring.timesteps import TimestepLog
+from ldm.train.monitoring.validation import validate
+from ldm.train.runs import exports
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs/train/tiny.yaml"
@@ -176,14 +178,14 @@ def test_validation_is_the_same_every_time_and_leaves_no_trace(run: Run) -> None
 def test_grids_show_both_weights_at_fixed_prompts(run: Run) -> None:
     run.settings["callbacks"]["images"] = 2
     run.settings["callbacks"]["prompts"] = ["a red cat"]
-    train, val = pictures.draw(run)
+    train, val = samples.draw(run)
     assert train == run.folder / "images/train/samples_gs-000002_e-000000_b-000002.png"
     assert val.parent.name == "val"
     assert train.with_suffix(".txt").read_text() == "a red cat\na red cat\n"
     first = train.read_bytes()
-    assert pictures.draw(run)[0].read_bytes() == first
+    assert samples.draw(run)[0].read_bytes() == first
     run.settings["callbacks"]["images"] = 0
-    assert pictures.draw(run) == []
+    assert samples.draw(run) == []
 
 
 def test_a_checkpoint_of_a_step_has_its_number(run: Run) -> None:

@@ -1,0 +1,280 @@
+"""Judges of generated emoji: a rule for the background, and two opinions on style and object.
+
+The gallery compares a picture with every real drawing, the right one too, and needs no training. It
+asks more than a classifier: a drawing of its own in the right style may be nearer to another one.
+
+The classifiers learn from real pictures of the training split only, on every background, moved,
+scaled and blurred. The one for objects sees the whole picture at half size; the one for styles sees
+only patches of it, because one that sees whole pictures learns them by heart and takes an unseen
+drawing for the most similar one that it knows. How well they do on real pictures of held-out pairs,
+which they never saw, bounds what a perfect model could score.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from ldm.data.folder import Folder
+from ldm.data.transforms import COLOURS
+from ldm.nets.blocks import Conv2d, GroupNorm, Linear
+from ldm.train.optim import optimizers
+
+__all__ = ["Classifier", "Gallery", "Judges", "Texture", "background"]
+
+log = logging.getLogger(__name__)
+
+SIDE = 64  # pixels that a judge sees
+INSIDE = 52  # of them for the picture, as in the training of the model
+SIDES = (48, 50, INSIDE, 54, 56)  # of them for the picture, in the training of a classifier
+PATCHES = (56, 64, 72)  # of a picture of 104, scaled to 64
+BORDER = 6  # pixels of a 128-pixel picture that are surely background
+
+
+class Classifier(nn.Module):
+    """image (B, 3, 64, 64) in [-1, 1] -> scores (B, classes)."""
+
+    def __init__(self, classes: int, width: int = 32) -> None:
+        super().__init__()
+        widths = (3, width, 2 * width, 4 * width, 6 * width)
+        layers: list[nn.Module] = []
+        for k, (before, after) in enumerate(pairwise(widths)):
+            layers += [
+                Conv2d(before, after, 5 if k == 0 else 3, stride=2, padding=2 if k == 0 else 1)
+            ]
+            layers += [GroupNorm(after), nn.SiLU()]
+            layers += [Conv2d(after, after, 3, padding=1), GroupNorm(after), nn.SiLU()]
+        self.layers = nn.Sequential(*layers)
+        self.head = Linear(4 * widths[-1], classes)
+
+    def forward(self, image: Tensor) -> Tensor:
+        h = self.layers(image)  # (B, C, 4, 4)
+        h = F.adaptive_avg_pool2d(h, 2).flatten(1)  # (B, 4 C)
+        return self.head(F.dropout(h, 0.3, self.training))  # (B, classes)
+
+
+class Texture(nn.Module):
+    """image (B, 3, H, W) in [-1, 1] -> scores (B, classes), the mean of what patches of 33 say."""
+
+    def __init__(self, classes: int, width: int = 32) -> None:
+        super().__init__()
+        widths = (3, width, 2 * width, 3 * width, 4 * width)
+        strides = (2, 2, 1, 2)
+        self.layers = nn.ModuleList(
+            Conv2d(before, after, 5 if before == 3 else 3, stride=stride)
+            for (before, after), stride in zip(pairwise(widths), strides, strict=True)
+        )
+        self.head = Conv2d(widths[-1], classes, 3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        h = image
+        for layer in self.layers:
+            h = F.silu(layer(h))  # (B, C, h, w)
+            h = h * (h.square().mean(dim=1, keepdim=True) + 1e-4).rsqrt()
+        h = F.dropout(h, 0.2, self.training)
+        return self.head(h).mean(dim=(2, 3))  # (B, classes)
+
+
+class Judges:
+    """What was drawn, in which style: classifiers of a set of objects and styles."""
+
+    def __init__(self, objects: Sequence[str], styles: Sequence[str]) -> None:
+        self.objects, self.styles = list(objects), list(styles)
+        self.by_object, self.by_style = Classifier(len(objects)), Texture(len(styles))
+
+    @classmethod
+    def load_or_train(
+        cls, folder: Folder, path: Path, *, objects: Sequence[str] | None = None, steps: int = 2500
+    ) -> "Judges":
+        """Judges for the pictures of a folder; trained once, then kept in `path`.
+
+        objects: those to tell apart, None = all; styles are learned from all pictures.
+        """
+        names = objects or sorted({row["object"] for row in folder.rows})
+        judges = cls(names, sorted({row["style"] for row in folder.rows}))
+        nets = nn.ModuleDict({"object": judges.by_object, "style": judges.by_style})
+        if path.exists():
+            nets.load_state_dict(torch.load(path, weights_only=True))
+        else:
+            judges.learn_objects(folder, steps)
+            judges.learn_styles(folder, steps)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(nets.state_dict(), path)
+        nets.eval()
+        return judges
+
+    def learn_objects(self, folder: Folder, steps: int) -> None:
+        """From whole pictures of the training split at half size."""
+        known = set(self.objects)
+        rows = _rows(folder, lambda row: row["object"] in known)
+        banks = [_bank(folder, rows, side) for side in SIDES]
+        labels, _ = self.labels([folder.rows[k] for k in rows])
+        draw = partial(_whole, banks)
+        _fit(self.by_object, draw, labels, steps, "objects")
+
+    def learn_styles(self, folder: Folder, steps: int) -> None:
+        """From patches of pictures of the training split, mirrored or not."""
+        rows = _rows(folder, lambda row: True)
+        labels = torch.tensor([self.styles.index(folder.rows[k]["style"]) for k in rows])
+        _fit(self.by_style, partial(_patches, _bank(folder, rows, 104)), labels, steps, "styles")
+
+    def labels(self, rows: Sequence[dict]) -> tuple[Tensor, Tensor]:
+        """The right answers for records or prompts: objects (B,), styles (B,)."""
+        objects = torch.tensor([self.objects.index(row["object"]) for row in rows])
+        return objects, torch.tensor([self.styles.index(row["style"]) for row in rows])
+
+    @torch.inference_mode()
+    def judge(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Ranked answers for images (B, 3, 128, 128): objects (B, all), styles (B, all)."""
+        scores = [
+            (self.by_object(F.interpolate(x, (SIDE, SIDE), mode="area")), self.by_style(x))
+            for x in image.split(64)
+        ]
+        objects, styles = (torch.cat(parts) for parts in zip(*scores, strict=True))
+        return objects.argsort(dim=1, descending=True), styles.argsort(dim=1, descending=True)
+
+
+class Gallery:
+    """Every real drawing of some objects, held-out ones too: which one is a picture nearest to?
+
+    folder: of the drawings. objects: names, in the order of the answers.
+    """
+
+    def __init__(self, folder: Folder, objects: Sequence[str]) -> None:
+        rows = [k for k, row in enumerate(folder.rows) if row["object"] in set(objects)]
+        edge = (SIDE - INSIDE) // 2
+        self.drawings = F.pad(_bank(folder, rows, INSIDE), (edge, edge, edge, edge))
+        self.objects = [folder.rows[k]["object"] for k in rows]
+        self.styles = [folder.rows[k]["style"] for k in rows]
+
+    @torch.inference_mode()
+    def distances(self, image: Tensor, colours: Sequence[str]) -> Tensor:
+        """Squared distances of images (B, 3, H, W) to all drawings: (B, drawings).
+
+        colours: names of the backgrounds on which the drawings are put, one per image.
+        The image is moved by up to one pixel of 64 each way, to where it is nearest.
+        """
+        result = torch.empty(len(image), len(self.drawings))
+        small = F.interpolate(image.float(), (SIDE, SIDE), mode="area")
+        for colour in sorted(set(colours)):
+            places = [k for k, name in enumerate(colours) if name == colour]
+            plain = torch.tensor(COLOURS[colour]).expand(len(self.drawings), 3) / 127.5 - 1
+            real = _over(self.drawings, plain).flatten(1)  # (drawings, 3 * 64 * 64)
+            moved = F.unfold(F.pad(small[places], (1, 1, 1, 1), mode="replicate"), SIDE)
+            seen = moved.mT.flatten(0, 1)  # (b * 9, 3 * 64 * 64)
+            distance = seen.square().sum(1)[:, None] - 2 * seen @ real.mT + real.square().sum(1)
+            result[places] = distance.unflatten(0, (-1, 9)).amin(1)
+        return result
+
+    def nearest(self, image: Tensor, wanted: Sequence[dict]) -> tuple[Tensor, Tensor]:
+        """Is the nearest drawing one of the wanted object; of its drawings, is it of the style?
+
+        wanted: one record per image, with `object`, `style` and `colour`.
+        Returns two bool tensors (B,), for the object and for the style.
+        """
+        distances = self.distances(image, [row["colour"] for row in wanted])
+        objects, styles = [], []
+        for row, distance in zip(wanted, distances, strict=True):
+            own = [k for k, name in enumerate(self.objects) if name == row["object"]]
+            objects.append(self.objects[int(distance.argmin())] == row["object"])
+            styles.append(self.styles[own[int(distance[own].argmin())]] == row["style"])
+        return torch.tensor(objects), torch.tensor(styles)
+
+
+def background(image: Tensor) -> list[str]:
+    """The name of the colour nearest to the median of the border, for images (B, 3, H, W)."""
+    width = max(1, BORDER * image.shape[-1] // 128)
+    mask = torch.ones(image.shape[-2:], dtype=torch.bool)
+    mask[width:-width, width:-width] = False
+    border = image[:, :, mask].median(dim=2).values  # (B, 3)
+    table = torch.tensor(list(COLOURS.values())) / 127.5 - 1  # (colours, 3)
+    nearest = torch.cdist(border, table).argmin(dim=1)
+    return [list(COLOURS)[k] for k in nearest.tolist()]
+
+
+def _bank(folder: Folder, rows: Sequence[int], side: int) -> Tensor:
+    """(N, 4, side, side) uint8 pictures with premultiplied alpha."""
+    bank = torch.empty(len(rows), 4, side, side, dtype=torch.uint8)
+    for place, index in enumerate(rows):
+        picture = folder.record(index)["picture"].convert("RGBa")
+        small = picture.resize((side, side), Image.Resampling.LANCZOS)
+        bank[place] = torch.from_numpy(np.array(small)).permute(2, 0, 1)
+    return bank
+
+
+def _rows(folder: Folder, wanted: Callable[[dict], bool]) -> list[int]:
+    rows = enumerate(folder.rows)
+    return [k for k, row in rows if row["split"] == "train" and wanted(row)]
+
+
+def _fit(
+    net: nn.Module,
+    draw: Callable[[Tensor, torch.Generator], Tensor],
+    labels: Tensor,
+    steps: int,
+    name: str,
+) -> None:
+    """Cross entropy of net(draw(chosen rows, generator)) against their labels."""
+    generator = torch.Generator().manual_seed(0)
+    optimizer = optimizers.make(net.train(), 1e-3, name="muon", weight_decay=1e-2)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = optimizers.learning_rate(1e-3, step, step / steps, decay="linear")
+        chosen = torch.randint(len(labels), (64,), generator=generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            scores = net(draw(chosen, generator))
+        loss = F.cross_entropy(scores.float(), labels[chosen], label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 100 == 0:
+            log.info("%s: step %d of %d, loss %.3f", name, step, steps, float(loss.detach()))
+
+
+def _whole(banks: Sequence[Tensor], chosen: Tensor, generator: torch.Generator) -> Tensor:
+    """Whole pictures of a random scale, moved by up to 4 pixels: (B, 3, 64, 64)."""
+    which = int(torch.randint(len(banks), (), generator=generator))
+    pictures = banks[which][chosen]
+    side = pictures.shape[-1]
+    top, left = (torch.randint(-4, 5, (2,), generator=generator) + (SIDE - side) // 2).tolist()
+    around = (left, SIDE - side - left, top, SIDE - side - top)
+    return _soften(_on_colours(F.pad(pictures, around), generator), generator)
+
+
+def _patches(bank: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:
+    """Random parts of pictures, mirrored or not: (B, 3, 64, 64)."""
+    side = PATCHES[int(torch.randint(len(PATCHES), (), generator=generator))]
+    top, left = torch.randint(0, bank.shape[-1] - side + 1, (2,), generator=generator).tolist()
+    pictures = bank[chosen, :, top : top + side, left : left + side]
+    image = _on_colours(pictures, generator)
+    if torch.rand((), generator=generator) < 0.5:
+        image = image.flip(-1)
+    image = F.interpolate(image, (SIDE, SIDE), mode="bilinear", align_corners=False)
+    return _soften(image, generator)
+
+
+def _on_colours(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """(B, 4, h, w) uint8 as `_over` wants them -> (B, 3, h, w) on random named colours."""
+    table = torch.tensor(list(COLOURS.values())) / 127.5 - 1
+    return _over(pictures, table[torch.randint(len(table), (len(pictures),), generator=generator)])
+
+
+def _over(pictures: Tensor, colours: Tensor) -> Tensor:
+    """(B, 4, h, w) uint8 with premultiplied alpha -> (B, 3, h, w) on colours (B, 3) in [-1, 1]."""
+    rgb, alpha = pictures[:, :3] / 127.5, pictures[:, 3:] / 255
+    return colours[:, :, None, None] * (1 - alpha) + rgb - alpha
+
+
+def _soften(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Half of the images, blurred by a random amount."""
+    soft = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    share = torch.rand(len(image), 1, 1, 1, generator=generator)
+    share = share * (torch.rand(len(image), 1, 1, 1, generator=generator) < 0.5)
+    return torch.lerp(image, soft, share)

@@ -1,0 +1,1 @@
+"""The browser app: forms, a queue of one running job, model cache, uploads and limits."""

@@ -1,0 +1,1 @@
+"""Weights that extend or accompany a model: LoRA, embeddings, MiDaS, Karlo, LPIPS."""

@@ -1,0 +1,44 @@
+"""The Karlo prior from its file, `prior-ckpt-step=01000000-of-01000000.ckpt`."""
+
+from pathlib import Path
+
+import torch
+
+from ldm.loading.files import checkpoint
+from ldm.loading.load import fill
+from ldm.nets.karlo import Prior
+
+__all__ = ["load_prior"]
+
+WIDTH = "text_enc_proj.weight"
+
+
+def load_prior(
+    path: str | Path,
+    *,
+    heads: int = 32,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Prior:
+    """The Karlo prior from its file; all sizes but the number of heads are seen from the weights.
+
+    Raises FileNotFoundError, or ValueError for the file of something else.
+    """
+    file = checkpoint.read(path)
+    state = {name.removeprefix("model."): value for name, value in file.state.items()}
+    if WIDTH not in state or "positional_embedding" not in state:
+        raise ValueError(f"`{path}` is not the file of a Karlo prior")
+    width, clip_dim = state[WIDTH].shape
+    layers = {name.split(".")[2] for name in state if name.startswith("transformer.resblocks.")}
+    with torch.device("meta"):
+        prior = Prior(
+            clip_dim=clip_dim,
+            text_ctx=state["positional_embedding"].shape[1] - 4,
+            xf_width=width,
+            xf_layers=len(layers),
+            xf_heads=heads,
+            xf_final_ln="final_ln.weight" in state,
+        )
+    misfit = f"`{path}` does not fit a prior"
+    fill(prior, state, device=device, dtype=dtype, mapped=file.mapped, misfit=misfit)
+    return prior.eval()

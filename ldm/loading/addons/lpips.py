@@ -1,0 +1,65 @@
+"""The weights of LPIPS, from files that the user names. Nothing is downloaded.
+
+Either a training checkpoint of an original autoencoder (`loss.perceptual_loss.*`), or two files:
+the heads as the LPIPS package has them, and VGG16 as torchvision publishes it.
+"""
+
+import bisect
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from ldm.loading import config, legacy
+from ldm.loading.files import checkpoint
+from ldm.nets.lpips import LPIPS
+
+__all__ = ["WANTED", "load", "read"]
+
+WANTED = (
+    "a training checkpoint of an autoencoder with `loss.perceptual_loss.*` (kl-f8), or the two "
+    "files [`vgg.pth` of the package lpips, `vgg16-397923af.pth` of torchvision]"
+)
+PREFIX = "perceptual_loss."
+TORCHVISION = re.compile(r"features\.(\d+)\.(weight|bias)")
+SLICES = (4, 9, 16, 23)  # the first layers of the slices behind the first
+
+
+def read(paths: str | Path | Sequence[str | Path]) -> LPIPS:
+    """LPIPS with the weights of a file, or of several together.
+
+    Raises FileNotFoundError, or ValueError if they do not hold all of it.
+    """
+    paths = [paths] if isinstance(paths, str | Path) else list(paths)
+    state: dict[str, Tensor] = {}
+    for path in paths:
+        content = checkpoint.read(config.find(path)).state
+        state |= legacy.losses(content) or {PREFIX + name: v for name, v in content.items()}
+    if (net := load(state)) is None:
+        names = ", ".join(f"`{path}`" for path in paths)
+        raise ValueError(f"{names}: no LPIPS in there, it needs {WANTED}")
+    return net
+
+
+def load(losses: Mapping[str, Tensor]) -> LPIPS | None:
+    """LPIPS from weights of losses (see `legacy.losses`); None if they are not all there."""
+    found = {_name(n.removeprefix(PREFIX)): v for n, v in losses.items() if n.startswith(PREFIX)}
+    if not found:
+        return None
+    net = LPIPS()
+    wanted = net.state_dict()
+    constants = {name: value for name, value in wanted.items() if "scaling_layer" in name}
+    found = constants | {name: value for name, value in found.items() if name in wanted}
+    shapes = {name: value.shape for name, value in found.items()}
+    if shapes != {name: value.shape for name, value in wanted.items()}:
+        return None
+    net.load_state_dict(found)
+    return net
+
+
+def _name(name: str) -> str:
+    """`features.5.weight` of torchvision -> `net.slice2.5.weight`."""
+    if match := TORCHVISION.fullmatch(name):
+        return f"net.slice{1 + bisect.bisect(SLICES, int(match[1]))}.{match[1]}.{match[2]}"
+    return name

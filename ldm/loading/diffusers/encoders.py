@@ -1,0 +1,258 @@
+"""What a model listens to: sizes in our keywords and in transformers' `config.json`, both ways.
+
+text_encoder, tokenizer          CLIPText, OpenCLIPText
+image_encoder, feature_extractor CLIPImage, OpenCLIPImage
+depth_estimator                  MiDaSDepth
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ldm.encoders import tokenizer
+from ldm.encoders.depth import ARCHS as DEPTHS, TARGET
+from ldm.encoders.image import MEAN, STD, VISION, VISION_DEFAULTS
+from ldm.encoders.text import ARCHS, CLIP_LARGE, CLIPText, OpenCLIPText
+from ldm.encoders.towers import VOCAB, quick_gelu
+from ldm.loading.diffusers.networks import checked
+
+__all__ = [
+    "by_openai", "depth_config", "depth_params", "depth_processor", "image_processor",
+    "text_config", "text_params", "tokenizer_files", "vision_config", "vision_params",
+]  # fmt: skip
+
+Config = Mapping[str, Any]
+
+EPS = 1e-5
+BICUBIC = 3
+DEPTH_FIXED = {
+    "head_in_index": -1, "hidden_act": "gelu", "num_channels": 3, "qkv_bias": True,
+    "readout_type": "project", "neck_ignore_stages": [0, 1], "is_hybrid": True,
+}  # fmt: skip
+ACTIVATIONS = ("quick_gelu", "gelu")
+
+
+def text_config(encoder: nn.Module, blocks: int | None) -> dict[str, Any]:
+    """blocks: how many of a tower's are used, None = all.
+
+    Raises ValueError for what transformers' CLIPTextModel cannot be.
+    """
+    tower: Any
+    if isinstance(encoder, OpenCLIPText):
+        tower = encoder.model
+        layers, width = tower.transformer["resblocks"], tower.ln_final.weight.shape[0]
+        attention, hidden = layers[0].attn, layers[0].mlp["c_fc"].out_features
+        eps, length = EPS, len(tower.positional_embedding)
+        projection = tower.text_projection.shape[1]
+    elif isinstance(encoder, CLIPText) and encoder.layer == "last":
+        tower = encoder.transformer["text_model"]
+        layers, width = tower.encoder["layers"], tower.final_layer_norm.weight.shape[0]
+        attention, hidden = layers[0].self_attn, layers[0].mlp["fc1"].out_features
+        eps, length = tower.final_layer_norm.eps, encoder.length
+        projection = width
+    else:
+        what = f"{type(encoder).__name__} with `layer: {getattr(encoder, 'layer', None)}`"
+        raise ValueError(f"transformers' CLIPTextModel cannot be {what}")
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": VOCAB,
+        "hidden_size": width,
+        "intermediate_size": hidden,
+        "num_hidden_layers": len(layers) if blocks is None else blocks,
+        "num_attention_heads": attention.heads,
+        "max_position_embeddings": length,
+        "hidden_act": _activation(layers[0]),
+        "layer_norm_eps": eps,
+        "projection_dim": projection,
+        "bos_token_id": tokenizer.START,
+        "eos_token_id": tokenizer.END,
+        "pad_token_id": _dialect(encoder).pad,
+    }
+
+
+def text_params(config: Config) -> dict[str, Any]:
+    """The keywords of our text encoder: CLIPText for quick GELU, OpenCLIPText otherwise.
+
+    The latter gets a block that is not used behind those in the folder, as published files have,
+    unless all blocks of a published size are there.
+    """
+    if by_openai(config, "text_encoder/config.json"):
+        arch = {k: config[k] for k, v in CLIP_LARGE.items() if config.get(k, v) != v}
+        return {"arch": arch} if arch else {}
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    layers, used = config["num_hidden_layers"], "penultimate"
+    if (width, heads, layers) in ARCHS.values():
+        used = "last"
+    else:
+        layers += 1
+    params: dict[str, Any] = {"freeze": True, "layer": used}
+    name = next((n for n, size in ARCHS.items() if size == (width, heads, layers)), None)
+    if name is not None:
+        return params if name == "ViT-H-14" else params | {"arch": name}
+    text_cfg = {
+        "width": width,
+        "heads": heads,
+        "layers": layers,
+        "context_length": config.get("max_position_embeddings", 77),
+        "mlp_ratio": config["intermediate_size"] / width,
+    }
+    return params | {"arch": {"embed_dim": width, "text_cfg": text_cfg}}
+
+
+def tokenizer_files(encoder: nn.Module) -> dict[str, Any]:
+    """File name -> content (JSON, or text) of CLIP's tokenizer, padding as the encoder does."""
+    ids, ranks = tokenizer.vocabulary()
+    start, end = tokenizer.CLIP.start, tokenizer.CLIP.end  # transformers' words for both dialects
+    specials = {"bos_token": start, "eos_token": end, "unk_token": end}
+    letters = {number: symbol for symbol, number in ids.items()}
+    specials["pad_token"] = letters.get(_dialect(encoder).pad, end)
+    about = {"tokenizer_class": "CLIPTokenizer", "model_max_length": encoder.length}
+    return {
+        "vocab.json": ids | {start: tokenizer.START, end: tokenizer.END},
+        "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, ranks)]) + "\n",
+        "tokenizer_config.json": about | specials | {"do_lower_case": True},
+        "special_tokens_map.json": specials,
+    }
+
+
+def vision_config(visual: Any) -> dict[str, Any]:
+    """visual: a VisionTower."""
+    block = visual.transformer["resblocks"][0]
+    return {
+        "architectures": ["CLIPVisionModelWithProjection"],
+        "model_type": "clip_vision_model",
+        "hidden_size": len(visual.class_embedding),
+        "intermediate_size": block.mlp["c_fc"].out_features,
+        "num_hidden_layers": len(visual.transformer["resblocks"]),
+        "num_attention_heads": block.attn.heads,
+        "image_size": visual.image_size,
+        "patch_size": visual.conv1.kernel_size[0],
+        "projection_dim": visual.proj.shape[1],
+        "hidden_act": _activation(block),
+        "layer_norm_eps": EPS,
+    }
+
+
+def vision_params(config: Config) -> dict[str, Any]:
+    """The keywords of CLIPImage for quick GELU, of OpenCLIPImage otherwise."""
+    width, embed = config["hidden_size"], config["projection_dim"]
+    is_openai = by_openai(config, "image_encoder/config.json")
+    size = {
+        "width": width,
+        "layers": config["num_hidden_layers"],
+        "patch_size": config["patch_size"],
+        "image_size": config.get("image_size", 224),
+        "head_width": width // config["num_attention_heads"],
+        "mlp_ratio": config["intermediate_size"] / width,
+    }
+    name, key = ("ViT-L-14", "model") if is_openai else ("ViT-H-14", "arch")
+    if size == VISION_DEFAULTS | VISION[name] and embed == ARCHS[name][0]:
+        return {"model": "ViT-L/14"} if is_openai else {}
+    text_cfg = {"width": embed, "heads": 1, "layers": 0}  # which is not in the folder
+    return {key: {"embed_dim": embed, "vision_cfg": size, "text_cfg": text_cfg}}
+
+
+def image_processor(size: int) -> dict[str, Any]:
+    """Squeezed to a square, as the original does; nothing is cut off."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "resample": BICUBIC,
+        "do_center_crop": False,
+        "do_convert_rgb": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(MEAN),
+        "image_std": list(STD),
+    }
+
+
+def depth_config(encoder: Any) -> dict[str, Any]:
+    """encoder: a MiDaSDepth."""
+    dpt = encoder.model
+    vit = dpt.pretrained["model"]
+    cnn, block = vit.patch_embed.backbone, vit.blocks[0]
+    widths = [stage["num_chs"] for stage in cnn.feature_info][1:]
+    side = round((vit.pos_embed.shape[1] - 1) ** 0.5)
+    return (
+        DEPTH_FIXED
+        | {
+            "architectures": ["DPTForDepthEstimation"],
+            "model_type": "dpt",
+            "is_hybrid": True,
+            "hidden_size": vit.embed_dim,
+            "intermediate_size": block.mlp.fc1.out_features,
+            "num_hidden_layers": len(vit.blocks),
+            "num_attention_heads": block.attn.num_heads,
+            "layer_norm_eps": block.norm1.eps,
+            "image_size": 16 * side,
+            "patch_size": 16,
+            "backbone_out_indices": [2, 5, *dpt.hooks],  # the first two are stages, not blocks
+            "backbone_featmap_shape": [1, widths[-1], side, side],
+            "neck_hidden_sizes": [*widths[:2], vit.embed_dim, vit.embed_dim],
+            "fusion_hidden_size": dpt.scratch["layer1_rn"].out_channels,
+            "backbone_config": {
+                "model_type": "bit",
+                "layer_type": "bottleneck",
+                "depths": [len(stage.blocks) for stage in cnn.stages],
+                "hidden_sizes": [*widths, 2 * widths[-1]],
+                "embedding_size": cnn.stem.conv.out_channels,
+                "global_padding": "SAME",
+                "embedding_dynamic_padding": True,
+                "out_features": ["stage1", "stage2", "stage3"],
+            },
+        }
+    )
+
+
+def depth_params(config: Config) -> dict[str, Any]:
+    """The keywords of our MiDaSDepth."""
+    config = checked(config, "depth_estimator/config.json", DEPTH_FIXED)
+    size = {
+        "embed_dim": config.get("hidden_size", 768),
+        "depth": config.get("num_hidden_layers", 12),
+        "num_heads": config.get("num_attention_heads", 12),
+        "img_size": config.get("image_size", TARGET),
+        "hooks": tuple(config.get("backbone_out_indices", (2, 5, 8, 11))[2:]),
+        "features": config.get("fusion_hidden_size", 256),
+    }
+    known = DEPTHS["dpt_hybrid"]
+    arch = {k: list(v) if k == "hooks" else v for k, v in size.items() if v != known[k]}
+    return {"model_type": "dpt_hybrid"} | ({"arch": arch} if arch else {})
+
+
+def depth_processor(side: int) -> dict[str, Any]:
+    """diffusers' DPT sees squares of one size only."""
+    return {
+        "image_processor_type": "DPTImageProcessor",
+        "do_resize": True,
+        "size": {"height": side, "width": side},
+        "resample": BICUBIC,
+        "keep_aspect_ratio": False,
+        "ensure_multiple_of": 1,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+
+
+def by_openai(config: Config, where: str) -> bool:
+    """Whether a CLIP is OpenAI's, by its activation."""
+    kind = config.get("hidden_act", "quick_gelu")
+    if kind not in ACTIVATIONS:
+        raise ValueError(f"{where}: `hidden_act: {kind}` is none of {', '.join(ACTIVATIONS)}")
+    return bool(kind == "quick_gelu")
+
+
+def _activation(block: Any) -> str:
+    return "quick_gelu" if block.activation is quick_gelu else "gelu"
+
+
+def _dialect(encoder: nn.Module) -> tokenizer.Dialect:
+    return tokenizer.OPEN_CLIP if isinstance(encoder, OpenCLIPText) else tokenizer.CLIP

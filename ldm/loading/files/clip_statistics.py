@@ -1,0 +1,77 @@
+"""Mean and deviation of CLIP's embeddings, which stable unCLIP-L was trained with.
+
+They are in a file of their own (`ViT-L-14_stats.th`, of the Karlo project), which is found where
+the config says, or beside the checkpoint, or where the user says; some checkpoints hold them.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ldm.loading import config
+from ldm.loading.files import checkpoint, pickles
+
+__all__ = ["beside", "read", "tables", "use"]
+
+
+def use(
+    conditioner: nn.Module,
+    ckpt: Path,
+    given: str | Path | None = None,
+    tables: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Gives an unCLIP model its statistics: as said, from its own file, or from a file beside it.
+
+        ckpt: of the model. given: a file of statistics. tables: `noise_augmentor.data_*`.
+    Does nothing for other models; if nothing is found, the model says so when it is used.
+    Raises FileNotFoundError if `given` is not there, ValueError if it holds something else.
+    """
+    noise: Any = getattr(getattr(conditioner, "image", None), "noise", None)
+    if noise is None:
+        return
+    if given is not None:
+        noise.use_statistics(*read(config.find(given)))
+    elif tables and "noise_augmentor.data_mean" in tables:
+        mean, std = (tables[f"noise_augmentor.data_{name}"] for name in ("mean", "std"))
+        noise.use_statistics(mean, std)
+    elif path := beside(ckpt, noise.clip_stats_path):
+        noise.use_statistics(*read(path))
+
+
+def tables(conditioner: nn.Module) -> dict[str, Tensor]:
+    """The statistics of an unCLIP model as tensors of its file, so that it needs no other one.
+
+    Nothing for other models, and for those that were trained without.
+    """
+    noise: Any = getattr(getattr(conditioner, "image", None), "noise", None)
+    if noise is None or noise.clip_stats_path is None or noise.statistics is None:
+        return {}
+    mean, std = noise.statistics
+    return {"noise_augmentor.data_mean": mean, "noise_augmentor.data_std": std}
+
+
+def read(path: str | Path) -> tuple[Tensor, Tensor]:
+    """(mean, std) of CLIP's embeddings, D numbers each.
+
+    Raises ValueError if the file holds something else.
+    """
+    path = Path(path)
+    content, _ = pickles.load(path, checkpoint.sniff(path))
+    pair = list(content.values()) if isinstance(content, Mapping) else content
+    is_pair = isinstance(pair, list | tuple) and len(pair) == 2
+    if not is_pair or not all(isinstance(numbers, Tensor) for numbers in pair):
+        raise ValueError(f"`{path}` does not hold statistics: a mean and a deviation")
+    return pair[0].float().flatten(), pair[1].float().flatten()
+
+
+def beside(ckpt: Path, named: str | None) -> Path | None:
+    """A file where the original kept it, or of that name beside the checkpoint."""
+    if named is None:
+        return None
+    try:
+        return config.find(named)
+    except FileNotFoundError:
+        near = ckpt.parent / Path(named).name
+        return near if near.is_file() else None

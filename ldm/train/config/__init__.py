@@ -1,0 +1,1 @@
+"""Settings of a run: YAML, Lightning's names and command line overrides -> typed settings."""

@@ -1,0 +1,1 @@
+"""Processes of one run: launch, ranks, collectives, signals."""

@@ -1,0 +1,1 @@
+"""Run folders: states to resume from, exported weights, initial weights."""

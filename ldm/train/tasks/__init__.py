@@ -1,0 +1,1 @@
+"""What is trained: each task turns a batch into losses."""
