@@ -9,13 +9,14 @@ The public names; each is imported from its home on first use, so `import ldm` c
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ldm.runtime.version import __version__
+
 if TYPE_CHECKING:
     from ldm.diffusion.samplers import SAMPLERS
     from ldm.loading.config import instantiate
     from ldm.loading.load import load
     from ldm.pipelines import depth2img, img2img, inpaint, sample, txt2img, unclip, upscale
 
-__version__ = "0.1.0"
 __all__ = [
     "SAMPLERS",
     "__version__",

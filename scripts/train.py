@@ -12,7 +12,7 @@ Later files go over earlier ones, `key.sub=value` over all. A run lives in LOGDI
 import sys
 from collections.abc import Sequence
 
-from ldm.generate import load
+from ldm.runtime.errors import explain
 from ldm.train import command
 
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, KeyError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
         if debug:
             raise
-        sys.exit(f"{name}: error: {load.explain(error).replace('--verbose', '--debug')}")
+        sys.exit(f"{name}: error: {explain(error).replace('--verbose', '--debug')}")
 
 
 if __name__ == "__main__":

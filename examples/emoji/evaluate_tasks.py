@@ -17,8 +17,8 @@ from ldm.data.folder import Folder
 from ldm.data.transforms import Emoji
 from ldm.generate import flags
 from ldm.imaging import pixels
-from ldm.loading import config
 from ldm.loading.load import load
+from ldm.runtime.files import find_file
 
 TRANSFORMS = {
     "inpaint": {"records": {"mask": {"whole": 0.0}}},
@@ -41,7 +41,7 @@ def main() -> None:
     step = max(1, len(folder) // args.count)
     chosen = range(0, step * min(args.count, len(folder)), step)
     samples = (folder[0, index] for index in tqdm(chosen, unit="picture"))
-    model = load(ckpt=args.ckpt or config.find(flags.DEMOS[args.task]))
+    model = load(ckpt=args.ckpt or find_file(flags.DEMOS[args.task]))
     usual = flags.DEMO_SCALES.get(args.task, flags.DEMO_SCALE)
     options = {"steps": args.steps, "scale": args.scale or usual, "seeds": 42}
     if args.task == "inpaint":

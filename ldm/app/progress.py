@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ldm.generate import load
+from ldm.runtime.errors import explain
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -111,5 +111,5 @@ def _run(live: Live, work: Callable[[Live], str]) -> None:
         live.message = f"stopped {done}, {len(live.made)} of {live.total} pictures are finished"
     except Exception as error:  # the edge of the program: every error becomes a line
         log.debug("a run failed", exc_info=True)
-        live.message, live.failed = load.explain(error).replace("\n", " — "), True
+        live.message, live.failed = explain(error).replace("\n", " — "), True
     live.preview = None

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.app.progress import Live
 from ldm.generate import inputs, load, provenance, run
 from ldm.generate.flags import DEMO_SCALE, DEMO_SCALES, SCALE, weighted
+from ldm.runtime.device import pick_device
 
 if TYPE_CHECKING:
     import torch
@@ -294,7 +295,7 @@ class Studio:
         from ldm.app.pool import Pool
 
         if self._pool is None:
-            self._pool = Pool(self.memory or _memory(load.pick_device(args.device)) / 2)
+            self._pool = Pool(self.memory or _memory(pick_device(args.device)) / 2)
         live.say(f"loading {Path(args.ckpt).name}")
         try:
             model = load.load(args, threads and min(threads, os.cpu_count() or 1), self._pool)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.generate.load import share
+from ldm.runtime.ranks import rank_and_world_size
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -75,7 +75,7 @@ def pairs(args: Namespace) -> list[tuple[str | None, str | None]]:
     for picture, mask in found:
         if not picture.is_file():
             raise FileNotFoundError(f"no picture `{picture}` for the mask `{mask}`")
-    rank, ranks = share()
+    rank, ranks = rank_and_world_size()
     return [(str(picture), str(mask)) for picture, mask in found[rank::ranks]]
 
 

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.generate.flags import DEMOS, parse
+from ldm.runtime.errors import explain, is_out_of_memory
 
 if TYPE_CHECKING:
-    import torch
-
     from ldm.model import LatentDiffusion
 
 SMALL = 200e6  # bytes of a checkpoint below which half precision and many threads do not pay
@@ -48,7 +47,8 @@ def run(work: Callable[[Namespace], int | None], parser: ArgumentParser,
             log.error("interrupted; what was finished is kept")
             return 130
         except Exception as error:  # the edge of the program: every error becomes a line
-            log.error("%s: error: %s", parser.prog, explain(error), exc_info=args.verbose)
+            text = MEMORY if is_out_of_memory(error) else explain(error)
+            log.error("%s: error: %s", parser.prog, text, exc_info=args.verbose)
             return 1
 
 
@@ -63,21 +63,20 @@ def load(
         loader: what to call in place of `ldm.load`, with its arguments.
     Raises ValueError or FileNotFoundError about a flag, as `ldm.load` does.
     """
-    import torch
-
-    from ldm.loading.config import find
     from ldm.loading.load import load as load_model
     from ldm.nets.attention import set_backend
     from ldm.nets.cpu import keep_memory
+    from ldm.runtime.device import pick_device, pick_dtype, set_threads
+    from ldm.runtime.files import find_file
 
     if args.ckpt is None and args.config is None:
         log.info(DEMO, FULL.get(args.task, TEXT))
-        args.ckpt = str(find(DEMOS[args.task])) if args.task in DEMOS else None
+        args.ckpt = str(find_file(DEMOS[args.task])) if args.task in DEMOS else None
     small = args.ckpt is None or _bytes(args.ckpt) < SMALL
     device = pick_device(args.device)
     dtype = pick_dtype(args.precision, device, small)
     if device.type == "cpu":
-        torch.set_num_threads(threads or _suitable_threads(small))
+        set_threads(threads, small)
         keep_memory()
     set_backend(args.attention)
     model = (loader or load_model)(
@@ -96,83 +95,6 @@ def load(
     log.info("running on %s in %s", device, str(dtype).removeprefix("torch."))
     _complete(args, model)
     return model
-
-
-def pick_device(name: str | None) -> "torch.device":
-    """The named device, or the best there is; under torchrun each process has its own GPU.
-
-    Raises ValueError if the device is not there.
-    """
-    import torch
-
-    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    name = name or next(kind for kind in there if there[kind])
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if not there.get(device.type):
-        known = ", ".join(kind for kind in there if there[kind])
-        raise ValueError(f"--device {name} is not available here, choose one of {known}")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", local % torch.cuda.device_count())
-    return device
-
-
-def pick_dtype(precision: str, device: "torch.device", small: bool) -> "torch.dtype":
-    """The weights' dtype: as asked for, or half precision where it pays.
-
-    small: such models stay in float32.
-    """
-    import torch
-
-    named = {"full": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    if precision in named:
-        return named[precision]
-    if small:
-        return torch.float32
-    if device.type == "cpu":
-        return torch.bfloat16 if _has_fast_bf16() else torch.float32
-    return torch.float16
-
-
-def share() -> tuple[int, int]:
-    """(rank, number of processes) under torchrun or Slurm; (0, 1) alone."""
-    for rank, ranks in (
-        ("RANK", "WORLD_SIZE"),
-        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
-        ("SLURM_PROCID", "SLURM_NTASKS"),
-    ):
-        if rank in os.environ and ranks in os.environ:
-            return int(os.environ[rank]), int(os.environ[ranks])
-    return 0, 1
-
-
-def explain(error: BaseException) -> str:
-    """One line (or the two of our own messages) about what went wrong."""
-    if is_out_of_memory(error):
-        return MEMORY
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    if isinstance(error, (ValueError, KeyError, OSError, ImportError, ArithmeticError)) and text:
-        return text
-    first = text.strip().splitlines()[0] if text.strip() else "no message"
-    return f"{type(error).__name__}: {first} (--verbose shows where)"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on whichever device."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError)
-        and any(sign in text for sign in ("out of memory", "not enough memory", "alloc_cpu"))
-    )
 
 
 def _speak(verbose: bool) -> None:
@@ -194,23 +116,6 @@ def _bytes(path: str) -> int:
     file = Path(path).expanduser()
     files = file.glob("*/*.safetensors") if file.is_dir() else [file]
     return sum(file.stat().st_size for file in files if file.is_file())
-
-
-def _has_fast_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 natively; others are slower with it than without."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.is_file() else ""
-    return any(feature in text for feature in (" avx512_bf16", " amx_bf16"))
-
-
-def _suitable_threads(small: bool) -> int:
-    """Few threads for small models, and no more than this process' share of the cores."""
-    import torch
-
-    if "OMP_NUM_THREADS" in os.environ:
-        return torch.get_num_threads()
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", 1)))
-    return max(1, min(torch.get_num_threads() // processes, 4 if small else 1024))
 
 
 def _complete(args: Namespace, model: "LatentDiffusion") -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.generate import inputs
+from ldm.runtime.version import __version__
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,7 +35,6 @@ def describe(args: Namespace, model: "LatentDiffusion") -> Info:
     """What is the same for all pictures of a run."""
     import torch
 
-    import ldm
     from ldm.imaging.watermark import SMALLEST
     from ldm.loading.files.checkpoint import file_hash
 
@@ -66,7 +66,7 @@ def describe(args: Namespace, model: "LatentDiffusion") -> Info:
         "attention": args.attention,
         "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
         "torch": torch.__version__,
-        "ldm": ldm.__version__,
+        "ldm": __version__,
     }
 
 
@@ -185,7 +185,7 @@ def _unchanged(files: Sequence[Mapping[str, Any]], flag: str) -> Sequence[Mappin
 
 def _device(name: str) -> str | None:
     """The recorded kind of device if there is one, else the automatic choice."""
-    from ldm.generate.load import pick_device
+    from ldm.runtime.device import pick_device
 
     try:
         return str(pick_device(name))
@@ -195,8 +195,8 @@ def _device(name: str) -> str | None:
 
 def _files(info: Mapping[str, Any], given: Namespace) -> tuple[str | None, str | None]:
     """Checkpoint and config: as given, or by the recorded names where they are usually kept."""
-    from ldm.loading.config import find
     from ldm.loading.load import DEMO
+    from ldm.runtime.files import find_file
 
     config = given.config or info["config"]
     if given.ckpt is not None:
@@ -205,7 +205,7 @@ def _files(info: Mapping[str, Any], given: Namespace) -> tuple[str | None, str |
     if name == Path(DEMO[1]).name and config is None:
         return None, None
     try:
-        return str(find(Path("checkpoints") / name)), config
+        return str(find_file(Path("checkpoints") / name)), config
     except FileNotFoundError as error:
         hash_ = info["checkpoint_hash"]
         raise FileNotFoundError(

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.generate.load import share
 from ldm.generate.provenance import Kept, describe, marked, method
+from ldm.runtime.ranks import rank_and_world_size
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -66,7 +66,7 @@ def plan(args: Namespace) -> list[Batch]:
     Raises ValueError naming file and line, or for a sequential run shared by several processes.
     """
     of_folder = getattr(args, "indir", None) is not None  # its pictures are shared instead
-    rank, ranks = (0, 1) if of_folder else share()
+    rank, ranks = (0, 1) if of_folder else rank_and_world_size()
     if ranks > 1 and "noise" in args.legacy:
         raise ValueError("--legacy noise draws one picture after the other: run a single process")
     lines = read_lines(args) if args.from_file else [(args.prompt, {})] * args.n_samples
@@ -296,7 +296,7 @@ def _progress(batches: list[Batch], args: Namespace, watch: Watch) -> Iterator[t
     """Each batch with the callback that moves its bar; bars show on a terminal only."""
     from tqdm import tqdm
 
-    hidden = not sys.stderr.isatty() or share()[0] > 0
+    hidden = not sys.stderr.isatty() or rank_and_world_size()[0] > 0
     for batch in tqdm(batches, "Sampling", disable=hidden):
         with tqdm(desc=args.sampler, total=args.steps, leave=False, disable=hidden) as bar:
 

@@ -19,8 +19,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ldm.loading import legacy
+from ldm.runtime.errors import unknown_name
+from ldm.runtime.files import find_file
 
-__all__ = ["find", "instantiate", "parse", "read", "text"]
+__all__ = ["instantiate", "parse", "read", "text"]
 
 log = logging.getLogger(__name__)
 
@@ -32,20 +34,6 @@ NONSENSE = (
 )  # fmt: skip
 MAX_NODES = 10_000  # values in a file once aliases and references are followed
 REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*(?:\.\w+)*)\}")
-
-
-def find(path: str | Path) -> Path:
-    """A file as given, or beneath the project root, or beneath the installed package.
-
-    Raises FileNotFoundError naming what was tried.
-    """
-    package = Path(__file__).resolve().parents[1]
-    places = [Path(path).expanduser(), package.parent / path, package / path]
-    for place in places:
-        if place.is_file():
-            return place
-    tried = ", ".join(f"`{place}`" for place in dict.fromkeys(map(str, places)))
-    raise FileNotFoundError(f"no file `{path}` (tried {tried})")
 
 
 def read(
@@ -63,7 +51,7 @@ def read(
     """
     texts = []
     for file in (path, *more):
-        place = find(file)
+        place = find_file(file)
         if place.stat().st_size > MAX_BYTES:
             raise ValueError(f"{file}: {place.stat().st_size} bytes is too much for a config")
         try:
@@ -189,7 +177,7 @@ def _resolve(target: Any, allow: Sequence[str], where: str) -> Callable[..., Any
         return getattr(import_module(module), name)
     package = next((p for p in allow if str(target).startswith(p + ".")), None)
     if package is None:
-        raise legacy.unknown("target", target, legacy.known_targets(), where)
+        raise unknown_name("target", target, legacy.known_targets(), where)
     parts = target.split(".")
     if not all(part.isidentifier() and not part.startswith("__") for part in parts):
         raise ValueError(f"{where}: `{target}` is not the name of a class")
@@ -211,7 +199,7 @@ def _check(make: Callable[..., Any], params: Mapping[str, Any], where: str) -> N
     known = [p.name for p in signature]
     for key in params:
         if key not in known:
-            raise legacy.unknown(f"parameter of {make.__name__}", key, known, where)
+            raise unknown_name(f"parameter of {make.__name__}", key, known, where)
     needed = [p.name for p in signature if p.default is p.empty and p.name not in params]
     if needed:
         names = ", ".join(f"`{name}`" for name in needed)

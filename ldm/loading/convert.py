@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import ldm
 from ldm.loading import config as configs, legacy, report, weights as weight_files
 from ldm.loading.addons import lora
 from ldm.loading.build import check_fit, complete, on_meta
@@ -26,6 +25,8 @@ from ldm.loading.families import PUBLISHED
 from ldm.loading.files import checkpoint
 from ldm.loading.files.checkpoint import EMBEDDED, Checkpoint
 from ldm.model import LatentDiffusion
+from ldm.runtime.files import find_file
+from ldm.runtime.version import __version__
 
 __all__ = ["SUFFIXES", "Conversion", "convert", "plan"]
 
@@ -176,14 +177,14 @@ def _config(file: Checkpoint, given: str | Path | None) -> str | None:
     names = legacy.rename(file.state)
     alone = not any(name.startswith("unet.") for name in names)
     if given is not None:
-        text: str | None = configs.find(given).read_text("utf-8")
+        text: str | None = find_file(given).read_text("utf-8")
     elif EMBEDDED in file.metadata:
         text = file.metadata[EMBEDDED]
     elif alone and any(name.removeprefix("autoencoder.") == KL for name in names):
-        text = configs.find(f"{PUBLISHED}/v1-inference.yaml").read_text("utf-8")
+        text = find_file(f"{PUBLISHED}/v1-inference.yaml").read_text("utf-8")
     else:
         found = report.inspect(file.path).config
-        text = None if found is None else configs.find(found).read_text("utf-8")
+        text = None if found is None else find_file(found).read_text("utf-8")
     model = configs.parse(text, where="config").get("model", {}) if text else {}
     if alone and STAGE in (model.get("params") or {}):
         return configs.text({"model": model["params"][STAGE]})
@@ -249,7 +250,7 @@ def _with_autoencoder(file: Checkpoint, other: Checkpoint) -> Checkpoint:
 
 def _provenance(file: Checkpoint, text: str | None, ema: bool) -> dict[str, str | int]:
     """What a single file, or the rest of a folder, says about itself."""
-    notes: dict[str, str | int] = {"ldm.version": ldm.__version__, "ldm.source": file.path.name}
+    notes: dict[str, str | int] = {"ldm.version": __version__, "ldm.source": file.path.name}
     if text:
         params = configs.parse(text, where="config").get("model", {}).get("params") or {}
         notes[EMBEDDED] = text

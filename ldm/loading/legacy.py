@@ -10,16 +10,17 @@ Tables, and functions with nothing clever in them. Inside the networks the origi
 are ours too, so nothing below those prefixes is renamed.
 """
 
-import difflib
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["rename", "rename_back", "translate", "unknown"]
+from ldm.runtime.errors import unknown_name
+
+__all__ = ["rename", "rename_back", "translate"]
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ def _latent_diffusion(
             notes.append(f"{where}.{key}")
         elif key not in LIFTED_KEYS | REDUNDANT and key not in takes:
             known = LIFTED_KEYS | REDUNDANT | TRAINING_ONLY | {*takes, *skips}
-            raise unknown(f"parameter of {name}", key, known, where)
+            raise unknown_name(f"parameter of {name}", key, known, where)
     for key in ("unet_config", "first_stage_config", "cond_stage_config", *needs):
         if key not in params:
             raise ValueError(f"{where}: {name} needs `{key}`")
@@ -330,13 +331,6 @@ def _schedule(params: Mapping[str, Any]) -> dict[str, Any]:
 def known_targets() -> list[str]:
     """Every name that may stand after `target:`."""
     return [*TARGETS, *LIFTED, *PENDING, *OURS]
-
-
-def unknown(kind: str, name: Any, known: Iterable[str], where: str) -> ValueError:
-    """The error for a name outside a table, with the nearest one inside it."""
-    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    hint = f", did you mean `{near[0]}`" if near else ""
-    return ValueError(f"{where}: unknown {kind} `{name}`{hint}")
 
 
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

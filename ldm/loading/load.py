@@ -27,6 +27,7 @@ from ldm.loading.families import PUBLISHED
 from ldm.loading.files import checkpoint, clip_statistics
 from ldm.loading.files.checkpoint import EMBEDDED, Checkpoint
 from ldm.model import LatentDiffusion
+from ldm.runtime.files import find_file
 
 __all__ = ["choose_config", "fill", "load", "markers", "on_meta", "save"]
 
@@ -153,7 +154,7 @@ def _raw(source: str, file: Checkpoint | None, overrides: Iterable[str]) -> dict
 
 def _demo() -> tuple[str, str]:
     try:
-        config, ckpt = (str(configs.find(path)) for path in DEMO)
+        config, ckpt = (str(find_file(path)) for path in DEMO)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"the demo model is not here: {error}\nhint: pass a config and a checkpoint"

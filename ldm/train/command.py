@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.generate import load
+from ldm.runtime.errors import unknown_name
+from ldm.runtime.ranks import rank_and_world_size
 from ldm.train.distributed import launch
 from ldm.train.runs import run_folder
 
@@ -137,7 +138,7 @@ def work(args: argparse.Namespace) -> Iterator[str]:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logging.getLogger("ldm").handlers = [handler]
-    is_first = load.share()[0] == 0  # the others would say the same
+    is_first = rank_and_world_size()[0] == 0  # the others would say the same
     logging.getLogger("ldm").setLevel(logging.INFO if is_first else logging.WARNING)
     try:
         if args.dry_run:
@@ -234,14 +235,13 @@ def _trainer_flags(args: argparse.Namespace, given: dict[str, str]) -> list[str]
     if "resume_from_checkpoint" in given:
         args.resume = given.pop("resume_from_checkpoint")
     if given:
-        from ldm.loading import legacy
         from ldm.train.config import lightning, settings
 
         known = [*settings.DEFAULTS["trainer"], *lightning.KNOWN["trainer"]]
         for name in given:
             if name not in known:
                 options = [spelling.lstrip("-") for spelling in PARSER._option_string_actions]
-                raise legacy.unknown("option", name, known + options, "command line")
+                raise unknown_name("option", name, known + options, "command line")
     for name in ("seed", "scale_lr"):
         if getattr(args, name) is not None:
             given[name] = str(getattr(args, name)).lower()

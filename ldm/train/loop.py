@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ldm.data.source import Broken
-from ldm.generate.load import pick_device
 from ldm.loading import config
 from ldm.model import LatentDiffusion
 from ldm.nets import attention
+from ldm.runtime.device import pick_device
 from ldm.train import build, memory
 from ldm.train.batches.sources import open_sources
 from ldm.train.config import settings

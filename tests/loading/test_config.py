@@ -9,6 +9,7 @@ import ldm
 from ldm.loading import config
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.unet import UNet
+from ldm.runtime.files import find_file
 
 DDCONFIG = {
     "double_z": True, "z_channels": 4, "resolution": 16, "in_channels": 3, "out_ch": 3, "ch": 32,
@@ -73,9 +74,9 @@ def test_large_and_binary_files_are_errors(tmp_path):
 
 def test_configs_are_found_from_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert config.find("configs/stable-diffusion/v2-inference.yaml").is_file()
+    assert find_file("configs/stable-diffusion/v2-inference.yaml").is_file()
     with pytest.raises(FileNotFoundError, match="tried"):
-        config.find("configs/absent.yaml")
+        find_file("configs/absent.yaml")
 
 
 @pytest.mark.parametrize(

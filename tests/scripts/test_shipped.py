@@ -10,7 +10,7 @@ from PIL import Image
 import ldm
 from ldm.generate.flags import DEMO_SCALE, DEMO_SCALES, DEMOS
 from ldm.imaging.metadata import read_info
-from ldm.loading import config
+from ldm.runtime.files import find_file
 from scripts import inpaint, upscale
 
 PICTURE = next((Path(__file__).parents[1] / "data/emoji/images/flat").glob("*.png"))
@@ -42,11 +42,11 @@ def test_a_script_without_ckpt_uses_the_model_that_ships_and_says_so(
 
 def test_the_inpainting_model_has_the_autoencoder_of_the_demo_model() -> None:
     """So that programs that have both keep one of them in memory."""
-    text, other = (ldm.load(ckpt=ckpt) for ckpt in (None, config.find(DEMOS["inpaint"])))
+    text, other = (ldm.load(ckpt=ckpt) for ckpt in (None, find_file(DEMOS["inpaint"])))
     theirs = other.autoencoder.state_dict()
     for name, value in text.autoencoder.state_dict().items():
         assert torch.equal(value, theirs[name]), name
 
 
 def test_shipped_models_are_small() -> None:
-    assert sum(config.find(path).stat().st_size for path in DEMOS.values()) < 13e6
+    assert sum(find_file(path).stat().st_size for path in DEMOS.values()) < 13e6

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ldm.loading import config, legacy
+from ldm.loading import legacy
 from ldm.loading.files import checkpoint
 from ldm.nets.lpips import LPIPS
+from ldm.runtime.files import find_file
 
 __all__ = ["WANTED", "load", "read"]
 
@@ -34,7 +35,7 @@ def read(paths: str | Path | Sequence[str | Path]) -> LPIPS:
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     state: dict[str, Tensor] = {}
     for path in paths:
-        content = checkpoint.read(config.find(path)).state
+        content = checkpoint.read(find_file(path)).state
         state |= legacy.losses(content) or {PREFIX + name: v for name, v in content.items()}
     if (net := load(state)) is None:
         names = ", ".join(f"`{path}`" for path in paths)

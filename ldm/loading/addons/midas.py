@@ -10,9 +10,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ldm.loading import config, legacy
+from ldm.loading import legacy
 from ldm.loading.files import checkpoint
 from ldm.loading.files.clip_statistics import beside
+from ldm.runtime.files import find_file
 
 __all__ = ["FILE", "borrow", "read"]
 
@@ -38,7 +39,7 @@ def borrow(
     names = [name for name in wanted if name.startswith(OURS)]
     if not names or (given is None and any(name in state for name in names)):
         return False
-    path = beside(ckpt, FILE) if given is None else config.find(given)
+    path = beside(ckpt, FILE) if given is None else find_file(given)
     if path is None:
         raise FileNotFoundError(
             f"`{ckpt}` holds no depth network (`depth_model.*`)\n"

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ldm.loading import config
 from ldm.loading.files import checkpoint, pickles
+from ldm.runtime.files import find_file
 
 __all__ = ["beside", "read", "tables", "use"]
 
@@ -32,7 +32,7 @@ def use(
     if noise is None:
         return
     if given is not None:
-        noise.use_statistics(*read(config.find(given)))
+        noise.use_statistics(*read(find_file(given)))
     elif tables and "noise_augmentor.data_mean" in tables:
         mean, std = (tables[f"noise_augmentor.data_{name}"] for name in ("mean", "std"))
         noise.use_statistics(mean, std)
@@ -71,7 +71,7 @@ def beside(ckpt: Path, named: str | None) -> Path | None:
     if named is None:
         return None
     try:
-        return config.find(named)
+        return find_file(named)
     except FileNotFoundError:
         near = ckpt.parent / Path(named).name
         return near if near.is_file() else None

@@ -27,8 +27,8 @@ from ldm.data.folder import Folder, WithPrior, read_metadata
 from ldm.data.hub import Hub
 from ldm.data.shards import Shards
 from ldm.data.source import Records, Source, Unreadable
-from ldm.loading import legacy
 from ldm.model import LatentDiffusion
+from ldm.runtime.errors import unknown_name
 from ldm.train.batches.class_images import make_pictures
 from ldm.train.batches.contexts import cached_contexts
 from ldm.train.batches.latents import cached_latents
@@ -115,7 +115,7 @@ def _transform(spec: Mapping[str, Any], where: str) -> Any:
     options = dict(spec["transform"])
     name = options.pop("name", None)
     if name not in TRANSFORMS:
-        raise legacy.unknown("transform", name, TRANSFORMS, where)
+        raise unknown_name("transform", name, TRANSFORMS, where)
     return TRANSFORMS[name](**options)
 
 

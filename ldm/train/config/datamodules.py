@@ -11,7 +11,7 @@ to write instead.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ldm.loading import legacy
+from ldm.runtime.errors import unknown_name
 
 __all__ = ["KEYS", "translate"]
 
@@ -45,7 +45,7 @@ def translate(data: Mapping[str, Any]) -> tuple[Spec, list[str]]:
         raise ValueError(f"data: {_instead(target, {})}")
     for key in params:
         if key not in KEYS:
-            raise legacy.unknown("key", key, KEYS, "data.params")
+            raise unknown_name("key", key, KEYS, "data.params")
     for key in ("batch_size", "train"):
         if key not in params:
             raise ValueError(f"data.params needs `{key}`")
@@ -141,7 +141,7 @@ def _photo(params: Spec, where: str) -> Spec:
         elif name == "RandomHorizontalFlip":
             photo["flip"] = options.get("p", 0.5)
         elif name not in OF_PIXELS:
-            raise legacy.unknown("transform", spec["target"], (), where)
+            raise unknown_name("transform", spec["target"], (), where)
     after = params.pop("postprocess", None)
     if after:
         photo["records"] = _record(after, where)
@@ -154,12 +154,12 @@ def _record(spec: Mapping[str, Any], where: str) -> Spec:
         return {"mask": {"whole": options.get("p_drop", 0.0)}}
     if name == "AddLR":
         return {"lr": {"factor": options["factor"]}}
-    raise legacy.unknown("postprocess", spec["target"], ("AddMask", "AddLR"), where)
+    raise unknown_name("postprocess", spec["target"], ("AddMask", "AddLR"), where)
 
 
 def _nothing_left(params: Spec, made: Spec, where: str) -> Spec:
     if params:
-        raise legacy.unknown("key", next(iter(params)), made, where)
+        raise unknown_name("key", next(iter(params)), made, where)
     return {key: value for key, value in made.items() if value is not None}
 
 

@@ -12,7 +12,7 @@ Words that are ours already pass. Nothing is dropped in silence: there is a note
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ldm.loading import legacy
+from ldm.runtime.errors import unknown_name
 
 __all__ = ["KNOWN", "SECTIONS", "translate"]
 
@@ -190,7 +190,7 @@ def _callbacks(sections: Sections, notes: list[str]) -> None:
         target = str(spec.get("target", ""))
         name = CLASSES.get(target.rpartition(".")[2], key)
         if target and target.rpartition(".")[2] not in CLASSES:
-            raise legacy.unknown("callback", target, CLASSES, f"lightning.callbacks.{key}")
+            raise unknown_name("callback", target, CLASSES, f"lightning.callbacks.{key}")
         if name in WITHOUT_CALLBACK:
             del callbacks[key]
             notes.append(f"lightning.callbacks.{key} has no meaning here: that is built in")
@@ -219,7 +219,7 @@ def _image_logger(params: dict[str, Any], sections: Sections, notes: list[str]) 
     for key in params:
         if key not in known:
             every = ["batch_frequency", "max_images", "increase_log_steps", "disabled", *known]
-            raise legacy.unknown("parameter of ImageLogger", key, every, where)
+            raise unknown_name("parameter of ImageLogger", key, every, where)
     left = [*params, *(f"log_images_kwargs.{key}" for key in kwargs)]
     if left:
         notes.append(f"{where}: no meaning here for {', '.join(left)}")
@@ -258,7 +258,7 @@ def _logger(spec: Mapping[str, Any] | str | bool, sections: Sections) -> None:
         raise ValueError(f"{where}: `{spec}` is no mapping with a `target`")
     name = str(spec.get("target", "")).rpartition(".")[2]
     if name not in LOGGERS:
-        raise legacy.unknown("logger", spec.get("target"), LOGGERS, where)
+        raise unknown_name("logger", spec.get("target"), LOGGERS, where)
     ours: dict[str, Any] = {"loggers": list(dict.fromkeys(["csv", LOGGERS[name]]))}
     if name == "WandbLogger":
         names = ("project", "name", "entity", "tags", "group", "mode", "id")
@@ -274,7 +274,7 @@ def _strategy(spec: Any, sections: Sections) -> None:
     name = str(spec["target"]).rpartition(".")[2] if isinstance(spec, Mapping) else str(spec)
     short = name.lower().removesuffix("strategy").partition("_")[0] if name else "auto"
     if short not in STRATEGIES:
-        raise legacy.unknown("strategy", name, STRATEGIES, "lightning.trainer")
+        raise unknown_name("strategy", name, STRATEGIES, "lightning.trainer")
     _put(sections, "trainer", strategy=short)
 
 

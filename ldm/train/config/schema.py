@@ -13,9 +13,9 @@ from typing import Any
 
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import GRIDS
-from ldm.loading import legacy
 from ldm.nets.attention import BACKENDS
 from ldm.pipelines.sampling import LEGACY
+from ldm.runtime.errors import unknown_name
 from ldm.train.config.lightning import STRATEGIES
 from ldm.train.optim.optimizers import OPTIMIZERS
 from ldm.train.tasks.adaptation import TARGETS
@@ -82,7 +82,7 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str, of: s
     known = list(known)
     for key in given:
         if key not in known:
-            raise legacy.unknown(f"key{of}", key, known, where)
+            raise unknown_name(f"key{of}", key, known, where)
 
 
 def number(*limits: str, null: bool = False, inf: bool = False, whole: bool = False) -> Kind:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from ldm.loading import legacy
+from ldm.runtime.errors import unknown_name
 from ldm.train.config import lightning, schema
 from ldm.train.config.schema import seconds
 from ldm.train.optim.schedules import WHERE, Rate
@@ -176,7 +176,7 @@ def _check_original(raw: Mapping[str, Any]) -> None:
     for key in schema.at(raw, "model"):
         if key not in MODEL:
             known = (*MODEL, "params.ckpt_path")  # some configs have it a level too high
-            raise legacy.unknown("key", key, known, "model")
+            raise unknown_name("key", key, known, "model")
     for where, kinds in schema.ORIGINAL.items():
         said = {key: value for key, value in schema.at(raw, where).items() if value is not None}
         schema.checked(said, kinds, where)
@@ -190,7 +190,7 @@ def _check_keys(given: Mapping[str, Mapping[str, Any]]) -> None:
     for section in given:
         if section not in DEFAULTS:
             known = [*DEFAULTS, *lightning.SECTIONS]
-            raise legacy.unknown("section", section, known, "lightning")
+            raise unknown_name("section", section, known, "lightning")
     for section in ("trainer", "callbacks"):
         known = [*DEFAULTS[section], *lightning.KNOWN[section]]
         schema.refuse_unknown(given.get(section, {}), known, f"lightning.{section}")

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ldm.generate import load
+from ldm.runtime.device import pick_device
+from ldm.runtime.ranks import rank_and_world_size
 
 __all__ = ["agreed", "gpus", "launch", "processes"]
 
@@ -53,7 +54,7 @@ def processes(raw: Mapping[str, Any], nproc: int = 0) -> int:
     """How many processes take part, on all nodes."""
     wanted, nodes = gpus(raw), _nodes(raw)
     count = len(wanted) if isinstance(wanted, list) else max(1, wanted or 1)
-    return max(load.share()[1], (nproc or count) * nodes)
+    return max(rank_and_world_size()[1], (nproc or count) * nodes)
 
 
 def launch(raw: Mapping[str, Any], nproc: int, argv: Sequence[str]) -> None:
@@ -63,7 +64,7 @@ def launch(raw: Mapping[str, Any], nproc: int, argv: Sequence[str]) -> None:
         argv: of the script, for the processes.
     Raises ValueError if there are not as many GPUs, or nodes are to be started.
     """
-    if load.share()[1] > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
+    if rank_and_world_size()[1] > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
         return
     import torch
 
@@ -94,11 +95,11 @@ def agreed(choose: Callable[[Sequence[str]], T]) -> T:
         started again after a failure, some of these are the same.
     """
     mine = _starter()
-    if load.share()[1] == 1:
+    if rank_and_world_size()[1] == 1:
         return choose([mine] if mine else [])
     from ldm.train.distributed import parallel
 
-    ranks = parallel.start(load.pick_device(None))
+    ranks = parallel.start(pick_device(None))
     starters = sorted({*ranks.gathered(mine)} - {""})
     chosen = ranks.told(lambda: choose(starters))
     if ranks.pulse is not None:

@@ -26,9 +26,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
-from ldm.generate.load import share
 from ldm.nets.blocks import ResBlock
 from ldm.nets.transformer import TransformerBlock
+from ldm.runtime.ranks import rank_and_world_size
 
 __all__ = ["Ranks", "Replica", "split", "start", "whole"]
 
@@ -127,7 +127,7 @@ def start(device: torch.device, *, silence: float = 45.0) -> Ranks:
 
     silence: seconds without a sign of life after which a process counts as lost and all others end.
     """
-    rank, world = share()
+    rank, world = rank_and_world_size()
     if world == 1:
         return Ranks()
     first = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")  # torchrun names its own

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from ldm.loading import legacy
+from ldm.runtime.errors import unknown_name
 from ldm.train.optim.adamw import AdamW
 
 __all__ = ["Muon", "learning_rate", "make"]
@@ -34,11 +34,11 @@ def make(module: nn.Module, lr: float, *, name: str = "adamw", **options: Any) -
     What it keeps of a parameter p is `optimizer.state[p]`: tensors and numbers by name.
     """
     if name not in OPTIMIZERS:
-        raise legacy.unknown("optimizer", name, OPTIMIZERS, "lightning.optimizer")
+        raise unknown_name("optimizer", name, OPTIMIZERS, "lightning.optimizer")
     made, known = OPTIMIZERS[name]
     for key in options:
         if key not in known:
-            raise legacy.unknown(f"key of {name}", key, known, "lightning.optimizer")
+            raise unknown_name(f"key of {name}", key, known, "lightning.optimizer")
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     return made(module, lr, **options)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from ldm.loading import legacy
+from ldm.runtime.errors import unknown_name
 from ldm.train.optim import optimizers
 
 __all__ = ["Rate", "multiplier"]
@@ -64,12 +64,12 @@ def multiplier(spec: Mapping[str, Any]) -> Callable[[int], float]:
     """
     name = str(spec.get("target", "")).rpartition(".")[2]
     if name not in KEYS:
-        raise legacy.unknown("scheduler", spec.get("target"), KEYS, WHERE)
+        raise unknown_name("scheduler", spec.get("target"), KEYS, WHERE)
     params = dict(spec.get("params") or {})
     params.pop("verbosity_interval", None)
     for key in params:
         if key not in KEYS[name]:
-            raise legacy.unknown(f"parameter of {name}", key, KEYS[name], WHERE)
+            raise unknown_name(f"parameter of {name}", key, KEYS[name], WHERE)
     lacking = [f"`{key}`" for key in KEYS[name] if key not in params]
     if lacking:
         raise ValueError(f"{WHERE}: {name} needs {', '.join(lacking)}")

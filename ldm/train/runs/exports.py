@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import ldm
 from ldm.loading import families, legacy
 from ldm.loading.files import checkpoint, clip_statistics
 from ldm.loading.files.checkpoint import EMBEDDED
 from ldm.model import LatentDiffusion
+from ldm.runtime.version import __version__
 from ldm.train.distributed.parallel import whole
 from ldm.train.monitoring.samples import epoch
 from ldm.train.tasks.adaptation import Adaptation
@@ -167,7 +167,7 @@ def _notes(run: Any) -> dict[str, str | int]:
     notes = {
         "global_step": state.step,
         "epoch": epoch(run),
-        "ldm.version": ldm.__version__,
+        "ldm.version": __version__,
         "ldm.training": json.dumps(origin),
     }
     if run.text:

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from ldm.data.source import Source
-from ldm.loading import config, legacy
+from ldm.loading import legacy
 from ldm.loading.build import check_fit, complete
 from ldm.loading.files import checkpoint
 from ldm.model import LatentDiffusion
+from ldm.runtime.files import find_file
 from ldm.train.tasks import diffusion
 
 __all__ = ["from_checkpoints", "measure_scale"]
@@ -67,7 +68,7 @@ def _put(
 
     Returns the numbers that the file has beside weights.
     """
-    raw = checkpoint.read(config.find(params["ckpt_path"])).state
+    raw = checkpoint.read(find_file(params["ckpt_path"])).state
     state, tables = legacy.rename(raw), legacy.tables(raw)
     if any(name.startswith(prefix) for name in state):
         state = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}

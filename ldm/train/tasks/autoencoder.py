@@ -25,6 +25,8 @@ from ldm.loading.files import checkpoint
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.discriminator import PatchDiscriminator
 from ldm.nets.lpips import LPIPS
+from ldm.runtime.errors import unknown_name
+from ldm.runtime.files import find_file
 
 __all__ = ["Adversarial", "Reconstruction", "normalise", "psnr", "task"]
 
@@ -54,7 +56,7 @@ def task(
     known = [p.name for p in keywords if p.kind is p.KEYWORD_ONLY]
     for key in options:
         if key not in known:
-            raise legacy.unknown("keyword", key, known, "lightning.objective")
+            raise unknown_name("keyword", key, known, "lightning.objective")
     if not isinstance(losses, LossConfig):
         return Reconstruction(model, **options)
     start = _starting_losses(params) if weights else {}
@@ -358,7 +360,7 @@ def _starting_losses(params: Mapping[str, Any]) -> dict[str, Tensor]:
     if not params.get("ckpt_path"):
         return {}
     ignored = tuple(params.get("ignore_keys") or ())
-    state = checkpoint.read(config.find(params["ckpt_path"])).state
+    state = checkpoint.read(find_file(params["ckpt_path"])).state
     return legacy.losses({n: v for n, v in state.items() if not n.startswith(ignored)})
 
 

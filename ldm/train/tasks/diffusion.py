@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.loading import legacy
 from ldm.model import LatentDiffusion
+from ldm.runtime.errors import unknown_name
 from ldm.train.tasks.criterion import Criterion
 
 __all__ = ["Diffusion", "measure_scale", "on_device", "options", "spread_timesteps"]
@@ -52,7 +52,7 @@ class Diffusion:
         self.offset_noise, self.input_perturbation = offset_noise, input_perturbation
         for key in weighting:
             if key not in Criterion.keywords():
-                raise legacy.unknown("key", key, KEYWORDS, "lightning.objective")
+                raise unknown_name("key", key, KEYWORDS, "lightning.objective")
         criterion = Criterion(model.schedule, model.parameterization, **weighting)
         self.criterion = criterion.to(model.device)
         model.autoencoder.requires_grad_(False)

@@ -1,0 +1,83 @@
+"""Which device, precision and number of threads suit a run on this machine."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from ldm.runtime.errors import ArgumentError
+from ldm.runtime.ranks import local_processes, local_rank
+
+__all__ = ["memory_of", "pick_device", "pick_dtype", "set_threads"]
+
+PRECISIONS = {"full": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SMALL_MODEL_THREADS = 4  # more of them only wait for each other
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The named device, or the best there is; under torchrun each process has its own GPU.
+
+    Args:
+        name: "cuda", "cuda:1", "mps" or "cpu"; None = the first of these that is available.
+    Raises:
+        ArgumentError: the device is not available.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    name = name or next(kind for kind, is_available in available.items() if is_available)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if not available.get(device.type):
+        names = ", ".join(kind for kind, is_available in available.items() if is_available)
+        message = f"device `{name}` is not available here, choose one of {names}"
+        raise ArgumentError(message, "device")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", local_rank() % torch.cuda.device_count())
+    return device
+
+
+def pick_dtype(precision: str, device: torch.device, is_small: bool) -> torch.dtype:
+    """The dtype of weights: as asked for, or half precision where it pays.
+
+    Args:
+        precision: "full", "fp16", "bf16", or "autocast" for what suits device and model.
+        is_small: such models stay in float32.
+    """
+    if precision in PRECISIONS:
+        return PRECISIONS[precision]
+    if is_small:
+        return torch.float32
+    if device.type == "cpu":
+        return torch.bfloat16 if _has_fast_bf16() else torch.float32
+    return torch.float16
+
+
+def set_threads(number: int | None, is_small: bool) -> None:
+    """Set the CPU threads of this process; None = as many as suit the model.
+
+    That is this process' share of the cores, and few for small models.
+    """
+    if number is None and "OMP_NUM_THREADS" not in os.environ:
+        limit = SMALL_MODEL_THREADS if is_small else torch.get_num_threads()
+        number = max(1, min(torch.get_num_threads() // local_processes(), limit))
+    if number is not None:
+        torch.set_num_threads(number)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that a device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _has_fast_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 natively; others are slower with it than without."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.is_file() else ""
+    return any(feature in text for feature in (" avx512_bf16", " amx_bf16"))

@@ -1,0 +1,155 @@
+"""The errors that this package raises on purpose, and how any error reads in one line.
+
+    LdmError
+    ├── ArgumentError (ValueError)            a value that an argument does not allow
+    │   ├── UnknownName                       not one of a closed list, with the nearest one
+    │   ├── MissingArgument                   an argument that this call needs
+    │   └── WrongFamily                       a model that is made for another task
+    ├── MissingFile (FileNotFoundError)       a file that an argument names
+    ├── FileFormatError (ValueError)          a file that is damaged, refused or of another kind
+    └── NonFinite (ArithmeticError)           NaN or infinity from a stage of a model
+    Stop                                      raised by a callback to end a run; not an error
+
+Messages speak of arguments and files. Command lines know which flag sets an argument, and add it.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "ArgumentError",
+    "FileFormatError",
+    "LdmError",
+    "MissingArgument",
+    "MissingFile",
+    "NonFinite",
+    "Stop",
+    "UnknownName",
+    "WrongFamily",
+    "explain",
+    "is_out_of_memory",
+    "nearest_name",
+    "unknown_name",
+]
+
+LISTED = 12  # names that a message lists whole
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "alloc_cpu")
+
+
+class LdmError(Exception):
+    """Base of all errors below."""
+
+
+class ArgumentError(LdmError, ValueError):
+    """A value that an argument does not allow.
+
+    Args:
+        message: what was given, and what is allowed.
+        argument: name of the argument, for callers that know it by another name.
+    """
+
+    def __init__(self, message: str, argument: str | None = None) -> None:
+        super().__init__(message)
+        self.argument = argument
+
+
+class UnknownName(ArgumentError):
+    """A name outside a closed list; see `unknown_name`."""
+
+
+class MissingArgument(ArgumentError):
+    """An argument that has no default for what is asked."""
+
+
+class WrongFamily(ArgumentError):
+    """A model that is made for another task.
+
+    Args:
+        message: what the model is.
+        task: the task that it serves, None if there is none here.
+    """
+
+    def __init__(self, message: str, task: str | None = None) -> None:
+        super().__init__(message, "model")
+        self.task = task
+
+
+class MissingFile(LdmError, FileNotFoundError):
+    """A file that is not there.
+
+    Args:
+        message: which file, and where it was looked for.
+        argument: name of the argument that names it.
+    """
+
+    def __init__(self, message: str, argument: str | None = None) -> None:
+        super().__init__(message)
+        self.argument = argument
+
+
+class FileFormatError(LdmError, ValueError):
+    """A file that is damaged, refused or of another kind."""
+
+
+class NonFinite(LdmError, ArithmeticError):
+    """NaN or infinity came out of a stage of the model.
+
+    Args:
+        stage: which part of the model it came from, as a reader would say it ("the VAE").
+    """
+
+    def __init__(self, stage: str) -> None:
+        super().__init__(f"{stage} gave values that are not finite")
+        self.stage = stage
+
+
+class Stop(Exception):
+    """Raised by a callback to end a run."""
+
+
+def nearest_name(name: str, allowed: Iterable[str]) -> str | None:
+    """The allowed name that is most like `name`, None if no one is close."""
+    spelled = {one.replace("-", "_"): one for one in allowed}
+    matches = difflib.get_close_matches(name.replace("-", "_"), spelled, n=1, cutoff=0.5)
+    return spelled[matches[0]] if matches else None
+
+
+def unknown_name(
+    kind: str, name: object, allowed: Iterable[str], where: str = "", argument: str | None = None
+) -> UnknownName:
+    """The error for a name outside a closed list.
+
+    Args:
+        kind: what the name stands for: "sampler".
+        where: the place that the name was read from, put first.
+    Returns:
+        UnknownName, whose message has the nearest allowed name, and all of them if they are few.
+    """
+    names = list(allowed)
+    near = nearest_name(str(name), names)
+    hint = f", did you mean `{near}`?" if near else ""
+    listed = f", choose one of {', '.join(names)}" if 0 < len(names) <= LISTED else ""
+    place = f"{where}: " if where else ""
+    return UnknownName(f"{place}unknown {kind} `{name}`{hint}{listed}".replace("?,", "?"), argument)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on any device."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in text for sign in OUT_OF_MEMORY)
+    )
+
+
+def explain(error: BaseException) -> str:
+    """What went wrong, in one line (or the two of a message with a hint)."""
+    if is_out_of_memory(error):
+        return "out of memory"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    expected = (LdmError, ValueError, KeyError, OSError, ImportError, ArithmeticError)
+    if isinstance(error, expected) and text:
+        return text
+    first = text.strip().splitlines()[0] if text.strip() else "no message"
+    return f"{type(error).__name__}: {first}"

@@ -1,0 +1,29 @@
+"""Which process of several this one is, as launchers (torchrun, Slurm) say it."""
+
+import os
+
+__all__ = ["local_processes", "local_rank", "rank_and_world_size"]
+
+LAUNCHERS = (
+    ("RANK", "WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+    ("SLURM_PROCID", "SLURM_NTASKS"),
+)
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """(rank, number of processes) under torchrun or Slurm; (0, 1) alone."""
+    for rank, world_size in LAUNCHERS:
+        if rank in os.environ and world_size in os.environ:
+            return int(os.environ[rank]), int(os.environ[world_size])
+    return 0, 1
+
+
+def local_rank() -> int:
+    """The rank among the processes of this machine."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+
+
+def local_processes() -> int:
+    """How many processes of the run are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", 1)))
