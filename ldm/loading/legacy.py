@@ -42,7 +42,7 @@ LOW_RES = "ldm.encoders.lowres.LowRes"
 NOISE_LEVEL = "ldm.encoders.lowres.NoiseLevel"
 MASKED_IMAGE = "ldm.encoders.lowres.MaskedImage"
 FOLDED = "ldm.encoders.lowres.Folded"
-ADVERSARIAL = "ldm.train.autoencoder.LossConfig"
+ADVERSARIAL = "ldm.train.tasks.autoencoder.LossConfig"
 
 TARGETS = {
     "ldm.models.autoencoder.AutoencoderKL": AUTOENCODER,

@@ -105,7 +105,7 @@ def test_more_variants_keep_those_that_are_there(model: Any, tmp_path: Path) -> 
 def test_an_interrupted_filling_goes_on(
     model: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ldm.train.store.PER_FILE", 4)
+    monkeypatch.setattr("ldm.train.batches.store.PER_FILE", 4)
     encode, calls = model.autoencoder.encode, []
 
     def failing(image: torch.Tensor) -> Any:
@@ -205,7 +205,7 @@ def test_damaged_pictures_in_shards_are_named(
 def test_little_is_lost_of_many_kinds_when_a_filling_is_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ldm.train.store.PER_FILE", 8)
+    monkeypatch.setattr("ldm.train.batches.store.PER_FILE", 8)
     done: list[int] = []
 
     def make(some: Any) -> tuple[list[int], dict[str, torch.Tensor]]:

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ldm.loading.files import pickles
 from ldm.train.distributed.parallel import Ranks
-from ldm.train.runs.folder import complete
+from ldm.train.runs.run_folder import complete
 from ldm.train.state import State
 
 __all__ = ["States"]
