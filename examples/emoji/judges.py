@@ -1,13 +1,13 @@
 """Judges of generated emoji: a rule for the background, and two opinions on style and object.
 
-The gallery compares a picture with every real drawing, the right one too, and needs no training. It
-asks more than a classifier: a drawing of its own in the right style may be nearer to another one.
+The gallery compares an image with every real drawing, the right one too, and needs no training. It
+is stricter than a classifier: a new drawing in the right style may be nearer to another object's.
 
-The classifiers learn from real pictures of the training split only, on every background, moved,
-scaled and blurred. The one for objects sees the whole picture at half size; the one for styles sees
-only patches of it, because one that sees whole pictures learns them by heart and takes an unseen
-drawing for the most similar one that it knows. How well they do on real pictures of held-out pairs,
-which they never saw, bounds what a perfect model could score.
+The classifiers learn from real images of the training split only, on every background, moved,
+scaled and blurred. The one for objects sees the full image at half size; the one for styles sees
+only patches, because one that sees full images memorises them and takes an unseen drawing for the
+most similar one that it knows. Their accuracy on real images of held-out pairs, which they never
+saw, bounds what a perfect model could score.
 """
 
 import logging
@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,11 +32,13 @@ __all__ = ["Classifier", "Gallery", "Judges", "Texture", "background"]
 
 log = logging.getLogger(__name__)
 
+Row = dict[str, Any]  # of the metadata
+
 SIDE = 64  # pixels that a judge sees
-INSIDE = 52  # of them for the picture, as in the training of the model
-SIDES = (48, 50, INSIDE, 54, 56)  # of them for the picture, in the training of a classifier
-PATCHES = (56, 64, 72)  # of a picture of 104, scaled to 64
-BORDER = 6  # pixels of a 128-pixel picture that are surely background
+INSIDE = 52  # of them for the drawing, as in the training of the model
+SIDES = (48, 50, INSIDE, 54, 56)  # of them for the drawing, in the training of a classifier
+PATCHES = (56, 64, 72)  # of a drawing of 104, scaled to 64
+BORDER = 6  # pixels of a 128-pixel image that are surely background
 
 
 class Classifier(nn.Module):
@@ -46,9 +49,8 @@ class Classifier(nn.Module):
         widths = (3, width, 2 * width, 4 * width, 6 * width)
         layers: list[nn.Module] = []
         for k, (before, after) in enumerate(pairwise(widths)):
-            layers += [
-                Conv2d(before, after, 5 if k == 0 else 3, stride=2, padding=2 if k == 0 else 1)
-            ]
+            kernel = 5 if k == 0 else 3
+            layers += [Conv2d(before, after, kernel, stride=2, padding=kernel // 2)]
             layers += [GroupNorm(after), nn.SiLU()]
             layers += [Conv2d(after, after, 3, padding=1), GroupNorm(after), nn.SiLU()]
         self.layers = nn.Sequential(*layers)
@@ -61,7 +63,7 @@ class Classifier(nn.Module):
 
 
 class Texture(nn.Module):
-    """image (B, 3, H, W) in [-1, 1] -> scores (B, classes), the mean of what patches of 33 say."""
+    """image (B, 3, H, W) in [-1, 1] -> scores (B, classes), the mean over patches of 33."""
 
     def __init__(self, classes: int, width: int = 32) -> None:
         super().__init__()
@@ -83,7 +85,7 @@ class Texture(nn.Module):
 
 
 class Judges:
-    """What was drawn, in which style: classifiers of a set of objects and styles."""
+    """Classifiers of the object and the style of an image."""
 
     def __init__(self, objects: Sequence[str], styles: Sequence[str]) -> None:
         self.objects, self.styles = list(objects), list(styles)
@@ -93,9 +95,10 @@ class Judges:
     def load_or_train(
         cls, folder: Folder, path: Path, *, objects: Sequence[str] | None = None, steps: int = 2500
     ) -> "Judges":
-        """Judges for the pictures of a folder; trained once, then kept in `path`.
+        """Judges for the images of a folder; trained once, then kept in `path`.
 
-        objects: those to tell apart, None = all; styles are learned from all pictures.
+        Args:
+            objects: those to classify; None = all. Styles are learned from all images.
         """
         names = objects or sorted({row["object"] for row in folder.rows})
         judges = cls(names, sorted({row["style"] for row in folder.rows}))
@@ -111,28 +114,28 @@ class Judges:
         return judges
 
     def learn_objects(self, folder: Folder, steps: int) -> None:
-        """From whole pictures of the training split at half size."""
-        known = set(self.objects)
-        rows = _rows(folder, lambda row: row["object"] in known)
+        """Train on full images of the training split at half size."""
+        objects = set(self.objects)
+        rows = _training_rows(folder, lambda row: row["object"] in objects)
         banks = [_bank(folder, rows, side) for side in SIDES]
         labels, _ = self.labels([folder.rows[k] for k in rows])
-        draw = partial(_whole, banks)
-        _fit(self.by_object, draw, labels, steps, "objects")
+        _fit(self.by_object, partial(_draw_full, banks), labels, steps, "objects")
 
     def learn_styles(self, folder: Folder, steps: int) -> None:
-        """From patches of pictures of the training split, mirrored or not."""
-        rows = _rows(folder, lambda row: True)
+        """Train on patches of images of the training split, mirrored or not."""
+        rows = _training_rows(folder, lambda row: True)
         labels = torch.tensor([self.styles.index(folder.rows[k]["style"]) for k in rows])
-        _fit(self.by_style, partial(_patches, _bank(folder, rows, 104)), labels, steps, "styles")
+        draw = partial(_draw_patches, _bank(folder, rows, 104))
+        _fit(self.by_style, draw, labels, steps, "styles")
 
-    def labels(self, rows: Sequence[dict]) -> tuple[Tensor, Tensor]:
-        """The right answers for records or prompts: objects (B,), styles (B,)."""
+    def labels(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """The classes of rows or prompts: objects (B,), styles (B,)."""
         objects = torch.tensor([self.objects.index(row["object"]) for row in rows])
         return objects, torch.tensor([self.styles.index(row["style"]) for row in rows])
 
     @torch.inference_mode()
     def judge(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Ranked answers for images (B, 3, 128, 128): objects (B, all), styles (B, all)."""
+        """Classes of images (B, 3, 128, 128), best first: objects (B, all), styles (B, all)."""
         scores = [
             (self.by_object(F.interpolate(x, (SIDE, SIDE), mode="area")), self.by_style(x))
             for x in image.split(64)
@@ -142,9 +145,11 @@ class Judges:
 
 
 class Gallery:
-    """Every real drawing of some objects, held-out ones too: which one is a picture nearest to?
+    """Every real drawing of some objects, held-out ones too, to find the nearest of an image.
 
-    folder: of the drawings. objects: names, in the order of the answers.
+    Args:
+        folder: of the drawings.
+        objects: their names.
     """
 
     def __init__(self, folder: Folder, objects: Sequence[str]) -> None:
@@ -158,30 +163,34 @@ class Gallery:
     def distances(self, image: Tensor, colours: Sequence[str]) -> Tensor:
         """Squared distances of images (B, 3, H, W) to all drawings: (B, drawings).
 
-        colours: names of the backgrounds on which the drawings are put, one per image.
         The image is moved by up to one pixel of 64 each way, to where it is nearest.
+
+        Args:
+            colours: names of the backgrounds on which the drawings are put, one per image.
         """
         result = torch.empty(len(image), len(self.drawings))
         small = F.interpolate(image.float(), (SIDE, SIDE), mode="area")
         for colour in sorted(set(colours)):
-            places = [k for k, name in enumerate(colours) if name == colour]
+            indices = [k for k, name in enumerate(colours) if name == colour]
             plain = torch.tensor(COLOURS[colour]).expand(len(self.drawings), 3) / 127.5 - 1
             real = _over(self.drawings, plain).flatten(1)  # (drawings, 3 * 64 * 64)
-            moved = F.unfold(F.pad(small[places], (1, 1, 1, 1), mode="replicate"), SIDE)
-            seen = moved.mT.flatten(0, 1)  # (b * 9, 3 * 64 * 64)
-            distance = seen.square().sum(1)[:, None] - 2 * seen @ real.mT + real.square().sum(1)
-            result[places] = distance.unflatten(0, (-1, 9)).amin(1)
+            moved = F.unfold(F.pad(small[indices], (1, 1, 1, 1), mode="replicate"), SIDE)
+            flat = moved.mT.flatten(0, 1)  # (b * 9, 3 * 64 * 64)
+            distance = flat.square().sum(1)[:, None] - 2 * flat @ real.mT + real.square().sum(1)
+            result[indices] = distance.unflatten(0, (-1, 9)).amin(1)
         return result
 
-    def nearest(self, image: Tensor, wanted: Sequence[dict]) -> tuple[Tensor, Tensor]:
-        """Is the nearest drawing one of the wanted object; of its drawings, is it of the style?
+    def nearest(self, image: Tensor, prompts: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """Whether the nearest drawing is of the right object; of its drawings, of the right style.
 
-        wanted: one record per image, with `object`, `style` and `colour`.
-        Returns two bool tensors (B,), for the object and for the style.
+        Args:
+            prompts: one per image, with `object`, `style` and `colour`.
+        Returns:
+            Two bool tensors (B,), for the object and for the style.
         """
-        distances = self.distances(image, [row["colour"] for row in wanted])
+        distances = self.distances(image, [row["colour"] for row in prompts])
         objects, styles = [], []
-        for row, distance in zip(wanted, distances, strict=True):
+        for row, distance in zip(prompts, distances, strict=True):
             own = [k for k, name in enumerate(self.objects) if name == row["object"]]
             objects.append(self.objects[int(distance.argmin())] == row["object"])
             styles.append(self.styles[own[int(distance[own].argmin())]] == row["style"])
@@ -200,18 +209,18 @@ def background(image: Tensor) -> list[str]:
 
 
 def _bank(folder: Folder, rows: Sequence[int], side: int) -> Tensor:
-    """(N, 4, side, side) uint8 pictures with premultiplied alpha."""
+    """(N, 4, side, side) uint8 drawings with premultiplied alpha."""
     bank = torch.empty(len(rows), 4, side, side, dtype=torch.uint8)
-    for place, index in enumerate(rows):
-        picture = folder.record(index)["picture"].convert("RGBa")
-        small = picture.resize((side, side), Image.Resampling.LANCZOS)
-        bank[place] = torch.from_numpy(np.array(small)).permute(2, 0, 1)
+    for position, index in enumerate(rows):
+        image = folder.record(index)["picture"].convert("RGBa")
+        small = image.resize((side, side), Image.Resampling.LANCZOS)
+        bank[position] = torch.from_numpy(np.array(small)).permute(2, 0, 1)
     return bank
 
 
-def _rows(folder: Folder, wanted: Callable[[dict], bool]) -> list[int]:
+def _training_rows(folder: Folder, is_used: Callable[[Row], bool]) -> list[int]:
     rows = enumerate(folder.rows)
-    return [k for k, row in rows if row["split"] == "train" and wanted(row)]
+    return [k for k, row in rows if row["split"] == "train" and is_used(row)]
 
 
 def _fit(
@@ -221,16 +230,16 @@ def _fit(
     steps: int,
     name: str,
 ) -> None:
-    """Cross entropy of net(draw(chosen rows, generator)) against their labels."""
+    """Minimise the cross entropy of net(draw(rows, generator)) and the labels of the rows."""
     generator = torch.Generator().manual_seed(0)
     optimizer = optimizers.make(net.train(), 1e-3, name="muon", weight_decay=1e-2)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = optimizers.learning_rate(1e-3, step, step / steps, decay="linear")
-        chosen = torch.randint(len(labels), (64,), generator=generator)
+        rows = torch.randint(len(labels), (64,), generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
-            scores = net(draw(chosen, generator))
-        loss = F.cross_entropy(scores.float(), labels[chosen], label_smoothing=0.1)
+            scores = net(draw(rows, generator))
+        loss = F.cross_entropy(scores.float(), labels[rows], label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -238,43 +247,42 @@ def _fit(
             log.info("%s: step %d of %d, loss %.3f", name, step, steps, float(loss.detach()))
 
 
-def _whole(banks: Sequence[Tensor], chosen: Tensor, generator: torch.Generator) -> Tensor:
-    """Whole pictures of a random scale, moved by up to 4 pixels: (B, 3, 64, 64)."""
+def _draw_full(banks: Sequence[Tensor], rows: Tensor, generator: torch.Generator) -> Tensor:
+    """Full drawings of a random scale, moved by up to 4 pixels: (B, 3, 64, 64)."""
     which = int(torch.randint(len(banks), (), generator=generator))
-    pictures = banks[which][chosen]
-    side = pictures.shape[-1]
+    drawings = banks[which][rows]
+    side = drawings.shape[-1]
     top, left = (torch.randint(-4, 5, (2,), generator=generator) + (SIDE - side) // 2).tolist()
     around = (left, SIDE - side - left, top, SIDE - side - top)
-    return _soften(_on_colours(F.pad(pictures, around), generator), generator)
+    return _soften(_on_colours(F.pad(drawings, around), generator), generator)
 
 
-def _patches(bank: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:
-    """Random parts of pictures, mirrored or not: (B, 3, 64, 64)."""
+def _draw_patches(bank: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
+    """Random parts of drawings, mirrored or not: (B, 3, 64, 64)."""
     side = PATCHES[int(torch.randint(len(PATCHES), (), generator=generator))]
     top, left = torch.randint(0, bank.shape[-1] - side + 1, (2,), generator=generator).tolist()
-    pictures = bank[chosen, :, top : top + side, left : left + side]
-    image = _on_colours(pictures, generator)
+    image = _on_colours(bank[rows, :, top : top + side, left : left + side], generator)
     if torch.rand((), generator=generator) < 0.5:
         image = image.flip(-1)
     image = F.interpolate(image, (SIDE, SIDE), mode="bilinear", align_corners=False)
     return _soften(image, generator)
 
 
-def _on_colours(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """(B, 4, h, w) uint8 as `_over` wants them -> (B, 3, h, w) on random named colours."""
+def _on_colours(drawings: Tensor, generator: torch.Generator) -> Tensor:
+    """Drawings as `_over` takes them -> (B, 3, h, w) on random named colours."""
     table = torch.tensor(list(COLOURS.values())) / 127.5 - 1
-    return _over(pictures, table[torch.randint(len(table), (len(pictures),), generator=generator)])
+    return _over(drawings, table[torch.randint(len(table), (len(drawings),), generator=generator)])
 
 
-def _over(pictures: Tensor, colours: Tensor) -> Tensor:
+def _over(drawings: Tensor, colours: Tensor) -> Tensor:
     """(B, 4, h, w) uint8 with premultiplied alpha -> (B, 3, h, w) on colours (B, 3) in [-1, 1]."""
-    rgb, alpha = pictures[:, :3] / 127.5, pictures[:, 3:] / 255
+    rgb, alpha = drawings[:, :3] / 127.5, drawings[:, 3:] / 255
     return colours[:, :, None, None] * (1 - alpha) + rgb - alpha
 
 
 def _soften(image: Tensor, generator: torch.Generator) -> Tensor:
     """Half of the images, blurred by a random amount."""
     soft = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    share = torch.rand(len(image), 1, 1, 1, generator=generator)
-    share = share * (torch.rand(len(image), 1, 1, 1, generator=generator) < 0.5)
-    return torch.lerp(image, soft, share)
+    weight = torch.rand(len(image), 1, 1, 1, generator=generator)
+    weight = weight * (torch.rand(len(image), 1, 1, 1, generator=generator) < 0.5)
+    return torch.lerp(image, soft, weight)

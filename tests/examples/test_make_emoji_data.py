@@ -1,12 +1,11 @@
 """The data set of emoji, built from packages as npm lays them out."""
 
 import json
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from ldm.data.emoji import PACKAGES, STYLES, build
+from make_emoji_data import PACKAGES, STYLES, build
 
 OBJECTS = {"1F34E": "red apple", "1F680": "rocket", "1F431": "cat face", "1F55B": "twelve o’clock"}
 SHAPES = (
@@ -18,7 +17,7 @@ SHAPES = (
 
 
 @pytest.fixture
-def modules(tmp_path: Path) -> Path:
+def modules(tmp_path):
     pytest.importorskip("resvg_py")
     slugs = [label.replace(" ", "-").replace("’", "") for label in OBJECTS.values()]
     for package in STYLES.values():
@@ -26,8 +25,8 @@ def modules(tmp_path: Path) -> Path:
         (folder / "assets").mkdir(parents=True)
         if package.startswith("@lobehub"):
             for code in OBJECTS:
-                picture = Image.new("RGBA", (128, 128), (0, 128, 0, 255))
-                picture.save(folder / "assets" / f"{code.lower()}-fe0f.webp")
+                image = Image.new("RGBA", (128, 128), (0, 128, 0, 255))
+                image.save(folder / "assets" / f"{code.lower()}-fe0f.webp")
             continue
         icons = {slug: {"body": body} for slug, body in zip(slugs, SHAPES, strict=True)}
         if package.endswith("emojione"):
@@ -50,33 +49,24 @@ def modules(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_every_object_is_drawn_in_every_style_that_has_it(modules: Path, tmp_path: Path) -> None:
-    pictures = build(modules, tmp_path / "out", size=32)
-    styles = {name: {p.style for p in pictures if p.object == name} for name in OBJECTS.values()}
+def test_objects_are_drawn_in_all_styles_and_described(modules, tmp_path):
+    rows = build(modules, tmp_path / "out", size=32)
+    styles = {name: {row.style for row in rows if row.object == name} for name in OBJECTS.values()}
     assert styles["red apple"] == styles["rocket"] == set(STYLES)
     assert styles["cat face"] == set(STYLES) - {"emojione"}
     assert styles["twelve o’clock"] == set()
-    for picture in pictures:
-        with Image.open(tmp_path / "out" / picture.file_name) as file:
-            assert file.size == (32, 32)
-            assert file.mode == "RGBA"
+    for row in rows:
+        with Image.open(tmp_path / "out" / row.file_name) as file:
+            assert (file.size, file.mode) == ((32, 32), "RGBA")
+    assert len([row for row in rows if row.split == "heldout"]) == 1  # every second object
+    assert {row.rank for row in rows if row.object == "cat face"} == {2}
+    assert {tuple(row.keywords) for row in rows} == {("red",), ("roc",), ("cat",)}  # not `thing`
 
 
-def test_every_second_object_lacks_one_style_in_training(modules: Path, tmp_path: Path) -> None:
-    pictures = build(modules, tmp_path / "out", size=32)
-    assert len([p for p in pictures if p.split == "heldout"]) == 1
-    assert {p.rank for p in pictures if p.object == "cat face"} == {2}
-
-
-def test_only_keywords_of_one_object_stand_for_it(modules: Path, tmp_path: Path) -> None:
-    pictures = build(modules, tmp_path / "out", size=32)
-    assert {tuple(p.keywords) for p in pictures} == {("red",), ("roc",), ("cat",)}
-
-
-def test_metadata_and_licences_lie_beside_the_pictures(modules: Path, tmp_path: Path) -> None:
-    pictures = build(modules, tmp_path / "out", objects=1, size=32)
+def test_metadata_and_licences_lie_beside_the_images(modules, tmp_path):
+    rows = build(modules, tmp_path / "out", objects=1, size=32)
     lines = (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()
-    assert len(lines) == len(pictures) == 8
+    assert len(lines) == len(rows) == 8
     notice = (tmp_path / "out" / "NOTICE").read_text()
     for package, (version, licence, *_) in PACKAGES.items():
         assert f"{package} {version}" in notice
@@ -84,8 +74,8 @@ def test_metadata_and_licences_lie_beside_the_pictures(modules: Path, tmp_path: 
     assert {licence for _, licence, *_ in PACKAGES.values()} == {"MIT", "Apache-2.0", "CC-BY-4.0"}
 
 
-def test_no_drawing_is_enlarged(modules: Path, tmp_path: Path) -> None:
-    pictures = build(modules, tmp_path / "out", size=192)
-    assert {picture.style for picture in pictures} == set(STYLES) - {"3d"}
-    with Image.open(tmp_path / "out" / pictures[0].file_name) as file:
+def test_drawings_are_never_enlarged(modules, tmp_path):
+    rows = build(modules, tmp_path / "out", size=192)
+    assert {row.style for row in rows} == set(STYLES) - {"3d"}
+    with Image.open(tmp_path / "out" / rows[0].file_name) as file:
         assert file.size == (192, 192)

@@ -1,0 +1,93 @@
+"""Judging generated emoji."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate_demo
+from judges import Gallery, Judges, background
+from ldm.data.folder import Folder
+from ldm.data.transforms import COLOURS, Emoji
+
+EMOJI = Path(__file__).parents[1] / "data" / "emoji"
+
+
+@pytest.fixture(scope="module")
+def folder():
+    return Folder(root=EMOJI, transform=Emoji())
+
+
+@pytest.fixture(scope="module")
+def prompts(folder):
+    return evaluate_demo.choose_prompts(folder, "train")
+
+
+@pytest.fixture(scope="module")
+def images(folder, prompts):
+    return evaluate_demo.real_images(folder, prompts)
+
+
+def test_the_background_is_read_from_the_border():
+    colours = torch.tensor(list(COLOURS.values()))[:, :, None, None] / 127.5 - 1
+    image = colours.repeat(1, 1, 64, 64)
+    image += 0.05 * torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
+    image[..., 8:56, 8:56] = torch.rand(len(image), 3, 48, 48)
+    assert background(image) == list(COLOURS)
+
+
+def test_prompts_name_object_style_and_colour(folder):
+    (held_out,) = evaluate_demo.choose_prompts(folder, "heldout")
+    assert held_out["object"] == "red apple"
+    assert f"{held_out['style']} emoji of a red apple on" in held_out["prompt"]
+    assert f"{held_out['colour']} background" in held_out["prompt"]
+    assert len(evaluate_demo.choose_prompts(folder, "train", count=5)) == 5
+
+
+def test_shuffled_prompts_leave_none_in_place(prompts):
+    shuffled = evaluate_demo.shuffle(prompts)
+    assert all(a is not b for a, b in zip(prompts, shuffled, strict=True))
+    assert {id(row) for row in prompts} == {id(row) for row in shuffled}
+
+
+class Perfect(Judges):
+    """Knows the answers."""
+
+    def __init__(self, folder, prompts):
+        objects, styles = ({row[key] for row in folder.rows} for key in ("object", "style"))
+        super().__init__(sorted(objects), sorted(styles))
+        self.answers = self.labels(prompts)
+
+    def judge(self, image):
+        objects, styles = self.answers
+        ranks = torch.stack([(objects + k) % 3 for k in range(3)], dim=1)
+        return ranks, torch.stack([(styles + k) % 8 for k in range(8)], dim=1)
+
+
+def test_real_images_score_full_marks(folder, prompts, images):
+    judges = Perfect(folder, prompts)
+    result = evaluate_demo.score(judges, Gallery(folder, judges.objects), images, prompts)
+    assert result == evaluate_demo.Score(23, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+    assert "| real | 23 | 100.0 % | 100.0 %" in evaluate_demo.format_table({"real": result})
+
+
+def test_the_gallery_separates_style_from_object(folder, prompts, images):
+    gallery = Gallery(folder, sorted({row["object"] for row in prompts}))
+    rocket = [{**row, "object": "rocket"} for row in prompts]
+    object_is_right, _ = gallery.nearest(images, rocket)
+    assert object_is_right.tolist() == [row["object"] == "rocket" for row in prompts]
+    noto = [{**row, "style": "noto"} for row in prompts]
+    object_is_right, style_is_right = gallery.nearest(images, noto)
+    assert object_is_right.all()
+    assert style_is_right.tolist() == [row["style"] == "noto" for row in prompts]
+
+
+def test_judges_are_trained_once_and_loaded_again(folder, tmp_path):
+    path = tmp_path / "judges.pt"
+    judges = Judges.load_or_train(folder, path, steps=1)
+    image = torch.zeros(2, 3, 128, 128)
+    objects, styles = judges.judge(image)
+    assert objects.shape == (2, 3)
+    assert styles.shape == (2, 8)
+    again = Judges.load_or_train(folder, path, steps=1)
+    torch.testing.assert_close(again.by_style(image), judges.by_style(image))
