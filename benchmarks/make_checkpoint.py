@@ -24,9 +24,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.loading import config, legacy
-from ldm.loading.files import checkpoint
-from ldm.loading.load import on_meta
+from ldm.loading.build import build_on_meta
+from ldm.loading.config import read_yaml
+from ldm.loading.files.checkpoint import write_checkpoint
+from ldm.loading.legacy import restore_names, translate_config
 from ldm.model import LatentDiffusion
 from ldm.nets.karlo import Prior
 
@@ -46,7 +47,7 @@ def main() -> None:
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
 
-    model = on_meta(legacy.translate(config.read(args.config)), where=args.config)
+    model = build_on_meta(translate_config(read_yaml(args.config)), where=args.config)
     if not isinstance(model, LatentDiffusion):
         parser.error(f"`{args.config}` is not the config of a latent diffusion model")
     state = original_layout(model, dtype=dtype, seed=args.seed)
@@ -55,7 +56,7 @@ def main() -> None:
     if args.out.suffix == ".ckpt":
         torch.save(lightning(state), args.out)
     else:
-        checkpoint.write(args.out, state)
+        write_checkpoint(args.out, state)
     if args.karlo:
         karlo(args.out.parent, dtype=dtype, seed=args.seed)
     print(args.out)
@@ -65,7 +66,7 @@ def original_layout(
     model: LatentDiffusion, *, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> dict[str, Tensor]:
     """Random weights of a model on the meta device, schedule tables included, by original names."""
-    names = legacy.rename_back(model.state_dict(), model.schedule.buffers())
+    names = restore_names(model.state_dict(), model.schedule.buffers())
     return filled(names, dtype=dtype, seed=seed)
 
 

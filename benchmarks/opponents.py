@@ -8,9 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, device, nn
 
-from ldm.loading import config, legacy
-from ldm.loading.build import on_meta
-from ldm.loading.diffusers import files, index, networks, places
+from ldm.loading.build import build_on_meta
+from ldm.loading.config import read_yaml
+from ldm.loading.diffusers import networks
+from ldm.loading.diffusers.files import write_texts
+from ldm.loading.diffusers.index import folder_configs
+from ldm.loading.diffusers.keys import (
+    scatter_weights,
+    text_keys,
+    unet_keys,
+    used_text_blocks,
+    vae_keys,
+)
+from ldm.loading.legacy import translate_config
 from ldm.nets.unet import UNet
 
 CONFIG = "configs/stable-diffusion/v2-inference.yaml"
@@ -21,7 +31,7 @@ def unet(ours: nn.Module) -> nn.Module:
 
     with device("meta"):
         made = UNet2DConditionModel.from_config(_config("unet"))
-    return _fill(made, places.scatter(places.unet(ours.state_dict()), ours.state_dict()))
+    return _fill(made, scatter_weights(unet_keys(ours.state_dict()), ours.state_dict()))
 
 
 def unet_like(ours: UNet) -> nn.Module:
@@ -32,7 +42,7 @@ def unet_like(ours: UNet) -> nn.Module:
     with device("meta"):
         made = UNet2DConditionModel.from_config(described)
     state = {name: value.detach() for name, value in ours.state_dict().items()}
-    made.load_state_dict(places.scatter(places.unet(state), state), assign=True)
+    made.load_state_dict(scatter_weights(unet_keys(state), state), assign=True)
     return made.requires_grad_(True)
 
 
@@ -41,7 +51,7 @@ def vae(ours: nn.Module) -> nn.Module:
 
     with device("meta"):
         made = AutoencoderKL.from_config(_config("vae"))
-    return _fill(made, places.scatter(places.vae(ours.state_dict()), ours.state_dict()))
+    return _fill(made, scatter_weights(vae_keys(ours.state_dict()), ours.state_dict()))
 
 
 def text(ours: nn.Module) -> nn.Module:
@@ -51,8 +61,8 @@ def text(ours: nn.Module) -> nn.Module:
         made = CLIPTextModel(CLIPTextConfig(**_config("text_encoder")))
     names = made.state_dict()
     prefix = "text_model." if any(name.startswith("text_model.") for name in names) else ""
-    table = places.text(ours.state_dict(), places.text_blocks(ours))
-    state = places.scatter(table, ours.state_dict())
+    table = text_keys(ours.state_dict(), used_text_blocks(ours))
+    state = scatter_weights(table, ours.state_dict())
     made = _fill(made, {prefix + k.removeprefix("text_model."): v for k, v in state.items()})
     embeddings: Any = made.get_submodule(prefix + "embeddings")
     embeddings.position_ids = torch.arange(77)[None]  # a buffer that is in no file
@@ -61,7 +71,7 @@ def text(ours: nn.Module) -> nn.Module:
 
 def write_folder(folder: Path) -> None:
     """A folder without weights: the configs that diffusers otherwise downloads."""
-    files.write_texts(folder, _described())
+    write_texts(folder, _described())
 
 
 def _fill(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
@@ -71,8 +81,8 @@ def _fill(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
 
 @cache
 def _described() -> dict[str, Any]:
-    spec = legacy.translate(config.read(CONFIG), where=CONFIG)
-    return index.describe(on_meta(spec, where=CONFIG), spec)
+    spec = translate_config(read_yaml(CONFIG), where=CONFIG)
+    return folder_configs(build_on_meta(spec, where=CONFIG), spec)
 
 
 def _config(part: str) -> dict[str, Any]:

@@ -36,8 +36,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from make_checkpoint import original_layout  # noqa: E402
 
-from ldm.loading import config, legacy  # noqa: E402
-from ldm.loading.load import on_meta  # noqa: E402
+from ldm.loading.build import build_on_meta  # noqa: E402
+from ldm.loading.config import read_yaml  # noqa: E402
+from ldm.loading.legacy import rename_weights, translate_config  # noqa: E402
 from ldm.nets import cpu  # noqa: E402
 
 MODULES = ("unet", "vae", "text")
@@ -83,8 +84,8 @@ def compare_modules(args: argparse.Namespace, dtype: torch.dtype) -> list[dict[s
     """One row per stage, printed as soon as it is known."""
     import opponents
 
-    model: Any = on_meta(legacy.translate(config.read(CONFIG)), where=CONFIG)
-    state = legacy.rename(original_layout(model))
+    model: Any = build_on_meta(translate_config(read_yaml(CONFIG)), where=CONFIG)
+    state = rename_weights(original_layout(model))
     names = model.state_dict()
     model.load_state_dict({k: v for k, v in state.items() if k in names}, assign=True)
     model.eval()

@@ -37,7 +37,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from run import clock, peak, processor  # noqa: E402
 
 from ldm.conditioning import Cond, Conditioner  # noqa: E402
-from ldm.loading import config, legacy  # noqa: E402
+from ldm.loading.config import instantiate, read_yaml  # noqa: E402
+from ldm.loading.legacy import translate_config  # noqa: E402
 from ldm.model import LatentDiffusion  # noqa: E402
 from ldm.nets import cpu  # noqa: E402
 from ldm.nets.autoencoder import PixelSpace  # noqa: E402
@@ -225,12 +226,12 @@ class Given(nn.Module):
 
 
 def model_of(size: Size) -> Any:
-    spec = legacy.translate(config.read(size.config))["params"]
+    spec = translate_config(read_yaml(size.config))["params"]
     with torch.device("meta"):
-        unet: Any = config.instantiate(spec["unet"], where="unet")
+        unet: Any = instantiate(spec["unet"], where="unet")
     filled(unet.to_empty(device="cpu"))
     memory.checkpoint_gradients(unet, on=False)  # as theirs; SD 2's config asks for it
-    schedule = config.instantiate(spec["schedule"], where="schedule")
+    schedule = instantiate(spec["schedule"], where="schedule")
     predicts, conditioner = spec["parameterization"], Conditioner(text=Given())
     parts = {"unet": unet, "conditioner": conditioner, "autoencoder": PixelSpace()}
     return LatentDiffusion(**parts, schedule=schedule, parameterization=predicts).train()

@@ -42,13 +42,13 @@ def work(args: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from ldm.loading.convert import convert, plan
+    from ldm.loading.convert import convert, plan_conversion
 
     if args.overrides:
         raise ValueError(f"`{args.overrides[0]}` is one word too many: a source and a target")
     options = {key: getattr(args, key) for key in ("config", "ema", "prune", "variant", "vae")}
     options |= {"dtype": args.dtype and getattr(torch, args.dtype), "loras": args.lora}
-    what = plan(args.source, args.target, clip_stats=args.clip_stats, **options)
+    what = plan_conversion(args.source, args.target, clip_stats=args.clip_stats, **options)
     print("\n".join(what.notes), file=sys.stderr)
     with tqdm(total=what.bytes, unit="B", unit_scale=True, disable=None) as bar:
         path = convert(what, force=args.force, progress=bar.update)

@@ -29,10 +29,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
 
-    from ldm.loading.report import inspect
+    from ldm.loading.report import inspect_checkpoint
 
     try:
-        report = inspect(args.checkpoint, args.config, probe=not args.no_probe)
+        report = inspect_checkpoint(args.checkpoint, args.config, probe=not args.no_probe)
     except (OSError, ValueError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1

@@ -12,8 +12,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ldm.loading import config as configs, legacy, load
-from ldm.loading.files import checkpoint
+from ldm.loading import legacy
+from ldm.loading.config import parse_yaml, read_yaml
+from ldm.loading.files.checkpoint import EMBEDDED, read_checkpoint
+from ldm.loading.legacy import translate_config
+from ldm.loading.load import choose_config
 
 __all__ = ["Model", "catalogue", "files"]
 
@@ -72,13 +75,13 @@ def _looked_at(path: Path, size: int, changed: int) -> Model | str:
     beside = path.with_suffix(".yaml")
     config = beside if beside.is_file() else None
     try:
-        file = checkpoint.read(path)
-        source = str(config or load.choose_config(file))
-        if source == load.EMBEDDED:
-            raw = configs.parse(file.metadata[load.EMBEDDED], where=path.name)
+        file = read_checkpoint(path)
+        source = str(config or choose_config(file))
+        if source == EMBEDDED:
+            raw = parse_yaml(file.metadata[EMBEDDED], where=path.name)
         else:
-            raw = configs.read(source)
-        spec = legacy.translate(raw, where=path.name, skipped=[])
+            raw = read_yaml(source)
+        spec = translate_config(raw, where=path.name, skipped=[])
     except (OSError, ValueError, KeyError) as error:
         return str(error).splitlines()[0]
     if spec["target"] != legacy.MODEL:

@@ -180,10 +180,12 @@ class Studio:
     def inspect(self, name: str | None) -> str:
         """What is in a checkpoint of the folder."""
         from ldm.app.catalogue import files
-        from ldm.loading.report import inspect
+        from ldm.loading.report import inspect_checkpoint
 
         path = {path.name: path for path in files(self.folder)}.get(name or "")
-        return "choose a checkpoint" if path is None else "\n".join(inspect(path).lines())
+        return (
+            "choose a checkpoint" if path is None else "\n".join(inspect_checkpoint(path).lines())
+        )
 
     def flags(self, parsed: Namespace, name: str | None, values: Mapping[str, Any]) -> Namespace:
         """The flags of a run: defaults of its script, what is the same for all runs, its own.
@@ -272,9 +274,9 @@ class Studio:
 
     def _words(self) -> list[str]:
         """All files of --embedding."""
-        from ldm.loading.addons import embeddings
+        from ldm.loading.addons.embeddings import embedding_files
 
-        return [str(file) for path in self.given.embedding for file in embeddings.files(path)]
+        return [str(file) for path in self.given.embedding for file in embedding_files(path)]
 
     def _prepared(self, args: Namespace, live: Live, threads: int | None = None) -> Any:
         """(model, make, kept) of a run, as `jobs` takes them."""

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm.encoders.text import OpenCLIPText
-from ldm.loading import config as configs, families, legacy
-from ldm.loading.files import checkpoint
+from ldm.loading import legacy
+from ldm.loading.config import instantiate
+from ldm.loading.families import recognise_family
+from ldm.loading.files.checkpoint import release_pages
+from ldm.loading.legacy import original_name
 from ldm.model import LatentDiffusion
 
-__all__ = ["check_fit", "complete", "fill", "on_meta"]
+__all__ = ["add_unused_weights", "build_on_meta", "check_weights", "fill_weights"]
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +27,7 @@ TEXT = "conditioner.text."
 PREFIXES = ("", "unet.", "autoencoder.", TEXT)
 
 
-def on_meta(
+def build_on_meta(
     spec: Mapping[str, Any],
     *,
     allow: Sequence[str] = (),
@@ -35,15 +38,15 @@ def on_meta(
     args: dict[str, Any] = {"allow": allow, "skipped": skipped}
     if spec["target"] != legacy.MODEL:
         with torch.device("meta"), _NoInit():
-            return cast(nn.Module, configs.instantiate(spec, where=where, **args))
+            return cast(nn.Module, instantiate(spec, where=where, **args))
     parts = dict(spec["params"])
     for name in ("unet", "autoencoder", "conditioner"):  # the rest is numbers, wanted for real
         with torch.device("meta"), _NoInit():
-            parts[name] = configs.instantiate(parts[name], where=f"{where}.{name}", **args)
-    return cast(nn.Module, configs.instantiate({**spec, "params": parts}, where=where, **args))
+            parts[name] = instantiate(parts[name], where=f"{where}.{name}", **args)
+    return cast(nn.Module, instantiate({**spec, "params": parts}, where=where, **args))
 
 
-def fill(
+def fill_weights(
     model: nn.Module,
     state: dict[str, Tensor],
     *,
@@ -63,20 +66,20 @@ def fill(
     prefix = next((p for p in PREFIXES if any(p + name in state for name in wanted)), "")
     for name in [name for name in state if not name.startswith(prefix)]:
         del state[name]  # other parts of a whole model
-    check_fit(wanted, {n.removeprefix(prefix): v for n, v in state.items()}, misfit)
+    check_weights(wanted, {n.removeprefix(prefix): v for n, v in state.items()}, misfit)
     weights: dict[str, Tensor] = {}
     for name in list(state):  # in the order of the file, so that the system reads ahead
         old = state.pop(name)
         kind = dtype if old.is_floating_point() else old.dtype
         weights[name.removeprefix(prefix)] = new = old.to(device=device, dtype=kind)
         if mapped and new.data_ptr() != old.data_ptr():
-            checkpoint.release(old)
+            release_pages(old)
     model.load_state_dict(weights, strict=True, assign=True)
     if dtype == torch.float16 and hasattr(getattr(model, "conditioner", None), "lowres"):
         cast(LatentDiffusion, model).autoencoder.float()  # the upscaler's overflows in float16
 
 
-def complete(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+def add_unused_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Puts zeros in place of what no computation uses, where other programs leave it out.
 
     These are the projection of OpenCLIP's text tower, and its last block if that is not run.
@@ -95,15 +98,15 @@ def complete(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
         log.info("`%s` lacks %d tensors of the text tower that are not used", where, len(lacking))
 
 
-def check_fit(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], misfit: str) -> None:
+def check_weights(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], misfit: str) -> None:
     """Raises ValueError with counts and the first ten names, if weights do not fit.
 
     wanted, state: under our names.
     """
-    missing = [legacy.old_name(name) for name in wanted if name not in state]
-    unexpected = [legacy.old_name(name) for name in state if name not in wanted]
+    missing = [original_name(name) for name in wanted if name not in state]
+    unexpected = [original_name(name) for name in state if name not in wanted]
     shapes = [
-        f"{legacy.old_name(name)} {tuple(state[name].shape)} for {tuple(value.shape)}"
+        f"{original_name(name)} {tuple(state[name].shape)} for {tuple(value.shape)}"
         for name, value in wanted.items()
         if name in state and state[name].shape != value.shape
     ]
@@ -119,7 +122,7 @@ def check_fit(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], misfit:
         if names
     ]
     counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(shapes)} of another shape"
-    family = families.recognise(state)
+    family = recognise_family(state)
     if family is not None:
         lines.append(f"hint: the weights look like {family.title} (`{family.config}.yaml`)")
     raise ValueError("\n".join([f"{misfit}: {counts}", *lines]))

@@ -19,10 +19,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ldm.loading import legacy
+from ldm.loading.legacy import known_targets, translate_config
 from ldm.runtime.errors import unknown_name
 from ldm.runtime.files import find_file
 
-__all__ = ["instantiate", "parse", "read", "text"]
+__all__ = ["format_yaml", "instantiate", "parse_yaml", "read_yaml"]
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ MAX_NODES = 10_000  # values in a file once aliases and references are followed
 REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*(?:\.\w+)*)\}")
 
 
-def read(
+def read_yaml(
     path: str | Path,
     overrides: Iterable[str] = (),
     *more: str | Path,
@@ -59,10 +60,10 @@ def read(
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}: not a text file ({error.reason})") from error
     where = " + ".join(map(str, (path, *more)))
-    return parse(texts, overrides, where=where, sections=sections)
+    return parse_yaml(texts, overrides, where=where, sections=sections)
 
 
-def parse(
+def parse_yaml(
     text: str | Sequence[str],
     overrides: Iterable[str] = (),
     *,
@@ -93,7 +94,7 @@ def parse(
     return _Resolver(raw, where).resolve(raw)
 
 
-def text(raw: Mapping[str, Any]) -> str:
+def format_yaml(raw: Mapping[str, Any]) -> str:
     """A config as YAML, which `parse` reads back."""
     return OmegaConf.to_yaml(OmegaConf.create(dict(raw)))
 
@@ -148,7 +149,7 @@ def instantiate(
         skipped: receives the names of the parameters without meaning here.
     Raises ValueError for an unknown target or parameter, naming the nearest known one.
     """
-    spec = legacy.translate(spec, where=where, skipped=skipped)
+    spec = translate_config(spec, where=where, skipped=skipped)
     where = spec["where"]
     make = _resolve(spec["target"], allow, where)
     params = dict(spec.get("params") or {})
@@ -177,7 +178,7 @@ def _resolve(target: Any, allow: Sequence[str], where: str) -> Callable[..., Any
         return getattr(import_module(module), name)
     package = next((p for p in allow if str(target).startswith(p + ".")), None)
     if package is None:
-        raise unknown_name("target", target, legacy.known_targets(), where)
+        raise unknown_name("target", target, known_targets(), where)
     parts = target.split(".")
     if not all(part.isidentifier() and not part.startswith("__") for part in parts):
         raise ValueError(f"{where}: `{target}` is not the name of a class")

@@ -17,18 +17,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.loading import config as configs, legacy, report, weights as weight_files
-from ldm.loading.addons import lora
-from ldm.loading.build import check_fit, complete, on_meta
-from ldm.loading.diffusers import files
+from ldm.loading.addons.lora import load_loras
+from ldm.loading.build import add_unused_weights, build_on_meta, check_weights
+from ldm.loading.config import format_yaml, parse_yaml
+from ldm.loading.diffusers.files import (
+    REST,
+    build_folder,
+    is_diffusers_folder,
+    weights_path,
+    write_texts,
+)
 from ldm.loading.families import PUBLISHED
-from ldm.loading.files import checkpoint
-from ldm.loading.files.checkpoint import EMBEDDED, Checkpoint
+from ldm.loading.files.checkpoint import EMBEDDED, Checkpoint, write_checkpoint
+from ldm.loading.legacy import original_name, rename_weights, translate_config
+from ldm.loading.report import inspect_checkpoint
+from ldm.loading.weights import read_weights
 from ldm.model import LatentDiffusion
 from ldm.runtime.files import find_file
 from ldm.runtime.version import __version__
 
-__all__ = ["SUFFIXES", "Conversion", "convert", "plan"]
+__all__ = ["SUFFIXES", "Conversion", "convert", "plan_conversion"]
 
 SUFFIXES = (".safetensors", ".ckpt")
 KL, STAGE = "encoder.conv_in.weight", "first_stage_config"
@@ -60,7 +68,7 @@ class Conversion:
         return sum(_size(value, self.dtype) for value in tensors)
 
 
-def plan(
+def plan_conversion(
     source: str | Path,
     target: str | Path,
     *,
@@ -87,13 +95,13 @@ def plan(
         loras: files and their weights, to be merged into the model; averages are left out then.
     Raises FileNotFoundError, or ValueError for what does not fit or cannot be expressed.
     """
-    if variant == "fp16" and dtype is None and not files.is_folder(source):
+    if variant == "fp16" and dtype is None and not is_diffusers_folder(source):
         dtype = torch.float16
-    file = weight_files.read(source, ema, variant=variant)
+    file = read_weights(source, ema, variant=variant)
     text = _config(file, config)
     notes = []
     if vae is not None:
-        file = _with_autoencoder(file, weight_files.read(vae))
+        file = _with_autoencoder(file, read_weights(vae))
         notes.append(f"the autoencoder is that of {vae}")
     metadata: dict[str, str | int] = {**file.metadata, **_provenance(file, text, ema)}
     if loras:
@@ -107,9 +115,9 @@ def plan(
         weights = {"": {**file.state, **kept}}
     else:
         text = _known(text, file)
-        texts, parts = files.parts(file, configs.parse(text, where="config"), clip_stats)
+        texts, parts = build_folder(file, parse_yaml(text, where="config"), clip_stats)
         parts = {name: part for name, part in parts.items() if part}
-        weights = {files.weights_file(name, texts, variant): part for name, part in parts.items()}
+        weights = {weights_path(name, texts, variant): part for name, part in parts.items()}
     for path, part in weights.items():
         size = sum(_size(value, dtype) for value in part.values())
         notes.append(f"{path or target.name:60} {len(part):>5} tensors {size / 1e9:8.3f} GB")
@@ -132,15 +140,15 @@ def convert(
     options: dict[str, Any] = {"dtype": what.dtype, "progress": progress}
     options["mapped"] = what.source.mapped
     if not what.texts:
-        checkpoint.write(what.target, what.weights[""], what.metadata, **options)
+        write_checkpoint(what.target, what.weights[""], what.metadata, **options)
         return what.target
     part = what.target.with_name(f".{what.target.name}.{os.getpid()}.part")
     old = what.target.with_name(f".{what.target.name}.{os.getpid()}.old")
     try:
-        files.write_texts(part, what.texts)
+        write_texts(part, what.texts)
         for path, state in what.weights.items():
-            notes = what.metadata if path == files.REST else {}
-            checkpoint.write(part / path, state, notes, **options)
+            notes = what.metadata if path == REST else {}
+            write_checkpoint(part / path, state, notes, **options)
         _exchange(part, what.target, old)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -167,14 +175,14 @@ def _check_target(what: Conversion, force: bool) -> None:
         return
     if not force:
         raise FileExistsError(f"`{target}` exists\nhint: --force replaces it")
-    if target.is_dir() != bool(what.texts) or (target.is_dir() and not files.is_folder(target)):
+    if target.is_dir() != bool(what.texts) or (target.is_dir() and not is_diffusers_folder(target)):
         kind = "a folder of another kind" if target.is_dir() else "a file"
         raise ValueError(f"`{target}` is {kind}, it is not replaced")
 
 
 def _config(file: Checkpoint, given: str | Path | None) -> str | None:
     """The text of the YAML: as given, from inside the file, or that of the recognised family."""
-    names = legacy.rename(file.state)
+    names = rename_weights(file.state)
     alone = not any(name.startswith("unet.") for name in names)
     if given is not None:
         text: str | None = find_file(given).read_text("utf-8")
@@ -183,11 +191,11 @@ def _config(file: Checkpoint, given: str | Path | None) -> str | None:
     elif alone and any(name.removeprefix("autoencoder.") == KL for name in names):
         text = find_file(f"{PUBLISHED}/v1-inference.yaml").read_text("utf-8")
     else:
-        found = report.inspect(file.path).config
+        found = inspect_checkpoint(file.path).config
         text = None if found is None else find_file(found).read_text("utf-8")
-    model = configs.parse(text, where="config").get("model", {}) if text else {}
+    model = parse_yaml(text, where="config").get("model", {}) if text else {}
     if alone and STAGE in (model.get("params") or {}):
-        return configs.text({"model": model["params"][STAGE]})
+        return format_yaml({"model": model["params"][STAGE]})
     return text
 
 
@@ -207,21 +215,21 @@ def _merged(
 
     dtype: what the weights will be written in; the sum is rounded to it only if it is coarser.
     """
-    spec = legacy.translate(configs.parse(_known(text, file), where="config"), where="config")
-    model = on_meta(spec)
+    spec = translate_config(parse_yaml(_known(text, file), where="config"), where="config")
+    model = build_on_meta(spec)
     if not isinstance(model, LatentDiffusion):
         raise ValueError(f"`{file.path}` is a part of a model, LoRAs are for whole ones")
-    names: dict[str, Any] = legacy.rename({name: name for name in file.state})  # type: ignore[misc]
+    names: dict[str, Any] = rename_weights({name: name for name in file.state})  # type: ignore[misc]
     names = {ours: theirs for ours, theirs in names.items() if ours.startswith(ADAPTED)}
     wanted = {name: v for name, v in model.state_dict().items() if name.startswith(ADAPTED)}
     state = {ours: file.state[theirs] for ours, theirs in names.items()}
     if dtype == torch.float32:
         state = {name: v.float() if v.is_floating_point() else v for name, v in state.items()}
-    complete(model, state, str(file.path))
-    check_fit(wanted, state, f"`{file.path}` does not fit its config")
+    add_unused_weights(model, state, str(file.path))
+    check_weights(wanted, state, f"`{file.path}` does not fit its config")
     model.load_state_dict(state, strict=False, assign=True)
     before = dict(model.named_parameters())
-    lora.use(model, loras)
+    load_loras(model, loras)
     new = {name: p.detach() for name, p in model.named_parameters() if p is not before[name]}
     noted = json.loads(file.metadata.get(LORAS, "[]"))
     noted += [{**lora, "path": Path(lora["path"]).name} for lora in model.provenance["loras"]]
@@ -231,18 +239,18 @@ def _merged(
 
 def _with_autoencoder(file: Checkpoint, other: Checkpoint) -> Checkpoint:
     """A whole model with another autoencoder, in the precision of its own."""
-    wanted = [name for name in legacy.rename(file.state) if name.startswith(PART)]
-    given = {PART + n.removeprefix(PART): v for n, v in legacy.rename(other.state).items()}
+    wanted = [name for name in rename_weights(file.state) if name.startswith(PART)]
+    given = {PART + n.removeprefix(PART): v for n, v in rename_weights(other.state).items()}
     state = dict(file.state)
     for name in wanted:
-        own = state[legacy.old_name(name)]
+        own = state[original_name(name)]
         if name not in given or given[name].shape != own.shape:
             what = "is missing" if name not in given else f"is {tuple(given[name].shape)}"
             raise ValueError(
                 f"the autoencoder of `{other.path}` does not fit `{file.path}`: "
                 f"`{name.removeprefix(PART)}` {what}, {tuple(own.shape)} is needed"
             )
-        state[legacy.old_name(name)] = given[name].to(own.dtype)
+        state[original_name(name)] = given[name].to(own.dtype)
     if not wanted:
         raise ValueError(f"`{file.path}` has no autoencoder to put another in the place of")
     return replace(file, state=state, mapped=False)
@@ -252,7 +260,7 @@ def _provenance(file: Checkpoint, text: str | None, ema: bool) -> dict[str, str 
     """What a single file, or the rest of a folder, says about itself."""
     notes: dict[str, str | int] = {"ldm.version": __version__, "ldm.source": file.path.name}
     if text:
-        params = configs.parse(text, where="config").get("model", {}).get("params") or {}
+        params = parse_yaml(text, where="config").get("model", {}).get("params") or {}
         notes[EMBEDDED] = text
         if "unet_config" in params:
             kind = params.get("parameterization", "eps")

@@ -19,7 +19,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FAMILIES", "Family", "Prediction", "Verdict", "predict", "probe", "recognise"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Prediction",
+    "Verdict",
+    "detect_prediction",
+    "probe_prediction",
+    "recognise_family",
+]
 
 
 PUBLISHED = "configs/stable-diffusion"
@@ -111,7 +119,7 @@ class Prediction:
         return f"{self.kind or 'unknown'} by {'; '.join(said)}"
 
 
-def recognise(state: Mapping[str, Tensor]) -> Family | None:
+def recognise_family(state: Mapping[str, Tensor]) -> Family | None:
     """The family of weights under our names, or None if no published one looks like this."""
     first, last = state.get("unet.input_blocks.0.0.weight"), None
     if first is None or first.dim() != 4:
@@ -127,7 +135,7 @@ def recognise(state: Mapping[str, Tensor]) -> Family | None:
     return next((f for f in FAMILIES if (f.channels, f.context, f.vector, f.sees) == look), None)
 
 
-def predict(
+def detect_prediction(
     family: Family | None,
     state: Mapping[str, Tensor],
     *,
@@ -150,7 +158,7 @@ def predict(
 
 
 @torch.no_grad()
-def probe(unet: nn.Module, prediction: Prediction, context: int = 1024) -> Prediction:
+def probe_prediction(unet: nn.Module, prediction: Prediction, context: int = 1024) -> Prediction:
     """The same with one more verdict: the UNet's answer to a constant at the noisiest step.
 
     There z_t is almost pure noise, eps is nearly z_t itself, and v is nearly minus the image.
@@ -189,7 +197,7 @@ def _decided(verdicts: list[Verdict]) -> Prediction:
     return Prediction(kind, tuple(ranked))
 
 
-def marks(parameterization: str, *, zero_snr: bool) -> dict[str, Tensor]:
+def zero_snr_markers(parameterization: str, *, zero_snr: bool) -> dict[str, Tensor]:
     """Empty tensors by which other programs know a model of zero terminal SNR."""
     named = {"v_pred": parameterization == "v", "ztsnr": True}
     return {name: torch.empty(0) for name, holds in named.items() if zero_snr and holds}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ldm.runtime.errors import unknown_name
 
-__all__ = ["rename", "rename_back", "translate"]
+__all__ = ["rename_weights", "restore_names", "translate_config"]
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ BLIND = "cond_stage_model.model.transformer."
 POSITIONS = "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight"
 
 
-def translate(
+def translate_config(
     spec: Mapping[str, Any], *, where: str = "config", skipped: list[str] | None = None
 ) -> dict[str, Any]:
     """A config in the original's words -> in ours: `{"target": …, "params": {…}, "where": …}`.
@@ -296,7 +296,7 @@ def _listening(spec: dict[str, Any], **encoders: dict[str, Any]) -> dict[str, An
 
 
 def _part(params: Mapping[str, Any], key: str, where: str, notes: list[str]) -> dict[str, Any]:
-    return translate(params[key], where=f"{where}.params.{key}", skipped=notes)
+    return translate_config(params[key], where=f"{where}.params.{key}", skipped=notes)
 
 
 def _text(params: Mapping[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
@@ -308,7 +308,7 @@ def _text(params: Mapping[str, Any], where: str, notes: list[str]) -> dict[str, 
     config = params["cond_stage_config"]
     if config in ("__is_unconditional__", "__is_first_stage__", {"target": "torch.nn.Identity"}):
         return {}
-    spec = translate(config, where=f"{where}.params.cond_stage_config", skipped=notes)
+    spec = translate_config(config, where=f"{where}.params.cond_stage_config", skipped=notes)
     spec["params"] |= IN_PLACE_OF_TEXT.get(spec["target"], {})
     if params.get("cond_stage_trainable"):
         spec["params"].setdefault("freeze", False)
@@ -333,7 +333,7 @@ def known_targets() -> list[str]:
     return [*TARGETS, *LIFTED, *PENDING, *OURS]
 
 
-def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def rename_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights under the original's names -> under ours; what is recomputed here is left out.
 
     Also accepts text towers saved without `text_model.`, as some tools and new libraries write.
@@ -354,13 +354,13 @@ def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def losses(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def loss_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of training losses in an original file: `discriminator.…`, `perceptual_loss.…`."""
     matches = {re.fullmatch(r"(first_stage_model\.)?loss\.(.+)", name): name for name in state}
     return {match[2]: state[name] for match, name in matches.items() if match}
 
 
-def tables(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def schedule_tables(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The numbers beside the weights: schedule tables, and the scale if training measured it."""
     pattern = re.compile(
         r"scale_factor|betas|\w*alphas_cumprod\w*|posterior_.*|noise_augmentor\.data_(mean|std)"
@@ -368,7 +368,7 @@ def tables(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if pattern.fullmatch(name)}
 
 
-def old_name(name: str) -> str:
+def original_name(name: str) -> str:
     """Our name of a weight, or the start of one -> the original's."""
     for old, new in KEYS:
         if name.startswith(new):
@@ -376,7 +376,7 @@ def old_name(name: str) -> str:
     return name
 
 
-def rename_back(
+def restore_names(
     state: Mapping[str, Tensor], buffers: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Our names -> the original's, with what its files hold beside weights.
@@ -385,7 +385,7 @@ def rename_back(
     """
     renamed = dict(buffers or {})
     for name, value in state.items():
-        old = old_name(name)
+        old = original_name(name)
         if old == POSITIONS:
             ids = torch.arange(len(value), device="cpu")[None]
             renamed[old.replace("embedding.weight", "ids")] = ids

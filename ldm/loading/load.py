@@ -20,16 +20,27 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ldm.loading import config as configs, families, legacy, weights
-from ldm.loading.addons import embeddings as learned, lora, midas as depth
-from ldm.loading.build import complete, fill, on_meta
-from ldm.loading.families import PUBLISHED
-from ldm.loading.files import checkpoint, clip_statistics
-from ldm.loading.files.checkpoint import EMBEDDED, Checkpoint
+from ldm.loading import legacy
+from ldm.loading.addons.embeddings import load_embeddings
+from ldm.loading.addons.lora import load_loras
+from ldm.loading.addons.midas import add_depth_network
+from ldm.loading.build import add_unused_weights, build_on_meta, fill_weights
+from ldm.loading.config import parse_yaml, read_yaml
+from ldm.loading.families import (
+    PUBLISHED,
+    detect_prediction,
+    probe_prediction,
+    recognise_family,
+    zero_snr_markers,
+)
+from ldm.loading.files.checkpoint import EMBEDDED, Checkpoint, write_checkpoint
+from ldm.loading.files.clip_statistics import clip_statistics_tensors, load_clip_statistics
+from ldm.loading.legacy import rename_weights, restore_names, schedule_tables, translate_config
+from ldm.loading.weights import read_weights
 from ldm.model import LatentDiffusion
 from ldm.runtime.files import find_file
 
-__all__ = ["choose_config", "fill", "load", "markers", "on_meta", "save"]
+__all__ = ["choose_config", "load", "markers", "save_model"]
 
 log = logging.getLogger(__name__)
 
@@ -74,24 +85,26 @@ def load(
         config, ckpt = None, config  # weights alone
     if ckpt is None:
         raise ValueError("a config alone has no weights\nhint: pass a checkpoint as well")
-    file = weights.read(ckpt, ema) if config is None else None
+    file = read_weights(ckpt, ema) if config is None else None
     source = str(config) if file is None else choose_config(file)
     raw = _raw(source, file, overrides)
     where, skipped = Path(source).name, list[str]()
-    spec = legacy.translate(raw, where=where, skipped=skipped)
-    model = on_meta(spec, allow=allow, where=where, skipped=skipped)
+    spec = translate_config(raw, where=where, skipped=skipped)
+    model = build_on_meta(spec, allow=allow, where=where, skipped=skipped)
     if file is None:
-        file = weights.read(ckpt, ema, legacy.rename_back(model.state_dict()))
-    state, tables, notes = legacy.rename(file.state), legacy.tables(file.state), markers(file)
+        file = read_weights(ckpt, ema, restore_names(model.state_dict()))
+    state, tables, notes = rename_weights(file.state), schedule_tables(file.state), markers(file)
     for held in (file.state, file.averages):
         held.clear()  # so that memory is given back while `state` is used up
     misfit = f"`{file.path}` does not fit {where}"
-    complete(model, state, str(file.path))
-    lent = depth.borrow(model.state_dict(), state, file.path, midas)
-    fill(model, state, device=device, dtype=dtype, mapped=file.mapped and not lent, misfit=misfit)
+    add_unused_weights(model, state, str(file.path))
+    lent = add_depth_network(model.state_dict(), state, file.path, midas)
+    fill_weights(
+        model, state, device=device, dtype=dtype, mapped=file.mapped and not lent, misfit=misfit
+    )
     if isinstance(model, LatentDiffusion):
         _check_tables(model, tables, misfit)
-        clip_statistics.use(model.conditioner, file.path, clip_stats, tables)
+        load_clip_statistics(model.conditioner, file.path, clip_stats, tables)
         _check_averages(raw, file)
         model.provenance = {"config": source, **_origin(raw, file, skipped)}
         _check_prediction(model, file, notes, given=config is not None)
@@ -99,7 +112,7 @@ def load(
     return cast(LatentDiffusion, model.eval())
 
 
-def save(
+def save_model(
     model: LatentDiffusion, path: str | Path, metadata: Mapping[str, str | int] | None = None
 ) -> None:
     """Writes a model in the layout of the original, readable by every program that reads those.
@@ -107,9 +120,11 @@ def save(
     metadata: kept beside the weights; the YAML's text under `ldm.config` lets `load` do without.
     """
     schedule = model.schedule
-    tables = schedule.buffers() | families.marks(model.parameterization, zero_snr=schedule.zero_snr)
-    state = legacy.rename_back(model.state_dict(), tables)
-    checkpoint.write(path, state | clip_statistics.tables(model.conditioner), metadata)
+    tables = schedule.buffers() | zero_snr_markers(
+        model.parameterization, zero_snr=schedule.zero_snr
+    )
+    state = restore_names(model.state_dict(), tables)
+    write_checkpoint(path, state | clip_statistics_tensors(model.conditioner), metadata)
 
 
 def _extend(
@@ -119,9 +134,9 @@ def _extend(
     if (loras or embeddings) and not isinstance(model, LatentDiffusion):
         raise ValueError("LoRAs and words are for a whole model, the config is that of a part")
     if loras:
-        lora.use(model, loras)
+        load_loras(model, loras)
     if embeddings:
-        learned.use(model, embeddings)
+        load_embeddings(model, embeddings)
 
 
 def choose_config(file: Checkpoint) -> str:
@@ -131,12 +146,12 @@ def choose_config(file: Checkpoint) -> str:
     """
     if EMBEDDED in file.metadata:
         return EMBEDDED
-    state = legacy.rename(file.state)
-    family = families.recognise(state)
+    state = rename_weights(file.state)
+    family = recognise_family(state)
     if family is None or not family.config:
         looks = f"looks like {family.title}, which is not supported" if family else "is unknown"
         raise ValueError(f"`{file.path}` {looks}\nhint: pass its config (--config)")
-    found = families.predict(family, state, step=file.step, markers=markers(file))
+    found = detect_prediction(family, state, step=file.step, markers=markers(file))
     name = family.config_for(found.kind)
     log.info("`%s` is %s; config %s; predicts %s", file.path, family.title, name, found)
     return f"{PUBLISHED}/{name}.yaml"
@@ -145,8 +160,8 @@ def choose_config(file: Checkpoint) -> str:
 def _raw(source: str, file: Checkpoint | None, overrides: Iterable[str]) -> dict[str, Any]:
     """The config at `source`, which may be in the file; if it was chosen, with the file's marks."""
     if file is not None and source == EMBEDDED:
-        return configs.parse(file.metadata[EMBEDDED], overrides, where=source)
-    raw = configs.read(source, overrides)
+        return parse_yaml(file.metadata[EMBEDDED], overrides, where=source)
+    raw = read_yaml(source, overrides)
     if file is not None and "ztsnr" in markers(file):
         raw["model"]["params"].setdefault("rescale_betas_zero_snr", True)
     return raw
@@ -233,10 +248,10 @@ def _check_prediction(
     Without a given config two methods must have spoken; if they have not, the UNet is asked.
     """
     state = model.state_dict()
-    family = families.recognise(state)
-    found = families.predict(family, state, step=file.step, markers=notes)
+    family = recognise_family(state)
+    found = detect_prediction(family, state, step=file.step, markers=notes)
     if not given and family is not None and family.predicts is None and found.votes < 2:
-        found = families.probe(model.unet, found, family.context or 0)
+        found = probe_prediction(model.unet, found, family.context or 0)
         if found.kind and found.kind != model.parameterization:
             model.parameterization = found.kind
             name = family.config_for(found.kind)

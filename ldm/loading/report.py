@@ -8,12 +8,22 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.loading import config as configs, families, legacy, load
-from ldm.loading.families import Family, Prediction
-from ldm.loading.files import checkpoint, pickles
-from ldm.loading.files.checkpoint import Checkpoint
+from ldm.loading import load
+from ldm.loading.build import build_on_meta, fill_weights
+from ldm.loading.config import parse_yaml, read_yaml
+from ldm.loading.families import (
+    PUBLISHED,
+    Family,
+    Prediction,
+    detect_prediction,
+    probe_prediction,
+    recognise_family,
+)
+from ldm.loading.files.checkpoint import EMBEDDED, Checkpoint, detect_format, read_checkpoint
+from ldm.loading.files.pickles import foreign_imports, pickle_imports
+from ldm.loading.legacy import original_name, rename_weights, translate_config
 
-__all__ = ["Part", "Report", "inspect"]
+__all__ = ["Part", "Report", "inspect_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +106,9 @@ class Report:
             yield f"note        {self.note}"
 
 
-def inspect(path: str | Path, config: str | Path | None = None, *, probe: bool = True) -> Report:
+def inspect_checkpoint(
+    path: str | Path, config: str | Path | None = None, *, probe: bool = True
+) -> Report:
     """Looks at a checkpoint: family, config, prediction, parts, and what does not fit.
 
         config: compare with this YAML instead of the family's.
@@ -108,22 +120,22 @@ def inspect(path: str | Path, config: str | Path | None = None, *, probe: bool =
         raise FileNotFoundError(f"no checkpoint `{path}`")
     about: dict[str, Any] = {"path": str(path), "bytes": path.stat().st_size}
     try:
-        about["kind"] = kind = checkpoint.sniff(path)
+        about["kind"] = kind = detect_format(path)
         if kind != "safetensors":
-            about["pickle_names"] = pickles.names_in(path, kind)
-            about["foreign_names"] = pickles.foreign_names(path, kind)
-        file = checkpoint.read(path)
+            about["pickle_names"] = pickle_imports(path, kind)
+            about["foreign_names"] = foreign_imports(path, kind)
+        file = read_checkpoint(path)
     except ValueError as error:
         return Report(**about, refused=str(error))
-    state = legacy.rename(file.state)
-    family = families.recognise(state)
-    found = families.predict(family, state, step=file.step, markers=load.markers(file))
+    state = rename_weights(file.state)
+    family = recognise_family(state)
+    found = detect_prediction(family, state, step=file.step, markers=load.markers(file))
     if probe and family is not None and not family.predicts and found.votes < 2:
         found = _probe(family, state, found)
-    if config is None and load.EMBEDDED in file.metadata:
-        config = load.EMBEDDED
+    if config is None and EMBEDDED in file.metadata:
+        config = EMBEDDED
     elif config is None and family is not None and family.config:
-        config = f"{load.PUBLISHED}/{family.config_for(found.kind)}.yaml"
+        config = f"{PUBLISHED}/{family.config_for(found.kind)}.yaml"
     if family is not None:
         about |= {"family": family.name, "title": family.title, "script": family.script}
     return Report(
@@ -146,20 +158,20 @@ def _parts(state: Mapping[str, Tensor]) -> Iterator[Part]:
         groups.setdefault(".".join(name.split(".")[:depth]), []).append(value)
     for name, values in groups.items():
         dtypes = Counter(str(value.dtype).removeprefix("torch.") for value in values)
-        prefix = legacy.old_name(f"{name}.")
+        prefix = original_name(f"{name}.")
         yield Part(name, prefix, len(values), sum(value.numel() for value in values), dict(dtypes))
 
 
 def _probe(family: Family, state: Mapping[str, Tensor], found: Prediction) -> Prediction:
     """Builds the UNet alone and asks it; a UNet that does not fit is not asked."""
-    spec = legacy.translate(configs.read(f"{load.PUBLISHED}/{family.config}.yaml"))
-    unet = load.on_meta(spec["params"]["unet"])
+    spec = translate_config(read_yaml(f"{PUBLISHED}/{family.config}.yaml"))
+    unet = build_on_meta(spec["params"]["unet"])
     weights = {name: value for name, value in state.items() if name.startswith("unet.")}
     try:
-        load.fill(unet, weights)
+        fill_weights(unet, weights)
     except ValueError:
         return found
-    return families.probe(unet.eval(), found, family.context or 0)
+    return probe_prediction(unet.eval(), found, family.context or 0)
 
 
 def _compare(
@@ -170,15 +182,15 @@ def _compare(
         return {"note": "no config to compare with"}
     try:
         where = Path(config).name
-        if config == load.EMBEDDED:
-            raw = configs.parse(file.metadata[load.EMBEDDED], where=where)
+        if config == EMBEDDED:
+            raw = parse_yaml(file.metadata[EMBEDDED], where=where)
         else:
-            raw = configs.read(config)
-        model = load.on_meta(legacy.translate(raw, where=where), where=where)
+            raw = read_yaml(config)
+        model = build_on_meta(translate_config(raw, where=where), where=where)
     except ValueError as error:
         return {"note": str(error)}
     wanted = model.state_dict()
     return {
-        "missing": [legacy.old_name(name) for name in wanted if name not in state],
-        "unexpected": [legacy.old_name(name) for name in state if name not in wanted],
+        "missing": [original_name(name) for name in wanted if name not in state],
+        "unexpected": [original_name(name) for name in state if name not in wanted],
     }

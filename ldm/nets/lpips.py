@@ -5,7 +5,7 @@
 
 Zhang et al. 2018 (arXiv:1801.03924); VGG16 of Simonyan & Zisserman 2014 (arXiv:1409.1556). The
 names of the weights are those of the original's training checkpoints; this file makes no weights
-of its own, see `ldm.loading.perceptual`.
+of its own, see `ldm.loading.addons.lpips`.
 """
 
 import itertools

@@ -172,14 +172,14 @@ def _run(
 ) -> Iterator[str]:
     import torch
 
-    from ldm.loading import config
+    from ldm.loading.config import format_yaml
     from ldm.train.loop import Run
     from ldm.train.monitoring import validation
 
     torch.set_num_threads(args.threads or torch.get_num_threads())
     folder = launch.agreed(lambda starters: run_folder.begin(args, old, starters))
     try:
-        run = Run(raw, folder, text=config.text(raw), commands=args.allow_commands)
+        run = Run(raw, folder, text=format_yaml(raw), commands=args.allow_commands)
     except Exception:
         run_folder.discard(folder)
         raise
@@ -204,10 +204,10 @@ def _run(
 
 
 def _dry_run(args: argparse.Namespace, raw: dict[str, Any]) -> Iterator[str]:
-    from ldm.loading import config
+    from ldm.loading.config import format_yaml
     from ldm.train import estimate
 
-    yield config.text(raw)
+    yield format_yaml(raw)
     yield from estimate.describe(raw, processes=launch.processes(raw, args.nproc))
 
 

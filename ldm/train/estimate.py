@@ -18,7 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ldm.loading import build, config, legacy
+from ldm.loading.build import build_on_meta
+from ldm.loading.config import format_yaml
+from ldm.loading.legacy import translate_config
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.train.config.settings import Settings, read
@@ -95,7 +97,7 @@ def _storages(tree: Any) -> list[Any]:
 def describe(raw: Mapping[str, Any], *, processes: int = 1) -> Iterator[str]:
     """Lines: the config with everything filled in, the memory, and what would lower it."""
     settings = read(raw)
-    yield config.text({**raw, "lightning": dict(settings)})
+    yield format_yaml({**raw, "lightning": dict(settings)})
     yield from settings.notes
     known: dict[Any, int] = {}
     memory = estimate(raw, settings, processes, known)
@@ -182,11 +184,11 @@ def _switches(
 
 def _task(raw: Mapping[str, Any], settings: Settings) -> Any:
     """The task of a run with a model that has no memory; .model, .trained."""
-    spec = legacy.translate(raw["model"], where="model")
+    spec = translate_config(raw["model"], where="model")
     checkpointed = settings["trainer"]["checkpoint_gradients"]
     if checkpointed is not None and "unet" in spec["params"]:
         spec["params"]["unet"]["params"]["use_checkpoint"] = checkpointed
-    model = build.on_meta(spec, where="model")
+    model = build_on_meta(spec, where="model")
     if isinstance(model, LatentDiffusion):
         task = Diffusion(model)
         little = (settings["lora"], settings["textual_inversion"])

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ldm.data.source import Broken
-from ldm.loading import config
+from ldm.loading.config import instantiate
 from ldm.model import LatentDiffusion
 from ldm.nets import attention
 from ldm.runtime.device import pick_device
@@ -71,7 +71,7 @@ class Run:
         torch.manual_seed(self.seed)
         torch.backends.cudnn.benchmark = bool(trainer["benchmark"])
         attention.set_backend(trainer["attention"])
-        self.model = config.instantiate(raw["model"], where="model").to(self.device)
+        self.model = instantiate(raw["model"], where="model").to(self.device)
         self.is_fine_tune = initial.from_checkpoints(self.model, raw["model"].get("params") or {})
         memory.apply(
             self.model,

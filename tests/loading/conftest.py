@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.loading import config, legacy
+from ldm.loading.config import instantiate, read_yaml
+from ldm.loading.legacy import restore_names
 
 TINY = """
 model:
@@ -69,6 +70,6 @@ def tiny_yaml(tmp_path_factory) -> Path:
 def tiny_state(tiny_yaml) -> dict[str, torch.Tensor]:
     """Random weights by the original's names, schedule tables included."""
     torch.manual_seed(0)
-    model = config.instantiate(config.read(tiny_yaml), where="tiny.yaml")
-    state = legacy.rename_back(model.state_dict(), model.schedule.buffers())
+    model = instantiate(read_yaml(tiny_yaml), where="tiny.yaml")
+    state = restore_names(model.state_dict(), model.schedule.buffers())
     return {name: torch.randn_like(v) if v.dim() > 1 else v for name, v in state.items()}

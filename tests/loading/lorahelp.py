@@ -9,11 +9,11 @@ import torch
 from ldm.conditioning import Conditioner
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.encoders.text import CLIPText, OpenCLIPText
-from ldm.loading.addons import lora
+from ldm.loading.addons.lora import kohya_name, lora_targets
 from ldm.loading.diffusers.names import text_layers, unet_layers
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import PixelSpace
-from ldm.nets.lora import Adapter, LowRank
+from ldm.nets.lora import LoRA, LoRALayer
 
 sys.path.append(str(Path(__file__).parents[1] / "nets"))
 
@@ -53,15 +53,15 @@ def tiny_model(kind: str = "sd2") -> LatentDiffusion:
     return LatentDiffusion(**parts, schedule=schedule).eval().requires_grad_(False)
 
 
-def random_adapter(model: LatentDiffusion, *, rank: int = 3, alpha=None, seed=0) -> Adapter:
+def random_adapter(model: LatentDiffusion, *, rank: int = 3, alpha=None, seed=0) -> LoRA:
     """Of every place there is."""
     torch.manual_seed(seed)
     changes = {}
-    for name, place in lora.places(model).items():
-        low = LowRank(place, rank, alpha)
+    for name, place in lora_targets(model).items():
+        low = LoRALayer(place, rank, alpha)
         torch.nn.init.normal_(low.lora_up.weight, std=0.05)
-        changes[lora.kohya(name)] = low
-    return Adapter(changes).requires_grad_(False)
+        changes[kohya_name(name)] = low
+    return LoRA(changes).requires_grad_(False)
 
 
 @torch.no_grad()

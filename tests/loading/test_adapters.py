@@ -6,10 +6,13 @@ import pytest
 import torch
 from lorahelp import KINDS, PROMPTS, outputs, random_adapter, their_parts, tiny_model
 
-from ldm.loading import config, legacy, load
 from ldm.loading.addons import lora
-from ldm.loading.files import checkpoint
-from ldm.nets.lora import merge
+from ldm.loading.addons.lora import kohya_name, load_loras, lora_targets, read_lora, write_lora
+from ldm.loading.build import build_on_meta
+from ldm.loading.config import read_yaml
+from ldm.loading.files.checkpoint import file_hash, read_checkpoint, write_checkpoint
+from ldm.loading.legacy import translate_config
+from ldm.nets.lora import merge_loras
 
 SD1 = "configs/stable-diffusion/v1-inference.yaml"
 SD2 = "configs/stable-diffusion/v2-inference.yaml"
@@ -38,12 +41,12 @@ def test_diffusers_computes_the_same_with_our_file(kind, style, tmp_path):
 
     model, file = tiny_model(kind), tmp_path / "x.safetensors"
     unet, text = their_parts(model, kind)
-    lora.write(random_adapter(model, alpha=2), file, model, style)
+    write_lora(random_adapter(model, alpha=2), file, model, style)
     plain = outputs(model)
     state, alphas = Loader.lora_state_dict(str(file))
     Loader.load_lora_into_unet(state, alphas, unet)
     Loader.load_lora_into_text_encoder(state, alphas, text)
-    lora.use(model, [(file, 1.0)])
+    load_loras(model, [(file, 1.0)])
     prediction, context = outputs(model)
     x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -58,8 +61,8 @@ def test_diffusers_computes_the_same_with_our_file(kind, style, tmp_path):
 
 @pytest.mark.parametrize(("yaml", "text"), [(SD1, 12 * 6), (SD2, 23 * 6)])
 def test_published_models_have_the_layers_that_kohya_trains(yaml, text):
-    model = load.on_meta(legacy.translate(config.read(yaml)))
-    names = [lora.kohya(name) for name in lora.places(model)]
+    model = build_on_meta(translate_config(read_yaml(yaml)))
+    names = [kohya_name(name) for name in lora_targets(model)]
     assert len(set(names)) == len(names)
     assert sum(name.startswith("lora_te_text_model_encoder_layers_") for name in names) == text
     inside = [name for name in names if "_attentions_" in name]
@@ -71,20 +74,20 @@ def test_published_models_have_the_layers_that_kohya_trains(yaml, text):
 @pytest.mark.parametrize("style", ["kohya", "diffusers"])
 def test_a_file_comes_back_bit_for_bit(model, style, tmp_path):
     adapter = random_adapter(model, alpha=None if style == "diffusers" else 1.5)
-    lora.write(adapter, tmp_path / "x.safetensors", model, style)
-    again = lora.read(tmp_path / "x.safetensors", model)
+    write_lora(adapter, tmp_path / "x.safetensors", model, style)
+    again = read_lora(tmp_path / "x.safetensors", model)
     assert same(again.state_dict(), adapter.state_dict())
 
 
 def test_both_formats_mean_the_same(model, tmp_path):
     adapter = random_adapter(model, alpha=1.5)  # half the rank: a power of two is exact
     for style in ("kohya", "diffusers"):
-        lora.write(adapter, tmp_path / f"{style}.safetensors", model, style)
+        write_lora(adapter, tmp_path / f"{style}.safetensors", model, style)
     first, second = (
-        lora.read(tmp_path / f"{s}.safetensors", model) for s in ("kohya", "diffusers")
+        read_lora(tmp_path / f"{s}.safetensors", model) for s in ("kohya", "diffusers")
     )
     for name in first:
-        assert torch.equal(first[name].change(), second[name].change())
+        assert torch.equal(first[name].delta(), second[name].delta())
 
 
 @pytest.mark.parametrize(
@@ -102,42 +105,42 @@ def test_both_formats_mean_the_same(model, tmp_path):
 )
 def test_older_spellings_are_understood(part, old, new, tmp_path):
     model = tiny_model()
-    lora.write(random_adapter(model), tmp_path / "x.safetensors", model, "diffusers")
-    state = checkpoint.read(tmp_path / "x.safetensors").state
+    write_lora(random_adapter(model), tmp_path / "x.safetensors", model, "diffusers")
+    state = read_checkpoint(tmp_path / "x.safetensors").state
     renamed = {k.replace(old, new) if k.startswith(part) else k: v for k, v in state.items()}
     assert renamed.keys() != state.keys()
-    checkpoint.write(tmp_path / "old.safetensors", renamed)
-    ours, theirs = (lora.read(tmp_path / f"{n}.safetensors", model) for n in ("x", "old"))
+    write_checkpoint(tmp_path / "old.safetensors", renamed)
+    ours, theirs = (read_lora(tmp_path / f"{n}.safetensors", model) for n in ("x", "old"))
     assert same(theirs.state_dict(), ours.state_dict())
 
 
 def test_alpha_is_found_in_notes(tmp_path):
     model = tiny_model()
-    lora.write(random_adapter(model), tmp_path / "x.safetensors", model, "diffusers")
-    state = checkpoint.read(tmp_path / "x.safetensors").state
+    write_lora(random_adapter(model), tmp_path / "x.safetensors", model, "diffusers")
+    state = read_checkpoint(tmp_path / "x.safetensors").state
     notes = {"unet.lora_alpha": 6, "unet.alpha_pattern": {"mid_block.attentions.0.proj_in": 12}}
-    checkpoint.write(tmp_path / "y.safetensors", state, {lora.METADATA: json.dumps(notes)})
-    adapter = lora.read(tmp_path / "y.safetensors", model)
+    write_checkpoint(tmp_path / "y.safetensors", state, {lora.METADATA: json.dumps(notes)})
+    adapter = read_lora(tmp_path / "y.safetensors", model)
     assert adapter["lora_unet_conv_in"].alpha == 6
     assert adapter["lora_unet_mid_block_attentions_0_proj_in"].alpha == 12
     assert adapter["lora_te_text_model_encoder_layers_0_mlp_fc1"].alpha == 3  # its rank
     notes = {"unet.use_dora": True}
-    checkpoint.write(tmp_path / "z.safetensors", state, {lora.METADATA: json.dumps(notes)})
+    write_checkpoint(tmp_path / "z.safetensors", state, {lora.METADATA: json.dumps(notes)})
     with pytest.raises(ValueError, match="LoRA with `use_dora` is not supported"):
-        lora.read(tmp_path / "z.safetensors", model)
+        read_lora(tmp_path / "z.safetensors", model)
 
 
 def test_files_with_weights_are_merged_and_noted(model, tmp_path):
     made = [random_adapter(model, seed=seed) for seed in (1, 2)]
     files = [tmp_path / "a.safetensors", tmp_path / "b.ckpt"]
     for adapter, file in zip(made, files, strict=True):
-        lora.write(adapter, file, model)
+        write_lora(adapter, file, model)
     for adapter, weight in zip(made, (0.8, -0.3), strict=True):
         adapter.scale(weight).attach()
     attached = outputs(model)
     for adapter in made:
         adapter.detach()
-    lora.use(model, [(files[0], 0.8), (files[1], -0.3)])
+    load_loras(model, [(files[0], 0.8), (files[1], -0.3)])
     for ours, expected in zip(outputs(model), attached, strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
     noted = model.provenance["loras"]
@@ -145,7 +148,7 @@ def test_files_with_weights_are_merged_and_noted(model, tmp_path):
     assert noted[1] == {
         "path": str(files[1]),
         "weight": -0.3,
-        "hash": checkpoint.file_hash(files[1]),
+        "hash": file_hash(files[1]),
     }
 
 
@@ -159,16 +162,16 @@ def test_a_file_of_another_family_is_refused_in_one_line(tmp_path):
         state |= {f"{name}.lora_up.weight": torch.ones(32, 4)}
     state |= {"lora_unet_down_blocks_3_x.lora_down.weight": torch.ones(4, 8)}
     state |= {"lora_unet_down_blocks_3_x.lora_up.weight": torch.ones(8, 4)}
-    checkpoint.write(tmp_path / "x.safetensors", state)
+    write_checkpoint(tmp_path / "x.safetensors", state)
     with pytest.raises(ValueError, match="does not fit this model") as caught:
-        lora.use(sd1, [(tmp_path / "x.safetensors", 1.0)])
+        load_loras(sd1, [(tmp_path / "x.safetensors", 1.0)])
     line, hint = str(caught.value).splitlines()
     assert "of its 3 layers 1 are unknown, 2 of another size: lora_unet_down_blocks_3_x" in line
     assert hint == "hint: it looks made for Stable Diffusion 2, the model is Stable Diffusion 1"
     state = {name.replace("unet_down_blocks_3_x", "te2_text"): v for name, v in state.items()}
-    checkpoint.write(tmp_path / "xl.safetensors", state)
+    write_checkpoint(tmp_path / "xl.safetensors", state)
     with pytest.raises(ValueError, match="looks made for SDXL, the model is Stable Diffusion 2"):
-        lora.read(tmp_path / "xl.safetensors", sd2)
+        read_lora(tmp_path / "xl.safetensors", sd2)
 
 
 @pytest.mark.parametrize(
@@ -185,13 +188,13 @@ def test_a_file_of_another_family_is_refused_in_one_line(tmp_path):
     ],
 )
 def test_what_is_no_lora_is_refused(names, message, tmp_path):
-    checkpoint.write(tmp_path / "x.safetensors", {name: torch.ones(2, 2) for name in names})
+    write_checkpoint(tmp_path / "x.safetensors", {name: torch.ones(2, 2) for name in names})
     with pytest.raises(ValueError, match=message):
-        lora.read(tmp_path / "x.safetensors", tiny_model())
+        read_lora(tmp_path / "x.safetensors", tiny_model())
 
 
 def test_a_model_without_prompts_has_no_text_layers():
     model = tiny_model()
     del model.conditioner.text
-    assert all(name.startswith("unet.") for name in lora.places(model))
-    assert merge() is None
+    assert all(name.startswith("unet.") for name in lora_targets(model))
+    assert merge_loras() is None

@@ -7,7 +7,7 @@ import struct
 import pytest
 import torch
 
-from ldm.loading.files import checkpoint
+from ldm.loading.files.checkpoint import file_hash, read_checkpoint, write_checkpoint
 
 STATE = {
     "model.diffusion_model.in.weight": torch.arange(12.0).view(3, 4),
@@ -26,8 +26,8 @@ COUNTERS = {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": to
 def test_written_weights_come_back(tmp_path, ending, dtype):
     state = {name: value.to(dtype) for name, value in STATE.items()}
     path = tmp_path / f"x{ending}"
-    checkpoint.write(path, state, {"global_step": 12, "author": "me"})
-    file = checkpoint.read(path)
+    write_checkpoint(path, state, {"global_step": 12, "author": "me"})
+    file = read_checkpoint(path)
     assert all(torch.equal(file.state[name], state[name]) for name in state)
     assert file.step == 12
     assert file.mapped
@@ -40,15 +40,15 @@ def test_tensors_that_share_memory_are_written_apart(tmp_path):
     whole = torch.arange(1000.0)
     state = {"a": whole[:10], "b": whole[5:15], "c": whole.view(10, 100).T}
     for ending in (".ckpt", ".safetensors"):
-        checkpoint.write(tmp_path / f"x{ending}", state)
-        read = checkpoint.read(tmp_path / f"x{ending}").state
+        write_checkpoint(tmp_path / f"x{ending}", state)
+        read = read_checkpoint(tmp_path / f"x{ending}").state
         assert all(torch.equal(read[name], state[name]) for name in state)
         assert (tmp_path / f"x{ending}").stat().st_size < 8000
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "x.ckpt"
-    checkpoint.write(path, STATE)
+    write_checkpoint(path, STATE)
     before = path.read_bytes()
 
     def full(*arguments):
@@ -56,23 +56,23 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="no space"):
-        checkpoint.write(path, {"a": torch.ones(1)})
+        write_checkpoint(path, {"a": torch.ones(1)})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == [path.name]
 
 
 def test_another_ending_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"must end in"):
-        checkpoint.write(tmp_path / "x.bin", STATE)
+        write_checkpoint(tmp_path / "x.bin", STATE)
 
 
 def test_raw_weights_are_the_default_and_averages_are_chosen(tmp_path):
     torch.save({"state_dict": {**STATE, **AVERAGES, **COUNTERS}}, tmp_path / "x.ckpt")
-    raw = checkpoint.read(tmp_path / "x.ckpt")
+    raw = read_checkpoint(tmp_path / "x.ckpt")
     assert raw.has_ema
     assert raw.state.keys() == STATE.keys()
     assert raw.state["model.diffusion_model.in.bias"][0] == 1
-    averaged = checkpoint.read(tmp_path / "x.ckpt", ema=True)
+    averaged = read_checkpoint(tmp_path / "x.ckpt", ema=True)
     assert averaged.state.keys() == STATE.keys()
     assert averaged.state["model.diffusion_model.in.bias"][0] == 8
     assert torch.equal(averaged.state["betas"], STATE["betas"])
@@ -81,39 +81,39 @@ def test_raw_weights_are_the_default_and_averages_are_chosen(tmp_path):
 def test_a_file_of_averages_alone_takes_names_from_the_model(tmp_path):
     torch.save(AVERAGES, tmp_path / "x.ckpt")
     names = ["model.diffusion_model.in.weight", "model.diffusion_model.in.bias"]
-    file = checkpoint.read(tmp_path / "x.ckpt", True, names)
+    file = read_checkpoint(tmp_path / "x.ckpt", True, names)
     assert file.state["model.diffusion_model.in.weight"][0, 0] == 7
 
 
 @pytest.mark.parametrize("left", [{}, COUNTERS], ids=["none", "counters only"])
 def test_absent_averages_are_an_error(tmp_path, left):
     torch.save({**STATE, **left}, tmp_path / "x.ckpt")
-    assert not checkpoint.read(tmp_path / "x.ckpt").has_ema
+    assert not read_checkpoint(tmp_path / "x.ckpt").has_ema
     with pytest.raises(ValueError, match="no averaged"):
-        checkpoint.read(tmp_path / "x.ckpt", ema=True)
+        read_checkpoint(tmp_path / "x.ckpt", ema=True)
 
 
 def test_averages_that_fit_no_name_are_an_error(tmp_path):
     torch.save({**STATE, **AVERAGES, "model_ema.what": torch.ones(1)}, tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match="1 averaged weights fit no name: `model_ema.what`"):
-        checkpoint.read(tmp_path / "x.ckpt", ema=True)
+        read_checkpoint(tmp_path / "x.ckpt", ema=True)
 
 
 def test_content_decides_not_the_ending(tmp_path):
-    checkpoint.write(tmp_path / "x.safetensors", STATE)
+    write_checkpoint(tmp_path / "x.safetensors", STATE)
     (tmp_path / "x.safetensors").rename(tmp_path / "y.ckpt")
     torch.save(STATE, tmp_path / "z.safetensors")
-    assert checkpoint.read(tmp_path / "y.ckpt").kind == "safetensors"
-    assert checkpoint.read(tmp_path / "z.safetensors").kind == "zip"
+    assert read_checkpoint(tmp_path / "y.ckpt").kind == "safetensors"
+    assert read_checkpoint(tmp_path / "z.safetensors").kind == "zip"
 
 
 def test_what_is_not_plain_weights_is_an_error(tmp_path):
     for content in ({"epoch": 3}, [torch.ones(2)], {"a": torch.eye(3).to_sparse()}):
         torch.save(content, tmp_path / "x.ckpt")
         with pytest.raises(ValueError, match=r"holds|plain|refused"):
-            checkpoint.read(tmp_path / "x.ckpt")
+            read_checkpoint(tmp_path / "x.ckpt")
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        checkpoint.read(tmp_path / "absent.ckpt")
+        read_checkpoint(tmp_path / "absent.ckpt")
 
 
 def safetensors(header: object, data: bytes = b"", length: int | None = None) -> bytes:
@@ -154,12 +154,12 @@ def test_malformed_safetensors_are_errors(tmp_path, name):
     path = tmp_path / "x.safetensors"
     path.write_bytes(MALFORMED[name])
     with pytest.raises(ValueError, match=r"damaged|refused|not a checkpoint|no weights"):
-        checkpoint.read(path)
+        read_checkpoint(path)
 
 
 def test_changed_bytes_never_do_worse_than_an_error(tmp_path):
     path = tmp_path / "x.safetensors"
-    checkpoint.write(path, STATE)
+    write_checkpoint(path, STATE)
     whole = path.read_bytes()
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
@@ -167,13 +167,13 @@ def test_changed_bytes_never_do_worse_than_an_error(tmp_path):
         value = int(torch.randint(256, (), generator=generator))
         path.write_bytes(whole[:position] + bytes([value]) + whole[position + 1 :])
         try:
-            checkpoint.read(path)
+            read_checkpoint(path)
         except ValueError as error:
             assert str(path) in str(error)  # noqa: PT017
 
 
 def test_hash_follows_the_content(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
-    assert checkpoint.file_hash(tmp_path / "x") == "ba7816bf8f"
+    assert file_hash(tmp_path / "x") == "ba7816bf8f"
     (tmp_path / "x").write_bytes(b"abcd")
-    assert checkpoint.file_hash(tmp_path / "x") == "88d4266fd4"
+    assert file_hash(tmp_path / "x") == "88d4266fd4"

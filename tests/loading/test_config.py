@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ldm
-from ldm.loading import config
+from ldm.loading.config import instantiate, parse_yaml, read_yaml
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.unet import UNet
 from ldm.runtime.files import find_file
@@ -18,24 +18,24 @@ DDCONFIG = {
 
 
 def test_numbers_are_read_as_omegaconf_reads_them():
-    raw = config.parse("a: {b: 1.e-6, c: 5.0e-07, d: 1e-4, e: 0.0120, f: 1000}")
+    raw = parse_yaml("a: {b: 1.e-6, c: 5.0e-07, d: 1e-4, e: 0.0120, f: 1000}")
     assert raw == {"a": {"b": 1e-6, "c": 5e-7, "d": 1e-4, "e": 0.012, "f": 1000}}
 
 
 def test_overrides_are_merged_last():
-    raw = config.parse("a: {b: 1, c: [1, 2]}", ["a.b=2.5", "a.d.e=null", "a.c=[3]"])
+    raw = parse_yaml("a: {b: 1, c: [1, 2]}", ["a.b=2.5", "a.d.e=null", "a.c=[3]"])
     assert raw == {"a": {"b": 2.5, "c": [3], "d": {"e": None}}}
 
 
 @pytest.mark.parametrize("override", ["modle.params.x=1", "model", "=3"])
 def test_overrides_that_do_not_fit_are_errors(override):
     with pytest.raises(ValueError, match="does not fit tiny.yaml"):
-        config.parse("model: {}", [override], where="tiny.yaml")
+        parse_yaml("model: {}", [override], where="tiny.yaml")
 
 
 def test_references_are_followed():
     text = "a: {b: 3, c: [{x: 1}]}\nd: ${a.b}\ne: ${a.c.0}\nf: ${d}"
-    assert config.parse(text) == {"a": {"b": 3, "c": [{"x": 1}]}, "d": 3, "e": {"x": 1}, "f": 3}
+    assert parse_yaml(text) == {"a": {"b": 3, "c": [{"x": 1}]}, "d": 3, "e": {"x": 1}, "f": 3}
 
 
 HOSTILE_YAML = {
@@ -59,17 +59,17 @@ HOSTILE_YAML = {
 @pytest.mark.parametrize("name", HOSTILE_YAML)
 def test_hostile_yaml_is_one_error(name):
     with pytest.raises(ValueError, match=r"^x\.yaml: "):
-        config.parse(HOSTILE_YAML[name], where="x.yaml")
+        parse_yaml(HOSTILE_YAML[name], where="x.yaml")
 
 
 def test_large_and_binary_files_are_errors(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_bytes(b"\x80\x02}q\x00.")
     with pytest.raises(ValueError, match="not a text file"):
-        config.read(path)
+        read_yaml(path)
     path.write_bytes(b"a: 1\n" * 300_000)
     with pytest.raises(ValueError, match="too much"):
-        config.read(path)
+        read_yaml(path)
 
 
 def test_configs_are_found_from_any_directory(tmp_path, monkeypatch):
@@ -109,17 +109,17 @@ def test_unknown_parameters_name_class_file_and_nearest():
     }
     message = r"v\.yaml: unknown parameter of UNet `chanel_mult`, did you mean `channel_mult`"
     with pytest.raises(ValueError, match=message):
-        config.instantiate(spec, where="v.yaml")
+        instantiate(spec, where="v.yaml")
 
 
 def test_unknown_targets_name_the_nearest():
     with pytest.raises(ValueError, match=r"did you mean `ldm\.models\.autoencoder\.AutoencoderKL`"):
-        config.instantiate({"target": "ldm.models.autoencoder.AutoencoderKl"})
+        instantiate({"target": "ldm.models.autoencoder.AutoencoderKl"})
 
 
 def test_missing_parameters_are_named():
     with pytest.raises(ValueError, match="AutoencoderKL needs .*`ddconfig`"):
-        config.instantiate({"target": "ldm.models.autoencoder.AutoencoderKL"})
+        instantiate({"target": "ldm.models.autoencoder.AutoencoderKL"})
 
 
 HOSTILE = [
@@ -131,7 +131,7 @@ HOSTILE = [
     "torch.classes.load_library", "torch.nn.Module", "logging.os.system", "torch.os.system",
     "functools.partial", "operator.attrgetter", "importlib.import_module", "runpy.run_path",
     "ctypes.CDLL", "shutil.rmtree", "socket.socket", "webbrowser.open", "pdb.run", "code.interact",
-    "numpy.load", "yaml.unsafe_load", "ldm.loading.load.save", "ldm.loading.config.read",
+    "numpy.load", "yaml.unsafe_load", "ldm.loading.load.save_model", "ldm.loading.config.read_yaml",
     "ldm.model.torch.load", "ldm.nets.unet.UNet.__init__", "antigravity.geohash", "this.s",
     "__main__.x", "", None, 3, ["os.system"], {"target": "os.system"},
 ]  # fmt: skip
@@ -140,7 +140,7 @@ HOSTILE = [
 @pytest.mark.parametrize("target", HOSTILE, ids=str)
 @pytest.mark.parametrize("place", ["model", "unet_config", "cond_stage_config"])
 def test_hostile_targets_are_refused_without_import(tiny_yaml, target, place):
-    raw = config.read(tiny_yaml)
+    raw = read_yaml(tiny_yaml)
     spec = {"target": target, "params": {"command": "echo"}}
     if place == "model":
         raw["model"] = spec
@@ -148,7 +148,7 @@ def test_hostile_targets_are_refused_without_import(tiny_yaml, target, place):
         raw["model"]["params"][place] = spec
     before = set(sys.modules)
     with pytest.raises(ValueError, match="target"), torch.device("meta"):
-        config.instantiate(raw, where="evil.yaml")
+        instantiate(raw, where="evil.yaml")
     imported = {name.split(".")[0] for name in set(sys.modules) - before}
     assert not imported & {"antigravity", "this", "webbrowser", "shelve", "pdb"}
 
@@ -177,9 +177,9 @@ def package(tmp_path, monkeypatch):
 def test_classes_of_an_allowed_package_are_built(package):
     spec = {"target": "my_pkg.nets.Mine", "params": {"width": 3}}
     with pytest.raises(ValueError, match="unknown target"):
-        config.instantiate(spec)
+        instantiate(spec)
     assert "my_pkg" not in sys.modules
-    assert config.instantiate(spec, allow=[package]).in_features == 3
+    assert instantiate(spec, allow=[package]).in_features == 3
 
 
 @pytest.mark.parametrize(
@@ -190,27 +190,27 @@ def test_classes_of_an_allowed_package_are_built(package):
 )  # fmt: skip
 def test_only_classes_of_an_allowed_package_are_built(package, name):
     with pytest.raises(ValueError, match="target|name of a class"):
-        config.instantiate({"target": f"my_pkg.{name}"}, allow=[package])
+        instantiate({"target": f"my_pkg.{name}"}, allow=[package])
 
 
 def test_a_name_that_only_begins_alike_is_not_allowed(package):
     with pytest.raises(ValueError, match="unknown target"):
-        config.instantiate({"target": "my_pkg_evil.Mine"}, allow=[package])
+        instantiate({"target": "my_pkg_evil.Mine"}, allow=[package])
 
 
 @pytest.mark.parametrize("value", ["many", -1, None, [1, "x"], {"a": 1}, 2.5])
 def test_nonsense_values_are_one_error(tiny_yaml, value):
-    raw = config.read(tiny_yaml)
+    raw = read_yaml(tiny_yaml)
     raw["model"]["params"]["unet_config"]["params"]["model_channels"] = value
     with pytest.raises(ValueError, match=r"^tiny\.yaml: model"):
-        config.instantiate(raw, where="tiny.yaml")
+        instantiate(raw, where="tiny.yaml")
 
 
 def test_later_files_go_over_earlier_ones(tmp_path):
     (tmp_path / "a.yaml").write_text("model: {params: {x: 1, y: [1, 2]}}\nz: ${model.params.x}")
     (tmp_path / "b.yaml").write_text("model: {params: {x: 3, y: [4]}}\nnew: 5")
-    raw = config.read(tmp_path / "a.yaml", ["new=6"], tmp_path / "b.yaml")
+    raw = read_yaml(tmp_path / "a.yaml", ["new=6"], tmp_path / "b.yaml")
     assert raw == {"model": {"params": {"x": 3, "y": [4]}}, "z": 3, "new": 6}
     (tmp_path / "c.yaml").write_text("[1, 2]")
     with pytest.raises(ValueError, match=r"a.yaml \+ .*c.yaml: not a config"):
-        config.read(tmp_path / "a.yaml", (), tmp_path / "c.yaml")
+        read_yaml(tmp_path / "a.yaml", (), tmp_path / "c.yaml")

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from ldm.loading import config
+from ldm.loading.config import read_yaml
 from ldm.train.config.datamodules import translate
 
 PHOTO = {"name": "photo", "size": 32}
@@ -140,9 +140,9 @@ def test_a_folder_takes_the_place_of_data_that_nobody_has() -> None:
     name = "configs/autoencoder/autoencoder_kl_32x32x4.yaml"
     photo = "{name: photo, size: 256, crop: random}"
     given = ["data.params.train.root=photos", f"data.params.train.transform={photo}"]
-    raw = config.read(name, [*given, "data.params.validation=null"])
+    raw = read_yaml(name, [*given, "data.params.validation=null"])
     params, _ = translate(raw["data"])
     wanted = {"name": "photo", "size": 256, "crop": "random"}
     assert params["train"] == {"root": "photos", "transform": wanted}
     with pytest.raises(ValueError, match="ImageNetSRTrain` cannot be read here"):
-        translate(config.read(name)["data"])
+        translate(read_yaml(name)["data"])

@@ -8,10 +8,13 @@ import json
 import pytest
 import torch
 
-from ldm.loading import config, legacy
-from ldm.loading.build import on_meta
-from ldm.loading.diffusers import index, networks
-from ldm.loading.diffusers.places import places, scatter
+from ldm.loading import legacy
+from ldm.loading.build import build_on_meta
+from ldm.loading.config import read_yaml
+from ldm.loading.diffusers import networks
+from ldm.loading.diffusers.index import INDEX, folder_configs, original_config
+from ldm.loading.diffusers.keys import locate_weights, scatter_weights
+from ldm.loading.legacy import translate_config
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -57,21 +60,21 @@ def theirs(component, about):
 
 
 def components(model, spec):
-    files, state = index.describe(model, spec), model.state_dict()
-    homes = places(model)
+    files, state = folder_configs(model, spec), model.state_dict()
+    homes = locate_weights(model)
     for component in sorted({place.component for place in homes.values()}):
         mine = {name: place for name, place in homes.items() if place.component == component}
-        path = f"{component}/config.json" if index.INDEX in files else "config.json"
-        yield component, files[path], scatter(mine, state)
+        path = f"{component}/config.json" if INDEX in files else "config.json"
+        yield component, files[path], scatter_weights(mine, state)
     rest = [name for name in state if name not in homes]
     assert all(name.startswith(WITHOUT_PLACE) for name in rest)
 
 
 @pytest.mark.parametrize("name", SOME)
 def test_published_models_have_diffusers_names_and_shapes(name):
-    raw = config.read(f"configs/stable-diffusion/{name}.yaml")
-    spec = legacy.translate(raw, where=name)
-    for component, about, ours in components(on_meta(spec), spec):
+    raw = read_yaml(f"configs/stable-diffusion/{name}.yaml")
+    spec = translate_config(raw, where=name)
+    for component, about, ours in components(build_on_meta(spec), spec):
         shapes = {name: tuple(value.shape) for name, value in ours.items()}
         assert shapes == theirs(component, about), component
 
@@ -83,7 +86,7 @@ def test_autoencoders_have_diffusers_names_and_shapes(name):
               "out_ch": 3, "ch": 128, "ch_mult": mult, "num_res_blocks": 2,
               "attn_resolutions": attends, "dropout": 0.0}  # fmt: skip
     spec = {"target": legacy.AUTOENCODER, "params": {"ddconfig": layout, "embed_dim": channels}}
-    model = on_meta(spec)
+    model = build_on_meta(spec)
     for component, about, ours in components(model, spec):
         shapes = {name: tuple(value.shape) for name, value in ours.items()}
         assert shapes == theirs(component, about)
@@ -93,11 +96,11 @@ def test_autoencoders_have_diffusers_names_and_shapes(name):
 @pytest.mark.parametrize("name", SOME)
 def test_configs_come_back_as_they_were(name):
     """Nothing but trifles without meaning differs after the way there and back."""
-    raw = config.read(f"configs/stable-diffusion/{name}.yaml")
-    spec = legacy.translate(raw, where=name)
-    files = json.loads(json.dumps(index.describe(on_meta(spec), spec)))
-    again = legacy.translate(index.recall(files), where=name)
-    ours, back = on_meta(spec), on_meta(again)
+    raw = read_yaml(f"configs/stable-diffusion/{name}.yaml")
+    spec = translate_config(raw, where=name)
+    files = json.loads(json.dumps(folder_configs(build_on_meta(spec), spec)))
+    again = translate_config(original_config(files), where=name)
+    ours, back = build_on_meta(spec), build_on_meta(again)
     if name != "v2-inference-v":  # its YAML says 64, the models were trained at 96
         assert ours.image_size == back.image_size
     assert (ours.scale_factor, ours.parameterization) == (back.scale_factor, back.parameterization)
@@ -105,4 +108,4 @@ def test_configs_come_back_as_they_were(name):
     assert {k: v.shape for k, v in ours.state_dict().items() if "clip.model.trans" not in k} == {
         k: v.shape for k, v in back.state_dict().items() if "clip.model.trans" not in k
     }
-    assert json.loads(json.dumps(index.describe(back, again))) == files
+    assert json.loads(json.dumps(folder_configs(back, again))) == files

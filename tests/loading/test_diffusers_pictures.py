@@ -10,8 +10,9 @@ from tinyfamilies import PROMPT, WIDTH, write
 
 import ldm
 from ldm.encoders.image import preprocess
-from ldm.loading import convert, weights as weight_files
-from ldm.loading.diffusers import files
+from ldm.loading.convert import convert, plan_conversion
+from ldm.loading.diffusers.files import REST
+from ldm.loading.weights import read_weights
 from ldm.pipelines import sample, vary
 
 diffusers = pytest.importorskip("diffusers")
@@ -33,7 +34,7 @@ def made(tmp_path_factory):
         if family not in kept:
             source, folder = place / f"{family}.safetensors", place / family
             state = write(family, source)
-            convert.convert(convert.plan(source, folder))
+            convert(plan_conversion(source, folder))
             kept[family] = source, state, folder
         return kept[family]
 
@@ -167,10 +168,10 @@ def test_variations(made):
 @pytest.mark.parametrize("family", some("unclip-l"))
 def test_the_way_back_loses_nothing(made, family):
     _, state, folder = made(family)
-    back = weight_files.read(folder).state
+    back = read_weights(folder).state
     assert back.keys() == state.keys()
     assert [k for k in state if not torch.equal(state[k], back[k])] == []
-    assert weight_files.read(folder).step == 7
+    assert read_weights(folder).step == 7
 
 
 @pytest.mark.parametrize("family", some("sd1", "unclip-l"))
@@ -178,12 +179,8 @@ def test_folders_saved_by_diffusers_are_read(made, family, tmp_path):
     """Without our rest, and in the words of today's versions: what both layouts hold is equal."""
     _, state, folder = made(family)
     opened(folder).save_pretrained(tmp_path)
-    assert not (tmp_path / files.REST).exists()
-    back = weight_files.read(tmp_path).state
-    kept = (
-        weight_files.read(folder / files.REST).state.keys()
-        if (folder / files.REST).exists()
-        else ()
-    )
+    assert not (tmp_path / REST).exists()
+    back = read_weights(tmp_path).state
+    kept = read_weights(folder / REST).state.keys() if (folder / REST).exists() else ()
     assert [k for k in state if k not in kept and not torch.equal(state[k], back[k])] == []
     assert all(not back[k].any() for k in back if k in kept and ".resblocks." in k)

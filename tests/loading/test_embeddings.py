@@ -6,8 +6,8 @@ from lorahelp import KINDS, WIDTH, their_parts, tiny_model
 from torch import nn
 
 from ldm.encoders.text import OpenCLIPText
-from ldm.loading.addons import embeddings
-from ldm.loading.files import checkpoint
+from ldm.loading.addons.embeddings import load_embeddings, read_embeddings, write_embeddings
+from ldm.loading.files.checkpoint import write_checkpoint
 
 VECTORS = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
 
@@ -17,8 +17,8 @@ VECTORS = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
 def test_transformers_computes_the_same_with_rows_for_the_word(kind, tmp_path):
     model = tiny_model(kind)
     _, theirs = their_parts(model, kind)
-    embeddings.write(tmp_path / "x.safetensors", {"<cat>": VECTORS, "sks": VECTORS[:1] - 1})
-    embeddings.use(model, [tmp_path / "x.safetensors"])
+    write_embeddings(tmp_path / "x.safetensors", {"<cat>": VECTORS, "sks": VECTORS[:1] - 1})
+    load_embeddings(model, [tmp_path / "x.safetensors"])
     tower = theirs.text_model if hasattr(theirs, "text_model") else theirs
     table = tower.embeddings.token_embedding
     rows = torch.cat([table.weight.data, VECTORS, VECTORS[:1] - 1])
@@ -59,20 +59,20 @@ FORMATS = {
 )
 def test_every_format_is_read(name, words, tmp_path):
     if name.endswith(".safetensors"):
-        checkpoint.write(tmp_path / name, FORMATS[name])
+        write_checkpoint(tmp_path / name, FORMATS[name])
     else:
         torch.save(FORMATS[name], tmp_path / name)
-    found = embeddings.read(tmp_path / name)
+    found = read_embeddings(tmp_path / name)
     assert found.keys() == words.keys()
     assert all(torch.equal(found[word], vectors) for word, vectors in words.items())
 
 
 def test_what_does_not_fit_is_refused_and_skipped_in_a_folder(tmp_path, caplog):
     model = tiny_model()
-    embeddings.write(tmp_path / "wide.safetensors", {"<wide>": torch.zeros(2, 768)})
-    embeddings.write(tmp_path / "xl.safetensors", {"clip_l": VECTORS, "clip_g": VECTORS})
-    embeddings.write(tmp_path / "lora.safetensors", {"x": torch.zeros(2, 2, 1, 1)})
-    embeddings.write(tmp_path / "fits.safetensors", {"<Fits>": VECTORS})
+    write_embeddings(tmp_path / "wide.safetensors", {"<wide>": torch.zeros(2, 768)})
+    write_embeddings(tmp_path / "xl.safetensors", {"clip_l": VECTORS, "clip_g": VECTORS})
+    write_embeddings(tmp_path / "lora.safetensors", {"x": torch.zeros(2, 2, 1, 1)})
+    write_embeddings(tmp_path / "fits.safetensors", {"<Fits>": VECTORS})
     for name, message in (
         (
             "wide",
@@ -82,14 +82,14 @@ def test_what_does_not_fit_is_refused_and_skipped_in_a_folder(tmp_path, caplog):
         ("lora", "is no textual inversion: it holds 1 other tensors"),
     ):
         with pytest.raises(ValueError, match=message):
-            embeddings.use(model, [tmp_path / f"{name}.safetensors"])
-    embeddings.use(model, [tmp_path])
+            load_embeddings(model, [tmp_path / f"{name}.safetensors"])
+    load_embeddings(model, [tmp_path])
     assert list(model.conditioner.text.learned) == ["<fits>"]
     assert len(model.provenance["embeddings"]) == 1
     assert caplog.text.count("skipped: ") == 3
     del model.conditioner.text
     with pytest.raises(ValueError, match="no text tower that could learn words"):
-        embeddings.use(model, [tmp_path])
+        load_embeddings(model, [tmp_path])
 
 
 def test_a_reduced_vocabulary_learns_words_too():

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.loading import config, legacy
-from ldm.loading.load import on_meta
+from ldm.loading import legacy
+from ldm.loading.build import build_on_meta
+from ldm.loading.config import instantiate, read_yaml
+from ldm.loading.legacy import rename_weights, restore_names, schedule_tables, translate_config
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs/stable-diffusion").glob("*.yaml"))
@@ -35,7 +37,7 @@ LISTENS = {
 
 def meta(name):
     path = ROOT / f"configs/stable-diffusion/{name}.yaml"
-    return on_meta(legacy.translate(config.read(path), where=path.name), where=path.name)
+    return build_on_meta(translate_config(read_yaml(path), where=path.name), where=path.name)
 
 
 def published(name: str) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -52,7 +54,7 @@ def test_all_shipped_configs_are_known():
 @pytest.mark.parametrize(("name", "parameters"), MODELS.items())
 def test_whole_models_have_the_names_and_shapes_of_published_files(name, parameters):
     model = meta(name)
-    state = legacy.rename_back(model.state_dict(), model.schedule.buffers())
+    state = restore_names(model.state_dict(), model.schedule.buffers())
     ours = {k: (tuple(v.shape), str(v.dtype).removeprefix("torch.")) for k, v in state.items()}
     assert ours == published(name.removesuffix("-v"))
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -75,30 +77,30 @@ def test_a_picture_in_place_of_text_needs_no_text_tower():
     assert len(tower.visual.transformer.resblocks) == 24
     prefix = "cond_stage_model.model."
     state = {prefix + "visual.proj": torch.ones(1), prefix + "transformer.resblocks.0.x": None}
-    assert list(legacy.rename(state)) == ["conditioner.text.model.visual.proj"]
+    assert list(rename_weights(state)) == ["conditioner.text.model.visual.proj"]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_parts_of_every_shipped_config_are_built(path):
-    params = config.read(path)["model"]["params"]
+    params = read_yaml(path)["model"]["params"]
     for key in ("unet_config", "first_stage_config", "cond_stage_config"):
-        part = on_meta(legacy.translate(params[key], where=key), where=key)
+        part = build_on_meta(translate_config(params[key], where=key), where=key)
         assert next(part.parameters()).is_meta
 
 
 def test_renaming_back_and_forth_changes_nothing(tiny_state):
-    ours = legacy.rename(tiny_state)
-    assert legacy.rename(legacy.rename_back(ours)) == ours
-    back = legacy.rename_back(ours, legacy.tables(tiny_state))
+    ours = rename_weights(tiny_state)
+    assert rename_weights(restore_names(ours)) == ours
+    back = restore_names(ours, schedule_tables(tiny_state))
     assert back.keys() == tiny_state.keys()
 
 
 def test_positions_are_written_back():
     name = "conditioner.text.transformer.text_model.embeddings.position_embedding.weight"
-    state = legacy.rename_back({name: torch.zeros(77, 8)})
+    state = restore_names({name: torch.zeros(77, 8)})
     ids = state["cond_stage_model.transformer.text_model.embeddings.position_ids"]
     assert torch.equal(ids, torch.arange(77)[None])
-    assert set(legacy.rename(state)) == {name}
+    assert set(rename_weights(state)) == {name}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ def test_positions_are_written_back():
     ],
 )  # fmt: skip
 def test_spellings_of_other_tools_are_understood(old, new):
-    assert list(legacy.rename({old: torch.ones(1)})) == [new]
+    assert list(rename_weights({old: torch.ones(1)})) == [new]
 
 
 @pytest.mark.parametrize(
@@ -127,16 +129,16 @@ def test_spellings_of_other_tools_are_understood(old, new):
      "cond_stage_model.transformer.embeddings.position_ids", "sqrt_recipm1_alphas_cumprod"],
 )  # fmt: skip
 def test_what_is_recomputed_is_left_out(name):
-    assert legacy.rename({name: torch.ones(1)}) == {}
+    assert rename_weights({name: torch.ones(1)}) == {}
 
 
 def params():
-    return config.read(SHIPPED[0].with_name("v2-inference.yaml"))["model"]["params"]
+    return read_yaml(SHIPPED[0].with_name("v2-inference.yaml"))["model"]["params"]
 
 
 def translate(params):
     spec = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}
-    return legacy.translate({"model": spec}, where="x.yaml")
+    return translate_config({"model": spec}, where="x.yaml")
 
 
 def test_unknown_parameters_of_the_model_name_the_nearest():
@@ -161,7 +163,7 @@ def test_what_is_skipped_is_reported():
     skipped = []
     raw = {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params()},
            "data": {}, "lightning": {}}  # fmt: skip
-    legacy.translate(raw, where="x.yaml", skipped=skipped)
+    translate_config(raw, where="x.yaml", skipped=skipped)
     assert {"data", "lightning", "x.yaml: model.monitor"} <= set(skipped)
 
 
@@ -172,7 +174,7 @@ def test_other_conditioning_is_one_clear_error():
 
 def test_given_betas_make_the_schedule():
     spec = translate(params() | {"given_betas": [0.1, 0.2]})
-    schedule = config.instantiate(spec["params"]["schedule"])
+    schedule = instantiate(spec["params"]["schedule"])
     assert schedule.betas.tolist() == [0.1, 0.2]
 
 
@@ -190,8 +192,8 @@ def test_trainable_text_is_not_frozen():
 
 
 def family(name, **changes):
-    spec = config.read(SHIPPED[0].with_name(f"{name}.yaml"))["model"]
-    return legacy.translate({**spec, "params": spec["params"] | changes}, where="x.yaml")
+    spec = read_yaml(SHIPPED[0].with_name(f"{name}.yaml"))["model"]
+    return translate_config({**spec, "params": spec["params"] | changes}, where="x.yaml")
 
 
 @pytest.mark.parametrize(
@@ -221,10 +223,10 @@ def test_a_family_refuses_what_it_cannot_do(name, changes, message):
 
 
 def test_a_family_without_its_part_is_refused():
-    params = config.read(SHIPPED[0].with_name("x4-upscaling.yaml"))["model"]["params"]
+    params = read_yaml(SHIPPED[0].with_name("x4-upscaling.yaml"))["model"]["params"]
     del params["low_scale_config"]
     with pytest.raises(ValueError, match="LatentUpscaleDiffusion needs `low_scale_config`"):
-        legacy.translate({"target": legacy.DDPM + "LatentUpscaleDiffusion", "params": params})
+        translate_config({"target": legacy.DDPM + "LatentUpscaleDiffusion", "params": params})
 
 
 def test_the_names_of_the_small_picture_differ_by_config():

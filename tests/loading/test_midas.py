@@ -7,8 +7,8 @@ import torch
 
 import ldm
 from goldfile import gold
-from ldm.loading import legacy
-from ldm.loading.files import checkpoint
+from ldm.loading.files.checkpoint import write_checkpoint
+from ldm.loading.legacy import restore_names
 from pipelines.goldmodels import TINY_DPT, model_of
 
 FILE = "dpt_hybrid-midas-501f0c75.pt"
@@ -16,7 +16,7 @@ FILE = "dpt_hybrid-midas-501f0c75.pt"
 
 @pytest.fixture(scope="module")
 def whole():
-    return legacy.rename_back(model_of(gold("e2e_depth2img"), "depth", whole=True).state_dict())
+    return restore_names(model_of(gold("e2e_depth2img"), "depth", whole=True).state_dict())
 
 
 @pytest.fixture
@@ -29,8 +29,8 @@ def files(whole, tmp_path):
     params["depth_stage_config"] = {"target": target, "params": {"arch": TINY_DPT}}
     (tmp_path / "depth.yaml").write_text(json.dumps({"model": config}))
     lean = {name: value for name, value in whole.items() if not name.startswith("depth_model.")}
-    checkpoint.write(tmp_path / "lean.ckpt", lean)
-    checkpoint.write(tmp_path / "whole.ckpt", whole)
+    write_checkpoint(tmp_path / "lean.ckpt", lean)
+    write_checkpoint(tmp_path / "whole.ckpt", whole)
     (tmp_path / "midas").mkdir()
     torch.save(network(whole), tmp_path / "midas" / FILE)
     return tmp_path
@@ -118,5 +118,5 @@ def test_files_of_something_else_are_refused_in_one_line(files, whole, spoil):
 
 
 def test_models_without_depth_need_none(tiny_yaml, tiny_state, tmp_path):
-    checkpoint.write(tmp_path / "tiny.ckpt", tiny_state)
+    write_checkpoint(tmp_path / "tiny.ckpt", tiny_state)
     ldm.load(tiny_yaml, tmp_path / "tiny.ckpt", midas="absent.pt")

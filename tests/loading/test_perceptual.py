@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldm.loading.addons import lpips
+from ldm.loading.addons.lpips import read_lpips
 from ldm.nets.lpips import WIDTHS
 
 # The convolutions of VGG16 by torchvision's numbers.
@@ -29,7 +29,7 @@ def files(tmp_path):
 
 
 def test_two_files_make_one_network(files) -> None:
-    net = lpips.read(files)
+    net = read_lpips(files)
     layers = [layer for part in net.net.children() for layer in part.named_children()]
     assert [name for name, _ in layers] == [str(n) for n in range(30)]
     for name, layer in layers:
@@ -42,4 +42,4 @@ def test_two_files_make_one_network(files) -> None:
 
 def test_one_of_the_two_is_not_enough(files) -> None:
     with pytest.raises(ValueError, match=r"vgg.pth`: no LPIPS in there, it needs .* of torchvis"):
-        lpips.read(files[0])
+        read_lpips(files[0])

@@ -6,9 +6,8 @@ import payloads
 import pytest
 import torch
 
-from ldm.loading import load
-from ldm.loading.files import checkpoint
-from ldm.loading.report import inspect
+from ldm.loading.files.checkpoint import EMBEDDED, write_checkpoint
+from ldm.loading.report import inspect_checkpoint
 from scripts.inspect_checkpoint import main
 
 
@@ -21,7 +20,7 @@ def file(tmp_path, tiny_state):
 
 
 def test_parts_averages_and_step_are_reported(file, tiny_yaml, tiny_state):
-    report = inspect(file, tiny_yaml)
+    report = inspect_checkpoint(file, tiny_yaml)
     parts = {part.name: part for part in report.parts}
     assert set(parts) == {"unet", "autoencoder", "conditioner.text"}
     prefix = "first_stage_model."
@@ -43,7 +42,7 @@ def test_what_does_not_fit_is_reported_by_the_names_in_the_file(file, tiny_yaml,
     del content["state_dict"]["model.diffusion_model.out.2.bias"]
     content["state_dict"]["extra"] = torch.ones(1)
     torch.save(content, file)
-    report = inspect(file, tiny_yaml)
+    report = inspect_checkpoint(file, tiny_yaml)
     assert report.missing == ["model.diffusion_model.out.2.bias"]
     assert report.unexpected == ["extra"]
 
@@ -80,6 +79,6 @@ def test_files_that_are_no_checkpoints_are_one_line(tmp_path, capsys):
 
 def test_a_file_with_its_own_yaml_is_compared_with_it(tmp_path, tiny_yaml, tiny_state):
     path = tmp_path / "x.safetensors"
-    checkpoint.write(path, tiny_state, {load.EMBEDDED: tiny_yaml.read_text()})
-    report = inspect(path)
+    write_checkpoint(path, tiny_state, {EMBEDDED: tiny_yaml.read_text()})
+    report = inspect_checkpoint(path)
     assert (report.missing, report.unexpected, report.note) == ([], [], "")

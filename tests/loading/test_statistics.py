@@ -7,7 +7,11 @@ import torch
 
 from ldm.encoders.image import EmbeddingNoise
 from ldm.loading.addons.karlo import load_prior
-from ldm.loading.files import clip_statistics
+from ldm.loading.files.clip_statistics import (
+    clip_statistics_tensors,
+    load_clip_statistics,
+    read_clip_statistics,
+)
 from ldm.nets.karlo import Prior
 
 MEAN, STD = torch.arange(8.0), torch.arange(8.0) + 1
@@ -26,7 +30,7 @@ def known(conditioner):
 def test_the_file_is_found_beside_the_checkpoint(tmp_path):
     torch.save((MEAN, STD), tmp_path / "stats.th")
     made = conditioner()
-    clip_statistics.use(made, tmp_path / "model.ckpt")
+    load_clip_statistics(made, tmp_path / "model.ckpt")
     assert known(made)
 
 
@@ -34,20 +38,20 @@ def test_a_given_file_comes_before_all_others(tmp_path):
     torch.save((MEAN * 0, STD), tmp_path / "stats.th")
     torch.save((MEAN[None], STD[None]), tmp_path / "other.th")
     made = conditioner()
-    clip_statistics.use(made, tmp_path / "model.ckpt", tmp_path / "other.th")
+    load_clip_statistics(made, tmp_path / "model.ckpt", tmp_path / "other.th")
     assert known(made)
 
 
 def test_statistics_inside_the_checkpoint_are_used(tmp_path):
     made = conditioner()
     tables = {"noise_augmentor.data_mean": MEAN, "noise_augmentor.data_std": STD}
-    clip_statistics.use(made, tmp_path / "model.ckpt", None, tables)
+    load_clip_statistics(made, tmp_path / "model.ckpt", None, tables)
     assert known(made)
 
 
 def test_without_a_file_the_model_says_what_it_misses_when_it_is_used(tmp_path):
     made = conditioner()
-    clip_statistics.use(made, tmp_path / "model.ckpt")
+    load_clip_statistics(made, tmp_path / "model.ckpt")
     with pytest.raises(ValueError, match=r"karlo/stats.th.*--clip-stats") as caught:
         made.image.noise(torch.zeros(1, 8), 0, torch.zeros(1, 8))
     assert "\n" not in str(caught.value)
@@ -55,24 +59,24 @@ def test_without_a_file_the_model_says_what_it_misses_when_it_is_used(tmp_path):
 
 def test_a_saved_model_carries_them_in_its_file(tmp_path):
     made = conditioner()
-    assert clip_statistics.tables(made) == {}
+    assert clip_statistics_tensors(made) == {}
     made.image.noise.use_statistics(MEAN, STD)
     again = conditioner()
-    clip_statistics.use(again, tmp_path / "model.ckpt", None, clip_statistics.tables(made))
+    load_clip_statistics(again, tmp_path / "model.ckpt", None, clip_statistics_tensors(made))
     assert known(again)
     made.image.noise.clip_stats_path = None  # trained with mean 0 and deviation 1
-    assert clip_statistics.tables(made) == clip_statistics.tables(SimpleNamespace()) == {}
+    assert clip_statistics_tensors(made) == clip_statistics_tensors(SimpleNamespace()) == {}
 
 
 def test_other_models_need_none(tmp_path):
-    clip_statistics.use(SimpleNamespace(), tmp_path / "model.ckpt", "absent.th")
+    load_clip_statistics(SimpleNamespace(), tmp_path / "model.ckpt", "absent.th")
 
 
 @pytest.mark.parametrize("content", [{"a": MEAN}, [MEAN, 3], MEAN, {}])
 def test_files_of_something_else_are_refused(tmp_path, content):
     torch.save(content, tmp_path / "stats.th")
     with pytest.raises(ValueError, match="does not hold statistics"):
-        clip_statistics.read(tmp_path / "stats.th")
+        read_clip_statistics(tmp_path / "stats.th")
 
 
 @pytest.mark.parametrize("final", [True, False])

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
-from ldm.loading import config, legacy
-from ldm.loading.build import on_meta
-from ldm.loading.files import checkpoint
+from ldm.loading.build import build_on_meta
+from ldm.loading.config import format_yaml, read_yaml
+from ldm.loading.files.checkpoint import write_checkpoint
+from ldm.loading.legacy import restore_names, translate_config
 from recipe import fill
 
 WIDTH = 32
@@ -36,7 +37,7 @@ PROMPT = "a red apple on a table"
 
 def small(family: str) -> dict[str, Any]:
     """The published config with small numbers."""
-    raw = config.read(f"configs/stable-diffusion/{NAMES[family]}.yaml")
+    raw = read_yaml(f"configs/stable-diffusion/{NAMES[family]}.yaml")
     params = raw["model"]["params"]
     params["image_size"] = 16
     unet, vae = params["unet_config"]["params"], params["first_stage_config"]["params"]
@@ -69,11 +70,11 @@ def small(family: str) -> dict[str, Any]:
 def write(family: str, path: Path) -> dict[str, torch.Tensor]:
     """A file in the original's layout, its YAML inside; returns what it holds."""
     raw = small(family)
-    model: Any = on_meta(legacy.translate(raw))
+    model: Any = build_on_meta(translate_config(raw))
     empty = {k: torch.ones(v.shape) if v.is_meta else v for k, v in model.state_dict().items()}
-    state = fill(legacy.rename_back(empty, model.schedule.buffers()), "convert")
+    state = fill(restore_names(empty, model.schedule.buffers()), "convert")
     if family == "unclip-l":
         state["noise_augmentor.data_mean"] = torch.linspace(-1, 1, WIDTH)
         state["noise_augmentor.data_std"] = torch.linspace(0.5, 2, WIDTH)
-    checkpoint.write(path, state, {"ldm.config": config.text(raw), "global_step": 7})
+    write_checkpoint(path, state, {"ldm.config": format_yaml(raw), "global_step": 7})
     return state

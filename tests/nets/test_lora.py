@@ -4,7 +4,7 @@ import torch
 from ldm.encoders.towers import FusedAttention
 from ldm.nets import cpu
 from ldm.nets.blocks import Conv2d, DoublingConv2d, Linear
-from ldm.nets.lora import Adapter, LowRank, Place, merge
+from ldm.nets.lora import LoRA, LoRALayer, Target, merge_loras
 
 LAYERS = {
     "linear": lambda: Linear(12, 20),
@@ -27,10 +27,10 @@ def layer(request):
 
 def changes(layer, *, rank=4, alpha=2.0):
     parts = range(3) if isinstance(layer, FusedAttention) else [None]
-    lows = {f"layer{part}": LowRank(Place(layer, part), rank, alpha) for part in parts}
+    lows = {f"layer{part}": LoRALayer(Target(layer, part), rank, alpha) for part in parts}
     for low in lows.values():
         torch.nn.init.normal_(low.lora_up.weight)
-    return Adapter(lows)
+    return LoRA(lows)
 
 
 def example(layer):
@@ -45,7 +45,7 @@ def test_attached_equals_merged(layer):
     attached = layer(x)
     adapter.detach()
     assert torch.equal(layer(x), plain)
-    merge(adapter)
+    merge_loras(adapter)
     assert (attached - plain).abs().max() > 0.1
     torch.testing.assert_close(layer(x), attached, rtol=1e-5, atol=1e-5)
 
@@ -54,15 +54,15 @@ def test_a_fresh_change_is_zero(layer):
     x = example(layer)
     plain = layer(x)
     part = 1 if isinstance(layer, FusedAttention) else None
-    Adapter({"new": LowRank(Place(layer, part), 4)}).attach()
+    LoRA({"new": LoRALayer(Target(layer, part), 4)}).attach()
     assert torch.equal(layer(x), plain)
 
 
 def test_several_with_weights_are_their_sum(layer):
     first, second = changes(layer), changes(layer, rank=2)
-    places = [low.place for low in first.values()]
+    places = [low.target for low in first.values()]
     expected = [
-        place.weight + 0.75 * first[name].change() - 0.5 * second[name].change()
+        place.weight + 0.75 * first[name].delta() - 0.5 * second[name].delta()
         for name, place in zip(first, places, strict=True)
     ]
     x, plain = example(layer), layer(example(layer))
@@ -72,7 +72,7 @@ def test_several_with_weights_are_their_sum(layer):
     first.detach()
     second.detach()
     assert torch.equal(layer(x), plain)
-    merge(first, second)
+    merge_loras(first, second)
     for place, weight in zip(places, expected, strict=True):
         torch.testing.assert_close(place.weight, weight, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(layer(x), attached, rtol=1e-5, atol=1e-5)
@@ -82,7 +82,7 @@ def test_merging_does_not_write_into_the_memory_of_a_file(layer):
     name = "in_proj_weight" if isinstance(layer, FusedAttention) else "weight"
     old = getattr(layer, name)
     copy = old.clone()
-    merge(changes(layer))
+    merge_loras(changes(layer))
     assert torch.equal(old, copy)
     assert not torch.equal(getattr(layer, name), copy)
     assert not getattr(layer, name).requires_grad
@@ -94,7 +94,7 @@ def test_packs_of_the_old_weight_are_not_used_after_merging():
     with torch.no_grad():
         layer(x)
         assert layer.packs.made or not cpu.applies(x)
-        merge(adapter)
+        merge_loras(adapter)
         expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
         torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
@@ -110,7 +110,7 @@ def test_only_the_change_is_trained(layer):
 def test_half_precision_weights_are_rounded_once():
     layer = Linear(64, 64).to(torch.bfloat16).requires_grad_(False)
     adapters = [changes(layer).scale(0.001), changes(layer).scale(0.001)]
-    sum_ = sum(adapter["layerNone"].change() for adapter in adapters)
+    sum_ = sum(adapter["layerNone"].delta() for adapter in adapters)
     expected = (layer.weight.float() + sum_).to(torch.bfloat16)
-    merge(*adapters)
+    merge_loras(*adapters)
     assert torch.equal(layer.weight, expected)

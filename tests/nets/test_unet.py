@@ -13,7 +13,7 @@ from nethelp import (
 )
 
 from goldfile import gold
-from ldm.loading.diffusers import places
+from ldm.loading.diffusers.keys import scatter_weights, unet_keys
 from ldm.nets.unet import UNet
 
 SMALL = ["adm", "depth", "inpaint", "misc", "unclip", "upscaler", "v1", "v2"]
@@ -187,7 +187,7 @@ def test_diffusers_computes_the_same(ours, theirs, y):
     diffusers = pytest.importorskip("diffusers")
     unet = tiny_unet(**{"attention_resolutions": [1], **ours})
     other = diffusers.UNet2DConditionModel(**{**DIFFUSERS, **theirs}).eval()
-    other.load_state_dict(places.scatter(places.unet(unet.state_dict()), unet.state_dict()))
+    other.load_state_dict(scatter_weights(unet_keys(unet.state_dict()), unet.state_dict()))
     x, t, context = tiny_inputs()
     for z in (x, x[:, :, :7, :5]):
         with torch.no_grad():

@@ -8,7 +8,7 @@ from torch import nn
 
 import ldm
 from goldfile import Gold
-from ldm.loading import legacy
+from ldm.loading.legacy import rename_weights, restore_names
 from ldm.model import LatentDiffusion
 from recipe import fill
 
@@ -42,8 +42,8 @@ def model_of(file: Gold, name: str, whole: bool = False) -> LatentDiffusion:
     encoder: Any = getattr(model.conditioner, "depth", None)
     if encoder is not None and not whole:
         encoder.model = nn.Identity()
-    state = fill(legacy.rename_back(model.state_dict()), file.meta["salt"])
-    model.load_state_dict(legacy.rename(state))
+    state = fill(restore_names(model.state_dict()), file.meta["salt"])
+    model.load_state_dict(rename_weights(state))
     if encoder is not None and not whole:
         encoder.model = DepthDummy()
     return model.eval().requires_grad_(False)

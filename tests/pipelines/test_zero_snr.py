@@ -14,8 +14,8 @@ from torch import Tensor
 from ldm.conditioning import Cond
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import Schedule, make_betas, rescaled
-from ldm.loading import config
-from ldm.loading.load import load, save
+from ldm.loading.config import instantiate
+from ldm.loading.load import load, save_model
 from ldm.model import LatentDiffusion
 from ldm.pipelines import sample
 from loading import tinyfamilies
@@ -66,14 +66,14 @@ def test_every_sampler_starts_from_nothing(sampler: str) -> None:
 def test_eps_is_refused() -> None:
     raw = raw_of(parameterization="eps")
     with pytest.raises(ValueError, match="rescale_betas_zero_snr needs parameterization `v`"):
-        config.instantiate(raw["model"], where="model")
+        instantiate(raw["model"], where="model")
 
 
 def test_a_file_alone_says_it(tmp_path: Path) -> None:
     """By the config inside, and for other programs by the empty tensors `v_pred` and `ztsnr`."""
     model, raw = tiny(), raw_of()
     text = OmegaConf.to_yaml({"model": raw["model"]})
-    save(model, tmp_path / "model.safetensors", {"ldm.config": text})
+    save_model(model, tmp_path / "model.safetensors", {"ldm.config": text})
     again = load(ckpt=tmp_path / "model.safetensors")
     assert torch.equal(again.schedule.betas, model.schedule.betas)
     with safe_open(str(tmp_path / "model.safetensors"), "pt") as file:
@@ -82,7 +82,7 @@ def test_a_file_alone_says_it(tmp_path: Path) -> None:
 
 def tiny() -> LatentDiffusion:
     torch.manual_seed(0)
-    model: LatentDiffusion = config.instantiate(raw_of()["model"], where="model")
+    model: LatentDiffusion = instantiate(raw_of()["model"], where="model")
     for p in model.unet.parameters():  # the last layers start at zero: let them say something
         torch.nn.init.normal_(p, std=0.05)
     return model.eval()

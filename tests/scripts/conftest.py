@@ -12,8 +12,8 @@ from PIL import Image
 
 import ldm
 from goldfile import Gold, gold
-from ldm.loading import legacy
-from ldm.loading.files import checkpoint
+from ldm.loading.files.checkpoint import write_checkpoint
+from ldm.loading.legacy import restore_names
 from pipelines.goldmodels import TINY_DPT, model_of
 from recipe import fill
 
@@ -52,8 +52,8 @@ def write(recorded: Gold, name: str, folder: Path) -> Files:
     config["params"]["cond_stage_config"]["params"]["arch"] = recorded.meta["tiny_arch"]
     files = Files(folder / f"{name}.yaml", folder / f"{name}.ckpt")
     files.config.write_text(json.dumps({"model": config}))
-    state = legacy.rename_back(ldm.instantiate(config).state_dict())
-    checkpoint.write(files.ckpt, fill(state, recorded.meta["salt"]))
+    state = restore_names(ldm.instantiate(config).state_dict())
+    write_checkpoint(files.ckpt, fill(state, recorded.meta["salt"]))
     return files
 
 
@@ -73,7 +73,7 @@ def files(tmp_path_factory):
             params["depth_stage_config"] = {"target": target, "params": {"arch": TINY_DPT}}
         model = model_of(file, name, whole=True)
         ckpt, yaml = folder / f"{name}.ckpt", folder / f"{name}.yaml"
-        checkpoint.write(ckpt, legacy.rename_back(model.state_dict()))
+        write_checkpoint(ckpt, restore_names(model.state_dict()))
         yaml.write_text(json.dumps({"model": config}))
         flags[name] = ["--ckpt", str(ckpt), "--config", str(yaml)]
     return flags

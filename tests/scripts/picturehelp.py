@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ldm.loading.addons import lora
-from ldm.nets.lora import Adapter, LowRank
+from ldm.loading.addons.lora import kohya_name, lora_targets, write_lora
+from ldm.nets.lora import LoRA, LoRALayer
 
 QUICK = ["--steps", "2", "--precision", "full", "--skip_grid"]
 # Tiny models, and the recording that their config is from.
@@ -17,10 +17,10 @@ def random_lora(path, model, seed):
     """Writes one that changes every place of a model, so that its pictures differ."""
     torch.manual_seed(seed)
     changes = {}
-    for name, place in lora.places(model).items():
-        changes[lora.kohya(name)] = low = LowRank(place, 2)
+    for name, place in lora_targets(model).items():
+        changes[kohya_name(name)] = low = LoRALayer(place, 2)
         torch.nn.init.normal_(low.lora_up.weight, std=0.1)
-    lora.write(Adapter(changes), path, model)
+    write_lora(LoRA(changes), path, model)
     return path
 
 

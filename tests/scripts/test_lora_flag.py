@@ -9,7 +9,7 @@ from picturehelp import random_lora
 import ldm
 from ldm.generate import flags
 from ldm.imaging.metadata import parameters_text, read_info
-from ldm.loading.addons import embeddings
+from ldm.loading.addons.embeddings import write_embeddings
 from scripts import replay, txt2img
 
 QUICK = ["--steps=2", "--n_iter=1", "--n_samples=1", "--H=64", "--W=64", "--skip_grid"]
@@ -73,8 +73,8 @@ def test_a_learned_word_changes_the_picture_and_is_written_down(shot, tiny, tmp_
     torch.manual_seed(0)
     width = ldm.load(tiny.config, tiny.ckpt).conditioner.text.width
     folder = tmp_path / "words"
-    embeddings.write(folder / "cat.safetensors", {"<Cat>": torch.randn(2, width)})
-    embeddings.write(folder / "wide.safetensors", {"<wide>": torch.randn(2, width + 1)})
+    write_embeddings(folder / "cat.safetensors", {"<Cat>": torch.randn(2, width)})
+    write_embeddings(folder / "wide.safetensors", {"<wide>": torch.randn(2, width + 1)})
     words = ["--prompt", "an apple by <cat>", "--embedding", str(folder)]
     (path,), plain = shot(*words)[1].splitlines(), shot(*words[:2])[1]
     info = read_info(path)

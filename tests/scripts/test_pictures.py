@@ -11,8 +11,8 @@ from PIL import Image
 import ldm
 from goldfile import gold
 from ldm.imaging.metadata import read_info
-from ldm.loading import legacy
-from ldm.loading.files import checkpoint
+from ldm.loading.files.checkpoint import write_checkpoint
+from ldm.loading.legacy import restore_names
 from ldm.nets.karlo import Prior
 from scripts import depth2img, img2img, inpaint, replay, txt2img, unclip, upscale
 
@@ -165,7 +165,7 @@ def write(folder, config):
     model = ldm.instantiate(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    checkpoint.write(folder / "x.ckpt", legacy.rename_back(model.state_dict()))
+    write_checkpoint(folder / "x.ckpt", restore_names(model.state_dict()))
     (folder / "x.yaml").write_text(json.dumps({"model": config}))
     return ["--ckpt", str(folder / "x.ckpt"), "--config", str(folder / "x.yaml")]
 

@@ -16,7 +16,7 @@ from ldm.app.progress import Live, follow
 from ldm.app.studio import Limits, Studio
 from ldm.generate import flags
 from ldm.imaging.metadata import read_info, write_png
-from ldm.loading.addons import embeddings
+from ldm.loading.addons.embeddings import write_embeddings
 from scripts import depth2img, img2img, inpaint, replay, txt2img, unclip, upscale
 
 SCRIPTS = {"txt2img": txt2img, "img2img": img2img, "inpaint": inpaint, "depth2img": depth2img,
@@ -291,12 +291,12 @@ def test_a_picture_is_made_again_with_the_words_it_was_made_with(studio, files, 
     given.embedding = [str(tmp_path)]
     taught = Studio(studio.folder, studio.outdir, given, LIMITS)
     path = run(studio, "txt2img", answers("txt2img", prompt="a cat")).made[0]["path"]
-    embeddings.write(word, {"cat": torch.randn(2, width)})
+    write_embeddings(word, {"cat": torch.randn(2, width)})
     with_word = run(taught, "txt2img", answers("txt2img", prompt="a cat")).made[0]["path"]
     assert (pixels(path) != pixels(with_word)).any()
     for shown in (path, with_word):
         assert replayed(taught, shown).message == "identical"
-    embeddings.write(word, {"cat": torch.randn(2, width)})
+    write_embeddings(word, {"cat": torch.randn(2, width)})
     assert "`cat.safetensors`, which is not here" in replayed(taught, with_word).message
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ldm.loading import config
+from ldm.loading.config import read_yaml
 from ldm.train.distributed.parallel import whole
 from ldm.train.loop import Run
 from ldm.train.monitoring.validation import validate
@@ -53,7 +53,7 @@ def run(folder: Path, case: str, steps: int, *overrides: str, kind: type[Quiet] 
         "optimizer.warm_up": 0,
         "callbacks.validate_batches": 1,
     }
-    raw = config.read(
+    raw = read_yaml(
         TINY,
         [
             "data.params.batch_size=2",

@@ -11,8 +11,11 @@ import ldm
 from ldm.data.folder import Folder, WithPrior
 from ldm.data.source import collate
 from ldm.data.transforms import Photo
-from ldm.loading import config, legacy, load
-from ldm.loading.addons import embeddings, lora
+from ldm.loading.addons.embeddings import load_embeddings
+from ldm.loading.addons.lora import read_lora
+from ldm.loading.build import build_on_meta
+from ldm.loading.config import format_yaml, read_yaml
+from ldm.loading.legacy import translate_config
 from ldm.train.batches.class_images import make_pictures
 from ldm.train.loop import Run
 from ldm.train.tasks.adaptation import Adaptation
@@ -30,8 +33,8 @@ WORD += ["data.params.train.transform.drop_object=0", "lightning.objective.drop=
 
 
 def tiny(folder: Path, *overrides: str) -> Run:
-    raw = config.read(TINY, [DATA, *SHORT, *overrides])
-    return Run(raw, folder, text=config.text(raw))
+    raw = read_yaml(TINY, [DATA, *SHORT, *overrides])
+    return Run(raw, folder, text=format_yaml(raw))
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +56,14 @@ def test_a_lora_is_trained_beside_a_frozen_model_and_used(base: Path, tmp_path: 
     assert all(torch.equal(value, frozen[name]) for name, value in run.model.state_dict().items())
     model: Any = ldm.load(None, base)
     for style in ("last", "last-diffusers"):
-        adapter: Any = lora.read(run.last.with_name(f"{style}.safetensors"), model)
+        adapter: Any = read_lora(run.last.with_name(f"{style}.safetensors"), model)
         trained = dict(run.state.ema.shadow)
         assert {f"lora.{name}" for name, _ in adapter.named_parameters()} == trained.keys()
         for name, value in adapter.named_parameters():
             torch.testing.assert_close(value, trained[f"lora.{name}"], rtol=0, atol=0)
     assert any("_te_" in name for name in adapter)
     assert all("attn" in name or "_te_" in name for name in adapter)
-    assert any(low.change().abs().max() > 0 for low in adapter.values())
+    assert any(low.delta().abs().max() > 0 for low in adapter.values())
 
 
 def test_a_word_is_learned_and_used(base: Path, tmp_path: Path) -> None:
@@ -70,7 +73,7 @@ def test_a_word_is_learned_and_used(base: Path, tmp_path: Path) -> None:
     assert torch.equal(text.learned["<thing>"], start[[0, 1, 0]])
     run.train()
     model: Any = ldm.load(None, base)
-    embeddings.use(model, [run.last])
+    load_embeddings(model, [run.last])
     vectors = model.conditioner.text.learned["<thing>"]
     assert torch.equal(vectors, run.state.ema.shadow["word.vectors"])
     assert (vectors - start[[0, 1, 0]]).abs().max() > 0
@@ -117,8 +120,8 @@ def test_mistakes_are_named(overrides: list[str], message: str, tmp_path: Path) 
     ],
 )
 def test_the_recipes_fit_the_models(base: str, recipe: str, parts: set[str]) -> None:
-    raw = config.read(f"configs/{base}.yaml", (), f"configs/train/{recipe}.yaml")
-    model: Any = load.on_meta(legacy.translate(raw))
+    raw = read_yaml(f"configs/{base}.yaml", (), f"configs/train/{recipe}.yaml")
+    model: Any = build_on_meta(translate_config(raw))
     settings = raw["lightning"]
     little = (settings.get("lora"), settings.get("textual_inversion"))
     task = Adaptation(Diffusion(model, **settings["objective"]), *little)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from goldfile import Gold, gold
-from ldm.loading import config, legacy
-from ldm.loading.files import checkpoint
-from ldm.loading.load import on_meta
+from ldm.loading.build import build_on_meta
+from ldm.loading.config import instantiate, read_yaml
+from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
+from ldm.loading.legacy import rename_weights, restore_names, translate_config
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.lpips import LPIPS
 from ldm.train.loop import Run
@@ -196,16 +197,16 @@ def test_a_training_checkpoint_of_the_original_starts_everything(tmp_path, recor
     spec = {"target": LPIPS_LOSS, "params": {"disc_start": 1, "logvar_init": 0.4}}
     first = Adversarial(tiny(), LossConfig(**spec["params"]), perceptual=lpips, export_losses=True)
     path = tmp_path / "kl.ckpt"
-    state = legacy.rename_back(first.weights_to_export(iter(())))
+    state = restore_names(first.weights_to_export(iter(())))
     names = {name.removeprefix("loss.") for name in state if name.startswith("loss.")}
     assert names == set(recorded.meta["loss_manifest"])
-    checkpoint.write(path, state)
+    write_checkpoint(path, state)
     spec["params"]["logvar_init"] = 0.0
     second = task(tiny(), {"lossconfig": spec, "ckpt_path": str(path)}, {})
     for one, two in ((first.rival, second.rival), (lpips, second.perceptual)):
         assert all(v.equal(two.state_dict()[k]) for k, v in one.state_dict().items())
     assert float(second.logvar) == pytest.approx(0.4)
-    assert set(legacy.rename(checkpoint.read(path).state)) == set(tiny().state_dict())
+    assert set(rename_weights(read_checkpoint(path).state)) == set(tiny().state_dict())
 
 
 @pytest.mark.parametrize(
@@ -215,20 +216,20 @@ def test_a_training_checkpoint_of_the_original_starts_everything(tmp_path, recor
     ],
 )  # fmt: skip
 def test_configs_of_the_original_build_its_models_and_losses(name: str, parameters: int) -> None:
-    raw = config.read(f"configs/autoencoder/autoencoder_kl_{name}.yaml")
-    model = on_meta(legacy.translate(raw), where=name)
+    raw = read_yaml(f"configs/autoencoder/autoencoder_kl_{name}.yaml")
+    model = build_on_meta(translate_config(raw), where=name)
     assert sum(p.numel() for p in model.parameters()) == parameters
-    losses = config.instantiate(raw["model"]["params"]["lossconfig"])
+    losses = instantiate(raw["model"]["params"]["lossconfig"])
     assert losses == LossConfig(disc_start=50001, kl_weight=1e-6, disc_weight=0.5)
 
 
 @pytest.mark.parametrize("name", ["autoencoder", "autoencoder-decoder"])
 def test_recipes_build(name: str) -> None:
-    raw = config.read(f"configs/train/{name}.yaml")
+    raw = read_yaml(f"configs/train/{name}.yaml")
     params = raw["model"]["params"]
     params["lossconfig"]["params"]["perceptual_weight"] = 0.0
     params["ddconfig"]["ch"] = 32
-    model = config.instantiate(raw["model"])
+    model = instantiate(raw["model"])
     trainer = task(model, params | {"ckpt_path": None}, raw["lightning"]["objective"])
     assert isinstance(trainer, Adversarial)
     assert tuple(raw["lightning"]["optimizer"]["betas"]) == trainer.betas
@@ -248,7 +249,7 @@ def test_a_resumed_game_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     ]  # fmt: skip
     runs = []
     for name, steps in (("whole", 3), ("parts", 2), ("parts", 3)):
-        raw = config.read(recipe, [*small, f"lightning.trainer.max_steps={steps}"])
+        raw = read_yaml(recipe, [*small, f"lightning.trainer.max_steps={steps}"])
         runs.append(Run(raw, tmp_path / name))
         if len(runs) == 3:
             runs[-1].resume()

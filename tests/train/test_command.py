@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.loading import config
+from ldm.loading.config import parse_yaml
 from ldm.train.command import parse, work
 from ldm.train.distributed import launch
 from ldm.train.runs import run_folder
@@ -233,13 +233,13 @@ def test_a_restart_after_resuming_an_older_state_stays_on_its_branch(tmp_path: P
     ],
 )  # fmt: skip
 def test_gpus_are_listed_or_counted(trainer: str, expected: Any) -> None:
-    assert launch.gpus(config.parse(f"lightning: {{trainer: {trainer}}}")) == expected
+    assert launch.gpus(parse_yaml(f"lightning: {{trainer: {trainer}}}")) == expected
 
 
 def test_processes_are_counted_over_all_nodes() -> None:
-    raw = config.parse("lightning: {trainer: {gpus: '0,1,', num_nodes: 3}}")
+    raw = parse_yaml("lightning: {trainer: {gpus: '0,1,', num_nodes: 3}}")
     assert launch.processes(raw) == 6
-    assert launch.processes(config.parse("lightning: {}"), nproc=4) == 4
+    assert launch.processes(parse_yaml("lightning: {}"), nproc=4) == 4
 
 
 def started(monkeypatch: Any, trainer: str, *, gpus: int, nproc: int = 0) -> list[str]:
@@ -248,7 +248,7 @@ def started(monkeypatch: Any, trainer: str, *, gpus: int, nproc: int = 0) -> lis
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(launch, "_replace", found.extend)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    raw = config.parse(f"lightning: {{trainer: {trainer}}}")
+    raw = parse_yaml(f"lightning: {{trainer: {trainer}}}")
     launch.launch(raw, nproc, ["-b", "a.yaml"])
     return found
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.loading import config
+from ldm.loading.config import parse_yaml, read_yaml
 from ldm.nets.discriminator import PatchDiscriminator
 from ldm.nets.lpips import LPIPS
 from ldm.train import estimate
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def memory(*overrides: str, processes: int = 1) -> estimate.Memory:
-    raw = config.read(ROOT / "configs/train/tiny.yaml", overrides)
+    raw = read_yaml(ROOT / "configs/train/tiny.yaml", overrides)
     return estimate.estimate(raw, read(raw), processes)
 
 
@@ -53,7 +53,7 @@ def test_the_networks_of_an_autoencoders_losses_are_counted(weight: int) -> None
     words = [f"model.params.ddconfig.{key}={value}" for key, value in small.items()]
     words += [f"model.params.lossconfig.params.perceptual_weight={weight}"]
     words += ["data.params.batch_size=2", "data.params.train.params.size=64"]
-    raw = config.read(ROOT / "configs/autoencoder/autoencoder_kl_32x32x4.yaml", words)
+    raw = read_yaml(ROOT / "configs/autoencoder/autoencoder_kl_32x32x4.yaml", words)
     found = estimate.estimate(raw, read(raw))
     discriminator = sum(p.numel() for p in PatchDiscriminator().parameters())
     lpips = sum(p.numel() for p in LPIPS().parameters())
@@ -84,7 +84,7 @@ def test_switches_lower_the_memory() -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_a_lora_needs_little_beside_the_weights() -> None:
-    raw = config.read(ROOT / "configs/train/tiny.yaml", ["lightning.lora.rank=2"])
+    raw = read_yaml(ROOT / "configs/train/tiny.yaml", ["lightning.lora.rank=2"])
     found = estimate.estimate(raw, read(raw))
     assert found.trained < 0.05 * found.parameters
     assert found.optimizer < 0.2 * found.weights
@@ -92,9 +92,9 @@ def test_a_lora_needs_little_beside_the_weights() -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_a_dry_run_prints_the_whole_config_and_what_would_help() -> None:
-    raw: Any = config.read(ROOT / "configs/train/tiny.yaml", ["data.params.batch_size=2"])
+    raw: Any = read_yaml(ROOT / "configs/train/tiny.yaml", ["data.params.batch_size=2"])
     lines = list(estimate.describe(raw, processes=2))
-    assert config.parse(lines[0])["lightning"]["trainer"]["nan_limit"] == 10
+    assert parse_yaml(lines[0])["lightning"]["trainer"]["nan_limit"] == 10
     text = "\n".join(lines)
     assert "2 x 1 accumulated x 2 processes" in text
     assert "lightning.trainer.strategy=fsdp" in text

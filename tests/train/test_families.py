@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.loading import config
-from ldm.loading.files import checkpoint
+from ldm.loading.config import read_yaml
+from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.load import load
 from ldm.pipelines.frame import READS, reads
 from ldm.train.loop import Run
@@ -81,7 +81,7 @@ CACHED: dict[str, dict[str, Any]] = {
 
 def raw_of(task: str, folder: Path, **params: Any) -> dict[str, Any]:
     name, channels, records, own = FAMILIES[task]
-    raw = config.read(TINY)
+    raw = read_yaml(TINY)
     model = raw["model"]["params"] | own | params
     model["unet_config"]["params"]["in_channels"] = channels
     model["unet_config"]["params"] |= VECTORS.get(task, {})
@@ -136,7 +136,7 @@ def test_only_the_unet_and_its_scale_are_taken_if_asked_for(tmp_path: Path) -> N
     text = _text_run(tmp_path / "text")
     text.export()
     weights = str(tmp_path / "measured.ckpt")
-    measured = checkpoint.read(text.last).state | {"scale_factor": torch.tensor(0.3)}
+    measured = read_checkpoint(text.last).state | {"scale_factor": torch.tensor(0.3)}
     torch.save({"state_dict": measured}, weights)
     raw = raw_of("vary", tmp_path, ckpt_path=weights, load_only_unet=True, scale_by_std=True)
     first = raw["model"]["params"]["first_stage_config"]["params"]
@@ -172,7 +172,7 @@ def test_time_spent_asleep_does_not_count(monkeypatch: pytest.MonkeyPatch) -> No
 def _text_run(folder: Path) -> Run:
     """A text-to-image model of random weights."""
     data = f"data.params.train.root={ROOT / 'tests/data/emoji'}"
-    raw, text = config.read(TINY, [data]), TINY.read_text()
+    raw, text = read_yaml(TINY, [data]), TINY.read_text()
     return Run(raw, folder, text=text)
 
 

@@ -14,7 +14,7 @@ from ldm.data.pack import pack
 from ldm.data.shards import Shards
 from ldm.data.source import Records
 from ldm.data.transforms import Emoji, Photo
-from ldm.loading import config
+from ldm.loading.config import instantiate, read_yaml
 from ldm.train.batches.contexts import cached_contexts
 from ldm.train.batches.latents import cached_latents
 from ldm.train.batches.sources import open_sources
@@ -26,9 +26,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def model() -> Any:
-    raw = config.read(ROOT / "configs/train/tiny.yaml")["model"]
+    raw = read_yaml(ROOT / "configs/train/tiny.yaml")["model"]
     torch.manual_seed(0)
-    made: Any = config.instantiate(raw, where="model")
+    made: Any = instantiate(raw, where="model")
     made.conditioner.text.token_ids += 300  # a vocabulary
     return made.eval()
 

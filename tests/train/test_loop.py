@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.loading import config
-from ldm.loading.files.checkpoint import read
+from ldm.loading.config import read_yaml
+from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.load import load
 from ldm.train.config.settings import seconds
 from ldm.train.loop import Run
@@ -22,7 +22,7 @@ TINY = ROOT / "configs/train/tiny.yaml"
 
 def tiny(folder: Path, *overrides: str) -> Run:
     data = f"data.params.train.root={ROOT / 'tests/data/emoji'}"
-    return Run(config.read(TINY, [data, *overrides]), folder, text=TINY.read_text())
+    return Run(read_yaml(TINY, [data, *overrides]), folder, text=TINY.read_text())
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -233,7 +233,7 @@ def test_times_are_read_from_the_right() -> None:
 
 
 def test_an_exported_autoencoder_has_standard_latents(tmp_path: Path) -> None:
-    raw = config.read(ROOT / "configs/demo/autoencoder.yaml")
+    raw = read_yaml(ROOT / "configs/demo/autoencoder.yaml")
     raw["model"]["params"]["ddconfig"] |= {"ch_mult": [1, 1], "resolution": 16}
     raw["data"]["params"] |= {"batch_size": 2}
     raw["data"]["params"]["train"] |= {"root": ROOT / "tests/data/emoji"}
@@ -242,7 +242,7 @@ def test_an_exported_autoencoder_has_standard_latents(tmp_path: Path) -> None:
     run = Run(raw, tmp_path)
     run.train()
     model: Any = run.model
-    model.load_state_dict(read(run.last).state)
+    model.load_state_dict(read_checkpoint(run.last).state)
     with torch.no_grad():
         z = torch.cat([model.encode(s["jpg"][None]).mode() for s in run.source.first(23)])
     torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(4), atol=0.05, rtol=0)

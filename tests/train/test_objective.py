@@ -10,7 +10,7 @@ from goldfile import Gold, gold
 from ldm.conditioning import Cond, Conditioner
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.schedule import Schedule, make_betas
-from ldm.loading import config
+from ldm.loading.config import instantiate
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import PixelSpace
 from ldm.train.optim import optimizers
@@ -29,7 +29,7 @@ PREFIX = "model.diffusion_model."
 
 
 def unet_of(golden: Gold, key: str) -> Any:
-    unet = config.instantiate(golden.meta[key]["params"]["unet_config"])
+    unet = instantiate(golden.meta[key]["params"]["unet_config"])
     unet.load_state_dict(golden.weights(unet.state_dict(), PREFIX))
     return unet
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ldm.data.folder import Folder
 from ldm.data.pack import pack
 from ldm.data.transforms import Photo
-from ldm.loading.files import checkpoint
+from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.train.distributed import parallel
 from tests.train.ranks import STEPS, run
 
@@ -107,7 +107,7 @@ def test_torchrun_starts_a_killed_process_again_and_nothing_is_lost(tmp_path: Pa
             os.kill(int(workers[1]), signal.SIGKILL)
         assert run.wait(timeout=300) == 0
         (last,) = tmp_path.glob(f"{name}/*_tiny/checkpoints/last.safetensors")
-        weights.append(checkpoint.read(last).state)
+        weights.append(read_checkpoint(last).state)
     for name_, value in weights[0].items():
         assert torch.equal(value, weights[1][name_]), name_
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ldm.loading import config
+from ldm.loading.config import parse_yaml, read_yaml
 from ldm.train.config.schema import kinds_of_objective, kinds_of_optimizer
 from ldm.train.config.settings import DEFAULTS, Settings, read, refuse_incomplete
 from ldm.train.optim.optimizers import OPTIMIZERS
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted([*ROOT.glob("configs/demo/*.yaml"), *ROOT.glob("configs/train/*.yaml")])
 CONFIGS = sorted(ROOT.glob("configs/*/*.yaml"))
 # The others are scaled as the original does it.
-RECIPES = [path for path in FILES if "optimizer" in config.read(path).get("lightning", {})]
+RECIPES = [path for path in FILES if "optimizer" in read_yaml(path).get("lightning", {})]
 # As published for the training of SD 2 inpainting.
 SD2 = """
   find_unused_parameters: true
@@ -55,7 +55,7 @@ SD2 = """
 
 
 def settings(text: str = "", *, model: str = "{}") -> Settings:
-    return read(config.parse(f"model: {model}\nlightning: {text}\n"))
+    return read(parse_yaml(f"model: {model}\nlightning: {text}\n"))
 
 
 def linear(**changes: Any) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def linear(**changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_our_recipes_are_understood_and_scale_their_rates_if_they_say_so(path: Path) -> None:
-    raw = config.read(path)
+    raw = read_yaml(path)
     trainer = raw.setdefault("lightning", {}).setdefault("trainer", {})
     trainer.setdefault("max_steps", 1)
     made, base = read(raw), raw["model"]["base_learning_rate"]
@@ -76,7 +76,7 @@ def test_our_recipes_are_understood_and_scale_their_rates_if_they_say_so(path: P
 
 
 def test_the_training_config_of_sd2_inpainting_is_understood() -> None:
-    made = read(config.parse(f"model: {{params: {{use_ema: false}}}}\nlightning: {SD2}"))
+    made = read(parse_yaml(f"model: {{params: {{use_ema: false}}}}\nlightning: {SD2}"))
     callbacks = made["callbacks"]
     assert callbacks["save_steps"] == 5000
     assert callbacks["export_steps"] == 10_000
@@ -157,7 +157,7 @@ def test_what_the_original_monitors_is_monitored() -> None:
           data: {{params: {{train: {{}}, validation: {held_out}}}}}, lightning: {lightning}}}"""
 
     def kept(held_out: str = "{}", lightning: str = "{}") -> list[Any]:
-        made = read(config.parse(text.format(held_out=held_out, lightning=lightning)))
+        made = read(parse_yaml(text.format(held_out=held_out, lightning=lightning)))
         return [made["callbacks"][key] for key in ("best", "monitor", "validate_epochs")]
 
     assert kept("{root: x}") == [3, "val/loss_simple_ema", 1]
@@ -293,7 +293,7 @@ def test_what_a_task_or_an_optimizer_takes_has_a_kind() -> None:
 )
 def test_a_value_that_cannot_be_is_named_with_its_place(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        read(config.parse("{model: {}, data: {}, lightning: {}}", [override]))
+        read(parse_yaml("{model: {}, data: {}, lightning: {}}", [override]))
 
 
 def test_one_word_is_a_list_of_one_and_counts_may_be_written_as_powers() -> None:
@@ -310,13 +310,13 @@ def test_one_word_is_a_list_of_one_and_counts_may_be_written_as_powers() -> None
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_all_values_of_our_configs_can_be(path: Path) -> None:
-    made = read(config.read(path))
+    made = read(read_yaml(path))
     again = read({"model": {}, "lightning": {k: v for k, v in made.items() if k != "objective"}})
     assert {**again, "objective": made["objective"]} == made
 
 
 def test_what_lacks_is_named_at_once() -> None:
-    raw = config.read(ROOT / "configs/stable-diffusion/v2-inference-v.yaml")
+    raw = read_yaml(ROOT / "configs/stable-diffusion/v2-inference-v.yaml")
     with pytest.raises(ValueError, match="the config lacks `data.params.train`, `data.params.b"):
         refuse_incomplete(raw, "model.target", "data.params.train", "data.params.batch_size")
 

@@ -11,7 +11,7 @@ from torch import nn
 from ldm.data.folder import Folder
 from ldm.data.pack import pack
 from ldm.data.transforms import Emoji
-from ldm.loading import config
+from ldm.loading.config import instantiate, read_yaml
 from ldm.train.batches.sources import open_sources
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +74,7 @@ def test_a_caption_that_cannot_be_read_goes_the_way_of_a_damaged_picture(tmp_pat
         Image.new("RGB", (16, 16)).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(name)
     (tmp_path / "b.txt").write_bytes(b"caf\xe9")
-    model: Any = config.instantiate(config.read(ROOT / "configs/train/tiny.yaml")["model"])
+    model: Any = instantiate(read_yaml(ROOT / "configs/train/tiny.yaml")["model"])
     model.conditioner.text.requires_grad_(False)
     train = {"root": tmp_path, "transform": {"name": "photo", "size": 16}}
     caches = {key: {"cache": str(tmp_path / key)} for key in ("latents", "texts")}
@@ -92,7 +92,7 @@ def test_shards_are_opened_by_their_pattern(tmp_path: Path) -> None:
         nn.Identity(), section(train={**SHARDS, "shards": f"{tmp_path}/{{000000..000002}}.tar"}), 23
     )
     assert next(train.batches(4))["jpg"].shape == (4, 3, 16, 16)
-    model: Any = config.instantiate(config.read(ROOT / "configs/train/tiny.yaml")["model"])
+    model: Any = instantiate(read_yaml(ROOT / "configs/train/tiny.yaml")["model"])
     open_sources(model, section(train={**SHARDS, "shards": f"{tmp_path}/*.tar"}), 23)
     shown, text = model.conditioner.text.token_ids.clone(), model.conditioner.text
     text.token_ids.copy_(torch.arange(len(shown)))
@@ -101,8 +101,8 @@ def test_shards_are_opened_by_their_pattern(tmp_path: Path) -> None:
 
 
 def test_shards_have_no_prior() -> None:
-    run = config.read(ROOT / "configs/train/tiny.yaml")
-    model = config.instantiate(run["model"], where="model")
+    run = read_yaml(ROOT / "configs/train/tiny.yaml")
+    model = instantiate(run["model"], where="model")
     model.conditioner.text.token_ids += 1
     shards = {**SHARDS, "shards": f"pipe:cat {EMOJI}"}
     with pytest.raises(ValueError, match="`prior` needs a folder or a hub"):
@@ -110,7 +110,7 @@ def test_shards_have_no_prior() -> None:
 
 
 def test_pictures_without_caption_are_counted(caplog: pytest.LogCaptureFixture) -> None:
-    model: Any = config.instantiate(config.read(ROOT / "configs/train/tiny.yaml")["model"])
+    model: Any = instantiate(read_yaml(ROOT / "configs/train/tiny.yaml")["model"])
     photos = {**TRAIN, "split": None, "transform": {"name": "photo", "size": 16}}
     open_sources(model, section(train=photos), 23)
     assert "24 of 24 pictures" in caplog.text

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from goldfile import gold
-from ldm.loading import config
+from ldm.loading.config import instantiate, read_yaml
 from ldm.train.runs.initial import fitted, from_checkpoints
 
 ROOT = Path(__file__).parents[2]
@@ -20,10 +20,10 @@ def test_weights_of_another_width_equal_the_originals() -> None:
 
 
 def test_weights_of_another_model_are_one_line() -> None:
-    raw = config.read(ROOT / "configs/train/tiny.yaml")["model"]
+    raw = read_yaml(ROOT / "configs/train/tiny.yaml")["model"]
     path = str(ROOT / "checkpoints/demo.safetensors")
     with pytest.raises(ValueError, match=r"`.*` does not fit the config: \d+ missing") as error:
-        from_checkpoints(config.instantiate(raw, where="model"), {"ckpt_path": path})
+        from_checkpoints(instantiate(raw, where="model"), {"ckpt_path": path})
     assert "model.diffusion_model.input_blocks.0.0.weight (64, 4, 3, 3)" in str(error.value)
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.loading import config
-from ldm.loading.files import checkpoint
+from ldm.loading.config import format_yaml, parse_yaml, read_yaml
+from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.load import load
 from ldm.train.distributed.parallel import Ranks
 from ldm.train.loop import Run
@@ -36,8 +36,8 @@ def run(tmp_path_factory: Any) -> Run:
     held_out = f"{{root: {root}, split: heldout, transform: {{name: emoji, size: 32}}}}"
     overrides = [f"data.params.train.root={root}", f"data.params.validation={held_out}"]
     overrides += ["data.params.batch_size=2", "lightning.callbacks.sampling={steps: 2}"]
-    raw = config.read(TINY, overrides)
-    made = Run(raw, folder, text=config.text(raw))
+    raw = read_yaml(TINY, overrides)
+    made = Run(raw, folder, text=format_yaml(raw))
     batches = made.source.batches(2)
     for number in range(2):
         made.step([(number, next(batches))], 1e-3)
@@ -227,7 +227,7 @@ def test_an_export_has_the_weights_that_are_asked_for(
     for path in exports.export(run, tmp_path / "last"):
         model: Any = load(None, path)
         assert model.state_dict()[name].equal(mean if weights == "ema" else raw)
-        file = checkpoint.read(path)
+        file = read_checkpoint(path)
         assert (file.has_ema, file.step) == (weights == "both", 2)
         assert file.metadata["modelspec.prediction_type"] == "v"
         assert json.loads(file.metadata["ldm.training"])["seed"] == 23
@@ -244,18 +244,18 @@ def test_an_export_has_the_weights_that_are_asked_for(
 def test_half_an_export_is_half_as_large(run: Run, tmp_path: Path) -> None:
     run.settings["callbacks"] |= {"weights": "both", "export": ["safetensors"], "dtype": "half"}
     (path,) = exports.export(run, tmp_path / "last")
-    file = checkpoint.read(path)
+    file = read_checkpoint(path)
     assert file.state["model.diffusion_model.out.2.weight"].dtype == torch.float16
     assert file.averages["model_ema.decay"].dtype == torch.float32
 
 
 def test_what_is_small_says_what_it_was_trained_with(tmp_path: Path) -> None:
     words = [f"data.params.train.root={ROOT}/tests/data/emoji", "lightning.lora.rank=2"]
-    raw = config.read(TINY, [*words, "lightning.textual_inversion.token=emoji"])
-    run = Run(raw, tmp_path, text=config.text(raw))
+    raw = read_yaml(TINY, [*words, "lightning.textual_inversion.token=emoji"])
+    run = Run(raw, tmp_path, text=format_yaml(raw))
     exports.export(run, tmp_path / "last")
     for name in ("last", "last-diffusers", "last-word"):
-        notes = checkpoint.read(tmp_path / f"{name}.safetensors").metadata
-        assert config.parse(notes["ldm.training.config"])["lightning"]["lora"] == {"rank": 2}
+        notes = read_checkpoint(tmp_path / f"{name}.safetensors").metadata
+        assert parse_yaml(notes["ldm.training.config"])["lightning"]["lora"] == {"rank": 2}
         assert json.loads(notes["ldm.training"])["seed"] == 23
         assert "ldm.config" not in notes  # it is no model

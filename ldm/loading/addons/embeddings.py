@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ldm.encoders.text import CLIPText, OpenCLIPText
 from ldm.loading.addons.lora import WIDTHS
-from ldm.loading.files import checkpoint
+from ldm.loading.files.checkpoint import file_hash, read_checkpoint, write_checkpoint
 from ldm.model import LatentDiffusion
 
-__all__ = ["files", "read", "use", "write"]
+__all__ = ["embedding_files", "load_embeddings", "read_embeddings", "write_embeddings"]
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ SDXL = ("clip_g", "clip_l")
 PARAMETERS = "string_to_param."
 
 
-def use(model: LatentDiffusion, paths: Iterable[str | Path]) -> None:
+def load_embeddings(model: LatentDiffusion, paths: Iterable[str | Path]) -> None:
     """Teaches the text tower the words of files; of folders, those that fit it.
 
     `provenance` remembers the files.
@@ -40,9 +40,9 @@ def use(model: LatentDiffusion, paths: Iterable[str | Path]) -> None:
         raise ValueError("this model has no text tower that could learn words")
     noted = []
     for path in map(Path, paths):
-        for file in files(path):
+        for file in embedding_files(path):
             try:
-                words = {word.lower(): vectors for word, vectors in read(file).items()}
+                words = {word.lower(): vectors for word, vectors in read_embeddings(file).items()}
                 _check(words, text.width, file)
             except ValueError as error:
                 if not path.is_dir():
@@ -51,12 +51,12 @@ def use(model: LatentDiffusion, paths: Iterable[str | Path]) -> None:
                 continue
             text.learned.update(words)
             log.info("`%s` means %s in prompts", file, ", ".join(f"`{word}`" for word in words))
-            digest = checkpoint.file_hash(file)
+            digest = file_hash(file)
             noted.append({"path": str(file.resolve()), "words": list(words), "hash": digest})
     model.provenance["embeddings"] = [*model.provenance.get("embeddings", []), *noted]
 
 
-def files(path: str | Path) -> list[Path]:
+def embedding_files(path: str | Path) -> list[Path]:
     """The files that a path names: itself, or those of the folder that it is."""
     place = Path(path).expanduser()
     if not place.is_dir():
@@ -64,13 +64,13 @@ def files(path: str | Path) -> list[Path]:
     return sorted(file for file in place.iterdir() if file.suffix in ENDINGS)
 
 
-def read(path: str | Path) -> dict[str, Tensor]:
+def read_embeddings(path: str | Path) -> dict[str, Tensor]:
     """The words in a file and their vectors (n, D).
 
     Raises FileNotFoundError, or ValueError if it is no textual inversion.
     """
     path = Path(path)
-    state = checkpoint.read(path).state
+    state = read_checkpoint(path).state
     if all(name in SDXL for name in state):
         raise ValueError(f"`{path}` has vectors for two text towers: it is made for SDXL")
     named = [value for name, value in state.items() if name.startswith(PARAMETERS)]
@@ -82,7 +82,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
     return {word: value.reshape(-1, value.shape[-1]).clone() for word, value in words.items()}
 
 
-def write(
+def write_embeddings(
     path: str | Path, words: dict[str, Tensor], metadata: dict[str, Any] | None = None
 ) -> None:
     """Saves words as diffusers does; A1111 reads that too, and calls the word as the file.
@@ -90,7 +90,7 @@ def write(
     words: vectors (n, D) each.
     """
     state = {word: vectors.detach().cpu() for word, vectors in words.items()}
-    checkpoint.write(path, state, metadata)
+    write_checkpoint(path, state, metadata)
 
 
 def _check(words: dict[str, Tensor], width: int, file: Path) -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from ldm.loading.files import checkpoint
-from ldm.loading.load import fill
+from ldm.loading.build import fill_weights
+from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.nets.karlo import Prior
 
 __all__ = ["load_prior"]
@@ -24,7 +24,7 @@ def load_prior(
 
     Raises FileNotFoundError, or ValueError for the file of something else.
     """
-    file = checkpoint.read(path)
+    file = read_checkpoint(path)
     state = {name.removeprefix("model."): value for name, value in file.state.items()}
     if WIDTH not in state or "positional_embedding" not in state:
         raise ValueError(f"`{path}` is not the file of a Karlo prior")
@@ -40,5 +40,5 @@ def load_prior(
             xf_final_ln="final_ln.weight" in state,
         )
     misfit = f"`{path}` does not fit a prior"
-    fill(prior, state, device=device, dtype=dtype, mapped=file.mapped, misfit=misfit)
+    fill_weights(prior, state, device=device, dtype=dtype, mapped=file.mapped, misfit=misfit)
     return prior.eval()

@@ -5,8 +5,8 @@
     diffusers   unet.down_blocks.0.….to_q.lora_A.weight (or lora.down.weight), lora_B (lora.up)
                 text_encoder.text_model.….mlp.fc1.… (or lora_linear_layer.down.weight)
 
-Both name layers as diffusers does (`loading/diffusers.py`); inside, kohya's names are used. LoRA
-of SD 1 and SD 2, of linear layers and convolutions (LoCon), for UNet and text tower.
+Both name layers as diffusers does (`loading/diffusers/names.py`); inside, kohya's names are used.
+SD 1 and SD 2: linear layers and convolutions (LoCon) of UNet and text tower.
 """
 
 import json
@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from ldm.encoders.text import CLIPText, OpenCLIPText
 from ldm.encoders.towers import FusedAttention
 from ldm.loading.diffusers.names import text_layers, unet_layers
-from ldm.loading.files import checkpoint
-from ldm.loading.files.checkpoint import Checkpoint
+from ldm.loading.files.checkpoint import Checkpoint, file_hash, read_checkpoint, write_checkpoint
 from ldm.model import LatentDiffusion
-from ldm.nets.lora import Adapter, LowRank, Place, merge
+from ldm.nets.lora import LoRA, LoRALayer, Target, merge_loras
 
-__all__ = ["kohya", "places", "read", "use", "write"]
+__all__ = ["kohya_name", "load_loras", "lora_targets", "read_lora", "write_lora"]
 
 KEY = re.compile(
     r"(.+?)(?:\.(alpha)|[._]lora(?:_linear_layer)?[._](down|up|A|B)(?:\.\w+)?\.weight)"
@@ -51,44 +50,44 @@ WIDTHS: dict[Any, str] = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2",
 METADATA = "lora_adapter_metadata"  # key under which diffusers keeps alpha
 
 
-def use(model: LatentDiffusion, files: Iterable[tuple[str | Path, float]]) -> None:
+def load_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, float]]) -> None:
     """Merges LoRA files into a model, each with a weight; `provenance` remembers them.
 
     Raises FileNotFoundError, or ValueError if a file does not fit the model.
     """
     adapters, noted = [], []
     for path, weight in files:
-        adapters.append(read(path, model).scale(weight))
+        adapters.append(read_lora(path, model).scale(weight))
         place = Path(path).expanduser().resolve()
-        noted.append({"path": str(place), "weight": weight, "hash": checkpoint.file_hash(place)})
-    merge(*adapters)
+        noted.append({"path": str(place), "weight": weight, "hash": file_hash(place)})
+    merge_loras(*adapters)
     model.provenance["loras"] = [*model.provenance.get("loras", []), *noted]
 
 
-def read(path: str | Path, model: LatentDiffusion) -> Adapter:
+def read_lora(path: str | Path, model: LatentDiffusion) -> LoRA:
     """The changes in a file, for the layers of a model; neither attached nor merged.
 
     Raises FileNotFoundError, or ValueError saying how many names do not fit, and the likely family.
     """
-    file = checkpoint.read(path)
+    file = read_checkpoint(path)
     layers = _layers(file)
-    known = {kohya(name): place for name, place in places(model).items()}
+    known = {kohya_name(name): place for name, place in lora_targets(model).items()}
     _check(layers, known, file, model)
     changes = {}
     for name, tensors in layers.items():
         with torch.device("meta"):
-            low = LowRank(known[name], len(tensors["down"]))
+            low = LoRALayer(known[name], len(tensors["down"]))
         shapes = {key: value.shape for key, value in low.state_dict().items()}
         state = {"lora_down.weight": tensors["down"], "lora_up.weight": tensors["up"]}
         state["alpha"] = tensors.get("alpha", torch.tensor(float(low.rank)))
         state = {key: value.reshape(shapes[key]) for key, value in state.items()}
         low.load_state_dict(state, assign=True)
         changes[name] = low.requires_grad_(False)
-    return Adapter(changes)
+    return LoRA(changes)
 
 
-def write(
-    adapter: Adapter,
+def write_lora(
+    adapter: LoRA,
     path: str | Path,
     model: LatentDiffusion,
     style: Literal["kohya", "diffusers"] = "kohya",
@@ -101,7 +100,7 @@ def write(
     """
     state = {name: value.detach().cpu() for name, value in adapter.state_dict().items()}
     if style == "diffusers":
-        titles, kohyas = {kohya(name): name for name in places(model)}, state
+        titles, kohyas = {kohya_name(name): name for name in lora_targets(model)}, state
         state = {}
         low: Any
         for name, low in adapter.items():
@@ -109,14 +108,14 @@ def write(
             down, up = (kohyas[f"{name}.lora_{role}.weight"] for role in ("down", "up"))
             state[f"{titles[name]}.lora_A.weight"] = down
             state[f"{titles[name]}.lora_B.weight"] = up * ratio if ratio != 1 else up
-    checkpoint.write(path, state, metadata)
+    write_checkpoint(path, state, metadata)
 
 
-def places(model: LatentDiffusion) -> dict[str, Place]:
+def lora_targets(model: LatentDiffusion) -> dict[str, Target]:
     """Everything that may be changed, by diffusers' name: linear layers and convolutions."""
     found = {}
     for ours, theirs in unet_layers(_layer_names(model.unet)).items():
-        found[f"unet.{theirs}"] = Place(model.unet.get_submodule(ours))
+        found[f"unet.{theirs}"] = Target(model.unet.get_submodule(ours))
     text = getattr(model.conditioner, "text", None)
     if isinstance(text, (CLIPText, OpenCLIPText)):
         for ours, theirs in text_layers(_layer_names(text)).items():
@@ -125,13 +124,13 @@ def places(model: LatentDiffusion) -> dict[str, Place]:
                 continue
             if isinstance(layer, FusedAttention):
                 for part, third in enumerate(THIRDS):
-                    found[f"text_encoder.{theirs}.{third}"] = Place(layer, part)
+                    found[f"text_encoder.{theirs}.{third}"] = Target(layer, part)
             else:
-                found[f"text_encoder.{theirs}"] = Place(layer)
+                found[f"text_encoder.{theirs}"] = Target(layer)
     return found
 
 
-def kohya(name: str) -> str:
+def kohya_name(name: str) -> str:
     """Diffusers' name of a layer -> kohya's; also takes the other spellings that files have."""
     if name.startswith("lora_"):
         return name
@@ -160,7 +159,7 @@ def _layers(file: Checkpoint) -> dict[str, dict[str, Tensor]]:
             others.append(key)
             continue
         role = match[2] or ROLES.get(match[3], match[3])
-        layers.setdefault(kohya(match[1]), {})[role] = value
+        layers.setdefault(kohya_name(match[1]), {})[role] = value
     for sign, kind in OTHER_KINDS.items():
         if any(sign in key for key in others):
             raise ValueError(f"`{file.path}` is a {kind}, only LoRA and LoCon are supported")
@@ -200,7 +199,7 @@ def _alphas(file: Checkpoint, names: Iterable[str]) -> dict[str, float]:
 
 def _check(
     layers: Mapping[str, Mapping[str, Tensor]],
-    known: Mapping[str, Place],
+    known: Mapping[str, Target],
     file: Checkpoint,
     model: LatentDiffusion,
 ) -> None:

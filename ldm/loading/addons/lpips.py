@@ -11,14 +11,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ldm.loading import legacy
-from ldm.loading.files import checkpoint
+from ldm.loading.files.checkpoint import read_checkpoint
+from ldm.loading.legacy import loss_weights
 from ldm.nets.lpips import LPIPS
 from ldm.runtime.files import find_file
 
-__all__ = ["WANTED", "load", "read"]
+__all__ = ["LPIPS_FILES", "build_lpips", "read_lpips"]
 
-WANTED = (
+LPIPS_FILES = (
     "a training checkpoint of an autoencoder with `loss.perceptual_loss.*` (kl-f8), or the two "
     "files [`vgg.pth` of the package lpips, `vgg16-397923af.pth` of torchvision]"
 )
@@ -27,7 +27,7 @@ TORCHVISION = re.compile(r"features\.(\d+)\.(weight|bias)")
 SLICES = (4, 9, 16, 23)  # the first layers of the slices behind the first
 
 
-def read(paths: str | Path | Sequence[str | Path]) -> LPIPS:
+def read_lpips(paths: str | Path | Sequence[str | Path]) -> LPIPS:
     """LPIPS with the weights of a file, or of several together.
 
     Raises FileNotFoundError, or ValueError if they do not hold all of it.
@@ -35,15 +35,15 @@ def read(paths: str | Path | Sequence[str | Path]) -> LPIPS:
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     state: dict[str, Tensor] = {}
     for path in paths:
-        content = checkpoint.read(find_file(path)).state
-        state |= legacy.losses(content) or {PREFIX + name: v for name, v in content.items()}
-    if (net := load(state)) is None:
+        content = read_checkpoint(find_file(path)).state
+        state |= loss_weights(content) or {PREFIX + name: v for name, v in content.items()}
+    if (net := build_lpips(state)) is None:
         names = ", ".join(f"`{path}`" for path in paths)
-        raise ValueError(f"{names}: no LPIPS in there, it needs {WANTED}")
+        raise ValueError(f"{names}: no LPIPS in there, it needs {LPIPS_FILES}")
     return net
 
 
-def load(losses: Mapping[str, Tensor]) -> LPIPS | None:
+def build_lpips(losses: Mapping[str, Tensor]) -> LPIPS | None:
     """LPIPS from weights of losses (see `legacy.losses`); None if they are not all there."""
     found = {_name(n.removeprefix(PREFIX)): v for n, v in losses.items() if n.startswith(PREFIX)}
     if not found:

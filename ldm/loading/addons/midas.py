@@ -10,12 +10,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ldm.loading import legacy
-from ldm.loading.files import checkpoint
-from ldm.loading.files.clip_statistics import beside
+from ldm.loading.files.checkpoint import read_checkpoint
+from ldm.loading.files.clip_statistics import find_beside
+from ldm.loading.legacy import rename_weights
 from ldm.runtime.files import find_file
 
-__all__ = ["FILE", "borrow", "read"]
+__all__ = ["FILE", "add_depth_network", "read_midas"]
 
 FILE = "midas_models/dpt_hybrid-midas-501f0c75.pt"
 OURS = "conditioner.depth."
@@ -23,7 +23,7 @@ HYBRID = f"{OURS}model.pretrained.model.patch_embed.backbone."  # other networks
 PARTS = ("pretrained.", "scratch.")
 
 
-def borrow(
+def add_depth_network(
     wanted: Mapping[str, Tensor],
     state: dict[str, Tensor],
     ckpt: Path,
@@ -39,13 +39,13 @@ def borrow(
     names = [name for name in wanted if name.startswith(OURS)]
     if not names or (given is None and any(name in state for name in names)):
         return False
-    path = beside(ckpt, FILE) if given is None else find_file(given)
+    path = find_beside(ckpt, FILE) if given is None else find_file(given)
     if path is None:
         raise FileNotFoundError(
             f"`{ckpt}` holds no depth network (`depth_model.*`)\n"
             f"hint: put `{Path(FILE).name}` beside it, or say where that is (--midas)"
         )
-    found = read(path)
+    found = read_midas(path)
     missing = [name for name in names if name not in found]
     shapes = [n for n in names if n in found and found[n].shape != wanted[n].shape]
     if missing or shapes:
@@ -58,15 +58,15 @@ def borrow(
     return True
 
 
-def read(path: str | Path) -> dict[str, Tensor]:
+def read_midas(path: str | Path) -> dict[str, Tensor]:
     """The network in a file of MiDaS, or in the checkpoint of a depth model, under our names.
 
     Raises FileNotFoundError, or ValueError if the file holds something else.
     """
-    state = checkpoint.read(path).state
+    state = read_checkpoint(path).state
     bare = {name.removeprefix("depth_model.").removeprefix("model."): name for name in state}
     ours = {f"depth_model.model.{n}": state[o] for n, o in bare.items() if n.startswith(PARTS)}
-    found = legacy.rename(ours)
+    found = rename_weights(ours)
     if not found:
         raise ValueError(f"`{path}` is not a file of MiDaS")
     if not any(name.startswith(HYBRID) for name in found):

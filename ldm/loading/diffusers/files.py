@@ -17,15 +17,30 @@ import torch
 from torch import Tensor
 
 from ldm.encoders.towers import VOCAB
-from ldm.loading import config as configs, legacy
-from ldm.loading.build import check_fit, complete, on_meta
-from ldm.loading.diffusers.index import INDEX, describe, recall
-from ldm.loading.diffusers.places import VAE_OLD, Place, gather, places, scatter
-from ldm.loading.files import checkpoint, clip_statistics
-from ldm.loading.files.checkpoint import EMBEDDED, Checkpoint
+from ldm.loading import legacy
+from ldm.loading.build import add_unused_weights, build_on_meta, check_weights
+from ldm.loading.config import format_yaml, parse_yaml
+from ldm.loading.diffusers.index import INDEX, folder_configs, original_config
+from ldm.loading.diffusers.keys import (
+    VAE_OLD,
+    Location,
+    gather_weights,
+    locate_weights,
+    scatter_weights,
+)
+from ldm.loading.files.checkpoint import EMBEDDED, Checkpoint, read_checkpoint
+from ldm.loading.files.clip_statistics import load_clip_statistics
+from ldm.loading.legacy import rename_weights, restore_names, schedule_tables, translate_config
 from ldm.model import LatentDiffusion
 
-__all__ = ["REST", "is_folder", "parts", "read", "weights_file", "write_texts"]
+__all__ = [
+    "REST",
+    "build_folder",
+    "is_diffusers_folder",
+    "read_folder",
+    "weights_path",
+    "write_texts",
+]
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +57,7 @@ Components = dict[str, dict[str, Tensor]]
 Files = dict[str, Any]
 
 
-def is_folder(path: str | Path) -> bool:
+def is_diffusers_folder(path: str | Path) -> bool:
     """Whether diffusers would take it for a pipeline, or for an autoencoder alone."""
     path = Path(path).expanduser()
     if (path / INDEX).is_file():
@@ -51,7 +66,7 @@ def is_folder(path: str | Path) -> bool:
     return config.is_file() and _json(config).get("_class_name") == "AutoencoderKL"
 
 
-def read(path: str | Path, variant: str | None = None) -> Checkpoint:
+def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
     """The weights of a folder under the original's names, and their config in the metadata.
 
         variant: which of several files (`fp16`); None is the plain one, or the only one there is.
@@ -60,15 +75,17 @@ def read(path: str | Path, variant: str | None = None) -> Checkpoint:
     path = Path(path).expanduser()
     found = [*sorted(path.glob("*/*.json")), path / INDEX, path / "config.json"]
     files = {str(file.relative_to(path)): _json(file) for file in found if file.is_file()}
-    rest = checkpoint.read(path / REST) if (path / REST).is_file() else None
+    rest = read_checkpoint(path / REST) if (path / REST).is_file() else None
     if rest is not None and not _agree(rest, files):
         log.warning("`%s` is of another model than the folder, and is left out", path / REST)
         rest = None
-    raw = recall(files) if rest is None else configs.parse(rest.metadata[EMBEDDED], where=REST)
+    raw = (
+        original_config(files) if rest is None else parse_yaml(rest.metadata[EMBEDDED], where=REST)
+    )
     derived = _derived(rest.state) if rest else {}
     model, _ = _model(raw, path.name, derived)
-    wanted, homes = model.state_dict(), places(model)
-    state = legacy.rename(rest.state) if rest else {}
+    wanted, homes = model.state_dict(), locate_weights(model)
+    state = rename_weights(rest.state) if rest else {}
     for component, mine in _by_component(homes).items():
         home = path / component if INDEX in files else path
         theirs = _words(component, _weights(home, variant))
@@ -77,12 +94,12 @@ def read(path: str | Path, variant: str | None = None) -> Checkpoint:
         foreign = theirs.keys() - {name for place in mine.values() for name in place.names}
         if foreign:
             raise ValueError(f"`{home}`: {len(foreign)} unexpected tensors: `{min(foreign)}` …")
-        state |= gather(mine, theirs, wanted)
+        state |= gather_weights(mine, theirs, wanted)
     kind = next((state[name].dtype for name in homes if name in state), None)
     for name in wanted.keys() - homes.keys() - state.keys():
         value = wanted[name]
         state[name] = torch.zeros(value.shape, dtype=kind) if value.is_meta else value
-    check_fit(wanted, state, f"`{path}` does not fit its own configs")
+    check_weights(wanted, state, f"`{path}` does not fit its own configs")
     tables = model.schedule.buffers() if isinstance(model, LatentDiffusion) else {}
     if f"{NORMALIZER}/config.json" in files:
         tables |= _statistics(_weights(path / NORMALIZER, variant))
@@ -90,14 +107,14 @@ def read(path: str | Path, variant: str | None = None) -> Checkpoint:
     return Checkpoint(
         path=path,
         kind="diffusers",
-        state=legacy.rename_back({name: state[name] for name in wanted}, tables),
+        state=restore_names({name: state[name] for name in wanted}, tables),
         step=rest.step if rest else None,
         mapped=True,
-        metadata=(rest.metadata if rest else {}) | {EMBEDDED: configs.text(raw)},
+        metadata=(rest.metadata if rest else {}) | {EMBEDDED: format_yaml(raw)},
     )
 
 
-def parts(
+def build_folder(
     file: Checkpoint, raw: Mapping[str, Any], clip_stats: str | Path | None = None
 ) -> tuple[Files, Components]:
     """What the folder of a checkpoint consists of: JSONs and texts by path, tensors by component.
@@ -108,30 +125,30 @@ def parts(
     """
     derived = _derived(file.state)
     model, spec = _model(raw, "config", derived)
-    wanted, homes = model.state_dict(), places(model)
-    state = legacy.rename(file.state)
+    wanted, homes = model.state_dict(), locate_weights(model)
+    state = rename_weights(file.state)
     if not isinstance(model, LatentDiffusion):  # a part, perhaps out of a whole
         own = {name.removeprefix("autoencoder."): name for name in state}
         state = {name: state[own[name]] for name in wanted if name in own}
-    complete(model, state, str(file.path))
-    check_fit(wanted, state, f"`{file.path}` does not fit its config")
-    files = describe(model, spec)
-    found = {part: scatter(mine, state) for part, mine in _by_component(homes).items()}
+    add_unused_weights(model, state, str(file.path))
+    check_weights(wanted, state, f"`{file.path}` does not fit its config")
+    files = folder_configs(model, spec)
+    found = {part: scatter_weights(mine, state) for part, mine in _by_component(homes).items()}
     if ROWS in state:
         theirs = found["text_encoder"]
         theirs[EMBEDDING] = _whole(theirs[EMBEDDING], state[ROWS])
     if f"{NORMALIZER}/config.json" in files:
         conditioner: Any = model.conditioner
-        clip_statistics.use(conditioner, file.path, clip_stats, legacy.tables(file.state))
+        load_clip_statistics(conditioner, file.path, clip_stats, schedule_tables(file.state))
         mean, std = conditioner.image.noise.known_statistics()
         found[NORMALIZER] = {"mean": mean, "std": std}
     rest = {name: value for name, value in state.items() if name not in homes}
     if ROWS in rest:
         rest[TABLE] = state[TABLE]
-    return files, {**found, "": legacy.rename_back(rest, derived if found.keys() > {"vae"} else {})}
+    return files, {**found, "": restore_names(rest, derived if found.keys() > {"vae"} else {})}
 
 
-def weights_file(component: str, files: Files, variant: str | None = None) -> str:
+def weights_path(component: str, files: Files, variant: str | None = None) -> str:
     """Where the weights of a component are, in a folder of these files."""
     if not component:
         return REST
@@ -151,8 +168,8 @@ def write_texts(folder: Path, files: Files) -> None:
 def _model(
     raw: Mapping[str, Any], where: str, derived: Mapping[str, Tensor]
 ) -> tuple[Any, dict[str, Any]]:
-    spec = legacy.translate(raw, where=where, skipped=[])
-    model: Any = on_meta(spec, where=where)
+    spec = translate_config(raw, where=where, skipped=[])
+    model: Any = build_on_meta(spec, where=where)
     if "scale_factor" in derived:  # which training measured
         model.scale_factor = float(derived["scale_factor"])
     return model, spec
@@ -171,8 +188,8 @@ def _agree(rest: Checkpoint, files: Files) -> bool:
     """Whether the config beside the rest says what the folder's JSONs say."""
     if EMBEDDED not in rest.metadata:
         return False
-    raw = configs.parse(rest.metadata[EMBEDDED], where=REST)
-    ours = describe(*_model(raw, REST, _derived(rest.state)))
+    raw = parse_yaml(rest.metadata[EMBEDDED], where=REST)
+    ours = folder_configs(*_model(raw, REST, _derived(rest.state)))
     for path, content in ours.items():
         if not path.endswith("config.json") or path.startswith("tokenizer"):
             continue
@@ -185,8 +202,8 @@ def _agree(rest: Checkpoint, files: Files) -> bool:
     return True
 
 
-def _by_component(homes: Mapping[str, Place]) -> dict[str, dict[str, Place]]:
-    found: dict[str, dict[str, Place]] = {}
+def _by_component(homes: Mapping[str, Location]) -> dict[str, dict[str, Location]]:
+    found: dict[str, dict[str, Location]] = {}
     for name, place in homes.items():
         found.setdefault(place.component, {})[name] = place
     return found
@@ -199,10 +216,10 @@ def _weights(folder: Path, variant: str | None) -> dict[str, Tensor]:
     """
     for file in _candidates(folder, variant):
         if file.suffix != ".json" and file.is_file():
-            return checkpoint.read(file).state
+            return read_checkpoint(file).state
         if file.is_file():
             names = sorted({Path(name).name for name in _json(file)["weight_map"].values()})
-            return {k: v for name in names for k, v in checkpoint.read(folder / name).state.items()}
+            return {k: v for name in names for k, v in read_checkpoint(folder / name).state.items()}
     others = {file.name.split(".")[1] for file in folder.glob("*.*.safetensors")}
     if variant is None and len(others) == 1:
         return _weights(folder, others.pop())

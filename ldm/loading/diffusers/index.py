@@ -13,11 +13,13 @@ from typing import Any
 from torch import nn
 
 from ldm.encoders.image import CLIPImage
-from ldm.loading import config as configs, families
-from ldm.loading.diffusers import encoders, networks, places, schedulers
+from ldm.loading.config import read_yaml
+from ldm.loading.diffusers import encoders, networks, schedulers
+from ldm.loading.diffusers.keys import used_text_blocks
+from ldm.loading.families import PUBLISHED, recognise_family
 from ldm.model import LatentDiffusion
 
-__all__ = ["INDEX", "describe", "recall"]
+__all__ = ["INDEX", "folder_configs", "original_config"]
 
 Files = dict[str, Any]
 
@@ -62,7 +64,7 @@ INPAINTING = 9  # channels that such a UNet reads
 WIDE = 96  # latent side at which SD 2's v models were trained; their original YAML says 64
 
 
-def describe(model: nn.Module, spec: Mapping[str, Any]) -> Files:
+def folder_configs(model: nn.Module, spec: Mapping[str, Any]) -> Files:
     """Every file of the folder but weights: path -> JSON, or text.
 
         model: of the spec, on the meta device.
@@ -94,10 +96,10 @@ def describe(model: nn.Module, spec: Mapping[str, Any]) -> Files:
     return files | {INDEX: index}
 
 
-def recall(files: Files) -> dict[str, Any]:
+def original_config(files: Files) -> dict[str, Any]:
     """The config in the original's words. Raises ValueError for a folder of another kind."""
     if INDEX not in files:
-        raw = configs.read(f"{families.PUBLISHED}/v1-inference.yaml")
+        raw = read_yaml(f"{PUBLISHED}/v1-inference.yaml")
         stage = raw["model"]["params"]["first_stage_config"]
         stage["params"] = networks.vae_params(files["config.json"])
         return {"model": stage}
@@ -106,7 +108,7 @@ def recall(files: Files) -> dict[str, Any]:
     is_openai = encoders.by_openai(files[part], part)
     if (kind, is_openai) not in TEMPLATES:
         raise ValueError(f"`{files[INDEX]['_class_name']}` with {part} of SD 1 has no original")
-    raw = configs.read(f"{families.PUBLISHED}/{TEMPLATES[kind, is_openai]}.yaml")
+    raw = read_yaml(f"{PUBLISHED}/{TEMPLATES[kind, is_openai]}.yaml")
     params = raw["model"]["params"]
     unet = networks.unet_params(files["unet/config.json"])
     schedule = files["scheduler/scheduler_config.json"]
@@ -136,7 +138,7 @@ def _conditions(model: LatentDiffusion, specs: Mapping[str, Any], kind: str) -> 
     if kind == "sees":
         eye = conditioner.text.model.visual
     else:
-        blocks = places.text_blocks(conditioner.text)
+        blocks = used_text_blocks(conditioner.text)
         files[TEXT] = encoders.text_config(conditioner.text, blocks)
         for name, content in encoders.tokenizer_files(conditioner.text).items():
             files[f"tokenizer/{name}"] = content
@@ -205,7 +207,7 @@ def _kind_of(files: Files) -> str:
 
 
 def _side(model: LatentDiffusion) -> int:
-    family = families.recognise(model.state_dict())
+    family = recognise_family(model.state_dict())
     is_wide = family is not None and family.name == "sd2" and model.parameterization == "v"
     return max(model.image_size, WIDE) if is_wide else model.image_size
 

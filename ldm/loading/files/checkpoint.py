@@ -24,9 +24,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ldm.loading.files import pickles
+from ldm.loading.files.pickles import read_pickle
 
-__all__ = ["Checkpoint", "file_hash", "read", "release", "write"]
+__all__ = ["Checkpoint", "file_hash", "read_checkpoint", "release_pages", "write_checkpoint"]
 
 EMBEDDED = "ldm.config"  # metadata key under which a file carries its own YAML
 MAX_TENSORS = 20_000
@@ -65,7 +65,7 @@ class Checkpoint:
     averages: dict[str, Tensor] = field(default_factory=dict)
 
 
-def read(path: str | Path, ema: bool = False, names: Iterable[str] = ()) -> Checkpoint:
+def read_checkpoint(path: str | Path, ema: bool = False, names: Iterable[str] = ()) -> Checkpoint:
     """The weights of a file, without running anything in it.
 
         ema: take the averaged weights (`model_ema.*`) where the raw ones stand.
@@ -74,13 +74,13 @@ def read(path: str | Path, ema: bool = False, names: Iterable[str] = ()) -> Chec
     or has no averaged weights when they are asked for.
     """
     path = Path(path).expanduser()
-    kind = sniff(path)
+    kind = detect_format(path)
     metadata: dict[str, str] = {}
     mapped = True
     if kind == "safetensors":
         content, metadata = _read_safetensors(path)
     else:
-        content, mapped = pickles.read(path, kind)
+        content, mapped = read_pickle(path, kind)
         metadata = {str(k): v for k, v in content.items() if isinstance(v, str)}
     state, extras = _unwrap(content, path)
     step = content.get("global_step", metadata.get("global_step"))
@@ -105,7 +105,7 @@ def read(path: str | Path, ema: bool = False, names: Iterable[str] = ()) -> Chec
     )
 
 
-def write(
+def write_checkpoint(
     path: str | Path,
     state: Mapping[str, Tensor],
     metadata: Mapping[str, str | int] | None = None,
@@ -147,7 +147,7 @@ def write(
         _to_disk(path.parent)
 
 
-def sniff(path: Path) -> str:
+def detect_format(path: Path) -> str:
     """What a file is by its first bytes: "zip", "legacy" or "safetensors".
 
     Raises FileNotFoundError, or ValueError saying what it looks like instead.
@@ -186,7 +186,7 @@ def file_hash(path: str | Path) -> str:
     return _hash(tuple(files), tuple((stat.st_size, stat.st_mtime_ns) for stat in stats))
 
 
-def release(tensor: Tensor) -> None:
+def release_pages(tensor: Tensor) -> None:
     """Gives the pages of a mapped tensor back to the system once it was copied elsewhere.
 
     Only for tensors of a `mapped` checkpoint: their pages come back from the file when touched.
@@ -290,7 +290,7 @@ class _Ready:
         if new.untyped_storage().nbytes() != new.nbytes:
             new = new.clone()
         if self.mapped and new.data_ptr() != old.data_ptr():
-            release(old)
+            release_pages(old)
         return new
 
 
@@ -320,7 +320,7 @@ def _stream(
             file.write(value.reshape(-1).view(torch.uint8).numpy().data)
             progress(value.nbytes)
             if state[name].mapped:
-                release(value)
+                release_pages(value)
 
 
 def _to_disk(path: Path) -> None:

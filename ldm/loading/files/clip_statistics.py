@@ -10,13 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ldm.loading.files import checkpoint, pickles
+from ldm.loading.files.checkpoint import detect_format
+from ldm.loading.files.pickles import load_pickle
 from ldm.runtime.files import find_file
 
-__all__ = ["beside", "read", "tables", "use"]
+__all__ = ["clip_statistics_tensors", "find_beside", "load_clip_statistics", "read_clip_statistics"]
 
 
-def use(
+def load_clip_statistics(
     conditioner: nn.Module,
     ckpt: Path,
     given: str | Path | None = None,
@@ -32,15 +33,15 @@ def use(
     if noise is None:
         return
     if given is not None:
-        noise.use_statistics(*read(find_file(given)))
+        noise.use_statistics(*read_clip_statistics(find_file(given)))
     elif tables and "noise_augmentor.data_mean" in tables:
         mean, std = (tables[f"noise_augmentor.data_{name}"] for name in ("mean", "std"))
         noise.use_statistics(mean, std)
-    elif path := beside(ckpt, noise.clip_stats_path):
-        noise.use_statistics(*read(path))
+    elif path := find_beside(ckpt, noise.clip_stats_path):
+        noise.use_statistics(*read_clip_statistics(path))
 
 
-def tables(conditioner: nn.Module) -> dict[str, Tensor]:
+def clip_statistics_tensors(conditioner: nn.Module) -> dict[str, Tensor]:
     """The statistics of an unCLIP model as tensors of its file, so that it needs no other one.
 
     Nothing for other models, and for those that were trained without.
@@ -52,13 +53,13 @@ def tables(conditioner: nn.Module) -> dict[str, Tensor]:
     return {"noise_augmentor.data_mean": mean, "noise_augmentor.data_std": std}
 
 
-def read(path: str | Path) -> tuple[Tensor, Tensor]:
+def read_clip_statistics(path: str | Path) -> tuple[Tensor, Tensor]:
     """(mean, std) of CLIP's embeddings, D numbers each.
 
     Raises ValueError if the file holds something else.
     """
     path = Path(path)
-    content, _ = pickles.load(path, checkpoint.sniff(path))
+    content, _ = load_pickle(path, detect_format(path))
     pair = list(content.values()) if isinstance(content, Mapping) else content
     is_pair = isinstance(pair, list | tuple) and len(pair) == 2
     if not is_pair or not all(isinstance(numbers, Tensor) for numbers in pair):
@@ -66,7 +67,7 @@ def read(path: str | Path) -> tuple[Tensor, Tensor]:
     return pair[0].float().flatten(), pair[1].float().flatten()
 
 
-def beside(ckpt: Path, named: str | None) -> Path | None:
+def find_beside(ckpt: Path, named: str | None) -> Path | None:
     """A file where the original kept it, or of that name beside the checkpoint."""
     if named is None:
         return None

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import torch
 
-__all__ = ["foreign_names", "load", "names_in", "read"]
+__all__ = ["foreign_imports", "load_pickle", "pickle_imports", "read_pickle"]
 
 MAX_PICKLE = 100_000_000  # bytes
 MAX_MEMBERS = 100_000
@@ -73,20 +73,20 @@ STAND_INS = [(type(name.rpartition(".")[2], (Inert,), {}), name) for name in INE
 STAND_INS.append((Parameters, "torch.nn.modules.container.ParameterDict"))
 
 
-def read(path: Path, kind: str) -> tuple[dict[str, Any], bool]:
+def read_pickle(path: Path, kind: str) -> tuple[dict[str, Any], bool]:
     """A pickled checkpoint through the restricted unpickler.
 
         kind: "zip" or "legacy".
     Returns what it holds, and whether its tensors are pages of the file.
     Raises ValueError for whatever is not plain weights, naming what the pickle names.
     """
-    content, mapped = load(path, kind)
+    content, mapped = load_pickle(path, kind)
     if not isinstance(content, dict):
         raise ValueError(f"`{path}` holds a {type(content).__name__}, not weights by name")
     return content, mapped
 
 
-def load(path: Path, kind: str) -> tuple[Any, bool]:
+def load_pickle(path: Path, kind: str) -> tuple[Any, bool]:
     """As `read`, for files that hold tensors without names."""
     numbers = re.match(r"(\d+)\.(\d+)", torch.__version__)
     if numbers is None or (int(numbers[1]), int(numbers[2])) < SAFE_TORCH:
@@ -105,7 +105,7 @@ def load(path: Path, kind: str) -> tuple[Any, bool]:
                 source: Any = str(path) if mapped else file
                 content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # whatever a hostile file provokes in the parser, it is refused
-        foreign = foreign_names(path, kind)
+        foreign = foreign_imports(path, kind)
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         if foreign:
             names = ", ".join(f"`{name}`" for name in foreign[:10])
@@ -114,7 +114,7 @@ def load(path: Path, kind: str) -> tuple[Any, bool]:
     return content, mapped
 
 
-def names_in(path: Path, kind: str) -> list[str]:
+def pickle_imports(path: Path, kind: str) -> list[str]:
     """The names that the pickles in a file would import, found without running them."""
     found: set[str] = set()
     if kind == "zip":
@@ -130,9 +130,9 @@ def names_in(path: Path, kind: str) -> list[str]:
     return sorted(found)
 
 
-def foreign_names(path: Path, kind: str) -> list[str]:
+def foreign_imports(path: Path, kind: str) -> list[str]:
     """Those of `names_in` that neither torch nor the stand-ins answer to."""
-    names = names_in(path, kind)
+    names = pickle_imports(path, kind)
     return [name for name in names if name not in INERT and not HARMLESS.fullmatch(name)]
 
 

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.loading import families, legacy
-from ldm.loading.files import checkpoint, clip_statistics
-from ldm.loading.files.checkpoint import EMBEDDED
+from ldm.loading.families import zero_snr_markers
+from ldm.loading.files.checkpoint import EMBEDDED, write_checkpoint
+from ldm.loading.files.clip_statistics import clip_statistics_tensors
+from ldm.loading.legacy import original_name, restore_names
 from ldm.model import LatentDiffusion
 from ldm.runtime.version import __version__
 from ldm.train.distributed.parallel import whole
@@ -61,7 +62,7 @@ def export(run: Any, stem: Path) -> list[Path]:
     if not run.ranks.is_first:
         return []
     for path in paths:
-        checkpoint.write(path, state | _tables(run, state), _notes(run))
+        write_checkpoint(path, state | _tables(run, state), _notes(run))
     return paths
 
 
@@ -119,7 +120,7 @@ def _state(run: Any, *, averaged: bool) -> dict[str, Tensor]:
             name: value.to(
                 "cpu", dtype if value.is_floating_point() and value.ndim else None, copy=True
             )
-            for name, value in legacy.rename_back(weights).items()
+            for name, value in restore_names(weights).items()
         }
 
 
@@ -132,7 +133,7 @@ def _images(run: Any) -> Iterator[Tensor]:
 def _averages(run: Any) -> dict[str, Tensor]:
     """`model_ema.*`: names that lost their dots, the decay and the number of updates."""
     state, ema = _state(run, averaged=True), run.state.ema
-    trained = {legacy.old_name(name) for name in ema.shadow}
+    trained = {original_name(name) for name in ema.shadow}
     found = {
         "model_ema." + name.removeprefix("model.").replace(".", ""): value
         for name, value in state.items()
@@ -148,8 +149,8 @@ def _tables(run: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     model = run.model
     if not isinstance(model, LatentDiffusion):
         return {}
-    found = model.schedule.buffers() | clip_statistics.tables(model.conditioner)
-    found |= families.marks(model.parameterization, zero_snr=model.schedule.zero_snr)
+    found = model.schedule.buffers() | clip_statistics_tensors(model.conditioner)
+    found |= zero_snr_markers(model.parameterization, zero_snr=model.schedule.zero_snr)
     return {name: value for name, value in found.items() if name not in state}
 
 

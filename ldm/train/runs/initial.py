@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from ldm.data.source import Source
 from ldm.loading import legacy
-from ldm.loading.build import check_fit, complete
-from ldm.loading.files import checkpoint
+from ldm.loading.build import add_unused_weights, check_weights
+from ldm.loading.files.checkpoint import read_checkpoint
+from ldm.loading.legacy import rename_weights, schedule_tables
 from ldm.model import LatentDiffusion
 from ldm.runtime.files import find_file
 from ldm.train.tasks import diffusion
@@ -68,13 +69,13 @@ def _put(
 
     Returns the numbers that the file has beside weights.
     """
-    raw = checkpoint.read(find_file(params["ckpt_path"])).state
-    state, tables = legacy.rename(raw), legacy.tables(raw)
+    raw = read_checkpoint(find_file(params["ckpt_path"])).state
+    state, tables = rename_weights(raw), schedule_tables(raw)
     if any(name.startswith(prefix) for name in state):
         state = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
     wanted, ignored = module.state_dict(), tuple(params.get("ignore_keys") or ())
     state = {n: v for n, v in state.items() if not n.startswith(ignored)}
-    for name in legacy.rename(dict.fromkeys(widened, torch.empty(0))):
+    for name in rename_weights(dict.fromkeys(widened, torch.empty(0))):
         name = name.removeprefix(prefix)
         if name in state and name in wanted and _is_narrower(state[name], wanted[name]):
             wide = torch.zeros_like(wanted[name])
@@ -82,9 +83,9 @@ def _put(
             state[name] = wide
     if params.get("make_it_fit"):
         state = {n: fitted(v, wanted[n].shape) if n in wanted else v for n, v in state.items()}
-    complete(module, state, params["ckpt_path"])
+    add_unused_weights(module, state, params["ckpt_path"])
     kept = {n: v for n, v in wanted.items() if n.startswith(ignored)}
-    check_fit(wanted, kept | state, f"`{params['ckpt_path']}` does not fit the config")
+    check_weights(wanted, kept | state, f"`{params['ckpt_path']}` does not fit the config")
     module.load_state_dict(kept | state)
     return tables
 

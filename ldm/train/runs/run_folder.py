@@ -83,13 +83,13 @@ def complete(checkpoints: Path) -> list[Path]:
 
 def read(args: Namespace, old: Old | None) -> dict[str, Any]:
     """The config: of the old run if there is one, the given files over it, overrides over all."""
-    from ldm.loading import config
+    from ldm.loading.config import read_yaml
 
     files = [*(_configs(old.folder) if old else []), *args.base]
     if not files:
         folder = old.folder if old else args.logdir
         raise ValueError(f"`{folder}` has no configs/*-project.yaml, give the config with --base")
-    return config.read(files[0], args.overrides, *files[1:], sections=("data", "lightning"))
+    return read_yaml(files[0], args.overrides, *files[1:], sections=("data", "lightning"))
 
 
 def begin(args: Namespace, old: Old | None, starters: Sequence[str] = ()) -> Path:
@@ -131,11 +131,11 @@ def discard(folder: Path) -> None:
 
 def note(args: Namespace, folder: Path, raw: dict[str, Any]) -> None:
     """Keeps the config in the run's folder, unless the one kept there last says the same."""
-    from ldm.loading import config
+    from ldm.loading.config import format_yaml
 
     others = {key: value for key, value in raw.items() if key != "lightning"}
     parts = {"project": others, "lightning": {"lightning": raw.get("lightning", {})}}
-    texts = {kind: config.text(part) for kind, part in parts.items()}
+    texts = {kind: format_yaml(part) for kind, part in parts.items()}
     if [path.read_text("utf-8") for path in _configs(folder)] == list(texts.values()):
         return
     (folder / "configs").mkdir(parents=True, exist_ok=True)

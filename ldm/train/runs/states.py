@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from ldm.loading.files import pickles
+from ldm.loading.files.pickles import pickle_imports
 from ldm.train.distributed.parallel import Ranks
 from ldm.train.runs.run_folder import complete
 from ldm.train.state import State
@@ -148,7 +148,7 @@ def _shapes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     listing = path / METADATA
     if not listing.exists() or not (path / NUMBERS).exists():
         raise ValueError(f"`{path}` is no state of a run, it has no {METADATA} or {NUMBERS}")
-    for name in pickles.names_in(listing, "bare"):
+    for name in pickle_imports(listing, "bare"):
         if not TRUSTED.fullmatch(name):
             raise ValueError(f"`{listing}` is refused: it would call `{name}`")
     entries: dict[str, Any] = FileSystemReader(path).read_metadata().state_dict_metadata

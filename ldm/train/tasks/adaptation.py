@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from ldm.encoders import tokenizer
 from ldm.encoders.text import CLIPText, OpenCLIPText
-from ldm.loading.addons import embeddings, lora
+from ldm.loading.addons.embeddings import write_embeddings
+from ldm.loading.addons.lora import kohya_name, lora_targets, write_lora
 from ldm.model import LatentDiffusion
-from ldm.nets.lora import Adapter, LowRank
+from ldm.nets.lora import LoRA, LoRALayer
 from ldm.train.tasks.diffusion import Diffusion
 
 __all__ = ["TARGETS", "Adaptation"]
@@ -82,12 +83,12 @@ class Adaptation:
             low: Any = next(iter(adapter.values()))
             kohyas = {"ss_network_module": "networks.lora", "ss_network_dim": low.rank}
             kohyas["ss_network_alpha"] = float(low.alpha)
-            lora.write(adapter, path, self.model, "kohya", {**notes, **kohyas})
-            lora.write(adapter, _beside(path, "diffusers"), self.model, "diffusers", notes)
+            write_lora(adapter, path, self.model, "kohya", {**notes, **kohyas})
+            write_lora(adapter, _beside(path, "diffusers"), self.model, "diffusers", notes)
         if self.token is not None:
             to = _beside(path, "word") if "lora" in self.trained else path
             word: Any = self.trained["word"]
-            embeddings.write(to, {self.token: word.vectors}, {**notes})
+            write_embeddings(to, {self.token: word.vectors}, {**notes})
 
 
 class Word(nn.Module):
@@ -104,16 +105,16 @@ def _adapter(
     rank: int = 8,
     alpha: float | None = None,
     targets: Sequence[str] = ("transformer",),
-) -> Adapter:
+) -> LoRA:
     patterns = [re.compile(TARGETS[target]) for target in targets]
     chosen = {
-        lora.kohya(name): LowRank(place, rank, alpha)
-        for name, place in lora.places(model).items()
+        kohya_name(name): LoRALayer(place, rank, alpha)
+        for name, place in lora_targets(model).items()
         if any(pattern.fullmatch(name) for pattern in patterns)
     }
     if not chosen:
         raise ValueError(f"lightning.lora: the model has no layers of {', '.join(targets)}")
-    return Adapter(chosen)
+    return LoRA(chosen)
 
 
 def _word(model: LatentDiffusion, *, token: str, vectors: int = 1, init: str | None = None) -> Word:

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from ldm.loading import config, legacy
-from ldm.loading.addons import lpips
-from ldm.loading.addons.lpips import WANTED
-from ldm.loading.files import checkpoint
+from ldm.loading.addons.lpips import LPIPS_FILES, build_lpips, read_lpips
+from ldm.loading.config import instantiate
+from ldm.loading.files.checkpoint import read_checkpoint
+from ldm.loading.legacy import loss_weights
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.discriminator import PatchDiscriminator
 from ldm.nets.lpips import LPIPS
@@ -45,12 +45,12 @@ def task(
 
         params: of the model in the config. Its `ckpt_path` gives weights of losses, if it has any.
         options: `lightning.objective`, the keywords of Reconstruction or Adversarial; the latter's
-            `perceptual` is {ckpt_path: a file or several}, see `ldm.loading.perceptual`.
+            `perceptual` is {ckpt_path: a file or several}, see `ldm.loading.addons.lpips`.
         weights: False leaves out those of the losses' networks, for who wants their sizes only.
     Raises ValueError for unknown losses and keywords, or if LPIPS is needed and not at hand.
     """
     spec = params.get("lossconfig") or {"target": "torch.nn.Identity"}
-    losses = config.instantiate(spec, where="model.params.lossconfig")
+    losses = instantiate(spec, where="model.params.lossconfig")
     kind = Adversarial if isinstance(losses, LossConfig) else Reconstruction
     keywords = inspect.signature(kind).parameters.values()
     known = [p.name for p in keywords if p.kind is p.KEYWORD_ONLY]
@@ -65,7 +65,7 @@ def task(
     if not isinstance(given, Mapping) or list(given) != ["ckpt_path"]:
         raise ValueError("lightning.objective.perceptual must be {ckpt_path: a file or several}")
     path = given["ckpt_path"]
-    found = (lpips.read(path) if path else lpips.load(start)) if weights else LPIPS()
+    found = (read_lpips(path) if path else build_lpips(start)) if weights else LPIPS()
     made = Adversarial(model, losses, perceptual=found, **options)
     made.start_from(start)
     return made
@@ -182,7 +182,7 @@ class Adversarial:
         if losses.perceptual_weight and perceptual is None:
             raise ValueError(
                 f"perceptual_weight {losses.perceptual_weight:g} needs the weights of LPIPS: "
-                f"`lightning.objective.perceptual.ckpt_path` must name {WANTED}; or set "
+                f"`lightning.objective.perceptual.ckpt_path` must name {LPIPS_FILES}; or set "
                 "`model.params.lossconfig.params.perceptual_weight=0`"
             )
         _freeze(model, trained)
@@ -360,8 +360,8 @@ def _starting_losses(params: Mapping[str, Any]) -> dict[str, Tensor]:
     if not params.get("ckpt_path"):
         return {}
     ignored = tuple(params.get("ignore_keys") or ())
-    state = checkpoint.read(find_file(params["ckpt_path"])).state
-    return legacy.losses({n: v for n, v in state.items() if not n.startswith(ignored)})
+    state = read_checkpoint(find_file(params["ckpt_path"])).state
+    return loss_weights({n: v for n, v in state.items() if not n.startswith(ignored)})
 
 
 @contextmanager

@@ -23,7 +23,17 @@ from ldm.loading.diffusers.names import text_layers, unet_layers
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
 
-__all__ = ["Place", "depth", "gather", "places", "scatter", "text", "unet", "vae", "vision"]
+__all__ = [
+    "Location",
+    "depth_keys",
+    "gather_weights",
+    "locate_weights",
+    "scatter_weights",
+    "text_keys",
+    "unet_keys",
+    "vae_keys",
+    "vision_keys",
+]
 
 Names = Iterable[str]
 REST = "rest"  # the component of what diffusers has no place for
@@ -89,7 +99,7 @@ MIDAS = (
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where a tensor of ours lives: in a component, under one name, or in thirds under three.
 
     form: "flat" is a 1x1 convolution of ours and a matrix of theirs, "turned" the transpose.
@@ -117,13 +127,15 @@ class Place:
         return value.reshape(like.shape) if fits else value
 
 
-def scatter(places: Mapping[str, Place], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def scatter_weights(
+    places: Mapping[str, Location], state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Our tensors that have a place, under their names; views."""
     return {n: v for k, value in state.items() if k in places for n, v in places[k].put(value)}
 
 
-def gather(
-    places: Mapping[str, Place], theirs: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+def gather_weights(
+    places: Mapping[str, Location], theirs: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Theirs as ours; what is missing there is left out. wanted: our names, and shapes."""
     return {
@@ -133,35 +145,37 @@ def gather(
     }
 
 
-def places(model: nn.Module) -> dict[str, Place]:
+def locate_weights(model: nn.Module) -> dict[str, Location]:
     """Of every tensor of a model (or of an autoencoder alone) that has a place, by our name."""
     names = list(model.state_dict())
     if isinstance(model, AutoencoderKL):
-        return _within("", "vae", vae, names)
+        return _within("", "vae", vae_keys, names)
     assert isinstance(model, LatentDiffusion)
-    found = _within("unet.", "unet", unet, names) | _within("autoencoder.", "vae", vae, names)
+    found = _within("unet.", "unet", unet_keys, names) | _within(
+        "autoencoder.", "vae", vae_keys, names
+    )
     text_encoder = getattr(model.conditioner, "text", None)
     if isinstance(text_encoder, CLIPImage):
-        found |= _within(TEXT, "image_encoder", vision, names)
+        found |= _within(TEXT, "image_encoder", vision_keys, names)
     else:
-        kept = text_blocks(text_encoder)
-        found |= _within(TEXT, "text_encoder", lambda names: text(names, kept), names)
-    found |= _within(EYE, "image_encoder", vision, names)
-    return found | _within(DEPTH, "depth_estimator", depth, names)
+        kept = used_text_blocks(text_encoder)
+        found |= _within(TEXT, "text_encoder", lambda names: text_keys(names, kept), names)
+    found |= _within(EYE, "image_encoder", vision_keys, names)
+    return found | _within(DEPTH, "depth_estimator", depth_keys, names)
 
 
-def text_blocks(encoder: nn.Module | None) -> int | None:
+def used_text_blocks(encoder: nn.Module | None) -> int | None:
     """How many blocks of a text tower are used, where that is not all of them."""
     if isinstance(encoder, OpenCLIPText) and encoder.layer == "penultimate":
         return len(encoder.model.transformer["resblocks"]) - 1  # type: ignore[arg-type]
     return None
 
 
-def unet(names: Names) -> dict[str, Place]:
-    return {ours: Place((theirs,)) for ours, theirs in unet_layers(names).items()}
+def unet_keys(names: Names) -> dict[str, Location]:
+    return {ours: Location((theirs,)) for ours, theirs in unet_layers(names).items()}
 
 
-def vae(names: Names) -> dict[str, Place]:
+def vae_keys(names: Names) -> dict[str, Location]:
     names = list(names)
     levels = len({match[0] for name in names if (match := re.match(r"decoder\.up\.\d+", name))})
     found = {}
@@ -171,39 +185,39 @@ def vae(names: Names) -> dict[str, Place]:
         for pattern, word in VAE:
             theirs = re.sub(pattern, word, theirs)
         is_matrix = re.search(r"\.to_\w+(\.0)?\.weight$", theirs)
-        found[name] = Place((theirs,), "flat" if is_matrix else "same")
+        found[name] = Location((theirs,), "flat" if is_matrix else "same")
     return found
 
 
-def text(names: Names, blocks: int | None = None) -> dict[str, Place]:
+def text_keys(names: Names, blocks: int | None = None) -> dict[str, Location]:
     """blocks: theirs have so many, ours may have more."""
     found = {}
     for ours, theirs in text_layers(names).items():
         block = re.search(r"\.layers\.(\d+)\.", theirs)
         is_used = block is None or blocks is None or int(block[1]) < blocks
         if theirs.startswith("text_model.") and is_used:
-            found[ours] = Place(_thirds(theirs))
+            found[ours] = Location(_thirds(theirs))
     return found
 
 
-def vision(names: Names) -> dict[str, Place]:
+def vision_keys(names: Names) -> dict[str, Location]:
     found, ours = {}, "model.visual."
     for name in names:
         tail = name.removeprefix(ours)
         if tail == name:
             continue
         if tail == "proj":
-            found[name] = Place(("visual_projection.weight",), "turned")
+            found[name] = Location(("visual_projection.weight",), "turned")
             continue
         for pattern, word in VISION:
             tail = re.sub(rf"^{pattern}", word, tail)
         if tail.startswith("transformer."):  # the blocks are those of a text tower
             tail = text_layers([tail])[tail].removeprefix("text_model.")
-        found[name] = Place(_thirds(f"vision_model.{tail}"))
+        found[name] = Location(_thirds(f"vision_model.{tail}"))
     return found
 
 
-def depth(names: Names) -> dict[str, Place]:
+def depth_keys(names: Names) -> dict[str, Location]:
     found = {}
     for name in names:
         theirs = name.removeprefix("model.")
@@ -211,7 +225,7 @@ def depth(names: Names) -> dict[str, Place]:
             theirs = re.sub(pattern, word, theirs)
         if not theirs.startswith("pretrained."):  # the head of a classifier is left over there
             thirds = ("query", "key", "value") if ".qkv." in theirs else ("qkv",)
-            found[name] = Place(tuple(theirs.replace("qkv", third) for third in thirds))
+            found[name] = Location(tuple(theirs.replace("qkv", third) for third in thirds))
     return found
 
 
@@ -222,8 +236,8 @@ def _thirds(name: str) -> tuple[str, ...]:
 
 
 def _within(
-    prefix: str, component: str, table: Callable[[list[str]], dict[str, Place]], names: list[str]
-) -> dict[str, Place]:
+    prefix: str, component: str, table: Callable[[list[str]], dict[str, Location]], names: list[str]
+) -> dict[str, Location]:
     inner = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     found = table(inner) if inner else {}
     return {prefix + name: replace(place, component=component) for name, place in found.items()}
