@@ -36,7 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from run import clock, peak, processor  # noqa: E402
 
-from ldm.conditioning import Cond, Conditioner  # noqa: E402
+from ldm.conditioning import Cond, Conditioner, Encoder  # noqa: E402
 from ldm.loading.config import instantiate, read_yaml  # noqa: E402
 from ldm.loading.legacy import translate_config  # noqa: E402
 from ldm.model import LatentDiffusion  # noqa: E402
@@ -216,7 +216,7 @@ class Batch:
     t: Tensor
 
 
-class Given(nn.Module):
+class Given(Encoder):
     """In place of a text encoder: embeddings that are at hand."""
 
     slot, key = "crossattn", "txt"

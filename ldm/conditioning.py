@@ -1,40 +1,38 @@
-"""What the network listens to.
+"""Conditions of the UNet: `Cond` holds them, an `Encoder` makes one, a `Conditioner` runs several.
 
-A network has three ears, and a `Cond` has one slot for each:
+A condition reaches the UNet in one of three ways, each of which is a slot of `Cond`:
 
     crossattn (B, N, D)     tokens for the cross-attention layers        a prompt
-    concat    (B, C, h, w)  channels joined to the noisy latent          a mask, a depth map
+    concat    (B, C, h, w)  channels concatenated to the noisy latent    a mask, a depth map
     vector    (B, D)        added to the time embedding                  a noise level, an image
-
-A `Conditioner` is a set of named encoders; each says which record it reads (`key`), which slot it
-fills (`slot`) and, if its record may be left out, what stands for "nothing" (`null`).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Cond", "Conditioner"]
+__all__ = ["Batch", "Cond", "Conditioner", "Encoder", "PrepareOptions", "Slot"]
 
-# Two fillings of one slot are joined along this axis: tokens, channels, features.
-_JOIN = {"crossattn": 1, "concat": 1, "vector": 1}
+Batch = Mapping[str, Any]  # tensors, and lists of texts or of images, by batch key
+Slot = Literal["crossattn", "concat", "vector"]
+EncoderT = TypeVar("EncoderT", bound="Encoder")
 
 
 @dataclass(frozen=True)
 class Cond:
-    """The three slots; an empty one is None. All that are filled share the batch size."""
+    """The condition of a batch. An empty slot is None; all others have the same batch size."""
 
     crossattn: Tensor | None = None
     concat: Tensor | None = None
     vector: Tensor | None = None
 
     def filled(self) -> dict[str, Tensor]:
-        """The slots that hold something, by name."""
-        slots = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return {name: value for name, value in slots if value is not None}
+        """Returns the slots that are not None, by name."""
+        slots = {"crossattn": self.crossattn, "concat": self.concat, "vector": self.vector}
+        return {name: value for name, value in slots.items() if value is not None}
 
     def __len__(self) -> int:
         return next((len(value) for value in self.filled().values()), 0)
@@ -43,66 +41,168 @@ class Cond:
         return Cond(**{name: value[rows] for name, value in self.filled().items()})
 
     def cat(self, other: "Cond") -> "Cond":
-        """This batch followed by `other`.
+        """Concatenates two conditions along the batch axis.
 
-        Raises ValueError unless both fill the same slots.
+        Raises:
+            ValueError: If they fill different slots.
         """
-        mine, theirs = self.filled(), other.filled()
-        if mine.keys() != theirs.keys():
-            raise ValueError(f"cannot join a condition of {set(mine)} with one of {set(theirs)}")
-        return Cond(**{name: torch.cat([mine[name], theirs[name]]) for name in mine})
+        first, second = self.filled(), other.filled()
+        if first.keys() != second.keys():
+            raise ValueError(f"cannot join a condition of {set(first)} with one of {set(second)}")
+        return Cond(**{name: torch.cat([first[name], second[name]]) for name in first})
 
     def repeat(self, n: int) -> "Cond":
-        """Every row n times in place: rows 0, 0, 1, 1, … for n = 2."""
+        """Repeats every row n times, in place: rows 0, 0, 1, 1, … for n = 2."""
         return Cond(**{k: v.repeat_interleave(n, dim=0) for k, v in self.filled().items()})
 
-    def to(self, *args: Any, **kwargs: Any) -> "Cond":
-        """All slots on another device or in another dtype, as `Tensor.to`."""
-        return Cond(**{name: value.to(*args, **kwargs) for name, value in self.filled().items()})
-
-    def add(self, slot: str, value: Tensor) -> "Cond":
-        """With `value` in a slot, joined behind what is there."""
-        held = getattr(self, slot)
-        joined = value if held is None else torch.cat([held, value], dim=_JOIN[slot])
+    def add(self, slot: Slot, value: Tensor) -> "Cond":
+        """Fills a slot; what it held is followed by `value` along axis 1 (tokens or channels)."""
+        current = self.filled().get(slot)
+        joined = value if current is None else torch.cat([current, value], dim=1)
         return replace(self, **{slot: joined})
 
 
-class Conditioner(nn.Module):
-    """Named encoders, run over one batch.
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What `Encoder.prepare` may use besides the batch.
 
-        encoders: modules with `key`, `slot`, perhaps `null`, called with `batch[key]`.
-
-    The names are the attribute names, so that weights are `conditioner.text.…`.
+    Attributes:
+        size: (h, w) of the latent.
+        encode: Image (B, 3, H, W) in [-1, 1] -> z, sampled from the posterior.
+        generator: Random generator; None for torch's global one.
     """
 
-    def __init__(self, **encoders: nn.Module) -> None:
+    size: tuple[int, int]
+    encode: Callable[[Tensor], Tensor]
+    generator: torch.Generator | None = None
+
+    def randn(self, shape: Sequence[int]) -> Tensor:
+        """Standard normal noise, on the generator's device."""
+        return torch.randn(*shape, generator=self.generator, device=self._device)
+
+    def randint(self, high: int, n: int) -> Tensor:
+        """n integers in [0, high), on the generator's device."""
+        return torch.randint(high, (n,), generator=self.generator, device=self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device("cpu") if self.generator is None else self.generator.device
+
+
+class Encoder(nn.Module):
+    """Turns one entry of a batch into one slot of a `Cond`: `encoder(batch[encoder.key])`.
+
+    Attributes:
+        key: Batch key of the input.
+        slot: Slot of `Cond` for the output.
+        droppable: Whether samples may be replaced by `null`, for classifier-free guidance.
+        null: The unconditional sample, such as an empty prompt.
+        cache_key: Batch key that `prepare` computes without randomness (or that holds an image in
+            pixels), which a latent cache stores; None if there is none.
+        generation: The Stable Diffusion (1 or 2) whose models have this encoder for text.
+        unused: Prefixes of the names of weights that do not affect the output.
+    """
+
+    key: str
+    slot: Slot
+    droppable: ClassVar[bool] = False
+    null: ClassVar[object] = None
+    cache_key: str | None = None
+    generation: ClassVar[int | None] = None
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        return ()
+
+    def prepare(self, batch: Batch, options: PrepareOptions) -> dict[str, Tensor]:
+        """Computes the entries of the batch that this encoder needs from those that are there.
+
+        Whatever is slow or random belongs here and not in `forward`, which then gives the same
+        result for the conditional and the unconditional batch.
+
+        Args:
+            batch: Images, masks … as a task or a data set provides them.
+            options: Size of the latent, autoencoder and random generator.
+
+        Returns:
+            Entries to add to the batch.
+        """
+        return {}
+
+
+class Conditioner(nn.Module):
+    """Runs named encoders over one batch.
+
+    The names are the attribute names, so that weights are called `conditioner.text.…`.
+
+    Args:
+        encoders: Encoders by name; the one of the prompt (or of what replaces it) is `text`.
+    """
+
+    text: Encoder | None
+
+    def __init__(self, **encoders: Encoder) -> None:
         super().__init__()
         for name, encoder in encoders.items():
+            if not isinstance(encoder, Encoder):
+                raise TypeError(f"encoder `{name}` must be an Encoder, got {type(encoder)}")
             self.add_module(name, encoder)
+        if "text" not in encoders:
+            self.register_module("text", None)
+
+    @property
+    def encoders(self) -> dict[str, Encoder]:
+        """All encoders by name."""
+        return {k: v for k, v in self.named_children() if isinstance(v, Encoder)}
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """Batch keys that the encoders read."""
+        return frozenset(encoder.key for encoder in self.encoders.values())
+
+    def find(self, kind: type[EncoderT]) -> EncoderT | None:
+        """Returns the first encoder of a class, or None."""
+        return next((e for e in self.encoders.values() if isinstance(e, kind)), None)
+
+    def get(self, kind: type[EncoderT]) -> EncoderT:
+        """Returns the first encoder of a class.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        encoder = self.find(kind)
+        if encoder is None:
+            names = ", ".join(type(e).__name__ for e in self.encoders.values()) or "none"
+            raise ValueError(f"this model has no {kind.__name__}, its encoders: {names}")
+        return encoder
 
     def forward(
         self,
-        batch: Mapping[str, Any],
+        batch: Batch,
         drop: float | Mapping[str, float] = 0.0,
         generator: torch.Generator | None = None,
     ) -> Cond:
-        """The condition of a batch; each record is replaced by "nothing" with probability `drop`.
+        """Encodes a batch.
 
-            drop: for all that encoders read, or for some by name: {"txt": 0.1}.
-        Raises KeyError if the batch lacks what an encoder reads.
+        Args:
+            batch: One entry for the `key` of each encoder.
+            drop: Probability of replacing a sample by the encoder's `null`; for all encoders, or by
+                batch key, such as {"txt": 0.1}.
+            generator: Random generator for `drop`.
+
+        Raises:
+            KeyError: If an entry is missing.
         """
         cond = Cond()
-        encoder: Any
-        for name, encoder in self.named_children():
+        for name, encoder in self.encoders.items():
             if encoder.key not in batch:
-                given = ", ".join(f"`{key}`" for key in batch)
-                raise KeyError(f"encoder `{name}` reads `{encoder.key}`, the batch has {given}")
-            records = batch[encoder.key]
-            share = drop.get(encoder.key, 0.0) if isinstance(drop, Mapping) else drop
-            if share and hasattr(encoder, "null"):
-                lost = torch.rand(len(records), generator=generator) < share
-                records = [
-                    encoder.null if gone else r for r, gone in zip(records, lost, strict=True)
-                ]
-            cond = cond.add(encoder.slot, encoder(records))
+                keys = ", ".join(f"`{key}`" for key in batch)
+                raise KeyError(f"encoder `{name}` reads `{encoder.key}`, the batch has {keys}")
+            samples = batch[encoder.key]
+            p = drop.get(encoder.key, 0.0) if isinstance(drop, Mapping) else drop
+            if p and encoder.droppable:
+                dropped = torch.rand(len(samples), generator=generator) < p
+                pairs = zip(samples, dropped, strict=True)
+                samples = [encoder.null if is_dropped else sample for sample, is_dropped in pairs]
+            cond = cond.add(encoder.slot, encoder(samples))
         return cond

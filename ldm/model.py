@@ -1,13 +1,11 @@
-"""LatentDiffusion: the lake where loading, sampling and training meet.
-
-It owns four things and no procedures:
+"""LatentDiffusion: UNet, autoencoder, conditioner and noise schedule of one model.
 
     autoencoder    image (B, 3, H, W) in [-1, 1]  <->  z (B, C, h, w), std about 1
     conditioner    batch                           ->  Cond
     unet           (z_t, t, Cond)                  ->  prediction
-    schedule       how much noise at which step
+    schedule       noise level of each timestep
 
-Rombach et al. 2022 (arXiv:2112.10752).
+Sampling and training live in other modules. Rombach et al. 2022 (arXiv:2112.10752).
 """
 
 from collections.abc import Mapping
@@ -16,26 +14,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioning import Cond, Conditioner
+from ldm.conditioning import Batch, Cond, Conditioner, PrepareOptions
 from ldm.diffusion.denoiser import Denoiser, scalings
 from ldm.diffusion.schedule import Schedule
 from ldm.nets.autoencoder import AutoencoderKL, PixelSpace
 from ldm.nets.tiling import tiled
 from ldm.nets.unet import UNet
+from ldm.runtime.errors import ArgumentError
 
 __all__ = ["LatentDiffusion"]
 
 
 class LatentDiffusion(nn.Module):
-    """A latent diffusion model of any family: families differ in encoders and numbers only.
+    """A latent diffusion model of any family: families differ in encoders and sizes only.
 
-        unet: (z_t, t, context=…, y=…) -> prediction.
-        conditioner: batch -> Cond.
-        parameterization: what `unet` predicts, "eps", "v" or "x0".
-        scale_factor: latents are the autoencoder's, times this (about 1 / their std).
-        image_size: side of the latent that the model was trained at, in latent pixels.
+    Args:
+        unet: Network (z_t, t, context=…, y=…) -> prediction.
+        autoencoder: Between images and latents.
+        conditioner: Encoders of the conditions.
+        schedule: Noise schedule.
+        parameterization: What `unet` predicts: "eps", "v" or "x0".
+        scale_factor: Factor of the autoencoder's latents, about 1 / their standard deviation.
+        image_size: Side of the latents that the model was trained with, in latent pixels.
 
-    `provenance` says which files it came from; `ldm.load` fills it in.
+    Attributes:
+        provenance: Files that the model was loaded from, set by `ldm.load`.
+
+    Raises:
+        ArgumentError: For an unknown parameterization, or one that the schedule rules out.
     """
 
     def __init__(
@@ -52,9 +58,9 @@ class LatentDiffusion(nn.Module):
         super().__init__()
         scalings(parameterization, torch.ones(()))  # raises for an unknown one
         if schedule.zero_snr and parameterization == "eps":
-            raise ValueError(
-                "rescale_betas_zero_snr needs parameterization `v` or `x0`, got `eps`: where z_t "
-                "is noise alone, eps says nothing of z"
+            raise ArgumentError(
+                "rescale_betas_zero_snr needs parameterization `v` or `x0`, got `eps`: at zero "
+                "terminal SNR, z_t is pure noise and eps carries no information about z"
             )
         self.unet = unet
         self.autoencoder = autoencoder
@@ -67,7 +73,7 @@ class LatentDiffusion(nn.Module):
 
     @property
     def denoiser(self) -> Denoiser:
-        """D(x, sigma, cond), and the loss that trains it."""
+        """Denoiser D(x, sigma, cond) of the UNet, for samplers and the training loss."""
         return Denoiser(self.unet, self.schedule, self.parameterization)
 
     @property
@@ -77,7 +83,7 @@ class LatentDiffusion(nn.Module):
 
     @property
     def downscale(self) -> int:
-        """Pixels per latent pixel, along one side."""
+        """Image pixels per latent pixel along one side, such as 8."""
         return self.autoencoder.downscale
 
     @property
@@ -89,53 +95,57 @@ class LatentDiffusion(nn.Module):
         return next(self.unet.parameters()).dtype
 
     def encode(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """image (B, 3, H, W) in [-1, 1] -> z (B, C, h, w) float32, drawn from the posterior."""
+        """Image (B, 3, H, W) in [-1, 1] -> z (B, C, h, w) float32, sampled from the posterior."""
         return self.autoencoder.encode(image).sample(generator).float() * self.scale_factor
 
-    def prepare(
-        self,
-        batch: Mapping[str, Any],
-        size: tuple[int, int],
-        generator: torch.Generator | None = None,
-    ) -> dict[str, Any]:
-        """The batch with the records that encoders read, made of what they are made from.
-
-        What is slow or drawn at random (a depth map, the latent of a masked picture, noise) is so
-        made once, and conditions with and without a prompt agree.
-
-        size: (h, w) of the latent. generator: of all that is drawn.
-        """
-        prepared = dict(batch)
-        encoder: Any
-        for encoder in self.conditioner.children():
-            if hasattr(encoder, "prepare"):
-                prepared |= encoder.prepare(
-                    prepared,
-                    size=size,
-                    encode=lambda image: self.encode(image, generator),
-                    generator=generator,
-                )
-        return prepared
-
     def decode(self, z: Tensor, tile: int | None = None) -> Tensor:
-        """z (B, C, h, w) -> image (B, 3, H, W) float32, about [-1, 1] (not clamped).
+        """Decodes latents.
 
-        tile: side in latent pixels of overlapping tiles, decoded one by one and blended: less
-            memory, and not quite the same picture, as each tile is normalised by itself.
+        Args:
+            z: (B, C, h, w).
+            tile: Side, in latent pixels, of overlapping tiles that are decoded one by one and
+                blended: needs less memory, but changes the image a little, as each tile is
+                normalised by itself. None decodes everything at once.
+
+        Returns:
+            Image (B, 3, H, W) float32, about [-1, 1] (not clamped).
         """
         z = z / self.scale_factor
         if tile is None:
             return self.autoencoder.decode(z)
         return tiled(self.autoencoder.decode, z, tile, factor=self.downscale)
 
+    def prepare(
+        self, batch: Batch, size: tuple[int, int], generator: torch.Generator | None = None
+    ) -> dict[str, Any]:
+        """Adds to a batch what its encoders read: a depth map, the latent of a masked image, noise.
+
+        This is slow or random; `condition` then gives consistent results with and without a prompt.
+
+        Args:
+            batch: Images, masks, texts … by batch key.
+            size: (h, w) of the latent.
+            generator: Random generator for all that is sampled.
+        """
+        options = PrepareOptions(size, lambda image: self.encode(image, generator), generator)
+        prepared = dict(batch)
+        for encoder in self.conditioner.encoders.values():
+            prepared |= encoder.prepare(prepared, options)
+        return prepared
+
     def condition(
         self,
-        batch: Mapping[str, Any],
+        batch: Batch,
         drop: float | Mapping[str, float] = 0.0,
         generator: torch.Generator | None = None,
     ) -> Cond:
-        """The condition of a batch, a dict keyed like the records: {"txt": ["a red apple", …]}.
+        """The condition of a batch, such as {"txt": ["a red apple", …]}; see Conditioner.forward.
 
-        drop: share of records replaced by "nothing", for training with guidance; see `Conditioner`.
+        Args:
+            batch: One entry per encoder, as `prepare` completes it.
+            drop: Probability of replacing a sample by the unconditional one, for training with
+                classifier-free guidance; for all encoders or by batch key.
+            generator: Random generator for `drop`.
         """
-        return self.conditioner(batch, drop, generator)
+        cond: Cond = self.conditioner(batch, drop, generator)
+        return cond

@@ -2,20 +2,19 @@
 
 import pytest
 import torch
-from torch import nn
 
-from ldm.conditioning import Cond, Conditioner
+from ldm.conditioning import Cond, Conditioner, Encoder
 
 
-class Lengths(nn.Module):
-    slot, key, null = "crossattn", "txt", ""
+class Lengths(Encoder):
+    slot, key, null, droppable = "crossattn", "txt", "", True
 
     def forward(self, texts):
         return torch.tensor([[[float(len(text))]] for text in texts])
 
 
-class Levels(nn.Module):
-    slot, key, null = "vector", "level", 0
+class Levels(Encoder):
+    slot, key, null, droppable = "vector", "level", 0, True
 
     def forward(self, levels):
         return torch.tensor([[float(level)] for level in levels])

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ldm.data.folder import Folder
 from ldm.data.transforms import Emoji
-from ldm.encoders.lowres import hole
+from ldm.encoders.lowres import mask_image
 from ldm.imaging import pixels
 from ldm.loading.load import load
 from ldm.model import LatentDiffusion
@@ -118,7 +118,7 @@ def compare_inpainting(
         image, mask = sample["jpg"][None], sample["mask"][None]  # (1, 3, H, W), (1, 1, H, W)
         mean = (image * (1 - mask)).sum((2, 3), keepdim=True) / (1 - mask).sum().clamp(min=1)
         return {
-            "input": hole(image, mask),
+            "input": mask_image(image, mask),
             "mean of the rest": torch.lerp(image, mean.expand_as(image), mask),
             "inpainting model": inpaint(model, [sample["txt"]], image, mask, **options),
             "text-to-image model": inpaint(text_model, [sample["txt"]], image, mask, **options),

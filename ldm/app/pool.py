@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.encoders.text import TextEncoder
 from ldm.loading.load import load
 from ldm.model import LatentDiffusion
 
@@ -89,8 +90,8 @@ def _look(module: nn.Module) -> tuple[type, dict[str, Any], list[str]]:
         for name, value in vars(module).items()
         if isinstance(value, PLAIN) or inspect.isroutine(value)
     }
-    learned = getattr(module, "learned", {})  # words of a text tower, which are no weights of it
-    settings["learned"] = {word: vectors.tolist() for word, vectors in learned.items()}
+    if isinstance(module, TextEncoder):  # textual inversions are not among the weights
+        settings["added"] = {t: v.tolist() for t, v in module.added_embeddings.items()}
     names = [*module._parameters, *module._buffers]
     return type(module), settings, names
 

@@ -1,5 +1,5 @@
-"""What a model listens to: each encoder turns one entry of a batch into one part of `Cond`.
+"""Encoders of conditions: each turns one entry of a batch into one slot of `Cond`.
 
-Third-party packages that bring data or weights' layouts (open_clip, transformers, timm) are
-fenced in here. Nothing in this folder downloads anything, and all of it builds on the meta device.
+open_clip (for its vocabulary) and timm are imported only here. Nothing is downloaded, and all
+encoders can be built on the meta device.
 """

@@ -1,25 +1,27 @@
-"""Depth as a condition: MiDaS, what its network is fed, and how a latent network reads a map.
+"""Depth as a condition: MiDaS, its preprocessing, and the normalised depth map.
 
-    image (B, 3, H, W) in [-1, 1] --estimate--> depth (B, 1, H', W') --resized--> (B, 1, h, w)
-    depth (B, 1, h, w) of any range --encoder--> Cond.concat (B, 1, h, w) in [-1, 1]
+    image (B, 3, H, W) in [-1, 1] --estimate--> depth (B, 1, H', W') --resize_depth--> (B, 1, h, w)
+    depth (B, 1, h, w) of any range --normalize_depth--> concat (B, 1, h, w) in [-1, 1]
 
-Estimating is slow and is done once; conditioning with and without a prompt then reads the same
-map. A map of one's own enters where the estimated one would: any size, any range, near = large.
+`prepare` estimates the depth once; the conditional and the unconditional batch share it. A depth
+map of the user's own (any size, any range, near = large) takes the place of the estimated one.
 
 Ranftl et al. 2020 (arXiv:1907.01341) and 2021 (arXiv:2103.13413).
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.conditioning import Batch, Encoder, PrepareOptions, Slot
 from ldm.encoders.dpt import DPT, MULTIPLE
+from ldm.runtime.errors import ArgumentError, MissingArgument, unknown_name
 
-TARGET = 384  # pixels of the side that decides, as in the training of MiDaS
-# model_type: sizes of the network; `embed_dim`, `depth`, `num_heads`, `img_size` are timm's words
+TARGET = 384  # pixels along one side, as in the training of MiDaS
+# Sizes by model_type; `embed_dim`, `depth`, `num_heads`, `img_size` are arguments of timm.
 ARCHS: dict[str, dict[str, Any]] = {
     "dpt_hybrid": {
         "embed_dim": 768, "depth": 12, "num_heads": 12, "img_size": 384, "hooks": (8, 11),
@@ -28,20 +30,22 @@ ARCHS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class MiDaSDepth(nn.Module):
+class MiDaSDepth(Encoder):
     """A depth map of the latent's size -> channel (B, 1, h, w), scaled to [-1, 1] per image.
 
-    model_type: a name in ARCHS; None has no network, and reads maps that are given.
-    arch: sizes that differ from it.
-    margin: added to the range of the map before dividing; 0.001 where the original trained, 0
-        where its scripts sampled.
+    The parameter names are those of MiDaS' files and of `depth_model` in published checkpoints.
+    A dropped prompt leaves the depth in.
 
-    It has no `null`: leaving out the prompt leaves the depth in. The weights are those of the MiDaS
-    files and of `depth_model` in published checkpoints.
+    Args:
+        model_type: Name in ARCHS; None for no network, so that a batch must have depth maps.
+        arch: Sizes that differ from it.
+        margin: Added to the range of the depth before dividing by it: 0.001 in the original's
+            training, 0 in its scripts.
     """
 
-    slot: Literal["concat"] = "concat"
-    key = cached = "depth"
+    slot: Slot = "concat"
+    key = "depth"
+    cache_key = "depth"
 
     def __init__(
         self,
@@ -56,67 +60,66 @@ class MiDaSDepth(nn.Module):
         if model_type is None:
             return
         if model_type not in ARCHS:
-            names = ", ".join(ARCHS)
-            raise ValueError(f"unknown depth model `{model_type}`, choose one of {names}")
+            raise unknown_name("depth model", model_type, ARCHS, argument="model_type")
         size = ARCHS[model_type] | dict(arch or {})
         hooks, features = size.pop("hooks"), size.pop("features")
-        self.model = DPT(_backbone(size), hooks=tuple(hooks), features=features)
+        self.model = DPT(_build_backbone(size), hooks=tuple(hooks), features=features)
         self.requires_grad_(False)
 
     def forward(self, depth: Tensor) -> Tensor:
-        """depth: (B, 1, h, w), of the latent's size and of any range."""
-        return scaled(depth, self.margin)  # (B, 1, h, w)
+        """Normalises depth maps (B, 1, h, w) of any range to [-1, 1]."""
+        return normalize_depth(depth, self.margin)
 
     def estimate(self, image: Tensor) -> Tensor:
         """Inverse depth (B, 1, H', W') float32 of images (B, 3, H, W) in [-1, 1], near = large.
 
-        H' and W' are the network's own, see `network_size`.
+        H' and W' are those of `network_size`.
         """
         return self.infer(midas_input(image))
 
     def infer(self, midas_in: Tensor) -> Tensor:
-        """Inverse depth (B, 1, H', W') float32 of what `midas_input` gives, (B, 3, H', W').
+        """Inverse depth (B, 1, H', W') float32 of the output of `midas_input`, (B, 3, H', W').
 
-        Raises ValueError without a network.
+        Raises:
+            MissingArgument: If there is no network.
         """
         if self.model is None:
-            raise ValueError("this model cannot estimate depth: give it a map (--depth-map FILE)")
-        x = midas_in.to(next(self.model.parameters()))
-        return self.model(x).float()
+            raise MissingArgument(
+                "this model cannot estimate depth: a depth map is needed", "depth"
+            )
+        depth: Tensor = self.model(midas_in.to(next(self.model.parameters())))
+        return depth.float()
 
-    def prepare(
-        self,
-        batch: Mapping[str, Any],
-        *,
-        size: tuple[int, int],
-        encode: Callable[[Tensor], Tensor] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
-        """The record that this encoder reads, made from what a batch has.
+    def prepare(self, batch: Batch, options: PrepareOptions) -> dict[str, Tensor]:
+        """Makes `depth` of the latent's size.
 
+        Args:
             batch: `depth` (B, 1, …), else `midas_in` (B, 3, H', W'), else `jpg` (B, 3, H, W).
-            size: of the latent, (h, w).
-            encode, generator: not needed here.
-        Raises KeyError if the batch has none of the three.
+            options: `size` is used.
+
+        Raises:
+            KeyError: If the batch has none of the three.
         """
         if "depth" in batch:
-            return {"depth": resized(batch["depth"], size)}
-        if "midas_in" in batch:
-            return {"depth": resized(self.infer(batch["midas_in"]), size)}
-        if "jpg" in batch:
-            return {"depth": resized(self.estimate(batch["jpg"]), size)}
-        given = ", ".join(f"`{key}`" for key in batch)
-        raise KeyError(f"depth comes from `depth`, `midas_in` or `jpg`, the batch has {given}")
+            depth = batch["depth"]
+        elif "midas_in" in batch:
+            depth = self.infer(batch["midas_in"])
+        elif "jpg" in batch:
+            depth = self.estimate(batch["jpg"])
+        else:
+            keys = ", ".join(f"`{key}`" for key in batch)
+            raise KeyError(f"depth needs `depth`, `midas_in` or `jpg`, the batch has {keys}")
+        return {"depth": resize_depth(depth, options.size)}
 
 
 def midas_input(image: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1], of any size -> what the network is fed, (B, 3, H', W').
+    """Resizes images (B, 3, H, W) in [-1, 1] to MiDaS' input (B, 3, H', W'), see `network_size`.
 
-    Cubic interpolation with a = -0.75 and without smoothing, as OpenCV has it. The values stay in
-    [-1, 1] but for overshoot: MiDaS' mean and deviation are both 0.5.
+    Bicubic with a = -0.75 and without antialiasing, as in OpenCV. Normalisation changes nothing:
+    MiDaS' mean and standard deviation are both 0.5.
     """
     if image.dim() != 4 or image.shape[1] != 3:
-        raise ValueError(f"images (B, 3, H, W) are expected, got {tuple(image.shape)}")
+        raise ArgumentError(f"expected images (B, 3, H, W), got {tuple(image.shape)}")
     size = network_size(image.shape[-2], image.shape[-1])
     image = image.float()
     if size == tuple(image.shape[-2:]):
@@ -125,29 +128,31 @@ def midas_input(image: Tensor) -> Tensor:
 
 
 def network_size(height: int, width: int) -> tuple[int, int]:
-    """The size at which MiDaS looks at an image: one side near 384, both multiples of 32.
+    """Height and width of MiDaS' input: one side about 384 pixels, both multiples of 32.
 
-    The side that is nearer to 384 decides for both; halves round to even.
+    The scale is that of the side which is nearer to 384; halves round to even.
     """
     scale = min(TARGET / height, TARGET / width, key=lambda s: abs(1 - s))
     return _to_multiple(height * scale), _to_multiple(width * scale)
 
 
-def resized(depth: Tensor, size: tuple[int, int]) -> Tensor:
-    """A depth map (B, 1, H, W) at another size, bicubic; as it is if that is its size."""
+def resize_depth(depth: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resizes depth maps (B, 1, H, W) by bicubic interpolation; no change if they have the size."""
     if depth.dim() != 4 or depth.shape[1] != 1:
-        raise ValueError(f"depth maps (B, 1, H, W) are expected, got {tuple(depth.shape)}")
+        raise ArgumentError(f"expected depth maps (B, 1, H, W), got {tuple(depth.shape)}")
     if tuple(depth.shape[-2:]) == tuple(size):
         return depth.float()
     return F.interpolate(depth.float(), size=size, mode="bicubic", align_corners=False)
 
 
-def scaled(depth: Tensor, margin: float = 0.0) -> Tensor:
-    """Each map stretched to [-1, 1]; a constant one becomes -1.
+def normalize_depth(depth: Tensor, margin: float = 0.0) -> Tensor:
+    """Scales each depth map (B, 1, h, w) to [-1, 1]; a constant one becomes -1.
 
-    depth: (B, 1, h, w). margin: added to its range before dividing.
+    Args:
+        margin: Added to the range before dividing by it.
     """
-    low, high = (f(depth, dim=(1, 2, 3), keepdim=True) for f in (torch.amin, torch.amax))
+    low = depth.amin(dim=(1, 2, 3), keepdim=True)
+    high = depth.amax(dim=(1, 2, 3), keepdim=True)
     span = (high - low + margin).clamp(min=torch.finfo(depth.dtype).tiny)
     return 2 * (depth - low) / span - 1
 
@@ -156,16 +161,17 @@ def _to_multiple(side: float) -> int:
     return max(round(side / MULTIPLE), 1) * MULTIPLE
 
 
-def _backbone(size: Mapping[str, Any]) -> nn.Module:
-    """The hybrid ViT of timm (R50 + ViT-B/16 unless `size` says otherwise), without weights.
+def _build_backbone(size: Mapping[str, Any]) -> nn.Module:
+    """timm's hybrid ViT (R50 + ViT-B/16 with the sizes of `size`), without weights.
 
-    timm is imported here and not above: it takes seconds, and only depth models need it.
+    timm is imported here as it takes seconds and only depth models need it.
     """
     try:
         from timm import create_model
-    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision made for another torch
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision for another torch
         raise ImportError(
             f"depth models need `timm` and a torchvision that fits this torch ({error})\n"
             "hint: pip install 'ldm-revived[depth]'"
         ) from error
-    return create_model("vit_base_r50_s16_384", pretrained=False, **size)
+    vit: nn.Module = create_model("vit_base_r50_s16_384", pretrained=False, **size)
+    return vit

@@ -1,32 +1,33 @@
-"""A picture as a condition: the vision towers of CLIP, and the noise put on what they say.
+"""Image encoders: the vision towers of CLIP, and noise augmentation of their embeddings.
 
     image --preprocess--> (B, 3, 224, 224) --vision tower--> embedding (B, D)
 
-    stable unCLIP         noise the embedding, join its level    vector (B, 2 D)
-    SD 1 image variation  the embedding is the only token        crossattn (B, 1, D)
+    stable unCLIP         noised embedding, embedding of the noise level    vector (B, 2 D)
+    SD 1 image variation  the embedding as the only token                   crossattn (B, 1, D)
 
-Weights come from the checkpoint, where they keep the names of the package that they come from;
-nothing is downloaded. The file of embedding statistics that some models need is opened by loading.
+Weights come from the checkpoint and keep the parameter names of open_clip. The file of embedding
+statistics that some models need is opened by `ldm.loading`.
 
 Radford et al. 2021 (arXiv:2103.00020); unCLIP: Ramesh et al. 2022 (arXiv:2204.06125).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.diffusion.schedule import Schedule, make_betas
-from ldm.encoders.lowres import TABLES
-from ldm.encoders.text import open_clip_size
-from ldm.encoders.towers import OpenCLIPTower, VisionTower
+from ldm.conditioning import Batch, Encoder, PrepareOptions, Slot
+from ldm.encoders.lowres import register_schedule
+from ldm.encoders.text import open_clip_kwargs
+from ldm.encoders.towers import CLIP
 from ldm.nets.blocks import timestep_embedding
+from ldm.runtime.errors import ArgumentError, MissingArgument, unknown_name
 
 __all__ = ["CLIPImage", "EmbeddingNoise", "ImageEmbedding", "OpenCLIPImage", "preprocess"]
 
-# What CLIP was trained with: mean and standard deviation of pixels in [0, 1].
+# Mean and standard deviation of the pixels in [0, 1] that CLIP was trained with.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -50,40 +51,87 @@ VISION_DEFAULTS = {
 }  # fmt: skip
 
 Blur = Literal["wide", "narrow"]
-Images = Tensor | Sequence[Tensor]
+BLURS = ("wide", "narrow")
+Images = Tensor | Sequence[Tensor]  # (B, 3, H, W) in [-1, 1], or a list of (3, H, W)
 
 
 def preprocess(
     image: Tensor, size: int = 224, *, antialias: bool = True, blur: Blur = "wide"
 ) -> Tensor:
-    """What CLIP sees of an image: squeezed to a square, in units of CLIP's training pixels.
+    """Resizes images to CLIP's input size, without keeping the aspect ratio, and normalises them.
 
+    Args:
         image: (B, 3, H, W) in [-1, 1].
-        antialias: blur before shrinking.
-        blur: how far, for an image `factor` times too large: "wide" is sigma = factor, as kornia
-            0.6.0 does, which the original pins; "narrow" is (factor - 1) / 2, since kornia 0.6.4.
-        Returns (B, 3, size, size) float32.
+        size: Side of the output, in pixels.
+        antialias: Whether to blur before downscaling.
+        blur: Width of the blur for an image `factor` times too large: "wide" is sigma = factor, as
+            in kornia 0.6.0, which the original pins; "narrow" is (factor - 1) / 2, as since
+            kornia 0.6.4.
 
-    The aspect ratio is not kept.
+    Returns:
+        Images (B, 3, size, size) float32, with CLIP's mean and standard deviation.
     """
     image = image.float()
     factors = [length / size for length in image.shape[-2:]]
     if antialias and max(factors) > 1:
         for dim, factor in zip((-2, -1), factors, strict=True):
-            image = _blurred(image, dim, *_window(factor, blur))
+            image = _gaussian_blur(image, dim, *_window(factor, blur))
     image = F.interpolate(image, (size, size), mode="bicubic", align_corners=True)
-    mean, std = (image.new_tensor(numbers)[:, None, None] for numbers in (MEAN, STD))
+    mean, std = (image.new_tensor(values)[:, None, None] for values in (MEAN, STD))
     return ((image + 1) / 2 - mean) / std
 
 
-class OpenCLIPImage(nn.Module):
-    """Images -> embedding (B, D) by the vision tower of an OpenCLIP model.
+class CLIPVision(nn.Module):
+    """Images -> CLIP embeddings (B, D); base class of the image encoders.
 
-        arch: a name in VISION or an open_clip model config (`embed_dim`, `vision_cfg`, `text_cfg`).
-        version: "openai" means quick GELU, as in those weights; otherwise without meaning.
-        antialias, blur: see `preprocess`.
+    Args:
+        clip: The CLIP model; only its vision tower is used for images.
+        freeze: Whether the weights need no gradient.
+        antialias, blur: See `preprocess`.
+    """
 
-    The state dict also holds what published files keep of the text tower: all but its blocks.
+    def __init__(self, clip: CLIP, *, freeze: bool, antialias: bool, blur: Blur) -> None:
+        super().__init__()
+        if blur not in BLURS:
+            raise unknown_name("blur", blur, BLURS, argument="blur")
+        self.model = clip
+        self.antialias = antialias
+        self.blur: Blur = blur
+        self.requires_grad_(not freeze)
+
+    @property
+    def width(self) -> int:
+        """Features of an embedding, D."""
+        return self.model.visual.proj.shape[1]
+
+    def embed(self, images: Images) -> Tensor:
+        """Embeddings (B, D) float32 of images (B, 3, H, W) in [-1, 1], or a list of (3, H, W)."""
+        visual = self.model.visual
+        # A list may hold images of different sizes, which are resized one by one.
+        batches = [images] if isinstance(images, Tensor) else [image[None] for image in images]
+        pixels = [
+            preprocess(
+                batch.to(visual.proj.device),
+                visual.image_size,
+                antialias=self.antialias,
+                blur=self.blur,
+            )
+            for batch in batches
+        ]
+        embedding: Tensor = visual(torch.cat(pixels))
+        return embedding.float()
+
+
+class OpenCLIPImage(CLIPVision):
+    """Images -> embeddings (B, D) by the vision tower of an OpenCLIP model.
+
+    The state dict also holds the text tower without its blocks, as published files do.
+
+    Args:
+        arch: Name in VISION, or an open_clip model config (`embed_dim`, `vision_cfg`, `text_cfg`).
+        version: "openai" selects quick GELU; any other value is ignored.
+        device, max_length, layer, ucg_rate: Ignored.
+        freeze, antialias, blur: See CLIPVision.
     """
 
     IGNORED: ClassVar[frozenset[str]] = frozenset({"device", "max_length", "layer", "ucg_rate"})
@@ -101,31 +149,28 @@ class OpenCLIPImage(nn.Module):
         ucg_rate: float = 0.0,
         blur: Blur = "wide",
     ) -> None:
-        super().__init__()
-        size = open_clip_size(arch) | {"layers": 0}
+        text = open_clip_kwargs(arch) | {"layers": 0}
         if version == "openai":
-            size["quick_gelu"] = True
-        self.model = _with_vision(arch, size)
-        self.options = {"antialias": antialias, "blur": _known(blur)}
-        self.requires_grad_(not freeze)
-
-    def embed(self, image: Images) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1], or a list of (3, H, W) -> embeddings (B, D)."""
-        return _embed(self.model.visual, image, **self.options)
+            text["quick_gelu"] = True
+        clip = CLIP(text, _vision_kwargs(arch))
+        super().__init__(clip, freeze=freeze, antialias=antialias, blur=blur)
 
 
-class CLIPImage(nn.Module):
-    """Images -> one token (B, 1, D) by the vision tower of OpenAI's CLIP, in its package's names.
+class CLIPImage(CLIPVision, Encoder):
+    """Images -> one token (B, 1, D) by the vision tower of OpenAI's CLIP, with its parameter names.
 
-        model: the package's name of a model, or a config as open_clip writes it.
-        slot, key: as a conditioner's encoder; a record None stands for no image and gives zeros.
-        antialias, blur: see `preprocess`.
-
-    text_tower: keep the whole of CLIP, as files of unCLIP do; the Karlo prior reads it.
+    Args:
+        model: Name of a model in OpenAI's package, or an open_clip model config.
+        jit, device, ucg_rate: Ignored.
+        freeze, antialias, blur: See CLIPVision.
+        key: Batch key of the images.
+        text_tower: Whether to keep the blocks of the text tower, as files of unCLIP do; the Karlo
+            prior uses them.
     """
 
-    null = None
-    slot: Literal["crossattn"] = "crossattn"
+    slot: Slot = "crossattn"
+    droppable = True
+    generation = 1
     IGNORED: ClassVar[frozenset[str]] = frozenset({"device", "jit", "ucg_rate"})
 
     def __init__(
@@ -141,40 +186,37 @@ class CLIPImage(nn.Module):
         key: str = "jpg",
         text_tower: bool = True,
     ) -> None:
-        super().__init__()
         if isinstance(model, str):
             model = model.replace("/", "-").replace("@336px", "-336")
-        size = open_clip_size(model) | {"quick_gelu": True}
-        self.model = _with_vision(model, size if text_tower else size | {"layers": 0})
-        self.options = {"antialias": antialias, "blur": _known(blur)}
-        self.key = self.cached = key
-        self.requires_grad_(not freeze)
-
-    def embed(self, image: Images) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1], or a list of (3, H, W) -> embeddings (B, D)."""
-        return _embed(self.model.visual, image, **self.options)
+        text = open_clip_kwargs(model) | {"quick_gelu": True}
+        if not text_tower:
+            text["layers"] = 0
+        clip = CLIP(text, _vision_kwargs(model))
+        super().__init__(clip, freeze=freeze, antialias=antialias, blur=blur)
+        self.key = key
+        self.cache_key = key
 
     def forward(self, images: Tensor | Sequence[Tensor | None]) -> Tensor:
-        """Tokens (B, 1, D) of images (3, H, W), each in [-1, 1] or None."""
-        proj = self.model.visual.proj
-        tokens = proj.new_zeros(len(images), 1, proj.shape[1], dtype=torch.float32)
-        seen = [k for k, image in enumerate(images) if image is not None]
-        if seen:
-            tokens[seen, 0] = self.embed([image for image in images if image is not None])
+        """Tokens (B, 1, D) of images (3, H, W) in [-1, 1]; zeros for None."""
+        tokens = torch.zeros(len(images), 1, self.width, device=self.model.visual.proj.device)
+        rows = [k for k, image in enumerate(images) if image is not None]
+        if rows:
+            tokens[rows, 0] = self.embed([image for image in images if image is not None])
         return tokens  # (B, 1, D)
 
 
 class EmbeddingNoise(nn.Module):
-    """Embedding (B, D) -> noised embedding and its noise level, side by side (B, 2 D).
+    """Noise augmentation: embedding (B, D) -> noised embedding and its noise level, (B, 2 D).
 
-        timestep_dim: D.
-        noise_schedule_config: keywords of `make_betas`, with `beta_schedule` for its `name`.
-        max_noise_level: levels are 0 … max_noise_level - 1.
-        clip_stats_path: the file with mean and std of the embeddings that the model was trained
-            with; None = mean 0, std 1. It is not opened here: `use_statistics` gives the numbers.
-
-    The tables of the schedule are in the state dict because published files hold them; the numbers
+    The tables of the noise schedule are in the state dict as in published files; values that are
     used are computed here in float64.
+
+    Args:
+        timestep_dim: Width of an embedding, D.
+        noise_schedule_config: Keyword arguments of `make_betas`, with `beta_schedule` for `name`.
+        max_noise_level: Noise levels are 0 … max_noise_level - 1.
+        clip_stats_path: File with mean and standard deviation of the embeddings, for
+            `set_statistics`; not opened here. None: mean 0 and standard deviation 1.
     """
 
     def __init__(
@@ -186,191 +228,166 @@ class EmbeddingNoise(nn.Module):
         clip_stats_path: str | None = None,
     ) -> None:
         super().__init__()
-        config = dict(noise_schedule_config or {})
-        with torch.device("cpu"):  # real numbers, also where weights are on the meta device
-            self.schedule = Schedule(make_betas(config.pop("beta_schedule", "linear"), **config))
-            tables = self.schedule.buffers()
-        for name in TABLES:
-            self.register_buffer(name, tables[name])
+        self.schedule = register_schedule(self, noise_schedule_config or {})
         self.width = timestep_dim
         self.max_noise_level = max_noise_level
         self.clip_stats_path = clip_stats_path
         self.statistics: tuple[Tensor, Tensor] | None = None
         if clip_stats_path is None:
             zeros = torch.zeros(timestep_dim, device="cpu")
-            self.use_statistics(zeros, zeros + 1)
+            self.set_statistics(zeros, zeros + 1)
 
-    def use_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Mean and standard deviation of the embeddings, D numbers each."""
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Sets mean and standard deviation of the embeddings, D values each."""
         if mean.numel() != self.width or std.numel() != self.width:
-            raise ValueError(
-                f"embedding statistics of {mean.numel()} and {std.numel()} numbers do not fit "
-                f"embeddings of {self.width}"
+            raise ArgumentError(
+                f"embedding statistics of {mean.numel()} and {std.numel()} values do not fit "
+                f"embeddings of width {self.width}"
             )
         self.statistics = (
             mean.detach().float().reshape(1, -1),
             std.detach().float().reshape(1, -1),
         )
 
-    def forward(self, embedding: Tensor, level: Tensor | int, noise: Tensor) -> Tensor:
-        """The vector (B, 2 D) float32 that the network listens to.
+    def get_statistics(self, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """Returns mean and standard deviation, (1, D) each.
 
-            embedding: (B, D), as CLIP gives it. noise: like embedding, standard normal.
-            level: for all, or one per row (B,). At level 0 there is a little noise.
-        Raises ValueError for an impossible level, or if statistics are needed and not known.
+        Raises:
+            MissingArgument: If the model needs statistics and they are not set.
+        """
+        if self.statistics is None:
+            raise MissingArgument(
+                f"the statistics of CLIP's embeddings, `{self.clip_stats_path}`, are missing: put "
+                "the file beside the checkpoint, or pass its path",
+                "clip_stats",
+            )
+        mean, std = self.statistics
+        return mean.to(device=device), std.to(device=device)
+
+    def forward(self, embedding: Tensor, level: Tensor | int, noise: Tensor) -> Tensor:
+        """Adds noise to embeddings.
+
+        Args:
+            embedding: CLIP embeddings (B, D).
+            level: Noise level, one or (B,). Level 0 adds a little noise, too.
+            noise: Standard normal noise (B, D).
+
+        Returns:
+            Noised embedding, then the sinusoidal embedding of the level, (B, 2 D) float32.
+
+        Raises:
+            ArgumentError: If a level is out of range.
+            MissingArgument: If statistics are needed and not set.
         """
         level = torch.as_tensor(level, device=embedding.device).expand(len(embedding))  # (B,)
         if len(level) and not 0 <= int(level.min()) <= int(level.max()) < self.max_noise_level:
             last = self.max_noise_level - 1
-            raise ValueError(f"noise levels are 0 … {last}, got {level.tolist()}")
+            raise ArgumentError(f"noise levels are 0 … {last}, got {level.tolist()}")
         noised = self.schedule.noised(self.scale(embedding), noise, level)  # (B, D)
-        beside = timestep_embedding(level, self.width)  # (B, D)
-        return torch.cat([self.unscale(noised), beside], dim=1)  # (B, 2 D)
-
-    def draw_level(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """Levels (count,) int64, uniform over all, as in training."""
-        device = torch.device("cpu") if generator is None else generator.device
-        return torch.randint(self.max_noise_level, (count,), generator=generator, device=device)
+        level_embedding = timestep_embedding(level, self.width)  # (B, D)
+        return torch.cat([self.unscale(noised), level_embedding], dim=1)  # (B, 2 D)
 
     def scale(self, embedding: Tensor) -> Tensor:
-        """Embeddings (B, D) as CLIP gives them -> mean 0, std 1, float32."""
-        mean, std = self.known_statistics(embedding)
+        """Normalises CLIP embeddings (B, D) to mean 0 and standard deviation 1, float32."""
+        mean, std = self.get_statistics(embedding.device)
         return (embedding.float() - mean) / std
 
     def unscale(self, x: Tensor) -> Tensor:
         """The inverse of `scale`."""
-        mean, std = self.known_statistics(x)
+        mean, std = self.get_statistics(x.device)
         return x * std + mean
 
-    def known_statistics(self, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(mean, std), (1, D) each, on the device of `like`; raises ValueError without."""
-        if self.statistics is None:
-            raise ValueError(
-                f"this model needs the statistics of CLIP's embeddings, `{self.clip_stats_path}`: "
-                "put the file beside the checkpoint, or say where it is (--clip-stats)"
-            )
-        mean, std = self.statistics
-        return (mean, std) if like is None else (mean.to(like.device), std.to(like.device))
 
+class ImageEmbedding(Encoder):
+    """The vector (B, 2 D) of stable unCLIP: a noised image embedding and its noise level.
 
-class ImageEmbedding(nn.Module):
-    """The vector (B, 2 D) of stable unCLIP: a noised embedding of an image, and its noise level.
+    `prepare` makes the vectors of a batch; to mix images or choose the noise, use `embed` and
+    `noise` instead.
 
-        clip: `embed(image)` -> (B, D): an OpenCLIPImage or a CLIPImage.
-        noise: an EmbeddingNoise.
-        embedding_key: the record of the image.
-
-    Images and noise come in before conditioning, by `prepare`; who mixes pictures or chooses seeds
-    makes the vectors with `embed` and `noise`. No image is None, and gives zeros.
+    Args:
+        clip: Encoder of the images.
+        noise: Noise augmentation.
+        freeze: Whether the weights of `clip` need no gradient.
+        embedding_key: Batch key of the images.
     """
 
-    null = None
-    slot: Literal["vector"] = "vector"
+    slot: Slot = "vector"
     key = "embedding"
+    droppable = True
 
     def __init__(
         self,
         *,
-        clip: OpenCLIPImage | CLIPImage,
+        clip: CLIPVision,
         noise: EmbeddingNoise,
         freeze: bool = True,
         embedding_key: str = "jpg",
     ) -> None:
         super().__init__()
-        width = clip.model.visual.proj.shape[1]
-        if width != noise.width:
-            raise ValueError(f"timestep_dim {noise.width} is not the embedding's width {width}")
+        if clip.width != noise.width:
+            raise ArgumentError(
+                f"timestep_dim {noise.width} is not the embedding's width {clip.width}"
+            )
         self.clip = clip.requires_grad_(not freeze)
         self.noise = noise
-        self.embedding_key = self.cached = embedding_key
+        self.cache_key = embedding_key
 
-    def embed(self, image: Images) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1], or a list of (3, H, W) -> embeddings (B, D) float32."""
-        return self.clip.embed(image)
+    def embed(self, images: Images) -> Tensor:
+        """See CLIPVision.embed."""
+        return self.clip.embed(images)
 
     def forward(self, vectors: Tensor | Sequence[Tensor | None]) -> Tensor:
-        """vectors: (B, 2 D), what `prepare` gave; a row may be None."""
-        nothing = self.clip.model.visual.proj.new_zeros(2 * self.noise.width, dtype=torch.float32)
-        return torch.stack([nothing if row is None else row.to(nothing) for row in vectors])
+        """Returns vectors of `prepare`, (B, 2 D) float32, with zeros for None."""
+        device = self.clip.model.visual.proj.device
+        zeros = torch.zeros(2 * self.noise.width, device=device)
+        return torch.stack([zeros if row is None else row.to(zeros) for row in vectors])
 
-    def prepare(
-        self,
-        batch: Mapping[str, Any],
-        *,
-        size: tuple[int, int] | None = None,
-        encode: Callable[[Tensor], Tensor] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
-        """The record `embedding`, made from what a batch has.
-
-        batch: `jpg` (or as `embedding_key` says) (B, 3, H, W) in [-1, 1], or a list of (3, H, W);
-            `noise_level`, one number or (B,), is drawn if absent.
-        size, encode: not needed here.
-        generator: of the levels, then of the noise; None = torch's own.
-        """
+    def prepare(self, batch: Batch, options: PrepareOptions) -> dict[str, Tensor]:
+        """Makes `embedding` from the images and `noise_level`, one or (B,), random if missing."""
         if self.key in batch:
             return {}
-        embedding = self.embed(batch[self.embedding_key])  # (B, D)
+        assert self.cache_key is not None
+        embedding = self.embed(batch[self.cache_key])  # (B, D)
         level = batch.get("noise_level")
         if level is None:
-            level = self.noise.draw_level(len(embedding), generator)
-        device = torch.device("cpu") if generator is None else generator.device
-        noise = torch.randn(embedding.shape, generator=generator, device=device)
-        return {self.key: self.noise(embedding, level, noise)}
+            level = options.randint(self.noise.max_noise_level, len(embedding))
+        return {self.key: self.noise(embedding, level, options.randn(embedding.shape))}
 
 
-def _embed(visual: VisionTower, image: Images, **options: Any) -> Tensor:
-    images = [image] if isinstance(image, Tensor) else [one[None] for one in image]
-    device = visual.proj.device
-    seen = [preprocess(one.to(device), visual.image_size, **options) for one in images]
-    return visual(torch.cat(seen)).float()  # (B, D)
-
-
-def _with_vision(arch: str | Mapping[str, Any], text: Mapping[str, Any]) -> Any:
-    """CLIP: a text tower that has a vision tower `visual`."""
-    given = VISION.get(arch.removesuffix("-quickgelu")) if isinstance(arch, str) else None
-    if not isinstance(arch, str):
-        given = dict(arch.get("vision_cfg") or {})
-    size: dict[str, Any] = dict(VISION_DEFAULTS)
-    for key, value in (given or {}).items():
-        if key not in size:
-            allowed = ", ".join(size)
-            raise ValueError(f"unknown vision_cfg key `{key}`, choose one of {allowed}")
-        size[key] = value
+def _vision_kwargs(arch: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes of VisionTower for a name in VISION or an open_clip config."""
+    if isinstance(arch, str):
+        config: Mapping[str, Any] = VISION[arch.removesuffix("-quickgelu")]
+    else:
+        config = arch.get("vision_cfg") or {}
+    for key in config:
+        if key not in VISION_DEFAULTS:
+            raise unknown_name("vision_cfg key", key, VISION_DEFAULTS)
+    size: dict[str, Any] = {**VISION_DEFAULTS, **config}
     size["heads"] = size["width"] // size.pop("head_width")
-    clip = OpenCLIPTower(**text)
-    quick_gelu = text.get("quick_gelu", False)
-    clip.add_module(
-        "visual", VisionTower(**size, embed_dim=text["embed_dim"], quick_gelu=quick_gelu)
-    )
-    return clip
-
-
-def _known(blur: Blur) -> Blur:
-    if blur not in ("wide", "narrow"):
-        raise ValueError(f"unknown blur `{blur}`, choose one of wide, narrow")
-    return blur
+    return size
 
 
 def _window(factor: float, blur: Blur) -> tuple[float, int]:
-    """(sigma, taps) of the Gaussian for an image `factor` times too large."""
+    """Sigma and number of taps of the Gaussian for an image `factor` times too large."""
     if blur == "wide":
-        sigma, taps = max(factor, 1.0), int(4 * max(factor, 1.0))
+        sigma = max(factor, 1.0)
+        taps = int(4 * sigma)
     else:
         sigma = max((factor - 1) / 2, 0.001)
         taps = int(max(4 * sigma, 3))
     return sigma, taps + 1 - taps % 2
 
 
-def _blurred(image: Tensor, dim: int, sigma: float, taps: int) -> Tensor:
-    """Gaussian along one axis; the image is mirrored beyond its edges, which are not repeated."""
+def _gaussian_blur(image: Tensor, dim: int, sigma: float, taps: int) -> Tensor:
+    """Blurs along one axis; the image is mirrored at its edges, which are not repeated."""
     half, length = taps // 2, image.shape[dim]
     offsets = torch.arange(-half, half + 1, device=image.device)
     window = torch.exp(-(offsets**2) / (2 * sigma**2))
     shape = (1, 1, taps, 1) if dim == -2 else (1, 1, 1, taps)
     period = max(2 * (length - 1), 1)
-    places = torch.arange(-half, length + half, device=image.device) % period
-    image = image.index_select(dim, torch.minimum(places, period - places))
+    indices = torch.arange(-half, length + half, device=image.device) % period
+    image = image.index_select(dim, torch.minimum(indices, period - indices))
     planes = image.flatten(0, 1)[:, None]  # (B C, 1, H, W)
     blurred = F.conv2d(planes, (window / window.sum()).reshape(shape))
     return blurred[:, 0].unflatten(0, image.shape[:2])  # (B, C, H, W)

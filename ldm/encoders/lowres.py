@@ -1,25 +1,27 @@
-"""Pictures joined to the latent: a small one to be enlarged, or one with a hole to be filled.
+"""Images concatenated to the latent: a low-resolution image, or a masked image with its mask.
 
-    lr, level, noise        --LowRes.noised-->  Cond.concat (B, 3, h, w), Cond.vector (B,)
-    image, mask --hole, autoencoder, pair-->    Cond.concat (B, 1 + C, h, w)
+    lr, level, noise          --LowRes.add_noise-->           concat (B, 3, h, w), vector (B,)
+    image, mask --mask_image, autoencoder, concat_mask-->     concat (B, 1 + C, h, w)
 
-Noise and the autoencoder come in before conditioning, by `prepare` or by the functions here: the
-conditions with and without a prompt must see the same noise. The encoders themselves only say
-which record goes to which slot; they have no `null`, as leaving out the prompt leaves them in.
+`prepare` (or the functions here) add noise and encode before conditioning, as the conditional and
+the unconditional batch must have the same noise. A dropped prompt leaves these conditions in.
 
-Low resolution with noise: Ho et al. 2021 (arXiv:2106.15282), section 4.
+Noise augmentation of low-resolution images: Ho et al. 2021 (arXiv:2106.15282), section 4.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.conditioning import Batch, Encoder, PrepareOptions, Slot
 from ldm.diffusion.schedule import Schedule, make_betas
+from ldm.runtime.errors import ArgumentError
 
-# the tables that checkpoints of the x4 upscaler hold under `low_scale_model`
+# Tables of the noise schedule that checkpoints hold beside the weights of noise augmentation.
 TABLES = (
     "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod",
     "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod",
@@ -27,19 +29,35 @@ TABLES = (
 )  # fmt: skip
 
 
-class LowRes(nn.Module):
-    """A low-resolution image with noise on it, (B, 3, h, w) of the latent's size, as channels.
+def register_schedule(module: nn.Module, config: Mapping[str, Any]) -> Schedule:
+    """Builds a noise schedule, and registers its TABLES as buffers of a module.
 
-        noise_schedule_config: keywords of `make_betas`, with `beta_schedule` for its `name`; None
-            adds no noise whatever the level.
-        max_noise_level: training draws levels below it.
-        low_scale_key: the record of the image without noise.
+    Args:
+        config: Keyword arguments of `make_betas`, with `beta_schedule` for `name`.
+    """
+    options = dict(config)
+    name = options.pop("beta_schedule", "linear")
+    with torch.device("cpu"):  # these are values, even where the weights are on the meta device
+        schedule = Schedule(make_betas(name, **options))
+        tables = schedule.buffers()
+    for table in TABLES:
+        module.register_buffer(table, tables[table])
+    return schedule
 
-    The levels are a condition of their own, see `NoiseLevel`. The tables of the schedule are in the
-    state dict because published files hold them; the numbers used are computed here in float64.
+
+class LowRes(Encoder):
+    """A low-resolution image with noise, as channels (B, 3, h, w) of the latent's size.
+
+    Its noise level is another condition, see `NoiseLevel`. The tables of the noise schedule are in
+    the state dict as in published files; values that are used are computed here in float64.
+
+    Args:
+        noise_schedule_config: See `register_schedule`; None adds no noise, whatever the level.
+        max_noise_level: Noise levels are 0 … max_noise_level - 1.
+        low_scale_key: Batch key of the image without noise.
     """
 
-    slot: Literal["concat"] = "concat"
+    slot: Slot = "concat"
     key = "lowres"
 
     def __init__(
@@ -52,147 +70,118 @@ class LowRes(nn.Module):
         super().__init__()
         self.max_noise_level = max_noise_level
         self.low_scale_key = low_scale_key
+        self.cache_key = low_scale_key
         self.schedule: Schedule | None = None
         if noise_schedule_config is not None:
-            options = dict(noise_schedule_config)
-            name = options.pop("beta_schedule", "linear")
-            with torch.device("cpu"):  # real numbers, also where weights are on the meta device
-                self.schedule = Schedule(make_betas(name, **options))
-                tables = self.schedule.buffers()
-            for table in TABLES:
-                self.register_buffer(table, tables[table])
-
-    @property
-    def cached(self) -> str:
-        """The record made of the picture alone, for caches: noise is drawn anew."""
-        return self.low_scale_key
+            self.schedule = register_schedule(self, noise_schedule_config)
 
     def forward(self, lowres: Tensor) -> Tensor:
-        """lowres: (B, 3, h, w), what `noised` gave."""
+        """Returns the output of `add_noise`, (B, 3, h, w)."""
         return lowres
 
-    def noised(self, lr: Tensor, level: Tensor, noise: Tensor) -> Tensor:
-        """√ᾱ lr + √(1-ᾱ) noise at the levels, float32.
+    def add_noise(self, lr: Tensor, level: Tensor, noise: Tensor) -> Tensor:
+        """√ᾱ lr + √(1-ᾱ) noise, float32 (arXiv:2006.11239, eq. 4).
 
-            lr: (B, 3, h, w) in [-1, 1]. level: (B,) integers. noise: like lr.
-        Raises ValueError for a level outside the schedule.
+        Args:
+            lr: (B, 3, h, w) in [-1, 1].
+            level: Noise levels (B,) int64.
+            noise: Standard normal noise, like `lr`.
 
-        arXiv:2006.11239, eq. 4.
+        Raises:
+            ValueError: If a level is outside the schedule.
         """
-        if self.schedule is None:
-            return lr.float()
-        return self.schedule.noised(lr, noise, level)
+        return lr.float() if self.schedule is None else self.schedule.noised(lr, noise, level)
 
-    def draw_level(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """Levels (count,) int64, uniform below `max_noise_level`, as in training."""
-        if self.schedule is None:
-            return torch.zeros(count, dtype=torch.int64)
-        device = torch.device("cpu") if generator is None else generator.device
-        return torch.randint(self.max_noise_level, (count,), generator=generator, device=device)
+    def prepare(self, batch: Batch, options: PrepareOptions) -> dict[str, Tensor]:
+        """Makes `lowres` and `noise_level` from the image without noise.
 
-    def prepare(
-        self,
-        batch: Mapping[str, Any],
-        *,
-        size: tuple[int, int] | None = None,
-        encode: Callable[[Tensor], Tensor] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
-        """The records `lowres` and `noise_level`, made from what a batch has.
-
-        batch: `lr` (or as `low_scale_key` says) (B, 3, h, w) in [-1, 1]; `noise_level`, one
-            number or (B,), is drawn if absent.
-        size, encode: not needed here.
-        generator: of the levels, then of the noise; None = torch's own.
+        The batch may have `noise_level`, one or (B,); else it is random, as in training.
         """
         if self.key in batch:
             return {}
         lr: Tensor = batch[self.low_scale_key]
         if "noise_level" in batch:
             level = torch.as_tensor(batch["noise_level"]).long().expand(len(lr))
+        elif self.schedule is None:
+            level = torch.zeros(len(lr), dtype=torch.int64)
         else:
-            level = self.draw_level(len(lr), generator)
-        device = torch.device("cpu") if generator is None else generator.device
-        noise = torch.randn(lr.shape, generator=generator, device=device)
-        return {self.key: self.noised(lr, level, noise), "noise_level": level.to(lr.device)}
+            level = options.randint(self.max_noise_level, len(lr))
+        noise = options.randn(lr.shape)
+        return {self.key: self.add_noise(lr, level, noise), "noise_level": level.to(lr.device)}
 
 
-class NoiseLevel(nn.Module):
-    """The level of noise on another condition, (B,) integers: a class for the network."""
+class NoiseLevel(Encoder):
+    """The noise level of another condition, (B,) int64, as a class label of the UNet."""
 
-    slot: Literal["vector"] = "vector"
+    slot: Slot = "vector"
     key = "noise_level"
 
     def forward(self, level: Tensor) -> Tensor:
         return level  # (B,)
 
 
-class Folded(nn.Module):
-    """A picture cut into patch x patch parts, which become channels: (B, 3 patch², H / p, W / p).
+class PatchesToChannels(Encoder):
+    """An image split into patch x patch parts, which become channels: (B, patch² C, h, w).
 
-    key: the record of the picture (B, 3, H, W), `patch` times as large as the latent.
+    Args:
+        key: Batch key of the image, (B, C, patch h, patch w).
+        patch: Parts along each side.
     """
 
-    slot: Literal["concat"] = "concat"
+    slot: Slot = "concat"
 
     def __init__(self, *, key: str = "lr", patch: int = 1) -> None:
         super().__init__()
-        self.key = self.cached = key
+        self.key = key
+        self.cache_key = key
         self.patch = patch
 
     def forward(self, image: Tensor) -> Tensor:
-        height, width = (side // self.patch for side in image.shape[-2:])
-        parts = image.unflatten(-1, (self.patch, width)).unflatten(-3, (self.patch, height))
-        return parts.permute(0, 2, 4, 1, 3, 5).flatten(1, 3)  # (B, patch² C, H / patch, W / patch)
+        p = self.patch
+        return rearrange(image, "b c (p1 h) (p2 w) -> b (p1 p2 c) h w", p1=p, p2=p)
 
 
-class MaskedImage(nn.Module):
-    """What inpainting models read beside the latent: mask, then latent of the masked picture."""
+class MaskedImage(Encoder):
+    """Mask, and latent of the masked image (B, 1 + C, h, w): the condition for inpainting."""
 
-    slot: Literal["concat"] = "concat"
-    key = cached = "masked"
+    slot: Slot = "concat"
+    key = "masked"
+    cache_key = "masked"
 
     def forward(self, masked: Tensor) -> Tensor:
-        """masked: (B, 1 + C, h, w), what `pair` gave."""
+        """Returns the output of `concat_mask`, (B, 1 + C, h, w)."""
         return masked
 
-    def prepare(
-        self,
-        batch: Mapping[str, Any],
-        *,
-        encode: Callable[[Tensor], Tensor],
-        size: tuple[int, int] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
-        """The record `masked`, made from what a batch has.
-
-        batch: `mask` (B, 1, H, W), 1 = paint anew; `masked_image` (B, 3, H, W), else `jpg`.
-        encode: image in [-1, 1] -> z, drawn from the posterior: the model's own `encode`.
-        size, generator: not needed here.
-        """
+    def prepare(self, batch: Batch, options: PrepareOptions) -> dict[str, Tensor]:
+        """Makes `masked` from `mask` (B, 1, H, W) and `masked_image` or `jpg` (B, 3, H, W)."""
         if self.key in batch:
             return {}
         image = batch.get("masked_image")
         if image is None:
-            image = hole(batch["jpg"], batch["mask"])
-        return {self.key: pair(batch["mask"], encode(image))}
+            image = mask_image(batch["jpg"], batch["mask"])
+        return {self.key: concat_mask(batch["mask"], options.encode(image))}
 
 
-def hole(image: Tensor, mask: Tensor) -> Tensor:
-    """The image with 0 (grey) where it is to be painted anew.
+def mask_image(image: Tensor, mask: Tensor) -> Tensor:
+    """Sets the masked part of an image to 0 (grey).
 
-    image: (B, 3, H, W) in [-1, 1]. mask: (B, 1, H, W); at least 0.5 = paint anew.
+    Args:
+        image: (B, 3, H, W) in [-1, 1].
+        mask: (B, 1, H, W); values of at least 0.5 are to be inpainted.
+
+    Raises:
+        ArgumentError: If the sizes differ.
     """
     if mask.shape[-2:] != image.shape[-2:]:
-        ours, theirs = ("{} x {}".format(*x.shape[-2:]) for x in (image, mask))
-        raise ValueError(f"an image of {ours} pixels has a mask of {theirs}")
+        image_size, mask_size = ("{} x {}".format(*x.shape[-2:]) for x in (image, mask))
+        raise ArgumentError(f"an image of {image_size} pixels has a mask of {mask_size}", "mask")
     return image * (mask < 0.5)
 
 
-def pair(mask: Tensor, z: Tensor) -> Tensor:
+def concat_mask(mask: Tensor, z: Tensor) -> Tensor:
     """Mask (B, 1, H, W) and latent of the masked image (B, C, h, w) -> (B, 1 + C, h, w).
 
-    The mask becomes 0 or 1 and takes the size of the latent by its nearest pixels.
+    The mask is rounded to 0 or 1 and resized to the latent by nearest neighbours.
     """
-    small = F.interpolate((mask >= 0.5).to(z), size=z.shape[-2:], mode="nearest")  # (B, 1, h, w)
-    return torch.cat([small, z], dim=1)
+    resized = F.interpolate((mask >= 0.5).to(z), size=z.shape[-2:], mode="nearest")  # (B, 1, h, w)
+    return torch.cat([resized, z], dim=1)

@@ -1,8 +1,8 @@
-"""Text -> CLIP token ids, in the two spellings that Stable Diffusion 1 and 2 were trained with.
+"""CLIP's tokenizer, in the two variants that Stable Diffusion 1 and 2 were trained with.
 
-Byte-level BPE over the 49,408 tokens of CLIP. The merge table is read from the open_clip package,
-lazily and without importing it. The spellings differ in padding, in the names of the special tokens
-and in cleaning; words themselves get the same ids.
+Byte-level BPE over the 49,408 tokens of CLIP. The merge table is read from the open_clip package on
+first use, without importing that. The variants differ in padding, in the names of the special
+tokens and in cleaning; words get the same ids in both.
 
 Sennrich et al. 2016 (arXiv:1508.07909); Radford et al. 2021 (arXiv:2103.00020).
 """
@@ -23,21 +23,28 @@ import torch
 from torch import Tensor
 
 START, END = 49406, 49407
-Learned = Mapping[str, Sequence[int]]
-NOTHING: Learned = MappingProxyType({})
+AddedTokens = Mapping[str, Sequence[int]]  # token in lower case -> its ids
+NO_TOKENS: AddedTokens = MappingProxyType({})
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
 MERGES = 48894  # 49408 - 2 * 256 bytes - 2 special tokens; the file holds more than CLIP uses
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """One spelling: special tokens (as a prompt may write them), padding id, cleaning."""
+    """A variant of the tokenizer.
+
+    Attributes:
+        start, end: Special tokens, as a prompt may contain them.
+        pad: Id of the padding.
+        unescape: Whether to decode HTML entities that ftfy leaves, i.e. beside a literal "<".
+        split_first: Whether the text is split at special tokens before it is cleaned.
+    """
 
     start: str
     end: str
     pad: int
-    unescape: bool  # undo HTML entities even where ftfy leaves them, i.e. beside a literal "<"
-    split_first: bool  # special tokens are cut out before the pieces between them are cleaned
+    unescape: bool
+    split_first: bool
 
 
 OPEN_CLIP = Dialect("<start_of_text>", "<end_of_text>", 0, unescape=True, split_first=False)
@@ -45,40 +52,45 @@ CLIP = Dialect("<|startoftext|>", "<|endoftext|>", END, unescape=False, split_fi
 
 
 def tokenize(
-    texts: Sequence[str], dialect: Dialect, length: int = 77, learned: Learned = NOTHING
+    texts: Sequence[str], dialect: Dialect, length: int = 77, added: AddedTokens = NO_TOKENS
 ) -> Tensor:
-    """Token ids of each text: start, words, end, padding.
+    """Token ids of texts: start token, words, end token, padding.
 
-    Longer texts lose their tail; the last id is then the end token.
-    learned: words in addition to CLIP's, in lower case, and the ids that stand for each.
-    Returns (B, length) int64, on the CPU.
+    A longer text is truncated; the last id is then the end token.
+
+    Args:
+        length: Ids per text.
+        added: Tokens of textual inversions.
+
+    Returns:
+        Ids (B, length) int64, on the CPU.
     """
     rows = []
     for text in texts:
-        ids = [START, *encode(text, dialect, learned)[: length - 2], END]
+        ids = [START, *encode(text, dialect, added)[: length - 2], END]
         rows.append(ids + [dialect.pad] * (length - len(ids)))
     return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), length)
 
 
-def encode(text: str, dialect: Dialect, learned: Learned = NOTHING) -> list[int]:
-    """Ids of one text, without start, end and padding."""
-    if learned:
-        names = "|".join(_alone(word) for word in sorted(learned, key=len, reverse=True))
+def encode(text: str, dialect: Dialect, added: AddedTokens = NO_TOKENS) -> list[int]:
+    """Token ids of one text, without start token, end token and padding."""
+    if added:
+        # The longest token first, as one may be the beginning of another.
+        names = "|".join(_token_pattern(t) for t in sorted(added, key=len, reverse=True))
         pieces = re.split(f"({names})", text, flags=re.IGNORECASE)
-        found = (learned.get(piece.lower()) or encode(piece, dialect) for piece in pieces)
-        return [one for some in found for one in some]
+        return [i for p in pieces for i in added.get(p.lower()) or encode(p, dialect)]
     words, specials = _patterns(dialect)
     pieces = specials.split(text) if dialect.split_first else [text]
     ids: list[int] = []
     for piece in pieces:
         for word in words.findall(_clean(piece, dialect)):
-            ids.extend(_word_ids(word, dialect))
+            ids.extend(_encode_word(word, dialect))
     return ids
 
 
 @cache
 def vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
-    """Symbol -> id (words and letters; not start and end), and pair -> rank."""
+    """Symbol -> id, without the special tokens; pair of symbols -> rank of its merge."""
     with gzip.open(_merges_path(), "rt", encoding="utf-8") as file:
         next(file)  # a version line
         merges = [(a, b) for a, b in (next(file).split() for _ in range(MERGES))]
@@ -88,14 +100,15 @@ def vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
     return ids, {pair: rank for rank, pair in enumerate(merges)}
 
 
-def _alone(word: str) -> str:
-    """The pattern of a word that is not a part of a longer one."""
-    before = r"(?<!\w)" if word[0].isalnum() else ""
-    return before + re.escape(word) + (r"(?!\w)" if word[-1].isalnum() else "")
+def _token_pattern(token: str) -> str:
+    """Regular expression for a token that is not a part of a longer word."""
+    before = r"(?<!\w)" if token[0].isalnum() else ""
+    after = r"(?!\w)" if token[-1].isalnum() else ""
+    return before + re.escape(token) + after
 
 
 def _clean(text: str, dialect: Dialect) -> str:
-    """Repaired Unicode, single spaces, lower case."""
+    """Repairs Unicode, collapses white space, converts to lower case."""
     import ftfy
 
     text = ftfy.fix_text(text)
@@ -106,7 +119,7 @@ def _clean(text: str, dialect: Dialect) -> str:
 
 @cache
 def _patterns(dialect: Dialect) -> tuple[Any, Any]:
-    """What counts as a word, and (with itself kept by `split`) what counts as a special token."""
+    """Regular expressions for words, and for special tokens (as a group, which `split` keeps)."""
     import regex
 
     specials = f"{regex.escape(dialect.start)}|{regex.escape(dialect.end)}"
@@ -115,8 +128,8 @@ def _patterns(dialect: Dialect) -> tuple[Any, Any]:
 
 
 @lru_cache(maxsize=1 << 16)
-def _word_ids(word: str, dialect: Dialect) -> tuple[int, ...]:
-    """Merge the bytes of a word, always the earliest learned pair first."""
+def _encode_word(word: str, dialect: Dialect) -> tuple[int, ...]:
+    """Merges the bytes of a word, always the pair of the lowest rank first."""
     if word in (dialect.start, dialect.end):
         return (START if word == dialect.start else END,)
     ids, ranks = vocabulary()
@@ -133,13 +146,13 @@ def _word_ids(word: str, dialect: Dialect) -> tuple[int, ...]:
 
 
 def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
-    """Join every occurrence of the pair, from left to right."""
+    """Merges every occurrence of the pair, from left to right."""
     merged: list[str] = []
     left = None
     for symbol in symbols:
         if (left, symbol) == pair:
             merged[-1] += symbol
-            left = None  # a joined symbol takes part in no other join of this round
+            left = None  # a merged symbol is not merged again in this pass
         else:
             merged.append(symbol)
             left = symbol
@@ -148,7 +161,7 @@ def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
 
 @cache
 def _letters() -> dict[int, str]:
-    """A printable character for each of the 256 bytes, in the order of their ids."""
+    """The printable character that represents each of the 256 bytes, in the order of the ids."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = {byte: chr(byte) for byte in printable}

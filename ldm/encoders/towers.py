@@ -1,18 +1,17 @@
-"""The transformers behind the text and image encoders, with the parameter names of their libraries.
+"""CLIP's transformers, with the parameter names of open_clip and of transformers.
 
-Pre-norm; attention and MLP in each block. open_clip (and OpenAI's package) keeps queries, keys and
-values in one matrix and transformers in three, otherwise the two text towers differ only in names
-and in who applies the final norm. Text towers are causal: tokens in, one vector per token out; the
-vision tower sees all patches at once and gives one vector per image. What a text or an image is,
-and the choice of layer, are the business of `text.py` and `image.py`.
+All have pre-norm blocks of attention and MLP. open_clip (and OpenAI's package) has one matrix for
+queries, keys and values, transformers has three; else the two text towers differ only in names and
+in where the final norm is applied. Text towers are causal and give one vector per token; the vision
+tower gives one vector per image.
 
 Radford et al. 2021 (arXiv:2103.00020); Dosovitskiy et al. 2021 (arXiv:2010.11929).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +26,7 @@ VOCAB = 49408
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """The sigmoid approximation of GELU that OpenAI's CLIP was trained with."""
+    """The sigmoid approximation of GELU, with which OpenAI's CLIP was trained."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -35,7 +34,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gel
 
 
 class OpenCLIPTower(nn.Module):
-    """Embedding, causal blocks and final norm, with open_clip's parameter names."""
+    """Text tower with open_clip's parameter names: embedding, causal blocks, final norm.
+
+    Args:
+        width, heads, layers: Sizes of the transformer.
+        embed_dim: Width of CLIP's joint embedding space, for `text_projection`.
+        context_length: Number of positions.
+        vocab_size: Rows of the token embedding.
+        mlp_ratio: Hidden width of the MLPs as a multiple of `width`.
+        quick_gelu: Whether the activation is `quick_gelu` in place of GELU.
+    """
 
     def __init__(
         self,
@@ -61,30 +69,50 @@ class OpenCLIPTower(nn.Module):
         self.logit_scale = nn.Parameter(torch.full((), math.log(1 / 0.07)))
         self.reset_parameters()
 
+    @property
+    def blocks(self) -> Sequence["OpenCLIPBlock"]:
+        return cast("Sequence[OpenCLIPBlock]", self.transformer["resblocks"])
+
     def reset_parameters(self) -> None:
-        """Small normal weights; those that end a residual branch shrink with depth."""
+        """Initialises with small normal weights, smaller at the end of a residual branch."""
         if self.positional_embedding.is_meta:
             return
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.text_projection, std=self.text_projection.shape[0] ** -0.5)
-        _init_open_clip_blocks(self.transformer["resblocks"])
+        _init_open_clip_blocks(self.blocks)
 
-    def forward(self, tokens: Tensor, skip: int = 0, learned: Tensor | None = None) -> Tensor:
-        """Tokens (B, N) through all blocks but the last `skip`, and the final norm."""
-        x = embed(self.token_embedding, tokens, learned)  # (B, N, D)
+    def forward(
+        self, tokens: Tensor, count: int | None = None, added: Tensor | None = None
+    ) -> Tensor:
+        """Runs the first blocks and the final norm.
+
+        Args:
+            tokens: (B, N) int64.
+            count: Number of blocks; None for all.
+            added: See `embed_tokens`.
+
+        Returns:
+            One vector per token, (B, N, D).
+        """
+        x = embed_tokens(self.token_embedding, tokens, added)  # (B, N, D)
         x = x + self.positional_embedding[: x.shape[1]]
-        blocks: Any = self.transformer["resblocks"]
-        mask = _causal(x)  # (N, N)
-        for block in islice(blocks, len(blocks) - skip):
+        mask = _causal_mask(x)  # (N, N)
+        for block in islice(self.blocks, count):
             x = block(x, mask)
         return self.ln_final(x)  # (B, N, D)
 
 
 class VisionTower(nn.Module):
-    """Patches, a class token, blocks; the class token's projection is the image's embedding.
+    """Vision transformer with open_clip's (which are OpenAI's) parameter names.
 
-    Parameter names are open_clip's, which are OpenAI's.
+    The embedding of an image is the projection of the class token.
+
+    Args:
+        image_size: Side S of the input, in pixels.
+        patch_size: Side of a patch, in pixels.
+        width, layers, heads, mlp_ratio, quick_gelu: As OpenCLIPTower.
+        embed_dim: Width of the embedding.
     """
 
     def __init__(
@@ -115,28 +143,45 @@ class VisionTower(nn.Module):
         self.ln_post = LayerNorm(width)
         self.reset_parameters()
 
+    @property
+    def blocks(self) -> Sequence["OpenCLIPBlock"]:
+        return cast("Sequence[OpenCLIPBlock]", self.transformer["resblocks"])
+
     def reset_parameters(self) -> None:
-        """Small normal weights, as in OpenCLIPTower."""
+        """Initialises as OpenCLIPTower."""
         if self.proj.is_meta:
             return
         for weight in (self.class_embedding, self.positional_embedding, self.proj):
             nn.init.normal_(weight, std=len(self.proj) ** -0.5)
-        _init_open_clip_blocks(self.transformer["resblocks"])
+        _init_open_clip_blocks(self.blocks)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Normalised images (B, 3, S, S), S = image_size, to embeddings (B, embed_dim)."""
+        """Embeddings (B, embed_dim) of normalised images (B, 3, S, S)."""
         patches = self.conv1(image.to(self.proj.dtype)).flatten(2).mT  # (B, P, D)
-        first = self.class_embedding.expand(len(patches), 1, -1)  # (B, 1, D)
-        x = torch.cat([first, patches], dim=1) + self.positional_embedding  # (B, 1 + P, D)
+        cls = self.class_embedding.expand(len(patches), 1, -1)  # (B, 1, D)
+        x = torch.cat([cls, patches], dim=1) + self.positional_embedding  # (B, 1 + P, D)
         x = self.ln_pre(x)
-        blocks: Any = self.transformer["resblocks"]
-        for block in blocks:
+        for block in self.blocks:
             x = block(x)
         return self.ln_post(x[:, 0]) @ self.proj  # (B, embed_dim)
 
 
+class CLIP(OpenCLIPTower):
+    """Text tower together with a vision tower `visual`, as in OpenAI's and open_clip's files.
+
+    Args:
+        text: Keyword arguments of OpenCLIPTower.
+        vision: Sizes of VisionTower; the other arguments are those of the text tower.
+    """
+
+    def __init__(self, text: Mapping[str, Any], vision: Mapping[str, Any]) -> None:
+        super().__init__(**text)
+        shared = {"embed_dim": text["embed_dim"], "quick_gelu": text.get("quick_gelu", False)}
+        self.visual = VisionTower(**vision, **shared)
+
+
 class OpenCLIPBlock(nn.Module):
-    """Pre-norm attention and MLP, open_clip's names."""
+    """Pre-norm attention and MLP with open_clip's parameter names."""
 
     def __init__(
         self, width: int, heads: int, hidden: int, activation: Callable[[Tensor], Tensor]
@@ -159,7 +204,7 @@ class OpenCLIPBlock(nn.Module):
 
 
 class FusedAttention(nn.Module):
-    """Self-attention with queries, keys and values in one matrix, open_clip's names."""
+    """Self-attention with one matrix for queries, keys and values; open_clip's parameter names."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -177,7 +222,7 @@ class FusedAttention(nn.Module):
 
 
 class Product(nn.Module):
-    """x W^T + b, where the parameters are its owner's; a module, so that hooks find it."""
+    """x W^T + b with the caller's parameters; a module, so that a LoRA can hook it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,7 +237,10 @@ class Product(nn.Module):
 
 
 class CLIPTower(nn.Module):
-    """Embeddings, causal blocks and (not applied here) the final norm, transformers' names."""
+    """Text tower with transformers' parameter names; arguments as in their CLIPTextConfig.
+
+    `final_layer_norm` is left to the caller, as not all outputs have it.
+    """
 
     def __init__(
         self,
@@ -223,32 +271,37 @@ class CLIPTower(nn.Module):
         self.final_layer_norm = LayerNorm(width, eps=eps)
         self.reset_parameters()
 
+    @property
+    def blocks(self) -> Sequence["CLIPBlock"]:
+        return cast("Sequence[CLIPBlock]", self.encoder["layers"])
+
+    @property
+    def token_embedding(self) -> Embedding:
+        return cast(Embedding, self.embeddings["token_embedding"])
+
     def reset_parameters(self) -> None:
-        """Small normal weights, as in OpenCLIPTower."""
+        """Initialises as OpenCLIPTower."""
         if self.final_layer_norm.weight.is_meta:
             return
         for weight in self.embeddings.parameters():
             nn.init.normal_(weight, std=0.02)
-        blocks: Any = self.encoder["layers"]
-        for block in blocks:
+        for block in self.blocks:
             attn, mlp = block.self_attn, block.mlp
             inputs = [attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight]
-            _init_block(len(blocks), inputs, mlp["fc1"], [attn.out_proj, mlp["fc2"]])
+            _init_block(len(self.blocks), inputs, mlp["fc1"], [attn.out_proj, mlp["fc2"]])
 
-    def forward(self, tokens: Tensor, count: int, learned: Tensor | None = None) -> Tensor:
-        """Tokens (B, N) through the first `count` blocks."""
-        table: Any = self.embeddings["position_embedding"].weight
-        x = embed(self.embeddings["token_embedding"], tokens, learned)  # (B, N, D)
-        x = x + table[: x.shape[1]]
-        mask = _causal(x)  # (N, N)
-        blocks: Any = self.encoder["layers"]
-        for block in islice(blocks, count):
+    def forward(self, tokens: Tensor, count: int, added: Tensor | None = None) -> Tensor:
+        """Runs the first `count` blocks, see OpenCLIPTower."""
+        x = embed_tokens(self.token_embedding, tokens, added)  # (B, N, D)
+        x = x + cast(Embedding, self.embeddings["position_embedding"]).weight[: x.shape[1]]
+        mask = _causal_mask(x)  # (N, N)
+        for block in islice(self.blocks, count):
             x = block(x, mask)
         return x  # (B, N, D)
 
 
 class CLIPBlock(nn.Module):
-    """Pre-norm causal attention and MLP, transformers' names."""
+    """Pre-norm attention and MLP with transformers' parameter names."""
 
     def __init__(
         self,
@@ -276,13 +329,15 @@ class CLIPBlock(nn.Module):
 
 
 class SplitAttention(nn.Module):
-    """Causal self-attention with three input matrices, transformers' names."""
+    """Self-attention with separate input matrices; transformers' parameter names."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.q_proj, self.k_proj = Linear(width, width), Linear(width, width)
-        self.v_proj, self.out_proj = Linear(width, width), Linear(width, width)
+        self.q_proj = Linear(width, width)
+        self.k_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
+        self.out_proj = Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         qkv = (self.q_proj(x), self.k_proj(x), self.v_proj(x))  # (B, N, D) each
@@ -291,22 +346,30 @@ class SplitAttention(nn.Module):
         return self.out_proj(rearrange(y, "b h n d -> b n (h d)"))  # (B, N, D)
 
 
-def embed(table: nn.Module, tokens: Tensor, learned: Tensor | None) -> Tensor:
-    """The vectors of tokens (B, N), where token -1 - k means row k of `learned`."""
-    if learned is None:
-        return table(tokens)
-    x = table(tokens.clamp(min=0))  # (B, N, D)
-    new = learned.to(x)[(-1 - tokens).clamp(min=0)]
+def embed_tokens(embedding: nn.Module, tokens: Tensor, added: Tensor | None) -> Tensor:
+    """Embeds tokens.
+
+    Args:
+        tokens: (B, N) int64; -1 - k is row k of `added`.
+        added: Vectors (n, D) of textual inversions.
+
+    Returns:
+        Embeddings (B, N, D).
+    """
+    if added is None:
+        return cast(Tensor, embedding(tokens))
+    x: Tensor = embedding(tokens.clamp(min=0))  # (B, N, D)
+    new = added.to(x)[(-1 - tokens).clamp(min=0)]
     return torch.where((tokens < 0)[..., None], new, x)  # (B, N, D)
 
 
-def _causal(x: Tensor) -> Tensor:
-    """Each token sees itself and those before it: (N, N) bool."""
+def _causal_mask(x: Tensor) -> Tensor:
+    """Mask (N, N) bool for x (B, N, D): a token attends to itself and to those before it."""
     n = x.shape[1]
     return torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
 
 
-def _init_open_clip_blocks(blocks: Any) -> None:
+def _init_open_clip_blocks(blocks: Sequence[OpenCLIPBlock]) -> None:
     for block in blocks:
         attn, mlp = block.attn, block.mlp
         outputs = [attn.out_proj, mlp["c_proj"]]
@@ -314,11 +377,12 @@ def _init_open_clip_blocks(blocks: Any) -> None:
 
 
 def _init_block(
-    layers: int, inputs: Sequence[Tensor], hidden: Linear, outputs: Sequence[Linear]
+    layers: int, inputs: Sequence[Tensor], hidden: nn.Module, outputs: Sequence[nn.Module]
 ) -> None:
-    width = hidden.in_features
-    nn.init.normal_(hidden.weight, std=(2 * width) ** -0.5)
+    """Initialises one of `layers` blocks; inputs and outputs are those of its residual branches."""
+    width = inputs[0].shape[1]
+    nn.init.normal_(cast(Linear, hidden).weight, std=(2 * width) ** -0.5)
     for weight in inputs:
         nn.init.normal_(weight, std=width**-0.5)
     for linear in outputs:
-        nn.init.normal_(linear.weight, std=(2 * width * layers) ** -0.5)
+        nn.init.normal_(cast(Linear, linear).weight, std=(2 * width * layers) ** -0.5)

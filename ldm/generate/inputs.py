@@ -93,7 +93,7 @@ def pipeline(
         return getattr(pipelines, args.task)
     if not told["images"] and not args.prior:
         raise ValueError("there is nothing to see: give a picture (--image), or a prior (--prior)")
-    if "jpg" in {getattr(encoder, "key", None) for encoder in model.conditioner.children()}:
+    if "jpg" in model.conditioner.keys:
         for key in ("noise_levels", "mix_level"):
             del told[key]
         return pipelines.vary

@@ -166,8 +166,8 @@ def _contents(files: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _payload(model: "LatentDiffusion") -> str:
     """What the original scripts of the model's family wrote."""
-    is_sd1 = type(model.conditioner.text).__name__ in ("CLIPText", "CLIPImage")
-    return "StableDiffusionV1" if is_sd1 else "SDV2"
+    text = model.conditioner.text
+    return "StableDiffusionV1" if text is not None and text.generation == 1 else "SDV2"
 
 
 def _unchanged(files: Sequence[Mapping[str, Any]], flag: str) -> Sequence[Mapping[str, Any]]:

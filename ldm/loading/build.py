@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ldm.encoders.lowres import LowRes
 from ldm.encoders.text import OpenCLIPText
 from ldm.loading import legacy
 from ldm.loading.config import instantiate
@@ -75,8 +76,9 @@ def fill_weights(
         if mapped and new.data_ptr() != old.data_ptr():
             release_pages(old)
     model.load_state_dict(weights, strict=True, assign=True)
-    if dtype == torch.float16 and hasattr(getattr(model, "conditioner", None), "lowres"):
-        cast(LatentDiffusion, model).autoencoder.float()  # the upscaler's overflows in float16
+    is_upscaler = isinstance(model, LatentDiffusion) and model.conditioner.find(LowRes) is not None
+    if dtype == torch.float16 and is_upscaler:
+        model.autoencoder.float()  # the upscaler's overflows in float16
 
 
 def add_unused_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
@@ -85,8 +87,8 @@ def add_unused_weights(model: nn.Module, state: dict[str, Tensor], where: str) -
     These are the projection of OpenCLIP's text tower, and its last block if that is not run.
     state: under our names. where: the file that it is from.
     """
-    text = getattr(getattr(model, "conditioner", None), "text", None)
-    if not isinstance(text, OpenCLIPText):
+    text = model.conditioner.find(OpenCLIPText) if isinstance(model, LatentDiffusion) else None
+    if text is None:
         return
     unused = tuple(TEXT + name for name in text.unused)
     wanted = model.state_dict()

@@ -41,7 +41,7 @@ DEPTH = "ldm.encoders.depth.MiDaSDepth"
 LOW_RES = "ldm.encoders.lowres.LowRes"
 NOISE_LEVEL = "ldm.encoders.lowres.NoiseLevel"
 MASKED_IMAGE = "ldm.encoders.lowres.MaskedImage"
-FOLDED = "ldm.encoders.lowres.Folded"
+PATCHES = "ldm.encoders.lowres.PatchesToChannels"
 ADVERSARIAL = "ldm.train.tasks.autoencoder.LossConfig"
 
 TARGETS = {
@@ -65,10 +65,11 @@ TARGETS = {
     "sgm.modules.encoders.modules.FrozenOpenCLIPEmbedder": OPEN_CLIP,
     "sgm.modules.encoders.modules.FrozenCLIPEmbedder": CLIP,
     "torch.nn.Identity": "torch.nn.Identity",
+    "ldm.encoders.lowres.Folded": PATCHES,  # our name before 0.2
 }
 OURS = frozenset(
     {
-        *(MODEL, CONDITIONER, SCHEDULE, BETAS, IMAGE_EMBEDDING, NOISE_LEVEL, MASKED_IMAGE, FOLDED),
+        *(MODEL, CONDITIONER, SCHEDULE, BETAS, IMAGE_EMBEDDING, NOISE_LEVEL, MASKED_IMAGE, PATCHES),
         *TARGETS.values(),
     }
 )
@@ -255,7 +256,7 @@ def _enlarging(params: dict[str, Any], where: str, notes: list[str]) -> dict[str
     spec = _latent_diffusion(params, where, notes, **how)
     (key,) = params.get("concat_keys") or ["lr"]
     folded = {"key": key, "patch": params.get("reshuffle_patch_size") or 1}
-    return _listening(spec, folded={"target": FOLDED, "params": folded})
+    return _listening(spec, folded={"target": PATCHES, "params": folded})
 
 
 def _unclip(params: dict[str, Any], where: str, notes: list[str]) -> dict[str, Any]:

@@ -66,8 +66,7 @@ def check_family(model: LatentDiffusion, *tasks: str) -> None:
 
 
 def reads(model: LatentDiffusion) -> frozenset[str]:
-    encoders: Any = model.conditioner.children()
-    return frozenset(encoder.key for encoder in encoders)
+    return model.conditioner.keys
 
 
 def made(

@@ -21,7 +21,7 @@ from ldm.diffusion.guidance import guided
 from ldm.diffusion.samplers import SAMPLERS, STOCHASTIC
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.encoders import tokenizer
-from ldm.encoders.image import CLIPImage, OpenCLIPImage
+from ldm.encoders.image import CLIPVision
 from ldm.nets.karlo import Prior
 
 __all__ = ["LIMIT", "image_embedding", "sample", "spaced", "text_condition"]
@@ -31,7 +31,7 @@ LIMIT = 10.0  # no number of a normalised embedding is estimated beyond this
 
 def image_embedding(
     prior: Prior,
-    clip: CLIPImage | OpenCLIPImage,
+    clip: CLIPVision,
     texts: Sequence[str],
     negative: Sequence[str] | str = "",
     *,
@@ -54,13 +54,13 @@ def image_embedding(
     return x * std.to(x) + mean.to(x)
 
 
-def text_condition(clip: CLIPImage | OpenCLIPImage, texts: Sequence[str]) -> Cond:
+def text_condition(clip: CLIPVision, texts: Sequence[str]) -> Cond:
     """crossattn (B, 77, D): token vectors, zeros beyond the end; vector (B, D): the embedding.
 
     Raises ValueError if this CLIP was kept without its text tower.
     """
     tower = clip.model
-    if not len(tower.transformer["resblocks"]):
+    if not tower.blocks:
         raise ValueError("the prior needs CLIP's text tower, which this model does not have")
     tokens = tokenizer.tokenize(texts, tokenizer.CLIP, len(tower.positional_embedding))
     tokens = tokens.to(tower.positional_embedding.device)  # (B, 77)

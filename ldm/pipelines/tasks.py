@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.diffusion.guidance import Scale
-from ldm.encoders.lowres import hole, pair
+from ldm.encoders.depth import MiDaSDepth
+from ldm.encoders.lowres import LowRes, concat_mask, mask_image
 from ldm.model import LatentDiffusion
 from ldm.pipelines.frame import (
     check_family,
@@ -108,13 +109,13 @@ def inpaint(
     check_family(model, "inpaint", "txt2img")
     n, f = len(listed(prompts)), model.downscale
     if mask.shape[-2:] != image.shape[-2:]:
-        hole(image, mask)  # raises
+        mask_image(image, mask)  # raises
     noise = seeded(options, prompts)
     wide, area = padded(image, f), (padded(mask, f) >= 0.5).float()
     records: dict[str, Any] = {}
     if "masked" in reads(model):
-        hidden = latent_of(model, hole(wide, area), n, noise)
-        records["masked"] = pair(area.to(hidden).expand(n, -1, -1, -1), hidden)
+        hidden = latent_of(model, mask_image(wide, area), n, noise)
+        records["masked"] = concat_mask(area.to(hidden).expand(n, -1, -1, -1), hidden)
     if "masked" not in records or strength < 1:
         options |= {"z": latent_of(model, wide, n, noise), "strength": strength}
     if "masked" not in records:
@@ -161,9 +162,8 @@ def depth2img(
 def depth_of(model: LatentDiffusion, image: Tensor) -> Tensor:
     """What the model's own network says of a picture: (1, 1, H', W'), near = large."""
     check_family(model, "depth2img")
-    encoder: Any = model.conditioner.depth
-    depth: Tensor = encoder.estimate(image.to(model.device))
-    return depth
+    encoder = model.conditioner.get(MiDaSDepth)
+    return encoder.estimate(image.to(model.device))
 
 
 @torch.no_grad()
@@ -188,13 +188,13 @@ def upscale(
     """
     check_family(model, "upscale")
     n, noise = len(listed(prompts)), seeded(options, prompts)
-    encoder: Any = model.conditioner.lowres
+    encoder = model.conditioner.get(LowRes)
     if not 0 <= noise_level < encoder.max_noise_level:
         raise ValueError(f"noise levels are 0 … {encoder.max_noise_level - 1}, got {noise_level}")
     lr = image.to(model.device, torch.float32).expand(n, -1, -1, -1)
     lr = lr.contiguous(memory_format=torch.channels_last)  # the order of the original's noise
     level = torch.full((n,), noise_level, device=model.device)
-    records = {"lowres": encoder.noised(lr, level, noise(lr)), "noise_level": level}
+    records = {"lowres": encoder.add_noise(lr, level, noise(lr)), "noise_level": level}
     tile = model.image_size if tile is None else tile
     size = (lr.shape[-2] * model.downscale, lr.shape[-1] * model.downscale)
     options |= {"size": size, "unet_tile": tile}

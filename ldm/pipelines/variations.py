@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ldm.conditioning import Cond
 from ldm.diffusion.guidance import Scale
+from ldm.encoders.image import ImageEmbedding
 from ldm.model import LatentDiffusion
 from ldm.nets.karlo import Prior
 from ldm.pipelines import karlo as karlo
@@ -47,7 +48,7 @@ def unclip(
     """
     check_family(model, "unclip")
     n, noise = len(listed(prompts)), seeded(options, prompts)
-    encoder: Any = model.conditioner.image
+    encoder = model.conditioner.get(ImageEmbedding)
     seen = [*(encoder.embed(image) for image in images), *embeddings]
     shares = _shares(weights, len(seen), as_given="weights" in options.get("legacy", ()))
     levels = [noise_levels] * len(seen) if isinstance(noise_levels, int) else list(noise_levels)
@@ -110,8 +111,8 @@ def imagined(
     model: unCLIP-L, whose CLIP the prior was trained with.
     """
     check_family(model, "unclip")
-    image: Any = model.conditioner.image
-    mean, std = image.noise.known_statistics()
+    image = model.conditioner.get(ImageEmbedding)
+    mean, std = image.noise.get_statistics()
     with torch.no_grad():
         return karlo.image_embedding(
             *(prior, image.clip, listed(prompts), negative_prompt),

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from goldfile import gold
-from ldm.conditioning import Conditioner
+from ldm.conditioning import Conditioner, PrepareOptions
 from ldm.encoders import depth
-from ldm.encoders.depth import MiDaSDepth, midas_input, network_size, resized, scaled
+from ldm.encoders.depth import MiDaSDepth, midas_input, network_size, normalize_depth, resize_depth
 from recipe import fill
 
 KEYS = Path(__file__).parents[1] / "data" / "keys"
@@ -30,6 +30,10 @@ def tiny() -> MiDaSDepth:
         encoder = MiDaSDepth(arch=TINY)
     encoder.load_state_dict(fill(encoder.state_dict(), "tiny"))
     return encoder.eval()
+
+
+def options(*size):
+    return PrepareOptions(size, torch.neg)
 
 
 def assert_close(ours, theirs, tolerance=1e-5):
@@ -72,7 +76,7 @@ def test_the_channel_equals_the_recorded_one():
     ramp = torch.linspace(0, 1, red.shape[-1])
     depth_map = 3 * red + 2 * green * blue + 0.25 * ramp
     recorded = golden.outputs("depth")["c_concat"]
-    assert_close(scaled(resized(depth_map, (8, 12)), margin=0.001), recorded)
+    assert_close(normalize_depth(resize_depth(depth_map, (8, 12)), margin=0.001), recorded)
 
 
 def test_a_map_of_any_range_gives_the_same_channel(tiny):
@@ -117,13 +121,13 @@ def test_depth_comes_from_a_map_or_the_networks_input_or_a_picture(tiny, monkeyp
     image = torch.rand(1, 3, 80, 48) * 2 - 1
     estimated = tiny.estimate(image)
     batches = [{"depth": estimated}, {"midas_in": midas_input(image)}, {"jpg": image}]
-    maps = [tiny.prepare(batch, size=(10, 6))["depth"] for batch in batches]
+    maps = [tiny.prepare(batch, options(10, 6))["depth"] for batch in batches]
     assert maps[0].shape == (1, 1, 10, 6)
     assert torch.equal(maps[0], maps[1])
     assert torch.equal(maps[0], maps[2])
-    assert torch.equal(tiny.prepare({"depth": maps[0]}, size=(10, 6))["depth"], maps[0])
+    assert torch.equal(tiny.prepare({"depth": maps[0]}, options(10, 6))["depth"], maps[0])
     with pytest.raises(KeyError, match="the batch has `txt`"):
-        tiny.prepare({"txt": ["a"]}, size=(10, 6))
+        tiny.prepare({"txt": ["a"]}, options(10, 6))
 
 
 def test_a_conditioner_joins_the_channel(tiny):
@@ -133,11 +137,11 @@ def test_a_conditioner_joins_the_channel(tiny):
 
 
 def test_wrong_shapes_and_names_are_refused():
-    with pytest.raises(ValueError, match=r"depth maps \(B, 1, H, W\) are expected, got \(1, 3, 8"):
-        resized(torch.zeros(1, 3, 8, 8), (4, 4))
-    with pytest.raises(ValueError, match=r"images \(B, 3, H, W\) are expected"):
+    with pytest.raises(ValueError, match=r"expected depth maps \(B, 1, H, W\), got \(1, 3, 8"):
+        resize_depth(torch.zeros(1, 3, 8, 8), (4, 4))
+    with pytest.raises(ValueError, match=r"expected images \(B, 3, H, W\)"):
         midas_input(torch.zeros(3, 8, 8))
-    with pytest.raises(ValueError, match="unknown depth model `midas_v21`, choose one of dpt_hyb"):
+    with pytest.raises(ValueError, match="unknown depth model `midas_v21`"):
         MiDaSDepth(model_type="midas_v21")
 
 
@@ -255,7 +259,7 @@ def test_full_size_depth_equals_the_recorded_one(case):
 def test_without_a_network_maps_are_read_and_pictures_refused():
     encoder = MiDaSDepth(model_type=None)
     assert not encoder.state_dict()
-    channel = encoder(encoder.prepare({"depth": torch.rand(2, 1, 32, 32)}, size=(8, 8))["depth"])
+    channel = encoder(encoder.prepare({"depth": torch.rand(2, 1, 32, 32)}, options(8, 8))["depth"])
     assert channel.shape == (2, 1, 8, 8)
-    with pytest.raises(ValueError, match="cannot estimate depth: give it a map"):
-        encoder.prepare({"jpg": torch.zeros(1, 3, 32, 32)}, size=(8, 8))
+    with pytest.raises(ValueError, match="cannot estimate depth"):
+        encoder.prepare({"jpg": torch.zeros(1, 3, 32, 32)}, options(8, 8))

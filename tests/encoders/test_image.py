@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from goldfile import gold
-from ldm.conditioning import Conditioner
+from ldm.conditioning import Conditioner, PrepareOptions
 from ldm.encoders.image import (
     CLIPImage,
     EmbeddingNoise,
@@ -37,6 +37,10 @@ def picture(golden, case):
     info = golden.case(case)["info"]
     size = (info["h"], info["w"]) if "h" in info else map(int, case.split("_")[-1].split("x"))
     return F.interpolate(inputs["small"], tuple(size), mode="bilinear", align_corners=False)
+
+
+def options(generator=None):
+    return PrepareOptions((8, 8), torch.neg, generator)
 
 
 def tiny_unclip(**options):
@@ -124,7 +128,7 @@ def test_noised_embeddings_equal_the_recorded_ones(case):
     path = "statistics.th" if case == "clip_stats" else None
     noise = EmbeddingNoise(timestep_dim=24, noise_schedule_config=COSINE, clip_stats_path=path)
     if path:
-        noise.use_statistics(given["data_mean"], given["data_std"])
+        noise.set_statistics(given["data_mean"], given["data_std"])
     assert_close(noise.alphas_cumprod, given["alphas_cumprod"], 1e-6)
     assert_close(noise.scale(given["emb"]), expected["scaled"], 1e-6)
     assert_close(noise.unscale(given["emb"]), expected["unscaled"], 1e-6)
@@ -157,7 +161,7 @@ def test_the_vector_in_training_equals_the_recorded_one():
     posterior, *_, kept = golden.rng("unclip_train")
     torch.manual_seed(golden.case("unclip_train")["info"]["seed"])
     torch.randn(posterior.shape)
-    rows = encoder.prepare(batch)["embedding"]
+    rows = encoder.prepare(batch, options())["embedding"]
     lost = [row if keep else encoder.null for row, keep in zip(rows, kept, strict=True)]
     assert_close(encoder(lost), golden.outputs("unclip_train")["c_adm"])
 
@@ -247,7 +251,7 @@ def test_embeddings_are_float32_whatever_the_weights(dtype):
     full, half = encoder.embed(image), encoder.to(dtype).embed(image)
     assert half.dtype == torch.float32
     assert_close(half, full, 0.05)
-    assert encoder(encoder.prepare({"jpg": image})["embedding"]).dtype == torch.float32
+    assert encoder(encoder.prepare({"jpg": image}, options())["embedding"]).dtype == torch.float32
 
 
 def test_numbers_of_the_noise_survive_loading_in_half_precision():
@@ -260,7 +264,7 @@ def test_numbers_of_the_noise_survive_loading_in_half_precision():
 def test_noise_comes_from_the_generator():
     encoder, image = tiny_unclip(), torch.rand(2, 3, 56, 56)
     made = [
-        encoder.prepare({"jpg": image}, generator=torch.Generator().manual_seed(seed))["embedding"]
+        encoder.prepare({"jpg": image}, options(torch.Generator().manual_seed(seed)))["embedding"]
         for seed in (0, 0, 1)
     ]
     assert torch.equal(made[0], made[1])
@@ -270,7 +274,8 @@ def test_noise_comes_from_the_generator():
 def test_a_noise_level_of_the_batch_is_used():
     encoder, image = tiny_unclip(), torch.rand(2, 3, 56, 56)
     clean, noisy = (
-        encoder.prepare({"jpg": image, "noise_level": level})["embedding"] for level in (0, 999)
+        encoder.prepare({"jpg": image, "noise_level": level}, options())["embedding"]
+        for level in (0, 999)
     )
     assert_close(clean[:, :24], encoder.embed(image), 0.05)
     assert (noisy[:, :24] - encoder.embed(image)).abs().mean() > 0.3
@@ -278,7 +283,7 @@ def test_a_noise_level_of_the_batch_is_used():
 
 
 def test_a_prepared_batch_stays_as_it_is():
-    assert tiny_unclip().prepare({"embedding": torch.zeros(1, 48)}) == {}
+    assert tiny_unclip().prepare({"embedding": torch.zeros(1, 48)}, options()) == {}
 
 
 def test_no_image_is_zeros_in_both_slots():
@@ -320,8 +325,8 @@ def test_missing_statistics_are_named_when_they_are_needed():
         (lambda: OpenCLIPImage(arch={"vision_cfg": {"widht": 8}}), "vision_cfg key `widht`"),
         (lambda: CLIPImage(model="RN50"), "unknown arch `RN50`"),
         (lambda: CLIPImage(model=TINY, blur="kornia"), "unknown blur `kornia`"),
-        (lambda: EmbeddingNoise(timestep_dim=8).use_statistics(torch.ones(9), torch.ones(9)),
-         "statistics of 9 and 9 numbers do not fit embeddings of 8"),
+        (lambda: EmbeddingNoise(timestep_dim=8).set_statistics(torch.ones(9), torch.ones(9)),
+         "statistics of 9 and 9 values do not fit embeddings of width 8"),
         (lambda: EmbeddingNoise()(torch.ones(1, 256), 1000, torch.ones(1, 256)), "0 … 999"),
         (lambda: ImageEmbedding(clip=OpenCLIPImage(arch=TINY), noise=EmbeddingNoise()),
          "timestep_dim 256 is not the embedding's width 24"),

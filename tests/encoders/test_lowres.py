@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from goldfile import gold
-from ldm.conditioning import Conditioner
-from ldm.encoders.lowres import TABLES, LowRes, MaskedImage, NoiseLevel, hole, pair
+from ldm.conditioning import Conditioner, PrepareOptions
+from ldm.encoders.lowres import TABLES, LowRes, MaskedImage, NoiseLevel, concat_mask, mask_image
 from ldm.nets.autoencoder import AutoencoderKL
 from recipe import fill
 
@@ -13,6 +13,10 @@ X4 = {"noise_schedule_config": {"linear_start": 0.0001, "linear_end": 0.02}, "ma
 def assert_close(ours, theirs, tolerance=1e-6):
     assert ours.shape == theirs.shape
     assert (ours - theirs).abs().max() <= tolerance * max(1, theirs.abs().max())
+
+
+def options(generator=None, encode=torch.neg):
+    return PrepareOptions((4, 4), encode, generator)
 
 
 def pixels(pictures):
@@ -33,8 +37,8 @@ def test_noised_images_equal_the_recorded_ones():
     given, recorded = golden.inputs("image"), golden.outputs("image")
     first, _, second = golden.rng("image")
     encoder = LowRes(**X4)
-    assert_close(encoder.noised(given["x"], given["noise_level"], first), recorded["z"])
-    drawn = encoder.noised(given["x"], recorded["level_none"], second)
+    assert_close(encoder.add_noise(given["x"], given["noise_level"], first), recorded["z"])
+    drawn = encoder.add_noise(given["x"], recorded["level_none"], second)
     assert_close(drawn, recorded["z_none"])
 
 
@@ -43,7 +47,7 @@ def test_levels_and_noise_are_drawn_in_the_recorded_order():
     info, recorded = golden.case("image")["info"], golden.outputs("image")
     generator = torch.Generator().manual_seed(info["seeds"][1])
     lr = golden.inputs("image")["x"]
-    ours = LowRes(**X4).prepare({"lr": lr}, generator=generator)
+    ours = LowRes(**X4).prepare({"lr": lr}, options(generator))
     assert torch.equal(ours["noise_level"], recorded["level_none"])
     assert_close(ours["lowres"], recorded["z_none"])
 
@@ -51,7 +55,7 @@ def test_levels_and_noise_are_drawn_in_the_recorded_order():
 def test_without_a_schedule_nothing_is_added():
     recorded = gold("low_scale_model").outputs("simple")
     encoder = LowRes(max_noise_level=0)
-    ours = encoder.prepare({"lr": recorded["x"]})
+    ours = encoder.prepare({"lr": recorded["x"]}, options())
     assert torch.equal(ours["lowres"], recorded["x"])
     assert torch.equal(ours["noise_level"], recorded["level"])
     assert not encoder.state_dict()
@@ -64,7 +68,7 @@ def test_upscaling_conditions_equal_the_recorded_ones():
     torch.randn(golden.rng("upscale")[0].shape)  # the posterior of the large picture
     conditioner = Conditioner(lowres=LowRes(**X4), level=NoiseLevel())
     batch = {"lr": pixels(golden.inputs("upscale")["lr"])}
-    cond = conditioner(conditioner.lowres.prepare(batch))
+    cond = conditioner(conditioner.lowres.prepare(batch, options()))
     assert_close(cond.concat, recorded["c_concat"])
     assert torch.equal(cond.vector, recorded["c_adm"])
 
@@ -72,26 +76,26 @@ def test_upscaling_conditions_equal_the_recorded_ones():
 def test_one_level_serves_the_whole_batch():
     encoder, lr = LowRes(**X4), torch.rand(2, 3, 4, 4)
     generator = torch.Generator().manual_seed(0)
-    ours = encoder.prepare({"lr": lr, "noise_level": 20}, generator=generator)
+    ours = encoder.prepare({"lr": lr, "noise_level": 20}, options(generator))
     noise = torch.randn(lr.shape, generator=torch.Generator().manual_seed(0))
     assert ours["noise_level"].tolist() == [20, 20]
-    assert torch.equal(ours["lowres"], encoder.noised(lr, torch.tensor([20, 20]), noise))
+    assert torch.equal(ours["lowres"], encoder.add_noise(lr, torch.tensor([20, 20]), noise))
 
 
 def test_a_level_outside_the_schedule_is_refused():
     lr = torch.zeros(1, 3, 4, 4)
     for level in (-1, 1000):
         with pytest.raises(ValueError, match="noise levels are 0 … 999, got"):
-            LowRes(**X4).prepare({"lr": lr, "noise_level": level})
+            LowRes(**X4).prepare({"lr": lr, "noise_level": level}, options())
 
 
 def test_prepared_batches_are_left_alone():
-    assert LowRes(**X4).prepare({"lowres": torch.zeros(1, 3, 4, 4)}) == {}
-    assert MaskedImage().prepare({"masked": torch.zeros(1, 5, 4, 4)}, encode=torch.neg) == {}
+    assert LowRes(**X4).prepare({"lowres": torch.zeros(1, 3, 4, 4)}, options()) == {}
+    assert MaskedImage().prepare({"masked": torch.zeros(1, 5, 4, 4)}, options()) == {}
 
 
 def test_the_record_of_the_small_picture_can_have_another_name():
-    ours = LowRes(low_scale_key="LR").prepare({"LR": torch.ones(1, 3, 2, 2)})
+    ours = LowRes(low_scale_key="LR").prepare({"LR": torch.ones(1, 3, 2, 2)}, options())
     assert torch.equal(ours["lowres"], torch.ones(1, 3, 2, 2))
 
 
@@ -99,7 +103,7 @@ def test_noising_works_before_weights_are_loaded():
     with torch.device("meta"):
         encoder = LowRes(**X4)
     lr, level = torch.zeros(1, 3, 2, 2, device="cpu"), torch.zeros(1, dtype=torch.int64)
-    assert_close(encoder.noised(lr, level, torch.ones_like(lr)), torch.full_like(lr, 0.01))
+    assert_close(encoder.add_noise(lr, level, torch.ones_like(lr)), torch.full_like(lr, 0.01))
 
 
 @pytest.mark.parametrize("given", ["jpg", "masked_image"])
@@ -118,10 +122,10 @@ def test_inpainting_conditions_equal_the_recorded_ones(given):
         return (posterior.mean + posterior.std * noise) * config["scale_factor"]
 
     image, mask = (pixels(golden.inputs("inpaint")[key]) for key in ("jpg", "mask"))
-    image = image if given == "jpg" else hole(image, mask)
+    image = image if given == "jpg" else mask_image(image, mask)
     conditioner = Conditioner(masked=MaskedImage())
     with torch.no_grad():
-        batch = conditioner.masked.prepare({given: image, "mask": mask}, encode=encode)
+        batch = conditioner.masked.prepare({given: image, "mask": mask}, options(encode=encode))
     cond = conditioner(batch)
     assert_close(cond.concat, golden.outputs("inpaint")["c_concat"], 1e-5)
 
@@ -132,18 +136,18 @@ def test_holes_equal_the_recorded_ones(case):
     recorded = golden.outputs(case)
     image = pixels(golden.inputs(case)["image"][None]) / 127.5 - 1
     mask = golden.inputs(case)["mask"][None, None] / 255
-    ours = pair(mask, torch.zeros(1, 4, *mask.shape[-2:]))
+    ours = concat_mask(mask, torch.zeros(1, 4, *mask.shape[-2:]))
     assert torch.equal(ours[:, :1].expand_as(recorded["batch_mask"]), recorded["batch_mask"])
-    mean = hole(image, mask).mean(dim=(2, 3))
+    mean = mask_image(image, mask).mean(dim=(2, 3))
     assert_close(mean.expand_as(recorded["batch_masked_mean"]), recorded["batch_masked_mean"])
 
 
 def test_masks_are_cut_at_a_half_and_take_nearest_pixels():
     mask = torch.tensor([[0.0, 0.49, 0.5, 0.9], [1, 1, 1, 1]])[None, None]
-    assert pair(mask, torch.full((1, 1, 1, 2), 7.0)).tolist() == [[[[0, 1]], [[7, 7]]]]
-    assert hole(torch.ones(1, 3, 2, 4), mask)[0, 0].tolist() == [[1, 1, 0, 0], [0, 0, 0, 0]]
+    assert concat_mask(mask, torch.full((1, 1, 1, 2), 7.0)).tolist() == [[[[0, 1]], [[7, 7]]]]
+    assert mask_image(torch.ones(1, 3, 2, 4), mask)[0, 0].tolist() == [[1, 1, 0, 0], [0, 0, 0, 0]]
 
 
 def test_a_mask_of_another_size_is_refused():
     with pytest.raises(ValueError, match="an image of 8 x 8 pixels has a mask of 8 x 4"):
-        hole(torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 4))
+        mask_image(torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 4))

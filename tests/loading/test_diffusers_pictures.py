@@ -133,7 +133,7 @@ def test_upscaling(made):
     model, x, image = ldm.load(source), noise(1, 4, 16, 16), picture(16)
     theirs = opened(folder)(PROMPT, image=image, noise_level=20, **common(x.clone())).images
     level, drawn = torch.tensor([20]), noise(1, 3, 16, 16, seed=5)
-    records = {"lowres": model.conditioner.lowres.noised(2 * image - 1, level, drawn)}
+    records = {"lowres": model.conditioner.lowres.add_noise(2 * image - 1, level, drawn)}
     agree(sampled(model, records | {"noise_level": level}, x), theirs)
 
 

@@ -84,7 +84,7 @@ def test_what_does_not_fit_is_refused_and_skipped_in_a_folder(tmp_path, caplog):
         with pytest.raises(ValueError, match=message):
             load_embeddings(model, [tmp_path / f"{name}.safetensors"])
     load_embeddings(model, [tmp_path])
-    assert list(model.conditioner.text.learned) == ["<fits>"]
+    assert list(model.conditioner.text.added_embeddings) == ["<fits>"]
     assert len(model.provenance["embeddings"]) == 1
     assert caplog.text.count("skipped: ") == 3
     del model.conditioner.text
@@ -97,7 +97,7 @@ def test_a_reduced_vocabulary_learns_words_too():
     text = OpenCLIPText(arch=arch, compact_vocab=8)
     text.token_ids.copy_(torch.arange(7) + 320)
     plain = text(["a b c"])
-    text.learned = {"cat": text.model.token_embedding.weight[:1].detach() * 0}
+    text.added_embeddings = {"cat": text.model.token_embedding.weight[:1].detach() * 0}
     assert torch.equal(text(["a b c"]), plain)
     assert not torch.equal(text(["a cat c"]), text(["a zebra c"]))
     assert text.state_dict().keys() == OpenCLIPText(arch=arch, compact_vocab=8).state_dict().keys()

@@ -6,9 +6,10 @@ from torch import nn
 
 from ldm.app.pool import Pool
 from ldm.conditioning import Conditioner
+from ldm.encoders.text import TextEncoder
 
 
-class Text(nn.Module):
+class Text(TextEncoder):
     def __init__(self, seed: int, layer: str = "last") -> None:
         super().__init__()
         torch.manual_seed(seed)
@@ -93,7 +94,7 @@ def test_models_with_other_loras_or_words_are_other_models(pool, tmp_path):
 
 def test_a_tower_that_learned_words_is_not_shared(pool):
     one = pool(None, pool.file("a", lambda: Model(0, Text(5), 7)))
-    one.conditioner.text.learned = {"cat": torch.ones(1, 16)}
+    one.conditioner.text.added_embeddings = {"cat": torch.ones(1, 16)}
     two = pool(None, pool.file("b", lambda: Model(1, Text(5), 7)))
     assert two.conditioner.text is not one.conditioner.text
 

@@ -69,12 +69,12 @@ def test_a_lora_is_trained_beside_a_frozen_model_and_used(base: Path, tmp_path: 
 def test_a_word_is_learned_and_used(base: Path, tmp_path: Path) -> None:
     run = adapted(tmp_path / "word", base, *WORD, "lightning.textual_inversion.init=a cat")
     text: Any = run.model.conditioner.text
-    start = text.vectors("a cat")
-    assert torch.equal(text.learned["<thing>"], start[[0, 1, 0]])
+    start = text.token_embeddings("a cat")
+    assert torch.equal(text.added_embeddings["<thing>"], start[[0, 1, 0]])
     run.train()
     model: Any = ldm.load(None, base)
     load_embeddings(model, [run.last])
-    vectors = model.conditioner.text.learned["<thing>"]
+    vectors = model.conditioner.text.added_embeddings["<thing>"]
     assert torch.equal(vectors, run.state.ema.shadow["word.vectors"])
     assert (vectors - start[[0, 1, 0]]).abs().max() > 0
     assert (text.tokenize(["a <thing>"]) < 0).sum() == 3

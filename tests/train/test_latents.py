@@ -227,12 +227,12 @@ def test_contexts_are_kept_of_a_frozen_tower_alone(model: Any, tmp_path: Path) -
     text.requires_grad_(False)
     with torch.no_grad():
         context = text.encode(["a cat", ""])
-    text.known = cached_contexts(model, ["a cat", "a dog"], tmp_path)
+    text.cache = cached_contexts(model, ["a cat", "a dog"], tmp_path)
     assert len(Store(tmp_path, "contexts")) == 3  # and that of no text
     torch.testing.assert_close(text.encode(["a cat", ""]), context, rtol=1e-3, atol=1e-3)
     cached_contexts(model, ["a cat", "a pig"], tmp_path)
     assert len(Store(tmp_path, "contexts")) == 4
-    kept = text.known["a cat"].float()[None]
+    kept = text.cache["a cat"].float()[None]
     assert torch.equal(text.encode("a cat"), kept)
     with torch.no_grad():
         text.model.ln_final.bias += 1
@@ -241,9 +241,9 @@ def test_contexts_are_kept_of_a_frozen_tower_alone(model: Any, tmp_path: Path) -
     hook = text.model.ln_final.register_forward_hook(lambda *_: None)
     assert not torch.equal(text.encode("a cat"), kept)
     hook.remove()
-    text.learned["<x>"] = torch.zeros(1, 32)
+    text.added_embeddings["<x>"] = torch.zeros(1, 32)
     assert not torch.equal(text.encode("a cat"), kept)
-    text.learned.clear()
+    text.added_embeddings.clear()
     text.requires_grad_(True)
     assert not torch.equal(text.encode("a cat"), kept)
 
@@ -258,7 +258,7 @@ def test_a_config_asks_for_both(model: Any, photos: Path, tmp_path: Path, kind: 
     source, _ = open_sources(model, data, 0)
     batch = next(source.batches(3, workers=1))
     assert batch["z"].shape == (3, 4, 4, 4)
-    assert set(batch["txt"]) <= set(model.conditioner.text.known)
+    assert set(batch["txt"]) <= set(model.conditioner.text.cache)
     assert source.first(1)[0]["jpg"].shape == (3, 16, 16)
     for wrong, message in (({}, "needs `cache`"), ({"cache": "x", "variant": 2}, "'variant'")):
         with pytest.raises(ValueError, match=f"data.params.latents.*{message}"):

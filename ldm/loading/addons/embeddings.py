@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.encoders.text import CLIPText, OpenCLIPText
+from ldm.encoders.text import TextEncoder
 from ldm.loading.addons.lora import WIDTHS
 from ldm.loading.files.checkpoint import file_hash, read_checkpoint, write_checkpoint
 from ldm.model import LatentDiffusion
@@ -35,8 +35,8 @@ def load_embeddings(model: LatentDiffusion, paths: Iterable[str | Path]) -> None
     `provenance` remembers the files.
     Raises FileNotFoundError, or ValueError if a file is none or is made for another tower.
     """
-    text = getattr(model.conditioner, "text", None)
-    if not isinstance(text, (CLIPText, OpenCLIPText)):
+    text = model.conditioner.find(TextEncoder)
+    if text is None:
         raise ValueError("this model has no text tower that could learn words")
     noted = []
     for path in map(Path, paths):
@@ -49,7 +49,7 @@ def load_embeddings(model: LatentDiffusion, paths: Iterable[str | Path]) -> None
                     raise
                 log.warning("skipped: %s", str(error).splitlines()[0])
                 continue
-            text.learned.update(words)
+            text.added_embeddings.update(words)
             log.info("`%s` means %s in prompts", file, ", ".join(f"`{word}`" for word in words))
             digest = file_hash(file)
             noted.append({"path": str(file.resolve()), "words": list(words), "hash": digest})

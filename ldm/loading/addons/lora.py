@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ldm.encoders.text import CLIPText, OpenCLIPText
+from ldm.encoders.text import TextEncoder
 from ldm.encoders.towers import FusedAttention
 from ldm.loading.diffusers.names import text_layers, unet_layers
 from ldm.loading.files.checkpoint import Checkpoint, file_hash, read_checkpoint, write_checkpoint
@@ -116,11 +116,11 @@ def lora_targets(model: LatentDiffusion) -> dict[str, Target]:
     found = {}
     for ours, theirs in unet_layers(_layer_names(model.unet)).items():
         found[f"unet.{theirs}"] = Target(model.unet.get_submodule(ours))
-    text = getattr(model.conditioner, "text", None)
-    if isinstance(text, (CLIPText, OpenCLIPText)):
+    text = model.conditioner.find(TextEncoder)
+    if text is not None:
         for ours, theirs in text_layers(_layer_names(text)).items():
             layer = text.get_submodule(ours)
-            if ours.startswith(getattr(text, "unused", ())):
+            if ours.startswith(text.unused):
                 continue
             if isinstance(layer, FusedAttention):
                 for part, third in enumerate(THIRDS):

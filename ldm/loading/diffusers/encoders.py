@@ -13,7 +13,7 @@ from torch import nn
 from ldm.encoders import tokenizer
 from ldm.encoders.depth import ARCHS as DEPTHS, TARGET
 from ldm.encoders.image import MEAN, STD, VISION, VISION_DEFAULTS
-from ldm.encoders.text import ARCHS, CLIP_LARGE, CLIPText, OpenCLIPText
+from ldm.encoders.text import ARCHS, CLIP_LARGE, CLIPText, OpenCLIPText, TextEncoder
 from ldm.encoders.towers import VOCAB, quick_gelu
 from ldm.loading.diffusers.networks import checked
 
@@ -52,7 +52,9 @@ def text_config(encoder: nn.Module, blocks: int | None) -> dict[str, Any]:
         eps, length = tower.final_layer_norm.eps, encoder.length
         projection = width
     else:
-        what = f"{type(encoder).__name__} with `layer: {getattr(encoder, 'layer', None)}`"
+        what = type(encoder).__name__
+        if isinstance(encoder, CLIPText):
+            what += f" with `layer: {encoder.layer}`"
         raise ValueError(f"transformers' CLIPTextModel cannot be {what}")
     return {
         "architectures": ["CLIPTextModel"],
@@ -101,7 +103,7 @@ def text_params(config: Config) -> dict[str, Any]:
     return params | {"arch": {"embed_dim": width, "text_cfg": text_cfg}}
 
 
-def tokenizer_files(encoder: nn.Module) -> dict[str, Any]:
+def tokenizer_files(encoder: TextEncoder) -> dict[str, Any]:
     """File name -> content (JSON, or text) of CLIP's tokenizer, padding as the encoder does."""
     ids, ranks = tokenizer.vocabulary()
     start, end = tokenizer.CLIP.start, tokenizer.CLIP.end  # transformers' words for both dialects

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.encoders.image import ImageEmbedding
 from ldm.encoders.towers import VOCAB
 from ldm.loading import legacy
 from ldm.loading.build import add_unused_weights, build_on_meta, check_weights
@@ -138,9 +139,9 @@ def build_folder(
         theirs = found["text_encoder"]
         theirs[EMBEDDING] = _whole(theirs[EMBEDDING], state[ROWS])
     if f"{NORMALIZER}/config.json" in files:
-        conditioner: Any = model.conditioner
-        load_clip_statistics(conditioner, file.path, clip_stats, schedule_tables(file.state))
-        mean, std = conditioner.image.noise.known_statistics()
+        assert isinstance(model, LatentDiffusion)
+        load_clip_statistics(model.conditioner, file.path, clip_stats, schedule_tables(file.state))
+        mean, std = model.conditioner.get(ImageEmbedding).noise.get_statistics()
         found[NORMALIZER] = {"mean": mean, "std": std}
     rest = {name: value for name, value in state.items() if name not in homes}
     if ROWS in rest:

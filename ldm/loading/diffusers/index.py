@@ -12,7 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from ldm.encoders.image import CLIPImage
+from ldm.encoders.depth import MiDaSDepth
+from ldm.encoders.image import CLIPImage, ImageEmbedding
+from ldm.encoders.lowres import LowRes
+from ldm.encoders.text import TextEncoder
 from ldm.loading.config import read_yaml
 from ldm.loading.diffusers import encoders, networks, schedulers
 from ldm.loading.diffusers.keys import used_text_blocks
@@ -91,8 +94,7 @@ def folder_configs(model: nn.Module, spec: Mapping[str, Any]) -> Files:
     if f"{FE}/{PROCESSOR}" in files:
         index[FE] = ("transformers", files[f"{FE}/{PROCESSOR}"]["image_processor_type"])
     if kind == "lowres":
-        level: Any = model.conditioner.lowres
-        index["max_noise_level"] = level.max_noise_level
+        index["max_noise_level"] = model.conditioner.get(LowRes).max_noise_level
     return files | {INDEX: index}
 
 
@@ -133,28 +135,28 @@ LOWRES = "low_res_scheduler/scheduler_config.json"
 
 def _conditions(model: LatentDiffusion, specs: Mapping[str, Any], kind: str) -> Files:
     """Files of what the model listens to."""
-    conditioner: Any = model.conditioner
-    files: Files = {}
+    conditioner, files = model.conditioner, Files()
+    image = conditioner.find(ImageEmbedding)
+    eye = None if image is None else image.clip.model.visual
     if kind == "sees":
-        eye = conditioner.text.model.visual
+        eye = conditioner.get(CLIPImage).model.visual
     else:
-        blocks = used_text_blocks(conditioner.text)
-        files[TEXT] = encoders.text_config(conditioner.text, blocks)
-        for name, content in encoders.tokenizer_files(conditioner.text).items():
+        text = conditioner.get(TextEncoder)
+        files[TEXT] = encoders.text_config(text, used_text_blocks(text))
+        for name, content in encoders.tokenizer_files(text).items():
             files[f"tokenizer/{name}"] = content
-        eye = conditioner.image.clip.model.visual if kind == "image" else None
     if eye is not None:
         files["image_encoder/config.json"] = encoders.vision_config(eye)
         files[f"{FE}/{PROCESSOR}"] = encoders.image_processor(eye.image_size)
-    if kind == "image":
-        width = {"embedding_dim": conditioner.image.noise.width}
+    if image is not None:
+        width = {"embedding_dim": image.noise.width}
         name = CLASSES["image_normalizer"][1]
         files["image_normalizer/config.json"] = {"_class_name": name} | width
         files[NOISING] = _noise(specs["image"]["params"]["noise"])
     if kind == "lowres":
         files[LOWRES] = _noise(specs["lowres"])
     if kind == "depth":
-        config = encoders.depth_config(conditioner.depth)
+        config = encoders.depth_config(conditioner.get(MiDaSDepth))
         files["depth_estimator/config.json"] = config
         files[f"{FE}/{PROCESSOR}"] = encoders.depth_processor(config["image_size"])
     return files

@@ -154,7 +154,7 @@ def locate_weights(model: nn.Module) -> dict[str, Location]:
     found = _within("unet.", "unet", unet_keys, names) | _within(
         "autoencoder.", "vae", vae_keys, names
     )
-    text_encoder = getattr(model.conditioner, "text", None)
+    text_encoder = model.conditioner.text
     if isinstance(text_encoder, CLIPImage):
         found |= _within(TEXT, "image_encoder", vision_keys, names)
     else:

@@ -6,10 +6,11 @@ the config says, or beside the checkpoint, or where the user says; some checkpoi
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from ldm.conditioning import Conditioner
+from ldm.encoders.image import ImageEmbedding
 from ldm.loading.files.checkpoint import detect_format
 from ldm.loading.files.pickles import load_pickle
 from ldm.runtime.files import find_file
@@ -18,7 +19,7 @@ __all__ = ["clip_statistics_tensors", "find_beside", "load_clip_statistics", "re
 
 
 def load_clip_statistics(
-    conditioner: nn.Module,
+    conditioner: Conditioner,
     ckpt: Path,
     given: str | Path | None = None,
     tables: Mapping[str, Tensor] | None = None,
@@ -29,27 +30,28 @@ def load_clip_statistics(
     Does nothing for other models; if nothing is found, the model says so when it is used.
     Raises FileNotFoundError if `given` is not there, ValueError if it holds something else.
     """
-    noise: Any = getattr(getattr(conditioner, "image", None), "noise", None)
-    if noise is None:
+    image = conditioner.find(ImageEmbedding)
+    if image is None:
         return
+    noise = image.noise
     if given is not None:
-        noise.use_statistics(*read_clip_statistics(find_file(given)))
+        noise.set_statistics(*read_clip_statistics(find_file(given)))
     elif tables and "noise_augmentor.data_mean" in tables:
         mean, std = (tables[f"noise_augmentor.data_{name}"] for name in ("mean", "std"))
-        noise.use_statistics(mean, std)
+        noise.set_statistics(mean, std)
     elif path := find_beside(ckpt, noise.clip_stats_path):
-        noise.use_statistics(*read_clip_statistics(path))
+        noise.set_statistics(*read_clip_statistics(path))
 
 
-def clip_statistics_tensors(conditioner: nn.Module) -> dict[str, Tensor]:
+def clip_statistics_tensors(conditioner: Conditioner) -> dict[str, Tensor]:
     """The statistics of an unCLIP model as tensors of its file, so that it needs no other one.
 
     Nothing for other models, and for those that were trained without.
     """
-    noise: Any = getattr(getattr(conditioner, "image", None), "noise", None)
-    if noise is None or noise.clip_stats_path is None or noise.statistics is None:
+    image = conditioner.find(ImageEmbedding)
+    if image is None or image.noise.clip_stats_path is None or image.noise.statistics is None:
         return {}
-    mean, std = noise.statistics
+    mean, std = image.noise.statistics
     return {"noise_augmentor.data_mean": mean, "noise_augmentor.data_std": std}
 
 

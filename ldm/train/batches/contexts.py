@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.encoders.text import TextEncoder
 from ldm.model import LatentDiffusion
 from ldm.train.batches.store import Store, digest, digest_of_weights
 
@@ -38,7 +39,7 @@ def cached_contexts(
 
     Raises ValueError if the tower is trained, so that contexts would be out of date.
     """
-    tower: Any = getattr(model.conditioner, "text", None)
+    tower = model.conditioner.find(TextEncoder)
     if tower is None or any(p.requires_grad for p in tower.parameters()):
         raise ValueError("data.params.texts: contexts can be kept only of a frozen text tower")
     recipe = digest(digest_of_weights(tower), [_options(module) for module in tower.modules()])

@@ -289,15 +289,15 @@ def _encoded(
 
 def _seen(model: LatentDiffusion) -> list[str]:
     """The records that the model's encoders want kept beside the latents."""
-    encoders: Any = model.conditioner.children()
-    return sorted({e.cached for e in encoders if getattr(e, "cached", None)})
+    encoders = model.conditioner.encoders.values()
+    return sorted({e.cache_key for e in encoders if e.cache_key})
 
 
 def _recipe(model: LatentDiffusion, transform: Any, precision: str) -> str:
     """A name for all that latents depend on besides the pictures."""
-    first_stage, encoders = model.autoencoder, list(model.conditioner.children())
+    first_stage, encoders = model.autoencoder, model.conditioner.encoders.values()
     parts: list[Any] = [getattr(first_stage, name, None) for name in ("encoder", "quant_conv")]
-    parts += [encoder for encoder in encoders if getattr(encoder, "cached", None)]
+    parts += [encoder for encoder in encoders if encoder.cache_key]
     weights = digest_of_weights(*(part for part in parts if part is not None))
     done = {name: getattr(transform, name) for name in transform.SEEN}
     name = type(transform).__name__

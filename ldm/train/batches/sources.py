@@ -27,6 +27,7 @@ from ldm.data.folder import Folder, WithPrior, read_metadata
 from ldm.data.hub import Hub
 from ldm.data.shards import Shards
 from ldm.data.source import Records, Source, Unreadable
+from ldm.encoders.text import TextEncoder
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import unknown_name
 from ldm.train.batches.class_images import make_pictures
@@ -87,8 +88,9 @@ def _with_extras(model: nn.Module, train: Records | Shards, params: Mapping[str,
         texts = [*_captions(pictures), *(_captions(prior) if prior else ())]
         with _named("data.params.texts"):
             cache, options = _cache(params, "texts")
-            text: Any = model.conditioner.text
-            text.known = cached_contexts(model, texts, cache, **options)
+            model.conditioner.get(TextEncoder).cache = cached_contexts(
+                model, texts, cache, **options
+            )
     if isinstance(train, Shards):
         return cast(Source, dataset)
     return Records(dataset, train.seed, shown=pictures)
@@ -154,7 +156,7 @@ def _prior(model: LatentDiffusion, spec: dict[str, Any], seed: int) -> Folder | 
 def _warn_of_silence(model: nn.Module, train: Records | Shards) -> None:
     """Says how many pictures have no caption, where they are known and a model listens to them."""
     data = None if isinstance(train, Shards) else train.dataset
-    listens = getattr(getattr(model, "conditioner", None), "text", None) is not None
+    listens = isinstance(model, LatentDiffusion) and model.conditioner.text is not None
     if listens and isinstance(data, Folder) and isinstance(data.transform, transforms.Photo):
         lacking = sum(not row.get("text") for row in _rows(data))
         if lacking:
@@ -179,8 +181,8 @@ def _rows(dataset: Folder | Hub) -> Iterator[Mapping[str, Any]]:
 
 def _learn_words(model: nn.Module, train: Records | Shards) -> None:
     """Gives a compact vocabulary that is still empty the words of all captions."""
-    text = getattr(getattr(model, "conditioner", None), "text", None)
-    ids = getattr(text, "token_ids", None)
+    text = model.conditioner.find(TextEncoder) if isinstance(model, LatentDiffusion) else None
+    ids = None if text is None else text.token_ids
     if text is not None and ids is not None and ids.equal(torch.arange(len(ids))):
         data: Any = train if isinstance(train, Shards) else train.dataset
         rows = read_metadata(data.root) if isinstance(data, Folder) else data.rows()

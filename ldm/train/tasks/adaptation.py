@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.encoders import tokenizer
-from ldm.encoders.text import CLIPText, OpenCLIPText
+from ldm.encoders.text import TextEncoder
 from ldm.loading.addons.embeddings import write_embeddings
 from ldm.loading.addons.lora import kohya_name, lora_targets, write_lora
 from ldm.model import LatentDiffusion
@@ -57,8 +57,8 @@ class Adaptation:
         if textual_inversion:
             self.trained["word"] = word = _word(self.model, **textual_inversion)
             self.token = textual_inversion["token"].lower()
-            text: Any = self.model.conditioner.text
-            text.learned[self.token] = word.vectors
+            text = self.model.conditioner.get(TextEncoder)
+            text.added_embeddings[self.token] = word.vectors
         self.is_heard = False
 
     def loss(self, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
@@ -118,14 +118,14 @@ def _adapter(
 
 
 def _word(model: LatentDiffusion, *, token: str, vectors: int = 1, init: str | None = None) -> Word:
-    text = getattr(model.conditioner, "text", None)
-    if not isinstance(text, (CLIPText, OpenCLIPText)):
+    text = model.conditioner.find(TextEncoder)
+    if text is None:
         raise ValueError("lightning.textual_inversion: the model has no text tower")
     if init is None:
-        start = text.vectors().mean(0, keepdim=True)  # (1, D)
+        start = text.token_embeddings().mean(0, keepdim=True)  # (1, D)
     else:
-        _check_words(init, getattr(text, "token_ids", None))
-        start = text.vectors(init)  # (n, D)
+        _check_words(init, text.token_ids)
+        start = text.token_embeddings(init)  # (n, D)
     return Word(start[torch.arange(vectors) % len(start)])
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.encoders.text import TextEncoder
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import unknown_name
 from ldm.train.tasks.criterion import Criterion
@@ -167,14 +168,14 @@ def spread_timesteps(
     return ((place / n) ** (1 / bias) * timesteps).long().clamp(max=timesteps - 1)
 
 
-def vocabulary(texts: Iterable[str], encoder: Any) -> Tensor:
+def vocabulary(texts: Iterable[str], encoder: TextEncoder) -> Tensor:
     """Sorted ids of all tokens in the texts, as the compact embedding of `encoder` keeps them.
 
     Rows that the texts leave over get ids beyond CLIP's, which never occur.
     Raises ValueError if there are more tokens than rows.
     """
-    ids = encoder.tokenize(sorted(set(texts))).unique()
-    rows = len(encoder.token_ids)
+    assert encoder.token_ids is not None
+    ids, rows = encoder.tokenize(sorted(set(texts))).unique(), len(encoder.token_ids)
     if len(ids) > rows:
         raise ValueError(f"`compact_vocab` is too small: {len(ids)} tokens occur, plus one row")
     spare = torch.arange(rows - len(ids)) + 49408
