@@ -37,6 +37,7 @@ FENCES = {
     "datasets": ["ldm.data.hub"],
     "matplotlib": ["ldm.train.monitoring"],
     "wandb": ["ldm.train.monitoring.logs"],
+    "pydantic": ["ldm.train.config"],
     "bitsandbytes": ["ldm.train.optim.optimizers"],
     "ftfy": ["ldm.encoders.tokenizer"],
     "regex": ["ldm.encoders.tokenizer"],

@@ -13,12 +13,15 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldm.runtime.errors import unknown_name
 from ldm.runtime.ranks import rank_and_world_size
 from ldm.train.distributed import launch
 from ldm.train.runs import run_folder
+
+if TYPE_CHECKING:
+    from ldm.train.config.settings import Settings
 
 __all__ = ["PARSER", "parse", "work"]
 
@@ -142,12 +145,12 @@ def work(args: argparse.Namespace) -> Iterator[str]:
     logging.getLogger("ldm").setLevel(logging.INFO if is_first else logging.WARNING)
     try:
         if args.dry_run:
-            yield from _dry_run(args, _config(args, run_folder.find(args)))
+            yield from _dry_run(args, _read(args, run_folder.find(args)))
         else:
             old = launch.agreed(lambda starters: run_folder.find(args, starters))
-            raw = _config(args, old)
-            launch.launch(raw, args.nproc, args.argv)
-            yield from _run(args, raw, old)
+            settings = _read(args, old)
+            launch.launch(settings.raw, args.nproc, args.argv)
+            yield from _run(args, settings, old)
     except Exception:
         if args.debug and sys.stdin.isatty():
             import pdb
@@ -156,19 +159,20 @@ def work(args: argparse.Namespace) -> Iterator[str]:
         raise
 
 
-def _config(args: argparse.Namespace, old: run_folder.Old | None) -> dict[str, Any]:
-    """The config of the run; what is wrong with it is said before anything is started or made."""
+def _read(args: argparse.Namespace, old: run_folder.Old | None) -> "Settings":
+    """The settings of the run; errors in them are reported before anything is started or made."""
     from ldm.train.config import settings
 
     raw = run_folder.read(args, old)
-    wanted = ["model.target", "data.params.train", "data.params.batch_size"]
-    settings.read(raw)
-    settings.refuse_incomplete(raw, *wanted, *["model.base_learning_rate"] * args.train)
-    return raw
+    result = settings.read_settings(raw)
+    settings.check_complete(raw, "model.target", "data.params.train", "data.params.batch_size")
+    if args.train:
+        settings.check_complete(raw, "model.base_learning_rate")
+    return result
 
 
 def _run(
-    args: argparse.Namespace, raw: dict[str, Any], old: run_folder.Old | None
+    args: argparse.Namespace, settings: "Settings", old: run_folder.Old | None
 ) -> Iterator[str]:
     import torch
 
@@ -179,14 +183,14 @@ def _run(
     torch.set_num_threads(args.threads or torch.get_num_threads())
     folder = launch.agreed(lambda starters: run_folder.begin(args, old, starters))
     try:
-        run = Run(raw, folder, text=format_yaml(raw), commands=args.allow_commands)
+        run = Run(settings, folder, text=format_yaml(settings.raw), commands=args.allow_commands)
     except Exception:
         run_folder.discard(folder)
         raise
     if old and old.state:
         run.resume(old.state)
     if run.ranks.is_first and args.train:
-        run_folder.note(args, folder, raw)
+        run_folder.note(args, folder, settings.raw)
     if args.train:
         run.train(begun=lambda: run_folder.link(args, folder))
     elif old and not args.validate:
@@ -203,12 +207,12 @@ def _run(
     run.ranks.stop()
 
 
-def _dry_run(args: argparse.Namespace, raw: dict[str, Any]) -> Iterator[str]:
+def _dry_run(args: argparse.Namespace, settings: "Settings") -> Iterator[str]:
     from ldm.loading.config import format_yaml
     from ldm.train import estimate
 
-    yield format_yaml(raw)
-    yield from estimate.describe(raw, processes=launch.processes(raw, args.nproc))
+    yield format_yaml(settings.raw)
+    yield from estimate.describe(settings, processes=launch.processes(settings.raw, args.nproc))
 
 
 def _option(name: str) -> str:
@@ -235,9 +239,9 @@ def _trainer_flags(args: argparse.Namespace, given: dict[str, str]) -> list[str]
     if "resume_from_checkpoint" in given:
         args.resume = given.pop("resume_from_checkpoint")
     if given:
-        from ldm.train.config import lightning, settings
+        from ldm.train.config import lightning, schema
 
-        known = [*settings.DEFAULTS["trainer"], *lightning.KNOWN["trainer"]]
+        known = [*schema.fields_of(schema.Trainer), *lightning.KNOWN["trainer"]]
         for name in given:
             if name not in known:
                 options = [spelling.lstrip("-") for spelling in PARSER._option_string_actions]

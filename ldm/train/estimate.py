@@ -5,7 +5,6 @@ network on fake tensors, which have shapes and lifetimes but no numbers: their l
 answer, for any size of model, without its memory. Pictures are encoded before that, by themselves.
 """
 
-import copy
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +22,8 @@ from ldm.loading.config import format_yaml
 from ldm.loading.legacy import translate_config
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
-from ldm.train.config.settings import Settings, read
+from ldm.train.config.schema import Trainer
+from ldm.train.config.settings import Settings
 from ldm.train.tasks import autoencoder
 from ldm.train.tasks.adaptation import Adaptation
 from ldm.train.tasks.diffusion import Diffusion
@@ -94,30 +94,28 @@ def _storages(tree: Any) -> list[Any]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def describe(raw: Mapping[str, Any], *, processes: int = 1) -> Iterator[str]:
+def describe(settings: Settings, *, processes: int = 1) -> Iterator[str]:
     """Lines: the config with everything filled in, the memory, and what would lower it."""
-    settings = read(raw)
-    yield format_yaml({**raw, "lightning": dict(settings)})
+    yield format_yaml(settings.to_config())
     yield from settings.notes
     known: dict[Any, int] = {}
-    memory = estimate(raw, settings, processes, known)
+    memory = estimate(settings, processes, known)
     frozen = memory.parameters - memory.trained
     yield f"parameters  {memory.trained / 1e6:.2f} M trained, {max(0, frozen) / 1e6:.2f} M frozen"
-    batch = raw["data"]["params"]["batch_size"]
-    parts = settings["trainer"]["accumulate_grad_batches"]
+    batch = settings.data.batch_size
+    parts = settings.trainer.accumulate_grad_batches
     yield f"batch       {batch} x {parts} accumulated x {processes} processes"
     yield f"memory      about {_size(memory.total)} per process"
     for name in ("weights", "gradients", "optimizer", "average", "activations"):
         yield f"  {name:<11} {_size(getattr(memory, name))}"
     yield f"  beside what {TORCH} takes for itself"
-    for switch, other in _switches(raw, settings, processes, known):
+    for switch, other in _switches(settings, processes, known):
         saved = memory.total - other.total
         if saved > 0.01 * memory.total:
             yield f"saves {_size(saved):>9}  {switch}"
 
 
 def estimate(
-    raw: Mapping[str, Any],
     settings: Settings,
     processes: int = 1,
     known: dict[Any, int] | None = None,
@@ -126,22 +124,21 @@ def estimate(
 
     known: activations of runs that were looked at before, which is what takes time.
     """
-    trainer, optimizer = settings["trainer"], settings["optimizer"]
-    task = _task(raw, settings)
+    trainer, optimizer = settings.trainer, settings.optimizer
+    task = _task(settings)
     averaged = [p for p in task.trained.parameters() if p.requires_grad]
     trained = [*averaged, *(p for part in _rivals(task) for p in part.parameters())]
     count = sum(p.numel() for p in trained)
     own = {id(p): p.numel() for part in _parts(task) for p in part.parameters()}
     share = _share(trainer, processes)
-    bytes_ = OPTIMIZERS.get(optimizer["name"], 8.0)
-    if optimizer["name"] == "muon":  # what is no matrix has two moments
+    bytes_ = OPTIMIZERS.get(optimizer.name, 8.0)
+    if optimizer.name == "muon":  # what is no matrix has two moments
         bytes_ += 4 * sum(p.numel() for p in trained if p.ndim < 2) / max(1, count)
-    is_averaged = bool(optimizer["ema_decay"]) and trainer["ema_device"] != "cpu"
+    is_averaged = bool(optimizer.ema_decay) and trainer.ema_device is None
     whole, known = 4 * sum(own.values()), {} if known is None else known
-    batch = raw["data"]["params"]["batch_size"]
-    key = (batch, trainer["precision"], trainer["checkpoint_gradients"])
+    key = (settings.data.batch_size, trainer.precision, trainer.checkpoint_gradients)
     if key not in known:
-        known[key] = _activations(task, raw, trainer)
+        known[key] = _activations(task, settings)
     return Memory(
         parameters=sum(own.values()),
         trained=count,
@@ -150,60 +147,64 @@ def estimate(
         optimizer=int(bytes_ * count * share),
         average=int(4 * sum(p.numel() for p in averaged) * share) if is_averaged else 0,
         activations=known[key],
-        step=int(4 * count * share) if optimizer["name"].startswith("adamw") else 0,
+        step=int(4 * count * share) if optimizer.name.startswith("adamw") else 0,
     )
 
 
 def _switches(
-    raw: Mapping[str, Any], settings: Settings, processes: int, known: dict[Any, int]
+    settings: Settings, processes: int, known: dict[Any, int]
 ) -> Iterator[tuple[str, Memory]]:
     """Settings that need less memory, and what would be needed then."""
-    trainer, batch = settings["trainer"], raw["data"]["params"]["batch_size"]
+    trainer, batch = settings.trainer, settings.data.batch_size
     changes: list[tuple[str, dict[str, Any]]] = [
         ("trainer.precision=bf16-mixed", {"trainer": {"precision": "bf16-mixed"}}),
         ("trainer.checkpoint_gradients=true", {"trainer": {"checkpoint_gradients": True}}),
         ("trainer.ema_device=cpu", {"trainer": {"ema_device": "cpu"}}),
         ("optimizer.name=adamw8bit", {"optimizer": {"name": "adamw8bit"}}),
     ]
-    is_whole = not raw["model"]["target"].endswith("AutoencoderKL")
-    if processes > 1 and is_whole and trainer["strategy"] not in ("fsdp", "hsdp"):
+    is_whole = not settings.model.target.endswith("AutoencoderKL")
+    if processes > 1 and is_whole and trainer.strategy not in ("fsdp", "hsdp"):
         changes.append(("trainer.strategy=fsdp", {"trainer": {"strategy": "fsdp"}}))
     for name, change in changes:
-        sections = {key: {**values, **change.get(key, {})} for key, values in settings.items()}
-        yield f"lightning.{name}", estimate(raw, Settings(sections, []), processes, known)
+        yield f"lightning.{name}", estimate(settings.change(**change), processes, known)
     if batch > 1:
-        data = copy.deepcopy(dict(raw["data"]))
-        data["params"]["batch_size"] = batch // 2
-        parts = 2 * trainer["accumulate_grad_batches"]
+        parts = 2 * trainer.accumulate_grad_batches
         name = (
             f"data.params.batch_size={batch // 2} lightning.trainer.accumulate_grad_batches={parts}"
         )
-        sections = {**settings, "trainer": {**trainer, "accumulate_grad_batches": parts}}
-        yield name, estimate({**raw, "data": data}, Settings(sections, []), processes, known)
+        halved = settings.change(
+            trainer={"accumulate_grad_batches": parts}, data={"batch_size": batch // 2}
+        )
+        yield name, estimate(halved, processes, known)
 
 
-def _task(raw: Mapping[str, Any], settings: Settings) -> Any:
+def _task(settings: Settings) -> Any:
     """The task of a run with a model that has no memory; .model, .trained."""
-    spec = translate_config(raw["model"], where="model")
-    checkpointed = settings["trainer"]["checkpoint_gradients"]
+    spec = translate_config(settings.raw["model"], where="model")
+    checkpointed = settings.trainer.checkpoint_gradients
     if checkpointed is not None and "unet" in spec["params"]:
         spec["params"]["unet"]["params"]["use_checkpoint"] = checkpointed
     model = build_on_meta(spec, where="model")
     if isinstance(model, LatentDiffusion):
         task = Diffusion(model)
-        little = (settings["lora"], settings["textual_inversion"])
+        lora, inversion = settings.lora, settings.textual_inversion
+        if not (lora or inversion):
+            return task
         with torch.device("meta"):
-            return Adaptation(task, *little) if any(little) else task
+            return Adaptation(
+                task,
+                lora.model_dump() if lora else {},
+                inversion.model_dump() if inversion else {},
+            )
     if isinstance(model, AutoencoderKL):
         with torch.device("meta"):
-            return _reconstructing(model, raw)
+            return _reconstructing(model, settings)
     raise ValueError(f"`{type(model).__name__}` cannot be trained, only whole models can")
 
 
-def _reconstructing(model: AutoencoderKL, raw: Mapping[str, Any]) -> Any:
+def _reconstructing(model: AutoencoderKL, settings: Settings) -> Any:
     """The task of an autoencoder, at a step when its discriminator counts."""
-    options = (raw.get("lightning") or {}).get("objective") or {}
-    task = autoencoder.task(model, raw["model"].get("params") or {}, options, weights=False)
+    task = autoencoder.task(model, settings.model.params, settings.objective, weights=False)
     task.step = sys.maxsize
     return task
 
@@ -220,25 +221,25 @@ def _parts(task: Any) -> list[nn.Module]:
     return [task.model, task.trained, *_rivals(task), *([perceptual] if perceptual else [])]
 
 
-def _activations(task: Any, raw: Mapping[str, Any], trainer: Mapping[str, Any]) -> int:
+def _activations(task: Any, settings: Settings) -> int:
     """Bytes at the peak of a training step, beyond weights and their gradients."""
-    batch, side = raw["data"]["params"]["batch_size"], _side(raw["data"]["params"])
+    batch, side = settings.data.batch_size, _side(settings.raw["data"]["params"])
     dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.bfloat16}  # as large as each other
-    dtype = dtypes.get(trainer["precision"])
+    dtype = dtypes.get(settings.trainer.precision)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in (task.model, task.trained):
             _fake(module)
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
             image = torch.zeros(batch, 3, side, side)
             if isinstance(task.model, AutoencoderKL):
-                task, batch_ = _reconstructing(task.model, raw), {"jpg": image}
+                task, batch_ = _reconstructing(task.model, settings), {"jpg": image}
                 chance = torch.Generator()
                 peaks = [_peak(lambda: task.loss(batch_, chance)["loss"], task.trained)]
                 for rival in _rivals(task):
                     peaks.append(_peak(lambda: task.rival_loss(batch_, chance)["loss"], rival))
                 return max(peaks)
             peaks = [_peak(lambda: _forward(task.model, batch, side), task.trained)]
-            if not raw["data"]["params"].get("latents"):
+            if not settings.raw["data"]["params"].get("latents"):
                 with torch.no_grad(), Live() as live:
                     task.model.autoencoder.encode(image)
                 peaks.append(live.peak)
@@ -285,10 +286,10 @@ def _fake(module: nn.Module) -> None:
                 part._buffers[name] = torch.empty(value.shape, dtype=value.dtype)
 
 
-def _share(trainer: Mapping[str, Any], processes: int) -> float:
+def _share(trainer: Trainer, processes: int) -> float:
     """The part of what is trained that a process holds."""
-    split = {"fsdp": processes, "hsdp": trainer["shard"] or processes}
-    return 1 / split.get(trainer["strategy"], 1)
+    split = {"fsdp": processes, "hsdp": trainer.shard or processes}
+    return 1 / split.get(trainer.strategy, 1)
 
 
 def _side(params: Mapping[str, Any]) -> int:

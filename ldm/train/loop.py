@@ -28,7 +28,7 @@ from ldm.nets import attention
 from ldm.runtime.device import pick_device
 from ldm.train import build, memory
 from ldm.train.batches.sources import open_sources
-from ldm.train.config import settings
+from ldm.train.config.settings import Settings
 from ldm.train.distributed import parallel
 from ldm.train.distributed.signals import Wishes
 from ldm.train.monitoring import cadence, logs, samples, sanity, validation
@@ -48,38 +48,38 @@ Work = Sequence[tuple[int, dict[str, Any]]]  # batches and their numbers
 class Run:
     """One training run, from a config to weights.
 
-    raw: the config as `config.read` gives it. text: the same as text, kept beside the weights.
+    settings: read from a config. text: the same config as text, kept beside the weights.
     folder: where the run lives. device: by default the best there is.
     commands: whether shards may come from commands that the config names.
     """
 
     def __init__(
         self,
-        raw: dict[str, Any],
+        settings: Settings,
         folder: Path,
         *,
         text: str = "",
         device: torch.device | None = None,
         commands: bool = False,
     ) -> None:
-        self.settings = settings.read(raw)
+        self.settings, raw = settings, settings.raw
         self.raw, self.folder, self.text = raw, folder, text
-        trainer, data = self.settings["trainer"], raw["data"]["params"]
-        self.seed = trainer["seed"]
+        trainer, data = settings.trainer, raw["data"]["params"]
+        self.seed = trainer.seed
         self.device = device or pick_device(None)
-        self.ranks = parallel.start(self.device, silence=trainer["timeout"])
+        self.ranks = parallel.start(self.device, silence=trainer.timeout)
         torch.manual_seed(self.seed)
-        torch.backends.cudnn.benchmark = bool(trainer["benchmark"])
-        attention.set_backend(trainer["attention"])
+        torch.backends.cudnn.benchmark = trainer.benchmark
+        attention.set_backend(trainer.attention)
         self.model = instantiate(raw["model"], where="model").to(self.device)
         self.is_fine_tune = initial.from_checkpoints(self.model, raw["model"].get("params") or {})
         memory.apply(
             self.model,
-            checkpoint=trainer["checkpoint_gradients"],
-            channels_last=trainer["channels_last"],
-            compiled=trainer["compile"],
+            checkpoint=trainer.checkpoint_gradients,
+            channels_last=trainer.channels_last,
+            compiled=trainer.compile,
         )
-        self.batch_size, self.workers = data["batch_size"], data.get("num_workers") or 0
+        self.batch_size, self.workers = settings.data.batch_size, settings.data.num_workers
         with self.ranks.first_before_others():
             self.source, self.held_out = open_sources(
                 self.model, raw["data"], seed=self.seed, commands=commands
@@ -89,7 +89,7 @@ class Run:
             initial.measure_scale(self.model, self.source, data, self._chance(0))
         self.task: Any = build.task(self.model, params, self.settings)
         self.state = build.state(self.task, self.settings, self.ranks, self.device)
-        self.states = States(folder / "checkpoints", self.ranks, keep=trainer["keep"])
+        self.states = States(folder / "checkpoints", self.ranks, keep=trainer.keep)
         self.loggers = logs.Loggers(folder, ())
         self.timesteps: TimestepLog | None = None
         self.wishes, self.ends = Wishes(), False  # what signals ask for, what all agreed on
@@ -102,11 +102,9 @@ class Run:
 
     def progress(self) -> float:
         """How much of the run is done, 0 … 1, by steps or by time, whichever is further."""
-        trainer, state = self.settings["trainer"], self.state
-        by_steps = state.step / trainer["max_steps"] if trainer["max_steps"] else 0.0
-        by_time = (
-            state.seconds / settings.seconds(trainer["max_time"]) if trainer["max_time"] else 0.0
-        )
+        trainer, state = self.settings.trainer, self.state
+        by_steps = state.step / trainer.max_steps if trainer.max_steps else 0.0
+        by_time = state.seconds / trainer.max_time if trainer.max_time else 0.0
         return max(by_steps, by_time)
 
     def resume(self, path: Path | None = None) -> None:
@@ -118,14 +116,15 @@ class Run:
         if path is None:
             raise ValueError(f"`{self.states.folder}` has no state to resume from")
         self.states.load(self.state, path)
-        world, parts, trainer = self.ranks.world, self.state.parts, self.settings["trainer"]
+        world, parts = self.ranks.world, self.state.parts
         if parts % world:
             raise ValueError(
                 f"a step of `{path}` is {parts} batches, {world} processes cannot share them"
             )
-        if parts // world != trainer["accumulate_grad_batches"]:
+        if parts // world != self.settings.trainer.accumulate_grad_batches:
             log.info("%d batches per step, as before: %d x %d ranks", parts, parts // world, world)
-            trainer["accumulate_grad_batches"] = parts // world
+            trainer = {"accumulate_grad_batches": parts // world}
+            self.settings = self.settings.change(trainer=trainer)
 
     def train(self, begun: Callable[[], None] = lambda: None) -> None:
         """Trains until the end or a signal (SIGTERM, SIGINT), and saves; SIGUSR1 saves at once.
@@ -141,9 +140,9 @@ class Run:
             world=self.ranks.world,
             workers=self.workers,
         )
-        share = self.settings["trainer"]["broken_share"]
+        share = self.settings.trainer.broken_share
         broken = Broken(self.folder / "broken.txt", share, self.source)
-        every, clock = cadence.cadences(self.settings["callbacks"]), cadence.Clock()
+        every, clock = cadence.cadences(self.settings.callbacks), cadence.Clock()
         self.task.trained.train()
         with self._report() as report, self.wishes, self._saved_on_error():
             while self.progress() < 1 and not self.ends:
@@ -225,7 +224,7 @@ class Run:
     def precision(self) -> Any:
         """The context in which losses are computed."""
         dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(
-            self.settings["trainer"]["precision"]
+            self.settings.trainer.precision
         )
         return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
 
@@ -261,7 +260,7 @@ class Run:
         gradients = [p.grad for p in player.module.parameters() if p.grad is not None]
         total = parallel.whole({"norm": nn.utils.get_total_norm(gradients)})["norm"]
         norm = float(total) / self.state.scale.value
-        limit = self.settings["trainer"]["gradient_clip_val"]
+        limit = self.settings.trainer.gradient_clip_val
         factor = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
         if math.isfinite(norm) and factor / self.state.scale.value != 1:
             torch._foreach_mul_(gradients, factor / self.state.scale.value)
@@ -305,7 +304,7 @@ class Run:
         self.bad += 1
         loss = float(losses["loss"].detach())
         log.warning("step %d is skipped: its loss is %g", self.state.step, loss)
-        if self.bad >= self.settings["trainer"]["nan_limit"] or not self._is_finite("state"):
+        if self.bad >= self.settings.trainer.nan_limit or not self._is_finite("state"):
             path = self.folder / f"not-finite-rank{self.ranks.rank}.pt"
             torch.save([batch for _, batch in work], path)
             raise FloatingPointError(
@@ -316,19 +315,18 @@ class Run:
     def _begin(self) -> Rate:
         """A folder, the logs, and what there is to say before the first step; the learning rate."""
         self.ranks.once(lambda: self.folder.mkdir(parents=True, exist_ok=True))
-        size, epoch = self.batch_size, self.source.epoch(self.batch_size)
-        self.settings.count_epochs(epoch and epoch / self.state.parts)
-        base, world = self.raw["model"]["base_learning_rate"], self.ranks.world
-        rate, line = self.settings.rate(base, batch=size, world=world)
+        epoch = self.source.epoch(self.batch_size)
+        self.settings = self.settings.count_epochs(epoch and epoch / self.state.parts)
+        rate, line = self.settings.learning_rate(self.ranks.world)
         if self.ranks.is_first:
             for note in (*self.settings.notes, line):
                 log.info(note)
-        options, start_ = self.settings["callbacks"], self.state.step
+        options, start_ = self.settings.callbacks, self.state.step
         self.loggers = logs.Loggers(
             self.folder,
-            options["loggers"] if self.ranks.is_first else (),
+            options.loggers if self.ranks.is_first else (),
             start=start_,
-            wandb=options["wandb"],
+            wandb=options.wandb,
             config=self.raw,
         )
         if isinstance(self.model, LatentDiffusion):
@@ -344,8 +342,8 @@ class Run:
         progress = logs.Progress(
             *(self.loggers, self.ranks, self.device),
             start=self.state.step,
-            steps=self.settings["trainer"]["max_steps"],
-            every=self.settings["callbacks"]["log_every"],
+            steps=self.settings.trainer.max_steps,
+            every=self.settings.callbacks.log_every,
         )
 
         def report(step: int, losses: dict[str, Tensor], lr: float, images: int) -> None:

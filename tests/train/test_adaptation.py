@@ -17,6 +17,7 @@ from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, read_yaml
 from ldm.loading.legacy import translate_config
 from ldm.train.batches.class_images import make_pictures
+from ldm.train.config.settings import read_settings
 from ldm.train.loop import Run
 from ldm.train.tasks.adaptation import Adaptation
 from ldm.train.tasks.diffusion import Diffusion
@@ -34,7 +35,7 @@ WORD += ["data.params.train.transform.drop_object=0", "lightning.objective.drop=
 
 def tiny(folder: Path, *overrides: str) -> Run:
     raw = read_yaml(TINY, [DATA, *SHORT, *overrides])
-    return Run(raw, folder, text=format_yaml(raw))
+    return Run(read_settings(raw), folder, text=format_yaml(raw))
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_both_at_once_are_two_files_and_go_on_where_they_ended(base: Path, tmp_p
     ("overrides", "message"),
     [
         (["lightning.lora.ranks=4"], "lightning.lora: unknown key `ranks`, did you mean `rank`"),
-        (["lightning.lora.targets=[texts]"], "targets: `texts` is none of attention, transf"),
+        (["lightning.lora.targets=[texts]"], "targets: `texts` should be one of attention"),
         (["lightning.textual_inversion.tokens=x"], "unknown key `tokens`, did you mean `token`"),
         ([*WORD, "lightning.textual_inversion.init=a qwertyuiop"], "vocabulary lacks `qwertyuiop`"),
         ([*WORD, "lightning.textual_inversion.init='&#7;'"], "has no words"),

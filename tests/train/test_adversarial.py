@@ -13,6 +13,7 @@ from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
 from ldm.loading.legacy import rename_weights, restore_names, translate_config
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.lpips import LPIPS
+from ldm.train.config.settings import read_settings
 from ldm.train.loop import Run
 from ldm.train.tasks.autoencoder import Adversarial, LossConfig, Reconstruction, task
 
@@ -250,7 +251,7 @@ def test_a_resumed_game_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     runs = []
     for name, steps in (("whole", 3), ("parts", 2), ("parts", 3)):
         raw = read_yaml(recipe, [*small, f"lightning.trainer.max_steps={steps}"])
-        runs.append(Run(raw, tmp_path / name))
+        runs.append(Run(read_settings(raw), tmp_path / name))
         if len(runs) == 3:
             runs[-1].resume()
         runs[-1].train()

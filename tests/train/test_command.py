@@ -105,9 +105,15 @@ def test_an_unknown_option_is_named() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("-b", TINY, "data.params.batch_size=0"), "data.params.batch_size: `0` is no whole"),
-        (("-b", TINY, "model.base_learning_rate=null"), "lacks `model.base_learning_rate`"),
-        (("-b", "configs/stable-diffusion/v2-inference.yaml"), "lacks `data.params.train`, "),
+        (("-b", TINY, "data.params.batch_size=0"), "data.params.batch_size: `0` should be greater"),
+        (
+            ("-b", TINY, "model.base_learning_rate=null"),
+            "config: `model.base_learning_rate`",
+        ),
+        (
+            ("-b", "configs/stable-diffusion/v2-inference.yaml"),
+            "missing in the config: `data.p",
+        ),
     ],
 )
 def test_nothing_is_made_for_a_config_that_cannot_be(

@@ -10,14 +10,14 @@ from ldm.loading.config import parse_yaml, read_yaml
 from ldm.nets.discriminator import PatchDiscriminator
 from ldm.nets.lpips import LPIPS
 from ldm.train import estimate
-from ldm.train.config.settings import read
+from ldm.train.config.settings import read_settings
 
 ROOT = Path(__file__).parents[2]
 
 
 def memory(*overrides: str, processes: int = 1) -> estimate.Memory:
     raw = read_yaml(ROOT / "configs/train/tiny.yaml", overrides)
-    return estimate.estimate(raw, read(raw), processes)
+    return estimate.estimate(read_settings(raw), processes)
 
 
 def test_live_counts_what_a_real_step_holds() -> None:
@@ -54,7 +54,7 @@ def test_the_networks_of_an_autoencoders_losses_are_counted(weight: int) -> None
     words += [f"model.params.lossconfig.params.perceptual_weight={weight}"]
     words += ["data.params.batch_size=2", "data.params.train.params.size=64"]
     raw = read_yaml(ROOT / "configs/autoencoder/autoencoder_kl_32x32x4.yaml", words)
-    found = estimate.estimate(raw, read(raw))
+    found = estimate.estimate(read_settings(raw))
     discriminator = sum(p.numel() for p in PatchDiscriminator().parameters())
     lpips = sum(p.numel() for p in LPIPS().parameters())
     assert found.parameters - found.trained == weight * lpips
@@ -69,7 +69,7 @@ def quick(monkeypatch: Any) -> None:
     monkeypatch.setattr(
         estimate,
         "_activations",
-        lambda task, raw, trainer: 1e6 * raw["data"]["params"]["batch_size"],
+        lambda task, settings: 1e6 * settings.data.batch_size,
     )
 
 
@@ -85,7 +85,7 @@ def test_switches_lower_the_memory() -> None:
 @pytest.mark.usefixtures("quick")
 def test_a_lora_needs_little_beside_the_weights() -> None:
     raw = read_yaml(ROOT / "configs/train/tiny.yaml", ["lightning.lora.rank=2"])
-    found = estimate.estimate(raw, read(raw))
+    found = estimate.estimate(read_settings(raw))
     assert found.trained < 0.05 * found.parameters
     assert found.optimizer < 0.2 * found.weights
 
@@ -93,7 +93,7 @@ def test_a_lora_needs_little_beside_the_weights() -> None:
 @pytest.mark.usefixtures("quick")
 def test_a_dry_run_prints_the_whole_config_and_what_would_help() -> None:
     raw: Any = read_yaml(ROOT / "configs/train/tiny.yaml", ["data.params.batch_size=2"])
-    lines = list(estimate.describe(raw, processes=2))
+    lines = list(estimate.describe(read_settings(raw), processes=2))
     assert parse_yaml(lines[0])["lightning"]["trainer"]["nan_limit"] == 10
     text = "\n".join(lines)
     assert "2 x 1 accumulated x 2 processes" in text

@@ -10,6 +10,7 @@ from ldm.loading.config import read_yaml
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.load import load
 from ldm.pipelines.frame import READS, reads
+from ldm.train.config.settings import read_settings
 from ldm.train.loop import Run
 from ldm.train.monitoring import cadence
 
@@ -97,7 +98,7 @@ def raw_of(task: str, folder: Path, **params: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("task", FAMILIES)
 def test_a_family_is_trained_drawn_and_loaded(task: str, tmp_path: Path) -> None:
     raw = raw_of(task, tmp_path)
-    run = Run(raw, tmp_path / "run")
+    run = Run(read_settings(raw), tmp_path / "run")
     if task == "unclip":
         assert run.task.drop == {"txt": 0.1, "embedding": 0.25}
     source: Any = run.source
@@ -118,7 +119,9 @@ def test_new_input_channels_start_at_zero_and_change_nothing(tmp_path: Path) -> 
     text = _text_run(tmp_path / "text")
     text.export()
     weights = text.last
-    wide = Run(raw_of("depth2img", tmp_path, ckpt_path=str(weights)), tmp_path / "wide")
+    wide = Run(
+        read_settings(raw_of("depth2img", tmp_path, ckpt_path=str(weights))), tmp_path / "wide"
+    )
     models: list[Any] = [load(ckpt=weights), wide.model]
     z, t = torch.randn(1, 4, 8, 8), torch.tensor([500])
     depth = {"depth": torch.rand(1, 1, 8, 8)}
@@ -142,7 +145,7 @@ def test_only_the_unet_and_its_scale_are_taken_if_asked_for(tmp_path: Path) -> N
     first = raw["model"]["params"]["first_stage_config"]["params"]
     first |= {"ckpt_path": weights, "ignore_keys": ["decoder."]}
     raw["lightning"]["trainer"]["seed"] = 5
-    run: Any = Run(raw, tmp_path / "run")
+    run: Any = Run(read_settings(raw), tmp_path / "run")
     theirs: Any = text.model
     for name, equal in (("unet.out.2.weight", True), ("autoencoder.decoder.conv_in.weight", False)):
         ours, other = run.model.get_parameter(name), theirs.get_parameter(name)
@@ -152,7 +155,7 @@ def test_only_the_unet_and_its_scale_are_taken_if_asked_for(tmp_path: Path) -> N
 
 def test_weights_to_widen_need_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`finetune_keys` needs a `ckpt_path`"):
-        Run(raw_of("inpaint", tmp_path, finetune_keys=["any"]), tmp_path)
+        Run(read_settings(raw_of("inpaint", tmp_path, finetune_keys=["any"])), tmp_path)
 
 
 def test_time_spent_asleep_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +176,7 @@ def _text_run(folder: Path) -> Run:
     """A text-to-image model of random weights."""
     data = f"data.params.train.root={ROOT / 'tests/data/emoji'}"
     raw, text = read_yaml(TINY, [data]), TINY.read_text()
-    return Run(raw, folder, text=text)
+    return Run(read_settings(raw), folder, text=text)
 
 
 def _yaml(model: dict[str, Any]) -> str:

@@ -63,14 +63,14 @@ def test_random_weights_stop_a_fine_tune_unless_it_is_told_otherwise(
 ) -> None:
     last = demo.unet.out[2].weight
     monkeypatch.setattr(last, "data", torch.zeros_like(last))
-    trainer = {"sanity": True}
+    trainer = SimpleNamespace(sanity=True)
     run = SimpleNamespace(
-        settings={"trainer": trainer}, source=source, model=demo, device=torch.device("cpu"),
-        seed=1, precision=torch.no_grad, batch_size=8,
+        settings=SimpleNamespace(trainer=trainer), source=source, model=demo, seed=1,
+        device=torch.device("cpu"), precision=torch.no_grad, batch_size=8,
     )  # fmt: skip
     with pytest.raises(ValueError, match="hardly better than a guess: are its weights loaded"):
         sanity.check(run)
-    trainer["sanity"] = False
+    trainer.sanity = False
     sanity.check(run)
 
 

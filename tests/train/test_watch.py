@@ -16,6 +16,7 @@ from PIL import Image
 from ldm.loading.config import format_yaml, parse_yaml, read_yaml
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.load import load
+from ldm.train.config.settings import read_settings
 from ldm.train.distributed.parallel import Ranks
 from ldm.train.loop import Run
 from ldm.train.monitoring import samples
@@ -37,11 +38,16 @@ def run(tmp_path_factory: Any) -> Run:
     overrides = [f"data.params.train.root={root}", f"data.params.validation={held_out}"]
     overrides += ["data.params.batch_size=2", "lightning.callbacks.sampling={steps: 2}"]
     raw = read_yaml(TINY, overrides)
-    made = Run(raw, folder, text=format_yaml(raw))
+    made = Run(read_settings(raw), folder, text=format_yaml(raw))
     batches = made.source.batches(2)
     for number in range(2):
         made.step([(number, next(batches))], 1e-3)
     return made
+
+
+def change(run: Run, monkeypatch: pytest.MonkeyPatch, **callbacks: Any) -> None:
+    """Other settings of a run, until the test is over."""
+    monkeypatch.setattr(run, "settings", run.settings.change(callbacks=callbacks))
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -138,12 +144,11 @@ def test_pictures_come_early_and_then_in_turn() -> None:
 
 def test_the_best_weights_stay(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "folder", tmp_path)
-    monkeypatch.setitem(run.settings["callbacks"], "export", ["safetensors", "ckpt"])
+    change(run, monkeypatch, export=["safetensors", "ckpt"])
 
     def kept(**options: Any) -> list[str]:
         """What is there after five validations, by the losses in the names."""
-        for name, value in options.items():
-            monkeypatch.setitem(run.settings["callbacks"], name, value)
+        change(run, monkeypatch, **options)
         for step, loss in enumerate((0.5, 0.3, 0.4, math.nan, 0.1)):
             monkeypatch.setattr(run.state, "step", step)
             exports.export_best(run, {"val/loss": 1 - loss, "val/loss_ema": loss})
@@ -175,16 +180,17 @@ def test_validation_is_the_same_every_time_and_leaves_no_trace(run: Run) -> None
     assert first["val/loss"] != first["val/loss_ema"]
 
 
-def test_grids_show_both_weights_at_fixed_prompts(run: Run) -> None:
-    run.settings["callbacks"]["images"] = 2
-    run.settings["callbacks"]["prompts"] = ["a red cat"]
+def test_grids_show_both_weights_at_fixed_prompts(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(run, monkeypatch, images=2, prompts=["a red cat"])
     train, val = samples.draw(run)
     assert train == run.folder / "images/train/samples_gs-000002_e-000000_b-000002.png"
     assert val.parent.name == "val"
     assert train.with_suffix(".txt").read_text() == "a red cat\na red cat\n"
     first = train.read_bytes()
     assert samples.draw(run)[0].read_bytes() == first
-    run.settings["callbacks"]["images"] = 0
+    change(run, monkeypatch, images=0)
     assert samples.draw(run) == []
 
 
@@ -217,10 +223,9 @@ def test_the_loss_is_kept_by_timestep(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weights", ["ema", "raw", "both"])
 def test_an_export_has_the_weights_that_are_asked_for(
-    run: Run, tmp_path: Path, weights: str
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str
 ) -> None:
-    options = {"weights": weights, "export": ["safetensors", "ckpt"], "dtype": "full"}
-    run.settings["callbacks"] |= options
+    change(run, monkeypatch, weights=weights, export=["safetensors", "ckpt"], dtype="full")
     name = "unet.out.2.weight"
     raw, mean = run.model.state_dict()[name].clone(), run.state.ema.shadow[name]
     assert not raw.equal(mean)
@@ -241,8 +246,10 @@ def test_an_export_has_the_weights_that_are_asked_for(
         assert file.state["alphas_cumprod"].dtype == torch.float32
 
 
-def test_half_an_export_is_half_as_large(run: Run, tmp_path: Path) -> None:
-    run.settings["callbacks"] |= {"weights": "both", "export": ["safetensors"], "dtype": "half"}
+def test_half_an_export_is_half_as_large(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(run, monkeypatch, weights="both", export=["safetensors"], dtype="half")
     (path,) = exports.export(run, tmp_path / "last")
     file = read_checkpoint(path)
     assert file.state["model.diffusion_model.out.2.weight"].dtype == torch.float16
@@ -252,7 +259,7 @@ def test_half_an_export_is_half_as_large(run: Run, tmp_path: Path) -> None:
 def test_what_is_small_says_what_it_was_trained_with(tmp_path: Path) -> None:
     words = [f"data.params.train.root={ROOT}/tests/data/emoji", "lightning.lora.rank=2"]
     raw = read_yaml(TINY, [*words, "lightning.textual_inversion.token=emoji"])
-    run = Run(raw, tmp_path, text=format_yaml(raw))
+    run = Run(read_settings(raw), tmp_path, text=format_yaml(raw))
     exports.export(run, tmp_path / "last")
     for name in ("last", "last-diffusers", "last-word"):
         notes = read_checkpoint(tmp_path / f"{name}.safetensors").metadata

@@ -14,7 +14,7 @@ from typing import Any
 
 from ldm.runtime.errors import unknown_name
 
-__all__ = ["KNOWN", "SECTIONS", "translate"]
+__all__ = ["KNOWN", "SECTIONS", "section", "translate"]
 
 SECTIONS = ("modelcheckpoint", "logger", "strategy", "find_unused_parameters")
 LAUNCH = ("accelerator", "gpus", "devices", "num_nodes")  # what `launch` has read before
@@ -86,12 +86,16 @@ def translate(raw: Mapping[str, Any]) -> tuple[Sections, list[str]]:
 
     Raises ValueError for a value that cannot be meant here.
     """
+    callbacks = section(raw, "lightning.callbacks")
+    specs = [f"callbacks.{key}" for key, spec in callbacks.items() if isinstance(spec, Mapping)]
+    for name in ("modelcheckpoint", *specs):
+        section(raw, f"lightning.{name}.params")  # refuses what is not a mapping
     notes: list[str] = []
     sections: Sections = {}
     for name, value in (raw.get("lightning") or {}).items():
         if name not in SECTIONS:
             if value is not None and not isinstance(value, Mapping):
-                raise ValueError(f"lightning.{name}: `{value}` is no mapping of keys")
+                raise ValueError(f"lightning.{name}: `{value}` should be a mapping of keys")
             sections[name] = dict(value or {})
     given = {name: (raw.get("lightning") or {}).get(name) for name in SECTIONS}
     _trainer(sections, notes)
@@ -106,6 +110,24 @@ def translate(raw: Mapping[str, Any]) -> tuple[Sections, list[str]]:
         notes.append("lightning.find_unused_parameters has no meaning here: it is seen by itself")
     _model(raw, sections, notes)
     return sections, notes
+
+
+def section(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The section `where`, "model.params", of a config; {} if there is none.
+
+    Raises:
+        ValueError: it is not a mapping.
+    """
+    node: Any = raw
+    names = where.split(".")
+    for depth, name in enumerate(names, 1):
+        node = node.get(name)
+        if node is None:
+            return {}
+        if not isinstance(node, Mapping):
+            place = ".".join(names[:depth])
+            raise ValueError(f"{place}: `{node}` should be a mapping of keys")
+    return node
 
 
 def _held_out(raw: Mapping[str, Any], params: Mapping[str, Any], sections: Sections) -> None:

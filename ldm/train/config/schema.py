@@ -1,329 +1,398 @@
-"""What the values of a config may be: kinds of values, and a table of the keys that have them.
+"""The sections of a config that a run reads, as frozen pydantic models.
 
-A kind reads a value as it stands in a file and gives it as it is used: `1.0e+6` is a count, one
-word is a list of one. For what cannot be it raises ValueError, which `checked` completes:
+A value is read as it stands in YAML: `1.0e+6` is a whole number, `off` is 0, one name is a list of
+it. `validate` says in one line what is wrong with it:
 
-    lightning.callbacks.images: `-3` is no whole number >= 0
+    lightning.callbacks.images: `-3` should be greater than or equal to 0
 """
 
-import math
-import operator
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Collection
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    with_config,
+)  # fmt: skip
+from typing_extensions import TypedDict
 
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import GRIDS
 from ldm.nets.attention import BACKENDS
 from ldm.pipelines.sampling import LEGACY
 from ldm.runtime.errors import unknown_name
-from ldm.train.config.lightning import STRATEGIES
-from ldm.train.optim.optimizers import OPTIMIZERS
 from ldm.train.tasks.adaptation import TARGETS
 
 __all__ = [
-    "KINDS",
-    "ORIGINAL",
-    "at",
-    "checked",
-    "kinds_of_objective",
-    "kinds_of_optimizer",
-    "refuse_unknown",
-    "seconds",
+    "OPTIONS",
+    "Callbacks",
+    "Data",
+    "Denoising",
+    "LightningTrainer",
+    "Lora",
+    "Model",
+    "ModelParams",
+    "Optimizer",
+    "Reconstruction",
+    "TextualInversion",
+    "Trainer",
+    "fields_of",
+    "parse_duration",
+    "validate",
 ]
 
-Kind = Callable[[Any], Any]
-Kinds = Mapping[str, Kind]
+T = TypeVar("T")
 
-SIGNS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+EXTRA = "extra_forbidden"
+# Texts for the types of pydantic's errors that YAML has other words for.
+EXPECTATIONS = {
+    **dict.fromkeys(("dict_type", "model_type"), "should be a mapping of keys"),
+    "bool_type": "should be true or false",
+    "int_type": "should be a whole number",
+}
+
+STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+OPEN = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)  # others read the other keys
 
 
-def seconds(text: str | int | float) -> float:
-    """ "DD:HH:MM:SS", or a part of it from the right, or a number of seconds -> seconds."""
-    if not isinstance(text, str):
+def parse_duration(text: object) -> float:
+    """ "DD:HH:MM:SS", or a part of it from the right, or a number of seconds -> seconds.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    if isinstance(text, str) and text.count(":") < 4:
+        units = zip(reversed(text.split(":")), (1, 60, 3600, 86400), strict=False)
+        return sum(float(part) * unit for part, unit in units)
+    if isinstance(text, int | float) and text is not True:
         return float(text)
-    total = 0.0
-    for part, unit in zip(reversed(text.split(":")), (1, 60, 3600, 86400), strict=False):
-        total += float(part) * unit
-    return total
+    raise ValueError("a time")
 
 
-def at(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """The section `where`, "model.params", of a config; {} if there is none.
-
-    Raises ValueError for what is no mapping.
-    """
-    found: Any = raw
-    names = where.split(".")
-    for depth, name in enumerate(names, 1):
-        found = found.get(name)
-        if found is None:
-            return {}
-        if not isinstance(found, Mapping):
-            raise ValueError(f"{'.'.join(names[:depth])}: `{found}` is no mapping of keys")
-    return found
-
-
-def checked(values: Mapping[str, Any], kinds: Kinds, where: str) -> dict[str, Any]:
-    """The values of a section as they are used; those that no kind is known of are as they were.
-
-    Raises ValueError for the first that cannot be, naming it by `where` and its key.
-    """
-    made = dict(values)
-    for key in (key for key in values if key in kinds):
-        try:
-            made[key] = kinds[key](values[key])
-        except ValueError as error:
-            raise ValueError(f"{where}.{key}: {error}") from None
-    return made
-
-
-def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str, of: str = "") -> None:
-    """Raises ValueError for a key outside `known`."""
-    known = list(known)
-    for key in given:
-        if key not in known:
-            raise unknown_name(f"key{of}", key, known, where)
-
-
-def number(*limits: str, null: bool = False, inf: bool = False, whole: bool = False) -> Kind:
-    """A number, if it keeps to all limits, ">= 0"; never NaN.
-
-    null, inf: whether it may be that. whole: a count; it may be written 1.0e+6 where it may be inf,
-        as such a one is only compared.
-    """
-    tests = [(SIGNS[sign], float(limit)) for sign, limit in map(str.split, limits)]
-    kind = "whole number" if whole else "number" if inf else "finite number"
-    name = f"{kind} {' and '.join(limits)}".strip()
-
-    def read(value: Any) -> Any:
-        if null and value is None:
-            return None
-        value = 0 if value is False else value  # `save_steps: off`
-        fits = isinstance(value, int | float) and value is not True
-        fits = fits and (inf or -math.inf < value < math.inf)
-        fits = fits and all(test(value, limit) for test, limit in tests)  # which NaN never passes
-        if fits and whole and isinstance(value, float) and value < math.inf:
-            fits = inf and value.is_integer()
-        if not fits:
-            raise _refused(value, name, null)
-        return int(value) if whole and value < math.inf else value
-
-    return read
-
-
-def count(*limits: str, null: bool = False, inf: bool = False) -> Kind:
-    return number(*limits, null=null, inf=inf, whole=True)
-
-
-def choice(*allowed: Any, null: bool = False) -> Kind:
-    def read(value: Any) -> Any:
-        if (value is None and null) or (isinstance(value, str) and value in allowed):
-            return value
-        raise ValueError(f"`{value}` is none of {', '.join([*allowed, *['null'] * null])}")
-
-    return read
-
-
-def some(allowed: Iterable[str]) -> Kind:
-    """A list of names; one alone is a list of it."""
-    one = choice(*allowed)
-    return lambda value: [one(name) for name in (value if isinstance(value, list) else [value])]
-
-
-def flag(value: Any) -> bool:
-    if value is None or (isinstance(value, int) and value in (0, 1)):
-        return bool(value)
-    raise ValueError(f"`{value}` is neither true nor false")
-
-
-def pair(first: Kind, second: Kind) -> Kind:
-    def read(value: Any) -> list[Any]:
-        if not isinstance(value, list | tuple) or len(value) != 2:
-            raise ValueError(f"`{value}` is no list of two numbers")
-        return [first(value[0]), second(value[1])]
-
-    return read
-
-
-def optional(kind: Kind) -> Kind:
-    """What `kind` reads, or null, of which only `kind` itself does not speak."""
-    return lambda value: None if value is None else kind(value)
-
-
-def mapping(value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"`{value}` is no mapping of keys")
-    return dict(value)
-
-
-def text(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"`{value}` is no text")
-    return value
-
-
-def texts(value: Any) -> list[str]:
-    """A list of texts; one alone is a list of it."""
-    found = [value] if isinstance(value, str) else value
-    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
-        raise ValueError(f"`{value}` is neither a list of texts nor null")
-    return found
-
-
-def duration(value: Any) -> Any:
-    """A time that `seconds` reads; 0 is none."""
-    is_time = isinstance(value, int | float | str) and value is not True
+def _read_duration(value: object) -> object:
     try:
-        is_time = is_time and str(value).count(":") < 4 and seconds(value) >= 0
+        return parse_duration(value)
     except ValueError:
-        is_time = False
-    if not is_time:
-        raise ValueError(f"`{value}` is no time, which is DD:HH:MM:SS, seconds >= 0, or null")
+        raise ValueError("should be a time (DD:HH:MM:SS or seconds)") from None
+
+
+def _read_whole(value: object) -> object:
+    """`1.0e+6` and `off` as integers."""
+    if value is False or (isinstance(value, float) and value.is_integer()):
+        return int(value)
     return value
 
 
-def shares(value: Any) -> Any:
-    """A share, or several by name."""
-    if not isinstance(value, Mapping):
-        return SHARE(value)
-    return {name: SHARE(one) for name, one in value.items()}
-
-
-def dropped(value: Any) -> Any:
-    """The original's {key: {p: share, val: what takes its place}}."""
-    for name, one in mapping(value).items():
-        if not isinstance(one, Mapping) or "p" not in one:
-            raise ValueError(f"`{one}` for `{name}` is no mapping {{p: a share, val: …}}")
-        SHARE(one["p"])
+def _check_whole(value: float) -> float:
+    """An integer, or infinity."""
+    if value.is_integer():
+        return int(value)
+    if value != float("inf"):
+        raise ValueError("should be a whole number")
     return value
 
 
-def kinds_of_objective(target: str) -> Kinds:
-    """Of `lightning.objective`, for the class of a model that a config names."""
-    return RECONSTRUCTION if target.endswith("AutoencoderKL") else DENOISING
+def _check_text(value: str) -> str:
+    if not value.strip():
+        raise ValueError("should not be empty")
+    return value
 
 
-def kinds_of_optimizer(name: str) -> Kinds:
-    """Of `lightning.optimizer`, for the optimizer of that name."""
-    own = {key: MOMENTS.get((name, key)) or MOMENTS["", key] for key in OPTIMIZERS[name][1]}
-    return dict(KINDS["optimizer"]) | own
+def _one_of(names: Collection[str]) -> AfterValidator:
+    """Allows only these names."""
+
+    def check(value: str) -> str:
+        if value not in names:
+            raise ValueError(f"should be one of {', '.join(names)}")
+        return value
+
+    return AfterValidator(check)
 
 
-def _refused(value: Any, name: str, null: bool) -> ValueError:
-    said = f"neither a {name} nor null" if null else f"no {name}"
-    return ValueError(f"`{value}` is {said}")
+OFF = BeforeValidator(lambda value: 0 if value is False else value)
+WHOLE = BeforeValidator(_read_whole)
+SINGLE = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
+PAIR = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+
+Bool = Annotated[bool, BeforeValidator(lambda v: bool(v) if v is None or v in (0, 1) else v)]
+Count = Annotated[int, Field(ge=1), WHOLE]
+Number = Annotated[float, OFF]
+Nonnegative = Annotated[float, Field(ge=0), OFF]
+Positive = Annotated[float, Field(gt=0), OFF]
+Probability = Annotated[float, Field(ge=0, le=1), OFF]
+BelowOne = Annotated[float, Field(ge=0, lt=1), OFF]
+Text = Annotated[str, AfterValidator(_check_text)]
+# Limits, which may be infinite; where 0 is allowed it means never.
+Limit = Annotated[float, Field(ge=0, allow_inf_nan=True), OFF]
+CountLimit = Annotated[float, Field(ge=1, allow_inf_nan=True), OFF, AfterValidator(_check_whole)]
+Steps = Annotated[Limit, AfterValidator(_check_whole)]
 
 
-SHARE, FACTOR = number(">= 0", "<= 1"), number(">= 0")
-BELOW_ONE = number(">= 0", "< 1")
-MINUTES, STEPS = number(">= 0", null=True, inf=True), count(">= 0", null=True, inf=True)  # 0: never
-EPOCHS = number("> 0", null=True)
-# By optimizer, or for all the others.
-MOMENTS = {
-    ("", "betas"): pair(BELOW_ONE, BELOW_ONE),
-    ("", "weight_decay"): FACTOR,
-    ("", "momentum"): BELOW_ONE,
-    ("", "eps"): FACTOR,
-    ("adafactor", "eps"): pair(number(">= 0", null=True), FACTOR),
-    ("adafactor", "beta2_decay"): number("<= 0"),
-    ("adafactor", "d"): number(">= 1"),
-}  # fmt: skip
-WEIGHTING: dict[str, Kind] = {  # `Criterion`'s, which stand in the model's own parameters too
-    "loss_type": choice("l2", "l1"), "l_simple_weight": FACTOR, "original_elbo_weight": FACTOR,
-    "learn_logvar": flag, "logvar_init": number(), "scale_by_std": flag,
-}  # fmt: skip
-DENOISING: Kinds = {
-    **WEIGHTING,
-    "drop": shares,
-    "prior_weight": FACTOR,
-    "noise_bias": number("> 0"),
-    "offset_noise": FACTOR,
-    "input_perturbation": FACTOR,
-    "min_snr_gamma": number("> 0", null=True, inf=True),
+class Section(BaseModel):
+    """A section of `lightning:`, every key filled in."""
+
+    model_config = STRICT
+
+
+class Trainer(Section):
+    """How long, how and on what a run trains."""
+
+    max_steps: Steps | None = None  # the run ends after so many steps …
+    max_epochs: Positive | None = None  # … or so many passes over the data …
+    # … or so many seconds over all sessions, whichever comes first
+    max_time: Annotated[Nonnegative, BeforeValidator(_read_duration)] | None = None
+    gradient_clip_val: Limit | None = 1.0  # largest norm of the gradients; null: any
+    accumulate_grad_batches: Count = 1
+    scale_lr: Bool = False  # learning rate = accumulate x ranks x batch x base_learning_rate
+    precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
+    strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
+    shard: Count | None = None  # ranks that share one copy of the weights in hsdp
+    attention: Annotated[str, _one_of(["auto", *BACKENDS])] | None = None  # see nets.attention
+    seed: Annotated[int, Field(ge=-(10**12), le=10**12), WHOLE] = 23  # torch's end at 64 bits
+    benchmark: Bool = False  # cuDNN tries its algorithms
+    compile: Bool = False
+    channels_last: Bool = False
+    checkpoint_gradients: Bool | None = None  # null: as `use_checkpoint` in the model's config
+    ema_device: Literal["cpu"] | None = None  # null: with the weights
+    keep: Count = 2  # states to resume from
+    nan_limit: CountLimit = 10  # losses in a row that are not finite end the run
+    broken_share: Probability = 0.01  # fraction of unreadable files that ends the run
+    timeout: Positive = 45  # seconds of silence after which a rank counts as lost
+    sanity: Bool = True  # check the loss of the initial model before step 1
+
+
+class Optimizer(Section):
+    """The optimizer and its learning rate; `options` are the keywords of the optimizer itself."""
+
+    name: Literal["adamw", "adamw8bit", "adafactor", "muon"] = "adamw"
+    warm_up: Nonnegative = 100
+    decay: Literal["constant", "linear", "cosine"] = "cosine"
+    schedule: dict[str, Any] | None = None  # a `scheduler_config` of the original
+    ema_decay: BelowOne = 0.9999
+    options: dict[str, Any] = {}
+
+
+@with_config(STRICT)
+class AdamOptions(TypedDict, total=False):
+    """Keywords of AdamW, in 32 or 8 bits."""
+
+    betas: Annotated[tuple[BelowOne, BelowOne], PAIR]
+    eps: Nonnegative
+    weight_decay: Nonnegative
+
+
+@with_config(STRICT)
+class AdafactorOptions(TypedDict, total=False):
+    """Keywords of Adafactor."""
+
+    beta2_decay: Annotated[float, Field(le=0), OFF]
+    eps: Annotated[tuple[Nonnegative | None, Nonnegative], PAIR]
+    d: Annotated[float, Field(ge=1), OFF]
+    weight_decay: Nonnegative
+
+
+@with_config(STRICT)
+class MuonOptions(TypedDict, total=False):
+    """Keywords of Muon."""
+
+    momentum: BelowOne
+    betas: Annotated[tuple[BelowOne, BelowOne], PAIR]
+    weight_decay: Nonnegative
+
+
+OPTIONS: dict[str, type] = {
+    "adamw": AdamOptions,
+    "adamw8bit": AdamOptions,
+    "adafactor": AdafactorOptions,
+    "muon": MuonOptions,
 }
-RECONSTRUCTION: Kinds = {
-    **dict.fromkeys(("l1", "l2", "gradient", "kl"), FACTOR),
-    "trained": choice("all", "decoder"),
-    "learn_logvar": flag,
-    "export_losses": flag,
-    "perceptual": optional(mapping),
-}
-# Of every config, whoever wrote it, before anything is translated; null is the same as nothing.
-ORIGINAL: dict[str, Kinds] = {
-    "model": {"base_learning_rate": FACTOR},
-    "model.params": {
-        **WEIGHTING, "embedding_dropout": SHARE, "ucg_training": dropped, "use_ema": flag,
-        "scheduler_config": mapping,
-    },
-    "data.params": {"batch_size": count(">= 1"), "num_workers": count(">= 0")},
-    "lightning.trainer": {
-        "accumulate_grad_batches": count(">= 1"),
-        "num_nodes": count(">= 1"),
-        "val_check_interval": number("> 0"),
-        "check_val_every_n_epoch": number("> 0"),
-        "limit_val_batches": FACTOR,
-        "log_every_n_steps": count(">= 1", inf=True),
-    },
-}  # fmt: skip
-KINDS: dict[str, Kinds] = {
-    "trainer": {
-        "max_steps": STEPS,
-        "max_epochs": EPOCHS,
-        "max_time": optional(duration),
-        "gradient_clip_val": number(">= 0", null=True, inf=True),
-        "accumulate_grad_batches": count(">= 1"),
-        "precision": choice("32", "bf16-mixed", "16-mixed"),
-        "strategy": choice(*STRATEGIES),
-        "shard": count(">= 1", null=True),
-        "attention": choice("auto", *BACKENDS, null=True),
-        "seed": count(">= -1000000000000", "<= 1000000000000"),  # torch's end at 64 bits
-        "checkpoint_gradients": optional(flag),
-        "ema_device": choice("cpu", null=True),
-        "keep": count(">= 1"),
-        "nan_limit": count(">= 1", inf=True),
-        "broken_share": SHARE,
-        "timeout": number("> 0"),
-        **dict.fromkeys(("scale_lr", "benchmark", "compile", "channels_last", "sanity"), flag),
-    },
-    "optimizer": {
-        "name": choice(*OPTIMIZERS),
-        "warm_up": FACTOR,
-        "decay": choice("constant", "linear", "cosine"),
-        "schedule": optional(mapping),
-        "ema_decay": BELOW_ONE,
-    },
-    "callbacks": {
-        "log_every": count(">= 1", inf=True),
-        "loggers": some(("csv", "tensorboard", "wandb")),
-        "wandb": mapping,
-        **dict.fromkeys(("save_minutes", "image_minutes"), MINUTES),
-        **dict.fromkeys(("save_steps", "image_steps", "validate_steps", "export_steps"), STEPS),
-        **dict.fromkeys(("save_epochs", "validate_epochs"), EPOCHS),
-        "image_early": flag,
-        "images": count(">= 0"),
-        "prompts": optional(texts),
-        "sampling": mapping,
-        "validate_batches": count(">= 1"),
-        "best": count(">= -1"),
-        "monitor": optional(text),
-        "export": some(("safetensors", "ckpt")),
-        "weights": choice("ema", "raw", "both"),
-        "dtype": choice("half", "full"),
-    },
-    "callbacks.sampling": {
-        "steps": count(">= 1"),
-        "scale": number(),
-        "eta": FACTOR,
-        "sampler": choice(*SAMPLERS),
-        "grid": choice(*GRIDS, null=True),
-        "rescale": SHARE,
-        "unet_tile": count(">= 1", null=True),
-        "legacy": some(LEGACY),
-    },
-    "lora": {
-        "rank": count(">= 1"),
-        "alpha": number("> 0", null=True),
-        "targets": some(TARGETS),
-    },
-    "textual_inversion": {"token": text, "vectors": count(">= 1"), "init": optional(text)},
-}
+
+
+@with_config(STRICT)
+class Sampling(TypedDict, total=False):
+    """Keywords of the sampling of image grids."""
+
+    steps: Count
+    scale: Number
+    eta: Nonnegative
+    sampler: Annotated[str, _one_of(SAMPLERS)]
+    grid: Annotated[str, _one_of(GRIDS)] | None
+    rescale: Probability
+    unet_tile: Count | None
+    legacy: Annotated[list[Annotated[str, _one_of(LEGACY)]], SINGLE]
+
+
+class Callbacks(Section):
+    """What a run logs, saves, draws, validates and exports, and how often."""
+
+    log_every: CountLimit = 20  # steps between lines of the log
+    loggers: Annotated[list[Literal["csv", "tensorboard", "wandb"]], SINGLE] = [
+        "csv",
+        "tensorboard",
+    ]
+    wandb: dict[str, Any] = {}  # project, name, entity, tags, mode
+    save_minutes: Limit | None = 3
+    save_steps: Steps | None = None
+    save_epochs: Positive | None = None
+    image_minutes: Limit | None = 10
+    image_steps: Steps | None = None
+    image_early: Bool = False  # also at steps 1, 2, 4, 8 …
+    images: Annotated[int, Field(ge=0), WHOLE] = 16
+    # of the grids; null: the first captions of the data
+    prompts: Annotated[list[str], SINGLE] | None = None
+    sampling: Sampling = {}
+    validate_steps: Steps | None = None
+    validate_epochs: Positive | None = None
+    validate_batches: Count = 8
+    # exports that stay, those with the lowest loss on held-out data; -1: all
+    best: Annotated[int, Field(ge=-1), WHOLE] = 0
+    monitor: Text | None = None  # that loss; null: val/loss_ema, or val/loss without EMA
+    export: Annotated[list[Literal["safetensors", "ckpt"]], SINGLE] = ["safetensors"]
+    export_steps: Steps | None = None  # also to checkpoints/trainstep_checkpoints, all are kept
+    weights: Literal["ema", "raw", "both"] = "ema"
+    dtype: Literal["half", "full"] = "half"  # of exports
+
+
+class Weighting(TypedDict, total=False):
+    """Keywords of `Criterion`, which the original has among the parameters of the model."""
+
+    loss_type: Literal["l2", "l1"]
+    l_simple_weight: Nonnegative
+    original_elbo_weight: Nonnegative
+    learn_logvar: Bool
+    logvar_init: Number
+    scale_by_std: Bool
+
+
+@with_config(STRICT)
+class Denoising(Weighting, total=False):
+    """`lightning.objective` of a latent diffusion model: keywords of its task."""
+
+    drop: Probability | dict[str, Probability]
+    prior_weight: Nonnegative
+    noise_bias: Positive
+    offset_noise: Nonnegative
+    input_perturbation: Nonnegative
+    min_snr_gamma: Annotated[float, Field(gt=0, allow_inf_nan=True), OFF] | None
+
+
+@with_config(STRICT)
+class Reconstruction(TypedDict, total=False):
+    """`lightning.objective` of an autoencoder: keywords of its tasks."""
+
+    l1: Nonnegative
+    l2: Nonnegative
+    gradient: Nonnegative
+    kl: Nonnegative
+    trained: Literal["all", "decoder"]
+    learn_logvar: Bool
+    export_losses: Bool
+    perceptual: dict[str, Any] | None
+
+
+class Lora(Section):
+    """A LoRA that is trained beside a frozen model."""
+
+    rank: Count = 8
+    alpha: Positive | None = None  # null: the rank
+    targets: Annotated[list[Annotated[str, _one_of(TARGETS)]], SINGLE] = ["transformer"]
+
+
+class TextualInversion(Section):
+    """An embedding that is trained beside a frozen model."""
+
+    token: Text
+    vectors: Count = 1
+    init: Text | None = None  # words whose vectors it starts from; null: the mean of all words
+
+
+class Dropout(BaseModel):
+    """How often the original's `ucg_training` drops a condition."""
+
+    model_config = OPEN
+    p: Probability
+
+
+@with_config(OPEN)
+class ModelParams(Weighting, total=False):
+    """What the original decides about training among the parameters of a model."""
+
+    embedding_dropout: Probability
+    ucg_training: dict[str, Dropout]
+    use_ema: Bool
+    scheduler_config: dict[str, Any]
+
+
+class Model(Section):
+    """`model:` of a config."""
+
+    base_learning_rate: Nonnegative | None = None
+    target: str = ""
+    params: dict[str, Any] = {}
+
+
+class Data(BaseModel):
+    """`data.params` of a config; the other keys are read by `datamodules`."""
+
+    model_config = OPEN
+    batch_size: Count = 1
+    num_workers: Annotated[int, Field(ge=0), WHOLE] = 0
+
+
+@with_config(OPEN)
+class LightningTrainer(TypedDict, total=False):
+    """Arguments of Lightning's Trainer that `lightning` computes with."""
+
+    accumulate_grad_batches: Count
+    num_nodes: Count
+    val_check_interval: Positive
+    check_val_every_n_epoch: Positive
+    limit_val_batches: Nonnegative
+    log_every_n_steps: CountLimit
+
+
+def fields_of(section: type) -> list[str]:
+    """The keys of a section."""
+    if issubclass(section, BaseModel):
+        return list(section.model_fields)
+    return list(get_type_hints(section))
+
+
+def validate(
+    section: type[T], values: object, where: str, *, kind: str = "key", also: Collection[str] = ()
+) -> T:
+    """Reads the values of a section.
+
+    Args:
+        where: dotted name of the section, for messages.
+        kind: what the message calls a key.
+        also: keys that the message about an unknown one may propose beside those of the section.
+    Raises:
+        ValueError: a key is unknown or a value is not allowed; in one line, the first one.
+    """
+    try:
+        return TypeAdapter(section).validate_python(values)
+    except ValidationError as error:
+        # A number that may also be a mapping has two errors: the one about its type says less.
+        problem = min(
+            error.errors(), key=lambda p: (p["type"] != EXTRA, p["type"].endswith("_type"))
+        )
+    names = [str(name) for name in problem["loc"] if str(name).isidentifier()]
+    if problem["type"] == EXTRA:
+        parent = section
+        for name in names[:-1]:
+            parent = get_type_hints(parent)[name]
+        place = ".".join([where, *names[:-1]])
+        raise unknown_name(kind, names[-1], [*fields_of(parent), *also], place)
+    if problem["type"] == "missing":
+        raise ValueError(f"{'.'.join([where, *names[:-1]])} needs `{names[-1]}`")
+    text = problem["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    text = EXPECTATIONS.get(problem["type"], text)
+    if len(names) == 1 and type(None) in get_args(get_type_hints(section)[names[0]]):
+        text += " or null"
+    raise ValueError(f"{'.'.join([where, *names])}: `{problem['input']}` {text}")

@@ -1,104 +1,99 @@
-"""What a run is told, besides its model and its data: the `lightning:` section of a config.
+"""Settings of a run: the `lightning:` section of a config, with what it reads of the others.
 
-Sections and keys are those of DEFAULTS. What Lightning 1.4 and the original's `main.py` call
-otherwise is put into these words by `translation`; what means nothing today becomes a note.
+`schema` has all keys. Names of Lightning 1.4 and of the original's `main.py` are translated by
+`lightning`; what has no meaning today becomes a note.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 from ldm.runtime.errors import unknown_name
 from ldm.train.config import lightning, schema
-from ldm.train.config.schema import seconds
+from ldm.train.config.schema import (
+    OPTIONS,
+    Callbacks,
+    Data,
+    Denoising,
+    LightningTrainer,
+    Lora,
+    Model,
+    ModelParams,
+    Optimizer,
+    Reconstruction,
+    TextualInversion,
+    Trainer,
+    validate,
+)  # fmt: skip
 from ldm.train.optim.schedules import WHERE, Rate
 
-__all__ = ["DEFAULTS", "Settings", "read", "refuse_incomplete", "seconds"]
+__all__ = ["Settings", "check_complete", "read_settings"]
 
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "trainer": {
-        "max_steps": None,  # the run ends after so many steps …
-        "max_epochs": None,  # … or so many passes over the data …
-        "max_time": None,  # … or so much time, DD:HH:MM:SS, over all sessions: whatever is first
-        "gradient_clip_val": 1.0,  # largest norm of the gradients; null: any
-        "accumulate_grad_batches": 1,
-        "scale_lr": False,  # learning rate = accumulate x ranks x batch x base_learning_rate
-        "precision": "32",  # or bf16-mixed, 16-mixed
-        "strategy": "auto",  # or ddp, fsdp, hsdp
-        "shard": None,  # ranks that share one copy of the weights in hsdp
-        "attention": None,  # a backend of nets.attention
-        "seed": 23,
-        "benchmark": False,  # cuDNN tries its algorithms
-        "compile": False,
-        "channels_last": False,
-        "checkpoint_gradients": None,  # null: as `use_checkpoint` of the model's config says
-        "ema_device": None,  # null: with the weights; or cpu
-        "keep": 2,  # states to resume from
-        "nan_limit": 10,  # losses in a row that are not finite end the run
-        "broken_share": 0.01,  # of unreadable files that ends the run
-        "timeout": 45,  # seconds of silence after which a rank counts as lost
-        "sanity": True,  # the loss of the untouched model is looked at before step 1
-    },
-    # name: adamw | muon …; schedule: a `scheduler_config`; other keys go to the optimizer
-    "optimizer": {
-        "name": "adamw", "warm_up": 100, "decay": "cosine", "schedule": None, "ema_decay": 0.9999
-    },
-    "objective": {},  # keywords of the task
-    "callbacks": {
-        "log_every": 20,  # steps between lines of the log
-        "loggers": ["csv", "tensorboard"],  # or wandb
-        "wandb": {},  # project, name, entity, tags, mode
-        "save_minutes": 3,
-        "save_steps": None,
-        "save_epochs": None,
-        "image_minutes": 10,
-        "image_steps": None,
-        "image_early": False,  # also at steps 1, 2, 4, 8 …
-        "images": 16,
-        "prompts": None,  # of the grids; null: the first captions of the data
-        "sampling": {},  # steps, scale, eta of the grids
-        "validate_steps": None,
-        "validate_epochs": None,
-        "validate_batches": 8,
-        "best": 0,  # exports that stay, those with the lowest loss on held-out data; -1: all
-        "monitor": None,  # that loss; null: val/loss_ema, or val/loss without an average
-        "export": ["safetensors"],  # and/or ckpt
-        "export_steps": None,  # also to checkpoints/trainstep_checkpoints, and all are kept
-        "weights": "ema",  # or raw, both
-        "dtype": "half",  # of exports, or full
-    },
-    "lora": {},  # keywords of what is trained beside a frozen model; empty: nothing is
-    "textual_inversion": {},
-}  # fmt: skip
-# What holds for a config that names no optimizer, so was written for the original.
+SECTIONS = ("trainer", "optimizer", "objective", "callbacks", "lora", "textual_inversion")
+# Defaults of a config that names no optimizer, so was written for the original.
 ORIGINAL: dict[str, dict[str, Any]] = {
     "trainer": {"gradient_clip_val": None, "scale_lr": True},
     "optimizer": {"warm_up": 0, "decay": "constant", "weight_decay": 1e-2},
 }
-EPOCHS = 1000  # Lightning's end of a run that is told none
-MODEL = ("base_learning_rate", "target", "params")
+EPOCHS = 1000  # Lightning's default, if a run has no end
+LIMITS = ("max_steps", "max_epochs", "max_time")
 
 
-class Settings(dict[str, dict[str, Any]]):
-    """The sections of DEFAULTS, every key filled in.
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one run.
 
-    notes: lines to tell the user: what was understood otherwise, or has no meaning here.
+    Args:
+        raw: the whole config that they were read from.
+        objective: keywords of the task.
+        lora, textual_inversion: what is trained beside a frozen model, None for nothing.
+        notes: lines to tell the user: what was renamed, or has no meaning here.
     """
 
-    def __init__(self, sections: Mapping[str, dict[str, Any]], notes: list[str]) -> None:
-        super().__init__(sections)
-        self.notes = notes
+    raw: Mapping[str, Any]
+    model: Model
+    data: Data
+    trainer: Trainer
+    optimizer: Optimizer
+    objective: Denoising | Reconstruction
+    callbacks: Callbacks
+    lora: Lora | None = None
+    textual_inversion: TextualInversion | None = None
+    notes: tuple[str, ...] = ()
 
-    def count_epochs(self, steps: Fraction | int | None) -> None:
-        """Turns everything that is counted in epochs into steps.
+    def change(
+        self,
+        *,
+        trainer: Mapping[str, Any] | None = None,
+        optimizer: Mapping[str, Any] | None = None,
+        callbacks: Mapping[str, Any] | None = None,
+        data: Mapping[str, Any] | None = None,
+    ) -> "Settings":
+        """A copy with other values: `change(trainer={"max_steps": 3})`; they are not checked."""
+        return replace(
+            self,
+            trainer=self.trainer.model_copy(update=trainer),
+            optimizer=self.optimizer.model_copy(update=optimizer),
+            callbacks=self.callbacks.model_copy(update=callbacks),
+            data=self.data.model_copy(update=data),
+        )
 
+    def count_epochs(self, steps: Fraction | int | None) -> "Settings":
+        """A copy in which all that is counted in epochs is counted in steps.
+
+        Args:
             steps: in an epoch; None if the data has no end.
-        Raises ValueError if a number of epochs was asked for then.
+        Raises:
+            ValueError: a number of epochs is set, and the data has no end.
         """
-        pairs = [("trainer", "max")] + [("callbacks", key) for key in ("save", "validate")]
-        for section, key in pairs:
-            options = self[section]
-            epochs, limit = options[f"{key}_epochs"], options[f"{key}_steps"]
+        trainer, callbacks = self.trainer, self.callbacks
+        sections: dict[str, dict[str, float]] = {"trainer": {}, "callbacks": {}}
+        for section, key, epochs, limit in (
+            ("trainer", "max", trainer.max_epochs, trainer.max_steps),
+            ("callbacks", "save", callbacks.save_epochs, callbacks.save_steps),
+            ("callbacks", "validate", callbacks.validate_epochs, callbacks.validate_steps),
+        ):
             if epochs is None:
                 continue
             if steps is None:
@@ -106,124 +101,147 @@ class Settings(dict[str, dict[str, Any]]):
                     f"lightning.{section}.{key}_epochs: the data has no known length, give "
                     f"`{key}_steps`"
                 )
-            counted = max(1, round(epochs * steps))
-            options[f"{key}_steps"] = min(counted, limit) if limit else counted
+            count = max(1, round(epochs * steps))
+            sections[section][f"{key}_steps"] = min(count, limit) if limit else count
+        return self.change(trainer=sections["trainer"], callbacks=sections["callbacks"])
 
-    def rate(self, base: float, *, batch: int, world: int = 1) -> tuple[Rate, str]:
-        """The learning rate of a run, and a line that says where it is from.
+    def learning_rate(self, world_size: int = 1) -> tuple[Rate, str]:
+        """The learning rate of the run, and a line that explains it.
 
-        base: `model.base_learning_rate`. batch: of one rank. world: ranks on all nodes.
+        Args:
+            world_size: processes on all nodes.
+        Raises:
+            ValueError: the config has no `base_learning_rate`.
         """
-        parts, scaled = self["trainer"]["accumulate_grad_batches"], self["trainer"]["scale_lr"]
+        check_complete(self.raw, "model.base_learning_rate")
+        base = self.model.base_learning_rate or 0.0
         lr, line = base, f"learning rate {base:.2e} (base_learning_rate, scale_lr false)"
-        if scaled:
-            lr = parts * world * batch * base
+        if self.trainer.scale_lr:
+            accumulation, batch = self.trainer.accumulate_grad_batches, self.data.batch_size
+            lr = accumulation * world_size * batch * base
             line = (
-                f"learning rate {lr:.2e} = {parts} (accumulate_grad_batches) x {world} (ranks) x "
-                f"{batch} (batch_size) x {base:.2e} (base_learning_rate)"
+                f"learning rate {lr:.2e} = {accumulation} (accumulate_grad_batches) x {world_size} "
+                f"(ranks) x {batch} (batch_size) x {base:.2e} (base_learning_rate)"
             )
-        options = self["optimizer"]
-        return Rate(lr, options["warm_up"], options["decay"], options["schedule"]), line
+        return _rate(self.optimizer, lr), line
+
+    def to_config(self) -> dict[str, Any]:
+        """The whole config with every key of `lightning:` filled in."""
+        optimizer = self.optimizer.model_dump(exclude={"options"}) | self.optimizer.options
+        sections = {
+            "trainer": self.trainer.model_dump(),
+            "optimizer": {k: [*v] if isinstance(v, tuple) else v for k, v in optimizer.items()},
+            "objective": dict(self.objective),
+            "callbacks": self.callbacks.model_dump(),
+            "lora": self.lora.model_dump() if self.lora else {},
+            "textual_inversion": (
+                self.textual_inversion.model_dump() if self.textual_inversion else {}
+            ),
+        }
+        return {**self.raw, "lightning": sections}
 
 
-def read(raw: Mapping[str, Any]) -> Settings:
-    """The settings of a whole config.
+def read_settings(raw: Mapping[str, Any]) -> Settings:
+    """The settings of a whole config, checked.
 
-    Raises ValueError for an unknown section or key, naming the nearest known one, and for a value
-    that cannot be, also of what a run reads in `model` and `data`.
+    Args:
+        raw: the config as `ldm.loading.config` reads it.
+    Raises:
+        ValueError: a section or key is unknown, naming the nearest known one, or a value is not
+            allowed; also of what a run reads in `model` and `data`.
     """
-    _check_original(raw)
-    given, notes = lightning.translate(raw)
-    target, defaults = str(schema.at(raw, "model").get("target")), DEFAULTS
-    if "optimizer" not in schema.at(raw, "lightning"):
+    model, data = _read_original(raw)
+    sections, notes = lightning.translate(raw)
+    for name in sections:
+        if name not in SECTIONS:
+            raise unknown_name("section", name, [*SECTIONS, *lightning.SECTIONS], "lightning")
+    is_autoencoder = model.target.endswith("AutoencoderKL")
+    defaults = {}
+    if "optimizer" not in (raw.get("lightning") or {}):
         notes.append(
             "no `lightning.optimizer`: AdamW as in the original, learning rate scaled by the "
             "batch, no clipping"
         )
-        defaults = {name: {**keys, **ORIGINAL.get(name, {})} for name, keys in DEFAULTS.items()}
-        if target.endswith("AutoencoderKL"):
-            defaults["optimizer"]["weight_decay"] = 0.0  # Adam, not AdamW
-    _check_keys(given)
-    merged = _checked(
-        {name: {**keys, **given.get(name, {})} for name, keys in defaults.items()}, target
-    )
-    trainer = given.get("trainer", {})
-    limits = ("max_steps", "max_epochs", "max_time")
-    if not any(merged["trainer"][key] for key in limits):
-        if any(key in trainer for key in limits):
+        defaults = ORIGINAL
+        if is_autoencoder:  # Adam, not AdamW
+            defaults = {**ORIGINAL, "optimizer": {**ORIGINAL["optimizer"], "weight_decay": 0.0}}
+    values = {name: {**defaults.get(name, {}), **sections.get(name, {})} for name in SECTIONS}
+    limits = [values["trainer"].get(key) for key in LIMITS]
+    if not any(limits):
+        if any(key in values["trainer"] for key in LIMITS):
             raise ValueError("lightning.trainer needs `max_steps` or `max_time` (or `max_epochs`)")
-        merged["trainer"]["max_epochs"] = EPOCHS
-        notes.append(f"lightning.trainer names no end: {EPOCHS} epochs, as in Lightning")
-    made = Settings(merged, notes)
-    _check_schedule(made)
-    return made
+        values["trainer"]["max_epochs"] = EPOCHS
+        notes.append(f"lightning.trainer has no limit: {EPOCHS} epochs, as in Lightning")
+    lora, inversion = values["lora"], values["textual_inversion"]
+    known = lightning.KNOWN
+    return Settings(
+        raw=raw,
+        model=model,
+        data=data,
+        trainer=validate(Trainer, values["trainer"], "lightning.trainer", also=known["trainer"]),
+        optimizer=_read_optimizer(values["optimizer"]),
+        objective=(
+            validate(Reconstruction, values["objective"], "lightning.objective")
+            if is_autoencoder
+            else validate(Denoising, values["objective"], "lightning.objective")
+        ),
+        callbacks=validate(
+            Callbacks, values["callbacks"], "lightning.callbacks", also=known["callbacks"]
+        ),
+        lora=validate(Lora, lora, "lightning.lora") if lora else None,
+        textual_inversion=(
+            validate(TextualInversion, inversion, "lightning.textual_inversion")
+            if inversion
+            else None
+        ),
+        notes=tuple(notes),
+    )
 
 
-def refuse_incomplete(raw: Mapping[str, Any], *wanted: str) -> None:
-    """Raises ValueError if a config has not all that is wanted, "model.base_learning_rate"."""
-    places = {where: where.rpartition(".") for where in wanted}
-    lacking = [
-        f"`{where}`"
-        for where, (section, _, key) in places.items()
-        if schema.at(raw, section).get(key) is None
-    ]
-    if lacking:
-        raise ValueError(f"the config lacks {', '.join(lacking)}")
+def check_complete(raw: Mapping[str, Any], *keys: str) -> None:
+    """Raises ValueError if a config has not all of these keys, "model.base_learning_rate"."""
+    missing = []
+    for key in keys:
+        section, _, name = key.rpartition(".")
+        if lightning.section(raw, section).get(name) is None:
+            missing.append(f"`{key}`")
+    if missing:
+        raise ValueError(f"missing in the config: {', '.join(missing)}")
 
 
-def _check_original(raw: Mapping[str, Any]) -> None:
-    """What is read as it stands, and what `translation` computes with."""
-    for key in schema.at(raw, "model"):
-        if key not in MODEL:
-            known = (*MODEL, "params.ckpt_path")  # some configs have it a level too high
-            raise unknown_name("key", key, known, "model")
-    for where, kinds in schema.ORIGINAL.items():
-        said = {key: value for key, value in schema.at(raw, where).items() if value is not None}
-        schema.checked(said, kinds, where)
-    callbacks = schema.at(raw, "lightning.callbacks")
-    specs = [f"callbacks.{key}" for key, spec in callbacks.items() if isinstance(spec, Mapping)]
-    for name in ("modelcheckpoint", *specs):
-        schema.at(raw, f"lightning.{name}.params")  # refuses what is no mapping
+def _read_original(raw: Mapping[str, Any]) -> tuple[Model, Data]:
+    """What is read as it stands, and what `lightning` computes with; null counts as missing."""
+
+    def given(where: str) -> dict[str, Any]:
+        values = lightning.section(raw, where)
+        return {key: value for key, value in values.items() if value is not None}
+
+    model = validate(Model, given("model"), "model", also=["params.ckpt_path"])
+    validate(ModelParams, given("model.params"), "model.params")
+    validate(LightningTrainer, given("lightning.trainer"), "lightning.trainer")
+    return model, validate(Data, given("data.params"), "data.params")
 
 
-def _check_keys(given: Mapping[str, Mapping[str, Any]]) -> None:
-    for section in given:
-        if section not in DEFAULTS:
-            known = [*DEFAULTS, *lightning.SECTIONS]
-            raise unknown_name("section", section, known, "lightning")
-    for section in ("trainer", "callbacks"):
-        known = [*DEFAULTS[section], *lightning.KNOWN[section]]
-        schema.refuse_unknown(given.get(section, {}), known, f"lightning.{section}")
-
-
-def _checked(sections: Mapping[str, dict[str, Any]], target: str) -> dict[str, dict[str, Any]]:
-    """All values as they are used.
-
-    target: the class of the model, which knows what its objective can be told.
-    """
-    kinds = {**schema.KINDS, "objective": schema.kinds_of_objective(target)}
-    made = {
-        name: schema.checked(keys, kinds[name], f"lightning.{name}")
-        for name, keys in sections.items()
-    }
-    # These have no keys but those of KINDS, or of what is chosen.
-    name, callbacks = made["optimizer"]["name"], made["callbacks"]
-    closed = {
-        "optimizer": (made["optimizer"], schema.kinds_of_optimizer(name)),
-        "callbacks.sampling": (callbacks["sampling"], kinds["callbacks.sampling"]),
-        **{part: (made[part], kinds[part]) for part in ("objective", "lora", "textual_inversion")},
-    }
-    for part, (keys, known) in closed.items():
-        of = f" of {name}" if part == "optimizer" else ""
-        schema.refuse_unknown(keys, known, f"lightning.{part}", of)
-        keys.update(schema.checked(keys, known, f"lightning.{part}"))
-    if made["textual_inversion"] and "token" not in made["textual_inversion"]:
-        raise ValueError("lightning.textual_inversion needs `token`, the word to be learned")
-    return made
-
-
-def _check_schedule(settings: Settings) -> None:
+def _read_optimizer(values: Mapping[str, Any]) -> Optimizer:
+    """Its own keywords are those of the optimizer that is chosen."""
+    own = schema.fields_of(Optimizer)
+    own.remove("options")
+    optimizer = validate(
+        Optimizer, {k: v for k, v in values.items() if k in own}, "lightning.optimizer"
+    )
+    options: dict[str, Any] = validate(
+        OPTIONS[optimizer.name],
+        {k: v for k, v in values.items() if k not in own},
+        "lightning.optimizer",
+        kind=f"key of {optimizer.name}",
+        also=own,
+    )
     try:
-        settings.rate(1.0, batch=1)
+        _rate(optimizer, 1.0)
     except (TypeError, ArithmeticError, LookupError) as error:
         raise ValueError(f"{WHERE}: its numbers cannot be used: {error}") from error
+    return optimizer.model_copy(update={"options": options})
+
+
+def _rate(optimizer: Optimizer, lr: float) -> Rate:
+    return Rate(lr, optimizer.warm_up, optimizer.decay, optimizer.schedule)

@@ -3,21 +3,21 @@
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
 from statistics import median
-from typing import Any
+
+from ldm.train.config.schema import Callbacks
 
 __all__ = ["Clock", "Every", "cadences"]
 
 
-def cadences(options: Mapping[str, Any]) -> dict[str, "Every"]:
+def cadences(options: Callbacks) -> dict[str, "Every"]:
     """When to do what, by the name of the method of a `Run`; options: `lightning.callbacks`."""
-    early = options["image_early"]
+    early = options.image_early
     return {
-        "save": Every(minutes=options["save_minutes"], steps=options["save_steps"]),
-        "draw": Every(minutes=options["image_minutes"], steps=options["image_steps"], early=early),
-        "validate": Every(steps=options["validate_steps"]),
-        "export_step": Every(steps=options["export_steps"]),
+        "save": Every(minutes=options.save_minutes, steps=options.save_steps),
+        "draw": Every(minutes=options.image_minutes, steps=options.image_steps, early=early),
+        "validate": Every(steps=options.validate_steps),
+        "export_step": Every(steps=options.export_steps),
     }
 
 
@@ -25,7 +25,7 @@ class Every:
     """True now and then: after so many minutes, so many steps, or at steps 1, 2, 4, 8 … (early)."""
 
     def __init__(
-        self, *, minutes: float | None = None, steps: int | None = None, early: bool = False
+        self, *, minutes: float | None = None, steps: float | None = None, early: bool = False
     ) -> None:
         self.minutes, self.steps, self.early = minutes or math.inf, steps, early
         self.last = time.monotonic()

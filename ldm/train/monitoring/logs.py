@@ -178,8 +178,8 @@ class Progress:
         device: torch.device,
         *,
         start: int,
-        steps: int | None,
-        every: int = 20,
+        steps: float | None,
+        every: float = 20,
     ) -> None:
         from tqdm import tqdm
 

@@ -34,11 +34,11 @@ def draw(run: Any, *, write: bool = True) -> list[Path]:
     run: a `Run`; `callbacks.images` says how many pictures, `callbacks.prompts` of what.
     write: whether this process writes; if weights are split over processes, all must draw.
     """
-    options, paths = run.settings["callbacks"], []
+    options, paths = run.settings.callbacks, []
     sources = {"train": run.source} | ({"val": run.held_out} if run.held_out else {})
-    for split, source in sources.items() if options["images"] else ():
-        prompts = options["prompts"] if split == "train" else None
-        records = _records(run.model, source, options["images"], prompts)
+    for split, source in sources.items() if options.images else ():
+        prompts = options.prompts if split == "train" else None
+        records = _records(run.model, source, options.images, prompts)
         grids = []
         for label, weights in _weights(run):
             with weights, paused(run.model):
@@ -101,7 +101,7 @@ def sampled(run: Any, records: Sequence[dict[str, Any]], first: int = 0) -> Tens
     """One image (3, H, W) for every record, whatever the model reads; seeds first, first + 1, …"""
     model = run.model
     options: dict[str, Any] = {"steps": 20, "scale": 3.0, "eta": 0.0}
-    options |= run.settings["callbacks"]["sampling"]
+    options |= run.settings.callbacks.sampling
     batch, f = collate(list(records)), model.downscale
     height, width = batch["jpg"].shape[-2:]
     batch = model.prepare(on_device(batch, model.device), (height // f, width // f))

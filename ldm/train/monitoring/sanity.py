@@ -76,7 +76,7 @@ def check(run: Any) -> None:
         run: a `Run` that starts from weights; all processes call this.
     Raises ValueError in one line if that is not plausible, unless `trainer.sanity` is false.
     """
-    if not run.settings["trainer"]["sanity"]:
+    if not run.settings.trainer.sanity:
         return
     records = _alike(run.source.first(SAMPLES))
     with paused(run.model), run.precision():

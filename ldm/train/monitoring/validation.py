@@ -75,6 +75,6 @@ def _means(run: Any) -> dict[str, float]:
 
 def _batches(run: Any) -> int:
     """As many as the settings say, but nothing twice."""
-    wanted = int(run.settings["callbacks"]["validate_batches"])
+    wanted = int(run.settings.callbacks.validate_batches)
     batches = run.held_out.epoch(run.batch_size)
     return wanted if batches is None else max(1, min(wanted, int(batches)))

@@ -151,7 +151,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 def learning_rate(
-    lr: float, step: int, progress: float, *, warm_up: int = 100, decay: str = "cosine"
+    lr: float, step: int, progress: float, *, warm_up: float = 100, decay: str = "cosine"
 ) -> float:
     """The rate at a step, when `progress` (0 … 1) of the run is done.
 

@@ -42,7 +42,7 @@ class Rate:
     """
 
     lr: float
-    warm_up: int = 0
+    warm_up: float = 0
     decay: str = "constant"
     schedule: Mapping[str, Any] | None = None
 

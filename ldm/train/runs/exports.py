@@ -44,9 +44,9 @@ def export(run: Any, stem: Path) -> list[Path]:
     run: a `Run`; all its processes call this, as weights may be split, and the first writes.
     Returns the files, [] on other processes.
     """
-    options = run.settings["callbacks"]
-    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in options["export"]]
-    averaged = options["weights"] != "raw" and bool(run.state.ema.decay)
+    options = run.settings.callbacks
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in options.export]
+    averaged = options.weights != "raw" and bool(run.state.ema.decay)
     if isinstance(run.task, Adaptation):
         if not run.ranks.is_first:
             return []
@@ -56,8 +56,8 @@ def export(run: Any, stem: Path) -> list[Path]:
                 notes[ADAPTED] = notes.pop(EMBEDDED)
             run.task.export(stem.with_name(f"{stem.name}.safetensors"), notes)
         return [stem.with_name(f"{stem.name}.safetensors")]
-    state = _state(run, averaged=averaged and options["weights"] == "ema")
-    if averaged and options["weights"] == "both":
+    state = _state(run, averaged=averaged and options.weights == "ema")
+    if averaged and options.weights == "both":
         state |= _averages(run)
     if not run.ranks.is_first:
         return []
@@ -78,7 +78,7 @@ def export_best(run: Any, found: Mapping[str, float]) -> list[Path]:
         found: the losses on held-out data, as `validate` gives them; all processes call this.
     Raises ValueError if the one that is monitored is not among them.
     """
-    most, name = (run.settings["callbacks"][key] for key in ("best", "monitor"))
+    most, name = run.settings.callbacks.best, run.settings.callbacks.monitor
     if not (most and found):
         return []
     name = name or USUAL
@@ -115,7 +115,7 @@ def _state(run: Any, *, averaged: bool) -> dict[str, Tensor]:
     images = _images(run)
     with run.state.ema.applied(run.task.trained) if averaged else nullcontext():
         weights = whole(run.task.weights_to_export(images), keep=run.ranks.is_first)
-        dtype = torch.float16 if run.settings["callbacks"]["dtype"] == "half" else torch.float32
+        dtype = torch.float16 if run.settings.callbacks.dtype == "half" else torch.float32
         return {
             name: value.to(
                 "cpu", dtype if value.is_floating_point() and value.ndim else None, copy=True
@@ -156,13 +156,13 @@ def _tables(run: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _notes(run: Any) -> dict[str, str | int]:
     """What the file says about itself."""
-    trainer, state = run.settings["trainer"], run.state
+    trainer, state = run.settings.trainer, run.state
     origin = {
-        "seed": trainer["seed"],
+        "seed": trainer.seed,
         "batches_per_step": state.parts,
         "batch_size": run.batch_size,
         "seconds": round(state.seconds),
-        "weights": run.settings["callbacks"]["weights"] if state.ema.decay else "raw",
+        "weights": run.settings.callbacks.weights if state.ema.decay else "raw",
         "torch": torch.__version__,
     }
     notes = {

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -129,7 +129,7 @@ def discard(folder: Path) -> None:
         folder.rmdir()
 
 
-def note(args: Namespace, folder: Path, raw: dict[str, Any]) -> None:
+def note(args: Namespace, folder: Path, raw: Mapping[str, Any]) -> None:
     """Keeps the config in the run's folder, unless the one kept there last says the same."""
     from ldm.loading.config import format_yaml
 
