@@ -1,0 +1,181 @@
+"""Files written by version 0.1 replay, resume, load and are found in caches.
+
+tests/data/written_by_0_1/README.md says how they were made. Only what users touch is called here:
+the command lines and `ldm.load`.
+"""
+
+import csv
+import json
+import lzma
+import runpy
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import load_file, save_file
+
+import ldm
+import recipe
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "tests/data/written_by_0_1"
+ORIGIN = "/tmp/ldm-0.1"  # root of the repository when the files were written
+RUNS = "2026-11-29T12-00-00_"
+TINY = DATA / f"logs/{RUNS}tiny/checkpoints/last.safetensors"
+LORA = DATA / f"logs/{RUNS}lora/checkpoints/last.safetensors"
+WORD = DATA / f"logs/{RUNS}word/checkpoints/last.safetensors"
+
+IMAGES = sorted(path.stem for path in (DATA / "images").glob("*.png") if "grid" not in path.name)
+# The machine-dependent columns of log.csv.
+MEASUREMENTS = {"images_per_second", "memory_gib"}
+
+
+def run_command(name: str, *argv: Any) -> int | str:
+    """Run `python scripts/NAME.py ARGV …` in this process and return its exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
+        try:
+            runpy.run_path(str(ROOT / f"scripts/{name}.py"), run_name="__main__")
+        except SystemExit as exit_:
+            return exit_.code or 0
+    return 0
+
+
+def info_of(path: Path) -> dict[str, Any]:
+    """What the file says about its making, without the fingerprint of its pixels."""
+    with Image.open(path) as image:
+        info: dict[str, Any] = json.loads(image.info["ldm"])
+    return {key: value for key, value in info.items() if key != "sha256"}
+
+
+def pixels_of(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def moved(path: Path, folder: Path) -> Path:
+    """A copy whose info names the input files where they are on this machine."""
+    text = PngInfo()
+    with Image.open(path) as image:
+        text.add_text("ldm", image.info["ldm"].replace(ORIGIN, str(ROOT)))
+        image.save(folder / path.name, pnginfo=text)
+    return folder / path.name
+
+
+def log_of(path: Path) -> list[dict[str, float]]:
+    """The rows of a run's log.csv, empty cells left out."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: float(v) for k, v in row.items() if v and k not in MEASUREMENTS} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints by the name that an image records; those of random weights are made here."""
+    folder = tmp_path_factory.mktemp("models")
+    for path in (DATA / "models").glob("*.json"):
+        model = json.loads(path.read_text())
+        shapes: dict[str, list[int]] = model["shapes"]
+        state = {name: recipe.weight(name, tuple(shape), "0.1") for name, shape in shapes.items()}
+        tables = path.with_name(f"{path.stem}-tables.safetensors")
+        state |= load_file(tables) if tables.exists() else {}
+        config = json.dumps(model["config"])
+        save_file(state, folder / f"{path.stem}.safetensors", {"ldm.config": config})
+    return {TINY.name: TINY, **{path.name: path for path in folder.iterdir()}}
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """A copy of the folders of runs and of the caches, with the states unpacked."""
+    for folder in ("logs", "cache"):
+        shutil.copytree(DATA / folder, tmp_path / folder)
+    for packed in tmp_path.glob("logs/*/checkpoints/state-*/*.xz"):
+        packed.with_suffix("").write_bytes(lzma.decompress(packed.read_bytes()))
+        packed.unlink()
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_an_image_is_replayed(
+    name: str, checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = moved(DATA / f"images/{name}.png", tmp_path), tmp_path / "new.png"
+    checkpoint = info_of(old)["checkpoint"]
+    flags = ["--ckpt", checkpoints[checkpoint]] if checkpoint in checkpoints else []
+    status = run_command("replay", old, *flags, "--output", new)
+    out, err = capsys.readouterr()
+    difference = np.abs(pixels_of(old) - pixels_of(new))
+    # Identical where it was made. Other processors sum in another order: with AVX2 or SSE4 pixels
+    # were up to 1 of 255 away in float32, and up to 4 in bfloat16, which has 8 bits.
+    assert difference.max() <= (2 if info_of(old)["dtype"] == "float32" else 12), err
+    assert (status, out == "identical\n") == ((1, False) if difference.any() else (0, True))
+    assert info_of(new) == info_of(old)
+
+
+def test_adapters_may_have_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = DATA / "images/addons.png", tmp_path / "new.png"
+    flags = ["--ckpt", TINY, "--lora", f"{LORA}:0.7", "--embedding", WORD, "--output", new]
+    assert run_command("replay", old, *flags) in (0, 1), capsys.readouterr().err
+    assert np.abs(pixels_of(old) - pixels_of(new)).max() <= 2
+
+
+def test_a_grid_names_its_images(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("replay", DATA / "images/plain-grid.png") == 1
+    assert "00000.png, 00001.png" in capsys.readouterr().err
+
+
+def test_the_same_command_writes_the_same_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = "--H 32 --W 32 --steps 4 --n_iter 1 --n_samples 2 --precision full --json --skip_grid"
+    flags = [*flags.split(), "--prompt", "a cat", "--ckpt", TINY, "--outdir", tmp_path]
+    assert run_command("txt2img", *flags) == 0
+    new, old = json.loads(capsys.readouterr().out.splitlines()[1]), DATA / "images/plain.json"
+    own = {key: new[key] for key in ("path", "torch", "ldm", "threads")}
+    assert new == json.loads(old.read_text()) | own
+    info = info_of(Path(new.pop("path")))
+    assert {key: info[key] for key in new} == new
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("tiny", []),
+        ("lora", ["data.params.latents.cache={}/cache", "data.params.texts.cache={}/cache"]),
+        ("word", ["data.params.prior.root={}/logs/class"]),
+        ("autoencoder", []),
+    ],
+)
+def test_a_run_goes_on_from_its_state(name: str, overrides: list[str], runs: Path) -> None:
+    words = [override.format(runs) for override in overrides]
+    files = [*runs.glob("logs/class/*"), *runs.glob("cache/*")]
+    before = {path: path.read_bytes() for path in files}
+    resume = ["-t", "-r", "-n", name, "-l", runs / "logs"]
+    assert run_command("train", *resume, "lightning.trainer.max_steps=4", *words) == 0
+    log = log_of(runs / f"logs/{RUNS}{name}/log.csv")
+    expected = log_of(DATA / f"continued/{name}.csv")
+    assert [row["step"] for row in log] == [row["step"] for row in expected]
+    for row, wanted in zip(log, expected, strict=True):
+        # With AVX2 or SSE4 the losses were up to 1.8e-5 away.
+        assert row == pytest.approx(wanted, rel=1e-4)
+    assert (runs / f"logs/{RUNS}{name}/checkpoints/state-00000004/run.json").exists()
+    # Class images, latents and contexts are read, none is made anew.
+    files = [*runs.glob("logs/class/*"), *runs.glob("cache/*")]
+    assert {path: path.read_bytes() for path in files} == before
+
+
+def test_both_formats_of_a_lora_give_the_same_weights() -> None:
+    base: Any = ldm.load(TINY).state_dict()
+    kohya, diffusers = (
+        ldm.load(TINY, loras=[(path, 1.0)]).state_dict()
+        for path in (LORA, LORA.with_name("last-diffusers.safetensors"))
+    )
+    assert any(not torch.equal(value, base[name]) for name, value in kohya.items())
+    assert all(torch.equal(value, diffusers[name]) for name, value in kohya.items())
