@@ -21,6 +21,7 @@ LAYERS = {
     "ldm": 5,  # `import ldm`, the public names
     "ldm.train": 5, "ldm.generate": 5,
     "ldm.app": 6,
+    "ldm.commands": 7,
     "scripts": 7,
 }  # fmt: skip
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from judges import Gallery, Judges, background
+from ldm.data.drawings import COLOURS, EmojiTransform, caption
 from ldm.data.folder import Folder
-from ldm.data.transforms import COLOURS, Emoji, caption
 from ldm.imaging import pixels
 from ldm.loading.load import load
 from ldm.model import LatentDiffusion
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/evaluation"), help="folder")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    folder = Folder(root=args.data, transform=Emoji())
+    folder = Folder(root=args.data, transform=EmojiTransform())
     objects = sorted({row["object"] for row in folder.rows if row["rank"] < args.objects})
     judges = Judges.load_or_train(folder, args.judges, objects=objects)
     model = load(args.config, args.ckpt)
@@ -76,7 +76,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         scores, images = evaluate(model, folder, judges, groups, **options)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "table.md").write_text(format_table(scores) + "\n", encoding="utf-8")
-    pixels.grid(pixels.to_pil(images["held-out pairs"][:64]), 8).save(args.out / "held-out.png")
+    pixels.make_grid(pixels.to_pil(images["held-out pairs"][:64]), 8).save(
+        args.out / "held-out.png"
+    )
     print(format_table(scores))
 
 
@@ -169,13 +171,13 @@ def generate(
 
 def real_images(folder: Folder, prompts: Sequence[Prompt], *, seed: int = 0) -> Tensor:
     """The real images that the prompts describe, placed as in training: (N, 3, H, W)."""
-    assert isinstance(folder.transform, Emoji), "judges know emoji only"
+    assert isinstance(folder.transform, EmojiTransform), "judges know emoji only"
     index = {row["file_name"]: k for k, row in enumerate(folder.rows)}
     rng = Random(seed)
     images = []
     for row in prompts:
-        image = folder.record(index[row["file_name"]])["picture"]
-        images.append(folder.transform.seen(image, row["colour"], rng)["jpg"])
+        image = folder.load(index[row["file_name"]])["image"]
+        images.append(folder.transform.image_fields(image, rng, row["colour"])["jpg"])
     return torch.stack(images)
 
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.data.drawings import EmojiTransform
 from ldm.data.folder import Folder
-from ldm.data.transforms import Emoji
 from ldm.encoders.lowres import mask_image
 from ldm.imaging import pixels
 from ldm.loading.load import load
@@ -44,12 +44,14 @@ class Task:
 
 TASKS = {
     "inpaint": Task(
-        "checkpoints/demo-inpainting.safetensors", 3.0, {"records": {"mask": {"whole": 0.0}}}
+        "checkpoints/demo-inpainting.safetensors",
+        3.0,
+        {"conditions": {"mask": {"full_probability": 0.0}}},
     ),
     "upscale": Task(
         "checkpoints/demo-upscaler.safetensors",
         1.0,
-        {"size": 512, "records": {"lr": {"factor": 4}}},
+        {"size": 512, "conditions": {"lr": {"factor": 4}}},
     ),
 }
 
@@ -85,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/evaluation"), help="folder")
     args = parser.parse_args(argv)
     task = TASKS[args.task]
-    folder = Folder(root=args.data, split="heldout", transform=Emoji(**task.transform))
+    folder = Folder(root=args.data, split="heldout", transform=EmojiTransform(**task.transform))
     step = max(1, len(folder) // args.count)
     indices = range(0, step * min(args.count, len(folder)), step)
     samples = (folder[0, index] for index in tqdm(indices, unit="image"))
@@ -97,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         qualities, images = compare_upscaling(model, samples, **options)
     rows = [torch.cat(list(row.values())) for row in images[:SHOWN]]
     args.out.mkdir(parents=True, exist_ok=True)
-    grid = pixels.grid(pixels.to_pil(torch.cat(rows)), len(rows[0]))
+    grid = pixels.make_grid(pixels.to_pil(torch.cat(rows)), len(rows[0]))
     grid.save(args.out / f"{args.task}.png")
     print(format_table(qualities))
 

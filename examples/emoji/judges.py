@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ldm.data.drawings import COLOURS
 from ldm.data.folder import Folder
-from ldm.data.transforms import COLOURS
 from ldm.nets.blocks import Conv2d, GroupNorm, Linear
 from ldm.train.optim import optimizers
 
@@ -212,7 +212,7 @@ def _bank(folder: Folder, rows: Sequence[int], side: int) -> Tensor:
     """(N, 4, side, side) uint8 drawings with premultiplied alpha."""
     bank = torch.empty(len(rows), 4, side, side, dtype=torch.uint8)
     for position, index in enumerate(rows):
-        image = folder.record(index)["picture"].convert("RGBa")
+        image = folder.load(index)["image"].convert("RGBa")
         small = image.resize((side, side), Image.Resampling.LANCZOS)
         bank[position] = torch.from_numpy(np.array(small)).permute(2, 0, 1)
     return bank

@@ -72,10 +72,10 @@ class Live:
         self.say(f"step {step + 1} of {steps}")
         now = time.monotonic()
         if self._look is not None and now - self._looked > PAUSE:
-            from ldm.imaging.pixels import grid, to_pil
+            from ldm.imaging.pixels import make_grid, to_pil
 
             rows = self._look(denoised.nan_to_num())
-            self.preview, self._looked = grid(to_pil(rows), COLUMNS), now
+            self.preview, self._looked = make_grid(to_pil(rows), COLUMNS), now
 
     def report(self, info: dict[str, Any]) -> None:
         """A picture is finished."""

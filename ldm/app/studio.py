@@ -97,10 +97,10 @@ class Uploads:
 
         Raises ValueError saying what is wrong with a file that is no whole picture.
         """
-        from ldm.imaging.reading import open_picture
+        from ldm.imaging.reading import load_image
 
         try:
-            open_picture(path)
+            load_image(path)
         except ValueError as error:
             raise ValueError(str(error).replace(str(path), Path(path).name)) from error
         return self._put(Path(path).read_bytes())

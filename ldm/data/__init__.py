@@ -1,1 +1,1 @@
-"""Records for training: where they come from, in which order, and what is done to them."""
+"""Training data: where samples come from, in which order, and how they are transformed."""

@@ -1,13 +1,15 @@
-"""Sizes of about one area for pictures of all proportions, so that little has to be cut off.
+"""Aspect-ratio buckets: sizes of about one area, so that little of an image is cropped.
 
     size 512, step 64:   256 x 1024 … 448 x 576   512 x 512   576 x 448 … 1024 x 256
 
-Every batch holds pictures of one size. The method is NovelAI's (2022).
+Every batch holds images of one size. The method is NovelAI's (2022).
 """
 
 import math
 from dataclasses import dataclass
 from functools import cached_property
+
+from ldm.runtime.errors import ArgumentError
 
 __all__ = ["Buckets"]
 
@@ -16,8 +18,13 @@ __all__ = ["Buckets"]
 class Buckets:
     """A set of sizes, of at most size x size pixels each.
 
-    size: side of the square one. step: what all sides are multiples of.
-    shortest, longest: limits of the sides, by default half of `size` and twice `size`.
+    Attributes:
+        size: side of the square one.
+        step: all sides are multiples of it.
+        shortest: limit of the sides, by default half of `size`.
+        longest: limit of the sides, by default twice `size`.
+    Raises:
+        ArgumentError: no sizes fit.
     """
 
     size: int
@@ -27,9 +34,9 @@ class Buckets:
 
     def __post_init__(self) -> None:
         if self.step < 1 or self.size % self.step:
-            raise ValueError(f"buckets: size {self.size} is no multiple of step {self.step}")
+            raise ArgumentError(f"buckets: size {self.size} is not a multiple of step {self.step}")
         if not self.sizes:
-            raise ValueError(f"buckets: no sides from {self.shortest} to {self.longest}")
+            raise ArgumentError(f"buckets: no sides from {self.shortest} to {self.longest}")
 
     @cached_property
     def sizes(self) -> list[tuple[int, int]]:
@@ -37,19 +44,18 @@ class Buckets:
         step, area = self.step, self.size**2
         shortest = self.shortest or max(step, self.size // 2)
         longest = self.longest or 2 * self.size
-        sides = range(math.ceil(shortest / step) * step, longest + 1, step)
-        found = set()
-        for side in sides:
+        sizes = set()
+        for side in range(math.ceil(shortest / step) * step, longest + 1, step):
             other = min(area // side, longest) // step * step
             if other >= shortest:
-                found |= {(side, other), (other, side)}
-        return sorted(found, key=lambda size: size[0] / size[1])
+                sizes |= {(side, other), (other, side)}
+        return sorted(sizes, key=lambda size: size[0] / size[1])
 
     def index(self, width: int, height: int) -> int:
-        """The place in `sizes` of the nearest proportions; of these, the largest area."""
+        """Index in `sizes` of the nearest aspect ratio; among equals, of the largest area."""
 
-        def distance(place: int) -> tuple[float, int]:
-            w, h = self.sizes[place]
+        def distance(index: int) -> tuple[float, int]:
+            w, h = self.sizes[index]
             return abs(math.log(w / h * height / width)), -w * h
 
         return min(range(len(self.sizes)), key=distance)

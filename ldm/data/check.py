@@ -1,40 +1,61 @@
-"""What a folder of pictures, or tar shards, hold, and what of it would be trouble in training.
+"""Statistics of a folder of images, or of tar shards, and problems to repair before training.
 
-Every picture is decoded; the report counts those that cannot be, captions that are missing or the
-same, pictures that are there twice, sizes, proportions, and the buckets that they would go to.
+Every image is decoded; the report counts those that cannot be, captions that are missing or
+repeated, duplicate images, sizes, aspect ratios, and the buckets that the images would go to.
 """
 
 import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
+from PIL import Image
 from tqdm import tqdm
 
 from ldm.data.buckets import Buckets
+from ldm.data.dataset import Sample, UnreadableSample
 from ldm.data.folder import Folder
-from ldm.data.shards import expand, record_of, samples_of
-from ldm.data.source import Unreadable
+from ldm.data.shards import decode_sample, expand_patterns, name_of, read_shard
+from ldm.data.transforms import PhotoTransform
+from ldm.runtime.errors import MissingFile
 
-__all__ = ["Report", "check", "folder_of"]
+__all__ = ["DataReport", "check", "open_folder"]
 
-AT_ONCE = 256  # records that are read before the next ones are asked for
+AT_ONCE = 256  # samples that are read before the next ones are asked for
 SHOWN = 10  # names in the report; --list writes all
 SIDES = (0, 256, 512, 768, 1024, 2048)
+ASPECT_RATIOS = {  # name -> greatest width / height
+    "1:2 and taller": 0.5,
+    "2:3": 0.7,
+    "3:4": 0.85,
+    "square": 1.18,
+    "4:3": 1.42,
+    "3:2": 1.7,
+    "16:9": 2.0,
+    "2:1 and wider": float("inf"),
+}
 WIDTH = 40  # of the longest bar, characters
+
+T = TypeVar("T")
 
 
 @dataclass
-class Report:
-    """What was found; `lines` is for people.
+class DataReport:
+    """Counts of the samples; `lines` formats them.
 
-    sizes: (width, height) of every picture that can be read, as it is seen.
-    broken: (name, reason). no_caption: names. captions, digests: how often each occurs.
+    Attributes:
+        buckets: that images are counted by.
+        sizes: (width, height) of every readable image, upright.
+        broken: (name, reason) of unreadable samples.
+        no_caption: names of samples without caption.
+        captions: how often each occurs.
+        digests: how often each image occurs.
     """
 
     buckets: Buckets
@@ -48,127 +69,133 @@ class Report:
         """The report, line by line."""
         total = sum(self.sizes.values())
         yield f"{total:,} pictures can be read, {len(self.broken):,} are broken"
-        yield from _some(reason for _, reason in self.broken)
-        yield f"{_repeats(self.digests):,} pictures are copies of others"
+        yield from _first_lines(reason for _, reason in self.broken)
+        yield f"{_count_repeats(self.digests):,} pictures are copies of others"
         yield f"{len(self.no_caption):,} have no caption"
-        yield from _some(self.no_caption)
-        yield f"{_repeats(self.captions):,} captions are copies of others"
-        yield from _some(f"{n} x `{text}`" for text, n in self.captions.most_common() if n > 1)
-        yield from _bars("shorter side, pixels", self._of_sides())
-        yield from _bars("width : height", self._of_proportions())
-        yield from _bars(f"buckets of size {self.buckets.size}", self._of_buckets())
+        yield from _first_lines(self.no_caption)
+        yield f"{_count_repeats(self.captions):,} captions are copies of others"
+        repeated = (f"{n} x `{text}`" for text, n in self.captions.most_common() if n > 1)
+        yield from _first_lines(repeated)
+        ends = [*(str(side - 1) for side in SIDES[1:]), "…"]
+        sides = {f"{side} – {end}": side for side, end in zip(SIDES, ends, strict=True)}
+        yield from _bars("shorter side, pixels", self._count(_side, sides))
+        ratios = {name: name for name in ASPECT_RATIOS}
+        yield from _bars("width : height", self._count(_aspect_ratio, ratios))
+        buckets = {f"{w} x {h}": k for k, (w, h) in enumerate(self.buckets.sizes)}
+        counts = self._count(self.buckets.index, buckets)
+        used = {name: n for name, n in counts.items() if n}
+        yield from _bars(f"buckets of size {self.buckets.size}", used)
 
-    def add(self, name: str, found: "Found | str") -> None:
-        """Counts one record, or why it cannot be read."""
-        if isinstance(found, str):
-            self.broken.append((name, found))
+    def add(self, name: str, sample: "SampleFacts | str") -> None:
+        """Count one sample, or the reason why it cannot be read."""
+        if isinstance(sample, str):
+            self.broken.append((name, sample))
             return
-        self.sizes[found.size] += 1
-        self.digests[found.digest] += 1
-        if found.caption:
-            self.captions[found.caption] += 1
+        self.sizes[sample.size] += 1
+        self.digests[sample.digest] += 1
+        if sample.caption:
+            self.captions[sample.caption] += 1
         else:
             self.no_caption.append(name)
 
-    def _of_sides(self) -> dict[str, int]:
-        counts: Counter[int] = Counter()
+    def _count(self, class_of: Callable[[int, int], T], names: Mapping[str, T]) -> dict[str, int]:
+        """Images per class, a function of width and height, by the names of the classes."""
+        counts: Counter[T] = Counter()
         for size, n in self.sizes.items():
-            counts[max(side for side in SIDES if side <= min(size))] += n
-        ends = [*(str(side - 1) for side in SIDES[1:]), "…"]
-        names = (f"{side} – {end}" for side, end in zip(SIDES, ends, strict=True))
-        return {name: counts[side] for side, name in zip(SIDES, names, strict=True)}
-
-    def _of_proportions(self) -> dict[str, int]:
-        limits = {"1:2 and taller": 0.5, "2:3": 0.7, "3:4": 0.85, "square": 1.18, "4:3": 1.42}
-        limits |= {"3:2": 1.7, "16:9": 2.0, "2:1 and wider": float("inf")}
-        counts = dict.fromkeys(limits, 0)
-        for (width, height), n in self.sizes.items():
-            counts[next(name for name, most in limits.items() if width / height <= most)] += n
-        return counts
-
-    def _of_buckets(self) -> dict[str, int]:
-        counts: Counter[int] = Counter()
-        for size, n in self.sizes.items():
-            counts[self.buckets.index(*size)] += n
-        return {
-            f"{width} x {height}": counts[place]
-            for place, (width, height) in enumerate(self.buckets.sizes)
-            if counts[place]
-        }
+            counts[class_of(*size)] += n
+        return {name: counts[key] for name, key in names.items()}
 
 
 @dataclass(frozen=True)
-class Found:
-    """What is counted of a record that can be read."""
+class SampleFacts:
+    """The facts that are counted of a readable sample."""
 
     size: tuple[int, int]
     caption: str
     digest: str
 
 
-def check(where: Sequence[str], *, size: int = 512, step: int = 64, workers: int = 4) -> Report:
-    """Reads everything in a folder, or in shards as patterns name them.
+def check(where: Sequence[str], *, size: int = 512, step: int = 64, workers: int = 4) -> DataReport:
+    """Read everything in a folder, or in shards as patterns name them.
 
-        size, step: of the buckets that are counted. workers: threads that decode.
-    Raises ValueError or FileNotFoundError if there is nothing to read.
+    Args:
+        where: one folder, or shards (see `Shards`).
+        size: of the buckets that are counted.
+        step: of the buckets that are counted.
+        workers: threads that decode.
+    Raises:
+        ValueError: nothing can be read.
+        MissingFile: a folder or file is missing.
     """
-    report = Report(Buckets(size, step))
-    folder = folder_of(where)
-    records: Iterable[Any] = _in_shards(where) if folder is None else _in_folder(folder)
+    report = DataReport(Buckets(size, step))
+    folder = open_folder(where)
+    loaders = _shard_loaders(where) if folder is None else _folder_loaders(folder)
     total = None if folder is None else len(folder)
     bar = tqdm(total=total, unit="picture", dynamic_ncols=True, mininterval=1)
-    # Each picture is opened without warnings; threads would not put their filters back in order.
+    # Each image is opened without warnings; threads would not put their filters back in order.
     with bar, warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
-        records = iter(records)
-        while some := list(islice(records, AT_ONCE)):
-            for name, found in pool.map(_found, some):
-                report.add(name, found)
+        while part := list(islice(loaders, AT_ONCE)):
+            for name, sample in pool.map(_read_facts, part):
+                report.add(name, sample)
                 bar.update()
     return report
 
 
-def folder_of(where: Sequence[str]) -> Folder | None:
-    """The folder that is meant, each picture once, or None for shards.
+def open_folder(where: Sequence[str]) -> Folder | None:
+    """The folder that is meant, each image once; None for shards.
 
-    Raises FileNotFoundError for what is no pattern, no address and not there.
+    Raises:
+        MissingFile: a name is not a pattern, not an address and not there.
     """
     for name in where:
         if not any(mark in name for mark in "*?[{:") and not Path(name).exists():
-            raise FileNotFoundError(f"there is no folder or file `{name}`")
+            raise MissingFile(f"there is no folder or file `{name}`")
     if len(where) != 1 or not Path(where[0]).is_dir():
         return None
-    folder = Folder(root=where[0], transform=lambda record, _: dict(record))
+    folder = Folder(root=where[0], transform=PhotoTransform())
     folder.rows = list({row["file_name"]: row for row in folder.rows}.values())
     return folder
 
 
-def _in_folder(folder: Folder) -> Iterator[tuple[str, Any, Any]]:
+Loader = tuple[str, Callable[[], Sample]]  # name of a sample, and what reads it
+
+
+def _folder_loaders(folder: Folder) -> Iterator[Loader]:
     for index in range(len(folder)):
-        yield folder.name(index), folder.record, index
+        yield folder.name(index), partial(folder.load, index)
 
 
-def _in_shards(where: Sequence[str]) -> Iterator[tuple[str, Any, Any]]:
-    for url in expand(where):
-        for raw in samples_of(url):
-            yield f"{Path(url).name}/{raw['__key__']}", record_of, raw
+def _shard_loaders(where: Sequence[str]) -> Iterator[Loader]:
+    for url in expand_patterns(where):
+        for raw in read_shard(url):
+            yield name_of(raw), partial(decode_sample, raw)
 
 
-def _found(job: tuple[str, Any, Any]) -> tuple[str, Found | str]:
-    name, read, what = job
+def _read_facts(loader: Loader) -> tuple[str, SampleFacts | str]:
+    name, load = loader
     try:
-        record = read(what)
-    except Unreadable as error:
+        sample = load()
+    except UnreadableSample as error:
         return name, str(error)
-    picture, text = record["picture"], str(record.get("text") or record.get("object") or "")
-    same = hashlib.sha256(f"{picture.mode} {picture.size}".encode() + picture.tobytes())
-    return name, Found(picture.size, text.strip(), same.hexdigest())
+    image: Image.Image = sample["image"]
+    text = str(sample.get("text") or sample.get("object") or "")
+    digest = hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
+    return name, SampleFacts(image.size, text.strip(), digest)
 
 
-def _repeats(counts: Counter[str]) -> int:
+def _side(width: int, height: int) -> int:
+    return max(side for side in SIDES if side <= min(width, height))
+
+
+def _aspect_ratio(width: int, height: int) -> str:
+    return next(name for name, most in ASPECT_RATIOS.items() if width / height <= most)
+
+
+def _count_repeats(counts: Counter[str]) -> int:
     return sum(counts.values()) - len(counts)
 
 
-def _some(lines: Iterable[str]) -> Iterator[str]:
+def _first_lines(lines: Iterable[str]) -> Iterator[str]:
     lines = iter(lines)
     yield from (f"  {line}" for line in islice(lines, SHOWN))
     rest = sum(1 for _ in lines)
@@ -176,7 +203,7 @@ def _some(lines: Iterable[str]) -> Iterator[str]:
         yield f"  … and {rest:,} more"
 
 
-def _bars(title: str, counts: dict[str, int]) -> Iterator[str]:
+def _bars(title: str, counts: Mapping[str, int]) -> Iterator[str]:
     yield title
     most = max([1, *counts.values()])
     for name, n in counts.items():

@@ -1,17 +1,18 @@
-"""Records beside the picture, for models that see more than text.
+"""Synthetic conditioning images for training inpainting, upscaling and depth models.
 
-    mask    (1, H, W)  1 = to be painted anew     strokes, boxes, now and then everything
-    lr      (3, h, w)  in [-1, 1]                 the picture made small, in one of several ways
-    depth   (1, H, W)  in [0, 1], near = large    a relief: the silhouette as if it were inflated
+    mask    (1, H, W)  1 = inpaint                brush strokes or boxes, sometimes the full image
+    lr      (3, h, w)  in [-1, 1]                 the image downscaled with a random filter
+    depth   (1, H, W)  in [0, 1], near = large    rises with the distance from the silhouette's edge
 
-Each is made from the image (3, H, W) in [-1, 1], its opacity (1, H, W) in [0, 1] and a source of
-chance. A picture that fills its frame is opaque everywhere.
+Each is generated from the image (3, H, W) in [-1, 1], its opacity (1, H, W) in [0, 1] and a random
+generator. The opacity is all ones for images without alpha.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,41 +20,75 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-__all__ = ["Mask", "Relief", "Small", "makers"]
+from ldm.data.options import RENAMED_OPTIONS, rename_options
+from ldm.runtime.errors import unknown_name
 
-Maker = Callable[[Tensor, Tensor, Random], Tensor]
+__all__ = ["Condition", "LowRes", "PseudoDepth", "RandomMask", "build_conditions"]
+
 LUMINANCE = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
-class Mask:
-    """Holes as people draw them.
+class Condition(ABC):
+    """Base of the generators of conditioning images; its fields are the options of configs."""
 
-    whole: share of masks that cover everything, so that the model can also paint from nothing.
-    boxes: share of those of one to three boxes; the others are one to three strokes of a brush.
+    NAME: ClassVar[str]  # in configs and batches
+    FORMER_NAME: ClassVar[str]  # of the class, in the keys of latent caches
+
+    @abstractmethod
+    def __call__(self, image: Tensor, opacity: Tensor, rng: Random) -> Tensor:
+        """Generate the condition of an image."""
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        """The options that a config may set."""
+        return [field.name for field in fields(cls)]
+
+    def cache_key(self) -> str:
+        """The condition as it is written in the keys of latent caches: with its first names."""
+        former = {new: old for old, new in RENAMED_OPTIONS.get(self.NAME, {}).items()}
+        options = (f"{former.get(key, key)}={value!r}" for key, value in vars(self).items())
+        return f"{self.FORMER_NAME}({', '.join(options)})"
+
+
+@dataclass(frozen=True)
+class RandomMask(Condition):
+    """Random inpainting masks: one to three brush strokes or boxes.
+
+    Attributes:
+        full_probability: of a mask that covers the full image, so that the model also learns to
+            generate without context.
+        box_probability: of boxes instead of brush strokes.
     """
 
-    whole: float = 0.15
-    boxes: float = 0.5
+    NAME = "mask"
+    FORMER_NAME = "Mask"
+
+    full_probability: float = 0.15
+    box_probability: float = 0.5
 
     def __call__(self, image: Tensor, opacity: Tensor, rng: Random) -> Tensor:
         height, width = image.shape[-2:]
-        if rng.random() < self.whole:
+        if rng.random() < self.full_probability:
             return torch.ones(1, height, width)
         mask = Image.new("L", (width, height))
         pen = ImageDraw.Draw(mask)
-        draw = _box if rng.random() < self.boxes else _stroke
+        draw = _draw_box if rng.random() < self.box_probability else _draw_stroke
         for _ in range(rng.choice((1, 1, 2, 3))):
             draw(pen, width, height, rng)
         return torch.from_numpy(np.array(mask, dtype=np.float32))[None]  # (1, H, W)
 
 
 @dataclass(frozen=True)
-class Small:
-    """The picture `factor` times smaller, as different programs would make it.
+class LowRes(Condition):
+    """The image downscaled by `factor` with a random filter, to cover what resizers in use produce.
 
-    blur: greatest standard deviation of a blur afterwards, small pixels.
+    Attributes:
+        blur: greatest sigma of a Gaussian blur afterwards, in low-resolution pixels.
     """
+
+    NAME = "lr"
+    FORMER_NAME = "Small"
 
     factor: int = 4
     blur: float = 0.0
@@ -61,64 +96,73 @@ class Small:
     def __call__(self, image: Tensor, opacity: Tensor, rng: Random) -> Tensor:
         size = [side // self.factor for side in image.shape[-2:]]
         mode = rng.choice(("area", "bilinear", "bicubic"))
-        smooth = {} if mode == "area" else {"antialias": rng.random() < 0.8}
-        small = F.interpolate(image[None], size, mode=mode, **smooth)  # (1, 3, h, w)
+        antialias = mode != "area" and rng.random() < 0.8
+        small = F.interpolate(image[None], size, mode=mode, antialias=antialias)  # (1, 3, h, w)
         sigma = rng.uniform(0, self.blur)
         if sigma > 0.1:
-            small = _blurred(small, sigma)
+            small = _gaussian_blur(small, sigma)
         return small[0].clamp(-1, 1)
 
 
 @dataclass(frozen=True)
-class Relief:
-    """How near each point would be if the silhouette were a cushion; bright parts stand out a bit.
+class PseudoDepth(Condition):
+    """A dome over the silhouette, blended with the luminance.
 
-    depth: pixels from the edge to where the cushion is at its full height.
-    luminance: share of the brightness in the height.
+    Attributes:
+        ramp_width: distance from the edge, in pixels, at which the dome is at its full height.
+        luminance: weight of the luminance, 0 to 1.
     """
 
-    depth: int = 24
+    NAME = "depth"
+    FORMER_NAME = "Relief"
+
+    ramp_width: int = 24
     luminance: float = 0.25
 
     def __call__(self, image: Tensor, opacity: Tensor, rng: Random) -> Tensor:
-        inside, height = opacity[None], torch.zeros_like(opacity[None])  # (1, 1, H, W)
-        for step in range(self.depth):
-            height += inside / self.depth
-            inside = _eroded(inside, square=bool(step % 2))
-        round_ = (2 * height - height**2).clamp(min=0).sqrt()  # a quarter of a circle
-        light = torch.einsum("chw,c->hw", (image + 1) / 2, image.new_tensor(LUMINANCE))
-        share = self.luminance
-        return round_[0] * (1 - share) + share * light * opacity  # (1, H, W)
+        inside, elevation = opacity[None], torch.zeros_like(opacity[None])  # (1, 1, H, W)
+        for step in range(self.ramp_width):
+            elevation += inside / self.ramp_width
+            inside = _erode(inside, square=bool(step % 2))
+        dome = (2 * elevation - elevation**2).clamp(min=0).sqrt()  # a quarter of a circle
+        pixels = ((image + 1) / 2).permute(1, 2, 0).contiguous()  # (H, W, 3)
+        light = pixels @ image.new_tensor(LUMINANCE)  # (H, W)
+        weight = self.luminance
+        return dome[0] * (1 - weight) + weight * light * opacity  # (1, H, W)
 
 
-MAKERS: dict[str, Any] = {"mask": Mask, "lr": Small, "depth": Relief}
+CONDITIONS: dict[str, type[Condition]] = {
+    kind.NAME: kind for kind in (RandomMask, LowRes, PseudoDepth)
+}
 
 
-def makers(specs: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Maker]:
-    """What makes each named record, from its options.
+def build_conditions(specs: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Condition]:
+    """Build the generators of {name of the condition: its options}.
 
-    Raises ValueError for an unknown record or option.
+    Raises:
+        UnknownName: of a condition or an option.
     """
-    made = {}
-    for name, options in specs.items():
-        if name not in MAKERS:
-            raise ValueError(f"unknown record `{name}`, choose one of {', '.join(MAKERS)}")
-        known = MAKERS[name].__dataclass_fields__
-        for key in options or {}:
-            if key not in known:
-                raise ValueError(f"record `{name}` has no `{key}`, only {', '.join(known)}")
-        made[name] = MAKERS[name](**(options or {}))
-    return made
+    conditions: dict[str, Condition] = {}
+    for name, spec in specs.items():
+        if name not in CONDITIONS:
+            raise unknown_name("condition", name, CONDITIONS)
+        options = rename_options(name, spec or {})
+        allowed = CONDITIONS[name].option_names()
+        for option in options:
+            if option not in allowed:
+                raise unknown_name("option", option, allowed, name)
+        conditions[name] = CONDITIONS[name](**options)
+    return conditions
 
 
-def _box(pen: ImageDraw.ImageDraw, width: int, height: int, rng: Random) -> None:
+def _draw_box(pen: ImageDraw.ImageDraw, width: int, height: int, rng: Random) -> None:
     w, h = (round(side * rng.uniform(0.2, 0.7)) for side in (width, height))
     left, top = rng.randint(0, width - w), rng.randint(0, height - h)
     pen.rectangle((left, top, left + w, top + h), fill=1)
 
 
-def _stroke(pen: ImageDraw.ImageDraw, width: int, height: int, rng: Random) -> None:
-    """A line of a few corners, round at them."""
+def _draw_stroke(pen: ImageDraw.ImageDraw, width: int, height: int, rng: Random) -> None:
+    """A polyline with round joins."""
     side = min(width, height)
     thick = round(side * rng.uniform(0.1, 0.3))
     corners = [(rng.randint(0, width), rng.randint(0, height)) for _ in range(rng.randint(2, 4))]
@@ -127,22 +171,22 @@ def _stroke(pen: ImageDraw.ImageDraw, width: int, height: int, rng: Random) -> N
         pen.ellipse((x - thick / 2, y - thick / 2, x + thick / 2, y + thick / 2), fill=1)
 
 
-def _blurred(image: Tensor, sigma: float) -> Tensor:
+def _gaussian_blur(image: Tensor, sigma: float) -> Tensor:
     """Gaussian blur of (1, C, h, w), edges repeated."""
     half = max(1, round(3 * sigma))
     offsets = torch.arange(-half, half + 1, dtype=image.dtype)
     window = torch.exp(-(offsets**2) / (2 * sigma**2))
     window = (window / window.sum()).expand(image.shape[1], 1, 1, -1)  # (C, 1, 1, taps)
-    wide = F.pad(image, (half, half, half, half), mode="replicate")
-    across = F.conv2d(wide, window, groups=image.shape[1])
-    return F.conv2d(across, window.mT, groups=image.shape[1])
+    padded = F.pad(image, (half, half, half, half), mode="replicate")
+    blurred = F.conv2d(padded, window, groups=image.shape[1])
+    return F.conv2d(blurred, window.mT, groups=image.shape[1])
 
 
-def _eroded(inside: Tensor, *, square: bool) -> Tensor:
-    """One pixel less all around: squares and crosses in turn come near to circles."""
+def _erode(inside: Tensor, *, square: bool) -> Tensor:
+    """Erosion by one pixel; alternating 3 x 3 squares and crosses approximates a disc."""
     outside = F.pad(1 - inside, (1, 1, 1, 1), value=1.0)
     if square:
         return 1 - F.max_pool2d(outside, 3, stride=1)
-    across = F.max_pool2d(outside[..., 1:-1, :], (1, 3), stride=1)
-    down = F.max_pool2d(outside[..., 1:-1], (3, 1), stride=1)
-    return 1 - torch.maximum(across, down)
+    rows = F.max_pool2d(outside[..., 1:-1, :], (1, 3), stride=1)
+    columns = F.max_pool2d(outside[..., 1:-1], (3, 1), stride=1)
+    return 1 - torch.maximum(rows, columns)

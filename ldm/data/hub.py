@@ -1,34 +1,36 @@
-"""Records of a Hugging Face data set: on disk, in parquet files, or on the hub.
+"""Data sets of Hugging Face: on disk, in parquet files, or on the hub.
 
-{hub: DIR}                        what `save_to_disk` wrote, a folder of parquet or of pictures
+{hub: DIR}                        what `save_to_disk` wrote, a folder of parquet or of images
 {hub: FILE.parquet}
 {hub: lambdalabs/naruto-blip-captions, split: train}
 """
 
 from collections.abc import Iterator, Mapping
-from io import BytesIO
 from pathlib import Path
-from random import Random
 from typing import Any
 
-from torch.utils.data import Dataset
-from tqdm import tqdm
-
-from ldm.data.folder import Transform, in_greatest
-from ldm.data.source import Unreadable
-from ldm.imaging.reading import picture_in, size_in
+from ldm.data.dataset import ImageDataset
+from ldm.data.transforms import Transform
+from ldm.runtime.errors import ArgumentError
 
 __all__ = ["Hub"]
 
 
-class Hub(Dataset):
-    """Pictures with the other columns as their metadata; `data[epoch, index]` is transformed.
+class Hub(ImageDataset):
+    """The images of a table, with its other columns as their metadata.
 
-    hub: path, or name on the hub; name: which configuration of it; split: which part.
-    transform: as `ldm.data.folder.Folder` has it, with `groups` if it has buckets.
-    image, text: the columns of pictures and captions.
-    cache: where downloads are kept, by default where all of that package are.
-    Raises ImportError if the package `datasets` is not there, ValueError for a missing column.
+    Args:
+        hub: path, or name on the hub.
+        transform: see `ImageDataset`.
+        name: which configuration of it.
+        split: which part.
+        image: the column of images.
+        text: the column of captions.
+        fields: values that replace the metadata's, {"text": "a photo of a sks dog"}.
+        cache: where downloads are kept; None = where the package keeps all of them.
+    Raises:
+        ImportError: the package `datasets` is not installed.
+        ArgumentError: a column or the split is missing.
     """
 
     def __init__(
@@ -44,75 +46,41 @@ class Hub(Dataset):
         cache: str | Path | None = None,
         seed: int = 0,
     ) -> None:
-        self.source, self.transform, self.seed = Path(hub).name, transform, seed
-        self.image, self.text, self.fields = image, text, dict(fields or {})
-        self.table = _table(str(hub), name, split, image, cache)
-        self.facts = self.table.remove_columns(image)
+        super().__init__(transform, seed)
+        self.source, self.image, self.text = Path(hub).name, image, text
+        self.fields = dict(fields or {})
+        self.table = _load_table(str(hub), name, split, image, cache)
+        self.columns = self.table.remove_columns(image)
         if text not in self.table.column_names and "text" not in self.fields:
-            columns = ", ".join(f"`{column}`" for column in self.table.column_names)
-            raise ValueError(f"`{hub}` has no column `{text}`, only {columns}")
-        buckets = getattr(transform, "buckets", None)
-        self.groups = None
-        if buckets is not None:
-            self.groups = in_greatest([self._place(i, buckets) for i in self._all()])
+            raise _missing(str(hub), f"column `{text}`", self.table.column_names)
+        self._assign_groups()
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = key
-        return self.transform(self.record(index), Random(f"{self.seed} {epoch} {index}"))
-
-    def rows(self) -> Iterator[Mapping[str, Any]]:
-        """All metadata; `text` is the caption."""
-        return map(self._row, self.facts)
-
-    def record(self, index: int) -> dict[str, Any]:
-        """The columns of a row and its `picture`, decoded.
-
-        Raises Unreadable for a picture that is missing or damaged.
-        """
-        try:
-            picture = picture_in(self.content(index), self.name(index))
-        except (OSError, ValueError) as error:
-            raise Unreadable(self.name(index), str(error)) from error
-        return {**self.row(index), "picture": picture}
+    def metadata(self) -> Iterator[Mapping[str, Any]]:
+        return map(self._to_row, self.columns)
 
     def row(self, index: int) -> Mapping[str, Any]:
-        """The metadata of a record."""
-        return self._row(self.facts[index])
+        return self._to_row(self.columns[index])
 
     def name(self, index: int) -> str:
-        """What errors call a record."""
         return f"{self.source}/{index}"
 
     def content(self, index: int) -> bytes:
-        """The file of a record; empty where there is none.
+        cell = self.table[index][self.image] or {}
+        if cell.get("bytes") is None and cell.get("path"):
+            return Path(cell["path"]).read_bytes()
+        return cell.get("bytes") or b""
 
-        Raises OSError if the table names a file that cannot be read.
-        """
-        kept = self.table[index][self.image] or {}
-        if kept.get("bytes") is None and kept.get("path"):
-            return Path(kept["path"]).read_bytes()
-        return kept.get("bytes") or b""
-
-    def _row(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        return {**row, "text": row.get(self.text) or "", **self.fields}
-
-    def _all(self) -> Any:
-        return tqdm(range(len(self)), "Measuring", delay=5, dynamic_ncols=True)
-
-    def _place(self, index: int, buckets: Any) -> int | None:
-        """The bucket of a record, if that is a picture; else it will be found broken."""
-        try:
-            return int(buckets.index(*size_in(BytesIO(self.content(index)))))
-        except (OSError, ValueError):
-            return None
+    def _to_row(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        return {**columns, "text": columns.get(self.text) or "", **self.fields}
 
 
-def _table(
+def _load_table(
     hub: str, name: str | None, split: str | None, image: str, cache: str | Path | None
 ) -> Any:
+    """A table of the package `datasets`, whose images stay encoded."""
     try:
         import datasets
     except ImportError as error:
@@ -120,18 +88,21 @@ def _table(
             f"`{hub}` needs the package `datasets`: pip install 'ldm-revived[hub]'"
         ) from error
     path, options = Path(hub), {"cache_dir": None if cache is None else str(cache)}
+    table: Any
     if any((path / mark).exists() for mark in ("dataset_dict.json", "dataset_info.json")):
-        table: Any = datasets.load_from_disk(hub)
+        table = datasets.load_from_disk(hub)
     elif path.is_file():
         table = datasets.load_dataset("parquet", data_files=hub, **options)
     else:
         table = datasets.load_dataset(hub, name, **options)
     if isinstance(table, dict):
         if split not in table:
-            parts = ", ".join(f"`{part}`" for part in table)
-            raise ValueError(f"`{hub}` has no split `{split}`, only {parts}")
+            raise _missing(hub, f"split `{split}`", table)
         table = table[split]
     if image not in table.column_names:
-        columns = ", ".join(f"`{column}`" for column in table.column_names)
-        raise ValueError(f"`{hub}` has no column `{image}` of pictures, only {columns}")
+        raise _missing(hub, f"column `{image}` of images", table.column_names)
     return table.cast_column(image, datasets.Image(decode=False))
+
+
+def _missing(hub: str, what: str, names: Any) -> ArgumentError:
+    return ArgumentError(f"`{hub}` has no {what}, only {', '.join(f'`{name}`' for name in names)}")

@@ -1,4 +1,4 @@
-"""A folder of pictures -> tar files, as `shards` reads them."""
+"""Pack a folder of images into tar files, as `ldm.data.shards` reads them."""
 
 import itertools
 import json
@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
+from ldm.data.dataset import UnreadableSample
 from ldm.data.folder import Folder
-from ldm.data.source import Unreadable
+from ldm.runtime.errors import ArgumentError
+from ldm.runtime.files import replace_when_written
 
 __all__ = ["pack"]
 
@@ -18,34 +20,35 @@ log = logging.getLogger(__name__)
 
 
 def pack(folder: Folder, pattern: str, *, count: int = 1000) -> Iterator[Path]:
-    """Writes the pictures of a folder into shards; yields each when it is complete.
+    """Write the images of a folder into shards; yields the path of each when it is complete.
 
-        pattern: of their names, "data-%06d.tar". count: samples in each.
-    Pictures that cannot be read are left out. The same folder gives the same bytes.
-    Raises ValueError for a pattern without a place for the number.
+    Images that cannot be read are left out. The same folder gives the same bytes.
+
+    Args:
+        pattern: of the paths, "data-%06d.tar".
+        count: samples in each.
+    Raises:
+        ArgumentError: the pattern has no place for a number.
     """
     if not re.fullmatch(r"[^%]*%0?\d*d[^%]*", pattern):
-        raise ValueError(f"`{pattern}` has no place for a number, such as `data-%06d.tar`")
-    names = {row["file_name"]: index for index, row in enumerate(folder.rows)}
-    indices = iter(names.values())
+        raise ArgumentError(f"`{pattern}` has no place for a number, such as `data-%06d.tar`")
+    indices = iter({name: index for index, name in enumerate(folder.names())}.values())
     for number in itertools.count():
-        some = list(itertools.islice(indices, count))
-        if not some:
+        shard = list(itertools.islice(indices, count))
+        if not shard:
             return
         path = Path(pattern % number)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        with tarfile.open(part, "w") as tar:
-            for index in some:
+        with replace_when_written(path) as part, tarfile.open(part, "w") as tar:
+            for index in shard:
                 _add(tar, folder, index)
-        part.replace(path)
         yield path
 
 
 def _add(tar: tarfile.TarFile, folder: Folder, index: int) -> None:
     try:
-        folder.record(index)
-    except Unreadable as error:
+        folder.load(index)
+    except UnreadableSample as error:
         log.warning("left out: %s", error)
         return
     row = {key: value for key, value in folder.rows[index].items() if key != "repeats"}

@@ -54,9 +54,9 @@ def read(args: Namespace) -> dict[str, Any]:
     if args.task == "inpaint":
         told |= {"mask": _mask(args), "composite": not args.no_composite}
     if args.task == "depth2img" and args.depth_map:
-        from ldm.imaging.reading import open_depth
+        from ldm.imaging.reading import load_depth
 
-        told["depth"] = open_depth(args.depth_map, inverted=args.depth_inverted)
+        told["depth"] = load_depth(args.depth_map, inverted=args.depth_inverted)
     return told
 
 
@@ -149,11 +149,11 @@ def restore(info: Mapping[str, Any], made: Namespace) -> None:
 
 
 def _picture(path: str | None) -> "Image.Image":
-    from ldm.imaging.reading import open_picture
+    from ldm.imaging.reading import load_image
 
     if path is None:
         raise ValueError("which picture? say it with --init-img FILE")
-    return open_picture(path)
+    return load_image(path)
 
 
 def _image(args: Namespace, picture: "Image.Image") -> "Tensor":
@@ -164,20 +164,20 @@ def _image(args: Namespace, picture: "Image.Image") -> "Tensor":
 
 
 def _sized(args: Namespace, picture: "Image.Image") -> "Image.Image":
-    from ldm.imaging.pixels import fitted, squeezed
+    from ldm.imaging.pixels import resize_to_multiple, scale_and_crop
 
     if "size" in args.legacy and args.task != "upscale":
-        return squeezed(picture, 64)
-    return fitted(picture, (args.H, args.W))
+        return resize_to_multiple(picture, 64)
+    return scale_and_crop(picture, (args.H, args.W))
 
 
 def _mask(args: Namespace) -> "Tensor":
     """(1, 1, H, W) in [0, 1]; 1 = paint anew."""
     from ldm.imaging.pixels import to_tensor
-    from ldm.imaging.reading import mask_of
+    from ldm.imaging.reading import make_mask
 
     grow, blur = args.mask_grow, args.mask_blur
-    mask = mask_of(args.init_img, args.mask, args.mask_box, grow=grow, blur=blur)
+    mask = make_mask(args.init_img, args.mask, args.mask_box, grow=grow, blur=blur)
     return (to_tensor(_sized(args, mask))[:, :1] + 1) / 2
 
 

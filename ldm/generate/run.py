@@ -340,10 +340,10 @@ def _save_grid(
     folder: "OutputFolder", shown: list[tuple["Image.Image", dict[str, Any]]], args: Namespace
 ) -> None:
     """All pictures of the run on one sheet, marked as a whole."""
-    from ldm.imaging.pixels import grid
+    from ldm.imaging.pixels import make_grid
     from ldm.imaging.watermark import can_hold
 
-    sheet = grid([picture for picture, _ in shown], args.n_rows or args.n_samples)
+    sheet = make_grid([picture for picture, _ in shown], args.n_rows or args.n_samples)
     keys = ("prompt", "negative_prompt", "seed")
     images = [{key: info[key] for key in keys} | {"file": _name(info)} for _, info in shown]
     own = {

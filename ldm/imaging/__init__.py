@@ -1,1 +1,1 @@
-"""Pictures: tensors to pixels and back, PNG files with their metadata, watermarks, folders."""
+"""Images: tensors to pixels and back, files and their metadata, watermarks, output folders."""

@@ -1,13 +1,13 @@
-"""An output folder: `samples/00000.png` … and `grid-0000.png` …, never written over.
+"""An output folder: `samples/00000.png` … and `grid-0000.png` …, never overwritten.
 
 Several processes may share a folder, files may be deleted in between, and a run may be killed at
-any moment. A picture is written under a hidden name, `.00007.png.part`, that only one process can
-create and that holds the number for it; when whole, it is renamed. So every `.png` is complete.
+any moment. An image is written under a hidden name, `.00007.png.part`, that only one process can
+create and that reserves the number; when complete, it is renamed. So every `.png` is complete.
 """
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ __all__ = ["OutputFolder"]
 
 
 class OutputFolder:
-    """Where one run puts its pictures; both folders are made at once, so errors come early.
+    """Where one run writes its images; its folders are made at once, so errors come early.
 
-    outdir: created if absent. Numbers go on after the highest that is there.
-    name: what pictures are called that lie in outdir itself: NAME.png, NAME-1.png …
+    Args:
+        outdir: created if absent. Numbers go on after the highest that is there.
+        name: of images that lie in outdir itself: NAME.png, NAME-1.png …
     """
 
     def __init__(self, outdir: str | Path, name: str | None = None) -> None:
@@ -31,48 +32,55 @@ class OutputFolder:
         self.name = name
         self.samples = self.path if name else self.path / "samples"
         self.samples.mkdir(parents=True, exist_ok=True)
-        self._following: dict[Path, int] = {}
+        self._next: dict[Path, int] = {}  # number by folder
 
-    def save_sample(self, picture: Image.Image, info: Mapping[str, Any]) -> Path:
-        """The picture as the next `samples/NNNNN.png`, or under its name; returns its path."""
-        if self.name is not None:
-            return self._save_named(picture, info)
-        return self._save(self.samples, "", 5, picture, info)
+    def save_sample(self, image: Image.Image, info: Mapping[str, Any]) -> Path:
+        """Write the next `samples/NNNNN.png`, or the next file of the name; returns its path."""
+        if self.name is None:
+            return self._save_numbered(self.samples, "", 5, image, info)
 
-    def save_grid(self, picture: Image.Image, info: Mapping[str, Any]) -> Path:
-        """The picture as the next `grid-NNNN.png`; returns its path."""
-        return self._save(self.path, "grid-", 4, picture, info)
+        def file_name(number: int) -> str:
+            return f"{self.name}-{number}.png" if number else f"{self.name}.png"
 
-    def _save(
-        self, folder: Path, prefix: str, digits: int, picture: Image.Image, info: Mapping[str, Any]
+        return self._save(self.path, self._next.get(self.path, 0), file_name, image, info)
+
+    def save_grid(self, image: Image.Image, info: Mapping[str, Any]) -> Path:
+        """Write the next `grid-NNNN.png`; returns its path."""
+        return self._save_numbered(self.path, "grid-", 4, image, info)
+
+    def _save_numbered(
+        self, folder: Path, prefix: str, digits: int, image: Image.Image, info: Mapping[str, Any]
     ) -> Path:
         # Numbers given out in this run are not used again, even if their files are deleted.
-        start = max(_highest(folder, prefix) + 1, self._following.get(folder, 0))
-        for number in count(start):
-            path = folder / f"{prefix}{number:0{digits}d}.png"
-            if _write_new(path, picture, info):
-                break
-        self._following[folder] = number + 1
-        return path
+        start = max(_highest(folder, prefix) + 1, self._next.get(folder, 0))
+        return self._save(folder, start, f"{prefix}{{:0{digits}d}}.png".format, image, info)
 
-    def _save_named(self, picture: Image.Image, info: Mapping[str, Any]) -> Path:
-        for number in count(self._following.get(self.path, 0)):
-            path = self.path / (f"{self.name}-{number}.png" if number else f"{self.name}.png")
-            if _write_new(path, picture, info):
+    def _save(
+        self,
+        folder: Path,
+        start: int,
+        file_name: Callable[[int], str],
+        image: Image.Image,
+        info: Mapping[str, Any],
+    ) -> Path:
+        """Write the image under the first free name from the start-th on."""
+        for number in count(start):
+            path = folder / file_name(number)
+            if _write_new(path, image, info):
                 break
-        self._following[self.path] = number + 1
+        self._next[folder] = number + 1
         return path
 
 
 def _highest(folder: Path, prefix: str) -> int:
-    """The highest number among the pictures of the folder, -1 if there is none."""
+    """The highest number among the images of the folder, -1 if there is none."""
     pattern = re.compile(rf"{prefix}(\d+)\.png")
     matches = (pattern.fullmatch(name) for name in os.listdir(folder))
     return max((int(match[1]) for match in matches if match), default=-1)
 
 
-def _write_new(path: Path, picture: Image.Image, info: Mapping[str, Any]) -> bool:
-    """Whether the path was free and now holds the picture."""
+def _write_new(path: Path, image: Image.Image, info: Mapping[str, Any]) -> bool:
+    """Write the image if the path is free; returns whether it was."""
     part = path.with_name(f".{path.name}.part")
     try:
         part.open("xb").close()
@@ -83,7 +91,7 @@ def _write_new(path: Path, picture: Image.Image, info: Mapping[str, Any]) -> boo
         if os.path.lexists(path):
             part.unlink()
             return False
-        write_png(part, picture, info)
+        write_png(part, image, info)
         os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)

@@ -1,7 +1,8 @@
-"""Files of pictures, masks and depth maps -> pictures: one loader, for whatever people have.
+"""Read image, mask and depth files of all common kinds.
 
-Turned as its EXIF says, first frame of an animation, transparency over white, 16 bits to 8, CMYK
-and palettes to RGB; what is no picture, is cut off or is enormous is refused in one line.
+Images are turned as their EXIF says; of an animation the first frame is used; transparency is laid
+over white, 16 bits become 8, CMYK and palettes RGB. Files that are damaged, enormous or not images
+are refused in one line.
 """
 
 import logging
@@ -14,15 +15,17 @@ import torch
 from PIL import ExifTags, Image, ImageFilter, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile
+
 __all__ = [
-    "mask_of",
-    "on_white",
-    "open_depth",
-    "open_mask",
-    "open_picture",
-    "picture_in",
+    "decode_image",
+    "flatten_on_white",
+    "load_depth",
+    "load_image",
+    "load_mask",
+    "make_mask",
+    "read_size",
     "save_depth",
-    "size_in",
 ]
 
 log = logging.getLogger(__name__)
@@ -33,98 +36,109 @@ FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA",
 Box = tuple[int, int, int, int]
 
 
-def open_picture(path: str | Path) -> Image.Image:
-    """The picture in a file, RGB.
+def load_image(path: str | Path) -> Image.Image:
+    """The image in a file, RGB.
 
-    Raises FileNotFoundError, or ValueError saying what is wrong with the file.
+    Raises:
+        MissingFile: there is no file.
+        FileFormatError: the file is not an image, damaged or enormous.
     """
-    return on_white(_opened(path))
+    return flatten_on_white(_load(path))
 
 
-def on_white(picture: Image.Image) -> Image.Image:
-    """The picture without transparency, RGB."""
-    if "A" not in picture.getbands():
-        return picture.convert("RGB")
-    ground = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(ground, picture.convert("RGBA")).convert("RGB")
+def flatten_on_white(image: Image.Image) -> Image.Image:
+    """The image without transparency, RGB."""
+    if "A" not in image.getbands():
+        return image.convert("RGB")
+    ground = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
 
 
-def open_mask(path: str | Path, size: tuple[int, int]) -> Image.Image:
-    """The mask in a file, "L", white = paint anew; enlarged or shrunk to a picture's size.
+def load_mask(path: str | Path, size: tuple[int, int]) -> Image.Image:
+    """The mask in a file, "L", white = inpaint; resized to the size of its image.
 
-    size: (width, height) of the picture.
-    Raises ValueError if its proportions are others, so that it cannot belong to the picture.
+    Args:
+        size: (width, height) of the image.
+    Raises:
+        ArgumentError: its aspect ratio is another, so that it cannot belong to the image.
     """
-    mask = _opened(path).convert("L")
+    mask = _load(path).convert("L")
     if mask.size == size:
         return mask
     if abs(mask.width / mask.height * size[1] / size[0] - 1) > 0.02:
-        raise ValueError(
-            f"the mask `{path}` is {mask.width}x{mask.height}, the picture {size[0]}x{size[1]}"
+        raise ArgumentError(
+            f"the mask `{path}` is {mask.width}x{mask.height}, the image {size[0]}x{size[1]}"
         )
     log.warning("the mask `%s` is resized to %dx%d", path, *size)
     return mask.resize(size, Image.Resampling.NEAREST)
 
 
-def mask_of(
-    picture: str | Path,
+def make_mask(
+    image: str | Path,
     mask: str | Path | None = None,
     box: Box | None = None,
     *,
     grow: int = 0,
     blur: float = 0.0,
 ) -> Image.Image:
-    """The mask of a picture, "L", white = paint anew: by a file, a box, or its transparent parts.
+    """The mask of an image file, "L", white = inpaint: a file, a box, or the transparent parts.
 
+    Args:
         box: (left, top, right, bottom) in pixels.
-        grow: pixels that it reaches further. blur: radius of a soft edge.
-    Raises ValueError if there is none, or it is empty.
+        grow: pixels that it is dilated by.
+        blur: radius of the mask blur, pixels.
+    Raises:
+        ArgumentError: there is no mask, or it is empty.
     """
-    opened = _opened(picture)
+    opened = _load(image)
     if mask is not None:
-        made = open_mask(mask, opened.size)
+        result = load_mask(mask, opened.size)
     elif box is not None:
-        made = Image.new("L", opened.size)
-        made.paste(255, box)
+        result = Image.new("L", opened.size)
+        result.paste(255, box)
     elif "A" in opened.getbands():
-        made = ImageOps.invert(opened.getchannel("A"))
+        result = ImageOps.invert(opened.getchannel("A"))
     else:
-        raise ValueError(f"`{picture}` is opaque: say what to paint anew with a mask file or a box")
-    if made.getbbox() is None:
-        raise ValueError(f"the mask of `{picture}` is empty: nothing would be painted")
+        raise ArgumentError(f"`{image}` has no transparency: a mask file or a box is needed")
+    if result.getbbox() is None:
+        raise ArgumentError(f"the mask of `{image}` is empty: nothing would be inpainted")
     if grow:
-        made = made.filter(ImageFilter.MaxFilter(2 * grow + 1))
-    return made.filter(ImageFilter.GaussianBlur(blur)) if blur else made
+        result = result.filter(ImageFilter.MaxFilter(2 * grow + 1))
+    return result.filter(ImageFilter.GaussianBlur(blur)) if blur else result
 
 
-def open_depth(path: str | Path, *, inverted: bool = False) -> Tensor:
+def load_depth(path: str | Path, *, inverted: bool = False) -> Tensor:
     """The depth map in a file, (1, 1, H, W) float32 in [0, 1], near = large.
 
-    inverted: in the file, white is far.
+    Args:
+        inverted: in the file, white is far.
     """
-    opened = _opened(path, deep=True)
-    if opened.mode not in ("I", "I;16", "F"):
-        opened = opened.convert("L")
-    depth = torch.from_numpy(np.asarray(opened).astype(np.float32))[None, None]
+    image = _load(path, deep=True)
+    if image.mode not in ("I", "I;16", "F"):
+        image = image.convert("L")
+    depth = torch.from_numpy(np.asarray(image).astype(np.float32))[None, None]
     depth = (depth - depth.min()) / (depth.max() - depth.min()).clamp(min=1e-6)
     return 1 - depth if inverted else depth
 
 
 def save_depth(path: str | Path, depth: Tensor) -> None:
-    """A depth map (1, 1, H, W) of any range as a 16-bit PNG, the nearest white."""
+    """Write a depth map (1, 1, H, W) of any range as a 16-bit PNG, the nearest white."""
     low, high = depth.min(), depth.max()
     levels = ((depth - low) / (high - low).clamp(min=1e-6) * 65535).round()
     Image.fromarray(levels[0, 0].cpu().numpy().astype(np.uint16)).save(path, "PNG")
 
 
-def picture_in(
+def decode_image(
     data: bytes, name: str | Path, *, deep: bool = False, warn: bool = False
 ) -> Image.Image:
-    """The picture in the bytes of a file, upright, its first frame; transparency stays.
+    """The image in the bytes of a file, upright, its first frame; transparency stays.
 
-        name: how to call it in errors.
-        deep: leave 16 bits as they are. warn: say that there are more frames.
-    Raises ValueError saying what is wrong with it.
+    Args:
+        name: of the file in errors.
+        deep: leave 16 bits as they are.
+        warn: warn that there are more frames.
+    Raises:
+        FileFormatError: the file is not an image, damaged or enormous.
     """
     try:
         with warnings.catch_warnings():
@@ -134,45 +148,46 @@ def picture_in(
                     raise Image.DecompressionBombError
                 if warn and getattr(file, "n_frames", 1) > 1:
                     log.warning("`%s` is animated: its first frame is used", name)
-                picture = ImageOps.exif_transpose(file)
+                image = ImageOps.exif_transpose(file)
     except Image.DecompressionBombError:
-        raise ValueError(f"`{name}` has more than {MAX_PIXELS} pixels") from None
+        raise FileFormatError(f"`{name}` has more than {MAX_PIXELS} pixels") from None
     except UnidentifiedImageError:
-        raise ValueError(f"`{name}` is {_looks(data)}, not a picture") from None
-    except Exception as error:  # a damaged file makes Pillow's readers raise whatever comes
+        raise FileFormatError(f"`{name}` is {_describe(data)}, not an image") from None
+    except Exception as error:  # Pillow's readers raise errors of any kind on a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"`{name}` is damaged: {reason}") from error
-    if picture.mode == "P":
-        return picture.convert("RGBA" if "transparency" in picture.info else "RGB")
-    if picture.mode.startswith("I") and not deep:
-        values = np.asarray(picture).astype(np.float32)
+        raise FileFormatError(f"`{name}` is damaged: {reason}") from error
+    if image.mode == "P":
+        return image.convert("RGBA" if "transparency" in image.info else "RGB")
+    if image.mode.startswith("I") and not deep:
+        values = np.asarray(image).astype(np.float32)
         return Image.fromarray((values / 257).clip(0, 255).round().astype(np.uint8))
-    return picture
+    return image
 
 
-def size_in(path: str | Path | BytesIO) -> tuple[int, int]:
-    """(width, height) of the picture in a file as it will be seen, read from its header alone.
+def read_size(file: str | Path | BytesIO) -> tuple[int, int]:
+    """(width, height) of the upright image in a file, read from its header alone.
 
-    Raises ValueError if it has none.
+    Raises:
+        FileFormatError: the header cannot be read.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=FORMATS) as file:
-                turned = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-                return (file.height, file.width) if turned else file.size
+            with Image.open(file, formats=FORMATS) as image:
+                is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+                return (image.height, image.width) if is_turned else image.size
     except Exception as error:  # see above
-        raise ValueError(f"`{path}` cannot be measured: {error}") from error
+        raise FileFormatError(f"the size of `{file}` cannot be read: {error}") from error
 
 
-def _opened(path: str | Path, deep: bool = False) -> Image.Image:
+def _load(path: str | Path, deep: bool = False) -> Image.Image:
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"no picture `{path}`")
-    return picture_in(path.read_bytes(), path, deep=deep, warn=True)
+        raise MissingFile(f"no image `{path}`")
+    return decode_image(path.read_bytes(), path, deep=deep, warn=True)
 
 
-def _looks(data: bytes) -> str:
+def _describe(data: bytes) -> str:
     start = data[:512].lower()
     if not start:
         return "an empty file"

@@ -1,13 +1,13 @@
-"""Invisible watermarks, readable by and written as by the invisible-watermark package.
+"""Invisible watermarks, compatible with the invisible-watermark package in both directions.
 
-A payload's bits are repeated over the 4 x 4 blocks of a picture's U plane (of YUV) at half
+A payload's bits are repeated over the 4 x 4 blocks of an image's U plane (of YUV) at half
 resolution. Block k moves one number to a quarter or three quarters of a step of 36: its largest
 coefficient but the first (`dwtDct`) or its largest singular value (`dwtDctSvd`).
 
 `dwtDct`, the Stable Diffusion scripts' choice, is kept pixel for pixel with its defects: it swaps
-two detail bands, cuts fractions off, and seldom survives JPEG or flat colours. `dwtDctSvd` changes
-what it must and nothing else: 1 to 12 dB less visible than the package's, which reads it. No DCT
-is needed: `dwtDct` has none, and an orthogonal transform leaves singular values as they are.
+two detail bands, truncates fractions, and seldom survives JPEG or flat colours. `dwtDctSvd` changes
+what it must and nothing else: 1 to 12 dB less visible than the package's, which can read it. No DCT
+is needed: `dwtDct` has none, and an orthogonal transform does not change singular values.
 """
 
 import logging
@@ -18,6 +18,8 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image
+
+from ldm.runtime.errors import ArgumentError, unknown_name
 
 __all__ = [
     "METHODS",
@@ -32,7 +34,7 @@ __all__ = [
     "read",
 ]
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 Method = Literal["dwtDctSvd", "dwtDct"]
 METHODS: tuple[Method, ...] = ("dwtDctSvd", "dwtDct")
@@ -44,18 +46,21 @@ PAYLOADS = {
 SMALLEST = 256 * 256  # pixels; the package refuses less
 STEP = 36.0  # of the quantisation
 HALF = 0.7071067811865476  # sqrt(1/2), the taps of the Haar wavelet
-CHANCE = 1e-6  # a damaged payload counts as present if chance explains it more rarely than this
+SIGNIFICANCE = 1e-6  # a damaged payload counts as present below this probability under chance
 # Eight-bit YUV as OpenCV has it: integers over 2 ** 14, rounded, saturated.
 SHIFT, ROUND, CENTRE = 14, 1 << 13, 128 << 14
 
 
 @dataclass(frozen=True)
 class Finding:
-    """How well a picture agrees with one payload under one method.
+    """How well an image agrees with one payload under one method.
 
-    agreement: share of the payload's bits that are right after the vote of all blocks.
-    votes: share of the blocks that carry the right bit.
-    verdict: `found` (every bit), `damaged` (too many for chance) or `absent`.
+    Attributes:
+        payload: name in PAYLOADS.
+        method: how it is written.
+        agreement: fraction of the payload's bits that are right after the vote of all blocks.
+        votes: fraction of the blocks that carry the right bit.
+        verdict: `found` (every bit), `damaged` (too many for chance) or `absent`.
     """
 
     payload: str
@@ -66,90 +71,93 @@ class Finding:
 
 
 def embed(
-    picture: Image.Image, payload: bytes | Sequence[int], method: Method = "dwtDctSvd"
+    image: Image.Image, payload: bytes | Sequence[int], method: Method = "dwtDctSvd"
 ) -> Image.Image:
-    """A copy of the picture with the payload in it.
+    """A copy of the image with the payload in it.
 
-    picture: RGB, at least 256 x 256 pixels in all.
-    payload: bytes, highest bit first, or bits.
-    Raises ValueError if the picture is too small or not RGB, or the payload is empty.
+    Args:
+        image: RGB, at least 256 x 256 pixels in all.
+        payload: bytes, highest bit first, or bits.
+    Raises:
+        ArgumentError: the image is too small or not RGB, or the payload is empty.
+        UnknownName: of a method.
     """
-    if not can_hold(picture):
-        raise ValueError(f"image too small for a watermark: {_size(picture)}, needs 256x256 pixels")
-    if picture.mode != "RGB":
-        raise ValueError(f"picture has mode `{picture.mode}`, a watermark needs `RGB`")
-    rgb = np.asarray(picture)
-    write = _write_largest if _checked(method) == "dwtDct" else _write_singular
-    return Image.fromarray(write(rgb, _bits(payload)))
+    _check(image, method)
+    if image.mode != "RGB":
+        raise ArgumentError(f"image has mode `{image.mode}`, a watermark needs `RGB`")
+    write = _write_largest if method == "dwtDct" else _write_singular
+    return Image.fromarray(write(np.asarray(image), _bits(payload)))
 
 
 def mark(
-    picture: Image.Image, payload: bytes | Sequence[int], method: Method = "dwtDctSvd"
+    image: Image.Image, payload: bytes | Sequence[int], method: Method = "dwtDctSvd"
 ) -> Image.Image:
-    """As `embed`, but a picture that is too small comes back as it is, with a warning.
+    """As `embed`, but an image that is too small is returned as it is, with a warning.
 
     Warns too if the payload cannot be read from the result (flat colours under `dwtDct`).
     """
-    if not can_hold(picture):
-        logger.warning("%s is too small for a watermark, saved without", _size(picture))
-        return picture
-    marked = embed(picture, payload, method)
+    if not can_hold(image):
+        log.warning("%dx%d is too small for a watermark, saved without", *image.size)
+        return image
+    marked = embed(image, payload, method)
     if agreement(marked, payload, method) < 1:
-        logger.warning("the %s watermark cannot be read back from this picture", method)
+        log.warning("the %s watermark cannot be read back from this image", method)
     return marked
 
 
-def can_hold(picture: Image.Image) -> bool:
-    """Whether the picture is large enough for a watermark."""
-    width, height = picture.size
+def can_hold(image: Image.Image) -> bool:
+    """Whether the image is large enough for a watermark."""
+    width, height = image.size
     return width * height >= SMALLEST and min(width, height) >= 8
 
 
-def read(picture: Image.Image, length: int, method: Method = "dwtDctSvd") -> np.ndarray:
-    """The `length` bits that a picture carries, if it carries any.
+def read(image: Image.Image, length: int, method: Method = "dwtDctSvd") -> np.ndarray:
+    """The `length` bits that an image carries, if it carries any.
 
-    Returns (length,) uint8 of 0 and 1; `numpy.packbits` makes bytes of them.
-    Raises ValueError if the picture is too small.
+    Returns:
+        (length,) uint8 of 0 and 1; `numpy.packbits` makes bytes of them.
+    Raises:
+        ArgumentError: the image is too small.
+        UnknownName: of a method.
     """
-    return _elect(_votes(picture, method), length)
+    return _majority(_votes(image, method), length)
 
 
 def agreement(
-    picture: Image.Image, payload: bytes | Sequence[int], method: Method = "dwtDctSvd"
+    image: Image.Image, payload: bytes | Sequence[int], method: Method = "dwtDctSvd"
 ) -> float:
-    """Share of the payload's bits that the picture carries: 1 if intact, about 0.5 if absent."""
+    """Fraction of the payload's bits that the image carries: 1 if intact, about 0.5 if absent."""
     bits = _bits(payload)
-    return float((read(picture, len(bits), method) == bits).mean())
+    return float((read(image, len(bits), method) == bits).mean())
 
 
-def identify(picture: Image.Image) -> list[Finding]:
-    """Every known payload under both methods, best first; none if the picture is too small."""
+def identify(image: Image.Image) -> list[Finding]:
+    """Every known payload under both methods, best first; none if the image is too small."""
     findings = []
-    for method in METHODS if can_hold(picture) else ():
-        votes = _votes(picture, method)
+    for method in METHODS if can_hold(image) else ():
+        votes = _votes(image, method)
         for name, payload in PAYLOADS.items():
             bits = _bits(payload)
-            right = int((_elect(votes, len(bits)) == bits).sum())
+            right = int((_majority(votes, len(bits)) == bits).sum())
             blocks = float((votes == np.resize(bits, votes.shape)).mean())
-            share = right / len(bits)
-            findings.append(Finding(name, method, share, blocks, _verdict(right, len(bits))))
+            verdict = _verdict(right, len(bits))
+            findings.append(Finding(name, method, right / len(bits), blocks, verdict))
     return sorted(findings, key=lambda f: (f.verdict != "absent", f.agreement, f.votes))[::-1]
 
 
 def _verdict(right: int, length: int) -> Literal["found", "damaged", "absent"]:
     if right == length:
         return "found"
-    chance = sum(comb(length, k) for k in range(right, length + 1)) / 2**length
-    return "damaged" if chance < CHANCE else "absent"
+    p_value = sum(comb(length, k) for k in range(right, length + 1)) / 2**length
+    return "damaged" if p_value < SIGNIFICANCE else "absent"
 
 
-def _votes(picture: Image.Image, method: Method) -> np.ndarray:
+def _votes(image: Image.Image, method: Method) -> np.ndarray:
     """The bit that each block carries, (blocks,) bool."""
-    if not can_hold(picture):
-        raise ValueError(f"image too small for a watermark: {_size(picture)}, needs 256x256 pixels")
-    rgb = np.asarray(picture.convert("RGB"))
+    _check(image, method)
+    rgb = np.asarray(image.convert("RGB"))
     blocks = _blocks(_haar(_crop(_to_yuv(rgb)[1]))[0])  # (n, 4, 4)
-    if _checked(method) == "dwtDct":
+    if method == "dwtDct":
         carriers = blocks.reshape(len(blocks), 16)[:, 1:].max(1)
     else:
         carriers = np.linalg.svd(blocks, compute_uv=False)[:, 0]
@@ -157,11 +165,11 @@ def _votes(picture: Image.Image, method: Method) -> np.ndarray:
     return votes
 
 
-def _elect(votes: np.ndarray, length: int) -> np.ndarray:
-    """What most blocks say about each bit; a tie is a 1, as in the package."""
-    turn = np.arange(len(votes)) % length
-    ones = np.bincount(turn, votes, length)
-    return (2 * ones >= np.bincount(turn, minlength=length)).astype(np.uint8)
+def _majority(votes: np.ndarray, length: int) -> np.ndarray:
+    """The vote of all blocks on each bit; a tie is a 1, as in the package."""
+    index = np.arange(len(votes)) % length
+    ones = np.bincount(index, votes, length)
+    return (2 * ones >= np.bincount(index, minlength=length)).astype(np.uint8)
 
 
 def _write_largest(rgb: np.ndarray, bits: np.ndarray) -> np.ndarray:
@@ -171,11 +179,11 @@ def _write_largest(rgb: np.ndarray, bits: np.ndarray) -> np.ndarray:
     low, rows, columns, diagonal = _haar(plane)
     blocks = _blocks(low)
     flat = blocks.reshape(len(blocks), 16)
-    every = np.arange(len(flat))
-    place = flat[:, 1:].argmax(1) + 1
-    flat[every, place] = _quantised(flat[every, place], bits)
+    rows_of_flat = np.arange(len(flat))
+    largest = flat[:, 1:].argmax(1) + 1
+    flat[rows_of_flat, largest] = _quantise(flat[rows_of_flat, largest], bits)
     _put_blocks(low, flat.reshape(blocks.shape))
-    plane[:] = _unhaar(low, columns, rows, diagonal)  # details swapped, fractions cut off
+    plane[:] = _unhaar(low, columns, rows, diagonal)  # details swapped, fractions truncated
     return _to_rgb(luma, blue, red)
 
 
@@ -184,7 +192,7 @@ def _write_singular(rgb: np.ndarray, bits: np.ndarray) -> np.ndarray:
     low = _haar(_crop(_to_yuv(rgb)[1]))[0]
     blocks = _blocks(low)
     left, values, right = np.linalg.svd(blocks)
-    change = _quantised(values[:, 0], bits) - values[:, 0]
+    change = _quantise(values[:, 0], bits) - values[:, 0]
     shift = np.zeros_like(low)
     _put_blocks(shift, change[:, None, None] * left[:, :, :1] * right[:, :1, :])
     shift = (shift / 2).repeat(2, 0).repeat(2, 1)[..., None]  # the inverse Haar transform
@@ -194,8 +202,8 @@ def _write_singular(rgb: np.ndarray, bits: np.ndarray) -> np.ndarray:
     return out
 
 
-def _quantised(values: np.ndarray, bits: np.ndarray) -> np.ndarray:
-    """Each value moved to a quarter (bit 0) or three quarters (bit 1) of its step."""
+def _quantise(values: np.ndarray, bits: np.ndarray) -> np.ndarray:
+    """Move each value to a quarter (bit 0) or three quarters (bit 1) of its step."""
     moved: np.ndarray = (values // STEP + 0.25 + 0.5 * np.resize(bits, values.shape)) * STEP
     return moved
 
@@ -207,7 +215,7 @@ def _crop(plane: np.ndarray) -> np.ndarray:
 
 
 def _blocks(band: np.ndarray) -> np.ndarray:
-    """The whole 4 x 4 blocks of a band in raster order: (h, w) -> (n, 4, 4)."""
+    """The complete 4 x 4 blocks of a band in raster order: (h, w) -> (n, 4, 4)."""
     h, w = band.shape[0] // 4, band.shape[1] // 4
     blocks: np.ndarray = band[: h * 4, : w * 4].reshape(h, 4, w, 4).swapaxes(1, 2)
     return blocks.reshape(h * w, 4, 4)
@@ -221,7 +229,7 @@ def _put_blocks(band: np.ndarray, blocks: np.ndarray) -> None:
 def _haar(plane: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """One level of the Haar transform: mean band, details along rows, columns, diagonal.
 
-    The order of sums is PyWavelets', because `dwtDct` cuts fractions off in the end.
+    The order of sums is PyWavelets', because `dwtDct` truncates fractions in the end.
     """
     scaled = plane * HALF
     mean, detail = (scaled[0::2] + scaled[1::2]) * HALF, (scaled[0::2] - scaled[1::2]) * HALF
@@ -246,7 +254,7 @@ def _to_yuv(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     luma = (4899 * r + 9617 * g + 1868 * b + ROUND) >> SHIFT
     blue = (8061 * (b - luma) + CENTRE + ROUND) >> SHIFT
     red = (14369 * (r - luma) + CENTRE + ROUND) >> SHIFT
-    return _saturated(luma), _saturated(blue), _saturated(red)
+    return _saturate(luma), _saturate(blue), _saturate(red)
 
 
 def _to_rgb(luma: np.ndarray, blue: np.ndarray, red: np.ndarray) -> np.ndarray:
@@ -254,10 +262,10 @@ def _to_rgb(luma: np.ndarray, blue: np.ndarray, red: np.ndarray) -> np.ndarray:
     r = y + ((18678 * v + ROUND) >> SHIFT)
     g = y + ((-6472 * u - 9519 * v + ROUND) >> SHIFT)
     b = y + ((33292 * u + ROUND) >> SHIFT)
-    return _saturated(np.stack([r, g, b], -1))
+    return _saturate(np.stack([r, g, b], -1))
 
 
-def _saturated(values: np.ndarray) -> np.ndarray:
+def _saturate(values: np.ndarray) -> np.ndarray:
     return values.clip(0, 255).astype(np.uint8)
 
 
@@ -267,15 +275,13 @@ def _bits(payload: bytes | Sequence[int]) -> np.ndarray:
     else:
         bits = np.asarray(payload)
     if bits.ndim != 1 or not len(bits) or not np.isin(bits, (0, 1)).all():
-        raise ValueError("a watermark's payload is bytes or a row of bits, and not empty")
+        raise ArgumentError("a watermark's payload must be bytes or a row of bits, and not empty")
     return bits.astype(np.uint8)
 
 
-def _checked(method: Method) -> Method:
+def _check(image: Image.Image, method: Method) -> None:
+    if not can_hold(image):
+        size = f"{image.width}x{image.height}"
+        raise ArgumentError(f"image too small for a watermark: {size}, needs 256x256 pixels")
     if method not in METHODS:
-        raise ValueError(f"unknown watermark `{method}`, choose one of {', '.join(METHODS)}")
-    return method
-
-
-def _size(picture: Image.Image) -> str:
-    return f"{picture.width}x{picture.height}"
+        raise unknown_name("watermark", method, METHODS)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ldm.data.source import Broken
+from ldm.data.broken import BrokenFiles
 from ldm.loading.config import instantiate
 from ldm.model import LatentDiffusion
 from ldm.nets import attention
@@ -137,11 +137,11 @@ class Run:
             self.batch_size,
             start=state.position,
             rank=self.ranks.rank,
-            world=self.ranks.world,
+            world_size=self.ranks.world,
             workers=self.workers,
         )
         share = self.settings.trainer.broken_share
-        broken = Broken(self.folder / "broken.txt", share, self.source)
+        broken = BrokenFiles(self.folder / "broken.txt", share, self.source)
         every, clock = cadence.cadences(self.settings.callbacks), cadence.Clock()
         self.task.trained.train()
         with self._report() as report, self.wishes, self._saved_on_error():
@@ -228,7 +228,7 @@ class Run:
         )
         return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
 
-    def _next(self, batches: Iterator[dict[str, Any]], broken: Broken) -> Work:
+    def _next(self, batches: Iterator[dict[str, Any]], broken: BrokenFiles) -> Work:
         """This process's batches of the step, with their numbers."""
         state, ranks = self.state, self.ranks
         numbers = range(state.position + ranks.rank, state.position + state.parts, ranks.world)
@@ -315,7 +315,7 @@ class Run:
     def _begin(self) -> Rate:
         """A folder, the logs, and what there is to say before the first step; the learning rate."""
         self.ranks.once(lambda: self.folder.mkdir(parents=True, exist_ok=True))
-        epoch = self.source.epoch(self.batch_size)
+        epoch = self.source.batches_per_epoch(self.batch_size)
         self.settings = self.settings.count_epochs(epoch and epoch / self.state.parts)
         rate, line = self.settings.learning_rate(self.ranks.world)
         if self.ranks.is_first:

@@ -1,25 +1,24 @@
-"""What is said of a folder, or of shards, before training."""
+"""Checking a folder, or shards, before training."""
 
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from imaging.badpictures import REFUSED
+from imaging.badimages import REFUSED
+from ldm.commands.check_data import main
 from ldm.data.check import check
-from scripts.check_data import main
 
 EMOJI = Path(__file__).parent / "emoji"
 
 
 @pytest.fixture
-def photos(tmp_path: Path) -> Path:
+def photos(tmp_path):
     root = tmp_path / "photos"
     root.mkdir()
-    for name, (make, _) in REFUSED.items():
+    for name, (write, _) in REFUSED.items():
         if name != "folder":
-            make(root / f"{name}.png")
-    (root / "cut.whole.png").unlink()
+            write(root / f"{name}.png")
     for number, size in enumerate([(300, 300), (300, 300), (600, 300), (80, 160)]):
         Image.new("RGB", size, (number, 0, 0)).save(root / f"{number}.png")
     (root / "0.txt").write_text("the same")
@@ -31,7 +30,7 @@ def photos(tmp_path: Path) -> Path:
     return root
 
 
-def test_everything_is_counted(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_everything_is_counted(photos, capsys):
     assert main([str(photos), "--size", "256", "--list", str(photos / "broken.txt")]) == 1
     out = capsys.readouterr().out
     assert "5 pictures can be read, 7 are broken" in out
@@ -46,9 +45,7 @@ def test_everything_is_counted(photos: Path, capsys: pytest.CaptureFixture[str])
     assert "cut.png" in (photos / "broken.txt").read_text().splitlines()
 
 
-def test_a_folder_is_packed_and_its_shards_are_checked(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_is_packed_and_its_shards_are_checked(photos, tmp_path, capsys):
     assert main([str(photos), "--pack", str(tmp_path / "%03d.tar"), "--count", "8"]) == 1
     assert capsys.readouterr().out.splitlines()[-2:] == [
         str(tmp_path / f"00{number}.tar") for number in range(2)
@@ -61,14 +58,14 @@ def test_a_folder_is_packed_and_its_shards_are_checked(
     assert "only a folder can be packed" in capsys.readouterr().err
 
 
-def test_a_good_folder_is_good(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_good_folder_is_good(capsys):
     assert main([str(EMOJI)]) == 0
     assert "24 pictures can be read, 0 are broken" in capsys.readouterr().out
 
 
-def test_nothing_to_read_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_to_read_is_an_error(tmp_path, capsys):
     assert main([str(tmp_path)]) == 1
-    assert "has no metadata.jsonl, metadata.csv or pictures" in capsys.readouterr().err
+    assert "has no metadata.jsonl, metadata.csv or images" in capsys.readouterr().err
     assert main([str(tmp_path / "nope")]) == 1
     assert "there is no folder or file `" in capsys.readouterr().err
     assert main([str(tmp_path / "nope-{0..2}.tar")]) == 1

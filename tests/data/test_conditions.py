@@ -1,4 +1,4 @@
-"""What models see beside the picture, made for training."""
+"""Synthetic conditioning images."""
 
 from random import Random
 
@@ -6,78 +6,79 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data.conditions import Mask, Relief, Small, makers
-from ldm.data.transforms import Emoji, Photo
+from ldm.data.conditions import LowRes, PseudoDepth, RandomMask, build_conditions
+from ldm.data.drawings import EmojiTransform
+from ldm.data.transforms import PhotoTransform
 
 IMAGE, OPAQUE = torch.zeros(3, 32, 32), torch.ones(1, 32, 32)
-RECORDS = {"mask": {}, "lr": {"factor": 4}, "depth": None}
+CONDITIONS = {"mask": {}, "lr": {"factor": 4}, "depth": None}
 
 
-def test_masks_are_holes_of_many_kinds_and_sometimes_whole() -> None:
-    masks = [Mask(whole=0.25)(IMAGE, OPAQUE, Random(seed)) for seed in range(200)]
-    shares = torch.stack([mask.mean() for mask in masks])
+def test_masks_are_holes_of_many_kinds_and_sometimes_full():
+    masks = [RandomMask(full_probability=0.25)(IMAGE, OPAQUE, Random(k)) for k in range(200)]
+    areas = torch.stack([mask.mean() for mask in masks])
     assert {value for mask in masks for value in mask.unique().tolist()} == {0.0, 1.0}
-    assert 30 < (shares == 1).sum() < 80
-    assert (shares == 0).sum() == 0
-    assert len(shares.unique()) > 100
+    assert 30 < (areas == 1).sum() < 80
+    assert (areas == 0).sum() == 0
+    assert len(areas.unique()) > 100
 
 
-def test_a_small_picture_keeps_plain_colours_however_it_is_made() -> None:
+def test_a_low_resolution_image_keeps_plain_colours_whatever_the_filter():
     plain = torch.tensor([0.2, -0.5, 1.0])[:, None, None].expand(3, 32, 16)
     for seed in range(20):
-        small = Small(factor=4, blur=1.0)(plain, OPAQUE, Random(seed))
+        small = LowRes(factor=4, blur=1.0)(plain, OPAQUE, Random(seed))
         torch.testing.assert_close(small, plain[:, :8, :4].clone(), atol=1e-5, rtol=0)
 
 
-def test_a_blurred_small_picture_has_softer_edges() -> None:
+def test_blur_softens_edges():
     image = torch.cat([IMAGE[..., :16] - 1, IMAGE[..., 16:] + 1], dim=2)
-    steepest = {
-        blur: [Small(blur=blur)(image, OPAQUE, Random(k)).diff(dim=2).max() for k in range(20)]
+    sharp, soft = (
+        sum(LowRes(blur=blur)(image, OPAQUE, Random(k)).diff(dim=2).max() for k in range(20))
         for blur in (0.0, 1.0)
-    }
-    assert sum(steepest[0.0]) > 1.1 * sum(steepest[1.0])
+    )
+    assert sharp > 1.1 * soft
 
 
-def test_a_relief_rises_from_the_edge_to_the_middle_of_what_is_opaque() -> None:
+def test_pseudo_depth_rises_from_the_edge_to_the_middle_of_the_silhouette():
     disc = ((torch.arange(64) - 32) ** 2)[:, None] + ((torch.arange(64) - 32) ** 2)[None] < 24**2
-    relief = Relief(luminance=0.0)(torch.zeros(3, 64, 64), disc[None].float(), Random(0))
-    row = relief[0, 32]
-    assert relief[0][~disc].max() == 0
+    depth = PseudoDepth(luminance=0.0)(torch.zeros(3, 64, 64), disc[None].float(), Random(0))
+    row = depth[0, 32]
+    assert depth[0][~disc].max() == 0
     assert (row[8:33].diff() > -1e-6).all()
-    assert row[32] == relief.max() > 0.9
-    assert abs(float(relief[0, 32, 14] - relief[0, 19, 19])) < 0.1  # as far from the edge
+    assert row[32] == depth.max() > 0.9
+    assert abs(float(depth[0, 32, 14] - depth[0, 19, 19])) < 0.1  # as far from the edge
 
 
-def test_bright_parts_stand_out() -> None:
+def test_bright_parts_are_nearer():
     image = torch.cat([IMAGE[:, :16] - 1, IMAGE[:, 16:] + 1], dim=1)
-    relief = Relief(depth=1, luminance=0.5)(image, OPAQUE, Random(0))
-    assert relief[0, 30, 16] > relief[0, 1, 16]
+    depth = PseudoDepth(ramp_width=1, luminance=0.5)(image, OPAQUE, Random(0))
+    assert depth[0, 30, 16] > depth[0, 1, 16]
 
 
-def test_unknown_records_and_options_are_named() -> None:
-    with pytest.raises(ValueError, match="unknown record `masks`, choose one of mask, lr, depth"):
-        makers({"masks": {}})
-    with pytest.raises(ValueError, match="record `mask` has no `size`, only whole, boxes"):
-        makers({"mask": {"size": 3}})
+def test_unknown_conditions_and_options_are_named():
+    with pytest.raises(ValueError, match="unknown condition `masks`, did you mean `mask`"):
+        build_conditions({"masks": {}})
+    with pytest.raises(ValueError, match="mask: unknown option `size`, .*full_probability"):
+        build_conditions({"mask": {"size": 3}})
 
 
-def test_a_sample_holds_what_its_records_ask_for() -> None:
-    picture = Image.new("RGBA", (32, 32), (9, 9, 9, 255))
-    record = {"picture": picture, "object": "pig", "style": "flat"}
-    sample = Emoji(size=64, crop=32, records=RECORDS)(record, Random(0))
-    shapes = {name: tuple(value.shape) for name, value in sample.items() if name != "txt"}
-    assert shapes == {
-        "jpg": (3, 32, 32),
-        "mask": (1, 32, 32),
-        "lr": (3, 8, 8),
-        "depth": (1, 32, 32),
+def test_options_are_read_under_their_former_names():
+    former = {"mask": {"whole": 0.1, "boxes": 0.2}, "depth": {"depth": 3}}
+    assert build_conditions(former) == {
+        "mask": RandomMask(full_probability=0.1, box_probability=0.2),
+        "depth": PseudoDepth(ramp_width=3),
     }
-    photo = Photo(size=32, records=RECORDS)({"picture": picture}, Random(0))
+
+
+def test_a_sample_has_its_conditions_beside_the_same_image():
+    image = Image.new("RGBA", (32, 32), (9, 9, 9, 255))
+    row = {"image": image, "object": "pig", "style": "flat"}
+    plain, sample = (
+        EmojiTransform(size=64, crop=32, conditions=conditions)(row, Random(0))
+        for conditions in (None, CONDITIONS)
+    )
+    assert torch.equal(plain["jpg"], sample["jpg"])
+    shapes = {name: tuple(sample[name].shape) for name in ("mask", "lr", "depth")}
+    assert shapes == {"mask": (1, 32, 32), "lr": (3, 8, 8), "depth": (1, 32, 32)}
+    photo = PhotoTransform(size=32, conditions=CONDITIONS)({"image": image}, Random(0))
     assert photo["lr"].shape == (3, 8, 8)
-
-
-def test_records_leave_the_picture_and_its_caption_as_they_were() -> None:
-    record = {"picture": Image.new("RGBA", (32, 32), (9, 9, 9, 255)), "object": "pig"}
-    record |= {"style": "flat"}
-    plain, more = (Emoji(size=64, records=r)(record, Random(1)) for r in (None, {"lr": {}}))
-    assert torch.equal(plain["jpg"], more["jpg"])

@@ -19,10 +19,11 @@ import torch
 from PIL import Image
 
 from ldm.data.download import Download
+from ldm.data.drawings import EmojiTransform
 from ldm.data.folder import Folder
 from ldm.data.pack import pack
-from ldm.data.shards import Shards, expand, samples_of
-from ldm.data.transforms import Emoji, Photo
+from ldm.data.shards import Shards, expand_patterns, read_shard
+from ldm.data.transforms import PhotoTransform
 
 EMOJI = Path(__file__).parent / "emoji"
 COUNTS = (5, 1, 7, 2, 4)  # samples in five shards
@@ -56,9 +57,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def source(folder: Path, **options: Any) -> Shards:
-    transform = options.pop("transform", Photo(size=8))
+    transform = options.pop("transform", PhotoTransform(size=8))
     return Shards(
-        f"{folder}/{{000..004}}.tar", transform, 7, **{"lanes": 3, "shuffle": 4} | options
+        f"{folder}/{{000..004}}.tar", transform, 7, **{"streams": 3, "shuffle": 4} | options
     )
 
 
@@ -74,85 +75,87 @@ def same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
 
 
 @pytest.mark.parametrize("buckets", [None, {"step": 4}])
-def test_four_ranks_read_together_what_one_reads(folder: Path, buckets: Any) -> None:
-    make = partial(source, folder, transform=Photo(size=8, buckets=buckets))
+def test_four_ranks_read_together_what_one_reads(folder, buckets):
+    make = partial(source, folder, transform=PhotoTransform(size=8, buckets=buckets))
     alone = read(make(), 40)
-    for world in (2, 4):
-        parts = [read(make(), 40 // world, rank=r, world=world) for r in range(world)]
+    for world_size in (2, 4):
+        parts = [
+            read(make(), 40 // world_size, rank=r, world_size=world_size) for r in range(world_size)
+        ]
         assert same([batch for turn in zip(*parts, strict=True) for batch in turn], alone)
 
 
 @pytest.mark.parametrize("buckets", [None, {"step": 4}])
-def test_a_run_goes_on_where_it_was_stopped(folder: Path, buckets: Any) -> None:
-    make = partial(source, folder, transform=Photo(size=8, buckets=buckets))
+def test_a_run_goes_on_where_it_was_stopped(folder, buckets):
+    make = partial(source, folder, transform=PhotoTransform(size=8, buckets=buckets))
     whole = read(make(), 40)
     for start in (1, 8, 29):
         assert same(read(make(), 40 - start, start=start), whole[start:])
 
 
-def test_workers_change_nothing(folder: Path) -> None:
-    options = {"start": 3, "rank": 1, "world": 2}
+def test_workers_change_nothing(folder):
+    options = {"start": 3, "rank": 1, "world_size": 2}
     assert same(read(source(folder), 7, **options), read(source(folder), 7, **options, workers=2))
 
 
-def test_every_epoch_of_a_lane_holds_everything_once_in_another_order(folder: Path) -> None:
-    batches = read(source(folder, lanes=1), 20)  # 19 samples: 10 batches, the last one smaller
+def test_every_epoch_of_a_stream_holds_everything_once_in_another_order(folder):
+    batches = read(source(folder, streams=1), 20)  # 19 samples: 10 batches, the last one smaller
     epochs = [[text for b in part for text in b["txt"]] for part in (batches[:10], batches[10:])]
     assert all(Counter(epoch) == Counter(map(str, range(19))) for epoch in epochs)
     assert epochs[0] != epochs[1]
 
 
-def test_shards_of_one_size_are_seen_once_in_an_epoch_whatever_the_lanes(tmp_path: Path) -> None:
+def test_shards_of_one_size_are_seen_once_in_an_epoch_whatever_the_streams(tmp_path):
     for shard in range(5):
         members = {f"{k}.png": png(4 * shard + k) for k in range(4)}
         members |= {f"{k}.txt": b"%d" % (4 * shard + k) for k in range(4)}
         write(tmp_path / f"{shard}.tar", dict(sorted(members.items())))
-    for lanes in (1, 2, 3, 5):
-        batches = read(Shards(f"{tmp_path}/*.tar", Photo(size=8), lanes=lanes), 30)
+    for streams in (1, 2, 3, 5):
+        batches = read(Shards(f"{tmp_path}/*.tar", PhotoTransform(size=8), streams=streams), 30)
         epochs = [[t for b in batches[k : k + 10] for t in b["txt"]] for k in (0, 10, 20)]
         assert all(Counter(epoch) == Counter(map(str, range(20))) for epoch in epochs)
 
 
-def test_batches_have_one_size_if_there_are_buckets(folder: Path) -> None:
-    batches = read(source(folder, transform=Photo(size=8, buckets={"step": 4})), 30)
+def test_batches_have_one_size_if_there_are_buckets(folder):
+    batches = read(source(folder, transform=PhotoTransform(size=8, buckets={"step": 4})), 30)
     shapes = {text: batch["jpg"].shape[2:] for batch in batches for text in batch["txt"]}
     assert shapes["3"] == (4, 16)
     assert shapes["4"] == (8, 8)
 
 
-def test_samples_outside_the_limits_are_left_out(folder: Path) -> None:
-    batches = read(source(folder, least={"width": 5}, most={"width": 15}), 20)
+def test_samples_outside_the_limits_are_left_out(folder):
+    batches = read(source(folder, minimum={"width": 5}, maximum={"width": 15}), 20)
     assert {text for batch in batches for text in batch["txt"]} == set(map(str, range(5, 16)))
 
 
-def test_damaged_samples_and_shards_are_named_and_replaced(folder: Path, tmp_path: Path) -> None:
+def test_damaged_samples_and_shards_are_named_and_replaced(folder, tmp_path):
     good, cut = (folder / "002.tar").read_bytes(), tmp_path / "b.tar"
     cut.write_bytes(good[: len(good) // 2 - 300])
     write(tmp_path / "a.tar", {"1.png": png(1)[:30], "1.txt": b"x", "2.jpg": png(2), "3.txt": b"x"})
-    batches = read(Shards([str(tmp_path / "*.tar")], Photo(size=8), lanes=2), 16)
+    batches = read(Shards([str(tmp_path / "*.tar")], PhotoTransform(size=8), streams=2), 16)
     assert all(batch["jpg"].isfinite().all() for batch in batches)
     broken = {name for batch in batches for name in batch.get("broken", [])}
     assert broken == {"a.tar/1", "a.tar/3", "b.tar"}
     (tmp_path / "a.tar").write_bytes(b"<html>")
     with pytest.raises(ValueError, match="no sample of 1 can be read: a.tar"):
-        read(Shards(str(tmp_path / "a.tar"), Photo(size=8)), 1)
+        read(Shards(str(tmp_path / "a.tar"), PhotoTransform(size=8)), 1)
 
 
-def test_fixed_samples_come_from_the_first_shards(folder: Path) -> None:
-    assert [sample["txt"] for sample in source(folder).first(7)] == list("0123456")
-    assert len(source(folder).first(30)) == 30
-    bucketed = source(folder, transform=Photo(size=8, buckets={"step": 4}))
-    assert [sample["txt"] for sample in bucketed.first(4)] == list("1245")  # of one size
+def test_fixed_samples_come_from_the_first_shards(folder):
+    assert [sample["txt"] for sample in source(folder).first_samples(7)] == list("0123456")
+    assert len(source(folder).first_samples(30)) == 30
+    bucketed = source(folder, transform=PhotoTransform(size=8, buckets={"step": 4}))
+    assert [sample["txt"] for sample in bucketed.first_samples(4)] == list("1245")  # of one size
 
 
-def test_commands_are_not_run_unless_that_is_allowed(folder: Path) -> None:
+def test_commands_are_not_run_unless_that_is_allowed(folder):
     command = f"pipe:cat {folder}/{{000..001}}.tar"
     with pytest.raises(ValueError, match="is a command, which a config may not run"):
-        Shards(command, Photo(size=8))
-    allowed = Shards(command, Photo(size=8), commands=True)
+        Shards(command, PhotoTransform(size=8))
+    allowed = Shards(command, PhotoTransform(size=8), commands=True)
     assert {text for b in read(allowed, 6) for text in b["txt"]} == set("012345")
     with pytest.raises(OSError, match="failed with code 3"):
-        list(samples_of(f"pipe:cat {folder}/000.tar; exit 3"))
+        list(read_shard(f"pipe:cat {folder}/000.tar; exit 3"))
 
 
 @pytest.mark.parametrize(
@@ -166,12 +169,10 @@ def test_commands_are_not_run_unless_that_is_allowed(folder: Path) -> None:
         ([], "names no files"),
     ],
 )
-def test_shards_that_cannot_be_read_are_named(
-    shards: Any, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ldm.data.shards.MOST", 9)
+def test_shards_that_cannot_be_read_are_named(shards, message, monkeypatch):
+    monkeypatch.setattr("ldm.data.shards.MAX_SHARDS", 9)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        expand(shards)
+        expand_patterns(shards)
 
 
 class Flaky(SimpleHTTPRequestHandler):
@@ -202,7 +203,7 @@ def server(folder: Path) -> Iterator[str]:
         server.shutdown()
 
 
-def test_shards_come_over_the_web_though_connections_break(folder: Path, server: str) -> None:
+def test_shards_come_over_the_web_though_connections_break(folder, server):
     with Download(f"{server}/002.tar", pause=0) as file:
         assert file.readall() == (folder / "002.tar").read_bytes()
     assert Flaky.served["/002.tar"] == 2
@@ -210,20 +211,20 @@ def test_shards_come_over_the_web_though_connections_break(folder: Path, server:
         Download(f"{server}/nothing.tar").read(1)
 
 
-def test_what_we_pack_we_and_webdataset_can_read(tmp_path: Path) -> None:
+def test_what_we_pack_we_and_webdataset_can_read(tmp_path):
     import webdataset
 
-    folder = Folder(root=EMOJI, transform=Emoji(size=16), split="train")
+    folder = Folder(root=EMOJI, transform=EmojiTransform(size=16), split="train")
     paths = list(pack(folder, str(tmp_path / "emoji-%03d.tar"), count=10))
     assert [path.name for path in paths] == [f"emoji-00{k}.tar" for k in range(3)]
-    ours = [raw["png"] for path in paths for raw in samples_of(str(path))]
+    ours = [raw["png"] for path in paths for raw in read_shard(str(path))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # it leaves files open
         reader = webdataset.WebDataset(list(map(str, paths)), shardshuffle=False)
         theirs = [raw["png"] for raw in reader]
         gc.collect()
     assert ours == theirs == [folder.content(k) for k in range(23)]
-    batch = read(Shards(str(tmp_path / "*.tar"), Emoji(size=16)), 1)[0]
+    batch = read(Shards(str(tmp_path / "*.tar"), EmojiTransform(size=16)), 1)[0]
     assert batch["jpg"].shape == (2, 3, 16, 16)
     with pytest.raises(ValueError, match="no place for a number"):
         list(pack(folder, str(tmp_path / "emoji.tar")))

@@ -1,12 +1,14 @@
-"""Pictures on colours, and the captions that say so."""
+"""Images and captions of training samples."""
 
+import json
 from random import Random
 
 import pytest
 import torch
 from PIL import Image
 
-from ldm.data.transforms import COLOURS, Emoji, Photo, Tags, caption, compose
+from ldm.data.drawings import COLOURS, EmojiTransform, caption
+from ldm.data.transforms import PhotoTransform, TagShuffle
 
 
 @pytest.mark.parametrize(
@@ -19,71 +21,70 @@ from ldm.data.transforms import COLOURS, Emoji, Photo, Tags, caption, compose
         ("bus", "noto", "", "a noto emoji of a bus"),
     ],
 )
-def test_a_caption_says_what_there_is(name: str, style: str, colour: str, text: str) -> None:
+def test_a_caption_names_what_is_given(name, style, colour, text):
     assert caption(name, style, colour) == text
 
 
-def test_a_composed_picture_keeps_the_colour_outside_and_the_object_inside() -> None:
-    picture = Image.new("RGBA", (32, 32), (255, 0, 0, 255))
-    image = compose(picture, COLOURS["blue"], size=64, side=32)
-    blue = torch.tensor(COLOURS["blue"]) / 127.5 - 1
-    assert torch.allclose(image[:, 0, 0], blue)
+def test_a_drawing_lies_on_the_named_background():
+    transform = EmojiTransform(size=64, scale=(0.5, 0.5))
+    red = Image.new("RGBA", (32, 32), (255, 0, 0, 255))
+    image = transform.image_fields(red, Random(0), "blue")["jpg"]
+    assert torch.allclose(image[:, 0, 0], torch.tensor(COLOURS["blue"]) / 127.5 - 1)
     assert torch.allclose(image[:, 32, 32], torch.tensor([1.0, -1.0, -1.0]))
+    clear = Image.new("RGBA", (32, 32), (255, 0, 0, 0))  # the hidden colour does not bleed
+    assert transform.image_fields(clear, Random(0), "white")["jpg"].min() == 1.0
 
 
-def test_transparent_pixels_leave_no_colour_behind() -> None:
-    picture = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
-    image = compose(picture, COLOURS["white"], size=64, side=48)
-    assert image.min() == 1.0
-
-
-def test_an_emoji_depends_on_its_random_generator_alone() -> None:
-    record = {"picture": Image.new("RGBA", (32, 32), (9, 9, 9, 255)), "object": "pig"}
-    record |= {"style": "flat", "keywords": ["hog"]}
-    transform = Emoji(size=64)
-    first, same, other = (transform(record, Random(seed)) for seed in (1, 1, 2))
+def test_an_emoji_depends_on_its_random_generator_alone():
+    row = {"image": Image.new("RGBA", (32, 32), (9, 9, 9, 255)), "object": "pig"}
+    row |= {"style": "flat", "keywords": ["hog"]}
+    transform = EmojiTransform(size=64, crop=24)
+    first, same, other = (transform(row, Random(seed)) for seed in (1, 1, 2))
+    assert first["jpg"].shape == (3, 24, 24)
     assert torch.equal(first["jpg"], same["jpg"])
     assert first["txt"] == same["txt"]
     assert not torch.equal(first["jpg"], other["jpg"])
 
 
-def test_a_crop_has_its_size() -> None:
-    record = {"picture": Image.new("RGBA", (32, 32)), "object": "pig", "style": "flat"}
-    assert Emoji(size=64, crop=24)(record, Random(0))["jpg"].shape == (3, 24, 24)
-
-
-def test_a_photo_is_cut_to_a_square() -> None:
-    sample = Photo(size=32)({"picture": Image.new("RGB", (90, 50)), "text": "night"}, Random(0))
-    assert sample["jpg"].shape == (3, 32, 32)
-    assert sample["txt"] == "night"
-
-
-def test_a_photo_keeps_its_middle_or_a_part_of_chance() -> None:
-    picture = Image.new("RGB", (96, 32))
+def test_a_photo_keeps_its_middle_or_a_random_part():
+    image = Image.new("RGB", (96, 32))
     for x in range(96):
-        picture.paste((2 * x, 0, 0), (x, 0, x + 1, 32))
-    middle = Photo(size=32, flip=0)({"picture": picture}, Random(0))["jpg"]
-    assert torch.allclose((middle[0, 0] + 1) * 127.5, 2.0 * torch.arange(32, 64), atol=1.01)
-    parts = [Photo(size=32, flip=0, crop="random")({"picture": picture}, Random(k)) for k in (0, 1)]
-    assert not torch.equal(parts[0]["jpg"], parts[1]["jpg"])
+        image.paste((2 * x, 0, 0), (x, 0, x + 1, 32))
+    sample = {"image": image, "text": "night"}
+    middle = PhotoTransform(size=32, flip=0)(sample, Random(0))
+    assert middle["txt"] == "night"
+    red = (middle["jpg"][0, 0] + 1) * 127.5
+    assert torch.allclose(red, 2.0 * torch.arange(32, 64), atol=1.01)
+    crop = PhotoTransform(size=32, flip=0, crop="random")
+    assert not torch.equal(*(crop(sample, Random(k))["jpg"] for k in (0, 1)))
     with pytest.raises(ValueError, match="unknown crop `left`"):
-        Photo(crop="left")
+        PhotoTransform(crop="left")
 
 
-def test_what_is_transparent_in_a_photo_is_white() -> None:
-    picture = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
-    assert Photo(size=8)({"picture": picture}, Random(0))["jpg"].min() == 1
+def test_odd_photos_are_made_square_and_opaque():
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert PhotoTransform(size=8)({"image": clear}, Random(0))["jpg"].min() == 1
+    line = Image.new("RGB", (1, 60000))
+    assert PhotoTransform(size=64)({"image": line}, Random(0))["jpg"].shape == (3, 64, 64)
 
 
-def test_a_line_of_pixels_is_no_burden() -> None:
-    assert (
-        Photo(size=64)({"picture": Image.new("RGB", (1, 60000))}, Random(0))["jpg"].shape[1] == 64
-    )
-
-
-def test_tags_are_shuffled_and_dropped_but_for_the_first() -> None:
+def test_tags_are_shuffled_and_dropped_but_for_the_first():
     tags = "1cat, sitting, red hat, snow"
-    assert Tags(drop=1.0, keep=2)(tags, Random(0)) == "1cat, sitting"
-    shuffled = {Tags()(tags, Random(seed)) for seed in range(20)}
+    assert TagShuffle(drop=1.0, keep=2)(tags, Random(0)) == "1cat, sitting"
+    shuffled = {TagShuffle()(tags, Random(seed)) for seed in range(20)}
     assert len(shuffled) == 6
     assert all(text.startswith("1cat, ") for text in shuffled)
+
+
+def test_keys_of_latent_caches_are_those_of_version_0_1():
+    emoji = EmojiTransform(size=64, random_colour_probability=0.5, conditions={"lr": {"blur": 1.0}})
+    assert json.dumps(emoji.cache_key()) == (
+        '["Emoji", {"size": 64, "scale": [0.79, 0.83], "shift": 2, "flip": 0.0, "crop": null, '
+        '"any_colour": 0.5, "records": {"lr": "Small(factor=4, blur=1.0)"}}]'
+    )
+    conditions = {"mask": {"full_probability": 0.1}, "depth": {"ramp_width": 3}}
+    photo = PhotoTransform(size=32, conditions=conditions)
+    assert json.dumps(photo.cache_key()) == (
+        '["Photo", {"size": 32, "crop": "centre", "flip": 0.5, "records": {'
+        '"mask": "Mask(whole=0.1, boxes=0.5)", "depth": "Relief(depth=3, luminance=0.25)"}}]'
+    )

@@ -7,15 +7,15 @@ import torch
 
 import evaluate_demo
 from judges import Gallery, Judges, background
+from ldm.data.drawings import COLOURS, EmojiTransform
 from ldm.data.folder import Folder
-from ldm.data.transforms import COLOURS, Emoji
 
 EMOJI = Path(__file__).parents[1] / "data" / "emoji"
 
 
 @pytest.fixture(scope="module")
 def folder():
-    return Folder(root=EMOJI, transform=Emoji())
+    return Folder(root=EMOJI, transform=EmojiTransform())
 
 
 @pytest.fixture(scope="module")

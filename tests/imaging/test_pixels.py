@@ -3,10 +3,17 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.imaging.pixels import grid, to_pil, to_tensor, to_uint8
+from ldm.imaging.pixels import (
+    make_grid,
+    resize_to_multiple,
+    scale_and_crop,
+    to_pil,
+    to_tensor,
+    to_uint8,
+)
 
 
-def _pictures(number, size=(6, 5)):
+def _random_images(number, size=(6, 5)):
     rng = np.random.default_rng(number)
     shape = (number, size[1], size[0], 3)
     return [Image.fromarray(p) for p in rng.integers(0, 256, shape, dtype=np.uint8)]
@@ -41,23 +48,34 @@ def test_every_pixel_value_survives_the_way_to_a_tensor_and_back():
     assert (np.asarray(to_pil(image)[0]) == ramp).all()
 
 
-def test_a_palette_picture_becomes_three_channels():
+def test_a_palette_image_becomes_three_channels():
     assert to_tensor(Image.new("P", (3, 2))).shape == (1, 3, 2, 3)
 
 
 @pytest.mark.parametrize(("number", "columns"), [(1, 3), (2, 3), (3, 3), (7, 3), (4, 1), (5, 8)])
 def test_grid_equals_torchvision(number, columns):
     utils = pytest.importorskip("torchvision.utils")
-    pictures = _pictures(number)
-    batch = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in pictures])
+    images = _random_images(number)
+    batch = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in images])
     expected = utils.make_grid(batch, nrow=columns, padding=2).permute(1, 2, 0).numpy()
-    assert (np.asarray(grid(pictures, columns)) == expected).all()
+    assert (np.asarray(make_grid(images, columns)) == expected).all()
 
 
 @pytest.mark.parametrize(
-    ("pictures", "columns"),
-    [([], 3), (_pictures(2), 0), ([*_pictures(1), *_pictures(1, (4, 4))], 2)],
+    ("images", "columns"),
+    [([], 3), (_random_images(2), 0), ([*_random_images(1), *_random_images(1, (4, 4))], 2)],
 )
-def test_impossible_grids_are_refused(pictures, columns):
+def test_impossible_grids_are_refused(images, columns):
     with pytest.raises(ValueError, match="grid"):
-        grid(pictures, columns)
+        make_grid(images, columns)
+
+
+def test_images_are_scaled_and_cropped_to_a_size():
+    image = Image.new("RGB", (100, 50))
+    assert scale_and_crop(image, (None, None)) is image
+    assert scale_and_crop(image, (64, 64)).size == (64, 64)
+    assert scale_and_crop(image, (64, None)).size == (128, 64)
+    assert scale_and_crop(image, (None, 64)).size == (64, 32)
+    assert resize_to_multiple(Image.new("RGB", (150, 100)), 64).size == (128, 64)
+    with pytest.raises(ValueError, match="smaller than 64"):
+        resize_to_multiple(Image.new("RGB", (150, 50)), 64)

@@ -2,8 +2,8 @@ import json
 
 from PIL import Image
 
+from ldm.commands.read_watermark import main
 from ldm.imaging.watermark import embed
-from scripts.read_watermark import main
 
 
 def _marked(path):

@@ -186,12 +186,12 @@ def test_mark_says_when_it_cannot_be_read_back(caplog):
         ({"payload": [0, 2]}, "payload"),
         ({"payload": [0, -1]}, "payload"),
         ({"method": "rivaGan"}, "unknown watermark `rivaGan`, choose one of dwtDctSvd, dwtDct"),
-        ({"picture": Image.new("RGBA", (300, 300))}, "mode `RGBA`"),
+        ({"image": Image.new("RGBA", (300, 300))}, "mode `RGBA`"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=message):
-        embed(**{"picture": _noise(), "payload": b"SDV2", **change})
+        embed(**{"image": _noise(), "payload": b"SDV2", **change})
 
 
 @pytest.mark.parametrize("method", METHODS)

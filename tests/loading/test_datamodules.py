@@ -54,10 +54,10 @@ def test_the_data_module_of_tar_files_is_read() -> None:
                 "flip": 0.0,
                 "size": 512,
                 "crop": "random",
-                "records": {"mask": {"whole": 0.25}},
+                "conditions": {"mask": {"full_probability": 0.25}},
             },
-            "least": {"original_width": 512, "original_height": 512},
-            "most": {"pwatermark": 0.45, "punsafe": 0.1},
+            "minimum": {"original_width": 512, "original_height": 512},
+            "maximum": {"pwatermark": 0.45, "punsafe": 0.1},
         },
     }
     assert any("filter_word_list: captions are NOT filtered" in note for note in notes)

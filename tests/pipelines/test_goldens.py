@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from goldfile import gold
-from ldm.imaging.pixels import squeezed, to_tensor, to_uint8
+from ldm.imaging.pixels import resize_to_multiple, to_tensor, to_uint8
 from ldm.pipelines import (
     LEGACY,
     depth2img,
@@ -45,7 +45,7 @@ def test_img2img(name):
     info = file.case(name)["info"]
     options, model = info["options"], model_of(file, info["model"])
     picture = Image.fromarray(file.inputs(name)["init_image"].numpy())
-    image, n = to_tensor(squeezed(picture, 64)), options["n_samples"]
+    image, n = to_tensor(resize_to_multiple(picture, 64)), options["n_samples"]
     lines = options.get("from_file", [options["prompt"]] * n)
     torch.manual_seed(options["seed"])
     z = latent_of(model, image, n, noise_source(None, n, ALL_LEGACY))

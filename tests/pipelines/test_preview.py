@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import ldm
 from ldm.imaging.pixels import to_tensor
-from ldm.imaging.reading import open_picture
+from ldm.imaging.reading import load_image
 from ldm.pipelines.preview import fit_preview
 
 EMOJI = Path(__file__).parents[1] / "data/emoji/images"
@@ -16,7 +16,7 @@ EMOJI = Path(__file__).parents[1] / "data/emoji/images"
 def test_previews_of_real_pictures_explain_most_of_their_variance():
     model = ldm.load()
     paths = sorted(EMOJI.glob("*/*.png"))[::3]
-    image = torch.cat([to_tensor(open_picture(path)) for path in paths])  # (8, 3, 64, 64)
+    image = torch.cat([to_tensor(load_image(path)) for path in paths])  # (8, 3, 64, 64)
     with torch.no_grad():
         z = model.autoencoder.encode(image).mode() * model.scale_factor
     shown = fit_preview(model)(z)

@@ -5,7 +5,7 @@ import pytest
 from picturehelp import pixels
 from PIL import Image
 
-from imaging.badpictures import REFUSED
+from imaging.badimages import REFUSED
 from scripts import depth2img, img2img, inpaint, unclip, upscale
 
 TASKS = [img2img, inpaint, depth2img, upscale, unclip]

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from ldm.loading.config import read_yaml
-from ldm.train.distributed.parallel import whole
 from ldm.train.config.settings import read_settings
+from ldm.train.distributed.parallel import whole
 from ldm.train.loop import Run
 from ldm.train.monitoring.validation import validate
 

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 import ldm
-from ldm.data.folder import Folder, WithPrior
+from ldm.data.dataset import WithClassImages
+from ldm.data.folder import Folder
 from ldm.data.source import collate
-from ldm.data.transforms import Photo
+from ldm.data.transforms import PhotoTransform
 from ldm.loading.addons.embeddings import load_embeddings
 from ldm.loading.addons.lora import read_lora
 from ldm.loading.build import build_on_meta
@@ -164,13 +165,13 @@ def test_folders_without_metadata_are_listed_with_their_texts(tmp_path: Path) ->
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (9, 8)).save(tmp_path / name)
     (tmp_path / "1.txt").write_text("a red fox\n")
-    folder = Folder(root=tmp_path, transform=Photo(size=8))
+    folder = Folder(root=tmp_path, transform=PhotoTransform(size=8))
     assert [folder[0, k]["txt"] for k in range(2)] == ["a red fox", ""]
-    same = Folder(root=tmp_path, transform=Photo(size=8), fields={"text": "sks"})
+    same = Folder(root=tmp_path, transform=PhotoTransform(size=8), fields={"text": "sks"})
     assert [same[0, k]["txt"] for k in range(len(same))] == ["sks", "sks"]
-    one = Folder(root=tmp_path, transform=Photo(size=8), where={"text": "a red fox"})
+    one = Folder(root=tmp_path, transform=PhotoTransform(size=8), where={"text": "a red fox"})
     assert len(one) == 1
     with pytest.raises(ValueError, match="has no pictures of text `x`, split `train`"):
-        Folder(root=tmp_path, transform=Photo(), where={"text": "x"}, split="train")
-    pairs = WithPrior(one, same)
+        Folder(root=tmp_path, transform=PhotoTransform(), where={"text": "x"}, split="train")
+    pairs = WithClassImages(one, same)
     assert [pairs[epoch, 0]["prior"]["jpg"].shape for epoch in range(3)] == [(3, 8, 8)] * 3

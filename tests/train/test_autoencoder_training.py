@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
+from ldm.data.drawings import EmojiTransform
 from ldm.data.folder import Folder
-from ldm.data.source import Records
-from ldm.data.transforms import Emoji
+from ldm.data.source import DatasetSource
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.train.optim import optimizers
 from ldm.train.tasks.autoencoder import Reconstruction, normalise, psnr
@@ -21,8 +21,8 @@ def tiny() -> AutoencoderKL:
 
 
 def test_reconstructions_get_better() -> None:
-    folder = Folder(root=EMOJI, transform=Emoji(size=16))
-    batch = next(Records(folder).batches(4))
+    folder = Folder(root=EMOJI, transform=EmojiTransform(size=16))
+    batch = next(DatasetSource(folder).batches(4))
     task = Reconstruction(tiny())
     optimizer = optimizers.make(task.trained, 3e-3, name="muon")
     generator = torch.Generator().manual_seed(0)

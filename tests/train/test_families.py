@@ -89,7 +89,7 @@ def raw_of(task: str, folder: Path, **params: Any) -> dict[str, Any]:
     raw["model"] |= {"target": DDPM + name, "params": model}
     train = raw["data"]["params"]["train"]
     train |= {"root": ROOT / "tests/data/emoji"}
-    train["transform"]["records"] = records
+    train["transform"]["conditions"] = records
     raw["data"]["params"]["latents"] = {"cache": folder / "latents", "variants": 1}
     raw["lightning"]["trainer"]["max_steps"] = 2
     return raw

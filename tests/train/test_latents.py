@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.data.drawings import EmojiTransform
 from ldm.data.folder import Folder
 from ldm.data.pack import pack
 from ldm.data.shards import Shards
-from ldm.data.source import Records
-from ldm.data.transforms import Emoji, Photo
+from ldm.data.source import DatasetSource
+from ldm.data.transforms import PhotoTransform
 from ldm.loading.config import instantiate, read_yaml
 from ldm.train.batches.contexts import cached_contexts
 from ldm.train.batches.latents import cached_latents
@@ -47,13 +48,13 @@ def photos(tmp_path: Path) -> Path:
 def made(model: Any, photos: Path, cache: Path, **options: Any) -> int:
     """How many latents had to be made."""
     before = len(Store(cache, "latents"))
-    folder = Folder(root=photos, transform=Photo(**{"size": 16, "flip": 0.5} | options))
+    folder = Folder(root=photos, transform=PhotoTransform(**{"size": 16, "flip": 0.5} | options))
     cached_latents(model, folder, cache, variants=2, batch=4)
     return len(Store(cache, "latents")) - before
 
 
 def test_latents_are_those_of_the_pictures(model: Any, photos: Path, tmp_path: Path) -> None:
-    folder = Folder(root=photos, transform=Photo(size=16, flip=0.0))
+    folder = Folder(root=photos, transform=PhotoTransform(size=16, flip=0.0))
     latents = cached_latents(model, folder, tmp_path / "cache", precision="32")
     sample = latents[0, 3]
     with torch.no_grad():
@@ -63,10 +64,10 @@ def test_latents_are_those_of_the_pictures(model: Any, photos: Path, tmp_path: P
 
 
 def test_the_loss_is_the_same_with_a_cache(model: Any, photos: Path, tmp_path: Path) -> None:
-    folder = Folder(root=photos, transform=Photo(size=16, flip=0.0))
+    folder = Folder(root=photos, transform=PhotoTransform(size=16, flip=0.0))
     cached = cached_latents(model, folder, tmp_path, precision="32")
     task = Diffusion(model, drop=0.0)
-    batches = (next(Records(data, seed=5).batches(4)) for data in (folder, cached))
+    batches = (next(DatasetSource(data, seed=5).batches(4)) for data in (folder, cached))
     losses = [task.loss(batch, torch.Generator().manual_seed(7)) for batch in batches]
     torch.testing.assert_close(losses[0]["losses"], losses[1]["losses"], rtol=1e-4, atol=1e-5)
 
@@ -92,11 +93,13 @@ def test_only_what_changed_is_made_anew(model: Any, photos: Path, tmp_path: Path
 
 
 def test_more_variants_keep_those_that_are_there(model: Any, tmp_path: Path) -> None:
-    folder = Folder(root=ROOT / "tests/data/emoji", transform=Emoji(size=16), split="train")
+    folder = Folder(
+        root=ROOT / "tests/data/emoji", transform=EmojiTransform(size=16), split="train"
+    )
     for variants, count in ((2, 46), (3, 69)):
         latents = cached_latents(model, folder, tmp_path, variants=variants)
         assert len(latents.looks.store) == count
-    looks = [latents.looks.look(latents.digests[5], variant)[0] for variant in range(11)]
+    looks = [latents.looks.look(latents.digests[5], variant) for variant in range(11)]
     assert len(set(looks)) == 11
     texts = [latents[epoch, 5]["txt"] for epoch in range(100)]
     assert all(any(look in text for text in texts) for look in looks[:3])
@@ -133,9 +136,9 @@ def test_latents_come_in_buckets_and_broken_pictures_are_named(
 ) -> None:
     (photos / "2.png").write_bytes(b"")
     (photos / "8.png").write_bytes((photos / "1.png").read_bytes()[:60])
-    folder = Folder(root=photos, transform=Photo(size=16, buckets={"step": 8}))
+    folder = Folder(root=photos, transform=PhotoTransform(size=16, buckets={"step": 8}))
     latents = cached_latents(model, folder, tmp_path / "cache")
-    batches = Records(latents).batches(2)
+    batches = DatasetSource(latents).batches(2)
     seen = [next(batches) for _ in range(4)]
     assert {batch["z"].shape[1:] for batch in seen} == {(4, 4, 4), (4, 2, 6)}
     assert {name for batch in seen for name in batch.get("broken", [])} == {"2.png", "8.png"}
@@ -143,13 +146,15 @@ def test_latents_come_in_buckets_and_broken_pictures_are_named(
 
 def packed(photos: Path, place: Path) -> list[str]:
     """Shards of 4 and 2 pictures."""
-    return [*map(str, pack(Folder(root=photos, transform=Photo()), f"{place}/%d.tar", count=4))]
+    return [
+        *map(str, pack(Folder(root=photos, transform=PhotoTransform()), f"{place}/%d.tar", count=4))
+    ]
 
 
 def test_latents_of_a_folder_are_found_when_it_is_packed_into_shards(
     model: Any, photos: Path, tmp_path: Path
 ) -> None:
-    photo, cache = Photo(size=16, buckets={"step": 8}), tmp_path / "cache"
+    photo, cache = PhotoTransform(size=16, buckets={"step": 8}), tmp_path / "cache"
     latents = cached_latents(model, Folder(root=photos, transform=photo), cache, variants=2)
     model.autoencoder.encode = None  # nothing is made anew
     shards = cached_latents(model, Shards(packed(photos, tmp_path), photo), cache, variants=2)
@@ -158,19 +163,19 @@ def test_latents_of_a_folder_are_found_when_it_is_packed_into_shards(
         assert len({z.shape for z in batch["z"]}) == 1
         for text, z in zip(batch["txt"], batch["z"], strict=True):
             assert any(torch.equal(z, latents[epoch, int(text[-1])]["z"]) for epoch in range(20))
-    assert shards.first(1)[0]["jpg"].shape[0] == 3
+    assert shards.first_samples(1)[0]["jpg"].shape[0] == 3
 
 
 def test_shards_are_read_for_latents_only_when_something_changed(
     model: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files, cache, read = packed(photos, tmp_path), tmp_path / "cache", []
-    raws = Shards.raws
-    monkeypatch.setattr(Shards, "raws", lambda shards: read.append(1) or raws(shards))
+    raws = Shards.raw_samples
+    monkeypatch.setattr(Shards, "raw_samples", lambda shards: read.append(1) or raws(shards))
 
     def found(**options: Any) -> tuple[int, int]:
         """(how often shards were read, how many latents there are)"""
-        cached_latents(model, Shards(files, Photo(size=16, **options)), cache)
+        cached_latents(model, Shards(files, PhotoTransform(size=16, **options)), cache)
         return len(read), len(Store(cache, "latents"))
 
     assert found() == (1, 6)
@@ -189,12 +194,12 @@ def test_damaged_pictures_in_shards_are_named(
     model: Any, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copy(photos / "1.png", photos / "0.png")
-    (shard,) = pack(Folder(root=photos, transform=Photo()), f"{tmp_path}/%d.tar")
+    (shard,) = pack(Folder(root=photos, transform=PhotoTransform()), f"{tmp_path}/%d.tar")
     content = shard.read_bytes()
     place = content.index(b"IHDR", content.index(b"000000002.png"))
     content = content[:place] + b"XXXX" + content[place + 4 :]
     shard.write_bytes(content.replace(b"picture 0", b"picture \xff"))  # a caption that is no text
-    shards = cached_latents(model, Shards(str(shard), Photo(size=16)), tmp_path / "cache")
+    shards = cached_latents(model, Shards(str(shard), PhotoTransform(size=16)), tmp_path / "cache")
     batch = next(shards.batches(6))
     assert sorted(batch["broken"]) == ["0.tar/000000000", "0.tar/000000002"]
     assert {*batch["txt"]} == {f"picture {n}" for n in (1, 3, 4, 5)}
@@ -259,7 +264,7 @@ def test_a_config_asks_for_both(model: Any, photos: Path, tmp_path: Path, kind: 
     batch = next(source.batches(3, workers=1))
     assert batch["z"].shape == (3, 4, 4, 4)
     assert set(batch["txt"]) <= set(model.conditioner.text.cache)
-    assert source.first(1)[0]["jpg"].shape == (3, 16, 16)
+    assert source.first_samples(1)[0]["jpg"].shape == (3, 16, 16)
     for wrong, message in (({}, "needs `cache`"), ({"cache": "x", "variant": 2}, "'variant'")):
         with pytest.raises(ValueError, match=f"data.params.latents.*{message}"):
             open_sources(model, {"params": {**data["params"], "latents": wrong | {"batch": 1}}}, 0)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ldm.data.folder import Folder
 from ldm.data.pack import pack
-from ldm.data.transforms import Photo
+from ldm.data.transforms import PhotoTransform
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.train.distributed import parallel
 from tests.train.ranks import STEPS, run
@@ -120,7 +120,7 @@ def test_every_way_of_training_is_resumed_bit_by_bit(
     processes: int, strategies: list[str], tmp_path: Path
 ) -> None:
     shards = tmp_path / "shards"
-    folder = Folder(root=ROOT / "tests/data/emoji", transform=Photo(size=32))
+    folder = Folder(root=ROOT / "tests/data/emoji", transform=PhotoTransform(size=32))
     assert len(list(pack(folder, f"{shards}/%03d.tar", count=5))) == 5
     cases = [
         f"{strategy}-{precision}-{data}"

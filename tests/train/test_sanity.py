@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.data import transforms
+from ldm.data.drawings import EmojiTransform
 from ldm.data.folder import Folder
-from ldm.data.source import Records, collate
+from ldm.data.source import DatasetSource, collate
 from ldm.loading.load import load
 from ldm.train.monitoring import sanity
 from ldm.train.monitoring.sanity import Findings
@@ -23,15 +23,15 @@ def demo() -> Any:
 
 
 @pytest.fixture(scope="module")
-def source() -> Records:
-    return Records(Folder(root=EMOJI, transform=transforms.Emoji(size=64), seed=1))
+def source() -> DatasetSource:
+    return DatasetSource(Folder(root=EMOJI, transform=EmojiTransform(size=64), seed=1))
 
 
-def found(model: Any, source: Records) -> Findings:
-    return sanity.look(model, source.first(6), torch.Generator().manual_seed(0), size=4)
+def found(model: Any, source: DatasetSource) -> Findings:
+    return sanity.look(model, source.first_samples(6), torch.Generator().manual_seed(0), size=4)
 
 
-def test_a_trained_model_is_far_better_than_a_guess(demo: Any, source: Records) -> None:
+def test_a_trained_model_is_far_better_than_a_guess(demo: Any, source: DatasetSource) -> None:
     right = found(demo, source)
     assert right.best == "v"
     assert right.loss < 0.5 * right.guess
@@ -40,7 +40,7 @@ def test_a_trained_model_is_far_better_than_a_guess(demo: Any, source: Records) 
 
 @pytest.mark.parametrize("wrong", ["eps", "x0"])
 def test_what_a_model_really_predicts_is_named(
-    demo: Any, source: Records, wrong: str, monkeypatch: Any
+    demo: Any, source: DatasetSource, wrong: str, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(demo, "parameterization", wrong)
     complaint = found(demo, source).complaint()
@@ -50,7 +50,7 @@ def test_what_a_model_really_predicts_is_named(
 
 @pytest.mark.parametrize("scale", [0.18215, 1 / 0.18215])
 def test_a_wrong_scale_of_latents_is_named(
-    demo: Any, source: Records, scale: float, monkeypatch: Any
+    demo: Any, source: DatasetSource, scale: float, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(demo, "scale_factor", scale)
     complaint = found(demo, source).complaint()
@@ -59,7 +59,7 @@ def test_a_wrong_scale_of_latents_is_named(
 
 
 def test_random_weights_stop_a_fine_tune_unless_it_is_told_otherwise(
-    demo: Any, source: Records, monkeypatch: Any
+    demo: Any, source: DatasetSource, monkeypatch: Any
 ) -> None:
     last = demo.unet.out[2].weight
     monkeypatch.setattr(last, "data", torch.zeros_like(last))
@@ -74,8 +74,8 @@ def test_random_weights_stop_a_fine_tune_unless_it_is_told_otherwise(
     sanity.check(run)
 
 
-def test_an_autoencoder_must_do_better_than_flat_colours(demo: Any, source: Records) -> None:
-    image = collate(source.first(4))["jpg"]
+def test_an_autoencoder_must_do_better_than_flat_colours(demo: Any, source: DatasetSource) -> None:
+    image = collate(source.first_samples(4))["jpg"]
     assert sanity._reconstruction(demo.autoencoder, image) is None
     assert "hardly better than flat colours" in str(
         sanity._reconstruction(_Grey(), image)  # type: ignore[arg-type]

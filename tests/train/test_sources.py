@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ldm.data.drawings import EmojiTransform
 from ldm.data.folder import Folder
 from ldm.data.pack import pack
-from ldm.data.transforms import Emoji
 from ldm.loading.config import instantiate, read_yaml
 from ldm.train.batches.sources import open_sources
 
@@ -28,10 +28,10 @@ def test_a_folder_is_trained_on_and_another_split_is_held_out() -> None:
     data = section(validation={**TRAIN, "split": "heldout"})
     train, held_out = open_sources(nn.Identity(), data, 23)
     assert held_out is not None
-    assert (train.epoch(1), held_out.epoch(1)) == (23, 1)
+    assert (train.batches_per_epoch(1), held_out.batches_per_epoch(1)) == (23, 1)
     batch = next(train.batches(4, start=2))
     assert batch["jpg"].shape == (4, 3, 16, 16)
-    assert torch.equal(held_out.first(1)[0]["jpg"], held_out.first(1)[0]["jpg"])
+    assert torch.equal(held_out.first_samples(1)[0]["jpg"], held_out.first_samples(1)[0]["jpg"])
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_what_is_wrong_is_named(params: dict[str, Any], message: str) -> None:
     ("part", "place", "message"),
     [
         ("train", "nope", "there is no folder `.*nope`"),
-        ("validation", "", "`.*` has no metadata.jsonl, metadata.csv or pictures"),
+        ("validation", "", "`.*` has no metadata.jsonl, metadata.csv or images"),
     ],
 )
 def test_a_folder_without_pictures_is_named_with_its_key(
@@ -86,7 +86,7 @@ def test_a_caption_that_cannot_be_read_goes_the_way_of_a_damaged_picture(tmp_pat
 
 
 def test_shards_are_opened_by_their_pattern(tmp_path: Path) -> None:
-    folder = Folder(root=EMOJI, transform=Emoji(), split="train")
+    folder = Folder(root=EMOJI, transform=EmojiTransform(), split="train")
     list(pack(folder, str(tmp_path / "%06d.tar"), count=8))
     train, _ = open_sources(
         nn.Identity(), section(train={**SHARDS, "shards": f"{tmp_path}/{{000000..000002}}.tar"}), 23

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ldm.data.folder import PICTURES
+from ldm.data.folder import IMAGE_SUFFIXES
 from ldm.imaging.metadata import write_png
 from ldm.imaging.pixels import to_pil
 from ldm.model import LatentDiffusion
@@ -37,7 +37,7 @@ def make_pictures(
     What is there stays: pictures of one's own, and those of an interrupted making.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    there = sum(path.suffix.lower() in PICTURES for path in folder.iterdir())
+    there = sum(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
     free = (seed for seed in itertools.count() if not (folder / f"{seed:05}.png").exists())
     lacking = list(itertools.islice(free, max(0, count - there)))
     if not lacking:

@@ -22,16 +22,15 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ldm.data.shards import Shards, name_of, picture_of, said_of
-from ldm.data.source import Unreadable, collate
-from ldm.data.transforms import COLOURS, Emoji
-from ldm.imaging.reading import picture_in
+from ldm.data.dataset import ImageDataset, SampleDataset, UnreadableSample
+from ldm.data.shards import Shards, image_bytes, metadata_of, name_of
+from ldm.data.source import collate, to_device
+from ldm.data.transforms import Transform
+from ldm.imaging.reading import decode_image
 from ldm.model import LatentDiffusion
 from ldm.train.batches.store import Store, digest, digest_of_weights
-from ldm.train.tasks.diffusion import on_device
 
 __all__ = ["Latents", "cached_latents"]
 
@@ -44,7 +43,7 @@ PRECISIONS = {"16": torch.float16, "32": torch.float32}
 class Wanted(NamedTuple):
     """A latent that is wanted.
 
-    picture: opens what it is of; raises Unreadable for a damaged file.
+    picture: opens what it is of; raises UnreadableSample for a damaged file.
     content: digest of that file. size: (width, height) of its bucket, if there are buckets.
     """
 
@@ -60,33 +59,32 @@ class Looks:
     transform: what is done to pictures and captions. recipe: what else the latents depend on.
     """
 
-    def __init__(self, store: Store, transform: Any, recipe: str, variants: int) -> None:
+    def __init__(self, store: Store, transform: Transform, recipe: str, variants: int) -> None:
         self.store, self.transform, self.recipe, self.variants = store, transform, recipe, variants
 
     def key(self, content: str, size: tuple[int, int] | None, variant: int) -> str:
         """The name of a latent in the store."""
         return digest(self.recipe, content, size, variant)
 
-    def look(self, content: str, variant: int) -> tuple[str, ...]:
+    def look(self, content: str, variant: int) -> str:
         """What tells the variants of a picture apart, besides chance: the colour behind an emoji.
 
         They come in an order of its own, and again after all of them.
         """
-        if not isinstance(self.transform, Emoji):
-            return ()
-        order = Random(content).sample(list(COLOURS), len(COLOURS))
-        return (order[variant % len(COLOURS)],)
+        names = self.transform.variants
+        if not names:
+            return ""
+        return Random(content).sample(names, len(names))[variant % len(names)]
 
     def seen(self, wanted: Wanted) -> dict[str, Tensor] | None:
         """All of a sample but its caption; None for a damaged file."""
         try:
             picture = wanted.picture()
-        except Unreadable:  # whoever asks for its latent will be told
+        except UnreadableSample:  # whoever asks for its latent will be told
             return None
         rng = Random(f"{wanted.content} {wanted.variant}")
         look = self.look(wanted.content, wanted.variant)
-        seen: dict[str, Tensor] = self.transform.seen(picture, *look, rng)
-        return seen
+        return self.transform.image_fields(picture, rng, look)
 
     def sample(
         self, name: str, content: str, size: tuple[int, int] | None, row: Any, rng: Random
@@ -94,14 +92,14 @@ class Looks:
         """{"z", "z_std", "txt", …} of a picture in a variant of chance.
 
             name: what errors call it. row: its metadata.
-        Raises Unreadable if no latent could be made of it.
+        Raises UnreadableSample if no latent could be made of it.
         """
         variant = rng.randrange(self.variants)
         key = self.key(content, size, variant)
         if key not in self.store:
-            raise Unreadable(name, "no latent could be made of it")
+            raise UnreadableSample(name, "no latent could be made of it")
         kept = {name: value.float() for name, value in self.store[key].items()}
-        return {**kept, "txt": self.transform.caption(row, *self.look(content, variant), rng)}
+        return {**kept, "txt": self.transform.caption(row, rng, self.look(content, variant))}
 
     def all_of(
         self, picture: Callable[[], Image.Image], content: str, size: tuple[int, int] | None
@@ -135,14 +133,14 @@ class Looks:
             return self.store.fill(wanted, make, batch=batch, kind=lambda one: one.size)
 
 
-class Latents(Dataset):
+class Latents(SampleDataset):
     """Latents in the place of pictures, as {"z", "z_std", "txt", …}; `groups` as the pictures have.
 
     dataset: a Folder or a Hub.
     digests: of the file of every record, "" where it cannot be read.
     """
 
-    def __init__(self, dataset: Any, looks: Looks, digests: Sequence[str]) -> None:
+    def __init__(self, dataset: ImageDataset, looks: Looks, digests: Sequence[str]) -> None:
         self.dataset, self.looks, self.digests = dataset, looks, digests
         self.groups = dataset.groups
 
@@ -155,15 +153,18 @@ class Latents(Dataset):
         row, name = self.dataset.row(index), self.dataset.name(index)
         return self.looks.sample(name, self.digests[index], self.size(index), row, rng)
 
+    def names(self) -> Iterator[str]:
+        return self.dataset.names()
+
     def size(self, index: int) -> tuple[int, int] | None:
         """(width, height) of the bucket of a picture, if there are buckets."""
         if self.groups is None:
             return None
-        size: tuple[int, int] = self.dataset.transform.buckets.sizes[self.groups[index]]
-        return size
+        buckets = self.dataset.transform.buckets
+        return None if buckets is None else buckets.sizes[self.groups[index]]
 
     def picture(self, index: int) -> Image.Image:
-        picture: Image.Image = self.dataset.record(index)["picture"]
+        picture: Image.Image = self.dataset.load(index)["image"]
         return picture
 
     def wanted(self) -> Iterator[tuple[str, Wanted]]:
@@ -198,7 +199,7 @@ def cached_latents(
         allowed = ", ".join(PRECISIONS)
         raise ValueError(f"data.params.latents: precision `{precision}`, choose one of {allowed}")
     if variants is None:
-        variants = len(COLOURS) if isinstance(dataset.transform, Emoji) else 1
+        variants = len(dataset.transform.variants) or 1
     recipe = _recipe(model, dataset.transform, precision)
     looks = Looks(Store(cache, "latents"), dataset.transform, recipe, variants)
     if isinstance(dataset, Shards):
@@ -214,7 +215,8 @@ def _of_shards(
 ) -> Shards:
     """The same of shards, which are read for it only if one of them is not as it was."""
     states = [(url, _state(url)) for url in shards.urls]
-    sizes = getattr(getattr(shards.transform, "buckets", None), "sizes", None)
+    buckets = shards.transform.buckets
+    sizes = None if buckets is None else buckets.sizes
     facts = (looks.recipe, looks.variants, sizes, sorted(shards.limits.items()), states)
     path = looks.store.folder / f"shards-{digest(*facts)[:16]}.json"
     done = _done(path, looks.store.files) if all(state for _, state in states) else None
@@ -226,33 +228,33 @@ def _of_shards(
     if done["damaged"]:
         log.warning("%d latents could not be made; they are tried again without `%s`",
                     done["damaged"], path)  # fmt: skip
-    return shards.replaced(partial(_latent_of, looks, shards))
+    return shards.with_samples(partial(_latent_of, looks, shards))
 
 
 def _wanted_of(shards: Shards, looks: Looks) -> Iterator[tuple[str, Wanted]]:
     """All latents of the samples in shards, and their keys."""
-    for raw in shards.raws():
+    for raw in shards.raw_samples():
         with suppress(ValueError):  # whoever asks for its latent will be told
-            content = digest(picture_of(raw)[1])
-            yield from looks.all_of(partial(_opened, raw), content, shards.size(raw))
+            content = digest(image_bytes(raw)[1])
+            yield from looks.all_of(partial(_opened, raw), content, shards.bucket_size(raw))
 
 
 def _opened(raw: Any) -> Image.Image:
-    suffix, data = picture_of(raw)
+    suffix, data = image_bytes(raw)
     try:
-        return picture_in(data, f"{name_of(raw)}.{suffix}")
+        return decode_image(data, f"{name_of(raw)}.{suffix}")
     except ValueError as error:
-        raise Unreadable(name_of(raw), str(error)) from error
+        raise UnreadableSample(name_of(raw), str(error)) from error
 
 
 def _latent_of(looks: Looks, shards: Shards, raw: Any, rng: Random) -> dict[str, Any]:
     """The sample of an undecoded one."""
     name = name_of(raw)
     try:
-        content, row = digest(picture_of(raw)[1]), said_of(raw)
+        content, row = digest(image_bytes(raw)[1]), metadata_of(raw)
     except ValueError as error:
-        raise Unreadable(name, str(error)) from error
-    return looks.sample(name, content, shards.size(raw), row, rng)
+        raise UnreadableSample(name, str(error)) from error
+    return looks.sample(name, content, shards.bucket_size(raw), row, rng)
 
 
 def _state(url: str) -> tuple[int, ...] | None:
@@ -277,7 +279,7 @@ def _encoded(
     model: LatentDiffusion, batch: dict[str, Any], precision: str, chance: torch.Generator
 ) -> dict[str, Tensor]:
     """The latents of a batch of pictures, and what the encoders say they make of them."""
-    names, batch = _seen(model), on_device(batch, model.device)
+    names, batch = _seen(model), to_device(batch, model.device)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "16"):
         posterior = model.autoencoder.encode(batch["jpg"])
         z, std = (part * model.scale_factor for part in (posterior.mean, posterior.std))
@@ -293,14 +295,13 @@ def _seen(model: LatentDiffusion) -> list[str]:
     return sorted({e.cache_key for e in encoders if e.cache_key})
 
 
-def _recipe(model: LatentDiffusion, transform: Any, precision: str) -> str:
+def _recipe(model: LatentDiffusion, transform: Transform, precision: str) -> str:
     """A name for all that latents depend on besides the pictures."""
     first_stage, encoders = model.autoencoder, model.conditioner.encoders.values()
     parts: list[Any] = [getattr(first_stage, name, None) for name in ("encoder", "quant_conv")]
     parts += [encoder for encoder in encoders if encoder.cache_key]
     weights = digest_of_weights(*(part for part in parts if part is not None))
-    done = {name: getattr(transform, name) for name in transform.SEEN}
-    name = type(transform).__name__
+    name, done = transform.cache_key()
     return digest(VERSION, name, done, weights, model.scale_factor, precision)
 
 

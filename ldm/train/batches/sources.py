@@ -13,8 +13,8 @@ train, validation = open_sources(model, raw["data"], seed)
 """
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any, cast
@@ -22,11 +22,14 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ldm.data import transforms
-from ldm.data.folder import Folder, WithPrior, read_metadata
+from ldm.data.dataset import WithClassImages
+from ldm.data.drawings import EmojiTransform, caption_texts
+from ldm.data.folder import Folder, read_metadata
 from ldm.data.hub import Hub
+from ldm.data.options import rename_options
 from ldm.data.shards import Shards
-from ldm.data.source import Records, Source, Unreadable
+from ldm.data.source import DatasetSource, Source
+from ldm.data.transforms import PhotoTransform, Transform
 from ldm.encoders.text import TextEncoder
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import unknown_name
@@ -40,7 +43,9 @@ __all__ = ["open_sources"]
 
 log = logging.getLogger(__name__)
 
-TRANSFORMS = {"emoji": transforms.Emoji, "photo": transforms.Photo}
+TRANSFORMS: dict[str, Callable[..., Transform]] = {
+    kind.NAME: kind for kind in (EmojiTransform, PhotoTransform)
+}
 
 
 def open_sources(
@@ -67,7 +72,9 @@ def open_sources(
     return _with_extras(model, train, params), held_out
 
 
-def _with_extras(model: nn.Module, train: Records | Shards, params: Mapping[str, Any]) -> Source:
+def _with_extras(
+    model: nn.Module, train: DatasetSource | Shards, params: Mapping[str, Any]
+) -> Source:
     """The pictures, or their latents, with those of a class beside them if the config says so."""
     wanted = [key for key in ("latents", "texts", "prior") if params.get(key)]
     if not isinstance(model, LatentDiffusion) or not wanted:
@@ -83,7 +90,7 @@ def _with_extras(model: nn.Module, train: Records | Shards, params: Mapping[str,
     prior = None
     if params.get("prior"):
         prior = _prior(model, dict(params["prior"]), train.seed)
-        dataset = WithPrior(dataset, prior)
+        dataset = WithClassImages(dataset, prior)
     if params.get("texts"):
         texts = [*_captions(pictures), *(_captions(prior) if prior else ())]
         with _named("data.params.texts"):
@@ -93,16 +100,16 @@ def _with_extras(model: nn.Module, train: Records | Shards, params: Mapping[str,
             )
     if isinstance(train, Shards):
         return cast(Source, dataset)
-    return Records(dataset, train.seed, shown=pictures)
+    return DatasetSource(dataset, train.seed, shown=pictures)
 
 
 def _opened(
     spec: Mapping[str, Any], seed: int, where: str, commands: bool = False
-) -> Records | Shards:
+) -> DatasetSource | Shards:
     if "shards" not in spec:
-        return Records(_dataset(spec, seed, where), seed)
+        return DatasetSource(_dataset(spec, seed, where), seed)
     with _named(where, ".shards"):
-        options = {**spec, "transform": _transform(spec, where)}
+        options = {**rename_options("shards", spec), "transform": _transform(spec, where)}
         return Shards(**options, seed=seed, commands=commands)
 
 
@@ -113,12 +120,12 @@ def _dataset(spec: Mapping[str, Any], seed: int, where: str) -> Folder | Hub:
     return dataset
 
 
-def _transform(spec: Mapping[str, Any], where: str) -> Any:
+def _transform(spec: Mapping[str, Any], where: str) -> Transform:
     options = dict(spec["transform"])
     name = options.pop("name", None)
     if name not in TRANSFORMS:
         raise unknown_name("transform", name, TRANSFORMS, where)
-    return TRANSFORMS[name](**options)
+    return TRANSFORMS[name](**rename_options(name, options))
 
 
 def _cache(params: Mapping[str, Any], key: str) -> tuple[Path, dict[str, Any]]:
@@ -153,12 +160,12 @@ def _prior(model: LatentDiffusion, spec: dict[str, Any], seed: int) -> Folder | 
     return _dataset({**spec, "fields": {"text": prompt}}, seed, "data.params.prior")
 
 
-def _warn_of_silence(model: nn.Module, train: Records | Shards) -> None:
+def _warn_of_silence(model: nn.Module, train: DatasetSource | Shards) -> None:
     """Says how many pictures have no caption, where they are known and a model listens to them."""
     data = None if isinstance(train, Shards) else train.dataset
     listens = isinstance(model, LatentDiffusion) and model.conditioner.text is not None
-    if listens and isinstance(data, Folder) and isinstance(data.transform, transforms.Photo):
-        lacking = sum(not row.get("text") for row in _rows(data))
+    if listens and isinstance(data, Folder) and isinstance(data.transform, PhotoTransform):
+        lacking = sum(not row.get("text") for row in data.metadata())
         if lacking:
             log.warning("%d of %d pictures of `%s` have no caption", lacking, len(data), data.root)
 
@@ -166,24 +173,16 @@ def _warn_of_silence(model: nn.Module, train: Records | Shards) -> None:
 def _captions(dataset: Folder | Hub | Shards) -> Iterator[str]:
     """All captions, where each record has one and keeps it."""
     photo = dataset.transform
-    if not isinstance(photo, transforms.Photo) or photo.tags is not None:
+    if not isinstance(photo, PhotoTransform) or photo.tags is not None:
         raise ValueError("data.params.texts: only photos without `tags` have captions that stay")
-    rows = dataset.rows() if isinstance(dataset, Shards) else _rows(dataset)
-    return (photo.caption(row, Random(0)) for row in rows)
+    return (photo.caption(row, Random(0)) for row in dataset.metadata())
 
 
-def _rows(dataset: Folder | Hub) -> Iterator[Mapping[str, Any]]:
-    """What is said of all pictures."""
-    for index in range(len(dataset)):
-        with suppress(Unreadable):  # a damaged one will be named when its turn comes
-            yield dataset.row(index)
-
-
-def _learn_words(model: nn.Module, train: Records | Shards) -> None:
+def _learn_words(model: nn.Module, train: DatasetSource | Shards) -> None:
     """Gives a compact vocabulary that is still empty the words of all captions."""
     text = model.conditioner.find(TextEncoder) if isinstance(model, LatentDiffusion) else None
     ids = None if text is None else text.token_ids
     if text is not None and ids is not None and ids.equal(torch.arange(len(ids))):
         data: Any = train if isinstance(train, Shards) else train.dataset
-        rows = read_metadata(data.root) if isinstance(data, Folder) else data.rows()
-        ids.copy_(vocabulary(transforms.all_words(rows), text))
+        rows = read_metadata(data.root) if isinstance(data, Folder) else data.metadata()
+        ids.copy_(vocabulary(caption_texts(rows), text))

@@ -108,10 +108,10 @@ def _web(params: Spec) -> Spec:
     unsafe, base = params.pop("p_unsafe_threshold", None), params.pop("tar_base", None)
     limits: Spec = {}
     if size:
-        limits["least"] = {"original_width": size, "original_height": size}
+        limits["minimum"] = {"original_width": size, "original_height": size}
     most = {"pwatermark": watermark, "punsafe": unsafe}
     if any(value is not None for value in most.values()):
-        limits["most"] = {key: value for key, value in most.items() if value is not None}
+        limits["maximum"] = {key: value for key, value in most.items() if value is not None}
     for split in SPLITS:
         if params.get(split):
             where, spec = f"data.params.{split}", dict(params[split])
@@ -144,14 +144,14 @@ def _photo(params: Spec, where: str) -> Spec:
             raise unknown_name("transform", spec["target"], (), where)
     after = params.pop("postprocess", None)
     if after:
-        photo["records"] = _record(after, where)
+        photo["conditions"] = _record(after, where)
     return photo
 
 
 def _record(spec: Mapping[str, Any], where: str) -> Spec:
     name, options = spec["target"].rpartition(".")[2], spec.get("params") or {}
     if name == "AddMask":
-        return {"mask": {"whole": options.get("p_drop", 0.0)}}
+        return {"mask": {"full_probability": options.get("p_drop", 0.0)}}
     if name == "AddLR":
         return {"lr": {"factor": options["factor"]}}
     raise unknown_name("postprocess", spec["target"], ("AddMask", "AddLR"), where)

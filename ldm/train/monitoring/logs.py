@@ -131,7 +131,7 @@ class TensorBoard:
         self.writer.flush()
 
     def image(self, step: int, name: str, path: Path) -> None:
-        picture = pixels.to_tensor(reading.open_picture(path))[0]  # (3, H, W) in [-1, 1]
+        picture = pixels.to_tensor(reading.load_image(path))[0]  # (3, H, W) in [-1, 1]
         self.writer.add_image(name, (picture + 1) / 2, step)
         self.writer.flush()
 

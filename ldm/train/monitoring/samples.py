@@ -15,13 +15,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ldm.data.source import Source, collate
+from ldm.data.source import Source, collate, to_device
 from ldm.imaging import pixels
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.pipelines import sample
 from ldm.pipelines.frame import reads
 from ldm.train.monitoring.validation import paused
-from ldm.train.tasks.diffusion import on_device
 
 __all__ = ["draw", "epoch"]
 
@@ -57,7 +56,7 @@ def draw(run: Any, *, write: bool = True) -> list[Path]:
 
 def epoch(run: Any) -> int:
     """How often a run has seen all its data."""
-    batches = run.source.epoch(run.batch_size)
+    batches = run.source.batches_per_epoch(run.batch_size)
     return int(run.state.position // batches) if batches else 0
 
 
@@ -73,7 +72,7 @@ def _records(
     model: Any, source: Source, n: int, prompts: Sequence[str] | None
 ) -> list[dict[str, Any]]:
     """n fixed records of one size; the prompts in place of their captions, over and over."""
-    records = source.first(n)
+    records = source.first_samples(n)
     records = [one for one in records if one["jpg"].shape == records[0]["jpg"].shape]
     if prompts and not isinstance(model, AutoencoderKL):
         for place, one in enumerate(records):
@@ -94,7 +93,7 @@ def _grid(run: Any, records: Sequence[dict[str, Any]]) -> Image.Image:
         pictures = torch.cat([sampled(run, records[k : k + run.batch_size], k) for k in parts])
         if reads(model) != {"txt"}:
             columns, pictures = 2 * columns, torch.stack([image, pictures], 1).flatten(0, 1)
-    return pixels.grid(pixels.to_pil(pictures), columns)
+    return pixels.make_grid(pixels.to_pil(pictures), columns)
 
 
 def sampled(run: Any, records: Sequence[dict[str, Any]], first: int = 0) -> Tensor:
@@ -104,7 +103,7 @@ def sampled(run: Any, records: Sequence[dict[str, Any]], first: int = 0) -> Tens
     options |= run.settings.callbacks.sampling
     batch, f = collate(list(records)), model.downscale
     height, width = batch["jpg"].shape[-2:]
-    batch = model.prepare(on_device(batch, model.device), (height // f, width // f))
+    batch = model.prepare(to_device(batch, model.device), (height // f, width // f))
     cond, uncond = model.condition(batch), model.condition(batch, drop=1.0)
     with run.precision():
         seeds = list(range(first, first + len(records)))

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.data.source import collate
+from ldm.data.source import collate, to_device
 from ldm.diffusion.denoiser import PARAMETERIZATIONS, Denoiser
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.train.monitoring.validation import paused
-from ldm.train.tasks.diffusion import on_device, spread_timesteps
+from ldm.train.tasks.diffusion import spread_timesteps
 
 __all__ = ["Findings", "check", "look"]
 
@@ -78,7 +78,7 @@ def check(run: Any) -> None:
     """
     if not run.settings.trainer.sanity:
         return
-    records = _alike(run.source.first(SAMPLES))
+    records = _alike(run.source.first_samples(SAMPLES))
     with paused(run.model), run.precision():
         if isinstance(run.model, AutoencoderKL):
             image = torch.stack([record["jpg"] for record in records[: run.batch_size]])
@@ -125,7 +125,7 @@ def _predicted(
     model: LatentDiffusion, batch: dict[str, Any], t: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(z, noise, prediction) of a batch of pictures, (B, C, h, w) each."""
-    batch = on_device(batch, model.device)
+    batch = to_device(batch, model.device)
     z = model.encode(batch["jpg"], generator)
     noise = torch.randn(z.shape, generator=generator).to(z)
     batch = model.prepare(batch, (z.shape[-2], z.shape[-1]), generator)

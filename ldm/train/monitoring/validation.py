@@ -56,7 +56,7 @@ def paused(module: nn.Module) -> Iterator[None]:
 def _means(run: Any) -> dict[str, float]:
     """Chance in a batch is that of its number, so noise and timesteps are always the same."""
     ranks, size = run.ranks, run.batch_size
-    batches = run.held_out.batches(size, rank=ranks.rank, world=ranks.world)
+    batches = run.held_out.batches(size, rank=ranks.rank, world_size=ranks.world)
     count = -(-_batches(run) // ranks.world)  # alike on all, as their forward passes must be
     sums: dict[str, float] = {}
     with paused(run.model):
@@ -76,5 +76,5 @@ def _means(run: Any) -> dict[str, float]:
 def _batches(run: Any) -> int:
     """As many as the settings say, but nothing twice."""
     wanted = int(run.settings.callbacks.validate_batches)
-    batches = run.held_out.epoch(run.batch_size)
+    batches = run.held_out.batches_per_epoch(run.batch_size)
     return wanted if batches is None else max(1, min(wanted, int(batches)))

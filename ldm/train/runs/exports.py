@@ -126,7 +126,7 @@ def _state(run: Any, *, averaged: bool) -> dict[str, Tensor]:
 
 def _images(run: Any) -> Iterator[Tensor]:
     """Decoded when the first is asked for, which only an autoencoder does."""
-    for sample in run.source.first(MEASURED):
+    for sample in run.source.first_samples(MEASURED):
         yield sample["jpg"]
 
 

@@ -58,7 +58,7 @@ def measure_scale(
     """
     if data.get("latents"):
         raise ValueError("`scale_by_std` does not go with `data.params.latents`")
-    first = [sample["jpg"] for sample in source.first(data["batch_size"])]
+    first = [sample["jpg"] for sample in source.first_samples(data["batch_size"])]
     diffusion.measure_scale(model, torch.stack(first), generator)
 
 

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.data.source import to_device
 from ldm.encoders.text import TextEncoder
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import unknown_name
 from ldm.train.tasks.criterion import Criterion
 
-__all__ = ["Diffusion", "measure_scale", "on_device", "options", "spread_timesteps"]
+__all__ = ["Diffusion", "measure_scale", "options", "spread_timesteps"]
 
 # Parameters of the original's model that are keywords of `Diffusion`.
 ORIGINAL = (
@@ -86,7 +87,7 @@ class Diffusion:
         return state
 
     def _loss(self, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
-        batch = on_device(batch, self.model.device)
+        batch = to_device(batch, self.model.device)
         z = batch.get("z")  # (B, C, h, w)
         if z is None:
             with torch.no_grad():
@@ -150,11 +151,6 @@ def measure_scale(model: LatentDiffusion, images: Tensor, generator: torch.Gener
         raise ValueError(f"scale_by_std measures `scale_factor`, which is {model.scale_factor}")
     with torch.no_grad():
         model.scale_factor = 1 / float(model.encode(images.to(model.device), generator).std())
-
-
-def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on a device."""
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def spread_timesteps(

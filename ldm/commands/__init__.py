@@ -1,0 +1,1 @@
+"""Programs: one module each, with `main(argv)` that returns the exit code."""

@@ -1,0 +1,64 @@
+"""Print what a folder of images, or tar shards, hold; pack a folder into shards.
+
+    python scripts/check_data.py data/photos
+    python scripts/check_data.py "data/{00000..00099}.tar" --size 768
+    python scripts/check_data.py data/photos --pack "shards/photos-%06d.tar"
+
+Counts, broken files, missing and repeated captions, sizes, aspect ratios, buckets.
+Exit code: 0, or 1 if something is broken or there is nothing to read.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, list and pack as the command line says; returns the exit code."""
+    from ldm.data.check import check, open_folder
+    from ldm.data.pack import pack
+
+    folder = open_folder(args.where)
+    if args.pack and folder is None:
+        raise ValueError("only a folder can be packed")
+    report = check(args.where, size=args.size, step=args.step, workers=args.workers)
+    print("\n".join(report.lines()))
+    if args.list:
+        names = "".join(f"{name}\n" for name, _ in report.broken)
+        args.list.write_text(names, "utf-8", errors="surrogateescape")
+    if args.pack and folder is not None:
+        for path in pack(folder, args.pack, count=args.count):
+            print(path)
+    return 1 if report.broken else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("where", nargs="+", metavar="DIR|SHARDS", help="a folder, or files, patterns, addresses")
+    add("--size", type=int, default=512, help="side of square images in training (%(default)s)")
+    add(
+        "--step",
+        type=int,
+        default=64,
+        help="all sides of buckets are multiples of it (%(default)s)",
+    )
+    add("--workers", type=int, default=4, help="threads that decode (%(default)s)")
+    add("--list", type=Path, metavar="FILE", help="write the names of all broken files")
+    add("--pack", metavar="PATTERN", help="write a folder as shards, `DIR/name-%%06d.tar`")
+    add("--count", type=int, default=1000, help="images in each shard (%(default)s)")
+    return parser

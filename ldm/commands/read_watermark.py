@@ -1,0 +1,50 @@
+"""Print which invisible watermark an image carries, written by which method, and how intact."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from PIL import Image
+
+from ldm.imaging.watermark import Finding, can_hold, identify
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0 if every image carries a known watermark, 1 if one does not."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file")
+    parser.add_argument("--json", action="store_true", help="one JSON object per image")
+    parser.add_argument("--all", action="store_true", help="list absent watermarks too")
+    args = parser.parse_args(argv)
+    is_marked = [_report(path, args.json, args.all) for path in args.images]
+    return 0 if all(is_marked) else 1
+
+
+def _report(path: Path, as_json: bool, with_absent: bool) -> bool:
+    """Print what is found in a file; returns whether it is marked."""
+    try:
+        with Image.open(path) as image:
+            is_small, findings = not can_hold(image), identify(image)
+    except OSError as error:  # missing, or not an image
+        print(f"{path}: {error}", file=sys.stderr)
+        return False
+    shown = [f for f in findings if with_absent or f.verdict != "absent"]
+    if as_json:
+        print(json.dumps({"path": str(path), "findings": [asdict(f) for f in shown]}))
+    else:
+        for finding in shown:
+            print(f"{path}: {_format(finding)}")
+        if not shown:
+            note = " (too small for one: fewer than 256x256 pixels)" if is_small else ""
+            print(f"{path}: no known watermark{note}")
+    return any(f.verdict != "absent" for f in findings)
+
+
+def _format(finding: Finding) -> str:
+    return (
+        f"{finding.payload} by {finding.method}, {finding.verdict}: "
+        f"{finding.agreement:.1%} of the bits, {finding.votes:.1%} of the blocks"
+    )

@@ -1,0 +1,88 @@
+"""The list of unreadable files of a run, `broken.txt`, and the limit on their number."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+from ldm.data.source import Source
+
+__all__ = ["BrokenFiles"]
+
+ENOUGH = 1000  # samples seen before their fraction is judged, if their number is unknown
+
+
+class BrokenFiles:
+    """Lists the files that could not be read, one per line, and ends a run with too many.
+
+    Args:
+        path: the list; all processes of a run add to it and read what the others found.
+        limit: fraction of all samples that may be unreadable.
+        source: what is read; None = the number of samples is unknown.
+    """
+
+    def __init__(self, path: Path, limit: float, source: Source | None = None) -> None:
+        self.path, self.limit, self.source = path, Fraction(str(limit)), source
+        epoch = None if source is None else source.batches_per_epoch(1)
+        self.total = None if epoch is None else int(epoch)  # samples
+        # What an earlier start of the run listed may be repaired by now; it counts if found again.
+        self.listed_before = self._read_list()
+        self.names: set[str] = set()  # found since, by any process
+        self.counts: Counter[str] | None = None  # of samples by name; None = one each
+        self.damaged = 0  # samples with one of these names
+        self.damaged_here = 0  # among those that this process has read
+        self.read_here = 0
+
+    def add(self, names: Sequence[str], read: int) -> None:
+        """Add the names that are not listed yet.
+
+        Args:
+            names: of one batch, from its "broken".
+            read: number of samples of that batch.
+        Raises:
+            ValueError: more than the limit of all samples is damaged; or, where their number is
+                unknown, so many of those read here that it can hardly be chance.
+        """
+        if not self.names.issuperset(names):
+            self._exchange(names)
+            self._count()
+        self.damaged_here, self.read_here = self.damaged_here + len(names), self.read_here + read
+        if self.total is not None:
+            if self.damaged > self.limit * self.total:
+                raise self._too_many(f"{self.damaged} of {self.total} samples")
+            return
+        expected = float(self.limit * self.read_here)
+        deviation = 3 * math.sqrt(expected)  # standard deviations of a rare event's count
+        if self.read_here >= ENOUGH and self.damaged_here > expected + deviation:
+            raise self._too_many(f"{self.damaged_here} of the {self.read_here} samples read")
+
+    def _too_many(self, what: str) -> ValueError:
+        return ValueError(
+            f"{what} cannot be read, more than a fraction of {float(self.limit):g}"
+            f" (trainer.broken_share); they are listed in `{self.path}`"
+        )
+
+    def _exchange(self, names: Sequence[str]) -> None:
+        """Write first and read then, so that one of several processes knows of all names."""
+        listed = self._read_list()
+        new = [name for name in dict.fromkeys(names) if name not in listed]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8", errors="surrogateescape") as file:
+            file.writelines(f"{name}\n" for name in new)
+        self.names.update(names, self._read_list() - self.listed_before)
+
+    def _read_list(self) -> set[str]:
+        if not self.path.exists():
+            return set()
+        text = self.path.read_text("utf-8", errors="surrogateescape")
+        return set(text.split("\n")) - {""}
+
+    def _count(self) -> None:
+        """Count samples: a file that is repeated ten times in an epoch is ten of them."""
+        if self.counts is None and self.source is not None:
+            self.counts = self.source.counts_by_name()
+            if self.counts is not None:
+                self.total = self.counts.total()
+        counts = self.counts
+        self.damaged = sum(1 if counts is None else counts[name] for name in self.names)

@@ -1,0 +1,170 @@
+"""Data sets: samples by (epoch, index), and the groups of samples whose images have one size."""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from io import BytesIO
+from random import Random
+from typing import Any
+
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from ldm.data.transforms import Transform
+from ldm.imaging.reading import decode_image, read_size
+from ldm.runtime.errors import ArgumentError
+
+__all__ = ["ImageDataset", "Sample", "SampleDataset", "UnreadableSample", "WithClassImages"]
+
+Sample = dict[str, Any]
+
+
+class UnreadableSample(ValueError):
+    """A sample that cannot be read.
+
+    Args:
+        name: of the sample, as its data set calls it.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)  # both, so that it can be pickled
+        self.name = name
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
+class SampleDataset(Dataset[Sample], ABC):
+    """Base of the data sets; `dataset[epoch, index]` is a sample or raises UnreadableSample.
+
+    Attributes:
+        groups: one number per sample; a batch holds samples of one group. None = one group.
+    """
+
+    groups: Sequence[int] | None = None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, key: tuple[int, int]) -> Sample: ...
+
+    @abstractmethod
+    def names(self) -> Iterator[str]:
+        """Names of all samples, by which UnreadableSample and `broken.txt` call them."""
+
+
+class ImageDataset(SampleDataset):
+    """Base of the data sets of images with metadata.
+
+    Randomness inside a sample is a pure function of (seed, epoch, index).
+
+    Args:
+        transform: (decoded sample, rng) -> training sample.
+    """
+
+    def __init__(self, transform: Transform, seed: int) -> None:
+        self.transform, self.seed = transform, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        return self.transform(self.load(index), Random(f"{self.seed} {epoch} {index}"))
+
+    def load(self, index: int) -> Sample:
+        """The metadata of a sample and its decoded `image`.
+
+        Raises:
+            UnreadableSample: the image or the caption is missing or damaged.
+        """
+        row = self.row(index)
+        try:
+            return {**row, "image": decode_image(self.content(index), self.name(index))}
+        except (OSError, ValueError) as error:
+            raise UnreadableSample(self.name(index), str(error)) from error
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Name of a sample in messages."""
+
+    @abstractmethod
+    def row(self, index: int) -> Mapping[str, Any]:
+        """The metadata of a sample, with its caption as `text`.
+
+        Raises:
+            UnreadableSample: the caption is in a file that cannot be read.
+        """
+
+    @abstractmethod
+    def content(self, index: int) -> bytes:
+        """The bytes of an image file; empty where there is none.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+
+    def names(self) -> Iterator[str]:
+        return map(self.name, range(len(self)))
+
+    def metadata(self) -> Iterator[Mapping[str, Any]]:
+        """The rows of all samples whose caption can be read."""
+        for index in range(len(self)):
+            with suppress(UnreadableSample):
+                yield self.row(index)
+
+    def _size(self, index: int) -> tuple[int, int]:
+        """(width, height) of an image."""
+        return read_size(BytesIO(self.content(index)))
+
+    def _assign_groups(self) -> None:
+        """Set `groups` to the buckets of the images, if the transform has buckets.
+
+        Unreadable images go to the largest group: there, and perhaps not elsewhere, are others to
+        take their place.
+        """
+        if self.transform.buckets is None:
+            return
+        buckets: dict[str, int | None] = {}  # by name: a file may be several samples
+        names = list(self.names())
+        for index, name in enumerate(tqdm(names, "Measuring", delay=5, dynamic_ncols=True)):
+            if name not in buckets:
+                try:
+                    buckets[name] = self.transform.buckets.index(*self._size(index))
+                except (OSError, ValueError):
+                    buckets[name] = None
+        groups = [buckets[name] for name in names]
+        counts = Counter(group for group in groups if group is not None)
+        largest = max(counts, key=lambda group: counts[group], default=0)
+        self.groups = [largest if group is None else group for group in groups]
+
+
+class WithClassImages(SampleDataset):
+    """Samples, each with one of a second data set as its `prior` (DreamBooth, arXiv:2208.12242).
+
+    Raises:
+        ArgumentError: the class images have several sizes; each may meet any sample.
+    """
+
+    def __init__(self, dataset: SampleDataset, class_images: SampleDataset) -> None:
+        if class_images.groups is not None:
+            raise ArgumentError("class images must have one size, not `buckets`")
+        self.dataset, self.class_images = dataset, class_images
+        self.groups = dataset.groups
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        class_epoch, class_index = divmod(epoch * len(self) + index, len(self.class_images))
+        sample = self.dataset[key]
+        try:
+            return {**sample, "prior": self.class_images[class_epoch, class_index]}
+        except UnreadableSample as error:
+            raise UnreadableSample(f"prior/{error.name}", str(error)) from error
+
+    def names(self) -> Iterator[str]:
+        yield from self.dataset.names()
+        # Their files may be named as those of the first data set.
+        yield from (f"prior/{name}" for name in self.class_images.names())

@@ -1,0 +1,179 @@
+"""Training samples from drawings with transparency: objects on coloured backgrounds, captioned."""
+
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.data.transforms import Transform
+from ldm.imaging.pixels import to_tensor
+
+__all__ = ["COLOURS", "TEMPLATES", "EmojiTransform", "caption", "caption_texts"]
+
+# Background colours and their names; far enough apart to be classified by the nearest colour.
+COLOURS = {
+    "white": (255, 255, 255),
+    "red": (220, 40, 40),
+    "orange": (245, 140, 30),
+    "yellow": (250, 215, 50),
+    "green": (60, 160, 70),
+    "blue": (40, 80, 200),
+    "purple": (130, 60, 170),
+    "pink": (250, 150, 190),
+    "brown": (130, 80, 45),
+    "gray": (150, 150, 150),
+    "sky blue": (135, 206, 235),
+}
+# (probability, caption template); a [group] is dropped if one of its fields is empty.
+TEMPLATES = (
+    (0.55, "a [{style} ]emoji[ of {an object}][ on a {colour} background]"),
+    (0.20, "{object}[, {style} style][, {colour} background]"),
+    (0.15, "[{style} ]{object}[ on {colour}]"),
+    (0.10, "a picture of {an object}[ in {style} style][ on a {colour} background]"),
+)
+BRACKETS = str.maketrans(dict.fromkeys("[]{}", " "))
+
+
+class EmojiTransform(Transform):
+    """Place an RGBA drawing on one of COLOURS, slightly moved and scaled, with a caption.
+
+    The metadata has `object` and `style`, and may have `keywords` of the object.
+
+    Args:
+        size: side of the image, pixels.
+        scale: smallest and largest side of the drawing as a fraction of `size`.
+        shift: greatest move from the centre, pixels.
+        flip: probability of a mirrored drawing.
+        crop: side of a random crop, pixels; None = the full image.
+        random_colour_probability: of a background of a random colour without name.
+        drop: probability that the style, or the colour, stays out of the caption.
+        drop_object: probability that the object stays out of the caption.
+        keyword_probability: of replacing the object's name by one of its keywords.
+        conditions: {name: options}, see `ldm.data.conditions`.
+    """
+
+    NAME = "emoji"
+    IMAGE_OPTIONS = (
+        "size", "scale", "shift", "flip", "crop", "random_colour_probability", "conditions",
+    )  # fmt: skip
+    variants = tuple(COLOURS)
+
+    def __init__(
+        self,
+        *,
+        size: int = 128,
+        scale: tuple[float, float] = (0.79, 0.83),
+        shift: int = 2,
+        flip: float = 0.0,
+        crop: int | None = None,
+        random_colour_probability: float = 0.0,
+        drop: float = 0.1,
+        drop_object: float = 0.02,
+        keyword_probability: float = 0.1,
+        conditions: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(conditions)
+        self.size, self.scale, self.shift = size, tuple(scale), shift
+        self.flip, self.crop = flip, crop
+        self.random_colour_probability = random_colour_probability
+        self.drop, self.drop_object = drop, drop_object
+        self.keyword_probability = keyword_probability
+
+    def image_fields(self, image: Image.Image, rng: Random, variant: str = "") -> dict[str, Tensor]:
+        """All of a training sample but its caption.
+
+        Args:
+            image: the drawing, RGBA.
+            variant: name of the background colour.
+        """
+        rgb = COLOURS[variant]
+        if rng.random() < self.random_colour_probability:
+            rgb = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
+        if rng.random() < self.flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        side = round(self.size * rng.uniform(*self.scale))
+        shift = (rng.randint(-self.shift, self.shift), rng.randint(-self.shift, self.shift))
+        layer = _paste_centred(image, size=self.size, side=side, shift=shift)
+        tensor = _on_colour(layer, rgb)  # (3, size, size)
+        top, left, length = 0, 0, self.crop or self.size
+        if self.crop is not None:
+            top, left = (rng.randint(0, self.size - length) for _ in range(2))
+            tensor = tensor[:, top : top + length, left : left + length]
+        alpha = layer.getchannel("A").crop((left, top, left + length, top + length))
+        opacity = torch.from_numpy(np.array(alpha, dtype=np.float32) / 255)[None]  # (1, H, W)
+        return self._with_conditions(tensor, opacity, rng)
+
+    def caption(self, row: Mapping[str, Any], rng: Random, variant: str = "") -> str:
+        """A caption that names object, style and colour, each left out sometimes."""
+        name = row["object"]
+        if row.get("keywords") and rng.random() < self.keyword_probability:
+            name = rng.choice(row["keywords"])
+        weights = [weight for weight, _ in TEMPLATES]
+        _, template = rng.choices(TEMPLATES, weights)[0]
+        return caption(
+            "" if rng.random() < self.drop_object else name,
+            "" if rng.random() < self.drop else row["style"],
+            "" if rng.random() < self.drop else variant,
+            template,
+        )
+
+
+def caption(name: str, style: str, colour: str, template: str = TEMPLATES[0][1]) -> str:
+    """Fill in one of TEMPLATES; "" leaves a part out.
+
+    Example: caption("apple", "3d", "blue") = "a 3d emoji of an apple on a blue background".
+    """
+    if not name and "[ of {an object}]" not in template:
+        template = TEMPLATES[0][1]
+    parts = {"{an object}": _with_article(name), "{object}": name}
+    parts |= {"{style}": style, "{colour}": colour}
+    text = ""
+    for piece in template.replace("]", "[").split("["):
+        fields = {key: value for key, value in parts.items() if key in piece}
+        if all(fields.values()):
+            for key, value in fields.items():
+                piece = piece.replace(key, value)
+            text += piece
+    words = text.split(" ")
+    for i, (article, following) in enumerate(pairwise(words)):
+        if article == "a" and following[:1].lower() in "aeio":
+            words[i] = "an"
+    return " ".join(words)
+
+
+def caption_texts(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Texts that together hold every word that a caption of these rows may have."""
+    texts = [*COLOURS, *(template for _, template in TEMPLATES), "an [ ] { }"]
+    for row in rows:
+        texts += [row.get("text", ""), row.get("object", ""), row.get("style", "")]
+        texts += row.get("keywords", [])
+    return [part for text in texts for part in (text, text.translate(BRACKETS))]
+
+
+def _paste_centred(
+    image: Image.Image, *, size: int, side: int, shift: tuple[int, int]
+) -> Image.Image:
+    """An RGBA image, scaled to `side`, moved by (down, right) from the centre of a clear square."""
+    # scaled with premultiplied alpha, so that no hidden colour bleeds in at the edges
+    small = image.convert("RGBa").resize((side, side), Image.Resampling.LANCZOS).convert("RGBA")
+    layer = Image.new("RGBA", (size, size))
+    margin = (size - side) // 2
+    layer.paste(small, (margin + shift[1], margin + shift[0]))
+    return layer
+
+
+def _on_colour(layer: Image.Image, rgb: tuple[int, int, int]) -> Tensor:
+    """An RGBA image on a plain background, (3, H, W) in [-1, 1]."""
+    image = Image.new("RGBA", layer.size, (*rgb, 255))
+    image.alpha_composite(layer)
+    return to_tensor(image)[0]
+
+
+def _with_article(name: str) -> str:
+    is_plural = name.endswith("s") and not name.endswith(("ss", "us"))
+    return name if is_plural or not name else f"a {name}"

@@ -1,0 +1,29 @@
+"""Names that options of a config's `data:` section had before, which are still read."""
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["RENAMED_OPTIONS", "rename_options"]
+
+# kind of object -> {former name: name}
+RENAMED_OPTIONS: dict[str, dict[str, str]] = {
+    "emoji": {
+        "any_colour": "random_colour_probability",
+        "keyword": "keyword_probability",
+        "records": "conditions",
+    },
+    "photo": {"records": "conditions"},
+    "mask": {"whole": "full_probability", "boxes": "box_probability"},
+    "depth": {"depth": "ramp_width"},
+    "shards": {"least": "minimum", "most": "maximum", "lanes": "streams"},
+}
+
+
+def rename_options(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options under their present names; of an option under both names the later one counts.
+
+    Args:
+        kind: of the object that takes them, a key of RENAMED_OPTIONS.
+    """
+    names = RENAMED_OPTIONS.get(kind, {})
+    return {names.get(name, name): value for name, value in options.items()}
