@@ -171,7 +171,7 @@ def test_folders_without_metadata_are_listed_with_their_texts(tmp_path: Path) ->
     assert [same[0, k]["txt"] for k in range(len(same))] == ["sks", "sks"]
     one = Folder(root=tmp_path, transform=PhotoTransform(size=8), where={"text": "a red fox"})
     assert len(one) == 1
-    with pytest.raises(ValueError, match="has no pictures of text `x`, split `train`"):
+    with pytest.raises(ValueError, match="has no images with text `x`, split `train`"):
         Folder(root=tmp_path, transform=PhotoTransform(), where={"text": "x"}, split="train")
     pairs = WithClassImages(one, same)
     assert [pairs[epoch, 0]["prior"]["jpg"].shape for epoch in range(3)] == [(3, 8, 8)] * 3
