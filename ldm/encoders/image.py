@@ -390,4 +390,4 @@ def _gaussian_blur(image: Tensor, dim: int, sigma: float, taps: int) -> Tensor:
     image = image.index_select(dim, torch.minimum(indices, period - indices))
     planes = image.flatten(0, 1)[:, None]  # (B C, 1, H, W)
     blurred = F.conv2d(planes, (window / window.sum()).reshape(shape))
-    return blurred[:, 0].unflatten(0, image.shape[:2])  # (B, C, H, W)
+    return blurred[:, 0].reshape(image.shape[0], image.shape[1], *blurred.shape[2:])

@@ -209,7 +209,9 @@ class OpenCLIPText(TextEncoder):
         return self.model.token_embedding.weight
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
-        return self.model(self._to_rows(tokens), self.num_blocks, self._added_table())
+        rows, added = self._to_rows(tokens), self._added_table()
+        context: Tensor = self.model(rows, self.num_blocks, added)  # (B, N, D)
+        return context
 
 
 class CLIPText(TextEncoder):
@@ -262,10 +264,9 @@ class CLIPText(TextEncoder):
         return self.tower.token_embedding.weight
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
-        x = self.tower(self._to_rows(tokens), self.blocks_run, self._added_table())  # (B, N, D)
-        if self.layer == "hidden":
-            return x
-        x = self.tower.final_layer_norm(x)
+        x: Tensor = self.tower(self._to_rows(tokens), self.blocks_run, self._added_table())
+        if self.layer != "hidden":
+            x = self.tower.final_layer_norm(x)  # (B, N, D)
         if self.layer == "pooled":
             ends = tokens.argmax(dim=1)  # (B,); 49407 is the greatest id
             x = x[torch.arange(len(x), device=x.device), ends, None]  # (B, 1, D)

@@ -100,7 +100,8 @@ class OpenCLIPTower(nn.Module):
         mask = _causal_mask(x)  # (N, N)
         for block in islice(self.blocks, count):
             x = block(x, mask)
-        return self.ln_final(x)  # (B, N, D)
+        vectors: Tensor = self.ln_final(x)  # (B, N, D)
+        return vectors
 
 
 class VisionTower(nn.Module):
@@ -163,7 +164,8 @@ class VisionTower(nn.Module):
         x = self.ln_pre(x)
         for block in self.blocks:
             x = block(x)
-        return self.ln_post(x[:, 0]) @ self.proj  # (B, embed_dim)
+        embedding: Tensor = self.ln_post(x[:, 0]) @ self.proj
+        return embedding
 
 
 class CLIP(OpenCLIPTower):
@@ -200,7 +202,8 @@ class OpenCLIPBlock(nn.Module):
     def _forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x = x + self.attn(self.ln_1(x), mask)  # (B, N, D)
         h = self.activation(self.mlp["c_fc"](self.ln_2(x)))  # (B, N, hidden)
-        return x + self.mlp["c_proj"](h)  # (B, N, D)
+        x = x + self.mlp["c_proj"](h)
+        return x  # (B, N, D)
 
 
 class FusedAttention(nn.Module):
@@ -218,7 +221,8 @@ class FusedAttention(nn.Module):
         qkv = self.in_proj(x, self.in_proj_weight, self.in_proj_bias)  # (B, N, 3 D)
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
         y = attention(q, k, v, mask)  # (B, heads, N, d)
-        return self.out_proj(rearrange(y, "b h n d -> b n (h d)"))  # (B, N, D)
+        out: Tensor = self.out_proj(rearrange(y, "b h n d -> b n (h d)"))  # (B, N, D)
+        return out
 
 
 class Product(nn.Module):
@@ -325,7 +329,8 @@ class CLIPBlock(nn.Module):
     def _forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x), mask)  # (B, N, D)
         h = self.activation(self.mlp["fc1"](self.layer_norm2(x)))  # (B, N, hidden)
-        return x + self.mlp["fc2"](h)  # (B, N, D)
+        x = x + self.mlp["fc2"](h)
+        return x  # (B, N, D)
 
 
 class SplitAttention(nn.Module):
@@ -343,7 +348,8 @@ class SplitAttention(nn.Module):
         qkv = (self.q_proj(x), self.k_proj(x), self.v_proj(x))  # (B, N, D) each
         q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in qkv)
         y = attention(q, k, v, mask)  # (B, heads, N, d)
-        return self.out_proj(rearrange(y, "b h n d -> b n (h d)"))  # (B, N, D)
+        out: Tensor = self.out_proj(rearrange(y, "b h n d -> b n (h d)"))  # (B, N, D)
+        return out
 
 
 def embed_tokens(embedding: nn.Module, tokens: Tensor, added: Tensor | None) -> Tensor:

@@ -1,10 +1,9 @@
-"""Text -> CLIP image embedding: sampling the Karlo prior.
+"""Sampling from the Karlo prior: texts -> CLIP image embeddings, the input of unCLIP.
 
-The prior is a diffusion model of its own: its latent is the embedding that CLIP would give to a
-picture of the text, its network `ldm.nets.prior.Prior` predicts x0. It is walked by the samplers of
-every other model; the text tower belongs to the CLIP whose embeddings it makes.
+The prior is a diffusion model over image embeddings: `ldm.nets.karlo.Prior` predicts x0, and the
+usual samplers run it. Its text tower is that of the CLIP whose embeddings it predicts.
 
-    texts --CLIP's text tower--> Cond --sampling--> embedding (B, D) --noise--> a unCLIP model
+    texts --CLIP's text tower--> Cond --sampling--> embedding (B, D) --noise--> unCLIP model
 
 Ramesh et al. 2022 (arXiv:2204.06125), section 2.2.
 """
@@ -18,15 +17,16 @@ from torch import Tensor
 from ldm.conditioning import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import guided
-from ldm.diffusion.samplers import SAMPLERS, STOCHASTIC
+from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.encoders import tokenizer
 from ldm.encoders.image import CLIPVision
 from ldm.nets.karlo import Prior
+from ldm.runtime.errors import ArgumentError
 
-__all__ = ["LIMIT", "image_embedding", "sample", "spaced", "text_condition"]
+__all__ = ["encode_texts", "image_embedding", "prior_sigmas", "sample_prior"]
 
-LIMIT = 10.0  # no number of a normalised embedding is estimated beyond this
+CLAMP = 10.0  # bound of the predicted values, in standard deviations
 
 
 def image_embedding(
@@ -41,79 +41,89 @@ def image_embedding(
     scale: float = 4.0,
     noise: Callable[[Tensor], Tensor] = torch.randn_like,
 ) -> Tensor:
-    """What CLIP might say of pictures of the texts: embeddings (B, D) float32.
+    """Samples CLIP image embeddings of texts, (B, D) float32.
 
-    clip: has the text tower of the CLIP that the prior was trained on.
-    negative: what to steer away from, for all or one per text.
-    mean, std: D numbers each, the statistics of CLIP's embeddings (Karlo's file).
-    steps, scale, noise: see `sample`.
+    Args:
+        clip: The CLIP that the prior was trained with, with its text tower.
+        negative: Negative prompts, one for all texts or one each.
+        mean, std: Statistics of CLIP's embeddings, D values each (Karlo's file).
+        steps, scale, noise: See `sample_prior`.
     """
     negatives = [negative] * len(texts) if isinstance(negative, str) else negative
-    cond, uncond = text_condition(clip, texts), text_condition(clip, negatives)
-    x = sample(prior, cond, uncond, steps=steps, scale=scale, noise=noise)  # (B, D)
+    cond, uncond = encode_texts(clip, texts), encode_texts(clip, negatives)
+    x = sample_prior(prior, cond, uncond, steps=steps, scale=scale, noise=noise)  # (B, D)
     return x * std.to(x) + mean.to(x)
 
 
-def text_condition(clip: CLIPVision, texts: Sequence[str]) -> Cond:
-    """crossattn (B, 77, D): token vectors, zeros beyond the end; vector (B, D): the embedding.
+def encode_texts(clip: CLIPVision, texts: Sequence[str]) -> Cond:
+    """The condition of the prior.
 
-    Raises ValueError if this CLIP was kept without its text tower.
+    Returns:
+        crossattn (B, 77, D): vectors of the tokens, zeros after the end token; vector (B, D): CLIP
+        text embedding.
+
+    Raises:
+        ArgumentError: If the model was saved without the text tower of its CLIP.
     """
     tower = clip.model
     if not tower.blocks:
-        raise ValueError("the prior needs CLIP's text tower, which this model does not have")
+        raise ArgumentError("the prior needs CLIP's text tower, which this model does not have")
     tokens = tokenizer.tokenize(texts, tokenizer.CLIP, len(tower.positional_embedding))
     tokens = tokens.to(tower.positional_embedding.device)  # (B, 77)
     ends = tokens.argmax(dim=1)  # (B,); the first end token has the greatest id
-    x = tower(tokens)  # (B, 77, D)
+    x: Tensor = tower(tokens)  # (B, 77, D)
     text = x[torch.arange(len(x), device=x.device), ends] @ tower.text_projection  # (B, D)
     inside = torch.arange(x.shape[1], device=x.device) <= ends[:, None]  # (B, 77)
     return Cond(crossattn=x * inside[..., None], vector=text)
 
 
-def sample(
+def sample_prior(
     prior: Prior,
     cond: Cond,
     uncond: Cond,
     *,
     steps: int = 25,
     scale: float = 4.0,
-    sampler: str = "ddim",
     eta: float = 1.0,
     noise: Callable[[Tensor], Tensor] = torch.randn_like,
     sigmas: Tensor | None = None,
 ) -> Tensor:
-    """Normalised embeddings (B, D), one per row of `cond`, by the sampler of the original.
+    """Samples normalised embeddings (B, D), one per row of `cond`, with DDIM.
 
-        cond, uncond: as `text_condition` makes them.
-        steps: of the grid `spaced`; sigmas: a grid of your own.
-        scale: guidance. sampler, eta: DDIM with eta 1 is ancestral sampling, Karlo's.
-        noise: (like) -> standard normal of its shape: first for the start, then for each step.
-    Raises ValueError for an unknown sampler.
+    Args:
+        cond, uncond: Conditions of `encode_texts`.
+        steps: Number of steps, see `prior_sigmas`.
+        scale: Guidance scale.
+        eta: 1 is ancestral sampling, as in the original; 0 is deterministic.
+        noise: (like) -> standard normal noise; called for the initial noise, then for each step.
+        sigmas: Noise levels to use in place of those of `steps`, descending.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler `{sampler}`, choose one of {', '.join(SAMPLERS)}")
     schedule = Schedule(make_betas("squaredcos_cap_v2"))
-    sigmas = spaced(schedule, steps) if sigmas is None else sigmas
+    sigmas = prior_sigmas(schedule, steps) if sigmas is None else sigmas
     denoise = guided(Denoiser(prior, schedule, "x0"), cond, uncond, scale)
     shape = (len(cond), prior.out_proj.out_features)
     start = noise(torch.empty(shape, device=prior.out_proj.weight.device))
-    options = {"noise": noise} if sampler in STOCHASTIC else {}
-    return SAMPLERS[sampler](
-        lambda x, sigma: denoise(x, sigma).clamp(-LIMIT, LIMIT),
+    return SAMPLERS["ddim"](
+        lambda x, sigma: denoise(x, sigma).clamp(-CLAMP, CLAMP),
         start * math.sqrt(1 + float(sigmas[0]) ** 2),
         sigmas,
-        **options,
-        **({"eta": eta} if sampler == "ddim" else {}),
+        eta=eta,
+        noise=noise,
     )
 
 
-def spaced(schedule: Schedule, steps: int) -> Tensor:
-    """Noise levels of timesteps spread from the first to the last, both included, and 0.
+def prior_sigmas(schedule: Schedule, steps: int) -> Tensor:
+    """Noise levels of `steps` evenly spaced timesteps, from the last to the first, and 0.
 
-    steps: 2 or more. Returns (steps + 1,) float64, descending (Nichol & Dhariwal 2021, sec. 4).
+    Nichol and Dhariwal 2021 (arXiv:2102.09672), section 4.
+
+    Args:
+        steps: At least 2.
+
+    Returns:
+        (steps + 1,) float64, descending.
     """
     if not 2 <= steps <= len(schedule):
-        raise ValueError(f"steps of the prior must be in 2 … {len(schedule)}, got {steps}")
+        raise ArgumentError(f"steps of the prior must be in 2 … {len(schedule)}, got {steps}")
     t = torch.linspace(0, len(schedule) - 1, steps, dtype=torch.float64).round().long()
     return torch.cat([schedule.sigmas[t].flip(0), torch.zeros(1, dtype=torch.float64)])
