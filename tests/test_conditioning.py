@@ -1,47 +1,59 @@
-"""Cond and Conditioner: three slots, named encoders, dropped records."""
+"""Cond and Conditioner: slots, encoders by name and class, dropped samples."""
 
 import pytest
 import torch
+from torch import nn
 
 from ldm.conditioning import Cond, Conditioner, Encoder
 
 
-class Lengths(Encoder):
-    slot, key, null, droppable = "crossattn", "txt", "", True
+class Length(Encoder):
+    slot, key, droppable, null = "crossattn", "txt", True, ""
 
     def forward(self, texts):
         return torch.tensor([[[float(len(text))]] for text in texts])
 
 
-class Levels(Encoder):
-    slot, key, null, droppable = "vector", "level", 0, True
+class Level(Encoder):
+    slot, key = "vector", "level"
 
     def forward(self, levels):
         return torch.tensor([[float(level)] for level in levels])
 
 
 def test_each_encoder_fills_its_slot():
-    cond = Conditioner(text=Lengths(), level=Levels())({"txt": ["ab", "c"], "level": [3, 4]})
+    cond = Conditioner(text=Length(), level=Level())({"txt": ["ab", "c"], "level": [3, 4]})
     assert cond.crossattn.tolist() == [[[2.0]], [[1.0]]]
     assert cond.vector.tolist() == [[3.0], [4.0]]
     assert cond.concat is None
     assert len(cond) == 2
 
 
-def test_two_encoders_of_one_slot_are_joined_along_tokens():
-    cond = Conditioner(text=Lengths(), again=Lengths())({"txt": ["ab"]})
+def test_tokens_of_two_encoders_are_concatenated():
+    cond = Conditioner(text=Length(), again=Length())({"txt": ["ab"]})
     assert cond.crossattn.tolist() == [[[2.0], [2.0]]]
 
 
-def test_dropping_all_leaves_the_null_condition():
-    conditioner = Conditioner(text=Lengths())
-    assert conditioner({"txt": ["ab", "c"]}, drop=1.0).crossattn.sum() == 0
+def test_encoders_are_found_by_class():
+    conditioner = Conditioner(level=Level())
+    assert conditioner.find(Level) is conditioner.level
+    assert conditioner.find(Length) is conditioner.text is None
+    assert conditioner.keys == {"level"}
+    assert not conditioner.state_dict()
+    with pytest.raises(ValueError, match="no Length, its encoders: Level"):
+        conditioner.get(Length)
+    with pytest.raises(TypeError, match="`text` must be an Encoder"):
+        Conditioner(text=nn.Identity())
 
 
-def test_dropping_takes_about_the_share_asked_for():
-    generator = torch.Generator().manual_seed(0)
-    cond = Conditioner(text=Lengths())({"txt": ["a"] * 1000}, drop=0.1, generator=generator)
+def test_samples_are_dropped_with_the_given_probability():
+    batch = {"txt": ["a"] * 1000, "level": [1] * 1000}
+    conditioner = Conditioner(text=Length(), level=Level())
+    cond = conditioner(batch, drop=0.1, generator=torch.Generator().manual_seed(0))
     assert 70 < (cond.crossattn == 0).sum() < 130
+    assert cond.vector.all()  # without a null sample nothing is dropped
+    assert not conditioner(batch, drop={"txt": 1.0}).crossattn.any()
+    assert conditioner(batch, drop={"level": 1.0}).crossattn.all()
 
 
 def test_rows_are_repeated_in_place_and_joined_in_order():
@@ -50,11 +62,8 @@ def test_rows_are_repeated_in_place_and_joined_in_order():
     assert a.cat(b)[1:].repeat(2).crossattn.flatten().tolist() == [0, 0, 1, 1]
 
 
-def test_conditions_of_different_slots_cannot_be_joined():
+def test_errors_name_slots_and_batch_keys():
     with pytest.raises(ValueError, match="cannot join"):
         Cond(crossattn=torch.zeros(1, 1, 1)).cat(Cond(vector=torch.zeros(1, 1)))
-
-
-def test_a_missing_record_is_named():
     with pytest.raises(KeyError, match="reads `txt`, the batch has `jpg`"):
-        Conditioner(text=Lengths())({"jpg": []})
+        Conditioner(text=Length())({"jpg": []})

@@ -195,7 +195,8 @@ import socket, sys
 def refuse(*arguments, **keywords): raise AssertionError("network")
 socket.socket.connect = refuse; socket.create_connection = refuse; socket.getaddrinfo = refuse
 import ldm
-ldm.load({str(tiny_yaml)!r}, {str(tiny_file)!r})
+model = ldm.load({str(tiny_yaml)!r}, {str(tiny_file)!r})
+model.condition({{"txt": ["a cat"]}})  # reads the merge table of open_clip
 heavy = ["torch._dynamo", "transformers", "open_clip", "lightning", "torchvision", "diffusers"]
 print([name for name in heavy if name in sys.modules])
 """
