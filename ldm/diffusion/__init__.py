@@ -1,5 +1,5 @@
-"""The mathematics of diffusion: no parameters, no files, no devices.
+"""The mathematics of diffusion, without parameters or files.
 
-Reading order: schedule (how much noise at which step), denoiser (network output to clean estimate
-and back to a training target), guidance (wrappers of a denoiser), samplers (integrators).
+Reading order: schedule (noise levels), denoiser (prediction to estimate of the clean latent, and
+training target), guidance (classifier-free guidance), samplers (solvers).
 """

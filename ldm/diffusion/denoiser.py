@@ -1,11 +1,11 @@
-"""D(x, sigma): from what a network predicts to an estimate of the clean latent, and back.
+"""The denoiser D(x, sigma): converts predictions of a network to estimates of the clean latent.
 
-The only file that knows whether a network predicts eps, v or x0. The three differ by two numbers,
+The prediction types eps, v and x0 differ by two factors,
 
     denoised = c_skip(sigma) x + c_out(sigma) prediction,        x = z + sigma noise,
 
-and the training target is what makes `denoised` equal z, so that the two cannot drift apart.
-The network itself sees the variance-preserving latent
+and the training target is the prediction for which `denoised` equals z. The input of the network
+is the variance-preserving latent
 
     z_t = x / sqrt(1 + sigma²) = √ᾱ z + √(1-ᾱ) noise.
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ldm.conditioning import Cond
 from ldm.diffusion.schedule import Schedule
+from ldm.runtime.errors import unknown_name
 
 __all__ = ["PARAMETERIZATIONS", "Denoiser", "scalings"]
 
@@ -27,9 +28,10 @@ PARAMETERIZATIONS = ("eps", "v", "x0")
 
 
 def scalings(parameterization: str, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """(c_skip, c_out) at noise levels `sigma`, of the same shape.
+    """Factors c_skip and c_out at noise levels `sigma`, of the same shape.
 
-    Raises ValueError unless `parameterization` is one of PARAMETERIZATIONS.
+    Raises:
+        UnknownName: If `parameterization` is not one of PARAMETERIZATIONS.
     """
     if parameterization == "eps":
         return torch.ones_like(sigma), -sigma
@@ -38,15 +40,19 @@ def scalings(parameterization: str, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return 1 / variance, -sigma / variance.sqrt()
     if parameterization == "x0":
         return torch.zeros_like(sigma), torch.ones_like(sigma)
-    allowed = ", ".join(PARAMETERIZATIONS)
-    raise ValueError(f"unknown parameterization `{parameterization}`, choose one of {allowed}")
+    raise unknown_name(
+        "parameterization", parameterization, PARAMETERIZATIONS, argument="parameterization"
+    )
 
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A network, its schedule and what it predicts: the seam between networks and samplers.
+    """A network with its noise schedule and prediction type, for samplers and training losses.
 
-    network: (z_t, t, context=…, y=…) -> prediction, as `ldm.nets.unet.UNet`.
+    Args:
+        network: (z_t, t, context=…, y=…) -> prediction, such as `ldm.nets.unet.UNet`.
+        schedule: Noise schedule.
+        parameterization: What the network predicts: "eps", "v" or "x0".
     """
 
     network: Callable[..., Tensor]
@@ -54,9 +60,15 @@ class Denoiser:
     parameterization: str = "eps"
 
     def __call__(self, x: Tensor, sigma: Tensor | float, cond: Cond | None = None) -> Tensor:
-        """The estimate of z, (B, C, h, w) float32.
+        """Estimates z.
 
-        x: (B, C, h, w), z + sigma noise. sigma: one level, or one per row (B,).
+        Args:
+            x: z + sigma noise, (B, C, h, w).
+            sigma: Noise level, one or (B,).
+            cond: Condition; None for none.
+
+        Returns:
+            (B, C, h, w) float32.
         """
         return self.denoised(x, sigma, self.predict(x, sigma, cond))
 
@@ -67,47 +79,55 @@ class Denoiser:
         cond: Cond | None = None,
         t: Tensor | float | None = None,
     ) -> Tensor:
-        """What the network says of x: eps, v or x0, (B, C, h, w) float32.
+        """Predicts eps, v or x0 at x, (B, C, h, w) float32.
 
-        t: the timestep it is told, by default that of sigma.
+        Args:
+            x, sigma, cond: As for the call.
+            t: Timestep for the network; None for that of sigma.
         """
         t = self.schedule.sigma_to_t(sigma) if t is None else torch.as_tensor(t)
         sigma = _column(sigma, x)
-        return self._network(x / (1 + sigma**2).sqrt(), t, cond)
+        return self._run_network(x / (1 + sigma**2).sqrt(), t, cond)
 
     def denoised(self, x: Tensor, sigma: Tensor | float, prediction: Tensor) -> Tensor:
-        """The estimate of z that follows from a prediction at x."""
+        """Converts a prediction at x to the estimate of z."""
         c_skip, c_out = scalings(self.parameterization, _column(sigma, x))
         return c_skip * x + c_out * prediction
 
     def target(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The prediction at timesteps t (B,) for which `denoised` is exactly z."""
+        """The training target at timesteps t (B,): the prediction for which `denoised` is z."""
         sigma = _column(self.schedule.sigmas[t.cpu()], z)
         c_skip, c_out = scalings(self.parameterization, sigma)
         return ((1 - c_skip) / c_out) * z - (c_skip / c_out * sigma) * noise
 
-    def loss(self, z: Tensor, cond: Cond | None, t: Tensor, noise: Tensor) -> Tensor:
-        """Mean squared error of the prediction at timesteps t, one number per row (B,).
-
-        z, noise: (B, C, h, w). t: (B,) integers in 0 … T-1. Gradients flow to network and cond.
-        """
-        return self.error(z, cond, t, noise).square().mean(dim=(1, 2, 3))
-
     def error(
-        self, z: Tensor, cond: Cond | None, t: Tensor, noise: Tensor, seen: Tensor | None = None
+        self,
+        z: Tensor,
+        cond: Cond | None,
+        t: Tensor,
+        noise: Tensor,
+        input_noise: Tensor | None = None,
     ) -> Tensor:
-        """Prediction minus target at timesteps t (B,), (B, C, h, w) float32.
+        """Prediction minus target; its mean square is the simple training loss.
 
-        seen: the noise that the network is shown, where that is not `noise` (arXiv:2301.11706).
+        Args:
+            z: Latents (B, C, h, w).
+            t: Timesteps (B,) int64 in 0 … T-1.
+            noise: Standard normal noise, like z.
+            input_noise: Noise in the network's input where it differs from `noise`, as in input
+                perturbation (arXiv:2301.11706).
+
+        Returns:
+            (B, C, h, w) float32.
         """
-        prediction = self.predict_at(z, cond, t, noise if seen is None else seen)
+        prediction = self.predict_at(z, cond, t, noise if input_noise is None else input_noise)
         return prediction - self.target(z, noise, t)
 
     def predict_at(self, z: Tensor, cond: Cond | None, t: Tensor, noise: Tensor) -> Tensor:
-        """The network's prediction for z under `noise` at timesteps t (B,), float32."""
-        return self._network(self.schedule.noised(z, noise, t), t, cond)
+        """Predicts for latents z with noise at timesteps t (B,), float32."""
+        return self._run_network(self.schedule.add_noise(z, noise, t), t, cond)
 
-    def _network(self, z_t: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
+    def _run_network(self, z_t: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
         cond = cond or Cond()
         if cond.concat is not None:
             z_t = torch.cat([z_t, cond.concat.to(z_t.dtype)], dim=1)  # (B, C + concat, h, w)
@@ -116,6 +136,6 @@ class Denoiser:
 
 
 def _column(value: Tensor | float, like: Tensor) -> Tensor:
-    """Scalars or one number per row as (B | 1, 1, 1, 1), in float32 on the device of `like`."""
+    """Reshapes one value, or one per row, to (B | 1, 1, 1, 1) float32 on the device of `like`."""
     value = torch.as_tensor(value, dtype=torch.float64).float()
     return value.to(like.device).reshape(-1, *(1,) * (like.dim() - 1))

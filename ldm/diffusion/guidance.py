@@ -1,4 +1,4 @@
-"""Classifier-free guidance: from a denoiser and its conditions to `denoise(x, sigma)`.
+"""Classifier-free guidance: combines a denoiser and two conditions to `denoise(x, sigma)`.
 
 Ho and Salimans 2022 (arXiv:2207.12598); rescale: Lin et al. 2023 (arXiv:2305.08891, §3.4);
 interval: Kynkäänniemi et al. 2024 (arXiv:2404.07724).
@@ -26,38 +26,42 @@ def guided(
     *,
     rescale: float = 0.0,
 ) -> Denoise:
-    """`denoise(x, sigma)` with the conditions closed over.
+    """Builds `denoise(x, sigma)` with guidance.
 
-        scale: 1 is none, and then the unconditional half is not computed; may depend on sigma.
-        rescale: 0 … 1, how far the guided prediction is brought back to the spread of the
-            conditional one (remedy for over-exposure at high scales).
+    The network runs once for both conditions, the unconditional one first. Guidance combines
+    predictions (eps, v or x0), not estimates of z, as in the original.
 
-    Both halves go through the network in one call, unconditional first. Guidance acts on the
-    network's own prediction, like the original's.
+    Args:
+        denoiser: Denoiser of the model.
+        cond: Condition.
+        uncond: Unconditional condition, or that of a negative prompt; None for no guidance.
+        scale: Guidance scale, which may depend on sigma. At 1 only `cond` is computed.
+        rescale: 0 … 1, how far the standard deviation of the prediction is brought back to that of
+            the conditional one, against over-exposure at high scales.
     """
     if uncond is None or scale == 1:
         return lambda x, sigma: denoiser(x, sigma, cond)
     both = uncond.cat(cond)
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        strength = scale(sigma) if callable(scale) else scale
-        if strength == 1:
+        current_scale = scale(sigma) if callable(scale) else scale
+        if current_scale == 1:
             return denoiser(x, sigma, cond)
-        without, with_ = denoiser.predict(torch.cat([x, x]), sigma, both).chunk(2)
-        prediction = without + strength * (with_ - without)
+        pred_uncond, pred_cond = denoiser.predict(torch.cat([x, x]), sigma, both).chunk(2)
+        prediction = pred_uncond + current_scale * (pred_cond - pred_uncond)
         if rescale:
-            prediction = _rescaled(prediction, with_, rescale)
+            prediction = _rescale(prediction, pred_cond, rescale)
         return denoiser.denoised(x, sigma, prediction)
 
     return denoise
 
 
 def interval(scale: float, low: float, high: float) -> Scale:
-    """`scale` while low <= sigma <= high, and 1 (no guidance, half the work) outside."""
+    """Guidance interval: `scale` for low <= sigma <= high, else 1 (no guidance, half the work)."""
     return lambda sigma: scale if low <= sigma <= high else 1.0
 
 
-def _rescaled(prediction: Tensor, cond: Tensor, share: float) -> Tensor:
-    dims = tuple(range(1, cond.dim()))
-    ratio = cond.std(dims, keepdim=True) / prediction.std(dims, keepdim=True)
-    return prediction * (1 - share + share * ratio)
+def _rescale(prediction: Tensor, pred_cond: Tensor, weight: float) -> Tensor:
+    dims = tuple(range(1, pred_cond.dim()))
+    ratio = pred_cond.std(dims, keepdim=True) / prediction.std(dims, keepdim=True)
+    return prediction * (1 - weight + weight * ratio)

@@ -1,18 +1,20 @@
-"""Integrators of the diffusion ODE and SDE, as pure functions.
+"""Samplers: solvers of the diffusion ODE and SDE, as pure functions.
 
-Each walks a state x = z + sigma·noise along `sigmas`, asking only `denoise(x, sigma)` for an
-estimate of the clean latent z. What the network is, how it is guided and what it listens to is
-inside that callable. The plain Euler method comes first: it is the one to read.
+All start from x = z + sigma·noise and integrate over `sigmas`; network, condition and guidance are
+inside `denoise(x, sigma)`, which estimates the clean latent z. Read `euler` first.
 
-    denoise: (x, sigma) -> estimate of z, shape of x.
-    x: (B, C, h, w), z + sigmas[0]·noise, float32.
-    sigmas: (n + 1,) float64, descending; may end at 0 or above.
-    callback: called after step i with (i, x at sigmas[i + 1], denoised).
-    constrain: (x, sigma) -> x, applied before every step, for what is already known of x.
-    noise: (like) -> standard normal of its shape; the only source of randomness.
-    Returns x at sigmas[-1].
+    Args:
+        denoise: (x, sigma) -> estimate of z, in the shape of x.
+        x: z + sigmas[0]·noise, (B, C, h, w) float32.
+        sigmas: Noise levels (n + 1,) float64, descending; the last may be 0.
+        callback: Called after step i with (i, x at sigmas[i + 1], denoised).
+        constrain: (x, sigma) -> x, applied before every step, as for inpainting.
+        noise: (like) -> standard normal noise of its shape, the only source of randomness.
 
-Karras et al. 2022 (arXiv:2206.00364) for the formulation; k-diffusion made the names common.
+    Returns:
+        x at sigmas[-1].
+
+Formulation: Karras et al. 2022 (arXiv:2206.00364); names as in k-diffusion.
 """
 
 import math
@@ -38,8 +40,8 @@ def euler(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Euler's method: follow the slope from here for one step."""
-    for i, (sigma, sigma_next) in enumerate(_pairs(sigmas)):
+    """Euler's method: one step along the slope dx/dsigma = (x - denoised) / sigma."""
+    for i, (sigma, sigma_next) in enumerate(_sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
         slope = (x - denoised) / sigma
@@ -59,17 +61,18 @@ def ddim(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """DDIM (arXiv:2010.02502): Euler steps to a lower level, and `eta` times fresh noise on top.
+    """DDIM (arXiv:2010.02502): an Euler step to a lower noise level, then new noise.
 
-    eta: 0 is deterministic, 1 is the ancestral sampler of DDPM.
+    Args:
+        eta: Amount of new noise: 0 is deterministic, 1 is ancestral sampling as in DDPM.
     """
-    for i, (sigma, sigma_next) in enumerate(_pairs(sigmas)):
+    for i, (sigma, sigma_next) in enumerate(_sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
-        down, up = _split(sigma, sigma_next, eta)
-        x = denoised + (x - denoised) * (down / sigma)
+        sigma_down, sigma_up = _ancestral_step(sigma, sigma_next, eta)
+        x = denoised + (x - denoised) * (sigma_down / sigma)
         if noise:
-            x = x + noise(x) * up
+            x = x + noise(x) * sigma_up
         if callback:
             callback(i, x, denoised)
     return x
@@ -84,7 +87,7 @@ def euler_ancestral(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Ancestral Euler, which is DDIM with eta 1."""
+    """Euler with ancestral noise, the same as DDIM with eta 1."""
     return ddim(denoise, x, sigmas, eta=1.0, noise=noise, callback=callback, constrain=constrain)
 
 
@@ -97,13 +100,13 @@ def heun(
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Heun's second-order method (arXiv:2206.00364, algorithm 1): two evaluations per step."""
-    for i, (sigma, sigma_next) in enumerate(_pairs(sigmas)):
+    for i, (sigma, sigma_next) in enumerate(_sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
         slope = (x - denoised) / sigma
-        ahead = x + slope * (sigma_next - sigma)
+        x_next = x + slope * (sigma_next - sigma)
         if sigma_next > 0:
-            slope = (slope + (ahead - denoise(ahead, sigma_next)) / sigma_next) / 2
+            slope = (slope + (x_next - denoise(x_next, sigma_next)) / sigma_next) / 2
         x = x + slope * (sigma_next - sigma)
         if callback:
             callback(i, x, denoised)
@@ -118,19 +121,19 @@ def plms(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """PLMS (arXiv:2202.09778): Adams–Bashforth of order 4 as if steps were even, Heun to start."""
+    """PLMS (arXiv:2202.09778): Adams–Bashforth of order 4 for equal steps, after one Heun step."""
     weights = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12)}
     weights[4] = (55 / 24, -59 / 24, 37 / 24, -9 / 24)
     slopes: list[Tensor] = []  # newest first
-    for i, (sigma, sigma_next) in enumerate(_pairs(sigmas)):
+    for i, (sigma, sigma_next) in enumerate(_sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
         slope = (x - denoise(x, sigma)) / sigma
         slopes = [slope, *slopes[:3]]
         if len(slopes) == 1 and sigma_next > 0:
-            ahead = x + slope * (sigma_next - sigma)
-            slope = (slope + (ahead - denoise(ahead, sigma_next)) / sigma_next) / 2
+            x_next = x + slope * (sigma_next - sigma)
+            slope = (slope + (x_next - denoise(x_next, sigma_next)) / sigma_next) / 2
         elif len(slopes) > 1:
-            slope = _combine(weights[len(slopes)], slopes)
+            slope = _weighted_sum(weights[len(slopes)], slopes)
         denoised = x - slope * sigma
         x = x + slope * (sigma_next - sigma)
         if callback:
@@ -147,15 +150,15 @@ def lms(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Linear multistep: the slope is the polynomial through the last `order` ones, integrated."""
-    grid = sigmas.tolist()
+    """Linear multistep: integrates the polynomial through the last `order` slopes."""
+    levels = sigmas.tolist()
     slopes: list[Tensor] = []  # newest first
-    for i, (sigma, sigma_next) in enumerate(_pairs(sigmas)):
+    for i, (sigma, sigma_next) in enumerate(_sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
         slopes = [(x - denoised) / sigma, *slopes[: order - 1]]
-        nodes = [grid[i - j] for j in range(len(slopes))]
-        x = x + _combine(_lagrange_integrals(nodes, sigma, sigma_next), slopes)
+        nodes = [levels[i - j] for j in range(len(slopes))]
+        x = x + _weighted_sum(_lagrange_integrals(nodes, sigma, sigma_next), slopes)
         if callback:
             callback(i, x, denoised)
     return x
@@ -169,18 +172,18 @@ def dpmpp_2m(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """DPM-Solver++ 2M (arXiv:2211.01095, algorithm 2); runs of under 15 steps end in order 1."""
+    """DPM-Solver++ 2M (arXiv:2211.01095, algorithm 2); below 15 steps the last is of order 1."""
     steps = len(sigmas) - 1
-    before, h_before = None, 0.0
-    for i, (sigma, sigma_next) in enumerate(_pairs(sigmas)):
+    old_denoised, h_last = None, 0.0
+    for i, (sigma, sigma_next) in enumerate(_sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
         h = _log_ratio(sigma, sigma_next)
         estimate = denoised
-        if before is not None and sigma_next > 0 and not (steps < 15 and i == steps - 1):
-            estimate = denoised + (denoised - before) * (h / h_before / 2)
+        if old_denoised is not None and sigma_next > 0 and not (steps < 15 and i == steps - 1):
+            estimate = denoised + (denoised - old_denoised) * (h / h_last / 2)
         x = (sigma_next / sigma) * x - math.expm1(-h) * estimate
-        before, h_before = denoised, h
+        old_denoised, h_last = denoised, h
         if callback:
             callback(i, x, denoised)
     return x
@@ -195,19 +198,19 @@ def dpmpp_2s_ancestral(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """DPM-Solver++ 2S with ancestral noise: two evaluations per step, halfway in log sigma."""
-    for i, (sigma, sigma_next) in enumerate(_pairs(sigmas)):
+    """DPM-Solver++ 2S with ancestral noise: a second evaluation in the middle of log sigma."""
+    for i, (sigma, sigma_next) in enumerate(_sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = estimate = denoise(x, sigma)
-        down, up = _split(sigma, sigma_next, eta=1.0)
-        if down > 0:
-            middle = math.sqrt(sigma * down)
+        sigma_down, sigma_up = _ancestral_step(sigma, sigma_next, eta=1.0)
+        if sigma_down > 0:
+            middle = math.sqrt(sigma * sigma_down)
             h = _log_ratio(sigma, middle)
-            half = (middle / sigma) * x - math.expm1(-h) * denoised
-            estimate = denoise(half, middle)
-        x = estimate + (x - estimate) * (down / sigma)
+            x_middle = (middle / sigma) * x - math.expm1(-h) * denoised
+            estimate = denoise(x_middle, middle)
+        x = estimate + (x - estimate) * (sigma_down / sigma)
         if noise:
-            x = x + noise(x) * up
+            x = x + noise(x) * sigma_up
         if callback:
             callback(i, x, denoised)
     return x
@@ -222,19 +225,19 @@ def dpmpp_2m_sde(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """SDE-DPM-Solver++ 2M (arXiv:2211.01095, eq. 19): the stochastic twin of `dpmpp_2m`."""
-    before, h_before = None, 0.0
-    for i, (sigma, sigma_next) in enumerate(_pairs(sigmas)):
+    """SDE-DPM-Solver++ 2M (arXiv:2211.01095, eq. 19): the stochastic version of `dpmpp_2m`."""
+    old_denoised, h_last = None, 0.0
+    for i, (sigma, sigma_next) in enumerate(_sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
         h = _log_ratio(sigma, sigma_next)
         estimate = denoised
-        if before is not None and sigma_next > 0:
-            estimate = denoised + (denoised - before) * (h / h_before / 2)
+        if old_denoised is not None and sigma_next > 0:
+            estimate = denoised + (denoised - old_denoised) * (h / h_last / 2)
         x = (sigma_next / sigma) * math.exp(-h) * x - math.expm1(-2 * h) * estimate
         if noise:
             x = x + noise(x) * (sigma_next * math.sqrt(-math.expm1(-2 * h)))
-        before, h_before = denoised, h
+        old_denoised, h_last = denoised, h
         if callback:
             callback(i, x, denoised)
     return x
@@ -256,12 +259,12 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
 STOCHASTIC = frozenset({"ddim", "euler_a", "dpmpp_2s_a", "dpmpp_2m_sde"})
 
 
-def _pairs(sigmas: Tensor) -> list[tuple[float, float]]:
+def _sigma_pairs(sigmas: Tensor) -> list[tuple[float, float]]:
     return list(pairwise(sigmas.tolist()))
 
 
-def _split(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
-    """(down, up): the level to step down to and the noise to add, down² + up² = sigma_next²."""
+def _ancestral_step(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
+    """Noise level to step down to, and noise to add: down² + up² = sigma_next²."""
     up = eta * sigma_next * math.sqrt(max(1 - (sigma_next / sigma) ** 2, 0.0))
     up = min(up, sigma_next)
     return math.sqrt(sigma_next**2 - up**2), up
@@ -271,12 +274,12 @@ def _log_ratio(sigma: float, sigma_next: float) -> float:
     return math.log(sigma / sigma_next) if sigma_next > 0 else math.inf
 
 
-def _combine(weights: tuple[float, ...] | list[float], slopes: list[Tensor]) -> Tensor:
+def _weighted_sum(weights: tuple[float, ...] | list[float], slopes: list[Tensor]) -> Tensor:
     return torch.stack([w * s for w, s in zip(weights, slopes, strict=True)]).sum(dim=0)
 
 
 def _lagrange_integrals(nodes: list[float], start: float, end: float) -> list[float]:
-    """∫ of each Lagrange basis polynomial over [start, end]; two Gauss points suit 4 nodes."""
+    """Integrals of the Lagrange basis polynomials over [start, end]; exact for up to 4 nodes."""
     middle, half = (start + end) / 2, (end - start) / 2
     points = [middle - half / math.sqrt(3), middle + half / math.sqrt(3)]
     return [

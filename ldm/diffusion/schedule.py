@@ -1,10 +1,10 @@
-"""Noise schedules: betas, what follows from them, and the grids of steps that samplers walk.
+"""Noise schedules (betas and derived tables) and schedulers (the noise levels of a run).
 
-Everything here is a number per timestep, in float64. Two clocks describe the same noise level:
-the timestep `t` in 0 … T-1 (what the network is told) and `sigma = sqrt((1 - ᾱ) / ᾱ)` (what the
-samplers integrate over). Between two timesteps log ᾱ is linear in t, as in DPM-Solver.
+Tables have one float64 value per timestep. The same noise level is given by the timestep `t` in
+0 … T-1, the input of the network, or by `sigma = sqrt((1 - ᾱ) / ᾱ)`, the variable of the samplers.
+Between two timesteps log ᾱ is linear in t, as in DPM-Solver.
 
-DDPM: arXiv:2006.11239. Cosine: arXiv:2102.09672. Karras grid: arXiv:2206.00364. Zero terminal SNR:
+DDPM: arXiv:2006.11239. Cosine: arXiv:2102.09672. Karras: arXiv:2206.00364. Zero terminal SNR:
 arXiv:2305.08891.
 """
 
@@ -18,9 +18,9 @@ from torch import Tensor
 
 __all__ = ["GRIDS", "Schedule", "make_betas", "rescaled"]
 
-# ᾱ of the last timestep where nothing of z is to be left. Not 0, so that sigma is finite (4096) and
-# every sampler runs; z then is 2.4e-4 of z_t, 1/280 of what Stable Diffusion's own schedule leaves.
-NOTHING = 2.0**-24
+# ᾱ of the last timestep for zero terminal SNR. Not 0, as samplers need a finite sigma (4096 here);
+# z_t then contains 2.4e-4 z, 1/280 of that with Stable Diffusion's schedule.
+MIN_ALPHA_CUMPROD = 2.0**-24
 
 
 def make_betas(
@@ -31,12 +31,21 @@ def make_betas(
     linear_end: float = 2e-2,
     cosine_s: float = 8e-3,
 ) -> Tensor:
-    """The betas of a named schedule, (timesteps,) float64.
+    """Builds the betas of a named noise schedule.
 
-        name: `linear` is linear in sqrt(beta) and what Stable Diffusion uses, `sqrt_linear` is
-            linear in beta, `sqrt` its square root; `cosine` and `squaredcos_cap_v2` take ᾱ from a
-            squared cosine. The first two names are the original's, misleading as they are.
-    Raises ValueError for another name.
+    Args:
+        name: `linear` is linear in sqrt(beta), as in Stable Diffusion; `sqrt_linear` is linear in
+            beta; `sqrt` is its square root (misleading names of the original). `cosine` and
+            `squaredcos_cap_v2` have the square of a cosine as ᾱ.
+        timesteps: T.
+        linear_start, linear_end: First and last beta of the first three.
+        cosine_s: Offset of `cosine`.
+
+    Returns:
+        (T,) float64.
+
+    Raises:
+        ValueError: For another name.
     """
     if name == "linear":
         return _linspace(linear_start**0.5, linear_end**0.5, timesteps) ** 2
@@ -54,25 +63,30 @@ def make_betas(
 
 
 def rescaled(betas: Tensor) -> Tensor:
-    """Betas (T,) float64 with √ᾱ stretched so that the last timestep is noise alone.
+    """Rescales betas (T,) to zero terminal SNR (arXiv:2305.08891, algorithm 1), in float64.
 
-    √ᾱ of the first timestep is kept, that of the last becomes √NOTHING (arXiv:2305.08891, alg. 1).
+    √ᾱ of the first timestep stays, that of the last becomes √MIN_ALPHA_CUMPROD.
     """
     signal = torch.cumprod(1 - betas.double(), dim=0).sqrt()  # (T,)
     first, last = signal[0], signal[-1]
     alphas_cumprod = ((signal - last) * first / (first - last)) ** 2
-    alphas_cumprod[-1] = NOTHING
+    alphas_cumprod[-1] = MIN_ALPHA_CUMPROD
     previous = torch.cat([torch.ones_like(signal[:1]), alphas_cumprod[:-1]])
     return 1 - alphas_cumprod / previous
 
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """The noise of T timesteps, seen as betas, as alphas_cumprod and as sigmas.
+    """The noise levels of T timesteps.
 
+    Args:
         betas: (T,) float64 in (0, 1).
-        v_posterior: weight of beta against the posterior variance in `buffers`.
-        zero_snr: the betas are to be `rescaled`.
+        v_posterior: Weight of beta against the posterior variance in `buffers`.
+        zero_snr: Whether to rescale the betas to zero terminal SNR.
+
+    Attributes:
+        alphas_cumprod: ᾱ, (T,) float64.
+        sigmas: sqrt((1 - ᾱ) / ᾱ), (T,) float64.
 
     Example: Schedule(make_betas("linear", linear_start=0.00085, linear_end=0.012)).
     """
@@ -94,24 +108,28 @@ class Schedule:
         return len(self.betas)
 
     def sigma_to_t(self, sigma: Tensor | float) -> Tensor:
-        """The (fractional) timestep of a noise level; beyond the table its nearest end."""
+        """Converts a noise level to a fractional timestep, clamped to 0 … T-1."""
         log_alpha = -torch.as_tensor(sigma, dtype=torch.float64).cpu().square().log1p()
         table = self.alphas_cumprod.log().flip(0).numpy()
         index = np.arange(len(self) - 1, -1, -1, dtype=np.float64)
         return torch.as_tensor(np.interp(log_alpha.numpy(), table, index))
 
     def t_to_sigma(self, t: Tensor | float) -> Tensor:
-        """The noise level of a (fractional) timestep in 0 … T-1."""
+        """Converts a fractional timestep in 0 … T-1 to a noise level."""
         t = torch.as_tensor(t, dtype=torch.float64).cpu()
         table = self.alphas_cumprod.log().numpy()
         log_alpha = np.interp(t.numpy(), np.arange(len(self), dtype=np.float64), table)
         return torch.as_tensor(np.sqrt(np.expm1(-log_alpha)))
 
-    def noised(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def add_noise(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """z_t = √ᾱ z + √(1-ᾱ) noise, float32 (arXiv:2006.11239, eq. 4).
 
-            z, noise: (B, …). t: (B,) integers in 0 … T-1.
-        Raises ValueError for a timestep outside the schedule.
+        Args:
+            z, noise: (B, …).
+            t: Timesteps (B,) int64 in 0 … T-1.
+
+        Raises:
+            ValueError: If a timestep is out of range.
         """
         if t.min() < 0 or t.max() >= len(self):
             raise ValueError(f"noise levels are 0 … {len(self) - 1}, got {t.tolist()}")
@@ -135,10 +153,9 @@ class Schedule:
         return GRIDS[grid](self, steps)
 
     def vlb_weights(self, parameterization: str) -> Tensor:
-        """Weights (T,) that make the squared error the variational bound, as the original has them.
+        """Weights (T,) of the squared error in the variational bound (arXiv:2006.11239, eq. 12).
 
-        Its x0 weights are not those of the bound (2 - ᾱ where 2 (1 - ᾱ) belongs), and v has none.
-        arXiv:2006.11239, eq. 12.
+        As in the original: for x0 they have 2 - ᾱ in place of 2 (1 - ᾱ), for v they are 1.
         """
         alphas_cumprod = self.alphas_cumprod
         if parameterization == "v":
@@ -151,7 +168,7 @@ class Schedule:
         return torch.cat([weights[1:2], weights[1:]])
 
     def buffers(self) -> dict[str, Tensor]:
-        """The twelve float32 tables that the original keeps in its checkpoints, by their names."""
+        """The twelve float32 tables in the original's checkpoints, by name."""
         betas, alphas_cumprod = self.betas, self.alphas_cumprod
         previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
         posterior = betas * (1 - previous) / (1 - alphas_cumprod)

@@ -283,7 +283,7 @@ class EmbeddingNoise(nn.Module):
         if len(level) and not 0 <= int(level.min()) <= int(level.max()) < self.max_noise_level:
             last = self.max_noise_level - 1
             raise ArgumentError(f"noise levels are 0 … {last}, got {level.tolist()}")
-        noised = self.schedule.noised(self.scale(embedding), noise, level)  # (B, D)
+        noised = self.schedule.add_noise(self.scale(embedding), noise, level)  # (B, D)
         level_embedding = timestep_embedding(level, self.width)  # (B, D)
         return torch.cat([self.unscale(noised), level_embedding], dim=1)  # (B, 2 D)
 

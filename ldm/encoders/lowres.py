@@ -90,7 +90,7 @@ class LowRes(Encoder):
         Raises:
             ValueError: If a level is outside the schedule.
         """
-        return lr.float() if self.schedule is None else self.schedule.noised(lr, noise, level)
+        return lr.float() if self.schedule is None else self.schedule.add_noise(lr, noise, level)
 
     def prepare(self, batch: Batch, options: PrepareOptions) -> dict[str, Tensor]:
         """Makes `lowres` and `noise_level` from the image without noise.

@@ -43,9 +43,9 @@ def test_a_perfect_network_gives_the_clean_latent_and_no_loss(pair, predicts, t)
     sigma = float(SCHEDULE.sigmas[t])
     # eps is multiplied by sigma: float32 rounding of x shows as sigma * 1e-7.
     torch.testing.assert_close(denoiser(z + sigma * noise, sigma), z, rtol=0, atol=2e-5)
-    loss = denoiser.loss(z, None, torch.tensor([t, t]), noise)
-    assert loss.shape == (2,)
-    assert loss.max() < 1e-10
+    error = denoiser.error(z, None, torch.tensor([t, t]), noise)
+    assert error.shape == z.shape
+    assert error.square().mean() < 1e-10
 
 
 @pytest.mark.parametrize("kind", ["eps", "v", "x0"])
@@ -65,9 +65,9 @@ def test_the_loss_is_the_recorded_one(kind):
     )
     given = file.under("shared/")
     denoiser = Denoiser(unet.eval(), Schedule(betas), kind)
-    loss = denoiser.loss(given["x_start"], Cond(given["c"]), given["t"], given["noise"])
+    error = denoiser.error(given["x_start"], Cond(given["c"]), given["t"], given["noise"])
     recorded = file.outputs(name)["dict/train/loss_simple"]
-    torch.testing.assert_close(loss.mean(), recorded, rtol=1e-4, atol=0)
+    torch.testing.assert_close(error.square().mean(), recorded, rtol=1e-4, atol=0)
 
 
 def test_guidance_is_one_call_and_scale_one_has_no_unconditional_half(pair):

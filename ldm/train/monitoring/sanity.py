@@ -134,7 +134,7 @@ def _predicted(
 
 def _guess(z: Tensor, noise: Tensor, t: Tensor, target: Tensor, model: LatentDiffusion) -> Tensor:
     """Mean squared error of the best multiple of z_t, for each timestep its own."""
-    z_t = model.schedule.noised(z, noise, t).flatten(1)  # (B, N)
+    z_t = model.schedule.add_noise(z, noise, t).flatten(1)  # (B, N)
     target = target.flatten(1)
     best = (z_t * target).sum(1) / z_t.square().sum(1)  # (B,)
     return (best[:, None] * z_t - target).square().mean()
