@@ -1,60 +1,55 @@
-"""Every family at its true size, from a file of the original's layout to a picture, on this CPU.
+"""Runs every model family at its true size on the CPU: checkpoint, script, image.
 
-    python benchmarks/full_size.py                         # all of them, fp16 files
+    python benchmarks/full_size.py                         # all families, fp16 files
     python benchmarks/full_size.py depth unclip-l --precision full --steps 4
-    python benchmarks/full_size.py upscaler --side 512    # 512 to 2048, in tiles
+    python benchmarks/full_size.py upscaler --side 512     # 512 to 2048, in tiles
 
-Other flags are the script's.
-
-Random weights are written to a temporary file (2 to 7 GB), the family's script is run on it in a
-process of its own, and the picture it leaves is looked at: its size, and that it shows anything.
-Peak is the largest resident size of that process, the mapped file included.
+Random weights are written to a temporary file (2 to 7 GB) in the original's layout, the family's
+script runs on it in a new process, and the size of the image is checked and that it is not blank.
+`peak` is the largest resident size of that process, the mapped file included. Unknown flags are
+passed to the script.
 """
 
 import argparse
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import harness
 import numpy as np
+from harness import ROOT
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-PICTURE = "picture.png"
+INPUT = "input.png"
+INIT_IMAGE = ("--init-img", INPUT)
+MASK = (*INIT_IMAGE, "--mask-box", "128,128,384,384")
 KARLO = ("--prior", "prior-ckpt-step=01000000-of-01000000.ckpt")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One run. size: of the given picture and of the result."""
+    """A run of one family; sides in pixels."""
 
     script: str
     config: str
     flags: tuple[str, ...] = ()
-    size: tuple[int, int] = (512, 512)
+    input_side: int = 512
+    scale: int = 1  # of the output
 
 
-SEEN = ("--init-img", PICTURE)
-HOLED = (*SEEN, "--mask-box", "128,128,384,384")
-# fmt: off
 CASES = {
     "sd2": Case("txt2img", "v2-inference"),
-    "sd2-v": Case("txt2img", "v2-inference-v", size=(768, 768)),
-    "img2img": Case("img2img", "v2-inference", SEEN),
-    "inpainting": Case("inpaint", "v2-inpainting-inference", HOLED),
-    "depth": Case("depth2img", "v2-midas-inference", SEEN),
-    "upscaler": Case("upscale", "x4-upscaling", SEEN, (128, 512)),
-    "unclip-h": Case("unclip", "v2-1-stable-unclip-h-inference", SEEN, (768, 768)),
-    "unclip-l": Case("unclip", "v2-1-stable-unclip-l-inference", (*SEEN, *KARLO), (768, 768)),
+    "sd2-v": Case("txt2img", "v2-inference-v", input_side=768),
+    "img2img": Case("img2img", "v2-inference", INIT_IMAGE),
+    "inpainting": Case("inpaint", "v2-inpainting-inference", MASK),
+    "depth": Case("depth2img", "v2-midas-inference", INIT_IMAGE),
+    "upscaler": Case("upscale", "x4-upscaling", INIT_IMAGE, 128, 4),
+    "unclip-h": Case("unclip", "v2-1-stable-unclip-h-inference", INIT_IMAGE, 768),
+    "unclip-l": Case("unclip", "v2-1-stable-unclip-l-inference", (*INIT_IMAGE, *KARLO), 768),
     "sd1": Case("txt2img", "v1-inference"),
-    "sd1-inpainting": Case("inpaint", "v1-inpainting-inference", HOLED),
-    "sd1-variation": Case("unclip", "v1-image-variation-inference", SEEN),
+    "sd1-inpainting": Case("inpaint", "v1-inpainting-inference", MASK),
+    "sd1-variation": Case("unclip", "v1-image-variation-inference", INIT_IMAGE),
 }
-# fmt: on
 
 
 def main() -> None:
@@ -65,69 +60,47 @@ def main() -> None:
     add("family", nargs="*", help=f"out of {', '.join(CASES)} (all)")
     add("--steps", type=int, default=2, help="sampling steps (%(default)s)")
     add("--precision", default="autocast", help="as the scripts take it (%(default)s)")
-    add("--side", type=int, help="of the given picture (the family's own)")
-    add("--keep", type=Path, metavar="DIR", help="put the pictures there")
-    args, args.rest = parser.parse_known_args()
+    add("--side", type=int, help="of the input image (the family's own)")
+    add("--keep", type=Path, metavar="DIR", help="save the images there")
+    args, further_flags = parser.parse_known_args()
+    args.further_flags = further_flags
     for name in args.family:
         if name not in CASES:
             parser.error(f"unknown family `{name}`, choose among {', '.join(CASES)}")
-    print(f"{'family':15} {'file GB':>8} {'size':>10} {'seconds':>8} {'CPU s':>7} {'peak GiB':>9}")
+    print(f"{'family':15} {'file GB':>8} {'side':>5} {'seconds':>8} {'CPU s':>7} {'peak GiB':>9}")
     for name in args.family or CASES:
         with tempfile.TemporaryDirectory() as folder:
-            print(f"{name:15} {measured(name, args, Path(folder))}", flush=True)
+            print(f"{name:15} {run_family(name, args, Path(folder))}", flush=True)
 
 
-def measured(name: str, args: argparse.Namespace, folder: Path) -> str:
-    """The row of one family."""
-    case = CASES[name]
-    config, file = f"configs/stable-diffusion/{case.config}.yaml", folder / "model.safetensors"
-    made = ["--karlo"] if KARLO[0] in case.flags else []
-    write = [ROOT / "benchmarks/make_checkpoint.py", file, "--dtype", "float16", *made]
-    _python(folder, *write, "--config", config)
-    given = args.side or case.size[0]
-    side = given * case.size[1] // case.size[0]
-    _photo(given).save(folder / PICTURE)
-    flags = ["--config", config, "--ckpt", file, "--outdir", folder, "--n_samples", "1"]
-    flags += ["--n_iter", "1", "--steps", args.steps, "--precision", args.precision, *case.flags]
-    if PICTURE not in case.flags or case.script == "unclip":
+def run_family(name: str, args: argparse.Namespace, folder: Path) -> str:
+    """Runs one family; returns its row.
+
+    Raises:
+        SystemExit: if the script fails, or its image has another size or is blank.
+    """
+    case, file = CASES[name], folder / "model.safetensors"
+    config = ROOT / f"configs/stable-diffusion/{case.config}.yaml"
+    write = ["benchmarks/make_checkpoint.py", file, "--dtype", "float16", "--config", config]
+    harness.run(ROOT, *write, *(["--karlo"] if KARLO[0] in case.flags else []))
+    input_side = args.side or case.input_side
+    side = input_side * case.scale
+    noise = np.random.default_rng(0).integers(0, 256, (input_side, input_side, 3), np.uint8)
+    Image.fromarray(noise).save(folder / INPUT)
+    flags = ["--config", config, "--ckpt", file, "--outdir", folder, "--n_samples", 1]
+    flags += ["--n_iter", 1, "--steps", args.steps, "--precision", args.precision, *case.flags]
+    if case.script in ("txt2img", "unclip"):
         flags += ["--H", side, "--W", side]
-    flags += ["--skip_grid", *args.rest]
-    seconds, cpu, peak = _python(folder, ROOT / f"scripts/{case.script}.py", *flags)
-    with Image.open(folder / "samples/00000.png") as picture:
-        pixels = np.asarray(picture.convert("RGB"), np.float32)
+    script = [ROOT / f"scripts/{case.script}.py", *flags, "--skip_grid", *args.further_flags]
+    seconds, cpu, peak = harness.run(ROOT, *script, folder=folder)
+    with Image.open(folder / "samples/00000.png") as image:
+        pixels = np.asarray(image.convert("RGB"), np.float32)
         if args.keep is not None:
             args.keep.mkdir(parents=True, exist_ok=True)
-            picture.save(args.keep / f"{name}.png")
+            image.save(args.keep / f"{name}.png")
     if pixels.shape != (side, side, 3) or not pixels.std():
-        raise SystemExit(f"{name}: a picture of {pixels.shape} came, {side} was asked for")
-    size = f"{side}x{side}"
-    gigabytes = file.stat().st_size / 1e9
-    return f"{gigabytes:8.2f} {size:>10} {seconds:8.0f} {cpu:7.0f} {peak:9.2f}"
-
-
-def _python(folder: Path, *command: object) -> tuple[float, float, float]:
-    """Runs a script in a new process; (seconds, CPU seconds, GiB of its largest resident size)."""
-    environment = {"PYTHONPATH": str(ROOT), **os.environ}
-    start = time.perf_counter()
-    words = [sys.executable, *map(str, command)]
-    words = [str(ROOT / word) if word.startswith("configs/") else word for word in words]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(words, cwd=folder, stdout=log, stderr=log, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        process.returncode = status
-        raise SystemExit(f"{' '.join(words)}\n{(folder / 'log').read_text()}")
-    seconds, cpu = time.perf_counter() - start, usage.ru_utime + usage.ru_stime
-    return seconds, cpu, usage.ru_maxrss / 2**20
-
-
-def _photo(side: int) -> Image.Image:
-    """Something with edges, gradients and colours."""
-    ramp = np.linspace(0, 1, side)
-    rows, columns = np.meshgrid(ramp, ramp, indexing="ij")
-    disc = (rows - 0.5) ** 2 + (columns - 0.4) ** 2 < 0.06
-    pixels = np.stack([rows, np.sin(columns * 12) / 2 + 0.5, np.where(disc, 0.9, 0.3)], axis=-1)
-    return Image.fromarray((pixels * 255).astype(np.uint8))
+        raise SystemExit(f"{name}: image of {pixels.shape}, std {pixels.std()}; expected {side}")
+    return f"{file.stat().st_size / 1e9:8.2f} {side:5} {seconds:8.0f} {cpu:7.0f} {peak:9.2f}"
 
 
 if __name__ == "__main__":

@@ -1,214 +1,65 @@
-"""One step of training beside diffusers' `train_text_to_image`: images per second and memory.
+"""A training step against diffusers' `train_text_to_image` or another revision: time and memory.
 
-python benchmarks/train.py                                   # tiny and demo size: two minutes
-python benchmarks/train.py --size sd2 --dtype float32 bfloat16 --no-ema
-python benchmarks/train.py --device cuda --size sd2 --dtype bfloat16 --side 64
+    python benchmarks/train.py                                   # tiny and demo size: two minutes
+    python benchmarks/train.py --size sd2 --dtype float32 bfloat16 --no-ema
+    python benchmarks/train.py --device cuda --size sd2 --dtype bfloat16 --side 64
+    python benchmarks/train.py --against /tmp/before             # another checkout
 
-Both sides train the same UNet from the same weights, on latents and text embeddings that are at
-hand: noise, forward, mean squared error, backward, clipping, AdamW, running average (EMA). Theirs
-is the logic of diffusers' example, with its defaults, on its UNet2DConditionModel, DDPMScheduler
-and EMAModel; bfloat16 is autocast over float32 weights, on both sides.
+Both sides train the same UNet from the same weights on given latents and text embeddings: noise,
+forward, mean squared error, backward, gradient clipping, AdamW, EMA. The baseline follows the
+example of diffusers with its defaults, on UNet2DConditionModel, DDPMScheduler and EMAModel;
+bfloat16 is autocast over float32 weights on both sides. Another checkout runs its own train.py.
 
-Each side has a process of its own. First the loss of one batch must agree, within 1e-4 in float32
-and 2 % in bfloat16. After three steps, in which memory is taken from the system, come steps of
-ours, theirs, theirs, ours …; a ratio is their time by ours of neighbours, the median of all with
-its range. Models of 865 million weights are not held side by side: there, one process does three
-steps, then another. Time is the CPU's, with one thread; peak is the largest resident size. Both
-run with the allocator set as our scripts set it. On a GPU time is the wall's and memory is torch's.
+The loss of one batch must agree, within 1e-4 in float32 and 2 % in bfloat16. Three steps warm up,
+then come samples of ours, the baseline, the baseline, ours …; see run.py for what is printed. On
+a CPU two models of 865 million parameters do not fit side by side: there the workers take turns.
 """
 
 import argparse
 import json
-import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 import torch.nn.functional as F
+from harness import ROOT, Result, Side, Worker
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from ldm.conditioning import Cond, Conditioner, Encoder
+from ldm.loading.config import instantiate, read_yaml
+from ldm.loading.legacy import translate_config
+from ldm.model import LatentDiffusion
+from ldm.nets.autoencoder import PixelSpace
+from ldm.train import memory
+from ldm.train.optim import optimizers
+from ldm.train.optim.ema import EMA
+from ldm.train.tasks.diffusion import Diffusion
 
-from run import clock, peak, processor  # noqa: E402
-
-from ldm.conditioning import Cond, Conditioner, Encoder  # noqa: E402
-from ldm.loading.config import instantiate, read_yaml  # noqa: E402
-from ldm.loading.legacy import translate_config  # noqa: E402
-from ldm.model import LatentDiffusion  # noqa: E402
-from ldm.nets import cpu  # noqa: E402
-from ldm.nets.autoencoder import PixelSpace  # noqa: E402
-from ldm.train import memory  # noqa: E402
-from ldm.train.optim import optimizers  # noqa: E402
-from ldm.train.optim.ema import EMA  # noqa: E402
-from ldm.train.tasks.diffusion import Diffusion  # noqa: E402
-
-SIDES = ("ours", "theirs")
-GATE = {"float32": 1e-4, "bfloat16": 2e-2}
-FIRST = 3  # steps that are not counted
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+WARM_UP_STEPS = 3
 
 
 @dataclass(frozen=True)
 class Size:
-    """A UNet as in a config, and the batch that it is trained on."""
+    """The config of a UNet, and the batch size and latent side that it is trained on."""
 
     config: str
     batch: int
     side: int
-    is_large: bool = False
 
 
 SIZES = {
     "tiny": Size("configs/train/tiny.yaml", 8, 8),
     "demo": Size("configs/demo/text2img.yaml", 8, 16),
-    "sd2": Size("configs/stable-diffusion/v2-inference.yaml", 1, 32, is_large=True),
+    "sd2": Size("configs/stable-diffusion/v2-inference.yaml", 1, 32),
 }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--size", nargs="+", choices=SIZES, default=["tiny", "demo"])
-    add("--dtype", nargs="+", choices=GATE, default=["float32"])
-    add("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda, cuda:1 …")
-    add("--rounds", type=int, default=5)
-    add("--no-ema", action="store_true", help="without averages, which take 3.5 GB at size sd2")
-    add("--side", type=int, help="of the latent (the size's own)")
-    add("--threads", type=int, default=1)
-    add("--json", type=Path, metavar="FILE", help="write all samples there")
-    add("--worker", choices=SIDES, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker:
-        return work(args)
-    name = processor(args.device)
-    print(f"{name}, {args.threads} threads, torch {torch.__version__}", flush=True)
-    rows = [compare(args, size, dtype) for size in args.size for dtype in args.dtype]
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
-
-
-def compare(args: argparse.Namespace, size: str, dtype: str) -> dict[str, Any]:
-    """One row, printed as soon as it is known."""
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-    peaks: dict[str, float] = {}
-    losses: dict[str, float] = {}
-    held: dict[str, Worker] = {}
-    for number in range(args.rounds):
-        for side in SIDES if number % 2 == 0 else SIDES[::-1]:
-            worker = held.get(side) or Worker(args, side, size, dtype)
-            losses[side] = worker.loss
-            if not SIZES[size].is_large:
-                held[side] = worker
-            if len(losses) == 2:
-                check(losses, dtype)
-            steps = 3 if SIZES[size].is_large else 1
-            seconds[side] += [worker.step() for _ in range(steps)]
-            peaks[side] = max(peaks.get(side, 0.0), worker.peak)
-            if side not in held:
-                worker.close()
-    for worker in held.values():
-        worker.close()
-    ratios = [theirs / ours for ours, theirs in zip(*seconds.values(), strict=True)]
-    row = {"size": size, "dtype": dtype, "ema": not args.no_ema, "batch": SIZES[size].batch}
-    row |= {"seconds": seconds, "ratios": ratios, "peak_gib": peaks, "losses": losses}
-    print(line(row), flush=True)
-    return row
-
-
-def check(losses: dict[str, float], dtype: str) -> None:
-    ours, theirs = losses["ours"], losses["theirs"]
-    if not abs(ours - theirs) <= GATE[dtype] * theirs:
-        raise SystemExit(f"the loss of one batch is {ours:.6f}, theirs {theirs:.6f}")
-
-
-def line(row: dict[str, Any]) -> str:
-    rates = {side: row["batch"] / statistics.median(row["seconds"][side]) for side in SIDES}
-    ratios, peaks = row["ratios"], row["peak_gib"]
-    return (
-        f"{row['size']:5} {row['dtype']:9} images/s: diffusers {rates['theirs']:8.3f}  ours "
-        f"{rates['ours']:8.3f}  ratio {statistics.median(ratios):.2f} "
-        f"[{min(ratios):.2f}-{max(ratios):.2f}]  peak GiB: {peaks['theirs']:.2f} and "
-        f"{peaks['ours']:.2f}  {'with' if row['ema'] else 'without'} EMA"
-    )
-
-
-class Worker:
-    """One side in a process of its own, after its first steps; `loss` of the agreed batch."""
-
-    def __init__(self, args: argparse.Namespace, side: str, size: str, dtype: str) -> None:
-        words = ["--worker", side, "--size", size, "--dtype", dtype]
-        words += ["--threads", str(args.threads), "--device", str(args.device)]
-        words += ["--no-ema"] * args.no_ema
-        words += ["--side", str(args.side)] if args.side else []
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, *words],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.peak = 0.0
-        self.loss = self._told()["loss"]
-
-    def step(self) -> float:
-        """Seconds of a step."""
-        assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        told = self._told()
-        self.peak = told["peak"]
-        return told["seconds"]
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-    def _told(self) -> dict[str, float]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"a process ended with status {self.process.wait()}")
-        return json.loads(line)
-
-
-def work(args: argparse.Namespace) -> None:
-    """A worker: the agreed loss, first steps, then a step for every line that comes in."""
-    torch.set_num_threads(args.threads)
-    cpu.keep_memory()
-    torch.backends.cudnn.allow_tf32 = False
-    size, device, now = SIZES[args.size[0]], args.device, clock(args.device)
-    torch.manual_seed(0)
-    model = model_of(size).to(device)
-    side = args.side or size.side
-    z, noise = torch.randn(2, size.batch, 4, side, side)
-    t = torch.linspace(50, 950, size.batch).long()
-    context = torch.randn(size.batch, 77, model.unet.context_dim)
-    dtype = getattr(torch, args.dtype[0])
-    make = {"ours": ours, "theirs": theirs}[args.worker]
-    batch = Batch(z.to(device), context.to(device), noise.to(device), t.to(device))
-    loss, step = make(model, batch, not args.no_ema)
-    del model
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        agreed = float(loss().detach())  # not without gradients: weights would be packed for that
-        for _ in range(FIRST):
-            step()
-        print(json.dumps({"loss": agreed}), flush=True)
-        for _ in sys.stdin:
-            begin = now()
-            step()
-            seconds = now() - begin
-            print(json.dumps({"seconds": seconds, "peak": peak(device)}), flush=True)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Latents (B, 4, h, w), text embeddings (B, 77, D); noise and timesteps of the agreed loss."""
+    """Latents (B, 4, h, w), text embeddings (B, 77, D); noise and timesteps of the checked loss."""
 
     z: Tensor
     context: Tensor
@@ -216,8 +67,69 @@ class Batch:
     t: Tensor
 
 
-class Given(Encoder):
-    """In place of a text encoder: embeddings that are at hand."""
+Step = tuple[Callable[[], Tensor], Callable[[], None]]  # the checked loss, one step of training
+
+
+def main() -> None:
+    parser = harness.parser(__doc__, dtypes=TOLERANCE, threads=1)
+    add = parser.add_argument
+    add("--size", nargs="+", choices=SIZES, default=["tiny", "demo"])
+    add("--no-ema", action="store_true", help="EMA takes 3.5 GB at size sd2")
+    add("--side", type=int, help="of the latent (the size's own)")
+    args = parser.parse_args()
+    harness.setup(args)
+    if args.worker:
+        return work(args)
+    print(harness.machine(args), flush=True)
+    rows = [compare(args, size, dtype) for size in args.size for dtype in args.dtype]
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+
+
+def compare(args: argparse.Namespace, size: str, dtype: str) -> dict[str, Any]:
+    """Compares one size in one dtype; prints and returns the row."""
+
+    def start(side: Side) -> Worker:
+        words = ["--size", size, "--dtype", dtype, *(["--no-ema"] if args.no_ema else [])]
+        words += ["--side", args.side] if args.side else []
+        return Worker(side, side.root / "benchmarks/train.py", args, *words)
+
+    def check(result: Result, other: Result) -> dict[str, float]:
+        loss, baseline = result["loss"], other["loss"]
+        if not abs(loss - baseline) <= TOLERANCE[dtype] * baseline:
+            raise SystemExit(f"{size}: loss {loss:.6f}, of the baseline {baseline:.6f}")
+        return {"loss": loss, "baseline_loss": baseline}
+
+    at_once = size != "sd2" or args.device.type == "cuda"
+    row: dict[str, Any] = {"stage": f"train {size}", "dtype": dtype, "ema": not args.no_ema}
+    row |= harness.compare(start, harness.sides(args), check, rounds=args.rounds, at_once=at_once)
+    row["batch"] = SIZES[size].batch
+    ema = "without EMA" if args.no_ema else "with EMA"
+    print(f"{size:5} {dtype:8} batch {row['batch']}  {harness.describe(row)}  {ema}", flush=True)
+    return row
+
+
+def work(args: argparse.Namespace) -> None:
+    """The worker: the checked loss, warm-up steps, then timed steps."""
+    size, device, dtype = SIZES[args.size[0]], args.device, getattr(torch, args.dtype[0])
+    torch.manual_seed(0)
+    model = build_model(size).to(device)
+    side = args.side or size.side
+    z, noise = torch.randn(2, size.batch, 4, side, side)
+    t = torch.linspace(50, 950, size.batch).long()
+    context = torch.randn(size.batch, 77, model.unet.context_dim)
+    batch = Batch(z.to(device), context.to(device), noise.to(device), t.to(device))
+    loss, step = {"ours": ours, "diffusers": diffusers}[args.worker](model, batch, not args.no_ema)
+    del model
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        checked = float(loss().detach())  # under no_grad weights would be packed for inference
+        for _ in range(WARM_UP_STEPS):
+            step()
+        harness.serve({"loss": checked}, step, device)
+
+
+class GivenEmbeddings(Encoder):
+    """Stands for a text encoder: returns the embeddings in the batch."""
 
     slot, key = "crossattn", "txt"
 
@@ -225,28 +137,29 @@ class Given(Encoder):
         return context
 
 
-def model_of(size: Size) -> Any:
-    spec = translate_config(read_yaml(size.config))["params"]
+def build_model(size: Size) -> Any:
+    """Returns a model with the UNet and the noise schedule of a config."""
+    spec = translate_config(read_yaml(ROOT / size.config))["params"]
     with torch.device("meta"):
         unet: Any = instantiate(spec["unet"], where="unet")
-    filled(unet.to_empty(device="cpu"))
-    memory.checkpoint_gradients(unet, on=False)  # as theirs; SD 2's config asks for it
+    fill(unet.to_empty(device="cpu"))
+    memory.checkpoint_gradients(unet, on=False)  # as the baseline; SD 2's config asks for it
     schedule = instantiate(spec["schedule"], where="schedule")
-    predicts, conditioner = spec["parameterization"], Conditioner(text=Given())
+    predicts, conditioner = spec["parameterization"], Conditioner(text=GivenEmbeddings())
     parts = {"unet": unet, "conditioner": conditioner, "autoencoder": PixelSpace()}
     return LatentDiffusion(**parts, schedule=schedule, parameterization=predicts).train()
 
 
-def filled(unet: nn.Module) -> None:
-    """Weights of about the size that training starts with, none of them zero, in little time."""
+def fill(unet: nn.Module) -> None:
+    """Fills in weights of the scale of an initialisation, none of them zero, in little time."""
     block = torch.randn(1 << 20)
     for p in unet.parameters():
-        numbers = block.repeat(-(-p.numel() // len(block)))[: p.numel()].view(p.shape)
-        p.data = numbers / p[0].numel() ** 0.5 if p.dim() > 1 else 1 + 0.1 * numbers
+        values = block.repeat(-(-p.numel() // len(block)))[: p.numel()].view(p.shape)
+        p.data = values / p[0].numel() ** 0.5 if p.dim() > 1 else 1 + 0.1 * values
 
 
-def ours(model: Any, batch: Batch, ema: bool) -> tuple[Callable[[], Tensor], Callable[[], None]]:
-    """As `ldm.train.loop` does it."""
+def ours(model: Any, batch: Batch, ema: bool) -> Step:
+    """Returns loss and step of our training loop."""
     task, generator = Diffusion(model, drop=0.0), torch.Generator().manual_seed(0)
     optimizer = optimizers.make(task.trained, 1e-5)
     average = EMA(task.trained) if ema else None
@@ -270,38 +183,44 @@ def ours(model: Any, batch: Batch, ema: bool) -> tuple[Callable[[], Tensor], Cal
     return loss, step
 
 
-def theirs(model: Any, batch: Batch, ema: bool) -> tuple[Callable[[], Tensor], Callable[[], None]]:
-    """As diffusers' examples/text_to_image does it, without accelerate's wrapping."""
-    import opponents
-    from diffusers import DDPMScheduler
+def diffusers(model: Any, batch: Batch, ema: bool) -> Step:
+    """Returns loss and step of diffusers' examples/text_to_image, without accelerate."""
+    from diffusers import DDPMScheduler, UNet2DConditionModel
     from diffusers.training_utils import EMAModel
 
-    predicts = {"eps": "epsilon", "v": "v_prediction"}[model.parameterization]
+    from ldm.loading.diffusers.keys import scatter_weights, unet_keys
+    from ldm.loading.diffusers.networks import unet_config
+
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel.from_config(unet_config(model.unet, 64))
+    state = {name: value.detach() for name, value in model.unet.state_dict().items()}
+    unet.load_state_dict(scatter_weights(unet_keys(state), state), assign=True)
+    unet.requires_grad_(True).train()
+    prediction_type = {"eps": "epsilon", "v": "v_prediction"}[model.parameterization]
     scheduler: Any = DDPMScheduler(
-        trained_betas=model.schedule.betas.cpu().numpy(), prediction_type=predicts
+        trained_betas=model.schedule.betas.cpu().numpy(), prediction_type=prediction_type
     )
-    unet: Any = opponents.unet_like(model.unet).train()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, weight_decay=1e-2)
     average = EMAModel(unet.parameters(), decay=0.9999) if ema else None
 
-    def loss_of(noise: Tensor, t: Tensor) -> Tensor:
+    def loss(noise: Tensor, t: Tensor) -> Tensor:
         noisy = scheduler.add_noise(batch.z, noise, t)
-        wanted = noise
-        if predicts == "v_prediction":
-            wanted = scheduler.get_velocity(batch.z, noise, t)
+        target = noise
+        if prediction_type == "v_prediction":
+            target = scheduler.get_velocity(batch.z, noise, t)
         prediction = unet(noisy, t, batch.context, return_dict=False)[0]
-        return F.mse_loss(prediction.float(), wanted.float(), reduction="mean")
+        return F.mse_loss(prediction.float(), target.float(), reduction="mean")
 
     def step() -> None:
         noise = torch.randn_like(batch.z)
-        loss_of(noise, torch.randint_like(batch.t, 0, 1000)).backward()
+        loss(noise, torch.randint_like(batch.t, 0, 1000)).backward()
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if average is not None:
             average.step(unet.parameters())
 
-    return lambda: loss_of(batch.noise, batch.t), step
+    return lambda: loss(batch.noise, batch.t), step
 
 
 if __name__ == "__main__":

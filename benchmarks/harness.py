@@ -1,0 +1,289 @@
+"""Compares two implementations, each in a process of its own, timed in alternating order."""
+
+import argparse
+import json
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+# Last, so that PYTHONPATH decides whose `ldm` a worker measures.
+sys.path.append(str(ROOT))
+
+MIN_SECONDS = 0.2  # per sample; shorter calls are repeated
+
+
+Result = dict[str, Any]  # what a worker reports after its warm-up
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two implementations.
+
+    Attributes:
+        name: as printed.
+        worker: what the worker process runs, "ours" or "diffusers".
+        root: the checkout whose `ldm` it imports.
+    """
+
+    name: str
+    worker: str
+    root: Path = ROOT
+
+
+def parser(doc: str, *, dtypes: Iterable[str], threads: int) -> argparse.ArgumentParser:
+    """Returns a parser with the flags that all comparisons share."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--against", default="diffusers", metavar="CHECKOUT", help="another revision of this code")
+    add("--dtype", nargs="+", choices=list(dtypes), default=["float32"])
+    add("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda, cuda:1 …")
+    add("--rounds", type=int, default=5)
+    add("--threads", type=int, default=threads)
+    add("--json", type=Path, metavar="FILE", help="write all samples there")
+    add("--worker", choices=["ours", "diffusers"], help=argparse.SUPPRESS)
+    return parser
+
+
+def sides(args: argparse.Namespace) -> tuple[Side, Side]:
+    """Returns our side and the baseline that `--against` names."""
+    if args.against == "diffusers":
+        return Side("ours", "ours"), Side("diffusers", "diffusers")
+    root = Path(args.against).resolve()
+    if not (root / "ldm").is_dir():
+        raise SystemExit(f"--against: `{root}` is not a checkout of this project")
+    return Side("ours", "ours"), Side(root.name, "ours", root)
+
+
+def setup(args: argparse.Namespace) -> None:
+    """Sets threads, and exact float32 on GPUs, so that outputs can be compared."""
+    torch.set_num_threads(args.threads)
+    torch.backends.cudnn.allow_tf32 = False
+
+
+class Worker:
+    """A worker process: a JSON line once it has warmed up, then one per sample requested.
+
+    Args:
+        side: the implementation.
+        script: runs `serve` when called with `--worker`.
+        args: of the comparison; device and threads are passed on.
+        words: further arguments of the script.
+    """
+
+    def __init__(self, side: Side, script: Path, args: argparse.Namespace, *words: object) -> None:
+        common = ["--worker", side.worker, "--device", args.device, "--threads", args.threads]
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # lives as long as the worker
+        self.process = subprocess.Popen(
+            [sys.executable, str(script), *map(str, [*common, *words])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env=environment(side.root),
+        )
+        self.peak = 0.0
+
+    @cached_property
+    def first(self) -> Result:
+        """What the worker reported after its warm-up; waits for it."""
+        return self._read()
+
+    def sample(self) -> float:
+        """Returns the seconds of one call."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        result = self._read()
+        self.peak = result["peak"]
+        return float(result["seconds"])
+
+    def cpu_seconds(self) -> float:
+        """Returns the CPU time so far of the process and those that it waited for."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _read(self) -> Result:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            status = self.process.wait()
+            self.log.seek(0)
+            raise SystemExit(f"{self.log.read()}\na worker ended with status {status}")
+        result: Result = json.loads(line)
+        return result
+
+
+def serve(first: Result, call: Callable[[], object], device: torch.device) -> None:
+    """The worker's side: reports `first`, then times `call` for every line that comes in."""
+    print(json.dumps(first), flush=True)
+    now = clock(device)
+    for _ in sys.stdin:
+        calls, start = 0, now()
+        while True:
+            call()
+            calls += 1
+            seconds = now() - start
+            if seconds >= MIN_SECONDS:
+                break
+        print(json.dumps({"seconds": seconds / calls, "peak": peak(device)}), flush=True)
+
+
+def compare(
+    start: Callable[[Side], Worker],
+    pair: tuple[Side, Side],
+    check: Callable[[Result, Result], dict[str, Any]],
+    *,
+    rounds: int,
+    at_once: bool = True,
+) -> dict[str, Any]:
+    """Takes samples of both sides in the order A B, B A, A B …
+
+    Args:
+        start: starts the worker of a side.
+        pair: our side and the baseline.
+        check: compares what the two workers reported; exits if they disagree.
+        rounds: number of turns of each side.
+        at_once: whether memory suffices for both workers; if not, each turn starts a worker and
+            takes three samples.
+
+    Returns:
+        The result of `check` with samples, ratios (baseline / ours), peak memory in GiB and
+        `others`, the share of the CPUs that other processes took.
+    """
+    workers = [start(side) if at_once else None for side in pair]
+    results = [worker.first if worker else {} for worker in workers]  # all warm before timing
+    row: dict[str, Any] = {"names": [side.name for side in pair]}
+    seconds: tuple[list[float], list[float]] = ([], [])
+    peaks, others, available = [0.0, 0.0], 0.0, 0.0
+    for number in range(rounds):
+        for i in (0, 1) if number % 2 == 0 else (1, 0):
+            worker = workers[i] or start(pair[i])
+            results[i] = worker.first
+            if number == 0 and i == 1:
+                row |= check(results[0], results[1])
+            busy, begin = busy_seconds() - worker.cpu_seconds(), time.perf_counter()
+            seconds[i].extend(worker.sample() for _ in range(1 if at_once else 3))
+            others += busy_seconds() - worker.cpu_seconds() - busy
+            available += (time.perf_counter() - begin) * (os.cpu_count() or 1)
+            peaks[i] = max(peaks[i], worker.peak)
+            if not at_once:
+                worker.close()
+    for worker in filter(None, workers):
+        worker.close()
+    ratios = [theirs / ours for ours, theirs in zip(*seconds, strict=True)]
+    row |= {"seconds": seconds, "ratios": ratios, "peaks": peaks}
+    return row | {"others": max(0.0, others / available)}
+
+
+def describe(row: dict[str, Any]) -> str:
+    """Returns the line of a comparison."""
+    name = row["names"][1]
+    ours, theirs = map(statistics.median, row["seconds"])
+    ratios = row["ratios"]
+    return (
+        f"{name} {theirs:.4g} s  ours {ours:.4g} s  ratio {statistics.median(ratios):.2f} "
+        f"[{min(ratios):.2f}-{max(ratios):.2f}]  peak GiB {row['peaks'][1]:.2f} and "
+        f"{row['peaks'][0]:.2f}  others {row['others']:.0%}"
+    )
+
+
+def run(root: Path, *command: object, folder: Path | None = None) -> tuple[float, float, float]:
+    """Runs Python with the `ldm` of a checkout, in a folder (the checkout).
+
+    Returns:
+        Seconds, CPU seconds, and GiB of the largest resident size.
+
+    Raises:
+        SystemExit: if it fails, with what it wrote.
+    """
+    words, start = [sys.executable, *map(str, command)], time.perf_counter()
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            words, cwd=folder or root, stdout=log, stderr=log, env=environment(root)
+        )
+        _, process.returncode, usage = os.wait4(process.pid, 0)
+        if process.returncode:
+            log.seek(0)
+            raise SystemExit(f"{' '.join(words)}\n{log.read()}")
+    seconds = time.perf_counter() - start
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
+
+
+def environment(root: Path) -> dict[str, str]:
+    """Returns the environment of a process that imports the `ldm` of a checkout.
+
+    glibc keeps freed memory, as our command line has it do, on both sides.
+    """
+    settings = {
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+        "HF_HUB_OFFLINE": "1",
+    }
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, **settings, "PYTHONPATH": path}
+
+
+def clock(device: torch.device) -> Callable[[], float]:
+    """Returns a clock: CPU time if one thread works there, else wall time, GPU work included."""
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        return cpu_seconds
+    if device.type == "cpu":
+        return time.perf_counter
+
+    def synchronized() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return synchronized
+
+
+def cpu_seconds() -> float:
+    """Returns the CPU time of this process and of those that it waited for."""
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def peak(device: torch.device) -> float:
+    """Returns GiB: the largest resident size, or what torch allocated of a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    match = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    return int(match[1]) / 2**20 if match else float("nan")
+
+
+def machine(args: argparse.Namespace) -> str:
+    """Returns processor, threads and version of torch."""
+    if args.device.type == "cuda":
+        name = torch.cuda.get_device_name(args.device)
+    else:
+        match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        name = match[1] if match else "unknown CPU"
+    return f"{name}, {args.threads} threads, torch {torch.__version__}"
+
+
+def busy_seconds() -> float:
+    """Time of all CPUs that was not idle since the machine started."""
+    fields = Path("/proc/stat").read_text().split("\n")[0].split()[1:]
+    user, nice, system, _, _, irq, soft_irq = map(int, fields[:7])
+    return (user + nice + system + irq + soft_irq) / os.sysconf("SC_CLK_TCK")
