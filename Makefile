@@ -1,4 +1,4 @@
-.PHONY: format lint type test
+.PHONY: format lint type test gpu
 
 format:
 	ruff format .
@@ -13,3 +13,6 @@ type:
 
 test: lint type
 	python -m pytest -q -n 2
+
+gpu:
+	python benchmarks/gpu.py

@@ -1,0 +1,215 @@
+"""All checks that need a GPU, in about eight minutes; prints one table at the end.
+
+    pip install -e '.[test,benchmarks,train]' && pip install xformers
+    python benchmarks/gpu.py                       # exit code 1 if a step fails
+    python benchmarks/gpu.py --only nccl attention
+    python benchmarks/gpu.py --device cpu          # exercises this script: tiny sizes, no GPU code
+
+tests      pytest -m gpu
+networks   run.py in float16 and bfloat16 against diffusers: the lowest ratio
+training   train.py, SD 2 in bfloat16 against diffusers
+attention  xformers against SDPA on the shapes of SD 2: the lowest and highest ratio
+           (their outputs are compared by the tests)
+nccl       one step of the demo's UNet with DistributedDataParallel, its gradients against those of
+           a step without; NCCL is initialised with one GPU, too
+trainer    scripts/train.py by torchrun on all GPUs
+
+A step that takes longer than its limit is ended; the others still run. Nothing is installed; what
+is missing is skipped, and the table says so. With --device cpu gloo stands for NCCL, SDPA is
+compared with the written-out formula and the tests are only collected.
+"""
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+import torch.distributed as dist
+from harness import ROOT
+from torch import nn
+from torch.utils.benchmark import Timer
+
+# (heads, tokens, keys, features per head): attention of SD 2's UNet at 64x64, and of its VAE.
+SHAPES = [(5, 4096, 4096, 64), (10, 1024, 1024, 64), (20, 256, 256, 64), (5, 4096, 77, 64)]
+SHAPES += [(1, 4096, 4096, 512)]
+TINY_SHAPES = [(2, 64, 64, 16), (2, 64, 77, 16)]
+MAX_GRADIENT_ERROR = 1e-4  # relative L2, float32; kernels may sum in another order
+
+
+@dataclass(frozen=True)
+class Step:
+    """A subprocess: its command line, time limit in seconds, and how to read its result."""
+
+    command: list[str]
+    limit: int
+    result: Callable[[str], str]
+
+
+def steps(is_cpu: bool, folder: Path) -> dict[str, Step]:
+    """Returns the steps by name."""
+    device = "cpu" if is_cpu else "cuda"
+    count = 2 if is_cpu else max(1, torch.cuda.device_count())
+    torchrun = ["-m", "torch.distributed.run", "--standalone"]
+    own = ["benchmarks/gpu.py", "--device", device, "--step"]
+    networks = ["benchmarks/run.py", "--device", device, "--json", f"{folder}/run.json"]
+    training = ["benchmarks/train.py", "--device", device, "--json", f"{folder}/train.json"]
+    tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests"]
+    trainer = [*torchrun, f"--nproc-per-node={count}", "scripts/train.py", "-t", "-l", f"{folder}"]
+    trainer += ["--base", "configs/train/tiny.yaml", "lightning.trainer.max_steps=2"]
+    trainer += ["lightning.callbacks.images=0", f"data.params.batch_size={2 * count}"]
+    if is_cpu:
+        tests += ["--collect-only"]
+        networks += ["--stage", "text", "--quick", "--rounds", "1", "--dtype", "bfloat16"]
+        training += ["--size", "tiny", "--rounds", "1"]
+    else:
+        networks += ["--dtype", "float16", "bfloat16", "--rounds", "5"]
+        training += ["--size", "sd2", "--side", "64", "--dtype", "bfloat16", "--rounds", "5"]
+    return {
+        "tests": Step(tests, 90, last_line),
+        "networks": Step(networks, 200, lambda _: summarize(folder / "run.json")),
+        "training": Step(training, 90, lambda _: summarize(folder / "train.json")),
+        "attention": Step([*own, "attention"], 60, last_line),
+        "nccl": Step([*torchrun, f"--nproc-per-node={count}", *own, "nccl"], 60, last_line),
+        "trainer": Step(trainer, 60, lambda _: f"2 steps, {count} processes"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = list(steps(True, Path()))
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STEP")
+    parser.add_argument("--step", choices=["attention", "nccl"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    if args.step:
+        return {"attention": compare_attention, "nccl": distributed_step}[args.step](device)
+    is_cpu = args.device == "cpu"
+    if not is_cpu and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device; --device cpu runs the steps at tiny sizes")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.only:
+            print(f"== {name}", flush=True)
+            rows.append((name, *execute(steps(is_cpu, Path(folder))[name])))
+    print(f"\n{'CPU, nothing of the GPU was tested' if is_cpu else torch.cuda.get_device_name()}")
+    print(f"{'step':10} {'result':8} {'seconds':>7}  worst / ratio")
+    for name, result, seconds, summary in rows:
+        print(f"{name:10} {result:8} {seconds:7.0f}  {summary}")
+    if any(result == "FAILED" for _, result, *_ in rows):
+        raise SystemExit(1)
+
+
+def execute(step: Step) -> tuple[str, float, str]:
+    """Runs a step, showing its output; returns result, seconds and summary."""
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, *step.command],
+        cwd=ROOT,
+        env=harness.environment(ROOT),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=step.limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # workers, too
+        output, _ = process.communicate()
+        output += f"\nstopped after {step.limit} s"
+    print(output, flush=True)
+    seconds = time.perf_counter() - start
+    if process.returncode:
+        return "FAILED", seconds, last_line(output)
+    summary = step.result(output)
+    return "skipped" if summary.startswith("skipped") else "ok", seconds, summary
+
+
+def last_line(output: str) -> str:
+    """Returns the last line of an output."""
+    return (output.strip().splitlines() or [""])[-1]
+
+
+def summarize(path: Path) -> str:
+    """Returns the median ratios of a benchmark, the lowest first."""
+    rows = json.loads(path.read_text())
+    medians = ((statistics.median(row["ratios"]), row) for row in rows)
+    ordered = sorted(medians, key=lambda pair: pair[0])
+    return ", ".join(f"{ratio:.2f} {row['stage']} {row['dtype']}" for ratio, row in ordered)
+
+
+@torch.no_grad()
+def compare_attention(device: torch.device) -> None:
+    """Times xformers against SDPA; on a CPU SDPA against the written-out formula."""
+    from ldm.nets.attention import attention
+
+    is_cpu = device.type == "cpu"
+    backend, baseline = ("sdpa", "math") if is_cpu else ("xformers", "sdpa")
+    if backend == "xformers" and not find_spec("xformers"):
+        print("skipped: xformers is not installed")
+        return
+    ratios = []
+    for dtype in [torch.float32] if is_cpu else [torch.float16, torch.bfloat16]:
+        for heads, n, m, d in TINY_SHAPES if is_cpu else SHAPES:
+            sizes = [(2, heads, n, d), (2, heads, m, d), (2, heads, m, d)]
+            q, k, v = (torch.randn(size, device=device, dtype=dtype) for size in sizes)
+            seconds = {}
+            for name in (backend, baseline):
+                call = {"attention": attention, "q": q, "k": k, "v": v, "name": name}
+                timer = Timer("attention(q, k, v, backend=name)", globals=call)
+                seconds[name] = timer.blocked_autorange(min_run_time=0.5).median
+            ratios.append(seconds[baseline] / seconds[backend])
+            print(f"{dtype} {heads} x {n} x {m} x {d}: {ratios[-1]:.2f}")
+    print(f"{baseline} / {backend} {min(ratios):.2f} to {max(ratios):.2f}")
+
+
+def distributed_step(device: torch.device) -> None:
+    """One step on a part of the batch per process; gradients are those of the whole batch."""
+    import ldm
+
+    dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False
+    unet: Any = ldm.load(device=device).unet.train().requires_grad_(True)
+    torch.manual_seed(0)
+    x, target = torch.randn(2, 2 * world_size, 4, 16, 16, device=device)
+    t = torch.linspace(50, 950, len(x), device=device).long()
+    context = torch.randn(len(x), 16, unet.context_dim, device=device)
+    (unet(x, t, context) - target).square().mean().backward()
+    expected = [p.grad for p in unet.parameters()]
+    unet.zero_grad()
+    part = slice(2 * rank, 2 * rank + 2)
+    replica = nn.parallel.DistributedDataParallel(unet)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4)
+    (replica(x[part], t[part], context[part]) - target[part]).square().mean().backward()
+    difference = [p.grad - e for p, e in zip(unet.parameters(), expected, strict=True)]
+    error = (nn.utils.get_total_norm(difference) / nn.utils.get_total_norm(expected)).item()
+    optimizer.step()
+    backend = dist.get_backend()
+    dist.destroy_process_group()
+    if not error <= MAX_GRADIENT_ERROR:
+        raise SystemExit(f"gradients differ by {error:.1e}")
+    if rank == 0:
+        print(f"{backend}, {world_size} processes, gradients differ by {error:.1e}")
+
+
+if __name__ == "__main__":
+    main()
