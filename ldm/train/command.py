@@ -1,8 +1,14 @@
 """The command line of training, in the grammar of the original's `main.py`.
 
-    -b a.yaml b.yaml -t [bool] -n NAME -r [RUN] key.sub=value --ARGUMENT_OF_LIGHTNING value
+    python scripts/train.py --base configs/demo/text2img.yaml -t data.params.batch_size=64
+    python scripts/train.py --base configs/demo/text2img.yaml configs/train/lora.yaml -t
+    python scripts/train.py --base my.yaml -t --gpus 0,1,           two GPUs
+    python scripts/train.py -t --resume logs/lora                   resumes the newest run of a name
+    torchrun --nnodes 2 --nproc-per-node 8 … scripts/train.py --base my.yaml -t
 
-    argv -> parse -> Namespace -> work: configs, processes, a folder -> Run -> train, export, …
+Later files go over earlier ones, `key.sub=value` over all. A run lives in LOGDIR/TIME_NAME.
+
+    argv -> parse -> TrainRequest -> settings, processes, a run folder -> Run -> train, export, …
 
 Nothing here imports torch before it is needed, so that --help answers at once.
 """
@@ -15,238 +21,285 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.runtime.errors import unknown_name
+from ldm.runtime.errors import explain, unknown_name
 from ldm.runtime.ranks import rank_and_world_size
 from ldm.train.distributed import launch
+from ldm.train.request import TrainRequest
 from ldm.train.runs import run_folder
 
 if TYPE_CHECKING:
     from ldm.train.config.settings import Settings
 
-__all__ = ["PARSER", "parse", "work"]
+__all__ = ["main", "parse"]
 
 TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 NUMBER = re.compile(r"-\d+")
+# Options whose value may be omitted, and what they mean then.
+SWITCHES = ("--train", "--debug", "--validate", "--dry-run", "--no-test", "--scale_lr",
+            "--allow-commands")  # fmt: skip
+IMPLICIT = {**dict.fromkeys(SWITCHES, "true"), "--resume": "", "--name": "", "--project": ""}
 EPILOG = """\
 Any other --NAME VALUE is an argument of Lightning's Trainer (--gpus 0,1, --max_epochs 3 --max_steps
 1000 --precision bf16 …) and means lightning.trainer.NAME=VALUE. On the signal SIGUSR1 a process of
-the run saves at once; on SIGTERM and SIGINT the run ends after a step, and can be continued.
+the run saves at once; on SIGTERM and SIGINT the run ends after a step, and can be resumed.
 """
 
 
-def boolean(text: str) -> bool:
-    """yes, true, t, y, 1 or their opposites, as the original takes them."""
-    if text.lower() not in TRUE + FALSE:
-        raise argparse.ArgumentTypeError(f"`{text}` is neither true nor false")
-    return text.lower() in TRUE
+def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
+    """Runs the command line.
 
-
-def amount(text: str) -> int:
-    """A whole number from 0 on."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"`{text}` is no whole number >= 0")
-    return int(text)
-
-
-# Options whose value may be left out, and what they mean then.
-OPTIONAL = {
-    **dict.fromkeys(
-        (
-            "--train",
-            "--debug",
-            "--validate",
-            "--dry-run",
-            "--no-test",
-            "--scale_lr",
-            "--allow-commands",
-        ),
-        "true",
-    ),
-    **dict.fromkeys(("--resume", "--name", "--project"), ""),
-}
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Train a model from a config in the original's format.", epilog=EPILOG
-    )
-    add = parser.add_argument
-    switch: dict[str, Any] = {"type": boolean, "default": False, "metavar": "BOOL"}
-    add("-b", "--base", nargs="*", default=[], help="config files (YAML), later ones over earlier")
-    add("-t", "--train", **switch, help="train (else: check the config, or export)")
-    add("-n", "--name", default="", help="name of the run (default: the last config's)")
-    text = "go on with a run: its folder, or a state in it; alone: the newest run of this name"
-    add("-r", "--resume", metavar="RUN", help=text)
-    add("-f", "--postfix", default="", help="appended to the name of the run")
-    add("-l", "--logdir", type=Path, default=Path("logs"), help="folder of runs (default: logs)")
-    add("-s", "--seed", type=int, help="of weights, order and noise (default: 23)")
-    text = (
-        "learning rate = accumulate x ranks x batch x base_learning_rate (default: if the config "
-        "names no lightning.optimizer)"
-    )
-    add("--scale_lr", type=boolean, metavar="BOOL", help=text)
-    add("--validate", **switch, help="print the loss on held-out data, raw and averaged weights")
-    add("--dry-run", **switch, help="print the whole config and the memory that it needs")
-    add("--nproc", type=amount, default=0, help="processes on this machine, with or without GPUs")
-    text = "shards may come from `pipe:COMMAND`, which runs whatever the config says"
-    add("--allow-commands", **switch, help=text)
-    add("--threads", type=amount, help="of the CPU, for each process")
-    text = "run in LOGDIR/debug_runs; show tracebacks, and open pdb if there is a terminal"
-    add("-d", "--debug", **switch, help=text)
-    add("--no-test", **switch | {"help": argparse.SUPPRESS})
-    add("-p", "--project", help=argparse.SUPPRESS)
-    add("overrides", nargs="*", metavar="key.sub=value", help="laid over the configs")
-    return parser
-
-
-PARSER = _parser()
-
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags; `base` has config files only, `overrides` everything that is laid over them."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    kept = list(words)
-    ours: list[str] = []
-    trainer: dict[str, str] = {}
-    while words:
-        word = words.pop(0)
-        name, given, value = word.partition("=")
-        if not word.startswith("-") or NUMBER.fullmatch(word):
-            ours.append(word)
-            continue
-        option = _option(name)
-        if option in OPTIONAL:
-            if not given:
-                takes = bool(words) and _may_be_value(option, words[0])
-                value = words.pop(0) if takes else OPTIONAL[option]
-            ours.append(f"{option}={value}")
-        elif option:
-            ours.append(word)
-        else:
-            if not given:
-                value = words.pop(0) if words and _may_be_value("", words[0]) else "true"
-            trainer[name.lstrip("-")] = value
-    args = PARSER.parse_intermixed_args(ours)
-    overrides = [word for word in args.base if "=" in word] + args.overrides
-    args.base = [word for word in args.base if "=" not in word]
-    args.overrides = [*_trainer_flags(args, trainer), *overrides]
-    args.argv = kept
-    return args
-
-
-def work(args: argparse.Namespace) -> Iterator[str]:
-    """Does what the flags say; gives the lines to print: a path, figures, or a config."""
-    if not args.base and args.resume is None:
-        PARSER.error("-b/--base is needed, or -r/--resume with the folder of a run")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logging.getLogger("ldm").handlers = [handler]
-    is_first = rank_and_world_size()[0] == 0  # the others would say the same
-    logging.getLogger("ldm").setLevel(logging.INFO if is_first else logging.WARNING)
+    Args:
+        argv: the words after the program's name; None: those of this process.
+        prog: name of the program, for messages.
+    Returns:
+        The exit code: 0, or 1 after an error, which is printed in one line.
+    """
+    debug = False
     try:
-        if args.dry_run:
-            yield from _dry_run(args, _read(args, run_folder.find(args)))
-        else:
-            old = launch.agreed(lambda starters: run_folder.find(args, starters))
-            settings = _read(args, old)
-            launch.launch(settings.raw, args.nproc, args.argv)
-            yield from _run(args, settings, old)
-    except Exception:
-        if args.debug and sys.stdin.isatty():
+        request = parse(argv, prog)
+        debug = request.debug
+        for line in _run_request(request):
+            print(line)
+    except (ValueError, KeyError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
+        if not debug:
+            print(f"{prog}: error: {explain(error)}", file=sys.stderr)
+            return 1
+        if sys.stdin.isatty():
             import pdb
 
-            pdb.post_mortem()
+            pdb.post_mortem(error.__traceback__)
         raise
+    return 0
 
 
-def _read(args: argparse.Namespace, old: run_folder.Old | None) -> "Settings":
-    """The settings of the run; errors in them are reported before anything is started or made."""
-    from ldm.train.config import settings
+def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> TrainRequest:
+    """Parses a command line; exits with status 2 if argparse refuses it.
 
-    raw = run_folder.read(args, old)
-    result = settings.read_settings(raw)
-    settings.check_complete(raw, "model.target", "data.params.train", "data.params.batch_size")
-    if args.train:
-        settings.check_complete(raw, "model.base_learning_rate")
-    return result
+    Raises:
+        ValueError: an option is unknown.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser, spellings = _build_parser(prog)
+    own, trainer = _split(words, spellings)
+    args = parser.parse_intermixed_args(own)
+    resume = trainer.pop("resume_from_checkpoint", args.resume)
+    if trainer:
+        _check_trainer_options(trainer, spellings)
+    if args.seed is not None:
+        trainer["seed"] = str(args.seed)
+    if args.scale_lr is not None:
+        trainer["scale_lr"] = str(args.scale_lr).lower()
+    configs = [word for word in args.base if "=" not in word]
+    overrides = [f"lightning.trainer.{name}={value}" for name, value in trainer.items()]
+    overrides += [word for word in args.base if "=" in word] + args.overrides
+    if not configs and resume is None:
+        parser.error("-b/--base is needed, or -r/--resume with the folder of a run")
+    return TrainRequest(
+        configs=tuple(configs),
+        overrides=tuple(overrides),
+        train=args.train,
+        validate=args.validate,
+        dry_run=args.dry_run,
+        name=(args.name or (Path(configs[-1]).stem if configs else "")) + args.postfix,
+        resume=resume,
+        logdir=args.logdir / "debug_runs" if args.debug else args.logdir,
+        processes=args.nproc,
+        threads=args.threads,
+        allow_commands=args.allow_commands,
+        debug=args.debug,
+        argv=tuple(words),
+    )
+
+
+def _run_request(request: TrainRequest) -> Iterator[str]:
+    """Does what is requested; yields the lines to print: a path, losses, or a config."""
+    _configure_logging()
+    if request.dry_run:
+        yield from _dry_run(request, _read(request, run_folder.find_run(request)))
+        return
+    existing = launch.choose_on_first_rank(
+        lambda torchruns: run_folder.find_run(request, torchruns)
+    )
+    settings = _read(request, existing)
+    launch.launch(settings.devices, request.processes, request.argv)
+    yield from _run(request, settings, existing)
+
+
+def _read(request: TrainRequest, existing: run_folder.ExistingRun | None) -> "Settings":
+    """Reads the settings of the run; errors are raised before anything is started or created."""
+    from ldm.train.config.settings import check_complete, read_settings
+
+    settings = read_settings(run_folder.read_config(request, existing))
+    required = ["model.target", "data.params.train", "data.params.batch_size"]
+    if request.train:
+        required.append("model.base_learning_rate")
+    check_complete(settings.raw, *required)
+    return settings
+
+
+def _dry_run(request: TrainRequest, settings: "Settings") -> Iterator[str]:
+    from ldm.loading.config import format_yaml
+    from ldm.train import estimate
+
+    yield format_yaml(settings.raw)
+    processes = launch.count_processes(settings.devices, request.processes)
+    yield from estimate.describe(settings, processes=processes)
 
 
 def _run(
-    args: argparse.Namespace, settings: "Settings", old: run_folder.Old | None
+    request: TrainRequest, settings: "Settings", existing: run_folder.ExistingRun | None
 ) -> Iterator[str]:
+    """Trains, exports or validates a run."""
     import torch
 
     from ldm.loading.config import format_yaml
     from ldm.train.loop import Run
     from ldm.train.monitoring import validation
 
-    torch.set_num_threads(args.threads or torch.get_num_threads())
-    folder = launch.agreed(lambda starters: run_folder.begin(args, old, starters))
+    torch.set_num_threads(request.threads or torch.get_num_threads())
+    folder = launch.choose_on_first_rank(
+        lambda torchruns: run_folder.prepare_folder(request, existing, torchruns)
+    )
     try:
-        run = Run(settings, folder, text=format_yaml(settings.raw), commands=args.allow_commands)
+        text = format_yaml(settings.raw)
+        run = Run(settings, folder, text=text, commands=request.allow_commands)
     except Exception:
-        run_folder.discard(folder)
+        run_folder.delete_if_empty(folder)
         raise
-    if old and old.state:
-        run.resume(old.state)
-    if run.ranks.is_first and args.train:
-        run_folder.note(args, folder, settings.raw)
-    if args.train:
-        run.train(begun=lambda: run_folder.link(args, folder))
-    elif old and not args.validate:
+    if existing and existing.state:
+        run.resume(existing.state)
+    if run.ranks.is_first and request.train:
+        run_folder.save_config(folder, settings.raw)
+    if request.train:
+        run.train(begun=lambda: run_folder.link_name(request, folder))
+    elif existing and not request.validate:
         run.export()
-    if args.validate:
-        figures = validation.validate(run)
-        if not figures:
+    if request.validate:
+        losses = validation.validate(run)
+        if not losses:
             raise ValueError("--validate needs held-out data, `data.params.validation`")
-        yield from (f"{name} {value:.6f}" for name, value in figures.items())
+        yield from (f"{name} {value:.6f}" for name, value in losses.items())
     elif run.ranks.is_first:
-        written = [run.last.with_suffix(f".{kind}") for kind in ("safetensors", "ckpt")]
-        done = [str(path) for path in written if path.exists()] if args.train or old else []
-        yield from done or ["the config fits"]
+        exports = [run.last.with_suffix(f".{kind}") for kind in ("safetensors", "ckpt")]
+        paths = [str(path) for path in exports if path.exists()]
+        yield from paths if paths and (request.train or existing) else ["the config is valid"]
     run.ranks.stop()
 
 
-def _dry_run(args: argparse.Namespace, settings: "Settings") -> Iterator[str]:
-    from ldm.loading.config import format_yaml
-    from ldm.train import estimate
+def _configure_logging() -> None:
+    """Messages go to stderr; of several processes, the first one informs."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log = logging.getLogger("ldm")
+    log.handlers = [handler]
+    log.setLevel(logging.INFO if rank_and_world_size()[0] == 0 else logging.WARNING)
 
-    yield format_yaml(settings.raw)
-    yield from estimate.describe(settings, processes=launch.processes(settings.raw, args.nproc))
+
+def _build_parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, str]]:
+    """The parser of our own options, and {spelling: long name} of them."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Train a model from a config in the original's format.",
+        epilog=EPILOG,
+    )  # fmt: skip
+    spellings = {"-h": "--help", "--help": "--help"}
+
+    def add(*names: str, **options: Any) -> None:
+        parser.add_argument(*names, **options)
+        spellings.update(dict.fromkeys(names, names[-1]))
+
+    def add_switch(*names: str, help: str) -> None:
+        add(*names, type=_boolean, default=False, metavar="BOOL", help=help)
+
+    add("-b", "--base", nargs="*", default=[], help="config files (YAML), later ones over earlier")
+    add_switch("-t", "--train", help="train (else: check the config, or export)")
+    add("-n", "--name", default="", help="name of the run (default: the last config's)")
+    text = "run to resume: its folder, or a state in it; alone: the newest run of this name"
+    add("-r", "--resume", metavar="RUN", help=text)
+    add("-f", "--postfix", default="", help="appended to the name of the run")
+    add("-l", "--logdir", type=Path, default=Path("logs"), help="folder of runs (default: logs)")
+    add("-s", "--seed", type=int, help="of weights, order and noise (default: 23)")
+    text = (
+        "learning rate = accumulate x ranks x batch x base_learning_rate (default: if the config "
+        "has no lightning.optimizer)"
+    )
+    add("--scale_lr", type=_boolean, metavar="BOOL", help=text)
+    add_switch("--validate", help="print the losses on held-out data, raw and EMA weights")
+    add_switch("--dry-run", help="print the whole config and the memory that it needs")
+    add("--nproc", type=_count, default=0, help="processes on this machine, with or without GPUs")
+    text = "shards may come from `pipe:COMMAND`, which runs whatever the config says"
+    add_switch("--allow-commands", help=text)
+    add("--threads", type=_count, help="of the CPU, for each process")
+    text = "run in LOGDIR/debug_runs; show tracebacks, and open pdb if there is a terminal"
+    add_switch("-d", "--debug", help=text)
+    add_switch("--no-test", help=argparse.SUPPRESS)
+    add("-p", "--project", help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="over the configs")
+    return parser, spellings
 
 
-def _option(name: str) -> str:
+def _split(words: Sequence[str], spellings: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+    """Separates our own words, with all values explicit, from arguments of Lightning's Trainer."""
+    own: list[str] = []
+    trainer: dict[str, str] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if not word.startswith("-") or NUMBER.fullmatch(word):
+            own.append(word)
+            continue
+        option = _find_option(name, spellings)
+        if option and option not in IMPLICIT:
+            own.append(word)
+            continue
+        if not equals:
+            has_value = bool(rest) and _may_be_value(option, rest[0])
+            value = rest.pop(0) if has_value else IMPLICIT.get(option, "true")
+        if option:
+            own.append(f"{option}={value}")
+        else:
+            trainer[name.lstrip("-")] = value
+    return own, trainer
+
+
+def _find_option(name: str, spellings: dict[str, str]) -> str:
     """The long name of one of our options, also of an abbreviation; "" for another's."""
-    table = {
-        spelling: action.option_strings[-1]
-        for action in PARSER._actions
-        for spelling in action.option_strings
-    }
-    near = {table[spelling] for spelling in table if spelling.startswith(name) and name[:2] == "--"}
-    return table.get(name) or (near.pop() if len(near) == 1 else "")
+    if name in spellings:
+        return spellings[name]
+    matches = {spellings[s] for s in spellings if s.startswith(name) and name[:2] == "--"}
+    return matches.pop() if len(matches) == 1 else ""
 
 
 def _may_be_value(option: str, word: str) -> bool:
     """Whether the word after an option with an optional value is that value."""
-    if OPTIONAL.get(option) == "true":
+    if option in SWITCHES:
         return word.lower() in TRUE + FALSE
     is_override = "=" in word and not Path(word).exists()
     return NUMBER.fullmatch(word) is not None or not (word.startswith("-") or is_override)
 
 
-def _trainer_flags(args: argparse.Namespace, given: dict[str, str]) -> list[str]:
-    """Overrides for arguments of Lightning's Trainer, and for our own options that mean some."""
-    if "resume_from_checkpoint" in given:
-        args.resume = given.pop("resume_from_checkpoint")
-    if given:
-        from ldm.train.config import lightning, schema
+def _check_trainer_options(trainer: dict[str, str], spellings: dict[str, str]) -> None:
+    from ldm.train.config import lightning, schema
 
-        known = [*schema.fields_of(schema.Trainer), *lightning.KNOWN["trainer"]]
-        for name in given:
-            if name not in known:
-                options = [spelling.lstrip("-") for spelling in PARSER._option_string_actions]
-                raise unknown_name("option", name, known + options, "command line")
-    for name in ("seed", "scale_lr"):
-        if getattr(args, name) is not None:
-            given[name] = str(getattr(args, name)).lower()
-    return [f"lightning.trainer.{name}={value}" for name, value in given.items()]
+    known = [*schema.fields_of(schema.Trainer), *lightning.KNOWN["trainer"]]
+    for name in trainer:
+        if name not in known:
+            options = [spelling.lstrip("-") for spelling in spellings]
+            raise unknown_name("option", name, known + options, "command line")
+
+
+def _boolean(text: str) -> bool:
+    """yes, true, t, y, 1 or their opposites, as the original takes them."""
+    if text.lower() not in TRUE + FALSE:
+        raise argparse.ArgumentTypeError(f"`{text}` is neither true nor false")
+    return text.lower() in TRUE
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"`{text}` should be a whole number >= 0")
+    return int(text)
+
+
+if __name__ == "__main__":  # as torchrun starts it
+    sys.exit(main())

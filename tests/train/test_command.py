@@ -1,69 +1,65 @@
-"""The command line of training: the original's grammar, folders of runs, and which processes."""
+"""The command line of training: the original's grammar, run folders, and processes."""
 
+import logging
 import os
 import shutil
-from argparse import Namespace
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from ldm.loading.config import parse_yaml
-from ldm.train.command import parse, work
+from ldm.train.command import main, parse
+from ldm.train.config.settings import Devices, read_settings
 from ldm.train.distributed import launch
+from ldm.train.request import TrainRequest
 from ldm.train.runs import run_folder
+from ldm.train.runs.run_folder import ExistingRun, find_run, prepare_folder, read_config
 
 TINY = "configs/train/tiny.yaml"
 
 
-def begun(args: Namespace, *starters: str, state: int | None = None) -> Path:
-    """A run as `train.py` leaves it, with a state if it got so far."""
-    folder = run_folder.begin(args, None, starters)
-    run_folder.note(args, folder, run_folder.read(args, None))
-    run_folder.link(args, folder)
+def start_run(request: TrainRequest, *torchruns: str, state: int | None = None) -> Path:
+    """A run folder as training leaves it, with a state if it got so far."""
+    folder = prepare_folder(request, None, torchruns)
+    run_folder.save_config(folder, read_config(request, None))
+    run_folder.link_name(request, folder)
     if state is not None:
-        saved(folder, state)
+        save_state(folder, state)
     return folder
 
 
-def saved(folder: Path, step: int) -> Path:
+def save_state(folder: Path, step: int) -> Path:
     state = folder / "checkpoints" / f"state-{step:08}"
     state.mkdir(parents=True)
     (state / "run.json").write_text("{}")
     return state
 
 
-def flags(tmp_path: Path, *words: str) -> Namespace:
+@pytest.fixture(autouse=True)
+def restore_logging() -> Iterator[None]:
+    log = logging.getLogger("ldm")
+    handlers, level = log.handlers, log.level
+    yield
+    log.handlers, log.level = handlers, level
+
+
+def tiny(tmp_path: Path, *words: str) -> TrainRequest:
     return parse(["-b", TINY, "-t", "-l", str(tmp_path), *words])
 
 
 def test_a_command_of_the_original_means_what_it_meant() -> None:
-    args = parse(
-        [
-            "--base",
-            "a.yaml",
-            "b.yaml",
-            "-t",
-            "--gpus",
-            "0,1,",
-            "--max_epochs",
-            "3",
-            "--scale_lr",
-            "False",
-            "--no-test",
-            "-s",
-            "7",
-            "-f",
-            "_try",
-            "data.params.batch_size=4",
-            "--benchmark",
-            "model.params.x=1",
-        ]
+    words = (
+        "--base a.yaml b.yaml -t --gpus 0,1, --max_epochs 3 --scale_lr False --no-test -s 7 "
+        "-f _try data.params.batch_size=4 --benchmark model.params.x=1"
     )
-    assert args.base == ["a.yaml", "b.yaml"]
-    assert (args.train, args.no_test, args.postfix, args.resume) == (True, True, "_try", None)
-    assert args.overrides == [
+    request = parse(words.split())
+    assert request.configs == ("a.yaml", "b.yaml")
+    assert (request.train, request.name, request.resume) == (True, "b_try", None)
+    assert request.overrides == (
         "lightning.trainer.gpus=0,1,",
         "lightning.trainer.max_epochs=3",
         "lightning.trainer.benchmark=true",
@@ -71,7 +67,7 @@ def test_a_command_of_the_original_means_what_it_meant() -> None:
         "lightning.trainer.scale_lr=false",
         "data.params.batch_size=4",
         "model.params.x=1",
-    ]
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,82 +89,125 @@ def test_switches_take_a_value_or_none(words: str, train: bool) -> None:
         ("-t", None),
     ],
 )
-def test_a_run_to_go_on_with_may_be_named_or_not(words: str, resume: str | None) -> None:
+def test_a_run_to_resume_may_be_named_or_not(words: str, resume: str | None) -> None:
     assert parse(["-b", "a.yaml", *words.split()]).resume == resume
-
-
-def test_an_unknown_option_is_named() -> None:
-    with pytest.raises(ValueError, match="unknown option `max_stepz`, did you mean `max_steps`"):
-        parse(["-b", "a.yaml", "--max_stepz", "3"])
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("-b", TINY, "data.params.batch_size=0"), "data.params.batch_size: `0` should be greater"),
-        (
-            ("-b", TINY, "model.base_learning_rate=null"),
-            "config: `model.base_learning_rate`",
-        ),
-        (
-            ("-b", "configs/stable-diffusion/v2-inference.yaml"),
-            "missing in the config: `data.p",
-        ),
+        ("--max_stepz 3", "unknown option `max_stepz`, did you mean `max_steps`"),
+        ("data.params.batch_size=0", "data.params.batch_size: `0` should be greater"),
+        ("model.base_learning_rate=null", "missing in the config: `model.base_learning_rate`"),
+        ("-r", "no run `tiny` in"),
+        ("--validate -r nowhere", "no run and no state `nowhere`"),
+        ("--gpus 0,1, --num_nodes 2", "hint: torchrun --nnodes 2"),
     ],
 )
-def test_nothing_is_made_for_a_config_that_cannot_be(
-    words: tuple[str, ...], message: str, tmp_path: Path
+def test_mistakes_are_one_line_and_create_nothing(
+    words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ValueError, match=message):
-        list(work(parse(["-t", "-l", str(tmp_path / "logs"), *words])))
+    assert main(["-t", "-b", TINY, "-l", str(tmp_path), *words.split()], "ldm train") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("ldm train: error: ")
+    assert message in error
+    assert error.count("\n") <= 2  # with a hint
     assert not list(tmp_path.iterdir())
 
 
-def test_counts_of_processes_and_threads_are_none_below_zero(capsys: Any) -> None:
-    with pytest.raises(SystemExit):
-        parse(["-b", TINY, "--nproc=-1"])
-    assert "argument --nproc: `-1` is no whole number >= 0" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["-b", TINY, "--nproc=-1"], "`-1` should be a whole number"), (["-t"], "--base is needed")],
+)
+def test_wrong_usage_ends_with_status_2(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert message in capsys.readouterr().err
 
 
-def test_a_run_has_the_time_in_its_name_and_a_link_without(tmp_path: Path) -> None:
-    first = begun(flags(tmp_path, "-f", "_a"))
-    second = begun(flags(tmp_path, "-f", "_a"))
-    assert (
-        run_folder.STAMPED.sub("", first.name)
-        == run_folder.STAMPED.sub("", second.name)
-        == "tiny_a"
+def test_a_config_is_checked_without_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["-b", TINY, "-l", str(tmp_path / "logs")]) == 0
+    assert capsys.readouterr().out == "the config is valid\n"
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_run_is_trained_resumed_exported_and_validated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = "{root: tests/data/emoji, split: heldout, transform: {name: emoji, size: 32}}"
+    base = ["-b", TINY, "-l", str(tmp_path)]
+    few = ["lightning.callbacks.images=0", "data.params.batch_size=2"]
+    few.append(f"data.params.validation={held_out}")
+    assert main([*base, "-t", "--max_steps", "2", *few]) == 0
+    weights = Path(capsys.readouterr().out.strip())
+    assert weights == (tmp_path / "tiny").resolve() / "checkpoints" / "last.safetensors"
+    weights.unlink()
+    assert main(["--resume", str(tmp_path / "tiny")]) == 0
+    assert capsys.readouterr().out.strip() == str(weights)
+    assert weights.exists()
+    assert main(["-t", *base, "--resume", *few, "--max_steps", "3", "--validate"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert {"val/loss", "val/loss_ema"} <= set(names)
+    assert (weights.parent / "state-00000003").is_dir()
+    assert len(list((tmp_path / "tiny" / "configs").iterdir())) == 4
+    assert len(list(tmp_path.glob("*_tiny"))) == 1
+    link, start = (tmp_path / "tiny").resolve(), f"model.params.ckpt_path={weights}"
+    assert main([*base, "-t", "--max_steps", "1", *few, start]) == 1
+    assert "hardly better than a guess" in capsys.readouterr().err
+    assert (tmp_path / "tiny").resolve() == link
+
+
+def test_help_imports_neither_torch_nor_pydantic() -> None:
+    code = (
+        "import sys, ldm.train.command as c\ntry: c.main(['--help'])\n"
+        "finally: print({'torch', 'pydantic', 'omegaconf'} & set(sys.modules))"
     )
+    words = [sys.executable, "-c", code]
+    assert subprocess.run(words, capture_output=True, text=True).stdout.endswith("set()\n")
+
+
+def test_a_run_folder_has_the_time_in_its_name_and_a_link_without(tmp_path: Path) -> None:
+    first, second = (start_run(tiny(tmp_path, "-f", "_a")) for _ in range(2))
+    names = {run_folder.TIMESTAMP.sub("", folder.name) for folder in (first, second)}
+    assert names == {"tiny_a"}
     assert first != second
     assert os.readlink(tmp_path / "tiny_a") == second.name
     stems = sorted(path.name[20:] for path in (second / "configs").iterdir())
     assert stems == ["lightning.yaml", "project.yaml"]
 
 
-def test_a_folder_in_the_place_of_the_link_stays(tmp_path: Path, caplog: Any) -> None:
+def test_a_folder_in_the_place_of_the_link_stays(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "tiny").mkdir()
-    begun(flags(tmp_path))
+    start_run(tiny(tmp_path))
     assert not (tmp_path / "tiny").is_symlink()
     assert "is not a link" in caplog.text
 
 
-def test_a_config_is_kept_once_and_read_again(tmp_path: Path) -> None:
-    args = flags(tmp_path, "lightning.trainer.max_steps=2", "data.params.batch_size=3")
-    folder = begun(args, state=2)
+def test_a_config_is_saved_once_and_read_again(tmp_path: Path) -> None:
+    request = tiny(tmp_path, "lightning.trainer.max_steps=2", "data.params.batch_size=3")
+    folder = start_run(request, state=2)
     again = parse(["-t", "-r", str(folder), "lightning.trainer.max_steps=5"])
-    raw = run_folder.read(again, run_folder.find(again))
+    raw = read_config(again, find_run(again))
     assert raw["data"]["params"]["batch_size"] == 3
     assert raw["lightning"]["trainer"]["max_steps"] == 5
-    run_folder.note(args, folder, run_folder.read(args, None))
+    run_folder.save_config(folder, read_config(request, None))
     assert len(list((folder / "configs").iterdir())) == 2
-    over = parse(["-r", str(folder), "-b", TINY])
-    assert run_folder.read(over, run_folder.find(over))["data"]["params"]["batch_size"] == 8
+    other = parse(["-r", str(folder), "-b", TINY])
+    assert read_config(other, find_run(other))["data"]["params"]["batch_size"] == 8
 
 
 def test_a_run_is_found_by_folder_link_name_state_or_weights(tmp_path: Path) -> None:
-    old = begun(flags(tmp_path), state=1)
-    begun(flags(tmp_path))  # died before its first state
-    new = begun(flags(tmp_path, "-n", "other_tiny"), state=3)
-    earlier = saved(new, 2)
+    old = start_run(tiny(tmp_path), state=1)
+    start_run(tiny(tmp_path))  # died before its first state
+    new = start_run(tiny(tmp_path, "-n", "other_tiny"), state=3)
+    earlier = save_state(new, 2)
+    (new / "checkpoints/last.ckpt").touch()
     expected = {
         "": (old, 1),
         str(old): (old, 1),
@@ -178,15 +217,13 @@ def test_a_run_is_found_by_folder_link_name_state_or_weights(tmp_path: Path) -> 
         str(new / "checkpoints/last.ckpt"): (new, 3),
         str(earlier): (new, 2),
     }
-    (new / "checkpoints/last.ckpt").touch()
-    for given, (folder, step) in expected.items():
-        found = run_folder.find(flags(tmp_path, f"--resume={given}"))
-        assert found is not None
-        assert found.state == folder / f"checkpoints/state-{step:08}", given
+    for resume, (folder, step) in expected.items():
+        state = folder / f"checkpoints/state-{step:08}"
+        assert find_run(tiny(tmp_path, f"--resume={resume}")) == ExistingRun(folder, state), resume
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("resume", "message"),
     [
         ("", "no run `tiny` in .* has a state"),
         ("nothing", "no run and no state"),
@@ -194,95 +231,95 @@ def test_a_run_is_found_by_folder_link_name_state_or_weights(tmp_path: Path) -> 
         ("{run}/checkpoints/epoch=000001.ckpt", "hint: to start anew .* model.params.ckpt_path="),
     ],
 )
-def test_what_cannot_be_resumed_says_why(tmp_path: Path, given: str, message: str) -> None:
-    run = begun(flags(tmp_path))
+def test_what_cannot_be_resumed_says_why(tmp_path: Path, resume: str, message: str) -> None:
+    run = start_run(tiny(tmp_path))
     (run / "checkpoints").mkdir()
     (run / "checkpoints/epoch=000001.ckpt").touch()
-    with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){message}"):
-        run_folder.find(flags(tmp_path, f"--resume={given.format(run=run)}"))
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        find_run(tiny(tmp_path, f"--resume={resume.format(run=run)}"))
 
 
-def test_after_an_elastic_restart_the_same_run_goes_on(tmp_path: Path) -> None:
-    args = flags(tmp_path)
-    mine = begun(args, "id node1 7", "id node2 7")
-    begun(args, "id node3 7", state=9)
-    assert run_folder.find(args) is None
-    assert run_folder.find(args, ["id node1 8"]) is None  # started anew, with the same id
-    assert run_folder.find(args, ["id node1 7"]) == run_folder.Old(mine, None)
-    four = saved(mine, 4)
-    after = ["id node2 7", "id node4 7"]  # node1 was replaced
-    assert run_folder.find(args, after) == run_folder.Old(mine, four)
-    run_folder.begin(args, run_folder.find(args, after), after)
+def test_after_an_elastic_restart_the_same_run_is_resumed(tmp_path: Path) -> None:
+    request = tiny(tmp_path)
+    run = start_run(request, "id node1 7", "id node2 7")
+    start_run(request, "id node3 7", state=9)
+    assert find_run(request) is None
+    assert find_run(request, ["id node1 8"]) is None  # another torchrun with the same id
+    assert find_run(request, ["id node1 7"]) == ExistingRun(run, None)
+    four = save_state(run, 4)
+    torchruns = ["id node2 7", "id node4 7"]  # node1 was replaced
+    assert find_run(request, torchruns) == ExistingRun(run, four)
+    prepare_folder(request, find_run(request, torchruns), torchruns)
     for words in ([], ["-r"], ["-r", str(four)], ["-r", "tiny"]):  # where `tiny` is another by now
-        assert run_folder.find(flags(tmp_path, *words), ["id node4 7"]) == run_folder.Old(
-            mine, four
-        )
+        assert find_run(tiny(tmp_path, *words), ["id node4 7"]) == ExistingRun(run, four)
 
 
 def test_a_restart_after_resuming_an_older_state_stays_on_its_branch(tmp_path: Path) -> None:
-    folder = begun(flags(tmp_path), state=4)
-    two = saved(folder, 2)
-    args = flags(tmp_path, "-r", str(two))
-    run_folder.begin(args, run_folder.find(args, ["id"]), ["id"])
-    assert run_folder.find(args, ["id"]) == run_folder.Old(folder, two)
-    three = saved(folder, 3)
-    shutil.rmtree(two)  # as no more than the newest are kept
-    assert run_folder.find(args, ["id"]) == run_folder.Old(folder, three)
+    folder = start_run(tiny(tmp_path), state=4)
+    two = save_state(folder, 2)
+    request = tiny(tmp_path, "-r", str(two))
+    prepare_folder(request, find_run(request, ["id"]), ["id"])
+    assert find_run(request, ["id"]) == ExistingRun(folder, two)
+    three = save_state(folder, 3)
+    shutil.rmtree(two)  # as only the newest are kept
+    assert find_run(request, ["id"]) == ExistingRun(folder, three)
 
 
 @pytest.mark.parametrize(
-    ("trainer", "expected"),
+    ("trainer", "gpus"),
     [
         ("{gpus: '0,1,'}", [0, 1]), ("{devices: '0,'}", [0]), ("{gpus: 2}", 2), ("{gpus: 0}", 0),
         ("{gpus: [1, 3]}", [1, 3]), ("{gpus: -1}", -1), ("{}", None), ("{devices: auto}", None),
         ("{accelerator: cpu, devices: 2}", 0),
     ],
 )  # fmt: skip
-def test_gpus_are_listed_or_counted(trainer: str, expected: Any) -> None:
-    assert launch.gpus(parse_yaml(f"lightning: {{trainer: {trainer}}}")) == expected
+def test_gpus_are_listed_or_counted(trainer: str, gpus: list[int] | int | None) -> None:
+    raw = parse_yaml(f"lightning: {{trainer: {trainer}}}")
+    assert read_settings(raw).devices == Devices(gpus)
 
 
 def test_processes_are_counted_over_all_nodes() -> None:
-    raw = parse_yaml("lightning: {trainer: {gpus: '0,1,', num_nodes: 3}}")
-    assert launch.processes(raw) == 6
-    assert launch.processes(parse_yaml("lightning: {}"), nproc=4) == 4
+    assert launch.count_processes(Devices([0, 1], num_nodes=3)) == 6
+    assert launch.count_processes(Devices(), per_node=4) == 4
 
 
-def started(monkeypatch: Any, trainer: str, *, gpus: int, nproc: int = 0) -> list[str]:
-    """The words of torchrun that `launch` would become, [] if it stays."""
-    found: list[str] = []
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(launch, "_replace", found.extend)
+def torchrun(
+    monkeypatch: pytest.MonkeyPatch, devices: Devices, *, available: int, per_node: int = 0
+) -> list[str]:
+    """The words of the torchrun that replaces the process, [] if it stays."""
+    words: list[str] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: available)
+    monkeypatch.setattr(launch, "_replace_process", words.extend)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    raw = parse_yaml(f"lightning: {{trainer: {trainer}}}")
-    launch.launch(raw, nproc, ["-b", "a.yaml"])
-    return found
+    launch.launch(devices, per_node, ["-b", "a.yaml"])
+    return words
 
 
-def test_two_gpus_mean_torchrun_with_two_processes_that_see_them(monkeypatch: Any) -> None:
-    words = started(monkeypatch, "{gpus: '1,3,'}", gpus=4)
+def test_two_gpus_mean_torchrun_with_two_processes_that_see_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = torchrun(monkeypatch, Devices([1, 3]), available=4)
     assert words[:2] == ["--standalone", "--nproc-per-node=2"]
     assert words[-2:] == ["-b", "a.yaml"]
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "1,3"
-    assert started(monkeypatch, "{gpus: '3,'}", gpus=4) == []
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
-    assert started(monkeypatch, "{gpus: 0}", gpus=4) == []
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
-    assert started(monkeypatch, "{gpus: '0,'}", gpus=0) == []
-    assert "--nproc-per-node=2" in started(monkeypatch, "{gpus: '0,1,'}", gpus=0, nproc=2)
+    for gpus, visible in (([3], "3"), (0, ""), (None, "")):
+        assert torchrun(monkeypatch, Devices(gpus), available=4) == []
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
+    assert torchrun(monkeypatch, Devices([0]), available=0) == []
+    words = torchrun(monkeypatch, Devices([0, 1]), available=0, per_node=2)
+    assert "--nproc-per-node=2" in words
 
 
 @pytest.mark.parametrize(
-    ("trainer", "gpus", "message"),
+    ("devices", "available", "message"),
     [
-        ("{gpus: '0,1,'}", 0, "2 GPUs are asked for and there is none\nhint: --nproc 2"),
-        ("{gpus: '0,7,'}", 2, "GPU 7 is asked for, here are 2"),
-        ("{gpus: '0,1,', num_nodes: 2}", 2, "torchrun --nnodes 2 --nproc-per-node 2"),
-        ("{gpus: two}", 2, "`two` is neither a number of GPUs nor a list"),
+        (Devices([0, 1]), 0, "2 GPUs requested, none available\nhint: --nproc 2"),
+        (Devices([0, 7]), 2, "GPU 7 requested, 2 available"),
+        (Devices([0, 1], num_nodes=2), 2, "torchrun --nnodes 2 --nproc-per-node 2"),
     ],
 )
-def test_gpus_that_are_not_there_are_named(
-    monkeypatch: Any, trainer: str, gpus: int, message: str
+def test_gpus_that_are_not_available_are_named(
+    monkeypatch: pytest.MonkeyPatch, devices: Devices, available: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        started(monkeypatch, trainer, gpus=gpus)
+        torchrun(monkeypatch, devices, available=available)

@@ -14,10 +14,10 @@ from typing import Any
 
 from ldm.runtime.errors import unknown_name
 
-__all__ = ["KNOWN", "SECTIONS", "section", "translate"]
+__all__ = ["KNOWN", "SECTIONS", "read_gpus", "section", "translate"]
 
 SECTIONS = ("modelcheckpoint", "logger", "strategy", "find_unused_parameters")
-LAUNCH = ("accelerator", "gpus", "devices", "num_nodes")  # what `launch` has read before
+DEVICES = ("accelerator", "gpus", "devices", "num_nodes")  # read before
 # Arguments of Lightning's Trainer that mean nothing here, and why.
 WITHOUT_MEANING = {
     **dict.fromkeys(
@@ -72,7 +72,7 @@ CLASSES = {
 BEST = 3  # weights that the original keeps, if the model names what to monitor
 STEP_CHECKPOINTS = 10_000  # steps between them in the original, if nothing is said
 KNOWN = {
-    "trainer": (*WITHOUT_MEANING, *LAUNCH, "strategy", "val_check_interval",
+    "trainer": (*WITHOUT_MEANING, *DEVICES, "strategy", "val_check_interval",
                 "check_val_every_n_epoch", "limit_val_batches", "log_every_n_steps",
                 "terminate_on_nan", "fast_dev_run", "gradient_clip_algorithm"),
     "callbacks": ("image_logger", "metrics_over_trainsteps_checkpoint", *WITHOUT_CALLBACK),
@@ -118,16 +118,41 @@ def section(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     Raises:
         ValueError: it is not a mapping.
     """
-    node: Any = raw
+    node = raw
     names = where.split(".")
     for depth, name in enumerate(names, 1):
-        node = node.get(name)
-        if node is None:
+        value = node.get(name)
+        if value is None:
             return {}
-        if not isinstance(node, Mapping):
+        if not isinstance(value, Mapping):
             place = ".".join(names[:depth])
-            raise ValueError(f"{place}: `{node}` should be a mapping of keys")
+            raise ValueError(f"{place}: `{value}` should be a mapping of keys")
+        node = value
     return node
+
+
+def read_gpus(trainer: Mapping[str, Any]) -> list[int] | int | None:
+    """The GPUs that Lightning's Trainer is given: their numbers, how many, -1 = all, None = unset.
+
+    `gpus: 0,1,` and `devices: 0,1,` name two; `gpus: 2` is any two, `gpus: 0` none.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    value = trainer.get("gpus", trainer.get("devices"))
+    if trainer.get("accelerator") == "cpu":
+        return 0
+    if value is None or value == "auto":
+        return None
+    words = value if isinstance(value, list) else str(value).split(",")
+    try:
+        numbers = [int(word) for word in words if str(word).strip()]
+    except ValueError:
+        raise ValueError(
+            f"lightning.trainer.gpus: `{value}` should be a number of GPUs or a list as `0,1,`"
+        ) from None
+    is_list = isinstance(value, list) or "," in str(value)
+    return numbers if is_list else numbers[0]
 
 
 def _held_out(raw: Mapping[str, Any], params: Mapping[str, Any], sections: Sections) -> None:
@@ -152,7 +177,7 @@ def _put(sections: Sections, section: str, **values: Any) -> None:
 
 def _trainer(sections: Sections, notes: list[str]) -> None:
     trainer = sections.get("trainer", {})
-    for key in LAUNCH:
+    for key in DEVICES:
         trainer.pop(key, None)
     for key in [key for key in trainer if key in WITHOUT_MEANING]:
         del trainer[key]

@@ -28,7 +28,7 @@ from ldm.train.config.schema import (
 )  # fmt: skip
 from ldm.train.optim.schedules import WHERE, Rate
 
-__all__ = ["Settings", "check_complete", "read_settings"]
+__all__ = ["Devices", "Settings", "check_complete", "read_settings"]
 
 SECTIONS = ("trainer", "optimizer", "objective", "callbacks", "lora", "textual_inversion")
 # Defaults of a config that names no optimizer, so was written for the original.
@@ -38,6 +38,19 @@ ORIGINAL: dict[str, dict[str, Any]] = {
 }
 EPOCHS = 1000  # Lightning's default, if a run has no end
 LIMITS = ("max_steps", "max_epochs", "max_time")
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Where a run lives.
+
+    Args:
+        gpus: their numbers, or how many: -1 = all; None: all, without a process for each.
+        num_nodes: machines.
+    """
+
+    gpus: list[int] | int | None = None
+    num_nodes: int = 1
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,7 @@ class Settings:
     optimizer: Optimizer
     objective: Denoising | Reconstruction
     callbacks: Callbacks
+    devices: Devices = Devices()
     lora: Lora | None = None
     textual_inversion: TextualInversion | None = None
     notes: tuple[str, ...] = ()
@@ -150,7 +164,7 @@ def read_settings(raw: Mapping[str, Any]) -> Settings:
         ValueError: a section or key is unknown, naming the nearest known one, or a value is not
             allowed; also of what a run reads in `model` and `data`.
     """
-    model, data = _read_original(raw)
+    model, data, devices = _read_original(raw)
     sections, notes = lightning.translate(raw)
     for name in sections:
         if name not in SECTIONS:
@@ -188,6 +202,7 @@ def read_settings(raw: Mapping[str, Any]) -> Settings:
         callbacks=validate(
             Callbacks, values["callbacks"], "lightning.callbacks", also=known["callbacks"]
         ),
+        devices=devices,
         lora=validate(Lora, lora, "lightning.lora") if lora else None,
         textual_inversion=(
             validate(TextualInversion, inversion, "lightning.textual_inversion")
@@ -209,7 +224,7 @@ def check_complete(raw: Mapping[str, Any], *keys: str) -> None:
         raise ValueError(f"missing in the config: {', '.join(missing)}")
 
 
-def _read_original(raw: Mapping[str, Any]) -> tuple[Model, Data]:
+def _read_original(raw: Mapping[str, Any]) -> tuple[Model, Data, Devices]:
     """What is read as it stands, and what `lightning` computes with; null counts as missing."""
 
     def given(where: str) -> dict[str, Any]:
@@ -218,8 +233,9 @@ def _read_original(raw: Mapping[str, Any]) -> tuple[Model, Data]:
 
     model = validate(Model, given("model"), "model", also=["params.ckpt_path"])
     validate(ModelParams, given("model.params"), "model.params")
-    validate(LightningTrainer, given("lightning.trainer"), "lightning.trainer")
-    return model, validate(Data, given("data.params"), "data.params")
+    data = validate(Data, given("data.params"), "data.params")
+    trainer = validate(LightningTrainer, given("lightning.trainer"), "lightning.trainer")
+    return model, data, Devices(lightning.read_gpus(trainer), trainer.get("num_nodes", 1))
 
 
 def _read_optimizer(values: Mapping[str, Any]) -> Optimizer:

@@ -12,160 +12,165 @@ import json
 import logging
 import os
 import re
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Old", "begin", "complete", "discard", "find", "link", "note", "read"]
+from ldm.train.request import TrainRequest
+
+__all__ = [
+    "ExistingRun",
+    "delete_if_empty",
+    "find_run",
+    "link_name",
+    "list_states",
+    "prepare_folder",
+    "read_config",
+    "save_config",
+]
 
 log = logging.getLogger(__name__)
 
-STAMP = "%Y-%m-%dT%H-%M-%S"
-STAMPED = re.compile(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_")
+TIME = "%Y-%m-%dT%H-%M-%S"
+TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_")
 STATES = "checkpoints/state-*"
-LAUNCH = ".launch.json"  # in a run's folder: which torchruns have started it, and from what state
+LAUNCH = ".launch.json"  # in a run folder: the torchruns that started it, and from what state
 
 
 @dataclass(frozen=True)
-class Old:
-    """A run that exists, and the state in it to go on from; None if it died before the first."""
+class ExistingRun:
+    """A run that exists, and the state to resume from; None if it died before the first."""
 
     folder: Path
     state: Path | None
 
 
-def name(args: Namespace) -> str:
-    """Of the run: as given, or that of the last config file."""
-    return (args.name or (Path(args.base[-1]).stem if args.base else "")) + args.postfix
+def find_run(request: TrainRequest, torchruns: Sequence[str] = ()) -> ExistingRun | None:
+    """Finds the run to go on with, None if a new one shall begin.
 
-
-def find(args: Namespace, starters: Sequence[str] = ()) -> Old | None:
-    """The run to go on with, None if a new one shall begin.
-
-    starters: the torchruns of these processes. A run that one of them has started before goes on,
-        as after a failure, whatever else is asked for.
-    Raises ValueError if a run is asked for and there is none.
+    Args:
+        torchruns: those that started these processes. A run that one of them has started before is
+            resumed, as after a failure, whatever else is requested.
+    Raises:
+        ValueError: a run is requested and does not exist, or has no state to resume from.
     """
-    logdir = _logdir(args)
-    given = Path(args.resume).expanduser() if args.resume else None
-    if starters and args.train:
-        named = [_folder(given), _folder(logdir / given)] if given else []
-        for folder in (*named, *(path.parent for path in logdir.glob(f"*/{LAUNCH}"))):
-            if (started := _started(folder)) and not {*starters}.isdisjoint(started["starters"]):
-                return Old(folder.resolve(), _state_after(folder, started))
+    logdir = request.logdir
+    path = Path(request.resume).expanduser() if request.resume else None
+    if torchruns and request.train:
+        candidates = [_run_folder(path), _run_folder(logdir / path)] if path else []
+        for folder in (*candidates, *(launch.parent for launch in logdir.glob(f"*/{LAUNCH}"))):
+            launch_ = _read_launch(folder)
+            if not {*torchruns}.isdisjoint(launch_.get("starters", ())):
+                return ExistingRun(folder.resolve(), _state_since(folder, launch_))
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
             log.warning("no run of this torchrun was found to go on with; wrappers must `exec`")
-    if given:
-        return _named(given, logdir)
-    if args.resume is None:
+    if path:
+        return _find_by_path(path, logdir)
+    if request.resume is None:
         return None
-    if not name(args):
+    if not request.name:
         raise ValueError("--resume alone needs -n NAME or -b CONFIG to know which run is meant")
-    for folder in _of_name(logdir, name(args)):
-        if state := newest_state(folder):
-            return Old(folder, state)
-    raise ValueError(f"no run `{name(args)}` in `{logdir}` has a state to resume from")
+    for folder in _list_runs(logdir, request.name):
+        if states := list_states(folder / "checkpoints"):
+            return ExistingRun(folder, states[-1])
+    raise ValueError(f"no run `{request.name}` in `{logdir}` has a state to resume from")
 
 
-def newest_state(folder: Path) -> Path | None:
-    """The last state that a run has saved."""
-    states = complete(folder / "checkpoints")
-    return states[-1] if states else None
-
-
-def complete(checkpoints: Path) -> list[Path]:
-    """The states in a folder, oldest first; what is still being written has another name."""
+def list_states(checkpoints: Path) -> list[Path]:
+    """The complete states in a folder, oldest first; incomplete ones have other names."""
     return sorted(path.parent for path in checkpoints.glob("state-*/run.json"))
 
 
-def read(args: Namespace, old: Old | None) -> dict[str, Any]:
-    """The config: of the old run if there is one, the given files over it, overrides over all."""
+def read_config(request: TrainRequest, existing: ExistingRun | None) -> dict[str, Any]:
+    """Reads the config: that of an existing run, the files over it, and overrides over all.
+
+    Raises:
+        ValueError: there is neither.
+    """
     from ldm.loading.config import read_yaml
 
-    files = [*(_configs(old.folder) if old else []), *args.base]
+    saved = _saved_configs(existing.folder) if existing else []
+    files: list[str | Path] = [*saved, *request.configs]
     if not files:
-        folder = old.folder if old else args.logdir
+        folder = existing.folder if existing else request.logdir
         raise ValueError(f"`{folder}` has no configs/*-project.yaml, give the config with --base")
-    return read_yaml(files[0], args.overrides, *files[1:], sections=("data", "lightning"))
+    return read_yaml(files[0], request.overrides, *files[1:], sections=("data", "lightning"))
 
 
-def begin(args: Namespace, old: Old | None, starters: Sequence[str] = ()) -> Path:
-    """The folder of the run, a new one if there is none; who has started it is noted there."""
-    folder = old.folder if old else _new_folder(args)
-    if starters and args.train:
-        state = old.state.name if old and old.state else None
-        states = [path.name for path in complete(folder / "checkpoints")]
-        started = {"starters": [*starters], "from": state, "states": states}
-        (folder / LAUNCH).write_text(json.dumps(started), "utf-8")
+def prepare_folder(
+    request: TrainRequest, existing: ExistingRun | None, torchruns: Sequence[str] = ()
+) -> Path:
+    """Returns the folder of the run, new if there is none; torchruns that started it are saved."""
+    folder = existing.folder if existing else _new_folder(request)
+    if torchruns and request.train:
+        state = existing.state.name if existing and existing.state else None
+        states = [path.name for path in list_states(folder / "checkpoints")]
+        launch = {"starters": [*torchruns], "from": state, "states": states}
+        (folder / LAUNCH).write_text(json.dumps(launch), "utf-8")
     return folder
 
 
-def _new_folder(args: Namespace) -> Path:
-    """A folder with the time in its name, made now."""
-    logdir, now = _logdir(args), datetime.now()
-    while True:
-        folder = logdir / f"{now.strftime(STAMP)}_{name(args)}"
-        try:
-            folder.mkdir(parents=True) if args.train else None
-        except FileExistsError:
-            now += timedelta(seconds=1)
-            continue
-        return folder
-
-
-def link(args: Namespace, folder: Path) -> None:
-    """Lets NAME lead to the folder of a run that has begun, if it is the newest of that name."""
-    logdir = _logdir(args)
-    if [folder.resolve()] == [path.resolve() for path in _of_name(logdir, name(args))[:1]]:
-        _link(logdir / name(args), folder)
-
-
-def discard(folder: Path) -> None:
-    """Removes the folder of a run that never began, if nothing is in it."""
-    with contextlib.suppress(OSError):
-        folder.rmdir()
-
-
-def note(args: Namespace, folder: Path, raw: Mapping[str, Any]) -> None:
-    """Keeps the config in the run's folder, unless the one kept there last says the same."""
+def save_config(folder: Path, raw: Mapping[str, Any]) -> None:
+    """Writes the config into a run folder, unless the newest one there is the same."""
     from ldm.loading.config import format_yaml
 
     others = {key: value for key, value in raw.items() if key != "lightning"}
     parts = {"project": others, "lightning": {"lightning": raw.get("lightning", {})}}
     texts = {kind: format_yaml(part) for kind, part in parts.items()}
-    if [path.read_text("utf-8") for path in _configs(folder)] == list(texts.values()):
+    if [path.read_text("utf-8") for path in _saved_configs(folder)] == list(texts.values()):
         return
     (folder / "configs").mkdir(parents=True, exist_ok=True)
-    now = datetime.now().strftime(STAMP)
+    now = datetime.now().strftime(TIME)
     for kind, text in texts.items():
         (folder / "configs" / f"{now}-{kind}.yaml").write_text(text, "utf-8")
 
 
-def _logdir(args: Namespace) -> Path:
-    logdir: Path = args.logdir
-    return logdir / "debug_runs" if args.debug else logdir
+def link_name(request: TrainRequest, folder: Path) -> None:
+    """Links LOGDIR/NAME to the folder of a run, if it is the newest of that name."""
+    newest = _list_runs(request.logdir, request.name)[:1]
+    if [folder.resolve()] == [path.resolve() for path in newest]:
+        _replace_link(request.logdir / request.name, folder)
 
 
-def _named(path: Path, logdir: Path) -> Old:
-    """A run by its folder, its name in the folder of runs, or something in its checkpoints/."""
-    path = next((place for place in (path, logdir / path) if place.exists()), path)
+def delete_if_empty(folder: Path) -> None:
+    """Deletes the folder of a run that failed before it wrote anything."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _new_folder(request: TrainRequest) -> Path:
+    """A folder with the time in its name; created if the run trains."""
+    now = datetime.now()
+    while True:
+        folder = request.logdir / f"{now.strftime(TIME)}_{request.name}"
+        if not request.train:
+            return folder
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            now += timedelta(seconds=1)
+
+
+def _find_by_path(path: Path, logdir: Path) -> ExistingRun:
+    """A run by its folder, its name in the folder of runs, or a path in its checkpoints/."""
+    path = next((one for one in (path, logdir / path) if one.exists()), path)
     if not path.exists():
         raise ValueError(f"no run and no state `{path}`")
-    inside, folder = _checkpoints(path), _folder(path)
-    state = newest_state(folder)
-    if inside and path != inside and not path.name.startswith("last"):
-        state = path.resolve()
+    checkpoints, folder = _checkpoints(path), _run_folder(path)
+    if checkpoints and path != checkpoints and not path.name.startswith("last"):
         if not (path / "run.json").is_file():
             raise ValueError(
-                f"`{path}` is no state to resume from, those are {STATES}\nhint: to start anew "
+                f"`{path}` is not a state to resume from, those are {STATES}\nhint: to start anew "
                 f"with its weights, set model.params.ckpt_path={path}"
             )
-    if state is None:
+        return ExistingRun(folder, path.resolve())
+    states = list_states(folder / "checkpoints")
+    if not states:
         raise ValueError(f"`{folder}` has no {STATES} to resume from")
-    return Old(folder, state)
+    return ExistingRun(folder, states[-1])
 
 
 def _checkpoints(path: Path) -> Path | None:
@@ -173,50 +178,51 @@ def _checkpoints(path: Path) -> Path | None:
     return next((p for p in (path, *path.absolute().parents) if p.name == "checkpoints"), None)
 
 
-def _folder(path: Path) -> Path:
-    """Of the run that a path means, which need not exist any more."""
-    inside = _checkpoints(path)
-    return (inside.parent if inside else path).resolve()
+def _run_folder(path: Path) -> Path:
+    """The folder of the run that a path belongs to; it need not exist."""
+    checkpoints = _checkpoints(path)
+    return (checkpoints.parent if checkpoints else path).resolve()
 
 
-def _started(folder: Path) -> dict[str, Any]:
-    """What `begin` has noted last."""
+def _read_launch(folder: Path) -> dict[str, Any]:
+    """What `prepare_folder` has saved, {} if nothing."""
     try:
-        found: dict[str, Any] = json.loads((folder / LAUNCH).read_text("utf-8"))
+        launch: dict[str, Any] = json.loads((folder / LAUNCH).read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    return found
+    return launch
 
 
-def _state_after(folder: Path, started: dict[str, Any]) -> Path | None:
-    """The newest state since the start, else that which it went on from."""
-    states = {path.name: path for path in complete(folder / "checkpoints")}
-    new = [path for name, path in states.items() if name not in started["states"]]
-    return new[-1] if new else states.get(started["from"], newest_state(folder))
+def _state_since(folder: Path, launch: Mapping[str, Any]) -> Path | None:
+    """The newest state since a launch, else the one that it resumed, else the newest of all."""
+    states = {path.name: path for path in list_states(folder / "checkpoints")}
+    since = [path for name, path in states.items() if name not in launch["states"]]
+    if since:
+        return since[-1]
+    return states.get(launch["from"], next(reversed(states.values()), None))
 
 
-def _of_name(logdir: Path, wanted: str) -> list[Path]:
-    """Folders of runs of a name, newest first."""
-    found = [p for p in logdir.glob(f"*_{wanted}") if p.is_dir() and not p.is_symlink()]
-    return sorted((p for p in found if STAMPED.sub("", p.name, count=1) == wanted), reverse=True)
+def _list_runs(logdir: Path, name: str) -> list[Path]:
+    """Folders of the runs of a name, newest first."""
+    folders = [p for p in logdir.glob(f"*_{name}") if p.is_dir() and not p.is_symlink()]
+    return sorted((p for p in folders if TIMESTAMP.sub("", p.name, count=1) == name), reverse=True)
 
 
-def _configs(folder: Path) -> list[Path]:
-    """The newest project and lightning files that a run keeps."""
-    kinds = ("project", "lightning")
-    found = [sorted((folder / "configs").glob(f"*-{kind}.yaml"))[-1:] for kind in kinds]
-    return [path for paths in found for path in paths]
+def _saved_configs(folder: Path) -> list[Path]:
+    """The newest project and lightning files of a run."""
+    files = [sorted((folder / "configs").glob(f"*-{k}.yaml")) for k in ("project", "lightning")]
+    return [paths[-1] for paths in files if paths]
 
 
-def _link(link: Path, folder: Path) -> None:
-    """A relative link, put in place at once; nothing else of that name is touched."""
+def _replace_link(link: Path, folder: Path) -> None:
+    """Puts a relative link in place atomically; a file or folder of that name stays."""
     if link.exists() and not link.is_symlink():
         log.warning("`%s` is not a link, so it does not lead to the new run `%s`", link, folder)
         return
-    beside = link.with_name(f".{link.name}.{os.getpid()}")
+    temporary = link.with_name(f".{link.name}.{os.getpid()}")
     try:
-        beside.symlink_to(folder.name, target_is_directory=True)
-        beside.replace(link)
+        temporary.symlink_to(folder.name, target_is_directory=True)
+        temporary.replace(link)
     except OSError:  # a file system without links
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         log.info("the run is `%s`", folder)

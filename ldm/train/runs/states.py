@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ldm.loading.files.pickles import pickle_imports
 from ldm.train.distributed.parallel import Ranks
-from ldm.train.runs.run_folder import complete
+from ldm.train.runs.run_folder import list_states
 from ldm.train.state import State
 
 __all__ = ["States"]
@@ -47,13 +47,13 @@ class States:
 
     def newest(self) -> Path | None:
         """The last complete state, None if there is none."""
-        found = complete(self.folder)
+        found = list_states(self.folder)
         return found[-1] if found else None
 
     def has(self, step: int) -> bool:
         """Whether there is a complete state of this step or a later one, on all processes."""
         oldest = self.folder / f"state-{step:08}"
-        return self.ranks.told(lambda: any(old >= oldest for old in complete(self.folder)))
+        return self.ranks.told(lambda: any(old >= oldest for old in list_states(self.folder)))
 
     def save(self, state: State) -> Path:
         """Writes the state of all processes; what was there before stays until that is done.
@@ -109,8 +109,8 @@ class States:
         part.replace(path)
         _flush(self.folder)
         # Later ones are of a branch that was left when an older state was resumed.
-        kept = [old for old in complete(self.folder) if old.name <= path.name][-self.keep :]
-        for other in {*complete(self.folder)} - {*kept}:
+        kept = [old for old in list_states(self.folder) if old.name <= path.name][-self.keep :]
+        for other in {*list_states(self.folder)} - {*kept}:
             other.replace(other.with_name(f".{other.name}.gone"))
         for gone in (*self.folder.glob(".state-*.old"), *self.folder.glob(".state-*.gone")):
             shutil.rmtree(gone, ignore_errors=True)
