@@ -156,7 +156,7 @@ def _votes(image: Image.Image, method: Method) -> np.ndarray:
     """The bit that each block carries, (blocks,) bool."""
     _check(image, method)
     rgb = np.asarray(image.convert("RGB"))
-    blocks = _blocks(_haar(_crop(_to_yuv(rgb)[1]))[0])  # (n, 4, 4)
+    blocks = _blocks(_haar(_crop(rgb_to_yuv(rgb)[1]))[0])  # (n, 4, 4)
     if method == "dwtDct":
         carriers = blocks.reshape(len(blocks), 16)[:, 1:].max(1)
     else:
@@ -174,7 +174,7 @@ def _majority(votes: np.ndarray, length: int) -> np.ndarray:
 
 def _write_largest(rgb: np.ndarray, bits: np.ndarray) -> np.ndarray:
     """`dwtDct` as the package has it, to the last bit of the float arithmetic."""
-    luma, blue, red = _to_yuv(rgb)
+    luma, blue, red = rgb_to_yuv(rgb)
     plane = _crop(blue)
     low, rows, columns, diagonal = _haar(plane)
     blocks = _blocks(low)
@@ -184,12 +184,12 @@ def _write_largest(rgb: np.ndarray, bits: np.ndarray) -> np.ndarray:
     flat[rows_of_flat, largest] = _quantise(flat[rows_of_flat, largest], bits)
     _put_blocks(low, flat.reshape(blocks.shape))
     plane[:] = _unhaar(low, columns, rows, diagonal)  # details swapped, fractions truncated
-    return _to_rgb(luma, blue, red)
+    return yuv_to_rgb(luma, blue, red)
 
 
 def _write_singular(rgb: np.ndarray, bits: np.ndarray) -> np.ndarray:
     """`dwtDctSvd`: the shift of U alone, added to blue and green so that Y and V stay."""
-    low = _haar(_crop(_to_yuv(rgb)[1]))[0]
+    low = _haar(_crop(rgb_to_yuv(rgb)[1]))[0]
     blocks = _blocks(low)
     left, values, right = np.linalg.svd(blocks)
     change = _quantise(values[:, 0], bits) - values[:, 0]
@@ -249,7 +249,8 @@ def _unhaar(
     return pairs.reshape(-1, mean.shape[1])
 
 
-def _to_yuv(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def rgb_to_yuv(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Y, U and V of (H, W, 3) uint8, (H, W) uint8 each, as OpenCV's RGB2YUV."""
     r, g, b = (rgb[..., k].astype(np.int32) for k in range(3))
     luma = (4899 * r + 9617 * g + 1868 * b + ROUND) >> SHIFT
     blue = (8061 * (b - luma) + CENTRE + ROUND) >> SHIFT
@@ -257,7 +258,8 @@ def _to_yuv(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return _saturate(luma), _saturate(blue), _saturate(red)
 
 
-def _to_rgb(luma: np.ndarray, blue: np.ndarray, red: np.ndarray) -> np.ndarray:
+def yuv_to_rgb(luma: np.ndarray, blue: np.ndarray, red: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 of Y, U and V, as OpenCV's YUV2RGB."""
     y, u, v = luma.astype(np.int32), blue.astype(np.int32) - 128, red.astype(np.int32) - 128
     r = y + ((18678 * v + ROUND) >> SHIFT)
     g = y + ((-6472 * u - 9519 * v + ROUND) >> SHIFT)

@@ -1,4 +1,4 @@
-"""Tar shards: the same batches on any number of ranks, exact to go on with."""
+"""Tar shards: the same batches on any number of ranks, and exactly resumed."""
 
 import gc
 import io
@@ -7,12 +7,11 @@ import tarfile
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
@@ -27,15 +26,17 @@ from ldm.data.transforms import PhotoTransform
 
 EMOJI = Path(__file__).parent / "emoji"
 COUNTS = (5, 1, 7, 2, 4)  # samples in five shards
+SQUARE = PhotoTransform(size=8)
+BUCKETS = PhotoTransform(size=8, buckets={"step": 4})
 
 
-def png(number: int, size: tuple[int, int] = (8, 8)) -> bytes:
+def png(number, size=(8, 8)):
     file = io.BytesIO()
     Image.new("RGB", size, (number, 0, 0)).save(file, "PNG")
     return file.getvalue()
 
 
-def write(path: Path, members: dict[str, bytes]) -> None:
+def write(path, members):
     with tarfile.open(path, "w") as tar:
         for name, data in members.items():
             member = tarfile.TarInfo(name)
@@ -44,7 +45,7 @@ def write(path: Path, members: dict[str, bytes]) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     path, numbers = tmp_path_factory.mktemp("shards"), iter(range(sum(COUNTS)))
     for shard, count in enumerate(COUNTS):
         members = {}
@@ -56,104 +57,90 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def source(folder: Path, **options: Any) -> Shards:
-    transform = options.pop("transform", PhotoTransform(size=8))
-    return Shards(
-        f"{folder}/{{000..004}}.tar", transform, 7, **{"streams": 3, "shuffle": 4} | options
-    )
+def open_source(folder, transform=SQUARE, **options):
+    options = {"streams": 3, "shuffle": 4} | options
+    return Shards(f"{folder}/{{000..004}}.tar", transform, 7, **options)
 
 
-def read(source: Shards, count: int, **options: int) -> list[dict[str, Any]]:
+def read(source, count, **options):
     return list(islice(source.batches(2, **options), count))
 
 
-def same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
-    return all(
-        a["txt"] == b["txt"] and torch.equal(a["jpg"], b["jpg"])
-        for a, b in zip(one, other, strict=True)
-    )
+def texts(batches):
+    return [text for batch in batches for text in batch["txt"]]
 
 
-@pytest.mark.parametrize("buckets", [None, {"step": 4}])
-def test_four_ranks_read_together_what_one_reads(folder, buckets):
-    make = partial(source, folder, transform=PhotoTransform(size=8, buckets=buckets))
-    alone = read(make(), 40)
-    for world_size in (2, 4):
-        parts = [
-            read(make(), 40 // world_size, rank=r, world_size=world_size) for r in range(world_size)
-        ]
-        assert same([batch for turn in zip(*parts, strict=True) for batch in turn], alone)
-
-
-@pytest.mark.parametrize("buckets", [None, {"step": 4}])
-def test_a_run_goes_on_where_it_was_stopped(folder, buckets):
-    make = partial(source, folder, transform=PhotoTransform(size=8, buckets=buckets))
-    whole = read(make(), 40)
-    for start in (1, 8, 29):
-        assert same(read(make(), 40 - start, start=start), whole[start:])
-
-
-def test_workers_change_nothing(folder):
-    options = {"start": 3, "rank": 1, "world_size": 2}
-    assert same(read(source(folder), 7, **options), read(source(folder), 7, **options, workers=2))
+@pytest.mark.parametrize("transform", [SQUARE, BUCKETS])
+@pytest.mark.parametrize(
+    ("start", "rank", "world_size", "workers"),
+    [(0, 0, 2, 0), (0, 1, 2, 0), (5, 3, 4, 0), (29, 0, 1, 0), (3, 1, 2, 2)],
+)
+def test_ranks_workers_and_resumed_runs_read_the_same_sequence(
+    folder, transform, start, rank, world_size, workers
+):
+    alone = read(open_source(folder, transform), 40)[start + rank :: world_size]
+    options = {"start": start, "rank": rank, "world_size": world_size, "workers": workers}
+    part = read(open_source(folder, transform), len(alone), **options)
+    assert texts(part) == texts(alone)
+    assert all(torch.equal(a["jpg"], b["jpg"]) for a, b in zip(part, alone, strict=True))
 
 
 def test_every_epoch_of_a_stream_holds_everything_once_in_another_order(folder):
-    batches = read(source(folder, streams=1), 20)  # 19 samples: 10 batches, the last one smaller
-    epochs = [[text for b in part for text in b["txt"]] for part in (batches[:10], batches[10:])]
+    batches = read(open_source(folder, streams=1), 20)  # 19 samples: 10 batches, the last smaller
+    epochs = texts(batches[:10]), texts(batches[10:])
     assert all(Counter(epoch) == Counter(map(str, range(19))) for epoch in epochs)
     assert epochs[0] != epochs[1]
 
 
-def test_shards_of_one_size_are_seen_once_in_an_epoch_whatever_the_streams(tmp_path):
+@pytest.mark.parametrize("streams", [1, 2, 3, 5])
+def test_of_shards_of_one_size_an_epoch_holds_everything_once(streams, tmp_path):
     for shard in range(5):
         members = {f"{k}.png": png(4 * shard + k) for k in range(4)}
         members |= {f"{k}.txt": b"%d" % (4 * shard + k) for k in range(4)}
         write(tmp_path / f"{shard}.tar", dict(sorted(members.items())))
-    for streams in (1, 2, 3, 5):
-        batches = read(Shards(f"{tmp_path}/*.tar", PhotoTransform(size=8), streams=streams), 30)
-        epochs = [[t for b in batches[k : k + 10] for t in b["txt"]] for k in (0, 10, 20)]
-        assert all(Counter(epoch) == Counter(map(str, range(20))) for epoch in epochs)
+    batches = read(Shards(f"{tmp_path}/*.tar", SQUARE, streams=streams), 30)
+    epochs = [texts(batches[k : k + 10]) for k in (0, 10, 20)]
+    assert all(Counter(epoch) == Counter(map(str, range(20))) for epoch in epochs)
 
 
 def test_batches_have_one_size_if_there_are_buckets(folder):
-    batches = read(source(folder, transform=PhotoTransform(size=8, buckets={"step": 4})), 30)
+    batches = read(open_source(folder, BUCKETS), 30)
     shapes = {text: batch["jpg"].shape[2:] for batch in batches for text in batch["txt"]}
     assert shapes["3"] == (4, 16)
     assert shapes["4"] == (8, 8)
 
 
 def test_samples_outside_the_limits_are_left_out(folder):
-    batches = read(source(folder, minimum={"width": 5}, maximum={"width": 15}), 20)
-    assert {text for batch in batches for text in batch["txt"]} == set(map(str, range(5, 16)))
+    batches = read(open_source(folder, minimum={"width": 5}, maximum={"width": 15}), 20)
+    assert set(texts(batches)) == set(map(str, range(5, 16)))
 
 
 def test_damaged_samples_and_shards_are_named_and_replaced(folder, tmp_path):
-    good, cut = (folder / "002.tar").read_bytes(), tmp_path / "b.tar"
-    cut.write_bytes(good[: len(good) // 2 - 300])
+    good = (folder / "002.tar").read_bytes()
+    (tmp_path / "b.tar").write_bytes(good[: len(good) // 2 - 300])
     write(tmp_path / "a.tar", {"1.png": png(1)[:30], "1.txt": b"x", "2.jpg": png(2), "3.txt": b"x"})
-    batches = read(Shards([str(tmp_path / "*.tar")], PhotoTransform(size=8), streams=2), 16)
+    batches = read(Shards([str(tmp_path / "*.tar")], SQUARE, streams=2), 16)
     assert all(batch["jpg"].isfinite().all() for batch in batches)
     broken = {name for batch in batches for name in batch.get("broken", [])}
     assert broken == {"a.tar/1", "a.tar/3", "b.tar"}
     (tmp_path / "a.tar").write_bytes(b"<html>")
     with pytest.raises(ValueError, match="no sample of 1 can be read: a.tar"):
-        read(Shards(str(tmp_path / "a.tar"), PhotoTransform(size=8)), 1)
+        read(Shards(str(tmp_path / "a.tar"), SQUARE), 1)
 
 
 def test_fixed_samples_come_from_the_first_shards(folder):
-    assert [sample["txt"] for sample in source(folder).first_samples(7)] == list("0123456")
-    assert len(source(folder).first_samples(30)) == 30
-    bucketed = source(folder, transform=PhotoTransform(size=8, buckets={"step": 4}))
+    source = open_source(folder)
+    assert [sample["txt"] for sample in source.first_samples(7)] == list("0123456")
+    assert len(source.first_samples(30)) == 30
+    bucketed = open_source(folder, BUCKETS)
     assert [sample["txt"] for sample in bucketed.first_samples(4)] == list("1245")  # of one size
 
 
 def test_commands_are_not_run_unless_that_is_allowed(folder):
     command = f"pipe:cat {folder}/{{000..001}}.tar"
     with pytest.raises(ValueError, match="is a command, which a config may not run"):
-        Shards(command, PhotoTransform(size=8))
-    allowed = Shards(command, PhotoTransform(size=8), commands=True)
-    assert {text for b in read(allowed, 6) for text in b["txt"]} == set("012345")
+        Shards(command, SQUARE)
+    assert set(texts(read(Shards(command, SQUARE, commands=True), 6))) == set("012345")
     with pytest.raises(OSError, match="failed with code 3"):
         list(read_shard(f"pipe:cat {folder}/000.tar; exit 3"))
 
@@ -178,40 +165,36 @@ def test_shards_that_cannot_be_read_are_named(shards, message, monkeypatch):
 class Flaky(SimpleHTTPRequestHandler):
     """Breaks off the first answer for every file in its middle."""
 
-    served: ClassVar[dict[str, int]] = {}
+    served: ClassVar[Counter[str]] = Counter()
 
-    def do_GET(self) -> None:
+    def do_GET(self):
         path = Path(self.translate_path(self.path))
         if not path.exists():
             return self.send_error(404)
-        data, begins = path.read_bytes(), int(self.headers["Range"][6:-1])
+        data, start = path.read_bytes(), int(self.headers["Range"][6:-1])
         self.send_response(206)
-        self.send_header("Content-Length", str(len(data) - begins))
+        self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
-        self.served[self.path] = self.served.get(self.path, 0) + 1
-        self.wfile.write(data[begins : len(data) // 2 if not begins else None])
+        self.served[self.path] += 1
+        self.wfile.write(data[start : len(data) // 2 if not start else None])
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, *_):
         pass
 
 
-@pytest.fixture
-def server(folder: Path) -> Iterator[str]:
+def test_downloads_resume_after_lost_connections(folder):
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Flaky, directory=str(folder))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with Download(f"{url}/002.tar", pause=0) as file:
+            assert file.readall() == (folder / "002.tar").read_bytes()
+        assert Flaky.served["/002.tar"] == 2
+        with pytest.raises(FileNotFoundError, match="404"):
+            Download(f"{url}/nothing.tar").read(1)
         server.shutdown()
 
 
-def test_shards_come_over_the_web_though_connections_break(folder, server):
-    with Download(f"{server}/002.tar", pause=0) as file:
-        assert file.readall() == (folder / "002.tar").read_bytes()
-    assert Flaky.served["/002.tar"] == 2
-    with pytest.raises(FileNotFoundError, match="404"):
-        Download(f"{server}/nothing.tar").read(1)
-
-
-def test_what_we_pack_we_and_webdataset_can_read(tmp_path):
+def test_webdataset_reads_what_we_pack(tmp_path):
     import webdataset
 
     folder = Folder(root=EMOJI, transform=EmojiTransform(size=16), split="train")

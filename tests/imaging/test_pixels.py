@@ -1,3 +1,5 @@
+"""Tensors to pixels and back, sizes and grids of images."""
+
 import numpy as np
 import pytest
 import torch
@@ -13,26 +15,20 @@ from ldm.imaging.pixels import (
 )
 
 
-def _random_images(number, size=(6, 5)):
-    rng = np.random.default_rng(number)
+def random_images(number, size=(6, 5)):
     shape = (number, size[1], size[0], 3)
-    return [Image.fromarray(p) for p in rng.integers(0, 256, shape, dtype=np.uint8)]
+    pixels = np.random.default_rng(number).integers(0, 256, shape, dtype=np.uint8)
+    return [Image.fromarray(image) for image in pixels]
 
 
-def test_pixels_round_to_the_nearest_and_truncate_as_the_original():
-    image = (torch.tensor([0.4, 0.6, 254.4, 254.6]) / 127.5 - 1).view(1, 1, 1, 4).expand(1, 3, 1, 4)
-    assert to_uint8(image)[0, 0, :, 0].tolist() == [0, 1, 254, 255]
-    assert to_uint8(image, truncate=True)[0, 0, :, 0].tolist() == [0, 0, 254, 254]
-
-
-def test_pixels_outside_the_range_are_clamped():
-    image = torch.tensor([-9.0, 9.0]).view(1, 1, 1, 2).expand(1, 3, 1, 2)
-    assert to_uint8(image)[0, 0, :, 1].tolist() == [0, 255]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_any_float_type_gives_pixels(dtype):
-    assert to_uint8(torch.zeros(2, 3, 4, 5, dtype=dtype)).shape == (2, 4, 5, 3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pixels_are_clamped_and_rounded_or_truncated(dtype):
+    values = torch.tensor([-999, 0.4, 0.6, 254.4, 254.6, 999], dtype=dtype)
+    image = (values / 127.5 - 1).expand(2, 3, 1, 6)
+    assert to_uint8(image).shape == (2, 1, 6, 3)
+    assert to_uint8(image)[0, 0, :, 0].tolist() == [0, 0, 1, 254, 255, 255]
+    assert to_uint8(image, truncate=True)[0, 0, :, 0].tolist() == [0, 0, 0, 254, 254, 255]
+    assert (to_uint8(torch.zeros(1, 3, 4, 5, dtype=torch.bfloat16)) == 128).all()
 
 
 def test_nan_is_refused():
@@ -46,24 +42,21 @@ def test_every_pixel_value_survives_the_way_to_a_tensor_and_back():
     assert image.shape == (1, 3, 16, 16)
     assert (image.min(), image.max()) == (-1, 1)
     assert (np.asarray(to_pil(image)[0]) == ramp).all()
-
-
-def test_a_palette_image_becomes_three_channels():
     assert to_tensor(Image.new("P", (3, 2))).shape == (1, 3, 2, 3)
 
 
 @pytest.mark.parametrize(("number", "columns"), [(1, 3), (2, 3), (3, 3), (7, 3), (4, 1), (5, 8)])
 def test_grid_equals_torchvision(number, columns):
     utils = pytest.importorskip("torchvision.utils")
-    images = _random_images(number)
-    batch = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in images])
+    images = random_images(number)
+    batch = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
     expected = utils.make_grid(batch, nrow=columns, padding=2).permute(1, 2, 0).numpy()
     assert (np.asarray(make_grid(images, columns)) == expected).all()
 
 
 @pytest.mark.parametrize(
     ("images", "columns"),
-    [([], 3), (_random_images(2), 0), ([*_random_images(1), *_random_images(1, (4, 4))], 2)],
+    [([], 3), (random_images(2), 0), ([*random_images(1), *random_images(1, (4, 4))], 2)],
 )
 def test_impossible_grids_are_refused(images, columns):
     with pytest.raises(ValueError, match="grid"):
@@ -76,6 +69,9 @@ def test_images_are_scaled_and_cropped_to_a_size():
     assert scale_and_crop(image, (64, 64)).size == (64, 64)
     assert scale_and_crop(image, (64, None)).size == (128, 64)
     assert scale_and_crop(image, (None, 64)).size == (64, 32)
+
+
+def test_images_are_resized_to_a_multiple():
     assert resize_to_multiple(Image.new("RGB", (150, 100)), 64).size == (128, 64)
     with pytest.raises(ValueError, match="smaller than 64"):
         resize_to_multiple(Image.new("RGB", (150, 50)), 64)

@@ -1,45 +1,41 @@
+"""The program that reads watermarks."""
+
 import json
 
+import pytest
 from PIL import Image
 
 from ldm.commands.read_watermark import main
 from ldm.imaging.watermark import embed
 
 
-def _marked(path):
+@pytest.fixture
+def marked(tmp_path):
     noise = Image.effect_noise((256, 300), 90).convert("RGB")
-    embed(noise, b"StableDiffusionV1").save(path)
-    return str(path)
+    embed(noise, b"StableDiffusionV1").save(tmp_path / "a.png")
+    return str(tmp_path / "a.png")
 
 
-def test_the_script_names_payload_method_and_agreement(tmp_path, capsys):
-    path = _marked(tmp_path / "a.png")
-    assert main([path]) == 0
-    assert capsys.readouterr().out.startswith(
-        f"{path}: StableDiffusionV1 by dwtDctSvd, found: 100.0% of the bits, "
-    )
+def test_payload_method_and_agreement_are_printed(marked, capsys):
+    assert main([marked]) == 0
+    line = f"{marked}: StableDiffusionV1 by dwtDctSvd, found: 100.0% of the bits, "
+    assert capsys.readouterr().out.startswith(line)
 
 
-def test_the_script_writes_json(tmp_path, capsys):
-    path = _marked(tmp_path / "a.png")
-    assert main(["--json", "--all", path]) == 0
+def test_findings_are_printed_as_json(marked, capsys):
+    assert main(["--json", "--all", marked]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["path"] == path
+    assert report["path"] == marked
     assert report["findings"][0]["payload"] == "StableDiffusionV1"
     assert len(report["findings"]) == 6
 
 
-def test_the_script_says_none_and_why(tmp_path, capsys):
-    Image.new("RGB", (64, 64)).save(tmp_path / "small.png")
-    Image.new("RGB", (512, 512)).save(tmp_path / "plain.png")
-    assert main([str(tmp_path / "small.png"), str(tmp_path / "plain.png")]) == 1
-    small, plain = capsys.readouterr().out.splitlines()
+def test_an_image_without_watermark_and_a_missing_file_are_reported(tmp_path, capsys):
+    for name, side in (("small", 64), ("plain", 512)):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{name}.png")
+    assert main([str(tmp_path / f"{name}.png") for name in ("small", "plain", "none")]) == 1
+    captured = capsys.readouterr()
+    small, plain = captured.out.splitlines()
     assert small.endswith("no known watermark (too small for one: fewer than 256x256 pixels)")
     assert plain.endswith("no known watermark")
-
-
-def test_a_missing_file_is_one_line_on_stderr(tmp_path, capsys):
-    assert main([str(tmp_path / "none.png")]) == 1
-    captured = capsys.readouterr()
-    assert captured.out == ""
     assert len(captured.err.splitlines()) == 1

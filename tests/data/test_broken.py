@@ -1,0 +1,84 @@
+"""The list of unreadable files of a run, and the limit on their number."""
+
+from collections import Counter
+from fractions import Fraction
+
+import pytest
+
+from ldm.data.broken import BrokenFiles
+from ldm.data.source import Source
+
+
+class Counted(Source):
+    """A source of `total` samples, of files that are `times` samples each."""
+
+    def __init__(self, total, times=1):
+        self.total, self.times = total, times
+
+    def batches(self, size, **_):
+        raise NotImplementedError
+
+    def first_samples(self, n):
+        raise NotImplementedError
+
+    def batches_per_epoch(self, size):
+        return Fraction(self.total, size)
+
+    def counts_by_name(self):
+        return Counter({str(k): self.times for k in range(self.total // self.times)})
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "run" / "broken.txt"
+
+
+@pytest.mark.parametrize(
+    ("source", "limit", "damaged", "message"),
+    [
+        (Counted(1000), 0.01, 10, None),
+        (Counted(1000), 0.01, 11, "11 of 1000 samples"),
+        (Counted(100), 0.29, 29, None),  # 0.29 * 100 is less than 29
+        (Counted(1000, times=10), 0.01, 1, None),
+        (Counted(1000, times=10), 0.01, 2, "20 of 1000 samples"),
+    ],
+)
+def test_more_than_the_limit_of_all_samples_ends_the_run(source, limit, damaged, message, path):
+    broken = BrokenFiles(path, limit, source)
+    names = [str(k) for k in range(damaged)]
+    for _ in range(2):  # epochs: what is found again counts once
+        for name in names[:-1]:
+            broken.add([name, name], 50)
+    if message is None:
+        broken.add(names[-1:], 50)
+    else:
+        with pytest.raises(ValueError, match=rf"{message} .*{limit} \(trainer.broken_share.*txt`"):
+            broken.add(names[-1:], 50)
+    assert sorted(path.read_text().splitlines()) == sorted(names)
+
+
+def test_processes_count_together(path):
+    one, other = (BrokenFiles(path, 0.02, Counted(100)) for _ in range(2))
+    one.add(["1", "1"], 50)
+    other.add(["1", "2"], 50)
+    assert path.read_text() == "1\n2\n"
+    with pytest.raises(ValueError, match="3 of 100 samples"):
+        one.add(["3"], 50)
+
+
+def test_files_of_an_earlier_start_count_when_they_are_found_again(path):
+    path.parent.mkdir()
+    path.write_text("".join(f"{index}\n" for index in range(50)))
+    broken = BrokenFiles(path, 0.01, Counted(100))
+    broken.add(["7"], 50)  # all others have been repaired since
+    with pytest.raises(ValueError, match="2 of 100 samples"):
+        broken.add(["8"], 50)
+    assert len(path.read_text().splitlines()) == 50
+
+
+def test_of_unknown_samples_the_fraction_is_judged_once_it_is_significant(path):
+    broken = BrokenFiles(path, 0.01)
+    broken.add([f"a.tar/{index}" for index in range(19)], 999)
+    broken.add([], 1)  # 10 are expected, 3.2 is a standard deviation
+    with pytest.raises(ValueError, match="20 of the 1001 samples read cannot be read"):
+        broken.add(["b.tar"], 1)
