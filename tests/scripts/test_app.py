@@ -205,7 +205,7 @@ def test_a_bad_upload_is_one_line_and_no_traceback(page, tmp_path):
         area.locator("input[type=file]").first.set_input_files(tmp_path / "holiday.png")
     page.wait_for_timeout(500)
     message = ended(page, "img2img", "holiday")
-    assert message == "`holiday.png` is a web page, not a picture"
+    assert message == "`holiday.png` is a web page, not an image"
 
 
 def test_a_checkpoint_is_inspected_and_what_is_none_is_named(page):

@@ -33,10 +33,10 @@ def test_what_is_no_mask_and_no_map_is_refused_in_one_line(capsys, tmp_path, pho
     (tmp_path / "x.png").write_text("<html>")
     for script, flag in ((inpaint, "--mask"), (depth2img, "--depth-map")):
         line = refused(script, capsys, "--init-img", photo, flag, tmp_path / "x.png")
-        assert "is a web page, not a picture" in line
+        assert "is a web page, not an image" in line
     Image.new("L", (10, 70), 255).save(tmp_path / "x.png")
     line = refused(inpaint, capsys, "--init-img", photo, "--mask", tmp_path / "x.png")
-    assert line.endswith("is 10x70, the picture 60x70")
+    assert line.endswith("is 10x70, the image 60x70")
 
 
 @pytest.fixture(scope="module")

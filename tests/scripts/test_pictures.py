@@ -268,7 +268,7 @@ def test_a_model_of_another_family_is_one_line(run, photo, script, name, message
 def test_a_missing_picture_is_one_line(run, script):
     status, _, err = run(script, "base_v", "--init-img", "absent.png")
     assert status == 1
-    assert "no picture `absent.png`" in err
+    assert "no image `absent.png`" in err
     assert "Traceback" not in err
 
 
