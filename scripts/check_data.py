@@ -1,8 +1,8 @@
-"""Print what a folder of images, or tar shards, hold: see `ldm.commands.check_data`."""
+"""The same as `ldm check-data`; see `python scripts/check_data.py --help`."""
 
 import sys
 
-from ldm.commands.check_data import main
+from ldm.commands.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["check-data", *sys.argv[1:]]))

@@ -1,8 +1,8 @@
-"""Print which invisible watermark an image carries: see `ldm.commands.read_watermark`."""
+"""The same as `ldm read-watermark`; see `python scripts/read_watermark.py --help`."""
 
 import sys
 
-from ldm.commands.read_watermark import main
+from ldm.commands.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["read-watermark", *sys.argv[1:]]))

@@ -1,8 +1,8 @@
-"""Train a model from a config in the original's format; see `ldm.train.command`."""
+"""The same as `ldm train`; see `python scripts/train.py --help`."""
 
 import sys
 
-from ldm.train.command import main
+from ldm.commands.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["train", *sys.argv[1:]]))

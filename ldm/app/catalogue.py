@@ -1,79 +1,80 @@
-"""Catalogue: which models a folder holds, and which tasks each serves; nothing is loaded.
+"""Which models a folder holds, and which tasks each serves; no weights are loaded.
 
-    folder -> {name: Model}, and a line about every file that is none
-
-Families are recognised as by `load`: by a YAML beside the file or inside it, else by the shapes of
-the weights. What a config makes the network listen to says which tasks it can do.
+Families are recognised as by `ldm.load`: by a YAML beside the file or inside it, else by the shapes
+of the weights. The encoders in the config determine the tasks.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
+from ldm.conditioning import Conditioner
+from ldm.generate.tasks import TASKS
 from ldm.loading import legacy
+from ldm.loading.build import build_on_meta
 from ldm.loading.config import parse_yaml, read_yaml
 from ldm.loading.files.checkpoint import EMBEDDED, read_checkpoint
-from ldm.loading.legacy import translate_config
 from ldm.loading.load import choose_config
+from ldm.pipelines.families import FAMILIES
+from ldm.runtime.errors import MissingFile
 
-__all__ = ["Model", "catalogue", "files"]
+__all__ = ["Catalogue", "CatalogueEntry", "list_checkpoints", "read_catalogue"]
 
 SUFFIXES = (".ckpt", ".safetensors")
-TEXT = ("txt2img", "img2img", "inpaint")
-# The encoder that decides; a model with none of them listens to text alone.
-SERVES = {
-    legacy.MASKED_IMAGE: ("inpaint",),
-    legacy.DEPTH: ("depth2img",),
-    legacy.LOW_RES: ("upscale",),
-    legacy.IMAGE_EMBEDDING: ("unclip",),
-    legacy.CLIP_IMAGE: ("unclip",),
-    legacy.OPEN_CLIP_IMAGE: ("unclip",),
-}
 
 
 @dataclass(frozen=True)
-class Model:
-    """A file that can be loaded: with which config (None: its own), and for which tasks."""
+class CatalogueEntry:
+    """A checkpoint that can be loaded.
+
+    Args:
+        config: the YAML to load it with; None = its own.
+        tasks: names of the tasks that it serves.
+    """
 
     path: Path
     config: Path | None
     tasks: tuple[str, ...]
 
 
-def files(folder: str | Path) -> list[Path]:
+@dataclass
+class Catalogue:
+    """Models by file name, and why other checkpoints were skipped, a line for each."""
+
+    models: dict[str, CatalogueEntry] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+
+
+def list_checkpoints(folder: str | Path) -> list[Path]:
     """The checkpoints of a folder by name, whatever is in them.
 
-    Raises FileNotFoundError if there is no such folder.
+    Raises:
+        MissingFile: there is no such folder.
     """
-    place = Path(folder).expanduser()
-    if not place.is_dir():
-        raise FileNotFoundError(f"no folder `{folder}`")
-    return sorted(path for path in place.iterdir() if path.suffix in SUFFIXES and path.is_file())
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise MissingFile(f"no folder `{folder}`", "models")
+    return sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
 
 
-def catalogue(folder: str | Path) -> tuple[dict[str, Model], list[str]]:
-    """The models of a folder by file name, and why its other checkpoints are skipped.
-
-    Files are looked at once, and again when they change.
-    """
-    models, skipped = dict[str, Model](), list[str]()
-    for path in files(folder):
+def read_catalogue(folder: str | Path) -> Catalogue:
+    """The models of a folder. Files are read once, and again when they change."""
+    catalogue = Catalogue()
+    for path in list_checkpoints(folder):
         status = path.stat()
-        found = _looked_at(path, status.st_size, status.st_mtime_ns)
-        if isinstance(found, Model):
-            models[path.name] = found
+        entry = _read_entry(path, status.st_size, status.st_mtime_ns)
+        if isinstance(entry, CatalogueEntry):
+            catalogue.models[path.name] = entry
         else:
-            skipped.append(found)
-    return models, skipped
+            catalogue.skipped.append(entry)
+    return catalogue
 
 
 @lru_cache(maxsize=256)
-def _looked_at(path: Path, size: int, changed: int) -> Model | str:
-    """The model in a file, or what is wrong with it in one line."""
-    beside = path.with_suffix(".yaml")
-    config = beside if beside.is_file() else None
+def _read_entry(path: Path, size: int, mtime: int) -> CatalogueEntry | str:
+    """The entry of a file, or what is wrong with it in one line."""
+    sidecar = path.with_suffix(".yaml")
+    config = sidecar if sidecar.is_file() else None
     try:
         file = read_checkpoint(path)
         source = str(config or choose_config(file))
@@ -81,14 +82,15 @@ def _looked_at(path: Path, size: int, changed: int) -> Model | str:
             raw = parse_yaml(file.metadata[EMBEDDED], where=path.name)
         else:
             raw = read_yaml(source)
-        spec = translate_config(raw, where=path.name, skipped=[])
+        spec = legacy.translate_config(raw, where=path.name, skipped=[])
+        if spec["target"] != legacy.MODEL:
+            return f"`{path}` is a part of a model only"
+        conditioner = build_on_meta(spec["params"]["conditioner"], where=path.name)
     except (OSError, ValueError, KeyError) as error:
         return str(error).splitlines()[0]
-    if spec["target"] != legacy.MODEL:
-        return f"`{path}` is a part of a model only"
-    return Model(path, config, _tasks(spec["params"]["conditioner"]))
-
-
-def _tasks(conditioner: Mapping[str, Any]) -> tuple[str, ...]:
-    targets = [encoder["target"] for encoder in conditioner["params"].values()]
-    return next((SERVES[target] for target in targets if target in SERVES), TEXT)
+    families: list[str] = []
+    if isinstance(conditioner, Conditioner):
+        keys = conditioner.keys
+        families = [name for name, family in FAMILIES.items() if family.keys == keys]
+    tasks = (name for name, task in TASKS.items() if {*families} & {*task.families})
+    return CatalogueEntry(path, config, tuple(tasks))

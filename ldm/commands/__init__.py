@@ -1,1 +1,1 @@
-"""Programs: one module each, with `main(argv)` that returns the exit code."""
+"""The programs: `ldm COMMAND`, also as `scripts/COMMAND.py` and `ldm-COMMAND`."""

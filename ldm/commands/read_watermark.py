@@ -12,9 +12,9 @@ from PIL import Image
 from ldm.imaging.watermark import Finding, can_hold, identify
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Exit code 0 if every image carries a known watermark, 1 if one does not."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file")
     parser.add_argument("--json", action="store_true", help="one JSON object per image")
     parser.add_argument("--all", action="store_true", help="list absent watermarks too")

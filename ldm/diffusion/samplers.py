@@ -24,6 +24,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ldm.diffusion import names
+
 __all__ = ["SAMPLERS", "STOCHASTIC"]
 
 Denoise = Callable[[Tensor, float], Tensor]
@@ -243,20 +245,11 @@ def dpmpp_2m_sde(
     return x
 
 
+# Rows of `ldm.diffusion.names.SAMPLERS` say which function of this module each name stands for.
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
-    "ddim": ddim,
-    "plms": plms,
-    "dpm": dpmpp_2m,
-    "euler": euler,
-    "euler_a": euler_ancestral,
-    "heun": heun,
-    "lms": lms,
-    "dpmpp_2m": dpmpp_2m,
-    "dpmpp_2s_a": dpmpp_2s_ancestral,
-    "dpmpp_2m_sde": dpmpp_2m_sde,
+    name: globals()[row.function] for name, row in names.SAMPLERS.items()
 }
-# The samplers that take `noise`.
-STOCHASTIC = frozenset({"ddim", "euler_a", "dpmpp_2s_a", "dpmpp_2m_sde"})
+STOCHASTIC = frozenset(name for name, row in names.SAMPLERS.items() if row.takes_noise)
 
 
 def _sigma_pairs(sigmas: Tensor) -> list[tuple[float, float]]:

@@ -16,7 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["GRIDS", "Schedule", "make_betas", "rescaled"]
+from ldm.diffusion import names
+from ldm.runtime.errors import ArgumentError, unknown_name
+
+__all__ = ["SCHEDULERS", "Schedule", "make_betas", "rescaled"]
 
 # ᾱ of the last timestep for zero terminal SNR. Not 0, as samplers need a finite sigma (4096 here);
 # z_t then contains 2.4e-4 z, 1/280 of that with Stable Diffusion's schedule.
@@ -58,8 +61,8 @@ def make_betas(
         u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
         alpha_bar = torch.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2
         return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(0, 0.999)
-    names = "linear, sqrt_linear, sqrt, cosine, squaredcos_cap_v2"
-    raise ValueError(f"unknown beta schedule `{name}`, choose one of {names}")
+    allowed = ("linear", "sqrt_linear", "sqrt", "cosine", "squaredcos_cap_v2")
+    raise unknown_name("beta schedule", name, allowed)
 
 
 def rescaled(betas: Tensor) -> Tensor:
@@ -137,20 +140,22 @@ class Schedule:
         signal, spread = (a.sqrt().to(z.device, torch.float32) for a in (alphas, 1 - alphas))
         return signal * z.float() + spread * noise.to(z.device, torch.float32)
 
-    def steps(self, steps: int, grid: str = "uniform", *, original_count: bool = False) -> Tensor:
-        """The noise levels of a run of `steps` steps, (steps + 1,) float64, descending.
+    def steps(self, steps: int, scheduler: str = "uniform") -> Tensor:
+        """The noise levels of a run.
 
-            grid: a name in GRIDS. All but the first two end at 0.
-            original_count: the original's own count of `uniform` steps, often more than asked for.
-        Raises ValueError for an unknown grid, or a count that the grid cannot hold.
+        Args:
+            steps: 1 … T.
+            scheduler: a name in SCHEDULERS. All but "uniform" and "time_uniform" end at 0.
+        Returns:
+            (steps + 1,) float64, descending.
+        Raises:
+            ArgumentError: an unknown scheduler, or steps out of range.
         """
-        if grid not in GRIDS:
-            raise ValueError(f"unknown step grid `{grid}`, choose one of {', '.join(GRIDS)}")
+        if scheduler not in SCHEDULERS:
+            raise unknown_name("scheduler", scheduler, SCHEDULERS, argument="scheduler")
         if not 1 <= steps <= len(self):
-            raise ValueError(f"steps must be in 1 … {len(self)}, got {steps}")
-        if original_count and grid == "uniform":
-            return _original_uniform(self, steps)
-        return GRIDS[grid](self, steps)
+            raise ArgumentError(f"steps must be in 1 … {len(self)}, got {steps}", "steps")
+        return SCHEDULERS[scheduler](self, steps)
 
     def vlb_weights(self, parameterization: str) -> Tensor:
         """Weights (T,) of the squared error in the variational bound (arXiv:2006.11239, eq. 12).
@@ -194,8 +199,8 @@ def _linspace(start: float, end: float, n: int) -> Tensor:
     return torch.linspace(start, end, n, dtype=torch.float64)
 
 
-def _uniform(schedule: Schedule, steps: int) -> Tensor:
-    """The original's grid, made exact: t = floor(i T / steps) + 1, and ᾱ_0 instead of 1 at the end.
+def uniform_sigmas(schedule: Schedule, steps: int) -> Tensor:
+    """The original's steps, made exact: t = floor(i T / steps) + 1, and ᾱ_0, not 1, at the end.
 
     Equal to the original wherever `steps` divides T. All T steps leave no room for the + 1.
     """
@@ -204,34 +209,24 @@ def _uniform(schedule: Schedule, steps: int) -> Tensor:
     return torch.cat([schedule.sigmas[t].flip(0), schedule.sigmas[:1]])
 
 
-def _original_uniform(schedule: Schedule, steps: int) -> Tensor:
-    t = torch.arange(0, len(schedule), len(schedule) // steps) + 1
-    if t[-1] >= len(schedule):
-        raise ValueError(
-            f"the original fails at {steps} steps: its last timestep would be {int(t[-1])} of "
-            f"{len(schedule)}\nhint: leave out the legacy name `steps`"
-        )
-    return torch.cat([schedule.sigmas[t].flip(0), schedule.sigmas[:1]])
-
-
-def _time_uniform(schedule: Schedule, steps: int) -> Tensor:
-    """DPM-Solver's grid: even in continuous time, from the last timestep to the first."""
+def time_uniform_sigmas(schedule: Schedule, steps: int) -> Tensor:
+    """DPM-Solver's steps: even in continuous time, from the last timestep to the first."""
     return schedule.t_to_sigma(_linspace(len(schedule) - 1, 0, steps + 1))
 
 
-def _trailing(schedule: Schedule, steps: int) -> Tensor:
+def trailing_sigmas(schedule: Schedule, steps: int) -> Tensor:
     """Starts at the very last timestep (arXiv:2305.08891, table 2)."""
     t = (torch.arange(steps, 0, -1, dtype=torch.float64) * len(schedule) / steps).round().long()
     return _to_zero(schedule.sigmas[t - 1])
 
 
-def _karras(schedule: Schedule, steps: int, rho: float = 7.0) -> Tensor:
+def karras_sigmas(schedule: Schedule, steps: int, rho: float = 7.0) -> Tensor:
     """Even in sigma^(1/rho) (arXiv:2206.00364, eq. 5)."""
     low, high = schedule.sigmas[0] ** (1 / rho), schedule.sigmas[-1] ** (1 / rho)
     return _to_zero(_linspace(float(high), float(low), steps) ** rho)
 
 
-def _exponential(schedule: Schedule, steps: int) -> Tensor:
+def exponential_sigmas(schedule: Schedule, steps: int) -> Tensor:
     """Even in log sigma."""
     low, high = schedule.sigmas[0].log(), schedule.sigmas[-1].log()
     return _to_zero(_linspace(float(high), float(low), steps).exp())
@@ -241,10 +236,7 @@ def _to_zero(sigmas: Tensor) -> Tensor:
     return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
 
 
-GRIDS: dict[str, Callable[[Schedule, int], Tensor]] = {
-    "uniform": _uniform,
-    "time_uniform": _time_uniform,
-    "trailing": _trailing,
-    "karras": _karras,
-    "exponential": _exponential,
+# Rows of `ldm.diffusion.names.SCHEDULERS` say which function of this module each name stands for.
+SCHEDULERS: dict[str, Callable[[Schedule, int], Tensor]] = {
+    name: globals()[row.function] for name, row in names.SCHEDULERS.items()
 }

@@ -1,17 +1,22 @@
-"""Provenance: what a picture says about its making, and what follows from that.
+"""Provenance: what an image says about its making, and what follows from that.
 
-    flags, model, job -> info in the PNG -> flags -> the same picture, or the reasons why not
+    request, model, job -> info in the PNG -> request -> the same image, or the reasons why not
 
-The names in the info are those of `imaging.metadata`. It says in which row of which batch a
-picture was made, because kernels round differently for other shapes.
+The info holds the whole request under "request", and beside it what came out: which model and
+versions, in which row of which batch an image was made (kernels round differently for other
+shapes), hashes of all files. The names are those of `imaging.metadata`.
 """
 
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.generate import inputs
+from ldm.generate.options import options_of
+from ldm.generate.plan import Batch, Job
+from ldm.generate.request import Request
+from ldm.generate.tasks import TASKS, Task
+from ldm.runtime.errors import ArgumentError, MissingFile
+from ldm.runtime.files import find_file, sha256_of_file
 from ldm.runtime.version import __version__
 
 if TYPE_CHECKING:
@@ -19,144 +24,222 @@ if TYPE_CHECKING:
 
     from ldm.model import LatentDiffusion
 
-Info = dict[str, Any]
+Info = dict[str, Any]  # JSON
 
-Kept = tuple["Image.Image", "Image.Image"]
 PRECISIONS = {"float32": "full", "float16": "fp16", "bfloat16": "bf16"}
-# What may explain that a picture differs.
+# What may explain that an image differs.
 CAUSES = (
-    *("checkpoint_hash", "ema", "config_hash", "overrides", "device", "dtype", "attention"),
-    *("threads", "torch", "ldm"),
-)
-FILES = ("loras", "embeddings")  # lists of what a model was extended by
+    "checkpoint_hash", "ema", "config_hash", "overrides", "device", "dtype", "attention",
+    "threads", "torch", "ldm",
+)  # fmt: skip
+FILES = {"loras": "lora", "embeddings": "embedding"}  # key of the info -> option
+# Keys of the info before the request was part of it -> options; all others had their names.
+FORMER_KEYS = {"grid": "scheduler", "tile": "vae_tile"}
 
 
-def describe(args: Namespace, model: "LatentDiffusion") -> Info:
-    """What is the same for all pictures of a run."""
+def describe_run(request: Request, model: "LatentDiffusion", size: tuple[int, int]) -> Info:
+    """What is the same for all images of a run."""
     import torch
 
-    from ldm.imaging.watermark import SMALLEST
     from ldm.loading.files.checkpoint import file_hash
 
+    sampling, choice = request.sampling, request.model
     checkpoint = model.provenance["checkpoint"]
-    is_large = args.size[0] * args.size[1] >= SMALLEST
+    own, values = options_of(request.task.inputs), request.values()
+    files = {name: _as_list(values[name]) for name, (row, _) in own.items() if row.is_file}
     return {
-        "task": args.task,
-        "sampler": args.sampler,
-        "grid": args.spacing,
-        "steps": args.steps,
-        "eta": args.ddim_eta,
-        "scale": args.scale,
-        "size": list(args.size),
-        **inputs.describe(args),
-        "tile": args.tile,
-        "legacy": sorted(args.legacy),
-        "watermark": method(args) if is_large else None,
-        "payload": _payload(model),
+        "task": request.task.name,
+        "sampler": sampling.sampler,
+        "scheduler": sampling.scheduler,
+        "steps": sampling.steps,
+        "eta": sampling.eta,
+        "scale": request.scale,
+        "size": list(size),
+        **{name: values[name] for name in own if name not in files},
+        "inputs": {
+            name: [
+                {"path": str(Path(path).resolve()), "sha256": sha256_of_file(path)}
+                for path in paths
+            ]
+            for name, paths in files.items()
+        },
+        "tile": sampling.vae_tile,
+        "legacy": list(sampling.legacy),
+        "watermark": watermark_method(request, size),
+        "payload": watermark_payload(model),
         "checkpoint": Path(checkpoint).name,
         "checkpoint_hash": file_hash(checkpoint),
-        "ema": args.ema,
+        "ema": choice.ema,
+        "vae": model.provenance.get("vae"),
         "loras": model.provenance.get("loras", []),
         "embeddings": model.provenance.get("embeddings", []),
-        "config": args.config,
+        "config": choice.config,
         "config_hash": model.provenance["config_hash"],
-        "overrides": list(args.overrides),
+        "overrides": list(choice.overrides),
         "device": model.device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": args.attention,
+        "attention": choice.attention,
         "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
         "torch": torch.__version__,
         "ldm": __version__,
+        "request": request.to_json(),
     }
 
 
-def method(args: Namespace) -> str | None:
-    """The watermark that the flags ask for."""
-    if args.no_watermark:
-        return None
-    return "dwtDct" if "watermark" in args.legacy else "dwtDctSvd"
+def describe_image(request: Request, batches: Sequence[Batch], number: int, row: int) -> Info:
+    """What is an image's own; enough to draw its noise again.
 
-
-def marked(
-    picture: "Image.Image", info: Mapping[str, Any], keep: Kept | None = None
-) -> "Image.Image":
-    """The picture with the watermark that its info names.
-
-    keep: a picture and a mask: where the mask is 0, its pixels stay without a mark.
+    Args:
+        number: of the batch. row: of the image in it.
     """
-    from PIL import Image
+    batch = batches[number]
+    job = batch[row]
+    info: Info = {
+        "index": job.index,
+        "prompt": job.prompt,
+        "negative_prompt": job.negative_prompt,
+        "seed": job.seed,
+        "row": row,
+        "rows": len(batch),
+    }
+    if request.sampling.fixed_code:
+        info["start_seed"] = job.start_seed
+    if "noise" in request.sampling.legacy:
+        info["seed"] = request.sampling.seed
+        info["earlier"] = [len(before) for before in batches[:number]]
+    return info
 
-    from ldm.imaging.watermark import PAYLOADS, mark
 
-    if info["watermark"] is not None:
-        picture = mark(picture, PAYLOADS[info["payload"]], info["watermark"])
-    return picture if keep is None else Image.composite(picture, *keep)
+def job_of(info: Mapping[str, Any]) -> Job:
+    """The job that an image was."""
+    seed = info["seed"]
+    start = info.get("start_seed", seed)
+    return Job(info["index"], info["prompt"], info["negative_prompt"], seed, start)
 
 
-def flags(info: Mapping[str, Any], given: Namespace) -> Namespace:
-    """The flags that made a picture, as far as they are not given anew.
+def watermark_method(request: Request, size: tuple[int, int]) -> str | None:
+    """The watermark that images of this size get."""
+    from ldm.imaging.watermark import SMALLEST
 
-    given: --ckpt, --config, --device, --precision, --attention, --verbose …; None for "as it was".
-    Raises ValueError if the info is not that of a single picture.
+    if request.output.no_watermark or size[0] * size[1] < SMALLEST:
+        return None
+    return "dwtDct" if "watermark" in request.sampling.legacy else "dwtDctSvd"
+
+
+def watermark_payload(model: "LatentDiffusion") -> str:
+    """What the original scripts of the model's generation wrote."""
+    text = model.conditioner.text
+    return "StableDiffusionV1" if text is not None and text.generation == 1 else "SDV2"
+
+
+def read_request(info: Mapping[str, Any], where: str) -> Request:
+    """The request of the run that made an image.
+
+    Args:
+        where: how to call the image in errors.
+    Raises:
+        ArgumentError: the info is not that of a single image made by this program.
     """
     if not info:
-        raise ValueError(f"{given.picture} does not say how it was made")
+        raise ArgumentError(f"{where} does not say how it was made")
     if info.get("task") == "grid":
         names = ", ".join(str(image.get("file")) for image in info.get("images", [])[:3])
-        raise ValueError(f"{given.picture} is a grid, replay its pictures: {names}, …")
-    lacking = [key for key in ("prompt", "seed", "rows", *CAUSES) if key not in info]
-    if info.get("task") not in inputs.FILES or lacking:
-        what = f"`{lacking[0]}`" if lacking else "a task that is known here"
-        raise ValueError(f"{given.picture} lacks {what}: it was not written by this program")
-    made = Namespace(**vars(given))
-    made.task = info["task"]
-    made.size = tuple(info["size"])
-    made.H, made.W = made.size
-    inputs.restore(info, made)
-    made.steps, made.sampler, made.spacing = info["steps"], info["sampler"], info["grid"]
-    made.ddim_eta, made.scale, made.tile = info["eta"], info["scale"], info["tile"]
-    made.seed = info["seed"]
-    made.legacy = frozenset(info["legacy"])
-    made.fixed_code = bool(info.get("fixed_code"))
-    made.n_samples = info.get("n_samples", info["rows"])
-    made.no_watermark = info["watermark"] is None
-    made.ema = given.ema or info["ema"]
-    made.overrides = given.overrides or info["overrides"]
-    made.attention = given.attention or info["attention"]
-    made.lora = getattr(given, "lora", None) or [
-        (file["path"], file["weight"]) for file in _unchanged(info.get("loras", ()), "--lora")
-    ]
-    made.embedding = getattr(given, "embedding", None) or [
-        file["path"] for file in _unchanged(info.get("embeddings", ()), "--embedding")
-    ]
-    made.precision = given.precision or PRECISIONS[info["dtype"]]
-    made.device = given.device or _device(info["device"])
-    made.ckpt, made.config = _files(info, given)
-    return made
+        raise ArgumentError(f"{where} is a grid, replay its images: {names}, …")
+    missing = [key for key in ("prompt", "seed", "rows", *CAUSES) if key not in info]
+    task = TASKS.get(str(info.get("task")))
+    if task is None or missing:
+        what = f"`{missing[0]}` is missing" if missing else f"no task `{info.get('task')}` here"
+        raise ArgumentError(f"{where}: {what}: it was not written by this program")
+    values = dict(info["request"]) if "request" in info else _former_values(task, info)
+    known = task.options()
+    return task.request({name: value for name, value in values.items() if name in known})
 
 
-def changes(info: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def check_inputs(info: Mapping[str, Any]) -> None:
+    """Raise unless all input files of an image are there and what they were."""
+    for files in info.get("inputs", {}).values():
+        for file in files:
+            if not Path(file["path"]).is_file():
+                raise MissingFile(f"made from `{file['path']}`, which is missing")
+            if sha256_of_file(file["path"]) != file["sha256"]:
+                raise ArgumentError(f"`{file['path']}` is not the file it was made from any more")
+
+
+def locate_model(info: Mapping[str, Any], request: Request, given: Mapping[str, Any]) -> Request:
+    """The request with the files of its model where they are now.
+
+    Args:
+        given: options of the model that a user sets anew, by name.
+    Raises:
+        MissingFile, ArgumentError: a file is missing, or is not what it was.
+    """
+    values: dict[str, Any] = {"precision": PRECISIONS[info["dtype"]]}
+    values["device"] = _available(info["device"])
+    for key, name in FILES.items():
+        if name in given:
+            continue
+        files = info.get(key, ())
+        for file in files:
+            _check_unchanged(file, name)
+        values[name] = [
+            (file["path"], file["weight"]) if "weight" in file else file["path"] for file in files
+        ]
+    if not {"ckpt", "config"} & given.keys():
+        values["ckpt"] = _find_checkpoint(info, request)
+    return request.with_values({**values, **given})
+
+
+def compare_infos(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What may explain a difference, one line each: `torch: 2.10.0 then, 2.11.0 now`."""
-    then, now = (
-        {**side, **{key: _contents(side.get(key, ())) for key in FILES}} for side in (info, now)
-    )
+
+    def comparable(info: Mapping[str, Any]) -> Info:
+        return {**info, **{key: _contents(info.get(key, ())) for key in FILES}}
+
+    old, new = comparable(then), comparable(now)
     keys = (*CAUSES, *FILES)
-    return [f"{key}: {then[key]} then, {now[key]} now" for key in keys if then[key] != now[key]]
+    return [f"{key}: {old[key]} then, {new[key]} now" for key in keys if old[key] != new[key]]
 
 
-def compare(old: "Image.Image", new: "Image.Image") -> str | None:
-    """By how much two pictures differ, in words; None if they do not."""
+def compare_images(old: "Image.Image", new: "Image.Image") -> str | None:
+    """By how much two images differ, in words; None if they do not."""
     import numpy as np
 
     if old.size != new.size:
         return f"the size is {old.width}x{old.height} in the file and {new.width}x{new.height} now"
-    then, now = (np.asarray(picture.convert("RGB"), np.int16) for picture in (old, new))
-    apart = np.abs(then - now)
-    if not apart.any():
+    then, now = (np.asarray(image.convert("RGB"), np.int16) for image in (old, new))
+    difference = np.abs(then - now)
+    if not difference.any():
         return None
-    share = (apart.max(-1) > 0).mean()
-    most, mean = apart.max(), apart.mean()
-    return f"{share:.2%} of the pixels differ, by {most} of 255 at most, {mean:.4f} on average"
+    fraction = (difference.max(-1) > 0).mean()
+    most, mean = difference.max(), difference.mean()
+    return f"{fraction:.2%} of the pixels differ, by {most} of 255 at most, {mean:.4f} on average"
+
+
+def _former_values(task: Task, info: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of options from an info that has no request: that of version 0.1."""
+    names = {**{name: name for name in task.options()}, **FORMER_KEYS}
+    skipped = ("size", "device", "prompt", "negative_prompt")
+    values = {
+        name: info[key]
+        for key, name in names.items()
+        if key in info and key not in skipped and info[key] is not None
+    }
+    for name, files in info.get("inputs", {}).items():
+        paths = [file["path"] for file in files]
+        is_list = name in task.options() and task.options()[name][0].is_list
+        values[name] = paths if is_list else next(iter(paths), None)
+    values["height"], values["width"] = info.get("fit", info["size"])
+    values["n_samples"] = info.get("n_samples", info["rows"])
+    values["n_iter"] = 1 + len(info.get("earlier", ()))
+    values["no_watermark"] = info["watermark"] is None
+    values["prompt"], values["negative_prompt"] = info["prompt"], info["negative_prompt"]
+    return values
+
+
+def _as_list(value: str | Sequence[str] | None) -> list[str]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else list(value)
 
 
 def _contents(files: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -164,50 +247,38 @@ def _contents(files: Sequence[Mapping[str, Any]]) -> list[str]:
     return [" ".join(str(file[key]) for key in ("hash", "weight") if key in file) for file in files]
 
 
-def _payload(model: "LatentDiffusion") -> str:
-    """What the original scripts of the model's family wrote."""
-    text = model.conditioner.text
-    return "StableDiffusionV1" if text is not None and text.generation == 1 else "SDV2"
-
-
-def _unchanged(files: Sequence[Mapping[str, Any]], flag: str) -> Sequence[Mapping[str, Any]]:
-    """The files of `flag` that a picture was made with, which must be what they were."""
+def _check_unchanged(file: Mapping[str, Any], option: str) -> None:
     from ldm.loading.files.checkpoint import file_hash
 
-    for file in files:
-        hint = f"hint: say with {flag} where it is now"
-        if not Path(file["path"]).is_file():
-            raise FileNotFoundError(f"made with `{file['path']}`, which is not there\n{hint}")
-        if file_hash(file["path"]) != file["hash"]:
-            raise ValueError(f"`{file['path']}` is not the file it was made with any more\n{hint}")
-    return files
+    if not Path(file["path"]).is_file():
+        raise MissingFile(f"made with `{file['path']}`, which is missing: say where it is", option)
+    if file_hash(file["path"]) != file["hash"]:
+        message = f"`{file['path']}` is not the file it was made with any more: say where that is"
+        raise ArgumentError(message, option)
 
 
-def _device(name: str) -> str | None:
+def _available(device: str) -> str | None:
     """The recorded kind of device if there is one, else the automatic choice."""
     from ldm.runtime.device import pick_device
 
     try:
-        return str(pick_device(name))
+        return str(pick_device(device))
     except ValueError:
         return None
 
 
-def _files(info: Mapping[str, Any], given: Namespace) -> tuple[str | None, str | None]:
-    """Checkpoint and config: as given, or by the recorded names where they are usually kept."""
+def _find_checkpoint(info: Mapping[str, Any], request: Request) -> str | None:
+    """The checkpoint as it was named, or by its name where checkpoints are usually kept."""
     from ldm.loading.load import DEMO
-    from ldm.runtime.files import find_file
 
-    config = given.config or info["config"]
-    if given.ckpt is not None:
-        return given.ckpt, config
     name = Path(info["checkpoint"]).name
-    if name == Path(DEMO[1]).name and config is None:
-        return None, None
+    if request.uses_demo_model and name == Path(DEMO[1]).name:
+        return None
+    ckpt = request.model.ckpt
+    if ckpt is not None and Path(ckpt).expanduser().exists():
+        return ckpt
     try:
-        return str(find_file(Path("checkpoints") / name)), config
+        return str(find_file(Path("checkpoints") / name))
     except FileNotFoundError as error:
         hash_ = info["checkpoint_hash"]
-        raise FileNotFoundError(
-            f"made with {name} (hash {hash_}): say --ckpt where that is"
-        ) from error
+        raise MissingFile(f"made with {name} (hash {hash_}): say where that is", "ckpt") from error

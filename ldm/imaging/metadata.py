@@ -3,7 +3,7 @@
 Other programs read the first; `scripts/replay.py` reads the second, which has everything. The
 info of a picture is a plain dict; `parameters_text` knows these keys, all optional:
 
-    prompt, negative_prompt, seed, sampler, grid, steps, eta, scale, size (height, width),
+    prompt, negative_prompt, seed, sampler, scheduler, steps, eta, scale, size (height, width),
     strength, checkpoint (name), checkpoint_hash, ldm (version),
     loras and embeddings (each file a dict with path and hash)
 
@@ -21,22 +21,11 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ldm.diffusion.names import SAMPLERS, SCHEDULERS
+
 __all__ = ["fingerprint", "parameters_text", "read_info", "write_png"]
 
 KEY = "ldm"
-SAMPLERS = {  # ours -> A1111's
-    "ddim": "DDIM",
-    "plms": "PLMS",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpm": "DPM++ 2M",
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "heun": "Heun",
-    "dpmpp_2s_a": "DPM++ 2S a",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "lms": "LMS",
-}
-GRIDS = {"uniform": "Uniform", "karras": "Karras", "exponential": "Exponential"}
 NAMES = {  # A1111's -> ours, where the value is one number or one text
     "Steps": ("steps", int),
     "CFG scale": ("scale", float),
@@ -101,8 +90,8 @@ def _settings(info: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     sampler = info.get("sampler")
     found = {
         "Steps": info.get("steps"),
-        "Sampler": sampler and SAMPLERS.get(sampler, sampler),
-        "Schedule type": GRIDS.get(info.get("grid") or ""),
+        "Sampler": sampler and _a1111_sampler(sampler),
+        "Schedule type": _a1111_scheduler(info.get("scheduler") or info.get("grid")),
         "CFG scale": info.get("scale"),
         "Seed": info.get("seed"),
         "Size": info.get("size") and "{1}x{0}".format(*info["size"]),
@@ -152,13 +141,26 @@ def _parsed(parameters: str) -> dict[str, Any]:
 
 def _sampler(name: str, schedule: str) -> dict[str, str]:
     """Our names of A1111's sampler and schedule, which its older versions wrote as one."""
-    for label in GRIDS.values():
+    schedulers = {row.a1111: key for key, row in SCHEDULERS.items() if row.a1111}
+    for label in schedulers:
         if name.endswith(f" {label}"):
             name, schedule = name.removesuffix(f" {label}"), label
-    ours = {theirs: key for key, theirs in reversed(SAMPLERS.items())}
-    grids = {theirs: key for key, theirs in GRIDS.items()}
-    found = {"sampler": ours.get(name, name), "grid": grids.get(schedule, "")}
-    return {key: value for key, value in found.items() if value}
+    samplers = {row.label: key for key, row in SAMPLERS.items()}
+    values = {"sampler": samplers.get(name, name), "scheduler": schedulers.get(schedule, "")}
+    return {key: value for key, value in values.items() if value}
+
+
+def _a1111_sampler(name: str) -> str:
+    """A1111's name of a sampler: that of its function, as A1111 has no "original dpm"."""
+    row = SAMPLERS.get(name)
+    if row is None:
+        return name
+    return SAMPLERS[row.function].label if row.function in SAMPLERS else row.label
+
+
+def _a1111_scheduler(name: str | None) -> str | None:
+    """A1111's name of a scheduler, if it has one."""
+    return SCHEDULERS[name].a1111 if name in SCHEDULERS else None
 
 
 def _quoted(text: str) -> str:

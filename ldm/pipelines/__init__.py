@@ -1,13 +1,19 @@
-"""What a user asks for, as functions.
+"""The tasks as functions.
 
-sampling   condition -> latent: the one loop
-tasks      txt2img, img2img, inpaint, depth2img, upscale, unclip, vary: each a way into it
+sampling     condition -> latent: the one loop, and DDIM inversion
+tasks        txt2img, img2img, inpaint, depth2img, upscale
+variations   unclip, vary, and the Karlo prior
+families     which models each serves
+quirks       what the original scripts did otherwise
 """
 
-from ldm.pipelines.frame import NonFinite, WrongFamily, latent_of
-from ldm.pipelines.sampling import LEGACY, Stop, invert, noise_source, sample, seeded_noise
-from ldm.pipelines.tasks import depth2img, depth_of, img2img, inpaint, txt2img, upscale
-from ldm.pipelines.variations import imagined, unclip, vary
+from ldm.diffusion.names import LEGACY
+from ldm.pipelines.frame import encode_image
+from ldm.pipelines.quirks import noise_source, seeded_noise
+from ldm.pipelines.sampling import invert, sample
+from ldm.pipelines.tasks import depth2img, estimate_depth, img2img, inpaint, txt2img, upscale
+from ldm.pipelines.variations import sample_prior, unclip, vary
+from ldm.runtime.errors import NonFinite, Stop, WrongFamily
 
 __all__ = [
     "LEGACY",
@@ -15,14 +21,14 @@ __all__ = [
     "Stop",
     "WrongFamily",
     "depth2img",
-    "depth_of",
-    "imagined",
+    "encode_image",
+    "estimate_depth",
     "img2img",
     "inpaint",
     "invert",
-    "latent_of",
     "noise_source",
     "sample",
+    "sample_prior",
     "seeded_noise",
     "txt2img",
     "unclip",

@@ -1,47 +1,47 @@
 """From a condition to a latent: the one sampling loop that every task uses, and its inverse.
 
-    sample     condition (and a latent to start from) -> latent
-    invert     latent -> the noise that would give it (DDIM inversion)
-
-`legacy` is a set of names out of LEGACY: each brings back one thing that the original did and that
-we do otherwise, so that old results can be made again.
+sample     condition (and a latent to start from) -> latent
+invert     latent -> the noisy latent from which DDIM leads back to it
 """
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from ldm.conditioning import Cond
+from ldm.diffusion import names
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.guidance import Denoise, Scale, guided
-from ldm.diffusion.samplers import SAMPLERS, STOCHASTIC, Constrain, euler
+from ldm.diffusion.guidance import Scale, guided, interval
+from ldm.diffusion.samplers import SAMPLERS, Constrain, euler
 from ldm.diffusion.schedule import Schedule
 from ldm.model import LatentDiffusion
 from ldm.nets.tiling import tiled
+from ldm.pipelines.quirks import Noise, Quirks, noise_source
+from ldm.runtime.errors import ArgumentError, unknown_name
 
-__all__ = ["LEGACY", "Noise", "Stop", "invert", "noise_source", "sample", "seeded_noise"]
+__all__ = ["SamplingOptions", "check_sampling", "default_scheduler", "invert", "sample"]
 
-LEGACY = {
-    "steps": "the original's count of DDIM and PLMS steps (31 for 30), and its failures",
-    "noise": "noise drawn for the whole batch from the global generator of the device",
-    "truncate": "pixels truncated to integers, not rounded",
-    "plms-v": "PLMS takes a v prediction for eps",
-    "x0-eps": "an x0 prediction is taken for eps",
-    "encode": "DDIM inversion tells the network the loop index, and takes v for eps",
-    "watermark": "the weaker watermark, dwtDct",
-    "size": "height and width cut down to multiples of 8, pictures squeezed to multiples of 64",
-    "strength": "img2img truncates its count of steps, and starts with the noise of a step above",
-    "weights": "unCLIP mixes with weights as they are given, not made to sum to 1",
-}
 Callback = Callable[[int, int, Tensor, Tensor], None]
-Noise = Callable[[Tensor], Tensor]
 
 
-class Stop(Exception):
-    """Raised by a callback to end a run."""
+class SamplingOptions(TypedDict, total=False):
+    """Keywords of `sample` that every task takes and passes on; meaning and defaults are there."""
+
+    steps: int
+    sampler: str
+    scheduler: str | None
+    eta: float
+    rescale: float
+    guidance_interval: tuple[float, float] | None
+    seeds: int | Sequence[int] | None
+    x_T: Tensor | None
+    callback: Callback | None
+    unet_tile: int | None
+    legacy: Iterable[str]
 
 
 @torch.no_grad()
@@ -56,55 +56,76 @@ def sample(
     size: tuple[int, int] | None = None,
     steps: int = 50,
     sampler: str = "ddim",
+    scheduler: str | None = None,
     eta: float = 0.0,
     scale: Scale = 9.0,
     rescale: float = 0.0,
-    seeds: int | Sequence[int] | Noise | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    seeds: int | Sequence[int] | None = None,
+    noise: Noise | None = None,
     callback: Callback | None = None,
     constrain: Constrain | None = None,
     unet_tile: int | None = None,
-    grid: str | None = None,
     legacy: Iterable[str] = (),
+    grid: str | None = None,
 ) -> Tensor:
-    """A latent for each row of `cond`, (B, C, h, w) float32: the one loop of every task.
+    """A latent for each row of `cond`: the one loop of every task.
 
-        uncond: the other half of guidance; None = none.
+    Args:
+        uncond: the condition to steer away from; None = no guidance.
         z: (B, C, h, w), what to start from under noise; None = from noise alone.
-        strength: share of the steps that is run from z: 0 keeps it, 1 forgets it.
-        x_T: the noise to start from, standard normal; None = drawn.
+        strength: share of the steps that is run from z, 0 (keep it) … 1 (noise alone).
+        x_T: (B, C, h, w), the noise to start from, standard normal; None = drawn.
         size: (height, width) in pixels; None = that of z or x_T, else the model's own.
-        sampler: a name in SAMPLERS. eta: DDIM's share of fresh noise. rescale: see `guided`.
-        seeds: one per row, or the first of consecutive ones; None = from torch's generator.
-            The noise of a row depends on its seed alone; or a source of noise, used as it is.
-        callback: called with (step, steps, x, denoised); may raise Stop.
-        constrain: (x, sigma) -> x before every step. unet_tile: see `tiled`, in latent pixels.
-        grid: a name in GRIDS; None = the sampler's own. legacy: names in LEGACY.
-    Raises ValueError for an unknown or unfitting option.
+        steps: 1 … T.
+        sampler: a name in SAMPLERS.
+        scheduler: a name in SCHEDULERS; None = `default_scheduler`.
+        eta: DDIM's noise between steps, 0 (none) … 1 (DDPM) (arXiv:2010.02502, eq. 16).
+        scale: guidance scale; 1 is none.
+        rescale: 0 … 1, see `guided`.
+        guidance_interval: (low, high) sigmas between which guidance acts; None = everywhere.
+        seeds: one per row, or the first of consecutive ones; None = from torch's generator. The
+            noise of a row depends on its seed alone.
+        noise: (like) -> noise, used in place of seeds.
+        callback: called with (step, steps, x, denoised) after each step; may raise Stop.
+        constrain: (x, sigma) -> x before every step.
+        unet_tile: side in latent pixels of overlapping tiles that the network sees one by one.
+        legacy: names in LEGACY.
+        grid: former name of `scheduler`.
+    Returns:
+        (B, C, h, w) float32.
+    Raises:
+        ArgumentError: an unknown name, or a value out of range.
     """
-    legacy = _known(legacy)
-    _check(sampler, eta)
-    grid = grid or default_grid(model.schedule, sampler)
-    sigmas = model.schedule.steps(steps, grid, original_count="steps" in legacy)
+    quirks, scheduler = Quirks(frozenset(legacy)), scheduler or grid
+    check_sampling(sampler=sampler, scheduler=scheduler, eta=eta, strength=strength)
+    scheduler = scheduler or default_scheduler(model.schedule, sampler)
+    sigmas = quirks.sigmas(model.schedule, steps, scheduler)
     shape = (len(cond), model.channels, *_latent_size(model, size, x_T if z is None else z))
-    noise = noise_source(seeds, len(cond), legacy)
+    noise = noise or noise_source(seeds, len(cond), quirks.names)
     if x_T is None:
         x_T = noise(torch.empty(shape, device=model.device))
-    original = int(strength * steps) if "strength" in legacy else None
-    x, sigmas = _started(z, x_T.to(model.device, torch.float32), sigmas, strength, original)
-    denoiser = _in_tiles(_taken_for_eps(model, sampler, legacy), unet_tile)
+    x_T = x_T.to(model.device, torch.float32)
+    if z is None:
+        x = x_T * _std(sigmas[0])
+    else:
+        first, above = quirks.first_step(strength, steps, len(sigmas) - 1)
+        std = _std(sigmas[above])
+        x = x_T * std if strength == 1 else z.to(x_T) + float(sigmas[above]) * x_T
+        x, sigmas = x * (_std(sigmas[first]) / std), sigmas[first:]
+    if guidance_interval is not None and not callable(scale):
+        scale = interval(scale, *guidance_interval)
+    denoiser = _in_tiles(quirks.denoiser(model, sampler), unet_tile)
     x = SAMPLERS[sampler](
         guided(denoiser, cond, uncond, scale, rescale=rescale),
         x,
         sigmas,
-        callback=callback and _counted(callback, len(sigmas) - 1),
+        callback=callback and _with_steps(callback, len(sigmas) - 1),
         constrain=constrain,
-        **_options(sampler, eta, noise, "noise" in legacy),
+        **_sampler_options(sampler, eta, noise, "noise" in quirks),
     )
-    if "noise" in legacy and sampler == "plms":
-        # The original draws what it does not use, and so shifts the noise of later batches.
-        for _ in range(len(sigmas)):
-            _global_noise(x)
-    return x / _spread(sigmas[-1])
+    quirks.draw_unused(sampler, sigmas, x)
+    return x / _std(sigmas[-1])
 
 
 @torch.no_grad()
@@ -116,143 +137,84 @@ def invert(
     *,
     steps: int = 50,
     until: int | None = None,
+    scheduler: str | None = None,
     scale: Scale = 1.0,
     legacy: Iterable[str] = (),
 ) -> Tensor:
-    """The noisy latent from which DDIM leads back to z: Euler up the grid (DDIM inversion).
+    """DDIM inversion: the noisy latent from which DDIM leads back to z (Euler up the sigmas).
 
-        z: (B, C, h, w). until: number of steps to take of the `steps` of the grid (None = all).
-    Returns z_t at that level, sqrt(ᾱ) z + sqrt(1-ᾱ) noise, shape of z.
+    Args:
+        z: (B, C, h, w).
+        steps: of the whole run.
+        until: how many of them to take (None = all).
+        scheduler: a name in SCHEDULERS; None = "uniform".
+    Returns:
+        z_t at that level, √ᾱ z + √(1-ᾱ) noise, shape of z.
     """
-    legacy = _known(legacy)
-    sigmas = model.schedule.steps(steps, original_count="steps" in legacy).flip(0)
+    quirks = Quirks(frozenset(legacy))
+    sigmas = quirks.sigmas(model.schedule, steps, scheduler or "uniform").flip(0)
     sigmas = sigmas[: (steps if until is None else until) + 1]
-    denoiser, denoise = model.denoiser, guided(model.denoiser, cond, uncond, scale)
-    if "encode" in legacy:
-        denoiser = Denoiser(model.unet, model.schedule, "eps")
-        denoise = _told_the_index(denoiser, sigmas, cond, uncond, scale)
-    x = euler(denoise, z.float() * _spread(sigmas[0]), sigmas)
-    return x / _spread(sigmas[-1])
+    denoise = quirks.inverse_denoise(model, sigmas, cond, uncond, scale)
+    x = euler(denoise, z.float() * _std(sigmas[0]), sigmas)
+    return x / _std(sigmas[-1])
 
 
-def default_grid(schedule: Schedule, sampler: str) -> str:
-    """A name in GRIDS; where the last timestep is noise alone, it must be the first step."""
-    if sampler == "dpm":
-        return "time_uniform"
-    return "trailing" if schedule.zero_snr else "uniform"
+def default_scheduler(schedule: Schedule, sampler: str) -> str:
+    """The sampler's own scheduler, else "uniform".
 
-
-def noise_source(
-    seeds: int | Sequence[int] | Noise | None, n: int, legacy: Iterable[str] = ()
-) -> Noise:
-    """`noise(like)` for n rows, from whatever may be said for seeds; drawing goes on where it was.
-
-    Raises ValueError for another number of seeds.
+    Where the last timestep is noise alone (zero terminal SNR), sampling must begin there:
+    "trailing" (arXiv:2305.08891, §3.3).
     """
-    if callable(seeds):
-        return seeds
-    return _global_noise if "noise" in legacy else seeded_noise(_seeds(seeds, n))
+    return names.SAMPLERS[sampler].scheduler or ("trailing" if schedule.zero_snr else "uniform")
 
 
-def seeded_noise(seeds: Sequence[int]) -> Noise:
-    """`noise(like)` whose row k is drawn on the CPU by a generator of its own, seeded seeds[k]."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def noise(like: Tensor) -> Tensor:
-        rows = [torch.randn(like.shape[1:], generator=generator) for generator in generators]
-        return torch.stack(rows).to(like.device)
-
-    return noise
-
-
-def _global_noise(like: Tensor) -> Tensor:
-    return torch.randn_like(like, dtype=torch.float32)
-
-
-def _seeds(seeds: int | Sequence[int] | None, n: int) -> list[int]:
-    if seeds is None:
-        seeds = int(torch.randint(2**31, ()))
-    if isinstance(seeds, int):
-        return [seeds + k for k in range(n)]
-    if len(seeds) != n:
-        raise ValueError(f"{len(seeds)} seeds were given for {n} images")
-    return list(seeds)
-
-
-def _started(
-    z: Tensor | None, noise: Tensor, sigmas: Tensor, strength: float, original: int | None
-) -> tuple[Tensor, Tensor]:
-    """z under the noise of the step where sampling begins, and the grid from there on.
-
-    original: the number of steps as the original counts them; it then starts with the noise of the
-        step above, and from noise alone if strength is 1.
-    """
-    if z is None:
-        return noise * _spread(sigmas[0]), sigmas
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength must be in 0 … 1, got {strength}")
-    count = len(sigmas) - 1
-    run = round(strength * count) or min(math.ceil(strength), count)
-    first = above = count - run
-    if original is not None:
-        first = count - min(original, count - 1)
-        above = first - 1
-    spread = _spread(sigmas[above])
-    x = noise * spread if strength == 1 else z.to(noise) + float(sigmas[above]) * noise
-    return x * (_spread(sigmas[first]) / spread), sigmas[first:]
+def check_sampling(
+    sampler: str = "ddim",
+    scheduler: str | None = None,
+    eta: float = 0.0,
+    strength: float = 1.0,
+    rescale: float = 0.0,
+    legacy: Iterable[str] = (),
+) -> None:
+    """Raise ArgumentError for an unknown name or a value out of range, before any network runs."""
+    if sampler not in names.SAMPLERS:
+        raise unknown_name("sampler", sampler, names.SAMPLERS, argument="sampler")
+    if scheduler is not None and scheduler not in names.SCHEDULERS:
+        raise unknown_name("scheduler", scheduler, names.SCHEDULERS, argument="scheduler")
+    if eta and not names.SAMPLERS[sampler].takes_eta:
+        raise ArgumentError(f"eta is DDIM's: sampler `{sampler}` takes none, got {eta}", "eta")
+    for name, value in (("strength", strength), ("rescale", rescale)):
+        if not 0 <= value <= 1:
+            raise ArgumentError(f"{name} must be in 0 … 1, got {value}", name)
+    Quirks(frozenset(legacy))
 
 
 def _in_tiles(denoiser: Denoiser, tile: int | None) -> Denoiser:
-    """The same with a network that sees one patch at a time; what they say is blended."""
+    """The same with a network that sees one tile at a time; what it says is blended."""
     if tile is None:
         return denoiser
 
-    def network(z_t: Tensor, t: Tensor, **listens: Tensor | None) -> Tensor:
-        return tiled(lambda patch: denoiser.network(patch, t, **listens), z_t, tile)
+    def network(z_t: Tensor, t: Tensor, **slots: Tensor | None) -> Tensor:
+        return tiled(lambda patch: denoiser.network(patch, t, **slots), z_t, tile)
 
     return replace(denoiser, network=network)
 
 
-def _options(sampler: str, eta: float, noise: Noise, always: bool) -> dict[str, object]:
+def _sampler_options(
+    sampler: str, eta: float, noise: Noise, always_draws: bool
+) -> dict[str, object]:
     """What the chosen sampler takes beyond the common arguments."""
-    if sampler == "ddim":
-        return {"eta": eta, "noise": noise if eta > 0 or always else None}
-    return {"noise": noise} if sampler in STOCHASTIC else {}
+    row = names.SAMPLERS[sampler]
+    if row.takes_eta:
+        return {"eta": eta, "noise": noise if eta > 0 or always_draws else None}
+    return {"noise": noise} if row.takes_noise else {}
 
 
-def _taken_for_eps(model: LatentDiffusion, sampler: str, legacy: frozenset[str]) -> Denoiser:
-    """The model's denoiser, or the wrong one that the original would use."""
-    denoiser = model.denoiser
-    plms_v = "plms-v" in legacy and sampler == "plms" and denoiser.parameterization == "v"
-    x0_eps = "x0-eps" in legacy and denoiser.parameterization == "x0"
-    if x0_eps and sampler == "dpm":
-        raise ValueError("the original fails on x0 models with `dpm`\nhint: leave out `x0-eps`")
-    if plms_v or x0_eps:
-        return Denoiser(denoiser.network, denoiser.schedule, "eps")
-    return denoiser
-
-
-def _told_the_index(
-    denoiser: Denoiser, sigmas: Tensor, cond: Cond, uncond: Cond | None, scale: Scale
-) -> Denoise:
-    index = {sigma: i for i, sigma in enumerate(sigmas.tolist())}
-
-    def denoise(x: Tensor, sigma: float) -> Tensor:
-        told = Denoiser(
-            lambda z_t, t, **kw: denoiser.network(z_t, torch.full_like(t, index[sigma]), **kw),
-            denoiser.schedule,
-            "eps",
-        )
-        return guided(told, cond, uncond, scale)(x, sigma)
-
-    return denoise
-
-
-def _counted(callback: Callback, steps: int) -> Callable[[int, Tensor, Tensor], None]:
+def _with_steps(callback: Callback, steps: int) -> Callable[[int, Tensor, Tensor], None]:
     return lambda step, x, denoised: callback(step, steps, x, denoised)
 
 
-def _spread(sigma: Tensor) -> float:
+def _std(sigma: Tensor) -> float:
     """Standard deviation of x at `sigma` where z has 1."""
     return math.sqrt(1 + float(sigma) ** 2)
 
@@ -265,19 +227,7 @@ def _latent_size(
         return (side, side) if like is None else (like.shape[-2], like.shape[-1])
     f = model.downscale
     if any(pixels <= 0 or pixels % f for pixels in size):
-        raise ValueError(f"height and width must be multiples of {f}, got {size[0]} x {size[1]}")
+        raise ArgumentError(
+            f"height and width must be multiples of {f}, got {size[0]} x {size[1]}", "size"
+        )
     return size[0] // f, size[1] // f
-
-
-def _check(sampler: str, eta: float) -> None:
-    if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler `{sampler}`, choose one of {', '.join(SAMPLERS)}")
-    if eta and sampler != "ddim":
-        raise ValueError(f"eta is DDIM's; sampler `{sampler}` takes none, got {eta}")
-
-
-def _known(legacy: Iterable[str]) -> frozenset[str]:
-    names = frozenset(legacy)
-    if unknown := sorted(names - LEGACY.keys()):
-        raise ValueError(f"unknown legacy name `{unknown[0]}`, choose among {', '.join(LEGACY)}")
-    return names

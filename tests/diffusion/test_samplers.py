@@ -17,6 +17,7 @@ from ldm.diffusion.guidance import guided
 from ldm.diffusion.samplers import SAMPLERS, STOCHASTIC, ddim, dpmpp_2m, euler, plms
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.nets.unet import UNet
+from ldm.pipelines.quirks import Quirks
 
 RECORDED_DDIM = [
     "eta0_cfg1", "eta0_cfg", "eta1_cfg1", "eta1_cfg", "eta_half_noxT", "scale0", "scale_uc_none",
@@ -38,7 +39,10 @@ def denoiser_of(file: Gold, parameterization: str | None = None) -> Denoiser:
     return Denoiser(unet.eval().requires_grad_(False), Schedule(betas), predicts)
 
 
-def run(file: Gold, name: str, sampler, denoiser: Denoiser, grid: str = "uniform"):
+LEGACY_STEPS = Quirks(frozenset({"steps"}))
+
+
+def run(file: Gold, name: str, sampler, denoiser: Denoiser, scheduler: str = "uniform"):
     """Replays a recorded case; returns (samples, x after each step, denoised), all as z_t."""
     info = file.case(name)["info"]
     kwargs, shared = info["kwargs"], file.under("shared/")
@@ -46,7 +50,7 @@ def run(file: Gold, name: str, sampler, denoiser: Denoiser, grid: str = "uniform
     known_noise = iter([value for key, value in rng if key.endswith("randn_like")])
     step_noise = iter([value for key, value in rng if key.endswith("randn")])
     x_T = shared["x_T"] if "x_T" in kwargs else next(step_noise)
-    sigmas = denoiser.schedule.steps(info["S"], grid, original_count=True)
+    sigmas = LEGACY_STEPS.sigmas(denoiser.schedule, info["S"], scheduler)
     spread = [math.sqrt(1 + sigma**2) for sigma in sigmas.tolist()]
 
     def constrain(x: Tensor, sigma: float) -> Tensor:
@@ -119,7 +123,7 @@ def test_plms_follows_the_recorded_trajectory(kind, name):
 def test_dpm_gives_the_recorded_samples_at_the_recorded_times(kind, name):
     file = gold(f"dpm_{kind}")
     denoiser = denoiser_of(file)
-    samples, _, _ = run(file, name, dpmpp_2m, denoiser, grid="time_uniform")
+    samples, _, _ = run(file, name, dpmpp_2m, denoiser, scheduler="time_uniform")
     close(file, name, "samples", samples)
     steps = file.case(name)["info"]["S"]
     t = denoiser.schedule.sigma_to_t(denoiser.schedule.steps(steps, "time_uniform")[:-1])
@@ -171,7 +175,7 @@ def test_ddim_without_noise_is_euler():
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_grid_that_ends_at_zero_ends_in_the_last_estimate(name):
+def test_steps_that_end_at_zero_ends_in_the_last_estimate(name):
     sigmas = torch.tensor([10.0, 3.0, 1.0, 0.0], dtype=torch.float64)
     seen = []
     x = torch.ones(1, 1, 1, 1)

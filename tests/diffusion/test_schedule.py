@@ -1,10 +1,11 @@
-"""Schedules against the recorded betas, buffers and step grids."""
+"""Schedules against the recorded betas, buffers and steps."""
 
 import pytest
 import torch
 
 from goldfile import gold
-from ldm.diffusion.schedule import GRIDS, Schedule, make_betas
+from ldm.diffusion.schedule import SCHEDULERS, Schedule, make_betas
+from ldm.pipelines.quirks import Quirks
 
 SD = Schedule(make_betas("linear", 1000, linear_start=0.00085, linear_end=0.012))
 
@@ -59,7 +60,7 @@ def test_weights_of_the_bound_equal_the_recorded_ones(index):
 @pytest.mark.parametrize("steps", [1, 2, 5, 7, 10, 20, 25, 50, 100, 200, 250, 500])
 def test_original_step_counts_are_the_recorded_timesteps(steps):
     expected = gold("schedules").outputs(f"ddim_t_uniform_{steps}")["timesteps"]
-    sigmas = SD.steps(steps, original_count=True)
+    sigmas = Quirks(frozenset({"steps"})).sigmas(SD, steps, "uniform")
     assert torch.equal(sigmas[:-1].flip(0), SD.sigmas[expected.long()])
     if 1000 % steps == 0:
         assert torch.equal(sigmas, SD.steps(steps))
@@ -68,14 +69,14 @@ def test_original_step_counts_are_the_recorded_timesteps(steps):
 @pytest.mark.parametrize("steps", [3, 9, 27, 37, 333, 1000])
 def test_counts_that_crash_the_original_are_refused_only_when_asked_for(steps):
     with pytest.raises(ValueError, match=f"the original fails at {steps} steps"):
-        SD.steps(steps, original_count=True)
+        Quirks(frozenset({"steps"})).sigmas(SD, steps, "uniform")
     assert len(SD.steps(steps)) == steps + 1
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("steps", [1, 2, 3, 30, 333, 1000])
-def test_every_grid_descends_in_exactly_the_steps_asked_for(grid, steps):
-    sigmas = SD.steps(steps, grid)
+def test_every_scheduler_descends_in_exactly_the_steps_asked_for(scheduler, steps):
+    sigmas = SD.steps(steps, scheduler)
     assert len(sigmas) == steps + 1
     assert (sigmas.diff() <= 0).all()
     assert sigmas[0] <= SD.sigmas[-1] * (1 + 1e-12)

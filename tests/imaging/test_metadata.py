@@ -14,7 +14,7 @@ INFO = {
     "negative_prompt": "blurry",
     "seed": 42,
     "sampler": "euler_a",
-    "grid": "karras",
+    "scheduler": "karras",
     "steps": 20,
     "eta": 0.0,
     "scale": 7.5,
@@ -84,7 +84,7 @@ def test_a1111_text_is_read(tmp_path):
         "negative_prompt": "dog,\nblurry",
         "steps": 28,
         "sampler": "dpmpp_2m",
-        "grid": "karras",
+        "scheduler": "karras",
         "scale": 7.0,
         "seed": 123,
         "size": [768, 512],
@@ -99,7 +99,7 @@ def test_a1111_text_is_read(tmp_path):
 @pytest.mark.parametrize("broken", [{}, {"ldm": "{"}, {"ldm": "[1]"}, {"ldm": "null"}])
 def test_our_parameters_text_is_read_where_the_json_is_missing_or_broken(tmp_path, broken):
     info = read_info(write_text(tmp_path / "a.png", parameters=TEXT, **broken))
-    keys = ("prompt", "negative_prompt", "steps", "sampler", "grid", "scale", "seed", "size")
+    keys = ("prompt", "negative_prompt", "steps", "sampler", "scheduler", "scale", "seed", "size")
     assert {key: info[key] for key in keys} == {key: INFO[key] for key in keys}
 
 

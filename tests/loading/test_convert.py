@@ -8,6 +8,7 @@ from lorahelp import random_adapter
 from tinyfamilies import write
 
 import ldm
+from ldm.commands.convert import main
 from ldm.loading.addons.lora import write_lora
 from ldm.loading.config import format_yaml, parse_yaml
 from ldm.loading.convert import convert, plan_conversion
@@ -15,7 +16,6 @@ from ldm.loading.diffusers.files import REST
 from ldm.loading.diffusers.keys import VAE_OLD
 from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
 from ldm.loading.weights import read_weights
-from scripts.convert import main
 
 
 @pytest.fixture(scope="module")

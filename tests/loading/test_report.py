@@ -6,9 +6,9 @@ import payloads
 import pytest
 import torch
 
+from ldm.commands.inspect_checkpoint import main
 from ldm.loading.files.checkpoint import EMBEDDED, write_checkpoint
 from ldm.loading.report import inspect_checkpoint
-from scripts.inspect_checkpoint import main
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Models and tasks: every pair that does not fit is told in one line, before any work is done."""
+"""Models and calls that do not fit are refused in one line, before any network runs."""
 
 from types import SimpleNamespace
 
@@ -6,36 +6,34 @@ import pytest
 
 from ldm import pipelines
 from ldm.pipelines import WrongFamily
-from ldm.pipelines.frame import READS, SCRIPTS, TITLES
+from ldm.pipelines.families import FAMILIES
+from ldm.runtime.errors import UnknownName
 
-# What runs on models of which families.
+# What runs on models of which families, and its positional arguments after the model.
 FITS = {
-    "txt2img": {"txt2img"},
-    "img2img": {"txt2img"},
-    "inpaint": {"inpaint", "txt2img"},
-    "depth2img": {"depth2img"},
-    "depth_of": {"depth2img"},
-    "upscale": {"upscale"},
-    "unclip": {"unclip"},
-    "imagined": {"unclip"},
-    "vary": {"vary"},
+    "txt2img": ({"text"}, 1),
+    "img2img": ({"text"}, 2),
+    "inpaint": ({"inpainting", "text"}, 3),
+    "depth2img": ({"depth"}, 2),
+    "estimate_depth": ({"depth"}, 1),
+    "upscale": ({"upscaling"}, 2),
+    "unclip": ({"unclip"}, 2),
+    "sample_prior": ({"unclip"}, 2),
+    "vary": ({"variation"}, 2),
 }
-GIVEN = {"txt2img": 1, "inpaint": 3, "depth_of": 1}
-PAIRS = [(task, family) for task in FITS for family in READS if family not in FITS[task]]
 
 
 def model(keys):
-    encoders = [SimpleNamespace(key=key) for key in keys]
-    return SimpleNamespace(conditioner=SimpleNamespace(children=lambda: encoders))
+    return SimpleNamespace(conditioner=SimpleNamespace(keys=frozenset(keys)))
 
 
-@pytest.mark.parametrize(("task", "family"), PAIRS)
-def test_a_model_of_another_family_names_its_own_script(task, family):
-    given = [None] * GIVEN.get(task, 2)
-    with pytest.raises(WrongFamily) as caught:
-        getattr(pipelines, task)(model(READS[family]), *given)
-    script = SCRIPTS.get(family, family)
-    assert str(caught.value) == f"this is {TITLES[family]}: use scripts/{script}.py"
+@pytest.mark.parametrize("task", FITS)
+def test_a_model_of_another_family_names_its_own_function(task):
+    families, count = FITS[task]
+    for name in FAMILIES.keys() - families:
+        with pytest.raises(WrongFamily) as caught:
+            getattr(pipelines, task)(model(FAMILIES[name].keys), *[None] * count)
+        assert f"use `{FAMILIES[name].function}`" in str(caught.value)
 
 
 def test_a_model_of_no_known_family_says_what_it_reads():
@@ -43,3 +41,16 @@ def test_a_model_of_no_known_family_says_what_it_reads():
         pipelines.txt2img(model({"txt", "smell"}), ["a"])
     with pytest.raises(WrongFamily, match="this model reads nothing"):
         pipelines.txt2img(model(()), ["a"])
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("txt2img", {"stesp": 3}, "unknown keyword of txt2img `stesp`, did you mean `steps`?"),
+        ("txt2img", {"strength": 0.2}, "unknown keyword of txt2img `strength`"),
+        ("img2img", {"size": (64, 64)}, "unknown keyword of img2img `size`"),
+    ],
+)
+def test_misspelt_and_inapplicable_keywords_are_refused_with_the_nearest(task, options, message):
+    with pytest.raises(UnknownName, match=message):
+        getattr(pipelines, task)(model({"txt"}), *[None] * FITS[task][1], **options)

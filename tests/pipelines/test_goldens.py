@@ -10,9 +10,9 @@ from ldm.imaging.pixels import resize_to_multiple, to_tensor, to_uint8
 from ldm.pipelines import (
     LEGACY,
     depth2img,
+    encode_image,
     img2img,
     inpaint,
-    latent_of,
     noise_source,
     unclip,
     upscale,
@@ -48,7 +48,7 @@ def test_img2img(name):
     image, n = to_tensor(resize_to_multiple(picture, 64)), options["n_samples"]
     lines = options.get("from_file", [options["prompt"]] * n)
     torch.manual_seed(options["seed"])
-    z = latent_of(model, image, n, noise_source(None, n, ALL_LEGACY))
+    z = encode_image(model, image, n, noise_source(None, n, ALL_LEGACY))
     images = [
         img2img(
             model,

@@ -10,11 +10,10 @@ from goldfile import gold
 from ldm.nets.karlo import Prior
 from ldm.nets.tiling import tiled
 from ldm.pipelines import (
-    WrongFamily,
     depth2img,
-    imagined,
     img2img,
     inpaint,
+    sample_prior,
     txt2img,
     unclip,
     upscale,
@@ -204,11 +203,11 @@ def test_every_picture_may_have_its_noise_and_the_mix_too(models, image):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weights": [1, 2]}, "2 weights were given for 1 pictures"),
+        ({"weights": [1, 2]}, "2 weights were given for 1 images"),
         ({"weights": [0]}, "must not sum to 0"),
         ({"noise_levels": [1, 2]}, "2 noise levels were given for 1"),
         ({"noise_levels": 1000}, "noise levels are 0 … 999"),
-        ({"images": []}, "nothing to see"),
+        ({"images": []}, "there is no image"),
     ],
 )
 def test_what_does_not_fit_a_mix_is_one_line(models, image, changes, message):
@@ -231,7 +230,7 @@ def test_the_prior_imagines_what_unclip_sees(models):
     model.conditioner.image.clip.model.transformer = clip.transformer
     torch.manual_seed(0)
     prior = Prior(clip_dim=32, xf_width=32, xf_layers=1, xf_heads=2).eval()
-    embeddings = imagined(model, prior, ["a", "b"], steps=3)
+    embeddings = sample_prior(model, prior, ["a", "b"], steps=3)
     assert embeddings.shape == (2, 32)
     made = unclip(model, ["a", "b"], embeddings=[embeddings], **QUICK, size=(64, 64))
     assert made.isfinite().all()
@@ -253,24 +252,6 @@ def test_a_model_that_sees_in_place_of_reading_varies_a_picture(models, image):
     first, other = (vary(model, [""] * 2, [picture], **options) for picture in (image, -image))
     assert first.shape == (2, 3, 64, 64)
     assert not torch.equal(first, other)
-
-
-WRONG = [
-    ("inpaint", txt2img, (), "this is the inpainting model: use scripts/inpaint.py"),
-    ("depth", txt2img, (), "this is the depth model: use scripts/depth2img.py"),
-    ("upscale", img2img, ("image",), "this is the upscaling model: use scripts/upscale.py"),
-    ("unclip", txt2img, (), "this is the unCLIP model: use scripts/unclip.py"),
-    ("text", depth2img, ("image",), "this is a text-to-image model: use scripts/txt2img.py"),
-    ("depth", inpaint, ("image", "mask"), "this is the depth model: use scripts/depth2img.py"),
-    ("text", unclip, (), "this is a text-to-image model: use scripts/txt2img.py"),
-]
-
-
-@pytest.mark.parametrize(("name", "task", "given", "message"), WRONG)
-def test_a_model_of_another_family_is_one_line(models, image, mask, name, task, given, message):
-    with pytest.raises(WrongFamily) as caught:
-        task(models[name], ["a"], *({"image": image, "mask": mask}[key] for key in given))
-    assert str(caught.value) == message
 
 
 def test_prepared_records_are_the_same_with_and_without_a_prompt(models, image):

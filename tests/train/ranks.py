@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from ldm.loading.config import read_yaml
-from ldm.train.config.settings import read_settings
 from ldm.train.distributed.parallel import whole
 from ldm.train.loop import Run
 from ldm.train.monitoring.validation import validate
@@ -63,7 +62,7 @@ def run(folder: Path, case: str, steps: int, *overrides: str, kind: type[Quiet] 
             *overrides,
         ],
     )
-    return kind(read_settings(raw), folder, device=torch.device("cpu"))
+    return kind(raw, folder, device=torch.device("cpu"))
 
 
 def sources(data: str) -> str:

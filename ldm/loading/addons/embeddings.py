@@ -29,7 +29,9 @@ SDXL = ("clip_g", "clip_l")
 PARAMETERS = "string_to_param."
 
 
-def load_embeddings(model: LatentDiffusion, paths: Iterable[str | Path]) -> None:
+def load_embeddings(
+    model: LatentDiffusion, paths: Iterable[str | Path], strict: bool = True
+) -> None:
     """Teaches the text tower the words of files; of folders, those that fit it.
 
     `provenance` remembers the files.
@@ -45,7 +47,7 @@ def load_embeddings(model: LatentDiffusion, paths: Iterable[str | Path]) -> None
                 words = {word.lower(): vectors for word, vectors in read_embeddings(file).items()}
                 _check(words, text.width, file)
             except ValueError as error:
-                if not path.is_dir():
+                if strict and not path.is_dir():
                     raise
                 log.warning("skipped: %s", str(error).splitlines()[0])
                 continue

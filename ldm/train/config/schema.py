@@ -21,10 +21,9 @@ from pydantic import (
 )  # fmt: skip
 from typing_extensions import TypedDict
 
+from ldm.diffusion.names import LEGACY, SCHEDULERS
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.diffusion.schedule import GRIDS
 from ldm.nets.attention import BACKENDS
-from ldm.pipelines.sampling import LEGACY
 from ldm.runtime.errors import unknown_name
 from ldm.train.tasks.adaptation import TARGETS
 
@@ -221,7 +220,8 @@ class Sampling(TypedDict, total=False):
     scale: Number
     eta: Nonnegative
     sampler: Annotated[str, _one_of(SAMPLERS)]
-    grid: Annotated[str, _one_of(GRIDS)] | None
+    scheduler: Annotated[str, _one_of(SCHEDULERS)] | None
+    grid: Annotated[str, _one_of(SCHEDULERS)] | None  # former name of scheduler
     rescale: Probability
     unet_tile: Count | None
     legacy: Annotated[list[Annotated[str, _one_of(LEGACY)]], SINGLE]

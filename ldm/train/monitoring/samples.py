@@ -19,7 +19,7 @@ from ldm.data.source import Source, collate, to_device
 from ldm.imaging import pixels
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.pipelines import sample
-from ldm.pipelines.frame import reads
+from ldm.pipelines.families import batch_keys
 from ldm.train.monitoring.validation import paused
 
 __all__ = ["draw", "epoch"]
@@ -91,7 +91,7 @@ def _grid(run: Any, records: Sequence[dict[str, Any]]) -> Image.Image:
     else:
         columns = max(1, round(columns**0.5))
         pictures = torch.cat([sampled(run, records[k : k + run.batch_size], k) for k in parts])
-        if reads(model) != {"txt"}:
+        if batch_keys(model) != {"txt"}:
             columns, pictures = 2 * columns, torch.stack([image, pictures], 1).flatten(0, 1)
     return pixels.make_grid(pixels.to_pil(pictures), columns)
 

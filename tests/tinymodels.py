@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from picturehelp import MODELS, QUICK
 from PIL import Image
 
 import ldm
 from goldfile import Gold, gold
+from ldm.commands.main import main
 from ldm.loading.files.checkpoint import write_checkpoint
 from ldm.loading.legacy import restore_names
+from picturehelp import MODELS, QUICK
 from pipelines.goldmodels import TINY_DPT, model_of
 from recipe import fill
 
@@ -88,12 +89,12 @@ def photo(tmp_path):
 
 @pytest.fixture
 def run(files, tmp_path, capsys):
-    """Runs a script; returns its status, lines of stdout, text of stderr."""
+    """Runs a command; returns its status, lines of stdout, text of stderr."""
 
-    def run(script, name, *flags):
+    def run(command, name, *flags):
         outdir = str(tmp_path / "out")
         words = [*files[name], *QUICK, "--outdir", outdir, *map(str, flags)]
-        status = script.main(words)
+        status = main([command, *words])
         out, err = capsys.readouterr()
         return status, out.splitlines(), err
 

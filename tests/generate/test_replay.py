@@ -3,8 +3,8 @@
 import pytest
 from PIL import Image, PngImagePlugin
 
+from ldm.commands.main import main
 from ldm.imaging.metadata import write_png
-from scripts import replay, txt2img
 
 QUICK = ["--steps", "2", "--n_iter", "1", "--H", "64", "--W", "64", "--precision", "full"]
 
@@ -15,7 +15,7 @@ def shots(tiny, tmp_path, capsys):
 
     def shots(*flags: str) -> list[str]:
         outdir = ["--outdir", str(tmp_path / "out")]
-        assert txt2img.main([*tiny.flags, *QUICK, *outdir, *flags]) == 0
+        assert main(["txt2img", *tiny.flags, *QUICK, *outdir, *flags]) == 0
         return capsys.readouterr().out.splitlines()
 
     return shots
@@ -24,7 +24,7 @@ def shots(tiny, tmp_path, capsys):
 @pytest.fixture
 def again(tiny, capsys):
     def again(path: str, *flags: str) -> tuple[int, str]:
-        status = replay.main([path, "--ckpt", str(tiny.ckpt), *flags])
+        status = main(["replay", path, "--ckpt", str(tiny.ckpt), *flags])
         out, err = capsys.readouterr()
         return status, out if status < 2 and out else err
 
@@ -78,15 +78,18 @@ def test_an_edited_picture_is_told_from_a_changed_program(shots, again, tmp_path
 
 def test_pictures_that_cannot_be_made_again_are_refused(shots, again, tmp_path):
     grid = shots("--n_samples", "2")[-1]
-    assert "is a grid, replay its pictures: 00000.png, 00001.png" in again(grid)[1]
+    assert "is a grid, replay its images: 00000.png, 00001.png" in again(grid)[1]
     plain = tmp_path / "plain.png"
     Image.new("RGB", (8, 8)).save(plain)
     assert "does not say how it was made" in again(str(plain))[1]
     write_png(plain, Image.new("RGB", (8, 8)), {"prompt": "a fox"})
-    assert "lacks `seed`" in again(str(plain))[1]
+    assert "`seed` is missing" in again(str(plain))[1]
 
 
-def test_a_checkpoint_that_is_not_at_hand_is_asked_for(shots, capsys):
+def test_a_checkpoint_that_is_not_at_hand_is_asked_for(shots, tiny, tmp_path, capsys):
     path = shots("--n_samples", "1", "--skip_grid")[0]
-    assert replay.main([path]) == 1
+    assert main(["replay", path]) == 0
+    tiny.ckpt.rename(tmp_path / "elsewhere.ckpt")
+    assert main(["replay", path]) == 1
+    (tmp_path / "elsewhere.ckpt").rename(tiny.ckpt)
     assert "made with base_v.ckpt (hash " in capsys.readouterr().err

@@ -8,45 +8,49 @@ import torch
 from PIL import Image
 
 import ldm
-from ldm.generate.flags import DEMO_SCALE, DEMO_SCALES, DEMOS
+from ldm.commands.main import main
+from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import read_info
 from ldm.runtime.files import find_file
-from scripts import inpaint, upscale
 
 PICTURE = next((Path(__file__).parents[1] / "data/emoji/images/flat").glob("*.png"))
 CASES: list[Any] = [
-    (inpaint, ["--mask-box", "16,16,48,48", "--prompt", "a flat emoji"], (64, 64)),
-    (upscale, ["--prompt", ""], (256, 256)),
+    ("inpaint", ["--mask-box", "16,16,48,48", "--prompt", "a flat emoji"], (64, 64)),
+    ("upscale", ["--prompt", ""], (256, 256)),
 ]
 
 
-@pytest.mark.parametrize(("script", "flags", "size"), CASES)
+@pytest.mark.parametrize(("task", "flags", "size"), CASES)
 def test_a_script_without_ckpt_uses_the_model_that_ships_and_says_so(
-    script: Any, flags: list[str], size: tuple[int, int], tmp_path: Path, capsys: Any
+    task: str, flags: list[str], size: tuple[int, int], tmp_path: Path, capsys: Any
 ) -> None:
     photo = tmp_path / "photo.png"
     with Image.open(PICTURE) as picture:
         picture.convert("RGB").resize((64, 64)).save(photo)
     words = ["--init-img", str(photo), "--outdir", str(tmp_path), "--steps", "2", *flags]
-    assert script.main(words) == 0
+    assert main([task, *words]) == 0
     out, err = capsys.readouterr()
     path = out.splitlines()[0]
     with Image.open(path) as picture:
         assert picture.size == size
     assert err.count("using the small model that ships with ldm") == 1
     info = read_info(path)
-    task = script.PARSER.get_default("task")
-    assert info["checkpoint"] == Path(DEMOS[task]).name
-    assert info["scale"] == DEMO_SCALES.get(task, DEMO_SCALE)
+    assert info["checkpoint"] == Path(TASKS[task].demo_model or "").name
+    assert info["scale"] == TASKS[task].demo_scale
 
 
 def test_the_inpainting_model_has_the_autoencoder_of_the_demo_model() -> None:
     """So that programs that have both keep one of them in memory."""
-    text, other = (ldm.load(ckpt=ckpt) for ckpt in (None, find_file(DEMOS["inpaint"])))
+    text, other = (
+        ldm.load(ckpt=ckpt) for ckpt in (None, find_file(TASKS["inpaint"].demo_model or ""))
+    )
     theirs = other.autoencoder.state_dict()
     for name, value in text.autoencoder.state_dict().items():
         assert torch.equal(value, theirs[name]), name
 
 
 def test_shipped_models_are_small() -> None:
-    assert sum(find_file(path).stat().st_size for path in DEMOS.values()) < 13e6
+    assert (
+        sum(find_file(task.demo_model).stat().st_size for task in TASKS.values() if task.demo_model)
+        < 13e6
+    )

@@ -1,4 +1,4 @@
-"""scripts/app.py in a real browser: Debian's chromium, driven by playwright."""
+"""The page in a real browser: Debian's chromium, driven by playwright."""
 
 import contextlib
 import os
@@ -13,11 +13,11 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from picturehelp import pixels, random_lora
 
 import ldm
+from ldm.commands.main import main
 from ldm.imaging.metadata import read_info
-from scripts.app import main
+from picturehelp import pixels, random_lora
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -41,9 +41,11 @@ def app(tmp_path_factory):
         port = free.getsockname()[1]
     flags = ["--models", models, "--outdir", outdir, "--port", port]
     flags += ["--lora", f"{lora}:0.25"]
-    words = [sys.executable, "-m", "scripts.app", *map(str, flags)]
+    words = [sys.executable, "scripts/app.py", *map(str, flags)]
     with log.open("w") as stderr:
-        process = subprocess.Popen(words, cwd=ROOT, stderr=stderr)
+        process = subprocess.Popen(
+            words, cwd=ROOT, stderr=stderr, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
     address = f"http://127.0.0.1:{port}"
     for _ in range(10 * PATIENCE):
         with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=5):
@@ -88,11 +90,11 @@ def opened(page, task, label):
 def fill_in(area, prompt="a flat emoji of a red apple on a blue background", **settings):
     """Types a prompt, and numbers by their labels."""
     area.locator("textarea").first.fill(prompt)
-    settings = {"Steps": 2, "Pictures at once": 1, "How often": 1, "Seed": 7} | settings
+    settings = {"Sampling steps": 2, "Batch size": 1, "Batch count": 1, "Seed": 7} | settings
     for label, value in settings.items():
         field = area.get_by_label(label).first
         if not field.is_visible():
-            area.get_by_role("button", name="Sampling").click()
+            area.get_by_role("button", name="Generation settings").click()
             area.page.wait_for_timeout(500)  # fields that have just appeared are set once more
         field.fill(str(value))
         field.press("Tab")
@@ -125,7 +127,7 @@ def has_value(page, selector, text):
 
 def made(page):
     """Makes a picture from text."""
-    fill_in(opened(page, "txt2img", "Text to image"))
+    fill_in(opened(page, "txt2img", "txt2img"))
     return ended(page, "txt2img", "finished")
 
 
@@ -144,9 +146,9 @@ def test_a_prompt_is_typed_and_its_picture_is_downloaded_as_it_was_saved(app, pa
     assert page.hosts == {app[0].removeprefix("http://")}
 
 
-def test_a_lora_is_chosen_at_first_taken_away_and_given_another_weight(app, page):
-    area = opened(page, "txt2img", "Text to image")
-    for remove, weight, used in [(0, "", [0.25]), (1, "", []), (0, "style:-0.5", [-0.5])]:
+def test_a_lora_is_chosen_with_a_weight_and_taken_away(app, page):
+    area = opened(page, "txt2img", "txt2img")
+    for remove, weight, used in [(0, "", []), (0, "style:-0.5", [-0.5]), (1, "", [])]:
         if remove:
             area.locator(".token-remove").first.click()
         if weight:
@@ -183,11 +185,11 @@ def test_a_picture_is_sent_to_another_tab_and_inpainted_where_a_mask_is_drawn(ap
 
 
 def test_a_run_is_cancelled_between_two_steps(page):
-    fill_in(opened(page, "txt2img", "Text to image"), Steps=150, **{"How often": 8})
+    fill_in(opened(page, "txt2img", "txt2img"), **{"Sampling steps": 150, "Batch count": 8})
     begin(page, "txt2img")
     said(page, "step [0-9]+ of 150")
     page.locator("#cancel").click()
-    assert "0 of 8 pictures are finished" in said(page, "stopped|finished in")
+    assert "0 of 8 images are finished" in said(page, "stopped|finished in")
     made(page)
 
 
@@ -200,7 +202,7 @@ def test_a_picture_is_made_again_from_what_it_says(page):
 
 def test_a_bad_upload_is_one_line_and_no_traceback(page, tmp_path):
     (tmp_path / "holiday.png").write_text("<html>not found</html>")
-    area = opened(page, "img2img", "Image to image")
+    area = opened(page, "img2img", "img2img")
     with page.expect_response(re.compile("/upload")):
         area.locator("input[type=file]").first.set_input_files(tmp_path / "holiday.png")
     page.wait_for_timeout(500)
@@ -209,7 +211,7 @@ def test_a_bad_upload_is_one_line_and_no_traceback(page, tmp_path):
 
 
 def test_a_checkpoint_is_inspected_and_what_is_none_is_named(page):
-    area = opened(page, "inspect", "Inspect")
+    area = opened(page, "inspect", "Checkpoint info")
     area.get_by_text("is a web page, probably a failed download").first.wait_for()
     page.locator("#go-inspect").click()
     has_value(page, "#report textarea", "predicts")
@@ -230,11 +232,11 @@ def test_no_file_outside_the_output_folder_is_served(app, path):
 
 @pytest.mark.parametrize("auth", [[], ["--auth", "me"]])
 def test_other_machines_are_not_let_in_without_a_password(capsys, auth):
-    assert main(["--listen", *auth]) == 1
+    assert main(["app", "--listen", *auth]) == 1
     assert "say who may with --auth USER:PASSWORD" in capsys.readouterr().err
 
 
 def test_help_needs_neither_torch_nor_gradio():
-    code = "import sys, scripts.app; print({'torch', 'gradio', 'PIL'} & {*sys.modules})"
+    code = "import sys, ldm.commands.app; print({'torch', 'gradio', 'PIL'} & {*sys.modules})"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert out.stdout.strip() == "set()", out.stderr

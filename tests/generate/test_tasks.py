@@ -1,37 +1,37 @@
-"""The scripts of pictures: img2img, inpaint, depth2img, upscale, unclip, on tiny models."""
+"""The scripts of pictures: img2img, "inpaint", "depth2img", "upscale", "unclip", on tiny models."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-from picturehelp import QUICK, pixels
 from PIL import Image
 
 import ldm
 from goldfile import gold
+from ldm.commands.main import main
 from ldm.imaging.metadata import read_info
 from ldm.loading.files.checkpoint import write_checkpoint
 from ldm.loading.legacy import restore_names
 from ldm.nets.karlo import Prior
-from scripts import depth2img, img2img, inpaint, replay, txt2img, unclip, upscale
+from picturehelp import QUICK, pixels
 
 CASES = [
-    (img2img, "base_v", ["--n_samples", "2", "--strength", "0.5"], (70, 60)),
-    (img2img, "base_v", ["--n_samples", "1", "--H", "64", "--W", "96"], (64, 96)),
-    (img2img, "base_v", ["--n_samples", "1", "--legacy", "--n_iter", "2"], (64, 0)),
+    ("img2img", "base_v", ["--n_samples", "2", "--strength", "0.5"], (70, 60)),
+    ("img2img", "base_v", ["--n_samples", "1", "--H", "64", "--W", "96"], (64, 96)),
+    ("img2img", "base_v", ["--n_samples", "1", "--legacy", "--n_iter", "2"], (64, 0)),
     (
-        inpaint,
+        "inpaint",
         "inpaint",
         ["--mask-box", "8,8,30,40", "--mask-blur", "2", "--mask-grow", "3"],
         (70, 60),
     ),
-    (inpaint, "inpaint", ["--mask-box", "8,8,30,40", "--legacy"], (64, 0)),
-    (inpaint, "base_v", ["--mask-box", "8,8,30,40", "--no-composite"], (70, 60)),
-    (depth2img, "depth", ["--n_samples", "2"], (70, 60)),
-    (depth2img, "depth", ["--depth-map", "MAP", "--depth-inverted", "--midas", "CKPT"], (70, 60)),
-    (upscale, "upscale", ["--noise-level", "5", "--tile", "128"], (280, 240)),
-    (unclip, "unclip", ["--H", "64", "--W", "64", "--noise_level", "7"], (64, 64)),
+    ("inpaint", "inpaint", ["--mask-box", "8,8,30,40", "--legacy"], (64, 0)),
+    ("inpaint", "base_v", ["--mask-box", "8,8,30,40", "--no-composite"], (70, 60)),
+    ("depth2img", "depth", ["--n_samples", "2"], (70, 60)),
+    ("depth2img", "depth", ["--depth-map", "MAP", "--depth-inverted", "--midas", "CKPT"], (70, 60)),
+    ("upscale", "upscale", ["--noise-level", "5", "--tile", "128"], (280, 240)),
+    ("unclip", "unclip", ["--H", "64", "--W", "64", "--noise_level", "7"], (64, 64)),
 ]
 
 
@@ -45,20 +45,20 @@ def test_a_picture_is_made_and_made_again(run, files, photo, capsys, script, nam
     assert status == 0, err
     assert pixels(out[-1]).shape == (*size, 3)
     info = read_info(out[-1])
-    assert info["task"] == script.__name__.split(".")[1]
+    assert info["task"] == script
     assert info["inputs"]["init_img"][0]["path"] == str(photo)
-    assert replay.main([out[-1], "--ckpt", files[name][1]]) == 0
+    assert main(["replay", out[-1], "--ckpt", files[name][1]]) == 0
     assert capsys.readouterr().out == "identical\n"
 
 
 def test_replay_says_which_input_is_missing_or_another(run, files, photo, capsys):
-    path = run(img2img, "base_v", "--init-img", photo, "--n_samples", "1")[1][0]
+    path = run("img2img", "base_v", "--init-img", photo, "--n_samples", "1")[1][0]
     Image.new("RGB", (60, 70)).save(photo)
-    assert replay.main([path, "--ckpt", files["base_v"][1]]) == 1
+    assert main(["replay", path, "--ckpt", files["base_v"][1]]) == 1
     assert "photo.png` is not the file it was made from any more" in capsys.readouterr().err
     photo.unlink()
-    assert replay.main([path, "--ckpt", files["base_v"][1]]) == 1
-    assert "photo.png`, which is not there" in capsys.readouterr().err
+    assert main(["replay", path, "--ckpt", files["base_v"][1]]) == 1
+    assert "photo.png`, which is missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["s08", "s05_v", "resize", "eta1", "from_file"])
@@ -72,7 +72,7 @@ def test_legacy_img2img_gives_the_recorded_pictures(run, tmp_path, name):
         flags += ["--from-file", tmp_path / "prompts.txt"]
     for key, value in options.items():
         flags += [f"--{key}", value]
-    _, out, _ = run(img2img, info["model"], "--init-img", tmp_path / "init.png", *flags)
+    _, out, _ = run("img2img", info["model"], "--init-img", tmp_path / "init.png", *flags)
     apart = np.abs(np.stack([pixels(path) for path in out]) - file.outputs(name)["images"].numpy())
     assert apart.max() <= 1
     assert (apart > 0).mean() < 0.05
@@ -82,7 +82,7 @@ def test_known_pixels_survive_the_watermark(run, tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (256, 264, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "large.png")
     box = ["--mask-box", "100,100,180,180", "--steps", "1"]
-    _, out, err = run(inpaint, "inpaint", "--init-img", tmp_path / "large.png", *box)
+    _, out, err = run("inpaint", "inpaint", "--init-img", tmp_path / "large.png", *box)
     assert "too small for a watermark" not in err
     same = (pixels(out[0]) == noise).all(-1)
     assert same[:100].all()
@@ -98,9 +98,9 @@ def test_transparent_parts_and_masks_by_file_are_the_same(run, tmp_path, photo):
     with Image.open(photo) as picture:
         picture.putalpha(Image.eval(mask, lambda v: 255 - v))
         picture.save(tmp_path / "holed.png")
-    by_file = run(inpaint, "inpaint", "--init-img", photo, "--mask", tmp_path / "mask.png")[1]
-    by_alpha = run(inpaint, "inpaint", "--init-img", tmp_path / "holed.png")[1]
-    by_box = run(inpaint, "inpaint", "--init-img", photo, "--mask-box", "10,10,40,50")[1]
+    by_file = run("inpaint", "inpaint", "--init-img", photo, "--mask", tmp_path / "mask.png")[1]
+    by_alpha = run("inpaint", "inpaint", "--init-img", tmp_path / "holed.png")[1]
+    by_box = run("inpaint", "inpaint", "--init-img", photo, "--mask-box", "10,10,40,50")[1]
     assert (pixels(by_file[0]) == pixels(by_box[0])).all()
     assert (pixels(by_file[0]) == pixels(by_alpha[0])).all()
 
@@ -109,12 +109,12 @@ def test_a_folder_of_pairs_is_painted(run, tmp_path, photo):
     for name in ("one", "two", "three"):
         Image.open(photo).save(tmp_path / f"{name}.png")
         Image.new("L", (60, 70), 255).save(tmp_path / f"{name}_mask.png")
-    status, out, _ = run(inpaint, "inpaint", "--indir", tmp_path, "--n_samples", "2")
+    status, out, _ = run("inpaint", "inpaint", "--indir", tmp_path, "--n_samples", "2")
     names = ["one.png", "one-1.png", "three.png", "three-1.png", "two.png", "two-1.png"]
     assert (status, out) == (0, [str(tmp_path / "out" / name) for name in names])
-    assert run(inpaint, "inpaint", "--indir", tmp_path / "out")[0] == 1
+    assert run("inpaint", "inpaint", "--indir", tmp_path / "out")[0] == 1
     (tmp_path / "two.png").unlink()
-    assert "two.png` for the mask" in run(inpaint, "inpaint", "--indir", tmp_path)[2]
+    assert "two.png` for the mask" in run("inpaint", "inpaint", "--indir", tmp_path)[2]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -124,7 +124,7 @@ def test_processes_share_the_pairs_of_a_folder(run, tmp_path, photo, monkeypatch
         Image.new("L", (60, 70), 255).save(tmp_path / f"{name}_mask.png")
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    _, out, err = run(inpaint, "inpaint", "--indir", tmp_path, "--steps", "1")
+    _, out, err = run("inpaint", "inpaint", "--indir", tmp_path, "--steps", "1")
     assert [path[len(str(tmp_path)) :] for path in out] == [
         ["/out/one.png", "/out/two.png"],
         ["/out/three.png"],
@@ -133,12 +133,12 @@ def test_processes_share_the_pairs_of_a_folder(run, tmp_path, photo, monkeypatch
 
 def test_depth_is_saved_and_taken_back(run, tmp_path, photo):
     map_ = tmp_path / "depth.png"
-    status, out, err = run(depth2img, "depth", "--init-img", photo, "--save-depth", map_)
+    status, out, err = run("depth2img", "depth", "--init-img", photo, "--save-depth", map_)
     assert status == 0, err
     with Image.open(map_) as saved:
         assert saved.mode.startswith("I")
-    again = run(depth2img, "depth", "--init-img", photo, "--depth-map", map_)[1]
-    far = run(depth2img, "depth", "--init-img", photo, "--depth-map", map_, "--depth-inverted")[1]
+    again = run("depth2img", "depth", "--init-img", photo, "--depth-map", map_)[1]
+    far = run("depth2img", "depth", "--init-img", photo, "--depth-map", map_, "--depth-inverted")[1]
     assert np.abs(pixels(out[0]) - pixels(again[0])).mean() < 5
     assert np.abs(pixels(out[0]) - pixels(far[0])).mean() > 5
 
@@ -147,7 +147,7 @@ def test_several_pictures_are_mixed(run, photo, tmp_path):
     Image.new("RGB", (50, 50), "red").save(tmp_path / "red.png")
     flags = ["--image", photo, "--image", tmp_path / "red.png", "--H", "64", "--W", "64"]
     status, out, err = run(
-        unclip, "unclip", *flags, "--weight", "3", "--weight", "1", "--noise-level", "0",
+        "unclip", "unclip", *flags, "--weight", "3", "--weight", "1", "--noise-level", "0",
         "--noise-level", "90", "--mix-noise-level", "5",
     )  # fmt: skip
     assert status == 0, err
@@ -155,7 +155,7 @@ def test_several_pictures_are_mixed(run, photo, tmp_path):
     assert (info["weight"], info["noise_level"], info["mix_noise_level"]) == ([3, 1], [0, 90], 5)
     assert (
         "2 weights were given for 1"
-        in run(unclip, "unclip", *flags[:2], "--weight", "1", "--weight", "1")[2]
+        in run("unclip", "unclip", *flags[:2], "--weight", "1", "--weight", "1")[2]
     )
 
 
@@ -192,7 +192,7 @@ def seen(tmp_path, capsys):
 
     def seen(*flags):
         words = [*QUICK, "--outdir", str(tmp_path / "out"), "--H", "64", "--W", "64"]
-        status = unclip.main([*words, *map(str, flags)])
+        status = main(["unclip", *words, *map(str, flags)])
         out, err = capsys.readouterr()
         return status, out.splitlines(), err
 
@@ -207,7 +207,7 @@ def test_a_picture_is_imagined_by_the_prior_and_made(unclip_l, seen, tmp_path, p
     assert (pixels(out[0]) != pixels(out[1])).any()
     info = read_info(out[1])
     assert (info["prior_steps"], info["prior_scale"]) == (3, 2.5)
-    assert replay.main([out[1], "--ckpt", unclip_l[1]]) == 0
+    assert main(["replay", out[1], "--ckpt", unclip_l[1]]) == 0
     capsys.readouterr()
     status, out, err = seen(*flags, "--image", photo, "--weight", "1", "--weight", "2")
     assert status == 0, err
@@ -220,17 +220,17 @@ def test_statistics_are_asked_for_in_one_line_and_may_be_given(unclip_l, seen, t
     (tmp_path / "stats.th").rename(tmp_path / "elsewhere.th")
     status, _, err = seen(*unclip_l, "--image", photo)
     assert status == 1
-    assert "`karlo_models/stats.th`: put the file beside the checkpoint, or say where" in err
+    assert "`karlo_models/stats.th`, are missing: put the file beside the checkpoint" in err
     stats = ["--clip-stats", tmp_path / "elsewhere.th"]
     assert seen(*unclip_l, "--image", photo, *stats)[0] == 0
     model = ldm.load(unclip_l[3], unclip_l[1], clip_stats=tmp_path / "elsewhere.th")
-    ldm.loading.load.save(model, tmp_path / "x.ckpt")
+    ldm.loading.load.save_model(model, tmp_path / "x.ckpt")
     (tmp_path / "elsewhere.th").unlink()
     assert seen(*unclip_l, "--image", photo)[0] == 0
 
 
 def test_unclip_without_anything_to_see_is_one_line(unclip_l, seen):
-    assert "give a picture (--image), or a prior" in seen(*unclip_l)[2]
+    assert "give one, or a prior (--image)" in seen(*unclip_l)[2]
 
 
 def test_image_variations_of_sd_1_are_made_without_text(seen, tmp_path, photo, capsys):
@@ -243,28 +243,40 @@ def test_image_variations_of_sd_1_are_made_without_text(seen, tmp_path, photo, c
     status, out, err = seen(*write(tmp_path, config), "--image", photo, "--scale", "3")
     assert status == 0, err
     assert len(out) == 2
-    assert replay.main([out[1], "--ckpt", str(tmp_path / "x.ckpt")]) == 0
+    assert main(["replay", out[1], "--ckpt", str(tmp_path / "x.ckpt")]) == 0
     assert capsys.readouterr().out == "identical\n"
 
 
 WRONG = [
-    (txt2img, "inpaint", "this is the inpainting model: use scripts/inpaint.py"),
-    (img2img, "depth", "this is the depth model: use scripts/depth2img.py"),
-    (inpaint, "upscale", "this is the upscaling model: use scripts/upscale.py"),
-    (upscale, "unclip", "this is the unCLIP model: use scripts/unclip.py"),
+    (
+        "txt2img",
+        "inpaint",
+        "this is an inpainting model: use `inpaint` (ldm inpaint, scripts/inpaint.py)",
+    ),
+    (
+        "img2img",
+        "depth",
+        "this is a depth model: use `depth2img` (ldm depth2img, scripts/depth2img.py)",
+    ),
+    (
+        "inpaint",
+        "upscale",
+        "this is an upscaling model: use `upscale` (ldm upscale, scripts/upscale.py)",
+    ),
+    ("upscale", "unclip", "this is an unCLIP model: use `unclip` (ldm unclip, scripts/unclip.py)"),
 ]
 
 
 @pytest.mark.parametrize(("script", "name", "message"), WRONG)
 def test_a_model_of_another_family_is_one_line(run, photo, script, name, message):
-    flags = [] if script is txt2img else ["--init-img", photo]
-    flags += ["--mask-box", "1,1,9,9"] if script is inpaint else []
+    flags = [] if script == "txt2img" else ["--init-img", photo]
+    flags += ["--mask-box", "1,1,9,9"] if script == "inpaint" else []
     status, _, err = run(script, name, *flags)
     assert status == 1
     assert err.strip().splitlines()[-1].endswith(message)
 
 
-@pytest.mark.parametrize("script", [img2img, inpaint, depth2img, upscale, unclip])
+@pytest.mark.parametrize("script", ["img2img", "inpaint", "depth2img", "upscale", "unclip"])
 def test_a_missing_picture_is_one_line(run, script):
     status, _, err = run(script, "base_v", "--init-img", "absent.png")
     assert status == 1
@@ -280,6 +292,6 @@ def test_the_upscaler_decodes_in_float32_whatever_its_precision(run, files, phot
         torch.float32,
     )
     small = ["--init-img", photo, "--H", "16", "--W", "16", "--steps", "1"]
-    status, out, err = run(upscale, name, *small, "--precision", "fp16")
+    status, out, err = run("upscale", name, *small, "--precision", "fp16")
     assert status == 0, err
     assert read_info(out[0])["dtype"] == "float16"

@@ -2,40 +2,40 @@
 
 import numpy as np
 import pytest
-from picturehelp import pixels
 from PIL import Image
 
 from imaging.badimages import REFUSED
-from scripts import depth2img, img2img, inpaint, unclip, upscale
+from ldm.commands.main import main
+from picturehelp import pixels
 
-TASKS = [img2img, inpaint, depth2img, upscale, unclip]
+TASKS = ["img2img", "inpaint", "depth2img", "upscale", "unclip"]
 
 
-def refused(script, capsys, *flags):
-    """The one line with which a script says no; no model is loaded for that."""
+def refused(task, capsys, *flags):
+    """The one line with which a command says no; no model is loaded for that."""
     words = ["--ckpt", "absent.ckpt", "--outdir", "absent", *map(str, flags)]
-    assert script.main(words) == 1
+    assert main([task, *words]) == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     return lines[0]
 
 
 @pytest.mark.parametrize("name", REFUSED)
-@pytest.mark.parametrize("script", TASKS)
-def test_what_is_no_picture_is_refused_in_one_line(capsys, tmp_path, script, name):
+@pytest.mark.parametrize("task", TASKS)
+def test_what_is_no_picture_is_refused_in_one_line(capsys, tmp_path, task, name):
     make, message = REFUSED[name]
     make(tmp_path / "x.png")
-    box = ["--mask-box", "1,1,9,9"] if script is inpaint else []
-    assert message in refused(script, capsys, "--init-img", tmp_path / "x.png", *box)
+    box = ["--mask-box", "1,1,9,9"] if task == "inpaint" else []
+    assert message in refused(task, capsys, "--init-img", tmp_path / "x.png", *box)
 
 
 def test_what_is_no_mask_and_no_map_is_refused_in_one_line(capsys, tmp_path, photo):
     (tmp_path / "x.png").write_text("<html>")
-    for script, flag in ((inpaint, "--mask"), (depth2img, "--depth-map")):
-        line = refused(script, capsys, "--init-img", photo, flag, tmp_path / "x.png")
+    for task, flag in (("inpaint", "--mask"), ("depth2img", "--depth-map")):
+        line = refused(task, capsys, "--init-img", photo, flag, tmp_path / "x.png")
         assert "is a web page, not an image" in line
     Image.new("L", (10, 70), 255).save(tmp_path / "x.png")
-    line = refused(inpaint, capsys, "--init-img", photo, "--mask", tmp_path / "x.png")
+    line = refused("inpaint", capsys, "--init-img", photo, "--mask", tmp_path / "x.png")
     assert line.endswith("is 10x70, the image 60x70")
 
 
@@ -75,11 +75,11 @@ def camera(orientation):
 def test_whatever_is_a_picture_is_used_as_people_expect(run, ramp, tmp_path):
     ramp.convert("RGB").save(tmp_path / "plain.png")
     flags = ["--n_samples", "1", "--steps", "1", "--init-img"]
-    expected = pixels(run(img2img, "base_v", *flags, tmp_path / "plain.png")[1][0])
+    expected = pixels(run("img2img", "base_v", *flags, tmp_path / "plain.png")[1][0])
     assert expected.shape == (40, 48, 3)
     for name, save in SAVED.items():
         save(ramp, tmp_path / name)
-        status, out, err = run(img2img, "base_v", *flags, tmp_path / name)
+        status, out, err = run("img2img", "base_v", *flags, tmp_path / name)
         assert status == 0, (name, err)
         assert (pixels(out[0]) == expected).all(), name
         assert ("animated" in err) == (name == "animated.gif")

@@ -4,13 +4,12 @@ import shutil
 
 import pytest
 import torch
-from picturehelp import random_lora
 
 import ldm
-from ldm.generate import flags
+from ldm.commands.main import main
 from ldm.imaging.metadata import parameters_text, read_info
 from ldm.loading.addons.embeddings import write_embeddings
-from scripts import replay, txt2img
+from picturehelp import random_lora
 
 QUICK = ["--steps=2", "--n_iter=1", "--n_samples=1", "--H=64", "--W=64", "--skip_grid"]
 QUICK += ["--precision=full"]
@@ -27,25 +26,11 @@ def loras(tiny, tmp_path):
 @pytest.fixture
 def shot(tiny, tmp_path, capsys):
     def shot(*words: str) -> tuple[int, str]:
-        status = txt2img.main([*tiny.flags, *QUICK, "--outdir", str(tmp_path / "out"), *words])
+        status = main(["txt2img", *tiny.flags, *QUICK, "--outdir", str(tmp_path / "out"), *words])
         out, err = capsys.readouterr()
         return status, out.strip() if not status else err
 
     return shot
-
-
-@pytest.mark.parametrize(
-    ("word", "meaning"),
-    [
-        ("a.safetensors", ("a.safetensors", 1.0)),
-        ("a.safetensors:0.8", ("a.safetensors", 0.8)),
-        ("C:\\a.safetensors", ("C:\\a.safetensors", 1.0)),
-        ("C:\\a.safetensors:-1", ("C:\\a.safetensors", -1.0)),
-    ],
-)
-def test_a_weight_may_follow_the_file(word, meaning):
-    given = flags.parse(txt2img.PARSER, ["--prompt", "x", "--lora", word, "--lora", "b:2"])
-    assert given.lora == [meaning, ("b", 2.0)]
 
 
 def test_pictures_with_loras_say_so_and_are_made_again(shot, loras, tiny, capsys, tmp_path):
@@ -59,13 +44,13 @@ def test_pictures_with_loras_say_so_and_are_made_again(shot, loras, tiny, capsys
         (str(loras[1]), -0.5),
     ]
     assert f'Lora hashes: "one: {info["loras"][0]["hash"]}, two: ' in parameters_text(info)
-    assert replay.main([paths[1], "--ckpt", str(tiny.ckpt)]) == 0
+    assert main(["replay", paths[1], "--ckpt", str(tiny.ckpt)]) == 0
     moved = str(shutil.move(loras[1], tmp_path / "three.safetensors"))
     capsys.readouterr()
-    assert replay.main([paths[1], "--ckpt", str(tiny.ckpt)]) == 1
-    assert "two.safetensors`, which is not there" in capsys.readouterr().err
+    assert main(["replay", paths[1], "--ckpt", str(tiny.ckpt)]) == 1
+    assert "two.safetensors`, which is missing" in capsys.readouterr().err
     words = ["--lora", str(loras[0]), "--lora", moved]
-    assert replay.main([paths[1], "--ckpt", str(tiny.ckpt), *words]) == 1
+    assert main(["replay", paths[1], "--ckpt", str(tiny.ckpt), *words]) == 1
     assert "\n  loras: ['" in capsys.readouterr().out
 
 
@@ -82,7 +67,7 @@ def test_a_learned_word_changes_the_picture_and_is_written_down(shot, tiny, tmp_
         (["<cat>"], str(folder / "cat.safetensors"))
     ]
     assert info["sha256"] != read_info(plain)["sha256"]
-    assert replay.main([path, "--ckpt", str(tiny.ckpt)]) == 0
+    assert main(["replay", path, "--ckpt", str(tiny.ckpt)]) == 0
     status, err = shot("--embedding", str(folder / "wide.safetensors"))
     assert status == 1
     assert f"`<wide>` has vectors of {width + 1} numbers" in err

@@ -1,0 +1,61 @@
+"""All tasks in the browser, with live previews.
+
+    ldm app                                              # then open http://127.0.0.1:7860
+    ldm app --models /data/models --listen --auth me:secret
+
+Images go to OUTDIR/samples with their metadata, so that `ldm replay` can make them again.
+"""
+
+from argparse import Namespace
+from collections.abc import Sequence
+
+from ldm.generate.command_line import add_options, hint
+from ldm.generate.options import options_of
+from ldm.generate.request import ModelChoice
+from ldm.runtime.command import CommandParser, run_command
+from ldm.runtime.errors import ArgumentError
+
+__all__ = ["main"]
+
+SHARED = ("lora", "embedding", "device", "precision", "attention")
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = CommandParser(prog=prog, description=__doc__, usage="%(prog)s [flags]")
+    add = parser.add_argument
+    add("--models", default="checkpoints", metavar="DIR", help="checkpoints (%(default)s)")
+    add("--outdir", default="outputs/app", metavar="DIR", help="folder for images (%(default)s)")
+    add("--port", type=int, default=7860, help="port of the page (%(default)s)")
+    add("--listen", action="store_true", help="let other machines in; needs --auth")
+    add("--auth", metavar="USER:PASSWORD", help="who is let in")
+    add("--memory", type=float, metavar="GIB", help="for models that stay loaded (half of all)")
+    add("--max-side", type=int, default=1024, metavar="N", help="of images (%(default)s)")
+    add("--max-steps", type=int, default=150, metavar="N", help="of a job (%(default)s)")
+    add("--max-batch", type=int, default=4, metavar="N", help="batch size (%(default)s)")
+    add("--max-queue", type=int, default=16, metavar="N", help="jobs that may wait (%(default)s)")
+    add("--verbose", action="store_true", help="log more, and show the traceback of an error")
+    add_options(parser.add_group("models"), ModelChoice, options_of(ModelChoice), only=SHARED)
+    args = parser.parse(argv)
+    return run_command(lambda: _serve(args), parser.prog, verbose=args.verbose, hint=hint)
+
+
+def _serve(args: Namespace) -> None:
+    if args.listen and ":" not in (args.auth or ""):
+        raise ArgumentError("--listen lets everybody in: say who may with --auth USER:PASSWORD")
+
+    from ldm.app.limits import Limits
+    from ldm.app.page import Page
+    from ldm.app.studio import Studio
+
+    choice = ModelChoice(
+        embedding=args.embedding,
+        device=args.device,
+        precision=args.precision,
+        attention=args.attention,
+    )
+    limits = Limits(side=args.max_side, steps=args.max_steps, batch=args.max_batch)
+    memory = args.memory and args.memory * 2**30
+    studio = Studio(args.models, args.outdir, choice, limits, memory, args.lora)
+    page = Page(studio, hint)
+    page.serve(args.port, listen=args.listen, auth=args.auth, max_queue=args.max_queue)

@@ -1,0 +1,68 @@
+"""Convert models: original .ckpt and .safetensors, diffusers folders, folders of training runs.
+
+    ldm convert v2-1_768-ema-pruned.ckpt sd21              # a diffusers folder
+    ldm convert sd21 sd21.safetensors                      # and back, bit for bit
+    ldm convert v1-5-pruned.ckpt v1-5.safetensors --ema --dtype float16
+    ldm convert logs/my-run mine --variant fp16
+    ldm convert v1-5.safetensors new.safetensors --vae logs/autoencoder-decoder
+    ldm convert v1-5.safetensors styled.safetensors --lora style.safetensors:0.8
+
+What diffusers has no place for is kept in the folder's `original.safetensors`. Nothing that exists
+is replaced without --force, and nothing is left half written.
+"""
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+
+from ldm.generate.command_line import add_options, hint
+from ldm.generate.options import options_of
+from ldm.generate.request import ModelChoice
+from ldm.runtime.command import CommandParser, run_command
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = CommandParser(prog=prog, description=__doc__, usage="%(prog)s [flags] SOURCE TARGET")
+    add = parser.add_argument
+    add("source", help="a file, a diffusers folder, or the folder of a training run")
+    add("target", help="*.safetensors or *.ckpt: a file in the original's layout; else a folder")
+    add("--config", metavar="FILE", help="YAML of the source (recognised from the weights)")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="of all weights (as they are)")
+    add("--ema", action="store_true", help="EMA weights in place of the raw ones")
+    add("--prune", action="store_true", help="single files: leave the EMA weights out")
+    add("--variant", metavar="NAME", help="in file names of diffusers folders: fp16")
+    add("--clip-stats", metavar="FILE", help="statistics of CLIP's embeddings (unCLIP-L)")
+    add("--force", action="store_true", help="replace the target")
+    add("--verbose", action="store_true", help="show where an error comes from")
+    add_options(add, ModelChoice, options_of(ModelChoice), only=("lora", "vae"))
+    args = parser.parse(argv)
+    return run_command(lambda: _convert(args), parser.prog, verbose=args.verbose, hint=hint)
+
+
+def _convert(args: Namespace) -> None:
+    """Say what will be written, write it, print where it is."""
+    import torch
+    from tqdm import tqdm
+
+    from ldm.loading.convert import convert, plan_conversion
+
+    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    plan = plan_conversion(
+        args.source,
+        args.target,
+        config=args.config,
+        ema=args.ema,
+        prune=args.prune,
+        variant=args.variant,
+        vae=args.vae,
+        dtype=dtypes.get(args.dtype),
+        loras=args.lora,
+        clip_stats=args.clip_stats,
+    )
+    print("\n".join(plan.notes), file=sys.stderr)
+    with tqdm(total=plan.bytes, unit="B", unit_scale=True, disable=None) as bar:
+        path = convert(plan, force=args.force, progress=bar.update)
+    print(path)

@@ -1,0 +1,28 @@
+"""The command of every task: `ldm txt2img`, `ldm img2img` …"""
+
+from collections.abc import Sequence
+from functools import partial
+
+from ldm.generate.command_line import build_parser, hint, parse_request
+from ldm.generate.tasks import TASKS
+from ldm.runtime.command import run_command
+
+__all__ = ["main"]
+
+
+def main(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Make images as the command line asks; returns the exit status.
+
+    Args:
+        name: of the task.
+    """
+    task = TASKS[name]
+    parser = build_parser(task, prog)
+    request, args = parse_request(task, argv, parser)
+
+    def work() -> None:
+        from ldm.generate.run import run_request
+
+        run_request(request)
+
+    return run_command(work, parser.prog, verbose=args.verbose, hint=partial(hint, task=task))

@@ -1,0 +1,40 @@
+"""Say what is in a checkpoint, without running anything in it.
+
+    ldm inspect-checkpoint v2-1_768-ema-pruned.ckpt
+    ldm inspect-checkpoint model.safetensors --config my.yaml --json
+
+Family, fitting config, whether the network predicts eps or v and how that is known, parts with
+their parameters, EMA, the names that its pickle mentions, what is missing or unexpected.
+Exit status: 0 for weights that can be loaded, 1 otherwise.
+"""
+
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm.generate.command_line import hint
+from ldm.runtime.command import CommandParser, run_command
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = CommandParser(prog=prog, description=__doc__)
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="a .ckpt or .safetensors file")
+    add("--config", metavar="FILE", help="compare with this YAML, not with the family's own")
+    add("--json", action="store_true", help="one JSON object instead of text")
+    add("--no-probe", action="store_true",
+        help="never run the UNet, even where only one method says eps or v")  # fmt: skip
+    args = parser.parse(argv)
+    return run_command(lambda: _inspect(args), parser.prog, hint=hint)
+
+
+def _inspect(args: Namespace) -> int:
+    from ldm.loading.report import inspect_checkpoint
+
+    report = inspect_checkpoint(args.checkpoint, args.config, probe=not args.no_probe)
+    print(json.dumps(report.as_dict(), indent=2) if args.json else "\n".join(report.lines()))
+    return 1 if report.refused or report.missing or report.unexpected else 0

@@ -1,0 +1,12 @@
+"""Train a model: see `ldm.train.command`, whose command line this is."""
+
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    from ldm.train import command
+
+    return command.main(argv, prog or "ldm train")

@@ -1,0 +1,79 @@
+"""What a user chooses by name: samplers, schedulers and quirks of the original. No torch here.
+
+Each table is the only list of its kind: functions, flags, form fields and PNG texts read it.
+"""
+
+from dataclasses import dataclass
+
+__all__ = ["LEGACY", "SAMPLERS", "SCHEDULERS", "Sampler", "Scheduler"]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler.
+
+    Args:
+        function: its name in `ldm.diffusion.samplers`.
+        label: its name in A1111's text and on the page.
+        takes_noise: whether it draws noise between steps.
+        takes_eta: whether `eta` sets how much.
+        scheduler: the scheduler that belongs to it; None = the model's.
+    """
+
+    function: str
+    label: str
+    takes_noise: bool = False
+    takes_eta: bool = False
+    scheduler: str | None = None
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """A choice of sampling steps.
+
+    Args:
+        function: its name in `ldm.diffusion.schedule`.
+        label: its name on the page.
+        a1111: its name in A1111's text, None where A1111 does not have it.
+    """
+
+    function: str
+    label: str
+    a1111: str | None = None
+
+
+SAMPLERS = {
+    "ddim": Sampler("ddim", "DDIM", takes_noise=True, takes_eta=True),
+    "plms": Sampler("plms", "PLMS"),
+    "dpm": Sampler("dpmpp_2m", "DPM++ 2M (original dpm)", scheduler="time_uniform"),
+    "euler": Sampler("euler", "Euler"),
+    "euler_a": Sampler("euler_ancestral", "Euler a", takes_noise=True),
+    "heun": Sampler("heun", "Heun"),
+    "dpmpp_2s_a": Sampler("dpmpp_2s_ancestral", "DPM++ 2S a", takes_noise=True),
+    "dpmpp_2m_sde": Sampler("dpmpp_2m_sde", "DPM++ 2M SDE", takes_noise=True),
+    "lms": Sampler("lms", "LMS"),
+    "dpmpp_2m": Sampler("dpmpp_2m", "DPM++ 2M"),
+}
+
+SCHEDULERS = {
+    "uniform": Scheduler("uniform_sigmas", "DDIM uniform", "Uniform"),
+    "trailing": Scheduler("trailing_sigmas", "Trailing"),
+    "karras": Scheduler("karras_sigmas", "Karras", "Karras"),
+    "exponential": Scheduler("exponential_sigmas", "Exponential", "Exponential"),
+    "time_uniform": Scheduler("time_uniform_sigmas", "Uniform in time"),
+}
+
+# Quirks of the original scripts, each brought back by its name, so that old results can be made
+# again; code in `ldm.pipelines.quirks`.
+LEGACY = {
+    "steps": "the original's count of DDIM and PLMS steps (31 for 30), and its failures",
+    "noise": "noise drawn for the whole batch from the global generator of the device",
+    "truncate": "pixels truncated to integers, not rounded",
+    "plms-v": "PLMS takes a v prediction for eps",
+    "x0-eps": "an x0 prediction is taken for eps",
+    "encode": "DDIM inversion gives the network the loop index as timestep, and takes v for eps",
+    "watermark": "the weaker watermark, dwtDct",
+    "size": "height and width cut down to multiples of 8, images squeezed to multiples of 64",
+    "strength": "img2img truncates its count of steps, and starts with the noise of a step above",
+    "weights": "unCLIP mixes with weights as they are given, not made to sum to 1",
+}

@@ -1,0 +1,279 @@
+"""Request: what a user asks for, as one frozen value. Below the door nothing knows flags.
+
+    argv | form | PNG text  ->  Request  ->  images, PNG text, the command that makes them again
+
+Each group is a dataclass whose fields are the rows of the options (`ldm.generate.options`); the
+inputs of a task are a group of its own (`ldm.generate.tasks`).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, TypedDict, TypeVar
+
+from ldm.diffusion.names import SAMPLERS, SCHEDULERS
+from ldm.generate.options import (
+    LEGACY_FLAGS,
+    Value,
+    decode_option,
+    option,
+    parse_count,
+    parse_fraction,
+    parse_integer,
+    parse_interval,
+    parse_legacy,
+    parse_number,
+    parse_weighted_file,
+)
+from ldm.runtime.errors import ArgumentError, unknown_name
+
+if TYPE_CHECKING:
+    from ldm.generate.tasks.base import Task
+
+__all__ = ["GROUPS", "Inputs", "ModelChoice", "Output", "Prompts", "Request", "Sampling"]
+
+
+class ModelFiles(TypedDict, total=False):
+    """Keywords of `ldm.load` that belong to some tasks only."""
+
+    clip_stats: str | None
+    midas: str | None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a task reads beside prompts; each task has a group of its own."""
+
+    def each(self) -> "Sequence[Inputs]":
+        """The inputs of each image to work on: one, or all of a folder."""
+        return [self]
+
+    def model_files(self) -> "ModelFiles":
+        """Files beside the checkpoint that the model is loaded with."""
+        return {}
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether these are the inputs of many images, which processes share."""
+        return False
+
+    @property
+    def output_name(self) -> str | None:
+        """The name of result files, if they are called like their input; None = numbered."""
+        return None
+
+
+InputsType = TypeVar("InputsType", bound=Inputs)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What the images show."""
+
+    # fmt: off
+    prompt: str = option("", "--prompt", metavar="TEXT", label="Prompt",
+        help="the prompt (%(default)s)")
+    negative_prompt: str = option("", "--negative-prompt", metavar="TEXT", label="Negative prompt",
+        help="negative prompt: what to steer away from")
+    from_file: str | None = option(None, "--from-file", metavar="FILE",
+        help="one prompt per line, blank lines too; a line may end"
+        ' in --seed N and --negative-prompt "TEXT"')
+    repeat: int = option(1, "--repeat", parse=parse_count, metavar="N",
+        help="use each line of the file so often (%(default)s)")
+    # fmt: on
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model, where and how precisely it runs; `key=value` changes the YAML."""
+
+    # fmt: off
+    ckpt: str | None = option(None, "--ckpt", metavar="FILE", label="Checkpoint",
+        help="checkpoint, .ckpt, .safetensors or a diffusers folder (the small demo model)")
+    config: str | None = option(None, "--config", metavar="FILE",
+        help="YAML of the model (recognised from the checkpoint)")
+    ema: bool = option(False, "--ema", help="use the EMA weights of the checkpoint")
+    vae: str | None = option(None, "--vae", metavar="FILE", label="VAE",
+        help="take the autoencoder from this file")
+    allow_module: tuple[str, ...] = option((), "--allow-module", is_list=True, metavar="M",
+        help="trust targets in package M")
+    lora: tuple[tuple[str, float], ...] = option((), "--lora", parse=parse_weighted_file,
+        separator=":", is_list=True, metavar="FILE[:WEIGHT]", label="LoRA",
+        help="add a LoRA, in kohya's or diffusers' format; may be given several times")
+    embedding: tuple[str, ...] = option((), "--embedding", is_list=True, metavar="FILE",
+        help="a textual inversion, or a folder of them: tokens to use in prompts")
+    device: str | None = option(None, "--device", metavar="NAME",
+        help="cuda, cuda:1, mps or cpu (the first that is available)")
+    precision: str = option("autocast", "--precision",
+        choices=("full", "autocast", "fp16", "bf16"), shortcuts={"--bf16": "bf16"},
+        help="full is fp32; autocast what suits device and model (%(default)s)")
+    attention: str | None = option(None, "--attention", choices=("xformers", "sdpa", "math"),
+        help="implementation of attention (the fastest available)")
+    channels: int | None = option(None, "--C", parse=parse_integer, metavar="N",
+        help="latent channels; the model knows")
+    factor: int | None = option(None, "--f", parse=parse_integer, metavar="N",
+        help="downsampling factor; the model knows")
+    torchscript: bool = option(False, "--torchscript", help="accepted and ignored")
+    ipex: bool = option(False, "--ipex", help="accepted and ignored")
+    laion400m: bool = option(False, "--laion400m", help="accepted and ignored")
+    overrides: tuple[str, ...] = option((), is_list=True)
+    # fmt: on
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the latent is found."""
+
+    # fmt: off
+    steps: int = option(50, "--steps", "--ddim_steps", parse=parse_count, metavar="N",
+        label="Sampling steps", help="sampling steps (%(default)s)")
+    sampler: str = option("ddim", "--sampler", choices=tuple(SAMPLERS), metavar="NAME",
+        shortcuts={"--plms": "plms", "--dpm": "dpm", "--dpm_solver": "dpm"},
+        label="Sampling method", help=f"{', '.join(SAMPLERS)} (%(default)s)")
+    scheduler: str | None = option(None, "--scheduler", "--spacing", "--grid-spacing",
+        choices=tuple(SCHEDULERS), metavar="NAME", label="Schedule type",
+        help=f"choice of the steps: {', '.join(SCHEDULERS)} (the sampler's own)")
+    eta: float = option(0.0, "--ddim_eta", "--eta", parse=parse_number, metavar="ETA",
+        label="Eta (DDIM)", help="DDIM eta (%(default)s)")
+    scale: float | None = option(None, "--scale", parse=parse_number, metavar="S",
+        label="CFG scale", help="guidance scale; 1 is none (9, the demo model 3)")
+    rescale: float = option(0.0, "--guidance-rescale", parse=parse_fraction, metavar="R",
+        label="Guidance rescale",
+        help="0 … 1, against over-exposure at high scales (%(default)s)")
+    guidance_interval: tuple[float, float] | None = option(None, "--guidance-interval",
+        parse=parse_interval, metavar="LOW,HIGH", label="Guidance interval",
+        help="guide only between these two sigmas (everywhere)")
+    seed: int = option(42, "--seed", parse=parse_integer, metavar="N", label="Seed",
+        help="image k of the run has seed + k (%(default)s)")
+    fixed_code: bool = option(False, "--fixed_code", help="the same start noise for every batch")
+    height: int | None = option(None, "--H", parse=parse_integer, metavar="N", label="Height",
+        help="height in pixels, a multiple of 8 (512, or the model's)")
+    width: int | None = option(None, "--W", parse=parse_integer, metavar="N", label="Width",
+        help="width in pixels, a multiple of 8 (512, or the model's)")
+    vae_tile: int | None = option(None, "--vae-tile", "--tile", parse=parse_count, const=512,
+        metavar="PIXELS", label="VAE tile size",
+        help="decode in tiles of this many pixels, to save memory (512)")
+    unet_tile: int | None = option(None, "--unet-tile", parse=parse_count, const=512,
+        metavar="PIXELS", label="UNet tile size",
+        help="run the network in tiles of this many pixels, to save memory (512)")
+    legacy: tuple[str, ...] = option((), "--legacy", parse=parse_legacy, const=LEGACY_FLAGS,
+        metavar="NAMES", help="reproduce quirks of the original scripts: all or some of "
+        + ",".join(LEGACY_FLAGS))
+    # fmt: on
+
+    @property
+    def size(self) -> tuple[int | None, int | None]:
+        """(height, width) in pixels, cut down to multiples of 8 under the quirk "size"."""
+        height, width = self.height, self.width
+        if "size" in self.legacy:
+            height = height and height - height % 8
+            width = width and width - width % 8
+        return height, width
+
+
+@dataclass(frozen=True)
+class Output:
+    """How many images, and where they go."""
+
+    # fmt: off
+    outdir: str = option("outputs", "--outdir", metavar="DIR",
+        help="folder for samples/ and the grid (%(default)s)")
+    n_samples: int = option(3, "--n_samples", parse=parse_count, metavar="N", label="Batch size",
+        help="batch size (%(default)s)")
+    n_iter: int = option(3, "--n_iter", parse=parse_count, metavar="N", label="Batch count",
+        help="number of batches, or how often all prompts of a file are used (%(default)s)")
+    n_rows: int = option(0, "--n_rows", parse=parse_integer, metavar="N",
+        help="images per row of the grid (the batch size)")
+    skip_grid: bool = option(False, "--skip_grid", help="do not save the grid")
+    skip_save: bool = option(False, "--skip_save", help="do not save single images")
+    no_watermark: bool = option(False, "--no-watermark", help="do not add the invisible watermark")
+    json: bool = option(False, "--json", help="write one JSON object per image to stdout")
+    # fmt: on
+
+
+# Headings of `--help`, in its order; the inputs of a task come first.
+GROUPS = {
+    "inputs": "inputs",
+    "prompts": "prompt",
+    "model": "model (key=value changes the YAML: model.params.x=1)",
+    "sampling": "sampling",
+    "output": "output",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that one run is told.
+
+    Args:
+        task: a row of `ldm.generate.tasks.TASKS`.
+        inputs: the task's own group.
+    Raises:
+        ArgumentError: values that do not go together.
+    """
+
+    task: "Task"
+    inputs: Inputs
+    prompts: Prompts = Prompts()
+    model: ModelChoice = ModelChoice()
+    sampling: Sampling = Sampling()
+    output: Output = Output()
+
+    def __post_init__(self) -> None:
+        if self.sampling.sampler == "plms" and self.sampling.eta != 0:
+            raise ArgumentError("PLMS is deterministic: eta must be 0", "eta")
+        for name, side in zip(("height", "width"), self.sampling.size, strict=True):
+            if side is not None and (side < 8 or side % 8):
+                raise ArgumentError(f"{name} {side} is not a positive multiple of 8", name)
+
+    @property
+    def scale(self) -> float:
+        """The guidance scale: as asked for, or what suits the task and the kind of model."""
+        if self.sampling.scale is not None:
+            return self.sampling.scale
+        return self.task.demo_scale if self.uses_demo_model else self.task.scale
+
+    @property
+    def uses_demo_model(self) -> bool:
+        """Whether no model was named, so that the one that ships with ldm is used."""
+        return self.model.ckpt is None and self.model.config is None
+
+    def inputs_as(self, kind: type[InputsType]) -> InputsType:
+        """The inputs, which must be of this kind."""
+        assert isinstance(self.inputs, kind), f"{self.task.name} has no {kind.__name__}"
+        return self.inputs
+
+    def values(self) -> dict[str, Value]:
+        """The value of each option, by name."""
+        return {
+            row.name: getattr(group, row.name) for group in self._groups() for row in fields(group)
+        }
+
+    def with_values(self, values: Mapping[str, object]) -> "Request":
+        """The request with some options set, each checked as on the command line.
+
+        Raises:
+            UnknownName: an option that the task does not have.
+            ArgumentError: a value that its option does not allow.
+        """
+        options = self.task.options()
+        for name in values:
+            if name not in options:
+                kind = f"option of {self.task.name}"
+                raise unknown_name(kind, name, options, argument=name)
+        decoded = {name: decode_option(name, options[name][0], v) for name, v in values.items()}
+        inputs, prompts, model, sampling, output = (_set(g, decoded) for g in self._groups())
+        return Request(self.task, inputs, prompts, model, sampling, output)
+
+    def to_json(self) -> dict[str, Value]:
+        """The value of each option, as a JSON text holds it."""
+        return json.loads(json.dumps(self.values()))
+
+    def _groups(self) -> tuple[Inputs | Prompts | ModelChoice | Sampling | Output, ...]:
+        return self.inputs, self.prompts, self.model, self.sampling, self.output
+
+
+def _set(group: Value, values: Mapping[str, Value]) -> Value:
+    """The group with those of the values that are its own."""
+    names = {row.name for row in fields(group)}
+    return replace(group, **{name: value for name, value in values.items() if name in names})

@@ -1,0 +1,203 @@
+"""Task: what one task is, described once; Prepared: its inputs, read from disk."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.generate.options import Option, Value, option, options_of
+from ldm.generate.request import Inputs, ModelChoice, Output, Prompts, Request, Sampling
+from ldm.runtime.errors import MissingArgument, MissingFile
+from ldm.runtime.ranks import rank_and_world_size
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from ldm.model import LatentDiffusion
+    from ldm.pipelines.frame import TaskOptions
+
+__all__ = ["FolderInputs", "ImageInputs", "Prepared", "PreparedImage", "Task", "fit_image"]
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+class Prepared:
+    """The inputs of a task, read from disk: what can fail early has, before the model is loaded.
+
+    Args:
+        request: with the inputs of one image.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+
+    def output_size(self, model: "LatentDiffusion") -> tuple[int, int]:
+        """(height, width) of the images in pixels: as asked for, else the model's own."""
+        native = model.image_size * model.downscale
+        height, width = self.request.sampling.size
+        return height or native, width or native
+
+    def begin(self, model: "LatentDiffusion") -> None:
+        """What is done once, before the first batch."""
+
+    def generate(
+        self, model: "LatentDiffusion", prompts: list[str], options: "TaskOptions"
+    ) -> "Tensor":
+        """The images of one batch, (B, 3, H, W) in [-1, 1], one for each prompt."""
+        raise NotImplementedError
+
+    def protected(self) -> "tuple[Image.Image, Image.Image] | None":
+        """(image, mask) of pixels that must stay as they are where the mask is 0."""
+        return None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row of TASKS: all that programs know about a task.
+
+    Args:
+        name: of the command, of the script, in PNG texts.
+        title: on the page.
+        summary: head of `--help`, with examples.
+        inputs: its group of options.
+        prepare: reads the inputs.
+        families: names in `ldm.pipelines.families.FAMILIES` of the models that serve it.
+        defaults: of options, where they are not those of their rows.
+        scale: guidance scale where none is asked for.
+        demo_model: the model that ships with ldm for this task; None = the text-to-image model.
+        demo_scale: guidance scale that suits it.
+        full_model: an example of a published model, as flags.
+        noise_from_numpy: the original drew the start noise from numpy's generator.
+    """
+
+    name: str
+    title: str
+    summary: str
+    inputs: type[Inputs]
+    prepare: Callable[[Request], Prepared]
+    families: tuple[str, ...]
+    defaults: Mapping[str, Value] = field(default_factory=dict)
+    scale: float = 9.0
+    demo_model: str | None = None
+    demo_scale: float = 3.0
+    full_model: str = "--ckpt v2-1_768-ema-pruned.safetensors --H 768 --W 768"
+    noise_from_numpy: bool = False
+
+    def groups(self) -> dict[str, type]:
+        """The groups of options, by their names in `Request`."""
+        return {
+            "inputs": self.inputs,
+            "prompts": Prompts,
+            "model": ModelChoice,
+            "sampling": Sampling,
+            "output": Output,
+        }
+
+    def options(self) -> dict[str, tuple[Option, Value]]:
+        """Each option with its default, by name."""
+        return _options(self.name, tuple(self.groups().values()), tuple(self.defaults.items()))
+
+    def request(self, values: Mapping[str, object] | None = None) -> Request:
+        """A request for this task; options that are not in `values` have their defaults.
+
+        Raises:
+            ArgumentError: see `Request.with_values`.
+        """
+        return Request(self, self.inputs()).with_values({**self.defaults, **(values or {})})
+
+
+@cache
+def _options(
+    task: str, groups: tuple[type, ...], defaults: tuple[tuple[str, Value], ...]
+) -> dict[str, tuple[Option, Value]]:
+    options: dict[str, tuple[Option, Value]] = {}
+    for group in groups:
+        options |= options_of(group)
+    for name, default in defaults:
+        options[name] = (options[name][0], default)
+    return options
+
+
+@dataclass(frozen=True)
+class ImageInputs(Inputs):
+    """The image that a task begins with."""
+
+    # fmt: off
+    init_img: str | None = option(None, "--init-img", "--image", metavar="FILE", is_file=True,
+        label="Image", help="input image, scaled and cropped to --H x --W")
+    # fmt: on
+
+
+@dataclass(frozen=True)
+class FolderInputs(ImageInputs):
+    """One image, or all of a folder."""
+
+    # fmt: off
+    indir: str | None = option(None, "--indir", metavar="DIR",
+        help="all images of a folder, each to OUTDIR/NAME.png")
+    # fmt: on
+
+    def each(self) -> Sequence["FolderInputs"]:
+        """The inputs of each image of the folder; of several processes, the share of this one.
+
+        Raises:
+            MissingFile: there is none.
+        """
+        if self.indir is None:
+            return [self]
+        rank, world_size = rank_and_world_size()
+        return self.in_folder(Path(self.indir).expanduser())[rank::world_size]
+
+    def in_folder(self, folder: Path) -> list["FolderInputs"]:
+        """The inputs of all images of the folder."""
+        paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not paths:
+            raise MissingFile(f"no images in `{folder}`", "indir")
+        return [replace(self, init_img=str(path)) for path in paths]
+
+    @property
+    def is_folder(self) -> bool:
+        return self.indir is not None
+
+    @property
+    def output_name(self) -> str | None:
+        return Path(self.init_img).stem if self.is_folder and self.init_img else None
+
+
+def read_image(request: Request) -> "Image.Image":
+    """The input image at the size that is asked for.
+
+    Raises:
+        MissingArgument: none is named.
+        ValueError, FileNotFoundError: about the file.
+    """
+    from ldm.imaging.reading import load_image
+
+    path = request.inputs_as(ImageInputs).init_img
+    if path is None:
+        raise MissingArgument("no input image", "init_img")
+    return fit_image(request, load_image(path))
+
+
+def fit_image(request: Request, image: "Image.Image") -> "Image.Image":
+    """An image scaled and cropped to the size that is asked for."""
+    from ldm.imaging.pixels import resize_to_multiple, scale_and_crop
+
+    if "size" in request.sampling.legacy and request.task.name != "upscale":
+        return resize_to_multiple(image, 64)
+    return scale_and_crop(image, request.sampling.size)
+
+
+class PreparedImage(Prepared):
+    """A task that begins with one image; `image` is (1, 3, H, W) in [-1, 1]."""
+
+    def __init__(self, request: Request) -> None:
+        from ldm.imaging.pixels import to_tensor
+
+        super().__init__(request)
+        self.image = to_tensor(read_image(request))
+
+    def output_size(self, model: "LatentDiffusion") -> tuple[int, int]:
+        return self.image.shape[-2], self.image.shape[-1]

@@ -1,0 +1,89 @@
+"""Depth to image."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ldm.generate.options import option, parse_fraction
+from ldm.generate.request import ModelFiles, Request
+from ldm.generate.tasks.base import ImageInputs, PreparedImage, Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ldm.model import LatentDiffusion
+    from ldm.pipelines.frame import TaskOptions
+
+
+@dataclass(frozen=True)
+class Depth2ImgInputs(ImageInputs):
+    """An image, and its depth."""
+
+    # fmt: off
+    strength: float = option(0.9, "--strength", parse=parse_fraction, metavar="S",
+        label="Denoising strength",
+        help="0 keeps the image, 1 keeps its depth alone (%(default)s)")
+    depth_map: str | None = option(None, "--depth-map", metavar="FILE", is_file=True,
+        label="Depth map (optional)",
+        help="a depth map of 8 or 16 bits, white is near (estimated)")
+    depth_inverted: bool = option(False, "--depth-inverted", label="Invert depth",
+        help="in the depth map, white is far")
+    save_depth: str | None = option(None, "--save-depth", metavar="FILE",
+        help="write the estimated depth map, a PNG of 16 bits")
+    midas: str | None = option(None, "--midas", metavar="FILE", is_file=True,
+        help="depth network, dpt_hybrid-midas-501f0c75.pt (the model's)")
+    # fmt: on
+
+    def model_files(self) -> ModelFiles:
+        return {"midas": self.midas}
+
+
+class Depth2Img(PreparedImage):
+    """Images changed toward prompts under their own depth."""
+
+    def __init__(self, request: Request) -> None:
+        from ldm.imaging.reading import load_depth
+
+        super().__init__(request)
+        self.inputs = inputs = request.inputs_as(Depth2ImgInputs)
+        self.depth: Tensor | None = None
+        if inputs.depth_map is not None:
+            self.depth = load_depth(inputs.depth_map, inverted=inputs.depth_inverted)
+
+    def begin(self, model: "LatentDiffusion") -> None:
+        from ldm.imaging.reading import save_depth
+        from ldm.pipelines import estimate_depth
+
+        if self.inputs.save_depth is not None:
+            save_depth(self.inputs.save_depth, estimate_depth(model, self.image))
+
+    def generate(
+        self, model: "LatentDiffusion", prompts: list[str], options: "TaskOptions"
+    ) -> "Tensor":
+        from ldm import pipelines
+
+        return pipelines.depth2img(
+            model, prompts, self.image, depth=self.depth, strength=self.inputs.strength,
+            **options,
+        )  # fmt: skip
+
+
+TASK = Task(
+    name="depth2img",
+    title="Depth",
+    summary="""Change an image toward a prompt and keep its depth.
+
+    ldm depth2img --ckpt 512-depth-ema.ckpt --init-img room.png --prompt "a room made of ice"
+
+The depth is estimated by the model's own network, or comes from --depth-map.
+""",
+    inputs=Depth2ImgInputs,
+    prepare=Depth2Img,
+    families=("depth",),
+    defaults={
+        "prompt": "a professional photograph of an astronaut",
+        "outdir": "outputs/depth2img-samples",
+        "n_samples": 1,
+        "n_iter": 1,
+    },
+    full_model="--ckpt 512-depth-ema.ckpt",
+)

@@ -1,0 +1,84 @@
+"""Image to image."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ldm.generate.options import option, parse_fraction
+from ldm.generate.request import Request
+from ldm.generate.tasks.base import FolderInputs, PreparedImage, Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ldm.model import LatentDiffusion
+    from ldm.pipelines.frame import TaskOptions
+
+
+@dataclass(frozen=True)
+class Img2ImgInputs(FolderInputs):
+    """An image, and how far it is changed."""
+
+    # fmt: off
+    strength: float = option(0.8, "--strength", parse=parse_fraction, metavar="S",
+        label="Denoising strength", help="0 keeps the image, 1 forgets it (%(default)s)")
+    inversion: bool = option(False, "--ddim-inversion", label="DDIM inversion",
+        help="start from the noise that DDIM inversion finds, which keeps the composition")
+    source_prompt: str = option("", "--source-prompt", metavar="TEXT", label="Source prompt",
+        help="what the image shows, for --ddim-inversion")
+    # fmt: on
+
+
+class Img2Img(PreparedImage):
+    """Images changed toward prompts."""
+
+    def __init__(self, request: Request) -> None:
+        super().__init__(request)
+        self._z: Tensor | None = None
+
+    def generate(
+        self, model: "LatentDiffusion", prompts: list[str], options: "TaskOptions"
+    ) -> "Tensor":
+        from ldm import pipelines
+
+        inputs = self.request.inputs_as(Img2ImgInputs)
+        return pipelines.img2img(
+            model,
+            prompts,
+            self.image,
+            strength=inputs.strength,
+            inversion=inputs.inversion,
+            source_prompt=inputs.source_prompt,
+            z=self._latent_for_all_batches(model, len(prompts)),
+            **options,
+        )
+
+    def _latent_for_all_batches(self, model: "LatentDiffusion", n: int) -> "Tensor | None":
+        """The original drew the latent once, so that batches differ by their noise alone."""
+        from ldm.pipelines import encode_image, noise_source
+
+        legacy = self.request.sampling.legacy
+        if "noise" not in legacy:
+            return None
+        if self._z is None:
+            self._z = encode_image(model, self.image, n, noise_source(None, n, legacy))
+        return self._z[:n]
+
+
+TASK = Task(
+    name="img2img",
+    title="img2img",
+    summary="""Change an image toward a prompt.
+
+    ldm img2img --init-img photo.png --prompt "a watercolour" --strength 0.6
+    ldm img2img --indir photos --outdir painted --prompt "a watercolour"
+""",
+    inputs=Img2ImgInputs,
+    prepare=Img2Img,
+    families=("text",),
+    defaults={
+        "prompt": "a painting of a virus monster playing guitar",
+        "outdir": "outputs/img2img-samples",
+        "n_samples": 2,
+        "n_iter": 1,
+    },
+)

@@ -1,0 +1,119 @@
+"""Inpainting."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.generate.options import option, parse_box, parse_fraction, parse_level, parse_number
+from ldm.generate.request import Request
+from ldm.generate.tasks.base import FolderInputs, PreparedImage, Task, fit_image
+from ldm.runtime.errors import MissingFile
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from ldm.model import LatentDiffusion
+    from ldm.pipelines.frame import TaskOptions
+
+MASK_SUFFIX = "_mask.png"
+
+
+@dataclass(frozen=True)
+class InpaintInputs(FolderInputs):
+    """An image, and which part of it is repainted."""
+
+    # fmt: off
+    strength: float = option(1.0, "--strength", parse=parse_fraction, metavar="S",
+        label="Denoising strength", help="0 keeps the image, 1 forgets it (%(default)s)")
+    mask: str | None = option(None, "--mask", metavar="FILE", is_file=True, label="Mask",
+        help="mask: white is repainted (what is transparent in the image)")
+    mask_box: tuple[int, int, int, int] | None = option(None, "--mask-box", parse=parse_box,
+        metavar="L,T,R,B", label="Mask box", help="repaint this box, in pixels")
+    mask_grow: int = option(0, "--mask-grow", parse=parse_level, metavar="N",
+        label="Mask expand (px)", maximum=64,
+        help="expand the mask by this many pixels (%(default)s)")
+    mask_blur: float = option(0.0, "--mask-blur", parse=parse_number, metavar="R",
+        label="Mask blur (px)", maximum=64, help="radius of the mask blur (%(default)s)")
+    no_composite: bool = option(False, "--no-composite",
+        help="do not paste the known pixels back: keep what the decoder made of them")
+    indir: str | None = option(None, "--indir", metavar="DIR",
+        help="all pairs X.png and X_mask.png of a folder, each to OUTDIR/X.png")
+    # fmt: on
+
+    def in_folder(self, folder: Path) -> list[FolderInputs]:
+        """The inputs of each pair X.png and X_mask.png."""
+        pairs: list[FolderInputs] = []
+        for mask in sorted(folder.glob(f"*{MASK_SUFFIX}")):
+            image = mask.with_name(mask.name.removesuffix(MASK_SUFFIX) + ".png")
+            if not image.is_file():
+                raise MissingFile(f"no image `{image}` for the mask `{mask}`", "indir")
+            pairs.append(replace(self, init_img=str(image), mask=str(mask)))
+        if not pairs:
+            raise MissingFile(f"no pairs X.png and X_mask.png in `{folder}`", "indir")
+        return pairs
+
+
+class Inpaint(PreparedImage):
+    """Images with a part repainted; `mask` is (1, 1, H, W) in [0, 1]."""
+
+    def __init__(self, request: Request) -> None:
+        from ldm.imaging.pixels import to_tensor
+        from ldm.imaging.reading import make_mask
+
+        super().__init__(request)
+        self.inputs = inputs = request.inputs_as(InpaintInputs)
+        assert inputs.init_img is not None  # read above
+        mask = make_mask(
+            inputs.init_img, inputs.mask, inputs.mask_box, grow=inputs.mask_grow,
+            blur=inputs.mask_blur,
+        )  # fmt: skip
+        self.mask = (to_tensor(fit_image(request, mask))[:, :1] + 1) / 2
+
+    def generate(
+        self, model: "LatentDiffusion", prompts: list[str], options: "TaskOptions"
+    ) -> "Tensor":
+        from ldm import pipelines
+
+        return pipelines.inpaint(
+            model,
+            prompts,
+            self.image,
+            self.mask,
+            strength=self.inputs.strength,
+            composite=not self.inputs.no_composite,
+            **options,
+        )
+
+    def protected(self) -> "tuple[Image.Image, Image.Image] | None":
+        from PIL import Image
+
+        from ldm.imaging.pixels import to_pil
+
+        if self.inputs.no_composite:
+            return None
+        return to_pil(self.image)[0], Image.fromarray((self.mask[0, 0] > 0).numpy())
+
+
+TASK = Task(
+    name="inpaint",
+    title="Inpaint",
+    summary="""Repaint a part of an image.
+
+    ldm inpaint --ckpt 512-inpainting-ema.ckpt --init-img dog.png --mask mask.png \\
+        --prompt "a cat on a bench"
+    ldm inpaint --ckpt 512-inpainting-ema.ckpt --init-img dog.png --mask-box 64,64,256,256
+    ldm inpaint --ckpt 512-inpainting-ema.ckpt --indir pairs --outdir painted
+
+White is repainted, or what is transparent; all other pixels come back as they were. A
+text-to-image model works as well, held to the known part at every step.
+""",
+    inputs=InpaintInputs,
+    prepare=Inpaint,
+    families=("inpainting", "text"),
+    defaults={"outdir": "outputs/inpaint-samples", "n_samples": 1, "n_iter": 1},
+    scale=10.0,
+    demo_model="checkpoints/demo-inpainting.safetensors",
+    full_model="--ckpt 512-inpainting-ema.ckpt",
+    noise_from_numpy=True,
+)

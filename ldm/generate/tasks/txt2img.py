@@ -1,0 +1,45 @@
+"""Text to image."""
+
+from typing import TYPE_CHECKING
+
+from ldm.generate.request import Inputs
+from ldm.generate.tasks.base import Prepared, Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ldm.model import LatentDiffusion
+    from ldm.pipelines.frame import TaskOptions
+
+
+class Txt2Img(Prepared):
+    """Images of prompts."""
+
+    def generate(
+        self, model: "LatentDiffusion", prompts: list[str], options: "TaskOptions"
+    ) -> "Tensor":
+        from ldm import pipelines
+
+        size = self.output_size(model)
+        return pipelines.txt2img(model, prompts, size=size, **options)
+
+
+TASK = Task(
+    name="txt2img",
+    title="txt2img",
+    summary="""Make images from text.
+
+    ldm txt2img --prompt "a 3d emoji of a red apple on a blue background"
+    ldm txt2img --ckpt v2-1_768-ema-pruned.ckpt --H 768 --W 768 --prompt "a fox"
+
+Images go to OUTDIR/samples/00000.png …, all of them together to OUTDIR/grid-0000.png; paths are
+written to stdout, everything else to stderr.
+""",
+    inputs=Inputs,
+    prepare=Txt2Img,
+    families=("text",),
+    defaults={
+        "prompt": "a professional photograph of an astronaut riding a triceratops",
+        "outdir": "outputs/txt2img-samples",
+    },
+)

@@ -1,0 +1,133 @@
+"""Variations and mixes of images, by models that see."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from ldm.generate.options import option, parse_count, parse_level, parse_number
+from ldm.generate.request import Inputs, ModelFiles, Request
+from ldm.generate.tasks.base import Prepared, Task
+from ldm.runtime.errors import MissingArgument
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ldm.model import LatentDiffusion
+    from ldm.nets.karlo import Prior
+    from ldm.pipelines.frame import TaskOptions
+
+PRIOR_SEED = 1 << 32  # keeps the prior's noise apart from that of images
+
+
+@dataclass(frozen=True)
+class UnclipInputs(Inputs):
+    """Images to see, and how they are mixed."""
+
+    # fmt: off
+    init_img: tuple[str, ...] = option((), "--image", "--init-img", is_list=True, is_file=True,
+        metavar="FILE", label="Images", help="an image; may be given several times")
+    weight: tuple[float, ...] = option((), "--weight", parse=parse_number, is_list=True,
+        metavar="W", label="Image weights",
+        help="of each image, then of the prior (all alike)")
+    noise_level: tuple[int, ...] = option((), "--noise-level", parse=parse_level, is_list=True,
+        metavar="N", label="Noise level (0 – 999)", maximum=999,
+        help="noise on the embeddings, 0 to 999, for all or for each (0)")
+    mix_noise_level: int | None = option(None, "--mix-noise-level", parse=parse_level,
+        metavar="N", label="Mix noise level", help="noise on the mix (none)")
+    prior: str | None = option(None, "--prior", metavar="FILE", is_file=True,
+        help="the Karlo prior: samples an image embedding of the prompt")
+    prior_steps: int = option(25, "--prior-steps", parse=parse_count, metavar="N",
+        help="sampling steps of the prior (%(default)s)")
+    prior_scale: float = option(4.0, "--prior-scale", parse=parse_number, metavar="S",
+        help="guidance scale of the prior (%(default)s)")
+    clip_stats: str | None = option(None, "--clip-stats", metavar="FILE", is_file=True,
+        help="statistics of CLIP's embeddings (ViT-L-14_stats.th)")
+    # fmt: on
+
+    def model_files(self) -> ModelFiles:
+        return {"clip_stats": self.clip_stats}
+
+
+class Unclip(Prepared):
+    """Images like the given ones."""
+
+    def __init__(self, request: Request) -> None:
+        from ldm.imaging.pixels import to_tensor
+        from ldm.imaging.reading import load_image
+
+        super().__init__(request)
+        self.inputs = inputs = request.inputs_as(UnclipInputs)
+        self.images = [to_tensor(load_image(path)) for path in inputs.init_img]
+        if not self.images and inputs.prior is None:
+            raise MissingArgument("no image to vary: give one, or a prior", "init_img")
+        self._prior: Prior | None = None
+
+    def begin(self, model: "LatentDiffusion") -> None:
+        from ldm.loading.addons.karlo import load_prior
+
+        if self.inputs.prior is not None:
+            self._prior = load_prior(self.inputs.prior, device=model.device, dtype=model.dtype)
+
+    def generate(
+        self, model: "LatentDiffusion", prompts: list[str], options: "TaskOptions"
+    ) -> "Tensor":
+        from ldm import pipelines
+        from ldm.pipelines.families import family_of
+
+        inputs, size = self.inputs, self.output_size(model)
+        weights = inputs.weight or None
+        if family_of(model) == "variation":
+            return pipelines.vary(
+                model, prompts, self.images, weights=weights, size=size, **options
+            )
+        levels = inputs.noise_level or (0,)
+        return pipelines.unclip(
+            model,
+            prompts,
+            self.images,
+            embeddings=self._sample_prior(model, prompts, options),
+            weights=weights,
+            noise_levels=levels[0] if len(levels) == 1 else levels,
+            mix_level=inputs.mix_noise_level,
+            size=size,
+            **options,
+        )
+
+    def _sample_prior(
+        self, model: "LatentDiffusion", prompts: list[str], options: "TaskOptions"
+    ) -> "list[Tensor]":
+        from ldm import pipelines
+
+        if self._prior is None:
+            return []
+        seeds = cast(list[int], options["seeds"])
+        embedding = pipelines.sample_prior(
+            model,
+            self._prior,
+            prompts,
+            negative_prompt=options["negative_prompt"],
+            steps=self.inputs.prior_steps,
+            scale=self.inputs.prior_scale,
+            noise=pipelines.seeded_noise([seed + PRIOR_SEED for seed in seeds]),
+        )
+        return [embedding]
+
+
+TASK = Task(
+    name="unclip",
+    title="unCLIP",
+    summary="""Make variations of an image, or a mix of several.
+
+    ldm unclip --ckpt sd21-unclip-h.ckpt --image cat.png
+    ldm unclip --ckpt sd21-unclip-l.ckpt --image cat.png --image sea.png --weight 2 --weight 1 \\
+        --prompt "an oil painting"
+
+With --prior, unCLIP-L also sees an embedding that the Karlo prior samples for the prompt. Models of
+SD 1 that were made for image variations work as well, without text.
+""",
+    inputs=UnclipInputs,
+    prepare=Unclip,
+    families=("unclip", "variation"),
+    defaults={"outdir": "outputs/unclip-samples", "n_samples": 2, "n_iter": 1, "steps": 20},
+    scale=10.0,
+    full_model="--ckpt sd21-unclip-h.ckpt",
+)

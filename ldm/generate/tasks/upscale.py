@@ -1,0 +1,65 @@
+"""Upscaling by four."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ldm.generate.options import option, parse_level
+from ldm.generate.tasks.base import ImageInputs, PreparedImage, Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ldm.model import LatentDiffusion
+    from ldm.pipelines.frame import TaskOptions
+
+
+@dataclass(frozen=True)
+class UpscaleInputs(ImageInputs):
+    """A small image, and how far it is trusted."""
+
+    # fmt: off
+    noise_level: int = option(20, "--noise-level", parse=parse_level, metavar="N", maximum=349,
+        label="Noise level (0 – 349)",
+        help="noise on the image, 0 to 349: more invents more (%(default)s)")
+    # fmt: on
+
+
+class Upscale(PreparedImage):
+    """Enlarged images."""
+
+    def output_size(self, model: "LatentDiffusion") -> tuple[int, int]:
+        height, width = super().output_size(model)
+        return height * model.downscale, width * model.downscale
+
+    def generate(
+        self, model: "LatentDiffusion", prompts: list[str], options: "TaskOptions"
+    ) -> "Tensor":
+        from ldm import pipelines
+
+        level = self.request.inputs_as(UpscaleInputs).noise_level
+        return pipelines.upscale(model, prompts, self.image, noise_level=level, **options)
+
+
+TASK = Task(
+    name="upscale",
+    title="Upscale",
+    summary="""Enlarge an image four times.
+
+    ldm upscale --ckpt x4-upscaler-ema.safetensors --init-img small.png --prompt "a white cat"
+
+Large images are made of overlapping tiles: --vae-tile says of how many pixels of the result.
+""",
+    inputs=UpscaleInputs,
+    prepare=Upscale,
+    families=("upscaling",),
+    defaults={
+        "prompt": "a high quality professional photograph",
+        "outdir": "outputs/upscale-samples",
+        "n_samples": 1,
+        "n_iter": 1,
+    },
+    demo_model="checkpoints/demo-upscaler.safetensors",
+    demo_scale=1.0,  # text says little about details
+    full_model="--ckpt x4-upscaler-ema.ckpt",
+    noise_from_numpy=True,
+)

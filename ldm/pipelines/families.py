@@ -1,0 +1,61 @@
+"""Which models a task serves: a task provides batch keys, a model reads them.
+
+A model of another family is recognised by comparing two sets.
+"""
+
+from dataclasses import dataclass
+
+from ldm.model import LatentDiffusion
+from ldm.runtime.errors import WrongFamily
+
+__all__ = ["FAMILIES", "Family", "batch_keys", "check_family", "family_of"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models of one kind.
+
+    Args:
+        keys: the batch keys that their encoders read.
+        title: what a message calls such a model.
+        function: the function of `ldm.pipelines` that is made for it.
+    """
+
+    keys: frozenset[str]
+    title: str
+    function: str
+
+
+FAMILIES = {
+    "text": Family(frozenset({"txt"}), "a text-to-image model", "txt2img"),
+    "inpainting": Family(frozenset({"txt", "masked"}), "an inpainting model", "inpaint"),
+    "depth": Family(frozenset({"txt", "depth"}), "a depth model", "depth2img"),
+    "upscaling": Family(
+        frozenset({"txt", "lowres", "noise_level"}), "an upscaling model", "upscale"
+    ),
+    "unclip": Family(frozenset({"txt", "embedding"}), "an unCLIP model", "unclip"),
+    "variation": Family(frozenset({"jpg"}), "an image variation model", "vary"),
+}
+
+
+def batch_keys(model: LatentDiffusion) -> frozenset[str]:
+    """The batch keys that the model's encoders read."""
+    return frozenset(model.conditioner.keys)
+
+
+def family_of(model: LatentDiffusion) -> str | None:
+    """The name of the model's family in FAMILIES, None if it is in none."""
+    keys = batch_keys(model)
+    return next((name for name, family in FAMILIES.items() if family.keys == keys), None)
+
+
+def check_family(model: LatentDiffusion, *families: str) -> None:
+    """Raise WrongFamily unless the model is of one of the families."""
+    name = family_of(model)
+    if name in families:
+        return
+    if name is None:
+        keys = ", ".join(f"`{key}`" for key in sorted(batch_keys(model))) or "nothing"
+        raise WrongFamily(f"this model reads {keys}, and no task here provides that")
+    family = FAMILIES[name]
+    raise WrongFamily(f"this is {family.title}: use `{family.function}`", family.function)

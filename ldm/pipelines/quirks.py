@@ -1,0 +1,155 @@
+"""Quirks of the original scripts, brought back by name so that old results can be made again.
+
+The names and what each means: `ldm.diffusion.names.LEGACY`. Pipelines ask a `Quirks` at the few
+places where the original did otherwise; without names it changes nothing.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ldm.conditioning import Cond
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.guidance import Denoise, Scale, guided
+from ldm.diffusion.names import LEGACY
+from ldm.diffusion.schedule import Schedule
+from ldm.model import LatentDiffusion
+from ldm.runtime.errors import ArgumentError, unknown_name
+
+__all__ = ["Noise", "Quirks", "noise_source", "seeded_noise"]
+
+Noise = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Quirks:
+    """The chosen quirks.
+
+    Args:
+        names: out of LEGACY.
+    Raises:
+        UnknownName: another name.
+    """
+
+    names: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        for name in sorted(self.names - LEGACY.keys()):
+            raise unknown_name("legacy name", name, LEGACY, argument="legacy")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def sigmas(self, schedule: Schedule, steps: int, scheduler: str) -> Tensor:
+        """The noise levels of a run, as `Schedule.steps`."""
+        if "steps" in self and scheduler == "uniform":
+            return _original_uniform_sigmas(schedule, steps)
+        return schedule.steps(steps, scheduler)
+
+    def denoiser(self, model: LatentDiffusion, sampler: str) -> Denoiser:
+        """The model's denoiser, or the wrong one that the original used for this sampler."""
+        denoiser = model.denoiser
+        takes_v = "plms-v" in self and sampler == "plms" and denoiser.parameterization == "v"
+        takes_x0 = "x0-eps" in self and denoiser.parameterization == "x0"
+        if takes_x0 and sampler == "dpm":
+            raise ArgumentError(
+                "the original fails on x0 models with `dpm`\nhint: leave out `x0-eps`", "legacy"
+            )
+        return replace(denoiser, parameterization="eps") if takes_v or takes_x0 else denoiser
+
+    def first_step(self, strength: float, steps: int, total: int) -> tuple[int, int]:
+        """Where a run from an image begins.
+
+        Args:
+            strength: share of the steps that is run, 0 … 1.
+            steps: how many were asked for.
+            total: how many the scheduler has.
+        Returns:
+            (index of the first sigma, index of the sigma whose noise is put on the image).
+        """
+        if "strength" in self:
+            first = total - min(int(strength * steps), total - 1)
+            return first, first - 1
+        count = round(strength * total)
+        if strength > 0:
+            count = max(count, 1)
+        return total - count, total - count
+
+    def draw_unused(self, sampler: str, sigmas: Tensor, x: Tensor) -> None:
+        """Draw what the original's PLMS drew and did not use; later batches see other noise."""
+        if "noise" in self and sampler == "plms":
+            for _ in range(len(sigmas)):
+                global_noise(x)
+
+    def inverse_denoise(
+        self, model: LatentDiffusion, sigmas: Tensor, cond: Cond, uncond: Cond | None, scale: Scale
+    ) -> Denoise:
+        """`denoise` of DDIM inversion.
+
+        The original's `encode` gave the network the loop index where a timestep belongs, and took
+        every prediction for eps.
+        """
+        if "encode" not in self:
+            return guided(model.denoiser, cond, uncond, scale)
+        index = {sigma: i for i, sigma in enumerate(sigmas.tolist())}
+
+        def denoise(x: Tensor, sigma: float) -> Tensor:
+            def network(z_t: Tensor, t: Tensor, **slots: Tensor | None) -> Tensor:
+                return model.denoiser.network(z_t, torch.full_like(t, index[sigma]), **slots)
+
+            denoiser = Denoiser(network, model.schedule, "eps")
+            return guided(denoiser, cond, uncond, scale)(x, sigma)
+
+        return denoise
+
+
+def noise_source(seeds: int | Sequence[int] | None, n: int, legacy: Iterable[str] = ()) -> Noise:
+    """`noise(like)` for n rows; each call goes on where the one before ended.
+
+    Args:
+        seeds: one for each row, or the first of consecutive ones; None = from torch's generator.
+        legacy: with "noise", all rows are drawn at once from the device's global generator.
+    Raises:
+        ArgumentError: another number of seeds than rows.
+    """
+    if "noise" in legacy:
+        return global_noise
+    if seeds is None:
+        seeds = int(torch.randint(2**31, ()))
+    if isinstance(seeds, int):
+        seeds = [seeds + k for k in range(n)]
+    if len(seeds) != n:
+        raise ArgumentError(f"{len(seeds)} seeds were given for {n} images", "seeds")
+    return seeded_noise(seeds)
+
+
+def seeded_noise(seeds: Sequence[int]) -> Noise:
+    """`noise(like)` whose row k is drawn on the CPU by a generator of its own, seeded seeds[k]."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def noise(like: Tensor) -> Tensor:
+        rows = [torch.randn(like.shape[1:], generator=generator) for generator in generators]
+        return torch.stack(rows).to(like.device)
+
+    return noise
+
+
+def global_noise(like: Tensor) -> Tensor:
+    """Standard normal noise from the global generator of the device, float32."""
+    return torch.randn_like(like, dtype=torch.float32)
+
+
+def _original_uniform_sigmas(schedule: Schedule, steps: int) -> Tensor:
+    """The original's `uniform` steps, often more than asked for."""
+    if not 1 <= steps <= len(schedule):
+        raise ArgumentError(f"steps must be in 1 … {len(schedule)}, got {steps}", "steps")
+    t = torch.arange(0, len(schedule), len(schedule) // steps) + 1
+    if t[-1] >= len(schedule):
+        raise ArgumentError(
+            f"the original fails at {steps} steps: its last timestep would be {int(t[-1])} of "
+            f"{len(schedule)}\nhint: leave out the legacy name `steps`",
+            "steps",
+        )
+    return torch.cat([schedule.sigmas[t].flip(0), schedule.sigmas[:1]])

@@ -1,0 +1,143 @@
+"""The frame of every program: a parser of flags, what is logged where, errors in one line."""
+
+import argparse
+import difflib
+import logging
+import os
+import sys
+import warnings
+from argparse import Action, ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from ldm.runtime.errors import explain
+
+__all__ = ["CommandParser", "run_command"]
+
+log = logging.getLogger(__name__)
+
+
+class CommandParser(ArgumentParser):
+    """Flags may be written with `_` or `-`, and shortened while that is unambiguous.
+
+    Args:
+        original: flags of the original scripts. A shortened flag means what it meant to them,
+            whatever was added since.
+        overrides: whether `key=value` words are taken, as `args.overrides`.
+    """
+
+    def __init__(
+        self, *, original: Sequence[str] = (), overrides: bool = False, **settings: Any
+    ) -> None:
+        self.actions_by_flag: dict[str, Action] = {}
+        self.original = frozenset(original) | {"--help"}
+        self.takes_overrides = overrides
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **settings)
+
+    def add_group(self, title: str) -> Callable[..., Action]:
+        """`add_argument` of a new group of flags under this heading of `--help`."""
+        group = self.add_argument_group(title)
+
+        def add(*names: str, **settings: Any) -> Action:
+            action = group.add_argument(*names, **settings)
+            self.actions_by_flag |= dict.fromkeys(action.option_strings, action)
+            return action
+
+        return add
+
+    def add_argument(self, *names: Any, **settings: Any) -> Action:
+        """As argparse has it; the flags are known to `parse`."""
+        action = super().add_argument(*names, **settings)
+        self.actions_by_flag |= dict.fromkeys(action.option_strings, action)
+        return action
+
+    def parse(self, argv: Sequence[str] | None = None) -> Namespace:
+        """Understand the words of a command line; None = those of this process.
+
+        Exits with status 2 and one line about the first mistake.
+        """
+        words = list(sys.argv[1:] if argv is None else argv)
+        end = words.index("--") if "--" in words else len(words)
+        args, rest = self.parse_known_args([self._spell(w) for w in words[:end]] + words[end:])
+        overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+        for word in rest:
+            if word not in overrides or not self.takes_overrides:
+                self._refuse(word)
+        if self.takes_overrides:
+            args.overrides = overrides
+        return args
+
+    def _spell(self, word: str) -> str:
+        """A word with its flag spelled whole, as it was declared."""
+        name, equals, value = word.partition("=")
+        if not name.startswith("--"):
+            return word
+        key, matches = name.replace("-", "_"), list[str]()
+        for pool in (self.original & self.actions_by_flag.keys(), self.actions_by_flag.keys()):
+            exact = [flag for flag in pool if flag.replace("-", "_") == key]
+            matches = exact or [flag for flag in pool if flag.replace("-", "_").startswith(key)]
+            if len({id(self.actions_by_flag[flag]) for flag in matches}) == 1:
+                return matches[0] + equals + value
+        if matches:
+            self.error(f"`{name}` could be any of {', '.join(sorted(matches))}")
+        return word
+
+    def _refuse(self, word: str) -> NoReturn:
+        flag = word.partition("=")[0]
+        spelled = {known.replace("-", "_"): known for known in self.actions_by_flag}
+        near = difflib.get_close_matches(flag.replace("-", "_"), spelled, n=1)
+        hint = f", did you mean `{spelled[near[0]]}`?" if near else ""
+        self.error(f"unknown argument `{word}`{hint}")
+
+
+def run_command(
+    work: Callable[[], int | None],
+    prog: str,
+    *,
+    verbose: bool = False,
+    hint: Callable[[BaseException], str] = lambda error: "",
+) -> int:
+    """Do the work of a program; whatever goes wrong becomes one line on stderr.
+
+    Args:
+        work: returns the exit status, None = 0.
+        prog: name of the program, put before errors.
+        verbose: log more, and show the traceback of an error.
+        hint: what to add to the message of an error.
+    Returns:
+        The exit status: 1 after an error, 130 after Ctrl+C.
+    """
+    # Spinning OpenMP threads cost small models a factor of 50 on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _configure_logging(verbose)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            return work() or 0
+        except KeyboardInterrupt:
+            log.error("interrupted; finished files are kept")
+            return 130
+        except Exception as error:  # the edge of the program
+            text = explain(error) + hint(error)
+            if not verbose and text.startswith(f"{type(error).__name__}:"):
+                text += " (--verbose shows where)"
+            log.error("%s: error: %s", prog, text, exc_info=verbose)
+            return 1
+
+
+def _configure_logging(verbose: bool) -> None:
+    """Send what ldm logs to stderr; results alone go to stdout."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    root = logging.getLogger("ldm")
+    root.handlers = [handler]
+    root.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    for name in ("ldm.runtime.command", "ldm.generate", "ldm.app", "ldm.commands"):
+        logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], *_: object, **__: object
+) -> None:
+    log.warning("%s: %s", category.__name__, str(message).splitlines()[0])

@@ -1,0 +1,213 @@
+"""The command line: old words keep their meaning, and a request survives every way back."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+from ldm.commands.main import main
+from ldm.generate.command_line import build_parser, parse_request, to_argv
+from ldm.generate.options import LEGACY_FLAGS, options_of
+from ldm.generate.provenance import read_request
+from ldm.generate.request import ModelChoice
+from ldm.generate.tasks import TASKS
+from ldm.nets.attention import BACKENDS
+
+ROOT = Path(__file__).parents[2]
+
+
+def parse(task, *words):
+    return parse_request(TASKS[task], words)[0]
+
+
+@pytest.mark.parametrize(
+    ("task", "command", "expected"),
+    [
+        ("img2img", "--prompt x --init-img a.jpg --strength 0.8 --ckpt m.ckpt",
+         {"init_img": "a.jpg", "strength": 0.8, "n_samples": 2, "n_iter": 1}),
+        ("img2img", "--init_img a.jpg --ddim_steps 20 --ddim_eta 0.5 --fixed_code --C 4 --f 8",
+         {"steps": 20, "eta": 0.5, "outdir": "outputs/img2img-samples"}),
+        ("inpaint", "--indir in --outdir out --steps 20", {"indir": "in", "steps": 20}),
+        ("inpaint", "--image a.png --mask m.png --mask-grow 4 --mask-box 0,1,20,30",
+         {"mask": "m.png", "mask_grow": 4, "mask_box": (0, 1, 20, 30)}),
+        ("depth2img", "--init-img a.png --depth-map d.png",
+         {"strength": 0.9, "depth_map": "d.png"}),
+        ("upscale", "--init-img a.png --noise_level 30 --eta 1", {"noise_level": 30}),
+        ("unclip", "--image a.png --image b.png --weight 2 --weight -1 --noise-level 9",
+         {"init_img": ("a.png", "b.png"), "weight": (2, -1), "noise_level": (9,)}),
+        ("img2img", "--prompt p --init-img i --outdir o --ddim_steps 9 --fixed_code --ddim_eta 0"
+         " --n_iter 1 --C 4 --f 8 --n_samples 1 --n_rows 0 --scale 5 --strength 0.5 --from-file f"
+         " --config c --ckpt k --seed 1 --precision full --skip_grid --skip_save --plms",
+         {"overrides": (), "sampler": "plms", "skip_save": True}),
+        ("txt2img", "--prompt a_fox --ckpt 768.ckpt --config configs/v2.yaml --H 768 --W 768",
+         {"prompt": "a_fox", "ckpt": "768.ckpt", "height": 768, "width": 768, "sampler": "ddim"}),
+        ("txt2img", "--dpm_solver --scale 7.5 --n_rows 2",
+         {"sampler": "dpm", "scale": 7.5, "n_rows": 2}),
+        ("txt2img", "--dpm --steps 25 --device cuda --bf16",
+         {"sampler": "dpm", "device": "cuda", "precision": "bf16"}),
+        ("txt2img", "--from-file prompts.txt --repeat 3",
+         {"from_file": "prompts.txt", "repeat": 3}),
+        ("txt2img", "--torchscript --ipex --laion400m", {"torchscript": True, "ipex": True}),
+        ("txt2img", "--legacy", {"legacy": LEGACY_FLAGS}),
+        ("txt2img", "--legacy steps,plms_v", {"legacy": ("plms-v", "steps")}),
+        ("txt2img", "--eta 0.5 --grid-spacing karras --tile",
+         {"eta": 0.5, "scheduler": "karras", "vae_tile": 512}),
+        ("txt2img", "--spacing trailing --unet-tile 64 --guidance-interval 0.3,5",
+         {"scheduler": "trailing", "unet_tile": 64, "guidance_interval": (0.3, 5.0)}),
+        ("txt2img", "a.b=1 --seed 2 c.d=x", {"overrides": ("a.b=1", "c.d=x"), "seed": 2}),
+        ("txt2img", "--lora a.safetensors:0.5 --lora C:/b.pt",
+         {"lora": (("a.safetensors", 0.5), ("C:/b.pt", 1.0))}),
+    ],
+)  # fmt: skip
+def test_command_lines_mean_what_they_meant(task, command, expected):
+    values = parse(task, *command.split()).values()
+    assert {key: values[key] for key in expected} == expected
+
+
+def test_defaults_are_those_of_the_original():
+    expected = {
+        "prompt": "a professional photograph of an astronaut riding a triceratops",
+        "outdir": "outputs/txt2img-samples", "steps": 50, "sampler": "ddim", "fixed_code": False,
+        "eta": 0.0, "n_iter": 3, "n_samples": 3, "n_rows": 0, "from_file": None, "seed": 42,
+        "precision": "autocast", "repeat": 1, "torchscript": False, "ipex": False,
+    }  # fmt: skip
+    request = parse("txt2img", "--ckpt", "m.ckpt")
+    assert {key: request.values()[key] for key in expected} == expected
+    assert request.scale == 9.0
+
+
+def test_the_demo_model_has_a_scale_of_its_own():
+    scales = {task: parse(task).scale for task in TASKS}
+    assert scales == {"txt2img": 3, "img2img": 3, "inpaint": 3, "depth2img": 3, "upscale": 1,
+                      "unclip": 3}  # fmt: skip
+    assert parse("txt2img", "--scale", "9").scale == 9.0
+    assert parse("inpaint", "--ckpt", "m.ckpt").scale == 10.0
+
+
+def test_the_quirk_of_sizes_cuts_them_down():
+    assert parse("txt2img", *["--legacy", "size", "--H", "515", "--W", "77"]).sampling.size == (
+        512,
+        72,
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "value"),
+    [
+        ("--n-samples 5", "n_samples", 5),
+        ("--from_file f", "from_file", "f"),
+        ("--negative_prompt=a-b_c", "negative_prompt", "a-b_c"),
+        ("--n_s 5", "n_samples", 5),
+        ("--n-i 5", "n_iter", 5),
+        ("--se 7", "seed", 7),
+        ("--st 7", "steps", 7),
+        ("--sc 7", "scale", 7.0),
+        ("--r 7", "repeat", 7),
+        ("--dd 1", "eta", 1.0),
+        ("--fr f", "from_file", "f"),
+        ("--co c", "config", "c"),
+        ("--neg x", "negative_prompt", "x"),
+    ],
+)
+def test_flags_are_understood_in_both_spellings_and_shortened(command, name, value):
+    assert parse("txt2img", *command.split()).values()[name] == value
+
+
+@pytest.mark.parametrize(
+    ("task", "command", "message"),
+    [
+        ("txt2img", "--stesp 3", "unknown argument `--stesp`, did you mean `--steps`?"),
+        ("txt2img", "--n 3", "could be any of --n_iter, --n_rows, --n_samples"),
+        ("img2img", "--st 1", "`--st` could be any of --steps, --strength"),
+        ("txt2img", "--steps 0", "not a whole number from 1 up"),
+        ("txt2img", "--H 100", "height 100 is not a positive multiple of 8 (--H)"),
+        ("txt2img", "--W -8", "width -8 is not a positive multiple of 8 (--W)"),
+        ("txt2img", "--prompt", "argument --prompt: expected one argument"),
+        ("txt2img", "--plms --sampler euler", "--sampler euler contradicts --plms"),
+        ("txt2img", "--plms --ddim_eta 1", "eta must be 0"),
+        ("txt2img", "--legacy stpes", "unknown quirk `stpes`, did you mean `steps`?"),
+        ("txt2img", "--sampler dmp", "invalid choice: 'dmp'"),
+        ("txt2img", "stray", "unknown argument `stray`"),
+        ("inpaint", "--strength 1.5", "is not a number in 0 … 1"),
+        ("inpaint", "--strength much", "is not a number in 0 … 1"),
+        ("inpaint", "--mask-box 1,2,3", "is not LEFT,TOP,RIGHT,BOTTOM"),
+        ("inpaint", "--mask-box 9,9,3,3", "is not LEFT,TOP,RIGHT,BOTTOM"),
+        ("inpaint", "--mask-grow -1", "is not a whole number"),
+        ("txt2img", "--guidance-interval 5,1", "is not LOW,HIGH"),
+        ("txt2img", "--scale nan", "is not a number"),
+    ],
+)
+def test_mistakes_exit_with_2_and_one_line(task, command, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(task, *command.split())
+    err = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2
+    assert message in err[-1]
+    assert len(err) <= 2
+
+
+def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
+    """Everything that can be asked for, one option at a time and all at once."""
+    words = {"scheduler": "karras", "guidance_interval": "0.5,4", "mask_box": "1,2,3,4",
+             "lora": "x.safetensors:0.25", "legacy": "noise,steps", "precision": "fp16",
+             "attention": "math", "sampler": "euler", "strength": ".25"}  # fmt: skip
+    for task in TASKS.values():
+        argvs = []
+        for name, (row, _) in task.options().items():
+            word = words.get(name, "8")
+            if not row.flags:
+                argvs.append([f"{name}.x=1"])
+            elif row.is_switch:
+                argvs.append([row.flags[0]])
+            else:
+                argvs.append([row.flags[0], word])
+        for argv in [[], *argvs, list(chain(*argvs))]:
+            request = parse_request(task, argv)[0]
+            assert parse_request(task, to_argv(request))[0] == request
+            info = dict.fromkeys(["checkpoint_hash", "ema", "config_hash", "overrides", "device",
+                                  "dtype", "attention", "threads", "torch", "ldm"])  # fmt: skip
+            info |= {"task": task.name, "prompt": "", "seed": 1, "rows": 1}
+            info |= {"request": request.to_json()}
+            assert read_request(json.loads(json.dumps(info)), "x.png") == request
+
+
+def test_the_list_of_attention_backends_is_the_true_one():
+    assert set(options_of(ModelChoice)["attention"][0].choices) == set(BACKENDS)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_explains_itself(task, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        build_parser(TASKS[task]).parse(["--help"])
+    assert stopped.value.code == 0
+    assert TASKS[task].summary.splitlines()[0] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "status"), [(["--help"], 0), (["--wrong"], 2)])
+def test_help_and_mistakes_answer_at_once_and_import_nothing_heavy(words, status, tmp_path):
+    code = (
+        "import sys; from ldm.commands.main import main\n"
+        f"try: status = main(['txt2img', *{words}])\n"
+        "except SystemExit as stopped: status = stopped.code\n"
+        "heavy = {'torch', 'numpy', 'PIL', 'omegaconf', 'tqdm', 'pydantic'} & {*sys.modules}\n"
+        "sys.exit(', '.join(heavy) or status)"
+    )
+    start = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    end = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == status, done.stderr
+    assert end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime < 0.5  # of the CPU
+
+
+def test_ldm_lists_its_commands_and_suggests_the_nearest(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name}" in out for name in [*TASKS, "replay", "train", "app", "convert"])
+    assert main(["txt2image"]) == 2
+    assert "did you mean `txt2img`?" in capsys.readouterr().err
