@@ -33,8 +33,8 @@ from ldm.loading.legacy import translate_config
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import PixelSpace
 from ldm.train import memory
-from ldm.train.optim import optimizers
 from ldm.train.optim.ema import EMA
+from ldm.train.optim.optimizers import make_optimizer
 from ldm.train.tasks.diffusion import Diffusion
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -161,8 +161,8 @@ def fill(unet: nn.Module) -> None:
 def ours(model: Any, batch: Batch, ema: bool) -> Step:
     """Returns loss and step of our training loop."""
     task, generator = Diffusion(model, drop=0.0), torch.Generator().manual_seed(0)
-    optimizer = optimizers.make(task.trained, 1e-5)
-    average = EMA(task.trained) if ema else None
+    optimizer = make_optimizer(task.trainable, 1e-5)
+    average = EMA(task.trainable) if ema else None
     cond = Cond(crossattn=batch.context)
 
     def loss() -> Tensor:
@@ -172,13 +172,13 @@ def ours(model: Any, batch: Batch, ema: bool) -> Step:
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         task.loss({"z": batch.z, "txt": batch.context}, generator)["loss"].backward()
-        gradients = [p.grad for p in task.trained.parameters() if p.grad is not None]
+        gradients = [p.grad for p in task.trainable.parameters() if p.grad is not None]
         norm = float(nn.utils.get_total_norm(gradients))
         if norm > 1.0:
             torch._foreach_mul_(gradients, 1.0 / (norm + 1e-6))
         optimizer.step()
         if average is not None:
-            average.update(task.trained)
+            average.update(task.trainable)
 
     return loss, step
 

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from ldm.data.drawings import COLOURS
 from ldm.data.folder import Folder
 from ldm.nets.blocks import Conv2d, GroupNorm, Linear
-from ldm.train.optim import optimizers
+from ldm.train.optim.optimizers import make_optimizer
+from ldm.train.optim.schedules import LearningRate
 
 __all__ = ["Classifier", "Gallery", "Judges", "Texture", "background"]
 
@@ -232,10 +233,11 @@ def _fit(
 ) -> None:
     """Minimise the cross entropy of net(draw(rows, generator)) and the labels of the rows."""
     generator = torch.Generator().manual_seed(0)
-    optimizer = optimizers.make(net.train(), 1e-3, name="muon", weight_decay=1e-2)
+    learning_rate = LearningRate(1e-3, warm_up=100, decay="linear")
+    optimizer = make_optimizer(net.train(), 1e-3, name="muon", weight_decay=1e-2)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = optimizers.learning_rate(1e-3, step, step / steps, decay="linear")
+            group["lr"] = learning_rate(step, step / steps)
         rows = torch.randint(len(labels), (64,), generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
             scores = net(draw(rows, generator))

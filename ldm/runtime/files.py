@@ -40,15 +40,21 @@ def sha256_of_file(*paths: str | Path) -> str:
 
 
 @contextmanager
-def replace_when_written(path: str | Path) -> Iterator[Path]:
+def replace_when_written(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
     """A temporary path beside `path`, which takes its place when the block ends without error.
 
     So nobody sees half a file, and a failure leaves what was there.
+
+    Args:
+        sync: flush the file to the disk first, so that a crash of the machine does not empty it.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
+        if sync:
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What a run consists of, made from its config: a task, and the players that are trained for it."""
+"""Builds the task of a run, and the state that is trained for it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,61 +10,74 @@ from torch.nn.parallel import DistributedDataParallel
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.train.config.settings import Settings
-from ldm.train.distributed import parallel
-from ldm.train.distributed.parallel import Ranks
-from ldm.train.optim import optimizers
+from ldm.train.distributed.parallel import LossModule, Ranks, is_sharded, shard
 from ldm.train.optim.ema import EMA
-from ldm.train.state import Player, State
-from ldm.train.tasks import autoencoder, diffusion
+from ldm.train.optim.optimizers import make_optimizer
+from ldm.train.state import State, TrainedNetwork
 from ldm.train.tasks.adaptation import Adaptation
-from ldm.train.tasks.diffusion import Diffusion
+from ldm.train.tasks.autoencoder import build_autoencoder_task
+from ldm.train.tasks.diffusion import Diffusion, diffusion_options
+from ldm.train.tasks.task import LossFunction, Task
 
-__all__ = ["state", "task"]
+__all__ = ["build_state", "build_task"]
 
 
-def task(model: nn.Module, params: Mapping[str, Any], settings: Settings) -> Any:
-    """What `model` is trained for: to denoise, to learn something small, or to reconstruct.
+def build_task(model: nn.Module, params: Mapping[str, Any], settings: Settings) -> Task:
+    """Builds the task that the settings ask for: diffusion, adaptation or reconstruction.
 
-    params: of the model, as in its config. settings: of the run.
+    Args:
+        params: of the model, as in its config.
+    Raises:
+        ValueError: the model cannot be trained, or the settings do not fit it.
     """
-    options, lora, inversion = settings.objective, settings.lora, settings.textual_inversion
-    if isinstance(model, LatentDiffusion):
-        whole = Diffusion(model, **diffusion.options(params, options))
-        if not (lora or inversion):
-            return whole
-        return Adaptation(
-            whole, lora.model_dump() if lora else {}, inversion.model_dump() if inversion else {}
-        )
     if isinstance(model, AutoencoderKL):
-        return autoencoder.task(model, params, options)
-    raise ValueError(f"`{type(model).__name__}` cannot be trained, only whole models can")
+        return build_autoencoder_task(model, params, settings.objective)
+    if not isinstance(model, LatentDiffusion):
+        raise ValueError(f"`{type(model).__name__}` cannot be trained, only whole models can")
+    task = Diffusion(model, **diffusion_options(params, settings.objective))
+    lora, inversion = settings.lora, settings.textual_inversion
+    if lora is None and inversion is None:
+        return task
+    return Adaptation(
+        task, lora.model_dump() if lora else {}, inversion.model_dump() if inversion else {}
+    )
 
 
-def state(task: Any, settings: Settings, ranks: Ranks, device: torch.device) -> State:
-    """Optimizers, average, and the processes' shares in them, at the beginning of a run."""
+def build_state(task: Task, settings: Settings, ranks: Ranks, device: torch.device) -> State:
+    """Builds optimizers and EMA at the beginning of a run; shards the weights first, if asked for.
+
+    Raises:
+        ValueError: the settings do not go together.
+    """
     trainer, optimizer = settings.trainer, settings.optimizer
-    options = {"name": optimizer.name, **optimizer.options}
-    if optimizer.name == "adamw" and hasattr(task, "betas"):
-        options.setdefault("betas", task.betas)
-    module = task.trained
-    if trainer.strategy in ("fsdp", "hsdp") and ranks.world > 1:
-        if not isinstance(task, Diffusion):
+    if trainer.strategy in ("fsdp", "hsdp") and ranks.world_size > 1:
+        if not task.is_shardable:
             raise ValueError(f"strategy `{trainer.strategy}` is for whole models, use `ddp`")
         if trainer.channels_last or trainer.ema_device == "cpu":
             raise ValueError("`channels_last` and `ema_device: cpu` do not go with fsdp and hsdp")
-        parallel.split(module, ranks.world, trainer.strategy, trainer.shard, device.type)
-    players = {"model": _player(module, task.loss, ranks, options)}
-    if getattr(task, "rival", None) is not None:
-        players["rival"] = _player(task.rival, task.rival_loss, ranks, options)
-    average = EMA(module, optimizer.ema_decay, torch.device("cpu") if trainer.ema_device else None)
-    parts = ranks.world * trainer.accumulate_grad_batches
-    return State(players, average, parts=parts, is_half=trainer.precision == "16-mixed")
+        shard(task.trainable, ranks.world_size, trainer.strategy, trainer.shard, device.type)
+    options = {"name": optimizer.name, **optimizer.options}
+    if optimizer.name == "adamw" and task.betas is not None:
+        options.setdefault("betas", task.betas)
+    discriminator = None
+    model = _build_network(task.trainable, task.loss, ranks, options)
+    if task.discriminator is not None:
+        discriminator = _build_network(task.discriminator, task.discriminator_loss, ranks, options)
+    ema_device = torch.device("cpu") if trainer.ema_device else None
+    return State(
+        model,
+        EMA(task.trainable, optimizer.ema_decay, ema_device),
+        discriminator=discriminator,
+        batches_per_step=ranks.world_size * trainer.accumulate_grad_batches,
+        is_half=trainer.precision == "16-mixed",
+    )
 
 
-def _player(module: nn.Module, loss: Any, ranks: Ranks, options: Mapping[str, Any]) -> Player:
-    if ranks.world > 1 and not parallel.is_split(module):
-        replica = parallel.Replica(module, loss)
-        loss = DistributedDataParallel(  # text towers have weights that no context needs
-            replica, gradient_as_bucket_view=True, find_unused_parameters=True
+def _build_network(
+    module: nn.Module, loss: LossFunction, ranks: Ranks, options: Mapping[str, Any]
+) -> TrainedNetwork:
+    if ranks.world_size > 1 and not is_sharded(module):
+        loss = DistributedDataParallel(  # text encoders have weights that no context depends on
+            LossModule(module, loss), gradient_as_bucket_view=True, find_unused_parameters=True
         )
-    return Player(module, optimizers.make(module, 0.0, **options), loss)
+    return TrainedNetwork(module, make_optimizer(module, 0.0, **options), loss)

@@ -153,16 +153,21 @@ def _run(
     import torch
 
     from ldm.loading.config import format_yaml
-    from ldm.train.loop import Run
-    from ldm.train.monitoring import validation
+    from ldm.train.loop import export, train
+    from ldm.train.monitoring.validation import validate
+    from ldm.train.run import build_run
 
     torch.set_num_threads(request.threads or torch.get_num_threads())
     folder = launch.choose_on_first_rank(
         lambda torchruns: run_folder.prepare_folder(request, existing, torchruns)
     )
     try:
-        text = format_yaml(settings.raw)
-        run = Run(settings, folder, text=text, commands=request.allow_commands)
+        run = build_run(
+            settings,
+            folder,
+            config_text=format_yaml(settings.raw),
+            allow_commands=request.allow_commands,
+        )
     except Exception:
         run_folder.delete_if_empty(folder)
         raise
@@ -171,16 +176,16 @@ def _run(
     if run.ranks.is_first and request.train:
         run_folder.save_config(folder, settings.raw)
     if request.train:
-        run.train(begun=lambda: run_folder.link_name(request, folder))
+        train(run, on_start=lambda: run_folder.link_name(request, folder))
     elif existing and not request.validate:
-        run.export()
+        export(run)
     if request.validate:
-        losses = validation.validate(run)
+        losses = validate(run)
         if not losses:
             raise ValueError("--validate needs held-out data, `data.params.validation`")
         yield from (f"{name} {value:.6f}" for name, value in losses.items())
     elif run.ranks.is_first:
-        exports = [run.last.with_suffix(f".{kind}") for kind in ("safetensors", "ckpt")]
+        exports = [run.checkpoints / f"last.{kind}" for kind in ("safetensors", "ckpt")]
         paths = [str(path) for path in exports if path.exists()]
         yield from paths if paths and (request.train or existing) else ["the config is valid"]
     run.ranks.stop()

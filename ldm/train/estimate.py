@@ -24,9 +24,10 @@ from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.train.config.schema import Trainer
 from ldm.train.config.settings import Settings
-from ldm.train.tasks import autoencoder
 from ldm.train.tasks.adaptation import Adaptation
+from ldm.train.tasks.autoencoder import Adversarial, build_autoencoder_task
 from ldm.train.tasks.diffusion import Diffusion
+from ldm.train.tasks.task import Task
 
 __all__ = ["Memory", "describe", "estimate"]
 
@@ -126,8 +127,8 @@ def estimate(
     """
     trainer, optimizer = settings.trainer, settings.optimizer
     task = _task(settings)
-    averaged = [p for p in task.trained.parameters() if p.requires_grad]
-    trained = [*averaged, *(p for part in _rivals(task) for p in part.parameters())]
+    averaged = [p for p in task.trainable.parameters() if p.requires_grad]
+    trained = [*averaged, *(p for part in _discriminators(task) for p in part.parameters())]
     count = sum(p.numel() for p in trained)
     own = {id(p): p.numel() for part in _parts(task) for p in part.parameters()}
     share = _share(trainer, processes)
@@ -178,7 +179,7 @@ def _switches(
         yield name, estimate(halved, processes, known)
 
 
-def _task(settings: Settings) -> Any:
+def _task(settings: Settings) -> Task:
     """The task of a run with a model that has no memory; .model, .trained."""
     spec = translate_config(settings.raw["model"], where="model")
     checkpointed = settings.trainer.checkpoint_gradients
@@ -202,46 +203,54 @@ def _task(settings: Settings) -> Any:
     raise ValueError(f"`{type(model).__name__}` cannot be trained, only whole models can")
 
 
-def _reconstructing(model: AutoencoderKL, settings: Settings) -> Any:
+def _reconstructing(model: AutoencoderKL, settings: Settings) -> Task:
     """The task of an autoencoder, at a step when its discriminator counts."""
-    task = autoencoder.task(model, settings.model.params, settings.objective, weights=False)
+    task = build_autoencoder_task(
+        model, settings.model.params, settings.objective, load_weights=False
+    )
     task.step = sys.maxsize
     return task
 
 
-def _rivals(task: Any) -> list[nn.Module]:
+def _discriminators(task: Task) -> list[nn.Module]:
     """The network that is trained against the model, if there is one."""
-    rival = getattr(task, "rival", None)
-    return [] if rival is None else [rival]
+    return [] if task.discriminator is None else [task.discriminator]
 
 
-def _parts(task: Any) -> list[nn.Module]:
+def _parts(task: Task) -> list[nn.Module]:
     """All networks of a task."""
-    perceptual = getattr(task, "perceptual", None)
-    return [task.model, task.trained, *_rivals(task), *([perceptual] if perceptual else [])]
+    parts = [task.model, task.trainable, *_discriminators(task)]
+    if isinstance(task, Adversarial) and task.perceptual is not None:
+        parts.append(task.perceptual)
+    return parts
 
 
-def _activations(task: Any, settings: Settings) -> int:
+def _activations(task: Task, settings: Settings) -> int:
     """Bytes at the peak of a training step, beyond weights and their gradients."""
     batch, side = settings.data.batch_size, _side(settings.raw["data"]["params"])
     dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.bfloat16}  # as large as each other
     dtype = dtypes.get(settings.trainer.precision)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in (task.model, task.trained):
+        for module in (task.model, task.trainable):
             _fake(module)
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
             image = torch.zeros(batch, 3, side, side)
             if isinstance(task.model, AutoencoderKL):
                 task, batch_ = _reconstructing(task.model, settings), {"jpg": image}
                 chance = torch.Generator()
-                peaks = [_peak(lambda: task.loss(batch_, chance)["loss"], task.trained)]
-                for rival in _rivals(task):
-                    peaks.append(_peak(lambda: task.rival_loss(batch_, chance)["loss"], rival))
+                peaks = [_peak(lambda: task.loss(batch_, chance)["loss"], task.trainable)]
+                for discriminator in _discriminators(task):
+                    peaks.append(
+                        _peak(
+                            lambda: task.discriminator_loss(batch_, chance)["loss"], discriminator
+                        )
+                    )
                 return max(peaks)
-            peaks = [_peak(lambda: _forward(task.model, batch, side), task.trained)]
+            model = task.model
+            peaks = [_peak(lambda: _forward(model, batch, side), task.trainable)]
             if not settings.raw["data"]["params"].get("latents"):
                 with torch.no_grad(), Live() as live:
-                    task.model.autoencoder.encode(image)
+                    model.autoencoder.encode(image)
                 peaks.append(live.peak)
             return max(peaks)
 

@@ -1,20 +1,19 @@
-"""The training loop: a YAML in the original's format, a folder for the run, and one loop to read.
+"""The training loop.
 
-    batch -> loss -> gradients -> clip -> optimizer -> average; now and then save, draw, validate
+    batches -> losses -> gradients -> clip -> optimizer -> EMA; now and then save, draw, validate
 
-A step is `parts` batches, over all processes and all accumulated ones. Batches are numbered through
-the whole run, and all chance in one comes from its number, so that a run that was interrupted goes
-on exactly, on as many processes as there are then.
-
-`ldm.train.runs` says what a run's folder holds, `ldm.train.settings` what a config may contain.
+A step has `batches_per_step` batches, over all processes and all accumulated ones. Batches are
+numbered through the whole run, and all random numbers in one depend on its index only, so that an
+interrupted run resumes exactly, on any number of processes. Dropout draws from torch's global
+generator, which is seeded anew for every batch.
 """
 
 import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,363 +21,324 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ldm.data.broken import BrokenFiles
-from ldm.loading.config import instantiate
 from ldm.model import LatentDiffusion
-from ldm.nets import attention
-from ldm.runtime.device import pick_device
-from ldm.train import build, memory
-from ldm.train.batches.sources import open_sources
-from ldm.train.config.settings import Settings
 from ldm.train.distributed import parallel
-from ldm.train.distributed.signals import Wishes
-from ldm.train.monitoring import cadence, logs, samples, sanity, validation
+from ldm.train.distributed.signals import SignalHandler
+from ldm.train.monitoring import sanity
+from ldm.train.monitoring.cadence import Every, StepTimer
+from ldm.train.monitoring.logs import Loggers, Progress
+from ldm.train.monitoring.samples import draw_samples
 from ldm.train.monitoring.timesteps import TimestepLog
-from ldm.train.optim.schedules import Rate
-from ldm.train.runs import exports, initial
-from ldm.train.runs.states import States
-from ldm.train.state import Player
+from ldm.train.monitoring.validation import validate
+from ldm.train.run import Run, seed_batch
+from ldm.train.runs import exports
+from ldm.train.state import TrainedNetwork
+from ldm.train.tasks.task import Losses
 
-__all__ = ["Run"]
+__all__ = ["save", "train", "train_step"]
 
 log = logging.getLogger(__name__)
 
-Work = Sequence[tuple[int, dict[str, Any]]]  # batches and their numbers
+Work = Sequence[tuple[int, dict[str, Any]]]  # batches of a step with their indices in the run
 
 
-class Run:
-    """One training run, from a config to weights.
+@dataclass(frozen=True)
+class Action:
+    """Something that a run does now and then, beside training."""
 
-    settings: read from a config. text: the same config as text, kept beside the weights.
-    folder: where the run lives. device: by default the best there is.
-    commands: whether shards may come from commands that the config names.
+    name: str
+    is_due: Every
+    run: Callable[[], object]
+
+
+def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
+    """Trains until the end of the run or a signal (see `signals`), then saves and exports.
+
+    Args:
+        on_start: called by the first process when all is ready for the first step.
+    Raises:
+        FloatingPointError: too many steps in a row had no finite gradients.
     """
+    state, ranks = run.state, run.ranks
+    ranks.run_on_first(lambda: run.folder.mkdir(parents=True, exist_ok=True))
 
-    def __init__(
-        self,
-        settings: Settings,
-        folder: Path,
-        *,
-        text: str = "",
-        device: torch.device | None = None,
-        commands: bool = False,
-    ) -> None:
-        self.settings, raw = settings, settings.raw
-        self.raw, self.folder, self.text = raw, folder, text
-        trainer, data = settings.trainer, raw["data"]["params"]
-        self.seed = trainer.seed
-        self.device = device or pick_device(None)
-        self.ranks = parallel.start(self.device, silence=trainer.timeout)
-        torch.manual_seed(self.seed)
-        torch.backends.cudnn.benchmark = trainer.benchmark
-        attention.set_backend(trainer.attention)
-        self.model = instantiate(raw["model"], where="model").to(self.device)
-        self.is_fine_tune = initial.from_checkpoints(self.model, raw["model"].get("params") or {})
-        memory.apply(
-            self.model,
-            checkpoint=trainer.checkpoint_gradients,
-            channels_last=trainer.channels_last,
-            compiled=trainer.compile,
-        )
-        self.batch_size, self.workers = settings.data.batch_size, settings.data.num_workers
-        with self.ranks.first_before_others():
-            self.source, self.held_out = open_sources(
-                self.model, raw["data"], seed=self.seed, commands=commands
-            )
-        params = raw["model"].get("params") or {}
-        if params.get("scale_by_std") and not self.is_fine_tune:
-            initial.measure_scale(self.model, self.source, data, self._chance(0))
-        self.task: Any = build.task(self.model, params, self.settings)
-        self.state = build.state(self.task, self.settings, self.ranks, self.device)
-        self.states = States(folder / "checkpoints", self.ranks, keep=trainer.keep)
-        self.loggers = logs.Loggers(folder, ())
-        self.timesteps: TimestepLog | None = None
-        self.wishes, self.ends = Wishes(), False  # what signals ask for, what all agreed on
-        self.bad = 0  # steps in a row without finite gradients
+    # Count in steps what the config counts in epochs, and compute the learning rate.
+    epoch = run.source.batches_per_epoch(run.batch_size)
+    accumulation = state.batches_per_step // ranks.world_size  # a resumed run keeps its steps
+    settings = run.settings.change(trainer={"accumulate_grad_batches": accumulation})
+    settings = settings.count_epochs(epoch and epoch / state.batches_per_step)
+    run = replace(run, settings=settings)
+    learning_rate, explanation = settings.learning_rate(ranks.world_size)
+    for line in (*settings.notes, explanation):
+        log.info("%s", line)
 
-    @property
-    def last(self) -> Path:
-        """The weights as they were written last."""
-        return self.folder / "checkpoints" / "last.safetensors"
+    # Open the logs.
+    callbacks = settings.callbacks
+    loggers = Loggers(
+        run.folder,
+        callbacks.loggers if ranks.is_first else (),
+        start=state.step,
+        wandb=callbacks.wandb,
+        config=settings.raw,
+    )
+    timesteps: TimestepLog | None = None
+    if isinstance(run.model, LatentDiffusion):
+        count = len(run.model.schedule)
+        timesteps = TimestepLog(run.folder, ranks, count, start=state.step)
 
-    def progress(self) -> float:
-        """How much of the run is done, 0 … 1, by steps or by time, whichever is further."""
-        trainer, state = self.settings.trainer, self.state
-        by_steps = state.step / trainer.max_steps if trainer.max_steps else 0.0
-        by_time = state.seconds / trainer.max_time if trainer.max_time else 0.0
-        return max(by_steps, by_time)
-
-    def resume(self, path: Path | None = None) -> None:
-        """Goes on from a state, by default the newest of this run; keeps the size of a step.
-
-        Raises ValueError if there is none, or these processes cannot share such a step.
-        """
-        path = path or self.states.newest()
-        if path is None:
-            raise ValueError(f"`{self.states.folder}` has no state to resume from")
-        self.states.load(self.state, path)
-        world, parts = self.ranks.world, self.state.parts
-        if parts % world:
-            raise ValueError(
-                f"a step of `{path}` is {parts} batches, {world} processes cannot share them"
-            )
-        if parts // world != self.settings.trainer.accumulate_grad_batches:
-            log.info("%d batches per step, as before: %d x %d ranks", parts, parts // world, world)
-            trainer = {"accumulate_grad_batches": parts // world}
-            self.settings = self.settings.change(trainer=trainer)
-
-    def train(self, begun: Callable[[], None] = lambda: None) -> None:
-        """Trains until the end or a signal (SIGTERM, SIGINT), and saves; SIGUSR1 saves at once.
-
-        begun: done by the first process when nothing speaks against the first step.
-        """
-        state, rate = self.state, self._begin()
-        self.ranks.once(begun)
-        batches = self.source.batches(
-            self.batch_size,
-            start=state.position,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world,
-            workers=self.workers,
-        )
-        share = self.settings.trainer.broken_share
-        broken = BrokenFiles(self.folder / "broken.txt", share, self.source)
-        every, clock = cadence.cadences(self.settings.callbacks), cadence.Clock()
-        self.task.trained.train()
-        with self._report() as report, self.wishes, self._saved_on_error():
-            while self.progress() < 1 and not self.ends:
-                work = self._next(batches, broken)
-                lr = rate(state.step, self.progress())
-                losses = self.step(work, lr)
-                due = self._agreed(clock(), {name: on(state.step) for name, on in every.items()})
-                report(state.step, losses, lr, self.batch_size * state.parts)
-                for duty in due:
-                    with _keep_going(duty):
-                        getattr(self, duty)()
-                clock.restart()
-            self.finish()
-
-    def finish(self) -> None:
-        """The state, the weights and a grid, at the end."""
-        self.save()
-        self.export()
-        self.draw()
-
-    def step(self, work: Work, lr: float) -> dict[str, Tensor]:
-        """One update of all players' weights and of the average; the losses of this process."""
-        state = self.state
-        self.task.step = state.step
-        losses: dict[str, Tensor] = {}
-        are_finite = True
-        for name, player in state.players.items():
-            if name == "rival" and not self.task.competes:
-                continue
-            losses = {**self._gradients(player, work), **losses}  # "loss" is the first player's
-            norm = self._clip(player)
-            are_finite &= math.isfinite(norm)
-            if math.isfinite(norm):
-                self._update(player, lr)
-        if are_finite:
-            state.ema.update(self.task.trained)
-        state.step += 1
-        state.position += state.parts
-        state.scale.update(are_finite)
-        state.is_whole = True
-        if not are_finite and not state.scale.is_adapting:
-            self._skipped(work, losses)
-        self.bad = 0 if are_finite else self.bad
-        return losses
-
-    def save(self) -> None:
-        """A state to go on from. Steps that change nothing push out none that may be needed."""
-        changed = self.state.step - self.bad
-        if not (self.bad and self.states.has(changed)) and self._is_finite("state"):
-            self.states.save(self.state)
-
-    def export(self) -> None:
-        """checkpoints/last.safetensors (or what is asked for), in the original's names; or LoRA."""
-        if self._is_finite("export"):
-            exports.export(self, self.last.with_suffix(""))
-
-    def export_step(self) -> None:
-        """The same under the number of the step, to stay."""
-        if self._is_finite("export"):
-            exports.export_step(self)
-
-    def draw(self) -> None:
-        """Grids of samples, with and without averaging, and the loss by timestep."""
-        with _keep_going("draw"):  # here, as others may wait below
-            if self.ranks.is_first or parallel.is_split(self.task.trained):
-                for path in samples.draw(self, write=self.ranks.is_first):
-                    self.loggers.image(self.state.step, f"{path.parent.name}/samples", path)
-        if self.timesteps is not None:
-            plot = self.timesteps.write(self.state.step)
-            if plot is not None:
-                self.loggers.image(self.state.step, "loss per timestep", plot)
-
-    def validate(self) -> None:
-        """The loss on held-out data, into the logs; the weights stay if they are among the best."""
-        found = validation.validate(self)
-        self.loggers.scalars(self.state.step, found)
-        exports.export_best(self, found)
-
-    def precision(self) -> Any:
-        """The context in which losses are computed."""
-        dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(
-            self.settings.trainer.precision
-        )
-        return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
-
-    def _next(self, batches: Iterator[dict[str, Any]], broken: BrokenFiles) -> Work:
-        """This process's batches of the step, with their numbers."""
-        state, ranks = self.state, self.ranks
-        numbers = range(state.position + ranks.rank, state.position + state.parts, ranks.world)
-        work = [(number, next(batches)) for number in numbers]
-        for _, batch in work:
-            broken.add(batch.pop("broken", []), self.batch_size)
-        return work
-
-    def _gradients(self, player: Player, work: Work) -> dict[str, Tensor]:
-        """Mean gradients over the step's batches, times the scale; the losses of all of them."""
-        player.optimizer.zero_grad(set_to_none=True)
-        found: list[dict[str, Tensor]] = []
-        for place, (number, batch) in enumerate(work):
-            with self._exchange(player, is_last=place == len(work) - 1):
-                with self.precision():
-                    losses = player.loss(batch, self._chance(number))
-                (losses["loss"] * (self.state.scale.value / len(work))).backward()
-            found.append({name: value.detach() for name, value in losses.items()})
-        return {name: _joined([losses[name] for losses in found]) for name in found[0]}
-
-    def _chance(self, number: int) -> torch.Generator:
-        """The source of all chance in a batch; dropout draws from torch's own, seeded alike."""
-        seed = (self.seed * 0x9E3779B1 + number) % 2**32
-        torch.manual_seed(seed)
-        return torch.Generator().manual_seed(seed)
-
-    def _clip(self, player: Player) -> float:
-        """Brings gradients to their true scale, and below the limit; returns their norm before."""
-        gradients = [p.grad for p in player.module.parameters() if p.grad is not None]
-        total = parallel.whole({"norm": nn.utils.get_total_norm(gradients)})["norm"]
-        norm = float(total) / self.state.scale.value
-        limit = self.settings.trainer.gradient_clip_val
-        factor = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
-        if math.isfinite(norm) and factor / self.state.scale.value != 1:
-            torch._foreach_mul_(gradients, factor / self.state.scale.value)
-        return norm
-
-    def _update(self, player: Player, lr: float) -> None:
-        self.state.is_whole = False
-        for group in player.optimizer.param_groups:
-            group["lr"] = lr
-        player.optimizer.step()
-
-    def _exchange(self, player: Player, *, is_last: bool) -> Any:
-        """Only the last batch's backward pass sends gradients to the other processes."""
-        if isinstance(player.loss, DistributedDataParallel):
-            return nullcontext() if is_last else player.loss.no_sync()
-        parallel.sync_gradients(player.module, is_last)
-        return nullcontext()
-
-    def _agreed(self, spent: float, due: Mapping[str, bool]) -> list[str]:
-        """Adds the first process's time; what all do now if the first, or a signal, asks for it."""
-        heard, is_first = self.wishes.take(), self.ranks.is_first
-        mine = [name in heard or (is_first and due[name]) for name in due]
-        seconds = self.state.seconds + spent if is_first else 0.0
-        self.state.seconds, stop, *all_ = self.ranks.greatest([seconds, "stop" in heard, *mine])
-        self.ends = bool(stop)
-        return [name for name, is_due in zip(due, all_, strict=True) if is_due]
-
-    def _is_finite(self, what: str) -> bool:
-        """Whether all processes still have numbers; if not, says that `what` is not written."""
-        (is_lost,) = self.ranks.greatest([not self.state.is_finite()])
-        if is_lost:
-            log.error("step %d: weights are not finite, no %s is written", self.state.step, what)
-        return not is_lost
-
-    def _skipped(self, work: Work, losses: Mapping[str, Tensor]) -> None:
-        """Counts a step without finite gradients.
-
-        Raises FloatingPointError after too many in a row, with the batches on disk.
-        """
-        self.state.skipped += 1
-        self.bad += 1
-        loss = float(losses["loss"].detach())
-        log.warning("step %d is skipped: its loss is %g", self.state.step, loss)
-        if self.bad >= self.settings.trainer.nan_limit or not self._is_finite("state"):
-            path = self.folder / f"not-finite-rank{self.ranks.rank}.pt"
-            torch.save([batch for _, batch in work], path)
-            raise FloatingPointError(
-                f"{self.bad} steps in a row had no finite gradients, the last loss is {loss:g}; "
-                f"its batches are in `{path}`; `{self.states.folder}` has earlier states"
+    # Check the initial weights of a fine-tune.
+    if run.is_fine_tune and not state.step and settings.trainer.sanity:
+        with run.autocast():
+            sanity.check_initial_weights(
+                run.model,
+                run.source.first_samples(sanity.SAMPLES),
+                batch_size=run.batch_size,
+                seed=run.seed,
             )
 
-    def _begin(self) -> Rate:
-        """A folder, the logs, and what there is to say before the first step; the learning rate."""
-        self.ranks.once(lambda: self.folder.mkdir(parents=True, exist_ok=True))
-        epoch = self.source.batches_per_epoch(self.batch_size)
-        self.settings = self.settings.count_epochs(epoch and epoch / self.state.parts)
-        rate, line = self.settings.learning_rate(self.ranks.world)
-        if self.ranks.is_first:
-            for note in (*self.settings.notes, line):
-                log.info(note)
-        options, start_ = self.settings.callbacks, self.state.step
-        self.loggers = logs.Loggers(
-            self.folder,
-            options.loggers if self.ranks.is_first else (),
-            start=start_,
-            wandb=options.wandb,
-            config=self.raw,
-        )
-        if isinstance(self.model, LatentDiffusion):
-            timesteps = len(self.model.schedule)
-            self.timesteps = TimestepLog(self.folder, self.ranks, timesteps, start=start_)
-        if self.is_fine_tune and not start_:
-            sanity.check(self)
-        return rate
+    # Read batches from where the state ends.
+    ranks.run_on_first(on_start)
+    batches = run.source.batches(
+        run.batch_size,
+        start=state.position,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        workers=settings.data.num_workers,
+    )
+    broken = BrokenFiles(run.folder / "broken.txt", settings.trainer.broken_share, run.source)
 
-    @contextmanager
-    def _report(self) -> Iterator[Callable[..., None]]:
-        """What is told of every step: (step, losses, lr, images)."""
-        progress = logs.Progress(
-            *(self.loggers, self.ranks, self.device),
-            start=self.state.step,
-            steps=self.settings.trainer.max_steps,
-            every=self.settings.callbacks.log_every,
-        )
-
-        def report(step: int, losses: dict[str, Tensor], lr: float, images: int) -> None:
-            if self.timesteps is not None and "t" in losses:
-                self.timesteps.add(losses["t"], losses["losses"])
-            with _keep_going("log"):
-                progress(step, losses, lr, images)
-
-        try:
-            yield report
-        finally:
-            progress.close()
-            self.loggers.close()
-
-    @contextmanager
-    def _saved_on_error(self) -> Iterator[None]:
-        """Alone, a run that fails is saved as it was after its last step; the error goes on."""
-        try:
-            yield
-        except Exception:
-            if self.ranks.world == 1 and self.state.is_whole and self.state.step:
-                with contextlib.suppress(OSError):
-                    self.save()
-            raise
+    # Train.
+    actions = _list_actions(run, loggers, timesteps)
+    run.task.trainable.train()
+    timer = StepTimer()
+    with (
+        SignalHandler() as signals,
+        _saving_on_error(run),
+        contextlib.closing(loggers),
+        contextlib.closing(_make_progress(run, loggers)) as progress,
+    ):
+        is_stopped = False
+        while run.progress() < 1 and not is_stopped:
+            work = _next_batches(run, batches, broken)
+            lr = learning_rate(state.step, run.progress())
+            losses = train_step(run, work, lr)
+            is_stopped, due = _agree(run, timer.stop(), signals.take(), actions)
+            if timesteps is not None and "t" in losses:
+                timesteps.add(losses["t"], losses["losses"])
+            with _log_failures("log"):
+                progress(state.step, losses, lr, run.batch_size * state.batches_per_step)
+            for action in due:
+                with _log_failures(action.name):
+                    action.run()
+            timer.start()
+        save(run)
+        export(run)
+        _draw(run, loggers, timesteps)
 
 
-def _joined(values: Sequence[Tensor]) -> Tensor:
-    """Means of batches become their mean, numbers per sample are strung together."""
+def train_step(run: Run, work: Work, lr: float) -> Losses:
+    """Updates all trained networks and the EMA once; returns the losses of this process."""
+    state, task = run.state, run.task
+    task.step = state.step
+    losses: Losses = {}
+    is_finite = True
+    for network in state.networks.values():
+        if network is state.discriminator and not task.trains_discriminator:
+            continue
+        losses = {**_compute_gradients(run, network, work), **losses}  # "loss" is the model's
+        norm = _clip_gradients(network, state.scale.value, run.settings.trainer.gradient_clip_val)
+        is_finite &= math.isfinite(norm)
+        if math.isfinite(norm):
+            state.is_consistent = False
+            for group in network.optimizer.param_groups:
+                group["lr"] = lr
+            network.optimizer.step()
+    if is_finite:
+        state.ema.update(task.trainable)
+        state.bad_steps = 0
+    state.step += 1
+    state.position += state.batches_per_step
+    state.scale.update(is_finite)
+    state.is_consistent = True
+    if not is_finite and not state.scale.is_adapting:
+        _count_bad_step(run, work, losses)
+    return losses
+
+
+def save(run: Run) -> None:
+    """Saves a state to resume from; steps that changed nothing replace no older state."""
+    state = run.state
+    last_change = state.step - state.bad_steps
+    is_saved = state.bad_steps and run.states.has(last_change)
+    if not is_saved and _check_finite(run, "state"):
+        run.states.save(state)
+
+
+def export(run: Run) -> None:
+    """Exports to checkpoints/last.safetensors and/or .ckpt, see `exports`."""
+    if _check_finite(run, "export"):
+        exports.export(run, run.checkpoints / "last")
+
+
+def _export_step(run: Run) -> None:
+    if _check_finite(run, "export"):
+        exports.export_step(run)
+
+
+def _draw(run: Run, loggers: Loggers, timesteps: TimestepLog | None) -> None:
+    """Draws the sample grids, and the plot of the loss by timestep."""
+    with _log_failures("draw"):  # here, as other processes may wait for this one below
+        for path in draw_samples(run):
+            loggers.image(run.state.step, f"{path.parent.name}/samples", path)
+    if timesteps is not None:
+        plot = timesteps.write(run.state.step)
+        if plot is not None:
+            loggers.image(run.state.step, "loss per timestep", plot)
+
+
+def _validate(run: Run, loggers: Loggers) -> None:
+    losses = validate(run)
+    loggers.scalars(run.state.step, losses)
+    exports.export_best(run, losses)
+
+
+def _list_actions(run: Run, loggers: Loggers, timesteps: TimestepLog | None) -> list[Action]:
+    """All actions, in the order in which they are done when several are due."""
+    options = run.settings.callbacks
+    draw_every = Every(
+        minutes=options.image_minutes, steps=options.image_steps, early=options.image_early
+    )
+    save_every = Every(minutes=options.save_minutes, steps=options.save_steps)
+    return [
+        Action("save", save_every, lambda: save(run)),
+        Action("draw", draw_every, lambda: _draw(run, loggers, timesteps)),
+        Action("validate", Every(steps=options.validate_steps), lambda: _validate(run, loggers)),
+        Action("export step", Every(steps=options.export_steps), lambda: _export_step(run)),
+    ]
+
+
+def _make_progress(run: Run, loggers: Loggers) -> Progress:
+    return Progress(
+        loggers,
+        run.ranks,
+        run.device,
+        start=run.state.step,
+        steps=run.settings.trainer.max_steps,
+        every=run.settings.callbacks.log_every,
+    )
+
+
+def _next_batches(run: Run, batches: Iterator[dict[str, Any]], broken: BrokenFiles) -> Work:
+    """Reads this process's batches of the step."""
+    state, ranks = run.state, run.ranks
+    end = state.position + state.batches_per_step
+    indices = range(state.position + ranks.rank, end, ranks.world_size)
+    work = [(index, next(batches)) for index in indices]
+    for _, batch in work:
+        broken.add(batch.pop("broken", []), run.batch_size)
+    return work
+
+
+def _compute_gradients(run: Run, network: TrainedNetwork, work: Work) -> Losses:
+    """Computes mean gradients over the step's batches, times the loss scale; returns losses."""
+    network.optimizer.zero_grad(set_to_none=True)
+    scale = run.state.scale.value / len(work)
+    outputs: list[Losses] = []
+    for place, (index, batch) in enumerate(work):
+        with _synchronizing(network, is_last=place == len(work) - 1):
+            with run.autocast():
+                losses = network.loss(batch, seed_batch(run.seed, index))
+            (losses["loss"] * scale).backward()
+        outputs.append({name: value.detach() for name, value in losses.items()})
+    return {name: _join([losses[name] for losses in outputs]) for name in outputs[0]}
+
+
+def _join(values: Sequence[Tensor]) -> Tensor:
+    """The mean of scalars, or the values per sample of all batches."""
     return torch.cat(list(values)) if values[0].ndim else torch.stack(list(values)).mean()
 
 
+def _synchronizing(network: TrainedNetwork, *, is_last: bool) -> AbstractContextManager[None]:
+    """Only the last batch's backward pass exchanges gradients between processes."""
+    if isinstance(network.loss, DistributedDataParallel):
+        return nullcontext() if is_last else network.loss.no_sync()
+    parallel.sync_gradients(network.module, is_last)
+    return nullcontext()
+
+
+def _clip_gradients(network: TrainedNetwork, scale: float, limit: float | None) -> float:
+    """Divides gradients by the loss scale, and clips their norm; returns the norm before."""
+    gradients = [p.grad for p in network.module.parameters() if p.grad is not None]
+    total = parallel.gather({"norm": nn.utils.get_total_norm(gradients)})["norm"]
+    norm = float(total) / scale
+    factor = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
+    if math.isfinite(norm) and factor / scale != 1:
+        torch._foreach_mul_(gradients, factor / scale)  # no public torch function takes a list
+    return norm
+
+
+def _agree(
+    run: Run, seconds: float, requests: set[str], actions: Sequence[Action]
+) -> tuple[bool, list[Action]]:
+    """Agrees with the other processes on the time trained, on stopping, and on actions.
+
+    Args:
+        seconds: of this step, of which those of the first process count.
+        requests: of signals to this process: "stop", or names of actions.
+    """
+    is_first = run.ranks.is_first
+    due = [action.is_due(run.state.step) and is_first for action in actions]
+    wanted = [is_due or a.name in requests for a, is_due in zip(actions, due, strict=True)]
+    total = run.state.seconds + seconds if is_first else 0.0
+    run.state.seconds, stop, *flags = run.ranks.max([total, "stop" in requests, *wanted])
+    return bool(stop), [action for action, flag in zip(actions, flags, strict=True) if flag]
+
+
+def _check_finite(run: Run, what: str) -> bool:
+    """Whether the weights of all processes are finite; if not, logs that `what` is not written."""
+    (is_lost,) = run.ranks.max([not run.state.is_finite()])
+    if is_lost:
+        log.error("step %d: weights are NaN or inf, no %s is written", run.state.step, what)
+    return not is_lost
+
+
+def _count_bad_step(run: Run, work: Work, losses: Mapping[str, Tensor]) -> None:
+    """Counts a step without finite gradients.
+
+    Raises:
+        FloatingPointError: too many in a row; their last batches are written to a file.
+    """
+    state = run.state
+    state.skipped += 1
+    state.bad_steps += 1
+    loss = float(losses["loss"].detach())
+    log.warning("step %d is skipped: its loss is %g", state.step, loss)
+    if state.bad_steps >= run.settings.trainer.nan_limit or not _check_finite(run, "state"):
+        path = run.folder / f"not-finite-rank{run.ranks.rank}.pt"
+        torch.save([batch for _, batch in work], path)
+        raise FloatingPointError(
+            f"{state.bad_steps} steps in a row had no finite gradients, the last loss is {loss:g}; "
+            f"its batches are in `{path}`; `{run.checkpoints}` has earlier states"
+        )
+
+
 @contextmanager
-def _keep_going(what: str) -> Iterator[None]:
-    """A full disk or too little memory for a grid is no reason to end the training; it is told."""
+def _saving_on_error(run: Run) -> Iterator[None]:
+    """Saves the state after the last step if a run of one process fails; raises the error again."""
+    try:
+        yield
+    except Exception:
+        state = run.state
+        if run.ranks.world_size == 1 and state.is_consistent and state.step:
+            with contextlib.suppress(OSError):
+                save(run)
+        raise
+
+
+@contextmanager
+def _log_failures(what: str) -> Iterator[None]:
+    """A full disk, or too little memory for a grid, is logged and does not end the training."""
     try:
         yield
     except (OSError, torch.OutOfMemoryError) as error:
-        log.error("could not %s: %s; training goes on", what.replace("_", " "), error)
+        log.error("could not %s: %s; training goes on", what, error)

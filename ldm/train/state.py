@@ -1,82 +1,83 @@
-"""Everything that a run is, as named tensors and a few numbers.
+"""The state of a run: everything that a resumed run needs, as named tensors and a few numbers.
 
-    weights and buffers, optimizer, average (EMA); step, place in the data, seconds trained
+    weights and buffers, optimizers, EMA; step, position in the data, seconds trained
 
-Nothing random is in it: data order, noise and dropout are functions of the seed and of the number
-of the batch, so that a run goes on exactly, on any number of processes.
+It has no random state: data order, noise and dropout are functions of the seed and of the index of
+the batch, so that a run resumes exactly, on any number of processes.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ldm.train.optim.ema import EMA
+from ldm.train.tasks.task import LossFunction
 
-__all__ = ["Player", "Scale", "State"]
+__all__ = ["LossScale", "State", "TrainedNetwork"]
+
+T = TypeVar("T")
+Shapes = Mapping[str, tuple[torch.Size, torch.dtype]]
 
 
-class Player:
+class TrainedNetwork:
     """A module, its optimizer, and the loss that it is trained on.
 
-    loss: (batch, generator) -> {"loss", …}. The network that makes pictures is one player, a
-    discriminator would be another.
+    Args:
+        loss: as `Task.loss`; with several processes a DistributedDataParallel module.
     """
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[..., Any]
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, loss: LossFunction
     ) -> None:
-        self.module, self.optimizer, self.loss = module, optimizer, loss
+        self.module = module
+        self.optimizer = optimizer
+        self.loss = loss
 
     def weights(self) -> dict[str, Tensor]:
-        """Trained parameters, and buffers; frozen parameters belong to nobody's state."""
+        """Returns trainable parameters and all buffers; frozen parameters are in no state."""
         frozen = {name for name, p in self.module.named_parameters() if not p.requires_grad}
         state = self.module.state_dict()
         return {name: value for name, value in state.items() if name not in frozen}
 
-    def moments(self) -> dict[str, Tensor]:
-        """What the optimizer keeps of each parameter, as "weight.name.key"."""
-        names = self._names()
-        kept: dict[str, Tensor] = {}
-        for p, values in self.optimizer.state.items():
-            for key, value in values.items():
-                kept[f"{names[id(p)]}.{key}"] = torch.as_tensor(value)
-        return kept
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Returns what the optimizer keeps of each parameter, as "parameter.name.key"."""
+        names = {id(p): name for name, p in self.module.named_parameters()}
+        return {
+            f"{names[id(p)]}.{key}": torch.as_tensor(value)
+            for p, values in self.optimizer.state.items()
+            for key, value in values.items()
+        }
 
-    def empty_moments(
-        self, like: Mapping[str, tuple[torch.Size, torch.dtype]]
-    ) -> dict[str, Tensor]:
-        """Room for `moments` of these shapes; those of a parameter's shape are split as it is."""
+    def empty_optimizer_state(self, shapes: Shapes) -> dict[str, Tensor]:
+        """Allocates an `optimizer_state` of these shapes, sharded as the parameters are."""
         parameters = dict(self.module.named_parameters())
-        room: dict[str, Tensor] = {}
-        for name, (shape, dtype) in like.items():
+        state: dict[str, Tensor] = {}
+        for name, (shape, dtype) in shapes.items():
             p = parameters[name.rpartition(".")[0]]
-            fits = shape == p.shape
-            room[name] = (
-                torch.zeros_like(p, dtype=dtype) if fits else torch.zeros(shape, dtype=dtype)
-            )
-        return room
+            if shape == p.shape:
+                state[name] = torch.zeros_like(p, dtype=dtype)
+            else:  # a step, or rows and columns of Adafactor
+                state[name] = torch.zeros(shape, dtype=dtype)
+        return state
 
-    def put_moments(self, moments: Mapping[str, Tensor]) -> None:
-        names = self._names()
+    def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Loads an `optimizer_state`; parameters without one stay as they are."""
+        names = {id(p): name for name, p in self.module.named_parameters()}
         state = self.optimizer.state_dict()
         order = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for number, p in enumerate(order):
-            start = names[id(p)] + "."
-            found = {k.removeprefix(start): v for k, v in moments.items() if k.startswith(start)}
-            if found:
-                state["state"][number] = found
+        for index, p in enumerate(order):
+            if values := _select(names[id(p)], tensors):
+                state["state"][index] = values
         self.optimizer.load_state_dict(state)
 
-    def _names(self) -> dict[int, str]:
-        return {id(p): name for name, p in self.module.named_parameters()}
 
+class LossScale:
+    """Factor of the loss in half precision, so that small gradients do not underflow.
 
-class Scale:
-    """What a loss in half precision is multiplied with, so that small gradients do not vanish.
-
-    It halves when gradients overflow, and doubles after PATIENCE steps without
+    It halves when gradients overflow, and doubles after PATIENCE steps without overflow
     (arXiv:1710.03740).
     """
 
@@ -84,96 +85,141 @@ class Scale:
 
     def __init__(self, is_half: bool) -> None:
         self.is_half = is_half
-        self.value, self.steady = 65536.0 if is_half else 1.0, 0
+        self.value = 65536.0 if is_half else 1.0
+        self.finite_steps = 0
 
     @property
     def is_adapting(self) -> bool:
-        """Whether an overflow may be cured by a smaller scale."""
+        """Whether a smaller scale may avoid an overflow."""
         return self.is_half and self.value >= 1
 
-    def update(self, are_finite: bool) -> None:
+    def update(self, is_finite: bool) -> None:
         if not self.is_half:
             return
-        self.steady = self.steady + 1 if are_finite else 0
-        if not are_finite:
+        self.finite_steps = self.finite_steps + 1 if is_finite else 0
+        if not is_finite:
             self.value /= 2
-        elif self.steady % self.PATIENCE == 0:
+        elif self.finite_steps % self.PATIENCE == 0:
             self.value *= 2
 
 
 class State:
-    """The resumable state of one training run.
+    """The resumable state of a run.
 
-    players: by name; the first is the one whose average is taken.
-    position: batches consumed by all processes together, the place in the data.
-    parts: batches in a step, over all processes.
-    is_half: losses are computed in float16, and need a `Scale`.
-    seconds: time spent training, over all sessions.
-    skipped: steps whose gradients were not finite.
+    Args:
+        model: what is trained and averaged.
+        discriminator: what is trained against it, if there is one.
+        batches_per_step: over all processes and all accumulated batches.
+        is_half: losses are computed in float16 and need a `LossScale`.
+
+    Attributes:
+        step: number of steps done.
+        position: number of batches that all processes together have consumed.
+        seconds: time spent training, over all sessions.
+        skipped: number of steps whose gradients were not finite.
+        bad_steps: of these, those in a row that the last step ended; not saved.
+        is_consistent: False while weights are being updated; not saved.
     """
 
-    NUMBERS = ("step", "position", "parts", "seconds", "skipped")
-
     def __init__(
-        self, players: dict[str, Player], ema: EMA, *, parts: int = 1, is_half: bool = False
+        self,
+        model: TrainedNetwork,
+        ema: EMA,
+        *,
+        discriminator: TrainedNetwork | None = None,
+        batches_per_step: int = 1,
+        is_half: bool = False,
     ) -> None:
-        self.players, self.ema, self.parts, self.scale = players, ema, parts, Scale(is_half)
-        self.step, self.position, self.seconds, self.skipped = 0, 0, 0.0, 0
-        self.is_whole = True  # False while weights are being changed
+        self.model = model
+        self.ema = ema
+        self.discriminator = discriminator
+        self.batches_per_step = batches_per_step
+        self.scale = LossScale(is_half)
+        self.step = 0
+        self.position = 0
+        self.seconds = 0.0
+        self.skipped = 0
+        self.bad_steps = 0
+        self.is_consistent = True
 
-    def numbers(self) -> dict[str, Any]:
-        own = {key: getattr(self, key) for key in self.NUMBERS}
-        scale = {"scale": self.scale.value, "steady": self.scale.steady}
-        return own | scale | {"averaged": self.ema.updates}
+    @property
+    def networks(self) -> dict[str, TrainedNetwork]:
+        """The trained networks, by their names in state files."""
+        networks = {"model": self.model}
+        if self.discriminator is not None:
+            networks["rival"] = self.discriminator
+        return networks
 
-    def put_numbers(self, numbers: Mapping[str, Any]) -> None:
-        for key in self.NUMBERS:
-            setattr(self, key, numbers[key])
-        self.scale.value, self.scale.steady = numbers["scale"], numbers["steady"]
-        self.ema.updates = numbers["averaged"]
+    def numbers(self) -> dict[str, float]:
+        """Returns all numbers, by their names in state files."""
+        return {
+            "step": self.step,
+            "position": self.position,
+            "parts": self.batches_per_step,
+            "seconds": self.seconds,
+            "skipped": self.skipped,
+            "scale": self.scale.value,
+            "steady": self.scale.finite_steps,
+            "averaged": self.ema.updates,
+        }
+
+    def load_numbers(self, numbers: Mapping[str, float]) -> None:
+        """Loads what `numbers` returned."""
+        self.step = int(numbers["step"])
+        self.position = int(numbers["position"])
+        self.batches_per_step = int(numbers["parts"])
+        self.seconds = numbers["seconds"]
+        self.skipped = int(numbers["skipped"])
+        self.scale.value = numbers["scale"]
+        self.scale.finite_steps = int(numbers["steady"])
+        self.ema.updates = int(numbers["averaged"])
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors, by "average.…", "PLAYER.weights.…" and "PLAYER.optimizer.…"."""
-        found = self._fixed()
-        for name, player in self.players.items():
-            found |= _prefixed(f"{name}.optimizer", player.moments())
-        return found
+        """Returns all tensors, as "average.…", "NETWORK.weights.…" and "NETWORK.optimizer.…"."""
+        tensors = self._allocated_tensors()
+        for name, network in self.networks.items():
+            tensors |= _prefix(f"{name}.optimizer", network.optimizer_state())
+        return tensors
+
+    def tensors_to_load(self, shapes: Shapes) -> dict[str, Tensor]:
+        """Returns the tensors to read a saved state into; those of the optimizers are new.
+
+        Args:
+            shapes: shape and dtype of all tensors in the saved state.
+        """
+        tensors = self._allocated_tensors()
+        for name, network in self.networks.items():
+            prefix = f"{name}.optimizer"
+            tensors |= _prefix(prefix, network.empty_optimizer_state(_select(prefix, shapes)))
+        return tensors
+
+    def load_optimizers(self, tensors: Mapping[str, Tensor]) -> None:
+        """Hands what was read into `tensors_to_load` to the optimizers."""
+        for name, network in self.networks.items():
+            network.load_optimizer_state(_select(f"{name}.optimizer", tensors))
 
     def is_finite(self) -> bool:
-        """Whether all that this process has of what is trained is still numbers."""
-        held = [*self.ema.shadow.values()]
-        for player in self.players.values():
-            held += [p for p in player.module.parameters() if p.requires_grad]
-            held += player.moments().values()
-        numbers = (value.detach() for value in held if value.is_floating_point())
-        local = (value.to_local() if hasattr(value, "to_local") else value for value in numbers)
-        return all(bool(value.isfinite().all()) for value in local)
+        """Whether all weights, averages and optimizer states of this process are finite."""
+        tensors = list(self.ema.shadow.values())
+        for network in self.networks.values():
+            tensors += [p for p in network.module.parameters() if p.requires_grad]
+            tensors += network.optimizer_state().values()
+        local = (x.to_local() if isinstance(x, DTensor) else x for x in tensors)
+        return all(bool(x.detach().isfinite().all()) for x in local if x.is_floating_point())
 
-    def room(self, saved: Mapping[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
-        """Tensors to read a saved state into: weights and average in place, moments new ones."""
-        found = self._fixed()
-        for name, player in self.players.items():
-            found |= _prefixed(
-                f"{name}.optimizer", player.empty_moments(_within(f"{name}.optimizer", saved))
-            )
-        return found
-
-    def put_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes over what was read into `room`."""
-        for name, player in self.players.items():
-            player.put_moments(_within(f"{name}.optimizer", tensors))
-
-    def _fixed(self) -> dict[str, Tensor]:
-        found = _prefixed("average", self.ema.shadow)
-        for name, player in self.players.items():
-            found |= _prefixed(f"{name}.weights", player.weights())
-        return found
+    def _allocated_tensors(self) -> dict[str, Tensor]:
+        """Weights and averages."""
+        tensors = _prefix("average", self.ema.shadow)
+        for name, network in self.networks.items():
+            tensors |= _prefix(f"{name}.weights", network.weights())
+        return tensors
 
 
-def _prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{prefix}.{name}": value for name, value in values.items()}
+def _prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": value for name, value in tensors.items()}
 
 
-def _within(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    start = prefix + "."
+def _select(prefix: str, values: Mapping[str, T]) -> dict[str, T]:
+    """The values below a prefix, without it."""
+    start = f"{prefix}."
     return {n.removeprefix(start): v for n, v in values.items() if n.startswith(start)}

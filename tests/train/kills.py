@@ -1,12 +1,10 @@
-"""Kills a training run again and again, and sees what is left.
+"""Kills a training run again and again, and checks that nothing is lost.
 
     python tests/train/kills.py FOLDER COUNT
 
 Every attempt is a fork that resumes and trains until it is killed with SIGKILL: two in three at any
-moment, the third while a state is being written. In the end the run must have the very weights of
-one that nobody disturbed. Prints one line of figures; exits with 1 if anything was lost.
-
-TMPDIR may lie on another file system: states are never built there.
+moment, the third while a state is being written. In the end the run must have the weights of an
+undisturbed one. Prints one line; exits with 1 if anything was lost.
 """
 
 import os
@@ -16,65 +14,52 @@ import signal
 import sys
 import time
 from contextlib import suppress
-from mmap import mmap
 from pathlib import Path
-from struct import pack, unpack
 
 import torch
 
-from ldm.train.runs.states import States
-from tests.train.ranks import Quiet, digest, run
+from ldm.train.loop import train
+from ldm.train.runs.run_folder import list_states
+from tests.train.ranks import digest, make_run
 
 CADENCE = 3  # steps between states
 SEED = 7
 
 
-class Watched(Quiet):
-    """Tells the number of its steps to whoever watches."""
-
-    def attach(self, shared: mmap) -> "Watched":
-        self.shared = shared
-        return self
-
-    def _agreed(self, *args: object) -> list[str]:
-        self.shared[:8] = pack("q", self.state.step)
-        return super()._agreed(*args)  # type: ignore[arg-type]
+def attempt(folder: Path, steps: int) -> None:
+    """Resumes the newest state, and trains."""
+    run = make_run(folder, "auto-32-map", steps, f"lightning.callbacks.save_steps={CADENCE}")
+    if run.states.newest():
+        run.resume()
+    train(run)
 
 
-def attempt(folder: Path, shared: mmap, steps: int) -> None:
-    """In a fork: goes on from the newest state, to the end if nobody kills it."""
-    here = run(
-        folder, "auto-32-map", steps, f"lightning.callbacks.save_steps={CADENCE}", kind=Watched
-    )
-    here.attach(shared)
-    if here.states.newest():
-        here.resume()
-    here.train()
-
-
-def killed(folder: Path, shared: mmap, chance: random.Random, *, while_saving: bool) -> bool:
+def kill_attempt(folder: Path, rng: random.Random, *, while_saving: bool) -> bool:
     """One attempt and its end; whether it was killed while a state was being written."""
-    seen, stale = {path.name for path in (folder / "checkpoints").glob("state-*")}, parts(folder)
+    existing, stale = {path.name for path in states(folder)}, parts(folder)
     child = os.fork()
     if not child:
-        code = 1
         try:
-            attempt(folder, shared, 10**9)
+            attempt(folder, 10**9)
         finally:
-            os._exit(code)
+            os._exit(1)
     if while_saving:
-        chosen = chance.randint(1, 3)  # the first save of the session, or a later one
-        wait_for_part(folder, seen | stale.keys(), chosen)
-        time.sleep(chance.uniform(0, 0.15))
+        nth = rng.randint(1, 3)  # the first save of the session, or a later one
+        wait_for_part(folder, existing | stale.keys(), nth)
+        time.sleep(rng.uniform(0, 0.15))
     else:
-        time.sleep(chance.uniform(0.2, 6))
+        time.sleep(rng.uniform(0.2, 6))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return bool(parts(folder).items() - stale.items())
 
 
+def states(folder: Path) -> list[Path]:
+    return list_states(folder / "checkpoints")
+
+
 def parts(folder: Path) -> dict[str, int]:
-    """States that are being written, or were when somebody died; and when they were begun."""
+    """States that are being written, or were when a process died; and when they were begun."""
     found = {}
     for path in (folder / "checkpoints").glob(".state-*"):
         with suppress(FileNotFoundError):
@@ -91,32 +76,39 @@ def wait_for_part(folder: Path, stale: set[str], nth: int) -> None:
         time.sleep(0.001)
 
 
+def last_logged_step(folder: Path) -> int:
+    """The last step of log.csv, which has a row for every step."""
+    path = folder / "log.csv"
+    rows = path.read_text().splitlines()[1:] if path.exists() else []
+    steps = [row.split(",")[0] for row in rows if row.count(",")]
+    return int(steps[-1]) if steps else 0
+
+
 def main() -> int:
     folder, count = Path(sys.argv[1]), int(sys.argv[2])
     shutil.rmtree(folder, ignore_errors=True)
     torch.set_num_threads(1)
-    shared, chance = mmap(-1, 8), random.Random(SEED)
-    states = States(folder / "killed" / "checkpoints", ranks=None)  # type: ignore[arg-type]
-    lost, halves, greatest = 0, 0, 0
+    rng = random.Random(SEED)
+    is_lost, half_written, most_lost, saved = False, 0, 0, 0
     for number in range(count):
-        halves += killed(folder / "killed", shared, chance, while_saving=number % 3 == 2)
-        (reached,) = unpack("q", shared[:8])
-        newest = states.newest()
-        kept = int(newest.name.removeprefix("state-")) if newest else 0
-        lost += reached - kept > CADENCE
-        greatest = max(greatest, reached - kept)
-    steps = kept + CADENCE
-    attempt(folder / "killed", shared, steps)
-    straight = run(folder / "whole", "auto-32-map", steps)
-    straight.train()
-    again = run(folder / "killed", "auto-32-map", steps)
+        half_written += kill_attempt(folder / "killed", rng, while_saving=number % 3 == 2)
+        newest = states(folder / "killed")[-1:]
+        saved = int(newest[0].name.removeprefix("state-")) if newest else 0
+        most_lost = max(most_lost, last_logged_step(folder / "killed") - saved)
+        is_lost |= most_lost > CADENCE
+    steps = saved + CADENCE
+    attempt(folder / "killed", steps)
+    straight = make_run(folder / "whole", "auto-32-map", steps)
+    train(straight)
+    again = make_run(folder / "killed", "auto-32-map", steps)
     again.resume()
-    same = digest(straight) == digest(again)
+    is_same = digest(straight) == digest(again)
     sys.stdout.write(
-        f"{count} kills, {halves} with a state half written, {steps} steps, at most {greatest} "
-        f"steps lost (a state every {CADENCE}), {'the same' if same else 'OTHER'} weights\n"
+        f"{count} kills, {half_written} with a state half written, {steps} steps, at most "
+        f"{most_lost} steps lost (a state every {CADENCE}), {'the same' if is_same else 'OTHER'} "
+        "weights\n"
     )
-    return int(bool(lost) or not same)
+    return int(is_lost or not is_same)
 
 
 if __name__ == "__main__":

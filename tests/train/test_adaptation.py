@@ -1,4 +1,4 @@
-"""LoRA, textual inversion and DreamBooth: little is trained, and scripts can use what was."""
+"""LoRA, textual inversion and DreamBooth: trained, exported, and loaded again."""
 
 from pathlib import Path
 from typing import Any
@@ -15,50 +15,43 @@ from ldm.data.transforms import PhotoTransform
 from ldm.loading.addons.embeddings import load_embeddings
 from ldm.loading.addons.lora import read_lora
 from ldm.loading.build import build_on_meta
-from ldm.loading.config import format_yaml, read_yaml
+from ldm.loading.config import read_yaml
 from ldm.loading.legacy import translate_config
-from ldm.train.batches.class_images import make_pictures
-from ldm.train.config.settings import read_settings
-from ldm.train.loop import Run
+from ldm.train.batches.class_images import sample_class_images
+from ldm.train.loop import train
+from ldm.train.run import Run
 from ldm.train.tasks.adaptation import Adaptation
 from ldm.train.tasks.diffusion import Diffusion
+from tests.train.tinyrun import tiny_run
 
-ROOT = Path(__file__).parents[2]
-TINY = ROOT / "configs/train/tiny.yaml"
-DATA = f"data.params.train.root={ROOT / 'tests/data/emoji'}"
-SHORT = ["lightning.trainer.max_steps=2", "lightning.callbacks.images=1"]
-SHORT += ["lightning.trainer.sanity=false"]  # what they start from has learned nothing
+# The base model has learned nothing, which the sanity check would say.
+SHORT = ("lightning.trainer.max_steps=2", "lightning.trainer.sanity=false")
 LORA = ["lightning.lora.rank=4", "lightning.lora.targets=[attention, text]"]
 WORD = ["lightning.textual_inversion.token=<Thing>", "lightning.textual_inversion.vectors=3"]
 WORD += ["data.params.train.fields.object=a <thing>", "data.params.train.transform.keyword=0"]
 WORD += ["data.params.train.transform.drop_object=0", "lightning.objective.drop=0"]
 
 
-def tiny(folder: Path, *overrides: str) -> Run:
-    raw = read_yaml(TINY, [DATA, *SHORT, *overrides])
-    return Run(read_settings(raw), folder, text=format_yaml(raw))
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of the tiny model, which adaptations start from."""
-    run = tiny(tmp_path_factory.mktemp("base"), "lightning.optimizer.ema_decay=0")
-    run.train()
-    return run.last
+    run = tiny_run(tmp_path_factory.mktemp("base"), *SHORT, "lightning.optimizer.ema_decay=0")
+    train(run)
+    return run.checkpoints / "last.safetensors"
 
 
 def adapted(folder: Path, base: Path, *overrides: str) -> Run:
-    return tiny(folder, f"model.params.ckpt_path={base}", *overrides)
+    return tiny_run(folder, *SHORT, f"model.params.ckpt_path={base}", *overrides)
 
 
-def test_a_lora_is_trained_beside_a_frozen_model_and_used(base: Path, tmp_path: Path) -> None:
+def test_a_lora_of_a_frozen_model_is_trained_and_used(base: Path, tmp_path: Path) -> None:
     run = adapted(tmp_path / "lora", base, *LORA)
     frozen = {name: value.clone() for name, value in run.model.state_dict().items()}
-    run.train()
+    train(run)
     assert all(torch.equal(value, frozen[name]) for name, value in run.model.state_dict().items())
     model: Any = ldm.load(None, base)
     for style in ("last", "last-diffusers"):
-        adapter: Any = read_lora(run.last.with_name(f"{style}.safetensors"), model)
+        adapter: Any = read_lora(run.checkpoints / f"{style}.safetensors", model)
         trained = dict(run.state.ema.shadow)
         assert {f"lora.{name}" for name, _ in adapter.named_parameters()} == trained.keys()
         for name, value in adapter.named_parameters():
@@ -68,32 +61,30 @@ def test_a_lora_is_trained_beside_a_frozen_model_and_used(base: Path, tmp_path: 
     assert any(low.delta().abs().max() > 0 for low in adapter.values())
 
 
-def test_a_word_is_learned_and_used(base: Path, tmp_path: Path) -> None:
+def test_an_embedding_is_trained_and_used(base: Path, tmp_path: Path) -> None:
     run = adapted(tmp_path / "word", base, *WORD, "lightning.textual_inversion.init=a cat")
     text: Any = run.model.conditioner.text
     start = text.token_embeddings("a cat")
     assert torch.equal(text.added_embeddings["<thing>"], start[[0, 1, 0]])
-    run.train()
+    train(run)
     model: Any = ldm.load(None, base)
-    load_embeddings(model, [run.last])
+    load_embeddings(model, [run.checkpoints / "last.safetensors"])
     vectors = model.conditioner.text.added_embeddings["<thing>"]
     assert torch.equal(vectors, run.state.ema.shadow["word.vectors"])
     assert (vectors - start[[0, 1, 0]]).abs().max() > 0
     assert (text.tokenize(["a <thing>"]) < 0).sum() == 3
 
 
-def test_both_at_once_are_two_files_and_go_on_where_they_ended(base: Path, tmp_path: Path) -> None:
-    whole = adapted(tmp_path / "whole", base, *LORA, *WORD)
-    whole.train()
-    first = adapted(tmp_path / "parts", base, *LORA, *WORD, "lightning.trainer.max_steps=1")
-    first.train()
-    second = adapted(tmp_path / "parts", base, *LORA, *WORD)
-    second.resume()
-    second.train()
-    names = sorted(path.name for path in second.last.parent.glob("*.*"))
+def test_both_at_once_are_exported_and_resumed(base: Path, tmp_path: Path) -> None:
+    whole = adapted(tmp_path / "run", base, *LORA, *WORD, "lightning.callbacks.save_steps=1")
+    train(whole)
+    names = sorted(path.name for path in whole.checkpoints.glob("*.*"))
     assert names == ["last-diffusers.safetensors", "last-word.safetensors", "last.safetensors"]
-    for name, value in whole.task.trained.state_dict().items():
-        assert torch.equal(second.task.trained.state_dict()[name], value), name
+    second = adapted(tmp_path / "resumed", base, *LORA, *WORD)
+    second.resume(whole.checkpoints / "state-00000001")
+    train(second)
+    for name, value in whole.task.trainable.state_dict().items():
+        assert torch.equal(second.task.trainable.state_dict()[name], value), name
 
 
 @pytest.mark.parametrize(
@@ -102,14 +93,17 @@ def test_both_at_once_are_two_files_and_go_on_where_they_ended(base: Path, tmp_p
         (["lightning.lora.ranks=4"], "lightning.lora: unknown key `ranks`, did you mean `rank`"),
         (["lightning.lora.targets=[texts]"], "targets: `texts` should be one of attention"),
         (["lightning.textual_inversion.tokens=x"], "unknown key `tokens`, did you mean `token`"),
-        ([*WORD, "lightning.textual_inversion.init=a qwertyuiop"], "vocabulary lacks `qwertyuiop`"),
+        (
+            [*WORD, "lightning.textual_inversion.init=a qwertyuiop"],
+            "not in the vocabulary of the model: `qwertyuiop`",
+        ),
         ([*WORD, "lightning.textual_inversion.init='&#7;'"], "has no words"),
-        (["lightning.textual_inversion.token=<x>"], "no caption has the word `<x>`, one is `"),
+        (["lightning.textual_inversion.token=<x>"], "token `<x>` appears in no caption"),
     ],
 )
 def test_mistakes_are_named(overrides: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        tiny(tmp_path, *overrides).train()
+        train(tiny_run(tmp_path, *SHORT, *overrides))
 
 
 @pytest.mark.parametrize(
@@ -125,24 +119,24 @@ def test_the_recipes_fit_the_models(base: str, recipe: str, parts: set[str]) -> 
     raw = read_yaml(f"configs/{base}.yaml", (), f"configs/train/{recipe}.yaml")
     model: Any = build_on_meta(translate_config(raw))
     settings = raw["lightning"]
-    little = (settings.get("lora"), settings.get("textual_inversion"))
-    task = Adaptation(Diffusion(model, **settings["objective"]), *little)
-    assert task.trained.keys() == parts
+    peft = (settings.get("lora"), settings.get("textual_inversion"))
+    task = Adaptation(Diffusion(model, **settings["objective"]), *peft)
+    assert task.trainable.keys() == parts
     if recipe == "lora-photos":
-        assert len(task.trained["lora"]) == 192
+        assert len(task.trainable["lora"]) == 192
 
 
-def test_pictures_of_a_class_are_made_where_they_lack(base: Path, tmp_path: Path) -> None:
+def test_missing_class_images_are_sampled(base: Path, tmp_path: Path) -> None:
     model, folder = ldm.load(None, base), tmp_path / "class"
-    make_pictures(model, folder, "a cat", 2, steps=1, batch=2)
+    sample_class_images(model, folder, "a cat", 2, steps=1, batch=2)
     made = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert sorted(made) == ["00000.png", "00001.png"]
-    make_pictures(model, folder, "a cat", 3, steps=1, batch=2)
+    sample_class_images(model, folder, "a cat", 3, steps=1, batch=2)
     assert len(list(folder.iterdir())) == 3
     assert all((folder / name).read_bytes() == content for name, content in made.items())
 
 
-def test_the_prior_is_added_to_the_loss(base: Path, tmp_path: Path) -> None:
+def test_the_loss_of_class_images_is_added(base: Path, tmp_path: Path) -> None:
     prior = [f"data.params.prior.root={tmp_path / 'class'}", "data.params.prior.count=3"]
     prior += ["data.params.prior.prompt=a dog", "data.params.prior.transform.name=photo"]
     prior += ["data.params.prior.transform.size=32", "lightning.objective.prior_weight=0.5"]
@@ -156,8 +150,8 @@ def test_the_prior_is_added_to_the_loss(base: Path, tmp_path: Path) -> None:
     own = {key: value for key, value in batch.items() if key != "prior"}
     alone = run.task.loss(own, torch.Generator().manual_seed(0))
     assert torch.equal(alone["loss"], losses["instance"])
-    run.train()
-    assert run.last.exists()
+    train(run)
+    assert (run.checkpoints / "last.safetensors").exists()
 
 
 def test_folders_without_metadata_are_listed_with_their_texts(tmp_path: Path) -> None:

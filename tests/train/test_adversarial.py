@@ -13,11 +13,16 @@ from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
 from ldm.loading.legacy import rename_weights, restore_names, translate_config
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.lpips import LPIPS
-from ldm.train.config.settings import read_settings
-from ldm.train.loop import Run
-from ldm.train.tasks.autoencoder import Adversarial, LossConfig, Reconstruction, task
+from ldm.train.loop import train
+from ldm.train.run import Run
+from ldm.train.tasks.autoencoder import (
+    Adversarial,
+    LossConfig,
+    Reconstruction,
+    build_autoencoder_task,
+)
+from tests.train.tinyrun import EMOJI, run_of, weights_of
 
-EMOJI = Path(__file__).parents[1] / "data" / "emoji"
 # The original's own gradients move by 1.4e-6 of the largest without oneDNN, its losses by 2e-7.
 # Here a gradient is taken in two pieces, which sums in another order: measured 2.4e-6 and 6e-7.
 TOLERANCE = 1e-5
@@ -75,13 +80,15 @@ NAMES = [
 def test_losses_are_the_originals(name, recorded, model, lpips, monkeypatch) -> None:
     info, wanted = recorded.case(name)["info"], recorded.outputs(name)
     task = Adversarial(model, LossConfig(**info["loss_params"]), perceptual=lpips)
-    task.rival.load_state_dict(recorded.weights(task.rival.state_dict(), "discriminator."))
+    task.discriminator.load_state_dict(
+        recorded.weights(task.discriminator.state_dict(), "discriminator.")
+    )
     noise = recorded.tensors["shared/posterior_noise"]
     monkeypatch.setattr(torch, "randn", lambda *args, **kwargs: noise)
-    task.rival.train(info["loss_training"])
+    task.discriminator.train(info["loss_training"])
     task.step = info["global_step"]
     model.zero_grad()
-    found = [task.loss, task.rival_loss][info["optimizer_idx"]](
+    found = [task.loss, task.discriminator_loss][info["optimizer_idx"]](
         {"jpg": recorded.tensors["shared/x"]}, torch.Generator()
     )
     found["total_loss"] = found["loss"]
@@ -111,7 +118,7 @@ def test_discriminator_and_reconstruction_pull_equally_at_the_last_layer(tanh_ou
     rec = (images()["jpg"] - made).abs()
     nll = (rec / adversarial.logvar.exp() + adversarial.logvar).sum() / 2
     nll = nll + 1e-6 * posterior.kl().mean()
-    g = -adversarial.rival(made).mean()
+    g = -adversarial.discriminator(made).mean()
     wanted = torch.autograd.grad(nll, [last, first, adversarial.logvar], retain_graph=True)
     pulls = torch.autograd.grad(g, [last, first])
     share = (losses["d_weight"] * pulls[0]).norm() / wanted[0].norm()
@@ -121,7 +128,7 @@ def test_discriminator_and_reconstruction_pull_equally_at_the_last_layer(tanh_ou
         torch.testing.assert_close(found, whole, atol=1e-4 * float(whole.abs().max()), rtol=0)
 
 
-def test_a_look_at_a_trained_model_changes_nothing() -> None:
+def test_without_gradients_the_discriminator_has_no_weight() -> None:
     adversarial = Adversarial(tiny(), LossConfig(**PIXELS))
     with torch.inference_mode():
         losses = adversarial.loss(images(), seeded())
@@ -131,10 +138,12 @@ def test_a_look_at_a_trained_model_changes_nothing() -> None:
 
 def test_the_discriminator_learns_to_tell_them_apart() -> None:
     adversarial = Adversarial(tiny(), LossConfig(**PIXELS, disc_num_layers=1))
-    optimizer = torch.optim.Adam(adversarial.rival.parameters(), 1e-3, betas=adversarial.betas)
+    optimizer = torch.optim.Adam(
+        adversarial.discriminator.parameters(), 1e-3, betas=adversarial.betas
+    )
     apart = []
     for adversarial.step in range(10):
-        losses = adversarial.rival_loss(images(), seeded())
+        losses = adversarial.discriminator_loss(images(), seeded())
         optimizer.zero_grad()
         losses["loss"].backward()
         optimizer.step()
@@ -151,8 +160,8 @@ def test_training_the_decoder_alone_keeps_latents(is_adversarial: bool) -> None:
     z = model.encode(images()["jpg"]).mode()
     options = {"trained": "decoder"}
     config = {"target": LPIPS_LOSS, "params": PIXELS} if is_adversarial else None
-    trainer = task(model, {"lossconfig": config}, options)
-    trainable = [p for p in trainer.trained.parameters() if p.requires_grad]
+    trainer = build_autoencoder_task(model, {"lossconfig": config}, options)
+    trainable = [p for p in trainer.trainable.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trainable, 1e-3)
     for _ in range(2):
         optimizer.zero_grad()
@@ -165,23 +174,23 @@ def test_training_the_decoder_alone_keeps_latents(is_adversarial: bool) -> None:
 
 
 def test_the_config_chooses_the_losses() -> None:
-    assert isinstance(task(tiny(), {}, {"l1": 2.0}), Reconstruction)
+    assert isinstance(build_autoencoder_task(tiny(), {}, {"l1": 2.0}), Reconstruction)
     spec = {"target": LPIPS_LOSS, "params": {**PIXELS, "disc_start": 50001}}
-    adversarial = task(tiny(), {"lossconfig": spec}, {})
+    adversarial = build_autoencoder_task(tiny(), {"lossconfig": spec}, {})
     assert isinstance(adversarial, Adversarial)
     assert adversarial.losses.disc_start == 50001
-    assert sum(p.numel() for p in adversarial.rival.parameters()) == 2765633
+    assert sum(p.numel() for p in adversarial.discriminator.parameters()) == 2765633
 
 
 @pytest.mark.parametrize(
     ("losses", "options", "message"),
     [
         ({"disc_start": 1}, {}, r"perceptual_weight 1 needs .*`vgg.pth`.*perceptual_weight=0"),
-        (PIXELS | {"disc_loss": "hing"}, {}, "unknown disc_loss `hing`, choose one of hinge, van"),
+        (PIXELS | {"disc_loss": "hing"}, {}, "unknown disc_loss `hing`, did you mean `hinge`"),
         (PIXELS | {"disk_weight": 1}, {}, "unknown parameter .*`disk_weight`, did you mean `disc_"),
         (PIXELS | {"use_actnorm": True}, {}, "`use_actnorm` and .* can only be false"),
         (PIXELS, {"l1": 1.0}, "lightning.objective: unknown keyword `l1`"),
-        (PIXELS, {"trained": "encoder"}, "`encoder`, choose one of all, decoder"),
+        (PIXELS, {"trained": "encoder"}, "unknown value of trained `encoder`"),
         (PIXELS, {"losses": 1}, "lightning.objective: unknown keyword `losses`"),
         (PIXELS, {"perceptual": "vgg.pth"}, "perceptual must be {ckpt_path: a file or several}"),
         (PIXELS, {"perceptual": {"ckpt_path": "vgg.pth"}}, "no file `vgg.pth`"),
@@ -190,7 +199,7 @@ def test_the_config_chooses_the_losses() -> None:
 def test_what_does_not_fit_is_named(losses, options, message) -> None:
     spec = {"target": LPIPS_LOSS, "params": losses}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        task(tiny(), {"lossconfig": spec}, options)
+        build_autoencoder_task(tiny(), {"lossconfig": spec}, options)
 
 
 def test_a_training_checkpoint_of_the_original_starts_everything(tmp_path, recorded, lpips) -> None:
@@ -203,8 +212,8 @@ def test_a_training_checkpoint_of_the_original_starts_everything(tmp_path, recor
     assert names == set(recorded.meta["loss_manifest"])
     write_checkpoint(path, state)
     spec["params"]["logvar_init"] = 0.0
-    second = task(tiny(), {"lossconfig": spec, "ckpt_path": str(path)}, {})
-    for one, two in ((first.rival, second.rival), (lpips, second.perceptual)):
+    second = build_autoencoder_task(tiny(), {"lossconfig": spec, "ckpt_path": str(path)}, {})
+    for one, two in ((first.discriminator, second.discriminator), (lpips, second.perceptual)):
         assert all(v.equal(two.state_dict()[k]) for k, v in one.state_dict().items())
     assert float(second.logvar) == pytest.approx(0.4)
     assert set(rename_weights(read_checkpoint(path).state)) == set(tiny().state_dict())
@@ -231,31 +240,36 @@ def test_recipes_build(name: str) -> None:
     params["lossconfig"]["params"]["perceptual_weight"] = 0.0
     params["ddconfig"]["ch"] = 32
     model = instantiate(raw["model"])
-    trainer = task(model, params | {"ckpt_path": None}, raw["lightning"]["objective"])
+    trainer = build_autoencoder_task(
+        model, params | {"ckpt_path": None}, raw["lightning"]["objective"]
+    )
     assert isinstance(trainer, Adversarial)
     assert tuple(raw["lightning"]["optimizer"]["betas"]) == trainer.betas
 
 
-def test_a_resumed_game_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+def test_a_resumed_discriminator_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     """The discriminator and its optimizer are part of the state."""
-    recipe = Path("configs/train/autoencoder-decoder.yaml")
-    small = [
+    config = read_yaml("configs/train/autoencoder-decoder.yaml", [
         f"data.params.train.root={EMOJI}", "data.params.train.split=null",
         "data.params.train.transform.size=32", "data.params.train.transform.crop=null",
         "model.params.ckpt_path=null", "model.params.ddconfig.ch_mult=[1,1]",
         "model.params.lossconfig.params.disc_start=1", "data.params.batch_size=2",
         "model.params.lossconfig.params.disc_num_layers=1", "lightning.trainer.max_time=null",
         "lightning.callbacks.images=1", "lightning.trainer.precision=32",
-        "lightning.optimizer.decay=constant",
-    ]  # fmt: skip
-    runs = []
-    for name, steps in (("whole", 3), ("parts", 2), ("parts", 3)):
-        raw = read_yaml(recipe, [*small, f"lightning.trainer.max_steps={steps}"])
-        runs.append(Run(read_settings(raw), tmp_path / name))
-        if len(runs) == 3:
-            runs[-1].resume()
-        runs[-1].train()
-    whole, _, parts = (run.task for run in runs)
-    for one, two in ((whole.trained, parts.trained), (whole.rival, parts.rival)):
-        assert all(v.equal(two.state_dict()[k]) for k, v in one.state_dict().items())
-    assert not whole.rival.main[0].weight.equal(runs[1].task.rival.main[0].weight)
+        "lightning.trainer.max_steps=3", "lightning.callbacks.save_steps=2",
+    ])  # fmt: skip
+    whole, parts = run_of(config, tmp_path / "whole"), run_of(config, tmp_path / "parts")
+    initial = {name: v.clone() for name, v in discriminator_of(whole).items()}
+    train(whole)
+    parts.resume(tmp_path / "whole/checkpoints/state-00000002")
+    train(parts)
+    assert all(
+        v.equal(discriminator_of(parts)[name]) for name, v in discriminator_of(whole).items()
+    )
+    assert all(v.equal(weights_of(parts)[name]) for name, v in weights_of(whole).items())
+    assert not discriminator_of(whole)["main.0.weight"].equal(initial["main.0.weight"])
+
+
+def discriminator_of(run: Run) -> dict[str, Tensor]:
+    assert run.task.discriminator is not None
+    return run.task.discriminator.state_dict()

@@ -16,8 +16,8 @@ from ldm.data.shards import Shards
 from ldm.data.source import DatasetSource
 from ldm.data.transforms import PhotoTransform
 from ldm.loading.config import instantiate, read_yaml
-from ldm.train.batches.contexts import cached_contexts
-from ldm.train.batches.latents import cached_latents
+from ldm.train.batches.contexts import cache_contexts
+from ldm.train.batches.latents import cache_latents, cache_latents_of_shards
 from ldm.train.batches.sources import open_sources
 from ldm.train.batches.store import Store
 from ldm.train.tasks.diffusion import Diffusion
@@ -49,13 +49,13 @@ def made(model: Any, photos: Path, cache: Path, **options: Any) -> int:
     """How many latents had to be made."""
     before = len(Store(cache, "latents"))
     folder = Folder(root=photos, transform=PhotoTransform(**{"size": 16, "flip": 0.5} | options))
-    cached_latents(model, folder, cache, variants=2, batch=4)
+    cache_latents(model, folder, cache, variants=2, batch=4)
     return len(Store(cache, "latents")) - before
 
 
 def test_latents_are_those_of_the_pictures(model: Any, photos: Path, tmp_path: Path) -> None:
     folder = Folder(root=photos, transform=PhotoTransform(size=16, flip=0.0))
-    latents = cached_latents(model, folder, tmp_path / "cache", precision="32")
+    latents = cache_latents(model, folder, tmp_path / "cache", precision="32")
     sample = latents[0, 3]
     with torch.no_grad():
         z = model.autoencoder.encode(folder[0, 3]["jpg"][None]).mode()[0]
@@ -65,7 +65,7 @@ def test_latents_are_those_of_the_pictures(model: Any, photos: Path, tmp_path: P
 
 def test_the_loss_is_the_same_with_a_cache(model: Any, photos: Path, tmp_path: Path) -> None:
     folder = Folder(root=photos, transform=PhotoTransform(size=16, flip=0.0))
-    cached = cached_latents(model, folder, tmp_path, precision="32")
+    cached = cache_latents(model, folder, tmp_path, precision="32")
     task = Diffusion(model, drop=0.0)
     batches = (next(DatasetSource(data, seed=5).batches(4)) for data in (folder, cached))
     losses = [task.loss(batch, torch.Generator().manual_seed(7)) for batch in batches]
@@ -97,9 +97,9 @@ def test_more_variants_keep_those_that_are_there(model: Any, tmp_path: Path) -> 
         root=ROOT / "tests/data/emoji", transform=EmojiTransform(size=16), split="train"
     )
     for variants, count in ((2, 46), (3, 69)):
-        latents = cached_latents(model, folder, tmp_path, variants=variants)
-        assert len(latents.looks.store) == count
-    looks = [latents.looks.look(latents.digests[5], variant) for variant in range(11)]
+        latents = cache_latents(model, folder, tmp_path, variants=variants)
+        assert len(latents.cache.store) == count
+    looks = [latents.cache.variant_name(latents.digests[5], variant) for variant in range(11)]
     assert len(set(looks)) == 11
     texts = [latents[epoch, 5]["txt"] for epoch in range(100)]
     assert all(any(look in text for text in texts) for look in looks[:3])
@@ -137,7 +137,7 @@ def test_latents_come_in_buckets_and_broken_pictures_are_named(
     (photos / "2.png").write_bytes(b"")
     (photos / "8.png").write_bytes((photos / "1.png").read_bytes()[:60])
     folder = Folder(root=photos, transform=PhotoTransform(size=16, buckets={"step": 8}))
-    latents = cached_latents(model, folder, tmp_path / "cache")
+    latents = cache_latents(model, folder, tmp_path / "cache")
     batches = DatasetSource(latents).batches(2)
     seen = [next(batches) for _ in range(4)]
     assert {batch["z"].shape[1:] for batch in seen} == {(4, 4, 4), (4, 2, 6)}
@@ -155,9 +155,11 @@ def test_latents_of_a_folder_are_found_when_it_is_packed_into_shards(
     model: Any, photos: Path, tmp_path: Path
 ) -> None:
     photo, cache = PhotoTransform(size=16, buckets={"step": 8}), tmp_path / "cache"
-    latents = cached_latents(model, Folder(root=photos, transform=photo), cache, variants=2)
+    latents = cache_latents(model, Folder(root=photos, transform=photo), cache, variants=2)
     model.autoencoder.encode = None  # nothing is made anew
-    shards = cached_latents(model, Shards(packed(photos, tmp_path), photo), cache, variants=2)
+    shards = cache_latents_of_shards(
+        model, Shards(packed(photos, tmp_path), photo), cache, variants=2
+    )
     batches = shards.batches(2, workers=1)
     for batch in (next(batches) for _ in range(6)):
         assert len({z.shape for z in batch["z"]}) == 1
@@ -175,7 +177,7 @@ def test_shards_are_read_for_latents_only_when_something_changed(
 
     def found(**options: Any) -> tuple[int, int]:
         """(how often shards were read, how many latents there are)"""
-        cached_latents(model, Shards(files, PhotoTransform(size=16, **options)), cache)
+        cache_latents_of_shards(model, Shards(files, PhotoTransform(size=16, **options)), cache)
         return len(read), len(Store(cache, "latents"))
 
     assert found() == (1, 6)
@@ -199,12 +201,14 @@ def test_damaged_pictures_in_shards_are_named(
     place = content.index(b"IHDR", content.index(b"000000002.png"))
     content = content[:place] + b"XXXX" + content[place + 4 :]
     shard.write_bytes(content.replace(b"picture 0", b"picture \xff"))  # a caption that is no text
-    shards = cached_latents(model, Shards(str(shard), PhotoTransform(size=16)), tmp_path / "cache")
+    shards = cache_latents_of_shards(
+        model, Shards(str(shard), PhotoTransform(size=16)), tmp_path / "cache"
+    )
     batch = next(shards.batches(6))
     assert sorted(batch["broken"]) == ["0.tar/000000000", "0.tar/000000002"]
     assert {*batch["txt"]} == {f"picture {n}" for n in (1, 3, 4, 5)}
     assert batch["z"].shape == (6, 4, 4, 4)
-    assert "1 latents could not be made; they are tried again without `" in caplog.text
+    assert "1 latents could not be computed; they are tried again without `" in caplog.text
 
 
 def test_little_is_lost_of_many_kinds_when_a_filling_is_interrupted(
@@ -221,27 +225,27 @@ def test_little_is_lost_of_many_kinds_when_a_filling_is_interrupted(
 
     wanted = ((str(n), n) for n in [*range(200), *range(200)])  # as shards give them: uncounted
     with pytest.raises(KeyboardInterrupt):
-        Store(tmp_path, "x").fill(wanted, make, batch=4, kind=lambda n: n % 20)
+        Store(tmp_path, "x").fill(wanted, make, batch_size=4, group=lambda n: n % 20)
     assert len(Store(tmp_path, "x")) > 60
 
 
 def test_contexts_are_kept_of_a_frozen_tower_alone(model: Any, tmp_path: Path) -> None:
     text = model.conditioner.text
-    with pytest.raises(ValueError, match="only of a frozen text tower"):
-        cached_contexts(model, ["a cat"], tmp_path)
+    with pytest.raises(ValueError, match="only contexts of a frozen text encoder"):
+        cache_contexts(model, ["a cat"], tmp_path)
     text.requires_grad_(False)
     with torch.no_grad():
         context = text.encode(["a cat", ""])
-    text.cache = cached_contexts(model, ["a cat", "a dog"], tmp_path)
+    text.cache = cache_contexts(model, ["a cat", "a dog"], tmp_path)
     assert len(Store(tmp_path, "contexts")) == 3  # and that of no text
     torch.testing.assert_close(text.encode(["a cat", ""]), context, rtol=1e-3, atol=1e-3)
-    cached_contexts(model, ["a cat", "a pig"], tmp_path)
+    cache_contexts(model, ["a cat", "a pig"], tmp_path)
     assert len(Store(tmp_path, "contexts")) == 4
     kept = text.cache["a cat"].float()[None]
     assert torch.equal(text.encode("a cat"), kept)
     with torch.no_grad():
         text.model.ln_final.bias += 1
-    assert len(cached_contexts(model, ["a cat"], tmp_path).store) == 6
+    assert len(cache_contexts(model, ["a cat"], tmp_path).store) == 6
     assert torch.equal(text.encode("a cat"), kept)  # as was asked for, until something is laid over
     hook = text.model.ln_final.register_forward_hook(lambda *_: None)
     assert not torch.equal(text.encode("a cat"), kept)

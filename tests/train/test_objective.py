@@ -13,16 +13,12 @@ from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.loading.config import instantiate
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import PixelSpace
-from ldm.train.optim import optimizers
+from ldm.train.batches.sources import collect_vocabulary
 from ldm.train.optim.ema import EMA
-from ldm.train.tasks.criterion import Criterion, min_snr
-from ldm.train.tasks.diffusion import (
-    Diffusion,
-    measure_scale,
-    options,
-    spread_timesteps,
-    vocabulary,
-)
+from ldm.train.optim.optimizers import make_optimizer
+from ldm.train.runs.initial import measure_scale
+from ldm.train.tasks.criterion import Criterion, min_snr_weights
+from ldm.train.tasks.diffusion import Diffusion, diffusion_options, spread_timesteps
 
 SCHEDULE = Schedule(make_betas("linear", linear_start=0.00085, linear_end=0.012))
 PREFIX = "model.diffusion_model."
@@ -64,7 +60,7 @@ def test_losses_and_gradients_equal_the_originals(name: str, mode: str) -> None:
 
 def criterion_of(given: dict[str, Any]) -> Criterion:
     """What a YAML of the original with these parameters asks for."""
-    asked = options(given, {})
+    asked = diffusion_options(given, {})
     return Criterion(SCHEDULE, given.get("parameterization", "eps"), **asked)
 
 
@@ -93,7 +89,7 @@ def test_two_steps_of_adamw_equal_the_originals() -> None:
     given, wanted = golden.inputs("adamw"), golden.outputs("adamw")
     unet, criterion = unet_of(golden, "config"), criterion_of({})
     denoiser, ema = Denoiser(unet, SCHEDULE), EMA(unet)
-    optimizer = optimizers.make(unet, 1e-3)
+    optimizer = make_optimizer(unet, 1e-3)
     for step in range(2):
         noise = given["noise"].roll(step, 0)
         cond = Cond(crossattn=given["c"])
@@ -117,19 +113,19 @@ def test_two_steps_of_adamw_equal_the_originals() -> None:
 def test_min_snr_weighs_the_same_error_of_z_alike(parameterization: str) -> None:
     snr = SCHEDULE.sigmas**-2
     per_z = {"x0": 1.0, "eps": snr, "v": snr + 1}[parameterization]
-    weights = min_snr(SCHEDULE, parameterization, 5.0)
+    weights = min_snr_weights(SCHEDULE, parameterization, 5.0)
     torch.testing.assert_close((weights * per_z).double(), snr.clamp(max=5.0), rtol=1e-5, atol=0)
 
 
 def test_without_gamma_all_timesteps_count_alike() -> None:
-    assert min_snr(SCHEDULE, "v", None).unique().tolist() == [1.0]
+    assert min_snr_weights(SCHEDULE, "v", None).unique().tolist() == [1.0]
 
 
 def test_min_snr_weighs_the_trained_loss_but_not_the_logged_one() -> None:
     error, t = torch.ones(2, 4, 8, 8), torch.tensor([10, 900])
     made = Criterion(SCHEDULE, "eps", min_snr_gamma=5.0)(error, t)
     assert made["losses"].tolist() == [1.0, 1.0]
-    torch.testing.assert_close(made["loss"], min_snr(SCHEDULE, "eps", 5.0)[t].mean())
+    torch.testing.assert_close(made["loss"], min_snr_weights(SCHEDULE, "eps", 5.0)[t].mean())
 
 
 class Shown(nn.Module):
@@ -182,20 +178,25 @@ def test_the_same_generator_gives_the_same_loss() -> None:
 
 
 def test_an_unknown_option_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown key `offset_nose`, did you mean `offset_noise`"):
+    with pytest.raises(TypeError, match="offset_nose"):
         task_of(offset_nose=0.1)
-    with pytest.raises(ValueError, match="unknown loss_type `l3`, choose one of l2, l1"):
+    with pytest.raises(ValueError, match="unknown loss_type `l3`"):
         task_of(loss_type="l3")
 
 
 def test_options_come_from_the_original_yaml_and_from_the_objective() -> None:
     params = {"loss_type": "l1", "logvar_init": 0.5, "ckpt_path": None}
-    assert options(params, {"min_snr_gamma": 5}) == params_without(params) | {"min_snr_gamma": 5}
-    assert options(params, {"loss_type": "l2"})["loss_type"] == "l2"
+    assert diffusion_options(params, {"min_snr_gamma": 5}) == params_without(params) | {
+        "min_snr_gamma": 5
+    }
+    assert diffusion_options(params, {"loss_type": "l2"})["loss_type"] == "l2"
     unclip = {"embedding_dropout": 0.25, "ucg_training": {"txt": {"p": 0.2, "val": ""}}}
-    assert options(unclip, {}) == {"drop": {"txt": 0.2, "embedding": 0.25}}
-    assert options(unclip, {"drop": 0.3}) == {"drop": {"txt": 0.3, "embedding": 0.25}}
-    assert options({"embedding_dropout": 0.25}, {})["drop"] == {"txt": 0.1, "embedding": 0.25}
+    assert diffusion_options(unclip, {}) == {"drop": {"txt": 0.2, "embedding": 0.25}}
+    assert diffusion_options(unclip, {"drop": 0.3}) == {"drop": {"txt": 0.3, "embedding": 0.25}}
+    assert diffusion_options({"embedding_dropout": 0.25}, {})["drop"] == {
+        "txt": 0.1,
+        "embedding": 0.25,
+    }
 
 
 def params_without(params: dict[str, Any]) -> dict[str, Any]:
@@ -205,10 +206,10 @@ def params_without(params: dict[str, Any]) -> dict[str, Any]:
 def test_logvar_is_learned_and_exported_if_asked_for() -> None:
     task = task_of(learn_logvar=True, logvar_init=-0.3)
     task.loss({"z": torch.ones(2, 4, 8, 8)}, torch.Generator().manual_seed(0))["loss"].backward()
-    assert (task.trained["criterion"].logvar.grad != 0).sum() == 2
+    assert (task.trainable["criterion"].logvar.grad != 0).sum() == 2
     assert task.weights_to_export([])["logvar"].shape == (1000,)
     assert "logvar" not in task_of(logvar_init=0.5).weights_to_export([])
-    assert "criterion" not in task_of(logvar_init=0.5).trained
+    assert "criterion" not in task_of(logvar_init=0.5).trainable
 
 
 def test_a_measured_scale_equals_the_originals() -> None:
@@ -230,7 +231,7 @@ def test_timesteps_are_spread_over_the_range() -> None:
 
 
 class Letters(nn.Module):
-    """A text encoder as far as `vocabulary` looks at it."""
+    """A text encoder as far as `collect_vocabulary` looks at it."""
 
     token_ids = torch.zeros(5, dtype=torch.int64)
 
@@ -239,10 +240,10 @@ class Letters(nn.Module):
 
 
 def test_a_vocabulary_is_sorted_and_filled_up() -> None:
-    ids = vocabulary(["cat", "ant", "cow"], Letters()).tolist()
+    ids = collect_vocabulary(["cat", "ant", "cow"], Letters()).tolist()
     assert ids == [7, ord("a"), ord("c"), 49408, 49409]
 
 
 def test_a_vocabulary_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="`compact_vocab` is too small: 6 tokens"):
-        vocabulary(list("abcde"), Letters())
+        collect_vocabulary(list("abcde"), Letters())

@@ -18,7 +18,8 @@ from ldm.data.pack import pack
 from ldm.data.transforms import PhotoTransform
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.train.distributed import parallel
-from tests.train.ranks import STEPS, run
+from ldm.train.loop import train
+from tests.train.ranks import STEPS, make_run
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests/train/ranks.py"
@@ -69,10 +70,12 @@ def test_two_processes_go_on_bit_by_bit_equal_one_and_end_together(tmp_path: Pat
     assert time.monotonic() - since < 60
     assert "process 1 has been silent for 5 s" in errors
 
-    one = run(tmp_path / "one", "auto-32-map", STEPS, "lightning.trainer.accumulate_grad_batches=2")
-    one.train()
+    one = make_run(
+        tmp_path / "one", "auto-32-map", STEPS, "lightning.trainer.accumulate_grad_batches=2"
+    )
+    train(one)
     two = torch.load(tmp_path / "ddp-32-map" / "trained.pt")
-    compare(two["weights"], one.task.trained.state_dict())
+    compare(two["weights"], one.task.trainable.state_dict())
 
 
 def test_processes_started_again_do_not_take_old_ones_for_new() -> None:
@@ -80,9 +83,11 @@ def test_processes_started_again_do_not_take_old_ones_for_new() -> None:
     turns = []
     for _ in range(2):
         with ThreadPoolExecutor() as pool:
-            first = pool.submit(parallel._turn, store, 0, 3)  # finds the others of last time
+            first = pool.submit(
+                parallel.agree_on_session, store, 0, 3
+            )  # finds the others of last time
             time.sleep(0.2)
-            others = [pool.submit(parallel._turn, store, rank, 3) for rank in (1, 2)]
+            others = [pool.submit(parallel.agree_on_session, store, rank, 3) for rank in (1, 2)]
             said = {place.result(timeout=10) for place in (first, *others)}
         assert len(said) == 1
         turns += said

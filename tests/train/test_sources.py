@@ -113,4 +113,4 @@ def test_pictures_without_caption_are_counted(caplog: pytest.LogCaptureFixture) 
     model: Any = instantiate(read_yaml(ROOT / "configs/train/tiny.yaml")["model"])
     photos = {**TRAIN, "split": None, "transform": {"name": "photo", "size": 16}}
     open_sources(model, section(train=photos), 23)
-    assert "24 of 24 pictures" in caplog.text
+    assert "24 of 24 images" in caplog.text

@@ -1,6 +1,6 @@
-"""Pictures of a class, made by the model before it is taught one of that class: DreamBooth.
+"""Class images for DreamBooth, sampled from the model before it is trained on a subject.
 
-While the model learns what `a sks dog` is, its own pictures of `a dog` keep it from forgetting what
+While the model learns what `a sks dog` is, its own images of `a dog` keep it from forgetting what
 dogs are. Ruiz et al. 2022 (arXiv:2208.12242).
 """
 
@@ -16,13 +16,14 @@ from ldm.imaging.metadata import write_png
 from ldm.imaging.pixels import to_pil
 from ldm.model import LatentDiffusion
 from ldm.pipelines import txt2img
+from ldm.runtime.files import replace_when_written
 
-__all__ = ["make_pictures"]
+__all__ = ["sample_class_images"]
 
 log = logging.getLogger(__name__)
 
 
-def make_pictures(
+def sample_class_images(
     model: LatentDiffusion,
     folder: Path,
     prompt: str,
@@ -32,23 +33,24 @@ def make_pictures(
     scale: float = 5.0,
     batch: int = 8,
 ) -> None:
-    """Fills a folder up to `count` pictures with those of a prompt; 00007.png has seed 7.
+    """Fills a folder up to `count` images with samples of a prompt; 00007.png has seed 7.
 
-    What is there stays: pictures of one's own, and those of an interrupted making.
+    Existing images stay: those that the user has put there, and those of an interrupted call.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    there = sum(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
-    free = (seed for seed in itertools.count() if not (folder / f"{seed:05}.png").exists())
-    lacking = list(itertools.islice(free, max(0, count - there)))
-    if not lacking:
+    existing = sum(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
+    free_seeds = (seed for seed in itertools.count() if not (folder / f"{seed:05}.png").exists())
+    missing = list(itertools.islice(free_seeds, max(0, count - existing)))
+    if not missing:
         return
-    log.info("making %d pictures of `%s` in `%s`", len(lacking), prompt, folder)
-    was_training, side = model.training, model.image_size * model.downscale
+    log.info("sampling %d images of `%s` into `%s`", len(missing), prompt, folder)
+    was_training = model.training
+    side = model.image_size * model.downscale
     model.eval()
-    for first in tqdm(range(0, len(lacking), batch), unit="batch", dynamic_ncols=True):
-        seeds = lacking[first : first + batch]
+    for first in tqdm(range(0, len(missing), batch), unit="batch", dynamic_ncols=True):
+        seeds = missing[first : first + batch]
         with torch.inference_mode():
-            image = txt2img(
+            images = txt2img(
                 model,
                 [prompt] * len(seeds),
                 size=(side, side),
@@ -56,8 +58,7 @@ def make_pictures(
                 scale=scale,
                 seeds=seeds,
             )
-        for seed, picture in zip(seeds, to_pil(image), strict=True):
-            part = folder / f".{seed:05}.part"
-            write_png(part, picture, {"prompt": prompt, "seed": seed, "steps": steps})
-            part.replace(folder / f"{seed:05}.png")
+        for seed, image in zip(seeds, to_pil(images), strict=True):
+            with replace_when_written(folder / f"{seed:05}.png") as part:
+                write_png(part, image, {"prompt": prompt, "seed": seed, "steps": steps})
     model.train(was_training)

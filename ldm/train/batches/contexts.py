@@ -1,28 +1,31 @@
-"""Contexts of captions, made once by a frozen text tower and read many times (see `Store`)."""
+"""Cached contexts of captions, computed once by a frozen text encoder (see `Store`)."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.encoders.text import TextEncoder
 from ldm.model import LatentDiffusion
 from ldm.train.batches.store import Store, digest, digest_of_weights
 
-__all__ = ["Contexts", "cached_contexts"]
+__all__ = ["CachedContexts", "cache_contexts"]
 
 
-class Contexts(Mapping[str, Tensor]):
-    """What a text tower makes of captions, (N, D) by text; only what is kept is in it."""
+class CachedContexts(Mapping[str, Tensor]):
+    """Contexts (N, D) by caption; only cached ones are in it.
 
-    def __init__(self, store: Store, recipe: str, texts: Iterable[str]) -> None:
+    Args:
+        encoder_digest: of the encoder's weights and options.
+    """
+
+    def __init__(self, store: Store, encoder_digest: str, captions: Iterable[str]) -> None:
         self.store = store
-        self.keys_of = {text: digest(recipe, text) for text in texts}
+        self.keys_of = {caption: digest(encoder_digest, caption) for caption in captions}
 
-    def __getitem__(self, text: str) -> Tensor:
-        return self.store[self.keys_of[text]]["context"]
+    def __getitem__(self, caption: str) -> Tensor:
+        return self.store[self.keys_of[caption]]["context"]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys_of)
@@ -32,30 +35,37 @@ class Contexts(Mapping[str, Tensor]):
 
 
 @torch.inference_mode()
-def cached_contexts(
-    model: LatentDiffusion, texts: Iterable[str], cache: Path, *, batch: int = 64
-) -> Contexts:
-    """The contexts of all texts by the model's text tower, those from the cache that are there.
+def cache_contexts(
+    model: LatentDiffusion, captions: Iterable[str], cache: Path, *, batch: int = 64
+) -> CachedContexts:
+    """Computes the contexts of captions and of the empty one, as far as the cache lacks them.
 
-    Raises ValueError if the tower is trained, so that contexts would be out of date.
+    Args:
+        cache: folder of the cache files.
+        batch: captions encoded at once.
+    Raises:
+        ValueError: the model has no text encoder, or it is trained.
     """
-    tower = model.conditioner.find(TextEncoder)
-    if tower is None or any(p.requires_grad for p in tower.parameters()):
-        raise ValueError("data.params.texts: contexts can be kept only of a frozen text tower")
-    recipe = digest(digest_of_weights(tower), [_options(module) for module in tower.modules()])
-    contexts = Contexts(Store(cache, "contexts"), recipe, dict.fromkeys(["", *texts]))
+    encoder = model.conditioner.find(TextEncoder)
+    if encoder is None or any(p.requires_grad for p in encoder.parameters()):
+        raise ValueError("data.params.texts: only contexts of a frozen text encoder can be cached")
+    options = [_plain_options(module) for module in encoder.modules()]
+    encoder_digest = digest(digest_of_weights(encoder), options)
+    contexts = CachedContexts(
+        Store(cache, "contexts"), encoder_digest, dict.fromkeys(["", *captions])
+    )
 
-    def make(some: Sequence[str]) -> tuple[list[int], dict[str, Tensor]]:
-        context = tower.encode(list(some))  # (B, N, D)
-        return list(range(len(some))), {"context": context.half()}
+    def encode(batch: Sequence[str]) -> tuple[Sequence[int], dict[str, Tensor]]:
+        context = encoder.encode(batch)  # (B, N, D)
+        return range(len(batch)), {"context": context.half()}
 
-    wanted = [(key, text) for text, key in contexts.keys_of.items()]
-    contexts.store.fill(wanted, make, batch=batch, unit="text")
+    items = [(key, caption) for caption, key in contexts.keys_of.items()]
+    contexts.store.fill(items, encode, batch_size=batch, unit="caption")
     return contexts
 
 
-def _options(module: Any) -> dict[str, Any]:
-    """What a module was told, as far as it keeps it in plain values."""
+def _plain_options(module: nn.Module) -> dict[str, object]:
+    """Class and options of a module, as far as its attributes have them in plain values."""
     plain = (str, int, float, bool, tuple)
-    told = {k: v for k, v in vars(module).items() if isinstance(v, plain) and k[0] != "_"}
-    return {"class": type(module).__name__, **told, "training": False}
+    options = {k: v for k, v in vars(module).items() if isinstance(v, plain) and k[0] != "_"}
+    return {"class": type(module).__name__, **options, "training": False}

@@ -1,4 +1,4 @@
-"""The `data:` section of a config -> what a run reads.
+"""The `data:` section of a config -> the sources of a run.
 
 data:
   params:
@@ -6,23 +6,24 @@ data:
     num_workers: 2
     train: {root: DIR, split: train, transform: {name: photo, size: 512}}   a folder
     validation: …                                                           as `train`
-    latents: {cache: DIR, variants: 5}            encode pictures once, before training
-    prior: {root, prompt, count, transform}       DreamBooth's pictures of a class
+    latents: {cache: DIR, variants: 5}            encode images once, before training
+    texts: {cache: DIR}                           encode captions once, before training
+    prior: {root, prompt, count, transform}       class images of DreamBooth
 
 train, validation = open_sources(model, raw["data"], seed)
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ldm.data.dataset import WithClassImages
+from ldm.data.dataset import ImageDataset, SampleDataset, WithClassImages
 from ldm.data.drawings import EmojiTransform, caption_texts
 from ldm.data.folder import Folder, read_metadata
 from ldm.data.hub import Hub
@@ -33,13 +34,12 @@ from ldm.data.transforms import PhotoTransform, Transform
 from ldm.encoders.text import TextEncoder
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import unknown_name
-from ldm.train.batches.class_images import make_pictures
-from ldm.train.batches.contexts import cached_contexts
-from ldm.train.batches.latents import cached_latents
+from ldm.train.batches.class_images import sample_class_images
+from ldm.train.batches.contexts import cache_contexts
+from ldm.train.batches.latents import cache_latents, cache_latents_of_shards
 from ldm.train.config import datamodules
-from ldm.train.tasks.diffusion import vocabulary
 
-__all__ = ["open_sources"]
+__all__ = ["collect_vocabulary", "open_sources"]
 
 log = logging.getLogger(__name__)
 
@@ -51,96 +51,129 @@ TRANSFORMS: dict[str, Callable[..., Transform]] = {
 def open_sources(
     model: nn.Module, data: Mapping[str, Any], seed: int, *, commands: bool = False
 ) -> tuple[Source, Source | None]:
-    """What is trained on, and what is held out, if anything is.
+    """Opens the training data, and the held-out data if there is any.
 
-        model: what is trained; it makes cached latents and pictures of a class, and a vocabulary
-            that has no words yet gets those of the data.
+    Args:
+        model: what is trained. It computes cached latents and contexts and samples class images;
+            a pruned token embedding without tokens gets those of the captions.
         data: the section as read, {"params": …}, also in the original's words.
-        seed: of the order and of all chance in the samples.
+        seed: of the order and of all random numbers in the samples.
         commands: whether shards may come from `pipe:COMMAND`; never what a config says.
-    Raises ValueError for what is unknown or missing.
+    Raises:
+        ValueError: unknown or missing options.
+        FileNotFoundError: missing files.
     """
     params, notes = datamodules.translate(data)
     for note in notes:
         log.info("%s", note)
-    train = _opened(params["train"], seed, "data.params.train", commands)
-    _learn_words(model, train)
-    _warn_of_silence(model, train)
-    held_out = None
-    if params.get("validation"):
-        held_out = _opened(params["validation"], seed, "data.params.validation", commands)
-    return _with_extras(model, train, params), held_out
+    images: ImageDataset | Shards  # the training data
+    held_out: Source | None = None
+    if "shards" in params["train"]:
+        images = _open_shards(params["train"], seed, "data.params.train", commands)
+    else:
+        images = _open_dataset(params["train"], seed, "data.params.train")
+    if isinstance(model, LatentDiffusion):
+        _fill_vocabulary(model, images)
+        _warn_of_missing_captions(model, images)
+    if spec := params.get("validation"):
+        if "shards" in spec:
+            held_out = _open_shards(spec, seed, "data.params.validation", commands)
+        else:
+            dataset = _open_dataset(spec, seed, "data.params.validation")
+            held_out = DatasetSource(dataset, seed)
+    if isinstance(images, Shards):
+        return _cache_shards(model, images, params), held_out
+    return _cache_dataset(model, images, params, seed), held_out
 
 
-def _with_extras(
-    model: nn.Module, train: DatasetSource | Shards, params: Mapping[str, Any]
-) -> Source:
-    """The pictures, or their latents, with those of a class beside them if the config says so."""
-    wanted = [key for key in ("latents", "texts", "prior") if params.get(key)]
-    if not isinstance(model, LatentDiffusion) or not wanted:
-        return train
-    if isinstance(train, Shards) and params.get("prior"):
-        raise ValueError("data.params: `prior` needs a folder or a hub, not `shards`")
-    pictures: Any = train if isinstance(train, Shards) else train.dataset
-    dataset = pictures
-    if params.get("latents"):
-        with _named("data.params.latents"):
-            cache, options = _cache(params, "latents")
-            dataset = cached_latents(model, pictures, cache, **options)
-    prior = None
+def _cache_shards(model: nn.Module, shards: Shards, params: Mapping[str, Any]) -> Shards:
+    """The shards, with cached latents and contexts if the config asks for them."""
+    if not isinstance(model, LatentDiffusion):
+        return shards
     if params.get("prior"):
-        prior = _prior(model, dict(params["prior"]), train.seed)
-        dataset = WithClassImages(dataset, prior)
+        raise ValueError("data.params: `prior` needs a folder or a hub, not `shards`")
+    source = shards
+    if params.get("latents"):
+        with _naming_section("data.params.latents"):
+            source = cache_latents_of_shards(model, shards, **_cache_options(params, "latents"))
     if params.get("texts"):
-        texts = [*_captions(pictures), *(_captions(prior) if prior else ())]
-        with _named("data.params.texts"):
-            cache, options = _cache(params, "texts")
-            model.conditioner.get(TextEncoder).cache = cached_contexts(
-                model, texts, cache, **options
-            )
-    if isinstance(train, Shards):
-        return cast(Source, dataset)
-    return DatasetSource(dataset, train.seed, shown=pictures)
+        _cache_contexts(model, [shards], params)
+    return source
 
 
-def _opened(
-    spec: Mapping[str, Any], seed: int, where: str, commands: bool = False
-) -> DatasetSource | Shards:
-    if "shards" not in spec:
-        return DatasetSource(_dataset(spec, seed, where), seed)
-    with _named(where, ".shards"):
-        options = {**rename_options("shards", spec), "transform": _transform(spec, where)}
+def _cache_dataset(
+    model: nn.Module, images: ImageDataset, params: Mapping[str, Any], seed: int
+) -> DatasetSource:
+    """The data set, with cached latents and contexts and class images if the config says so."""
+    if not isinstance(model, LatentDiffusion):
+        return DatasetSource(images, seed)
+    dataset: SampleDataset = images
+    captioned = [images]
+    if params.get("latents"):
+        with _naming_section("data.params.latents"):
+            dataset = cache_latents(model, images, **_cache_options(params, "latents"))
+    if params.get("prior"):
+        class_images = _open_class_images(model, dict(params["prior"]), seed)
+        dataset = WithClassImages(dataset, class_images)
+        captioned.append(class_images)
+    if params.get("texts"):
+        _cache_contexts(model, captioned, params)
+    return DatasetSource(dataset, seed, shown=images)
+
+
+def _open_shards(spec: Mapping[str, Any], seed: int, where: str, commands: bool) -> Shards:
+    with _naming_section(where, ".shards"):
+        options = {**rename_options("shards", spec), "transform": _build_transform(spec, where)}
         return Shards(**options, seed=seed, commands=commands)
 
 
-def _dataset(spec: Mapping[str, Any], seed: int, where: str) -> Folder | Hub:
-    kind: Any = Folder if "root" in spec else Hub
-    with _named(where, ".root" if kind is Folder else ".hub"):
-        dataset: Folder | Hub = kind(**{**spec, "transform": _transform(spec, where)}, seed=seed)
-    return dataset
+def _open_dataset(spec: Mapping[str, Any], seed: int, where: str) -> Folder | Hub:
+    options = {**spec, "transform": _build_transform(spec, where), "seed": seed}
+    with _naming_section(where, ".root" if "root" in spec else ".hub"):
+        return Folder(**options) if "root" in spec else Hub(**options)
 
 
-def _transform(spec: Mapping[str, Any], where: str) -> Transform:
+def _build_transform(spec: Mapping[str, Any], where: str) -> Transform:
     options = dict(spec["transform"])
     name = options.pop("name", None)
     if name not in TRANSFORMS:
         raise unknown_name("transform", name, TRANSFORMS, where)
-    return TRANSFORMS[name](**rename_options(name, options))
+    with _naming_section(where):
+        return TRANSFORMS[name](**rename_options(name, options))
 
 
-def _cache(params: Mapping[str, Any], key: str) -> tuple[Path, dict[str, Any]]:
-    """The folder and the other options of a cache."""
+def _open_class_images(model: LatentDiffusion, spec: dict[str, Any], seed: int) -> Folder | Hub:
+    """The class images; missing ones are sampled from the model as it is now."""
+    for key in ("root", "prompt", "count", "transform"):
+        if key not in spec:
+            raise ValueError(f"data.params.prior needs `{key}`")
+    prompt = spec.pop("prompt")
+    sample_class_images(model, Path(spec["root"]), prompt, spec.pop("count"))
+    return _open_dataset({**spec, "fields": {"text": prompt}}, seed, "data.params.prior")
+
+
+def _cache_contexts(
+    model: LatentDiffusion, data: Iterable[ImageDataset | Shards], params: Mapping[str, Any]
+) -> None:
+    captions = [caption for images in data for caption in _fixed_captions(images)]
+    with _naming_section("data.params.texts"):
+        contexts = cache_contexts(model, captions, **_cache_options(params, "texts"))
+    model.conditioner.get(TextEncoder).cache = contexts
+
+
+def _cache_options(params: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The folder `cache` and the other options of a cache."""
     options = dict(params[key])
     if "cache" not in options:
         raise ValueError(f"data.params.{key} needs `cache`, a folder")
-    return Path(options.pop("cache")), options
+    return {**options, "cache": Path(options["cache"])}
 
 
 @contextmanager
-def _named(where: str, files: str = "") -> Iterator[None]:
-    """Options that nothing has are the config's mistake, so it is said where they are.
+def _naming_section(where: str, files: str = "") -> Iterator[None]:
+    """Adds the section of the config to errors of unknown options and missing files.
 
-    files: the option that names files, of which the same is true if there are none.
+    files: the option that names files.
     """
     try:
         yield
@@ -150,39 +183,48 @@ def _named(where: str, files: str = "") -> Iterator[None]:
         raise ValueError(f"{where}: {str(error).replace('.__init__()', '')}") from error
 
 
-def _prior(model: LatentDiffusion, spec: dict[str, Any], seed: int) -> Folder | Hub:
-    """The pictures of a class; those that lack are made by the model as it is now."""
-    for key in ("root", "prompt", "count", "transform"):
-        if key not in spec:
-            raise ValueError(f"data.params.prior needs `{key}`")
-    prompt = spec.pop("prompt")
-    make_pictures(model, Path(spec["root"]), prompt, spec.pop("count"))
-    return _dataset({**spec, "fields": {"text": prompt}}, seed, "data.params.prior")
+def _warn_of_missing_captions(model: LatentDiffusion, images: ImageDataset | Shards) -> None:
+    if model.conditioner.text is None or not isinstance(images, Folder):
+        return
+    if isinstance(images.transform, PhotoTransform):
+        missing = sum(not row.get("text") for row in images.metadata())
+        if missing:
+            log.warning(
+                "%d of %d images of `%s` have no caption", missing, len(images), images.root
+            )
 
 
-def _warn_of_silence(model: nn.Module, train: DatasetSource | Shards) -> None:
-    """Says how many pictures have no caption, where they are known and a model listens to them."""
-    data = None if isinstance(train, Shards) else train.dataset
-    listens = isinstance(model, LatentDiffusion) and model.conditioner.text is not None
-    if listens and isinstance(data, Folder) and isinstance(data.transform, PhotoTransform):
-        lacking = sum(not row.get("text") for row in data.metadata())
-        if lacking:
-            log.warning("%d of %d pictures of `%s` have no caption", lacking, len(data), data.root)
+def _fixed_captions(images: ImageDataset | Shards) -> Iterator[str]:
+    """All captions, if each sample always has the same."""
+    transform = images.transform
+    if not isinstance(transform, PhotoTransform) or transform.tags is not None:
+        raise ValueError("data.params.texts: only photos without `tags` have fixed captions")
+    return (transform.caption(row, Random(0)) for row in images.metadata())
 
 
-def _captions(dataset: Folder | Hub | Shards) -> Iterator[str]:
-    """All captions, where each record has one and keeps it."""
-    photo = dataset.transform
-    if not isinstance(photo, PhotoTransform) or photo.tags is not None:
-        raise ValueError("data.params.texts: only photos without `tags` have captions that stay")
-    return (photo.caption(row, Random(0)) for row in dataset.metadata())
+def _fill_vocabulary(model: LatentDiffusion, images: ImageDataset | Shards) -> None:
+    """Gives a pruned token embedding that still has no tokens those of all captions."""
+    text = model.conditioner.find(TextEncoder)
+    if text is None or text.token_ids is None:
+        return
+    if text.token_ids.equal(torch.arange(len(text.token_ids))):
+        # A folder's metadata has the rows of all splits.
+        rows = read_metadata(images.root) if isinstance(images, Folder) else images.metadata()
+        text.token_ids.copy_(collect_vocabulary(caption_texts(rows), text))
 
 
-def _learn_words(model: nn.Module, train: DatasetSource | Shards) -> None:
-    """Gives a compact vocabulary that is still empty the words of all captions."""
-    text = model.conditioner.find(TextEncoder) if isinstance(model, LatentDiffusion) else None
-    ids = None if text is None else text.token_ids
-    if text is not None and ids is not None and ids.equal(torch.arange(len(ids))):
-        data: Any = train if isinstance(train, Shards) else train.dataset
-        rows = read_metadata(data.root) if isinstance(data, Folder) else data.metadata()
-        ids.copy_(vocabulary(caption_texts(rows), text))
+def collect_vocabulary(texts: Iterable[str], encoder: TextEncoder) -> Tensor:
+    """Collects the sorted ids of all tokens in the texts, for the pruned embedding of `encoder`.
+
+    Rows that are left over get ids beyond CLIP's, which never occur.
+
+    Raises:
+        ValueError: there are more tokens than rows.
+    """
+    assert encoder.token_ids is not None
+    ids = encoder.tokenize(sorted(set(texts))).unique()
+    rows = len(encoder.token_ids)
+    if len(ids) > rows:
+        raise ValueError(f"`compact_vocab` is too small: {len(ids)} tokens occur, plus one row")
+    spare = torch.arange(rows - len(ids)) + 49408
+    return torch.cat([ids, spare])

@@ -1,18 +1,16 @@
-"""Tensors kept on disk under keys that say all they depend on, so that none is ever out of date.
+"""Tensors cached on disk under keys that are digests of all they depend on.
 
     DIR/latents-3f2a….pt    {"keys": [key, …], "z": (n, C, h, w), …}    up to PER_FILE of one shape
 
-A key is a digest of what a tensor was made of. Whoever changes that asks for another key; what has
-not changed is found again. Files are written whole or not at all, so a filling that was interrupted
-goes on where it stopped.
+So no entry is ever out of date: whatever changes, another key is asked for. Files are written whole
+or not at all, and an interrupted filling goes on where it stopped.
 """
 
 import hashlib
 import json
 import logging
-import os
 import pickle
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,40 +18,55 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ldm.runtime.files import replace_when_written
+
 __all__ = ["Store", "digest", "digest_of_weights"]
 
 log = logging.getLogger(__name__)
 
 PER_FILE = 256
-WAITING = 4  # so many files' worth of all kinds may be lost when a filling is interrupted
+MAX_PENDING = 4  # files' worth of entries of all groups that an interruption may lose
 T = TypeVar("T")
-Pile = list[tuple[list[str], Mapping[str, Tensor]]]  # keys, and their rows by name
+
+
+class Pending:
+    """Computed entries of one shape that are not written yet."""
+
+    def __init__(self) -> None:
+        self.keys: list[str] = []
+        self.tensors: dict[str, list[Tensor]] = {}
+
+    def add(self, keys: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
+        self.keys += keys
+        for name, value in tensors.items() if keys else ():
+            self.tensors.setdefault(name, []).append(value.cpu())
 
 
 class Store:
-    """What is kept in the files of a folder whose names begin with `prefix`.
+    """The entries in the files of a folder whose names begin with `prefix`.
 
-    `store[key]` is a dict of tensors, read when it is asked for.
+    `store[key]` is a dict of tensors, which are read when they are used.
     """
 
     def __init__(self, folder: str | Path, prefix: str) -> None:
-        self.folder, self.prefix = Path(folder), prefix
-        self._files: dict[Path, dict[str, Any]] = {}  # their tensors stay on disk until used
-        self._places: dict[str, tuple[Path, int]] = {}
+        self.folder = Path(folder)
+        self.prefix = prefix
+        self._files: dict[Path, dict[str, Tensor]] = {}  # mapped into memory
+        self._entries: dict[str, tuple[Path, int]] = {}  # key: file, row
         for path in sorted(self.folder.glob(f"{prefix}-*.pt")):
-            self._enter(path)
+            self._open(path)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._places
+        return key in self._entries
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._entries)
 
     def __getitem__(self, key: str) -> dict[str, Tensor]:
-        path, row = self._places[key]
-        return {k: v[row] for k, v in self._files[path].items() if isinstance(v, Tensor)}
+        path, row = self._entries[key]
+        return {name: values[row] for name, values in self._files[path].items()}
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[type["Store"], tuple[Path, str]]:
         return Store, (self.folder, self.prefix)  # another process maps the files itself
 
     @property
@@ -63,110 +76,106 @@ class Store:
 
     def fill(
         self,
-        wanted: Iterable[tuple[str, T]],
-        make: Callable[[Sequence[T]], tuple[Sequence[int], Mapping[str, Tensor]]],
+        items: Iterable[tuple[str, T]],
+        compute: Callable[[Sequence[T]], tuple[Sequence[int], Mapping[str, Tensor]]],
         *,
-        batch: int = 32,
-        kind: Callable[[T], Any] = lambda _: None,
-        unit: str = "picture",
+        batch_size: int = 32,
+        group: Callable[[T], Hashable] = lambda _: None,
+        unit: str = "image",
     ) -> int:
-        """Makes and writes what lacks of `wanted`, pairs of a key and what it is made of.
+        """Computes and writes the missing entries.
 
-            wanted: if it is no collection it is read once, and only what waits for a batch is kept.
-            make: up to `batch` things of one kind -> the places of those that could be made, and
-                tensors (n, …) by name, one row for each of these.
-        Returns how many could not be made.
+        Args:
+            items: pairs of a key and its input. An iterator is read once, and only what waits for a
+                batch is kept.
+            compute: up to `batch_size` inputs of one group -> the indices of those that did not
+                fail, and tensors (n, …) by name, one row for each of these.
+            group: of an input; those of one group have outputs of one shape.
+            unit: of the progress bar.
+        Returns:
+            How many inputs failed.
         """
-        counted, failed = isinstance(wanted, Collection), 0
-        total = len({key for key, _ in wanted if key not in self}) if counted else None
+        is_counted = isinstance(items, Collection)
+        total = len({key for key, _ in items if key not in self}) if is_counted else None
         if total == 0:
             return 0
-        if counted:
-            log.info("%d of `%s` to be made for `%s`", total, self.prefix, self.folder)
+        if is_counted:
+            log.info("computing %d of `%s` for `%s`", total, self.prefix, self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        lacking = self._lacking(wanted)
-        piles: dict[Any, Pile] = {}
-        with tqdm(total=total, unit=unit, dynamic_ncols=True, mininterval=2,
-                  disable=not counted) as bar:  # fmt: skip
-            for some in _alike(lacking, batch, lambda item: kind(item[1])):
-                places, made = make([thing for _, thing in some])
-                failed += len(some) - len(places)
-                pile = piles.setdefault(kind(some[0][1]), [])
-                if places:
-                    pile.append(([some[place][0] for place in places], made))
-                if _length(pile) >= PER_FILE:
-                    self._write(piles.pop(kind(some[0][1])))
-                elif sum(map(_length, piles.values())) >= WAITING * PER_FILE:
-                    self._write_all(piles)
-                bar.update(len(some))
-        self._write_all(piles)
+        failed = 0
+        pending: dict[Hashable, Pending] = {}
+        with tqdm(
+            total=total, unit=unit, dynamic_ncols=True, mininterval=2, disable=not is_counted
+        ) as bar:
+            missing = self._select_missing(items)
+            for batch in _batches(missing, batch_size, lambda item: group(item[1])):
+                indices, tensors = compute([value for _, value in batch])
+                failed += len(batch) - len(indices)
+                key = group(batch[0][1])
+                entries = pending.setdefault(key, Pending())
+                entries.add([batch[index][0] for index in indices], tensors)
+                if len(entries.keys) >= PER_FILE:
+                    self._write(pending.pop(key))
+                elif sum(len(one.keys) for one in pending.values()) >= MAX_PENDING * PER_FILE:
+                    self._write_all(pending)
+                bar.update(len(batch))
+        self._write_all(pending)
         return failed
 
-    def _lacking(self, wanted: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
-        """What is not there yet, each key once."""
-        asked = set[str]()
-        for key, thing in wanted:
-            if key not in self and key not in asked:
-                asked.add(key)
-                yield key, thing
+    def _select_missing(self, items: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
+        """Items without an entry, each key once."""
+        keys = set[str]()
+        for key, value in items:
+            if key not in self and key not in keys:
+                keys.add(key)
+                yield key, value
 
-    def _write_all(self, piles: dict[Any, Pile]) -> None:
-        while piles:
-            self._write(piles.pop(next(iter(piles))))
+    def _write_all(self, pending: dict[Hashable, Pending]) -> None:
+        while pending:
+            self._write(pending.pop(next(iter(pending))))
 
-    def _write(self, pile: Pile) -> None:
-        keys = [key for part, _ in pile for key in part]
-        if not keys:
+    def _write(self, entries: Pending) -> None:
+        if not entries.keys:
             return
-        content: dict[str, Any] = {"keys": keys}
-        for name in pile[0][1]:
-            content[name] = torch.cat([made[name].cpu() for _, made in pile])
-        path = self.folder / f"{self.prefix}-{digest(keys)[:16]}.pt"
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        with part.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        self._enter(path)
+        tensors = {name: torch.cat(values) for name, values in entries.tensors.items()}
+        path = self.folder / f"{self.prefix}-{digest(entries.keys)[:16]}.pt"
+        with replace_when_written(path, sync=True) as part:
+            torch.save({"keys": entries.keys, **tensors}, part)
+        self._open(path)
 
-    def _enter(self, path: Path) -> None:
+    def _open(self, path: Path) -> None:
         try:
             content = torch.load(path, weights_only=True, mmap=True)
         except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            log.warning("`%s` is damaged and will be made anew: %s", path, error)
+            log.warning("`%s` is damaged and will be computed anew: %s", path, error)
             return
-        if "keys" in content:  # older versions wrote other files
-            self._files[path] = content
-            self._places |= {key: (path, row) for row, key in enumerate(content["keys"])}
+        if "keys" in content:  # files of older versions have none
+            self._files[path] = {k: v for k, v in content.items() if isinstance(v, Tensor)}
+            self._entries |= {key: (path, row) for row, key in enumerate(content["keys"])}
 
 
-def _length(pile: Pile) -> int:
-    return sum(len(keys) for keys, _ in pile)
-
-
-def _alike(things: Iterable[T], size: int, kind: Callable[[T], Any]) -> Iterator[list[T]]:
-    """Batches of one kind each, as soon as they are complete; incomplete ones at the end."""
-    waiting: dict[Any, list[T]] = {}
-    for thing in things:
-        some = waiting.setdefault(kind(thing), [])
-        some.append(thing)
-        if len(some) == size:
-            yield waiting.pop(kind(thing))
+def _batches(items: Iterable[T], size: int, group: Callable[[T], Hashable]) -> Iterator[list[T]]:
+    """Batches of one group each, as soon as they are complete; incomplete ones at the end."""
+    waiting: dict[Hashable, list[T]] = {}
+    for item in items:
+        batch = waiting.setdefault(group(item), [])
+        batch.append(item)
+        if len(batch) == size:
+            yield waiting.pop(group(item))
     yield from waiting.values()
 
 
-def digest(*facts: Any) -> str:
-    """A name for some facts: bytes, or whatever has a JSON form or an exact `repr`."""
+def digest(*values: Any) -> str:
+    """SHA-256 of some values: bytes, or whatever has a JSON form or an exact `repr`."""
     total = hashlib.sha256()
-    for fact in facts:
-        data = fact if isinstance(fact, bytes) else json.dumps(fact, default=repr).encode()
+    for value in values:
+        data = value if isinstance(value, bytes) else json.dumps(value, default=repr).encode()
         total.update(hashlib.sha256(data).digest())
     return total.hexdigest()
 
 
 def digest_of_weights(*modules: nn.Module) -> str:
-    """A name for the weights of modules, whatever device they are on."""
+    """SHA-256 of the weights of modules, the same on every device."""
     total = hashlib.sha256()
     for module in modules:
         for name, value in module.state_dict().items():

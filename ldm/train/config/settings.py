@@ -26,7 +26,7 @@ from ldm.train.config.schema import (
     Trainer,
     validate,
 )  # fmt: skip
-from ldm.train.optim.schedules import WHERE, Rate
+from ldm.train.optim.schedules import WHERE, LearningRate
 
 __all__ = ["Devices", "Settings", "check_complete", "read_settings"]
 
@@ -119,7 +119,7 @@ class Settings:
             sections[section][f"{key}_steps"] = min(count, limit) if limit else count
         return self.change(trainer=sections["trainer"], callbacks=sections["callbacks"])
 
-    def learning_rate(self, world_size: int = 1) -> tuple[Rate, str]:
+    def learning_rate(self, world_size: int = 1) -> tuple[LearningRate, str]:
         """The learning rate of the run, and a line that explains it.
 
         Args:
@@ -259,5 +259,5 @@ def _read_optimizer(values: Mapping[str, Any]) -> Optimizer:
     return optimizer.model_copy(update={"options": options})
 
 
-def _rate(optimizer: Optimizer, lr: float) -> Rate:
-    return Rate(lr, optimizer.warm_up, optimizer.decay, optimizer.schedule)
+def _rate(optimizer: Optimizer, lr: float) -> LearningRate:
+    return LearningRate(lr, optimizer.warm_up, optimizer.decay, optimizer.schedule)

@@ -88,11 +88,11 @@ def choose_on_first_rank(choose: Callable[[Sequence[str]], T]) -> T:
     from ldm.runtime.device import pick_device
     from ldm.train.distributed import parallel
 
-    ranks = parallel.start(pick_device(None))
-    torchruns = sorted({*ranks.gathered(own)} - {""})
-    choice = ranks.told(lambda: choose(torchruns))
-    if ranks.pulse is not None:
-        ranks.pulse.stop()  # the run has a heartbeat of its own
+    ranks = parallel.connect(pick_device(None))
+    torchruns = sorted({*ranks.gather(own)} - {""})
+    choice = ranks.broadcast(lambda: choose(torchruns))
+    if ranks.heartbeat is not None:
+        ranks.heartbeat.stop()  # the run has a heartbeat of its own
     return choice
 
 

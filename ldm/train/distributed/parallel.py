@@ -1,10 +1,11 @@
-"""Several processes as one: who is who, what they agree on, whose weights lie where.
+"""Several processes of one run: ranks, collectives, sharded weights, heartbeats.
 
     ddp     every process holds all weights; gradients are averaged
-    fsdp    weights, gradients, optimizer and average are split over all processes
+    fsdp    weights, gradients, optimizer and EMA are sharded over all processes
     hsdp    the same within groups of `shard` processes; gradients are averaged between groups
 
-Started by torchrun or Slurm, on one machine or many; alone, everything here does nothing.
+Started by torchrun or Slurm, on one machine or many; a single process needs none of it, and
+everything here does nothing then.
 Rajbhandari et al. 2020 (arXiv:1910.02054); Zhao et al. 2023 (arXiv:2304.11277).
 """
 
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 from uuid import uuid4
 
 import torch
@@ -29,250 +30,299 @@ from torch.distributed.tensor import DTensor
 from ldm.nets.blocks import ResBlock
 from ldm.nets.transformer import TransformerBlock
 from ldm.runtime.ranks import rank_and_world_size
+from ldm.train.tasks.task import Batch, Losses, LossFunction
 
-__all__ = ["Ranks", "Replica", "split", "start", "whole"]
-
+__all__ = [
+    "LossModule",
+    "Ranks",
+    "connect",
+    "gather",
+    "is_sharded",
+    "reshard",
+    "shard",
+    "sync_gradients",
+]
 
 T = TypeVar("T")
 
 BLOCKS = (ResBlock, TransformerBlock)  # gathered one at a time
-MEETING = timedelta(minutes=10)  # all processes must have started by then
-PATIENCE = timedelta(hours=2)  # for others at work; if one of them is lost, its pulse tells
+START_TIMEOUT = timedelta(minutes=10)  # all processes must have started by then
+COLLECTIVE_TIMEOUT = timedelta(hours=2)  # for ranks at work; the heartbeat finds those that died
 
 
 class Ranks:
-    """This process among those of the run.
+    """This process among those of the run, and what they agree on.
 
-    rank, world: its number and how many there are; (0, 1) alone.
-    pulse: watches whether the others live.
+    Args:
+        rank: index of this process.
+        world_size: number of processes.
+        heartbeat: watches the other processes.
     """
 
-    def __init__(self, rank: int = 0, world: int = 1, pulse: "Pulse | None" = None) -> None:
-        self.rank, self.world, self.pulse = rank, world, pulse
+    def __init__(
+        self, rank: int = 0, world_size: int = 1, heartbeat: "Heartbeat | None" = None
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.heartbeat = heartbeat
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def greatest(self, values: Sequence[float]) -> list[float]:
-        """Of each of the values, the greatest that any process has."""
-        return self._reduced(values, dist.ReduceOp.MAX)
+    def max(self, values: Sequence[float]) -> list[float]:
+        """Returns the maximum of each value over all processes."""
+        return self._reduce(values, dist.ReduceOp.MAX)
 
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Of each of the values, the mean over all processes; all have the same keys."""
-        sums = self._reduced(list(values.values()), dist.ReduceOp.SUM)
-        return {key: total / self.world for key, total in zip(values, sums, strict=True)}
+        """Returns the mean of each value over all processes; all have the same keys."""
+        sums = self._reduce(list(values.values()), dist.ReduceOp.SUM)
+        return {key: total / self.world_size for key, total in zip(values, sums, strict=True)}
 
-    def once(self, work: Callable[[], None]) -> None:
-        """The first process does `work`, the others wait; if it fails with OSError, all do."""
+    def run_on_first(self, function: Callable[[], object]) -> None:
+        """Calls `function` on the first process; the others wait.
+
+        Raises:
+            OSError: on all processes, if it does on the first.
+        """
         failure = None
         if self.is_first:
             try:
-                work()
+                function()
             except OSError as error:
                 failure = error
-        if any(self.greatest([failure is not None])):
+        if any(self.max([failure is not None])):
             raise failure or OSError("the first process failed, its message says why")
 
-    def told(self, choose: Callable[[], T]) -> T:
-        """What the first process chooses; its ValueError or OSError is raised on all."""
-        said: list[T | ValueError | OSError | None] = [None]
+    def broadcast(self, function: Callable[[], T]) -> T:
+        """Calls `function` on the first process, and returns its result on all.
+
+        Raises:
+            ValueError, OSError: on all processes, if `function` does.
+        """
+        results: list[T | ValueError | OSError | None] = [None]
         if self.is_first:
             try:
-                said = [choose()]
+                results = [function()]
             except (ValueError, OSError) as error:
-                said = [error]
-        if self.world > 1:
-            dist.broadcast_object_list(said, src=0)
-        if isinstance(said[0], ValueError | OSError):
-            raise said[0]
-        return said[0]  # type: ignore[return-value]
+                results = [error]
+        if self.world_size > 1:
+            dist.broadcast_object_list(results, src=0)
+        if isinstance(results[0], ValueError | OSError):
+            raise results[0]
+        return results[0]  # type: ignore[return-value]
 
-    def gathered(self, text: str) -> list[str]:
-        """What each process says, on all."""
-        said = [text] * self.world
-        if self.world > 1:
-            dist.all_gather_object(said, text)
-        return said
+    def gather(self, text: str) -> list[str]:
+        """Returns the texts of all processes, on all."""
+        texts = [text] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(texts, text)
+        return texts
 
     @contextmanager
     def first_before_others(self) -> Iterator[None]:
-        """The first process goes through the block alone; then the others, who find its files."""
+        """The first process runs the block alone; then the others do, and find its files."""
         if not self.is_first:
-            self.greatest([0.0])
+            self.max([0.0])
         yield
         if self.is_first:
-            self.greatest([0.0])
+            self.max([0.0])
 
     def stop(self) -> None:
-        """The end: after this no process waits for another."""
-        if self.pulse is not None:
-            dist.barrier()  # until here, who works for long gives signs of life
-            self.pulse.stop()
+        """Disconnects; after this no process waits for another."""
+        if self.heartbeat is not None:
+            dist.barrier()  # until here, processes at work send heartbeats
+            self.heartbeat.stop()
             dist.barrier()  # the first, whom all listen to, leaves last
             dist.destroy_process_group()
-            self.pulse, self.rank, self.world = None, 0, 1
+            self.heartbeat = None
+            self.rank = 0
+            self.world_size = 1
 
-    def _reduced(self, values: Sequence[float], how: Any) -> list[float]:
-        if self.world == 1:
+    def _reduce(self, values: Sequence[float], op: dist.ReduceOp.RedOpType) -> list[float]:
+        if self.world_size == 1:
             return [float(value) for value in values]
         joined = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(joined, how)
-        found: list[float] = joined.tolist()
-        return found
+        dist.all_reduce(joined, op)
+        return [float(value) for value in joined]
 
 
-def start(device: torch.device, *, silence: float = 45.0) -> Ranks:
-    """This process's place, from the environment of torchrun or Slurm, connected to the others.
+def connect(device: torch.device, *, timeout: float = 45.0) -> Ranks:
+    """Connects the processes that torchrun or Slurm has started, as their environment says.
 
-    silence: seconds without a sign of life after which a process counts as lost and all others end.
+    Args:
+        timeout: seconds without a heartbeat after which a process counts as lost and all others
+            exit.
     """
-    rank, world = rank_and_world_size()
-    if world == 1:
+    rank, world_size = rank_and_world_size()
+    if world_size == 1:
         return Ranks()
     first = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")  # torchrun names its own
-    place = {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": first, "MASTER_PORT": 29500}
-    for name, value in place.items():
+    environment = {
+        "RANK": rank,
+        "WORLD_SIZE": world_size,
+        "MASTER_ADDR": first,
+        "MASTER_PORT": 29500,
+    }
+    for name, value in environment.items():
         os.environ.setdefault(name, str(value))
     if not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store, _, _ = next(rendezvous("env://", timeout=PATIENCE))
-        store = dist.PrefixStore(_turn(store, rank, world), store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
-    ranks = Ranks(rank, world)
-    ranks.pulse = Pulse(rank, world, silence, turn=ranks.told(lambda: uuid4().hex))
-    ranks.pulse.start()
+        store, _, _ = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+        store = dist.PrefixStore(agree_on_session(store, rank, world_size), store)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
+        )
+    ranks = Ranks(rank, world_size)
+    session = ranks.broadcast(lambda: uuid4().hex)
+    ranks.heartbeat = Heartbeat(rank, world_size, timeout, session=session)
+    ranks.heartbeat.start()
     return ranks
 
 
-def _turn(store: Any, rank: int, world: int) -> str:
-    """A name for this start of the processes, the same on all, and of no start before.
+def agree_on_session(store: dist.Store, rank: int, world_size: int) -> str:
+    """Returns a name for this start of the processes, the same on all, and of no start before.
 
-    Started again after a failure they find the same store, with all that those before them left
-    there, addresses too. So each introduces itself by a new name, and is answered under that.
-    Raises TimeoutError or torch's DistStoreError if they do not all come.
+    Processes that are started again after a failure find the same store, with all that those
+    before them left there, addresses too. So each announces itself by a new name, and is answered
+    under that.
+
+    Raises:
+        TimeoutError, DistStoreError: some processes did not start.
     """
     if rank:
         name = uuid4().hex
         store.set(f"newcomer/{rank}", name)
-        store.wait([f"turn/{name}"], MEETING)
-        turn: str = store.get(f"turn/{name}").decode()
-        store.set(f"{turn}/{rank}", "here")
-        return turn
-    turn, answered, began = uuid4().hex, {""}, time.monotonic()
-    others = range(1, world)
-    while not store.check([f"{turn}/{other}" for other in others]):
+        store.wait([f"turn/{name}"], START_TIMEOUT)
+        session: str = store.get(f"turn/{name}").decode()
+        store.set(f"{session}/{rank}", "here")
+        return session
+    session = uuid4().hex
+    answered = {""}
+    start = time.monotonic()
+    others = range(1, world_size)
+    while not store.check([f"{session}/{other}" for other in others]):
         for key in (f"newcomer/{other}" for other in others):
-            newcomer = store.get(key).decode() if store.check([key]) else ""
-            if newcomer not in answered:
-                store.set(f"turn/{newcomer}", turn)
-                answered.add(newcomer)
-        if time.monotonic() - began > MEETING.total_seconds():
-            here = sum(store.check([f"{turn}/{other}"]) for other in others)
-            raise TimeoutError(f"{here} of {len(others)} other processes have come in {MEETING}")
+            name = store.get(key).decode() if store.check([key]) else ""
+            if name not in answered:
+                store.set(f"turn/{name}", session)
+                answered.add(name)
+        if time.monotonic() - start > START_TIMEOUT.total_seconds():
+            present = sum(store.check([f"{session}/{other}"]) for other in others)
+            raise TimeoutError(
+                f"{present} of {len(others)} other processes have started in {START_TIMEOUT}"
+            )
         time.sleep(0.05)
-    return turn
+    return session
 
 
-class Pulse(threading.Thread):
-    """A thread that gives signs of life, and ends this process when another gives none.
+class Heartbeat(threading.Thread):
+    """Sends heartbeats, and exits this process when another rank stops sending them.
 
-    Collectives alone would wait for a stopped process or a dead machine until their time is up.
-    The first process listens to all, the others to the first, all through the store of torchrun.
+    Collectives alone would wait for a stopped process or a dead machine until their timeout. The
+    first process watches all others, the others watch the first, all through torchrun's store.
 
-    turn: tells this start of the processes from others.
+    Args:
+        timeout: seconds without a heartbeat after which a rank counts as lost.
+        session: name of this start of the processes.
     """
 
-    def __init__(self, rank: int, world: int, silence: float, *, turn: str) -> None:
-        super().__init__(name="pulse", daemon=True)
-        self.rank, self.silence = rank, silence
-        self.watched = range(1, world) if rank == 0 else range(1)
-        self.ended = threading.Event()
+    def __init__(self, rank: int, world_size: int, timeout: float, *, session: str) -> None:
+        super().__init__(name="heartbeat", daemon=True)
+        self.rank = rank
+        self.timeout = timeout
+        self.watched = range(1, world_size) if rank == 0 else range(1)
+        self.stopped = threading.Event()
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=silence))
-        self.store = dist.PrefixStore(f"pulse/{turn}", store)
+        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))
+        self.store = dist.PrefixStore(f"pulse/{session}", store)
 
     def run(self) -> None:
-        heard = dict.fromkeys(self.watched, (0, time.monotonic()))
-        while not self.ended.wait(self.silence / 10):
+        last = dict.fromkeys(self.watched, (0, time.monotonic()))
+        while not self.stopped.wait(self.timeout / 10):
             try:
                 self.store.add(str(self.rank), 1)
-                beats = {other: self.store.add(str(other), 0) for other in self.watched}
-            except Exception:
-                self._end("the connection to the first process is lost")
+                counts = {other: self.store.add(str(other), 0) for other in self.watched}
+            except Exception:  # whatever torch's store raises when its server is gone
+                self._exit("the connection to the first process is lost")
                 return
             now = time.monotonic()
-            for other, beat in beats.items():
-                if beat != heard[other][0]:
-                    heard[other] = (beat, now)
-                elif now - heard[other][1] > self.silence:
-                    self._end(f"process {other} has been silent for {self.silence:g} s")
+            for other, count in counts.items():
+                if count != last[other][0]:
+                    last[other] = (count, now)
+                elif now - last[other][1] > self.timeout:
+                    self._exit(f"process {other} has been silent for {self.timeout:g} s")
 
     def stop(self) -> None:
-        self.ended.set()
+        self.stopped.set()
         self.join()
 
-    def _end(self, why: str) -> None:
-        if not self.ended.is_set():
-            sys.stderr.write(f"process {self.rank} ends: {why}\n")
+    def _exit(self, reason: str) -> None:
+        if not self.stopped.is_set():
+            sys.stderr.write(f"process {self.rank} ends: {reason}\n")
             sys.stderr.flush()
             os._exit(1)  # the main thread may hang in a collective, which nothing interrupts
 
 
-class Replica(nn.Module):
-    """A loss as the `forward` of the module that it trains, which is where DDP listens."""
+class LossModule(nn.Module):
+    """Computes a loss in `forward`, where DistributedDataParallel hooks into the module."""
 
-    def __init__(self, trained: nn.Module, loss: Callable[..., dict[str, Tensor]]) -> None:
+    def __init__(self, module: nn.Module, loss: LossFunction) -> None:
         super().__init__()
-        self.trained, self.loss = trained, loss
+        self.module = module
+        self.loss = loss
 
-    def forward(self, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, generator: torch.Generator) -> Losses:
         return self.loss(batch, generator)
 
 
-def split(trained: nn.Module, world: int, strategy: str, shard: int | None, device: str) -> None:
-    """Splits the weights over the processes in place; each block is gathered when it is used.
+def shard(
+    module: nn.Module, world_size: int, strategy: str, group_size: int | None, device: str
+) -> None:
+    """Shards the weights over the processes in place; each block is gathered when it is used.
 
-    shard: processes that share one copy, for "hsdp".
+    Args:
+        strategy: "fsdp" or "hsdp".
+        group_size: processes that share one copy, for "hsdp".
+        device: its type.
     """
-    groups = (world,)
+    shape: tuple[int, ...] = (world_size,)
     if strategy == "hsdp":
-        if not shard or world % shard:
-            raise ValueError(f"`shard` is {shard}, it must divide the {world} processes")
-        groups = (world // shard, shard)  # type: ignore[assignment]
-    names = ("replicas", "shards")[-len(groups) :]
-    mesh = init_device_mesh(device, groups, mesh_dim_names=names)
-    for part in trained.children() if isinstance(trained, nn.ModuleDict) else [trained]:
+        if not group_size or world_size % group_size:
+            raise ValueError(f"`shard` is {group_size}, it must divide the {world_size} processes")
+        shape = (world_size // group_size, group_size)
+    mesh = init_device_mesh(device, shape, mesh_dim_names=("replicas", "shards")[-len(shape) :])
+    for part in module.children() if isinstance(module, nn.ModuleDict) else [module]:
         if any(p.requires_grad for p in part.parameters()):
             for block in [m for m in part.modules() if isinstance(m, BLOCKS)]:
                 fully_shard(block, mesh=mesh)
-            # CLIP's `logit_scale`: what has no dimensions cannot be split, and no loss uses it
+            # CLIP's `logit_scale`: scalars cannot be sharded, and no loss depends on it
             scalars = {p for p in part.parameters() if p.ndim == 0}
             fully_shard(part, mesh=mesh, ignored_params=scalars)
 
 
-def sync_gradients(module: nn.Module, on: bool) -> None:
-    """Whether the next backward pass exchanges gradients of split weights."""
+def sync_gradients(module: nn.Module, enabled: bool) -> None:
+    """Sets whether the next backward pass reduces the gradients of sharded weights."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
-            part.set_requires_gradient_sync(on, recurse=False)
+            part.set_requires_gradient_sync(enabled, recurse=False)
 
 
 def reshard(module: nn.Module) -> None:
-    """Gives back what a forward pass without a backward one has left gathered."""
+    """Frees the weights that a forward pass without a backward pass has left gathered."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
 
 
-def is_split(module: nn.Module) -> bool:
+def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
-def whole(state: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:
-    """Split tensors gathered to the CPU, on every process that says `keep`; all must call it."""
+def gather(state: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:
+    """Gathers sharded tensors to the CPU, on every process that says `keep`; all must call it."""
     gathered = {}
     for name, value in state.items():
         full = value.full_tensor() if isinstance(value, DTensor) else value

@@ -1,47 +1,44 @@
-"""What the world asks of a run while it trains.
+"""Signals of a training run: SIGTERM and SIGINT stop it after the step, SIGUSR1 saves its state.
 
-SIGTERM, SIGINT     end after the step under way; at once if it comes again
-SIGUSR1             save
+The second SIGTERM or SIGINT has its usual effect, and ends the process at once.
 """
 
 import signal
-from types import TracebackType
-from typing import Any
+from collections.abc import Callable
+from types import FrameType
 
-__all__ = ["Wishes"]
+__all__ = ["SignalHandler"]
 
-MEANINGS = {"SIGTERM": "stop", "SIGINT": "stop", "SIGUSR1": "save"}
+ACTIONS = {"SIGTERM": "stop", "SIGINT": "stop", "SIGUSR1": "save"}
+Handler = Callable[[int, FrameType | None], object] | int | None
 
 
-class Wishes:
-    """Signals of this process, heard inside `with`."""
+class SignalHandler:
+    """Collects the actions that signals ask for; a context manager."""
 
     def __init__(self) -> None:
-        self.heard: list[str] = []
-        self.kept: dict[int, Any] = {}
+        self.pending: list[str] = []
+        self.previous: dict[int, Handler] = {}
 
     def take(self) -> set[str]:
-        """What was asked for since this was called last."""
-        count = len(self.heard)
-        taken, self.heard[:count] = set(self.heard[:count]), []
-        return taken
+        """Returns the actions that were asked for since the last call: "stop", "save"."""
+        count = len(self.pending)  # a signal may come at any moment
+        actions = set(self.pending[:count])
+        del self.pending[:count]
+        return actions
 
-    def __enter__(self) -> "Wishes":
-        numbers = {getattr(signal, name): name for name in MEANINGS if hasattr(signal, name)}
-        self.kept = {number: signal.signal(number, self._hear) for number in numbers}
+    def __enter__(self) -> "SignalHandler":
+        for number in signal.valid_signals():
+            if isinstance(number, signal.Signals) and number.name in ACTIONS:  # none on Windows
+                self.previous[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        for number, handler in self.kept.items():
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def _hear(self, number: int, _: Any) -> None:
-        wish = MEANINGS[signal.Signals(number).name]
-        if wish == "stop":
-            signal.signal(number, self.kept[number])
-        self.heard.append(wish)
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        action = ACTIONS[signal.Signals(number).name]
+        if action == "stop":
+            signal.signal(number, self.previous[number])
+        self.pending.append(action)

@@ -1,8 +1,8 @@
-"""How a run goes: a line on the screen, and the same numbers and pictures in one or more logs.
+"""Progress bar and loggers of a run.
 
-    csv           log.csv, one row for each time that something was logged
-    tensorboard   tensorboard/, left out with a note if the package is not there
-    wandb         to Weights & Biases, if it is asked for
+    csv           log.csv, one row per logged step
+    tensorboard   tensorboard/, left out with a note if the package is not installed
+    wandb         to Weights & Biases
 
 Only the first process logs.
 """
@@ -13,23 +13,34 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ldm.imaging import pixels, reading
+from ldm.runtime.files import replace_when_written
 from ldm.train.distributed.parallel import Ranks
 
-__all__ = ["Csv", "Loggers", "Progress", "memory"]
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+__all__ = ["CsvLogger", "Loggers", "Progress", "peak_memory_gib"]
 
 log = logging.getLogger(__name__)
 
 EXTRA = "pip install 'ldm-revived[train]'"
+# Shown in the progress bar.
+FORMATS = {
+    "loss": "loss {:.4f}",
+    "lr": "lr {:.2e}",
+    "images_per_second": "{:.3g} images/s",
+    "memory_gib": "{:.2f} GiB",
+}
 
 
-class Log(Protocol):
-    """A place that numbers and pictures go to."""
+class Logger(Protocol):
+    """Takes numbers and images of a run."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -39,12 +50,15 @@ class Log(Protocol):
 
 
 class Loggers:
-    """Several logs as one.
+    """Several loggers as one.
 
+    Args:
         names: "csv", "tensorboard", "wandb"; () on all processes but the first.
-        start: the step that the run goes on from; what was logged later is logged again.
-        settings: of wandb (project, name, …), and the config to show there.
-    Raises ImportError if wandb is asked for and not there.
+        start: the step that the run resumes from; what was logged later is logged again.
+        wandb: keywords of `wandb.init` (project, name, …).
+        config: shown by wandb.
+    Raises:
+        ImportError: wandb is asked for and not installed.
     """
 
     def __init__(
@@ -56,73 +70,72 @@ class Loggers:
         wandb: Mapping[str, Any] | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        self.logs: list[Log] = []
+        self.loggers: list[Logger] = []
         for name in dict.fromkeys(names):
             if name == "csv":
-                self.logs.append(Csv(folder / "log.csv", start=start))
+                self.loggers.append(CsvLogger(folder / "log.csv", start=start))
             elif name == "wandb":
-                self.logs.append(Wandb(folder, wandb or {}, config or {}))
-            elif (writer := _tensorboard(folder, start)) is not None:
-                self.logs.append(writer)
+                self.loggers.append(WandbLogger(folder, wandb or {}, config or {}))
+            elif (logger := _make_tensorboard_logger(folder, start)) is not None:
+                self.loggers.append(logger)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Nothing is written where there are no values."""
-        for each in self.logs if values else ():
-            each.scalars(step, values)
+        """Logs numbers by name; nothing if there are none."""
+        for logger in self.loggers if values else ():
+            logger.scalars(step, values)
 
     def image(self, step: int, name: str, path: Path) -> None:
-        """path: of a PNG."""
-        for each in self.logs:
-            each.image(step, name, path)
+        """Logs a PNG."""
+        for logger in self.loggers:
+            logger.image(step, name, path)
 
     def close(self) -> None:
-        for each in self.logs:
-            each.close()
+        for logger in self.loggers:
+            logger.close()
 
 
-class Csv:
-    """A table whose columns grow: a row may have what no row before it had.
+class CsvLogger:
+    """A table that gets new columns when new values come.
 
-    start: rows of later steps are dropped, as they come again.
+    Args:
+        start: rows of later steps are dropped, as they come again.
     """
 
     def __init__(self, path: Path, *, start: int = 0) -> None:
         self.path = path
-        self.columns, rows = _table(path)
-        kept = [row for row in rows if _step(row) <= start]
-        if len(kept) < len(rows):
-            self._rewrite(kept)
+        self.columns, rows = _read_table(path)
+        earlier = [row for row in rows if int(row["step"]) <= start]
+        if len(earlier) < len(rows):
+            self._rewrite(earlier)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         row = {"step": str(step), **{key: f"{value:.6g}" for key, value in values.items()}}
         new = [key for key in row if key not in self.columns]
         if new:
-            _, rows = _table(self.path)
+            _, rows = _read_table(self.path)
             self.columns += new
             self._rewrite(rows)
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns, restval="").writerow(row)
 
     def image(self, step: int, name: str, path: Path) -> None:
-        """Pictures have their own folder."""
+        """Images have their own folder."""
 
     def close(self) -> None:
         """Nothing is open."""
 
     def _rewrite(self, rows: Sequence[Mapping[str, str]]) -> None:
-        part = self.path.with_name(self.path.name + ".part")
-        part.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w", newline="") as file:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replace_when_written(self.path) as part, part.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
-        part.replace(self.path)
 
 
-class TensorBoard:
+class TensorBoardLogger:
     """Events in a folder that `tensorboard --logdir` shows."""
 
-    def __init__(self, writer: Any) -> None:
+    def __init__(self, writer: "SummaryWriter") -> None:
         self.writer = writer
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -131,15 +144,15 @@ class TensorBoard:
         self.writer.flush()
 
     def image(self, step: int, name: str, path: Path) -> None:
-        picture = pixels.to_tensor(reading.load_image(path))[0]  # (3, H, W) in [-1, 1]
-        self.writer.add_image(name, (picture + 1) / 2, step)
+        image = pixels.to_tensor(reading.load_image(path))[0]  # (3, H, W) in [-1, 1]
+        self.writer.add_image(name, (image + 1) / 2, step)
         self.writer.flush()
 
     def close(self) -> None:
         self.writer.close()
 
 
-class Wandb:
+class WandbLogger:
     """A run on Weights & Biases; `mode: offline` keeps it in the folder."""
 
     def __init__(self, folder: Path, options: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -150,9 +163,9 @@ class Wandb:
                 "lightning.callbacks.loggers: `wandb` is not installed, pip install "
                 "'ldm-revived[wandb]'"
             ) from error
-        named = {"name": folder.name, "id": folder.name, "resume": "allow"}
-        self.wandb = wandb
-        self.run = wandb.init(dir=str(folder), config=dict(config), **named | dict(options))
+        defaults = {"name": folder.name, "id": folder.name, "resume": "allow"}
+        self.wandb: Any = wandb
+        self.run: Any = wandb.init(dir=str(folder), config=dict(config), **defaults | dict(options))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)
@@ -165,10 +178,13 @@ class Wandb:
 
 
 class Progress:
-    """A tqdm line with losses, learning rate, images per second and memory; logged alike.
+    """A tqdm bar with losses, learning rate, images per second and memory, which are logged too.
 
-    A step costs nothing here but its count: losses stay where they are for `every` steps, or until
-    the last of all.
+    Losses stay on their device, unread, for `every` steps or until the last step of the run.
+
+    Args:
+        start: the step that the run resumes from.
+        steps: of the whole run; None = it ends by time.
     """
 
     def __init__(
@@ -183,7 +199,10 @@ class Progress:
     ) -> None:
         from tqdm import tqdm
 
-        self.loggers, self.ranks, self.device, self.every = loggers, ranks, device, every
+        self.loggers = loggers
+        self.ranks = ranks
+        self.device = device
+        self.every = every
         self.bar = tqdm(
             total=steps,
             initial=start,
@@ -192,34 +211,48 @@ class Progress:
             mininterval=1 if sys.stderr.isatty() else 30,
             disable=not ranks.is_first,
         )
-        self.sums: dict[str, Any] = {}
-        self.images, self.steps, self.since = 0, 0, time.monotonic()
+        self._reset()
 
     def __call__(self, step: int, losses: Mapping[str, Tensor], lr: float, images: int) -> None:
-        """losses: those without dimensions are means of a batch. images: of all processes."""
+        """Counts a step.
+
+        Args:
+            losses: scalars are logged, all else is ignored.
+            images: of all processes.
+        """
         self.bar.update()
         for name, value in losses.items():
             if not value.ndim:
-                self.sums[name] = self.sums.get(name, 0) + value.detach()
-        self.images, self.steps = self.images + images, self.steps + 1
+                self.sums[name] = self.sums.get(name, torch.zeros(())) + value.detach()
+        self.images += images
+        self.steps += 1
         if step % self.every and step != self.bar.total:
             return
         rate = self.images / (time.monotonic() - self.since)
         means = self.ranks.mean({name: float(v) / self.steps for name, v in self.sums.items()})
-        row = {**means, "lr": lr, "images_per_second": rate, "memory_gib": memory(self.device)}
-        shown = {"loss": "loss {:.4f}", "lr": "lr {:.2e}", "images_per_second": "{:.3g} images/s",
-                 "memory_gib": "{:.2f} GiB"}  # fmt: skip
-        line = [text.format(row[name]) for name, text in shown.items() if name in row]
+        row = {
+            **means,
+            "lr": lr,
+            "images_per_second": rate,
+            "memory_gib": peak_memory_gib(self.device),
+        }
+        line = [text.format(row[name]) for name, text in FORMATS.items() if name in row]
         self.bar.set_postfix_str(", ".join(line), refresh=False)
         self.loggers.scalars(step, row)
-        self.sums, self.images, self.steps, self.since = {}, 0, 0, time.monotonic()
+        self._reset()
 
     def close(self) -> None:
         self.bar.close()
 
+    def _reset(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.images = 0
+        self.steps = 0
+        self.since = time.monotonic()
 
-def memory(device: torch.device) -> float:
-    """GiB at the peak so far: of the GPU, else of this process; NaN where nobody counts."""
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory so far, of the GPU or else of this process; NaN where it is not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:
@@ -230,24 +263,20 @@ def memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def _tensorboard(folder: Path, start: int) -> Log | None:
+def _make_tensorboard_logger(folder: Path, start: int) -> Logger | None:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         log.info("no log for TensorBoard, the package is not installed\nhint: %s", EXTRA)
         return None
-    return TensorBoard(SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1))
+    return TensorBoardLogger(SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1))
 
 
-def _table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Columns and rows of a file, nothing if it is not there; a row cut off by a crash is left."""
+def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Reads columns and rows, none if there is no file; without a row cut off by a crash."""
     if not path.exists():
         return ["step"], []
     with path.open(newline="") as file:
         reader = csv.DictReader(file, restkey="", restval="")
         rows = [row for row in reader if (row.get("step") or "").isdigit()]
         return list(reader.fieldnames or ["step"]), rows
-
-
-def _step(row: Mapping[str, str]) -> int:
-    return int(row["step"])

@@ -1,13 +1,13 @@
-"""Before the first step of a fine-tune: does the untouched model know what it is doing?
+"""Checks the initial weights of a fine-tune before its first step.
 
-The loss of one batch is compared with that of a guesser, who knows the schedule and the variance of
-the latents, but has never seen a picture: for each timestep the best multiple of z_t. A trained
-model is far better; one that is read as eps and predicts v, or whose latents have the wrong scale,
-is worse. The same prediction is compared with eps, v and x0, which tells what it really is.
+The loss of one batch is compared with that of the best guess without a network: for each timestep
+the best multiple of z_t, by the noise schedule and the variance of the latents. A trained model is
+far better; one that predicts v and is read as eps, or whose latents have the wrong scale, is worse.
+The same prediction is compared with eps, v and x0, which tells what it really is.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,113 +18,126 @@ from ldm.data.source import collate, to_device
 from ldm.diffusion.denoiser import PARAMETERIZATIONS, Denoiser
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
-from ldm.train.monitoring.validation import paused
+from ldm.train.monitoring.validation import evaluating
 from ldm.train.tasks.diffusion import spread_timesteps
 
-__all__ = ["Findings", "check", "look"]
+__all__ = ["SAMPLES", "Comparison", "check_initial_weights", "compare_with_guess"]
 
 log = logging.getLogger(__name__)
 
 SAMPLES = 16
-# Of a guesser's loss: a model with more does not know these latents. Measured on the demo model:
-# 0.22; read as eps 1.7, as x0 6; latents times 0.18 1.4, times 5.5 2.4; random weights 1.0.
+# Above this fraction of the guess's loss the weights do not fit. Measured on the demo model: 0.22;
+# read as eps 1.7, as x0 6; latents times 0.18 1.4, times 5.5 2.4; random weights 1.0.
 LIMIT = 0.85
-SPREAD = (0.4, 2.5)  # standard deviations of latents that a scale factor is there for
-OFF = "\nhint: lightning.trainer.sanity=false trains it all the same"
+STD_RANGE = (0.4, 2.5)  # of latents with a suitable scale factor
+HINT = "\nhint: lightning.trainer.sanity=false trains it all the same"
 
 
 @dataclass(frozen=True)
-class Findings:
-    """What one batch says about a model.
+class Comparison:
+    """Losses of a model and of a guess on one batch.
 
-    loss, guess: of the model and of a guesser, for what the config says that it predicts.
-    ratios: loss / guess if it predicted eps, v or x0.
-    std: of the latents.
+    Attributes:
+        parameterization: what the config says that the model predicts.
+        loss, guess: of the model and of the guess, for that parameterization.
+        ratios: loss / guess if the model predicted eps, v or x0.
+        std: of the latents.
     """
 
-    predicts: str
+    parameterization: str
     loss: float
     guess: float
-    ratios: dict[str, float]
+    ratios: Mapping[str, float]
     std: float
 
     @property
-    def best(self) -> str:
-        """What the prediction resembles most."""
+    def nearest(self) -> str:
+        """The parameterization that the prediction fits best."""
         return min(self.ratios, key=lambda name: self.ratios[name])
 
-    def complaint(self) -> str | None:
-        """What is suspicious, in one line."""
+    def problem(self) -> str | None:
+        """Describes in one line what is suspicious, if anything is."""
         numbers = (
             f"(loss {self.loss:.3f}, a guess {self.guess:.3f}, latents with std {self.std:.2f})"
         )
-        if self.best != self.predicts and self.ratios[self.best] < LIMIT:
+        if self.nearest != self.parameterization and self.ratios[self.nearest] < LIMIT:
             return (
-                f"the model predicts `{self.best}`, but model.params.parameterization says "
-                f"`{self.predicts}` {numbers}"
+                f"the model predicts `{self.nearest}`, but model.params.parameterization says "
+                f"`{self.parameterization}` {numbers}"
             )
-        if self.ratios[self.predicts] <= LIMIT:
+        if self.ratios[self.parameterization] <= LIMIT:
             return None
-        if not SPREAD[0] <= self.std <= SPREAD[1]:
+        if not STD_RANGE[0] <= self.std <= STD_RANGE[1]:
             return f"model.params.scale_factor does not suit this autoencoder {numbers}"
         return f"the model is hardly better than a guess: are its weights loaded? {numbers}"
 
 
-def check(run: Any) -> None:
-    """Says what the model predicts, and how well.
+def check_initial_weights(
+    model: LatentDiffusion | AutoencoderKL,
+    samples: Sequence[dict[str, Any]],
+    *,
+    batch_size: int,
+    seed: int,
+) -> None:
+    """Checks on a few samples that the weights of a model fit its config.
 
-        run: a `Run` that starts from weights; all processes call this.
-    Raises ValueError in one line if that is not plausible, unless `trainer.sanity` is false.
+    Args:
+        samples: with images of the training data; those of another size than the first are ignored.
+        batch_size: what surely fits into memory.
+    Raises:
+        ValueError: the model is hardly better than a guess; the message says what may be wrong.
     """
-    if not run.settings.trainer.sanity:
-        return
-    records = _alike(run.source.first_samples(SAMPLES))
-    with paused(run.model), run.precision():
-        if isinstance(run.model, AutoencoderKL):
-            image = torch.stack([record["jpg"] for record in records[: run.batch_size]])
-            complaint = _reconstruction(run.model, image.to(run.device))
+    samples = [one for one in samples if one["jpg"].shape == samples[0]["jpg"].shape]
+    with evaluating(model):
+        if isinstance(model, AutoencoderKL):
+            image = torch.stack([one["jpg"] for one in samples[:batch_size]])
+            problem = find_problem_of_autoencoder(model, image)
         else:
-            chance = torch.Generator().manual_seed(run.seed)
-            findings = look(run.model, records, chance, size=run.batch_size)
-            complaint = findings.complaint()
+            generator = torch.Generator().manual_seed(seed)
+            result = compare_with_guess(model, samples, generator, batch_size=batch_size)
             log.info(
                 "the model predicts %s: loss %.3f before the first step, a guess would have %.3f",
-                *(findings.predicts, findings.loss, findings.guess),
+                result.parameterization,
+                result.loss,
+                result.guess,
             )
-    if complaint:
-        raise ValueError(complaint + OFF)
+            problem = result.problem()
+    if problem:
+        raise ValueError(problem + HINT)
 
 
 @torch.no_grad()
-def look(
+def compare_with_guess(
     model: LatentDiffusion,
-    records: Sequence[dict[str, Any]],
+    samples: Sequence[dict[str, Any]],
     generator: torch.Generator,
     *,
-    size: int = SAMPLES,
-) -> Findings:
-    """One pass over pictures at timesteps that are spread over the schedule.
-
-    size: of the batches in which they go through the model.
-    """
-    t = spread_timesteps(len(records), len(model.schedule), generator)  # (B,)
-    parts = [slice(k, k + size) for k in range(0, len(records), size)]
-    seen = [_predicted(model, collate(list(records[part])), t[part], generator) for part in parts]
-    z, noise, prediction = (torch.cat(values) for values in zip(*seen, strict=True))
-    losses, ratios, guesses = {}, {}, {}
+    batch_size: int = SAMPLES,
+) -> Comparison:
+    """Runs the model once on noisy latents, at timesteps that are spread over the schedule."""
+    t = spread_timesteps(len(samples), len(model.schedule), generator)  # (B,)
+    starts = range(0, len(samples), batch_size)
+    batches = [list(samples[k : k + batch_size]) for k in starts]
+    outputs = [
+        _predict(model, collate(batch), t[k : k + batch_size], generator)
+        for k, batch in zip(starts, batches, strict=True)
+    ]
+    z, noise, prediction = (torch.cat(values) for values in zip(*outputs, strict=True))
+    losses: dict[str, float] = {}
+    guesses: dict[str, float] = {}
     for name in PARAMETERIZATIONS:
         target = Denoiser(model.unet, model.schedule, name).target(z, noise, t)
         losses[name] = float((prediction - target).square().mean())
-        guesses[name] = float(_guess(z, noise, t, target, model))
-        ratios[name] = losses[name] / guesses[name]
+        guesses[name] = float(_guess_loss(model.schedule.add_noise(z, noise, t), target))
+    ratios = {name: losses[name] / guesses[name] for name in losses}
     own = model.parameterization
-    return Findings(own, losses[own], guesses[own], ratios, float(z.std()))
+    return Comparison(own, losses[own], guesses[own], ratios, float(z.std()))
 
 
-def _predicted(
+def _predict(
     model: LatentDiffusion, batch: dict[str, Any], t: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(z, noise, prediction) of a batch of pictures, (B, C, h, w) each."""
+    """(z, noise, prediction) of a batch of images, (B, C, h, w) each."""
     batch = to_device(batch, model.device)
     z = model.encode(batch["jpg"], generator)
     noise = torch.randn(z.shape, generator=generator).to(z)
@@ -132,18 +145,19 @@ def _predicted(
     return z, noise, model.denoiser.predict_at(z, model.condition(batch), t, noise)
 
 
-def _guess(z: Tensor, noise: Tensor, t: Tensor, target: Tensor, model: LatentDiffusion) -> Tensor:
-    """Mean squared error of the best multiple of z_t, for each timestep its own."""
-    z_t = model.schedule.add_noise(z, noise, t).flatten(1)  # (B, N)
-    target = target.flatten(1)
-    best = (z_t * target).sum(1) / z_t.square().sum(1)  # (B,)
-    return (best[:, None] * z_t - target).square().mean()
+def _guess_loss(z_t: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of the multiple of z_t that fits best, chosen per sample."""
+    z_t, target = z_t.flatten(1), target.flatten(1)  # (B, N)
+    factor = (z_t * target).sum(1) / z_t.square().sum(1)  # (B,)
+    return (factor[:, None] * z_t - target).square().mean()
 
 
 @torch.no_grad()
-def _reconstruction(model: AutoencoderKL, image: Tensor) -> str | None:
-    made = model.decode(model.encode(image).mode()).float()
-    error = float((made - image).square().mean())
+def find_problem_of_autoencoder(model: AutoencoderKL, image: Tensor) -> str | None:
+    """Compares reconstructions of images (B, 3, H, W) with their mean colours."""
+    image = image.to(model.quant_conv.weight.device)
+    reconstruction = model.decode(model.encode(image).mode()).float()
+    error = float((reconstruction - image).square().mean())
     guess = float((image - image.mean((2, 3), keepdim=True)).square().mean())
     log.info(
         "the autoencoder errs by %.4f before the first step, flat colours by %.4f", error, guess
@@ -154,9 +168,3 @@ def _reconstruction(model: AutoencoderKL, image: Tensor) -> str | None:
         f"the autoencoder is hardly better than flat colours: are its weights loaded? (error "
         f"{error:.3f}, flat {guess:.3f})"
     )
-
-
-def _alike(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of the size of the first."""
-    shape = samples[0]["jpg"].shape
-    return [sample for sample in samples if sample["jpg"].shape == shape]

@@ -1,7 +1,7 @@
-"""The loss by timestep: where, between hardly any noise and nothing else, a model still errs.
+"""The loss by timestep: at which noise levels a model still errs.
 
 timesteps.csv                  step, from, to, loss, samples
-images/loss-per-timestep.png   the same, drawn; the earlier, the paler
+images/loss-per-timestep.png   the same as a plot; the earlier, the paler
 """
 
 import csv
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldm.runtime.files import replace_when_written
 from ldm.train.distributed.parallel import Ranks
 
 __all__ = ["TimestepLog"]
@@ -18,34 +19,50 @@ __all__ = ["TimestepLog"]
 log = logging.getLogger(__name__)
 
 COLUMNS = ("step", "from", "to", "loss", "samples")
-SHOWN = 8  # curves in the plot
+MAX_CURVES = 8  # in the plot
 
 
 class TimestepLog:
     """Running means of the loss in bins of timesteps; each `write` halves the weight of the past.
 
-    timesteps: of the schedule. start: the step that the run goes on from.
+    Args:
+        timesteps: of the noise schedule.
+        start: the step that the run resumes from.
     """
 
     def __init__(
         self, folder: Path, ranks: Ranks, timesteps: int = 1000, *, bins: int = 50, start: int = 0
     ) -> None:
-        self.folder, self.ranks, self.timesteps, self.bins = folder, ranks, timesteps, bins
-        self.sums, self.counts = torch.zeros(bins), torch.zeros(bins)
+        self.folder = folder
+        self.ranks = ranks
+        self.timesteps = timesteps
+        self.bins = bins
+        self.sums = torch.zeros(bins)
+        self.counts = torch.zeros(bins)
         self.curves = self._read(start)
 
     def add(self, t: Tensor, losses: Tensor) -> None:
-        """t: (B,) timesteps. losses: (B,), detached."""
-        places = (t.cpu() * self.bins // self.timesteps).clamp(0, self.bins - 1)
+        """Adds the losses of samples; those that are not finite are ignored.
+
+        Args:
+            t: (B,) timesteps.
+            losses: (B,), detached.
+        """
+        bins = (t.cpu() * self.bins // self.timesteps).clamp(0, self.bins - 1)
         values = losses.detach().float().cpu()
-        fine = values.isfinite()
-        self.sums.index_add_(0, places[fine], values[fine])
-        self.counts.index_add_(0, places[fine], torch.ones(int(fine.sum())))
+        finite = values.isfinite()
+        self.sums.index_add_(0, bins[finite], values[finite])
+        self.counts.index_add_(0, bins[finite], torch.ones(int(finite.sum())))
 
     def write(self, step: int) -> Path | None:
-        """Writes what all processes have seen; the plot, where this is the first and can draw."""
-        sums, counts = (self._over_ranks(values) for values in (self.sums, self.counts))
-        self.sums, self.counts = self.sums / 2, self.counts / 2
+        """Writes the means over all processes.
+
+        Returns:
+            The plot; None on other processes than the first, and without matplotlib.
+        """
+        sums, counts = self._sum_over_ranks(self.sums), self._sum_over_ranks(self.counts)
+        self.sums /= 2
+        self.counts /= 2
         if not self.ranks.is_first or not counts.any():
             return None
         self.curves[step] = torch.where(counts > 0, sums / counts.clamp(min=1e-9), torch.nan)
@@ -58,32 +75,31 @@ class TimestepLog:
                 writer.writerow(COLUMNS)
             for k, (loss, count) in enumerate(zip(self.curves[step], counts, strict=True)):
                 if count > 0:
-                    writer.writerow([step, *self._edges(k), f"{loss:.6g}", f"{count:g}"])
+                    writer.writerow([step, *self._limits(k), f"{loss:.6g}", f"{count:g}"])
         return self._plot(self.folder / "images" / "loss-per-timestep.png")
 
-    def _edges(self, k: int) -> tuple[int, int]:
+    def _limits(self, k: int) -> tuple[int, int]:
         """First and last timestep of a bin."""
-        first, after = (-(-place * self.timesteps // self.bins) for place in (k, k + 1))
-        return first, after - 1
+        first, end = (-(-edge * self.timesteps // self.bins) for edge in (k, k + 1))
+        return first, end - 1
 
-    def _over_ranks(self, values: Tensor) -> Tensor:
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
         named = {str(k): float(value) for k, value in enumerate(values)}
-        return torch.tensor(list(self.ranks.mean(named).values())) * self.ranks.world
+        return torch.tensor(list(self.ranks.mean(named).values())) * self.ranks.world_size
 
     def _read(self, start: int) -> dict[int, Tensor]:
-        """The curves of an earlier session; what came after the state will come again."""
-        path, curves = self.folder / "timesteps.csv", dict[int, Tensor]()
+        """Reads the curves of earlier sessions; rows after `start` are dropped, they come again."""
+        path = self.folder / "timesteps.csv"
+        curves: dict[int, Tensor] = {}
         if not path.exists():
             return curves
         with path.open(newline="") as file:
-            rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS)]
-        kept = [row for row in rows[1:] if int(row[0]) <= start]
-        if self.ranks.is_first and len(kept) < len(rows) - 1:
-            part = path.with_name(path.name + ".part")
-            with part.open("w", newline="") as file:
-                csv.writer(file).writerows([COLUMNS, *kept])
-            part.replace(path)
-        for step, first, _, loss, _ in kept:
+            rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS)][1:]
+        earlier = [row for row in rows if int(row[0]) <= start]
+        if self.ranks.is_first and len(earlier) < len(rows):
+            with replace_when_written(path) as part, part.open("w", newline="") as file:
+                csv.writer(file).writerows([COLUMNS, *earlier])
+        for step, first, _, loss, _ in earlier:
             k = int(first) * self.bins // self.timesteps
             if k < self.bins:
                 empty = torch.full((self.bins,), torch.nan)
@@ -98,17 +114,19 @@ class TimestepLog:
             return None
         figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
         axes = figure.add_subplot()
-        steps = sorted(self.curves)[-SHOWN:]
-        middles = torch.tensor([sum(self._edges(k)) / 2 for k in range(self.bins)])
-        for place, step in enumerate(steps):
-            colour, is_last = (place + 1) / len(steps), step == steps[-1]
-            seen = self.curves[step].isfinite()
+        steps = sorted(self.curves)[-MAX_CURVES:]
+        middles = torch.tensor([sum(self._limits(k)) / 2 for k in range(self.bins)])
+        for index, step in enumerate(steps):
+            age = (index + 1) / len(steps)
+            is_last = step == steps[-1]
+            finite = self.curves[step].isfinite()
             axes.plot(
-                *(middles[seen], self.curves[step][seen]),
+                middles[finite],
+                self.curves[step][finite],
                 marker=".",
-                color=(0.1, 0.3, 0.7, 0.15 + 0.85 * colour**2),
+                color=(0.1, 0.3, 0.7, 0.15 + 0.85 * age**2),
                 linewidth=2 if is_last else 1,
-                label=f"step {step}" if is_last or place == 0 else None,
+                label=f"step {step}" if is_last or index == 0 else None,
             )
         axes.set(xlabel="timestep (0: hardly any noise)", ylabel="loss", xlim=(0, self.timesteps))
         axes.set_ylim(bottom=0)

@@ -1,80 +1,89 @@
-"""The loss on pictures that are not trained on: the same ones, noised alike, whenever it is asked.
+"""Validation: losses on held-out data, on the same batches with the same noise every time.
 
-val/loss        the weights as they are
-val/loss_ema    their average
+val/loss        of the raw weights
+val/loss_ema    of the EMA weights
 """
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import nn
 
+from ldm.data.source import Source
 from ldm.train.distributed.parallel import reshard
+from ldm.train.run import Run
 
-__all__ = ["paused", "validate"]
+__all__ = ["evaluating", "validate"]
 
 log = logging.getLogger(__name__)
 
 
-def validate(run: Any, *, averaged: bool = True) -> dict[str, float]:
-    """Means of all losses over the first batches of `run.held_out`; {} if nothing is held out.
+def validate(run: Run, *, with_ema: bool = True) -> dict[str, float]:
+    """Computes the means of all losses over the first batches of the held-out data.
 
-    run: a `Run`; all its processes call this and share the batches.
-    averaged: with the averaged weights too.
+    All processes call this and share the batches.
+
+    Args:
+        with_ema: evaluate the EMA weights, too.
+    Returns:
+        Losses by name, {} if no data is held out.
     """
     if run.held_out is None:
         return {}
-    found = {f"val/{name}": value for name, value in _means(run).items()}
-    if averaged and run.state.ema.decay:
-        with run.state.ema.applied(run.task.trained):
-            found |= {f"val/{name}_ema": value for name, value in _means(run).items()}
+    losses = {f"val/{name}": value for name, value in _mean_losses(run, run.held_out).items()}
+    ema = run.state.ema
+    if with_ema and ema.decay:
+        with ema.applied(run.task.trainable):
+            means = _mean_losses(run, run.held_out)
+        losses |= {f"val/{name}_ema": value for name, value in means.items()}
     if run.ranks.is_first:
-        figures = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
-        log.info("step %d: %s", run.state.step, figures)
-    return found
+        values = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        log.info("step %d: %s", run.state.step, values)
+    return losses
 
 
 @contextmanager
-def paused(module: nn.Module) -> Iterator[None]:
-    """Inside, a module is evaluated and has no gradients; afterwards each part is as it was."""
-    trained = [part for part in module.modules() if part.training]
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Inside the context a module is in eval mode, without gradients; then each part is as before.
+
+    Not under `inference_mode`: gathered weights of sharded models are used for training again.
+    """
+    training = [part for part in module.modules() if part.training]
     module.eval()
     try:
-        # Not inference_mode: gathered weights of split models are used for training again.
         with torch.no_grad():
             yield
     finally:
         reshard(module)
-        for part in trained:
+        for part in training:
             part.training = True
 
 
-def _means(run: Any) -> dict[str, float]:
-    """Chance in a batch is that of its number, so noise and timesteps are always the same."""
-    ranks, size = run.ranks, run.batch_size
-    batches = run.held_out.batches(size, rank=ranks.rank, world_size=ranks.world)
-    count = -(-_batches(run) // ranks.world)  # alike on all, as their forward passes must be
+def _mean_losses(run: Run, held_out: Source) -> dict[str, float]:
+    """Noise and timesteps of a batch depend on its index only."""
+    rank, world_size = run.ranks.rank, run.ranks.world_size
+    batches = held_out.batches(run.batch_size, rank=rank, world_size=world_size)
+    # The same on all ranks, as sharded weights are gathered for each forward pass.
+    count = -(-_count_batches(run, held_out) // world_size)
     sums: dict[str, float] = {}
-    with paused(run.model):
+    with evaluating(run.model):
         for place, batch in enumerate(islice(batches, count)):
             batch.pop("broken", None)
-            number = place * ranks.world + ranks.rank
-            generator = torch.Generator().manual_seed(run.seed * 1_000_003 + number)
-            with run.precision():
+            index = place * world_size + rank
+            generator = torch.Generator().manual_seed(run.seed * 1_000_003 + index)
+            with run.autocast():
                 losses = run.task.loss(batch, generator)
             for name, value in losses.items():
                 if not value.ndim:
                     sums[name] = sums.get(name, 0.0) + float(value.detach()) / count
-    means: dict[str, float] = ranks.mean(sums)
-    return means
+    return run.ranks.mean(sums)
 
 
-def _batches(run: Any) -> int:
-    """As many as the settings say, but nothing twice."""
-    wanted = int(run.settings.callbacks.validate_batches)
-    batches = run.held_out.batches_per_epoch(run.batch_size)
-    return wanted if batches is None else max(1, min(wanted, int(batches)))
+def _count_batches(run: Run, held_out: Source) -> int:
+    """As many as the settings say, but at most one epoch."""
+    limit = run.settings.callbacks.validate_batches
+    epoch = held_out.batches_per_epoch(run.batch_size)
+    return limit if epoch is None else max(1, min(limit, int(epoch)))

@@ -1,11 +1,11 @@
-"""The learning rate at every step: our shapes, or a `scheduler_config` of the original.
+"""The learning rate at every step: our own schedules, or a `scheduler_config` of the original.
 
-    LambdaLinearScheduler, LambdaWarmUpCosineScheduler2: cycles with these lists, one value for each
-        step n of a cycle < warm_up_steps:   f_start -> f_max in a straight line
-        later:                               f_max -> f_min, at the end of cycle_lengths
+    LambdaLinearScheduler, LambdaWarmUpCosineScheduler2: cycles, with one list entry per cycle
+        step n of a cycle < warm_up_steps:   f_start -> f_max, linear
+        later:                               f_max -> f_min at the end of the cycle
     LambdaWarmUpCosineScheduler: one warm-up lr_start -> lr_max, then a half cosine to lr_min
 
-All their numbers are multiples of the learning rate.
+All their values are multiples of the learning rate.
 """
 
 import math
@@ -16,15 +16,13 @@ from itertools import accumulate
 from typing import Any
 
 from ldm.runtime.errors import unknown_name
-from ldm.train.optim import optimizers
 
-__all__ = ["Rate", "multiplier"]
+__all__ = ["WHERE", "LearningRate", "lr_multiplier"]
 
-LINEAR, COSINE, CYCLES = (
-    "LambdaLinearScheduler",
-    "LambdaWarmUpCosineScheduler",
-    "LambdaWarmUpCosineScheduler2",
-)
+DECAYS = ("constant", "linear", "cosine")
+LINEAR = "LambdaLinearScheduler"
+COSINE = "LambdaWarmUpCosineScheduler"
+CYCLES = "LambdaWarmUpCosineScheduler2"
 KEYS = {
     LINEAR: ("warm_up_steps", "f_min", "f_max", "f_start", "cycle_lengths"),
     COSINE: ("warm_up_steps", "lr_min", "lr_max", "lr_start", "max_decay_steps"),
@@ -34,11 +32,16 @@ WHERE = "model.params.scheduler_config"
 
 
 @dataclass(frozen=True)
-class Rate:
-    """The learning rate as a function of the step (0-based) and of how much of the run is done.
+class LearningRate:
+    """The learning rate as a function of the step and of the progress of the run.
 
-    lr: what the shapes are multiplied with. warm_up, decay: see `optim.learning_rate`.
-    schedule: a `scheduler_config`, which takes the place of both.
+    Attributes:
+        lr: the rate that everything else multiplies.
+        warm_up: steps of a linear warm-up.
+        decay: "constant", "linear" (to 0) or "cosine" (to 0).
+        schedule: a `scheduler_config`, which replaces `warm_up` and `decay`.
+    Raises:
+        ValueError: an unknown decay, or a schedule that `lr_multiplier` refuses.
     """
 
     lr: float
@@ -47,20 +50,29 @@ class Rate:
     schedule: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        self(0, 0.0)  # a wrong name is found before anything is computed
+        if self.decay not in DECAYS:
+            raise unknown_name("decay", self.decay, DECAYS)
+        self(0, 0.0)  # raises before anything is computed
 
     def __call__(self, step: int, progress: float) -> float:
+        """Returns the rate at a step, counted from 0, when `progress` (0 … 1) of the run is done.
+
+        The decay follows `progress`, as a run may be limited by time.
+        """
         if self.schedule:
-            return self.lr * multiplier(self.schedule)(step)
-        return optimizers.learning_rate(
-            self.lr, step, progress, warm_up=self.warm_up, decay=self.decay
-        )
+            return self.lr * lr_multiplier(self.schedule)(step)
+        left = max(0.0, 1 - progress)
+        factors = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}
+        return self.lr * min(1.0, (step + 1) / max(1, self.warm_up)) * factors[self.decay]
 
 
-def multiplier(spec: Mapping[str, Any]) -> Callable[[int], float]:
-    """{"target": …, "params": …} of a scheduler -> its multiple of the learning rate by step.
+def lr_multiplier(spec: Mapping[str, Any]) -> Callable[[int], float]:
+    """Builds the schedule of a `scheduler_config`: step -> multiple of the learning rate.
 
-    Raises ValueError for an unknown scheduler, or parameters that are missing or unknown.
+    Args:
+        spec: {"target": …, "params": …}.
+    Raises:
+        ValueError: unknown scheduler, or parameters that are missing or unknown.
     """
     name = str(spec.get("target", "")).rpartition(".")[2]
     if name not in KEYS:
@@ -70,18 +82,18 @@ def multiplier(spec: Mapping[str, Any]) -> Callable[[int], float]:
     for key in params:
         if key not in KEYS[name]:
             raise unknown_name(f"parameter of {name}", key, KEYS[name], WHERE)
-    lacking = [f"`{key}`" for key in KEYS[name] if key not in params]
-    if lacking:
-        raise ValueError(f"{WHERE}: {name} needs {', '.join(lacking)}")
+    missing = [f"`{key}`" for key in KEYS[name] if key not in params]
+    if missing:
+        raise ValueError(f"{WHERE}: {name} needs {', '.join(missing)}")
     if name == COSINE:
-        return lambda step: _cosine(step, **params)
+        return lambda step: _warm_up_cosine(step, **params)
     if len({len(values) for values in params.values()}) != 1:
         raise ValueError(f"{WHERE}: the lists of {name} must be equally long, one value per cycle")
-    return lambda step: _cycle(step, is_round=name == CYCLES, **params)
+    return lambda step: _cycles(step, is_cosine=name == CYCLES, **params)
 
 
-def _cosine(
-    n: int,
+def _warm_up_cosine(
+    step: int,
     *,
     warm_up_steps: int,
     lr_min: float,
@@ -89,36 +101,37 @@ def _cosine(
     lr_start: float,
     max_decay_steps: int,
 ) -> float:
-    if n < warm_up_steps:
-        return lr_start + (lr_max - lr_start) * n / warm_up_steps
-    done = min(1.0, (n - warm_up_steps) / (max_decay_steps - warm_up_steps))
-    return lr_min + (lr_max - lr_min) * _half_cosine(done)
+    if step < warm_up_steps:
+        return lr_start + (lr_max - lr_start) * step / warm_up_steps
+    progress = min(1.0, (step - warm_up_steps) / (max_decay_steps - warm_up_steps))
+    return lr_min + (lr_max - lr_min) * _half_cosine(progress)
 
 
-def _cycle(
-    n: int,
+def _cycles(
+    step: int,
     *,
-    is_round: bool,
+    is_cosine: bool,
     warm_up_steps: Sequence[int],
     f_min: Sequence[float],
     f_max: Sequence[float],
     f_start: Sequence[float],
     cycle_lengths: Sequence[int],
 ) -> float:
-    """A cycle owns its last step; after all cycles the last one stands still at its end."""
+    """A cycle includes its last step; after all cycles the last one keeps its final value."""
     ends = list(accumulate(cycle_lengths))
-    k = min(bisect_left(ends, n), len(ends) - 1)
-    length, warm_up = cycle_lengths[k], warm_up_steps[k]
-    n = min(n - (ends[k] - length), length)
+    k = min(bisect_left(ends, step), len(ends) - 1)
+    length = cycle_lengths[k]
+    warm_up = warm_up_steps[k]
+    n = min(step - (ends[k] - length), length)
     if n < warm_up:
         return f_start[k] + (f_max[k] - f_start[k]) * n / warm_up
-    if is_round:
+    if is_cosine:
         left = _half_cosine(min(1.0, (n - warm_up) / (length - warm_up)))
     else:
         left = (length - n) / length
     return f_min[k] + (f_max[k] - f_min[k]) * left
 
 
-def _half_cosine(done: float) -> float:
+def _half_cosine(progress: float) -> float:
     """1 … 0 for 0 … 1."""
-    return 0.5 * (1 + math.cos(math.pi * done))
+    return 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,22 +1,21 @@
-"""What a run gives to the world: files with the original's names, which every program opens.
+"""Exports of a run: files with the original's key names, which every program opens.
 
-    weights  ema   the average, in the place of the weights (what one wants to sample from)
-             raw   the weights as they are
-             both  the weights, and the average under `model_ema.*`, as the original saves them
+    weights  ema   the EMA weights in the place of the raw ones (what one wants to sample from)
+             raw   the raw weights
+             both  the raw weights, and the EMA under `model_ema.*`, as the original saves them
     dtype    half or full
     export   safetensors and/or ckpt
 
-The config, the step and where the weights are from stand in the file. LoRA and words are written in
-the formats of `adaptation`.
+The files have the config, the step and the origin of the weights as metadata. LoRA and embeddings
+are written in the formats of `Adaptation.write`.
 """
 
 import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,95 +26,116 @@ from ldm.loading.files.clip_statistics import clip_statistics_tensors
 from ldm.loading.legacy import original_name, restore_names
 from ldm.model import LatentDiffusion
 from ldm.runtime.version import __version__
-from ldm.train.distributed.parallel import whole
-from ldm.train.monitoring.samples import epoch
+from ldm.train.distributed.parallel import gather
+from ldm.train.run import Run
 from ldm.train.tasks.adaptation import Adaptation
 
 __all__ = ["export", "export_best", "export_step"]
 
-USUAL = "val/loss_ema"  # what is monitored if nothing is said
-ADAPTED = "ldm.training.config"  # key of the config that something small was trained with
-MEASURED = 256  # pictures that the statistics of an autoencoder's latents are taken from
+DEFAULT_MONITOR = "val/loss_ema"
+# Metadata key of the config of a LoRA or embedding: EMBEDDED would make it a whole model.
+ADAPTATION_CONFIG = "ldm.training.config"
+STATISTICS_IMAGES = 256  # that an autoencoder's latents are normalised on
 
 
-def export(run: Any, stem: Path) -> list[Path]:
-    """Writes `stem`.safetensors and/or .ckpt as `lightning.callbacks` of the run say.
+def export(run: Run, stem: Path) -> list[Path]:
+    """Writes `stem`.safetensors and/or .ckpt, as `lightning.callbacks` says.
 
-    run: a `Run`; all its processes call this, as weights may be split, and the first writes.
-    Returns the files, [] on other processes.
+    All processes call this, as weights may be sharded, and the first writes.
+
+    Returns:
+        The files, [] on other processes.
     """
     options = run.settings.callbacks
-    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in options.export]
-    averaged = options.weights != "raw" and bool(run.state.ema.decay)
+    has_ema = options.weights != "raw" and bool(run.state.ema.decay)
     if isinstance(run.task, Adaptation):
-        if not run.ranks.is_first:
-            return []
-        with run.state.ema.applied(run.task.trained) if averaged else nullcontext():
-            notes = _notes(run)
-            if EMBEDDED in notes:  # under another name, as the file is no model with a config
-                notes[ADAPTED] = notes.pop(EMBEDDED)
-            run.task.export(stem.with_name(f"{stem.name}.safetensors"), notes)
-        return [stem.with_name(f"{stem.name}.safetensors")]
-    state = _state(run, averaged=averaged and options.weights == "ema")
-    if averaged and options.weights == "both":
-        state |= _averages(run)
+        return _export_adaptation(run, run.task, stem.with_name(f"{stem.name}.safetensors"))
+    state = _weights(run, ema=has_ema and options.weights == "ema")
+    if has_ema and options.weights == "both":
+        state |= _ema_weights(run)
     if not run.ranks.is_first:
         return []
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in options.export]
     for path in paths:
-        write_checkpoint(path, state | _tables(run, state), _notes(run))
+        write_checkpoint(path, state | _tables(run, state), _metadata(run))
     return paths
 
 
-def export_step(run: Any) -> list[Path]:
-    """An export that stays: checkpoints/trainstep_checkpoints/epoch=000001-step=000010000.…"""
-    name = f"epoch={epoch(run):06}-step={run.state.step:09}"
-    return export(run, run.folder / "checkpoints" / "trainstep_checkpoints" / name)
+def export_step(run: Run) -> list[Path]:
+    """Exports to checkpoints/trainstep_checkpoints/epoch=000001-step=000010000.…, which stays."""
+    return export(run, run.checkpoints / "trainstep_checkpoints" / _step_name(run))
 
 
-def export_best(run: Any, found: Mapping[str, float]) -> list[Path]:
-    """An export that stays while few are better: checkpoints/epoch=…-step=…-loss_ema=0.123456.…
+def export_best(run: Run, losses: Mapping[str, float]) -> list[Path]:
+    """Exports to checkpoints/epoch=…-step=…-loss_ema=0.123456.… if few exports are better.
 
-        found: the losses on held-out data, as `validate` gives them; all processes call this.
-    Raises ValueError if the one that is monitored is not among them.
+    All processes call this.
+
+    Args:
+        losses: on held-out data, as `validate` returns them.
+    Raises:
+        ValueError: the monitored one is not among them.
     """
-    most, name = run.settings.callbacks.best, run.settings.callbacks.monitor
-    if not (most and found):
+    options = run.settings.callbacks
+    limit = options.best
+    if not (limit and losses):
         return []
-    name = name or USUAL
-    name = name if name in found else name.removesuffix("_ema")  # where nothing is averaged
-    if name not in found:
-        raise ValueError(f"lightning.callbacks.monitor: `{name}` is none of {', '.join(found)}")
-    folder, value = run.folder / "checkpoints", found[name]
-    title = name.removeprefix("val/").replace("/", "_")
+    monitor = options.monitor or DEFAULT_MONITOR
+    if monitor not in losses:  # without an EMA
+        monitor = monitor.removesuffix("_ema")
+    if monitor not in losses:
+        raise ValueError(f"lightning.callbacks.monitor: `{monitor}` is none of {', '.join(losses)}")
+    value = losses[monitor]
+    title = monitor.removeprefix("val/").replace("/", "_")
 
-    def is_good() -> bool:
-        kept = _best(folder, title)
-        return math.isfinite(value) and (not 0 < most <= len(kept) or value < kept[most - 1][0])
+    def is_among_best() -> bool:
+        best = _find_best(run.checkpoints, title)
+        is_full = 0 < limit <= len(best)
+        return math.isfinite(value) and (not is_full or value < best[limit - 1][0])
 
-    if not run.ranks.told(is_good):
+    if not run.ranks.broadcast(is_among_best):
         return []
-    step = f"epoch={epoch(run):06}-step={run.state.step:09}"
-    paths = export(run, folder / f"{step}-{title}={value:.6f}")
-    if run.ranks.is_first and most > 0:
-        for _, path in _best(folder, title)[most:]:
+    paths = export(run, run.checkpoints / f"{_step_name(run)}-{title}={value:.6f}")
+    if run.ranks.is_first and limit > 0:
+        for _, path in _find_best(run.checkpoints, title)[limit:]:
             for kind in ("safetensors", "ckpt"):
                 path.with_name(f"{path.name}.{kind}").unlink(missing_ok=True)
     return paths
 
 
-def _best(folder: Path, title: str) -> list[tuple[float, Path]]:
-    """(value, file without ending) of the exports that were kept for a loss, the best first."""
+def _step_name(run: Run) -> str:
+    return f"epoch={run.epoch:06}-step={run.state.step:09}"
+
+
+def _find_best(folder: Path, title: str) -> list[tuple[float, Path]]:
+    """(value, file without ending) of the exports for a loss, the best first."""
     pattern = re.compile(rf"(epoch=\d+-step=\d+-{re.escape(title)}=(.+))\.(safetensors|ckpt)")
     matches = [pattern.fullmatch(path.name) for path in folder.glob("epoch=*")]
     return sorted({(float(match[2]), folder / match[1]) for match in matches if match})
 
 
-def _state(run: Any, *, averaged: bool) -> dict[str, Tensor]:
-    """The weights under the original's names, with what its files hold beside weights."""
-    images = _images(run)
-    with run.state.ema.applied(run.task.trained) if averaged else nullcontext():
-        weights = whole(run.task.weights_to_export(images), keep=run.ranks.is_first)
-        dtype = torch.float16 if run.settings.callbacks.dtype == "half" else torch.float32
+def _applied_ema(run: Run, enabled: bool) -> AbstractContextManager[None]:
+    return run.state.ema.applied(run.task.trainable) if enabled else nullcontext()
+
+
+def _export_adaptation(run: Run, task: Adaptation, path: Path) -> list[Path]:
+    if not run.ranks.is_first:
+        return []
+    metadata = _metadata(run)
+    if EMBEDDED in metadata:
+        metadata[ADAPTATION_CONFIG] = metadata.pop(EMBEDDED)
+    has_ema = run.settings.callbacks.weights != "raw" and bool(run.state.ema.decay)
+    with _applied_ema(run, has_ema):
+        task.write(path, metadata)
+    return [path]
+
+
+def _weights(run: Run, *, ema: bool) -> dict[str, Tensor]:
+    """The weights of the whole model under the original's names, copied to the CPU."""
+    images: Iterator[Tensor] = (one["jpg"] for one in _statistics_samples(run))
+    dtype = torch.float16 if run.settings.callbacks.dtype == "half" else torch.float32
+    with _applied_ema(run, ema):
+        weights = gather(run.task.weights_to_export(images), keep=run.ranks.is_first)
         return {
             name: value.to(
                 "cpu", dtype if value.is_floating_point() and value.ndim else None, copy=True
@@ -124,56 +144,54 @@ def _state(run: Any, *, averaged: bool) -> dict[str, Tensor]:
         }
 
 
-def _images(run: Any) -> Iterator[Tensor]:
-    """Decoded when the first is asked for, which only an autoencoder does."""
-    for sample in run.source.first_samples(MEASURED):
-        yield sample["jpg"]
+def _statistics_samples(run: Run) -> Iterator[Mapping[str, Tensor]]:
+    """Samples of the data, read when the first is asked for, which only an autoencoder does."""
+    yield from run.source.first_samples(STATISTICS_IMAGES)
 
 
-def _averages(run: Any) -> dict[str, Tensor]:
-    """`model_ema.*`: names that lost their dots, the decay and the number of updates."""
-    state, ema = _state(run, averaged=True), run.state.ema
-    trained = {original_name(name) for name in ema.shadow}
-    found = {
+def _ema_weights(run: Run) -> dict[str, Tensor]:
+    """`model_ema.*`: names without dots, the decay and the number of updates."""
+    ema = run.state.ema
+    averaged = {original_name(name) for name in ema.shadow}
+    state = {
         "model_ema." + name.removeprefix("model.").replace(".", ""): value
-        for name, value in state.items()
-        if name in trained
+        for name, value in _weights(run, ema=True).items()
+        if name in averaged
     }
-    numbers = {"model_ema.decay": torch.tensor(ema.decay, dtype=torch.float32)}
-    numbers["model_ema.num_updates"] = torch.tensor(ema.updates, dtype=torch.int32)
-    return found | numbers
+    state["model_ema.decay"] = torch.tensor(ema.decay, dtype=torch.float32)
+    state["model_ema.num_updates"] = torch.tensor(ema.updates, dtype=torch.int32)
+    return state
 
 
-def _tables(run: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The schedule, marks and statistics of a whole model, unless its weights have them."""
+def _tables(run: Run, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Noise schedule, prediction type and CLIP statistics, unless the weights have them."""
     model = run.model
     if not isinstance(model, LatentDiffusion):
         return {}
-    found = model.schedule.buffers() | clip_statistics_tensors(model.conditioner)
-    found |= zero_snr_markers(model.parameterization, zero_snr=model.schedule.zero_snr)
-    return {name: value for name, value in found.items() if name not in state}
+    tables = model.schedule.buffers() | clip_statistics_tensors(model.conditioner)
+    tables |= zero_snr_markers(model.parameterization, zero_snr=model.schedule.zero_snr)
+    return {name: value for name, value in tables.items() if name not in state}
 
 
-def _notes(run: Any) -> dict[str, str | int]:
-    """What the file says about itself."""
-    trainer, state = run.settings.trainer, run.state
+def _metadata(run: Run) -> dict[str, str | int]:
+    state = run.state
     origin = {
-        "seed": trainer.seed,
-        "batches_per_step": state.parts,
+        "seed": run.seed,
+        "batches_per_step": state.batches_per_step,
         "batch_size": run.batch_size,
         "seconds": round(state.seconds),
         "weights": run.settings.callbacks.weights if state.ema.decay else "raw",
         "torch": torch.__version__,
     }
-    notes = {
+    metadata: dict[str, str | int] = {
         "global_step": state.step,
-        "epoch": epoch(run),
+        "epoch": run.epoch,
         "ldm.version": __version__,
         "ldm.training": json.dumps(origin),
     }
-    if run.text:
-        notes[EMBEDDED] = run.text
+    if run.config_text:
+        metadata[EMBEDDED] = run.config_text
     if isinstance(run.model, LatentDiffusion):
         kind = run.model.parameterization
-        notes["modelspec.prediction_type"] = {"eps": "epsilon"}.get(kind, kind)
-    return notes
+        metadata["modelspec.prediction_type"] = {"eps": "epsilon"}.get(kind, kind)
+    return metadata

@@ -1,8 +1,8 @@
-"""The states of a run on disk: checkpoints/state-00001000/, complete or not there.
+"""Resume states on disk: checkpoints/state-00001000/, complete or not there.
 
 A state is written into a hidden folder beside its final place, in pieces by every process, flushed,
-and then renamed: whenever a process dies or a disk fills up, the states before are untouched and
-there is no half of one under a state's name. Any number of processes can go on from it.
+and then renamed: whenever a process dies or a disk fills up, the states before are untouched and no
+half-written state has the name of one. Any number of processes can resume from it.
 """
 
 import json
@@ -12,7 +12,6 @@ import re
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -31,41 +30,44 @@ log = logging.getLogger(__name__)
 
 NUMBERS = "run.json"
 METADATA = ".metadata"
-# What torch's list of the pieces is pickled from; one that names anything else is not opened.
+# All that torch's index of the pieces is pickled from; one that names anything else is refused.
 TRUSTED = re.compile(
     r"torch\.distributed\.checkpoint\.(metadata\.\w+|filesystem\._StorageInfo)"
     r"|torch\.(Size|b?float\d+|u?int\d+|bool|serialization\._get_layout)"
     r"|pathlib(\._local)?\.(Posix|Windows)?Path"
 )
+Shapes = dict[str, tuple[torch.Size, torch.dtype]]
 
 
 class States:
-    """The resume states in a folder of checkpoints; the newest `keep` stay."""
+    """The resume states in a folder of checkpoints, of which the newest `keep` stay."""
 
     def __init__(self, folder: Path, ranks: Ranks, *, keep: int = 2) -> None:
-        self.folder, self.ranks, self.keep = folder, ranks, keep
+        self.folder = folder
+        self.ranks = ranks
+        self.keep = keep
 
     def newest(self) -> Path | None:
-        """The last complete state, None if there is none."""
-        found = list_states(self.folder)
-        return found[-1] if found else None
+        """Returns the last complete state, None if there is none."""
+        return next(reversed(list_states(self.folder)), None)
 
     def has(self, step: int) -> bool:
         """Whether there is a complete state of this step or a later one, on all processes."""
-        oldest = self.folder / f"state-{step:08}"
-        return self.ranks.told(lambda: any(old >= oldest for old in list_states(self.folder)))
+        first = self.folder / f"state-{step:08}"
+        return self.ranks.broadcast(lambda: any(path >= first for path in list_states(self.folder)))
 
     def save(self, state: State) -> Path:
-        """Writes the state of all processes; what was there before stays until that is done.
+        """Writes the state of all processes, and then deletes old ones.
 
-        Raises OSError, on all processes, if it cannot be written; nothing is lost then.
+        Raises:
+            OSError: it cannot be written, on all processes; the states before stay.
         """
         path = self.folder / f"state-{state.step:08}"
         part = self.folder / f".{path.name}.part"
-        self.ranks.once(lambda: _fresh(part))
+        self.ranks.run_on_first(lambda: _make_empty(part))
         try:
             self._write(state, part)
-            self.ranks.once(lambda: self._commit(state, part, path))
+            self.ranks.run_on_first(lambda: self._commit(state, part, path))
         except OSError:
             if self.ranks.is_first:
                 shutil.rmtree(part, ignore_errors=True)
@@ -73,29 +75,32 @@ class States:
         return path
 
     def load(self, state: State, path: Path) -> None:
-        """Continues from a state of `save`, of any number of processes.
+        """Loads a state that any number of processes have saved.
 
-        Raises ValueError if it is not one, or is one of another model.
+        Raises:
+            ValueError: `path` is not a state, or belongs to another model.
         """
-        saved = _shapes(path)
-        tensors = state.room(saved)
-        _compare(path, {n: (v.shape, v.dtype) for n, v in tensors.items()}, saved)
+        saved = _read_shapes(path)
+        tensors = state.tensors_to_load(saved)
+        _check_shapes(path, {n: (v.shape, v.dtype) for n, v in tensors.items()}, saved)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.load(tensors, storage_reader=FileSystemReader(path), no_dist=self.ranks.world == 1)
-        state.put_tensors(tensors)
-        state.put_numbers(json.loads((path / NUMBERS).read_text()))
+            is_alone = self.ranks.world_size == 1
+            dcp.load(tensors, storage_reader=FileSystemReader(path), no_dist=is_alone)
+        state.load_optimizers(tensors)
+        state.load_numbers(json.loads((path / NUMBERS).read_text()))
 
     def _write(self, state: State, part: Path) -> None:
         writer = FileSystemWriter(part, sync_files=True)
+        is_alone = self.ranks.world_size == 1
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                dcp.save(state.tensors(), storage_writer=writer, no_dist=self.ranks.world == 1)
+                dcp.save(state.tensors(), storage_writer=writer, no_dist=is_alone)
         except CheckpointException as error:
-            cause = next((f[0] for f in error.failures.values()), error)
+            cause = next((failure[0] for failure in error.failures.values()), error)
             raise OSError(f"the state could not be written to `{self.folder}`: {cause}") from None
-        except RuntimeError as error:  # torch's own writer of files says so when a disk is full
+        except RuntimeError as error:  # raised by torch's file writer if a disk is full
             raise OSError(f"the state could not be written to `{self.folder}`: {error}") from None
 
     def _commit(self, state: State, part: Path, path: Path) -> None:
@@ -108,16 +113,18 @@ class States:
             path.replace(path.with_name(f".{path.name}.old"))
         part.replace(path)
         _flush(self.folder)
-        # Later ones are of a branch that was left when an older state was resumed.
-        kept = [old for old in list_states(self.folder) if old.name <= path.name][-self.keep :]
-        for other in {*list_states(self.folder)} - {*kept}:
-            other.replace(other.with_name(f".{other.name}.gone"))
+        # Later states are of a branch that was left when an older state was resumed.
+        states = list_states(self.folder)
+        newest = [old for old in states if old.name <= path.name][-self.keep :]
+        for old in states:
+            if old not in newest:
+                old.replace(old.with_name(f".{old.name}.gone"))
         for gone in (*self.folder.glob(".state-*.old"), *self.folder.glob(".state-*.gone")):
             shutil.rmtree(gone, ignore_errors=True)
 
 
-def _fresh(part: Path) -> None:
-    """An empty folder, and nothing left of earlier attempts."""
+def _make_empty(part: Path) -> None:
+    """Makes an empty folder, and deletes what earlier attempts have left."""
     part.parent.mkdir(parents=True, exist_ok=True)
     _restore(part.parent)
     for old in part.parent.glob(".state-*"):
@@ -126,7 +133,7 @@ def _fresh(part: Path) -> None:
 
 
 def _restore(folder: Path) -> None:
-    """Puts a state back that was moved aside for its successor, if that did not come."""
+    """Puts a state back that was moved aside for a successor which was never written."""
     for old in folder.glob(".state-*.old"):
         path = folder / old.name.removeprefix(".").removesuffix(".old")
         if not path.exists():
@@ -134,8 +141,8 @@ def _restore(folder: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """The names in a folder on the disk, not only in memory (where folders can be flushed)."""
-    if hasattr(os, "O_DIRECTORY"):
+    """Flushes the names in a folder to the disk, where folders can be flushed."""
+    if os.name == "posix":
         number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(number)
@@ -143,27 +150,28 @@ def _flush(folder: Path) -> None:
             os.close(number)
 
 
-def _shapes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Name -> shape and dtype of all tensors in a state."""
-    listing = path / METADATA
-    if not listing.exists() or not (path / NUMBERS).exists():
-        raise ValueError(f"`{path}` is no state of a run, it has no {METADATA} or {NUMBERS}")
-    for name in pickle_imports(listing, "bare"):
+def _read_shapes(path: Path) -> Shapes:
+    """Reads shape and dtype of all tensors in a state."""
+    index = path / METADATA
+    if not index.exists() or not (path / NUMBERS).exists():
+        raise ValueError(f"`{path}` is not a state of a run, {METADATA} or {NUMBERS} is missing")
+    for name in pickle_imports(index, "bare"):
         if not TRUSTED.fullmatch(name):
-            raise ValueError(f"`{listing}` is refused: it would call `{name}`")
-    entries: dict[str, Any] = FileSystemReader(path).read_metadata().state_dict_metadata
-    for name, entry in entries.items():
+            raise ValueError(f"`{index}` is refused: it would call `{name}`")
+    shapes: Shapes = {}
+    for name, entry in FileSystemReader(path).read_metadata().state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
-            raise ValueError(f"`{listing}` is refused: `{name}` is no tensor")
-    return {name: (entry.size, entry.properties.dtype) for name, entry in entries.items()}
+            raise ValueError(f"`{index}` is refused: `{name}` is not a tensor")
+        shapes[name] = (entry.size, entry.properties.dtype)
+    return shapes
 
 
-def _compare(path: Path, wanted: dict[str, Any], saved: dict[str, Any]) -> None:
-    for name, (shape, _) in wanted.items():
+def _check_shapes(path: Path, model: Shapes, saved: Shapes) -> None:
+    for name, (shape, _) in model.items():
         if name not in saved:
-            raise ValueError(f"`{path}` is of another model or trainer: it has no `{name}`")
+            raise ValueError(f"`{path}` is of another model or trainer: `{name}` is missing")
         if saved[name][0] != shape:
-            given, ours = list(saved[name][0]), list(shape)
             raise ValueError(
-                f"`{path}` is of another model: `{name}` is {given} there, {ours} here"
+                f"`{path}` is of another model: `{name}` has the shape {list(saved[name][0])} "
+                f"there, {list(shape)} here"
             )

@@ -1,1 +1,1 @@
-"""What is trained: each task turns a batch into losses."""
+"""Training tasks: each turns a batch into losses."""

@@ -1,15 +1,14 @@
-"""Training of small parts beside a frozen model: low-rank changes of its layers, words, or both.
+"""Training of a LoRA, of a textual inversion, or of both, for a frozen model.
 
     lightning:
       lora: {rank: 8, alpha: 8, targets: [transformer, text]}             see TARGETS
       textual_inversion: {token: <cat>, vectors: 2, init: cat}
 
-The task stays `Diffusion`; only what is trained, and what is written in the end, is another.
 Hu et al. 2021 (arXiv:2106.09685); Gal et al. 2022 (arXiv:2208.01618).
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,83 +22,104 @@ from ldm.loading.addons.lora import kohya_name, lora_targets, write_lora
 from ldm.model import LatentDiffusion
 from ldm.nets.lora import LoRA, LoRALayer
 from ldm.train.tasks.diffusion import Diffusion
+from ldm.train.tasks.task import Batch, Losses, Task
 
 __all__ = ["TARGETS", "Adaptation"]
 
-# Names for sets of layers, as patterns of diffusers' names of them.
+# Sets of layers, as patterns of their names in diffusers.
 TARGETS = {
     "attention": r"unet\..*\.attn[12]\..*",
-    "transformer": r"unet\..*attentions\..*",  # what kohya's scripts train
+    "transformer": r"unet\..*attentions\..*",  # the layers that kohya's scripts train
     "convolutions": r"unet\..*(resnets|samplers)\.\d+\.conv.*",
     "text": r"text_encoder\.text_model\.encoder\..*",
 }
+INIT = "lightning.textual_inversion.init"
 
 
-class Adaptation:
-    """A task whose model is frozen, and what is trained in its place.
+class Adaptation(Task):
+    """Trains a LoRA and/or the embedding of a new token; the loss is that of `Diffusion`.
 
-        lora: {rank, alpha (the rank), targets}, or empty for none.
-        textual_inversion: {token, vectors (1), init}, or empty for none. init: a word whose
-            vectors are where it starts; none: the mean of all words. `settings` has checked both.
-    Raises ValueError for a model that has no such layers, no text tower, or not the words of init.
+    Args:
+        task: has the model, which is frozen here.
+        lora: {rank, alpha (default: the rank), targets}, or empty for none.
+        textual_inversion: {token, vectors (1), init}, or empty for none. init: words whose vectors
+            are the initial ones; default: the mean of all token embeddings.
+    Raises:
+        ValueError: the model has no such layers, no text encoder, or not the words of `init`.
     """
 
     def __init__(
         self, task: Diffusion, lora: Mapping[str, Any], textual_inversion: Mapping[str, Any]
     ) -> None:
-        self.task, self.model = task, task.model
+        self.task = task
+        self.model: LatentDiffusion = task.model
         self.model.requires_grad_(False).eval()
-        self.trained = nn.ModuleDict()
-        self.token: str | None = None
+        self.trainable = nn.ModuleDict()
+        self.lora: LoRA | None = None
+        self.embedding: Embedding | None = None
+        self.token = ""
+        self._has_checked_captions = False
         if lora:
-            self.trained["lora"] = adapter = _adapter(self.model, **lora)
-            adapter.attach()
+            self.lora = _build_lora(self.model, **lora)
+            self.lora.attach()
+            self.trainable["lora"] = self.lora
         if textual_inversion:
-            self.trained["word"] = word = _word(self.model, **textual_inversion)
+            text = _text_encoder(self.model)
             self.token = textual_inversion["token"].lower()
-            text = self.model.conditioner.get(TextEncoder)
-            text.added_embeddings[self.token] = word.vectors
-        self.is_heard = False
+            self.embedding = _build_embedding(
+                text, textual_inversion.get("vectors", 1), textual_inversion.get("init")
+            )
+            self.trainable["word"] = self.embedding  # a name in resume states
+            text.added_embeddings[self.token] = self.embedding.vectors
 
-    def loss(self, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
-        """As `Diffusion.loss`.
+    def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
+        """Computes the losses of `Diffusion`.
 
-        Raises ValueError if the word to be learned is in no caption of the first batch.
+        Raises:
+            ValueError: no caption of the first batch contains the token to train.
         """
-        if self.token is not None and not self.is_heard:
-            if not any(self.token in text.lower() for text in batch["txt"]):
-                some = batch["txt"][0]
-                raise ValueError(f"no caption has the word `{self.token}`, one is `{some}`")
-            self.is_heard = True
+        if self.token and not self._has_checked_captions:
+            captions = batch["txt"]
+            if not any(self.token in caption.lower() for caption in captions):
+                raise ValueError(
+                    f"token `{self.token}` appears in no caption of the first batch, such as "
+                    f"`{captions[0]}`"
+                )
+            self._has_checked_captions = True
         return self.task.loss(batch, generator)
 
-    def export(self, path: Path, notes: Mapping[str, str | int]) -> None:
-        """Writes what was learned: LoRA in kohya's format to `path`, in diffusers' beside it.
+    def weights_to_export(self, images: Iterable[Tensor]) -> dict[str, Tensor]:
+        return self.task.weights_to_export(images)
 
-        A word goes to `path`, or beside it if there is a LoRA. notes: what the files say of it.
+    def write(self, path: Path, metadata: Mapping[str, str | int]) -> None:
+        """Writes the LoRA in kohya's format to `path` and in diffusers' to `-diffusers` beside it.
+
+        The embedding goes to `path`, or to `-word` beside it if there is a LoRA.
         """
-        if "lora" in self.trained:
-            adapter: Any = self.trained["lora"]
-            low: Any = next(iter(adapter.values()))
-            kohyas = {"ss_network_module": "networks.lora", "ss_network_dim": low.rank}
-            kohyas["ss_network_alpha"] = float(low.alpha)
-            write_lora(adapter, path, self.model, "kohya", {**notes, **kohyas})
-            write_lora(adapter, _beside(path, "diffusers"), self.model, "diffusers", notes)
-        if self.token is not None:
-            to = _beside(path, "word") if "lora" in self.trained else path
-            word: Any = self.trained["word"]
-            write_embeddings(to, {self.token: word.vectors}, {**notes})
+        if self.lora is not None:
+            layer = next(iter(self.lora.layers.values()))
+            kohya: dict[str, str | int] = {
+                "ss_network_module": "networks.lora",
+                "ss_network_dim": layer.rank,
+                "ss_network_alpha": str(float(layer.alpha)),
+            }
+            write_lora(self.lora, path, self.model, "kohya", {**metadata, **kohya})
+            diffusers_path = _with_suffix(path, "diffusers")
+            write_lora(self.lora, diffusers_path, self.model, "diffusers", metadata)
+        if self.embedding is not None:
+            embedding_path = path if self.lora is None else _with_suffix(path, "word")
+            write_embeddings(embedding_path, {self.token: self.embedding.vectors}, {**metadata})
 
 
-class Word(nn.Module):
-    """The vectors (n, D) of a word that is learned."""
+class Embedding(nn.Module):
+    """The trained vectors (n, D) of a token."""
 
     def __init__(self, vectors: Tensor) -> None:
         super().__init__()
         self.vectors = nn.Parameter(vectors.clone())
 
 
-def _adapter(
+def _build_lora(
     model: LatentDiffusion,
     *,
     rank: int = 8,
@@ -107,47 +127,50 @@ def _adapter(
     targets: Sequence[str] = ("transformer",),
 ) -> LoRA:
     patterns = [re.compile(TARGETS[target]) for target in targets]
-    chosen = {
-        kohya_name(name): LoRALayer(place, rank, alpha)
-        for name, place in lora_targets(model).items()
+    layers = {
+        kohya_name(name): LoRALayer(layer, rank, alpha)
+        for name, layer in lora_targets(model).items()
         if any(pattern.fullmatch(name) for pattern in patterns)
     }
-    if not chosen:
+    if not layers:
         raise ValueError(f"lightning.lora: the model has no layers of {', '.join(targets)}")
-    return LoRA(chosen)
+    return LoRA(layers)
 
 
-def _word(model: LatentDiffusion, *, token: str, vectors: int = 1, init: str | None = None) -> Word:
+def _text_encoder(model: LatentDiffusion) -> TextEncoder:
     text = model.conditioner.find(TextEncoder)
     if text is None:
-        raise ValueError("lightning.textual_inversion: the model has no text tower")
+        raise ValueError("lightning.textual_inversion: the model has no text encoder")
+    return text
+
+
+def _build_embedding(text: TextEncoder, n: int, init: str | None) -> Embedding:
     if init is None:
-        start = text.token_embeddings().mean(0, keepdim=True)  # (1, D)
+        initial = text.token_embeddings().mean(0, keepdim=True)  # (1, D)
     else:
         _check_words(init, text.token_ids)
-        start = text.token_embeddings(init)  # (n, D)
-    return Word(start[torch.arange(vectors) % len(start)])
+        initial = text.token_embeddings(init)  # (k, D)
+    return Embedding(initial[torch.arange(n) % len(initial)])
 
 
-def _check_words(init: str, ids: Tensor | None) -> None:
-    """Raises ValueError for words without tokens, or without those that a model knows.
+def _check_words(init: str, token_ids: Tensor | None) -> None:
+    """Raises ValueError for words without tokens, or outside a compact vocabulary.
 
-    ids: the latter, of a compact vocabulary; None: all.
+    token_ids: of the compact vocabulary; None = all tokens are in it.
     """
-    where = "lightning.textual_inversion.init"
     if not tokenizer.encode(init, tokenizer.OPEN_CLIP):
-        raise ValueError(f"{where}: `{init}` has no words")
-    if ids is None or ids.is_meta:
+        raise ValueError(f"{INIT}: `{init}` has no words")
+    if token_ids is None or token_ids.is_meta:
         return
-    known = set(ids.tolist())
-    lacking = [
+    vocabulary = set(token_ids.tolist())
+    missing = [
         f"`{word}`"
         for word in init.split()
-        if not known.issuperset(tokenizer.encode(word, tokenizer.OPEN_CLIP))
+        if not vocabulary.issuperset(tokenizer.encode(word, tokenizer.OPEN_CLIP))
     ]
-    if lacking:
-        raise ValueError(f"{where}: the model's vocabulary lacks {', '.join(lacking)}")
+    if missing:
+        raise ValueError(f"{INIT}: not in the vocabulary of the model: {', '.join(missing)}")
 
 
-def _beside(path: Path, name: str) -> Path:
+def _with_suffix(path: Path, name: str) -> Path:
     return path.with_name(f"{path.stem}-{name}{path.suffix}")

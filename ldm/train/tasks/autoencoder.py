@@ -1,7 +1,7 @@
-"""Training an autoencoder on pixels.
+"""Training of an autoencoder on pixels.
 
-    Reconstruction    differences of pixels only: needs nothing else, and is enough for small ones
-    Adversarial       the original's: pixels, LPIPS, and a discriminator that joins in late
+    Reconstruction    pixel losses only: needs no other network, and is enough for small models
+    Adversarial       the original's: pixels, LPIPS, and a discriminator from step `disc_start` on
 
 Esser et al. 2020 (arXiv:2012.09841), section 3.1; Rombach et al. 2022 (arXiv:2112.10752), G.
 """
@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,60 +27,71 @@ from ldm.nets.discriminator import PatchDiscriminator
 from ldm.nets.lpips import LPIPS
 from ldm.runtime.errors import unknown_name
 from ldm.runtime.files import find_file
+from ldm.train.tasks.task import Batch, Losses, Task
 
-__all__ = ["Adversarial", "Reconstruction", "normalise", "psnr", "task"]
+__all__ = [
+    "Adversarial",
+    "LossConfig",
+    "Reconstruction",
+    "build_autoencoder_task",
+    "normalise_latents",
+    "psnr",
+]
 
-GREATEST = 1e4  # adaptive weight
-TINY = 1e-4
+MAX_D_WEIGHT = 1e4
+EPS = 1e-4  # added to the norm that d_weight is divided by
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-def task(
+def build_autoencoder_task(
     model: AutoencoderKL,
     params: Mapping[str, Any],
-    options: Mapping[str, Any],
+    objective: Mapping[str, Any],
     *,
-    weights: bool = True,
+    load_weights: bool = True,
 ) -> "Reconstruction | Adversarial":
-    """How `model` is trained: as its `lossconfig` says, or on pixels only if that says nothing.
+    """Builds the task that the `lossconfig` of a model asks for; without one, Reconstruction.
 
-        params: of the model in the config. Its `ckpt_path` gives weights of losses, if it has any.
-        options: `lightning.objective`, the keywords of Reconstruction or Adversarial; the latter's
-            `perceptual` is {ckpt_path: a file or several}, see `ldm.loading.addons.lpips`.
-        weights: False leaves out those of the losses' networks, for who wants their sizes only.
-    Raises ValueError for unknown losses and keywords, or if LPIPS is needed and not at hand.
+    Args:
+        params: of the model in the config. The file `ckpt_path` may have weights of the losses.
+        objective: `lightning.objective`, the keywords of Reconstruction or Adversarial; the
+            latter's `perceptual` is {ckpt_path: a file or several}, see `ldm.loading.addons.lpips`.
+        load_weights: False leaves LPIPS and the discriminator untrained, to know their sizes.
+    Raises:
+        ValueError: unknown losses or keywords, or missing weights of LPIPS.
     """
     spec = params.get("lossconfig") or {"target": "torch.nn.Identity"}
     losses = instantiate(spec, where="model.params.lossconfig")
-    kind = Adversarial if isinstance(losses, LossConfig) else Reconstruction
-    keywords = inspect.signature(kind).parameters.values()
-    known = [p.name for p in keywords if p.kind is p.KEYWORD_ONLY]
-    for key in options:
-        if key not in known:
-            raise unknown_name("keyword", key, known, "lightning.objective")
-    if not isinstance(losses, LossConfig):
-        return Reconstruction(model, **options)
-    start = _starting_losses(params) if weights else {}
-    options = {"learn_logvar": params.get("learn_logvar", False), **options}
-    given = options.pop("perceptual", None) or {"ckpt_path": None}
-    if not isinstance(given, Mapping) or list(given) != ["ckpt_path"]:
+    is_adversarial = isinstance(losses, LossConfig)
+    _check_keywords(objective, Adversarial if is_adversarial else Reconstruction)
+    if not is_adversarial:
+        return Reconstruction(model, **objective)
+    options = {"learn_logvar": params.get("learn_logvar", False), **objective}
+    perceptual = options.pop("perceptual", None) or {"ckpt_path": None}
+    if not isinstance(perceptual, Mapping) or list(perceptual) != ["ckpt_path"]:
         raise ValueError("lightning.objective.perceptual must be {ckpt_path: a file or several}")
-    path = given["ckpt_path"]
-    found = (read_lpips(path) if path else build_lpips(start)) if weights else LPIPS()
-    made = Adversarial(model, losses, perceptual=found, **options)
-    made.start_from(start)
-    return made
+    if not load_weights:
+        return Adversarial(model, losses, perceptual=LPIPS(), **options)
+    initial = _read_loss_weights(params)
+    path = perceptual["ckpt_path"]
+    network = read_lpips(path) if path else build_lpips(initial)
+    task = Adversarial(model, losses, perceptual=network, **options)
+    task.load_losses(initial)
+    return task
 
 
-class Reconstruction:
-    """Trains an AutoencoderKL on differences of pixels.
+class Reconstruction(Task):
+    """Trains an AutoencoderKL on differences of pixels in [-1, 1].
 
-    l1, l2: weights of the absolute and the squared error, means over all values in [-1, 1].
-    gradient: weight of the absolute error of differences between neighbours: sharp edges.
-    kl: weight of the divergence from a standard normal, in nats per image.
-    trained: "all", or "decoder": latents stay what they are.
+    Args:
+        l1: weight of the mean absolute error.
+        l2: weight of the mean squared error.
+        gradient: weight of the absolute error of differences between neighbours, for sharp edges.
+        kl: weight of the divergence from a standard normal, in nats per image.
+        trained: "all", or "decoder" to keep the latents as they are.
     """
 
-    rival = None
+    model: AutoencoderKL
 
     def __init__(
         self,
@@ -92,33 +103,38 @@ class Reconstruction:
         kl: float = 1e-6,
         trained: str = "all",
     ) -> None:
-        self.model = self.trained = model
-        self.l1, self.l2, self.gradient, self.kl = l1, l2, gradient, kl
-        self.keeps_latents = _freeze(model, trained)
-        self.step = 0
+        self.model = model
+        self.trainable = model
+        self.l1 = l1
+        self.l2 = l2
+        self.gradient = gradient
+        self.kl = kl
+        self.keeps_latents = trained == "decoder"
+        _freeze_encoder(model, trained)
 
-    def loss(self, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
-        """{"loss", "psnr", "kl"} of a batch of images ("jpg")."""
+    def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
+        """Computes "loss", "psnr" and "kl" of a batch of images "jpg" (B, 3, H, W)."""
         image = batch["jpg"].to(self.model.quant_conv.weight.device)  # (B, 3, H, W)
-        made, posterior = self.model(image, generator)
-        error = made.float() - image
+        reconstruction, posterior = self.model(image, generator)
+        error = reconstruction.float() - image
         kl = posterior.kl().float().mean()
         loss = self.l1 * error.abs().mean() + self.l2 * error.square().mean()
-        loss = loss + self.gradient * _edges(error) + self.kl * kl
-        return {"loss": loss, "psnr": psnr(made.detach().float(), image).mean(), "kl": kl.detach()}
+        loss = loss + self.gradient * _edge_loss(error) + self.kl * kl
+        quality = psnr(reconstruction.detach().float(), image).mean()
+        return {"loss": loss, "psnr": quality, "kl": kl.detach()}
 
     @torch.inference_mode()
     def weights_to_export(self, images: Iterable[Tensor]) -> dict[str, Tensor]:
-        """The model with latents normalised on these images (3, H, W): mean 0, std 1.
+        """Returns the weights with latents of these images normalised to mean 0 and std 1.
 
-        If only the decoder was trained, the model as it is.
+        If only the decoder was trained, the latents stay as they are.
         """
         if self.keeps_latents:
             return self.model.state_dict()
         device = self.model.quant_conv.weight.device
         z = [self.model.encode(image[None].to(device)).mode() for image in images]
         model = copy.deepcopy(self.model)
-        normalise(model, torch.cat(z))
+        normalise_latents(model, torch.cat(z))
         return model.state_dict()
 
 
@@ -126,12 +142,17 @@ class Reconstruction:
 class LossConfig:
     """Parameters of the original's `lossconfig`.
 
-    disc_start: steps before the discriminator counts. disc_factor: 0 leaves it out.
-    disc_weight: its share beside the reconstruction, in gradients of the last layer.
-    disc_num_layers, disc_in_channels: see PatchDiscriminator. disc_loss: hinge | vanilla.
-    kl_weight: of nats per image. perceptual_weight: of LPIPS beside the absolute error.
-    logvar_init: log of the variance of an error.
-    pixelloss_weight, use_actnorm, disc_conditional: without effect, the latter two must be false.
+    Attributes:
+        disc_start: steps before the discriminator counts.
+        disc_factor: 0 leaves the discriminator out.
+        disc_weight: length of its gradient in the last layer, relative to the reconstruction's.
+        disc_num_layers, disc_in_channels: see PatchDiscriminator.
+        disc_loss: "hinge" or "vanilla".
+        kl_weight: of nats per image.
+        perceptual_weight: of LPIPS beside the absolute error.
+        logvar_init: initial log of the variance of an error.
+        pixelloss_weight: without effect.
+        use_actnorm, disc_conditional: must be false.
     """
 
     disc_start: int
@@ -151,23 +172,25 @@ class LossConfig:
         if self.use_actnorm or self.disc_conditional:
             raise ValueError("`use_actnorm` and `disc_conditional` can only be false")
         if self.disc_loss not in DISC_LOSSES:
-            known = ", ".join(DISC_LOSSES)
-            raise ValueError(f"unknown disc_loss `{self.disc_loss}`, choose one of {known}")
+            raise unknown_name("disc_loss", self.disc_loss, DISC_LOSSES)
 
 
-class Adversarial:
-    """Trains an AutoencoderKL as the original did, and a discriminator (`rival`) against it.
-
-        perceptual: LPIPS; may be None if its weight is 0.
-        trained: "all", or "decoder": latents stay what they are.
-        learn_logvar: train the variance of an error too, for which a sum of errors is weighed.
-        export_losses: the exported file has `loss.*` as well, as the original's has.
+class Adversarial(Task):
+    """Trains an AutoencoderKL as the original did, against a discriminator.
 
     Errors are summed over an image, not averaged: hence the small weights and learning rates of
     the original's configs.
+
+    Args:
+        perceptual: LPIPS; may be None if its weight is 0.
+        trained: "all", or "decoder" to keep the latents as they are.
+        learn_logvar: train the log variance of an error, too.
+        export_losses: export `loss.*` as well, as the original does.
     """
 
-    betas = (0.5, 0.9)  # of Adam, for both
+    betas: ClassVar[tuple[float, float] | None] = (0.5, 0.9)
+    model: AutoencoderKL
+    discriminator: PatchDiscriminator
 
     def __init__(
         self,
@@ -185,145 +208,170 @@ class Adversarial:
                 f"`lightning.objective.perceptual.ckpt_path` must name {LPIPS_FILES}; or set "
                 "`model.params.lossconfig.params.perceptual_weight=0`"
             )
-        _freeze(model, trained)
+        _freeze_encoder(model, trained)
         device = model.quant_conv.weight.device
-        self.model, self.losses, self.export_losses = model, losses, export_losses
-        with_lpips = perceptual is not None and losses.perceptual_weight
-        self.perceptual = _moved(perceptual, device) if with_lpips else None
-        self.rival = _moved(
-            PatchDiscriminator(in_channels=losses.disc_in_channels, layers=losses.disc_num_layers),
-            device,
+        self.model = model
+        self.losses = losses
+        self.export_losses = export_losses
+        self.perceptual: LPIPS | None = None
+        if perceptual is not None and losses.perceptual_weight:
+            self.perceptual = _move(perceptual, device)
+        discriminator = PatchDiscriminator(
+            in_channels=losses.disc_in_channels, layers=losses.disc_num_layers
         )
+        self.discriminator = _move(discriminator, device)
         logvar = torch.tensor(losses.logvar_init, device=device)
         self.logvar = nn.Parameter(logvar, requires_grad=learn_logvar)
-        self._learned = [self.logvar] if learn_logvar else []
-        self.trained: nn.Module = model
+        self.trainable = model
         if learn_logvar:
-            self.trained = nn.ModuleDict({"model": model})
-            self.trained.register_parameter("logvar", self.logvar)
-        self.step = 0
+            self.trainable = nn.ModuleDict({"model": model})
+            self.trainable.register_parameter("logvar", self.logvar)
 
     @property
-    def competes(self) -> bool:
-        """Whether the discriminator counts yet; before that, training it changes nothing."""
+    def trains_discriminator(self) -> bool:
+        # Before disc_start its loss is 0, so training it would change nothing.
         return self.losses.disc_factor > 0 and self.step >= self.losses.disc_start
 
-    def loss(self, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
-        """Of the autoencoder, for a batch of images ("jpg"); names of the parts are the original's.
+    def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
+        """Computes the losses of the autoencoder; the names of their parts are the original's.
 
-        nll + kl_weight kl + d_weight g, where g = -mean(logits) of the discriminator and d_weight
-        makes the gradients of nll and g in the last layer equally long, times disc_weight.
+            loss = nll + kl_weight kl + disc_factor d_weight g,    g = -mean(logits)
 
-        Each of the two is differentiated once, down to the image that was made; their sum goes on
-        from there. So neither needs the weights of the last layer, which may be split over ranks.
+        where d_weight makes the gradients of nll and g in the last layer equally long, times
+        disc_weight. nll and g are each differentiated once, down to the reconstruction; their sum
+        is backpropagated from there. So neither needs the weights of the last layer, which FSDP
+        may have sharded.
+
+        Args:
+            batch: images "jpg" (B, 3, H, W).
         """
-        image, losses = self._image(batch), self.losses  # (B, 3, H, W)
-        with _input_of(self.model.decoder.conv_out) as seen:
-            made, posterior = self.model(image, generator)
-        leaf = made.detach().float().requires_grad_(torch.is_grad_enabled())  # (B, 3, H, W)
+        image = self._image(batch)  # (B, 3, H, W)
+        losses = self.losses
+        with _record_input(self.model.decoder.conv_out) as inputs:
+            reconstruction, posterior = self.model(image, generator)
+        leaf = reconstruction.detach().float()  # (B, 3, H, W)
+        leaf.requires_grad_(torch.is_grad_enabled())
         rec, nll = self._nll(image, leaf)
-        g, kl = -self.rival(leaf).float().mean(), posterior.kl().float().mean()
-        factor, d_weight = self._factor(), torch.zeros_like(kl)
+        g = -self.discriminator(leaf).float().mean()
+        kl = posterior.kl().float().mean()
+        factor = losses.disc_factor if self.trains_discriminator else 0.0
+        d_weight = torch.zeros_like(kl)
         gradients: list[tuple[Tensor, Tensor | float]] = [(kl, losses.kl_weight)]
-        if torch.is_grad_enabled():  # not where a trained model is only looked at
-            grad, *others = torch.autograd.grad(nll, [leaf, *self._learned])
+        if torch.is_grad_enabled():  # not in validation
+            learned = [self.logvar] if self.logvar.requires_grad else []
+            grad, *logvar_grads = torch.autograd.grad(nll, [leaf, *learned])
             if losses.disc_factor > 0:
                 (grad_g,) = torch.autograd.grad(g, leaf)
-                d_weight = losses.disc_weight * self._balance(seen[0], leaf.detach(), grad, grad_g)
+                balance = self._balance_gradients(inputs[0], leaf.detach(), grad, grad_g)
+                d_weight = losses.disc_weight * balance
                 grad = grad + factor * d_weight * grad_g
-            gradients += [(made, grad), *zip(self._learned, others, strict=True)]
+            gradients += [(reconstruction, grad), *zip(learned, logvar_grads, strict=True)]
         total = nll + losses.kl_weight * kl + factor * d_weight * g
         parts = {
-            "nll_loss": nll, "rec_loss": rec, "kl_loss": kl, "g_loss": g, "d_weight": d_weight,
-            "disc_factor": g.new_tensor(factor), "logvar": self.logvar.clone(),
+            "nll_loss": nll,
+            "rec_loss": rec,
+            "kl_loss": kl,
+            "g_loss": g,
+            "d_weight": d_weight,
+            "disc_factor": g.new_tensor(factor),
+            "logvar": self.logvar.clone(),
             "psnr": psnr(leaf, image).mean(),
-        }  # fmt: skip
+        }
         logged = {name: value.detach() for name, value in parts.items()}
-        return {"loss": _with_gradients(total, gradients), **logged}
+        return {"loss": _attach_gradients(total, gradients), **logged}
 
-    def rival_loss(self, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
-        """Of the discriminator, which is 0 until it `competes`."""
+    def discriminator_loss(self, batch: Batch, generator: torch.Generator) -> Losses:
+        """Computes the losses of the discriminator; "loss" is 0 until `trains_discriminator`."""
         image = self._image(batch)  # (B, 3, H, W)
         with torch.no_grad():
-            made, _ = self.model(image, generator)
-        real, fake = self.rival(image).float(), self.rival(made.float()).float()  # (B, 1, h, w)
-        loss = self._factor() * DISC_LOSSES[self.losses.disc_loss](real, fake)
+            reconstruction, _ = self.model(image, generator)
+        real = self.discriminator(image).float()  # (B, 1, h, w)
+        fake = self.discriminator(reconstruction.float()).float()  # (B, 1, h, w)
+        factor = self.losses.disc_factor if self.trains_discriminator else 0.0
+        loss = factor * DISC_LOSSES[self.losses.disc_loss](real, fake)
         parts = {"disc_loss": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
         return {"loss": loss, **{name: value.detach() for name, value in parts.items()}}
 
-    def start_from(self, losses: Mapping[str, Tensor]) -> None:
-        """Takes over discriminator and variance from a file (`legacy.losses`) that has them.
+    def load_losses(self, losses: Mapping[str, Tensor]) -> None:
+        """Loads discriminator and logvar, where `losses` (of `legacy.loss_weights`) has them.
 
-        Raises ValueError if its discriminator has other layers.
+        Raises:
+            ValueError: the discriminator has other layers.
         """
-        start = "discriminator."
-        state = {n.removeprefix(start): v for n, v in losses.items() if n.startswith(start)}
-        shapes = {name: value.shape for name, value in self.rival.state_dict().items()}
+        prefix = "discriminator."
+        state = {n.removeprefix(prefix): v for n, v in losses.items() if n.startswith(prefix)}
+        shapes = {name: value.shape for name, value in self.discriminator.state_dict().items()}
         if state and {name: value.shape for name, value in state.items()} != shapes:
             raise ValueError(
                 "the discriminator of the checkpoint has other layers than `lossconfig` says\n"
                 "hint: `ignore_keys: [loss]` starts with a new one"
             )
         if state:
-            self.rival.load_state_dict(state)
+            self.discriminator.load_state_dict(state)
         if "logvar" in losses:
             self.logvar.data.copy_(losses["logvar"])
 
     def weights_to_export(self, images: Iterable[Tensor]) -> dict[str, Tensor]:
-        """The model as it is; the training of a diffusion model measures its `scale_factor`."""
+        """Returns the model as it is: the training of a diffusion model measures its scale."""
         state = dict(self.model.state_dict())
         if self.export_losses:
-            parts = {"discriminator": self.rival, "perceptual_loss": self.perceptual}
-            for name, part in parts.items():
-                if part is not None:
-                    state |= {f"loss.{name}.{n}": v for n, v in part.state_dict().items()}
+            networks = {"discriminator": self.discriminator, "perceptual_loss": self.perceptual}
+            for name, network in networks.items():
+                if network is not None:
+                    state |= {f"loss.{name}.{n}": v for n, v in network.state_dict().items()}
             state["loss.logvar"] = self.logvar.detach()
         return state
 
-    def _factor(self) -> float:
-        return self.losses.disc_factor if self.competes else 0.0
+    def _image(self, batch: Batch) -> Tensor:
+        image: Tensor = batch["jpg"].to(self.logvar.device)  # (B, 3, H, W)
+        return image
 
-    def _image(self, batch: Mapping[str, Any]) -> Tensor:
-        return batch["jpg"].to(self.logvar.device)  # (B, 3, H, W)
-
-    def _nll(self, image: Tensor, made: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean error, and the negative log likelihood of an image, in units of a Laplacian."""
-        error = (image - made).abs()  # (B, 3, H, W)
+    def _nll(self, image: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean error, and negative log likelihood per image, up to a constant (Laplacian)."""
+        error = (image - reconstruction).abs()  # (B, 3, H, W)
         if self.perceptual is not None:
-            lpips = self.perceptual(image, made).float()  # (B, 1, 1, 1)
-            error = error + self.losses.perceptual_weight * lpips
+            distance = self.perceptual(image, reconstruction).float()  # (B, 1, 1, 1)
+            error = error + self.losses.perceptual_weight * distance
         nll = error / self.logvar.exp() + self.logvar
         return error.mean(), nll.sum() / len(image)
 
-    def _balance(self, h: Tensor, made: Tensor, grad: Tensor, grad_g: Tensor) -> Tensor:
+    def _balance_gradients(
+        self, h: Tensor, reconstruction: Tensor, grad: Tensor, grad_g: Tensor
+    ) -> Tensor:
         """|grad nll| / |grad g| with respect to the weights of the last layer.
 
-        h: what went into it. grad, grad_g: with respect to `made`, the image that came out.
+        h: input of the last layer. grad, grad_g: with respect to the reconstruction.
         """
         decoder = self.model.decoder
         shape = decoder.conv_out.weight.shape
-        slope = 1 - made.square() if decoder.tanh_out else torch.ones_like(made)
-        nll, g = (
+        is_tanh = decoder.tanh_out
+        slope = 1 - reconstruction.square() if is_tanh else torch.ones_like(reconstruction)
+        nll_norm, g_norm = (
             conv2d_weight(h.float(), shape, slope * d, padding=1).norm() for d in (grad, grad_g)
         )
-        return (nll / (g + TINY)).clamp(max=GREATEST)
+        balance: Tensor = (nll_norm / (g_norm + EPS)).clamp(max=MAX_D_WEIGHT)
+        return balance
 
 
-def psnr(made: Tensor, image: Tensor) -> Tensor:
+def psnr(reconstruction: Tensor, image: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of images in [-1, 1], decibels, (B,)."""
-    error = (made.clamp(-1, 1) - image).square().mean(dim=(1, 2, 3))
+    error = (reconstruction.clamp(-1, 1) - image).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(4 / error.clamp(min=1e-12))
 
 
 @torch.no_grad()
-def normalise(model: AutoencoderKL, z: Tensor) -> None:
+def normalise_latents(model: AutoencoderKL, z: Tensor) -> None:
     """Folds mean and standard deviation of every latent channel into the 1x1 convolutions.
 
-    z: (N, C, h, w) latents of the model. Afterwards its latents have mean 0 and std 1 (so the
-    scale factor is 1) and decode to the same images.
+    Afterwards the latents have mean 0 and std 1 (so the scale factor is 1) and decode to the same
+    images.
+
+    Args:
+        z: (N, C, h, w) latents of the model.
     """
     channels = z.shape[1]
-    mean, std = z.mean(dim=(0, 2, 3)), z.std(dim=(0, 2, 3))
+    mean = z.mean(dim=(0, 2, 3))
+    std = z.std(dim=(0, 2, 3))
     after, before = model.quant_conv, model.post_quant_conv
     assert after.bias is not None
     assert before.bias is not None
@@ -331,32 +379,39 @@ def normalise(model: AutoencoderKL, z: Tensor) -> None:
     before.weight *= std[None, :, None, None]
     after.weight[:channels] /= std[:, None, None, None]
     after.bias[:channels] = (after.bias[:channels] - mean) / std
-    after.bias[channels:] -= 2 * std.log()  # the log variance scales with the square
+    after.bias[channels:] -= 2 * std.log()  # log variances scale with the square
 
 
-def _moved(module: Any, device: torch.device) -> Any:
-    """On the device; fake tensors, as `--dry-run` has, cannot be moved, and need not be."""
+def _move(module: ModuleT, device: torch.device) -> ModuleT:
+    """Moves to a device; fake tensors, as of --dry-run, cannot be moved and need not be."""
     return module if next(module.parameters()).device == device else module.to(device)
 
 
-def _edges(error: Tensor) -> Tensor:
-    down = error[..., 1:, :] - error[..., :-1, :]
-    right = error[..., :, 1:] - error[..., :, :-1]
-    return down.abs().mean() + right.abs().mean()
+def _edge_loss(error: Tensor) -> Tensor:
+    vertical = error[..., 1:, :] - error[..., :-1, :]
+    horizontal = error[..., :, 1:] - error[..., :, :-1]
+    return vertical.abs().mean() + horizontal.abs().mean()
 
 
-def _freeze(model: AutoencoderKL, trained: str) -> bool:
-    """Whether only the decoder is trained; then freezes what makes latents."""
+def _freeze_encoder(model: AutoencoderKL, trained: str) -> None:
+    """Freezes what latents depend on, if only the decoder is trained."""
     if trained not in ("all", "decoder"):
-        raise ValueError(f"lightning.objective.trained is `{trained}`, choose one of all, decoder")
+        raise unknown_name("value of trained", trained, ("all", "decoder"), "lightning.objective")
     if trained == "decoder":
-        for part in (model.encoder, model.quant_conv):
-            part.requires_grad_(False)
-    return trained == "decoder"
+        model.encoder.requires_grad_(False)
+        model.quant_conv.requires_grad_(False)
 
 
-def _starting_losses(params: Mapping[str, Any]) -> dict[str, Tensor]:
-    """`loss.*` of the checkpoint that the model starts from, without `ignore_keys`."""
+def _check_keywords(objective: Mapping[str, Any], task: type[Task]) -> None:
+    parameters = inspect.signature(task).parameters.values()
+    keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    for key in objective:
+        if key not in keywords:
+            raise unknown_name("keyword", key, keywords, "lightning.objective")
+
+
+def _read_loss_weights(params: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Reads `loss.*` of the checkpoint that the model starts from, without `ignore_keys`."""
     if not params.get("ckpt_path"):
         return {}
     ignored = tuple(params.get("ignore_keys") or ())
@@ -365,28 +420,28 @@ def _starting_losses(params: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _input_of(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects what goes into a layer while inside."""
-    seen: list[Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+def _record_input(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects the inputs of a layer while inside."""
+    recorded: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, inputs: recorded.append(inputs[0].detach()))
     try:
-        yield seen
+        yield recorded
     finally:
         hook.remove()
 
 
-def _with_gradients(value: Tensor, gradients: Sequence[tuple[Tensor, Tensor | float]]) -> Tensor:
-    """A number equal to `value` whose gradient with respect to each tensor is what stands by it."""
+def _attach_gradients(value: Tensor, gradients: Sequence[tuple[Tensor, Tensor | float]]) -> Tensor:
+    """A scalar equal to `value` that has the given gradient with respect to each tensor."""
     linear = torch.stack([(tensor * gradient).sum() for tensor, gradient in gradients]).sum()
     return value.detach() + (linear - linear.detach())
 
 
-def _hinge(real: Tensor, fake: Tensor) -> Tensor:
+def _hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
-def _vanilla(real: Tensor, fake: Tensor) -> Tensor:
+def _vanilla_loss(real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
-DISC_LOSSES = {"hinge": _hinge, "vanilla": _vanilla}
+DISC_LOSSES = {"hinge": _hinge_loss, "vanilla": _vanilla_loss}

@@ -1,29 +1,35 @@
-"""From the error of a prediction to the number that is trained on, with the original's weights."""
+"""Losses of a denoiser: error of a prediction -> weighted loss, with the original's weights."""
 
-import inspect
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ldm.diffusion.schedule import Schedule
+from ldm.runtime.errors import unknown_name
 
-__all__ = ["Criterion", "min_snr"]
+__all__ = ["LOSS_TYPES", "Criterion", "min_snr_weights"]
+
+LossType = Literal["l2", "l1"]
+LOSS_TYPES = ("l2", "l1")
 
 
 class Criterion(nn.Module):
-    """The loss of errors at timesteps; a module, as `logvar` may be learned.
+    """The loss of prediction errors at timesteps; a module, as `logvar` may be learned.
 
         loss = l_simple_weight mean(l / exp(logvar_t) + logvar_t) + original_elbo_weight mean(w_t l)
 
-        l: per sample, weighted by `min_snr`. w: see `Schedule.vlb_weights`.
-        min_snr_gamma: cap of the signal-to-noise ratio (arXiv:2303.09556); None = all timesteps
-            count alike.
-        logvar_init: logvar of every timestep. learn_logvar: it is trained.
+    where l is the error per sample, weighted by `min_snr_weights`, and w `Schedule.vlb_weights`.
 
-    Names are the original's, but for the first.
-
-    Raises ValueError for an unknown loss_type.
+    Args:
+        parameterization: prediction type of the error, "eps", "v" or "x0".
+        min_snr_gamma: cap of the signal-to-noise ratio (arXiv:2303.09556); None = the same weight
+            for all timesteps.
+        loss_type: squared ("l2") or absolute ("l1") error.
+        learn_logvar: train `logvar`.
+        logvar_init: initial `logvar` of every timestep.
+    Raises:
+        UnknownName: unknown loss_type.
     """
 
     def __init__(
@@ -32,54 +38,57 @@ class Criterion(nn.Module):
         parameterization: str,
         *,
         min_snr_gamma: float | None = None,
-        loss_type: Literal["l2", "l1"] = "l2",
+        loss_type: LossType = "l2",
         l_simple_weight: float = 1.0,
         original_elbo_weight: float = 0.0,
         learn_logvar: bool = False,
         logvar_init: float = 0.0,
     ) -> None:
         super().__init__()
-        if loss_type not in ("l2", "l1"):
-            raise ValueError(f"unknown loss_type `{loss_type}`, choose one of l2, l1")
-        self.is_l1 = loss_type == "l1"
-        self.simple, self.bound = l_simple_weight, original_elbo_weight
-        self.learns = learn_logvar
-        self.weights = min_snr(schedule, parameterization, min_snr_gamma)  # (T,)
+        if loss_type not in LOSS_TYPES:
+            raise unknown_name("loss_type", loss_type, LOSS_TYPES)
+        self.loss_type = loss_type
+        self.l_simple_weight = l_simple_weight
+        self.original_elbo_weight = original_elbo_weight
+        self.learn_logvar = learn_logvar
+        self.weights = min_snr_weights(schedule, parameterization, min_snr_gamma)  # (T,)
         self.vlb_weights = schedule.vlb_weights(parameterization).float()  # (T,)
         logvar = torch.full((len(schedule),), float(logvar_init))  # (T,)
         self.logvar = nn.Parameter(logvar, requires_grad=learn_logvar)
 
-    @classmethod
-    def keywords(cls) -> list[str]:
-        """What may be given beside the first two arguments."""
-        return list(inspect.signature(cls).parameters)[2:]
-
     def forward(self, error: Tensor, t: Tensor) -> dict[str, Tensor]:
-        """error: (B, C, h, w), prediction minus target. t: (B,) integers in 0 … T-1, on the CPU.
+        """Computes the loss of a batch.
 
-        Returns {"loss"}, parts of it to be logged, and per sample, detached, {"t", "losses"} (B,).
+        Args:
+            error: (B, C, h, w), prediction minus target.
+            t: (B,) integers in 0 … T-1, on the CPU.
+        Returns:
+            "loss", its detached parts, and per sample "t" and the unweighted "losses", (B,).
         """
-        losses = (error.abs() if self.is_l1 else error.square()).mean(dim=(1, 2, 3))  # (B,)
-        plain = losses.detach()
-        losses = self.weights[t].to(losses) * losses
+        values = error.abs() if self.loss_type == "l1" else error.square()
+        unweighted = values.mean(dim=(1, 2, 3))  # (B,)
+        losses = self.weights[t].to(unweighted) * unweighted
         vlb = (self.vlb_weights[t].to(losses) * losses).mean()
         logvar = self.logvar[t.to(self.logvar.device)].to(losses.device)  # (B,)
-        scaled = (losses / logvar.exp() + logvar).mean()
-        made = {"loss": self.simple * scaled + self.bound * vlb}
-        made |= {"loss_simple": plain.mean(), "loss_vlb": vlb.detach()}
-        if self.learns:
-            made |= {"loss_gamma": scaled.detach(), "logvar": self.logvar.detach().mean()}
-        return {**made, "t": t, "losses": plain}
+        gamma = (losses / logvar.exp() + logvar).mean()  # the original's name
+        result = {
+            "loss": self.l_simple_weight * gamma + self.original_elbo_weight * vlb,
+            "loss_simple": unweighted.detach().mean(),
+            "loss_vlb": vlb.detach(),
+        }
+        if self.learn_logvar:
+            result |= {"loss_gamma": gamma.detach(), "logvar": self.logvar.detach().mean()}
+        return {**result, "t": t, "losses": unweighted.detach()}
 
 
-def min_snr(schedule: Schedule, parameterization: str, gamma: float | None) -> Tensor:
-    """Weight of the loss at every timestep, (T,) float32, as min(SNR, gamma) in terms of z.
+def min_snr_weights(schedule: Schedule, parameterization: str, gamma: float | None) -> Tensor:
+    """Computes the weight of the loss at every timestep, (T,) float32: min(SNR, gamma) for x0.
 
-    Hang et al. 2023 (arXiv:2303.09556), sections 3.4 and A: the weight of x0 is min(SNR, gamma),
-    of eps that by SNR, of v that by SNR + 1.
+    The error of x0 has the weight min(SNR, gamma); that of eps is divided by SNR, that of v by
+    SNR + 1 (Hang et al. 2023, arXiv:2303.09556, sections 3.4 and A).
     """
     snr = schedule.sigmas**-2
     if gamma is None:
         return torch.ones_like(snr).float()
-    per_z = {"x0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[parameterization]
-    return (snr.clamp(max=gamma) / per_z).float()
+    per_x0 = {"x0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[parameterization]
+    return (snr.clamp(max=gamma) / per_x0).float()

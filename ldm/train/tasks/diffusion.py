@@ -1,41 +1,50 @@
-"""batch -> latent -> noise -> error -> loss: what a latent diffusion model is trained on."""
+"""Training of a latent diffusion model: image -> latent -> noisy latent -> error -> loss."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ldm.data.source import to_device
-from ldm.encoders.text import TextEncoder
 from ldm.model import LatentDiffusion
-from ldm.runtime.errors import unknown_name
-from ldm.train.tasks.criterion import Criterion
+from ldm.train.tasks.criterion import Criterion, LossType
+from ldm.train.tasks.task import Batch, Losses, Task
 
-__all__ = ["Diffusion", "measure_scale", "options", "spread_timesteps"]
+__all__ = ["Diffusion", "diffusion_options", "spread_timesteps"]
 
 # Parameters of the original's model that are keywords of `Diffusion`.
 ORIGINAL = (
-    "loss_type", "l_simple_weight", "original_elbo_weight", "learn_logvar", "logvar_init",
+    "loss_type",
+    "l_simple_weight",
+    "original_elbo_weight",
+    "learn_logvar",
+    "logvar_init",
     "scale_by_std",
-)  # fmt: skip
+)
 
 
-class Diffusion:
-    """The training task of a LatentDiffusion: the UNet, and encoders that are not frozen.
+class Diffusion(Task):
+    """Trains the UNet of a LatentDiffusion, and those of its encoders that are not frozen.
 
-    drop: share of captions replaced by "", which guidance needs; or shares by record.
-    prior_weight: of the loss of `prior`, the samples of a class beside those of one of it
-        (arXiv:2208.12242), where a batch has them.
-    noise_bias: timesteps are drawn with density t ** (noise_bias - 1): 1 is uniform, 2 looks more
-        often at much noise, where the caption alone must tell what to draw.
-    offset_noise: of a second noise that is one number per channel, so that the model learns to
-        change the mean of a picture; 0.1 is usual (Guttenberg 2023).
-    input_perturbation: of more noise in what the network is shown, but is not to find, so that it
-        learns to live with its own errors; 0.1 is usual (arXiv:2301.11706).
-    scale_by_std: the model's scale was measured, see `measure_scale`: it is exported.
-    weighting: keywords of `Criterion`.
+    Args:
+        drop: probability of an empty caption, for classifier-free guidance; or probabilities by
+            batch key.
+        prior_weight: of the loss of the "prior" samples of a batch, images of the class beside
+            those of the subject (DreamBooth, arXiv:2208.12242).
+        noise_bias: timesteps have the density t ** (noise_bias - 1): 1 is uniform, 2 prefers high
+            noise, where the caption alone decides.
+        offset_noise: standard deviation of a second noise that is constant over a channel, so that
+            the model learns to change the mean of an image; 0.1 is usual (Guttenberg 2023).
+        input_perturbation: standard deviation of noise that is added to the input but not to the
+            target; 0.1 is usual (arXiv:2301.11706).
+        scale_by_std: export `scale_factor`, as it was measured at the start of the run.
+        min_snr_gamma, loss_type, l_simple_weight, original_elbo_weight, learn_logvar, logvar_init:
+            see `Criterion`.
     """
+
+    is_shardable: ClassVar[bool] = True
+    model: LatentDiffusion
 
     def __init__(
         self,
@@ -47,132 +56,131 @@ class Diffusion:
         offset_noise: float = 0.0,
         input_perturbation: float = 0.0,
         scale_by_std: bool = False,
-        **weighting: Any,
+        min_snr_gamma: float | None = None,
+        loss_type: LossType = "l2",
+        l_simple_weight: float = 1.0,
+        original_elbo_weight: float = 0.0,
+        learn_logvar: bool = False,
+        logvar_init: float = 0.0,
     ) -> None:
-        self.model, self.drop, self.noise_bias = model, drop, noise_bias
-        self.prior_weight, self.has_own_scale, self.step = prior_weight, scale_by_std, 0
-        self.offset_noise, self.input_perturbation = offset_noise, input_perturbation
-        for key in weighting:
-            if key not in Criterion.keywords():
-                raise unknown_name("key", key, KEYWORDS, "lightning.objective")
-        criterion = Criterion(model.schedule, model.parameterization, **weighting)
-        self.criterion = criterion.to(model.device)
+        self.model = model
+        self.drop = drop
+        self.prior_weight = prior_weight
+        self.noise_bias = noise_bias
+        self.offset_noise = offset_noise
+        self.input_perturbation = input_perturbation
+        self.scale_by_std = scale_by_std
+        self.criterion = Criterion(
+            model.schedule,
+            model.parameterization,
+            min_snr_gamma=min_snr_gamma,
+            loss_type=loss_type,
+            l_simple_weight=l_simple_weight,
+            original_elbo_weight=original_elbo_weight,
+            learn_logvar=learn_logvar,
+            logvar_init=logvar_init,
+        ).to(model.device)
         model.autoencoder.requires_grad_(False)
-        self.trained = nn.ModuleDict({"unet": model.unet, "conditioner": model.conditioner})
-        if self.criterion.learns:
-            self.trained["criterion"] = self.criterion
+        self.trainable = nn.ModuleDict({"unet": model.unet, "conditioner": model.conditioner})
+        if learn_logvar:
+            self.trainable["criterion"] = self.criterion
 
-    def loss(self, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
-        """What `Criterion` says of a batch: images ("jpg") or latents ("z", and perhaps "z_std",
-        the deviation of their posterior), and what else is read.
+    def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
+        """Computes the losses of a batch, see `Criterion.forward`.
 
-        Every family goes this way: what an encoder reads it makes itself of the batch.
-        With a "prior" in the batch: the sum, and {"instance", "prior"}, its parts without weight.
+        Args:
+            batch: images "jpg" (B, 3, H, W), or latents "z" (B, C, h, w) and perhaps "z_std", the
+                standard deviation of their posterior; captions "txt", and what else the encoders
+                read or compute; perhaps "prior", a batch of the class images.
+        Returns:
+            With a "prior": the weighted sum as "loss", its terms as "instance" and "prior".
         """
-        made = self._loss(batch, generator)
+        losses = self._loss(batch, generator)
         if "prior" not in batch:
-            return made
+            return losses
         prior = self._loss(batch["prior"], generator)
-        parts = {"instance": made["loss"].detach(), "prior": prior["loss"].detach()}
-        joined = {name: torch.cat([made[name], prior[name]]) for name in ("t", "losses")}
-        return made | joined | parts | {"loss": made["loss"] + self.prior_weight * prior["loss"]}
+        return {
+            **losses,
+            "loss": losses["loss"] + self.prior_weight * prior["loss"],
+            "instance": losses["loss"].detach(),
+            "prior": prior["loss"].detach(),
+            "t": torch.cat([losses["t"], prior["t"]]),
+            "losses": torch.cat([losses["losses"], prior["losses"]]),
+        }
 
     def weights_to_export(self, images: Iterable[Tensor]) -> dict[str, Tensor]:
-        """The whole model, under our names; the images are not needed."""
         state: dict[str, Tensor] = self.model.state_dict()
-        if self.criterion.learns:
+        if self.criterion.learn_logvar:
             state["logvar"] = self.criterion.logvar
-        if self.has_own_scale:
+        if self.scale_by_std:
             state["scale_factor"] = torch.tensor(self.model.scale_factor)
         return state
 
-    def _loss(self, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
-        batch = to_device(batch, self.model.device)
+    def _loss(self, batch: Batch, generator: torch.Generator) -> Losses:
+        model = self.model
+        batch = to_device(batch, model.device)
+
+        # Encode the images, or sample cached latents from their posterior.
         z = batch.get("z")  # (B, C, h, w)
         if z is None:
             with torch.no_grad():
-                z = self.model.encode(batch["jpg"], generator)
-        elif "z_std" in batch:  # of the posterior that z is the mean of
+                z = model.encode(batch["jpg"], generator)
+        elif "z_std" in batch:
             z = z + batch["z_std"] * torch.randn(z.shape, generator=generator).to(z)
-        t = spread_timesteps(len(z), len(self.model.schedule), generator, self.noise_bias)  # (B,)
-        noise, seen = self._noise(z, generator)  # (B, C, h, w) each
-        batch = self.model.prepare(batch, (z.shape[-2], z.shape[-1]), generator)
-        cond = self.model.condition(batch, self.drop, generator)
-        return self.criterion(self.model.denoiser.error(z, cond, t, noise, seen), t)
 
-    def _noise(self, z: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The noise that is to be found, and the noise that is shown, (B, C, h, w) each."""
+        # Draw timesteps and noise.
+        t = spread_timesteps(len(z), len(model.schedule), generator, self.noise_bias)  # (B,)
+        noise, input_noise = self._draw_noise(z, generator)  # (B, C, h, w) each
+
+        # Encode the conditions, dropping some at random.
+        batch = model.prepare(batch, (z.shape[-2], z.shape[-1]), generator)
+        cond = model.condition(batch, self.drop, generator)
+
+        # Denoise, and weight the error.
+        losses: Losses = self.criterion(model.denoiser.error(z, cond, t, noise, input_noise), t)
+        return losses
+
+    def _draw_noise(self, z: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draws the noise to predict and the noise of the input, (B, C, h, w) each."""
         noise = torch.randn(z.shape, generator=generator)
         if self.offset_noise:
             noise += self.offset_noise * torch.randn((*z.shape[:2], 1, 1), generator=generator)
-        seen = noise
+        input_noise = noise
         if self.input_perturbation:
-            more = torch.randn(z.shape, generator=generator)
-            seen = noise + self.input_perturbation * more
-        return noise.to(z), seen.to(z)
+            perturbation = torch.randn(z.shape, generator=generator)
+            input_noise = noise + self.input_perturbation * perturbation
+        return noise.to(z), input_noise.to(z)
 
 
-KEYWORDS = [
-    *("drop", "prior_weight", "noise_bias", "offset_noise", "input_perturbation", "scale_by_std"),
-    *Criterion.keywords(),
-]
+def diffusion_options(params: Mapping[str, Any], objective: Mapping[str, Any]) -> dict[str, Any]:
+    """Collects the keywords of `Diffusion` from a config.
 
-
-def options(params: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Keywords of `Diffusion`.
-
-    params: of the original's model, whose `ucg_training` and `embedding_dropout` are shares of
-        `drop`, too.
-    given: those of `lightning.objective`, which win.
+    Args:
+        params: of the model, in the original's words; its `ucg_training` and `embedding_dropout`
+            are probabilities of `drop`.
+        objective: `lightning.objective`, which takes precedence.
     """
-    found = {key: params[key] for key in ORIGINAL if params.get(key) is not None} | dict(given)
-    shares = {key: share["p"] for key, share in (params.get("ucg_training") or {}).items()}
+    options = {key: params[key] for key in ORIGINAL if params.get(key) is not None}
+    options |= objective
+    drop = {key: entry["p"] for key, entry in (params.get("ucg_training") or {}).items()}
     if params.get("embedding_dropout"):
-        shares["embedding"] = params["embedding_dropout"]
-    if shares:
-        own = given.get("drop", {})
-        found["drop"] = {
-            "txt": 0.1,
-            **shares,
-            **(own if isinstance(own, Mapping) else {"txt": own}),
-        }
-    return found
-
-
-def measure_scale(model: LatentDiffusion, images: Tensor, generator: torch.Generator) -> None:
-    """Sets `scale_factor` so that latents of these images have a standard deviation of 1.
-
-        images: (B, 3, H, W) in [-1, 1], the first of the data. It is the original's `scale_by_std`.
-    Raises ValueError if the config gives a `scale_factor` as well.
-
-    Rombach et al. 2022 (arXiv:2112.10752), appendix G.
-    """
-    if model.scale_factor != 1:
-        raise ValueError(f"scale_by_std measures `scale_factor`, which is {model.scale_factor}")
-    with torch.no_grad():
-        model.scale_factor = 1 / float(model.encode(images.to(model.device), generator).std())
+        drop["embedding"] = params["embedding_dropout"]
+    if drop:
+        own = objective.get("drop", {})
+        own = own if isinstance(own, Mapping) else {"txt": own}
+        options["drop"] = {"txt": 0.1, **drop, **own}
+    return options
 
 
 def spread_timesteps(
     n: int, timesteps: int, generator: torch.Generator, bias: float = 1.0
 ) -> Tensor:
-    """(n,) timesteps, one from each n-th of their distribution, shuffled: drawn with less variance.
+    """Draws timesteps with less variance than independent ones: one per n-quantile, shuffled.
 
-    bias: see `Diffusion.noise_bias`.
+    Args:
+        bias: see `Diffusion`'s `noise_bias`.
+    Returns:
+        (n,) integers in 0 … timesteps - 1.
     """
-    place = torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)
-    return ((place / n) ** (1 / bias) * timesteps).long().clamp(max=timesteps - 1)
-
-
-def vocabulary(texts: Iterable[str], encoder: TextEncoder) -> Tensor:
-    """Sorted ids of all tokens in the texts, as the compact embedding of `encoder` keeps them.
-
-    Rows that the texts leave over get ids beyond CLIP's, which never occur.
-    Raises ValueError if there are more tokens than rows.
-    """
-    assert encoder.token_ids is not None
-    ids, rows = encoder.tokenize(sorted(set(texts))).unique(), len(encoder.token_ids)
-    if len(ids) > rows:
-        raise ValueError(f"`compact_vocab` is too small: {len(ids)} tokens occur, plus one row")
-    spare = torch.arange(rows - len(ids)) + 49408
-    return torch.cat([ids, spare])
+    quantiles = torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)
+    return ((quantiles / n) ** (1 / bias) * timesteps).long().clamp(max=timesteps - 1)

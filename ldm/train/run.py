@@ -1,0 +1,191 @@
+"""A training run: `build_run` makes it from a config; exports, validation and samples read it."""
+
+import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.data.source import Source
+from ldm.loading.config import instantiate
+from ldm.model import LatentDiffusion
+from ldm.nets import attention
+from ldm.nets.autoencoder import AutoencoderKL
+from ldm.runtime.device import pick_device
+from ldm.train import build, memory
+from ldm.train.batches.sources import open_sources
+from ldm.train.config.settings import Settings
+from ldm.train.distributed import parallel
+from ldm.train.distributed.parallel import Ranks
+from ldm.train.runs.initial import load_initial_weights, measure_scale
+from ldm.train.runs.states import States
+from ldm.train.state import State
+from ldm.train.tasks.task import Task
+
+__all__ = ["Run", "build_run"]
+
+log = logging.getLogger(__name__)
+
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # by `trainer.precision`
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a training run; all that changes while it trains is in `state`.
+
+    Attributes:
+        settings: read from the config.
+        config_text: the config as YAML, written beside the weights.
+        folder: of the run.
+        ranks: this process among those of the run.
+        task: what is trained.
+        source: the training data.
+        held_out: the data for validation, if there is any.
+        is_fine_tune: whether the model had weights to start from.
+    """
+
+    settings: Settings
+    config_text: str
+    folder: Path
+    device: torch.device
+    ranks: Ranks
+    task: Task
+    state: State
+    source: Source
+    held_out: Source | None
+    is_fine_tune: bool
+
+    @property
+    def model(self) -> LatentDiffusion | AutoencoderKL:
+        return self.task.model
+
+    @property
+    def seed(self) -> int:
+        return self.settings.trainer.seed
+
+    @property
+    def batch_size(self) -> int:
+        """Samples per batch; a step of one process has one or several batches."""
+        return self.settings.data.batch_size
+
+    @property
+    def epoch(self) -> int:
+        """Number of complete passes over the data; 0 if its length is not known."""
+        batches = self.source.batches_per_epoch(self.batch_size)
+        return int(self.state.position // batches) if batches else 0
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of exports and resume states."""
+        return self.folder / "checkpoints"
+
+    @property
+    def states(self) -> States:
+        """The resume states on disk."""
+        return States(self.checkpoints, self.ranks, keep=self.settings.trainer.keep)
+
+    def progress(self) -> float:
+        """How much of the run is done, 0 … 1, by steps or by time, whichever is further."""
+        trainer, state = self.settings.trainer, self.state
+        by_steps = state.step / trainer.max_steps if trainer.max_steps else 0.0
+        by_time = state.seconds / trainer.max_time if trainer.max_time else 0.0
+        return max(by_steps, by_time)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context in which losses are computed, for mixed precision."""
+        dtype = AUTOCAST.get(self.settings.trainer.precision)
+        return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
+
+    def resume(self, path: Path | None = None) -> None:
+        """Loads a state, by default the newest of this run; a step keeps its number of batches.
+
+        Raises:
+            ValueError: there is none, or these processes cannot share such a step.
+        """
+        path = path or self.states.newest()
+        if path is None:
+            raise ValueError(f"`{self.checkpoints}` has no state to resume from")
+        self.states.load(self.state, path)
+        batches, world_size = self.state.batches_per_step, self.ranks.world_size
+        if batches % world_size:
+            raise ValueError(
+                f"a step of `{path}` is {batches} batches, {world_size} processes cannot share them"
+            )
+        accumulation = batches // world_size
+        if accumulation != self.settings.trainer.accumulate_grad_batches:
+            log.info("%d batches per step, as before: %d x %d ranks",
+                     batches, accumulation, world_size)  # fmt: skip
+
+
+def build_run(
+    settings: Settings,
+    folder: Path,
+    *,
+    config_text: str = "",
+    device: torch.device | None = None,
+    allow_commands: bool = False,
+) -> Run:
+    """Builds a run from its config; nothing is written but caches of the data.
+
+    Args:
+        config_text: the same config as text.
+        folder: of the run.
+        device: default: the best there is.
+        allow_commands: whether shards may come from commands that the config names.
+    """
+    trainer, data = settings.trainer, settings.raw["data"]
+    params: Mapping[str, Any] = settings.raw["model"].get("params") or {}
+
+    # Connect the processes.
+    device = device or pick_device(None)
+    ranks = parallel.connect(device, timeout=trainer.timeout)
+
+    # Set up torch. Initial weights are drawn from its global generator.
+    torch.manual_seed(trainer.seed)
+    torch.backends.cudnn.benchmark = trainer.benchmark
+    attention.set_backend(trainer.attention)
+
+    log.info("Building the model")
+    model = instantiate(settings.raw["model"], where="model").to(device)
+    is_fine_tune = load_initial_weights(model, params)
+    memory.apply(
+        model,
+        checkpoint=trainer.checkpoint_gradients,
+        channels_last=trainer.channels_last,
+        compiled=trainer.compile,
+    )
+
+    log.info("Opening the data")
+    with ranks.first_before_others():
+        source, held_out = open_sources(model, data, seed=trainer.seed, commands=allow_commands)
+    if params.get("scale_by_std") and not is_fine_tune:
+        if data["params"].get("latents"):
+            raise ValueError("`scale_by_std` does not go with `data.params.latents`")
+        images = torch.stack([one["jpg"] for one in source.first_samples(settings.data.batch_size)])
+        measure_scale(model, images, seed_batch(trainer.seed, 0))
+
+    log.info("Setting up the training state")
+    task = build.build_task(model, params, settings)
+    state = build.build_state(task, settings, ranks, device)
+    return Run(
+        settings=settings,
+        config_text=config_text,
+        folder=folder,
+        device=device,
+        ranks=ranks,
+        task=task,
+        state=state,
+        source=source,
+        held_out=held_out,
+        is_fine_tune=is_fine_tune,
+    )
+
+
+def seed_batch(seed: int, index: int) -> torch.Generator:
+    """Makes the random generator of a batch, and seeds torch's global one for dropout alike."""
+    batch_seed = (seed * 0x9E3779B1 + index) % 2**32
+    torch.manual_seed(batch_seed)
+    return torch.Generator().manual_seed(batch_seed)

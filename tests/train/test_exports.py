@@ -1,0 +1,130 @@
+"""Validation, sample grids and exports of a run."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ldm.loading.config import parse_yaml
+from ldm.loading.files.checkpoint import read_checkpoint
+from ldm.loading.load import load
+from ldm.train.loop import train
+from ldm.train.monitoring.samples import draw_samples
+from ldm.train.monitoring.validation import validate
+from ldm.train.run import Run
+from ldm.train.runs.exports import export, export_best, export_step
+from tests.train.tinyrun import EMOJI, tiny_run
+
+HELD_OUT = f"{{root: {EMOJI}, split: heldout, transform: {{name: emoji, size: 32}}}}"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Two steps of the tiny model, with images held out."""
+    run = tiny_run(
+        tmp_path_factory.mktemp("run"),
+        f"data.params.validation={HELD_OUT}",
+        "lightning.callbacks.sampling={steps: 2}",
+        "lightning.trainer.max_steps=2",
+    )
+    train(run)
+    return run
+
+
+def change(run: Run, **callbacks: Any) -> Run:
+    """The same run with other settings."""
+    return replace(run, settings=run.settings.change(callbacks=callbacks))
+
+
+def test_validation_is_reproducible_and_changes_nothing(run: Run) -> None:
+    run.task.trainable.train()
+    modes = [part.training for part in run.model.modules()]
+    losses = validate(run)
+    torch.manual_seed(99)
+    assert validate(run) == losses
+    assert [part.training for part in run.model.modules()] == modes
+    assert set(losses) >= {"val/loss", "val/loss_ema", "val/loss_simple_ema"}
+    assert losses["val/loss"] != losses["val/loss_ema"]
+
+
+def test_grids_show_both_weights_at_fixed_prompts(run: Run) -> None:
+    drawing = change(run, images=2, prompts=["a red cat"])
+    train_path, val_path = draw_samples(drawing)
+    assert train_path == run.folder / "images/train/samples_gs-000002_e-000000_b-000002.png"
+    assert val_path.parent.name == "val"
+    assert train_path.with_suffix(".txt").read_text() == "a red cat\na red cat\n"
+    content = train_path.read_bytes()
+    assert draw_samples(drawing)[0].read_bytes() == content
+    assert draw_samples(change(run, images=0)) == []
+
+
+def test_the_best_exports_stay(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def remaining(**options: Any) -> list[str]:
+        """The files after five validations, by the losses in their names."""
+        here = replace(change(run, export=["safetensors"], **options), folder=tmp_path)
+        for step, loss in enumerate((0.5, 0.3, 0.4, math.nan, 0.1)):
+            monkeypatch.setattr(run.state, "step", step)
+            export_best(here, {"val/loss": 1 - loss, "val/loss_ema": loss})
+        names = [path.name.rpartition("=")[2] for path in sorted(here.checkpoints.glob("*"))]
+        shutil.rmtree(here.checkpoints, ignore_errors=True)
+        return [name.removesuffix(".safetensors") for name in names]
+
+    assert remaining(best=0) == []
+    assert remaining(best=2) == ["0.300000", "0.100000"]
+    assert len(remaining(best=-1)) == 4
+    assert remaining(best=1, monitor="val/loss") == ["0.500000"]
+    with pytest.raises(ValueError, match="monitor: `val/psnr` is none of val/loss, val/loss_ema"):
+        remaining(best=1, monitor="val/psnr")
+
+
+def test_an_export_of_a_step_has_its_number(run: Run) -> None:
+    (path,) = export_step(run)
+    folder = run.checkpoints / "trainstep_checkpoints"
+    assert path == folder / "epoch=000000-step=000000002.safetensors"
+    assert path.exists()
+
+
+@pytest.mark.parametrize("weights", ["ema", "raw", "both"])
+def test_an_export_has_raw_or_ema_weights_or_both(run: Run, tmp_path: Path, weights: str) -> None:
+    kinds = ["safetensors", "ckpt"] if weights == "both" else ["safetensors"]
+    exporting = change(run, weights=weights, export=kinds, dtype="full")
+    name = "unet.out.2.weight"
+    raw, ema = run.model.state_dict()[name].clone(), run.state.ema.shadow[name]
+    assert not raw.equal(ema)
+    for path in export(exporting, tmp_path / "last"):
+        model: Any = load(None, path)
+        assert model.state_dict()[name].equal(ema if weights == "ema" else raw)
+        file = read_checkpoint(path)
+        assert (file.has_ema, file.step) == (weights == "both", 2)
+        assert file.metadata["modelspec.prediction_type"] == "v"
+        assert json.loads(file.metadata["ldm.training"])["seed"] == 23
+        if weights == "both":
+            averaged: Any = load(None, path, ema=True)
+            assert averaged.state_dict()[name].equal(ema)
+            assert float(file.averages["model_ema.decay"]) == pytest.approx(0.9)
+            assert int(file.averages["model_ema.num_updates"]) == 2
+            assert "model_ema.diffusion_modelout2weight" in file.averages
+        assert "model.diffusion_model.out.2.weight" in file.state
+        assert file.state["alphas_cumprod"].dtype == torch.float32
+
+
+def test_an_export_in_half_precision_keeps_numbers_whole(run: Run, tmp_path: Path) -> None:
+    (path,) = export(change(run, weights="both", dtype="half"), tmp_path / "last")
+    file = read_checkpoint(path)
+    assert file.state["model.diffusion_model.out.2.weight"].dtype == torch.float16
+    assert file.averages["model_ema.decay"].dtype == torch.float32
+
+
+def test_loras_and_embeddings_have_the_config_of_their_training(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, "lightning.lora.rank=2", "lightning.textual_inversion.token=emoji")
+    export(run, tmp_path / "last")
+    for name in ("last", "last-diffusers", "last-word"):
+        metadata = read_checkpoint(tmp_path / f"{name}.safetensors").metadata
+        assert parse_yaml(metadata["ldm.training.config"])["lightning"]["lora"] == {"rank": 2}
+        assert json.loads(metadata["ldm.training"])["seed"] == 23
+        assert "ldm.config" not in metadata  # which would make it a whole model

@@ -1,0 +1,39 @@
+"""Runs of configs/train/tiny.yaml with small batches and no sample grids."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.loading.config import format_yaml, read_yaml
+from ldm.train.config.settings import read_settings
+from ldm.train.run import Run, build_run
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "configs/train/tiny.yaml"
+EMOJI = ROOT / "tests/data/emoji"
+QUICK = (
+    f"data.params.train.root={EMOJI}",
+    "data.params.batch_size=2",
+    "lightning.callbacks.images=0",
+    "lightning.callbacks.loggers=[csv]",
+)
+
+
+def tiny_config(*overrides: str) -> dict[str, Any]:
+    return read_yaml(TINY, [*QUICK, *overrides])
+
+
+def run_of(config: dict[str, Any], folder: Path) -> Run:
+    cpu = torch.device("cpu")
+    return build_run(read_settings(config), folder, config_text=format_yaml(config), device=cpu)
+
+
+def tiny_run(folder: Path, *overrides: str) -> Run:
+    return run_of(tiny_config(*overrides), folder)
+
+
+def weights_of(run: Run) -> dict[str, torch.Tensor]:
+    """Raw and EMA weights."""
+    ema = {f"ema.{name}": value for name, value in run.state.ema.shadow.items()}
+    return run.task.trainable.state_dict() | ema
