@@ -61,7 +61,6 @@ def main() -> None:
     add("--steps", type=int, default=2, help="sampling steps (%(default)s)")
     add("--precision", default="autocast", help="as the scripts take it (%(default)s)")
     add("--side", type=int, help="of the input image (the family's own)")
-    add("--keep", type=Path, metavar="DIR", help="save the images there")
     args, further_flags = parser.parse_known_args()
     args.further_flags = further_flags
     for name in args.family:
@@ -95,9 +94,6 @@ def run_family(name: str, args: argparse.Namespace, folder: Path) -> str:
     seconds, cpu, peak = harness.run(ROOT, *script, folder=folder)
     with Image.open(folder / "samples/00000.png") as image:
         pixels = np.asarray(image.convert("RGB"), np.float32)
-        if args.keep is not None:
-            args.keep.mkdir(parents=True, exist_ok=True)
-            image.save(args.keep / f"{name}.png")
     if pixels.shape != (side, side, 3) or not pixels.std():
         raise SystemExit(f"{name}: image of {pixels.shape}, std {pixels.std()}; expected {side}")
     return f"{file.stat().st_size / 1e9:8.2f} {side:5} {seconds:8.0f} {cpu:7.0f} {peak:9.2f}"

@@ -20,18 +20,13 @@ compared with the written-out formula and the tests are only collected.
 """
 
 import argparse
-import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import harness
@@ -48,41 +43,31 @@ TINY_SHAPES = [(2, 64, 64, 16), (2, 64, 77, 16)]
 MAX_GRADIENT_ERROR = 1e-4  # relative L2, float32; kernels may sum in another order
 
 
-@dataclass(frozen=True)
-class Step:
-    """A subprocess: its command line, time limit in seconds, and how to read its result."""
-
-    command: list[str]
-    limit: int
-    result: Callable[[str], str]
-
-
-def steps(is_cpu: bool, folder: Path) -> dict[str, Step]:
-    """Returns the steps by name."""
-    device = "cpu" if is_cpu else "cuda"
-    count = 2 if is_cpu else max(1, torch.cuda.device_count())
+def steps(device: str, folder: str) -> dict[str, tuple[list[str], int]]:
+    """Returns command line and time limit in seconds of each step; its last line is the result."""
+    is_cpu = device == "cpu"
     torchrun = ["-m", "torch.distributed.run", "--standalone"]
+    torchrun += [f"--nproc-per-node={2 if is_cpu else torch.cuda.device_count()}"]
     own = ["benchmarks/gpu.py", "--device", device, "--step"]
-    networks = ["benchmarks/run.py", "--device", device, "--json", f"{folder}/run.json"]
-    training = ["benchmarks/train.py", "--device", device, "--json", f"{folder}/train.json"]
-    tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests"]
-    trainer = [*torchrun, f"--nproc-per-node={count}", "scripts/train.py", "-t", "-l", f"{folder}"]
-    trainer += ["--base", "configs/train/tiny.yaml", "lightning.trainer.max_steps=2"]
-    trainer += ["lightning.callbacks.images=0", f"data.params.batch_size={2 * count}"]
+    networks = ["benchmarks/run.py", "--device", device]
+    training = ["benchmarks/train.py", "--device", device]
+    tests = ["-m", "pytest", "-q", "-m", "gpu", "tests"]
+    trainer = ["scripts/train.py", "-t", "-l", folder, "--base", "configs/train/tiny.yaml"]
+    trainer += ["lightning.trainer.max_steps=2", "lightning.callbacks.images=0"]
     if is_cpu:
         tests += ["--collect-only"]
         networks += ["--stage", "text", "--quick", "--rounds", "1", "--dtype", "bfloat16"]
         training += ["--size", "tiny", "--rounds", "1"]
     else:
-        networks += ["--dtype", "float16", "bfloat16", "--rounds", "5"]
-        training += ["--size", "sd2", "--side", "64", "--dtype", "bfloat16", "--rounds", "5"]
+        networks += ["--dtype", "float16", "bfloat16"]
+        training += ["--size", "sd2", "--side", "64", "--dtype", "bfloat16"]
     return {
-        "tests": Step(tests, 90, last_line),
-        "networks": Step(networks, 200, lambda _: summarize(folder / "run.json")),
-        "training": Step(training, 90, lambda _: summarize(folder / "train.json")),
-        "attention": Step([*own, "attention"], 60, last_line),
-        "nccl": Step([*torchrun, f"--nproc-per-node={count}", *own, "nccl"], 60, last_line),
-        "trainer": Step(trainer, 60, lambda _: f"2 steps, {count} processes"),
+        "tests": (tests, 90),
+        "networks": (networks, 200),
+        "training": (training, 90),
+        "attention": ([*own, "attention"], 60),
+        "nccl": ([*torchrun, *own, "nccl"], 60),
+        "trainer": ([*torchrun, *trainer], 60),
     }
 
 
@@ -90,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = list(steps(True, Path()))
+    names = list(steps("cpu", ""))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STEP")
     parser.add_argument("--step", choices=["attention", "nccl"], help=argparse.SUPPRESS)
@@ -105,20 +90,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in args.only:
             print(f"== {name}", flush=True)
-            rows.append((name, *execute(steps(is_cpu, Path(folder))[name])))
+            rows.append((name, *execute(*steps(args.device, folder)[name])))
     print(f"\n{'CPU, nothing of the GPU was tested' if is_cpu else torch.cuda.get_device_name()}")
     print(f"{'step':10} {'result':8} {'seconds':>7}  worst / ratio")
-    for name, result, seconds, summary in rows:
-        print(f"{name:10} {result:8} {seconds:7.0f}  {summary}")
-    if any(result == "FAILED" for _, result, *_ in rows):
+    for name, state, seconds, last in rows:
+        print(f"{name:10} {state:8} {seconds:7.0f}  {last}")
+    if any(state == "FAILED" for _, state, *_ in rows):
         raise SystemExit(1)
 
 
-def execute(step: Step) -> tuple[str, float, str]:
-    """Runs a step, showing its output; returns result, seconds and summary."""
+def execute(command: list[str], limit: int) -> tuple[str, float, str]:
+    """Runs a step, showing its output; returns its state, seconds and last line."""
     start = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, *step.command],
+        [sys.executable, *command],
         cwd=ROOT,
         env=harness.environment(ROOT),
         stdout=subprocess.PIPE,
@@ -127,30 +112,15 @@ def execute(step: Step) -> tuple[str, float, str]:
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=step.limit)
+        output, _ = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # workers, too
         output, _ = process.communicate()
-        output += f"\nstopped after {step.limit} s"
+        output += f"\nstopped after {limit} s"
     print(output, flush=True)
-    seconds = time.perf_counter() - start
-    if process.returncode:
-        return "FAILED", seconds, last_line(output)
-    summary = step.result(output)
-    return "skipped" if summary.startswith("skipped") else "ok", seconds, summary
-
-
-def last_line(output: str) -> str:
-    """Returns the last line of an output."""
-    return (output.strip().splitlines() or [""])[-1]
-
-
-def summarize(path: Path) -> str:
-    """Returns the median ratios of a benchmark, the lowest first."""
-    rows = json.loads(path.read_text())
-    medians = ((statistics.median(row["ratios"]), row) for row in rows)
-    ordered = sorted(medians, key=lambda pair: pair[0])
-    return ", ".join(f"{ratio:.2f} {row['stage']} {row['dtype']}" for ratio, row in ordered)
+    seconds, last = time.perf_counter() - start, ["", *output.strip().splitlines()][-1]
+    state = "skipped" if last.startswith("skipped") else "ok"
+    return "FAILED" if process.returncode else state, seconds, last
 
 
 @torch.no_grad()

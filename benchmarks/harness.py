@@ -30,15 +30,8 @@ Result = dict[str, Any]  # what a worker reports after its warm-up
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two implementations.
+    """One of the two implementations: "ours" or "diffusers", with the `ldm` of a checkout."""
 
-    Attributes:
-        name: as printed.
-        worker: what the worker process runs, "ours" or "diffusers".
-        root: the checkout whose `ldm` it imports.
-    """
-
-    name: str
     worker: str
     root: Path = ROOT
 
@@ -62,11 +55,11 @@ def parser(doc: str, *, dtypes: Iterable[str], threads: int) -> argparse.Argumen
 def sides(args: argparse.Namespace) -> tuple[Side, Side]:
     """Returns our side and the baseline that `--against` names."""
     if args.against == "diffusers":
-        return Side("ours", "ours"), Side("diffusers", "diffusers")
+        return Side("ours"), Side("diffusers")
     root = Path(args.against).resolve()
     if not (root / "ldm").is_dir():
         raise SystemExit(f"--against: `{root}` is not a checkout of this project")
-    return Side("ours", "ours"), Side(root.name, "ours", root)
+    return Side("ours"), Side("ours", root)
 
 
 def setup(args: argparse.Namespace) -> None:
@@ -76,14 +69,7 @@ def setup(args: argparse.Namespace) -> None:
 
 
 class Worker:
-    """A worker process: a JSON line once it has warmed up, then one per sample requested.
-
-    Args:
-        side: the implementation.
-        script: runs `serve` when called with `--worker`.
-        args: of the comparison; device and threads are passed on.
-        words: further arguments of the script.
-    """
+    """A process that runs `serve` for a side: `script --worker …` with further arguments."""
 
     def __init__(self, side: Side, script: Path, args: argparse.Namespace, *words: object) -> None:
         common = ["--worker", side.worker, "--device", args.device, "--threads", args.threads]
@@ -139,13 +125,10 @@ def serve(first: Result, call: Callable[[], object], device: torch.device) -> No
     print(json.dumps(first), flush=True)
     now = clock(device)
     for _ in sys.stdin:
-        calls, start = 0, now()
-        while True:
+        calls, seconds, start = 0, 0.0, now()
+        while seconds < MIN_SECONDS:
             call()
-            calls += 1
-            seconds = now() - start
-            if seconds >= MIN_SECONDS:
-                break
+            calls, seconds = calls + 1, now() - start
         print(json.dumps({"seconds": seconds / calls, "peak": peak(device)}), flush=True)
 
 
@@ -160,10 +143,7 @@ def compare(
     """Takes samples of both sides in the order A B, B A, A B …
 
     Args:
-        start: starts the worker of a side.
-        pair: our side and the baseline.
         check: compares what the two workers reported; exits if they disagree.
-        rounds: number of turns of each side.
         at_once: whether memory suffices for both workers; if not, each turn starts a worker and
             takes three samples.
 
@@ -173,7 +153,7 @@ def compare(
     """
     workers = [start(side) if at_once else None for side in pair]
     results = [worker.first if worker else {} for worker in workers]  # all warm before timing
-    row: dict[str, Any] = {"names": [side.name for side in pair]}
+    row: dict[str, Any] = {}
     seconds: tuple[list[float], list[float]] = ([], [])
     peaks, others, available = [0.0, 0.0], 0.0, 0.0
     for number in range(rounds):
@@ -191,21 +171,28 @@ def compare(
                 worker.close()
     for worker in filter(None, workers):
         worker.close()
-    ratios = [theirs / ours for ours, theirs in zip(*seconds, strict=True)]
-    row |= {"seconds": seconds, "ratios": ratios, "peaks": peaks}
-    return row | {"others": max(0.0, others / available)}
+    ratios = [baseline / ours for ours, baseline in zip(*seconds, strict=True)]
+    row |= {"seconds": seconds, "ratios": ratios, "ratio": statistics.median(ratios)}
+    return row | {"peaks": peaks, "others": max(0.0, others / available)}
 
 
 def describe(row: dict[str, Any]) -> str:
     """Returns the line of a comparison."""
-    name = row["names"][1]
-    ours, theirs = map(statistics.median, row["seconds"])
-    ratios = row["ratios"]
+    ours, baseline = map(statistics.median, row["seconds"])
+    low, high = min(row["ratios"]), max(row["ratios"])
     return (
-        f"{name} {theirs:.4g} s  ours {ours:.4g} s  ratio {statistics.median(ratios):.2f} "
-        f"[{min(ratios):.2f}-{max(ratios):.2f}]  peak GiB {row['peaks'][1]:.2f} and "
-        f"{row['peaks'][0]:.2f}  others {row['others']:.0%}"
+        f"baseline {baseline:.4g} s  ours {ours:.4g} s  ratio {row['ratio']:.2f} "
+        f"[{low:.2f}-{high:.2f}]  peak GiB {row['peaks'][1]:.2f} and {row['peaks'][0]:.2f}  "
+        f"others {row['others']:.0%}"
     )
+
+
+def finish(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Prints the lowest ratio and writes the rows."""
+    lowest = min(rows, key=lambda row: row["ratio"])
+    print(f"lowest ratio {lowest['ratio']:.2f}: {lowest['stage']} {lowest['dtype']}")
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
 
 
 def run(root: Path, *command: object, folder: Path | None = None) -> tuple[float, float, float]:
@@ -235,13 +222,9 @@ def environment(root: Path) -> dict[str, str]:
 
     glibc keeps freed memory, as our command line has it do, on both sides.
     """
-    settings = {
-        "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-        "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-        "HF_HUB_OFFLINE": "1",
-    }
+    keep_memory = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, **settings, "PYTHONPATH": path}
+    return {**os.environ, **keep_memory, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
 
 
 def clock(device: torch.device) -> Callable[[], float]:
@@ -273,13 +256,14 @@ def peak(device: torch.device) -> float:
 
 
 def machine(args: argparse.Namespace) -> str:
-    """Returns processor, threads and version of torch."""
+    """Returns processor, threads, version of torch, and the baseline."""
     if args.device.type == "cuda":
         name = torch.cuda.get_device_name(args.device)
     else:
         match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
         name = match[1] if match else "unknown CPU"
-    return f"{name}, {args.threads} threads, torch {torch.__version__}"
+    against = f"baseline {args.against}"
+    return f"{name}, {args.threads} threads, torch {torch.__version__}, {against}"
 
 
 def busy_seconds() -> float:

@@ -22,7 +22,6 @@ With one thread time is CPU time. `others` is the share of the CPUs that other p
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -74,8 +73,7 @@ def main() -> None:
             rate, product = matmul_rate(getattr(torch, dtype), args.device)
             print(f"{dtype}: fastest matrix product {rate / 1e9:.0f} GFLOP/s ({product})")
             rows += [compare(args, stage, dtype, rate) for stage in args.stage]
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
+    harness.finish(args, rows)
 
 
 def compare(args: argparse.Namespace, stage: str, dtype: str, rate: float) -> dict[str, Any]:

@@ -16,7 +16,6 @@ a CPU two models of 865 million parameters do not fit side by side: there the wo
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -82,8 +81,7 @@ def main() -> None:
         return work(args)
     print(harness.machine(args), flush=True)
     rows = [compare(args, size, dtype) for size in args.size for dtype in args.dtype]
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
+    harness.finish(args, rows)
 
 
 def compare(args: argparse.Namespace, size: str, dtype: str) -> dict[str, Any]:
