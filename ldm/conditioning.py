@@ -14,9 +14,10 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Batch", "Cond", "Conditioner", "Encoder", "PrepareOptions", "Slot"]
+__all__ = ["Batch", "Cond", "Conditioner", "Config", "Encoder", "PrepareOptions", "Slot"]
 
 Batch = Mapping[str, Any]  # tensors, and lists of texts or of images, by batch key
+Config = Mapping[str, Any]  # parameters as in a YAML file
 Slot = Literal["crossattn", "concat", "vector"]
 EncoderT = TypeVar("EncoderT", bound="Encoder")
 

@@ -9,14 +9,13 @@ map of the user's own (any size, any range, near = large) takes the place of the
 Ranftl et al. 2020 (arXiv:1907.01341) and 2021 (arXiv:2103.13413).
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.conditioning import Batch, Encoder, PrepareOptions, Slot
+from ldm.conditioning import Batch, Config, Encoder, PrepareOptions, Slot
 from ldm.encoders.dpt import DPT, MULTIPLE
 from ldm.runtime.errors import ArgumentError, MissingArgument, unknown_name
 
@@ -51,7 +50,7 @@ class MiDaSDepth(Encoder):
         self,
         *,
         model_type: str | None = "dpt_hybrid",
-        arch: Mapping[str, Any] | None = None,
+        arch: Config | None = None,
         margin: float = 0.0,
     ) -> None:
         super().__init__()
@@ -161,7 +160,7 @@ def _to_multiple(side: float) -> int:
     return max(round(side / MULTIPLE), 1) * MULTIPLE
 
 
-def _build_backbone(size: Mapping[str, Any]) -> nn.Module:
+def _build_backbone(size: Config) -> nn.Module:
     """timm's hybrid ViT (R50 + ViT-B/16 with the sizes of `size`), without weights.
 
     timm is imported here as it takes seconds and only depth models need it.

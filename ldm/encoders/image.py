@@ -11,14 +11,14 @@ statistics that some models need is opened by `ldm.loading`.
 Radford et al. 2021 (arXiv:2103.00020); unCLIP: Ramesh et al. 2022 (arXiv:2204.06125).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.conditioning import Batch, Encoder, PrepareOptions, Slot
+from ldm.conditioning import Batch, Config, Encoder, PrepareOptions, Slot
 from ldm.encoders.lowres import register_schedule
 from ldm.encoders.text import open_clip_kwargs
 from ldm.encoders.towers import CLIP
@@ -32,7 +32,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 # open_clip's `vision_cfg` of the models in `text.ARCHS`
-VISION: dict[str, dict[str, Any]] = {
+VISION: dict[str, dict[str, float]] = {
     "ViT-B-32": {"width": 768, "layers": 12, "patch_size": 32},
     "ViT-B-16": {"width": 768, "layers": 12, "patch_size": 16},
     "ViT-L-14": {"width": 1024, "layers": 24, "patch_size": 14},
@@ -139,7 +139,7 @@ class OpenCLIPImage(CLIPVision):
     def __init__(
         self,
         *,
-        arch: str | Mapping[str, Any] = "ViT-H-14",
+        arch: str | Config = "ViT-H-14",
         version: str = "laion2b_s32b_b79k",
         device: str | None = None,
         max_length: int = 77,
@@ -176,7 +176,7 @@ class CLIPImage(CLIPVision, Encoder):
     def __init__(
         self,
         *,
-        model: str | Mapping[str, Any] = "ViT-L/14",
+        model: str | Config = "ViT-L/14",
         jit: bool = False,
         device: str | None = None,
         antialias: bool = True,
@@ -223,7 +223,7 @@ class EmbeddingNoise(nn.Module):
         self,
         *,
         timestep_dim: int = 256,
-        noise_schedule_config: Mapping[str, Any] | None = None,
+        noise_schedule_config: Config | None = None,
         max_noise_level: int = 1000,
         clip_stats_path: str | None = None,
     ) -> None:
@@ -354,10 +354,10 @@ class ImageEmbedding(Encoder):
         return {self.key: self.noise(embedding, level, options.randn(embedding.shape))}
 
 
-def _vision_kwargs(arch: str | Mapping[str, Any]) -> dict[str, Any]:
+def _vision_kwargs(arch: str | Config) -> dict[str, Any]:
     """Sizes of VisionTower for a name in VISION or an open_clip config."""
     if isinstance(arch, str):
-        config: Mapping[str, Any] = VISION[arch.removesuffix("-quickgelu")]
+        config: Config = VISION[arch.removesuffix("-quickgelu")]
     else:
         config = arch.get("vision_cfg") or {}
     for key in config:

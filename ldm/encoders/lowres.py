@@ -9,15 +9,12 @@ the unconditional batch must have the same noise. A dropped prompt leaves these 
 Noise augmentation of low-resolution images: Ho et al. 2021 (arXiv:2106.15282), section 4.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.conditioning import Batch, Encoder, PrepareOptions, Slot
+from ldm.conditioning import Batch, Config, Encoder, PrepareOptions, Slot
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.runtime.errors import ArgumentError
 
@@ -29,7 +26,7 @@ TABLES = (
 )  # fmt: skip
 
 
-def register_schedule(module: nn.Module, config: Mapping[str, Any]) -> Schedule:
+def register_schedule(module: nn.Module, config: Config) -> Schedule:
     """Builds a noise schedule, and registers its TABLES as buffers of a module.
 
     Args:
@@ -63,7 +60,7 @@ class LowRes(Encoder):
     def __init__(
         self,
         *,
-        noise_schedule_config: Mapping[str, Any] | None = None,
+        noise_schedule_config: Config | None = None,
         max_noise_level: int = 1000,
         low_scale_key: str = "lr",
     ) -> None:

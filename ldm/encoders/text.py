@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioning import Encoder, Slot
+from ldm.conditioning import Config, Encoder, Slot
 from ldm.encoders import tokenizer
 from ldm.encoders.towers import ACTIVATIONS, VOCAB, CLIPTower, OpenCLIPTower
 from ldm.runtime.errors import ArgumentError, unknown_name
@@ -105,7 +105,7 @@ class TextEncoder(Encoder):
         """Context (B, N, D) of texts."""
         cached = self._cached_context(_as_list(texts))
         if cached is not None:
-            return cached.to(self.embedding_table)
+            return cached.to(self.embedding_table.device, self.embedding_table.dtype)
         context: Tensor = self(self.tokenize(texts).to(self.embedding_table.device))
         return context
 
@@ -171,7 +171,7 @@ class OpenCLIPText(TextEncoder):
     def __init__(
         self,
         *,
-        arch: str | Mapping[str, Any] = "ViT-H-14",
+        arch: str | Config = "ViT-H-14",
         version: str = "laion2b_s32b_b79k",
         device: str | None = None,
         max_length: int = 77,
@@ -245,7 +245,7 @@ class CLIPText(TextEncoder):
         freeze: bool = True,
         layer: Literal["last", "pooled", "hidden"] = "last",
         layer_idx: int | None = None,
-        arch: Mapping[str, Any] | None = None,
+        arch: Config | None = None,
     ) -> None:
         super().__init__()
         kwargs = _clip_kwargs(version, arch or {})
@@ -273,7 +273,7 @@ class CLIPText(TextEncoder):
         return x
 
 
-def open_clip_kwargs(arch: str | Mapping[str, Any]) -> dict[str, Any]:
+def open_clip_kwargs(arch: str | Config) -> dict[str, Any]:
     """Keyword arguments of OpenCLIPTower for a name in ARCHS or an open_clip config.
 
     Raises:
@@ -292,7 +292,7 @@ def open_clip_kwargs(arch: str | Mapping[str, Any]) -> dict[str, Any]:
     return {"embed_dim": size["width"]} | size
 
 
-def _clip_kwargs(version: str, arch: Mapping[str, Any]) -> dict[str, Any]:
+def _clip_kwargs(version: str, arch: Config) -> dict[str, Any]:
     """Keyword arguments of CLIPTower."""
     size = dict(CLIP_SIZES.get(version, CLIP_LARGE))
     for key in arch.keys() - CLIP_UNUSED:

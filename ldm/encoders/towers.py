@@ -9,7 +9,7 @@ Radford et al. 2021 (arXiv:2103.00020); Dosovitskiy et al. 2021 (arXiv:2010.1192
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.conditioning import Config
 from ldm.nets import cpu
 from ldm.nets.attention import attention
 from ldm.nets.blocks import Conv2d, Embedding, LayerNorm, Linear, run
@@ -176,7 +177,7 @@ class CLIP(OpenCLIPTower):
         vision: Sizes of VisionTower; the other arguments are those of the text tower.
     """
 
-    def __init__(self, text: Mapping[str, Any], vision: Mapping[str, Any]) -> None:
+    def __init__(self, text: Config, vision: Config) -> None:
         super().__init__(**text)
         shared = {"embed_dim": text["embed_dim"], "quick_gelu": text.get("quick_gelu", False)}
         self.visual = VisionTower(**vision, **shared)
