@@ -155,7 +155,8 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
     """Everything that can be asked for, one option at a time and all at once."""
     words = {"scheduler": "karras", "guidance_interval": "0.5,4", "mask_box": "1,2,3,4",
              "lora": "x.safetensors:0.25", "legacy": "noise,steps", "precision": "fp16",
-             "attention": "math", "sampler": "euler", "strength": ".25"}  # fmt: skip
+             "attention": "math", "sampler": "euler", "strength": ".25",
+             "rescale": ".5"}  # fmt: skip
     for task in TASKS.values():
         argvs = []
         for name, (row, _) in task.options().items():
