@@ -1,18 +1,17 @@
-"""The tasks that make images, one module and one line here for each."""
+"""The tasks that make images: one module each, with a row `TASK`, and one line here."""
 
-from ldm.generate.tasks import depth2img, img2img, inpaint, txt2img, unclip, upscale
+from importlib import import_module
+
 from ldm.generate.tasks.base import Prepared, Task
 
 __all__ = ["TASKS", "Prepared", "Task"]
 
-TASKS = {
-    task.name: task
-    for task in (
-        txt2img.TASK,
-        img2img.TASK,
-        inpaint.TASK,
-        depth2img.TASK,
-        upscale.TASK,
-        unclip.TASK,
-    )
-}
+MODULES = (
+    "txt2img",
+    "img2img",
+    "inpaint",
+    "depth2img",
+    "upscale",
+    "unclip",
+)
+TASKS: dict[str, Task] = {name: import_module(f"{__name__}.{name}").TASK for name in MODULES}
