@@ -86,15 +86,12 @@ class DataReport:
         used = {name: n for name, n in counts.items() if n}
         yield from _bars(f"buckets of size {self.buckets.size}", used)
 
-    def add(self, name: str, sample: "SampleFacts | str") -> None:
-        """Count one sample, or the reason why it cannot be read."""
-        if isinstance(sample, str):
-            self.broken.append((name, sample))
-            return
-        self.sizes[sample.size] += 1
-        self.digests[sample.digest] += 1
-        if sample.caption:
-            self.captions[sample.caption] += 1
+    def add(self, name: str, size: tuple[int, int], digest: str, caption: str) -> None:
+        """Count one readable sample."""
+        self.sizes[size] += 1
+        self.digests[digest] += 1
+        if caption:
+            self.captions[caption] += 1
         else:
             self.no_caption.append(name)
 
@@ -104,15 +101,6 @@ class DataReport:
         for size, n in self.sizes.items():
             counts[class_of(*size)] += n
         return {name: counts[key] for name, key in names.items()}
-
-
-@dataclass(frozen=True)
-class SampleFacts:
-    """The facts that are counted of a readable sample."""
-
-    size: tuple[int, int]
-    caption: str
-    digest: str
 
 
 def check(where: Sequence[str], *, size: int = 512, step: int = 64, workers: int = 4) -> DataReport:
@@ -135,8 +123,11 @@ def check(where: Sequence[str], *, size: int = 512, step: int = 64, workers: int
     # Each image is opened without warnings; threads would not put their filters back in order.
     with bar, warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
         while part := list(islice(loaders, AT_ONCE)):
-            for name, sample in pool.map(_read_facts, part):
-                report.add(name, sample)
+            for (name, _), facts in zip(part, pool.map(_read_facts, part), strict=True):
+                if isinstance(facts, UnreadableSample):
+                    report.broken.append((name, str(facts)))
+                else:
+                    report.add(name, *facts)
                 bar.update()
     return report
 
@@ -171,16 +162,15 @@ def _shard_loaders(where: Sequence[str]) -> Iterator[Loader]:
             yield name_of(raw), partial(decode_sample, raw)
 
 
-def _read_facts(loader: Loader) -> tuple[str, SampleFacts | str]:
-    name, load = loader
+def _read_facts(loader: Loader) -> tuple[tuple[int, int], str, str] | UnreadableSample:
+    """Size, digest and caption of a sample."""
     try:
-        sample = load()
+        sample = loader[1]()
     except UnreadableSample as error:
-        return name, str(error)
+        return error
     image: Image.Image = sample["image"]
-    text = str(sample.get("text") or sample.get("object") or "")
     digest = hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
-    return name, SampleFacts(image.size, text.strip(), digest)
+    return image.size, digest, str(sample.get("text") or sample.get("object") or "").strip()
 
 
 def _side(width: int, height: int) -> int:

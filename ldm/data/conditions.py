@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ldm.data.options import RENAMED_OPTIONS, rename_options
+from ldm.data.options import former_options, rename_options
 from ldm.runtime.errors import unknown_name
 
 __all__ = ["Condition", "LowRes", "PseudoDepth", "RandomMask", "build_conditions"]
@@ -39,16 +39,10 @@ class Condition(ABC):
     def __call__(self, image: Tensor, opacity: Tensor, rng: Random) -> Tensor:
         """Generate the condition of an image."""
 
-    @classmethod
-    def option_names(cls) -> list[str]:
-        """The options that a config may set."""
-        return [field.name for field in fields(cls)]
-
     def cache_key(self) -> str:
         """The condition as it is written in the keys of latent caches: with its first names."""
-        former = {new: old for old, new in RENAMED_OPTIONS.get(self.NAME, {}).items()}
-        options = (f"{former.get(key, key)}={value!r}" for key, value in vars(self).items())
-        return f"{self.FORMER_NAME}({', '.join(options)})"
+        options = former_options(self.NAME, vars(self)).items()
+        return f"{self.FORMER_NAME}({', '.join(f'{key}={value!r}' for key, value in options)})"
 
 
 @dataclass(frozen=True)
@@ -147,7 +141,7 @@ def build_conditions(specs: Mapping[str, Mapping[str, Any] | None]) -> dict[str,
         if name not in CONDITIONS:
             raise unknown_name("condition", name, CONDITIONS)
         options = rename_options(name, spec or {})
-        allowed = CONDITIONS[name].option_names()
+        allowed = [field.name for field in fields(CONDITIONS[name])]
         for option in options:
             if option not in allowed:
                 raise unknown_name("option", option, allowed, name)

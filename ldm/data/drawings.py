@@ -58,9 +58,7 @@ class EmojiTransform(Transform):
     """
 
     NAME = "emoji"
-    IMAGE_OPTIONS = (
-        "size", "scale", "shift", "flip", "crop", "random_colour_probability", "conditions",
-    )  # fmt: skip
+    IMAGE_OPTIONS = ("size", "scale", "shift", "flip", "crop", "random_colour_probability")
     variants = tuple(COLOURS)
 
     def __init__(

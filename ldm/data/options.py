@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["RENAMED_OPTIONS", "rename_options"]
+__all__ = ["former_options", "rename_options"]
 
 # kind of object -> {former name: name}
 RENAMED_OPTIONS: dict[str, dict[str, str]] = {
@@ -26,4 +26,10 @@ def rename_options(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
         kind: of the object that takes them, a key of RENAMED_OPTIONS.
     """
     names = RENAMED_OPTIONS.get(kind, {})
+    return {names.get(name, name): value for name, value in options.items()}
+
+
+def former_options(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options under their first names, which the keys of latent caches keep."""
+    names = {name: former for former, name in RENAMED_OPTIONS.get(kind, {}).items()}
     return {names.get(name, name): value for name, value in options.items()}

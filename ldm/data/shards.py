@@ -237,11 +237,8 @@ def expand_patterns(shards: str | Sequence[str], *, commands: bool = False) -> l
     """
     if not shards:
         raise ArgumentError("`shards` names no files")
-    return [
-        url
-        for pattern in ([shards] if isinstance(shards, str) else shards)
-        for url in _expand(str(pattern), commands)
-    ]
+    patterns = [shards] if isinstance(shards, str) else shards
+    return [url for pattern in patterns for url in _expand(str(pattern), commands)]
 
 
 def read_shard(url: str) -> Iterator[RawSample]:

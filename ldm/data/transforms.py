@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ldm.data.buckets import Buckets
 from ldm.data.conditions import build_conditions
-from ldm.data.options import RENAMED_OPTIONS
+from ldm.data.options import former_options
 from ldm.imaging.pixels import to_tensor
 from ldm.imaging.reading import flatten_on_white
 from ldm.runtime.errors import unknown_name
@@ -33,7 +33,8 @@ class Transform(ABC):
 
     Attributes:
         NAME: of the transform in configs.
-        IMAGE_OPTIONS: attributes on which pixels, or the choice of a bucket, depend.
+        IMAGE_OPTIONS: attributes on which pixels, or the choice of a bucket, depend, beside the
+            conditions.
         buckets: sizes that the images are sorted into; None = all have one size.
         variants: named versions of every image, which its caption may mention.
         conditions: generators of the conditioning images, by batch key.
@@ -66,10 +67,10 @@ class Transform(ABC):
 
         These keep the first names of all options, so that caches stay valid.
         """
-        former = {new: old for old, new in RENAMED_OPTIONS[self.NAME].items()}
-        values = {former.get(name, name): getattr(self, name) for name in self.IMAGE_OPTIONS}
-        values["records"] = {name: c.cache_key() for name, c in self.conditions.items()}
-        return self.NAME.capitalize(), values
+        options = {name: getattr(self, name) for name in self.IMAGE_OPTIONS}
+        conditions = {name: make.cache_key() for name, make in self.conditions.items()}
+        options |= {"conditions": conditions}
+        return self.NAME.capitalize(), former_options(self.NAME, options)
 
     def _with_conditions(self, image: Tensor, opacity: Tensor, rng: Random) -> dict[str, Tensor]:
         conditions = {name: make(image, opacity, rng) for name, make in self.conditions.items()}
@@ -89,7 +90,7 @@ class PhotoTransform(Transform):
     """
 
     NAME = "photo"
-    IMAGE_OPTIONS = ("size", "crop", "flip", "conditions")
+    IMAGE_OPTIONS = ("size", "crop", "flip")
 
     def __init__(
         self,
