@@ -117,6 +117,43 @@ def test_a_folder_of_pairs_is_painted(run, tmp_path, photo):
     assert "two.png` for the mask" in run("inpaint", "inpaint", "--indir", tmp_path)[2]
 
 
+def test_a_folder_of_images_is_changed(run, tmp_path, photo):
+    Image.open(photo).save(tmp_path / "other.png")
+    status, out, err = run("img2img", "base_v", "--indir", tmp_path, "--n_samples", "1")
+    assert (status, out) == (
+        0,
+        [str(tmp_path / "out" / name) for name in ("other.png", "photo.png")],
+    ), err
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "flags"),
+    [
+        ("txt2img", "base_v", ["--H", "64", "--W", "64", "--n_samples", "1", "--n_iter", "1"]),
+        ("img2img", "base_v", ["--n_samples", "1", "--ddim-inversion", "--source-prompt", "a"]),
+    ],
+)
+def test_options_of_sampling_are_recorded_and_read_again(
+    run, files, photo, capsys, task, name, flags
+):
+    flags = [
+        *flags,
+        "--guidance-rescale",
+        "0.5",
+        "--guidance-interval",
+        "0.2,9",
+        "--unet-tile",
+        "32",
+    ]
+    flags += [] if task == "txt2img" else ["--init-img", photo]
+    status, out, err = run(task, name, *flags)
+    assert status == 0, err
+    info = read_info(out[0])["request"]
+    assert (info["rescale"], info["guidance_interval"], info["unet_tile"]) == (0.5, [0.2, 9.0], 32)
+    assert main(["replay", out[0]]) == 0
+    assert capsys.readouterr().out == "identical\n"
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_processes_share_the_pairs_of_a_folder(run, tmp_path, photo, monkeypatch, rank):
     for name in ("one", "three", "two"):
