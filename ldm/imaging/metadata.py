@@ -1,7 +1,7 @@
 """What a PNG says about its making: A1111's `parameters` text, and our JSON under the key `ldm`.
 
-Other programs read the first; `scripts/replay.py` reads the second, which has everything. The
-info of a picture is a plain dict; `parameters_text` knows these keys, all optional:
+Other programs read the first; `ldm replay` reads the second, which has everything. The info of an
+image is a plain dict; `parameters_text` knows these keys, all optional:
 
     prompt, negative_prompt, seed, sampler, scheduler, steps, eta, scale, size (height, width),
     strength, checkpoint (name), checkpoint_hash, ldm (version),
@@ -40,27 +40,30 @@ NAMES = {  # A1111's -> ours, where the value is one number or one text
 SETTING = re.compile(r'\s*(\w[^:,"]*):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
 
 
-def write_png(path: str | Path, picture: Image.Image, info: Mapping[str, Any]) -> None:
-    """The picture as a PNG file that carries its info; `sha256` is added.
+def write_png(path: str | Path, image: Image.Image, info: Mapping[str, Any]) -> None:
+    """Write an image as a PNG file that carries its info.
 
-    info: see the top of this file; values that JSON lacks become lists (sets) or text.
+    Args:
+        info: see the top of this file; `sha256` is added. Values that JSON does not have become
+            lists (sets) or text.
     """
-    entries = {**info, "sha256": fingerprint(picture)}
+    entries = {**info, "sha256": fingerprint(image)}
     text = PngInfo()
     # Pillow takes tEXt where Latin-1 is enough, else iTXt; neither knows lone surrogates.
     text.add_text("parameters", parameters_text(info).encode("utf-8", "replace").decode())
-    text.add_text(KEY, json.dumps(entries, default=_plain))
-    picture.save(path, "PNG", pnginfo=text)
+    text.add_text(KEY, json.dumps(entries, default=_to_json))
+    image.save(path, "PNG", pnginfo=text)
 
 
 def read_info(path: str | Path) -> dict[str, Any]:
-    """What the file says about its making: ours, else what can be told from A1111's text.
+    """Read what a file says about its making: our JSON, else A1111's text.
 
-    Returns the info given to `write_png` and `sha256`; from another program's file the keys
-    at the top of this file, `version`, and what has no name here under `other`; or an empty dict.
+    Returns:
+        The info given to `write_png` and `sha256`; of another program's file the keys at the top of
+        this file, `version`, and settings without a name here under `other`; or an empty dict.
     """
-    with Image.open(path) as picture:
-        texts = {**picture.info, **getattr(picture, "text", {})}
+    with Image.open(path) as image:
+        texts = {**image.info, **getattr(image, "text", {})}
     try:
         info = json.loads(texts.get(KEY, ""))
     except (ValueError, TypeError):
@@ -68,12 +71,12 @@ def read_info(path: str | Path) -> dict[str, Any]:
     if isinstance(info, dict):
         return info
     parameters = texts.get("parameters")
-    return _parsed(parameters) if isinstance(parameters, str) else {}
+    return _parse_parameters(parameters) if isinstance(parameters, str) else {}
 
 
-def fingerprint(picture: Image.Image) -> str:
+def fingerprint(image: Image.Image) -> str:
     """SHA-256 of the RGB bytes, row by row, in hexadecimal."""
-    return hashlib.sha256(picture.convert("RGB").tobytes()).hexdigest()
+    return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
 
 
 def parameters_text(info: Mapping[str, Any]) -> str:
@@ -81,14 +84,14 @@ def parameters_text(info: Mapping[str, Any]) -> str:
     lines = [str(info.get("prompt") or "")]
     if info.get("negative_prompt"):
         lines.append(f"Negative prompt: {info['negative_prompt']}")
-    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in _settings(info)))
+    lines.append(", ".join(f"{name}: {_quote(value)}" for name, value in _settings(info)))
     return "\n".join(line for line in lines if line)
 
 
 def _settings(info: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     """A1111's names and values, in its order, of those that the info has."""
     sampler = info.get("sampler")
-    found = {
+    settings = {
         "Steps": info.get("steps"),
         "Sampler": sampler and _a1111_sampler(sampler),
         "Schedule type": _a1111_scheduler(info.get("scheduler") or info.get("grid")),
@@ -103,7 +106,7 @@ def _settings(info: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         "TI hashes": _hashes(info.get("embeddings")),
         "Version": info.get("ldm") and f"ldm {info['ldm']}",
     }
-    for name, value in found.items():
+    for name, value in settings.items():
         if value is not None and value != "":
             yield name, f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -112,7 +115,7 @@ def _hashes(files: Iterable[Mapping[str, str]] | None) -> str:
     return ", ".join(f"{PurePath(file['path']).stem}: {file['hash']}" for file in files or ())
 
 
-def _parsed(parameters: str) -> dict[str, Any]:
+def _parse_parameters(parameters: str) -> dict[str, Any]:
     """A1111's text taken apart; its last line holds settings if it has three or more of them."""
     *body, last = parameters.strip().split("\n")
     settings = SETTING.findall(last)
@@ -123,7 +126,7 @@ def _parsed(parameters: str) -> dict[str, Any]:
     info: dict[str, Any] = {"prompt": "\n".join(body[:cut]), "negative_prompt": negative}
     other = {}
     for name, quoted in settings:
-        value = _unquoted(quoted)
+        value = _unquote(quoted)
         try:
             if name in NAMES:
                 key, kind = NAMES[name]
@@ -135,11 +138,11 @@ def _parsed(parameters: str) -> dict[str, Any]:
                 other[name] = value
         except ValueError:
             other[name] = value
-    info |= _sampler(other.pop("Sampler", ""), other.pop("Schedule type", ""))
+    info |= _parse_sampler(other.pop("Sampler", ""), other.pop("Schedule type", ""))
     return {**info, "other": other} if other else info
 
 
-def _sampler(name: str, schedule: str) -> dict[str, str]:
+def _parse_sampler(name: str, schedule: str) -> dict[str, str]:
     """Our names of A1111's sampler and schedule, which its older versions wrote as one."""
     schedulers = {row.a1111: key for key, row in SCHEDULERS.items() if row.a1111}
     for label in schedulers:
@@ -163,16 +166,16 @@ def _a1111_scheduler(name: str | None) -> str | None:
     return SCHEDULERS[name].a1111 if name in SCHEDULERS else None
 
 
-def _quoted(text: str) -> str:
+def _quote(text: str) -> str:
     return json.dumps(text, ensure_ascii=False) if re.search(r'[,:\n"]', text) else text
 
 
-def _unquoted(text: str) -> str:
+def _unquote(text: str) -> str:
     try:
         return str(json.loads(text)) if text.startswith('"') else text.strip()
     except ValueError:
         return text
 
 
-def _plain(value: object) -> object:
+def _to_json(value: object) -> object:
     return sorted(value) if isinstance(value, (set, frozenset)) else str(value)

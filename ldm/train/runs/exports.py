@@ -98,8 +98,8 @@ def export_best(run: Run, losses: Mapping[str, float]) -> list[Path]:
     paths = export(run, run.checkpoints / f"{_step_name(run)}-{title}={value:.6f}")
     if run.ranks.is_first and limit > 0:
         for _, path in _find_best(run.checkpoints, title)[limit:]:
-            for kind in ("safetensors", "ckpt"):
-                path.with_name(f"{path.name}.{kind}").unlink(missing_ok=True)
+            for file in path.parent.glob(f"{path.name}[.-]*"):
+                file.unlink()
     return paths
 
 
@@ -109,7 +109,9 @@ def _step_name(run: Run) -> str:
 
 def _find_best(folder: Path, title: str) -> list[tuple[float, Path]]:
     """(value, file without ending) of the exports for a loss, the best first."""
-    pattern = re.compile(rf"(epoch=\d+-step=\d+-{re.escape(title)}=(.+))\.(safetensors|ckpt)")
+    # A LoRA has a second file, `…=0.1-diffusers.safetensors`, which is not an export of its own.
+    title = re.escape(title)
+    pattern = re.compile(rf"(epoch=\d+-step=\d+-{title}=(-?\d+\.\d+))\.(safetensors|ckpt)")
     matches = [pattern.fullmatch(path.name) for path in folder.glob("epoch=*")]
     return sorted({(float(match[2]), folder / match[1]) for match in matches if match})
 
