@@ -18,7 +18,7 @@ from ldm.conditioning import Batch, Cond, Conditioner, PrepareOptions
 from ldm.diffusion.denoiser import Denoiser, scalings
 from ldm.diffusion.schedule import Schedule
 from ldm.nets.autoencoder import AutoencoderKL, PixelSpace
-from ldm.nets.tiling import tiled
+from ldm.nets.tiling import apply_tiled
 from ldm.nets.unet import UNet
 from ldm.runtime.errors import ArgumentError
 
@@ -113,7 +113,7 @@ class LatentDiffusion(nn.Module):
         z = z / self.scale_factor
         if tile is None:
             return self.autoencoder.decode(z)
-        return tiled(self.autoencoder.decode, z, tile, factor=self.downscale)
+        return apply_tiled(self.autoencoder.decode, z, tile, factor=self.downscale)
 
     def prepare(
         self, batch: Batch, size: tuple[int, int], generator: torch.Generator | None = None

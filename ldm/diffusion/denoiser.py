@@ -70,7 +70,7 @@ class Denoiser:
         Returns:
             (B, C, h, w) float32.
         """
-        return self.denoised(x, sigma, self.predict(x, sigma, cond))
+        return self.convert_prediction(x, sigma, self.predict(x, sigma, cond))
 
     def predict(
         self,
@@ -89,13 +89,13 @@ class Denoiser:
         sigma = _column(sigma, x)
         return self._run_network(x / (1 + sigma**2).sqrt(), t, cond)
 
-    def denoised(self, x: Tensor, sigma: Tensor | float, prediction: Tensor) -> Tensor:
+    def convert_prediction(self, x: Tensor, sigma: Tensor | float, prediction: Tensor) -> Tensor:
         """Converts a prediction at x to the estimate of z."""
         c_skip, c_out = scalings(self.parameterization, _column(sigma, x))
         return c_skip * x + c_out * prediction
 
     def target(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The training target at timesteps t (B,): the prediction for which `denoised` is z."""
+        """The training target at timesteps t (B,): the prediction whose conversion is z."""
         sigma = _column(self.schedule.sigmas[t.cpu()], z)
         c_skip, c_out = scalings(self.parameterization, sigma)
         return ((1 - c_skip) / c_out) * z - (c_skip / c_out * sigma) * noise

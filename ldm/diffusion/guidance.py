@@ -11,14 +11,14 @@ from torch import Tensor
 
 from ldm.conditioning import Cond
 from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.samplers import Denoise
 
-__all__ = ["Denoise", "Scale", "guided", "interval"]
+__all__ = ["Denoise", "Scale", "add_guidance", "limit_to_interval"]
 
-Denoise = Callable[[Tensor, float], Tensor]
 Scale = float | Callable[[float], float]
 
 
-def guided(
+def add_guidance(
     denoiser: Denoiser,
     cond: Cond,
     uncond: Cond | None = None,
@@ -51,13 +51,19 @@ def guided(
         prediction = pred_uncond + current_scale * (pred_cond - pred_uncond)
         if rescale:
             prediction = _rescale(prediction, pred_cond, rescale)
-        return denoiser.denoised(x, sigma, prediction)
+        return denoiser.convert_prediction(x, sigma, prediction)
 
     return denoise
 
 
-def interval(scale: float, low: float, high: float) -> Scale:
-    """Guidance interval: `scale` for low <= sigma <= high, else 1 (no guidance, half the work)."""
+def limit_to_interval(scale: float, low: float, high: float) -> Scale:
+    """Limits guidance to an interval of noise levels.
+
+    Args:
+        scale: Guidance scale in the interval. Elsewhere it is 1: no guidance, half the work.
+        low: Lowest noise level (sigma) with guidance.
+        high: Highest noise level with guidance.
+    """
     return lambda sigma: scale if low <= sigma <= high else 1.0
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ldm.diffusion import names
 from ldm.runtime.errors import ArgumentError, unknown_name
 
-__all__ = ["SCHEDULERS", "Schedule", "make_betas", "rescaled"]
+__all__ = ["SCHEDULERS", "Schedule", "make_betas", "rescale_zero_terminal_snr"]
 
 # ᾱ of the last timestep for zero terminal SNR. Not 0, as samplers need a finite sigma (4096 here);
 # z_t then contains 2.4e-4 z, 1/280 of that with Stable Diffusion's schedule.
@@ -65,7 +65,7 @@ def make_betas(
     raise unknown_name("beta schedule", name, allowed)
 
 
-def rescaled(betas: Tensor) -> Tensor:
+def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     """Rescales betas (T,) to zero terminal SNR (arXiv:2305.08891, algorithm 1), in float64.
 
     √ᾱ of the first timestep stays, that of the last becomes √MIN_ALPHA_CUMPROD.
@@ -101,7 +101,7 @@ class Schedule:
     sigmas: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        betas = rescaled(self.betas) if self.zero_snr else self.betas.double()
+        betas = rescale_zero_terminal_snr(self.betas) if self.zero_snr else self.betas.double()
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         object.__setattr__(self, "betas", betas)
         object.__setattr__(self, "alphas_cumprod", alphas_cumprod)

@@ -1,15 +1,15 @@
 """attention(q, k, v): one function, three backends, and the choice between them.
 
-"xformers" calls its memory-efficient kernel, "sdpa" torch's fused one, "math" writes the formula
-out (it allocates all N x M scores: a reference). Unless a call, `set_backend` or the variable
-LDM_ATTENTION names one, xformers is taken where it is installed and its kernel runs on this device
-and dtype, else SDPA; except that torch's SDPA for bfloat16 multiplies in float32 on CPUs without
-matrix tiles (AMX), where plain products, a few rows of scores at a time, take two thirds of its
-time.
+"xformers" calls its memory-efficient kernel, "sdpa" torch's fused one; "math" writes the formula
+out as a reference, and allocates all N x M scores. Where neither the call, `set_backend` nor the
+variable LDM_ATTENTION names a backend, it is xformers if that is installed and its kernel runs on
+this device and dtype, else SDPA. One exception: torch's SDPA for bfloat16 multiplies in float32 on
+CPUs without a matrix unit (AMX). There, plain products, a few rows of scores at a time, take two
+thirds of its time. xformers takes no masks here: calls with a mask go to SDPA instead.
 
-Precision: the fused kernels multiply in the dtype of q and sum scores and softmax in float32.
-"math" does the same by casting q and k to float32 first, unless ATTN_PRECISION names another
-precision ("fp16"): SD 2.1 overflows float16 scores.
+Precision: the fused kernels multiply in the dtype of q, and sum scores and softmax in float32.
+"math" does the same by casting q and k to float32 first, unless the variable ATTN_PRECISION names
+another precision ("fp16"): float16 scores of SD 2.1 overflow.
 """
 
 import functools
@@ -20,32 +20,45 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.nets import cpu
+from ldm.runtime.errors import unknown_name
+
+__all__ = ["BACKENDS", "attention", "set_backend"]
 
 BACKENDS = ("xformers", "sdpa", "math")
 
 TILE = 1 << 20  # bytes of scores per thread; more leave the cache, fewer make small products
 TILE_WIDTH = 40  # features per head; with fewer, products are mostly overhead
 
-_chosen: str | None = None
+_default_backend: str | None = None
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, backend: str | None = None
 ) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, per head.
+    """softmax(q k^T / sqrt(d)) v, per head: Vaswani et al. 2017 (arXiv:1706.03762), equation 1.
 
-        q: (B, heads, N, d).  k, v: (B, heads, M, d).
+    Args:
+        q: (B, heads, N, d).
+        k: (B, heads, M, d).
+        v: (B, heads, M, d).
         mask: bool, broadcastable to (B, heads, N, M); True = keep, at least one key per query.
-        backend: one of BACKENDS; None = what `set_backend` or LDM_ATTENTION says, else automatic.
-        Returns (B, heads, N, d), dtype of v.
-        Raises ValueError for an unknown backend, ImportError if xformers is asked for and absent.
+        backend: One of BACKENDS; None for that of `set_backend` or LDM_ATTENTION, else automatic.
 
-    Vaswani et al. 2017 (arXiv:1706.03762), equation 1.
+    Returns:
+        (B, heads, N, d), in the dtype of v.
+
+    Raises:
+        UnknownName: For an unknown backend.
+        ImportError: If xformers is named and not installed.
     """
-    backend = _known(backend) or _chosen or _known(os.environ.get("LDM_ATTENTION"))
+    backend = (
+        _check_backend(backend)
+        or _default_backend
+        or _check_backend(os.environ.get("LDM_ATTENTION"))
+    )
     if backend is None and mask is None:
-        if _tiles_pay(q):
-            return _tiled(q, k, v)
+        if _prefers_tiles(q):
+            return _tiled_attention(q, k, v)
         backend = "xformers" if _xformers_runs(q, k, v) else "sdpa"
     if backend == "math":
         return _math(q, k, v, mask)
@@ -55,16 +68,23 @@ def attention(
 
 
 def set_backend(name: str | None) -> None:
-    """Use backend `name` for every call that names none; None or "auto" = choose automatically."""
-    global _chosen
-    _chosen = _known(name)
+    """Sets the backend of all calls that name none.
+
+    Args:
+        name: One of BACKENDS; None or "auto" to choose automatically.
+
+    Raises:
+        UnknownName: For another name.
+    """
+    global _default_backend
+    _default_backend = _check_backend(name)
 
 
-def _known(name: str | None) -> str | None:
+def _check_backend(name: str | None) -> str | None:
     if not name or name == "auto":
         return None
     if name not in BACKENDS:
-        raise ValueError(f"unknown attention backend `{name}`, choose one of {', '.join(BACKENDS)}")
+        raise unknown_name("attention backend", name, BACKENDS)
     return name
 
 
@@ -73,13 +93,13 @@ def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         dtype = torch.promote_types(q.dtype, torch.float32)
         q, k = q.to(dtype), k.to(dtype)
     with torch.autocast(q.device.type, enabled=False):
-        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, heads, N, M)
+        scores: Tensor = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, heads, N, M)
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.finfo(scores.dtype).max)
         return scores.softmax(-1).to(v.dtype) @ v  # (B, heads, N, d)
 
 
-def _tiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _tiled_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Scores of a few rows, or of a few whole heads, at a time, so that they stay in the cache."""
     n, m = q.shape[-2], k.shape[-2]
     out = v.new_empty(*q.shape[:-1], v.shape[-1])  # (B, heads, N, d)
@@ -96,19 +116,19 @@ def _tiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-def _tiles_pay(q: Tensor) -> bool:
-    wide = q.dtype == torch.bfloat16 and q.shape[-1] >= TILE_WIDTH
-    return wide and cpu.applies(q) and _multiplies_bfloat16()
+def _prefers_tiles(q: Tensor) -> bool:
+    is_wide = q.dtype == torch.bfloat16 and q.shape[-1] >= TILE_WIDTH
+    return is_wide and cpu.applies(q) and _multiplies_bfloat16()
 
 
 @functools.cache
 def _multiplies_bfloat16() -> bool:
-    """Whether this CPU has products of bfloat16 in its vector unit, and no matrix unit."""
-    supported = [
-        getattr(torch.cpu, f"_is_{name}_supported", lambda: False)
-        for name in ("avx512_bf16", "amx_tile")
-    ]
-    return supported[0]() and not supported[1]()
+    """Whether this CPU multiplies bfloat16 in its vector unit, and has no matrix unit."""
+
+    def supports(name: str) -> bool:  # torch has no public function for it in all its versions
+        return bool(getattr(torch.cpu, f"_is_{name}_supported", lambda: False)())
+
+    return supports("avx512_bf16") and not supports("amx_tile")
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -117,7 +137,7 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     except ImportError as error:
         hint = "attention backend `xformers` needs `pip install 'ldm-revived[xformers]'`"
         raise ImportError(hint) from error
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, N, heads, d), its own layout
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, N, heads, d), the layout of xformers
     out: Tensor = memory_efficient_attention(q, k, v)
     return out.transpose(1, 2)  # (B, heads, N, d)
 
@@ -131,13 +151,13 @@ def _xformers_runs(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 @functools.cache
 def _xformers_probe(device: torch.device, dtype: torch.dtype, d: int, needs_grad: bool) -> bool:
-    """Run the kernel once on a few numbers: being installed does not mean that it works here."""
+    """Runs the kernel once on a few numbers: being installed does not mean that it works here."""
     with torch.enable_grad():
         x = torch.zeros(1, 1, 16, d, device=device, dtype=dtype, requires_grad=needs_grad)
         try:
             out = _xformers(x, x, x)
             if needs_grad:
-                out.sum().backward()
+                torch.autograd.backward(out.sum())
             torch.cuda.synchronize(device)
         except (ImportError, NotImplementedError, ValueError, RuntimeError):
             return False

@@ -3,13 +3,12 @@
     image (B, 3, H, W) -> Encoder -> quant_conv -> DiagonalGaussian (mean, logvar) -> z
     z (B, embed_dim, h, w) -> post_quant_conv -> Decoder -> image
 
-The latent here is not yet multiplied by the model's scale_factor. Rombach et al. 2022
-(arXiv:2112.10752), section 3.1. All norms have eps 1e-6; nothing is conditioned on time.
+The latent here is not yet multiplied by the model's scale_factor. All norms have eps 1e-6; nothing
+is conditioned on time. Rombach et al. 2022 (arXiv:2112.10752), section 3.1.
 """
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,18 +17,38 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.nets.attention import attention
-from ldm.nets.blocks import Conv2d, GroupNorm, Upsample, run
+from ldm.nets.blocks import Conv2d, GroupNorm, Layer, Upsample, run
+from ldm.runtime.errors import unknown_name
+
+__all__ = ["AutoencoderKL", "DiagonalGaussian", "Layout", "PixelSpace"]
 
 EPS = 1e-6
+ATTENTION_TYPES = ("vanilla", "vanilla-xformers", "none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
     """`ddconfig` of the YAML: what encoder and decoder have in common.
 
-    attn_resolutions: sides, in pixels of an image of `resolution`, at which blocks have attention.
-    attn_type: "vanilla" (or "vanilla-xformers", the same weights) | "none".
-    give_pre_end, tanh_out: the decoder stops before its last norm, or ends in tanh.
+    Args:
+        ch: Width of the first level; level i is ch * ch_mult[i] wide, and 2 ** i times smaller.
+        z_channels: Channels between encoder and decoder.
+        num_res_blocks: Residual blocks per level of the encoder; the decoder has one more.
+        resolution: Side of the images, in pixels, that `attn_resolutions` refers to.
+        in_channels: Channels of the image that is encoded.
+        out_ch: Channels of the decoded image.
+        ch_mult: Widths of the levels, in multiples of `ch`.
+        attn_resolutions: Sides, in pixels, of the levels with attention.
+        dropout: Probability of dropout in residual blocks.
+        resamp_with_conv: Whether levels are resampled by convolutions, else by mean and nearest.
+        double_z: Whether the encoder predicts mean and log variance, else a mean alone.
+        attn_type: "vanilla" | "vanilla-xformers", the same weights | "none".
+        use_linear_attn: Not supported.
+        give_pre_end: Whether the decoder stops before its last norm.
+        tanh_out: Whether the decoder ends in tanh.
+
+    Raises:
+        ValueError: For a kind of attention that is not supported.
     """
 
     ch: int
@@ -51,37 +70,35 @@ class Layout:
     def __post_init__(self) -> None:
         if self.use_linear_attn:
             raise ValueError("ddconfig: use_linear_attn is not supported")
-        if self.attn_type not in ("vanilla", "vanilla-xformers", "none"):
-            raise ValueError(
-                f"ddconfig: unknown attn_type `{self.attn_type}`, "
-                "choose one of vanilla, vanilla-xformers, none"
-            )
+        if self.attn_type not in ATTENTION_TYPES:
+            raise unknown_name("attn_type", self.attn_type, ATTENTION_TYPES, where="ddconfig")
 
     @property
     def widths(self) -> list[int]:
+        """Channels of each level, full size first."""
         return [self.ch * mult for mult in self.ch_mult]
 
     def has_attention(self, level: int) -> bool:
+        """Whether blocks have attention where the image is 2 ** level times smaller."""
         return self.attn_type != "none" and self.resolution // 2**level in self.attn_resolutions
 
     @classmethod
     def read(cls, ddconfig: Mapping[str, Any]) -> "Layout":
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(ddconfig) - known):
-            raise ValueError(
-                f"ddconfig has unknown parameter `{unknown[0]}`, "
-                f"known are {', '.join(sorted(known))}"
-            )
+        """Reads the `ddconfig` of a YAML file; ValueError for a parameter that does not exist."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in ddconfig:
+            if name not in names:
+                raise unknown_name("parameter", name, names, where="ddconfig")
         return cls(**ddconfig)
 
 
 class DiagonalGaussian:
     """A normal distribution with independent entries, given by its mean and log variance.
 
-        parameters: (B, 2C, h, w), mean and logvar joined on channels.
-        deterministic: no noise at all: std and var are zero.
-
-    `logvar` is clamped to [-30, 20].
+    Args:
+        parameters: Mean and log variance joined on channels, (B, 2C, h, w). The log variance is
+            clamped to [-30, 20].
+        deterministic: Whether samples equal the mean.
     """
 
     def __init__(self, parameters: Tensor, deterministic: bool = False) -> None:
@@ -89,46 +106,35 @@ class DiagonalGaussian:
         self.mean, logvar = parameters.chunk(2, dim=1)  # (B, C, h, w) each
         self.logvar = logvar.clamp(-30.0, 20.0)
         self.std = torch.zeros_like(self.mean) if deterministic else (0.5 * self.logvar).exp()
-        self.var = torch.zeros_like(self.mean) if deterministic else self.logvar.exp()
         self.deterministic = deterministic
 
     def mode(self) -> Tensor:
+        """The most probable value: the mean, (B, C, h, w)."""
         return self.mean
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """mean + std * noise, drawn in float32 on the generator's device (CPU if None)."""
+        """Draws mean + std * noise, (B, C, h, w).
+
+        The noise is drawn in float32 on the generator's device (CPU for None), so that it depends
+        neither on the dtype nor on the device of the model.
+        """
         device = torch.device("cpu") if generator is None else generator.device
         noise = torch.randn(self.mean.shape, generator=generator, device=device)
         return self.mean + self.std * noise.to(self.mean)
 
-    def kl(self, other: "DiagonalGaussian | None" = None) -> Tensor:
-        """KL(self || other), summed over C, h, w, in nats; other: the standard normal if None.
+    def kl(self) -> Tensor:
+        """KL divergence from the standard normal, summed over C, h, w, in nats.
 
-        Returns (B,); a single zero for a deterministic distribution.
+        Returns:
+            (B,); a single zero for a deterministic distribution.
         """
         if self.deterministic:
             return torch.zeros(1, device=self.mean.device)
-        if other is None:
-            zero = torch.zeros_like(self.mean)
-            return normal_kl(self.mean, self.logvar, zero, zero).sum(dim=(1, 2, 3))
-        terms = normal_kl(self.mean, self.logvar, other.mean, other.logvar)
+        terms = 0.5 * (self.logvar.exp() + self.mean**2 - 1.0 - self.logvar)
         return terms.sum(dim=(1, 2, 3))
 
-    def nll(self, sample: Tensor) -> Tensor:
-        """-log p(sample), summed over C, h, w, in nats. Returns (B,)."""
-        if self.deterministic:
-            return torch.zeros(1, device=self.mean.device)
-        terms = math.log(2 * math.pi) + self.logvar + (sample - self.mean) ** 2 / self.var
-        return 0.5 * terms.sum(dim=(1, 2, 3))
 
-
-def normal_kl(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor) -> Tensor:
-    """KL(N(mean1, e^logvar1) || N(mean2, e^logvar2)) of each entry, in nats."""
-    spread = (logvar1 - logvar2).exp() + (mean1 - mean2) ** 2 * (-logvar2).exp()
-    return 0.5 * (spread - 1.0 + logvar2 - logvar1)
-
-
-class ResnetBlock(nn.Module):
+class ResnetBlock(Layer):
     """norm, SiLU, conv, twice; plus the input (through a 1x1 convolution if the width changes)."""
 
     def __init__(self, *, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
@@ -139,6 +145,7 @@ class ResnetBlock(nn.Module):
         self.norm2 = GroupNorm(out_channels, eps=EPS)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nin_shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels:
             self.nin_shortcut = Conv2d(in_channels, out_channels, 1)
 
@@ -148,10 +155,11 @@ class ResnetBlock(nn.Module):
     def _forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))  # (B, C_out, h, w)
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))  # (B, C_out, h, w)
-        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+        skip: Tensor = self.nin_shortcut(x)
+        return skip + h
 
 
-class AttnBlock(nn.Module):
+class AttnBlock(Layer):
     """One head of self-attention over all positions, as a residual."""
 
     def __init__(self, in_channels: int) -> None:
@@ -174,7 +182,7 @@ def _tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2).contiguous()[:, None]  # (B, 1, h w, C)
 
 
-class Downsample(nn.Module):
+class Downsample(Layer):
     """Half the size (rounded down): stride 2, one pixel of padding at the right and bottom only."""
 
     def __init__(self, channels: int, *, use_conv: bool = True) -> None:
@@ -187,7 +195,7 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # (B, C, h / 2, w / 2)
 
 
-class Level(nn.Module):
+class Level(Layer):
     """The blocks of one resolution (widths[i] -> widths[i + 1]), then the step to the next."""
 
     def __init__(
@@ -206,6 +214,8 @@ class Level(nn.Module):
         )
         attn = widths[1:] if layout.has_attention(level) else []
         self.attn = nn.ModuleList(AttnBlock(width) for width in attn)
+        self.downsample: nn.Module = nn.Identity()
+        self.upsample: nn.Module = nn.Identity()
         if downsample:
             self.downsample = Downsample(widths[-1], use_conv=layout.resamp_with_conv)
         if upsample:
@@ -216,12 +226,13 @@ class Level(nn.Module):
             x = block(x)  # (B, C, h, w)
             if self.attn:
                 x = self.attn[i](x)
-        if hasattr(self, "downsample"):
-            return self.downsample(x)  # (B, C, h / 2, w / 2)
-        return self.upsample(x) if hasattr(self, "upsample") else x  # (B, C, 2h, 2w)
+        x = self.upsample(self.downsample(x))  # (B, C, h / 2, w / 2), (B, C, 2h, 2w) or the same
+        return x
 
 
-class Middle(nn.Module):
+class Middle(Layer):
+    """Residual block, attention (unless the layout has none), residual block."""
+
     def __init__(self, width: int, layout: Layout) -> None:
         super().__init__()
         dropout = layout.dropout
@@ -233,23 +244,22 @@ class Middle(nn.Module):
         return self.block_2(self.attn_1(self.block_1(x)))  # (B, C, h, w)
 
 
-class Encoder(nn.Module):
+class Encoder(Layer):
     """image (B, 3, H, W) -> (B, 2 z_channels, h, w), down one level at a time."""
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
         widths = layout.widths
         self.conv_in = Conv2d(layout.in_channels, layout.ch, 3, padding=1)
-        self.down = nn.ModuleList()
-        for level, (width_in, width) in enumerate(zip([layout.ch, *widths], widths, strict=False)):
-            self.down.append(
-                Level(
-                    layout=layout,
-                    level=level,
-                    widths=[width_in] + [width] * layout.num_res_blocks,
-                    downsample=level < len(widths) - 1,
-                )
+        self.down = nn.ModuleList(
+            Level(
+                layout=layout,
+                level=level,
+                widths=[width_in] + [width] * layout.num_res_blocks,
+                downsample=level < len(widths) - 1,
             )
+            for level, (width_in, width) in enumerate(itertools.pairwise([layout.ch, *widths]))
+        )
         self.mid = Middle(widths[-1], layout)
         self.norm_out = GroupNorm(widths[-1], eps=EPS)
         z_channels = 2 * layout.z_channels if layout.double_z else layout.z_channels
@@ -263,7 +273,7 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, 2 z_channels, h, w)
 
 
-class Decoder(nn.Module):
+class Decoder(Layer):
     """(B, z_channels, h, w) -> image (B, 3, H, W), up one level at a time; up[0] is full size."""
 
     def __init__(self, layout: Layout) -> None:
@@ -273,18 +283,15 @@ class Decoder(nn.Module):
         widths = layout.widths
         self.conv_in = Conv2d(layout.z_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], layout)
-        self.up = nn.ModuleList()
-        for level, (width, width_in) in enumerate(
-            zip(widths, [*widths[1:], widths[-1]], strict=True)
-        ):
-            self.up.append(
-                Level(
-                    layout=layout,
-                    level=level,
-                    widths=[width_in] + [width] * (layout.num_res_blocks + 1),
-                    upsample=level > 0,
-                )
+        self.up = nn.ModuleList(
+            Level(
+                layout=layout,
+                level=level,
+                widths=[width_in] + [width] * (layout.num_res_blocks + 1),
+                upsample=level > 0,
             )
+            for level, (width, width_in) in enumerate(itertools.pairwise([*widths, widths[-1]]))
+        )
         self.norm_out = GroupNorm(widths[0], eps=EPS)
         self.conv_out = Conv2d(widths[0], layout.out_ch, 3, padding=1)
 
@@ -301,8 +308,15 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
     """Encoder and decoder with their 1x1 convolutions to and from the latent.
 
-    ddconfig: the fields of Layout.
-    embed_dim: channels of the latent.
+    Args:
+        ddconfig: The fields of Layout.
+        embed_dim: Channels of the latent.
+
+    Attributes:
+        downscale: Pixels of the image per latent pixel, on each side.
+
+    Raises:
+        ValueError: For a `ddconfig` that is not supported.
     """
 
     IGNORED = frozenset({
@@ -327,10 +341,21 @@ class AutoencoderKL(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the weights, in which encoder and decoder compute."""
         return self.quant_conv.weight.dtype
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
-        """image: (B, 3, H, W) in [-1, 1]. Returns a distribution over (B, embed_dim, h, w)."""
+        """Encodes images to distributions of their latents.
+
+        Args:
+            image: (B, 3, H, W) in [-1, 1].
+
+        Returns:
+            A distribution over (B, embed_dim, h, w), in the dtype of the image.
+
+        Raises:
+            ValueError: If a side is shorter than `downscale` pixels.
+        """
         if min(image.shape[-2:]) < self.downscale:
             raise ValueError(
                 f"image of {image.shape[-2]} x {image.shape[-1]} pixels is too small, "
@@ -340,25 +365,38 @@ class AutoencoderKL(nn.Module):
         return DiagonalGaussian(moments.to(image.dtype).contiguous())
 
     def decode(self, z: Tensor) -> Tensor:
-        """z: (B, embed_dim, h, w), not scaled. Returns (B, 3, H, W), about [-1, 1], not clamped."""
+        """Decodes latents.
+
+        Args:
+            z: (B, embed_dim, h, w), not scaled.
+
+        Returns:
+            Images (B, 3, H, W), about [-1, 1] but not clamped, in the dtype of z.
+        """
         image = self.decoder(self.post_quant_conv(z.to(self.dtype)))  # (B, 3, H, W)
         return image.to(z.dtype).contiguous()
 
     def forward(
         self, image: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, DiagonalGaussian]:
-        """Returns the reconstruction of a sampled latent, and the distribution it came from."""
+        """Reconstructs images (B, 3, H, W) from a sample of their latents' distribution.
+
+        Returns:
+            The reconstruction, and the distribution.
+        """
         posterior = self.encode(image)
         return self.decode(posterior.sample(generator)), posterior
 
 
 class PixelSpace(nn.Module):
-    """In place of an autoencoder: the latent is the image itself."""
+    """Stands in for an autoencoder in models without one: the latent is the image itself."""
 
     downscale = 1
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
+        """Gives a deterministic distribution, whose mean is the image (B, C, H, W)."""
         return DiagonalGaussian(torch.cat([image, image], dim=1), deterministic=True)
 
     def decode(self, z: Tensor) -> Tensor:
+        """Returns z, (B, C, H, W)."""
         return z

@@ -20,7 +20,13 @@ from ldm.nets import cpu
 GROUPS = 32
 
 
-class Linear(nn.Linear):
+class Layer(nn.Module):
+    """A module that returns one tensor, for type checkers."""
+
+    __call__: Callable[..., Tensor]
+
+
+class Linear(nn.Linear, Layer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.packs = cpu.Packs()
@@ -37,7 +43,7 @@ class Linear(nn.Linear):
         return super()._apply(*args, **kwargs)
 
 
-class Conv2d(nn.Conv2d):
+class Conv2d(nn.Conv2d, Layer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.packs = cpu.Packs()
@@ -76,7 +82,7 @@ class Embedding(nn.Embedding):
             super().reset_parameters()
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(nn.LayerNorm, Layer):
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:
             super().reset_parameters()
@@ -85,7 +91,7 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x).to(x.dtype)
 
 
-class GroupNorm(nn.GroupNorm):
+class GroupNorm(nn.GroupNorm, Layer):
     """32 groups; mean and variance in float32 whatever the dtype, as the kernels do."""
 
     def __init__(self, channels: int, *, eps: float = 1e-5) -> None:
@@ -148,7 +154,7 @@ def doubled(x: Tensor, size: Sequence[int] | None = None) -> Tensor:
     return x if size is None else x[..., : size[0], : size[1]]
 
 
-class Upsample(nn.Module):
+class Upsample(Layer):
     """Twice the size by nearest neighbour, then a 3x3 convolution unless `use_conv` is off.
 
     `size` (height, width) cuts what an odd size, rounded up when it was halved, has too much.
@@ -165,7 +171,7 @@ class Upsample(nn.Module):
         return doubled(x, size) if self.conv is None else self.conv(x, size)  # (B, C, 2h, 2w)
 
 
-class Downsample(nn.Module):
+class Downsample(Layer):
     """Half the size by a 3x3 convolution of stride 2, or by the mean of 2x2 pixels."""
 
     def __init__(
@@ -179,7 +185,7 @@ class Downsample(nn.Module):
         return self.op(x)  # (B, C, h / 2, w / 2)
 
 
-class ResBlock(nn.Module):
+class ResBlock(Layer):
     """norm, SiLU, conv; plus the time embedding; norm, SiLU, dropout, conv; plus the input.
 
     `up` and `down` resample both branches, before the first convolution. With

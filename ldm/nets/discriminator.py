@@ -1,42 +1,48 @@
-"""A network that tells pictures from reconstructions, patch by patch.
+"""The discriminator of the autoencoder's training: tells images from reconstructions, per patch.
 
-    image (B, 3, H, W) -> logits (B, 1, h, w), one for every overlapping patch; h about H / 8
+    image (B, 3, H, W) -> logits (B, 1, h, w), one for every overlapping patch; h is about H / 8
 
-Isola et al. 2017 (arXiv:1611.07004): its "PatchGAN", 70 x 70 pixels a patch with three layers.
+Isola et al. 2017 (arXiv:1611.07004): "PatchGAN", patches of 70 x 70 pixels with three layers.
 """
 
 import itertools
 
 from torch import Tensor, nn
 
+from ldm.nets.blocks import Layer
+
 __all__ = ["PatchDiscriminator"]
 
-WIDEST = 8  # times `width`
+MAX_MULT = 8  # of `width`
 SLOPE = 0.2
 
 
-class PatchDiscriminator(nn.Module):
+class PatchDiscriminator(Layer):
     """Convolutions of stride 2, each twice as wide as the one before, then two of stride 1.
 
-    layers: how many have stride 2.
+    Args:
+        in_channels: Channels of the image.
+        width: Channels of the first convolution; the widest have 8 times as many.
+        layers: Number of convolutions with stride 2.
+
+    Raises:
+        ValueError: If `layers` is less than 1.
     """
 
     def __init__(self, *, in_channels: int = 3, width: int = 64, layers: int = 3) -> None:
         super().__init__()
         if layers < 1:
-            raise ValueError(
-                f"a discriminator of {layers} layers sees nothing, at least 1 is needed"
-            )
-        widths = [width * min(2**n, WIDEST) for n in range(layers + 1)]
+            raise ValueError(f"layers must be at least 1, got {layers}")
+        widths = [width * min(2**n, MAX_MULT) for n in range(layers + 1)]
         main: list[nn.Module] = [
             nn.Conv2d(in_channels, width, 4, stride=2, padding=1),
             nn.LeakyReLU(SLOPE, inplace=True),
         ]
-        for n, (before, after) in enumerate(itertools.pairwise(widths), start=1):
+        for n, (width_in, width_out) in enumerate(itertools.pairwise(widths), start=1):
             stride = 2 if n < layers else 1
             main += [
-                nn.Conv2d(before, after, 4, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(after),
+                nn.Conv2d(width_in, width_out, 4, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(width_out),
                 nn.LeakyReLU(SLOPE, inplace=True),
             ]
         self.main = nn.Sequential(*main, nn.Conv2d(widths[-1], 1, 4, padding=1))
@@ -47,4 +53,6 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(layer.weight, 1.0, 0.02)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.main(image)  # (B, 1, h, w)
+        """Logits (B, 1, h, w) of images (B, 3, H, W) in [-1, 1]; positive = taken for real."""
+        logits: Tensor = self.main(image)  # (B, 1, h, w)
+        return logits

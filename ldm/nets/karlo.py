@@ -1,6 +1,6 @@
 """The Karlo prior: a noisy CLIP image embedding and a text -> the clean embedding.
 
-A causal transformer over one sequence; what it makes of the last place is the answer.
+A causal transformer over one sequence; its output for the last token is the prediction.
 
     [ text tokens … | text embedding | timestep | noisy embedding | a learned query ]
       N               1                1          1                 1
@@ -8,7 +8,7 @@ A causal transformer over one sequence; what it makes of the last place is the a
 Parameter names are Karlo's. unCLIP: Ramesh et al. 2022 (arXiv:2204.06125), section 2.2.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,19 +16,24 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.nets.attention import attention
-from ldm.nets.blocks import LayerNorm, Linear, timestep_embedding
+from ldm.nets.blocks import Layer, LayerNorm, Linear, timestep_embedding
 
 __all__ = ["Prior"]
 
 
-class Prior(nn.Module):
+class Prior(Layer):
     """Predicts x0 of an embedding, called like a UNet: (x, timesteps, context=…, y=…).
 
-        clip_dim: width D of embeddings and text tokens.
-        text_ctx: text tokens, N.
-        xf_width, xf_layers, xf_heads, xf_final_ln: of the transformer.
-
     Embeddings are in the units in which CLIP's have mean 0 and standard deviation 1.
+
+    Args:
+        clip_dim: Width D of embeddings and text tokens.
+        text_ctx: Number N of text tokens.
+        xf_width: Width W of the transformer.
+        xf_layers: Number of its blocks.
+        xf_heads: Number of attention heads.
+        xf_final_ln: Whether the transformer ends in a LayerNorm.
+        text_drop: Ignored; it is for training.
     """
 
     IGNORED: ClassVar[frozenset[str]] = frozenset({"text_drop"})
@@ -62,33 +67,38 @@ class Prior(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the weights, in which the prior computes."""
         return self.prd_emb.dtype
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor) -> Tensor:
-        """The clean embedding (B, D), dtype of x.
+        """Predicts clean embeddings.
 
-        x: (B, D) noisy embedding. timesteps: (B,).
-        context: (B, N, D) text tokens; a token that is all zeros is padding and not looked at.
-        y: (B, D) text embedding.
+        Args:
+            x: Noisy embeddings (B, D).
+            timesteps: (B,).
+            context: Text tokens (B, N, D); a token that is all zeros is padding, and masked.
+            y: Text embeddings (B, D).
+
+        Returns:
+            (B, D), in the dtype of x.
         """
         t = timestep_embedding(timesteps, self.prd_emb.shape[-1]).to(self.dtype)
-        places = [
+        tokens = [
             self.text_enc_proj(context.to(self.dtype)),  # (B, N, W)
             self.text_emb_proj(y.to(self.dtype))[:, None],  # (B, 1, W)
             self.time_embed(t)[:, None],
             self.clip_img_proj(x.to(self.dtype))[:, None],
             self.prd_emb.expand(len(x), -1, -1),
         ]
-        h = torch.cat(places, dim=1) + self.positional_embedding  # (B, N + 4, W)
-        mask = _mask(context, h.shape[1])  # (B, 1, N + 4, N + 4)
-        blocks: Any = self.transformer["resblocks"]
-        for block in blocks:
+        h = torch.cat(tokens, dim=1) + self.positional_embedding  # (B, N + 4, W)
+        mask = _attention_mask(context, h.shape[1])  # (B, 1, N + 4, N + 4)
+        for block in cast(nn.ModuleList, self.transformer["resblocks"]):
             h = block(h, mask)
         return self.out_proj(self.final_ln(h[:, -1])).to(x.dtype)  # (B, D)
 
 
-class PriorBlock(nn.Module):
-    """Pre-norm attention and MLP, Karlo's names."""
+class PriorBlock(Layer):
+    """Pre-norm attention and MLP, with Karlo's names."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -107,13 +117,14 @@ class PriorBlock(nn.Module):
         q, k, v = rearrange(qkv, "b n (h three d) -> three b h n d", three=3, h=self.heads)
         y = rearrange(attention(q, k, v, mask), "b h n d -> b n (h d)")  # (B, N, W)
         x = x + self.attn["c_proj"](y)
-        return x + self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x))))  # (B, N, W)
+        x = x + self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x))))
+        return x  # (B, N, W)
 
 
-def _mask(context: Tensor, length: int) -> Tensor:
-    """Each place sees itself, and those before it that are not padding."""
-    seen = F.pad(context.ne(0).any(dim=-1), (0, length - context.shape[1]), value=True)
+def _attention_mask(context: Tensor, length: int) -> Tensor:
+    """Each token attends to itself, and to those before it that are not padding."""
+    visible = F.pad(context.ne(0).any(dim=-1), (0, length - context.shape[1]), value=True)
     square = torch.ones(length, length, dtype=torch.bool, device=context.device)
-    return (seen[:, None, None] & square.tril()) | torch.eye(
+    return (visible[:, None, None] & square.tril()) | torch.eye(
         length, dtype=torch.bool, device=context.device
     )

@@ -1,11 +1,11 @@
-"""LPIPS: how different two pictures look, by what a network for recognising things sees in them.
+"""LPIPS: how different two images look, measured by the features of an image classifier.
 
-    both images -> five depths of VGG16 -> squared difference of unit vectors, weighed per channel
-    -> mean over positions -> sum over depths
+    both images -> features at five depths of VGG16, as unit vectors -> squared difference, weighted
+    per channel -> mean over positions -> sum over depths
 
-Zhang et al. 2018 (arXiv:1801.03924); VGG16 of Simonyan & Zisserman 2014 (arXiv:1409.1556). The
-names of the weights are those of the original's training checkpoints; this file makes no weights
-of its own, see `ldm.loading.addons.lpips`.
+Zhang et al. 2018 (arXiv:1801.03924); VGG16 of Simonyan and Zisserman 2014 (arXiv:1409.1556). Names
+of weights are those of the original's training checkpoints. `ldm.loading.addons.lpips` loads them:
+without them, the distance has no meaning.
 """
 
 import itertools
@@ -13,18 +13,20 @@ import itertools
 import torch
 from torch import Tensor, nn
 
+from ldm.nets.blocks import Layer
+
 __all__ = ["LPIPS", "WIDTHS"]
 
 WIDTHS = (64, 128, 256, 512, 512)  # of the five depths
 CONVOLUTIONS = (2, 2, 3, 3, 3)
 DROPOUT = 0.5
-TINY = 1e-10
-# Colours of [-1, 1] with the mean and deviation that VGG16 expects, as its authors round them.
+EPS = 1e-10
+# Mean and deviation of colours in [-1, 1] that VGG16 expects, rounded as by its authors.
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
 
 
-class Scaling(nn.Module):
+class Scaling(Layer):
     """(image - shift) / scale, for each colour."""
 
     def __init__(self) -> None:
@@ -44,26 +46,25 @@ class VGG16(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         count = itertools.count()
-        widths = [3, *WIDTHS]
-        for depth, (before, after) in enumerate(itertools.pairwise(widths), start=1):
-            part = nn.Sequential()
+        for depth, (width_in, width) in enumerate(itertools.pairwise([3, *WIDTHS]), start=1):
+            layers = nn.Sequential()
             if depth > 1:
-                part.add_module(str(next(count)), nn.MaxPool2d(2))
+                layers.add_module(str(next(count)), nn.MaxPool2d(2))
             for n in range(CONVOLUTIONS[depth - 1]):
-                conv = nn.Conv2d(after if n else before, after, 3, padding=1)
-                part.add_module(str(next(count)), conv)
-                part.add_module(str(next(count)), nn.ReLU())
-            self.add_module(f"slice{depth}", part)
+                conv = nn.Conv2d(width if n else width_in, width, 3, padding=1)
+                layers.add_module(str(next(count)), conv)
+                layers.add_module(str(next(count)), nn.ReLU())
+            self.add_module(f"slice{depth}", layers)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         x, features = image, []
-        for part in self.children():
-            x = part(x)  # (B, WIDTHS[i], H / 2^i, W / 2^i)
+        for layers in self.children():
+            x = layers(x)  # (B, WIDTHS[i], H / 2^i, W / 2^i)
             features.append(x)
         return features
 
 
-class Head(nn.Module):
+class Head(Layer):
     """The weights of the channels of one depth."""
 
     def __init__(self, width: int) -> None:
@@ -71,11 +72,12 @@ class Head(nn.Module):
         self.model = nn.Sequential(nn.Dropout(DROPOUT), nn.Conv2d(width, 1, 1, bias=False))
 
     def forward(self, difference: Tensor) -> Tensor:
-        return self.model(difference)  # (B, 1, h, w)
+        weighted: Tensor = self.model(difference)  # (B, 1, h, w)
+        return weighted
 
 
-class LPIPS(nn.Module):
-    """The distance of two images, frozen. Their sides need at least 16 pixels.
+class LPIPS(Layer):
+    """The perceptual distance of two images, with frozen weights.
 
     Stays in eval mode whatever holds it: the original's dropout came back when its whole model
     was put in training mode, which only adds noise to a distance.
@@ -91,10 +93,19 @@ class LPIPS(nn.Module):
         super().train(False)
 
     def train(self, mode: bool = True) -> "LPIPS":
+        """Leaves the module in eval mode."""
         return self
 
     def forward(self, image: Tensor, other: Tensor) -> Tensor:
-        """image, other: (B, 3, H, W) in [-1, 1]. Returns (B, 1, 1, 1), 0 for equal ones."""
+        """Measures the distance of each pair.
+
+        Args:
+            image: (B, 3, H, W) in [-1, 1], each side at least 16 pixels.
+            other: As `image`.
+
+        Returns:
+            (B, 1, 1, 1); 0 for equal images.
+        """
         pairs = zip(self.features(image), self.features(other), strict=True)
         distance = image.new_zeros(len(image), 1, 1, 1)
         for depth, (one, two) in enumerate(pairs):
@@ -103,10 +114,11 @@ class LPIPS(nn.Module):
         return distance  # (B, 1, 1, 1)
 
     def features(self, image: Tensor) -> list[Tensor]:
-        """Five tensors (B, C, h, w), unit vectors along the channels."""
-        return [_unit(x) for x in self.net(self.scaling_layer(image))]
+        """Features at the five depths, (B, C, h, w) each, unit vectors along the channels."""
+        return [_normalize(x) for x in self.net(self.scaling_layer(image))]
 
 
-def _unit(x: Tensor) -> Tensor:
+def _normalize(x: Tensor) -> Tensor:
     # This norm has a gradient where all channels are 0, unlike the root of a sum of squares.
-    return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + TINY)  # (B, C, h, w)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return x / (norm + EPS)  # (B, C, h, w)

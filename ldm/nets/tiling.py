@@ -1,7 +1,6 @@
-"""A function of an image, applied patch by patch where the whole would not fit into memory.
+"""Functions of an image, applied tile by tile where the whole does not fit into memory.
 
-Patches overlap by a quarter of their side and are blended linearly where they do, so that no edge
-shows. The function may look at any number of channels and may enlarge.
+Tiles overlap by at least a quarter of their side and are blended linearly there, to show no seams.
 """
 
 from collections.abc import Callable
@@ -9,21 +8,29 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["tiled"]
+__all__ = ["apply_tiled"]
 
 
-def tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, factor: int = 1) -> Tensor:
-    """What function(x) gives, put together from patches of at most tile x tile.
+def apply_tiled(
+    function: Callable[[Tensor], Tensor], x: Tensor, tile: int, factor: int = 1
+) -> Tensor:
+    """Applies a function to tiles of x, and blends the results.
 
-    function: (B, C, h, w) -> (B, C', h factor, w factor).
-    x: (B, C, H, W); one that is no larger than a patch is passed on whole.
+    Args:
+        function: (B, C, h, w) -> (B, C', h * factor, w * factor).
+        x: (B, C, H, W); if it is not larger than a tile, the function gets it whole.
+        tile: Side of the tiles, in pixels of x.
+        factor: Enlargement by the function.
+
+    Returns:
+        (B, C', H * factor, W * factor).
     """
     height, width = x.shape[-2:]
     if max(height, width) <= tile:
         return function(x)
     whole = total = torch.zeros(())
-    for top in _starts(height, tile):
-        for left in _starts(width, tile):
+    for top in _tile_starts(height, tile):
+        for left in _tile_starts(width, tile):
             part = function(x[..., top : top + tile, left : left + tile])
             if not whole.dim():
                 whole = part.new_zeros(*part.shape[:2], height * factor, width * factor)
@@ -31,14 +38,17 @@ def tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, factor: in
             rows, columns = part.shape[-2:]
             overlap = tile * factor // 4
             weight = torch.outer(_ramp(rows, overlap), _ramp(columns, overlap)).to(part)
-            top_, left_ = top * factor, left * factor
-            where = (..., slice(top_, top_ + rows), slice(left_, left_ + columns))
-            whole[where] += part * weight
-            total[where] += weight
+            area = (
+                ...,
+                slice(top * factor, top * factor + rows),
+                slice(left * factor, left * factor + columns),
+            )
+            whole[area] += part * weight
+            total[area] += weight
     return whole / total
 
 
-def _starts(length: int, tile: int) -> list[int]:
+def _tile_starts(length: int, tile: int) -> list[int]:
     """First pixels of tiles that cover `length`, each overlapping the next by a quarter or more."""
     if length <= tile:
         return [0]
@@ -47,6 +57,6 @@ def _starts(length: int, tile: int) -> list[int]:
 
 
 def _ramp(length: int, overlap: int) -> Tensor:
-    """Rises over `overlap` pixels, and falls over as many; never 0."""
+    """Weights that rise over `overlap` pixels, and fall over as many; never 0."""
     up = (torch.arange(length) + 0.5) / max(overlap, 1)
     return torch.minimum(up, up.flip(0)).clamp(max=1.0)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm.conditioning import Cond
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.guidance import guided
+from ldm.diffusion.guidance import add_guidance
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.encoders import tokenizer
@@ -100,7 +100,7 @@ def sample_prior(
     """
     schedule = Schedule(make_betas("squaredcos_cap_v2"))
     sigmas = prior_sigmas(schedule, steps) if sigmas is None else sigmas
-    denoise = guided(Denoiser(prior, schedule, "x0"), cond, uncond, scale)
+    denoise = add_guidance(Denoiser(prior, schedule, "x0"), cond, uncond, scale)
     shape = (len(cond), prior.out_proj.out_features)
     start = noise(torch.empty(shape, device=prior.out_proj.weight.device))
     return SAMPLERS["ddim"](

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.conditioning import Cond
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.guidance import Denoise, Scale, guided
+from ldm.diffusion.guidance import Denoise, Scale, add_guidance
 from ldm.diffusion.names import LEGACY
 from ldm.diffusion.schedule import Schedule
 from ldm.model import LatentDiffusion
@@ -92,7 +92,7 @@ class Quirks:
         every prediction for eps.
         """
         if "encode" not in self:
-            return guided(model.denoiser, cond, uncond, scale)
+            return add_guidance(model.denoiser, cond, uncond, scale)
         index = {sigma: i for i, sigma in enumerate(sigmas.tolist())}
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
@@ -100,7 +100,7 @@ class Quirks:
                 return model.denoiser.network(z_t, torch.full_like(t, index[sigma]), **slots)
 
             denoiser = Denoiser(network, model.schedule, "eps")
-            return guided(denoiser, cond, uncond, scale)(x, sigma)
+            return add_guidance(denoiser, cond, uncond, scale)(x, sigma)
 
         return denoise
 

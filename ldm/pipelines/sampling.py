@@ -15,11 +15,11 @@ from torch import Tensor
 from ldm.conditioning import Cond
 from ldm.diffusion import names
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.guidance import Scale, guided, interval
+from ldm.diffusion.guidance import Scale, add_guidance, limit_to_interval
 from ldm.diffusion.samplers import SAMPLERS, Constrain, euler
 from ldm.diffusion.schedule import Schedule
 from ldm.model import LatentDiffusion
-from ldm.nets.tiling import tiled
+from ldm.nets.tiling import apply_tiled
 from ldm.pipelines.quirks import Noise, Quirks, noise_source
 from ldm.runtime.errors import ArgumentError, unknown_name
 
@@ -82,7 +82,7 @@ def sample(
         scheduler: a name in SCHEDULERS; None = `default_scheduler`.
         eta: DDIM's noise between steps, 0 (none) … 1 (DDPM) (arXiv:2010.02502, eq. 16).
         scale: guidance scale; 1 is none.
-        rescale: 0 … 1, see `guided`.
+        rescale: 0 … 1, see `add_guidance`.
         guidance_interval: (low, high) sigmas between which guidance acts; None = everywhere.
         seeds: one per row, or the first of consecutive ones; None = from torch's generator. The
             noise of a row depends on its seed alone.
@@ -114,10 +114,10 @@ def sample(
         x = x_T * std if strength == 1 else z.to(x_T) + float(sigmas[above]) * x_T
         x, sigmas = x * (_std(sigmas[first]) / std), sigmas[first:]
     if guidance_interval is not None and not callable(scale):
-        scale = interval(scale, *guidance_interval)
+        scale = limit_to_interval(scale, *guidance_interval)
     denoiser = _in_tiles(quirks.denoiser(model, sampler), unet_tile)
     x = SAMPLERS[sampler](
-        guided(denoiser, cond, uncond, scale, rescale=rescale),
+        add_guidance(denoiser, cond, uncond, scale, rescale=rescale),
         x,
         sigmas,
         callback=callback and _with_steps(callback, len(sigmas) - 1),
@@ -195,7 +195,7 @@ def _in_tiles(denoiser: Denoiser, tile: int | None) -> Denoiser:
         return denoiser
 
     def network(z_t: Tensor, t: Tensor, **slots: Tensor | None) -> Tensor:
-        return tiled(lambda patch: denoiser.network(patch, t, **slots), z_t, tile)
+        return apply_tiled(lambda patch: denoiser.network(patch, t, **slots), z_t, tile)
 
     return replace(denoiser, network=network)
 

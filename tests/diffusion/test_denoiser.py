@@ -7,7 +7,7 @@ from torch import Tensor
 from goldfile import gold
 from ldm.conditioning import Cond
 from ldm.diffusion.denoiser import PARAMETERIZATIONS, Denoiser
-from ldm.diffusion.guidance import guided, interval
+from ldm.diffusion.guidance import add_guidance, limit_to_interval
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.nets.unet import UNet
 
@@ -75,9 +75,9 @@ def test_guidance_is_one_call_and_scale_one_has_no_unconditional_half(pair):
     oracle = Oracle("eps", z, noise)
     cond, uncond = Cond(torch.ones(2, 3, 5)), Cond(torch.zeros(2, 3, 5))
     x = z + noise
-    guided(oracle.denoiser, cond, uncond, 4.0)(x, 1.0)
-    guided(oracle.denoiser, cond, uncond, 1.0)(x, 1.0)
-    guided(oracle.denoiser, cond, None, 4.0)(x, 1.0)
+    add_guidance(oracle.denoiser, cond, uncond, 4.0)(x, 1.0)
+    add_guidance(oracle.denoiser, cond, uncond, 1.0)(x, 1.0)
+    add_guidance(oracle.denoiser, cond, None, 4.0)(x, 1.0)
     assert oracle.rows == [4, 2, 2]
 
 
@@ -85,7 +85,7 @@ def test_guidance_extrapolates_from_the_unconditional_prediction(pair):
     z, noise = pair
     cond, uncond = Cond(torch.ones(2, 3, 5)), Cond(torch.zeros(2, 3, 5))
     denoiser = Oracle("eps", z, noise).denoiser
-    once, twice = (guided(denoiser, cond, uncond, s)(z + noise, 1.0) for s in (2.0, 4.0))
+    once, twice = (add_guidance(denoiser, cond, uncond, s)(z + noise, 1.0) for s in (2.0, 4.0))
     torch.testing.assert_close(once - twice, torch.full_like(z, 2.0), rtol=0, atol=1e-5)
 
 
@@ -93,7 +93,7 @@ def test_outside_the_interval_guidance_costs_nothing(pair):
     z, noise = pair
     oracle = Oracle("v", z, noise)
     cond = Cond(torch.ones(2, 3, 5))
-    denoise = guided(oracle.denoiser, cond, cond, interval(7.5, 0.3, 5.0))
+    denoise = add_guidance(oracle.denoiser, cond, cond, limit_to_interval(7.5, 0.3, 5.0))
     for sigma in (10.0, 5.0, 1.0, 0.2):
         denoise(z + sigma * noise, sigma)
     assert oracle.rows == [2, 4, 4, 2]
@@ -103,7 +103,7 @@ def test_full_rescale_gives_the_conditional_spread(pair):
     z, noise = pair
     denoiser = Oracle("v", z, noise).denoiser
     cond, uncond = Cond(torch.randn(2, 3, 5)), Cond(torch.randn(2, 3, 5))
-    denoise = guided(denoiser, cond, uncond, 9.0, rescale=1.0)
+    denoise = add_guidance(denoiser, cond, uncond, 9.0, rescale=1.0)
     x = z + 2.0 * noise
     variance = 1 + 2.0**2
     prediction = (x / variance - denoise(x, 2.0)) * variance**0.5 / 2.0

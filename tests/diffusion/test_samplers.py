@@ -13,7 +13,7 @@ from torch import Tensor
 from goldfile import Gold, gold
 from ldm.conditioning import Cond
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.guidance import guided
+from ldm.diffusion.guidance import add_guidance
 from ldm.diffusion.samplers import SAMPLERS, STOCHASTIC, ddim, dpmpp_2m, euler, plms
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.nets.unet import UNet
@@ -67,7 +67,7 @@ def run(file: Gold, name: str, sampler, denoiser: Denoiser, scheduler: str = "un
         {"eta": kwargs["eta"], "noise": lambda like: next(step_noise)} if sampler is ddim else {}
     )
     x = sampler(
-        guided(denoiser, Cond(shared["c"]), uncond, scale),
+        add_guidance(denoiser, Cond(shared["c"]), uncond, scale),
         x_T * spread[0],
         sigmas,
         constrain=constrain if "mask" in kwargs else None,
@@ -104,7 +104,7 @@ def test_ddim_decodes_from_the_middle_as_recorded(kind, steps):
     x = file.outputs(name)["z_enc"] * (1 + sigmas[0] ** 2).sqrt().float()
     for out, uncond, scale in (("decoded_cfg1", None, 1.0), ("decoded_cfg", shared["uc"], 7.5)):
         conds = Cond(shared["c"]), None if uncond is None else Cond(uncond)
-        end = ddim(guided(denoiser, *conds, scale), x, sigmas)
+        end = ddim(add_guidance(denoiser, *conds, scale), x, sigmas)
         close(file, name, out, end / (1 + sigmas[-1] ** 2).sqrt().float())
 
 

@@ -8,7 +8,7 @@ import torch
 import ldm
 from goldfile import gold
 from ldm.nets.karlo import Prior
-from ldm.nets.tiling import tiled
+from ldm.nets.tiling import apply_tiled
 from ldm.pipelines import (
     depth2img,
     encode_image,
@@ -176,7 +176,9 @@ def test_tiled_upscaling_is_nearly_the_whole_and_has_no_seams(models):
 def test_patches_of_a_local_function_give_the_whole():
     x = torch.randn(2, 3, 37, 50)
     for tile in (8, 16, 37, 50, 64):
-        torch.testing.assert_close(tiled(lambda patch: 2 * patch[:, :1], x, tile), 2 * x[:, :1])
+        torch.testing.assert_close(
+            apply_tiled(lambda patch: 2 * patch[:, :1], x, tile), 2 * x[:, :1]
+        )
 
 
 def test_pictures_are_mixed_by_weight(models, image):

@@ -6,14 +6,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+from diffusers.schedulers import scheduling_ddim
 from omegaconf import OmegaConf
 from safetensors import safe_open
-from torch import Tensor
 
 from ldm.conditioning import Cond
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.diffusion.schedule import Schedule, make_betas, rescaled
+from ldm.diffusion.schedule import Schedule, make_betas, rescale_zero_terminal_snr
 from ldm.loading.config import instantiate
 from ldm.loading.load import load, save_model
 from ldm.model import LatentDiffusion
@@ -24,7 +23,8 @@ BETAS = make_betas("linear", linear_start=0.00085, linear_end=0.012)
 
 
 def test_rescaled_betas_equal_diffusers_but_for_the_last() -> None:
-    ours, theirs = (torch.cumprod(1 - b, 0) for b in (rescaled(BETAS), _theirs(BETAS)))
+    betas = rescale_zero_terminal_snr(BETAS), scheduling_ddim.rescale_zero_terminal_snr(BETAS)
+    ours, theirs = (torch.cumprod(1 - b, 0) for b in betas)
     torch.testing.assert_close(ours[:-1], theirs[:-1], rtol=1e-9, atol=0)
     assert ours[-1].item() == pytest.approx(2**-24, rel=1e-9)
     assert theirs[-1] == 0
@@ -92,7 +92,3 @@ def raw_of(**params: Any) -> dict[str, Any]:
     raw = tinyfamilies.small("sd2-v")
     raw["model"]["params"] |= {"rescale_betas_zero_snr": True, **params}
     return raw
-
-
-def _theirs(betas: Tensor) -> Tensor:
-    return rescale_zero_terminal_snr(betas)
