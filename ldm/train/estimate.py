@@ -1,8 +1,8 @@
-"""--dry-run: what a run would be, and the memory that each of its processes would need.
+"""--dry-run: the whole config of a run, and an estimate of the memory of each of its processes.
 
-Weights, optimizer and average are counted. Activations are found by running a training step of the
-network on fake tensors, which have shapes and lifetimes but no numbers: their largest sum is the
-answer, for any size of model, without its memory. Pictures are encoded before that, by themselves.
+Weights, optimizer state and EMA are counted. For activations, a training step of the network runs
+on fake tensors, which have shapes and lifetimes but no memory: their peak total is the estimate.
+Encoding images into latents is measured separately, as it runs before.
 """
 
 import sys
@@ -22,7 +22,6 @@ from ldm.loading.config import format_yaml
 from ldm.loading.legacy import translate_config
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
-from ldm.train.config.schema import Trainer
 from ldm.train.config.settings import Settings
 from ldm.train.tasks.adaptation import Adaptation
 from ldm.train.tasks.autoencoder import Adversarial, build_autoencoder_task
@@ -32,37 +31,46 @@ from ldm.train.tasks.task import Task
 __all__ = ["Memory", "describe", "estimate"]
 
 TOKENS = 77
-TORCH = "torch (about 0.2 GiB on a CPU, 0.5 GiB on a GPU)"
-SIDE = 512  # pixels, if the data does not say
-# Bytes that an optimizer keeps per trained number.
+IMAGE_SIZE = 512  # pixels, if the config does not say
+# Optimizer state, bytes per trainable parameter.
 OPTIMIZERS = {"adamw": 8.0, "adamw8bit": 2.0, "muon": 4.0, "adafactor": 0.1}
+# Float16 and bfloat16 have one size, and only the latter runs everywhere.
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process; `parameters`, `trained`: numbers in the model, and those trained.
+    """Bytes that one process of a run needs.
 
-    step: what the optimizer needs for a moment, when the activations are gone.
+    Args:
+        parameters: their number, in all networks.
+        trainable: the number of those that are trained.
+        optimizer_step: temporary memory of the optimizer, after activations are freed.
     """
 
     parameters: int
-    trained: int
+    trainable: int
     weights: int
     gradients: int
     optimizer: int
-    average: int
+    ema: int
     activations: int
-    step: int
+    optimizer_step: int
 
     @property
     def total(self) -> int:
-        """At the moment when most is needed."""
-        kept = self.weights + self.gradients + self.optimizer + self.average
-        return kept + max(self.activations, self.step)
+        """At the peak of a step."""
+        persistent = self.weights + self.gradients + self.optimizer + self.ema
+        return persistent + max(self.activations, self.optimizer_step)
 
 
-class Live(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made inside and live; `peak` is the most so far."""
+class PeakMemoryMode(TorchDispatchMode):
+    """Tracks the bytes of all tensor storages that are created under this mode and alive.
+
+    Attributes:
+        now: bytes alive.
+        peak: the maximum of `now`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,139 +80,138 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        made = func(*args, **(kwargs or {}))
-        given = {storage._cdata for storage in _storages((args, kwargs))}  # a view makes nothing
-        for storage in _storages(made):
-            if storage._cdata not in given:
-                self._see(storage)
-        return made
+        output = func(*args, **(kwargs or {}))
+        inputs = {storage._cdata for storage in _storages((args, kwargs))}  # views create nothing
+        for storage in _storages(output):
+            if storage._cdata not in inputs:
+                self._track(storage)
+        return output
 
-    def _see(self, storage: Any) -> None:
+    def _track(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key not in self.sizes:
             self.sizes[key] = storage.nbytes()
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._drop, key)
+            weakref.finalize(storage, self._forget, key)
 
-    def _drop(self, key: int) -> None:
+    def _forget(self, key: int) -> None:
         self.now -= self.sizes.pop(key)
 
 
-def _storages(tree: Any) -> list[Any]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
 def describe(settings: Settings, *, processes: int = 1) -> Iterator[str]:
-    """Lines: the config with everything filled in, the memory, and what would lower it."""
+    """Yields the config with all defaults, the memory, and settings that would lower it.
+
+    Args:
+        processes: of the run, on all nodes.
+    """
     yield format_yaml(settings.to_config())
     yield from settings.notes
-    known: dict[Any, int] = {}
-    memory = estimate(settings, processes, known)
-    frozen = memory.parameters - memory.trained
-    yield f"parameters  {memory.trained / 1e6:.2f} M trained, {max(0, frozen) / 1e6:.2f} M frozen"
-    batch = settings.data.batch_size
-    parts = settings.trainer.accumulate_grad_batches
-    yield f"batch       {batch} x {parts} accumulated x {processes} processes"
-    yield f"memory      about {_size(memory.total)} per process"
-    for name in ("weights", "gradients", "optimizer", "average", "activations"):
-        yield f"  {name:<11} {_size(getattr(memory, name))}"
-    yield f"  beside what {TORCH} takes for itself"
-    for switch, other in _switches(settings, processes, known):
-        saved = memory.total - other.total
+    cache: dict[Any, int] = {}
+    memory = estimate(settings, processes, cache)
+    frozen = max(0, memory.parameters - memory.trainable)
+    accumulation = settings.trainer.accumulate_grad_batches
+    yield f"parameters  {memory.trainable / 1e6:.2f} M trainable, {frozen / 1e6:.2f} M frozen"
+    yield f"batch       {settings.data.batch_size} x {accumulation} accumulated x {processes} ranks"
+    yield f"memory      about {_format_bytes(memory.total)} per process"
+    yield f"  weights     {_format_bytes(memory.weights)}"
+    yield f"  gradients   {_format_bytes(memory.gradients)}"
+    yield f"  optimizer   {_format_bytes(memory.optimizer)}"
+    yield f"  EMA         {_format_bytes(memory.ema)}"
+    yield f"  activations {_format_bytes(memory.activations)}"
+    yield "  plus PyTorch's own overhead (about 0.2 GiB on a CPU, 0.5 GiB on a GPU)"
+    for override, changed in _alternatives(settings, processes):
+        saved = memory.total - estimate(changed, processes, cache).total
         if saved > 0.01 * memory.total:
-            yield f"saves {_size(saved):>9}  {switch}"
+            yield f"saves {_format_bytes(saved):>9}  {override}"
 
 
-def estimate(
-    settings: Settings,
-    processes: int = 1,
-    known: dict[Any, int] | None = None,
-) -> Memory:
-    """The memory of one process of a run.
+def estimate(settings: Settings, processes: int = 1, cache: dict[Any, int] | None = None) -> Memory:
+    """Estimates the memory of one process of a run.
 
-    known: activations of runs that were looked at before, which is what takes time.
+    Args:
+        processes: of the run, on all nodes.
+        cache: of measured activations, the slow part, for several estimates of one run.
+    Raises:
+        ValueError: the model cannot be trained.
     """
     trainer, optimizer = settings.trainer, settings.optimizer
-    task = _task(settings)
+    task = _build_task(settings)
     averaged = [p for p in task.trainable.parameters() if p.requires_grad]
-    trained = [*averaged, *(p for part in _discriminators(task) for p in part.parameters())]
-    count = sum(p.numel() for p in trained)
-    own = {id(p): p.numel() for part in _parts(task) for p in part.parameters()}
-    share = _share(trainer, processes)
-    bytes_ = OPTIMIZERS.get(optimizer.name, 8.0)
-    if optimizer.name == "muon":  # what is no matrix has two moments
-        bytes_ += 4 * sum(p.numel() for p in trained if p.ndim < 2) / max(1, count)
-    is_averaged = bool(optimizer.ema_decay) and trainer.ema_device is None
-    whole, known = 4 * sum(own.values()), {} if known is None else known
+    trainable = [*averaged, *(p for net in _discriminators(task) for p in net.parameters())]
+    count = sum(p.numel() for p in trainable)
+    numel_by_id = {id(p): p.numel() for net in _networks(task) for p in net.parameters()}
+    parameters = sum(numel_by_id.values())
+    shard_bytes = 4 * count * _shard_fraction(settings, processes)
+    state = OPTIMIZERS[optimizer.name]
+    if optimizer.name == "muon":  # other parameters than matrices go by AdamW, with two moments
+        state += 4 * sum(p.numel() for p in trainable if p.ndim < 2) / max(1, count)
+    has_ema = bool(optimizer.ema_decay) and trainer.ema_device is None
+    cache = {} if cache is None else cache
     key = (settings.data.batch_size, trainer.precision, trainer.checkpoint_gradients)
-    if key not in known:
-        known[key] = _activations(task, settings)
+    if key not in cache:
+        cache[key] = _measure_activations(task, settings)
     return Memory(
-        parameters=sum(own.values()),
-        trained=count,
-        weights=whole - 4 * count + int(4 * count * share),
-        gradients=int(4 * count * share),
-        optimizer=int(bytes_ * count * share),
-        average=int(4 * sum(p.numel() for p in averaged) * share) if is_averaged else 0,
-        activations=known[key],
-        step=int(4 * count * share) if optimizer.name.startswith("adamw") else 0,
+        parameters=parameters,
+        trainable=count,
+        weights=4 * (parameters - count) + int(shard_bytes),
+        gradients=int(shard_bytes),
+        optimizer=int(state / 4 * shard_bytes),
+        ema=int(shard_bytes * sum(p.numel() for p in averaged) / max(1, count)) if has_ema else 0,
+        activations=cache[key],
+        optimizer_step=int(shard_bytes) if optimizer.name.startswith("adamw") else 0,
     )
 
 
-def _switches(
-    settings: Settings, processes: int, known: dict[Any, int]
-) -> Iterator[tuple[str, Memory]]:
-    """Settings that need less memory, and what would be needed then."""
-    trainer, batch = settings.trainer, settings.data.batch_size
-    changes: list[tuple[str, dict[str, Any]]] = [
-        ("trainer.precision=bf16-mixed", {"trainer": {"precision": "bf16-mixed"}}),
-        ("trainer.checkpoint_gradients=true", {"trainer": {"checkpoint_gradients": True}}),
-        ("trainer.ema_device=cpu", {"trainer": {"ema_device": "cpu"}}),
-        ("optimizer.name=adamw8bit", {"optimizer": {"name": "adamw8bit"}}),
-    ]
-    is_whole = not settings.model.target.endswith("AutoencoderKL")
-    if processes > 1 and is_whole and trainer.strategy not in ("fsdp", "hsdp"):
-        changes.append(("trainer.strategy=fsdp", {"trainer": {"strategy": "fsdp"}}))
-    for name, change in changes:
-        yield f"lightning.{name}", estimate(settings.change(**change), processes, known)
-    if batch > 1:
-        parts = 2 * trainer.accumulate_grad_batches
-        name = (
-            f"data.params.batch_size={batch // 2} lightning.trainer.accumulate_grad_batches={parts}"
+def _alternatives(settings: Settings, processes: int) -> Iterator[tuple[str, Settings]]:
+    """Overrides that need less memory, and the settings with them."""
+    trainer, batch_size = settings.trainer, settings.data.batch_size
+    for key, value in (
+        ("precision", "bf16-mixed"), ("checkpoint_gradients", True), ("ema_device", "cpu"),
+    ):  # fmt: skip
+        text = str(value).lower()
+        yield f"lightning.trainer.{key}={text}", settings.change(trainer={key: value})
+    optimizer = settings.change(optimizer={"name": "adamw8bit"})
+    yield "lightning.optimizer.name=adamw8bit", optimizer
+    is_diffusion = not settings.model.target.endswith("AutoencoderKL")
+    if processes > 1 and is_diffusion and trainer.strategy not in ("fsdp", "hsdp"):
+        yield "lightning.trainer.strategy=fsdp", settings.change(trainer={"strategy": "fsdp"})
+    if batch_size > 1:
+        half, accumulation = batch_size // 2, 2 * trainer.accumulate_grad_batches
+        yield (
+            f"data.params.batch_size={half} lightning.trainer.accumulate_grad_batches="
+            f"{accumulation}",
+            settings.change(
+                trainer={"accumulate_grad_batches": accumulation}, data={"batch_size": half}
+            ),
         )
-        halved = settings.change(
-            trainer={"accumulate_grad_batches": parts}, data={"batch_size": batch // 2}
-        )
-        yield name, estimate(halved, processes, known)
 
 
-def _task(settings: Settings) -> Task:
-    """The task of a run with a model that has no memory; .model, .trained."""
+def _build_task(settings: Settings) -> Task:
+    """The task of a run, with its model on the meta device."""
     spec = translate_config(settings.raw["model"], where="model")
-    checkpointed = settings.trainer.checkpoint_gradients
-    if checkpointed is not None and "unet" in spec["params"]:
-        spec["params"]["unet"]["params"]["use_checkpoint"] = checkpointed
+    checkpoint = settings.trainer.checkpoint_gradients
+    if checkpoint is not None and "unet" in spec["params"]:
+        spec["params"]["unet"]["params"]["use_checkpoint"] = checkpoint
     model = build_on_meta(spec, where="model")
-    if isinstance(model, LatentDiffusion):
-        task = Diffusion(model)
-        lora, inversion = settings.lora, settings.textual_inversion
-        if not (lora or inversion):
-            return task
-        with torch.device("meta"):
-            return Adaptation(
-                task,
-                lora.model_dump() if lora else {},
-                inversion.model_dump() if inversion else {},
+    with torch.device("meta"):
+        if isinstance(model, AutoencoderKL):
+            return _build_autoencoder_task(model, settings)
+        if not isinstance(model, LatentDiffusion):
+            name = type(model).__name__
+            raise ValueError(
+                f"`{name}` cannot be trained, only LatentDiffusion and AutoencoderKL can"
             )
-    if isinstance(model, AutoencoderKL):
-        with torch.device("meta"):
-            return _reconstructing(model, settings)
-    raise ValueError(f"`{type(model).__name__}` cannot be trained, only whole models can")
+        task, lora, inversion = Diffusion(model), settings.lora, settings.textual_inversion
+        if lora is None and inversion is None:
+            return task
+        return Adaptation(
+            task, lora.model_dump() if lora else {}, inversion.model_dump() if inversion else {}
+        )
 
 
-def _reconstructing(model: AutoencoderKL, settings: Settings) -> Task:
-    """The task of an autoencoder, at a step when its discriminator counts."""
+def _build_autoencoder_task(model: AutoencoderKL, settings: Settings) -> Task:
+    """The task of an autoencoder, at a step past the start of its discriminator."""
     task = build_autoencoder_task(
         model, settings.model.params, settings.objective, load_weights=False
     )
@@ -213,103 +220,112 @@ def _reconstructing(model: AutoencoderKL, settings: Settings) -> Task:
 
 
 def _discriminators(task: Task) -> list[nn.Module]:
-    """The network that is trained against the model, if there is one."""
+    """The discriminator, if there is one."""
     return [] if task.discriminator is None else [task.discriminator]
 
 
-def _parts(task: Task) -> list[nn.Module]:
-    """All networks of a task."""
-    parts = [task.model, task.trainable, *_discriminators(task)]
+def _networks(task: Task) -> list[nn.Module]:
+    """All networks that a task computes with."""
+    networks = [task.model, task.trainable, *_discriminators(task)]
     if isinstance(task, Adversarial) and task.perceptual is not None:
-        parts.append(task.perceptual)
-    return parts
+        networks.append(task.perceptual)
+    return networks
 
 
-def _activations(task: Task, settings: Settings) -> int:
+def _measure_activations(task: Task, settings: Settings) -> int:
     """Bytes at the peak of a training step, beyond weights and their gradients."""
-    batch, side = settings.data.batch_size, _side(settings.raw["data"]["params"])
-    dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.bfloat16}  # as large as each other
-    dtype = dtypes.get(settings.trainer.precision)
+    batch_size, size = settings.data.batch_size, _image_size(settings.raw["data"]["params"])
+    dtype = AUTOCAST.get(settings.trainer.precision)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in (task.model, task.trainable):
-            _fake(module)
+            _make_fake(module)
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-            image = torch.zeros(batch, 3, side, side)
+            image = torch.zeros(batch_size, 3, size, size)
             if isinstance(task.model, AutoencoderKL):
-                task, batch_ = _reconstructing(task.model, settings), {"jpg": image}
-                chance = torch.Generator()
-                peaks = [_peak(lambda: task.loss(batch_, chance)["loss"], task.trainable)]
-                for discriminator in _discriminators(task):
-                    peaks.append(
-                        _peak(
-                            lambda: task.discriminator_loss(batch_, chance)["loss"], discriminator
-                        )
-                    )
-                return max(peaks)
+                return _measure_autoencoder(_build_autoencoder_task(task.model, settings), image)
             model = task.model
-            peaks = [_peak(lambda: _forward(model, batch, side), task.trainable)]
+            peaks = [_measure_peak(lambda: _run_unet(model, batch_size, size), task.trainable)]
             if not settings.raw["data"]["params"].get("latents"):
-                with torch.no_grad(), Live() as live:
+                with torch.no_grad(), PeakMemoryMode() as mode:
                     model.autoencoder.encode(image)
-                peaks.append(live.peak)
+                peaks.append(mode.peak)
             return max(peaks)
 
 
-def _forward(model: LatentDiffusion, batch: int, side: int) -> Tensor:
-    """One pass of the UNet over what its family reads."""
+def _measure_autoencoder(task: Task, image: Tensor) -> int:
+    """The peak over a step of the autoencoder and one of its discriminator."""
+    batch, generator = {"jpg": image}, torch.Generator()
+    peaks = [_measure_peak(lambda: task.loss(batch, generator)["loss"], task.trainable)]
+    for discriminator in _discriminators(task):
+        peaks.append(
+            _measure_peak(lambda: task.discriminator_loss(batch, generator)["loss"], discriminator)
+        )
+    return max(peaks)
+
+
+def _run_unet(model: LatentDiffusion, batch_size: int, size: int) -> Tensor:
+    """A forward pass of the UNet over zeros, with the inputs that its weights expect."""
     state = {f"unet.{name}": value for name, value in model.unet.state_dict().items()}
-    x = torch.zeros(
-        batch, state["unet.input_blocks.0.0.weight"].shape[1], *[side // model.downscale] * 2
-    )
+    channels, side = state["unet.input_blocks.0.0.weight"].shape[1], size // model.downscale
+    x = torch.zeros(batch_size, channels, side, side)
     key = next((name for name in state if name.endswith("attn2.to_k.weight")), None)
-    context = torch.zeros(batch, TOKENS, state[key].shape[1]) if key else None
+    context = torch.zeros(batch_size, TOKENS, state[key].shape[1]) if key else None
     y = None
     if "unet.label_emb.0.0.weight" in state:
-        y = torch.zeros(batch, state["unet.label_emb.0.0.weight"].shape[1])
+        y = torch.zeros(batch_size, state["unet.label_emb.0.0.weight"].shape[1])
     elif "unet.label_emb.weight" in state:
-        y = torch.zeros(batch, dtype=torch.long)
-    made: Tensor = model.unet(x, torch.zeros(batch, dtype=torch.long), context=context, y=y)
-    return made
+        y = torch.zeros(batch_size, dtype=torch.long)
+    output: Tensor = model.unet(x, torch.zeros(batch_size, dtype=torch.long), context=context, y=y)
+    return output
 
 
-def _peak(forward: Callable[[], Tensor], trained: nn.Module) -> int:
-    """Of the bytes that live during a forward and backward pass, without the gradients."""
-    for p in trained.parameters():  # there, as for the second of several accumulated batches
+def _measure_peak(forward: Callable[[], Tensor], trainable: nn.Module) -> int:
+    """Peak bytes of a forward and a backward pass, without the gradients."""
+    for p in trainable.parameters():  # as for the second of several accumulated batches
         p.grad = torch.empty_like(p) if p.requires_grad else None
-    with Live() as live:
-        made = forward()
-        if made.requires_grad:
-            made.float().square().mean().backward()
-    return live.peak
+    with PeakMemoryMode() as mode:
+        output = forward()
+        if output.requires_grad:
+            output.float().square().mean().backward()
+    return mode.peak
 
 
-def _fake(module: nn.Module) -> None:
-    """Replaces tensors on the meta device by fake ones of the CPU, where autocast works."""
-    for part in module.modules():
-        for name, p in part._parameters.items():
+def _make_fake(module: nn.Module) -> None:
+    """Replaces tensors on the meta device by fake ones on the CPU, where autocast works."""
+    for submodule in module.modules():
+        for name, p in submodule._parameters.items():
             if p is not None and p.is_meta:
-                twin = nn.Parameter(torch.empty(p.shape), requires_grad=p.requires_grad)
-                part._parameters[name] = twin
-        for name, value in part._buffers.items():
+                fake = nn.Parameter(torch.empty(p.shape), requires_grad=p.requires_grad)
+                submodule._parameters[name] = fake
+        for name, value in submodule._buffers.items():
             if value is not None and value.is_meta:
-                part._buffers[name] = torch.empty(value.shape, dtype=value.dtype)
+                submodule._buffers[name] = torch.empty(value.shape, dtype=value.dtype)
 
 
-def _share(trainer: Trainer, processes: int) -> float:
-    """The part of what is trained that a process holds."""
-    split = {"fsdp": processes, "hsdp": trainer.shard or processes}
-    return 1 / split.get(trainer.strategy, 1)
+def _shard_fraction(settings: Settings, processes: int) -> float:
+    """The fraction of the trainable parameters that is on each process."""
+    if settings.trainer.strategy == "fsdp":
+        return 1 / processes
+    if settings.trainer.strategy == "hsdp":
+        return 1 / (settings.trainer.shard or processes)
+    return 1.0
 
 
-def _side(params: Mapping[str, Any]) -> int:
-    """Pixels along a picture of the data, as we or the original say it."""
-    train = params.get("train") or {}
-    places = [train, train.get("params") or {}, train.get("transform") or {}]
-    size = next((place["size"] for place in places if "size" in place), SIDE)
-    return int(max(size) if isinstance(size, list) else size)
+def _image_size(data: Mapping[str, Any]) -> int:
+    """Training resolution in pixels, from our own `data` section or an original one."""
+    train = data.get("train") or {}
+    for section in (train, train.get("params") or {}, train.get("transform") or {}):
+        if "size" in section:
+            size = section["size"]
+            return int(max(size) if isinstance(size, list) else size)
+    return IMAGE_SIZE
 
 
-def _size(number: float) -> str:
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _format_bytes(number: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if number < 1024:
             return f"{number:.4g} {unit}"

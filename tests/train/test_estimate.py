@@ -20,74 +20,67 @@ def memory(*overrides: str, processes: int = 1) -> estimate.Memory:
     return estimate.estimate(read_settings(raw), processes)
 
 
-def test_live_counts_what_a_real_step_holds() -> None:
+def test_the_peak_counts_storages_that_are_alive() -> None:
     outside = torch.zeros(1000)
-    with estimate.Live() as live:
-        kept = outside[:10].t() + torch.zeros(1000)[:10]
-        del kept
-        kept = torch.zeros(1000)
-        gone = kept + 1
-        assert live.now == 8000
-        view = gone[:10]
-        del gone
-        assert live.now == 8000
+    with estimate.PeakMemoryMode() as mode:
+        first = outside[:10].t() + torch.zeros(1000)[:10]
+        del first
+        first = torch.zeros(1000)
+        second = first + 1
+        assert mode.now == 8000
+        view = second[:10]
+        del second
+        assert mode.now == 8000
         del view
-        assert live.now == 4000
-    assert live.peak == 8000
+        assert mode.now == 4000
+    assert mode.peak == 8000
 
 
 def test_every_part_of_the_memory_is_counted() -> None:
-    found = memory("lightning.optimizer.name=adamw")
-    assert found.gradients == found.average == 4 * found.trained
-    assert found.optimizer == 8 * found.trained
-    assert found.weights == 4 * found.parameters
-    assert found.total > found.weights + 4 * found.gradients
-    assert 5e6 < found.activations < 5e7
+    whole = memory("lightning.optimizer.name=adamw")
+    assert whole.gradients == whole.ema == 4 * whole.trainable
+    assert whole.optimizer == 8 * whole.trainable
+    assert whole.weights == 4 * whole.parameters
+    assert whole.total > whole.weights + 4 * whole.gradients
+    assert 5e6 < whole.activations < 5e7
     small = memory("lightning.trainer.checkpoint_gradients=true", "data.params.batch_size=4")
-    assert small.activations < 0.75 * found.activations
+    assert small.activations < 0.75 * whole.activations
 
 
 @pytest.mark.parametrize("weight", [0, 1])
 def test_the_networks_of_an_autoencoders_losses_are_counted(weight: int) -> None:
     small = {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1}
-    words = [f"model.params.ddconfig.{key}={value}" for key, value in small.items()]
-    words += [f"model.params.lossconfig.params.perceptual_weight={weight}"]
-    words += ["data.params.batch_size=2", "data.params.train.params.size=64"]
-    raw = read_yaml(ROOT / "configs/autoencoder/autoencoder_kl_32x32x4.yaml", words)
-    found = estimate.estimate(read_settings(raw))
+    overrides = [f"model.params.ddconfig.{key}={value}" for key, value in small.items()]
+    overrides += [f"model.params.lossconfig.params.perceptual_weight={weight}"]
+    overrides += ["data.params.batch_size=2", "data.params.train.params.size=64"]
+    raw = read_yaml(ROOT / "configs/autoencoder/autoencoder_kl_32x32x4.yaml", overrides)
+    result = estimate.estimate(read_settings(raw))
     discriminator = sum(p.numel() for p in PatchDiscriminator().parameters())
     lpips = sum(p.numel() for p in LPIPS().parameters())
-    assert found.parameters - found.trained == weight * lpips
-    assert found.trained - found.average / 4 == discriminator
-    assert found.optimizer == 8 * found.trained
-    assert found.activations > 2 * 3 * 64 * 64 * 4 * (1 + weight) * 64
+    assert result.parameters - result.trainable == weight * lpips
+    assert result.trainable - result.ema / 4 == discriminator
+    assert result.optimizer == 8 * result.trainable
+    assert result.activations > 2 * 3 * 64 * 64 * 4 * (1 + weight) * 64
 
 
 @pytest.fixture
-def quick(monkeypatch: Any) -> None:
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the simulated step."""
     monkeypatch.setattr(
-        estimate,
-        "_activations",
-        lambda task, settings: 1e6 * settings.data.batch_size,
+        estimate, "_measure_activations", lambda task, settings: 1e6 * settings.data.batch_size
     )
 
 
 @pytest.mark.usefixtures("quick")
-def test_switches_lower_the_memory() -> None:
+def test_settings_lower_the_memory() -> None:
     whole = memory("lightning.optimizer.name=adamw")
     split = memory("lightning.optimizer.name=adamw", "lightning.trainer.strategy=fsdp", processes=4)
     assert split.optimizer == whole.optimizer // 4
     assert split.total < whole.total
-    assert memory("lightning.trainer.ema_device=cpu").average == 0
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_lora_needs_little_beside_the_weights() -> None:
-    raw = read_yaml(ROOT / "configs/train/tiny.yaml", ["lightning.lora.rank=2"])
-    found = estimate.estimate(read_settings(raw))
-    assert found.trained < 0.05 * found.parameters
-    assert found.optimizer < 0.2 * found.weights
+    assert memory("lightning.trainer.ema_device=cpu").ema == 0
+    lora = memory("lightning.lora.rank=2")
+    assert lora.trainable < 0.05 * lora.parameters
+    assert lora.optimizer < 0.2 * lora.weights
 
 
 @pytest.mark.usefixtures("quick")
@@ -96,6 +89,6 @@ def test_a_dry_run_prints_the_whole_config_and_what_would_help() -> None:
     lines = list(estimate.describe(read_settings(raw), processes=2))
     assert parse_yaml(lines[0])["lightning"]["trainer"]["nan_limit"] == 10
     text = "\n".join(lines)
-    assert "2 x 1 accumulated x 2 processes" in text
+    assert "2 x 1 accumulated x 2 ranks" in text
     assert "lightning.trainer.strategy=fsdp" in text
     assert "data.params.batch_size=1 lightning.trainer.accumulate_grad_batches=2" in text
