@@ -208,7 +208,7 @@ def test_the_scheduler_of_a_model_decides_unless_the_optimizer_does() -> None:
         {**raw, "lightning": {"trainer": {"max_steps": 9}, "optimizer": optimizer}}
     )
     assert ours.learning_rate()[0](2, 0.5) == pytest.approx(0.5)
-    assert any("yields" in note for note in ours.notes)
+    assert any("replaces" in note for note in ours.notes)
 
 
 @pytest.mark.parametrize(

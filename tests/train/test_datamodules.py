@@ -1,0 +1,118 @@
+"""Data sections of the original's configs."""
+
+from typing import Any
+
+import pytest
+
+from ldm.loading.config import parse_yaml, read_yaml
+from ldm.train.config.datamodules import translate
+
+FOLDER = "{root: images, transform: {name: photo, size: 32}}"
+# As in v2-inpainting-inference.yaml, but for the addresses.
+WEB = """
+  target: ldm.data.laion.WebDataModuleFromConfig
+  params:
+    tar_base: null
+    p_unsafe_threshold: 0.1
+    filter_word_list: data/filters.yaml
+    max_pwatermark: 0.45
+    batch_size: 8
+    num_workers: 6
+    multinode: true
+    min_size: 512
+    train:
+      shards: ["pipe:aws s3 cp s3://somewhere/{00000..18699}.tar -"]
+      shuffle: 10000
+      image_key: jpg
+      image_transforms:
+      - {target: torchvision.transforms.Resize, params: {size: 512, interpolation: 3}}
+      - {target: torchvision.transforms.RandomCrop, params: {size: 512}}
+      postprocess:
+        target: ldm.data.laion.AddMask
+        params: {mode: 512train-large, p_drop: 0.25}
+"""
+WEB_TRANSLATION = """
+  batch_size: 8
+  num_workers: 6
+  train:
+    shards: ["pipe:aws s3 cp s3://somewhere/{00000..18699}.tar -"]
+    shuffle: 1250
+    transform:
+      {name: photo, flip: 0.0, size: 512, crop: random,
+       conditions: {mask: {full_probability: 0.25}}}
+    minimum: {original_width: 512, original_height: 512}
+    maximum: {pwatermark: 0.45, punsafe: 0.1}
+"""
+
+
+def parse(text: str) -> dict[str, Any]:
+    return parse_yaml(f"data: {text}")["data"]
+
+
+def test_the_data_module_of_tar_files_is_translated() -> None:
+    params, notes = translate(parse(WEB))
+    assert params == parse(WEB_TRANSLATION)
+    assert any("filter_word_list: captions are NOT filtered" in note for note in notes)
+
+
+def test_our_own_form_stays() -> None:
+    text = f"batch_size: 4, train: {FOLDER}, validation: {FOLDER}"
+    given = parse(f"{{target: main.DataModuleFromConfig, params: {{wrap: true, {text}}}}}")
+    assert translate(given) == (
+        parse(f"{{{text}}}"),
+        ["data.params.wrap: samples depend on their index only"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("spec", "translation"),
+    [
+        (
+            "{target: ldm.data.simple.FolderData, params: {root_dir: images, ext: jpg}}",
+            "{root: images, transform: {name: photo, flip: 0.0}}",
+        ),
+        (
+            """{target: ldm.data.simple.hf_dataset, params: {
+                name: lambdalabs/pokemon-blip-captions, text_column: text, image_transforms: [
+                    {target: torchvision.transforms.Resize, params: {size: 512}},
+                    {target: torchvision.transforms.RandomHorizontalFlip}]}}""",
+            """{hub: lambdalabs/pokemon-blip-captions, split: train, image: image, text: text,
+                transform: {name: photo, flip: 0.5, size: 512}}""",
+        ),
+    ],
+)
+def test_simple_data_sets_are_translated(spec: str, translation: str) -> None:
+    params, _ = translate(parse(f"{{params: {{batch_size: 1, train: {spec}}}}}"))
+    assert params["train"] == parse(translation)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "{params: {batch_size: 1, train: {target: taming.data.faceshq.CelebAHQTrain, params: "
+            "{size: 256}}}}",
+            r"data.params.train: `taming.*` cannot be read.*{root: DIR, .*size: 256",
+        ),
+        ("{target: sgm.data.mnist.MNISTLoader}", "data: `sgm.data.mnist.MNISTLoader` cannot"),
+        (f"{{params: {{train: {FOLDER}}}}}", "needs `batch_size`"),
+        (f"{{params: {{batch_size: 1, train: {FOLDER}, worker: 1}}}}", "did you mean"),
+        ("{params: {batch_size: 1, train: {root: null}}}", "needs one of `root`"),
+        ("{params: {batch_size: 1, train: {root: a, hub: b}}}", "has `root` and `hub`: set"),
+    ],
+)
+def test_mistakes_are_named(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        translate(parse(text))
+
+
+def test_a_folder_replaces_a_data_set_that_was_never_published() -> None:
+    path = "configs/autoencoder/autoencoder_kl_32x32x4.yaml"
+    photo = "{name: photo, size: 256, crop: random}"
+    overrides = ["root=photos", f"transform={photo}"]
+    raw = read_yaml(path, [f"data.params.train.{one}" for one in overrides])
+    raw["data"]["params"]["validation"] = None
+    params, _ = translate(raw["data"])
+    assert params["train"] == parse(f"{{root: photos, transform: {photo}}}")
+    with pytest.raises(ValueError, match="ImageNetSRTrain` cannot be read here"):
+        translate(read_yaml(path)["data"])
