@@ -22,10 +22,9 @@ from ldm.loading.config import format_yaml
 from ldm.loading.legacy import translate_config
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
+from ldm.train.build import build_task
 from ldm.train.config.settings import Settings
-from ldm.train.tasks.adaptation import Adaptation
-from ldm.train.tasks.autoencoder import Adversarial, build_autoencoder_task
-from ldm.train.tasks.diffusion import Diffusion
+from ldm.train.tasks.autoencoder import Adversarial
 from ldm.train.tasks.task import Task
 
 __all__ = ["Memory", "describe", "estimate"]
@@ -188,35 +187,14 @@ def _alternatives(settings: Settings, processes: int) -> Iterator[tuple[str, Set
 
 
 def _build_task(settings: Settings) -> Task:
-    """The task of a run, with its model on the meta device."""
+    """The task of a run, with its networks on the meta device."""
     spec = translate_config(settings.raw["model"], where="model")
     checkpoint = settings.trainer.checkpoint_gradients
     if checkpoint is not None and "unet" in spec["params"]:
         spec["params"]["unet"]["params"]["use_checkpoint"] = checkpoint
     model = build_on_meta(spec, where="model")
     with torch.device("meta"):
-        if isinstance(model, AutoencoderKL):
-            return _build_autoencoder_task(model, settings)
-        if not isinstance(model, LatentDiffusion):
-            name = type(model).__name__
-            raise ValueError(
-                f"`{name}` cannot be trained, only LatentDiffusion and AutoencoderKL can"
-            )
-        task, lora, inversion = Diffusion(model), settings.lora, settings.textual_inversion
-        if lora is None and inversion is None:
-            return task
-        return Adaptation(
-            task, lora.model_dump() if lora else {}, inversion.model_dump() if inversion else {}
-        )
-
-
-def _build_autoencoder_task(model: AutoencoderKL, settings: Settings) -> Task:
-    """The task of an autoencoder, at a step past the start of its discriminator."""
-    task = build_autoencoder_task(
-        model, settings.model.params, settings.objective, load_weights=False
-    )
-    task.step = sys.maxsize
-    return task
+        return build_task(model, settings, load_weights=False)
 
 
 def _discriminators(task: Task) -> list[nn.Module]:
@@ -242,7 +220,10 @@ def _measure_activations(task: Task, settings: Settings) -> int:
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
             image = torch.zeros(batch_size, 3, size, size)
             if isinstance(task.model, AutoencoderKL):
-                return _measure_autoencoder(_build_autoencoder_task(task.model, settings), image)
+                # Networks of the losses are built again, as fake ones.
+                task = build_task(task.model, settings, load_weights=False)
+                task.step = sys.maxsize  # past the start of the discriminator
+                return _measure_autoencoder(task, image)
             model = task.model
             peaks = [_measure_peak(lambda: _run_unet(model, batch_size, size), task.trainable)]
             if not settings.raw["data"]["params"].get("latents"):

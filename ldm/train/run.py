@@ -15,8 +15,8 @@ from ldm.model import LatentDiffusion
 from ldm.nets import attention
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.runtime.device import pick_device
-from ldm.train import build, memory
 from ldm.train.batches.sources import open_sources
+from ldm.train.build import build_state, build_task, configure_model
 from ldm.train.config.settings import Settings
 from ldm.train.distributed import parallel
 from ldm.train.distributed.parallel import Ranks
@@ -151,12 +151,7 @@ def build_run(
     log.info("Building the model")
     model = instantiate(settings.raw["model"], where="model").to(device)
     is_fine_tune = load_initial_weights(model, params)
-    memory.apply(
-        model,
-        checkpoint=trainer.checkpoint_gradients,
-        channels_last=trainer.channels_last,
-        compiled=trainer.compile,
-    )
+    configure_model(model, trainer)
 
     log.info("Opening the data")
     with ranks.first_before_others():
@@ -168,8 +163,8 @@ def build_run(
         measure_scale(model, images, seed_batch(trainer.seed, 0))
 
     log.info("Setting up the training state")
-    task = build.build_task(model, params, settings)
-    state = build.build_state(task, settings, ranks, device)
+    task = build_task(model, settings)
+    state = build_state(task, settings, ranks, device)
     return Run(
         settings=settings,
         config_text=config_text,

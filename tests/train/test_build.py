@@ -1,4 +1,4 @@
-"""Switches that cost time or memory change no number."""
+"""Settings that change time or memory of a step change no number."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from ldm.encoders.text import CLIPText, OpenCLIPText
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.unet import UNet
-from ldm.train import memory
+from ldm.train.build import configure_model, set_checkpointing
+from ldm.train.config.schema import Trainer
 from ldm.train.tasks.diffusion import Diffusion
 
 SMALL = {"width": 32, "heads": 2, "layers": 2}
@@ -61,7 +62,7 @@ def gradients(model: LatentDiffusion, autocast: bool) -> dict[str, Tensor]:
 def test_gradients_are_equal_with_and_without_checkpointing(tower: str, autocast: bool) -> None:
     """Bit by bit: the same operations are done twice, dropout draws the same numbers."""
     plain, saving = model_of(tower), model_of(tower)
-    assert memory.checkpoint_gradients(saving) > 10
+    assert set_checkpointing(saving) > 10
     ours, theirs = gradients(saving, autocast), gradients(plain, autocast)
     assert ours.keys() == theirs.keys()
     assert {name.split(".")[0] for name in ours} == {"unet", "conditioner"}
@@ -73,7 +74,7 @@ def test_checkpointing_keeps_fewer_activations() -> None:
     kept = []
     for on in (False, True):
         model = model_of()
-        memory.apply(model, checkpoint=on)
+        set_checkpointing(model, on)
         sizes: list[int] = []
 
         def note(x: Tensor, sizes: list[int] = sizes) -> Tensor:
@@ -90,7 +91,7 @@ def test_the_autoencoder_can_save_memory_too() -> None:
     losses = []
     for on in (False, True):
         autoencoder = model_of().autoencoder.requires_grad_(True)
-        assert memory.checkpoint_gradients(autoencoder, on) == 10
+        assert set_checkpointing(autoencoder, on) == 10
         loss = autoencoder.decode(torch.ones(1, 4, 4, 4)).square().mean()
         loss.backward()
         losses.append(autoencoder.decoder.conv_in.weight.grad)  # type: ignore[union-attr]
@@ -100,7 +101,7 @@ def test_the_autoencoder_can_save_memory_too() -> None:
 def test_channels_last_gives_the_same_gradients() -> None:
     """Tolerance: other kernels sum in another order. Dropout is off: it draws in memory's order."""
     plain, turned = model_of().eval(), model_of().eval()
-    memory.apply(turned, channels_last=True)
+    configure_model(turned, Trainer(channels_last=True))
     assert turned.unet.out[2].weight.is_contiguous(memory_format=torch.channels_last)
     ours, theirs = gradients(turned, False), gradients(plain, False)
     for name, value in theirs.items():
@@ -115,7 +116,7 @@ def test_a_compiled_model_keeps_its_names_and_its_gradients(
     """Tolerance: fused operations round less often. Dropout is off: it draws other numbers."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # others may be half written
     plain, compiled = model_of().eval(), model_of().eval()
-    memory.apply(compiled, compiled=True)
+    configure_model(compiled, Trainer(compile=True))
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     ours, theirs = gradients(compiled, False), gradients(plain, False)
     for name, value in theirs.items():
