@@ -12,9 +12,9 @@ from ldm.conditioning import Conditioner
 from ldm.generate.tasks import TASKS
 from ldm.loading import legacy
 from ldm.loading.build import build_on_meta
-from ldm.loading.config import parse_yaml, read_yaml
-from ldm.loading.files.checkpoint import EMBEDDED, read_checkpoint
-from ldm.loading.load import choose_config
+from ldm.loading.files.checkpoint import read_checkpoint
+from ldm.loading.load import read_config
+from ldm.loading.weights import identify_weights
 from ldm.pipelines.families import FAMILIES
 from ldm.runtime.errors import MissingFile
 
@@ -76,12 +76,7 @@ def _read_entry(path: Path, size: int, mtime: int) -> CatalogueEntry | str:
     sidecar = path.with_suffix(".yaml")
     config = sidecar if sidecar.is_file() else None
     try:
-        file = read_checkpoint(path)
-        source = str(config or choose_config(file))
-        if source == EMBEDDED:
-            raw = parse_yaml(file.metadata[EMBEDDED], where=path.name)
-        else:
-            raw = read_yaml(source)
+        _, raw = read_config(identify_weights(read_checkpoint(path)), config)
         spec = legacy.translate_config(raw, where=path.name, skipped=[])
         if spec["target"] != legacy.MODEL:
             return f"`{path}` is a part of a model only"

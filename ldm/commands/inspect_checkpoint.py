@@ -36,5 +36,9 @@ def _inspect(args: Namespace) -> int:
     from ldm.loading.report import inspect_checkpoint
 
     report = inspect_checkpoint(args.checkpoint, args.config, probe=not args.no_probe)
-    print(json.dumps(report.as_dict(), indent=2) if args.json else "\n".join(report.lines()))
+    if args.json:
+        script = f"scripts/{report.task}.py" if report.task else None
+        print(json.dumps({**report.as_dict(), "script": script}, indent=2))
+    else:
+        print("\n".join(report.lines()))
     return 1 if report.refused or report.missing or report.unexpected else 0

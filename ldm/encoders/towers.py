@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ldm.conditioning import Config
 from ldm.nets import cpu
 from ldm.nets.attention import attention
-from ldm.nets.blocks import Conv2d, Embedding, LayerNorm, Linear, run
+from ldm.nets.blocks import Conv2d, LayerNorm, Linear, run
 
 VOCAB = 49408
 
@@ -62,7 +62,7 @@ class OpenCLIPTower(nn.Module):
         activation = ACTIVATIONS["quick_gelu" if quick_gelu else "gelu"]
         hidden = int(width * mlp_ratio)
         blocks = [OpenCLIPBlock(width, heads, hidden, activation) for _ in range(layers)]
-        self.token_embedding = Embedding(vocab_size, width)
+        self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
         self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(blocks)})
         self.ln_final = LayerNorm(width)
@@ -268,8 +268,8 @@ class CLIPTower(nn.Module):
         ]
         self.embeddings = nn.ModuleDict(
             {
-                "token_embedding": Embedding(vocab_size, width),
-                "position_embedding": Embedding(max_position_embeddings, width),
+                "token_embedding": nn.Embedding(vocab_size, width),
+                "position_embedding": nn.Embedding(max_position_embeddings, width),
             }
         )
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(blocks)})
@@ -281,8 +281,8 @@ class CLIPTower(nn.Module):
         return cast("Sequence[CLIPBlock]", self.encoder["layers"])
 
     @property
-    def token_embedding(self) -> Embedding:
-        return cast(Embedding, self.embeddings["token_embedding"])
+    def token_embedding(self) -> nn.Embedding:
+        return cast(nn.Embedding, self.embeddings["token_embedding"])
 
     def reset_parameters(self) -> None:
         """Initialises as OpenCLIPTower."""
@@ -298,7 +298,7 @@ class CLIPTower(nn.Module):
     def forward(self, tokens: Tensor, count: int, added: Tensor | None = None) -> Tensor:
         """Runs the first `count` blocks, see OpenCLIPTower."""
         x = embed_tokens(self.token_embedding, tokens, added)  # (B, N, D)
-        x = x + cast(Embedding, self.embeddings["position_embedding"]).weight[: x.shape[1]]
+        x = x + cast(nn.Embedding, self.embeddings["position_embedding"]).weight[: x.shape[1]]
         mask = _causal_mask(x)  # (N, N)
         for block in islice(self.blocks, count):
             x = block(x, mask)

@@ -1,10 +1,11 @@
-"""A model without memory (on the meta device) that a config describes, and filling it with weights.
+"""Build modules on the meta device, and fill them with weights.
 
 Strict: every tensor, every shape. Nothing is initialised, as all of it is replaced.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -13,19 +14,27 @@ from torch.overrides import TorchFunctionMode
 
 from ldm.encoders.lowres import LowRes
 from ldm.encoders.text import OpenCLIPText
-from ldm.loading import legacy
 from ldm.loading.config import instantiate
 from ldm.loading.families import recognise_family
 from ldm.loading.files.checkpoint import release_pages
-from ldm.loading.legacy import original_name
+from ldm.loading.legacy import MODEL, original_name
 from ldm.model import LatentDiffusion
+from ldm.runtime.errors import WeightsMismatch
 
-__all__ = ["add_unused_weights", "build_on_meta", "check_weights", "fill_weights"]
+__all__ = ["add_unused_weights", "build_on_meta", "check_weights", "fill_weights", "meta_device"]
 
 log = logging.getLogger(__name__)
 
 TEXT = "conditioner.text."
 PREFIXES = ("", "unet.", "autoencoder.", TEXT)
+LISTED = 10  # names of each kind in a message
+
+
+@contextmanager
+def meta_device() -> Iterator[None]:
+    """Modules built inside have weights without memory, which are not initialised."""
+    with torch.device("meta"), _NoInit():
+        yield
 
 
 def build_on_meta(
@@ -35,16 +44,25 @@ def build_on_meta(
     where: str = "config",
     skipped: list[str] | None = None,
 ) -> nn.Module:
-    """The module of a translated config without memory: every weight is on the meta device."""
-    args: dict[str, Any] = {"allow": allow, "skipped": skipped}
-    if spec["target"] != legacy.MODEL:
-        with torch.device("meta"), _NoInit():
-            return cast(nn.Module, instantiate(spec, where=where, **args))
+    """The module of a translated config, with every weight on the meta device.
+
+    Args:
+        spec: as `translate_config` returns it.
+        allow, where, skipped: as for `instantiate`.
+    """
     parts = dict(spec["params"])
-    for name in ("unet", "autoencoder", "conditioner"):  # the rest is numbers, wanted for real
-        with torch.device("meta"), _NoInit():
-            parts[name] = instantiate(parts[name], where=f"{where}.{name}", **args)
-    return cast(nn.Module, instantiate({**spec, "params": parts}, where=where, **args))
+    if spec["target"] != MODEL:
+        with meta_device():
+            module = instantiate(spec, allow=allow, where=where, skipped=skipped)
+    else:
+        for name in ("unet", "autoencoder", "conditioner"):  # the schedule needs its numbers
+            with meta_device():
+                parts[name] = instantiate(
+                    parts[name], allow=allow, where=f"{where}.{name}", skipped=skipped
+                )
+        spec = {**spec, "params": parts}
+        module = instantiate(spec, allow=allow, where=where, skipped=skipped)
+    return cast(nn.Module, module)
 
 
 def fill_weights(
@@ -56,12 +74,16 @@ def fill_weights(
     mapped: bool = False,
     misfit: str = "the weights do not fit",
 ) -> None:
-    """Puts weights into a model on the meta device, strictly; `state` is used up.
+    """Put weights into a model on the meta device, strictly.
 
-        state: under our names, as `legacy.rename` gives them; for a single part also bare names.
+    Args:
+        state: under our names; for a single part also bare names. It is used up.
         mapped: the tensors are pages of a file: those that are copied are given back at once, so
             that the peak is what the model keeps.
-    Raises ValueError with counts and the first ten names that do not fit.
+        misfit: how a message about weights that do not fit begins.
+
+    Raises:
+        WeightsMismatch: with counts and the first names that do not fit.
     """
     wanted = model.state_dict()
     prefix = next((p for p in PREFIXES if any(p + name in state for name in wanted)), "")
@@ -71,8 +93,8 @@ def fill_weights(
     weights: dict[str, Tensor] = {}
     for name in list(state):  # in the order of the file, so that the system reads ahead
         old = state.pop(name)
-        kind = dtype if old.is_floating_point() else old.dtype
-        weights[name.removeprefix(prefix)] = new = old.to(device=device, dtype=kind)
+        new = old.to(device=device, dtype=dtype if old.is_floating_point() else old.dtype)
+        weights[name.removeprefix(prefix)] = new
         if mapped and new.data_ptr() != old.data_ptr():
             release_pages(old)
     model.load_state_dict(weights, strict=True, assign=True)
@@ -82,52 +104,57 @@ def fill_weights(
 
 
 def add_unused_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Puts zeros in place of what no computation uses, where other programs leave it out.
+    """Add zeros for weights that no computation uses, where other programs leave them out.
 
     These are the projection of OpenCLIP's text tower, and its last block if that is not run.
-    state: under our names. where: the file that it is from.
+
+    Args:
+        state: under our names.
+        where: the file that it is from.
     """
     text = model.conditioner.find(OpenCLIPText) if isinstance(model, LatentDiffusion) else None
-    if text is None:
+    dtype = next((value.dtype for name, value in state.items() if name.startswith(TEXT)), None)
+    if text is None or dtype is None:  # without any weights of the tower, more is missing
         return
     unused = tuple(TEXT + name for name in text.unused)
-    wanted = model.state_dict()
-    lacking = [name for name in wanted if name.startswith(unused) and name not in state]
-    kind = next((value.dtype for name, value in state.items() if name.startswith(TEXT)), None)
-    if kind is not None:  # else it is not this that the file lacks
-        state |= {name: torch.zeros(wanted[name].shape, dtype=kind) for name in lacking}
-    if kind is not None and lacking:
-        log.info("`%s` lacks %d tensors of the text tower that are not used", where, len(lacking))
+    missing = {
+        name: torch.zeros(value.shape, dtype=dtype)
+        for name, value in model.state_dict().items()
+        if name.startswith(unused) and name not in state
+    }
+    state |= missing
+    if missing:
+        log.info("`%s`: %d unused tensors of the text tower are missing", where, len(missing))
 
 
 def check_weights(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], misfit: str) -> None:
-    """Raises ValueError with counts and the first ten names, if weights do not fit.
+    """Check that weights have the names and shapes of a model, all under our names.
 
-    wanted, state: under our names.
+    Raises:
+        WeightsMismatch: with counts, the first names in the original's words, and the family that
+            the weights look like.
     """
-    missing = [original_name(name) for name in wanted if name not in state]
-    unexpected = [original_name(name) for name in state if name not in wanted]
-    shapes = [
-        f"{original_name(name)} {tuple(state[name].shape)} for {tuple(value.shape)}"
-        for name, value in wanted.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    if not (missing or unexpected or shapes):
+    problems = {
+        "missing": [original_name(name) for name in wanted if name not in state],
+        "unexpected": [original_name(name) for name in state if name not in wanted],
+        "mismatched": [
+            f"{original_name(name)} {tuple(state[name].shape)}, expected {tuple(value.shape)}"
+            for name, value in wanted.items()
+            if name in state and state[name].shape != value.shape
+        ],
+    }
+    if not any(problems.values()):
         return
-    lines = [
-        f"{kind}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"
-        for kind, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", shapes),
-        )
-        if names
-    ]
-    counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(shapes)} of another shape"
+    counts = ", ".join(f"{len(names)} {problem}" for problem, names in problems.items())
+    lines = [f"{misfit}: {counts}"]
+    for problem, names in problems.items():
+        if names:
+            more = ", …" if len(names) > LISTED else ""
+            lines.append(f"{problem}: {', '.join(names[:LISTED])}{more}")
     family = recognise_family(state)
     if family is not None:
         lines.append(f"hint: the weights look like {family.title} (`{family.config}.yaml`)")
-    raise ValueError("\n".join([f"{misfit}: {counts}", *lines]))
+    raise WeightsMismatch("\n".join(lines))
 
 
 class _NoInit(TorchFunctionMode):
@@ -140,10 +167,12 @@ class _NoInit(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in FILLS and args and isinstance(args[0], Tensor) and args[0].is_meta:
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        tensor = args[0] if args else kwargs.get("tensor")  # `nn.init` passes it by name
+        is_fill = getattr(func, "__name__", "") in FILLS
+        if is_fill and isinstance(tensor, Tensor) and tensor.is_meta:
+            return tensor
+        return func(*args, **kwargs)
 
 
 FILLS = frozenset(

@@ -1,7 +1,7 @@
-"""YAML -> plain dict -> objects.
+"""Read a YAML into plain dicts, and build the objects that it describes.
 
 A config file is data from elsewhere, so nothing in it is executed: `target` is looked up in the
-tables of `legacy` (never imported to see what it is), `${…}` may only name another place in the
+tables of `legacy` (never imported to see what it is), `${…}` may only refer to another value of the
 same file (no resolvers, so no environment variables), and size is capped. Numbers are read as
 OmegaConf does (`1.e-6` is a float, unlike in plain YAML 1.1).
 """
@@ -20,7 +20,7 @@ from yaml import YAMLError
 
 from ldm.loading import legacy
 from ldm.loading.legacy import known_targets, translate_config
-from ldm.runtime.errors import unknown_name
+from ldm.runtime.errors import ArgumentError, ConfigError, unknown_name
 from ldm.runtime.files import find_file
 
 __all__ = ["format_yaml", "instantiate", "parse_yaml", "read_yaml"]
@@ -28,8 +28,8 @@ __all__ = ["format_yaml", "instantiate", "parse_yaml", "read_yaml"]
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 1 << 20
-# What a class raises when it is given nonsense.
-NONSENSE = (
+# What a class raises when its parameters make no sense.
+BAD_PARAMETERS = (
     ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
     ValueError,
 )  # fmt: skip
@@ -45,20 +45,25 @@ def read_yaml(
 ) -> dict[str, Any]:
     """The content of a YAML file as plain dicts, lists and values, references resolved.
 
-        more: files that are laid over the first, later ones over earlier.
+    Args:
         overrides: `model.params.linear_end=0.02`, applied last, values parsed as YAML.
+        more: files that are laid over the first, later ones over earlier.
         sections: may be overridden even if no file has them.
-    Raises FileNotFoundError, or ValueError for what is not a config.
+
+    Raises:
+        MissingFile: a file is missing.
+        ConfigError: it is not a config.
     """
     texts = []
     for file in (path, *more):
-        place = find_file(file)
-        if place.stat().st_size > MAX_BYTES:
-            raise ValueError(f"{file}: {place.stat().st_size} bytes is too much for a config")
+        found = find_file(file)
+        size = found.stat().st_size
+        if size > MAX_BYTES:
+            raise ConfigError(f"{file}: {size} bytes is too much for a config")
         try:
-            texts.append(place.read_text("utf-8"))
+            texts.append(found.read_text("utf-8"))
         except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: not a text file ({error.reason})") from error
+            raise ConfigError(f"{file}: not a text file ({error.reason})") from error
     where = " + ".join(map(str, (path, *more)))
     return parse_yaml(texts, overrides, where=where, sections=sections)
 
@@ -70,45 +75,48 @@ def parse_yaml(
     where: str = "config",
     sections: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """As `read`, from the text of a YAML file, or of several."""
+    """As `read_yaml`, from the text of a YAML file, or of several."""
     overrides, texts = list(overrides), [text] if isinstance(text, str) else text
     try:
         layers = [OmegaConf.create(text, max_yaml_expanded_nodes=MAX_NODES) for text in texts]
         if not all(OmegaConf.is_dict(layer) for layer in layers):
-            raise ValueError(f"{where}: not a config, a mapping with `model:` is expected")
-        loaded = OmegaConf.merge(*layers)
+            raise ConfigError(f"{where}: not a config, a mapping with `model:` is expected")
+        config = OmegaConf.merge(*layers)
         for section in sections:
-            loaded.setdefault(section, {})
-        raw: Any = OmegaConf.to_container(loaded, resolve=False)
+            config.setdefault(section, {})
+        raw: Any = OmegaConf.to_container(config, resolve=False)
         for override in overrides:
             section = re.split(r"[.=\[]", override)[0]
             if "=" not in override or section not in raw:
-                raise ValueError(
+                raise ArgumentError(
                     f"override `{override}` does not fit {where}: `section.key=value` with one of "
-                    f"the sections {', '.join(map(str, raw))} is expected"
+                    f"the sections {', '.join(map(str, raw))} is expected",
+                    "overrides",
                 )
-        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(overrides))
-        raw = OmegaConf.to_container(merged, resolve=False)
+        config = OmegaConf.merge(config, OmegaConf.from_dotlist(overrides))
+        raw = OmegaConf.to_container(config, resolve=False)
     except (OmegaConfBaseException, YAMLError, RecursionError) as error:
-        raise ValueError(f"{where}: {_first_line(error)}") from error
+        raise ConfigError(f"{where}: {_first_line(error)}") from error
     return _Resolver(raw, where).resolve(raw)
 
 
 def format_yaml(raw: Mapping[str, Any]) -> str:
-    """A config as YAML, which `parse` reads back."""
+    """A config as YAML, which `parse_yaml` reads back."""
     return OmegaConf.to_yaml(OmegaConf.create(dict(raw)))
 
 
 class _Resolver:
-    """Follows `${section.key}` where that is the whole value, with a budget of values."""
+    """Replaces `${section.key}` where that is the whole value, with a budget of values."""
 
     def __init__(self, root: Any, where: str) -> None:
-        self.root, self.where, self.budget = root, where, MAX_NODES
+        self.root = root
+        self.where = where
+        self.budget = MAX_NODES
 
     def resolve(self, node: Any, depth: int = 0) -> Any:
         self.budget -= 1
         if self.budget < 0 or depth > 64:
-            raise ValueError(f"{self.where}: references expand without end")
+            raise ConfigError(f"{self.where}: references expand without end")
         if isinstance(node, dict):
             return {str(key): self.resolve(value, depth + 1) for key, value in node.items()}
         if isinstance(node, list):
@@ -120,7 +128,7 @@ class _Resolver:
     def look_up(self, text: str) -> Any:
         match = REFERENCE.fullmatch(text)
         if match is None:
-            raise ValueError(
+            raise ConfigError(
                 f"{self.where}: `{text}` is not supported, a reference is a whole value such as "
                 "`${model.params.channels}`"
             )
@@ -131,7 +139,7 @@ class _Resolver:
             elif isinstance(node, dict) and key in node:
                 node = node[key]
             else:
-                raise ValueError(f"{self.where}: `{text}` names nothing in this file")
+                raise ConfigError(f"{self.where}: `{text}` names nothing in this file")
         return node
 
 
@@ -144,36 +152,40 @@ def instantiate(
 ) -> Any:
     """The object that a `{"target": …, "params": {…}}` describes, parts of it likewise.
 
+    Args:
         allow: packages whose classes may be named beside the known ones.
         where: file and place, for messages.
         skipped: receives the names of the parameters without meaning here.
-    Raises ValueError for an unknown target or parameter, naming the nearest known one.
+
+    Raises:
+        UnknownName: an unknown target or parameter; the message names the nearest known one.
+        ConfigError: parameters are missing, or refused by the class.
     """
     spec = translate_config(spec, where=where, skipped=skipped)
     where = spec["where"]
-    make = _resolve(spec["target"], allow, where)
+    make = _find_class(spec["target"], allow, where)
     params = dict(spec.get("params") or {})
     for key in sorted(set(params) & getattr(make, "IGNORED", frozenset())):
         log.debug("%s: `%s` has no meaning for %s", where, key, make.__name__)
         if skipped is not None:
             skipped.append(f"{where}.{key}")
         del params[key]
-    _check(make, params, where)
+    _check_params(make, params, where)
     for key, value in params.items():
         if isinstance(value, Mapping) and "target" in value:
             inner = f"{where}.{key}"  # unless the value says where it is from
             params[key] = instantiate(value, allow=allow, where=inner, skipped=skipped)
     try:
         return make(**params)
-    except NONSENSE as error:
+    except BAD_PARAMETERS as error:
         if str(error).startswith(where):
             raise
-        raise ValueError(f"{where}: {make.__name__} refuses its parameters: {error}") from error
+        raise ConfigError(f"{where}: {make.__name__} refuses its parameters: {error}") from error
 
 
-def _resolve(target: Any, allow: Sequence[str], where: str) -> Callable[..., Any]:
+def _find_class(target: Any, allow: Sequence[str], where: str) -> Callable[..., Any]:
     """The class (or function of ours) behind a dotted name, refused before any import."""
-    if target in legacy.OURS:
+    if target in legacy.OUR_TARGETS:
         module, _, name = target.rpartition(".")
         return getattr(import_module(module), name)
     package = next((p for p in allow if str(target).startswith(p + ".")), None)
@@ -181,30 +193,30 @@ def _resolve(target: Any, allow: Sequence[str], where: str) -> Callable[..., Any
         raise unknown_name("target", target, known_targets(), where)
     parts = target.split(".")
     if not all(part.isidentifier() and not part.startswith("__") for part in parts):
-        raise ValueError(f"{where}: `{target}` is not the name of a class")
+        raise ConfigError(f"{where}: `{target}` is not the name of a class")
     module, _, name = target.rpartition(".")
     try:
-        found = getattr(import_module(module), name)
+        cls = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"{where}: target `{target}` cannot be found: {error}") from error
-    home = getattr(found, "__module__", "")
-    if not inspect.isclass(found) or not f"{home}.".startswith(package + "."):
-        raise ValueError(f"{where}: target `{target}` is not a class of the package `{package}`")
-    return found
+        raise ConfigError(f"{where}: target `{target}` cannot be found: {error}") from error
+    home = getattr(cls, "__module__", "")
+    if not inspect.isclass(cls) or not f"{home}.".startswith(package + "."):
+        raise ConfigError(f"{where}: target `{target}` is not a class of the package `{package}`")
+    return cls
 
 
-def _check(make: Callable[..., Any], params: Mapping[str, Any], where: str) -> None:
+def _check_params(make: Callable[..., Any], params: Mapping[str, Any], where: str) -> None:
     signature = inspect.signature(make).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in signature):
         return
-    known = [p.name for p in signature]
+    names = [p.name for p in signature]
     for key in params:
-        if key not in known:
-            raise unknown_name(f"parameter of {make.__name__}", key, known, where)
-    needed = [p.name for p in signature if p.default is p.empty and p.name not in params]
-    if needed:
-        names = ", ".join(f"`{name}`" for name in needed)
-        raise ValueError(f"{where}: {make.__name__} needs {names}")
+        if key not in names:
+            raise unknown_name(f"parameter of {make.__name__}", key, names, where)
+    missing = [p.name for p in signature if p.default is p.empty and p.name not in params]
+    if missing:
+        listed = ", ".join(f"`{name}`" for name in missing)
+        raise ConfigError(f"{where}: {make.__name__} needs {listed}")
 
 
 def _first_line(error: BaseException) -> str:

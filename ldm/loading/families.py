@@ -1,4 +1,4 @@
-"""Whose weights are these: which published family, which config, and do they predict eps or v?
+"""Recognise weights: the published family, its config and task, and whether they predict eps or v.
 
 Families are told apart by shapes alone: the channels that the UNet reads, the width of the context
 and of the global embedding. Shapes cannot tell eps from v, so that is decided by independent
@@ -10,9 +10,10 @@ methods whose verdicts are kept side by side:
     bias     spread of one norm's bias in the last block, small in eps models of SD 2
     probe    one pass of the UNet over a constant: a v model answers with minus its input
 
-All names here are ours (`legacy.rename`).
+All names here are ours (`legacy.rename_weights`).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -20,25 +21,26 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "FAMILIES",
-    "Family",
-    "Prediction",
-    "Verdict",
-    "detect_prediction",
-    "probe_prediction",
-    "recognise_family",
-]
-
+    "FAMILIES", "PUBLISHED", "Family", "Prediction", "Verdict", "detect_prediction",
+    "probe_prediction", "recognise_family", "zero_snr_markers",
+]  # fmt: skip
 
 PUBLISHED = "configs/stable-diffusion"
 
 
 @dataclass(frozen=True)
 class Family:
-    """A published family: how its weights look, and what serves it.
+    """A published family: how its weights look, and what it is used with.
 
-    channels, context, vector: widths of the UNet's input, of the tokens, of the global embedding.
-    config: for eps, and for v where that differs.
+    Args:
+        channels: that the UNet reads.
+        context: width of the tokens.
+        vector: width of the global embedding, None without one.
+        predicts: what all its models predict, None if that differs.
+        config: name of its YAML (without `.yaml`); "" for a family that is not supported.
+        config_v: of its models that predict v, where that differs.
+        task: the pipeline that serves it.
+        has_vision_tower: CLIP's vision tower stands in the place of text.
     """
 
     name: str
@@ -49,41 +51,43 @@ class Family:
     predicts: str | None
     config: str
     config_v: str = ""
-    script: str = "scripts/txt2img.py"
-    sees: bool = False  # CLIP's vision tower stands in the place of text
+    task: str = "txt2img"
+    has_vision_tower: bool = False
 
-    def config_for(self, kind: str | None) -> str:
-        """The config (without `.yaml`) of the family's models that predict `kind`."""
-        return self.config_v if kind == "v" and self.config_v else self.config
+    def config_path(self, prediction: str | None) -> str:
+        """The YAML of the family's models that predict "eps", "v" or "x0"."""
+        name = self.config_v if prediction == "v" and self.config_v else self.config
+        return f"{PUBLISHED}/{name}.yaml"
 
 
 # fmt: off
 FAMILIES = (
     Family("sd1", "Stable Diffusion 1", 4, 768, None, "eps", "v1-inference"),
     Family("sd1-inpainting", "Stable Diffusion 1 inpainting", 9, 768, None, "eps",
-           "v1-inpainting-inference", script="scripts/inpaint.py"),
+           "v1-inpainting-inference", task="inpaint"),
     Family("sd1-variations", "Stable Diffusion 1 image variations", 4, 768, None, "eps",
-           "v1-image-variation-inference", script="scripts/unclip.py", sees=True),
+           "v1-image-variation-inference", task="unclip", has_vision_tower=True),
     Family("sd2", "Stable Diffusion 2", 4, 1024, None, None, "v2-inference", "v2-inference-v"),
     Family("sd2-inpainting", "Stable Diffusion 2 inpainting", 9, 1024, None, "eps",
-           "v2-inpainting-inference", script="scripts/inpaint.py"),
+           "v2-inpainting-inference", task="inpaint"),
     Family("sd2-depth", "Stable Diffusion 2 depth", 5, 1024, None, "eps", "v2-midas-inference",
-           script="scripts/depth2img.py"),
+           task="depth2img"),
     Family("x4", "Stable Diffusion x4 upscaler", 7, 1024, 1000, "v", "x4-upscaling",
-           script="scripts/upscale.py"),
+           task="upscale"),
     Family("unclip-l", "Stable unCLIP 2.1 (CLIP ViT-L)", 4, 1024, 1536, "v",
-           "v2-1-stable-unclip-l-inference", script="scripts/unclip.py"),
+           "v2-1-stable-unclip-l-inference", task="unclip"),
     Family("unclip-h", "Stable unCLIP 2.1 (OpenCLIP ViT-H)", 4, 1024, 2048, "v",
-           "v2-1-stable-unclip-h-inference", script="scripts/unclip.py"),
-    Family("sdxl", "Stable Diffusion XL", 4, 2048, 2816, "eps", "", script=""),
-    Family("sdxl-refiner", "Stable Diffusion XL refiner", 4, 1280, 2560, "eps", "", script=""),
+           "v2-1-stable-unclip-h-inference", task="unclip"),
+    Family("sdxl", "Stable Diffusion XL", 4, 2048, 2816, "eps", "", task=""),
+    Family("sdxl-refiner", "Stable Diffusion XL refiner", 4, 1280, 2560, "eps", "", task=""),
 )
 # fmt: on
 
 # `global_step` in the published files of SD 2: 512-base-ema, v2-1_512-*, v2-1_768-*.
 STEPS = {875_000: "eps", 220_000: "eps", 110_000: "v"}
-EYE = "conditioner.text.model.visual.proj"
+VISION_TOWER = "conditioner.text.model.visual.proj"
 BIAS = "unet.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+TO_K = "attn2.to_k.weight"
 BIAS_LIMIT = 0.09
 PROBE_LIMIT = -1.0
 
@@ -115,46 +119,45 @@ class Prediction:
         return sum(verdict.says is not None for verdict in self.verdicts)
 
     def __str__(self) -> str:
-        said = [f"{v.method}: {v.says or 'nothing'} ({v.evidence})" for v in self.verdicts]
-        return f"{self.kind or 'unknown'} by {'; '.join(said)}"
+        answers = [f"{v.method}: {v.says or 'nothing'} ({v.evidence})" for v in self.verdicts]
+        return f"{self.kind or 'unknown'} by {'; '.join(answers)}"
 
 
 def recognise_family(state: Mapping[str, Tensor]) -> Family | None:
     """The family of weights under our names, or None if no published one looks like this."""
-    first, last = state.get("unet.input_blocks.0.0.weight"), None
+    first = state.get("unet.input_blocks.0.0.weight")
     if first is None or first.dim() != 4:
         return None
-    label = state.get("unet.label_emb.0.0.weight", state.get("unet.label_emb.weight"))
     vector = None
-    if label is not None:  # Linear (out, in) for an embedding, Embedding (n, width) for a number
-        vector = label.shape[1] if "unet.label_emb.0.0.weight" in state else label.shape[0]
-    keys = (name for name in state if name.startswith("unet.") and "attn2.to_k.weight" in name)
-    last = next(keys, None)
-    context = state[last].shape[1] if last else None
-    look = (first.shape[1], context, vector, EYE in state)
-    return next((f for f in FAMILIES if (f.channels, f.context, f.vector, f.sees) == look), None)
+    if "unet.label_emb.0.0.weight" in state:  # Linear (out, in) for an embedding
+        vector = state["unet.label_emb.0.0.weight"].shape[1]
+    elif "unet.label_emb.weight" in state:  # Embedding (n, width) for a number
+        vector = state["unet.label_emb.weight"].shape[0]
+    keys = (k for name, k in state.items() if name.startswith("unet.") and TO_K in name)
+    key = next(keys, None)
+    context = None if key is None else key.shape[1]
+    look = (first.shape[1], context, vector, VISION_TOWER in state)
+    looks = {(f.channels, f.context, f.vector, f.has_vision_tower): f for f in FAMILIES}
+    return looks.get(look)
 
 
 def detect_prediction(
-    family: Family | None,
-    state: Mapping[str, Tensor],
-    *,
-    step: int | None = None,
-    markers: Mapping[str, str] | None = None,
+    family: Family | None, state: Mapping[str, Tensor], step: int | None, markers: Mapping[str, str]
 ) -> Prediction:
     """What the weights predict, by every method that costs no pass of the network.
 
-    state: under our names; only one small tensor is read.
-    markers: metadata of the file, and `v_pred` if it holds such a tensor.
+    Args:
+        state: under our names; only one small tensor is read.
+        step: `global_step` of the file.
+        markers: metadata of the file, and `v_pred` if it holds such a tensor.
     """
-    verdicts = [_by_marker(markers or {})]
+    verdicts = [_by_marker(markers)]
     if family is not None and family.predicts:
         verdicts.append(Verdict("family", family.predicts, family.title))
     elif family is not None:
-        says = STEPS.get(step or 0)
-        verdicts.append(Verdict("step", says, f"global_step {step}"))
+        verdicts.append(Verdict("step", STEPS.get(step or 0), f"global_step {step}"))
         verdicts.append(_by_bias(state))
-    return _decided([verdict for verdict in verdicts if verdict is not None])
+    return _rank([verdict for verdict in verdicts if verdict is not None])
 
 
 @torch.no_grad()
@@ -162,23 +165,34 @@ def probe_prediction(unet: nn.Module, prediction: Prediction, context: int = 102
     """The same with one more verdict: the UNet's answer to a constant at the noisiest step.
 
     There z_t is almost pure noise, eps is nearly z_t itself, and v is nearly minus the image.
+
+    Args:
+        context: width of the tokens.
     """
     weight = next(unet.parameters())
     x = torch.full((1, 4, 8, 8), 0.5, device=weight.device, dtype=weight.dtype)
     tokens = torch.full((1, 2, context), 0.5, device=weight.device, dtype=weight.dtype)
     answer = unet(x, torch.tensor([999], device=weight.device), context=tokens)
     shift = float((answer.float() - x.float()).mean())
-    says = None if shift != shift else ("v" if shift < PROBE_LIMIT else "eps")
+    says = None
+    if not math.isnan(shift):
+        says = "v" if shift < PROBE_LIMIT else "eps"
     verdict = Verdict("probe", says, f"mean shift {shift:.3f}, v below {PROBE_LIMIT:g}")
-    return _decided([*prediction.verdicts, verdict])
+    return _rank([*prediction.verdicts, verdict])
+
+
+def zero_snr_markers(parameterization: str, *, zero_snr: bool) -> dict[str, Tensor]:
+    """Empty tensors by which other programs recognise a model of zero terminal SNR."""
+    markers = {"v_pred": parameterization == "v", "ztsnr": True}
+    return {name: torch.empty(0) for name, applies in markers.items() if zero_snr and applies}
 
 
 def _by_marker(markers: Mapping[str, str]) -> Verdict | None:
-    named = markers.get("modelspec.prediction_type", "")
-    if "v_pred" in markers or named == "v":
-        return Verdict("marker", "v", f"`{named or 'v_pred'}`")
-    says = {"epsilon": "eps", "eps": "eps", "sample": "x0", "x0": "x0"}.get(named)
-    return None if says is None else Verdict("marker", says, f"`{named}`")
+    kind = markers.get("modelspec.prediction_type", "")
+    if "v_pred" in markers or kind == "v":
+        return Verdict("marker", "v", f"`{kind or 'v_pred'}`")
+    says = {"epsilon": "eps", "eps": "eps", "sample": "x0", "x0": "x0"}.get(kind)
+    return None if says is None else Verdict("marker", says, f"`{kind}`")
 
 
 def _by_bias(state: Mapping[str, Tensor]) -> Verdict:
@@ -189,15 +203,9 @@ def _by_bias(state: Mapping[str, Tensor]) -> Verdict:
     return Verdict("bias", says, f"std {spread:.4f}, v above {BIAS_LIMIT}")
 
 
-def _decided(verdicts: list[Verdict]) -> Prediction:
+def _rank(verdicts: list[Verdict]) -> Prediction:
     """The most reliable method that answered: marker, family, step, probe, then bias."""
     order = ("marker", "family", "step", "probe", "bias")
     ranked = sorted(verdicts, key=lambda verdict: order.index(verdict.method))
     kind = next((verdict.says for verdict in ranked if verdict.says), None)
     return Prediction(kind, tuple(ranked))
-
-
-def zero_snr_markers(parameterization: str, *, zero_snr: bool) -> dict[str, Tensor]:
-    """Empty tensors by which other programs know a model of zero terminal SNR."""
-    named = {"v_pred": parameterization == "v", "ztsnr": True}
-    return {name: torch.empty(0) for name, holds in named.items() if zero_snr and holds}

@@ -1,28 +1,26 @@
-"""Every old name, in one place: dotted targets, the classes of the original, prefixes of weights.
+"""Every name of the original, in one place: targets of configs, model classes, prefixes of weights.
 
-    TARGETS   old dotted name -> ours                      a class that takes the YAML's keywords
-    LIFTED    old family class -> function                 its parameters -> LatentDiffusion + parts
-    PENDING   old name -> what serves it                   known, but not built by this version
-    KEYS      old prefix <-> new prefix                    weights, used in both directions
-    DERIVED   tensors recomputed here                      dropped on load, written on export
+    TARGETS         its dotted name -> ours            a class that takes the YAML's keywords
+    MODEL_CLASSES   its model class -> encoders        LatentDiffusion, put together of parts
+    UNSUPPORTED     its dotted name -> what it is      known, but not built by this version
+    PREFIXES        its prefix <-> ours                weights, used in both directions
+    DERIVED         tensors that are recomputed        dropped on load, written on export
 
 Tables, and functions with nothing clever in them. Inside the networks the original parameter names
 are ours too, so nothing below those prefixes is renamed.
 """
 
-import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldm.runtime.errors import unknown_name
+from ldm.runtime.errors import ConfigError, unknown_name
 
-__all__ = ["rename_weights", "restore_names", "translate_config"]
-
-log = logging.getLogger(__name__)
+__all__ = ["original_name", "our_names", "rename_weights", "restore_names", "translate_config"]
 
 MODEL = "ldm.model.LatentDiffusion"
 CONDITIONER = "ldm.conditioning.Conditioner"
@@ -43,6 +41,7 @@ NOISE_LEVEL = "ldm.encoders.lowres.NoiseLevel"
 MASKED_IMAGE = "ldm.encoders.lowres.MaskedImage"
 PATCHES = "ldm.encoders.lowres.PatchesToChannels"
 ADVERSARIAL = "ldm.train.tasks.autoencoder.LossConfig"
+IDENTITY = "torch.nn.Identity"
 
 TARGETS = {
     "ldm.models.autoencoder.AutoencoderKL": AUTOENCODER,
@@ -59,32 +58,29 @@ TARGETS = {
     "ldm.modules.midas.api.MiDaSInference": DEPTH,
     "ldm.modules.losses.LPIPSWithDiscriminator": ADVERSARIAL,
     "ldm.modules.losses.contperceptual.LPIPSWithDiscriminator": ADVERSARIAL,
-    "ldm.modules.losses.contperceptual.DummyLoss": "torch.nn.Identity",
+    "ldm.modules.losses.contperceptual.DummyLoss": IDENTITY,
     "sgm.models.autoencoder.AutoencoderKL": AUTOENCODER,
     "sgm.modules.diffusionmodules.openaimodel.UNetModel": UNET,
     "sgm.modules.encoders.modules.FrozenOpenCLIPEmbedder": OPEN_CLIP,
     "sgm.modules.encoders.modules.FrozenCLIPEmbedder": CLIP,
-    "torch.nn.Identity": "torch.nn.Identity",
+    IDENTITY: IDENTITY,
     "ldm.encoders.lowres.Folded": PATCHES,  # our name before 0.2
 }
-OURS = frozenset(
-    {
-        *(MODEL, CONDITIONER, SCHEDULE, BETAS, IMAGE_EMBEDDING, NOISE_LEVEL, MASKED_IMAGE, PATCHES),
-        *TARGETS.values(),
-    }
-)
+OUR_TARGETS = frozenset(TARGETS.values()) | {
+    MODEL, CONDITIONER, SCHEDULE, BETAS, IMAGE_EMBEDDING, NOISE_LEVEL, MASKED_IMAGE, PATCHES
+}  # fmt: skip
 # Encoders that take the place of text, with what makes them fit its slot in published files.
 IN_PLACE_OF_TEXT = {CLIP_IMAGE: {"text_tower": False}}
 
 # Known classes that this version does not build, and what they are.
-PENDING = {
-    "ldm.models.autoencoder.VQModel": "VQ first stage",
-    "ldm.models.autoencoder.VQModelInterface": "VQ first stage",
-    "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator": "VQ first stage",
-    "ldm.modules.encoders.modules.BERTEmbedder": "BERT-conditioned",
-    "ldm.modules.encoders.modules.ClassEmbedder": "class-conditioned",
-    "ldm.modules.encoders.modules.SpatialRescaler": "layout-conditioned",
-    "sgm.models.diffusion.DiffusionEngine": "generative-models",
+UNSUPPORTED = {
+    "ldm.models.autoencoder.VQModel": "VQ autoencoders",
+    "ldm.models.autoencoder.VQModelInterface": "VQ autoencoders",
+    "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator": "losses of VQ autoencoders",
+    "ldm.modules.encoders.modules.BERTEmbedder": "text-to-image and layout models with BERT",
+    "ldm.modules.encoders.modules.ClassEmbedder": "class-conditional models",
+    "ldm.modules.encoders.modules.SpatialRescaler": "semantic synthesis models",
+    "sgm.models.diffusion.DiffusionEngine": "models of `generative-models` (SDXL)",
 }
 
 # Parameters of the original model class that only training or logging looks at.
@@ -102,8 +98,9 @@ TRAINING_ONLY = frozenset(
 REDUNDANT = frozenset({"channels", "conditioning_key", "cond_stage_key", "use_ema"})
 FIRST_WEIGHT = "model.diffusion_model.input_blocks.0.0.weight"  # what a fine-tune may widen
 FINETUNE = ("finetune_keys", "concat_keys", "c_concat_log_start", "c_concat_log_end")
+AUTOENCODER_CONFIG = "first_stage_config"
 SCHEDULE_KEYS = ("timesteps", "linear_start", "linear_end", "cosine_s")
-LIFTED_KEYS = frozenset(
+MODEL_KEYS = frozenset(
     {
         "unet_config", "first_stage_config", "cond_stage_config", "cond_stage_trainable",
         "beta_schedule", "given_betas", "v_posterior", "parameterization", "scale_factor",
@@ -111,8 +108,8 @@ LIFTED_KEYS = frozenset(
     }
 )  # fmt: skip
 
-# Old prefix, new prefix. Renaming back takes the first pair that fits.
-KEYS = (
+# Their prefix, ours. Renaming back takes the first pair that fits.
+PREFIXES = (
     ("model.diffusion_model.", "unet."),
     ("first_stage_model.", "autoencoder."),
     ("cond_stage_model.", "conditioner.text."),
@@ -132,7 +129,13 @@ DERIVED = re.compile(
     re.VERBOSE,
 )
 MARKERS = ("v_pred", "ztsnr")  # empty tensors that some tools add
-BLIND = "cond_stage_model.model.transformer."
+# CLIP with a vision tower, of which the text tower is not used.
+VISION_TOWER = "cond_stage_model.model.visual.proj"
+UNUSED_TEXT_TOWER = "cond_stage_model.model.transformer."
+TABLES = re.compile(
+    r"scale_factor|betas|\w*alphas_cumprod\w*|posterior_.*|noise_augmentor\.data_(mean|std)"
+)
+LOSS = re.compile(r"(first_stage_model\.)?loss\.(.+)")
 POSITIONS = "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight"
 
 
@@ -141,239 +144,243 @@ def translate_config(
 ) -> dict[str, Any]:
     """A config in the original's words -> in ours: `{"target": …, "params": {…}, "where": …}`.
 
+    Args:
         spec: a whole file (with `model:`) or any part of it (with `target:`); new names pass.
+        where: the file, and the place in it, for messages.
         skipped: receives the places of what sampling does not need.
-    Raises ValueError for an unknown parameter of a family class, or a family not supported yet.
+
+    Raises:
+        ConfigError: it is not a config, or of a family that is not supported.
+        UnknownName: an unknown parameter of a model class.
     """
-    notes: list[str] = [] if skipped is None else skipped
+    skipped = [] if skipped is None else skipped
     if "model" in spec and "target" not in spec:
-        notes.extend(key for key in spec if key != "model")
+        skipped.extend(key for key in spec if key != "model")
         spec, where = spec["model"], f"{where}: model"
     if not isinstance(spec, Mapping) or "target" not in spec:
-        raise ValueError(f"{where}: `target` is missing")
+        raise ConfigError(f"{where}: `target` is missing")
     where = spec.get("where", where)
-    notes.extend(f"{where}.{key}" for key in spec if key not in ("target", "params", "where"))
+    skipped.extend(f"{where}.{key}" for key in spec if key not in ("target", "params", "where"))
     target, params = spec["target"], spec.get("params") or {}
     if not isinstance(target, str) or not isinstance(params, Mapping):
-        raise ValueError(f"{where}: `target` must be a name and `params` a mapping")
-    params = dict(params)
-    if target in LIFTED:
-        return LIFTED[target](params, where, notes)
-    if target in PENDING:
-        raise ValueError(f"{where}: {PENDING[target]} models are not supported yet (`{target}`)")
-    return {"target": TARGETS.get(target, target), "params": params, "where": where}
+        raise ConfigError(f"{where}: `target` must be a name and `params` a mapping")
+    if target in UNSUPPORTED:
+        raise ConfigError(f"{where}: {UNSUPPORTED[target]} are not supported yet (`{target}`)")
+    if target in MODEL_CLASSES:
+        return _Translator(target, params, where, skipped).translate()
+    return {"target": TARGETS.get(target, target), "params": dict(params), "where": where}
 
 
-def _latent_diffusion(
-    params: dict[str, Any],
-    where: str,
-    notes: list[str],
-    *,
-    name: str = "LatentDiffusion",
-    conditioning: str = "crossattn",
-    needs: tuple[str, ...] = (),
-    takes: tuple[str, ...] = (),
-    skips: tuple[str, ...] = (),
-) -> dict[str, Any]:
-    """`LatentDiffusion` of SD 1 and SD 2: text by cross-attention, an optional encoder.
+@dataclass
+class _Translator:
+    """Puts a LatentDiffusion together of the parameters of one of the original's classes."""
 
-    Families add parameters: `needs` are configs of parts, `takes` optional ones, `skips` for
-    training only. conditioning: the one `conditioning_key` that works.
+    target: str
+    params: Mapping[str, Any]
+    where: str
+    skipped: list[str]
+
+    def translate(self) -> dict[str, Any]:
+        self._check_params()
+        params = self.params
+        parts = {
+            "unet": self.part("unet_config"),
+            "autoencoder": self.part(AUTOENCODER_CONFIG),
+            "conditioner": {"target": CONDITIONER, "params": self._text()},
+            "schedule": self._schedule(),
+            "parameterization": params.get("parameterization", "eps"),
+            "scale_factor": params.get("scale_factor", 1.0),
+        }
+        if "image_size" in params:
+            parts["image_size"] = params["image_size"]
+        parts["conditioner"]["params"] |= MODEL_CLASSES[self.target].encoders(self)
+        return {"target": MODEL, "params": parts, "where": self.where}
+
+    def part(self, key: str) -> dict[str, Any]:
+        """The translated config of a part."""
+        where = f"{self.where}.params.{key}"
+        return translate_config(self.params[key], where=where, skipped=self.skipped)
+
+    def _check_params(self) -> None:
+        name, family = self.target.rpartition(".")[2], MODEL_CLASSES[self.target]
+        takes = {*MODEL_KEYS, *REDUNDANT, *family.needs, *family.takes}
+        ignores = {*TRAINING_ONLY, *family.ignores}
+        for key in self.params:
+            if key in ignores:
+                self.skipped.append(f"{self.where}.{key}")
+            elif key not in takes:
+                raise unknown_name(f"parameter of {name}", key, takes | ignores, self.where)
+        for key in ("unet_config", AUTOENCODER_CONFIG, "cond_stage_config", *family.needs):
+            if key not in self.params:
+                raise ConfigError(f"{self.where}: {name} needs `{key}`")
+        conditioning = self.params.get("conditioning_key")
+        if conditioning not in (None, family.conditioning):
+            raise ConfigError(
+                f"{self.where}: {name} with conditioning_key `{conditioning}` is not supported "
+                f"yet, only `{family.conditioning}`"
+            )
+
+    def _text(self) -> dict[str, Any]:
+        """The text encoder (or what stands in its place), if the model has one.
+
+        Two magic strings of the original say that it has none; `torch.nn.Identity` says that the
+        caller brings the condition itself.
+        """
+        config = self.params["cond_stage_config"]
+        if config in ("__is_unconditional__", "__is_first_stage__", {"target": IDENTITY}):
+            return {}
+        spec = self.part("cond_stage_config")
+        spec["params"] |= IN_PLACE_OF_TEXT.get(spec["target"], {})
+        if self.params.get("cond_stage_trainable"):
+            spec["params"].setdefault("freeze", False)
+        return {"text": spec}
+
+    def _schedule(self) -> dict[str, Any]:
+        betas: Any = self.params.get("given_betas")
+        if betas is not None:
+            betas = torch.tensor(betas, dtype=torch.float64, device="cpu")
+        else:
+            options = {key: self.params[key] for key in SCHEDULE_KEYS if key in self.params}
+            options["name"] = self.params.get("beta_schedule", "linear")
+            betas = {"target": BETAS, "params": options}
+        zero_snr = self.params.get("rescale_betas_zero_snr", False)
+        posterior = self.params.get("v_posterior", 0.0)
+        schedule = {"betas": betas, "v_posterior": posterior, "zero_snr": zero_snr}
+        return {"target": SCHEDULE, "params": schedule}
+
+
+Encoders = dict[str, dict[str, Any]]  # by their name in the conditioner
+
+
+@dataclass(frozen=True)
+class _ModelClass:
+    """A model class of the original: its parameters, and its encoders behind that of text.
+
+    Args:
+        conditioning: the one `conditioning_key` that works.
+        needs: configs of parts.
+        takes: other parameters.
+        ignores: parameters for training only.
     """
-    takes = (*takes, *needs)
-    for key in params:
-        if key in TRAINING_ONLY or key in skips:
-            notes.append(f"{where}.{key}")
-        elif key not in LIFTED_KEYS | REDUNDANT and key not in takes:
-            known = LIFTED_KEYS | REDUNDANT | TRAINING_ONLY | {*takes, *skips}
-            raise unknown_name(f"parameter of {name}", key, known, where)
-    for key in ("unet_config", "first_stage_config", "cond_stage_config", *needs):
-        if key not in params:
-            raise ValueError(f"{where}: {name} needs `{key}`")
-    if params.get("conditioning_key") not in (None, conditioning):
-        raise ValueError(
-            f"{where}: {name} with conditioning_key `{params['conditioning_key']}` is not "
-            f"supported yet, only `{conditioning}`"
-        )
-    parts = {
-        "unet": _part(params, "unet_config", where, notes),
-        "autoencoder": _part(params, "first_stage_config", where, notes),
-        "conditioner": {"target": CONDITIONER, "params": _text(params, where, notes)},
-        "schedule": _schedule(params),
-        "parameterization": params.get("parameterization", "eps"),
-        "scale_factor": params.get("scale_factor", 1.0),
+
+    conditioning: str
+    encoders: Callable[[_Translator], Encoders] = lambda model: {}
+    needs: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
+    ignores: tuple[str, ...] = ()
+
+
+def _masked_image(model: _Translator) -> Encoders:
+    return {"masked": {"target": MASKED_IMAGE, "params": {}}}
+
+
+def _depth(model: _Translator) -> Encoders:
+    return {"depth": model.part("depth_stage_config")}
+
+
+def _low_res(model: _Translator) -> Encoders:
+    low_res = model.part("low_scale_config")
+    low_res["params"]["low_scale_key"] = model.params.get("low_scale_key", "LR")
+    return {"lowres": low_res, "level": {"target": NOISE_LEVEL, "params": {}}}
+
+
+def _patches(model: _Translator) -> Encoders:
+    (key,) = model.params.get("concat_keys") or ["lr"]
+    patch = model.params.get("reshuffle_patch_size") or 1
+    return {"folded": {"target": PATCHES, "params": {"key": key, "patch": patch}}}
+
+
+def _image_embedding(model: _Translator) -> Encoders:
+    params = {
+        "clip": model.part("embedder_config"),
+        "noise": model.part("noise_aug_config"),
+        "freeze": model.params.get("freeze_embedder", True),
+        "embedding_key": model.params.get("embedding_key", "jpg"),
     }
-    if "image_size" in params:
-        parts["image_size"] = params["image_size"]
-    return {"target": MODEL, "params": parts, "where": where}
-
-
-def _inpainting(params: dict[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
-    spec = _latent_diffusion(
-        params,
-        where,
-        notes,
-        name="LatentInpaintDiffusion",
-        conditioning="hybrid",
-        skips=(*FINETUNE, "masked_image_key"),
-    )
-    return _listening(spec, masked={"target": MASKED_IMAGE, "params": {}})
-
-
-def _depth(params: dict[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
-    spec = _latent_diffusion(
-        params,
-        where,
-        notes,
-        name="LatentDepth2ImageDiffusion",
-        conditioning="hybrid",
-        needs=("depth_stage_config",),
-        skips=FINETUNE,
-    )
-    return _listening(spec, depth=_part(params, "depth_stage_config", where, notes))
-
-
-def _upscaling(params: dict[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
-    spec = _latent_diffusion(
-        params,
-        where,
-        notes,
-        name="LatentUpscaleDiffusion",
-        conditioning="hybrid-adm",
-        needs=("low_scale_config",),
-        takes=("low_scale_key",),
-        skips=("noise_level_key",),
-    )
-    lowres = _part(params, "low_scale_config", where, notes)
-    lowres["params"]["low_scale_key"] = params.get("low_scale_key", "LR")
-    return _listening(spec, lowres=lowres, level={"target": NOISE_LEVEL, "params": {}})
-
-
-def _enlarging(params: dict[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
-    name, takes = "LatentUpscaleFinetuneDiffusion", ("concat_keys", "reshuffle_patch_size")
-    skips = tuple(key for key in FINETUNE if key not in takes)
-    how: dict[str, Any] = {"name": name, "conditioning": "hybrid", "takes": takes, "skips": skips}
-    spec = _latent_diffusion(params, where, notes, **how)
-    (key,) = params.get("concat_keys") or ["lr"]
-    folded = {"key": key, "patch": params.get("reshuffle_patch_size") or 1}
-    return _listening(spec, folded={"target": PATCHES, "params": folded})
-
-
-def _unclip(params: dict[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
-    spec = _latent_diffusion(
-        params,
-        where,
-        notes,
-        name="ImageEmbeddingConditionedLatentDiffusion",
-        conditioning="crossattn-adm",
-        needs=("embedder_config", "noise_aug_config"),
-        takes=("freeze_embedder", "embedding_key"),
-        skips=("embedding_dropout",),
-    )
-    image = {
-        "clip": _part(params, "embedder_config", where, notes),
-        "noise": _part(params, "noise_aug_config", where, notes),
-        "freeze": params.get("freeze_embedder", True),
-        "embedding_key": params.get("embedding_key", "jpg"),
-    }
-    return _listening(spec, image={"target": IMAGE_EMBEDDING, "params": image})
+    return {"image": {"target": IMAGE_EMBEDDING, "params": params}}
 
 
 DDPM = "ldm.models.diffusion.ddpm."
-LIFTED: dict[str, Callable[[dict[str, Any], str, list[str]], dict[str, Any]]] = {
-    DDPM + "LatentDiffusion": _latent_diffusion,
-    DDPM + "LatentInpaintDiffusion": _inpainting,
-    DDPM + "LatentDepth2ImageDiffusion": _depth,
-    DDPM + "LatentUpscaleDiffusion": _upscaling,
-    DDPM + "LatentUpscaleFinetuneDiffusion": _enlarging,
-    DDPM + "ImageEmbeddingConditionedLatentDiffusion": _unclip,
+MODEL_CLASSES = {
+    DDPM + "LatentDiffusion": _ModelClass("crossattn"),
+    DDPM + "LatentInpaintDiffusion": _ModelClass(
+        "hybrid", _masked_image, ignores=(*FINETUNE, "masked_image_key")
+    ),
+    DDPM + "LatentDepth2ImageDiffusion": _ModelClass(
+        "hybrid", _depth, needs=("depth_stage_config",), ignores=FINETUNE
+    ),
+    DDPM + "LatentUpscaleDiffusion": _ModelClass(
+        "hybrid-adm",
+        _low_res,
+        needs=("low_scale_config",),
+        takes=("low_scale_key",),
+        ignores=("noise_level_key",),
+    ),
+    DDPM + "LatentUpscaleFinetuneDiffusion": _ModelClass(
+        "hybrid",
+        _patches,
+        takes=("concat_keys", "reshuffle_patch_size"),
+        ignores=("finetune_keys", "c_concat_log_start", "c_concat_log_end"),
+    ),
+    DDPM + "ImageEmbeddingConditionedLatentDiffusion": _ModelClass(
+        "crossattn-adm",
+        _image_embedding,
+        needs=("embedder_config", "noise_aug_config"),
+        takes=("freeze_embedder", "embedding_key"),
+        ignores=("embedding_dropout",),
+    ),
 }
-
-
-def _listening(spec: dict[str, Any], **encoders: dict[str, Any]) -> dict[str, Any]:
-    """The model with more encoders, behind that of text."""
-    spec["params"]["conditioner"]["params"] |= encoders
-    return spec
-
-
-def _part(params: Mapping[str, Any], key: str, where: str, notes: list[str]) -> dict[str, Any]:
-    return translate_config(params[key], where=f"{where}.params.{key}", skipped=notes)
-
-
-def _text(params: Mapping[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
-    """The text encoder (or what stands in its place), if the model has one.
-
-    Two magic strings of the original say that it has none;
-    `torch.nn.Identity` says that the caller brings the condition itself.
-    """
-    config = params["cond_stage_config"]
-    if config in ("__is_unconditional__", "__is_first_stage__", {"target": "torch.nn.Identity"}):
-        return {}
-    spec = translate_config(config, where=f"{where}.params.cond_stage_config", skipped=notes)
-    spec["params"] |= IN_PLACE_OF_TEXT.get(spec["target"], {})
-    if params.get("cond_stage_trainable"):
-        spec["params"].setdefault("freeze", False)
-    return {"text": spec}
-
-
-def _schedule(params: Mapping[str, Any]) -> dict[str, Any]:
-    given = params.get("given_betas")
-    if given is not None:
-        betas: Any = torch.tensor(given, dtype=torch.float64, device="cpu")
-    else:
-        named = {key: params[key] for key in SCHEDULE_KEYS if key in params}
-        named["name"] = params.get("beta_schedule", "linear")
-        betas = {"target": BETAS, "params": named}
-    numbers = {"betas": betas, "v_posterior": params.get("v_posterior", 0.0)}
-    numbers["zero_snr"] = params.get("rescale_betas_zero_snr", False)
-    return {"target": SCHEDULE, "params": numbers}
 
 
 def known_targets() -> list[str]:
     """Every name that may stand after `target:`."""
-    return [*TARGETS, *LIFTED, *PENDING, *OURS]
+    return [*TARGETS, *MODEL_CLASSES, *UNSUPPORTED, *OUR_TARGETS]
 
 
-def rename_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under the original's names -> under ours; what is recomputed here is left out.
+def our_names(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(our name, the original's) of weights; those that are recomputed here are left out.
 
     Also accepts text towers saved without `text_model.`, as some tools and new libraries write.
     """
-    renamed = {}
-    sees = "cond_stage_model.model.visual.proj" in state  # CLIP, of which only the eye is used
-    for name, value in state.items():
-        if DERIVED.fullmatch(name) or (sees and name.startswith(BLIND)):
+    names = list(names)
+    has_vision_tower = VISION_TOWER in names
+    for original in names:
+        if DERIVED.fullmatch(original):
             continue
-        for old, new in KEYS:
-            if name.startswith(old):
-                name = new + name.removeprefix(old)
+        if has_vision_tower and original.startswith(UNUSED_TEXT_TOWER):
+            continue
+        name = original
+        for theirs, ours in PREFIXES:
+            if name.startswith(theirs):
+                name = ours + name.removeprefix(theirs)
                 break
         head, tower, tail = name.partition("conditioner.text.transformer.")
         if tower and not head and not tail.startswith("text_model."):
             name = f"{tower}text_model.{tail}"
-        renamed[name] = value
-    return renamed
+        yield name, original
+
+
+def rename_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the original's names -> under ours, without those that are recomputed."""
+    return {ours: state[original] for ours, original in our_names(state)}
 
 
 def loss_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of training losses in an original file: `discriminator.…`, `perceptual_loss.…`."""
-    matches = {re.fullmatch(r"(first_stage_model\.)?loss\.(.+)", name): name for name in state}
-    return {match[2]: state[name] for match, name in matches.items() if match}
+    matches = ((LOSS.fullmatch(name), value) for name, value in state.items())
+    return {match[2]: value for match, value in matches if match}
 
 
 def schedule_tables(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The numbers beside the weights: schedule tables, and the scale if training measured it."""
-    pattern = re.compile(
-        r"scale_factor|betas|\w*alphas_cumprod\w*|posterior_.*|noise_augmentor\.data_(mean|std)"
-    )
-    return {name: value for name, value in state.items() if pattern.fullmatch(name)}
+    return {name: value for name, value in state.items() if TABLES.fullmatch(name)}
 
 
 def original_name(name: str) -> str:
     """Our name of a weight, or the start of one -> the original's."""
-    for old, new in KEYS:
-        if name.startswith(new):
-            return old + name.removeprefix(new)
+    for theirs, ours in PREFIXES:
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
     return name
 
 
@@ -382,13 +389,14 @@ def restore_names(
 ) -> dict[str, Tensor]:
     """Our names -> the original's, with what its files hold beside weights.
 
-    buffers: the schedule's tables (`Schedule.buffers()`), put first.
+    Args:
+        buffers: the schedule's tables (`Schedule.buffers()`), put first.
     """
-    renamed = dict(buffers or {})
+    originals = dict(buffers or {})
     for name, value in state.items():
-        old = original_name(name)
-        if old == POSITIONS:
+        original = original_name(name)
+        if original == POSITIONS:
             ids = torch.arange(len(value), device="cpu")[None]
-            renamed[old.replace("embedding.weight", "ids")] = ids
-        renamed[old] = value
-    return renamed
+            originals[original.replace("embedding.weight", "ids")] = ids
+        originals[original] = value
+    return originals

@@ -2,33 +2,32 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ldm.loading import load
-from ldm.loading.build import build_on_meta, fill_weights
-from ldm.loading.config import parse_yaml, read_yaml
-from ldm.loading.families import (
-    PUBLISHED,
-    Family,
-    Prediction,
-    detect_prediction,
-    probe_prediction,
-    recognise_family,
-)
-from ldm.loading.files.checkpoint import EMBEDDED, Checkpoint, detect_format, read_checkpoint
+from ldm.loading.build import build_on_meta
+from ldm.loading.families import Prediction
+from ldm.loading.files.checkpoint import detect_format, read_checkpoint
 from ldm.loading.files.pickles import foreign_imports, pickle_imports
-from ldm.loading.legacy import original_name, rename_weights, translate_config
+from ldm.loading.legacy import original_name, translate_config
+from ldm.loading.load import choose_config, probe_weights, read_config
+from ldm.loading.weights import Weights, identify_weights
+from ldm.runtime.errors import MissingArgument, MissingFile
 
 __all__ = ["Part", "Report", "inspect_checkpoint"]
 
 
 @dataclass(frozen=True)
 class Part:
-    """Tensors whose names begin alike; `prefix` is the beginning in the file."""
+    """Tensors whose names begin alike.
+
+    Args:
+        prefix: the beginning of their names in the file.
+        dtypes: number of tensors by dtype.
+    """
 
     name: str
     prefix: str
@@ -39,10 +38,19 @@ class Part:
 
 @dataclass(frozen=True)
 class Report:
-    """The answers about one file; `refused` says why there are no more of them.
+    """The answers about one file.
 
-    missing, unexpected: names that differ from what the config asks for, None if that was not
-        compared (`note` says why).
+    Args:
+        refused: why the file is not read, if so.
+        family: name of the published family.
+        title: the same, to be read.
+        task: the pipeline that serves it.
+        extras: names of the entries beside the weights.
+        pickle_names: that its pickle would import.
+        foreign_names: those that weights do not need.
+        missing: names that the config asks for; None if they were not compared.
+        unexpected: names that the config does not ask for.
+        note: why they were not compared.
     """
 
     path: str
@@ -51,7 +59,7 @@ class Report:
     refused: str | None = None
     family: str | None = None
     title: str | None = None
-    script: str | None = None
+    task: str | None = None
     config: str | None = None
     prediction: Prediction | None = None
     parts: list[Part] = field(default_factory=list)
@@ -80,10 +88,10 @@ class Report:
         if self.parts:
             yield f"family      {self.title or 'none of the published ones'}"
             yield f"config      {self.config or 'unknown'}"
-            yield f"script      {self.script or 'unknown'}"
+            yield f"task        {self.task or 'unknown'}"
         if self.prediction is not None:
-            sure = ", but the methods disagree" if self.prediction.disputed else ""
-            yield f"predicts    {self.prediction.kind or 'unknown'}{sure}"
+            doubt = ", but the methods disagree" if self.prediction.disputed else ""
+            yield f"predicts    {self.prediction.kind or 'unknown'}{doubt}"
             for verdict in self.prediction.verdicts:
                 yield f"  {verdict.method:10}{verdict.says or 'nothing'} ({verdict.evidence})"
         for i, part in enumerate(self.parts):
@@ -91,7 +99,7 @@ class Report:
             count = f"{part.tensors:>5} tensors {part.parameters:>14,} parameters"
             yield f"{'parts' if not i else '':12}{part.name:18}{part.prefix:24}{count}  {dtypes}"
         if self.parts:
-            yield f"EMA         {'yes, `--ema` takes it' if self.has_ema else 'no'}"
+            yield f"EMA         {'yes, `ema` takes it' if self.has_ema else 'no'}"
             yield f"step        {'unknown' if self.step is None else self.step}"
             yield f"beside      {', '.join(self.extras) or 'nothing'}"
         if self.pickle_names:
@@ -109,49 +117,48 @@ class Report:
 def inspect_checkpoint(
     path: str | Path, config: str | Path | None = None, *, probe: bool = True
 ) -> Report:
-    """Looks at a checkpoint: family, config, prediction, parts, and what does not fit.
+    """Describe a checkpoint: family, config, prediction, parts, and what does not fit.
 
+    Args:
         config: compare with this YAML instead of the family's.
         probe: where one method alone says eps or v, ask the UNet (one pass, reads its weights).
-    Raises FileNotFoundError; a file that is no checkpoint or not safe gives a report saying so.
+
+    Returns:
+        The report; of a file that is not a checkpoint or not safe, why it is refused.
+
+    Raises:
+        MissingFile: there is no such file.
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint `{path}`")
-    about: dict[str, Any] = {"path": str(path), "bytes": path.stat().st_size}
+        raise MissingFile(f"no checkpoint `{path}`")
+    report = Report(str(path), path.stat().st_size)
     try:
-        about["kind"] = kind = detect_format(path)
+        kind = detect_format(path)
+        report = replace(report, kind=kind)
         if kind != "safetensors":
-            about["pickle_names"] = pickle_imports(path, kind)
-            about["foreign_names"] = foreign_imports(path, kind)
-        file = read_checkpoint(path)
+            names, foreign = pickle_imports(path, kind), foreign_imports(path, kind)
+            report = replace(report, pickle_names=names, foreign_names=foreign)
+        weights = identify_weights(read_checkpoint(path))
     except ValueError as error:
-        return Report(**about, refused=str(error))
-    state = rename_weights(file.state)
-    family = recognise_family(state)
-    found = detect_prediction(family, state, step=file.step, markers=load.markers(file))
-    if probe and family is not None and not family.predicts and found.votes < 2:
-        found = _probe(family, state, found)
-    if config is None and EMBEDDED in file.metadata:
-        config = EMBEDDED
-    elif config is None and family is not None and family.config:
-        config = f"{PUBLISHED}/{family.config_for(found.kind)}.yaml"
-    if family is not None:
-        about |= {"family": family.name, "title": family.title, "script": family.script}
-    return Report(
-        **about,
-        **_compare(config, file, state),
-        config=None if config is None else str(config),
-        prediction=found,
-        parts=list(_parts(state)),
-        has_ema=file.has_ema,
-        step=file.step,
-        extras=list(file.extras),
-        metadata=file.metadata,
+        return replace(report, refused=str(error))
+    if probe:
+        weights.prediction = probe_weights(weights)
+    if (family := weights.family) is not None:
+        report = replace(report, family=family.name, title=family.title, task=family.task or None)
+    return replace(
+        report,
+        prediction=weights.prediction,
+        parts=list(_list_parts(weights.state)),
+        has_ema=weights.source.has_ema,
+        step=weights.source.step,
+        extras=list(weights.source.extras),
+        metadata=weights.source.metadata,
+        **_compare(weights, config),
     )
 
 
-def _parts(state: Mapping[str, Tensor]) -> Iterator[Part]:
+def _list_parts(state: Mapping[str, Tensor]) -> Iterator[Part]:
     groups: dict[str, list[Tensor]] = {}
     for name, value in state.items():
         depth = 2 if name.startswith("conditioner.") else 1
@@ -162,35 +169,20 @@ def _parts(state: Mapping[str, Tensor]) -> Iterator[Part]:
         yield Part(name, prefix, len(values), sum(value.numel() for value in values), dict(dtypes))
 
 
-def _probe(family: Family, state: Mapping[str, Tensor], found: Prediction) -> Prediction:
-    """Builds the UNet alone and asks it; a UNet that does not fit is not asked."""
-    spec = translate_config(read_yaml(f"{PUBLISHED}/{family.config}.yaml"))
-    unet = build_on_meta(spec["params"]["unet"])
-    weights = {name: value for name, value in state.items() if name.startswith("unet.")}
+def _compare(weights: Weights, config: str | Path | None) -> dict[str, Any]:
+    """The config, and the names that it asks for and the file does not have, and the reverse."""
     try:
-        fill_weights(unet, weights)
-    except ValueError:
-        return found
-    return probe_prediction(unet.eval(), found, family.context or 0)
-
-
-def _compare(
-    config: str | Path | None, file: Checkpoint, state: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    """Names that the config asks for and the file lacks, and the reverse."""
-    if config is None:
+        source = choose_config(weights) if config is None else str(config)
+    except MissingArgument:
         return {"note": "no config to compare with"}
     try:
-        where = Path(config).name
-        if config == EMBEDDED:
-            raw = parse_yaml(file.metadata[EMBEDDED], where=where)
-        else:
-            raw = read_yaml(config)
-        model = build_on_meta(translate_config(raw, where=where), where=where)
+        where = Path(source).name
+        _, raw = read_config(weights, config)
+        wanted = build_on_meta(translate_config(raw, where=where), where=where).state_dict()
     except ValueError as error:
-        return {"note": str(error)}
-    wanted = model.state_dict()
+        return {"config": source, "note": str(error)}
     return {
-        "missing": [original_name(name) for name in wanted if name not in state],
-        "unexpected": [original_name(name) for name in state if name not in wanted],
+        "config": source,
+        "missing": [original_name(name) for name in wanted if name not in weights.state],
+        "unexpected": [original_name(name) for name in weights.state if name not in wanted],
     }

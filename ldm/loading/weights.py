@@ -1,49 +1,151 @@
-"""Whatever weights are in -> Checkpoint: a file, a diffusers folder, a training run's folder."""
+"""Read weights from a file, a diffusers folder or a run folder, and say what they are.
 
-from collections.abc import Iterable
-from dataclasses import replace
+path -> Checkpoint    names as in the file; folders bring their config in the metadata
+     -> Weights       our names, with the family and what the file says beside the weights
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
+from ldm.loading.build import check_weights
 from ldm.loading.diffusers.files import is_diffusers_folder, read_folder
-from ldm.loading.files.checkpoint import EMBEDDED, Checkpoint, read_checkpoint
+from ldm.loading.families import Family, Prediction, detect_prediction, recognise_family
+from ldm.loading.files.checkpoint import EMBEDDED, Checkpoint, read_checkpoint, take_averages
+from ldm.loading.legacy import MARKERS, original_name, rename_weights, schedule_tables
+from ldm.runtime.errors import ArgumentError, MissingFile, WeightsMismatch
 
-__all__ = ["read_weights"]
+__all__ = ["Weights", "identify_weights", "read_autoencoder", "read_weights"]
 
-# In the folder of a run: what to take, the first that is there; of several the newest.
-WEIGHTS = ("checkpoints/last.safetensors", "checkpoints/last.ckpt", "checkpoints/*.safetensors",
-           "checkpoints/*.ckpt")  # fmt: skip
-CONFIGS = ("config.yaml", "configs/*-project.yaml")
+# In a run folder: what to take, the first pattern that matches; of several files the newest.
+RUN_WEIGHTS = ("checkpoints/last.safetensors", "checkpoints/last.ckpt", "checkpoints/*.safetensors",
+               "checkpoints/*.ckpt")  # fmt: skip
+RUN_CONFIGS = ("config.yaml", "configs/*-project.yaml")
+AUTOENCODER = "autoencoder."
 
 
-def read_weights(
-    path: str | Path, ema: bool = False, names: Iterable[str] = (), variant: str | None = None
-) -> Checkpoint:
-    """The weights, under the original's names; of folders with their config in the metadata.
+@dataclass
+class Weights:
+    """The weights of a checkpoint under our names, and what it says beside them.
 
-        ema, names: as for `checkpoint.read`. variant: as for `files.read`.
-    Raises FileNotFoundError, or ValueError for what holds no weights.
+    Args:
+        source: the file or folder, names as there.
+        tables: the noise schedule in the file, and the scale if training measured it.
+        markers: metadata, and empty tensors that serve as notes (`v_pred`).
+        family: the published family that they look like.
+        prediction: what the network predicts, as far as weights and markers say.
+        mapped: all tensors are pages of files, not memory.
     """
-    place = Path(path).expanduser()
-    if not place.is_dir():
-        return read_checkpoint(place, ema, names)
-    if is_diffusers_folder(place):
+
+    source: Checkpoint
+    state: dict[str, Tensor]
+    tables: dict[str, Tensor]
+    markers: dict[str, str]
+    family: Family | None
+    prediction: Prediction
+    mapped: bool
+
+    @property
+    def path(self) -> Path:
+        """Of the file or folder."""
+        return self.source.path
+
+    def use_averages(self, names: Iterable[str]) -> None:
+        """Put averaged (EMA) weights where raw ones stand, or are missing.
+
+        Args:
+            names: of the model that they are for, ours.
+
+        Raises:
+            ValueError: there are none, or some fit no name.
+        """
+        originals = {original_name(name): name for name in (*names, *self.state)}
+        take_averages(self.state, self.source.averages, originals, self.path)
+
+    def replace_autoencoder(self, other: Checkpoint, wanted: Mapping[str, Tensor]) -> None:
+        """Take the autoencoder from another checkpoint; see `read_autoencoder`."""
+        self.state |= read_autoencoder(other, wanted, str(self.path))
+        self.mapped = self.mapped and other.mapped
+
+    def release_source(self) -> None:
+        """Forget the names of the file, so that memory is given back while `state` is used up."""
+        self.source.state.clear()
+        self.source.averages.clear()
+
+
+def read_weights(path: str | Path, ema: bool = False, variant: str | None = None) -> Checkpoint:
+    """The weights under the original's names; of folders with their config in the metadata.
+
+    Args:
+        path: a .ckpt or .safetensors, a diffusers folder, or the folder of a training run.
+        ema: take the averaged weights where the raw ones stand.
+        variant: in the file names of a diffusers folder, such as `fp16`.
+
+    Raises:
+        MissingFile: there is no such file, or none in the folder.
+        ValueError: it holds no weights, or no averaged ones.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return read_checkpoint(folder, ema)
+    if is_diffusers_folder(folder):
         if ema:
-            raise ValueError(f"`{path}` has no averaged (EMA) weights: diffusers folders have none")
-        return read_folder(place, variant)
-    weights, config = _newest(place, WEIGHTS), _newest(place, CONFIGS)
+            message = f"`{path}` has no averaged (EMA) weights: diffusers folders have none"
+            raise ArgumentError(message, "ema")
+        return read_folder(folder, variant)
+    weights, config = _newest(folder, RUN_WEIGHTS), _newest(folder, RUN_CONFIGS)
     if weights is None:
-        raise FileNotFoundError(
-            f"`{path}` is no folder of diffusers (`model_index.json`), nor of a training run "
-            "(`checkpoints/last.ckpt`)"
+        raise MissingFile(
+            f"`{path}` is neither a diffusers folder (`model_index.json`) nor the folder of a "
+            "training run (`checkpoints/last.ckpt`)"
         )
-    file = read_checkpoint(weights, ema, names)
+    file = read_checkpoint(weights, ema)
     if config is None or EMBEDDED in file.metadata:
         return file
     return replace(file, metadata=file.metadata | {EMBEDDED: config.read_text("utf-8")})
 
 
+def identify_weights(source: Checkpoint) -> Weights:
+    """The weights under our names, with their family and what they predict."""
+    state = rename_weights(source.state)
+    markers = {**source.metadata, **{name: "" for name in MARKERS if name in source.state}}
+    family = recognise_family(state)
+    return Weights(
+        source=source,
+        state=state,
+        tables=schedule_tables(source.state),
+        markers=markers,
+        family=family,
+        prediction=detect_prediction(family, state, source.step, markers),
+        mapped=source.mapped,
+    )
+
+
+def read_autoencoder(
+    source: Checkpoint, wanted: Mapping[str, Tensor], model: str
+) -> dict[str, Tensor]:
+    """The autoencoder of a checkpoint, alone in there or within a whole model, under our names.
+
+    Args:
+        wanted: the autoencoder that it takes the place of, under our names; shapes must agree.
+        model: where that is from, for messages.
+
+    Raises:
+        WeightsMismatch: a tensor is missing or has another shape, or `wanted` is empty.
+    """
+    if not wanted:
+        raise WeightsMismatch(f"`{model}` has no autoencoder that another could replace")
+    state = rename_weights(source.state)
+    state = {AUTOENCODER + name.removeprefix(AUTOENCODER): v for name, v in state.items()}
+    state = {name: value for name, value in state.items() if name in wanted}
+    check_weights(wanted, state, f"the autoencoder of `{source.path}` does not fit `{model}`")
+    return state
+
+
 def _newest(folder: Path, patterns: Iterable[str]) -> Path | None:
     for pattern in patterns:
-        if found := list(folder.glob(pattern)):
-            return max(found, key=lambda file: file.stat().st_mtime)
+        if files := list(folder.glob(pattern)):
+            return max(files, key=lambda file: file.stat().st_mtime)
     return None

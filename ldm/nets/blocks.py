@@ -1,8 +1,7 @@
 """What the UNet and the autoencoder are built of: linear, convolution, norms, residual blocks.
 
-Every Linear, Conv2d and GroupNorm of the networks is one of the classes here. On the meta device
-they skip their initialisation: weights come from a file there. On a CPU, `cpu.py` computes linear
-layers and convolutions, with the same result.
+Every Linear, Conv2d and GroupNorm of the networks is one of the classes here. On a CPU, `cpu.py`
+computes linear layers and convolutions, with the same result.
 Blocks with time embedding follow Dhariwal & Nichol 2021 (arXiv:2105.05233).
 """
 
@@ -31,10 +30,6 @@ class Linear(nn.Linear, Layer):
         super().__init__(*args, **kwargs)
         self.packs = cpu.Packs()
 
-    def reset_parameters(self) -> None:
-        if not self.weight.is_meta:
-            super().reset_parameters()
-
     def forward(self, x: Tensor) -> Tensor:
         return cpu.linear(self.packs, x, self.weight, self.bias)
 
@@ -47,10 +42,6 @@ class Conv2d(nn.Conv2d, Layer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.packs = cpu.Packs()
-
-    def reset_parameters(self) -> None:
-        if not self.weight.is_meta:
-            super().reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         return cpu.conv2d(self.packs, x, self)
@@ -70,23 +61,7 @@ class DoublingConv2d(Conv2d):
         return super().forward(doubled(x, size))
 
 
-class Conv1d(nn.Conv1d):
-    def reset_parameters(self) -> None:
-        if not self.weight.is_meta:
-            super().reset_parameters()
-
-
-class Embedding(nn.Embedding):
-    def reset_parameters(self) -> None:
-        if not self.weight.is_meta:
-            super().reset_parameters()
-
-
 class LayerNorm(nn.LayerNorm, Layer):
-    def reset_parameters(self) -> None:
-        if not self.weight.is_meta:
-            super().reset_parameters()
-
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).to(x.dtype)
 
@@ -101,10 +76,6 @@ class GroupNorm(nn.GroupNorm, Layer):
                 f"hint: choose model_channels (or ch) and channel_mult so that all widths are"
             )
         super().__init__(GROUPS, channels, eps=eps)
-
-    def reset_parameters(self) -> None:
-        if not self.weight.is_meta:
-            super().reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == self.weight.dtype:

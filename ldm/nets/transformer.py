@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.nets.attention import attention
-from ldm.nets.blocks import Conv1d, Conv2d, GroupNorm, LayerNorm, Linear, run, zero
+from ldm.nets.blocks import Conv2d, GroupNorm, LayerNorm, Linear, run, zero
 
 
 class GEGLU(nn.Module):
@@ -207,8 +207,8 @@ class AttentionBlock(nn.Module):
         self.use_checkpoint = use_checkpoint
         self.use_new_attention_order = use_new_attention_order
         self.norm = GroupNorm(channels)
-        self.qkv = Conv1d(channels, 3 * channels, 1)
-        self.proj_out = zero(Conv1d(channels, channels, 1))
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zero(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return run(self._forward, x, recompute=self.use_checkpoint)

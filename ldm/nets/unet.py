@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from ldm.nets.blocks import (
     Conv2d,
     Downsample,
-    Embedding,
     GroupNorm,
     Linear,
     ResBlock,
@@ -261,7 +260,7 @@ class UNet(nn.Module):
 
     def _label_emb(self) -> nn.Module:
         if isinstance(self.num_classes, int):
-            return Embedding(self.num_classes, self.emb_channels)
+            return nn.Embedding(self.num_classes, self.emb_channels)
         if self.num_classes == "continuous":
             return Linear(1, self.emb_channels)
         if self.num_classes == "sequential" and self.adm_in_channels is not None:

@@ -7,6 +7,8 @@
     │   └── WrongFamily                       a model that is made for another task
     ├── MissingFile (FileNotFoundError)       a file that an argument names
     ├── FileFormatError (ValueError)          a file that is damaged, refused or of another kind
+    ├── ConfigError (ValueError)              a config that describes no model
+    ├── WeightsMismatch (ValueError)          weights whose names or shapes do not fit a model
     └── NonFinite (ArithmeticError)           NaN or infinity from a stage of a model
     Stop                                      raised by a callback to end a run; not an error
 
@@ -18,6 +20,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "ArgumentError",
+    "ConfigError",
     "FileFormatError",
     "LdmError",
     "MissingArgument",
@@ -25,6 +28,7 @@ __all__ = [
     "NonFinite",
     "Stop",
     "UnknownName",
+    "WeightsMismatch",
     "WrongFamily",
     "explain",
     "is_out_of_memory",
@@ -89,6 +93,14 @@ class MissingFile(LdmError, FileNotFoundError):
 
 class FileFormatError(LdmError, ValueError):
     """A file that is damaged, refused or of another kind."""
+
+
+class ConfigError(LdmError, ValueError):
+    """A config that is not one, or describes nothing that can be built."""
+
+
+class WeightsMismatch(LdmError, ValueError):
+    """Weights whose names or shapes do not fit a model."""
 
 
 class NonFinite(LdmError, ArithmeticError):

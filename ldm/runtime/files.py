@@ -46,18 +46,27 @@ def replace_when_written(path: str | Path, *, sync: bool = False) -> Iterator[Pa
     So nobody sees half a file, and a failure leaves what was there.
 
     Args:
-        sync: flush the file to the disk first, so that a crash of the machine does not empty it.
+        sync: wait until the file is on disk, so that it also survives a power failure.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
         if sync:
-            with part.open("rb+") as file:
-                os.fsync(file.fileno())
+            _sync(part)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+    if sync and os.name == "posix":
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @lru_cache(maxsize=64)

@@ -70,7 +70,7 @@ def test_a_learned_word_changes_the_picture_and_is_written_down(shot, tiny, tmp_
     assert main(["replay", path, "--ckpt", str(tiny.ckpt)]) == 0
     status, err = shot("--embedding", str(folder / "wide.safetensors"))
     assert status == 1
-    assert f"`<wide>` has vectors of {width + 1} numbers" in err
+    assert f"`<wide>` has vectors of width {width + 1}" in err
 
 
 def test_a_lora_that_is_not_there_is_one_line(shot):

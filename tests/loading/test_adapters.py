@@ -166,25 +166,35 @@ def test_a_file_of_another_family_is_refused_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="does not fit this model") as caught:
         load_loras(sd1, [(tmp_path / "x.safetensors", 1.0)])
     line, hint = str(caught.value).splitlines()
-    assert "of its 3 layers 1 are unknown, 2 of another size: lora_unet_down_blocks_3_x" in line
-    assert hint == "hint: it looks made for Stable Diffusion 2, the model is Stable Diffusion 1"
+    assert (
+        "of its 3 layers 1 are unknown, 2 have the wrong shape: lora_unet_down_blocks_3_x" in line
+    )
+    assert (
+        hint
+        == "hint: this looks like a LoRA for Stable Diffusion 2, the model is Stable Diffusion 1"
+    )
     state = {name.replace("unet_down_blocks_3_x", "te2_text"): v for name, v in state.items()}
     write_checkpoint(tmp_path / "xl.safetensors", state)
-    with pytest.raises(ValueError, match="looks made for SDXL, the model is Stable Diffusion 2"):
+    with pytest.raises(
+        ValueError, match="looks like a LoRA for SDXL, the model is Stable Diffusion 2"
+    ):
         read_lora(tmp_path / "xl.safetensors", sd2)
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["lora_unet_conv_in.hada_w1_a"], "is a LoHa, only LoRA and LoCon are supported"),
-        (["lora_unet_conv_in.lora_mid.weight"], "is a LoCon in Tucker form"),
-        (["unet.conv_in.lora_magnitude_vector.weight"], "is a DoRA"),
+        (["lora_unet_conv_in.hada_w1_a"], "holds a LoHa, only LoRA and LoCon are supported"),
+        (["lora_unet_conv_in.lora_mid.weight"], "holds a LoCon in Tucker form"),
+        (["unet.conv_in.lora_magnitude_vector.weight"], "holds a DoRA"),
         (
             ["lora_unet_conv_in.lora_down.weight"],
-            "1 layers lack `down` or `up`: `lora_unet_conv_in`",
+            "`down` or `up` is missing in 1 layers: `lora_unet_conv_in`",
         ),
-        (["betas", "lora_unet_conv_in.alpha"], "is no LoRA: 1 of its 2 names are foreign: `betas`"),
+        (
+            ["betas", "lora_unet_conv_in.alpha"],
+            "is not a LoRA file: 1 of its 2 keys are not recognised: `betas`",
+        ),
     ],
 )
 def test_what_is_no_lora_is_refused(names, message, tmp_path):

@@ -76,10 +76,10 @@ def test_what_does_not_fit_is_refused_and_skipped_in_a_folder(tmp_path, caplog):
     for name, message in (
         (
             "wide",
-            r"`<wide>` has vectors of 768 numbers \(Stable Diffusion 1\), the text tower takes",
+            r"`<wide>` has vectors of width 768 \(Stable Diffusion 1\), the text tower takes",
         ),
         ("xl", "two text towers: it is made for SDXL"),
-        ("lora", "is no textual inversion: it holds 1 other tensors"),
+        ("lora", "is not a textual inversion: it holds 1 other tensors"),
     ):
         with pytest.raises(ValueError, match=message):
             load_embeddings(model, [tmp_path / f"{name}.safetensors"])
@@ -88,7 +88,7 @@ def test_what_does_not_fit_is_refused_and_skipped_in_a_folder(tmp_path, caplog):
     assert len(model.provenance["embeddings"]) == 1
     assert caplog.text.count("skipped: ") == 3
     del model.conditioner.text
-    with pytest.raises(ValueError, match="no text tower that could learn words"):
+    with pytest.raises(ValueError, match="no text tower"):
         load_embeddings(model, [tmp_path])
 
 

@@ -58,8 +58,7 @@ def test_the_network_is_found_beside_the_checkpoint(files, whole):
     assert equal(loaded(files), whole)
 
 
-@pytest.mark.parametrize("old", [False, True], ids=["zip", "legacy"])
-@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(("old", "wrapped"), [(False, True), (True, False)], ids=["zip", "legacy"])
 def test_a_given_file_comes_before_the_checkpoint(files, whole, old, wrapped):
     path, content = files / "other.pt", network(whole, 2.0)
     content = {"optimizer": {}, "model": content} if wrapped else content
@@ -74,7 +73,8 @@ def test_the_network_is_taken_out_of_another_depth_model(files, whole):
 
 def test_without_a_network_two_lines_say_where_to_put_it(files):
     with pytest.raises(
-        FileNotFoundError, match=r"lean.ckpt` holds no depth network .*\nhint: .*--midas"
+        FileNotFoundError,
+        match=r"lean.ckpt` holds no depth network .*\nhint: put `dpt_hybrid.* beside it",
     ):
         loaded(files)
     with pytest.raises(FileNotFoundError, match="absent"):
@@ -100,21 +100,20 @@ def other(state):
 
 
 WRONG = {
-    drop: "does not fit the depth network: 1 tensors are missing, 0 of another shape",
-    reshape: "0 tensors are missing, 1 of another shape, the first is `scratch.layer1_rn.weight`",
+    drop: "does not fit the depth network: 1 missing",
+    reshape: "1 mismatched\nmismatched: depth_model.model.scratch.layer1_rn.weight",
     large: "is another network of MiDaS, depth models need dpt_hybrid",
     other: "is not a file of MiDaS",
 }
 
 
 @pytest.mark.parametrize("spoil", WRONG)
-def test_files_of_something_else_are_refused_in_one_line(files, whole, spoil):
+def test_files_of_something_else_are_refused(files, whole, spoil):
     content = network(whole)
     spoil(content)
     torch.save(content, files / "x.pt")
-    with pytest.raises(ValueError, match=WRONG[spoil]) as caught:
+    with pytest.raises(ValueError, match=WRONG[spoil]):
         loaded(files, midas=files / "x.pt")
-    assert "\n" not in str(caught.value)
 
 
 def test_models_without_depth_need_none(tiny_yaml, tiny_state, tmp_path):

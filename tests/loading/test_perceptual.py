@@ -41,5 +41,7 @@ def test_two_files_make_one_network(files) -> None:
 
 
 def test_one_of_the_two_is_not_enough(files) -> None:
-    with pytest.raises(ValueError, match=r"vgg.pth`: no LPIPS in there, it needs .* of torchvis"):
+    with pytest.raises(
+        ValueError, match=r"vgg.pth`: LPIPS is missing there, it needs .* of torchvis"
+    ):
         read_lpips(files[0])

@@ -1,30 +1,30 @@
-"""Textual inversion: words of one's own, each some vectors that the text tower takes for tokens.
+"""Textual inversion files: tokens for prompts, each with vectors for the text tower.
 
-    A1111        {"string_to_param": {"*": (n, D)}, …} in a .pt, {"emb_params": (n, D)}: the word is
-                 the name of the file
-    diffusers    {"<word>": (D,) or (n, D)} in a .bin or .safetensors
+    A1111        {"string_to_param": {"*": (n, D)}, …} in a .pt, {"emb_params": (n, D)}: the token
+                 is the name of the file
+    diffusers    {"<token>": (D,) or (n, D)} in a .bin or .safetensors
 
-In a prompt the word stands for all of its vectors. Gal et al. 2022 (arXiv:2208.01618).
+In a prompt the token stands for all of its vectors. Gal et al. 2022 (arXiv:2208.01618).
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from ldm.encoders.text import TextEncoder
-from ldm.loading.addons.lora import WIDTHS
+from ldm.loading.addons.lora import FAMILY_BY_WIDTH
 from ldm.loading.files.checkpoint import file_hash, read_checkpoint, write_checkpoint
 from ldm.model import LatentDiffusion
+from ldm.runtime.errors import FileFormatError, WeightsMismatch, WrongFamily
 
 __all__ = ["embedding_files", "load_embeddings", "read_embeddings", "write_embeddings"]
 
 log = logging.getLogger(__name__)
 
 ENDINGS = (".pt", ".bin", ".safetensors")
-MOST = 76  # words in a file: no prompt could use more
+MAX_TOKENS = 76  # in a file: no prompt could use more
 SDXL = ("clip_g", "clip_l")
 PARAMETERS = "string_to_param."
 
@@ -32,74 +32,92 @@ PARAMETERS = "string_to_param."
 def load_embeddings(
     model: LatentDiffusion, paths: Iterable[str | Path], strict: bool = True
 ) -> None:
-    """Teaches the text tower the words of files; of folders, those that fit it.
+    """Add the tokens of files to the text tower; of folders, those that fit it.
 
-    `provenance` remembers the files.
-    Raises FileNotFoundError, or ValueError if a file is none or is made for another tower.
+    `provenance` records the files.
+
+    Args:
+        strict: raise for a file that does not fit, rather than skip it as those of folders.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        FileFormatError: a file is not a textual inversion.
+        WeightsMismatch: a file is made for another text tower.
+        WrongFamily: the model has no text tower.
     """
-    text = model.conditioner.find(TextEncoder)
+    text, places = model.conditioner.find(TextEncoder), [Path(path) for path in paths]
+    if not places:
+        return
     if text is None:
-        raise ValueError("this model has no text tower that could learn words")
-    noted = []
-    for path in map(Path, paths):
+        raise WrongFamily("this model has no text tower that embeddings could be added to")
+    records = []
+    for path in places:
         for file in embedding_files(path):
             try:
-                words = {word.lower(): vectors for word, vectors in read_embeddings(file).items()}
-                _check(words, text.width, file)
+                tokens = {token.lower(): v for token, v in read_embeddings(file).items()}
+                _check_width(tokens, text.width, file)
             except ValueError as error:
                 if strict and not path.is_dir():
                     raise
                 log.warning("skipped: %s", str(error).splitlines()[0])
                 continue
-            text.added_embeddings.update(words)
-            log.info("`%s` means %s in prompts", file, ", ".join(f"`{word}`" for word in words))
-            digest = file_hash(file)
-            noted.append({"path": str(file.resolve()), "words": list(words), "hash": digest})
-    model.provenance["embeddings"] = [*model.provenance.get("embeddings", []), *noted]
+            text.added_embeddings.update(tokens)
+            log.info("`%s` adds %s", file, ", ".join(f"`{token}`" for token in tokens))
+            record = {"path": str(file.resolve()), "words": list(tokens), "hash": file_hash(file)}
+            records.append(record)
+    model.provenance["embeddings"] = [*model.provenance.get("embeddings", []), *records]
 
 
 def embedding_files(path: str | Path) -> list[Path]:
-    """The files that a path names: itself, or those of the folder that it is."""
-    place = Path(path).expanduser()
-    if not place.is_dir():
-        return [place]
-    return sorted(file for file in place.iterdir() if file.suffix in ENDINGS)
+    """The files that a path names: itself, or those of a folder."""
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.iterdir() if file.suffix in ENDINGS)
 
 
 def read_embeddings(path: str | Path) -> dict[str, Tensor]:
-    """The words in a file and their vectors (n, D).
+    """The tokens in a file and their vectors (n, D).
 
-    Raises FileNotFoundError, or ValueError if it is no textual inversion.
+    Raises:
+        FileNotFoundError: the file is missing.
+        FileFormatError: it is not a textual inversion, or one for SDXL.
     """
     path = Path(path)
     state = read_checkpoint(path).state
     if all(name in SDXL for name in state):
-        raise ValueError(f"`{path}` has vectors for two text towers: it is made for SDXL")
-    named = [value for name, value in state.items() if name.startswith(PARAMETERS)]
+        raise FileFormatError(f"`{path}` has vectors for two text towers: it is made for SDXL")
+    unnamed = [value for name, value in state.items() if name.startswith(PARAMETERS)]
     if "emb_params" in state:
-        named = [state["emb_params"]]
-    words = {path.stem: named[0]} if named else state
-    if len(words) > MOST or any(value.dim() not in (1, 2) for value in words.values()):
-        raise ValueError(f"`{path}` is no textual inversion: it holds {len(state)} other tensors")
-    return {word: value.reshape(-1, value.shape[-1]).clone() for word, value in words.items()}
+        unnamed = [state["emb_params"]]
+    tokens = {path.stem: unnamed[0]} if unnamed else state
+    if len(tokens) > MAX_TOKENS or any(value.dim() not in (1, 2) for value in tokens.values()):
+        message = f"`{path}` is not a textual inversion: it holds {len(state)} other tensors"
+        raise FileFormatError(message)
+    return {token: value.reshape(-1, value.shape[-1]).clone() for token, value in tokens.items()}
 
 
 def write_embeddings(
-    path: str | Path, words: dict[str, Tensor], metadata: dict[str, Any] | None = None
+    path: str | Path,
+    tokens: Mapping[str, Tensor],
+    metadata: Mapping[str, str | int] | None = None,
 ) -> None:
-    """Saves words as diffusers does; A1111 reads that too, and calls the word as the file.
+    """Write tokens as diffusers does; A1111 reads that too, and calls the token as the file.
 
-    words: vectors (n, D) each.
+    Args:
+        tokens: vectors (n, D) each.
     """
-    state = {word: vectors.detach().cpu() for word, vectors in words.items()}
+    state = {token: vectors.detach().cpu() for token, vectors in tokens.items()}
     write_checkpoint(path, state, metadata)
 
 
-def _check(words: dict[str, Tensor], width: int, file: Path) -> None:
-    for word, vectors in words.items():
+def _check_width(tokens: Mapping[str, Tensor], width: int, file: Path) -> None:
+    for token, vectors in tokens.items():
         if vectors.shape[1] != width:
-            theirs, ours = (WIDTHS.get(n, "another model") for n in (vectors.shape[1], width))
-            raise ValueError(
-                f"`{file}`: `{word}` has vectors of {vectors.shape[1]} numbers ({theirs}), the "
+            theirs, ours = (
+                FAMILY_BY_WIDTH.get(n, "another model") for n in (vectors.shape[1], width)
+            )
+            raise WeightsMismatch(
+                f"`{file}`: `{token}` has vectors of width {vectors.shape[1]} ({theirs}), the "
                 f"text tower takes {width} ({ours})"
             )

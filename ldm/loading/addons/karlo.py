@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 
-from ldm.loading.build import fill_weights
+from ldm.loading.build import fill_weights, meta_device
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.nets.karlo import Prior
+from ldm.runtime.errors import FileFormatError
 
 __all__ = ["load_prior"]
 
@@ -20,17 +21,19 @@ def load_prior(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Prior:
-    """The Karlo prior from its file; all sizes but the number of heads are seen from the weights.
+    """The Karlo prior from its file; all sizes but the number of heads follow from the weights.
 
-    Raises FileNotFoundError, or ValueError for the file of something else.
+    Raises:
+        FileNotFoundError: the file is missing.
+        FileFormatError: it is the file of something else.
     """
     file = read_checkpoint(path)
     state = {name.removeprefix("model."): value for name, value in file.state.items()}
     if WIDTH not in state or "positional_embedding" not in state:
-        raise ValueError(f"`{path}` is not the file of a Karlo prior")
+        raise FileFormatError(f"`{path}` is not the file of a Karlo prior")
     width, clip_dim = state[WIDTH].shape
     layers = {name.split(".")[2] for name in state if name.startswith("transformer.resblocks.")}
-    with torch.device("meta"):
+    with meta_device():
         prior = Prior(
             clip_dim=clip_dim,
             text_ctx=state["positional_embedding"].shape[1] - 4,

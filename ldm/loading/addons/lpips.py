@@ -14,6 +14,7 @@ from torch import Tensor
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.legacy import loss_weights
 from ldm.nets.lpips import LPIPS
+from ldm.runtime.errors import FileFormatError
 from ldm.runtime.files import find_file
 
 __all__ = ["LPIPS_FILES", "build_lpips", "read_lpips"]
@@ -30,7 +31,9 @@ SLICES = (4, 9, 16, 23)  # the first layers of the slices behind the first
 def read_lpips(paths: str | Path | Sequence[str | Path]) -> LPIPS:
     """LPIPS with the weights of a file, or of several together.
 
-    Raises FileNotFoundError, or ValueError if they do not hold all of it.
+    Raises:
+        MissingFile: a file is missing.
+        FileFormatError: the files do not hold all of it.
     """
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     state: dict[str, Tensor] = {}
@@ -39,27 +42,27 @@ def read_lpips(paths: str | Path | Sequence[str | Path]) -> LPIPS:
         state |= loss_weights(content) or {PREFIX + name: v for name, v in content.items()}
     if (net := build_lpips(state)) is None:
         names = ", ".join(f"`{path}`" for path in paths)
-        raise ValueError(f"{names}: no LPIPS in there, it needs {LPIPS_FILES}")
+        raise FileFormatError(f"{names}: LPIPS is missing there, it needs {LPIPS_FILES}")
     return net
 
 
 def build_lpips(losses: Mapping[str, Tensor]) -> LPIPS | None:
-    """LPIPS from weights of losses (see `legacy.losses`); None if they are not all there."""
-    found = {_name(n.removeprefix(PREFIX)): v for n, v in losses.items() if n.startswith(PREFIX)}
-    if not found:
+    """LPIPS from weights of losses (see `loss_weights`); None if some are missing."""
+    state = {_rename(n.removeprefix(PREFIX)): v for n, v in losses.items() if n.startswith(PREFIX)}
+    if not state:
         return None
     net = LPIPS()
     wanted = net.state_dict()
     constants = {name: value for name, value in wanted.items() if "scaling_layer" in name}
-    found = constants | {name: value for name, value in found.items() if name in wanted}
-    shapes = {name: value.shape for name, value in found.items()}
+    state = constants | {name: value for name, value in state.items() if name in wanted}
+    shapes = {name: value.shape for name, value in state.items()}
     if shapes != {name: value.shape for name, value in wanted.items()}:
         return None
-    net.load_state_dict(found)
+    net.load_state_dict(state)
     return net
 
 
-def _name(name: str) -> str:
+def _rename(name: str) -> str:
     """`features.5.weight` of torchvision -> `net.slice2.5.weight`."""
     if match := TORCHVISION.fullmatch(name):
         return f"net.slice{1 + bisect.bisect(SLICES, int(match[1]))}.{match[1]}.{match[2]}"

@@ -1,8 +1,8 @@
-"""The depth network of a depth model, from the file that the MiDaS project published it in.
+"""The depth network of a depth model, from the file in which the MiDaS project published it.
 
-The published depth checkpoint holds it (`depth_model.*`). One without it takes it from
-`dpt_hybrid-midas-501f0c75.pt`, which is found where the original kept it, or beside the checkpoint,
-or where the user says.
+The published depth checkpoint holds it (`depth_model.*`). For others it comes from
+`dpt_hybrid-midas-501f0c75.pt`, where the original kept that, or beside the checkpoint, or from the
+file that is passed.
 """
 
 from collections.abc import Mapping
@@ -10,9 +10,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ldm.loading.build import check_weights
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.files.clip_statistics import find_beside
 from ldm.loading.legacy import rename_weights
+from ldm.runtime.errors import FileFormatError, MissingFile
 from ldm.runtime.files import find_file
 
 __all__ = ["FILE", "add_depth_network", "read_midas"]
@@ -27,51 +29,56 @@ def add_depth_network(
     wanted: Mapping[str, Tensor],
     state: dict[str, Tensor],
     ckpt: Path,
-    given: str | Path | None = None,
+    midas: str | Path | None = None,
 ) -> bool:
-    """Completes the weights of a depth model with a depth network, where they have none.
+    """Add the weights of the depth network to those of a depth model that has none.
 
-        wanted, state: what the model has, and what the checkpoint gives it, under our names.
-        given: a file of MiDaS, which comes before what the checkpoint holds.
-    Returns whether anything was taken from another file.
-    Raises FileNotFoundError if none is there, ValueError if the file holds something else.
+    Args:
+        wanted: what the model needs, under our names.
+        state: weights of the checkpoint, under our names; is changed.
+        midas: a file of MiDaS, which comes before the depth network of the checkpoint.
+
+    Returns:
+        Whether weights of another file were added.
+
+    Raises:
+        MissingFile: there is no such file, neither passed nor found.
+        ValueError: the file holds something else.
     """
     names = [name for name in wanted if name.startswith(OURS)]
-    if not names or (given is None and any(name in state for name in names)):
+    if not names or (midas is None and any(name in state for name in names)):
         return False
-    path = find_beside(ckpt, FILE) if given is None else find_file(given)
+    path = find_beside(ckpt, FILE) if midas is None else find_file(midas)
     if path is None:
-        raise FileNotFoundError(
+        raise MissingFile(
             f"`{ckpt}` holds no depth network (`depth_model.*`)\n"
-            f"hint: put `{Path(FILE).name}` beside it, or say where that is (--midas)"
+            f"hint: put `{Path(FILE).name}` beside it, or pass the file",
+            "midas",
         )
-    found = read_midas(path)
-    missing = [name for name in names if name not in found]
-    shapes = [n for n in names if n in found and found[n].shape != wanted[n].shape]
-    if missing or shapes:
-        first = (missing or shapes)[0].removeprefix(f"{OURS}model.")
-        raise ValueError(
-            f"`{path}` does not fit the depth network: {len(missing)} tensors are missing, "
-            f"{len(shapes)} of another shape, the first is `{first}`"
-        )
-    state |= {name: found[name] for name in names}
+    network = read_midas(path)
+    own = {name: value for name, value in network.items() if name in wanted}
+    misfit = f"`{path}` does not fit the depth network"
+    check_weights({name: wanted[name] for name in names}, own, misfit)
+    state |= own
     return True
 
 
 def read_midas(path: str | Path) -> dict[str, Tensor]:
     """The network in a file of MiDaS, or in the checkpoint of a depth model, under our names.
 
-    Raises FileNotFoundError, or ValueError if the file holds something else.
+    Raises:
+        MissingFile: the file is missing.
+        FileFormatError: it holds something else.
     """
     state = read_checkpoint(path).state
     bare = {name.removeprefix("depth_model.").removeprefix("model."): name for name in state}
-    ours = {f"depth_model.model.{n}": state[o] for n, o in bare.items() if n.startswith(PARTS)}
-    found = rename_weights(ours)
-    if not found:
-        raise ValueError(f"`{path}` is not a file of MiDaS")
-    if not any(name.startswith(HYBRID) for name in found):
-        raise ValueError(
+    originals = {f"depth_model.model.{n}": state[o] for n, o in bare.items() if n.startswith(PARTS)}
+    network = rename_weights(originals)
+    if not network:
+        raise FileFormatError(f"`{path}` is not a file of MiDaS")
+    if not any(name.startswith(HYBRID) for name in network):
+        raise FileFormatError(
             f"`{path}` is another network of MiDaS, depth models need dpt_hybrid "
             f"(`{Path(FILE).name}`)"
         )
-    return found
+    return network

@@ -1,8 +1,8 @@
-"""What a model listens to: sizes in our keywords and in transformers' `config.json`, both ways.
+"""Convert encoder configs between our keywords and transformers' `config.json`.
 
-text_encoder, tokenizer          CLIPText, OpenCLIPText
-image_encoder, feature_extractor CLIPImage, OpenCLIPImage
-depth_estimator                  MiDaSDepth
+text_encoder, tokenizer             CLIPText, OpenCLIPText
+image_encoder, feature_extractor    CLIPImage, OpenCLIPImage
+depth_estimator                     MiDaSDepth
 """
 
 from collections.abc import Mapping
@@ -15,10 +15,11 @@ from ldm.encoders.depth import ARCHS as DEPTHS, TARGET
 from ldm.encoders.image import MEAN, STD, VISION, VISION_DEFAULTS
 from ldm.encoders.text import ARCHS, CLIP_LARGE, CLIPText, OpenCLIPText, TextEncoder
 from ldm.encoders.towers import VOCAB, quick_gelu
-from ldm.loading.diffusers.networks import checked
+from ldm.loading.diffusers.networks import validate_config
+from ldm.runtime.errors import ConfigError, unknown_name
 
 __all__ = [
-    "by_openai", "depth_config", "depth_params", "depth_processor", "image_processor",
+    "depth_config", "depth_params", "depth_processor", "image_processor", "is_openai_clip",
     "text_config", "text_params", "tokenizer_files", "vision_config", "vision_params",
 ]  # fmt: skip
 
@@ -26,7 +27,7 @@ Config = Mapping[str, Any]
 
 EPS = 1e-5
 BICUBIC = 3
-DEPTH_FIXED = {
+DEPTH_REQUIRED_VALUES = {
     "head_in_index": -1, "hidden_act": "gelu", "num_channels": 3, "qkv_bias": True,
     "readout_type": "project", "neck_ignore_stages": [0, 1], "is_hybrid": True,
 }  # fmt: skip
@@ -34,9 +35,13 @@ ACTIVATIONS = ("quick_gelu", "gelu")
 
 
 def text_config(encoder: nn.Module, blocks: int | None) -> dict[str, Any]:
-    """blocks: how many of a tower's are used, None = all.
+    """The config of a text encoder.
 
-    Raises ValueError for what transformers' CLIPTextModel cannot be.
+    Args:
+        blocks: how many of the tower's are used, None = all.
+
+    Raises:
+        ConfigError: transformers' CLIPTextModel does not support the encoder.
     """
     tower: Any
     if isinstance(encoder, OpenCLIPText):
@@ -55,7 +60,7 @@ def text_config(encoder: nn.Module, blocks: int | None) -> dict[str, Any]:
         what = type(encoder).__name__
         if isinstance(encoder, CLIPText):
             what += f" with `layer: {encoder.layer}`"
-        raise ValueError(f"transformers' CLIPTextModel cannot be {what}")
+        raise ConfigError(f"transformers' CLIPTextModel does not support {what}")
     return {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
@@ -77,20 +82,20 @@ def text_config(encoder: nn.Module, blocks: int | None) -> dict[str, Any]:
 def text_params(config: Config) -> dict[str, Any]:
     """The keywords of our text encoder: CLIPText for quick GELU, OpenCLIPText otherwise.
 
-    The latter gets a block that is not used behind those in the folder, as published files have,
+    OpenCLIPText gets one unused block behind those in the folder, as published files have it,
     unless all blocks of a published size are there.
     """
-    if by_openai(config, "text_encoder/config.json"):
+    if is_openai_clip(config, "text_encoder/config.json"):
         arch = {k: config[k] for k, v in CLIP_LARGE.items() if config.get(k, v) != v}
         return {"arch": arch} if arch else {}
     width, heads = config["hidden_size"], config["num_attention_heads"]
-    layers, used = config["num_hidden_layers"], "penultimate"
-    if (width, heads, layers) in ARCHS.values():
-        used = "last"
-    else:
+    layers = config["num_hidden_layers"]
+    names = {size: name for name, size in ARCHS.items()}
+    params: dict[str, Any] = {"freeze": True, "layer": "last"}
+    if (width, heads, layers) not in names:
+        params["layer"] = "penultimate"
         layers += 1
-    params: dict[str, Any] = {"freeze": True, "layer": used}
-    name = next((n for n, size in ARCHS.items() if size == (width, heads, layers)), None)
+    name = names.get((width, heads, layers))
     if name is not None:
         return params if name == "ViT-H-14" else params | {"arch": name}
     text_cfg = {
@@ -108,8 +113,8 @@ def tokenizer_files(encoder: TextEncoder) -> dict[str, Any]:
     ids, ranks = tokenizer.vocabulary()
     start, end = tokenizer.CLIP.start, tokenizer.CLIP.end  # transformers' words for both dialects
     specials = {"bos_token": start, "eos_token": end, "unk_token": end}
-    letters = {number: symbol for symbol, number in ids.items()}
-    specials["pad_token"] = letters.get(_dialect(encoder).pad, end)
+    symbols = {number: symbol for symbol, number in ids.items()}
+    specials["pad_token"] = symbols.get(_dialect(encoder).pad, end)
     about = {"tokenizer_class": "CLIPTokenizer", "model_max_length": encoder.length}
     return {
         "vocab.json": ids | {start: tokenizer.START, end: tokenizer.END},
@@ -120,7 +125,7 @@ def tokenizer_files(encoder: TextEncoder) -> dict[str, Any]:
 
 
 def vision_config(visual: Any) -> dict[str, Any]:
-    """visual: a VisionTower."""
+    """The config of a VisionTower."""
     block = visual.transformer["resblocks"][0]
     return {
         "architectures": ["CLIPVisionModelWithProjection"],
@@ -140,7 +145,7 @@ def vision_config(visual: Any) -> dict[str, Any]:
 def vision_params(config: Config) -> dict[str, Any]:
     """The keywords of CLIPImage for quick GELU, of OpenCLIPImage otherwise."""
     width, embed = config["hidden_size"], config["projection_dim"]
-    is_openai = by_openai(config, "image_encoder/config.json")
+    is_openai = is_openai_clip(config, "image_encoder/config.json")
     size = {
         "width": width,
         "layers": config["num_hidden_layers"],
@@ -157,7 +162,7 @@ def vision_params(config: Config) -> dict[str, Any]:
 
 
 def image_processor(size: int) -> dict[str, Any]:
-    """Squeezed to a square, as the original does; nothing is cut off."""
+    """Resizes to a square, as the original does; crops nothing."""
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
@@ -174,14 +179,14 @@ def image_processor(size: int) -> dict[str, Any]:
 
 
 def depth_config(encoder: Any) -> dict[str, Any]:
-    """encoder: a MiDaSDepth."""
+    """The config of a MiDaSDepth."""
     dpt = encoder.model
     vit = dpt.pretrained["model"]
     cnn, block = vit.patch_embed.backbone, vit.blocks[0]
     widths = [stage["num_chs"] for stage in cnn.feature_info][1:]
     side = round((vit.pos_embed.shape[1] - 1) ** 0.5)
     return (
-        DEPTH_FIXED
+        DEPTH_REQUIRED_VALUES
         | {
             "architectures": ["DPTForDepthEstimation"],
             "model_type": "dpt",
@@ -213,7 +218,7 @@ def depth_config(encoder: Any) -> dict[str, Any]:
 
 def depth_params(config: Config) -> dict[str, Any]:
     """The keywords of our MiDaSDepth."""
-    config = checked(config, "depth_estimator/config.json", DEPTH_FIXED)
+    validate_config(config, "depth_estimator/config.json", DEPTH_REQUIRED_VALUES)
     size = {
         "embed_dim": config.get("hidden_size", 768),
         "depth": config.get("num_hidden_layers", 12),
@@ -222,13 +227,13 @@ def depth_params(config: Config) -> dict[str, Any]:
         "hooks": tuple(config.get("backbone_out_indices", (2, 5, 8, 11))[2:]),
         "features": config.get("fusion_hidden_size", 256),
     }
-    known = DEPTHS["dpt_hybrid"]
-    arch = {k: list(v) if k == "hooks" else v for k, v in size.items() if v != known[k]}
+    default = DEPTHS["dpt_hybrid"]
+    arch = {k: list(v) if k == "hooks" else v for k, v in size.items() if v != default[k]}
     return {"model_type": "dpt_hybrid"} | ({"arch": arch} if arch else {})
 
 
 def depth_processor(side: int) -> dict[str, Any]:
-    """diffusers' DPT sees squares of one size only."""
+    """Resizes to the one square that diffusers' DPT takes."""
     return {
         "image_processor_type": "DPTImageProcessor",
         "do_resize": True,
@@ -244,12 +249,16 @@ def depth_processor(side: int) -> dict[str, Any]:
     }
 
 
-def by_openai(config: Config, where: str) -> bool:
-    """Whether a CLIP is OpenAI's, by its activation."""
-    kind = config.get("hidden_act", "quick_gelu")
-    if kind not in ACTIVATIONS:
-        raise ValueError(f"{where}: `hidden_act: {kind}` is none of {', '.join(ACTIVATIONS)}")
-    return bool(kind == "quick_gelu")
+def is_openai_clip(config: Config, where: str) -> bool:
+    """Whether a CLIP is OpenAI's, by its activation.
+
+    Raises:
+        UnknownName: it has another activation.
+    """
+    activation = config.get("hidden_act", "quick_gelu")
+    if activation not in ACTIVATIONS:
+        raise unknown_name("hidden_act", activation, ACTIVATIONS, where)
+    return bool(activation == "quick_gelu")
 
 
 def _activation(block: Any) -> str:

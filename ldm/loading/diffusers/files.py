@@ -1,4 +1,4 @@
-"""A diffusers folder on disk: read as if it were a checkpoint, and written.
+"""Read a diffusers folder as if it were a checkpoint, and take a checkpoint apart for one.
 
 Beside what diffusers knows there is `original.safetensors`: the tensors that it has no place for
 (the last block of OpenCLIP's text tower, projections, tables), under their original names, with the
@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.encoders.image import ImageEmbedding
 from ldm.encoders.towers import VOCAB
-from ldm.loading import legacy
 from ldm.loading.build import add_unused_weights, build_on_meta, check_weights
 from ldm.loading.config import format_yaml, parse_yaml
-from ldm.loading.diffusers.index import INDEX, folder_configs, original_config
+from ldm.loading.diffusers.index import INDEX, NORMALIZER, Files, folder_configs, original_config
 from ldm.loading.diffusers.keys import (
     VAE_OLD,
     Location,
@@ -31,31 +30,33 @@ from ldm.loading.diffusers.keys import (
 )
 from ldm.loading.files.checkpoint import EMBEDDED, Checkpoint, read_checkpoint
 from ldm.loading.files.clip_statistics import load_clip_statistics
-from ldm.loading.legacy import rename_weights, restore_names, schedule_tables, translate_config
+from ldm.loading.legacy import (
+    DERIVED,
+    rename_weights,
+    restore_names,
+    schedule_tables,
+    translate_config,
+)
 from ldm.model import LatentDiffusion
+from ldm.runtime.errors import FileFormatError, MissingFile
 
 __all__ = [
-    "REST",
-    "build_folder",
-    "is_diffusers_folder",
-    "read_folder",
-    "weights_path",
-    "write_texts",
-]
+    "REST", "build_folder", "is_diffusers_folder", "read_folder", "weights_path", "write_texts",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
 REST = "original.safetensors"
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of diffusers, of transformers
-OF_TRANSFORMERS = ("text_encoder", "image_encoder", "depth_estimator")
-NORMALIZER = "image_normalizer"
-ROWS, TABLE = "conditioner.text.token_ids", "conditioner.text.model.token_embedding.weight"
-EMBEDDING = "text_model.embeddings.token_embedding.weight"
+TRANSFORMERS = ("text_encoder", "image_encoder", "depth_estimator")  # components of transformers
+# A compact vocabulary: which of CLIP's tokens the rows of our embedding table are.
+TOKEN_IDS = "conditioner.text.token_ids"
+TOKEN_TABLE = "conditioner.text.model.token_embedding.weight"
+TOKEN_EMBEDDING = "text_model.embeddings.token_embedding.weight"
 UNUSED = ("position_ids", "text_projection.weight", "logit_scale")  # in files of older versions
 MAX_JSON = 1 << 24  # bytes
 
 Components = dict[str, dict[str, Tensor]]
-Files = dict[str, Any]
 
 
 def is_diffusers_folder(path: str | Path) -> bool:
@@ -64,51 +65,53 @@ def is_diffusers_folder(path: str | Path) -> bool:
     if (path / INDEX).is_file():
         return True
     config = path / "config.json"
-    return config.is_file() and _json(config).get("_class_name") == "AutoencoderKL"
+    return config.is_file() and _read_json(config).get("_class_name") == "AutoencoderKL"
 
 
 def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
     """The weights of a folder under the original's names, and their config in the metadata.
 
+    Args:
         variant: which of several files (`fp16`); None is the plain one, or the only one there is.
-    Raises ValueError for a folder that is incomplete, or no family that is known here.
+
+    Raises:
+        ValueError: the folder is incomplete, or of a family that is not supported.
     """
     path = Path(path).expanduser()
-    found = [*sorted(path.glob("*/*.json")), path / INDEX, path / "config.json"]
-    files = {str(file.relative_to(path)): _json(file) for file in found if file.is_file()}
-    rest = read_checkpoint(path / REST) if (path / REST).is_file() else None
-    if rest is not None and not _agree(rest, files):
-        log.warning("`%s` is of another model than the folder, and is left out", path / REST)
-        rest = None
-    raw = (
-        original_config(files) if rest is None else parse_yaml(rest.metadata[EMBEDDED], where=REST)
-    )
-    derived = _derived(rest.state) if rest else {}
-    model, _ = _model(raw, path.name, derived)
-    wanted, homes = model.state_dict(), locate_weights(model)
-    state = rename_weights(rest.state) if rest else {}
-    for component, mine in _by_component(homes).items():
-        home = path / component if INDEX in files else path
-        theirs = _words(component, _weights(home, variant))
-        if component == "text_encoder" and ROWS in state:
-            theirs[EMBEDDING] = _reduced(theirs[EMBEDDING], state[ROWS], state[TABLE])
-        foreign = theirs.keys() - {name for place in mine.values() for name in place.names}
-        if foreign:
-            raise ValueError(f"`{home}`: {len(foreign)} unexpected tensors: `{min(foreign)}` …")
-        state |= gather_weights(mine, theirs, wanted)
-    kind = next((state[name].dtype for name in homes if name in state), None)
-    for name in wanted.keys() - homes.keys() - state.keys():
+    candidates = [*sorted(path.glob("*/*.json")), path / INDEX, path / "config.json"]
+    files = {str(f.relative_to(path)): _read_json(f) for f in candidates if f.is_file()}
+    rest = _read_rest(path, files)
+    if rest is None:
+        raw, derived, state = original_config(files), dict[str, Tensor](), dict[str, Tensor]()
+    else:
+        raw = parse_yaml(rest.metadata[EMBEDDED], where=REST)
+        derived, state = _derived_tensors(rest.state), rename_weights(rest.state)
+    model, _ = _build_model(raw, path.name, derived)
+    wanted, locations = model.state_dict(), locate_weights(model)
+    for component, inside in _by_component(locations).items():
+        folder = path / component if INDEX in files else path
+        theirs = _modern_names(component, _read_component(folder, variant))
+        if component == "text_encoder" and TOKEN_IDS in state:
+            theirs[TOKEN_EMBEDDING] = _compact_rows(
+                theirs[TOKEN_EMBEDDING], state[TOKEN_IDS], state[TOKEN_TABLE]
+            )
+        expected = {name for location in inside.values() for name in location.names}
+        if unexpected := theirs.keys() - expected:
+            message = f"{len(unexpected)} unexpected tensors: `{min(unexpected)}` …"
+            raise FileFormatError(f"`{folder}`: {message}")
+        state |= gather_weights(inside, theirs, wanted)
+    dtype = next((state[name].dtype for name in locations if name in state), None)
+    for name in wanted.keys() - locations.keys() - state.keys():
         value = wanted[name]
-        state[name] = torch.zeros(value.shape, dtype=kind) if value.is_meta else value
+        state[name] = torch.zeros(value.shape, dtype=dtype) if value.is_meta else value
     check_weights(wanted, state, f"`{path}` does not fit its own configs")
     tables = model.schedule.buffers() if isinstance(model, LatentDiffusion) else {}
-    if f"{NORMALIZER}/config.json" in files:
-        tables |= _statistics(_weights(path / NORMALIZER, variant))
-    tables |= derived
+    if NORMALIZER in files:
+        tables |= _statistics(_read_component((path / NORMALIZER).parent, variant))
     return Checkpoint(
         path=path,
         kind="diffusers",
-        state=restore_names({name: state[name] for name in wanted}, tables),
+        state=restore_names({name: state[name] for name in wanted}, tables | derived),
         step=rest.step if rest else None,
         mapped=True,
         metadata=(rest.metadata if rest else {}) | {EMBEDDED: format_yaml(raw)},
@@ -118,114 +121,137 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
 def build_folder(
     file: Checkpoint, raw: Mapping[str, Any], clip_stats: str | Path | None = None
 ) -> tuple[Files, Components]:
-    """What the folder of a checkpoint consists of: JSONs and texts by path, tensors by component.
+    """The content of the folder of a checkpoint: JSONs and texts by path, tensors by component.
 
+    Tensors that diffusers has no place for are in component "", under the original's names.
+
+    Args:
         raw: the config of the file.
-    Tensors without a place are in component "", under the original's names.
-    Raises ValueError for weights that do not fit the config, and for what diffusers cannot express.
+        clip_stats: as for `load`.
+
+    Raises:
+        WeightsMismatch: the weights do not fit the config.
+        ValueError: diffusers cannot express the model.
     """
-    derived = _derived(file.state)
-    model, spec = _model(raw, "config", derived)
-    wanted, homes = model.state_dict(), locate_weights(model)
+    derived = _derived_tensors(file.state)
+    model, spec = _build_model(raw, "config", derived)
+    wanted, locations = model.state_dict(), locate_weights(model)
     state = rename_weights(file.state)
     if not isinstance(model, LatentDiffusion):  # a part, perhaps out of a whole
-        own = {name.removeprefix("autoencoder."): name for name in state}
-        state = {name: state[own[name]] for name in wanted if name in own}
+        bare = {name.removeprefix("autoencoder."): value for name, value in state.items()}
+        state = {name: bare[name] for name in wanted if name in bare}
     add_unused_weights(model, state, str(file.path))
     check_weights(wanted, state, f"`{file.path}` does not fit its config")
     files = folder_configs(model, spec)
-    found = {part: scatter_weights(mine, state) for part, mine in _by_component(homes).items()}
-    if ROWS in state:
-        theirs = found["text_encoder"]
-        theirs[EMBEDDING] = _whole(theirs[EMBEDDING], state[ROWS])
-    if f"{NORMALIZER}/config.json" in files:
-        assert isinstance(model, LatentDiffusion)
-        load_clip_statistics(model.conditioner, file.path, clip_stats, schedule_tables(file.state))
+    components = {
+        component: scatter_weights(inside, state)
+        for component, inside in _by_component(locations).items()
+    }
+    rest = {name: value for name, value in state.items() if name not in locations}
+    if TOKEN_IDS in state:
+        text = components["text_encoder"]
+        text[TOKEN_EMBEDDING] = _all_rows(text[TOKEN_EMBEDDING], state[TOKEN_IDS])
+        rest[TOKEN_TABLE] = state[TOKEN_TABLE]
+    if not isinstance(model, LatentDiffusion):
+        return files, {**components, "": restore_names(rest)}
+    if NORMALIZER in files:
+        tables = schedule_tables(file.state)
+        load_clip_statistics(model.conditioner, file.path, clip_stats, tables)
         mean, std = model.conditioner.get(ImageEmbedding).noise.get_statistics()
-        found[NORMALIZER] = {"mean": mean, "std": std}
-    rest = {name: value for name, value in state.items() if name not in homes}
-    if ROWS in rest:
-        rest[TABLE] = state[TABLE]
-    return files, {**found, "": restore_names(rest, derived if found.keys() > {"vae"} else {})}
+        components[NORMALIZER.split("/")[0]] = {"mean": mean, "std": std}
+    return files, {**components, "": restore_names(rest, derived)}
 
 
 def weights_path(component: str, files: Files, variant: str | None = None) -> str:
-    """Where the weights of a component are, in a folder of these files."""
+    """Path of a component's weights, in a folder of these files."""
     if not component:
         return REST
-    stem = STEMS[1] if component in OF_TRANSFORMERS else STEMS[0]
+    stem = STEMS[1] if component in TRANSFORMERS else STEMS[0]
     name = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
     return f"{component}/{name}" if INDEX in files else name
 
 
 def write_texts(folder: Path, files: Files) -> None:
-    """Writes the JSONs and texts of a folder."""
+    """Write the JSONs and texts of a folder."""
     for path, content in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
         (folder / path).write_text(text, "utf-8")
 
 
-def _model(
+def _build_model(
     raw: Mapping[str, Any], where: str, derived: Mapping[str, Tensor]
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple[nn.Module, dict[str, Any]]:
+    """(model on the meta device, translated config)."""
     spec = translate_config(raw, where=where, skipped=[])
-    model: Any = build_on_meta(spec, where=where)
-    if "scale_factor" in derived:  # which training measured
+    model = build_on_meta(spec, where=where)
+    if "scale_factor" in derived and isinstance(model, LatentDiffusion):  # measured in training
         model.scale_factor = float(derived["scale_factor"])
     return model, spec
 
 
-def _derived(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tables and notes beside the weights, which are small; not the judges of autoencoders."""
+def _derived_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tables and markers beside the weights, which are small; not the losses of autoencoders."""
     return {
         name: value
         for name, value in state.items()
-        if legacy.DERIVED.fullmatch(name) and not re.search(r"(^|\.)loss\.|position_ids$", name)
+        if DERIVED.fullmatch(name) and not re.search(r"(^|\.)loss\.|position_ids$", name)
     }
 
 
-def _agree(rest: Checkpoint, files: Files) -> bool:
-    """Whether the config beside the rest says what the folder's JSONs say."""
+def _read_rest(path: Path, files: Files) -> Checkpoint | None:
+    """The tensors beside the components, if there are any, and they belong to this folder."""
+    if not (path / REST).is_file():
+        return None
+    rest = read_checkpoint(path / REST)
+    if not _has_same_config(rest, files):
+        log.warning("`%s` is of another model than the folder, and is left out", path / REST)
+        return None
+    return rest
+
+
+def _has_same_config(rest: Checkpoint, files: Files) -> bool:
+    """Whether the YAML beside the rest says what the folder's JSONs say."""
     if EMBEDDED not in rest.metadata:
         return False
     raw = parse_yaml(rest.metadata[EMBEDDED], where=REST)
-    ours = folder_configs(*_model(raw, REST, _derived(rest.state)))
-    for path, content in ours.items():
+    expected = folder_configs(*_build_model(raw, REST, _derived_tensors(rest.state)))
+    for path, content in expected.items():
         if not path.endswith("config.json") or path.startswith("tokenizer"):
             continue
         theirs = files.get(path)
         if theirs is None:
             return False
-        plain = json.loads(json.dumps(content))
-        if any(theirs.get(k, v) != v for k, v in plain.items() if not k.startswith("_")):
+        ours = json.loads(json.dumps(content))
+        if any(theirs.get(k, v) != v for k, v in ours.items() if not k.startswith("_")):
             return False
     return True
 
 
-def _by_component(homes: Mapping[str, Location]) -> dict[str, dict[str, Location]]:
-    found: dict[str, dict[str, Location]] = {}
-    for name, place in homes.items():
-        found.setdefault(place.component, {})[name] = place
-    return found
+def _by_component(locations: Mapping[str, Location]) -> dict[str, dict[str, Location]]:
+    components: dict[str, dict[str, Location]] = {}
+    for name, location in locations.items():
+        components.setdefault(location.component, {})[name] = location
+    return components
 
 
-def _weights(folder: Path, variant: str | None) -> dict[str, Tensor]:
+def _read_component(folder: Path, variant: str | None) -> dict[str, Tensor]:
     """The tensors of a component, in one file or several.
 
-    Raises FileNotFoundError if there is none, or only those of several variants.
+    Raises:
+        MissingFile: there is none, or only those of several variants.
     """
     for file in _candidates(folder, variant):
         if file.suffix != ".json" and file.is_file():
             return read_checkpoint(file).state
         if file.is_file():
-            names = sorted({Path(name).name for name in _json(file)["weight_map"].values()})
+            names = sorted({Path(name).name for name in _read_json(file)["weight_map"].values()})
             return {k: v for name in names for k, v in read_checkpoint(folder / name).state.items()}
     others = {file.name.split(".")[1] for file in folder.glob("*.*.safetensors")}
     if variant is None and len(others) == 1:
-        return _weights(folder, others.pop())
+        return _read_component(folder, others.pop())
     what = f"of variant `{variant}`" if variant else f"(variants: {', '.join(others) or 'none'})"
-    raise FileNotFoundError(f"no weights {what} in `{folder}`")
+    raise MissingFile(f"no weights {what} in `{folder}`")
 
 
 def _candidates(folder: Path, variant: str | None) -> Iterator[Path]:
@@ -236,9 +262,9 @@ def _candidates(folder: Path, variant: str | None) -> Iterator[Path]:
             yield folder / f"{stem}{ending}.index{dot}.json"
 
 
-def _words(component: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The words of today and of published files, for those of other versions."""
-    found = {}
+def _modern_names(component: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The names of today and of published files, for those of other versions."""
+    renamed = {}
     for name, value in state.items():
         if component == "text_encoder" and "." in name and not name.startswith("text_"):
             name = f"text_model.{name}"
@@ -246,8 +272,8 @@ def _words(component: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
             for new, old in VAE_OLD.items():
                 name = name.replace(f".{old}.", f".{new}.")
         if not name.endswith(UNUSED):
-            found[name] = value
-    return found
+            renamed[name] = value
+    return renamed
 
 
 def _statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -257,28 +283,28 @@ def _statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"noise_augmentor.data_{key}": state[key].flatten() for key in ("mean", "std")}
 
 
-def _whole(table: Tensor, ids: Tensor) -> Tensor:
-    """A reduced embedding as one of all of CLIP's tokens; those it does not know share row 0."""
+def _all_rows(table: Tensor, ids: Tensor) -> Tensor:
+    """A compact embedding as one of all of CLIP's tokens; those it does not have share row 0."""
     rows = torch.zeros(VOCAB, dtype=torch.int64)
-    known = ids < VOCAB  # the others keep rows free
-    rows[ids[known]] = torch.arange(1, len(table))[known]
+    is_token = ids < VOCAB  # the others keep rows free
+    rows[ids[is_token]] = torch.arange(1, len(table))[is_token]
     return table[rows]
 
 
-def _reduced(whole: Tensor, ids: Tensor, table: Tensor) -> Tensor:
-    """The inverse of `_whole`; rows that it left out are those of `table`."""
-    known, free = ids < VOCAB, torch.ones(VOCAB, dtype=torch.bool)
-    free[ids[known]] = False
-    reduced = table.clone()
-    reduced[0] = whole[free.nonzero()[0, 0]]
-    reduced[1:][known] = whole[ids[known]]
-    return reduced
+def _compact_rows(embedding: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+    """The inverse of `_all_rows`; rows that it left out are those of `table`."""
+    is_token, is_free = ids < VOCAB, torch.ones(VOCAB, dtype=torch.bool)
+    is_free[ids[is_token]] = False
+    compact = table.clone()
+    compact[0] = embedding[is_free.nonzero()[0, 0]]
+    compact[1:][is_token] = embedding[ids[is_token]]
+    return compact
 
 
-def _json(path: Path) -> Any:
+def _read_json(path: Path) -> Any:
     if path.stat().st_size > MAX_JSON:
-        raise ValueError(f"`{path}`: {path.stat().st_size} bytes are too much for a config")
+        raise FileFormatError(f"`{path}`: {path.stat().st_size} bytes are too much for a config")
     try:
         return json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise ValueError(f"`{path}` is damaged: {error}") from error
+        raise FileFormatError(f"`{path}` is damaged: {error}") from error

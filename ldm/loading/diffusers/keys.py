@@ -1,12 +1,12 @@
-"""Where each tensor of ours lives in the components of a diffusers folder, and in which form.
+"""Key mapping: where each tensor of ours is in the components of a diffusers folder.
 
     unet.input_blocks.1.0.in_layers.2.weight         unet: down_blocks.0.resnets.0.conv1.weight
     autoencoder.encoder.mid.attn_1.q.weight          vae: ….to_q.weight, a matrix
     conditioner.text.model.….attn.in_proj_weight     text_encoder: three thirds
     conditioner.text.model.logit_scale               nowhere
 
-One table, read in both directions: which names there are is known from a model of ours on the meta
-device, so the way back needs no inverse rules.
+One mapping, used in both directions: the names come from a model of ours on the meta device, so the
+way back needs no inverse rules.
 """
 
 import re
@@ -24,22 +24,14 @@ from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
 
 __all__ = [
-    "Location",
-    "depth_keys",
-    "gather_weights",
-    "locate_weights",
-    "scatter_weights",
-    "text_keys",
-    "unet_keys",
-    "vae_keys",
-    "vision_keys",
-]
+    "Location", "depth_keys", "gather_weights", "locate_weights", "scatter_weights", "text_keys",
+    "unet_keys", "vae_keys", "vision_keys",
+]  # fmt: skip
 
 Names = Iterable[str]
-REST = "rest"  # the component of what diffusers has no place for
-THIRDS = ("q", "k", "v")
+QKV = ("q", "k", "v")
 TEXT = "conditioner.text."
-EYE = "conditioner.image.clip."
+IMAGE = "conditioner.image.clip."
 DEPTH = "conditioner.depth."
 
 VAE = (
@@ -100,68 +92,87 @@ MIDAS = (
 
 @dataclass(frozen=True)
 class Location:
-    """Where a tensor of ours lives: in a component, under one name, or in thirds under three.
+    """Where a tensor of ours is: in a component, under one name, or in thirds under three.
 
-    form: "flat" is a 1x1 convolution of ours and a matrix of theirs, "turned" the transpose.
+    Args:
+        names: of their tensors.
+        form: "flat": a 1x1 convolution of ours is a matrix of theirs; "transposed".
     """
 
     names: tuple[str, ...]
-    form: Literal["same", "flat", "turned"] = "same"
+    form: Literal["same", "flat", "transposed"] = "same"
     component: str = ""
 
-    def put(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def split(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Our tensor as theirs: views, nothing is copied."""
         if self.form == "flat":
             value = value.flatten(1)
-        elif self.form == "turned":
+        elif self.form == "transposed":
             value = value.T
         return zip(self.names, value.chunk(len(self.names)), strict=True)
 
-    def take(self, theirs: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    def join(self, theirs: Mapping[str, Tensor], like: Tensor) -> Tensor:
         """Their tensors as ours, copied only where several become one."""
         parts = [theirs[name] for name in self.names]
         value = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if self.form == "turned":
+        if self.form == "transposed":
             value = value.T
-        fits = self.form == "flat" and value.numel() == like.numel()
-        return value.reshape(like.shape) if fits else value
+        if self.form == "flat" and value.numel() == like.numel():
+            return value.reshape(like.shape)
+        return value
 
 
 def scatter_weights(
-    places: Mapping[str, Location], state: Mapping[str, Tensor]
+    locations: Mapping[str, Location], state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Our tensors that have a place, under their names; views."""
-    return {n: v for k, value in state.items() if k in places for n, v in places[k].put(value)}
+    """Our tensors that have a location, under their names; views."""
+    return {
+        their_name: part
+        for name, value in state.items()
+        if name in locations
+        for their_name, part in locations[name].split(value)
+    }
 
 
 def gather_weights(
-    places: Mapping[str, Location], theirs: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+    locations: Mapping[str, Location], theirs: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Theirs as ours; what is missing there is left out. wanted: our names, and shapes."""
+    """Their tensors as ours; those that are missing there are left out.
+
+    Args:
+        wanted: tensors of the model, for their shapes.
+    """
     return {
-        name: place.take(theirs, wanted[name])
-        for name, place in places.items()
-        if all(part in theirs for part in place.names)
+        name: location.join(theirs, wanted[name])
+        for name, location in locations.items()
+        if all(part in theirs for part in location.names)
     }
 
 
 def locate_weights(model: nn.Module) -> dict[str, Location]:
-    """Of every tensor of a model (or of an autoencoder alone) that has a place, by our name."""
+    """The location of every tensor of a model (or of an autoencoder alone), by our name.
+
+    Tensors that diffusers has no place for are left out.
+    """
     names = list(model.state_dict())
     if isinstance(model, AutoencoderKL):
-        return _within("", "vae", vae_keys, names)
+        return _in_component("", "vae", vae_keys, names)
     assert isinstance(model, LatentDiffusion)
-    found = _within("unet.", "unet", unet_keys, names) | _within(
-        "autoencoder.", "vae", vae_keys, names
-    )
-    text_encoder = model.conditioner.text
-    if isinstance(text_encoder, CLIPImage):
-        found |= _within(TEXT, "image_encoder", vision_keys, names)
+    text = model.conditioner.text
+    if isinstance(text, CLIPImage):
+        locations = _in_component(TEXT, "image_encoder", vision_keys, names)
     else:
-        kept = used_text_blocks(text_encoder)
-        found |= _within(TEXT, "text_encoder", lambda names: text_keys(names, kept), names)
-    found |= _within(EYE, "image_encoder", vision_keys, names)
-    return found | _within(DEPTH, "depth_estimator", depth_keys, names)
+        blocks = used_text_blocks(text)
+        locations = _in_component(
+            TEXT, "text_encoder", lambda names: text_keys(names, blocks), names
+        )
+    return (
+        _in_component("unet.", "unet", unet_keys, names)
+        | _in_component("autoencoder.", "vae", vae_keys, names)
+        | locations
+        | _in_component(IMAGE, "image_encoder", vision_keys, names)
+        | _in_component(DEPTH, "depth_estimator", depth_keys, names)
+    )
 
 
 def used_text_blocks(encoder: nn.Module | None) -> int | None:
@@ -172,72 +183,86 @@ def used_text_blocks(encoder: nn.Module | None) -> int | None:
 
 
 def unet_keys(names: Names) -> dict[str, Location]:
+    """Of the UNet's tensors."""
     return {ours: Location((theirs,)) for ours, theirs in unet_layers(names).items()}
 
 
 def vae_keys(names: Names) -> dict[str, Location]:
+    """Of the autoencoder's tensors."""
     names = list(names)
     levels = len({match[0] for name in names if (match := re.match(r"decoder\.up\.\d+", name))})
-    found = {}
+    locations = {}
     for name in names:
         # Ours count the decoder's levels from the full size, theirs from the latent's.
         theirs = re.sub(r"\bup\.(\d+)", lambda m: f"up_blocks.{levels - 1 - int(m[1])}", name)
-        for pattern, word in VAE:
-            theirs = re.sub(pattern, word, theirs)
+        theirs = _replace_all(VAE, theirs)
         is_matrix = re.search(r"\.to_\w+(\.0)?\.weight$", theirs)
-        found[name] = Location((theirs,), "flat" if is_matrix else "same")
-    return found
+        locations[name] = Location((theirs,), "flat" if is_matrix else "same")
+    return locations
 
 
 def text_keys(names: Names, blocks: int | None = None) -> dict[str, Location]:
-    """blocks: theirs have so many, ours may have more."""
-    found = {}
+    """Of a text tower's tensors.
+
+    Args:
+        blocks: that theirs has; ours may have more.
+    """
+    locations = {}
     for ours, theirs in text_layers(names).items():
         block = re.search(r"\.layers\.(\d+)\.", theirs)
         is_used = block is None or blocks is None or int(block[1]) < blocks
         if theirs.startswith("text_model.") and is_used:
-            found[ours] = Location(_thirds(theirs))
-    return found
+            locations[ours] = Location(_split_qkv(theirs))
+    return locations
 
 
 def vision_keys(names: Names) -> dict[str, Location]:
-    found, ours = {}, "model.visual."
+    """Of a vision tower's tensors."""
+    locations = {}
     for name in names:
-        tail = name.removeprefix(ours)
+        tail = name.removeprefix("model.visual.")
         if tail == name:
             continue
         if tail == "proj":
-            found[name] = Location(("visual_projection.weight",), "turned")
+            locations[name] = Location(("visual_projection.weight",), "transposed")
             continue
-        for pattern, word in VISION:
-            tail = re.sub(rf"^{pattern}", word, tail)
+        for pattern, replacement in VISION:
+            tail = re.sub(rf"^{pattern}", replacement, tail)
         if tail.startswith("transformer."):  # the blocks are those of a text tower
             tail = text_layers([tail])[tail].removeprefix("text_model.")
-        found[name] = Location(_thirds(f"vision_model.{tail}"))
-    return found
+        locations[name] = Location(_split_qkv(f"vision_model.{tail}"))
+    return locations
 
 
 def depth_keys(names: Names) -> dict[str, Location]:
-    found = {}
+    """Of the depth network's tensors."""
+    locations = {}
     for name in names:
-        theirs = name.removeprefix("model.")
-        for pattern, word in MIDAS:
-            theirs = re.sub(pattern, word, theirs)
+        theirs = _replace_all(MIDAS, name.removeprefix("model."))
         if not theirs.startswith("pretrained."):  # the head of a classifier is left over there
             thirds = ("query", "key", "value") if ".qkv." in theirs else ("qkv",)
-            found[name] = Location(tuple(theirs.replace("qkv", third) for third in thirds))
-    return found
+            locations[name] = Location(tuple(theirs.replace("qkv", third) for third in thirds))
+    return locations
 
 
-def _thirds(name: str) -> tuple[str, ...]:
+def _replace_all(rules: Iterable[tuple[str, str]], name: str) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _split_qkv(name: str) -> tuple[str, ...]:
     """Queries, keys and values have layers of their own in transformers."""
     match = re.fullmatch(r"(.*)\.in_proj_(weight|bias)", name)
-    return tuple(f"{match[1]}.{third}_proj.{match[2]}" for third in THIRDS) if match else (name,)
+    return tuple(f"{match[1]}.{part}_proj.{match[2]}" for part in QKV) if match else (name,)
 
 
-def _within(
-    prefix: str, component: str, table: Callable[[list[str]], dict[str, Location]], names: list[str]
+def _in_component(
+    prefix: str,
+    component: str,
+    locate: Callable[[list[str]], dict[str, Location]],
+    names: list[str],
 ) -> dict[str, Location]:
     inner = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-    found = table(inner) if inner else {}
-    return {prefix + name: replace(place, component=component) for name, place in found.items()}
+    locations = locate(inner) if inner else {}
+    return {prefix + name: replace(loc, component=component) for name, loc in locations.items()}

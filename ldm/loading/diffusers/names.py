@@ -1,9 +1,9 @@
-"""The names that diffusers and transformers give to the layers of UNet and text tower.
+"""Names of the layers of UNet and text tower in diffusers and transformers.
 
     input_blocks.1.1.transformer_blocks.0.attn1.to_q  ->  down_blocks.0.attentions.0.transformer_…
     transformer.resblocks.0.mlp.c_fc                  ->  text_model.encoder.layers.0.mlp.fc1
 
-Files that hold parts of a model, such as LoRA, speak of layers in these words.
+LoRA files call layers so, too.
 """
 
 import re
@@ -51,15 +51,15 @@ TEXT = (
 def unet_layers(names: Iterable[str]) -> dict[str, str]:
     """Our name -> theirs, of the layers (or weights) of a whole UNet with transformers."""
     names = list(names)
-    places = {**ENDS, **_blocks(names)}
-    found = {}
+    prefixes = {**ENDS, **_blocks(names)}
+    renamed = {}
     for name in names:
-        place = max((p for p in places if f"{name}.".startswith(f"{p}.")), key=len)
-        rest = name.removeprefix(place)
+        prefix = max((p for p in prefixes if f"{name}.".startswith(f"{p}.")), key=len)
+        rest = name.removeprefix(prefix)
         for ours, theirs in RESIDUAL.items():
             rest = re.sub(rf"^\.{re.escape(ours)}\b", f".{theirs}", rest)
-        found[name] = places[place] + rest
-    return found
+        renamed[name] = prefixes[prefix] + rest
+    return renamed
 
 
 def text_layers(names: Iterable[str]) -> dict[str, str]:
@@ -67,7 +67,7 @@ def text_layers(names: Iterable[str]) -> dict[str, str]:
 
     OpenCLIP's fused `attn.in_proj` has no single counterpart: there it is q_proj, k_proj, v_proj.
     """
-    found = {}
+    renamed = {}
     for name in names:
         theirs = name.removeprefix("model.")
         if theirs.startswith("transformer.text_model."):
@@ -75,22 +75,23 @@ def text_layers(names: Iterable[str]) -> dict[str, str]:
         else:
             for pattern, word in TEXT:
                 theirs = re.sub(pattern, word, theirs)
-        found[name] = theirs
-    return found
+        renamed[name] = theirs
+    return renamed
 
 
 def _blocks(names: Iterable[str]) -> dict[str, str]:
-    """Places such as `input_blocks.4.1`; levels end where the size is halved or doubled."""
+    """Prefixes such as `input_blocks.4.1`; levels end where the size is halved or doubled."""
     matches = {match.groups() for match in map(BLOCK.fullmatch, names) if match}
-    places = {}
-    for way, side in (("in", "down"), ("out", "up")):
+    prefixes = {}
+    for direction, side in (("in", "down"), ("out", "up")):
         level, count = 0, 0
-        for n, k, kind in sorted((int(n), int(k), kind) for w, n, k, kind in matches if w == way):
-            place = f"{way}put_blocks.{n}.{k}"
+        blocks = [(int(n), int(k), kind) for d, n, k, kind in matches if d == direction]
+        for n, k, kind in sorted(blocks):
+            prefix = f"{direction}put_blocks.{n}.{k}"
             if kind in KINDS:
                 count += kind == "in_layers"
-                places[place] = f"{side}_blocks.{level}.{KINDS[kind]}.{count - 1}"
+                prefixes[prefix] = f"{side}_blocks.{level}.{KINDS[kind]}.{count - 1}"
             else:
-                places[place] = f"{side}_blocks.{level}.{side}samplers.0"
+                prefixes[prefix] = f"{side}_blocks.{level}.{side}samplers.0"
                 level, count = level + 1, 0
-    return places
+    return prefixes

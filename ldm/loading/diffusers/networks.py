@@ -1,30 +1,31 @@
-"""UNet and autoencoder: their sizes in our keywords and in diffusers' `config.json`, both ways.
+"""Convert UNet and autoencoder configs between our keywords and diffusers' `config.json`.
 
     unet_config(UNet) -> unet/config.json        unet_params(unet/config.json) -> UNet's keywords
     vae_config(ddconfig …) -> vae/config.json    vae_params(vae/config.json) -> AutoencoderKL's
 
-What one side can say and the other cannot is an error that names it.
+An option that only one side supports raises an error with its name.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ldm.nets.autoencoder import Layout
 from ldm.nets.unet import UNet
+from ldm.runtime.errors import ConfigError
 
-__all__ = ["checked", "unet_config", "unet_params", "vae_config", "vae_params"]
+__all__ = ["unet_config", "unet_params", "vae_config", "vae_params", "validate_config"]
 
 Config = Mapping[str, Any]
 
-# What diffusers can vary and our networks cannot; anything not named here must be null or false.
-UNET_FIXED = {
+# diffusers options with one supported value. Keys in neither table must be null or false.
+UNET_REQUIRED_VALUES = {
     "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_type": "UNetMidBlock2DCrossAttn",
     "downsample_padding": 1, "mid_block_scale_factor": 1, "act_fn": "silu", "norm_num_groups": 32,
     "norm_eps": 1e-5, "resnet_out_scale_factor": 1.0, "time_embedding_type": "positional",
     "conv_in_kernel": 3, "conv_out_kernel": 3, "attention_type": "default",
     "addition_embed_type_num_heads": 64,
 }  # fmt: skip
-UNET_READ = frozenset({
+UNET_KEYS = frozenset({
     "sample_size", "in_channels", "out_channels", "down_block_types", "up_block_types",
     "only_cross_attention", "mid_block_only_cross_attention", "block_out_channels",
     "layers_per_block", "dropout", "cross_attention_dim", "transformer_layers_per_block",
@@ -32,29 +33,37 @@ UNET_READ = frozenset({
     "num_class_embeds", "projection_class_embeddings_input_dim", "resnet_time_scale_shift",
     "upcast_attention",
 })  # fmt: skip
-VAE_FIXED = {
+VAE_REQUIRED_VALUES = {
     "act_fn": "silu", "norm_num_groups": 32, "use_quant_conv": True, "use_post_quant_conv": True,
 }  # fmt: skip
-VAE_READ = frozenset({
+VAE_KEYS = frozenset({
     "in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels",
     "layers_per_block", "latent_channels", "sample_size", "scaling_factor", "force_upcast",
     "mid_block_add_attention",
 })  # fmt: skip
-SHIFTS = {False: "default", True: "scale_shift"}
-RESOLUTION = 256  # what original configs say of autoencoders; it counts for attention alone
+CROSS_ATTENTION_BLOCKS = frozenset({"CrossAttnDownBlock2D", "CrossAttnUpBlock2D"})
+UNET_BLOCKS = CROSS_ATTENTION_BLOCKS | {"DownBlock2D", "UpBlock2D"}
+VAE_BLOCKS = frozenset({"DownEncoderBlock2D", "AttnDownEncoderBlock2D"})
+RESNET_TIME_SCALE_SHIFT = {False: "default", True: "scale_shift"}
+RESOLUTION = 256  # in original autoencoder configs; only decides which levels have attention
 
 
 def unet_config(unet: UNet, sample_size: int) -> dict[str, Any]:
-    """sample_size: side of the latent that the model was trained at.
+    """The config of a UNet.
 
-    Raises ValueError for what diffusers' UNet cannot be.
+    Args:
+        sample_size: side of the latent that the model was trained at.
+
+    Raises:
+        ConfigError: the UNet has options that diffusers' has not.
     """
-    _can_be_theirs(unet)
-    levels = len(unet.channel_mult)
+    _check_exportable(unet)
     widths = [unet.model_channels * mult for mult in unet.channel_mult]
-    attends = [2**level in unet.attention_resolutions for level in range(levels)]
-    each = unet.num_head_channels
-    heads = [unet.num_heads if each == -1 else max(1, width // each) for width in widths]
+    has_attention = [2**level in unet.attention_resolutions for level in range(len(widths))]
+    head_dim = unet.num_head_channels
+    heads = [unet.num_heads if head_dim == -1 else max(1, width // head_dim) for width in widths]
+    downs = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in has_attention]
+    ups = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in has_attention]
     config = {
         "_class_name": "UNet2DConditionModel",
         "sample_size": sample_size,
@@ -62,15 +71,15 @@ def unet_config(unet: UNet, sample_size: int) -> dict[str, Any]:
         "out_channels": unet.out_channels,
         "block_out_channels": widths,
         "layers_per_block": unet.num_res_blocks,
-        "down_block_types": [_block("Down", attends[i]) for i in range(levels)],
-        "up_block_types": [_block("Up", attends[i]) for i in reversed(range(levels))],
-        "attention_head_dim": _one(heads),  # the number of heads: a misnomer that stuck
+        "down_block_types": downs,
+        "up_block_types": ups[::-1],
+        "attention_head_dim": _scalar_if_uniform(heads),  # the number of heads: a misnomer
         "cross_attention_dim": unet.context_dim,
         "transformer_layers_per_block": unet.transformer_depth,
         "use_linear_projection": unet.use_linear_in_transformer,
-        "only_cross_attention": _one(list(unet.disable_self_attentions or [False])),
+        "only_cross_attention": _scalar_if_uniform(unet.disable_self_attentions or [False]),
         "mid_block_only_cross_attention": unet.disable_middle_self_attn,
-        "resnet_time_scale_shift": SHIFTS[unet.use_scale_shift_norm],
+        "resnet_time_scale_shift": RESNET_TIME_SCALE_SHIFT[unet.use_scale_shift_norm],
         "dropout": unet.dropout,
     }
     if isinstance(unet.num_classes, int):
@@ -82,19 +91,25 @@ def unet_config(unet: UNet, sample_size: int) -> dict[str, Any]:
 
 
 def unet_params(config: Config) -> dict[str, Any]:
-    """The keywords of our UNet. Raises ValueError for what it cannot be, naming the key."""
-    config = checked(config, "unet/config.json", UNET_FIXED, UNET_READ)
+    """The keywords of our UNet.
+
+    Raises:
+        ConfigError: an option that our UNet does not have; the message has its key.
+    """
+    where = "unet/config.json"
+    validate_config(config, where, UNET_REQUIRED_VALUES, UNET_KEYS)
     widths, downs = config["block_out_channels"], config["down_block_types"]
-    unknown = {*downs, *config["up_block_types"]} - BLOCKS
-    if unknown or any(width % widths[0] for width in widths):
-        what = f"blocks `{min(unknown)}`" if unknown else f"widths {widths}"
-        raise ValueError(f"unet/config.json: {what} have no counterpart here")
+    _check_blocks(where, [*downs, *config["up_block_types"]], UNET_BLOCKS)
+    if any(width % widths[0] for width in widths):
+        raise ConfigError(f"{where}: `block_out_channels: {widths}` must be multiples of the first")
     params: dict[str, Any] = {
         "image_size": config.get("sample_size"),
         "in_channels": config["in_channels"],
         "out_channels": config["out_channels"],
         "model_channels": widths[0],
-        "attention_resolutions": [2**i for i, kind in enumerate(downs) if kind in ATTEND],
+        "attention_resolutions": [
+            2**level for level, block in enumerate(downs) if block in CROSS_ATTENTION_BLOCKS
+        ],
         "num_res_blocks": config.get("layers_per_block", 2),
         "channel_mult": [width // widths[0] for width in widths],
         "use_spatial_transformer": True,
@@ -103,13 +118,16 @@ def unet_params(config: Config) -> dict[str, Any]:
         "context_dim": config["cross_attention_dim"],
         "use_checkpoint": True,
         "legacy": False,
-        **_heads(config, widths),
-        **_labels(config),
+        **_head_params(config, widths),
+        **_class_embedding_params(config),
     }
-    lone, middle = config.get("only_cross_attention"), config.get("mid_block_only_cross_attention")
-    if lone is True or (isinstance(lone, list) and any(lone)):
-        params["disable_self_attentions"] = [True] * len(widths) if lone is True else lone
-    if middle or (middle is None and lone is True):
+    only_cross = config.get("only_cross_attention")
+    middle_only_cross = config.get("mid_block_only_cross_attention")
+    if only_cross is True:
+        params["disable_self_attentions"] = [True] * len(widths)
+    elif isinstance(only_cross, list) and any(only_cross):
+        params["disable_self_attentions"] = only_cross
+    if middle_only_cross or (middle_only_cross is None and only_cross is True):
         params["disable_middle_self_attn"] = True
     if config.get("resnet_time_scale_shift", "default") != "default":
         params["use_scale_shift_norm"] = True
@@ -119,24 +137,31 @@ def unet_params(config: Config) -> dict[str, Any]:
 
 
 def vae_config(params: Config, scale_factor: float | None, sample_size: int) -> dict[str, Any]:
-    """params: keywords of our AutoencoderKL. scale_factor: None = not known.
+    """The config of an autoencoder.
 
-    Raises ValueError for what diffusers' AutoencoderKL cannot be.
+    Args:
+        params: keywords of our AutoencoderKL.
+        scale_factor: None for an autoencoder alone, which does not say it.
+        sample_size: side of the image in pixels.
+
+    Raises:
+        ConfigError: it has options that diffusers' AutoencoderKL does not support.
     """
     layout = Layout.read(params["ddconfig"])
     embed = params["embed_dim"]
-    for trouble, what in (
-        (layout.z_channels != embed, f"z_channels {layout.z_channels} beside embed_dim {embed}"),
-        (not layout.resamp_with_conv, "`resamp_with_conv: false`"),
-        (layout.give_pre_end, "`give_pre_end`"),
-        (layout.tanh_out, "`tanh_out`"),
-    ):
-        if trouble:
-            raise ValueError(f"diffusers' AutoencoderKL cannot have {what}")
-    levels = range(len(layout.ch_mult))
-    attends = [layout.has_attention(level) for level in levels]
-    if scale_factor is None:  # of an autoencoder alone: that of Stable Diffusion if it looks so
-        scale_factor = 0.18215 if (len(levels), embed) == (4, 4) else 1.0
+    _check_options(
+        "AutoencoderKL",
+        {
+            f"z_channels {layout.z_channels} with embed_dim {embed}": layout.z_channels != embed,
+            "`resamp_with_conv: false`": not layout.resamp_with_conv,
+            "`give_pre_end`": layout.give_pre_end,
+            "`tanh_out`": layout.tanh_out,
+        },
+    )
+    has_attention = [layout.has_attention(level) for level in range(len(layout.ch_mult))]
+    prefixes = ["Attn" if attends else "" for attends in has_attention]
+    if scale_factor is None:  # unknown: 0.18215 if it has the architecture of Stable Diffusion
+        scale_factor = 0.18215 if (len(layout.ch_mult), embed) == (4, 4) else 1.0
     return {
         "_class_name": "AutoencoderKL",
         "sample_size": sample_size,
@@ -145,20 +170,23 @@ def vae_config(params: Config, scale_factor: float | None, sample_size: int) -> 
         "latent_channels": embed,
         "block_out_channels": layout.widths,
         "layers_per_block": layout.num_res_blocks,
-        "down_block_types": [f"{'Attn' * attends[i]}DownEncoderBlock2D" for i in levels],
-        "up_block_types": [f"{'Attn' * attends[i]}UpDecoderBlock2D" for i in reversed(levels)],
+        "down_block_types": [f"{prefix}DownEncoderBlock2D" for prefix in prefixes],
+        "up_block_types": [f"{prefix}UpDecoderBlock2D" for prefix in reversed(prefixes)],
         "mid_block_add_attention": layout.attn_type != "none",
         "scaling_factor": scale_factor,
     }
 
 
 def vae_params(config: Config) -> dict[str, Any]:
-    """The keywords of our AutoencoderKL. Raises ValueError for what it cannot be."""
-    config = checked(config, "vae/config.json", VAE_FIXED, VAE_READ)
+    """The keywords of our AutoencoderKL.
+
+    Raises:
+        ConfigError: an option that ours does not have; the message has its key.
+    """
+    where = "vae/config.json"
+    validate_config(config, where, VAE_REQUIRED_VALUES, VAE_KEYS)
     widths, downs = config["block_out_channels"], config["down_block_types"]
-    known = {"DownEncoderBlock2D", "AttnDownEncoderBlock2D"}
-    if unknown := set(downs) - known:
-        raise ValueError(f"vae/config.json: blocks `{min(unknown)}` have no counterpart here")
+    _check_blocks(where, downs, VAE_BLOCKS)
     channels = config["latent_channels"]
     ddconfig = {
         "double_z": True,
@@ -177,69 +205,81 @@ def vae_params(config: Config) -> dict[str, Any]:
     return {"embed_dim": channels, "ddconfig": ddconfig}
 
 
-def checked(
-    config: Config, where: str, fixed: Config, read: frozenset[str] | None = None
-) -> Config:
-    """The config itself, if it says nothing that would be lost here.
+def validate_config(
+    config: Config, where: str, required: Config, keys: Collection[str] | None = None
+) -> None:
+    """Check that everything in a config is supported.
 
-    fixed: key -> the value that it must have. read: keys that are looked at; others must be null
-        or false. None = they are trifles.
-    Raises ValueError naming the first key that asks for something else.
+    Args:
+        where: the file, for messages.
+        required: key -> the only supported value.
+        keys: that may have any value; all others must be null or false. None: ignore all others.
+
+    Raises:
+        ConfigError: with the first key that is not supported.
     """
     for key, value in config.items():
-        if key not in fixed and (read is None or key in read or key.startswith("_") or not value):
-            continue
-        if key not in fixed or value != fixed[key]:
-            wanted = f", only `{fixed[key]}` is known here" if key in fixed else " is unknown here"
-            raise ValueError(f"{where}: `{key}: {value}`{wanted}")
-    return config
+        if key in required:
+            if value != required[key]:
+                message = f"is not supported (must be `{required[key]}`)"
+                raise ConfigError(f"{where}: `{key}: {value}` {message}")
+        elif keys is not None and key not in keys and not key.startswith("_") and value:
+            raise ConfigError(f"{where}: `{key}: {value}` is not supported")
 
 
-def _can_be_theirs(unet: UNet) -> None:
+def _check_exportable(unet: UNet) -> None:
     heads, width = unet.num_head_channels, unet.model_channels
-    for trouble, what in (
-        (not unet.use_spatial_transformer, "levels without a prompt (`use_spatial_transformer`)"),
-        (not isinstance(unet.context_dim, int), "a list as `context_dim`"),
-        (unet.resblock_updown, "`resblock_updown`"),
-        (not unet.conv_resample, "`conv_resample: false`"),
-        (unet.num_attention_blocks is not None, "`num_attention_blocks`"),
-        (unet.num_classes == "continuous", "`num_classes: continuous`"),
-        (heads > 0 and width % heads and not unet.legacy, f"`num_head_channels: {heads}`"),
-    ):
-        if trouble:
-            raise ValueError(f"diffusers' UNet cannot have {what}")
+    _check_options(
+        "UNet",
+        {
+            "`use_spatial_transformer: false`": not unet.use_spatial_transformer,
+            "a list as `context_dim`": not isinstance(unet.context_dim, int),
+            "`resblock_updown`": unet.resblock_updown,
+            "`conv_resample: false`": not unet.conv_resample,
+            "`num_attention_blocks`": unet.num_attention_blocks is not None,
+            "`num_classes: continuous`": unet.num_classes == "continuous",
+            f"`num_head_channels: {heads}`": heads > 0 and width % heads != 0 and not unet.legacy,
+        },
+    )
 
 
-BLOCKS = frozenset({"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"})
-ATTEND = frozenset({"CrossAttnDownBlock2D", "CrossAttnUpBlock2D"})
+def _check_options(network: str, unsupported: Mapping[str, bool]) -> None:
+    for option, is_used in unsupported.items():
+        if is_used:
+            raise ConfigError(f"diffusers' {network} does not support {option}")
 
 
-def _block(way: str, attends: bool) -> str:
-    return f"{'CrossAttn' * attends}{way}Block2D"
+def _check_blocks(where: str, blocks: Sequence[str], supported: Collection[str]) -> None:
+    for block in blocks:
+        if block not in supported:
+            raise ConfigError(f"{where}: blocks `{block}` are not supported")
 
 
-def _one(values: list[Any]) -> Any:
-    """What all have in common, else the list."""
-    return values[0] if len(set(values)) == 1 else values
+def _scalar_if_uniform(values: Sequence[Any]) -> Any:
+    """The single value if all are equal, else the list."""
+    return values[0] if len(set(values)) == 1 else list(values)
 
 
-def _heads(config: Config, widths: Sequence[int]) -> dict[str, int]:
+def _head_params(config: Config, widths: Sequence[int]) -> dict[str, int]:
     heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
     if isinstance(heads, int):
         return {"num_heads": heads}
-    per_head = {width // count for width, count in zip(widths, heads, strict=True)}
-    if len(per_head) == 1:
-        return {"num_head_channels": per_head.pop()}
+    head_dims = {width // count for width, count in zip(widths, heads, strict=True)}
+    if len(head_dims) == 1:
+        return {"num_head_channels": head_dims.pop()}
     if len(set(heads)) == 1:
         return {"num_heads": heads[0]}
-    raise ValueError(f"unet/config.json: {heads} heads for widths {widths} fit no single number")
+    raise ConfigError(
+        f"unet/config.json: {heads} heads for channels {widths} can be expressed neither as "
+        "num_heads nor as num_head_channels"
+    )
 
 
-def _labels(config: Config) -> dict[str, Any]:
+def _class_embedding_params(config: Config) -> dict[str, Any]:
     kind = config.get("class_embed_type")
     if kind == "projection":
         width = config["projection_class_embeddings_input_dim"]
         return {"num_classes": "sequential", "adm_in_channels": width}
     if kind is not None:
-        raise ValueError(f"unet/config.json: `class_embed_type: {kind}` is unknown here")
+        raise ConfigError(f"unet/config.json: `class_embed_type: {kind}` is not supported")
     return {"num_classes": config["num_class_embeds"]} if config.get("num_class_embeds") else {}

@@ -1,22 +1,19 @@
-"""Files <-> weights: `.ckpt` (zip and older pickles) and `.safetensors`, told apart by content.
+"""Read and write weights: `.ckpt` (zip and older pickles) and `.safetensors`, told by content.
 
 Reading never runs what a file names: pickles go through `pickles`. Files are memory-mapped: a
 tensor costs memory only when it is used.
 
     Lightning dict {"state_dict": {…}, "global_step": …, "callbacks": …}  |  bare {name: tensor}
-        -> Checkpoint(state, step, has_ema, …), names as in the file
+        -> Checkpoint(state, step, averages, …), names as in the file
 """
 
 import ctypes
-import hashlib
 import json
 import math
 import mmap
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +21,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ldm.loading.files.pickles import read_pickle
+from ldm.loading.files.pickles import load_pickle
+from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile
+from ldm.runtime.files import replace_when_written, sha256_of_file
 
-__all__ = ["Checkpoint", "file_hash", "read_checkpoint", "release_pages", "write_checkpoint"]
+__all__ = [
+    "EMBEDDED", "Checkpoint", "detect_format", "file_hash", "read_checkpoint", "release_pages",
+    "take_averages", "write_checkpoint",
+]  # fmt: skip
 
 EMBEDDED = "ldm.config"  # metadata key under which a file carries its own YAML
 MAX_TENSORS = 20_000
@@ -34,8 +36,11 @@ MAX_HEADER = 100_000_000  # bytes of names in a .safetensors
 # The pickled number that torch.save put first, before it wrote zip files.
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 WRAPPERS = ("state_dict", "model_state_dict")
-# What a .safetensors calls kinds of numbers.
-SPELLINGS = {
+EMA_COUNTERS = frozenset({"model_ema.decay", "model_ema.num_updates"})
+# Of a diffusers folder, a single component, and of versions that wrote pickles: the first found.
+FOLDER_WEIGHTS = ("*/*.safetensors", "*.safetensors", "*/*.bin", "*.bin")
+# Names of dtypes in a .safetensors.
+SAFETENSORS_DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint8: "U8", torch.bool: "BOOL",
@@ -44,34 +49,45 @@ SPELLINGS = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds, names as in the file, `model_ema.*` put in place or left out.
+    """What a file holds, names as in the file.
 
-    kind: "zip", "legacy" or "safetensors".
-    mapped: tensors are pages of the file, not memory.
-    extras: entries beside the weights (`global_step`, `callbacks` …), only their names.
-    metadata: texts beside the weights.
-    averages: everything named `model_ema.*`.
+    Args:
+        kind: "zip", "legacy" or "safetensors"; "diffusers" for a folder.
+        state: the weights, without those named `model_ema.*`.
+        step: number of the training step, None if the file does not say it.
+        ema: the averaged weights stand where the raw ones were.
+        mapped: tensors are pages of the file, not memory.
+        extras: names of the entries beside the weights (`global_step`, `callbacks` …).
+        metadata: texts beside the weights.
+        averages: everything named `model_ema.*`.
     """
 
     path: Path
     kind: str
     state: dict[str, Tensor]
     step: int | None = None
-    has_ema: bool = False
     ema: bool = False
     mapped: bool = False
     extras: tuple[str, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
     averages: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def has_ema(self) -> bool:
+        """Whether the file has averaged weights, not only their counters."""
+        return not self.averages.keys() <= EMA_COUNTERS
 
-def read_checkpoint(path: str | Path, ema: bool = False, names: Iterable[str] = ()) -> Checkpoint:
+
+def read_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
     """The weights of a file, without running anything in it.
 
+    Args:
         ema: take the averaged weights (`model_ema.*`) where the raw ones stand.
-        names: the model's own names, for files that hold averaged weights only.
-    Raises FileNotFoundError, or ValueError for a file that is no checkpoint, is not safe to read,
-    or has no averaged weights when they are asked for.
+
+    Raises:
+        MissingFile: there is no such file.
+        FileFormatError: it is not a checkpoint, or not safe to read.
+        ArgumentError: it has no averaged weights, but they are asked for.
     """
     path = Path(path).expanduser()
     kind = detect_format(path)
@@ -80,29 +96,58 @@ def read_checkpoint(path: str | Path, ema: bool = False, names: Iterable[str] = 
     if kind == "safetensors":
         content, metadata = _read_safetensors(path)
     else:
-        content, mapped = read_pickle(path, kind)
+        content, mapped = load_pickle(path, kind)
+        if not isinstance(content, dict):
+            what = type(content).__name__
+            raise FileFormatError(f"`{path}` holds a {what}, not weights by name")
         metadata = {str(k): v for k, v in content.items() if isinstance(v, str)}
     state, extras = _unwrap(content, path)
     step = content.get("global_step", metadata.get("global_step"))
     if isinstance(step, str) and step.isdigit():
         step = int(step)
-    averages = {k for k in state if k.startswith("model_ema.")}
-    averages -= {"model_ema.decay", "model_ema.num_updates"}
+    averages = {name: state.pop(name) for name in list(state) if name.startswith("model_ema.")}
     if ema:
-        _choose_averages(state, averages, [*names, *state], path)
-    kept = {key: state.pop(key) for key in list(state) if key.startswith("model_ema.")}
+        take_averages(state, averages, {name: name for name in state}, path)
     return Checkpoint(
         path=path,
         kind=kind,
         state=state,
         step=step if isinstance(step, int) else None,
-        has_ema=bool(averages),
         ema=ema,
         mapped=mapped,
         extras=extras,
         metadata=metadata,
-        averages=kept,
+        averages=averages,
     )
+
+
+def take_averages(
+    state: dict[str, Tensor], averages: Mapping[str, Tensor], names: Mapping[str, str], path: Path
+) -> None:
+    """Put averaged weights where raw ones stand, or are missing.
+
+    Args:
+        state: is changed.
+        averages: `model_ema.*`, whose names lost their dots.
+        names: of weights, in the original's words -> in `state`.
+        path: the file, for messages.
+
+    Raises:
+        ArgumentError: there are no averages.
+        FileFormatError: some averages belong to no name.
+    """
+    left = averages.keys() - EMA_COUNTERS
+    if not left:
+        message = f"`{path}` has no averaged (EMA) weights\nhint: load it without `ema`"
+        raise ArgumentError(message, "ema")
+    for original, name in names.items():
+        key = "model_ema." + original.removeprefix("model.").replace(".", "")
+        if key in averages:
+            state[name] = averages[key]
+            left.discard(key)
+    if left:
+        examples = ", ".join(f"`{key}`" for key in sorted(left)[:10])
+        raise FileFormatError(f"`{path}`: {len(left)} averaged weights fit no name: {examples}")
 
 
 def write_checkpoint(
@@ -114,46 +159,44 @@ def write_checkpoint(
     mapped: bool = False,
     progress: Callable[[int], object] = lambda size: None,
 ) -> None:
-    """Writes weights, `.safetensors` or `.ckpt` by the name; whole or not at all.
+    """Write weights as `.safetensors` or `.ckpt`, by the name; whole or not at all.
 
-        state: names as they shall be in the file; see `legacy.rename_back`.
+    Args:
+        state: names as they shall be in the file; see `legacy.restore_names`.
         metadata: kept beside them (`global_step`, texts); read back as `Checkpoint.metadata`.
         dtype: of all floating-point tensors; None leaves them as they are.
         mapped: they are pages of files, given back once written, so that memory stays small.
-        progress: told the bytes of each tensor that was written.
-    Raises ValueError for another ending.
+        progress: called with the bytes of each tensor that was written.
+
+    Raises:
+        ArgumentError: the name ends in something else.
     """
     path, notes = Path(path), dict(metadata or {})
     if path.suffix not in (".safetensors", ".ckpt"):
-        raise ValueError(f"`{path}`: the name must end in `.safetensors` or `.ckpt`")
+        raise ArgumentError(f"`{path}`: the name must end in `.safetensors` or `.ckpt`")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        ready = {name: _Ready(value, dtype, mapped) for name, value in state.items()}
+    tensors = {name: _TensorToWrite(value, dtype, mapped) for name, value in state.items()}
+    with replace_when_written(path, sync=True) as part:
         if path.suffix == ".safetensors":
             texts = {key: str(value) for key, value in notes.items()}
-            _stream(temporary, ready, {"format": "pt"} | texts, progress)
+            _write_safetensors(part, tensors, {"format": "pt"} | texts, progress)
         else:
             weights = {}
-            for name, value in ready.items():
-                weights[name] = value.separate()
+            for name, tensor in tensors.items():
+                weights[name] = tensor.to_memory()
                 progress(weights[name].nbytes)
-            torch.save({"state_dict": weights, **notes}, temporary)
-        _to_disk(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":
-        _to_disk(path.parent)
+            torch.save({"state_dict": weights, **notes}, part)
 
 
 def detect_format(path: Path) -> str:
     """What a file is by its first bytes: "zip", "legacy" or "safetensors".
 
-    Raises FileNotFoundError, or ValueError saying what it looks like instead.
+    Raises:
+        MissingFile: there is no such file.
+        FileFormatError: it is something else; the message says what it looks like.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint `{path}`")
+        raise MissingFile(f"no checkpoint `{path}`")
     with path.open("rb") as file:
         start = file.read(512)
     size = path.stat().st_size
@@ -172,7 +215,7 @@ def detect_format(path: Path) -> str:
         looks = "a Git LFS pointer, not the file itself"
     elif start[:1] == b"\x80":
         looks = "a pickle that `torch.save` did not write, refused"
-    raise ValueError(f"`{path}` is {looks}")
+    raise FileFormatError(f"`{path}` is {looks}")
 
 
 def file_hash(path: str | Path) -> str:
@@ -180,14 +223,16 @@ def file_hash(path: str | Path) -> str:
 
     Of a folder: that of all weights in it, one after the other.
     """
-    path = Path(path).resolve()
-    files = sorted(path.glob("*/*.safetensors")) if path.is_dir() else [path]
-    stats = [file.stat() for file in files]
-    return _hash(tuple(files), tuple((stat.st_size, stat.st_mtime_ns) for stat in stats))
+    path = Path(path).expanduser()
+    files = [path]
+    if path.is_dir():
+        matches = (sorted(path.glob(pattern)) for pattern in FOLDER_WEIGHTS)
+        files = next(filter(None, matches), [])
+    return sha256_of_file(*files)[:10]
 
 
 def release_pages(tensor: Tensor) -> None:
-    """Gives the pages of a mapped tensor back to the system once it was copied elsewhere.
+    """Give the pages of a mapped tensor back to the system once it was copied elsewhere.
 
     Only for tensors of a `mapped` checkpoint: their pages come back from the file when touched.
     """
@@ -199,47 +244,39 @@ def release_pages(tensor: Tensor) -> None:
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
-@lru_cache(maxsize=64)
-def _hash(files: tuple[Path, ...], changed: tuple[tuple[int, int], ...]) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()[:10]
-
-
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER:
-            raise ValueError(f"`{path}`: a header of {length} bytes is refused")
+            raise FileFormatError(f"`{path}`: a header of {length} bytes is refused")
         count = file.read(length).count(b'"data_offsets"')
     if count > MAX_TENSORS:
-        raise ValueError(f"`{path}`: {count} tensors are refused, at most {MAX_TENSORS}")
+        raise FileFormatError(f"`{path}`: {count} tensors are refused, at most {MAX_TENSORS}")
     try:
         with safe_open(path, framework="pt") as file:
             keys = file.keys()
             return {name: file.get_tensor(name) for name in keys}, file.metadata() or {}
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
-        raise ValueError(f"`{path}` is damaged: {error}") from error
+        raise FileFormatError(f"`{path}` is damaged: {error}") from error
 
 
 def _unwrap(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The weights in what a file holds, and the names of what else is there."""
+    """The weights in the content of a file, and the names of its other entries."""
     inner = next((k for k in WRAPPERS if isinstance(content.get(k), Mapping)), None)
-    found = dict(_flatten(content[inner] if inner else content, ""))
-    for name, value in found.items():
+    tensors = dict(_flatten(content[inner] if inner else content, ""))
+    for name, value in tensors.items():
         if value.layout is not torch.strided or value.is_quantized or value.is_nested:
-            raise ValueError(f"`{path}`: `{name}` is not a plain tensor")
-    if not found:
-        raise ValueError(f"`{path}` holds no weights")
-    if len(found) > MAX_TENSORS:
-        raise ValueError(f"`{path}`: {len(found)} tensors are refused, at most {MAX_TENSORS}")
-    if all(name.startswith("module.") for name in found):  # saved from inside DataParallel
-        found = {name.removeprefix("module."): value for name, value in found.items()}
-    extras = tuple(str(key) for key in content if key != inner and f"{key}" not in found)
-    return found, extras
+            raise FileFormatError(f"`{path}`: `{name}` is not a plain tensor")
+    if not tensors:
+        raise FileFormatError(f"`{path}` holds no weights")
+    if len(tensors) > MAX_TENSORS:
+        raise FileFormatError(
+            f"`{path}`: {len(tensors)} tensors are refused, at most {MAX_TENSORS}"
+        )
+    if all(name.startswith("module.") for name in tensors):  # saved from inside DataParallel
+        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    extras = tuple(str(key) for key in content if key != inner and f"{key}" not in tensors)
+    return tensors, extras
 
 
 def _flatten(node: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
@@ -253,40 +290,25 @@ def _flatten(node: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
             yield from _flatten(value, f"{prefix}{key}.")
 
 
-def _choose_averages(
-    state: dict[str, Tensor], averages: set[str], names: Iterable[str], path: Path
-) -> None:
-    """Puts each `model_ema.` tensor where the raw one stands; its name lost its dots."""
-    if not averages:
-        raise ValueError(f"`{path}` has no averaged (EMA) weights\nhint: load it without `ema`")
-    left = set(averages)
-    for name in names:
-        key = "model_ema." + name.removeprefix("model.").replace(".", "")
-        if key in averages:
-            state[name] = state[key]
-            left.discard(key)
-    if left:
-        some = ", ".join(f"`{key}`" for key in sorted(left)[:10])
-        raise ValueError(f"`{path}`: {len(left)} averaged weights fit no name: {some}")
-
-
 @dataclass(frozen=True)
-class _Ready:
-    """A tensor to be written, cast and copied only when its turn comes."""
+class _TensorToWrite:
+    """A tensor that is cast and copied only when its turn comes."""
 
     value: Tensor
-    dtype: torch.dtype | None
+    target: torch.dtype | None
     mapped: bool
 
     @property
-    def kind(self) -> torch.dtype:
-        is_cast = self.dtype is not None and self.value.is_floating_point()
-        return self.dtype if is_cast else self.value.dtype  # type: ignore[return-value]
+    def dtype(self) -> torch.dtype:
+        """What it will be written in."""
+        if self.target is not None and self.value.is_floating_point():
+            return self.target
+        return self.value.dtype
 
-    def separate(self) -> Tensor:
+    def to_memory(self) -> Tensor:
         """Contiguous, in memory of its own: a .ckpt holds whole storages."""
         old = self.value.detach()
-        new = old.to("cpu", self.kind).contiguous()
+        new = old.to("cpu", self.dtype).contiguous()
         if new.untyped_storage().nbytes() != new.nbytes:
             new = new.clone()
         if self.mapped and new.data_ptr() != old.data_ptr():
@@ -294,38 +316,31 @@ class _Ready:
         return new
 
 
-def _stream(
+def _write_safetensors(
     path: Path,
-    state: Mapping[str, _Ready],
+    state: Mapping[str, _TensorToWrite],
     notes: Mapping[str, str],
     progress: Callable[[int], object],
 ) -> None:
-    """A .safetensors, one tensor after the other: length of the header, header, numbers."""
+    """Write length of the header, header, and one tensor after the other."""
     # Wide numbers first, as readers may expect them to be aligned.
-    order = sorted(state, key=lambda name: -state[name].kind.itemsize)
+    order = sorted(state, key=lambda name: -state[name].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": dict(notes)}
     end = 0
     for name in order:
-        kind, shape = state[name].kind, list(state[name].value.shape)
-        if kind not in SPELLINGS:
-            raise ValueError(f"`{name}`: a .safetensors cannot hold {kind}")
-        start, end = end, end + math.prod(shape) * kind.itemsize
-        header[name] = {"dtype": SPELLINGS[kind], "shape": shape, "data_offsets": [start, end]}
+        dtype, shape = state[name].dtype, list(state[name].value.shape)
+        if dtype not in SAFETENSORS_DTYPES:
+            raise FileFormatError(f"`{name}`: a .safetensors cannot hold {dtype}")
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        title = SAFETENSORS_DTYPES[dtype]
+        header[name] = {"dtype": title, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            value = state[name].separate()
+            value = state[name].to_memory()
             file.write(value.reshape(-1).view(torch.uint8).numpy().data)
             progress(value.nbytes)
             if state[name].mapped:
                 release_pages(value)
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,7 +1,7 @@
 """Mean and deviation of CLIP's embeddings, which stable unCLIP-L was trained with.
 
 They are in a file of their own (`ViT-L-14_stats.th`, of the Karlo project), which is found where
-the config says, or beside the checkpoint, or where the user says; some checkpoints hold them.
+the config says, or beside the checkpoint, or is passed; some checkpoints hold them.
 """
 
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ from ldm.conditioning import Conditioner
 from ldm.encoders.image import ImageEmbedding
 from ldm.loading.files.checkpoint import detect_format
 from ldm.loading.files.pickles import load_pickle
+from ldm.runtime.errors import FileFormatError
 from ldm.runtime.files import find_file
 
 __all__ = ["clip_statistics_tensors", "find_beside", "load_clip_statistics", "read_clip_statistics"]
@@ -21,21 +22,28 @@ __all__ = ["clip_statistics_tensors", "find_beside", "load_clip_statistics", "re
 def load_clip_statistics(
     conditioner: Conditioner,
     ckpt: Path,
-    given: str | Path | None = None,
+    clip_stats: str | Path | None = None,
     tables: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Gives an unCLIP model its statistics: as said, from its own file, or from a file beside it.
+    """Give an unCLIP model its statistics: of a file, of its checkpoint, or of a file beside it.
 
-        ckpt: of the model. given: a file of statistics. tables: `noise_augmentor.data_*`.
-    Does nothing for other models; if nothing is found, the model says so when it is used.
-    Raises FileNotFoundError if `given` is not there, ValueError if it holds something else.
+    Does nothing for other models; if nothing is found, the model raises when it is used.
+
+    Args:
+        ckpt: of the model.
+        clip_stats: a file of statistics.
+        tables: `noise_augmentor.data_*` of the checkpoint.
+
+    Raises:
+        MissingFile: `clip_stats` is missing.
+        FileFormatError: it holds something else.
     """
     image = conditioner.find(ImageEmbedding)
     if image is None:
         return
     noise = image.noise
-    if given is not None:
-        noise.set_statistics(*read_clip_statistics(find_file(given)))
+    if clip_stats is not None:
+        noise.set_statistics(*read_clip_statistics(find_file(clip_stats)))
     elif tables and "noise_augmentor.data_mean" in tables:
         mean, std = (tables[f"noise_augmentor.data_{name}"] for name in ("mean", "std"))
         noise.set_statistics(mean, std)
@@ -58,23 +66,24 @@ def clip_statistics_tensors(conditioner: Conditioner) -> dict[str, Tensor]:
 def read_clip_statistics(path: str | Path) -> tuple[Tensor, Tensor]:
     """(mean, std) of CLIP's embeddings, D numbers each.
 
-    Raises ValueError if the file holds something else.
+    Raises:
+        FileFormatError: the file holds something else.
     """
     path = Path(path)
     content, _ = load_pickle(path, detect_format(path))
     pair = list(content.values()) if isinstance(content, Mapping) else content
     is_pair = isinstance(pair, list | tuple) and len(pair) == 2
     if not is_pair or not all(isinstance(numbers, Tensor) for numbers in pair):
-        raise ValueError(f"`{path}` does not hold statistics: a mean and a deviation")
+        raise FileFormatError(f"`{path}` does not hold statistics: a mean and a deviation")
     return pair[0].float().flatten(), pair[1].float().flatten()
 
 
-def find_beside(ckpt: Path, named: str | None) -> Path | None:
-    """A file where the original kept it, or of that name beside the checkpoint."""
-    if named is None:
+def find_beside(ckpt: Path, path: str | None) -> Path | None:
+    """A file where the original kept it, or of that name beside the checkpoint, or None."""
+    if path is None:
         return None
     try:
-        return find_file(named)
+        return find_file(path)
     except FileNotFoundError:
-        near = ckpt.parent / Path(named).name
-        return near if near.is_file() else None
+        neighbour = ckpt.parent / Path(path).name
+        return neighbour if neighbour.is_file() else None

@@ -1,9 +1,9 @@
 """Pickled checkpoints, read without running anything in them.
 
 A pickle is a program that may import and call whatever it names. torch's restricted unpickler runs
-only the few functions that rebuild tensors; on top of those, this file lends it stand-ins for the
-names that old training frameworks left in published files, each an empty class, so neither
-Lightning nor numpy need be installed or trusted. There is no way around it: no fallback, no flag.
+only the few functions that rebuild tensors; this file adds stand-ins for the names that old
+training frameworks left in published files, each an empty class, so neither Lightning nor numpy
+need be installed or trusted. There is no way around it: no fallback, no option.
 """
 
 import contextlib
@@ -17,7 +17,9 @@ from typing import IO, Any
 
 import torch
 
-__all__ = ["foreign_imports", "load_pickle", "pickle_imports", "read_pickle"]
+from ldm.runtime.errors import FileFormatError
+
+__all__ = ["foreign_imports", "load_pickle", "pickle_imports"]
 
 MAX_PICKLE = 100_000_000  # bytes
 MAX_MEMBERS = 100_000
@@ -64,8 +66,8 @@ class Parameters(dict[str, torch.Tensor]):
     """Stands for `torch.nn.ParameterDict`, in which old textual inversions are kept."""
 
     def __setstate__(self, state: Any) -> None:
-        found = state.get("_parameters") if isinstance(state, dict) else None
-        self.update(found if isinstance(found, dict) else {})
+        tensors = state.get("_parameters") if isinstance(state, dict) else None
+        self.update(tensors if isinstance(tensors, dict) else {})
 
 
 # One class per name: files use such classes as dictionary keys.
@@ -73,24 +75,21 @@ STAND_INS = [(type(name.rpartition(".")[2], (Inert,), {}), name) for name in INE
 STAND_INS.append((Parameters, "torch.nn.modules.container.ParameterDict"))
 
 
-def read_pickle(path: Path, kind: str) -> tuple[dict[str, Any], bool]:
-    """A pickled checkpoint through the restricted unpickler.
-
-        kind: "zip" or "legacy".
-    Returns what it holds, and whether its tensors are pages of the file.
-    Raises ValueError for whatever is not plain weights, naming what the pickle names.
-    """
-    content, mapped = load_pickle(path, kind)
-    if not isinstance(content, dict):
-        raise ValueError(f"`{path}` holds a {type(content).__name__}, not weights by name")
-    return content, mapped
-
-
 def load_pickle(path: Path, kind: str) -> tuple[Any, bool]:
-    """As `read`, for files that hold tensors without names."""
+    """The content of a pickled file, through the restricted unpickler.
+
+    Args:
+        kind: "zip" or "legacy".
+
+    Returns:
+        (content, mapped): what it holds, and whether its tensors are pages of the file.
+
+    Raises:
+        FileFormatError: it holds more than plain data and tensors; names what the pickle names.
+    """
     numbers = re.match(r"(\d+)\.(\d+)", torch.__version__)
     if numbers is None or (int(numbers[1]), int(numbers[2])) < SAFE_TORCH:
-        raise ValueError(
+        raise FileFormatError(
             f"`{path}`: reading pickles safely needs torch 2.10 or newer, this is "
             f"{torch.__version__}\nhint: a .safetensors file can be read by any"
         )
@@ -110,24 +109,24 @@ def load_pickle(path: Path, kind: str) -> tuple[Any, bool]:
         if foreign:
             names = ", ".join(f"`{name}`" for name in foreign[:10])
             reason = f"its pickle names {names}, which weights do not need"
-        raise ValueError(f"`{path}` is refused: {reason}") from error
+        raise FileFormatError(f"`{path}` is refused: {reason}") from error
     return content, mapped
 
 
 def pickle_imports(path: Path, kind: str) -> list[str]:
     """The names that the pickles in a file would import, found without running them."""
-    found: set[str] = set()
+    names: set[str] = set()
     if kind == "zip":
         with contextlib.suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
                 if member.filename.endswith(".pkl") and member.file_size <= MAX_PICKLE:
                     with archive.open(member) as file:
-                        found.update(_imports(file))
+                        names.update(_imports(file))
     else:
         with path.open("rb") as file:
             for _ in range(5):  # magic number, protocol, system, content, names of storages
-                found.update(_imports(file))
-    return sorted(found)
+                names.update(_imports(file))
+    return sorted(names)
 
 
 def foreign_imports(path: Path, kind: str) -> list[str]:
@@ -142,19 +141,21 @@ def _check_members(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"`{path}` is damaged: {error}") from error
+        raise FileFormatError(f"`{path}` is damaged: {error}") from error
     for member in members:
         if not MEMBER.fullmatch(member.filename):
-            raise ValueError(f"`{path}` is refused: `{member.filename}` has no place in weights")
+            raise FileFormatError(
+                f"`{path}` is refused: `{member.filename}` has no place in weights"
+            )
         if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
-            raise ValueError(f"`{path}` is refused: `{member.filename}` is compressed")
+            raise FileFormatError(f"`{path}` is refused: `{member.filename}` is compressed")
         if member.filename.endswith("data.pkl") and member.file_size > MAX_PICKLE:
-            raise ValueError(f"`{path}` is refused: a pickle of {member.file_size} bytes")
+            raise FileFormatError(f"`{path}` is refused: a pickle of {member.file_size} bytes")
     names = [member.filename for member in members]
     if len(set(names)) < len(names) or sum(name.endswith("/data.pkl") for name in names) != 1:
-        raise ValueError(f"`{path}` is refused: exactly one `data.pkl` is expected")
+        raise FileFormatError(f"`{path}` is refused: exactly one `data.pkl` is expected")
     if len(names) > MAX_MEMBERS:
-        raise ValueError(f"`{path}` is refused: {len(names)} members")
+        raise FileFormatError(f"`{path}` is refused: {len(names)} members")
 
 
 def _imports(file: IO[bytes]) -> Iterator[str]:
