@@ -71,7 +71,7 @@ def test_gradients_are_equal_with_and_without_checkpointing(tower: str, autocast
 
 
 def test_checkpointing_keeps_fewer_activations() -> None:
-    kept = []
+    numbers = []
     for on in (False, True):
         model = model_of()
         set_checkpointing(model, on)
@@ -83,8 +83,8 @@ def test_checkpointing_keeps_fewer_activations() -> None:
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
             model.unet(torch.ones(1, 4, 16, 16), torch.ones(1), context=torch.ones(1, 7, 32))
-        kept.append(sum(sizes))
-    assert kept[1] < 0.5 * kept[0]
+        numbers.append(sum(sizes))
+    assert numbers[1] < 0.5 * numbers[0]
 
 
 def test_the_autoencoder_can_save_memory_too() -> None:

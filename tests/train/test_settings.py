@@ -1,4 +1,4 @@
-"""What a run is told: our words, the original's, and what is neither."""
+"""Settings of a run: our keys, those of Lightning and the original, and mistakes."""
 
 import math
 import re
@@ -66,41 +66,41 @@ def linear(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_our_recipes_are_understood_and_scale_their_rates_if_they_say_so(path: Path) -> None:
+def test_our_recipes_are_read_without_notes(path: Path) -> None:
     raw = read_yaml(path)
     trainer = raw.setdefault("lightning", {}).setdefault("trainer", {})
     trainer.setdefault("max_steps", 1)
-    made, base = read_settings(raw), raw["model"]["base_learning_rate"]
-    assert made.notes == ()
-    batches = made.data.batch_size * made.trainer.accumulate_grad_batches
+    result, base = read_settings(raw), raw["model"]["base_learning_rate"]
+    assert result.notes == ()
+    batches = result.data.batch_size * result.trainer.accumulate_grad_batches
     factor = batches if trainer.get("scale_lr") else 1
-    assert made.learning_rate()[0].lr == pytest.approx(factor * base)
+    assert result.learning_rate()[0].lr == pytest.approx(factor * base)
 
 
 def test_the_training_config_of_sd2_inpainting_is_understood() -> None:
-    made = read_settings(parse_yaml(f"model: {{params: {{use_ema: false}}}}\nlightning: {SD2}"))
-    callbacks = made.callbacks
+    result = read_settings(parse_yaml(f"model: {{params: {{use_ema: false}}}}\nlightning: {SD2}"))
+    callbacks = result.callbacks
     assert callbacks.save_steps == 5000
     assert callbacks.export_steps == 10_000
     assert (callbacks.image_steps, callbacks.image_minutes) == (1000, None)
     assert callbacks.sampling == {"steps": 50, "scale": 5.0, "eta": 0.0}
     assert callbacks.validate_steps == 5_000_000
-    assert made.trainer.max_epochs == 1000
-    assert made.trainer.benchmark is True
-    assert made.optimizer.ema_decay == 0.0
-    assert any("num_sanity_val_steps" in note for note in made.notes)
-    assert any("log_images_kwargs.plot_diffusion_rows" in note for note in made.notes)
+    assert result.trainer.max_epochs == 1000
+    assert result.trainer.benchmark is True
+    assert result.optimizer.ema_decay == 0.0
+    assert any("num_sanity_val_steps" in note for note in result.notes)
+    assert any("log_images_kwargs.plot_diffusion_rows" in note for note in result.notes)
 
 
 def test_arguments_of_lightning_get_our_names() -> None:
-    made = settings(
+    result = settings(
         "{trainer: {precision: 16, gpus: '0,1,', max_steps: -1, max_epochs: 3, "
         "gradient_clip_val: 0, strategy: ddp_find_unused_parameters_false, max_time: {hours: 2}, "
         "val_check_interval: 100, accumulate_grad_batches: 4, limit_val_batches: 5, "
         "log_every_n_steps: 7}, logger: {target: pytorch_lightning.loggers.WandbLogger, "
         "params: {project: p, offline: true}}}"
     )
-    trainer, callbacks = made.trainer, made.callbacks
+    trainer, callbacks = result.trainer, result.callbacks
     assert trainer.precision == "16-mixed"
     assert trainer.strategy == "ddp"
     assert (trainer.max_steps, trainer.max_epochs) == (None, 3)
@@ -113,20 +113,20 @@ def test_arguments_of_lightning_get_our_names() -> None:
 
 
 def test_a_config_of_the_original_scales_its_rate_by_the_whole_batch() -> None:
-    made = read_settings(parse_yaml("""
+    result = read_settings(parse_yaml("""
         model: {base_learning_rate: 1e-6}
         data: {params: {batch_size: 4}}
         lightning: {trainer: {accumulate_grad_batches: 2}}"""))  # fmt: skip
-    rate, line = made.learning_rate(16)
+    rate, line = result.learning_rate(16)
     assert rate(0, 0.0) == rate(10_000, 0.9) == pytest.approx(1.28e-4)
     assert line == (
         "learning rate 1.28e-04 = 2 (accumulate_grad_batches) x 16 (ranks) x 4 (batch_size) x "
         "1.00e-06 (base_learning_rate)"
     )
-    assert made.change(trainer={"scale_lr": False}).learning_rate(16)[0].lr == 1e-6
+    assert result.change(trainer={"scale_lr": False}).learning_rate(16)[0].lr == 1e-6
 
 
-def test_captions_are_dropped_as_the_model_class_was_told() -> None:
+def test_captions_are_dropped_as_the_model_config_says() -> None:
     model = "{params: {unet_config: {}, ucg_training: {txt: {p: 0.2, val: ''}}}}"
     assert settings(model=model).objective == {"drop": 0.2}
     assert settings(model="{params: {unet_config: {}}}").objective == {"drop": 0.0}
@@ -134,24 +134,24 @@ def test_captions_are_dropped_as_the_model_class_was_told() -> None:
 
 
 def test_callbacks_are_known_by_their_class() -> None:
-    made = settings(
+    result = settings(
         "{callbacks: {grids: {target: main.ImageLogger, params: {batch_frequency: 7}}, "
         "lr: {target: pytorch_lightning.callbacks.LearningRateMonitor}}}"
     )
-    assert made.callbacks.image_steps == 7
-    assert any("lightning.callbacks.lr has no meaning" in note for note in made.notes)
+    assert result.callbacks.image_steps == 7
+    assert any("lightning.callbacks.lr has no meaning" in note for note in result.notes)
 
 
 def test_epochs_become_steps_once_their_length_is_known() -> None:
-    made = settings("{trainer: {max_epochs: 3, check_val_every_n_epoch: 2}, "
+    result = settings("{trainer: {max_epochs: 3, check_val_every_n_epoch: 2}, "
                     "modelcheckpoint: {params: {every_n_epochs: 1, save_top_k: 3}}}")  # fmt: skip
     with pytest.raises(ValueError, match="no known length, give `max_steps`"):
-        made.count_epochs(None)
-    made = made.count_epochs(50)
-    assert made.trainer.max_steps == 150
-    assert made.callbacks.validate_steps == 100
-    assert made.callbacks.save_steps == 50
-    assert (made.callbacks.best, made.callbacks.monitor) == (3, None)
+        result.count_epochs(None)
+    result = result.count_epochs(50)
+    assert result.trainer.max_steps == 150
+    assert result.callbacks.validate_steps == 100
+    assert result.callbacks.save_steps == 50
+    assert (result.callbacks.best, result.callbacks.monitor) == (3, None)
 
 
 def test_what_the_original_monitors_is_monitored() -> None:
@@ -159,16 +159,16 @@ def test_what_the_original_monitors_is_monitored() -> None:
         {{model: {{params: {{unet_config: {{}}, monitor: val/loss_simple_ema}}}},
           data: {{params: {{train: {{}}, validation: {held_out}}}}}, lightning: {lightning}}}"""
 
-    def kept(held_out: str = "{}", lightning: str = "{}") -> list[Any]:
-        made = read_settings(parse_yaml(text.format(held_out=held_out, lightning=lightning)))
-        return [made.callbacks.best, made.callbacks.monitor, made.callbacks.validate_epochs]
+    def monitored(held_out: str = "{}", lightning: str = "{}") -> list[Any]:
+        result = read_settings(parse_yaml(text.format(held_out=held_out, lightning=lightning)))
+        return [result.callbacks.best, result.callbacks.monitor, result.callbacks.validate_epochs]
 
-    assert kept("{root: x}") == [3, "val/loss_simple_ema", 1]
-    assert kept() == [0, None, None]
+    assert monitored("{root: x}") == [3, "val/loss_simple_ema", 1]
+    assert monitored() == [0, None, None]
     fewer = "{modelcheckpoint: {params: {save_top_k: 1, monitor: val/loss_simple}}}"
-    assert kept("{root: x}", fewer) == [1, "val/loss_simple", 1]
+    assert monitored("{root: x}", fewer) == [1, "val/loss_simple", 1]
     highest = "{modelcheckpoint: {params: {mode: max, monitor: val/psnr}}}"
-    assert kept("{}", highest) == [0, None, None]
+    assert monitored("{}", highest) == [0, None, None]
 
 
 def test_a_linear_schedule_warms_up_and_falls_in_cycles() -> None:
@@ -190,8 +190,8 @@ def test_a_cosine_schedule_ends_at_its_smallest_rate() -> None:
     target = "ldm.lr_scheduler.LambdaWarmUpCosineScheduler"
     params |= {"lr_min": 1e-4, "verbosity_interval": 0}
     at = lr_multiplier({"target": target, "params": params})
-    found = [at(n) for n in (0, 500, 1000, 25_500, 50_000, 60_000)]
-    assert found == pytest.approx([1e-3, 0.0505, 0.1, 0.05005, 1e-4, 1e-4])
+    rates = [at(n) for n in (0, 500, 1000, 25_500, 50_000, 60_000)]
+    assert rates == pytest.approx([1e-3, 0.0505, 0.1, 0.05005, 1e-4, 1e-4])
     lists = linear(warm_up_steps=[2], f_min=[0.0], cycle_lengths=[12])["params"]
     round_ = lr_multiplier({"target": target + "2", "params": lists})
     assert [round_(n) for n in (1, 2, 7, 12)] == pytest.approx([0.5, 1.0, 0.5, 0.0])
@@ -200,8 +200,8 @@ def test_a_cosine_schedule_ends_at_its_smallest_rate() -> None:
 def test_the_scheduler_of_a_model_decides_unless_the_optimizer_does() -> None:
     model = {"base_learning_rate": 1.0, "params": {"scheduler_config": linear()}}
     raw = {"model": model, "data": {"params": {"batch_size": 2}}}
-    made = read_settings({**raw, "lightning": {"trainer": {"max_steps": 9}}})
-    rate, _ = made.learning_rate()
+    result = read_settings({**raw, "lightning": {"trainer": {"max_steps": 9}}})
+    rate, _ = result.learning_rate()
     assert rate(2, 0.5) == pytest.approx(1.0)  # 0.5 x batch 2
     optimizer = {"decay": "linear", "warm_up": 0}
     ours = read_settings(
@@ -219,23 +219,16 @@ def test_the_scheduler_of_a_model_decides_unless_the_optimizer_does() -> None:
         ("{trainer: {max_steps: null}}", "needs `max_steps` or `max_time`"),
         ("{trainer: {precision: 64}}", "`64` should be '32', 'bf16-mixed' or '16-mixed'"),
         ("{trainer: {strategy: deepspeed_stage_2}}", "unknown strategy `deepspeed_stage_2`"),
-        ("{trainer: {accumulate_grad_batches: {0: 2}}}", "should be a whole number"),
         ("{trainer: {gradient_clip_algorithm: value}}", "only `norm` is supported"),
-        ("{callbacks: {image_loger: {}}}", "did you mean `image_logger`"),
         ("{callbacks: {image_logger: {params: {batch_freqency: 1}}}}", "mean `batch_frequency`"),
         (
             "{callbacks: {mine: {target: my.Own}}}",
             "lightning.callbacks.mine: unknown callback `my.O",
         ),
         ("{logger: {target: x.MLFlowLogger}}", "unknown logger `x.MLFlowLogger`"),
-        ("{trainer: 7}", "lightning.trainer: `7` should be a mapping"),
-        (
-            "{callbacks: {loggers: [csv, tensorbord]}}",
-            "`tensorbord` should be 'csv'",
-        ),
     ],
 )
-def test_what_is_not_understood_is_named(text: str, message: str) -> None:
+def test_unknown_names_are_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         settings(text)
 
@@ -270,90 +263,61 @@ def test_the_keywords_of_tasks_and_optimizers_are_known() -> None:
         ("model.base_learning_ratee=1", "model: unknown key `base_learning_ratee`, did you mean"),
         ("model.ckpt_path=x", "model: unknown key `ckpt_path`, did you mean `params.ckpt_path`"),
         ("model.base_learning_rate=-1", "rate: `-1` should be greater than or equal to 0"),
-        (
-            "model.base_learning_rate=.nan",
-            "rate: `nan` should be a finite number",
-        ),
-        (
-            "model.base_learning_rate=nan",
-            "rate: `nan` should be a valid number",
-        ),
+        ("model.base_learning_rate=.nan", "rate: `nan` should be a finite number"),
         ("model.params.ucg_training={txt: 0.1}", "ucg_training.txt: `0.1` should be a mapping"),
         ("model.params.loss_type=l3", "model.params.loss_type: `l3` should be 'l2' or 'l1'"),
         ("model=7", "model: `7` should be a mapping"),
-        (
-            "data.params.batch_size=0",
-            "data.params.batch_size: `0` should be greater",
-        ),
-        ("data.params.batch_size=two", "data.params.batch_size: `two` should be a whole number"),
+        ("data.params.batch_size=0", "data.params.batch_size: `0` should be greater"),
         ("lightning.trainer.num_nodes=two", "num_nodes: `two` should be a whole number"),
-        (
-            "lightning.trainer.val_check_interval=x",
-            "val_check_interval: `x` should be a valid",
-        ),
         ("lightning.trainer.max_steps=2.5", "max_steps: `2.5` should be a whole number or null"),
         ("lightning.trainer.max_time=abc", "trainer.max_time: `abc` should be a time (DD:HH:"),
-        ("lightning.trainer.max_time='1:1:2:3:4'", "max_time: `1:1:2:3:4` should be a time"),
         ("lightning.trainer.compile=perhaps", "compile: `perhaps` should be true or false"),
-        ("lightning.trainer.ema_device=gpu", "ema_device: `gpu` should be 'cpu' or null"),
         ("lightning.trainer.seed=true", "lightning.trainer.seed: `True` should be a whole number"),
-        ("lightning.optimizer.ema_decay=2", "ema_decay: `2` should be less than 1"),
-        (
-            "lightning.optimizer.betas=[0.9,2]",
-            "betas: `2` should be less than 1",
-        ),
+        ("lightning.optimizer.betas=[0.9,2]", "betas: `2` should be less than 1"),
         ("lightning.optimizer.beta=[0.9,2]", "unknown key of adamw `beta`, did you mean `betas`"),
         ("lightning.objective.min_snr_gamma=-1", "`-1` should be greater than 0 or null"),
         ("lightning.objective.drop={txt: 2}", "drop.txt: `2` should be less than or equal to 1"),
         ("lightning.objective.dropp=0", "lightning.objective: unknown key `dropp`, did you mean"),
-        ("lightning.callbacks.save_minutez=5", "`save_minutez`, did you mean `save_minutes`"),
-        ("lightning.callbacks.log_every=0", "log_every: `0` should be greater than or equal to 1"),
-        (
-            "lightning.callbacks.images=-3",
-            "lightning.callbacks.images: `-3` should be greater than or equal to 0",
-        ),
         ("lightning.callbacks.prompts=5", "prompts: `5` should be a valid string or null"),
-        ("lightning.callbacks.export=ckp", "export: `ckp` should be 'safetensors' or 'ckpt'"),
         ("lightning.callbacks.sampling.step=3", "sampling: unknown key `step`, did you mean `st"),
         ("lightning.callbacks.sampling.steps=0", "callbacks.sampling.steps: `0` should be greater"),
-        (
-            "lightning.callbacks.image_logger.params=5",
-            "params: `5` should be a mapping",
-        ),
-        (
-            "lightning.modelcheckpoint=5",
-            "lightning.modelcheckpoint: `5` should be a mapping",
-        ),
-        ("lightning.lora.rank=0", "lightning.lora.rank: `0` should be greater"),
+        ("lightning.callbacks.image_logger.params=5", "params: `5` should be a mapping"),
         ("lightning.textual_inversion.vectors=2", "textual_inversion needs `token`"),
     ],
 )
-def test_a_value_that_cannot_be_is_named_with_its_place(override: str, message: str) -> None:
+def test_a_wrong_value_is_named_with_its_key(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         read_settings(parse_yaml("{model: {}, data: {}, lightning: {}}", [override]))
 
 
 def test_one_word_is_a_list_of_one_and_counts_may_be_written_as_powers() -> None:
-    made = settings("{trainer: {max_steps: 1e6, nan_limit: .inf, gradient_clip_val: .inf}, "
+    result = settings("{trainer: {max_steps: 1e6, nan_limit: .inf, gradient_clip_val: .inf}, "
                     "lora: {targets: text}, callbacks: {export: ckpt, loggers: csv, prompts: a cat,"
                     " save_steps: off, image_minutes: .inf}}")  # fmt: skip
-    assert repr(made.trainer.max_steps) == "1000000"
-    assert made.trainer.nan_limit == made.callbacks.image_minutes == math.inf
-    assert made.lora is not None
-    assert made.lora.targets == ["text"]
-    callbacks = made.callbacks
+    assert repr(result.trainer.max_steps) == "1000000"
+    assert result.trainer.nan_limit == result.callbacks.image_minutes == math.inf
+    assert result.lora is not None
+    assert result.lora.targets == ["text"]
+    callbacks = result.callbacks
     assert (callbacks.export, callbacks.loggers) == (["ckpt"], ["csv"])
     assert (callbacks.prompts, callbacks.save_steps) == (["a cat"], 0)
 
 
+def test_times_are_read_as_lightning_writes_them() -> None:
+    times = {"01:10:00": 4200, "01:00:00:00": 86400, "90": 90, "90.5": 90.5}
+    for text, seconds in times.items():
+        assert settings(f"{{trainer: {{max_time: '{text}'}}}}").trainer.max_time == seconds
+        assert settings(f"{{trainer: {{max_time: {seconds}}}}}").trainer.max_time == seconds
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_all_values_of_our_configs_can_be(path: Path) -> None:
-    made = read_settings(read_yaml(path))
-    again = read_settings(parse_yaml(format_yaml(made.to_config())))
-    assert replace(again, raw=made.raw, notes=made.notes) == made
+def test_a_printed_config_reads_back_the_same(path: Path) -> None:
+    result = read_settings(read_yaml(path))
+    again = read_settings(parse_yaml(format_yaml(result.to_config())))
+    assert replace(again, raw=result.raw, notes=result.notes) == result
 
 
-def test_what_lacks_is_named_at_once() -> None:
+def test_missing_keys_are_named_at_once() -> None:
     raw = read_yaml(ROOT / "configs/stable-diffusion/v2-inference-v.yaml")
     with pytest.raises(ValueError, match="missing in the config: `data.params.train`, `data"):
         check_complete(raw, "model.target", "data.params.train", "data.params.batch_size")

@@ -18,7 +18,7 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
     with_config,
-)  # fmt: skip
+)
 from typing_extensions import TypedDict
 
 from ldm.diffusion.names import LEGACY, SCHEDULERS
@@ -53,29 +53,23 @@ EXPECTATIONS = {
     **dict.fromkeys(("dict_type", "model_type"), "should be a mapping of keys"),
     "bool_type": "should be true or false",
     "int_type": "should be a whole number",
+    "string_pattern_mismatch": "should not be empty",
 }
 
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 OPEN = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)  # others read the other keys
 
 
-def parse_duration(text: object) -> float:
+def parse_duration(value: object) -> float:
     """ "DD:HH:MM:SS", or a part of it from the right, or a number of seconds -> seconds.
 
     Raises:
         ValueError: it is anything else.
     """
-    if isinstance(text, str) and text.count(":") < 4:
-        units = zip(reversed(text.split(":")), (1, 60, 3600, 86400), strict=False)
-        return sum(float(part) * unit for part, unit in units)
-    if isinstance(text, int | float) and text is not True:
-        return float(text)
-    raise ValueError("a time")
-
-
-def _read_duration(value: object) -> object:
+    parts = str(0 if value is False else value).split(":")
     try:
-        return parse_duration(value)
+        units = (1, 60, 3600, 86400)[: len(parts)]
+        return sum(float(p) * unit for p, unit in zip(reversed(parts), units, strict=True))
     except ValueError:
         raise ValueError("should be a time (DD:HH:MM:SS or seconds)") from None
 
@@ -93,12 +87,6 @@ def _check_whole(value: float) -> float:
         return int(value)
     if value != float("inf"):
         raise ValueError("should be a whole number")
-    return value
-
-
-def _check_text(value: str) -> str:
-    if not value.strip():
-        raise ValueError("should not be empty")
     return value
 
 
@@ -125,7 +113,7 @@ Nonnegative = Annotated[float, Field(ge=0), OFF]
 Positive = Annotated[float, Field(gt=0), OFF]
 Probability = Annotated[float, Field(ge=0, le=1), OFF]
 BelowOne = Annotated[float, Field(ge=0, lt=1), OFF]
-Text = Annotated[str, AfterValidator(_check_text)]
+Text = Annotated[str, Field(pattern=r"\S")]
 # Limits, which may be infinite; where 0 is allowed it means never.
 Limit = Annotated[float, Field(ge=0, allow_inf_nan=True), OFF]
 CountLimit = Annotated[float, Field(ge=1, allow_inf_nan=True), OFF, AfterValidator(_check_whole)]
@@ -144,7 +132,7 @@ class Trainer(Section):
     max_steps: Steps | None = None  # the run ends after so many steps …
     max_epochs: Positive | None = None  # … or so many passes over the data …
     # … or so many seconds over all sessions, whichever comes first
-    max_time: Annotated[Nonnegative, BeforeValidator(_read_duration)] | None = None
+    max_time: Annotated[Nonnegative, BeforeValidator(parse_duration)] | None = None
     gradient_clip_val: Limit | None = 1.0  # largest norm of the gradients; null: any
     accumulate_grad_batches: Count = 1
     scale_lr: Bool = False  # learning rate = accumulate x ranks x batch x base_learning_rate
