@@ -1,6 +1,18 @@
-"""Networks with trainable parameters; each file imports only those before it.
+"""Networks with trainable parameters, and the layers they are built of.
 
-attention -> blocks -> transformer -> unet, and attention -> blocks -> autoencoder. Parameter names
-are the original ones, so published weights go straight into place. Nothing here knows about files,
-schedules or prompts.
+Reading order; a file imports only from those before it, and from `ldm.runtime`:
+
+    cpu            layers on x86 CPUs, faster than torch's own
+    attention      attention(q, k, v), by the backend that fits
+    blocks         layers, norms, residual blocks, timestep embedding
+    transformer    self- and cross-attention of the UNet
+    unet           UNet
+    autoencoder    AutoencoderKL
+    karlo          prior of unCLIP models
+    discriminator, lpips    losses of the autoencoder
+    lora           LoRA of any of these
+    tiling         networks applied to tiles of a large image
+
+Names of parameters are the original's, so that published weights load as they are. Networks take
+and return tensors: files, noise schedules and prompts are the matter of other packages.
 """

@@ -1,8 +1,8 @@
-"""What the UNet and the autoencoder are built of: linear, convolution, norms, residual blocks.
+"""Layers of the UNet and the autoencoder: linear, convolution, norms, residual blocks.
 
-Every Linear, Conv2d and GroupNorm of the networks is one of the classes here. On a CPU, `cpu.py`
-computes linear layers and convolutions, with the same result.
-Blocks with time embedding follow Dhariwal & Nichol 2021 (arXiv:2105.05233).
+Every Linear, Conv2d and GroupNorm of the two is one of the classes here, with torch's parameters.
+On a CPU, `ldm.nets.cpu` computes them, with the same result.
+Blocks with a time embedding follow Dhariwal and Nichol 2021 (arXiv:2105.05233).
 """
 
 import math
@@ -26,6 +26,8 @@ class Layer(nn.Module):
 
 
 class Linear(nn.Linear, Layer):
+    """nn.Linear, computed by `ldm.nets.cpu` on CPUs."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.packs = cpu.Packs()
@@ -39,6 +41,8 @@ class Linear(nn.Linear, Layer):
 
 
 class Conv2d(nn.Conv2d, Layer):
+    """nn.Conv2d, computed by `ldm.nets.cpu` on CPUs."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.packs = cpu.Packs()
@@ -52,28 +56,39 @@ class Conv2d(nn.Conv2d, Layer):
 
 
 class DoublingConv2d(Conv2d):
-    """A convolution of x after doubling it by nearest neighbour, and cutting it to `size`."""
+    """A convolution after upsampling by 2, nearest neighbour."""
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """Convolves x (B, C, h, w) as upsampled and cut to `size`, see `upsample_nearest`."""
         height, width = x.shape[-2:]
         if size is None or tuple(size) == (2 * height, 2 * width):
             return cpu.conv2d_doubled(self.packs, x, self)  # (B, C_out, 2h, 2w)
-        return super().forward(doubled(x, size))
+        return super().forward(upsample_nearest(x, size))
 
 
 class LayerNorm(nn.LayerNorm, Layer):
+    """LayerNorm that keeps the dtype of x, also under autocast, where the kernel gives float32."""
+
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).to(x.dtype)
 
 
 class GroupNorm(nn.GroupNorm, Layer):
-    """32 groups; mean and variance in float32 whatever the dtype, as the kernels do."""
+    """GroupNorm of 32 groups, with mean and variance in float32 whatever the dtype.
+
+    Args:
+        channels: Channels of the feature map, a multiple of 32.
+        eps: Added to the variance.
+
+    Raises:
+        ValueError: For another number of channels.
+    """
 
     def __init__(self, channels: int, *, eps: float = 1e-5) -> None:
         if channels % GROUPS:
             raise ValueError(
                 f"width {channels} is not a multiple of {GROUPS}, which every GroupNorm needs\n"
-                f"hint: choose model_channels (or ch) and channel_mult so that all widths are"
+                "hint: choose model_channels (or ch) and channel_mult so that all widths are"
             )
         super().__init__(GROUPS, channels, eps=eps)
 
@@ -86,7 +101,7 @@ class GroupNorm(nn.GroupNorm, Layer):
 
 
 def zero(module: nn.Module) -> nn.Module:
-    """Set every parameter to zero, so that a residual branch starts as the identity."""
+    """Sets every parameter to zero, so that a residual branch starts as the identity."""
     for parameter in module.parameters():
         if not parameter.is_meta:
             nn.init.zeros_(parameter)
@@ -94,13 +109,17 @@ def zero(module: nn.Module) -> nn.Module:
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000) -> Tensor:
-    """Sinusoids of the timestep: [cos(t f_0) … | sin(t f_0) …], f_k = max_period ** (-2k / dim).
-
-        t: (B,), may be fractional.
-        dim: width; an odd one ends in a column of zeros.
-        Returns (B, dim), float32.
+    """Embeds timesteps as [cos(t f_0) … | sin(t f_0) …], f_k = max_period ** (-2k / dim).
 
     Vaswani et al. 2017 (arXiv:1706.03762), section 3.5.
+
+    Args:
+        t: Timesteps (B,), may be fractional.
+        dim: Width of the embedding; if it is odd, the last column is zero.
+        max_period: Longest period over 2 pi, in timesteps.
+
+    Returns:
+        (B, dim) float32.
     """
     half = dim // 2
     k = torch.arange(half, dtype=torch.float32, device=t.device)
@@ -110,9 +129,10 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000) -> Tensor
 
 
 def run(function: Callable[..., Tensor], *args: Tensor | None, recompute: bool) -> Tensor:
-    """function(*args); with `recompute` its activations are made again in the backward pass.
+    """Calls function(*args), with gradient checkpointing if `recompute` is set.
 
-    Gradient checkpointing (Chen et al. 2016, arXiv:1604.06174): the same gradients, less memory.
+    Its activations are then computed again in the backward pass instead of kept: the same
+    gradients, less memory (Chen et al. 2016, arXiv:1604.06174).
     """
     if recompute and torch.is_grad_enabled():
         out: Tensor = checkpoint(function, *args, use_reentrant=False)
@@ -120,16 +140,18 @@ def run(function: Callable[..., Tensor], *args: Tensor | None, recompute: bool) 
     return function(*args)
 
 
-def doubled(x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+def upsample_nearest(x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+    """Repeats each pixel of x (B, C, h, w) twice on each side.
+
+    `size` (height, width) crops the result: a side that was odd, and was rounded up when it was
+    halved, would come out one pixel too long.
+    """
     x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (B, C, 2h, 2w)
     return x if size is None else x[..., : size[0], : size[1]]
 
 
 class Upsample(Layer):
-    """Twice the size by nearest neighbour, then a 3x3 convolution unless `use_conv` is off.
-
-    `size` (height, width) cuts what an odd size, rounded up when it was halved, has too much.
-    """
+    """Twice the size by nearest neighbour, then a 3x3 convolution unless `use_conv` is off."""
 
     def __init__(
         self, channels: int, *, out_channels: int | None = None, use_conv: bool = True
@@ -139,7 +161,9 @@ class Upsample(Layer):
         self.conv = conv if use_conv else None
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        return doubled(x, size) if self.conv is None else self.conv(x, size)  # (B, C, 2h, 2w)
+        if self.conv is None:
+            return upsample_nearest(x, size)  # (B, C, 2h, 2w)
+        return self.conv(x, size)  # (B, C_out, 2h, 2w)
 
 
 class Downsample(Layer):
@@ -153,15 +177,24 @@ class Downsample(Layer):
         self.op = conv if use_conv else nn.AvgPool2d(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)  # (B, C, h / 2, w / 2)
+        x = self.op(x)  # (B, C_out, h / 2, w / 2)
+        return x
 
 
 class ResBlock(Layer):
     """norm, SiLU, conv; plus the time embedding; norm, SiLU, dropout, conv; plus the input.
 
-    `up` and `down` resample both branches, before the first convolution. With
-    `use_scale_shift_norm` the embedding scales and shifts the second norm instead of being added.
-    `use_conv` makes the skip connection 3x3 where it changes the width.
+    Args:
+        channels: Channels of the input.
+        emb_channels: Features of the time embedding.
+        dropout: Probability of dropout.
+        out_channels: Channels of the output; None for `channels`.
+        use_conv: Whether the skip is a 3x3 convolution where the width changes, else 1x1.
+        use_scale_shift_norm: Whether the embedding scales and shifts the second norm, instead of
+            being added before it.
+        use_checkpoint: Whether activations are recomputed in the backward pass.
+        up: Whether both branches are upsampled by 2 before the first convolution.
+        down: Whether both branches are downsampled by 2 there.
     """
 
     def __init__(
@@ -199,11 +232,12 @@ class ResBlock(Layer):
             self.skip_connection = Conv2d(channels, out_channels, kernel, padding=kernel // 2)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x: (B, channels, h, w). emb: (B, emb_channels). Returns (B, out_channels, h, w)."""
         return run(self._forward, x, emb, recompute=self.use_checkpoint)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm, silu, conv = self.in_layers
-        h = conv(self.resample(silu(norm(x))))  # (B, C_out, h, w)
+        h: Tensor = conv(self.resample(silu(norm(x))))  # (B, C_out, h, w)
         emb = self.emb_layers(emb).to(h.dtype)[:, :, None, None]  # (B, C_out or 2 C_out, 1, 1)
         if self.use_scale_shift_norm:
             norm, *rest = self.out_layers
@@ -213,10 +247,13 @@ class ResBlock(Layer):
                 h = layer(h)
         else:
             h = self.out_layers(h + emb)
-        return self.skip_connection(self.resample(x)) + h  # (B, C_out, h, w)
+        skip: Tensor = self.skip_connection(self.resample(x))  # (B, C_out, h, w)
+        return skip + h
 
 
 def _resampler(channels: int, *, up: bool, down: bool) -> nn.Module:
     if up:
         return Upsample(channels, use_conv=False)
-    return Downsample(channels, use_conv=False) if down else nn.Identity()
+    if down:
+        return Downsample(channels, use_conv=False)
+    return nn.Identity()

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ldm.nets.blocks import Conv2d, DoublingConv2d, Linear, doubled, zero
+from ldm.nets.blocks import Conv2d, DoublingConv2d, Linear, upsample_nearest, zero
 
 __all__ = ["LoRA", "LoRALayer", "Target", "merge_loras"]
 
@@ -110,7 +110,7 @@ class LoRALayer(nn.Module):
 
     def add_to_output(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """The layer's output with the addition; a forward hook of the layer."""
-        x = doubled(*args) if isinstance(layer, DoublingConv2d) else args[0]
+        x = upsample_nearest(*args) if isinstance(layer, DoublingConv2d) else args[0]
         y: Tensor = self(x.to(self.lora_down.weight.dtype)).to(output.dtype)
         if self.target.part is not None:
             before, width = self.target.part, y.shape[-1]

@@ -1,8 +1,8 @@
-"""Where a feature map looks at itself and at the prompt.
+"""Attention layers of the UNet, over the positions of a feature map and to the context.
 
 SpatialTransformer: (B, C, h, w) -> tokens (B, h w, C) -> TransformerBlocks -> (B, C, h, w), plus x.
 TransformerBlock: self-attention, cross-attention to the context, feed-forward; each after a
-LayerNorm, each added to its input. AttentionBlock is the older kind, without a prompt.
+LayerNorm, each added to its input. AttentionBlock is an older kind, without a context.
 Rombach et al. 2022 (arXiv:2112.10752), appendix E.2.1; gates: Shazeer 2020 (arXiv:2002.05202).
 """
 
@@ -13,11 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.nets.attention import attention
-from ldm.nets.blocks import Conv2d, GroupNorm, LayerNorm, Linear, run, zero
+from ldm.nets.blocks import Conv2d, GroupNorm, Layer, LayerNorm, Linear, run, zero
+
+__all__ = [
+    "GEGLU",
+    "AttentionBlock",
+    "CrossAttention",
+    "FeedForward",
+    "SpatialTransformer",
+    "TransformerBlock",
+]
 
 
-class GEGLU(nn.Module):
-    """value * gelu(gate), both halves of one projection, the value first."""
+class GEGLU(Layer):
+    """value * gelu(gate), both halves of one projection, the value first (arXiv:2002.05202)."""
 
     def __init__(self, *, dim_in: int, dim_out: int) -> None:
         super().__init__()
@@ -28,7 +37,17 @@ class GEGLU(nn.Module):
         return value * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
+class FeedForward(Layer):
+    """MLP of one hidden layer.
+
+    Args:
+        dim: Features of the input.
+        dim_out: Features of the output; None for `dim`.
+        mult: Features of the hidden layer, in multiples of `dim`.
+        glu: Whether the activation is GEGLU, else GELU.
+        dropout: Probability of dropout.
+    """
+
     def __init__(
         self,
         *,
@@ -40,19 +59,26 @@ class FeedForward(nn.Module):
     ) -> None:
         super().__init__()
         inner = dim * mult
-        first = (
-            GEGLU(dim_in=dim, dim_out=inner)
-            if glu
-            else nn.Sequential(Linear(dim, inner), nn.GELU())
-        )
+        first: nn.Module = nn.Sequential(Linear(dim, inner), nn.GELU())
+        if glu:
+            first = GEGLU(dim_in=dim, dim_out=inner)
         self.net = nn.Sequential(first, nn.Dropout(dropout), Linear(inner, dim_out or dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)  # (B, N, dim_out)
+        x = self.net(x)  # (B, N, dim_out)
+        return x
 
 
-class CrossAttention(nn.Module):
-    """Attention of x to a context, or of x to itself."""
+class CrossAttention(Layer):
+    """Attention of x to a context, or of x to itself.
+
+    Args:
+        query_dim: Features of x.
+        context_dim: Features of the context; None for those of x.
+        heads: Number of heads.
+        dim_head: Features per head.
+        dropout: Probability of dropout of the output.
+    """
 
     def __init__(
         self,
@@ -75,7 +101,19 @@ class CrossAttention(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """x: (B, N, query_dim).  context: (B, M, context_dim).  mask: (B, M), True = keep."""
+        """Attends from x to the context.
+
+        Args:
+            x: (B, N, query_dim).
+            context: (B, M, context_dim); None for x.
+            mask: Tokens of the context to keep, bool (B, M); None for all.
+
+        Returns:
+            (B, N, query_dim).
+
+        Raises:
+            ValueError: If the context has other features than `context_dim`.
+        """
         context = x if context is None else context
         if context.shape[-1] != self.context_dim:
             raise ValueError(
@@ -84,14 +122,26 @@ class CrossAttention(nn.Module):
             )
         q, k, v = (self._split(y) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
         h = attention(q, k, v, None if mask is None else mask[:, None, None])  # (B, heads, N, d)
-        return self.to_out(h.transpose(1, 2).flatten(2))  # (B, N, query_dim)
+        out: Tensor = self.to_out(h.transpose(1, 2).flatten(2))  # (B, N, query_dim)
+        return out
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
+        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)  # (B, heads, N, d)
 
 
-class TransformerBlock(nn.Module):
-    """`disable_self_attn` makes the first attention a second one to the context."""
+class TransformerBlock(Layer):
+    """Self-attention, cross-attention and feed-forward, each after a LayerNorm, as residuals.
+
+    Args:
+        dim: Features of the tokens.
+        n_heads: Number of attention heads.
+        d_head: Features per head.
+        dropout: Probability of dropout.
+        context_dim: Features of the context; None for self-attention in its place.
+        gated_ff: Whether the feed-forward's activation is GEGLU, else GELU.
+        use_checkpoint: Whether activations are recomputed in the backward pass.
+        disable_self_attn: Whether the first attention is to the context, too.
+    """
 
     def __init__(
         self,
@@ -132,11 +182,23 @@ class TransformerBlock(nn.Module):
         return x + self.ff(self.norm3(x))
 
 
-class SpatialTransformer(nn.Module):
+class SpatialTransformer(Layer):
     """TransformerBlocks over the positions of a feature map, as a residual.
 
-    context_dim: width of the context, or a list of one per block.
-    use_linear: project tokens (SD 2) instead of the feature map (SD 1); the same numbers.
+    Args:
+        in_channels: Channels of the feature map.
+        n_heads: Number of attention heads.
+        d_head: Features per head; tokens have n_heads * d_head.
+        depth: Number of blocks.
+        dropout: Probability of dropout.
+        context_dim: Features of the context, or a list of one per block.
+        disable_self_attn: Whether the first attention of a block is to the context, too.
+        use_linear: Whether to project tokens (SD 2) instead of the feature map (SD 1). The result
+            is the same, the shapes of the weights are not.
+        use_checkpoint: Whether activations are recomputed in the backward pass.
+
+    Raises:
+        ValueError: If `context_dim` is a list of another length than `depth`.
     """
 
     def __init__(
@@ -173,22 +235,43 @@ class SpatialTransformer(nn.Module):
         self.proj_out = zero(proj_out)
 
     def forward(self, x: Tensor, context: Tensor | Sequence[Tensor] | None = None) -> Tensor:
-        """x: (B, C, h, w).  context: (B, M, D) for all blocks, or a list of one per block."""
+        """Attends over positions and to the context.
+
+        Args:
+            x: (B, C, h, w).
+            context: (B, M, D) for all blocks, or a list of one per block.
+
+        Returns:
+            (B, C, h, w).
+
+        Raises:
+            ValueError: If the list has not one context per block.
+        """
         h = self.norm(x)  # (B, C, h, w)
         h = self.proj_in(_tokens(h)) if self.use_linear else _tokens(self.proj_in(h))  # (B, h w, C)
         contexts = _one_per_block(context, len(self.transformer_blocks), "context")
-        for block, its_context in zip(self.transformer_blocks, contexts, strict=True):
-            h = block(h, its_context)  # (B, h w, C)
+        for block, block_context in zip(self.transformer_blocks, contexts, strict=True):
+            h = block(h, block_context)  # (B, h w, C)
         size = x.shape[-2:]
-        h = _map(self.proj_out(h), size) if self.use_linear else self.proj_out(_map(h, size))
+        h = _image(self.proj_out(h), size) if self.use_linear else self.proj_out(_image(h, size))
         return x + h  # (B, C, h, w)
 
 
-class AttentionBlock(nn.Module):
-    """Self-attention over all positions, as a residual; without a prompt.
+class AttentionBlock(Layer):
+    """Self-attention over all positions, as a residual, without a context.
 
-    The channels of `qkv` are ordered heads first, then q, k, v; in the new order q, k, v first.
-    Dhariwal & Nichol 2021 (arXiv:2105.05233).
+    Dhariwal and Nichol 2021 (arXiv:2105.05233).
+
+    Args:
+        channels: Channels of the feature map.
+        num_heads: Number of heads, if `num_head_channels` is -1.
+        num_head_channels: Channels per head.
+        use_checkpoint: Whether activations are recomputed in the backward pass.
+        use_new_attention_order: Whether the channels of `qkv` are ordered by q, k, v first, then by
+            heads; else by heads first.
+
+    Raises:
+        ValueError: If the heads do not divide the channels.
     """
 
     def __init__(
@@ -214,14 +297,15 @@ class AttentionBlock(nn.Module):
         return run(self._forward, x, recompute=self.use_checkpoint)
 
     def _forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(self.norm(x).flatten(2))  # (B, 3 C, h w)
+        qkv: Tensor = self.qkv(self.norm(x).flatten(2))  # (B, 3 C, h w)
         if self.use_new_attention_order:
-            qkv = qkv.unflatten(1, (3, self.heads, -1)).transpose(1, 2)
+            qkv = qkv.view(len(x), 3, self.heads, -1, qkv.shape[-1]).transpose(1, 2)
         else:
-            qkv = qkv.unflatten(1, (self.heads, 3, -1))  # (B, heads, 3, d, h w)
+            qkv = qkv.view(len(x), self.heads, 3, -1, qkv.shape[-1])  # (B, heads, 3, d, h w)
         q, k, v = qkv.transpose(-2, -1).contiguous().unbind(2)  # (B, heads, h w, d) each
         h = attention(q, k, v).transpose(-2, -1).flatten(1, 2)  # (B, C, h w)
-        return x + self.proj_out(h).view(x.shape)  # (B, C, h, w)
+        out: Tensor = self.proj_out(h)
+        return x + out.view(x.shape)  # (B, C, h, w)
 
 
 def _one_per_block(value: Any, depth: int, name: str) -> Sequence[Any]:
@@ -236,5 +320,5 @@ def _tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)  # (B, h w, C)
 
 
-def _map(x: Tensor, size: Sequence[int]) -> Tensor:
-    return x.transpose(1, 2).unflatten(-1, tuple(size))  # (B, C, h, w)
+def _image(x: Tensor, size: Sequence[int]) -> Tensor:
+    return x.transpose(1, 2).view(len(x), -1, *size)  # (B, C, h, w)

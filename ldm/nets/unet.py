@@ -1,12 +1,12 @@
-"""The UNet: (noisy latent, timestep, prompt) -> eps or v, the same shape as the latent.
+"""The UNet: (noisy latent, timestep, conditions) -> prediction of eps, v or x0.
 
     x ── input_blocks ──> middle_block ──> output_blocks ──> out
               └── one skip connection per input block ──┘
 
 Each level has residual blocks, most with attention, and halves or doubles the size at its end.
-Attribute names are the original ones, so published weights need no map. One class serves SD 1,
-SD 2, inpainting, depth, x4 and unCLIP. Ronneberger et al. 2015 (arXiv:1505.04597); Dhariwal and
-Nichol 2021 (arXiv:2105.05233); Rombach et al. 2022 (arXiv:2112.10752).
+Names of parameters are the original's, so that published weights load as they are. One class
+serves SD 1, SD 2, inpainting, depth, x4 and unCLIP. Ronneberger et al. 2015 (arXiv:1505.04597);
+Dhariwal and Nichol 2021 (arXiv:2105.05233); Rombach et al. 2022 (arXiv:2112.10752).
 """
 
 from collections.abc import Collection, Sequence
@@ -28,13 +28,24 @@ from ldm.nets.blocks import (
 )
 from ldm.nets.transformer import AttentionBlock, SpatialTransformer
 
+__all__ = ["UNet"]
+
 Context = Tensor | Sequence[Tensor] | None
 
-LISTS = ("num_res_blocks", "transformer_depth", "disable_self_attentions", "num_attention_blocks")
+# Settings that may be lists of one entry per level
+PER_LEVEL = (
+    "num_res_blocks",
+    "transformer_depth",
+    "disable_self_attentions",
+    "num_attention_blocks",
+)
 
 
 class Stage(nn.Sequential):
-    """Layers in a row, each given what it listens to besides x; `size` is the next skip's."""
+    """Layers in a row, each given the conditions that it takes besides x.
+
+    `size` is that of the next skip connection, which an Upsample at the end has to match.
+    """
 
     def forward(  # type: ignore[override]
         self, x: Tensor, emb: Tensor, context: Context, size: torch.Size | None = None
@@ -53,19 +64,43 @@ class Stage(nn.Sequential):
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class UNet(nn.Module):
-    """The fields are the constructor's keywords, as the original YAML spells them.
+    """The denoising network. Its fields are the keywords of `unet_config` in the original's YAML.
 
-    Lists have one entry per level, `channel_mult[i] * model_channels` wide, 2 ** i times smaller.
+    Level i is `channel_mult[i] * model_channels` wide and 2 ** i times smaller than the latent.
+    Some settings may be lists of one entry per level.
 
-        attention_resolutions: downsampling factors 2 ** i of the levels that have attention.
-        num_attention_blocks: only so many blocks of a level have it.
-        num_classes: what `y` is: an int = that many classes (Embedding), "continuous" = (B, 1),
-            "sequential" = (B, adm_in_channels).
-        num_heads | num_head_channels: fix the number of heads, or their width.
-        num_heads_upsample, use_new_attention_order: for attention without transformer.
-        legacy: with num_head_channels, divide the width evenly among the heads.
-        transformer_depth: blocks per transformer, also one number per level.
-        context_dim: features of the context; a list = each block has a context of its own.
+    Args:
+        in_channels: Channels of the latent, and of images that are concatenated with it.
+        model_channels: Width of the first level, a multiple of 32.
+        out_channels: Channels of the prediction.
+        num_res_blocks: Residual blocks per level; the way up has one more. May be a list.
+        attention_resolutions: Factors 2 ** i of the levels with attention.
+        dropout: Probability of dropout in residual blocks.
+        channel_mult: Widths of the levels, in multiples of `model_channels`.
+        conv_resample: Whether levels are resampled by convolutions, else by mean and nearest.
+        dims: Only 2 is supported.
+        num_classes: Kind of `y`: an int for classes 0 … n-1, "continuous" for (B, 1), "sequential"
+            for (B, adm_in_channels), None for none.
+        use_checkpoint: Whether activations are recomputed in the backward pass, to save memory.
+        num_heads: Number of attention heads; -1 if `num_head_channels` says how wide they are.
+        num_head_channels: Channels per head; -1 if `num_heads` says how many there are.
+        num_heads_upsample: Number of heads on the way up, for attention without transformer.
+        use_scale_shift_norm: See ResBlock.
+        resblock_updown: Whether levels are resampled by residual blocks.
+        use_new_attention_order: See AttentionBlock.
+        use_spatial_transformer: Whether attention is that of SpatialTransformer, with a context.
+        transformer_depth: Blocks per transformer. May be a list.
+        context_dim: Features of the context; a list if each block has a context of its own.
+        n_embed: Not supported.
+        legacy: Whether `num_head_channels` only says how many heads divide the width evenly.
+        disable_self_attentions: List of the levels whose blocks attend to the context only.
+        num_attention_blocks: List of how many blocks of a level have attention; None for all.
+        disable_middle_self_attn: As `disable_self_attentions`, for the middle block.
+        use_linear_in_transformer: See `use_linear` of SpatialTransformer.
+        adm_in_channels: Features of `y` for num_classes "sequential".
+
+    Raises:
+        ValueError: For settings that contradict each other or are not supported.
     """
 
     IGNORED: ClassVar[frozenset[str]] = frozenset(
@@ -103,6 +138,7 @@ class UNet(nn.Module):
     def __post_init__(self) -> None:
         super().__init__()
         self._check_settings()
+        levels = len(self.channel_mult)
         self.emb_channels = 4 * self.model_channels
         self.time_embed = nn.Sequential(
             Linear(self.model_channels, self.emb_channels),
@@ -110,12 +146,16 @@ class UNet(nn.Module):
             Linear(self.emb_channels, self.emb_channels),
         )
         if self.num_classes is not None:
-            self.label_emb = self._label_emb()
-        self.input_blocks, skips = self._way_down()
-        ch, last = skips[-1], len(self.channel_mult) - 1
-        attention = self._attention(ch, last, disable_self_attn=self.disable_middle_self_attn)
-        self.middle_block = Stage(self._res(ch, ch), attention, self._res(ch, ch))
-        self.output_blocks, ch = self._way_up(ch, skips)
+            self.label_emb = self._build_label_emb()
+        self.input_blocks, skips = self._build_input_blocks()
+        ch = skips[-1]
+        attention = self._build_attention(
+            ch, levels - 1, disable_self_attn=self.disable_middle_self_attn
+        )
+        self.middle_block = Stage(
+            self._build_res_block(ch, ch), attention, self._build_res_block(ch, ch)
+        )
+        self.output_blocks, ch = self._build_output_blocks(ch, skips)
         self.out = nn.Sequential(
             GroupNorm(ch), nn.SiLU(), zero(Conv2d(ch, self.out_channels, 3, padding=1))
         )
@@ -131,19 +171,26 @@ class UNet(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the weights, in which the network computes."""
         return next(self.parameters()).dtype
 
     def forward(
         self, x: Tensor, timesteps: Tensor, context: Context = None, y: Tensor | None = None
     ) -> Tensor:
-        """The network's prediction for a noisy latent; computed in the dtype of the weights.
+        """Predicts eps, v or x0 of noisy latents.
 
-        x: (B, in_channels, h, w), of any size where a convolution halves it.
-        timesteps: (B,), 0 … 999, may be fractional.
-        context: (B, M, context_dim), or a list of one per transformer block.
-        y: (B,) class, (B, 1) or (B, adm_in_channels), see num_classes.
-        Returns (B, out_channels, h, w), dtype of x.
-        Raises ValueError for a size or conditioning that does not fit this UNet.
+        Args:
+            x: (B, in_channels, h, w), of any size where convolutions halve it, else a multiple of
+                2 ** (levels - 1).
+            timesteps: (B,), 0 … 999, may be fractional.
+            context: (B, M, context_dim), or a list of one per transformer block.
+            y: (B,) class, (B, 1) or (B, adm_in_channels), see `num_classes`.
+
+        Returns:
+            (B, out_channels, h, w), in the dtype of x.
+
+        Raises:
+            ValueError: For a size or conditions that do not fit this UNet.
         """
         self._check_input(x, y)
         emb = timestep_embedding(timesteps, self.model_channels)  # (B, model_channels)
@@ -160,39 +207,42 @@ class UNet(nn.Module):
             h = torch.cat([h, skips.pop()], dim=1)  # (B, C_i + C_skip, h / 2^i, w / 2^i)
             size = skips[-1].shape[-2:] if skips else None
             h = stage(h, emb, context, size)  # (B, C_i, h / 2^i, w / 2^i)
-        return self.out(h).to(x.dtype).contiguous()  # (B, out_channels, h, w)
+        out: Tensor = self.out(h)
+        return out.to(x.dtype).contiguous()  # (B, out_channels, h, w)
 
-    def _way_down(self) -> tuple[nn.ModuleList, list[int]]:
+    def _build_input_blocks(self) -> tuple[nn.ModuleList, list[int]]:
         """The input blocks, and the width that each leaves for its skip connection."""
         blocks = [Stage(Conv2d(self.in_channels, self.model_channels, 3, padding=1))]
         skips = [self.model_channels]
         for level, width in enumerate(self._widths):
             for i in range(self._res_blocks[level]):
-                layers: list[nn.Module] = [self._res(skips[-1], width)]
+                layers: list[nn.Module] = [self._build_res_block(skips[-1], width)]
                 if self._has_attention(level, i):
-                    layers.append(self._attention(width, level))
+                    layers.append(self._build_attention(width, level))
                 blocks.append(Stage(*layers))
                 skips.append(width)
             if level < len(self._widths) - 1:
-                blocks.append(Stage(self._down(width)))
+                blocks.append(Stage(self._build_downsample(width)))
                 skips.append(width)
         return nn.ModuleList(blocks), skips
 
-    def _way_up(self, ch: int, skips: list[int]) -> tuple[nn.ModuleList, int]:
+    def _build_output_blocks(self, ch: int, skips: list[int]) -> tuple[nn.ModuleList, int]:
         """The output blocks, one for each skip connection, and the last width."""
         blocks = []
         for level, width in reversed(list(enumerate(self._widths))):
             for i in range(self._res_blocks[level] + 1):
-                layers: list[nn.Module] = [self._res(ch + skips.pop(), width)]
+                layers: list[nn.Module] = [self._build_res_block(ch + skips.pop(), width)]
                 ch = width
                 if self._has_attention(level, i):
-                    layers.append(self._attention(ch, level, up=True))
+                    layers.append(self._build_attention(ch, level, up=True))
                 if level and i == self._res_blocks[level]:
-                    layers.append(self._up(ch))
+                    layers.append(self._build_upsample(ch))
                 blocks.append(Stage(*layers))
         return nn.ModuleList(blocks), ch
 
-    def _res(self, ch: int, out_channels: int, *, up: bool = False, down: bool = False) -> ResBlock:
+    def _build_res_block(
+        self, ch: int, out_channels: int, *, up: bool = False, down: bool = False
+    ) -> ResBlock:
         return ResBlock(
             channels=ch,
             emb_channels=self.emb_channels,
@@ -204,25 +254,25 @@ class UNet(nn.Module):
             down=down,
         )
 
-    def _down(self, ch: int) -> nn.Module:
+    def _build_downsample(self, ch: int) -> nn.Module:
         if self.resblock_updown:
-            return self._res(ch, ch, down=True)
+            return self._build_res_block(ch, ch, down=True)
         return Downsample(ch, use_conv=self.conv_resample)
 
-    def _up(self, ch: int) -> nn.Module:
+    def _build_upsample(self, ch: int) -> nn.Module:
         if self.resblock_updown:
-            return self._res(ch, ch, up=True)
+            return self._build_res_block(ch, ch, up=True)
         return Upsample(ch, use_conv=self.conv_resample)
 
     def _has_attention(self, level: int, i: int) -> bool:
-        most = self.num_attention_blocks
-        return 2**level in self.attention_resolutions and (most is None or i < most[level])
+        count = self.num_attention_blocks
+        return 2**level in self.attention_resolutions and (count is None or i < count[level])
 
-    def _attention(
+    def _build_attention(
         self, ch: int, level: int, *, up: bool = False, disable_self_attn: bool | None = None
     ) -> nn.Module:
         if not self.use_spatial_transformer:
-            return self._attention_block(ch, up)
+            return self._build_attention_block(ch, up)
         heads, dim_head = self._heads(ch)
         if disable_self_attn is None and self.disable_self_attentions is not None:
             disable_self_attn = self.disable_self_attentions[level]
@@ -238,7 +288,7 @@ class UNet(nn.Module):
             use_checkpoint=self.use_checkpoint,
         )
 
-    def _attention_block(self, ch: int, up: bool) -> AttentionBlock:
+    def _build_attention_block(self, ch: int, up: bool) -> AttentionBlock:
         heads, _ = self._heads(ch)
         if up and self.legacy and self.num_head_channels == -1 and self.num_heads_upsample != -1:
             heads = self.num_heads_upsample
@@ -258,7 +308,7 @@ class UNet(nn.Module):
             raise ValueError(f"num_head_channels {self.num_head_channels} exceeds the width {ch}")
         return heads, ch // heads if self.legacy else self.num_head_channels
 
-    def _label_emb(self) -> nn.Module:
+    def _build_label_emb(self) -> nn.Module:
         if isinstance(self.num_classes, int):
             return nn.Embedding(self.num_classes, self.emb_channels)
         if self.num_classes == "continuous":
@@ -284,14 +334,14 @@ class UNet(nn.Module):
     def _check_settings(self) -> None:
         levels = len(self.channel_mult)
         if self.dims != 2:
-            raise ValueError(f"dims `{self.dims}` is not supported, only 2 (pictures)")
+            raise ValueError(f"dims `{self.dims}` is not supported, only 2 (images)")
         if self.n_embed is not None:
             raise ValueError("n_embed (prediction of codebook entries) is not supported")
         if self.num_heads == -1 and self.num_head_channels == -1:
             raise ValueError("either num_heads or num_head_channels is needed")
         if self.use_spatial_transformer != (self.context_dim is not None):
             raise ValueError("use_spatial_transformer and context_dim go together, one is missing")
-        for name in LISTS:
+        for name in PER_LEVEL:
             value = getattr(self, name)
             if isinstance(value, Sequence) and len(value) != levels:
                 raise ValueError(f"{name} has {len(value)} entries for {levels} levels")
@@ -305,9 +355,7 @@ class UNet(nn.Module):
                 f"both sides must be multiples of {factor}"
             )
         if x.shape[1] != self.in_channels:
-            raise ValueError(
-                f"this UNet takes {self.in_channels} channels, {x.shape[1]} were given"
-            )
+            raise ValueError(f"this UNet takes {self.in_channels} channels, got {x.shape[1]}")
         if y is None and self.num_classes is not None:
             raise ValueError(f"this UNet needs `y` (num_classes is `{self.num_classes}`)")
         if y is not None and self.num_classes is None:

@@ -282,7 +282,7 @@ def test_inputs_that_cannot_work_are_refused():
     unet, (x, t, context) = tiny_unet(), tiny_inputs()
     with pytest.raises(ValueError, match="7 x 8 does not fit this UNet, .* multiples of 2"):
         tiny_unet(resblock_updown=True)(x[:, :, :7], t, context)
-    with pytest.raises(ValueError, match="takes 4 channels, 3 were given"):
+    with pytest.raises(ValueError, match="takes 4 channels, got 3"):
         unet(x[:, :3], t, context)
     with pytest.raises(ValueError, match="takes no `y`"):
         unet(x, t, context, y=torch.ones(2))
