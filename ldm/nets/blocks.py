@@ -103,8 +103,7 @@ class GroupNorm(nn.GroupNorm, Layer):
 def zero(module: nn.Module) -> nn.Module:
     """Sets every parameter to zero, so that a residual branch starts as the identity."""
     for parameter in module.parameters():
-        if not parameter.is_meta:
-            nn.init.zeros_(parameter)
+        nn.init.zeros_(parameter)
     return module
 
 

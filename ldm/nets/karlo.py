@@ -61,9 +61,8 @@ class Prior(Layer):
         self.final_ln = LayerNorm(width) if xf_final_ln else nn.Identity()
         self.positional_embedding = nn.Parameter(torch.empty(1, text_ctx + 4, width))
         self.prd_emb = nn.Parameter(torch.empty(1, 1, width))
-        if not self.prd_emb.is_meta:
-            nn.init.normal_(self.prd_emb, std=0.01)
-            nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.prd_emb, std=0.01)
+        nn.init.normal_(self.positional_embedding, std=0.01)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -12,6 +12,7 @@ from nethelp import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from goldfile import gold
+from ldm.loading.build import meta_device
 from ldm.loading.diffusers.keys import scatter_weights, vae_keys
 from ldm.nets.autoencoder import (
     AttnBlock,
@@ -110,7 +111,7 @@ def test_narrow_autoencoder_of_each_config_equals_the_recorded_one(name):
 @pytest.mark.parametrize("name", ["full_vae_f8", "full_vae_x4"])
 def test_full_size_autoencoder_equals_the_recorded_one(name):
     golden = gold(name)
-    with torch.device("meta"):
+    with meta_device():
         autoencoder = build(AutoencoderKL, golden.meta["config"])
     autoencoder.load_state_dict(golden.weights(autoencoder.state_dict()), assign=True)
     check_both_ways(autoencoder, golden, "a")
@@ -148,7 +149,7 @@ def test_distribution_equals_the_recorded_one():
 @pytest.mark.parametrize("name", SIZES)
 def test_names_and_shapes_are_the_original_ones_at_full_size(name):
     embed_dim, layout = SIZES[name]
-    with torch.device("meta"):
+    with meta_device():
         autoencoder = AutoencoderKL(ddconfig=layout, embed_dim=embed_dim)
     assert keys_of(autoencoder) == recorded_keys(f"vae_{name}")
     assert autoencoder.downscale == 2 ** (len(layout["ch_mult"]) - 1)

@@ -13,6 +13,7 @@ from nethelp import (
 )
 
 from goldfile import gold
+from ldm.loading.build import meta_device
 from ldm.loading.diffusers.keys import scatter_weights, unet_keys
 from ldm.nets.unet import UNet
 
@@ -117,7 +118,7 @@ def test_each_way_of_conditioning_equals_the_recorded_one(case):
 @pytest.mark.parametrize("name", FULL)
 def test_full_size_unet_equals_the_recorded_one(name):
     golden = gold(f"full_unet_{name}")
-    with torch.device("meta"):
+    with meta_device():
         unet = build(UNet, golden.meta["config"])
     unet.load_state_dict(golden.weights(unet.state_dict()), assign=True)
     ours = call(unet, golden.inputs("a"))
@@ -127,7 +128,7 @@ def test_full_size_unet_equals_the_recorded_one(name):
 @pytest.mark.parametrize("family", SIZES)
 def test_names_and_shapes_are_the_original_ones_at_full_size(family):
     config, parameters = SIZES[family]
-    with torch.device("meta"):
+    with meta_device():
         unet = UNet(**config)
     assert keys_of(unet) == recorded_keys(f"unet_{family}")
     assert sum(p.numel() for p in unet.parameters()) == parameters
