@@ -14,7 +14,7 @@ from ldm.train.config.settings import Settings
 from ldm.train.distributed.parallel import LossModule, Ranks, is_sharded, shard
 from ldm.train.optim.ema import EMA
 from ldm.train.optim.optimizers import make_optimizer
-from ldm.train.state import State, TrainedNetwork
+from ldm.train.state import LossScale, State, TrainedNetwork
 from ldm.train.tasks.adaptation import Adaptation
 from ldm.train.tasks.autoencoder import build_autoencoder_task
 from ldm.train.tasks.diffusion import Diffusion, diffusion_options
@@ -109,9 +109,9 @@ def build_state(task: Task, settings: Settings, ranks: Ranks, device: torch.devi
     return State(
         model,
         EMA(task.trainable, optimizer.ema_decay, ema_device),
-        discriminator=discriminator,
+        discriminator,
+        LossScale(is_half=trainer.precision == "16-mixed"),
         batches_per_step=ranks.world_size * trainer.accumulate_grad_batches,
-        is_half=trainer.precision == "16-mixed",
     )
 
 

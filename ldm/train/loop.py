@@ -14,13 +14,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ldm.data.broken import BrokenFiles
+from ldm.data.dataset import Sample
 from ldm.model import LatentDiffusion
 from ldm.train.distributed import parallel
 from ldm.train.distributed.signals import SignalHandler
@@ -39,7 +39,7 @@ __all__ = ["save", "train", "train_step"]
 
 log = logging.getLogger(__name__)
 
-Work = Sequence[tuple[int, dict[str, Any]]]  # batches of a step with their indices in the run
+Work = Sequence[tuple[int, Sample]]  # batches of a step with their indices in the run
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def _make_progress(run: Run, loggers: Loggers) -> Progress:
     )
 
 
-def _next_batches(run: Run, batches: Iterator[dict[str, Any]], broken: BrokenFiles) -> Work:
+def _next_batches(run: Run, batches: Iterator[Sample], broken: BrokenFiles) -> Work:
     """Reads this process's batches of the step."""
     state, ranks = run.state, run.ranks
     end = state.position + state.batches_per_step

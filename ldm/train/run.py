@@ -1,11 +1,9 @@
 """A training run: `build_run` makes it from a config; exports, validation and samples read it."""
 
 import logging
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -94,7 +92,7 @@ class Run:
         by_time = state.seconds / trainer.max_time if trainer.max_time else 0.0
         return max(by_steps, by_time)
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[object]:
         """The context in which losses are computed, for mixed precision."""
         dtype = AUTOCAST.get(self.settings.trainer.precision)
         return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
@@ -137,7 +135,7 @@ def build_run(
         allow_commands: whether shards may come from commands that the config names.
     """
     trainer, data = settings.trainer, settings.raw["data"]
-    params: Mapping[str, Any] = settings.raw["model"].get("params") or {}
+    params = settings.model.params
 
     # Connect the processes.
     device = device or pick_device(None)

@@ -7,6 +7,7 @@ the batch, so that a run resumes exactly, on any number of processes.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -22,19 +23,17 @@ T = TypeVar("T")
 Shapes = Mapping[str, tuple[torch.Size, torch.dtype]]
 
 
+@dataclass(eq=False)
 class TrainedNetwork:
     """A module, its optimizer, and the loss that it is trained on.
 
-    Args:
+    Attributes:
         loss: as `Task.loss`; with several processes a DistributedDataParallel module.
     """
 
-    def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, loss: LossFunction
-    ) -> None:
-        self.module = module
-        self.optimizer = optimizer
-        self.loss = loss
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: LossFunction
 
     def weights(self) -> dict[str, Tensor]:
         """Returns trainable parameters and all buffers; frozen parameters are in no state."""
@@ -103,16 +102,15 @@ class LossScale:
             self.value *= 2
 
 
+@dataclass(eq=False)
 class State:
     """The resumable state of a run.
 
-    Args:
+    Attributes:
         model: what is trained and averaged.
         discriminator: what is trained against it, if there is one.
+        scale: of the loss, for float16.
         batches_per_step: over all processes and all accumulated batches.
-        is_half: losses are computed in float16 and need a `LossScale`.
-
-    Attributes:
         step: number of steps done.
         position: number of batches that all processes together have consumed.
         seconds: time spent training, over all sessions.
@@ -121,26 +119,17 @@ class State:
         is_consistent: False while weights are being updated; not saved.
     """
 
-    def __init__(
-        self,
-        model: TrainedNetwork,
-        ema: EMA,
-        *,
-        discriminator: TrainedNetwork | None = None,
-        batches_per_step: int = 1,
-        is_half: bool = False,
-    ) -> None:
-        self.model = model
-        self.ema = ema
-        self.discriminator = discriminator
-        self.batches_per_step = batches_per_step
-        self.scale = LossScale(is_half)
-        self.step = 0
-        self.position = 0
-        self.seconds = 0.0
-        self.skipped = 0
-        self.bad_steps = 0
-        self.is_consistent = True
+    model: TrainedNetwork
+    ema: EMA
+    discriminator: TrainedNetwork | None
+    scale: LossScale
+    batches_per_step: int
+    step: int = 0
+    position: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    bad_steps: int = 0
+    is_consistent: bool = True
 
     @property
     def networks(self) -> dict[str, TrainedNetwork]:

@@ -23,9 +23,10 @@ from ldm.train.tasks.autoencoder import (
 )
 from tests.train.tinyrun import EMOJI, run_of, weights_of
 
-# The original's own gradients move by 1.4e-6 of the largest without oneDNN, its losses by 2e-7.
-# Here a gradient is taken in two pieces, which sums in another order: measured 2.4e-6 and 6e-7.
-TOLERANCE = 1e-5
+# Of the largest value. The original's own gradients move by 1.4e-6 without oneDNN. Ours are taken
+# in two pieces, which sums in another order, by whichever kernels are fastest here: measured 2.8e-6
+# with AVX-512, 4.2e-6 with AVX2, 1.3e-5 with AVX2 on another processor.
+TOLERANCE = 5e-5
 LAYOUT = {"ch": 32, "z_channels": 4, "num_res_blocks": 1, "ch_mult": (1, 1), "resolution": 32}
 PIXELS = {"disc_start": 2, "perceptual_weight": 0.0, "kl_weight": 1e-6}
 LPIPS_LOSS = "ldm.modules.losses.LPIPSWithDiscriminator"

@@ -3,26 +3,33 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
+from ldm.conditioning import Conditioner
 from ldm.data.drawings import EmojiTransform
 from ldm.data.folder import Folder
+from ldm.data.options import rename_options
 from ldm.data.pack import pack
 from ldm.data.shards import Shards
 from ldm.data.source import DatasetSource
 from ldm.data.transforms import PhotoTransform
+from ldm.encoders.text import OpenCLIPText
 from ldm.loading.config import instantiate, read_yaml
-from ldm.train.batches.contexts import cache_contexts
-from ldm.train.batches.latents import cache_latents, cache_latents_of_shards
+from ldm.nets.autoencoder import AutoencoderKL
+from ldm.train.batches.contexts import cache_contexts, digest_encoder
+from ldm.train.batches.latents import cache_latents, cache_latents_of_shards, digest_model
 from ldm.train.batches.sources import open_sources
 from ldm.train.batches.store import Store
 from ldm.train.tasks.diffusion import Diffusion
 
 ROOT = Path(__file__).parents[2]
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @pytest.fixture
@@ -275,3 +282,34 @@ def test_a_config_asks_for_both(model: Any, photos: Path, tmp_path: Path, kind: 
     train["transform"] |= {"tags": {}}
     with pytest.raises(ValueError, match="only photos without `tags`"):
         open_sources(model, json.loads(json.dumps(data)), 0)
+
+
+def test_caches_of_version_0_1_are_found_again() -> None:
+    """Keys that version 0.1 computed, under the names that options had then."""
+    layout = {"ch": 32, "ch_mult": (1,), "num_res_blocks": 1, "z_channels": 4, "resolution": 8}
+    model: Any = SimpleNamespace(
+        autoencoder=count_up(AutoencoderKL(ddconfig=layout, embed_dim=4)),
+        conditioner=Conditioner(),
+        scale_factor=0.5,
+    )
+    records = {"mask": {"boxes": 0.25}, "lr": {"factor": 2}, "depth": {"depth": 8}}
+    emoji = {"size": 32, "crop": 16, "any_colour": 0.5, "records": records}
+    photo = {"size": 64, "crop": "random", "flip": 0.0, "buckets": {"step": 8}, "records": records}
+    transforms = {
+        "81df4dea788b018f": EmojiTransform(size=32),
+        "c0fcbfce9ebef98b": EmojiTransform(**rename_options("emoji", emoji)),
+        "14273c5ba158bb78": PhotoTransform(size=64),
+        "e497e4f0cb2a5200": PhotoTransform(**rename_options("photo", photo)),
+    }
+    for key, transform in transforms.items():
+        assert digest_model(model, transform, "16").startswith(key)
+    tower = {"width": 16, "heads": 2, "layers": 1, "vocab_size": 40}
+    encoder = count_up(OpenCLIPText(arch={"embed_dim": 16, "text_cfg": tower}))
+    assert digest_encoder(encoder).startswith("2a99a6bc26d5af9c")
+
+
+def count_up(module: ModuleT) -> ModuleT:
+    """Sets every weight to 0, 1/64, 2/64 …"""
+    for value in module.state_dict().values():
+        value.copy_(torch.arange(value.numel()).view(value.shape) / 64)
+    return module

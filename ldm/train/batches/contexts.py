@@ -49,10 +49,8 @@ def cache_contexts(
     encoder = model.conditioner.find(TextEncoder)
     if encoder is None or any(p.requires_grad for p in encoder.parameters()):
         raise ValueError("data.params.texts: only contexts of a frozen text encoder can be cached")
-    options = [_plain_options(module) for module in encoder.modules()]
-    encoder_digest = digest(digest_of_weights(encoder), options)
     contexts = CachedContexts(
-        Store(cache, "contexts"), encoder_digest, dict.fromkeys(["", *captions])
+        Store(cache, "contexts"), digest_encoder(encoder), dict.fromkeys(["", *captions])
     )
 
     def encode(batch: Sequence[str]) -> tuple[Sequence[int], dict[str, Tensor]]:
@@ -62,6 +60,12 @@ def cache_contexts(
     items = [(key, caption) for caption, key in contexts.keys_of.items()]
     contexts.store.fill(items, encode, batch_size=batch, unit="caption")
     return contexts
+
+
+def digest_encoder(encoder: TextEncoder) -> str:
+    """Digest of the weights and options of an encoder."""
+    options = [_plain_options(module) for module in encoder.modules()]
+    return digest(digest_of_weights(encoder), options)
 
 
 def _plain_options(module: nn.Module) -> dict[str, object]:

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 VERSION = 2  # of the entries; raise it also if the same options give other pixels
 PRECISIONS = {"16": torch.float16, "32": torch.float32}
 Size = tuple[int, int]
+Metadata = Mapping[str, Any]
 
 
 class LatentInput(NamedTuple):
@@ -57,22 +59,20 @@ class LatentInput(NamedTuple):
     variant: int
 
 
+@dataclass(frozen=True)
 class LatentCache:
     """Latents of some variants of each image, in a store.
 
-    Args:
+    Attributes:
         transform: of images and captions.
         model_digest: of all else that the latents depend on.
         variants: of each image.
     """
 
-    def __init__(
-        self, store: Store, transform: Transform, model_digest: str, variants: int
-    ) -> None:
-        self.store = store
-        self.transform = transform
-        self.model_digest = model_digest
-        self.variants = variants
+    store: Store
+    transform: Transform
+    model_digest: str
+    variants: int
 
     def key(self, content: str, size: Size | None, variant: int) -> str:
         """Key of a latent in the store."""
@@ -86,7 +86,7 @@ class LatentCache:
         return Random(content).sample(names, len(names))[variant % len(names)]
 
     def sample(
-        self, name: str, content: str, size: Size | None, row: Mapping[str, Any], rng: Random
+        self, name: str, content: str, size: Size | None, row: Metadata, rng: Random
     ) -> Sample:
         """Returns {"z", "z_std", "txt", …} of an image in a random variant.
 
@@ -314,7 +314,7 @@ def _read_summary(path: Path, files: set[str]) -> dict[str, Any] | None:
 
 @torch.inference_mode()
 def _encode(
-    model: LatentDiffusion, batch: dict[str, Any], precision: str, generator: torch.Generator
+    model: LatentDiffusion, batch: Sample, precision: str, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Latents of a batch of images, and what the encoders compute from them."""
     names = sorted({e.cache_key for e in model.conditioner.encoders.values() if e.cache_key})

@@ -43,13 +43,15 @@ __all__ = ["collect_vocabulary", "open_sources"]
 
 log = logging.getLogger(__name__)
 
+Section = Mapping[str, Any]
+
 TRANSFORMS: dict[str, Callable[..., Transform]] = {
     kind.NAME: kind for kind in (EmojiTransform, PhotoTransform)
 }
 
 
 def open_sources(
-    model: nn.Module, data: Mapping[str, Any], seed: int, *, commands: bool = False
+    model: nn.Module, data: Section, seed: int, *, commands: bool = False
 ) -> tuple[Source, Source | None]:
     """Opens the training data, and the held-out data if there is any.
 
@@ -86,7 +88,7 @@ def open_sources(
     return _cache_dataset(model, images, params, seed), held_out
 
 
-def _cache_shards(model: nn.Module, shards: Shards, params: Mapping[str, Any]) -> Shards:
+def _cache_shards(model: nn.Module, shards: Shards, params: Section) -> Shards:
     """The shards, with cached latents and contexts if the config asks for them."""
     if not isinstance(model, LatentDiffusion):
         return shards
@@ -102,7 +104,7 @@ def _cache_shards(model: nn.Module, shards: Shards, params: Mapping[str, Any]) -
 
 
 def _cache_dataset(
-    model: nn.Module, images: ImageDataset, params: Mapping[str, Any], seed: int
+    model: nn.Module, images: ImageDataset, params: Section, seed: int
 ) -> DatasetSource:
     """The data set, with cached latents and contexts and class images if the config says so."""
     if not isinstance(model, LatentDiffusion):
@@ -121,19 +123,19 @@ def _cache_dataset(
     return DatasetSource(dataset, seed, shown=images)
 
 
-def _open_shards(spec: Mapping[str, Any], seed: int, where: str, commands: bool) -> Shards:
+def _open_shards(spec: Section, seed: int, where: str, commands: bool) -> Shards:
     with _naming_section(where, ".shards"):
         options = {**rename_options("shards", spec), "transform": _build_transform(spec, where)}
         return Shards(**options, seed=seed, commands=commands)
 
 
-def _open_dataset(spec: Mapping[str, Any], seed: int, where: str) -> Folder | Hub:
+def _open_dataset(spec: Section, seed: int, where: str) -> Folder | Hub:
     options = {**spec, "transform": _build_transform(spec, where), "seed": seed}
     with _naming_section(where, ".root" if "root" in spec else ".hub"):
         return Folder(**options) if "root" in spec else Hub(**options)
 
 
-def _build_transform(spec: Mapping[str, Any], where: str) -> Transform:
+def _build_transform(spec: Section, where: str) -> Transform:
     options = dict(spec["transform"])
     name = options.pop("name", None)
     if name not in TRANSFORMS:
@@ -153,7 +155,7 @@ def _open_class_images(model: LatentDiffusion, spec: dict[str, Any], seed: int) 
 
 
 def _cache_contexts(
-    model: LatentDiffusion, data: Iterable[ImageDataset | Shards], params: Mapping[str, Any]
+    model: LatentDiffusion, data: Iterable[ImageDataset | Shards], params: Section
 ) -> None:
     captions = [caption for images in data for caption in _fixed_captions(images)]
     with _naming_section("data.params.texts"):
@@ -161,7 +163,7 @@ def _cache_contexts(
     model.conditioner.get(TextEncoder).cache = contexts
 
 
-def _cache_options(params: Mapping[str, Any], key: str) -> dict[str, Any]:
+def _cache_options(params: Section, key: str) -> dict[str, Any]:
     """The folder `cache` and the other options of a cache."""
     options = dict(params[key])
     if "cache" not in options:

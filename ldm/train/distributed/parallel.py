@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 from uuid import uuid4
@@ -50,21 +51,19 @@ START_TIMEOUT = timedelta(minutes=10)  # all processes must have started by then
 COLLECTIVE_TIMEOUT = timedelta(hours=2)  # for ranks at work; the heartbeat finds those that died
 
 
+@dataclass
 class Ranks:
     """This process among those of the run, and what they agree on.
 
-    Args:
+    Attributes:
         rank: index of this process.
         world_size: number of processes.
         heartbeat: watches the other processes.
     """
 
-    def __init__(
-        self, rank: int = 0, world_size: int = 1, heartbeat: "Heartbeat | None" = None
-    ) -> None:
-        self.rank = rank
-        self.world_size = world_size
-        self.heartbeat = heartbeat
+    rank: int = 0
+    world_size: int = 1
+    heartbeat: "Heartbeat | None" = None
 
     @property
     def is_first(self) -> bool:

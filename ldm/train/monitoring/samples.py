@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ldm.data.dataset import Sample
 from ldm.data.source import Source, collate, to_device
 from ldm.imaging import pixels
 from ldm.model import LatentDiffusion
@@ -75,13 +76,13 @@ def _label_weights(run: Run) -> Iterator[tuple[str, AbstractContextManager[None]
     yield f"weights as they are, step {step}", nullcontext()
 
 
-def _fixed_samples(source: Source, n: int) -> list[dict[str, Any]]:
+def _fixed_samples(source: Source, n: int) -> list[Sample]:
     """The first n samples, as far as they have the size of the first."""
     samples = source.first_samples(n)
     return [one for one in samples if one["jpg"].shape == samples[0]["jpg"].shape]
 
 
-def _draw_grid(run: Run, samples: Sequence[dict[str, Any]]) -> Image.Image:
+def _draw_grid(run: Run, samples: Sequence[Sample]) -> Image.Image:
     """In batches of the training's size, which fit into memory."""
     model, n, size = run.model, len(samples), run.batch_size
     image = torch.stack([one["jpg"] for one in samples])  # (n, 3, H, W)
@@ -98,7 +99,7 @@ def _draw_grid(run: Run, samples: Sequence[dict[str, Any]]) -> Image.Image:
 
 
 def sample_images(
-    run: Run, model: LatentDiffusion, samples: Sequence[dict[str, Any]], seed: int = 0
+    run: Run, model: LatentDiffusion, samples: Sequence[Sample], seed: int = 0
 ) -> Tensor:
     """Samples an image for each of some samples of the data, whatever the model reads.
 

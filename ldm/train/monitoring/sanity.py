@@ -9,11 +9,11 @@ The same prediction is compared with eps, v and x0, which tells what it really i
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ldm.data.dataset import Sample
 from ldm.data.source import collate, to_device
 from ldm.diffusion.denoiser import PARAMETERIZATIONS, Denoiser
 from ldm.model import LatentDiffusion
@@ -74,7 +74,7 @@ class Comparison:
 
 def check_initial_weights(
     model: LatentDiffusion | AutoencoderKL,
-    samples: Sequence[dict[str, Any]],
+    samples: Sequence[Sample],
     *,
     batch_size: int,
     seed: int,
@@ -109,7 +109,7 @@ def check_initial_weights(
 @torch.no_grad()
 def compare_with_guess(
     model: LatentDiffusion,
-    samples: Sequence[dict[str, Any]],
+    samples: Sequence[Sample],
     generator: torch.Generator,
     *,
     batch_size: int = SAMPLES,
@@ -135,7 +135,7 @@ def compare_with_guess(
 
 
 def _predict(
-    model: LatentDiffusion, batch: dict[str, Any], t: Tensor, generator: torch.Generator
+    model: LatentDiffusion, batch: Sample, t: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(z, noise, prediction) of a batch of images, (B, C, h, w) each."""
     batch = to_device(batch, model.device)

@@ -22,6 +22,8 @@ QUINTIC = (3.4445, -4.7750, 2.0315)  # a Newton-Schulz iteration: singular value
 ROUNDS = 5
 MIN_SIDE = 16  # narrower matrices are updated by AdamW
 Options = dict[str, Any]
+Group = dict[str, Any]  # of parameters, with their options
+Moments = dict[str, Tensor]
 
 
 def make_optimizer(
@@ -112,7 +114,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[dict[str, Any]],
+        params: Iterable[Group],
         lr: float,
         *,
         momentum: float = 0.95,
@@ -162,7 +164,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     return result
 
 
-def _muon_update(grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+def _muon_update(grad: Tensor, state: Moments, group: Group) -> Tensor:
     """The update of a matrix; a sharded one is gathered, and its update sharded again."""
     if not state:
         state["mean"] = torch.zeros_like(grad)
@@ -171,7 +173,7 @@ def _muon_update(grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> 
     matrix = look_ahead.full_tensor() if isinstance(look_ahead, DTensor) else look_ahead
     matrix = matrix.flatten(1)  # (m, n)
     scale = 0.2 * max(matrix.shape) ** 0.5
-    update = (orthogonalize(matrix) * scale).view(grad.shape)
+    update: Tensor = (orthogonalize(matrix) * scale).view(grad.shape)
     if not isinstance(grad, DTensor):
         return update
     mesh = grad.device_mesh
@@ -180,7 +182,7 @@ def _muon_update(grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> 
     return sharded
 
 
-def _adam_update(grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+def _adam_update(grad: Tensor, state: Moments, group: Group) -> Tensor:
     if not state:
         state["step"] = torch.tensor(0.0)
         state["mean"] = torch.zeros_like(grad)

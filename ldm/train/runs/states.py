@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,13 +40,13 @@ TRUSTED = re.compile(
 Shapes = dict[str, tuple[torch.Size, torch.dtype]]
 
 
+@dataclass(frozen=True)
 class States:
     """The resume states in a folder of checkpoints, of which the newest `keep` stay."""
 
-    def __init__(self, folder: Path, ranks: Ranks, *, keep: int = 2) -> None:
-        self.folder = folder
-        self.ranks = ranks
-        self.keep = keep
+    folder: Path
+    ranks: Ranks
+    keep: int = 2
 
     def newest(self) -> Path | None:
         """Returns the last complete state, None if there is none."""

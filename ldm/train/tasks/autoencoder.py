@@ -40,13 +40,14 @@ __all__ = [
 
 MAX_D_WEIGHT = 1e4
 EPS = 1e-4  # added to the norm that d_weight is divided by
+Section = Mapping[str, Any]  # of a config
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def build_autoencoder_task(
     model: AutoencoderKL,
-    params: Mapping[str, Any],
-    objective: Mapping[str, Any],
+    params: Section,
+    objective: Section,
     *,
     load_weights: bool = True,
 ) -> "Reconstruction | Adversarial":
@@ -402,7 +403,7 @@ def _freeze_encoder(model: AutoencoderKL, trained: str) -> None:
         model.quant_conv.requires_grad_(False)
 
 
-def _check_keywords(objective: Mapping[str, Any], task: type[Task]) -> None:
+def _check_keywords(objective: Section, task: type[Task]) -> None:
     parameters = inspect.signature(task).parameters.values()
     keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     for key in objective:
@@ -410,7 +411,7 @@ def _check_keywords(objective: Mapping[str, Any], task: type[Task]) -> None:
             raise unknown_name("keyword", key, keywords, "lightning.objective")
 
 
-def _read_loss_weights(params: Mapping[str, Any]) -> dict[str, Tensor]:
+def _read_loss_weights(params: Section) -> dict[str, Tensor]:
     """Reads `loss.*` of the checkpoint that the model starts from, without `ignore_keys`."""
     if not params.get("ckpt_path"):
         return {}
