@@ -72,8 +72,9 @@ class PeakMemoryMode(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
+        TorchDispatchMode.__init__(self)
+        self.now: int = 0
+        self.peak: int = 0
         self.sizes: dict[int, int] = {}
 
     def __torch_dispatch__(

@@ -227,14 +227,14 @@ def check_complete(raw: Mapping[str, Any], *keys: str) -> None:
 def _read_original(raw: Mapping[str, Any]) -> tuple[Model, Data, Devices]:
     """What is read as it stands, and what `lightning` computes with; null counts as missing."""
 
-    def given(where: str) -> dict[str, Any]:
+    def set_values(where: str) -> dict[str, Any]:
         values = lightning.section(raw, where)
         return {key: value for key, value in values.items() if value is not None}
 
-    model = validate(Model, given("model"), "model", also=["params.ckpt_path"])
-    validate(ModelParams, given("model.params"), "model.params")
-    data = validate(Data, given("data.params"), "data.params")
-    trainer = validate(LightningTrainer, given("lightning.trainer"), "lightning.trainer")
+    model = validate(Model, set_values("model"), "model", also=["params.ckpt_path"])
+    validate(ModelParams, set_values("model.params"), "model.params")
+    data = validate(Data, set_values("data.params"), "data.params")
+    trainer = validate(LightningTrainer, set_values("lightning.trainer"), "lightning.trainer")
     return model, data, Devices(lightning.read_gpus(trainer), trainer.get("num_nodes", 1))
 
 
