@@ -1,6 +1,6 @@
-"""Latent diffusion in PyTorch: files in, pictures out, or records in, losses out.
+"""Latent diffusion models in PyTorch: load them, make images, train.
 
-The public names; each is imported from its home on first use, so `import ldm` costs nothing:
+The public names are imported on first use, so that `import ldm` does not import torch:
 
     model = ldm.load("v2-inference-v.yaml", "v2-1_768-ema-pruned.ckpt", device="cuda")
     image = ldm.txt2img(model, ["a red apple"], size=(768, 768))     # (1, 3, 768, 768) in [-1, 1]
@@ -31,18 +31,15 @@ __all__ = [
     "upscale",
 ]
 
-_HOMES = {
+# Names of __all__ that are not in `ldm.pipelines`.
+_MODULES = {
     "SAMPLERS": "ldm.diffusion.samplers",
     "instantiate": "ldm.loading.config",
     "load": "ldm.loading.load",
-    **dict.fromkeys(
-        ["depth2img", "img2img", "inpaint", "sample", "txt2img", "unclip", "upscale"],
-        "ldm.pipelines",
-    ),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module `ldm` has no attribute `{name}`")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES.get(name, "ldm.pipelines")), name)

@@ -1,4 +1,4 @@
-"""What a PNG says about its making: A1111's `parameters` text, and our JSON under the key `ldm`.
+"""Generation metadata in PNG files: A1111's `parameters` text, and our JSON under the key `ldm`.
 
 Other programs read the first; `ldm replay` reads the second, which has everything. The info of an
 image is a plain dict; `parameters_text` knows these keys, all optional:
@@ -7,8 +7,8 @@ image is a plain dict; `parameters_text` knows these keys, all optional:
     strength, checkpoint (name), checkpoint_hash, ldm (version),
     loras and embeddings (each file a dict with path and hash)
 
-and the JSON keeps whatever else it holds (legacy, watermark, config, config_hash, dtype, device,
-torch, sha256_unmarked …) and `sha256`, the fingerprint of the pixels in the file.
+The JSON holds them and all others (legacy, watermark, config, config_hash, dtype, device, torch,
+sha256_unmarked …), and `sha256`, the fingerprint of the pixels in the file.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from ldm.diffusion.names import SAMPLERS, SCHEDULERS
 __all__ = ["fingerprint", "parameters_text", "read_info", "write_png"]
 
 KEY = "ldm"
-NAMES = {  # A1111's -> ours, where the value is one number or one text
+SETTINGS = {  # A1111's name -> our key and the type of its value
     "Steps": ("steps", int),
     "CFG scale": ("scale", float),
     "Seed": ("seed", int),
@@ -37,15 +37,15 @@ NAMES = {  # A1111's -> ours, where the value is one number or one text
     "Model": ("checkpoint", str),
     "Version": ("version", str),
 }
-SETTING = re.compile(r'\s*(\w[^:,"]*):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
+SETTING_PATTERN = re.compile(r'\s*(\w[^:,"]*):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
 
 
 def write_png(path: str | Path, image: Image.Image, info: Mapping[str, Any]) -> None:
     """Write an image as a PNG file that carries its info.
 
     Args:
-        info: see the top of this file; `sha256` is added. Values that JSON does not have become
-            lists (sets) or text.
+        info: see the top of this file; `sha256` is added. Sets become lists, other values that
+            JSON does not have become text.
     """
     entries = {**info, "sha256": fingerprint(image)}
     text = PngInfo()
@@ -56,11 +56,11 @@ def write_png(path: str | Path, image: Image.Image, info: Mapping[str, Any]) -> 
 
 
 def read_info(path: str | Path) -> dict[str, Any]:
-    """Read what a file says about its making: our JSON, else A1111's text.
+    """Read the metadata of an image file: our JSON, else A1111's text.
 
     Returns:
-        The info given to `write_png` and `sha256`; of another program's file the keys at the top of
-        this file, `version`, and settings without a name here under `other`; or an empty dict.
+        The info given to `write_png`, with `sha256`; of another program's file the keys at the top
+        of this file, `version`, and all other settings under `other`; without metadata {}.
     """
     with Image.open(path) as image:
         texts = {**image.info, **getattr(image, "text", {})}
@@ -90,14 +90,14 @@ def parameters_text(info: Mapping[str, Any]) -> str:
 
 def _settings(info: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     """A1111's names and values, in its order, of those that the info has."""
-    sampler = info.get("sampler")
+    sampler, size = info.get("sampler"), info.get("size")
     settings = {
         "Steps": info.get("steps"),
         "Sampler": sampler and _a1111_sampler(sampler),
         "Schedule type": _a1111_scheduler(info.get("scheduler") or info.get("grid")),
         "CFG scale": info.get("scale"),
         "Seed": info.get("seed"),
-        "Size": info.get("size") and "{1}x{0}".format(*info["size"]),
+        "Size": size and f"{size[1]}x{size[0]}",
         "Model hash": info.get("checkpoint_hash"),
         "Model": info.get("checkpoint") and PurePath(info["checkpoint"]).stem,
         "Denoising strength": info.get("strength"),
@@ -116,21 +116,20 @@ def _hashes(files: Iterable[Mapping[str, str]] | None) -> str:
 
 
 def _parse_parameters(parameters: str) -> dict[str, Any]:
-    """A1111's text taken apart; its last line holds settings if it has three or more of them."""
+    """Parse A1111's text; its last line holds settings if it has three or more of them."""
     *body, last = parameters.strip().split("\n")
-    settings = SETTING.findall(last)
+    settings = SETTING_PATTERN.findall(last)
     if len(settings) < 3:
         body, settings = [*body, last], []
-    cut = next((k for k, line in enumerate(body) if line.startswith("Negative prompt:")), len(body))
-    negative = "\n".join(body[cut:]).removeprefix("Negative prompt:").strip()
-    info: dict[str, Any] = {"prompt": "\n".join(body[:cut]), "negative_prompt": negative}
+    prompt, _, negative = "\n".join(["", *body]).partition("\nNegative prompt:")
+    info: dict[str, Any] = {"prompt": prompt[1:], "negative_prompt": negative.strip()}
     other = {}
     for name, quoted in settings:
         value = _unquote(quoted)
         try:
-            if name in NAMES:
-                key, kind = NAMES[name]
-                info[key] = kind(value)
+            if name in SETTINGS:
+                key, parse = SETTINGS[name]
+                info[key] = parse(value)
             elif name == "Size":
                 width, height = value.split("x")
                 info["size"] = [int(height), int(width)]
@@ -154,7 +153,7 @@ def _parse_sampler(name: str, schedule: str) -> dict[str, str]:
 
 
 def _a1111_sampler(name: str) -> str:
-    """A1111's name of a sampler: that of its function, as A1111 has no "original dpm"."""
+    """A1111's name of a sampler; a variant of the original's has that of its function."""
     row = SAMPLERS.get(name)
     if row is None:
         return name

@@ -20,11 +20,11 @@ __all__ = ["OutputFolder"]
 
 
 class OutputFolder:
-    """Where one run writes its images; its folders are made at once, so errors come early.
+    """Where one run writes its images; created at once, so that errors come before sampling.
 
     Args:
-        outdir: created if absent. Numbers go on after the highest that is there.
-        name: of images that lie in outdir itself: NAME.png, NAME-1.png …
+        outdir: created if absent. Numbers continue after the highest one in it.
+        name: save images in outdir itself, as NAME.png, NAME-1.png …; None = numbered samples.
     """
 
     def __init__(self, outdir: str | Path, name: str | None = None) -> None:
@@ -35,7 +35,7 @@ class OutputFolder:
         self._next: dict[Path, int] = {}  # number by folder
 
     def save_sample(self, image: Image.Image, info: Mapping[str, Any]) -> Path:
-        """Write the next `samples/NNNNN.png`, or the next file of the name; returns its path."""
+        """Write the next `samples/NNNNN.png`, or `NAME-N.png`; returns its path."""
         if self.name is None:
             return self._save_numbered(self.samples, "", 5, image, info)
 
@@ -51,7 +51,7 @@ class OutputFolder:
     def _save_numbered(
         self, folder: Path, prefix: str, digits: int, image: Image.Image, info: Mapping[str, Any]
     ) -> Path:
-        # Numbers given out in this run are not used again, even if their files are deleted.
+        # Numbers of this run are not used again, even if their files are deleted.
         start = max(_highest(folder, prefix) + 1, self._next.get(folder, 0))
         return self._save(folder, start, f"{prefix}{{:0{digits}d}}.png".format, image, info)
 
@@ -63,7 +63,7 @@ class OutputFolder:
         image: Image.Image,
         info: Mapping[str, Any],
     ) -> Path:
-        """Write the image under the first free name from the start-th on."""
+        """Write the image under the first free name, counting from `start`; returns its path."""
         for number in count(start):
             path = folder / file_name(number)
             if _write_new(path, image, info):

@@ -76,9 +76,7 @@ def make_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
 
 
 def resize_to_multiple(image: Image.Image, multiple: int) -> Image.Image:
-    """The image at the nearest smaller size whose sides are multiples; it may be distorted.
-
-    What the original did to images that did not fit.
+    """Resize an image to the nearest smaller multiples, as the original did; it may be distorted.
 
     Raises:
         ArgumentError: a side is smaller than `multiple`.

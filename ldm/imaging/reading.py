@@ -1,8 +1,8 @@
 """Read image, mask and depth files of all common kinds.
 
-Images are turned as their EXIF says; of an animation the first frame is used; transparency is laid
-over white, 16 bits become 8, CMYK and palettes RGB. Files that are damaged, enormous or not images
-are refused in one line.
+Images are rotated as their EXIF says; of an animation the first frame is used; transparency becomes
+white, 16 bits become 8, CMYK and palettes RGB. The error for a file that is damaged, enormous or
+not an image is one line.
 """
 
 import logging
@@ -50,8 +50,8 @@ def flatten_on_white(image: Image.Image) -> Image.Image:
     """The image without transparency, RGB."""
     if "A" not in image.getbands():
         return image.convert("RGB")
-    ground = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
+    background = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(background, image.convert("RGBA")).convert("RGB")
 
 
 def load_mask(path: str | Path, size: tuple[int, int]) -> Image.Image:
@@ -60,7 +60,7 @@ def load_mask(path: str | Path, size: tuple[int, int]) -> Image.Image:
     Args:
         size: (width, height) of the image.
     Raises:
-        ArgumentError: its aspect ratio is another, so that it cannot belong to the image.
+        ArgumentError: its aspect ratio is not that of the image.
     """
     mask = _load(path).convert("L")
     if mask.size == size:
@@ -85,19 +85,19 @@ def make_mask(
 
     Args:
         box: (left, top, right, bottom) in pixels.
-        grow: pixels that it is dilated by.
+        grow: pixels by which the mask is dilated.
         blur: radius of the mask blur, pixels.
     Raises:
         ArgumentError: there is no mask, or it is empty.
     """
-    opened = _load(image)
+    source = _load(image)
     if mask is not None:
-        result = load_mask(mask, opened.size)
+        result = load_mask(mask, source.size)
     elif box is not None:
-        result = Image.new("L", opened.size)
+        result = Image.new("L", source.size)
         result.paste(255, box)
-    elif "A" in opened.getbands():
-        result = ImageOps.invert(opened.getchannel("A"))
+    elif "A" in source.getbands():
+        result = ImageOps.invert(source.getchannel("A"))
     else:
         raise ArgumentError(f"`{image}` has no transparency: a mask file or a box is needed")
     if result.getbbox() is None:
@@ -113,7 +113,7 @@ def load_depth(path: str | Path, *, inverted: bool = False) -> Tensor:
     Args:
         inverted: in the file, white is far.
     """
-    image = _load(path, deep=True)
+    image = _load(path, keep_16_bit=True)
     if image.mode not in ("I", "I;16", "F"):
         image = image.convert("L")
     depth = torch.from_numpy(np.asarray(image).astype(np.float32))[None, None]
@@ -129,14 +129,14 @@ def save_depth(path: str | Path, depth: Tensor) -> None:
 
 
 def decode_image(
-    data: bytes, name: str | Path, *, deep: bool = False, warn: bool = False
+    data: bytes, name: str | Path, *, keep_16_bit: bool = False, warn: bool = False
 ) -> Image.Image:
-    """The image in the bytes of a file, upright, its first frame; transparency stays.
+    """Decode the bytes of an image file: upright, the first frame, with its transparency.
 
     Args:
-        name: of the file in errors.
-        deep: leave 16 bits as they are.
-        warn: warn that there are more frames.
+        name: of the file, for messages.
+        keep_16_bit: do not reduce 16 bits to 8.
+        warn: log a warning if only the first of several frames is used.
     Raises:
         FileFormatError: the file is not an image, damaged or enormous.
     """
@@ -152,13 +152,13 @@ def decode_image(
     except Image.DecompressionBombError:
         raise FileFormatError(f"`{name}` has more than {MAX_PIXELS} pixels") from None
     except UnidentifiedImageError:
-        raise FileFormatError(f"`{name}` is {_describe(data)}, not an image") from None
+        raise FileFormatError(f"`{name}` is {_describe_content(data)}, not an image") from None
     except Exception as error:  # Pillow's readers raise errors of any kind on a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FileFormatError(f"`{name}` is damaged: {reason}") from error
     if image.mode == "P":
         return image.convert("RGBA" if "transparency" in image.info else "RGB")
-    if image.mode.startswith("I") and not deep:
+    if image.mode.startswith("I") and not keep_16_bit:
         values = np.asarray(image).astype(np.float32)
         return Image.fromarray((values / 257).clip(0, 255).round().astype(np.uint8))
     return image
@@ -176,18 +176,18 @@ def read_size(file: str | Path | BytesIO) -> tuple[int, int]:
             with Image.open(file, formats=FORMATS) as image:
                 is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
                 return (image.height, image.width) if is_turned else image.size
-    except Exception as error:  # see above
+    except Exception as error:  # of any kind, see `decode_image`
         raise FileFormatError(f"the size of `{file}` cannot be read: {error}") from error
 
 
-def _load(path: str | Path, deep: bool = False) -> Image.Image:
+def _load(path: str | Path, keep_16_bit: bool = False) -> Image.Image:
     path = Path(path).expanduser()
     if not path.is_file():
         raise MissingFile(f"no image `{path}`")
-    return decode_image(path.read_bytes(), path, deep=deep, warn=True)
+    return decode_image(path.read_bytes(), path, keep_16_bit=keep_16_bit, warn=True)
 
 
-def _describe(data: bytes) -> str:
+def _describe_content(data: bytes) -> str:
     start = data[:512].lower()
     if not start:
         return "an empty file"

@@ -1,8 +1,8 @@
 """Invisible watermarks, compatible with the invisible-watermark package in both directions.
 
 A payload's bits are repeated over the 4 x 4 blocks of an image's U plane (of YUV) at half
-resolution. Block k moves one number to a quarter or three quarters of a step of 36: its largest
-coefficient but the first (`dwtDct`) or its largest singular value (`dwtDctSvd`).
+resolution. Each block carries a bit in one number, moved to a quarter or three quarters of a step
+of 36: its largest coefficient after the first (`dwtDct`), its largest singular value (`dwtDctSvd`).
 
 `dwtDct`, the Stable Diffusion scripts' choice, is kept pixel for pixel with its defects: it swaps
 two detail bands, truncates fractions, and seldom survives JPEG or flat colours. `dwtDctSvd` changes
@@ -45,8 +45,8 @@ PAYLOADS = {
 }
 SMALLEST = 256 * 256  # pixels; the package refuses less
 STEP = 36.0  # of the quantisation
-HALF = 0.7071067811865476  # sqrt(1/2), the taps of the Haar wavelet
-SIGNIFICANCE = 1e-6  # a damaged payload counts as present below this probability under chance
+SQRT_HALF = 0.7071067811865476  # the taps of the Haar wavelet
+SIGNIFICANCE = 1e-6  # p-value of random bits below which a damaged payload counts as present
 # Eight-bit YUV as OpenCV has it: integers over 2 ** 14, rounded, saturated.
 SHIFT, ROUND, CENTRE = 14, 1 << 13, 128 << 14
 
@@ -92,9 +92,9 @@ def embed(
 def mark(
     image: Image.Image, payload: bytes | Sequence[int], method: Method = "dwtDctSvd"
 ) -> Image.Image:
-    """As `embed`, but an image that is too small is returned as it is, with a warning.
+    """`embed`, but an image that is too small is returned unchanged, with a warning.
 
-    Warns too if the payload cannot be read from the result (flat colours under `dwtDct`).
+    It also warns if the payload cannot be read from the result (flat colours under `dwtDct`).
     """
     if not can_hold(image):
         log.warning("%dx%d is too small for a watermark, saved without", *image.size)
@@ -132,7 +132,7 @@ def agreement(
 
 
 def identify(image: Image.Image) -> list[Finding]:
-    """Every known payload under both methods, best first; none if the image is too small."""
+    """Findings for all payloads and methods, best first; [] if the image is too small."""
     findings = []
     for method in METHODS if can_hold(image) else ():
         votes = _votes(image, method)
@@ -161,12 +161,11 @@ def _votes(image: Image.Image, method: Method) -> np.ndarray:
         carriers = blocks.reshape(len(blocks), 16)[:, 1:].max(1)
     else:
         carriers = np.linalg.svd(blocks, compute_uv=False)[:, 0]
-    votes: np.ndarray = carriers % STEP > STEP / 2
-    return votes
+    return np.asarray(carriers % STEP > STEP / 2)
 
 
 def _majority(votes: np.ndarray, length: int) -> np.ndarray:
-    """The vote of all blocks on each bit; a tie is a 1, as in the package."""
+    """The majority of all blocks for each bit; a tie is a 1, as in the package."""
     index = np.arange(len(votes)) % length
     ones = np.bincount(index, votes, length)
     return (2 * ones >= np.bincount(index, minlength=length)).astype(np.uint8)
@@ -188,37 +187,34 @@ def _write_largest(rgb: np.ndarray, bits: np.ndarray) -> np.ndarray:
 
 
 def _write_singular(rgb: np.ndarray, bits: np.ndarray) -> np.ndarray:
-    """`dwtDctSvd`: the shift of U alone, added to blue and green so that Y and V stay."""
+    """`dwtDctSvd`: the change of U alone, added to blue and green so that Y and V stay."""
     low = _haar(_crop(rgb_to_yuv(rgb)[1]))[0]
     blocks = _blocks(low)
     left, values, right = np.linalg.svd(blocks)
     change = _quantise(values[:, 0], bits) - values[:, 0]
-    shift = np.zeros_like(low)
-    _put_blocks(shift, change[:, None, None] * left[:, :, :1] * right[:, :1, :])
-    shift = (shift / 2).repeat(2, 0).repeat(2, 1)[..., None]  # the inverse Haar transform
+    delta = np.zeros_like(low)
+    _put_blocks(delta, change[:, None, None] * left[:, :, :1] * right[:, :1, :])
+    delta = (delta / 2).repeat(2, 0).repeat(2, 1)[..., None]  # the inverse Haar transform
     out: np.ndarray = rgb.copy()
-    area = out[: shift.shape[0], : shift.shape[1]]
-    area[:] = np.rint(area + shift * (0, -6472 / 2**SHIFT, 33292 / 2**SHIFT)).clip(0, 255)
+    area = out[: delta.shape[0], : delta.shape[1]]
+    area[:] = np.rint(area + delta * (0, -6472 / 2**SHIFT, 33292 / 2**SHIFT)).clip(0, 255)
     return out
 
 
 def _quantise(values: np.ndarray, bits: np.ndarray) -> np.ndarray:
     """Move each value to a quarter (bit 0) or three quarters (bit 1) of its step."""
-    moved: np.ndarray = (values // STEP + 0.25 + 0.5 * np.resize(bits, values.shape)) * STEP
-    return moved
+    return np.asarray((values // STEP + 0.25 + 0.5 * np.resize(bits, values.shape)) * STEP)
 
 
 def _crop(plane: np.ndarray) -> np.ndarray:
     """A view whose sides are multiples of 4."""
-    view: np.ndarray = plane[: plane.shape[0] // 4 * 4, : plane.shape[1] // 4 * 4]
-    return view
+    return plane[: plane.shape[0] // 4 * 4, : plane.shape[1] // 4 * 4]
 
 
 def _blocks(band: np.ndarray) -> np.ndarray:
     """The complete 4 x 4 blocks of a band in raster order: (h, w) -> (n, 4, 4)."""
     h, w = band.shape[0] // 4, band.shape[1] // 4
-    blocks: np.ndarray = band[: h * 4, : w * 4].reshape(h, 4, w, 4).swapaxes(1, 2)
-    return blocks.reshape(h * w, 4, 4)
+    return band[: h * 4, : w * 4].reshape(h, 4, w, 4).swapaxes(1, 2).reshape(h * w, 4, 4)
 
 
 def _put_blocks(band: np.ndarray, blocks: np.ndarray) -> None:
@@ -231,8 +227,11 @@ def _haar(plane: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nda
 
     The order of sums is PyWavelets', because `dwtDct` truncates fractions in the end.
     """
-    scaled = plane * HALF
-    mean, detail = (scaled[0::2] + scaled[1::2]) * HALF, (scaled[0::2] - scaled[1::2]) * HALF
+    scaled = plane * SQRT_HALF
+    mean, detail = (
+        (scaled[0::2] + scaled[1::2]) * SQRT_HALF,
+        (scaled[0::2] - scaled[1::2]) * SQRT_HALF,
+    )
     low, columns = mean[:, 0::2] + mean[:, 1::2], mean[:, 0::2] - mean[:, 1::2]
     rows, diagonal = detail[:, 0::2] + detail[:, 1::2], detail[:, 0::2] - detail[:, 1::2]
     return low, rows, columns, diagonal
@@ -242,10 +241,14 @@ def _unhaar(
     low: np.ndarray, rows: np.ndarray, columns: np.ndarray, diagonal: np.ndarray
 ) -> np.ndarray:
     mean, detail = (
-        np.stack([a * HALF + b * HALF, a * HALF - b * HALF], 2).reshape(len(a), -1)
+        np.stack([a * SQRT_HALF + b * SQRT_HALF, a * SQRT_HALF - b * SQRT_HALF], 2).reshape(
+            len(a), -1
+        )
         for a, b in ((low, columns), (rows, diagonal))
     )
-    pairs = np.stack([mean * HALF + detail * HALF, mean * HALF - detail * HALF], 1)
+    pairs = np.stack(
+        [mean * SQRT_HALF + detail * SQRT_HALF, mean * SQRT_HALF - detail * SQRT_HALF], 1
+    )
     return pairs.reshape(-1, mean.shape[1])
 
 

@@ -1,1 +1,1 @@
-"""What every program here needs: devices, ranks, files, errors, the frame of a command."""
+"""What every program here needs: devices, ranks, files, errors, parsing and running a command."""

@@ -1,7 +1,6 @@
-"""The frame of every program: a parser of flags, what is logged where, errors in one line."""
+"""What every program shares: the parser of its flags, logging, and errors in one line."""
 
 import argparse
-import difflib
 import logging
 import os
 import sys
@@ -10,7 +9,7 @@ from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from ldm.runtime.errors import explain
+from ldm.runtime.errors import explain, nearest_name
 
 __all__ = ["CommandParser", "run_command"]
 
@@ -21,9 +20,9 @@ class CommandParser(ArgumentParser):
     """Flags may be written with `_` or `-`, and shortened while that is unambiguous.
 
     Args:
-        original: flags of the original scripts. A shortened flag means what it meant to them,
-            whatever was added since.
-        overrides: whether `key=value` words are taken, as `args.overrides`.
+        original: flags of the original scripts; an abbreviation of one of them keeps its meaning
+            even if it fits a newer flag, too.
+        overrides: whether `key=value` words are accepted, as `args.overrides`.
     """
 
     def __init__(
@@ -47,19 +46,16 @@ class CommandParser(ArgumentParser):
         return add
 
     def add_argument(self, *names: Any, **settings: Any) -> Action:
-        """As argparse has it; the flags are known to `parse`."""
+        """Add a flag as argparse does, so that `parse` completes and suggests it."""
         action = super().add_argument(*names, **settings)
         self.actions_by_flag |= dict.fromkeys(action.option_strings, action)
         return action
 
     def parse(self, argv: Sequence[str] | None = None) -> Namespace:
-        """Understand the words of a command line; None = those of this process.
-
-        Exits with status 2 and one line about the first mistake.
-        """
+        """Parse a command line (None = that of this process); a mistake exits with status 2."""
         words = list(sys.argv[1:] if argv is None else argv)
         end = words.index("--") if "--" in words else len(words)
-        args, rest = self.parse_known_args([self._spell(w) for w in words[:end]] + words[end:])
+        args, rest = self.parse_known_args([self._complete(w) for w in words[:end]] + words[end:])
         overrides = [word for word in rest if "=" in word and not word.startswith("-")]
         for word in rest:
             if word not in overrides or not self.takes_overrides:
@@ -68,12 +64,13 @@ class CommandParser(ArgumentParser):
             args.overrides = overrides
         return args
 
-    def _spell(self, word: str) -> str:
-        """A word with its flag spelled whole, as it was declared."""
+    def _complete(self, word: str) -> str:
+        """The word with an abbreviated flag completed, spelled as it was declared."""
         name, equals, value = word.partition("=")
         if not name.startswith("--"):
             return word
-        key, matches = name.replace("-", "_"), list[str]()
+        key = name.replace("-", "_")
+        matches: list[str] = []
         for pool in (self.original & self.actions_by_flag.keys(), self.actions_by_flag.keys()):
             exact = [flag for flag in pool if flag.replace("-", "_") == key]
             matches = exact or [flag for flag in pool if flag.replace("-", "_").startswith(key)]
@@ -84,10 +81,8 @@ class CommandParser(ArgumentParser):
         return word
 
     def _refuse(self, word: str) -> NoReturn:
-        flag = word.partition("=")[0]
-        spelled = {known.replace("-", "_"): known for known in self.actions_by_flag}
-        near = difflib.get_close_matches(flag.replace("-", "_"), spelled, n=1)
-        hint = f", did you mean `{spelled[near[0]]}`?" if near else ""
+        near = nearest_name(word.partition("=")[0], self.actions_by_flag)
+        hint = f", did you mean `{near}`?" if near else ""
         self.error(f"unknown argument `{word}`{hint}")
 
 
@@ -118,7 +113,7 @@ def run_command(
         except KeyboardInterrupt:
             log.error("interrupted; finished files are kept")
             return 130
-        except Exception as error:  # the edge of the program
+        except Exception as error:  # top level: any error becomes one line
             text = explain(error) + hint(error)
             if not verbose and text.startswith(f"{type(error).__name__}:"):
                 text += " (--verbose shows where)"
@@ -127,7 +122,7 @@ def run_command(
 
 
 def _configure_logging(verbose: bool) -> None:
-    """Send what ldm logs to stderr; results alone go to stdout."""
+    """Send ldm's log to stderr; stdout is for results."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     root = logging.getLogger("ldm")

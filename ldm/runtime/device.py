@@ -22,19 +22,15 @@ def pick_device(name: str | None = None) -> torch.device:
     Raises:
         ArgumentError: the device is not available.
     """
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    name = name or next(kind for kind, is_available in available.items() if is_available)
+    is_available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    kinds = [*(kind for kind in is_available if is_available[kind]), "cpu"]
+    name = name or kinds[0]
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if not available.get(device.type):
-        names = ", ".join(kind for kind, is_available in available.items() if is_available)
-        message = f"device `{name}` is not available here, choose one of {names}"
+        device: torch.device | None = torch.device(name)
+    except RuntimeError:  # not the name of a device
+        device = None
+    if device is None or device.type not in kinds:
+        message = f"device `{name}` is not available here, choose one of {', '.join(kinds)}"
         raise ArgumentError(message, "device")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", local_rank() % torch.cuda.device_count())

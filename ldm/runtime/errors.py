@@ -36,7 +36,7 @@ __all__ = [
     "unknown_name",
 ]
 
-LISTED = 12  # names that a message lists whole
+MAX_LISTED = 12  # a message lists all allowed names only if there are no more
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "alloc_cpu")
 
 
@@ -62,7 +62,7 @@ class UnknownName(ArgumentError):
 
 
 class MissingArgument(ArgumentError):
-    """An argument that has no default for what is asked."""
+    """An argument that this call needs, although it is optional in others."""
 
 
 class WrongFamily(ArgumentError):
@@ -120,10 +120,10 @@ class Stop(Exception):
 
 
 def nearest_name(name: str, allowed: Iterable[str]) -> str | None:
-    """The allowed name that is most like `name`, None if no one is close."""
-    spelled = {one.replace("-", "_"): one for one in allowed}
-    matches = difflib.get_close_matches(name.replace("-", "_"), spelled, n=1, cutoff=0.5)
-    return spelled[matches[0]] if matches else None
+    """The allowed name most like `name` (`-` and `_` are equal), None if none is close."""
+    by_key = {other.replace("-", "_"): other for other in allowed}
+    matches = difflib.get_close_matches(name.replace("-", "_"), by_key, n=1, cutoff=0.5)
+    return by_key[matches[0]] if matches else None
 
 
 def unknown_name(
@@ -139,10 +139,12 @@ def unknown_name(
     """
     names = list(allowed)
     near = nearest_name(str(name), names)
-    hint = f", did you mean `{near}`?" if near else ""
-    listed = f", choose one of {', '.join(names)}" if 0 < len(names) <= LISTED else ""
-    place = f"{where}: " if where else ""
-    return UnknownName(f"{place}unknown {kind} `{name}`{hint}{listed}".replace("?,", "?"), argument)
+    message = f"unknown {kind} `{name}`"
+    if near:
+        message += f", did you mean `{near}`?"
+    if 0 < len(names) <= MAX_LISTED:
+        message += f"{'' if near else ','} choose one of {', '.join(names)}"
+    return UnknownName(f"{where}: {message}" if where else message, argument)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

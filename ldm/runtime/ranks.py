@@ -1,4 +1,4 @@
-"""Which process of several this one is, as launchers (torchrun, Slurm) say it."""
+"""Rank and number of processes, from the variables that torchrun and Slurm set."""
 
 import os
 
