@@ -1,7 +1,7 @@
 """Which models a folder holds, and which tasks each serves; no weights are loaded.
 
-Families are recognised as by `ldm.load`: by a YAML beside the file or inside it, else by the shapes
-of the weights. The encoders in the config determine the tasks.
+The config is found as by `ldm.load`: a YAML beside the file or inside it, else from the shapes of
+the weights. Its encoders determine the family, and that the tasks.
 """
 
 from dataclasses import dataclass, field
@@ -39,14 +39,14 @@ class CatalogueEntry:
 
 @dataclass
 class Catalogue:
-    """Models by file name, and why other checkpoints were skipped, a line for each."""
+    """Models by file name, and a line about each checkpoint that was skipped."""
 
     models: dict[str, CatalogueEntry] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
-    """The checkpoints of a folder by name, whatever is in them.
+    """The checkpoints of a folder, sorted by name; they are not opened.
 
     Raises:
         MissingFile: there is no such folder.
@@ -79,13 +79,11 @@ def _read_entry(path: Path, size: int, mtime: int) -> CatalogueEntry | str:
         _, raw = read_config(identify_weights(read_checkpoint(path)), config)
         spec = legacy.translate_config(raw, where=path.name, skipped=[])
         if spec["target"] != legacy.MODEL:
-            return f"`{path}` is a part of a model only"
+            return f"`{path}` is not a complete model"
         conditioner = build_on_meta(spec["params"]["conditioner"], where=path.name)
     except (OSError, ValueError, KeyError) as error:
         return str(error).splitlines()[0]
-    families: list[str] = []
-    if isinstance(conditioner, Conditioner):
-        keys = conditioner.keys
-        families = [name for name, family in FAMILIES.items() if family.keys == keys]
-    tasks = (name for name, task in TASKS.items() if {*families} & {*task.families})
+    keys = conditioner.keys if isinstance(conditioner, Conditioner) else None
+    families = {name for name, family in FAMILIES.items() if family.keys == keys}
+    tasks = [name for name, task in TASKS.items() if families.intersection(task.families)]
     return CatalogueEntry(path, config, tuple(tasks))

@@ -1,7 +1,7 @@
 """Form fields of each task, form values -> options, and HTML of a running job.
 
-Fields follow from the rows of the options: each option with a label is a field, its kind and its
-bounds come from the row. Only images that are drawn on or come in numbers have fields of their own.
+Each option with a label is a field, whose kind and bounds follow from the option. Exceptions: the
+image and mask of inpainting are one sketch, and some fields have settings of their own.
 """
 
 import base64
@@ -36,7 +36,7 @@ CSS = """
 #report textarea, #facts textarea, #about textarea { font: 12px/1.5 var(--font-mono) }
 """
 AUTOMATIC = "Automatic"
-SEEDS = 1 << 31
+MAX_SEED = 1 << 31
 # Options of Sampling and Output that are fields, in their order on the page.
 SETTINGS = (
     "steps", "scale", "n_samples", "n_iter", "width", "height", "seed", "sampler", "scheduler",
@@ -44,6 +44,12 @@ SETTINGS = (
 )  # fmt: skip
 IMAGE_BOX: dict[str, Any] = {
     "type": "filepath", "height": 260, "image_mode": None, "sources": ["upload", "clipboard"],
+}  # fmt: skip
+SIDE = {"value": 0, "step": 8, "info": "0: the model's own"}
+TILE = {"value": 0, "step": 64, "info": "pixels; 0: off"}
+NUMBERS: dict[str, dict[str, Any]] = {
+    "width": SIDE, "height": SIDE, "vae_tile": TILE, "unet_tile": TILE,
+    "seed": {"value": -1, "info": "-1: random"},
 }  # fmt: skip
 
 
@@ -55,49 +61,55 @@ class Field:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+SKETCH = Field("ImageEditor", {"label": "Image (draw the mask)", "type": "pil", "height": 460,
+               "image_mode": "RGBA", "layers": False, "transforms": (),
+               "sources": ["upload", "clipboard"]})  # fmt: skip
+
+
 class TaskForm:
     """The fields of one task.
 
     Args:
         limits: bounds of numbers.
-        loras: what the LoRA field offers, `NAME:WEIGHT`.
+        loras: choices of the LoRA field, `NAME:WEIGHT`.
     """
 
     def __init__(self, task: Task, limits: Limits, loras: Sequence[str] = ()) -> None:
         self.task = task
         self.limits = limits
-        rows = task.options()
-        inputs = options_of(task.inputs)
-        self.images = {name: _image_field(row) for name, (row, _) in inputs.items()
-                       if row.is_file and row.label}  # fmt: skip
+        options = {name: row for name, row in task.options().items() if row[0].label}
+        inputs = [name for name in options_of(task.inputs) if name in options]
+        self.images = {name: _image_field(options[name][0]) for name in inputs
+                       if options[name][0].is_file}  # fmt: skip
         if "mask" in self.images:  # drawn on the image
-            del self.images["mask"], self.images["init_img"]
-            self.images["sketch"] = _sketch_field()
-        self.prompts = {name: self._field(name, *rows[name]) for name in options_of(Prompts)
-                        if rows[name][0].label}  # fmt: skip
+            self.images = {"sketch": SKETCH}
+        prompts = [name for name in options_of(Prompts) if name in options]
+        self.prompts = {name: self._field(name, *options[name]) for name in prompts}
         self.prompts["lora"] = _lora_field(loras)
-        self.options = {name: self._field(name, row, default)
-                        for name, (row, default) in inputs.items()
-                        if row.label and not row.is_path and name != "mask_box"}  # fmt: skip
-        self.settings = {name: self._field(name, *rows[name]) for name in SETTINGS}
+        self.options = {name: self._field(name, *options[name]) for name in inputs
+                        if not options[name][0].is_path and name != "mask_box"}  # fmt: skip
+        self.settings = {name: self._field(name, *options[name]) for name in SETTINGS}
 
     def fields(self) -> dict[str, Field]:
         """All fields by name."""
         return {**self.images, **self.prompts, **self.options, **self.settings}
 
-    def values(self, answers: Mapping[str, Any], uploads: Uploads) -> dict[str, object]:
-        """The values of options that the answers of a user are.
+    def values(self, inputs: Mapping[str, Any], uploads: Uploads) -> dict[str, object]:
+        """Convert what a user entered to values of options.
 
         Raises:
-            ValueError, FileNotFoundError: about an answer or an image.
+            ValueError, FileNotFoundError: a value or an image is missing or wrong.
         """
-        values = dict(answers)
+        values = dict(inputs)
         if values["seed"] is None or values["seed"] < 0:
-            values["seed"] = secrets.randbelow(SEEDS)
-        values["scheduler"] = None if values["scheduler"] == AUTOMATIC else values["scheduler"]
-        for name, (_, default) in self.task.options().items():
-            if default is None and name in values:
+            values["seed"] = secrets.randbelow(MAX_SEED)
+        if values["scheduler"] == AUTOMATIC:
+            values["scheduler"] = None
+        for name, (option, default) in self.task.options().items():
+            if name in values and default is None:
                 values[name] = values[name] or None  # 0 and "" stand for "not given"
+            elif name in self.options and option.is_list:
+                values[name] = _as_list(values[name])
         for name in self.images:
             if name == "sketch":
                 values |= _read_sketch(values.pop("sketch"), uploads)
@@ -105,24 +117,15 @@ class TaskForm:
                 values[name] = uploads.add(values[name])
             elif values[name] is not None:
                 values[name] = [uploads.add(path) for path, _ in values[name]]
-        for name, (row, _) in options_of(self.task.inputs).items():
-            if row.is_list and name in self.options:
-                values[name] = _as_list(values[name])
         if not values.get("init_img", True):
             raise MissingArgument('No input image. Upload one or use "Send to" under a result.')
         return values
 
-    def _field(self, name: str, row: Option, default: Value) -> Field:
-        """The field that suits an option."""
-        settings: dict[str, Any] = {"label": row.label, "value": default}
-        if name in ("width", "height"):
-            return Field("Number", settings | {"precision": 0, "value": 0, "step": 8,
-                         "info": "0: the model's own"})  # fmt: skip
-        if name in ("vae_tile", "unet_tile"):
-            return Field("Number", settings | {"precision": 0, "value": 0, "step": 64,
-                         "info": "pixels; 0: off"})  # fmt: skip
-        if name == "seed":
-            return Field("Number", settings | {"precision": 0, "value": -1, "info": "-1: random"})
+    def _field(self, name: str, option: Option, default: Value) -> Field:
+        """The field of an option."""
+        settings: dict[str, Any] = {"label": option.label, "value": default}
+        if name in NUMBERS:
+            return Field("Number", settings | {"precision": 0} | NUMBERS[name])
         if name == "scale":
             return Field("Slider", settings | {"minimum": 0, "maximum": 30, "step": 0.5,
                          "value": 0, "info": "0: as suits the model"})  # fmt: skip
@@ -133,38 +136,39 @@ class TaskForm:
             labels = [(scheduler.label, key) for key, scheduler in SCHEDULERS.items()]
             choices = [(AUTOMATIC, AUTOMATIC), *labels]
             return Field("Dropdown", settings | {"choices": choices, "value": AUTOMATIC})
-        if row.is_switch:
+        if option.is_switch:
             return Field("Checkbox", settings)
-        if row.parse is parse_fraction or name == "eta":
+        if option.parse is parse_fraction or name == "eta":
             return Field("Slider", settings | {"minimum": 0, "maximum": 1, "step": 0.01})
-        maximum = self._maxima().get(name, row.maximum)
+        limits = {"steps": self.limits.steps, "n_samples": self.limits.batch,
+                  "n_iter": self.limits.batches}  # fmt: skip
+        maximum = limits.get(name, option.maximum)
         if maximum is not None:
-            bounds = {"minimum": int(row.parse is parse_count), "maximum": maximum, "step": 1}
             value = default if isinstance(default, int | float) else 0
-            value = {"steps": min(25, maximum), "n_samples": 1, "n_iter": 1}.get(name, value)
-            return Field("Slider", settings | bounds | {"precision": 0, "value": value})
-        text = {"value": default if isinstance(default, str) and name != "prompt" else ""}
+            if name in limits:
+                value = min(25, maximum) if name == "steps" else 1
+            minimum = 1 if option.parse is parse_count else 0
+            return Field("Slider", settings | {"minimum": minimum, "maximum": maximum, "step": 1,
+                         "precision": 0, "value": value})  # fmt: skip
         if name == "prompt":
-            settings |= {"lines": 2, "placeholder": EXAMPLE}
-        return Field("Textbox", settings | text | {"max_length": 1000})
-
-    def _maxima(self) -> dict[str, float]:
-        limits = self.limits
-        return {"steps": limits.steps, "n_samples": limits.batch, "n_iter": limits.batches}
+            settings |= {"lines": 2, "placeholder": EXAMPLE, "value": ""}
+        elif not isinstance(default, str):
+            settings["value"] = ""
+        return Field("Textbox", settings | {"max_length": 1000})
 
 
 def show_progress(progress: Progress) -> str:
-    """A job as HTML: how far it is, what is going on, and what the images will look like."""
+    """Render a job as HTML: bar, message and preview."""
     kind = "failed" if progress.has_failed else "message"
-    shown = f'<div class="bar"><div style="width: {progress.fraction:.1%}"></div></div>'
-    shown += f'<div class="{kind}">{html.escape(progress.message)}</div>'
+    text = f'<div class="bar"><div style="width: {progress.fraction:.1%}"></div></div>'
+    text += f'<div class="{kind}">{html.escape(progress.message)}</div>'
     preview = progress.preview
     if preview is None:
-        return shown
+        return text
     buffer = io.BytesIO()
     preview.resize((4 * preview.width, 4 * preview.height)).save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'{shown}<img alt="preview" src="data:image/png;base64,{data}">'
+    return f'{text}<img alt="preview" src="data:image/png;base64,{data}">'
 
 
 def describe_info(info: Mapping[str, Any]) -> str:
@@ -175,7 +179,7 @@ def describe_info(info: Mapping[str, Any]) -> str:
 
 
 def describe_file(path: str | None) -> str:
-    """The same of an image in a file."""
+    """The info of an image file as A1111 writes it."""
     from ldm.imaging.metadata import read_info
 
     try:
@@ -184,17 +188,11 @@ def describe_file(path: str | None) -> str:
         return "Not an image"
 
 
-def _image_field(row: Option) -> Field:
-    if row.is_list:
-        return Field("Gallery", {"label": row.label, "type": "filepath", "height": 260,
+def _image_field(option: Option) -> Field:
+    if option.is_list:
+        return Field("Gallery", {"label": option.label, "type": "filepath", "height": 260,
                      "interactive": True, "columns": 3})  # fmt: skip
-    return Field("Image", {"label": row.label, **IMAGE_BOX})
-
-
-def _sketch_field() -> Field:
-    return Field("ImageEditor", {"label": "Image (draw the mask)", "type": "pil", "height": 460,
-                 "image_mode": "RGBA", "layers": False, "transforms": (),
-                 "sources": ["upload", "clipboard"]})  # fmt: skip
+    return Field("Image", {"label": option.label, **IMAGE_BOX})
 
 
 def _lora_field(loras: Sequence[str]) -> Field:
@@ -204,14 +202,14 @@ def _lora_field(loras: Sequence[str]) -> Field:
 
 
 def _as_list(value: object) -> list[object]:
-    """The values in a text such as `2, 1`, or the one value of a slider."""
+    """The items of a text such as `2, 1`, or the value of a slider."""
     if isinstance(value, str):
-        return list(value.replace(",", " ").split())
+        return [*value.replace(",", " ").split()]
     return [] if value is None else [value]
 
 
 def _read_sketch(sketch: Mapping[str, Any] | None, uploads: Uploads) -> dict[str, object]:
-    """Image and mask of a sketch: where anything was painted over the background."""
+    """Store image and mask of a sketch; the mask is wherever something is drawn."""
     from PIL import Image, ImageChops
 
     if sketch is None or sketch["background"] is None:

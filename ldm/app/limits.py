@@ -1,4 +1,4 @@
-"""What one run of the app may ask for."""
+"""Limits of one run of the app."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ LARGEST_MASK_RADIUS = 256  # pixels
 
 @dataclass(frozen=True)
 class Limits:
-    """Upper bounds.
+    """Largest allowed values.
 
     Args:
         side: of an image, in pixels.
@@ -29,7 +29,7 @@ class Limits:
     batches: int = 8
 
     def check(self, request: Request) -> None:
-        """Raise ArgumentError naming the first option that asks for more."""
+        """Raise ArgumentError for the first option that is out of bounds."""
         bounds = {
             "steps": (1, self.steps),
             "n_samples": (1, self.batch),
@@ -45,23 +45,19 @@ class Limits:
         for name, (low, high) in bounds.items():
             value = values.get(name)
             if value is not None and not low <= value <= high:
-                raise ArgumentError(f"{name} is {value:g}, {low} to {high} are allowed", name)
+                raise ArgumentError(f"{name} must be {low} to {high}, got {value:g}", name)
         prompts = request.prompts
         if len(prompts.prompt) + len(prompts.negative_prompt) > LONGEST_PROMPT:
-            raise ArgumentError(f"prompts may have {LONGEST_PROMPT} characters together", "prompt")
+            message = f"prompt and negative prompt are longer than {LONGEST_PROMPT} characters"
+            raise ArgumentError(message, "prompt")
 
-    def check_output(self, width: int, height: int, enlarges: bool) -> None:
-        """Raise ArgumentError if the images would be too large.
-
-        Args:
-            enlarges: whether the task enlarges its input.
-        """
-        if enlarges and width * height > LARGEST_UPSCALED:
-            allowed = f"{LARGEST_UPSCALED} pixels are allowed"
-        elif not enlarges and max(width, height) > self.side:
-            allowed = f"sides up to {self.side} are allowed"
-        else:
-            return
-        raise ArgumentError(
-            f"the image would be {width}x{height}, {allowed}: set width or height", "width"
-        )
+    def check_output(self, width: int, height: int, is_upscaled: bool) -> None:
+        """Raise ArgumentError if an image of this size is too large."""
+        is_too_large = max(width, height) > self.side
+        allowed = f"sides up to {self.side}"
+        if is_upscaled:
+            is_too_large = width * height > LARGEST_UPSCALED
+            allowed = f"{LARGEST_UPSCALED} pixels"
+        if is_too_large:
+            message = f"{width}x{height} is too large, {allowed} are allowed: set width or height"
+            raise ArgumentError(message, "width")

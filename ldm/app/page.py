@@ -1,14 +1,15 @@
-"""The page: a tab for each task, and beside them the running job and its images."""
+"""The page: tabs for the tasks, and next to them the running job and its images."""
 
 import html
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import gradio as gr
 
+from ldm.app.backend import Backend
 from ldm.app.form import (
     CSS,
     IMAGE_BOX,
@@ -19,7 +20,6 @@ from ldm.app.form import (
     show_progress,
 )
 from ldm.app.progress import Progress, follow
-from ldm.app.studio import Studio
 from ldm.generate.request import Request
 from ldm.generate.tasks import TASKS
 from ldm.runtime.errors import MissingArgument
@@ -28,7 +28,7 @@ __all__ = ["Page"]
 
 FONT = ["system-ui", "sans-serif"]
 MONO_FONT = ["ui-monospace", "monospace"]
-MOST_SHOWN = 60  # images in the gallery
+GALLERY_LIMIT = 60  # images
 
 log = logging.getLogger(__name__)
 
@@ -36,27 +36,30 @@ Work = Callable[[Request, Progress], str]
 
 
 class Page:
-    """Builds and serves the page. Whatever needs the model is a job: one runs at a time.
+    """Builds and serves the page. All that needs a model is a job; one runs at a time.
 
     Args:
-        hint: what to add to the message of an error.
+        hint: returns what to append to the message of an error.
     """
 
-    def __init__(self, studio: Studio, hint: Callable[[BaseException], str]) -> None:
-        self.studio = studio
+    def __init__(self, backend: Backend, hint: Callable[[BaseException], str]) -> None:
+        self.backend = backend
         self.hint = hint
         self.forms = {
-            name: TaskForm(task, studio.limits, studio.offered_loras)
+            name: TaskForm(task, backend.limits, backend.offered_loras)
             for name, task in TASKS.items()
         }
         self.models: dict[str, gr.Dropdown] = {}  # of each task
-        self.first: dict[str, Any] = {}  # the field of each task that images are sent to
+        self.image_fields: dict[str, Any] = {}  # of each tab, for images that are sent to it
+        # (button, work, input fields, field for the result or None = gallery)
         self.jobs: list[tuple[gr.Button, Callable[..., str], list[Any], Any]] = []
 
     def build(self) -> gr.Blocks:
         """The page, with all its events."""
         with gr.Blocks(title="ldm", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-            self.progress, self.infos, self.chosen = gr.State(None), gr.State([]), gr.State(0)
+            self.progress = gr.State(None)
+            self.infos = gr.State([])
+            self.chosen = gr.State(0)  # index of the chosen image
             with gr.Row():
                 with gr.Column(scale=5, min_width=320), gr.Tabs() as self.tabs:
                     for name in TASKS:
@@ -72,14 +75,14 @@ class Page:
         return page
 
     def serve(self, port: int, *, listen: bool, auth: str | None, max_queue: int) -> None:
-        """Open the page and stay until it is interrupted.
+        """Serve the page until interrupted.
 
         Args:
-            listen: let other machines in.
+            listen: accept connections from other machines.
             auth: USER:PASSWORD.
-            max_queue: jobs that may wait.
+            max_queue: most waiting jobs.
         """
-        outdir = self.studio.outdir
+        outdir = self.backend.outdir
         os.environ["GRADIO_TEMP_DIR"] = str(outdir / "served")  # or it would be in /tmp
         log.info("open http://127.0.0.1:%d", port)
         self.build().queue(max_size=max_queue, api_open=False).launch(
@@ -112,14 +115,14 @@ class Page:
             inputs = [model, *fields.values()]
             if "depth_map" in fields:
                 button = gr.Button("Estimate depth", elem_id="estimate")
-                work = partial(self.run_task, name, self.studio.estimate_depth)
+                work = partial(self.run_task, name, self.backend.estimate_depth)
                 self.jobs.append((button, work, inputs, fields["depth_map"]))
                 fields["init_img"].change(lambda: None, None, fields["depth_map"])
             button = gr.Button("Generate", variant="primary", elem_id=f"go-{name}")
-            work = partial(self.run_task, name, self.studio.generate)
+            work = partial(self.run_task, name, self.backend.generate)
             self.jobs.append((button, work, inputs, None))
             if form.images:
-                self.first[name] = next(iter(fields.values()))
+                self.image_fields[name] = next(iter(fields.values()))
 
     def _build_inspect(self) -> None:
         with gr.Tab("Checkpoint info", id="inspect", elem_id="tab-inspect"):
@@ -127,12 +130,12 @@ class Page:
             button = gr.Button("Inspect", variant="primary", elem_id="go-inspect")
             report = gr.Textbox(label="Report", lines=18, elem_id="report", buttons=["copy"])
             self.skipped = gr.Markdown()
-            button.click(self.studio.inspect, self.file, report, concurrency_id="model")
+            button.click(self.backend.inspect, self.file, report, concurrency_id="model")
 
     def _build_replay(self) -> None:
         with gr.Tab("PNG info", id="replay", elem_id="tab-replay"):
             box = _component(Field("Image", {"label": "Image", **IMAGE_BOX}))
-            self.first["replay"] = box
+            self.image_fields["replay"] = box
             self.facts = gr.Textbox(label="Parameters", lines=4, elem_id="facts")
             button = gr.Button("Reproduce", variant="primary", elem_id="go-replay")
             box.upload(describe_file, box, self.facts, queue=False)
@@ -147,7 +150,7 @@ class Page:
         )  # fmt: skip
         self.about = gr.Textbox(label="Generation parameters", lines=3, elem_id="about")
         with gr.Row():
-            for name, field in self.first.items():
+            for name, field in self.image_fields.items():
                 title = TASKS[name].title if name in TASKS else "PNG info"
                 button = gr.Button(
                     f"Send to {title}", size="sm", min_width=140, elem_id=f"send-{name}"
@@ -166,11 +169,7 @@ class Page:
     def _connect_job(
         self, button: gr.Button, work: Callable[..., str], inputs: list[Any], target: Any
     ) -> None:
-        """A button that begins a job; while that runs, no other can be begun.
-
-        Args:
-            target: the field for the path of the result, if that is not for the gallery.
-        """
+        """Connect a button to its job; while a job runs, the buttons of all jobs are disabled."""
         quiet: dict[str, Any] = {"show_progress": "hidden"}
         switches = [self.stop, *(job[0] for job in self.jobs)]
         outputs = [self.live, self.gallery, self.infos, self.chosen, self.about]
@@ -184,41 +183,44 @@ class Page:
             event.then(_last_path, self.progress, target)
 
     def _model_choice(self, task: str | None) -> gr.Dropdown:
-        names = self.studio.model_names(task)
+        names = self.backend.model_names(task)
         return gr.Dropdown(names, value=next(iter(names), None), label="Checkpoint")
 
     def refresh_models(self) -> list[Any]:
-        """What is in the folder now: for every drop-down, and what cannot be used."""
-        lines = self.studio.skipped_files()
+        """Read the models folder again: updates of all drop-downs and of the skipped files."""
+        lines = self.backend.skipped_files()
         for line in lines:
             log.warning("skipped: %s", line)
         text = "".join(f"\n* skipped: {html.escape(line)}" for line in lines)
         return [*map(self._model_choice, self.models), self._model_choice(None), text]
 
     def begin(self) -> list[Any]:
-        """A new job, which can be stopped; other buttons are off."""
-        progress, off = Progress(), gr.Button(interactive=False)
-        on = gr.Button(interactive=True)
-        return [progress, show_progress(progress), on, *[off for _ in self.jobs]]
+        """Start a job: a new progress, only the stop button enabled."""
+        progress = Progress()
+        return [progress, show_progress(progress), *self._set_buttons(is_running=True)]
 
     def end(self) -> list[Any]:
-        """All buttons are on again, but that which stops."""
-        on = gr.Button(interactive=True)
-        return [gr.Button(interactive=False), *[on for _ in self.jobs]]
+        """End a job: all buttons enabled but the stop button."""
+        return self._set_buttons(is_running=False)
+
+    def _set_buttons(self, is_running: bool) -> list[gr.Button]:
+        """Updates of the stop button and of the buttons of all jobs."""
+        starts = [gr.Button(interactive=not is_running) for _ in self.jobs]
+        return [gr.Button(interactive=is_running), *starts]
 
     def run_job(
         self,
         work: Callable[..., str],
         progress: Progress | None,
         infos: list[Any],
-        *answers: Any,
+        *inputs: Any,
     ) -> Iterator[list[Any]]:
-        """Do a job and show it until it ends; images come when they are finished."""
-        count, job = 0, progress or Progress()
-        for now in follow(job, lambda job: work(job, *answers), self.hint):
+        """Run a job; yields updates of the status and, when images are finished, of the gallery."""
+        count = 0
+        for now in follow(progress or Progress(), lambda job: work(job, *inputs), self.hint):
             updates = [gr.skip()] * 4
             if new := [info for info in now.images[count:] if "seed" in info]:
-                infos = [*new[::-1], *infos][:MOST_SHOWN]
+                infos = [*new[::-1], *infos][:GALLERY_LIMIT]
                 images = [(info["path"], f"seed {info['seed']}") for info in infos]
                 gallery = gr.Gallery(images, selected_index=0)
                 updates = [gallery, infos, 0, describe_info(infos[0])]
@@ -226,19 +228,19 @@ class Page:
             yield [show_progress(now), *updates]
 
     def run_task(
-        self, name: str, make: Work, progress: Progress, model: str | None, *answers: Any
+        self, name: str, work: Work, progress: Progress, model: str | None, *inputs: Any
     ) -> str:
         """The job of a task."""
         form = self.forms[name]
-        given: Mapping[str, Any] = dict(zip(form.fields(), answers, strict=True))
-        values = form.values(given, self.studio.uploads)
-        return make(self.studio.make_request(TASKS[name], model, values), progress)
+        values_by_field = dict(zip(form.fields(), inputs, strict=True))
+        values = form.values(values_by_field, self.backend.uploads)
+        return work(self.backend.make_request(TASKS[name], model, values), progress)
 
     def run_replay(self, progress: Progress, path: str | None) -> str:
         """The job of making an image again."""
         if path is None:
             raise MissingArgument('No input image. Upload one or use "Send to" under a result.')
-        return self.studio.replay(path, progress)
+        return self.backend.replay(path, progress)
 
     def stop_job(self, progress: Progress | None) -> None:
         """Stop the job of this page."""
@@ -246,13 +248,13 @@ class Page:
             progress.stop.set()
 
     def send(self, name: str, infos: list[Any], chosen: int) -> list[Any]:
-        """The chosen image in the field of another tab."""
+        """Put the chosen image into the image field of another tab."""
         if not infos:
             return [gr.skip(), gr.skip()]
         path = infos[min(chosen, len(infos) - 1)]["path"]
         sketch = {"background": path, "layers": [], "composite": None}
         values = {"ImageEditor": sketch, "Gallery": [path]}
-        kind = type(self.first[name]).__name__
+        kind = type(self.image_fields[name]).__name__
         return [gr.Tabs(selected=name), values.get(kind, path)]
 
 
@@ -260,7 +262,7 @@ def _component(field: Field) -> Any:
     """The gradio component of a field."""
     brush = {"brush": gr.Brush(colors=["#ff40ff"])} if field.kind == "ImageEditor" else {}
     component = getattr(gr, field.kind)(**field.settings, **brush)
-    if field.kind == "Image":  # the file as it is: our reader says better what is wrong with it
+    if field.kind == "Image":  # pass the path: errors of our reader are clearer than gradio's
         component.preprocess = lambda data: data and data.path
     return component
 

@@ -1,7 +1,4 @@
-"""Progress of a running job, shared with the thread that shows it.
-
-follow(progress, work)    work(progress) in a thread, and the progress again and again until it ends
-"""
+"""Progress of a job that runs in a thread, for the page that shows it."""
 
 import logging
 import threading
@@ -29,16 +26,17 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Progress:
-    """How far one job is.
+    """Progress of one job.
 
     Args:
-        total: images to make.
-        step: sampling steps done of the batch at hand. steps: of it.
+        total: number of images to make.
+        step: finished sampling steps of the current batch.
+        steps: all sampling steps of the current batch.
         images: infos of finished images.
-        preview: of the batch at hand, side by side, a pixel for each latent pixel.
-        message: what is going on, in the end how it went.
+        preview: grid of the current batch, a pixel for each latent pixel.
+        message: the current status, finally the result.
         has_failed: whether the message is an error.
-        stop: set it to stop the job.
+        stop: set to stop the job.
     """
 
     total: int = 1
@@ -55,18 +53,19 @@ class Progress:
 
     @property
     def fraction(self) -> float:
-        """How much of the job is done, 0 … 1."""
-        rows = min(self._batch, self.total - len(self.images)) * self.step / (self.steps or 1)
-        return min((len(self.images) + rows) / self.total, 1.0)
+        """Fraction of the job that is done, 0 … 1."""
+        batch = min(self._batch, self.total - len(self.images))
+        done = len(self.images) + batch * self.step / (self.steps or 1)
+        return min(done / self.total, 1.0)
 
     def set_message(self, message: str) -> None:
-        """Say what is going on; raises Stop if the job is to stop."""
+        """Set the message; raises Stop if the job is to stop."""
         if self.stop.is_set():
             raise Stop
         self.message = message
 
     def begin_sampling(self, model: "LatentDiffusion") -> None:
-        """Prepare previews of this model."""
+        """Fit previews to this model and set the message."""
         from ldm.pipelines.preview import fit_preview
 
         self._to_rgb = fit_preview(model)
@@ -80,11 +79,12 @@ class Progress:
         if self._to_rgb is not None and now - self._last_preview > INTERVAL:
             from ldm.imaging.pixels import make_grid, to_pil
 
-            rows = self._to_rgb(denoised.nan_to_num())
-            self.preview, self._last_preview = make_grid(to_pil(rows), PREVIEW_COLUMNS), now
+            previews = to_pil(self._to_rgb(denoised.nan_to_num()))
+            self.preview = make_grid(previews, PREVIEW_COLUMNS)
+            self._last_preview = now
 
     def add_image(self, info: Info) -> None:
-        """An image is finished."""
+        """Add the info of a finished image."""
         self.images.append(info)
         self.step = 0
 
@@ -94,13 +94,13 @@ def follow(
     work: Callable[[Progress], str],
     hint: Callable[[BaseException], str] = lambda error: "",
 ) -> Iterator[Progress]:
-    """Work in a thread; yield several times a second until it ends, and once more then.
+    """Run `work` in a thread; yield the progress every INTERVAL, and once when it has ended.
 
-    Whoever closes the iterator stops the job.
+    Closing the iterator stops the job.
 
     Args:
-        work: returns what to say in the end; its errors become the message.
-        hint: what to add to the message of an error.
+        work: returns the final message; an error becomes the message, too.
+        hint: returns what to append to the message of an error.
     """
     thread = threading.Thread(target=_run, args=(progress, work, hint), daemon=True)
     thread.start()
@@ -125,7 +125,7 @@ def _run(
         when = f"at step {progress.step} of {progress.steps}" if progress.step else "between steps"
         done = f"{len(progress.images)} of {progress.total} images are finished"
         progress.message = f"stopped {when}, {done}"
-    except Exception as error:  # the edge of the program: every error becomes a line
+    except Exception as error:  # top level: any error becomes the message
         log.debug("a job failed", exc_info=True)
         progress.message = (explain(error) + hint(error)).replace("\n", " — ")
         progress.has_failed = True

@@ -1,4 +1,4 @@
-"""Images that users bring, kept by content, so that what was made of them can be made again."""
+"""Uploaded images, stored by content, so that results can be reproduced from them."""
 
 import hashlib
 import io
@@ -15,21 +15,17 @@ __all__ = ["Uploads"]
 
 
 class Uploads:
-    """A folder of images, named by their SHA-256.
-
-    Args:
-        folder: created if absent.
-    """
+    """A folder of images named by their SHA-256; created if absent."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, path: str | Path) -> str:
-        """Keep a copy of a file; returns the path of the copy.
+        """Store a copy of an image file; returns its path.
 
         Raises:
-            ValueError: saying what is wrong with a file that is not a whole image.
+            ValueError: the file is damaged or not an image.
         """
         from ldm.imaging.reading import load_image
 
@@ -40,24 +36,24 @@ class Uploads:
         return self._store(Path(path).read_bytes())
 
     def add_image(self, image: "Image.Image") -> str:
-        """Keep an image that is not in a file yet; returns its path."""
+        """Store an image as PNG; returns its path."""
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
         return self._store(buffer.getvalue())
 
     def find(self, sha256: object) -> Path:
-        """The kept file of this content.
+        """The stored file with this hash.
 
         Raises:
-            MissingFile: nobody brought it.
+            MissingFile: it was not uploaded.
         """
-        names = {path.stem: path for path in self.folder.glob("*.png")}
-        if sha256 not in names:
+        paths = {path.stem: path for path in self.folder.glob("*.png")}
+        if sha256 not in paths:
             raise MissingFile("made from an image that was not uploaded here: upload it")
-        return names[str(sha256)]
+        return paths[str(sha256)]
 
     def _store(self, content: bytes) -> str:
-        # The suffix is for programs that go by names; our reader looks into the file.
+        # Of any format: other programs need some suffix, ours looks at the content.
         path = self.folder / f"{hashlib.sha256(content).hexdigest()}.png"
         if not path.is_file():
             with replace_when_written(path) as part:

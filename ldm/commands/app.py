@@ -1,4 +1,4 @@
-"""All tasks in the browser, with live previews.
+"""Serve all tasks as a page for the browser, with live previews.
 
     ldm app                                              # then open http://127.0.0.1:7860
     ldm app --models /data/models --listen --auth me:secret
@@ -27,13 +27,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     add("--models", default="checkpoints", metavar="DIR", help="checkpoints (%(default)s)")
     add("--outdir", default="outputs/app", metavar="DIR", help="folder for images (%(default)s)")
     add("--port", type=int, default=7860, help="port of the page (%(default)s)")
-    add("--listen", action="store_true", help="let other machines in; needs --auth")
-    add("--auth", metavar="USER:PASSWORD", help="who is let in")
-    add("--memory", type=float, metavar="GIB", help="for models that stay loaded (half of all)")
-    add("--max-side", type=int, default=1024, metavar="N", help="of images (%(default)s)")
-    add("--max-steps", type=int, default=150, metavar="N", help="of a job (%(default)s)")
-    add("--max-batch", type=int, default=4, metavar="N", help="batch size (%(default)s)")
-    add("--max-queue", type=int, default=16, metavar="N", help="jobs that may wait (%(default)s)")
+    add("--listen", action="store_true", help="accept other machines; needs --auth")
+    add("--auth", metavar="USER:PASSWORD", help="login of the page (none)")
+    add("--memory", type=float, metavar="GIB", help="memory for loaded models (half of all)")
+    add("--max-side", type=int, default=1024, metavar="N", help="largest side (%(default)s)")
+    add("--max-steps", type=int, default=150, metavar="N", help="most steps (%(default)s)")
+    add("--max-batch", type=int, default=4, metavar="N", help="largest batch (%(default)s)")
+    add("--max-queue", type=int, default=16, metavar="N", help="most waiting jobs (%(default)s)")
     add("--verbose", action="store_true", help="log more, and show the traceback of an error")
     add_options(parser.add_group("models"), ModelChoice, options_of(ModelChoice), only=SHARED)
     args = parser.parse(argv)
@@ -42,11 +42,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def _serve(args: Namespace) -> None:
     if args.listen and ":" not in (args.auth or ""):
-        raise ArgumentError("--listen lets everybody in: say who may with --auth USER:PASSWORD")
+        raise ArgumentError("--listen needs a login: --auth USER:PASSWORD")
 
+    from ldm.app.backend import Backend
     from ldm.app.limits import Limits
     from ldm.app.page import Page
-    from ldm.app.studio import Studio
 
     choice = ModelChoice(
         embedding=args.embedding,
@@ -56,6 +56,6 @@ def _serve(args: Namespace) -> None:
     )
     limits = Limits(side=args.max_side, steps=args.max_steps, batch=args.max_batch)
     memory = args.memory and args.memory * 2**30
-    studio = Studio(args.models, args.outdir, choice, limits, memory, args.lora)
-    page = Page(studio, hint)
+    backend = Backend(args.models, args.outdir, choice, limits, memory, args.lora)
+    page = Page(backend, hint)
     page.serve(args.port, listen=args.listen, auth=args.auth, max_queue=args.max_queue)

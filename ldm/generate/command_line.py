@@ -19,7 +19,7 @@ from ldm.runtime.errors import ArgumentError, MissingFile, WrongFamily, is_out_o
 
 __all__ = ["add_options", "build_parser", "hint", "parse_request", "to_argv"]
 
-# Flags of the original scripts, whose abbreviations keep their meaning.
+# Flags of the original scripts; abbreviations of them keep their meaning.
 ORIGINAL_FLAGS = (
     "--prompt", "--outdir", "--steps", "--plms", "--dpm", "--fixed_code", "--ddim_eta", "--n_iter",
     "--H", "--W", "--C", "--f", "--n_samples", "--n_rows", "--scale", "--from-file", "--config",
@@ -27,8 +27,7 @@ ORIGINAL_FLAGS = (
     "--strength",
 )  # fmt: skip
 MEMORY_HINT = "; these help: --n_samples 1, --vae-tile, a smaller --H and --W"
-# Functions of `ldm.pipelines` that serve a family, as commands.
-COMMANDS = {"vary": "unclip"}
+COMMANDS = {"vary": "unclip"}  # function of `ldm.pipelines` -> command, where the names differ
 
 
 def build_parser(task: Task, prog: str | None = None) -> CommandParser:
@@ -59,38 +58,38 @@ def add_options(
 
     Args:
         add: `add_argument` of a parser or of a group of flags.
-        options: rows and defaults by name.
+        options: options and their defaults by name.
         only: names of the options to add; None = all of the group.
     """
     for name in options_of(group):
-        row, default = options[name]
-        if not row.flags or (only is not None and name not in only):
+        option, default = options[name]
+        if not option.flags or (only is not None and name not in only):
             continue
-        settings: dict[str, Any] = {"dest": name, "help": row.help}
-        if row.is_switch:
+        settings: dict[str, Any] = {"dest": name, "help": option.help}
+        if option.is_switch:
             settings["action"] = "store_false" if default else "store_true"
         else:
-            settings |= {"type": _argparse_type(row), "metavar": row.metavar, "default": default}
-            settings["action"] = _Append if row.is_list else _Store
-            if row.choices:
-                settings["choices"] = row.choices
-            if row.const is not None:
-                settings |= {"nargs": "?", "const": row.const}
-        add(*row.flags, **settings)
-        for flag, value in row.shortcuts.items():
-            add(flag, dest=name, action=_StoreShortcut, nargs=0, const=value, default=default,
-                help=f"{row.flags[0]} {value}")  # fmt: skip
+            settings |= {"type": _argparse_type(option), "metavar": option.metavar}
+            settings |= {"default": default, "action": _Append if option.is_list else _Store}
+            if option.choices:
+                settings["choices"] = option.choices
+            if option.const is not None:
+                settings |= {"nargs": "?", "const": option.const}
+        add(*option.flags, **settings)
+        for flag, value in option.shortcuts.items():
+            add(flag, dest=name, action=_Store, nargs=0, const=value, default=default,
+                help=f"{option.flags[0]} {value}")  # fmt: skip
 
 
 def parse_request(
     task: Task, argv: Sequence[str] | None = None, parser: CommandParser | None = None
 ) -> tuple[Request, Namespace]:
-    """The request that a command line is; exits with status 2 and one line about a mistake.
+    """Parse a command line into a request; a mistake exits with status 2 and one line.
 
     Args:
-        parser: of `build_parser`, with flags of the program's own beside those of the task.
+        parser: from `build_parser`, possibly with more flags.
     Returns:
-        (request, all flags by name).
+        (request, the values of all flags).
     """
     parser = parser or build_parser(task)
     args = parser.parse(argv)
@@ -102,33 +101,32 @@ def parse_request(
 
 
 def to_argv(request: Request) -> list[str]:
-    """The words that give this request again, without the name of the command."""
+    """The command line that reproduces this request, without the name of the command."""
     words: list[str] = []
     values = request.values()
-    for name, (row, default) in request.task.options().items():
+    for name, (option, default) in request.task.options().items():
         value = values[name]
         if value == default:
             continue
-        if not row.flags:
+        if not option.flags:
             words += value  # overrides, key=value
-        elif row.is_switch:
-            words.append(row.flags[0])
+        elif option.is_switch:
+            words.append(option.flags[0])
         else:
-            words += [f"{row.flags[0]}={word}" for word in encode_option(row, value)]
+            words += [f"{option.flags[0]}={word}" for word in encode_option(option, value)]
     return words
 
 
 def flag_of(argument: str, task: Task | None = None) -> str | None:
     """The flag that sets an argument of the library, in this task or in any; None = no flag."""
-    for one in [task] if task else TASKS.values():
-        row, _ = one.options().get(argument, (None, None))
-        if row is not None and row.flags:
-            return row.flags[0]
+    for options in (each.options() for each in ([task] if task else TASKS.values())):
+        if argument in options and options[argument][0].flags:
+            return options[argument][0].flags[0]
     return None
 
 
 def hint(error: BaseException, task: Task | None = None) -> str:
-    """What a user of the command line can do about an error, to be put behind its message."""
+    """What to do about an error on the command line; appended to its message."""
     if is_out_of_memory(error):
         return MEMORY_HINT
     if isinstance(error, WrongFamily):
@@ -140,12 +138,12 @@ def hint(error: BaseException, task: Task | None = None) -> str:
     return ""
 
 
-def _argparse_type(row: Option) -> Callable[[str], Value]:
-    """`parse` of a row, whose message argparse shows as it is."""
+def _argparse_type(option: Option) -> Callable[[str], Value]:
+    """The parser of an option, with the error whose message argparse shows."""
 
     def parse(word: str) -> Value:
         try:
-            return row.parse(word)
+            return option.parse(word)
         except ArgumentError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -153,25 +151,22 @@ def _argparse_type(row: Option) -> Callable[[str], Value]:
 
 
 class _Store(Action):
-    """Store a value and the flag that gave it."""
+    """Store a value, or the constant of a shortcut; two flags must not name different samplers."""
 
     def __call__(
         self, parser: ArgumentParser, namespace: Namespace, values: Any, flag: str | None = None
     ) -> None:
-        _store_once(self, parser, namespace, values, f"{flag} {values}")
-
-
-class _StoreShortcut(Action):
-    """Store the constant that a flag without a word stands for."""
-
-    def __call__(
-        self, parser: ArgumentParser, namespace: Namespace, values: Any, flag: str | None = None
-    ) -> None:
-        _store_once(self, parser, namespace, self.const, f"{flag}")
+        value, words = (self.const, flag) if self.nargs == 0 else (values, f"{flag} {values}")
+        key = f"{self.dest}_flag"
+        before = vars(namespace).get(key)
+        if self.dest == "sampler" and before and getattr(namespace, self.dest) != value:
+            parser.error(f"{words} contradicts {before}")
+        setattr(namespace, self.dest, value)
+        setattr(namespace, key, words)
 
 
 class _Append(Action):
-    """Append a value to a tuple, which begins empty whatever the default."""
+    """Append a value to a tuple, which replaces the default."""
 
     def __call__(
         self, parser: ArgumentParser, namespace: Namespace, values: Any, flag: str | None = None
@@ -180,15 +175,3 @@ class _Append(Action):
         if before is self.default:
             before = ()
         setattr(namespace, self.dest, (*before, values))
-
-
-def _store_once(
-    action: Action, parser: ArgumentParser, namespace: Namespace, value: Value, words: str
-) -> None:
-    """Store a value; a sampler that was given twice must be the same twice."""
-    given = f"{action.dest} given as"
-    before = vars(namespace).get(given)
-    if action.dest == "sampler" and before and getattr(namespace, action.dest) != value:
-        parser.error(f"{words} contradicts {before}")
-    setattr(namespace, action.dest, value)
-    setattr(namespace, given, words)

@@ -24,10 +24,10 @@ def load_model(
     threads: int | None = None,
     load: "Callable[..., LatentDiffusion] | None" = None,
 ) -> "LatentDiffusion":
-    """Load the model, and say which options it contradicts.
+    """Load the model, and warn about options that have no effect on it.
 
     Args:
-        threads: of the CPU; None = as many as suit the model.
+        threads: CPU threads; None = as many as suit the model.
         load: called in place of `ldm.load`, with its arguments.
     Raises:
         ValueError, FileNotFoundError: as `ldm.load` does.
@@ -63,11 +63,11 @@ def load_model(
         allow=choice.allow_module,
         loras=choice.lora,
         embeddings=choice.embedding,
-        **({} if choice.vae is None else {"vae": choice.vae}),
+        vae=choice.vae,
         **request.inputs.model_files(),
     )
     log.info("running on %s in %s", device, str(dtype).removeprefix("torch."))
-    _report_contradictions(request, model)
+    _warn_about_ignored_options(request, model)
     return model
 
 
@@ -77,22 +77,16 @@ def _bytes(path: str) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _report_contradictions(request: Request, model: "LatentDiffusion") -> None:
-    choice, sampling = request.model, request.sampling
-    for name, value, own in (
-        ("C", choice.channels, model.channels),
-        ("f", choice.factor, model.downscale),
-    ):
-        if value not in (None, own):
-            log.warning("`%s` %d is ignored: the model has %d", name, value, own)
-    for name, is_set in (
-        ("torchscript", choice.torchscript),
-        ("ipex", choice.ipex),
-        ("laion400m", choice.laion400m),
-    ):
-        if is_set:
-            log.warning("`%s` has no effect any more and is ignored", name)
+def _warn_about_ignored_options(request: Request, model: "LatentDiffusion") -> None:
+    choice = request.model
+    if choice.channels not in (None, model.channels):
+        log.warning("`C` %d is ignored: the model has %d", choice.channels, model.channels)
+    if choice.factor not in (None, model.downscale):
+        log.warning("`f` %d is ignored: the model has %d", choice.factor, model.downscale)
+    for name in ("torchscript", "ipex", "laion400m"):
+        if getattr(choice, name):
+            log.warning("`%s` has no effect", name)
     native = model.image_size * model.downscale
-    is_text = request.task.families == ("text",) and model.parameterization == "v"
-    if native == 512 and is_text and sampling.size == (None, None):
+    is_text_v = request.task.families == ("text",) and model.parameterization == "v"
+    if native == 512 and is_text_v and request.sampling.size == (None, None):
         log.info("Stable Diffusion 2 v models were trained at 768 x 768: that size may be better")

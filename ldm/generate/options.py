@@ -1,9 +1,9 @@
-"""One option: everything that a user can set is one row, a field of a frozen dataclass.
+"""Options: everything that a user can set is declared once, as a field of a frozen dataclass.
 
     steps: int = option(50, "--steps", "--ddim_steps", parse=parse_count, help="sampling steps")
 
-The row says how a word of the command line becomes a value and back; the same rule reads values of
-forms and of PNG texts, so that nothing unchecked comes through any door.
+An option converts a word of the command line to a value and back. Values of forms and of PNG texts
+are converted and checked by the same rule.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,25 +17,28 @@ __all__ = ["Option", "decode_option", "encode_option", "option", "options_of"]
 
 Value = Any  # of one option: str, int, float, bool, None, or a tuple of them
 
+# Without `encode`: DDIM inversion as in the original is for Python only.
+LEGACY_FLAGS = tuple(sorted(LEGACY.keys() - {"encode"}))
+
 
 @dataclass(frozen=True)
 class Option:
-    """A row.
+    """How one option is parsed and shown.
 
     Args:
         flags: spellings on the command line, the usual one first; none = not a flag.
         help: what it does, for `--help`; `%(default)s` stands for the default.
-        parse: a word -> value; raises ArgumentError.
-        separator: between the parts of a value that is a tuple, in a word.
+        parse: converts a word to the value; raises ArgumentError.
+        separator: joins the items of a tuple in one word.
         is_list: the flag may be given several times; the value is a tuple.
         is_switch: the flag takes no word; it sets the opposite of the default.
         const: value of the flag without a word; None = it needs one.
-        choices: words that are allowed.
-        shortcuts: flags that stand for one value, "--plms" for sampler "plms".
-        metavar: what `--help` calls the word.
-        is_file: the value names a file (or several), whose content a PNG vouches for.
-        label: what the page calls it; options without a label are not on the page.
-        maximum: end of its slider on the page.
+        choices: allowed words.
+        shortcuts: flags for single values, such as "--plms" for sampler "plms".
+        metavar: name of the word in `--help`.
+        is_file: the value is a path (or several); PNGs record the hash of the file.
+        label: of the field on the page; options without a label are not on the page.
+        maximum: of the slider on the page.
     """
 
     flags: tuple[str, ...]
@@ -67,65 +70,65 @@ def option(
 
 
 def options_of(group: type) -> dict[str, tuple[Option, Value]]:
-    """The rows of a dataclass of options, with their defaults, by name."""
-    return {row.name: (row.metadata["option"], row.default) for row in fields(group)}
+    """The options of a group with their defaults, by name."""
+    return {field.name: (field.metadata["option"], field.default) for field in fields(group)}
 
 
-def encode_option(row: Option, value: Value) -> list[str]:
-    """The words for the values of one option, without flags: none, one, or one for each item."""
+def encode_option(option: Option, value: Value) -> list[str]:
+    """The words of a value on the command line, without the flag: one for each item of a list."""
     if value is None:
         return []
-    return [_join(row, item) for item in (value if row.is_list else [value])]
+    return [_to_word(option, item) for item in (value if option.is_list else [value])]
 
 
-def decode_option(name: str, row: Option, value: object) -> Value:
-    """The value of an option out of a form or a JSON text, checked as on the command line.
+def decode_option(name: str, option: Option, value: object) -> Value:
+    """The value of an option from a form or a JSON text, checked as on the command line.
 
     Raises:
-        ArgumentError: naming the option and what is wrong with its value.
+        ArgumentError: the option does not allow the value.
     """
     if value is None:
-        return () if row.is_list else None
-    if row.is_switch:
+        return () if option.is_list else None
+    if option.is_switch:
         if not isinstance(value, bool):
             raise ArgumentError(f"{name}: `{value}` is neither true nor false", name)
         return value
-    if row.is_list:
+    if option.is_list:
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise ArgumentError(f"{name}: `{value}` is not a list", name)
-        return tuple(_parse(name, row, item) for item in value)
-    return _parse(name, row, value)
+        return tuple(_parse(name, option, item) for item in value)
+    return _parse(name, option, value)
 
 
-def _parse(name: str, row: Option, value: object) -> Value:
-    word = _join(row, value)
-    if row.choices and word not in row.choices:
-        raise unknown_name(name, word, row.choices, argument=name)
+def _parse(name: str, option: Option, value: object) -> Value:
+    word = _to_word(option, value)
+    if option.choices and word not in option.choices:
+        raise unknown_name(name, word, option.choices, argument=name)
     try:
-        return row.parse(word)
+        return option.parse(word)
     except ValueError as error:
         raise ArgumentError(f"{name}: {error}", name) from error
 
 
-def _join(row: Option, value: object) -> str:
+def _to_word(option: Option, value: object) -> str:
     if isinstance(value, list | tuple):
-        return row.separator.join(_join(row, part) for part in value)
+        return option.separator.join(_to_word(option, part) for part in value)
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value)
 
 
 def parse_count(word: str) -> int:
-    """A whole number from 1 up."""
+    """A positive whole number."""
     if not word.isdigit() or int(word) < 1:
-        raise ArgumentError(f"`{word}` is not a whole number from 1 up")
+        raise ArgumentError(f"`{word}` is not a positive whole number")
     return int(word)
 
 
-def parse_level(word: str) -> int:
-    """A whole number from 0 up."""
+def parse_natural(word: str) -> int:
+    """A whole number, 0 or more."""
     if not word.isdigit():
-        raise ArgumentError(f"`{word}` is not a whole number from 0 up")
+        raise ArgumentError(f"`{word}` is not a whole number >= 0")
     return int(word)
 
 
@@ -155,12 +158,10 @@ def parse_integer(word: str) -> int:
 
 def parse_interval(word: str) -> tuple[float, float]:
     """LOW,HIGH: two sigmas."""
-    parts = [_number(part) for part in word.split(",")]
-    if len(parts) == 2 and parts[0] is not None and parts[1] is not None:
-        low, high = parts[0], parts[1]
-        if 0 <= low < high:
-            return low, high
-    raise ArgumentError(f"`{word}` is not LOW,HIGH: two sigmas, 0 <= LOW < HIGH")
+    low, _, high = (_number(part) for part in word.partition(","))
+    if low is None or high is None or not 0 <= low < high:
+        raise ArgumentError(f"`{word}` is not LOW,HIGH: two sigmas, 0 <= LOW < HIGH")
+    return low, high
 
 
 def parse_box(word: str) -> tuple[int, int, int, int]:
@@ -182,10 +183,11 @@ def parse_weighted_file(word: str) -> tuple[str, float]:
 
 def parse_legacy(word: str) -> tuple[str, ...]:
     """Names of quirks, separated by commas."""
-    names = {name.strip() for name in word.replace("_", "-").split(",")} - {""}
-    for name in sorted(names - set(LEGACY_FLAGS)):
-        raise unknown_name("quirk", name, LEGACY_FLAGS)
-    return tuple(sorted(names))
+    names = sorted({name.strip() for name in word.replace("_", "-").split(",")} - {""})
+    unknown = [name for name in names if name not in LEGACY_FLAGS]
+    if unknown:
+        raise unknown_name("quirk", unknown[0], LEGACY_FLAGS)
+    return tuple(names)
 
 
 def _number(word: str) -> float | None:
@@ -194,7 +196,3 @@ def _number(word: str) -> float | None:
     except ValueError:
         return None
     return number if abs(number) < float("inf") else None
-
-
-# DDIM inversion as the original had it is for programs, not for the scripts.
-LEGACY_FLAGS = tuple(sorted(LEGACY.keys() - {"encode"}))

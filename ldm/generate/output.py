@@ -1,4 +1,4 @@
-"""What becomes of images: watermark, PNG, grid, and the lines on stdout."""
+"""Save images: watermark, PNG, grid, and the lines on stdout."""
 
 import json
 import sys
@@ -14,21 +14,24 @@ if TYPE_CHECKING:
 
     from ldm.imaging.output import OutputFolder
 
-__all__ = ["GRID_LIMIT", "Protected", "add_watermark", "print_result", "save_grid", "save_image"]
+__all__ = [
+    "GRID_LIMIT",
+    "ProtectedPixels",
+    "add_watermark",
+    "print_result",
+    "save_grid",
+    "save_image",
+]
 
 GRID_LIMIT = 1024  # images; more would be kept in memory for a grid nobody can look at
 
-Protected = tuple["Image.Image", "Image.Image"]
+ProtectedPixels = tuple["Image.Image", "Image.Image"]  # see `PreparedTask.protected_pixels`
 
 
 def add_watermark(
-    image: "Image.Image", info: Mapping[str, Any], protected: Protected | None = None
+    image: "Image.Image", info: Mapping[str, Any], protected: ProtectedPixels | None = None
 ) -> "Image.Image":
-    """The image with the watermark that its info names.
-
-    Args:
-        protected: (image, mask): where the mask is 0, pixels of that image stay as they are.
-    """
+    """Add the watermark that the info names, except to protected pixels."""
     from PIL import Image
 
     from ldm.imaging.watermark import PAYLOADS, mark
@@ -39,7 +42,7 @@ def add_watermark(
 
 
 def save_image(
-    folder: "OutputFolder", image: "Image.Image", info: Info, protected: Protected | None
+    folder: "OutputFolder", image: "Image.Image", info: Info, protected: ProtectedPixels | None
 ) -> str:
     """Save one image with its info; returns its path."""
     from ldm.imaging.metadata import fingerprint
@@ -51,12 +54,11 @@ def save_image(
 def save_grid(
     folder: "OutputFolder", images: list[tuple["Image.Image", Info]], request: Request
 ) -> None:
-    """Save all images of the run as one grid, marked as a whole."""
+    """Save all images of the run as one grid, with its own watermark."""
     from ldm.imaging.pixels import make_grid
 
-    sheet = make_grid(
-        [image for image, _ in images], request.output.n_rows or request.output.n_samples
-    )
+    columns = request.output.n_rows or request.output.n_samples
+    grid = make_grid([image for image, _ in images], columns)
     keys = ("prompt", "negative_prompt", "seed")
     cells = [
         {key: info[key] for key in keys} | {"file": info["path"] and Path(info["path"]).name}
@@ -65,16 +67,16 @@ def save_grid(
     info = {key: value for key, value in images[0][1].items() if key != "path"}
     info |= {
         "task": "grid",
-        "watermark": watermark_method(request, (sheet.height, sheet.width)),
+        "watermark": watermark_method(request, (grid.height, grid.width)),
         "images": cells,
     }
-    path = folder.save_grid(add_watermark(sheet, info), info)
+    path = folder.save_grid(add_watermark(grid, info), info)
     if not request.output.json:
         _print(str(path))
 
 
 def print_result(info: Info, as_json: bool) -> None:
-    """Print the path of an image, or all that is known of it as JSON."""
+    """Print the path of an image, or its info as JSON."""
     if as_json:
         _print(json.dumps(info, ensure_ascii=False))
     elif info["path"] is not None:
@@ -82,7 +84,7 @@ def print_result(info: Info, as_json: bool) -> None:
 
 
 def _print(line: str) -> None:
-    """A line of results, between the progress bars if there are any."""
+    """Print a line to stdout without breaking progress bars."""
     from tqdm import tqdm
 
     tqdm.write(line, file=sys.stdout)

@@ -1,4 +1,4 @@
-"""Plan: which images a run makes, in which batches, and with which seeds."""
+"""Plan a run: which images, in which batches, with which seeds."""
 
 import logging
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ class Job:
     """One image to make.
 
     Args:
-        index: place in the run, from 0, the same however many processes share the run.
+        index: position in the run, from 0, for any number of processes.
         seed: of all its noise.
-        start_seed: of the noise it starts from (`fixed_code` shares it).
+        start_seed: of its start noise (shared under `fixed_code`).
     """
 
     index: int
@@ -34,22 +34,22 @@ Batch = list[Job]
 
 
 def plan_batches(request: Request) -> list[Batch]:
-    """This process' share of the run, as batches.
+    """The batches of this process.
 
-    The run is `n_iter` times all lines of the file, each `repeat` times (or `n_samples` times the
-    prompt), in batches of `n_samples` that do not reach across iterations. Image k has seed + k;
-    where a line has a seed of its own, its r-th image has that seed + r.
+    A run is `n_iter` iterations over the lines of the file, each line `repeat` times (or over
+    `n_samples` times the prompt), in batches of `n_samples` that do not span iterations. Image k
+    has seed + k; if a line has its own seed, its r-th image has that seed + r.
 
     Raises:
-        ArgumentError: a mistake in the prompt file, or a sequential run shared by processes.
+        ArgumentError: a mistake in the prompt file, or legacy `noise` with several processes.
     """
     prompts, output = request.prompts, request.output
     is_sequential = "noise" in request.sampling.legacy
-    # The images of a folder are shared among processes instead.
+    # Of a folder, processes share the input images instead.
     rank, world_size = (0, 1) if request.inputs.is_folder else rank_and_world_size()
     if world_size > 1 and is_sequential:
         raise ArgumentError(
-            "legacy `noise` draws one image after the other: run a single process", "legacy"
+            "legacy `noise` draws for one image after the other: run a single process", "legacy"
         )
     lines = [PromptLine(prompts.prompt)] * output.n_samples
     if prompts.from_file is not None:
@@ -61,26 +61,23 @@ def plan_batches(request: Request) -> list[Batch]:
     batches: list[Batch] = []
     for iteration in range(output.n_iter):
         for first in range(0, len(lines), output.n_samples):
-            places = range(first, min(first + output.n_samples, len(lines)))
-            batches.append([_job(request, lines, iteration, place) for place in places])
-    mine = batches[rank::world_size]
+            positions = range(first, min(first + output.n_samples, len(lines)))
+            batches.append([_make_job(request, lines, iteration, k) for k in positions])
+    own = batches[rank::world_size]
     if world_size > 1:
-        log.info("process %d of %d: %d of %d batches", rank, world_size, len(mine), len(batches))
-    return mine
+        log.info("process %d of %d: %d of %d batches", rank, world_size, len(own), len(batches))
+    return own
 
 
-def _job(request: Request, lines: list[PromptLine], iteration: int, place: int) -> Job:
-    line, sampling, repeat = lines[place], request.sampling, request.prompts.repeat
-    index = iteration * len(lines) + place
-    seed = sampling.seed + index
+def _make_job(request: Request, lines: list[PromptLine], iteration: int, position: int) -> Job:
+    line, sampling, prompts = lines[position], request.sampling, request.prompts
+    index = iteration * len(lines) + position
+    seed = start_seed = sampling.seed + index
     if line.seed is not None:
-        seed = line.seed + iteration * repeat + place % repeat
-    negative = request.prompts.negative_prompt
-    fixed = sampling.seed + place % request.output.n_samples
-    return Job(
-        index=index,
-        prompt=line.prompt,
-        negative_prompt=negative if line.negative_prompt is None else line.negative_prompt,
-        seed=seed,
-        start_seed=fixed if sampling.fixed_code else seed,
-    )
+        seed = start_seed = line.seed + iteration * prompts.repeat + position % prompts.repeat
+    if sampling.fixed_code:
+        start_seed = sampling.seed + position % request.output.n_samples
+    negative_prompt = line.negative_prompt
+    if negative_prompt is None:
+        negative_prompt = prompts.negative_prompt
+    return Job(index, line.prompt, negative_prompt, seed, start_seed)

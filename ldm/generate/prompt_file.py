@@ -14,7 +14,7 @@ LINE_OPTION = re.compile(r"(?:^|\s)--(?:seed|negative[-_]prompt)(?=[\s=]|$)")
 
 @dataclass(frozen=True)
 class PromptLine:
-    """A line; what it does not say is None."""
+    """One line of a prompt file; None = not set by the line."""
 
     prompt: str
     negative_prompt: str | None = None
@@ -22,10 +22,10 @@ class PromptLine:
 
 
 def read_prompt_file(path: str | Path) -> list[PromptLine]:
-    """The lines of a prompt file; a blank line is an empty prompt.
+    """Read a prompt file; a blank line is an empty prompt.
 
     Raises:
-        ArgumentError: naming file and line.
+        ArgumentError: a mistake, with file and line.
     """
     lines = [
         _parse_line(line, f"{path}:{number}")
@@ -50,15 +50,14 @@ def _parse_line(text: str, where: str) -> PromptLine:
         key = name.removeprefix("--").replace("-", "_")
         if not name.startswith("--") or key not in ("seed", "negative_prompt"):
             raise ArgumentError(
-                f"{where}: `{name}` is not an option of a line, "
-                'it may end in --seed N and --negative-prompt "TEXT"'
+                f"{where}: `{name}` is not an option of a line; options are "
+                '--seed N and --negative-prompt "TEXT"'
             )
         if not equals and not words:
             raise ArgumentError(f"{where}: {name} needs a value")
         options[key] = value if equals else words.pop(0)
-    seed = options.get("seed")
     try:
-        number = None if seed is None else int(seed)
+        seed = int(options["seed"]) if "seed" in options else None
     except ValueError as error:
-        raise ArgumentError(f"{where}: seed `{seed}` is not a number") from error
-    return PromptLine(text[: match.start()], options.get("negative_prompt"), number)
+        raise ArgumentError(f"{where}: seed `{options['seed']}` is not a number") from error
+    return PromptLine(text[: match.start()], options.get("negative_prompt"), seed)

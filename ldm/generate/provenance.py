@@ -1,13 +1,13 @@
-"""Provenance: what an image says about its making, and what follows from that.
+"""Generation metadata (the "info" of an image): describe, read back, compare.
 
     request, model, job -> info in the PNG -> request -> the same image, or the reasons why not
 
-The info holds the whole request under "request", and beside it what came out: which model and
-versions, in which row of which batch an image was made (kernels round differently for other
-shapes), hashes of all files. The names are those of `imaging.metadata`.
+The info holds the whole request under "request", and the facts of the run: model and versions,
+hashes of all files, and the row of the batch that an image was made in (kernels round differently
+for other shapes). Keys are those of `imaging.metadata`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 Info = dict[str, Any]  # JSON
 
 PRECISIONS = {"float32": "full", "float16": "fp16", "bfloat16": "bf16"}
-# What may explain that an image differs.
-CAUSES = (
+# Keys of the info whose change may explain that an image differs.
+ENVIRONMENT = (
     "checkpoint_hash", "ema", "config_hash", "overrides", "device", "dtype", "attention",
     "threads", "torch", "ldm",
 )  # fmt: skip
-FILES = {"loras": "lora", "embeddings": "embedding"}  # key of the info -> option
-# Keys of the info before the request was part of it -> options; all others had their names.
+FILE_KEYS = {"loras": "lora", "embeddings": "embedding"}  # key of the info -> option
+# Key of an info without a request (version 0.1) -> option, where they differ.
 FORMER_KEYS = {"grid": "scheduler", "tile": "vae_tile"}
 
 
 def describe_run(request: Request, model: "LatentDiffusion", size: tuple[int, int]) -> Info:
-    """What is the same for all images of a run."""
+    """The info that all images of a run share."""
     import torch
 
     from ldm.loading.files.checkpoint import file_hash
@@ -87,10 +87,11 @@ def describe_run(request: Request, model: "LatentDiffusion", size: tuple[int, in
 
 
 def describe_image(request: Request, batches: Sequence[Batch], number: int, row: int) -> Info:
-    """What is an image's own; enough to draw its noise again.
+    """The info of a single image, enough to draw its noise again.
 
     Args:
-        number: of the batch. row: of the image in it.
+        number: index of the batch.
+        row: index of the image in the batch.
     """
     batch = batches[number]
     job = batch[row]
@@ -111,7 +112,7 @@ def describe_image(request: Request, batches: Sequence[Batch], number: int, row:
 
 
 def job_of(info: Mapping[str, Any]) -> Job:
-    """The job that an image was."""
+    """The job that made an image."""
     seed = info["seed"]
     start = info.get("start_seed", seed)
     return Job(info["index"], info["prompt"], info["negative_prompt"], seed, start)
@@ -127,7 +128,7 @@ def watermark_method(request: Request, size: tuple[int, int]) -> str | None:
 
 
 def watermark_payload(model: "LatentDiffusion") -> str:
-    """What the original scripts of the model's generation wrote."""
+    """The watermark text of the original scripts for this generation of models."""
     text = model.conditioner.text
     return "StableDiffusionV1" if text is not None and text.generation == 1 else "SDV2"
 
@@ -136,7 +137,7 @@ def read_request(info: Mapping[str, Any], where: str) -> Request:
     """The request of the run that made an image.
 
     Args:
-        where: how to call the image in errors.
+        where: name of the image, for messages.
     Raises:
         ArgumentError: the info is not that of a single image made by this program.
     """
@@ -145,63 +146,58 @@ def read_request(info: Mapping[str, Any], where: str) -> Request:
     if info.get("task") == "grid":
         names = ", ".join(str(image.get("file")) for image in info.get("images", [])[:3])
         raise ArgumentError(f"{where} is a grid, replay its images: {names}, …")
-    missing = [key for key in ("prompt", "seed", "rows", *CAUSES) if key not in info]
+    missing = [key for key in ("prompt", "seed", "rows", *ENVIRONMENT) if key not in info]
     task = TASKS.get(str(info.get("task")))
     if task is None or missing:
-        what = f"`{missing[0]}` is missing" if missing else f"no task `{info.get('task')}` here"
+        what = f"`{missing[0]}` is missing" if missing else f"unknown task `{info.get('task')}`"
         raise ArgumentError(f"{where}: {what}: it was not written by this program")
     values = dict(info["request"]) if "request" in info else _former_values(task, info)
-    known = task.options()
-    return task.request({name: value for name, value in values.items() if name in known})
+    options = task.options()
+    return task.request({name: value for name, value in values.items() if name in options})
 
 
 def check_inputs(info: Mapping[str, Any]) -> None:
-    """Raise unless all input files of an image are there and what they were."""
+    """Raise unless all input files of an image exist and are unchanged."""
     for files in info.get("inputs", {}).values():
         for file in files:
-            if not Path(file["path"]).is_file():
-                raise MissingFile(f"made from `{file['path']}`, which is missing")
-            if sha256_of_file(file["path"]) != file["sha256"]:
-                raise ArgumentError(f"`{file['path']}` is not the file it was made from any more")
+            _check_unchanged(file, sha256_of_file, "sha256")
 
 
-def locate_model(info: Mapping[str, Any], request: Request, given: Mapping[str, Any]) -> Request:
-    """The request with the files of its model where they are now.
+def locate_model(info: Mapping[str, Any], request: Request, changes: Mapping[str, Any]) -> Request:
+    """The request with the present paths of the model's files.
 
     Args:
-        given: options of the model that a user sets anew, by name.
+        changes: options of the model to set instead of the recorded ones.
     Raises:
-        MissingFile, ArgumentError: a file is missing, or is not what it was.
+        MissingFile, ArgumentError: a file is missing or has changed.
     """
+    from ldm.loading.files.checkpoint import file_hash
+
     values: dict[str, Any] = {"precision": PRECISIONS[info["dtype"]]}
-    values["device"] = _available(info["device"])
-    for key, name in FILES.items():
-        if name in given:
+    values["device"] = _recorded_device(info["device"])
+    for key, name in FILE_KEYS.items():
+        if name in changes:
             continue
         files = info.get(key, ())
         for file in files:
-            _check_unchanged(file, name)
+            _check_unchanged(file, file_hash, "hash", name)
         values[name] = [
             (file["path"], file["weight"]) if "weight" in file else file["path"] for file in files
         ]
-    if not {"ckpt", "config"} & given.keys():
+    if not {"ckpt", "config"} & changes.keys():
         values["ckpt"] = _find_checkpoint(info, request)
-    return request.with_values({**values, **given})
+    return request.with_values({**values, **changes})
 
 
 def compare_infos(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What may explain a difference, one line each: `torch: 2.10.0 then, 2.11.0 now`."""
-
-    def comparable(info: Mapping[str, Any]) -> Info:
-        return {**info, **{key: _contents(info.get(key, ())) for key in FILES}}
-
-    old, new = comparable(then), comparable(now)
-    keys = (*CAUSES, *FILES)
-    return [f"{key}: {old[key]} then, {new[key]} now" for key in keys if old[key] != new[key]]
+    pairs = {key: (then[key], now[key]) for key in ENVIRONMENT}
+    pairs |= {key: (_contents(then.get(key, ())), _contents(now.get(key, ()))) for key in FILE_KEYS}
+    return [f"{key}: {old} then, {new} now" for key, (old, new) in pairs.items() if old != new]
 
 
 def compare_images(old: "Image.Image", new: "Image.Image") -> str | None:
-    """By how much two images differ, in words; None if they do not."""
+    """Say by how much two images differ; None = not at all."""
     import numpy as np
 
     if old.size != new.size:
@@ -216,7 +212,7 @@ def compare_images(old: "Image.Image", new: "Image.Image") -> str | None:
 
 
 def _former_values(task: Task, info: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of options from an info that has no request: that of version 0.1."""
+    """Values of options from an info without a request (version 0.1)."""
     names = {**{name: name for name in task.options()}, **FORMER_KEYS}
     skipped = ("size", "device", "prompt", "negative_prompt")
     values = {
@@ -243,22 +239,23 @@ def _as_list(value: str | Sequence[str] | None) -> list[str]:
 
 
 def _contents(files: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What tells files apart: not where they are."""
+    """Hash and weight of each file, without its path."""
     return [" ".join(str(file[key]) for key in ("hash", "weight") if key in file) for file in files]
 
 
-def _check_unchanged(file: Mapping[str, Any], option: str) -> None:
-    from ldm.loading.files.checkpoint import file_hash
+def _check_unchanged(
+    file: Mapping[str, Any], hash_of: Callable[[str], str], key: str, option: str | None = None
+) -> None:
+    path = file["path"]
+    hint = ": give the path of that file" if option else ""
+    if not Path(path).is_file():
+        raise MissingFile(f"made from `{path}`, which is missing{hint}", option)
+    if hash_of(path) != file[key]:
+        raise ArgumentError(f"`{path}` has changed since this image was made{hint}", option)
 
-    if not Path(file["path"]).is_file():
-        raise MissingFile(f"made with `{file['path']}`, which is missing: say where it is", option)
-    if file_hash(file["path"]) != file["hash"]:
-        message = f"`{file['path']}` is not the file it was made with any more: say where that is"
-        raise ArgumentError(message, option)
 
-
-def _available(device: str) -> str | None:
-    """The recorded kind of device if there is one, else the automatic choice."""
+def _recorded_device(device: str) -> str | None:
+    """The recorded kind of device if it is available, else None = the automatic choice."""
     from ldm.runtime.device import pick_device
 
     try:
@@ -268,7 +265,7 @@ def _available(device: str) -> str | None:
 
 
 def _find_checkpoint(info: Mapping[str, Any], request: Request) -> str | None:
-    """The checkpoint as it was named, or by its name where checkpoints are usually kept."""
+    """The checkpoint at its recorded path, or by its name in `checkpoints`."""
     from ldm.loading.load import DEMO
 
     name = Path(info["checkpoint"]).name
@@ -280,5 +277,5 @@ def _find_checkpoint(info: Mapping[str, Any], request: Request) -> str | None:
     try:
         return str(find_file(Path("checkpoints") / name))
     except FileNotFoundError as error:
-        hash_ = info["checkpoint_hash"]
-        raise MissingFile(f"made with {name} (hash {hash_}): say where that is", "ckpt") from error
+        message = f"made with {name} (hash {info['checkpoint_hash']}): give its path"
+        raise MissingFile(message, "ckpt") from error

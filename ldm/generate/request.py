@@ -1,9 +1,9 @@
-"""Request: what a user asks for, as one frozen value. Below the door nothing knows flags.
+"""Request: all options of one run as a frozen value. Only `command_line` knows flags.
 
-    argv | form | PNG text  ->  Request  ->  images, PNG text, the command that makes them again
+    argv | form | PNG text  ->  Request  ->  images, PNG text, the command that reproduces them
 
-Each group is a dataclass whose fields are the rows of the options (`ldm.generate.options`); the
-inputs of a task are a group of its own (`ldm.generate.tasks`).
+Options (`ldm.generate.options`) are the fields of five groups; the group of inputs is the task's
+own (`ldm.generate.tasks`).
 """
 
 import json
@@ -42,24 +42,24 @@ class ModelFiles(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a task reads beside prompts; each task has a group of its own."""
+    """What a task reads in addition to prompts; the base of each task's own group."""
 
     def each(self) -> "Sequence[Inputs]":
         """The inputs of each image to work on: one, or all of a folder."""
         return [self]
 
     def model_files(self) -> "ModelFiles":
-        """Files beside the checkpoint that the model is loaded with."""
+        """Files that the model is loaded with, besides the checkpoint."""
         return {}
 
     @property
     def is_folder(self) -> bool:
-        """Whether these are the inputs of many images, which processes share."""
+        """Whether these are the images of a folder, which processes share."""
         return False
 
     @property
     def output_name(self) -> str | None:
-        """The name of result files, if they are called like their input; None = numbered."""
+        """Name of the result files, if they are named after their input; None = numbered."""
         return None
 
 
@@ -68,7 +68,7 @@ InputsType = TypeVar("InputsType", bound=Inputs)
 
 @dataclass(frozen=True)
 class Prompts:
-    """What the images show."""
+    """Prompts, or a file of them."""
 
     # fmt: off
     prompt: str = option("", "--prompt", metavar="TEXT", label="Prompt",
@@ -110,9 +110,9 @@ class ModelChoice:
     attention: str | None = option(None, "--attention", choices=("xformers", "sdpa", "math"),
         help="implementation of attention (the fastest available)")
     channels: int | None = option(None, "--C", parse=parse_integer, metavar="N",
-        help="latent channels; the model knows")
+        help="accepted and ignored: latent channels")
     factor: int | None = option(None, "--f", parse=parse_integer, metavar="N",
-        help="downsampling factor; the model knows")
+        help="accepted and ignored: downsampling factor")
     torchscript: bool = option(False, "--torchscript", help="accepted and ignored")
     ipex: bool = option(False, "--ipex", help="accepted and ignored")
     laion400m: bool = option(False, "--laion400m", help="accepted and ignored")
@@ -122,7 +122,7 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the latent is found."""
+    """How latents are sampled and decoded."""
 
     # fmt: off
     steps: int = option(50, "--steps", "--ddim_steps", parse=parse_count, metavar="N",
@@ -163,7 +163,7 @@ class Sampling:
 
     @property
     def size(self) -> tuple[int | None, int | None]:
-        """(height, width) in pixels, cut down to multiples of 8 under the quirk "size"."""
+        """(height, width) in pixels, rounded down to multiples of 8 under the quirk "size"."""
         height, width = self.height, self.width
         if "size" in self.legacy:
             height = height and height - height % 8
@@ -173,7 +173,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Output:
-    """How many images, and where they go."""
+    """How many images to make, and where to save them."""
 
     # fmt: off
     outdir: str = option("outputs", "--outdir", metavar="DIR",
@@ -203,13 +203,12 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class Request:
-    """Everything that one run is told.
+    """All options of one run.
 
     Args:
-        task: a row of `ldm.generate.tasks.TASKS`.
         inputs: the task's own group.
     Raises:
-        ArgumentError: values that do not go together.
+        ArgumentError: a size or eta that is not allowed.
     """
 
     task: "Task"
@@ -228,33 +227,31 @@ class Request:
 
     @property
     def scale(self) -> float:
-        """The guidance scale: as asked for, or what suits the task and the kind of model."""
+        """The guidance scale: the given one, else the default of task and model."""
         if self.sampling.scale is not None:
             return self.sampling.scale
         return self.task.demo_scale if self.uses_demo_model else self.task.scale
 
     @property
     def uses_demo_model(self) -> bool:
-        """Whether no model was named, so that the one that ships with ldm is used."""
+        """Whether no model is given, so that the one that ships with ldm is used."""
         return self.model.ckpt is None and self.model.config is None
 
     def inputs_as(self, kind: type[InputsType]) -> InputsType:
-        """The inputs, which must be of this kind."""
+        """The inputs, narrowed to this type."""
         assert isinstance(self.inputs, kind), f"{self.task.name} has no {kind.__name__}"
         return self.inputs
 
     def values(self) -> dict[str, Value]:
         """The value of each option, by name."""
-        return {
-            row.name: getattr(group, row.name) for group in self._groups() for row in fields(group)
-        }
+        return {f.name: getattr(group, f.name) for group in self._groups() for f in fields(group)}
 
     def with_values(self, values: Mapping[str, object]) -> "Request":
-        """The request with some options set, each checked as on the command line.
+        """A copy with some options set, each checked as on the command line.
 
         Raises:
-            UnknownName: an option that the task does not have.
-            ArgumentError: a value that its option does not allow.
+            UnknownName: the task does not have the option.
+            ArgumentError: the option does not allow the value.
         """
         options = self.task.options()
         for name in values:
@@ -262,18 +259,17 @@ class Request:
                 kind = f"option of {self.task.name}"
                 raise unknown_name(kind, name, options, argument=name)
         decoded = {name: decode_option(name, options[name][0], v) for name, v in values.items()}
-        inputs, prompts, model, sampling, output = (_set(g, decoded) for g in self._groups())
-        return Request(self.task, inputs, prompts, model, sampling, output)
+        return Request(self.task, *(_replace_fields(group, decoded) for group in self._groups()))
 
     def to_json(self) -> dict[str, Value]:
-        """The value of each option, as a JSON text holds it."""
+        """`values` with tuples as lists, as JSON has them."""
         return json.loads(json.dumps(self.values()))
 
     def _groups(self) -> tuple[Inputs | Prompts | ModelChoice | Sampling | Output, ...]:
         return self.inputs, self.prompts, self.model, self.sampling, self.output
 
 
-def _set(group: Value, values: Mapping[str, Value]) -> Value:
-    """The group with those of the values that are its own."""
-    names = {row.name for row in fields(group)}
-    return replace(group, **{name: value for name, value in values.items() if name in names})
+def _replace_fields(group: Value, values: Mapping[str, Value]) -> Value:
+    """A copy of a group with those values that are fields of it."""
+    own = {f.name: values[f.name] for f in fields(group) if f.name in values}
+    return replace(group, **own)

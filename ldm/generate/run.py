@@ -5,7 +5,7 @@ Request -> plan_batches -> prepare (files) -> load_model -> generate each batch 
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from ldm.generate.plan import Batch, plan_batches
 from ldm.generate.provenance import Info, describe_image, describe_run, job_of
 from ldm.generate.request import Request
 from ldm.generate.start_noise import seed_globally, start_noise
-from ldm.generate.tasks import Prepared
+from ldm.generate.tasks import PreparedTask
 from ldm.runtime.errors import NonFinite
 from ldm.runtime.ranks import rank_and_world_size
 
@@ -43,52 +43,52 @@ def run_request(request: Request) -> None:
     batches = plan_batches(request)
     model: LatentDiffusion | None = None
     for inputs in request.inputs.each():
-        one = replace(request, inputs=inputs)
-        prepared = one.task.prepare(one)
+        single = replace(request, inputs=inputs)
+        prepared = single.task.prepare(single)
         if model is None:
-            model = load_model(one)
-        generate_batches(one, prepared, batches, model)
+            model = load_model(single)
+        generate_batches(single, prepared, batches, model)
 
 
 def generate_batches(
     request: Request,
-    prepared: Prepared,
+    prepared: PreparedTask,
     batches: list[Batch],
     model: "LatentDiffusion",
     *,
     callback: Callback | None = None,
     report: Report | None = None,
 ) -> None:
-    """Make each batch and save its images.
-
-    What is finished stays, and gets its grid, however the run ends.
+    """Make each batch and save its images; if one fails, finished images still get their grid.
 
     Args:
         callback: called after each step with (step, steps, x, denoised).
         report: called with the info of each image and its path; None = print them.
     """
+    from tqdm import tqdm
+
     from ldm.imaging.output import OutputFolder
     from ldm.imaging.pixels import to_pil
 
     output, size = request.output, prepared.output_size(model)
     folder = OutputFolder(output.outdir, request.inputs.output_name)
     makes_grid = not output.skip_grid and request.inputs.output_name is None
-    shown: list[tuple[Image.Image, Info]] = []
-    facts = describe_run(request, model, size)
-    protected = prepared.protected()
-    if facts["watermark"] is None and not output.no_watermark:
+    grid_images: list[tuple[Image.Image, Info]] = []
+    run_info = describe_run(request, model, size)
+    protected = prepared.protected_pixels()
+    if run_info["watermark"] is None and not output.no_watermark:
         log.warning("images of %dx%d are too small for a watermark: saved without", *size)
     if sum(map(len, batches)) > GRID_LIMIT and makes_grid:
         log.info("the grid will hold the first %d images", GRID_LIMIT)
     prepared.begin(model)
     seed_globally(request, model, size)
     try:
-        for number, batch in enumerate(_with_progress(request, batches)):
-            with_bar = _advance_bar(request, callback)
-            images = _generate_or_retry(request, prepared, batch, model, with_bar)
-            facts["dtype"] = str(model.dtype).removeprefix("torch.")
+        for number, batch in enumerate(tqdm(batches, "Sampling", disable=_hides_progress())):
+            on_step = _advance_bar(request, callback)
+            images = _generate_or_retry(request, prepared, batch, model, on_step)
+            run_info["dtype"] = str(model.dtype).removeprefix("torch.")
             for row, image in enumerate(to_pil(images, "truncate" in request.sampling.legacy)):
-                info = facts | describe_image(request, batches, number, row)
+                info = run_info | describe_image(request, batches, number, row)
                 info["path"] = None
                 if not output.skip_save:
                     info["path"] = save_image(folder, image, info, protected)
@@ -96,17 +96,17 @@ def generate_batches(
                     print_result(info, output.json)
                 else:
                     report(info)
-                if makes_grid and len(shown) < GRID_LIMIT:
-                    shown.append((image, info))
+                if makes_grid and len(grid_images) < GRID_LIMIT:
+                    grid_images.append((image, info))
     finally:
-        if shown:
-            save_grid(folder, shown, request)
+        if grid_images:
+            save_grid(folder, grid_images, request)
     log.info("Your samples are ready and waiting for you here: \n%s \n \nEnjoy.", output.outdir)
 
 
 def remake_image(
     request: Request,
-    prepared: Prepared,
+    prepared: PreparedTask,
     model: "LatentDiffusion",
     info: Mapping[str, Any],
     callback: Callback | None = None,
@@ -114,7 +114,8 @@ def remake_image(
     """Make one image again, in a batch of the same shape.
 
     Args:
-        request: of the run that made it. info: its own.
+        request: of the run that made it.
+        info: of the image.
     """
     from ldm.imaging.pixels import to_pil
 
@@ -125,12 +126,12 @@ def remake_image(
         _generate(request, prepared, [job] * rows, model, callback)
     images = _generate(request, prepared, [job] * info["rows"], model, callback)
     image = images[info["row"] : info["row"] + 1]
-    return add_watermark(to_pil(image, "truncate" in legacy)[0], info, prepared.protected())
+    return add_watermark(to_pil(image, "truncate" in legacy)[0], info, prepared.protected_pixels())
 
 
 def _generate(
     request: Request,
-    prepared: Prepared,
+    prepared: PreparedTask,
     batch: Batch,
     model: "LatentDiffusion",
     callback: Callback | None,
@@ -161,12 +162,12 @@ def _generate(
 
 def _generate_or_retry(
     request: Request,
-    prepared: Prepared,
+    prepared: PreparedTask,
     batch: Batch,
     model: "LatentDiffusion",
     callback: Callback | None,
 ) -> "Tensor":
-    """The images of a batch; if NaN appears in half precision, once more in float32."""
+    """Make a batch; if NaN appears in half precision, switch to float32 and make it again."""
     import torch
 
     try:
@@ -175,7 +176,7 @@ def _generate_or_retry(
         if model.dtype == torch.float32:
             raise
         dtype = str(model.dtype).removeprefix("torch.")
-        log.warning("%s in %s: going on in float32, as precision full", error, dtype)
+        log.warning("%s in %s: continuing in float32", error, dtype)
     model.float()
     return _generate(request, prepared, batch, model, callback)
 
@@ -184,14 +185,8 @@ def _latent_pixels(pixels: int | None, model: "LatentDiffusion") -> int | None:
     return None if pixels is None else max(pixels // model.downscale, 1)
 
 
-def _with_progress(request: Request, batches: list[Batch]) -> Iterator[Batch]:
-    from tqdm import tqdm
-
-    yield from tqdm(batches, "Sampling", disable=_hides_progress())
-
-
 def _advance_bar(request: Request, callback: Callback | None) -> Callback:
-    """A callback that moves a progress bar of the steps of one batch."""
+    """A callback that advances a progress bar over the steps of one batch."""
     from tqdm import tqdm
 
     sampling = request.sampling
@@ -209,5 +204,5 @@ def _advance_bar(request: Request, callback: Callback | None) -> Callback:
 
 
 def _hides_progress() -> bool:
-    """Bars show on a terminal only, and for the first of several processes."""
+    """Whether stderr is not a terminal, or this is not the first process."""
     return not sys.stderr.isatty() or rank_and_world_size()[0] > 0

@@ -1,4 +1,4 @@
-"""The noise that a batch starts from, where it is shared or the original's."""
+"""Start noise of a batch, where it is not drawn from the seed of each image."""
 
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ __all__ = ["seed_globally", "start_noise"]
 
 
 def seed_globally(request: Request, model: "LatentDiffusion", size: tuple[int, int]) -> None:
-    """Under the quirk "noise": where the original's generator stands when sampling begins."""
+    """Under the quirk "noise", bring torch's generator to the original's state before sampling."""
     import torch
 
     if "noise" in request.sampling.legacy:
@@ -27,13 +27,14 @@ def seed_globally(request: Request, model: "LatentDiffusion", size: tuple[int, i
 def start_noise(
     request: Request, model: "LatentDiffusion", size: tuple[int, int], batch: Batch
 ) -> "Tensor | None":
-    """x_T of a batch, (B, C, h, w); None = drawn by the seed of each image."""
+    """x_T of a batch, (B, C, h, w); None = drawn from the seed of each image."""
     import numpy as np
     import torch
 
     from ldm.pipelines import seeded_noise
 
-    sampling, is_legacy = request.sampling, "noise" in request.sampling.legacy
+    sampling = request.sampling
+    is_legacy = "noise" in sampling.legacy
     if is_legacy and request.task.noise_from_numpy:
         values = np.random.RandomState(sampling.seed).randn(*_latent_shape(model, size, len(batch)))
         return torch.from_numpy(values).float()

@@ -1,14 +1,14 @@
 """The tasks as functions.
 
-sampling     condition -> latent: the one loop, and DDIM inversion
+sampling     condition -> latent: the sampling loop, and DDIM inversion
 tasks        txt2img, img2img, inpaint, depth2img, upscale
 variations   unclip, vary, and the Karlo prior
-families     which models each serves
+families     which models a task works with
 quirks       what the original scripts did otherwise
 """
 
 from ldm.diffusion.names import LEGACY
-from ldm.pipelines.frame import encode_image
+from ldm.pipelines.common import encode_image
 from ldm.pipelines.quirks import noise_source, seeded_noise
 from ldm.pipelines.sampling import invert, sample
 from ldm.pipelines.tasks import depth2img, estimate_depth, img2img, inpaint, txt2img, upscale

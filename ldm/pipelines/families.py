@@ -1,24 +1,21 @@
-"""Which models a task serves: a task provides batch keys, a model reads them.
-
-A model of another family is recognised by comparing two sets.
-"""
+"""Families of models, recognised by the batch keys that their encoders read."""
 
 from dataclasses import dataclass
 
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import WrongFamily
 
-__all__ = ["FAMILIES", "Family", "batch_keys", "check_family", "family_of"]
+__all__ = ["FAMILIES", "Family", "check_family", "family_of"]
 
 
 @dataclass(frozen=True)
 class Family:
-    """Models of one kind.
+    """A family of models.
 
     Args:
         keys: the batch keys that their encoders read.
-        title: what a message calls such a model.
-        function: the function of `ldm.pipelines` that is made for it.
+        title: name in messages.
+        function: the function of `ldm.pipelines` for them.
     """
 
     keys: frozenset[str]
@@ -38,14 +35,9 @@ FAMILIES = {
 }
 
 
-def batch_keys(model: LatentDiffusion) -> frozenset[str]:
-    """The batch keys that the model's encoders read."""
-    return frozenset(model.conditioner.keys)
-
-
 def family_of(model: LatentDiffusion) -> str | None:
-    """The name of the model's family in FAMILIES, None if it is in none."""
-    keys = batch_keys(model)
+    """The name of the model's family in FAMILIES; None = an unknown one."""
+    keys = model.conditioner.keys
     return next((name for name, family in FAMILIES.items() if family.keys == keys), None)
 
 
@@ -55,7 +47,7 @@ def check_family(model: LatentDiffusion, *families: str) -> None:
     if name in families:
         return
     if name is None:
-        keys = ", ".join(f"`{key}`" for key in sorted(batch_keys(model))) or "nothing"
+        keys = ", ".join(f"`{key}`" for key in sorted(model.conditioner.keys)) or "nothing"
         raise WrongFamily(f"this model reads {keys}, and no task here provides that")
     family = FAMILIES[name]
     raise WrongFamily(f"this is {family.title}: use `{family.function}`", family.function)

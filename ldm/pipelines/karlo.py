@@ -1,7 +1,7 @@
 """Sampling from the Karlo prior: texts -> CLIP image embeddings, the input of unCLIP.
 
-The prior is a diffusion model over image embeddings: `ldm.nets.karlo.Prior` predicts x0, and the
-usual samplers run it. Its text tower is that of the CLIP whose embeddings it predicts.
+The prior is a diffusion model over image embeddings: `ldm.nets.karlo.Prior` predicts x0, sampled by
+DDIM. Its text encoder is that of the CLIP whose embeddings it predicts.
 
     texts --CLIP's text tower--> Cond --sampling--> embedding (B, D) --noise--> unCLIP model
 
@@ -24,12 +24,12 @@ from ldm.encoders.image import CLIPVision
 from ldm.nets.karlo import Prior
 from ldm.runtime.errors import ArgumentError
 
-__all__ = ["encode_texts", "image_embedding", "prior_sigmas", "sample_prior"]
+__all__ = ["encode_texts", "prior_sigmas", "sample_image_embeddings", "sample_prior"]
 
 CLAMP = 10.0  # bound of the predicted values, in standard deviations
 
 
-def image_embedding(
+def sample_image_embeddings(
     prior: Prior,
     clip: CLIPVision,
     texts: Sequence[str],
@@ -41,13 +41,14 @@ def image_embedding(
     scale: float = 4.0,
     noise: Callable[[Tensor], Tensor] = torch.randn_like,
 ) -> Tensor:
-    """Samples CLIP image embeddings of texts, (B, D) float32.
+    """Sample CLIP image embeddings of texts, (B, D) float32.
 
     Args:
-        clip: The CLIP that the prior was trained with, with its text tower.
-        negative: Negative prompts, one for all texts or one each.
-        mean, std: Statistics of CLIP's embeddings, D values each (Karlo's file).
-        steps, scale, noise: See `sample_prior`.
+        clip: the CLIP that the prior was trained with, with its text tower.
+        negative: negative prompts, one for all texts or one each.
+        mean: (D,) mean of CLIP's embeddings, from Karlo's file.
+        std: (D,) their standard deviation.
+        steps: see `sample_prior`, as for scale and noise.
     """
     negatives = [negative] * len(texts) if isinstance(negative, str) else negative
     cond, uncond = encode_texts(clip, texts), encode_texts(clip, negatives)
@@ -56,14 +57,13 @@ def image_embedding(
 
 
 def encode_texts(clip: CLIPVision, texts: Sequence[str]) -> Cond:
-    """The condition of the prior.
+    """Encode texts for the prior.
 
     Returns:
-        crossattn (B, 77, D): vectors of the tokens, zeros after the end token; vector (B, D): CLIP
-        text embedding.
-
+        crossattn (B, 77, D): token embeddings, zeros after the end token; vector (B, D): CLIP text
+            embedding.
     Raises:
-        ArgumentError: If the model was saved without the text tower of its CLIP.
+        ArgumentError: the model was saved without the text tower of its CLIP.
     """
     tower = clip.model
     if not tower.blocks:
@@ -88,15 +88,16 @@ def sample_prior(
     noise: Callable[[Tensor], Tensor] = torch.randn_like,
     sigmas: Tensor | None = None,
 ) -> Tensor:
-    """Samples normalised embeddings (B, D), one per row of `cond`, with DDIM.
+    """Sample normalised embeddings (B, D), one per row of `cond`, with DDIM.
 
     Args:
-        cond, uncond: Conditions of `encode_texts`.
-        steps: Number of steps, see `prior_sigmas`.
-        scale: Guidance scale.
+        cond: from `encode_texts`.
+        uncond: from `encode_texts`, of negative prompts.
+        steps: number of steps, see `prior_sigmas`.
+        scale: guidance scale.
         eta: 1 is ancestral sampling, as in the original; 0 is deterministic.
         noise: (like) -> standard normal noise; called for the initial noise, then for each step.
-        sigmas: Noise levels to use in place of those of `steps`, descending.
+        sigmas: noise levels to use instead of those of `steps`, descending.
     """
     schedule = Schedule(make_betas("squaredcos_cap_v2"))
     sigmas = prior_sigmas(schedule, steps) if sigmas is None else sigmas
@@ -118,8 +119,7 @@ def prior_sigmas(schedule: Schedule, steps: int) -> Tensor:
     Nichol and Dhariwal 2021 (arXiv:2102.09672), section 4.
 
     Args:
-        steps: At least 2.
-
+        steps: at least 2.
     Returns:
         (steps + 1,) float64, descending.
     """

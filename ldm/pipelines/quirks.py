@@ -1,7 +1,7 @@
-"""Quirks of the original scripts, brought back by name so that old results can be made again.
+"""Quirks of the original scripts, enabled by name to reproduce old results.
 
-The names and what each means: `ldm.diffusion.names.LEGACY`. Pipelines ask a `Quirks` at the few
-places where the original did otherwise; without names it changes nothing.
+`ldm.diffusion.names.LEGACY` has the names and their meaning. Pipelines call `Quirks` where the
+original behaved differently; without names it changes nothing.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -25,19 +25,20 @@ Noise = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Quirks:
-    """The chosen quirks.
+    """The enabled quirks.
 
     Args:
-        names: out of LEGACY.
+        names: names in LEGACY.
     Raises:
-        UnknownName: another name.
+        UnknownName: a name is not in LEGACY.
     """
 
     names: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        for name in sorted(self.names - LEGACY.keys()):
-            raise unknown_name("legacy name", name, LEGACY, argument="legacy")
+        unknown = sorted(self.names - LEGACY.keys())
+        if unknown:
+            raise unknown_name("legacy name", unknown[0], LEGACY, argument="legacy")
 
     def __contains__(self, name: str) -> bool:
         return name in self.names
@@ -49,23 +50,23 @@ class Quirks:
         return schedule.steps(steps, scheduler)
 
     def denoiser(self, model: LatentDiffusion, sampler: str) -> Denoiser:
-        """The model's denoiser, or the wrong one that the original used for this sampler."""
+        """The model's denoiser; where the original took v or x0 for eps, so does it."""
         denoiser = model.denoiser
-        takes_v = "plms-v" in self and sampler == "plms" and denoiser.parameterization == "v"
-        takes_x0 = "x0-eps" in self and denoiser.parameterization == "x0"
-        if takes_x0 and sampler == "dpm":
+        v_as_eps = "plms-v" in self and sampler == "plms" and denoiser.parameterization == "v"
+        x0_as_eps = "x0-eps" in self and denoiser.parameterization == "x0"
+        if x0_as_eps and sampler == "dpm":
             raise ArgumentError(
                 "the original fails on x0 models with `dpm`\nhint: leave out `x0-eps`", "legacy"
             )
-        return replace(denoiser, parameterization="eps") if takes_v or takes_x0 else denoiser
+        return replace(denoiser, parameterization="eps") if v_as_eps or x0_as_eps else denoiser
 
     def first_step(self, strength: float, steps: int, total: int) -> tuple[int, int]:
         """Where a run from an image begins.
 
         Args:
-            strength: share of the steps that is run, 0 … 1.
-            steps: how many were asked for.
-            total: how many the scheduler has.
+            strength: fraction of the steps to run, 0 … 1.
+            steps: requested number of steps.
+            total: number of steps of the scheduler.
         Returns:
             (index of the first sigma, index of the sigma whose noise is put on the image).
         """
@@ -78,7 +79,7 @@ class Quirks:
         return total - count, total - count
 
     def draw_unused(self, sampler: str, sigmas: Tensor, x: Tensor) -> None:
-        """Draw what the original's PLMS drew and did not use; later batches see other noise."""
+        """Draw the noise that the original's PLMS drew without using it; later batches differ."""
         if "noise" in self and sampler == "plms":
             for _ in range(len(sigmas)):
                 global_noise(x)
@@ -88,8 +89,8 @@ class Quirks:
     ) -> Denoise:
         """`denoise` of DDIM inversion.
 
-        The original's `encode` gave the network the loop index where a timestep belongs, and took
-        every prediction for eps.
+        The original's `encode` gave the network the loop index as timestep, and took every
+        prediction for eps.
         """
         if "encode" not in self:
             return add_guidance(model.denoiser, cond, uncond, scale)
@@ -106,13 +107,13 @@ class Quirks:
 
 
 def noise_source(seeds: int | Sequence[int] | None, n: int, legacy: Iterable[str] = ()) -> Noise:
-    """`noise(like)` for n rows; each call goes on where the one before ended.
+    """Make `noise(like)` for n rows; each call draws the next numbers.
 
     Args:
         seeds: one for each row, or the first of consecutive ones; None = from torch's generator.
         legacy: with "noise", all rows are drawn at once from the device's global generator.
     Raises:
-        ArgumentError: another number of seeds than rows.
+        ArgumentError: the number of seeds is not n.
     """
     if "noise" in legacy:
         return global_noise
@@ -142,7 +143,7 @@ def global_noise(like: Tensor) -> Tensor:
 
 
 def _original_uniform_sigmas(schedule: Schedule, steps: int) -> Tensor:
-    """The original's `uniform` steps, often more than asked for."""
+    """The original's `uniform` steps, often more than requested."""
     if not 1 <= steps <= len(schedule):
         raise ArgumentError(f"steps must be in 1 … {len(schedule)}, got {steps}", "steps")
     t = torch.arange(0, len(schedule), len(schedule) // steps) + 1

@@ -1,4 +1,4 @@
-"""From a condition to a latent: the one sampling loop that every task uses, and its inverse.
+"""The sampling loop that every task uses, and its inverse.
 
 sample     condition (and a latent to start from) -> latent
 invert     latent -> the noisy latent from which DDIM leads back to it
@@ -29,7 +29,7 @@ Callback = Callable[[int, int, Tensor, Tensor], None]
 
 
 class SamplingOptions(TypedDict, total=False):
-    """Keywords of `sample` that every task takes and passes on; meaning and defaults are there."""
+    """Keywords of `sample` that every task takes; see there."""
 
     steps: int
     sampler: str
@@ -69,12 +69,12 @@ def sample(
     legacy: Iterable[str] = (),
     grid: str | None = None,
 ) -> Tensor:
-    """A latent for each row of `cond`: the one loop of every task.
+    """Sample a latent for each row of `cond`.
 
     Args:
-        uncond: the condition to steer away from; None = no guidance.
-        z: (B, C, h, w), what to start from under noise; None = from noise alone.
-        strength: share of the steps that is run from z, 0 (keep it) … 1 (noise alone).
+        uncond: the unconditional or negative condition of guidance; None = no guidance.
+        z: (B, C, h, w), the latent to add noise to and start from; None = start from pure noise.
+        strength: fraction of the steps to run on z, from 0 (keep it) to 1 (start from pure noise).
         x_T: (B, C, h, w), the noise to start from, standard normal; None = drawn.
         size: (height, width) in pixels; None = that of z or x_T, else the model's own.
         steps: 1 … T.
@@ -89,7 +89,7 @@ def sample(
         noise: (like) -> noise, used in place of seeds.
         callback: called with (step, steps, x, denoised) after each step; may raise Stop.
         constrain: (x, sigma) -> x before every step.
-        unet_tile: side in latent pixels of overlapping tiles that the network sees one by one.
+        unet_tile: side in latent pixels of overlapping tiles to run the network on; None = whole.
         legacy: names in LEGACY.
         grid: former name of `scheduler`.
     Returns:
@@ -97,7 +97,8 @@ def sample(
     Raises:
         ArgumentError: an unknown name, or a value out of range.
     """
-    quirks, scheduler = Quirks(frozenset(legacy)), scheduler or grid
+    quirks = Quirks(frozenset(legacy))
+    scheduler = scheduler or grid
     check_sampling(sampler=sampler, scheduler=scheduler, eta=eta, strength=strength)
     scheduler = scheduler or default_scheduler(model.schedule, sampler)
     sigmas = quirks.sigmas(model.schedule, steps, scheduler)
@@ -109,10 +110,11 @@ def sample(
     if z is None:
         x = x_T * _std(sigmas[0])
     else:
-        first, above = quirks.first_step(strength, steps, len(sigmas) - 1)
-        std = _std(sigmas[above])
-        x = x_T * std if strength == 1 else z.to(x_T) + float(sigmas[above]) * x_T
-        x, sigmas = x * (_std(sigmas[first]) / std), sigmas[first:]
+        first, noise_level = quirks.first_step(strength, steps, len(sigmas) - 1)
+        sigma, std = float(sigmas[noise_level]), _std(sigmas[noise_level])
+        x = x_T * std if strength == 1 else z.to(x_T) + sigma * x_T
+        x = x * (_std(sigmas[first]) / std)
+        sigmas = sigmas[first:]
     if guidance_interval is not None and not callable(scale):
         scale = limit_to_interval(scale, *guidance_interval)
     denoiser = _in_tiles(quirks.denoiser(model, sampler), unet_tile)
@@ -146,7 +148,7 @@ def invert(
     Args:
         z: (B, C, h, w).
         steps: of the whole run.
-        until: how many of them to take (None = all).
+        until: number of steps to take; None = all.
         scheduler: a name in SCHEDULERS; None = "uniform".
     Returns:
         z_t at that level, √ᾱ z + √(1-ᾱ) noise, shape of z.
@@ -162,8 +164,8 @@ def invert(
 def default_scheduler(schedule: Schedule, sampler: str) -> str:
     """The sampler's own scheduler, else "uniform".
 
-    Where the last timestep is noise alone (zero terminal SNR), sampling must begin there:
-    "trailing" (arXiv:2305.08891, §3.3).
+    With zero terminal SNR it is "trailing", as sampling must begin at the last timestep
+    (arXiv:2305.08891, §3.3).
     """
     return names.SAMPLERS[sampler].scheduler or ("trailing" if schedule.zero_snr else "uniform")
 
@@ -190,7 +192,7 @@ def check_sampling(
 
 
 def _in_tiles(denoiser: Denoiser, tile: int | None) -> Denoiser:
-    """The same with a network that sees one tile at a time; what it says is blended."""
+    """A denoiser that runs the network on overlapping tiles and blends the results."""
     if tile is None:
         return denoiser
 
@@ -203,7 +205,7 @@ def _in_tiles(denoiser: Denoiser, tile: int | None) -> Denoiser:
 def _sampler_options(
     sampler: str, eta: float, noise: Noise, always_draws: bool
 ) -> dict[str, object]:
-    """What the chosen sampler takes beyond the common arguments."""
+    """Arguments that only some samplers take."""
     row = names.SAMPLERS[sampler]
     if row.takes_eta:
         return {"eta": eta, "noise": noise if eta > 0 or always_draws else None}

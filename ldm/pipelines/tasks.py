@@ -1,4 +1,4 @@
-"""The tasks: each makes the inputs that a model reads, and goes through the one sampling loop.
+"""The tasks that start from a prompt, or from a prompt and an image.
 
     txt2img     prompts                            any text-to-image model
     img2img     prompts, image                     any text-to-image model
@@ -6,16 +6,15 @@
     depth2img   prompts, image or depth map        depth models
     upscale     prompts, small image               the x4 upscaler
 
-Those that see images instead of starting from one are in `variations`.
+Models that read an image like a prompt have theirs in `variations`.
 
-Images are (1, 3, H, W) in [-1, 1], of any size: they are padded to what the latent needs, and the
+Images are (1, 3, H, W) in [-1, 1], of any size: they are padded to whole latent pixels, and the
 result is cropped again. All tasks return (B, 3, H, W) float32 in [-1, 1], one image per prompt, and
 take:
 
-    negative_prompt   what to steer away from, for all or one for each; "" is nothing
-    scale             guidance scale; 1 is none
-    tile              side in latent pixels of overlapping tiles that are decoded one by one;
-                      None = decode whole
+    negative_prompt   one for all prompts or one for each
+    scale             guidance scale; 1 = no guidance
+    tile              side in latent pixels of overlapping tiles to decode; None = decode whole
     options           keywords of `sample`: steps, sampler, scheduler, eta, seeds, x_T, callback …
 
 They raise WrongFamily, UnknownName and ArgumentError before any network runs, and NonFinite.
@@ -29,17 +28,17 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ldm.diffusion.guidance import Scale
+from ldm.diffusion.samplers import Constrain
 from ldm.encoders.depth import MiDaSDepth
 from ldm.encoders.lowres import LowRes, concat_mask, mask_image
 from ldm.model import LatentDiffusion
-from ldm.pipelines.families import batch_keys
-from ldm.pipelines.frame import (
+from ldm.pipelines.common import (
     as_list,
-    check_options,
     crop_like,
     encode_image,
     encode_prompts,
     generate,
+    make_noise,
     pad_to_multiple,
     pipeline,
 )
@@ -63,10 +62,9 @@ def txt2img(
     """One image per prompt.
 
     Args:
-        size: (height, width) in pixels, multiples of 8; None = the size that the model was trained
-            at.
+        size: (height, width) in pixels, multiples of 8; None = the model's training size.
     """
-    noise = check_options(model, prompts, options)
+    noise = make_noise(model, prompts, options)
     return generate(
         model, prompts, negative_prompt, {}, scale, tile, noise=noise, size=size, **options
     )
@@ -90,13 +88,12 @@ def img2img(
     """The image, changed toward each prompt (SDEdit, arXiv:2108.01073).
 
     Args:
-        strength: 0 keeps the image, 1 starts from noise alone.
-        z: its latent (B, C, h, w), if that is at hand (`encode_image`); drawn otherwise.
-        inversion: start from the noise that DDIM inversion finds instead of random noise, which
-            keeps the composition.
+        strength: 0 keeps the image, 1 starts from pure noise.
+        z: its latents (B, C, h, w), of `encode_image`; None = encode it.
+        inversion: start from the noise that DDIM inversion finds, which keeps the composition.
         source_prompt: what the image shows, for the inversion.
     """
-    noise = check_options(model, prompts, options, strength)
+    noise = make_noise(model, prompts, options, strength)
     n = len(as_list(prompts))
     if z is None:
         z = encode_image(model, image, n, noise)
@@ -123,38 +120,36 @@ def inpaint(
     tile: int | None = None,
     **options: Unpack[SamplingOptions],
 ) -> Tensor:
-    """The image, repainted where the mask says.
+    """The image, repainted where the mask is 1.
 
-    A model that was not trained for it is held to the known latents at every step.
+    For a text-to-image model, the unmasked latent is set to that of the image at every step.
 
     Args:
-        mask: (1, 1, H, W) in [0, 1]; repainted from 0.5 on.
-        composite: paste the image back by the mask; where that is 0, pixels stay as they were.
+        mask: (1, 1, H, W) in [0, 1]; from 0.5 on, it is repainted.
+        composite: blend result and image by the mask; pixels where it is 0 do not change.
     """
-    noise = check_options(model, prompts, options, strength)
+    noise = make_noise(model, prompts, options, strength)
     n, f = len(as_list(prompts)), model.downscale
-    if mask.shape[-2:] != image.shape[-2:]:
-        mask_image(image, mask)  # raises
-    wide, area = pad_to_multiple(image, f), (pad_to_multiple(mask, f) >= 0.5).float()
+    padded = pad_to_multiple(image, f)
+    area = (pad_to_multiple(mask, f) >= 0.5).float()
+    masked_image = pad_to_multiple(mask_image(image, mask), f)
     inputs: dict[str, Tensor] = {}
-    z = constrain = None
-    if "masked" in batch_keys(model):
-        hidden = encode_image(model, mask_image(wide, area), n, noise)
-        inputs["masked"] = concat_mask(area.to(hidden).expand(n, -1, -1, -1), hidden)
-    if not inputs or strength < 1:
-        z = encode_image(model, wide, n, noise)
-    if z is not None and not inputs:
+    z: Tensor | None = None
+    constrain: Constrain | None = None
+    if "masked" in model.conditioner.keys:
+        masked_z = encode_image(model, masked_image, n, noise)
+        inputs["masked"] = concat_mask(area.to(masked_z).expand(n, -1, -1, -1), masked_z)
+        if strength < 1:
+            z = encode_image(model, padded, n, noise)
+    else:
+        z = encode_image(model, padded, n, noise)
         x_T = options.get("x_T")
-        options["x_T"] = start = noise(z) if x_T is None else x_T
-        known = ~F.max_pool2d(area, f).bool().to(model.device)  # (1, 1, h, w)
-        clean, start = z, start.to(model.device)
-
-        def constrain(x: Tensor, sigma: float) -> Tensor:
-            return torch.where(known, clean + sigma * start, x)
-
+        x_T = noise(z) if x_T is None else x_T.to(z)
+        options["x_T"] = x_T
+        constrain = _keep_outside(area, z, x_T, f)
     images = generate(
         model, prompts, negative_prompt, inputs, scale, tile, noise=noise, z=z, strength=strength,
-        size=(wide.shape[-2], wide.shape[-1]), constrain=constrain, **options,
+        size=(padded.shape[-2], padded.shape[-1]), constrain=constrain, **options,
     )  # fmt: skip
     images = crop_like(images, image)
     return torch.lerp(image.to(images), images, mask.to(images)) if composite else images
@@ -173,19 +168,19 @@ def depth2img(
     tile: int | None = None,
     **options: Unpack[SamplingOptions],
 ) -> Tensor:
-    """The image, changed toward each prompt under its own depth.
+    """The image, changed toward each prompt with the same depth.
 
     Args:
-        strength: 1 takes nothing but the depth from it.
-        depth: (1, 1, …) of any range, near = large; estimated from the image if None.
+        strength: 0 keeps the image, 1 keeps only its depth.
+        depth: (1, 1, …) of any range, near = large; None = estimated from the image.
     """
-    noise = check_options(model, prompts, options, strength)
+    noise = make_noise(model, prompts, options, strength)
     n = len(as_list(prompts))
     z = encode_image(model, image, n, noise)
     batch = {"jpg": image} if depth is None else {"depth": depth}
     batch = {key: value.to(model.device) for key, value in batch.items()}
-    prepared = model.prepare(batch, (z.shape[-2], z.shape[-1]))
-    inputs = {"depth": prepared["depth"].expand(n, -1, -1, -1)}
+    batch = model.prepare(batch, (z.shape[-2], z.shape[-1]))
+    inputs = {"depth": batch["depth"].expand(n, -1, -1, -1)}
     images = generate(
         model, prompts, negative_prompt, inputs, scale, tile, noise=noise, z=z, strength=strength,
         **options,
@@ -195,7 +190,7 @@ def depth2img(
 
 @pipeline("depth")
 def estimate_depth(model: LatentDiffusion, image: Tensor) -> Tensor:
-    """The depth that the model's own network sees in an image: (1, 1, H', W'), near = large."""
+    """Estimate depth (1, 1, H', W'), near = large, with the model's own network."""
     return model.conditioner.get(MiDaSDepth).estimate(image.to(model.device))
 
 
@@ -215,13 +210,13 @@ def upscale(
 
     Args:
         image: (1, 3, h, w).
-        noise_level: timestep of the noise that is put on it: more invents more.
-        tile: side of the overlapping tiles of the image that decoder and, unless `unet_tile` says
-            otherwise, network see; None = the side that the model was trained at.
+        noise_level: timestep of the noise added to it; more noise, more invented detail.
+        tile: side of overlapping tiles of the image for the decoder and, without `unet_tile`, the
+            UNet; None = the training size.
     Raises:
-        ArgumentError: a noise level that the model was not trained at.
+        ArgumentError: the model was not trained at the noise level.
     """
-    noise = check_options(model, prompts, options)
+    noise = make_noise(model, prompts, options)
     n = len(as_list(prompts))
     encoder = model.conditioner.get(LowRes)
     if not 0 <= noise_level < encoder.max_noise_level:
@@ -238,6 +233,12 @@ def upscale(
     return generate(
         model, prompts, negative_prompt, inputs, scale, tile, noise=noise, size=size, **options
     )
+
+
+def _keep_outside(area: Tensor, z: Tensor, x_T: Tensor, f: int) -> Constrain:
+    """(x, sigma) -> x with the noisy latent of the image wherever `area` is 0."""
+    is_outside = ~F.max_pool2d(area, f).bool().to(z.device)  # (1, 1, h, w)
+    return lambda x, sigma: torch.where(is_outside, z + sigma * x_T, x)
 
 
 def _inverted_noise(

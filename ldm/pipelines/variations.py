@@ -1,4 +1,4 @@
-"""Tasks of models that see: images, or their CLIP embeddings -> images like them.
+"""Tasks of models that read images instead of, or in addition to, text.
 
 unclip          prompts, images or embeddings      stable unCLIP
 vary            images                             SD 1 fine-tuned for image variations
@@ -16,8 +16,8 @@ from ldm.diffusion.guidance import Scale
 from ldm.encoders.image import ImageEmbedding
 from ldm.model import LatentDiffusion
 from ldm.nets.karlo import Prior
-from ldm.pipelines import karlo as karlo
-from ldm.pipelines.frame import as_list, check_options, decode_latent, generate, pipeline
+from ldm.pipelines import karlo
+from ldm.pipelines.common import as_list, decode_latent, generate, make_noise, pipeline
 from ldm.pipelines.quirks import Noise
 from ldm.pipelines.sampling import SamplingOptions, sample
 from ldm.runtime.errors import ArgumentError, MissingArgument
@@ -41,31 +41,32 @@ def unclip(
     tile: int | None = None,
     **options: Unpack[SamplingOptions],
 ) -> Tensor:
-    """What the images have in common with each other and with each prompt.
+    """Variations of the mean of some images, one per prompt.
 
     Args:
         images: each (1, 3, H, W).
-        embeddings: more of them as CLIP gives them, (1 | B, D).
-        weights: of images, then embeddings; normalised to sum to 1 (None = all alike).
-        noise_levels: timestep of the noise on each embedding, for all or one for each: more varies
-            more.
-        mix_level: timestep of the noise on the mix (None = none).
+        embeddings: CLIP image embeddings to mix with those of the images, each (1 | B, D).
+        weights: of images, then embeddings; normalised to sum to 1. None = equal weights.
+        noise_levels: timestep of the noise on the embeddings, for all or one for each; more noise,
+            more variation.
+        mix_level: timestep of the noise on the mean; None = no noise.
     Raises:
         MissingArgument: there is neither an image nor an embedding.
-        ArgumentError: numbers that do not fit.
+        ArgumentError: the number of weights or noise levels is not that of the images.
     """
-    noise = check_options(model, prompts, options)
+    noise = make_noise(model, prompts, options)
     n, encoder = len(as_list(prompts)), model.conditioner.get(ImageEmbedding)
     sources = [*(encoder.embed(image) for image in images), *embeddings]
-    weights = _normalise(weights, len(sources), as_given="weights" in options.get("legacy", ()))
+    is_legacy = "weights" in options.get("legacy", ())
+    weights = _normalise(weights, len(sources), is_legacy)
     levels = [noise_levels] * len(sources) if isinstance(noise_levels, int) else list(noise_levels)
     if len(levels) != len(sources):
         message = f"{len(levels)} noise levels were given for {len(sources)} images"
         raise ArgumentError(message, "noise_level")
-    mix = torch.zeros(())
+    mix = torch.zeros((), device=model.device)
     for embedding, weight, level in zip(sources, weights, levels, strict=True):
         embedding = embedding.to(model.device, torch.float32).expand(n, -1)  # (B, D)
-        mix = mix.to(embedding) + weight * encoder.noise(embedding, level, noise(embedding))
+        mix = mix + weight * encoder.noise(embedding, level, noise(embedding))
     if mix_level is not None:
         embedding = mix[:, : encoder.noise.width]
         mix = encoder.noise(embedding, mix_level, noise(embedding))
@@ -88,15 +89,16 @@ def vary(
     tile: int | None = None,
     **options: Unpack[SamplingOptions],
 ) -> Tensor:
-    """Images like the given ones, by a model that reads an image in place of text.
+    """Variations of the mean of some images, by a model that reads an image instead of text.
 
     Args:
-        prompts: their number is the number of images to make; their words are not read.
-        images, weights: as `unclip`.
+        prompts: only their number counts.
+        images: see `unclip`.
+        weights: see `unclip`.
     """
-    noise = check_options(model, prompts, options)
+    noise = make_noise(model, prompts, options)
     n = len(as_list(prompts))
-    weights = _normalise(weights, len(images), as_given=False)
+    weights = _normalise(weights, len(images))
     conds = [model.condition({"jpg": [image[0]]}) for image in images]
     tokens = [
         weight * cond.crossattn
@@ -120,16 +122,16 @@ def sample_prior(
     scale: float = 4.0,
     noise: Noise = torch.randn_like,
 ) -> Tensor:
-    """CLIP image embeddings (B, D) that the Karlo prior samples for the prompts.
+    """Sample CLIP image embeddings (B, D) of prompts with the Karlo prior.
 
     Args:
-        model: unCLIP-L, with whose CLIP the prior was trained.
+        model: unCLIP-L, whose CLIP the prior was trained with.
         steps: sampling steps of the prior.
         scale: guidance scale of the prior.
     """
     encoder = model.conditioner.get(ImageEmbedding)
     mean, std = encoder.noise.get_statistics()
-    return karlo.image_embedding(
+    return karlo.sample_image_embeddings(
         prior,
         encoder.clip,
         as_list(prompts),
@@ -142,14 +144,14 @@ def sample_prior(
     )
 
 
-def _normalise(weights: Sequence[float] | None, n: int, *, as_given: bool) -> list[float]:
-    """Weights of n images, made to sum to 1; as given, they are divided by n."""
+def _normalise(weights: Sequence[float] | None, n: int, is_legacy: bool = False) -> list[float]:
+    """Weights of n images that sum to 1; under the quirk "weights", they are divided by n."""
     weights = [1.0] * n if weights is None else list(weights)
     if not n:
-        raise MissingArgument("there is no image: give one", "image")
+        raise MissingArgument("no image is given", "image")
     if len(weights) != n:
         raise ArgumentError(f"{len(weights)} weights were given for {n} images", "weight")
-    total = n if as_given else sum(weights)
+    total = n if is_legacy else sum(weights)
     if not total:
         raise ArgumentError(f"weights must not sum to 0, got {weights}", "weight")
     return [weight / total for weight in weights]

@@ -55,7 +55,7 @@ def test_replay_says_which_input_is_missing_or_another(run, files, photo, capsys
     path = run("img2img", "base_v", "--init-img", photo, "--n_samples", "1")[1][0]
     Image.new("RGB", (60, 70)).save(photo)
     assert main(["replay", path, "--ckpt", files["base_v"][1]]) == 1
-    assert "photo.png` is not the file it was made from any more" in capsys.readouterr().err
+    assert "photo.png` has changed since this image was made" in capsys.readouterr().err
     photo.unlink()
     assert main(["replay", path, "--ckpt", files["base_v"][1]]) == 1
     assert "photo.png`, which is missing" in capsys.readouterr().err

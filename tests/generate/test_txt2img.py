@@ -218,7 +218,7 @@ def test_nan_in_half_precision_is_tried_again_in_float32(run, monkeypatch):
     interrupt_at(monkeypatch, 1, pipelines.NonFinite("the VAE"))
     status, out, err = run("--n_samples", "1", "--precision", "bf16", "--json")
     assert status == 0
-    assert "the VAE gave values that are not finite in bfloat16: going on in float32" in err
+    assert "the VAE gave values that are not finite in bfloat16: continuing in float32" in err
     assert json.loads(out[0])["dtype"] == "float32"
 
 

@@ -12,7 +12,7 @@ from ldm.encoders.image import CLIPImage, OpenCLIPImage
 from ldm.encoders.text import CLIPText
 from ldm.loading.build import meta_device
 from ldm.nets.karlo import Prior
-from ldm.pipelines.karlo import encode_texts, image_embedding, prior_sigmas, sample_prior
+from ldm.pipelines.karlo import encode_texts, prior_sigmas, sample_image_embeddings, sample_prior
 
 KEYS = Path(__file__).parents[1] / "data" / "keys"
 TINY = {"clip_dim": 16, "xf_width": 32, "xf_layers": 2, "xf_heads": 4}
@@ -155,7 +155,7 @@ def test_a_text_leads_to_an_embedding_in_the_units_of_clip():
     prior, clip = tiny_prior(), CLIPImage(model=TINY_CLIP)
     mean, std = torch.full((16,), 3.0), torch.full((16,), 0.5)
     runs = [
-        image_embedding(
+        sample_image_embeddings(
             prior, clip, ["a cat"], negative, mean=mean, std=std, steps=4, noise=torch.ones_like
         ).detach()
         for negative in ("", "", "a dog")

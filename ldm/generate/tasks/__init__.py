@@ -1,10 +1,10 @@
-"""The tasks that make images: one module each, with a row `TASK`, and one line here."""
+"""The tasks: each is a module with a `TASK`, and one line here."""
 
 from importlib import import_module
 
-from ldm.generate.tasks.base import Prepared, Task
+from ldm.generate.tasks.base import PreparedTask, Task
 
-__all__ = ["TASKS", "Prepared", "Task"]
+__all__ = ["TASKS", "PreparedTask", "Task"]
 
 MODULES = (
     "txt2img",

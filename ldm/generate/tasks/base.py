@@ -1,4 +1,4 @@
-"""Task: what one task is, described once; Prepared: its inputs, read from disk."""
+"""Task: the description of a task. PreparedTask: a task with its inputs read from disk."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ldm.model import LatentDiffusion
-    from ldm.pipelines.frame import TaskOptions
+    from ldm.pipelines.common import TaskOptions
 
-__all__ = ["FolderInputs", "ImageInputs", "Prepared", "PreparedImage", "Task", "fit_image"]
+__all__ = ["FolderInputs", "ImageInputs", "PreparedImageTask", "PreparedTask", "Task", "fit_image"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
-class Prepared:
-    """The inputs of a task, read from disk: what can fail early has, before the model is loaded.
+class PreparedTask:
+    """A task with its inputs read, so that a bad file fails before the model is loaded.
 
     Args:
         request: with the inputs of one image.
@@ -34,13 +34,13 @@ class Prepared:
         self.request = request
 
     def output_size(self, model: "LatentDiffusion") -> tuple[int, int]:
-        """(height, width) of the images in pixels: as asked for, else the model's own."""
+        """(height, width) of the images in pixels: as requested, else the model's own."""
         native = model.image_size * model.downscale
         height, width = self.request.sampling.size
         return height or native, width or native
 
     def begin(self, model: "LatentDiffusion") -> None:
-        """What is done once, before the first batch."""
+        """Called once, before the first batch."""
 
     def generate(
         self, model: "LatentDiffusion", prompts: list[str], options: "TaskOptions"
@@ -48,35 +48,35 @@ class Prepared:
         """The images of one batch, (B, 3, H, W) in [-1, 1], one for each prompt."""
         raise NotImplementedError
 
-    def protected(self) -> "tuple[Image.Image, Image.Image] | None":
-        """(image, mask) of pixels that must stay as they are where the mask is 0."""
+    def protected_pixels(self) -> "tuple[Image.Image, Image.Image] | None":
+        """(image, mask): where the mask is 0, results keep the pixels of the image."""
         return None
 
 
 @dataclass(frozen=True)
 class Task:
-    """A row of TASKS: all that programs know about a task.
+    """All that programs know about a task.
 
     Args:
-        name: of the command, of the script, in PNG texts.
-        title: on the page.
+        name: of the command and script, and in PNG texts.
+        title: of its tab on the page.
         summary: head of `--help`, with examples.
         inputs: its group of options.
         prepare: reads the inputs.
-        families: names in `ldm.pipelines.families.FAMILIES` of the models that serve it.
-        defaults: of options, where they are not those of their rows.
-        scale: guidance scale where none is asked for.
+        families: the models that it works with, names in `ldm.pipelines.families.FAMILIES`.
+        defaults: of options, where the task has others.
+        scale: default guidance scale.
         demo_model: the model that ships with ldm for this task; None = the text-to-image model.
-        demo_scale: guidance scale that suits it.
-        full_model: an example of a published model, as flags.
-        noise_from_numpy: the original drew the start noise from numpy's generator.
+        demo_scale: default guidance scale of that model.
+        full_model: flags for a published model, as an example.
+        noise_from_numpy: the original drew the start noise with numpy.
     """
 
     name: str
     title: str
     summary: str
     inputs: type[Inputs]
-    prepare: Callable[[Request], Prepared]
+    prepare: Callable[[Request], PreparedTask]
     families: tuple[str, ...]
     defaults: Mapping[str, Value] = field(default_factory=dict)
     scale: float = 9.0
@@ -86,7 +86,7 @@ class Task:
     noise_from_numpy: bool = False
 
     def groups(self) -> dict[str, type]:
-        """The groups of options, by their names in `Request`."""
+        """The groups of options, by their fields in `Request`."""
         return {
             "inputs": self.inputs,
             "prompts": Prompts,
@@ -122,7 +122,7 @@ def _options(
 
 @dataclass(frozen=True)
 class ImageInputs(Inputs):
-    """The image that a task begins with."""
+    """The input image."""
 
     # fmt: off
     init_img: str | None = option(None, "--init-img", "--image", metavar="FILE", is_file=True,
@@ -132,7 +132,7 @@ class ImageInputs(Inputs):
 
 @dataclass(frozen=True)
 class FolderInputs(ImageInputs):
-    """One image, or all of a folder."""
+    """An input image, or a folder of them."""
 
     # fmt: off
     indir: str | None = option(None, "--indir", metavar="DIR",
@@ -140,10 +140,10 @@ class FolderInputs(ImageInputs):
     # fmt: on
 
     def each(self) -> Sequence["FolderInputs"]:
-        """The inputs of each image of the folder; of several processes, the share of this one.
+        """The inputs of each image of the folder that this process works on.
 
         Raises:
-            MissingFile: there is none.
+            MissingFile: the folder has no images.
         """
         if self.indir is None:
             return [self]
@@ -167,11 +167,11 @@ class FolderInputs(ImageInputs):
 
 
 def read_image(request: Request) -> "Image.Image":
-    """The input image at the size that is asked for.
+    """Load the input image at the requested size.
 
     Raises:
-        MissingArgument: none is named.
-        ValueError, FileNotFoundError: about the file.
+        MissingArgument: no image is given.
+        ValueError, FileNotFoundError: the file is missing or not an image.
     """
     from ldm.imaging.reading import load_image
 
@@ -182,7 +182,7 @@ def read_image(request: Request) -> "Image.Image":
 
 
 def fit_image(request: Request, image: "Image.Image") -> "Image.Image":
-    """An image scaled and cropped to the size that is asked for."""
+    """Scale and crop an image to the requested size."""
     from ldm.imaging.pixels import resize_to_multiple, scale_and_crop
 
     if "size" in request.sampling.legacy and request.task.name != "upscale":
@@ -190,8 +190,8 @@ def fit_image(request: Request, image: "Image.Image") -> "Image.Image":
     return scale_and_crop(image, request.sampling.size)
 
 
-class PreparedImage(Prepared):
-    """A task that begins with one image; `image` is (1, 3, H, W) in [-1, 1]."""
+class PreparedImageTask(PreparedTask):
+    """A prepared task with one input image: `image`, (1, 3, H, W) in [-1, 1]."""
 
     def __init__(self, request: Request) -> None:
         from ldm.imaging.pixels import to_tensor

@@ -5,40 +5,40 @@ from typing import TYPE_CHECKING
 
 from ldm.generate.options import option, parse_fraction
 from ldm.generate.request import ModelFiles, Request
-from ldm.generate.tasks.base import ImageInputs, PreparedImage, Task
+from ldm.generate.tasks.base import ImageInputs, PreparedImageTask, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ldm.model import LatentDiffusion
-    from ldm.pipelines.frame import TaskOptions
+    from ldm.pipelines.common import TaskOptions
 
 
 @dataclass(frozen=True)
 class Depth2ImgInputs(ImageInputs):
-    """An image, and its depth."""
+    """An image and its depth."""
 
     # fmt: off
     strength: float = option(0.9, "--strength", parse=parse_fraction, metavar="S",
         label="Denoising strength",
-        help="0 keeps the image, 1 keeps its depth alone (%(default)s)")
+        help="0 keeps the image, 1 keeps only its depth (%(default)s)")
     depth_map: str | None = option(None, "--depth-map", metavar="FILE", is_file=True,
         label="Depth map (optional)",
-        help="a depth map of 8 or 16 bits, white is near (estimated)")
+        help="depth map of 8 or 16 bits, white is near (estimated)")
     depth_inverted: bool = option(False, "--depth-inverted", label="Invert depth",
         help="in the depth map, white is far")
     save_depth: str | None = option(None, "--save-depth", metavar="FILE",
-        help="write the estimated depth map, a PNG of 16 bits")
+        help="save the estimated depth map, a 16-bit PNG")
     midas: str | None = option(None, "--midas", metavar="FILE", is_file=True,
-        help="depth network, dpt_hybrid-midas-501f0c75.pt (the model's)")
+        help="depth network, dpt_hybrid-midas-501f0c75.pt (that of the checkpoint)")
     # fmt: on
 
     def model_files(self) -> ModelFiles:
         return {"midas": self.midas}
 
 
-class Depth2Img(PreparedImage):
-    """Images changed toward prompts under their own depth."""
+class Depth2Img(PreparedImageTask):
+    """Change an image toward prompts and keep its depth."""
 
     def __init__(self, request: Request) -> None:
         from ldm.imaging.reading import load_depth

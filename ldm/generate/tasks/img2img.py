@@ -5,22 +5,22 @@ from typing import TYPE_CHECKING
 
 from ldm.generate.options import option, parse_fraction
 from ldm.generate.request import Request
-from ldm.generate.tasks.base import FolderInputs, PreparedImage, Task
+from ldm.generate.tasks.base import FolderInputs, PreparedImageTask, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ldm.model import LatentDiffusion
-    from ldm.pipelines.frame import TaskOptions
+    from ldm.pipelines.common import TaskOptions
 
 
 @dataclass(frozen=True)
 class Img2ImgInputs(FolderInputs):
-    """An image, and how far it is changed."""
+    """An image and how much to change it."""
 
     # fmt: off
     strength: float = option(0.8, "--strength", parse=parse_fraction, metavar="S",
-        label="Denoising strength", help="0 keeps the image, 1 forgets it (%(default)s)")
+        label="Denoising strength", help="0 keeps the image, 1 ignores it (%(default)s)")
     inversion: bool = option(False, "--ddim-inversion", label="DDIM inversion",
         help="start from the noise that DDIM inversion finds, which keeps the composition")
     source_prompt: str = option("", "--source-prompt", metavar="TEXT", label="Source prompt",
@@ -28,8 +28,8 @@ class Img2ImgInputs(FolderInputs):
     # fmt: on
 
 
-class Img2Img(PreparedImage):
-    """Images changed toward prompts."""
+class Img2Img(PreparedImageTask):
+    """Change an image toward prompts."""
 
     def __init__(self, request: Request) -> None:
         super().__init__(request)
@@ -53,7 +53,7 @@ class Img2Img(PreparedImage):
         )
 
     def _latent_for_all_batches(self, model: "LatentDiffusion", n: int) -> "Tensor | None":
-        """The original drew the latent once, so that batches differ by their noise alone."""
+        """The original sampled the latent once; its batches differ only by their noise."""
         from ldm.pipelines import encode_image, noise_source
 
         legacy = self.request.sampling.legacy

@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.generate.options import option, parse_box, parse_fraction, parse_level, parse_number
+from ldm.generate.options import option, parse_box, parse_fraction, parse_natural, parse_number
 from ldm.generate.request import Request
-from ldm.generate.tasks.base import FolderInputs, PreparedImage, Task, fit_image
+from ldm.generate.tasks.base import FolderInputs, PreparedImageTask, Task, fit_image
 from ldm.runtime.errors import MissingFile
 
 if TYPE_CHECKING:
@@ -14,29 +14,29 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ldm.model import LatentDiffusion
-    from ldm.pipelines.frame import TaskOptions
+    from ldm.pipelines.common import TaskOptions
 
 MASK_SUFFIX = "_mask.png"
 
 
 @dataclass(frozen=True)
 class InpaintInputs(FolderInputs):
-    """An image, and which part of it is repainted."""
+    """An image and the part of it to repaint."""
 
     # fmt: off
     strength: float = option(1.0, "--strength", parse=parse_fraction, metavar="S",
-        label="Denoising strength", help="0 keeps the image, 1 forgets it (%(default)s)")
+        label="Denoising strength", help="0 keeps the image, 1 ignores it (%(default)s)")
     mask: str | None = option(None, "--mask", metavar="FILE", is_file=True, label="Mask",
-        help="mask: white is repainted (what is transparent in the image)")
+        help="mask: white is repainted (the transparent part of the image)")
     mask_box: tuple[int, int, int, int] | None = option(None, "--mask-box", parse=parse_box,
         metavar="L,T,R,B", label="Mask box", help="repaint this box, in pixels")
-    mask_grow: int = option(0, "--mask-grow", parse=parse_level, metavar="N",
+    mask_grow: int = option(0, "--mask-grow", parse=parse_natural, metavar="N",
         label="Mask expand (px)", maximum=64,
         help="expand the mask by this many pixels (%(default)s)")
     mask_blur: float = option(0.0, "--mask-blur", parse=parse_number, metavar="R",
         label="Mask blur (px)", maximum=64, help="radius of the mask blur (%(default)s)")
     no_composite: bool = option(False, "--no-composite",
-        help="do not paste the known pixels back: keep what the decoder made of them")
+        help="do not paste the unmasked pixels of the image back over the decoded ones")
     indir: str | None = option(None, "--indir", metavar="DIR",
         help="all pairs X.png and X_mask.png of a folder, each to OUTDIR/X.png")
     # fmt: on
@@ -54,8 +54,8 @@ class InpaintInputs(FolderInputs):
         return pairs
 
 
-class Inpaint(PreparedImage):
-    """Images with a part repainted; `mask` is (1, 1, H, W) in [0, 1]."""
+class Inpaint(PreparedImageTask):
+    """Repaint a part of an image; `mask` is (1, 1, H, W) in [0, 1]."""
 
     def __init__(self, request: Request) -> None:
         from ldm.imaging.pixels import to_tensor
@@ -63,7 +63,7 @@ class Inpaint(PreparedImage):
 
         super().__init__(request)
         self.inputs = inputs = request.inputs_as(InpaintInputs)
-        assert inputs.init_img is not None  # read above
+        assert inputs.init_img is not None  # checked by `read_image`
         mask = make_mask(
             inputs.init_img, inputs.mask, inputs.mask_box, grow=inputs.mask_grow,
             blur=inputs.mask_blur,
@@ -85,7 +85,7 @@ class Inpaint(PreparedImage):
             **options,
         )
 
-    def protected(self) -> "tuple[Image.Image, Image.Image] | None":
+    def protected_pixels(self) -> "tuple[Image.Image, Image.Image] | None":
         from PIL import Image
 
         from ldm.imaging.pixels import to_pil
@@ -105,8 +105,8 @@ TASK = Task(
     ldm inpaint --ckpt 512-inpainting-ema.ckpt --init-img dog.png --mask-box 64,64,256,256
     ldm inpaint --ckpt 512-inpainting-ema.ckpt --indir pairs --outdir painted
 
-White is repainted, or what is transparent; all other pixels come back as they were. A
-text-to-image model works as well, held to the known part at every step.
+White, or the transparent part of the image, is repainted; all other pixels stay as they are. A
+text-to-image model works as well: the unmasked part is then fixed at every step.
 """,
     inputs=InpaintInputs,
     prepare=Inpaint,

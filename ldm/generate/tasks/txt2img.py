@@ -3,17 +3,17 @@
 from typing import TYPE_CHECKING
 
 from ldm.generate.request import Inputs
-from ldm.generate.tasks.base import Prepared, Task
+from ldm.generate.tasks.base import PreparedTask, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ldm.model import LatentDiffusion
-    from ldm.pipelines.frame import TaskOptions
+    from ldm.pipelines.common import TaskOptions
 
 
-class Txt2Img(Prepared):
-    """Images of prompts."""
+class Txt2Img(PreparedTask):
+    """Make images from prompts."""
 
     def generate(
         self, model: "LatentDiffusion", prompts: list[str], options: "TaskOptions"
@@ -32,8 +32,8 @@ TASK = Task(
     ldm txt2img --prompt "a 3d emoji of a red apple on a blue background"
     ldm txt2img --ckpt v2-1_768-ema-pruned.ckpt --H 768 --W 768 --prompt "a fox"
 
-Images go to OUTDIR/samples/00000.png …, all of them together to OUTDIR/grid-0000.png; paths are
-written to stdout, everything else to stderr.
+Images are saved as OUTDIR/samples/00000.png …, and all of them as OUTDIR/grid-0000.png; their paths
+are written to stdout, everything else to stderr.
 """,
     inputs=Inputs,
     prepare=Txt2Img,

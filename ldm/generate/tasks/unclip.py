@@ -1,11 +1,11 @@
-"""Variations and mixes of images, by models that see."""
+"""Variations and mixes of images, by unCLIP and image variation models."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from ldm.generate.options import option, parse_count, parse_level, parse_number
+from ldm.generate.options import option, parse_count, parse_natural, parse_number
 from ldm.generate.request import Inputs, ModelFiles, Request
-from ldm.generate.tasks.base import Prepared, Task
+from ldm.generate.tasks.base import PreparedTask, Task
 from ldm.runtime.errors import MissingArgument
 
 if TYPE_CHECKING:
@@ -13,25 +13,25 @@ if TYPE_CHECKING:
 
     from ldm.model import LatentDiffusion
     from ldm.nets.karlo import Prior
-    from ldm.pipelines.frame import TaskOptions
+    from ldm.pipelines.common import TaskOptions
 
-PRIOR_SEED = 1 << 32  # keeps the prior's noise apart from that of images
+PRIOR_SEED = 1 << 32  # added to seeds, so that the prior's noise is not that of images
 
 
 @dataclass(frozen=True)
 class UnclipInputs(Inputs):
-    """Images to see, and how they are mixed."""
+    """Images, and how to mix them."""
 
     # fmt: off
     init_img: tuple[str, ...] = option((), "--image", "--init-img", is_list=True, is_file=True,
         metavar="FILE", label="Images", help="an image; may be given several times")
     weight: tuple[float, ...] = option((), "--weight", parse=parse_number, is_list=True,
         metavar="W", label="Image weights",
-        help="of each image, then of the prior (all alike)")
-    noise_level: tuple[int, ...] = option((), "--noise-level", parse=parse_level, is_list=True,
+        help="weight of each image, then of the prior (equal weights)")
+    noise_level: tuple[int, ...] = option((), "--noise-level", parse=parse_natural, is_list=True,
         metavar="N", label="Noise level (0 – 999)", maximum=999,
         help="noise on the embeddings, 0 to 999, for all or for each (0)")
-    mix_noise_level: int | None = option(None, "--mix-noise-level", parse=parse_level,
+    mix_noise_level: int | None = option(None, "--mix-noise-level", parse=parse_natural,
         metavar="N", label="Mix noise level", help="noise on the mix (none)")
     prior: str | None = option(None, "--prior", metavar="FILE", is_file=True,
         help="the Karlo prior: samples an image embedding of the prompt")
@@ -47,8 +47,8 @@ class UnclipInputs(Inputs):
         return {"clip_stats": self.clip_stats}
 
 
-class Unclip(Prepared):
-    """Images like the given ones."""
+class Unclip(PreparedTask):
+    """Make variations of images, or mix them."""
 
     def __init__(self, request: Request) -> None:
         from ldm.imaging.pixels import to_tensor
@@ -73,7 +73,8 @@ class Unclip(Prepared):
         from ldm import pipelines
         from ldm.pipelines.families import family_of
 
-        inputs, size = self.inputs, self.output_size(model)
+        inputs = self.inputs
+        size = self.output_size(model)
         weights = inputs.weight or None
         if family_of(model) == "variation":
             return pipelines.vary(
@@ -121,8 +122,8 @@ TASK = Task(
     ldm unclip --ckpt sd21-unclip-l.ckpt --image cat.png --image sea.png --weight 2 --weight 1 \\
         --prompt "an oil painting"
 
-With --prior, unCLIP-L also sees an embedding that the Karlo prior samples for the prompt. Models of
-SD 1 that were made for image variations work as well, without text.
+With --prior, unCLIP-L also gets an embedding that the Karlo prior samples for the prompt. SD 1
+models fine-tuned for image variations work as well, without a prompt.
 """,
     inputs=UnclipInputs,
     prepare=Unclip,

@@ -3,29 +3,29 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ldm.generate.options import option, parse_level
-from ldm.generate.tasks.base import ImageInputs, PreparedImage, Task
+from ldm.generate.options import option, parse_natural
+from ldm.generate.tasks.base import ImageInputs, PreparedImageTask, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ldm.model import LatentDiffusion
-    from ldm.pipelines.frame import TaskOptions
+    from ldm.pipelines.common import TaskOptions
 
 
 @dataclass(frozen=True)
 class UpscaleInputs(ImageInputs):
-    """A small image, and how far it is trusted."""
+    """A small image and the noise to add to it."""
 
     # fmt: off
-    noise_level: int = option(20, "--noise-level", parse=parse_level, metavar="N", maximum=349,
+    noise_level: int = option(20, "--noise-level", parse=parse_natural, metavar="N", maximum=349,
         label="Noise level (0 – 349)",
-        help="noise on the image, 0 to 349: more invents more (%(default)s)")
+        help="noise on the image, 0 to 349: more noise, more invented detail (%(default)s)")
     # fmt: on
 
 
-class Upscale(PreparedImage):
-    """Enlarged images."""
+class Upscale(PreparedImageTask):
+    """Enlarge an image four times."""
 
     def output_size(self, model: "LatentDiffusion") -> tuple[int, int]:
         height, width = super().output_size(model)
@@ -47,7 +47,7 @@ TASK = Task(
 
     ldm upscale --ckpt x4-upscaler-ema.safetensors --init-img small.png --prompt "a white cat"
 
-Large images are made of overlapping tiles: --vae-tile says of how many pixels of the result.
+Large images are made in overlapping tiles of --vae-tile pixels of the result.
 """,
     inputs=UpscaleInputs,
     prepare=Upscale,
@@ -59,7 +59,7 @@ Large images are made of overlapping tiles: --vae-tile says of how many pixels o
         "n_iter": 1,
     },
     demo_model="checkpoints/demo-upscaler.safetensors",
-    demo_scale=1.0,  # text says little about details
+    demo_scale=1.0,  # prompts hardly matter for details
     full_model="--ckpt x4-upscaler-ema.ckpt",
     noise_from_numpy=True,
 )

@@ -20,7 +20,6 @@ from ldm.data.source import Source, collate, to_device
 from ldm.imaging import pixels
 from ldm.model import LatentDiffusion
 from ldm.pipelines import sample
-from ldm.pipelines.families import batch_keys
 from ldm.train.distributed.parallel import is_sharded
 from ldm.train.monitoring.validation import evaluating
 from ldm.train.run import Run
@@ -93,7 +92,7 @@ def _draw_grid(run: Run, samples: Sequence[Sample]) -> Image.Image:
         return pixels.make_grid(pixels.to_pil(torch.cat([image, *decoded])), columns=n)
     columns = max(1, round(n**0.5))
     drawn = torch.cat([sample_images(run, model, samples[k : k + size], k) for k in starts])
-    if batch_keys(model) != {"txt"}:
+    if model.conditioner.keys != {"txt"}:
         columns, drawn = 2 * columns, torch.stack([image, drawn], 1).flatten(0, 1)
     return pixels.make_grid(pixels.to_pil(drawn), columns)
 

@@ -1,4 +1,4 @@
-"""Studio and forms: what the app does, without its page, on tiny models of every family."""
+"""Backend and forms: what the app does, without its page, on tiny models of every family."""
 
 import re
 from dataclasses import replace
@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 import ldm
+from ldm.app.backend import Backend
 from ldm.app.form import TaskForm, describe_info, show_progress
 from ldm.app.limits import Limits
 from ldm.app.progress import Progress, follow
-from ldm.app.studio import Studio
 from ldm.commands.main import main
 from ldm.generate.request import ModelChoice
 from ldm.generate.tasks import TASKS
@@ -27,8 +27,8 @@ CHOICE = ModelChoice(device="cpu", precision="full")
 
 
 @pytest.fixture
-def studio(files, tmp_path):
-    return Studio(Path(files["base_v"][1]).parent, tmp_path / "out", CHOICE, LIMITS)
+def backend(files, tmp_path):
+    return Backend(Path(files["base_v"][1]).parent, tmp_path / "out", CHOICE, LIMITS)
 
 
 @pytest.fixture
@@ -59,23 +59,23 @@ def sketch(photo, box):
     return {"background": picture, "layers": [layer], "composite": picture}
 
 
-def run(studio, task, answers, model=None):
+def run(backend, task, answers, model=None):
     """The job of a task, when it has ended."""
 
     def work(progress):
-        values = TaskForm(TASKS[task], LIMITS).values(answers, studio.uploads)
+        values = TaskForm(TASKS[task], LIMITS).values(answers, backend.uploads)
         name = model or f"{MODELS[task]}.ckpt"
-        return studio.generate(studio.make_request(TASKS[task], name, values), progress)
+        return backend.generate(backend.make_request(TASKS[task], name, values), progress)
 
     return [*follow(Progress(), work)][-1]
 
 
-def replayed(studio, path):
-    return [*follow(Progress(), lambda progress: studio.replay(path, progress))][-1]
+def replayed(backend, path):
+    return [*follow(Progress(), lambda progress: backend.replay(path, progress))][-1]
 
 
-def test_each_task_is_offered_the_models_that_serve_it(studio):
-    offered = {task: studio.model_names(task) for task in TASKS}
+def test_each_task_is_offered_the_models_that_serve_it(backend):
+    offered = {task: backend.model_names(task) for task in TASKS}
     text = ["base_eps.ckpt", "base_v.ckpt"]
     assert offered == {
         "txt2img": text,
@@ -89,43 +89,43 @@ def test_each_task_is_offered_the_models_that_serve_it(studio):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_makes_pictures_that_the_script_and_the_app_make_again(
-    studio, files, answers, capsys, task
+    backend, files, answers, capsys, task
 ):
-    job = run(studio, task, answers(task))
+    job = run(backend, task, answers(task))
     assert not job.has_failed, job.message
     path = job.images[0]["path"]
-    assert path == str(studio.outdir / "samples/00000.png")
+    assert path == str(backend.outdir / "samples/00000.png")
     assert read_info(path)["task"] == task
     assert main(["replay", path, "--ckpt", files[MODELS[task]][1]]) == 0
-    assert replayed(studio, path).message == "identical"
+    assert replayed(backend, path).message == "identical"
 
 
-def test_known_pixels_of_a_sketch_stay(studio, answers, photo):
-    job = run(studio, "inpaint", answers("inpaint"), model="base_v.ckpt")
+def test_known_pixels_of_a_sketch_stay(backend, answers, photo):
+    job = run(backend, "inpaint", answers("inpaint"), model="base_v.ckpt")
     same = (pixels(job.images[0]["path"]) == pixels(photo)).all(-1)
     same[8:40, 8:30] = True
     assert same.all()
 
 
-def test_an_estimated_depth_map_is_taken_back(studio, answers):
+def test_an_estimated_depth_map_is_taken_back(backend, answers):
     task, job = TASKS["depth2img"], Progress()
-    values = TaskForm(task, LIMITS).values(answers("depth2img"), studio.uploads)
-    studio.estimate_depth(studio.make_request(task, "depth.ckpt", values), job)
+    values = TaskForm(task, LIMITS).values(answers("depth2img"), backend.uploads)
+    backend.estimate_depth(backend.make_request(task, "depth.ckpt", values), job)
     map_ = job.images[0]["path"]
     with Image.open(map_) as picture:
         assert picture.mode.startswith("I")
-    job = run(studio, "depth2img", answers("depth2img", depth_map=map_))
+    job = run(backend, "depth2img", answers("depth2img", depth_map=map_))
     assert job.images[0]["inputs"]["depth_map"], job.message
 
 
 @pytest.mark.parametrize(
     ("task", "changes", "message"),
     [
-        ("txt2img", {"steps": 21}, "steps is 21, 1 to 20 are allowed"),
-        ("txt2img", {"n_samples": 3}, "n_samples is 3, 1 to 2 are allowed"),
-        ("txt2img", {"width": 4096}, "width is 4096, 8 to 256 are allowed"),
+        ("txt2img", {"steps": 21}, "steps must be 1 to 20, got 21"),
+        ("txt2img", {"n_samples": 3}, "n_samples must be 1 to 2, got 3"),
+        ("txt2img", {"width": 4096}, "width must be 8 to 256, got 4096"),
         ("txt2img", {"height": 68}, "height 68 is not a positive multiple of 8"),
-        ("txt2img", {"prompt": "x" * 3000}, "prompts may have 2000 characters"),
+        ("txt2img", {"prompt": "x" * 3000}, "longer than 2000 characters"),
         ("txt2img", {"sampler": "dmp"}, "unknown sampler `dmp`"),
         ("inpaint", {"sketch": None}, "No input image"),
         ("unclip", {"init_img": None}, "No input image"),
@@ -135,15 +135,15 @@ def test_an_estimated_depth_map_is_taken_back(studio, answers):
     ],
 )
 def test_what_asks_for_too_much_or_makes_no_sense_is_one_line(
-    studio, answers, task, changes, message
+    backend, answers, task, changes, message
 ):
-    job = run(studio, task, answers(task, **changes))
+    job = run(backend, task, answers(task, **changes))
     assert job.has_failed
     assert message in job.message
 
 
-def test_an_empty_sketch_says_what_to_do(studio, answers, photo):
-    job = run(studio, "inpaint", answers("inpaint", sketch=sketch(photo, None)))
+def test_an_empty_sketch_says_what_to_do(backend, answers, photo):
+    job = run(backend, "inpaint", answers("inpaint", sketch=sketch(photo, None)))
     assert job.message.startswith("The mask is empty")
 
 
@@ -152,31 +152,31 @@ def test_an_empty_sketch_says_what_to_do(studio, answers, photo):
     [(b"", "an empty file"), (b"<html>", "a web page"), ("cut", "damaged"), ("huge", "pixels")],
 )
 def test_bad_uploads_are_named_in_one_line_without_the_path(
-    studio, answers, photo, tmp_path, content, reason
+    backend, answers, photo, tmp_path, content, reason
 ):
     bad = tmp_path / "holiday.png"
     if content == "huge":
         Image.new("1", (20_000, 20_000)).save(bad)
     else:
         bad.write_bytes(photo.read_bytes()[:2000] if content == "cut" else content)
-    job = run(studio, "img2img", answers("img2img", init_img=str(bad)))
+    job = run(backend, "img2img", answers("img2img", init_img=str(bad)))
     assert re.match("`holiday.png` (is|has) ", job.message)
     assert reason in job.message
     assert "\n" not in job.message
 
 
-def test_too_large_a_picture_says_how_to_scale_it(studio, answers, tmp_path):
+def test_too_large_a_picture_says_how_to_scale_it(backend, answers, tmp_path):
     Image.new("RGB", (300, 200)).save(tmp_path / "large.png")
     large = {"init_img": str(tmp_path / "large.png")}
-    job = run(studio, "img2img", answers("img2img", **large))
-    assert "300x200, sides up to 256 are allowed: set width or height" in job.message
-    assert not run(studio, "img2img", answers("img2img", **large, width=64)).has_failed
+    job = run(backend, "img2img", answers("img2img", **large))
+    assert "300x200 is too large, sides up to 256 are allowed: set width or height" in job.message
+    assert not run(backend, "img2img", answers("img2img", **large, width=64)).has_failed
 
 
 @pytest.mark.parametrize("name", [None, "../base_v.ckpt", "inpaint.ckpt", "absent.ckpt"])
-def test_models_are_those_of_the_folder_that_serve_the_task(studio, answers, name):
-    with pytest.raises(ValueError, match=r"for txt2img; there is: base_eps.ckpt, base_v.ckpt"):
-        studio.make_request(TASKS["txt2img"], name, {})
+def test_models_are_those_of_the_folder_that_serve_the_task(backend, answers, name):
+    with pytest.raises(ValueError, match=r"for txt2img; available: base_eps.ckpt, base_v.ckpt"):
+        backend.make_request(TASKS["txt2img"], name, {})
 
 
 LIES = [
@@ -185,9 +185,9 @@ LIES = [
     ({"request": {"overrides": ["model.params.x=1"]}}, "use `ldm replay`"),
     ({"loras": [{"path": "/etc/passwd", "weight": 1, "hash": ""}]}, "`passwd`, which is not here"),
     ({"embeddings": [{"path": "/etc/passwd", "hash": ""}]}, "`passwd`, which is not here"),
-    ({"request": {"steps": 10**9}}, "steps is"),
-    ({"rows": 10**9}, "n_samples is"),
-    ({"request": {"height": 8192}}, "height is 8192"),
+    ({"request": {"steps": 10**9}}, "steps must be"),
+    ({"rows": 10**9}, "n_samples must be"),
+    ({"request": {"height": 8192}}, "height must be 8 to 256, got 8192"),
 ]
 
 
@@ -198,76 +198,76 @@ def merge(info, lie):
 
 @pytest.mark.parametrize(("lie", "message"), LIES)
 def test_a_picture_that_lies_about_its_making_reads_no_file_and_takes_no_time(
-    studio, answers, tmp_path, lie, message
+    backend, answers, tmp_path, lie, message
 ):
-    path = run(studio, "img2img", answers("img2img")).images[0]["path"]
+    path = run(backend, "img2img", answers("img2img")).images[0]["path"]
     with Image.open(path) as picture:
         write_png(tmp_path / "lie.png", picture, merge(read_info(path), lie))
-    job = replayed(studio, tmp_path / "lie.png")
+    job = replayed(backend, tmp_path / "lie.png")
     assert job.has_failed
     assert message in job.message
 
 
-def test_a_config_that_a_picture_names_is_not_read(studio, answers, tmp_path):
-    path = run(studio, "txt2img", answers("txt2img")).images[0]["path"]
+def test_a_config_that_a_picture_names_is_not_read(backend, answers, tmp_path):
+    path = run(backend, "txt2img", answers("txt2img")).images[0]["path"]
     with Image.open(path) as picture:
         write_png(tmp_path / "lie.png", picture, read_info(path) | {"config": "/etc/passwd"})
-    assert replayed(studio, tmp_path / "lie.png").message == "identical"
+    assert replayed(backend, tmp_path / "lie.png").message == "identical"
 
 
-def test_pictures_of_other_programs_are_not_replayed(studio, photo):
-    assert "does not say how it was made" in replayed(studio, photo).message
+def test_pictures_of_other_programs_are_not_replayed(backend, photo):
+    assert "does not say how it was made" in replayed(backend, photo).message
 
 
-def test_models_stay_in_memory_between_tasks(studio, answers):
-    run(studio, "txt2img", answers("txt2img"))
-    run(studio, "img2img", answers("img2img"), model="base_v.ckpt")
-    assert studio._pool.count == 1
-    run(studio, "inpaint", answers("inpaint"))
-    assert studio._pool.count == 2
+def test_models_stay_in_memory_between_tasks(backend, answers):
+    run(backend, "txt2img", answers("txt2img"))
+    run(backend, "img2img", answers("img2img"), model="base_v.ckpt")
+    assert backend._models.count == 1
+    run(backend, "inpaint", answers("inpaint"))
+    assert backend._models.count == 2
 
 
 def test_chosen_loras_change_the_picture_and_are_found_again_by_content(
-    studio, files, answers, tmp_path, capsys
+    backend, files, answers, tmp_path, capsys
 ):
     model = ldm.load(files["base_v"][3], files["base_v"][1])
     given = [(str(random_lora(tmp_path / f"{n}.safetensors", model, n)), 0.5) for n in (1, 2)]
-    studio = Studio(studio.folder, studio.outdir, studio.choice, LIMITS, loras=given)
-    assert TaskForm(TASKS["txt2img"], LIMITS, studio.offered_loras).prompts["lora"].settings[
+    backend = Backend(backend.folder, backend.outdir, backend.choice, LIMITS, loras=given)
+    assert TaskForm(TASKS["txt2img"], LIMITS, backend.offered_loras).prompts["lora"].settings[
         "choices"
     ] == ["1:0.5", "2:0.5"]
     with_one, plain = (
-        run(studio, "txt2img", answers("txt2img", lora=lora)).images[0] for lora in (["1:0.8"], [])
+        run(backend, "txt2img", answers("txt2img", lora=lora)).images[0] for lora in (["1:0.8"], [])
     )
     assert [(lora["path"], lora["weight"]) for lora in with_one["loras"]] == [
         ("1.safetensors", 0.8)
     ]
     assert (pixels(with_one["path"]) != pixels(plain["path"])).any()
-    assert studio._pool.count == 2
+    assert backend._models.count == 2
     words = ["--ckpt", files["base_v"][1], "--lora", f"{given[0][0]}:0.8"]
     assert main(["replay", with_one["path"], *words]) == 0
     moved = [(str(Path(given[0][0]).rename(tmp_path / "moved.safetensors")), 1.0)]
-    studio = Studio(studio.folder, studio.outdir, studio.choice, LIMITS, loras=moved)
-    assert replayed(studio, with_one["path"]).message == "identical"
-    assert replayed(studio, plain["path"]).message == "identical"
+    backend = Backend(backend.folder, backend.outdir, backend.choice, LIMITS, loras=moved)
+    assert replayed(backend, with_one["path"]).message == "identical"
+    assert replayed(backend, plain["path"]).message == "identical"
 
 
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        (["/etc/passwd"], "no LoRA `/etc/passwd`; there is: style"),
-        (["style:1000"], "of weight 1000: -10 to 10"),
+        (["/etc/passwd"], "no LoRA `/etc/passwd`; available: style"),
+        (["style:1000"], "`style` must be -10 to 10, got 1000"),
         (["style:nan"], "no LoRA `style:nan`"),
         (["style", "style:0.5"], "`style` was chosen twice"),
         ([1], "no LoRA `1`"),
         (["style"], "`style.pt` is"),
     ],
 )
-def test_loras_are_those_that_were_offered(studio, answers, tmp_path, chosen, message):
+def test_loras_are_those_that_were_offered(backend, answers, tmp_path, chosen, message):
     (tmp_path / "style.pt").write_bytes(b"<html>")
     loras = [(str(tmp_path / "style.pt"), 1)]
-    studio = Studio(studio.folder, studio.outdir, studio.choice, LIMITS, loras=loras)
-    job = run(studio, "txt2img", answers("txt2img", lora=chosen))
+    backend = Backend(backend.folder, backend.outdir, backend.choice, LIMITS, loras=loras)
+    job = run(backend, "txt2img", answers("txt2img", lora=chosen))
     assert message in job.message
     assert str(tmp_path) not in job.message
 
@@ -279,17 +279,17 @@ def test_loras_are_those_that_were_offered(studio, answers, tmp_path, chosen, me
         ([("a/x.pt", 1), ("b/x.pt", 1)], "have the same name"),
     ],
 )
-def test_loras_are_there_when_the_app_starts(studio, loras, message):
+def test_loras_are_there_when_the_app_starts(backend, loras, message):
     with pytest.raises((ValueError, OSError), match=message):
-        Studio(studio.folder, studio.outdir, studio.choice, LIMITS, loras=loras)
+        Backend(backend.folder, backend.outdir, backend.choice, LIMITS, loras=loras)
 
 
-def test_a_picture_is_made_again_with_the_words_it_was_made_with(studio, files, answers, tmp_path):
+def test_a_picture_is_made_again_with_the_words_it_was_made_with(backend, files, answers, tmp_path):
     width = ldm.load(files["base_v"][3], files["base_v"][1]).conditioner.text.width
     word = tmp_path / "cat.safetensors"
     choice = replace(CHOICE, embedding=(str(tmp_path),))
-    taught = Studio(studio.folder, studio.outdir, choice, LIMITS)
-    path = run(studio, "txt2img", answers("txt2img", prompt="a cat")).images[0]["path"]
+    taught = Backend(backend.folder, backend.outdir, choice, LIMITS)
+    path = run(backend, "txt2img", answers("txt2img", prompt="a cat")).images[0]["path"]
     write_embeddings(word, {"cat": torch.randn(2, width)})
     with_word = run(taught, "txt2img", answers("txt2img", prompt="a cat")).images[0]["path"]
     assert (pixels(path) != pixels(with_word)).any()
@@ -299,12 +299,12 @@ def test_a_picture_is_made_again_with_the_words_it_was_made_with(studio, files, 
     assert "`cat.safetensors`, which is not here" in replayed(taught, with_word).message
 
 
-def test_a_checkpoint_is_inspected_by_its_name_only(studio):
-    assert "family" in studio.inspect("base_v.ckpt")
-    assert studio.inspect("../../etc/passwd") == "choose a checkpoint"
+def test_a_checkpoint_is_inspected_by_its_name_only(backend):
+    assert "family" in backend.inspect("base_v.ckpt")
+    assert backend.inspect("../../etc/passwd") == "choose a checkpoint"
 
 
-def test_a_run_is_html_without_what_users_write(studio):
+def test_a_run_is_html_without_what_users_write(backend):
     shown = show_progress(Progress(message="<script>", preview=Image.new("RGB", (4, 4))))
     assert "&lt;script&gt;" in shown
     assert "data:image/png;base64," in shown

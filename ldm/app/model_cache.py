@@ -1,4 +1,4 @@
-"""Pool: models that stay in memory, with the parts that they have in common there once."""
+"""Cache of loaded models, which share equal parts."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -12,36 +12,39 @@ from ldm.encoders.text import TextEncoder
 from ldm.loading.load import load
 from ldm.model import LatentDiffusion
 
-__all__ = ["Pool"]
+__all__ = ["ModelCache"]
 
-PLAIN = (bool, int, float, str, tuple, list, type(None))
+SETTING_TYPES = (bool, int, float, str, tuple, list, type(None))
 
 
-class Pool:
-    """Called like `load`, whose models it keeps; asked again for one, it is given at once.
+class ModelCache:
+    """Called like `load`; keeps the models and returns one that it has at once.
 
-        limit: bytes that the models together may take; the one that was used longest ago goes
-            first, before another is loaded. A model that is larger is loaded alone.
-        load: what makes the models.
+    Encoders and autoencoders that were built alike and hold equal weights are shared.
 
-    Two models whose text towers, autoencoders … were built alike and hold equal weights share them.
+    Args:
+        limit: bytes that all models together may take. Before a model is loaded, those used longest
+            ago are dropped; a model that is larger is loaded alone.
+        load: loads a model.
     """
 
     def __init__(self, limit: float, load: Callable[..., LatentDiffusion] = load) -> None:
         self.limit = limit
         self._load = load
-        self._models: dict[object, LatentDiffusion] = {}  # the last used last
+        self._models: dict[object, LatentDiffusion] = {}  # the most recently used one last
 
-    def __call__(self, config: Any = None, ckpt: Any = None, **options: Any) -> LatentDiffusion:
-        """The model; arguments as `load`. A file that has changed since is loaded anew."""
-        beside = [*(file for file, _ in options.get("loras", ())), *options.get("embeddings", ())]
-        states = tuple(map(_state, (ckpt, *beside)))
-        key = (str(config), states, repr(sorted(options.items())))
+    def __call__(
+        self, config: str | Path | None = None, ckpt: str | Path | None = None, **options: Any
+    ) -> LatentDiffusion:
+        """The model; arguments as `load`. A file that has changed is loaded again."""
+        loras = [file for file, _ in options.get("loras", ())]
+        states = [_file_state(file) for file in (ckpt, *loras, *options.get("embeddings", ()))]
+        key = (str(config), tuple(states), repr(sorted(options.items())))
         if key in self._models:
             self._models[key] = self._models.pop(key)
             return self._models[key]
-        coming = Path(ckpt).expanduser().stat().st_size if ckpt else 0
-        while self._models and self.nbytes + coming > self.limit:
+        nbytes = Path(ckpt).expanduser().stat().st_size if ckpt else 0
+        while self._models and self.nbytes + nbytes > self.limit:
             self._models.pop(next(iter(self._models)))
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -53,42 +56,44 @@ class Pool:
 
     @property
     def count(self) -> int:
-        """How many models there are."""
+        """Number of models."""
         return len(self._models)
 
     @property
     def nbytes(self) -> int:
-        """What all models take together; a tensor that several have counts once."""
+        """Bytes of all models together; a tensor that they share counts once."""
         tensors = (t for model in self._models.values() for t in _tensors(model))
         return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
 
 def _share(model: LatentDiffusion, other: LatentDiffusion) -> None:
-    """Puts parts of another model in the place of equal ones."""
+    """Replace parts of a model by equal ones of another."""
     theirs = dict(other.conditioner.named_children())
     for name, part in list(model.conditioner.named_children()):
-        if name in theirs and _equal(part, theirs[name]):
+        if name in theirs and _is_equal(part, theirs[name]):
             model.conditioner.add_module(name, theirs[name])
-    if _equal(model.autoencoder, other.autoencoder):
+    if _is_equal(model.autoencoder, other.autoencoder):
         model.autoencoder = other.autoencoder
 
 
-def _equal(one: nn.Module, two: nn.Module) -> bool:
-    """Whether two modules were built alike and hold the same values, in the same place."""
-    if one is two or [_look(m) for m in one.modules()] != [_look(m) for m in two.modules()]:
-        return one is two
+def _is_equal(one: nn.Module, two: nn.Module) -> bool:
+    """Whether two modules were built alike and hold the same values, on the same device."""
+    if one is two:
+        return True
+    if [_describe(m) for m in one.modules()] != [_describe(m) for m in two.modules()]:
+        return False
     pairs = list(zip(_tensors(one), _tensors(two), strict=True))
     if any((a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device) for a, b in pairs):
         return False
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-def _look(module: nn.Module) -> tuple[type, dict[str, Any], list[str]]:
-    """Class, settings and names of a module, but no weights."""
+def _describe(module: nn.Module) -> tuple[type, dict[str, Any], list[str]]:
+    """Class, settings and names of the tensors of a module, without weights."""
     settings: dict[str, Any] = {
         name: value
         for name, value in vars(module).items()
-        if isinstance(value, PLAIN) or inspect.isroutine(value)
+        if isinstance(value, SETTING_TYPES) or inspect.isroutine(value)
     }
     if isinstance(module, TextEncoder):  # textual inversions are not among the weights
         settings["added"] = {t: v.tolist() for t, v in module.added_embeddings.items()}
@@ -101,12 +106,12 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers()
 
 
-def _state(path: Any) -> Any:
-    """A file, or all of a folder, as it is now."""
+def _file_state(path: str | Path | None) -> tuple[object, ...]:
+    """Path, size and time of change of a file, or of all files of a folder."""
     if path is None:
-        return None
+        return ()
     file = Path(path).expanduser()
     if file.is_dir():
-        return tuple(_state(inside) for inside in sorted(file.iterdir()) if inside.is_file())
+        return tuple(_file_state(inner) for inner in sorted(file.iterdir()) if inner.is_file())
     status = file.stat()
     return str(file.resolve()), status.st_size, status.st_mtime_ns

@@ -1,7 +1,7 @@
-"""Server side of the app: which models and LoRAs there are, and runs for many users.
+"""Server side of the app: available models and LoRAs, and runs of all users.
 
-What a request or an image says about files is never followed: models are looked up by name,
-uploads by hash, everything else is refused.
+Paths in requests and in images are never used: models are looked up by name, uploads by hash, and
+everything else is refused.
 """
 
 import os
@@ -18,32 +18,38 @@ from ldm.app.uploads import Uploads
 from ldm.generate.load import SMALL_MODEL, load_model
 from ldm.generate.options import options_of, parse_weighted_file
 from ldm.generate.plan import plan_batches
-from ldm.generate.provenance import FILES, compare_images, compare_infos, describe_run, read_request
+from ldm.generate.provenance import (
+    FILE_KEYS,
+    compare_images,
+    compare_infos,
+    describe_run,
+    read_request,
+)
 from ldm.generate.request import ModelChoice, Request, Sampling
 from ldm.generate.run import generate_batches, remake_image
-from ldm.generate.tasks import Prepared, Task
+from ldm.generate.tasks import PreparedTask, Task
 from ldm.runtime.errors import ArgumentError, MissingFile
 
 if TYPE_CHECKING:
     from ldm.app.catalogue import CatalogueEntry
-    from ldm.app.pool import Pool
+    from ldm.app.model_cache import ModelCache
     from ldm.model import LatentDiffusion
 
-__all__ = ["Studio"]
+__all__ = ["Backend"]
 
-LARGEST_WEIGHT = 10  # of a LoRA
+MAX_LORA_WEIGHT = 10
 
 
-class Studio:
+class Backend:
     """Runs of all users, one at a time.
 
     Args:
         models: folder of checkpoints.
-        outdir: for images (`samples`), `uploads` and `replays`.
+        outdir: folder for `samples`, `uploads` and `replays`.
         choice: device, precision, attention and embeddings of all runs.
-        limits: of each run.
-        memory: bytes that models may take together; None = half of what the device has.
-        loras: files that a run may add, and their usual weights.
+        limits: limits of each run.
+        memory: bytes for loaded models; None = half of the device's memory.
+        loras: files that a run may add, and their default weights.
     Raises:
         MissingFile: a LoRA is missing.
         ArgumentError: two LoRAs have the same name, or a weight is too large.
@@ -65,7 +71,7 @@ class Studio:
         self.memory = memory
         self.loras = _loras_by_name(loras)
         self.uploads = Uploads(self.outdir / "uploads")
-        self._pool: Pool | None = None
+        self._models: ModelCache | None = None
 
     @property
     def offered_loras(self) -> list[str]:
@@ -73,7 +79,7 @@ class Studio:
         return [f"{name}:{weight:g}" for name, (_, weight) in self.loras.items()]
 
     def model_names(self, task: str | None = None) -> list[str]:
-        """The models of the folder that serve a task; None = all checkpoints, models or not."""
+        """The models for a task; None = all checkpoints of the folder."""
         from ldm.app.catalogue import list_checkpoints, read_catalogue
 
         if task is None:
@@ -82,35 +88,35 @@ class Studio:
         return [name for name, model in models.items() if task in model.tasks]
 
     def skipped_files(self) -> list[str]:
-        """Why other checkpoints of the folder are not models, a line for each."""
+        """A line about each checkpoint of the folder that cannot be used."""
         from ldm.app.catalogue import read_catalogue
 
         return read_catalogue(self.folder).skipped
 
     def inspect(self, name: str | None) -> str:
-        """What is in a checkpoint of the folder."""
+        """Describe a checkpoint of the folder."""
         from ldm.app.catalogue import list_checkpoints
         from ldm.loading.report import inspect_checkpoint
 
-        path = {path.name: path for path in list_checkpoints(self.folder)}.get(name or "")
-        return (
-            "choose a checkpoint" if path is None else "\n".join(inspect_checkpoint(path).lines())
-        )
+        for path in list_checkpoints(self.folder):
+            if path.name == name:
+                return "\n".join(inspect_checkpoint(path).lines())
+        return "choose a checkpoint"
 
     def make_request(self, task: Task, name: str | None, values: Mapping[str, object]) -> Request:
-        """The request of a run: defaults of the task, what is the same for all runs, its own.
+        """The request of a run.
 
         Args:
-            name: of the model.
-            values: of options; files among them are paths of uploads.
+            name: name of the model.
+            values: options by name; files are paths of uploads, LoRAs `NAME:WEIGHT`.
         Raises:
-            ArgumentError: no such model serves the task, or a value is not allowed.
+            ArgumentError: the model does not exist or cannot do the task, or a value is wrong.
         """
-        entry = self._model(name, task.name)
-        chosen = values.get("lora") or ()
-        if not isinstance(chosen, Sequence):
+        entry = self._find_model(name, task.name)
+        words = values.get("lora") or ()
+        if not isinstance(words, Sequence):
             raise ArgumentError("lora is not a list", "lora")
-        loras = self._chosen_loras(parse_weighted_file(str(choice)) for choice in chosen)
+        loras = self._find_loras(parse_weighted_file(str(word)) for word in words)
         request = task.request({key: value for key, value in values.items() if key != "lora"})
         if request.sampling.scale is None:
             is_small = entry.path.stat().st_size < SMALL_MODEL
@@ -119,9 +125,10 @@ class Studio:
         return self._with_model(request, entry, loras)
 
     def generate(self, request: Request, progress: Progress) -> str:
-        """Make images as the command of the task does; returns what to say in the end."""
+        """Make and save images; returns the final message."""
         self.limits.check(request)
-        start, batches = time.monotonic(), plan_batches(request)
+        start = time.monotonic()
+        batches = plan_batches(request)
         progress.total = sum(map(len, batches))
         prepared = request.task.prepare(request)
         model = self._load(request, prepared, progress)
@@ -132,7 +139,7 @@ class Studio:
         return f"finished in {time.monotonic() - start:.1f} s"
 
     def replay(self, path: str | Path, progress: Progress) -> str:
-        """Make an image again, report it and return how it compares."""
+        """Make an image again; returns how it differs from the file."""
         from PIL import Image
 
         from ldm.imaging.metadata import read_info
@@ -156,23 +163,22 @@ class Studio:
         return "; ".join([difference, *compare_infos(info, now)])
 
     def estimate_depth(self, request: Request, progress: Progress) -> str:
-        """Report the path of the depth that a model sees in an image, a PNG of 16 bits."""
-        prepared = request.task.prepare(request)
-        model = self._load(request, prepared, progress)
+        """Estimate the depth of the input image; adds a 16-bit PNG of it to the progress."""
         with TemporaryDirectory() as folder:
             path = Path(folder, "depth.png")
             request = request.with_values({"save_depth": str(path)})
-            request.task.prepare(request).begin(model)
+            prepared = request.task.prepare(request)
+            prepared.begin(self._load(request, prepared, progress))
             progress.add_image({"task": "depth", "path": self.uploads.add(path)})
         return "depth estimated"
 
-    def _model(self, name: str | None, task: str) -> "CatalogueEntry":
+    def _find_model(self, name: str | None, task: str) -> "CatalogueEntry":
         from ldm.app.catalogue import read_catalogue
 
         models = read_catalogue(self.folder).models
         if name not in models or task not in models[name].tasks:
             names = ", ".join(self.model_names(task)) or f"none, put one into {self.folder}"
-            raise ArgumentError(f"no model `{name or ''}` for {task}; there is: {names}", "ckpt")
+            raise ArgumentError(f"no model `{name or ''}` for {task}; available: {names}", "ckpt")
         return models[name]
 
     def _with_model(
@@ -187,70 +193,72 @@ class Studio:
         output = replace(request.output, outdir=str(self.outdir), skip_grid=True)
         return replace(request, model=choice, output=output)
 
-    def _chosen_loras(self, chosen: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
-        """Files of ours, by their names, with the weights that a run wants for them."""
-        weights: dict[str, float] = {}
-        for name, weight in chosen:
-            if name in weights:
-                raise ArgumentError(f"the LoRA `{name}` was chosen twice", "lora")
+    def _find_loras(self, choices: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
+        """LoRAs by name and weight -> by file and weight."""
+        files: dict[str, float] = {}
+        for name, weight in choices:
             if name not in self.loras:
                 names = ", ".join(self.loras) or "none, start the app with --lora"
-                raise ArgumentError(f"no LoRA `{name}`; there is: {names}", "lora")
+                raise ArgumentError(f"no LoRA `{name}`; available: {names}", "lora")
             _check_weight(name, weight)
-            weights[name] = weight
-        return [(self.loras[name][0], weight) for name, weight in weights.items()]
+            file = self.loras[name][0]
+            if file in files:
+                raise ArgumentError(f"the LoRA `{name}` was chosen twice", "lora")
+            files[file] = weight
+        return list(files.items())
 
     def _load(
         self,
         request: Request,
-        prepared: Prepared,
+        prepared: PreparedTask,
         progress: Progress,
         threads: int | None = None,
     ) -> "LatentDiffusion":
-        from ldm.app.pool import Pool
+        from ldm.app.model_cache import ModelCache
         from ldm.runtime.device import memory_of, pick_device
 
-        if self._pool is None:
+        if self._models is None:
             memory = self.memory or memory_of(pick_device(request.model.device)) / 2
-            self._pool = Pool(memory, _load_with_fitting_embeddings)
+            self._models = ModelCache(memory, _load_with_fitting_embeddings)
         progress.set_message(f"loading {Path(request.model.ckpt or '').name}")
         threads = threads and min(threads, os.cpu_count() or 1)
         try:
-            model = load_model(request, threads=threads, load=self._pool)
+            model = load_model(request, threads=threads, load=self._models)
         except ValueError as error:
             files = [file for file, _ in request.model.lora]
             raise ValueError(_without_folders(str(error), files)) from error
-        for key in FILES:
-            for file in model.provenance.get(key, ()):  # images say it, so users see it
+        for key in FILE_KEYS:
+            for file in model.provenance.get(key, ()):  # goes into images, which users see
                 file["path"] = Path(file["path"]).name
         height, width = prepared.output_size(model)
-        self.limits.check_output(width, height, enlarges=request.task.name == "upscale")
+        self.limits.check_output(width, height, request.task.name == "upscale")
         return model
 
     def _recorded_request(self, info: dict[str, Any], name: str) -> Request:
-        """The request that made an image; what it says of files is replaced by what is here."""
+        """The request that made an image, with the server's own files."""
         recorded = read_request(info, name)
         if recorded.model.overrides or info["overrides"]:  # of any key
             raise ArgumentError("it was made with overrides: use `ldm replay`")
-        entry = self._model(info["checkpoint"], recorded.task.name)
+        entry = self._find_model(info["checkpoint"], recorded.task.name)
         inputs = options_of(recorded.task.inputs)
-        allowed = {name for name, (row, _) in inputs.items() if not row.is_path}
+        allowed = {name for name, (option, _) in inputs.items() if not option.is_path}
         allowed |= options_of(Sampling).keys() | {"no_watermark"}
         values = {key: value for key, value in recorded.values().items() if key in allowed}
-        for option, files in info.get("inputs", {}).items():
+        for key, files in info.get("inputs", {}).items():
             paths = [str(self.uploads.find(file["sha256"])) for file in files]
-            is_list = option in inputs and inputs[option][0].is_list
-            values[option] = paths if is_list else next(iter(paths), None)
+            is_list = key in inputs and inputs[key][0].is_list
+            values[key] = paths if is_list else next(iter(paths), None)
         values |= {"prompt": info["prompt"], "negative_prompt": info["negative_prompt"]}
         values |= {"n_samples": info["rows"], "n_iter": 1 + len(info.get("earlier", ()))}
         values["scale"] = info["scale"]
         request = recorded.task.request(values)
         names = {file: name for name, (file, _) in self.loras.items()}
-        then = info.get("loras", ())
-        weights = (float(lora.get("weight", 1.0)) for lora in then)
-        loras = zip((names[f] for f in _own_files(then, names, "--lora")), weights, strict=True)
-        embeddings = _own_files(info.get("embeddings", ()), self._embedding_files(), "--embedding")
-        request = self._with_model(request, entry, self._chosen_loras(loras))
+        recorded_loras = info.get("loras", ())
+        files = _find_files(recorded_loras, names, "--lora")
+        weights = [float(lora.get("weight", 1.0)) for lora in recorded_loras]
+        loras = self._find_loras(zip((names[file] for file in files), weights, strict=True))
+        embeddings = _find_files(info.get("embeddings", ()), self._embedding_files(), "--embedding")
+        request = self._with_model(request, entry, loras)
         return replace(request, model=replace(request.model, embedding=tuple(embeddings)))
 
     def _embedding_files(self) -> list[str]:
@@ -262,7 +270,7 @@ class Studio:
 def _load_with_fitting_embeddings(
     config: Any = None, ckpt: Any = None, *, embeddings: Iterable[str] = (), **options: Any
 ) -> "LatentDiffusion":
-    """`ldm.load`; embeddings of models of another width are left out, as those of a folder are."""
+    """`ldm.load`, without the embeddings that are for models of another width."""
     from ldm.loading.addons.embeddings import load_embeddings
     from ldm.loading.load import load
 
@@ -273,7 +281,7 @@ def _load_with_fitting_embeddings(
 
 
 def _loras_by_name(loras: Sequence[tuple[str, float]]) -> dict[str, tuple[str, float]]:
-    """LoRAs by the names that they are chosen by."""
+    """(file, weight) of each LoRA, by the name that users choose."""
     by_name = {Path(file).stem: (file, weight) for file, weight in loras}
     if len(by_name) < len(loras):
         raise ArgumentError("two LoRA files have the same name, by which they are chosen", "lora")
@@ -285,21 +293,23 @@ def _loras_by_name(loras: Sequence[tuple[str, float]]) -> dict[str, tuple[str, f
 
 
 def _check_weight(name: str, weight: float) -> None:
-    if not abs(weight) <= LARGEST_WEIGHT:  # False for NaN, too
-        allowed = f"-{LARGEST_WEIGHT} to {LARGEST_WEIGHT}"
-        raise ArgumentError(f"the LoRA `{name}` of weight {weight:g}: {allowed}", "lora")
+    if not abs(weight) <= MAX_LORA_WEIGHT:  # False for NaN, too
+        allowed = f"-{MAX_LORA_WEIGHT} to {MAX_LORA_WEIGHT}"
+        raise ArgumentError(
+            f"the weight of LoRA `{name}` must be {allowed}, got {weight:g}", "lora"
+        )
 
 
-def _own_files(recorded: Any, files: Iterable[str], flag: str) -> list[str]:
-    """The files of ours that an image was made with, found by their content.
+def _find_files(recorded: Any, files: Iterable[str], flag: str) -> list[str]:
+    """Those of `files` that have the hashes recorded in an image.
 
     Raises:
-        ArgumentError: one is not here.
+        ArgumentError: none has the hash.
     """
     from ldm.loading.files.checkpoint import file_hash
 
     if not all(isinstance(file, dict) and {"hash", "path"} <= file.keys() for file in recorded):
-        raise ArgumentError(f"what it says of {flag} is damaged")
+        raise ArgumentError(f"its entry for {flag} is damaged")
     by_hash = {file_hash(file): file for file in files} if recorded else {}
     for file in recorded:
         if file["hash"] not in by_hash:
@@ -309,7 +319,7 @@ def _own_files(recorded: Any, files: Iterable[str], flag: str) -> list[str]:
 
 
 def _without_folders(message: str, files: Iterable[str]) -> str:
-    """A message about files, without where they are on the server."""
+    """The message without the folders of the server's files."""
     for file in files:
         message = message.replace(file, Path(file).name)
     return message

@@ -1,4 +1,4 @@
-"""The frame of every task: check the call, encode the condition, sample, decode."""
+"""Steps that tasks have in common: check the call, encode the condition, sample, decode."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ __all__ = ["TaskOptions", "decode_latent", "encode_image", "generate", "pipeline
 
 
 class TaskOptions(SamplingOptions):
-    """The keywords that all tasks take, in the form that suits a batch of several prompts."""
+    """The keywords that all tasks take, for a batch of several prompts."""
 
     negative_prompt: Sequence[str]
     scale: float
@@ -31,25 +31,24 @@ class TaskOptions(SamplingOptions):
 
 
 P = ParamSpec("P")
-Checked = TypeVar("Checked", Tensor, Cond)
+TensorOrCond = TypeVar("TensorOrCond", Tensor, Cond)
 FORMER_KEYWORDS = {"grid": "scheduler"}
 
 
 def pipeline(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
-    """Decorate a task: before any network runs, refuse what does not fit.
+    """Decorate a task to check model and keywords first, and to run without gradients.
+
+    The decorated function raises WrongFamily for another model, and UnknownName for a keyword that
+    it does not take.
 
     Args:
-        families: names in FAMILIES of the models that the task serves.
-    Returns:
-        A decorator. The decorated function raises WrongFamily for another model, UnknownName for a
-        keyword that it does not take (with the nearest that it does), and ArgumentError for a
-        value that `sample` does not allow. It runs without gradients.
+        families: the models that the task works with, names in FAMILIES.
     """
 
     def decorate(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
         parameters = inspect.signature(function).parameters.values()
-        own = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
-        allowed = [*own, *SamplingOptions.__annotations__]
+        allowed = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+        allowed += SamplingOptions.__annotations__
 
         @wraps(function)
         @torch.no_grad()
@@ -61,7 +60,8 @@ def pipeline(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tens
                 if keyword not in allowed:
                     kind = f"keyword of {function.__name__}"
                     raise unknown_name(kind, keyword, allowed[1:], argument=keyword)
-            check_family(cast(LatentDiffusion, (*args, *keywords.values())[0]), *families)
+            model = args[0] if args else keywords["model"]
+            check_family(cast(LatentDiffusion, model), *families)
             return function(*args, **keywords)
 
         return call
@@ -85,20 +85,21 @@ def generate(
     constrain: Callable[[Tensor, float], Tensor] | None = None,
     **options: Unpack[SamplingOptions],
 ) -> Tensor:
-    """Condition, sample and decode: what all tasks that read text share.
+    """Encode prompts, sample and decode.
+
+    All other arguments are those of `sample`.
 
     Args:
-        inputs: batch keys that the model reads beside text, a row for each prompt.
-        unconditional_inputs: those of them that differ in the unconditional half of guidance.
-        tile: side in latent pixels of the tiles of the decoder; None = decode whole.
-        noise: the source of all noise.
-        z, strength, size, constrain, options: see `sample`.
+        inputs: batch of the keys that the model reads in addition to text, a row per prompt.
+        unconditional_inputs: those that differ for the unconditional half of guidance.
+        tile: side in latent pixels of the decoder's tiles; None = decode whole.
     Returns:
         (B, 3, H, W) float32 in [-1, 1].
     Raises:
         NonFinite: a stage of the model gave NaN or infinity.
     """
-    prompts, uncond = as_list(prompts), None
+    prompts = as_list(prompts)
+    uncond = None
     if scale != 1:
         negatives = as_list(negative_prompt)
         if isinstance(negative_prompt, str):
@@ -117,25 +118,28 @@ def generate(
     return decode_latent(model, latent, tile)
 
 
-def check_options(
+def make_noise(
     model: LatentDiffusion, prompts: Sequence[str], options: SamplingOptions, strength: float = 1.0
 ) -> Noise:
-    """Raise ArgumentError for options that `sample` would refuse; the noise source of the rows."""
+    """Make the noise source of a call, a row per prompt.
+
+    Raises:
+        ArgumentError: `sample` would refuse the options; so before any network runs.
+    """
     sampler, scheduler = options.get("sampler", "ddim"), options.get("scheduler")
     legacy = options.get("legacy", ())
     check_sampling(
         sampler, scheduler, options.get("eta", 0.0), strength, options.get("rescale", 0.0), legacy
     )
-    model.schedule.steps(
-        options.get("steps", 50), scheduler or default_scheduler(model.schedule, sampler)
-    )
+    scheduler = scheduler or default_scheduler(model.schedule, sampler)
+    model.schedule.steps(options.get("steps", 50), scheduler)
     return noise_source(options.get("seeds"), len(as_list(prompts)), legacy)
 
 
 def encode_prompts(
     model: LatentDiffusion, prompts: Sequence[str], inputs: Mapping[str, object]
 ) -> Cond:
-    """The condition of the rows; a prompt that several share is encoded once."""
+    """The condition of all rows; a prompt that repeats is encoded once."""
     distinct = list(dict.fromkeys(prompts))
     cond = model.condition({"txt": distinct, **inputs})
     if cond.crossattn is None or len(distinct) == len(prompts):
@@ -146,22 +150,18 @@ def encode_prompts(
 
 def decode_latent(model: LatentDiffusion, z: Tensor, tile: int | None) -> Tensor:
     """z (B, C, h, w) -> (B, 3, H, W) in [-1, 1]; raises NonFinite."""
-    return check_finite(model.decode(check_finite(z, "the UNet"), tile=tile), "the VAE").clamp(
-        -1, 1
-    )
+    images = model.decode(check_finite(z, "the UNet"), tile=tile)
+    return check_finite(images, "the VAE").clamp(-1, 1)
 
 
 @torch.no_grad()
 def encode_image(model: LatentDiffusion, image: Tensor, n: int, noise: Noise) -> Tensor:
-    """n draws from the posterior of the latent of one image (1, 3, H, W): (n, C, h, w).
-
-    The image is padded to whole latent pixels.
-    """
+    """Sample n latents (n, C, h, w) of one image (1, 3, H, W), padded to whole latent pixels."""
     image = pad_to_multiple(image.to(model.device), model.downscale)
     posterior = model.autoencoder.encode(image)
     mean = posterior.mean.float().expand(n, -1, -1, -1)
-    drawn = noise(torch.empty(mean.shape, device=mean.device))
-    return check_finite((mean + posterior.std.float() * drawn) * model.scale_factor, "the VAE")
+    z = mean + posterior.std.float() * noise(torch.empty(mean.shape, device=mean.device))
+    return check_finite(z * model.scale_factor, "the VAE")
 
 
 def as_list(prompts: str | Sequence[str]) -> list[str]:
@@ -180,8 +180,8 @@ def crop_like(padded: Tensor, image: Tensor) -> Tensor:
     return padded[..., : image.shape[-2], : image.shape[-1]]
 
 
-def check_finite(value: Checked, stage: str) -> Checked:
-    """The value; raises NonFinite if NaN or infinity is in it."""
+def check_finite(value: TensorOrCond, stage: str) -> TensorOrCond:
+    """Return the value; raises NonFinite if it holds NaN or infinity."""
     tensors = [value] if isinstance(value, Tensor) else value.filled().values()
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise NonFinite(stage)

@@ -1,0 +1,118 @@
+"""loading.cache: models stay, within a bound, and have in common what is equal."""
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.app.model_cache import ModelCache
+from ldm.conditioning import Conditioner
+from ldm.encoders.text import TextEncoder
+
+
+class Text(TextEncoder):
+    def __init__(self, seed: int, layer: str = "last") -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.net, self.layer = nn.Linear(16, 16), layer
+
+
+class Model(nn.Module):
+    """As much of a model as a cache looks at."""
+
+    def __init__(self, unet: int, text: Text, autoencoder: int) -> None:
+        super().__init__()
+        torch.manual_seed(unet)
+        self.unet = nn.Linear(16, 16)
+        self.conditioner = Conditioner(text=text)
+        torch.manual_seed(autoencoder)
+        self.autoencoder = nn.Conv2d(3, 4, 3)
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """A cache of models by name; `cache.file` makes one, `cache.get` asks for it."""
+    made = {}
+
+    def load(config, ckpt, **options):
+        return made[ckpt.name]()
+
+    cache = ModelCache(1e6, load)
+
+    def file(name, make, size=10):
+        (tmp_path / name).write_bytes(b"x" * size)
+        made[name] = make
+        return tmp_path / name
+
+    cache.file = file
+    return cache
+
+
+def test_the_same_model_is_given_again_and_another_of_a_changed_file(cache):
+    path = cache.file("a", lambda: Model(0, Text(0), 0))
+    first = cache(None, path, ema=False)
+    assert cache(None, path, ema=False) is first
+    assert cache(None, path, ema=True) is not first
+    cache.file("a", lambda: Model(1, Text(0), 0), size=11)
+    assert cache(None, path, ema=False) is not first
+
+
+def test_equal_towers_and_autoencoders_are_there_once(cache):
+    one = cache(None, cache.file("a", lambda: Model(0, Text(5), 7)))
+    alone = cache.nbytes
+    two = cache(None, cache.file("b", lambda: Model(1, Text(5), 7)))
+    assert two.conditioner.text is one.conditioner.text
+    assert two.autoencoder is one.autoencoder
+    assert two.unet is not one.unet
+    assert cache.nbytes == alone + sum(p.nbytes for p in two.unet.parameters())
+
+
+def test_parts_that_differ_in_a_weight_or_a_setting_are_not_shared(cache):
+    one = cache(None, cache.file("a", lambda: Model(0, Text(5), 7)))
+    other = cache(None, cache.file("b", lambda: Model(0, Text(6), 8)))
+    setting = cache(None, cache.file("c", lambda: Model(0, Text(5, "penultimate"), 7)))
+    half = cache(None, cache.file("d", lambda: Model(0, Text(5), 7).half()))
+    for model in (other, setting, half):
+        assert model.conditioner.text is not one.conditioner.text
+    assert setting.autoencoder is one.autoencoder
+    assert half.autoencoder is not one.autoencoder
+    assert other.autoencoder is not one.autoencoder
+
+
+def test_models_with_other_loras_or_words_are_other_models(cache, tmp_path):
+    path = cache.file("a", lambda: Model(0, Text(0), 0))
+    (tmp_path / "style").write_bytes(b"1")
+    options = {"loras": [(tmp_path / "style", 0.5)], "embeddings": [tmp_path]}
+    plain, styled = cache(None, path), cache(None, path, **options)
+    assert styled is not plain
+    assert cache(None, path, **options) is styled
+    (tmp_path / "style").write_bytes(b"12")
+    options["loras"] = []
+    taught = cache(None, path, **options)
+    (tmp_path / "style").write_bytes(b"123")  # a file of the folder of words
+    assert cache(None, path, **options) is not taught
+
+
+def test_a_tower_that_learned_words_is_not_shared(cache):
+    one = cache(None, cache.file("a", lambda: Model(0, Text(5), 7)))
+    one.conditioner.text.added_embeddings = {"cat": torch.ones(1, 16)}
+    two = cache(None, cache.file("b", lambda: Model(1, Text(5), 7)))
+    assert two.conditioner.text is not one.conditioner.text
+
+
+def test_the_model_used_longest_ago_goes_first(cache):
+    paths = [cache.file(name, lambda: Model(0, Text(0), 0), size=4000) for name in "abc"]
+    cache.limit = 2 * sum(p.nbytes for p in Model(0, Text(0), 0).parameters()) + 4000
+    a, b = cache(None, paths[0]), cache(None, paths[1])
+    cache.limit = cache.nbytes + 3000  # no room for a third
+    assert cache(None, paths[0]) is a
+    cache(None, paths[2])
+    assert cache(None, paths[0]) is a
+    assert cache(None, paths[1]) is not b
+
+
+def test_a_model_larger_than_the_bound_is_loaded_alone(cache):
+    cache.limit = 1
+    paths = [cache.file(name, lambda: Model(0, Text(0), 0)) for name in "ab"]
+    assert cache(None, paths[0]) is cache(None, paths[0])
+    cache(None, paths[1])
+    assert cache.count == 1
