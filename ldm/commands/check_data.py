@@ -1,32 +1,38 @@
-"""Print what a folder of images, or tar shards, hold; pack a folder into shards.
+"""Check a folder of images, or tar shards; pack a folder into shards.
 
     python scripts/check_data.py data/photos
     python scripts/check_data.py "data/{00000..00099}.tar" --size 768
     python scripts/check_data.py data/photos --pack "shards/photos-%06d.tar"
 
-Counts, broken files, missing and repeated captions, sizes, aspect ratios, buckets.
-Exit code: 0, or 1 if something is broken or there is nothing to read.
+Prints counts, broken files, missing and repeated captions, sizes, aspect ratios, buckets.
+Exit status: 0, or 1 if something is broken or there is nothing to read.
 """
 
-import argparse
-import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from ldm.runtime.command import CommandParser, run_command
+
+__all__ = ["main"]
+
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    parser = _parser(prog)
-    args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except (OSError, ValueError, ImportError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 1
+    """Run the command line; returns the exit status."""
+    parser = CommandParser(prog=prog, description=__doc__)
+    add = parser.add_argument
+    add("where", nargs="+", metavar="DIR|SHARDS", help="a folder, or files, patterns, addresses")
+    add("--size", type=int, default=512, help="side of square images in training (%(default)s)")
+    add("--step", type=int, default=64, help="sides of buckets are multiples of it (%(default)s)")
+    add("--workers", type=int, default=4, help="threads that decode (%(default)s)")
+    add("--list", type=Path, metavar="FILE", help="write the names of all broken files")
+    add("--pack", metavar="PATTERN", help="write a folder as shards, `DIR/name-%%06d.tar`")
+    add("--count", type=int, default=1000, help="images in each shard (%(default)s)")
+    args = parser.parse(argv)
+    return run_command(lambda: _check(args), parser.prog)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Check, list and pack as the command line says; returns the exit code."""
+def _check(args: Namespace) -> int:
     from ldm.data.check import check, open_folder
     from ldm.data.pack import pack
 
@@ -42,23 +48,3 @@ def run(args: argparse.Namespace) -> int:
         for path in pack(folder, args.pack, count=args.count):
             print(path)
     return 1 if report.broken else 0
-
-
-def _parser(prog: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("where", nargs="+", metavar="DIR|SHARDS", help="a folder, or files, patterns, addresses")
-    add("--size", type=int, default=512, help="side of square images in training (%(default)s)")
-    add(
-        "--step",
-        type=int,
-        default=64,
-        help="all sides of buckets are multiples of it (%(default)s)",
-    )
-    add("--workers", type=int, default=4, help="threads that decode (%(default)s)")
-    add("--list", type=Path, metavar="FILE", help="write the names of all broken files")
-    add("--pack", metavar="PATTERN", help="write a folder as shards, `DIR/name-%%06d.tar`")
-    add("--count", type=int, default=1000, help="images in each shard (%(default)s)")
-    return parser

@@ -7,8 +7,8 @@
     ldm convert v1-5.safetensors new.safetensors --vae logs/autoencoder-decoder
     ldm convert v1-5.safetensors styled.safetensors --lora style.safetensors:0.8
 
-What diffusers has no place for is kept in the folder's `original.safetensors`. Nothing that exists
-is replaced without --force, and nothing is left half written.
+Weights that have no place in diffusers' layout are saved in the folder's `original.safetensors`. An
+existing target is replaced only with --force, and no target is left incomplete.
 """
 
 import sys
@@ -30,20 +30,19 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     add("source", help="a file, a diffusers folder, or the folder of a training run")
     add("target", help="*.safetensors or *.ckpt: a file in the original's layout; else a folder")
     add("--config", metavar="FILE", help="YAML of the source (recognised from the weights)")
-    add("--dtype", choices=("float32", "float16", "bfloat16"), help="of all weights (as they are)")
-    add("--ema", action="store_true", help="EMA weights in place of the raw ones")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="convert all weights to it")
+    add("--ema", action="store_true", help="use the EMA weights instead of the raw ones")
     add("--prune", action="store_true", help="single files: leave the EMA weights out")
-    add("--variant", metavar="NAME", help="in file names of diffusers folders: fp16")
+    add("--variant", metavar="NAME", help="variant in the file names of a diffusers folder: fp16")
     add("--clip-stats", metavar="FILE", help="statistics of CLIP's embeddings (unCLIP-L)")
     add("--force", action="store_true", help="replace the target")
-    add("--verbose", action="store_true", help="show where an error comes from")
+    add("--verbose", action="store_true", help="log more, and show the traceback of an error")
     add_options(add, ModelChoice, options_of(ModelChoice), only=("lora", "vae"))
     args = parser.parse(argv)
     return run_command(lambda: _convert(args), parser.prog, verbose=args.verbose, hint=hint)
 
 
 def _convert(args: Namespace) -> None:
-    """Say what will be written, write it, print where it is."""
     import torch
     from tqdm import tqdm
 

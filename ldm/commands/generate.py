@@ -11,11 +11,7 @@ __all__ = ["main"]
 
 
 def main(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Make images as the command line asks; returns the exit status.
-
-    Args:
-        name: of the task.
-    """
+    """Run the command line of the task `name`; returns the exit status."""
     task = TASKS[name]
     parser = build_parser(task, prog)
     request, args = parse_request(task, argv, parser)

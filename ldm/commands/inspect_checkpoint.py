@@ -1,10 +1,10 @@
-"""Say what is in a checkpoint, without running anything in it.
+"""Describe a checkpoint, without executing anything in it.
 
     ldm inspect-checkpoint v2-1_768-ema-pruned.ckpt
     ldm inspect-checkpoint model.safetensors --config my.yaml --json
 
-Family, fitting config, whether the network predicts eps or v and how that is known, parts with
-their parameters, EMA, the names that its pickle mentions, what is missing or unexpected.
+Prints its family and config, whether the network predicts eps or v and how that is known, parts and
+their parameters, EMA, names in its pickle, missing and unexpected weights.
 Exit status: 0 for weights that can be loaded, 1 otherwise.
 """
 
@@ -24,10 +24,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser = CommandParser(prog=prog, description=__doc__)
     add = parser.add_argument
     add("checkpoint", type=Path, help="a .ckpt or .safetensors file")
-    add("--config", metavar="FILE", help="compare with this YAML, not with the family's own")
-    add("--json", action="store_true", help="one JSON object instead of text")
-    add("--no-probe", action="store_true",
-        help="never run the UNet, even where only one method says eps or v")  # fmt: skip
+    add("--config", metavar="FILE", help="compare with this YAML instead of the family's")
+    add("--json", action="store_true", help="print a JSON object instead of text")
+    add("--no-probe", action="store_true", help="do not run the UNet to tell eps from v")
     args = parser.parse(argv)
     return run_command(lambda: _inspect(args), parser.prog, hint=hint)
 

@@ -1,4 +1,4 @@
-"""The `ldm` command: one subcommand for each task and each program."""
+"""The `ldm` command, with a subcommand for each task and each program."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -11,24 +11,20 @@ from ldm.runtime.version import __version__
 
 __all__ = ["main", "main_of_alias"]
 
-# Each is a module of this package with `main(argv, prog)`; tasks are all `generate`.
+# Each is a module of this package with `main(argv, prog)`; `generate` is that of all tasks.
 PROGRAMS = {
-    "replay": "make an image again from what its PNG says, and compare",
-    "app": "all tasks in the browser",
+    "replay": "make an image again from its metadata, and compare",
+    "app": "serve all tasks as a page for the browser",
     "train": "train or fine-tune a model",
     "convert": "convert between checkpoints and diffusers folders, merge LoRAs",
-    "inspect-checkpoint": "say what is in a checkpoint, without running anything in it",
+    "inspect-checkpoint": "describe a checkpoint, without executing anything in it",
     "check-data": "check a data set, pack it into shards",
-    "read-watermark": "say which invisible watermark an image carries",
+    "read-watermark": "print which invisible watermark an image carries",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `ldm COMMAND …`; returns the exit status.
-
-    Args:
-        argv: the command and its words; None = those of this process.
-    """
+    """Run `ldm COMMAND …` (None = the words of this process); returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     name = words[0].replace("_", "-") if words else "--help"
     if name in ("--help", "-h", "help"):
@@ -45,18 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     program = Path(sys.argv[0])
     is_script = program.stem.replace("_", "-").removeprefix("ldm-") == name
     prog = program.name if is_script else f"ldm {name}"
-    module = import_module(f"ldm.commands.{_module_of(name)}")
-    run: Callable[..., int] = module.main
+    module = "generate" if name in TASKS else name.replace("-", "_")
+    run: Callable[..., int] = import_module(f"ldm.commands.{module}").main
     return run(name, words[1:], prog) if name in TASKS else run(words[1:], prog)
 
 
 def main_of_alias() -> int:
     """Run the command that this program is called by: `ldm-txt2img` is `ldm txt2img`."""
     return main([Path(sys.argv[0]).stem.removeprefix("ldm-"), *sys.argv[1:]])
-
-
-def _module_of(name: str) -> str:
-    return "generate" if name in TASKS else name.replace("-", "_")
 
 
 def _help() -> str:

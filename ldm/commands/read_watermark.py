@@ -19,12 +19,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object per image")
     parser.add_argument("--all", action="store_true", help="list absent watermarks too")
     args = parser.parse_args(argv)
-    is_marked = [_report(path, args.json, args.all) for path in args.images]
-    return 0 if all(is_marked) else 1
+    marked = sum(_report(path, args.json, args.all) for path in args.images)
+    return 0 if marked == len(args.images) else 1
 
 
 def _report(path: Path, as_json: bool, with_absent: bool) -> bool:
-    """Print what is found in a file; returns whether it is marked."""
+    """Print the watermarks of a file; returns whether there is one."""
     try:
         with Image.open(path) as image:
             is_small, findings = not can_hold(image), identify(image)

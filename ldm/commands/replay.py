@@ -1,10 +1,10 @@
-"""Make an image again from what its PNG says, and compare.
+"""Make an image again from the metadata in its PNG, and compare.
 
     ldm replay outputs/txt2img-samples/samples/00000.png
     ldm replay 00000.png --show-command
 
-Prints `identical` (exit status 0), or by how much the pixels differ and what is not as it was
-(exit status 1). --ckpt and --config say where the files are now.
+Prints `identical` (exit status 0), or by how much the pixels differ and what has changed (exit
+status 1). --ckpt and --config give the present paths of the model's files.
 """
 
 import shlex
@@ -26,25 +26,25 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         prog=prog, description=__doc__, usage="%(prog)s [flags] [key=value ...] IMAGE",
         overrides=True,
     )  # fmt: skip
-    # Without defaults: what is not given is as it was.
+    # Without defaults: an option that is not given keeps its recorded value.
     options: dict[str, tuple[Option, Value]] = {
-        name: (row, None) for name, (row, _) in options_of(ModelChoice).items()
+        name: (option, None) for name, (option, _) in options_of(ModelChoice).items()
     }
     add_options(parser.add_group(GROUPS["model"]), ModelChoice, options)
-    parser.add_argument("picture", metavar="IMAGE", help="a PNG that these programs wrote")
+    parser.add_argument("image", metavar="IMAGE", help="a PNG written by ldm")
     parser.add_argument("--output", metavar="FILE", help="save the new image here")
     parser.add_argument(
-        "--show-command", action="store_true", help="print the command that made it, and end"
+        "--show-command", action="store_true", help="print the command that made it, and exit"
     )
     parser.add_argument(
         "--verbose", action="store_true", help="log more, and show the traceback of an error"
     )
     args = parser.parse(argv)
-    given = {name: getattr(args, name) for name in options if getattr(args, name)}
-    return run_command(lambda: _replay(args, given), parser.prog, verbose=args.verbose, hint=hint)
+    changes = {name: getattr(args, name) for name in options if getattr(args, name)}
+    return run_command(lambda: _replay(args, changes), parser.prog, verbose=args.verbose, hint=hint)
 
 
-def _replay(args: Namespace, given: dict[str, Any]) -> int:
+def _replay(args: Namespace, changes: dict[str, Any]) -> int:
     from PIL import Image
 
     from ldm.generate.load import load_model
@@ -59,26 +59,27 @@ def _replay(args: Namespace, given: dict[str, Any]) -> int:
     from ldm.generate.run import remake_image
     from ldm.imaging.metadata import fingerprint, read_info, write_png
 
-    info = read_info(args.picture)
-    request = read_request(info, args.picture)
+    info = read_info(args.image)
+    request = read_request(info, args.image)
     if args.show_command:
-        print(shlex.join(["ldm", request.task.name, *to_argv(request.with_values(given))]))
+        print(shlex.join(["ldm", request.task.name, *to_argv(request.with_values(changes))]))
         return 0
     check_inputs(info)
-    request = locate_model(info, request, given)
+    request = locate_model(info, request, changes)
     prepared = request.task.prepare(request)
     model = load_model(request, threads=info["threads"])
     image = remake_image(request, prepared, model, info)
     if args.output:
         write_png(args.output, image, info)
-    with Image.open(args.picture) as old:
+    with Image.open(args.image) as old:
         difference = compare_images(old, image)
         was_edited = fingerprint(old) != info.get("sha256")
     print(difference or "identical")
     if difference is None:
         return 0
     reasons = compare_infos(info, describe_run(request, model, prepared.output_size(model)))
-    reasons += ["the file was edited after it was made"] if was_edited else []
-    for reason in reasons or ["nothing that is recorded has changed"]:
+    if was_edited:
+        reasons.append("the file was edited after it was made")
+    for reason in reasons or ["no recorded setting has changed"]:
         print(f"  {reason}")
     return 1

@@ -233,7 +233,7 @@ def test_no_file_outside_the_output_folder_is_served(app, path):
 @pytest.mark.parametrize("auth", [[], ["--auth", "me"]])
 def test_other_machines_are_not_let_in_without_a_password(capsys, auth):
     assert main(["app", "--listen", *auth]) == 1
-    assert "say who may with --auth USER:PASSWORD" in capsys.readouterr().err
+    assert "--listen needs a login: --auth USER:PASSWORD" in capsys.readouterr().err
 
 
 def test_help_needs_neither_torch_nor_gradio():

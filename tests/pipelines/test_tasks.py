@@ -210,7 +210,7 @@ def test_every_picture_may_have_its_noise_and_the_mix_too(models, image):
         ({"weights": [0]}, "must not sum to 0"),
         ({"noise_levels": [1, 2]}, "2 noise levels were given for 1"),
         ({"noise_levels": 1000}, "noise levels are 0 … 999"),
-        ({"images": []}, "there is no image"),
+        ({"images": []}, "no image is given"),
     ],
 )
 def test_what_does_not_fit_a_mix_is_one_line(models, image, changes, message):
