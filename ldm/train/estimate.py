@@ -265,7 +265,8 @@ def _measure_peak(forward: Callable[[], Tensor], trainable: nn.Module) -> int:
     """Peak bytes of a forward and a backward pass, without the gradients."""
     for p in trainable.parameters():  # as for the second of several accumulated batches
         p.grad = torch.empty_like(p) if p.requires_grad else None
-    with PeakMemoryMode() as mode:
+    mode = PeakMemoryMode()
+    with mode:
         output = forward()
         if output.requires_grad:
             output.float().square().mean().backward()
