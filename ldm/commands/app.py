@@ -34,7 +34,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     add("--max-steps", type=int, default=150, metavar="N", help="most steps (%(default)s)")
     add("--max-batch", type=int, default=4, metavar="N", help="largest batch (%(default)s)")
     add("--max-queue", type=int, default=16, metavar="N", help="most waiting jobs (%(default)s)")
-    add("--verbose", action="store_true", help="log more, and show the traceback of an error")
     add_options(parser.add_group("models"), ModelChoice, options_of(ModelChoice), only=SHARED)
     args = parser.parse(argv)
     return run_command(lambda: _serve(args), parser.prog, verbose=args.verbose, hint=hint)

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     add("--pack", metavar="PATTERN", help="write a folder as shards, `DIR/name-%%06d.tar`")
     add("--count", type=int, default=1000, help="images in each shard (%(default)s)")
     args = parser.parse(argv)
-    return run_command(lambda: _check(args), parser.prog)
+    return run_command(lambda: _check(args), parser.prog, verbose=args.verbose)
 
 
 def _check(args: Namespace) -> int:

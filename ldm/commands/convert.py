@@ -36,7 +36,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     add("--variant", metavar="NAME", help="variant in the file names of a diffusers folder: fp16")
     add("--clip-stats", metavar="FILE", help="statistics of CLIP's embeddings (unCLIP-L)")
     add("--force", action="store_true", help="replace the target")
-    add("--verbose", action="store_true", help="log more, and show the traceback of an error")
     add_options(add, ModelChoice, options_of(ModelChoice), only=("lora", "vae"))
     args = parser.parse(argv)
     return run_command(lambda: _convert(args), parser.prog, verbose=args.verbose, hint=hint)

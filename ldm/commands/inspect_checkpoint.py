@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     add("--json", action="store_true", help="print a JSON object instead of text")
     add("--no-probe", action="store_true", help="do not run the UNet to tell eps from v")
     args = parser.parse(argv)
-    return run_command(lambda: _inspect(args), parser.prog, hint=hint)
+    return run_command(lambda: _inspect(args), parser.prog, verbose=args.verbose, hint=hint)
 
 
 def _inspect(args: Namespace) -> int:

@@ -36,9 +36,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument(
         "--show-command", action="store_true", help="print the command that made it, and exit"
     )
-    parser.add_argument(
-        "--verbose", action="store_true", help="log more, and show the traceback of an error"
-    )
     args = parser.parse(argv)
     changes = {name: getattr(args, name) for name in options if getattr(args, name)}
     return run_command(lambda: _replay(args, changes), parser.prog, verbose=args.verbose, hint=hint)

@@ -15,7 +15,7 @@ from ldm.generate.options import Option, Value, encode_option, options_of
 from ldm.generate.request import GROUPS, Request
 from ldm.generate.tasks import TASKS, Task
 from ldm.runtime.command import CommandParser
-from ldm.runtime.errors import ArgumentError, MissingFile, WrongFamily, is_out_of_memory
+from ldm.runtime.errors import ArgumentError, LdmError, WrongFamily, is_out_of_memory
 
 __all__ = ["add_options", "build_parser", "hint", "parse_request", "to_argv"]
 
@@ -42,9 +42,6 @@ def build_parser(task: Task, prog: str | None = None) -> CommandParser:
     options = task.options()
     for name, group in task.groups().items():
         add_options(parser.add_group(GROUPS[name]), group, options)
-    parser.add_argument(
-        "--verbose", action="store_true", help="log more, and show the traceback of an error"
-    )
     return parser
 
 
@@ -132,7 +129,7 @@ def hint(error: BaseException, task: Task | None = None) -> str:
     if isinstance(error, WrongFamily):
         command = error.task and COMMANDS.get(error.task, error.task)
         return f" (ldm {command}, scripts/{command}.py)" if command else ""
-    if isinstance(error, ArgumentError | MissingFile) and error.argument:
+    if isinstance(error, LdmError) and error.argument:
         flag = flag_of(error.argument, task)
         return f" ({flag})" if flag and flag not in str(error) else ""
     return ""

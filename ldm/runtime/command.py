@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class CommandParser(ArgumentParser):
-    """Flags may be written with `_` or `-`, and shortened while that is unambiguous.
+    """A parser with `--verbose`, whose flags may be written with `_` or `-`, and abbreviated.
 
     Args:
         original: flags of the original scripts; an abbreviation of one of them keeps its meaning
@@ -33,6 +33,9 @@ class CommandParser(ArgumentParser):
         self.takes_overrides = overrides
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **settings)
+        self.add_argument(
+            "--verbose", action="store_true", help="log more, and show the traceback of an error"
+        )
 
     def add_group(self, title: str) -> Callable[..., Action]:
         """`add_argument` of a new group of flags under this heading of `--help`."""

@@ -41,20 +41,20 @@ OUT_OF_MEMORY = ("out of memory", "not enough memory", "alloc_cpu")
 
 
 class LdmError(Exception):
-    """Base of all errors below."""
-
-
-class ArgumentError(LdmError, ValueError):
-    """A value that an argument does not allow.
+    """Base of all errors below.
 
     Args:
-        message: what was given, and what is allowed.
-        argument: name of the argument, for callers that know it by another name.
+        message: what is wrong, and what is allowed.
+        argument: name of the argument that causes it, so that callers can name their flag or field.
     """
 
     def __init__(self, message: str, argument: str | None = None) -> None:
         super().__init__(message)
         self.argument = argument
+
+
+class ArgumentError(LdmError, ValueError):
+    """A value that an argument does not allow."""
 
 
 class UnknownName(ArgumentError):
@@ -69,8 +69,8 @@ class WrongFamily(ArgumentError):
     """A model that is made for another task.
 
     Args:
-        message: what the model is.
-        task: the task that it serves, None if there is none here.
+        message: what kind of model it is.
+        task: the task that it is for; None = no task here.
     """
 
     def __init__(self, message: str, task: str | None = None) -> None:
@@ -79,16 +79,7 @@ class WrongFamily(ArgumentError):
 
 
 class MissingFile(LdmError, FileNotFoundError):
-    """A file that is not there.
-
-    Args:
-        message: which file, and where it was looked for.
-        argument: name of the argument that names it.
-    """
-
-    def __init__(self, message: str, argument: str | None = None) -> None:
-        super().__init__(message)
-        self.argument = argument
+    """A file that does not exist."""
 
 
 class FileFormatError(LdmError, ValueError):
@@ -107,7 +98,7 @@ class NonFinite(LdmError, ArithmeticError):
     """NaN or infinity came out of a stage of the model.
 
     Args:
-        stage: which part of the model it came from, as a reader would say it ("the VAE").
+        stage: the part of the model, as in messages ("the VAE").
     """
 
     def __init__(self, stage: str) -> None:
