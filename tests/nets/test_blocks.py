@@ -48,7 +48,8 @@ def test_timestep_embedding_equals_the_recorded_one(case):
     golden = gold("timestep_embedding")
     info = golden.case(case)["info"]
     ours = timestep_embedding(golden.inputs(case)["t"], info["dim"], info["max_period"])
-    assert_close(ours, golden.outputs(case)["emb"], tolerance=1e-5)
+    # Angles reach 999, where neighbouring float32 are 6e-5 apart; 2.9e-5 was seen.
+    assert_close(ours, golden.outputs(case)["emb"], tolerance=2e-4)
 
 
 def test_fractional_timesteps_are_not_rounded():
