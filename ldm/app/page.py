@@ -56,6 +56,7 @@ class Page:
 
     def build(self) -> gr.Blocks:
         """The page, with all its events."""
+        page: gr.Blocks
         with gr.Blocks(title="ldm", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
             self.progress = gr.State(None)
             self.infos = gr.State([])

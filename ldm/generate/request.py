@@ -263,7 +263,8 @@ class Request:
 
     def to_json(self) -> dict[str, Value]:
         """`values` with tuples as lists, as JSON has them."""
-        return json.loads(json.dumps(self.values()))
+        values: dict[str, Value] = json.loads(json.dumps(self.values()))
+        return values
 
     def _groups(self) -> tuple[Inputs | Prompts | ModelChoice | Sampling | Output, ...]:
         return self.inputs, self.prompts, self.model, self.sampling, self.output

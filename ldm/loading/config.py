@@ -97,7 +97,8 @@ def parse_yaml(
         raw = OmegaConf.to_container(config, resolve=False)
     except (OmegaConfBaseException, YAMLError, RecursionError) as error:
         raise ConfigError(f"{where}: {_first_line(error)}") from error
-    return _Resolver(raw, where).resolve(raw)
+    resolved: dict[str, Any] = _Resolver(raw, where).resolve(raw)
+    return resolved
 
 
 def format_yaml(raw: Mapping[str, Any]) -> str:
@@ -187,7 +188,8 @@ def _find_class(target: Any, allow: Sequence[str], where: str) -> Callable[..., 
     """The class (or function of ours) behind a dotted name, refused before any import."""
     if target in legacy.OUR_TARGETS:
         module, _, name = target.rpartition(".")
-        return getattr(import_module(module), name)
+        ours: Callable[..., Any] = getattr(import_module(module), name)
+        return ours
     package = next((p for p in allow if str(target).startswith(p + ".")), None)
     if package is None:
         raise unknown_name("target", target, known_targets(), where)

@@ -270,7 +270,8 @@ def _measure_peak(forward: Callable[[], Tensor], trainable: nn.Module) -> int:
         output = forward()
         if output.requires_grad:
             output.float().square().mean().backward()
-    return mode.peak
+    peak: int = mode.peak
+    return peak
 
 
 def _make_fake(module: nn.Module) -> None:
