@@ -11,7 +11,7 @@ Radford et al. 2021 (arXiv:2103.00020); Dosovitskiy et al. 2021 (arXiv:2010.1192
 import math
 from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -229,16 +229,8 @@ class FusedAttention(nn.Module):
 class Product(nn.Module):
     """x W^T + b with the caller's parameters; a module, so that a LoRA can hook it."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.packs = cpu.Packs()
-
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return cpu.linear(self.packs, x, weight, bias)  # (B, N, D_out)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> "Product":
-        self.packs = cpu.Packs()
-        return super()._apply(*args, **kwargs)
+        return cpu.linear(x, weight, bias)  # (B, N, D_out)
 
 
 class CLIPTower(nn.Module):

@@ -214,7 +214,8 @@ def _crop(plane: np.ndarray) -> np.ndarray:
 def _blocks(band: np.ndarray) -> np.ndarray:
     """The complete 4 x 4 blocks of a band in raster order: (h, w) -> (n, 4, 4)."""
     h, w = band.shape[0] // 4, band.shape[1] // 4
-    return band[: h * 4, : w * 4].reshape(h, 4, w, 4).swapaxes(1, 2).reshape(h * w, 4, 4)
+    blocks: np.ndarray = band[: h * 4, : w * 4].reshape(h, 4, w, 4).swapaxes(1, 2)
+    return blocks.reshape(h * w, 4, 4)
 
 
 def _put_blocks(band: np.ndarray, blocks: np.ndarray) -> None:

@@ -7,7 +7,6 @@ Blocks with a time embedding follow Dhariwal and Nichol 2021 (arXiv:2105.05233).
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,31 +27,19 @@ class Layer(nn.Module):
 class Linear(nn.Linear, Layer):
     """nn.Linear, computed by `ldm.nets.cpu` on CPUs."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.packs = cpu.Packs()
-
     def forward(self, x: Tensor) -> Tensor:
-        return cpu.linear(self.packs, x, self.weight, self.bias)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> "Linear":
-        self.packs = cpu.Packs()
-        return super()._apply(*args, **kwargs)
+        return cpu.linear(x, self.weight, self.bias)
 
 
 class Conv2d(nn.Conv2d, Layer):
     """nn.Conv2d, computed by `ldm.nets.cpu` on CPUs."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.packs = cpu.Packs()
+    stride: tuple[int, int]
+    padding: str | tuple[int, int]
+    dilation: tuple[int, int]
 
     def forward(self, x: Tensor) -> Tensor:
-        return cpu.conv2d(self.packs, x, self)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> "Conv2d":
-        self.packs = cpu.Packs()
-        return super()._apply(*args, **kwargs)
+        return cpu.conv2d(x, self)
 
 
 class DoublingConv2d(Conv2d):
@@ -62,7 +49,7 @@ class DoublingConv2d(Conv2d):
         """Convolves x (B, C, h, w) as upsampled and cut to `size`, see `upsample_nearest`."""
         height, width = x.shape[-2:]
         if size is None or tuple(size) == (2 * height, 2 * width):
-            return cpu.conv2d_doubled(self.packs, x, self)  # (B, C_out, 2h, 2w)
+            return cpu.conv2d_doubled(x, self)  # (B, C_out, 2h, 2w)
         return super().forward(upsample_nearest(x, size))
 
 

@@ -73,11 +73,11 @@ class LoRALayer(nn.Module):
         self.lora_down: Conv2d | Linear
         self.lora_up: Conv2d | Linear
         if kernel:
-            conv = cast(nn.Conv2d, target.layer)
+            conv = cast(Conv2d, target.layer)
             self.lora_down = Conv2d(
                 channels,
                 rank,
-                kernel,
+                (kernel[0], kernel[1]),
                 stride=conv.stride,
                 padding=conv.padding,
                 dilation=conv.dilation,

@@ -19,6 +19,7 @@ from ldm.diffusion.guidance import Scale, add_guidance, limit_to_interval
 from ldm.diffusion.samplers import SAMPLERS, Constrain, euler
 from ldm.diffusion.schedule import Schedule
 from ldm.model import LatentDiffusion
+from ldm.nets.cpu import cache_weights
 from ldm.nets.tiling import apply_tiled
 from ldm.pipelines.quirks import Noise, Quirks, noise_source
 from ldm.runtime.errors import ArgumentError, unknown_name
@@ -45,6 +46,7 @@ class SamplingOptions(TypedDict, total=False):
 
 
 @torch.no_grad()
+@cache_weights()
 def sample(
     model: LatentDiffusion,
     cond: Cond,
@@ -131,6 +133,7 @@ def sample(
 
 
 @torch.no_grad()
+@cache_weights()
 def invert(
     model: LatentDiffusion,
     z: Tensor,

@@ -1,6 +1,8 @@
-"""Which device, precision and number of threads suit a run on this machine."""
+"""Which device, precision and number of threads suit a run on this machine, and its memory."""
 
+import ctypes
 import os
+import platform
 from pathlib import Path
 
 import torch
@@ -8,7 +10,16 @@ import torch
 from ldm.runtime.errors import ArgumentError
 from ldm.runtime.ranks import local_processes, local_rank
 
-__all__ = ["memory_of", "pick_device", "pick_dtype", "set_threads"]
+__all__ = [
+    "free_memory",
+    "has_fast_bf16",
+    "is_intel",
+    "keep_memory",
+    "memory_of",
+    "pick_device",
+    "pick_dtype",
+    "set_threads",
+]
 
 PRECISIONS = {"full": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SMALL_MODEL_THREADS = 4  # more of them only wait for each other
@@ -49,7 +60,7 @@ def pick_dtype(precision: str, device: torch.device, is_small: bool) -> torch.dt
     if is_small:
         return torch.float32
     if device.type == "cpu":
-        return torch.bfloat16 if _has_fast_bf16() else torch.float32
+        return torch.bfloat16 if has_fast_bf16() else torch.float32
     return torch.float16
 
 
@@ -72,8 +83,49 @@ def memory_of(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _has_fast_bf16() -> bool:
+def free_memory() -> float:
+    """Bytes that this process may still take, of the machine's and its container's memory."""
+    free = [float("inf")]
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free.append(int(line.split()[1]) << 10)
+        limit, used = (
+            Path("/sys/fs/cgroup", f"memory.{name}").read_text() for name in ("max", "current")
+        )
+        free.append(int(limit) - int(used))
+    except (OSError, ValueError):
+        pass  # not on Linux, or a limit of "max"
+    return min(free)
+
+
+def keep_memory() -> bool:
+    """Let glibc keep freed buffers for the next layer, in this whole process; False if it cannot.
+
+    Without it every large activation is mapped, faulted in page by page, and unmapped again.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    trim_threshold, mmap_threshold = -1, -3  # M_… of malloc.h
+    sizes = (1 << 30, 32 << 20)  # older versions refuse more than 32 MiB
+    return any(mallopt(mmap_threshold, size) for size in sizes) and bool(
+        mallopt(trim_threshold, (1 << 31) - 1)
+    )
+
+
+def has_fast_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 natively; others are slower with it than without."""
+    return any(feature in _cpu_info() for feature in (" avx512_bf16", " amx_bf16"))
+
+
+def is_intel() -> bool:
+    """Whether Intel made this CPU."""
+    return "GenuineIntel" in _cpu_info()
+
+
+def _cpu_info() -> str:
+    """The kernel's description of the CPUs; elsewhere than on Linux family and maker at most."""
     info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.is_file() else ""
-    return any(feature in text for feature in (" avx512_bf16", " amx_bf16"))
+    return info.read_text("utf-8") if info.is_file() else platform.processor()

@@ -1,12 +1,12 @@
 """Layers with their gradients, to train on x86 CPUs: equal to torch's own up to rounding, faster.
 
-    linear in float32 goes to MKL                     -> oneDNN, on weights as they lie
+    linear goes to MKL, slow on some processors       -> oneDNN there
     3x3 convolution of few pixels rearranges a large  -> one matrix product of all patches
       weight in every call, in the backward pass twice
     3x3 convolution behind a nearest-neighbour        -> each of 9 taps by one matrix product on the
       doubling does 9 products per pixel of output       small map, 2.25 per pixel; then sums
 
-When each is taken, `cpu.py` decides.
+`layers` decides when each is taken.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,25 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-__all__ = ["Convolution", "DoubledConvolution", "Linear", "product"]
-
+from ldm.nets.cpu.products import product, product_in_any_layout
 
 Gradients = tuple[Tensor | None, ...]
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b by oneDNN. x: (…, K). weight: (N, K), of any strides, or packed. Returns (…, N)."""
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return out
-
-
 def _differentiable(x: Tensor, weight: Tensor) -> Tensor:
-    """The same; by what torch can differentiate, if gradients of gradients are asked for."""
+    """x W^T, by operators that torch can differentiate if gradients of gradients are asked for."""
     return F.linear(x, weight) if torch.is_grad_enabled() else product(x, weight)
 
 
 class _Layer(Function):
-    """Of (x, weight, bias, …); keeps what its gradients need, and no more."""
+    """A layer of (x, weight, bias, …); it saves what its gradients need, and no more."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -55,7 +48,7 @@ class Linear(_Layer):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Gradients:
         x, weight = ctx.saved_tensors
-        return _asked(
+        return _needed(
             ctx,
             lambda: _differentiable(gradient, weight.t()),
             lambda: _differentiable(gradient.t(), x.t()),
@@ -69,7 +62,7 @@ class Convolution(_Layer):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
         patches = F.unfold(x, 3, padding=1, stride=stride).transpose(1, 2)  # (B, P, 9 C_in)
-        return product(patches.flatten(0, 1), weight.flatten(1), bias)
+        return product_in_any_layout(patches.flatten(0, 1), weight.flatten(1), bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Gradients:
@@ -87,7 +80,7 @@ class Convolution(_Layer):
             patches = F.unfold(x, 3, padding=1, stride=stride)
             return (columns @ patches.transpose(0, 1).flatten(1).t()).view(shape)
 
-        return *_asked(ctx, to_input, to_weight, lambda: gradient.sum(0)), None
+        return *_needed(ctx, to_input, to_weight, lambda: gradient.sum(0)), None
 
 
 class DoubledConvolution(_Layer):
@@ -119,11 +112,11 @@ class DoubledConvolution(_Layer):
             out = _differentiable(taps.t(), _pixels(x).t())  # (9 C_out, C_in)
             return out.view(3, 3, *shape[:2]).permute(2, 3, 0, 1).contiguous()
 
-        return _asked(ctx, to_input, to_weight, lambda: gradient.sum((0, 1, 2, 3, 4)))
+        return _needed(ctx, to_input, to_weight, lambda: gradient.sum((0, 1, 2, 3, 4)))
 
 
-def _asked(ctx: Any, *gradients: Callable[[], Tensor]) -> Gradients:
-    """Those gradients that are needed."""
+def _needed(ctx: Any, *gradients: Callable[[], Tensor]) -> Gradients:
+    """Computes the gradients that are needed."""
     needed = ctx.needs_input_grad
     return tuple(g() if needed[k] else None for k, g in enumerate(gradients))
 
@@ -151,5 +144,5 @@ def _undoubled(pairs: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
 def _shifted(x: Tensor, dim: int, by: int) -> Tensor:
     """x moved by one to higher (1) or lower (-1) places, with zeros where nothing comes from."""
     zeros = torch.zeros_like(x.narrow(dim, 0, 1))
-    kept = x.narrow(dim, 0 if by == 1 else 1, x.shape[dim] - 1)
-    return torch.cat((zeros, kept) if by == 1 else (kept, zeros), dim)
+    rest = x.narrow(dim, 0 if by == 1 else 1, x.shape[dim] - 1)
+    return torch.cat((zeros, rest) if by == 1 else (rest, zeros), dim)

@@ -7,34 +7,31 @@ drops out: 9 products remain. The sums are shorter than the direct ones, so in f
 error is about the same. Lavin & Gray 2016 (arXiv:1509.09308), F(2x2, 3x3).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# (tokens, packed weight, bias) -> tokens
-Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+from ldm.nets.cpu.products import product_in_any_layout
 
 SINGLE = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))  # G
 DOUBLED = ((1.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.0, 0.0, 1.0))  # G without its zero line
 CHUNK = 4 << 20  # bytes of transformed input per thread that are worked on together
 
 
-def transform(weight: Tensor, *, doubled: bool) -> list[Tensor]:
+def transform(weight: Tensor, *, doubled: bool) -> Tensor:
     """G g G^T: a (C_out, C_in, 3, 3) kernel as 16 (9 if doubled) matrices (C_out, C_in)."""
     g = torch.tensor(DOUBLED if doubled else SINGLE)
-    lines = [sum(row[k] * weight[:, :, k] for k in range(3)) for row in g.tolist()]
-    return [sum(row[k] * line[..., k] for k in range(3)) for line in lines for row in g.tolist()]
+    matrices = torch.kron(g, g) @ weight.float().reshape(-1, 9).t()
+    return matrices.view(-1, *weight.shape[:2]).to(weight.dtype)
 
 
-def convolve(
-    x: Tensor, matrices: Sequence[Tensor], bias: Tensor | None, product: Product
-) -> Tensor:
+def convolve(x: Tensor, matrices: Sequence[Tensor], bias: Tensor | None) -> Tensor:
     """Convolution with padding 1 of x, or of x doubled by nearest neighbour if 9 matrices come.
 
     x: (B, C_in, h, w), h and w even unless doubled.
-    matrices: those of `transform`, in any layout that `product` takes.
+    matrices: those of `transform`, packed or not.
     Returns (B, C_out, h, w), or twice that size, channels last.
     """
     n = 3 if len(matrices) == 9 else 4
@@ -51,7 +48,7 @@ def convolve(
             end = min(top + chunk, tiles_down)
             tiles = split(image[step * top : step * end + 2], 0)  # n times (rows, w + 2, C_in)
             tokens = [x.reshape(-1, channels) for line in tiles for x in split(line, 1)]
-            m = _products(tokens, matrices, bias, product)  # n * n times (rows * tiles, C_out)
+            m = _products(tokens, matrices, bias)  # n * n times (rows * tiles, C_out)
             lines = [join(*m[k::n]) for k in range(n)]
             for i in range(2):
                 for j, value in enumerate(join(*(line[i] for line in lines))):
@@ -60,12 +57,12 @@ def convolve(
 
 
 def _products(
-    tokens: list[Tensor], matrices: Sequence[Tensor], bias: Tensor | None, product: Product
+    tokens: list[Tensor], matrices: Sequence[Tensor], bias: Tensor | None
 ) -> list[Tensor]:
     # The second entry of the second line goes into all four outputs with weight 1.
     biased = 5 if len(matrices) == 16 else 4
     return [
-        product(x, matrix, bias if k == biased else None)
+        product_in_any_layout(x, matrix, bias if k == biased else None)
         for k, (x, matrix) in enumerate(zip(tokens, matrices, strict=True))
     ]
 

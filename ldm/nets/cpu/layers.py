@@ -1,0 +1,168 @@
+"""Linear layers and convolutions: which of the fast paths suits a shape."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.nets.cpu import gradients, products, winograd
+from ldm.nets.cpu.products import product
+from ldm.nets.cpu.support import applies_to_layer
+from ldm.nets.cpu.weight_cache import cached, is_caching
+
+# Multiplications; below, the overhead of the calls shows.
+LINEAR_WORK = 5e7
+CONV_WORK = 5e8
+UPSAMPLED_WORK = 1e7  # with gradients
+# Where a 3x3 convolution is one matrix product: at most so many pixels of output, in all images,
+# and at least so many weights, which torch's kernel would rearrange in every call.
+FEW_PIXELS, MANY_WEIGHTS = 128, 1e6
+FEW_PIXELS_WITH_GRADIENTS = 64
+# Where a convolution with gradients after upsampling is computed tap by tap: from so many channels
+# on, and with at most so many products, which are in memory for a short time.
+TAPS_WIDTH, TAPS = 64, 1 << 25
+# Channels. In float32, with fewer the transforms cost as much as they save; in bfloat16 they round
+# once more, which adds 6 % to the rounding error of a UNet's output, but 15 to 40 % with fewer.
+WINOGRAD_WIDTH = {torch.float32: 128, torch.bfloat16: 640}
+# Pixels of output from which on a weight is transformed for a single call: that then takes a tenth
+# of what it saves.
+WINOGRAD_UNCACHED = {torch.float32: 1024, torch.bfloat16: 8192}
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b. x: (…, D_in). Returns (…, D_out)."""
+    rows = x.shape[:-1].numel()
+    is_small = rows * weight.numel() < LINEAR_WORK
+    if is_small or not applies_to_layer(x, weight):
+        return F.linear(x, weight, bias)
+    if not torch.is_grad_enabled():
+        if x.dtype == torch.bfloat16 and is_caching(weight):
+            weight = cached(weight, "packed", products.pack)
+        y = product(x.reshape(rows, -1), weight, bias)
+    elif products.onednn_is_faster():
+        y = gradients.Linear.apply(x.reshape(rows, -1), weight, bias)
+    else:
+        return F.linear(x, weight, bias)
+    return y.view(*x.shape[:-1], -1)
+
+
+def conv2d(x: Tensor, layer: nn.Conv2d) -> Tensor:
+    """The convolution `layer` of x (B, C, h, w); channels last where a fast path was taken."""
+    weight, bias = layer.weight, layer.bias
+    if x.dim() != 4 or not applies_to_layer(x, weight):
+        return nn.Conv2d.forward(layer, x)
+    if not (x.shape[2] % 2 or x.shape[3] % 2):
+        matrices = _winograd_matrices(layer, _pixels(x), doubled=False)
+        if matrices is not None:
+            return winograd.convolve(x, matrices, bias)
+    if _is_one_product(layer, _pixels(x) // math.prod(layer.stride)):
+        stride = layer.stride[0]
+        pixels: Tensor = gradients.Convolution.apply(x, weight, bias, stride)
+        maps = pixels.view(len(x), (x.shape[2] - 1) // stride + 1, -1, layer.out_channels)
+        return maps.permute(0, 3, 1, 2).contiguous()
+    # Torch's kernels are slow where x, but not the weight, is channels last: stay on this path.
+    is_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    pays = is_last or (is_caching(weight) and _pixels(x) * weight.numel() >= CONV_WORK)
+    if torch.is_grad_enabled() or not pays or layer.padding_mode != "zeros":
+        return nn.Conv2d.forward(layer, x)
+    x = x.contiguous(memory_format=torch.channels_last)
+    if _is_1x1(layer):
+        return product(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    weight = cached(weight, "channels last", _channels_last)
+    return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+def conv2d_doubled(x: Tensor, layer: nn.Conv2d) -> Tensor:
+    """conv2d(layer) of x upsampled by 2, nearest neighbour. Returns (B, C_out, 2h, 2w)."""
+    weight, bias, pixels = layer.weight, layer.bias, _pixels(x)
+    if _is_3x3(layer) and applies_to_layer(x, weight):
+        if torch.is_grad_enabled():
+            if _suits_taps(layer, pixels):
+                rows: Tensor = gradients.DoubledConvolution.apply(x, weight, bias)
+                maps = rows.view(len(x), 2 * x.shape[2], 2 * x.shape[3], layer.out_channels)
+                return maps.permute(0, 3, 1, 2).contiguous()
+        elif pixels * weight.numel() >= CONV_WORK:
+            matrices = _winograd_matrices(layer, 4 * pixels, doubled=True)
+            if matrices is not None:
+                return winograd.convolve(x, matrices, bias)
+            return _convolve_phases(x, cached(weight, "phases", _merge_taps), bias)
+    return nn.Conv2d.forward(layer, F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def _pixels(x: Tensor) -> int:
+    return len(x) * x.shape[-2:].numel()
+
+
+def _channels_last(weight: Tensor) -> Tensor:
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
+def _is_3x3(layer: nn.Conv2d, strides: Sequence[int] = (1,)) -> bool:
+    return (
+        layer.kernel_size == (3, 3)
+        and layer.padding == layer.dilation == (1, 1)
+        and layer.stride in [(stride, stride) for stride in strides]
+        and layer.groups == 1
+        and layer.padding_mode == "zeros"
+    )
+
+
+def _is_1x1(layer: nn.Conv2d) -> bool:
+    is_dense = layer.padding in ((0, 0), "valid") and layer.groups == 1
+    return layer.kernel_size == layer.stride == (1, 1) and is_dense
+
+
+def _is_one_product(layer: nn.Conv2d, pixels: int) -> bool:
+    """Whether one product of all patches is fastest, for so many pixels of output."""
+    few = FEW_PIXELS_WITH_GRADIENTS if torch.is_grad_enabled() else FEW_PIXELS
+    large = layer.weight.numel() >= MANY_WEIGHTS and pixels <= few
+    return large and _is_3x3(layer, strides=(1, 2))
+
+
+def _suits_taps(layer: nn.Conv2d, pixels: int) -> bool:
+    work, taps = pixels * layer.weight.numel(), 9 * pixels * layer.out_channels
+    return work >= UPSAMPLED_WORK and taps <= TAPS and layer.out_channels >= TAPS_WIDTH
+
+
+def _winograd_matrices(layer: nn.Conv2d, pixels: int, *, doubled: bool) -> list[Tensor] | None:
+    """The transformed weight, None where Winograd does not suit. pixels: of output."""
+    weight = layer.weight
+    narrow = min(layer.in_channels, layer.out_channels) < WINOGRAD_WIDTH[weight.dtype]
+    too_small = pixels * weight.numel() < CONV_WORK
+    if torch.is_grad_enabled() or narrow or too_small or not _is_3x3(layer):
+        return None
+    if pixels < WINOGRAD_UNCACHED[weight.dtype] and not is_caching(weight):
+        return None
+    packs = is_caching(weight) and not products.has_few_rows(pixels // 4, weight.dtype)
+
+    def transform(weight: Tensor) -> list[Tensor]:
+        matrices = winograd.transform(weight, doubled=doubled).unbind()
+        return [products.pack(matrix) if packs else matrix for matrix in matrices]
+
+    return cached(weight, "Winograd, doubled" if doubled else "Winograd", transform)
+
+
+def _merge_taps(weight: Tensor) -> Tensor:
+    """Each output pixel after upsampling sees 2x2 pixels of x: kernels (4, C_out, C_in, 2, 2)."""
+    g = weight.float()
+    rows = [torch.stack(two, 2) for two in _merged(g.unbind(2))]  # (C_out, C_in, 2, 3) each
+    kernels = [torch.stack(two, 3) for row in rows for two in _merged(row.unbind(3))]
+    return torch.stack(kernels).to(weight.dtype)
+
+
+def _merged(taps: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Taps on (x[i-1], x[i]) of even outputs, and on (x[i], x[i+1]) of odd ones."""
+    return (taps[0], taps[1] + taps[2]), (taps[0] + taps[1], taps[2])
+
+
+def _convolve_phases(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
+    batch, _, height, width = x.shape
+    features = kernels.shape[1]
+    out = x.new_empty(batch, 2 * height, 2 * width, features).permute(0, 3, 1, 2)
+    for k, kernel in enumerate(kernels):
+        row, column = divmod(k, 2)
+        y = F.conv2d(x, kernel, bias, padding=1)  # (B, C_out, h + 1, w + 1)
+        out[:, :, row::2, column::2] = y[:, :, row : row + height, column : column + width]
+    return out  # (B, C_out, 2h, 2w)

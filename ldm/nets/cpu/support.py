@@ -1,0 +1,57 @@
+"""Whether the fast paths may be taken: for which tensors, in which state of torch."""
+
+import functools
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from ldm.runtime.device import has_fast_bf16
+
+_enabled = True
+
+
+def enable(on: bool = True) -> None:
+    """Switch the fast paths of all layers on or off."""
+    global _enabled
+    _enabled = on
+
+
+def applies(x: Tensor) -> bool:
+    """Whether paths without gradients may be taken for this input."""
+    return not torch.is_grad_enabled() and _is_plain(x)
+
+
+def applies_to_layer(x: Tensor, weight: Tensor) -> bool:
+    """Whether a layer has fast paths for this input and weight; with gradients, only in float32."""
+    return (
+        x.dtype == weight.dtype
+        and (x.dtype == torch.float32 or not torch.is_grad_enabled())
+        and weight.is_contiguous()
+        and _is_plain(x)
+        and _is_plain(weight)
+    )
+
+
+@functools.cache
+def dtypes() -> tuple[torch.dtype, ...]:
+    """The dtypes that this processor multiplies fast."""
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return ()
+    return (torch.float32, torch.bfloat16) if has_fast_bf16() else (torch.float32,)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether x is a tensor of numbers on the CPU, and nothing records, wraps or casts it."""
+    return (
+        _enabled
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and type(x) in (Tensor, nn.Parameter)
+        and x.device.type == "cpu"
+        and x.dtype in dtypes()
+        and x.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+        and torch.func.debug_unwrap(x) is x
+        and forward_ad.unpack_dual(x).tangent is None
+    )
