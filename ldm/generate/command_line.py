@@ -24,7 +24,7 @@ ORIGINAL_FLAGS = (
     "--prompt", "--outdir", "--steps", "--plms", "--dpm", "--fixed_code", "--ddim_eta", "--n_iter",
     "--H", "--W", "--C", "--f", "--n_samples", "--n_rows", "--scale", "--from-file", "--config",
     "--ckpt", "--seed", "--precision", "--repeat", "--device", "--torchscript", "--ipex", "--bf16",
-    "--strength",
+    "--strength", "--init-img",
 )  # fmt: skip
 MEMORY_HINT = "; these help: --n_samples 1, --vae-tile, a smaller --H and --W"
 COMMANDS = {"vary": "unclip"}  # function of `ldm.pipelines` -> command, where the names differ
@@ -148,15 +148,17 @@ def _argparse_type(option: Option) -> Callable[[str], Value]:
 
 
 class _Store(Action):
-    """Store a value, or the constant of a shortcut; two flags must not name different samplers."""
+    """Store a value, or the constant of a shortcut; the last of a flag counts, and two
+    flags must not name different samplers."""
 
     def __call__(
         self, parser: ArgumentParser, namespace: Namespace, values: Any, flag: str | None = None
     ) -> None:
-        value, words = (self.const, flag) if self.nargs == 0 else (values, f"{flag} {values}")
+        value, words = (self.const, f"{flag}") if self.nargs == 0 else (values, f"{flag} {values}")
         key = f"{self.dest}_flag"
-        before = vars(namespace).get(key)
-        if self.dest == "sampler" and before and getattr(namespace, self.dest) != value:
+        before = vars(namespace).get(key, words)
+        is_other_flag = before.split()[0] != words.split()[0]
+        if self.dest == "sampler" and is_other_flag and getattr(namespace, self.dest) != value:
             parser.error(f"{words} contradicts {before}")
         setattr(namespace, self.dest, value)
         setattr(namespace, key, words)
