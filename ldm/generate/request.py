@@ -219,8 +219,11 @@ class Request:
     output: Output = Output()
 
     def __post_init__(self) -> None:
-        if self.sampling.sampler == "plms" and self.sampling.eta != 0:
-            raise ArgumentError("PLMS is deterministic: eta must be 0", "eta")
+        sampler, eta = self.sampling.sampler, self.sampling.eta
+        if eta and sampler != "dpm" and not SAMPLERS[sampler].takes_eta:  # dpm: see `run_request`
+            raise ArgumentError(
+                f"eta is DDIM's: sampler `{sampler}` takes none, got {eta:g}", "eta"
+            )
         for name, side in zip(("height", "width"), self.sampling.size, strict=True):
             if side is not None and (side < 8 or side % 8):
                 raise ArgumentError(f"{name} {side} is not a positive multiple of 8", name)

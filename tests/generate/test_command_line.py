@@ -112,10 +112,15 @@ def test_the_quirk_of_sizes_cuts_them_down():
         ("--fr f", "from_file", "f"),
         ("--co c", "config", "c"),
         ("--neg x", "negative_prompt", "x"),
+        ("--sampler euler --sampler=heun", "sampler", "heun"),
     ],
 )
 def test_flags_are_understood_in_both_spellings_and_shortened(command, name, value):
     assert parse("txt2img", *command.split()).values()[name] == value
+
+
+def test_a_flag_of_the_original_keeps_its_abbreviation_beside_newer_ones():
+    assert parse("img2img", "--in", "f").values()["init_img"] == "f"
 
 
 @pytest.mark.parametrize(
@@ -129,7 +134,7 @@ def test_flags_are_understood_in_both_spellings_and_shortened(command, name, val
         ("txt2img", "--W -8", "width -8 is not a positive multiple of 8 (--W)"),
         ("txt2img", "--prompt", "argument --prompt: expected one argument"),
         ("txt2img", "--plms --sampler euler", "--sampler euler contradicts --plms"),
-        ("txt2img", "--plms --ddim_eta 1", "eta must be 0"),
+        ("txt2img", "--plms --ddim_eta 1", "sampler `plms` takes none, got 1 (--ddim_eta)"),
         ("txt2img", "--legacy stpes", "unknown quirk `stpes`, did you mean `steps`?"),
         ("txt2img", "--sampler dmp", "invalid choice: 'dmp'"),
         ("txt2img", "stray", "unknown argument `stray`"),
@@ -155,7 +160,7 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
     """Everything that can be asked for, one option at a time and all at once."""
     words = {"scheduler": "karras", "guidance_interval": "0.5,4", "mask_box": "1,2,3,4",
              "lora": "x.safetensors:0.25", "legacy": "noise,steps", "precision": "fp16",
-             "attention": "math", "sampler": "euler", "strength": ".25",
+             "attention": "math", "sampler": "dpm", "strength": ".25",
              "rescale": ".5"}  # fmt: skip
     for task in TASKS.values():
         argvs = []

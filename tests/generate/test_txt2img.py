@@ -259,8 +259,11 @@ def test_verbose_shows_the_traceback(run):
 
 
 def test_flags_without_meaning_are_accepted_with_one_warning(run):
-    status, _, err = run("--torchscript", "--ipex", "--C", "4", "--f", "4", "--n_samples", "1")
+    unused = ["--torchscript", "--ipex", "--C", "4", "--f", "4", "--dpm", "--ddim_eta", "0.5"]
+    status, out, err = run(*unused, "--n_samples", "1")
     assert status == 0
+    assert "`dpm` is deterministic: eta 0.5 is ignored" in err
+    assert read_info(out[0])["eta"] == 0
     assert err.count("`torchscript` has no effect") == err.count("`ipex` has no effect") == 1
     assert "`f` 4 is ignored: the model has 8" in err
     assert "`C`" not in err
