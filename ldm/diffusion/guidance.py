@@ -56,7 +56,7 @@ def add_guidance(
     return denoise
 
 
-def limit_to_interval(scale: float, low: float, high: float) -> Scale:
+def limit_to_interval(scale: Scale, low: float, high: float) -> Scale:
     """Limits guidance to an interval of noise levels.
 
     Args:
@@ -64,7 +64,13 @@ def limit_to_interval(scale: float, low: float, high: float) -> Scale:
         low: Lowest noise level (sigma) with guidance.
         high: Highest noise level with guidance.
     """
-    return lambda sigma: scale if low <= sigma <= high else 1.0
+
+    def limited(sigma: float) -> float:
+        if not low <= sigma <= high:
+            return 1.0
+        return scale(sigma) if callable(scale) else scale
+
+    return limited
 
 
 def _rescale(prediction: Tensor, pred_cond: Tensor, weight: float) -> Tensor:

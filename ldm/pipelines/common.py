@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
-from typing import ParamSpec, TypeVar, cast
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,8 @@ def pipeline(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tens
     """
 
     def decorate(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
-        parameters = inspect.signature(function).parameters.values()
+        signature = inspect.signature(function)
+        parameters = signature.parameters.values()
         allowed = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
         allowed += SamplingOptions.__annotations__
 
@@ -60,8 +61,7 @@ def pipeline(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tens
                 if keyword not in allowed:
                     kind = f"keyword of {function.__name__}"
                     raise unknown_name(kind, keyword, allowed[1:], argument=keyword)
-            model = args[0] if args else keywords["model"]
-            check_family(cast(LatentDiffusion, model), *families)
+            check_family(signature.bind(*args, **keywords).arguments["model"], *families)
             return function(*args, **keywords)
 
         return call

@@ -101,7 +101,7 @@ def sample(
     """
     quirks = Quirks(frozenset(legacy))
     scheduler = scheduler or grid
-    check_sampling(sampler=sampler, scheduler=scheduler, eta=eta, strength=strength)
+    check_sampling(sampler, scheduler, eta, strength, rescale)
     scheduler = scheduler or default_scheduler(model.schedule, sampler)
     sigmas = quirks.sigmas(model.schedule, steps, scheduler)
     shape = (len(cond), model.channels, *_latent_size(model, size, x_T if z is None else z))
@@ -117,7 +117,7 @@ def sample(
         x = x_T * std if strength == 1 else z.to(x_T) + sigma * x_T
         x = x * (_std(sigmas[first]) / std)
         sigmas = sigmas[first:]
-    if guidance_interval is not None and not callable(scale):
+    if guidance_interval is not None:
         scale = limit_to_interval(scale, *guidance_interval)
     denoiser = _in_tiles(quirks.denoiser(model, sampler), unet_tile)
     x = SAMPLERS[sampler](

@@ -40,7 +40,7 @@ def test_a_model_of_no_known_family_says_what_it_reads():
     with pytest.raises(WrongFamily, match="this model reads `smell`, `txt`, and no task here"):
         pipelines.txt2img(model({"txt", "smell"}), ["a"])
     with pytest.raises(WrongFamily, match="this model reads nothing"):
-        pipelines.txt2img(model(()), ["a"])
+        pipelines.txt2img(prompts=["a"], model=model(()))
 
 
 @pytest.mark.parametrize(
