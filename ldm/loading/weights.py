@@ -63,6 +63,10 @@ class Weights:
         """
         originals = {original_name(name): name for name in (*names, *self.state)}
         take_averages(self.state, self.source.averages, originals, self.path)
+        # Known only now, if the file holds nothing but averages of the UNet.
+        self.family = recognise_family(self.state)
+        step = self.source.step
+        self.prediction = detect_prediction(self.family, self.state, step, self.markers)
 
     def replace_autoencoder(self, other: Checkpoint, wanted: Mapping[str, Tensor]) -> None:
         """Take the autoencoder from another checkpoint; see `read_autoencoder`."""

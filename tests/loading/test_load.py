@@ -12,7 +12,7 @@ import torch
 import ldm
 from ldm.loading import families
 from ldm.loading.build import build_on_meta
-from ldm.loading.config import read_yaml
+from ldm.loading.config import instantiate, read_yaml
 from ldm.loading.families import detect_prediction, probe_prediction, recognise_family
 from ldm.loading.files.checkpoint import (
     EMBEDDED,
@@ -128,12 +128,13 @@ def test_weights_may_be_trained_after_loading(tiny_yaml, tiny_file):
     assert tiny_file.read_bytes() == before
 
 
+def ema_of(state):
+    unet = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+    return {f"model_ema.{name.replace('.', '')}": value + 1 for name, value in unet.items()}
+
+
 def test_averages_are_loaded_when_asked_for(tmp_path, tiny_yaml, tiny_state):
-    averages = {
-        "model_ema." + k.removeprefix("model.").replace(".", ""): v + 1
-        for k, v in tiny_state.items()
-        if k.startswith("model.")
-    }
+    averages = ema_of(tiny_state)
     torch.save(tiny_state | averages, tmp_path / "x.ckpt")
     raw = ldm.load(tiny_yaml, tmp_path / "x.ckpt").state_dict()
     ema = ldm.load(tiny_yaml, tmp_path / "x.ckpt", ema=True).state_dict()
@@ -143,6 +144,17 @@ def test_averages_are_loaded_when_asked_for(tmp_path, tiny_yaml, tiny_state):
     torch.save(rest | averages, tmp_path / "y.ckpt")
     alone = ldm.load(tiny_yaml, tmp_path / "y.ckpt", ema=True).state_dict()
     assert all(torch.equal(alone[name], ema[name]) for name in ema)
+
+
+def test_averages_alone_tell_their_family(tmp_path, tiny_yaml):
+    unet = "model.params.unet_config.params.context_dim=768"
+    model = instantiate(read_yaml(tiny_yaml, [unet]))
+    state = restore_names(model.state_dict())
+    rest = {name: value for name, value in state.items() if not name.startswith("model.")}
+    torch.save(rest | ema_of(state), tmp_path / "ema.ckpt")
+    overrides = [unet, "model.params.parameterization=v"]
+    with pytest.warns(UserWarning, match="predicts eps, the config says v: .*Stable Diffusion 1"):
+        ldm.load(tiny_yaml, tmp_path / "ema.ckpt", ema=True, overrides=overrides)
 
 
 def test_missing_and_unexpected_names_are_counted(tmp_path, tiny_yaml, tiny_state):
