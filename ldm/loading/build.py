@@ -4,8 +4,10 @@ Strict: every tensor, every shape. Nothing is initialised, as all of it is repla
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -27,7 +29,7 @@ log = logging.getLogger(__name__)
 
 TEXT = "conditioner.text."
 PREFIXES = ("", "unet.", "autoencoder.", TEXT)
-LISTED = 10  # names of each kind in a message
+MAX_LISTED = 10  # names of each kind in a message
 
 
 @contextmanager
@@ -46,23 +48,17 @@ def build_on_meta(
 ) -> nn.Module:
     """The module of a translated config, with every weight on the meta device.
 
-    Args:
-        spec: as `translate_config` returns it.
-        allow, where, skipped: as for `instantiate`.
+    Arguments are those of `instantiate`.
     """
-    parts = dict(spec["params"])
-    if spec["target"] != MODEL:
-        with meta_device():
-            module = instantiate(spec, allow=allow, where=where, skipped=skipped)
-    else:
-        for name in ("unet", "autoencoder", "conditioner"):  # the schedule needs its numbers
-            with meta_device():
-                parts[name] = instantiate(
-                    parts[name], allow=allow, where=f"{where}.{name}", skipped=skipped
-                )
-        spec = {**spec, "params": parts}
-        module = instantiate(spec, allow=allow, where=where, skipped=skipped)
-    return cast(nn.Module, module)
+    build = partial(instantiate, allow=allow, skipped=skipped)
+    with meta_device():
+        if spec["target"] != MODEL:
+            return cast(nn.Module, build(spec, where=where))
+        params = dict(spec["params"])
+        for name in ("unet", "autoencoder", "conditioner"):
+            params[name] = build(params[name], where=f"{where}.{name}")
+    # Outside, as the schedule computes its tables.
+    return cast(nn.Module, build({**spec, "params": params}, where=where))
 
 
 def fill_weights(
@@ -77,19 +73,19 @@ def fill_weights(
     """Put weights into a model on the meta device, strictly.
 
     Args:
-        state: under our names; for a single part also bare names. It is used up.
+        state: under our names; for a single part also bare names. It is emptied.
         mapped: the tensors are pages of a file: those that are copied are given back at once, so
             that the peak is what the model keeps.
-        misfit: how a message about weights that do not fit begins.
+        misfit: how the message about weights that do not fit begins.
 
     Raises:
         WeightsMismatch: with counts and the first names that do not fit.
     """
-    wanted = model.state_dict()
-    prefix = next((p for p in PREFIXES if any(p + name in state for name in wanted)), "")
+    model_state = model.state_dict()
+    prefix = next((p for p in PREFIXES if any(p + name in state for name in model_state)), "")
     for name in [name for name in state if not name.startswith(prefix)]:
         del state[name]  # other parts of a whole model
-    check_weights(wanted, {n.removeprefix(prefix): v for n, v in state.items()}, misfit)
+    check_weights(model_state, {n.removeprefix(prefix): v for n, v in state.items()}, misfit)
     weights: dict[str, Tensor] = {}
     for name in list(state):  # in the order of the file, so that the system reads ahead
         old = state.pop(name)
@@ -103,14 +99,14 @@ def fill_weights(
         model.autoencoder.float()  # the upscaler's overflows in float16
 
 
-def add_unused_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+def add_unused_weights(model: nn.Module, state: dict[str, Tensor], file: str | Path) -> None:
     """Add zeros for weights that no computation uses, where other programs leave them out.
 
     These are the projection of OpenCLIP's text tower, and its last block if that is not run.
 
     Args:
         state: under our names.
-        where: the file that it is from.
+        file: for the log.
     """
     text = model.conditioner.find(OpenCLIPText) if isinstance(model, LatentDiffusion) else None
     dtype = next((value.dtype for name, value in state.items() if name.startswith(TEXT)), None)
@@ -124,10 +120,12 @@ def add_unused_weights(model: nn.Module, state: dict[str, Tensor], where: str) -
     }
     state |= missing
     if missing:
-        log.info("`%s`: %d unused tensors of the text tower are missing", where, len(missing))
+        log.info("`%s`: %d unused tensors of the text tower are missing", file, len(missing))
 
 
-def check_weights(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], misfit: str) -> None:
+def check_weights(
+    model_state: Mapping[str, Tensor], state: Mapping[str, Tensor], misfit: str
+) -> None:
     """Check that weights have the names and shapes of a model, all under our names.
 
     Raises:
@@ -135,11 +133,11 @@ def check_weights(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], mis
             the weights look like.
     """
     problems = {
-        "missing": [original_name(name) for name in wanted if name not in state],
-        "unexpected": [original_name(name) for name in state if name not in wanted],
+        "missing": [original_name(name) for name in model_state if name not in state],
+        "unexpected": [original_name(name) for name in state if name not in model_state],
         "mismatched": [
             f"{original_name(name)} {tuple(state[name].shape)}, expected {tuple(value.shape)}"
-            for name, value in wanted.items()
+            for name, value in model_state.items()
             if name in state and state[name].shape != value.shape
         ],
     }
@@ -149,8 +147,8 @@ def check_weights(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], mis
     lines = [f"{misfit}: {counts}"]
     for problem, names in problems.items():
         if names:
-            more = ", …" if len(names) > LISTED else ""
-            lines.append(f"{problem}: {', '.join(names[:LISTED])}{more}")
+            more = ", …" if len(names) > MAX_LISTED else ""
+            lines.append(f"{problem}: {', '.join(names[:MAX_LISTED])}{more}")
     family = recognise_family(state)
     if family is not None:
         lines.append(f"hint: the weights look like {family.title} (`{family.config}.yaml`)")
@@ -162,10 +160,10 @@ class _NoInit(TorchFunctionMode):
 
     def __torch_function__(
         self,
-        func: Any,
-        types: Any,
+        func: Callable[..., Any],
+        types: Iterable[type],
         args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         tensor = args[0] if args else kwargs.get("tensor")  # `nn.init` passes it by name
@@ -176,10 +174,9 @@ class _NoInit(TorchFunctionMode):
 
 
 FILLS = frozenset(
-    f"{name}_"
-    for name in (
-        "add", "clamp", "copy", "div", "erfinv", "fill", "mul", "normal", "trunc_normal", "uniform",
-        "kaiming_normal", "kaiming_uniform", "xavier_normal", "xavier_uniform", "zero", "zeros",
-        "ones", "constant", "orthogonal",
-    )
+    {
+        "add_", "clamp_", "constant_", "copy_", "div_", "erfinv_", "fill_", "kaiming_normal_",
+        "kaiming_uniform_", "mul_", "normal_", "ones_", "orthogonal_", "trunc_normal_", "uniform_",
+        "xavier_normal_", "xavier_uniform_", "zero_", "zeros_",
+    }
 )  # fmt: skip

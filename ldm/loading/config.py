@@ -47,7 +47,7 @@ def read_yaml(
 
     Args:
         overrides: `model.params.linear_end=0.02`, applied last, values parsed as YAML.
-        more: files that are laid over the first, later ones over earlier.
+        more: files merged over the first, later ones over earlier.
         sections: may be overridden even if no file has them.
 
     Raises:
@@ -56,12 +56,12 @@ def read_yaml(
     """
     texts = []
     for file in (path, *more):
-        found = find_file(file)
-        size = found.stat().st_size
+        full_path = find_file(file)
+        size = full_path.stat().st_size
         if size > MAX_BYTES:
             raise ConfigError(f"{file}: {size} bytes is too much for a config")
         try:
-            texts.append(found.read_text("utf-8"))
+            texts.append(full_path.read_text("utf-8"))
         except UnicodeDecodeError as error:
             raise ConfigError(f"{file}: not a text file ({error.reason})") from error
     where = " + ".join(map(str, (path, *more)))
@@ -84,19 +84,18 @@ def parse_yaml(
         config = OmegaConf.merge(*layers)
         for section in sections:
             config.setdefault(section, {})
-        raw: Any = OmegaConf.to_container(config, resolve=False)
         for override in overrides:
             section = re.split(r"[.=\[]", override)[0]
-            if "=" not in override or section not in raw:
+            if "=" not in override or section not in config:
                 raise ArgumentError(
                     f"override `{override}` does not fit {where}: `section.key=value` with one of "
-                    f"the sections {', '.join(map(str, raw))} is expected",
+                    f"the sections {', '.join(map(str, config))} is expected",
                     "overrides",
                 )
         config = OmegaConf.merge(config, OmegaConf.from_dotlist(overrides))
-        raw = OmegaConf.to_container(config, resolve=False)
+        raw: Any = OmegaConf.to_container(config, resolve=False)
     except (OmegaConfBaseException, YAMLError, RecursionError) as error:
-        raise ConfigError(f"{where}: {_first_line(error)}") from error
+        raise ConfigError(f"{where}: {_one_line(error)}") from error
     resolved: dict[str, Any] = _Resolver(raw, where).resolve(raw)
     return resolved
 
@@ -163,30 +162,30 @@ def instantiate(
         ConfigError: parameters are missing, or refused by the class.
     """
     spec = translate_config(spec, where=where, skipped=skipped)
-    where = spec["where"]
-    make = _find_class(spec["target"], allow, where)
-    params = dict(spec.get("params") or {})
-    for key in sorted(set(params) & getattr(make, "IGNORED", frozenset())):
-        log.debug("%s: `%s` has no meaning for %s", where, key, make.__name__)
+    where, params = spec["where"], dict(spec["params"])
+    factory = _find_class(spec["target"], allow, where)
+    for key in sorted(params.keys() & getattr(factory, "IGNORED", frozenset())):
+        log.debug("%s: `%s` has no meaning for %s", where, key, factory.__name__)
         if skipped is not None:
             skipped.append(f"{where}.{key}")
         del params[key]
-    _check_params(make, params, where)
+    _check_params(factory, params, where)
     for key, value in params.items():
         if isinstance(value, Mapping) and "target" in value:
-            inner = f"{where}.{key}"  # unless the value says where it is from
+            inner = f"{where}.{key}"  # a translated part has its own `where`, which wins
             params[key] = instantiate(value, allow=allow, where=inner, skipped=skipped)
     try:
-        return make(**params)
+        return factory(**params)
     except BAD_PARAMETERS as error:
         if str(error).startswith(where):
             raise
-        raise ConfigError(f"{where}: {make.__name__} refuses its parameters: {error}") from error
+        message = f"{where}: {factory.__name__} refuses its parameters: {error}"
+        raise ConfigError(message) from error
 
 
 def _find_class(target: Any, allow: Sequence[str], where: str) -> Callable[..., Any]:
     """The class (or function of ours) behind a dotted name, refused before any import."""
-    if target in legacy.OUR_TARGETS:
+    if target in legacy.CLASSES:
         module, _, name = target.rpartition(".")
         ours: Callable[..., Any] = getattr(import_module(module), name)
         return ours
@@ -207,20 +206,18 @@ def _find_class(target: Any, allow: Sequence[str], where: str) -> Callable[..., 
     return cls
 
 
-def _check_params(make: Callable[..., Any], params: Mapping[str, Any], where: str) -> None:
-    signature = inspect.signature(make).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in signature):
+def _check_params(factory: Callable[..., Any], params: Mapping[str, Any], where: str) -> None:
+    signature = inspect.signature(factory).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in signature.values()):
         return
-    names = [p.name for p in signature]
     for key in params:
-        if key not in names:
-            raise unknown_name(f"parameter of {make.__name__}", key, names, where)
-    missing = [p.name for p in signature if p.default is p.empty and p.name not in params]
-    if missing:
-        listed = ", ".join(f"`{name}`" for name in missing)
-        raise ConfigError(f"{where}: {make.__name__} needs {listed}")
+        if key not in signature:
+            raise unknown_name(f"parameter of {factory.__name__}", key, signature, where)
+    required = (name for name, p in signature.items() if p.default is p.empty)
+    if missing := [f"`{name}`" for name in required if name not in params]:
+        raise ConfigError(f"{where}: {factory.__name__} needs {', '.join(missing)}")
 
 
-def _first_line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return text[:300] or type(error).__name__

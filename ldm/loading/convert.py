@@ -47,12 +47,12 @@ LORA_PARTS = ("unet.", "conditioner.text.")  # what LoRAs change
 
 @dataclass(frozen=True)
 class Conversion:
-    """What will be written, and what a reader should know of it.
+    """What will be written.
 
     Args:
         weights: tensors, by the path of their file in a folder ("" for a single file).
         texts: JSONs and texts of a folder, by path.
-        notes: lines to show.
+        notes: a summary, in lines for the user.
     """
 
     source: Checkpoint
@@ -82,19 +82,19 @@ def plan_conversion(
     vae: str | Path | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
 ) -> Conversion:
-    """Read names and configs, and decide what becomes of each tensor; writes nothing.
+    """Read names and configs, and plan which tensor is written where; writes nothing.
 
     Args:
         source: a file, a diffusers folder, or the folder of a training run.
         target: ending in .safetensors or .ckpt: a file in the original's layout; else a folder.
         config: the YAML of the source; None finds it as `load` does.
         dtype: of all floating-point numbers, None = as they are.
-        ema: averaged weights take the place of raw ones.
-        prune: averaged weights are left out. Single files keep both otherwise, folders cannot.
+        ema: replace raw weights by their EMA.
+        prune: leave EMA weights out of single files, which hold both otherwise; folders cannot.
         variant: in the file names of folders, such as `fp16` (which also means that dtype).
         clip_stats: statistics of CLIP's embeddings, for unCLIP models that do not bring theirs.
-        vae: what `source` may be, to take the autoencoder from.
-        loras: files and their strengths, to be merged into the model; averages are left out then.
+        vae: a checkpoint, as `source`, whose autoencoder is used instead.
+        loras: (file, strength) pairs, merged into the weights; leaves EMA weights out.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -103,23 +103,26 @@ def plan_conversion(
     if variant == "fp16" and dtype is None and not is_diffusers_folder(source):
         dtype = torch.float16
     file = read_weights(source, ema, variant)
+    target = Path(target).expanduser()
+    is_file = target.suffix in SUFFIXES
     text = _config_text(file, config)
+    if text is None and (loras or not is_file):
+        message = f"`{file.path}` is of no known family\nhint: pass its config"
+        raise MissingArgument(message, "config")
+    raw = parse_yaml(text, where="config") if text else {}
+    metadata: dict[str, str | int] = {**file.metadata, **_provenance(file, text, raw, ema)}
     notes = []
     if vae is not None:
         file = _replace_autoencoder(file, vae)
         notes.append(f"the autoencoder is that of {vae}")
-    metadata: dict[str, str | int] = {**file.metadata, **_provenance(file, text, ema)}
     if loras:
-        file, metadata[LORAS] = _merge_loras(file, text, loras, dtype)
+        file, metadata[LORAS] = _merge_loras(file, raw, loras, dtype)
         notes.append(f"merged: {', '.join(f'{name} of weight {w:g}' for name, w in loras)}")
-    target = Path(target).expanduser()
-    is_file = target.suffix in SUFFIXES
-    averages = file.averages if is_file and not (ema or prune or loras) else {}
+    ema_state = file.ema_state if is_file and not (ema or prune or loras) else {}
     texts: dict[str, Any] = {}
     if is_file:
-        weights = {"": {**file.state, **averages}}
+        weights = {"": {**file.state, **ema_state}}
     else:
-        raw = parse_yaml(_require_config(text, file), where="config")
         texts, components = build_folder(file, raw, clip_stats)
         weights = {
             weights_path(component, texts, variant): state
@@ -129,9 +132,9 @@ def plan_conversion(
     for path, state in weights.items():
         size = _bytes(state, dtype) / 1e9
         notes.append(f"{path or target.name:60} {len(state):>5} tensors {size:8.3f} GB")
-    if file.averages and not averages:
+    if file.ema_state and not ema_state:
         what = "took the place of raw ones" if ema else "left out, `ema` takes them"
-        notes.append(f"{'model_ema.*':60} {len(file.averages):>5} tensors {what}")
+        notes.append(f"{'model_ema.*':60} {len(file.ema_state):>5} tensors {what}")
     return Conversion(file, target, weights, texts, metadata, dtype, tuple(notes))
 
 
@@ -141,14 +144,11 @@ def convert(
     force: bool = False,
     progress: Callable[[int], object] = lambda size: None,
 ) -> Path:
-    """Write what is planned, whole or not at all.
+    """Write what is planned, whole or not at all; returns the target.
 
     Args:
         force: replace what is there.
         progress: called with the bytes of each tensor that was written.
-
-    Returns:
-        The target.
 
     Raises:
         FileExistsError: the target exists.
@@ -177,7 +177,7 @@ def convert(
 
 
 def _replace_folder(target: Path, new: Path) -> None:
-    """Put a folder in the place of another one, or of none."""
+    """Rename a folder to `target`, which is put back if that fails."""
     if not target.exists():
         new.rename(target)
         return
@@ -206,7 +206,7 @@ def _check_target(conversion: Conversion, force: bool) -> None:
 def _config_text(file: Checkpoint, config: str | Path | None) -> str | None:
     """The text of the YAML: the given one, embedded in the file, or of the recognised family.
 
-    Of an autoencoder alone it is the autoencoder's part of that; None if nothing is known.
+    For an autoencoder alone the autoencoder's part of that; None for an unknown family.
     """
     weights = identify_weights(file)
     is_part = not any(name.startswith("unet.") for name in weights.state)
@@ -229,34 +229,26 @@ def _config_text(file: Checkpoint, config: str | Path | None) -> str | None:
     return text
 
 
-def _require_config(text: str | None, file: Checkpoint) -> str:
-    if text is None:
-        message = f"`{file.path}` is of no known family\nhint: pass its config"
-        raise MissingArgument(message, "config")
-    return text
-
-
 def _merge_loras(
     file: Checkpoint,
-    text: str | None,
+    raw: Mapping[str, Any],
     loras: Sequence[tuple[str | Path, float]],
     dtype: torch.dtype | None,
 ) -> tuple[Checkpoint, str]:
     """A model with LoRAs in its weights, and the list of all that it has now, as JSON.
 
-    dtype: what the weights will be written in; the sum is rounded to it only if it is coarser.
+    Sums are rounded to the dtype of the weights, or to the one that is written if that is finer.
     """
-    raw = parse_yaml(_require_config(text, file), where="config")
     model = build_on_meta(translate_config(raw, where="config"))
     if not isinstance(model, LatentDiffusion):
         raise WrongFamily(f"`{file.path}` is a part of a model, LoRAs are for whole ones")
     names = {ours: old for ours, old in our_names(file.state) if ours.startswith(LORA_PARTS)}
-    wanted = {name: v for name, v in model.state_dict().items() if name.startswith(LORA_PARTS)}
+    expected = {name: v for name, v in model.state_dict().items() if name.startswith(LORA_PARTS)}
     state = {ours: file.state[old] for ours, old in names.items()}
     if dtype == torch.float32:
         state = {name: v.float() if v.is_floating_point() else v for name, v in state.items()}
-    add_unused_weights(model, state, str(file.path))
-    check_weights(wanted, state, f"`{file.path}` does not fit its config")
+    add_unused_weights(model, state, file.path)
+    check_weights(expected, state, f"`{file.path}` does not fit its config")
     model.load_state_dict(state, strict=False, assign=True)
     before = dict(model.named_parameters())
     load_loras(model, loras)
@@ -265,32 +257,34 @@ def _merge_loras(
         for name, parameter in model.named_parameters()
         if parameter is not before[name]
     }
-    records = json.loads(file.metadata.get(LORAS, "[]"))
-    records += [{**lora, "path": Path(lora["path"]).name} for lora in model.provenance["loras"]]
-    return replace(file, state={**file.state, **merged}, mapped=False), json.dumps(records)
+    all_loras = json.loads(file.metadata.get(LORAS, "[]"))
+    all_loras += [{**lora, "path": Path(lora["path"]).name} for lora in model.provenance["loras"]]
+    return replace(file, state={**file.state, **merged}, mapped=False), json.dumps(all_loras)
 
 
 def _replace_autoencoder(file: Checkpoint, vae: str | Path) -> Checkpoint:
     """A whole model with another autoencoder, in the precision of its own."""
     names = {ours: old for ours, old in our_names(file.state) if ours.startswith(AUTOENCODER)}
-    wanted = {ours: file.state[old] for ours, old in names.items()}
-    tensors = read_autoencoder(read_weights(vae), wanted, str(file.path))
-    new = {names[ours]: value.to(wanted[ours].dtype) for ours, value in tensors.items()}
+    old = {ours: file.state[name] for ours, name in names.items()}
+    tensors = read_autoencoder(read_weights(vae), old, file.path)
+    new = {names[ours]: value.to(old[ours].dtype) for ours, value in tensors.items()}
     return replace(file, state={**file.state, **new}, mapped=False)
 
 
-def _provenance(file: Checkpoint, text: str | None, ema: bool) -> dict[str, str | int]:
-    """What a single file, or the rest of a folder, says about itself."""
-    notes: dict[str, str | int] = {"ldm.version": __version__, "ldm.source": file.path.name}
+def _provenance(
+    file: Checkpoint, text: str | None, raw: Mapping[str, Any], ema: bool
+) -> dict[str, str | int]:
+    """Metadata of a single file, or of the rest of a folder."""
+    metadata: dict[str, str | int] = {"ldm.version": __version__, "ldm.source": file.path.name}
     if text:
-        params = parse_yaml(text, where="config").get("model", {}).get("params") or {}
-        notes[EMBEDDED] = text
-        if "unet_config" in params:
-            kind = params.get("parameterization", "eps")
-            notes["modelspec.prediction_type"] = {"eps": "epsilon"}.get(kind, kind)
+        metadata[EMBEDDED] = text
+    params = raw.get("model", {}).get("params") or {}
+    if "unet_config" in params:
+        kind = params.get("parameterization", "eps")
+        metadata["modelspec.prediction_type"] = "epsilon" if kind == "eps" else kind
     if file.step is not None:
-        notes["global_step"] = file.step
-    return notes | ({"ldm.ema": "merged"} if ema else {})
+        metadata["global_step"] = file.step
+    return metadata | ({"ldm.ema": "merged"} if ema else {})
 
 
 def _bytes(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> int:

@@ -14,8 +14,8 @@ All names here are ours (`legacy.rename_weights`).
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -30,17 +30,17 @@ PUBLISHED = "configs/stable-diffusion"
 
 @dataclass(frozen=True)
 class Family:
-    """A published family: how its weights look, and what it is used with.
+    """A published family: what its weights look like, and what it is used with.
 
     Args:
-        channels: that the UNet reads.
-        context: width of the tokens.
+        channels: input channels of the UNet.
+        context: width of the tokens that cross-attention reads.
         vector: width of the global embedding, None without one.
-        predicts: what all its models predict, None if that differs.
+        predicts: "eps" or "v" if that holds for all its models.
         config: name of its YAML (without `.yaml`); "" for a family that is not supported.
-        config_v: of its models that predict v, where that differs.
+        config_v: name of the YAML of its v models, where that is another one.
         task: the pipeline that serves it.
-        has_vision_tower: CLIP's vision tower stands in the place of text.
+        has_vision_tower: conditioned by CLIP's vision tower instead of text.
     """
 
     name: str
@@ -94,7 +94,7 @@ PROBE_LIMIT = -1.0
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one method says: "eps", "v" or None, and the number it looked at."""
+    """What one method says: "eps", "v" or None, and the value that it looked at."""
 
     method: str
     says: str | None
@@ -103,10 +103,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the network predicts, by the first method that has an answer; all answers are kept."""
+    """What the network predicts, by the most reliable method that has an answer."""
 
     kind: str | None
-    verdicts: tuple[Verdict, ...] = field(default=())
+    verdicts: tuple[Verdict, ...] = ()
 
     @property
     def disputed(self) -> bool:
@@ -133,12 +133,10 @@ def recognise_family(state: Mapping[str, Tensor]) -> Family | None:
         vector = state["unet.label_emb.0.0.weight"].shape[1]
     elif "unet.label_emb.weight" in state:  # Embedding (n, width) for a number
         vector = state["unet.label_emb.weight"].shape[0]
-    keys = (k for name, k in state.items() if name.startswith("unet.") and TO_K in name)
-    key = next(keys, None)
-    context = None if key is None else key.shape[1]
-    look = (first.shape[1], context, vector, VISION_TOWER in state)
-    looks = {(f.channels, f.context, f.vector, f.has_vision_tower): f for f in FAMILIES}
-    return looks.get(look)
+    contexts = (k.shape[1] for n, k in state.items() if n.startswith("unet.") and TO_K in n)
+    traits = (first.shape[1], next(contexts, None), vector, VISION_TOWER in state)
+    families = {(f.channels, f.context, f.vector, f.has_vision_tower): f for f in FAMILIES}
+    return families.get(traits)
 
 
 def detect_prediction(
@@ -151,23 +149,21 @@ def detect_prediction(
         step: `global_step` of the file.
         markers: metadata of the file, and `v_pred` if it holds such a tensor.
     """
-    verdicts = [_by_marker(markers)]
+    verdicts = list(_by_marker(markers))
     if family is not None and family.predicts:
         verdicts.append(Verdict("family", family.predicts, family.title))
     elif family is not None:
         verdicts.append(Verdict("step", STEPS.get(step or 0), f"global_step {step}"))
         verdicts.append(_by_bias(state))
-    return _rank([verdict for verdict in verdicts if verdict is not None])
+    return _rank(verdicts)
 
 
 @torch.no_grad()
 def probe_prediction(unet: nn.Module, prediction: Prediction, context: int = 1024) -> Prediction:
-    """The same with one more verdict: the UNet's answer to a constant at the noisiest step.
+    """Add the verdict of one UNet pass over a constant at the noisiest step.
 
     There z_t is almost pure noise, eps is nearly z_t itself, and v is nearly minus the image.
-
-    Args:
-        context: width of the tokens.
+    `context` is the width of the tokens.
     """
     weight = next(unet.parameters())
     x = torch.full((1, 4, 8, 8), 0.5, device=weight.device, dtype=weight.dtype)
@@ -187,12 +183,13 @@ def zero_snr_markers(parameterization: str, *, zero_snr: bool) -> dict[str, Tens
     return {name: torch.empty(0) for name, applies in markers.items() if zero_snr and applies}
 
 
-def _by_marker(markers: Mapping[str, str]) -> Verdict | None:
+def _by_marker(markers: Mapping[str, str]) -> Iterator[Verdict]:
     kind = markers.get("modelspec.prediction_type", "")
-    if "v_pred" in markers or kind == "v":
-        return Verdict("marker", "v", f"`{kind or 'v_pred'}`")
-    says = {"epsilon": "eps", "eps": "eps", "sample": "x0", "x0": "x0"}.get(kind)
-    return None if says is None else Verdict("marker", says, f"`{kind}`")
+    says = {"epsilon": "eps", "eps": "eps", "sample": "x0", "x0": "x0", "v": "v"}.get(kind)
+    if "v_pred" in markers:
+        yield Verdict("marker", "v", f"`{kind or 'v_pred'}`")
+    elif says:
+        yield Verdict("marker", says, f"`{kind}`")
 
 
 def _by_bias(state: Mapping[str, Tensor]) -> Verdict:

@@ -1,13 +1,13 @@
 """Every name of the original, in one place: targets of configs, model classes, prefixes of weights.
 
     TARGETS         its dotted name -> ours            a class that takes the YAML's keywords
-    MODEL_CLASSES   its model class -> encoders        LatentDiffusion, put together of parts
+    MODEL_CLASSES   its model class -> encoders        become a LatentDiffusion
     UNSUPPORTED     its dotted name -> what it is      known, but not built by this version
     PREFIXES        its prefix <-> ours                weights, used in both directions
     DERIVED         tensors that are recomputed        dropped on load, written on export
 
-Tables, and functions with nothing clever in them. Inside the networks the original parameter names
-are ours too, so nothing below those prefixes is renamed.
+Inside the networks the original parameter names are ours too, so nothing below those prefixes is
+renamed.
 """
 
 import re
@@ -23,54 +23,50 @@ from ldm.runtime.errors import ConfigError, unknown_name
 __all__ = ["original_name", "our_names", "rename_weights", "restore_names", "translate_config"]
 
 MODEL = "ldm.model.LatentDiffusion"
-CONDITIONER = "ldm.conditioning.Conditioner"
-SCHEDULE = "ldm.diffusion.schedule.Schedule"
-BETAS = "ldm.diffusion.schedule.make_betas"
 AUTOENCODER = "ldm.nets.autoencoder.AutoencoderKL"
-PIXELS = "ldm.nets.autoencoder.PixelSpace"
-UNET = "ldm.nets.unet.UNet"
-OPEN_CLIP = "ldm.encoders.text.OpenCLIPText"
-CLIP = "ldm.encoders.text.CLIPText"
-OPEN_CLIP_IMAGE = "ldm.encoders.image.OpenCLIPImage"
 CLIP_IMAGE = "ldm.encoders.image.CLIPImage"
-IMAGE_EMBEDDING = "ldm.encoders.image.ImageEmbedding"
-EMBEDDING_NOISE = "ldm.encoders.image.EmbeddingNoise"
-DEPTH = "ldm.encoders.depth.MiDaSDepth"
-LOW_RES = "ldm.encoders.lowres.LowRes"
-NOISE_LEVEL = "ldm.encoders.lowres.NoiseLevel"
-MASKED_IMAGE = "ldm.encoders.lowres.MaskedImage"
-PATCHES = "ldm.encoders.lowres.PatchesToChannels"
-ADVERSARIAL = "ldm.train.tasks.autoencoder.LossConfig"
 IDENTITY = "torch.nn.Identity"
+IMAGES, LOWRES = "ldm.encoders.image.", "ldm.encoders.lowres."
+SCHEDULES = "ldm.diffusion.schedule."
+ENCODERS, LOSSES = "ldm.modules.encoders.modules.", "ldm.modules.losses."
+OPENAI_MODEL = "modules.diffusionmodules.openaimodel.UNetModel"
+SGM_ENCODERS = "sgm.modules.encoders.modules."
 
-TARGETS = {
-    "ldm.models.autoencoder.AutoencoderKL": AUTOENCODER,
-    "ldm.models.autoencoder.IdentityFirstStage": PIXELS,
-    "ldm.modules.diffusionmodules.openaimodel.UNetModel": UNET,
-    "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder": OPEN_CLIP,
-    "ldm.modules.encoders.modules.FrozenCLIPEmbedder": CLIP,
-    "ldm.modules.encoders.modules.FrozenOpenCLIPImageEmbedder": OPEN_CLIP_IMAGE,
-    "ldm.modules.encoders.modules.ClipImageEmbedder": CLIP_IMAGE,
-    "ldm.modules.encoders.modules.FrozenCLIPImageEmbedder": CLIP_IMAGE,
-    "ldm.modules.encoders.modules.FrozenClipImageEmbedder": CLIP_IMAGE,
-    "ldm.modules.encoders.modules.CLIPEmbeddingNoiseAugmentation": EMBEDDING_NOISE,
-    "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation": LOW_RES,
-    "ldm.modules.midas.api.MiDaSInference": DEPTH,
-    "ldm.modules.losses.LPIPSWithDiscriminator": ADVERSARIAL,
-    "ldm.modules.losses.contperceptual.LPIPSWithDiscriminator": ADVERSARIAL,
-    "ldm.modules.losses.contperceptual.DummyLoss": IDENTITY,
-    "sgm.models.autoencoder.AutoencoderKL": AUTOENCODER,
-    "sgm.modules.diffusionmodules.openaimodel.UNetModel": UNET,
-    "sgm.modules.encoders.modules.FrozenOpenCLIPEmbedder": OPEN_CLIP,
-    "sgm.modules.encoders.modules.FrozenCLIPEmbedder": CLIP,
-    IDENTITY: IDENTITY,
-    "ldm.encoders.lowres.Folded": PATCHES,  # our name before 0.2
-}
-OUR_TARGETS = frozenset(TARGETS.values()) | {
-    MODEL, CONDITIONER, SCHEDULE, BETAS, IMAGE_EMBEDDING, NOISE_LEVEL, MASKED_IMAGE, PATCHES
+# Our class: the original's names of it.
+CLASSES = {
+    MODEL: (),
+    "ldm.conditioning.Conditioner": (),
+    SCHEDULES + "Schedule": (),
+    SCHEDULES + "make_betas": (),
+    AUTOENCODER: ("ldm.models.autoencoder.AutoencoderKL", "sgm.models.autoencoder.AutoencoderKL"),
+    "ldm.nets.autoencoder.PixelSpace": ("ldm.models.autoencoder.IdentityFirstStage",),
+    "ldm.nets.unet.UNet": ("ldm." + OPENAI_MODEL, "sgm." + OPENAI_MODEL),
+    "ldm.encoders.text.OpenCLIPText": (
+        ENCODERS + "FrozenOpenCLIPEmbedder", SGM_ENCODERS + "FrozenOpenCLIPEmbedder",
+    ),
+    "ldm.encoders.text.CLIPText": (
+        ENCODERS + "FrozenCLIPEmbedder", SGM_ENCODERS + "FrozenCLIPEmbedder",
+    ),
+    IMAGES + "OpenCLIPImage": (ENCODERS + "FrozenOpenCLIPImageEmbedder",),
+    CLIP_IMAGE: (
+        ENCODERS + "ClipImageEmbedder", ENCODERS + "FrozenCLIPImageEmbedder",
+        ENCODERS + "FrozenClipImageEmbedder",
+    ),
+    IMAGES + "ImageEmbedding": (),
+    IMAGES + "EmbeddingNoise": (ENCODERS + "CLIPEmbeddingNoiseAugmentation",),
+    "ldm.encoders.depth.MiDaSDepth": ("ldm.modules.midas.api.MiDaSInference",),
+    LOWRES + "LowRes": ("ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation",),
+    LOWRES + "NoiseLevel": (),
+    LOWRES + "MaskedImage": (),
+    LOWRES + "PatchesToChannels": (LOWRES + "Folded",),  # our name before 0.2
+    "ldm.train.tasks.autoencoder.LossConfig": (
+        LOSSES + "LPIPSWithDiscriminator", LOSSES + "contperceptual.LPIPSWithDiscriminator",
+    ),
+    IDENTITY: (LOSSES + "contperceptual.DummyLoss", IDENTITY),
 }  # fmt: skip
-# Encoders that take the place of text, with what makes them fit its slot in published files.
-IN_PLACE_OF_TEXT = {CLIP_IMAGE: {"text_tower": False}}
+TARGETS = {original: ours for ours, originals in CLASSES.items() for original in originals}
+# Extra parameters of encoders in the text encoder's slot of published files.
+TEXT_SLOT_PARAMS = {CLIP_IMAGE: {"text_tower": False}}
 
 # Known classes that this version does not build, and what they are.
 UNSUPPORTED = {
@@ -84,31 +80,26 @@ UNSUPPORTED = {
 }
 
 # Parameters of the original model class that only training or logging looks at.
-TRAINING_ONLY = frozenset(
-    {
-        "ckpt_path", "clip_denoised", "concat_mode", "cond_stage_forward", "first_stage_key",
-        "force_null_conditioning", "ignore_keys", "l_simple_weight", "learn_logvar",
-        "load_only_unet", "log_every_t", "logvar_init", "loss_type", "make_it_fit", "monitor",
-        "num_timesteps_cond", "original_elbo_weight", "reset_ema", "reset_num_ema_updates",
-        "scale_by_std", "scheduler_config", "ucg_training", "unet_trainable",
-        "use_positional_encodings",
-    }
-)  # fmt: skip
-# Parameters that say in other words what the parts say, or that `load` looks at itself.
-REDUNDANT = frozenset({"channels", "conditioning_key", "cond_stage_key", "use_ema"})
-FIRST_WEIGHT = "model.diffusion_model.input_blocks.0.0.weight"  # what a fine-tune may widen
+TRAINING_ONLY = {
+    "ckpt_path", "clip_denoised", "concat_mode", "cond_stage_forward", "first_stage_key",
+    "force_null_conditioning", "ignore_keys", "l_simple_weight", "learn_logvar", "load_only_unet",
+    "log_every_t", "logvar_init", "loss_type", "make_it_fit", "monitor", "num_timesteps_cond",
+    "original_elbo_weight", "reset_ema", "reset_num_ema_updates", "scale_by_std",
+    "scheduler_config", "ucg_training", "unet_trainable", "use_positional_encodings",
+}  # fmt: skip
+# Parameters that repeat those of the parts, or that `load` reads itself.
+REDUNDANT = {"channels", "conditioning_key", "cond_stage_key", "use_ema"}
+FIRST_WEIGHT = "model.diffusion_model.input_blocks.0.0.weight"  # fine-tunes may add channels
 FINETUNE = ("finetune_keys", "concat_keys", "c_concat_log_start", "c_concat_log_end")
 AUTOENCODER_CONFIG = "first_stage_config"
 SCHEDULE_KEYS = ("timesteps", "linear_start", "linear_end", "cosine_s")
-MODEL_KEYS = frozenset(
-    {
-        "unet_config", "first_stage_config", "cond_stage_config", "cond_stage_trainable",
-        "beta_schedule", "given_betas", "v_posterior", "parameterization", "scale_factor",
-        "image_size", "rescale_betas_zero_snr", *SCHEDULE_KEYS,
-    }
-)  # fmt: skip
+MODEL_KEYS = {
+    "unet_config", "first_stage_config", "cond_stage_config", "cond_stage_trainable",
+    "beta_schedule", "given_betas", "v_posterior", "parameterization", "scale_factor",
+    "image_size", "rescale_betas_zero_snr", *SCHEDULE_KEYS,
+}  # fmt: skip
 
-# Their prefix, ours. Renaming back takes the first pair that fits.
+# (the original's prefix, ours); renaming back takes the first that fits.
 PREFIXES = (
     ("model.diffusion_model.", "unet."),
     ("first_stage_model.", "autoencoder."),
@@ -173,7 +164,7 @@ def translate_config(
 
 @dataclass
 class _Translator:
-    """Puts a LatentDiffusion together of the parameters of one of the original's classes."""
+    """Translates the parameters of a model class of the original into those of LatentDiffusion."""
 
     target: str
     params: Mapping[str, Any]
@@ -183,17 +174,17 @@ class _Translator:
     def translate(self) -> dict[str, Any]:
         self._check_params()
         params = self.params
+        encoders = self._text_encoder() | MODEL_CLASSES[self.target].encoders(self)
         parts = {
             "unet": self.part("unet_config"),
             "autoencoder": self.part(AUTOENCODER_CONFIG),
-            "conditioner": {"target": CONDITIONER, "params": self._text()},
-            "schedule": self._schedule(),
+            "conditioner": {"target": "ldm.conditioning.Conditioner", "params": encoders},
+            "schedule": {"target": SCHEDULES + "Schedule", "params": self._schedule_params()},
             "parameterization": params.get("parameterization", "eps"),
             "scale_factor": params.get("scale_factor", 1.0),
         }
         if "image_size" in params:
             parts["image_size"] = params["image_size"]
-        parts["conditioner"]["params"] |= MODEL_CLASSES[self.target].encoders(self)
         return {"target": MODEL, "params": parts, "where": self.where}
 
     def part(self, key: str) -> dict[str, Any]:
@@ -220,47 +211,41 @@ class _Translator:
                 f"yet, only `{family.conditioning}`"
             )
 
-    def _text(self) -> dict[str, Any]:
-        """The text encoder (or what stands in its place), if the model has one.
+    def _text_encoder(self) -> dict[str, Any]:
+        """Empty for a model without one.
 
-        Two magic strings of the original say that it has none; `torch.nn.Identity` says that the
-        caller brings the condition itself.
+        Two magic strings of the original say so; `torch.nn.Identity` says that the caller brings
+        the condition itself.
         """
         config = self.params["cond_stage_config"]
         if config in ("__is_unconditional__", "__is_first_stage__", {"target": IDENTITY}):
             return {}
         spec = self.part("cond_stage_config")
-        spec["params"] |= IN_PLACE_OF_TEXT.get(spec["target"], {})
+        spec["params"] |= TEXT_SLOT_PARAMS.get(spec["target"], {})
         if self.params.get("cond_stage_trainable"):
             spec["params"].setdefault("freeze", False)
         return {"text": spec}
 
-    def _schedule(self) -> dict[str, Any]:
+    def _schedule_params(self) -> dict[str, Any]:
         betas: Any = self.params.get("given_betas")
         if betas is not None:
             betas = torch.tensor(betas, dtype=torch.float64, device="cpu")
         else:
             options = {key: self.params[key] for key in SCHEDULE_KEYS if key in self.params}
             options["name"] = self.params.get("beta_schedule", "linear")
-            betas = {"target": BETAS, "params": options}
+            betas = {"target": SCHEDULES + "make_betas", "params": options}
         zero_snr = self.params.get("rescale_betas_zero_snr", False)
         posterior = self.params.get("v_posterior", 0.0)
-        schedule = {"betas": betas, "v_posterior": posterior, "zero_snr": zero_snr}
-        return {"target": SCHEDULE, "params": schedule}
+        return {"betas": betas, "v_posterior": posterior, "zero_snr": zero_snr}
 
 
-Encoders = dict[str, dict[str, Any]]  # by their name in the conditioner
+Encoders = dict[str, dict[str, Any]]  # by name in the conditioner
 
 
 @dataclass(frozen=True)
 class _ModelClass:
-    """A model class of the original: its parameters, and its encoders behind that of text.
-
-    Args:
-        conditioning: the one `conditioning_key` that works.
-        needs: configs of parts.
-        takes: other parameters.
-        ignores: parameters for training only.
+    """A model class of the original: its one `conditioning_key`, its encoders beside that of text,
+    and its parameters: required configs of parts, others, and those that only training reads.
     """
 
     conditioning: str
@@ -271,7 +256,7 @@ class _ModelClass:
 
 
 def _masked_image(model: _Translator) -> Encoders:
-    return {"masked": {"target": MASKED_IMAGE, "params": {}}}
+    return {"masked": {"target": LOWRES + "MaskedImage", "params": {}}}
 
 
 def _depth(model: _Translator) -> Encoders:
@@ -281,13 +266,14 @@ def _depth(model: _Translator) -> Encoders:
 def _low_res(model: _Translator) -> Encoders:
     low_res = model.part("low_scale_config")
     low_res["params"]["low_scale_key"] = model.params.get("low_scale_key", "LR")
-    return {"lowres": low_res, "level": {"target": NOISE_LEVEL, "params": {}}}
+    return {"lowres": low_res, "level": {"target": LOWRES + "NoiseLevel", "params": {}}}
 
 
 def _patches(model: _Translator) -> Encoders:
     (key,) = model.params.get("concat_keys") or ["lr"]
     patch = model.params.get("reshuffle_patch_size") or 1
-    return {"folded": {"target": PATCHES, "params": {"key": key, "patch": patch}}}
+    params = {"key": key, "patch": patch}
+    return {"folded": {"target": LOWRES + "PatchesToChannels", "params": params}}
 
 
 def _image_embedding(model: _Translator) -> Encoders:
@@ -297,7 +283,7 @@ def _image_embedding(model: _Translator) -> Encoders:
         "freeze": model.params.get("freeze_embedder", True),
         "embedding_key": model.params.get("embedding_key", "jpg"),
     }
-    return {"image": {"target": IMAGE_EMBEDDING, "params": params}}
+    return {"image": {"target": IMAGES + "ImageEmbedding", "params": params}}
 
 
 DDPM = "ldm.models.diffusion.ddpm."
@@ -310,11 +296,7 @@ MODEL_CLASSES = {
         "hybrid", _depth, needs=("depth_stage_config",), ignores=FINETUNE
     ),
     DDPM + "LatentUpscaleDiffusion": _ModelClass(
-        "hybrid-adm",
-        _low_res,
-        needs=("low_scale_config",),
-        takes=("low_scale_key",),
-        ignores=("noise_level_key",),
+        "hybrid-adm", _low_res, ("low_scale_config",), ("low_scale_key",), ("noise_level_key",)
     ),
     DDPM + "LatentUpscaleFinetuneDiffusion": _ModelClass(
         "hybrid",
@@ -334,7 +316,7 @@ MODEL_CLASSES = {
 
 def known_targets() -> list[str]:
     """Every name that may stand after `target:`."""
-    return [*TARGETS, *MODEL_CLASSES, *UNSUPPORTED, *OUR_TARGETS]
+    return [*TARGETS, *MODEL_CLASSES, *UNSUPPORTED, *CLASSES]
 
 
 def our_names(names: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -343,20 +325,16 @@ def our_names(names: Iterable[str]) -> Iterator[tuple[str, str]]:
     Also accepts text towers saved without `text_model.`, as some tools and new libraries write.
     """
     names = list(names)
-    has_vision_tower = VISION_TOWER in names
+    unused = UNUSED_TEXT_TOWER if VISION_TOWER in names else ()
     for original in names:
-        if DERIVED.fullmatch(original):
+        if DERIVED.fullmatch(original) or original.startswith(unused):
             continue
-        if has_vision_tower and original.startswith(UNUSED_TEXT_TOWER):
-            continue
-        name = original
-        for theirs, ours in PREFIXES:
-            if name.startswith(theirs):
-                name = ours + name.removeprefix(theirs)
-                break
-        head, tower, tail = name.partition("conditioner.text.transformer.")
-        if tower and not head and not tail.startswith("text_model."):
-            name = f"{tower}text_model.{tail}"
+        prefixes = (pair for pair in PREFIXES if original.startswith(pair[0]))
+        theirs, ours = next(prefixes, ("", ""))
+        name = ours + original.removeprefix(theirs)
+        tower = "conditioner.text.transformer."
+        if name.startswith(tower) and not name.startswith(tower + "text_model."):
+            name = f"{tower}text_model.{name.removeprefix(tower)}"
         yield name, original
 
 
@@ -372,7 +350,7 @@ def loss_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def schedule_tables(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The numbers beside the weights: schedule tables, and the scale if training measured it."""
+    """The tensors beside the weights: schedule tables, and the scale if training measured it."""
     return {name: value for name, value in state.items() if TABLES.fullmatch(name)}
 
 
@@ -387,11 +365,7 @@ def original_name(name: str) -> str:
 def restore_names(
     state: Mapping[str, Tensor], buffers: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Our names -> the original's, with what its files hold beside weights.
-
-    Args:
-        buffers: the schedule's tables (`Schedule.buffers()`), put first.
-    """
+    """Our names -> the original's; `buffers` are the schedule's tables, put first."""
     originals = dict(buffers or {})
     for name, value in state.items():
         original = original_name(name)

@@ -29,7 +29,7 @@ from ldm.loading.families import Prediction, probe_prediction, zero_snr_markers
 from ldm.loading.files.checkpoint import EMBEDDED, file_hash, write_checkpoint
 from ldm.loading.files.clip_statistics import clip_statistics_tensors, load_clip_statistics
 from ldm.loading.legacy import restore_names, translate_config
-from ldm.loading.weights import AUTOENCODER, Weights, identify_weights, read_weights
+from ldm.loading.weights import Weights, identify_weights, read_autoencoder, read_weights
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import (
     ArgumentError,
@@ -45,7 +45,8 @@ __all__ = ["choose_config", "load", "probe_weights", "read_config", "save_model"
 log = logging.getLogger(__name__)
 
 DEMO = ("configs/demo/text2img.yaml", "checkpoints/demo.safetensors")
-TABLE_ERROR = {torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of rounded schedules; others: 1e-5
+# Relative error of schedules that were rounded to a dtype; 1e-5 for others.
+SCHEDULE_TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 def load(
@@ -70,13 +71,13 @@ def load(
         ckpt: a .ckpt or .safetensors, or the folder of a diffusers pipeline or of a training run;
             may stand alone, `load("folder")`.
         dtype: of all weights; every part computes in the dtype of its weights.
-        ema: the averaged weights of a file that has both.
+        ema: use the averaged weights of a file that has both.
         overrides: `model.params.scale_factor=0.13`, applied to the YAML.
         allow: packages of your own whose classes the YAML may name.
         clip_stats: statistics of CLIP's embeddings, for unCLIP models that do not find theirs.
         midas: the depth network, for depth models whose checkpoint has none or for another one.
-        vae: what `ckpt` may be, to take the autoencoder from.
-        loras: files and their strengths, to be merged into the model.
+        vae: a checkpoint, as `ckpt`, whose autoencoder is used instead.
+        loras: (file, strength) pairs, merged into the weights.
         embeddings: files of textual inversions, or folders of them: tokens for prompts.
 
     Returns:
@@ -91,19 +92,21 @@ def load(
     loras, embeddings = tuple(loras), tuple(embeddings)
     weights = identify_weights(read_weights(ckpt))
     source, raw = read_config(weights, config, overrides)
-    where, skipped = Path(source).name, list[str]()
+    where = Path(source).name
     misfit = f"`{weights.path}` does not fit {where}"
+    skipped: list[str] = []
     spec = translate_config(raw, where=where, skipped=skipped)
     model = build_on_meta(spec, allow=tuple(allow), where=where, skipped=skipped)
     if ema:
-        weights.use_averages(model.state_dict())
+        weights.use_ema(model.state_dict())
     provenance = {"config": source, **_provenance(raw, weights, ema, skipped)}
     if vae is not None:
         provenance["vae"] = _replace_autoencoder(model, weights, vae)
-    add_unused_weights(model, weights.state, str(weights.path))
+    add_unused_weights(model, weights.state, weights.path)
     if add_depth_network(model.state_dict(), weights.state, weights.path, midas):
         weights.mapped = False
-    weights.release_source()
+    weights.source.state.clear()  # so that memory is freed while `weights.state` is emptied
+    weights.source.ema_state.clear()
     fill_weights(
         model, weights.state, device=device, dtype=dtype, mapped=weights.mapped, misfit=misfit
     )
@@ -125,8 +128,7 @@ def save_model(
     """Write a model in the layout of the original, readable by every program that reads those.
 
     Args:
-        metadata: kept beside the weights; the YAML's text under `ldm.config` lets `load` do
-            without a config.
+        metadata: the YAML's text under `ldm.config` lets `load` do without a config.
     """
     schedule = model.schedule
     tables = schedule.buffers()
@@ -136,32 +138,27 @@ def save_model(
 
 
 def choose_config(weights: Weights) -> str:
-    """The YAML for weights that come without one: `EMBEDDED` in their file, or the family's.
+    """The YAML for weights: `EMBEDDED` if their file has one, else that of their family.
 
     Raises:
         MissingArgument: they look like no published family, or one that is not supported.
     """
     if EMBEDDED in weights.markers:
         return EMBEDDED
-    family = weights.family
+    family, prediction = weights.family, weights.prediction
     if family is None or not family.config:
         looks = f"looks like {family.title}, which is not supported" if family else "is unknown"
         message = f"`{weights.path}` {looks}\nhint: pass its config"
         raise MissingArgument(message, "config")
-    path = family.config_path(weights.prediction.kind)
-    title, prediction = family.title, weights.prediction
-    log.info("`%s` is %s; config %s; predicts %s", weights.path, title, path, prediction)
+    path = family.config_path(prediction.kind)
+    log.info("`%s` is %s; config %s; predicts %s", weights.path, family.title, path, prediction)
     return path
 
 
 def read_config(
     weights: Weights, config: str | Path | None = None, overrides: Iterable[str] = ()
 ) -> tuple[str, dict[str, Any]]:
-    """The config of weights: the given file, or the chosen one.
-
-    Returns:
-        (source, config): its path (or `EMBEDDED`), and its content as `read_yaml` gives it.
-    """
+    """(path or `EMBEDDED`, content) of the given config, or of the one that weights call for."""
     if config is not None:
         return str(config), read_yaml(config, overrides)
     source = choose_config(weights)
@@ -174,21 +171,20 @@ def read_config(
 
 
 def probe_weights(weights: Weights) -> Prediction:
-    """What weights predict; where it is in doubt, their UNet is built and asked.
+    """What weights predict; where that is in doubt, their UNet is built and run once.
 
-    A UNet that does not fit is not asked. See `probe_prediction`.
+    A UNet that does not fit its family is not run. See `probe_prediction`.
     """
-    if not _is_in_doubt(weights):
+    family = weights.family
+    if family is None or not _is_in_doubt(weights):
         return weights.prediction
-    assert weights.family is not None
-    spec = translate_config(read_yaml(weights.family.config_path(None)))
+    spec = translate_config(read_yaml(family.config_path(None)))
     unet = build_on_meta(spec["params"]["unet"])
-    state = {name: value for name, value in weights.state.items() if name.startswith("unet.")}
     try:
-        fill_weights(unet, state)
+        fill_weights(unet, dict(weights.state))
     except WeightsMismatch:
         return weights.prediction
-    return probe_prediction(unet.eval(), weights.prediction, weights.family.context or 0)
+    return probe_prediction(unet.eval(), weights.prediction, family.context or 0)
 
 
 def _is_in_doubt(weights: Weights) -> bool:
@@ -201,32 +197,30 @@ def _choose_files(
     config: str | Path | None, ckpt: str | Path | None
 ) -> tuple[str | Path | None, str | Path]:
     """(config, checkpoint) that a call means; the config may be None."""
-    if config is None and ckpt is None:
+    if ckpt is not None:
+        return config, ckpt
+    if config is None:
         try:
             return find_file(DEMO[0]), find_file(DEMO[1])
         except FileNotFoundError as error:
             message = f"the demo model is missing: {error}\nhint: pass a config and a checkpoint"
             raise MissingFile(message, "ckpt") from error
-    if ckpt is not None:
-        return config, ckpt
     if str(config).endswith((".yaml", ".yml")):
         message = "a config alone has no weights\nhint: pass a checkpoint as well"
         raise MissingArgument(message, "ckpt")
-    return None, cast(str | Path, config)  # weights alone
+    return None, config  # weights alone
 
 
 def _replace_autoencoder(
     model: torch.nn.Module, weights: Weights, vae: str | Path
 ) -> dict[str, str]:
-    """Take the autoencoder from another file; returns which one, for the provenance."""
+    """Use the autoencoder of another checkpoint; returns its path and hash."""
     if not isinstance(model, LatentDiffusion):
-        raise ArgumentError(
-            "another autoencoder needs a whole model, the config is a part's", "vae"
-        )
+        message = "another autoencoder needs a whole model, the config is a part's"
+        raise ArgumentError(message, "vae")
     source = read_weights(vae)
-    tensors = model.state_dict().items()
-    wanted = {name: value for name, value in tensors if name.startswith(AUTOENCODER)}
-    weights.replace_autoencoder(source, wanted)
+    weights.state |= read_autoencoder(source, model.state_dict(), weights.path)
+    weights.mapped = weights.mapped and source.mapped
     return {"path": str(source.path.resolve()), "hash": file_hash(source.path)}
 
 
@@ -253,38 +247,38 @@ def _provenance(
 
 def _compare_schedules(model: LatentDiffusion, tables: Mapping[str, Tensor], misfit: str) -> None:
     """Warn if the schedule in the file is not the config's, which is the one that is used."""
-    if "scale_factor" in tables:  # kept by models trained with `scale_by_std`
+    if "scale_factor" in tables:  # stored by models trained with `scale_by_std`
         model.scale_factor = float(tables["scale_factor"])
     ours = model.schedule.buffers()
     for name in sorted(ours.keys() & tables.keys()):
         theirs, table = tables[name], ours[name]
-        # Also of files that were in half precision once, and are float32 again.
-        errors = (error for dtype, error in TABLE_ERROR.items() if _is_rounded(theirs, dtype))
-        tolerance = next(errors, 1e-5)
         if theirs.shape != table.shape:
             difference = f"{len(theirs)} steps, the config has {len(table)}"
         else:
             error = float((theirs.float() - table).abs().max() / table.abs().max())
-            if error <= tolerance:
+            if error <= _schedule_tolerance(theirs):
                 continue
             difference = f"{error:.2g} of its largest value"
         warnings.warn(
-            f"{misfit}: its noise schedule is another one (`{name}` differs by {difference}); the "
-            "config's is used, check `linear_start`, `linear_end` and `beta_schedule`",
+            f"{misfit}: its noise schedule differs (`{name}` by {difference}); the config's is "
+            "used, check `linear_start`, `linear_end` and `beta_schedule`",
             stacklevel=3,
         )
         return
 
 
-def _is_rounded(table: Tensor, dtype: torch.dtype) -> bool:
-    """Whether all numbers can be written in another dtype."""
-    return torch.equal(table.to(dtype).to(table.dtype), table)
+def _schedule_tolerance(table: Tensor) -> float:
+    """By the precision that a table had at some time, whatever its dtype is now."""
+    for dtype, tolerance in SCHEDULE_TOLERANCE.items():
+        if torch.equal(table.to(dtype).to(table.dtype), table):
+            return tolerance
+    return 1e-5
 
 
 def _check_prediction(model: LatentDiffusion, weights: Weights, *, is_config_given: bool) -> None:
     """Warn if the weights look like another parameterization than the config says.
 
-    Without a given config two methods must have an answer; else the UNet is asked as well.
+    Without a given config two methods must have an answer; else the UNet is run as well.
     """
     family, prediction = weights.family, weights.prediction
     if not is_config_given and family is not None and _is_in_doubt(weights):

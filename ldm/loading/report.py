@@ -22,12 +22,7 @@ __all__ = ["Part", "Report", "inspect_checkpoint"]
 
 @dataclass(frozen=True)
 class Part:
-    """Tensors whose names begin alike.
-
-    Args:
-        prefix: the beginning of their names in the file.
-        dtypes: number of tensors by dtype.
-    """
+    """Tensors with a common prefix in the file; `dtypes` counts them by dtype."""
 
     name: str
     prefix: str
@@ -38,19 +33,18 @@ class Part:
 
 @dataclass(frozen=True)
 class Report:
-    """The answers about one file.
+    """What an inspection found in one file.
 
     Args:
         refused: why the file is not read, if so.
-        family: name of the published family.
-        title: the same, to be read.
+        title: of the family, for people.
         task: the pipeline that serves it.
         extras: names of the entries beside the weights.
-        pickle_names: that its pickle would import.
+        pickle_names: what its pickle would import.
         foreign_names: those that weights do not need.
-        missing: names that the config asks for; None if they were not compared.
-        unexpected: names that the config does not ask for.
-        note: why they were not compared.
+        missing: names that the config needs and the file does not have; None if not compared.
+        unexpected: the reverse.
+        note: why weights and config were not compared.
     """
 
     path: str
@@ -86,7 +80,7 @@ class Report:
         if self.refused:
             yield f"refused     {self.refused}"
         if self.parts:
-            yield f"family      {self.title or 'none of the published ones'}"
+            yield f"family      {self.title or 'unknown'}"
             yield f"config      {self.config or 'unknown'}"
             yield f"task        {self.task or 'unknown'}"
         if self.prediction is not None:
@@ -101,7 +95,7 @@ class Report:
         if self.parts:
             yield f"EMA         {'yes, `ema` takes it' if self.has_ema else 'no'}"
             yield f"step        {'unknown' if self.step is None else self.step}"
-            yield f"beside      {', '.join(self.extras) or 'nothing'}"
+            yield f"other keys  {', '.join(self.extras) or 'nothing'}"
         if self.pickle_names:
             yield f"pickle      names {', '.join(self.pickle_names)}"
         if self.foreign_names:
@@ -121,10 +115,7 @@ def inspect_checkpoint(
 
     Args:
         config: compare with this YAML instead of the family's.
-        probe: where one method alone says eps or v, ask the UNet (one pass, reads its weights).
-
-    Returns:
-        The report; of a file that is not a checkpoint or not safe, why it is refused.
+        probe: where one method alone says eps or v, run the UNet once (reads its weights).
 
     Raises:
         MissingFile: there is no such file.
@@ -170,7 +161,7 @@ def _list_parts(state: Mapping[str, Tensor]) -> Iterator[Part]:
 
 
 def _compare(weights: Weights, config: str | Path | None) -> dict[str, Any]:
-    """The config, and the names that it asks for and the file does not have, and the reverse."""
+    """Fields of the report about the config, and how weights fit it."""
     try:
         source = choose_config(weights) if config is None else str(config)
     except MissingArgument:
@@ -178,11 +169,11 @@ def _compare(weights: Weights, config: str | Path | None) -> dict[str, Any]:
     try:
         where = Path(source).name
         _, raw = read_config(weights, config)
-        wanted = build_on_meta(translate_config(raw, where=where), where=where).state_dict()
+        names = build_on_meta(translate_config(raw, where=where), where=where).state_dict()
     except ValueError as error:
         return {"config": source, "note": str(error)}
     return {
         "config": source,
-        "missing": [original_name(name) for name in wanted if name not in weights.state],
-        "unexpected": [original_name(name) for name in weights.state if name not in wanted],
+        "missing": [original_name(name) for name in names if name not in weights.state],
+        "unexpected": [original_name(name) for name in weights.state if name not in names],
     }

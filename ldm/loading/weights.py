@@ -1,7 +1,7 @@
-"""Read weights from a file, a diffusers folder or a run folder, and say what they are.
+"""Read weights from a file, a diffusers folder or a run folder, and identify them.
 
 path -> Checkpoint    names as in the file; folders bring their config in the metadata
-     -> Weights       our names, with the family and what the file says beside the weights
+     -> Weights       our names, with the family and the metadata
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,13 +13,13 @@ from torch import Tensor
 from ldm.loading.build import check_weights
 from ldm.loading.diffusers.files import is_diffusers_folder, read_folder
 from ldm.loading.families import Family, Prediction, detect_prediction, recognise_family
-from ldm.loading.files.checkpoint import EMBEDDED, Checkpoint, read_checkpoint, take_averages
+from ldm.loading.files.checkpoint import EMBEDDED, Checkpoint, read_checkpoint, use_ema_weights
 from ldm.loading.legacy import MARKERS, original_name, rename_weights, schedule_tables
 from ldm.runtime.errors import ArgumentError, MissingFile, WeightsMismatch
 
 __all__ = ["Weights", "identify_weights", "read_autoencoder", "read_weights"]
 
-# In a run folder: what to take, the first pattern that matches; of several files the newest.
+# In a run folder: the first pattern that matches; of several files the newest.
 RUN_WEIGHTS = ("checkpoints/last.safetensors", "checkpoints/last.ckpt", "checkpoints/*.safetensors",
                "checkpoints/*.ckpt")  # fmt: skip
 RUN_CONFIGS = ("config.yaml", "configs/*-project.yaml")
@@ -28,14 +28,12 @@ AUTOENCODER = "autoencoder."
 
 @dataclass
 class Weights:
-    """The weights of a checkpoint under our names, and what it says beside them.
+    """The weights of a checkpoint under our names, and its metadata.
 
     Args:
         source: the file or folder, names as there.
         tables: the noise schedule in the file, and the scale if training measured it.
-        markers: metadata, and empty tensors that serve as notes (`v_pred`).
-        family: the published family that they look like.
-        prediction: what the network predicts, as far as weights and markers say.
+        markers: metadata, and the names of marker tensors (`v_pred`).
         mapped: all tensors are pages of files, not memory.
     """
 
@@ -49,34 +47,21 @@ class Weights:
 
     @property
     def path(self) -> Path:
-        """Of the file or folder."""
+        """The file or folder."""
         return self.source.path
 
-    def use_averages(self, names: Iterable[str]) -> None:
-        """Put averaged (EMA) weights where raw ones stand, or are missing.
+    def use_ema(self, names: Iterable[str]) -> None:
+        """Replace (or add) weights by their EMA; see `use_ema_weights`.
 
         Args:
-            names: of the model that they are for, ours.
-
-        Raises:
-            ValueError: there are none, or some fit no name.
+            names: of the model's weights, ours.
         """
         originals = {original_name(name): name for name in (*names, *self.state)}
-        take_averages(self.state, self.source.averages, originals, self.path)
-        # Known only now, if the file holds nothing but averages of the UNet.
+        use_ema_weights(self.state, self.source.ema_state, originals, self.path)
+        # Known only now, if the file holds nothing but the EMA of the UNet.
         self.family = recognise_family(self.state)
         step = self.source.step
         self.prediction = detect_prediction(self.family, self.state, step, self.markers)
-
-    def replace_autoencoder(self, other: Checkpoint, wanted: Mapping[str, Tensor]) -> None:
-        """Take the autoencoder from another checkpoint; see `read_autoencoder`."""
-        self.state |= read_autoencoder(other, wanted, str(self.path))
-        self.mapped = self.mapped and other.mapped
-
-    def release_source(self) -> None:
-        """Forget the names of the file, so that memory is given back while `state` is used up."""
-        self.source.state.clear()
-        self.source.averages.clear()
 
 
 def read_weights(path: str | Path, ema: bool = False, variant: str | None = None) -> Checkpoint:
@@ -84,7 +69,7 @@ def read_weights(path: str | Path, ema: bool = False, variant: str | None = None
 
     Args:
         path: a .ckpt or .safetensors, a diffusers folder, or the folder of a training run.
-        ema: take the averaged weights where the raw ones stand.
+        ema: replace raw weights by their EMA.
         variant: in the file names of a diffusers folder, such as `fp16`.
 
     Raises:
@@ -113,38 +98,32 @@ def read_weights(path: str | Path, ema: bool = False, variant: str | None = None
 
 def identify_weights(source: Checkpoint) -> Weights:
     """The weights under our names, with their family and what they predict."""
-    state = rename_weights(source.state)
-    markers = {**source.metadata, **{name: "" for name in MARKERS if name in source.state}}
+    state, tables = rename_weights(source.state), schedule_tables(source.state)
+    markers = source.metadata | {name: "" for name in MARKERS if name in source.state}
     family = recognise_family(state)
-    return Weights(
-        source=source,
-        state=state,
-        tables=schedule_tables(source.state),
-        markers=markers,
-        family=family,
-        prediction=detect_prediction(family, state, source.step, markers),
-        mapped=source.mapped,
-    )
+    prediction = detect_prediction(family, state, source.step, markers)
+    return Weights(source, state, tables, markers, family, prediction, source.mapped)
 
 
 def read_autoencoder(
-    source: Checkpoint, wanted: Mapping[str, Tensor], model: str
+    source: Checkpoint, model_state: Mapping[str, Tensor], model: str | Path
 ) -> dict[str, Tensor]:
     """The autoencoder of a checkpoint, alone in there or within a whole model, under our names.
 
     Args:
-        wanted: the autoencoder that it takes the place of, under our names; shapes must agree.
+        model_state: of the model that it is for, under our names; its autoencoder has the shapes.
         model: where that is from, for messages.
 
     Raises:
-        WeightsMismatch: a tensor is missing or has another shape, or `wanted` is empty.
+        WeightsMismatch: a tensor is missing or has another shape, or the model has no autoencoder.
     """
-    if not wanted:
+    shapes = {name: v for name, v in model_state.items() if name.startswith(AUTOENCODER)}
+    if not shapes:
         raise WeightsMismatch(f"`{model}` has no autoencoder that another could replace")
     state = rename_weights(source.state)
     state = {AUTOENCODER + name.removeprefix(AUTOENCODER): v for name, v in state.items()}
-    state = {name: value for name, value in state.items() if name in wanted}
-    check_weights(wanted, state, f"the autoencoder of `{source.path}` does not fit `{model}`")
+    state = {name: value for name, value in state.items() if name in shapes}
+    check_weights(shapes, state, f"the autoencoder of `{source.path}` does not fit `{model}`")
     return state
 
 

@@ -4,7 +4,7 @@
     merged     W <- W + strength * alpha / rank * up down               as fast as without
 
 Target layers are linear layers, convolutions, and the queries, keys or values of a fused
-projection. The names of layers in files are the business of `loading/addons/lora.py`.
+projection. `loading/addons/lora.py` reads and writes files.
 
 Hu et al. 2021 (arXiv:2106.09685); of convolutions: Yeh et al. 2023 (arXiv:2309.14859), LoCon.
 """
@@ -127,7 +127,7 @@ class LoRA(nn.ModuleDict):
 
     @property
     def layers(self) -> dict[str, LoRALayer]:
-        """The same, typed."""
+        """The layers by name, with their type."""
         return {name: cast(LoRALayer, layer) for name, layer in self.items()}
 
     def attach(self) -> None:
@@ -139,7 +139,7 @@ class LoRA(nn.ModuleDict):
             self.hooks.append(layer.register_forward_hook(lora.add_to_output))
 
     def detach(self) -> None:
-        """Leave the targets as they were."""
+        """Remove what `attach` added."""
         while self.hooks:
             self.hooks.pop().remove()
 
@@ -151,10 +151,10 @@ class LoRA(nn.ModuleDict):
 
 
 def merge_loras(*loras: LoRA) -> None:
-    """Add LoRAs to the weights for good; where several meet, their sum is rounded once."""
-    meeting: dict[Target, list[LoRALayer]] = {}
+    """Add LoRAs to the weights; deltas of one target are summed before they are rounded."""
+    layers_by_target: dict[Target, list[LoRALayer]] = {}
     for lora in loras:
         for layer in lora.layers.values():
-            meeting.setdefault(layer.target, []).append(layer)
-    for target, layers in meeting.items():
+            layers_by_target.setdefault(layer.target, []).append(layer)
+    for target, layers in layers_by_target.items():
         target.add(reduce(torch.add, (layer.delta() for layer in layers)))

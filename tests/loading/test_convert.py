@@ -129,7 +129,7 @@ def test_averages_are_kept_merged_or_left_out(tiny, tmp_path, capsys):
         assert main([str(both), str(tmp_path / target), *flags]) == 0
         file = read_weights(tmp_path / target)
         assert all(torch.equal(file.state[k], state[k] + (0 if raw else 1)) for k in unet)
-        assert bool(file.averages) == kept
+        assert bool(file.ema_state) == kept
         assert ("model_ema.*" in capsys.readouterr().err) == (not kept)
 
 

@@ -106,9 +106,9 @@ def test_an_export_has_raw_or_ema_weights_or_both(run: Run, tmp_path: Path, weig
         if weights == "both":
             averaged: Any = load(None, path, ema=True)
             assert averaged.state_dict()[name].equal(ema)
-            assert float(file.averages["model_ema.decay"]) == pytest.approx(0.9)
-            assert int(file.averages["model_ema.num_updates"]) == 2
-            assert "model_ema.diffusion_modelout2weight" in file.averages
+            assert float(file.ema_state["model_ema.decay"]) == pytest.approx(0.9)
+            assert int(file.ema_state["model_ema.num_updates"]) == 2
+            assert "model_ema.diffusion_modelout2weight" in file.ema_state
         assert "model.diffusion_model.out.2.weight" in file.state
         assert file.state["alphas_cumprod"].dtype == torch.float32
 
@@ -117,7 +117,7 @@ def test_an_export_in_half_precision_keeps_numbers_whole(run: Run, tmp_path: Pat
     (path,) = export(change(run, weights="both", dtype="half"), tmp_path / "last")
     file = read_checkpoint(path)
     assert file.state["model.diffusion_model.out.2.weight"].dtype == torch.float16
-    assert file.averages["model_ema.decay"].dtype == torch.float32
+    assert file.ema_state["model_ema.decay"].dtype == torch.float32
 
 
 def test_loras_and_embeddings_have_the_config_of_their_training(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def load_embeddings(
     `provenance` records the files.
 
     Args:
-        strict: raise for a file that does not fit, rather than skip it as those of folders.
+        strict: raise for a file that does not fit; False skips it, as always in folders.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -45,13 +45,13 @@ def load_embeddings(
         WeightsMismatch: a file is made for another text tower.
         WrongFamily: the model has no text tower.
     """
-    text, places = model.conditioner.find(TextEncoder), [Path(path) for path in paths]
-    if not places:
+    text, sources = model.conditioner.find(TextEncoder), [Path(path) for path in paths]
+    if not sources:
         return
     if text is None:
         raise WrongFamily("this model has no text tower that embeddings could be added to")
-    records = []
-    for path in places:
+    files = []
+    for path in sources:
         for file in embedding_files(path):
             try:
                 tokens = {token.lower(): v for token, v in read_embeddings(file).items()}
@@ -63,13 +63,13 @@ def load_embeddings(
                 continue
             text.added_embeddings.update(tokens)
             log.info("`%s` adds %s", file, ", ".join(f"`{token}`" for token in tokens))
-            record = {"path": str(file.resolve()), "words": list(tokens), "hash": file_hash(file)}
-            records.append(record)
-    model.provenance["embeddings"] = [*model.provenance.get("embeddings", []), *records]
+            about = {"path": str(file.resolve()), "words": list(tokens), "hash": file_hash(file)}
+            files.append(about)
+    model.provenance["embeddings"] = [*model.provenance.get("embeddings", []), *files]
 
 
 def embedding_files(path: str | Path) -> list[Path]:
-    """The files that a path names: itself, or those of a folder."""
+    """The file at a path, or those in the folder there."""
     path = Path(path).expanduser()
     if not path.is_dir():
         return [path]
@@ -87,10 +87,8 @@ def read_embeddings(path: str | Path) -> dict[str, Tensor]:
     state = read_checkpoint(path).state
     if all(name in SDXL for name in state):
         raise FileFormatError(f"`{path}` has vectors for two text towers: it is made for SDXL")
-    unnamed = [value for name, value in state.items() if name.startswith(PARAMETERS)]
-    if "emb_params" in state:
-        unnamed = [state["emb_params"]]
-    tokens = {path.stem: unnamed[0]} if unnamed else state
+    a1111 = [v for name, v in state.items() if name == "emb_params" or name.startswith(PARAMETERS)]
+    tokens = {path.stem: a1111[0]} if a1111 else state
     if len(tokens) > MAX_TOKENS or any(value.dim() not in (1, 2) for value in tokens.values()):
         message = f"`{path}` is not a textual inversion: it holds {len(state)} other tensors"
         raise FileFormatError(message)
@@ -102,21 +100,19 @@ def write_embeddings(
     tokens: Mapping[str, Tensor],
     metadata: Mapping[str, str | int] | None = None,
 ) -> None:
-    """Write tokens as diffusers does; A1111 reads that too, and calls the token as the file.
+    """Write tokens, vectors (n, D) each, as diffusers does.
 
-    Args:
-        tokens: vectors (n, D) each.
+    A1111 reads that too, and names the token after the file.
     """
     state = {token: vectors.detach().cpu() for token, vectors in tokens.items()}
     write_checkpoint(path, state, metadata)
 
 
 def _check_width(tokens: Mapping[str, Tensor], width: int, file: Path) -> None:
+    ours = FAMILY_BY_WIDTH.get(width, "another model")
     for token, vectors in tokens.items():
         if vectors.shape[1] != width:
-            theirs, ours = (
-                FAMILY_BY_WIDTH.get(n, "another model") for n in (vectors.shape[1], width)
-            )
+            theirs = FAMILY_BY_WIDTH.get(vectors.shape[1], "another model")
             raise WeightsMismatch(
                 f"`{file}`: `{token}` has vectors of width {vectors.shape[1]} ({theirs}), the "
                 f"text tower takes {width} ({ours})"

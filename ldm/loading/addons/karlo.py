@@ -11,7 +11,7 @@ from ldm.runtime.errors import FileFormatError
 
 __all__ = ["load_prior"]
 
-WIDTH = "text_enc_proj.weight"
+TEXT_PROJECTION = "text_enc_proj.weight"
 
 
 def load_prior(
@@ -21,7 +21,7 @@ def load_prior(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Prior:
-    """The Karlo prior from its file; all sizes but the number of heads follow from the weights.
+    """The Karlo prior; all sizes but the number of heads follow from the weights.
 
     Raises:
         FileNotFoundError: the file is missing.
@@ -29,9 +29,9 @@ def load_prior(
     """
     file = read_checkpoint(path)
     state = {name.removeprefix("model."): value for name, value in file.state.items()}
-    if WIDTH not in state or "positional_embedding" not in state:
+    if TEXT_PROJECTION not in state or "positional_embedding" not in state:
         raise FileFormatError(f"`{path}` is not the file of a Karlo prior")
-    width, clip_dim = state[WIDTH].shape
+    width, clip_dim = state[TEXT_PROJECTION].shape
     layers = {name.split(".")[2] for name in state if name.startswith("transformer.resblocks.")}
     with meta_device():
         prior = Prior(

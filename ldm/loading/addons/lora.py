@@ -1,4 +1,4 @@
-"""LoRA files <-> changes of a model's layers, in the formats of kohya and of diffusers.
+"""Read and write LoRA files, in the formats of kohya and of diffusers.
 
     kohya       lora_unet_down_blocks_0_…_to_q.lora_down.weight, .lora_up.weight, .alpha
                 lora_te_text_model_encoder_layers_0_mlp_fc1.…
@@ -50,10 +50,8 @@ OTHER_MODELS = {
 }
 # By the width of the tokens that cross-attention reads.
 FAMILY_BY_WIDTH: dict[object, str] = {
-    768: "Stable Diffusion 1",
-    1024: "Stable Diffusion 2",
-    2048: "SDXL",
-}
+    768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"
+}  # fmt: skip
 METADATA = "lora_adapter_metadata"  # key under which diffusers keeps alpha
 
 
@@ -64,14 +62,14 @@ def load_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, float]]
         FileNotFoundError: a file is missing.
         ValueError: a file does not fit the model.
     """
-    loras, records = [], []
+    loras, provenance = [], []
     for file, strength in files:
         path = Path(file).expanduser().resolve()
         loras.append(read_lora(file, model).scale(strength))
-        records.append({"path": str(path), "weight": strength, "hash": file_hash(path)})
+        provenance.append({"path": str(path), "weight": strength, "hash": file_hash(path)})
     merge_loras(*loras)
-    if records:
-        model.provenance["loras"] = [*model.provenance.get("loras", []), *records]
+    if provenance:
+        model.provenance["loras"] = [*model.provenance.get("loras", []), *provenance]
 
 
 def read_lora(path: str | Path, model: LatentDiffusion) -> LoRA:
@@ -156,12 +154,10 @@ def _build_layer(target: Target, tensors: Mapping[str, Tensor]) -> LoRALayer:
     with meta_device():
         layer = LoRALayer(target, rank=len(tensors["down"]))
     state = {
-        "lora_down.weight": tensors["down"],
-        "lora_up.weight": tensors["up"],
-        "alpha": tensors.get("alpha", torch.tensor(float(layer.rank))),
+        "lora_down.weight": tensors["down"].reshape(layer.lora_down.weight.shape),
+        "lora_up.weight": tensors["up"].reshape(layer.lora_up.weight.shape),
+        "alpha": tensors.get("alpha", torch.tensor(float(layer.rank))).reshape(()),
     }
-    shapes = {name: value.shape for name, value in layer.state_dict().items()}
-    state = {name: value.reshape(shapes[name]) for name, value in state.items()}
     layer.load_state_dict(state, assign=True)
     return layer.requires_grad_(False)
 
@@ -177,23 +173,19 @@ def _tensors_by_layer(file: Checkpoint) -> dict[str, dict[str, Tensor]]:
             continue
         role = match[2] or ROLES.get(match[3], match[3])
         layers.setdefault(kohya_name(match[1]), {})[role] = value
-    for sign, kind in OTHER_KINDS.items():
-        if any(sign in key for key in others):
-            raise FileFormatError(
-                f"`{file.path}` holds a {kind}, only LoRA and LoCon are supported"
-            )
+    for part, kind in OTHER_KINDS.items():
+        if any(part in key for key in others):
+            message = f"`{file.path}` holds a {kind}, only LoRA and LoCon are supported"
+            raise FileFormatError(message)
     if others or not layers:
         examples = ", ".join(f"`{key}`" for key in others[:3])
         raise FileFormatError(
             f"`{file.path}` is not a LoRA file: {len(others)} of its {len(file.state)} keys are "
             f"not recognised: {examples}"
         )
-    incomplete = [name for name, tensors in layers.items() if not {"down", "up"} <= tensors.keys()]
-    if incomplete:
-        raise FileFormatError(
-            f"`{file.path}`: `down` or `up` is missing in {len(incomplete)} layers: "
-            f"`{incomplete[0]}`"
-        )
+    if short := [name for name, tensors in layers.items() if not {"down", "up"} <= tensors.keys()]:
+        message = f"`down` or `up` is missing in {len(short)} layers: `{short[0]}`"
+        raise FileFormatError(f"`{file.path}`: {message}")
     for name, alpha in _read_alphas(file, layers).items():
         layers[name].setdefault("alpha", torch.tensor(float(alpha)))
     return layers
@@ -201,22 +193,22 @@ def _tensors_by_layer(file: Checkpoint) -> dict[str, dict[str, Tensor]]:
 
 def _read_alphas(file: Checkpoint, names: Iterable[str]) -> dict[str, float]:
     """Alpha per layer, by kohya's name, from the adapter metadata of diffusers or peft."""
-    notes: dict[str, Any] = json.loads(file.metadata.get(METADATA, "{}"))
+    metadata: dict[str, Any] = json.loads(file.metadata.get(METADATA, "{}"))
     config_path = file.path.with_name("adapter_config.json")
-    if not notes and config_path.is_file():
+    if not metadata and config_path.is_file():
         config = json.loads(config_path.read_text("utf-8"))
-        notes = {f"unet.{key}": value for key, value in config.items()}
+        metadata = {f"unet.{key}": value for key, value in config.items()}
     alphas: dict[str, float] = {}
     for part, prefix in PARTS.items():
         for option in ("use_dora", "use_rslora"):
-            if notes.get(f"{part}.{option}"):
+            if metadata.get(f"{part}.{option}"):
                 raise FileFormatError(f"`{file.path}`: LoRA with `{option}` is not supported")
         names_of_part = [name for name in names if name.startswith(prefix)]
-        if notes.get(f"{part}.lora_alpha") is not None:
-            alphas |= dict.fromkeys(names_of_part, notes[f"{part}.lora_alpha"])
-        for pattern, alpha in (notes.get(f"{part}.alpha_pattern") or {}).items():
-            tail = pattern.replace(".", "_")
-            alphas |= {name: alpha for name in names_of_part if name.endswith(tail)}
+        if (alpha := metadata.get(f"{part}.lora_alpha")) is not None:
+            alphas |= dict.fromkeys(names_of_part, alpha)
+        for pattern, alpha in (metadata.get(f"{part}.alpha_pattern") or {}).items():
+            suffix = pattern.replace(".", "_")
+            alphas |= {name: alpha for name in names_of_part if name.endswith(suffix)}
     return alphas
 
 
@@ -236,15 +228,15 @@ def _check_layers(
             shapes.append(f"{name}: shape {shape}, expected {expected}")
     if not (unknown or shapes):
         return
-    lines = [
+    message = (
         f"`{file.path}` does not fit this model: of its {len(layers)} layers {len(unknown)} are "
         f"unknown, {len(shapes)} have the wrong shape: {', '.join([*unknown, *shapes][:3])}"
-    ]
+    )
     theirs, ours = _likely_family(layers), FAMILY_BY_WIDTH.get(model.unet.context_dim)
     if theirs:
-        the_model = f", the model is {ours}" if ours else ""
-        lines.append(f"hint: this looks like a LoRA for {theirs}{the_model}")
-    raise WeightsMismatch("\n".join(lines))
+        message += f"\nhint: this looks like a LoRA for {theirs}"
+        message += f", the model is {ours}" if ours else ""
+    raise WeightsMismatch(message)
 
 
 def _likely_family(layers: Mapping[str, Mapping[str, Tensor]]) -> str | None:

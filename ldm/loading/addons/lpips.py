@@ -25,7 +25,7 @@ LPIPS_FILES = (
 )
 PREFIX = "perceptual_loss."
 TORCHVISION = re.compile(r"features\.(\d+)\.(weight|bias)")
-SLICES = (4, 9, 16, 23)  # the first layers of the slices behind the first
+SLICES = (4, 9, 16, 23)  # first layers of VGG's slices 2 to 5
 
 
 def read_lpips(paths: str | Path | Sequence[str | Path]) -> LPIPS:
@@ -52,11 +52,10 @@ def build_lpips(losses: Mapping[str, Tensor]) -> LPIPS | None:
     if not state:
         return None
     net = LPIPS()
-    wanted = net.state_dict()
-    constants = {name: value for name, value in wanted.items() if "scaling_layer" in name}
-    state = constants | {name: value for name, value in state.items() if name in wanted}
-    shapes = {name: value.shape for name, value in state.items()}
-    if shapes != {name: value.shape for name, value in wanted.items()}:
+    own_state = net.state_dict()
+    constants = {name: value for name, value in own_state.items() if "scaling_layer" in name}
+    state = constants | {name: value for name, value in state.items() if name in own_state}
+    if {n: v.shape for n, v in state.items()} != {n: v.shape for n, v in own_state.items()}:
         return None
     net.load_state_dict(state)
     return net

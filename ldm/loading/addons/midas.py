@@ -1,8 +1,7 @@
 """The depth network of a depth model, from the file in which the MiDaS project published it.
 
-The published depth checkpoint holds it (`depth_model.*`). For others it comes from
-`dpt_hybrid-midas-501f0c75.pt`, where the original kept that, or beside the checkpoint, or from the
-file that is passed.
+The published depth checkpoint holds it (`depth_model.*`). For others it comes from a file that is
+passed, or `dpt_hybrid-midas-501f0c75.pt` at its original path or in the checkpoint's folder.
 """
 
 from collections.abc import Mapping
@@ -12,21 +11,20 @@ from torch import Tensor
 
 from ldm.loading.build import check_weights
 from ldm.loading.files.checkpoint import read_checkpoint
-from ldm.loading.files.clip_statistics import find_beside
-from ldm.loading.legacy import rename_weights
+from ldm.loading.files.clip_statistics import find_near
 from ldm.runtime.errors import FileFormatError, MissingFile
 from ldm.runtime.files import find_file
 
 __all__ = ["FILE", "add_depth_network", "read_midas"]
 
 FILE = "midas_models/dpt_hybrid-midas-501f0c75.pt"
-OURS = "conditioner.depth."
-HYBRID = f"{OURS}model.pretrained.model.patch_embed.backbone."  # other networks have no such part
+PREFIX = "conditioner.depth."
+HYBRID = f"{PREFIX}model.pretrained.model.patch_embed.backbone."  # not in MiDaS's other networks
 PARTS = ("pretrained.", "scratch.")
 
 
 def add_depth_network(
-    wanted: Mapping[str, Tensor],
+    model_state: Mapping[str, Tensor],
     state: dict[str, Tensor],
     ckpt: Path,
     midas: str | Path | None = None,
@@ -34,9 +32,9 @@ def add_depth_network(
     """Add the weights of the depth network to those of a depth model that has none.
 
     Args:
-        wanted: what the model needs, under our names.
+        model_state: names and shapes that the model needs, under our names.
         state: weights of the checkpoint, under our names; is changed.
-        midas: a file of MiDaS, which comes before the depth network of the checkpoint.
+        midas: a file of MiDaS, which replaces the depth network of the checkpoint.
 
     Returns:
         Whether weights of another file were added.
@@ -45,21 +43,19 @@ def add_depth_network(
         MissingFile: there is no such file, neither passed nor found.
         ValueError: the file holds something else.
     """
-    names = [name for name in wanted if name.startswith(OURS)]
-    if not names or (midas is None and any(name in state for name in names)):
+    expected = {name: v for name, v in model_state.items() if name.startswith(PREFIX)}
+    if not expected or (midas is None and expected.keys() & state.keys()):
         return False
-    path = find_beside(ckpt, FILE) if midas is None else find_file(midas)
+    path = find_near(ckpt, FILE) if midas is None else find_file(midas)
     if path is None:
         raise MissingFile(
             f"`{ckpt}` holds no depth network (`depth_model.*`)\n"
             f"hint: put `{Path(FILE).name}` beside it, or pass the file",
             "midas",
         )
-    network = read_midas(path)
-    own = {name: value for name, value in network.items() if name in wanted}
-    misfit = f"`{path}` does not fit the depth network"
-    check_weights({name: wanted[name] for name in names}, own, misfit)
-    state |= own
+    network = {name: value for name, value in read_midas(path).items() if name in expected}
+    check_weights(expected, network, f"`{path}` does not fit the depth network")
+    state |= network
     return True
 
 
@@ -70,10 +66,11 @@ def read_midas(path: str | Path) -> dict[str, Tensor]:
         MissingFile: the file is missing.
         FileFormatError: it holds something else.
     """
-    state = read_checkpoint(path).state
-    bare = {name.removeprefix("depth_model.").removeprefix("model."): name for name in state}
-    originals = {f"depth_model.model.{n}": state[o] for n, o in bare.items() if n.startswith(PARTS)}
-    network = rename_weights(originals)
+    network = {}
+    for name, value in read_checkpoint(path).state.items():
+        name = name.removeprefix("depth_model.").removeprefix("model.")
+        if name.startswith(PARTS):
+            network[f"{PREFIX}model.{name}"] = value
     if not network:
         raise FileFormatError(f"`{path}` is not a file of MiDaS")
     if not any(name.startswith(HYBRID) for name in network):

@@ -8,13 +8,11 @@ depth_estimator                     MiDaSDepth
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from ldm.encoders import tokenizer
-from ldm.encoders.depth import ARCHS as DEPTHS, TARGET
+from ldm.encoders.depth import ARCHS as DEPTHS, TARGET, MiDaSDepth
 from ldm.encoders.image import MEAN, STD, VISION, VISION_DEFAULTS
 from ldm.encoders.text import ARCHS, CLIP_LARGE, CLIPText, OpenCLIPText, TextEncoder
-from ldm.encoders.towers import VOCAB, quick_gelu
+from ldm.encoders.towers import VOCAB, CLIPBlock, OpenCLIPBlock, VisionTower, quick_gelu
 from ldm.loading.diffusers.networks import validate_config
 from ldm.runtime.errors import ConfigError, unknown_name
 
@@ -25,37 +23,32 @@ __all__ = [
 
 Config = Mapping[str, Any]
 
-EPS = 1e-5
-BICUBIC = 3
 DEPTH_REQUIRED_VALUES = {
     "head_in_index": -1, "hidden_act": "gelu", "num_channels": 3, "qkv_bias": True,
     "readout_type": "project", "neck_ignore_stages": [0, 1], "is_hybrid": True,
 }  # fmt: skip
 ACTIVATIONS = ("quick_gelu", "gelu")
+PROCESSOR = {
+    "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255,
+    "do_normalize": True,
+}  # fmt: skip
 
 
-def text_config(encoder: nn.Module, blocks: int | None) -> dict[str, Any]:
-    """The config of a text encoder.
-
-    Args:
-        blocks: how many of the tower's are used, None = all.
+def text_config(encoder: TextEncoder) -> dict[str, Any]:
+    """The config of a text encoder, with the blocks that run.
 
     Raises:
         ConfigError: transformers' CLIPTextModel does not support the encoder.
     """
-    tower: Any
+    block: OpenCLIPBlock | CLIPBlock
     if isinstance(encoder, OpenCLIPText):
-        tower = encoder.model
-        layers, width = tower.transformer["resblocks"], tower.ln_final.weight.shape[0]
-        attention, hidden = layers[0].attn, layers[0].mlp["c_fc"].out_features
-        eps, length = EPS, len(tower.positional_embedding)
-        projection = tower.text_projection.shape[1]
+        block, blocks, norm = encoder.model.blocks[0], encoder.num_blocks, encoder.model.ln_final
+        heads, hidden = block.attn.heads, len(block.mlp["c_fc"].get_parameter("bias"))
+        projection = encoder.model.text_projection.shape[1]
     elif isinstance(encoder, CLIPText) and encoder.layer == "last":
-        tower = encoder.transformer["text_model"]
-        layers, width = tower.encoder["layers"], tower.final_layer_norm.weight.shape[0]
-        attention, hidden = layers[0].self_attn, layers[0].mlp["fc1"].out_features
-        eps, length = tower.final_layer_norm.eps, encoder.length
-        projection = width
+        block, blocks = encoder.tower.blocks[0], encoder.blocks_run
+        norm, projection = encoder.tower.final_layer_norm, encoder.width
+        heads, hidden = block.self_attn.heads, len(block.mlp["fc1"].get_parameter("bias"))
     else:
         what = type(encoder).__name__
         if isinstance(encoder, CLIPText):
@@ -65,17 +58,17 @@ def text_config(encoder: nn.Module, blocks: int | None) -> dict[str, Any]:
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
         "vocab_size": VOCAB,
-        "hidden_size": width,
+        "hidden_size": encoder.width,
         "intermediate_size": hidden,
-        "num_hidden_layers": len(layers) if blocks is None else blocks,
-        "num_attention_heads": attention.heads,
-        "max_position_embeddings": length,
-        "hidden_act": _activation(layers[0]),
-        "layer_norm_eps": eps,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": heads,
+        "max_position_embeddings": encoder.length,
+        "hidden_act": _activation(block),
+        "layer_norm_eps": norm.eps,
         "projection_dim": projection,
         "bos_token_id": tokenizer.START,
         "eos_token_id": tokenizer.END,
-        "pad_token_id": _dialect(encoder).pad,
+        "pad_token_id": encoder.dialect.pad,
     }
 
 
@@ -112,33 +105,33 @@ def tokenizer_files(encoder: TextEncoder) -> dict[str, Any]:
     """File name -> content (JSON, or text) of CLIP's tokenizer, padding as the encoder does."""
     ids, ranks = tokenizer.vocabulary()
     start, end = tokenizer.CLIP.start, tokenizer.CLIP.end  # transformers' words for both dialects
-    specials = {"bos_token": start, "eos_token": end, "unk_token": end}
     symbols = {number: symbol for symbol, number in ids.items()}
-    specials["pad_token"] = symbols.get(_dialect(encoder).pad, end)
-    about = {"tokenizer_class": "CLIPTokenizer", "model_max_length": encoder.length}
+    pad = symbols.get(encoder.dialect.pad, end)
+    specials = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad}
+    tokenizer_config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": encoder.length}
     return {
         "vocab.json": ids | {start: tokenizer.START, end: tokenizer.END},
         "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, ranks)]) + "\n",
-        "tokenizer_config.json": about | specials | {"do_lower_case": True},
+        "tokenizer_config.json": tokenizer_config | specials | {"do_lower_case": True},
         "special_tokens_map.json": specials,
     }
 
 
-def vision_config(visual: Any) -> dict[str, Any]:
-    """The config of a VisionTower."""
-    block = visual.transformer["resblocks"][0]
+def vision_config(visual: VisionTower) -> dict[str, Any]:
+    """The config of a vision tower."""
+    block = visual.blocks[0]
     return {
         "architectures": ["CLIPVisionModelWithProjection"],
         "model_type": "clip_vision_model",
         "hidden_size": len(visual.class_embedding),
-        "intermediate_size": block.mlp["c_fc"].out_features,
-        "num_hidden_layers": len(visual.transformer["resblocks"]),
+        "intermediate_size": len(block.mlp["c_fc"].get_parameter("bias")),
+        "num_hidden_layers": len(visual.blocks),
         "num_attention_heads": block.attn.heads,
         "image_size": visual.image_size,
         "patch_size": visual.conv1.kernel_size[0],
         "projection_dim": visual.proj.shape[1],
         "hidden_act": _activation(block),
-        "layer_norm_eps": EPS,
+        "layer_norm_eps": visual.ln_post.eps,
     }
 
 
@@ -163,25 +156,21 @@ def vision_params(config: Config) -> dict[str, Any]:
 
 def image_processor(size: int) -> dict[str, Any]:
     """Resizes to a square, as the original does; crops nothing."""
-    return {
+    return PROCESSOR | {
         "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True,
         "size": {"height": size, "width": size},
-        "resample": BICUBIC,
         "do_center_crop": False,
         "do_convert_rgb": True,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
         "image_mean": list(MEAN),
         "image_std": list(STD),
     }
 
 
-def depth_config(encoder: Any) -> dict[str, Any]:
-    """The config of a MiDaSDepth."""
+def depth_config(encoder: MiDaSDepth) -> dict[str, Any]:
+    """The config of the depth network."""
     dpt = encoder.model
-    vit = dpt.pretrained["model"]
+    assert dpt is not None
+    vit: Any = dpt.pretrained["model"]
     cnn, block = vit.patch_embed.backbone, vit.blocks[0]
     widths = [stage["num_chs"] for stage in cnn.feature_info][1:]
     side = round((vit.pos_embed.shape[1] - 1) ** 0.5)
@@ -190,7 +179,6 @@ def depth_config(encoder: Any) -> dict[str, Any]:
         | {
             "architectures": ["DPTForDepthEstimation"],
             "model_type": "dpt",
-            "is_hybrid": True,
             "hidden_size": vit.embed_dim,
             "intermediate_size": block.mlp.fc1.out_features,
             "num_hidden_layers": len(vit.blocks),
@@ -201,7 +189,7 @@ def depth_config(encoder: Any) -> dict[str, Any]:
             "backbone_out_indices": [2, 5, *dpt.hooks],  # the first two are stages, not blocks
             "backbone_featmap_shape": [1, widths[-1], side, side],
             "neck_hidden_sizes": [*widths[:2], vit.embed_dim, vit.embed_dim],
-            "fusion_hidden_size": dpt.scratch["layer1_rn"].out_channels,
+            "fusion_hidden_size": len(dpt.scratch["layer1_rn"].get_parameter("weight")),
             "backbone_config": {
                 "model_type": "bit",
                 "layer_type": "bottleneck",
@@ -234,16 +222,11 @@ def depth_params(config: Config) -> dict[str, Any]:
 
 def depth_processor(side: int) -> dict[str, Any]:
     """Resizes to the one square that diffusers' DPT takes."""
-    return {
+    return PROCESSOR | {
         "image_processor_type": "DPTImageProcessor",
-        "do_resize": True,
         "size": {"height": side, "width": side},
-        "resample": BICUBIC,
         "keep_aspect_ratio": False,
         "ensure_multiple_of": 1,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
     }
@@ -261,9 +244,5 @@ def is_openai_clip(config: Config, where: str) -> bool:
     return bool(activation == "quick_gelu")
 
 
-def _activation(block: Any) -> str:
+def _activation(block: OpenCLIPBlock | CLIPBlock) -> str:
     return "quick_gelu" if block.activation is quick_gelu else "gelu"
-
-
-def _dialect(encoder: nn.Module) -> tokenizer.Dialect:
-    return tokenizer.OPEN_CLIP if isinstance(encoder, OpenCLIPText) else tokenizer.CLIP

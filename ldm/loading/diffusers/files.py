@@ -1,9 +1,9 @@
-"""Read a diffusers folder as if it were a checkpoint, and take a checkpoint apart for one.
+"""Read a diffusers folder as if it were a checkpoint, and split a checkpoint into one.
 
 Beside what diffusers knows there is `original.safetensors`: the tensors that it has no place for
 (the last block of OpenCLIP's text tower, projections, tables), under their original names, with the
-YAML in its metadata. diffusers does not look at it, and with it the way back loses nothing. Without
-it a folder is completed: what no computation uses is zero, tables are computed.
+YAML in its metadata. diffusers ignores it; with it the way back is lossless. Without it tensors
+that no computation uses are zeros, and tables are computed.
 """
 
 import json
@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 REST = "original.safetensors"
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of diffusers, of transformers
 TRANSFORMERS = ("text_encoder", "image_encoder", "depth_estimator")  # components of transformers
-# A compact vocabulary: which of CLIP's tokens the rows of our embedding table are.
+# Of a compact vocabulary: the ids in CLIP's, and the rows of the embedding.
 TOKEN_IDS = "conditioner.text.token_ids"
 TOKEN_TABLE = "conditioner.text.model.token_embedding.weight"
 TOKEN_EMBEDDING = "text_model.embeddings.token_embedding.weight"
@@ -60,7 +60,7 @@ Components = dict[str, dict[str, Tensor]]
 
 
 def is_diffusers_folder(path: str | Path) -> bool:
-    """Whether diffusers would take it for a pipeline, or for an autoencoder alone."""
+    """Whether it is the folder of a pipeline, or of an autoencoder alone."""
     path = Path(path).expanduser()
     if (path / INDEX).is_file():
         return True
@@ -81,13 +81,11 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
     candidates = [*sorted(path.glob("*/*.json")), path / INDEX, path / "config.json"]
     files = {str(f.relative_to(path)): _read_json(f) for f in candidates if f.is_file()}
     rest = _read_rest(path, files)
-    if rest is None:
-        raw, derived, state = original_config(files), dict[str, Tensor](), dict[str, Tensor]()
-    else:
-        raw = parse_yaml(rest.metadata[EMBEDDED], where=REST)
-        derived, state = _derived_tensors(rest.state), rename_weights(rest.state)
+    raw = parse_yaml(rest.metadata[EMBEDDED], where=REST) if rest else original_config(files)
+    derived = _derived_tensors(rest.state) if rest else {}
+    state = rename_weights(rest.state) if rest else {}
     model, _ = _build_model(raw, path.name, derived)
-    wanted, locations = model.state_dict(), locate_weights(model)
+    model_state, locations = model.state_dict(), locate_weights(model)
     for component, inside in _by_component(locations).items():
         folder = path / component if INDEX in files else path
         theirs = _modern_names(component, _read_component(folder, variant))
@@ -99,19 +97,19 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
         if unexpected := theirs.keys() - expected:
             message = f"{len(unexpected)} unexpected tensors: `{min(unexpected)}` …"
             raise FileFormatError(f"`{folder}`: {message}")
-        state |= gather_weights(inside, theirs, wanted)
+        state |= gather_weights(inside, theirs, model_state)
     dtype = next((state[name].dtype for name in locations if name in state), None)
-    for name in wanted.keys() - locations.keys() - state.keys():
-        value = wanted[name]
+    for name in model_state.keys() - locations.keys() - state.keys():
+        value = model_state[name]
         state[name] = torch.zeros(value.shape, dtype=dtype) if value.is_meta else value
-    check_weights(wanted, state, f"`{path}` does not fit its own configs")
+    check_weights(model_state, state, f"`{path}` does not fit its own configs")
     tables = model.schedule.buffers() if isinstance(model, LatentDiffusion) else {}
     if NORMALIZER in files:
         tables |= _statistics(_read_component((path / NORMALIZER).parent, variant))
     return Checkpoint(
         path=path,
         kind="diffusers",
-        state=restore_names({name: state[name] for name in wanted}, tables | derived),
+        state=restore_names({name: state[name] for name in model_state}, tables | derived),
         step=rest.step if rest else None,
         mapped=True,
         metadata=(rest.metadata if rest else {}) | {EMBEDDED: format_yaml(raw)},
@@ -135,13 +133,13 @@ def build_folder(
     """
     derived = _derived_tensors(file.state)
     model, spec = _build_model(raw, "config", derived)
-    wanted, locations = model.state_dict(), locate_weights(model)
+    model_state, locations = model.state_dict(), locate_weights(model)
     state = rename_weights(file.state)
     if not isinstance(model, LatentDiffusion):  # a part, perhaps out of a whole
         bare = {name.removeprefix("autoencoder."): value for name, value in state.items()}
-        state = {name: bare[name] for name in wanted if name in bare}
-    add_unused_weights(model, state, str(file.path))
-    check_weights(wanted, state, f"`{file.path}` does not fit its config")
+        state = {name: bare[name] for name in model_state if name in bare}
+    add_unused_weights(model, state, file.path)
+    check_weights(model_state, state, f"`{file.path}` does not fit its config")
     files = folder_configs(model, spec)
     components = {
         component: scatter_weights(inside, state)
@@ -158,7 +156,7 @@ def build_folder(
         tables = schedule_tables(file.state)
         load_clip_statistics(model.conditioner, file.path, clip_stats, tables)
         mean, std = model.conditioner.get(ImageEmbedding).noise.get_statistics()
-        components[NORMALIZER.split("/")[0]] = {"mean": mean, "std": std}
+        components[Path(NORMALIZER).parts[0]] = {"mean": mean, "std": std}
     return files, {**components, "": restore_names(rest, derived)}
 
 
@@ -182,7 +180,7 @@ def write_texts(folder: Path, files: Files) -> None:
 def _build_model(
     raw: Mapping[str, Any], where: str, derived: Mapping[str, Tensor]
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """(model on the meta device, translated config)."""
+    """(model on the meta device, translated config); `derived` may hold its scale factor."""
     spec = translate_config(raw, where=where, skipped=[])
     model = build_on_meta(spec, where=where)
     if "scale_factor" in derived and isinstance(model, LatentDiffusion):  # measured in training
@@ -200,14 +198,14 @@ def _derived_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read_rest(path: Path, files: Files) -> Checkpoint | None:
-    """The tensors beside the components, if there are any, and they belong to this folder."""
+    """The tensors beside the components, if there are any and they belong to this folder."""
     if not (path / REST).is_file():
         return None
     rest = read_checkpoint(path / REST)
-    if not _has_same_config(rest, files):
-        log.warning("`%s` is of another model than the folder, and is left out", path / REST)
-        return None
-    return rest
+    if _has_same_config(rest, files):
+        return rest
+    log.warning("`%s` is of another model than the folder, and is left out", path / REST)
+    return None
 
 
 def _has_same_config(rest: Checkpoint, files: Files) -> bool:
@@ -216,14 +214,13 @@ def _has_same_config(rest: Checkpoint, files: Files) -> bool:
         return False
     raw = parse_yaml(rest.metadata[EMBEDDED], where=REST)
     expected = folder_configs(*_build_model(raw, REST, _derived_tensors(rest.state)))
-    for path, content in expected.items():
+    for path, content in json.loads(json.dumps(expected)).items():
         if not path.endswith("config.json") or path.startswith("tokenizer"):
             continue
         theirs = files.get(path)
         if theirs is None:
             return False
-        ours = json.loads(json.dumps(content))
-        if any(theirs.get(k, v) != v for k, v in ours.items() if not k.startswith("_")):
+        if any(theirs.get(k, v) != v for k, v in content.items() if not k.startswith("_")):
             return False
     return True
 
@@ -263,7 +260,7 @@ def _candidates(folder: Path, variant: str | None) -> Iterator[Path]:
 
 
 def _modern_names(component: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The names of today and of published files, for those of other versions."""
+    """Rename the tensors of other versions of diffusers as today's and published files do."""
     renamed = {}
     for name, value in state.items():
         if component == "text_encoder" and "." in name and not name.startswith("text_"):
@@ -277,14 +274,14 @@ def _modern_names(component: str, state: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def _statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Mean and deviation of embeddings, unless they are 0 and 1."""
+    """Mean and standard deviation of embeddings, unless they are 0 and 1."""
     if not state["mean"].any() and bool((state["std"] == 1).all()):
         return {}
     return {f"noise_augmentor.data_{key}": state[key].flatten() for key in ("mean", "std")}
 
 
 def _all_rows(table: Tensor, ids: Tensor) -> Tensor:
-    """A compact embedding as one of all of CLIP's tokens; those it does not have share row 0."""
+    """Expand a compact embedding to CLIP's vocabulary; tokens that it does not have get row 0."""
     rows = torch.zeros(VOCAB, dtype=torch.int64)
     is_token = ids < VOCAB  # the others keep rows free
     rows[ids[is_token]] = torch.arange(1, len(table))[is_token]
@@ -292,7 +289,7 @@ def _all_rows(table: Tensor, ids: Tensor) -> Tensor:
 
 
 def _compact_rows(embedding: Tensor, ids: Tensor, table: Tensor) -> Tensor:
-    """The inverse of `_all_rows`; rows that it left out are those of `table`."""
+    """Invert `_all_rows`; rows that it left out are those of `table`."""
     is_token, is_free = ids < VOCAB, torch.ones(VOCAB, dtype=torch.bool)
     is_free[ids[is_token]] = False
     compact = table.clone()

@@ -19,7 +19,6 @@ from ldm.encoders.lowres import LowRes
 from ldm.encoders.text import TextEncoder
 from ldm.loading.config import read_yaml
 from ldm.loading.diffusers import encoders, networks, schedulers
-from ldm.loading.diffusers.keys import used_text_blocks
 from ldm.loading.families import PUBLISHED, recognise_family
 from ldm.loading.legacy import AUTOENCODER_CONFIG
 from ldm.model import LatentDiffusion
@@ -41,7 +40,7 @@ NORMALIZER = "image_normalizer/config.json"
 EMBEDDING_NOISE = "image_noising_scheduler/scheduler_config.json"
 LOW_RES_NOISE = "low_res_scheduler/scheduler_config.json"
 
-VERSION = "0.35.0"  # of diffusers, that its readers take such files to be made by
+VERSION = "0.35.0"  # of diffusers, as written into the index
 CLASSES = {
     "unet": ("diffusers", "UNet2DConditionModel"),
     "vae": ("diffusers", "AutoencoderKL"),
@@ -54,8 +53,9 @@ CLASSES = {
     "low_res_scheduler": ("diffusers", "DDPMScheduler"),
     "depth_estimator": ("transformers", "DPTForDepthEstimation"),
 }
-NONE = (None, None)
-UNCHECKED = {"safety_checker": NONE, "requires_safety_checker": False}
+NO_COMPONENT = (None, None)
+NO_CHECKER = {"safety_checker": NO_COMPONENT, "requires_safety_checker": False}
+NO_EXTRACTOR = {"feature_extractor": NO_COMPONENT}
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class _Pipeline:
     """A pipeline of diffusers, and the YAMLs to start from on the way back.
 
     Args:
-        openai: with OpenAI's CLIP as the encoder of text (or of images); None: no such family.
-        open_clip: with OpenCLIP.
-        extras: what the index says besides the components.
+        openai: the YAML for OpenAI's CLIP as the text (or image) encoder; None: no such family.
+        open_clip: the one for OpenCLIP.
+        extras: entries of the index besides the components.
     """
 
     name: str
@@ -74,19 +74,19 @@ class _Pipeline:
     extras: Mapping[str, Any] = field(default_factory=dict)
 
 
-# By the encoder that tells a family from others; "text": text alone.
+# By the encoder that identifies the pipeline; "text" if there is no other one.
 # fmt: off
 PIPELINES = {
     "text": _Pipeline("StableDiffusionPipeline", "v1-inference", "v2-inference",
-                      {**UNCHECKED, "feature_extractor": NONE}),
+                      {**NO_CHECKER, **NO_EXTRACTOR}),
     "masked": _Pipeline("StableDiffusionInpaintPipeline", "v1-inpainting-inference",
-                        "v2-inpainting-inference", {**UNCHECKED, "feature_extractor": NONE}),
+                        "v2-inpainting-inference", {**NO_CHECKER, **NO_EXTRACTOR}),
     "depth": _Pipeline("StableDiffusionDepth2ImgPipeline", None, "v2-midas-inference"),
     "lowres": _Pipeline("StableDiffusionUpscalePipeline", None, "x4-upscaling"),
     "image": _Pipeline("StableUnCLIPImg2ImgPipeline", "v2-1-stable-unclip-l-inference",
                        "v2-1-stable-unclip-h-inference"),
     "variations": _Pipeline("StableDiffusionImageVariationPipeline",
-                            "v1-image-variation-inference", None, UNCHECKED),
+                            "v1-image-variation-inference", None, NO_CHECKER),
 }
 # fmt: on
 # Components that only one pipeline has.
@@ -100,11 +100,7 @@ V_MODEL_SIDE = 96  # latent side at which SD 2's v models were trained; their or
 
 
 def folder_configs(model: nn.Module, spec: Mapping[str, Any]) -> Files:
-    """Every file of the folder but weights.
-
-    Args:
-        model: of the spec, on the meta device.
-        spec: a translated config.
+    """Every file of the folder but weights, for a model and its translated config.
 
     Raises:
         ValueError: diffusers cannot express the model.
@@ -115,7 +111,7 @@ def folder_configs(model: nn.Module, spec: Mapping[str, Any]) -> Files:
     vae = params["autoencoder"]["params"]
     if "ddconfig" not in vae:
         raise WrongFamily("diffusers has no pipeline for models without an autoencoder")
-    side = _trained_side(model)
+    side = _training_size(model)
     files: Files = {
         UNET: networks.unet_config(model.unet, side),
         VAE: networks.vae_config(vae, model.scale_factor, side * model.downscale),
@@ -177,7 +173,6 @@ def original_config(files: Files) -> dict[str, Any]:
 
 
 def _encoder_configs(model: LatentDiffusion, specs: Mapping[str, Any], kind: str) -> Files:
-    """Files of the encoders."""
     conditioner, files = model.conditioner, Files()
     image = conditioner.find(ImageEmbedding)
     tower = None if image is None else image.clip.model.visual
@@ -185,7 +180,7 @@ def _encoder_configs(model: LatentDiffusion, specs: Mapping[str, Any], kind: str
         tower = conditioner.get(CLIPImage).model.visual
     else:
         text = conditioner.get(TextEncoder)
-        files[TEXT] = encoders.text_config(text, used_text_blocks(text))
+        files[TEXT] = encoders.text_config(text)
         for name, content in encoders.tokenizer_files(text).items():
             files[f"tokenizer/{name}"] = content
     if tower is not None:
@@ -204,25 +199,23 @@ def _encoder_configs(model: LatentDiffusion, specs: Mapping[str, Any], kind: str
 
 
 def _set_encoder_params(files: Files, params: dict[str, Any], kind: str) -> None:
-    """Put the numbers of the encoders' files into the parameters of a YAML."""
+    """Put the sizes from the encoders' files into the parameters of a YAML."""
     if kind == "depth":
         params["depth_stage_config"]["params"] = encoders.depth_params(files[DEPTH])
     if kind == "lowres":
-        low_res = params["low_scale_config"]["params"]
-        low_res["noise_schedule_config"] = schedulers.beta_params(
-            files[LOW_RES_NOISE], LOW_RES_NOISE
-        )
-        level = files[INDEX].get("max_noise_level", low_res["max_noise_level"])
-        low_res["max_noise_level"] = level
+        low_res, noise = params["low_scale_config"]["params"], files[LOW_RES_NOISE]
+        low_res["noise_schedule_config"] = schedulers.beta_params(noise, LOW_RES_NOISE)
+        low_res["max_noise_level"] = files[INDEX].get("max_noise_level", low_res["max_noise_level"])
     if kind == "variations":
         params["cond_stage_config"]["params"] = encoders.vision_params(files[IMAGE])
     if kind == "image":
         params["embedder_config"]["params"] = encoders.vision_params(files[IMAGE])
-        noise = params["noise_aug_config"]["params"]
-        noise["timestep_dim"] = files[IMAGE]["projection_dim"]
-        noise["noise_schedule_config"] = schedulers.beta_params(
-            files[EMBEDDING_NOISE], EMBEDDING_NOISE
-        )
+        betas = schedulers.beta_params(files[EMBEDDING_NOISE], EMBEDDING_NOISE)
+        width = files[IMAGE]["projection_dim"]
+        params["noise_aug_config"]["params"] |= {
+            "timestep_dim": width,
+            "noise_schedule_config": betas,
+        }
 
 
 def _pipeline_of_model(model: LatentDiffusion) -> str:
@@ -253,7 +246,7 @@ def _pipeline_of_folder(files: Files) -> str:
     return "masked" if is_inpainting else "text"
 
 
-def _trained_side(model: LatentDiffusion) -> int:
+def _training_size(model: LatentDiffusion) -> int:
     """Side of the latent that the model was trained at."""
     family = recognise_family(model.state_dict())
     if family is not None and family.name == "sd2" and model.parameterization == "v":

@@ -2,7 +2,7 @@
 
     unet.input_blocks.1.0.in_layers.2.weight         unet: down_blocks.0.resnets.0.conv1.weight
     autoencoder.encoder.mid.attn_1.q.weight          vae: ….to_q.weight, a matrix
-    conditioner.text.model.….attn.in_proj_weight     text_encoder: three thirds
+    conditioner.text.model.….attn.in_proj_weight     text_encoder: three tensors
     conditioner.text.model.logit_scale               nowhere
 
 One mapping, used in both directions: the names come from a model of ours on the meta device, so the
@@ -17,9 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ldm.conditioning import Encoder
 from ldm.encoders.image import CLIPImage
-from ldm.encoders.text import OpenCLIPText
-from ldm.loading.diffusers.names import text_layers, unet_layers
+from ldm.loading.diffusers.names import replace_all, text_layers, unet_layers
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
 
@@ -28,11 +28,7 @@ __all__ = [
     "unet_keys", "vae_keys", "vision_keys",
 ]  # fmt: skip
 
-Names = Iterable[str]
-QKV = ("q", "k", "v")
 TEXT = "conditioner.text."
-IMAGE = "conditioner.image.clip."
-DEPTH = "conditioner.depth."
 
 VAE = (
     (r"\bmid\.attn_1\b", "mid_block.attentions.0"),
@@ -51,20 +47,18 @@ VAE = (
 # How diffusers called the attention of autoencoders before 0.15; folders of that time remain.
 VAE_OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 VISION = (
-    ("class_embedding", "embeddings.class_embedding"),
-    ("positional_embedding", "embeddings.position_embedding.weight"),
-    (r"conv1\.", "embeddings.patch_embedding."),
-    (r"ln_pre\.", "pre_layrnorm."),  # sic
-    (r"ln_post\.", "post_layernorm."),
+    (r"^class_embedding", "embeddings.class_embedding"),
+    (r"^positional_embedding", "embeddings.position_embedding.weight"),
+    (r"^conv1\.", "embeddings.patch_embedding."),
+    (r"^ln_pre\.", "pre_layrnorm."),  # sic
+    (r"^ln_post\.", "post_layernorm."),
 )
-BIT, NECK = "dpt.embeddings.backbone.bit.", "neck.reassemble_stage."
+BACKBONE, NECK = "dpt.embeddings.backbone.bit.", "neck.reassemble_stage."
 MIDAS = (
-    (r"pretrained\.model\.patch_embed\.backbone\.stem\.conv", BIT + "embedder.convolution"),
-    (r"pretrained\.model\.patch_embed\.backbone\.stem\.norm", BIT + "embedder.norm"),
-    (
-        r"pretrained\.model\.patch_embed\.backbone\.stages\.(\d+)\.blocks",
-        BIT + r"encoder.stages.\1.layers",
-    ),
+    (r"pretrained\.model\.patch_embed\.backbone\.", BACKBONE),
+    (r"bit\.stem\.conv", "bit.embedder.convolution"),
+    (r"bit\.stem\.norm", "bit.embedder.norm"),
+    (r"bit\.stages\.(\d+)\.blocks", r"bit.encoder.stages.\1.layers"),
     (r"pretrained\.model\.patch_embed\.proj", "dpt.embeddings.projection"),
     (r"pretrained\.model\.cls_token", "dpt.embeddings.cls_token"),
     (r"pretrained\.model\.pos_embed", "dpt.embeddings.position_embeddings"),
@@ -111,14 +105,14 @@ class Location:
             value = value.T
         return zip(self.names, value.chunk(len(self.names)), strict=True)
 
-    def join(self, theirs: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    def join(self, theirs: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
         """Their tensors as ours, copied only where several become one."""
         parts = [theirs[name] for name in self.names]
         value = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.form == "transposed":
             value = value.T
-        if self.form == "flat" and value.numel() == like.numel():
-            return value.reshape(like.shape)
+        if self.form == "flat" and value.numel() == shape.numel():
+            return value.reshape(shape)
         return value
 
 
@@ -135,15 +129,13 @@ def scatter_weights(
 
 
 def gather_weights(
-    locations: Mapping[str, Location], theirs: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+    locations: Mapping[str, Location],
+    theirs: Mapping[str, Tensor],
+    model_state: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Their tensors as ours; those that are missing there are left out.
-
-    Args:
-        wanted: tensors of the model, for their shapes.
-    """
+    """Their tensors as ours, in the shapes of the model; those that are missing are left out."""
     return {
-        name: location.join(theirs, wanted[name])
+        name: location.join(theirs, model_state[name].shape)
         for name, location in locations.items()
         if all(part in theirs for part in location.names)
     }
@@ -162,99 +154,76 @@ def locate_weights(model: nn.Module) -> dict[str, Location]:
     if isinstance(text, CLIPImage):
         locations = _in_component(TEXT, "image_encoder", vision_keys, names)
     else:
-        blocks = used_text_blocks(text)
-        locations = _in_component(
-            TEXT, "text_encoder", lambda names: text_keys(names, blocks), names
-        )
+        unused = tuple(TEXT + name for name in text.unused) if isinstance(text, Encoder) else ()
+        run = [name for name in names if not name.startswith(unused)]
+        locations = _in_component(TEXT, "text_encoder", text_keys, run)
     return (
         _in_component("unet.", "unet", unet_keys, names)
         | _in_component("autoencoder.", "vae", vae_keys, names)
         | locations
-        | _in_component(IMAGE, "image_encoder", vision_keys, names)
-        | _in_component(DEPTH, "depth_estimator", depth_keys, names)
+        | _in_component("conditioner.image.clip.", "image_encoder", vision_keys, names)
+        | _in_component("conditioner.depth.", "depth_estimator", depth_keys, names)
     )
 
 
-def used_text_blocks(encoder: nn.Module | None) -> int | None:
-    """How many blocks of a text tower are used, where that is not all of them."""
-    if isinstance(encoder, OpenCLIPText) and encoder.layer == "penultimate":
-        return len(encoder.model.transformer["resblocks"]) - 1  # type: ignore[arg-type]
-    return None
-
-
-def unet_keys(names: Names) -> dict[str, Location]:
-    """Of the UNet's tensors."""
+def unet_keys(names: Iterable[str]) -> dict[str, Location]:
+    """Locations of the UNet's tensors."""
     return {ours: Location((theirs,)) for ours, theirs in unet_layers(names).items()}
 
 
-def vae_keys(names: Names) -> dict[str, Location]:
-    """Of the autoencoder's tensors."""
+def vae_keys(names: Iterable[str]) -> dict[str, Location]:
+    """Locations of the autoencoder's tensors."""
     names = list(names)
     levels = len({match[0] for name in names if (match := re.match(r"decoder\.up\.\d+", name))})
     locations = {}
     for name in names:
         # Ours count the decoder's levels from the full size, theirs from the latent's.
         theirs = re.sub(r"\bup\.(\d+)", lambda m: f"up_blocks.{levels - 1 - int(m[1])}", name)
-        theirs = _replace_all(VAE, theirs)
+        theirs = replace_all(VAE, theirs)
         is_matrix = re.search(r"\.to_\w+(\.0)?\.weight$", theirs)
         locations[name] = Location((theirs,), "flat" if is_matrix else "same")
     return locations
 
 
-def text_keys(names: Names, blocks: int | None = None) -> dict[str, Location]:
-    """Of a text tower's tensors.
-
-    Args:
-        blocks: that theirs has; ours may have more.
-    """
-    locations = {}
-    for ours, theirs in text_layers(names).items():
-        block = re.search(r"\.layers\.(\d+)\.", theirs)
-        is_used = block is None or blocks is None or int(block[1]) < blocks
-        if theirs.startswith("text_model.") and is_used:
-            locations[ours] = Location(_split_qkv(theirs))
-    return locations
+def text_keys(names: Iterable[str]) -> dict[str, Location]:
+    """Locations of a text tower's tensors."""
+    return {
+        ours: Location(_split_qkv(theirs))
+        for ours, theirs in text_layers(names).items()
+        if theirs.startswith("text_model.")
+    }
 
 
-def vision_keys(names: Names) -> dict[str, Location]:
-    """Of a vision tower's tensors."""
+def vision_keys(names: Iterable[str]) -> dict[str, Location]:
+    """Locations of a vision tower's tensors."""
     locations = {}
     for name in names:
         tail = name.removeprefix("model.visual.")
-        if tail == name:
-            continue
         if tail == "proj":
             locations[name] = Location(("visual_projection.weight",), "transposed")
-            continue
-        for pattern, replacement in VISION:
-            tail = re.sub(rf"^{pattern}", replacement, tail)
-        if tail.startswith("transformer."):  # the blocks are those of a text tower
-            tail = text_layers([tail])[tail].removeprefix("text_model.")
-        locations[name] = Location(_split_qkv(f"vision_model.{tail}"))
+        elif tail != name:
+            tail = replace_all(VISION, tail)
+            if tail.startswith("transformer."):  # the blocks are those of a text tower
+                tail = text_layers([tail])[tail].removeprefix("text_model.")
+            locations[name] = Location(_split_qkv(f"vision_model.{tail}"))
     return locations
 
 
-def depth_keys(names: Names) -> dict[str, Location]:
-    """Of the depth network's tensors."""
+def depth_keys(names: Iterable[str]) -> dict[str, Location]:
+    """Locations of the depth network's tensors."""
     locations = {}
     for name in names:
-        theirs = _replace_all(MIDAS, name.removeprefix("model."))
-        if not theirs.startswith("pretrained."):  # the head of a classifier is left over there
-            thirds = ("query", "key", "value") if ".qkv." in theirs else ("qkv",)
-            locations[name] = Location(tuple(theirs.replace("qkv", third) for third in thirds))
+        theirs = replace_all(MIDAS, name.removeprefix("model."))
+        if not theirs.startswith("pretrained."):  # the unused head of a classifier
+            parts = ("query", "key", "value") if ".qkv." in theirs else ("qkv",)
+            locations[name] = Location(tuple(theirs.replace("qkv", part) for part in parts))
     return locations
-
-
-def _replace_all(rules: Iterable[tuple[str, str]], name: str) -> str:
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def _split_qkv(name: str) -> tuple[str, ...]:
     """Queries, keys and values have layers of their own in transformers."""
     match = re.fullmatch(r"(.*)\.in_proj_(weight|bias)", name)
-    return tuple(f"{match[1]}.{part}_proj.{match[2]}" for part in QKV) if match else (name,)
+    return tuple(f"{match[1]}.{part}_proj.{match[2]}" for part in "qkv") if match else (name,)
 
 
 def _in_component(

@@ -3,24 +3,24 @@
     input_blocks.1.1.transformer_blocks.0.attn1.to_q  ->  down_blocks.0.attentions.0.transformer_…
     transformer.resblocks.0.mlp.c_fc                  ->  text_model.encoder.layers.0.mlp.fc1
 
-LoRA files call layers so, too.
+LoRA files use these names as well.
 """
 
 import re
 from collections.abc import Iterable
 
-__all__ = ["text_layers", "unet_layers"]
+__all__ = ["replace_all", "text_layers", "unet_layers"]
 
-# Inside a residual block, or at the end of a level.
-RESIDUAL = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
-    "op": "conv",
-}
+# Layers of a residual block, and of a down- or upsampler.
+RESIDUAL = (
+    (r"^\.in_layers\.0\b", ".norm1"),
+    (r"^\.in_layers\.2\b", ".conv1"),
+    (r"^\.emb_layers\.1\b", ".time_emb_proj"),
+    (r"^\.out_layers\.0\b", ".norm2"),
+    (r"^\.out_layers\.3\b", ".conv2"),
+    (r"^\.skip_connection\b", ".conv_shortcut"),
+    (r"^\.op\b", ".conv"),
+)
 ENDS = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
@@ -55,10 +55,7 @@ def unet_layers(names: Iterable[str]) -> dict[str, str]:
     renamed = {}
     for name in names:
         prefix = max((p for p in prefixes if f"{name}.".startswith(f"{p}.")), key=len)
-        rest = name.removeprefix(prefix)
-        for ours, theirs in RESIDUAL.items():
-            rest = re.sub(rf"^\.{re.escape(ours)}\b", f".{theirs}", rest)
-        renamed[name] = prefixes[prefix] + rest
+        renamed[name] = prefixes[prefix] + replace_all(RESIDUAL, name.removeprefix(prefix))
     return renamed
 
 
@@ -73,10 +70,16 @@ def text_layers(names: Iterable[str]) -> dict[str, str]:
         if theirs.startswith("transformer.text_model."):
             theirs = theirs.removeprefix("transformer.")
         else:
-            for pattern, word in TEXT:
-                theirs = re.sub(pattern, word, theirs)
+            theirs = replace_all(TEXT, theirs)
         renamed[name] = theirs
     return renamed
+
+
+def replace_all(rules: Iterable[tuple[str, str]], name: str) -> str:
+    """Apply (pattern, replacement) rules, one after the other."""
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def _blocks(names: Iterable[str]) -> dict[str, str]:

@@ -49,18 +49,28 @@ RESOLUTION = 256  # in original autoencoder configs; only decides which levels h
 
 
 def unet_config(unet: UNet, sample_size: int) -> dict[str, Any]:
-    """The config of a UNet.
-
-    Args:
-        sample_size: side of the latent that the model was trained at.
+    """The config of a UNet; `sample_size` is the side of the latent in training.
 
     Raises:
-        ConfigError: the UNet has options that diffusers' has not.
+        ConfigError: the UNet has options that diffusers' does not support.
     """
-    _check_exportable(unet)
+    head_dim, width = unet.num_head_channels, unet.model_channels
+    _check_options(
+        "UNet",
+        {
+            "`use_spatial_transformer: false`": not unet.use_spatial_transformer,
+            "a list as `context_dim`": not isinstance(unet.context_dim, int),
+            "`resblock_updown`": unet.resblock_updown,
+            "`conv_resample: false`": not unet.conv_resample,
+            "`num_attention_blocks`": unet.num_attention_blocks is not None,
+            "`num_classes: continuous`": unet.num_classes == "continuous",
+            f"`num_head_channels: {head_dim}`": head_dim > 0
+            and width % head_dim
+            and not unet.legacy,
+        },
+    )
     widths = [unet.model_channels * mult for mult in unet.channel_mult]
     has_attention = [2**level in unet.attention_resolutions for level in range(len(widths))]
-    head_dim = unet.num_head_channels
     heads = [unet.num_heads if head_dim == -1 else max(1, width // head_dim) for width in widths]
     downs = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in has_attention]
     ups = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in has_attention]
@@ -91,11 +101,7 @@ def unet_config(unet: UNet, sample_size: int) -> dict[str, Any]:
 
 
 def unet_params(config: Config) -> dict[str, Any]:
-    """The keywords of our UNet.
-
-    Raises:
-        ConfigError: an option that our UNet does not have; the message has its key.
-    """
+    """The keywords of our UNet; ConfigError for an option that it does not have."""
     where = "unet/config.json"
     validate_config(config, where, UNET_REQUIRED_VALUES, UNET_KEYS)
     widths, downs = config["block_out_channels"], config["down_block_types"]
@@ -178,11 +184,7 @@ def vae_config(params: Config, scale_factor: float | None, sample_size: int) -> 
 
 
 def vae_params(config: Config) -> dict[str, Any]:
-    """The keywords of our AutoencoderKL.
-
-    Raises:
-        ConfigError: an option that ours does not have; the message has its key.
-    """
+    """The keywords of our AutoencoderKL; ConfigError for an option that it does not have."""
     where = "vae/config.json"
     validate_config(config, where, VAE_REQUIRED_VALUES, VAE_KEYS)
     widths, downs = config["block_out_channels"], config["down_block_types"]
@@ -208,15 +210,11 @@ def vae_params(config: Config) -> dict[str, Any]:
 def validate_config(
     config: Config, where: str, required: Config, keys: Collection[str] | None = None
 ) -> None:
-    """Check that everything in a config is supported.
+    """Raise ConfigError for the first key of a config that is not supported.
 
     Args:
-        where: the file, for messages.
         required: key -> the only supported value.
-        keys: that may have any value; all others must be null or false. None: ignore all others.
-
-    Raises:
-        ConfigError: with the first key that is not supported.
+        keys: may have any value; all others must be null or false. None: ignore all others.
     """
     for key, value in config.items():
         if key in required:
@@ -227,23 +225,7 @@ def validate_config(
             raise ConfigError(f"{where}: `{key}: {value}` is not supported")
 
 
-def _check_exportable(unet: UNet) -> None:
-    heads, width = unet.num_head_channels, unet.model_channels
-    _check_options(
-        "UNet",
-        {
-            "`use_spatial_transformer: false`": not unet.use_spatial_transformer,
-            "a list as `context_dim`": not isinstance(unet.context_dim, int),
-            "`resblock_updown`": unet.resblock_updown,
-            "`conv_resample: false`": not unet.conv_resample,
-            "`num_attention_blocks`": unet.num_attention_blocks is not None,
-            "`num_classes: continuous`": unet.num_classes == "continuous",
-            f"`num_head_channels: {heads}`": heads > 0 and width % heads != 0 and not unet.legacy,
-        },
-    )
-
-
-def _check_options(network: str, unsupported: Mapping[str, bool]) -> None:
+def _check_options(network: str, unsupported: Mapping[str, object]) -> None:
     for option, is_used in unsupported.items():
         if is_used:
             raise ConfigError(f"diffusers' {network} does not support {option}")

@@ -1,10 +1,10 @@
-"""Read and write weights: `.ckpt` (zip and older pickles) and `.safetensors`, told by content.
+"""Read and write weights: `.ckpt` (zip and older pickles) and `.safetensors`, by content.
 
 Reading never runs what a file names: pickles go through `pickles`. Files are memory-mapped: a
 tensor costs memory only when it is used.
 
     Lightning dict {"state_dict": {…}, "global_step": …, "callbacks": …}  |  bare {name: tensor}
-        -> Checkpoint(state, step, averages, …), names as in the file
+        -> Checkpoint(state, step, ema_state, …), names as in the file
 """
 
 import ctypes
@@ -26,20 +26,19 @@ from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile
 from ldm.runtime.files import replace_when_written, sha256_of_file
 
 __all__ = [
-    "EMBEDDED", "Checkpoint", "detect_format", "file_hash", "read_checkpoint", "release_pages",
-    "take_averages", "write_checkpoint",
+    "EMBEDDED", "Checkpoint", "detect_format", "ema_name", "file_hash", "read_checkpoint",
+    "release_pages", "use_ema_weights", "write_checkpoint",
 ]  # fmt: skip
 
 EMBEDDED = "ldm.config"  # metadata key under which a file carries its own YAML
 MAX_TENSORS = 20_000
-MAX_HEADER = 100_000_000  # bytes of names in a .safetensors
-# The pickled number that torch.save put first, before it wrote zip files.
+MAX_HEADER = 100_000_000  # bytes, of a .safetensors
+# Magic number of torch.save's format before zip, pickled.
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 WRAPPERS = ("state_dict", "model_state_dict")
 EMA_COUNTERS = frozenset({"model_ema.decay", "model_ema.num_updates"})
-# Of a diffusers folder, a single component, and of versions that wrote pickles: the first found.
+# In a folder, the first pattern that matches: of a pipeline, a component, and older pickles.
 FOLDER_WEIGHTS = ("*/*.safetensors", "*.safetensors", "*/*.bin", "*.bin")
-# Names of dtypes in a .safetensors.
 SAFETENSORS_DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
@@ -54,35 +53,33 @@ class Checkpoint:
     Args:
         kind: "zip", "legacy" or "safetensors"; "diffusers" for a folder.
         state: the weights, without those named `model_ema.*`.
-        step: number of the training step, None if the file does not say it.
-        ema: the averaged weights stand where the raw ones were.
+        step: the training step, None if the file does not say it.
         mapped: tensors are pages of the file, not memory.
         extras: names of the entries beside the weights (`global_step`, `callbacks` …).
         metadata: texts beside the weights.
-        averages: everything named `model_ema.*`.
+        ema_state: everything named `model_ema.*`.
     """
 
     path: Path
     kind: str
     state: dict[str, Tensor]
     step: int | None = None
-    ema: bool = False
     mapped: bool = False
     extras: tuple[str, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
-    averages: dict[str, Tensor] = field(default_factory=dict)
+    ema_state: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def has_ema(self) -> bool:
         """Whether the file has averaged weights, not only their counters."""
-        return not self.averages.keys() <= EMA_COUNTERS
+        return not self.ema_state.keys() <= EMA_COUNTERS
 
 
 def read_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
     """The weights of a file, without running anything in it.
 
     Args:
-        ema: take the averaged weights (`model_ema.*`) where the raw ones stand.
+        ema: replace raw weights by their EMA (`model_ema.*`).
 
     Raises:
         MissingFile: there is no such file.
@@ -91,10 +88,8 @@ def read_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
     """
     path = Path(path).expanduser()
     kind = detect_format(path)
-    metadata: dict[str, str] = {}
-    mapped = True
     if kind == "safetensors":
-        content, metadata = _read_safetensors(path)
+        mapped, (content, metadata) = True, _read_safetensors(path)
     else:
         content, mapped = load_pickle(path, kind)
         if not isinstance(content, dict):
@@ -105,49 +100,45 @@ def read_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
     step = content.get("global_step", metadata.get("global_step"))
     if isinstance(step, str) and step.isdigit():
         step = int(step)
-    averages = {name: state.pop(name) for name in list(state) if name.startswith("model_ema.")}
+    ema_state = {name: state.pop(name) for name in list(state) if name.startswith("model_ema.")}
     if ema:
-        take_averages(state, averages, {name: name for name in state}, path)
-    return Checkpoint(
-        path=path,
-        kind=kind,
-        state=state,
-        step=step if isinstance(step, int) else None,
-        ema=ema,
-        mapped=mapped,
-        extras=extras,
-        metadata=metadata,
-        averages=averages,
-    )
+        use_ema_weights(state, ema_state, {name: name for name in state}, path)
+    step = step if isinstance(step, int) else None
+    return Checkpoint(path, kind, state, step, mapped, extras, metadata, ema_state)
 
 
-def take_averages(
-    state: dict[str, Tensor], averages: Mapping[str, Tensor], names: Mapping[str, str], path: Path
+def ema_name(name: str) -> str:
+    """The original's name of a weight -> that of its EMA, which has no dots."""
+    return "model_ema." + name.removeprefix("model.").replace(".", "")
+
+
+def use_ema_weights(
+    state: dict[str, Tensor], ema_state: Mapping[str, Tensor], names: Mapping[str, str], path: Path
 ) -> None:
-    """Put averaged weights where raw ones stand, or are missing.
+    """Replace (or add) weights by their EMA.
 
     Args:
         state: is changed.
-        averages: `model_ema.*`, whose names lost their dots.
-        names: of weights, in the original's words -> in `state`.
+        ema_state: `model_ema.*`.
+        names: the original's name of each weight -> its name in `state`.
         path: the file, for messages.
 
     Raises:
-        ArgumentError: there are no averages.
-        FileFormatError: some averages belong to no name.
+        ArgumentError: there are no averaged weights.
+        FileFormatError: some averaged weights belong to no name.
     """
-    left = averages.keys() - EMA_COUNTERS
-    if not left:
+    unused = ema_state.keys() - EMA_COUNTERS
+    if not unused:
         message = f"`{path}` has no averaged (EMA) weights\nhint: load it without `ema`"
         raise ArgumentError(message, "ema")
     for original, name in names.items():
-        key = "model_ema." + original.removeprefix("model.").replace(".", "")
-        if key in averages:
-            state[name] = averages[key]
-            left.discard(key)
-    if left:
-        examples = ", ".join(f"`{key}`" for key in sorted(left)[:10])
-        raise FileFormatError(f"`{path}`: {len(left)} averaged weights fit no name: {examples}")
+        key = ema_name(original)
+        if key in ema_state:
+            state[name] = ema_state[key]
+            unused.discard(key)
+    if unused:
+        examples = ", ".join(f"`{key}`" for key in sorted(unused)[:10])
+        raise FileFormatError(f"`{path}`: {len(unused)} averaged weights fit no name: {examples}")
 
 
 def write_checkpoint(
@@ -162,30 +153,30 @@ def write_checkpoint(
     """Write weights as `.safetensors` or `.ckpt`, by the name; whole or not at all.
 
     Args:
-        state: names as they shall be in the file; see `legacy.restore_names`.
-        metadata: kept beside them (`global_step`, texts); read back as `Checkpoint.metadata`.
+        state: names as in the file; see `legacy.restore_names`.
+        metadata: read back as `Checkpoint.metadata`.
         dtype: of all floating-point tensors; None leaves them as they are.
-        mapped: they are pages of files, given back once written, so that memory stays small.
+        mapped: tensors are pages of files, given back once written, so that memory stays small.
         progress: called with the bytes of each tensor that was written.
 
     Raises:
         ArgumentError: the name ends in something else.
     """
-    path, notes = Path(path), dict(metadata or {})
+    path, metadata = Path(path), metadata or {}
     if path.suffix not in (".safetensors", ".ckpt"):
         raise ArgumentError(f"`{path}`: the name must end in `.safetensors` or `.ckpt`")
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: _TensorToWrite(value, dtype, mapped) for name, value in state.items()}
     with replace_when_written(path, sync=True) as part:
         if path.suffix == ".safetensors":
-            texts = {key: str(value) for key, value in notes.items()}
-            _write_safetensors(part, tensors, {"format": "pt"} | texts, progress)
+            texts = {"format": "pt"} | {key: str(value) for key, value in metadata.items()}
+            _write_safetensors(part, tensors, texts, progress)
         else:
             weights = {}
             for name, tensor in tensors.items():
                 weights[name] = tensor.to_memory()
                 progress(weights[name].nbytes)
-            torch.save({"state_dict": weights, **notes}, part)
+            torch.save({"state_dict": weights, **metadata}, part)
 
 
 def detect_format(path: Path) -> str:
@@ -219,16 +210,12 @@ def detect_format(path: Path) -> str:
 
 
 def file_hash(path: str | Path) -> str:
-    """First ten hex digits of the SHA-256 of a file: the usual name of a model.
-
-    Of a folder: that of all weights in it, one after the other.
-    """
+    """First ten hex digits of the SHA-256 of a file, or of all weights in a folder."""
     path = Path(path).expanduser()
-    files = [path]
-    if path.is_dir():
-        matches = (sorted(path.glob(pattern)) for pattern in FOLDER_WEIGHTS)
-        files = next(filter(None, matches), [])
-    return sha256_of_file(*files)[:10]
+    if not path.is_dir():
+        return sha256_of_file(path)[:10]
+    matches = (sorted(path.glob(pattern)) for pattern in FOLDER_WEIGHTS)
+    return sha256_of_file(*next(filter(None, matches), []))[:10]
 
 
 def release_pages(tensor: Tensor) -> None:
@@ -300,7 +287,6 @@ class _TensorToWrite:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it will be written in."""
         if self.target is not None and self.value.is_floating_point():
             return self.target
         return self.value.dtype
@@ -319,21 +305,22 @@ class _TensorToWrite:
 def _write_safetensors(
     path: Path,
     state: Mapping[str, _TensorToWrite],
-    notes: Mapping[str, str],
+    metadata: Mapping[str, str],
     progress: Callable[[int], object],
 ) -> None:
     """Write length of the header, header, and one tensor after the other."""
-    # Wide numbers first, as readers may expect them to be aligned.
+    # Widest dtypes first, so that all are aligned.
     order = sorted(state, key=lambda name: -state[name].dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": dict(notes)}
+    header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name in order:
         dtype, shape = state[name].dtype, list(state[name].value.shape)
         if dtype not in SAFETENSORS_DTYPES:
             raise FileFormatError(f"`{name}`: a .safetensors cannot hold {dtype}")
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        title = SAFETENSORS_DTYPES[dtype]
-        header[name] = {"dtype": title, "shape": shape, "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": SAFETENSORS_DTYPES[dtype], "shape": shape, "data_offsets": [start, end]
+        }  # fmt: skip
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:

@@ -1,7 +1,7 @@
-"""Mean and deviation of CLIP's embeddings, which stable unCLIP-L was trained with.
+"""Mean and standard deviation of CLIP's embeddings, which stable unCLIP-L was trained with.
 
-They are in a file of their own (`ViT-L-14_stats.th`, of the Karlo project), which is found where
-the config says, or beside the checkpoint, or is passed; some checkpoints hold them.
+Some checkpoints hold them; else they are in a file (`ViT-L-14_stats.th`, of the Karlo project) that
+is passed, or found where the config says or in the checkpoint's folder.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from ldm.loading.files.pickles import load_pickle
 from ldm.runtime.errors import FileFormatError
 from ldm.runtime.files import find_file
 
-__all__ = ["clip_statistics_tensors", "find_beside", "load_clip_statistics", "read_clip_statistics"]
+__all__ = ["clip_statistics_tensors", "find_near", "load_clip_statistics", "read_clip_statistics"]
 
 
 def load_clip_statistics(
@@ -25,14 +25,13 @@ def load_clip_statistics(
     clip_stats: str | Path | None = None,
     tables: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Give an unCLIP model its statistics: of a file, of its checkpoint, or of a file beside it.
+    """Give an unCLIP model its statistics; does nothing for other models.
 
-    Does nothing for other models; if nothing is found, the model raises when it is used.
+    If none are found, the model raises when it is used.
 
     Args:
-        ckpt: of the model.
-        clip_stats: a file of statistics.
-        tables: `noise_augmentor.data_*` of the checkpoint.
+        clip_stats: a file, used before all others.
+        tables: `noise_augmentor.data_*` of the checkpoint, if it has them.
 
     Raises:
         MissingFile: `clip_stats` is missing.
@@ -47,15 +46,12 @@ def load_clip_statistics(
     elif tables and "noise_augmentor.data_mean" in tables:
         mean, std = (tables[f"noise_augmentor.data_{name}"] for name in ("mean", "std"))
         noise.set_statistics(mean, std)
-    elif path := find_beside(ckpt, noise.clip_stats_path):
+    elif path := find_near(ckpt, noise.clip_stats_path):
         noise.set_statistics(*read_clip_statistics(path))
 
 
 def clip_statistics_tensors(conditioner: Conditioner) -> dict[str, Tensor]:
-    """The statistics of an unCLIP model as tensors of its file, so that it needs no other one.
-
-    Nothing for other models, and for those that were trained without.
-    """
+    """The statistics of an unCLIP model, if it has any, as tensors of its own file."""
     image = conditioner.find(ImageEmbedding)
     if image is None or image.noise.clip_stats_path is None or image.noise.statistics is None:
         return {}
@@ -74,16 +70,16 @@ def read_clip_statistics(path: str | Path) -> tuple[Tensor, Tensor]:
     pair = list(content.values()) if isinstance(content, Mapping) else content
     is_pair = isinstance(pair, list | tuple) and len(pair) == 2
     if not is_pair or not all(isinstance(numbers, Tensor) for numbers in pair):
-        raise FileFormatError(f"`{path}` does not hold statistics: a mean and a deviation")
+        raise FileFormatError(f"`{path}` does not hold statistics: a mean and a standard deviation")
     return pair[0].float().flatten(), pair[1].float().flatten()
 
 
-def find_beside(ckpt: Path, path: str | None) -> Path | None:
-    """A file where the original kept it, or of that name beside the checkpoint, or None."""
+def find_near(ckpt: Path, path: str | None) -> Path | None:
+    """The file at a path, or of that name in the checkpoint's folder, or None."""
     if path is None:
         return None
     try:
         return find_file(path)
     except FileNotFoundError:
-        neighbour = ckpt.parent / Path(path).name
-        return neighbour if neighbour.is_file() else None
+        sibling = ckpt.parent / Path(path).name
+        return sibling if sibling.is_file() else None

@@ -3,7 +3,7 @@
 A pickle is a program that may import and call whatever it names. torch's restricted unpickler runs
 only the few functions that rebuild tensors; this file adds stand-ins for the names that old
 training frameworks left in published files, each an empty class, so neither Lightning nor numpy
-need be installed or trusted. There is no way around it: no fallback, no option.
+need be installed or trusted. There is no fallback.
 """
 
 import contextlib
@@ -28,9 +28,9 @@ MEMBER = re.compile(
     r"|\.data/serialization_id)"
 )
 SAFE_TORCH = (2, 10)  # the restricted unpickler of older versions had holes
-HARMLESS = re.compile(  # only decides which names an error message lists
-    r"collections\.OrderedDict|torch\._utils\._rebuild_\w+|torch\.\w+Storage"
-    r"|torch\.\w+\d+|torch\.Size"
+# Only decides which names an error message lists.
+HARMLESS = re.compile(
+    r"collections\.OrderedDict|torch\.(_utils\._rebuild_\w+|\w+Storage|\w+\d+|Size)"
 )
 
 INERT = (
@@ -54,12 +54,9 @@ INERT = (
 class Inert:
     """Stands for an object of a foreign class: takes any arguments and state, keeps none."""
 
-    def __init__(self, *args: Any) -> None: ...
+    def __init__(self, *args: object) -> None: ...
 
-    def __new__(cls, *args: Any) -> "Inert":
-        return object.__new__(cls)
-
-    def __setstate__(self, state: Any) -> None: ...
+    def __setstate__(self, state: object) -> None: ...
 
 
 class Parameters(dict[str, torch.Tensor]):
@@ -98,7 +95,7 @@ def load_pickle(path: Path, kind: str) -> tuple[Any, bool]:
     try:
         with torch.serialization.safe_globals(list(STAND_INS)), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # torch.load trusts the ending of a name, and maps only what it is given by name.
+            # torch.load reads *.safetensors as such whatever is inside, and maps only paths.
             mapped = kind == "zip" and path.suffix != ".safetensors"
             with path.open("rb") as file:
                 source: Any = str(path) if mapped else file
@@ -130,32 +127,33 @@ def pickle_imports(path: Path, kind: str) -> list[str]:
 
 
 def foreign_imports(path: Path, kind: str) -> list[str]:
-    """Those of `names_in` that neither torch nor the stand-ins answer to."""
+    """Those of `pickle_imports` that weights do not need."""
     names = pickle_imports(path, kind)
     return [name for name in names if name not in INERT and not HARMLESS.fullmatch(name)]
 
 
 def _check_members(path: Path) -> None:
-    """Names and sizes inside a zip, before anything reads it: torch.save makes no others."""
+    """Refuse a zip that torch.save would not write, before anything reads its content."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise FileFormatError(f"`{path}` is damaged: {error}") from error
+    problem = None
     for member in members:
         if not MEMBER.fullmatch(member.filename):
-            raise FileFormatError(
-                f"`{path}` is refused: `{member.filename}` has no place in weights"
-            )
-        if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
-            raise FileFormatError(f"`{path}` is refused: `{member.filename}` is compressed")
-        if member.filename.endswith("data.pkl") and member.file_size > MAX_PICKLE:
-            raise FileFormatError(f"`{path}` is refused: a pickle of {member.file_size} bytes")
+            problem = f"`{member.filename}` has no place in weights"
+        elif member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+            problem = f"`{member.filename}` is compressed"
+        elif member.filename.endswith("data.pkl") and member.file_size > MAX_PICKLE:
+            problem = f"a pickle of {member.file_size} bytes"
     names = [member.filename for member in members]
     if len(set(names)) < len(names) or sum(name.endswith("/data.pkl") for name in names) != 1:
-        raise FileFormatError(f"`{path}` is refused: exactly one `data.pkl` is expected")
+        problem = problem or "exactly one `data.pkl` is expected"
     if len(names) > MAX_MEMBERS:
-        raise FileFormatError(f"`{path}` is refused: {len(names)} members")
+        problem = f"{len(names)} members"
+    if problem:
+        raise FileFormatError(f"`{path}` is refused: {problem}")
 
 
 def _imports(file: IO[bytes]) -> Iterator[str]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ldm.loading.families import zero_snr_markers
-from ldm.loading.files.checkpoint import EMBEDDED, write_checkpoint
+from ldm.loading.files.checkpoint import EMBEDDED, ema_name, write_checkpoint
 from ldm.loading.files.clip_statistics import clip_statistics_tensors
 from ldm.loading.legacy import original_name, restore_names
 from ldm.model import LatentDiffusion
@@ -156,9 +156,7 @@ def _ema_weights(run: Run) -> dict[str, Tensor]:
     ema = run.state.ema
     averaged = {original_name(name) for name in ema.shadow}
     state = {
-        "model_ema." + name.removeprefix("model.").replace(".", ""): value
-        for name, value in _weights(run, ema=True).items()
-        if name in averaged
+        ema_name(name): value for name, value in _weights(run, ema=True).items() if name in averaged
     }
     state["model_ema.decay"] = torch.tensor(ema.decay, dtype=torch.float32)
     state["model_ema.num_updates"] = torch.tensor(ema.updates, dtype=torch.int32)
