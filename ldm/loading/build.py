@@ -76,10 +76,7 @@ def fill_weights(
         state: under our names; for a single part also bare names. It is emptied.
         mapped: the tensors are pages of a file: those that are copied are given back at once, so
             that the peak is what the model keeps.
-        misfit: how the message about weights that do not fit begins.
-
-    Raises:
-        WeightsMismatch: with counts and the first names that do not fit.
+        misfit: how the message about weights that do not fit begins; see `check_weights`.
     """
     model_state = model.state_dict()
     prefix = next((p for p in PREFIXES if any(p + name in state for name in model_state)), "")
@@ -100,13 +97,9 @@ def fill_weights(
 
 
 def add_unused_weights(model: nn.Module, state: dict[str, Tensor], file: str | Path) -> None:
-    """Add zeros for weights that no computation uses, where other programs leave them out.
+    """Add zeros to `state` for weights that no computation uses and other programs leave out.
 
     These are the projection of OpenCLIP's text tower, and its last block if that is not run.
-
-    Args:
-        state: under our names.
-        file: for the log.
     """
     text = model.conditioner.find(OpenCLIPText) if isinstance(model, LatentDiffusion) else None
     dtype = next((value.dtype for name, value in state.items() if name.startswith(TEXT)), None)
@@ -126,11 +119,9 @@ def add_unused_weights(model: nn.Module, state: dict[str, Tensor], file: str | P
 def check_weights(
     model_state: Mapping[str, Tensor], state: Mapping[str, Tensor], misfit: str
 ) -> None:
-    """Check that weights have the names and shapes of a model, all under our names.
+    """Raise WeightsMismatch unless weights have the names and shapes of a model.
 
-    Raises:
-        WeightsMismatch: with counts, the first names in the original's words, and the family that
-            the weights look like.
+    It has counts, the first names in the original's words, and the family of the weights.
     """
     problems = {
         "missing": [original_name(name) for name in model_state if name not in state],

@@ -49,10 +49,6 @@ def read_yaml(
         overrides: `model.params.linear_end=0.02`, applied last, values parsed as YAML.
         more: files merged over the first, later ones over earlier.
         sections: may be overridden even if no file has them.
-
-    Raises:
-        MissingFile: a file is missing.
-        ConfigError: it is not a config.
     """
     texts = []
     for file in (path, *more):

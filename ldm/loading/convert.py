@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,11 +125,7 @@ def plan_conversion(
         weights = {"": {**file.state, **ema_state}}
     else:
         texts, components = build_folder(file, raw, clip_stats)
-        weights = {
-            weights_path(component, texts, variant): state
-            for component, state in components.items()
-            if state
-        }
+        weights = {weights_path(c, texts, variant): s for c, s in components.items() if s}
     for path, state in weights.items():
         size = _bytes(state, dtype) / 1e9
         notes.append(f"{path or target.name:60} {len(state):>5} tensors {size:8.3f} GB")
@@ -147,21 +144,12 @@ def convert(
     """Write what is planned, whole or not at all; returns the target.
 
     Args:
-        force: replace what is there.
+        force: replace what is there; otherwise FileExistsError is raised.
         progress: called with the bytes of each tensor that was written.
-
-    Raises:
-        FileExistsError: the target exists.
-        ArgumentError: it may not be replaced.
     """
     target, mapped = conversion.target, conversion.source.mapped
     _check_target(conversion, force)
-
-    def write(path: Path, state: dict[str, Tensor], metadata: Mapping[str, str | int]) -> None:
-        write_checkpoint(
-            path, state, metadata, dtype=conversion.dtype, mapped=mapped, progress=progress
-        )
-
+    write = partial(write_checkpoint, dtype=conversion.dtype, mapped=mapped, progress=progress)
     if not conversion.texts:
         write(target, conversion.weights[""], conversion.metadata)
         return target

@@ -144,10 +144,7 @@ def detect_prediction(
 ) -> Prediction:
     """What the weights predict, by every method that costs no pass of the network.
 
-    Args:
-        state: under our names; only one small tensor is read.
-        step: `global_step` of the file.
-        markers: metadata of the file, and `v_pred` if it holds such a tensor.
+    `markers` are the metadata of the file, and `v_pred` if it holds such a tensor.
     """
     verdicts = list(_by_marker(markers))
     if family is not None and family.predicts:

@@ -141,7 +141,7 @@ def choose_config(weights: Weights) -> str:
     """The YAML for weights: `EMBEDDED` if their file has one, else that of their family.
 
     Raises:
-        MissingArgument: they look like no published family, or one that is not supported.
+        MissingArgument: the family is unknown or not supported.
     """
     if EMBEDDED in weights.markers:
         return EMBEDDED

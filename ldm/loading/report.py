@@ -116,9 +116,6 @@ def inspect_checkpoint(
     Args:
         config: compare with this YAML instead of the family's.
         probe: where one method alone says eps or v, run the UNet once (reads its weights).
-
-    Raises:
-        MissingFile: there is no such file.
     """
     path = Path(path).expanduser()
     if not path.is_file():

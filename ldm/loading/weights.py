@@ -51,11 +51,7 @@ class Weights:
         return self.source.path
 
     def use_ema(self, names: Iterable[str]) -> None:
-        """Replace (or add) weights by their EMA; see `use_ema_weights`.
-
-        Args:
-            names: of the model's weights, ours.
-        """
+        """Replace (or add) weights by their EMA; `names` are those of the model."""
         originals = {original_name(name): name for name in (*names, *self.state)}
         use_ema_weights(self.state, self.source.ema_state, originals, self.path)
         # Known only now, if the file holds nothing but the EMA of the UNet.
@@ -110,12 +106,7 @@ def read_autoencoder(
 ) -> dict[str, Tensor]:
     """The autoencoder of a checkpoint, alone in there or within a whole model, under our names.
 
-    Args:
-        model_state: of the model that it is for, under our names; its autoencoder has the shapes.
-        model: where that is from, for messages.
-
-    Raises:
-        WeightsMismatch: a tensor is missing or has another shape, or the model has no autoencoder.
+    Its shapes are checked against the model's; `model` is where that is from, for messages.
     """
     shapes = {name: v for name, v in model_state.items() if name.startswith(AUTOENCODER)}
     if not shapes:

@@ -61,13 +61,12 @@ def theirs(component, about):
 
 def components(model, spec):
     files, state = folder_configs(model, spec), model.state_dict()
-    homes = locate_weights(model)
-    for component in sorted({place.component for place in homes.values()}):
-        mine = {name: place for name, place in homes.items() if place.component == component}
+    located = set()
+    for component, locations in locate_weights(model).items():
         path = f"{component}/config.json" if INDEX in files else "config.json"
-        yield component, files[path], scatter_weights(mine, state)
-    rest = [name for name in state if name not in homes]
-    assert all(name.startswith(WITHOUT_PLACE) for name in rest)
+        yield component, files[path], scatter_weights(locations, state)
+        located |= locations.keys()
+    assert all(name.startswith(WITHOUT_PLACE) for name in state.keys() - located)
 
 
 @pytest.mark.parametrize("name", SOME)

@@ -40,10 +40,7 @@ def load_embeddings(
         strict: raise for a file that does not fit; False skips it, as always in folders.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        FileFormatError: a file is not a textual inversion.
-        WeightsMismatch: a file is made for another text tower.
-        WrongFamily: the model has no text tower.
+        ValueError: a file is not a textual inversion, or made for another text tower.
     """
     text, sources = model.conditioner.find(TextEncoder), [Path(path) for path in paths]
     if not sources:
@@ -77,12 +74,7 @@ def embedding_files(path: str | Path) -> list[Path]:
 
 
 def read_embeddings(path: str | Path) -> dict[str, Tensor]:
-    """The tokens in a file and their vectors (n, D).
-
-    Raises:
-        FileNotFoundError: the file is missing.
-        FileFormatError: it is not a textual inversion, or one for SDXL.
-    """
+    """The tokens in a file and their vectors (n, D)."""
     path = Path(path)
     state = read_checkpoint(path).state
     if all(name in SDXL for name in state):

@@ -56,12 +56,7 @@ METADATA = "lora_adapter_metadata"  # key under which diffusers keeps alpha
 
 
 def load_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, float]]) -> None:
-    """Merge LoRA files into a model, each with a strength; `provenance` records them.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file does not fit the model.
-    """
+    """Merge LoRA files into a model, each with a strength; `provenance` records them."""
     loras, provenance = [], []
     for file, strength in files:
         path = Path(file).expanduser().resolve()
@@ -76,7 +71,6 @@ def read_lora(path: str | Path, model: LatentDiffusion) -> LoRA:
     """The LoRA in a file, for the layers of a model; neither attached nor merged.
 
     Raises:
-        FileNotFoundError: the file is missing.
         FileFormatError: it is not a LoRA, or one of an unsupported kind.
         WeightsMismatch: it does not fit; says how many layers, and the likely family.
     """
@@ -103,11 +97,11 @@ def write_lora(
     state = {name: value.detach().cpu() for name, value in lora.state_dict().items()}
     if style == "diffusers":
         names = {kohya_name(name): name for name in lora_targets(model)}
-        kohya_state, state = state, {}
+        state = {}
         for name, layer in lora.layers.items():
             ratio = float(layer.alpha) / layer.rank
-            up = kohya_state[f"{name}.lora_up.weight"]
-            state[f"{names[name]}.lora_A.weight"] = kohya_state[f"{name}.lora_down.weight"]
+            up = layer.lora_up.weight.detach().cpu()
+            state[f"{names[name]}.lora_A.weight"] = layer.lora_down.weight.detach().cpu()
             state[f"{names[name]}.lora_B.weight"] = up * ratio if ratio != 1 else up
     write_checkpoint(path, state, metadata)
 
@@ -120,10 +114,9 @@ def lora_targets(model: LatentDiffusion) -> dict[str, Target]:
     text = model.conditioner.find(TextEncoder)
     if text is None:
         return targets
-    for ours, theirs in text_layers(_layer_names(text)).items():
+    used = [name for name in _layer_names(text) if not name.startswith(text.unused)]
+    for ours, theirs in text_layers(used).items():
         layer, name = text.get_submodule(ours), f"text_encoder.{theirs}"
-        if ours.startswith(text.unused):
-            continue
         if isinstance(layer, FusedAttention):
             targets |= {f"{name}.{QKV[part]}": Target(layer, part) for part in range(3)}
         else:

@@ -29,12 +29,7 @@ SLICES = (4, 9, 16, 23)  # first layers of VGG's slices 2 to 5
 
 
 def read_lpips(paths: str | Path | Sequence[str | Path]) -> LPIPS:
-    """LPIPS with the weights of a file, or of several together.
-
-    Raises:
-        MissingFile: a file is missing.
-        FileFormatError: the files do not hold all of it.
-    """
+    """LPIPS with the weights of a file, or of several together."""
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     state: dict[str, Tensor] = {}
     for path in paths:

@@ -29,19 +29,9 @@ def add_depth_network(
     ckpt: Path,
     midas: str | Path | None = None,
 ) -> bool:
-    """Add the weights of the depth network to those of a depth model that has none.
+    """Add the weights of a depth network to `state`, where a depth model has none there.
 
-    Args:
-        model_state: names and shapes that the model needs, under our names.
-        state: weights of the checkpoint, under our names; is changed.
-        midas: a file of MiDaS, which replaces the depth network of the checkpoint.
-
-    Returns:
-        Whether weights of another file were added.
-
-    Raises:
-        MissingFile: there is no such file, neither passed nor found.
-        ValueError: the file holds something else.
+    `midas`, a file, replaces those of the checkpoint. Returns whether weights were added.
     """
     expected = {name: v for name, v in model_state.items() if name.startswith(PREFIX)}
     if not expected or (midas is None and expected.keys() & state.keys()):
@@ -60,12 +50,7 @@ def add_depth_network(
 
 
 def read_midas(path: str | Path) -> dict[str, Tensor]:
-    """The network in a file of MiDaS, or in the checkpoint of a depth model, under our names.
-
-    Raises:
-        MissingFile: the file is missing.
-        FileFormatError: it holds something else.
-    """
+    """The network in a file of MiDaS, or in the checkpoint of a depth model, under our names."""
     network = {}
     for name, value in read_checkpoint(path).state.items():
         name = name.removeprefix("depth_model.").removeprefix("model.")

@@ -35,11 +35,7 @@ PROCESSOR = {
 
 
 def text_config(encoder: TextEncoder) -> dict[str, Any]:
-    """The config of a text encoder, with the blocks that run.
-
-    Raises:
-        ConfigError: transformers' CLIPTextModel does not support the encoder.
-    """
+    """The config of a text encoder, with the blocks that run."""
     block: OpenCLIPBlock | CLIPBlock
     if isinstance(encoder, OpenCLIPText):
         block, blocks, norm = encoder.model.blocks[0], encoder.num_blocks, encoder.model.ln_final
@@ -233,11 +229,7 @@ def depth_processor(side: int) -> dict[str, Any]:
 
 
 def is_openai_clip(config: Config, where: str) -> bool:
-    """Whether a CLIP is OpenAI's, by its activation.
-
-    Raises:
-        UnknownName: it has another activation.
-    """
+    """Whether a CLIP is OpenAI's, by its activation."""
     activation = config.get("hidden_act", "quick_gelu")
     if activation not in ACTIVATIONS:
         raise unknown_name("hidden_act", activation, ACTIVATIONS, where)

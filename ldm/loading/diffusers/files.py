@@ -23,7 +23,6 @@ from ldm.loading.config import format_yaml, parse_yaml
 from ldm.loading.diffusers.index import INDEX, NORMALIZER, Files, folder_configs, original_config
 from ldm.loading.diffusers.keys import (
     VAE_OLD,
-    Location,
     gather_weights,
     locate_weights,
     scatter_weights,
@@ -73,9 +72,6 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
 
     Args:
         variant: which of several files (`fp16`); None is the plain one, or the only one there is.
-
-    Raises:
-        ValueError: the folder is incomplete, or of a family that is not supported.
     """
     path = Path(path).expanduser()
     candidates = [*sorted(path.glob("*/*.json")), path / INDEX, path / "config.json"]
@@ -85,21 +81,22 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
     derived = _derived_tensors(rest.state) if rest else {}
     state = rename_weights(rest.state) if rest else {}
     model, _ = _build_model(raw, path.name, derived)
-    model_state, locations = model.state_dict(), locate_weights(model)
-    for component, inside in _by_component(locations).items():
+    model_state, components = model.state_dict(), locate_weights(model)
+    for component, locations in components.items():
         folder = path / component if INDEX in files else path
         theirs = _modern_names(component, _read_component(folder, variant))
         if component == "text_encoder" and TOKEN_IDS in state:
             theirs[TOKEN_EMBEDDING] = _compact_rows(
                 theirs[TOKEN_EMBEDDING], state[TOKEN_IDS], state[TOKEN_TABLE]
             )
-        expected = {name for location in inside.values() for name in location.names}
+        expected = {name for location in locations.values() for name in location.names}
         if unexpected := theirs.keys() - expected:
             message = f"{len(unexpected)} unexpected tensors: `{min(unexpected)}` …"
             raise FileFormatError(f"`{folder}`: {message}")
-        state |= gather_weights(inside, theirs, model_state)
-    dtype = next((state[name].dtype for name in locations if name in state), None)
-    for name in model_state.keys() - locations.keys() - state.keys():
+        state |= gather_weights(locations, theirs, model_state)
+    located = [name for locations in components.values() for name in locations]
+    dtype = next((state[name].dtype for name in located if name in state), None)
+    for name in model_state.keys() - located - state.keys():
         value = model_state[name]
         state[name] = torch.zeros(value.shape, dtype=dtype) if value.is_meta else value
     check_weights(model_state, state, f"`{path}` does not fit its own configs")
@@ -121,31 +118,22 @@ def build_folder(
 ) -> tuple[Files, Components]:
     """The content of the folder of a checkpoint: JSONs and texts by path, tensors by component.
 
-    Tensors that diffusers has no place for are in component "", under the original's names.
-
-    Args:
-        raw: the config of the file.
-        clip_stats: as for `load`.
-
-    Raises:
-        WeightsMismatch: the weights do not fit the config.
-        ValueError: diffusers cannot express the model.
+    Tensors that diffusers has no place for are in component "", under the original's names. `raw`
+    is the config of the file.
     """
     derived = _derived_tensors(file.state)
     model, spec = _build_model(raw, "config", derived)
-    model_state, locations = model.state_dict(), locate_weights(model)
-    state = rename_weights(file.state)
+    model_state, state = model.state_dict(), rename_weights(file.state)
     if not isinstance(model, LatentDiffusion):  # a part, perhaps out of a whole
         bare = {name.removeprefix("autoencoder."): value for name, value in state.items()}
         state = {name: bare[name] for name in model_state if name in bare}
     add_unused_weights(model, state, file.path)
     check_weights(model_state, state, f"`{file.path}` does not fit its config")
     files = folder_configs(model, spec)
-    components = {
-        component: scatter_weights(inside, state)
-        for component, inside in _by_component(locations).items()
-    }
-    rest = {name: value for name, value in state.items() if name not in locations}
+    rest, components = dict(state), {}
+    for component, locations in locate_weights(model).items():
+        components[component] = scatter_weights(locations, state)
+        rest = {name: value for name, value in rest.items() if name not in locations}
     if TOKEN_IDS in state:
         text = components["text_encoder"]
         text[TOKEN_EMBEDDING] = _all_rows(text[TOKEN_EMBEDDING], state[TOKEN_IDS])
@@ -225,25 +213,13 @@ def _has_same_config(rest: Checkpoint, files: Files) -> bool:
     return True
 
 
-def _by_component(locations: Mapping[str, Location]) -> dict[str, dict[str, Location]]:
-    components: dict[str, dict[str, Location]] = {}
-    for name, location in locations.items():
-        components.setdefault(location.component, {})[name] = location
-    return components
-
-
 def _read_component(folder: Path, variant: str | None) -> dict[str, Tensor]:
-    """The tensors of a component, in one file or several.
-
-    Raises:
-        MissingFile: there is none, or only those of several variants.
-    """
-    for file in _candidates(folder, variant):
-        if file.suffix != ".json" and file.is_file():
+    """The tensors of a component, in one file or several."""
+    for file in filter(Path.is_file, _candidates(folder, variant)):
+        if file.suffix != ".json":
             return read_checkpoint(file).state
-        if file.is_file():
-            names = sorted({Path(name).name for name in _read_json(file)["weight_map"].values()})
-            return {k: v for name in names for k, v in read_checkpoint(folder / name).state.items()}
+        names = sorted({Path(name).name for name in _read_json(file)["weight_map"].values()})
+        return {k: v for name in names for k, v in read_checkpoint(folder / name).state.items()}
     others = {file.name.split(".")[1] for file in folder.glob("*.*.safetensors")}
     if variant is None and len(others) == 1:
         return _read_component(folder, others.pop())

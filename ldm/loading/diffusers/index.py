@@ -100,11 +100,7 @@ V_MODEL_SIDE = 96  # latent side at which SD 2's v models were trained; their or
 
 
 def folder_configs(model: nn.Module, spec: Mapping[str, Any]) -> Files:
-    """Every file of the folder but weights, for a model and its translated config.
-
-    Raises:
-        ValueError: diffusers cannot express the model.
-    """
+    """Every file of the folder but weights, for a model and its translated config."""
     params = spec["params"]
     if not isinstance(model, LatentDiffusion):
         return {"config.json": networks.vae_config(params, None, 512)}
@@ -139,11 +135,7 @@ def folder_configs(model: nn.Module, spec: Mapping[str, Any]) -> Files:
 
 
 def original_config(files: Files) -> dict[str, Any]:
-    """The config in the original's words.
-
-    Raises:
-        ValueError: the folder is of another kind, or has options that are not supported.
-    """
+    """The config in the original's words."""
     if INDEX not in files:
         raw = read_yaml(f"{PUBLISHED}/v1-inference.yaml")
         autoencoder = raw["model"]["params"][AUTOENCODER_CONFIG]

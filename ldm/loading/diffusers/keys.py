@@ -10,8 +10,8 @@ way back needs no inverse rules.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -86,7 +86,7 @@ MIDAS = (
 
 @dataclass(frozen=True)
 class Location:
-    """Where a tensor of ours is: in a component, under one name, or in thirds under three.
+    """Where a tensor of ours is in a component: under one name, or in thirds under three.
 
     Args:
         names: of their tensors.
@@ -95,7 +95,6 @@ class Location:
 
     names: tuple[str, ...]
     form: Literal["same", "flat", "transposed"] = "same"
-    component: str = ""
 
     def split(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Our tensor as theirs: views, nothing is copied."""
@@ -141,29 +140,32 @@ def gather_weights(
     }
 
 
-def locate_weights(model: nn.Module) -> dict[str, Location]:
-    """The location of every tensor of a model (or of an autoencoder alone), by our name.
+def locate_weights(model: nn.Module) -> dict[str, dict[str, Location]]:
+    """By component, the location of each tensor of a model (or of an autoencoder), by our name.
 
     Tensors that diffusers has no place for are left out.
     """
     names = list(model.state_dict())
     if isinstance(model, AutoencoderKL):
-        return _in_component("", "vae", vae_keys, names)
+        return {"vae": vae_keys(names)}
     assert isinstance(model, LatentDiffusion)
-    text = model.conditioner.text
+    text, text_part = model.conditioner.text, ("text_encoder", TEXT, text_keys)
     if isinstance(text, CLIPImage):
-        locations = _in_component(TEXT, "image_encoder", vision_keys, names)
-    else:
-        unused = tuple(TEXT + name for name in text.unused) if isinstance(text, Encoder) else ()
-        run = [name for name in names if not name.startswith(unused)]
-        locations = _in_component(TEXT, "text_encoder", text_keys, run)
-    return (
-        _in_component("unet.", "unet", unet_keys, names)
-        | _in_component("autoencoder.", "vae", vae_keys, names)
-        | locations
-        | _in_component("conditioner.image.clip.", "image_encoder", vision_keys, names)
-        | _in_component("conditioner.depth.", "depth_estimator", depth_keys, names)
-    )
+        text_part = ("image_encoder", TEXT, vision_keys)
+    unused = tuple(TEXT + name for name in text.unused) if isinstance(text, Encoder) else ()
+    names = [name for name in names if not name.startswith(unused)]
+    components = {}
+    for component, prefix, locate in (
+        ("unet", "unet.", unet_keys),
+        ("vae", "autoencoder.", vae_keys),
+        text_part,
+        ("image_encoder", "conditioner.image.clip.", vision_keys),
+        ("depth_estimator", "conditioner.depth.", depth_keys),
+    ):
+        own = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        if locations := locate(own):
+            components[component] = {prefix + name: where for name, where in locations.items()}
+    return components
 
 
 def unet_keys(names: Iterable[str]) -> dict[str, Location]:
@@ -224,14 +226,3 @@ def _split_qkv(name: str) -> tuple[str, ...]:
     """Queries, keys and values have layers of their own in transformers."""
     match = re.fullmatch(r"(.*)\.in_proj_(weight|bias)", name)
     return tuple(f"{match[1]}.{part}_proj.{match[2]}" for part in "qkv") if match else (name,)
-
-
-def _in_component(
-    prefix: str,
-    component: str,
-    locate: Callable[[list[str]], dict[str, Location]],
-    names: list[str],
-) -> dict[str, Location]:
-    inner = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-    locations = locate(inner) if inner else {}
-    return {prefix + name: replace(loc, component=component) for name, loc in locations.items()}

@@ -49,11 +49,7 @@ RESOLUTION = 256  # in original autoencoder configs; only decides which levels h
 
 
 def unet_config(unet: UNet, sample_size: int) -> dict[str, Any]:
-    """The config of a UNet; `sample_size` is the side of the latent in training.
-
-    Raises:
-        ConfigError: the UNet has options that diffusers' does not support.
-    """
+    """The config of a UNet; `sample_size` is the side of the latent in training."""
     head_dim, width = unet.num_head_channels, unet.model_channels
     _check_options(
         "UNet",
@@ -127,12 +123,11 @@ def unet_params(config: Config) -> dict[str, Any]:
         **_head_params(config, widths),
         **_class_embedding_params(config),
     }
-    only_cross = config.get("only_cross_attention")
+    only_cross = config.get("only_cross_attention") or False
+    by_level = only_cross if isinstance(only_cross, list) else [only_cross] * len(widths)
+    if any(by_level):
+        params["disable_self_attentions"] = by_level
     middle_only_cross = config.get("mid_block_only_cross_attention")
-    if only_cross is True:
-        params["disable_self_attentions"] = [True] * len(widths)
-    elif isinstance(only_cross, list) and any(only_cross):
-        params["disable_self_attentions"] = only_cross
     if middle_only_cross or (middle_only_cross is None and only_cross is True):
         params["disable_middle_self_attn"] = True
     if config.get("resnet_time_scale_shift", "default") != "default":
@@ -147,11 +142,8 @@ def vae_config(params: Config, scale_factor: float | None, sample_size: int) -> 
 
     Args:
         params: keywords of our AutoencoderKL.
-        scale_factor: None for an autoencoder alone, which does not say it.
+        scale_factor: None for an autoencoder alone, where it is unknown.
         sample_size: side of the image in pixels.
-
-    Raises:
-        ConfigError: it has options that diffusers' AutoencoderKL does not support.
     """
     layout = Layout.read(params["ddconfig"])
     embed = params["embed_dim"]
@@ -164,9 +156,9 @@ def vae_config(params: Config, scale_factor: float | None, sample_size: int) -> 
             "`tanh_out`": layout.tanh_out,
         },
     )
-    has_attention = [layout.has_attention(level) for level in range(len(layout.ch_mult))]
-    prefixes = ["Attn" if attends else "" for attends in has_attention]
-    if scale_factor is None:  # unknown: 0.18215 if it has the architecture of Stable Diffusion
+    levels = range(len(layout.ch_mult))
+    prefixes = ["Attn" if layout.has_attention(level) else "" for level in levels]
+    if scale_factor is None:  # 0.18215 for the architecture of Stable Diffusion
         scale_factor = 0.18215 if (len(layout.ch_mult), embed) == (4, 4) else 1.0
     return {
         "_class_name": "AutoencoderKL",

@@ -57,11 +57,7 @@ def betas_config(betas: Any) -> dict[str, Any]:
 
 
 def beta_params(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The original's keywords for the noise schedule of any scheduler.
-
-    Raises:
-        UnknownName: the original has no such schedule.
-    """
+    """The original's keywords for the noise schedule of any scheduler."""
     if betas := config.get("trained_betas"):
         params = {"timesteps": len(betas), "given_betas": betas}
     else:

@@ -115,17 +115,9 @@ def ema_name(name: str) -> str:
 def use_ema_weights(
     state: dict[str, Tensor], ema_state: Mapping[str, Tensor], names: Mapping[str, str], path: Path
 ) -> None:
-    """Replace (or add) weights by their EMA.
+    """Replace (or add) weights of `state` by their EMA.
 
-    Args:
-        state: is changed.
-        ema_state: `model_ema.*`.
-        names: the original's name of each weight -> its name in `state`.
-        path: the file, for messages.
-
-    Raises:
-        ArgumentError: there are no averaged weights.
-        FileFormatError: some averaged weights belong to no name.
+    `names` are the original's name of each weight -> its name in `state`.
     """
     unused = ema_state.keys() - EMA_COUNTERS
     if not unused:
@@ -158,9 +150,6 @@ def write_checkpoint(
         dtype: of all floating-point tensors; None leaves them as they are.
         mapped: tensors are pages of files, given back once written, so that memory stays small.
         progress: called with the bytes of each tensor that was written.
-
-    Raises:
-        ArgumentError: the name ends in something else.
     """
     path, metadata = Path(path), metadata or {}
     if path.suffix not in (".safetensors", ".ckpt"):
@@ -180,12 +169,7 @@ def write_checkpoint(
 
 
 def detect_format(path: Path) -> str:
-    """What a file is by its first bytes: "zip", "legacy" or "safetensors".
-
-    Raises:
-        MissingFile: there is no such file.
-        FileFormatError: it is something else; the message says what it looks like.
-    """
+    """What a file is by its first bytes: "zip", "legacy" or "safetensors"."""
     if not path.is_file():
         raise MissingFile(f"no checkpoint `{path}`")
     with path.open("rb") as file:

@@ -27,15 +27,8 @@ def load_clip_statistics(
 ) -> None:
     """Give an unCLIP model its statistics; does nothing for other models.
 
-    If none are found, the model raises when it is used.
-
-    Args:
-        clip_stats: a file, used before all others.
-        tables: `noise_augmentor.data_*` of the checkpoint, if it has them.
-
-    Raises:
-        MissingFile: `clip_stats` is missing.
-        FileFormatError: it holds something else.
+    They come from the file `clip_stats`, the `tables` of the checkpoint (`noise_augmentor.data_*`),
+    or a file near it. If none are found, the model raises when it is used.
     """
     image = conditioner.find(ImageEmbedding)
     if image is None:
@@ -60,11 +53,7 @@ def clip_statistics_tensors(conditioner: Conditioner) -> dict[str, Tensor]:
 
 
 def read_clip_statistics(path: str | Path) -> tuple[Tensor, Tensor]:
-    """(mean, std) of CLIP's embeddings, D numbers each.
-
-    Raises:
-        FileFormatError: the file holds something else.
-    """
+    """(mean, std) of CLIP's embeddings, D numbers each."""
     path = Path(path)
     content, _ = load_pickle(path, detect_format(path))
     pair = list(content.values()) if isinstance(content, Mapping) else content

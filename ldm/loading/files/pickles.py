@@ -80,9 +80,6 @@ def load_pickle(path: Path, kind: str) -> tuple[Any, bool]:
 
     Returns:
         (content, mapped): what it holds, and whether its tensors are pages of the file.
-
-    Raises:
-        FileFormatError: it holds more than plain data and tensors; names what the pickle names.
     """
     numbers = re.match(r"(\d+)\.(\d+)", torch.__version__)
     if numbers is None or (int(numbers[1]), int(numbers[2])) < SAFE_TORCH:
