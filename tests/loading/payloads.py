@@ -57,34 +57,29 @@ def calls(marker: Path) -> dict[str, bytes]:
     """What attackers call, by the name that an error message should give."""
     touch = f"touch {marker}"
     statement = f"__import__('pathlib').Path({str(marker)!r}).touch()"
-    return {
-        "os.system": call("os.system", touch),
-        "posix.system": call("posix.system", touch),
-        "os.popen": call("os.popen", touch),
-        "subprocess.getoutput": call("subprocess.getoutput", touch),
-        "subprocess.Popen": b"csubprocess\nPopen\n((" + text("touch") + text(str(marker)) + b"ltR",
-        "builtins.eval": call("builtins.eval", statement),
-        "builtins.exec": call("builtins.exec", statement),
-        "builtins.open": call("builtins.open", str(marker), "w"),
-        "__builtin__.eval": call("__builtin__.eval", statement),
-        "builtins.__import__": call("builtins.__import__", "antigravity"),
-        "importlib.import_module": call("importlib.import_module", "antigravity"),
-        "runpy._run_code": call("runpy._run_code", statement),
-        "pathlib.Path.touch": call("pathlib.Path.touch", str(marker)),
-        "shutil.copy": call("shutil.copy", "/etc/hostname", str(marker)),
-        "logging.os.system": call("logging.os.system", touch),
-        "torch.serialization.os.system": call("torch.serialization.os.system", touch),
-        "torch.hub.load": call("torch.hub.load", "a/b", "c"),
-        "torch.utils.cpp_extension.load_inline": call(
-            "torch.utils.cpp_extension.load_inline", "x", "int main(){}"
-        ),
-        "torch.load": call("torch.load", str(marker)),
-        "numpy.load": call("numpy.load", str(marker)),
-        "ctypes.CDLL": call("ctypes.CDLL", "libc.so.6"),
-        "timeit.timeit": call("timeit.timeit", statement),
-        "pdb.run": call("pdb.run", statement),
-        "webbrowser.open": call("webbrowser.open", "http://127.0.0.1:9/"),
-        "socket.create_connection": call("socket.create_connection", "127.0.0.1"),
+    arguments = {
+        "builtins.open": (str(marker), "w"),
+        "builtins.__import__": ("antigravity",),
+        "importlib.import_module": ("antigravity",),
+        "pathlib.Path.touch": (str(marker),),
+        "shutil.copy": ("/etc/hostname", str(marker)),
+        "torch.hub.load": ("a/b", "c"),
+        "torch.utils.cpp_extension.load_inline": ("x", "int main(){}"),
+        "torch.load": (str(marker),),
+        "numpy.load": (str(marker),),
+        "ctypes.CDLL": ("libc.so.6",),
+        "webbrowser.open": ("http://127.0.0.1:9/",),
+        "socket.create_connection": ("127.0.0.1",),
+    }
+    for name in ("os.system", "posix.system", "os.popen", "subprocess.getoutput",
+                 "logging.os.system", "torch.serialization.os.system"):  # fmt: skip
+        arguments[name] = (touch,)
+    for name in ("builtins.eval", "builtins.exec", "__builtin__.eval", "runpy._run_code",
+                 "timeit.timeit", "pdb.run"):  # fmt: skip
+        arguments[name] = (statement,)
+    popen = b"csubprocess\nPopen\n((" + text("touch") + text(str(marker)) + b"ltR"
+    return {name: call(name, *args) for name, args in arguments.items()} | {
+        "subprocess.Popen": popen
     }
 
 

@@ -19,13 +19,8 @@ SD2 = "configs/stable-diffusion/v2-inference.yaml"
 
 
 @pytest.fixture(params=KINDS)
-def kind(request):
-    return request.param
-
-
-@pytest.fixture
-def model(kind):
-    return tiny_model(kind)
+def model(request):
+    return tiny_model(request.param)
 
 
 def same(ours, theirs):
@@ -73,21 +68,11 @@ def test_published_models_have_the_layers_that_kohya_trains(yaml, text):
 
 @pytest.mark.parametrize("style", ["kohya", "diffusers"])
 def test_a_file_comes_back_bit_for_bit(model, style, tmp_path):
-    adapter = random_adapter(model, alpha=None if style == "diffusers" else 1.5)
+    adapter = random_adapter(model, alpha=1.5)  # half the rank: a power of two is exact
     write_lora(adapter, tmp_path / "x.safetensors", model, style)
     again = read_lora(tmp_path / "x.safetensors", model)
-    assert same(again.state_dict(), adapter.state_dict())
-
-
-def test_both_formats_mean_the_same(model, tmp_path):
-    adapter = random_adapter(model, alpha=1.5)  # half the rank: a power of two is exact
-    for style in ("kohya", "diffusers"):
-        write_lora(adapter, tmp_path / f"{style}.safetensors", model, style)
-    first, second = (
-        read_lora(tmp_path / f"{s}.safetensors", model) for s in ("kohya", "diffusers")
-    )
-    for name in first:
-        assert torch.equal(first[name].delta(), second[name].delta())
+    assert style == "diffusers" or same(again.state_dict(), adapter.state_dict())
+    assert all(torch.equal(again[name].delta(), adapter[name].delta()) for name in adapter)
 
 
 @pytest.mark.parametrize(
@@ -145,11 +130,7 @@ def test_files_with_weights_are_merged_and_noted(model, tmp_path):
         torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
     noted = model.provenance["loras"]
     assert [note["weight"] for note in noted] == [0.8, -0.3]
-    assert noted[1] == {
-        "path": str(files[1]),
-        "weight": -0.3,
-        "hash": file_hash(files[1]),
-    }
+    assert noted[1] == {"path": str(files[1]), "weight": -0.3, "hash": file_hash(files[1])}
 
 
 def test_a_file_of_another_family_is_refused_in_one_line(tmp_path):
@@ -166,18 +147,11 @@ def test_a_file_of_another_family_is_refused_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="does not fit this model") as caught:
         load_loras(sd1, [(tmp_path / "x.safetensors", 1.0)])
     line, hint = str(caught.value).splitlines()
-    assert (
-        "of its 3 layers 1 are unknown, 2 have the wrong shape: lora_unet_down_blocks_3_x" in line
-    )
-    assert (
-        hint
-        == "hint: this looks like a LoRA for Stable Diffusion 2, the model is Stable Diffusion 1"
-    )
+    assert "of its 3 layers 1 are unknown, 2 have the wrong shape: lora_unet_down_bl" in line
+    assert hint.endswith("a LoRA for Stable Diffusion 2, the model is Stable Diffusion 1")
     state = {name.replace("unet_down_blocks_3_x", "te2_text"): v for name, v in state.items()}
     write_checkpoint(tmp_path / "xl.safetensors", state)
-    with pytest.raises(
-        ValueError, match="looks like a LoRA for SDXL, the model is Stable Diffusion 2"
-    ):
+    with pytest.raises(ValueError, match="a LoRA for SDXL, the model is Stable Diffusion 2"):
         read_lora(tmp_path / "xl.safetensors", sd2)
 
 
@@ -187,14 +161,8 @@ def test_a_file_of_another_family_is_refused_in_one_line(tmp_path):
         (["lora_unet_conv_in.hada_w1_a"], "holds a LoHa, only LoRA and LoCon are supported"),
         (["lora_unet_conv_in.lora_mid.weight"], "holds a LoCon in Tucker form"),
         (["unet.conv_in.lora_magnitude_vector.weight"], "holds a DoRA"),
-        (
-            ["lora_unet_conv_in.lora_down.weight"],
-            "`down` or `up` is missing in 1 layers: `lora_unet_conv_in`",
-        ),
-        (
-            ["betas", "lora_unet_conv_in.alpha"],
-            "is not a LoRA file: 1 of its 2 keys are not recognised: `betas`",
-        ),
+        (["lora_unet_conv_in.lora_down.weight"], "is missing in 1 layers: `lora_unet_conv_in`"),
+        (["betas", "lora_unet_conv_in.alpha"], "1 of its 2 keys are not recognised: `betas`"),
     ],
 )
 def test_what_is_no_lora_is_refused(names, message, tmp_path):

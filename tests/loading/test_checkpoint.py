@@ -66,18 +66,6 @@ def test_another_ending_is_refused(tmp_path):
         write_checkpoint(tmp_path / "x.bin", STATE)
 
 
-def test_raw_weights_are_the_default_and_averages_are_chosen(tmp_path):
-    torch.save({"state_dict": {**STATE, **AVERAGES, **COUNTERS}}, tmp_path / "x.ckpt")
-    raw = read_checkpoint(tmp_path / "x.ckpt")
-    assert raw.has_ema
-    assert raw.state.keys() == STATE.keys()
-    assert raw.state["model.diffusion_model.in.bias"][0] == 1
-    averaged = read_checkpoint(tmp_path / "x.ckpt", ema=True)
-    assert averaged.state.keys() == STATE.keys()
-    assert averaged.state["model.diffusion_model.in.bias"][0] == 8
-    assert torch.equal(averaged.state["betas"], STATE["betas"])
-
-
 @pytest.mark.parametrize("left", [{}, COUNTERS], ids=["none", "counters only"])
 def test_absent_averages_are_an_error(tmp_path, left):
     torch.save({**STATE, **left}, tmp_path / "x.ckpt")

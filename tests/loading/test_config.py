@@ -8,7 +8,6 @@ import torch
 import ldm
 from ldm.loading.config import instantiate, parse_yaml, read_yaml
 from ldm.nets.autoencoder import AutoencoderKL
-from ldm.nets.unet import UNet
 from ldm.runtime.files import find_file
 
 DDCONFIG = {
@@ -76,25 +75,19 @@ def test_configs_are_found_from_any_directory(tmp_path, monkeypatch):
         find_file("configs/absent.yaml")
 
 
-@pytest.mark.parametrize("package", ["models", "nets"])
-def test_parts_are_built_by_old_and_new_names(package):
+def test_parts_are_built_by_old_and_new_names():
     params = {"embed_dim": 4, "ddconfig": DDCONFIG, "lossconfig": {"target": "os.system"}}
-    target = f"ldm.{package}.autoencoder.AutoencoderKL"
-    part = ldm.instantiate({"target": target, "params": params})
-    assert isinstance(part, AutoencoderKL)
-    assert "encoder.down.0.block.0.norm1.weight" in part.state_dict()
+    for package in ("models", "nets"):
+        target = f"ldm.{package}.autoencoder.AutoencoderKL"
+        part = ldm.instantiate({"target": target, "params": params})
+        assert isinstance(part, AutoencoderKL)
+        assert "encoder.down.0.block.0.norm1.weight" in part.state_dict()
 
 
-def test_a_unet_of_any_family_is_built():
-    params = {
-        "in_channels": 9, "out_channels": 4, "model_channels": 32, "attention_resolutions": [1],
-        "num_res_blocks": 1, "channel_mult": [1], "num_heads": 2, "context_dim": 8,
-        "use_spatial_transformer": True, "image_size": 32, "use_fp16": True,
-    }  # fmt: skip
-    target = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
-    unet = ldm.instantiate({"target": target, "params": params})
-    assert isinstance(unet, UNet)
-    assert unet.dtype is torch.float32
+def test_half_precision_of_a_config_is_ignored(tiny_yaml):
+    spec = read_yaml(tiny_yaml)["model"]["params"]["unet_config"]
+    spec["params"]["use_fp16"] = True
+    assert ldm.instantiate(spec).dtype is torch.float32
 
 
 @pytest.mark.parametrize(

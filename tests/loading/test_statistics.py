@@ -27,25 +27,19 @@ def known(conditioner):
     return torch.equal(mean[0], MEAN) and torch.equal(std[0], STD)
 
 
-def test_the_file_is_found_beside_the_checkpoint(tmp_path):
+def test_a_given_file_comes_before_the_checkpoint_and_that_before_its_folder(tmp_path):
     torch.save((MEAN, STD), tmp_path / "stats.th")
     made = conditioner()
     load_clip_statistics(made, tmp_path / "model.ckpt")
     assert known(made)
-
-
-def test_a_given_file_comes_before_all_others(tmp_path):
-    torch.save((MEAN * 0, STD), tmp_path / "stats.th")
-    torch.save((MEAN[None], STD[None]), tmp_path / "other.th")
+    wrong, tables = (MEAN * 0, STD), clip_statistics_tensors(made)
+    torch.save(wrong, tmp_path / "stats.th")
     made = conditioner()
-    load_clip_statistics(made, tmp_path / "model.ckpt", tmp_path / "other.th")
-    assert known(made)
-
-
-def test_statistics_inside_the_checkpoint_are_used(tmp_path):
-    made = conditioner()
-    tables = {"noise_augmentor.data_mean": MEAN, "noise_augmentor.data_std": STD}
     load_clip_statistics(made, tmp_path / "model.ckpt", None, tables)
+    assert known(made)
+    torch.save((MEAN[None], STD[None]), tmp_path / "other.th")
+    wrong_tables = {name: value * 0 for name, value in tables.items()}
+    load_clip_statistics(made, tmp_path / "model.ckpt", tmp_path / "other.th", wrong_tables)
     assert known(made)
 
 
@@ -57,19 +51,13 @@ def test_without_a_file_the_model_says_what_it_misses_when_it_is_used(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_saved_model_carries_them_in_its_file(tmp_path):
+def test_models_without_statistics_have_no_tensors_of_them(tmp_path):
     made = conditioner()
     assert clip_statistics_tensors(made) == {}
     made.image.noise.set_statistics(MEAN, STD)
-    again = conditioner()
-    load_clip_statistics(again, tmp_path / "model.ckpt", None, clip_statistics_tensors(made))
-    assert known(again)
     made.image.noise.clip_stats_path = None  # trained with mean 0 and deviation 1
     assert clip_statistics_tensors(made) == clip_statistics_tensors(Conditioner()) == {}
-
-
-def test_other_models_need_none(tmp_path):
-    load_clip_statistics(Conditioner(), tmp_path / "model.ckpt", "absent.th")
+    load_clip_statistics(Conditioner(), tmp_path / "model.ckpt", "absent.th")  # does nothing
 
 
 @pytest.mark.parametrize("content", [{"a": MEAN}, [MEAN, 3], MEAN, {}])
