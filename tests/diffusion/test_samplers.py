@@ -4,6 +4,7 @@ Tolerance of recorded cases: 1e-4 of the largest value plus ten times what the o
 when run without oneDNN on one thread (recorded with each case).
 """
 
+import functools
 import math
 
 import pytest
@@ -25,12 +26,15 @@ RECORDED_DDIM = [
 ]  # fmt: skip
 
 
-def denoiser_of(file: Gold, parameterization: str | None = None) -> Denoiser:
+recorded = functools.cache(gold)
+
+
+@functools.cache
+def denoiser_of(name: str, parameterization: str | None = None) -> Denoiser:
+    file = recorded(name)
     params = file.meta["config"]["params"]
-    config = dict(params["unet_config"]["params"])
-    for key in UNet.IGNORED:
-        config.pop(key, None)
-    unet = UNet(**config)
+    config = params["unet_config"]["params"]
+    unet = UNet(**{key: value for key, value in config.items() if key not in UNet.IGNORED})
     unet.load_state_dict(file.weights(unet.state_dict(), "model.diffusion_model."))
     betas = make_betas(
         "linear", 1000, linear_start=params["linear_start"], linear_end=params["linear_end"]
@@ -62,7 +66,7 @@ def run(file: Gold, name: str, sampler, denoiser: Denoiser, scheduler: str = "un
         at = dict(zip(sigmas.tolist(), kwargs["ucg_schedule"], strict=False))
         scale = at.__getitem__
     uncond = Cond(shared["uc"]) if "unconditional_conditioning" in kwargs else None
-    seen: list[tuple[Tensor, Tensor]] = []
+    trajectory: list[tuple[Tensor, Tensor]] = []
     options = (
         {"eta": kwargs["eta"], "noise": lambda like: next(step_noise)} if sampler is ddim else {}
     )
@@ -71,10 +75,10 @@ def run(file: Gold, name: str, sampler, denoiser: Denoiser, scheduler: str = "un
         x_T * spread[0],
         sigmas,
         constrain=constrain if "mask" in kwargs else None,
-        callback=lambda i, x, denoised: seen.append((x / spread[i + 1], denoised)),
+        callback=lambda i, x, denoised: trajectory.append((x / spread[i + 1], denoised)),
         **options,
     )
-    return x / spread[-1], [x for x, _ in seen], [denoised for _, denoised in seen]
+    return x / spread[-1], [x for x, _ in trajectory], [denoised for _, denoised in trajectory]
 
 
 def close(file: Gold, name: str, out: str, ours: Tensor, skip: int = 0) -> None:
@@ -87,8 +91,8 @@ def close(file: Gold, name: str, out: str, ours: Tensor, skip: int = 0) -> None:
 @pytest.mark.parametrize("kind", ["eps", "v"])
 @pytest.mark.parametrize("name", RECORDED_DDIM)
 def test_ddim_follows_the_recorded_trajectory(kind, name):
-    file = gold(f"ddim_{kind}")
-    samples, xs, denoised = run(file, name, ddim, denoiser_of(file))
+    file = recorded(f"ddim_{kind}")
+    samples, xs, denoised = run(file, name, ddim, denoiser_of(f"ddim_{kind}"))
     close(file, name, "samples", samples)
     close(file, name, "x_inter", torch.stack(xs), skip=1)
     close(file, name, "pred_x0", torch.stack(denoised), skip=1)
@@ -97,9 +101,9 @@ def test_ddim_follows_the_recorded_trajectory(kind, name):
 @pytest.mark.parametrize("kind", ["eps", "v"])
 @pytest.mark.parametrize("steps", [8, 5, 1])
 def test_ddim_decodes_from_the_middle_as_recorded(kind, steps):
-    file = gold(f"ddim_{kind}")
+    file = recorded(f"ddim_{kind}")
     name = f"img2img_tenc{steps}"
-    denoiser, shared = denoiser_of(file), file.under("shared/")
+    denoiser, shared = denoiser_of(f"ddim_{kind}"), file.under("shared/")
     sigmas = denoiser.schedule.steps(10)[-steps - 1 :]
     x = file.outputs(name)["z_enc"] * (1 + sigmas[0] ** 2).sqrt().float()
     for out, uncond, scale in (("decoded_cfg1", None, 1.0), ("decoded_cfg", shared["uc"], 7.5)):
@@ -111,8 +115,8 @@ def test_ddim_decodes_from_the_middle_as_recorded(kind, steps):
 @pytest.mark.parametrize("kind", ["eps", "v"])
 @pytest.mark.parametrize("name", ["cfg1", "cfg", "longer", "two_steps", "mask"])
 def test_plms_follows_the_recorded_trajectory(kind, name):
-    file = gold(f"plms_{kind}")
-    samples, xs, denoised = run(file, name, plms, denoiser_of(file, "eps"))
+    file = recorded(f"plms_{kind}")
+    samples, xs, denoised = run(file, name, plms, denoiser_of(f"plms_{kind}", "eps"))
     close(file, name, "samples", samples)
     close(file, name, "x_inter", torch.stack(xs), skip=1)
     close(file, name, "pred_x0", torch.stack(denoised), skip=1)
@@ -121,14 +125,13 @@ def test_plms_follows_the_recorded_trajectory(kind, name):
 @pytest.mark.parametrize("kind", ["eps", "v"])
 @pytest.mark.parametrize("name", ["S5_cfg", "S10_cfg", "S15_cfg", "S20_cfg", "S6_cfg1", "S2"])
 def test_dpm_gives_the_recorded_samples_at_the_recorded_times(kind, name):
-    file = gold(f"dpm_{kind}")
-    denoiser = denoiser_of(file)
+    file = recorded(f"dpm_{kind}")
+    denoiser = denoiser_of(f"dpm_{kind}")
     samples, _, _ = run(file, name, dpmpp_2m, denoiser, scheduler="time_uniform")
     close(file, name, "samples", samples)
     steps = file.case(name)["info"]["S"]
     t = denoiser.schedule.sigma_to_t(denoiser.schedule.steps(steps, "time_uniform")[:-1])
-    recorded = file.outputs(name)["model_times"].double()
-    torch.testing.assert_close(t, recorded, rtol=0, atol=1e-3)
+    torch.testing.assert_close(t, file.outputs(name)["model_times"].double(), rtol=0, atol=1e-3)
 
 
 SIGMAS = torch.logspace(1, -1.3, 201, dtype=torch.float64)

@@ -40,17 +40,16 @@ def qkv(n=12, m=7, heads=3, d=16, dtype=torch.float32, size=1.0, device="cpu"):
     return [x.to(device, dtype) for x in (q * size, k * size, v)]
 
 
-@pytest.mark.parametrize(("n", "m", "heads", "d"), [(12, 7, 3, 16), (1, 1, 1, 8), (64, 64, 1, 40)])
-def test_math_and_sdpa_agree(n, m, heads, d):
-    q, k, v = qkv(n, m, heads, d)
-    math, sdpa = (attention(q, k, v, backend=name) for name in ("math", "sdpa"))
-    assert (math - sdpa).abs().max() < 1e-6
+@pytest.mark.parametrize("backend", ["sdpa", "xformers"])
+@pytest.mark.parametrize("shape", [(12, 7, 3, 16), (1, 1, 1, 8), (64, 64, 1, 40)])
+def test_backends_and_their_gradients_equal_the_formula(shape, backend, fake_xformers):
+    def results(backend):
+        inputs = [x.requires_grad_() for x in qkv(*shape, dtype=torch.float64)]
+        out = attention(*inputs, backend=backend)
+        return [out, *torch.autograd.grad(out.square().sum(), inputs)]
 
-
-def test_xformers_gets_and_returns_its_own_layout(fake_xformers):
-    q, k, v = qkv()
-    ours = attention(q, k, v, backend="xformers")
-    assert (ours - attention(q, k, v, backend="math")).abs().max() < 1e-6
+    for ours, theirs in zip(results(backend), results("math"), strict=True):
+        assert (ours - theirs).abs().max() < 1e-13  # observed: 4e-15
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 1, 7), (2, 3, 12, 7), (12, 7)])
@@ -61,15 +60,6 @@ def test_masked_keys_are_as_if_absent(shape, backend, fake_xformers):
     mask[..., 4:] = False
     masked = attention(q, k, v, mask, backend=backend)
     assert (masked - attention(q, k[:, :, :4], v[:, :, :4], backend="math")).abs().max() < 1e-6
-
-
-def test_gradients_of_the_backends_agree():
-    def gradients(backend):
-        inputs = [x.requires_grad_() for x in qkv()]
-        return torch.autograd.grad(attention(*inputs, backend=backend).square().sum(), inputs)
-
-    for ours, theirs in zip(gradients("math"), gradients("sdpa"), strict=True):
-        assert (ours - theirs).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("backend", ["math", "sdpa"])
@@ -96,14 +86,8 @@ def test_scores_stay_in_float32_under_autocast():
     assert torch.equal(out, attention(q, k, v, backend="math"))
 
 
-def test_double_precision_is_kept():
-    q, k, v = qkv(dtype=torch.float64)
-    outputs = [attention(q, k, v, backend=name) for name in ("math", "sdpa")]
-    assert (outputs[0] - outputs[1]).abs().max() < 1e-14
-
-
-def used(monkeypatch):
-    """The backends that an unnamed choice takes, in order of the calls."""
+def record_backends(monkeypatch):
+    """The backends that are called, in order."""
     calls = []
     monkeypatch.setattr(module, "_math", lambda *args: calls.append("math"))
     monkeypatch.setattr(module, "_xformers", lambda *args: calls.append("xformers"))
@@ -112,13 +96,13 @@ def used(monkeypatch):
 
 
 def test_on_a_cpu_sdpa_is_chosen_even_with_xformers_installed(monkeypatch, fake_xformers):
-    calls = used(monkeypatch)
+    calls = record_backends(monkeypatch)
     attention(*qkv())
     assert calls == ["sdpa"]
 
 
 def test_xformers_is_chosen_where_its_kernel_runs(monkeypatch):
-    calls = used(monkeypatch)
+    calls = record_backends(monkeypatch)
     monkeypatch.setattr(module, "_xformers_runs", lambda *args: True)
     attention(*qkv())
     attention(*qkv(), torch.ones(7, dtype=torch.bool))
@@ -126,7 +110,7 @@ def test_xformers_is_chosen_where_its_kernel_runs(monkeypatch):
 
 
 def test_call_precedes_set_backend_precedes_environment(monkeypatch):
-    calls = used(monkeypatch)
+    calls = record_backends(monkeypatch)
     monkeypatch.setenv("LDM_ATTENTION", "math")
     attention(*qkv())
     set_backend("sdpa")
@@ -161,10 +145,6 @@ def test_a_kernel_that_fails_its_trial_is_not_chosen(monkeypatch):
     module._xformers_probe.cache_clear()
     assert not module._xformers_probe(torch.device("cpu"), torch.float32, 8, True)
     module._xformers_probe.cache_clear()
-
-
-def test_importing_the_networks_does_not_import_xformers():
-    assert "xformers" not in sys.modules
 
 
 @needs_gpu

@@ -1,0 +1,198 @@
+"""Layers of the UNet and the autoencoder, one by one."""
+
+import pytest
+import torch
+from nethelp import assert_close
+from torch import nn
+
+from goldfile import gold
+from ldm.nets import autoencoder
+from ldm.nets.blocks import (
+    Downsample,
+    GroupNorm,
+    Linear,
+    ResBlock,
+    Upsample,
+    run,
+    timestep_embedding,
+)
+from ldm.nets.transformer import (
+    GEGLU,
+    AttentionBlock,
+    CrossAttention,
+    FeedForward,
+    SpatialTransformer,
+    TransformerBlock,
+)
+from recipe import fill
+
+RES = {"channels": 64, "emb_channels": 40}
+SPATIAL = {"in_channels": 64, "n_heads": 4, "d_head": 16, "context_dim": 24}
+LINEAR = {**SPATIAL, "use_linear": True}
+BLOCK = {"dim": 64, "n_heads": 4, "d_head": 16}
+CROSS = {"query_dim": 64, "context_dim": 24, "heads": 4, "dim_head": 16}
+NEW_ORDER = {"channels": 64, "num_head_channels": 16, "use_new_attention_order": True}
+MODULES = {
+    "res": (ResBlock, RES),
+    "res_outch": (ResBlock, {**RES, "out_channels": 32}),
+    "res_small": (ResBlock, RES),
+    "res_scaleshift": (ResBlock, {**RES, "use_scale_shift_norm": True}),
+    "res_up": (ResBlock, {**RES, "up": True}),
+    "res_down": (
+        ResBlock, {**RES, "down": True, "use_scale_shift_norm": True, "out_channels": 64}
+    ),
+    "res_conv_skip": (ResBlock, {**RES, "out_channels": 32, "use_conv": True}),
+    "up_conv": (Upsample, {"channels": 64}),
+    "up_noconv": (Upsample, {"channels": 64, "use_conv": False}),
+    "down_conv": (Downsample, {"channels": 64}),
+    "down_pool": (Downsample, {"channels": 64, "use_conv": False}),
+    "groupnorm32_bf16_input": (GroupNorm, {"channels": 64}),
+    "st_linear": (SpatialTransformer, LINEAR),
+    "st_conv": (SpatialTransformer, SPATIAL),
+    "st_small_input": (SpatialTransformer, LINEAR),
+    "st_conv_small_input": (SpatialTransformer, SPATIAL),
+    "st_disable_self": (SpatialTransformer, {**LINEAR, "disable_self_attn": True}),
+    "btb": (TransformerBlock, {**BLOCK, "context_dim": 24}),
+    "btb_small": (TransformerBlock, {**BLOCK, "context_dim": 24}),
+    "btb_nocontext_gelu_ff": (TransformerBlock, {**BLOCK, "gated_ff": False}),
+    "xattn": (CrossAttention, CROSS),
+    "xattn_mask": (CrossAttention, CROSS),
+    "xattn_self_rect": (CrossAttention, {"query_dim": 64, "heads": 3, "dim_head": 8}),
+    "ff_glu": (FeedForward, {"dim": 64, "glu": True}),
+    "ff_plain": (FeedForward, {"dim": 64, "dim_out": 20, "mult": 2}),
+    "geglu": (GEGLU, {"dim_in": 64, "dim_out": 12}),
+    "attn_block_legacy": (AttentionBlock, {"channels": 64, "num_heads": 4}),
+    "attn_block_new": (AttentionBlock, NEW_ORDER),
+    "vae_res": (autoencoder.ResnetBlock, {"in_channels": 64, "out_channels": 32}),
+    "vae_res_small": (autoencoder.ResnetBlock, {"in_channels": 64, "out_channels": 64}),
+    "vae_attn": (autoencoder.AttnBlock, {"in_channels": 64}),
+    "vae_attn_small": (autoencoder.AttnBlock, {"in_channels": 64}),
+    "vae_down": (autoencoder.Downsample, {"channels": 64}),
+    "vae_down_pool": (autoencoder.Downsample, {"channels": 64, "use_conv": False}),
+    "vae_up": (Upsample, {"channels": 64}),
+    "vae_up_noconv": (Upsample, {"channels": 64, "use_conv": False}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return gold("modules")
+
+
+@pytest.mark.parametrize("case", MODULES)
+def test_a_module_equals_the_recorded_one(recorded, case):
+    module_class, options = MODULES[case]
+    module = module_class(**options)
+    info = recorded.case(case)
+    salt = info["info"].get("salt", recorded.meta["salt"])
+    module.load_state_dict(fill(module.state_dict(), salt))
+    inputs = recorded.inputs(case)
+    with torch.no_grad():
+        ours = module(*(inputs[name] for name in info["inputs"]))
+    assert_close(ours, recorded.outputs(case)["out"], tolerance=1e-5)  # observed: 1.1e-6
+
+
+def test_timestep_embeddings_equal_the_recorded_ones():
+    """float32 angles of up to 1000 are rounded by 3e-5. Observed: 2.9e-5."""
+    golden = gold("timestep_embedding")
+    for case in golden.cases:
+        info, name = case["info"], case["name"]
+        ours = timestep_embedding(golden.inputs(name)["t"], info["dim"], info["max_period"])
+        assert_close(ours, golden.outputs(name)["emb"], tolerance=2e-4)
+
+
+def test_fractional_timesteps_are_not_rounded_and_odd_widths_end_in_a_zero():
+    whole, fraction = timestep_embedding(torch.tensor([799.0, 799.2]), 33)
+    assert (whole - fraction).abs().max() > 0.1
+    assert whole[-1] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_group_norm_in_half_precision_keeps_float32_statistics(dtype):
+    x = (torch.randn(2, 64, 16, 16) * 3 + 50).to(dtype)
+    norm = GroupNorm(64)
+    exact = norm(x.float())
+    for half in (norm(x), norm.to(dtype)(x)):
+        assert half.dtype == dtype
+        assert (half - exact).abs().max() < 4 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+def test_residual_branches_start_as_zero():
+    x, emb, context = torch.randn(2, 64, 4, 6), torch.randn(2, 40), torch.randn(2, 5, 24)
+    assert torch.equal(ResBlock(**RES)(x, emb), x)
+    assert torch.equal(SpatialTransformer(**SPATIAL)(x, context), x)
+    assert torch.equal(SpatialTransformer(**LINEAR)(x, context), x)
+
+
+def test_recomputing_gives_the_same_output_and_gradients():
+    def results(recompute):
+        torch.manual_seed(0)
+        layer = nn.Sequential(Linear(8, 8), nn.SiLU(), nn.Dropout(0.5))
+        x = torch.ones(3, 8, requires_grad=True)
+        y = run(layer, x, recompute=recompute)
+        return [y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
+
+    for plain, again in zip(results(False), results(True), strict=True):
+        assert torch.equal(plain, again)
+
+
+def test_nothing_is_recomputed_without_gradients():
+    calls = []
+    with torch.no_grad():
+        run(lambda x: calls.append(1) or x, torch.ones(1), recompute=True)
+    assert calls == [1]
+
+
+def randomize(module):
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return module
+
+
+def test_each_block_attends_to_its_own_context():
+    module = randomize(SpatialTransformer(**{**SPATIAL, "context_dim": [24, 40]}, depth=2))
+    x, contexts = torch.randn(2, 64, 4, 6), [torch.randn(2, 5, 24), torch.randn(2, 3, 40)]
+    h = module.proj_in(module.norm(x)).flatten(2).transpose(1, 2)
+    for block, context in zip(module.transformer_blocks, contexts, strict=True):
+        h = block(h, context)
+    expected = x + module.proj_out(h.transpose(1, 2).reshape(x.shape))
+    torch.testing.assert_close(module(x, contexts), expected, rtol=0, atol=1e-5)
+
+
+def test_one_context_serves_all_blocks():
+    module = randomize(SpatialTransformer(**SPATIAL, depth=2))
+    x, context = torch.randn(2, 64, 4, 6), torch.randn(2, 5, 24)
+    assert torch.equal(module(x, context), module(x, [context, context]))
+
+
+@pytest.mark.parametrize("context", [None, torch.randn(2, 5, 64)])
+def test_recomputing_a_block_gives_the_same_gradients(context):
+    def gradients(use_checkpoint):
+        block = randomize(TransformerBlock(**BLOCK, context_dim=64, use_checkpoint=use_checkpoint))
+        x = torch.ones(2, 6, 64, requires_grad=True)
+        return torch.autograd.grad(block(x, context).square().sum(), [x, *block.parameters()])
+
+    for plain, again in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(plain, again)
+
+
+WRONG = [
+    (lambda: GroupNorm(48), "width 48 is not a multiple of 32"),
+    (lambda: AttentionBlock(channels=64, num_heads=3), "64 cannot be divided among 3 heads"),
+    (lambda: SpatialTransformer(**{**SPATIAL, "context_dim": [24]}, depth=2), "1 entries for 2"),
+    (
+        lambda: SpatialTransformer(**SPATIAL)(torch.ones(1, 64, 4, 4), [torch.ones(1, 5, 24)] * 3),
+        "context has 3 entries for 1 transformer blocks",
+    ),
+    (
+        lambda: CrossAttention(**CROSS)(torch.ones(1, 3, 64), torch.ones(1, 5, 768)),
+        "to 24 features cannot take 768",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), WRONG)
+def test_settings_and_inputs_that_do_not_fit_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
