@@ -1,5 +1,5 @@
 """Load models: YAML (`config`), weights (`weights`, `files`), old names (`legacy`), published
-families (`families`), and what puts them together (`load`); `addons` come beside a checkpoint.
+families (`families`), all of them together (`load`); `addons` are files beside a checkpoint.
 `diffusers` reads and writes what diffusers keeps as folders; `convert` leads from each to the
 others, `report` describes a file.
 

@@ -17,6 +17,7 @@ from ldm.loading.families import detect_prediction, probe_prediction, recognise_
 from ldm.loading.files.checkpoint import (
     EMBEDDED,
     Checkpoint,
+    ema_name,
     file_hash,
     read_checkpoint,
     release_pages,
@@ -125,8 +126,7 @@ def test_weights_may_be_trained_after_loading(tiny_yaml, tiny_file):
 
 
 def ema_of(state):
-    unet = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
-    return {f"model_ema.{name.replace('.', '')}": value + 1 for name, value in unet.items()}
+    return {ema_name(k): v + 1 for k, v in state.items() if k.startswith("model.")}
 
 
 def test_averages_are_loaded_when_asked_for(tmp_path, tiny_yaml, tiny_state):
