@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ldm.encoders.text import TextEncoder
 from ldm.loading.load import load
 from ldm.model import LatentDiffusion
+from ldm.runtime.types import JsonObject
 
 __all__ = ["ModelCache"]
 
@@ -88,9 +89,9 @@ def _is_equal(one: nn.Module, two: nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-def _describe(module: nn.Module) -> tuple[type, dict[str, Any], list[str]]:
+def _describe(module: nn.Module) -> tuple[type, JsonObject, list[str]]:
     """Class, settings and names of the tensors of a module, without weights."""
-    settings: dict[str, Any] = {
+    settings: JsonObject = {
         name: value
         for name, value in vars(module).items()
         if isinstance(value, SETTING_TYPES) or inspect.isroutine(value)

@@ -23,6 +23,7 @@ from ldm.app.progress import Progress, follow
 from ldm.generate.request import Request
 from ldm.generate.tasks import TASKS
 from ldm.runtime.errors import MissingArgument
+from ldm.runtime.types import JsonObject
 
 __all__ = ["Page"]
 
@@ -50,7 +51,7 @@ class Page:
             for name, task in TASKS.items()
         }
         self.models: dict[str, gr.Dropdown] = {}  # of each task
-        self.image_fields: dict[str, Any] = {}  # of each tab, for images that are sent to it
+        self.image_fields: JsonObject = {}  # of each tab, for images that are sent to it
         # (button, work, input fields, field for the result or None = gallery)
         self.jobs: list[tuple[gr.Button, Callable[..., str], list[Any], Any]] = []
 
@@ -171,7 +172,7 @@ class Page:
         self, button: gr.Button, work: Callable[..., str], inputs: list[Any], target: Any
     ) -> None:
         """Connect a button to its job; while a job runs, the buttons of all jobs are disabled."""
-        quiet: dict[str, Any] = {"show_progress": "hidden"}
+        quiet: JsonObject = {"show_progress": "hidden"}
         switches = [self.stop, *(job[0] for job in self.jobs)]
         outputs = [self.live, self.gallery, self.infos, self.chosen, self.about]
         event = button.click(self.begin, None, [self.progress, self.live, *switches], queue=False)

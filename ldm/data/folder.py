@@ -10,15 +10,15 @@ DIR/10_sks dog/0001.png   a folder of kohya's scripts: ten times in an epoch; wi
 import csv
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 from ldm.data.dataset import ImageDataset, UnreadableSample
 from ldm.data.transforms import Transform
 from ldm.imaging.reading import read_size
 from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile
+from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = ["IMAGE_SUFFIXES", "Folder", "read_metadata"]
 
@@ -45,8 +45,8 @@ class Folder(ImageDataset):
         root: str | Path,
         transform: Transform,
         split: str | None = None,
-        where: Mapping[str, Any] | None = None,
-        fields: Mapping[str, Any] | None = None,
+        where: JsonMapping | None = None,
+        fields: JsonMapping | None = None,
         text: str = "text",
         seed: int = 0,
     ) -> None:
@@ -73,7 +73,7 @@ class Folder(ImageDataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def row(self, index: int) -> Mapping[str, Any]:
+    def row(self, index: int) -> JsonMapping:
         if reason := self.damaged.get(self.name(index)):
             raise UnreadableSample(self.name(index), reason)
         return self.rows[index]
@@ -95,7 +95,7 @@ class Folder(ImageDataset):
         return read_size(self.root / self.name(index))
 
 
-def read_metadata(root: Path) -> list[dict[str, Any]]:
+def read_metadata(root: Path) -> list[JsonObject]:
     """The rows of metadata.jsonl or metadata.csv, each with `file_name`; else of all images.
 
     Raises:
@@ -105,11 +105,11 @@ def read_metadata(root: Path) -> list[dict[str, Any]]:
     return _read(root)[0]
 
 
-def _read(root: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def _read(root: Path) -> tuple[list[JsonObject], dict[str, str]]:
     """The rows, and the reasons why captions of some cannot be read, by `file_name`."""
     if not root.is_dir():
         raise MissingFile(f"there is no folder `{root}`")
-    rows: list[dict[str, Any]]
+    rows: list[JsonObject]
     damaged: dict[str, str] = {}
     if (root / "metadata.jsonl").exists():
         rows = list(_json_lines(root / "metadata.jsonl"))
@@ -132,7 +132,7 @@ def _read_text(path: Path) -> str:
         raise FileFormatError(f"`{path}` is not UTF-8: {error}") from None
 
 
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+def _json_lines(path: Path) -> Iterator[JsonObject]:
     for number, line in enumerate(_read_text(path).split("\n"), 1):
         if line.strip():
             try:
@@ -141,7 +141,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 raise FileFormatError(f"`{path}`, line {number}: {error}") from None
 
 
-def _list_images(root: Path, damaged: dict[str, str]) -> Iterator[dict[str, Any]]:
+def _list_images(root: Path, damaged: dict[str, str]) -> Iterator[JsonObject]:
     """Rows of a folder without metadata, with the caption beside each image.
 
     Args:
@@ -150,7 +150,7 @@ def _list_images(root: Path, damaged: dict[str, str]) -> Iterator[dict[str, Any]
     for path in sorted(root.glob("**/*")):
         if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
             continue
-        row: dict[str, Any] = {"file_name": str(path.relative_to(root))}
+        row: JsonObject = {"file_name": str(path.relative_to(root))}
         kohya = re.fullmatch(r"(\d+)_(.+)", path.parent.name) if path.parent != root else None
         if kohya:
             row |= {"repeats": int(kohya[1]), "text": kohya[2]}

@@ -1,7 +1,6 @@
 """Names that options of a config's `data:` section had before, which are still read."""
 
-from collections.abc import Mapping
-from typing import Any
+from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = ["former_options", "rename_options"]
 
@@ -19,7 +18,7 @@ RENAMED_OPTIONS: dict[str, dict[str, str]] = {
 }
 
 
-def rename_options(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def rename_options(kind: str, options: JsonMapping) -> JsonObject:
     """The options under their present names; of an option under both names the later one counts.
 
     Args:
@@ -29,7 +28,7 @@ def rename_options(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {names.get(name, name): value for name, value in options.items()}
 
 
-def former_options(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def former_options(kind: str, options: JsonMapping) -> JsonObject:
     """The options under their first names, which the keys of latent caches keep."""
     names = {name: former for former, name in RENAMED_OPTIONS.get(kind, {}).items()}
     return {names.get(name, name): value for name, value in options.items()}

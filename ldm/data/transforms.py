@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from PIL import Image
@@ -22,6 +22,7 @@ from ldm.data.options import former_options
 from ldm.imaging.pixels import to_tensor
 from ldm.imaging.reading import flatten_on_white
 from ldm.runtime.errors import unknown_name
+from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = ["CROPS", "PhotoTransform", "TagShuffle", "Transform"]
 
@@ -45,10 +46,10 @@ class Transform(ABC):
     buckets: Buckets | None = None
     variants: Sequence[str] = ()
 
-    def __init__(self, conditions: Mapping[str, Any] | None) -> None:
+    def __init__(self, conditions: JsonMapping | None) -> None:
         self.conditions = build_conditions(conditions or {})
 
-    def __call__(self, sample: Mapping[str, Any], rng: Random) -> dict[str, Any]:
+    def __call__(self, sample: JsonMapping, rng: Random) -> JsonObject:
         """Make a training sample, in one of the variants at random."""
         variant = rng.choice(self.variants) if self.variants else ""
         fields = self.image_fields(sample["image"], rng, variant)
@@ -59,10 +60,10 @@ class Transform(ABC):
         """All of a training sample but its caption."""
 
     @abstractmethod
-    def caption(self, row: Mapping[str, Any], rng: Random, variant: str = "") -> str:
+    def caption(self, row: JsonMapping, rng: Random, variant: str = "") -> str:
         """The caption of a row of metadata."""
 
-    def cache_key(self) -> tuple[str, dict[str, Any]]:
+    def cache_key(self) -> tuple[str, JsonObject]:
         """Name and IMAGE_OPTIONS as they are written in the keys of latent caches.
 
         These keep the first names of all options, so that caches stay valid.
@@ -99,8 +100,8 @@ class PhotoTransform(Transform):
         crop: str = "centre",
         flip: float = 0.5,
         buckets: Mapping[str, int] | None = None,
-        tags: Mapping[str, Any] | None = None,
-        conditions: Mapping[str, Any] | None = None,
+        tags: JsonMapping | None = None,
+        conditions: JsonMapping | None = None,
     ) -> None:
         super().__init__(conditions)
         if crop not in CROPS:
@@ -116,7 +117,7 @@ class PhotoTransform(Transform):
         tensor = to_tensor(image)[0]  # (3, H, W)
         return self._with_conditions(tensor, torch.ones_like(tensor[:1]), rng)
 
-    def caption(self, row: Mapping[str, Any], rng: Random, variant: str = "") -> str:
+    def caption(self, row: JsonMapping, rng: Random, variant: str = "") -> str:
         text = str(row.get("text") or "")
         return self.tags(text, rng) if self.tags else text
 

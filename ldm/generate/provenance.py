@@ -7,9 +7,9 @@ hashes of all files, and the row of the batch that an image was made in (kernels
 for other shapes). Keys are those of `imaging.metadata`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ldm.generate.options import options_of
 from ldm.generate.plan import Batch, Job
@@ -17,6 +17,7 @@ from ldm.generate.request import Request
 from ldm.generate.tasks import TASKS, Task
 from ldm.runtime.errors import ArgumentError, MissingFile
 from ldm.runtime.files import find_file, sha256_of_file
+from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.runtime.version import __version__
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from ldm.model import LatentDiffusion
 
-Info = dict[str, Any]  # JSON
+Info = JsonObject  # JSON
 
 PRECISIONS = {"float32": "full", "float16": "fp16", "bfloat16": "bf16"}
 # Keys of the info whose change may explain that an image differs.
@@ -111,7 +112,7 @@ def describe_image(request: Request, batches: Sequence[Batch], number: int, row:
     return info
 
 
-def job_of(info: Mapping[str, Any]) -> Job:
+def job_of(info: JsonMapping) -> Job:
     """The job that made an image."""
     seed = info["seed"]
     start = info.get("start_seed", seed)
@@ -133,7 +134,7 @@ def watermark_payload(model: "LatentDiffusion") -> str:
     return "StableDiffusionV1" if text is not None and text.generation == 1 else "SDV2"
 
 
-def read_request(info: Mapping[str, Any], where: str) -> Request:
+def read_request(info: JsonMapping, where: str) -> Request:
     """The request of the run that made an image.
 
     Args:
@@ -156,14 +157,14 @@ def read_request(info: Mapping[str, Any], where: str) -> Request:
     return task.request({name: value for name, value in values.items() if name in options})
 
 
-def check_inputs(info: Mapping[str, Any]) -> None:
+def check_inputs(info: JsonMapping) -> None:
     """Raise unless all input files of an image exist and are unchanged."""
     for files in info.get("inputs", {}).values():
         for file in files:
             _check_unchanged(file, sha256_of_file, "sha256")
 
 
-def locate_model(info: Mapping[str, Any], request: Request, changes: Mapping[str, Any]) -> Request:
+def locate_model(info: JsonMapping, request: Request, changes: JsonMapping) -> Request:
     """The request with the present paths of the model's files.
 
     Args:
@@ -173,7 +174,7 @@ def locate_model(info: Mapping[str, Any], request: Request, changes: Mapping[str
     """
     from ldm.loading.files.checkpoint import file_hash
 
-    values: dict[str, Any] = {"precision": PRECISIONS[info["dtype"]]}
+    values: JsonObject = {"precision": PRECISIONS[info["dtype"]]}
     values["device"] = _recorded_device(info["device"])
     for key, name in FILE_KEYS.items():
         if name in changes:
@@ -189,7 +190,7 @@ def locate_model(info: Mapping[str, Any], request: Request, changes: Mapping[str
     return request.with_values({**values, **changes})
 
 
-def compare_infos(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def compare_infos(then: JsonMapping, now: JsonMapping) -> list[str]:
     """What may explain a difference, one line each: `torch: 2.10.0 then, 2.11.0 now`."""
     pairs = {key: (then[key], now[key]) for key in ENVIRONMENT}
     pairs |= {key: (_contents(then.get(key, ())), _contents(now.get(key, ()))) for key in FILE_KEYS}
@@ -211,7 +212,7 @@ def compare_images(old: "Image.Image", new: "Image.Image") -> str | None:
     return f"{fraction:.2%} of the pixels differ, by {most} of 255 at most, {mean:.4f} on average"
 
 
-def _former_values(task: Task, info: Mapping[str, Any]) -> dict[str, Any]:
+def _former_values(task: Task, info: JsonMapping) -> JsonObject:
     """Values of options from an info without a request (version 0.1)."""
     names = {**{name: name for name in task.options()}, **FORMER_KEYS}
     skipped = ("size", "device", "prompt", "negative_prompt")
@@ -238,13 +239,13 @@ def _as_list(value: str | Sequence[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
-def _contents(files: Sequence[Mapping[str, Any]]) -> list[str]:
+def _contents(files: Sequence[JsonMapping]) -> list[str]:
     """Hash and weight of each file, without its path."""
     return [" ".join(str(file[key]) for key in ("hash", "weight") if key in file) for file in files]
 
 
 def _check_unchanged(
-    file: Mapping[str, Any], hash_of: Callable[[str], str], key: str, option: str | None = None
+    file: JsonMapping, hash_of: Callable[[str], str], key: str, option: str | None = None
 ) -> None:
     path = file["path"]
     hint = ": give the path of that file" if option else ""
@@ -264,7 +265,7 @@ def _recorded_device(device: str) -> str | None:
         return None
 
 
-def _find_checkpoint(info: Mapping[str, Any], request: Request) -> str | None:
+def _find_checkpoint(info: JsonMapping, request: Request) -> str | None:
     """The checkpoint at its recorded path, or by its name in `checkpoints`."""
     from ldm.loading.load import DEMO
 

@@ -16,12 +16,12 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
-from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.diffusion.names import SAMPLERS, SCHEDULERS
+from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = ["fingerprint", "parameters_text", "read_info", "write_png"]
 
@@ -40,7 +40,7 @@ SETTINGS = {  # A1111's name -> our key and the type of its value
 SETTING_PATTERN = re.compile(r'\s*(\w[^:,"]*):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
 
 
-def write_png(path: str | Path, image: Image.Image, info: Mapping[str, Any]) -> None:
+def write_png(path: str | Path, image: Image.Image, info: JsonMapping) -> None:
     """Write an image as a PNG file that carries its info.
 
     Args:
@@ -55,7 +55,7 @@ def write_png(path: str | Path, image: Image.Image, info: Mapping[str, Any]) -> 
     image.save(path, "PNG", pnginfo=text)
 
 
-def read_info(path: str | Path) -> dict[str, Any]:
+def read_info(path: str | Path) -> JsonObject:
     """Read the metadata of an image file: our JSON, else A1111's text.
 
     Returns:
@@ -79,7 +79,7 @@ def fingerprint(image: Image.Image) -> str:
     return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
 
 
-def parameters_text(info: Mapping[str, Any]) -> str:
+def parameters_text(info: JsonMapping) -> str:
     """The info as A1111 writes it: prompt, negative prompt and one line of settings."""
     lines = [str(info.get("prompt") or "")]
     if info.get("negative_prompt"):
@@ -88,7 +88,7 @@ def parameters_text(info: Mapping[str, Any]) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def _settings(info: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+def _settings(info: JsonMapping) -> Iterable[tuple[str, str]]:
     """A1111's names and values, in its order, of those that the info has."""
     sampler, size = info.get("sampler"), info.get("size")
     settings = {
@@ -115,14 +115,14 @@ def _hashes(files: Iterable[Mapping[str, str]] | None) -> str:
     return ", ".join(f"{PurePath(file['path']).stem}: {file['hash']}" for file in files or ())
 
 
-def _parse_parameters(parameters: str) -> dict[str, Any]:
+def _parse_parameters(parameters: str) -> JsonObject:
     """Parse A1111's text; its last line holds settings if it has three or more of them."""
     *body, last = parameters.strip().split("\n")
     settings = SETTING_PATTERN.findall(last)
     if len(settings) < 3:
         body, settings = [*body, last], []
     prompt, _, negative = "\n".join(["", *body]).partition("\nNegative prompt:")
-    info: dict[str, Any] = {"prompt": prompt[1:], "negative_prompt": negative.strip()}
+    info: JsonObject = {"prompt": prompt[1:], "negative_prompt": negative.strip()}
     other = {}
     for name, quoted in settings:
         value = _unquote(quoted)

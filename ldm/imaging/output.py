@@ -7,14 +7,14 @@ create and that reserves the number; when complete, it is renamed. So every `.pn
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from ldm.imaging.metadata import write_png
+from ldm.runtime.types import JsonMapping
 
 __all__ = ["OutputFolder"]
 
@@ -34,7 +34,7 @@ class OutputFolder:
         self.samples.mkdir(parents=True, exist_ok=True)
         self._next: dict[Path, int] = {}  # number by folder
 
-    def save_sample(self, image: Image.Image, info: Mapping[str, Any]) -> Path:
+    def save_sample(self, image: Image.Image, info: JsonMapping) -> Path:
         """Write the next `samples/NNNNN.png`, or `NAME-N.png`; returns its path."""
         if self.name is None:
             return self._save_numbered(self.samples, "", 5, image, info)
@@ -44,12 +44,12 @@ class OutputFolder:
 
         return self._save(self.path, self._next.get(self.path, 0), file_name, image, info)
 
-    def save_grid(self, image: Image.Image, info: Mapping[str, Any]) -> Path:
+    def save_grid(self, image: Image.Image, info: JsonMapping) -> Path:
         """Write the next `grid-NNNN.png`; returns its path."""
         return self._save_numbered(self.path, "grid-", 4, image, info)
 
     def _save_numbered(
-        self, folder: Path, prefix: str, digits: int, image: Image.Image, info: Mapping[str, Any]
+        self, folder: Path, prefix: str, digits: int, image: Image.Image, info: JsonMapping
     ) -> Path:
         # Numbers of this run are not used again, even if their files are deleted.
         start = max(_highest(folder, prefix) + 1, self._next.get(folder, 0))
@@ -61,7 +61,7 @@ class OutputFolder:
         start: int,
         file_name: Callable[[int], str],
         image: Image.Image,
-        info: Mapping[str, Any],
+        info: JsonMapping,
     ) -> Path:
         """Write the image under the first free name, counting from `start`; returns its path."""
         for number in count(start):
@@ -79,7 +79,7 @@ def _highest(folder: Path, prefix: str) -> int:
     return max((int(match[1]) for match in matches if match), default=-1)
 
 
-def _write_new(path: Path, image: Image.Image, info: Mapping[str, Any]) -> bool:
+def _write_new(path: Path, image: Image.Image, info: JsonMapping) -> bool:
     """Write the image if the path is free; returns whether it was."""
     part = path.with_name(f".{path.name}.part")
     try:

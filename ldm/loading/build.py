@@ -22,6 +22,7 @@ from ldm.loading.files.checkpoint import release_pages
 from ldm.loading.legacy import MODEL, original_name
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import WeightsMismatch
+from ldm.runtime.types import JsonMapping
 
 __all__ = ["add_unused_weights", "build_on_meta", "check_weights", "fill_weights", "meta_device"]
 
@@ -40,7 +41,7 @@ def meta_device() -> Iterator[None]:
 
 
 def build_on_meta(
-    spec: Mapping[str, Any],
+    spec: JsonMapping,
     *,
     allow: Sequence[str] = (),
     where: str = "config",
@@ -154,7 +155,7 @@ class _NoInit(TorchFunctionMode):
         func: Callable[..., Any],
         types: Iterable[type],
         args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        kwargs: JsonMapping | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         tensor = args[0] if args else kwargs.get("tensor")  # `nn.init` passes it by name

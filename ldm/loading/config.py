@@ -22,6 +22,7 @@ from ldm.loading import legacy
 from ldm.loading.legacy import known_targets, translate_config
 from ldm.runtime.errors import ArgumentError, ConfigError, unknown_name
 from ldm.runtime.files import find_file
+from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = ["format_yaml", "instantiate", "parse_yaml", "read_yaml"]
 
@@ -42,7 +43,7 @@ def read_yaml(
     overrides: Iterable[str] = (),
     *more: str | Path,
     sections: Sequence[str] = (),
-) -> dict[str, Any]:
+) -> JsonObject:
     """The content of a YAML file as plain dicts, lists and values, references resolved.
 
     Args:
@@ -70,7 +71,7 @@ def parse_yaml(
     *,
     where: str = "config",
     sections: Sequence[str] = (),
-) -> dict[str, Any]:
+) -> JsonObject:
     """As `read_yaml`, from the text of a YAML file, or of several."""
     overrides, texts = list(overrides), [text] if isinstance(text, str) else text
     try:
@@ -92,11 +93,11 @@ def parse_yaml(
         raw: Any = OmegaConf.to_container(config, resolve=False)
     except (OmegaConfBaseException, YAMLError, RecursionError) as error:
         raise ConfigError(f"{where}: {_one_line(error)}") from error
-    resolved: dict[str, Any] = _Resolver(raw, where).resolve(raw)
+    resolved: JsonObject = _Resolver(raw, where).resolve(raw)
     return resolved
 
 
-def format_yaml(raw: Mapping[str, Any]) -> str:
+def format_yaml(raw: JsonMapping) -> str:
     """A config as YAML, which `parse_yaml` reads back."""
     return OmegaConf.to_yaml(OmegaConf.create(dict(raw)))
 
@@ -140,7 +141,7 @@ class _Resolver:
 
 
 def instantiate(
-    spec: Mapping[str, Any],
+    spec: JsonMapping,
     *,
     allow: Sequence[str] = (),
     where: str = "config",
@@ -202,7 +203,7 @@ def _find_class(target: Any, allow: Sequence[str], where: str) -> Callable[..., 
     return cls
 
 
-def _check_params(factory: Callable[..., Any], params: Mapping[str, Any], where: str) -> None:
+def _check_params(factory: Callable[..., Any], params: JsonMapping, where: str) -> None:
     signature = inspect.signature(factory).parameters
     if any(p.kind is p.VAR_KEYWORD for p in signature.values()):
         return

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +35,7 @@ from ldm.loading.weights import AUTOENCODER, identify_weights, read_autoencoder,
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import ArgumentError, MissingArgument, WrongFamily
 from ldm.runtime.files import find_file
+from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.runtime.version import __version__
 
 __all__ = ["SUFFIXES", "Conversion", "convert", "plan_conversion"]
@@ -59,7 +59,7 @@ class Conversion:
     source: Checkpoint
     target: Path
     weights: dict[str, dict[str, Tensor]]
-    texts: dict[str, Any] = field(default_factory=dict)
+    texts: JsonObject = field(default_factory=dict)
     metadata: dict[str, str | int] = field(default_factory=dict)
     dtype: torch.dtype | None = None
     notes: tuple[str, ...] = ()
@@ -120,7 +120,7 @@ def plan_conversion(
         file, metadata[LORAS] = _merge_loras(file, raw, loras, dtype)
         notes.append(f"merged: {', '.join(f'{name} of weight {w:g}' for name, w in loras)}")
     ema_state = file.ema_state if is_file and not (ema or prune or loras) else {}
-    texts: dict[str, Any] = {}
+    texts: JsonObject = {}
     if is_file:
         weights = {"": {**file.state, **ema_state}}
     else:
@@ -219,7 +219,7 @@ def _config_text(file: Checkpoint, config: str | Path | None) -> str | None:
 
 def _merge_loras(
     file: Checkpoint,
-    raw: Mapping[str, Any],
+    raw: JsonMapping,
     loras: Sequence[tuple[str | Path, float]],
     dtype: torch.dtype | None,
 ) -> tuple[Checkpoint, str]:
@@ -260,7 +260,7 @@ def _replace_autoencoder(file: Checkpoint, vae: str | Path) -> Checkpoint:
 
 
 def _provenance(
-    file: Checkpoint, text: str | None, raw: Mapping[str, Any], ema: bool
+    file: Checkpoint, text: str | None, raw: JsonMapping, ema: bool
 ) -> dict[str, str | int]:
     """Metadata of a single file, or of the rest of a folder."""
     metadata: dict[str, str | int] = {"ldm.version": __version__, "ldm.source": file.path.name}

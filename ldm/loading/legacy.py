@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ldm.runtime.errors import ConfigError, unknown_name
+from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = ["original_name", "our_names", "rename_weights", "restore_names", "translate_config"]
 
@@ -131,8 +132,8 @@ POSITIONS = "cond_stage_model.transformer.text_model.embeddings.position_embeddi
 
 
 def translate_config(
-    spec: Mapping[str, Any], *, where: str = "config", skipped: list[str] | None = None
-) -> dict[str, Any]:
+    spec: JsonMapping, *, where: str = "config", skipped: list[str] | None = None
+) -> JsonObject:
     """A config in the original's words -> in ours: `{"target": …, "params": {…}, "where": …}`.
 
     Args:
@@ -167,11 +168,11 @@ class _Translator:
     """Translates the parameters of a model class of the original into those of LatentDiffusion."""
 
     target: str
-    params: Mapping[str, Any]
+    params: JsonMapping
     where: str
     skipped: list[str]
 
-    def translate(self) -> dict[str, Any]:
+    def translate(self) -> JsonObject:
         self._check_params()
         params = self.params
         encoders = self._text_encoder() | MODEL_CLASSES[self.target].encoders(self)
@@ -187,7 +188,7 @@ class _Translator:
             parts["image_size"] = params["image_size"]
         return {"target": MODEL, "params": parts, "where": self.where}
 
-    def part(self, key: str) -> dict[str, Any]:
+    def part(self, key: str) -> JsonObject:
         """The translated config of a part."""
         where = f"{self.where}.params.{key}"
         return translate_config(self.params[key], where=where, skipped=self.skipped)
@@ -211,7 +212,7 @@ class _Translator:
                 f"yet, only `{family.conditioning}`"
             )
 
-    def _text_encoder(self) -> dict[str, Any]:
+    def _text_encoder(self) -> JsonObject:
         """Empty for a model without one.
 
         Two magic strings of the original say so; `torch.nn.Identity` says that the caller brings
@@ -226,7 +227,7 @@ class _Translator:
             spec["params"].setdefault("freeze", False)
         return {"text": spec}
 
-    def _schedule_params(self) -> dict[str, Any]:
+    def _schedule_params(self) -> JsonObject:
         betas: Any = self.params.get("given_betas")
         if betas is not None:
             betas = torch.tensor(betas, dtype=torch.float64, device="cpu")
@@ -239,7 +240,7 @@ class _Translator:
         return {"betas": betas, "v_posterior": posterior, "zero_snr": zero_snr}
 
 
-Encoders = dict[str, dict[str, Any]]  # by name in the conditioner
+Encoders = dict[str, JsonObject]  # by name in the conditioner
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ from ldm.runtime.errors import (
     WrongFamily,
 )
 from ldm.runtime.files import find_file
+from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = ["choose_config", "load", "probe_weights", "read_config", "save_model"]
 
@@ -157,7 +158,7 @@ def choose_config(weights: Weights) -> str:
 
 def read_config(
     weights: Weights, config: str | Path | None = None, overrides: Iterable[str] = ()
-) -> tuple[str, dict[str, Any]]:
+) -> tuple[str, JsonObject]:
     """(path or `EMBEDDED`, content) of the given config, or of the one that weights call for."""
     if config is not None:
         return str(config), read_yaml(config, overrides)
@@ -224,9 +225,7 @@ def _replace_autoencoder(
     return {"path": str(source.path.resolve()), "hash": file_hash(source.path)}
 
 
-def _provenance(
-    raw: Mapping[str, Any], weights: Weights, ema: bool, skipped: list[str]
-) -> dict[str, Any]:
+def _provenance(raw: JsonMapping, weights: Weights, ema: bool, skipped: list[str]) -> JsonObject:
     """What a model is made of: the config's hash, the file, its step, and which weights of it."""
     if skipped:
         log.info("not needed for sampling, skipped: %s", ", ".join(skipped))

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from ldm.loading.legacy import original_name, translate_config
 from ldm.loading.load import choose_config, probe_weights, read_config
 from ldm.loading.weights import Weights, identify_weights
 from ldm.runtime.errors import MissingArgument, MissingFile
+from ldm.runtime.types import JsonObject
 
 __all__ = ["Part", "Report", "inspect_checkpoint"]
 
@@ -67,7 +67,7 @@ class Report:
     unexpected: list[str] | None = None
     note: str = ""
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Plain values, for JSON."""
         plain = asdict(self)
         if self.prediction is not None:
@@ -157,7 +157,7 @@ def _list_parts(state: Mapping[str, Tensor]) -> Iterator[Part]:
         yield Part(name, prefix, len(values), sum(value.numel() for value in values), dict(dtypes))
 
 
-def _compare(weights: Weights, config: str | Path | None) -> dict[str, Any]:
+def _compare(weights: Weights, config: str | Path | None) -> JsonObject:
     """Fields of the report about the config, and how weights fit it."""
     try:
         source = choose_config(weights) if config is None else str(config)

@@ -5,7 +5,6 @@ image_encoder, feature_extractor    CLIPImage, OpenCLIPImage
 depth_estimator                     MiDaSDepth
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from ldm.encoders import tokenizer
@@ -15,13 +14,14 @@ from ldm.encoders.text import ARCHS, CLIP_LARGE, CLIPText, OpenCLIPText, TextEnc
 from ldm.encoders.towers import VOCAB, CLIPBlock, OpenCLIPBlock, VisionTower, quick_gelu
 from ldm.loading.diffusers.networks import validate_config
 from ldm.runtime.errors import ConfigError, unknown_name
+from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
     "depth_config", "depth_params", "depth_processor", "image_processor", "is_openai_clip",
     "text_config", "text_params", "tokenizer_files", "vision_config", "vision_params",
 ]  # fmt: skip
 
-Config = Mapping[str, Any]
+Config = JsonMapping
 
 DEPTH_REQUIRED_VALUES = {
     "head_in_index": -1, "hidden_act": "gelu", "num_channels": 3, "qkv_bias": True,
@@ -34,7 +34,7 @@ PROCESSOR = {
 }  # fmt: skip
 
 
-def text_config(encoder: TextEncoder) -> dict[str, Any]:
+def text_config(encoder: TextEncoder) -> JsonObject:
     """The config of a text encoder, with the blocks that run."""
     block: OpenCLIPBlock | CLIPBlock
     if isinstance(encoder, OpenCLIPText):
@@ -68,7 +68,7 @@ def text_config(encoder: TextEncoder) -> dict[str, Any]:
     }
 
 
-def text_params(config: Config) -> dict[str, Any]:
+def text_params(config: Config) -> JsonObject:
     """The keywords of our text encoder: CLIPText for quick GELU, OpenCLIPText otherwise.
 
     OpenCLIPText gets one unused block behind those in the folder, as published files have it,
@@ -80,7 +80,7 @@ def text_params(config: Config) -> dict[str, Any]:
     width, heads = config["hidden_size"], config["num_attention_heads"]
     layers = config["num_hidden_layers"]
     names = {size: name for name, size in ARCHS.items()}
-    params: dict[str, Any] = {"freeze": True, "layer": "last"}
+    params: JsonObject = {"freeze": True, "layer": "last"}
     if (width, heads, layers) not in names:
         params["layer"] = "penultimate"
         layers += 1
@@ -97,7 +97,7 @@ def text_params(config: Config) -> dict[str, Any]:
     return params | {"arch": {"embed_dim": width, "text_cfg": text_cfg}}
 
 
-def tokenizer_files(encoder: TextEncoder) -> dict[str, Any]:
+def tokenizer_files(encoder: TextEncoder) -> JsonObject:
     """File name -> content (JSON, or text) of CLIP's tokenizer, padding as the encoder does."""
     ids, ranks = tokenizer.vocabulary()
     start, end = tokenizer.CLIP.start, tokenizer.CLIP.end  # transformers' words for both dialects
@@ -113,7 +113,7 @@ def tokenizer_files(encoder: TextEncoder) -> dict[str, Any]:
     }
 
 
-def vision_config(visual: VisionTower) -> dict[str, Any]:
+def vision_config(visual: VisionTower) -> JsonObject:
     """The config of a vision tower."""
     block = visual.blocks[0]
     return {
@@ -131,7 +131,7 @@ def vision_config(visual: VisionTower) -> dict[str, Any]:
     }
 
 
-def vision_params(config: Config) -> dict[str, Any]:
+def vision_params(config: Config) -> JsonObject:
     """The keywords of CLIPImage for quick GELU, of OpenCLIPImage otherwise."""
     width, embed = config["hidden_size"], config["projection_dim"]
     is_openai = is_openai_clip(config, "image_encoder/config.json")
@@ -150,7 +150,7 @@ def vision_params(config: Config) -> dict[str, Any]:
     return {key: {"embed_dim": embed, "vision_cfg": size, "text_cfg": text_cfg}}
 
 
-def image_processor(size: int) -> dict[str, Any]:
+def image_processor(size: int) -> JsonObject:
     """Resizes to a square, as the original does; crops nothing."""
     return PROCESSOR | {
         "image_processor_type": "CLIPImageProcessor",
@@ -162,7 +162,7 @@ def image_processor(size: int) -> dict[str, Any]:
     }
 
 
-def depth_config(encoder: MiDaSDepth) -> dict[str, Any]:
+def depth_config(encoder: MiDaSDepth) -> JsonObject:
     """The config of the depth network."""
     dpt = encoder.model
     assert dpt is not None
@@ -200,7 +200,7 @@ def depth_config(encoder: MiDaSDepth) -> dict[str, Any]:
     )
 
 
-def depth_params(config: Config) -> dict[str, Any]:
+def depth_params(config: Config) -> JsonObject:
     """The keywords of our MiDaSDepth."""
     validate_config(config, "depth_estimator/config.json", DEPTH_REQUIRED_VALUES)
     size = {
@@ -216,7 +216,7 @@ def depth_params(config: Config) -> dict[str, Any]:
     return {"model_type": "dpt_hybrid"} | ({"arch": arch} if arch else {})
 
 
-def depth_processor(side: int) -> dict[str, Any]:
+def depth_processor(side: int) -> JsonObject:
     """Resizes to the one square that diffusers' DPT takes."""
     return PROCESSOR | {
         "image_processor_type": "DPTImageProcessor",

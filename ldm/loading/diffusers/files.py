@@ -38,6 +38,7 @@ from ldm.loading.legacy import (
 )
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import FileFormatError, MissingFile
+from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
     "REST", "build_folder", "is_diffusers_folder", "read_folder", "weights_path", "write_texts",
@@ -114,7 +115,7 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
 
 
 def build_folder(
-    file: Checkpoint, raw: Mapping[str, Any], clip_stats: str | Path | None = None
+    file: Checkpoint, raw: JsonMapping, clip_stats: str | Path | None = None
 ) -> tuple[Files, Components]:
     """The content of the folder of a checkpoint: JSONs and texts by path, tensors by component.
 
@@ -166,8 +167,8 @@ def write_texts(folder: Path, files: Files) -> None:
 
 
 def _build_model(
-    raw: Mapping[str, Any], where: str, derived: Mapping[str, Tensor]
-) -> tuple[nn.Module, dict[str, Any]]:
+    raw: JsonMapping, where: str, derived: Mapping[str, Tensor]
+) -> tuple[nn.Module, JsonObject]:
     """(model on the meta device, translated config); `derived` may hold its scale factor."""
     spec = translate_config(raw, where=where, skipped=[])
     model = build_on_meta(spec, where=where)

@@ -7,9 +7,7 @@ The way back takes the published YAML of the family and puts the folder's number
 result can be read by every program that reads those.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
@@ -23,10 +21,11 @@ from ldm.loading.families import PUBLISHED, recognise_family
 from ldm.loading.legacy import AUTOENCODER_CONFIG
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import FileFormatError, WrongFamily
+from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = ["INDEX", "Files", "folder_configs", "original_config"]
 
-Files = dict[str, Any]  # path in the folder -> JSON, or text
+Files = JsonObject  # path in the folder -> JSON, or text
 
 INDEX = "model_index.json"
 UNET = "unet/config.json"
@@ -71,7 +70,7 @@ class _Pipeline:
     name: str
     openai: str | None
     open_clip: str | None
-    extras: Mapping[str, Any] = field(default_factory=dict)
+    extras: JsonMapping = field(default_factory=dict)
 
 
 # By the encoder that identifies the pipeline; "text" if there is no other one.
@@ -99,7 +98,7 @@ INPAINTING_CHANNELS = 9
 V_MODEL_SIDE = 96  # latent side at which SD 2's v models were trained; their original YAML says 64
 
 
-def folder_configs(model: nn.Module, spec: Mapping[str, Any]) -> Files:
+def folder_configs(model: nn.Module, spec: JsonMapping) -> Files:
     """Every file of the folder but weights, for a model and its translated config."""
     params = spec["params"]
     if not isinstance(model, LatentDiffusion):
@@ -134,7 +133,7 @@ def folder_configs(model: nn.Module, spec: Mapping[str, Any]) -> Files:
     return files | {INDEX: index}
 
 
-def original_config(files: Files) -> dict[str, Any]:
+def original_config(files: Files) -> JsonObject:
     """The config in the original's words."""
     if INDEX not in files:
         raw = read_yaml(f"{PUBLISHED}/v1-inference.yaml")
@@ -164,7 +163,7 @@ def original_config(files: Files) -> dict[str, Any]:
     return raw
 
 
-def _encoder_configs(model: LatentDiffusion, specs: Mapping[str, Any], kind: str) -> Files:
+def _encoder_configs(model: LatentDiffusion, specs: JsonMapping, kind: str) -> Files:
     conditioner, files = model.conditioner, Files()
     image = conditioner.find(ImageEmbedding)
     tower = None if image is None else image.clip.model.visual
@@ -190,7 +189,7 @@ def _encoder_configs(model: LatentDiffusion, specs: Mapping[str, Any], kind: str
     return files
 
 
-def _set_encoder_params(files: Files, params: dict[str, Any], kind: str) -> None:
+def _set_encoder_params(files: Files, params: JsonObject, kind: str) -> None:
     """Put the sizes from the encoders' files into the parameters of a YAML."""
     if kind == "depth":
         params["depth_stage_config"]["params"] = encoders.depth_params(files[DEPTH])
@@ -246,7 +245,7 @@ def _training_size(model: LatentDiffusion) -> int:
     return model.image_size
 
 
-def _noise_config(spec: Mapping[str, Any]) -> Files:
+def _noise_config(spec: JsonMapping) -> Files:
     """The schedule of noise on a condition."""
     params = dict((spec.get("params") or {}).get("noise_schedule_config") or {})
     params["name"] = params.pop("beta_schedule", "linear")

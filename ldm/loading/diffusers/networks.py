@@ -12,10 +12,11 @@ from typing import Any
 from ldm.nets.autoencoder import Layout
 from ldm.nets.unet import UNet
 from ldm.runtime.errors import ConfigError
+from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = ["unet_config", "unet_params", "vae_config", "vae_params", "validate_config"]
 
-Config = Mapping[str, Any]
+Config = JsonMapping
 
 # diffusers options with one supported value. Keys in neither table must be null or false.
 UNET_REQUIRED_VALUES = {
@@ -48,7 +49,7 @@ RESNET_TIME_SCALE_SHIFT = {False: "default", True: "scale_shift"}
 RESOLUTION = 256  # in original autoencoder configs; only decides which levels have attention
 
 
-def unet_config(unet: UNet, sample_size: int) -> dict[str, Any]:
+def unet_config(unet: UNet, sample_size: int) -> JsonObject:
     """The config of a UNet; `sample_size` is the side of the latent in training."""
     head_dim, width = unet.num_head_channels, unet.model_channels
     _check_options(
@@ -96,7 +97,7 @@ def unet_config(unet: UNet, sample_size: int) -> dict[str, Any]:
     return config
 
 
-def unet_params(config: Config) -> dict[str, Any]:
+def unet_params(config: Config) -> JsonObject:
     """The keywords of our UNet; ConfigError for an option that it does not have."""
     where = "unet/config.json"
     validate_config(config, where, UNET_REQUIRED_VALUES, UNET_KEYS)
@@ -104,7 +105,7 @@ def unet_params(config: Config) -> dict[str, Any]:
     _check_blocks(where, [*downs, *config["up_block_types"]], UNET_BLOCKS)
     if any(width % widths[0] for width in widths):
         raise ConfigError(f"{where}: `block_out_channels: {widths}` must be multiples of the first")
-    params: dict[str, Any] = {
+    params: JsonObject = {
         "image_size": config.get("sample_size"),
         "in_channels": config["in_channels"],
         "out_channels": config["out_channels"],
@@ -137,7 +138,7 @@ def unet_params(config: Config) -> dict[str, Any]:
     return params
 
 
-def vae_config(params: Config, scale_factor: float | None, sample_size: int) -> dict[str, Any]:
+def vae_config(params: Config, scale_factor: float | None, sample_size: int) -> JsonObject:
     """The config of an autoencoder.
 
     Args:
@@ -175,7 +176,7 @@ def vae_config(params: Config, scale_factor: float | None, sample_size: int) -> 
     }
 
 
-def vae_params(config: Config) -> dict[str, Any]:
+def vae_params(config: Config) -> JsonObject:
     """The keywords of our AutoencoderKL; ConfigError for an option that it does not have."""
     where = "vae/config.json"
     validate_config(config, where, VAE_REQUIRED_VALUES, VAE_KEYS)
@@ -249,7 +250,7 @@ def _head_params(config: Config, widths: Sequence[int]) -> dict[str, int]:
     )
 
 
-def _class_embedding_params(config: Config) -> dict[str, Any]:
+def _class_embedding_params(config: Config) -> JsonObject:
     kind = config.get("class_embed_type")
     if kind == "projection":
         width = config["projection_class_embeddings_input_dim"]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ldm.diffusion.schedule import make_betas
 from ldm.runtime.errors import unknown_name
+from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = ["beta_params", "betas_config", "ddim_config", "parameterization"]
 
@@ -21,7 +22,7 @@ COSINE = 8e-3  # the offset of diffusers' cosine, which is the original's defaul
 START, END = 1e-4, 2e-2  # defaults of `make_betas` and of diffusers
 
 
-def ddim_config(betas: Any, parameterization: str, *, zero_snr: bool = False) -> dict[str, Any]:
+def ddim_config(betas: Any, parameterization: str, *, zero_snr: bool = False) -> JsonObject:
     """The config of the default sampler, with the same steps and the same last step.
 
     `betas` are those of a translated config: a spec of `make_betas`, or a tensor.
@@ -38,7 +39,7 @@ def ddim_config(betas: Any, parameterization: str, *, zero_snr: bool = False) ->
     return config | ({"rescale_betas_zero_snr": True} if zero_snr else {})
 
 
-def betas_config(betas: Any) -> dict[str, Any]:
+def betas_config(betas: Any) -> JsonObject:
     """The config of the noise schedule alone; `betas` as for `ddim_config`."""
     if not isinstance(betas, Tensor):
         params = dict(betas.get("params") or {})
@@ -56,7 +57,7 @@ def betas_config(betas: Any) -> dict[str, Any]:
     return {"num_train_timesteps": len(betas), "trained_betas": betas.tolist()}
 
 
-def beta_params(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+def beta_params(config: JsonMapping, where: str) -> JsonObject:
     """The original's keywords for the noise schedule of any scheduler."""
     if betas := config.get("trained_betas"):
         params = {"timesteps": len(betas), "given_betas": betas}
@@ -72,7 +73,7 @@ def beta_params(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     return params
 
 
-def parameterization(config: Mapping[str, Any], where: str) -> str:
+def parameterization(config: JsonMapping, where: str) -> str:
     """What the network predicts: "eps", "v" or "x0"; UnknownName if something else."""
     return _read_name(config, "prediction_type", "epsilon", PREDICTION_TYPES, where)
 
@@ -82,7 +83,7 @@ def _key_of(ours: str, names: Mapping[str, str]) -> str:
 
 
 def _read_name(
-    config: Mapping[str, Any], key: str, default: str, names: Mapping[str, str], where: str
+    config: JsonMapping, key: str, default: str, names: Mapping[str, str], where: str
 ) -> str:
     name = config.get(key, default)
     if name not in names:

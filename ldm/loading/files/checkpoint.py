@@ -24,6 +24,7 @@ from torch import Tensor
 from ldm.loading.files.pickles import load_pickle
 from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile
 from ldm.runtime.files import replace_when_written, sha256_of_file
+from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
     "EMBEDDED", "Checkpoint", "detect_format", "ema_name", "file_hash", "read_checkpoint",
@@ -215,7 +216,7 @@ def release_pages(tensor: Tensor) -> None:
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def _read_safetensors(path: Path) -> tuple[JsonObject, dict[str, str]]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER:
@@ -231,7 +232,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise FileFormatError(f"`{path}` is damaged: {error}") from error
 
 
-def _unwrap(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def _unwrap(content: JsonMapping, path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The weights in the content of a file, and the names of its other entries."""
     inner = next((k for k in WRAPPERS if isinstance(content.get(k), Mapping)), None)
     tensors = dict(_flatten(content[inner] if inner else content, ""))
@@ -295,7 +296,7 @@ def _write_safetensors(
     """Write length of the header, header, and one tensor after the other."""
     # Widest dtypes first, so that all are aligned.
     order = sorted(state, key=lambda name: -state[name].dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": metadata}
+    header: JsonObject = {"__metadata__": metadata}
     end = 0
     for name in order:
         dtype, shape = state[name].dtype, list(state[name].value.shape)

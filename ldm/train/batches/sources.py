@@ -14,11 +14,10 @@ train, validation = open_sources(model, raw["data"], seed)
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +33,7 @@ from ldm.data.transforms import PhotoTransform, Transform
 from ldm.encoders.text import TextEncoder
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import unknown_name
+from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.batches.class_images import sample_class_images
 from ldm.train.batches.contexts import cache_contexts
 from ldm.train.batches.latents import cache_latents, cache_latents_of_shards
@@ -43,7 +43,7 @@ __all__ = ["collect_vocabulary", "open_sources"]
 
 log = logging.getLogger(__name__)
 
-Section = Mapping[str, Any]
+Section = JsonMapping
 
 TRANSFORMS: dict[str, Callable[..., Transform]] = {
     kind.NAME: kind for kind in (EmojiTransform, PhotoTransform)
@@ -144,7 +144,7 @@ def _build_transform(spec: Section, where: str) -> Transform:
         return TRANSFORMS[name](**rename_options(name, options))
 
 
-def _open_class_images(model: LatentDiffusion, spec: dict[str, Any], seed: int) -> Folder | Hub:
+def _open_class_images(model: LatentDiffusion, spec: JsonObject, seed: int) -> Folder | Hub:
     """The class images; missing ones are sampled from the model as it is now."""
     for key in ("root", "prompt", "count", "transform"):
         if key not in spec:
@@ -163,7 +163,7 @@ def _cache_contexts(
     model.conditioner.get(TextEncoder).cache = contexts
 
 
-def _cache_options(params: Section, key: str) -> dict[str, Any]:
+def _cache_options(params: Section, key: str) -> JsonObject:
     """The folder `cache` and the other options of a cache."""
     options = dict(params[key])
     if "cache" not in options:

@@ -7,14 +7,14 @@
 The data sets of the published configs were never published; the error says what to write instead.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from ldm.runtime.errors import unknown_name
+from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = ["KEYS", "translate"]
 
-Spec = dict[str, Any]
+Spec = JsonObject
 
 KEYS = ("batch_size", "num_workers", "train", "validation", "latents", "texts", "prior")
 SPLITS = ("train", "validation")
@@ -31,7 +31,7 @@ MEANINGLESS = {
 TO_TENSOR = ("ToTensor", "Normalize", "Rearrange", "Lambda", "ToPILImage")  # always done
 
 
-def translate(data: Mapping[str, Any]) -> tuple[Spec, list[str]]:
+def translate(data: JsonMapping) -> tuple[Spec, list[str]]:
     """Returns the `params` of a data section in our words, and notes on what has no meaning here.
 
     Raises:
@@ -55,7 +55,7 @@ def translate(data: Mapping[str, Any]) -> tuple[Spec, list[str]]:
     return params, notes
 
 
-def _translate_split(spec: Mapping[str, Any], where: str, notes: list[str]) -> Spec:
+def _translate_split(spec: JsonMapping, where: str, notes: list[str]) -> Spec:
     spec = {key: value for key, value in spec.items() if value is not None}
     kinds = [f"`{kind}`" for kind in KINDS if kind in spec]
     if "target" in spec and not kinds:
@@ -148,7 +148,7 @@ def _pop_transform(params: Spec, where: str) -> Spec:
     return photo
 
 
-def _translate_postprocess(spec: Mapping[str, Any], where: str) -> Spec:
+def _translate_postprocess(spec: JsonMapping, where: str) -> Spec:
     name, options = spec["target"].rpartition(".")[2], spec.get("params") or {}
     if name == "AddMask":
         return {"mask": {"full_probability": options.get("p_drop", 0.0)}}

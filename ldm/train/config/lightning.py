@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ldm.runtime.errors import unknown_name
+from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = ["KNOWN", "SECTIONS", "read_gpus", "section", "translate"]
 
@@ -85,7 +86,7 @@ KNOWN = {
     "callbacks": ("image_logger", "metrics_over_trainsteps_checkpoint", *BUILT_IN_CALLBACKS),
 }  # fmt: skip
 
-Sections = dict[str, dict[str, Any]]
+Sections = dict[str, JsonObject]
 
 
 @dataclass
@@ -101,7 +102,7 @@ class _Translation:
             self.sections.setdefault(section, {}).setdefault(key, value)
 
 
-def translate(raw: Mapping[str, Any]) -> tuple[Sections, list[str]]:
+def translate(raw: JsonMapping) -> tuple[Sections, list[str]]:
     """Translates a whole config into sections of `lightning:` in our words.
 
     Returns:
@@ -125,7 +126,7 @@ def translate(raw: Mapping[str, Any]) -> tuple[Sections, list[str]]:
     return result.sections, result.notes
 
 
-def section(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+def section(raw: JsonMapping, where: str) -> JsonMapping:
     """The section `where`, "model.params", of a config; {} if there is none.
 
     Raises:
@@ -144,7 +145,7 @@ def section(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     return node
 
 
-def read_gpus(trainer: Mapping[str, Any]) -> list[int] | int | None:
+def read_gpus(trainer: JsonMapping) -> list[int] | int | None:
     """The GPUs that Lightning's Trainer is given: their numbers, how many, -1 = all, None = unset.
 
     `gpus: 0,1,` and `devices: 0,1,` name two; `gpus: 2` is any two, `gpus: 0` none.
@@ -198,7 +199,7 @@ def _translate_trainer(result: _Translation) -> None:
         result.add("callbacks", log_every=trainer.pop("log_every_n_steps"))
 
 
-def _translate_validation(trainer: dict[str, Any], result: _Translation) -> None:
+def _translate_validation(trainer: JsonObject, result: _Translation) -> None:
     """When and on how much to validate: integers count batches, fractions are of an epoch."""
     interval = trainer.pop("val_check_interval", None)
     epochs = trainer.pop("check_val_every_n_epoch", None)
@@ -216,7 +217,7 @@ def _translate_validation(trainer: dict[str, Any], result: _Translation) -> None
         result.add("callbacks", validate_steps=None, validate_epochs=None)
 
 
-def _translate_callbacks(raw: Mapping[str, Any], result: _Translation) -> None:
+def _translate_callbacks(raw: JsonMapping, result: _Translation) -> None:
     """Callbacks of the original, by its names or by the class that they target."""
     callbacks = result.sections.get("callbacks", {})
     for key in list(callbacks):
@@ -238,7 +239,7 @@ def _translate_callbacks(raw: Mapping[str, Any], result: _Translation) -> None:
             _translate_step_checkpoints(params, result)
 
 
-def _translate_image_logger(params: dict[str, Any], result: _Translation) -> None:
+def _translate_image_logger(params: JsonObject, result: _Translation) -> None:
     where = "lightning.callbacks.image_logger.params"
     for key in params:
         if key not in (*IMAGE_LOGGER, *MEANINGLESS_IMAGE_LOGGER):
@@ -265,7 +266,7 @@ def _translate_image_logger(params: dict[str, Any], result: _Translation) -> Non
         result.notes.append(f"{where}: no meaning here for {', '.join(ignored)}")
 
 
-def _translate_step_checkpoints(params: dict[str, Any], result: _Translation) -> None:
+def _translate_step_checkpoints(params: JsonObject, result: _Translation) -> None:
     steps = params.pop("every_n_train_steps", STEP_CHECKPOINTS)
     result.add("callbacks", export_steps=steps)
     if params:
@@ -275,7 +276,7 @@ def _translate_step_checkpoints(params: dict[str, Any], result: _Translation) ->
         )
 
 
-def _translate_modelcheckpoint(params: dict[str, Any], result: _Translation) -> None:
+def _translate_modelcheckpoint(params: JsonObject, result: _Translation) -> None:
     names = {"every_n_train_steps": "save_steps", "every_n_epochs": "save_epochs",
              "period": "save_epochs", "every_n_val_epochs": "save_epochs"}  # fmt: skip
     values = {new: params.pop(old) for old, new in names.items() if params.get(old)}
@@ -291,7 +292,7 @@ def _translate_modelcheckpoint(params: dict[str, Any], result: _Translation) -> 
         )
 
 
-def _translate_logger(spec: Mapping[str, Any] | str | bool, result: _Translation) -> None:
+def _translate_logger(spec: JsonMapping | str | bool, result: _Translation) -> None:
     where = "lightning.logger"
     if not isinstance(spec, Mapping):
         raise ValueError(f"{where}: `{spec}` should be a mapping with a `target`")
@@ -307,7 +308,7 @@ def _translate_logger(spec: Mapping[str, Any] | str | bool, result: _Translation
         result.add("callbacks", wandb={key: params[key] for key in keys if key in params})
 
 
-def _strategy(spec: Mapping[str, Any] | str) -> str:
+def _strategy(spec: JsonMapping | str) -> str:
     """Our name of a strategy; from a name, or {"target": …DDPStrategy}."""
     name = str(spec["target"]).rpartition(".")[2] if isinstance(spec, Mapping) else str(spec)
     short = name.lower().removesuffix("strategy").partition("_")[0] if name else "auto"
@@ -316,7 +317,7 @@ def _strategy(spec: Mapping[str, Any] | str) -> str:
     return short
 
 
-def _translate_model(raw: Mapping[str, Any], result: _Translation) -> None:
+def _translate_model(raw: JsonMapping, result: _Translation) -> None:
     """What the original's model class decides about its own training."""
     params = section(raw, "model.params")
     if params.get("scheduler_config") is not None:
@@ -337,7 +338,7 @@ def _translate_model(raw: Mapping[str, Any], result: _Translation) -> None:
         result.add("objective", drop=dropout.get("p", 0.0))
 
 
-def _translate_monitor(raw: Mapping[str, Any], result: _Translation) -> None:
+def _translate_monitor(raw: JsonMapping, result: _Translation) -> None:
     """With held-out data, the original validates every epoch and keeps the three best exports."""
     data, params = section(raw, "data.params"), section(raw, "model.params")
     if not data.get("validation"):

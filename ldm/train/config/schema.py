@@ -7,7 +7,7 @@ it. `validate` says in one line what is wrong with it:
 """
 
 from collections.abc import Collection
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Annotated, Literal, TypeVar, get_args, get_type_hints
 
 from pydantic import (
     AfterValidator,
@@ -25,6 +25,7 @@ from ldm.diffusion.names import LEGACY, SCHEDULERS
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.nets.attention import BACKENDS
 from ldm.runtime.errors import unknown_name
+from ldm.runtime.types import JsonObject
 from ldm.train.tasks.adaptation import TARGETS
 
 __all__ = [
@@ -159,9 +160,9 @@ class Optimizer(Section):
     name: Literal["adamw", "adamw8bit", "adafactor", "muon"] = "adamw"
     warm_up: Nonnegative = 100
     decay: Literal["constant", "linear", "cosine"] = "cosine"
-    schedule: dict[str, Any] | None = None  # a `scheduler_config` of the original
+    schedule: JsonObject | None = None  # a `scheduler_config` of the original
     ema_decay: BelowOne = 0.9999
-    options: dict[str, Any] = {}
+    options: JsonObject = {}
 
 
 @with_config(STRICT)
@@ -223,7 +224,7 @@ class Callbacks(Section):
         "csv",
         "tensorboard",
     ]
-    wandb: dict[str, Any] = {}  # project, name, entity, tags, mode
+    wandb: JsonObject = {}  # project, name, entity, tags, mode
     save_minutes: Limit | None = 3
     save_steps: Steps | None = None
     save_epochs: Positive | None = None
@@ -280,7 +281,7 @@ class Reconstruction(TypedDict, total=False):
     trained: Literal["all", "decoder"]
     learn_logvar: Bool
     export_losses: Bool
-    perceptual: dict[str, Any] | None
+    perceptual: JsonObject | None
 
 
 class Lora(Section):
@@ -313,7 +314,7 @@ class ModelParams(Weighting, total=False):
     embedding_dropout: Probability
     ucg_training: dict[str, Dropout]
     use_ema: Bool
-    scheduler_config: dict[str, Any]
+    scheduler_config: JsonObject
 
 
 class Model(Section):
@@ -321,7 +322,7 @@ class Model(Section):
 
     base_learning_rate: Nonnegative | None = None
     target: str = ""
-    params: dict[str, Any] = {}
+    params: JsonObject = {}
 
 
 class Data(BaseModel):

@@ -4,12 +4,11 @@
 `lightning`; what has no meaning today becomes a note.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
 
 from ldm.runtime.errors import unknown_name
+from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.config import lightning, schema
 from ldm.train.config.schema import (
     OPTIONS,
@@ -32,7 +31,7 @@ __all__ = ["Devices", "Settings", "check_complete", "read_settings"]
 
 SECTIONS = ("trainer", "optimizer", "objective", "callbacks", "lora", "textual_inversion")
 # Defaults of a config that names no optimizer, so was written for the original.
-ORIGINAL: dict[str, dict[str, Any]] = {
+ORIGINAL: dict[str, JsonObject] = {
     "trainer": {"gradient_clip_val": None, "scale_lr": True},
     "optimizer": {"warm_up": 0, "decay": "constant", "weight_decay": 1e-2},
 }
@@ -64,7 +63,7 @@ class Settings:
         notes: lines to tell the user: what was renamed, or has no meaning here.
     """
 
-    raw: Mapping[str, Any]
+    raw: JsonMapping
     model: Model
     data: Data
     trainer: Trainer
@@ -79,10 +78,10 @@ class Settings:
     def change(
         self,
         *,
-        trainer: Mapping[str, Any] | None = None,
-        optimizer: Mapping[str, Any] | None = None,
-        callbacks: Mapping[str, Any] | None = None,
-        data: Mapping[str, Any] | None = None,
+        trainer: JsonMapping | None = None,
+        optimizer: JsonMapping | None = None,
+        callbacks: JsonMapping | None = None,
+        data: JsonMapping | None = None,
     ) -> "Settings":
         """A copy with other values: `change(trainer={"max_steps": 3})`; they are not checked."""
         return replace(
@@ -139,7 +138,7 @@ class Settings:
             )
         return _rate(self.optimizer, lr), line
 
-    def to_config(self) -> dict[str, Any]:
+    def to_config(self) -> JsonObject:
         """The whole config with every key of `lightning:` filled in."""
         optimizer = self.optimizer.model_dump(exclude={"options"}) | self.optimizer.options
         sections = {
@@ -155,7 +154,7 @@ class Settings:
         return {**self.raw, "lightning": sections}
 
 
-def read_settings(raw: Mapping[str, Any]) -> Settings:
+def read_settings(raw: JsonMapping) -> Settings:
     """The settings of a whole config, checked.
 
     Args:
@@ -213,7 +212,7 @@ def read_settings(raw: Mapping[str, Any]) -> Settings:
     )
 
 
-def check_complete(raw: Mapping[str, Any], *keys: str) -> None:
+def check_complete(raw: JsonMapping, *keys: str) -> None:
     """Raises ValueError if a config has not all of these keys, "model.base_learning_rate"."""
     missing = []
     for key in keys:
@@ -224,10 +223,10 @@ def check_complete(raw: Mapping[str, Any], *keys: str) -> None:
         raise ValueError(f"missing in the config: {', '.join(missing)}")
 
 
-def _read_original(raw: Mapping[str, Any]) -> tuple[Model, Data, Devices]:
+def _read_original(raw: JsonMapping) -> tuple[Model, Data, Devices]:
     """What is read as it stands, and what `lightning` computes with; null counts as missing."""
 
-    def set_values(where: str) -> dict[str, Any]:
+    def set_values(where: str) -> JsonObject:
         values = lightning.section(raw, where)
         return {key: value for key, value in values.items() if value is not None}
 
@@ -238,14 +237,14 @@ def _read_original(raw: Mapping[str, Any]) -> tuple[Model, Data, Devices]:
     return model, data, Devices(lightning.read_gpus(trainer), trainer.get("num_nodes", 1))
 
 
-def _read_optimizer(values: Mapping[str, Any]) -> Optimizer:
+def _read_optimizer(values: JsonMapping) -> Optimizer:
     """Its own keywords are those of the optimizer that is chosen."""
     own = schema.fields_of(Optimizer)
     own.remove("options")
     optimizer = validate(
         Optimizer, {k: v for k, v in values.items() if k in own}, "lightning.optimizer"
     )
-    options: dict[str, Any] = validate(
+    options: JsonObject = validate(
         OPTIONS[optimizer.name],
         {k: v for k, v in values.items() if k not in own},
         "lightning.optimizer",

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ldm.imaging import pixels, reading
 from ldm.runtime.files import replace_when_written
+from ldm.runtime.types import JsonMapping
 from ldm.train.distributed.parallel import Ranks
 
 if TYPE_CHECKING:
@@ -67,8 +68,8 @@ class Loggers:
         names: Sequence[str],
         *,
         start: int = 0,
-        wandb: Mapping[str, Any] | None = None,
-        config: Mapping[str, Any] | None = None,
+        wandb: JsonMapping | None = None,
+        config: JsonMapping | None = None,
     ) -> None:
         self.loggers: list[Logger] = []
         for name in dict.fromkeys(names):
@@ -155,7 +156,7 @@ class TensorBoardLogger:
 class WandbLogger:
     """A run on Weights & Biases; `mode: offline` keeps it in the folder."""
 
-    def __init__(self, folder: Path, options: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, options: JsonMapping, config: JsonMapping) -> None:
         try:
             import wandb
         except ImportError as error:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from ldm.runtime.errors import unknown_name
+from ldm.runtime.types import JsonObject
 from ldm.train.optim.adamw import AdamW
 
 __all__ = ["OPTIMIZERS", "Muon", "make_optimizer"]
@@ -21,8 +22,8 @@ __all__ = ["OPTIMIZERS", "Muon", "make_optimizer"]
 QUINTIC = (3.4445, -4.7750, 2.0315)  # a Newton-Schulz iteration: singular values go to about 1
 ROUNDS = 5
 MIN_SIDE = 16  # narrower matrices are updated by AdamW
-Options = dict[str, Any]
-Group = dict[str, Any]  # of parameters, with their options
+Options = JsonObject
+Group = JsonObject  # of parameters, with their options
 Moments = dict[str, Tensor]
 
 

@@ -10,12 +10,12 @@ All their values are multiples of the learning rate.
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 from ldm.runtime.errors import unknown_name
+from ldm.runtime.types import JsonMapping
 
 __all__ = ["WHERE", "LearningRate", "lr_multiplier"]
 
@@ -47,7 +47,7 @@ class LearningRate:
     lr: float
     warm_up: float = 0
     decay: str = "constant"
-    schedule: Mapping[str, Any] | None = None
+    schedule: JsonMapping | None = None
 
     def __post_init__(self) -> None:
         if self.decay not in DECAYS:
@@ -66,7 +66,7 @@ class LearningRate:
         return self.lr * min(1.0, (step + 1) / max(1, self.warm_up)) * factors[self.decay]
 
 
-def lr_multiplier(spec: Mapping[str, Any]) -> Callable[[int], float]:
+def lr_multiplier(spec: JsonMapping) -> Callable[[int], float]:
     """Builds the schedule of a `scheduler_config`: step -> multiple of the learning rate.
 
     Args:

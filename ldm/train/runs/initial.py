@@ -1,7 +1,6 @@
 """Initial weights of a run: files for the model, or for parts of it, that its config names."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +11,12 @@ from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.legacy import rename_weights, schedule_tables
 from ldm.model import LatentDiffusion
 from ldm.runtime.files import find_file
+from ldm.runtime.types import JsonMapping
 
 __all__ = ["load_initial_weights", "measure_scale", "resize_weight"]
 
 
-def load_initial_weights(model: nn.Module, params: Mapping[str, Any]) -> bool:
+def load_initial_weights(model: nn.Module, params: JsonMapping) -> bool:
     """Loads `ckpt_path` of the model and of its first stage, where the config names one.
 
     The EMA starts from these weights, as with the original's `reset_ema`. With `scale_by_std` the
@@ -70,7 +70,7 @@ def measure_scale(model: LatentDiffusion, images: Tensor, generator: torch.Gener
 
 
 def _load(
-    module: nn.Module, params: Mapping[str, Any], prefix: str, widened: Sequence[str] = ()
+    module: nn.Module, params: JsonMapping, prefix: str, widened: Sequence[str] = ()
 ) -> dict[str, Tensor]:
     """Loads the file `ckpt_path`, or the part `prefix` of it if it holds a whole model.
 

@@ -12,12 +12,12 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
 
+from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.request import TrainRequest
 
 __all__ = [
@@ -83,7 +83,7 @@ def list_states(checkpoints: Path) -> list[Path]:
     return sorted(path.parent for path in checkpoints.glob("state-*/run.json"))
 
 
-def read_config(request: TrainRequest, existing: ExistingRun | None) -> dict[str, Any]:
+def read_config(request: TrainRequest, existing: ExistingRun | None) -> JsonObject:
     """Reads the config: that of an existing run, the files over it, and overrides over all.
 
     Raises:
@@ -112,7 +112,7 @@ def prepare_folder(
     return folder
 
 
-def save_config(folder: Path, raw: Mapping[str, Any]) -> None:
+def save_config(folder: Path, raw: JsonMapping) -> None:
     """Writes the config into a run folder, unless the newest one there is the same."""
     from ldm.loading.config import format_yaml
 
@@ -184,16 +184,16 @@ def _run_folder(path: Path) -> Path:
     return (checkpoints.parent if checkpoints else path).resolve()
 
 
-def _read_launch(folder: Path) -> dict[str, Any]:
+def _read_launch(folder: Path) -> JsonObject:
     """What `prepare_folder` has saved, {} if nothing."""
     try:
-        launch: dict[str, Any] = json.loads((folder / LAUNCH).read_text("utf-8"))
+        launch: JsonObject = json.loads((folder / LAUNCH).read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return launch
 
 
-def _state_since(folder: Path, launch: Mapping[str, Any]) -> Path | None:
+def _state_since(folder: Path, launch: JsonMapping) -> Path | None:
     """The newest state since a launch, else the one that it resumed, else the newest of all."""
     states = {path.name: path for path in list_states(folder / "checkpoints")}
     since = [path for name, path in states.items() if name not in launch["states"]]

@@ -10,7 +10,6 @@ Hu et al. 2021 (arXiv:2106.09685); Gal et al. 2022 (arXiv:2208.01618).
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from ldm.loading.addons.embeddings import write_embeddings
 from ldm.loading.addons.lora import kohya_name, lora_targets, write_lora
 from ldm.model import LatentDiffusion
 from ldm.nets.lora import LoRA, LoRALayer
+from ldm.runtime.types import JsonMapping
 from ldm.train.tasks.diffusion import Diffusion
 from ldm.train.tasks.task import Batch, Losses, Task
 
@@ -48,9 +48,7 @@ class Adaptation(Task):
         ValueError: the model has no such layers, no text encoder, or not the words of `init`.
     """
 
-    def __init__(
-        self, task: Diffusion, lora: Mapping[str, Any], textual_inversion: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, task: Diffusion, lora: JsonMapping, textual_inversion: JsonMapping) -> None:
         self.task = task
         self.model: LatentDiffusion = task.model
         self.model.requires_grad_(False).eval()

@@ -1,13 +1,14 @@
 """Training of a latent diffusion model: image -> latent -> noisy latent -> error -> loss."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ldm.data.source import to_device
 from ldm.model import LatentDiffusion
+from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.tasks.criterion import Criterion, LossType
 from ldm.train.tasks.task import Batch, Losses, Task
 
@@ -152,7 +153,7 @@ class Diffusion(Task):
         return noise.to(z), input_noise.to(z)
 
 
-def diffusion_options(params: Mapping[str, Any], objective: Mapping[str, Any]) -> dict[str, Any]:
+def diffusion_options(params: JsonMapping, objective: JsonMapping) -> JsonObject:
     """Collects the keywords of `Diffusion` from a config.
 
     Args:
