@@ -41,7 +41,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if x.dtype == torch.bfloat16 and is_caching(weight):
             weight = cached(weight, "packed", products.pack)
         y = product(x.reshape(rows, -1), weight, bias)
-    elif products.onednn_is_faster():
+    elif products.onednn_is_faster(rows):
         y = gradients.Linear.apply(x.reshape(rows, -1), weight, bias)
     else:
         return F.linear(x, weight, bias)

@@ -1,6 +1,7 @@
 """Matrix products by the fastest exact kernel that torch has on this processor."""
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from ldm.runtime.device import is_intel
 # Kernels rearrange the right operand. With at most so many rows of x, a multiple of ROWS, it is
 # faster to have x there than the weight: by 20 to 50 % in bfloat16, 10 to 30 % in float32.
 FEW_ROWS, ROWS = {torch.float32: 64, torch.bfloat16: 128}, 16
-PACKED_ROWS = 512  # that a pack is made for; it serves any number
+MANY_ROWS = 512
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -23,7 +24,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (…, N).
     """
-    if weight.is_mkldnn or (x.dtype == torch.float32 and onednn_is_faster()):
+    if weight.is_mkldnn or (x.dtype == torch.float32 and onednn_is_faster(x.shape[:-1].numel())):
         return _onednn(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -32,7 +33,7 @@ def product_in_any_layout(x: Tensor, weight: Tensor, bias: Tensor | None = None)
     """`product` of a matrix x (M, K), returning (M, N) of any strides."""
     if weight.is_mkldnn or not has_few_rows(len(x), x.dtype):
         return product(x, weight, bias)
-    y = (weight @ x.t()).t()
+    y = product(weight, x).t()
     return y if bias is None else y + bias
 
 
@@ -46,21 +47,24 @@ def pack(weight: Tensor) -> Tensor:
     # In bfloat16 it is by 10 to 40 %; in float32 by 1 to 3 %, for twice the memory.
     if weight.dtype != torch.bfloat16 or not _onednn_works():
         return weight
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+    # Made for so many rows, it serves any number.
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, MANY_ROWS)
     return packed
 
 
-@functools.cache
-def onednn_is_faster() -> bool:
-    """Whether oneDNN multiplies float32 faster than MKL, which `F.linear` takes.
+def onednn_is_faster(rows: int) -> bool:
+    """Whether oneDNN multiplies this many float32 rows faster than MKL, which `F.linear` takes."""
+    return rows <= _rows_for_onednn()
 
-    MKL uses AVX-512 on Intel's processors only, and has half of oneDNN's rate on others; where
-    there is AVX2 alone it is as fast or faster. Decided by the processor rather than by a
-    measurement, so that every run on a machine has the same digits.
-    """
-    return (
-        torch.backends.cpu.get_cpu_capability() == "AVX512" and not is_intel() and _onednn_works()
-    )
+
+@functools.cache
+def _rows_for_onednn() -> float:
+    # MKL uses AVX-512 on Intel's processors only, and has half of oneDNN's rate on others; on
+    # Intel's own oneDNN leads by 5 % where rows are few; with AVX2 alone MKL is as fast or faster.
+    # Decided by the processor, not by a measurement, so that every run has the same digits.
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not _onednn_works():
+        return 0
+    return MANY_ROWS if is_intel() else math.inf
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -75,7 +79,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _onednn_works() -> bool:
     weight = torch.ones(16, 16)
     try:
-        _onednn(weight, torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS), None)
+        _onednn(weight, torch.ops.mkldnn._reorder_linear_weight(weight, MANY_ROWS), None)
     except (AttributeError, RuntimeError, TypeError):
         return False
     return True

@@ -3,8 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 from torch import Tensor
 
@@ -13,13 +12,12 @@ from ldm.runtime.device import free_memory
 Form = TypeVar("Form", Tensor, list[Tensor])
 
 
-@dataclass
-class _Entry:
+class _Entry(NamedTuple):
     """The forms of one weight by name; holding the weight keeps its id from being used again."""
 
     weight: Tensor
     state: tuple[int, int]
-    forms: dict[str, Tensor | list[Tensor]] = field(default_factory=dict)
+    forms: dict[str, Tensor | list[Tensor]]
 
 
 _cache: ContextVar[dict[int, _Entry] | None] = ContextVar("cache", default=None)
@@ -65,7 +63,7 @@ def cached(weight: Tensor, name: str, transform: Callable[[Tensor], Form]) -> Fo
     state = weight.data_ptr(), weight._version
     entry = cache.get(id(weight))
     if entry is None or entry.state != state:
-        entry = cache[id(weight)] = _Entry(weight, state)
+        entry = cache[id(weight)] = _Entry(weight, state, {})
     if name not in entry.forms:
         entry.forms[name] = transform(weight)
     return cast(Form, entry.forms[name])
