@@ -23,6 +23,7 @@ from ldm.generate.provenance import (
     compare_images,
     compare_infos,
     describe_run,
+    files_of_model,
     read_request,
 )
 from ldm.generate.request import ModelChoice, Request, Sampling
@@ -134,7 +135,13 @@ class Backend:
         model = self._load(request, prepared, progress)
         progress.begin_sampling(model)
         generate_batches(
-            request, prepared, batches, model, callback=progress.on_step, report=progress.add_image
+            request,
+            prepared,
+            batches,
+            model,
+            callback=progress.on_step,
+            report=progress.add_image,
+            without_folders=True,
         )
         return f"finished in {time.monotonic() - start:.1f} s"
 
@@ -228,7 +235,7 @@ class Backend:
             files = [file for file, _ in request.model.lora]
             raise ValueError(_without_folders(str(error), files)) from error
         for key in FILE_KEYS:
-            for file in model.provenance.get(key, ()):  # goes into images, which users see
+            for file in files_of_model(model.provenance, key):  # goes into images, which users see
                 file["path"] = Path(file["path"]).name
         height, width = prepared.output_size(model)
         self.limits.check_output(width, height, request.task.name == "upscale")
@@ -246,10 +253,14 @@ class Backend:
         values = {key: value for key, value in recorded.values().items() if key in allowed}
         for key, files in info.get("inputs", {}).items():
             paths = [str(self.uploads.find(file["sha256"])) for file in files]
-            is_list = key in inputs and inputs[key][0].is_list
-            values[key] = paths if is_list else next(iter(paths), None)
+            option, _ = inputs.get(key, (None, None))
+            if paths and not (option and option.is_file and option.label):
+                raise ArgumentError(f"it was made with a file as `{key}`: use `ldm replay`")
+            if paths and option:
+                values[key] = paths if option.is_list else paths[0]
         values |= {"prompt": info["prompt"], "negative_prompt": info["negative_prompt"]}
-        values |= {"n_samples": info["rows"], "n_iter": 1 + len(info.get("earlier", ()))}
+        earlier = info.get("earlier", ())
+        values |= {"n_samples": max([info["rows"], *earlier]), "n_iter": 1 + len(earlier)}
         values["scale"] = info["scale"]
         request = recorded.task.request(values)
         names = {file: name for name, (file, _) in self.loras.items()}

@@ -186,6 +186,8 @@ def describe_file(path: str | None) -> str:
         return "" if path is None else describe_info(read_info(path))
     except OSError:
         return "Not an image"
+    except (TypeError, ValueError, KeyError, AttributeError):
+        return "Damaged generation parameters"
 
 
 def _image_field(option: Option) -> Field:

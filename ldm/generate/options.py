@@ -81,14 +81,18 @@ def encode_option(option: Option, value: Value) -> list[str]:
     return [_to_word(option, item) for item in (value if option.is_list else [value])]
 
 
-def decode_option(name: str, option: Option, value: object) -> Value:
+def decode_option(name: str, option: Option, default: Value, value: object) -> Value:
     """The value of an option from a form or a JSON text, checked as on the command line.
 
     Raises:
         ArgumentError: the option does not allow the value.
     """
+    if value is None and option.is_list:
+        return ()
+    if value is None and default is not None:
+        raise ArgumentError(f"{name}: a value is missing", name)
     if value is None:
-        return () if option.is_list else None
+        return None
     if option.is_switch:
         if not isinstance(value, bool):
             raise ArgumentError(f"{name}: `{value}` is neither true nor false", name)

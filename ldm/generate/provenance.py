@@ -7,11 +7,11 @@ hashes of all files, and the row of the batch that an image was made in (kernels
 for other shapes). Keys are those of `imaging.metadata`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.generate.options import options_of
+from ldm.generate.options import Value, options_of
 from ldm.generate.plan import Batch, Job
 from ldm.generate.request import Request
 from ldm.generate.tasks import TASKS, Task
@@ -33,13 +33,22 @@ ENVIRONMENT = (
     "checkpoint_hash", "ema", "config_hash", "overrides", "device", "dtype", "attention",
     "threads", "torch", "ldm",
 )  # fmt: skip
-FILE_KEYS = {"loras": "lora", "embeddings": "embedding"}  # key of the info -> option
+FILE_KEYS = {"loras": "lora", "embeddings": "embedding", "vae": "vae"}  # key of the info -> option
 # Key of an info without a request (version 0.1) -> option, where they differ.
 FORMER_KEYS = {"grid": "scheduler", "tile": "vae_tile"}
 
 
-def describe_run(request: Request, model: "LatentDiffusion", size: tuple[int, int]) -> Info:
-    """The info that all images of a run share."""
+def describe_run(
+    request: Request,
+    model: "LatentDiffusion",
+    size: tuple[int, int],
+    without_folders: bool = False,
+) -> Info:
+    """The info that all images of a run share.
+
+    Args:
+        without_folders: see `Request.to_json`.
+    """
     import torch
 
     from ldm.loading.files.checkpoint import file_hash
@@ -83,7 +92,7 @@ def describe_run(request: Request, model: "LatentDiffusion", size: tuple[int, in
         "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
         "torch": torch.__version__,
         "ldm": __version__,
-        "request": request.to_json(),
+        "request": request.to_json(without_folders),
     }
 
 
@@ -152,8 +161,10 @@ def read_request(info: JsonMapping, where: str) -> Request:
     if task is None or missing:
         what = f"`{missing[0]}` is missing" if missing else f"unknown task `{info.get('task')}`"
         raise ArgumentError(f"{where}: {what}: it was not written by this program")
-    values = dict(info["request"]) if "request" in info else _former_values(task, info)
-    options = task.options()
+    values = info.get("request") or _former_values(task, info)
+    if not isinstance(values, Mapping):
+        raise ArgumentError(f"{where}: the request in it is damaged")
+    values, options = {**values, **_input_paths(task, info)}, task.options()
     return task.request({name: value for name, value in values.items() if name in options})
 
 
@@ -179,21 +190,27 @@ def locate_model(info: JsonMapping, request: Request, changes: JsonMapping) -> R
     for key, name in FILE_KEYS.items():
         if name in changes:
             continue
-        files = info.get(key, ())
+        files = files_of_model(info, key)
         for file in files:
             _check_unchanged(file, file_hash, "hash", name)
-        values[name] = [
-            (file["path"], file["weight"]) if "weight" in file else file["path"] for file in files
-        ]
+        paths = [(file["path"], file["weight"]) if "weight" in file else file["path"]
+                 for file in files]  # fmt: skip
+        values[name] = _as_option(request.task, name, paths)
     if not {"ckpt", "config"} & changes.keys():
         values["ckpt"] = _find_checkpoint(info, request)
     return request.with_values({**values, **changes})
 
 
+def files_of_model(info: JsonMapping, key: str) -> list[JsonObject]:
+    """The files under a key of FILE_KEYS, whether that holds one or several."""
+    files = info.get(key) or []
+    return [files] if isinstance(files, dict) else files
+
+
 def compare_infos(then: JsonMapping, now: JsonMapping) -> list[str]:
     """What may explain a difference, one line each: `torch: 2.10.0 then, 2.11.0 now`."""
     pairs = {key: (then[key], now[key]) for key in ENVIRONMENT}
-    pairs |= {key: (_contents(then.get(key, ())), _contents(now.get(key, ()))) for key in FILE_KEYS}
+    pairs |= {key: (_contents(then, key), _contents(now, key)) for key in FILE_KEYS}
     return [f"{key}: {old} then, {new} now" for key, (old, new) in pairs.items() if old != new]
 
 
@@ -221,10 +238,6 @@ def _former_values(task: Task, info: JsonMapping) -> JsonObject:
         for key, name in names.items()
         if key in info and key not in skipped and info[key] is not None
     }
-    for name, files in info.get("inputs", {}).items():
-        paths = [file["path"] for file in files]
-        is_list = name in task.options() and task.options()[name][0].is_list
-        values[name] = paths if is_list else next(iter(paths), None)
     values["height"], values["width"] = info.get("fit", info["size"])
     values["n_samples"] = info.get("n_samples", info["rows"])
     values["n_iter"] = 1 + len(info.get("earlier", ()))
@@ -233,15 +246,31 @@ def _former_values(task: Task, info: JsonMapping) -> JsonObject:
     return values
 
 
+def _input_paths(task: Task, info: JsonMapping) -> dict[str, Value]:
+    """Values of the options that name input files: absolute paths, wherever the run was."""
+    files = {name: info.get("inputs", {}).get(name) for name in options_of(task.inputs)}
+    return {
+        name: _as_option(task, name, [file["path"] for file in recorded])
+        for name, recorded in files.items()
+        if recorded
+    }
+
+
+def _as_option(task: Task, name: str, values: list[Value]) -> Value:
+    """The values of an option: a list, or the only one."""
+    return values if task.options()[name][0].is_list else next(iter(values), None)
+
+
 def _as_list(value: str | Sequence[str] | None) -> list[str]:
     if value is None:
         return []
     return [value] if isinstance(value, str) else list(value)
 
 
-def _contents(files: Sequence[JsonMapping]) -> list[str]:
-    """Hash and weight of each file, without its path."""
-    return [" ".join(str(file[key]) for key in ("hash", "weight") if key in file) for file in files]
+def _contents(info: JsonMapping, key: str) -> list[str]:
+    """Hash and weight of each file of a key, without its path."""
+    files = files_of_model(info, key)
+    return [" ".join(str(file[k]) for k in ("hash", "weight") if k in file) for file in files]
 
 
 def _check_unchanged(

@@ -9,6 +9,7 @@ own (`ldm.generate.tasks`).
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 from ldm.diffusion.names import SAMPLERS, SCHEDULERS
@@ -261,16 +262,32 @@ class Request:
             if name not in options:
                 kind = f"option of {self.task.name}"
                 raise unknown_name(kind, name, options, argument=name)
-        decoded = {name: decode_option(name, options[name][0], v) for name, v in values.items()}
+        decoded = {name: decode_option(name, *options[name], v) for name, v in values.items()}
         return Request(self.task, *(_replace_fields(group, decoded) for group in self._groups()))
 
-    def to_json(self) -> dict[str, Value]:
-        """`values` with tuples as lists, as JSON has them."""
-        values: dict[str, Value] = json.loads(json.dumps(self.values()))
-        return values
+    def to_json(self, without_folders: bool = False) -> dict[str, Value]:
+        """`values` with tuples as lists, as JSON has them.
+
+        Args:
+            without_folders: reduce paths to file names; but a replay must find the config.
+        """
+        values = self.values()
+        if without_folders:
+            options = self.task.options()
+            paths = {name for name in values if options[name][0].is_path} - {"config"}
+            values |= {name: _file_names(values[name]) for name in paths}
+        json_values: dict[str, Value] = json.loads(json.dumps(values))
+        return json_values
 
     def _groups(self) -> tuple[Inputs | Prompts | ModelChoice | Sampling | Output, ...]:
         return self.inputs, self.prompts, self.model, self.sampling, self.output
+
+
+def _file_names(value: Value) -> Value:
+    """Paths reduced to file names; other values of a tuple stay."""
+    if isinstance(value, tuple):
+        return tuple(map(_file_names, value))
+    return Path(value).name if isinstance(value, str) else value
 
 
 def _replace_fields(group: Value, values: Mapping[str, Value]) -> Value:

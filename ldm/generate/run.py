@@ -62,12 +62,14 @@ def generate_batches(
     *,
     callback: Callback | None = None,
     report: Report | None = None,
+    without_folders: bool = False,
 ) -> None:
     """Make each batch and save its images; if one fails, finished images still get their grid.
 
     Args:
         callback: called after each step with (step, steps, x, denoised).
         report: called with the info of each image and its path; None = print them.
+        without_folders: leave folders out of the request that images record.
     """
     from tqdm import tqdm
 
@@ -78,7 +80,7 @@ def generate_batches(
     folder = OutputFolder(output.outdir, request.inputs.output_name)
     makes_grid = not output.skip_grid and request.inputs.output_name is None
     grid_images: list[tuple[Image.Image, Info]] = []
-    run_info = describe_run(request, model, size)
+    run_info = describe_run(request, model, size, without_folders)
     protected = prepared.protected_pixels()
     if run_info["watermark"] is None and not output.no_watermark:
         log.warning("images of %dx%d are too small for a watermark: saved without", *size)

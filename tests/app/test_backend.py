@@ -186,14 +186,17 @@ LIES = [
     ({"loras": [{"path": "/etc/passwd", "weight": 1, "hash": ""}]}, "`passwd`, which is not here"),
     ({"embeddings": [{"path": "/etc/passwd", "hash": ""}]}, "`passwd`, which is not here"),
     ({"request": {"steps": 10**9}}, "steps must be"),
+    ({"request": {"steps": None}}, "steps: a value is missing"),
+    ({"request": 5}, "the request in it is damaged"),
     ({"rows": 10**9}, "n_samples must be"),
+    ({"earlier": [10**9]}, "n_samples must be"),
     ({"request": {"height": 8192}}, "height must be 8 to 256, got 8192"),
 ]
 
 
 def merge(info, lie):
-    own = {key: info[key] | lie[key] for key in ("request",) if key in lie}
-    return info | lie | own
+    own = lie.get("request")
+    return info | lie | ({"request": info["request"] | own} if isinstance(own, dict) else {})
 
 
 @pytest.mark.parametrize(("lie", "message"), LIES)
@@ -206,6 +209,19 @@ def test_a_picture_that_lies_about_its_making_reads_no_file_and_takes_no_time(
     job = replayed(backend, tmp_path / "lie.png")
     assert job.has_failed
     assert message in job.message
+
+
+def test_a_picture_does_not_name_where_an_upload_is_written_or_loaded(backend, answers, tmp_path):
+    path = run(backend, "depth2img", answers("depth2img")).images[0]["path"]
+    info = read_info(path)
+    upload = backend.uploads.find(info["inputs"]["init_img"][0]["sha256"])
+    content = upload.read_bytes()
+    for option in ("save_depth", "midas"):
+        lie = info | {"inputs": info["inputs"] | {option: info["inputs"]["init_img"]}}
+        with Image.open(path) as picture:
+            write_png(tmp_path / "lie.png", picture, lie)
+        assert f"with a file as `{option}`" in replayed(backend, tmp_path / "lie.png").message
+    assert upload.read_bytes() == content
 
 
 def test_a_config_that_a_picture_names_is_not_read(backend, answers, tmp_path):
@@ -242,6 +258,9 @@ def test_chosen_loras_change_the_picture_and_are_found_again_by_content(
     assert [(lora["path"], lora["weight"]) for lora in with_one["loras"]] == [
         ("1.safetensors", 0.8)
     ]
+    recorded = with_one["request"]
+    assert recorded["lora"] == [["1.safetensors", 0.8]]
+    assert (recorded["ckpt"], recorded["outdir"]) == ("base_v.ckpt", "out")
     assert (pixels(with_one["path"]) != pixels(plain["path"])).any()
     assert backend._models.count == 2
     words = ["--ckpt", files["base_v"][1], "--lora", f"{given[0][0]}:0.8"]

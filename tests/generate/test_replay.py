@@ -63,6 +63,16 @@ def test_a_different_model_is_named_as_the_reason(shots, again, models, tmp_path
         assert picture.size == (64, 64)
 
 
+def test_input_files_are_found_from_any_folder(tiny, photo, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(photo.parent)
+    flags = ["--init-img", photo.name, "--n_samples", "1", "--steps", "2", "--skip_grid"]
+    assert main(["img2img", *tiny.flags, *flags, "--outdir", str(tmp_path / "out")]) == 0
+    path = capsys.readouterr().out.strip()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["replay", path]) == 0
+
+
 def test_an_edited_picture_is_told_from_a_changed_program(shots, again, tmp_path):
     path = shots("--n_samples", "1", "--skip_grid")[0]
     text = PngImagePlugin.PngInfo()
