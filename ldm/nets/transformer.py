@@ -59,9 +59,11 @@ class FeedForward(Layer):
     ) -> None:
         super().__init__()
         inner = dim * mult
-        first: nn.Module = nn.Sequential(Linear(dim, inner), nn.GELU())
+        first: nn.Module  # one alone is built: each draws its initial weights
         if glu:
             first = GEGLU(dim_in=dim, dim_out=inner)
+        else:
+            first = nn.Sequential(Linear(dim, inner), nn.GELU())
         self.net = nn.Sequential(first, nn.Dropout(dropout), Linear(inner, dim_out or dim))
 
     def forward(self, x: Tensor) -> Tensor:
