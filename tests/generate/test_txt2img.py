@@ -244,7 +244,6 @@ def test_out_of_memory_names_three_flags(run, monkeypatch):
         (["--from-file", "missing.txt"], "missing.txt: No such file or directory"),
         (["--device", "toaster"], "device `toaster` is not available here, choose one of"),
         (["model.params.typo=1"], "typo"),
-        (["--sampler", "heun", "--eta", "1"], "eta is DDIM's"),
     ],
 )
 def test_errors_are_one_line(run, flags, message):

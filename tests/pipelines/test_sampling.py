@@ -166,7 +166,7 @@ def test_legacy_inversion_is_the_recorded_one(kind):
     from diffusion.test_samplers import close, denoiser_of
 
     file = gold(f"ddim_{kind}")
-    denoiser, shared = denoiser_of(file), file.under("shared/")
+    denoiser, shared = denoiser_of(f"ddim_{kind}"), file.under("shared/")
     model = LatentDiffusion(
         unet=denoiser.network,
         autoencoder=torch.nn.Identity(),
