@@ -106,15 +106,20 @@ class Quirks:
         return denoise
 
 
-def noise_source(seeds: int | Sequence[int] | None, n: int, legacy: Iterable[str] = ()) -> Noise:
+def noise_source(
+    seeds: int | Sequence[int] | Noise | None, n: int, legacy: Iterable[str] = ()
+) -> Noise:
     """Make `noise(like)` for n rows; each call draws the next numbers.
 
     Args:
-        seeds: one for each row, or the first of consecutive ones; None = from torch's generator.
+        seeds: one for each row, or the first of consecutive ones; None = from torch's generator;
+            or a noise source, which is used as it is.
         legacy: with "noise", all rows are drawn at once from the device's global generator.
     Raises:
         ArgumentError: the number of seeds is not n.
     """
+    if callable(seeds):
+        return seeds
     if "noise" in legacy:
         return global_noise
     if seeds is None:

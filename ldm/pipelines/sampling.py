@@ -38,7 +38,7 @@ class SamplingOptions(TypedDict, total=False):
     eta: float
     rescale: float
     guidance_interval: tuple[float, float] | None
-    seeds: int | Sequence[int] | None
+    seeds: int | Sequence[int] | Noise | None
     x_T: Tensor | None
     callback: Callback | None
     unet_tile: int | None
@@ -63,7 +63,7 @@ def sample(
     scale: Scale = 9.0,
     rescale: float = 0.0,
     guidance_interval: tuple[float, float] | None = None,
-    seeds: int | Sequence[int] | None = None,
+    seeds: int | Sequence[int] | Noise | None = None,
     noise: Noise | None = None,
     callback: Callback | None = None,
     constrain: Constrain | None = None,

@@ -10,7 +10,7 @@ import ldm
 from goldfile import Gold, gold
 from ldm.conditioning import Cond
 from ldm.model import LatentDiffusion
-from ldm.pipelines import LEGACY, NonFinite, Stop, invert, sample, txt2img
+from ldm.pipelines import LEGACY, NonFinite, Stop, invert, sample, seeded_noise, txt2img
 from pipelines.goldmodels import model_of
 
 ALL_LEGACY = frozenset(LEGACY)
@@ -187,3 +187,9 @@ def test_inversion_leads_back_to_the_latent(model):
     noise = invert(model, z, cond, steps=200)
     back = sample(model, cond, x_T=noise, steps=200, scale=1.0)
     assert (back - z).square().mean() < 0.01 * z.square().mean()
+
+
+def test_seeds_may_be_a_noise_source(model):
+    assert torch.equal(
+        run(model, ["a"], seeds=seeded_noise([7]), eta=1.0), run(model, ["a"], seeds=7, eta=1.0)
+    )
