@@ -238,7 +238,7 @@ class Backend:
             for file in files_of_model(model.provenance, key):  # goes into images, which users see
                 file["path"] = Path(file["path"]).name
         height, width = prepared.output_size(model)
-        self.limits.check_output(width, height, request.task.name == "upscale")
+        self.limits.check_output(width, height, request.task.enlarges)
         return model
 
     def _recorded_request(self, info: dict[str, Any], name: str) -> Request:

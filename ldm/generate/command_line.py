@@ -148,8 +148,10 @@ def _argparse_type(option: Option) -> Callable[[str], Value]:
 
 
 class _Store(Action):
-    """Store a value, or the constant of a shortcut; the last of a flag counts, and two
-    flags must not name different samplers."""
+    """Store a value, or the constant of a shortcut.
+
+    Of one flag the last value counts; two flags must not name different samplers.
+    """
 
     def __call__(
         self, parser: ArgumentParser, namespace: Namespace, values: Any, flag: str | None = None

@@ -78,15 +78,18 @@ def _bytes(path: str) -> int:
 
 
 def _warn_about_ignored_options(request: Request, model: "LatentDiffusion") -> None:
-    choice = request.model
+    choice, sampling = request.model, request.sampling
+    if request.eta != sampling.eta:
+        log.warning("sampler `dpm` is deterministic: eta %g is ignored", sampling.eta)
     if choice.channels not in (None, model.channels):
         log.warning("`C` %d is ignored: the model has %d", choice.channels, model.channels)
     if choice.factor not in (None, model.downscale):
         log.warning("`f` %d is ignored: the model has %d", choice.factor, model.downscale)
+    values = request.values()
     for name in ("torchscript", "ipex", "laion400m"):
-        if getattr(choice, name):
+        if values[name]:
             log.warning("`%s` has no effect", name)
     native = model.image_size * model.downscale
     is_text_v = request.task.families == ("text",) and model.parameterization == "v"
-    if native == 512 and is_text_v and request.sampling.size == (None, None):
+    if native == 512 and is_text_v and sampling.size == (None, None):
         log.info("Stable Diffusion 2 v models were trained at 768 x 768: that size may be better")

@@ -62,7 +62,7 @@ def describe_run(
         "sampler": sampling.sampler,
         "scheduler": sampling.scheduler,
         "steps": sampling.steps,
-        "eta": sampling.eta,
+        "eta": request.eta,
         "scale": request.scale,
         "size": list(size),
         **{name: values[name] for name in own if name not in files},

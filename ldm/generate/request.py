@@ -220,14 +220,19 @@ class Request:
     output: Output = Output()
 
     def __post_init__(self) -> None:
-        sampler, eta = self.sampling.sampler, self.sampling.eta
-        if eta and sampler != "dpm" and not SAMPLERS[sampler].takes_eta:  # dpm: see `run_request`
+        sampler, eta = self.sampling.sampler, self.eta
+        if eta and not SAMPLERS[sampler].takes_eta:
             raise ArgumentError(
                 f"eta is DDIM's: sampler `{sampler}` takes none, got {eta:g}", "eta"
             )
         for name, side in zip(("height", "width"), self.sampling.size, strict=True):
             if side is not None and (side < 8 or side % 8):
                 raise ArgumentError(f"{name} {side} is not a positive multiple of 8", name)
+
+    @property
+    def eta(self) -> float:
+        """DDIM's eta; 0 for `dpm`, with which the original ignored it."""
+        return 0.0 if self.sampling.sampler == "dpm" else self.sampling.eta
 
     @property
     def scale(self) -> float:

@@ -40,10 +40,6 @@ def run_request(request: Request) -> None:
         ValueError, OSError: about an argument or a file, before the model is loaded where it can.
         NonFinite: an image is NaN even in float32.
     """
-    sampling = request.sampling
-    if sampling.sampler == "dpm" and sampling.eta:  # as the original
-        log.warning("sampler `dpm` is deterministic: eta %g is ignored", sampling.eta)
-        request = replace(request, sampling=replace(sampling, eta=0.0))
     batches = plan_batches(request)
     model: LatentDiffusion | None = None
     for inputs in request.inputs.each():
@@ -156,7 +152,7 @@ def _generate(
             "steps": sampling.steps,
             "sampler": sampling.sampler,
             "scheduler": sampling.scheduler,
-            "eta": sampling.eta,
+            "eta": request.eta,
             "rescale": sampling.rescale,
             "guidance_interval": sampling.guidance_interval,
             "x_T": start_noise(request, model, size, batch),

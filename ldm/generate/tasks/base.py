@@ -70,6 +70,7 @@ class Task:
         demo_scale: default guidance scale of that model.
         full_model: flags for a published model, as an example.
         noise_from_numpy: the original drew the start noise with numpy.
+        enlarges: its images are larger than its input.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Task:
     demo_scale: float = 3.0
     full_model: str = "--ckpt v2-1_768-ema-pruned.safetensors --H 768 --W 768"
     noise_from_numpy: bool = False
+    enlarges: bool = False
 
     def groups(self) -> dict[str, type]:
         """The groups of options, by their fields in `Request`."""
@@ -185,7 +187,7 @@ def fit_image(request: Request, image: "Image.Image") -> "Image.Image":
     """Scale and crop an image to the requested size."""
     from ldm.imaging.pixels import resize_to_multiple, scale_and_crop
 
-    if "size" in request.sampling.legacy and request.task.name != "upscale":
+    if "size" in request.sampling.legacy and not request.task.enlarges:
         return resize_to_multiple(image, 64)
     return scale_and_crop(image, request.sampling.size)
 

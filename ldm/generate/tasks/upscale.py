@@ -62,4 +62,5 @@ Large images are made in overlapping tiles of --vae-tile pixels of the result.
     demo_scale=1.0,  # prompts hardly matter for details
     full_model="--ckpt x4-upscaler-ema.ckpt",
     noise_from_numpy=True,
+    enlarges=True,
 )
