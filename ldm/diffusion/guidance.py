@@ -65,12 +65,12 @@ def limit_to_interval(scale: Scale, low: float, high: float) -> Scale:
         high: Highest noise level with guidance.
     """
 
-    def limited(sigma: float) -> float:
+    def scale_at(sigma: float) -> float:
         if not low <= sigma <= high:
             return 1.0
         return scale(sigma) if callable(scale) else scale
 
-    return limited
+    return scale_at
 
 
 def _rescale(prediction: Tensor, pred_cond: Tensor, weight: float) -> Tensor:

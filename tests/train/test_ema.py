@@ -36,6 +36,6 @@ def test_applied_weights_are_taken_back() -> None:
     before = module.weight.detach().clone()
     ema = EMA(module)
     ema.shadow["weight"].zero_()
-    with ema.applied(module):
+    with ema.apply_to(module):
         assert module.weight.abs().max() == 0
     assert torch.equal(module.weight, before)

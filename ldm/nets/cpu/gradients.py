@@ -48,7 +48,7 @@ class Linear(_Layer):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Gradients:
         x, weight = ctx.saved_tensors
-        return _needed(
+        return _needed_gradients(
             ctx,
             lambda: _differentiable(gradient, weight.t()),
             lambda: _differentiable(gradient.t(), x.t()),
@@ -80,7 +80,7 @@ class Convolution(_Layer):
             patches = F.unfold(x, 3, padding=1, stride=stride)
             return (columns @ patches.transpose(0, 1).flatten(1).t()).view(shape)
 
-        return *_needed(ctx, to_input, to_weight, lambda: gradient.sum(0)), None
+        return *_needed_gradients(ctx, to_input, to_weight, lambda: gradient.sum(0)), None
 
 
 class DoubledConvolution(_Layer):
@@ -91,9 +91,9 @@ class DoubledConvolution(_Layer):
         batch, _, height, width = x.shape
         taps = product(_pixels(x), _by_tap(weight)).view(batch, height, width, 3, 3, -1)
         out = x.new_empty(batch, height, 2, width, 2, len(weight))
-        columns = [_doubled(taps[:, :, :, row].unbind(3), 2) for row in range(3)]
+        columns = [_double(taps[:, :, :, row].unbind(3), 2) for row in range(3)]
         for j, of_column in enumerate(zip(*columns, strict=True)):
-            for i, value in enumerate(_doubled(of_column, 1)):
+            for i, value in enumerate(_double(of_column, 1)):
                 out[:, :, i, :, j] = value
         return out if bias is None else out.add_(bias)
 
@@ -101,7 +101,9 @@ class DoubledConvolution(_Layer):
     def backward(ctx: Any, gradient: Tensor) -> Gradients:
         x, weight = ctx.saved_tensors
         (batch, inputs, height, width), shape = ctx.shapes
-        columns = [_undoubled(row, 3) for row in _undoubled(gradient.contiguous(), 2)]
+        columns = [
+            _transposed_double(row, 3) for row in _transposed_double(gradient.contiguous(), 2)
+        ]
         taps = torch.stack([tap for row in columns for tap in row], 3).flatten(3).flatten(0, 2)
 
         def to_input() -> Tensor:
@@ -112,10 +114,10 @@ class DoubledConvolution(_Layer):
             out = _differentiable(taps.t(), _pixels(x).t())  # (9 C_out, C_in)
             return out.view(3, 3, *shape[:2]).permute(2, 3, 0, 1).contiguous()
 
-        return _needed(ctx, to_input, to_weight, lambda: gradient.sum((0, 1, 2, 3, 4)))
+        return _needed_gradients(ctx, to_input, to_weight, lambda: gradient.sum((0, 1, 2, 3, 4)))
 
 
-def _needed(ctx: Any, *gradients: Callable[[], Tensor]) -> Gradients:
+def _needed_gradients(ctx: Any, *gradients: Callable[[], Tensor]) -> Gradients:
     """Computes the gradients that are needed."""
     needed = ctx.needs_input_grad
     return tuple(g() if needed[k] else None for k, g in enumerate(gradients))
@@ -129,19 +131,19 @@ def _by_tap(weight: Tensor) -> Tensor:
     return weight.permute(2, 3, 0, 1).flatten(0, 2)  # (9 C_out, C_in)
 
 
-def _doubled(taps: Sequence[Tensor], dim: int) -> tuple[Tensor, Tensor]:
+def _double(taps: Sequence[Tensor], dim: int) -> tuple[Tensor, Tensor]:
     """Even and odd outputs along a doubled axis, from products with the small map by tap."""
     before, middle, after = taps
-    return _shifted(before, dim, 1) + middle + after, before + middle + _shifted(after, dim, -1)
+    return _shift(before, dim, 1) + middle + after, before + middle + _shift(after, dim, -1)
 
 
-def _undoubled(pairs: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The transpose of `_doubled`, for pairs along `dim` of what lies along the axis before it."""
+def _transposed_double(pairs: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The transpose of `_double`, for pairs along `dim` of what lies along the axis before it."""
     even, odd = pairs.unbind(dim)
-    return _shifted(even, dim - 1, -1) + odd, even + odd, even + _shifted(odd, dim - 1, 1)
+    return _shift(even, dim - 1, -1) + odd, even + odd, even + _shift(odd, dim - 1, 1)
 
 
-def _shifted(x: Tensor, dim: int, by: int) -> Tensor:
+def _shift(x: Tensor, dim: int, by: int) -> Tensor:
     """x moved by one to higher (1) or lower (-1) places, with zeros where nothing comes from."""
     zeros = torch.zeros_like(x.narrow(dim, 0, 1))
     rest = x.narrow(dim, 0 if by == 1 else 1, x.shape[dim] - 1)

@@ -147,12 +147,12 @@ def _winograd_matrices(layer: nn.Conv2d, pixels: int, *, doubled: bool) -> list[
 def _merge_taps(weight: Tensor) -> Tensor:
     """Each output pixel after upsampling sees 2x2 pixels of x: kernels (4, C_out, C_in, 2, 2)."""
     g = weight.float()
-    rows = [torch.stack(two, 2) for two in _merged(g.unbind(2))]  # (C_out, C_in, 2, 3) each
-    kernels = [torch.stack(two, 3) for row in rows for two in _merged(row.unbind(3))]
+    rows = [torch.stack(two, 2) for two in _merge_pairs(g.unbind(2))]  # (C_out, C_in, 2, 3) each
+    kernels = [torch.stack(two, 3) for row in rows for two in _merge_pairs(row.unbind(3))]
     return torch.stack(kernels).to(weight.dtype)
 
 
-def _merged(taps: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _merge_pairs(taps: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Taps on (x[i-1], x[i]) of even outputs, and on (x[i], x[i+1]) of odd ones."""
     return (taps[0], taps[1] + taps[2]), (taps[0] + taps[1], taps[2])
 

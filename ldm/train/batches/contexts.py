@@ -38,7 +38,7 @@ class CachedContexts(Mapping[str, Tensor]):
 def cache_contexts(
     model: LatentDiffusion, captions: Iterable[str], cache: Path, *, batch: int = 64
 ) -> CachedContexts:
-    """Computes the contexts of captions and of the empty one, as far as the cache lacks them.
+    """Computes the contexts that the cache does not have: of captions and of the empty one.
 
     Args:
         cache: folder of the cache files.

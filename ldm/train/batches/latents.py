@@ -203,7 +203,7 @@ def cache_latents(
     batch: int = 32,
     precision: str = "16",
 ) -> LatentDataset:
-    """Computes the latents of a data set, as far as the cache lacks them.
+    """Computes the latents of a data set that the cache does not have.
 
     Args:
         cache: folder of the cache files.

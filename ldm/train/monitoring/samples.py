@@ -71,7 +71,7 @@ def _label_weights(run: Run) -> Iterator[tuple[str, AbstractContextManager[None]
     """Labels, and contexts in which the model has the weights that they name."""
     step, ema = run.state.step, run.state.ema
     if ema.decay:
-        yield f"averaged weights, step {step}", ema.applied(run.task.trainable)
+        yield f"averaged weights, step {step}", ema.apply_to(run.task.trainable)
     yield f"weights as they are, step {step}", nullcontext()
 
 

@@ -36,7 +36,7 @@ def validate(run: Run, *, with_ema: bool = True) -> dict[str, float]:
     losses = {f"val/{name}": value for name, value in _mean_losses(run, run.held_out).items()}
     ema = run.state.ema
     if with_ema and ema.decay:
-        with ema.applied(run.task.trainable):
+        with ema.apply_to(run.task.trainable):
             means = _mean_losses(run, run.held_out)
         losses |= {f"val/{name}_ema": value for name, value in means.items()}
     if run.ranks.is_first:

@@ -39,7 +39,7 @@ class EMA:
         torch._foreach_lerp_(shadow, weights, 1 - decay)  # no public torch function takes a list
 
     @contextmanager
-    def applied(self, module: nn.Module) -> Iterator[None]:
+    def apply_to(self, module: nn.Module) -> Iterator[None]:
         """Inside the context `module` has the averaged weights, afterwards its own again."""
         reshard(module)
         parameters = dict(module.named_parameters())

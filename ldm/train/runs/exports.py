@@ -117,7 +117,7 @@ def _find_best(folder: Path, title: str) -> list[tuple[float, Path]]:
 
 
 def _applied_ema(run: Run, enabled: bool) -> AbstractContextManager[None]:
-    return run.state.ema.applied(run.task.trainable) if enabled else nullcontext()
+    return run.state.ema.apply_to(run.task.trainable) if enabled else nullcontext()
 
 
 def _export_adaptation(run: Run, task: Adaptation, path: Path) -> list[Path]:
