@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.runtime.errors import ArgumentError
+from ldm.runtime.files import read_text
 
 __all__ = ["PromptLine", "read_prompt_file"]
 
@@ -26,10 +27,11 @@ def read_prompt_file(path: str | Path) -> list[PromptLine]:
 
     Raises:
         ArgumentError: a mistake, with file and line.
+        FileFormatError: see `read_text`.
     """
     lines = [
         _parse_line(line, f"{path}:{number}")
-        for number, line in enumerate(Path(path).read_text("utf-8-sig").splitlines(), start=1)
+        for number, line in enumerate(read_text(path).splitlines(), start=1)
     ]
     if not lines:
         raise ArgumentError(f"{path} is empty", "from_file")

@@ -1,15 +1,17 @@
-"""Files: find those that ship, hash them, and write one whole or not at all."""
+"""Files: find those that ship, read text, hash, and write a file whole or not at all."""
 
+import codecs
 import hashlib
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-from ldm.runtime.errors import MissingFile
+from ldm.runtime.errors import FileFormatError, MissingFile
 
-__all__ = ["find_file", "replace_when_written", "sha256_of_file"]
+__all__ = ["find_file", "read_text", "replace_when_written", "sha256_of_file"]
 
 PACKAGE = Path(__file__).resolve().parents[1]
 BLOCK = 1 << 22  # bytes read at once
@@ -27,6 +29,28 @@ def find_file(path: str | Path) -> Path:
             return place
     tried = ", ".join(f"`{place}`" for place in dict.fromkeys(map(str, places)))
     raise MissingFile(f"no file `{path}` (tried {tried})")
+
+
+def read_text(path: str | Path) -> str:
+    """Read a text of the user's: UTF-8 with or without a byte order mark, or UTF-16 with one.
+
+    Raises:
+        FileFormatError: it is neither; the message has file and line.
+    """
+    content = Path(path).expanduser().read_bytes()
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    encoding = "utf-16" if is_utf16 else "utf-8-sig"
+    try:
+        text = content.decode(encoding)
+        wrong = text.find("\0")  # UTF-16 without a mark is valid UTF-8, but full of zeros
+    except UnicodeDecodeError as error:
+        text = error.object[: error.start].decode(encoding)
+        wrong = len(text)
+    if wrong < 0:
+        return io.StringIO(text, newline=None).read()
+    line = text.count("\n", 0, wrong) + 1
+    message = "neither UTF-8 nor UTF-16 with a byte order mark: save it as UTF-8"
+    raise FileFormatError(f"{path}:{line}: {message}")
 
 
 def sha256_of_file(*paths: str | Path) -> str:

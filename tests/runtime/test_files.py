@@ -1,0 +1,25 @@
+import pytest
+
+from ldm.runtime.errors import FileFormatError
+from ldm.runtime.files import read_text
+
+TEXT = "a fox\nein Füchslein, 狐狸\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_text_is_read_in_utf_8_and_utf_16(tmp_path, encoding, newline):
+    path = tmp_path / "prompts.txt"
+    path.write_text(TEXT, encoding, newline=newline)
+    assert read_text(path) == TEXT
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [("fox\nFüchslein".encode("cp1252"), 2), ("a fox".encode("utf-16-le"), 1)],
+)
+def test_another_encoding_is_named_with_its_line(tmp_path, content, line):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    with pytest.raises(FileFormatError, match=rf"prompts\.txt:{line}: neither UTF-8"):
+        read_text(path)
