@@ -66,8 +66,8 @@ CLASSES = {
     IDENTITY: (LOSSES + "contperceptual.DummyLoss", IDENTITY),
 }  # fmt: skip
 TARGETS = {original: ours for ours, originals in CLASSES.items() for original in originals}
-# Extra parameters of encoders in the text encoder's slot of published files.
-TEXT_SLOT_PARAMS = {CLIP_IMAGE: {"text_tower": False}}
+# Defaults of encoders in the text encoder's slot of published files, which differ from the class's.
+TEXT_SLOT_DEFAULTS = {CLIP_IMAGE: {"text_tower": False, "antialias": False}}
 
 # Known classes that this version does not build, and what they are.
 UNSUPPORTED = {
@@ -222,7 +222,7 @@ class _Translator:
         if config in ("__is_unconditional__", "__is_first_stage__", {"target": IDENTITY}):
             return {}
         spec = self.part("cond_stage_config")
-        spec["params"] |= TEXT_SLOT_PARAMS.get(spec["target"], {})
+        spec["params"] = TEXT_SLOT_DEFAULTS.get(spec["target"], {}) | spec["params"]
         if self.params.get("cond_stage_trainable"):
             spec["params"].setdefault("freeze", False)
         return {"text": spec}

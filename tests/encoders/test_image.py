@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,8 +9,11 @@ from goldfile import gold
 from ldm.conditioning import Conditioner
 from ldm.encoders.image import CLIPImage, EmbeddingNoise, ImageEmbedding, OpenCLIPImage, preprocess
 from ldm.encoders.towers import quick_gelu
+from ldm.loading.config import instantiate, read_yaml
+from ldm.loading.legacy import translate_config
 from recipe import fill
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 VISION = {"image_size": 56, "layers": 2, "width": 32, "head_width": 8, "patch_size": 28}
 TEXT = {"vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
 TINY = {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT}
@@ -85,6 +90,26 @@ def test_openai_embedding_equals_the_recorded_one():
     assert shapes == {name: entry[:-1] for name, entry in manifest.items()}
     encoder.load_state_dict(golden.weights(encoder.state_dict()))
     assert_close(encoder.embed(golden.inputs("a")["image"]), golden.outputs("a")["emb"])
+
+
+@pytest.mark.parametrize("case", ["pre_512", "pre_wide"])
+def test_the_config_of_image_variations_resizes_as_its_original(case):
+    golden = gold("seed_variation")
+    spec = read_yaml(CONFIGS / "stable-diffusion" / "v1-image-variation-inference.yaml")
+    conditioner = translate_config(spec)["params"]["conditioner"]
+    vision = dict(golden.meta["config"]["vision"])
+    vision["head_width"] = vision["width"] // vision.pop("heads")
+    embed_dim = vision.pop("embed_dim")
+    arch = {"embed_dim": embed_dim, "vision_cfg": vision, "text_cfg": TEXT}
+    conditioner["params"]["text"]["params"]["model"] = arch
+    encoder = instantiate(conditioner).text
+    encoder.load_state_dict(golden.weights(encoder.state_dict()))
+    size = golden.case(case)["info"]["size"]
+    small = golden.inputs(case)["small"]
+    image = F.interpolate(small, size, mode="bilinear", align_corners=False).clamp(-1, 1)
+    pixels = preprocess(image, antialias=encoder.antialias, blur=encoder.blur)
+    assert_close(pixels[:, :, ::7, ::7], golden.outputs(case)["pixels"], 1e-6)
+    assert_close(encoder(image), golden.outputs(case)["token"])
 
 
 @pytest.mark.slow
