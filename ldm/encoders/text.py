@@ -9,6 +9,7 @@ use. Nothing is downloaded: sizes are in tables here, weights come from a checkp
 Radford et al. 2021 (arXiv:2103.00020); Cherti et al. 2022 (arXiv:2212.07143).
 """
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal, cast
 
@@ -94,12 +95,11 @@ class TextEncoder(Encoder):
 
     def tokenize(self, texts: Sequence[str] | str) -> Tensor:
         """Token ids (B, length) int64; those of added embeddings are negative."""
-        added: dict[str, list[int]] = {}
-        row = 0
-        for token, vectors in self.added_embeddings.items():
-            added[token] = [-1 - k for k in range(row, row + len(vectors))]
-            row += len(vectors)
-        return tokenizer.tokenize(_as_list(texts), self.dialect, self.length, added)
+        return tokenizer.tokenize(_as_list(texts), self.dialect, self.length, self._added_tokens())
+
+    def truncated_text(self, prompt: str) -> str:
+        """Return the end of a prompt that does not fit into `length` tokens; "" if all fits."""
+        return tokenizer.truncated_text(prompt, self.dialect, self.length, self._added_tokens())
 
     def encode(self, texts: Sequence[str] | str) -> Tensor:
         """Context (B, N, D) of texts."""
@@ -132,6 +132,13 @@ class TextEncoder(Encoder):
             return tokens
         indices = torch.searchsorted(ids, tokens).clamp(max=len(ids) - 1)
         return torch.where(ids[indices] == tokens, indices + 1, tokens.clamp(max=0))
+
+    def _added_tokens(self) -> dict[str, list[int]]:
+        ids = (-1 - row for row in itertools.count())
+        return {
+            token: list(itertools.islice(ids, len(vectors)))
+            for token, vectors in self.added_embeddings.items()
+        }
 
     def _added_table(self) -> Tensor | None:
         """All added embeddings (n, D); token -1 - k is row k."""

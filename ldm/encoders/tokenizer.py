@@ -11,7 +11,8 @@ import gzip
 import html
 import importlib.util
 import re
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import pairwise
@@ -26,6 +27,10 @@ START, END = 49406, 49407
 AddedTokens = Mapping[str, Sequence[int]]  # token in lower case -> its ids
 NO_TOKENS: AddedTokens = MappingProxyType({})
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
+# A1111's emphasis, and the same by double brackets: (word:1.3), ((word)), [[word]].
+WEIGHT_SYNTAX = re.compile(
+    r"(?<!\\)(\((\\.|[^(\\])*:\s*[+-]?\d*\.?\d+\s*\)|\(\([^()]+\)\)|\[\[[^][]+\]\])"
+)
 MERGES = 48894  # 49408 - 2 * 256 bytes - 2 special tokens; the file holds more than CLIP uses
 
 
@@ -75,8 +80,7 @@ def tokenize(
 def encode(text: str, dialect: Dialect, added: AddedTokens = NO_TOKENS) -> list[int]:
     """Token ids of one text, without start token, end token and padding."""
     if added:
-        # The longest token first, as one may be the beginning of another.
-        names = "|".join(_token_pattern(t) for t in sorted(added, key=len, reverse=True))
+        names = "|".join(_added_patterns(added))
         pieces = re.split(f"({names})", text, flags=re.IGNORECASE)
         return [i for p in pieces for i in added.get(p.lower()) or encode(p, dialect)]
     words, specials = _patterns(dialect)
@@ -86,6 +90,27 @@ def encode(text: str, dialect: Dialect, added: AddedTokens = NO_TOKENS) -> list[
         for word in words.findall(_clean(piece, dialect)):
             ids.extend(_encode_word(word, dialect))
     return ids
+
+
+def truncated_text(
+    text: str, dialect: Dialect, length: int = 77, added: AddedTokens = NO_TOKENS
+) -> str:
+    """Return what `tokenize` drops of a text, from the first incomplete word on; "" if nothing."""
+    if len(encode(text, dialect, added)) <= length - 2:
+        return ""
+    pattern = "|".join([*_added_patterns(added), r"\w+", r"[^\w\s]+"])
+    words = list(re.finditer(pattern, text, re.IGNORECASE))
+
+    def count_tokens(word: re.Match[str]) -> int:
+        return len(encode(text[: word.end()], dialect, added))
+
+    first = bisect_right(words, length - 2, key=count_tokens)
+    return text[words[first].start() :]
+
+
+def has_weight_syntax(prompt: str) -> bool:
+    """Whether a prompt has A1111's syntax for the weight of words, which is read as plain text."""
+    return WEIGHT_SYNTAX.search(prompt) is not None
 
 
 @cache
@@ -100,11 +125,13 @@ def vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
     return ids, {pair: rank for rank, pair in enumerate(merges)}
 
 
-def _token_pattern(token: str) -> str:
-    """Regular expression for a token that is not a part of a longer word."""
-    before = r"(?<!\w)" if token[0].isalnum() else ""
-    after = r"(?!\w)" if token[-1].isalnum() else ""
-    return before + re.escape(token) + after
+def _added_patterns(added: AddedTokens) -> Iterator[str]:
+    """Yield a regular expression for each token, which must not be a part of a longer word."""
+    # The longest token first, as one may be the beginning of another.
+    for token in sorted(added, key=len, reverse=True):
+        before = r"(?<!\w)" if token[0].isalnum() else ""
+        after = r"(?!\w)" if token[-1].isalnum() else ""
+        yield before + re.escape(token) + after
 
 
 def _clean(text: str, dialect: Dialect) -> str:

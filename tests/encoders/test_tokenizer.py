@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from goldfile import gold
-from ldm.encoders.tokenizer import CLIP, OPEN_CLIP, encode, tokenize
+from ldm.encoders.tokenizer import (
+    CLIP,
+    OPEN_CLIP,
+    encode,
+    has_weight_syntax,
+    tokenize,
+    truncated_text,
+)
 
 # Recorded from the slow CLIPTokenizer of transformers 4.30.2 with ftfy 6.3.1.
 SLOW_IDS = [
@@ -64,3 +71,33 @@ def test_a_long_text_keeps_its_beginning_and_an_end_token():
     assert ids[0, -1] == 49407
     assert torch.equal(ids[:, :-1], tokenize(["photo " * 75], OPEN_CLIP)[:, :-1])
     assert tokenize([], CLIP).shape == (0, 77)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "lost"),
+    [
+        ("photo " * 75, ""),
+        ("photo " * 74 + "photo, a dog", ", a dog"),
+        ("photo " * 74 + "<Cat-Toy> dog", "dog"),
+        ("photo " * 74 + "犬" * 9, "犬" * 9),
+    ],
+)
+def test_the_end_of_a_long_prompt_is_lost_from_the_first_incomplete_word_on(prompt, lost):
+    assert truncated_text(prompt, CLIP, added={"<cat-toy>": [-1]}) == lost
+
+
+@pytest.mark.parametrize(
+    ("prompt", "has_weights"),
+    [
+        ("a (cat:1.3)", True),
+        ("(a (red: .5) cat:1.2)", True),
+        (r"(style \(medium\):1.2)", True),
+        ("((cat))", True),
+        ("[[cat]]", True),
+        ("a cat (asleep) at 8:30", False),
+        (r"\(cat:1.3\)", False),
+        ("[cat] :((", False),
+    ],
+)
+def test_the_syntax_for_weights_is_recognised(prompt, has_weights):
+    assert has_weight_syntax(prompt) == has_weights
