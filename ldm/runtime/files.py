@@ -5,13 +5,13 @@ import hashlib
 import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
 
 from ldm.runtime.errors import FileFormatError, MissingFile
 
-__all__ = ["find_file", "read_text", "replace_when_written", "sha256_of_file"]
+__all__ = ["find_file", "flush_to_disk", "read_text", "replace_when_written", "sha256_of_file"]
 
 PACKAGE = Path(__file__).resolve().parents[1]
 BLOCK = 1 << 22  # bytes read at once
@@ -77,20 +77,33 @@ def replace_when_written(path: str | Path, *, sync: bool = False) -> Iterator[Pa
     try:
         yield part
         if sync:
-            _sync(part)
-        part.replace(path)
+            flush_to_disk(part)
+        try:
+            part.replace(path)
+        except (PermissionError, FileExistsError):  # Windows, while a program has the old one open
+            old = path.with_name(f".{path.name}.old")
+            with suppress(OSError):
+                old.unlink(missing_ok=True)
+            path.replace(old)
+            part.replace(path)
+            with suppress(OSError):
+                old.unlink()
     finally:
         part.unlink(missing_ok=True)
-    if sync and os.name == "posix":
-        _sync(path.parent)
+    if sync:
+        flush_to_disk(path.parent)
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder where these can be flushed, are on disk."""
+    is_folder = path.is_dir()
+    with suppress(OSError) if is_folder else nullcontext():  # Windows opens no folder
+        # Windows flushes only what is open for writing.
+        handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 @lru_cache(maxsize=64)

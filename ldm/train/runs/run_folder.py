@@ -48,7 +48,7 @@ class ExistingRun:
 
 
 def find_run(request: TrainRequest, torchruns: Sequence[str] = ()) -> ExistingRun | None:
-    """Finds the run to go on with, None if a new one shall begin.
+    """Find the run to go on with, None if a new one shall begin.
 
     Args:
         torchruns: those that started these processes. A run that one of them has started before is
@@ -79,16 +79,12 @@ def find_run(request: TrainRequest, torchruns: Sequence[str] = ()) -> ExistingRu
 
 
 def list_states(checkpoints: Path) -> list[Path]:
-    """The complete states in a folder, oldest first; incomplete ones have other names."""
+    """List the complete states in a folder, oldest first; incomplete ones have other names."""
     return sorted(path.parent for path in checkpoints.glob("state-*/run.json"))
 
 
 def read_config(request: TrainRequest, existing: ExistingRun | None) -> JsonObject:
-    """Reads the config: that of an existing run, the files over it, and overrides over all.
-
-    Raises:
-        ValueError: there is neither.
-    """
+    """Read the config: that of an existing run, the files over it, and overrides over all."""
     from ldm.loading.config import read_yaml
 
     saved = _saved_configs(existing.folder) if existing else []
@@ -102,7 +98,7 @@ def read_config(request: TrainRequest, existing: ExistingRun | None) -> JsonObje
 def prepare_folder(
     request: TrainRequest, existing: ExistingRun | None, torchruns: Sequence[str] = ()
 ) -> Path:
-    """Returns the folder of the run, new if there is none; torchruns that started it are saved."""
+    """Return the folder of the run, new if there is none; torchruns that started it are saved."""
     folder = existing.folder if existing else _new_folder(request)
     if torchruns and request.train:
         state = existing.state.name if existing and existing.state else None
@@ -113,7 +109,7 @@ def prepare_folder(
 
 
 def save_config(folder: Path, raw: JsonMapping) -> None:
-    """Writes the config into a run folder, unless the newest one there is the same."""
+    """Write the config into a run folder, unless the newest one there is the same."""
     from ldm.loading.config import format_yaml
 
     others = {key: value for key, value in raw.items() if key != "lightning"}
@@ -128,20 +124,20 @@ def save_config(folder: Path, raw: JsonMapping) -> None:
 
 
 def link_name(request: TrainRequest, folder: Path) -> None:
-    """Links LOGDIR/NAME to the folder of a run, if it is the newest of that name."""
+    """Link LOGDIR/NAME to the folder of a run, if it is the newest of that name."""
     newest = _list_runs(request.logdir, request.name)[:1]
     if [folder.resolve()] == [path.resolve() for path in newest]:
         _replace_link(request.logdir / request.name, folder)
 
 
 def delete_if_empty(folder: Path) -> None:
-    """Deletes the folder of a run that failed before it wrote anything."""
+    """Delete the folder of a run that failed before it wrote anything."""
     with contextlib.suppress(OSError):
         folder.rmdir()
 
 
 def _new_folder(request: TrainRequest) -> Path:
-    """A folder with the time in its name; created if the run trains."""
+    """Return a folder with the time in its name, created if the run trains."""
     now = datetime.now()
     while True:
         folder = request.logdir / f"{now.strftime(TIME)}_{request.name}"
@@ -155,8 +151,9 @@ def _new_folder(request: TrainRequest) -> Path:
 
 
 def _find_by_path(path: Path, logdir: Path) -> ExistingRun:
-    """A run by its folder, its name in the folder of runs, or a path in its checkpoints/."""
-    path = next((one for one in (path, logdir / path) if one.exists()), path)
+    """Find a run by its folder, its name in the folder of runs, or a path in its checkpoints/."""
+    places = (path, logdir / path, *_list_runs(logdir, path.name))  # as links may be refused
+    path = next((place for place in places if place.exists()), path)
     if not path.exists():
         raise ValueError(f"no run and no state `{path}`")
     checkpoints, folder = _checkpoints(path), _run_folder(path)
@@ -174,18 +171,18 @@ def _find_by_path(path: Path, logdir: Path) -> ExistingRun:
 
 
 def _checkpoints(path: Path) -> Path | None:
-    """The folder `checkpoints` that a path is, or lies in."""
+    """Return the folder `checkpoints` that a path is, or lies in."""
     return next((p for p in (path, *path.absolute().parents) if p.name == "checkpoints"), None)
 
 
 def _run_folder(path: Path) -> Path:
-    """The folder of the run that a path belongs to; it need not exist."""
+    """Return the folder of the run that a path belongs to; it need not exist."""
     checkpoints = _checkpoints(path)
     return (checkpoints.parent if checkpoints else path).resolve()
 
 
 def _read_launch(folder: Path) -> JsonObject:
-    """What `prepare_folder` has saved, {} if nothing."""
+    """Read what `prepare_folder` has saved, {} if nothing."""
     try:
         launch: JsonObject = json.loads((folder / LAUNCH).read_text("utf-8"))
     except (OSError, ValueError):
@@ -194,7 +191,7 @@ def _read_launch(folder: Path) -> JsonObject:
 
 
 def _state_since(folder: Path, launch: JsonMapping) -> Path | None:
-    """The newest state since a launch, else the one that it resumed, else the newest of all."""
+    """Return the newest state since a launch, else that which it resumed, else the newest."""
     states = {path.name: path for path in list_states(folder / "checkpoints")}
     since = [path for name, path in states.items() if name not in launch["states"]]
     if since:
@@ -203,26 +200,28 @@ def _state_since(folder: Path, launch: JsonMapping) -> Path | None:
 
 
 def _list_runs(logdir: Path, name: str) -> list[Path]:
-    """Folders of the runs of a name, newest first."""
+    """List the folders of the runs of a name, newest first."""
     folders = [p for p in logdir.glob(f"*_{name}") if p.is_dir() and not p.is_symlink()]
     return sorted((p for p in folders if TIMESTAMP.sub("", p.name, count=1) == name), reverse=True)
 
 
 def _saved_configs(folder: Path) -> list[Path]:
-    """The newest project and lightning files of a run."""
+    """Return the newest project and lightning files of a run."""
     files = [sorted((folder / "configs").glob(f"*-{k}.yaml")) for k in ("project", "lightning")]
     return [paths[-1] for paths in files if paths]
 
 
 def _replace_link(link: Path, folder: Path) -> None:
-    """Puts a relative link in place atomically; a file or folder of that name stays."""
+    """Put a relative link in place; a file or folder of that name stays."""
     if link.exists() and not link.is_symlink():
         log.warning("`%s` is not a link, so it does not lead to the new run `%s`", link, folder)
         return
     temporary = link.with_name(f".{link.name}.{os.getpid()}")
     try:
         temporary.symlink_to(folder.name, target_is_directory=True)
+        if os.name == "nt":  # where nothing is renamed over a link to a folder
+            link.unlink(missing_ok=True)
         temporary.replace(link)
-    except OSError:  # a file system without links
+    except (OSError, NotImplementedError):  # links are refused
         temporary.unlink(missing_ok=True)
         log.info("the run is `%s`", folder)

@@ -7,7 +7,6 @@ half-written state has the name of one. Any number of processes can resume from 
 
 import json
 import logging
-import os
 import re
 import shutil
 import warnings
@@ -21,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ldm.loading.files.pickles import pickle_imports
+from ldm.runtime.files import flush_to_disk
 from ldm.train.distributed.parallel import Ranks
 from ldm.train.runs.run_folder import list_states
 from ldm.train.state import State
@@ -49,16 +49,11 @@ class States:
     keep: int = 2
 
     def newest(self) -> Path | None:
-        """Returns the last complete state, None if there is none."""
+        """Return the last complete state, None if there is none."""
         return next(reversed(list_states(self.folder)), None)
 
-    def has(self, step: int) -> bool:
-        """Whether there is a complete state of this step or a later one, on all processes."""
-        first = self.folder / f"state-{step:08}"
-        return self.ranks.broadcast(lambda: any(path >= first for path in list_states(self.folder)))
-
     def save(self, state: State) -> Path:
-        """Writes the state of all processes, and then deletes old ones.
+        """Write the state of all processes, and then deletes old ones.
 
         Raises:
             OSError: it cannot be written, on all processes; the states before stay.
@@ -73,10 +68,11 @@ class States:
             if self.ranks.is_first:
                 shutil.rmtree(part, ignore_errors=True)
             raise
+        state.is_saved = True
         return path
 
     def load(self, state: State, path: Path) -> None:
-        """Loads a state that any number of processes have saved.
+        """Load a state that any number of processes have saved.
 
         Raises:
             ValueError: `path` is not a state, or belongs to another model.
@@ -90,6 +86,7 @@ class States:
             dcp.load(tensors, storage_reader=FileSystemReader(path), no_dist=is_alone)
         state.load_optimizers(tensors)
         state.load_numbers(json.loads((path / NUMBERS).read_text()))
+        state.is_saved = path.parent == self.folder
 
     def _write(self, state: State, part: Path) -> None:
         writer = FileSystemWriter(part, sync_files=True)
@@ -98,22 +95,19 @@ class States:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 dcp.save(state.tensors(), storage_writer=writer, no_dist=is_alone)
-        except CheckpointException as error:
-            cause = next((failure[0] for failure in error.failures.values()), error)
+        except (CheckpointException, RuntimeError) as error:  # RuntimeError: a disk is full
+            failures = error.failures if isinstance(error, CheckpointException) else {}
+            cause = next((failure[0] for failure in failures.values()), error)
             raise OSError(f"the state could not be written to `{self.folder}`: {cause}") from None
-        except RuntimeError as error:  # raised by torch's file writer if a disk is full
-            raise OSError(f"the state could not be written to `{self.folder}`: {error}") from None
 
     def _commit(self, state: State, part: Path, path: Path) -> None:
-        with (part / NUMBERS).open("w") as file:
-            json.dump(state.numbers(), file)
-            file.flush()
-            os.fsync(file.fileno())
-        _flush(part)
+        (part / NUMBERS).write_text(json.dumps(state.numbers()))
+        flush_to_disk(part / NUMBERS)
+        flush_to_disk(part)
         if path.exists():  # the same step again, after a change of the time spent
             path.replace(path.with_name(f".{path.name}.old"))
         part.replace(path)
-        _flush(self.folder)
+        flush_to_disk(self.folder)
         # Later states are of a branch that was left when an older state was resumed.
         states = list_states(self.folder)
         newest = [old for old in states if old.name <= path.name][-self.keep :]
@@ -125,34 +119,20 @@ class States:
 
 
 def _make_empty(part: Path) -> None:
-    """Makes an empty folder, and deletes what earlier attempts have left."""
-    part.parent.mkdir(parents=True, exist_ok=True)
-    _restore(part.parent)
-    for old in part.parent.glob(".state-*"):
+    """Make an empty folder, and clear up what earlier attempts have left."""
+    folder = part.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob(".state-*.old"):  # moved aside for a successor, perhaps never written
+        path = folder / old.name.removeprefix(".").removesuffix(".old")
+        if not path.exists():
+            old.replace(path)
+    for old in folder.glob(".state-*"):
         shutil.rmtree(old, ignore_errors=True)
     part.mkdir()
 
 
-def _restore(folder: Path) -> None:
-    """Puts a state back that was moved aside for a successor which was never written."""
-    for old in folder.glob(".state-*.old"):
-        path = folder / old.name.removeprefix(".").removesuffix(".old")
-        if not path.exists():
-            old.replace(path)
-
-
-def _flush(folder: Path) -> None:
-    """Flushes the names in a folder to the disk, where folders can be flushed."""
-    if os.name == "posix":
-        number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
-
-
 def _read_shapes(path: Path) -> Shapes:
-    """Reads shape and dtype of all tensors in a state."""
+    """Read shape and dtype of all tensors in a state."""
     index = path / METADATA
     if not index.exists() or not (path / NUMBERS).exists():
         raise ValueError(f"`{path}` is not a state of a run, {METADATA} or {NUMBERS} is missing")
