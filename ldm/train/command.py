@@ -153,9 +153,10 @@ def _run(
     import torch
 
     from ldm.loading.config import format_yaml
-    from ldm.train.loop import export, train
+    from ldm.train.loop import train
     from ldm.train.monitoring.validation import validate
     from ldm.train.run import build_run
+    from ldm.train.runs.exports import export
 
     torch.set_num_threads(request.threads or torch.get_num_threads())
     folder = launch.choose_on_first_rank(

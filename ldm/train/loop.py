@@ -13,7 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from ldm.train.monitoring.samples import draw_samples
 from ldm.train.monitoring.timesteps import TimestepLog
 from ldm.train.monitoring.validation import validate
 from ldm.train.run import Run, seed_batch
-from ldm.train.runs import exports
+from ldm.train.runs.exports import export, export_best, export_step
 from ldm.train.state import TrainedNetwork
 from ldm.train.tasks.task import Losses
 
@@ -40,19 +40,11 @@ __all__ = ["save", "train", "train_step"]
 log = logging.getLogger(__name__)
 
 Work = Sequence[tuple[int, Sample]]  # batches of a step with their indices in the run
-
-
-@dataclass(frozen=True)
-class Action:
-    """Something that a run does now and then, beside training."""
-
-    name: str
-    is_due: Every
-    run: Callable[[], object]
+Actions = Mapping[str, tuple[Every, Callable[[], object]]]  # beside training, and when
 
 
 def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
-    """Trains until the end of the run or a signal (see `signals`), then saves and exports.
+    """Train until the end of the run or a signal (see `signals`), then save and export.
 
     Args:
         on_start: called by the first process when all is ready for the first step.
@@ -111,11 +103,19 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
     actions = _list_actions(run, loggers, timesteps)
     run.task.trainable.train()
     timer = StepTimer()
+    progress = Progress(
+        loggers,
+        ranks,
+        run.device,
+        start=state.step,
+        steps=settings.trainer.max_steps,
+        every=callbacks.log_every,
+    )
     with (
         SignalHandler() as signals,
         _saving_on_error(run),
         contextlib.closing(loggers),
-        contextlib.closing(_make_progress(run, loggers)) as progress,
+        contextlib.closing(progress),
     ):
         is_stopped = False
         while run.progress() < 1 and not is_stopped:
@@ -127,9 +127,9 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
                 timesteps.add(losses["t"], losses["losses"])
             with _log_failures("log"):
                 progress(state.step, losses, lr, run.batch_size * state.batches_per_step)
-            for action in due:
-                with _log_failures(action.name):
-                    action.run()
+            for name in due:
+                with _log_failures(name):
+                    actions[name][1]()
             timer.start()
         save(run)
         export(run)
@@ -137,7 +137,7 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
 
 
 def train_step(run: Run, work: Work, lr: float) -> Losses:
-    """Updates all trained networks and the EMA once; returns the losses of this process."""
+    """Update all trained networks and the EMA once, and return the losses of this process."""
     state, task = run.state, run.task
     task.step = state.step
     losses: Losses = {}
@@ -150,6 +150,7 @@ def train_step(run: Run, work: Work, lr: float) -> Losses:
         is_finite &= math.isfinite(norm)
         if math.isfinite(norm):
             state.is_consistent = False
+            state.is_saved = False
             for group in network.optimizer.param_groups:
                 group["lr"] = lr
             network.optimizer.step()
@@ -166,27 +167,13 @@ def train_step(run: Run, work: Work, lr: float) -> Losses:
 
 
 def save(run: Run) -> None:
-    """Saves a state to resume from; steps that changed nothing replace no older state."""
-    state = run.state
-    last_change = state.step - state.bad_steps
-    is_saved = state.bad_steps and run.states.has(last_change)
-    if not is_saved and _check_finite(run, "state"):
-        run.states.save(state)
-
-
-def export(run: Run) -> None:
-    """Exports to checkpoints/last.safetensors and/or .ckpt, see `exports`."""
-    if _check_finite(run, "export"):
-        exports.export(run, run.checkpoints / "last")
-
-
-def _export_step(run: Run) -> None:
-    if _check_finite(run, "export"):
-        exports.export_step(run)
+    """Save a state to resume from, if anything has changed since the last one."""
+    if not run.state.is_saved and run.is_finite("state"):
+        run.states.save(run.state)
 
 
 def _draw(run: Run, loggers: Loggers, timesteps: TimestepLog | None) -> None:
-    """Draws the sample grids, and the plot of the loss by timestep."""
+    """Draw the sample grids, and the plot of the loss by timestep."""
     with _log_failures("draw"):  # here, as other processes may wait for this one below
         for path in draw_samples(run):
             loggers.image(run.state.step, f"{path.parent.name}/samples", path)
@@ -199,37 +186,26 @@ def _draw(run: Run, loggers: Loggers, timesteps: TimestepLog | None) -> None:
 def _validate(run: Run, loggers: Loggers) -> None:
     losses = validate(run)
     loggers.scalars(run.state.step, losses)
-    exports.export_best(run, losses)
+    export_best(run, losses)
 
 
-def _list_actions(run: Run, loggers: Loggers, timesteps: TimestepLog | None) -> list[Action]:
-    """All actions, in the order in which they are done when several are due."""
+def _list_actions(run: Run, loggers: Loggers, timesteps: TimestepLog | None) -> Actions:
+    """Return all actions by name, in the order in which they are done when several are due."""
     options = run.settings.callbacks
     draw_every = Every(
         minutes=options.image_minutes, steps=options.image_steps, early=options.image_early
     )
     save_every = Every(minutes=options.save_minutes, steps=options.save_steps)
-    return [
-        Action("save", save_every, lambda: save(run)),
-        Action("draw", draw_every, lambda: _draw(run, loggers, timesteps)),
-        Action("validate", Every(steps=options.validate_steps), lambda: _validate(run, loggers)),
-        Action("export step", Every(steps=options.export_steps), lambda: _export_step(run)),
-    ]
-
-
-def _make_progress(run: Run, loggers: Loggers) -> Progress:
-    return Progress(
-        loggers,
-        run.ranks,
-        run.device,
-        start=run.state.step,
-        steps=run.settings.trainer.max_steps,
-        every=run.settings.callbacks.log_every,
-    )
+    return {
+        "save": (save_every, lambda: save(run)),
+        "draw": (draw_every, lambda: _draw(run, loggers, timesteps)),
+        "validate": (Every(steps=options.validate_steps), lambda: _validate(run, loggers)),
+        "export step": (Every(steps=options.export_steps), lambda: export_step(run)),
+    }
 
 
 def _next_batches(run: Run, batches: Iterator[Sample], broken: BrokenFiles) -> Work:
-    """Reads this process's batches of the step."""
+    """Read this process's batches of the step."""
     state, ranks = run.state, run.ranks
     end = state.position + state.batches_per_step
     indices = range(state.position + ranks.rank, end, ranks.world_size)
@@ -240,7 +216,7 @@ def _next_batches(run: Run, batches: Iterator[Sample], broken: BrokenFiles) -> W
 
 
 def _compute_gradients(run: Run, network: TrainedNetwork, work: Work) -> Losses:
-    """Computes mean gradients over the step's batches, times the loss scale; returns losses."""
+    """Compute the mean gradients over the step's batches, times the loss scale."""
     network.optimizer.zero_grad(set_to_none=True)
     scale = run.state.scale.value / len(work)
     outputs: list[Losses] = []
@@ -254,12 +230,11 @@ def _compute_gradients(run: Run, network: TrainedNetwork, work: Work) -> Losses:
 
 
 def _join(values: Sequence[Tensor]) -> Tensor:
-    """The mean of scalars, or the values per sample of all batches."""
     return torch.cat(list(values)) if values[0].ndim else torch.stack(list(values)).mean()
 
 
 def _synchronizing(network: TrainedNetwork, *, is_last: bool) -> AbstractContextManager[None]:
-    """Only the last batch's backward pass exchanges gradients between processes."""
+    """Let only the last batch's backward pass exchange gradients between processes."""
     if isinstance(network.loss, DistributedDataParallel):
         return nullcontext() if is_last else network.loss.no_sync()
     parallel.sync_gradients(network.module, is_last)
@@ -267,7 +242,7 @@ def _synchronizing(network: TrainedNetwork, *, is_last: bool) -> AbstractContext
 
 
 def _clip_gradients(network: TrainedNetwork, scale: float, limit: float | None) -> float:
-    """Divides gradients by the loss scale, and clips their norm; returns the norm before."""
+    """Divide gradients by the loss scale and clip their norm; return the norm before."""
     gradients = [p.grad for p in network.module.parameters() if p.grad is not None]
     total = parallel.gather({"norm": nn.utils.get_total_norm(gradients)})["norm"]
     norm = float(total) / scale
@@ -278,42 +253,25 @@ def _clip_gradients(network: TrainedNetwork, scale: float, limit: float | None) 
 
 
 def _agree(
-    run: Run, seconds: float, requests: set[str], actions: Sequence[Action]
-) -> tuple[bool, list[Action]]:
-    """Agrees with the other processes on the time trained, on stopping, and on actions.
-
-    Args:
-        seconds: of this step, of which those of the first process count.
-        requests: of signals to this process: "stop", or names of actions.
-    """
+    run: Run, seconds: float, requests: set[str], actions: Actions
+) -> tuple[bool, list[str]]:
+    """Agree with the other processes on the time trained, on stopping, and on actions."""
     is_first = run.ranks.is_first
-    due = [action.is_due(run.state.step) and is_first for action in actions]
-    wanted = [is_due or a.name in requests for a, is_due in zip(actions, due, strict=True)]
+    due = {name: every(run.state.step) and is_first for name, (every, _) in actions.items()}
+    requested = [due[name] or name in requests for name in actions]
     total = run.state.seconds + seconds if is_first else 0.0
-    run.state.seconds, stop, *flags = run.ranks.max([total, "stop" in requests, *wanted])
-    return bool(stop), [action for action, flag in zip(actions, flags, strict=True) if flag]
-
-
-def _check_finite(run: Run, what: str) -> bool:
-    """Whether the weights of all processes are finite; if not, logs that `what` is not written."""
-    (is_lost,) = run.ranks.max([not run.state.is_finite()])
-    if is_lost:
-        log.error("step %d: weights are NaN or inf, no %s is written", run.state.step, what)
-    return not is_lost
+    run.state.seconds, stop, *flags = run.ranks.max([total, "stop" in requests, *requested])
+    return bool(stop), [name for name, flag in zip(actions, flags, strict=True) if flag]
 
 
 def _count_bad_step(run: Run, work: Work, losses: Mapping[str, Tensor]) -> None:
-    """Counts a step without finite gradients.
-
-    Raises:
-        FloatingPointError: too many in a row; their last batches are written to a file.
-    """
+    """Count a step without finite gradients; too many in a row are an error."""
     state = run.state
     state.skipped += 1
     state.bad_steps += 1
     loss = float(losses["loss"].detach())
     log.warning("step %d is skipped: its loss is %g", state.step, loss)
-    if state.bad_steps >= run.settings.trainer.nan_limit or not _check_finite(run, "state"):
+    if state.bad_steps >= run.settings.trainer.nan_limit or not run.is_finite("state"):
         path = run.folder / f"not-finite-rank{run.ranks.rank}.pt"
         torch.save([batch for _, batch in work], path)
         raise FloatingPointError(
@@ -324,7 +282,7 @@ def _count_bad_step(run: Run, work: Work, losses: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def _saving_on_error(run: Run) -> Iterator[None]:
-    """Saves the state after the last step if a run of one process fails; raises the error again."""
+    """Save the state after the last step if a run of one process fails."""
     try:
         yield
     except Exception:
@@ -337,7 +295,7 @@ def _saving_on_error(run: Run) -> Iterator[None]:
 
 @contextmanager
 def _log_failures(what: str) -> Iterator[None]:
-    """A full disk, or too little memory for a grid, is logged and does not end the training."""
+    """Log a full disk, or too little memory for a grid, and go on."""
     try:
         yield
     except (OSError, torch.OutOfMemoryError) as error:

@@ -1,4 +1,4 @@
-"""A training run: `build_run` makes it from a config; exports, validation and samples read it."""
+"""A training run, and how it is built from a config."""
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +15,6 @@ from ldm.nets.autoencoder import AutoencoderKL
 from ldm.runtime.device import pick_device
 from ldm.train.batches.sources import open_sources
 from ldm.train.build import build_state, build_task, configure_model
-from ldm.train.config.datamodules import read_data
 from ldm.train.config.settings import Settings
 from ldm.train.distributed import parallel
 from ldm.train.distributed.parallel import Ranks
@@ -36,13 +35,8 @@ class Run:
     """The parts of a training run; all that changes while it trains is in `state`.
 
     Attributes:
-        settings: read from the config.
-        config_text: the config as YAML, written beside the weights.
-        folder: of the run.
-        ranks: this process among those of the run.
-        task: what is trained.
-        source: the training data.
-        held_out: the data for validation, if there is any.
+        config_text: the config as YAML, written into the metadata of exports.
+        held_out: the data for validation.
         is_fine_tune: whether the model had weights to start from.
     """
 
@@ -94,16 +88,20 @@ class Run:
         return max(by_steps, by_time)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The context in which losses are computed, for mixed precision."""
+        """Return the context in which losses are computed, for mixed precision."""
         dtype = AUTOCAST.get(self.settings.trainer.precision)
         return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
 
-    def resume(self, path: Path | None = None) -> None:
-        """Loads a state, by default the newest of this run; a step keeps its number of batches.
+    def is_finite(self, what: str) -> bool:
+        """Return whether all weights are finite; if not, log that `what` is not written."""
+        (is_lost,) = self.ranks.max([not self.state.is_finite()])
+        if is_lost:
+            step = self.state.step
+            log.error("step %d: weights are NaN or inf, no %s is written", step, what)
+        return not is_lost
 
-        Raises:
-            ValueError: there is none, or these processes cannot share such a step.
-        """
+    def resume(self, path: Path | None = None) -> None:
+        """Load a state, by default the newest of this run; a step keeps its number of batches."""
         path = path or self.states.newest()
         if path is None:
             raise ValueError(f"`{self.checkpoints}` has no state to resume from")
@@ -127,16 +125,14 @@ def build_run(
     device: torch.device | None = None,
     allow_commands: bool = False,
 ) -> Run:
-    """Builds a run from its config; nothing is written but caches of the data.
+    """Build a run from its config; nothing is written but caches of the data.
 
     Args:
         config_text: the same config as text.
-        folder: of the run.
-        device: default: the best there is.
         allow_commands: whether shards may come from commands that the config names.
     """
-    trainer, params = settings.trainer, settings.model.params
-    data = read_data(settings.raw["data"])
+    trainer, data = settings.trainer, settings.raw["data"]
+    params = settings.model.params
 
     # Connect the processes.
     device = device or pick_device(None)
@@ -156,7 +152,7 @@ def build_run(
     with ranks.first_before_others():
         source, held_out = open_sources(model, data, seed=trainer.seed, commands=allow_commands)
     if params.get("scale_by_std") and not is_fine_tune:
-        if data.latents:
+        if data["params"].get("latents"):
             raise ValueError("`scale_by_std` does not go with `data.params.latents`")
         images = torch.stack([one["jpg"] for one in source.first_samples(settings.data.batch_size)])
         measure_scale(model, images, seed_batch(trainer.seed, 0))
@@ -179,7 +175,7 @@ def build_run(
 
 
 def seed_batch(seed: int, index: int) -> torch.Generator:
-    """Makes the random generator of a batch, and seeds torch's global one for dropout alike."""
+    """Make the random generator of a batch, and seed torch's global one for dropout alike."""
     batch_seed = (seed * 0x9E3779B1 + index) % 2**32
     torch.manual_seed(batch_seed)
     return torch.Generator().manual_seed(batch_seed)

@@ -25,24 +25,20 @@ Shapes = Mapping[str, tuple[torch.Size, torch.dtype]]
 
 @dataclass(eq=False)
 class TrainedNetwork:
-    """A module, its optimizer, and the loss that it is trained on.
-
-    Attributes:
-        loss: as `Task.loss`; with several processes a DistributedDataParallel module.
-    """
+    """A module, its optimizer, and the loss that it is trained on."""
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
-    loss: LossFunction
+    loss: LossFunction  # with several processes a DistributedDataParallel module
 
     def weights(self) -> dict[str, Tensor]:
-        """Returns trainable parameters and all buffers; frozen parameters are in no state."""
+        """Return trainable parameters and all buffers; frozen parameters are in no state."""
         frozen = {name for name, p in self.module.named_parameters() if not p.requires_grad}
         state = self.module.state_dict()
         return {name: value for name, value in state.items() if name not in frozen}
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Returns what the optimizer keeps of each parameter, as "parameter.name.key"."""
+        """Return what the optimizer keeps of each parameter, as "parameter.name.key"."""
         names = {id(p): name for name, p in self.module.named_parameters()}
         return {
             f"{names[id(p)]}.{key}": torch.as_tensor(value)
@@ -51,7 +47,7 @@ class TrainedNetwork:
         }
 
     def empty_optimizer_state(self, shapes: Shapes) -> dict[str, Tensor]:
-        """Allocates an `optimizer_state` of these shapes, sharded as the parameters are."""
+        """Allocate an `optimizer_state` of these shapes, sharded as the parameters are."""
         parameters = dict(self.module.named_parameters())
         state: dict[str, Tensor] = {}
         for name, (shape, dtype) in shapes.items():
@@ -63,7 +59,7 @@ class TrainedNetwork:
         return state
 
     def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Loads an `optimizer_state`; parameters without one stay as they are."""
+        """Load an `optimizer_state`; parameters without one stay as they are."""
         names = {id(p): name for name, p in self.module.named_parameters()}
         state = self.optimizer.state_dict()
         order = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -117,6 +113,7 @@ class State:
         skipped: number of steps whose gradients were not finite.
         bad_steps: of these, those in a row that the last step ended; not saved.
         is_consistent: False while weights are being updated; not saved.
+        is_saved: whether the weights are on disk as they are; not saved.
     """
 
     model: TrainedNetwork
@@ -130,6 +127,7 @@ class State:
     skipped: int = 0
     bad_steps: int = 0
     is_consistent: bool = True
+    is_saved: bool = False
 
     @property
     def networks(self) -> dict[str, TrainedNetwork]:
@@ -140,7 +138,7 @@ class State:
         return networks
 
     def numbers(self) -> dict[str, float]:
-        """Returns all numbers, by their names in state files."""
+        """Return all numbers, by their names in state files."""
         return {
             "step": self.step,
             "position": self.position,
@@ -153,7 +151,6 @@ class State:
         }
 
     def load_numbers(self, numbers: Mapping[str, float]) -> None:
-        """Loads what `numbers` returned."""
         self.step = int(numbers["step"])
         self.position = int(numbers["position"])
         self.batches_per_step = int(numbers["parts"])
@@ -164,18 +161,14 @@ class State:
         self.ema.updates = int(numbers["averaged"])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns all tensors, as "average.…", "NETWORK.weights.…" and "NETWORK.optimizer.…"."""
+        """Return all tensors, as "average.…", "NETWORK.weights.…" and "NETWORK.optimizer.…"."""
         tensors = self._allocated_tensors()
         for name, network in self.networks.items():
             tensors |= _prefix(f"{name}.optimizer", network.optimizer_state())
         return tensors
 
     def tensors_to_load(self, shapes: Shapes) -> dict[str, Tensor]:
-        """Returns the tensors to read a saved state into; those of the optimizers are new.
-
-        Args:
-            shapes: shape and dtype of all tensors in the saved state.
-        """
+        """Return the tensors to read a saved state into; those of the optimizers are new."""
         tensors = self._allocated_tensors()
         for name, network in self.networks.items():
             prefix = f"{name}.optimizer"
@@ -183,12 +176,11 @@ class State:
         return tensors
 
     def load_optimizers(self, tensors: Mapping[str, Tensor]) -> None:
-        """Hands what was read into `tensors_to_load` to the optimizers."""
         for name, network in self.networks.items():
             network.load_optimizer_state(_select(f"{name}.optimizer", tensors))
 
     def is_finite(self) -> bool:
-        """Whether all weights, averages and optimizer states of this process are finite."""
+        """Return whether all weights, averages and optimizer states of this process are finite."""
         tensors = list(self.ema.shadow.values())
         for network in self.networks.values():
             tensors += [p for p in network.module.parameters() if p.requires_grad]
@@ -197,7 +189,6 @@ class State:
         return all(bool(x.detach().isfinite().all()) for x in local if x.is_floating_point())
 
     def _allocated_tensors(self) -> dict[str, Tensor]:
-        """Weights and averages."""
         tensors = _prefix("average", self.ema.shadow)
         for name, network in self.networks.items():
             tensors |= _prefix(f"{name}.weights", network.weights())
@@ -209,6 +200,6 @@ def _prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _select(prefix: str, values: Mapping[str, T]) -> dict[str, T]:
-    """The values below a prefix, without it."""
+    """Select the values below a prefix, and remove it from their names."""
     start = f"{prefix}."
     return {n.removeprefix(start): v for n, v in values.items() if n.startswith(start)}

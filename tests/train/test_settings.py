@@ -15,6 +15,7 @@ from ldm.train.config.settings import Settings, check_complete, read_settings
 from ldm.train.optim.optimizers import OPTIMIZERS
 from ldm.train.optim.schedules import lr_multiplier
 from ldm.train.tasks.autoencoder import Adversarial, Reconstruction
+from ldm.train.tasks.criterion import Criterion
 from ldm.train.tasks.diffusion import Diffusion
 
 ROOT = Path(__file__).parents[2]
@@ -252,8 +253,10 @@ def test_nonsense_is_refused_for_every_key_and_named_by_it() -> None:
 def test_the_keywords_of_tasks_and_optimizers_are_known() -> None:
     keywords = {*signature(Reconstruction).parameters, *signature(Adversarial).parameters}
     assert {*schema.fields_of(schema.Reconstruction)} == keywords - {"model", "losses"}
-    assert {*schema.fields_of(schema.Denoising)} == {*signature(Diffusion).parameters} - {"model"}
-    for name, (_, keys) in OPTIMIZERS.items():
+    keywords = {*signature(Diffusion).parameters, *signature(Criterion).parameters}
+    given = {"model", "criterion", "schedule", "parameterization"}
+    assert {*schema.fields_of(schema.Denoising)} == keywords - given
+    for name, keys in OPTIMIZERS.items():
         assert {*schema.fields_of(schema.OPTIONS[name])} == {*keys}
 
 

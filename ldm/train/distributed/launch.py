@@ -31,18 +31,14 @@ HOST:29500 -m {program} …"""
 
 
 def count_processes(devices: "Devices", per_node: int = 0) -> int:
-    """Returns the number of processes on all nodes.
-
-    Args:
-        per_node: processes on each node; 0: one for each GPU.
-    """
+    """Return the number of processes on all nodes; `per_node` 0: one for each GPU."""
     gpus = devices.gpus
     count = len(gpus) if isinstance(gpus, list) else max(1, gpus or 1)
     return max(rank_and_world_size()[1], (per_node or count) * devices.num_nodes)
 
 
 def launch(devices: "Devices", per_node: int, argv: Sequence[str]) -> None:
-    """Chooses the GPUs of this process; if there should be more processes, torchrun replaces it.
+    """Choose the GPUs of this process; if there should be more processes, torchrun replaces it.
 
     Args:
         per_node: processes on this machine; 0: one for each GPU.
@@ -76,7 +72,7 @@ def launch(devices: "Devices", per_node: int, argv: Sequence[str]) -> None:
 
 
 def choose_on_first_rank(choose: Callable[[Sequence[str]], T]) -> T:
-    """Lets the first process choose, and returns its choice on all of them.
+    """Let the first process choose, and return its choice on all of them.
 
     Args:
         choose: takes the ids of the torchruns that started the processes. If processes are started
@@ -90,14 +86,14 @@ def choose_on_first_rank(choose: Callable[[Sequence[str]], T]) -> T:
 
     ranks = parallel.connect(pick_device(None))
     torchruns = sorted({*ranks.gather(own)} - {""})
-    choice = ranks.broadcast(lambda: choose(torchruns))
+    choice = ranks.run_on_first(lambda: choose(torchruns))
     if ranks.heartbeat is not None:
         ranks.heartbeat.stop()  # the run has a heartbeat of its own
     return choice
 
 
 def _torchrun_id() -> str:
-    """The id, machine, process and start of the torchrun that started this process; "" if none."""
+    """Return id, machine, process and start of the torchrun of this process; "" if none."""
     launch_id = os.environ.get("TORCHELASTIC_RUN_ID")
     parent = os.getppid()
     try:  # distinguishes processes of one number, in other containers or after a reboot
@@ -109,7 +105,7 @@ def _torchrun_id() -> str:
 
 
 def _set_visible_devices(numbers: Sequence[int], available: int) -> None:
-    """Hides the other GPUs from this process and its children."""
+    """Hide the other GPUs from this process and its children."""
     if any(number >= available for number in numbers):
         raise ValueError(f"GPU {max(numbers)} requested, {available} available, counted from 0")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
@@ -118,7 +114,7 @@ def _set_visible_devices(numbers: Sequence[int], available: int) -> None:
 
 
 def _replace_process(words: Sequence[str]) -> None:
-    """Runs torchrun in place of this process."""
+    """Run torchrun in place of this process."""
     command = [sys.executable, "-m", "torch.distributed.run", *words]
     if os.name == "posix":
         os.execv(sys.executable, command)

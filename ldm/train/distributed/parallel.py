@@ -53,13 +53,7 @@ COLLECTIVE_TIMEOUT = timedelta(hours=2)  # for ranks at work; the heartbeat find
 
 @dataclass
 class Ranks:
-    """This process among those of the run, and what they agree on.
-
-    Attributes:
-        rank: index of this process.
-        world_size: number of processes.
-        heartbeat: watches the other processes.
-    """
+    """This process among those of the run, and what they agree on."""
 
     rank: int = 0
     world_size: int = 1
@@ -70,31 +64,16 @@ class Ranks:
         return self.rank == 0
 
     def max(self, values: Sequence[float]) -> list[float]:
-        """Returns the maximum of each value over all processes."""
+        """Return the maximum of each value over all processes."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Returns the mean of each value over all processes; all have the same keys."""
+        """Return the mean of each value over all processes; all have the same keys."""
         sums = self._reduce(list(values.values()), dist.ReduceOp.SUM)
         return {key: total / self.world_size for key, total in zip(values, sums, strict=True)}
 
-    def run_on_first(self, function: Callable[[], object]) -> None:
-        """Calls `function` on the first process; the others wait.
-
-        Raises:
-            OSError: on all processes, if it does on the first.
-        """
-        failure = None
-        if self.is_first:
-            try:
-                function()
-            except OSError as error:
-                failure = error
-        if any(self.max([failure is not None])):
-            raise failure or OSError("the first process failed, its message says why")
-
-    def broadcast(self, function: Callable[[], T]) -> T:
-        """Calls `function` on the first process, and returns its result on all.
+    def run_on_first(self, function: Callable[[], T]) -> T:
+        """Call `function` on the first process, and return its result on all.
 
         Raises:
             ValueError, OSError: on all processes, if `function` does.
@@ -112,7 +91,7 @@ class Ranks:
         return results[0]  # type: ignore[return-value]
 
     def gather(self, text: str) -> list[str]:
-        """Returns the texts of all processes, on all."""
+        """Return the texts of all processes, on all."""
         texts = [text] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(texts, text)
@@ -120,7 +99,7 @@ class Ranks:
 
     @contextmanager
     def first_before_others(self) -> Iterator[None]:
-        """The first process runs the block alone; then the others do, and find its files."""
+        """Let the first process run the block alone; then the others do, and find its files."""
         if not self.is_first:
             self.max([0.0])
         yield
@@ -147,7 +126,7 @@ class Ranks:
 
 
 def connect(device: torch.device, *, timeout: float = 45.0) -> Ranks:
-    """Connects the processes that torchrun or Slurm has started, as their environment says.
+    """Connect the processes that torchrun or Slurm has started, as their environment says.
 
     Args:
         timeout: seconds without a heartbeat after which a process counts as lost and all others
@@ -156,14 +135,9 @@ def connect(device: torch.device, *, timeout: float = 45.0) -> Ranks:
     rank, world_size = rank_and_world_size()
     if world_size == 1:
         return Ranks()
-    first = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")  # torchrun names its own
-    environment = {
-        "RANK": rank,
-        "WORLD_SIZE": world_size,
-        "MASTER_ADDR": first,
-        "MASTER_PORT": 29500,
-    }
-    for name, value in environment.items():
+    host = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")  # torchrun names its own
+    defaults = {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": host, "MASTER_PORT": 29500}
+    for name, value in defaults.items():
         os.environ.setdefault(name, str(value))
     if not dist.is_initialized():
         if device.type == "cuda":
@@ -175,18 +149,17 @@ def connect(device: torch.device, *, timeout: float = 45.0) -> Ranks:
             backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
         )
     ranks = Ranks(rank, world_size)
-    session = ranks.broadcast(lambda: uuid4().hex)
+    session = ranks.run_on_first(lambda: uuid4().hex)
     ranks.heartbeat = Heartbeat(rank, world_size, timeout, session=session)
     ranks.heartbeat.start()
     return ranks
 
 
 def agree_on_session(store: dist.Store, rank: int, world_size: int) -> str:
-    """Returns a name for this start of the processes, the same on all, and of no start before.
+    """Return a name for this start of the processes, the same on all, and of no start before.
 
-    Processes that are started again after a failure find the same store, with all that those
-    before them left there, addresses too. So each announces itself by a new name, and is answered
-    under that.
+    Processes that are started again after a failure find the same store, with the addresses of
+    those before them. So each announces itself by a new name, and is answered under that.
 
     Raises:
         TimeoutError, DistStoreError: some processes did not start.
@@ -280,7 +253,7 @@ class LossModule(nn.Module):
 def shard(
     module: nn.Module, world_size: int, strategy: str, group_size: int | None, device: str
 ) -> None:
-    """Shards the weights over the processes in place; each block is gathered when it is used.
+    """Shard the weights over the processes in place; each block is gathered when it is used.
 
     Args:
         strategy: "fsdp" or "hsdp".
@@ -303,14 +276,14 @@ def shard(
 
 
 def sync_gradients(module: nn.Module, enabled: bool) -> None:
-    """Sets whether the next backward pass reduces the gradients of sharded weights."""
+    """Set whether the next backward pass reduces the gradients of sharded weights."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.set_requires_gradient_sync(enabled, recurse=False)
 
 
 def reshard(module: nn.Module) -> None:
-    """Frees the weights that a forward pass without a backward pass has left gathered."""
+    """Free the weights that a forward pass without a backward pass has left gathered."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
@@ -321,7 +294,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def gather(state: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:
-    """Gathers sharded tensors to the CPU, on every process that says `keep`; all must call it."""
+    """Gather sharded tensors to the CPU, on every process that says `keep`; all must call it."""
     gathered = {}
     for name, value in state.items():
         full = value.full_tensor() if isinstance(value, DTensor) else value

@@ -21,7 +21,7 @@ class SignalHandler:
         self.previous: dict[int, Handler] = {}
 
     def take(self) -> set[str]:
-        """Returns the actions that were asked for since the last call: "stop", "save"."""
+        """Return the actions that were asked for since the last call: "stop", "save"."""
         count = len(self.pending)  # a signal may come at any moment
         actions = set(self.pending[:count])
         del self.pending[:count]

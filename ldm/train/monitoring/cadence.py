@@ -45,7 +45,7 @@ class StepTimer:
         self.began = time.monotonic()
 
     def stop(self) -> float:
-        """Returns the seconds since the start, or the last stop."""
+        """Return the seconds since the start, or the last stop."""
         seconds = time.monotonic() - self.began
         usual = median(self.durations) if len(self.durations) >= 5 else math.inf
         self.durations.append(seconds)

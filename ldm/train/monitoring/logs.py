@@ -1,10 +1,8 @@
-"""Progress bar and loggers of a run.
+"""Progress bar and loggers of a run; only the first process logs.
 
-    csv           log.csv, one row per logged step
-    tensorboard   tensorboard/, left out with a note if the package is not installed
-    wandb         to Weights & Biases
-
-Only the first process logs.
+csv           log.csv, one row per logged step
+tensorboard   tensorboard/, left out with a note if the package is not installed
+wandb         to Weights & Biases
 """
 
 import csv
@@ -13,24 +11,21 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ldm.imaging import pixels, reading
 from ldm.runtime.files import replace_when_written
 from ldm.runtime.types import JsonMapping
 from ldm.train.distributed.parallel import Ranks
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
-__all__ = ["CsvLogger", "Loggers", "Progress", "peak_memory_gib"]
+__all__ = ["CsvLogger", "Loggers", "Progress", "read_table"]
 
 log = logging.getLogger(__name__)
 
-EXTRA = "pip install 'ldm-revived[train]'"
 # Shown in the progress bar.
 FORMATS = {
     "loss": "loss {:.4f}",
@@ -40,17 +35,20 @@ FORMATS = {
 }
 
 
-class Logger(Protocol):
+class Logger:
     """Takes numbers and images of a run."""
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Log numbers by name."""
 
-    def image(self, step: int, name: str, path: Path) -> None: ...
+    def image(self, step: int, name: str, path: Path) -> None:
+        """Log a PNG."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Write what is pending."""
 
 
-class Loggers:
+class Loggers(Logger):
     """Several loggers as one.
 
     Args:
@@ -72,21 +70,22 @@ class Loggers:
         config: JsonMapping | None = None,
     ) -> None:
         self.loggers: list[Logger] = []
-        for name in dict.fromkeys(names):
-            if name == "csv":
-                self.loggers.append(CsvLogger(folder / "log.csv", start=start))
-            elif name == "wandb":
-                self.loggers.append(WandbLogger(folder, wandb or {}, config or {}))
-            elif (logger := _make_tensorboard_logger(folder, start)) is not None:
-                self.loggers.append(logger)
+        if "csv" in names:
+            self.loggers.append(CsvLogger(folder / "log.csv", start=start))
+        if "wandb" in names:
+            self.loggers.append(WandbLogger(folder, wandb or {}, config or {}))
+        if "tensorboard" in names:
+            try:
+                self.loggers.append(TensorBoardLogger(folder / "tensorboard", start))
+            except ImportError:
+                hint = "pip install 'ldm-revived[train]'"
+                log.info("no log for TensorBoard, the package is not installed\nhint: %s", hint)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs numbers by name; nothing if there are none."""
         for logger in self.loggers if values else ():
             logger.scalars(step, values)
 
     def image(self, step: int, name: str, path: Path) -> None:
-        """Logs a PNG."""
         for logger in self.loggers:
             logger.image(step, name, path)
 
@@ -95,7 +94,7 @@ class Loggers:
             logger.close()
 
 
-class CsvLogger:
+class CsvLogger(Logger):
     """A table that gets new columns when new values come.
 
     Args:
@@ -104,40 +103,27 @@ class CsvLogger:
 
     def __init__(self, path: Path, *, start: int = 0) -> None:
         self.path = path
-        self.columns, rows = _read_table(path)
-        earlier = [row for row in rows if int(row["step"]) <= start]
-        if len(earlier) < len(rows):
-            self._rewrite(earlier)
+        self.columns, _ = read_table(path, until=start)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         row = {"step": str(step), **{key: f"{value:.6g}" for key, value in values.items()}}
         new = [key for key in row if key not in self.columns]
         if new:
-            _, rows = _read_table(self.path)
+            _, rows = read_table(self.path)
             self.columns += new
-            self._rewrite(rows)
+            _write_table(self.path, self.columns, [*rows, row])
+            return
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns, restval="").writerow(row)
 
-    def image(self, step: int, name: str, path: Path) -> None:
-        """Images have their own folder."""
 
-    def close(self) -> None:
-        """Nothing is open."""
-
-    def _rewrite(self, rows: Sequence[Mapping[str, str]]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replace_when_written(self.path) as part, part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-
-
-class TensorBoardLogger:
+class TensorBoardLogger(Logger):
     """Events in a folder that `tensorboard --logdir` shows."""
 
-    def __init__(self, writer: "SummaryWriter") -> None:
-        self.writer = writer
+    def __init__(self, folder: Path, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder), purge_step=start + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -153,7 +139,7 @@ class TensorBoardLogger:
         self.writer.close()
 
 
-class WandbLogger:
+class WandbLogger(Logger):
     """A run on Weights & Biases; `mode: offline` keeps it in the folder."""
 
     def __init__(self, folder: Path, options: JsonMapping, config: JsonMapping) -> None:
@@ -198,8 +184,6 @@ class Progress:
         steps: float | None,
         every: float = 20,
     ) -> None:
-        from tqdm import tqdm
-
         self.loggers = loggers
         self.ranks = ranks
         self.device = device
@@ -215,7 +199,7 @@ class Progress:
         self._reset()
 
     def __call__(self, step: int, losses: Mapping[str, Tensor], lr: float, images: int) -> None:
-        """Counts a step.
+        """Count a step.
 
         Args:
             losses: scalars are logged, all else is ignored.
@@ -229,13 +213,11 @@ class Progress:
         self.steps += 1
         if step % self.every and step != self.bar.total:
             return
-        rate = self.images / (time.monotonic() - self.since)
-        means = self.ranks.mean({name: float(v) / self.steps for name, v in self.sums.items()})
-        row = {
-            **means,
+        row = self.ranks.mean({name: float(v) / self.steps for name, v in self.sums.items()})
+        row |= {
             "lr": lr,
-            "images_per_second": rate,
-            "memory_gib": peak_memory_gib(self.device),
+            "images_per_second": self.images / (time.monotonic() - self.since),
+            "memory_gib": _peak_memory_gib(self.device),
         }
         line = [text.format(row[name]) for name, text in FORMATS.items() if name in row]
         self.bar.set_postfix_str(", ".join(line), refresh=False)
@@ -252,8 +234,8 @@ class Progress:
         self.since = time.monotonic()
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory so far, of the GPU or else of this process; NaN where it is not known."""
+def _peak_memory_gib(device: torch.device) -> float:
+    """Return the peak so far, of the GPU or else of this process; NaN where it is not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:
@@ -264,20 +246,27 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def _make_tensorboard_logger(folder: Path, start: int) -> Logger | None:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        log.info("no log for TensorBoard, the package is not installed\nhint: %s", EXTRA)
-        return None
-    return TensorBoardLogger(SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1))
+def read_table(path: Path, *, until: int | None = None) -> tuple[list[str], list[dict[str, str]]]:
+    """Read columns and rows of a table with steps, none if there is no file.
 
-
-def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Reads columns and rows, none if there is no file; without a row cut off by a crash."""
+    Args:
+        until: rows of later steps are deleted from the file, as they come again.
+    """
     if not path.exists():
         return ["step"], []
     with path.open(newline="") as file:
         reader = csv.DictReader(file, restkey="", restval="")
-        rows = [row for row in reader if (row.get("step") or "").isdigit()]
-        return list(reader.fieldnames or ["step"]), rows
+        rows = [row for row in reader if (row.get("step") or "").isdigit()]  # a crash cuts rows off
+        columns = list(reader.fieldnames or ["step"])
+    earlier = [row for row in rows if until is None or int(row["step"]) <= until]
+    if len(earlier) < len(rows):
+        _write_table(path, columns, earlier)
+    return columns, earlier
+
+
+def _write_table(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replace_when_written(path) as part, part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)

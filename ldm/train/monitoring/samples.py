@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ldm.data.dataset import Sample
-from ldm.data.source import Source, collate, to_device
+from ldm.data.source import collate, to_device
 from ldm.imaging import pixels
 from ldm.model import LatentDiffusion
 from ldm.pipelines import sample
@@ -31,7 +31,7 @@ SAMPLING = {"steps": 20, "scale": 3.0, "eta": 0.0}  # defaults of `callbacks.sam
 
 
 def draw_samples(run: Run) -> list[Path]:
-    """Draws a sheet of labelled grids for the training data and one for held-out data.
+    """Draw a sheet of labelled grids for the training data and one for held-out data.
 
     The first process draws and writes; if weights are sharded all processes must draw.
 
@@ -46,7 +46,7 @@ def draw_samples(run: Run) -> list[Path]:
         sources["val"] = run.held_out
     paths = []
     for split, source in sources.items():
-        samples = _fixed_samples(source, options.images)
+        samples = source.first_samples(options.images)
         if options.prompts and split == "train" and isinstance(run.model, LatentDiffusion):
             for index, one in enumerate(samples):
                 one["txt"] = options.prompts[index % len(options.prompts)]
@@ -68,21 +68,15 @@ def draw_samples(run: Run) -> list[Path]:
 
 
 def _label_weights(run: Run) -> Iterator[tuple[str, AbstractContextManager[None]]]:
-    """Labels, and contexts in which the model has the weights that they name."""
+    """Yield labels, and contexts in which the model has the weights that they name."""
     step, ema = run.state.step, run.state.ema
     if ema.decay:
         yield f"averaged weights, step {step}", ema.apply_to(run.task.trainable)
     yield f"weights as they are, step {step}", nullcontext()
 
 
-def _fixed_samples(source: Source, n: int) -> list[Sample]:
-    """The first n samples, as far as they have the size of the first."""
-    samples = source.first_samples(n)
-    return [one for one in samples if one["jpg"].shape == samples[0]["jpg"].shape]
-
-
 def _draw_grid(run: Run, samples: Sequence[Sample]) -> Image.Image:
-    """In batches of the training's size, which fit into memory."""
+    """Draw in batches of the training's size, which fit into memory."""
     model, n, size = run.model, len(samples), run.batch_size
     image = torch.stack([one["jpg"] for one in samples])  # (n, 3, H, W)
     starts = range(0, n, size)
@@ -100,13 +94,7 @@ def _draw_grid(run: Run, samples: Sequence[Sample]) -> Image.Image:
 def sample_images(
     run: Run, model: LatentDiffusion, samples: Sequence[Sample], seed: int = 0
 ) -> Tensor:
-    """Samples an image for each of some samples of the data, whatever the model reads.
-
-    Args:
-        seed: of the first; those of the others follow.
-    Returns:
-        (n, 3, H, W) in [-1, 1], on the CPU.
-    """
+    """Sample an image (3, H, W) in [-1, 1] for each of some samples of the data, on the CPU."""
     batch = collate(list(samples))
     height, width = batch["jpg"].shape[-2:]
     latent_size = (height // model.downscale, width // model.downscale)
@@ -121,7 +109,7 @@ def sample_images(
 
 
 def _label_grids(grids: Sequence[tuple[str, Image.Image]]) -> Image.Image:
-    """Grids below each other, each under its label."""
+    """Paste grids below each other, each under its label."""
     font = ImageFont.load_default(size=12)
     width = max(max(grid.width, int(font.getlength(text)) + 8) for text, grid in grids)
     sheet = Image.new("RGB", (width, sum(grid.height + LABEL_HEIGHT for _, grid in grids)), "white")

@@ -39,7 +39,7 @@ class Comparison:
 
     Attributes:
         parameterization: what the config says that the model predicts.
-        loss, guess: of the model and of the guess, for that parameterization.
+        loss, guess: for that parameterization.
         ratios: loss / guess if the model predicted eps, v or x0.
         std: of the latents.
     """
@@ -56,7 +56,7 @@ class Comparison:
         return min(self.ratios, key=lambda name: self.ratios[name])
 
     def problem(self) -> str | None:
-        """Describes in one line what is suspicious, if anything is."""
+        """Describe in one line what is suspicious, if anything is."""
         numbers = (
             f"(loss {self.loss:.3f}, a guess {self.guess:.3f}, latents with std {self.std:.2f})"
         )
@@ -79,15 +79,14 @@ def check_initial_weights(
     batch_size: int,
     seed: int,
 ) -> None:
-    """Checks on a few samples that the weights of a model fit its config.
+    """Check on a few samples that the weights of a model fit its config.
 
     Args:
-        samples: with images of the training data; those of another size than the first are ignored.
+        samples: with images of the training data, of one size.
         batch_size: what surely fits into memory.
     Raises:
         ValueError: the model is hardly better than a guess; the message says what may be wrong.
     """
-    samples = [one for one in samples if one["jpg"].shape == samples[0]["jpg"].shape]
     with evaluating(model):
         if isinstance(model, AutoencoderKL):
             image = torch.stack([one["jpg"] for one in samples[:batch_size]])
@@ -114,7 +113,7 @@ def compare_with_guess(
     *,
     batch_size: int = SAMPLES,
 ) -> Comparison:
-    """Runs the model once on noisy latents, at timesteps that are spread over the schedule."""
+    """Run the model once on noisy latents, at timesteps that are spread over the schedule."""
     t = spread_timesteps(len(samples), len(model.schedule), generator)  # (B,)
     starts = range(0, len(samples), batch_size)
     batches = [list(samples[k : k + batch_size]) for k in starts]
@@ -137,7 +136,7 @@ def compare_with_guess(
 def _predict(
     model: LatentDiffusion, batch: Sample, t: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(z, noise, prediction) of a batch of images, (B, C, h, w) each."""
+    """Return (z, noise, prediction) of a batch of images, (B, C, h, w) each."""
     batch = to_device(batch, model.device)
     z = model.encode(batch["jpg"], generator)
     noise = torch.randn(z.shape, generator=generator).to(z)
@@ -146,7 +145,7 @@ def _predict(
 
 
 def _guess_loss(z_t: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of the multiple of z_t that fits best, chosen per sample."""
+    """Return the mean squared error of the multiple of z_t that fits best, for each sample."""
     z_t, target = z_t.flatten(1), target.flatten(1)  # (B, N)
     factor = (z_t * target).sum(1) / z_t.square().sum(1)  # (B,)
     return (factor[:, None] * z_t - target).square().mean()
@@ -154,7 +153,7 @@ def _guess_loss(z_t: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def find_problem_of_autoencoder(model: AutoencoderKL, image: Tensor) -> str | None:
-    """Compares reconstructions of images (B, 3, H, W) with their mean colours."""
+    """Compare reconstructions of images (B, 3, H, W) with their mean colours."""
     image = image.to(model.quant_conv.weight.device)
     reconstruction = model.decode(model.encode(image).mode()).float()
     error = float((reconstruction - image).square().mean())

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.runtime.files import replace_when_written
 from ldm.train.distributed.parallel import Ranks
+from ldm.train.monitoring.logs import read_table
 
 __all__ = ["TimestepLog"]
 
@@ -33,21 +33,16 @@ class TimestepLog:
     def __init__(
         self, folder: Path, ranks: Ranks, timesteps: int = 1000, *, bins: int = 50, start: int = 0
     ) -> None:
-        self.folder = folder
+        self.path = folder / "timesteps.csv"
         self.ranks = ranks
         self.timesteps = timesteps
         self.bins = bins
         self.sums = torch.zeros(bins)
         self.counts = torch.zeros(bins)
-        self.curves = self._read(start)
+        self.curves = self._read(start) if ranks.is_first else {}
 
     def add(self, t: Tensor, losses: Tensor) -> None:
-        """Adds the losses of samples; those that are not finite are ignored.
-
-        Args:
-            t: (B,) timesteps.
-            losses: (B,), detached.
-        """
+        """Add losses (B,) of samples at timesteps t (B,), as far as they are finite."""
         bins = (t.cpu() * self.bins // self.timesteps).clamp(0, self.bins - 1)
         values = losses.detach().float().cpu()
         finite = values.isfinite()
@@ -55,7 +50,7 @@ class TimestepLog:
         self.counts.index_add_(0, bins[finite], torch.ones(int(finite.sum())))
 
     def write(self, step: int) -> Path | None:
-        """Writes the means over all processes.
+        """Write the means over all processes.
 
         Returns:
             The plot; None on other processes than the first, and without matplotlib.
@@ -66,20 +61,19 @@ class TimestepLog:
         if not self.ranks.is_first or not counts.any():
             return None
         self.curves[step] = torch.where(counts > 0, sums / counts.clamp(min=1e-9), torch.nan)
-        path = self.folder / "timesteps.csv"
-        is_new = not path.exists()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", newline="") as file:
+        is_new = not self.path.exists()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", newline="") as file:
             writer = csv.writer(file)
             if is_new:
                 writer.writerow(COLUMNS)
             for k, (loss, count) in enumerate(zip(self.curves[step], counts, strict=True)):
                 if count > 0:
                     writer.writerow([step, *self._limits(k), f"{loss:.6g}", f"{count:g}"])
-        return self._plot(self.folder / "images" / "loss-per-timestep.png")
+        return self._plot(self.path.with_name("images") / "loss-per-timestep.png")
 
     def _limits(self, k: int) -> tuple[int, int]:
-        """First and last timestep of a bin."""
+        """Return the first and last timestep of a bin."""
         first, end = (-(-edge * self.timesteps // self.bins) for edge in (k, k + 1))
         return first, end - 1
 
@@ -88,22 +82,15 @@ class TimestepLog:
         return torch.tensor(list(self.ranks.mean(named).values())) * self.ranks.world_size
 
     def _read(self, start: int) -> dict[int, Tensor]:
-        """Reads the curves of earlier sessions; rows after `start` are dropped, they come again."""
-        path = self.folder / "timesteps.csv"
+        """Read the curves of earlier sessions."""
         curves: dict[int, Tensor] = {}
-        if not path.exists():
-            return curves
-        with path.open(newline="") as file:
-            rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS)][1:]
-        earlier = [row for row in rows if int(row[0]) <= start]
-        if self.ranks.is_first and len(earlier) < len(rows):
-            with replace_when_written(path) as part, part.open("w", newline="") as file:
-                csv.writer(file).writerows([COLUMNS, *earlier])
-        for step, first, _, loss, _ in earlier:
-            k = int(first) * self.bins // self.timesteps
+        for row in read_table(self.path, until=start)[1]:
+            if not row["samples"]:  # cut off by a crash
+                continue
+            k = int(row["from"]) * self.bins // self.timesteps
             if k < self.bins:
                 empty = torch.full((self.bins,), torch.nan)
-                curves.setdefault(int(step), empty)[k] = float(loss)
+                curves.setdefault(int(row["step"]), empty)[k] = float(row["loss"])
         return curves
 
     def _plot(self, path: Path) -> Path | None:

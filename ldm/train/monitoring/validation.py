@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def validate(run: Run, *, with_ema: bool = True) -> dict[str, float]:
-    """Computes the means of all losses over the first batches of the held-out data.
+    """Compute the means of all losses over the first batches of the held-out data.
 
     All processes call this and share the batches.
 
@@ -47,7 +47,7 @@ def validate(run: Run, *, with_ema: bool = True) -> dict[str, float]:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Inside the context a module is in eval mode, without gradients; then each part is as before.
+    """Keep a module in eval mode, without gradients, inside the context.
 
     Not under `inference_mode`: gathered weights of sharded models are used for training again.
     """
@@ -63,7 +63,6 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def _mean_losses(run: Run, held_out: Source) -> dict[str, float]:
-    """Noise and timesteps of a batch depend on its index only."""
     rank, world_size = run.ranks.rank, run.ranks.world_size
     batches = held_out.batches(run.batch_size, rank=rank, world_size=world_size)
     # The same on all ranks, as sharded weights are gathered for each forward pass.
@@ -83,7 +82,7 @@ def _mean_losses(run: Run, held_out: Source) -> dict[str, float]:
 
 
 def _count_batches(run: Run, held_out: Source) -> int:
-    """As many as the settings say, but at most one epoch."""
+    """Return as many as the settings say, but at most one epoch."""
     limit = run.settings.callbacks.validate_batches
     epoch = held_out.batches_per_epoch(run.batch_size)
     return limit if epoch is None else max(1, min(limit, int(epoch)))

@@ -66,7 +66,7 @@ class AdamW(torch.optim.AdamW):
                 remainder.copy_(copy[: len(remainder)])
 
     def _tensors_with_gradients(self, group: dict[str, Any]) -> Iterable[list[Tensor]]:
-        """(weight, gradient, mean, mean square, number of steps) of each weight."""
+        """Yield (weight, gradient, mean, mean square, number of steps) of each weight."""
         for p in group["params"]:
             if p.grad is None:
                 continue
@@ -79,13 +79,13 @@ class AdamW(torch.optim.AdamW):
 
 
 def _fits_kernel(weight: Tensor, gradient: Tensor) -> bool:
-    """Whether the kernel needs no remainder, and reads both in the same order."""
+    """Return whether the kernel needs no remainder, and reads both in the same order."""
     is_whole = not isinstance(weight, DTensor) and weight.numel() % REGISTER == 0
     return is_whole and weight.stride() == gradient.stride()
 
 
 def _flatten(x: Tensor, like: Tensor) -> Tensor:
-    """Views the local elements of x in the order in which those of `like` lie in memory."""
+    """View the local elements of x in the order in which those of `like` lie in memory."""
     x, like = (y.to_local() if isinstance(y, DTensor) else y for y in (x, like))
     if x.stride() != like.stride():
         x = torch.empty_like(like, dtype=x.dtype).copy_(x)

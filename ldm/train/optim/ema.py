@@ -30,7 +30,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Moves the average towards the weights of `module`."""
+        """Move the average towards the weights of `module`."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         parameters = dict(module.named_parameters())
@@ -40,7 +40,7 @@ class EMA:
 
     @contextmanager
     def apply_to(self, module: nn.Module) -> Iterator[None]:
-        """Inside the context `module` has the averaged weights, afterwards its own again."""
+        """Give `module` the averaged weights inside the context, afterwards its own again."""
         reshard(module)
         parameters = dict(module.named_parameters())
         backup = {name: parameters[name].detach().clone() for name in self.shadow}

@@ -22,6 +22,13 @@ __all__ = ["OPTIMIZERS", "Muon", "make_optimizer"]
 QUINTIC = (3.4445, -4.7750, 2.0315)  # a Newton-Schulz iteration: singular values go to about 1
 ROUNDS = 5
 MIN_SIDE = 16  # narrower matrices are updated by AdamW
+ADAM = ("betas", "eps", "weight_decay")
+OPTIMIZERS = {  # and their keywords
+    "adamw": ADAM,
+    "adamw8bit": ADAM,
+    "adafactor": ("beta2_decay", "eps", "d", "weight_decay"),
+    "muon": ("momentum", "betas", "weight_decay"),
+}
 Options = JsonObject
 Group = JsonObject  # of parameters, with their options
 Moments = dict[str, Tensor]
@@ -30,7 +37,7 @@ Moments = dict[str, Tensor]
 def make_optimizer(
     module: nn.Module, lr: float, *, name: str = "adamw", **options: Any
 ) -> torch.optim.Optimizer:
-    """Makes the optimizer of a module's trainable parameters.
+    """Make the optimizer of a module's trainable parameters.
 
     What it keeps of a parameter p is `optimizer.state[p]`: tensors and numbers by name.
 
@@ -44,63 +51,46 @@ def make_optimizer(
     """
     if name not in OPTIMIZERS:
         raise unknown_name("optimizer", name, OPTIMIZERS, "lightning.optimizer")
-    make, keywords = OPTIMIZERS[name]
     for key in options:
-        if key not in keywords:
-            raise unknown_name(f"key of {name}", key, keywords, "lightning.optimizer")
-    return make(module, lr, {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
-
-
-def _make_adamw(module: nn.Module, lr: float, options: Options) -> torch.optim.Optimizer:
-    parameters = _trainable(module)
+        if key not in OPTIMIZERS[name]:
+            raise unknown_name(f"key of {name}", key, OPTIMIZERS[name], "lightning.optimizer")
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    parameters = [p for _, p in named]
+    if name == "adafactor":
+        return torch.optim.Adafactor(parameters, lr=lr, **options)
+    if name == "adamw8bit":
+        return _make_adamw8bit(parameters, lr, options)
+    if name == "muon":
+        groups: dict[bool, list[Tensor]] = {True: [], False: []}
+        for n, p in named:
+            is_wide = p.ndim >= 2 and min(p.shape[0], math.prod(p.shape[1:])) >= MIN_SIDE
+            groups[is_wide and "embedding" not in n].append(p)
+        return Muon(
+            [{"params": ps, "matrix": matrix} for matrix, ps in groups.items()], lr, **options
+        )
     if all(p.device.type == "cpu" for p in parameters):
         return AdamW(parameters, lr, **options)
     return torch.optim.AdamW(parameters, lr=lr, fused=parameters[0].is_cuda, **options)
 
 
-def _make_adamw8bit(module: nn.Module, lr: float, options: Options) -> torch.optim.Optimizer:
+def _make_adamw8bit(
+    parameters: list[nn.Parameter], lr: float, options: Options
+) -> torch.optim.Optimizer:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         hint = "the optimizer `adamw8bit` needs `pip install 'ldm-revived[8bit]'`"
         raise ImportError(hint) from error
-    optimizer: torch.optim.Optimizer = AdamW8bit(_trainable(module), lr=lr, **options)
+    optimizer: torch.optim.Optimizer = AdamW8bit(parameters, lr=lr, **options)
 
     def restore_steps(optimizer: torch.optim.Optimizer) -> None:
-        """Turns steps into integers, as bitsandbytes counts; state files have tensors."""
+        """Turn steps into integers, as bitsandbytes counts; state files have tensors."""
         for state in optimizer.state.values():
             state["step"] = int(state["step"])
 
     optimizer.register_load_state_dict_post_hook(restore_steps)
     return optimizer
-
-
-def _make_adafactor(module: nn.Module, lr: float, options: Options) -> torch.optim.Optimizer:
-    return torch.optim.Adafactor(_trainable(module), lr=lr, **options)
-
-
-def _make_muon(module: nn.Module, lr: float, options: Options) -> torch.optim.Optimizer:
-    groups: dict[bool, list[Tensor]] = {True: [], False: []}
-    for name, p in module.named_parameters():
-        if p.requires_grad:
-            is_wide = p.ndim >= 2 and min(p.shape[0], math.prod(p.shape[1:])) >= MIN_SIDE
-            groups[is_wide and "embedding" not in name].append(p)
-    return Muon([{"params": ps, "matrix": matrix} for matrix, ps in groups.items()], lr, **options)
-
-
-def _trainable(module: nn.Module) -> list[nn.Parameter]:
-    return [p for p in module.parameters() if p.requires_grad]
-
-
-ADAM = ("betas", "eps", "weight_decay")
-OPTIMIZERS: dict[
-    str, tuple[Callable[[nn.Module, float, Options], torch.optim.Optimizer], tuple[str, ...]]
-] = {
-    "adamw": (_make_adamw, ADAM),
-    "adamw8bit": (_make_adamw8bit, ADAM),
-    "adafactor": (_make_adafactor, ("beta2_decay", "eps", "d", "weight_decay")),
-    "muon": (_make_muon, ("momentum", "betas", "weight_decay")),
-}
 
 
 class Muon(torch.optim.Optimizer):
@@ -142,7 +132,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """Computes about U V^T of matrix = U S V^T, (m, n), float32.
+    """Compute about U V^T of matrix = U S V^T, (m, n), float32.
 
     Five rounds X <- p(X X^T) X. All p commute, so they are collected on the smaller side, and only
     the first product (in float32, for small singular values) and the last touch the longer one.
@@ -166,7 +156,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 
 
 def _muon_update(grad: Tensor, state: Moments, group: Group) -> Tensor:
-    """The update of a matrix; a sharded one is gathered, and its update sharded again."""
+    """Compute the update of a matrix; a sharded one is gathered, and its update sharded again."""
     if not state:
         state["mean"] = torch.zeros_like(grad)
     state["mean"].lerp_(grad, 1 - group["momentum"])

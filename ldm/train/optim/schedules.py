@@ -10,7 +10,7 @@ All their values are multiples of the learning rate.
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -21,12 +21,12 @@ __all__ = ["WHERE", "LearningRate", "lr_multiplier"]
 
 DECAYS = ("constant", "linear", "cosine")
 LINEAR = "LambdaLinearScheduler"
-COSINE = "LambdaWarmUpCosineScheduler"
-CYCLES = "LambdaWarmUpCosineScheduler2"
+ONE_CYCLE = "LambdaWarmUpCosineScheduler"
+CYCLE_KEYS = ("warm_up_steps", "f_min", "f_max", "f_start", "cycle_lengths")
 KEYS = {
-    LINEAR: ("warm_up_steps", "f_min", "f_max", "f_start", "cycle_lengths"),
-    COSINE: ("warm_up_steps", "lr_min", "lr_max", "lr_start", "max_decay_steps"),
-    CYCLES: ("warm_up_steps", "f_min", "f_max", "f_start", "cycle_lengths"),
+    LINEAR: CYCLE_KEYS,
+    ONE_CYCLE: ("warm_up_steps", "lr_min", "lr_max", "lr_start", "max_decay_steps"),
+    "LambdaWarmUpCosineScheduler2": CYCLE_KEYS,
 }
 WHERE = "model.params.scheduler_config"
 
@@ -55,7 +55,7 @@ class LearningRate:
         self(0, 0.0)  # raises before anything is computed
 
     def __call__(self, step: int, progress: float) -> float:
-        """Returns the rate at a step, counted from 0, when `progress` (0 … 1) of the run is done.
+        """Return the rate at a step, counted from 0, when `progress` (0 … 1) of the run is done.
 
         The decay follows `progress`, as a run may be limited by time.
         """
@@ -67,7 +67,7 @@ class LearningRate:
 
 
 def lr_multiplier(spec: JsonMapping) -> Callable[[int], float]:
-    """Builds the schedule of a `scheduler_config`: step -> multiple of the learning rate.
+    """Build the schedule of a `scheduler_config`: step -> multiple of the learning rate.
 
     Args:
         spec: {"target": …, "params": …}.
@@ -85,53 +85,25 @@ def lr_multiplier(spec: JsonMapping) -> Callable[[int], float]:
     missing = [f"`{key}`" for key in KEYS[name] if key not in params]
     if missing:
         raise ValueError(f"{WHERE}: {name} needs {', '.join(missing)}")
-    if name == COSINE:
-        return lambda step: _warm_up_cosine(step, **params)
-    if len({len(values) for values in params.values()}) != 1:
+    values = [params[key] for key in KEYS[name]]
+    if name == ONE_CYCLE:
+        values = [[value] for value in values]
+    if len({len(column) for column in values}) != 1:
         raise ValueError(f"{WHERE}: the lists of {name} must be equally long, one value per cycle")
-    return lambda step: _cycles(step, is_cosine=name == CYCLES, **params)
+    cycles = list(zip(*values, strict=True))
+    ends = list(accumulate(length for *_, length in cycles))
 
+    def multiplier(step: int) -> float:
+        # A cycle includes its last step; after all cycles the last one keeps its final value.
+        k = min(bisect_left(ends, step), len(ends) - 1)
+        warm_up, low, high, start, length = cycles[k]
+        n = min(step - (ends[k] - length), length)
+        if n < warm_up:
+            return float(start + (high - start) * n / warm_up)
+        if name == LINEAR:
+            left = (length - n) / length
+        else:
+            left = 0.5 * (1 + math.cos(math.pi * min(1.0, (n - warm_up) / (length - warm_up))))
+        return float(low + (high - low) * left)
 
-def _warm_up_cosine(
-    step: int,
-    *,
-    warm_up_steps: int,
-    lr_min: float,
-    lr_max: float,
-    lr_start: float,
-    max_decay_steps: int,
-) -> float:
-    if step < warm_up_steps:
-        return lr_start + (lr_max - lr_start) * step / warm_up_steps
-    progress = min(1.0, (step - warm_up_steps) / (max_decay_steps - warm_up_steps))
-    return lr_min + (lr_max - lr_min) * _half_cosine(progress)
-
-
-def _cycles(
-    step: int,
-    *,
-    is_cosine: bool,
-    warm_up_steps: Sequence[int],
-    f_min: Sequence[float],
-    f_max: Sequence[float],
-    f_start: Sequence[float],
-    cycle_lengths: Sequence[int],
-) -> float:
-    """A cycle includes its last step; after all cycles the last one keeps its final value."""
-    ends = list(accumulate(cycle_lengths))
-    k = min(bisect_left(ends, step), len(ends) - 1)
-    length = cycle_lengths[k]
-    warm_up = warm_up_steps[k]
-    n = min(step - (ends[k] - length), length)
-    if n < warm_up:
-        return f_start[k] + (f_max[k] - f_start[k]) * n / warm_up
-    if is_cosine:
-        left = _half_cosine(min(1.0, (n - warm_up) / (length - warm_up)))
-    else:
-        left = (length - n) / length
-    return f_min[k] + (f_max[k] - f_min[k]) * left
-
-
-def _half_cosine(progress: float) -> float:
-    """1 … 0 for 0 … 1."""
-    return 0.5 * (1 + math.cos(math.pi * progress))
+    return multiplier

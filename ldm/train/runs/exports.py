@@ -38,18 +38,27 @@ ADAPTATION_CONFIG = "ldm.training.config"
 STATISTICS_IMAGES = 256  # that an autoencoder's latents are normalised on
 
 
-def export(run: Run, stem: Path) -> list[Path]:
-    """Writes `stem`.safetensors and/or .ckpt, as `lightning.callbacks` says.
+def export(run: Run, stem: Path | None = None) -> list[Path]:
+    """Write `stem`.safetensors and/or .ckpt, as `lightning.callbacks` says.
 
     All processes call this, as weights may be sharded, and the first writes.
 
+    Args:
+        stem: default: checkpoints/last.
     Returns:
-        The files, [] on other processes.
+        The files; [] on other processes, or if the weights are not finite.
     """
+    if not run.is_finite("export"):
+        return []
     options = run.settings.callbacks
+    stem = stem or run.checkpoints / "last"
     has_ema = options.weights != "raw" and bool(run.state.ema.decay)
     if isinstance(run.task, Adaptation):
-        return _export_adaptation(run, run.task, stem.with_name(f"{stem.name}.safetensors"))
+        path = stem.with_name(f"{stem.name}.safetensors")
+        if run.ranks.is_first:
+            with _applied_ema(run, has_ema):
+                run.task.write(path, _metadata(run))
+        return [path] if run.ranks.is_first else []
     state = _weights(run, ema=has_ema and options.weights == "ema")
     if has_ema and options.weights == "both":
         state |= _ema_weights(run)
@@ -62,12 +71,12 @@ def export(run: Run, stem: Path) -> list[Path]:
 
 
 def export_step(run: Run) -> list[Path]:
-    """Exports to checkpoints/trainstep_checkpoints/epoch=000001-step=000010000.…, which stays."""
+    """Export to checkpoints/trainstep_checkpoints/epoch=000001-step=000010000.…, which stays."""
     return export(run, run.checkpoints / "trainstep_checkpoints" / _step_name(run))
 
 
 def export_best(run: Run, losses: Mapping[str, float]) -> list[Path]:
-    """Exports to checkpoints/epoch=…-step=…-loss_ema=0.123456.… if few exports are better.
+    """Export to checkpoints/epoch=…-step=…-loss_ema=0.123456.… if few exports are better.
 
     All processes call this.
 
@@ -93,7 +102,7 @@ def export_best(run: Run, losses: Mapping[str, float]) -> list[Path]:
         is_full = 0 < limit <= len(best)
         return math.isfinite(value) and (not is_full or value < best[limit - 1][0])
 
-    if not run.ranks.broadcast(is_among_best):
+    if not run.ranks.run_on_first(is_among_best):
         return []
     paths = export(run, run.checkpoints / f"{_step_name(run)}-{title}={value:.6f}")
     if run.ranks.is_first and limit > 0:
@@ -108,7 +117,7 @@ def _step_name(run: Run) -> str:
 
 
 def _find_best(folder: Path, title: str) -> list[tuple[float, Path]]:
-    """(value, file without ending) of the exports for a loss, the best first."""
+    """List (value, file without ending) of the exports for a loss, the best first."""
     # A LoRA has a second file, `…=0.1-diffusers.safetensors`, which is not an export of its own.
     title = re.escape(title)
     pattern = re.compile(rf"(epoch=\d+-step=\d+-{title}=(-?\d+\.\d+))\.(safetensors|ckpt)")
@@ -120,20 +129,8 @@ def _applied_ema(run: Run, enabled: bool) -> AbstractContextManager[None]:
     return run.state.ema.apply_to(run.task.trainable) if enabled else nullcontext()
 
 
-def _export_adaptation(run: Run, task: Adaptation, path: Path) -> list[Path]:
-    if not run.ranks.is_first:
-        return []
-    metadata = _metadata(run)
-    if EMBEDDED in metadata:
-        metadata[ADAPTATION_CONFIG] = metadata.pop(EMBEDDED)
-    has_ema = run.settings.callbacks.weights != "raw" and bool(run.state.ema.decay)
-    with _applied_ema(run, has_ema):
-        task.write(path, metadata)
-    return [path]
-
-
 def _weights(run: Run, *, ema: bool) -> dict[str, Tensor]:
-    """The weights of the whole model under the original's names, copied to the CPU."""
+    """Copy the weights of the whole model to the CPU, under the original's names."""
     images: Iterator[Tensor] = (one["jpg"] for one in _statistics_samples(run))
     dtype = torch.float16 if run.settings.callbacks.dtype == "half" else torch.float32
     with _applied_ema(run, ema):
@@ -147,12 +144,12 @@ def _weights(run: Run, *, ema: bool) -> dict[str, Tensor]:
 
 
 def _statistics_samples(run: Run) -> Iterator[Mapping[str, Tensor]]:
-    """Samples of the data, read when the first is asked for, which only an autoencoder does."""
+    """Yield samples of the data, read when the first is asked for, as an autoencoder does."""
     yield from run.source.first_samples(STATISTICS_IMAGES)
 
 
 def _ema_weights(run: Run) -> dict[str, Tensor]:
-    """`model_ema.*`: names without dots, the decay and the number of updates."""
+    """Return `model_ema.*`: names without dots, the decay and the number of updates."""
     ema = run.state.ema
     averaged = {original_name(name) for name in ema.shadow}
     state = {
@@ -164,7 +161,7 @@ def _ema_weights(run: Run) -> dict[str, Tensor]:
 
 
 def _tables(run: Run, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Noise schedule, prediction type and CLIP statistics, unless the weights have them."""
+    """Return noise schedule, prediction type and CLIP statistics that the weights do not have."""
     model = run.model
     if not isinstance(model, LatentDiffusion):
         return {}
@@ -190,7 +187,8 @@ def _metadata(run: Run) -> dict[str, str | int]:
         "ldm.training": json.dumps(origin),
     }
     if run.config_text:
-        metadata[EMBEDDED] = run.config_text
+        key = ADAPTATION_CONFIG if isinstance(run.task, Adaptation) else EMBEDDED
+        metadata[key] = run.config_text
     if isinstance(run.model, LatentDiffusion):
         kind = run.model.parameterization
         metadata["modelspec.prediction_type"] = {"eps": "epsilon"}.get(kind, kind)

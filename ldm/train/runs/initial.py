@@ -17,7 +17,7 @@ __all__ = ["load_initial_weights", "measure_scale", "resize_weight"]
 
 
 def load_initial_weights(model: nn.Module, params: JsonMapping) -> bool:
-    """Loads `ckpt_path` of the model and of its first stage, where the config names one.
+    """Load `ckpt_path` of the model and of its first stage, where the config names one.
 
     The EMA starts from these weights, as with the original's `reset_ema`. With `scale_by_std` the
     scale that was measured for them is loaded, too.
@@ -54,14 +54,12 @@ def load_initial_weights(model: nn.Module, params: JsonMapping) -> bool:
 
 
 def measure_scale(model: LatentDiffusion, images: Tensor, generator: torch.Generator) -> None:
-    """Sets `scale_factor` so that the latents of these images have a standard deviation of 1.
+    """Set `scale_factor` so that the latents of these images have a standard deviation of 1.
 
     The original's `scale_by_std`: Rombach et al. 2022 (arXiv:2112.10752), appendix G.
 
     Args:
         images: (B, 3, H, W) in [-1, 1], the first of the data.
-    Raises:
-        ValueError: the config has a `scale_factor` as well.
     """
     if model.scale_factor != 1:
         raise ValueError(f"scale_by_std measures `scale_factor`, which is {model.scale_factor}")
@@ -72,10 +70,7 @@ def measure_scale(model: LatentDiffusion, images: Tensor, generator: torch.Gener
 def _load(
     module: nn.Module, params: JsonMapping, prefix: str, widened: Sequence[str] = ()
 ) -> dict[str, Tensor]:
-    """Loads the file `ckpt_path`, or the part `prefix` of it if it holds a whole model.
-
-    Returns the tables of the file: schedule, scale.
-    """
+    """Load `ckpt_path`, or its part `prefix` if it has a whole model; return its tables."""
     raw = read_checkpoint(find_file(params["ckpt_path"])).state
     state = rename_weights(raw)
     if any(name.startswith(prefix) for name in state):
@@ -101,13 +96,13 @@ def _load(
 
 
 def _has_fewer_inputs(old: Tensor, new: Tensor) -> bool:
-    """Whether two weights (out, in, …) differ only in that `old` has fewer inputs."""
+    """Return whether two weights (out, in, …) differ only in that `old` has fewer inputs."""
     is_same = old.shape[:1] + old.shape[2:] == new.shape[:1] + new.shape[2:]
     return is_same and old.shape[1:2] < new.shape[1:2]
 
 
 def resize_weight(old: Tensor, shape: torch.Size) -> Tensor:
-    """Resizes a weight (out, in, …) or bias (out,): outputs and inputs are repeated.
+    """Resize a weight (out, in, …) or bias (out,): outputs and inputs are repeated.
 
     Inputs that repeat the same old one are divided by one more than their number, as the original
     does.

@@ -37,15 +37,13 @@ INIT = "lightning.textual_inversion.init"
 
 
 class Adaptation(Task):
-    """Trains a LoRA and/or the embedding of a new token; the loss is that of `Diffusion`.
+    """Training of a LoRA and/or the embedding of a new token, on the loss of `Diffusion`.
 
     Args:
         task: has the model, which is frozen here.
         lora: {rank, alpha (default: the rank), targets}, or empty for none.
         textual_inversion: {token, vectors (1), init}, or empty for none. init: words whose vectors
             are the initial ones; default: the mean of all token embeddings.
-    Raises:
-        ValueError: the model has no such layers, no text encoder, or not the words of `init`.
     """
 
     def __init__(self, task: Diffusion, lora: JsonMapping, textual_inversion: JsonMapping) -> None:
@@ -54,7 +52,7 @@ class Adaptation(Task):
         self.model.requires_grad_(False).eval()
         self.trainable = nn.ModuleDict()
         self.lora: LoRA | None = None
-        self.embedding: Embedding | None = None
+        self.vectors: nn.Parameter | None = None  # (n, D), the embedding of the token
         self.token = ""
         self._has_checked_captions = False
         if lora:
@@ -62,20 +60,17 @@ class Adaptation(Task):
             self.lora.attach()
             self.trainable["lora"] = self.lora
         if textual_inversion:
-            text = _text_encoder(self.model)
+            text = self.model.conditioner.find(TextEncoder)
+            if text is None:
+                raise ValueError("lightning.textual_inversion: the model has no text encoder")
+            initial = _initial_vectors(text, textual_inversion.get("init"))
+            rows = torch.arange(textual_inversion.get("vectors", 1)) % len(initial)
+            self.vectors = nn.Parameter(initial[rows])
+            self.trainable["word"] = nn.ParameterDict({"vectors": self.vectors})
             self.token = textual_inversion["token"].lower()
-            self.embedding = _build_embedding(
-                text, textual_inversion.get("vectors", 1), textual_inversion.get("init")
-            )
-            self.trainable["word"] = self.embedding  # a name in resume states
-            text.added_embeddings[self.token] = self.embedding.vectors
+            text.added_embeddings[self.token] = self.vectors
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
-        """Computes the losses of `Diffusion`.
-
-        Raises:
-            ValueError: no caption of the first batch contains the token to train.
-        """
         if self.token and not self._has_checked_captions:
             captions = batch["txt"]
             if not any(self.token in caption.lower() for caption in captions):
@@ -90,7 +85,7 @@ class Adaptation(Task):
         return self.task.weights_to_export(images)
 
     def write(self, path: Path, metadata: Mapping[str, str | int]) -> None:
-        """Writes the LoRA in kohya's format to `path` and in diffusers' to `-diffusers` beside it.
+        """Write the LoRA in kohya's format to `path` and in diffusers' to `-diffusers` beside it.
 
         The embedding goes to `path`, or to `-word` beside it if there is a LoRA.
         """
@@ -104,17 +99,9 @@ class Adaptation(Task):
             write_lora(self.lora, path, self.model, "kohya", {**metadata, **kohya})
             diffusers_path = _with_suffix(path, "diffusers")
             write_lora(self.lora, diffusers_path, self.model, "diffusers", metadata)
-        if self.embedding is not None:
+        if self.vectors is not None:
             embedding_path = path if self.lora is None else _with_suffix(path, "word")
-            write_embeddings(embedding_path, {self.token: self.embedding.vectors}, {**metadata})
-
-
-class Embedding(nn.Module):
-    """The trained vectors (n, D) of a token."""
-
-    def __init__(self, vectors: Tensor) -> None:
-        super().__init__()
-        self.vectors = nn.Parameter(vectors.clone())
+            write_embeddings(embedding_path, {self.token: self.vectors}, {**metadata})
 
 
 def _build_lora(
@@ -135,39 +122,22 @@ def _build_lora(
     return LoRA(layers)
 
 
-def _text_encoder(model: LatentDiffusion) -> TextEncoder:
-    text = model.conditioner.find(TextEncoder)
-    if text is None:
-        raise ValueError("lightning.textual_inversion: the model has no text encoder")
-    return text
-
-
-def _build_embedding(text: TextEncoder, n: int, init: str | None) -> Embedding:
+def _initial_vectors(text: TextEncoder, init: str | None) -> Tensor:
+    """Return the vectors (k, D) of the words of `init`, else the mean of all tokens' (1, D)."""
     if init is None:
-        initial = text.token_embeddings().mean(0, keepdim=True)  # (1, D)
-    else:
-        _check_words(init, text.token_ids)
-        initial = text.token_embeddings(init)  # (k, D)
-    return Embedding(initial[torch.arange(n) % len(initial)])
-
-
-def _check_words(init: str, token_ids: Tensor | None) -> None:
-    """Raises ValueError for words without tokens, or outside a compact vocabulary.
-
-    token_ids: of the compact vocabulary; None = all tokens are in it.
-    """
+        return text.token_embeddings().mean(0, keepdim=True)
     if not tokenizer.encode(init, tokenizer.OPEN_CLIP):
         raise ValueError(f"{INIT}: `{init}` has no words")
-    if token_ids is None or token_ids.is_meta:
-        return
-    vocabulary = set(token_ids.tolist())
-    missing = [
-        f"`{word}`"
-        for word in init.split()
-        if not vocabulary.issuperset(tokenizer.encode(word, tokenizer.OPEN_CLIP))
-    ]
-    if missing:
-        raise ValueError(f"{INIT}: not in the vocabulary of the model: {', '.join(missing)}")
+    if text.token_ids is not None and not text.token_ids.is_meta:
+        vocabulary = set(text.token_ids.tolist())
+        missing = [
+            f"`{word}`"
+            for word in init.split()
+            if not vocabulary.issuperset(tokenizer.encode(word, tokenizer.OPEN_CLIP))
+        ]
+        if missing:
+            raise ValueError(f"{INIT}: not in the vocabulary of the model: {', '.join(missing)}")
+    return text.token_embeddings(init)
 
 
 def _with_suffix(path: Path, name: str) -> Path:

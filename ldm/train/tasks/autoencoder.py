@@ -8,9 +8,8 @@ Esser et al. 2020 (arXiv:2012.09841), section 3.1; Rombach et al. 2022 (arXiv:21
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -40,6 +39,11 @@ __all__ = [
 
 MAX_D_WEIGHT = 1e4
 EPS = 1e-4  # added to the norm that d_weight is divided by
+# Penalty of logits where they should be negative.
+DISC_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "hinge": lambda logits: F.relu(1 + logits),
+    "vanilla": F.softplus,
+}
 Section = Mapping[str, Any]  # of a config
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -51,20 +55,20 @@ def build_autoencoder_task(
     *,
     load_weights: bool = True,
 ) -> "Reconstruction | Adversarial":
-    """Builds the task that the `lossconfig` of a model asks for; without one, Reconstruction.
+    """Build the task that the `lossconfig` of a model asks for; without one, Reconstruction.
 
     Args:
-        params: of the model in the config. The file `ckpt_path` may have weights of the losses.
-        objective: `lightning.objective`, the keywords of Reconstruction or Adversarial; the
-            latter's `perceptual` is {ckpt_path: a file or several}, see `ldm.loading.addons.lpips`.
+        params: of the model. The file `ckpt_path` may have weights of the losses.
+        objective: keywords of the task; `perceptual` is {ckpt_path: files of LPIPS}.
         load_weights: False leaves LPIPS and the discriminator untrained, to know their sizes.
-    Raises:
-        ValueError: unknown losses or keywords, or missing weights of LPIPS.
     """
     spec = params.get("lossconfig") or {"target": "torch.nn.Identity"}
     losses = instantiate(spec, where="model.params.lossconfig")
     is_adversarial = isinstance(losses, LossConfig)
-    _check_keywords(objective, Adversarial if is_adversarial else Reconstruction)
+    keywords = list(inspect.signature(Adversarial if is_adversarial else Reconstruction).parameters)
+    for key in objective:
+        if key not in keywords[1 + is_adversarial :]:
+            raise unknown_name("keyword", key, keywords, "lightning.objective")
     if not is_adversarial:
         return Reconstruction(model, **objective)
     options = {"learn_logvar": params.get("learn_logvar", False), **objective}
@@ -81,56 +85,45 @@ def build_autoencoder_task(
     return task
 
 
+@dataclass(eq=False)
 class Reconstruction(Task):
-    """Trains an AutoencoderKL on differences of pixels in [-1, 1].
+    """Training of an AutoencoderKL on differences of pixels in [-1, 1].
 
     Args:
         l1: weight of the mean absolute error.
         l2: weight of the mean squared error.
         gradient: weight of the absolute error of differences between neighbours, for sharp edges.
-        kl: weight of the divergence from a standard normal, in nats per image.
+        kl: weight of the divergence from a standard normal, nats per image.
         trained: "all", or "decoder" to keep the latents as they are.
     """
 
     model: AutoencoderKL
+    _: KW_ONLY
+    l1: float = 1.0
+    l2: float = 1.0
+    gradient: float = 0.5
+    kl: float = 1e-6
+    trained: str = "all"
 
-    def __init__(
-        self,
-        model: AutoencoderKL,
-        *,
-        l1: float = 1.0,
-        l2: float = 1.0,
-        gradient: float = 0.5,
-        kl: float = 1e-6,
-        trained: str = "all",
-    ) -> None:
-        self.model = model
-        self.trainable = model
-        self.l1 = l1
-        self.l2 = l2
-        self.gradient = gradient
-        self.kl = kl
-        self.keeps_latents = trained == "decoder"
-        _freeze_encoder(model, trained)
+    def __post_init__(self) -> None:
+        self.trainable = self.model
+        _freeze_encoder(self.model, self.trained)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
-        """Computes "loss", "psnr" and "kl" of a batch of images "jpg" (B, 3, H, W)."""
         image = batch["jpg"].to(self.model.quant_conv.weight.device)  # (B, 3, H, W)
         reconstruction, posterior = self.model(image, generator)
         error = reconstruction.float() - image
         kl = posterior.kl().float().mean()
+        edges = error.diff(dim=-2).abs().mean() + error.diff(dim=-1).abs().mean()
         loss = self.l1 * error.abs().mean() + self.l2 * error.square().mean()
-        loss = loss + self.gradient * _edge_loss(error) + self.kl * kl
+        loss = loss + self.gradient * edges + self.kl * kl
         quality = psnr(reconstruction.detach().float(), image).mean()
         return {"loss": loss, "psnr": quality, "kl": kl.detach()}
 
     @torch.inference_mode()
     def weights_to_export(self, images: Iterable[Tensor]) -> dict[str, Tensor]:
-        """Returns the weights with latents of these images normalised to mean 0 and std 1.
-
-        If only the decoder was trained, the latents stay as they are.
-        """
-        if self.keeps_latents:
+        """Return the weights; if all are trained, latents of the images get mean 0 and std 1."""
+        if self.trained == "decoder":
             return self.model.state_dict()
         device = self.model.quant_conv.weight.device
         z = [self.model.encode(image[None].to(device)).mode() for image in images]
@@ -147,7 +140,6 @@ class LossConfig:
         disc_start: steps before the discriminator counts.
         disc_factor: 0 leaves the discriminator out.
         disc_weight: length of its gradient in the last layer, relative to the reconstruction's.
-        disc_num_layers, disc_in_channels: see PatchDiscriminator.
         disc_loss: "hinge" or "vanilla".
         kl_weight: of nats per image.
         perceptual_weight: of LPIPS beside the absolute error.
@@ -176,8 +168,9 @@ class LossConfig:
             raise unknown_name("disc_loss", self.disc_loss, DISC_LOSSES)
 
 
+@dataclass(eq=False)
 class Adversarial(Task):
-    """Trains an AutoencoderKL as the original did, against a discriminator.
+    """Training of an AutoencoderKL as the original's, against a discriminator.
 
     Errors are summed over an image, not averaged: hence the small weights and learning rates of
     the original's configs.
@@ -191,40 +184,33 @@ class Adversarial(Task):
 
     betas: ClassVar[tuple[float, float] | None] = (0.5, 0.9)
     model: AutoencoderKL
-    discriminator: PatchDiscriminator
+    losses: LossConfig
+    _: KW_ONLY
+    perceptual: LPIPS | None = None
+    trained: str = "all"
+    learn_logvar: bool = False
+    export_losses: bool = False
 
-    def __init__(
-        self,
-        model: AutoencoderKL,
-        losses: LossConfig,
-        *,
-        perceptual: LPIPS | None = None,
-        trained: str = "all",
-        learn_logvar: bool = False,
-        export_losses: bool = False,
-    ) -> None:
-        if losses.perceptual_weight and perceptual is None:
+    def __post_init__(self) -> None:
+        model, losses = self.model, self.losses
+        if losses.perceptual_weight and self.perceptual is None:
             raise ValueError(
                 f"perceptual_weight {losses.perceptual_weight:g} needs the weights of LPIPS: "
                 f"`lightning.objective.perceptual.ckpt_path` must name {LPIPS_FILES}; or set "
                 "`model.params.lossconfig.params.perceptual_weight=0`"
             )
-        _freeze_encoder(model, trained)
+        _freeze_encoder(model, self.trained)
         device = model.quant_conv.weight.device
-        self.model = model
-        self.losses = losses
-        self.export_losses = export_losses
-        self.perceptual: LPIPS | None = None
-        if perceptual is not None and losses.perceptual_weight:
-            self.perceptual = _move(perceptual, device)
+        if self.perceptual is not None:
+            self.perceptual = _move(self.perceptual, device) if losses.perceptual_weight else None
         discriminator = PatchDiscriminator(
             in_channels=losses.disc_in_channels, layers=losses.disc_num_layers
         )
-        self.discriminator = _move(discriminator, device)
+        self.discriminator: PatchDiscriminator = _move(discriminator, device)
         logvar = torch.tensor(losses.logvar_init, device=device)
-        self.logvar = nn.Parameter(logvar, requires_grad=learn_logvar)
+        self.logvar = nn.Parameter(logvar, requires_grad=self.learn_logvar)
         self.trainable = model
-        if learn_logvar:
+        if self.learn_logvar:
             self.trainable = nn.ModuleDict({"model": model})
             self.trainable.register_parameter("logvar", self.logvar)
 
@@ -234,21 +220,20 @@ class Adversarial(Task):
         return self.losses.disc_factor > 0 and self.step >= self.losses.disc_start
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
-        """Computes the losses of the autoencoder; the names of their parts are the original's.
+        """Compute the losses of the autoencoder; the names of their parts are the original's.
 
             loss = nll + kl_weight kl + disc_factor d_weight g,    g = -mean(logits)
 
         where d_weight makes the gradients of nll and g in the last layer equally long, times
-        disc_weight. nll and g are each differentiated once, down to the reconstruction; their sum
-        is backpropagated from there. So neither needs the weights of the last layer, which FSDP
-        may have sharded.
+        disc_weight. To that end nll and g are each differentiated once, down to the reconstruction;
+        their sum is backpropagated from there.
 
-        Args:
-            batch: images "jpg" (B, 3, H, W).
         """
-        image = self._image(batch)  # (B, 3, H, W)
+        image = batch["jpg"].to(self.logvar.device)  # (B, 3, H, W)
         losses = self.losses
-        with _record_input(self.model.decoder.conv_out) as inputs:
+        inputs: list[Tensor] = []  # of the last layer
+        last = self.model.decoder.conv_out
+        with last.register_forward_pre_hook(lambda _, args: inputs.extend(args)):
             reconstruction, posterior = self.model(image, generator)
         leaf = reconstruction.detach().float()  # (B, 3, H, W)
         leaf.requires_grad_(torch.is_grad_enabled())
@@ -259,11 +244,11 @@ class Adversarial(Task):
         d_weight = torch.zeros_like(kl)
         gradients: list[tuple[Tensor, Tensor | float]] = [(kl, losses.kl_weight)]
         if torch.is_grad_enabled():  # not in validation
-            learned = [self.logvar] if self.logvar.requires_grad else []
+            learned = [self.logvar] if self.learn_logvar else []
             grad, *logvar_grads = torch.autograd.grad(nll, [leaf, *learned])
             if losses.disc_factor > 0:
                 (grad_g,) = torch.autograd.grad(g, leaf)
-                balance = self._balance_gradients(inputs[0], leaf.detach(), grad, grad_g)
+                balance = self._balance_gradients(inputs[0].detach(), leaf.detach(), grad, grad_g)
                 d_weight = losses.disc_weight * balance
                 grad = grad + factor * d_weight * grad_g
             gradients += [(reconstruction, grad), *zip(learned, logvar_grads, strict=True)]
@@ -282,23 +267,20 @@ class Adversarial(Task):
         return {"loss": _attach_gradients(total, gradients), **logged}
 
     def discriminator_loss(self, batch: Batch, generator: torch.Generator) -> Losses:
-        """Computes the losses of the discriminator; "loss" is 0 until `trains_discriminator`."""
-        image = self._image(batch)  # (B, 3, H, W)
+        """Compute the losses of the discriminator; "loss" is 0 until `trains_discriminator`."""
+        image = batch["jpg"].to(self.logvar.device)  # (B, 3, H, W)
         with torch.no_grad():
             reconstruction, _ = self.model(image, generator)
         real = self.discriminator(image).float()  # (B, 1, h, w)
         fake = self.discriminator(reconstruction.float()).float()  # (B, 1, h, w)
+        penalty = DISC_LOSSES[self.losses.disc_loss]
         factor = self.losses.disc_factor if self.trains_discriminator else 0.0
-        loss = factor * DISC_LOSSES[self.losses.disc_loss](real, fake)
+        loss = factor * 0.5 * (penalty(-real).mean() + penalty(fake).mean())
         parts = {"disc_loss": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
         return {"loss": loss, **{name: value.detach() for name, value in parts.items()}}
 
     def load_losses(self, losses: Mapping[str, Tensor]) -> None:
-        """Loads discriminator and logvar, where `losses` (of `legacy.loss_weights`) has them.
-
-        Raises:
-            ValueError: the discriminator has other layers.
-        """
+        """Load discriminator and logvar, where `losses` (of `legacy.loss_weights`) has them."""
         prefix = "discriminator."
         state = {n.removeprefix(prefix): v for n, v in losses.items() if n.startswith(prefix)}
         shapes = {name: value.shape for name, value in self.discriminator.state_dict().items()}
@@ -313,7 +295,7 @@ class Adversarial(Task):
             self.logvar.data.copy_(losses["logvar"])
 
     def weights_to_export(self, images: Iterable[Tensor]) -> dict[str, Tensor]:
-        """Returns the model as it is: the training of a diffusion model measures its scale."""
+        """Return the model as it is: the training of a diffusion model measures its scale."""
         state = dict(self.model.state_dict())
         if self.export_losses:
             networks = {"discriminator": self.discriminator, "perceptual_loss": self.perceptual}
@@ -323,12 +305,8 @@ class Adversarial(Task):
             state["loss.logvar"] = self.logvar.detach()
         return state
 
-    def _image(self, batch: Batch) -> Tensor:
-        image: Tensor = batch["jpg"].to(self.logvar.device)  # (B, 3, H, W)
-        return image
-
     def _nll(self, image: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean error, and negative log likelihood per image, up to a constant (Laplacian)."""
+        """Return the mean error, and the Laplacian's negative log likelihood per image."""
         error = (image - reconstruction).abs()  # (B, 3, H, W)
         if self.perceptual is not None:
             distance = self.perceptual(image, reconstruction).float()  # (B, 1, 1, 1)
@@ -339,14 +317,13 @@ class Adversarial(Task):
     def _balance_gradients(
         self, h: Tensor, reconstruction: Tensor, grad: Tensor, grad_g: Tensor
     ) -> Tensor:
-        """|grad nll| / |grad g| with respect to the weights of the last layer.
+        """Return |grad nll| / |grad g| with respect to the weights of the last layer.
 
         h: input of the last layer. grad, grad_g: with respect to the reconstruction.
         """
         decoder = self.model.decoder
         shape = decoder.conv_out.weight.shape
-        is_tanh = decoder.tanh_out
-        slope = 1 - reconstruction.square() if is_tanh else torch.ones_like(reconstruction)
+        slope = 1 - reconstruction.square() if decoder.tanh_out else torch.ones_like(reconstruction)
         nll_norm, g_norm = (
             conv2d_weight(h.float(), shape, slope * d, padding=1).norm() for d in (grad, grad_g)
         )
@@ -362,13 +339,10 @@ def psnr(reconstruction: Tensor, image: Tensor) -> Tensor:
 
 @torch.no_grad()
 def normalise_latents(model: AutoencoderKL, z: Tensor) -> None:
-    """Folds mean and standard deviation of every latent channel into the 1x1 convolutions.
+    """Fold mean and std of every channel of latents z (N, C, h, w) into the 1x1 convolutions.
 
     Afterwards the latents have mean 0 and std 1 (so the scale factor is 1) and decode to the same
     images.
-
-    Args:
-        z: (N, C, h, w) latents of the model.
     """
     channels = z.shape[1]
     mean = z.mean(dim=(0, 2, 3))
@@ -384,18 +358,12 @@ def normalise_latents(model: AutoencoderKL, z: Tensor) -> None:
 
 
 def _move(module: ModuleT, device: torch.device) -> ModuleT:
-    """Moves to a device; fake tensors, as of --dry-run, cannot be moved and need not be."""
+    """Move to a device, unless it is there: fake tensors, as of --dry-run, cannot be moved."""
     return module if next(module.parameters()).device == device else module.to(device)
 
 
-def _edge_loss(error: Tensor) -> Tensor:
-    vertical = error[..., 1:, :] - error[..., :-1, :]
-    horizontal = error[..., :, 1:] - error[..., :, :-1]
-    return vertical.abs().mean() + horizontal.abs().mean()
-
-
 def _freeze_encoder(model: AutoencoderKL, trained: str) -> None:
-    """Freezes what latents depend on, if only the decoder is trained."""
+    """Freeze what latents depend on, if only the decoder is trained."""
     if trained not in ("all", "decoder"):
         raise unknown_name("value of trained", trained, ("all", "decoder"), "lightning.objective")
     if trained == "decoder":
@@ -403,16 +371,8 @@ def _freeze_encoder(model: AutoencoderKL, trained: str) -> None:
         model.quant_conv.requires_grad_(False)
 
 
-def _check_keywords(objective: Section, task: type[Task]) -> None:
-    parameters = inspect.signature(task).parameters.values()
-    keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    for key in objective:
-        if key not in keywords:
-            raise unknown_name("keyword", key, keywords, "lightning.objective")
-
-
 def _read_loss_weights(params: Section) -> dict[str, Tensor]:
-    """Reads `loss.*` of the checkpoint that the model starts from, without `ignore_keys`."""
+    """Read `loss.*` of the checkpoint that the model starts from, without `ignore_keys`."""
     if not params.get("ckpt_path"):
         return {}
     ignored = tuple(params.get("ignore_keys") or ())
@@ -420,29 +380,7 @@ def _read_loss_weights(params: Section) -> dict[str, Tensor]:
     return loss_weights({n: v for n, v in state.items() if not n.startswith(ignored)})
 
 
-@contextmanager
-def _record_input(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects the inputs of a layer while inside."""
-    recorded: list[Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda _, inputs: recorded.append(inputs[0].detach()))
-    try:
-        yield recorded
-    finally:
-        hook.remove()
-
-
 def _attach_gradients(value: Tensor, gradients: Sequence[tuple[Tensor, Tensor | float]]) -> Tensor:
-    """A scalar equal to `value` that has the given gradient with respect to each tensor."""
+    """Return a scalar equal to `value`, with the given gradient with respect to each tensor."""
     linear = torch.stack([(tensor * gradient).sum() for tensor, gradient in gradients]).sum()
     return value.detach() + (linear - linear.detach())
-
-
-def _hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
-
-
-def _vanilla_loss(real: Tensor, fake: Tensor) -> Tensor:
-    return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
-
-
-DISC_LOSSES = {"hinge": _hinge_loss, "vanilla": _vanilla_loss}

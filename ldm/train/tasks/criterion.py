@@ -1,6 +1,4 @@
-"""Losses of a denoiser: error of a prediction -> weighted loss, with the original's weights."""
-
-from typing import Literal
+"""Loss of a denoiser, with the original's weights."""
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +6,8 @@ from torch import Tensor, nn
 from ldm.diffusion.schedule import Schedule
 from ldm.runtime.errors import unknown_name
 
-__all__ = ["LOSS_TYPES", "Criterion", "min_snr_weights"]
+__all__ = ["Criterion", "min_snr_weights"]
 
-LossType = Literal["l2", "l1"]
 LOSS_TYPES = ("l2", "l1")
 
 
@@ -26,10 +23,7 @@ class Criterion(nn.Module):
         min_snr_gamma: cap of the signal-to-noise ratio (arXiv:2303.09556); None = the same weight
             for all timesteps.
         loss_type: squared ("l2") or absolute ("l1") error.
-        learn_logvar: train `logvar`.
         logvar_init: initial `logvar` of every timestep.
-    Raises:
-        UnknownName: unknown loss_type.
     """
 
     def __init__(
@@ -38,7 +32,7 @@ class Criterion(nn.Module):
         parameterization: str,
         *,
         min_snr_gamma: float | None = None,
-        loss_type: LossType = "l2",
+        loss_type: str = "l2",
         l_simple_weight: float = 1.0,
         original_elbo_weight: float = 0.0,
         learn_logvar: bool = False,
@@ -57,7 +51,7 @@ class Criterion(nn.Module):
         self.logvar = nn.Parameter(logvar, requires_grad=learn_logvar)
 
     def forward(self, error: Tensor, t: Tensor) -> dict[str, Tensor]:
-        """Computes the loss of a batch.
+        """Compute the loss of a batch.
 
         Args:
             error: (B, C, h, w), prediction minus target.
@@ -82,7 +76,7 @@ class Criterion(nn.Module):
 
 
 def min_snr_weights(schedule: Schedule, parameterization: str, gamma: float | None) -> Tensor:
-    """Computes the weight of the loss at every timestep, (T,) float32: min(SNR, gamma) for x0.
+    """Compute the weight of the loss at every timestep, (T,) float32: min(SNR, gamma) for x0.
 
     The error of x0 has the weight min(SNR, gamma); that of eps is divided by SNR, that of v by
     SNR + 1 (Hang et al. 2023, arXiv:2303.09556, sections 3.4 and A).

@@ -1,7 +1,7 @@
 """Training of a latent diffusion model: image -> latent -> noisy latent -> error -> loss."""
 
 from collections.abc import Iterable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ldm.data.source import to_device
 from ldm.model import LatentDiffusion
 from ldm.runtime.types import JsonMapping, JsonObject
-from ldm.train.tasks.criterion import Criterion, LossType
+from ldm.train.tasks.criterion import Criterion
 from ldm.train.tasks.task import Batch, Losses, Task
 
 __all__ = ["Diffusion", "diffusion_options", "spread_timesteps"]
@@ -26,7 +26,7 @@ ORIGINAL = (
 
 
 class Diffusion(Task):
-    """Trains the UNet of a LatentDiffusion, and those of its encoders that are not frozen.
+    """Training of the UNet of a LatentDiffusion, and of those encoders that are not frozen.
 
     Args:
         drop: probability of an empty caption, for classifier-free guidance; or probabilities by
@@ -39,9 +39,8 @@ class Diffusion(Task):
             the model learns to change the mean of an image; 0.1 is usual (Guttenberg 2023).
         input_perturbation: standard deviation of noise that is added to the input but not to the
             target; 0.1 is usual (arXiv:2301.11706).
-        scale_by_std: export `scale_factor`, as it was measured at the start of the run.
-        min_snr_gamma, loss_type, l_simple_weight, original_elbo_weight, learn_logvar, logvar_init:
-            see `Criterion`.
+        scale_by_std: export `scale_factor`, as it was measured.
+        criterion: keywords of `Criterion`.
     """
 
     is_shardable: ClassVar[bool] = True
@@ -57,12 +56,7 @@ class Diffusion(Task):
         offset_noise: float = 0.0,
         input_perturbation: float = 0.0,
         scale_by_std: bool = False,
-        min_snr_gamma: float | None = None,
-        loss_type: LossType = "l2",
-        l_simple_weight: float = 1.0,
-        original_elbo_weight: float = 0.0,
-        learn_logvar: bool = False,
-        logvar_init: float = 0.0,
+        **criterion: Any,
     ) -> None:
         self.model = model
         self.drop = drop
@@ -71,28 +65,20 @@ class Diffusion(Task):
         self.offset_noise = offset_noise
         self.input_perturbation = input_perturbation
         self.scale_by_std = scale_by_std
-        self.criterion = Criterion(
-            model.schedule,
-            model.parameterization,
-            min_snr_gamma=min_snr_gamma,
-            loss_type=loss_type,
-            l_simple_weight=l_simple_weight,
-            original_elbo_weight=original_elbo_weight,
-            learn_logvar=learn_logvar,
-            logvar_init=logvar_init,
-        ).to(model.device)
+        self.criterion = Criterion(model.schedule, model.parameterization, **criterion)
+        self.criterion.to(model.device)
         model.autoencoder.requires_grad_(False)
         self.trainable = nn.ModuleDict({"unet": model.unet, "conditioner": model.conditioner})
-        if learn_logvar:
+        if self.criterion.learn_logvar:
             self.trainable["criterion"] = self.criterion
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
-        """Computes the losses of a batch, see `Criterion.forward`.
+        """Compute the losses of a batch, see `Criterion.forward`.
 
         Args:
             batch: images "jpg" (B, 3, H, W), or latents "z" (B, C, h, w) and perhaps "z_std", the
                 standard deviation of their posterior; captions "txt", and what else the encoders
-                read or compute; perhaps "prior", a batch of the class images.
+                read; perhaps "prior", a batch of class images.
         Returns:
             With a "prior": the weighted sum as "loss", its terms as "instance" and "prior".
         """
@@ -142,7 +128,6 @@ class Diffusion(Task):
         return losses
 
     def _draw_noise(self, z: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draws the noise to predict and the noise of the input, (B, C, h, w) each."""
         noise = torch.randn(z.shape, generator=generator)
         if self.offset_noise:
             noise += self.offset_noise * torch.randn((*z.shape[:2], 1, 1), generator=generator)
@@ -154,7 +139,7 @@ class Diffusion(Task):
 
 
 def diffusion_options(params: JsonMapping, objective: JsonMapping) -> JsonObject:
-    """Collects the keywords of `Diffusion` from a config.
+    """Collect the keywords of `Diffusion` from a config.
 
     Args:
         params: of the model, in the original's words; its `ucg_training` and `embedding_dropout`
@@ -176,12 +161,10 @@ def diffusion_options(params: JsonMapping, objective: JsonMapping) -> JsonObject
 def spread_timesteps(
     n: int, timesteps: int, generator: torch.Generator, bias: float = 1.0
 ) -> Tensor:
-    """Draws timesteps with less variance than independent ones: one per n-quantile, shuffled.
+    """Draw n timesteps (n,) in 0 … timesteps - 1, one per n-quantile, in random order.
 
     Args:
         bias: see `Diffusion`'s `noise_bias`.
-    Returns:
-        (n,) integers in 0 … timesteps - 1.
     """
     quantiles = torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)
     return ((quantiles / n) ** (1 / bias) * timesteps).long().clamp(max=timesteps - 1)

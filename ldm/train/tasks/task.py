@@ -1,4 +1,4 @@
-"""Base class of training tasks: what is trained, and the loss that it is trained on."""
+"""Base class of training tasks."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -18,7 +18,7 @@ LossFunction: TypeAlias = Callable[[Batch, torch.Generator], Losses]
 
 
 class Task(ABC):
-    """What a run trains: a model, the part of it that is trained, and the losses of a batch.
+    """A model, the part of it that is trained, and the losses of a batch.
 
     Attributes:
         model: the whole model, for sampling, validation and exports.
@@ -38,7 +38,7 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
-        """Computes the losses of a batch.
+        """Compute the losses of a batch.
 
         Args:
             batch: samples of the data set, or their cached latents.
@@ -50,7 +50,7 @@ class Task(ABC):
 
     @abstractmethod
     def weights_to_export(self, images: Iterable[Tensor]) -> dict[str, Tensor]:
-        """Returns the weights of the whole model, under our names.
+        """Return the weights of the whole model, under our names.
 
         Args:
             images: (3, H, W) in [-1, 1], of the training data, where statistics are needed.
@@ -62,5 +62,5 @@ class Task(ABC):
         return False
 
     def discriminator_loss(self, batch: Batch, generator: torch.Generator) -> Losses:
-        """Computes the losses of the discriminator, as `loss` does those of the model."""
+        """Compute the losses of the discriminator, as `loss` does those of the model."""
         raise NotImplementedError
