@@ -9,7 +9,6 @@ process prints "CASE hash hash", of all that was trained. `VERB:CASE` calls `run
 import csv
 import hashlib
 import logging
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +25,12 @@ STEPS = 2
 
 
 def make_run(folder: Path, case: str, steps: int, *overrides: str) -> Run:
-    """A run that draws and exports nothing, and logs the loss of every step."""
+    """Build a run that draws and exports nothing, and logs the loss of every step."""
     strategy, precision, data = case.split("-", 2)
+    transform = "transform: {name: emoji, size: 32}"
+    section = f"{{root: null, split: null, shards: '{data}', shuffle: 4, {transform}}}"
+    if data == "map":
+        section = f"{{root: {EMOJI}, split: train, {transform}}}"
     options = {
         "trainer.max_steps": steps,
         "trainer.strategy": strategy,
@@ -39,23 +42,12 @@ def make_run(folder: Path, case: str, steps: int, *overrides: str) -> Run:
         "callbacks.export": "[]",
         "callbacks.log_every": 1,
     }
-    return tiny_run(
-        folder,
-        "data.params.train=" + data_section(data),
-        *(f"lightning.{key}={value}" for key, value in options.items()),
-        *overrides,
-    )
-
-
-def data_section(data: str) -> str:
-    transform = "transform: {name: emoji, size: 32}"
-    if data == "map":
-        return f"{{root: {EMOJI}, split: train, {transform}}}"
-    return f"{{root: null, split: null, shards: '{data}', shuffle: 4, {transform}}}"
+    lightning = [f"lightning.{key}={value}" for key, value in options.items()]
+    return tiny_run(folder, f"data.params.train={section}", *lightning, *overrides)
 
 
 def digest(run: Run) -> str:
-    """Hash of weights, EMA, moments and numbers; the same for the same values, however sharded."""
+    """Hash weights, EMA, moments and numbers: the same for the same values, however sharded."""
     sha256 = hashlib.sha256()
     for name, value in sorted(gather(run.state.tensors()).items()):
         sha256.update(name.encode() + value.detach().contiguous().numpy().tobytes())
@@ -64,64 +56,53 @@ def digest(run: Run) -> str:
     return sha256.hexdigest()[:16]
 
 
-def interrupted(folder: Path, case: str) -> tuple[str, str]:
+def interrupt(folder: Path, case: str) -> tuple[str, str]:
+    """Train in one go and with an interruption; validation changes nothing."""
     straight = make_run(folder / case / "whole", case, STEPS)
     train(straight)
-    first = make_run(folder / case / "parts", case, STEPS // 2)
-    train(first)
+    train(make_run(folder / case / "parts", case, STEPS // 2))
     second = make_run(folder / case / "parts", case, STEPS)
     second.resume()
     assert second.state.step == STEPS // 2
     train(second)
-    keep(second, folder / case / "trained.pt")
-    check_validation(second)
-    return digest(straight), digest(second)
-
-
-def check_validation(run: Run) -> None:
-    """Validation gives the same twice, and leaves everything as it was."""
-    run = replace(run, held_out=run.source)
-    before = digest(run)
-    assert validate(run) == validate(run) != {}
-    assert digest(run) == before
-
-
-def keep(run: Run, path: Path) -> None:
-    """Saves losses and weights, for comparisons that are not exact."""
-    weights = gather(run.task.trainable.state_dict())
-    if run.ranks.is_first:
-        with (run.folder / "log.csv").open() as file:
-            losses = [float(row["loss"]) for row in csv.DictReader(file)]
-        torch.save({"weights": weights, "losses": losses}, path)
+    before = digest(second)
+    validating = replace(second, held_out=second.source)
+    assert validate(validating) == validate(validating) != {}
+    assert digest(second) == before
+    return digest(straight), before
 
 
 def run_verb(folder: Path, case: str, verb: str) -> tuple[str, str]:
-    """save: trains a step. go: from what was saved, one more. forever: until it is stopped.
+    """save: train a step. go: from what was saved, one more. forever: until stopped.
 
     A step has as many batches as it had at first, on any number of processes. After `go` losses and
-    weights are in FOLDER/went-on-WORLD.pt; before `forever` the process id in FOLDER/RANK.pid.
+    weights are in FOLDER/went-on-WORLD.pt; before `forever` FOLDER/RANK.pid is written.
     """
     steps = {"save": STEPS // 2, "go": STEPS, "forever": 10**9}[verb]
-    run = make_run(folder, case, steps, "lightning.trainer.timeout=5")
+    timeout = 5 if verb == "forever" else 60
+    run = make_run(folder, case, steps, f"lightning.trainer.timeout={timeout}")
     if verb == "go":
         run.resume(folder / "checkpoints" / f"state-{STEPS // 2:08}")
     if verb == "forever":
-        (folder / f"{run.ranks.rank}.pid").write_text(str(os.getpid()))
+        (folder / f"{run.ranks.rank}.pid").touch()
     before = digest(run)
     train(run)
-    if verb == "go":
-        keep(run, folder / f"went-on-{run.ranks.world_size}.pt")
+    weights = gather(run.task.trainable.state_dict())
+    if verb == "go" and run.ranks.is_first:
+        with (run.folder / "log.csv").open() as file:
+            losses = [float(row["loss"]) for row in csv.DictReader(file)]
+        path = folder / f"went-on-{run.ranks.world_size}.pt"
+        torch.save({"weights": weights, "losses": losses}, path)
     return before, digest(run)
 
 
 def main() -> None:
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    folder, *words = sys.argv[1:]
-    for word in words:
+    folder = Path(sys.argv[1])
+    for word in sys.argv[2:]:
         verb, _, case = word.rpartition(":")
-        path = Path(folder)
-        before, after = run_verb(path, case, verb) if verb else interrupted(path, case)
+        before, after = run_verb(folder, case, verb) if verb else interrupt(folder, case)
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
             sys.stdout.write(f"{word} {before} {after}\n")
             sys.stdout.flush()

@@ -120,11 +120,28 @@ def test_an_export_in_half_precision_keeps_numbers_whole(run: Run, tmp_path: Pat
     assert file.ema_state["model_ema.decay"].dtype == torch.float32
 
 
-def test_loras_and_embeddings_have_the_config_of_their_training(tmp_path: Path) -> None:
-    run = tiny_run(tmp_path, "lightning.lora.rank=2", "lightning.textual_inversion.token=emoji")
-    export(run, tmp_path / "last")
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    overrides = ("lightning.lora.rank=2", "lightning.textual_inversion.token=emoji")
+    return tiny_run(tmp_path_factory.mktemp("adapted"), *overrides)
+
+
+def test_loras_and_embeddings_have_the_config_of_their_training(adapted: Run) -> None:
+    export(adapted)
     for name in ("last", "last-diffusers", "last-word"):
-        metadata = read_checkpoint(tmp_path / f"{name}.safetensors").metadata
+        metadata = read_checkpoint(adapted.checkpoints / f"{name}.safetensors").metadata
         assert parse_yaml(metadata["ldm.training.config"])["lightning"]["lora"] == {"rank": 2}
         assert json.loads(metadata["ldm.training"])["seed"] == 23
         assert "ldm.config" not in metadata  # which would make it a whole model
+
+
+def test_the_best_loras_stay_with_all_their_files(
+    adapted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = replace(change(adapted, best=1), folder=tmp_path)
+    for step, loss in enumerate((0.5, 0.3, 0.4)):
+        monkeypatch.setattr(run.state, "step", step)
+        export_best(run, {"val/loss": loss, "val/loss_ema": loss})
+    stem = "epoch=000000-step=000000001-loss_ema=0.300000"
+    names = {path.name for path in run.checkpoints.iterdir()}
+    assert names == {f"{stem}{part}.safetensors" for part in ("", "-diffusers", "-word")}

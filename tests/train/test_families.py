@@ -10,7 +10,8 @@ from ldm.loading.config import format_yaml
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.load import load
 from ldm.pipelines import families
-from ldm.train.loop import export, train
+from ldm.train.loop import train
+from ldm.train.runs.exports import export
 from ldm.train.tasks.diffusion import Diffusion
 from tests.train.tinyrun import run_of, tiny_config, tiny_run
 

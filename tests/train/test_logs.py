@@ -17,9 +17,9 @@ from ldm.train.monitoring.logs import CsvLogger, Loggers, Progress
 from ldm.train.monitoring.timesteps import TimestepLog
 
 
-def rows(path: Path) -> list[dict[str, str]]:
+def rows(path: Path) -> list[list[str]]:
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return list(csv.reader(file))[1:]
 
 
 def test_a_table_gets_columns_when_they_come(tmp_path: Path) -> None:
@@ -27,11 +27,7 @@ def test_a_table_gets_columns_when_they_come(tmp_path: Path) -> None:
     table.scalars(1, {"loss": 0.5})
     table.scalars(2, {"loss": 0.25, "val/loss": 1.0})
     table.scalars(3, {"val/loss": 2.0})
-    assert [list(row.values()) for row in rows(tmp_path / "log.csv")] == [
-        ["1", "0.5", ""],
-        ["2", "0.25", "1"],
-        ["3", "", "2"],
-    ]
+    assert rows(tmp_path / "log.csv") == [["1", "0.5", ""], ["2", "0.25", "1"], ["3", "", "2"]]
 
 
 def test_rows_after_the_state_are_dropped_as_they_come_again(tmp_path: Path) -> None:
@@ -41,25 +37,24 @@ def test_rows_after_the_state_are_dropped_as_they_come_again(tmp_path: Path) -> 
         table.scalars(step, {"loss": step})
     with path.open("a") as file:
         file.write("4,1")  # the process died here
-    again = CsvLogger(path, start=2)
-    again.scalars(3, {"loss": 30})
-    assert [row["loss"] for row in rows(path)] == ["1", "2", "30"]
+    CsvLogger(path, start=2).scalars(3, {"loss": 30})
+    assert rows(path) == [["1", "1"], ["2", "2"], ["3", "30"]]
 
 
-def test_a_line_of_the_log_is_the_mean_of_its_steps(tmp_path: Path) -> None:
+def test_a_row_of_the_log_is_the_mean_of_its_steps(tmp_path: Path) -> None:
     loggers = Loggers(tmp_path, ["csv"])
     progress = Progress(loggers, Ranks(), torch.device("cpu"), start=3, steps=8, every=4)
     for step, loss in enumerate((7.0, 1.0, 2.0, 3.0, 6.0), start=4):
         losses = {"loss": torch.tensor(loss), "losses": torch.ones(2)}
         progress(step, losses, 1e-3, images=2)
     progress.close()
-    first, second = rows(tmp_path / "log.csv")
-    assert (first["step"], first["loss"]) == ("4", "7")
-    assert (second["step"], second["loss"], second["lr"]) == ("8", "3", "0.001")
-    assert 0.05 < float(second["memory_gib"]) < 100
+    first, second = rows(tmp_path / "log.csv")  # step, loss, lr, images per second, memory
+    assert first[:3] == ["4", "7", "0.001"]
+    assert second[:3] == ["8", "3", "0.001"]
+    assert 0.05 < float(second[4]) < 100
 
 
-def test_tensorboard_gets_numbers_and_pictures(tmp_path: Path) -> None:
+def test_tensorboard_gets_numbers_and_images(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     loggers = Loggers(tmp_path, ["tensorboard"])
     loggers.scalars(5, {"loss": 0.5})
@@ -71,7 +66,7 @@ def test_tensorboard_gets_numbers_and_pictures(tmp_path: Path) -> None:
     assert (events.Images("samples")[0].width, events.Images("samples")[0].step) == (4, 5)
 
 
-def test_wandb_gets_the_same(tmp_path: Path, monkeypatch: Any) -> None:
+def test_wandb_gets_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
     class Handle:
@@ -81,62 +76,62 @@ def test_wandb_gets_the_same(tmp_path: Path, monkeypatch: Any) -> None:
         def finish(self) -> None:
             calls.append("finished")
 
-    stand_in = ModuleType("wandb")
-    stand_in.Image = lambda path: f"image {path}"  # type: ignore[attr-defined]
-    stand_in.init = lambda **options: calls.append(options) or Handle()  # type: ignore[attr-defined]
+    stand_in: Any = ModuleType("wandb")
+    stand_in.Image = lambda path: f"image {path}"
+    stand_in.init = lambda **options: calls.append(options) or Handle()
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     loggers = Loggers(tmp_path, ["wandb"], wandb={"project": "p"}, config={"a": 1})
     loggers.scalars(1, {"loss": 2.0})
     loggers.image(1, "samples", Path("a.png"))
     loggers.close()
-    assert calls[0]["project"] == "p"
-    assert (calls[0]["config"], calls[0]["id"]) == ({"a": 1}, tmp_path.name)
+    options = {"project": "p", "config": {"a": 1}, "id": tmp_path.name}
+    assert options.items() <= calls[0].items()
     assert calls[1:] == [({"loss": 2.0}, 1), ({"samples": "image a.png"}, 1), "finished"]
+
+
+def test_a_missing_package_is_an_error_for_wandb_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert len(Loggers(tmp_path, ["csv", "tensorboard"]).loggers) == 1
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match=r"pip install 'ldm-revived\[wandb\]'"):
         Loggers(tmp_path, ["wandb"])
 
 
-def test_a_log_without_its_package_is_left_out(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert len(Loggers(tmp_path, ["csv", "tensorboard"]).loggers) == 1
-
-
-def test_pictures_come_early_and_then_in_turn() -> None:
-    every = Every(steps=10, early=True)
+def test_an_action_is_due_early_and_then_every_few_steps() -> None:
+    every, never = Every(steps=10, early=True), Every()
     assert [step for step in range(1, 31) if every(step)] == [1, 2, 4, 8, 10, 16, 20, 30]
-    never = Every()
     assert not any(never(step) for step in range(1, 100))
 
 
-def test_the_loss_is_kept_by_timestep(tmp_path: Path) -> None:
+def test_the_loss_is_logged_by_timestep(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
+    path = tmp_path / "timesteps.csv"
     log = TimestepLog(tmp_path, Ranks(), 1000, bins=4)
     log.add(torch.tensor([0, 249, 250, 999]), torch.tensor([1.0, 3.0, 5.0, float("nan")]))
     plot = log.write(10)
     assert plot is not None
-    with Image.open(plot) as picture:
-        assert picture.size == (770, 440)
-    assert [tuple(row.values()) for row in rows(tmp_path / "timesteps.csv")] == [
-        ("10", "0", "249", "2", "2"),
-        ("10", "250", "499", "5", "1"),
-    ]
+    with Image.open(plot) as image:
+        assert image.size == (770, 440)
+    expected = [["10", "0", "249", "2", "2"], ["10", "250", "499", "5", "1"]]
+    assert rows(path) == expected
     log.add(torch.tensor([100, 100]), torch.tensor([8.0, 8.0]))
-    log.write(20)  # what was seen before counts half
-    assert rows(tmp_path / "timesteps.csv")[2]["loss"] == "6"
+    log.write(20)  # the losses before count half
+    assert rows(path)[2][3] == "6"
     assert sorted(TimestepLog(tmp_path, Ranks(), 1000, bins=4, start=10).curves) == [10]
-    assert [row["step"] for row in rows(tmp_path / "timesteps.csv")] == ["10", "10"]
+    assert rows(path) == expected
 
 
 def test_time_spent_asleep_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(cadence.time, "monotonic", lambda: now[0])
     timer = cadence.StepTimer()
-    counted = []
+    durations = []
     for seconds in (5, 1, 1, 1, 1, 1, 3600, 1):
         now[0] += seconds
-        counted.append(timer.stop())
-    assert counted == [5, 1, 1, 1, 1, 1, 10, 1]
+        durations.append(timer.stop())
+    assert durations == [5, 1, 1, 1, 1, 1, 10, 1]
     now[0] += 100
     timer.start()
     assert timer.stop() == 0

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from ldm.train.optim.adamw import AdamW
 from ldm.train.optim.optimizers import make_optimizer, orthogonalize
 from ldm.train.optim.schedules import LearningRate
+from ldm.train.state import TrainedNetwork
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,11 +28,11 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_orthogonal_pulls_singular_values_to_about_one(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    made = orthogonalize(matrix)
-    values = torch.linalg.svdvals(made)
+    orthogonal = orthogonalize(matrix)
+    values = torch.linalg.svdvals(orthogonal)
     assert values.max() < 1.3
     assert values.median() > 0.6
-    assert torch.cosine_similarity(made.flatten(), (u @ v).flatten(), dim=0) > 0.95
+    assert torch.cosine_similarity(orthogonal.flatten(), (u @ v).flatten(), dim=0) > 0.95
 
 
 RATES = {"adamw": 0.05, "adamw8bit": 0.05, "adafactor": 0.5, "muon": 0.2}
@@ -67,54 +67,48 @@ def test_an_optimizer_fits_a_line(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RATES)
-def test_what_an_optimizer_remembers_can_be_written_and_read(name: str) -> None:
+def test_the_state_of_an_optimizer_can_be_written_and_read(name: str) -> None:
     """Three steps equal two, a state of tensors by name, and a third."""
     needs(name)
-    whole, parts = layer(), layer()
-    first = make_optimizer(whole, 1e-2, name=name)
+    whole, parts = network(name), network(name)
     for seed in range(3):
-        step(whole, first, seed)
-    second = make_optimizer(parts, 1e-2, name=name)
+        step(whole, seed)
     for seed in range(2):
-        step(parts, second, seed)
-    kept = {
-        p: {key: torch.as_tensor(value).clone() for key, value in second.state[p].items()}
-        for p in parts.parameters()
-    }
-    third = make_optimizer(parts, 1e-2, name=name)
-    state = third.state_dict()
-    state["state"] = {number: kept[p] for number, p in enumerate(ordered(third))}
-    third.load_state_dict(state)
-    step(parts, third, 2)
-    for ours, theirs in zip(parts.parameters(), whole.parameters(), strict=True):
+        step(parts, seed)
+    shapes = {n: (x.shape, x.dtype) for n, x in parts.optimizer_state().items()}
+    tensors = {name: value.clone() for name, value in parts.optimizer_state().items()}
+    third = network(name)
+    assert {n: (x.shape, x.dtype) for n, x in third.empty_optimizer_state(shapes).items()} == shapes
+    third.module.load_state_dict(parts.module.state_dict())
+    third.load_optimizer_state(tensors)
+    step(third, 2)
+    for ours, theirs in zip(third.module.parameters(), whole.module.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("numbers", [3, 40, 1001, 4096])
-def test_a_weight_becomes_the_same_however_its_tensor_is_split(numbers: int) -> None:
+@pytest.mark.parametrize("n", [3, 40, 1001, 4096])
+def test_a_weight_becomes_the_same_however_its_tensor_is_split(n: int) -> None:
     """And torch's own up to rounding: its loop rounds after every operation, the kernel once."""
-    start = torch.randn(numbers, generator=torch.Generator().manual_seed(0))
-    whole = adamw_steps(start.split(numbers), AdamW)
-    parts = adamw_steps(start.split([numbers // 3, numbers - numbers // 3]), AdamW)
+    whole, parts = adamw_steps([n], AdamW), adamw_steps([n // 3, n - n // 3], AdamW)
     assert torch.equal(whole, parts)
-    plain = adamw_steps(start.split(numbers), torch.optim.AdamW)
+    plain = adamw_steps([n], torch.optim.AdamW)
     torch.testing.assert_close(whole, plain, rtol=1e-6, atol=1e-6)
 
 
-def adamw_steps(parts: tuple[Tensor, ...], kind: Any) -> Tensor:
-    weights = [nn.Parameter(part.clone()) for part in parts]
+def adamw_steps(sizes: list[int], kind: type[torch.optim.Optimizer]) -> Tensor:
+    rng = torch.Generator().manual_seed(0)
+    weights = [nn.Parameter(x) for x in torch.randn(sum(sizes), generator=rng).split(sizes)]
     optimizer = kind(weights, lr=1e-2)
-    for seed in range(3):
-        numbers = sum(len(p) for p in weights)
-        grad = torch.randn(numbers, generator=torch.Generator().manual_seed(seed))
-        for p, g in zip(weights, grad.split([len(p) for p in weights]), strict=True):
-            p.grad = g.clone()
+    for _ in range(3):
+        gradients = torch.randn(sum(sizes), generator=rng).split(sizes)
+        for p, gradient in zip(weights, gradients, strict=True):
+            p.grad = gradient
         optimizer.step()
     return torch.cat([p.detach() for p in weights])
 
 
 def test_adamw_keeps_weights_that_are_channels_last_in_their_order() -> None:
-    made = []
+    weights = []
     for layout in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(0)
         weight = nn.Parameter(torch.randn(4, 3, 3, 3).to(memory_format=layout))
@@ -122,19 +116,17 @@ def test_adamw_keeps_weights_that_are_channels_last_in_their_order() -> None:
         for _ in range(2):
             weight.grad = torch.randn(4, 3, 3, 3)
             optimizer.step()
-        made.append(weight.detach())
-    torch.testing.assert_close(made[0], made[1], rtol=0, atol=1e-7)
+        weights.append(weight.detach())
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-7)
 
 
-def test_muon_does_the_same_with_split_weights(group: None) -> None:
-    alone, split = layer(), layer()
-    fully_shard(split, mesh=init_device_mesh("cpu", (1,)))
-    for module in (alone, split):
-        optimizer = make_optimizer(module, 1e-2, name="muon")
-        for seed in range(2):
-            step(module, optimizer, seed)
-    assert isinstance(split.weight, DTensor)
-    for ours, theirs in zip(split.parameters(), alone.parameters(), strict=True):
+def test_muon_does_the_same_with_sharded_weights(group: None) -> None:
+    alone, sharded = network("muon"), network("muon", is_sharded=True)
+    for seed in range(2):
+        step(alone, seed)
+        step(sharded, seed)
+    for ours, theirs in zip(sharded.module.parameters(), alone.module.parameters(), strict=True):
+        assert isinstance(ours, DTensor)
         assert torch.equal(ours.full_tensor(), theirs)
 
 
@@ -143,29 +135,26 @@ def needs(name: str) -> None:
         pytest.importorskip("bitsandbytes")
 
 
-def layer() -> nn.Linear:
+def network(name: str, is_sharded: bool = False) -> TrainedNetwork:
     torch.manual_seed(0)
-    return nn.Linear(80, 64)  # more than 4096 numbers, fewer stay in 32 bits
+    layer = nn.Linear(80, 64)  # more than 4096 weights, fewer stay in 32 bits
+    if is_sharded:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+    return TrainedNetwork(layer, make_optimizer(layer, 1e-2, name=name), lambda *_: {})
 
 
-def step(module: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+def step(network: TrainedNetwork, seed: int) -> None:
     x = torch.randn(8, 80, generator=torch.Generator().manual_seed(seed))
-    optimizer.zero_grad()
-    module(x).square().mean().backward()
-    optimizer.step()
-
-
-def ordered(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
+    network.optimizer.zero_grad()
+    network.module(x).square().mean().backward()
+    network.optimizer.step()
 
 
 def test_vectors_embeddings_and_narrow_matrices_are_left_to_adam() -> None:
     module = nn.ModuleDict({"embedding": nn.Embedding(40, 40), "wide": nn.Linear(40, 40)})
     module["narrow"] = nn.Linear(40, 4)
-    groups = {
-        group["matrix"]: group["params"]
-        for group in make_optimizer(module, 1.0, name="muon").param_groups
-    }
+    optimizer = make_optimizer(module, 1.0, name="muon")
+    groups = {group["matrix"]: group["params"] for group in optimizer.param_groups}
     assert [p.shape for p in groups[True]] == [torch.Size([40, 40])]
     assert len(groups[False]) == 4
 

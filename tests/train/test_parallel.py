@@ -8,6 +8,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -25,13 +26,16 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests/train/ranks.py"
 
 
-def started(processes: int, *words: str) -> "list[subprocess.Popen[str]]":
-    """The processes, told of each other as torchrun and Slurm do."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
-    shared |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        return int(free.getsockname()[1])
+
+
+def start(processes: int, *words: str) -> "list[subprocess.Popen[str]]":
+    """Start ranks.py in several processes that find each other, as torchrun and Slurm do."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    shared |= {"PYTHONPATH": str(ROOT), "WORLD_SIZE": str(processes)}
     return [
         subprocess.Popen(
             [sys.executable, str(SCRIPT), *words],
@@ -42,56 +46,72 @@ def started(processes: int, *words: str) -> "list[subprocess.Popen[str]]":
     ]  # fmt: skip
 
 
-def ranks(processes: int, folder: Path, *cases: str) -> dict[str, tuple[str, str]]:
-    """{case: (hash, hash)} of tests/train/ranks.py."""
-    outputs = [run.communicate(timeout=900) for run in started(processes, str(folder), *cases)]
+def ranks(processes: int, folder: Path, *cases: str) -> dict[str, list[str]]:
+    """Run ranks.py, and return its two hashes of each case."""
+    outputs = [run.communicate(timeout=900) for run in start(processes, str(folder), *cases)]
     lines = [line.split() for line in outputs[0][0].splitlines()]
-    found = {line[0]: (line[1], line[2]) for line in lines if line and line[0] in cases}
-    assert set(found) == set(cases), outputs[0][1][-3000:]
-    return found
+    hashes = {line[0]: line[1:] for line in lines if line and line[0] in cases}
+    assert set(hashes) == set(cases), outputs[0][1][-3000:]
+    return hashes
 
 
-def test_two_processes_go_on_bit_by_bit_equal_one_and_end_together(tmp_path: Path) -> None:
-    """One test, as starting two processes takes longer than all that they do here."""
-    cases = ["ddp-32-map", "fsdp-bf16-map"]
-    first, second = started(2, str(tmp_path), *cases, "forever:ddp-32-map")
-    while len(list(tmp_path.glob("*.pid"))) < 2 and first.poll() is None:
-        time.sleep(0.1)
-    second.send_signal(signal.SIGSTOP)  # no connection breaks, but it gives no sign of life
-    since = time.monotonic()
-    output, errors = first.communicate(timeout=120)
-    second.kill()
-    second.communicate()
-    found = [line.split() for line in output.splitlines() if line.startswith(tuple(cases))]
-    assert [line[0] for line in found] == cases, errors[-3000:]
-    assert all(straight == interrupted for _, straight, interrupted in found)
-
-    assert first.returncode == 1
-    assert time.monotonic() - since < 60
-    assert "process 1 has been silent for 5 s" in errors
-
-    one = make_run(
-        tmp_path / "one", "auto-32-map", STEPS, "lightning.trainer.accumulate_grad_batches=2"
-    )
+def test_two_processes_go_on_sharded_and_equal_one(tmp_path: Path) -> None:
+    """The second step is taken from the state of the first, which ddp has saved, with fsdp."""
+    (_, saved), (loaded, _) = ranks(2, tmp_path, "save:ddp-32-map", "go:fsdp-32-map").values()
+    assert saved == loaded
+    accumulate = "lightning.trainer.accumulate_grad_batches=2"
+    one = make_run(tmp_path / "one", "auto-32-map", STEPS, accumulate)
     train(one)
-    two = torch.load(tmp_path / "ddp-32-map" / "trained.pt")
-    compare(two["weights"], one.task.trainable.state_dict())
+    two = torch.load(tmp_path / "went-on-2.pt")
+    check_close(two["weights"], one.task.trainable.state_dict())
+
+
+def test_a_process_ends_when_another_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    _store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    exits: list[int] = []
+    ended = Event()
+    monkeypatch.setattr(parallel.os, "_exit", lambda status: (exits.append(status), ended.set()))
+    first, second = (parallel.Heartbeat(rank, 2, 1.0, session="now") for rank in range(2))
+    first.start()
+    second.start()
+    assert not ended.wait(2)
+    second.stop()
+    assert ended.wait(10)
+    first.stop()
+    assert exits[0] == 1
 
 
 def test_processes_started_again_do_not_take_old_ones_for_new() -> None:
     store = dist.HashStore()
-    turns = []
+    sessions = []
     for _ in range(2):
         with ThreadPoolExecutor() as pool:
-            first = pool.submit(
-                parallel.agree_on_session, store, 0, 3
-            )  # finds the others of last time
+            # finds the others of last time
+            first = pool.submit(parallel.agree_on_session, store, 0, 3)
             time.sleep(0.2)
             others = [pool.submit(parallel.agree_on_session, store, rank, 3) for rank in (1, 2)]
-            said = {place.result(timeout=10) for place in (first, *others)}
-        assert len(said) == 1
-        turns += said
-    assert turns[0] != turns[1]
+            names = {future.result(timeout=10) for future in (first, *others)}
+        assert len(names) == 1
+        sessions += names
+    assert sessions[0] != sessions[1]
+
+
+@pytest.mark.slow
+def test_a_stopped_process_ends_the_others(tmp_path: Path) -> None:
+    first, second = start(2, str(tmp_path), "forever:ddp-32-map")
+    while len(list(tmp_path.glob("*.pid"))) < 2 and first.poll() is None:
+        time.sleep(0.1)
+    second.send_signal(signal.SIGSTOP)  # no connection breaks, but its heartbeat ends
+    since = time.monotonic()
+    _, errors = first.communicate(timeout=120)
+    second.kill()
+    second.communicate()
+    assert first.returncode == 1
+    assert time.monotonic() - since < 60
+    assert "process 1 has been silent for 5 s" in errors
 
 
 @pytest.mark.slow
@@ -103,7 +123,8 @@ def test_torchrun_starts_a_killed_process_again_and_nothing_is_lost(tmp_path: Pa
     torchrun += ["--nproc-per-node=2", "--max-restarts=1", "scripts/train.py", *words]
     weights = []
     for name in ("whole", "killed"):
-        run = subprocess.Popen([*torchrun, str(tmp_path / name)], cwd=ROOT)
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        run = subprocess.Popen([*torchrun, str(tmp_path / name)], cwd=ROOT, env=env)
         if name == "killed":
             while not list(tmp_path.glob("killed/*/checkpoints/state-*3")):
                 assert run.poll() is None
@@ -113,8 +134,8 @@ def test_torchrun_starts_a_killed_process_again_and_nothing_is_lost(tmp_path: Pa
         assert run.wait(timeout=300) == 0
         (last,) = tmp_path.glob(f"{name}/*_tiny/checkpoints/last.safetensors")
         weights.append(read_checkpoint(last).state)
-    for name_, value in weights[0].items():
-        assert torch.equal(value, weights[1][name_]), name_
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
 
 
 @pytest.mark.slow
@@ -127,12 +148,8 @@ def test_every_way_of_training_is_resumed_bit_by_bit(
     shards = tmp_path / "shards"
     folder = Folder(root=ROOT / "tests/data/emoji", transform=PhotoTransform(size=32))
     assert len(list(pack(folder, f"{shards}/%03d.tar", count=5))) == 5
-    cases = [
-        f"{strategy}-{precision}-{data}"
-        for strategy in strategies
-        for precision in ("32", "bf16")
-        for data in ("map", f"{shards}/*.tar")
-    ]
+    kinds = ("32-map", f"bf16-{shards}/*.tar")
+    cases = [f"{strategy}-{kind}" for strategy in strategies for kind in kinds]
     for case, (straight, interrupted) in ranks(processes, tmp_path, *cases).items():
         assert straight == interrupted, case
 
@@ -142,20 +159,21 @@ def test_every_way_of_training_is_resumed_bit_by_bit(
 def test_a_state_of_four_processes_is_the_same_on_two_and_one(
     strategy: str, tmp_path: Path
 ) -> None:
-    case = f"{strategy}-32-map"
-    (_, saved), gone = ranks(4, tmp_path, f"save:{case}", f"go:{case}").values()
-    assert gone[0] == saved
-    assert [ranks(n, tmp_path, f"go:{case}")[f"go:{case}"][0] for n in (2, 1)] == [saved, saved]
+    save, go = (f"{verb}:{strategy}-32-map" for verb in ("save", "go"))
+    hashes = ranks(4, tmp_path, save, go)
+    saved = hashes[save][1]
+    assert [hashes[go][0], *(ranks(n, tmp_path, go)[go][0] for n in (2, 1))] == [saved] * 3
     after = [torch.load(tmp_path / f"went-on-{n}.pt") for n in (4, 2, 1)]
     for other in after[1:]:
         assert other["losses"] == pytest.approx(after[0]["losses"], rel=1e-5)
-        compare(after[0]["weights"], other["weights"])
+        check_close(after[0]["weights"], other["weights"])
 
 
-def compare(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> None:
-    """Gradients are summed in another order, and Adam divides by their size.
+def check_close(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> None:
+    """Compare weights whose gradients were summed in another order.
 
-    Where they are about nothing, a weight may so go 0.002 (the learning rate) this way or that.
+    Adam divides by their size: where they are about nothing, a weight may go 0.002 (the learning
+    rate) this way or that.
     """
     for name, value in weights.items():
         difference = (value.float() - others[name].float()).abs()

@@ -1,4 +1,4 @@
-"""Runs of configs/train/tiny.yaml with small batches and no sample grids."""
+"""Runs of configs/train/tiny.yaml with a smaller UNet, small batches and no sample grids."""
 
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs/train/tiny.yaml"
 EMOJI = ROOT / "tests/data/emoji"
 QUICK = (
+    "model.params.unet_config.params.channel_mult=[1]",
+    "model.params.unet_config.params.attention_resolutions=[1]",
     f"data.params.train.root={EMOJI}",
     "data.params.batch_size=2",
     "lightning.callbacks.images=0",
