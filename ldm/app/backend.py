@@ -8,16 +8,20 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from PIL import Image
+
+from ldm.app.catalogue import CatalogueEntry, list_checkpoints, read_catalogue
 from ldm.app.limits import Limits
+from ldm.app.model_cache import ModelCache
 from ldm.app.progress import Progress
 from ldm.app.uploads import Uploads
-from ldm.generate.load import SMALL_MODEL, load_model
+from ldm.generate.load import is_small_model, load_model
 from ldm.generate.options import options_of, parse_weighted_file
-from ldm.generate.plan import plan_batches
 from ldm.generate.provenance import (
     FILE_KEYS,
     compare_images,
@@ -27,14 +31,17 @@ from ldm.generate.provenance import (
     read_request,
 )
 from ldm.generate.request import ModelChoice, Request, Sampling
-from ldm.generate.run import generate_batches, remake_image
+from ldm.generate.run import remake_image, run_request
 from ldm.generate.tasks import PreparedTask, Task
+from ldm.imaging.metadata import read_info
+from ldm.imaging.output import OutputFolder
+from ldm.loading.addons.embeddings import embedding_files, load_embeddings
+from ldm.loading.files.checkpoint import file_hash
+from ldm.loading.load import load
+from ldm.loading.report import inspect_checkpoint
+from ldm.model import LatentDiffusion
+from ldm.runtime.device import memory_of, pick_device
 from ldm.runtime.errors import ArgumentError, MissingFile
-
-if TYPE_CHECKING:
-    from ldm.app.catalogue import CatalogueEntry
-    from ldm.app.model_cache import ModelCache
-    from ldm.model import LatentDiffusion
 
 __all__ = ["Backend"]
 
@@ -81,8 +88,6 @@ class Backend:
 
     def model_names(self, task: str | None = None) -> list[str]:
         """The models for a task; None = all checkpoints of the folder."""
-        from ldm.app.catalogue import list_checkpoints, read_catalogue
-
         if task is None:
             return [path.name for path in list_checkpoints(self.folder)]
         models = read_catalogue(self.folder).models
@@ -90,15 +95,10 @@ class Backend:
 
     def skipped_files(self) -> list[str]:
         """A line about each checkpoint of the folder that cannot be used."""
-        from ldm.app.catalogue import read_catalogue
-
         return read_catalogue(self.folder).skipped
 
     def inspect(self, name: str | None) -> str:
         """Describe a checkpoint of the folder."""
-        from ldm.app.catalogue import list_checkpoints
-        from ldm.loading.report import inspect_checkpoint
-
         for path in list_checkpoints(self.folder):
             if path.name == name:
                 return "\n".join(inspect_checkpoint(path).lines())
@@ -120,8 +120,7 @@ class Backend:
         loras = self._find_loras(parse_weighted_file(str(word)) for word in words)
         request = task.request({key: value for key, value in values.items() if key != "lora"})
         if request.sampling.scale is None:
-            is_small = entry.path.stat().st_size < SMALL_MODEL
-            scale = task.demo_scale if is_small else task.scale
+            scale = task.demo_scale if is_small_model(entry.path) else task.scale
             request = request.with_values({"scale": scale})
         return self._with_model(request, entry, loras)
 
@@ -129,37 +128,20 @@ class Backend:
         """Make and save images; returns the final message."""
         self.limits.check(request)
         start = time.monotonic()
-        batches = plan_batches(request)
-        progress.total = sum(map(len, batches))
-        prepared = request.task.prepare(request)
-        model = self._load(request, prepared, progress)
-        progress.begin_sampling(model)
-        generate_batches(
-            request,
-            prepared,
-            batches,
-            model,
-            callback=progress.on_step,
-            report=progress.add_image,
-            without_folders=True,
-        )
+        load = partial(self._load, progress=progress)
+        run_request(request, progress, load=load, without_folders=True)
         return f"finished in {time.monotonic() - start:.1f} s"
 
     def replay(self, path: str | Path, progress: Progress) -> str:
         """Make an image again; returns how it differs from the file."""
-        from PIL import Image
-
-        from ldm.imaging.metadata import read_info
-        from ldm.imaging.output import OutputFolder
-
         self.uploads.add(path)
         info = read_info(path)
         request = self._recorded_request(info, Path(path).name)
         self.limits.check(request)
         prepared = request.task.prepare(request)
-        model = self._load(request, prepared, progress, threads=info["threads"])
-        progress.begin_sampling(model)
-        image = remake_image(request, prepared, model, info, progress.on_step)
+        model = self._load(prepared, progress, threads=info["threads"])
+        progress.begin(model, 1)
+        image = remake_image(prepared, model, info, progress.on_step)
         new = OutputFolder(self.outdir / "replays").save_sample(image, info)
         progress.add_image(info | {"path": str(new)})
         with Image.open(path) as old:
@@ -175,13 +157,11 @@ class Backend:
             path = Path(folder, "depth.png")
             request = request.with_values({"save_depth": str(path)})
             prepared = request.task.prepare(request)
-            prepared.begin(self._load(request, prepared, progress))
+            prepared.begin(self._load(prepared, progress))
             progress.add_image({"task": "depth", "path": self.uploads.add(path)})
         return "depth estimated"
 
-    def _find_model(self, name: str | None, task: str) -> "CatalogueEntry":
-        from ldm.app.catalogue import read_catalogue
-
+    def _find_model(self, name: str | None, task: str) -> CatalogueEntry:
         models = read_catalogue(self.folder).models
         if name not in models or task not in models[name].tasks:
             names = ", ".join(self.model_names(task)) or f"none, put one into {self.folder}"
@@ -189,7 +169,7 @@ class Backend:
         return models[name]
 
     def _with_model(
-        self, request: Request, entry: "CatalogueEntry", loras: Sequence[tuple[str, float]]
+        self, request: Request, entry: CatalogueEntry, loras: Sequence[tuple[str, float]]
     ) -> Request:
         choice = replace(
             self.choice,
@@ -215,15 +195,9 @@ class Backend:
         return list(files.items())
 
     def _load(
-        self,
-        request: Request,
-        prepared: PreparedTask,
-        progress: Progress,
-        threads: int | None = None,
-    ) -> "LatentDiffusion":
-        from ldm.app.model_cache import ModelCache
-        from ldm.runtime.device import memory_of, pick_device
-
+        self, prepared: PreparedTask, progress: Progress, threads: int | None = None
+    ) -> LatentDiffusion:
+        request = prepared.request
         if self._models is None:
             memory = self.memory or memory_of(pick_device(request.model.device)) / 2
             self._models = ModelCache(memory, _load_with_fitting_embeddings)
@@ -273,18 +247,13 @@ class Backend:
         return replace(request, model=replace(request.model, embedding=tuple(embeddings)))
 
     def _embedding_files(self) -> list[str]:
-        from ldm.loading.addons.embeddings import embedding_files
-
         return [str(file) for path in self.choice.embedding for file in embedding_files(path)]
 
 
 def _load_with_fitting_embeddings(
     config: Any = None, ckpt: Any = None, *, embeddings: Iterable[str] = (), **options: Any
-) -> "LatentDiffusion":
+) -> LatentDiffusion:
     """`ldm.load`, without the embeddings that are for models of another width."""
-    from ldm.loading.addons.embeddings import load_embeddings
-    from ldm.loading.load import load
-
     model = load(config, ckpt, **options)
     for path in embeddings:
         load_embeddings(model, [path], strict=False)
@@ -317,8 +286,6 @@ def _find_files(recorded: Any, files: Iterable[str], flag: str) -> list[str]:
     Raises:
         ArgumentError: none has the hash.
     """
-    from ldm.loading.files.checkpoint import file_hash
-
     if not all(isinstance(file, dict) and {"hash", "path"} <= file.keys() for file in recorded):
         raise ArgumentError(f"its entry for {flag} is damaged")
     by_hash = {file_hash(file): file for file in files} if recorded else {}

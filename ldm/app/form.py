@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from PIL import Image, ImageChops
+
 from ldm.app.limits import Limits
 from ldm.app.progress import Progress
 from ldm.app.uploads import Uploads
@@ -19,6 +21,7 @@ from ldm.diffusion.names import SAMPLERS, SCHEDULERS
 from ldm.generate.options import Option, Value, options_of, parse_count, parse_fraction
 from ldm.generate.request import Prompts
 from ldm.generate.tasks import Task
+from ldm.imaging.metadata import parameters_text, read_info
 from ldm.runtime.errors import ArgumentError, MissingArgument
 
 __all__ = ["CSS", "Field", "TaskForm", "describe_file", "describe_info", "show_progress"]
@@ -173,15 +176,11 @@ def show_progress(progress: Progress) -> str:
 
 def describe_info(info: Mapping[str, Any]) -> str:
     """The info of an image as A1111 writes it."""
-    from ldm.imaging.metadata import parameters_text
-
     return parameters_text(info) or "No generation parameters found"
 
 
 def describe_file(path: str | None) -> str:
     """The info of an image file as A1111 writes it."""
-    from ldm.imaging.metadata import read_info
-
     try:
         return "" if path is None else describe_info(read_info(path))
     except OSError:
@@ -212,8 +211,6 @@ def _as_list(value: object) -> list[object]:
 
 def _read_sketch(sketch: Mapping[str, Any] | None, uploads: Uploads) -> dict[str, object]:
     """Store image and mask of a sketch; the mask is wherever something is drawn."""
-    from PIL import Image, ImageChops
-
     if sketch is None or sketch["background"] is None:
         return {"init_img": None}
     image: Image.Image = sketch["background"]

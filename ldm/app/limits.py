@@ -43,11 +43,9 @@ class Limits:
         }
         values = request.values()
         for name, (low, high) in bounds.items():
-            value = values.get(name)
-            if value is not None and not low <= value <= high:
-                raise ArgumentError(f"{name} must be {low} to {high}, got {value:g}", name)
-        prompts = request.prompts
-        if len(prompts.prompt) + len(prompts.negative_prompt) > LONGEST_PROMPT:
+            if values.get(name) is not None and not low <= values[name] <= high:
+                raise ArgumentError(f"{name} must be {low} to {high}, got {values[name]:g}", name)
+        if len(values["prompt"]) + len(values["negative_prompt"]) > LONGEST_PROMPT:
             message = f"prompt and negative prompt are longer than {LONGEST_PROMPT} characters"
             raise ArgumentError(message, "prompt")
 

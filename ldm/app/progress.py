@@ -5,16 +5,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from PIL import Image
+from torch import Tensor
+
+from ldm.generate.output import RunListener
 from ldm.generate.provenance import Info
+from ldm.imaging.pixels import make_grid, to_pil
+from ldm.model import LatentDiffusion
+from ldm.pipelines.preview import fit_preview
 from ldm.runtime.errors import Stop, explain
-
-if TYPE_CHECKING:
-    from PIL import Image
-    from torch import Tensor
-
-    from ldm.model import LatentDiffusion
 
 __all__ = ["Progress", "follow"]
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Progress:
+class Progress(RunListener):
     """Progress of one job.
 
     Args:
@@ -43,11 +43,11 @@ class Progress:
     step: int = 0
     steps: int = 0
     images: list[Info] = field(default_factory=list)
-    preview: "Image.Image | None" = None
+    preview: Image.Image | None = None
     message: str = "queued"
     has_failed: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
-    _to_rgb: "Callable[[Tensor], Tensor] | None" = None
+    _to_rgb: Callable[[Tensor], Tensor] | None = None
     _batch: int = 1
     _last_preview: float = 0.0
 
@@ -64,27 +64,21 @@ class Progress:
             raise Stop
         self.message = message
 
-    def begin_sampling(self, model: "LatentDiffusion") -> None:
-        """Fit previews to this model and set the message."""
-        from ldm.pipelines.preview import fit_preview
-
+    def begin(self, model: LatentDiffusion, total: int) -> None:
+        self.total = total
         self._to_rgb = fit_preview(model)
         self.set_message("sampling")
 
-    def on_step(self, step: int, steps: int, x: "Tensor", denoised: "Tensor") -> None:
-        """The callback of `ldm.sample`."""
+    def on_step(self, step: int, steps: int, x: Tensor, denoised: Tensor) -> None:
         self.step, self.steps, self._batch = step + 1, steps, len(x)
         self.set_message(f"step {step + 1} of {steps}")
         now = time.monotonic()
         if self._to_rgb is not None and now - self._last_preview > INTERVAL:
-            from ldm.imaging.pixels import make_grid, to_pil
-
             previews = to_pil(self._to_rgb(denoised.nan_to_num()))
             self.preview = make_grid(previews, PREVIEW_COLUMNS)
             self._last_preview = now
 
     def add_image(self, info: Info) -> None:
-        """Add the info of a finished image."""
         self.images.append(info)
         self.step = 0
 

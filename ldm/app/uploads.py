@@ -3,13 +3,12 @@
 import hashlib
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from PIL import Image
+
+from ldm.imaging.reading import load_image
 from ldm.runtime.errors import MissingFile
 from ldm.runtime.files import replace_when_written
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 __all__ = ["Uploads"]
 
@@ -27,15 +26,13 @@ class Uploads:
         Raises:
             ValueError: the file is damaged or not an image.
         """
-        from ldm.imaging.reading import load_image
-
         try:
             load_image(path)
         except ValueError as error:
             raise ValueError(str(error).replace(str(path), Path(path).name)) from error
         return self._store(Path(path).read_bytes())
 
-    def add_image(self, image: "Image.Image") -> str:
+    def add_image(self, image: Image.Image) -> str:
         """Store an image as PNG; returns its path."""
         buffer = io.BytesIO()
         image.save(buffer, "PNG")

@@ -17,8 +17,9 @@ def main(name: str, argv: Sequence[str] | None = None, prog: str | None = None) 
     request, args = parse_request(task, argv, parser)
 
     def work() -> None:
+        from ldm.generate.output import Console
         from ldm.generate.run import run_request
 
-        run_request(request)
+        run_request(request, Console(request.output.json))
 
     return run_command(work, parser.prog, verbose=args.verbose, hint=partial(hint, task=task))

@@ -65,7 +65,7 @@ def _replay(args: Namespace, changes: dict[str, Any]) -> int:
     request = locate_model(info, request, changes)
     prepared = request.task.prepare(request)
     model = load_model(request, threads=info["threads"])
-    image = remake_image(request, prepared, model, info)
+    image = remake_image(prepared, model, info)
     if args.output:
         write_png(args.output, image, info)
     with Image.open(args.image) as old:

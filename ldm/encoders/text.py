@@ -10,8 +10,8 @@ Radford et al. 2021 (arXiv:2103.00020); Cherti et al. 2022 (arXiv:2212.07143).
 """
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar, Literal, cast
+from collections.abc import Collection, Sequence
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,14 @@ CLIP_UNUSED = frozenset(
 )  # fmt: skip
 
 
+class ContextCache(Protocol):
+    """Contexts (N, D) by prompt."""
+
+    def __contains__(self, text: object) -> bool: ...
+
+    def __getitem__(self, text: str) -> Tensor: ...
+
+
 class TextEncoder(Encoder):
     """Prompts -> context (B, N, D); base class of the text towers.
 
@@ -80,7 +88,7 @@ class TextEncoder(Encoder):
     def __init__(self) -> None:
         super().__init__()
         self.added_embeddings: dict[str, Tensor] = {}
-        self.cache: Mapping[str, Tensor] | None = None
+        self.cache: ContextCache | None = None
         self.register_buffer("token_ids", None)
 
     @property

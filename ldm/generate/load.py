@@ -3,15 +3,15 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ldm.generate.request import Request
+from ldm.loading.load import load as load_from_files
+from ldm.model import LatentDiffusion
+from ldm.nets.attention import set_backend
+from ldm.runtime.device import keep_memory, pick_device, pick_dtype, set_threads
 from ldm.runtime.files import find_file
 
-if TYPE_CHECKING:
-    from ldm.model import LatentDiffusion
-
-__all__ = ["SMALL_MODEL", "load_model"]
+__all__ = ["is_small_model", "load_model"]
 
 SMALL_MODEL = 200e6  # bytes of a checkpoint below which half precision and many threads do not pay
 
@@ -22,8 +22,8 @@ def load_model(
     request: Request,
     *,
     threads: int | None = None,
-    load: "Callable[..., LatentDiffusion] | None" = None,
-) -> "LatentDiffusion":
+    load: Callable[..., LatentDiffusion] = load_from_files,
+) -> LatentDiffusion:
     """Load the model, and warn about options that have no effect on it.
 
     Args:
@@ -32,11 +32,6 @@ def load_model(
     Raises:
         ValueError, FileNotFoundError: as `ldm.load` does.
     """
-    from ldm.loading.load import load as load_from_files
-    from ldm.nets.attention import set_backend
-    from ldm.nets.cpu import keep_memory
-    from ldm.runtime.device import pick_device, pick_dtype, set_threads
-
     choice, task = request.model, request.task
     ckpt = choice.ckpt
     if request.uses_demo_model:
@@ -46,14 +41,14 @@ def load_model(
             task.full_model,
         )
         ckpt = task.demo_model and str(find_file(task.demo_model))
-    is_small = ckpt is None or _bytes(ckpt) < SMALL_MODEL
+    is_small = ckpt is None or is_small_model(ckpt)
     device = pick_device(choice.device)
     dtype = pick_dtype(choice.precision, device, is_small)
     if device.type == "cpu":
         set_threads(threads, is_small)
         keep_memory()
     set_backend(choice.attention)
-    model = (load or load_from_files)(
+    model = load(
         choice.config,
         ckpt,
         device=device,
@@ -71,13 +66,14 @@ def load_model(
     return model
 
 
-def _bytes(path: str) -> int:
+def is_small_model(path: str | Path) -> bool:
+    """Return whether the weights of a file or diffusers folder are small, as the demo model's."""
     file = Path(path).expanduser()
     files = file.glob("*/*.safetensors") if file.is_dir() else [file]
-    return sum(file.stat().st_size for file in files if file.is_file())
+    return sum(file.stat().st_size for file in files if file.is_file()) < SMALL_MODEL
 
 
-def _warn_about_ignored_options(request: Request, model: "LatentDiffusion") -> None:
+def _warn_about_ignored_options(request: Request, model: LatentDiffusion) -> None:
     choice, sampling = request.model, request.sampling
     if request.eta != sampling.eta:
         log.warning("sampler `dpm` is deterministic: eta %g is ignored", sampling.eta)

@@ -1,62 +1,92 @@
-"""Save images: watermark, PNG, grid, and the lines on stdout."""
+"""Results of a run: images with watermark and info, their grid, and what is printed."""
 
 import json
+import logging
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
 
 from ldm.generate.provenance import Info, watermark_method
 from ldm.generate.request import Request
+from ldm.imaging.metadata import fingerprint
+from ldm.imaging.output import OutputFolder
+from ldm.imaging.pixels import make_grid
+from ldm.imaging.watermark import PAYLOADS, mark
+from ldm.model import LatentDiffusion
+from ldm.runtime.ranks import rank_and_world_size
+from ldm.runtime.types import JsonMapping
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from ldm.imaging.output import OutputFolder
-
-__all__ = [
-    "GRID_LIMIT",
-    "ProtectedPixels",
-    "add_watermark",
-    "print_result",
-    "save_grid",
-    "save_image",
-]
+__all__ = ["Console", "RunListener", "add_watermark", "save_grid", "save_image"]
 
 GRID_LIMIT = 1024  # images; more would be kept in memory for a grid nobody can look at
 
-ProtectedPixels = tuple["Image.Image", "Image.Image"]  # see `PreparedTask.protected_pixels`
+log = logging.getLogger(__name__)
+
+ProtectedPixels = tuple[Image.Image, Image.Image]  # see `PreparedTask.protected_pixels`
+
+
+class RunListener:
+    """Hears how far a run is; this one ignores it."""
+
+    def begin(self, model: LatentDiffusion, total: int) -> None:
+        """Hear that the first of `total` images is next."""
+
+    def on_step(self, step: int, steps: int, x: Tensor, denoised: Tensor) -> None:
+        """Hear of a finished step, as the callback of `ldm.sample`."""
+
+    def add_image(self, info: Info) -> None:
+        """Hear of a finished image; `info["path"]` is None if it was not saved."""
+
+    def warn(self, message: str) -> None:
+        """Hear what the user should know."""
+        log.warning("%s", message)
+
+
+class Console(RunListener):
+    """Prints paths or JSON of images to stdout, and draws a bar for the steps of each batch."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+
+    def on_step(self, step: int, steps: int, x: Tensor, denoised: Tensor) -> None:
+        if step == 0:
+            self._bar = tqdm(desc="Steps", total=steps, leave=False, disable=hides_progress())
+        self._bar.update()
+        if step + 1 == steps:
+            self._bar.close()
+
+    def add_image(self, info: Info) -> None:
+        if self.as_json:
+            is_unicode = sys.stdout.encoding.lower().startswith("utf")
+            _print(json.dumps(info, ensure_ascii=not is_unicode))
+        elif info["path"] is not None:
+            _print(info["path"])
 
 
 def add_watermark(
-    image: "Image.Image", info: Mapping[str, Any], protected: ProtectedPixels | None = None
-) -> "Image.Image":
+    image: Image.Image, info: JsonMapping, protected: ProtectedPixels | None = None
+) -> Image.Image:
     """Add the watermark that the info names, except to protected pixels."""
-    from PIL import Image
-
-    from ldm.imaging.watermark import PAYLOADS, mark
-
     if info["watermark"] is not None:
         image = mark(image, PAYLOADS[info["payload"]], info["watermark"])
     return image if protected is None else Image.composite(image, *protected)
 
 
 def save_image(
-    folder: "OutputFolder", image: "Image.Image", info: Info, protected: ProtectedPixels | None
+    folder: OutputFolder, image: Image.Image, info: Info, protected: ProtectedPixels | None
 ) -> str:
-    """Save one image with its info; returns its path."""
-    from ldm.imaging.metadata import fingerprint
-
+    """Save one image with its info; return its path."""
     unmarked = {"sha256_unmarked": fingerprint(image)}
     return str(folder.save_sample(add_watermark(image, info, protected), info | unmarked))
 
 
 def save_grid(
-    folder: "OutputFolder", images: list[tuple["Image.Image", Info]], request: Request
+    folder: OutputFolder, images: list[tuple[Image.Image, Info]], request: Request
 ) -> None:
     """Save all images of the run as one grid, with its own watermark."""
-    from ldm.imaging.pixels import make_grid
-
     columns = request.output.n_rows or request.output.n_samples
     grid = make_grid([image for image, _ in images], columns)
     keys = ("prompt", "negative_prompt", "seed")
@@ -75,17 +105,12 @@ def save_grid(
         _print(str(path))
 
 
-def print_result(info: Info, as_json: bool) -> None:
-    """Print the path of an image, or its info as JSON."""
-    if as_json:
-        _print(json.dumps(info, ensure_ascii=False))
-    elif info["path"] is not None:
-        _print(info["path"])
+def hides_progress() -> bool:
+    """Whether stderr is not a terminal, or this is not the first process."""
+    return not sys.stderr.isatty() or rank_and_world_size()[0] > 0
 
 
 def _print(line: str) -> None:
     """Print a line to stdout without breaking progress bars."""
-    from tqdm import tqdm
-
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()

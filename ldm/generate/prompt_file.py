@@ -22,7 +22,7 @@ class PromptLine:
     seed: int | None = None
 
 
-def read_prompt_file(path: str | Path) -> list[PromptLine]:
+def read_prompt_file(path: Path) -> list[PromptLine]:
     """Read a prompt file; a blank line is an empty prompt.
 
     Raises:

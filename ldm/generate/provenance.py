@@ -9,21 +9,24 @@ for other shapes). Keys are those of `imaging.metadata`.
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
 
 from ldm.generate.options import Value, options_of
 from ldm.generate.plan import Batch, Job
 from ldm.generate.request import Request
 from ldm.generate.tasks import TASKS, Task
+from ldm.imaging.watermark import SMALLEST
+from ldm.loading.files.checkpoint import file_hash
+from ldm.loading.load import DEMO
+from ldm.model import LatentDiffusion
+from ldm.runtime.device import pick_device
 from ldm.runtime.errors import ArgumentError, MissingFile
 from ldm.runtime.files import find_file, sha256_of_file
 from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.runtime.version import __version__
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from ldm.model import LatentDiffusion
 
 Info = JsonObject  # JSON
 
@@ -40,7 +43,7 @@ FORMER_KEYS = {"grid": "scheduler", "tile": "vae_tile"}
 
 def describe_run(
     request: Request,
-    model: "LatentDiffusion",
+    model: LatentDiffusion,
     size: tuple[int, int],
     without_folders: bool = False,
 ) -> Info:
@@ -49,10 +52,6 @@ def describe_run(
     Args:
         without_folders: see `Request.to_json`.
     """
-    import torch
-
-    from ldm.loading.files.checkpoint import file_hash
-
     sampling, choice = request.sampling, request.model
     checkpoint = model.provenance["checkpoint"]
     own, values = options_of(request.task.inputs), request.values()
@@ -117,7 +116,7 @@ def describe_image(request: Request, batches: Sequence[Batch], number: int, row:
         info["start_seed"] = job.start_seed
     if "noise" in request.sampling.legacy:
         info["seed"] = request.sampling.seed
-        info["earlier"] = [len(before) for before in batches[:number]]
+        info["earlier"] = [len(batch) for batch in batches[:number]]
     return info
 
 
@@ -130,14 +129,12 @@ def job_of(info: JsonMapping) -> Job:
 
 def watermark_method(request: Request, size: tuple[int, int]) -> str | None:
     """The watermark that images of this size get."""
-    from ldm.imaging.watermark import SMALLEST
-
     if request.output.no_watermark or size[0] * size[1] < SMALLEST:
         return None
     return "dwtDct" if "watermark" in request.sampling.legacy else "dwtDctSvd"
 
 
-def watermark_payload(model: "LatentDiffusion") -> str:
+def watermark_payload(model: LatentDiffusion) -> str:
     """The watermark text of the original scripts for this generation of models."""
     text = model.conditioner.text
     return "StableDiffusionV1" if text is not None and text.generation == 1 else "SDV2"
@@ -183,8 +180,6 @@ def locate_model(info: JsonMapping, request: Request, changes: JsonMapping) -> R
     Raises:
         MissingFile, ArgumentError: a file is missing or has changed.
     """
-    from ldm.loading.files.checkpoint import file_hash
-
     values: JsonObject = {"precision": PRECISIONS[info["dtype"]]}
     values["device"] = _recorded_device(info["device"])
     for key, name in FILE_KEYS.items():
@@ -214,10 +209,8 @@ def compare_infos(then: JsonMapping, now: JsonMapping) -> list[str]:
     return [f"{key}: {old} then, {new} now" for key, (old, new) in pairs.items() if old != new]
 
 
-def compare_images(old: "Image.Image", new: "Image.Image") -> str | None:
+def compare_images(old: Image.Image, new: Image.Image) -> str | None:
     """Say by how much two images differ; None = not at all."""
-    import numpy as np
-
     if old.size != new.size:
         return f"the size is {old.width}x{old.height} in the file and {new.width}x{new.height} now"
     then, now = (np.asarray(image.convert("RGB"), np.int16) for image in (old, new))
@@ -286,8 +279,6 @@ def _check_unchanged(
 
 def _recorded_device(device: str) -> str | None:
     """The recorded kind of device if it is available, else None = the automatic choice."""
-    from ldm.runtime.device import pick_device
-
     try:
         return str(pick_device(device))
     except ValueError:
@@ -296,8 +287,6 @@ def _recorded_device(device: str) -> str | None:
 
 def _find_checkpoint(info: JsonMapping, request: Request) -> str | None:
     """The checkpoint at its recorded path, or by its name in `checkpoints`."""
-    from ldm.loading.load import DEMO
-
     name = Path(info["checkpoint"]).name
     if request.uses_demo_model and name == Path(DEMO[1]).name:
         return None

@@ -253,7 +253,8 @@ class Request:
 
     def values(self) -> dict[str, Value]:
         """The value of each option, by name."""
-        return {f.name: getattr(group, f.name) for group in self._groups() for f in fields(group)}
+        choices = vars(self.prompts) | vars(self.model) | vars(self.sampling) | vars(self.output)
+        return vars(self.inputs) | choices
 
     def with_values(self, values: Mapping[str, object]) -> "Request":
         """A copy with some options set, each checked as on the command line.

@@ -4,38 +4,53 @@ Request -> plan_batches -> prepare (files) -> load_model -> generate each batch 
 """
 
 import logging
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
 
 from ldm.generate.load import load_model
-from ldm.generate.output import GRID_LIMIT, add_watermark, print_result, save_grid, save_image
+from ldm.generate.output import (
+    GRID_LIMIT,
+    RunListener,
+    add_watermark,
+    hides_progress,
+    save_grid,
+    save_image,
+)
 from ldm.generate.plan import Batch, plan_batches
 from ldm.generate.provenance import Info, describe_image, describe_run, job_of
 from ldm.generate.request import Request
 from ldm.generate.start_noise import seed_globally, start_noise
 from ldm.generate.tasks import PreparedTask
+from ldm.imaging.output import OutputFolder
+from ldm.imaging.pixels import to_pil
+from ldm.model import LatentDiffusion
 from ldm.runtime.errors import NonFinite
-from ldm.runtime.ranks import rank_and_world_size
+from ldm.runtime.types import JsonMapping
 
-if TYPE_CHECKING:
-    from PIL import Image
-    from torch import Tensor
-
-    from ldm.model import LatentDiffusion
-
-__all__ = ["generate_batches", "remake_image", "run_request"]
+__all__ = ["remake_image", "run_request"]
 
 log = logging.getLogger(__name__)
 
-Callback = Callable[[int, int, "Tensor", "Tensor"], None]  # of `ldm.sample`
-Report = Callable[[Info], None]
+Callback = Callable[[int, int, Tensor, Tensor], None]  # of `ldm.sample`
 
 
-def run_request(request: Request) -> None:
-    """Make and save all images that a request asks for; their paths go to stdout.
+def run_request(
+    request: Request,
+    listener: RunListener,
+    *,
+    load: Callable[[PreparedTask], LatentDiffusion] = lambda prepared: load_model(prepared.request),
+    without_folders: bool = False,
+) -> None:
+    """Make and save all images that a request asks for.
 
+    Args:
+        load: loads the model.
+        without_folders: leave folders out of the request that images record.
     Raises:
         ValueError, OSError: about an argument or a file, before the model is loaded where it can.
         NonFinite: an image is NaN even in float32.
@@ -45,34 +60,20 @@ def run_request(request: Request) -> None:
     for inputs in request.inputs.each():
         single = replace(request, inputs=inputs)
         prepared = single.task.prepare(single)
-        if model is None:
-            model = load_model(single)
-        generate_batches(single, prepared, batches, model)
+        model = model or load(prepared)
+        _generate_batches(prepared, batches, model, listener, without_folders)
 
 
-def generate_batches(
-    request: Request,
+def _generate_batches(
     prepared: PreparedTask,
     batches: list[Batch],
-    model: "LatentDiffusion",
-    *,
-    callback: Callback | None = None,
-    report: Report | None = None,
-    without_folders: bool = False,
+    model: LatentDiffusion,
+    listener: RunListener,
+    without_folders: bool,
 ) -> None:
-    """Make each batch and save its images; if one fails, finished images still get their grid.
-
-    Args:
-        callback: called after each step with (step, steps, x, denoised).
-        report: called with the info of each image and its path; None = print them.
-        without_folders: leave folders out of the request that images record.
-    """
-    from tqdm import tqdm
-
-    from ldm.imaging.output import OutputFolder
-    from ldm.imaging.pixels import to_pil
-
-    output, size = request.output, prepared.output_size(model)
+    """Make each batch and save its images; if one fails, finished images still get their grid."""
+    request, size = prepared.request, prepared.output_size(model)
+    output, total = request.output, sum(map(len, batches))
     folder = OutputFolder(output.outdir, request.inputs.output_name)
     makes_grid = not output.skip_grid and request.inputs.output_name is None
     grid_images: list[tuple[Image.Image, Info]] = []
@@ -80,24 +81,21 @@ def generate_batches(
     protected = prepared.protected_pixels()
     if run_info["watermark"] is None and not output.no_watermark:
         log.warning("images of %dx%d are too small for a watermark: saved without", *size)
-    if sum(map(len, batches)) > GRID_LIMIT and makes_grid:
+    if total > GRID_LIMIT and makes_grid:
         log.info("the grid will hold the first %d images", GRID_LIMIT)
+    listener.begin(model, total)
     prepared.begin(model)
     seed_globally(request, model, size)
     try:
-        for number, batch in enumerate(tqdm(batches, "Sampling", disable=_hides_progress())):
-            on_step = _advance_bar(request, callback)
-            images = _generate_or_retry(request, prepared, batch, model, on_step)
+        for number, batch in enumerate(tqdm(batches, "Sampling", disable=hides_progress())):
+            images = _generate_or_retry(prepared, batch, model, listener.on_step)
             run_info["dtype"] = str(model.dtype).removeprefix("torch.")
             for row, image in enumerate(to_pil(images, "truncate" in request.sampling.legacy)):
                 info = run_info | describe_image(request, batches, number, row)
                 info["path"] = None
                 if not output.skip_save:
                     info["path"] = save_image(folder, image, info, protected)
-                if report is None:
-                    print_result(info, output.json)
-                else:
-                    report(info)
+                listener.add_image(info)
                 if makes_grid and len(grid_images) < GRID_LIMIT:
                     grid_images.append((image, info))
     finally:
@@ -107,39 +105,34 @@ def generate_batches(
 
 
 def remake_image(
-    request: Request,
     prepared: PreparedTask,
-    model: "LatentDiffusion",
-    info: Mapping[str, Any],
+    model: LatentDiffusion,
+    info: JsonMapping,
     callback: Callback | None = None,
-) -> "Image.Image":
+) -> Image.Image:
     """Make one image again, in a batch of the same shape.
 
     Args:
-        request: of the run that made it.
+        prepared: the task of the run that made it.
         info: of the image.
     """
-    from ldm.imaging.pixels import to_pil
-
-    job, legacy = job_of(info), request.sampling.legacy
+    job, request = job_of(info), prepared.request
     prepared.begin(model)
     seed_globally(request, model, prepared.output_size(model))
     for rows in info.get("earlier", ()):  # they drew from the same generator
-        _generate(request, prepared, [job] * rows, model, callback)
-    images = _generate(request, prepared, [job] * info["rows"], model, callback)
+        _generate(prepared, [job] * rows, model, callback)
+    images = _generate(prepared, [job] * info["rows"], model, callback)
     image = images[info["row"] : info["row"] + 1]
-    return add_watermark(to_pil(image, "truncate" in legacy)[0], info, prepared.protected_pixels())
+    shown = to_pil(image, "truncate" in request.sampling.legacy)[0]
+    return add_watermark(shown, info, prepared.protected_pixels())
 
 
 def _generate(
-    request: Request,
-    prepared: PreparedTask,
-    batch: Batch,
-    model: "LatentDiffusion",
-    callback: Callback | None,
-) -> "Tensor":
-    """The images of one batch, (B, 3, H, W) in [-1, 1]."""
-    sampling, size = request.sampling, prepared.output_size(model)
+    prepared: PreparedTask, batch: Batch, model: LatentDiffusion, callback: Callback | None
+) -> Tensor:
+    """Make the images of one batch, (B, 3, H, W) in [-1, 1]."""
+    request = prepared.request
+    sampling = request.sampling
     return prepared.generate(
         model,
         [job.prompt for job in batch],
@@ -155,7 +148,7 @@ def _generate(
             "eta": request.eta,
             "rescale": sampling.rescale,
             "guidance_interval": sampling.guidance_interval,
-            "x_T": start_noise(request, model, size, batch),
+            "x_T": start_noise(request, model, prepared.output_size(model), batch),
             "legacy": sampling.legacy,
             "callback": callback,
         },
@@ -163,48 +156,19 @@ def _generate(
 
 
 def _generate_or_retry(
-    request: Request,
-    prepared: PreparedTask,
-    batch: Batch,
-    model: "LatentDiffusion",
-    callback: Callback | None,
-) -> "Tensor":
+    prepared: PreparedTask, batch: Batch, model: LatentDiffusion, callback: Callback
+) -> Tensor:
     """Make a batch; if NaN appears in half precision, switch to float32 and make it again."""
-    import torch
-
     try:
-        return _generate(request, prepared, batch, model, callback)
+        return _generate(prepared, batch, model, callback)
     except NonFinite as error:
         if model.dtype == torch.float32:
             raise
         dtype = str(model.dtype).removeprefix("torch.")
         log.warning("%s in %s: continuing in float32", error, dtype)
     model.float()
-    return _generate(request, prepared, batch, model, callback)
+    return _generate(prepared, batch, model, callback)
 
 
-def _latent_pixels(pixels: int | None, model: "LatentDiffusion") -> int | None:
+def _latent_pixels(pixels: int | None, model: LatentDiffusion) -> int | None:
     return None if pixels is None else max(pixels // model.downscale, 1)
-
-
-def _advance_bar(request: Request, callback: Callback | None) -> Callback:
-    """A callback that advances a progress bar over the steps of one batch."""
-    from tqdm import tqdm
-
-    sampling = request.sampling
-    bar = tqdm(desc=sampling.sampler, total=sampling.steps, leave=False, disable=_hides_progress())
-
-    def advance(step: int, steps: int, x: "Tensor", denoised: "Tensor") -> None:
-        bar.total = steps
-        bar.update()
-        if step + 1 == steps:
-            bar.close()
-        if callback is not None:
-            callback(step, steps, x, denoised)
-
-    return advance
-
-
-def _hides_progress() -> bool:
-    """Whether stderr is not a terminal, or this is not the first process."""
-    return not sys.stderr.isatty() or rank_and_world_size()[0] > 0

@@ -132,8 +132,8 @@ def noise_source(
 
 
 def seeded_noise(seeds: Sequence[int]) -> Noise:
-    """`noise(like)` whose row k is drawn on the CPU by a generator of its own, seeded seeds[k]."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    """Return `noise(like)` whose row k has a CPU generator of its own, seeded seeds[k] mod 2^64."""
+    generators = [torch.Generator().manual_seed(seed % (1 << 64)) for seed in seeds]
 
     def noise(like: Tensor) -> Tensor:
         rows = [torch.randn(like.shape[1:], generator=generator) for generator in generators]

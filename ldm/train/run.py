@@ -15,6 +15,7 @@ from ldm.nets.autoencoder import AutoencoderKL
 from ldm.runtime.device import pick_device
 from ldm.train.batches.sources import open_sources
 from ldm.train.build import build_state, build_task, configure_model
+from ldm.train.config.datamodules import read_data
 from ldm.train.config.settings import Settings
 from ldm.train.distributed import parallel
 from ldm.train.distributed.parallel import Ranks
@@ -131,8 +132,8 @@ def build_run(
         config_text: the same config as text.
         allow_commands: whether shards may come from commands that the config names.
     """
-    trainer, data = settings.trainer, settings.raw["data"]
-    params = settings.model.params
+    trainer, params = settings.trainer, settings.model.params
+    data = read_data(settings.raw["data"])
 
     # Connect the processes.
     device = device or pick_device(None)
@@ -152,7 +153,7 @@ def build_run(
     with ranks.first_before_others():
         source, held_out = open_sources(model, data, seed=trainer.seed, commands=allow_commands)
     if params.get("scale_by_std") and not is_fine_tune:
-        if data["params"].get("latents"):
+        if data.latents:
             raise ValueError("`scale_by_std` does not go with `data.params.latents`")
         images = torch.stack([one["jpg"] for one in source.first_samples(settings.data.batch_size)])
         measure_scale(model, images, seed_batch(trainer.seed, 0))

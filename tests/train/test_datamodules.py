@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from ldm.loading.config import parse_yaml, read_yaml
-from ldm.train.config.datamodules import translate
+from ldm.train.config.datamodules import read_data
+from ldm.train.config.schema import Data
 
 FOLDER = "{root: images, transform: {name: photo, size: 32}}"
 # As in v2-inpainting-inference.yaml, but for the addresses.
@@ -49,19 +50,18 @@ def parse(text: str) -> dict[str, Any]:
     return parse_yaml(f"data: {text}")["data"]
 
 
-def test_the_data_module_of_tar_files_is_translated() -> None:
-    params, notes = translate(parse(WEB))
-    assert params == parse(WEB_TRANSLATION)
-    assert any("filter_word_list: captions are NOT filtered" in note for note in notes)
+def test_the_data_module_of_tar_files_is_translated(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    assert read_data(parse(WEB)) == Data(**parse(WEB_TRANSLATION))
+    assert "filter_word_list: captions are NOT filtered" in caplog.text
 
 
-def test_our_own_form_stays() -> None:
+def test_our_own_form_stays(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     text = f"batch_size: 4, train: {FOLDER}, validation: {FOLDER}"
-    given = parse(f"{{target: main.DataModuleFromConfig, params: {{wrap: true, {text}}}}}")
-    assert translate(given) == (
-        parse(f"{{{text}}}"),
-        ["data.params.wrap: samples depend on their index only"],
-    )
+    data = parse(f"{{target: main.DataModuleFromConfig, params: {{wrap: true, {text}}}}}")
+    assert read_data(data) == Data(**parse(f"{{{text}}}"))
+    assert caplog.messages == ["data.params.wrap: samples depend on their index only"]
 
 
 @pytest.mark.parametrize(
@@ -76,14 +76,14 @@ def test_our_own_form_stays() -> None:
                 name: lambdalabs/pokemon-blip-captions, text_column: text, image_transforms: [
                     {target: torchvision.transforms.Resize, params: {size: 512}},
                     {target: torchvision.transforms.RandomHorizontalFlip}]}}""",
-            """{hub: lambdalabs/pokemon-blip-captions, split: train, image: image, text: text,
+            """{hub: lambdalabs/pokemon-blip-captions, text: text,
                 transform: {name: photo, flip: 0.5, size: 512}}""",
         ),
     ],
 )
 def test_simple_data_sets_are_translated(spec: str, translation: str) -> None:
-    params, _ = translate(parse(f"{{params: {{batch_size: 1, train: {spec}}}}}"))
-    assert params["train"] == parse(translation)
+    data = read_data(parse(f"{{params: {{batch_size: 1, train: {spec}}}}}"))
+    assert data.train == parse(translation)
 
 
 @pytest.mark.parametrize(
@@ -99,11 +99,21 @@ def test_simple_data_sets_are_translated(spec: str, translation: str) -> None:
         (f"{{params: {{batch_size: 1, train: {FOLDER}, worker: 1}}}}", "did you mean"),
         ("{params: {batch_size: 1, train: {root: null}}}", "needs one of `root`"),
         ("{params: {batch_size: 1, train: {root: a, hub: b}}}", "has `root` and `hub`: set"),
+        (
+            "{params: {batch_size: 1, train: {shards: x, transform: {}}, "
+            "prior: {root: x, prompt: a dog, count: 1, transform: {}}}}",
+            "`prior` needs a folder or a hub",
+        ),
+        (f"{{params: {{batch_size: 1, train: {FOLDER}, latents: {{batch: 1}}}}}}", "needs `cache`"),
+        (
+            f"{{params: {{batch_size: 1, train: {FOLDER}, latents: {{cache: x, variant: 2}}}}}}",
+            "data.params.latents: unknown key `variant`, did you mean `variants`",
+        ),
     ],
 )
 def test_mistakes_are_named(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        translate(parse(text))
+        read_data(parse(text))
 
 
 def test_a_folder_replaces_a_data_set_that_was_never_published() -> None:
@@ -112,7 +122,6 @@ def test_a_folder_replaces_a_data_set_that_was_never_published() -> None:
     overrides = ["root=photos", f"transform={photo}"]
     raw = read_yaml(path, [f"data.params.train.{one}" for one in overrides])
     raw["data"]["params"]["validation"] = None
-    params, _ = translate(raw["data"])
-    assert params["train"] == parse(f"{{root: photos, transform: {photo}}}")
+    assert read_data(raw["data"]).train == parse(f"{{root: photos, transform: {photo}}}")
     with pytest.raises(ValueError, match="ImageNetSRTrain` cannot be read here"):
-        translate(read_yaml(path)["data"])
+        read_data(read_yaml(path)["data"])

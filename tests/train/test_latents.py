@@ -1,6 +1,5 @@
 """Caches that are never out of date: what changed is made anew, all else is found again."""
 
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,9 +22,10 @@ from ldm.encoders.text import OpenCLIPText
 from ldm.loading.config import instantiate, read_yaml
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.train.batches.contexts import cache_contexts, digest_encoder
-from ldm.train.batches.latents import cache_latents, cache_latents_of_shards, digest_model
+from ldm.train.batches.latents import cache_latents, digest_model
 from ldm.train.batches.sources import open_sources
 from ldm.train.batches.store import Store
+from ldm.train.config.schema import Data
 from ldm.train.tasks.diffusion import Diffusion
 
 ROOT = Path(__file__).parents[2]
@@ -164,9 +164,7 @@ def test_latents_of_a_folder_are_found_when_it_is_packed_into_shards(
     photo, cache = PhotoTransform(size=16, buckets={"step": 8}), tmp_path / "cache"
     latents = cache_latents(model, Folder(root=photos, transform=photo), cache, variants=2)
     model.autoencoder.encode = None  # nothing is made anew
-    shards = cache_latents_of_shards(
-        model, Shards(packed(photos, tmp_path), photo), cache, variants=2
-    )
+    shards = cache_latents(model, Shards(packed(photos, tmp_path), photo), cache, variants=2)
     batches = shards.batches(2, workers=1)
     for batch in (next(batches) for _ in range(6)):
         assert len({z.shape for z in batch["z"]}) == 1
@@ -175,28 +173,35 @@ def test_latents_of_a_folder_are_found_when_it_is_packed_into_shards(
     assert shards.first_samples(1)[0]["jpg"].shape[0] == 3
 
 
-def test_shards_are_read_for_latents_only_when_something_changed(
+def test_shards_are_read_only_when_something_has_changed(
     model: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files, cache, read = packed(photos, tmp_path), tmp_path / "cache", []
     raws = Shards.raw_samples
     monkeypatch.setattr(Shards, "raw_samples", lambda shards: read.append(1) or raws(shards))
+    model.conditioner.text.requires_grad_(False)
 
-    def found(**options: Any) -> tuple[int, int]:
-        """(how often shards were read, how many latents there are)"""
-        cache_latents_of_shards(model, Shards(files, PhotoTransform(size=16, **options)), cache)
-        return len(read), len(Store(cache, "latents"))
+    def fill(**options: Any) -> tuple[int, int, int]:
+        """How often shards were read, how many latents and contexts there are."""
+        read.clear()
+        shards = Shards(files, PhotoTransform(size=16, **options))
+        cache_latents(model, shards, cache)
+        cache_contexts(model, [shards], cache)
+        return len(read), len(Store(cache, "latents")), len(Store(cache, "contexts"))
 
-    assert found() == (1, 6)
-    assert found() == (1, 6)
+    assert fill() == (2, 6, 7)
+    assert fill() == (0, 6, 7)
     Image.new("RGB", (16, 16)).save(photos / "3.png")
     (photos / "5.png").unlink()
+    (photos / "2.txt").write_text("another")
     packed(photos, tmp_path)
-    assert found() == (2, 7)
+    assert fill() == (2, 7, 8)
     next(cache.glob("latents-*.pt")).unlink()
-    assert found()[0] == 3
-    assert found()[0] == 3
-    assert found(buckets={"step": 8})[0] == 4
+    assert fill()[0] == 1
+    assert fill()[0] == 0
+    next(cache.glob("contexts-*.pt")).unlink()
+    assert fill()[0] == 1
+    assert fill(buckets={"step": 8})[0] == 1
 
 
 def test_damaged_pictures_in_shards_are_named(
@@ -208,9 +213,7 @@ def test_damaged_pictures_in_shards_are_named(
     place = content.index(b"IHDR", content.index(b"000000002.png"))
     content = content[:place] + b"XXXX" + content[place + 4 :]
     shard.write_bytes(content.replace(b"picture 0", b"picture \xff"))  # a caption that is no text
-    shards = cache_latents_of_shards(
-        model, Shards(str(shard), PhotoTransform(size=16)), tmp_path / "cache"
-    )
+    shards = cache_latents(model, Shards(str(shard), PhotoTransform(size=16)), tmp_path / "cache")
     batch = next(shards.batches(6))
     assert sorted(batch["broken"]) == ["0.tar/000000000", "0.tar/000000002"]
     assert {*batch["txt"]} == {f"picture {n}" for n in (1, 3, 4, 5)}
@@ -224,11 +227,11 @@ def test_little_is_lost_of_many_kinds_when_a_filling_is_interrupted(
     monkeypatch.setattr("ldm.train.batches.store.PER_FILE", 8)
     done: list[int] = []
 
-    def make(some: Any) -> tuple[list[int], dict[str, torch.Tensor]]:
-        done.extend(some)
+    def make(numbers: Any) -> list[Any]:
+        done.extend(numbers)
         if len(done) > 100:
             raise KeyboardInterrupt
-        return list(range(len(some))), {"z": torch.tensor(some)}
+        return [{"z": torch.tensor(number)} for number in numbers]
 
     wanted = ((str(n), n) for n in [*range(200), *range(200)])  # as shards give them: uncounted
     with pytest.raises(KeyboardInterrupt):
@@ -236,32 +239,38 @@ def test_little_is_lost_of_many_kinds_when_a_filling_is_interrupted(
     assert len(Store(tmp_path, "x")) > 60
 
 
-def test_contexts_are_kept_of_a_frozen_tower_alone(model: Any, tmp_path: Path) -> None:
+def test_contexts_are_cached_for_a_frozen_encoder(model: Any, photos: Path, tmp_path: Path) -> None:
+    def cache() -> int:
+        """How many contexts are cached once those of the captions are."""
+        folder = Folder(root=photos, transform=PhotoTransform())
+        cache_contexts(model, [folder], tmp_path / "cache")
+        return len(Store(tmp_path / "cache", "contexts"))
+
     text = model.conditioner.text
     with pytest.raises(ValueError, match="only contexts of a frozen text encoder"):
-        cache_contexts(model, ["a cat"], tmp_path)
+        cache()
     text.requires_grad_(False)
     with torch.no_grad():
-        context = text.encode(["a cat", ""])
-    text.cache = cache_contexts(model, ["a cat", "a dog"], tmp_path)
-    assert len(Store(tmp_path, "contexts")) == 3  # and that of no text
-    torch.testing.assert_close(text.encode(["a cat", ""]), context, rtol=1e-3, atol=1e-3)
-    cache_contexts(model, ["a cat", "a pig"], tmp_path)
-    assert len(Store(tmp_path, "contexts")) == 4
-    kept = text.cache["a cat"].float()[None]
-    assert torch.equal(text.encode("a cat"), kept)
+        context = text.encode(["picture 1", ""])
+    assert cache() == 7  # with that of the empty caption
+    torch.testing.assert_close(text.encode(["picture 1", ""]), context, rtol=1e-3, atol=1e-3)
+    (photos / "1.txt").write_text("another")
+    assert cache() == 8
+    kept = text.cache["picture 1"].float()[None]
+    assert torch.equal(text.encode("picture 1"), kept)
     with torch.no_grad():
         text.model.ln_final.bias += 1
-    assert len(cache_contexts(model, ["a cat"], tmp_path).store) == 6
-    assert torch.equal(text.encode("a cat"), kept)  # as was asked for, until something is laid over
+    assert torch.equal(text.encode("picture 1"), kept)  # until the encoder is modified
     hook = text.model.ln_final.register_forward_hook(lambda *_: None)
-    assert not torch.equal(text.encode("a cat"), kept)
+    assert not torch.equal(text.encode("picture 1"), kept)
     hook.remove()
     text.added_embeddings["<x>"] = torch.zeros(1, 32)
-    assert not torch.equal(text.encode("a cat"), kept)
+    assert not torch.equal(text.encode("picture 1"), kept)
     text.added_embeddings.clear()
     text.requires_grad_(True)
-    assert not torch.equal(text.encode("a cat"), kept)
+    assert not torch.equal(text.encode("picture 1"), kept)
+    text.requires_grad_(False)
+    assert cache() == 15
 
 
 @pytest.mark.parametrize("kind", ["root", "shards"])
@@ -270,18 +279,15 @@ def test_a_config_asks_for_both(model: Any, photos: Path, tmp_path: Path, kind: 
     place = str(photos) if kind == "root" else packed(photos, tmp_path)
     train: Any = {kind: place, "transform": {"name": "photo", "size": 16}}
     caches = {"latents": {"cache": str(tmp_path / "a")}, "texts": {"cache": str(tmp_path / "b")}}
-    data = {"params": {"batch_size": 3, "train": train, **caches}}
+    data = Data(batch_size=3, train=train, **caches)
     source, _ = open_sources(model, data, 0)
     batch = next(source.batches(3, workers=1))
     assert batch["z"].shape == (3, 4, 4, 4)
-    assert set(batch["txt"]) <= set(model.conditioner.text.cache)
+    assert all(caption in model.conditioner.text.cache for caption in batch["txt"])
     assert source.first_samples(1)[0]["jpg"].shape == (3, 16, 16)
-    for wrong, message in (({}, "needs `cache`"), ({"cache": "x", "variant": 2}, "'variant'")):
-        with pytest.raises(ValueError, match=f"data.params.latents.*{message}"):
-            open_sources(model, {"params": {**data["params"], "latents": wrong | {"batch": 1}}}, 0)
     train["transform"] |= {"tags": {}}
     with pytest.raises(ValueError, match="only photos without `tags`"):
-        open_sources(model, json.loads(json.dumps(data)), 0)
+        open_sources(model, Data(batch_size=3, train=train, **caches), 0)
 
 
 def test_caches_of_version_0_1_are_found_again() -> None:

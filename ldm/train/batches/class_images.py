@@ -11,16 +11,27 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ldm.data.folder import IMAGE_SUFFIXES
+from ldm.data.folder import IMAGE_SUFFIXES, Folder
 from ldm.imaging.metadata import write_png
 from ldm.imaging.pixels import to_pil
 from ldm.model import LatentDiffusion
 from ldm.pipelines import txt2img
 from ldm.runtime.files import replace_when_written
+from ldm.train.batches.images import open_images
+from ldm.train.config.schema import ClassImages
 
-__all__ = ["sample_class_images"]
+__all__ = ["open_class_images", "sample_class_images"]
 
 log = logging.getLogger(__name__)
+
+
+def open_class_images(model: LatentDiffusion, data: ClassImages, seed: int) -> Folder:
+    """Open the class images; missing ones are sampled from the model as it is now."""
+    sample_class_images(model, data.root, data.prompt, data.count)
+    spec = data.model_dump(exclude={"prompt", "count"}) | {"fields": {"text": data.prompt}}
+    images = open_images(spec, seed, "data.params.prior")
+    assert isinstance(images, Folder)  # as `root` is given
+    return images
 
 
 def sample_class_images(
@@ -33,7 +44,7 @@ def sample_class_images(
     scale: float = 5.0,
     batch: int = 8,
 ) -> None:
-    """Fills a folder up to `count` images with samples of a prompt; 00007.png has seed 7.
+    """Fill a folder up to `count` images with samples of a prompt; 00007.png has seed 7.
 
     Existing images stay: those that the user has put there, and those of an interrupted call.
     """

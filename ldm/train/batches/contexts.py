@@ -1,69 +1,85 @@
 """Cached contexts of captions, computed once by a frozen text encoder (see `Store`)."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from random import Random
 
 import torch
 from torch import Tensor, nn
 
+from ldm.data.dataset import ImageDataset
+from ldm.data.shards import Shards
+from ldm.data.transforms import PhotoTransform
 from ldm.encoders.text import TextEncoder
 from ldm.model import LatentDiffusion
-from ldm.train.batches.store import Store, digest, digest_of_weights
+from ldm.train.batches.store import Entry, Store, digest, digest_of_weights, fill_from_shards
 
 __all__ = ["CachedContexts", "cache_contexts"]
 
 
-class CachedContexts(Mapping[str, Tensor]):
-    """Contexts (N, D) by caption; only cached ones are in it.
-
-    Args:
-        encoder_digest: of the encoder's weights and options.
-    """
-
-    def __init__(self, store: Store, encoder_digest: str, captions: Iterable[str]) -> None:
-        self.store = store
-        self.keys_of = {caption: digest(encoder_digest, caption) for caption in captions}
-
-    def __getitem__(self, caption: str) -> Tensor:
-        return self.store[self.keys_of[caption]]["context"]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys_of)
-
-    def __len__(self) -> int:
-        return len(self.keys_of)
-
-
-@torch.inference_mode()
-def cache_contexts(
-    model: LatentDiffusion, captions: Iterable[str], cache: Path, *, batch: int = 64
-) -> CachedContexts:
-    """Computes the contexts that the cache does not have: of captions and of the empty one.
+class CachedContexts:
+    """Contexts (N, D) by caption, as far as a text encoder has computed them.
 
     Args:
         cache: folder of the cache files.
-        batch: captions encoded at once.
+    """
+
+    def __init__(self, encoder: TextEncoder, cache: Path) -> None:
+        self.store = Store(cache, "contexts")
+        self.encoder_digest = digest_encoder(encoder)
+
+    def __contains__(self, caption: object) -> bool:
+        return self._key(caption) in self.store
+
+    def __getitem__(self, caption: str) -> Tensor:
+        return self.store[self._key(caption)]["context"]
+
+    @torch.inference_mode()
+    def fill(self, encoder: TextEncoder, captions: Iterable[str], batch: int = 64) -> int:
+        """Compute the missing contexts of captions and of the empty one, `batch` at once."""
+
+        def encode(texts: Sequence[str]) -> list[Entry]:
+            return [{"context": context} for context in encoder.encode(texts).half().cpu()]
+
+        items = [(self._key(caption), caption) for caption in dict.fromkeys(["", *captions])]
+        return self.store.fill(items, encode, batch_size=batch, unit="caption")
+
+    def _key(self, caption: object) -> str:
+        return digest(self.encoder_digest, caption)
+
+
+def cache_contexts(
+    model: LatentDiffusion,
+    images: Iterable[ImageDataset | Shards],
+    cache: Path,
+    *,
+    batch: int = 64,
+) -> None:
+    """Give the text encoder a cache of the contexts of all captions, computing missing ones.
+
     Raises:
-        ValueError: the model has no text encoder, or it is trained.
+        ValueError: the model has no text encoder, or it is trained, or captions are random.
     """
     encoder = model.conditioner.find(TextEncoder)
     if encoder is None or any(p.requires_grad for p in encoder.parameters()):
         raise ValueError("data.params.texts: only contexts of a frozen text encoder can be cached")
-    contexts = CachedContexts(
-        Store(cache, "contexts"), digest_encoder(encoder), dict.fromkeys(["", *captions])
-    )
-
-    def encode(batch: Sequence[str]) -> tuple[Sequence[int], dict[str, Tensor]]:
-        context = encoder.encode(batch)  # (B, N, D)
-        return range(len(batch)), {"context": context.half()}
-
-    items = [(key, caption) for caption, key in contexts.keys_of.items()]
-    contexts.store.fill(items, encode, batch_size=batch, unit="caption")
-    return contexts
+    contexts = CachedContexts(encoder, cache)
+    for source in images:
+        transform = source.transform
+        if not isinstance(transform, PhotoTransform) or transform.tags is not None:
+            raise ValueError("data.params.texts: only photos without `tags` have fixed captions")
+        captions = (transform.caption(row, Random(0)) for row in source.metadata())
+        fill = partial(contexts.fill, encoder, captions, batch)
+        if isinstance(source, Shards):
+            fill_from_shards(contexts.store, source, [contexts.encoder_digest], fill)
+        else:
+            fill()
+    encoder.cache = contexts
 
 
 def digest_encoder(encoder: TextEncoder) -> str:
-    """Digest of the weights and options of an encoder."""
+    """Return the digest of the weights and options of an encoder."""
     options = [_plain_options(module) for module in encoder.modules()]
     return digest(digest_of_weights(encoder), options)
 

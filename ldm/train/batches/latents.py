@@ -8,17 +8,15 @@ the bytes of an image, on the transform and on the weights (see `Store`), so tha
 folder find their latents when they are packed into shards.
 """
 
-import json
-import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -32,17 +30,14 @@ from ldm.data.transforms import Transform
 from ldm.imaging.reading import decode_image
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
-from ldm.runtime.errors import unknown_name
-from ldm.train.batches.store import Store, digest, digest_of_weights
+from ldm.runtime.types import JsonMapping
+from ldm.train.batches.store import Entry, Store, digest, digest_of_weights, fill_from_shards
 
-__all__ = ["LatentDataset", "cache_latents", "cache_latents_of_shards"]
-
-log = logging.getLogger(__name__)
+__all__ = ["LatentDataset", "cache_latents"]
 
 VERSION = 2  # of the entries; raise it also if the same options give other pixels
 PRECISIONS = {"16": torch.float16, "32": torch.float32}
-Size = tuple[int, int]
-Metadata = Mapping[str, Any]
+Size = tuple[int, int]  # (width, height) of a bucket
 
 
 class LatentInput(NamedTuple):
@@ -50,7 +45,6 @@ class LatentInput(NamedTuple):
 
     load: decodes the image; raises UnreadableSample for a damaged file.
     content: digest of the file.
-    size: (width, height) of its bucket, if there are buckets.
     """
 
     load: Callable[[], Image.Image]
@@ -64,31 +58,32 @@ class LatentCache:
     """Latents of some variants of each image, in a store.
 
     Attributes:
-        transform: of images and captions.
         model_digest: of all else that the latents depend on.
         variants: of each image.
+        precision: "16" (encoded under bfloat16, stored as float16) or "32".
     """
 
     store: Store
     transform: Transform
     model_digest: str
     variants: int
+    precision: str
 
     def key(self, content: str, size: Size | None, variant: int) -> str:
-        """Key of a latent in the store."""
+        """Return the key of a latent in the store."""
         return digest(self.model_digest, content, size, variant)
 
     def variant_name(self, content: str, variant: int) -> str:
-        """Which of the transform's named variants an image has: each in turn, in its own order."""
+        """Return the transform's name of a variant; images go through the names in own orders."""
         names = self.transform.variants
         if not names:
             return ""
         return Random(content).sample(names, len(names))[variant % len(names)]
 
     def sample(
-        self, name: str, content: str, size: Size | None, row: Metadata, rng: Random
+        self, name: str, content: str, size: Size | None, row: JsonMapping, rng: Random
     ) -> Sample:
-        """Returns {"z", "z_std", "txt", …} of an image in a random variant.
+        """Return {"z", "z_std", "txt", …} of an image in a random variant.
 
         Args:
             name: of the sample in errors.
@@ -107,30 +102,24 @@ class LatentCache:
     def inputs(
         self, load: Callable[[], Image.Image], content: str, size: Size | None
     ) -> Iterator[tuple[str, LatentInput]]:
-        """(key, input) of all variants of an image."""
+        """Yield (key, input) of all variants of an image."""
         for variant in range(self.variants):
             yield self.key(content, size, variant), LatentInput(load, content, size, variant)
 
     def fill(
-        self,
-        inputs: Iterable[tuple[str, LatentInput]],
-        model: LatentDiffusion,
-        batch_size: int,
-        precision: str,
+        self, inputs: Iterable[tuple[str, LatentInput]], model: LatentDiffusion, batch_size: int
     ) -> int:
-        """Computes the missing latents; returns the number of those that failed."""
+        """Compute the missing latents; return the number of those that failed."""
         # Each image is opened without warnings; threads would not restore the filters.
         with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
 
-            def encode(batch: Sequence[LatentInput]) -> tuple[list[int], dict[str, Tensor]]:
+            def encode(batch: Sequence[LatentInput]) -> Iterator[Entry | None]:
                 samples = list(pool.map(self._transform_image, batch))
-                readable = [index for index, sample in enumerate(samples) if sample is not None]
-                if not readable:
-                    return [], {}
+                readable = [sample for sample in samples if sample is not None]
                 key = self.key(batch[0].content, batch[0].size, batch[0].variant)
                 generator = torch.Generator().manual_seed(int(key[:15], 16))
-                images = collate([sample for sample in samples if sample is not None])
-                return readable, _encode(model, images, precision, generator)
+                entries = iter(_encode(model, readable, self.precision, generator))
+                return (None if sample is None else next(entries) for sample in samples)
 
             return self.store.fill(
                 inputs, encode, batch_size=batch_size, group=lambda one: one.size
@@ -151,14 +140,14 @@ class LatentDataset(SampleDataset):
 
     Args:
         dataset: of the images.
-        digests: of the file of every sample, "" where it cannot be read.
     """
 
-    def __init__(self, dataset: ImageDataset, cache: LatentCache, digests: Sequence[str]) -> None:
+    def __init__(self, dataset: ImageDataset, cache: LatentCache) -> None:
         self.dataset = dataset
         self.cache = cache
-        self.digests = digests
         self.groups = dataset.groups
+        indices = tqdm(range(len(dataset)), "Reading", delay=5, dynamic_ncols=True)
+        self.digests = [self._digest(index) for index in indices]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -167,107 +156,74 @@ class LatentDataset(SampleDataset):
         epoch, index = key
         rng = Random(f"{self.dataset.seed} {epoch} {index}")
         row, name = self.dataset.row(index), self.dataset.name(index)
-        return self.cache.sample(name, self.digests[index], self.bucket_size(index), row, rng)
+        return self.cache.sample(name, self.digests[index], self._size(index), row, rng)
 
     def names(self) -> Iterator[str]:
         return self.dataset.names()
 
-    def bucket_size(self, index: int) -> Size | None:
-        """(width, height) of the bucket of an image, if there are buckets."""
+    def missing_inputs(self) -> Iterator[tuple[str, LatentInput]]:
+        """Yield the inputs of all latents that are not in the cache."""
+        for index, content in enumerate(self.digests):
+            if content:
+                load = partial(self._load_image, index)
+                for key, one in self.cache.inputs(load, content, self._size(index)):
+                    if key not in self.cache.store:
+                        yield key, one
+
+    def _digest(self, index: int) -> str:
+        """Digest of the file of a sample, "" if it cannot be read."""
+        try:
+            return digest(self.dataset.content(index))
+        except OSError:
+            return ""
+
+    def _size(self, index: int) -> Size | None:
         buckets = self.cache.transform.buckets
         if self.groups is None or buckets is None:
             return None
         return buckets.sizes[self.groups[index]]
 
-    def load_image(self, index: int) -> Image.Image:
+    def _load_image(self, index: int) -> Image.Image:
         image: Image.Image = self.dataset.load(index)["image"]
         return image
-
-    def missing_inputs(self) -> Iterator[tuple[str, LatentInput]]:
-        """All latents that are not in the cache, one group after the other."""
-        groups = self.groups or [0] * len(self)
-        for index in sorted(range(len(self)), key=lambda index: groups[index]):
-            if content := self.digests[index]:
-                load = partial(self.load_image, index)
-                for key, one in self.cache.inputs(load, content, self.bucket_size(index)):
-                    if key not in self.cache.store:
-                        yield key, one
 
 
 def cache_latents(
     model: LatentDiffusion,
-    dataset: ImageDataset,
+    images: ImageDataset | Shards,
     cache: Path,
     *,
     variants: int | None = None,
     batch: int = 32,
     precision: str = "16",
-) -> LatentDataset:
-    """Computes the latents of a data set that the cache does not have.
+) -> LatentDataset | Shards:
+    """Compute the latents of images that the cache does not have; return samples with latents.
+
+    Shards are read for it only if one of them has changed.
 
     Args:
         cache: folder of the cache files.
         variants: of each image; default: all named variants of the transform, or one.
         batch: images encoded at once.
         precision: "16" (encoded under bfloat16, stored as float16) or "32".
-    Raises:
-        UnknownName: another precision.
     """
-    latent_cache = _open_cache(model, dataset.transform, cache, variants, precision)
-    digests = list(_content_digests(dataset))
-    latents = LatentDataset(dataset, latent_cache, digests)
-    latent_cache.fill(list(latents.missing_inputs()), model, batch, str(precision))
-    return latents
-
-
-def cache_latents_of_shards(
-    model: LatentDiffusion,
-    shards: Shards,
-    cache: Path,
-    *,
-    variants: int | None = None,
-    batch: int = 32,
-    precision: str = "16",
-) -> Shards:
-    """Computes the latents of shards, as `cache_latents`; returns shards of latents.
-
-    The shards are read for it only if one of them has changed.
-    """
-    latents = _open_cache(model, shards.transform, cache, variants, precision)
-    states = [(url, _file_state(url)) for url in shards.urls]
-    sizes = None if shards.transform.buckets is None else shards.transform.buckets.sizes
-    facts = (latents.model_digest, latents.variants, sizes, sorted(shards.limits.items()), states)
-    path = latents.store.folder / f"shards-{digest(*facts)[:16]}.json"
-    summary = None
-    if all(state is not None for _, state in states):
-        summary = _read_summary(path, latents.store.files)
-    if summary is None:
-        log.info("reading %d shards for their latents", len(shards.urls))
-        damaged = latents.fill(_inputs_of_shards(shards, latents), model, batch, str(precision))
-        summary = {"damaged": damaged, "files": sorted(latents.store.files)}
-        path.write_text(json.dumps(summary), "utf-8")
-    if summary["damaged"]:
-        log.warning(
-            "%d latents could not be computed; they are tried again without `%s`",
-            summary["damaged"],
-            path,
-        )
-    return shards.with_samples(partial(_sample_of_shard, latents, shards))
-
-
-def _open_cache(
-    model: LatentDiffusion,
-    transform: Transform,
-    cache: Path,
-    variants: int | None,
-    precision: str,
-) -> LatentCache:
-    precision = str(precision)
-    if precision not in PRECISIONS:
-        raise unknown_name("precision", precision, PRECISIONS, "data.params.latents")
-    variants = len(transform.variants) or 1 if variants is None else variants
-    model_digest = digest_model(model, transform, precision)
-    return LatentCache(Store(cache, "latents"), transform, model_digest, variants)
+    transform = images.transform
+    latents = LatentCache(
+        Store(cache, "latents"),
+        transform,
+        digest_model(model, transform, precision),
+        len(transform.variants) or 1 if variants is None else variants,
+        precision,
+    )
+    if isinstance(images, Shards):
+        inputs = _inputs_of_shards(images, latents)
+        sizes = None if transform.buckets is None else transform.buckets.sizes
+        facts = (latents.model_digest, latents.variants, sizes)
+        fill_from_shards(latents.store, images, facts, lambda: latents.fill(inputs, model, batch))
+        return images.with_samples(partial(_sample_of_shard, latents, images))
+    dataset = LatentDataset(images, latents)
+    latents.fill(list(dataset.missing_inputs()), model, batch)
+    return dataset
 
 
 def _inputs_of_shards(shards: Shards, cache: LatentCache) -> Iterator[tuple[str, LatentInput]]:
@@ -295,30 +251,18 @@ def _sample_of_shard(cache: LatentCache, shards: Shards, raw: RawSample, rng: Ra
     return cache.sample(name, content, shards.bucket_size(raw), row, rng)
 
 
-def _file_state(url: str) -> tuple[int, ...] | None:
-    """Size and times of a file; None for what is not on this machine, and may always change."""
-    if not Path(url).is_file():
-        return None
-    status = Path(url).stat()
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def _read_summary(path: Path, files: set[str]) -> dict[str, Any] | None:
-    """What was written after shards were read, if all files of that time are still there."""
-    try:
-        summary: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        return summary if files.issuperset(summary["files"]) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 @torch.inference_mode()
 def _encode(
-    model: LatentDiffusion, batch: Sample, precision: str, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Latents of a batch of images, and what the encoders compute from them."""
+    model: LatentDiffusion,
+    samples: Sequence[Sample],
+    precision: str,
+    generator: torch.Generator,
+) -> list[Entry]:
+    """Latents of images, and what the encoders compute from them."""
+    if not samples:
+        return []
     names = sorted({e.cache_key for e in model.conditioner.encoders.values() if e.cache_key})
-    batch = to_device(batch, model.device)
+    batch = to_device(collate(samples), model.device)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "16"):
         posterior = model.autoencoder.encode(batch["jpg"])
         z = posterior.mean * model.scale_factor
@@ -326,11 +270,12 @@ def _encode(
         if names:
             batch = model.prepare(batch, (z.shape[-2], z.shape[-1]), generator)
     tensors = {"z": z, "z_std": z_std, **{name: batch[name] for name in names}}
-    return {name: value.to("cpu", PRECISIONS[precision]) for name, value in tensors.items()}
+    rows = {name: value.to("cpu", PRECISIONS[precision]) for name, value in tensors.items()}
+    return [{name: value[row] for name, value in rows.items()} for row in range(len(samples))]
 
 
 def digest_model(model: LatentDiffusion, transform: Transform, precision: str) -> str:
-    """Digest of all that latents depend on besides the images."""
+    """Return the digest of all that latents depend on besides the images."""
     modules: list[nn.Module] = []
     if isinstance(model.autoencoder, AutoencoderKL):
         modules += [model.autoencoder.encoder, model.autoencoder.quant_conv]
@@ -338,11 +283,3 @@ def digest_model(model: LatentDiffusion, transform: Transform, precision: str) -
     weights = digest_of_weights(*modules)
     name, options = transform.cache_key()
     return digest(VERSION, name, options, weights, model.scale_factor, precision)
-
-
-def _content_digests(dataset: ImageDataset) -> Iterator[str]:
-    for index in tqdm(range(len(dataset)), "Reading", delay=5, dynamic_ncols=True):
-        try:
-            yield digest(dataset.content(index))
-        except OSError:
-            yield ""

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import pickle
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,28 +18,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ldm.data.shards import Shards
 from ldm.runtime.files import replace_when_written
 
-__all__ = ["Store", "digest", "digest_of_weights"]
+__all__ = ["Store", "digest", "digest_of_weights", "fill_from_shards"]
 
 log = logging.getLogger(__name__)
 
 PER_FILE = 256
 MAX_PENDING = 4  # files' worth of entries of all groups that an interruption may lose
 T = TypeVar("T")
-
-
-class Pending:
-    """Computed entries of one shape that are not written yet."""
-
-    def __init__(self) -> None:
-        self.keys: list[str] = []
-        self.tensors: dict[str, list[Tensor]] = {}
-
-    def add(self, keys: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
-        self.keys += keys
-        for name, value in tensors.items() if keys else ():
-            self.tensors.setdefault(name, []).append(value.cpu())
+Entry = dict[str, Tensor]  # tensors by name
 
 
 class Store:
@@ -71,29 +60,26 @@ class Store:
 
     @property
     def files(self) -> set[str]:
-        """The names of all files."""
+        """Names of all files."""
         return {path.name for path in self._files}
 
     def fill(
         self,
         items: Iterable[tuple[str, T]],
-        compute: Callable[[Sequence[T]], tuple[Sequence[int], Mapping[str, Tensor]]],
+        compute: Callable[[Sequence[T]], Iterable[Entry | None]],
         *,
         batch_size: int = 32,
         group: Callable[[T], Hashable] = lambda _: None,
         unit: str = "image",
     ) -> int:
-        """Computes and writes the missing entries.
+        """Compute and write the missing entries; return how many could not be computed.
 
         Args:
             items: pairs of a key and its input. An iterator is read once, and only what waits for a
                 batch is kept.
-            compute: up to `batch_size` inputs of one group -> the indices of those that did not
-                fail, and tensors (n, …) by name, one row for each of these.
-            group: of an input; those of one group have outputs of one shape.
+            compute: up to `batch_size` inputs of one group -> the entry of each, or None.
+            group: of an input; those of one group have entries of one shape.
             unit: of the progress bar.
-        Returns:
-            How many inputs failed.
         """
         is_counted = isinstance(items, Collection)
         total = len({key for key, _ in items if key not in self}) if is_counted else None
@@ -103,20 +89,23 @@ class Store:
             log.info("computing %d of `%s` for `%s`", total, self.prefix, self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         failed = 0
-        pending: dict[Hashable, Pending] = {}
+        pending: dict[Hashable, list[tuple[str, Entry]]] = {}  # not written yet, by group
         with tqdm(
             total=total, unit=unit, dynamic_ncols=True, mininterval=2, disable=not is_counted
         ) as bar:
             missing = self._select_missing(items)
             for batch in _batches(missing, batch_size, lambda item: group(item[1])):
-                indices, tensors = compute([value for _, value in batch])
-                failed += len(batch) - len(indices)
-                key = group(batch[0][1])
-                entries = pending.setdefault(key, Pending())
-                entries.add([batch[index][0] for index in indices], tensors)
-                if len(entries.keys) >= PER_FILE:
-                    self._write(pending.pop(key))
-                elif sum(len(one.keys) for one in pending.values()) >= MAX_PENDING * PER_FILE:
+                one_group = group(batch[0][1])
+                entries = pending.setdefault(one_group, [])
+                computed = compute([value for _, value in batch])
+                for (key, _), entry in zip(batch, computed, strict=True):
+                    if entry is None:
+                        failed += 1
+                    else:
+                        entries.append((key, entry))
+                if len(entries) >= PER_FILE:
+                    self._write(pending.pop(one_group))
+                elif sum(map(len, pending.values())) >= MAX_PENDING * PER_FILE:
                     self._write_all(pending)
                 bar.update(len(batch))
         self._write_all(pending)
@@ -130,17 +119,19 @@ class Store:
                 keys.add(key)
                 yield key, value
 
-    def _write_all(self, pending: dict[Hashable, Pending]) -> None:
+    def _write_all(self, pending: dict[Hashable, list[tuple[str, Entry]]]) -> None:
         while pending:
-            self._write(pending.pop(next(iter(pending))))
+            self._write(pending.popitem()[1])
 
-    def _write(self, entries: Pending) -> None:
-        if not entries.keys:
+    def _write(self, entries: Sequence[tuple[str, Entry]]) -> None:
+        if not entries:
             return
-        tensors = {name: torch.cat(values) for name, values in entries.tensors.items()}
-        path = self.folder / f"{self.prefix}-{digest(entries.keys)[:16]}.pt"
+        keys = [key for key, _ in entries]
+        names = entries[0][1]
+        tensors = {name: torch.stack([entry[name] for _, entry in entries]) for name in names}
+        path = self.folder / f"{self.prefix}-{digest(keys)[:16]}.pt"
         with replace_when_written(path, sync=True) as part:
-            torch.save({"keys": entries.keys, **tensors}, part)
+            torch.save({"keys": keys, **tensors}, part)
         self._open(path)
 
     def _open(self, path: Path) -> None:
@@ -152,6 +143,47 @@ class Store:
         if "keys" in content:  # files of older versions have none
             self._files[path] = {k: v for k, v in content.items() if isinstance(v, Tensor)}
             self._entries |= {key: (path, row) for row, key in enumerate(content["keys"])}
+
+
+def fill_from_shards(
+    store: Store, shards: Shards, facts: Sequence[object], fill: Callable[[], int]
+) -> None:
+    """Fill a store from shards, unless that was done since they, or the facts, have changed.
+
+    Args:
+        facts: all else that the entries depend on.
+        fill: reads the shards; returns the number of entries that could not be computed.
+    """
+    states = [(url, _file_state(url)) for url in shards.urls]
+    facts_digest = digest(*facts, sorted(shards.limits.items()), states)
+    path = store.folder / f"shards-{facts_digest[:16]}.json"
+    summary = None
+    if all(state is not None for _, state in states):
+        summary = _read_summary(path, store.files)
+    if summary is None:
+        log.info("reading %d shards for their %s", len(shards.urls), store.prefix)
+        summary = {"damaged": fill(), "files": sorted(store.files)}
+        path.write_text(json.dumps(summary), "utf-8")
+    if summary["damaged"]:
+        message = "%d %s could not be computed; they are tried again without `%s`"
+        log.warning(message, summary["damaged"], store.prefix, path)
+
+
+def _file_state(url: str) -> tuple[int, ...] | None:
+    """Size and times of a file; None for what is not on this machine, and may always change."""
+    if not Path(url).is_file():
+        return None
+    status = Path(url).stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _read_summary(path: Path, files: set[str]) -> dict[str, Any] | None:
+    """What was written after shards were read, if all files of that time are still there."""
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        return summary if files.issuperset(summary["files"]) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _batches(items: Iterable[T], size: int, group: Callable[[T], Hashable]) -> Iterator[list[T]]:
@@ -166,7 +198,7 @@ def _batches(items: Iterable[T], size: int, group: Callable[[T], Hashable]) -> I
 
 
 def digest(*values: Any) -> str:
-    """SHA-256 of some values: bytes, or whatever has a JSON form or an exact `repr`."""
+    """Return the SHA-256 of some values: bytes, or whatever has a JSON form or an exact `repr`."""
     total = hashlib.sha256()
     for value in values:
         data = value if isinstance(value, bytes) else json.dumps(value, default=repr).encode()
@@ -175,7 +207,7 @@ def digest(*values: Any) -> str:
 
 
 def digest_of_weights(*modules: nn.Module) -> str:
-    """SHA-256 of the weights of modules, the same on every device."""
+    """Return the SHA-256 of the weights of modules, the same on every device."""
     total = hashlib.sha256()
     for module in modules:
         for name, value in module.state_dict().items():

@@ -1,4 +1,4 @@
-"""Translates the original's data sections into ours.
+"""Read the data section of a config, in our words or in the original's.
 
     main.DataModuleFromConfig                train: {target: …, params}   validation: …
     ldm.data.laion.WebDataModuleFromConfig   train: {shards, image_transforms, postprocess, …}
@@ -7,16 +7,18 @@
 The data sets of the published configs were never published; the error says what to write instead.
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from ldm.runtime.errors import unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
+from ldm.train.config.schema import Data, validate
 
-__all__ = ["KEYS", "translate"]
+__all__ = ["read_data"]
 
-Spec = JsonObject
+log = logging.getLogger(__name__)
 
-KEYS = ("batch_size", "num_workers", "train", "validation", "latents", "texts", "prior")
 SPLITS = ("train", "validation")
 KINDS = ("root", "shards", "hub")
 # Arguments of the originals' data modules without meaning here, and why.
@@ -31,38 +33,64 @@ MEANINGLESS = {
 TO_TENSOR = ("ToTensor", "Normalize", "Rearrange", "Lambda", "ToPILImage")  # always done
 
 
-def translate(data: JsonMapping) -> tuple[Spec, list[str]]:
-    """Returns the `params` of a data section in our words, and notes on what has no meaning here.
+class OriginalDataset(NamedTuple):
+    """A data set class of the original.
+
+    names: its arguments -> our keys.
+    ignored: arguments without meaning here.
+    reason: why they have none.
+    """
+
+    names: Mapping[str, str]
+    ignored: tuple[str, ...]
+    reason: str
+
+
+DATASETS = {
+    "ldm.data.simple.FolderData": OriginalDataset(
+        {"root_dir": "root"},
+        ("ext", "return_paths", "caption_file", "default_caption"),
+        "captions are in metadata.jsonl or beside the images",
+    ),
+    "ldm.data.simple.hf_dataset": OriginalDataset(
+        {"name": "hub", "split": "split", "image_column": "image", "text_column": "text"},
+        ("image_key", "caption_key"),
+        "images are `jpg`, captions `txt`",
+    ),
+}
+
+
+def read_data(section: JsonMapping) -> Data:
+    """Read a data section; what has no meaning here is logged.
 
     Raises:
         ValueError: a key or data set is unknown, or a key is missing.
     """
-    target, params = data.get("target", "main.DataModuleFromConfig"), dict(data.get("params") or {})
-    notes = [f"data.params.{k}: {why}" for k, why in MEANINGLESS.items() if params.pop(k, None)]
+    target = section.get("target", "main.DataModuleFromConfig")
+    values = (section.get("params") or {}).items()
+    params = {k: v for k, v in values if v is not None and v is not False and v != {}}
+    _drop(params, MEANINGLESS, "data.params")
     if target == "ldm.data.laion.WebDataModuleFromConfig":
         params = _translate_web_module(params)
     elif target != "main.DataModuleFromConfig":
         raise _cannot_read("data", target)
-    for key in params:
-        if key not in KEYS:
-            raise unknown_name("key", key, KEYS, "data.params")
-    for key in ("batch_size", "train"):
-        if key not in params:
-            raise ValueError(f"data.params needs `{key}`")
-    for split in SPLITS:
-        if params.get(split):
-            params[split] = _translate_split(params[split], f"data.params.{split}", notes)
-    return params, notes
+    data = validate(Data, params, "data.params")
+    if data.prior and "shards" in data.train:
+        raise ValueError("data.params: `prior` needs a folder or a hub, not `shards`")
+    splits = {
+        split: _translate_split(params[split], f"data.params.{split}")
+        for split in SPLITS
+        if split in params
+    }
+    return data.model_copy(update=splits)
 
 
-def _translate_split(spec: JsonMapping, where: str, notes: list[str]) -> Spec:
-    spec = {key: value for key, value in spec.items() if value is not None}
+def _translate_split(spec: JsonMapping, where: str) -> JsonObject:
+    if "target" in spec and all(spec.get(kind) is None for kind in KINDS):
+        spec = _translate_dataset(spec["target"], dict(spec.get("params") or {}), where)
+    # Keys laid over a data set of the original replace it.
+    spec = {k: v for k, v in spec.items() if v is not None and k not in ("target", "params")}
     kinds = [f"`{kind}`" for kind in KINDS if kind in spec]
-    if "target" in spec and not kinds:
-        params = dict(spec.get("params") or {})
-        if spec["target"] not in DATASETS:
-            raise _cannot_read(where, spec["target"], params.get("size", 512))
-        return DATASETS[spec["target"]](params, where, notes)
     if len(kinds) > 1:
         both = " and ".join(kinds)
         raise ValueError(f"{where} has {both}: set all but one to null, and their options")
@@ -70,67 +98,47 @@ def _translate_split(spec: JsonMapping, where: str, notes: list[str]) -> Spec:
         raise ValueError(f"{where} needs one of `root` (a folder), `shards` or `hub`")
     if "transform" not in spec:
         raise ValueError(f"{where} needs `transform`, {{name: photo, size: 512, …}}")
-    # Keys laid over a data set of the original replace it.
-    return {key: value for key, value in spec.items() if key not in ("target", "params")}
+    return spec
 
 
-def _translate_folder(params: Spec, where: str, notes: list[str]) -> Spec:
-    for key in ("ext", "return_paths", "caption_file", "default_caption"):
-        if params.pop(key, None):
-            notes.append(f"{where}.{key}: captions are in metadata.jsonl or beside the images")
-    spec = {"root": params.pop("root_dir", None), "transform": _pop_transform(params, where)}
-    return _finish(spec, params, where)
+def _translate_dataset(target: object, params: JsonObject, where: str) -> JsonObject:
+    dataset = DATASETS.get(str(target))
+    if dataset is None:
+        raise _cannot_read(where, target, params.get("size", 512))
+    _drop(params, dict.fromkeys(dataset.ignored, dataset.reason), where)
+    transform = _pop_transform(params, where)
+    _refuse_others(params, dataset.names, where)
+    return {**{dataset.names[key]: value for key, value in params.items()}, "transform": transform}
 
 
-def _translate_hub(params: Spec, where: str, notes: list[str]) -> Spec:
-    for key in ("image_key", "caption_key"):
-        if params.pop(key, None):
-            notes.append(f"{where}.{key}: images are `jpg`, captions `txt`")
-    spec = {
-        "hub": params.pop("name", None),
-        "split": params.pop("split", "train"),
-        "image": params.pop("image_column", "image"),
-        "text": params.pop("text_column", "text"),
-        "transform": _pop_transform(params, where),
-    }
-    return _finish(spec, params, where)
-
-
-DATASETS: dict[str, Callable[[Spec, str, list[str]], Spec]] = {
-    "ldm.data.simple.FolderData": _translate_folder,
-    "ldm.data.simple.hf_dataset": _translate_hub,
-}
-
-
-def _translate_web_module(params: Spec) -> Spec:
+def _translate_web_module(params: JsonObject) -> JsonObject:
     """The data module of tar files; its limits refer to the .json files of img2dataset."""
     size, base = params.pop("min_size", None), params.pop("tar_base", None)
-    maximum = {
-        "pwatermark": params.pop("max_pwatermark", None),
-        "punsafe": params.pop("p_unsafe_threshold", None),
-    }
-    maximum = {key: value for key, value in maximum.items() if value is not None}
+    minimum = {"original_width": size, "original_height": size} if size else None
+    names = {"max_pwatermark": "pwatermark", "p_unsafe_threshold": "punsafe"}
+    maximum = {new: params.pop(old) for old, new in names.items() if old in params}
     for split in SPLITS:
-        if params.get(split):
+        if split in params:
             where, spec = f"data.params.{split}", dict(params[split])
             shards = spec.pop("shards", None) or []
             shards = [shards] if isinstance(shards, str) else list(shards)
-            spec.pop("image_key", None)  # any image of a sample is read
             web = {
                 "shards": [f"{base}/{shard}" for shard in shards] if base else shards,
                 "shuffle": spec.pop("shuffle", 0) // 8,  # one buffer there, one per reader here
                 "length": spec.pop("n_examples", None),
                 "transform": _pop_transform(spec, where),
-                "minimum": {"original_width": size, "original_height": size} if size else None,
+                "minimum": minimum,
                 "maximum": maximum or None,
             }
-            params[split] = _finish(web, spec, where)
+            spec.pop("image_key", None)  # any image of a sample is read
+            _refuse_others(spec, web, where)
+            params[split] = web
     return params
 
 
-def _pop_transform(params: Spec, where: str) -> Spec:
-    """Takes `image_transforms` and `postprocess` out of `params`, as options of our `photo`."""
-    photo: Spec = {"name": "photo", "flip": 0.0}
+def _pop_transform(params: JsonObject, where: str) -> JsonObject:
+    """Take `image_transforms` and `postprocess` out of `params`, as options of our `photo`."""
+    photo: JsonObject = {"name": "photo", "flip": 0.0}
     for spec in params.pop("image_transforms", None) or []:
         name, options = spec["target"].rpartition(".")[2], spec.get("params") or {}
         if name in ("Resize", "RandomCrop", "CenterCrop"):
@@ -144,24 +152,28 @@ def _pop_transform(params: Spec, where: str) -> Spec:
             raise unknown_name("transform", spec["target"], (), where)
     after = params.pop("postprocess", None)
     if after:
-        photo["conditions"] = _translate_postprocess(after, where)
+        name, options = after["target"].rpartition(".")[2], after.get("params") or {}
+        if name == "AddMask":
+            photo["conditions"] = {"mask": {"full_probability": options.get("p_drop", 0.0)}}
+        elif name == "AddLR":
+            photo["conditions"] = {"lr": {"factor": options["factor"]}}
+        else:
+            raise unknown_name("postprocess", after["target"], ("AddMask", "AddLR"), where)
     return photo
 
 
-def _translate_postprocess(spec: JsonMapping, where: str) -> Spec:
-    name, options = spec["target"].rpartition(".")[2], spec.get("params") or {}
-    if name == "AddMask":
-        return {"mask": {"full_probability": options.get("p_drop", 0.0)}}
-    if name == "AddLR":
-        return {"lr": {"factor": options["factor"]}}
-    raise unknown_name("postprocess", spec["target"], ("AddMask", "AddLR"), where)
+def _drop(params: JsonObject, reasons: Mapping[str, str], where: str) -> None:
+    """Remove keys without meaning here, and log why they have none."""
+    for key, reason in reasons.items():
+        if params.pop(key, None):
+            log.info("%s.%s: %s", where, key, reason)
 
 
-def _finish(spec: Spec, rest: Spec, where: str) -> Spec:
-    """The keys that have a value; whatever was not read is an error."""
-    if rest:
-        raise unknown_name("key", next(iter(rest)), spec, where)
-    return {key: value for key, value in spec.items() if value is not None}
+def _refuse_others(params: JsonMapping, known: Iterable[str], where: str) -> None:
+    names = list(known)
+    for key in params:
+        if key not in names:
+            raise unknown_name("key", key, names, where)
 
 
 def _cannot_read(where: str, target: object, size: object = 512) -> ValueError:

@@ -7,6 +7,7 @@ it. `validate` says in one line what is wrong with it:
 """
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Annotated, Literal, TypeVar, get_args, get_type_hints
 
 from pydantic import (
@@ -30,7 +31,11 @@ from ldm.train.tasks.adaptation import TARGETS
 
 __all__ = [
     "OPTIONS",
+    "Batches",
+    "CachedLatents",
+    "CachedTexts",
     "Callbacks",
+    "ClassImages",
     "Data",
     "Denoising",
     "LightningTrainer",
@@ -115,6 +120,7 @@ Positive = Annotated[float, Field(gt=0), OFF]
 Probability = Annotated[float, Field(ge=0, le=1), OFF]
 BelowOne = Annotated[float, Field(ge=0, lt=1), OFF]
 Text = Annotated[str, Field(pattern=r"\S")]
+Folder = Annotated[Path, Field(strict=False)]
 # Limits, which may be infinite; where 0 is allowed it means never.
 Limit = Annotated[float, Field(ge=0, allow_inf_nan=True), OFF]
 CountLimit = Annotated[float, Field(ge=1, allow_inf_nan=True), OFF, AfterValidator(_check_whole)]
@@ -325,12 +331,50 @@ class Model(Section):
     params: JsonObject = {}
 
 
-class Data(BaseModel):
-    """`data.params` of a config; the other keys are read by `datamodules`."""
+class Batches(BaseModel):
+    """The numbers of `data.params`, which a config without data has as well."""
 
     model_config = OPEN
     batch_size: Count = 1
     num_workers: Annotated[int, Field(ge=0), WHOLE] = 0
+
+
+class CachedLatents(Section):
+    """Latents of images, encoded once before training."""
+
+    cache: Folder
+    variants: Count | None = None  # of each image; null: all named variants of the transform, or 1
+    batch: Count = 32  # images encoded at once
+    precision: Annotated[Literal["16", "32"], BeforeValidator(str)] = "16"
+
+
+class CachedTexts(Section):
+    """Contexts of captions, encoded once before training."""
+
+    cache: Folder
+    batch: Count = 64  # captions encoded at once
+
+
+class ClassImages(BaseModel):
+    """Class images of DreamBooth; other keys are those of a folder."""
+
+    model_config = OPEN
+    root: Folder
+    prompt: Text
+    count: Count
+    transform: JsonObject
+
+
+class Data(Batches):
+    """`data.params` in our words; see `open_images` for the keys of `train` and `validation`."""
+
+    model_config = STRICT
+    batch_size: Count
+    train: JsonObject
+    validation: JsonObject | None = None
+    latents: CachedLatents | None = None
+    texts: CachedTexts | None = None
+    prior: ClassImages | None = None
 
 
 @with_config(OPEN)
@@ -375,7 +419,8 @@ def validate(
     if problem["type"] == EXTRA:
         parent = section
         for name in names[:-1]:
-            parent = get_type_hints(parent)[name]
+            kind_of_value = get_type_hints(parent)[name]
+            parent = next(iter(get_args(kind_of_value)), kind_of_value)  # of `Section | None`
         place = ".".join([where, *names[:-1]])
         raise unknown_name(kind, names[-1], [*fields_of(parent), *also], place)
     if problem["type"] == "missing":

@@ -12,8 +12,8 @@ from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.config import lightning, schema
 from ldm.train.config.schema import (
     OPTIONS,
+    Batches,
     Callbacks,
-    Data,
     Denoising,
     LightningTrainer,
     Lora,
@@ -65,7 +65,7 @@ class Settings:
 
     raw: JsonMapping
     model: Model
-    data: Data
+    data: Batches
     trainer: Trainer
     optimizer: Optimizer
     objective: Denoising | Reconstruction
@@ -223,7 +223,7 @@ def check_complete(raw: JsonMapping, *keys: str) -> None:
         raise ValueError(f"missing in the config: {', '.join(missing)}")
 
 
-def _read_original(raw: JsonMapping) -> tuple[Model, Data, Devices]:
+def _read_original(raw: JsonMapping) -> tuple[Model, Batches, Devices]:
     """What is read as it stands, and what `lightning` computes with; null counts as missing."""
 
     def set_values(where: str) -> JsonObject:
@@ -232,7 +232,7 @@ def _read_original(raw: JsonMapping) -> tuple[Model, Data, Devices]:
 
     model = validate(Model, set_values("model"), "model", also=["params.ckpt_path"])
     validate(ModelParams, set_values("model.params"), "model.params")
-    data = validate(Data, set_values("data.params"), "data.params")
+    data = validate(Batches, set_values("data.params"), "data.params")
     trainer = validate(LightningTrainer, set_values("lightning.trainer"), "lightning.trainer")
     return model, data, Devices(lightning.read_gpus(trainer), trainer.get("num_nodes", 1))
 
