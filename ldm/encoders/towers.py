@@ -1,9 +1,7 @@
 """CLIP's transformers, with the parameter names of open_clip and of transformers.
 
-All have pre-norm blocks of attention and MLP. open_clip (and OpenAI's package) has one matrix for
-queries, keys and values, transformers has three; else the two text towers differ only in names and
-in where the final norm is applied. Text towers are causal and give one vector per token; the vision
-tower gives one vector per image.
+open_clip, as OpenAI's package, has one matrix for queries, keys and values; transformers has three.
+Text towers are causal and give one vector per token; the vision tower gives one per image.
 
 Radford et al. 2021 (arXiv:2103.00020); Dosovitskiy et al. 2021 (arXiv:2010.11929).
 """
@@ -21,13 +19,13 @@ from torch import Tensor, nn
 from ldm.conditioning import Config
 from ldm.nets import cpu
 from ldm.nets.attention import attention
-from ldm.nets.blocks import Conv2d, LayerNorm, Linear, run
+from ldm.nets.blocks import CheckpointedLayer, Conv2d, Layer, LayerNorm, Linear
 
 VOCAB = 49408
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """The sigmoid approximation of GELU, with which OpenAI's CLIP was trained."""
+    """Approximate GELU by a sigmoid, as OpenAI's CLIP does."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -38,12 +36,8 @@ class OpenCLIPTower(nn.Module):
     """Text tower with open_clip's parameter names: embedding, causal blocks, final norm.
 
     Args:
-        width, heads, layers: Sizes of the transformer.
         embed_dim: Width of CLIP's joint embedding space, for `text_projection`.
-        context_length: Number of positions.
-        vocab_size: Rows of the token embedding.
         mlp_ratio: Hidden width of the MLPs as a multiple of `width`.
-        quick_gelu: Whether the activation is `quick_gelu` in place of GELU.
     """
 
     def __init__(
@@ -75,7 +69,6 @@ class OpenCLIPTower(nn.Module):
         return cast("Sequence[OpenCLIPBlock]", self.transformer["resblocks"])
 
     def reset_parameters(self) -> None:
-        """Initialises with small normal weights, smaller at the end of a residual branch."""
         if self.positional_embedding.is_meta:
             return
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -86,35 +79,20 @@ class OpenCLIPTower(nn.Module):
     def forward(
         self, tokens: Tensor, count: int | None = None, added: Tensor | None = None
     ) -> Tensor:
-        """Runs the first blocks and the final norm.
+        """Run the first `count` blocks (None: all) and the final norm on tokens (B, N).
 
         Args:
-            tokens: (B, N) int64.
-            count: Number of blocks; None for all.
             added: See `embed_tokens`.
-
-        Returns:
-            One vector per token, (B, N, D).
         """
         x = embed_tokens(self.token_embedding, tokens, added)  # (B, N, D)
-        x = x + self.positional_embedding[: x.shape[1]]
-        mask = _causal_mask(x)  # (N, N)
-        for block in islice(self.blocks, count):
-            x = block(x, mask)
-        vectors: Tensor = self.ln_final(x)  # (B, N, D)
-        return vectors
+        x = run_causal(self.blocks, count, x + self.positional_embedding[: x.shape[1]])
+        return self.ln_final(x)  # (B, N, D)
 
 
 class VisionTower(nn.Module):
     """Vision transformer with open_clip's (which are OpenAI's) parameter names.
 
     The embedding of an image is the projection of the class token.
-
-    Args:
-        image_size: Side S of the input, in pixels.
-        patch_size: Side of a patch, in pixels.
-        width, layers, heads, mlp_ratio, quick_gelu: As OpenCLIPTower.
-        embed_dim: Width of the embedding.
     """
 
     def __init__(
@@ -150,7 +128,6 @@ class VisionTower(nn.Module):
         return cast("Sequence[OpenCLIPBlock]", self.transformer["resblocks"])
 
     def reset_parameters(self) -> None:
-        """Initialises as OpenCLIPTower."""
         if self.proj.is_meta:
             return
         for weight in (self.class_embedding, self.positional_embedding, self.proj):
@@ -158,24 +135,18 @@ class VisionTower(nn.Module):
         _init_open_clip_blocks(self.blocks)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Embeddings (B, embed_dim) of normalised images (B, 3, S, S)."""
+        """Embed normalised images (B, 3, S, S) as (B, embed_dim)."""
         patches = self.conv1(image.to(self.proj.dtype)).flatten(2).mT  # (B, P, D)
         cls = self.class_embedding.expand(len(patches), 1, -1)  # (B, 1, D)
         x = torch.cat([cls, patches], dim=1) + self.positional_embedding  # (B, 1 + P, D)
         x = self.ln_pre(x)
         for block in self.blocks:
             x = block(x)
-        embedding: Tensor = self.ln_post(x[:, 0]) @ self.proj
-        return embedding
+        return self.ln_post(x[:, 0]) @ self.proj
 
 
 class CLIP(OpenCLIPTower):
-    """Text tower together with a vision tower `visual`, as in OpenAI's and open_clip's files.
-
-    Args:
-        text: Keyword arguments of OpenCLIPTower.
-        vision: Sizes of VisionTower; the other arguments are those of the text tower.
-    """
+    """Text tower together with a vision tower `visual`, as in OpenAI's and open_clip's files."""
 
     def __init__(self, text: Config, vision: Config) -> None:
         super().__init__(**text)
@@ -183,31 +154,27 @@ class CLIP(OpenCLIPTower):
         self.visual = VisionTower(**vision, **shared)
 
 
-class OpenCLIPBlock(nn.Module):
+class OpenCLIPBlock(CheckpointedLayer):
     """Pre-norm attention and MLP with open_clip's parameter names."""
 
     def __init__(
         self, width: int, heads: int, hidden: int, activation: Callable[[Tensor], Tensor]
     ) -> None:
         super().__init__()
-        self.use_checkpoint = False
         self.ln_1 = LayerNorm(width)
         self.attn = FusedAttention(width, heads)
         self.ln_2 = LayerNorm(width)
         self.mlp = nn.ModuleDict({"c_fc": Linear(width, hidden), "c_proj": Linear(hidden, width)})
         self.activation = activation
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return run(self._forward, x, mask, recompute=self.use_checkpoint)
-
-    def _forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def compute(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), mask)  # (B, N, D)
         h = self.activation(self.mlp["c_fc"](self.ln_2(x)))  # (B, N, hidden)
         x = x + self.mlp["c_proj"](h)
         return x  # (B, N, D)
 
 
-class FusedAttention(nn.Module):
+class FusedAttention(Layer):
     """Self-attention with one matrix for queries, keys and values; open_clip's parameter names."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -222,8 +189,7 @@ class FusedAttention(nn.Module):
         qkv = self.in_proj(x, self.in_proj_weight, self.in_proj_bias)  # (B, N, 3 D)
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
         y = attention(q, k, v, mask)  # (B, heads, N, d)
-        out: Tensor = self.out_proj(rearrange(y, "b h n d -> b n (h d)"))  # (B, N, D)
-        return out
+        return self.out_proj(rearrange(y, "b h n d -> b n (h d)"))  # (B, N, D)
 
 
 class Product(nn.Module):
@@ -277,7 +243,6 @@ class CLIPTower(nn.Module):
         return cast(nn.Embedding, self.embeddings["token_embedding"])
 
     def reset_parameters(self) -> None:
-        """Initialises as OpenCLIPTower."""
         if self.final_layer_norm.weight.is_meta:
             return
         for weight in self.embeddings.parameters():
@@ -288,16 +253,13 @@ class CLIPTower(nn.Module):
             _init_block(len(self.blocks), inputs, mlp["fc1"], [attn.out_proj, mlp["fc2"]])
 
     def forward(self, tokens: Tensor, count: int, added: Tensor | None = None) -> Tensor:
-        """Runs the first `count` blocks, see OpenCLIPTower."""
+        """Run the first `count` blocks; as OpenCLIPTower, but without the final norm."""
         x = embed_tokens(self.token_embedding, tokens, added)  # (B, N, D)
-        x = x + cast(nn.Embedding, self.embeddings["position_embedding"]).weight[: x.shape[1]]
-        mask = _causal_mask(x)  # (N, N)
-        for block in islice(self.blocks, count):
-            x = block(x, mask)
-        return x  # (B, N, D)
+        positions = cast(nn.Embedding, self.embeddings["position_embedding"]).weight
+        return run_causal(self.blocks, count, x + positions[: x.shape[1]])
 
 
-class CLIPBlock(nn.Module):
+class CLIPBlock(CheckpointedLayer):
     """Pre-norm attention and MLP with transformers' parameter names."""
 
     def __init__(
@@ -309,24 +271,20 @@ class CLIPBlock(nn.Module):
         eps: float,
     ) -> None:
         super().__init__()
-        self.use_checkpoint = False
         self.layer_norm1 = LayerNorm(width, eps=eps)
         self.self_attn = SplitAttention(width, heads)
         self.layer_norm2 = LayerNorm(width, eps=eps)
         self.mlp = nn.ModuleDict({"fc1": Linear(width, hidden), "fc2": Linear(hidden, width)})
         self.activation = activation
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return run(self._forward, x, mask, recompute=self.use_checkpoint)
-
-    def _forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def compute(self, x: Tensor, mask: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x), mask)  # (B, N, D)
         h = self.activation(self.mlp["fc1"](self.layer_norm2(x)))  # (B, N, hidden)
         x = x + self.mlp["fc2"](h)
         return x  # (B, N, D)
 
 
-class SplitAttention(nn.Module):
+class SplitAttention(Layer):
     """Self-attention with separate input matrices; transformers' parameter names."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -341,20 +299,11 @@ class SplitAttention(nn.Module):
         qkv = (self.q_proj(x), self.k_proj(x), self.v_proj(x))  # (B, N, D) each
         q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in qkv)
         y = attention(q, k, v, mask)  # (B, heads, N, d)
-        out: Tensor = self.out_proj(rearrange(y, "b h n d -> b n (h d)"))  # (B, N, D)
-        return out
+        return self.out_proj(rearrange(y, "b h n d -> b n (h d)"))  # (B, N, D)
 
 
 def embed_tokens(embedding: nn.Module, tokens: Tensor, added: Tensor | None) -> Tensor:
-    """Embeds tokens.
-
-    Args:
-        tokens: (B, N) int64; -1 - k is row k of `added`.
-        added: Vectors (n, D) of textual inversions.
-
-    Returns:
-        Embeddings (B, N, D).
-    """
+    """Embed tokens (B, N) as (B, N, D); token -1 - k is row k of `added` (n, D)."""
     if added is None:
         return cast(Tensor, embedding(tokens))
     x: Tensor = embedding(tokens.clamp(min=0))  # (B, N, D)
@@ -362,10 +311,13 @@ def embed_tokens(embedding: nn.Module, tokens: Tensor, added: Tensor | None) -> 
     return torch.where((tokens < 0)[..., None], new, x)  # (B, N, D)
 
 
-def _causal_mask(x: Tensor) -> Tensor:
-    """Mask (N, N) bool for x (B, N, D): a token attends to itself and to those before it."""
+def run_causal(blocks: Sequence[CheckpointedLayer], count: int | None, x: Tensor) -> Tensor:
+    """Run the first blocks on x (B, N, D); a token attends to itself and to those before it."""
     n = x.shape[1]
-    return torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
+    mask = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
+    for block in islice(blocks, count):
+        x = block(x, mask)
+    return x  # (B, N, D)
 
 
 def _init_open_clip_blocks(blocks: Sequence[OpenCLIPBlock]) -> None:
@@ -378,7 +330,7 @@ def _init_open_clip_blocks(blocks: Sequence[OpenCLIPBlock]) -> None:
 def _init_block(
     layers: int, inputs: Sequence[Tensor], hidden: nn.Module, outputs: Sequence[nn.Module]
 ) -> None:
-    """Initialises one of `layers` blocks; inputs and outputs are those of its residual branches."""
+    """Initialize one of `layers` blocks; inputs and outputs are those of its residual branches."""
     width = inputs[0].shape[1]
     nn.init.normal_(cast(Linear, hidden).weight, std=(2 * width) ** -0.5)
     for weight in inputs:

@@ -1,15 +1,11 @@
 """attention(q, k, v): one function, three backends, and the choice between them.
 
 "xformers" calls its memory-efficient kernel, "sdpa" torch's fused one; "math" writes the formula
-out as a reference, and allocates all N x M scores. Where neither the call, `set_backend` nor the
-variable LDM_ATTENTION names a backend, it is xformers if that is installed and its kernel runs on
-this device and dtype, else SDPA. One exception: torch's SDPA for bfloat16 multiplies in float32 on
-CPUs without a matrix unit (AMX). There, plain products, a few rows of scores at a time, take two
-thirds of its time. xformers takes no masks here: calls with a mask go to SDPA instead.
+out, and allocates all N x M scores. Where neither the call, `set_backend` nor the variable
+LDM_ATTENTION names one, it is xformers if its kernel runs on this device and dtype, else SDPA.
 
-Precision: the fused kernels multiply in the dtype of q, and sum scores and softmax in float32.
-"math" does the same by casting q and k to float32 first, unless the variable ATTN_PRECISION names
-another precision ("fp16"): float16 scores of SD 2.1 overflow.
+The fused kernels sum scores and softmax in float32. "math" casts q and k to float32 first, unless
+the variable ATTN_PRECISION says "fp16": float16 scores of SD 2.1 overflow.
 """
 
 import functools
@@ -20,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.nets import cpu
+from ldm.runtime.device import has_amx
 from ldm.runtime.errors import unknown_name
 
 __all__ = ["BACKENDS", "attention", "set_backend"]
@@ -35,21 +32,17 @@ _default_backend: str | None = None
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, backend: str | None = None
 ) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, per head: Vaswani et al. 2017 (arXiv:1706.03762), equation 1.
+    """Compute softmax(q k^T / sqrt(d)) v per head (arXiv:1706.03762, equation 1).
 
     Args:
         q: (B, heads, N, d).
-        k: (B, heads, M, d).
-        v: (B, heads, M, d).
+        k, v: (B, heads, M, d).
         mask: bool, broadcastable to (B, heads, N, M); True = keep, at least one key per query.
+            xformers takes none: such calls go to SDPA.
         backend: One of BACKENDS; None for that of `set_backend` or LDM_ATTENTION, else automatic.
 
     Returns:
         (B, heads, N, d), in the dtype of v.
-
-    Raises:
-        UnknownName: For an unknown backend.
-        ImportError: If xformers is named and not installed.
     """
     backend = (
         _check_backend(backend)
@@ -68,14 +61,7 @@ def attention(
 
 
 def set_backend(name: str | None) -> None:
-    """Sets the backend of all calls that name none.
-
-    Args:
-        name: One of BACKENDS; None or "auto" to choose automatically.
-
-    Raises:
-        UnknownName: For another name.
-    """
+    """Set the backend of all calls that name none; None or "auto" to choose automatically."""
     global _default_backend
     _default_backend = _check_backend(name)
 
@@ -100,7 +86,7 @@ def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _tiled_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scores of a few rows, or of a few whole heads, at a time, so that they stay in the cache."""
+    """Compute scores of a few rows, or a few whole heads, at a time, so that they stay in cache."""
     n, m = q.shape[-2], k.shape[-2]
     out = v.new_empty(*q.shape[:-1], v.shape[-1])  # (B, heads, N, d)
     q = torch.mul(q, q.shape[-1] ** -0.5, out=torch.empty(q.shape, dtype=q.dtype))
@@ -117,18 +103,9 @@ def _tiled_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _prefers_tiles(q: Tensor) -> bool:
+    # SDPA multiplies bfloat16 in float32 on CPUs without AMX: tiles take two thirds of its time.
     is_wide = q.dtype == torch.bfloat16 and q.shape[-1] >= TILE_WIDTH
-    return is_wide and cpu.applies(q) and _multiplies_bfloat16()
-
-
-@functools.cache
-def _multiplies_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in its vector unit, and has no matrix unit."""
-
-    def supports(name: str) -> bool:  # torch has no public function for it in all its versions
-        return bool(getattr(torch.cpu, f"_is_{name}_supported", lambda: False)())
-
-    return supports("avx512_bf16") and not supports("amx_tile")
+    return is_wide and cpu.applies(q) and not has_amx()
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -151,7 +128,7 @@ def _xformers_runs(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 @functools.cache
 def _xformers_probe(device: torch.device, dtype: torch.dtype, d: int, needs_grad: bool) -> bool:
-    """Runs the kernel once on a few numbers: being installed does not mean that it works here."""
+    """Run the kernel once on a few numbers: being installed does not mean that it works here."""
     with torch.enable_grad():
         x = torch.zeros(1, 1, 16, d, device=device, dtype=dtype, requires_grad=needs_grad)
         try:

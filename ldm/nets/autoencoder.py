@@ -3,8 +3,8 @@
     image (B, 3, H, W) -> Encoder -> quant_conv -> DiagonalGaussian (mean, logvar) -> z
     z (B, embed_dim, h, w) -> post_quant_conv -> Decoder -> image
 
-The latent here is not yet multiplied by the model's scale_factor. All norms have eps 1e-6; nothing
-is conditioned on time. Rombach et al. 2022 (arXiv:2112.10752), section 3.1.
+The latent here is not yet multiplied by the model's scale_factor.
+Rombach et al. 2022 (arXiv:2112.10752), section 3.1.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.nets.attention import attention
-from ldm.nets.blocks import Conv2d, GroupNorm, Layer, Upsample, run
+from ldm.nets.blocks import CheckpointedLayer, Conv2d, GroupNorm, Layer, Upsample
 from ldm.runtime.errors import unknown_name
 
 __all__ = ["AutoencoderKL", "DiagonalGaussian", "Layout", "PixelSpace"]
@@ -30,44 +30,28 @@ ATTENTION_TYPES = ("vanilla", "vanilla-xformers", "none")
 class Layout:
     """`ddconfig` of the YAML: what encoder and decoder have in common.
 
-    Args:
-        ch: Width of the first level; level i is ch * ch_mult[i] wide, and 2 ** i times smaller.
-        z_channels: Channels between encoder and decoder.
-        num_res_blocks: Residual blocks per level of the encoder; the decoder has one more.
-        resolution: Side of the images, in pixels, that `attn_resolutions` refers to.
-        in_channels: Channels of the image that is encoded.
-        out_ch: Channels of the decoded image.
-        ch_mult: Widths of the levels, in multiples of `ch`.
-        attn_resolutions: Sides, in pixels, of the levels with attention.
-        dropout: Probability of dropout in residual blocks.
-        resamp_with_conv: Whether levels are resampled by convolutions, else by mean and nearest.
-        double_z: Whether the encoder predicts mean and log variance, else a mean alone.
-        attn_type: "vanilla" | "vanilla-xformers", the same weights | "none".
-        use_linear_attn: Not supported.
-        give_pre_end: Whether the decoder stops before its last norm.
-        tanh_out: Whether the decoder ends in tanh.
-
-    Raises:
-        ValueError: For a kind of attention that is not supported.
+    Level i is ch * ch_mult[i] wide, and its maps are 2 ** i times smaller than the image.
     """
 
     ch: int
-    z_channels: int
-    num_res_blocks: int
-    resolution: int = 256
+    z_channels: int  # between encoder and decoder
+    num_res_blocks: int  # per level of the encoder; the decoder has one more
+    resolution: int = 256  # side of the images, in pixels, that attn_resolutions refers to
     in_channels: int = 3
     out_ch: int = 3
     ch_mult: Sequence[int] = (1, 2, 4, 8)
     attn_resolutions: Sequence[int] = ()
     dropout: float = 0.0
-    resamp_with_conv: bool = True
-    double_z: bool = True
+    resamp_with_conv: bool = True  # else levels are resampled by mean and nearest neighbour
+    double_z: bool = True  # the encoder predicts mean and log variance
     attn_type: str = "vanilla"
     use_linear_attn: bool = False
-    give_pre_end: bool = False
-    tanh_out: bool = False
+    give_pre_end: bool = False  # the decoder stops before its last norm
+    tanh_out: bool = False  # the decoder ends in tanh
 
     def __post_init__(self) -> None:
+        if not self.double_z:
+            raise ValueError("ddconfig: AutoencoderKL needs `double_z: true`")
         if self.use_linear_attn:
             raise ValueError("ddconfig: use_linear_attn is not supported")
         if self.attn_type not in ATTENTION_TYPES:
@@ -84,7 +68,7 @@ class Layout:
 
     @classmethod
     def read(cls, ddconfig: Mapping[str, Any]) -> "Layout":
-        """Reads the `ddconfig` of a YAML file; ValueError for a parameter that does not exist."""
+        """Check the names in a `ddconfig`, and build the layout."""
         names = [field.name for field in dataclasses.fields(cls)]
         for name in ddconfig:
             if name not in names:
@@ -93,27 +77,26 @@ class Layout:
 
 
 class DiagonalGaussian:
-    """A normal distribution with independent entries, given by its mean and log variance.
+    """A normal distribution with independent entries.
 
     Args:
-        parameters: Mean and log variance joined on channels, (B, 2C, h, w). The log variance is
-            clamped to [-30, 20].
+        parameters: Mean and log variance joined on channels, (B, 2C, h, w).
         deterministic: Whether samples equal the mean.
     """
 
     def __init__(self, parameters: Tensor, deterministic: bool = False) -> None:
-        self.parameters = parameters  # (B, 2C, h, w)
+        self.parameters = parameters
         self.mean, logvar = parameters.chunk(2, dim=1)  # (B, C, h, w) each
         self.logvar = logvar.clamp(-30.0, 20.0)
         self.std = torch.zeros_like(self.mean) if deterministic else (0.5 * self.logvar).exp()
         self.deterministic = deterministic
 
     def mode(self) -> Tensor:
-        """The most probable value: the mean, (B, C, h, w)."""
+        """Return the most probable value: the mean, (B, C, h, w)."""
         return self.mean
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Draws mean + std * noise, (B, C, h, w).
+        """Draw mean + std * noise, (B, C, h, w).
 
         The noise is drawn in float32 on the generator's device (CPU for None), so that it depends
         neither on the dtype nor on the device of the model.
@@ -123,23 +106,18 @@ class DiagonalGaussian:
         return self.mean + self.std * noise.to(self.mean)
 
     def kl(self) -> Tensor:
-        """KL divergence from the standard normal, summed over C, h, w, in nats.
-
-        Returns:
-            (B,); a single zero for a deterministic distribution.
-        """
+        """Compute the divergence from the standard normal, (B,), in nats; 0 if deterministic."""
         if self.deterministic:
             return torch.zeros(1, device=self.mean.device)
         terms = 0.5 * (self.logvar.exp() + self.mean**2 - 1.0 - self.logvar)
         return terms.sum(dim=(1, 2, 3))
 
 
-class ResnetBlock(Layer):
+class ResnetBlock(CheckpointedLayer):
     """norm, SiLU, conv, twice; plus the input (through a 1x1 convolution if the width changes)."""
 
     def __init__(self, *, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.use_checkpoint = False
         self.norm1 = GroupNorm(in_channels, eps=EPS)
         self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = GroupNorm(out_channels, eps=EPS)
@@ -149,10 +127,7 @@ class ResnetBlock(Layer):
         if in_channels != out_channels:
             self.nin_shortcut = Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return run(self._forward, x, recompute=self.use_checkpoint)
-
-    def _forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))  # (B, C_out, h, w)
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))  # (B, C_out, h, w)
         skip: Tensor = self.nin_shortcut(x)
@@ -262,8 +237,7 @@ class Encoder(Layer):
         )
         self.mid = Middle(widths[-1], layout)
         self.norm_out = GroupNorm(widths[-1], eps=EPS)
-        z_channels = 2 * layout.z_channels if layout.double_z else layout.z_channels
-        self.conv_out = Conv2d(widths[-1], z_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], 2 * layout.z_channels, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
         h = self.conv_in(image)  # (B, ch, H, W)
@@ -314,9 +288,6 @@ class AutoencoderKL(nn.Module):
 
     Attributes:
         downscale: Pixels of the image per latent pixel, on each side.
-
-    Raises:
-        ValueError: For a `ddconfig` that is not supported.
     """
 
     IGNORED = frozenset({
@@ -327,10 +298,6 @@ class AutoencoderKL(nn.Module):
     def __init__(self, *, ddconfig: Mapping[str, Any], embed_dim: int) -> None:
         super().__init__()
         layout = Layout.read(ddconfig)
-        if not layout.double_z:
-            raise ValueError(
-                "ddconfig: AutoencoderKL needs `double_z: true` (mean and log variance)"
-            )
         self.embed_dim = embed_dim
         self.z_channels = layout.z_channels
         self.downscale = 2 ** (len(layout.ch_mult) - 1)
@@ -345,17 +312,7 @@ class AutoencoderKL(nn.Module):
         return self.quant_conv.weight.dtype
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
-        """Encodes images to distributions of their latents.
-
-        Args:
-            image: (B, 3, H, W) in [-1, 1].
-
-        Returns:
-            A distribution over (B, embed_dim, h, w), in the dtype of the image.
-
-        Raises:
-            ValueError: If a side is shorter than `downscale` pixels.
-        """
+        """Encode images (B, 3, H, W) in [-1, 1] to distributions over (B, embed_dim, h, w)."""
         if min(image.shape[-2:]) < self.downscale:
             raise ValueError(
                 f"image of {image.shape[-2]} x {image.shape[-1]} pixels is too small, "
@@ -365,25 +322,14 @@ class AutoencoderKL(nn.Module):
         return DiagonalGaussian(moments.to(image.dtype).contiguous())
 
     def decode(self, z: Tensor) -> Tensor:
-        """Decodes latents.
-
-        Args:
-            z: (B, embed_dim, h, w), not scaled.
-
-        Returns:
-            Images (B, 3, H, W), about [-1, 1] but not clamped, in the dtype of z.
-        """
+        """Decode z (B, embed_dim, h, w) to images (B, 3, H, W), about [-1, 1] but not clamped."""
         image = self.decoder(self.post_quant_conv(z.to(self.dtype)))  # (B, 3, H, W)
         return image.to(z.dtype).contiguous()
 
     def forward(
         self, image: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, DiagonalGaussian]:
-        """Reconstructs images (B, 3, H, W) from a sample of their latents' distribution.
-
-        Returns:
-            The reconstruction, and the distribution.
-        """
+        """Reconstruct images from a sample of their latents' distribution, and return that too."""
         posterior = self.encode(image)
         return self.decode(posterior.sample(generator)), posterior
 
@@ -394,9 +340,7 @@ class PixelSpace(nn.Module):
     downscale = 1
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
-        """Gives a deterministic distribution, whose mean is the image (B, C, H, W)."""
         return DiagonalGaussian(torch.cat([image, image], dim=1), deterministic=True)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Returns z, (B, C, H, W)."""
         return z

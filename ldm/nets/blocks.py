@@ -1,8 +1,6 @@
 """Layers of the UNet and the autoencoder: linear, convolution, norms, residual blocks.
 
-Every Linear, Conv2d and GroupNorm of the two is one of the classes here, with torch's parameters.
-On a CPU, `ldm.nets.cpu` computes them, with the same result.
-Blocks with a time embedding follow Dhariwal and Nichol 2021 (arXiv:2105.05233).
+`ldm.nets.cpu` computes linear layers, convolutions and group norms on CPUs, with the same result.
 """
 
 import math
@@ -24,16 +22,31 @@ class Layer(nn.Module):
     __call__: Callable[..., Tensor]
 
 
-class Linear(nn.Linear, Layer):
-    """nn.Linear, computed by `ldm.nets.cpu` on CPUs."""
+class CheckpointedLayer(Layer):
+    """A layer that, with `use_checkpoint`, recomputes its activations in the backward pass.
 
+    The same gradients for less memory: Chen et al. 2016 (arXiv:1604.06174).
+    """
+
+    compute: Callable[..., Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.use_checkpoint = False
+
+    def forward(self, *args: Tensor | None) -> Tensor:
+        if self.use_checkpoint and torch.is_grad_enabled():
+            out: Tensor = checkpoint(self.compute, *args, use_reentrant=False)
+            return out
+        return self.compute(*args)
+
+
+class Linear(nn.Linear, Layer):
     def forward(self, x: Tensor) -> Tensor:
         return cpu.linear(x, self.weight, self.bias)
 
 
 class Conv2d(nn.Conv2d, Layer):
-    """nn.Conv2d, computed by `ldm.nets.cpu` on CPUs."""
-
     stride: tuple[int, int]
     padding: str | tuple[int, int]
     dilation: tuple[int, int]
@@ -46,7 +59,7 @@ class DoublingConv2d(Conv2d):
     """A convolution after upsampling by 2, nearest neighbour."""
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """Convolves x (B, C, h, w) as upsampled and cut to `size`, see `upsample_nearest`."""
+        """Convolve x (B, C, h, w) as `upsample_nearest` enlarges it."""
         height, width = x.shape[-2:]
         if size is None or tuple(size) == (2 * height, 2 * width):
             return cpu.conv2d_doubled(x, self)  # (B, C_out, 2h, 2w)
@@ -61,15 +74,7 @@ class LayerNorm(nn.LayerNorm, Layer):
 
 
 class GroupNorm(nn.GroupNorm, Layer):
-    """GroupNorm of 32 groups, with mean and variance in float32 whatever the dtype.
-
-    Args:
-        channels: Channels of the feature map, a multiple of 32.
-        eps: Added to the variance.
-
-    Raises:
-        ValueError: For another number of channels.
-    """
+    """GroupNorm of 32 groups, with mean and variance in float32 whatever the dtype."""
 
     def __init__(self, channels: int, *, eps: float = 1e-5) -> None:
         if channels % GROUPS:
@@ -88,24 +93,16 @@ class GroupNorm(nn.GroupNorm, Layer):
 
 
 def zero(module: nn.Module) -> nn.Module:
-    """Sets every parameter to zero, so that a residual branch starts as the identity."""
+    """Set every parameter to zero, so that a residual block starts as the identity."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000) -> Tensor:
-    """Embeds timesteps as [cos(t f_0) … | sin(t f_0) …], f_k = max_period ** (-2k / dim).
+    """Embed timesteps (B,) as [cos(t f_0) … | sin(t f_0) …], (B, dim) float32.
 
-    Vaswani et al. 2017 (arXiv:1706.03762), section 3.5.
-
-    Args:
-        t: Timesteps (B,), may be fractional.
-        dim: Width of the embedding; if it is odd, the last column is zero.
-        max_period: Longest period over 2 pi, in timesteps.
-
-    Returns:
-        (B, dim) float32.
+    f_k = max_period ** (-2k / dim); Vaswani et al. 2017 (arXiv:1706.03762), section 3.5.
     """
     half = dim // 2
     k = torch.arange(half, dtype=torch.float32, device=t.device)
@@ -114,23 +111,10 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000) -> Tensor
     return F.pad(embedding, (0, dim % 2))  # (B, dim)
 
 
-def run(function: Callable[..., Tensor], *args: Tensor | None, recompute: bool) -> Tensor:
-    """Calls function(*args), with gradient checkpointing if `recompute` is set.
-
-    Its activations are then computed again in the backward pass instead of kept: the same
-    gradients, less memory (Chen et al. 2016, arXiv:1604.06174).
-    """
-    if recompute and torch.is_grad_enabled():
-        out: Tensor = checkpoint(function, *args, use_reentrant=False)
-        return out
-    return function(*args)
-
-
 def upsample_nearest(x: Tensor, size: Sequence[int] | None = None) -> Tensor:
-    """Repeats each pixel of x (B, C, h, w) twice on each side.
+    """Repeat each pixel of x (B, C, h, w) twice on each side, and crop to `size` (height, width).
 
-    `size` (height, width) crops the result: a side that was odd, and was rounded up when it was
-    halved, would come out one pixel too long.
+    A side that was odd, and was rounded up when it was halved, would be one pixel too long.
     """
     x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (B, C, 2h, 2w)
     return x if size is None else x[..., : size[0], : size[1]]
@@ -167,18 +151,15 @@ class Downsample(Layer):
         return x
 
 
-class ResBlock(Layer):
+class ResBlock(CheckpointedLayer):
     """norm, SiLU, conv; plus the time embedding; norm, SiLU, dropout, conv; plus the input.
 
+    Dhariwal and Nichol 2021 (arXiv:2105.05233).
+
     Args:
-        channels: Channels of the input.
-        emb_channels: Features of the time embedding.
-        dropout: Probability of dropout.
-        out_channels: Channels of the output; None for `channels`.
         use_conv: Whether the skip is a 3x3 convolution where the width changes, else 1x1.
         use_scale_shift_norm: Whether the embedding scales and shifts the second norm, instead of
             being added before it.
-        use_checkpoint: Whether activations are recomputed in the backward pass.
         up: Whether both branches are upsampled by 2 before the first convolution.
         down: Whether both branches are downsampled by 2 there.
     """
@@ -217,11 +198,7 @@ class ResBlock(Layer):
             kernel = 3 if use_conv else 1
             self.skip_connection = Conv2d(channels, out_channels, kernel, padding=kernel // 2)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x: (B, channels, h, w). emb: (B, emb_channels). Returns (B, out_channels, h, w)."""
-        return run(self._forward, x, emb, recompute=self.use_checkpoint)
-
-    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def compute(self, x: Tensor, emb: Tensor) -> Tensor:
         norm, silu, conv = self.in_layers
         h: Tensor = conv(self.resample(silu(norm(x))))  # (B, C_out, h, w)
         emb = self.emb_layers(emb).to(h.dtype)[:, :, None, None]  # (B, C_out or 2 C_out, 1, 1)

@@ -1,7 +1,5 @@
 """The discriminator of the autoencoder's training: tells images from reconstructions, per patch.
 
-    image (B, 3, H, W) -> logits (B, 1, h, w), one for every overlapping patch; h is about H / 8
-
 Isola et al. 2017 (arXiv:1611.07004): "PatchGAN", patches of 70 x 70 pixels with three layers.
 """
 
@@ -24,9 +22,6 @@ class PatchDiscriminator(Layer):
         in_channels: Channels of the image.
         width: Channels of the first convolution; the widest have 8 times as many.
         layers: Number of convolutions with stride 2.
-
-    Raises:
-        ValueError: If `layers` is less than 1.
     """
 
     def __init__(self, *, in_channels: int = 3, width: int = 64, layers: int = 3) -> None:
@@ -53,6 +48,6 @@ class PatchDiscriminator(Layer):
                 nn.init.normal_(layer.weight, 1.0, 0.02)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits (B, 1, h, w) of images (B, 3, H, W) in [-1, 1]; positive = taken for real."""
+        """Classify patches of images (B, 3, H, W) in [-1, 1]: logits (B, 1, h, w), real > 0."""
         logits: Tensor = self.main(image)  # (B, 1, h, w)
         return logits

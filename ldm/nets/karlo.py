@@ -30,10 +30,6 @@ class Prior(Layer):
         clip_dim: Width D of embeddings and text tokens.
         text_ctx: Number N of text tokens.
         xf_width: Width W of the transformer.
-        xf_layers: Number of its blocks.
-        xf_heads: Number of attention heads.
-        xf_final_ln: Whether the transformer ends in a LayerNorm.
-        text_drop: Ignored; it is for training.
     """
 
     IGNORED: ClassVar[frozenset[str]] = frozenset({"text_drop"})
@@ -70,16 +66,13 @@ class Prior(Layer):
         return self.prd_emb.dtype
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor) -> Tensor:
-        """Predicts clean embeddings.
+        """Predict clean embeddings (B, D).
 
         Args:
             x: Noisy embeddings (B, D).
             timesteps: (B,).
             context: Text tokens (B, N, D); a token that is all zeros is padding, and masked.
             y: Text embeddings (B, D).
-
-        Returns:
-            (B, D), in the dtype of x.
         """
         t = timestep_embedding(timesteps, self.prd_emb.shape[-1]).to(self.dtype)
         tokens = [
@@ -121,7 +114,7 @@ class PriorBlock(Layer):
 
 
 def _attention_mask(context: Tensor, length: int) -> Tensor:
-    """Each token attends to itself, and to those before it that are not padding."""
+    """Mask (B, 1, N, N): a token attends to itself, and to those before it that are not padding."""
     visible = F.pad(context.ne(0).any(dim=-1), (0, length - context.shape[1]), value=True)
     square = torch.ones(length, length, dtype=torch.bool, device=context.device)
     return (visible[:, None, None] & square.tril()) | torch.eye(

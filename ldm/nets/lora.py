@@ -3,9 +3,6 @@
     attached   y = layer(x) + strength * alpha / rank * up(down(x))     can be trained and detached
     merged     W <- W + strength * alpha / rank * up down               as fast as without
 
-Target layers are linear layers, convolutions, and the queries, keys or values of a fused
-projection. `loading/addons/lora.py` reads and writes files.
-
 Hu et al. 2021 (arXiv:2106.09685); of convolutions: Yeh et al. 2023 (arXiv:2309.14859), LoCon.
 """
 
@@ -27,7 +24,7 @@ class Target(NamedTuple):
     """A layer that a LoRA changes, or one third of an attention's `in_proj_weight`.
 
     Args:
-        layer: a linear layer, a convolution, or an attention with a fused projection `in_proj`.
+        layer: A linear layer, a convolution, or an attention with a fused projection `in_proj`.
         part: 0 queries, 1 keys, 2 values; None for a layer that is changed as a whole.
     """
 
@@ -36,7 +33,6 @@ class Target(NamedTuple):
 
     @property
     def parameter(self) -> str:
-        """Name of the layer's parameter."""
         return "weight" if self.part is None else "in_proj_weight"
 
     @property
@@ -47,7 +43,7 @@ class Target(NamedTuple):
 
     @torch.no_grad()
     def add(self, delta: Tensor) -> None:
-        """Put a new weight in place of the old one, whose memory may be pages of a file."""
+        """Replace the weight by a new one, as the old one's memory may be pages of a file."""
         old = self.layer.get_parameter(self.parameter)
         new = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
         self.layer.register_parameter(self.parameter, new)
@@ -57,12 +53,9 @@ class Target(NamedTuple):
 class LoRALayer(nn.Module):
     """The addition of rank `rank` to one layer, zero until it is trained or filled.
 
-    Args:
-        target: the layer.
-        rank: features between `lora_down` and `lora_up`.
-        alpha: strength in units of the rank; the rank itself if None.
-
-    `strength` is the user's own factor; files do not hold it.
+    Attributes:
+        alpha: Strength of the file, in units of the rank; by default the rank.
+        strength: The user's own factor, which files do not hold.
     """
 
     alpha: Tensor
@@ -95,21 +88,21 @@ class LoRALayer(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """strength * alpha / rank, a scalar."""
+        """The factor strength * alpha / rank."""
         return self.alpha * (self.strength / self.rank)
 
     def forward(self, x: Tensor) -> Tensor:
-        """What is added to the layer's output for the input x."""
+        """Return what is added to the layer's output for the input x."""
         return self.lora_up(self.lora_down(x)) * self.scale  # (B, N, C_out) or (B, C_out, h, w)
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """What is added to the layer's weight, in its shape, float32."""
+        """Return what is added to the layer's weight, in its shape, float32."""
         down, up = self.lora_down.weight.float(), self.lora_up.weight.float()
         return (up.flatten(1) @ down.flatten(1) * self.scale).view(len(up), *down.shape[1:])
 
     def add_to_output(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """The layer's output with the addition; a forward hook of the layer."""
+        """Return the layer's output with the addition; a forward hook of the layer."""
         x = upsample_nearest(*args) if isinstance(layer, DoublingConv2d) else args[0]
         y: Tensor = self(x.to(self.lora_down.weight.dtype)).to(output.dtype)
         if self.target.part is not None:
@@ -127,7 +120,6 @@ class LoRA(nn.ModuleDict):
 
     @property
     def layers(self) -> dict[str, LoRALayer]:
-        """The layers by name, with their type."""
         return {name: cast(LoRALayer, layer) for name, layer in self.items()}
 
     def attach(self) -> None:

@@ -3,9 +3,8 @@
     both images -> features at five depths of VGG16, as unit vectors -> squared difference, weighted
     per channel -> mean over positions -> sum over depths
 
-Zhang et al. 2018 (arXiv:1801.03924); VGG16 of Simonyan and Zisserman 2014 (arXiv:1409.1556). Names
-of weights are those of the original's training checkpoints. `ldm.loading.addons.lpips` loads them:
-without them, the distance has no meaning.
+Zhang et al. 2018 (arXiv:1801.03924); VGG16 of Simonyan and Zisserman 2014 (arXiv:1409.1556).
+Without the weights that `ldm.loading.addons.lpips` loads, the distance has no meaning.
 """
 
 import itertools
@@ -27,8 +26,6 @@ SCALE = (0.458, 0.448, 0.450)
 
 
 class Scaling(Layer):
-    """(image - shift) / scale, for each colour."""
-
     def __init__(self) -> None:
         super().__init__()
         self.shift: Tensor
@@ -77,11 +74,7 @@ class Head(Layer):
 
 
 class LPIPS(Layer):
-    """The perceptual distance of two images, with frozen weights.
-
-    Stays in eval mode whatever holds it: the original's dropout came back when its whole model
-    was put in training mode, which only adds noise to a distance.
-    """
+    """The perceptual distance of two images, with frozen weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,19 +86,11 @@ class LPIPS(Layer):
         super().train(False)
 
     def train(self, mode: bool = True) -> "LPIPS":
-        """Leaves the module in eval mode."""
+        """Stay in eval mode: the original's dropout in training only added noise to a distance."""
         return self
 
     def forward(self, image: Tensor, other: Tensor) -> Tensor:
-        """Measures the distance of each pair.
-
-        Args:
-            image: (B, 3, H, W) in [-1, 1], each side at least 16 pixels.
-            other: As `image`.
-
-        Returns:
-            (B, 1, 1, 1); 0 for equal images.
-        """
+        """Measure distances (B, 1, 1, 1) of images (B, 3, H, W) in [-1, 1], at least 16 x 16."""
         pairs = zip(self.features(image), self.features(other), strict=True)
         distance = image.new_zeros(len(image), 1, 1, 1)
         for depth, (one, two) in enumerate(pairs):
@@ -114,7 +99,7 @@ class LPIPS(Layer):
         return distance  # (B, 1, 1, 1)
 
     def features(self, image: Tensor) -> list[Tensor]:
-        """Features at the five depths, (B, C, h, w) each, unit vectors along the channels."""
+        """Compute features at the five depths, (B, C, h, w) each, unit vectors over channels."""
         return [_normalize(x) for x in self.net(self.scaling_layer(image))]
 
 

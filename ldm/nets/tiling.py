@@ -14,16 +14,12 @@ __all__ = ["apply_tiled"]
 def apply_tiled(
     function: Callable[[Tensor], Tensor], x: Tensor, tile: int, factor: int = 1
 ) -> Tensor:
-    """Applies a function to tiles of x, and blends the results.
+    """Apply a function to tiles of x, and blend the results.
 
     Args:
         function: (B, C, h, w) -> (B, C', h * factor, w * factor).
         x: (B, C, H, W); if it is not larger than a tile, the function gets it whole.
         tile: Side of the tiles, in pixels of x.
-        factor: Enlargement by the function.
-
-    Returns:
-        (B, C', H * factor, W * factor).
     """
     height, width = x.shape[-2:]
     if max(height, width) <= tile:

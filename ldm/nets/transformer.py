@@ -1,8 +1,5 @@
 """Attention layers of the UNet, over the positions of a feature map and to the context.
 
-SpatialTransformer: (B, C, h, w) -> tokens (B, h w, C) -> TransformerBlocks -> (B, C, h, w), plus x.
-TransformerBlock: self-attention, cross-attention to the context, feed-forward; each after a
-LayerNorm, each added to its input. AttentionBlock is an older kind, without a context.
 Rombach et al. 2022 (arXiv:2112.10752), appendix E.2.1; gates: Shazeer 2020 (arXiv:2002.05202).
 """
 
@@ -13,7 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.nets.attention import attention
-from ldm.nets.blocks import Conv2d, GroupNorm, Layer, LayerNorm, Linear, run, zero
+from ldm.nets.blocks import (
+    CheckpointedLayer,
+    Conv2d,
+    GroupNorm,
+    Layer,
+    LayerNorm,
+    Linear,
+    zero,
+)
 
 __all__ = [
     "GEGLU",
@@ -26,7 +31,7 @@ __all__ = [
 
 
 class GEGLU(Layer):
-    """value * gelu(gate), both halves of one projection, the value first (arXiv:2002.05202)."""
+    """value * gelu(gate), both halves of one projection, the value first."""
 
     def __init__(self, *, dim_in: int, dim_out: int) -> None:
         super().__init__()
@@ -38,15 +43,7 @@ class GEGLU(Layer):
 
 
 class FeedForward(Layer):
-    """MLP of one hidden layer.
-
-    Args:
-        dim: Features of the input.
-        dim_out: Features of the output; None for `dim`.
-        mult: Features of the hidden layer, in multiples of `dim`.
-        glu: Whether the activation is GEGLU, else GELU.
-        dropout: Probability of dropout.
-    """
+    """MLP of one hidden layer, with GELU or (glu) GEGLU."""
 
     def __init__(
         self,
@@ -72,15 +69,7 @@ class FeedForward(Layer):
 
 
 class CrossAttention(Layer):
-    """Attention of x to a context, or of x to itself.
-
-    Args:
-        query_dim: Features of x.
-        context_dim: Features of the context; None for those of x.
-        heads: Number of heads.
-        dim_head: Features per head.
-        dropout: Probability of dropout of the output.
-    """
+    """Attention of x to a context, or of x to itself."""
 
     def __init__(
         self,
@@ -103,18 +92,10 @@ class CrossAttention(Layer):
     def forward(
         self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """Attends from x to the context.
+        """Attend from x (B, N, query_dim) to the context (B, M, context_dim), or to x.
 
         Args:
-            x: (B, N, query_dim).
-            context: (B, M, context_dim); None for x.
-            mask: Tokens of the context to keep, bool (B, M); None for all.
-
-        Returns:
-            (B, N, query_dim).
-
-        Raises:
-            ValueError: If the context has other features than `context_dim`.
+            mask: Tokens of the context to keep, bool (B, M).
         """
         context = x if context is None else context
         if context.shape[-1] != self.context_dim:
@@ -131,17 +112,11 @@ class CrossAttention(Layer):
         return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)  # (B, heads, N, d)
 
 
-class TransformerBlock(Layer):
+class TransformerBlock(CheckpointedLayer):
     """Self-attention, cross-attention and feed-forward, each after a LayerNorm, as residuals.
 
     Args:
-        dim: Features of the tokens.
-        n_heads: Number of attention heads.
-        d_head: Features per head.
-        dropout: Probability of dropout.
         context_dim: Features of the context; None for self-attention in its place.
-        gated_ff: Whether the feed-forward's activation is GEGLU, else GELU.
-        use_checkpoint: Whether activations are recomputed in the backward pass.
         disable_self_attn: Whether the first attention is to the context, too.
     """
 
@@ -175,10 +150,7 @@ class TransformerBlock(Layer):
         self.norm2 = LayerNorm(dim)
         self.norm3 = LayerNorm(dim)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return run(self._forward, x, context, recompute=self.use_checkpoint)
-
-    def _forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+    def compute(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         x = x + self.attn1(self.norm1(x), context if self.disable_self_attn else None)  # (B, N, C)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
@@ -188,19 +160,11 @@ class SpatialTransformer(Layer):
     """TransformerBlocks over the positions of a feature map, as a residual.
 
     Args:
-        in_channels: Channels of the feature map.
-        n_heads: Number of attention heads.
-        d_head: Features per head; tokens have n_heads * d_head.
         depth: Number of blocks.
-        dropout: Probability of dropout.
         context_dim: Features of the context, or a list of one per block.
-        disable_self_attn: Whether the first attention of a block is to the context, too.
+        disable_self_attn: See TransformerBlock.
         use_linear: Whether to project tokens (SD 2) instead of the feature map (SD 1). The result
             is the same, the shapes of the weights are not.
-        use_checkpoint: Whether activations are recomputed in the backward pass.
-
-    Raises:
-        ValueError: If `context_dim` is a list of another length than `depth`.
     """
 
     def __init__(
@@ -237,17 +201,10 @@ class SpatialTransformer(Layer):
         self.proj_out = zero(proj_out)
 
     def forward(self, x: Tensor, context: Tensor | Sequence[Tensor] | None = None) -> Tensor:
-        """Attends over positions and to the context.
+        """Attend over the positions of x (B, C, h, w) and to the context.
 
         Args:
-            x: (B, C, h, w).
             context: (B, M, D) for all blocks, or a list of one per block.
-
-        Returns:
-            (B, C, h, w).
-
-        Raises:
-            ValueError: If the list has not one context per block.
         """
         h = self.norm(x)  # (B, C, h, w)
         h = self.proj_in(_tokens(h)) if self.use_linear else _tokens(self.proj_in(h))  # (B, h w, C)
@@ -259,21 +216,13 @@ class SpatialTransformer(Layer):
         return x + h  # (B, C, h, w)
 
 
-class AttentionBlock(Layer):
-    """Self-attention over all positions, as a residual, without a context.
-
-    Dhariwal and Nichol 2021 (arXiv:2105.05233).
+class AttentionBlock(CheckpointedLayer):
+    """Self-attention over all positions, as a residual (arXiv:2105.05233).
 
     Args:
-        channels: Channels of the feature map.
         num_heads: Number of heads, if `num_head_channels` is -1.
-        num_head_channels: Channels per head.
-        use_checkpoint: Whether activations are recomputed in the backward pass.
         use_new_attention_order: Whether the channels of `qkv` are ordered by q, k, v first, then by
             heads; else by heads first.
-
-    Raises:
-        ValueError: If the heads do not divide the channels.
     """
 
     def __init__(
@@ -295,10 +244,7 @@ class AttentionBlock(Layer):
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero(nn.Conv1d(channels, channels, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return run(self._forward, x, recompute=self.use_checkpoint)
-
-    def _forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         qkv: Tensor = self.qkv(self.norm(x).flatten(2))  # (B, 3 C, h w)
         if self.use_new_attention_order:
             qkv = qkv.view(len(x), 3, self.heads, -1, qkv.shape[-1]).transpose(1, 2)

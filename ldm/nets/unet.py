@@ -3,10 +3,8 @@
     x ── input_blocks ──> middle_block ──> output_blocks ──> out
               └── one skip connection per input block ──┘
 
-Each level has residual blocks, most with attention, and halves or doubles the size at its end.
-Names of parameters are the original's, so that published weights load as they are. One class
-serves SD 1, SD 2, inpainting, depth, x4 and unCLIP. Ronneberger et al. 2015 (arXiv:1505.04597);
-Dhariwal and Nichol 2021 (arXiv:2105.05233); Rombach et al. 2022 (arXiv:2112.10752).
+Ronneberger et al. 2015 (arXiv:1505.04597); Dhariwal and Nichol 2021 (arXiv:2105.05233);
+Rombach et al. 2022 (arXiv:2112.10752).
 """
 
 from collections.abc import Collection, Sequence
@@ -67,73 +65,39 @@ class UNet(nn.Module):
     """The denoising network. Its fields are the keywords of `unet_config` in the original's YAML.
 
     Level i is `channel_mult[i] * model_channels` wide and 2 ** i times smaller than the latent.
-    Some settings may be lists of one entry per level.
-
-    Args:
-        in_channels: Channels of the latent, and of images that are concatenated with it.
-        model_channels: Width of the first level, a multiple of 32.
-        out_channels: Channels of the prediction.
-        num_res_blocks: Residual blocks per level; the way up has one more. May be a list.
-        attention_resolutions: Factors 2 ** i of the levels with attention.
-        dropout: Probability of dropout in residual blocks.
-        channel_mult: Widths of the levels, in multiples of `model_channels`.
-        conv_resample: Whether levels are resampled by convolutions, else by mean and nearest.
-        dims: Only 2 is supported.
-        num_classes: Kind of `y`: an int for classes 0 … n-1, "continuous" for (B, 1), "sequential"
-            for (B, adm_in_channels), None for none.
-        use_checkpoint: Whether activations are recomputed in the backward pass, to save memory.
-        num_heads: Number of attention heads; -1 if `num_head_channels` says how wide they are.
-        num_head_channels: Channels per head; -1 if `num_heads` says how many there are.
-        num_heads_upsample: Number of heads on the way up, for attention without transformer.
-        use_scale_shift_norm: See ResBlock.
-        resblock_updown: Whether levels are resampled by residual blocks.
-        use_new_attention_order: See AttentionBlock.
-        use_spatial_transformer: Whether attention is that of SpatialTransformer, with a context.
-        transformer_depth: Blocks per transformer. May be a list.
-        context_dim: Features of the context; a list if each block has a context of its own.
-        n_embed: Not supported.
-        legacy: Whether `num_head_channels` only says how many heads divide the width evenly.
-        disable_self_attentions: List of the levels whose blocks attend to the context only.
-        num_attention_blocks: List of how many blocks of a level have attention; None for all.
-        disable_middle_self_attn: As `disable_self_attentions`, for the middle block.
-        use_linear_in_transformer: See `use_linear` of SpatialTransformer.
-        adm_in_channels: Features of `y` for num_classes "sequential".
-
-    Raises:
-        ValueError: For settings that contradict each other or are not supported.
     """
 
     IGNORED: ClassVar[frozenset[str]] = frozenset(
         {"image_size", "use_fp16", "use_bf16", "spatial_transformer_attn_type"}
     )
 
-    in_channels: int
-    model_channels: int
+    in_channels: int  # of the latent, and of images that are concatenated with it
+    model_channels: int  # width of the first level, a multiple of 32
     out_channels: int
-    num_res_blocks: int | Sequence[int]
-    attention_resolutions: Collection[int]
+    num_res_blocks: int | Sequence[int]  # per level, or a list; the way up has one more
+    attention_resolutions: Collection[int]  # factors 2 ** i of the levels with attention
     dropout: float = 0.0
     channel_mult: Sequence[int] = (1, 2, 4, 8)
-    conv_resample: bool = True
+    conv_resample: bool = True  # else levels are resampled by mean and nearest neighbour
     dims: Literal[2] = 2
-    num_classes: int | Literal["continuous", "sequential"] | None = None
+    num_classes: int | Literal["continuous", "sequential"] | None = None  # kind of `y`
     use_checkpoint: bool = False
-    num_heads: int = -1
+    num_heads: int = -1  # -1 if num_head_channels says how wide they are
     num_head_channels: int = -1
-    num_heads_upsample: int = -1
+    num_heads_upsample: int = -1  # on the way up, for attention without transformer
     use_scale_shift_norm: bool = False
-    resblock_updown: bool = False
+    resblock_updown: bool = False  # levels are resampled by residual blocks
     use_new_attention_order: bool = False
     use_spatial_transformer: bool = False
-    transformer_depth: int | Sequence[int] = 1
-    context_dim: int | Sequence[int] | None = None
+    transformer_depth: int | Sequence[int] = 1  # blocks per transformer, or a list by level
+    context_dim: int | Sequence[int] | None = None  # a list if each block has its own context
     n_embed: None = None
-    legacy: bool = True
-    disable_self_attentions: Sequence[bool] | None = None
-    num_attention_blocks: Sequence[int] | None = None
+    legacy: bool = True  # num_head_channels only says how many heads divide the width evenly
+    disable_self_attentions: Sequence[bool] | None = None  # levels that attend to the context only
+    num_attention_blocks: Sequence[int] | None = None  # per level
     disable_middle_self_attn: bool = False
     use_linear_in_transformer: bool = False
-    adm_in_channels: int | None = None
+    adm_in_channels: int | None = None  # features of `y` for num_classes "sequential"
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -177,20 +141,15 @@ class UNet(nn.Module):
     def forward(
         self, x: Tensor, timesteps: Tensor, context: Context = None, y: Tensor | None = None
     ) -> Tensor:
-        """Predicts eps, v or x0 of noisy latents.
+        """Predict eps, v or x0 of noisy latents, (B, out_channels, h, w) in the dtype of x.
 
         Args:
             x: (B, in_channels, h, w), of any size where convolutions halve it, else a multiple of
                 2 ** (levels - 1).
             timesteps: (B,), 0 … 999, may be fractional.
             context: (B, M, context_dim), or a list of one per transformer block.
-            y: (B,) class, (B, 1) or (B, adm_in_channels), see `num_classes`.
-
-        Returns:
-            (B, out_channels, h, w), in the dtype of x.
-
-        Raises:
-            ValueError: For a size or conditions that do not fit this UNet.
+            y: For num_classes n a class 0 … n-1, (B,); for "continuous" (B, 1), for "sequential"
+                (B, adm_in_channels).
         """
         self._check_input(x, y)
         emb = timestep_embedding(timesteps, self.model_channels)  # (B, model_channels)
@@ -211,7 +170,7 @@ class UNet(nn.Module):
         return out.to(x.dtype).contiguous()  # (B, out_channels, h, w)
 
     def _build_input_blocks(self) -> tuple[nn.ModuleList, list[int]]:
-        """The input blocks, and the width that each leaves for its skip connection."""
+        """Build the input blocks; also return the width of each, for its skip connection."""
         blocks = [Stage(Conv2d(self.in_channels, self.model_channels, 3, padding=1))]
         skips = [self.model_channels]
         for level, width in enumerate(self._widths):
@@ -227,7 +186,7 @@ class UNet(nn.Module):
         return nn.ModuleList(blocks), skips
 
     def _build_output_blocks(self, ch: int, skips: list[int]) -> tuple[nn.ModuleList, int]:
-        """The output blocks, one for each skip connection, and the last width."""
+        """Build the output blocks, one for each skip connection; also return the last width."""
         blocks = []
         for level, width in reversed(list(enumerate(self._widths))):
             for i in range(self._res_blocks[level] + 1):
@@ -300,7 +259,7 @@ class UNet(nn.Module):
         )
 
     def _heads(self, ch: int) -> tuple[int, int]:
-        """Number of heads and features per head at a width."""
+        """Count the heads and the features per head at a width."""
         if self.num_head_channels == -1:
             return self.num_heads, ch // self.num_heads
         heads = ch // self.num_head_channels

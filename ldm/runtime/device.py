@@ -1,6 +1,7 @@
 """Which device, precision and number of threads suit a run on this machine, and its memory."""
 
 import ctypes
+import functools
 import os
 import platform
 from pathlib import Path
@@ -12,6 +13,7 @@ from ldm.runtime.ranks import local_processes, local_rank
 
 __all__ = [
     "free_memory",
+    "has_amx",
     "has_fast_bf16",
     "is_intel",
     "keep_memory",
@@ -118,6 +120,12 @@ def keep_memory() -> bool:
 def has_fast_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 natively; others are slower with it than without."""
     return any(feature in _cpu_info() for feature in (" avx512_bf16", " amx_bf16"))
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether this CPU has a unit that multiplies matrices of bfloat16."""
+    return " amx_bf16" in _cpu_info()
 
 
 def is_intel() -> bool:

@@ -1,7 +1,7 @@
 """Builds the parts of a run from its settings: the model as configured, its task, its state."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
+from ldm.nets.blocks import CheckpointedLayer
 from ldm.train.config.schema import Trainer
 from ldm.train.config.settings import Settings
 from ldm.train.distributed.parallel import LossModule, Ranks, is_sharded, shard
@@ -21,13 +22,6 @@ from ldm.train.tasks.diffusion import Diffusion, diffusion_options
 from ldm.train.tasks.task import LossFunction, Task
 
 __all__ = ["build_state", "build_task", "configure_model", "set_checkpointing"]
-
-
-@runtime_checkable
-class CheckpointedBlock(Protocol):
-    """A block that may recompute its activations in the backward pass."""
-
-    use_checkpoint: bool
 
 
 def configure_model(model: nn.Module, trainer: Trainer) -> None:
@@ -55,7 +49,7 @@ def set_checkpointing(model: nn.Module, on: bool = True) -> int:
     Returns:
         The number of blocks that can.
     """
-    blocks = [module for module in model.modules() if isinstance(module, CheckpointedBlock)]
+    blocks = [module for module in model.modules() if isinstance(module, CheckpointedLayer)]
     for block in blocks:
         block.use_checkpoint = on
     return len(blocks)

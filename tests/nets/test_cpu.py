@@ -297,7 +297,7 @@ def test_norms_of_large_maps_keep_their_digits(batch, height, width):
 @pytest.mark.parametrize("tile", [1, 8 << 10, 1 << 30])
 def test_tiled_attention_is_as_near_as_sdpa(monkeypatch, n, m, tile):
     monkeypatch.setattr("ldm.nets.attention.TILE", tile)
-    monkeypatch.setattr("ldm.nets.attention._multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr("ldm.nets.attention.has_amx", lambda: False)
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, size, 3, 40).bfloat16().transpose(1, 2) for size in (n, m, m))
     exact = F.scaled_dot_product_attention(*(x.double() for x in (q, k, v)))

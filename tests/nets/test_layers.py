@@ -10,10 +10,8 @@ from ldm.nets import autoencoder
 from ldm.nets.blocks import (
     Downsample,
     GroupNorm,
-    Linear,
     ResBlock,
     Upsample,
-    run,
     timestep_embedding,
 )
 from ldm.nets.transformer import (
@@ -124,25 +122,6 @@ def test_residual_branches_start_as_zero():
     assert torch.equal(SpatialTransformer(**LINEAR)(x, context), x)
 
 
-def test_recomputing_gives_the_same_output_and_gradients():
-    def results(recompute):
-        torch.manual_seed(0)
-        layer = nn.Sequential(Linear(8, 8), nn.SiLU(), nn.Dropout(0.5))
-        x = torch.ones(3, 8, requires_grad=True)
-        y = run(layer, x, recompute=recompute)
-        return [y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
-
-    for plain, again in zip(results(False), results(True), strict=True):
-        assert torch.equal(plain, again)
-
-
-def test_nothing_is_recomputed_without_gradients():
-    calls = []
-    with torch.no_grad():
-        run(lambda x: calls.append(1) or x, torch.ones(1), recompute=True)
-    assert calls == [1]
-
-
 def randomize(module):
     torch.manual_seed(0)
     for parameter in module.parameters():
@@ -164,17 +143,6 @@ def test_one_context_serves_all_blocks():
     module = randomize(SpatialTransformer(**SPATIAL, depth=2))
     x, context = torch.randn(2, 64, 4, 6), torch.randn(2, 5, 24)
     assert torch.equal(module(x, context), module(x, [context, context]))
-
-
-@pytest.mark.parametrize("context", [None, torch.randn(2, 5, 64)])
-def test_recomputing_a_block_gives_the_same_gradients(context):
-    def gradients(use_checkpoint):
-        block = randomize(TransformerBlock(**BLOCK, context_dim=64, use_checkpoint=use_checkpoint))
-        x = torch.ones(2, 6, 64, requires_grad=True)
-        return torch.autograd.grad(block(x, context).square().sum(), [x, *block.parameters()])
-
-    for plain, again in zip(gradients(False), gradients(True), strict=True):
-        assert torch.equal(plain, again)
 
 
 WRONG = [
