@@ -13,8 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from PIL import Image
-
 from ldm.app.catalogue import CatalogueEntry, list_checkpoints, read_catalogue
 from ldm.app.limits import Limits
 from ldm.app.model_cache import ModelCache
@@ -35,6 +33,7 @@ from ldm.generate.run import remake_image, run_request
 from ldm.generate.tasks import PreparedTask, Task
 from ldm.imaging.metadata import read_info
 from ldm.imaging.output import OutputFolder
+from ldm.imaging.reading import open_image
 from ldm.loading.addons.embeddings import embedding_files, load_embeddings
 from ldm.loading.files.checkpoint import file_hash
 from ldm.loading.load import load
@@ -144,7 +143,7 @@ class Backend:
         image = remake_image(prepared, model, info, progress.on_step)
         new = OutputFolder(self.outdir / "replays").save_sample(image, info)
         progress.add_image(info | {"path": str(new)})
-        with Image.open(path) as old:
+        with open_image(path) as old:
             difference = compare_images(old, image)
         if difference is None:
             return "identical"

@@ -22,6 +22,7 @@ from ldm.generate.options import Option, Value, options_of, parse_count, parse_f
 from ldm.generate.request import Prompts
 from ldm.generate.tasks import Task
 from ldm.imaging.metadata import parameters_text, read_info
+from ldm.imaging.reading import flatten_on_white
 from ldm.runtime.errors import ArgumentError, MissingArgument
 
 __all__ = ["CSS", "Field", "TaskForm", "describe_file", "describe_info", "show_progress"]
@@ -220,4 +221,4 @@ def _read_sketch(sketch: Mapping[str, Any] | None, uploads: Uploads) -> dict[str
         mask = ImageChops.lighter(mask, alpha.point(lambda value: 255 * (value > 127)))
     if mask.getbbox() is None:
         raise ArgumentError("The mask is empty. Draw over the area to repaint.", "mask")
-    return {"init_img": uploads.add_image(image.convert("RGB")), "mask": uploads.add_image(mask)}
+    return {"init_img": uploads.add_image(flatten_on_white(image)), "mask": uploads.add_image(mask)}

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from PIL import Image
-
+from ldm.imaging.reading import open_image
 from ldm.imaging.watermark import Finding, can_hold, identify
 
 
@@ -26,9 +25,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 def _report(path: Path, as_json: bool, with_absent: bool) -> bool:
     """Print the watermarks of a file; returns whether there is one."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             is_small, findings = not can_hold(image), identify(image)
-    except OSError as error:  # missing, or not an image
+    except (OSError, ValueError) as error:  # missing, or not an image
         print(f"{path}: {error}", file=sys.stderr)
         return False
     shown = [f for f in findings if with_absent or f.verdict != "absent"]

@@ -42,8 +42,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def _replay(args: Namespace, changes: dict[str, Any]) -> int:
-    from PIL import Image
-
     from ldm.generate.load import load_model
     from ldm.generate.provenance import (
         check_inputs,
@@ -55,6 +53,7 @@ def _replay(args: Namespace, changes: dict[str, Any]) -> int:
     )
     from ldm.generate.run import remake_image
     from ldm.imaging.metadata import fingerprint, read_info, write_png
+    from ldm.imaging.reading import open_image
 
     info = read_info(args.image)
     request = read_request(info, args.image)
@@ -68,7 +67,7 @@ def _replay(args: Namespace, changes: dict[str, Any]) -> int:
     image = remake_image(prepared, model, info)
     if args.output:
         write_png(args.output, image, info)
-    with Image.open(args.image) as old:
+    with open_image(args.image) as old:
         difference = compare_images(old, image)
         was_edited = fingerprint(old) != info.get("sha256")
     print(difference or "identical")

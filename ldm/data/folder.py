@@ -16,13 +16,12 @@ from pathlib import Path
 
 from ldm.data.dataset import ImageDataset, UnreadableSample
 from ldm.data.transforms import Transform
-from ldm.imaging.reading import read_size
+from ldm.imaging.reading import IMAGE_SUFFIXES, read_size
 from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["IMAGE_SUFFIXES", "Folder", "read_metadata"]
+__all__ = ["Folder", "read_metadata"]
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 CAPTION_SUFFIXES = (".txt", ".caption")
 CACHED = 2**28  # bytes of files that are kept in memory
 

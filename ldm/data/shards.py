@@ -36,10 +36,9 @@ from tqdm import tqdm
 
 from ldm.data.dataset import Sample, UnreadableSample
 from ldm.data.download import Download
-from ldm.data.folder import IMAGE_SUFFIXES
 from ldm.data.source import Batch, Source, collate, read_ahead
 from ldm.data.transforms import Transform
-from ldm.imaging.reading import decode_image, read_size
+from ldm.imaging.reading import IMAGE_SUFFIXES, decode_image, read_size
 from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile
 
 __all__ = [

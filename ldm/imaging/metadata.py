@@ -21,6 +21,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.diffusion.names import SAMPLERS, SCHEDULERS
+from ldm.imaging.reading import open_image
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = ["fingerprint", "parameters_text", "read_info", "write_png"]
@@ -62,7 +63,7 @@ def read_info(path: str | Path) -> JsonObject:
         The info given to `write_png`, with `sha256`; of another program's file the keys at the top
         of this file, `version`, and all other settings under `other`; without metadata {}.
     """
-    with Image.open(path) as image:
+    with open_image(path) as image:
         texts = {**image.info, **getattr(image, "text", {})}
     try:
         info = json.loads(texts.get(KEY, ""))

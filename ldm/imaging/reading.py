@@ -1,194 +1,338 @@
-"""Read image, mask and depth files of all common kinds.
+"""Read image files of every kind that Pillow decodes: the one place where images are opened.
 
-Images are rotated as their EXIF says; of an animation the first frame is used; transparency becomes
-white, 16 bits become 8, CMYK and palettes RGB. The error for a file that is damaged, enormous or
+`load_image` and `decode_image` give 8 bits in sRGB, upright. `load_stored` and `decode_stored` keep
+the values of the file, for masks and depth maps. The error for a file that is damaged, enormous or
 not an image is one line.
 """
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import ExifTags, Image, ImageFilter, ImageOps, UnidentifiedImageError
-from torch import Tensor
+from PIL import (
+    ExifTags,
+    Image,
+    ImageChops,
+    ImageCms,
+    ImageFile,
+    ImageOps,
+    PngImagePlugin,
+    UnidentifiedImageError,
+)
 
-from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile
+from ldm.runtime.errors import FileFormatError, MissingFile
 
 __all__ = [
+    "IMAGE_SUFFIXES",
+    "StoredImage",
     "decode_image",
+    "decode_stored",
     "flatten_on_white",
-    "load_depth",
     "load_image",
-    "load_mask",
-    "make_mask",
+    "load_stored",
+    "open_image",
     "read_size",
-    "save_depth",
 ]
 
 log = logging.getLogger(__name__)
 
 MAX_PIXELS = 100_000_000
-# What Pillow may open; it has more, some of which run other programs.
-FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-Box = tuple[int, int, int, int]
+# Texts (workflows, XMP) are longer than the megabyte, uncompressed, at which Pillow gives a PNG up.
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26
+PngImagePlugin.MAX_TEXT_MEMORY = 2**27
+# What Pillow decodes by itself; the rest runs other programs or reads nothing but a header. TGA is
+# the last, because nothing marks its beginning.
+FORMATS = (
+    "PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "JPEG2000", "PPM", "QOI", "PSD", "ICO",
+    "ICNS", "CUR", "DIB", "DDS", "PCX", "DCX", "SGI", "SUN", "IM", "MSP", "XBM", "XPM", "FITS",
+    "FLI", "BLP", "FTEX", "GBR", "PIXAR", "TGA",
+)  # fmt: skip
+Image.init()
+IMAGE_SUFFIXES = tuple(
+    suffix for suffix, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")
+)
+CONTENTS = {  # of other files that are given as images, by what they begin with, in small letters
+    "a web page, not an image": (b"<!doctype", b"<html"),
+    "an SVG drawing: convert it to PNG": (b"<svg",),
+    "a document, not an image": (b"%pdf", b"%!ps"),
+    "a HEIC image: convert it to PNG": (b"ftypheic", b"ftypheix", b"ftypmif1"),
+    "a JPEG XL image: convert it to PNG": (b"\xff\x0a", b"jxl \r\n"),
+    "a TIFF of an unusual kind: convert it to PNG": (b"ii*\0", b"mm\0*"),
+}
+# By Pillow's raw mode: from the colour key of a PNG, which it leaves as stored, to that of 8 bits.
+KEY_SCALES = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """The first page of an image file, upright, with the values that the file has.
+
+    Attributes:
+        name: of the file, for messages.
+        image: of any mode; "F" where values have more than 8 bits.
+        white: the value of white in mode "F"; None = unknown.
+        notes: what a user should know, as predicates: "has several pages, the first is used".
+    """
+
+    name: str | Path
+    image: Image.Image
+    white: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def luminance(self) -> np.ndarray:
+        """Return (H, W) float32 from black, 0, to `white`, or to 255 if there are 8 bits."""
+        image = self.image if self.image.mode == "F" else _to_rgb(self.image).convert("L")
+        return np.asarray(image, np.float32)
+
+    def alpha(self) -> Image.Image | None:
+        """Return the opacity, "L"; None if the file has no transparency."""
+        if self.image.mode == "F":
+            if "transparency" not in self.image.info:
+                return None
+            is_opaque = self.luminance() != self.image.info["transparency"]
+            return Image.fromarray(is_opaque.astype(np.uint8) * 255)
+        if not self.image.has_transparency_data:
+            return None
+        return _to_rgb(self.image).getchannel("A")
+
+    def finite_range(self) -> tuple[float, float]:
+        """Return the smallest and the greatest luminance, but for NaN and infinity.
+
+        Raises:
+            FileFormatError: there are no other values.
+        """
+        values = self.luminance()
+        finite = values[np.isfinite(values)]
+        if not finite.size:
+            raise FileFormatError(f"`{self.name}` has no finite values")
+        if finite.size < values.size:
+            self._note(f"has {values.size - finite.size} values that are NaN or infinite, left out")
+        return float(finite.min()), float(finite.max())
+
+    def to_grey(self) -> Image.Image:
+        """Convert to luminance of 8 bits, "L"."""
+        if self.image.mode != "F":
+            return _to_rgb(self.image).convert("L")
+        low, high = self.finite_range()
+        if self.white is None:
+            self._note(f"has values from {low:g} to {high:g}, which become black and white")
+            span = max(high - low, 1e-30)
+        else:
+            low, span = 0.0, self.white
+        levels = np.nan_to_num((self.luminance() - low) * (255 / span), nan=0.0)
+        return Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
+
+    def to_srgb(self) -> Image.Image:
+        """Convert to 8 bits in sRGB, "RGB", or "RGBA" if the file has transparency."""
+        image = self.to_grey() if self.image.mode == "F" else self.image
+        rgb = _to_rgb(image).convert("RGB")
+        profile = self.image.info.get("icc_profile")
+        if profile and image.mode != "LAB":  # its values are absolute
+            try:
+                rgb = _apply_profile(image, rgb, profile)
+            except (ImageCms.PyCMSError, OSError, ValueError, TypeError, ImportError):
+                self._note("has a colour profile that is damaged or does not fit, ignored")
+        alpha = self.alpha()
+        if alpha is not None:
+            rgb.putalpha(alpha)
+        return rgb
+
+    def log_notes(self) -> "StoredImage":
+        """Log what a user should know, once; returns the image itself."""
+        for note in self.notes:
+            log.warning("`%s` %s", self.name, note)
+        return self
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """The image in a file, RGB.
+    """Load the image in a file, RGB, with what is transparent laid on white.
 
     Raises:
         MissingFile: there is no file.
         FileFormatError: the file is not an image, damaged or enormous.
     """
-    return flatten_on_white(_load(path))
-
-
-def flatten_on_white(image: Image.Image) -> Image.Image:
-    """The image without transparency, RGB."""
-    if "A" not in image.getbands():
-        return image.convert("RGB")
-    background = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(background, image.convert("RGBA")).convert("RGB")
-
-
-def load_mask(path: str | Path, size: tuple[int, int]) -> Image.Image:
-    """The mask in a file, "L", white = inpaint; resized to the size of its image.
-
-    Args:
-        size: (width, height) of the image.
-    Raises:
-        ArgumentError: its aspect ratio is not that of the image.
-    """
-    mask = _load(path).convert("L")
-    if mask.size == size:
-        return mask
-    if abs(mask.width / mask.height * size[1] / size[0] - 1) > 0.02:
-        raise ArgumentError(
-            f"the mask `{path}` is {mask.width}x{mask.height}, the image {size[0]}x{size[1]}"
-        )
-    log.warning("the mask `%s` is resized to %dx%d", path, *size)
-    return mask.resize(size, Image.Resampling.NEAREST)
-
-
-def make_mask(
-    image: str | Path,
-    mask: str | Path | None = None,
-    box: Box | None = None,
-    *,
-    grow: int = 0,
-    blur: float = 0.0,
-) -> Image.Image:
-    """The mask of an image file, "L", white = inpaint: a file, a box, or the transparent parts.
-
-    Args:
-        box: (left, top, right, bottom) in pixels.
-        grow: pixels by which the mask is dilated.
-        blur: radius of the mask blur, pixels.
-    Raises:
-        ArgumentError: there is no mask, or it is empty.
-    """
-    source = _load(image)
-    if mask is not None:
-        result = load_mask(mask, source.size)
-    elif box is not None:
-        result = Image.new("L", source.size)
-        result.paste(255, box)
-    elif "A" in source.getbands():
-        result = ImageOps.invert(source.getchannel("A"))
-    else:
-        raise ArgumentError(f"`{image}` has no transparency: a mask file or a box is needed")
-    if result.getbbox() is None:
-        raise ArgumentError(f"the mask of `{image}` is empty: nothing would be inpainted")
-    if grow:
-        result = result.filter(ImageFilter.MaxFilter(2 * grow + 1))
-    return result.filter(ImageFilter.GaussianBlur(blur)) if blur else result
-
-
-def load_depth(path: str | Path, *, inverted: bool = False) -> Tensor:
-    """The depth map in a file, (1, 1, H, W) float32 in [0, 1], near = large.
-
-    Args:
-        inverted: in the file, white is far.
-    """
-    image = _load(path, keep_16_bit=True)
-    if image.mode not in ("I", "I;16", "F"):
-        image = image.convert("L")
-    depth = torch.from_numpy(np.asarray(image).astype(np.float32))[None, None]
-    depth = (depth - depth.min()) / (depth.max() - depth.min()).clamp(min=1e-6)
-    return 1 - depth if inverted else depth
-
-
-def save_depth(path: str | Path, depth: Tensor) -> None:
-    """Write a depth map (1, 1, H, W) of any range as a 16-bit PNG, the nearest white."""
-    low, high = depth.min(), depth.max()
-    levels = ((depth - low) / (high - low).clamp(min=1e-6) * 65535).round()
-    Image.fromarray(levels[0, 0].cpu().numpy().astype(np.uint16)).save(path, "PNG")
-
-
-def decode_image(
-    data: bytes, name: str | Path, *, keep_16_bit: bool = False, warn: bool = False
-) -> Image.Image:
-    """Decode the bytes of an image file: upright, the first frame, with its transparency.
-
-    Args:
-        name: of the file, for messages.
-        keep_16_bit: do not reduce 16 bits to 8.
-        warn: log a warning if only the first of several frames is used.
-    Raises:
-        FileFormatError: the file is not an image, damaged or enormous.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(BytesIO(data), formats=FORMATS) as file:
-                if file.width * file.height > MAX_PIXELS:
-                    raise Image.DecompressionBombError
-                if warn and getattr(file, "n_frames", 1) > 1:
-                    log.warning("`%s` is animated: its first frame is used", name)
-                image = ImageOps.exif_transpose(file)
-    except Image.DecompressionBombError:
-        raise FileFormatError(f"`{name}` has more than {MAX_PIXELS} pixels") from None
-    except UnidentifiedImageError:
-        raise FileFormatError(f"`{name}` is {_describe_content(data)}, not an image") from None
-    except Exception as error:  # Pillow's readers raise errors of any kind on a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FileFormatError(f"`{name}` is damaged: {reason}") from error
-    if image.mode == "P":
-        return image.convert("RGBA" if "transparency" in image.info else "RGB")
-    if image.mode.startswith("I") and not keep_16_bit:
-        values = np.asarray(image).astype(np.float32)
-        return Image.fromarray((values / 257).clip(0, 255).round().astype(np.uint8))
+    stored = load_stored(path)
+    image = flatten_on_white(stored.to_srgb())
+    stored.log_notes()
     return image
 
 
-def read_size(file: str | Path | BytesIO) -> tuple[int, int]:
-    """(width, height) of the upright image in a file, read from its header alone.
+def load_stored(path: str | Path) -> StoredImage:
+    """Load an image file with the values that it has; errors as `load_image`."""
+    path = _find(path)
+    return decode_stored(path.read_bytes(), path)
 
+
+def decode_image(data: bytes, name: str | Path) -> Image.Image:
+    """Decode the bytes of an image file to "RGB" or "RGBA" in sRGB, upright.
+
+    Args:
+        name: of the file, for messages.
     Raises:
-        FileFormatError: the header cannot be read.
+        FileFormatError: the file is not an image, damaged or enormous.
     """
+    return decode_stored(data, name).to_srgb()
+
+
+def decode_stored(data: bytes, name: str | Path) -> StoredImage:
+    """Decode the bytes of an image file; arguments and errors as `decode_image`."""
+    with open_image(BytesIO(data), name) as file:
+        notes = []
+        # The further images of these are layers, previews and maps of the first one.
+        if file.format not in ("PSD", "MPO") and getattr(file, "n_frames", 1) > 1:
+            notes.append("is animated or has several pages, the first is used")
+        _scale_colour_key(file)
+        image = ImageOps.exif_transpose(file)
+        if image.mode[0] not in "IF":
+            return StoredImage(name, image, notes=notes)
+        values, white = _read_values(file, image)
+        wide = Image.fromarray(values)
+        wide.info = image.info
+        return StoredImage(name, wide, white, notes)
+
+
+@contextmanager
+def open_image(
+    file: str | Path | BytesIO, name: str | Path | None = None
+) -> Iterator[ImageFile.ImageFile]:
+    """Open an image file as Pillow does, its pixels unread, with errors of one line.
+
+    Args:
+        name: of the file, for messages; None = its path.
+    Raises:
+        MissingFile: there is no file.
+        FileFormatError: it is not an image, damaged or enormous, or Pillow fails in the block.
+    """
+    source = file if isinstance(file, BytesIO) else _find(file)
+    name = name or str(file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(file, formats=FORMATS) as image:
-                is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-                return (image.height, image.width) if is_turned else image.size
-    except Exception as error:  # of any kind, see `decode_image`
-        raise FileFormatError(f"the size of `{file}` cannot be read: {error}") from error
+            with Image.open(source, formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise Image.DecompressionBombError
+                yield image
+    except Image.DecompressionBombError:
+        raise FileFormatError(f"`{name}` has more than {MAX_PIXELS} pixels") from None
+    except UnidentifiedImageError:
+        raise FileFormatError(f"`{name}` is {_describe_content(source)}") from None
+    except Exception as error:  # Pillow's readers raise errors of any kind on a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FileFormatError(f"`{name}` is damaged: {reason}") from error
 
 
-def _load(path: str | Path, keep_16_bit: bool = False) -> Image.Image:
+def read_size(file: str | Path | BytesIO) -> tuple[int, int]:
+    """Read (width, height) of the upright image from the header; errors as `open_image`."""
+    with open_image(file, None if isinstance(file, (str, Path)) else "the image") as image:
+        # Pillow gives the size of a turned TIFF as it is upright.
+        is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return image.size[::-1] if is_turned and image.format != "TIFF" else image.size
+
+
+def flatten_on_white(image: Image.Image) -> Image.Image:
+    """Return the image as RGB, with what is transparent laid on white."""
+    image = _to_rgb(image)
+    if image.mode == "RGB":
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _find(path: str | Path) -> Path:
     path = Path(path).expanduser()
     if not path.is_file():
         raise MissingFile(f"no image `{path}`")
-    return decode_image(path.read_bytes(), path, keep_16_bit=keep_16_bit, warn=True)
+    return path
 
 
-def _describe_content(data: bytes) -> str:
+def _describe_content(source: Path | BytesIO) -> str:
+    data = source.getvalue() if isinstance(source, BytesIO) else source.read_bytes()
     start = data[:512].lower()
-    if not start:
-        return "an empty file"
-    return "a web page" if b"<html" in start or b"<!doctype" in start else "something else"
+    kinds = (kind for kind, marks in CONTENTS.items() if any(mark in start for mark in marks))
+    return next(kinds, "something else, not an image") if start else "an empty file, not an image"
+
+
+def _scale_colour_key(file: ImageFile.ImageFile) -> None:
+    key = file.info.get("transparency")
+    scale = KEY_SCALES.get(str(file.tile[0][3])) if file.tile and file.format == "PNG" else None
+    if key is not None and scale:
+        scaled = [int(value * scale) for value in (key if isinstance(key, tuple) else (key,))]
+        file.info["transparency"] = tuple(scaled) if isinstance(key, tuple) else scaled[0]
+
+
+def _read_values(file: ImageFile.ImageFile, image: Image.Image) -> tuple[np.ndarray, float | None]:
+    """Return the values of a mode of more than 8 bits, (H, W) float32, and which one is white.
+
+    Args:
+        file: as it was opened.
+        image: the same, upright.
+    """
+    values = np.asarray(image)
+    tags = getattr(file, "tag_v2", {})
+    if file.mode == "I" and tags.get(258) == (32,) and tags.get(339, (1,)) == (1,):
+        values = values.view(np.uint32)
+    values = values.astype(np.float32)
+    finite = values[np.isfinite(values)]
+    low, high = (finite.min(), finite.max()) if finite.size else (0, 1)
+    if file.mode.startswith("I;16"):
+        scales = [2 ** tags.get(258, (16,))[0] - 1]
+    elif file.mode == "F":
+        scales = [1]
+    else:
+        scales = [255, 65535] if tags else [65535]
+    white = next((scale for scale in scales if low >= 0 and high <= scale), None)
+    if tags.get(262) == 0:  # white is zero, which Pillow leaves as it is
+        values = (white or 0) - values
+    return values, white
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any mode of 8 bits to RGB, or to RGBA if the image has transparency."""
+    if image.mode in ("La", "RGBa"):
+        image = image.convert(image.mode.upper())
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _apply_profile(image: Image.Image, rgb: Image.Image, profile: bytes) -> Image.Image:
+    """Convert from a colour profile to sRGB; raises errors of any kind if that is not possible.
+
+    Args:
+        image: as stored.
+        rgb: the same as RGB without regard to the profile.
+    """
+    space, transform = _build_transform(profile)
+    if space == "GRAY" and image.mode in ("1", "L", "LA"):
+        rgb = image.convert("L")
+    elif space == "CMYK" and image.mode == "CMYK":
+        rgb = image
+    elif space != "RGB " or image.mode == "CMYK":
+        raise ValueError("a profile of another colour space")
+    return rgb.convert("RGB") if transform is None else transform.apply(rgb)
+
+
+@lru_cache(maxsize=16)
+def _build_transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
+    """Return the colour space of a profile, and the transform to sRGB if it changes anything."""
+    source = ImageCms.ImageCmsProfile(BytesIO(profile))
+    space = source.profile.xcolor_space
+    mode = {"GRAY": "L", "RGB ": "RGB", "CMYK": "CMYK"}.get(space, "")
+    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    if mode != "CMYK":
+        # Most profiles are sRGB under one name or another, and rounding would change its pixels.
+        steps = np.arange(0, 256, 15, dtype=np.uint8)
+        cube = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
+        probe = Image.fromarray(cube).convert(mode)
+        change = ImageChops.difference(transform.apply(probe), probe.convert("RGB"))
+        if np.asarray(change).max() <= 1:
+            return space, None
+    return space, transform

@@ -8,14 +8,14 @@ import numpy as np
 from PIL import Image
 
 
-def write_enormous(path):
-    """The header of a PNG of 10^9 pixels."""
-    header = struct.pack(">IIBBBBB", 40000, 25000, 8, 2, 0, 0, 0)
+def png(width, height, bits, colour, rows, *chunks):
+    """A PNG file, chunk by chunk."""
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
     content = b"\x89PNG\r\n\x1a\n"
-    for chunk in (b"IHDR" + header, b"IDAT" + zlib.compress(b"")):
-        size, crc = (struct.pack(">I", number) for number in (len(chunk) - 4, zlib.crc32(chunk)))
-        content += size + chunk + crc
-    path.write_bytes(content)
+    for kind, data in ((b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        crc = zlib.crc32(kind + data)
+        content += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
+    return content
 
 
 def write_cut(path):
@@ -25,13 +25,15 @@ def write_cut(path):
     path.write_bytes(file.getvalue()[: len(file.getvalue()) // 2])
 
 
+HUGE = png(40000, 25000, 8, 2, b"")  # 10^9 pixels
 REFUSED = {  # name: (what writes the file, message)
     "empty": (lambda path: path.write_bytes(b""), "an empty file"),
     "page": (lambda path: path.write_text("<!DOCTYPE html><html>no</html>"), "a web page"),
+    "heic": (lambda path: path.write_bytes(b"\0\0\0\x18ftypheic"), "is a HEIC image: convert it"),
     "text": (lambda path: path.write_text("hello"), "not an image"),
     "cut": (write_cut, "is damaged: "),
     "head": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n"), "x.png` is "),
-    "huge": (write_enormous, "more than 100000000 pixels"),
+    "huge": (lambda path: path.write_bytes(HUGE), "more than 100000000 pixels"),
     "folder": (lambda path: path.mkdir(), "no image"),
     "absent": (lambda path: None, "no image"),
 }

@@ -1,58 +1,204 @@
 """Image files of all kinds: read as expected, or refused in one line."""
 
+import io
+import struct
+
 import numpy as np
 import pytest
-import torch
-from PIL import Image
+from PIL import Image, ImageCms, PngImagePlugin
 
-from imaging.badimages import REFUSED
-from ldm.imaging.reading import load_depth, load_image, load_mask, make_mask, save_depth
+from imaging.badimages import REFUSED, png
+from ldm.imaging.reading import (
+    IMAGE_SUFFIXES,
+    decode_image,
+    decode_stored,
+    flatten_on_white,
+    load_image,
+    read_size,
+)
+
+RAMP = np.tile(np.arange(0, 240, 6, dtype=np.uint8), (30, 1))  # (30, 40)
+GREY = Image.fromarray(RAMP)
 
 
-def gradient(mode="RGB", size=(40, 30)):
-    ramp = np.linspace(0, 255, size[0]).astype(np.uint8)
-    return Image.fromarray(np.tile(ramp, (size[1], 1))).convert(mode)
+def save(image, ending, **options):
+    file = io.BytesIO()
+    image.save(file, Image.registered_extensions()[f".{ending}"], **options)
+    return file.getvalue()
+
+
+def read(data):
+    return np.asarray(flatten_on_white(decode_image(data, "x")), int)
+
+
+def exif(orientation):
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+def tiff(values, bits, sample_format=1, photometric=1, order="<"):
+    """A grey TIFF of one strip; `values` are its bytes."""
+    tags = {256: RAMP.shape[1], 257: RAMP.shape[0], 258: bits, 259: 1, 262: photometric,
+            273: 134, 277: 1, 278: RAMP.shape[0], 279: len(values), 339: sample_format}  # fmt: skip
+    entries = [struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags.items()]
+    head = struct.pack(f"{order}HIH", 42, 8, len(tags))
+    return {"<": b"II", ">": b"MM"}[order] + head + b"".join(entries) + bytes(4) + values
+
+
+def as_12_bits(levels):
+    high, low = levels[:, 0::2].astype(int), levels[:, 1::2].astype(int)
+    packed = np.stack([high >> 4, (high & 15) << 4 | low >> 8, low & 255], -1)
+    return packed.astype(np.uint8).tobytes()
 
 
 @pytest.mark.parametrize(
-    ("mode", "ending"),
-    [("L", "png"), ("P", "png"), ("1", "png"), ("CMYK", "jpg"), ("LA", "png"), ("YCbCr", "jpg"),
-     ("RGB", "webp"), ("RGB", "bmp"), ("P", "gif")],
+    ("mode", "ending", "most"),
+    [("L", "png", 0), ("P", "png", 0), ("CMYK", "jpg", 9), ("CMYK", "tif", 1), ("LA", "png", 0),
+     ("YCbCr", "jpg", 9), ("LAB", "tif", 2), ("PA", "tif", 0), ("I", "tif", 0), ("RGB", "webp", 9),
+     ("RGB", "bmp", 0), ("P", "gif", 0), ("RGB", "jp2", 9), ("RGB", "qoi", 0), ("L", "pgm", 0),
+     ("RGB", "tga", 0), ("RGB", "avif", 9), ("RGB", "sgi", 0), ("RGBA", "dds", 0)],
 )  # fmt: skip
-def test_every_mode_becomes_the_same_rgb(tmp_path, mode, ending):
-    path = tmp_path / f"x.{ending}"
-    gradient(mode).save(path)
-    opened = load_image(path)
-    assert (opened.mode, opened.size) == ("RGB", (40, 30))
-    if mode != "1":
-        apart = np.asarray(opened).astype(int) - np.asarray(gradient()).astype(int)
-        assert np.abs(apart).mean() < 4
+def test_every_mode_becomes_the_same_rgb(mode, ending, most):
+    image = GREY.convert({"LAB": "RGB", "PA": "P"}.get(mode, "L")).convert(mode)
+    assert abs(read(save(image, ending)) - RAMP[..., None]).max() <= most
 
 
-def test_sixteen_bits_become_eight_without_being_cut_off(tmp_path):
-    levels = np.linspace(0, 65535, 40).astype(np.uint16)
-    Image.fromarray(np.tile(levels, (30, 1))).save(tmp_path / "deep.png")
-    opened = np.asarray(load_image(tmp_path / "deep.png"))[0, :, 0]
-    assert np.abs(opened.astype(int) - (levels / 257).round()).max() <= 1
+@pytest.mark.parametrize(
+    "data",
+    [
+        save(Image.fromarray(RAMP * np.uint16(257)), "png"),
+        save(Image.fromarray(RAMP * np.uint16(257)), "pgm"),
+        tiff((RAMP * np.uint16(257)).astype(">u2").tobytes(), 16, order=">"),
+        tiff((65535 - RAMP * np.uint16(257)).tobytes(), 16, photometric=0),
+        tiff(as_12_bits(RAMP * np.uint16(16) + 8), 12),
+        tiff((RAMP.astype(np.uint32) * 257).tobytes(), 32),
+        save(Image.fromarray(RAMP.astype(np.float32) / 255), "tif"),
+        save(Image.fromarray(RAMP.astype(np.float32) / 255), "pfm"),
+    ],
+    ids=["png", "pgm", "big-endian", "white-is-zero", "12", "32", "float", "pfm"],
+)
+def test_more_than_eight_bits_become_eight(data):
+    assert abs(read(data) - RAMP[..., None]).max() <= 1
 
 
-def test_images_are_turned_as_their_camera_says(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    gradient().save(tmp_path / "x.jpg", exif=exif)
-    assert load_image(tmp_path / "x.jpg").size == (30, 40)
+def test_floats_outside_of_their_range_are_spread_and_named(tmp_path, caplog):
+    values = RAMP.astype(np.float32) * 100 - 7
+    values[0, :3] = np.nan, np.inf, -np.inf
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    pixels = np.asarray(load_image(tmp_path / "x.tif"), int)[..., 0]
+    assert abs(pixels[1:] - RAMP[1:] * (255 / RAMP.max())).max() <= 1
+    assert pixels[0, :3].tolist() == [0, 255, 0]
+    assert "has 3 values that are NaN or infinite" in caplog.text
+    assert "has values from -7 to 23393" in caplog.text
+    Image.fromarray(values * np.nan).save(tmp_path / "x.tif")
+    with pytest.raises(ValueError, match=r"x\.tif` has no finite values"):
+        load_image(tmp_path / "x.tif")
 
 
-def test_transparency_lies_on_white(tmp_path):
-    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "x.png")
-    assert load_image(tmp_path / "x.png").getpixel((0, 0)) == (255, 255, 255)
+@pytest.mark.parametrize("ending", ["png", "jpg", "tif", "webp"])
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_images_are_turned_as_their_camera_says(ending, orientation):
+    angle = {3: 180, 6: 270, 8: 90}[orientation]
+    data = save(GREY.convert("RGB"), ending, exif=exif(orientation), quality=95)
+    turned = np.asarray(GREY.rotate(angle, expand=True), int)[..., None]
+    assert abs(read(data) - turned).max() < 9
+    assert read_size(io.BytesIO(data)) == turned.shape[1::-1]
+    wide = Image.fromarray(RAMP * np.uint16(257))
+    if ending in ("png", "tif"):
+        assert (read(save(wide, ending, exif=exif(orientation))) == turned).all()
 
 
-def test_of_an_animation_the_first_frame_is_used(tmp_path, caplog):
+def test_what_is_transparent_lies_on_white():
+    half = Image.new("RGBA", (4, 4), (255, 0, 0, 128))
+    for image in (half, half.convert("RGBa")):
+        assert flatten_on_white(image).getpixel((0, 0)) == (255, 127, 127)
+    for mode in ("LA", "PA", "La"):
+        clear = Image.new("RGBA", (4, 4)).convert(mode.upper()).convert(mode)
+        assert flatten_on_white(clear).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("bits", "colour", "key", "pixels"),
+    [(8, 2, (0, 255, 0), b"\0\xff\0"), (16, 2, (0, 0x8001, 9), b"\0\0\x80\1\0\x09"),
+     (16, 0, (40000,), struct.pack(">H", 40000)), (8, 0, (7,), b"\7"), (4, 0, (7,), b"\x70"),
+     (2, 0, (1,), b"\x40"), (1, 0, (1,), b"\x80"), (8, 3, None, b"\0")],
+)  # fmt: skip
+def test_a_colour_key_of_any_depth_is_transparent(bits, colour, key, pixels):
+    chunks = [(b"PLTE", b"\x40\x80\0"), (b"tRNS", b"\0")]
+    if key is not None:
+        chunks = [(b"tRNS", struct.pack(f">{len(key)}H", *key))]
+    image = decode_image(png(1, 1, bits, colour, b"\0" + pixels, *chunks), "x")
+    assert image.getpixel((0, 0))[3] == 0
+    assert (np.asarray(flatten_on_white(image)) == 255).all()
+
+
+def test_of_several_pages_the_first_is_used_and_that_is_said(tmp_path, caplog):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
-    assert load_image(tmp_path / "x.gif").getpixel((0, 0)) == (255, 0, 0)
-    assert "animated" in caplog.text
+    for ending in ("gif", "tiff", "webp", "png"):
+        path = tmp_path / f"x.{ending}"
+        frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
+        assert load_image(path).getpixel((0, 0)) == (255, 0, 0)
+        assert f"x.{ending}` is animated or has several pages" in caplog.text
+
+
+@pytest.mark.parametrize("chunk", ["zTXt", "iTXt", "tEXt", "iCCP"])
+def test_long_texts_do_no_harm(chunk):
+    text, info = "{}" * 5_000_000, PngImagePlugin.PngInfo()
+    if chunk == "iTXt":
+        info.add_itxt("workflow", text, zip=True)
+    elif chunk != "iCCP":
+        info.add_text("workflow", text, zip=chunk == "zTXt")
+    options = {"icc_profile": text.encode()} if chunk == "iCCP" else {"pnginfo": info}
+    assert (read(save(GREY, "png", **options)) == RAMP[..., None]).all()
+
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+SWAPPED = SRGB.replace(b"rXYZ", b"XXXX").replace(b"gXYZ", b"rXYZ").replace(b"XXXX", b"gXYZ")
+LINEAR = SRGB.replace(struct.pack(">i", round(2.4 * 65536)), struct.pack(">i", 65536))
+LINEAR_GREY = LINEAR.replace(b"RGB XYZ", b"GRAYXYZ").replace(b"rTRC", b"kTRC")
+
+
+@pytest.mark.parametrize(
+    ("mode", "profile", "ending"),
+    [("RGB", SWAPPED, "png"), ("RGB", SWAPPED, "jpg"), ("RGB", LINEAR, "webp"),
+     ("RGB", LINEAR, "avif"), ("RGBA", SWAPPED, "tif"), ("P", SWAPPED, "png"),
+     ("L", LINEAR_GREY, "jpg"), ("LA", LINEAR_GREY, "png")],
+)  # fmt: skip
+def test_colours_are_converted_to_srgb_as_lcms_does(mode, profile, ending):
+    colours = Image.merge("RGB", [GREY, GREY.rotate(180), Image.new("L", GREY.size, 90)])
+    image = colours.quantize(64) if mode == "P" else colours.convert(mode)
+    data = save(image, ending, icc_profile=profile)
+    with Image.open(io.BytesIO(data)) as file:
+        source = file.convert("L" if profile is LINEAR_GREY else "RGB")
+    expected = ImageCms.profileToProfile(
+        source, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB"
+    )
+    assert abs(np.asarray(expected, int) - np.asarray(source.convert("RGB"), int)).max() > 50
+    assert (read(data) == np.asarray(expected)).all()
+
+
+def test_a_profile_of_srgb_changes_nothing():
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    data = save(Image.fromarray(pixels), "png", icc_profile=SRGB)
+    assert (read(data) == pixels).all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "profile"),
+    [("RGB", b"nonsense"), ("RGB", SRGB[:200]), ("RGB", LINEAR_GREY), ("CMYK", SWAPPED)],
+)
+def test_a_profile_that_is_damaged_or_does_not_fit_is_ignored_and_named(
+    mode, profile, tmp_path, caplog
+):
+    GREY.convert("RGB").convert(mode).save(tmp_path / "x.tif", icc_profile=profile)
+    assert abs(np.asarray(load_image(tmp_path / "x.tif"), int) - RAMP[..., None]).max() <= 1
+    assert "x.tif` has a colour profile that is damaged or does not fit" in caplog.text
+
+
+def test_masks_and_maps_see_the_values_without_profile():
+    data = save(GREY, "png", icc_profile=LINEAR_GREY)
+    assert (decode_stored(data, "x").luminance() == RAMP).all()
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -64,49 +210,7 @@ def test_a_file_that_is_not_an_image_is_refused_in_one_line(tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
-def test_a_mask_of_another_size_is_fitted_or_refused(tmp_path):
-    mask = Image.new("L", (20, 15))
-    mask.paste(255, (0, 0, 10, 15))
-    mask.save(tmp_path / "mask.png")
-    fit = np.asarray(load_mask(tmp_path / "mask.png", (40, 30)))
-    assert fit.shape == (30, 40)
-    assert fit[:, :20].min() == 255
-    assert fit[:, 20:].max() == 0
-    with pytest.raises(ValueError, match="is 20x15, the image 40x40"):
-        load_mask(tmp_path / "mask.png", (40, 40))
-
-
-def test_masks_grow_and_soften(tmp_path):
-    gradient().save(tmp_path / "x.png")
-    plain, grown, soft = (
-        np.asarray(make_mask(tmp_path / "x.png", box=(10, 10, 20, 20), grow=grow, blur=blur))
-        for grow, blur in ((0, 0), (3, 0), (3, 2))
-    )
-    assert (plain > 0).sum() == 100
-    assert (grown > 0).sum() == 256
-    assert 0 < soft[15, 6] < 255
-
-
-def test_an_image_without_mask_is_refused(tmp_path):
-    gradient().save(tmp_path / "x.png")
-    with pytest.raises(ValueError, match="has no transparency"):
-        make_mask(tmp_path / "x.png")
-    with pytest.raises(ValueError, match="is empty: nothing would be inpainted"):
-        make_mask(tmp_path / "x.png", box=(500, 500, 600, 600))
-
-
-def test_depth_survives_a_file_of_sixteen_bits(tmp_path):
-    depth = torch.rand(1, 1, 20, 30, generator=torch.Generator().manual_seed(0)) * 9 - 4
-    save_depth(tmp_path / "depth.png", depth)
-    back = load_depth(tmp_path / "depth.png")
-    span = (depth - depth.min()) / (depth.max() - depth.min())
-    torch.testing.assert_close(back, span, rtol=0, atol=1e-4)
-    inverted = load_depth(tmp_path / "depth.png", inverted=True)
-    torch.testing.assert_close(inverted, 1 - back)
-
-
-def test_maps_of_eight_bits_and_of_one_value_are_read(tmp_path):
-    gradient("RGB").save(tmp_path / "x.png")
-    assert load_depth(tmp_path / "x.png").shape == (1, 1, 30, 40)
-    Image.new("L", (8, 8), 7).save(tmp_path / "flat.png")
-    assert load_depth(tmp_path / "flat.png").isfinite().all()
+def test_suffixes_are_those_that_pillow_decodes():
+    common = "png jpg jpeg jpe jfif mpo webp avif gif bmp dib tif tiff jp2 ppm pgm qoi psd tga ico"
+    assert {f".{ending}" for ending in common.split()} < set(IMAGE_SUFFIXES)
+    assert not {".mpg", ".pdf", ".eps", ".h5", ".wmf"} & set(IMAGE_SUFFIXES)

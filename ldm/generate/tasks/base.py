@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["FolderInputs", "ImageInputs", "PreparedImageTask", "PreparedTask", "Task", "fit_image"]
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-
 
 class PreparedTask:
     """A task with its inputs read, so that a bad file fails before the model is loaded.
@@ -154,7 +152,9 @@ class FolderInputs(ImageInputs):
 
     def in_folder(self, folder: Path) -> list["FolderInputs"]:
         """The inputs of all images of the folder."""
-        paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        from ldm.imaging.reading import IMAGE_SUFFIXES
+
+        paths = sorted(p for p in folder.glob("[!.]*") if p.suffix.lower() in IMAGE_SUFFIXES)
         if not paths:
             raise MissingFile(f"no images in `{folder}`", "indir")
         return [replace(self, init_img=str(path)) for path in paths]

@@ -41,7 +41,7 @@ class Depth2Img(PreparedImageTask):
     """Change an image toward prompts and keep its depth."""
 
     def __init__(self, request: Request) -> None:
-        from ldm.imaging.reading import load_depth
+        from ldm.imaging.depth import load_depth
 
         super().__init__(request)
         self.inputs = inputs = request.inputs_as(Depth2ImgInputs)
@@ -50,7 +50,7 @@ class Depth2Img(PreparedImageTask):
             self.depth = load_depth(inputs.depth_map, inverted=inputs.depth_inverted)
 
     def begin(self, model: "LatentDiffusion") -> None:
-        from ldm.imaging.reading import save_depth
+        from ldm.imaging.depth import save_depth
         from ldm.pipelines import estimate_depth
 
         if self.inputs.save_depth is not None:

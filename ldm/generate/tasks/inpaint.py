@@ -58,8 +58,8 @@ class Inpaint(PreparedImageTask):
     """Repaint a part of an image; `mask` is (1, 1, H, W) in [0, 1]."""
 
     def __init__(self, request: Request) -> None:
+        from ldm.imaging.masks import make_mask
         from ldm.imaging.pixels import to_tensor
-        from ldm.imaging.reading import make_mask
 
         super().__init__(request)
         self.inputs = inputs = request.inputs_as(InpaintInputs)

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ldm.data.folder import IMAGE_SUFFIXES, Folder
+from ldm.data.folder import Folder
 from ldm.imaging.metadata import write_png
 from ldm.imaging.pixels import to_pil
+from ldm.imaging.reading import IMAGE_SUFFIXES
 from ldm.model import LatentDiffusion
 from ldm.pipelines import txt2img
 from ldm.runtime.files import replace_when_written

@@ -1,0 +1,35 @@
+"""Depth maps in files."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.imaging.reading import load_stored
+
+__all__ = ["load_depth", "save_depth"]
+
+
+def load_depth(path: str | Path, *, inverted: bool = False) -> Tensor:
+    """Load the depth map in a file, (1, 1, H, W) float32, spread over [0, 1], near = large.
+
+    Values that are not finite stay out of the range: NaN and -inf become 0, inf becomes 1.
+
+    Args:
+        inverted: in the file, white is far.
+    """
+    stored = load_stored(path)
+    low, high = stored.finite_range()
+    stored.log_notes()
+    depth = torch.tensor(stored.luminance())[None, None]
+    depth = ((depth - low) / torch.tensor(high - low).clamp(min=1e-6)).nan_to_num(0, 1, 0)
+    return 1 - depth if inverted else depth
+
+
+def save_depth(path: str | Path, depth: Tensor) -> None:
+    """Write a depth map (1, 1, H, W) of any range as a 16-bit PNG, the nearest white."""
+    low, high = depth.min(), depth.max()
+    levels = ((depth - low) / (high - low).clamp(min=1e-6) * 65535).round()
+    Image.fromarray(levels[0, 0].cpu().numpy().astype(np.uint16)).save(path, "PNG")

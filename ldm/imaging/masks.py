@@ -1,0 +1,103 @@
+"""Masks for inpainting: from a file, a box, or the transparent parts of an image.
+
+What is painted in a mask file, in this order:
+
+    transparency with a shape       where it is opaque
+    two values                      where the higher one is, whatever they are
+    a palette of colours            all but the darkest
+    anything else                   0 … 255 as it stands, from 128 on it is inpainted
+"""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter, ImageOps
+
+from ldm.imaging.reading import StoredImage, load_stored
+from ldm.runtime.errors import ArgumentError
+
+__all__ = ["load_mask", "make_mask"]
+
+log = logging.getLogger(__name__)
+
+PAINTED = 128  # the smallest value that is inpainted
+Box = tuple[int, int, int, int]
+
+
+def load_mask(path: str | Path, size: tuple[int, int]) -> Image.Image:
+    """Load the mask in a file, "L", white = inpaint; resized to the size of its image.
+
+    Args:
+        size: (width, height) of the image.
+    Raises:
+        ArgumentError: its aspect ratio is not that of the image.
+    """
+    stored = load_stored(path)
+    mask = _find_painted(stored)
+    stored.log_notes()
+    if mask.size == size:
+        return mask
+    if abs(mask.width / mask.height * size[1] / size[0] - 1) > 0.02:
+        raise ArgumentError(
+            f"the mask `{path}` is {mask.width}x{mask.height}, the image {size[0]}x{size[1]}"
+        )
+    log.warning("the mask `%s` is resized to %dx%d", path, *size)
+    return mask.resize(size, Image.Resampling.NEAREST)
+
+
+def make_mask(
+    image: str | Path,
+    mask: str | Path | None = None,
+    box: Box | None = None,
+    *,
+    grow: int = 0,
+    blur: float = 0.0,
+) -> Image.Image:
+    """Make the mask of an image file, "L", white = inpaint.
+
+    Args:
+        mask: a file; None = the box, or else the transparent parts of the image.
+        box: (left, top, right, bottom) in pixels.
+        grow: pixels by which the mask is dilated.
+        blur: radius of the mask blur, pixels.
+    Raises:
+        ArgumentError: there is no mask, or nothing in it is painted.
+    """
+    source = load_stored(image)
+    alpha = source.alpha()
+    if mask is not None:
+        result = load_mask(mask, source.image.size)
+    elif box is not None:
+        result = Image.new("L", source.image.size)
+        result.paste(255, box)
+    elif alpha is not None:
+        result = ImageOps.invert(alpha)
+    else:
+        raise ArgumentError(f"`{image}` has no transparency: a mask file or a box is needed")
+    highest = np.asarray(result).max()
+    if highest < PAINTED:
+        raise ArgumentError(
+            f"the mask of `{image}` is empty: nothing would be inpainted"
+            + (f", its highest value is {highest} of 255" if highest else "")
+        )
+    if grow:
+        result = result.filter(ImageFilter.MaxFilter(2 * grow + 1))
+    return result.filter(ImageFilter.GaussianBlur(blur)) if blur else result
+
+
+def _find_painted(stored: StoredImage) -> Image.Image:
+    """Return where a mask is painted, "L", by the rule at the top of this file."""
+    alpha = stored.alpha()
+    if alpha is not None and len(set(alpha.getextrema())) > 1:
+        stored = StoredImage(stored.name, alpha)
+    values, (low, high) = stored.luminance(), stored.finite_range()
+    has_two_values = low < high and np.isin(values[np.isfinite(values)], (low, high)).all()
+    if has_two_values or (stored.image.mode in ("P", "PA") and _is_coloured(stored.image)):
+        return Image.fromarray((values > low).astype(np.uint8) * 255)
+    return stored.to_grey()
+
+
+def _is_coloured(image: Image.Image) -> bool:
+    pixels = np.asarray(image.convert("RGB"))
+    return bool((pixels != pixels[..., :1]).any())

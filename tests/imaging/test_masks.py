@@ -1,0 +1,179 @@
+"""What is painted in a mask, whatever kind of file it is; and depth maps in files."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.imaging.depth import load_depth, save_depth
+from ldm.imaging.masks import load_mask, make_mask
+
+SHAPE = np.zeros((30, 40), bool)
+SHAPE[10:20, 10:30] = True
+
+
+def layer(colour, alpha):
+    """A plain colour, as opaque as `alpha` says where the shape is, clear elsewhere."""
+    image = Image.new("RGBA", (40, 30), colour)
+    image.putalpha(Image.fromarray(SHAPE.astype(np.uint8) * alpha))
+    return image
+
+
+def palette(*colours, levels=SHAPE):
+    image = Image.fromarray(levels.astype(np.uint8)).convert("P")
+    image.putdata(levels.astype(np.uint8).ravel().tolist())
+    image.putpalette([value for colour in colours for value in colour])
+    return image
+
+
+def painted(colour, background="black"):
+    image = Image.new("RGB", (40, 30), background)
+    image.paste(colour, mask=Image.fromarray(SHAPE.astype(np.uint8) * 255))
+    return image
+
+
+BORDERED = SHAPE.astype(int)
+BORDERED[10, 10:30] = 2  # a second class within the shape
+FLOATS = np.where(SHAPE, np.float32(0.003), np.float32(0))
+FLOATS[0, 0] = np.nan
+
+
+@pytest.mark.parametrize(
+    ("image", "ending"),
+    [
+        (Image.fromarray(SHAPE.astype(np.uint8)), "png"),
+        (Image.fromarray(SHAPE.astype(np.uint8) * 255), "bmp"),
+        (Image.fromarray(SHAPE), "png"),
+        (Image.fromarray(SHAPE.astype(np.uint16)), "png"),
+        (Image.fromarray(SHAPE.astype(np.uint16) * 65535), "tif"),
+        (Image.fromarray(SHAPE.astype(np.int32) * 7 - 3), "tif"),
+        (Image.fromarray(FLOATS), "tif"),
+        (painted("red"), "png"),
+        (painted("red"), "webp"),
+        (painted((128, 128, 128), (127, 127, 127)), "png"),
+        (layer("white", 255), "png"),
+        (layer("black", 255), "tif"),
+        (layer("red", 90), "webp"),
+        (layer("white", 255).convert("LA"), "png"),
+        (palette((0, 0, 0), (128, 0, 0)), "png"),
+        (palette((0, 0, 0), (0, 0, 128)), "gif"),
+        (palette((255, 255, 255), (0, 0, 0), levels=~SHAPE), "png"),
+        (palette((0, 0, 0), (128, 0, 0), (0, 128, 0), levels=BORDERED), "png"),
+    ],
+)
+def test_what_is_painted_is_found(tmp_path, image, ending):
+    image.save(tmp_path / f"mask.{ending}", **({"lossless": True} if ending == "webp" else {}))
+    Image.new("RGB", (40, 30)).save(tmp_path / "x.png")
+    mask = make_mask(tmp_path / "x.png", tmp_path / f"mask.{ending}")
+    assert (np.asarray(mask) == SHAPE * 255).all()
+
+
+def test_a_colour_key_is_transparency(tmp_path):
+    painted("white").save(tmp_path / "mask.png", transparency=(0, 0, 0))
+    mask = load_mask(tmp_path / "mask.png", (40, 30))
+    assert (np.asarray(mask) == SHAPE * 255).all()
+
+
+@pytest.mark.parametrize("factor", [1, 257])
+def test_more_than_two_values_stay_as_they_stand(tmp_path, factor):
+    soft = np.tile(np.arange(40, dtype=np.uint16) * 6, (30, 1))
+    Image.fromarray((soft * factor).astype(np.uint16 if factor > 1 else np.uint8)).save(
+        tmp_path / "mask.png"
+    )
+    assert (np.asarray(load_mask(tmp_path / "mask.png", (40, 30))) == soft).all()
+
+
+def test_a_mask_of_another_size_is_fitted_or_refused(tmp_path, caplog):
+    Image.fromarray(SHAPE).resize((20, 15)).save(tmp_path / "mask.png")
+    fit = np.asarray(load_mask(tmp_path / "mask.png", (40, 30)))
+    assert (fit == SHAPE * 255).all()
+    assert "is resized to 40x30" in caplog.text
+    with pytest.raises(ValueError, match="is 20x15, the image 40x40"):
+        load_mask(tmp_path / "mask.png", (40, 40))
+
+
+def test_masks_grow_and_soften(tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "x.png")
+    plain, grown, soft = (
+        np.asarray(make_mask(tmp_path / "x.png", box=(10, 10, 20, 20), grow=grow, blur=blur))
+        for grow, blur in ((0, 0), (3, 0), (3, 2))
+    )
+    assert (plain > 0).sum() == 100
+    assert (grown > 0).sum() == 256
+    assert 0 < soft[15, 6] < 255
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        (Image.new("L", (40, 30)), "nothing would be inpainted$"),
+        (Image.new("RGBA", (40, 30), (9, 9, 9, 255)), "its highest value is 9 of 255"),
+        (Image.fromarray(np.tile(np.arange(40, dtype=np.uint8) * 3, (30, 1))), "is 117 of 255"),
+        (Image.fromarray(BORDERED.astype(np.uint8)), "its highest value is 2 of 255"),
+    ],
+)
+def test_an_empty_mask_is_refused(tmp_path, mask, reason):
+    Image.new("RGB", (40, 30)).save(tmp_path / "x.png")
+    mask.save(tmp_path / "mask.png")
+    with pytest.raises(ValueError, match=rf"x\.png` is empty: .*{reason}"):
+        make_mask(tmp_path / "x.png", tmp_path / "mask.png")
+
+
+def test_without_a_mask_the_transparent_parts_are_inpainted(tmp_path):
+    layer("red", 255).save(tmp_path / "x.png")
+    assert (np.asarray(make_mask(tmp_path / "x.png")) == ~SHAPE * 255).all()
+    painted("red").save(tmp_path / "x.png", transparency=(255, 0, 0))
+    assert (np.asarray(make_mask(tmp_path / "x.png")) == SHAPE * 255).all()
+    painted("red").save(tmp_path / "x.png")
+    with pytest.raises(ValueError, match="has no transparency"):
+        make_mask(tmp_path / "x.png")
+    with pytest.raises(ValueError, match="is empty: nothing would be inpainted"):
+        make_mask(tmp_path / "x.png", box=(500, 500, 600, 600))
+
+
+def test_depth_survives_a_file_of_sixteen_bits(tmp_path):
+    depth = torch.rand(1, 1, 20, 30, generator=torch.Generator().manual_seed(0)) * 9 - 4
+    save_depth(tmp_path / "depth.png", depth)
+    back = load_depth(tmp_path / "depth.png")
+    span = (depth - depth.min()) / (depth.max() - depth.min())
+    torch.testing.assert_close(back, span, rtol=0, atol=1e-4)
+    inverted = load_depth(tmp_path / "depth.png", inverted=True)
+    torch.testing.assert_close(inverted, 1 - back)
+
+
+STEPS = np.arange(64 * 64).reshape(64, 64)
+
+
+@pytest.mark.parametrize(
+    ("image", "ending"),
+    [
+        (Image.fromarray((STEPS * 16).astype(np.uint16)), "png"),
+        (Image.frombytes("I;16B", (64, 64), (STEPS * 16).astype(">u2").tobytes()), "tif"),
+        (Image.fromarray((STEPS * 100000 - 9000).astype(np.int32)), "tif"),
+        (Image.fromarray(STEPS.astype(np.float32) * 0.1 - 50), "tif"),
+        (Image.fromarray((STEPS * 16).astype(np.uint16)), "pgm"),
+    ],
+)
+def test_a_depth_map_of_any_depth_spans_zero_to_one(tmp_path, image, ending):
+    image.save(tmp_path / f"x.{ending}")
+    expected = torch.from_numpy(STEPS / 4095).float()[None, None]
+    torch.testing.assert_close(load_depth(tmp_path / f"x.{ending}"), expected, rtol=0, atol=1e-4)
+
+
+def test_values_that_are_not_finite_stay_out_of_the_range(tmp_path, caplog):
+    values = STEPS.astype(np.float32)
+    values[0, :3] = np.nan, np.inf, -np.inf
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    depth = load_depth(tmp_path / "x.tif").flatten()
+    assert depth[:3].tolist() == [0, 1, 0]
+    torch.testing.assert_close(depth[3:], torch.arange(4093) / 4092)
+    assert "x.tif` has 3 values that are NaN or infinite" in caplog.text
+
+
+def test_maps_of_eight_bits_and_of_one_value_are_read(tmp_path):
+    Image.fromarray(np.tile(np.arange(64, dtype=np.uint8), (8, 1))).convert("RGB").save(
+        tmp_path / "x.png"
+    )
+    assert load_depth(tmp_path / "x.png")[0, 0, 3].tolist() == (torch.arange(64) / 63).tolist()
+    Image.new("L", (8, 8), 7).save(tmp_path / "flat.png")
+    assert not load_depth(tmp_path / "flat.png").any()
