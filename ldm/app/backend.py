@@ -41,6 +41,7 @@ from ldm.loading.report import inspect_checkpoint
 from ldm.model import LatentDiffusion
 from ldm.runtime.device import memory_of, pick_device
 from ldm.runtime.errors import ArgumentError, MissingFile
+from ldm.runtime.types import JsonMapping
 
 __all__ = ["Backend"]
 
@@ -88,7 +89,7 @@ class Backend:
     def model_names(self, task: str | None = None) -> list[str]:
         """The models for a task; None = all checkpoints of the folder."""
         if task is None:
-            return [path.name for path in list_checkpoints(self.folder)]
+            return [name for name, path in list_checkpoints(self.folder).items() if path.is_file()]
         models = read_catalogue(self.folder).models
         return [name for name, model in models.items() if task in model.tasks]
 
@@ -98,10 +99,10 @@ class Backend:
 
     def inspect(self, name: str | None) -> str:
         """Describe a checkpoint of the folder."""
-        for path in list_checkpoints(self.folder):
-            if path.name == name:
-                return "\n".join(inspect_checkpoint(path).lines())
-        return "choose a checkpoint"
+        path = list_checkpoints(self.folder).get(name or "")
+        if path is None or path.is_dir():
+            return "choose a checkpoint"
+        return "\n".join(inspect_checkpoint(path).lines())
 
     def make_request(self, task: Task, name: str | None, values: Mapping[str, object]) -> Request:
         """The request of a run.
@@ -167,6 +168,14 @@ class Backend:
             raise ArgumentError(f"no model `{name or ''}` for {task}; available: {names}", "ckpt")
         return models[name]
 
+    def _find_recorded_model(self, info: JsonMapping, task: str) -> CatalogueEntry:
+        """Find the model of an image by its file name; of several, the one with the same hash."""
+        models = read_catalogue(self.folder).models
+        names = [name for name in models if Path(name).name == info["checkpoint"]]
+        if len(names) > 1:
+            names.sort(key=lambda name: file_hash(models[name].path) != info["checkpoint_hash"])
+        return self._find_model(next(iter(names), info["checkpoint"]), task)
+
     def _with_model(
         self, request: Request, entry: CatalogueEntry, loras: Sequence[tuple[str, float]]
     ) -> Request:
@@ -219,7 +228,7 @@ class Backend:
         recorded = read_request(info, name)
         if recorded.model.overrides or info["overrides"]:  # of any key
             raise ArgumentError("it was made with overrides: use `ldm replay`")
-        entry = self._find_model(info["checkpoint"], recorded.task.name)
+        entry = self._find_recorded_model(info, recorded.task.name)
         inputs = options_of(recorded.task.inputs)
         allowed = {name for name, (option, _) in inputs.items() if not option.is_path}
         allowed |= options_of(Sampling).keys() | {"no_watermark"}

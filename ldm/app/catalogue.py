@@ -12,13 +12,13 @@ from ldm.conditioning import Conditioner
 from ldm.generate.tasks import TASKS
 from ldm.loading import legacy
 from ldm.loading.build import build_on_meta
-from ldm.loading.files.checkpoint import read_checkpoint
+from ldm.loading.diffusers.files import INDEX
 from ldm.loading.load import read_config
-from ldm.loading.weights import identify_weights
-from ldm.pipelines.families import FAMILIES
+from ldm.loading.weights import identify_weights, read_weights
+from ldm.pipelines.families import family_of
 from ldm.runtime.errors import MissingFile
 
-__all__ = ["Catalogue", "CatalogueEntry", "list_checkpoints", "read_catalogue"]
+__all__ = ["Catalogue", "CatalogueEntry", "file_states", "list_checkpoints", "read_catalogue"]
 
 SUFFIXES = (".ckpt", ".safetensors")
 
@@ -39,51 +39,68 @@ class CatalogueEntry:
 
 @dataclass
 class Catalogue:
-    """Models by file name, and a line about each checkpoint that was skipped."""
+    """Models by path in the folder, and a line about each checkpoint that was skipped."""
 
     models: dict[str, CatalogueEntry] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
 
 
-def list_checkpoints(folder: str | Path) -> list[Path]:
-    """The checkpoints of a folder, sorted by name; they are not opened.
+def list_checkpoints(folder: str | Path) -> dict[str, Path]:
+    """Return the checkpoints and diffusers folders in a folder and its subfolders.
 
+    They are not opened.
+
+    Returns:
+        path by name, which is the path in the folder, with slashes.
     Raises:
         MissingFile: there is no such folder.
     """
-    path = Path(folder).expanduser()
-    if not path.is_dir():
+    root = Path(folder).expanduser()
+    if not root.is_dir():
         raise MissingFile(f"no folder `{folder}`", "models")
-    return sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    folders = {index.parent for index in root.rglob(INDEX)}
+    files = (f for f in root.rglob("*") if f.suffix in SUFFIXES and f.is_file())
+    paths = {f for f in files if folders.isdisjoint(f.parents)} | folders - {root}
+    return {path.relative_to(root).as_posix(): path for path in sorted(paths)}
 
 
 def read_catalogue(folder: str | Path) -> Catalogue:
-    """The models of a folder. Files are read once, and again when they change."""
+    """Return the models of a folder. Files are read once, and again when they change."""
     catalogue = Catalogue()
-    for path in list_checkpoints(folder):
-        status = path.stat()
-        entry = _read_entry(path, status.st_size, status.st_mtime_ns)
+    for name, path in list_checkpoints(folder).items():
+        entry = _read_entry(path, file_states(path))
         if isinstance(entry, CatalogueEntry):
-            catalogue.models[path.name] = entry
+            catalogue.models[name] = entry
         else:
             catalogue.skipped.append(entry)
     return catalogue
 
 
+def file_states(path: str | Path | None) -> tuple[tuple[str, int, int], ...]:
+    """Return path, size in bytes and time of change of a file, or of all files of a folder."""
+    if path is None:
+        return ()
+    root = Path(path).expanduser()
+    files = (
+        [file for file in sorted(root.rglob("*")) if file.is_file()] if root.is_dir() else [root]
+    )
+    stats = [(file, file.stat()) for file in files]
+    return tuple((str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file, stat in stats)
+
+
 @lru_cache(maxsize=256)
-def _read_entry(path: Path, size: int, mtime: int) -> CatalogueEntry | str:
-    """The entry of a file, or what is wrong with it in one line."""
+def _read_entry(path: Path, states: object) -> CatalogueEntry | str:
+    """Return the entry of a checkpoint, or what is wrong with it in one line."""
     sidecar = path.with_suffix(".yaml")
-    config = sidecar if sidecar.is_file() else None
+    config = sidecar if sidecar.is_file() and path.is_file() else None
     try:
-        _, raw = read_config(identify_weights(read_checkpoint(path)), config)
+        _, raw = read_config(identify_weights(read_weights(path)), config)
         spec = legacy.translate_config(raw, where=path.name, skipped=[])
         if spec["target"] != legacy.MODEL:
             return f"`{path}` is not a complete model"
         conditioner = build_on_meta(spec["params"]["conditioner"], where=path.name)
     except (OSError, ValueError, KeyError) as error:
         return str(error).splitlines()[0]
-    keys = conditioner.keys if isinstance(conditioner, Conditioner) else None
-    families = {name for name, family in FAMILIES.items() if family.keys == keys}
-    tasks = [name for name, task in TASKS.items() if families.intersection(task.families)]
-    return CatalogueEntry(path, config, tuple(tasks))
+    family = family_of(conditioner) if isinstance(conditioner, Conditioner) else None
+    tasks = tuple(name for name, task in TASKS.items() if family in task.families)
+    return CatalogueEntry(path, config, tasks)

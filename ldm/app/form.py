@@ -53,7 +53,6 @@ SIDE = {"value": 0, "step": 8, "info": "0: the model's own"}
 TILE = {"value": 0, "step": 64, "info": "pixels; 0: off"}
 NUMBERS: dict[str, dict[str, Any]] = {
     "width": SIDE, "height": SIDE, "vae_tile": TILE, "unet_tile": TILE,
-    "seed": {"value": -1, "info": "-1: random"},
 }  # fmt: skip
 
 
@@ -105,7 +104,7 @@ class TaskForm:
             ValueError, FileNotFoundError: a value or an image is missing or wrong.
         """
         values = dict(inputs)
-        if values["seed"] is None or values["seed"] < 0:
+        if str(values["seed"] or "-").startswith("-"):
             values["seed"] = secrets.randbelow(MAX_SEED)
         if values["scheduler"] == AUTOMATIC:
             values["scheduler"] = None
@@ -130,6 +129,8 @@ class TaskForm:
         settings: dict[str, Any] = {"label": option.label, "value": default}
         if name in NUMBERS:
             return Field("Number", settings | {"precision": 0} | NUMBERS[name])
+        if name == "seed":  # as text: the browser would round large numbers
+            return Field("Textbox", settings | {"value": "-1", "info": "-1: random"})
         if name == "scale":
             return Field("Slider", settings | {"minimum": 0, "maximum": 30, "step": 0.5,
                          "value": 0, "info": "0: as suits the model"})  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.app.catalogue import file_states
 from ldm.encoders.text import TextEncoder
 from ldm.loading.load import load
 from ldm.model import LatentDiffusion
@@ -39,12 +40,12 @@ class ModelCache:
     ) -> LatentDiffusion:
         """The model; arguments as `load`. A file that has changed is loaded again."""
         loras = [file for file, _ in options.get("loras", ())]
-        states = [_file_state(file) for file in (ckpt, *loras, *options.get("embeddings", ()))]
+        states = [file_states(file) for file in (ckpt, *loras, *options.get("embeddings", ()))]
         key = (str(config), tuple(states), repr(sorted(options.items())))
         if key in self._models:
             self._models[key] = self._models.pop(key)
             return self._models[key]
-        nbytes = Path(ckpt).expanduser().stat().st_size if ckpt else 0
+        nbytes = sum(size for _, size, _ in states[0])
         while self._models and self.nbytes + nbytes > self.limit:
             self._models.pop(next(iter(self._models)))
         if torch.cuda.is_available():
@@ -105,14 +106,3 @@ def _describe(module: nn.Module) -> tuple[type, JsonObject, list[str]]:
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
-
-
-def _file_state(path: str | Path | None) -> tuple[object, ...]:
-    """Path, size and time of change of a file, or of all files of a folder."""
-    if path is None:
-        return ()
-    file = Path(path).expanduser()
-    if file.is_dir():
-        return tuple(_file_state(inner) for inner in sorted(file.iterdir()) if inner.is_file())
-    status = file.stat()
-    return str(file.resolve()), status.st_size, status.st_mtime_ns

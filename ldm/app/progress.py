@@ -33,6 +33,7 @@ class Progress(RunListener):
         step: finished sampling steps of the current batch.
         steps: all sampling steps of the current batch.
         images: infos of finished images.
+        warnings: lines that follow the result.
         preview: grid of the current batch, a pixel for each latent pixel.
         message: the current status, finally the result.
         has_failed: whether the message is an error.
@@ -43,6 +44,7 @@ class Progress(RunListener):
     step: int = 0
     steps: int = 0
     images: list[Info] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     preview: Image.Image | None = None
     message: str = "queued"
     has_failed: bool = False
@@ -77,6 +79,9 @@ class Progress(RunListener):
             previews = to_pil(self._to_rgb(denoised.nan_to_num()))
             self.preview = make_grid(previews, PREVIEW_COLUMNS)
             self._last_preview = now
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
 
     def add_image(self, info: Info) -> None:
         self.images.append(info)
@@ -114,7 +119,7 @@ def _run(
     hint: Callable[[BaseException], str],
 ) -> None:
     try:
-        progress.message = work(progress)
+        progress.message = "; ".join([work(progress), *progress.warnings])
     except Stop:
         when = f"at step {progress.step} of {progress.steps}" if progress.step else "between steps"
         done = f"{len(progress.images)} of {progress.total} images are finished"

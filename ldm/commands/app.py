@@ -8,6 +8,7 @@ Images go to OUTDIR/samples with their metadata, so that `ldm replay` can make t
 
 from argparse import Namespace
 from collections.abc import Sequence
+from os.path import expanduser
 
 from ldm.generate.command_line import add_options, hint
 from ldm.generate.options import options_of
@@ -24,8 +25,20 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = CommandParser(prog=prog, description=__doc__, usage="%(prog)s [flags]")
     add = parser.add_argument
-    add("--models", default="checkpoints", metavar="DIR", help="checkpoints (%(default)s)")
-    add("--outdir", default="outputs/app", metavar="DIR", help="folder for images (%(default)s)")
+    add(
+        "--models",
+        type=expanduser,
+        default="checkpoints",
+        metavar="DIR",
+        help="checkpoints (%(default)s)",
+    )
+    add(
+        "--outdir",
+        type=expanduser,
+        default="outputs/app",
+        metavar="DIR",
+        help="folder for images (%(default)s)",
+    )
     add("--port", type=int, default=7860, help="port of the page (%(default)s)")
     add("--listen", action="store_true", help="accept other machines; needs --auth")
     add("--auth", metavar="USER:PASSWORD", help="login of the page (none)")

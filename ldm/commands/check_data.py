@@ -1,8 +1,8 @@
 """Check a folder of images, or tar shards; pack a folder into shards.
 
-    python scripts/check_data.py data/photos
-    python scripts/check_data.py "data/{00000..00099}.tar" --size 768
-    python scripts/check_data.py data/photos --pack "shards/photos-%06d.tar"
+    ldm check-data data/photos
+    ldm check-data "data/{00000..00099}.tar" --size 768
+    ldm check-data data/photos --pack "shards/photos-%06d.tar"
 
 Prints counts, broken files, missing and repeated captions, sizes, aspect ratios, buckets.
 Exit status: 0, or 1 if something is broken or there is nothing to read.
@@ -10,6 +10,7 @@ Exit status: 0, or 1 if something is broken or there is nothing to read.
 
 from argparse import Namespace
 from collections.abc import Sequence
+from os.path import expanduser
 from pathlib import Path
 
 from ldm.runtime.command import CommandParser, run_command
@@ -21,12 +22,23 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = CommandParser(prog=prog, description=__doc__)
     add = parser.add_argument
-    add("where", nargs="+", metavar="DIR|SHARDS", help="a folder, or files, patterns, addresses")
+    add(
+        "where",
+        nargs="+",
+        type=expanduser,
+        metavar="DIR|SHARDS",
+        help="a folder, or files, patterns, addresses",
+    )
     add("--size", type=int, default=512, help="side of square images in training (%(default)s)")
     add("--step", type=int, default=64, help="sides of buckets are multiples of it (%(default)s)")
     add("--workers", type=int, default=4, help="threads that decode (%(default)s)")
-    add("--list", type=Path, metavar="FILE", help="write the names of all broken files")
-    add("--pack", metavar="PATTERN", help="write a folder as shards, `DIR/name-%%06d.tar`")
+    add("--list", type=expanduser, metavar="FILE", help="write the names of all broken files")
+    add(
+        "--pack",
+        type=expanduser,
+        metavar="PATTERN",
+        help="write a folder as shards, `DIR/name-%%06d.tar`",
+    )
     add("--count", type=int, default=1000, help="images in each shard (%(default)s)")
     args = parser.parse(argv)
     return run_command(lambda: _check(args), parser.prog, verbose=args.verbose)
@@ -43,7 +55,7 @@ def _check(args: Namespace) -> int:
     print("\n".join(report.lines()))
     if args.list:
         names = "".join(f"{name}\n" for name, _ in report.broken)
-        args.list.write_text(names, "utf-8", errors="surrogateescape")
+        Path(args.list).write_text(names, "utf-8", errors="surrogateescape")
     if args.pack and folder is not None:
         for path in pack(folder, args.pack, count=args.count):
             print(path)

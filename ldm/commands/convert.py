@@ -14,6 +14,7 @@ existing target is replaced only with --force, and no target is left incomplete.
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from os.path import expanduser
 
 from ldm.generate.command_line import add_options, hint
 from ldm.generate.options import options_of
@@ -27,14 +28,32 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = CommandParser(prog=prog, description=__doc__, usage="%(prog)s [flags] SOURCE TARGET")
     add = parser.add_argument
-    add("source", help="a file, a diffusers folder, or the folder of a training run")
-    add("target", help="*.safetensors or *.ckpt: a file in the original's layout; else a folder")
-    add("--config", metavar="FILE", help="YAML of the source (recognised from the weights)")
+    add(
+        "source",
+        type=expanduser,
+        help="a file, a diffusers folder, or the folder of a training run",
+    )
+    add(
+        "target",
+        type=expanduser,
+        help="*.safetensors or *.ckpt: a file in the original's layout; else a folder",
+    )
+    add(
+        "--config",
+        type=expanduser,
+        metavar="FILE",
+        help="YAML of the source (recognised from the weights)",
+    )
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="convert all weights to it")
     add("--ema", action="store_true", help="use the EMA weights instead of the raw ones")
     add("--prune", action="store_true", help="single files: leave the EMA weights out")
     add("--variant", metavar="NAME", help="variant in the file names of a diffusers folder: fp16")
-    add("--clip-stats", metavar="FILE", help="statistics of CLIP's embeddings (unCLIP-L)")
+    add(
+        "--clip-stats",
+        type=expanduser,
+        metavar="FILE",
+        help="statistics of CLIP's embeddings (unCLIP-L)",
+    )
     add("--force", action="store_true", help="replace the target")
     add_options(add, ModelChoice, options_of(ModelChoice), only=("lora", "vae"))
     args = parser.parse(argv)

@@ -11,7 +11,7 @@ Exit status: 0 for weights that can be loaded, 1 otherwise.
 import json
 from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
+from os.path import expanduser
 
 from ldm.generate.command_line import hint
 from ldm.runtime.command import CommandParser, run_command
@@ -23,8 +23,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = CommandParser(prog=prog, description=__doc__)
     add = parser.add_argument
-    add("checkpoint", type=Path, help="a .ckpt or .safetensors file")
-    add("--config", metavar="FILE", help="compare with this YAML instead of the family's")
+    add("checkpoint", type=expanduser, help="a .ckpt or .safetensors file")
+    add(
+        "--config",
+        type=expanduser,
+        metavar="FILE",
+        help="compare with this YAML instead of the family's",
+    )
     add("--json", action="store_true", help="print a JSON object instead of text")
     add("--no-probe", action="store_true", help="do not run the UNet to tell eps from v")
     args = parser.parse(argv)

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
 
 from ldm.generate.tasks import TASKS
@@ -25,8 +26,13 @@ PROGRAMS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `ldm COMMAND …` (None = the words of this process); returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # what a console cannot show must not end a run
+            stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if argv is None else argv)
     name = words[0].replace("_", "-") if words else "--help"
+    if words[1:] == ["--version"]:
+        name = "--version"
     if name in ("--help", "-h", "help"):
         print(_help())
         return 0

@@ -10,6 +10,8 @@ status 1). --ckpt and --config give the present paths of the model's files.
 import shlex
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
+from os.path import expanduser
 from typing import Any
 
 from ldm.generate.command_line import add_options, hint, to_argv
@@ -28,11 +30,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     )  # fmt: skip
     # Without defaults: an option that is not given keeps its recorded value.
     options: dict[str, tuple[Option, Value]] = {
-        name: (option, None) for name, (option, _) in options_of(ModelChoice).items()
+        name: (replace(option, help=option.help.replace("%(default)s", "the recorded one")), None)
+        for name, (option, _) in options_of(ModelChoice).items()
     }
     add_options(parser.add_group(GROUPS["model"]), ModelChoice, options)
-    parser.add_argument("image", metavar="IMAGE", help="a PNG written by ldm")
-    parser.add_argument("--output", metavar="FILE", help="save the new image here")
+    parser.add_argument("image", type=expanduser, metavar="IMAGE", help="a PNG written by ldm")
+    parser.add_argument("--output", type=expanduser, metavar="FILE", help="save the new image here")
     parser.add_argument(
         "--show-command", action="store_true", help="print the command that made it, and exit"
     )

@@ -6,6 +6,7 @@ An option converts a word of the command line to a value and back. Values of for
 are converted and checked by the same rule.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -17,8 +18,7 @@ __all__ = ["Option", "decode_option", "encode_option", "option", "options_of"]
 
 Value = Any  # of one option: str, int, float, bool, None, or a tuple of them
 
-# Without `encode`: DDIM inversion as in the original is for Python only.
-LEGACY_FLAGS = tuple(sorted(LEGACY.keys() - {"encode"}))
+LEGACY_FLAGS = tuple(sorted(LEGACY))
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ def option(
 ) -> Any:
     """A dataclass field that is an option; see `Option`."""
     row["is_switch"] = isinstance(default, bool)
+    if parse is str and row.get("metavar") in ("FILE", "DIR"):
+        parse = os.path.expanduser
     return field(default=default, metadata={"option": Option(flags, help, parse, **row)})
 
 
@@ -182,7 +184,9 @@ def parse_weighted_file(word: str) -> tuple[str, float]:
     """FILE or FILE:WEIGHT; a colon may also be part of the file's name."""
     name, _, weight = word.rpartition(":")
     number = _number(weight)
-    return (word, 1.0) if not name or number is None else (name, number)
+    if not name or number is None:
+        name, number = word, 1.0
+    return os.path.expanduser(name), number
 
 
 def parse_legacy(word: str) -> tuple[str, ...]:

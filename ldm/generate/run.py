@@ -12,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.encoders.text import TextEncoder
+from ldm.encoders.tokenizer import has_weight_syntax
 from ldm.generate.load import load_model
 from ldm.generate.output import (
     GRID_LIMIT,
@@ -33,6 +35,8 @@ from ldm.runtime.errors import NonFinite
 from ldm.runtime.types import JsonMapping
 
 __all__ = ["remake_image", "run_request"]
+
+QUOTED_WORDS = 4  # of a prompt, in warnings
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +64,9 @@ def run_request(
     for inputs in request.inputs.each():
         single = replace(request, inputs=inputs)
         prepared = single.task.prepare(single)
-        model = model or load(prepared)
+        if model is None:
+            model = load(prepared)
+            _warn_about_prompts(batches, model, listener)
         _generate_batches(prepared, batches, model, listener, without_folders)
 
 
@@ -102,6 +108,27 @@ def _generate_batches(
         if grid_images:
             save_grid(folder, grid_images, request)
     log.info("Your samples are ready and waiting for you here: \n%s \n \nEnjoy.", output.outdir)
+
+
+def _warn_about_prompts(
+    batches: list[Batch], model: LatentDiffusion, listener: RunListener
+) -> None:
+    """Warn of the first prompt that is too long, and of the first with A1111's weights."""
+    encoder = model.conditioner.find(TextEncoder)
+    if encoder is None:
+        return
+    jobs = [job for batch in batches for job in batch]
+    prompts = dict.fromkeys(text for job in jobs for text in (job.prompt, job.negative_prompt))
+    for prompt in prompts:
+        if lost := encoder.truncated_text(prompt):
+            limit = encoder.length - 2
+            words = " ".join(lost.split()[:QUOTED_WORDS])
+            listener.warn(f"a prompt is longer than {limit} tokens: `{words} …` is left out")
+            break
+    for prompt in filter(has_weight_syntax, prompts):
+        words = " ".join(prompt.split()[:QUOTED_WORDS])
+        listener.warn(f"A1111's syntax for weights is read as plain text: `{words} …`")
+        break
 
 
 def remake_image(

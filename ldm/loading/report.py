@@ -9,11 +9,13 @@ from torch import Tensor
 
 from ldm.loading.build import build_on_meta
 from ldm.loading.families import Prediction
-from ldm.loading.files.checkpoint import detect_format, read_checkpoint
+from ldm.loading.files.checkpoint import EMBEDDED, detect_format, read_checkpoint
 from ldm.loading.files.pickles import foreign_imports, pickle_imports
 from ldm.loading.legacy import original_name, translate_config
 from ldm.loading.load import choose_config, probe_weights, read_config
 from ldm.loading.weights import Weights, identify_weights
+from ldm.model import LatentDiffusion
+from ldm.pipelines.families import FAMILIES, family_of
 from ldm.runtime.errors import MissingArgument, MissingFile
 from ldm.runtime.types import JsonObject
 
@@ -81,7 +83,8 @@ class Report:
             yield f"refused     {self.refused}"
         if self.parts:
             yield f"family      {self.title or 'unknown'}"
-            yield f"config      {self.config or 'unknown'}"
+            config = "inside the file" if self.config == EMBEDDED else self.config
+            yield f"config      {config or 'unknown'}"
             yield f"task        {self.task or 'unknown'}"
         if self.prediction is not None:
             doubt = ", but the methods disagree" if self.prediction.disputed else ""
@@ -134,7 +137,7 @@ def inspect_checkpoint(
         weights.prediction = probe_weights(weights)
     if (family := weights.family) is not None:
         report = replace(report, family=family.name, title=family.title, task=family.task or None)
-    return replace(
+    report = replace(
         report,
         prediction=weights.prediction,
         parts=list(_list_parts(weights.state)),
@@ -142,8 +145,8 @@ def inspect_checkpoint(
         step=weights.source.step,
         extras=list(weights.source.extras),
         metadata=weights.source.metadata,
-        **_compare(weights, config),
     )
+    return _compare(report, weights, config)
 
 
 def _list_parts(state: Mapping[str, Tensor]) -> Iterator[Part]:
@@ -157,20 +160,26 @@ def _list_parts(state: Mapping[str, Tensor]) -> Iterator[Part]:
         yield Part(name, prefix, len(values), sum(value.numel() for value in values), dict(dtypes))
 
 
-def _compare(weights: Weights, config: str | Path | None) -> JsonObject:
-    """Fields of the report about the config, and how weights fit it."""
+def _compare(report: Report, weights: Weights, config: str | Path | None) -> Report:
+    """Add the config to a report, how weights fit it, and the family that its encoders tell."""
     try:
         source = choose_config(weights) if config is None else str(config)
     except MissingArgument:
-        return {"note": "no config to compare with"}
+        return replace(report, note="no config to compare with")
+    report = replace(report, config=source)
     try:
         where = Path(source).name
         _, raw = read_config(weights, config)
-        names = build_on_meta(translate_config(raw, where=where), where=where).state_dict()
+        model = build_on_meta(translate_config(raw, where=where), where=where)
     except ValueError as error:
-        return {"config": source, "note": str(error)}
-    return {
-        "config": source,
-        "missing": [original_name(name) for name in names if name not in weights.state],
-        "unexpected": [original_name(name) for name in weights.state if name not in names],
-    }
+        return replace(report, note=str(error))
+    if report.family is None and isinstance(model, LatentDiffusion):
+        family = FAMILIES.get(family_of(model.conditioner) or "")
+        if family is not None:
+            report = replace(report, title=family.title, task=family.function)
+    names = model.state_dict()
+    return replace(
+        report,
+        missing=[original_name(name) for name in names if name not in weights.state],
+        unexpected=[original_name(name) for name in weights.state if name not in names],
+    )

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ldm.conditioning import Conditioner
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import WrongFamily
 
@@ -35,15 +36,15 @@ FAMILIES = {
 }
 
 
-def family_of(model: LatentDiffusion) -> str | None:
-    """The name of the model's family in FAMILIES; None = an unknown one."""
-    keys = model.conditioner.keys
+def family_of(conditioner: Conditioner) -> str | None:
+    """Return the name in FAMILIES of models with these encoders; None = an unknown family."""
+    keys = conditioner.keys
     return next((name for name, family in FAMILIES.items() if family.keys == keys), None)
 
 
 def check_family(model: LatentDiffusion, *families: str) -> None:
     """Raise WrongFamily unless the model is of one of the families."""
-    name = family_of(model)
+    name = family_of(model.conditioner)
     if name in families:
         return
     if name is None:

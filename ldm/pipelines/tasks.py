@@ -250,7 +250,8 @@ def _inverted_noise(
     sigmas = model.schedule.steps(steps, scheduler)
     until = max(round(strength * steps), 1)
     cond = encode_prompts(model, [prompt] * len(z), {})
-    z_t = invert(model, z, cond, steps=steps, until=until, scheduler=scheduler)
+    legacy = {"encode"}.intersection(options.get("legacy", ()))
+    z_t = invert(model, z, cond, steps=steps, until=until, scheduler=scheduler, legacy=legacy)
     sigma = float(sigmas[steps - until])
     x = z_t * (1 + sigma**2) ** 0.5
     return z_t if strength == 1 else (x - z.to(x)) / sigma

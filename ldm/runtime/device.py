@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 PRECISIONS = {"full": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ASSUMED_MEMORY = 16 << 30  # bytes, where the system does not tell
 SMALL_MODEL_THREADS = 4  # more of them only wait for each other
 
 
@@ -79,10 +80,13 @@ def set_threads(number: int | None, is_small: bool) -> None:
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes of memory that a device has."""
+    """Return how many bytes of memory a device has."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except AttributeError:  # on Windows
+        return ASSUMED_MEMORY
 
 
 def free_memory() -> float:

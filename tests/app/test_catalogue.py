@@ -24,11 +24,7 @@ def test_files_that_are_no_models_are_skipped_with_a_line_each(tmp_path):
     (tmp_path / "README.md").write_text("no checkpoint")
     catalogue = read_catalogue(tmp_path)
     assert catalogue.models == {}
-    assert [path.name for path in list_checkpoints(tmp_path)] == [
-        "cut.safetensors",
-        "empty.ckpt",
-        "page.ckpt",
-    ]
+    assert list(list_checkpoints(tmp_path)) == ["cut.safetensors", "empty.ckpt", "page.ckpt"]
     for line, reason in zip(
         catalogue.skipped, ("damaged", "an empty file", "a web page"), strict=True
     ):
@@ -39,3 +35,17 @@ def test_files_that_are_no_models_are_skipped_with_a_line_each(tmp_path):
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder `.*absent`"):
         read_catalogue(tmp_path / "absent")
+
+
+def test_models_in_subfolders_and_diffusers_folders_are_named_by_their_path(tmp_path):
+    (tmp_path / "people").mkdir()
+    shutil.copy(DEMO, tmp_path / "people/a.safetensors")
+    unet = tmp_path / "pipeline/unet"
+    unet.mkdir(parents=True)
+    (unet.parent / "model_index.json").write_text("{}")
+    shutil.copy(DEMO, unet / "model.safetensors")
+    assert list(list_checkpoints(tmp_path)) == ["people/a.safetensors", "pipeline"]
+    catalogue = read_catalogue(tmp_path)
+    assert list(catalogue.models) == ["people/a.safetensors"]
+    assert len(catalogue.skipped) == 1
+    assert "pipeline" in catalogue.skipped[0]

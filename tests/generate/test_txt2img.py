@@ -1,5 +1,6 @@
 """scripts/txt2img.py as a user meets it, on a tiny model."""
 
+import io
 import json
 import os
 import subprocess
@@ -133,6 +134,35 @@ def test_mistakes_in_a_prompt_file_are_located(run, tmp_path, line, message):
     assert (status, out) == (1, [])
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_seeds_count_on_modulo_2_to_the_64(run, tiny):
+    _, out, _ = run("--seed", str(2**64 - 1), "--n_samples", "2", "--skip_grid")
+    assert [read_info(path)["seed"] for path in out] == [2**64 - 1, 0]
+    assert [main(["replay", path, *tiny.flags]) for path in out] == [0, 0]
+
+
+def test_a_home_folder_is_found(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "prompts.txt").write_text("a fox", "utf-16")
+    flags = ["--outdir=~/pictures", "--from-file=~/prompts.txt", "--skip_grid"]
+    assert run(*flags)[1] == [str(tmp_path / "pictures/samples/00000.png")]
+
+
+def test_a_console_that_cannot_show_a_prompt_gets_it_escaped(run, monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), "cp1252", newline="\n")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    flags = ["--json", "--skip_save", "--skip_grid", "--n_samples", "1"]
+    assert run("--prompt", "狐狸", *flags)[0] == 0
+    stdout.seek(0)
+    assert json.loads(stdout.read())["prompt"] == "狐狸"
+
+
+def test_a_long_prompt_and_weights_of_words_are_one_warning_each(run):
+    prompt = "very " * 74 + "quick brown (foxes:1.2) and more"
+    err = run("--prompt", prompt, "--n_samples", "2", "--skip_save", "--skip_grid")[2]
+    assert err.count("longer than 75 tokens: `brown (foxes:1.2) and more …` is left out") == 1
+    assert err.count("A1111's syntax for weights is read as plain text: `very very") == 1
 
 
 def test_a_picture_depends_on_its_seed_and_not_on_its_batch(run):

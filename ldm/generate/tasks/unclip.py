@@ -76,7 +76,7 @@ class Unclip(PreparedTask):
         inputs = self.inputs
         size = self.output_size(model)
         weights = inputs.weight or None
-        if family_of(model) == "variation":
+        if family_of(model.conditioner) == "variation":
             return pipelines.vary(
                 model, prompts, self.images, weights=weights, size=size, **options
             )
