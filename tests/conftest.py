@@ -2,9 +2,13 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What this machine has downloaded is not looked at; see `ldm.loading.published`.
+for name in ("HF_HUB_CACHE", "LDM_CACHE"):
+    os.environ[name] = str(Path(tempfile.gettempdir(), "ldm-tests-without-a-cache"))
 sys.path.insert(0, str(Path(__file__).parent))

@@ -25,7 +25,7 @@ LAYERS = {
     "scripts": 7,
 }  # fmt: skip
 
-# Third-party packages, and the only modules that may import them.
+# Third-party packages, those that open connections, and the only modules that may import them.
 FENCES = {
     "gradio": ["scripts.app", "ldm.app"],
     "open_clip": ["ldm.encoders"],
@@ -36,6 +36,12 @@ FENCES = {
     "webdataset": ["ldm.data.shards"],
     "braceexpand": ["ldm.data.shards"],
     "datasets": ["ldm.data.hub"],
+    "huggingface_hub": ["ldm.loading.hub"],
+    "urllib": ["ldm.data.download", "ldm.loading.hub"],
+    "http": ["ldm.data.download"],
+    "socket": [],
+    "requests": [],
+    "httpx": [],
     "matplotlib": ["ldm.train.monitoring"],
     "wandb": ["ldm.train.monitoring.logs"],
     "pydantic": ["ldm.train.config"],

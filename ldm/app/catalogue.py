@@ -14,6 +14,7 @@ from ldm.loading import legacy
 from ldm.loading.build import build_on_meta
 from ldm.loading.diffusers.files import INDEX
 from ldm.loading.load import read_config
+from ldm.loading.published import find_on_disk, published_files
 from ldm.loading.weights import identify_weights, read_weights
 from ldm.pipelines.families import family_of
 from ldm.runtime.errors import MissingFile
@@ -65,13 +66,17 @@ def list_checkpoints(folder: str | Path) -> dict[str, Path]:
 
 
 def read_catalogue(folder: str | Path) -> Catalogue:
-    """Return the models of a folder. Files are read once, and again when they change."""
-    catalogue = Catalogue()
-    for name, path in list_checkpoints(folder).items():
+    """Return the models of a folder, and published ones elsewhere on this machine.
+
+    Files are read once, and again when they change.
+    """
+    catalogue, inside = Catalogue(), list_checkpoints(folder)
+    published = filter(None, map(find_on_disk, published_files().values()))
+    for name, path in ({path.name: path for path in published} | inside).items():
         entry = _read_entry(path, file_states(path))
         if isinstance(entry, CatalogueEntry):
             catalogue.models[name] = entry
-        else:
+        elif name in inside:
             catalogue.skipped.append(entry)
     return catalogue
 

@@ -3,8 +3,9 @@
     ldm inspect-checkpoint v2-1_768-ema-pruned.ckpt
     ldm inspect-checkpoint model.safetensors --config my.yaml --json
 
-Prints its family and config, whether the network predicts eps or v and how that is known, parts and
-their parameters, EMA, names in its pickle, missing and unexpected weights.
+Prints which published file it is, its family and config, whether the network predicts eps or v and
+how that is known, parts and their parameters, EMA, names in its pickle, missing and unexpected
+weights.
 Exit status: 0 for weights that can be loaded, 1 otherwise.
 """
 
@@ -23,7 +24,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = CommandParser(prog=prog, description=__doc__)
     add = parser.add_argument
-    add("checkpoint", type=expanduser, help="a .ckpt or .safetensors file")
+    add(
+        "checkpoint",
+        type=expanduser,
+        help="a .ckpt or .safetensors file, or a name of `ldm download`",
+    )
     add(
         "--config",
         type=expanduser,

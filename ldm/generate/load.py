@@ -6,10 +6,12 @@ from pathlib import Path
 
 from ldm.generate.request import Request
 from ldm.loading.load import load as load_from_files
+from ldm.loading.published import find_checkpoint, identify_hash
 from ldm.model import LatentDiffusion
 from ldm.nets.attention import set_backend
 from ldm.runtime.device import keep_memory, pick_device, pick_dtype, set_threads
 from ldm.runtime.files import find_file
+from ldm.runtime.hashes import known_sha256
 
 __all__ = ["is_small_model", "load_model"]
 
@@ -33,14 +35,16 @@ def load_model(
         ValueError, FileNotFoundError: as `ldm.load` does.
     """
     choice, task = request.model, request.task
-    ckpt = choice.ckpt
+    ckpt = find_checkpoint(choice.ckpt) if choice.ckpt else None
+    if ckpt is not None and (published := identify_hash(known_sha256(ckpt))):
+        log.info("checkpoint: %s, %s (by its SHA-256)", published.name, published.title)
     if request.uses_demo_model:
         log.info(
             "no checkpoint given: using the small model that ships with ldm (emoji); for Stable "
             "Diffusion 2: %s",
             task.full_model,
         )
-        ckpt = task.demo_model and str(find_file(task.demo_model))
+        ckpt = find_file(task.demo_model) if task.demo_model else None
     is_small = ckpt is None or is_small_model(ckpt)
     device = pick_device(choice.device)
     dtype = pick_dtype(choice.precision, device, is_small)

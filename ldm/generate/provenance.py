@@ -21,6 +21,7 @@ from ldm.generate.tasks import TASKS, Task
 from ldm.imaging.watermark import SMALLEST
 from ldm.loading.files.checkpoint import file_hash
 from ldm.loading.load import DEMO
+from ldm.loading.published import find_checkpoint
 from ldm.model import LatentDiffusion
 from ldm.runtime.device import pick_device
 from ldm.runtime.errors import ArgumentError, MissingFile
@@ -291,8 +292,9 @@ def _find_checkpoint(info: JsonMapping, request: Request) -> str | None:
     if request.uses_demo_model and name == Path(DEMO[1]).name:
         return None
     ckpt = request.model.ckpt
-    if ckpt is not None and Path(ckpt).expanduser().exists():
-        return ckpt
+    # An image is no reason to download what it names.
+    if ckpt is not None and (path := find_checkpoint(ckpt, fetch=False)).exists():
+        return str(path)
     try:
         return str(find_file(Path("checkpoints") / name))
     except FileNotFoundError as error:

@@ -90,7 +90,8 @@ class ModelChoice:
 
     # fmt: off
     ckpt: str | None = option(None, "--ckpt", metavar="FILE", label="Checkpoint",
-        help="checkpoint, .ckpt, .safetensors or a diffusers folder (the small demo model)")
+        help="checkpoint: .ckpt, .safetensors, a diffusers folder, a name of `ldm download`, or"
+        " hf:OWNER/NAME[/FILE] (the small demo model)")
     config: str | None = option(None, "--config", metavar="FILE",
         help="YAML of the model (recognised from the checkpoint)")
     ema: bool = option(False, "--ema", help="use the EMA weights of the checkpoint")

@@ -6,7 +6,8 @@
     fill_weights(model, weights.state)                 strict: every tensor, every shape
     load_loras(model), load_embeddings(model)          what is added to it
 
-Nothing is downloaded. Where device and dtype stay as in the file, weights are pages of that file.
+Nothing is downloaded but what a `hf:` address names. Where device and dtype stay as in the file,
+weights are pages of that file.
 """
 
 import hashlib
@@ -69,8 +70,10 @@ def load(
 
     Args:
         config: a YAML; None recognises the family from the weights. Both None: the demo model.
-        ckpt: a .ckpt or .safetensors, or the folder of a diffusers pipeline or of a training run;
-            may stand alone, `load("folder")`.
+        ckpt: a .ckpt or .safetensors, the folder of a diffusers pipeline or of a training run, the
+            name of a published file that is on this machine (`sd-v2-1`), or an address on the
+            Hugging Face hub, `hf:OWNER/NAME/FILE` or `hf:OWNER/NAME`; may stand alone,
+            `load("folder")`.
         dtype: of all weights; every part computes in the dtype of its weights.
         ema: use the averaged weights of a file that has both.
         overrides: `model.params.scale_factor=0.13`, applied to the YAML.

@@ -13,10 +13,12 @@ from ldm.loading.files.checkpoint import EMBEDDED, detect_format, read_checkpoin
 from ldm.loading.files.pickles import foreign_imports, pickle_imports
 from ldm.loading.legacy import original_name, translate_config
 from ldm.loading.load import choose_config, probe_weights, read_config
+from ldm.loading.published import find_checkpoint, identify_hash
 from ldm.loading.weights import Weights, identify_weights
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import FAMILIES, family_of
 from ldm.runtime.errors import MissingArgument, MissingFile
+from ldm.runtime.hashes import hash_file
 from ldm.runtime.types import JsonObject
 
 __all__ = ["Part", "Report", "inspect_checkpoint"]
@@ -38,6 +40,7 @@ class Report:
     """What an inspection found in one file.
 
     Args:
+        published: the name of the published file with this hash, and its title.
         refused: why the file is not read, if so.
         title: of the family, for people.
         task: the pipeline that serves it.
@@ -51,6 +54,8 @@ class Report:
 
     path: str
     bytes: int
+    sha256: str
+    published: str | None = None
     kind: str | None = None
     refused: str | None = None
     family: str | None = None
@@ -79,6 +84,7 @@ class Report:
     def lines(self) -> Iterator[str]:
         """The report as text."""
         yield f"file        {self.path}, {self.bytes / 1e9:.2f} GB, {self.kind or 'unknown'}"
+        yield f"published   {self.published or 'unknown'} (SHA-256 {self.sha256})"
         if self.refused:
             yield f"refused     {self.refused}"
         if self.parts:
@@ -120,10 +126,12 @@ def inspect_checkpoint(
         config: compare with this YAML instead of the family's.
         probe: where one method alone says eps or v, run the UNet once (reads its weights).
     """
-    path = Path(path).expanduser()
+    path = find_checkpoint(path)
     if not path.is_file():
         raise MissingFile(f"no checkpoint `{path}`")
-    report = Report(str(path), path.stat().st_size)
+    report = Report(str(path), path.stat().st_size, hash_file(path))
+    if file := identify_hash(report.sha256):
+        report = replace(report, published=f"{file.name}, {file.title}")
     try:
         kind = detect_format(path)
         report = replace(report, kind=kind)

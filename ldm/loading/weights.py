@@ -15,6 +15,7 @@ from ldm.loading.diffusers.files import is_diffusers_folder, read_folder
 from ldm.loading.families import Family, Prediction, detect_prediction, recognise_family
 from ldm.loading.files.checkpoint import EMBEDDED, Checkpoint, read_checkpoint, use_ema_weights
 from ldm.loading.legacy import MARKERS, original_name, rename_weights, schedule_tables
+from ldm.loading.published import find_checkpoint
 from ldm.runtime.errors import ArgumentError, MissingFile, WeightsMismatch
 
 __all__ = ["Weights", "identify_weights", "read_autoencoder", "read_weights"]
@@ -64,7 +65,8 @@ def read_weights(path: str | Path, ema: bool = False, variant: str | None = None
     """The weights under the original's names; of folders with their config in the metadata.
 
     Args:
-        path: a .ckpt or .safetensors, a diffusers folder, or the folder of a training run.
+        path: a .ckpt or .safetensors, a diffusers folder, the folder of a training run, or a name
+            that `find_checkpoint` knows.
         ema: replace raw weights by their EMA.
         variant: in the file names of a diffusers folder, such as `fp16`.
 
@@ -72,7 +74,7 @@ def read_weights(path: str | Path, ema: bool = False, variant: str | None = None
         MissingFile: there is no such file, or none in the folder.
         ValueError: it holds no weights, or no averaged ones.
     """
-    folder = Path(path).expanduser()
+    folder = find_checkpoint(path)
     if not folder.is_dir():
         return read_checkpoint(folder, ema)
     if is_diffusers_folder(folder):

@@ -15,6 +15,12 @@ __all__ = ["CommandParser", "run_command"]
 
 log = logging.getLogger(__name__)
 
+# Loggers that speak without --verbose.
+INFORMATIVE = (
+    "ldm.runtime.command", "ldm.generate", "ldm.app", "ldm.commands", "ldm.loading.hub",
+    "ldm.loading.published",
+)  # fmt: skip
+
 
 class CommandParser(ArgumentParser):
     """A parser with `--verbose`, whose flags may be written with `_` or `-`, and abbreviated.
@@ -131,7 +137,7 @@ def _configure_logging(verbose: bool) -> None:
     root = logging.getLogger("ldm")
     root.handlers = [handler]
     root.setLevel(logging.DEBUG if verbose else logging.WARNING)
-    for name in ("ldm.runtime.command", "ldm.generate", "ldm.app", "ldm.commands"):
+    for name in INFORMATIVE:
         logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.INFO)
 
 

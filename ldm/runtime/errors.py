@@ -6,6 +6,7 @@
     │   ├── MissingArgument                   an argument that this call needs
     │   └── WrongFamily                       a model that is made for another task
     ├── MissingFile (FileNotFoundError)       a file that an argument names
+    ├── DownloadError (OSError)               a file that a server does not give
     ├── FileFormatError (ValueError)          a file that is damaged, refused or of another kind
     ├── ConfigError (ValueError)              a config that describes no model
     ├── WeightsMismatch (ValueError)          weights whose names or shapes do not fit a model
@@ -21,6 +22,7 @@ from collections.abc import Iterable
 __all__ = [
     "ArgumentError",
     "ConfigError",
+    "DownloadError",
     "FileFormatError",
     "LdmError",
     "MissingArgument",
@@ -80,6 +82,18 @@ class WrongFamily(ArgumentError):
 
 class MissingFile(LdmError, FileNotFoundError):
     """A file that does not exist."""
+
+
+class DownloadError(LdmError, OSError):
+    """A file that could not be downloaded from one place.
+
+    Args:
+        is_local: the cause is this machine or its connection, so that no other place helps.
+    """
+
+    def __init__(self, message: str, *, is_local: bool = False) -> None:
+        super().__init__(message)
+        self.is_local = is_local
 
 
 class FileFormatError(LdmError, ValueError):

@@ -4,7 +4,7 @@ import codecs
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -53,14 +53,14 @@ def read_text(path: str | Path) -> str:
     raise FileFormatError(f"{path}:{line}: {message}")
 
 
-def sha256_of_file(*paths: str | Path) -> str:
+def sha256_of_file(*paths: str | Path, progress: Callable[[int], object] | None = None) -> str:
     """SHA-256 of the bytes of one file, or of several one after the other, in hexadecimal.
 
-    A file that has not changed since is not read again.
+    A file that has not changed since is not read again. `progress` is called with the bytes read.
     """
     files = tuple(Path(path).expanduser().resolve() for path in paths)
     stats = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-    return _sha256(files, stats)
+    return _sha256(files, stats, progress)
 
 
 @contextmanager
@@ -107,10 +107,16 @@ def flush_to_disk(path: Path) -> None:
 
 
 @lru_cache(maxsize=64)
-def _sha256(files: tuple[Path, ...], stats: tuple[tuple[int, int], ...]) -> str:
+def _sha256(
+    files: tuple[Path, ...],
+    stats: tuple[tuple[int, int], ...],
+    progress: Callable[[int], object] | None,
+) -> str:
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
             while block := file.read(BLOCK):
                 digest.update(block)
+                if progress is not None:
+                    progress(len(block))
     return digest.hexdigest()

@@ -24,6 +24,7 @@ from torch import Tensor
 from ldm.loading.files.pickles import load_pickle
 from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile
 from ldm.runtime.files import replace_when_written, sha256_of_file
+from ldm.runtime.hashes import hash_file
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
@@ -198,7 +199,7 @@ def file_hash(path: str | Path) -> str:
     """First ten hex digits of the SHA-256 of a file, or of all weights in a folder."""
     path = Path(path).expanduser()
     if not path.is_dir():
-        return sha256_of_file(path)[:10]
+        return hash_file(path)[:10]
     matches = (sorted(path.glob(pattern)) for pattern in FOLDER_WEIGHTS)
     return sha256_of_file(*next(filter(None, matches), []))[:10]
 

@@ -9,6 +9,7 @@ from ldm.loading import legacy
 from ldm.loading.build import add_unused_weights, check_weights
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.legacy import rename_weights, schedule_tables
+from ldm.loading.published import find_checkpoint
 from ldm.model import LatentDiffusion
 from ldm.runtime.files import find_file
 from ldm.runtime.types import JsonMapping
@@ -71,7 +72,7 @@ def _load(
     module: nn.Module, params: JsonMapping, prefix: str, widened: Sequence[str] = ()
 ) -> dict[str, Tensor]:
     """Load `ckpt_path`, or its part `prefix` if it has a whole model; return its tables."""
-    raw = read_checkpoint(find_file(params["ckpt_path"])).state
+    raw = read_checkpoint(find_file(find_checkpoint(params["ckpt_path"]))).state
     state = rename_weights(raw)
     if any(name.startswith(prefix) for name in state):
         state = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}

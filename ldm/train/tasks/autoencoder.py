@@ -21,6 +21,7 @@ from ldm.loading.addons.lpips import LPIPS_FILES, build_lpips, read_lpips
 from ldm.loading.config import instantiate
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.legacy import loss_weights
+from ldm.loading.published import find_checkpoint
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.discriminator import PatchDiscriminator
 from ldm.nets.lpips import LPIPS
@@ -376,7 +377,7 @@ def _read_loss_weights(params: Section) -> dict[str, Tensor]:
     if not params.get("ckpt_path"):
         return {}
     ignored = tuple(params.get("ignore_keys") or ())
-    state = read_checkpoint(find_file(params["ckpt_path"])).state
+    state = read_checkpoint(find_file(find_checkpoint(params["ckpt_path"]))).state
     return loss_weights({n: v for n, v in state.items() if not n.startswith(ignored)})
 
 

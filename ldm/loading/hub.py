@@ -1,0 +1,257 @@
+"""Files of the Hugging Face hub, downloaded into its cache and checked by their SHA-256.
+
+`huggingface_hub` knows the protocol, the token and the cache. It compares sizes only, and its newer
+versions do not resume what another process began: this adds both. Nothing here imports torch.
+"""
+
+import errno
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from ldm.runtime.errors import ArgumentError, DownloadError, MissingFile
+from ldm.runtime.hashes import Memory, hash_file, remember_sha256
+
+__all__ = ["PREFIX", "cached_file", "fetch_file", "find_or_fetch"]
+
+log = logging.getLogger(__name__)
+
+PREFIX = "hf:"
+SHA256 = re.compile("[0-9a-f]{64}")
+INDEX = "model_index.json"
+TEXTS = (".json", ".txt")
+WEIGHTS = (".safetensors", ".ckpt")
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+UNUSED = ("safety_checker",)  # components that no pipeline here reads
+FOLDERS = Memory("hub_folders.json")  # repository -> folder with all files that are needed
+
+
+def find_or_fetch(address: str, *, fetch: bool = True) -> Path:
+    """The file `hf:OWNER/NAME/FILE`, or the diffusers folder `hf:OWNER/NAME`.
+
+    What the cache has is used without asking the server.
+
+    Args:
+        fetch: download what the cache does not have.
+    Raises:
+        ArgumentError: the address is not of this form.
+        MissingFile: it is not in the cache, and `fetch` is False.
+        DownloadError: it cannot be downloaded.
+    """
+    owner, _, rest = address.removeprefix(PREFIX).partition("/")
+    name, _, file = rest.partition("/")
+    if not owner or not name:
+        raise ArgumentError(f"`{address}` must be hf:OWNER/NAME/FILE or hf:OWNER/NAME")
+    repo = f"{owner}/{name}"
+    path = cached_file(repo, file) if file else _cached_folder(repo)
+    if path is not None:
+        return path
+    if not fetch:
+        raise MissingFile(f"`{address}` is not on this machine\nhint: ldm download {address}")
+    licence, commit, sizes = _list_files(repo)
+    if file:
+        if file not in sizes:
+            raise DownloadError(f"`{repo}` has no file `{file}`{_examples(sizes)}")
+        names = [file]
+    elif INDEX in sizes:
+        index = json.loads(fetch_file(repo, INDEX, revision=commit).read_text("utf-8"))
+        names = _files_of_pipeline(index, sizes)
+    elif "config.json" in sizes:
+        names = ["config.json", *_choose_weights("", sizes)]
+    else:
+        names = [name for name in _checkpoints(sizes) if "/" not in name]
+        names = [name for name in names if name.endswith(WEIGHTS[0])] or names
+        if len(names) != 1:
+            raise DownloadError(f"`{repo}` is not a diffusers folder{_examples(sizes)}")
+        file = names[0]
+    size = sum(sizes[name] or 0 for name in names)
+    log.info("%s: %.2f GB in %d files, licence %s", repo, size / 1e9, len(names), licence)
+    paths = [fetch_file(repo, name, revision=commit) for name in names]
+    if file:
+        return paths[0]
+    folder = paths[0].parents[names[0].count("/")]
+    FOLDERS.set(repo, str(folder))
+    return folder
+
+
+def cached_file(repo: str, name: str) -> Path | None:
+    """A file in the hub's cache, whichever program put it there; its content is not checked."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(repo, name)
+    return Path(path) if isinstance(path, str) else None
+
+
+def _cached_folder(repo: str) -> Path | None:
+    folder = FOLDERS.read().get(repo)
+    return Path(folder) if folder and Path(folder).is_dir() else None
+
+
+def fetch_file(
+    repo: str, name: str, sha256: str | None = None, *, revision: str | None = None
+) -> Path:
+    """Download a file, unless the cache has it. An interrupted download is continued.
+
+    Args:
+        sha256: of the file that is wanted; None = any, as long as it arrives as the hub describes.
+    Raises:
+        DownloadError: this repository does not give it, or gives another one.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.utils import WeakFileLock
+
+    url = hf_hub_url(repo, name, revision=revision)
+    with _errors_of_hub(repo):
+        metadata = get_hf_file_metadata(url)
+    if metadata.etag is None or metadata.commit_hash is None or metadata.size is None:
+        raise DownloadError(f"`{repo}`: {constants.ENDPOINT} does not answer as a hub does")
+    published = metadata.etag if SHA256.fullmatch(metadata.etag) else None
+    if sha256 and published and sha256 != published:
+        raise DownloadError(_mismatch(repo, name, published, sha256))
+    expected = sha256 or published
+    folder = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
+    # A file, not a link to one: a layout of the hub's for systems without symbolic links.
+    target = folder / "snapshots" / metadata.commit_hash / name
+    part = folder / "blobs" / f"{metadata.etag}.incomplete"
+    lock = Path(constants.HF_HUB_CACHE, ".locks", folder.name, f"{metadata.etag}.lock")
+    main = folder / "refs" / "main"
+    for path in (target, part, lock, main):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):
+        if not target.is_file() or (expected and hash_file(target) != expected):
+            source, size = metadata.location, metadata.size
+            headers = _headers(url, source)
+            is_continued = part.is_file()
+            digest = _download(source, part, size, headers, f"{repo}/{name}")
+            if is_continued and expected not in (None, digest):  # what was there is damaged
+                part.unlink()
+                digest = _download(source, part, size, headers, f"{repo}/{name}")
+            if expected not in (None, digest):
+                part.unlink()
+                raise DownloadError(_mismatch(repo, name, digest, str(expected)))
+            part.replace(target)
+            remember_sha256(target, digest)
+        main.write_text(metadata.commit_hash, "utf-8")
+    return target
+
+
+def _download(url: str, part: Path, size: int, headers: dict[str, str], place: str) -> str:
+    """Fetch what `part` does not have yet; returns the SHA-256 of the whole."""
+    from huggingface_hub.file_download import http_get
+
+    done = part.stat().st_size if part.is_file() else 0
+    if done > size:
+        part.unlink()
+        done = 0
+    free = shutil.disk_usage(part.parent).free
+    if free < size - done:
+        need = f"{(size - done) / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
+        raise DownloadError(f"the disk is full: {need} in `{part.parents[2]}`", is_local=True)
+    if done:
+        log.info("continuing after %.2f of %.2f GB", done / 1e9, size / 1e9)
+    with _errors_of_hub(place), part.open("ab") as file:
+        try:
+            http_get(url, file, resume_size=done, headers=headers, expected_size=size)
+        except OSError as error:
+            if error.errno in FULL_DISK:
+                message = f"the disk is full: `{part.parents[2]}`; the download can be continued"
+                raise DownloadError(message, is_local=True) from error
+            raise
+    return hash_file(part)
+
+
+def _headers(url: str, location: str) -> dict[str, str]:
+    """Headers of a download; the token goes to the hub only, not to where it stores files."""
+    from huggingface_hub.utils import build_hf_headers
+
+    headers: dict[str, str] = build_hf_headers()
+    if urlsplit(url).netloc != urlsplit(location).netloc:
+        headers.pop("authorization", None)
+    return headers
+
+
+@contextmanager
+def _errors_of_hub(place: str) -> Iterator[None]:
+    """Raise what goes wrong while talking to the hub as a DownloadError of one line."""
+    from huggingface_hub import constants, errors
+
+    try:
+        yield
+    except DownloadError:
+        raise
+    except errors.OfflineModeIsEnabled as error:
+        raise DownloadError(
+            "HF_HUB_OFFLINE is set: nothing is downloaded", is_local=True
+        ) from error
+    except errors.GatedRepoError as error:
+        hint = f"accept its licence on {constants.ENDPOINT}/{place} and set HF_TOKEN"
+        raise DownloadError(f"`{place}` is gated: {hint}") from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise DownloadError(f"`{place}` is gone or private") from error
+    except errors.EntryNotFoundError as error:
+        raise DownloadError(f"`{place}` does not have this file") from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        what = "is gone or private" if status == 401 else f"is refused: the server says {status}"
+        raise DownloadError(f"`{place}` {what}") from error
+    except Exception as error:  # of requests or of httpx, by the version of huggingface_hub
+        kind = type(error).__name__
+        is_local = "Connect" in kind or "Timeout" in kind
+        what = f"no connection to {constants.ENDPOINT}" if is_local else f"`{place}`"
+        reason = (str(error) or kind).splitlines()[0]
+        raise DownloadError(f"{what}: {reason}", is_local=is_local) from error
+
+
+def _list_files(repo: str) -> tuple[str, str, dict[str, int | None]]:
+    """(licence, commit, size of each file) of a repository."""
+    from huggingface_hub import HfApi
+
+    with _errors_of_hub(repo):
+        info = HfApi().model_info(repo, files_metadata=True)
+    licence = info.card_data.get("license") if info.card_data else None
+    sizes = {file.rfilename: file.size for file in info.siblings or ()}
+    return str(licence or "not named"), str(info.sha), sizes
+
+
+def _files_of_pipeline(index: Any, sizes: Iterable[str]) -> list[str]:
+    """The files of a diffusers folder that a pipeline here reads."""
+    parts = [
+        name
+        for name, entry in index.items()
+        if isinstance(entry, list) and entry[-1] is not None and name not in UNUSED
+    ]
+    names = [INDEX]
+    for part in parts:
+        names += [n for n in sizes if n.rpartition("/")[0] == part and n.endswith(TEXTS)]
+        names += _choose_weights(f"{part}/", sizes)
+    return list(dict.fromkeys(names))
+
+
+def _choose_weights(folder: str, sizes: Iterable[str]) -> list[str]:
+    """The weights of a component: safetensors before pickles, the plain variant before others."""
+    inside = [name.removeprefix(folder) for name in sizes if name.startswith(folder)]
+    for variant in ("", r"\.fp16", r"\.[\w-]+"):
+        for ending in (r"\.safetensors", r"\.bin"):
+            pattern = re.compile(rf"(diffusion_|pytorch_)*model{variant}(-\d+-of-\d+)?{ending}")
+            if files := [name for name in inside if pattern.fullmatch(name)]:
+                return [folder + name for name in files]
+    return []
+
+
+def _checkpoints(sizes: Iterable[str]) -> list[str]:
+    return [name for name in sizes if name.endswith(WEIGHTS)]
+
+
+def _examples(sizes: Iterable[str]) -> str:
+    names = _checkpoints(sizes)[:6]
+    return f"; it has {', '.join(names)}" if names else ", and no checkpoint"
+
+
+def _mismatch(repo: str, name: str, actual: str, expected: str) -> str:
+    return f"`{repo}/{name}` is another file: its SHA-256 is {actual}, not {expected}"

@@ -1,0 +1,169 @@
+"""Published weights by name: where they are, what they are, and which of them are on this machine.
+
+The table is `published.csv`: `memory` is that of the weights in half precision, in GB; `bytes` has
+a `~` where it is rounded; `places` are files on the Hugging Face hub, the best one first. No
+SHA-256 means that none was published. Nothing here imports torch.
+"""
+
+import csv
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from ldm.loading.hub import PREFIX, cached_file, fetch_file, find_or_fetch
+from ldm.runtime.errors import DownloadError, MissingFile, nearest_name, unknown_name
+from ldm.runtime.hashes import Memory, hash_file, known_sha256, paths_with_sha256
+
+__all__ = [
+    "PublishedFile", "download", "find_checkpoint", "find_on_disk", "identify_hash",
+    "published_files",
+]  # fmt: skip
+
+log = logging.getLogger(__name__)
+
+TABLE = Path(__file__).with_name("published.csv")
+# Name of a row without SHA-256 -> that of its first download.
+FIRST = Memory("first_downloads.json")
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """A row of the table.
+
+    Args:
+        name: what `ckpt` may be instead of a path.
+        memory: of the weights in half precision, GB.
+        size: for people, "5.21 GB".
+        sha256: None if none was published.
+        places: (repository, file) on the hub, tried in this order.
+    """
+
+    name: str
+    title: str
+    licence: str
+    memory: float
+    size: str
+    sha256: str | None
+    places: tuple[tuple[str, str], ...]
+
+    @property
+    def expected_sha256(self) -> str | None:
+        """The published SHA-256, or that of the first download here."""
+        return self.sha256 or FIRST.read().get(self.name)
+
+
+@lru_cache(maxsize=1)
+def published_files() -> dict[str, PublishedFile]:
+    """The table by name."""
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        rows = [_parse_row(**row) for row in csv.DictReader(file)]
+    return {row.name: row for row in rows}
+
+
+def find_checkpoint(ckpt: str | Path, *, fetch: bool = True) -> Path:
+    """The path that a checkpoint's path, published name or `hf:` address stands for.
+
+    An existing path comes first. Anything else is returned as it is.
+
+    Args:
+        fetch: download what a `hf:` address names, if it is not in the cache.
+    Raises:
+        MissingFile: a published file that is not on this machine, or a misspelt name of one.
+        DownloadError: a `hf:` address that cannot be downloaded.
+    """
+    path, name = Path(ckpt).expanduser(), ckpt if isinstance(ckpt, str) else ckpt.as_posix()
+    if path.exists():
+        return path
+    if name.startswith(PREFIX):
+        return find_or_fetch(name, fetch=fetch)
+    files = published_files()
+    if name in files:
+        if found := find_on_disk(files[name], verify=True):
+            return found
+        row = files[name]
+        what = f"`{name}` ({row.title}, {row.size}) is not on this machine"
+        raise MissingFile(f"{what}\nhint: ldm download {name}", "ckpt")
+    near = nearest_name(name, files)
+    if near and not path.suffix and len(path.parts) == 1:
+        raise MissingFile(f"no checkpoint `{name}`, did you mean `{near}`?", "ckpt")
+    return path
+
+
+def find_on_disk(file: PublishedFile, *, verify: bool = False) -> Path | None:
+    """A published file on this machine: a file known by its hash, or one in the hub's cache.
+
+    Args:
+        verify: compare the hash of a file in the cache that was not yet computed.
+    """
+    for path in _candidates(file):
+        digest = hash_file(path) if verify and file.expected_sha256 else known_sha256(path)
+        if digest is None or file.expected_sha256 in (None, digest):
+            return path
+    return None
+
+
+def identify_hash(sha256: str | None) -> PublishedFile | None:
+    """The published file with this SHA-256."""
+    rows = published_files().values()
+    return next((row for row in rows if sha256 and row.sha256 == sha256), None)
+
+
+def download(name: str) -> Path:
+    """Download a published file, or what a `hf:` address names, unless it is on this machine.
+
+    Raises:
+        UnknownName: the table does not have this name.
+        DownloadError: no place gives the file; the reason of each is logged.
+    """
+    if name.startswith(PREFIX):
+        return find_or_fetch(name)
+    files = published_files()
+    if name not in files:
+        raise unknown_name("model", name, files)
+    file = files[name]
+    if path := find_on_disk(file, verify=True):
+        log.info("%s is on this machine already", name)
+        return path
+    log.info("%s: %s, %s, licence %s", name, file.title, file.size, file.licence)
+    for repo, place in file.places:
+        try:
+            path = fetch_file(repo, place, file.expected_sha256)
+        except DownloadError as error:
+            if error.is_local or len(file.places) == 1:
+                raise
+            log.warning("%s", error)
+        else:
+            _log_hash(file, hash_file(path))
+            return path
+    raise DownloadError(f"none of its {len(file.places)} places gives {name}")
+
+
+def _log_hash(file: PublishedFile, digest: str) -> None:
+    if file.sha256:
+        log.info("SHA-256 %s is the published one", digest)
+        return
+    log.info("SHA-256 %s; none was published, so that the file is unverified", digest)
+    FIRST.set(file.name, digest)
+
+
+def _candidates(file: PublishedFile) -> Iterator[Path]:
+    if file.expected_sha256:
+        yield from paths_with_sha256(file.expected_sha256)
+    yield from filter(None, (cached_file(repo, name) for repo, name in file.places))
+
+
+def _parse_row(
+    name: str, title: str, licence: str, memory: str, bytes: str, sha256: str, places: str
+) -> PublishedFile:
+    split = [place.split("/", 2) for place in places.split()]
+    return PublishedFile(
+        name,
+        title,
+        licence,
+        float(memory),
+        f"{float(bytes.lstrip('~')) / 1e9:.2f} GB" if bytes else "?",
+        sha256 or None,
+        tuple((f"{owner}/{repo}", file) for owner, repo, file in split),
+    )

@@ -1,0 +1,87 @@
+"""SHA-256 of large files, remembered between runs by path, size and time of change.
+
+What is remembered lies in `~/.cache/ldm` ($XDG_CACHE_HOME/ldm, or $LDM_CACHE).
+"""
+
+import json
+import os
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ldm.runtime.files import replace_when_written, sha256_of_file
+from ldm.runtime.types import JsonObject
+
+__all__ = ["Memory", "hash_file", "known_sha256", "paths_with_sha256", "remember_sha256"]
+
+LARGE = 50_000_000  # bytes from which a hash takes so long that it is shown and remembered
+
+
+class Memory:
+    """A JSON object on disk. What cannot be read is empty, what cannot be written is not kept."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def read(self) -> JsonObject:
+        """All entries."""
+        try:
+            content = json.loads(self._path().read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def set(self, key: str, value: object) -> None:
+        """Add or replace an entry."""
+        try:
+            self._path().parent.mkdir(parents=True, exist_ok=True)
+            with replace_when_written(self._path()) as part:
+                part.write_text(json.dumps({**self.read(), key: value}, indent=1), "utf-8")
+        except OSError:
+            pass
+
+    def _path(self) -> Path:
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        folder = os.environ.get("LDM_CACHE") or f"{base}/ldm"
+        return Path(folder).expanduser() / self.name
+
+
+HASHES = Memory("hashes.json")  # path -> [bytes, time of change in ns, SHA-256]
+
+
+def hash_file(path: str | Path) -> str:
+    """SHA-256 of a file; for a large one with a progress bar, and only if it has changed."""
+    path = Path(path).expanduser()
+    if digest := known_sha256(path):
+        return digest
+    size = path.stat().st_size
+    label, hidden = f"hashing {path.name}", None if size >= LARGE else True
+    with tqdm(total=size, unit="B", unit_scale=True, desc=label, disable=hidden) as bar:
+        digest = sha256_of_file(path, progress=bar.update)
+    if size >= LARGE:
+        remember_sha256(path, digest)
+    return digest
+
+
+def known_sha256(path: str | Path) -> str | None:
+    """SHA-256 of a file if it is remembered and the file has not changed since."""
+    path = Path(path).expanduser().resolve()
+    entry = HASHES.read().get(str(path))
+    return entry[2] if entry and path.is_file() and entry[:2] == _state(path) else None
+
+
+def paths_with_sha256(digest: str) -> list[Path]:
+    """Unchanged files that are known to have this hash."""
+    paths = [path for path, entry in HASHES.read().items() if entry[2] == digest]
+    return [Path(path) for path in paths if known_sha256(path)]
+
+
+def remember_sha256(path: str | Path, digest: str) -> None:
+    """Remember the hash of a file as it is now."""
+    path = Path(path).expanduser().resolve()
+    HASHES.set(str(path), [*_state(path), digest])
+
+
+def _state(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
