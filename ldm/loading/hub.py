@@ -33,7 +33,7 @@ FOLDERS = Memory("hub_folders.json")  # repository -> folder with all files that
 
 
 def find_or_fetch(address: str, *, fetch: bool = True) -> Path:
-    """The file `hf:OWNER/NAME/FILE`, or the diffusers folder `hf:OWNER/NAME`.
+    """Return the file `hf:OWNER/NAME/FILE`, or the diffusers folder `hf:OWNER/NAME`.
 
     What the cache has is used without asking the server.
 
@@ -81,7 +81,7 @@ def find_or_fetch(address: str, *, fetch: bool = True) -> Path:
 
 
 def cached_file(repo: str, name: str) -> Path | None:
-    """A file in the hub's cache, whichever program put it there; its content is not checked."""
+    """Return a file in the hub's cache, whichever program put it there; it is not checked."""
     from huggingface_hub import try_to_load_from_cache
 
     path = try_to_load_from_cache(repo, name)
@@ -220,7 +220,7 @@ def _list_files(repo: str) -> tuple[str, str, dict[str, int | None]]:
 
 
 def _files_of_pipeline(index: Any, sizes: Iterable[str]) -> list[str]:
-    """The files of a diffusers folder that a pipeline here reads."""
+    """List the files of a diffusers folder that a pipeline here reads."""
     parts = [
         name
         for name, entry in index.items()
@@ -234,7 +234,7 @@ def _files_of_pipeline(index: Any, sizes: Iterable[str]) -> list[str]:
 
 
 def _choose_weights(folder: str, sizes: Iterable[str]) -> list[str]:
-    """The weights of a component: safetensors before pickles, the plain variant before others."""
+    """List the weights of a component: safetensors before pickles, the plain variant first."""
     inside = [name.removeprefix(folder) for name in sizes if name.startswith(folder)]
     for variant in ("", r"\.fp16", r"\.[\w-]+"):
         for ending in (r"\.safetensors", r"\.bin"):

@@ -56,14 +56,14 @@ class PublishedFile:
 
 @lru_cache(maxsize=1)
 def published_files() -> dict[str, PublishedFile]:
-    """The table by name."""
+    """Read the table; rows by name."""
     with TABLE.open(encoding="utf-8", newline="") as file:
         rows = [_parse_row(**row) for row in csv.DictReader(file)]
     return {row.name: row for row in rows}
 
 
 def find_checkpoint(ckpt: str | Path, *, fetch: bool = True) -> Path:
-    """The path that a checkpoint's path, published name or `hf:` address stands for.
+    """Return the path that a checkpoint's path, published name or `hf:` address stands for.
 
     An existing path comes first. Anything else is returned as it is.
 
@@ -92,7 +92,7 @@ def find_checkpoint(ckpt: str | Path, *, fetch: bool = True) -> Path:
 
 
 def find_on_disk(file: PublishedFile, *, verify: bool = False) -> Path | None:
-    """A published file on this machine: a file known by its hash, or one in the hub's cache.
+    """Find a published file: one known by its hash, or one in the hub's cache.
 
     Args:
         verify: compare the hash of a file in the cache that was not yet computed.
@@ -105,7 +105,7 @@ def find_on_disk(file: PublishedFile, *, verify: bool = False) -> Path | None:
 
 
 def identify_hash(sha256: str | None) -> PublishedFile | None:
-    """The published file with this SHA-256."""
+    """Return the published file with this SHA-256."""
     rows = published_files().values()
     return next((row for row in rows if sha256 and row.sha256 == sha256), None)
 

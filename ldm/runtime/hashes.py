@@ -24,7 +24,7 @@ class Memory:
         self.name = name
 
     def read(self) -> JsonObject:
-        """All entries."""
+        """Return all entries."""
         try:
             content = json.loads(self._path().read_text("utf-8"))
         except (OSError, ValueError):
@@ -50,7 +50,7 @@ HASHES = Memory("hashes.json")  # path -> [bytes, time of change in ns, SHA-256]
 
 
 def hash_file(path: str | Path) -> str:
-    """SHA-256 of a file; for a large one with a progress bar, and only if it has changed."""
+    """Hash a file (SHA-256); a large one with a progress bar, and only if it has changed."""
     path = Path(path).expanduser()
     if digest := known_sha256(path):
         return digest
@@ -64,14 +64,14 @@ def hash_file(path: str | Path) -> str:
 
 
 def known_sha256(path: str | Path) -> str | None:
-    """SHA-256 of a file if it is remembered and the file has not changed since."""
+    """Return the SHA-256 of a file if it is remembered and the file has not changed since."""
     path = Path(path).expanduser().resolve()
     entry = HASHES.read().get(str(path))
     return entry[2] if entry and path.is_file() and entry[:2] == _state(path) else None
 
 
 def paths_with_sha256(digest: str) -> list[Path]:
-    """Unchanged files that are known to have this hash."""
+    """List the files that had this hash and have not changed since."""
     paths = [path for path, entry in HASHES.read().items() if entry[2] == digest]
     return [Path(path) for path in paths if known_sha256(path)]
 
