@@ -31,7 +31,7 @@ class Cond:
     vector: Tensor | None = None
 
     def filled(self) -> dict[str, Tensor]:
-        """Returns the slots that are not None, by name."""
+        """Return the slots that are not None, by name."""
         slots = {"crossattn": self.crossattn, "concat": self.concat, "vector": self.vector}
         return {name: value for name, value in slots.items() if value is not None}
 
@@ -42,22 +42,18 @@ class Cond:
         return Cond(**{name: value[rows] for name, value in self.filled().items()})
 
     def cat(self, other: "Cond") -> "Cond":
-        """Concatenates two conditions along the batch axis.
-
-        Raises:
-            ValueError: If they fill different slots.
-        """
+        """Concatenate two conditions of the same slots along the batch axis."""
         first, second = self.filled(), other.filled()
         if first.keys() != second.keys():
             raise ValueError(f"cannot join a condition of {set(first)} with one of {set(second)}")
         return Cond(**{name: torch.cat([first[name], second[name]]) for name in first})
 
     def repeat(self, n: int) -> "Cond":
-        """Repeats every row n times, in place: rows 0, 0, 1, 1, … for n = 2."""
+        """Repeat every row n times, in place: rows 0, 0, 1, 1, … for n = 2."""
         return Cond(**{k: v.repeat_interleave(n, dim=0) for k, v in self.filled().items()})
 
     def add(self, slot: Slot, value: Tensor) -> "Cond":
-        """Fills a slot; what it held is followed by `value` along axis 1 (tokens or channels)."""
+        """Fill a slot; what it held is followed by `value` along axis 1 (tokens or channels)."""
         current = self.filled().get(slot)
         joined = value if current is None else torch.cat([current, value], dim=1)
         return replace(self, **{slot: joined})
@@ -78,11 +74,11 @@ class PrepareOptions:
     generator: torch.Generator | None = None
 
     def randn(self, shape: Sequence[int]) -> Tensor:
-        """Standard normal noise, on the generator's device."""
+        """Draw standard normal noise, on the generator's device."""
         return torch.randn(*shape, generator=self.generator, device=self._device)
 
     def randint(self, high: int, n: int) -> Tensor:
-        """n integers in [0, high), on the generator's device."""
+        """Draw n integers in [0, high), on the generator's device."""
         return torch.randint(high, (n,), generator=self.generator, device=self._device)
 
     @property
@@ -116,28 +112,18 @@ class Encoder(nn.Module):
         return ()
 
     def prepare(self, batch: Batch, options: PrepareOptions) -> dict[str, Tensor]:
-        """Computes the entries of the batch that this encoder needs from those that are there.
+        """Compute the entries that this encoder needs, and the batch does not have.
 
         Whatever is slow or random belongs here and not in `forward`, which then gives the same
         result for the conditional and the unconditional batch.
-
-        Args:
-            batch: Images, masks … as a task or a data set provides them.
-            options: Size of the latent, autoencoder and random generator.
-
-        Returns:
-            Entries to add to the batch.
         """
         return {}
 
 
 class Conditioner(nn.Module):
-    """Runs named encoders over one batch.
+    """Encoders by name; the one of the prompt, or of what replaces it, is `text`.
 
     The names are the attribute names, so that weights are called `conditioner.text.…`.
-
-    Args:
-        encoders: Encoders by name; the one of the prompt (or of what replaces it) is `text`.
     """
 
     text: Encoder | None
@@ -153,7 +139,6 @@ class Conditioner(nn.Module):
 
     @property
     def encoders(self) -> dict[str, Encoder]:
-        """All encoders by name."""
         return {k: v for k, v in self.named_children() if isinstance(v, Encoder)}
 
     @property
@@ -162,15 +147,11 @@ class Conditioner(nn.Module):
         return frozenset(encoder.key for encoder in self.encoders.values())
 
     def find(self, kind: type[EncoderT]) -> EncoderT | None:
-        """Returns the first encoder of a class, or None."""
+        """Return the first encoder of a class, or None."""
         return next((e for e in self.encoders.values() if isinstance(e, kind)), None)
 
     def get(self, kind: type[EncoderT]) -> EncoderT:
-        """Returns the first encoder of a class.
-
-        Raises:
-            ValueError: If there is none.
-        """
+        """Return the first encoder of a class; a ValueError names those that there are."""
         encoder = self.find(kind)
         if encoder is None:
             names = ", ".join(type(e).__name__ for e in self.encoders.values()) or "none"
@@ -183,16 +164,12 @@ class Conditioner(nn.Module):
         drop: float | Mapping[str, float] = 0.0,
         generator: torch.Generator | None = None,
     ) -> Cond:
-        """Encodes a batch.
+        """Encode a batch, which has an entry for the `key` of each encoder.
 
         Args:
-            batch: One entry for the `key` of each encoder.
             drop: Probability of replacing a sample by the encoder's `null`; for all encoders, or by
                 batch key, such as {"txt": 0.1}.
             generator: Random generator for `drop`.
-
-        Raises:
-            KeyError: If an entry is missing.
         """
         cond = Cond()
         for name, encoder in self.encoders.items():

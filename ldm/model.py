@@ -29,19 +29,12 @@ class LatentDiffusion(nn.Module):
     """A latent diffusion model of any family: families differ in encoders and sizes only.
 
     Args:
-        unet: Network (z_t, t, context=…, y=…) -> prediction.
-        autoencoder: Between images and latents.
-        conditioner: Encoders of the conditions.
-        schedule: Noise schedule.
         parameterization: What `unet` predicts: "eps", "v" or "x0".
         scale_factor: Factor of the autoencoder's latents, about 1 / their standard deviation.
         image_size: Side of the latents that the model was trained with, in latent pixels.
 
     Attributes:
         provenance: Files that the model was loaded from, set by `ldm.load`.
-
-    Raises:
-        ArgumentError: For an unknown parameterization, or one that the schedule rules out.
     """
 
     def __init__(
@@ -73,7 +66,7 @@ class LatentDiffusion(nn.Module):
 
     @property
     def denoiser(self) -> Denoiser:
-        """Denoiser D(x, sigma, cond) of the UNet, for samplers and the training loss."""
+        """The denoiser D(x, sigma, cond), for samplers and the training loss."""
         return Denoiser(self.unet, self.schedule, self.parameterization)
 
     @property
@@ -95,20 +88,16 @@ class LatentDiffusion(nn.Module):
         return next(self.unet.parameters()).dtype
 
     def encode(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Image (B, 3, H, W) in [-1, 1] -> z (B, C, h, w) float32, sampled from the posterior."""
+        """Encode images (B, 3, H, W) in [-1, 1] as z (B, C, h, w) float32, a posterior sample."""
         return self.autoencoder.encode(image).sample(generator).float() * self.scale_factor
 
     def decode(self, z: Tensor, tile: int | None = None) -> Tensor:
-        """Decodes latents.
+        """Decode latents (B, C, h, w) to images (B, 3, H, W) float32, about [-1, 1], not clamped.
 
         Args:
-            z: (B, C, h, w).
             tile: Side, in latent pixels, of overlapping tiles that are decoded one by one and
                 blended: needs less memory, but changes the image a little, as each tile is
-                normalised by itself. None decodes everything at once.
-
-        Returns:
-            Image (B, 3, H, W) float32, about [-1, 1] (not clamped).
+                normalized by itself. None decodes everything at once.
         """
         z = z / self.scale_factor
         if tile is None:
@@ -118,14 +107,13 @@ class LatentDiffusion(nn.Module):
     def prepare(
         self, batch: Batch, size: tuple[int, int], generator: torch.Generator | None = None
     ) -> dict[str, Any]:
-        """Adds to a batch what its encoders read: a depth map, the latent of a masked image, noise.
+        """Add to a batch what encoders read: a depth map, the latent of a masked image, noise.
 
         This is slow or random; `condition` then gives consistent results with and without a prompt.
 
         Args:
             batch: Images, masks, texts … by batch key.
             size: (h, w) of the latent.
-            generator: Random generator for all that is sampled.
         """
         options = PrepareOptions(size, lambda image: self.encode(image, generator), generator)
         prepared = dict(batch)
@@ -139,13 +127,6 @@ class LatentDiffusion(nn.Module):
         drop: float | Mapping[str, float] = 0.0,
         generator: torch.Generator | None = None,
     ) -> Cond:
-        """The condition of a batch, such as {"txt": ["a red apple", …]}; see Conditioner.forward.
-
-        Args:
-            batch: One entry per encoder, as `prepare` completes it.
-            drop: Probability of replacing a sample by the unconditional one, for training with
-                classifier-free guidance; for all encoders or by batch key.
-            generator: Random generator for `drop`.
-        """
+        """Encode a batch, such as {"txt": ["a red apple", …]}; see Conditioner.forward."""
         cond: Cond = self.conditioner(batch, drop, generator)
         return cond

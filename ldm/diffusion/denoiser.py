@@ -28,11 +28,7 @@ PARAMETERIZATIONS = ("eps", "v", "x0")
 
 
 def scalings(parameterization: str, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors c_skip and c_out at noise levels `sigma`, of the same shape.
-
-    Raises:
-        UnknownName: If `parameterization` is not one of PARAMETERIZATIONS.
-    """
+    """Compute c_skip and c_out at noise levels `sigma`, in the same shape."""
     if parameterization == "eps":
         return torch.ones_like(sigma), -sigma
     if parameterization == "v":
@@ -47,29 +43,14 @@ def scalings(parameterization: str, sigma: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A network with its noise schedule and prediction type, for samplers and training losses.
+    """A network with its noise schedule and prediction type, for samplers and training losses."""
 
-    Args:
-        network: (z_t, t, context=…, y=…) -> prediction, such as `ldm.nets.unet.UNet`.
-        schedule: Noise schedule.
-        parameterization: What the network predicts: "eps", "v" or "x0".
-    """
-
-    network: Callable[..., Tensor]
+    network: Callable[..., Tensor]  # (z_t, t, context=…, y=…) -> prediction
     schedule: Schedule
     parameterization: str = "eps"
 
     def __call__(self, x: Tensor, sigma: Tensor | float, cond: Cond | None = None) -> Tensor:
-        """Estimates z.
-
-        Args:
-            x: z + sigma noise, (B, C, h, w).
-            sigma: Noise level, one or (B,).
-            cond: Condition; None for none.
-
-        Returns:
-            (B, C, h, w) float32.
-        """
+        """Estimate z of x = z + sigma noise, (B, C, h, w) float32; sigma: one or (B,)."""
         return self.convert_prediction(x, sigma, self.predict(x, sigma, cond))
 
     def predict(
@@ -79,10 +60,9 @@ class Denoiser:
         cond: Cond | None = None,
         t: Tensor | float | None = None,
     ) -> Tensor:
-        """Predicts eps, v or x0 at x, (B, C, h, w) float32.
+        """Predict eps, v or x0 at x, (B, C, h, w) float32.
 
         Args:
-            x, sigma, cond: As for the call.
             t: Timestep for the network; None for that of sigma.
         """
         t = self.schedule.sigma_to_t(sigma) if t is None else torch.as_tensor(t)
@@ -90,12 +70,12 @@ class Denoiser:
         return self._run_network(x / (1 + sigma**2).sqrt(), t, cond)
 
     def convert_prediction(self, x: Tensor, sigma: Tensor | float, prediction: Tensor) -> Tensor:
-        """Converts a prediction at x to the estimate of z."""
+        """Convert a prediction at x to the estimate of z."""
         c_skip, c_out = scalings(self.parameterization, _column(sigma, x))
         return c_skip * x + c_out * prediction
 
     def target(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The training target at timesteps t (B,): the prediction whose conversion is z."""
+        """Compute the training target at timesteps t (B,): the prediction whose conversion is z."""
         sigma = _column(self.schedule.sigmas[t.cpu()], z)
         c_skip, c_out = scalings(self.parameterization, sigma)
         return ((1 - c_skip) / c_out) * z - (c_skip / c_out * sigma) * noise
@@ -108,7 +88,7 @@ class Denoiser:
         noise: Tensor,
         input_noise: Tensor | None = None,
     ) -> Tensor:
-        """Prediction minus target; its mean square is the simple training loss.
+        """Compute prediction minus target; its mean square is the simple training loss.
 
         Args:
             z: Latents (B, C, h, w).
@@ -116,15 +96,12 @@ class Denoiser:
             noise: Standard normal noise, like z.
             input_noise: Noise in the network's input where it differs from `noise`, as in input
                 perturbation (arXiv:2301.11706).
-
-        Returns:
-            (B, C, h, w) float32.
         """
         prediction = self.predict_at(z, cond, t, noise if input_noise is None else input_noise)
         return prediction - self.target(z, noise, t)
 
     def predict_at(self, z: Tensor, cond: Cond | None, t: Tensor, noise: Tensor) -> Tensor:
-        """Predicts for latents z with noise at timesteps t (B,), float32."""
+        """Predict for latents z with noise at timesteps t (B,), float32."""
         return self._run_network(self.schedule.add_noise(z, noise, t), t, cond)
 
     def _run_network(self, z_t: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
@@ -136,6 +113,6 @@ class Denoiser:
 
 
 def _column(value: Tensor | float, like: Tensor) -> Tensor:
-    """Reshapes one value, or one per row, to (B | 1, 1, 1, 1) float32 on the device of `like`."""
+    """Reshape one value, or one per row, to (B | 1, 1, 1, 1) float32 on the device of `like`."""
     value = torch.as_tensor(value, dtype=torch.float64).float()
     return value.to(like.device).reshape(-1, *(1,) * (like.dim() - 1))

@@ -26,14 +26,12 @@ def add_guidance(
     *,
     rescale: float = 0.0,
 ) -> Denoise:
-    """Builds `denoise(x, sigma)` with guidance.
+    """Build `denoise(x, sigma)` with guidance.
 
     The network runs once for both conditions, the unconditional one first. Guidance combines
     predictions (eps, v or x0), not estimates of z, as in the original.
 
     Args:
-        denoiser: Denoiser of the model.
-        cond: Condition.
         uncond: Unconditional condition, or that of a negative prompt; None for no guidance.
         scale: Guidance scale, which may depend on sigma. At 1 only `cond` is computed.
         rescale: 0 … 1, how far the standard deviation of the prediction is brought back to that of
@@ -57,13 +55,7 @@ def add_guidance(
 
 
 def limit_to_interval(scale: Scale, low: float, high: float) -> Scale:
-    """Limits guidance to an interval of noise levels.
-
-    Args:
-        scale: Guidance scale in the interval. Elsewhere it is 1: no guidance, half the work.
-        low: Lowest noise level (sigma) with guidance.
-        high: Highest noise level with guidance.
-    """
+    """Limit guidance to noise levels (sigma) low … high; elsewhere the scale is 1."""
 
     def scale_at(sigma: float) -> float:
         if not low <= sigma <= high:

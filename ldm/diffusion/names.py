@@ -10,36 +10,22 @@ __all__ = ["LEGACY", "SAMPLERS", "SCHEDULERS", "Sampler", "Scheduler"]
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler.
+    """A sampler."""
 
-    Args:
-        function: its name in `ldm.diffusion.samplers`.
-        label: its name in A1111's text and on the page.
-        takes_noise: whether it draws noise between steps.
-        takes_eta: whether `eta` sets how much.
-        scheduler: the scheduler that belongs to it; None = the model's.
-    """
-
-    function: str
-    label: str
-    takes_noise: bool = False
-    takes_eta: bool = False
-    scheduler: str | None = None
+    function: str  # in `ldm.diffusion.samplers`
+    label: str  # in A1111's text and on the page
+    takes_noise: bool = False  # between steps
+    takes_eta: bool = False  # which sets how much
+    scheduler: str | None = None  # that belongs to it; None for the model's
 
 
 @dataclass(frozen=True)
 class Scheduler:
-    """A choice of sampling steps.
+    """A choice of sampling steps."""
 
-    Args:
-        function: its name in `ldm.diffusion.schedule`.
-        label: its name on the page.
-        a1111: its name in A1111's text, None where A1111 does not have it.
-    """
-
-    function: str
-    label: str
-    a1111: str | None = None
+    function: str  # in `ldm.diffusion.schedule`
+    label: str  # on the page
+    a1111: str | None = None  # in A1111's text; None where A1111 does not have it
 
 
 SAMPLERS = {

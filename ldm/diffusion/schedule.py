@@ -34,21 +34,14 @@ def make_betas(
     linear_end: float = 2e-2,
     cosine_s: float = 8e-3,
 ) -> Tensor:
-    """Builds the betas of a named noise schedule.
+    """Build the betas (T,) float64 of a named noise schedule.
 
     Args:
         name: `linear` is linear in sqrt(beta), as in Stable Diffusion; `sqrt_linear` is linear in
             beta; `sqrt` is its square root (misleading names of the original). `cosine` and
             `squaredcos_cap_v2` have the square of a cosine as ᾱ.
-        timesteps: T.
         linear_start, linear_end: First and last beta of the first three.
         cosine_s: Offset of `cosine`.
-
-    Returns:
-        (T,) float64.
-
-    Raises:
-        ValueError: For another name.
     """
     if name == "linear":
         return _linspace(linear_start**0.5, linear_end**0.5, timesteps) ** 2
@@ -66,7 +59,7 @@ def make_betas(
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Rescales betas (T,) to zero terminal SNR (arXiv:2305.08891, algorithm 1), in float64.
+    """Rescale betas (T,) to zero terminal SNR (arXiv:2305.08891, algorithm 1), in float64.
 
     √ᾱ of the first timestep stays, that of the last becomes √MIN_ALPHA_CUMPROD.
     """
@@ -111,28 +104,25 @@ class Schedule:
         return len(self.betas)
 
     def sigma_to_t(self, sigma: Tensor | float) -> Tensor:
-        """Converts a noise level to a fractional timestep, clamped to 0 … T-1."""
+        """Convert a noise level to a fractional timestep, clamped to 0 … T-1."""
         log_alpha = -torch.as_tensor(sigma, dtype=torch.float64).cpu().square().log1p()
         table = self.alphas_cumprod.log().flip(0).numpy()
         index = np.arange(len(self) - 1, -1, -1, dtype=np.float64)
         return torch.as_tensor(np.interp(log_alpha.numpy(), table, index))
 
     def t_to_sigma(self, t: Tensor | float) -> Tensor:
-        """Converts a fractional timestep in 0 … T-1 to a noise level."""
+        """Convert a fractional timestep in 0 … T-1 to a noise level."""
         t = torch.as_tensor(t, dtype=torch.float64).cpu()
         table = self.alphas_cumprod.log().numpy()
         log_alpha = np.interp(t.numpy(), np.arange(len(self), dtype=np.float64), table)
         return torch.as_tensor(np.sqrt(np.expm1(-log_alpha)))
 
     def add_noise(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """z_t = √ᾱ z + √(1-ᾱ) noise, float32 (arXiv:2006.11239, eq. 4).
+        """Compute z_t = √ᾱ z + √(1-ᾱ) noise, float32 (arXiv:2006.11239, eq. 4).
 
         Args:
             z, noise: (B, …).
             t: Timesteps (B,) int64 in 0 … T-1.
-
-        Raises:
-            ValueError: If a timestep is out of range.
         """
         if t.min() < 0 or t.max() >= len(self):
             raise ValueError(f"noise levels are 0 … {len(self) - 1}, got {t.tolist()}")
@@ -141,15 +131,11 @@ class Schedule:
         return signal * z.float() + spread * noise.to(z.device, torch.float32)
 
     def steps(self, steps: int, scheduler: str = "uniform") -> Tensor:
-        """The noise levels of a run.
+        """Compute the noise levels (steps + 1,) of a run, float64, descending.
 
         Args:
             steps: 1 … T.
-            scheduler: a name in SCHEDULERS. All but "uniform" and "time_uniform" end at 0.
-        Returns:
-            (steps + 1,) float64, descending.
-        Raises:
-            ArgumentError: an unknown scheduler, or steps out of range.
+            scheduler: A name in SCHEDULERS. All but "uniform" and "time_uniform" end at 0.
         """
         if scheduler not in SCHEDULERS:
             raise unknown_name("scheduler", scheduler, SCHEDULERS, argument="scheduler")
@@ -158,7 +144,7 @@ class Schedule:
         return SCHEDULERS[scheduler](self, steps)
 
     def vlb_weights(self, parameterization: str) -> Tensor:
-        """Weights (T,) of the squared error in the variational bound (arXiv:2006.11239, eq. 12).
+        """Compute weights (T,) of the squared error in the bound (arXiv:2006.11239, eq. 12).
 
         As in the original: for x0 they have 2 - ᾱ in place of 2 (1 - ᾱ), for v they are 1.
         """
@@ -173,7 +159,7 @@ class Schedule:
         return torch.cat([weights[1:2], weights[1:]])
 
     def buffers(self) -> dict[str, Tensor]:
-        """The twelve float32 tables in the original's checkpoints, by name."""
+        """Compute the twelve float32 tables in the original's checkpoints, by name."""
         betas, alphas_cumprod = self.betas, self.alphas_cumprod
         previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
         posterior = betas * (1 - previous) / (1 - alphas_cumprod)
@@ -200,7 +186,7 @@ def _linspace(start: float, end: float, n: int) -> Tensor:
 
 
 def uniform_sigmas(schedule: Schedule, steps: int) -> Tensor:
-    """The original's steps, made exact: t = floor(i T / steps) + 1, and ᾱ_0, not 1, at the end.
+    """Space steps as the original: t = floor(i T / steps) + 1, and ᾱ_0, not 1, at the end.
 
     Equal to the original wherever `steps` divides T. All T steps leave no room for the + 1.
     """
@@ -210,24 +196,24 @@ def uniform_sigmas(schedule: Schedule, steps: int) -> Tensor:
 
 
 def time_uniform_sigmas(schedule: Schedule, steps: int) -> Tensor:
-    """DPM-Solver's steps: even in continuous time, from the last timestep to the first."""
+    """Space steps as DPM-Solver: evenly in time, from the last timestep to the first."""
     return schedule.t_to_sigma(_linspace(len(schedule) - 1, 0, steps + 1))
 
 
 def trailing_sigmas(schedule: Schedule, steps: int) -> Tensor:
-    """Starts at the very last timestep (arXiv:2305.08891, table 2)."""
+    """Start at the very last timestep (arXiv:2305.08891, table 2)."""
     t = (torch.arange(steps, 0, -1, dtype=torch.float64) * len(schedule) / steps).round().long()
     return _to_zero(schedule.sigmas[t - 1])
 
 
 def karras_sigmas(schedule: Schedule, steps: int, rho: float = 7.0) -> Tensor:
-    """Even in sigma^(1/rho) (arXiv:2206.00364, eq. 5)."""
+    """Space steps evenly in sigma^(1/rho) (arXiv:2206.00364, eq. 5)."""
     low, high = schedule.sigmas[0] ** (1 / rho), schedule.sigmas[-1] ** (1 / rho)
     return _to_zero(_linspace(float(high), float(low), steps) ** rho)
 
 
 def exponential_sigmas(schedule: Schedule, steps: int) -> Tensor:
-    """Even in log sigma."""
+    """Space steps evenly in log sigma."""
     low, high = schedule.sigmas[0].log(), schedule.sigmas[-1].log()
     return _to_zero(_linspace(float(high), float(low), steps).exp())
 

@@ -3,9 +3,6 @@
     image (B, 3, H, W) in [-1, 1] --estimate--> depth (B, 1, H', W') --resize_depth--> (B, 1, h, w)
     depth (B, 1, h, w) of any range --normalize_depth--> concat (B, 1, h, w) in [-1, 1]
 
-`prepare` estimates the depth once; the conditional and the unconditional batch share it. A depth
-map of the user's own (any size, any range, near = large) takes the place of the estimated one.
-
 Ranftl et al. 2020 (arXiv:1907.01341) and 2021 (arXiv:2103.13413).
 """
 
@@ -31,9 +28,6 @@ ARCHS: dict[str, dict[str, Any]] = {
 
 class MiDaSDepth(Encoder):
     """A depth map of the latent's size -> channel (B, 1, h, w), scaled to [-1, 1] per image.
-
-    The parameter names are those of MiDaS' files and of `depth_model` in published checkpoints.
-    A dropped prompt leaves the depth in.
 
     Args:
         model_type: Name in ARCHS; None for no network, so that a batch must have depth maps.
@@ -66,22 +60,14 @@ class MiDaSDepth(Encoder):
         self.requires_grad_(False)
 
     def forward(self, depth: Tensor) -> Tensor:
-        """Normalises depth maps (B, 1, h, w) of any range to [-1, 1]."""
         return normalize_depth(depth, self.margin)
 
     def estimate(self, image: Tensor) -> Tensor:
-        """Inverse depth (B, 1, H', W') float32 of images (B, 3, H, W) in [-1, 1], near = large.
-
-        H' and W' are those of `network_size`.
-        """
+        """Estimate inverse depth of images (B, 3, H, W) in [-1, 1], near = large, see `infer`."""
         return self.infer(midas_input(image))
 
     def infer(self, midas_in: Tensor) -> Tensor:
-        """Inverse depth (B, 1, H', W') float32 of the output of `midas_input`, (B, 3, H', W').
-
-        Raises:
-            MissingArgument: If there is no network.
-        """
+        """Run the network on the output of `midas_input`: (B, 1, H', W') float32."""
         if self.model is None:
             raise MissingArgument(
                 "this model cannot estimate depth: a depth map is needed", "depth"
@@ -90,15 +76,7 @@ class MiDaSDepth(Encoder):
         return depth.float()
 
     def prepare(self, batch: Batch, options: PrepareOptions) -> dict[str, Tensor]:
-        """Makes `depth` of the latent's size.
-
-        Args:
-            batch: `depth` (B, 1, …), else `midas_in` (B, 3, H', W'), else `jpg` (B, 3, H, W).
-            options: `size` is used.
-
-        Raises:
-            KeyError: If the batch has none of the three.
-        """
+        """Make `depth` of the latent's size from `depth`, else `midas_in`, else `jpg`."""
         if "depth" in batch:
             depth = batch["depth"]
         elif "midas_in" in batch:
@@ -112,7 +90,7 @@ class MiDaSDepth(Encoder):
 
 
 def midas_input(image: Tensor) -> Tensor:
-    """Resizes images (B, 3, H, W) in [-1, 1] to MiDaS' input (B, 3, H', W'), see `network_size`.
+    """Resize images (B, 3, H, W) in [-1, 1] to MiDaS' input (B, 3, H', W'), see `network_size`.
 
     Bicubic with a = -0.75 and without antialiasing, as in OpenCV. Normalisation changes nothing:
     MiDaS' mean and standard deviation are both 0.5.
@@ -127,7 +105,7 @@ def midas_input(image: Tensor) -> Tensor:
 
 
 def network_size(height: int, width: int) -> tuple[int, int]:
-    """Height and width of MiDaS' input: one side about 384 pixels, both multiples of 32.
+    """Compute height and width of MiDaS' input: one side about 384 pixels, both multiples of 32.
 
     The scale is that of the side which is nearer to 384; halves round to even.
     """
@@ -136,7 +114,7 @@ def network_size(height: int, width: int) -> tuple[int, int]:
 
 
 def resize_depth(depth: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resizes depth maps (B, 1, H, W) by bicubic interpolation; no change if they have the size."""
+    """Resize depth maps (B, 1, H, W) by bicubic interpolation, if they have another size."""
     if depth.dim() != 4 or depth.shape[1] != 1:
         raise ArgumentError(f"expected depth maps (B, 1, H, W), got {tuple(depth.shape)}")
     if tuple(depth.shape[-2:]) == tuple(size):
@@ -145,11 +123,7 @@ def resize_depth(depth: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def normalize_depth(depth: Tensor, margin: float = 0.0) -> Tensor:
-    """Scales each depth map (B, 1, h, w) to [-1, 1]; a constant one becomes -1.
-
-    Args:
-        margin: Added to the range before dividing by it.
-    """
+    """Scale each depth map (B, 1, h, w) to [-1, 1]; a constant one becomes -1."""
     low = depth.amin(dim=(1, 2, 3), keepdim=True)
     high = depth.amax(dim=(1, 2, 3), keepdim=True)
     span = (high - low + margin).clamp(min=torch.finfo(depth.dtype).tiny)
@@ -161,11 +135,8 @@ def _to_multiple(side: float) -> int:
 
 
 def _build_backbone(size: Config) -> nn.Module:
-    """timm's hybrid ViT (R50 + ViT-B/16 with the sizes of `size`), without weights.
-
-    timm is imported here as it takes seconds and only depth models need it.
-    """
-    try:
+    """Build timm's hybrid ViT, R50 + ViT-B/16, without weights."""
+    try:  # here, as importing timm takes seconds and only depth models need it
         from timm import create_model
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision for another torch
         raise ImportError(

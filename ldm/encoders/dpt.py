@@ -6,7 +6,6 @@ A ResNet feeds a vision transformer; the decoder fuses two feature maps of each 
                         | 1/4         | 1/8                 | 1/16             | 1/32
     depth <- head <- refine 1 <--- refine 2 <------------ refine 3 <------- refine 4
 
-The caller builds the backbone; parameter names are those of MiDaS' files.
 Ranftl et al. 2021 (arXiv:2103.13413).
 """
 
@@ -67,17 +66,7 @@ class DPT(nn.Module):
         self.scratch = nn.ModuleDict(scratch)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Estimates inverse depth.
-
-        Args:
-            x: (B, 3, H, W), both sides multiples of 32.
-
-        Returns:
-            (B, 1, H, W), at least 0, near = large.
-
-        Raises:
-            ArgumentError: If a side is not a multiple of 32.
-        """
+        """Estimate inverse depth (B, 1, H, W), near = large, of x (B, 3, H, W), multiples of 32."""
         if x.shape[-2] % MULTIPLE or x.shape[-1] % MULTIPLE:
             raise ArgumentError(
                 f"depth of an image of {x.shape[-2]} x {x.shape[-1]} pixels: "
@@ -91,7 +80,7 @@ class DPT(nn.Module):
         return depth
 
     def _feature_maps(self, x: Tensor) -> list[Tensor]:
-        """Feature maps at 1/4, 1/8, 1/16 and 1/32 of the image's size."""
+        """Compute feature maps at 1/4, 1/8, 1/16 and 1/32 of the image's size."""
         vit: Any = self.pretrained["model"]
         cnn = vit.patch_embed.backbone
         first = cnn.stages[0](cnn.stem(x))  # (B, C_0, H/4, W/4)
@@ -147,13 +136,13 @@ class ResidualUnit(nn.Module):
 
 
 def _reassembly(width: int) -> dict[str, nn.Module]:
-    """Layers of `_reassemble`; 1 and 2 in MiDaS' files are reshapes without weights."""
+    """Build the layers of `_reassemble`; 1 and 2 in MiDaS' files are reshapes without weights."""
     project = nn.Sequential(Linear(2 * width, width), nn.GELU())
     return {"0": nn.ModuleDict({"project": project}), "3": Conv2d(width, width, 1)}
 
 
 def _reassemble(layers: nn.ModuleDict, tokens: Tensor, size: torch.Size) -> Tensor:
-    """Tokens (B, 1 + h w, D) -> feature map (B, D, h, w), half the size with layer "4"."""
+    """Turn tokens (B, 1 + h w, D) into a map (B, D, h, w), half the size with layer "4"."""
     cls, patches = tokens[:, :1], tokens[:, 1:]
     patches = torch.cat([patches, cls.expand_as(patches)], dim=-1)  # (B, h w, 2 D)
     patches = cast(nn.ModuleDict, layers["0"])["project"](patches)  # (B, h w, D)
@@ -164,7 +153,7 @@ def _reassemble(layers: nn.ModuleDict, tokens: Tensor, size: torch.Size) -> Tens
 
 
 def _resize_positions(positions: Tensor, size: torch.Size) -> Tensor:
-    """Resizes the position embedding of a square grid (1, 1 + n n, D) to (1, 1 + h w, D)."""
+    """Resize the position embedding of a square grid (1, 1 + n n, D) to (1, 1 + h w, D)."""
     side = round((positions.shape[1] - 1) ** 0.5)
     grid = rearrange(positions[:, 1:], "b (h w) d -> b d h w", h=side)
     grid = F.interpolate(grid, size=size, mode="bilinear", align_corners=False)

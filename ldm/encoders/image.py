@@ -1,12 +1,7 @@
 """Image encoders: the vision towers of CLIP, and noise augmentation of their embeddings.
 
-    image --preprocess--> (B, 3, 224, 224) --vision tower--> embedding (B, D)
-
     stable unCLIP         noised embedding, embedding of the noise level    vector (B, 2 D)
     SD 1 image variation  the embedding as the only token                   crossattn (B, 1, D)
-
-Weights come from the checkpoint and keep the parameter names of open_clip. The file of embedding
-statistics that some models need is opened by `ldm.loading`.
 
 Radford et al. 2021 (arXiv:2103.00020); unCLIP: Ramesh et al. 2022 (arXiv:2204.06125).
 """
@@ -58,18 +53,13 @@ Images = Tensor | Sequence[Tensor]  # (B, 3, H, W) in [-1, 1], or a list of (3, 
 def preprocess(
     image: Tensor, size: int = 224, *, antialias: bool = True, blur: Blur = "wide"
 ) -> Tensor:
-    """Resizes images to CLIP's input size, without keeping the aspect ratio, and normalises them.
+    """Resize images (B, 3, H, W) in [-1, 1] to squares, and normalize them as CLIP's input.
 
     Args:
-        image: (B, 3, H, W) in [-1, 1].
-        size: Side of the output, in pixels.
         antialias: Whether to blur before downscaling.
         blur: Width of the blur for an image `factor` times too large: "wide" is sigma = factor, as
             in kornia 0.6.0, which the original pins; "narrow" is (factor - 1) / 2, as since
             kornia 0.6.4.
-
-    Returns:
-        Images (B, 3, size, size) float32, with CLIP's mean and standard deviation.
     """
     image = image.float()
     factors = [length / size for length in image.shape[-2:]]
@@ -85,8 +75,6 @@ class CLIPVision(nn.Module):
     """Images -> CLIP embeddings (B, D); base class of the image encoders.
 
     Args:
-        clip: The CLIP model; only its vision tower is used for images.
-        freeze: Whether the weights need no gradient.
         antialias, blur: See `preprocess`.
     """
 
@@ -105,17 +93,13 @@ class CLIPVision(nn.Module):
         return self.model.visual.proj.shape[1]
 
     def embed(self, images: Images) -> Tensor:
-        """Embeddings (B, D) float32 of images (B, 3, H, W) in [-1, 1], or a list of (3, H, W)."""
+        """Embed images (B, 3, H, W) in [-1, 1], or a list of (3, H, W), as (B, D) float32."""
         visual = self.model.visual
         # A list may hold images of different sizes, which are resized one by one.
         batches = [images] if isinstance(images, Tensor) else [image[None] for image in images]
+        device, size = visual.proj.device, visual.image_size
         pixels = [
-            preprocess(
-                batch.to(visual.proj.device),
-                visual.image_size,
-                antialias=self.antialias,
-                blur=self.blur,
-            )
+            preprocess(batch.to(device), size, antialias=self.antialias, blur=self.blur)
             for batch in batches
         ]
         embedding: Tensor = visual(torch.cat(pixels))
@@ -130,8 +114,6 @@ class OpenCLIPImage(CLIPVision):
     Args:
         arch: Name in VISION, or an open_clip model config (`embed_dim`, `vision_cfg`, `text_cfg`).
         version: "openai" selects quick GELU; any other value is ignored.
-        device, max_length, layer, ucg_rate: Ignored.
-        freeze, antialias, blur: See CLIPVision.
     """
 
     IGNORED: ClassVar[frozenset[str]] = frozenset({"device", "max_length", "layer", "ucg_rate"})
@@ -161,8 +143,6 @@ class CLIPImage(CLIPVision, Encoder):
 
     Args:
         model: Name of a model in OpenAI's package, or an open_clip model config.
-        jit, device, ucg_rate: Ignored.
-        freeze, antialias, blur: See CLIPVision.
         key: Batch key of the images.
         text_tower: Whether to keep the blocks of the text tower, as files of unCLIP do; the Karlo
             prior uses them.
@@ -197,7 +177,7 @@ class CLIPImage(CLIPVision, Encoder):
         self.cache_key = key
 
     def forward(self, images: Tensor | Sequence[Tensor | None]) -> Tensor:
-        """Tokens (B, 1, D) of images (3, H, W) in [-1, 1]; zeros for None."""
+        """Encode images (3, H, W) in [-1, 1] as tokens (B, 1, D), None as zeros."""
         tokens = torch.zeros(len(images), 1, self.width, device=self.model.visual.proj.device)
         rows = [k for k, image in enumerate(images) if image is not None]
         if rows:
@@ -208,15 +188,12 @@ class CLIPImage(CLIPVision, Encoder):
 class EmbeddingNoise(nn.Module):
     """Noise augmentation: embedding (B, D) -> noised embedding and its noise level, (B, 2 D).
 
-    The tables of the noise schedule are in the state dict as in published files; values that are
-    used are computed here in float64.
-
     Args:
         timestep_dim: Width of an embedding, D.
-        noise_schedule_config: Keyword arguments of `make_betas`, with `beta_schedule` for `name`.
+        noise_schedule_config: See `register_schedule`.
         max_noise_level: Noise levels are 0 … max_noise_level - 1.
-        clip_stats_path: File with mean and standard deviation of the embeddings, for
-            `set_statistics`; not opened here. None: mean 0 and standard deviation 1.
+        clip_stats_path: File with mean and standard deviation of the embeddings, which the loader
+            opens; None for mean 0 and standard deviation 1.
     """
 
     def __init__(
@@ -238,7 +215,7 @@ class EmbeddingNoise(nn.Module):
             self.set_statistics(zeros, zeros + 1)
 
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Sets mean and standard deviation of the embeddings, D values each."""
+        """Set mean and standard deviation of the embeddings, D values each."""
         if mean.numel() != self.width or std.numel() != self.width:
             raise ArgumentError(
                 f"embedding statistics of {mean.numel()} and {std.numel()} values do not fit "
@@ -250,11 +227,7 @@ class EmbeddingNoise(nn.Module):
         )
 
     def get_statistics(self, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """Returns mean and standard deviation, (1, D) each.
-
-        Raises:
-            MissingArgument: If the model needs statistics and they are not set.
-        """
+        """Return mean and standard deviation of the embeddings, (1, D) each."""
         if self.statistics is None:
             raise MissingArgument(
                 f"the statistics of CLIP's embeddings, `{self.clip_stats_path}`, are missing: put "
@@ -265,19 +238,14 @@ class EmbeddingNoise(nn.Module):
         return mean.to(device=device), std.to(device=device)
 
     def forward(self, embedding: Tensor, level: Tensor | int, noise: Tensor) -> Tensor:
-        """Adds noise to embeddings.
+        """Add noise to embeddings (B, D).
 
         Args:
-            embedding: CLIP embeddings (B, D).
             level: Noise level, one or (B,). Level 0 adds a little noise, too.
             noise: Standard normal noise (B, D).
 
         Returns:
             Noised embedding, then the sinusoidal embedding of the level, (B, 2 D) float32.
-
-        Raises:
-            ArgumentError: If a level is out of range.
-            MissingArgument: If statistics are needed and not set.
         """
         level = torch.as_tensor(level, device=embedding.device).expand(len(embedding))  # (B,)
         if len(level) and not 0 <= int(level.min()) <= int(level.max()) < self.max_noise_level:
@@ -288,12 +256,12 @@ class EmbeddingNoise(nn.Module):
         return torch.cat([self.unscale(noised), level_embedding], dim=1)  # (B, 2 D)
 
     def scale(self, embedding: Tensor) -> Tensor:
-        """Normalises CLIP embeddings (B, D) to mean 0 and standard deviation 1, float32."""
+        """Normalize CLIP embeddings (B, D) to mean 0 and standard deviation 1, float32."""
         mean, std = self.get_statistics(embedding.device)
         return (embedding.float() - mean) / std
 
     def unscale(self, x: Tensor) -> Tensor:
-        """The inverse of `scale`."""
+        """Invert `scale`."""
         mean, std = self.get_statistics(x.device)
         return x * std + mean
 
@@ -305,9 +273,6 @@ class ImageEmbedding(Encoder):
     `noise` instead.
 
     Args:
-        clip: Encoder of the images.
-        noise: Noise augmentation.
-        freeze: Whether the weights of `clip` need no gradient.
         embedding_key: Batch key of the images.
     """
 
@@ -333,17 +298,16 @@ class ImageEmbedding(Encoder):
         self.cache_key = embedding_key
 
     def embed(self, images: Images) -> Tensor:
-        """See CLIPVision.embed."""
         return self.clip.embed(images)
 
     def forward(self, vectors: Tensor | Sequence[Tensor | None]) -> Tensor:
-        """Returns vectors of `prepare`, (B, 2 D) float32, with zeros for None."""
+        """Return vectors of `prepare`, (B, 2 D) float32, with zeros for None."""
         device = self.clip.model.visual.proj.device
         zeros = torch.zeros(2 * self.noise.width, device=device)
         return torch.stack([zeros if row is None else row.to(zeros) for row in vectors])
 
     def prepare(self, batch: Batch, options: PrepareOptions) -> dict[str, Tensor]:
-        """Makes `embedding` from the images and `noise_level`, one or (B,), random if missing."""
+        """Make `embedding` from the images and `noise_level`, one or (B,), random if missing."""
         if self.key in batch:
             return {}
         assert self.cache_key is not None
@@ -355,7 +319,7 @@ class ImageEmbedding(Encoder):
 
 
 def _vision_kwargs(arch: str | Config) -> dict[str, Any]:
-    """Sizes of VisionTower for a name in VISION or an open_clip config."""
+    """Return the sizes of VisionTower for a name in VISION or an open_clip config."""
     if isinstance(arch, str):
         config: Config = VISION[arch.removesuffix("-quickgelu")]
     else:
@@ -369,7 +333,7 @@ def _vision_kwargs(arch: str | Config) -> dict[str, Any]:
 
 
 def _window(factor: float, blur: Blur) -> tuple[float, int]:
-    """Sigma and number of taps of the Gaussian for an image `factor` times too large."""
+    """Choose sigma and number of taps of the Gaussian for an image `factor` times too large."""
     if blur == "wide":
         sigma = max(factor, 1.0)
         taps = int(4 * sigma)
@@ -380,7 +344,7 @@ def _window(factor: float, blur: Blur) -> tuple[float, int]:
 
 
 def _gaussian_blur(image: Tensor, dim: int, sigma: float, taps: int) -> Tensor:
-    """Blurs along one axis; the image is mirrored at its edges, which are not repeated."""
+    """Blur along one axis; the image is mirrored at its edges, which are not repeated."""
     half, length = taps // 2, image.shape[dim]
     offsets = torch.arange(-half, half + 1, device=image.device)
     window = torch.exp(-(offsets**2) / (2 * sigma**2))

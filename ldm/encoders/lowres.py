@@ -3,9 +3,6 @@
     lr, level, noise          --LowRes.add_noise-->           concat (B, 3, h, w), vector (B,)
     image, mask --mask_image, autoencoder, concat_mask-->     concat (B, 1 + C, h, w)
 
-`prepare` (or the functions here) add noise and encode before conditioning, as the conditional and
-the unconditional batch must have the same noise. A dropped prompt leaves these conditions in.
-
 Noise augmentation of low-resolution images: Ho et al. 2021 (arXiv:2106.15282), section 4.
 """
 
@@ -18,16 +15,9 @@ from ldm.conditioning import Batch, Config, Encoder, PrepareOptions, Slot
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.runtime.errors import ArgumentError
 
-# Tables of the noise schedule that checkpoints hold beside the weights of noise augmentation.
-TABLES = (
-    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod",
-    "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod",
-)  # fmt: skip
-
 
 def register_schedule(module: nn.Module, config: Config) -> Schedule:
-    """Builds a noise schedule, and registers its TABLES as buffers of a module.
+    """Build a noise schedule, and register the tables that checkpoints hold as buffers of a module.
 
     Args:
         config: Keyword arguments of `make_betas`, with `beta_schedule` for `name`.
@@ -37,16 +27,16 @@ def register_schedule(module: nn.Module, config: Config) -> Schedule:
     with torch.device("cpu"):  # these are values, even where the weights are on the meta device
         schedule = Schedule(make_betas(name, **options))
         tables = schedule.buffers()
-    for table in TABLES:
-        module.register_buffer(table, tables[table])
+    for name, table in tables.items():
+        if not name.startswith("posterior"):
+            module.register_buffer(name, table)
     return schedule
 
 
 class LowRes(Encoder):
     """A low-resolution image with noise, as channels (B, 3, h, w) of the latent's size.
 
-    Its noise level is another condition, see `NoiseLevel`. The tables of the noise schedule are in
-    the state dict as in published files; values that are used are computed here in float64.
+    Its noise level is another condition, see `NoiseLevel`.
 
     Args:
         noise_schedule_config: See `register_schedule`; None adds no noise, whatever the level.
@@ -73,24 +63,14 @@ class LowRes(Encoder):
             self.schedule = register_schedule(self, noise_schedule_config)
 
     def forward(self, lowres: Tensor) -> Tensor:
-        """Returns the output of `add_noise`, (B, 3, h, w)."""
-        return lowres
+        return lowres  # (B, 3, h, w)
 
     def add_noise(self, lr: Tensor, level: Tensor, noise: Tensor) -> Tensor:
-        """√ᾱ lr + √(1-ᾱ) noise, float32 (arXiv:2006.11239, eq. 4).
-
-        Args:
-            lr: (B, 3, h, w) in [-1, 1].
-            level: Noise levels (B,) int64.
-            noise: Standard normal noise, like `lr`.
-
-        Raises:
-            ValueError: If a level is outside the schedule.
-        """
+        """Add noise to images (B, 3, h, w) in [-1, 1], at levels (B,) int64, see `Schedule`."""
         return lr.float() if self.schedule is None else self.schedule.add_noise(lr, noise, level)
 
     def prepare(self, batch: Batch, options: PrepareOptions) -> dict[str, Tensor]:
-        """Makes `lowres` and `noise_level` from the image without noise.
+        """Make `lowres` and `noise_level` from the image without noise.
 
         The batch may have `noise_level`, one or (B,); else it is random, as in training.
         """
@@ -146,11 +126,10 @@ class MaskedImage(Encoder):
     cache_key = "masked"
 
     def forward(self, masked: Tensor) -> Tensor:
-        """Returns the output of `concat_mask`, (B, 1 + C, h, w)."""
-        return masked
+        return masked  # (B, 1 + C, h, w)
 
     def prepare(self, batch: Batch, options: PrepareOptions) -> dict[str, Tensor]:
-        """Makes `masked` from `mask` (B, 1, H, W) and `masked_image` or `jpg` (B, 3, H, W)."""
+        """Make `masked` from `mask` (B, 1, H, W) and `masked_image` or `jpg` (B, 3, H, W)."""
         if self.key in batch:
             return {}
         image = batch.get("masked_image")
@@ -160,15 +139,7 @@ class MaskedImage(Encoder):
 
 
 def mask_image(image: Tensor, mask: Tensor) -> Tensor:
-    """Sets the masked part of an image to 0 (grey).
-
-    Args:
-        image: (B, 3, H, W) in [-1, 1].
-        mask: (B, 1, H, W); values of at least 0.5 are to be inpainted.
-
-    Raises:
-        ArgumentError: If the sizes differ.
-    """
+    """Set to 0 (grey) where an image (B, 3, H, W) has a mask (B, 1, H, W) of at least 0.5."""
     if mask.shape[-2:] != image.shape[-2:]:
         image_size, mask_size = ("{} x {}".format(*x.shape[-2:]) for x in (image, mask))
         raise ArgumentError(f"an image of {image_size} pixels has a mask of {mask_size}", "mask")
@@ -176,9 +147,6 @@ def mask_image(image: Tensor, mask: Tensor) -> Tensor:
 
 
 def concat_mask(mask: Tensor, z: Tensor) -> Tensor:
-    """Mask (B, 1, H, W) and latent of the masked image (B, C, h, w) -> (B, 1 + C, h, w).
-
-    The mask is rounded to 0 or 1 and resized to the latent by nearest neighbours.
-    """
+    """Join a mask (B, 1, H, W), rounded and resized by nearest, and a latent (B, C, h, w)."""
     resized = F.interpolate((mask >= 0.5).to(z), size=z.shape[-2:], mode="nearest")  # (B, 1, h, w)
     return torch.cat([resized, z], dim=1)

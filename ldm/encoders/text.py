@@ -1,8 +1,6 @@
 """Text encoders of Stable Diffusion 1 and 2: the text towers of OpenAI's CLIP and of OpenCLIP.
 
-Both are causal pre-norm transformers over 77 tokens; the vector of each token is a token of the
-cross-attention. Weights keep the parameter names of transformers and open_clip, which checkpoints
-use. Nothing is downloaded: sizes are in tables here, weights come from a checkpoint.
+Nothing is downloaded: sizes are in tables here, weights come from a checkpoint.
 
     text --tokenize--> (B, 77) --embed--> (B, 77, D) --blocks--> --final norm--> (B, 77, D)
 
@@ -102,7 +100,7 @@ class TextEncoder(Encoder):
         return self.embedding_table.shape[1]
 
     def tokenize(self, texts: Sequence[str] | str) -> Tensor:
-        """Token ids (B, length) int64; those of added embeddings are negative."""
+        """Convert texts to token ids (B, length) int64; those of added embeddings are negative."""
         return tokenizer.tokenize(_as_list(texts), self.dialect, self.length, self._added_tokens())
 
     def truncated_text(self, prompt: str) -> str:
@@ -110,7 +108,7 @@ class TextEncoder(Encoder):
         return tokenizer.truncated_text(prompt, self.dialect, self.length, self._added_tokens())
 
     def encode(self, texts: Sequence[str] | str) -> Tensor:
-        """Context (B, N, D) of texts."""
+        """Encode texts as context (B, N, D), or take it from the cache."""
         cached = self._cached_context(_as_list(texts))
         if cached is not None:
             return cached.to(self.embedding_table.device, self.embedding_table.dtype)
@@ -118,15 +116,15 @@ class TextEncoder(Encoder):
         return context
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
-        """Context (B, N, D) of token ids (B, N)."""
+        """Encode token ids (B, N) as context (B, N, D)."""
         raise NotImplementedError
 
     def forward(self, prompts: Tensor | Sequence[str]) -> Tensor:
-        """Context (B, N, D) of texts, or of token ids (B, N)."""
+        """Encode texts, or token ids (B, N), as context (B, N, D)."""
         return self.encode_tokens(prompts) if isinstance(prompts, Tensor) else self.encode(prompts)
 
     def token_embeddings(self, text: str | None = None) -> Tensor:
-        """Embeddings (n, D) of the n tokens of a text, or the whole table."""
+        """Return the embeddings (n, D) of the n tokens of a text, or the whole table."""
         table = self.embedding_table.detach()
         if text is None:
             return table
@@ -134,7 +132,7 @@ class TextEncoder(Encoder):
         return table[self._to_rows(torch.tensor(ids, dtype=torch.int64, device=table.device))]
 
     def _to_rows(self, tokens: Tensor) -> Tensor:
-        """Token ids -> rows of the token embedding; negative ids stay."""
+        """Convert token ids to rows of the token embedding; negative ids stay."""
         ids = self.token_ids
         if ids is None:
             return tokens
@@ -149,11 +147,10 @@ class TextEncoder(Encoder):
         }
 
     def _added_table(self) -> Tensor | None:
-        """All added embeddings (n, D); token -1 - k is row k."""
         return torch.cat(list(self.added_embeddings.values())) if self.added_embeddings else None
 
     def _cached_context(self, texts: Sequence[str]) -> Tensor | None:
-        """Context from the cache, unless it is incomplete or the encoder may be modified."""
+        """Read context from the cache, unless it is incomplete or the encoder may be modified."""
         cache = self.cache
         if cache is None or self.added_embeddings or any(text not in cache for text in texts):
             return None
@@ -166,14 +163,9 @@ class TextEncoder(Encoder):
 class OpenCLIPText(TextEncoder):
     """Prompts -> context (B, 77, D) by the text tower of an OpenCLIP model.
 
-    The last block (if `layer` is "penultimate"), text_projection and logit_scale do not affect the
-    context, but are in the state dict as in published checkpoints.
-
     Args:
         arch: Name in ARCHS, open_clip model config (`embed_dim`, `text_cfg`), or a text_cfg.
         version: "openai" selects quick GELU; any other value is ignored.
-        device, max_length: Ignored.
-        freeze: Whether the weights need no gradient.
         layer: "last", or "penultimate": all blocks but one. The final norm follows in both cases.
         compact_vocab: Rows of a pruned token embedding, see `token_ids`.
     """
@@ -209,9 +201,8 @@ class OpenCLIPText(TextEncoder):
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the tower that run."""
-        skipped = 1 if self.layer == "penultimate" else 0
-        return len(self.model.blocks) - skipped
+        """Number of blocks that run."""
+        return len(self.model.blocks) - (1 if self.layer == "penultimate" else 0)
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -232,14 +223,8 @@ class OpenCLIPText(TextEncoder):
 class CLIPText(TextEncoder):
     """Prompts -> context (B, 77, D) by the text tower of OpenAI's CLIP, with transformers' names.
 
-    Keys are those of SD 1 files, without the constant `position_ids` that older ones hold.
-
     Args:
-        version: Published model of the same size: a name in CLIP_SIZES; all others select ViT-L/14.
-            Nothing is downloaded.
-        device: Ignored.
-        max_length: Tokens per prompt, at most 77.
-        freeze: Whether the weights need no gradient.
+        version: A name in CLIP_SIZES, for sizes; all others select ViT-L/14.
         layer: "last"; "pooled": only the vector at the first end token, (B, 1, D); "hidden": output
             of block `layer_idx` (0 is the embedding), without the final norm.
         layer_idx: Hidden state, -layers - 1 … layers.
@@ -289,11 +274,7 @@ class CLIPText(TextEncoder):
 
 
 def open_clip_kwargs(arch: str | Config) -> dict[str, Any]:
-    """Keyword arguments of OpenCLIPTower for a name in ARCHS or an open_clip config.
-
-    Raises:
-        ArgumentError: For an unknown name, or an unknown key of a config.
-    """
+    """Return the arguments of OpenCLIPTower for a name in ARCHS or an open_clip config."""
     if isinstance(arch, str):
         name = arch.removesuffix("-quickgelu")
         width, heads, layers = ARCHS[_check_choice(name, ARCHS, "arch")]
@@ -308,7 +289,6 @@ def open_clip_kwargs(arch: str | Config) -> dict[str, Any]:
 
 
 def _clip_kwargs(version: str, arch: Config) -> dict[str, Any]:
-    """Keyword arguments of CLIPTower."""
     size = dict(CLIP_SIZES.get(version, CLIP_LARGE))
     for key in arch.keys() - CLIP_UNUSED:
         size[_check_choice(key, size, "arch key")] = arch[key]
@@ -317,7 +297,6 @@ def _clip_kwargs(version: str, arch: Config) -> dict[str, Any]:
 
 
 def _count_blocks(layer: str, layer_idx: int | None, layers: int) -> int:
-    """Blocks to run for hidden state `layer_idx`; 0 is the embedding, negative from the end."""
     if layer != "hidden":
         return layers
     if layer_idx is None or not -layers - 1 <= layer_idx <= layers:

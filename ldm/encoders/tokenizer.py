@@ -1,8 +1,7 @@
 """CLIP's tokenizer, in the two variants that Stable Diffusion 1 and 2 were trained with.
 
-Byte-level BPE over the 49,408 tokens of CLIP. The merge table is read from the open_clip package on
-first use, without importing that. The variants differ in padding, in the names of the special
-tokens and in cleaning; words get the same ids in both.
+Byte-level BPE. The merge table is read from the open_clip package, without importing that. Words
+get the same ids in both variants; padding, special tokens and cleaning differ.
 
 Sennrich et al. 2016 (arXiv:1508.07909); Radford et al. 2021 (arXiv:2103.00020).
 """
@@ -59,16 +58,12 @@ CLIP = Dialect("<|startoftext|>", "<|endoftext|>", END, unescape=False, split_fi
 def tokenize(
     texts: Sequence[str], dialect: Dialect, length: int = 77, added: AddedTokens = NO_TOKENS
 ) -> Tensor:
-    """Token ids of texts: start token, words, end token, padding.
+    """Convert texts to token ids (B, length) int64: start token, words, end token, padding.
 
     A longer text is truncated; the last id is then the end token.
 
     Args:
-        length: Ids per text.
         added: Tokens of textual inversions.
-
-    Returns:
-        Ids (B, length) int64, on the CPU.
     """
     rows = []
     for text in texts:
@@ -78,7 +73,7 @@ def tokenize(
 
 
 def encode(text: str, dialect: Dialect, added: AddedTokens = NO_TOKENS) -> list[int]:
-    """Token ids of one text, without start token, end token and padding."""
+    """Convert one text to token ids, without start token, end token and padding."""
     if added:
         names = "|".join(_added_patterns(added))
         pieces = re.split(f"({names})", text, flags=re.IGNORECASE)
@@ -115,7 +110,7 @@ def has_weight_syntax(prompt: str) -> bool:
 
 @cache
 def vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
-    """Symbol -> id, without the special tokens; pair of symbols -> rank of its merge."""
+    """Read ids by symbol, without the special tokens, and ranks by the pair that is merged."""
     with gzip.open(_merges_path(), "rt", encoding="utf-8") as file:
         next(file)  # a version line
         merges = [(a, b) for a, b in (next(file).split() for _ in range(MERGES))]
@@ -135,7 +130,7 @@ def _added_patterns(added: AddedTokens) -> Iterator[str]:
 
 
 def _clean(text: str, dialect: Dialect) -> str:
-    """Repairs Unicode, collapses white space, converts to lower case."""
+    """Repair Unicode, collapse white space, convert to lower case."""
     import ftfy
 
     text = ftfy.fix_text(text)
@@ -146,7 +141,7 @@ def _clean(text: str, dialect: Dialect) -> str:
 
 @cache
 def _patterns(dialect: Dialect) -> tuple[Any, Any]:
-    """Regular expressions for words, and for special tokens (as a group, which `split` keeps)."""
+    """Compile patterns for words, and for special tokens (as a group, which `split` keeps)."""
     import regex
 
     specials = f"{regex.escape(dialect.start)}|{regex.escape(dialect.end)}"
@@ -156,7 +151,7 @@ def _patterns(dialect: Dialect) -> tuple[Any, Any]:
 
 @lru_cache(maxsize=1 << 16)
 def _encode_word(word: str, dialect: Dialect) -> tuple[int, ...]:
-    """Merges the bytes of a word, always the pair of the lowest rank first."""
+    """Merge the bytes of a word, always the pair of the lowest rank first."""
     if word in (dialect.start, dialect.end):
         return (START if word == dialect.start else END,)
     ids, ranks = vocabulary()
@@ -173,7 +168,6 @@ def _encode_word(word: str, dialect: Dialect) -> tuple[int, ...]:
 
 
 def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
-    """Merges every occurrence of the pair, from left to right."""
     merged: list[str] = []
     left = None
     for symbol in symbols:
@@ -188,7 +182,7 @@ def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
 
 @cache
 def _letters() -> dict[int, str]:
-    """The printable character that represents each of the 256 bytes, in the order of the ids."""
+    """Map each byte to the printable character that represents it, in the order of the ids."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = {byte: chr(byte) for byte in printable}

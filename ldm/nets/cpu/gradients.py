@@ -1,12 +1,8 @@
 """Layers with their gradients, to train on x86 CPUs: equal to torch's own up to rounding, faster.
 
-    linear goes to MKL, slow on some processors       -> oneDNN there
-    3x3 convolution of few pixels rearranges a large  -> one matrix product of all patches
-      weight in every call, in the backward pass twice
-    3x3 convolution behind a nearest-neighbour        -> each of 9 taps by one matrix product on the
-      doubling does 9 products per pixel of output       small map, 2.25 per pixel; then sums
-
-`layers` decides when each is taken.
+linear                               oneDNN where MKL is slow
+3x3 convolution of few pixels        one matrix product of all patches; the weight stays as it is
+3x3 convolution after a doubling     each tap by one product on the small map: 2.25 per pixel
 """
 
 from collections.abc import Callable, Sequence
@@ -118,7 +114,6 @@ class DoubledConvolution(_Layer):
 
 
 def _needed_gradients(ctx: Any, *gradients: Callable[[], Tensor]) -> Gradients:
-    """Computes the gradients that are needed."""
     needed = ctx.needs_input_grad
     return tuple(g() if needed[k] else None for k, g in enumerate(gradients))
 
@@ -132,19 +127,19 @@ def _by_tap(weight: Tensor) -> Tensor:
 
 
 def _double(taps: Sequence[Tensor], dim: int) -> tuple[Tensor, Tensor]:
-    """Even and odd outputs along a doubled axis, from products with the small map by tap."""
+    """Compute even and odd outputs along a doubled axis, from products of the small map by tap."""
     before, middle, after = taps
     return _shift(before, dim, 1) + middle + after, before + middle + _shift(after, dim, -1)
 
 
 def _transposed_double(pairs: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The transpose of `_double`, for pairs along `dim` of what lies along the axis before it."""
+    """Transpose `_double`, for pairs along `dim` of what lies along the axis before it."""
     even, odd = pairs.unbind(dim)
     return _shift(even, dim - 1, -1) + odd, even + odd, even + _shift(odd, dim - 1, 1)
 
 
 def _shift(x: Tensor, dim: int, by: int) -> Tensor:
-    """x moved by one to higher (1) or lower (-1) places, with zeros where nothing comes from."""
+    """Move x by one to higher (1) or lower (-1) places, and fill with zeros."""
     zeros = torch.zeros_like(x.narrow(dim, 0, 1))
     rest = x.narrow(dim, 0 if by == 1 else 1, x.shape[dim] - 1)
     return torch.cat((zeros, rest) if by == 1 else (rest, zeros), dim)

@@ -32,7 +32,7 @@ WINOGRAD_UNCACHED = {torch.float32: 1024, torch.bfloat16: 8192}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b. x: (…, D_in). Returns (…, D_out)."""
+    """Compute x W^T + b for x (…, D_in)."""
     rows = x.shape[:-1].numel()
     is_small = rows * weight.numel() < LINEAR_WORK
     if is_small or not applies_to_layer(x, weight):
@@ -49,7 +49,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def conv2d(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    """The convolution `layer` of x (B, C, h, w); channels last where a fast path was taken."""
+    """Convolve x (B, C, h, w); the result is channels last where a fast path was taken."""
     weight, bias = layer.weight, layer.bias
     if x.dim() != 4 or not applies_to_layer(x, weight):
         return nn.Conv2d.forward(layer, x)
@@ -75,7 +75,7 @@ def conv2d(x: Tensor, layer: nn.Conv2d) -> Tensor:
 
 
 def conv2d_doubled(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    """conv2d(layer) of x upsampled by 2, nearest neighbour. Returns (B, C_out, 2h, 2w)."""
+    """Convolve x upsampled by 2, nearest neighbour: (B, C_out, 2h, 2w)."""
     weight, bias, pixels = layer.weight, layer.bias, _pixels(x)
     if _is_3x3(layer) and applies_to_layer(x, weight):
         if torch.is_grad_enabled():
@@ -127,7 +127,7 @@ def _suits_taps(layer: nn.Conv2d, pixels: int) -> bool:
 
 
 def _winograd_matrices(layer: nn.Conv2d, pixels: int, *, doubled: bool) -> list[Tensor] | None:
-    """The transformed weight, None where Winograd does not suit. pixels: of output."""
+    """Transform the weight; None where Winograd does not suit. pixels: of output."""
     weight = layer.weight
     narrow = min(layer.in_channels, layer.out_channels) < WINOGRAD_WIDTH[weight.dtype]
     too_small = pixels * weight.numel() < CONV_WORK

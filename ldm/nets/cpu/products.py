@@ -16,21 +16,14 @@ MANY_ROWS = 512
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b, without gradients.
-
-    Args:
-        x: (…, K).
-        weight: (N, K), of any strides, or packed.
-    Returns:
-        (…, N).
-    """
+    """Compute x W^T + b without gradients; weight: (N, K), of any strides, or packed."""
     if weight.is_mkldnn or (x.dtype == torch.float32 and onednn_is_faster(x.shape[:-1].numel())):
         return _onednn(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
 def product_in_any_layout(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`product` of a matrix x (M, K), returning (M, N) of any strides."""
+    """Compute `product` of a matrix x (M, K), as (M, N) of any strides."""
     if weight.is_mkldnn or not has_few_rows(len(x), x.dtype):
         return product(x, weight, bias)
     y = product(weight, x).t()
@@ -43,7 +36,7 @@ def has_few_rows(rows: int, dtype: torch.dtype) -> bool:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """The matrix (N, K) as oneDNN's kernels read it, for `product`, where that is faster."""
+    """Arrange the matrix (N, K) as oneDNN's kernels read it, where that is faster."""
     # In bfloat16 it is by 10 to 40 %; in float32 by 1 to 3 %, for twice the memory.
     if weight.dtype != torch.bfloat16 or not _onednn_works():
         return weight

@@ -35,7 +35,7 @@ def applies_to_layer(x: Tensor, weight: Tensor) -> bool:
 
 @functools.cache
 def dtypes() -> tuple[torch.dtype, ...]:
-    """The dtypes that this processor multiplies fast."""
+    """Return the dtypes that this processor multiplies fast."""
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return ()
     return (torch.float32, torch.bfloat16) if has_fast_bf16() else (torch.float32,)

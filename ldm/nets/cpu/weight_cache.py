@@ -25,13 +25,12 @@ _cache: ContextVar[dict[int, _Entry] | None] = ContextVar("cache", default=None)
 
 @contextmanager
 def cache_weights() -> Iterator[None]:
-    """Inside this block, layers without gradients keep the transformed weights that they compute.
+    """Keep the transformed weights that layers without gradients compute, within this block.
 
-    For loops that run a network many times: of a UNet's steps the first takes about one and a half
-    times as long, and the forms take up to 1.8 times the memory of their weights. Outside, every
-    call starts from the weights as they are, so that no write to them goes unseen. Inside, weights
-    that were replaced, moved or written to are transformed again; only writes that torch does not
-    count, through `.data` or numpy, are seen when the block has ended: do not write so within.
+    For loops that run a network many times: the first step of a UNet takes about one and a half
+    times as long, and the forms take up to 1.8 times the memory of their weights. Weights that were
+    replaced, moved or written to are transformed again; only writes that torch does not count,
+    through `.data` or numpy, are seen when the block has ended: do not write so within.
     """
     if _cache.get() is not None:
         yield
@@ -56,7 +55,7 @@ def is_caching(weight: Tensor) -> bool:
 
 
 def cached(weight: Tensor, name: str, transform: Callable[[Tensor], Form]) -> Form:
-    """The form of a weight that `transform` computes, called `name`."""
+    """Return the form of a weight that `transform` computes, called `name`."""
     cache = _cache.get()
     if cache is None or not is_caching(weight):
         return transform(weight)

@@ -28,10 +28,9 @@ def transform(weight: Tensor, *, doubled: bool) -> Tensor:
 
 
 def convolve(x: Tensor, matrices: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-    """Convolution with padding 1 of x, or of x doubled by nearest neighbour if 9 matrices come.
+    """Convolve x with padding 1, or x doubled by nearest neighbour if 9 matrices come.
 
     x: (B, C_in, h, w), h and w even unless doubled.
-    matrices: those of `transform`, packed or not.
     Returns (B, C_out, h, w), or twice that size, channels last.
     """
     n = 3 if len(matrices) == 9 else 4
@@ -77,7 +76,7 @@ def _split(x: Tensor, dim: int) -> Sequence[Tensor]:
 
 
 def _split_doubled(x: Tensor, dim: int) -> Sequence[Tensor]:
-    """The same for x doubled: n + 2 entries -> 3 times n."""
+    """Split as `_split`, for x doubled: n + 2 entries -> 3 times n."""
     n = x.shape[dim] - 2
     before, middle, after = (x.narrow(dim, k, n) for k in range(3))
     return before - middle, middle, middle - after
