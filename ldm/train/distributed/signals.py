@@ -9,7 +9,8 @@ from types import FrameType
 
 __all__ = ["SignalHandler"]
 
-ACTIONS = {"SIGTERM": "stop", "SIGINT": "stop", "SIGUSR1": "save"}
+# SIGBREAK: Ctrl+Break on Windows, where there is no SIGUSR1
+ACTIONS = {"SIGTERM": "stop", "SIGINT": "stop", "SIGBREAK": "stop", "SIGUSR1": "save"}
 Handler = Callable[[int, FrameType | None], object] | int | None
 
 
@@ -29,7 +30,7 @@ class SignalHandler:
 
     def __enter__(self) -> "SignalHandler":
         for number in signal.valid_signals():
-            if isinstance(number, signal.Signals) and number.name in ACTIONS:  # none on Windows
+            if isinstance(number, signal.Signals) and number.name in ACTIONS:
                 self.previous[number] = signal.signal(number, self._receive)
         return self
 
