@@ -33,24 +33,18 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # by `trai
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a training run; all that changes while it trains is in `state`.
-
-    Attributes:
-        config_text: the config as YAML, written into the metadata of exports.
-        held_out: the data for validation.
-        is_fine_tune: whether the model had weights to start from.
-    """
+    """The parts of a training run; all that changes while it trains is in `state`."""
 
     settings: Settings
-    config_text: str
+    config_text: str  # as YAML, for the metadata of exports
     folder: Path
     device: torch.device
     ranks: Ranks
     task: Task
     state: State
     source: Source
-    held_out: Source | None
-    is_fine_tune: bool
+    held_out: Source | None  # for validation
+    is_fine_tune: bool  # whether the model had weights to start from
 
     @property
     def model(self) -> LatentDiffusion | AutoencoderKL:

@@ -100,34 +100,21 @@ class LossScale:
 
 @dataclass(eq=False)
 class State:
-    """The resumable state of a run.
-
-    Attributes:
-        model: what is trained and averaged.
-        discriminator: what is trained against it, if there is one.
-        scale: of the loss, for float16.
-        batches_per_step: over all processes and all accumulated batches.
-        step: number of steps done.
-        position: number of batches that all processes together have consumed.
-        seconds: time spent training, over all sessions.
-        skipped: number of steps whose gradients were not finite.
-        bad_steps: of these, those in a row that the last step ended; not saved.
-        is_consistent: False while weights are being updated; not saved.
-        is_saved: whether the weights are on disk as they are; not saved.
-    """
+    """The resumable state of a run."""
 
     model: TrainedNetwork
     ema: EMA
     discriminator: TrainedNetwork | None
     scale: LossScale
-    batches_per_step: int
+    batches_per_step: int  # over all processes and all accumulated batches
     step: int = 0
-    position: int = 0
-    seconds: float = 0.0
-    skipped: int = 0
-    bad_steps: int = 0
-    is_consistent: bool = True
-    is_saved: bool = False
+    position: int = 0  # batches that all processes together have consumed
+    seconds: float = 0.0  # spent training, over all sessions
+    skipped: int = 0  # steps whose gradients were not finite
+    # Not saved:
+    bad_steps: int = 0  # skipped in a row, up to the last step
+    is_consistent: bool = True  # False while weights are being updated
+    is_saved: bool = False  # whether the weights are on disk as they are
 
     @property
     def networks(self) -> dict[str, TrainedNetwork]:

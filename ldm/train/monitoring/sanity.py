@@ -35,20 +35,13 @@ HINT = "\nhint: lightning.trainer.sanity=false trains it all the same"
 
 @dataclass(frozen=True)
 class Comparison:
-    """Losses of a model and of a guess on one batch.
+    """Losses of a model and of a guess on one batch."""
 
-    Attributes:
-        parameterization: what the config says that the model predicts.
-        loss, guess: for that parameterization.
-        ratios: loss / guess if the model predicted eps, v or x0.
-        std: of the latents.
-    """
-
-    parameterization: str
+    parameterization: str  # what the config says that the model predicts
     loss: float
     guess: float
-    ratios: Mapping[str, float]
-    std: float
+    ratios: Mapping[str, float]  # loss / guess if the model predicted eps, v or x0
+    std: float  # of the latents
 
     @property
     def nearest(self) -> str:

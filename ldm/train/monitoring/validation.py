@@ -21,13 +21,11 @@ __all__ = ["evaluating", "validate"]
 log = logging.getLogger(__name__)
 
 
-def validate(run: Run, *, with_ema: bool = True) -> dict[str, float]:
+def validate(run: Run) -> dict[str, float]:
     """Compute the means of all losses over the first batches of the held-out data.
 
     All processes call this and share the batches.
 
-    Args:
-        with_ema: evaluate the EMA weights, too.
     Returns:
         Losses by name, {} if no data is held out.
     """
@@ -35,7 +33,7 @@ def validate(run: Run, *, with_ema: bool = True) -> dict[str, float]:
         return {}
     losses = {f"val/{name}": value for name, value in _mean_losses(run, run.held_out).items()}
     ema = run.state.ema
-    if with_ema and ema.decay:
+    if ema.decay:
         with ema.apply_to(run.task.trainable):
             means = _mean_losses(run, run.held_out)
         losses |= {f"val/{name}_ema": value for name, value in means.items()}

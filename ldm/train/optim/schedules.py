@@ -33,21 +33,12 @@ WHERE = "model.params.scheduler_config"
 
 @dataclass(frozen=True)
 class LearningRate:
-    """The learning rate as a function of the step and of the progress of the run.
-
-    Attributes:
-        lr: the rate that everything else multiplies.
-        warm_up: steps of a linear warm-up.
-        decay: "constant", "linear" (to 0) or "cosine" (to 0).
-        schedule: a `scheduler_config`, which replaces `warm_up` and `decay`.
-    Raises:
-        ValueError: an unknown decay, or a schedule that `lr_multiplier` refuses.
-    """
+    """The learning rate as a function of the step and of the progress of the run."""
 
     lr: float
-    warm_up: float = 0
-    decay: str = "constant"
-    schedule: JsonMapping | None = None
+    warm_up: float = 0  # steps, linear
+    decay: str = "constant"  # "linear" or "cosine": to 0
+    schedule: JsonMapping | None = None  # a `scheduler_config`, replaces `warm_up` and `decay`
 
     def __post_init__(self) -> None:
         if self.decay not in DECAYS:

@@ -7,9 +7,8 @@ Esser et al. 2020 (arXiv:2012.09841), section 3.1; Rombach et al. 2022 (arXiv:21
 """
 
 import copy
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -66,9 +65,10 @@ def build_autoencoder_task(
     spec = params.get("lossconfig") or {"target": "torch.nn.Identity"}
     losses = instantiate(spec, where="model.params.lossconfig")
     is_adversarial = isinstance(losses, LossConfig)
-    keywords = list(inspect.signature(Adversarial if is_adversarial else Reconstruction).parameters)
+    parameters = fields(Adversarial if is_adversarial else Reconstruction)
+    keywords = [field.name for field in parameters if field.kw_only]
     for key in objective:
-        if key not in keywords[1 + is_adversarial :]:
+        if key not in keywords:
             raise unknown_name("keyword", key, keywords, "lightning.objective")
     if not is_adversarial:
         return Reconstruction(model, **objective)
@@ -88,23 +88,15 @@ def build_autoencoder_task(
 
 @dataclass(eq=False)
 class Reconstruction(Task):
-    """Training of an AutoencoderKL on differences of pixels in [-1, 1].
-
-    Args:
-        l1: weight of the mean absolute error.
-        l2: weight of the mean squared error.
-        gradient: weight of the absolute error of differences between neighbours, for sharp edges.
-        kl: weight of the divergence from a standard normal, nats per image.
-        trained: "all", or "decoder" to keep the latents as they are.
-    """
+    """Training of an AutoencoderKL on differences of pixels in [-1, 1]."""
 
     model: AutoencoderKL
     _: KW_ONLY
-    l1: float = 1.0
-    l2: float = 1.0
-    gradient: float = 0.5
-    kl: float = 1e-6
-    trained: str = "all"
+    l1: float = 1.0  # weight of the mean absolute error
+    l2: float = 1.0  # weight of the mean squared error
+    gradient: float = 0.5  # weight of the absolute error of edges
+    kl: float = 1e-6  # weight of the divergence from a standard normal, nats per image
+    trained: str = "all"  # or "decoder", which keeps the latents as they are
 
     def __post_init__(self) -> None:
         self.trainable = self.model
@@ -135,32 +127,20 @@ class Reconstruction(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Parameters of the original's `lossconfig`.
+    """Parameters of the original's `lossconfig`."""
 
-    Attributes:
-        disc_start: steps before the discriminator counts.
-        disc_factor: 0 leaves the discriminator out.
-        disc_weight: length of its gradient in the last layer, relative to the reconstruction's.
-        disc_loss: "hinge" or "vanilla".
-        kl_weight: of nats per image.
-        perceptual_weight: of LPIPS beside the absolute error.
-        logvar_init: initial log of the variance of an error.
-        pixelloss_weight: without effect.
-        use_actnorm, disc_conditional: must be false.
-    """
-
-    disc_start: int
-    logvar_init: float = 0.0
-    kl_weight: float = 1.0
-    pixelloss_weight: float = 1.0
+    disc_start: int  # steps before the discriminator counts
+    logvar_init: float = 0.0  # initial log of the variance of an error
+    kl_weight: float = 1.0  # of nats per image
+    pixelloss_weight: float = 1.0  # without effect
     disc_num_layers: int = 3
     disc_in_channels: int = 3
-    disc_factor: float = 1.0
-    disc_weight: float = 1.0
-    perceptual_weight: float = 1.0
+    disc_factor: float = 1.0  # 0 leaves the discriminator out
+    disc_weight: float = 1.0  # its gradient's length in the last layer, relative to the error's
+    perceptual_weight: float = 1.0  # of LPIPS beside the absolute error
     use_actnorm: bool = False
     disc_conditional: bool = False
-    disc_loss: str = "hinge"
+    disc_loss: str = "hinge"  # or "vanilla"
 
     def __post_init__(self) -> None:
         if self.use_actnorm or self.disc_conditional:
@@ -175,22 +155,16 @@ class Adversarial(Task):
 
     Errors are summed over an image, not averaged: hence the small weights and learning rates of
     the original's configs.
-
-    Args:
-        perceptual: LPIPS; may be None if its weight is 0.
-        trained: "all", or "decoder" to keep the latents as they are.
-        learn_logvar: train the log variance of an error, too.
-        export_losses: export `loss.*` as well, as the original does.
     """
 
     betas: ClassVar[tuple[float, float] | None] = (0.5, 0.9)
     model: AutoencoderKL
     losses: LossConfig
     _: KW_ONLY
-    perceptual: LPIPS | None = None
-    trained: str = "all"
-    learn_logvar: bool = False
-    export_losses: bool = False
+    perceptual: LPIPS | None = None  # may be None if its weight is 0
+    trained: str = "all"  # or "decoder"
+    learn_logvar: bool = False  # train the log variance of an error
+    export_losses: bool = False  # as `loss.*`, as the original does
 
     def __post_init__(self) -> None:
         model, losses = self.model, self.losses

@@ -18,23 +18,14 @@ LossFunction: TypeAlias = Callable[[Batch, torch.Generator], Losses]
 
 
 class Task(ABC):
-    """A model, the part of it that is trained, and the losses of a batch.
+    """A model, the part of it that is trained, and the losses of a batch."""
 
-    Attributes:
-        model: the whole model, for sampling, validation and exports.
-        trainable: holds all parameters that are trained and averaged; others in it are frozen.
-        discriminator: a second network, trained against the model; None = there is none.
-        step: index of the current step, which the training loop sets.
-        betas: of Adam, where the config names none; None = the optimizer's own.
-        is_shardable: whether FSDP may shard `trainable`.
-    """
-
-    model: LatentDiffusion | AutoencoderKL
-    trainable: nn.Module
-    discriminator: nn.Module | None = None
-    step: int = 0
-    betas: ClassVar[tuple[float, float] | None] = None
-    is_shardable: ClassVar[bool] = False
+    model: LatentDiffusion | AutoencoderKL  # for sampling, validation and exports
+    trainable: nn.Module  # has all parameters that are trained and averaged, and frozen ones
+    discriminator: nn.Module | None = None  # trained against the model
+    step: int = 0  # the current one, set by the training loop
+    betas: ClassVar[tuple[float, float] | None] = None  # of Adam, unless the config has some
+    is_shardable: ClassVar[bool] = False  # by FSDP
 
     @abstractmethod
     def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
