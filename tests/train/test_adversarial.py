@@ -14,14 +14,13 @@ from ldm.loading.legacy import rename_weights, restore_names, translate_config
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.lpips import LPIPS
 from ldm.train.loop import train
-from ldm.train.run import Run
 from ldm.train.tasks.autoencoder import (
     Adversarial,
     LossConfig,
     Reconstruction,
     build_autoencoder_task,
 )
-from tests.train.tinyrun import EMOJI, run_of, weights_of
+from tests.train.tinyrun import EMOJI, run_of
 
 # Of the largest value. The original's own gradients move by 1.4e-6 without oneDNN. Ours are taken
 # in two pieces, which sums in another order, by whichever kernels are fastest here: measured 2.8e-6
@@ -79,7 +78,7 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_losses_are_the_originals(name, recorded, model, lpips, monkeypatch) -> None:
-    info, wanted = recorded.case(name)["info"], recorded.outputs(name)
+    info = recorded.case(name)["info"]
     task = Adversarial(model, LossConfig(**info["loss_params"]), perceptual=lpips)
     task.discriminator.load_state_dict(
         recorded.weights(task.discriminator.state_dict(), "discriminator.")
@@ -89,44 +88,42 @@ def test_losses_are_the_originals(name, recorded, model, lpips, monkeypatch) -> 
     task.discriminator.train(info["loss_training"])
     task.step = info["global_step"]
     model.zero_grad()
-    found = [task.loss, task.discriminator_loss][info["optimizer_idx"]](
-        {"jpg": recorded.tensors["shared/x"]}, torch.Generator()
-    )
-    found["total_loss"] = found["loss"]
-    if info["optimizer_idx"] == 0:
-        found["loss"].backward()
-        found["grad_last_layer"] = model.decoder.conv_out.weight.grad
-        found["grad_quant_conv"] = model.quant_conv.weight.grad
-    assert found["loss"].isfinite()
-    for key, value in wanted.items():
+    compute = [task.loss, task.discriminator_loss][info["optimizer_idx"]]
+    values = compute({"jpg": recorded.tensors["shared/x"]}, torch.Generator())
+    values["total_loss"] = values["loss"]
+    if compute == task.loss:
+        values["loss"].backward()
+        values["grad_last_layer"] = model.decoder.conv_out.weight.grad
+        values["grad_quant_conv"] = model.quant_conv.weight.grad
+    assert values["loss"].isfinite()
+    for key, value in recorded.outputs(name).items():
         if key != "rec":
-            error = (found[key.removeprefix("log/train/")] - value).abs().max()
+            error = (values[key.removeprefix("log/train/")] - value).abs().max()
             assert error <= TOLERANCE * max(1.0, float(value.abs().max())), key
 
 
 @pytest.mark.parametrize("tanh_out", [False, True])
 def test_discriminator_and_reconstruction_pull_equally_at_the_last_layer(tanh_out: bool) -> None:
-    """The gradients of the whole, taken apart in the plain way."""
+    """The gradients of the sum equal the sum of the gradients of its parts."""
     model = tiny(tanh_out=tanh_out)
     adversarial = Adversarial(model, LossConfig(**PIXELS, disc_weight=0.5), learn_logvar=True)
     adversarial.step = 2
     losses = adversarial.loss(images(), seeded())
     losses["loss"].backward()
-    last, first = model.decoder.conv_out.weight, model.encoder.conv_in.weight
-    joined = last.grad.clone(), first.grad.clone(), adversarial.logvar.grad.clone()
+    weights = [model.decoder.conv_out.weight, model.encoder.conv_in.weight, adversarial.logvar]
 
-    made, posterior = model(images()["jpg"], seeded())
-    rec = (images()["jpg"] - made).abs()
+    reconstruction, posterior = model(images()["jpg"], seeded())
+    rec = (images()["jpg"] - reconstruction).abs()
     nll = (rec / adversarial.logvar.exp() + adversarial.logvar).sum() / 2
     nll = nll + 1e-6 * posterior.kl().mean()
-    g = -adversarial.discriminator(made).mean()
-    wanted = torch.autograd.grad(nll, [last, first, adversarial.logvar], retain_graph=True)
-    pulls = torch.autograd.grad(g, [last, first])
-    share = (losses["d_weight"] * pulls[0]).norm() / wanted[0].norm()
-    assert share == pytest.approx(0.5, rel=0.01)  # a little less, so that it has an end
-    for found, one, two in zip(joined, wanted, [*pulls, 0.0], strict=True):
+    g = -adversarial.discriminator(reconstruction).mean()
+    of_nll = torch.autograd.grad(nll, weights, retain_graph=True)
+    of_g = torch.autograd.grad(g, weights[:2])
+    ratio = (losses["d_weight"] * of_g[0]).norm() / of_nll[0].norm()
+    assert ratio == pytest.approx(0.5, rel=0.01)  # a little less, so that it has an end
+    for weight, one, two in zip(weights, of_nll, [*of_g, 0.0], strict=True):
         whole = one + losses["d_weight"] * two
-        torch.testing.assert_close(found, whole, atol=1e-4 * float(whole.abs().max()), rtol=0)
+        torch.testing.assert_close(weight.grad, whole, atol=1e-4 * float(whole.abs().max()), rtol=0)
 
 
 def test_without_gradients_the_discriminator_has_no_weight() -> None:
@@ -159,16 +156,14 @@ def test_training_the_decoder_alone_keeps_latents(is_adversarial: bool) -> None:
     model = tiny()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     z = model.encode(images()["jpg"]).mode()
-    options = {"trained": "decoder"}
     config = {"target": LPIPS_LOSS, "params": PIXELS} if is_adversarial else None
-    trainer = build_autoencoder_task(model, {"lossconfig": config}, options)
-    trainable = [p for p in trainer.trainable.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trainable, 1e-3)
+    task = build_autoencoder_task(model, {"lossconfig": config}, {"trained": "decoder"})
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-3)
     for _ in range(2):
         optimizer.zero_grad()
-        trainer.loss(images(), seeded())["loss"].backward()
+        task.loss(images(), seeded())["loss"].backward()
         optimizer.step()
-    exported = trainer.weights_to_export(iter(images()["jpg"]))
+    exported = task.weights_to_export(iter(images()["jpg"]))
     changed = {name.split(".")[0] for name in before if not exported[name].equal(before[name])}
     assert changed == {"decoder", "post_quant_conv"}
     assert model.encode(images()["jpg"]).mode().equal(z)
@@ -241,11 +236,10 @@ def test_recipes_build(name: str) -> None:
     params["lossconfig"]["params"]["perceptual_weight"] = 0.0
     params["ddconfig"]["ch"] = 32
     model = instantiate(raw["model"])
-    trainer = build_autoencoder_task(
-        model, params | {"ckpt_path": None}, raw["lightning"]["objective"]
-    )
-    assert isinstance(trainer, Adversarial)
-    assert tuple(raw["lightning"]["optimizer"]["betas"]) == trainer.betas
+    objective = raw["lightning"]["objective"]
+    task = build_autoencoder_task(model, params | {"ckpt_path": None}, objective)
+    assert isinstance(task, Adversarial)
+    assert tuple(raw["lightning"]["optimizer"]["betas"]) == task.betas
 
 
 def test_a_resumed_discriminator_equals_an_uninterrupted_one(tmp_path: Path) -> None:
@@ -260,17 +254,11 @@ def test_a_resumed_discriminator_equals_an_uninterrupted_one(tmp_path: Path) -> 
         "lightning.trainer.max_steps=3", "lightning.callbacks.save_steps=2",
     ])  # fmt: skip
     whole, parts = run_of(config, tmp_path / "whole"), run_of(config, tmp_path / "parts")
-    initial = {name: v.clone() for name, v in discriminator_of(whole).items()}
+    name = "rival.weights.main.0.weight"
+    initial = whole.state.tensors()[name].clone()
     train(whole)
     parts.resume(tmp_path / "whole/checkpoints/state-00000002")
     train(parts)
-    assert all(
-        v.equal(discriminator_of(parts)[name]) for name, v in discriminator_of(whole).items()
-    )
-    assert all(v.equal(weights_of(parts)[name]) for name, v in weights_of(whole).items())
-    assert not discriminator_of(whole)["main.0.weight"].equal(initial["main.0.weight"])
-
-
-def discriminator_of(run: Run) -> dict[str, Tensor]:
-    assert run.task.discriminator is not None
-    return run.task.discriminator.state_dict()
+    tensors = parts.state.tensors()
+    assert all(v.equal(tensors[name]) for name, v in whole.state.tensors().items())
+    assert not tensors[name].equal(initial)

@@ -8,27 +8,23 @@ from ldm.train.optim.ema import EMA
 
 
 def test_three_updates_equal_the_originals() -> None:
-    golden = gold("ema")
-    values = golden.inputs("default")
-    names = [key.removeprefix("w0/") for key in values if key.startswith("w0/")]
-    holder = nn.Module()
-    for name in names:
-        holder.register_parameter(
-            name.replace(".", "_"), nn.Parameter(values[f"w0/{name}"].clone())
-        )
-    holder.get_parameter("frozen").requires_grad_(False)
-    ema = EMA(holder, 0.9999)
-    for step in (1, 2, 3):
-        for name in names:
-            holder.get_parameter(name.replace(".", "_")).data.copy_(values[f"w{step}/{name}"])
-        ema.update(holder)
-        for name in set(names) - {"frozen"}:
-            wanted = golden.outputs("default")[f"after{step}/{name.replace('.', '')}"]
-            torch.testing.assert_close(
-                ema.shadow[name.replace(".", "_")], wanted, rtol=0, atol=1e-6
-            )
-    assert ema.updates == 3
+    inputs, recorded = gold("ema").inputs("default"), gold("ema").outputs("default")
+    module = nn.Module()
+    initial = {k.removeprefix("w0/"): v for k, v in inputs.items() if k.startswith("w0/")}
+    for name, value in initial.items():
+        module.register_parameter(name.replace(".", "_"), nn.Parameter(value.clone()))
+    module.get_parameter("frozen").requires_grad_(False)
+    ema = EMA(module, 0.9999)
     assert "frozen" not in ema.shadow
+    for step in (1, 2, 3):
+        for name in initial:
+            module.get_parameter(name.replace(".", "_")).data.copy_(inputs[f"w{step}/{name}"])
+        ema.update(module)
+        for name in initial.keys() - {"frozen"}:
+            average = recorded[f"after{step}/{name.replace('.', '')}"]
+            shadow = ema.shadow[name.replace(".", "_")]
+            torch.testing.assert_close(shadow, average, rtol=0, atol=1e-6)
+    assert ema.updates == 3
 
 
 def test_applied_weights_are_taken_back() -> None:

@@ -99,6 +99,7 @@ def test_an_export_has_raw_or_ema_weights_or_both(run: Run, tmp_path: Path, weig
     for path in export(exporting, tmp_path / "last"):
         model: Any = load(None, path)
         assert model.state_dict()[name].equal(ema if weights == "ema" else raw)
+        assert model.conditioner.text.token_ids.max() >= 49407  # the compact vocabulary
         file = read_checkpoint(path)
         assert (file.has_ema, file.step) == (weights == "both", 2)
         assert file.metadata["modelspec.prediction_type"] == "v"
