@@ -22,7 +22,7 @@ from ldm.data.buckets import Buckets
 from ldm.data.dataset import Sample, UnreadableSample
 from ldm.data.folder import Folder
 from ldm.data.shards import decode_sample, expand_patterns, name_of, read_shard
-from ldm.data.transforms import PhotoTransform
+from ldm.data.transforms import PhotoTransform, captions_of
 from ldm.runtime.errors import MissingFile
 
 __all__ = ["DataReport", "check", "open_folder"]
@@ -86,13 +86,12 @@ class DataReport:
         used = {name: n for name, n in counts.items() if n}
         yield from _bars(f"buckets of size {self.buckets.size}", used)
 
-    def add(self, name: str, size: tuple[int, int], digest: str, caption: str) -> None:
+    def add(self, name: str, size: tuple[int, int], digest: str, captions: Sequence[str]) -> None:
         """Count one readable sample."""
         self.sizes[size] += 1
         self.digests[digest] += 1
-        if caption:
-            self.captions[caption] += 1
-        else:
+        self.captions.update(filter(None, captions))
+        if not any(captions):
             self.no_caption.append(name)
 
     def _count(self, class_of: Callable[[int, int], T], names: Mapping[str, T]) -> dict[str, int]:
@@ -162,15 +161,16 @@ def _shard_loaders(where: Sequence[str]) -> Iterator[Loader]:
             yield name_of(raw), partial(decode_sample, raw)
 
 
-def _read_facts(loader: Loader) -> tuple[tuple[int, int], str, str] | UnreadableSample:
-    """Size, digest and caption of a sample."""
+def _read_facts(loader: Loader) -> tuple[tuple[int, int], str, list[str]] | UnreadableSample:
+    """Return size, digest and captions of a sample."""
     try:
         sample = loader[1]()
     except UnreadableSample as error:
         return error
     image: Image.Image = sample["image"]
     digest = hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
-    return image.size, digest, str(sample.get("text") or sample.get("object") or "").strip()
+    captions = captions_of({"text": sample.get("text") or sample.get("object")})
+    return image.size, digest, [caption.strip() for caption in captions]
 
 
 def _side(width: int, height: int) -> int:

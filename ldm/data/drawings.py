@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.data.transforms import Transform
+from ldm.data.transforms import Transform, captions_of
 from ldm.imaging.pixels import to_tensor
 
 __all__ = ["COLOURS", "TEMPLATES", "EmojiTransform", "caption", "caption_texts"]
@@ -148,8 +148,8 @@ def caption_texts(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """Texts that together hold every word that a caption of these rows may have."""
     texts = [*COLOURS, *(template for _, template in TEMPLATES), "an [ ] { }"]
     for row in rows:
-        texts += [row.get("text", ""), row.get("object", ""), row.get("style", "")]
-        texts += row.get("keywords", [])
+        texts += [*captions_of(row), row.get("object") or "", row.get("style") or ""]
+        texts += row.get("keywords") or []
     return [part for text in texts for part in (text, text.translate(BRACKETS))]
 
 

@@ -9,18 +9,24 @@ DIR/10_sks dog/0001.png   a folder of kohya's scripts: ten times in an epoch; wi
 
 import csv
 import json
+import logging
+import os
 import re
+from collections import Counter, deque
 from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 
 from ldm.data.dataset import ImageDataset, UnreadableSample
-from ldm.data.transforms import Transform
+from ldm.data.transforms import Transform, captions_of
 from ldm.imaging.reading import IMAGE_SUFFIXES, read_size
 from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile
+from ldm.runtime.files import read_text
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["Folder", "read_metadata"]
+__all__ = ["Folder", "is_hidden", "read_metadata"]
+
+log = logging.getLogger(__name__)
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 CACHED = 2**28  # bytes of files that are kept in memory
@@ -58,10 +64,10 @@ class Folder(ImageDataset):
         rows = [row for row in rows if all(row.get(key) == v for key, v in conditions.items())]
         captioned = ({**row, "text": row[text]} if text in row else row for row in rows)
         self.rows = [
-            {**row, **(fields or {})}
-            for row in captioned
-            for _ in range(int(row.get("repeats", 1)))
+            {**row, **(fields or {})} for row in captioned for _ in range(row.get("repeats", 1))
         ]
+        for row in self.rows:
+            captions_of(row)
         if not self.rows:
             only = ", ".join(f"{key} `{value}`" for key, value in conditions.items())
             raise ArgumentError(f"`{root}` has no images with {only}")
@@ -95,7 +101,7 @@ class Folder(ImageDataset):
 
 
 def read_metadata(root: Path) -> list[JsonObject]:
-    """The rows of metadata.jsonl or metadata.csv, each with `file_name`; else of all images.
+    """Read the rows of metadata.jsonl or metadata.csv, each with `file_name`; else of all images.
 
     Raises:
         MissingFile: there is no folder, or nothing in it.
@@ -104,59 +110,124 @@ def read_metadata(root: Path) -> list[JsonObject]:
     return _read(root)[0]
 
 
+def is_hidden(path: str) -> bool:
+    """Return whether a path is, or lies in, what editors and systems keep beside images."""
+    parts = path.replace("\\", "/").split("/")
+    return any(part[:1] == "." and part.strip(".") for part in parts) or bool(
+        {"__MACOSX", "@eaDir"}.intersection(parts)
+    )
+
+
 def _read(root: Path) -> tuple[list[JsonObject], dict[str, str]]:
-    """The rows, and the reasons why captions of some cannot be read, by `file_name`."""
+    """Read the rows, and the reasons why captions of some cannot be read, by `file_name`."""
     if not root.is_dir():
         raise MissingFile(f"there is no folder `{root}`")
     rows: list[JsonObject]
     damaged: dict[str, str] = {}
     if (root / "metadata.jsonl").exists():
-        rows = list(_json_lines(root / "metadata.jsonl"))
+        rows = list(_json_rows(root / "metadata.jsonl"))
     elif (root / "metadata.csv").exists():
-        rows = list(csv.DictReader(StringIO(_read_text(root / "metadata.csv"), newline="")))
+        rows = list(csv.DictReader(StringIO(read_text(root / "metadata.csv"))))
     else:
         rows = list(_list_images(root, damaged))
         if not rows:
             raise MissingFile(f"`{root}` has no metadata.jsonl, metadata.csv or images")
     for number, row in enumerate(rows, 1):
-        if "file_name" not in row:
-            raise FileFormatError(f"`{root}`: row {number} of the metadata has no `file_name`")
+        try:
+            _check_row(row, root)
+        except (TypeError, ValueError) as error:
+            raise FileFormatError(f"`{root}`: row {number} of the metadata {error}") from None
     return rows, damaged
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FileFormatError(f"`{path}` is not UTF-8: {error}") from None
+def _check_row(row: JsonObject, root: Path) -> None:
+    name, repeats = row.get("file_name"), row.get("repeats") or 0
+    if not name or not isinstance(name, str):
+        raise ValueError("has no `file_name`")
+    if "\\" in name and not (root / name).exists():  # written on Windows
+        row["file_name"] = name.replace("\\", "/")
+    if row.get("repeats") in (None, ""):
+        row.pop("repeats", None)
+    elif str(repeats).strip().removesuffix(".0").isdecimal():
+        row["repeats"] = int(float(repeats))
+    else:
+        raise ValueError(f"has `repeats` {repeats}, which is not a count")
 
 
-def _json_lines(path: Path) -> Iterator[JsonObject]:
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
-        if line.strip():
-            try:
-                yield dict(json.loads(line))
-            except (TypeError, ValueError) as error:
-                raise FileFormatError(f"`{path}`, line {number}: {error}") from None
+def _json_rows(path: Path) -> Iterator[JsonObject]:
+    """Read rows, one a line or in arrays."""
+    text, decoder = read_text(path), json.JSONDecoder()
+    line, counted, end = 1, 0, 0
+    while start := re.compile(r"\S").search(text, end):
+        line, counted = line + text.count("\n", counted, start.start()), start.start()
+        try:
+            value, end = decoder.raw_decode(text, counted)
+        except ValueError as error:
+            raise FileFormatError(f"`{path}`, line {line}: {error}") from None
+        for row in value if isinstance(value, list) else [value]:
+            if not isinstance(row, dict):
+                raise FileFormatError(f"`{path}`, line {line}: `{row}` is not a row, {{…}}")
+            yield row
 
 
 def _list_images(root: Path, damaged: dict[str, str]) -> Iterator[JsonObject]:
-    """Rows of a folder without metadata, with the caption beside each image.
+    """List the rows of a folder without metadata, with the caption beside each image.
 
     Args:
         damaged: the reasons why captions cannot be read are added to it, by `file_name`.
     """
-    for path in sorted(root.glob("**/*")):
-        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
-            continue
-        row: JsonObject = {"file_name": str(path.relative_to(root))}
+    images: list[Path] = []
+    captions: dict[tuple[Path, str], Path] = {}
+    left_out: Counter[str] = Counter()
+    for path in _walk(root, left_out):
+        suffix = path.suffix.lower()
+        if suffix in IMAGE_SUFFIXES:
+            images.append(path)
+        elif suffix in CAPTION_SUFFIXES:
+            captions[path.with_suffix(""), suffix] = path
+        else:
+            left_out[suffix or path.name] += 1
+    used = set()
+    for path in sorted(images):
+        row: JsonObject = {"file_name": path.relative_to(root).as_posix()}
         kohya = re.fullmatch(r"(\d+)_(.+)", path.parent.name) if path.parent != root else None
         if kohya:
             row |= {"repeats": int(kohya[1]), "text": kohya[2]}
-        files = (path.with_suffix(suffix) for suffix in CAPTION_SUFFIXES)
-        if file := next((file for file in files if file.is_file()), None):
+        keys = [(path.with_suffix(""), suffix) for suffix in CAPTION_SUFFIXES]
+        used.update(keys)
+        if file := next((captions[key] for key in keys if key in captions), None):
             try:
-                row["text"] = _read_text(file).strip()
+                row["text"] = read_text(file).strip()
             except (OSError, ValueError) as error:
                 damaged[row["file_name"]] = str(error)
         yield row
+    left_out["captions without image"] = len(captions.keys() - used)
+    if names := ", ".join(f"{n} {name}" for name, n in left_out.most_common() if n):
+        log.warning("`%s`: left out %s", root, names)
+
+
+def _walk(root: Path, left_out: Counter[str]) -> Iterator[Path]:
+    """List all files beneath a folder, those behind links last, and each folder once.
+
+    Args:
+        left_out: hidden folders, and links that lead back, are counted in it.
+    """
+    start, queue, visited = Path(os.path.realpath(root)), deque([root]), set[Path]()
+    while queue:
+        for folder, folders, files in os.walk(queue.popleft()):
+            real = Path(os.path.realpath(folder))
+            if real in visited or (real != start and start.is_relative_to(real)):
+                left_out["links to folders that are read already"] += 1
+                folders.clear()
+                continue
+            visited.add(real)
+            shown = sorted(name for name in folders if not is_hidden(name))
+            left_out["hidden folders"] += len(folders) - len(shown)
+            folders[:] = [name for name in shown if not _is_link(real / name)]
+            queue += [Path(folder, name) for name in shown if name not in folders]
+            yield from (Path(folder, name) for name in sorted(files) if not is_hidden(name))
+
+
+def _is_link(path: Path) -> bool:
+    """Return whether a folder is a link, or a junction of Windows."""
+    return Path(os.path.realpath(path)) != path

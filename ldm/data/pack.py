@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ldm.data.dataset import UnreadableSample
 from ldm.data.folder import Folder
+from ldm.data.transforms import captions_of
 from ldm.runtime.errors import ArgumentError
 from ldm.runtime.files import replace_when_written
 
@@ -52,10 +53,12 @@ def _add(tar: tarfile.TarFile, folder: Folder, index: int) -> None:
         log.warning("left out: %s", error)
         return
     row = {key: value for key, value in folder.rows[index].items() if key != "repeats"}
-    suffix = Path(row.pop("file_name")).suffix.lower().replace(".jpeg", ".jpg")
+    suffix = Path(row.pop("file_name")).suffix.lower()
+    suffix = ".jpg" if suffix in (".jpeg", ".jpe", ".jfif") else suffix
     members = {suffix: folder.content(index), ".json": json.dumps(row).encode()}
-    if row.get("text"):
-        members[".txt"] = str(row["text"]).encode()
+    captions = captions_of(row)
+    if captions != [""] and len(captions) == 1:  # the .json has several
+        members[".txt"] = captions[0].encode()
     for ending, data in members.items():
         member = tarfile.TarInfo(f"{index:09}{ending}")
         member.size = len(data)

@@ -18,6 +18,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import subprocess
 import tarfile
 import zlib
@@ -36,10 +37,12 @@ from tqdm import tqdm
 
 from ldm.data.dataset import Sample, UnreadableSample
 from ldm.data.download import Download
+from ldm.data.folder import is_hidden
 from ldm.data.source import Batch, Source, collate, read_ahead
-from ldm.data.transforms import Transform
+from ldm.data.transforms import Transform, captions_of
 from ldm.imaging.reading import IMAGE_SUFFIXES, decode_image, read_size
 from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile
+from ldm.runtime.files import decode_text
 
 __all__ = [
     "RawSample",
@@ -55,7 +58,9 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 MAX_SHARDS = 1_000_000  # that a pattern may stand for
-SUFFIXES = tuple(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
+COMMON = ("png", "jpg", "jpeg", "webp", "avif", "bmp", "gif", "tif", "tiff")
+# In the order in which they are looked for.
+SUFFIXES = tuple(dict.fromkeys((*COMMON, *(suffix[1:] for suffix in IMAGE_SUFFIXES))))
 
 RawSample = dict[str, Any]  # "__key__", "__url__", and the bytes of the members by their suffix
 MakeSample = Callable[[RawSample, Random], Sample]  # raises UnreadableSample
@@ -252,8 +257,8 @@ def read_shard(url: str) -> Iterator[RawSample]:
 
     try:
         with _open(url) as file:
-            members = ({**member, "__url__": url} for member in tar_file_iterator(file))
-            yield from group_by_keys(members)
+            members = tar_file_iterator(file, select_files=lambda name: not is_hidden(name))
+            yield from group_by_keys({**member, "__url__": url} for member in members)
     except (FileNotFoundError, tarfile.TarError, EOFError, ValueError, zlib.error) as error:
         log.warning("the shard `%s` ends early: %s", url, error)
         yield {"__key__": "", "__url__": url, "__error__": f"`{url}`: {error}"}
@@ -293,14 +298,18 @@ def image_bytes(raw: RawSample) -> tuple[str, bytes]:
 
 
 def metadata_of(raw: RawSample) -> dict[str, Any]:
-    """The fields of the .json of a sample, and its `text` (from the .txt, if it has one).
+    """Read the fields of the .json of a sample, and its `text`, from the .txt if it has one.
 
     Raises:
-        ValueError: the .json is not an object, or the .txt not UTF-8.
+        ValueError: the .json is not an object, or the captions are not texts.
     """
-    fields = _read_json(raw)
-    text = str(fields.get("text") or fields.get("caption") or "")
-    return {**fields, "text": (raw["txt"].decode("utf-8") if "txt" in raw else text).strip()}
+    row = _read_json(raw)
+    row["text"] = row.get("text") or row.get("caption") or ""
+    for suffix in ("caption", "txt"):
+        if suffix in raw:
+            row["text"] = decode_text(raw[suffix], f"{name_of(raw)}.{suffix}")
+    captions = [caption.strip() for caption in captions_of(row)]
+    return {**row, "text": captions if len(captions) > 1 else captions[0]}
 
 
 def _expand(pattern: str, commands: bool) -> list[str]:
@@ -316,7 +325,8 @@ def _expand(pattern: str, commands: bool) -> list[str]:
             " http(s) addresses, or allow it with --allow-commands"
         )
     try:
-        urls = list(itertools.islice(braceexpand.braceexpand(pattern), MAX_SHARDS + 1))
+        names = braceexpand.braceexpand(pattern, escape=os.sep == "/")
+        urls = list(itertools.islice(names, MAX_SHARDS + 1))
     except ValueError as error:
         raise ArgumentError(f"`{pattern}`: {error}") from None
     if len(urls) > MAX_SHARDS:

@@ -21,10 +21,10 @@ from ldm.data.conditions import build_conditions
 from ldm.data.options import former_options
 from ldm.imaging.pixels import to_tensor
 from ldm.imaging.reading import flatten_on_white
-from ldm.runtime.errors import unknown_name
+from ldm.runtime.errors import FileFormatError, unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["CROPS", "PhotoTransform", "TagShuffle", "Transform"]
+__all__ = ["CROPS", "PhotoTransform", "TagShuffle", "Transform", "captions_of"]
 
 CROPS = ("centre", "random")
 
@@ -118,7 +118,8 @@ class PhotoTransform(Transform):
         return self._with_conditions(tensor, torch.ones_like(tensor[:1]), rng)
 
     def caption(self, row: JsonMapping, rng: Random, variant: str = "") -> str:
-        text = str(row.get("text") or "")
+        captions = captions_of(row)
+        text = rng.choice(captions) if len(captions) > 1 else captions[0]
         return self.tags(text, rng) if self.tags else text
 
     def _crop_and_resize(self, image: Image.Image, rng: Random) -> Image.Image:
@@ -133,6 +134,20 @@ class PhotoTransform(Transform):
         )
         box = (left, top, left + crop_size[0], top + crop_size[1])
         return image.resize(size, Image.Resampling.LANCZOS, box, reducing_gap=3.0)
+
+
+def captions_of(row: JsonMapping) -> list[str]:
+    """Return the captions of a row, one of which a transform takes; [""] if there are none.
+
+    Raises:
+        FileFormatError: its `text` is neither a text nor a list of texts.
+    """
+    text = row.get("text")
+    captions = text if isinstance(text, (list, tuple)) else [text]
+    if any(isinstance(caption, (dict, list, tuple)) for caption in captions):
+        name = row.get("file_name", "a row")
+        raise FileFormatError(f"`{name}` has a caption that is neither a text nor a list of texts")
+    return [str(caption) for caption in captions if caption] or [""]
 
 
 @dataclass(frozen=True)

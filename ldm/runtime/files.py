@@ -11,7 +11,14 @@ from pathlib import Path
 
 from ldm.runtime.errors import FileFormatError, MissingFile
 
-__all__ = ["find_file", "flush_to_disk", "read_text", "replace_when_written", "sha256_of_file"]
+__all__ = [
+    "decode_text",
+    "find_file",
+    "flush_to_disk",
+    "read_text",
+    "replace_when_written",
+    "sha256_of_file",
+]
 
 PACKAGE = Path(__file__).resolve().parents[1]
 BLOCK = 1 << 22  # bytes read at once
@@ -37,7 +44,15 @@ def read_text(path: str | Path) -> str:
     Raises:
         FileFormatError: it is neither; the message has file and line.
     """
-    content = Path(path).expanduser().read_bytes()
+    return decode_text(Path(path).expanduser().read_bytes(), path)
+
+
+def decode_text(content: bytes, name: str | Path) -> str:
+    """Decode the bytes of a text; encodings and errors as `read_text`.
+
+    Args:
+        name: of its file, for messages.
+    """
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     encoding = "utf-16" if is_utf16 else "utf-8-sig"
     try:
@@ -50,7 +65,7 @@ def read_text(path: str | Path) -> str:
         return io.StringIO(text, newline=None).read()
     line = text.count("\n", 0, wrong) + 1
     message = "neither UTF-8 nor UTF-16 with a byte order mark: save it as UTF-8"
-    raise FileFormatError(f"{path}:{line}: {message}")
+    raise FileFormatError(f"{name}:{line}: {message}")
 
 
 def sha256_of_file(*paths: str | Path, progress: Callable[[int], object] | None = None) -> str:

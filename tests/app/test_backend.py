@@ -13,6 +13,7 @@ from ldm.app.backend import Backend
 from ldm.app.form import TaskForm, describe_info, show_progress
 from ldm.app.limits import Limits
 from ldm.app.progress import Progress, follow
+from ldm.app.uploads import Uploads
 from ldm.commands.main import main
 from ldm.generate.request import ModelChoice
 from ldm.generate.tasks import TASKS
@@ -140,6 +141,13 @@ def test_what_asks_for_too_much_or_makes_no_sense_is_one_line(
     job = run(backend, task, answers(task, **changes))
     assert job.has_failed
     assert message in job.message
+
+
+def test_transparent_parts_of_a_sketch_are_white(answers, photo, tmp_path):
+    clear = Image.new("RGBA", (60, 70))
+    filled = answers("inpaint", sketch=sketch(photo, (8, 8, 30, 40)) | {"background": clear})
+    values = TaskForm(TASKS["inpaint"], LIMITS).values(filled, Uploads(tmp_path))
+    assert (pixels(values["init_img"]) == 255).all()
 
 
 def test_an_empty_sketch_says_what_to_do(backend, answers, photo):

@@ -35,7 +35,7 @@ def test_everything_is_counted(photos, capsys):
     out = capsys.readouterr().out
     assert "5 pictures can be read, 8 are broken" in out
     assert "`huge.png` has more than 100000000 pixels" in out
-    assert "words.txt` is not UTF-8: 'utf-8' codec can't decode" in out
+    assert "words.txt:1: neither UTF-8 nor UTF-16" in out
     assert "1 pictures are copies of others" in out
     assert "2 have no caption\n  3.png\n  copy.png\n" in out
     assert "1 captions are copies of others\n  2 x `the same`" in out

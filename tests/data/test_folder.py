@@ -45,9 +45,13 @@ def test_a_folder_without_metadata_is_refused(tmp_path):
     ("name", "content", "message"),
     [
         ("metadata.jsonl", b'{"file_name": "a.png"}\n{"file', r"metadata\.jsonl`, line 2: "),
-        ("metadata.jsonl", b'["a.png"]', r"line 1: "),
+        ("metadata.jsonl", b'{"file_name": "a.png"}\n["a.png"]', "line 2: `a.png` is not a row"),
+        ("metadata.jsonl", b'{"file_name": "a.png"} x', r"line 1: "),
         ("metadata.csv", b"file,text\na.png,b", "row 1 of the metadata has no `file_name`"),
-        ("metadata.csv", b"file_name,text\na.png,caf\xe9", r"metadata\.csv` is not UTF-8"),
+        ("metadata.jsonl", b'{"file_name": ["a.png"]}', "row 1 of the metadata has no `file_name`"),
+        ("metadata.csv", b"file_name,text\na.png,caf\xe9", r"metadata\.csv:2: neither UTF-8"),
+        ("metadata.csv", b"file_name,repeats\na.png,often", "row 1 .* `repeats` often, which is"),
+        ("metadata.jsonl", b'{"file_name": "a.png", "repeats": -1}', "`repeats` -1, which is not"),
     ],
 )
 def test_metadata_that_cannot_be_read_is_named(name, content, message, tmp_path):
@@ -55,6 +59,41 @@ def test_metadata_that_cannot_be_read_is_named(name, content, message, tmp_path)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_metadata(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("jsonl", '{"file_name": "b/a.png", "text": "one", "repeats": null}'),
+        ("jsonl", '{"file_name": "b/a.png", "text": "one"}\r\n\r\n'),
+        ("jsonl", '[{"file_name": "b/a.png", "text": "one"}]'),
+        ("jsonl", '[\n  {\n    "file_name": "b/a.png",\n    "text": "one"\n  }\n]\n'),
+        ("jsonl", '{\n  "file_name": "b/a.png", "text": "one"\n}'),
+        ("jsonl", '{"file_name": "b/a.png", "text": ["one"], "repeats": 1.0}'),
+        ("jsonl", '{"file_name": "b/a.png", "text": [null, "one", ""], "repeats": "1"}'),
+        ("jsonl", '{"file_name": "b\\\\a.png", "text": "one"}'),
+        ("csv", "file_name,text,repeats\nb/a.png,one,\n"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_rows_of_any_form_are_read(name, content, encoding, tmp_path):
+    draw(tmp_path / "b/a.png")
+    (tmp_path / f"metadata.{name}").write_text(content, encoding)
+    folder = Folder(root=tmp_path, transform=PHOTO)
+    assert [folder[0, k]["txt"] for k in range(len(folder))] == ["one"]
+
+
+def test_of_several_captions_one_is_taken_at_random(tmp_path):
+    draw(tmp_path / "a.png")
+    row = '{"file_name": "a.png", "text": ["one", "two", null], "repeats": 30}\n'
+    (tmp_path / "metadata.jsonl").write_text(row)
+    folder = Folder(root=tmp_path, transform=PHOTO)
+    texts = [folder[0, k]["txt"] for k in range(30)]
+    assert set(texts) == {"one", "two"}
+    assert texts == [folder[0, k]["txt"] for k in range(30)]
+    (tmp_path / "metadata.jsonl").write_text(row.replace('"two"', '{"en": "two"}'))
+    with pytest.raises(ValueError, match=r"`a\.png` has a caption that is neither a text"):
+        Folder(root=tmp_path, transform=PHOTO)
 
 
 def test_any_field_of_a_csv_may_be_the_caption(tmp_path):
@@ -67,8 +106,39 @@ def test_captions_lie_beside_the_images(tmp_path):
     draw(tmp_path / "a.png", text="one\n")
     draw(tmp_path / "b" / "b.jpg", text="two", suffix=".caption")
     draw(tmp_path / "c.webp")
+    draw(tmp_path / "d.PNG", text="three", suffix=".TXT")
+    draw(tmp_path / "e.JFIF", text="four", suffix=".Caption")
     rows = [(row["file_name"], row.get("text")) for row in read_metadata(tmp_path)]
-    assert rows == [("a.png", "one"), ("b/b.jpg", "two"), ("c.webp", None)]
+    assert rows == [("a.png", "one"), ("b/b.jpg", "two"), ("c.webp", None), ("d.PNG", "three"),
+                    ("e.JFIF", "four")]  # fmt: skip
+
+
+def test_all_images_are_seen_and_what_is_left_out_is_said(tmp_path, caplog):
+    names = ["0.png", "1.jpe", "2.TIF", "3.ppm", "4.tga", "5.jp2", "deep/er/6.bmp"]
+    hidden = [".thumbnails/0.png", "deep/.ipynb_checkpoints/1.png", "__MACOSX/2.png",
+              "@eaDir/0.png/3.jpg", "._0.png"]  # fmt: skip
+    for name in names + hidden:
+        draw(tmp_path / name)
+    for name in ("a.heic", "b.HEIC", "c.mp4", "lonely.txt", "Makefile"):
+        (tmp_path / name).touch()
+    assert [row["file_name"] for row in read_metadata(tmp_path)] == names
+    message = "left out 4 hidden folders, 2 .heic, 1 Makefile, 1 .mp4, 1 captions without image"
+    assert message in caplog.text
+
+
+def test_links_are_followed_and_each_folder_is_read_once(tmp_path, caplog):
+    for name in ("data/0.png", "elsewhere/1.png", "elsewhere/deep/2.png", "data/b/3.png"):
+        draw(tmp_path / name, text="text")
+    links = {"data/a": "b", "data/more": "../elsewhere", "data/same": "../elsewhere",
+             "data/loop": ".", "data/up": "..", "elsewhere/back": "../data",
+             "elsewhere/deep/round": "..", "data/gone": "nowhere"}  # fmt: skip
+    for name, target in links.items():
+        (tmp_path / name).symlink_to(target, target_is_directory=True)
+    (tmp_path / "data/4.png").symlink_to("../elsewhere/1.png")
+    rows = read_metadata(tmp_path / "data")
+    names = ["0.png", "4.png", "b/3.png", "more/1.png", "more/deep/2.png"]
+    assert [row["file_name"] for row in rows] == names
+    assert "6 links to folders that are read already" in caplog.text
 
 
 def test_a_folder_of_kohyas_scripts_is_repeated_as_its_name_says(tmp_path):
@@ -102,7 +172,7 @@ def test_a_caption_that_cannot_be_read_makes_its_image_unreadable(place, tmp_pat
     batch = next(DatasetSource(folder).batches(len(folder)))
     assert set(batch["txt"]) == {"a"}
     assert set(batch["broken"]) == {str(Path(place) / "b.png")}
-    with pytest.raises(UnreadableSample, match=r"b\.txt` is not UTF-8"):
+    with pytest.raises(UnreadableSample, match=r"b\.txt:1: neither UTF-8"):
         folder.row(len(folder) - 1)
     uncaptioned = Folder(root=tmp_path, transform=PHOTO, fields={"text": "a dog"})
     assert uncaptioned[0, len(uncaptioned) - 1]["txt"] == "a dog"  # needs no captions

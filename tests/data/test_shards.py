@@ -17,11 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.data.dataset import UnreadableSample
 from ldm.data.download import Download
 from ldm.data.drawings import EmojiTransform
 from ldm.data.folder import Folder
 from ldm.data.pack import pack
-from ldm.data.shards import Shards, expand_patterns, read_shard
+from ldm.data.shards import Shards, decode_sample, expand_patterns, read_shard
 from ldm.data.transforms import PhotoTransform
 
 EMOJI = Path(__file__).parent / "emoji"
@@ -126,6 +127,32 @@ def test_damaged_samples_and_shards_are_named_and_replaced(folder, tmp_path):
     (tmp_path / "a.tar").write_bytes(b"<html>")
     with pytest.raises(ValueError, match="no sample of 1 can be read: a.tar"):
         read(Shards(str(tmp_path / "a.tar"), SQUARE), 1)
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        ({"0.txt": b"\xef\xbb\xbfa fox\r\n"}, "a fox"),
+        ({"0.TXT": "a fox".encode("utf-16")}, "a fox"),
+        ({"0.caption": b"a fox\n"}, "a fox"),
+        ({"0.json": b'\xef\xbb\xbf{"caption": " a fox", "text": null}'}, "a fox"),
+        ({"0.json": b'{"text": ["a fox ", "a red fox", ""]}'}, ["a fox", "a red fox"]),
+        ({"0.json": b'{"text": 7}'}, "7"),
+        ({}, ""),
+    ],
+)
+def test_captions_of_any_form_are_read_and_hidden_members_left_out(members, expected, tmp_path):
+    images = {"./.cache/1.jpg": png(1), "._0.jpg": b"", "0.JPE": png(0)}
+    write(tmp_path / "a.tar", {**images, **members})
+    (raw,) = read_shard(str(tmp_path / "a.tar"))
+    assert decode_sample(raw)["text"] == expected
+
+
+@pytest.mark.parametrize("members", [{"0.txt": b"caf\xe9"}, {"0.json": b'{"text": {"a": 1}}'}])
+def test_captions_that_cannot_be_read_are_named(members, tmp_path):
+    write(tmp_path / "a.tar", {"0.png": png(0), **members})
+    with pytest.raises(UnreadableSample, match="neither UTF-8|neither a text nor a list"):
+        decode_sample(next(read_shard(str(tmp_path / "a.tar"))))
 
 
 def test_fixed_samples_come_from_the_first_shards(folder):

@@ -3,14 +3,13 @@
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from random import Random
 
 import torch
 from torch import Tensor, nn
 
 from ldm.data.dataset import ImageDataset
 from ldm.data.shards import Shards
-from ldm.data.transforms import PhotoTransform
+from ldm.data.transforms import PhotoTransform, captions_of
 from ldm.encoders.text import TextEncoder
 from ldm.model import LatentDiffusion
 from ldm.train.batches.store import Entry, Store, digest, digest_of_weights, fill_from_shards
@@ -69,7 +68,7 @@ def cache_contexts(
         transform = source.transform
         if not isinstance(transform, PhotoTransform) or transform.tags is not None:
             raise ValueError("data.params.texts: only photos without `tags` have fixed captions")
-        captions = (transform.caption(row, Random(0)) for row in source.metadata())
+        captions = (text for row in source.metadata() for text in captions_of(row))
         fill = partial(contexts.fill, encoder, captions, batch)
         if isinstance(source, Shards):
             fill_from_shards(contexts.store, source, [contexts.encoder_digest], fill)
