@@ -10,6 +10,7 @@ from ldm.diffusion.denoiser import PARAMETERIZATIONS, Denoiser
 from ldm.diffusion.guidance import add_guidance, limit_to_interval
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.nets.unet import UNet
+from nets.nethelp import build_from
 
 SCHEDULE = Schedule(make_betas("linear", 1000, linear_start=0.00085, linear_end=0.012))
 
@@ -54,17 +55,11 @@ def test_the_loss_is_the_recorded_one(kind):
     file = gold("train_losses")
     name = f"{kind}_l2_train"
     params = file.meta[f"config_{kind}_l2"]["params"]
-    unet_config = dict(params["unet_config"]["params"])
-    unet = UNet(**{k: v for k, v in unet_config.items() if k not in UNet.IGNORED})
-    unet.load_state_dict(file.weights(unet.state_dict(), "model.diffusion_model."))
-    betas = make_betas(
-        params.get("beta_schedule", "linear"),
-        params["timesteps"],
-        linear_start=params["linear_start"],
-        linear_end=params["linear_end"],
-    )
+    unet = build_from(file, UNet, params["unet_config"], "model.diffusion_model.")
+    options = {key: params[key] for key in ("timesteps", "linear_start", "linear_end")}
+    betas = make_betas(params.get("beta_schedule", "linear"), **options)
     given = file.under("shared/")
-    denoiser = Denoiser(unet.eval(), Schedule(betas), kind)
+    denoiser = Denoiser(unet, Schedule(betas), kind)
     error = denoiser.error(given["x_start"], Cond(given["c"]), given["t"], given["noise"])
     recorded = file.outputs(name)["dict/train/loss_simple"]
     torch.testing.assert_close(error.square().mean(), recorded, rtol=1e-4, atol=0)

@@ -19,6 +19,7 @@ from ldm.diffusion.samplers import SAMPLERS, STOCHASTIC, ddim, dpmpp_2m, euler, 
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.nets.unet import UNet
 from ldm.pipelines.quirks import Quirks
+from nets.nethelp import build_from
 
 RECORDED_DDIM = [
     "eta0_cfg1", "eta0_cfg", "eta1_cfg1", "eta1_cfg", "eta_half_noxT", "scale0", "scale_uc_none",
@@ -33,14 +34,11 @@ recorded = functools.cache(gold)
 def denoiser_of(name: str, parameterization: str | None = None) -> Denoiser:
     file = recorded(name)
     params = file.meta["config"]["params"]
-    config = params["unet_config"]["params"]
-    unet = UNet(**{key: value for key, value in config.items() if key not in UNet.IGNORED})
-    unet.load_state_dict(file.weights(unet.state_dict(), "model.diffusion_model."))
-    betas = make_betas(
-        "linear", 1000, linear_start=params["linear_start"], linear_end=params["linear_end"]
-    )
+    unet = build_from(file, UNet, params["unet_config"], "model.diffusion_model.")
+    options = {key: params[key] for key in ("linear_start", "linear_end")}
+    betas = make_betas("linear", 1000, **options)
     predicts = parameterization or params["parameterization"]
-    return Denoiser(unet.eval().requires_grad_(False), Schedule(betas), predicts)
+    return Denoiser(unet.requires_grad_(False), Schedule(betas), predicts)
 
 
 LEGACY_STEPS = Quirks(frozenset({"steps"}))

@@ -28,10 +28,10 @@ def build(network, config):
     return network(**params).eval()
 
 
-def build_from(golden, network, config=None):
+def build_from(golden, network, config=None, prefix=""):
     """The network of a golden file, with its weights."""
     net = build(network, config or golden.meta["config"])
-    net.load_state_dict(golden.weights(net.state_dict()))
+    net.load_state_dict(golden.weights(net.state_dict(), prefix))
     return net
 
 

@@ -27,10 +27,8 @@ F16 = {"z_channels": 16, "ch_mult": [1, 1, 2, 2, 4], "attn_resolutions": [16]}
 F32 = {"z_channels": 64, "ch_mult": [1, 1, 2, 2, 4, 4], "attn_resolutions": [16, 8]}
 SIZES = {
     "kl_f4": (3, {**LAYOUT, "z_channels": 3, "ch_mult": [1, 2, 4]}),
-    "kl_f8": (4, LAYOUT),
     "kl_f16": (16, {**LAYOUT, **F16}),
     "kl_f32": (64, {**LAYOUT, **F32}),
-    "x4": (4, {**LAYOUT, "ch_mult": [1, 2, 4]}),
 }
 
 

@@ -3,7 +3,6 @@ import torch
 
 from ldm.encoders.towers import FusedAttention
 from ldm.nets.blocks import Conv2d, DoublingConv2d, Linear
-from ldm.nets.cpu import cache_weights
 from ldm.nets.lora import LoRA, LoRALayer, Target, merge_loras
 
 LAYERS = {
@@ -86,17 +85,6 @@ def test_merging_does_not_write_into_the_memory_of_a_file(layer):
     assert torch.equal(old, copy)
     assert not torch.equal(getattr(layer, name), copy)
     assert not getattr(layer, name).requires_grad
-
-
-def test_cached_weights_are_not_used_after_merging(monkeypatch):
-    monkeypatch.setattr("ldm.nets.cpu.layers.CONV_WORK", 1.0)
-    layer = Conv2d(128, 128, 3, padding=1).requires_grad_(False)
-    adapter, x = changes(layer), torch.randn(1, 128, 8, 8)
-    with torch.no_grad(), cache_weights():
-        layer(x)
-        merge_loras(adapter)
-        expected = torch.nn.functional.conv2d(x, layer.weight, layer.bias, padding=1)
-        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_only_the_change_is_trained(layer):

@@ -5,9 +5,7 @@ from nethelp import (
     assert_close,
     build,
     build_from,
-    keys_of,
     noise_of,
-    recorded_keys,
     tiny_inputs,
     tiny_unet,
 )
@@ -20,47 +18,6 @@ from ldm.nets.unet import UNet
 SMALL = ["adm", "depth", "inpaint", "misc", "unclip", "upscaler", "v1", "v2"]
 FAITHFUL = ["v1", "v2", "inpaint", "depth", "x4", "unclip_h", "unclip_l"]
 FULL = ["v1", "v2", "inpaint", "depth", "x4", "unclip_h"]
-
-SD2 = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "model_channels": 320,
-    "attention_resolutions": [4, 2, 1],
-    "num_res_blocks": 2,
-    "channel_mult": [1, 2, 4, 4],
-    "num_head_channels": 64,
-    "use_spatial_transformer": True,
-    "use_linear_in_transformer": True,
-    "context_dim": 1024,
-    "legacy": False,
-}
-SD1 = {
-    **SD2,
-    "num_head_channels": -1,
-    "num_heads": 8,
-    "use_linear_in_transformer": False,
-    "context_dim": 768,
-}
-X4 = {
-    **SD2,
-    "in_channels": 7,
-    "model_channels": 256,
-    "channel_mult": [1, 2, 2, 4],
-    "attention_resolutions": [2, 4, 8],
-    "num_head_channels": -1,
-    "num_heads": 8,
-    "num_classes": 1000,
-    "disable_self_attentions": [True, True, True, False],
-}
-SIZES = {
-    "v1": (SD1, 859_520_964),
-    "v2": (SD2, 865_910_724),
-    "inpaint": ({**SD2, "in_channels": 9}, 865_925_124),
-    "depth": ({**SD2, "in_channels": 5}, 865_913_604),
-    "x4": (X4, 473_398_020),
-    "unclip_h": ({**SD2, "num_classes": "sequential", "adm_in_channels": 2048}, 870_173_124),
-    "unclip_l": ({**SD2, "num_classes": "sequential", "adm_in_channels": 1536}, 869_517_764),
-}
 
 
 def call(unet, inputs):
@@ -103,21 +60,16 @@ ROUTES = {
 def test_each_way_of_conditioning_equals_the_recorded_one(case):
     golden = gold("conditioning_routes")
     config, x, context, y = ROUTES[case]
-    unet = build(UNet, golden.meta[f"config_{config}"]["params"]["unet_config"])
-    unet.load_state_dict(golden.weights(unet.state_dict(), "model.diffusion_model."))
+    unet_config = golden.meta[f"config_{config}"]["params"]["unet_config"]
+    unet = build_from(golden, UNet, unet_config, "model.diffusion_model.")
     tensors = golden.under("shared/") | golden.inputs("crossattn_tensor")
     contexts = [tensors[name] for name in context.split()] or None
     if contexts and config != "sequential":
         contexts = torch.cat(contexts, dim=1)
-    inputs = {
-        "x": torch.cat([tensors[name] for name in x.split()], dim=1),
-        "timesteps": tensors["t"],
-        "context": contexts,
-        "y": tensors.get(y),
-    }
-    assert_close(
-        call(unet, inputs), golden.outputs(case)["out"], noise=noise_of(golden, case, "out")
-    )
+    joined = torch.cat([tensors[name] for name in x.split()], dim=1)
+    with torch.no_grad():
+        ours = unet(joined, tensors["t"], contexts, tensors.get(y))
+    assert_close(ours, golden.outputs(case)["out"], noise=noise_of(golden, case, "out"))
 
 
 @pytest.mark.slow
@@ -129,15 +81,6 @@ def test_full_size_unet_equals_the_recorded_one(name):
     unet.load_state_dict(golden.weights(unet.state_dict()), assign=True)
     ours = call(unet, golden.inputs("a"))
     assert_close(ours, golden.outputs("a")["eps"], noise=noise_of(golden, "a", "eps"))
-
-
-@pytest.mark.parametrize("family", SIZES)
-def test_names_and_shapes_are_the_original_ones_at_full_size(family):
-    config, parameters = SIZES[family]
-    with meta_device():
-        unet = UNet(**config)
-    assert keys_of(unet) == recorded_keys(f"unet_{family}")
-    assert sum(p.numel() for p in unet.parameters()) == parameters
 
 
 DIFFUSERS = {
@@ -197,18 +140,6 @@ def test_every_parameter_gets_a_gradient():
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in unet.parameters())
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_spatial_transformer": False, "context_dim": None}])
-def test_checkpointing_gives_the_same_gradients(changes):
-    def gradients(use_checkpoint):
-        unet = tiny_unet(use_checkpoint=use_checkpoint, **changes)
-        x, t, context = tiny_inputs()
-        x.requires_grad_()
-        return torch.autograd.grad(unet(x, t, context).square().sum(), [x, *unet.parameters()])
-
-    for plain, again in zip(gradients(False), gradients(True), strict=True):
-        assert torch.equal(plain, again)
-
-
 @pytest.mark.parametrize(
     ("dtype", "limit"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3), (torch.float64, 1e-5)]
 )
@@ -236,14 +167,6 @@ def test_depth_may_differ_by_level():
     unet = UNet(**{**TINY, "transformer_depth": [1, 2]})
     assert len(unet.input_blocks[1][1].transformer_blocks) == 1
     assert len(unet.middle_block[1].transformer_blocks) == 2
-
-
-def test_samples_of_a_batch_do_not_touch_each_other():
-    unet = tiny_unet()
-    x, t, context = tiny_inputs()
-    both = unet(x, t, context)
-    alone = torch.cat([unet(x[i : i + 1], t[i : i + 1], context[i : i + 1]) for i in range(2)])
-    assert_close(alone, both, tolerance=1e-5)
 
 
 BAD = [
