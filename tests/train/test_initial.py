@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from goldfile import gold
-from ldm.loading.config import instantiate, read_yaml
+from ldm.loading.config import instantiate, parse_yaml, read_yaml
+from ldm.loading.convert import convert, plan_conversion
+from ldm.loading.legacy import original_name
+from ldm.loading.weights import read_weights
 from ldm.train.runs.initial import load_initial_weights, resize_weight
+from loading import tinyfamilies
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,3 +36,15 @@ def test_outputs_and_biases_are_repeated() -> None:
     weight = torch.arange(4.0).view(2, 2)
     assert resize_weight(weight, weight.shape) is weight
     assert resize_weight(weight, torch.Size([3, 2]))[2].tolist() == [0, 0.5]
+
+
+def test_a_diffusers_folder_is_trained_from(tmp_path: Path) -> None:
+    state = tinyfamilies.write("sd2-v", tmp_path / "tiny.safetensors")
+    convert(plan_conversion(tmp_path / "tiny.safetensors", tmp_path / "folder"))
+    raw = parse_yaml(read_weights(tmp_path / "folder").metadata["ldm.config"])["model"]
+    model = instantiate(raw, where="model")
+    first_stage = {"params": {"ckpt_path": "gone.ckpt"}}  # that the whole model replaces
+    params = {"ckpt_path": str(tmp_path / "folder"), "first_stage_config": first_stage}
+    assert load_initial_weights(model, params)
+    for name in ("unet.out.2.weight", "autoencoder.decoder.conv_in.weight"):
+        assert torch.equal(model.get_parameter(name), state[original_name(name)])

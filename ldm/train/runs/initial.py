@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from ldm.loading import legacy
 from ldm.loading.build import add_unused_weights, check_weights
-from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.legacy import rename_weights, schedule_tables
 from ldm.loading.published import find_checkpoint
+from ldm.loading.weights import read_weights
 from ldm.model import LatentDiffusion
 from ldm.runtime.files import find_file
 from ldm.runtime.types import JsonMapping
@@ -18,7 +18,7 @@ __all__ = ["load_initial_weights", "measure_scale", "resize_weight"]
 
 
 def load_initial_weights(model: nn.Module, params: JsonMapping) -> bool:
-    """Load `ckpt_path` of the model and of its first stage, where the config names one.
+    """Load `ckpt_path` of the model and of its first stage, files or folders, if the config has it.
 
     The EMA starts from these weights, as with the original's `reset_ema`. With `scale_by_std` the
     scale that was measured for them is loaded, too.
@@ -35,7 +35,9 @@ def load_initial_weights(model: nn.Module, params: JsonMapping) -> bool:
         ValueError: the weights do not fit the model.
     """
     first_stage = (params.get("first_stage_config") or {}).get("params") or {}
-    if first_stage.get("ckpt_path"):
+    is_partial = not params.get("ckpt_path") or params.get("load_only_unet")
+    # Where a whole model replaces its first stage, that file may be gone.
+    if first_stage.get("ckpt_path") and (is_partial or params.get("ignore_keys")):
         _load(model.get_submodule("autoencoder"), first_stage, "autoencoder.")
     if not params.get("ckpt_path"):
         if params.get("finetune_keys"):
@@ -72,7 +74,8 @@ def _load(
     module: nn.Module, params: JsonMapping, prefix: str, widened: Sequence[str] = ()
 ) -> dict[str, Tensor]:
     """Load `ckpt_path`, or its part `prefix` if it has a whole model; return its tables."""
-    raw = read_checkpoint(find_file(find_checkpoint(params["ckpt_path"]))).state
+    path = find_checkpoint(params["ckpt_path"])
+    raw = read_weights(path if path.is_dir() else find_file(path)).state
     state = rename_weights(raw)
     if any(name.startswith(prefix) for name in state):
         state = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
