@@ -1,4 +1,4 @@
-"""Builds the parts of a run from its settings: the model as configured, its task, its state."""
+"""Build the parts of a run from its settings: the model as configured, its task, its state."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,7 +25,7 @@ __all__ = ["build_state", "build_task", "configure_model", "set_checkpointing"]
 
 
 def configure_model(model: nn.Module, trainer: Trainer) -> None:
-    """Applies the settings that change time and memory of a step, but no number and no name.
+    """Apply the settings that change time and memory of a step, but no number and no name.
 
     `checkpoint_gradients`: see `set_checkpointing`; None leaves it to the model's config.
     `channels_last`: memory format of convolutions, which tensor cores prefer; a bit slower on CPUs.
@@ -42,7 +42,7 @@ def configure_model(model: nn.Module, trainer: Trainer) -> None:
 
 
 def set_checkpointing(model: nn.Module, on: bool = True) -> int:
-    """Sets whether blocks recompute their activations in the backward pass, to save memory.
+    """Set whether blocks recompute their activations in the backward pass, to save memory.
 
     Chen et al. 2016 (arXiv:1604.06174). Gradients are the same, dropout included.
 
@@ -56,7 +56,7 @@ def set_checkpointing(model: nn.Module, on: bool = True) -> int:
 
 
 def build_task(model: nn.Module, settings: Settings, *, load_weights: bool = True) -> Task:
-    """Builds the task that the settings ask for: diffusion, adaptation or reconstruction.
+    """Build the task that the settings ask for: diffusion, adaptation or reconstruction.
 
     Args:
         load_weights: False = not those of the losses' networks, where only sizes matter.
@@ -80,7 +80,7 @@ def build_task(model: nn.Module, settings: Settings, *, load_weights: bool = Tru
 
 
 def build_state(task: Task, settings: Settings, ranks: Ranks, device: torch.device) -> State:
-    """Builds optimizers and EMA at the beginning of a run; shards the weights first, if asked for.
+    """Build optimizers and EMA at the beginning of a run; shard the weights first, if asked for.
 
     Raises:
         ValueError: the settings do not go together.

@@ -1,10 +1,10 @@
 """The command line of training, in the grammar of the original's `main.py`.
 
-    python scripts/train.py --base configs/demo/text2img.yaml -t data.params.batch_size=64
-    python scripts/train.py --base configs/demo/text2img.yaml configs/train/lora.yaml -t
-    python scripts/train.py --base my.yaml -t --gpus 0,1,           two GPUs
-    python scripts/train.py -t --resume logs/lora                   resumes the newest run of a name
-    torchrun --nnodes 2 --nproc-per-node 8 … scripts/train.py --base my.yaml -t
+    ldm train --base configs/demo/text2img.yaml -t data.params.batch_size=64
+    ldm train --base configs/demo/text2img.yaml configs/train/lora.yaml -t
+    ldm train --base my.yaml -t --gpus 0,1,           two GPUs
+    ldm train -t --resume logs/lora                   resumes the newest run of a name
+    torchrun --nnodes 2 --nproc-per-node 8 … -m ldm.train.command --base my.yaml -t
 
 Later files go over earlier ones, `key.sub=value` over all. A run lives in LOGDIR/TIME_NAME.
 
@@ -46,7 +46,7 @@ the run saves at once; on SIGTERM and SIGINT the run ends after a step, and can 
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
-    """Runs the command line.
+    """Run the command line.
 
     Args:
         argv: the words after the program's name; None: those of this process.
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
 
 
 def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> TrainRequest:
-    """Parses a command line; exits with status 2 if argparse refuses it.
+    """Parse a command line; exit with status 2 if argparse refuses it.
 
     Raises:
         ValueError: an option is unknown.
@@ -115,7 +115,7 @@ def _run_request(request: TrainRequest) -> Iterator[str]:
     """Does what is requested; yields the lines to print: a path, losses, or a config."""
     _configure_logging()
     if request.dry_run:
-        yield from _dry_run(request, _read(request, run_folder.find_run(request)))
+        yield from _describe(request)
         return
     existing = launch.choose_on_first_rank(
         lambda torchruns: run_folder.find_run(request, torchruns)
@@ -137,10 +137,12 @@ def _read(request: TrainRequest, existing: run_folder.ExistingRun | None) -> "Se
     return settings
 
 
-def _dry_run(request: TrainRequest, settings: "Settings") -> Iterator[str]:
+def _describe(request: TrainRequest) -> Iterator[str]:
+    """The whole config, and the memory that it needs."""
     from ldm.loading.config import format_yaml
     from ldm.train import estimate
 
+    settings = _read(request, run_folder.find_run(request))
     yield format_yaml(settings.raw)
     processes = launch.count_processes(settings.devices, request.processes)
     yield from estimate.describe(settings, processes=processes)
@@ -162,13 +164,9 @@ def _run(
     folder = launch.choose_on_first_rank(
         lambda torchruns: run_folder.prepare_folder(request, existing, torchruns)
     )
+    text = format_yaml(settings.raw)
     try:
-        run = build_run(
-            settings,
-            folder,
-            config_text=format_yaml(settings.raw),
-            allow_commands=request.allow_commands,
-        )
+        run = build_run(settings, folder, config_text=text, allow_commands=request.allow_commands)
     except Exception:
         run_folder.delete_if_empty(folder)
         raise

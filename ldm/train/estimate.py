@@ -64,7 +64,7 @@ class Memory:
 
 
 class PeakMemoryMode(TorchDispatchMode):
-    """Tracks the bytes of all tensor storages that are created under this mode and alive.
+    """A mode that counts the bytes of all tensor storages created under it and alive.
 
     Attributes:
         now: bytes alive.
@@ -100,7 +100,7 @@ class PeakMemoryMode(TorchDispatchMode):
 
 
 def describe(settings: Settings, *, processes: int = 1) -> Iterator[str]:
-    """Yields the config with all defaults, the memory, and settings that would lower it.
+    """Yield the config with all defaults, the memory, and settings that would lower it.
 
     Args:
         processes: of the run, on all nodes.
@@ -114,11 +114,15 @@ def describe(settings: Settings, *, processes: int = 1) -> Iterator[str]:
     yield f"parameters  {memory.trainable / 1e6:.2f} M trainable, {frozen / 1e6:.2f} M frozen"
     yield f"batch       {settings.data.batch_size} x {accumulation} accumulated x {processes} ranks"
     yield f"memory      about {_format_bytes(memory.total)} per process"
-    yield f"  weights     {_format_bytes(memory.weights)}"
-    yield f"  gradients   {_format_bytes(memory.gradients)}"
-    yield f"  optimizer   {_format_bytes(memory.optimizer)}"
-    yield f"  EMA         {_format_bytes(memory.ema)}"
-    yield f"  activations {_format_bytes(memory.activations)}"
+    parts = {
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "EMA": memory.ema,
+        "activations": memory.activations,
+    }
+    for name, size in parts.items():
+        yield f"  {name:11} {_format_bytes(size)}"
     yield "  plus PyTorch's own overhead (about 0.2 GiB on a CPU, 0.5 GiB on a GPU)"
     for override, changed in _alternatives(settings, processes):
         saved = memory.total - estimate(changed, processes, cache).total
@@ -127,7 +131,7 @@ def describe(settings: Settings, *, processes: int = 1) -> Iterator[str]:
 
 
 def estimate(settings: Settings, processes: int = 1, cache: dict[Any, int] | None = None) -> Memory:
-    """Estimates the memory of one process of a run.
+    """Estimate the memory of one process of a run.
 
     Args:
         processes: of the run, on all nodes.
@@ -166,24 +170,23 @@ def estimate(settings: Settings, processes: int = 1, cache: dict[Any, int] | Non
 def _alternatives(settings: Settings, processes: int) -> Iterator[tuple[str, Settings]]:
     """Overrides that need less memory, and the settings with them."""
     trainer, batch_size = settings.trainer, settings.data.batch_size
-    for key, value in (
-        ("precision", "bf16-mixed"), ("checkpoint_gradients", True), ("ema_device", "cpu"),
-    ):  # fmt: skip
-        text = str(value).lower()
-        yield f"lightning.trainer.{key}={text}", settings.change(trainer={key: value})
-    optimizer = settings.change(optimizer={"name": "adamw8bit"})
-    yield "lightning.optimizer.name=adamw8bit", optimizer
+    changes: list[tuple[str, str, str | bool]] = [
+        ("trainer", "precision", "bf16-mixed"),
+        ("trainer", "checkpoint_gradients", True),
+        ("trainer", "ema_device", "cpu"),
+        ("optimizer", "name", "adamw8bit"),
+    ]
     is_diffusion = not settings.model.target.endswith("AutoencoderKL")
     if processes > 1 and is_diffusion and trainer.strategy not in ("fsdp", "hsdp"):
-        yield "lightning.trainer.strategy=fsdp", settings.change(trainer={"strategy": "fsdp"})
+        changes.append(("trainer", "strategy", "fsdp"))
+    for section, key, value in changes:
+        override = f"lightning.{section}.{key}={str(value).lower()}"
+        yield override, settings.change(**{section: {key: value}})
     if batch_size > 1:
-        half, accumulation = batch_size // 2, 2 * trainer.accumulate_grad_batches
+        half, count = batch_size // 2, 2 * trainer.accumulate_grad_batches
         yield (
-            f"data.params.batch_size={half} lightning.trainer.accumulate_grad_batches="
-            f"{accumulation}",
-            settings.change(
-                trainer={"accumulate_grad_batches": accumulation}, data={"batch_size": half}
-            ),
+            f"data.params.batch_size={half} lightning.trainer.accumulate_grad_batches={count}",
+            settings.change(data={"batch_size": half}, trainer={"accumulate_grad_batches": count}),
         )
 
 

@@ -140,7 +140,7 @@ def test_callbacks_are_known_by_their_class() -> None:
         "lr: {target: pytorch_lightning.callbacks.LearningRateMonitor}}}"
     )
     assert result.callbacks.image_steps == 7
-    assert any("lightning.callbacks.lr has no meaning" in note for note in result.notes)
+    assert any("no meaning here for lr" in note for note in result.notes)
 
 
 def test_epochs_become_steps_once_their_length_is_known() -> None:
@@ -219,8 +219,8 @@ def test_the_scheduler_of_a_model_decides_unless_the_optimizer_does() -> None:
         ("{trainers: {max_steps: 3}}", "unknown section `trainers`, did you mean `trainer`"),
         ("{trainer: {max_steps: null}}", "needs `max_steps` or `max_time`"),
         ("{trainer: {precision: 64}}", "`64` should be '32', 'bf16-mixed' or '16-mixed'"),
-        ("{trainer: {strategy: deepspeed_stage_2}}", "unknown strategy `deepspeed_stage_2`"),
-        ("{trainer: {gradient_clip_algorithm: value}}", "only `norm` is supported"),
+        ("{trainer: {strategy: deepspeed_stage_2}}", "strategy: `deepspeed` should be"),
+        ("{trainer: {gradient_clip_algorithm: value}}", "should be 'norm'"),
         ("{callbacks: {image_logger: {params: {batch_freqency: 1}}}}", "mean `batch_frequency`"),
         (
             "{callbacks: {mine: {target: my.Own}}}",
@@ -245,7 +245,7 @@ SECTIONS = {
 def test_nonsense_is_refused_for_every_key_and_named_by_it() -> None:
     for section, kind in SECTIONS.items():
         for key in kind.model_fields:
-            message = rf"lightning\.{section}(\.{key}: `| needs|: unknown strategy)"
+            message = rf"lightning\.{section}(\.{key}: `| needs)"
             with pytest.raises(ValueError, match=message):
                 read_settings({"lightning": {section: {key: [{}]}}})
 

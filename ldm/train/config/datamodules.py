@@ -9,7 +9,6 @@ The data sets of the published configs were never published; the error says what
 
 import logging
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 from ldm.runtime.errors import unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
@@ -30,34 +29,22 @@ MEANINGLESS = {
     **dict.fromkeys(("val_num_workers", "num_val_workers"), "`num_workers` holds for both"),
     "filter_word_list": "captions are NOT filtered: leave such samples out of the shards",
 }
-TO_TENSOR = ("ToTensor", "Normalize", "Rearrange", "Lambda", "ToPILImage")  # always done
-
-
-class OriginalDataset(NamedTuple):
-    """A data set class of the original.
-
-    names: its arguments -> our keys.
-    ignored: arguments without meaning here.
-    reason: why they have none.
-    """
-
-    names: Mapping[str, str]
-    ignored: tuple[str, ...]
-    reason: str
-
-
-DATASETS = {
-    "ldm.data.simple.FolderData": OriginalDataset(
-        {"root_dir": "root"},
+MEANINGLESS_IN_DATASETS = {
+    **dict.fromkeys(
         ("ext", "return_paths", "caption_file", "default_caption"),
         "captions are in metadata.jsonl or beside the images",
     ),
-    "ldm.data.simple.hf_dataset": OriginalDataset(
-        {"name": "hub", "split": "split", "image_column": "image", "text_column": "text"},
-        ("image_key", "caption_key"),
-        "images are `jpg`, captions `txt`",
-    ),
+    **dict.fromkeys(("image_key", "caption_key"), "images are `jpg`, captions `txt`"),
 }
+TO_TENSOR = ("ToTensor", "Normalize", "Rearrange", "Lambda", "ToPILImage")  # always done
+
+
+DATASETS = {  # their arguments -> our keys
+    "ldm.data.simple.FolderData": {"root_dir": "root"},
+    "ldm.data.simple.hf_dataset": {
+        "name": "hub", "split": "split", "image_column": "image", "text_column": "text",
+    },
+}  # fmt: skip
 
 
 def read_data(section: JsonMapping) -> Data:
@@ -102,13 +89,13 @@ def _translate_split(spec: JsonMapping, where: str) -> JsonObject:
 
 
 def _translate_dataset(target: object, params: JsonObject, where: str) -> JsonObject:
-    dataset = DATASETS.get(str(target))
-    if dataset is None:
+    names = DATASETS.get(str(target))
+    if names is None:
         raise _cannot_read(where, target, params.get("size", 512))
-    _drop(params, dict.fromkeys(dataset.ignored, dataset.reason), where)
+    _drop(params, MEANINGLESS_IN_DATASETS, where)
     transform = _pop_transform(params, where)
-    _refuse_others(params, dataset.names, where)
-    return {**{dataset.names[key]: value for key, value in params.items()}, "transform": transform}
+    _refuse_others(params, names, where)
+    return {names[key]: value for key, value in params.items()} | {"transform": transform}
 
 
 def _translate_web_module(params: JsonObject) -> JsonObject:

@@ -1,4 +1,4 @@
-"""Translates `lightning:` in the words of Lightning 1.4 and of the original's `main.py` into ours.
+"""Translate `lightning:` in the words of Lightning 1.4 and of the original's `main.py` into ours.
 
     trainer.*                                   any argument of Lightning's Trainer
     modelcheckpoint.params.*                    when to save, and which exports to keep
@@ -9,17 +9,17 @@
 Our own words pass. For everything that is ignored there is a note.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ldm.runtime.errors import unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
+from ldm.train.config.schema import LightningTrainer, fields_of
 
 __all__ = ["KNOWN", "SECTIONS", "read_gpus", "section", "translate"]
 
 SECTIONS = ("modelcheckpoint", "logger", "strategy", "find_unused_parameters")
-DEVICES = ("accelerator", "gpus", "devices", "num_nodes")  # see `read_gpus`
 # Arguments of Lightning's Trainer without meaning here, and why.
 MEANINGLESS = {
     **dict.fromkeys(
@@ -48,17 +48,13 @@ MEANINGLESS = {
     ),
     "resume_from_checkpoint": "use --resume",
 }  # fmt: skip
-PRECISIONS = {
-    "32": "32", "32-true": "32", "16": "16-mixed", "16-mixed": "16-mixed", "bf16": "bf16-mixed",
-    "bf16-mixed": "bf16-mixed",
-}  # fmt: skip
-STRATEGIES = ("auto", "ddp", "fsdp", "hsdp")
 LOGGERS = {
     "WandbLogger": "wandb",
     "TestTubeLogger": "tensorboard",
     "TensorBoardLogger": "tensorboard",
     "CSVLogger": "csv",
 }
+WANDB = ("project", "name", "entity", "tags", "group", "mode", "id")  # parameters that are kept
 BUILT_IN_CALLBACKS = (
     "setup_callback", "learning_rate_logger", "cuda_callback", "ignore_keys_callback",
     "checkpoint_callback",
@@ -77,14 +73,17 @@ MEANINGLESS_IMAGE_LOGGER = (
     "clamp", "rescale", "log_on_batch_idx", "log_first_step", "enable_autocast", "log_all_val",
     "save_input", "log_before_first_step",
 )  # fmt: skip
+# Their names -> ours.
+SAMPLING = {"ddim_steps": "steps", "unconditional_guidance_scale": "scale", "ddim_eta": "eta"}
+SAVING = {"every_n_train_steps": "save_steps", "every_n_epochs": "save_epochs",
+          "period": "save_epochs", "every_n_val_epochs": "save_epochs"}  # fmt: skip
+SAVING_BEST = {"save_top_k": "best", "monitor": "monitor"}
 BEST = 3  # exports that the original keeps, if the model names a loss to monitor
 STEP_CHECKPOINTS = 10_000  # the original's default
 KNOWN = {
-    "trainer": (*MEANINGLESS, *DEVICES, "strategy", "val_check_interval",
-                "check_val_every_n_epoch", "limit_val_batches", "log_every_n_steps",
-                "terminate_on_nan", "fast_dev_run", "gradient_clip_algorithm"),
+    "trainer": (*MEANINGLESS, *fields_of(LightningTrainer)),
     "callbacks": ("image_logger", "metrics_over_trainsteps_checkpoint", *BUILT_IN_CALLBACKS),
-}  # fmt: skip
+}
 
 Sections = dict[str, JsonObject]
 
@@ -97,13 +96,18 @@ class _Translation:
     notes: list[str] = field(default_factory=list)
 
     def add(self, section: str, **values: Any) -> None:
-        """Sets values, unless the config has them in our words."""
+        """Set values, unless the config has them in our words."""
         for key, value in values.items():
             self.sections.setdefault(section, {}).setdefault(key, value)
 
+    def ignore(self, where: str, names: Iterable[str], reason: str = "") -> None:
+        """Note that keys have no meaning here."""
+        if keys := ", ".join(names):
+            self.notes.append(f"{where}: no meaning here for {keys}{reason}")
+
 
 def translate(raw: JsonMapping) -> tuple[Sections, list[str]]:
-    """Translates a whole config into sections of `lightning:` in our words.
+    """Translate a whole config into sections of `lightning:` in our words.
 
     Returns:
         The sections, and notes on what was changed or has no meaning here.
@@ -115,19 +119,19 @@ def translate(raw: JsonMapping) -> tuple[Sections, list[str]]:
     result = _Translation({name: dict(section(raw, f"lightning.{name}")) for name in names})
     _translate_trainer(result)
     _translate_callbacks(raw, result)
-    _translate_modelcheckpoint(dict(section(raw, "lightning.modelcheckpoint.params")), result)
+    _translate_modelcheckpoint(section(raw, "lightning.modelcheckpoint.params"), result)
     if lightning.get("logger") is not None:
         _translate_logger(lightning["logger"], result)
     if lightning.get("strategy") is not None:
-        result.add("trainer", strategy=_strategy(lightning["strategy"]))
+        result.add("trainer", strategy=lightning["strategy"])
     if lightning.get("find_unused_parameters") is not None:
-        result.notes.append("lightning.find_unused_parameters has no meaning here: always true")
+        result.ignore("lightning", ["find_unused_parameters"], ": always true")
     _translate_model(raw, result)
     return result.sections, result.notes
 
 
 def section(raw: JsonMapping, where: str) -> JsonMapping:
-    """The section `where`, "model.params", of a config; {} if there is none.
+    """Return the section `where`, "model.params", of a config; {} if there is none.
 
     Raises:
         ValueError: it is not a mapping.
@@ -146,7 +150,7 @@ def section(raw: JsonMapping, where: str) -> JsonMapping:
 
 
 def read_gpus(trainer: JsonMapping) -> list[int] | int | None:
-    """The GPUs that Lightning's Trainer is given: their numbers, how many, -1 = all, None = unset.
+    """Read the GPUs of Lightning's Trainer: their numbers, how many, -1 = all, None = unset.
 
     `gpus: 0,1,` and `devices: 0,1,` name two; `gpus: 2` is any two, `gpus: 0` none.
 
@@ -171,46 +175,29 @@ def read_gpus(trainer: JsonMapping) -> list[int] | int | None:
 
 def _translate_trainer(result: _Translation) -> None:
     trainer = result.sections.get("trainer", {})
-    for key in DEVICES:
-        trainer.pop(key, None)
-    for key in [key for key in trainer if key in MEANINGLESS]:
+    for key in trainer.keys() & MEANINGLESS.keys():
         del trainer[key]
-        result.notes.append(f"lightning.trainer.{key} has no meaning here: {MEANINGLESS[key]}")
-    if "precision" in trainer:
-        trainer["precision"] = PRECISIONS.get(str(trainer["precision"]), trainer["precision"])
+        result.ignore("lightning.trainer", [key], f": {MEANINGLESS[key]}")
+    theirs = {key: trainer.pop(key, None) for key in fields_of(LightningTrainer)}
     for limit in ("max_steps", "max_epochs"):
         if trainer.get(limit) == -1:  # Lightning's "any number"
             trainer[limit] = None
-    if isinstance(trainer.get("max_time"), Mapping):
-        units = ("days", "hours", "minutes", "seconds")
-        trainer["max_time"] = ":".join(str(trainer["max_time"].get(unit, 0)) for unit in units)
-    if "strategy" in trainer:
-        trainer["strategy"] = _strategy(trainer["strategy"])
-    if trainer.pop("fast_dev_run", False):
+    if theirs["fast_dev_run"]:
         trainer["max_steps"] = 1
-    if trainer.pop("terminate_on_nan", False):
+    if theirs["terminate_on_nan"]:
         trainer.setdefault("nan_limit", 1)
-    if trainer.pop("gradient_clip_algorithm", None) not in (None, "norm"):
-        raise ValueError("lightning.trainer.gradient_clip_algorithm: only `norm` is supported")
-    if not trainer.get("gradient_clip_val", 1.0):
-        trainer["gradient_clip_val"] = None
-    _translate_validation(trainer, result)
-    if "log_every_n_steps" in trainer:
-        result.add("callbacks", log_every=trainer.pop("log_every_n_steps"))
+    if theirs["log_every_n_steps"] is not None:
+        result.add("callbacks", log_every=theirs["log_every_n_steps"])
 
-
-def _translate_validation(trainer: JsonObject, result: _Translation) -> None:
-    """When and on how much to validate: integers count batches, fractions are of an epoch."""
-    interval = trainer.pop("val_check_interval", None)
-    epochs = trainer.pop("check_val_every_n_epoch", None)
-    limit = trainer.pop("limit_val_batches", None)
+    # Integers count batches, fractions are of an epoch.
+    interval, limit = theirs["val_check_interval"], theirs["limit_val_batches"]
     if isinstance(interval, float) and interval <= 1:
         result.add("callbacks", validate_epochs=interval)
     elif interval is not None:
         accumulation = trainer.get("accumulate_grad_batches", 1)
         result.add("callbacks", validate_steps=max(1, int(interval) // accumulation))
-    elif epochs is not None:
-        result.add("callbacks", validate_epochs=epochs)
+    elif theirs["check_val_every_n_epoch"] is not None:
+        result.add("callbacks", validate_epochs=theirs["check_val_every_n_epoch"])
     if isinstance(limit, int) and limit > 0:
         result.add("callbacks", validate_batches=limit)
     elif limit == 0:
@@ -230,7 +217,7 @@ def _translate_callbacks(raw: JsonMapping, result: _Translation) -> None:
             continue
         del callbacks[key]
         if name in BUILT_IN_CALLBACKS:
-            result.notes.append(f"lightning.callbacks.{key} has no meaning here: it is built in")
+            result.ignore("lightning.callbacks", [key], ": it is built in")
             continue
         params = dict(section(raw, f"lightning.callbacks.{key}.params")) if spec else {}
         if name == "image_logger":
@@ -241,18 +228,17 @@ def _translate_callbacks(raw: JsonMapping, result: _Translation) -> None:
 
 def _translate_image_logger(params: JsonObject, result: _Translation) -> None:
     where = "lightning.callbacks.image_logger.params"
+    known = [*IMAGE_LOGGER, *MEANINGLESS_IMAGE_LOGGER]
     for key in params:
-        if key not in (*IMAGE_LOGGER, *MEANINGLESS_IMAGE_LOGGER):
-            known = [*IMAGE_LOGGER, *MEANINGLESS_IMAGE_LOGGER]
+        if key not in known:
             raise unknown_name("parameter of ImageLogger", key, known, where)
     kwargs = dict(params.get("log_images_kwargs") or {})
     images = params.get("max_images", 4)
-    names = {"ddim_steps": "steps", "unconditional_guidance_scale": "scale", "ddim_eta": "eta"}
     result.add(
         "callbacks",
         image_minutes=None,
         images=min(images, kwargs.pop("N", images)),
-        sampling={new: kwargs.pop(old) for old, new in names.items() if old in kwargs},
+        sampling=_rename(kwargs, SAMPLING),
     )
     if not params.get("disabled"):
         result.add(
@@ -261,35 +247,29 @@ def _translate_image_logger(params: JsonObject, result: _Translation) -> None:
             image_early=params.get("increase_log_steps", True),
         )
     ignored = [key for key in params if key in MEANINGLESS_IMAGE_LOGGER]
-    ignored += [f"log_images_kwargs.{key}" for key in kwargs]
-    if ignored:
-        result.notes.append(f"{where}: no meaning here for {', '.join(ignored)}")
+    result.ignore(where, [*ignored, *(f"log_images_kwargs.{key}" for key in kwargs)])
 
 
 def _translate_step_checkpoints(params: JsonObject, result: _Translation) -> None:
-    steps = params.pop("every_n_train_steps", STEP_CHECKPOINTS)
-    result.add("callbacks", export_steps=steps)
-    if params:
-        result.notes.append(
-            "lightning.callbacks.metrics_over_trainsteps_checkpoint.params: no meaning here for "
-            f"{', '.join(params)}; all of these checkpoints are kept"
-        )
+    result.add("callbacks", export_steps=params.pop("every_n_train_steps", STEP_CHECKPOINTS))
+    where = "lightning.callbacks.metrics_over_trainsteps_checkpoint.params"
+    result.ignore(where, params, "; all of these checkpoints are kept")
 
 
-def _translate_modelcheckpoint(params: JsonObject, result: _Translation) -> None:
-    names = {"every_n_train_steps": "save_steps", "every_n_epochs": "save_epochs",
-             "period": "save_epochs", "every_n_val_epochs": "save_epochs"}  # fmt: skip
-    values = {new: params.pop(old) for old, new in names.items() if params.get(old)}
+def _translate_modelcheckpoint(params: JsonMapping, result: _Translation) -> None:
+    params = {key: value for key, value in params.items() if value}
+    values = _rename(params, SAVING)
     if params.get("mode", "min") == "min":
-        names = {"save_top_k": "best", "monitor": "monitor"}
-        values |= {new: params.pop(old) for old, new in names.items() if params.get(old)}
         params.pop("mode", None)
+        values |= _rename(params, SAVING_BEST)
     result.add("callbacks", **values)
-    if params:
-        result.notes.append(
-            f"lightning.modelcheckpoint.params: no meaning here for {', '.join(params)}; the last "
-            "states are kept to resume from, and the exports with the lowest `monitor`"
-        )
+    reason = "; the last states are kept to resume from, and the exports with the lowest `monitor`"
+    result.ignore("lightning.modelcheckpoint.params", params, reason)
+
+
+def _rename(params: JsonObject, names: Mapping[str, str]) -> JsonObject:
+    """Take parameters out under our names."""
+    return {new: params.pop(old) for old, new in names.items() if old in params}
 
 
 def _translate_logger(spec: JsonMapping | str | bool, result: _Translation) -> None:
@@ -301,20 +281,10 @@ def _translate_logger(spec: JsonMapping | str | bool, result: _Translation) -> N
         raise unknown_name("logger", spec.get("target"), LOGGERS, where)
     result.add("callbacks", loggers=list(dict.fromkeys(["csv", LOGGERS[name]])))
     if name == "WandbLogger":
-        keys = ("project", "name", "entity", "tags", "group", "mode", "id")
         params = dict(spec.get("params") or {})
         if params.get("offline"):
             params["mode"] = "offline"
-        result.add("callbacks", wandb={key: params[key] for key in keys if key in params})
-
-
-def _strategy(spec: JsonMapping | str) -> str:
-    """Our name of a strategy; from a name, or {"target": …DDPStrategy}."""
-    name = str(spec["target"]).rpartition(".")[2] if isinstance(spec, Mapping) else str(spec)
-    short = name.lower().removesuffix("strategy").partition("_")[0] if name else "auto"
-    if short not in STRATEGIES:
-        raise unknown_name("strategy", name, STRATEGIES, "lightning.trainer")
-    return short
+        result.add("callbacks", wandb={key: params[key] for key in WANDB if key in params})
 
 
 def _translate_model(raw: JsonMapping, result: _Translation) -> None:

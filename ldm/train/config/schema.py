@@ -6,7 +6,8 @@ it. `validate` says in one line what is wrong with it:
     lightning.callbacks.images: `-3` should be greater than or equal to 0
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar, get_args, get_type_hints
 
@@ -67,16 +68,18 @@ OPEN = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)  # others rea
 
 
 def parse_duration(value: object) -> float:
-    """ "DD:HH:MM:SS", or a part of it from the right, or a number of seconds -> seconds.
+    """Return the seconds of "DD:HH:MM:SS" or a part of it from the right, or of {hours: 2, …}.
 
     Raises:
         ValueError: it is anything else.
     """
     parts = str(0 if value is False else value).split(":")
     try:
+        if isinstance(value, dict):
+            return timedelta(**value).total_seconds()
         units = (1, 60, 3600, 86400)[: len(parts)]
         return sum(float(p) * unit for p, unit in zip(reversed(parts), units, strict=True))
-    except ValueError:
+    except (TypeError, ValueError):
         raise ValueError("should be a time (DD:HH:MM:SS or seconds)") from None
 
 
@@ -96,6 +99,13 @@ def _check_whole(value: float) -> float:
     return value
 
 
+def _short_strategy(value: object) -> str:
+    """`ddp` of a class …DDPStrategy or a name such as ddp_find_unused_parameters_false."""
+    name = value.get("target") if isinstance(value, Mapping) else value
+    short = str(name).rpartition(".")[2].lower().removesuffix("strategy").partition("_")[0]
+    return short or "auto"
+
+
 def _one_of(names: Collection[str]) -> AfterValidator:
     """Allows only these names."""
 
@@ -107,6 +117,8 @@ def _one_of(names: Collection[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
+PRECISIONS = {"32-true": "32", "16": "16-mixed", "bf16": "bf16-mixed"}  # Lightning's other names
+PRECISION = BeforeValidator(lambda value: PRECISIONS.get(str(value), str(value)))
 OFF = BeforeValidator(lambda value: 0 if value is False else value)
 WHOLE = BeforeValidator(_read_whole)
 SINGLE = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
@@ -140,11 +152,14 @@ class Trainer(Section):
     max_epochs: Positive | None = None  # … or so many passes over the data …
     # … or so many seconds over all sessions, whichever comes first
     max_time: Annotated[Nonnegative, BeforeValidator(parse_duration)] | None = None
-    gradient_clip_val: Limit | None = 1.0  # largest norm of the gradients; null: any
+    # largest norm of the gradients; null or 0: any
+    gradient_clip_val: Annotated[Limit | None, BeforeValidator(lambda v: v or None)] = 1.0
     accumulate_grad_batches: Count = 1
     scale_lr: Bool = False  # learning rate = accumulate x ranks x batch x base_learning_rate
-    precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
-    strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
+    precision: Annotated[Literal["32", "bf16-mixed", "16-mixed"], PRECISION] = "32"
+    strategy: Annotated[
+        Literal["auto", "ddp", "fsdp", "hsdp"], BeforeValidator(_short_strategy)
+    ] = "auto"
     shard: Count | None = None  # ranks that share one copy of the weights in hsdp
     attention: Annotated[str, _one_of(["auto", *BACKENDS])] | None = None  # see nets.attention
     seed: Annotated[int, Field(ge=-(10**12), le=10**12), WHOLE] = 23  # torch's end at 64 bits
@@ -379,18 +394,23 @@ class Data(Batches):
 
 @with_config(OPEN)
 class LightningTrainer(TypedDict, total=False):
-    """Arguments of Lightning's Trainer that `lightning` computes with."""
+    """Arguments of Lightning's Trainer that are translated."""
 
-    accumulate_grad_batches: Count
+    accelerator: object
+    gpus: object
+    devices: object
     num_nodes: Count
     val_check_interval: Positive
     check_val_every_n_epoch: Positive
     limit_val_batches: Nonnegative
     log_every_n_steps: CountLimit
+    terminate_on_nan: Bool
+    fast_dev_run: bool | int
+    gradient_clip_algorithm: Literal["norm"]
 
 
 def fields_of(section: type) -> list[str]:
-    """The keys of a section."""
+    """Return the keys of a section."""
     if issubclass(section, BaseModel):
         return list(section.model_fields)
     return list(get_type_hints(section))
@@ -399,7 +419,7 @@ def fields_of(section: type) -> list[str]:
 def validate(
     section: type[T], values: object, where: str, *, kind: str = "key", also: Collection[str] = ()
 ) -> T:
-    """Reads the values of a section.
+    """Read the values of a section.
 
     Args:
         where: dotted name of the section, for messages.

@@ -6,6 +6,7 @@
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import TypeVar
 
 from ldm.runtime.errors import unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
@@ -31,12 +32,11 @@ __all__ = ["Devices", "Settings", "check_complete", "read_settings"]
 
 SECTIONS = ("trainer", "optimizer", "objective", "callbacks", "lora", "textual_inversion")
 # Defaults of a config that names no optimizer, so was written for the original.
-ORIGINAL: dict[str, JsonObject] = {
-    "trainer": {"gradient_clip_val": None, "scale_lr": True},
-    "optimizer": {"warm_up": 0, "decay": "constant", "weight_decay": 1e-2},
-}
+ORIGINAL_TRAINER: JsonObject = {"gradient_clip_val": None, "scale_lr": True}
+ORIGINAL_OPTIMIZER: JsonObject = {"warm_up": 0, "decay": "constant", "weight_decay": 1e-2}
 EPOCHS = 1000  # Lightning's default, if a run has no end
 LIMITS = ("max_steps", "max_epochs", "max_time")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -75,25 +75,14 @@ class Settings:
     textual_inversion: TextualInversion | None = None
     notes: tuple[str, ...] = ()
 
-    def change(
-        self,
-        *,
-        trainer: JsonMapping | None = None,
-        optimizer: JsonMapping | None = None,
-        callbacks: JsonMapping | None = None,
-        data: JsonMapping | None = None,
-    ) -> "Settings":
-        """A copy with other values: `change(trainer={"max_steps": 3})`; they are not checked."""
-        return replace(
-            self,
-            trainer=self.trainer.model_copy(update=trainer),
-            optimizer=self.optimizer.model_copy(update=optimizer),
-            callbacks=self.callbacks.model_copy(update=callbacks),
-            data=self.data.model_copy(update=data),
-        )
+    def change(self, **sections: JsonMapping) -> "Settings":
+        """Return a copy with other values, not checked: `change(trainer={"max_steps": 3})`."""
+        old = vars(self)
+        new = {name: old[name].model_copy(update=values) for name, values in sections.items()}
+        return replace(self, **new)
 
     def count_epochs(self, steps: Fraction | int | None) -> "Settings":
-        """A copy in which all that is counted in epochs is counted in steps.
+        """Return a copy in which all that is counted in epochs is counted in steps.
 
         Args:
             steps: in an epoch; None if the data has no end.
@@ -101,7 +90,7 @@ class Settings:
             ValueError: a number of epochs is set, and the data has no end.
         """
         trainer, callbacks = self.trainer, self.callbacks
-        sections: dict[str, dict[str, float]] = {"trainer": {}, "callbacks": {}}
+        changes: dict[str, dict[str, float]] = {"trainer": {}, "callbacks": {}}
         for section, key, epochs, limit in (
             ("trainer", "max", trainer.max_epochs, trainer.max_steps),
             ("callbacks", "save", callbacks.save_epochs, callbacks.save_steps),
@@ -110,16 +99,14 @@ class Settings:
             if epochs is None:
                 continue
             if steps is None:
-                raise ValueError(
-                    f"lightning.{section}.{key}_epochs: the data has no known length, give "
-                    f"`{key}_steps`"
-                )
+                place = f"lightning.{section}.{key}_epochs"
+                raise ValueError(f"{place}: the data has no known length, give `{key}_steps`")
             count = max(1, round(epochs * steps))
-            sections[section][f"{key}_steps"] = min(count, limit) if limit else count
-        return self.change(trainer=sections["trainer"], callbacks=sections["callbacks"])
+            changes[section][f"{key}_steps"] = min(count, limit) if limit else count
+        return self.change(**changes)
 
     def learning_rate(self, world_size: int = 1) -> tuple[LearningRate, str]:
-        """The learning rate of the run, and a line that explains it.
+        """Return the learning rate of the run, and a line that explains it.
 
         Args:
             world_size: processes on all nodes.
@@ -139,23 +126,22 @@ class Settings:
         return _rate(self.optimizer, lr), line
 
     def to_config(self) -> JsonObject:
-        """The whole config with every key of `lightning:` filled in."""
+        """Return the whole config with every key of `lightning:` filled in."""
         optimizer = self.optimizer.model_dump(exclude={"options"}) | self.optimizer.options
+        inversion = self.textual_inversion
         sections = {
             "trainer": self.trainer.model_dump(),
             "optimizer": {k: [*v] if isinstance(v, tuple) else v for k, v in optimizer.items()},
             "objective": dict(self.objective),
             "callbacks": self.callbacks.model_dump(),
             "lora": self.lora.model_dump() if self.lora else {},
-            "textual_inversion": (
-                self.textual_inversion.model_dump() if self.textual_inversion else {}
-            ),
+            "textual_inversion": inversion.model_dump() if inversion else {},
         }
         return {**self.raw, "lightning": sections}
 
 
 def read_settings(raw: JsonMapping) -> Settings:
-    """The settings of a whole config, checked.
+    """Read and check the settings of a whole config.
 
     Args:
         raw: the config as `ldm.loading.config` reads it.
@@ -163,57 +149,57 @@ def read_settings(raw: JsonMapping) -> Settings:
         ValueError: a section or key is unknown, naming the nearest known one, or a value is not
             allowed; also of what a run reads in `model` and `data`.
     """
-    model, data, devices = _read_original(raw)
+    model = validate(Model, _set_values(raw, "model"), "model", also=["params.ckpt_path"])
+    validate(ModelParams, _set_values(raw, "model.params"), "model.params")
+    data = validate(Batches, _set_values(raw, "data.params"), "data.params")
+    where = "lightning.trainer"
+    theirs = validate(LightningTrainer, _set_values(raw, where), where)
     sections, notes = lightning.translate(raw)
     for name in sections:
         if name not in SECTIONS:
             raise unknown_name("section", name, [*SECTIONS, *lightning.SECTIONS], "lightning")
     is_autoencoder = model.target.endswith("AutoencoderKL")
-    defaults = {}
+    values = {name: sections.get(name, {}) for name in SECTIONS}
     if "optimizer" not in (raw.get("lightning") or {}):
         notes.append(
             "no `lightning.optimizer`: AdamW as in the original, learning rate scaled by the "
             "batch, no clipping"
         )
-        defaults = ORIGINAL
-        if is_autoencoder:  # Adam, not AdamW
-            defaults = {**ORIGINAL, "optimizer": {**ORIGINAL["optimizer"], "weight_decay": 0.0}}
-    values = {name: {**defaults.get(name, {}), **sections.get(name, {})} for name in SECTIONS}
-    limits = [values["trainer"].get(key) for key in LIMITS]
-    if not any(limits):
-        if any(key in values["trainer"] for key in LIMITS):
-            raise ValueError("lightning.trainer needs `max_steps` or `max_time` (or `max_epochs`)")
-        values["trainer"]["max_epochs"] = EPOCHS
+        values["trainer"] = ORIGINAL_TRAINER | values["trainer"]
+        adam = {"weight_decay": 0.0} if is_autoencoder else {}  # the original's is not AdamW there
+        values["optimizer"] = ORIGINAL_OPTIMIZER | adam | values["optimizer"]
+    limits = {key: values["trainer"].get(key) for key in LIMITS if key in values["trainer"]}
+    if limits and not any(limits.values()):
+        raise ValueError("lightning.trainer needs `max_steps` or `max_time` (or `max_epochs`)")
+    if not limits:
+        values["trainer"] = {**values["trainer"], "max_epochs": EPOCHS}
         notes.append(f"lightning.trainer has no limit: {EPOCHS} epochs, as in Lightning")
-    lora, inversion = values["lora"], values["textual_inversion"]
-    known = lightning.KNOWN
+
+    def read(kind: type[T], section: str) -> T:
+        also = lightning.KNOWN.get(section, ())
+        return validate(kind, values[section], f"lightning.{section}", also=also)
+
     return Settings(
         raw=raw,
         model=model,
         data=data,
-        trainer=validate(Trainer, values["trainer"], "lightning.trainer", also=known["trainer"]),
+        trainer=read(Trainer, "trainer"),
         optimizer=_read_optimizer(values["optimizer"]),
         objective=(
-            validate(Reconstruction, values["objective"], "lightning.objective")
-            if is_autoencoder
-            else validate(Denoising, values["objective"], "lightning.objective")
+            read(Reconstruction, "objective") if is_autoencoder else read(Denoising, "objective")
         ),
-        callbacks=validate(
-            Callbacks, values["callbacks"], "lightning.callbacks", also=known["callbacks"]
-        ),
-        devices=devices,
-        lora=validate(Lora, lora, "lightning.lora") if lora else None,
+        callbacks=read(Callbacks, "callbacks"),
+        devices=Devices(lightning.read_gpus(theirs), theirs.get("num_nodes", 1)),
+        lora=read(Lora, "lora") if values["lora"] else None,
         textual_inversion=(
-            validate(TextualInversion, inversion, "lightning.textual_inversion")
-            if inversion
-            else None
+            read(TextualInversion, "textual_inversion") if values["textual_inversion"] else None
         ),
         notes=tuple(notes),
     )
 
 
 def check_complete(raw: JsonMapping, *keys: str) -> None:
-    """Raises ValueError if a config has not all of these keys, "model.base_learning_rate"."""
+    """Raise ValueError if a config has not all of these keys, "model.base_learning_rate"."""
     missing = []
     for key in keys:
         section, _, name = key.rpartition(".")
@@ -223,31 +209,21 @@ def check_complete(raw: JsonMapping, *keys: str) -> None:
         raise ValueError(f"missing in the config: {', '.join(missing)}")
 
 
-def _read_original(raw: JsonMapping) -> tuple[Model, Batches, Devices]:
-    """What is read as it stands, and what `lightning` computes with; null counts as missing."""
-
-    def set_values(where: str) -> JsonObject:
-        values = lightning.section(raw, where)
-        return {key: value for key, value in values.items() if value is not None}
-
-    model = validate(Model, set_values("model"), "model", also=["params.ckpt_path"])
-    validate(ModelParams, set_values("model.params"), "model.params")
-    data = validate(Batches, set_values("data.params"), "data.params")
-    trainer = validate(LightningTrainer, set_values("lightning.trainer"), "lightning.trainer")
-    return model, data, Devices(lightning.read_gpus(trainer), trainer.get("num_nodes", 1))
+def _set_values(raw: JsonMapping, where: str) -> JsonObject:
+    """A section without its nulls, which count as missing."""
+    return {k: v for k, v in lightning.section(raw, where).items() if v is not None}
 
 
 def _read_optimizer(values: JsonMapping) -> Optimizer:
     """Its own keywords are those of the optimizer that is chosen."""
-    own = schema.fields_of(Optimizer)
+    where, own = "lightning.optimizer", schema.fields_of(Optimizer)
     own.remove("options")
-    optimizer = validate(
-        Optimizer, {k: v for k, v in values.items() if k in own}, "lightning.optimizer"
-    )
+    common = {key: value for key, value in values.items() if key in own}
+    optimizer = validate(Optimizer, common, where)
     options: JsonObject = validate(
         OPTIONS[optimizer.name],
-        {k: v for k, v in values.items() if k not in own},
-        "lightning.optimizer",
+        {key: value for key, value in values.items() if key not in own},
+        where,
         kind=f"key of {optimizer.name}",
         also=own,
     )
