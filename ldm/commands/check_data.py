@@ -51,7 +51,7 @@ def _check(args: Namespace) -> int:
     folder = open_folder(args.where)
     if args.pack and folder is None:
         raise ValueError("only a folder can be packed")
-    report = check(args.where, size=args.size, step=args.step, workers=args.workers)
+    report = check(folder or args.where, size=args.size, step=args.step, workers=args.workers)
     print("\n".join(report.lines()))
     if args.list:
         names = "".join(f"{name}\n" for name, _ in report.broken)

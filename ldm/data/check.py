@@ -1,8 +1,4 @@
-"""Statistics of a folder of images, or of tar shards, and problems to repair before training.
-
-Every image is decoded; the report counts those that cannot be, captions that are missing or
-repeated, duplicate images, sizes, aspect ratios, and the buckets that the images would go to.
-"""
+"""Statistics of a folder of images, or of tar shards, and problems to repair before training."""
 
 import hashlib
 import warnings
@@ -47,15 +43,12 @@ T = TypeVar("T")
 
 @dataclass
 class DataReport:
-    """Counts of the samples; `lines` formats them.
+    """Counts of the samples.
 
     Attributes:
-        buckets: that images are counted by.
         sizes: (width, height) of every readable image, upright.
         broken: (name, reason) of unreadable samples.
         no_caption: names of samples without caption.
-        captions: how often each occurs.
-        digests: how often each image occurs.
     """
 
     buckets: Buckets
@@ -66,11 +59,11 @@ class DataReport:
     digests: Counter[str] = field(default_factory=Counter)
 
     def lines(self) -> Iterator[str]:
-        """The report, line by line."""
+        """Format the report, line by line."""
         total = sum(self.sizes.values())
-        yield f"{total:,} pictures can be read, {len(self.broken):,} are broken"
+        yield f"{total:,} images can be read, {len(self.broken):,} are broken"
         yield from _first_lines(reason for _, reason in self.broken)
-        yield f"{_count_repeats(self.digests):,} pictures are copies of others"
+        yield f"{_count_repeats(self.digests):,} images are copies of others"
         yield f"{len(self.no_caption):,} have no caption"
         yield from _first_lines(self.no_caption)
         yield f"{_count_repeats(self.captions):,} captions are copies of others"
@@ -95,30 +88,29 @@ class DataReport:
             self.no_caption.append(name)
 
     def _count(self, class_of: Callable[[int, int], T], names: Mapping[str, T]) -> dict[str, int]:
-        """Images per class, a function of width and height, by the names of the classes."""
+        """Count the images of each class, a function of width and height."""
         counts: Counter[T] = Counter()
         for size, n in self.sizes.items():
             counts[class_of(*size)] += n
         return {name: counts[key] for name, key in names.items()}
 
 
-def check(where: Sequence[str], *, size: int = 512, step: int = 64, workers: int = 4) -> DataReport:
-    """Read everything in a folder, or in shards as patterns name them.
+def check(
+    data: Folder | Sequence[str], *, size: int = 512, step: int = 64, workers: int = 4
+) -> DataReport:
+    """Decode and count everything in a folder, or in shards as patterns name them.
 
     Args:
-        where: one folder, or shards (see `Shards`).
-        size: of the buckets that are counted.
-        step: of the buckets that are counted.
+        size: of the buckets that are counted, as `step`.
         workers: threads that decode.
     Raises:
         ValueError: nothing can be read.
         MissingFile: a folder or file is missing.
     """
     report = DataReport(Buckets(size, step))
-    folder = open_folder(where)
-    loaders = _shard_loaders(where) if folder is None else _folder_loaders(folder)
-    total = None if folder is None else len(folder)
-    bar = tqdm(total=total, unit="picture", dynamic_ncols=True, mininterval=1)
+    loaders = _folder_loaders(data) if isinstance(data, Folder) else _shard_loaders(data)
+    total = len(data) if isinstance(data, Folder) else None
+    bar = tqdm(total=total, unit="image", dynamic_ncols=True, mininterval=1)
     # Each image is opened without warnings; threads would not put their filters back in order.
     with bar, warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
         while part := list(islice(loaders, AT_ONCE)):
@@ -132,7 +124,7 @@ def check(where: Sequence[str], *, size: int = 512, step: int = 64, workers: int
 
 
 def open_folder(where: Sequence[str]) -> Folder | None:
-    """The folder that is meant, each image once; None for shards.
+    """Open the folder that is meant, each image once; None for shards.
 
     Raises:
         MissingFile: a name is not a pattern, not an address and not there.

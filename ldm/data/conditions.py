@@ -40,7 +40,7 @@ class Condition(ABC):
         """Generate the condition of an image."""
 
     def cache_key(self) -> str:
-        """The condition as it is written in the keys of latent caches: with its first names."""
+        """Return the condition as keys of latent caches have it: with its first names."""
         options = former_options(self.NAME, vars(self)).items()
         return f"{self.FORMER_NAME}({', '.join(f'{key}={value!r}' for key, value in options)})"
 
@@ -50,8 +50,7 @@ class RandomMask(Condition):
     """Random inpainting masks: one to three brush strokes or boxes.
 
     Attributes:
-        full_probability: of a mask that covers the full image, so that the model also learns to
-            generate without context.
+        full_probability: of a mask of the full image, to learn to generate without context.
         box_probability: of boxes instead of brush strokes.
     """
 
@@ -156,7 +155,6 @@ def _draw_box(pen: ImageDraw.ImageDraw, width: int, height: int, rng: Random) ->
 
 
 def _draw_stroke(pen: ImageDraw.ImageDraw, width: int, height: int, rng: Random) -> None:
-    """A polyline with round joins."""
     side = min(width, height)
     thick = round(side * rng.uniform(0.1, 0.3))
     corners = [(rng.randint(0, width), rng.randint(0, height)) for _ in range(rng.randint(2, 4))]

@@ -21,12 +21,7 @@ Sample = dict[str, Any]
 
 
 class UnreadableSample(ValueError):
-    """A sample that cannot be read.
-
-    Args:
-        name: of the sample, as its data set calls it.
-        reason: what is wrong with it.
-    """
+    """A sample that cannot be read; `name` is what its data set calls it."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)  # both, so that it can be pickled
@@ -53,16 +48,13 @@ class SampleDataset(Dataset[Sample], ABC):
 
     @abstractmethod
     def names(self) -> Iterator[str]:
-        """Names of all samples, by which UnreadableSample and `broken.txt` call them."""
+        """Return the names by which UnreadableSample and `broken.txt` call the samples."""
 
 
 class ImageDataset(SampleDataset):
     """Base of the data sets of images with metadata.
 
     Randomness inside a sample is a pure function of (seed, epoch, index).
-
-    Args:
-        transform: (decoded sample, rng) -> training sample.
     """
 
     def __init__(self, transform: Transform, seed: int) -> None:
@@ -73,7 +65,7 @@ class ImageDataset(SampleDataset):
         return self.transform(self.load(index), Random(f"{self.seed} {epoch} {index}"))
 
     def load(self, index: int) -> Sample:
-        """The metadata of a sample and its decoded `image`.
+        """Load the metadata of a sample and its decoded `image`.
 
         Raises:
             UnreadableSample: the image or the caption is missing or damaged.
@@ -86,11 +78,11 @@ class ImageDataset(SampleDataset):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Name of a sample in messages."""
+        """Return the name of a sample in messages."""
 
     @abstractmethod
     def row(self, index: int) -> Mapping[str, Any]:
-        """The metadata of a sample, with its caption as `text`.
+        """Return the metadata of a sample, with its captions as `text`.
 
         Raises:
             UnreadableSample: the caption is in a file that cannot be read.
@@ -98,7 +90,7 @@ class ImageDataset(SampleDataset):
 
     @abstractmethod
     def content(self, index: int) -> bytes:
-        """The bytes of an image file; empty where there is none.
+        """Read the bytes of an image file; empty where there is none.
 
         Raises:
             OSError: the file cannot be read.
@@ -108,13 +100,12 @@ class ImageDataset(SampleDataset):
         return map(self.name, range(len(self)))
 
     def metadata(self) -> Iterator[Mapping[str, Any]]:
-        """The rows of all samples whose caption can be read."""
+        """Return the rows of all samples whose caption can be read."""
         for index in range(len(self)):
             with suppress(UnreadableSample):
                 yield self.row(index)
 
     def _size(self, index: int) -> tuple[int, int]:
-        """(width, height) of an image."""
         return read_size(BytesIO(self.content(index)))
 
     def _assign_groups(self) -> None:

@@ -45,7 +45,6 @@ class EmojiTransform(Transform):
     The metadata has `object` and `style`, and may have `keywords` of the object.
 
     Args:
-        size: side of the image, pixels.
         scale: smallest and largest side of the drawing as a fraction of `size`.
         shift: greatest move from the centre, pixels.
         flip: probability of a mirrored drawing.
@@ -54,7 +53,6 @@ class EmojiTransform(Transform):
         drop: probability that the style, or the colour, stays out of the caption.
         drop_object: probability that the object stays out of the caption.
         keyword_probability: of replacing the object's name by one of its keywords.
-        conditions: {name: options}, see `ldm.data.conditions`.
     """
 
     NAME = "emoji"
@@ -83,12 +81,6 @@ class EmojiTransform(Transform):
         self.keyword_probability = keyword_probability
 
     def image_fields(self, image: Image.Image, rng: Random, variant: str = "") -> dict[str, Tensor]:
-        """All of a training sample but its caption.
-
-        Args:
-            image: the drawing, RGBA.
-            variant: name of the background colour.
-        """
         rgb = COLOURS[variant]
         if rng.random() < self.random_colour_probability:
             rgb = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
@@ -107,7 +99,7 @@ class EmojiTransform(Transform):
         return self._with_conditions(tensor, opacity, rng)
 
     def caption(self, row: Mapping[str, Any], rng: Random, variant: str = "") -> str:
-        """A caption that names object, style and colour, each left out sometimes."""
+        """Make a caption of object, style and colour, each left out sometimes."""
         name = row["object"]
         if row.get("keywords") and rng.random() < self.keyword_probability:
             name = rng.choice(row["keywords"])
@@ -145,7 +137,7 @@ def caption(name: str, style: str, colour: str, template: str = TEMPLATES[0][1])
 
 
 def caption_texts(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Texts that together hold every word that a caption of these rows may have."""
+    """Collect texts that hold every word that a caption of these rows may have."""
     texts = [*COLOURS, *(template for _, template in TEMPLATES), "an [ ] { }"]
     for row in rows:
         texts += [*captions_of(row), row.get("object") or "", row.get("style") or ""]
@@ -156,7 +148,7 @@ def caption_texts(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 def _paste_centred(
     image: Image.Image, *, size: int, side: int, shift: tuple[int, int]
 ) -> Image.Image:
-    """An RGBA image, scaled to `side`, moved by (down, right) from the centre of a clear square."""
+    """Scale an RGBA image to `side`, and move it (down, right) from the centre of a square."""
     # scaled with premultiplied alpha, so that no hidden colour bleeds in at the edges
     small = image.convert("RGBa").resize((side, side), Image.Resampling.LANCZOS).convert("RGBA")
     layer = Image.new("RGBA", (size, size))
@@ -166,7 +158,7 @@ def _paste_centred(
 
 
 def _on_colour(layer: Image.Image, rgb: tuple[int, int, int]) -> Tensor:
-    """An RGBA image on a plain background, (3, H, W) in [-1, 1]."""
+    """Lay an RGBA image on a plain background, (3, H, W) in [-1, 1]."""
     image = Image.new("RGBA", layer.size, (*rgb, 255))
     image.alpha_composite(layer)
     return to_tensor(image)[0]

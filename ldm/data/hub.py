@@ -21,9 +21,7 @@ class Hub(ImageDataset):
 
     Args:
         hub: path, or name on the hub.
-        transform: see `ImageDataset`.
         name: which configuration of it.
-        split: which part.
         image: the column of images.
         text: the column of captions.
         fields: values that replace the metadata's, {"text": "a photo of a sks dog"}.
@@ -80,7 +78,7 @@ class Hub(ImageDataset):
 def _load_table(
     hub: str, name: str | None, split: str | None, image: str, cache: str | Path | None
 ) -> Any:
-    """A table of the package `datasets`, whose images stay encoded."""
+    """Load a table of the package `datasets`, whose images stay encoded."""
     try:
         import datasets
     except ImportError as error:

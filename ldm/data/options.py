@@ -19,7 +19,7 @@ RENAMED_OPTIONS: dict[str, dict[str, str]] = {
 
 
 def rename_options(kind: str, options: JsonMapping) -> JsonObject:
-    """The options under their present names; of an option under both names the later one counts.
+    """Return the options under their present names; of one under both names the later counts.
 
     Args:
         kind: of the object that takes them, a key of RENAMED_OPTIONS.
@@ -29,6 +29,6 @@ def rename_options(kind: str, options: JsonMapping) -> JsonObject:
 
 
 def former_options(kind: str, options: JsonMapping) -> JsonObject:
-    """The options under their first names, which the keys of latent caches keep."""
+    """Return the options under their first names, which the keys of latent caches keep."""
     names = {name: former for former, name in RENAMED_OPTIONS.get(kind, {}).items()}
     return {names.get(name, name): value for name, value in options.items()}

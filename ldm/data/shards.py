@@ -71,8 +71,6 @@ class Shards(Source):
 
     Args:
         shards: paths, with `*` or `{000..099}`, or http(s) addresses; one or a list.
-        transform: (decoded sample, rng) -> training sample; the decoded one has the fields of the
-            .json, `text` and `image`.
         streams: into how many streams the shards are dealt; as it was when the run began.
         shuffle: samples of the shuffle buffer of each stream.
         minimum: of numbers in the .json, {"width": 512}; samples without the number are left out.
@@ -128,27 +126,23 @@ class Shards(Source):
         return [samples[k % len(samples)] for k in range(n)]
 
     def raw_samples(self) -> Iterator[RawSample]:
-        """All samples within the limits, undecoded, in the order of the shards."""
+        """Read all samples within the limits, undecoded, in the order of the shards."""
         for url in tqdm(self.urls, "Reading", unit="shard", delay=5, dynamic_ncols=True):
             yield from filter(self._is_within_limits, read_shard(url))
 
     def metadata(self) -> Iterator[dict[str, Any]]:
-        """The metadata of all samples whose .json and .txt can be read."""
+        """Read the metadata of all samples whose .json and .txt can be read."""
         for raw in self.raw_samples():
             with suppress(ValueError):
                 yield metadata_of(raw)
 
     def bucket_size(self, raw: RawSample) -> tuple[int, int] | None:
-        """(width, height) of the bucket of a sample, if there are buckets."""
+        """Return (width, height) of the bucket of a sample, if there are buckets."""
         buckets = self.transform.buckets
         return None if buckets is None else buckets.sizes[self._bucket(raw)]
 
     def with_samples(self, make: MakeSample) -> "Shards":
-        """A source of other samples of the same shards; `first_samples` still has images.
-
-        Args:
-            make: (undecoded sample, rng) -> training sample; raises UnreadableSample.
-        """
+        """Return a source of other samples of the same shards; `first_samples` has the images."""
         other = copy(self)
         other.make = make
         return other
@@ -178,7 +172,7 @@ class Shards(Source):
         return self.urls[stream :: self.streams]
 
     def _stream(self, stream: int, size: int, start: int) -> Iterator[tuple[int, list[RawSample]]]:
-        """(epoch, undecoded batch) of a stream without end, from the start-th batch on."""
+        """Read (epoch, undecoded batch) of a stream without end, from the start-th batch on."""
         epoch = 0
         while True:
             length = 0
@@ -192,7 +186,7 @@ class Shards(Source):
             epoch += 1 + skipped  # epochs are equally long, so those that are over are left out
 
     def _epoch(self, stream: int, epoch: int, size: int) -> Iterator[list[RawSample]]:
-        """All batches of an epoch of a stream, one bucket each; incomplete ones at the end."""
+        """Read the batches of an epoch of a stream, one bucket each; incomplete ones come last."""
         rng = Random(f"{self.seed} {stream} {epoch}")
         urls = self._shards_of(stream)
         rng.shuffle(urls)
@@ -231,10 +225,8 @@ class Shards(Source):
 
 
 def expand_patterns(shards: str | Sequence[str], *, commands: bool = False) -> list[str]:
-    """The files, addresses and commands that patterns stand for.
+    """Return the files, addresses and commands that patterns stand for.
 
-    Args:
-        commands: whether `pipe:COMMAND` is allowed.
     Raises:
         ArgumentError: a command that is not allowed, an unknown kind of address or a bad pattern.
         MissingFile: a file is missing.
@@ -246,7 +238,7 @@ def expand_patterns(shards: str | Sequence[str], *, commands: bool = False) -> l
 
 
 def read_shard(url: str) -> Iterator[RawSample]:
-    """The undecoded samples of a shard: its members with the same name up to the first dot.
+    """Read the undecoded samples of a shard: its members with one name up to the first dot.
 
     A shard that is damaged or missing ends with one sample that has only an "__error__".
 
@@ -265,7 +257,7 @@ def read_shard(url: str) -> Iterator[RawSample]:
 
 
 def decode_sample(raw: RawSample) -> Sample:
-    """The metadata of a sample and its decoded `image`.
+    """Decode the metadata and the `image` of a sample.
 
     Raises:
         UnreadableSample: the image is missing or damaged, or the metadata cannot be read.
@@ -279,12 +271,12 @@ def decode_sample(raw: RawSample) -> Sample:
 
 
 def name_of(raw: RawSample) -> str:
-    """The name of a sample in messages: its shard, and its key there."""
+    """Return the name of a sample in messages: its shard, and its key there."""
     return f"{Path(raw['__url__']).name}/{raw['__key__']}".rstrip("/")
 
 
 def image_bytes(raw: RawSample) -> tuple[str, bytes]:
-    """(suffix, bytes) of the image of a sample.
+    """Return (suffix, bytes) of the image of a sample.
 
     Raises:
         FileFormatError: the sample has none.
@@ -360,7 +352,7 @@ def _open(url: str) -> Iterator[IO[bytes]]:
 
 
 def _shuffle(raws: Iterable[RawSample], size: int, rng: Random) -> Iterator[RawSample]:
-    """The same samples in the random order of a buffer of `size` samples."""
+    """Shuffle samples through a buffer."""
     buffer: list[RawSample] = []
     for raw in raws:
         buffer.append(raw)
@@ -375,7 +367,7 @@ def _shuffle(raws: Iterable[RawSample], size: int, rng: Random) -> Iterator[RawS
 def _make_all(
     make: MakeSample, raws: Sequence[RawSample], rng: Random, broken: list[str]
 ) -> list[Sample]:
-    """The samples that can be read; the names of the others are added to `broken`."""
+    """Make the samples that can be read; the names of the others are added to `broken`."""
     samples = []
     for raw in raws:
         try:

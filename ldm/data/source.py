@@ -102,7 +102,7 @@ class DatasetSource(Source):
         return Counter(self.dataset.names())
 
     def keys(self, number: int, size: int) -> list[tuple[int, int]]:
-        """(epoch, index) of the samples of a batch."""
+        """Return (epoch, index) of the samples of a batch."""
         groups = self.dataset.groups
         if groups is None:
             positions = range(number * size, (number + 1) * size)
@@ -119,7 +119,7 @@ class DatasetSource(Source):
     def _order(
         self, epoch: int, size: int = 0, arrange: Callable[[Tensor, int], Any] | None = None
     ) -> Any:
-        """The permutation of an epoch, or the batches arranged of it; two epochs are kept."""
+        """Return the permutation of an epoch, or batches arranged of it; two epochs are kept."""
         if (epoch, size) not in self._orders:
             seed = self.seed * 1_000_003 + epoch
             order = permutation(len(self.dataset), seed)
@@ -136,12 +136,12 @@ class DatasetSource(Source):
 
 
 def permutation(length: int, seed: int) -> Tensor:
-    """(length,) indices in random order."""
+    """Return (length,) indices in random order."""
     return torch.randperm(length, generator=torch.Generator().manual_seed(seed))
 
 
 def group_batches(groups: Sequence[int], size: int, order: Tensor, seed: int) -> list[list[int]]:
-    """Batches of one group each that together hold every index once, in random order."""
+    """Return batches of one group each that hold every index once, in random order."""
     by_group: dict[int, list[int]] = {}
     for index in order.tolist():
         by_group.setdefault(groups[index], []).append(index)
@@ -173,7 +173,7 @@ def read_or_replace(dataset: SampleDataset, epoch: int, index: int, broken: list
 
 
 def substitutes(dataset: SampleDataset, epoch: int, index: int) -> Iterator[int]:
-    """The index, those that follow, and random others: damaged samples are often neighbours.
+    """Yield the index, those that follow, and random others: damage is often in neighbours.
 
     All are of its group; the largest other group follows only if that has no more, so that samples
     of a batch, which see the same groups damaged, still have one size.
@@ -192,7 +192,7 @@ def substitutes(dataset: SampleDataset, epoch: int, index: int) -> Iterator[int]
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Samples with the same keys -> one batch; a sample within a sample becomes a batch as well."""
+    """Stack samples with the same keys; a sample within a sample becomes a batch as well."""
     batch: Batch = {key: [sample[key] for sample in samples] for key in samples[0]}
     for key, values in batch.items():
         if isinstance(values[0], Tensor):
@@ -203,12 +203,12 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> Batch:
-    """The batch with its tensors on a device."""
+    """Return the batch with its tensors on a device."""
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def read_ahead(read: ReadBatches, first: int, step: int, workers: int) -> Iterator[Batch]:
-    """What `read(first, step)` yields, read ahead by worker processes in the same order.
+    """Yield what `read(first, step)` does, read ahead by worker processes.
 
     Args:
         read: (first, step) -> batches first, first + step, … without end; it is pickled.

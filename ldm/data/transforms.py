@@ -57,17 +57,14 @@ class Transform(ABC):
 
     @abstractmethod
     def image_fields(self, image: Image.Image, rng: Random, variant: str = "") -> dict[str, Tensor]:
-        """All of a training sample but its caption."""
+        """Make all of a training sample but its caption."""
 
     @abstractmethod
     def caption(self, row: JsonMapping, rng: Random, variant: str = "") -> str:
-        """The caption of a row of metadata."""
+        """Make the caption of a row of metadata."""
 
     def cache_key(self) -> tuple[str, JsonObject]:
-        """Name and IMAGE_OPTIONS as they are written in the keys of latent caches.
-
-        These keep the first names of all options, so that caches stay valid.
-        """
+        """Return name and IMAGE_OPTIONS as keys of latent caches have them: with first names."""
         options = {name: getattr(self, name) for name in self.IMAGE_OPTIONS}
         conditions = {name: make.cache_key() for name, make in self.conditions.items()}
         options |= {"conditions": conditions}
@@ -82,12 +79,10 @@ class PhotoTransform(Transform):
     """Scale and crop an image to a square or to the nearest bucket, with its text as the caption.
 
     Args:
-        size: side of the image, pixels.
         crop: which part of an image of another aspect ratio stays: "centre" or "random".
         flip: probability of a mirrored image.
-        buckets: options of aspect-ratio bucketing (see `Buckets`), {} for their defaults.
-        tags: options of captions that are lists (see `TagShuffle`).
-        conditions: {name: options}, see `ldm.data.conditions`.
+        buckets: options of `Buckets`, {} for their defaults; None = squares.
+        tags: options of `TagShuffle`.
     """
 
     NAME = "photo"

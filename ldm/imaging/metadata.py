@@ -81,7 +81,7 @@ def fingerprint(image: Image.Image) -> str:
 
 
 def parameters_text(info: JsonMapping) -> str:
-    """The info as A1111 writes it: prompt, negative prompt and one line of settings."""
+    """Format the info as A1111 writes it: prompt, negative prompt and one line of settings."""
     lines = [str(info.get("prompt") or "")]
     if info.get("negative_prompt"):
         lines.append(f"Negative prompt: {info['negative_prompt']}")

@@ -73,7 +73,7 @@ class OutputFolder:
 
 
 def _highest(folder: Path, prefix: str) -> int:
-    """The highest number among the images of the folder, -1 if there is none."""
+    """Return the highest number among the images of the folder, -1 if there is none."""
     pattern = re.compile(rf"{prefix}(\d+)\.png")
     matches = (pattern.fullmatch(name) for name in os.listdir(folder))
     return max((int(match[1]) for match in matches if match), default=-1)

@@ -19,7 +19,7 @@ PADDING = 2  # pixels between and around the images of a grid
 
 
 def to_uint8(image: Tensor, truncate: bool = False) -> np.ndarray:
-    """Pixels of a batch of images.
+    """Convert a batch of images to pixels.
 
     Args:
         image: (B, 3, H, W) in [-1, 1]; what lies outside is clamped.
@@ -37,18 +37,18 @@ def to_uint8(image: Tensor, truncate: bool = False) -> np.ndarray:
 
 
 def to_pil(image: Tensor, truncate: bool = False) -> list[Image.Image]:
-    """One RGB image per element of the batch; arguments as `to_uint8`."""
+    """Convert each image of a batch to an RGB image; arguments as `to_uint8`."""
     return [Image.fromarray(pixels) for pixels in to_uint8(image, truncate)]
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """The image as (1, 3, H, W) float32 in [-1, 1]; other modes become RGB first."""
+    """Convert an image of any mode to (1, 3, H, W) float32 in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image.convert("RGB")))  # (H, W, 3)
     return (pixels.permute(2, 0, 1)[None].float() / 127.5 - 1).contiguous()  # (1, 3, H, W)
 
 
 def make_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Images of one size side by side, in reading order, as torchvision's make_grid.
+    """Lay images of one size side by side, in reading order, as torchvision's make_grid.
 
     Args:
         columns: images per row; fewer where there are not as many.
@@ -88,7 +88,7 @@ def resize_to_multiple(image: Image.Image, multiple: int) -> Image.Image:
 
 
 def scale_and_crop(image: Image.Image, size: tuple[int | None, int | None]) -> Image.Image:
-    """The image scaled to cover (height, width), the rest cropped evenly.
+    """Scale an image to cover (height, width), and crop the rest evenly.
 
     Args:
         size: a side that is None follows from the other, as a multiple of 8.

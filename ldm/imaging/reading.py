@@ -286,7 +286,8 @@ def _read_values(file: ImageFile.ImageFile, image: Image.Image) -> tuple[np.ndar
     if file.mode.startswith("I;16"):
         scales = [2 ** tags.get(258, (16,))[0] - 1]
     elif file.mode == "F":
-        scales = [1]
+        is_integral = (finite == finite.round()).all()  # then 8 or 16 bits in a wider container
+        scales = [1, 255, 65535] if is_integral else [1]
     else:
         scales = [255, 65535] if tags else [65535]
     white = next((scale for scale in scales if low >= 0 and high <= scale), None)

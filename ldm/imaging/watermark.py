@@ -73,7 +73,7 @@ class Finding:
 def embed(
     image: Image.Image, payload: bytes | Sequence[int], method: Method = "dwtDctSvd"
 ) -> Image.Image:
-    """A copy of the image with the payload in it.
+    """Return a copy of the image with the payload in it.
 
     Args:
         image: RGB, at least 256 x 256 pixels in all.
@@ -92,10 +92,7 @@ def embed(
 def mark(
     image: Image.Image, payload: bytes | Sequence[int], method: Method = "dwtDctSvd"
 ) -> Image.Image:
-    """`embed`, but an image that is too small is returned unchanged, with a warning.
-
-    It also warns if the payload cannot be read from the result (flat colours under `dwtDct`).
-    """
+    """Embed as `embed`, but warn if an image is too small, or too flat to be read back."""
     if not can_hold(image):
         log.warning("%dx%d is too small for a watermark, saved without", *image.size)
         return image
@@ -106,13 +103,13 @@ def mark(
 
 
 def can_hold(image: Image.Image) -> bool:
-    """Whether the image is large enough for a watermark."""
+    """Return whether the image is large enough for a watermark."""
     width, height = image.size
     return width * height >= SMALLEST and min(width, height) >= 8
 
 
 def read(image: Image.Image, length: int, method: Method = "dwtDctSvd") -> np.ndarray:
-    """The `length` bits that an image carries, if it carries any.
+    """Read the `length` bits that an image carries, if it carries any.
 
     Returns:
         (length,) uint8 of 0 and 1; `numpy.packbits` makes bytes of them.
@@ -126,13 +123,13 @@ def read(image: Image.Image, length: int, method: Method = "dwtDctSvd") -> np.nd
 def agreement(
     image: Image.Image, payload: bytes | Sequence[int], method: Method = "dwtDctSvd"
 ) -> float:
-    """Fraction of the payload's bits that the image carries: 1 if intact, about 0.5 if absent."""
+    """Return the fraction of the payload's bits that the image carries, about 0.5 if absent."""
     bits = _bits(payload)
     return float((read(image, len(bits), method) == bits).mean())
 
 
 def identify(image: Image.Image) -> list[Finding]:
-    """Findings for all payloads and methods, best first; [] if the image is too small."""
+    """Look for all payloads and methods, best first; [] if the image is too small."""
     findings = []
     for method in METHODS if can_hold(image) else ():
         votes = _votes(image, method)
@@ -153,7 +150,7 @@ def _verdict(right: int, length: int) -> Literal["found", "damaged", "absent"]:
 
 
 def _votes(image: Image.Image, method: Method) -> np.ndarray:
-    """The bit that each block carries, (blocks,) bool."""
+    """Return the bit that each block carries, (blocks,) bool."""
     _check(image, method)
     rgb = np.asarray(image.convert("RGB"))
     blocks = _blocks(_haar(_crop(rgb_to_yuv(rgb)[1]))[0])  # (n, 4, 4)
@@ -165,7 +162,7 @@ def _votes(image: Image.Image, method: Method) -> np.ndarray:
 
 
 def _majority(votes: np.ndarray, length: int) -> np.ndarray:
-    """The majority of all blocks for each bit; a tie is a 1, as in the package."""
+    """Return the majority of all blocks for each bit; a tie is a 1, as in the package."""
     index = np.arange(len(votes)) % length
     ones = np.bincount(index, votes, length)
     return (2 * ones >= np.bincount(index, minlength=length)).astype(np.uint8)
@@ -207,12 +204,12 @@ def _quantise(values: np.ndarray, bits: np.ndarray) -> np.ndarray:
 
 
 def _crop(plane: np.ndarray) -> np.ndarray:
-    """A view whose sides are multiples of 4."""
+    """Return a view whose sides are multiples of 4."""
     return plane[: plane.shape[0] // 4 * 4, : plane.shape[1] // 4 * 4]
 
 
 def _blocks(band: np.ndarray) -> np.ndarray:
-    """The complete 4 x 4 blocks of a band in raster order: (h, w) -> (n, 4, 4)."""
+    """Return the complete 4 x 4 blocks of a band in raster order: (h, w) -> (n, 4, 4)."""
     h, w = band.shape[0] // 4, band.shape[1] // 4
     blocks: np.ndarray = band[: h * 4, : w * 4].reshape(h, 4, w, 4).swapaxes(1, 2)
     return blocks.reshape(h * w, 4, 4)
@@ -224,15 +221,13 @@ def _put_blocks(band: np.ndarray, blocks: np.ndarray) -> None:
 
 
 def _haar(plane: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """One level of the Haar transform: mean band, details along rows, columns, diagonal.
+    """Return mean, and details along rows, columns and the diagonal, of a Haar transform.
 
     The order of sums is PyWavelets', because `dwtDct` truncates fractions in the end.
     """
     scaled = plane * SQRT_HALF
-    mean, detail = (
-        (scaled[0::2] + scaled[1::2]) * SQRT_HALF,
-        (scaled[0::2] - scaled[1::2]) * SQRT_HALF,
-    )
+    mean = (scaled[0::2] + scaled[1::2]) * SQRT_HALF
+    detail = (scaled[0::2] - scaled[1::2]) * SQRT_HALF
     low, columns = mean[:, 0::2] + mean[:, 1::2], mean[:, 0::2] - mean[:, 1::2]
     rows, diagonal = detail[:, 0::2] + detail[:, 1::2], detail[:, 0::2] - detail[:, 1::2]
     return low, rows, columns, diagonal
@@ -241,20 +236,18 @@ def _haar(plane: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nda
 def _unhaar(
     low: np.ndarray, rows: np.ndarray, columns: np.ndarray, diagonal: np.ndarray
 ) -> np.ndarray:
-    mean, detail = (
-        np.stack([a * SQRT_HALF + b * SQRT_HALF, a * SQRT_HALF - b * SQRT_HALF], 2).reshape(
-            len(a), -1
-        )
-        for a, b in ((low, columns), (rows, diagonal))
-    )
-    pairs = np.stack(
-        [mean * SQRT_HALF + detail * SQRT_HALF, mean * SQRT_HALF - detail * SQRT_HALF], 1
-    )
-    return pairs.reshape(-1, mean.shape[1])
+    mean = _interleave(low, columns, 2).reshape(len(low), -1)
+    detail = _interleave(rows, diagonal, 2).reshape(len(rows), -1)
+    return _interleave(mean, detail, 1).reshape(-1, mean.shape[1])
+
+
+def _interleave(mean: np.ndarray, detail: np.ndarray, axis: int) -> np.ndarray:
+    mean, detail = mean * SQRT_HALF, detail * SQRT_HALF
+    return np.stack([mean + detail, mean - detail], axis)
 
 
 def rgb_to_yuv(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Y, U and V of (H, W, 3) uint8, (H, W) uint8 each, as OpenCV's RGB2YUV."""
+    """Convert (H, W, 3) uint8 to Y, U and V, (H, W) uint8 each, as OpenCV's RGB2YUV."""
     r, g, b = (rgb[..., k].astype(np.int32) for k in range(3))
     luma = (4899 * r + 9617 * g + 1868 * b + ROUND) >> SHIFT
     blue = (8061 * (b - luma) + CENTRE + ROUND) >> SHIFT
@@ -263,7 +256,7 @@ def rgb_to_yuv(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def yuv_to_rgb(luma: np.ndarray, blue: np.ndarray, red: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 of Y, U and V, as OpenCV's YUV2RGB."""
+    """Convert Y, U and V to (H, W, 3) uint8, as OpenCV's YUV2RGB."""
     y, u, v = luma.astype(np.int32), blue.astype(np.int32) - 128, red.astype(np.int32) - 128
     r = y + ((18678 * v + ROUND) >> SHIFT)
     g = y + ((-6472 * u - 9519 * v + ROUND) >> SHIFT)

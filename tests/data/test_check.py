@@ -33,10 +33,10 @@ def photos(tmp_path):
 def test_everything_is_counted(photos, capsys):
     assert main([str(photos), "--size", "256", "--list", str(photos / "broken.txt")]) == 1
     out = capsys.readouterr().out
-    assert "5 pictures can be read, 8 are broken" in out
+    assert "5 images can be read, 8 are broken" in out
     assert "`huge.png` has more than 100000000 pixels" in out
     assert "words.txt:1: neither UTF-8 nor UTF-16" in out
-    assert "1 pictures are copies of others" in out
+    assert "1 images are copies of others" in out
     assert "2 have no caption\n  3.png\n  copy.png\n" in out
     assert "1 captions are copies of others\n  2 x `the same`" in out
     assert "256 – 511        4 ####" in out
@@ -60,7 +60,7 @@ def test_a_folder_is_packed_and_its_shards_are_checked(photos, tmp_path, capsys)
 
 def test_a_good_folder_is_good(capsys):
     assert main([str(EMOJI)]) == 0
-    assert "24 pictures can be read, 0 are broken" in capsys.readouterr().out
+    assert "24 images can be read, 0 are broken" in capsys.readouterr().out
 
 
 def test_nothing_to_read_is_an_error(tmp_path, capsys):

@@ -75,22 +75,23 @@ def test_every_mode_becomes_the_same_rgb(mode, ending, most):
         tiff((RAMP.astype(np.uint32) * 257).tobytes(), 32),
         save(Image.fromarray(RAMP.astype(np.float32) / 255), "tif"),
         save(Image.fromarray(RAMP.astype(np.float32) / 255), "pfm"),
+        save(Image.fromarray(RAMP.astype(np.float32)), "tif"),
     ],
-    ids=["png", "pgm", "big-endian", "white-is-zero", "12", "32", "float", "pfm"],
+    ids=["png", "pgm", "big-endian", "white-is-zero", "12", "32", "float", "pfm", "float-255"],
 )
 def test_more_than_eight_bits_become_eight(data):
     assert abs(read(data) - RAMP[..., None]).max() <= 1
 
 
 def test_floats_outside_of_their_range_are_spread_and_named(tmp_path, caplog):
-    values = RAMP.astype(np.float32) * 100 - 7
+    values = RAMP.astype(np.float32) * 100 - 7.5
     values[0, :3] = np.nan, np.inf, -np.inf
     Image.fromarray(values).save(tmp_path / "x.tif")
     pixels = np.asarray(load_image(tmp_path / "x.tif"), int)[..., 0]
     assert abs(pixels[1:] - RAMP[1:] * (255 / RAMP.max())).max() <= 1
     assert pixels[0, :3].tolist() == [0, 255, 0]
     assert "has 3 values that are NaN or infinite" in caplog.text
-    assert "has values from -7 to 23393" in caplog.text
+    assert "has values from -7.5 to 23392.5" in caplog.text
     Image.fromarray(values * np.nan).save(tmp_path / "x.tif")
     with pytest.raises(ValueError, match=r"x\.tif` has no finite values"):
         load_image(tmp_path / "x.tif")
