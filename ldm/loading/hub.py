@@ -145,24 +145,26 @@ def _download(url: str, part: Path, size: int, headers: dict[str, str], place: s
     """Fetch what `part` does not have yet; returns the SHA-256 of the whole."""
     from huggingface_hub.file_download import http_get
 
-    done = part.stat().st_size if part.is_file() else 0
-    if done > size:
-        part.unlink()
-        done = 0
+    part.touch()
+    done = part.stat().st_size
     free = shutil.disk_usage(part.parent).free
     if free < size - done:
         need = f"{(size - done) / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
         raise DownloadError(f"the disk is full: {need} in `{part.parents[2]}`", is_local=True)
     if done:
         log.info("continuing after %.2f of %.2f GB", done / 1e9, size / 1e9)
-    with _errors_of_hub(place), part.open("ab") as file:
-        try:
-            http_get(url, file, resume_size=done, headers=headers, expected_size=size)
-        except OSError as error:
-            if error.errno in FULL_DISK:
-                message = f"the disk is full: `{part.parents[2]}`; the download can be continued"
-                raise DownloadError(message, is_local=True) from error
-            raise
+    while done < size:
+        with _errors_of_hub(place):
+            try:
+                with part.open("ab") as file:
+                    http_get(url, file, resume_size=done, headers=headers, expected_size=size)
+            except Exception as error:
+                if isinstance(error, OSError) and error.errno in FULL_DISK:
+                    message = f"the disk is full: `{part.parents[2]}`; go on when there is space"
+                    raise DownloadError(message, is_local=True) from error
+                if part.stat().st_size <= done:  # a lost connection that gave something is renewed
+                    raise
+        done = part.stat().st_size
     return hash_file(part)
 
 

@@ -10,9 +10,12 @@ import threading
 from collections import namedtuple
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import Mock
 
+import huggingface_hub
 import pytest
 from huggingface_hub import constants, file_download
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 from ldm.app.catalogue import read_catalogue
 from ldm.commands.download import main
@@ -269,7 +272,8 @@ def test_a_full_disk_and_a_missing_network_end_it_in_one_line(
     use(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")
     assert main(["small"]) == 1
     assert "error: no connection to http://127.0.0.1:9" in capsys.readouterr().err.splitlines()[-1]
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    error = OfflineModeIsEnabled("HF_HUB_OFFLINE=1")
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", Mock(side_effect=error))
     assert main(["small"]) == 1
     assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err.splitlines()[-1]
     assert final_files(tmp_path) == []
