@@ -41,7 +41,7 @@ def load_model(
     if request.uses_demo_model:
         log.info(
             "no checkpoint given: using the small model that ships with ldm (emoji); for Stable "
-            "Diffusion 2: %s",
+            "Diffusion 2: %s (see `ldm download`)",
             task.full_model,
         )
         ckpt = find_file(task.demo_model) if task.demo_model else None

@@ -53,7 +53,7 @@ def find_or_fetch(address: str, *, fetch: bool = True) -> Path:
     if path is not None:
         return path
     if not fetch:
-        raise MissingFile(f"`{address}` is not on this machine\nhint: ldm download {address}")
+        raise MissingFile(f"`{address}` is not on this machine: ldm download {address}")
     licence, commit, sizes = _list_files(repo)
     if file:
         if file not in sizes:
@@ -71,7 +71,7 @@ def find_or_fetch(address: str, *, fetch: bool = True) -> Path:
             raise DownloadError(f"`{repo}` is not a diffusers folder{_examples(sizes)}")
         file = names[0]
     size = sum(sizes[name] or 0 for name in names)
-    log.info("%s: %.2f GB in %d files, licence %s", repo, size / 1e9, len(names), licence)
+    log.info("%s: %.2f GB in %d file(s), licence %s", repo, size / 1e9, len(names), licence)
     paths = [fetch_file(repo, name, revision=commit) for name in names]
     if file:
         return paths[0]

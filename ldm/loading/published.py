@@ -84,10 +84,10 @@ def find_checkpoint(ckpt: str | Path, *, fetch: bool = True) -> Path:
             return found
         row = files[name]
         what = f"`{name}` ({row.title}, {row.size}) is not on this machine"
-        raise MissingFile(f"{what}\nhint: ldm download {name}", "ckpt")
+        raise MissingFile(f"{what}: ldm download {name}")
     near = nearest_name(name, files)
     if near and not path.suffix and len(path.parts) == 1:
-        raise MissingFile(f"no checkpoint `{name}`, did you mean `{near}`?", "ckpt")
+        raise MissingFile(f"no checkpoint `{name}`, did you mean `{near}`?")
     return path
 
 

@@ -173,7 +173,9 @@ def test_an_existing_path_comes_before_a_published_name(hub, table, tmp_path, mo
 @pytest.mark.parametrize("name", ["smal", "small"])
 def test_what_is_not_here_is_not_downloaded_by_loading_it(hub, table, name):
     table(SHA256)
-    with pytest.raises(FileNotFoundError, match=r"did you mean `small`|hint: ldm download small"):
+    with pytest.raises(
+        FileNotFoundError, match=r"did you mean `small`|machine: ldm download small"
+    ):
         load(ckpt=name)
     assert hub.requests == []
 
@@ -347,7 +349,7 @@ def test_everything_knows_a_downloaded_file_and_nothing_else_connects(
     assert ldm_main(["replay", str(tmp_path / "out/samples/00000.png")]) == 0
     assert ldm_main(["convert", "small", str(tmp_path / "folder"), "--vae", "small"]) == 0
     assert ldm_main(["txt2img", "--ckpt", "smal", *words.split(), str(tmp_path)]) == 1
-    assert "did you mean `small`? (--ckpt)" in capsys.readouterr().err
+    assert "did you mean `small`?" in capsys.readouterr().err
     model = load(ckpt="small")
     assert load_initial_weights(model, {"ckpt_path": "small"})
     (tmp_path / "models").mkdir()
@@ -374,5 +376,5 @@ def test_an_address_is_a_file_or_a_diffusers_folder(hub, tmp_path):
     assert len(hub.requests) == count
     with pytest.raises(OSError, match="has no file `v2.ckpt`; it has unet/"):
         find_checkpoint("hf:some/pipe/v2.ckpt")
-    with pytest.raises(FileNotFoundError, match="hint: ldm download hf:some/other"):
+    with pytest.raises(FileNotFoundError, match="machine: ldm download hf:some/other"):
         find_checkpoint("hf:some/other", fetch=False)

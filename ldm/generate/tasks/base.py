@@ -81,7 +81,7 @@ class Task:
     scale: float = 9.0
     demo_model: str | None = None
     demo_scale: float = 3.0
-    full_model: str = "--ckpt v2-1_768-ema-pruned.safetensors --H 768 --W 768"
+    full_model: str = "--ckpt sd-v2-1 --H 768 --W 768"
     noise_from_numpy: bool = False
     enlarges: bool = False
 

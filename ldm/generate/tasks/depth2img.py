@@ -72,7 +72,7 @@ TASK = Task(
     title="Depth",
     summary="""Change an image toward a prompt and keep its depth.
 
-    ldm depth2img --ckpt 512-depth-ema.ckpt --init-img room.png --prompt "a room made of ice"
+    ldm depth2img --ckpt sd-v2-depth --init-img room.png --prompt "a room made of ice"
 
 The depth is estimated by the model's own network, or comes from --depth-map.
 """,
@@ -85,5 +85,5 @@ The depth is estimated by the model's own network, or comes from --depth-map.
         "n_samples": 1,
         "n_iter": 1,
     },
-    full_model="--ckpt 512-depth-ema.ckpt",
+    full_model="--ckpt sd-v2-depth",
 )

@@ -114,6 +114,6 @@ text-to-image model works as well: the unmasked part is then fixed at every step
     defaults={"outdir": "outputs/inpaint-samples", "n_samples": 1, "n_iter": 1},
     scale=10.0,
     demo_model="checkpoints/demo-inpainting.safetensors",
-    full_model="--ckpt 512-inpainting-ema.ckpt",
+    full_model="--ckpt sd-v2-inpainting",
     noise_from_numpy=True,
 )

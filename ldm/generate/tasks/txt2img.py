@@ -30,7 +30,7 @@ TASK = Task(
     summary="""Make images from text.
 
     ldm txt2img --prompt "a 3d emoji of a red apple on a blue background"
-    ldm txt2img --ckpt v2-1_768-ema-pruned.ckpt --H 768 --W 768 --prompt "a fox"
+    ldm txt2img --ckpt sd-v2-1 --H 768 --W 768 --prompt "a fox"
 
 Images are saved as OUTDIR/samples/00000.png …, and all of them as OUTDIR/grid-0000.png; their paths
 are written to stdout, everything else to stderr.

@@ -130,5 +130,5 @@ models fine-tuned for image variations work as well, without a prompt.
     families=("unclip", "variation"),
     defaults={"outdir": "outputs/unclip-samples", "n_samples": 2, "n_iter": 1, "steps": 20},
     scale=10.0,
-    full_model="--ckpt sd21-unclip-h.ckpt",
+    full_model="--ckpt sd-unclip-h",
 )

@@ -60,7 +60,7 @@ Large images are made in overlapping tiles of --vae-tile pixels of the result.
     },
     demo_model="checkpoints/demo-upscaler.safetensors",
     demo_scale=1.0,  # prompts hardly matter for details
-    full_model="--ckpt x4-upscaler-ema.ckpt",
+    full_model="--ckpt sd-x4-upscaler",
     noise_from_numpy=True,
     enlarges=True,
 )
