@@ -135,7 +135,7 @@ def test_any_stands_for_foreign_data_only():
 
 
 def test_samplers_need_only_math_and_torch():
-    allowed = {"math", "torch", "collections", "itertools"}
+    allowed = {"math", "torch", "collections", "functools", "itertools"}
     names = imports_of(ROOT / "ldm/diffusion/samplers.py")
     assert {n for n in names if n.split(".")[0] not in allowed} == {"ldm.diffusion.names"}
 

@@ -19,6 +19,7 @@ Formulation: Karras et al. 2022 (arXiv:2206.00364); names as in k-diffusion.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -42,7 +43,7 @@ def euler(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Euler's method: one step along the slope dx/dsigma = (x - denoised) / sigma."""
+    """Step along the slope dx/dsigma = (x - denoised) / sigma: Euler's method."""
     for i, (sigma, sigma_next) in enumerate(_sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
@@ -63,7 +64,7 @@ def ddim(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """DDIM (arXiv:2010.02502): an Euler step to a lower noise level, then new noise.
+    """Step to a lower noise level, then add new noise: DDIM (arXiv:2010.02502).
 
     Args:
         eta: Amount of new noise: 0 is deterministic, 1 is ancestral sampling as in DDPM.
@@ -80,17 +81,7 @@ def ddim(
     return x
 
 
-def euler_ancestral(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    noise: Noise | None = None,
-    callback: Callback | None = None,
-    constrain: Constrain | None = None,
-) -> Tensor:
-    """Euler with ancestral noise, the same as DDIM with eta 1."""
-    return ddim(denoise, x, sigmas, eta=1.0, noise=noise, callback=callback, constrain=constrain)
+euler_ancestral = partial(ddim, eta=1.0)
 
 
 def heun(

@@ -123,12 +123,8 @@ class OpenCLIPImage(CLIPVision):
         *,
         arch: str | Config = "ViT-H-14",
         version: str = "laion2b_s32b_b79k",
-        device: str | None = None,
-        max_length: int = 77,
         freeze: bool = True,
-        layer: str = "pooled",
         antialias: bool = True,
-        ucg_rate: float = 0.0,
         blur: Blur = "wide",
     ) -> None:
         text = open_clip_kwargs(arch) | {"layers": 0}
@@ -157,10 +153,7 @@ class CLIPImage(CLIPVision, Encoder):
         self,
         *,
         model: str | Config = "ViT-L/14",
-        jit: bool = False,
-        device: str | None = None,
         antialias: bool = True,
-        ucg_rate: float = 0.0,
         blur: Blur = "wide",
         freeze: bool = True,
         key: str = "jpg",

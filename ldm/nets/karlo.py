@@ -43,7 +43,6 @@ class Prior(Layer):
         xf_layers: int = 20,
         xf_heads: int = 32,
         xf_final_ln: bool = True,
-        text_drop: float = 0.0,
     ) -> None:
         super().__init__()
         width = xf_width

@@ -104,11 +104,7 @@ class UNet(nn.Module):
         self._check_settings()
         levels = len(self.channel_mult)
         self.emb_channels = 4 * self.model_channels
-        self.time_embed = nn.Sequential(
-            Linear(self.model_channels, self.emb_channels),
-            nn.SiLU(),
-            Linear(self.emb_channels, self.emb_channels),
-        )
+        self.time_embed = self._build_mlp(self.model_channels)
         if self.num_classes is not None:
             self.label_emb = self._build_label_emb()
         self.input_blocks, skips = self._build_input_blocks()
@@ -181,7 +177,7 @@ class UNet(nn.Module):
                 blocks.append(Stage(*layers))
                 skips.append(width)
             if level < len(self._widths) - 1:
-                blocks.append(Stage(self._build_downsample(width)))
+                blocks.append(Stage(self._build_resampler(width, up=False)))
                 skips.append(width)
         return nn.ModuleList(blocks), skips
 
@@ -195,7 +191,7 @@ class UNet(nn.Module):
                 if self._has_attention(level, i):
                     layers.append(self._build_attention(ch, level, up=True))
                 if level and i == self._res_blocks[level]:
-                    layers.append(self._build_upsample(ch))
+                    layers.append(self._build_resampler(ch, up=True))
                 blocks.append(Stage(*layers))
         return nn.ModuleList(blocks), ch
 
@@ -213,15 +209,11 @@ class UNet(nn.Module):
             down=down,
         )
 
-    def _build_downsample(self, ch: int) -> nn.Module:
+    def _build_resampler(self, ch: int, *, up: bool) -> nn.Module:
         if self.resblock_updown:
-            return self._build_res_block(ch, ch, down=True)
-        return Downsample(ch, use_conv=self.conv_resample)
-
-    def _build_upsample(self, ch: int) -> nn.Module:
-        if self.resblock_updown:
-            return self._build_res_block(ch, ch, up=True)
-        return Upsample(ch, use_conv=self.conv_resample)
+            return self._build_res_block(ch, ch, up=up, down=not up)
+        kind = Upsample if up else Downsample
+        return kind(ch, use_conv=self.conv_resample)
 
     def _has_attention(self, level: int, i: int) -> bool:
         count = self.num_attention_blocks
@@ -267,19 +259,17 @@ class UNet(nn.Module):
             raise ValueError(f"num_head_channels {self.num_head_channels} exceeds the width {ch}")
         return heads, ch // heads if self.legacy else self.num_head_channels
 
+    def _build_mlp(self, features: int) -> nn.Sequential:
+        width = self.emb_channels
+        return nn.Sequential(Linear(features, width), nn.SiLU(), Linear(width, width))
+
     def _build_label_emb(self) -> nn.Module:
         if isinstance(self.num_classes, int):
             return nn.Embedding(self.num_classes, self.emb_channels)
         if self.num_classes == "continuous":
             return Linear(1, self.emb_channels)
         if self.num_classes == "sequential" and self.adm_in_channels is not None:
-            return nn.Sequential(
-                nn.Sequential(
-                    Linear(self.adm_in_channels, self.emb_channels),
-                    nn.SiLU(),
-                    Linear(self.emb_channels, self.emb_channels),
-                )
-            )
+            return nn.Sequential(self._build_mlp(self.adm_in_channels))
         raise ValueError(
             f"num_classes `{self.num_classes}` is not a number, `continuous`, or `sequential` "
             "with adm_in_channels"
