@@ -1,8 +1,6 @@
 """The same as `ldm check-data`; see `python scripts/check_data.py --help`."""
 
-import sys
-
-from ldm.commands.main import main
+from ldm.commands.main import main_of_alias
 
 if __name__ == "__main__":
-    sys.exit(main(["check-data", *sys.argv[1:]]))
+    raise SystemExit(main_of_alias())

@@ -1,8 +1,6 @@
 """The same as `ldm inpaint`; see `python scripts/inpaint.py --help`."""
 
-import sys
-
-from ldm.commands.main import main
+from ldm.commands.main import main_of_alias
 
 if __name__ == "__main__":
-    sys.exit(main(["inpaint", *sys.argv[1:]]))
+    raise SystemExit(main_of_alias())

@@ -1,8 +1,6 @@
 """The same as `ldm inspect-checkpoint`; see `python scripts/inspect_checkpoint.py --help`."""
 
-import sys
-
-from ldm.commands.main import main
+from ldm.commands.main import main_of_alias
 
 if __name__ == "__main__":
-    sys.exit(main(["inspect-checkpoint", *sys.argv[1:]]))
+    raise SystemExit(main_of_alias())

@@ -1,8 +1,6 @@
 """The same as `ldm train`; see `python scripts/train.py --help`."""
 
-import sys
-
-from ldm.commands.main import main
+from ldm.commands.main import main_of_alias
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    raise SystemExit(main_of_alias())

@@ -87,14 +87,14 @@ class Backend:
         return [f"{name}:{weight:g}" for name, (_, weight) in self.loras.items()]
 
     def model_names(self, task: str | None = None) -> list[str]:
-        """The models for a task; None = all checkpoints of the folder."""
+        """Return the models for a task; None = all checkpoint files of the folder."""
         if task is None:
             return [name for name, path in list_checkpoints(self.folder).items() if path.is_file()]
         models = read_catalogue(self.folder).models
         return [name for name, model in models.items() if task in model.tasks]
 
     def skipped_files(self) -> list[str]:
-        """A line about each checkpoint of the folder that cannot be used."""
+        """Return a line about each checkpoint of the folder that cannot be used."""
         return read_catalogue(self.folder).skipped
 
     def inspect(self, name: str | None) -> str:
@@ -105,7 +105,7 @@ class Backend:
         return "\n".join(inspect_checkpoint(path).lines())
 
     def make_request(self, task: Task, name: str | None, values: Mapping[str, object]) -> Request:
-        """The request of a run.
+        """Build the request of a run.
 
         Args:
             name: name of the model.
@@ -125,7 +125,7 @@ class Backend:
         return self._with_model(request, entry, loras)
 
     def generate(self, request: Request, progress: Progress) -> str:
-        """Make and save images; returns the final message."""
+        """Make and save images; return the final message."""
         self.limits.check(request)
         start = time.monotonic()
         load = partial(self._load, progress=progress)
@@ -133,7 +133,7 @@ class Backend:
         return f"finished in {time.monotonic() - start:.1f} s"
 
     def replay(self, path: str | Path, progress: Progress) -> str:
-        """Make an image again; returns how it differs from the file."""
+        """Make an image again; return how it differs from the file."""
         self.uploads.add(path)
         info = read_info(path)
         request = self._recorded_request(info, Path(path).name)
@@ -152,7 +152,7 @@ class Backend:
         return "; ".join([difference, *compare_infos(info, now)])
 
     def estimate_depth(self, request: Request, progress: Progress) -> str:
-        """Estimate the depth of the input image; adds a 16-bit PNG of it to the progress."""
+        """Estimate the depth of the input image; add a 16-bit PNG of it to the progress."""
         with TemporaryDirectory() as folder:
             path = Path(folder, "depth.png")
             request = request.with_values({"save_depth": str(path)})
@@ -189,7 +189,7 @@ class Backend:
         return replace(request, model=choice, output=output)
 
     def _find_loras(self, choices: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
-        """LoRAs by name and weight -> by file and weight."""
+        """Turn LoRAs by name and weight into those by file and weight."""
         files: dict[str, float] = {}
         for name, weight in choices:
             if name not in self.loras:
@@ -224,7 +224,7 @@ class Backend:
         return model
 
     def _recorded_request(self, info: dict[str, Any], name: str) -> Request:
-        """The request that made an image, with the server's own files."""
+        """Return the request that made an image, with the server's own files."""
         recorded = read_request(info, name)
         if recorded.model.overrides or info["overrides"]:  # of any key
             raise ArgumentError("it was made with overrides: use `ldm replay`")
@@ -261,7 +261,7 @@ class Backend:
 def _load_with_fitting_embeddings(
     config: Any = None, ckpt: Any = None, *, embeddings: Iterable[str] = (), **options: Any
 ) -> LatentDiffusion:
-    """`ldm.load`, without the embeddings that are for models of another width."""
+    """Load a model, without the embeddings that are for models of another width."""
     model = load(config, ckpt, **options)
     for path in embeddings:
         load_embeddings(model, [path], strict=False)
@@ -269,7 +269,7 @@ def _load_with_fitting_embeddings(
 
 
 def _loras_by_name(loras: Sequence[tuple[str, float]]) -> dict[str, tuple[str, float]]:
-    """(file, weight) of each LoRA, by the name that users choose."""
+    """Return (file, weight) of each LoRA, by the name that users choose."""
     by_name = {Path(file).stem: (file, weight) for file, weight in loras}
     if len(by_name) < len(loras):
         raise ArgumentError("two LoRA files have the same name, by which they are chosen", "lora")
@@ -289,7 +289,7 @@ def _check_weight(name: str, weight: float) -> None:
 
 
 def _find_files(recorded: Any, files: Iterable[str], flag: str) -> list[str]:
-    """Those of `files` that have the hashes recorded in an image.
+    """Find those of `files` that have the hashes recorded in an image.
 
     Raises:
         ArgumentError: none has the hash.
@@ -305,7 +305,6 @@ def _find_files(recorded: Any, files: Iterable[str], flag: str) -> list[str]:
 
 
 def _without_folders(message: str, files: Iterable[str]) -> str:
-    """The message without the folders of the server's files."""
     for file in files:
         message = message.replace(file, Path(file).name)
     return message

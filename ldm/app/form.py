@@ -94,7 +94,7 @@ class TaskForm:
         self.settings = {name: self._field(name, *options[name]) for name in SETTINGS}
 
     def fields(self) -> dict[str, Field]:
-        """All fields by name."""
+        """Return all fields by name."""
         return {**self.images, **self.prompts, **self.options, **self.settings}
 
     def values(self, inputs: Mapping[str, Any], uploads: Uploads) -> dict[str, object]:
@@ -125,7 +125,6 @@ class TaskForm:
         return values
 
     def _field(self, name: str, option: Option, default: Value) -> Field:
-        """The field of an option."""
         settings: dict[str, Any] = {"label": option.label, "value": default}
         if name in NUMBERS:
             return Field("Number", settings | {"precision": 0} | NUMBERS[name])
@@ -177,12 +176,12 @@ def show_progress(progress: Progress) -> str:
 
 
 def describe_info(info: Mapping[str, Any]) -> str:
-    """The info of an image as A1111 writes it."""
+    """Return the info of an image as A1111 writes it."""
     return parameters_text(info) or "No generation parameters found"
 
 
 def describe_file(path: str | None) -> str:
-    """The info of an image file as A1111 writes it."""
+    """Return the info of an image file as A1111 writes it."""
     try:
         return "" if path is None else describe_info(read_info(path))
     except OSError:
@@ -205,7 +204,7 @@ def _lora_field(loras: Sequence[str]) -> Field:
 
 
 def _as_list(value: object) -> list[object]:
-    """The items of a text such as `2, 1`, or the value of a slider."""
+    """Split a text such as `2, 1`; make a list of the value of a slider."""
     if isinstance(value, str):
         return [*value.replace(",", " ").split()]
     return [] if value is None else [value]

@@ -38,7 +38,7 @@ class ModelCache:
     def __call__(
         self, config: str | Path | None = None, ckpt: str | Path | None = None, **options: Any
     ) -> LatentDiffusion:
-        """The model; arguments as `load`. A file that has changed is loaded again."""
+        """Return the model; arguments as `load`. A file that has changed is loaded again."""
         loras = [file for file, _ in options.get("loras", ())]
         states = [file_states(file) for file in (ckpt, *loras, *options.get("embeddings", ()))]
         key = (str(config), tuple(states), repr(sorted(options.items())))
@@ -79,7 +79,7 @@ def _share(model: LatentDiffusion, other: LatentDiffusion) -> None:
 
 
 def _is_equal(one: nn.Module, two: nn.Module) -> bool:
-    """Whether two modules were built alike and hold the same values, on the same device."""
+    """Return whether two modules were built alike and hold the same values, on one device."""
     if one is two:
         return True
     if [_describe(m) for m in one.modules()] != [_describe(m) for m in two.modules()]:
@@ -91,7 +91,7 @@ def _is_equal(one: nn.Module, two: nn.Module) -> bool:
 
 
 def _describe(module: nn.Module) -> tuple[type, JsonObject, list[str]]:
-    """Class, settings and names of the tensors of a module, without weights."""
+    """Return class, settings and names of the tensors of a module, without weights."""
     settings: JsonObject = {
         name: value
         for name, value in vars(module).items()

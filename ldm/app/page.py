@@ -56,7 +56,7 @@ class Page:
         self.jobs: list[tuple[gr.Button, Callable[..., str], list[Any], Any]] = []
 
     def build(self) -> gr.Blocks:
-        """The page, with all its events."""
+        """Build the page, with all its events."""
         page: gr.Blocks
         with gr.Blocks(title="ldm", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
             self.progress = gr.State(None)
@@ -171,7 +171,7 @@ class Page:
     def _connect_job(
         self, button: gr.Button, work: Callable[..., str], inputs: list[Any], target: Any
     ) -> None:
-        """Connect a button to its job; while a job runs, the buttons of all jobs are disabled."""
+        """Connect a button to its job; while one runs, the buttons of all jobs are disabled."""
         quiet: JsonObject = {"show_progress": "hidden"}
         switches = [self.stop, *(job[0] for job in self.jobs)]
         outputs = [self.live, self.gallery, self.infos, self.chosen, self.about]
@@ -189,7 +189,7 @@ class Page:
         return gr.Dropdown(names, value=next(iter(names), None), label="Checkpoint")
 
     def refresh_models(self) -> list[Any]:
-        """Read the models folder again: updates of all drop-downs and of the skipped files."""
+        """Read the models folder again; return updates of all drop-downs and skipped files."""
         lines = self.backend.skipped_files()
         for line in lines:
             log.warning("skipped: %s", line)
@@ -197,16 +197,15 @@ class Page:
         return [*map(self._model_choice, self.models), self._model_choice(None), text]
 
     def begin(self) -> list[Any]:
-        """Start a job: a new progress, only the stop button enabled."""
+        """Return a new progress, and updates that enable the stop button only."""
         progress = Progress()
         return [progress, show_progress(progress), *self._set_buttons(is_running=True)]
 
     def end(self) -> list[Any]:
-        """End a job: all buttons enabled but the stop button."""
+        """Return updates that enable all buttons but the stop button."""
         return self._set_buttons(is_running=False)
 
     def _set_buttons(self, is_running: bool) -> list[gr.Button]:
-        """Updates of the stop button and of the buttons of all jobs."""
         starts = [gr.Button(interactive=not is_running) for _ in self.jobs]
         return [gr.Button(interactive=is_running), *starts]
 
@@ -217,7 +216,7 @@ class Page:
         infos: list[Any],
         *inputs: Any,
     ) -> Iterator[list[Any]]:
-        """Run a job; yields updates of the status and, when images are finished, of the gallery."""
+        """Run a job; yield updates of the status and, when images are finished, of the gallery."""
         count = 0
         for now in follow(progress or Progress(), lambda job: work(job, *inputs), self.hint):
             updates = [gr.skip()] * 4
@@ -232,14 +231,14 @@ class Page:
     def run_task(
         self, name: str, work: Work, progress: Progress, model: str | None, *inputs: Any
     ) -> str:
-        """The job of a task."""
+        """Run the job of a task."""
         form = self.forms[name]
         values_by_field = dict(zip(form.fields(), inputs, strict=True))
         values = form.values(values_by_field, self.backend.uploads)
         return work(self.backend.make_request(TASKS[name], model, values), progress)
 
     def run_replay(self, progress: Progress, path: str | None) -> str:
-        """The job of making an image again."""
+        """Run the job of making an image again."""
         if path is None:
             raise MissingArgument('No input image. Upload one or use "Send to" under a result.')
         return self.backend.replay(path, progress)
@@ -261,7 +260,6 @@ class Page:
 
 
 def _component(field: Field) -> Any:
-    """The gradio component of a field."""
     brush = {"brush": gr.Brush(colors=["#ff40ff"])} if field.kind == "ImageEditor" else {}
     component = getattr(gr, field.kind)(**field.settings, **brush)
     if field.kind == "Image":  # pass the path: errors of our reader are clearer than gradio's

@@ -61,7 +61,7 @@ class Progress(RunListener):
         return min(done / self.total, 1.0)
 
     def set_message(self, message: str) -> None:
-        """Set the message; raises Stop if the job is to stop."""
+        """Set the message; raise Stop if the job is to stop."""
         if self.stop.is_set():
             raise Stop
         self.message = message

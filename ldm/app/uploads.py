@@ -21,7 +21,7 @@ class Uploads:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, path: str | Path) -> str:
-        """Store a copy of an image file; returns its path.
+        """Store a copy of an image file; return its path.
 
         Raises:
             ValueError: the file is damaged or not an image.
@@ -33,13 +33,13 @@ class Uploads:
         return self._store(Path(path).read_bytes())
 
     def add_image(self, image: Image.Image) -> str:
-        """Store an image as PNG; returns its path."""
+        """Store an image as PNG; return its path."""
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
         return self._store(buffer.getvalue())
 
     def find(self, sha256: object) -> Path:
-        """The stored file with this hash.
+        """Find the stored file with this hash.
 
         Raises:
             MissingFile: it was not uploaded.

@@ -22,7 +22,7 @@ SHARED = ("lora", "embedding", "device", "precision", "attention")
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = CommandParser(prog=prog, description=__doc__, usage="%(prog)s [flags]")
     add = parser.add_argument
     add(

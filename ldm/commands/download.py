@@ -23,7 +23,7 @@ Using a file means accepting its licence: read it on the page of the file."""
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = CommandParser(prog=prog, description=__doc__, usage="%(prog)s [flags] [NAME ...]")
     parser.add_argument("names", nargs="*", metavar="NAME", help="what to download")
     args = parser.parse(argv)

@@ -11,7 +11,7 @@ __all__ = ["main"]
 
 
 def main(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run the command line of the task `name`; returns the exit status."""
+    """Run the command line of the task `name`; return the exit status."""
     task = TASKS[name]
     parser = build_parser(task, prog)
     request, args = parse_request(task, argv, parser)

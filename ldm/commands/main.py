@@ -26,7 +26,7 @@ PROGRAMS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `ldm COMMAND …` (None = the words of this process); returns the exit status."""
+    """Run `ldm COMMAND …` (None = the words of this process); return the exit status."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # what a console cannot show must not end a run
             stream.reconfigure(errors="backslashreplace")
@@ -59,7 +59,6 @@ def main_of_alias() -> int:
 
 
 def _help() -> str:
-    """The list of all commands."""
     tasks = {name: task.summary.splitlines()[0].rstrip(".") for name, task in TASKS.items()}
     lines = [f"  {name:<20}{text}" for name, text in {**tasks, **PROGRAMS}.items()]
     return "\n".join(

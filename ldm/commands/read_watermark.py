@@ -12,7 +12,7 @@ from ldm.imaging.watermark import Finding, can_hold, identify
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Exit code 0 if every image carries a known watermark, 1 if one does not."""
+    """Run the command line; return 0 if every image carries a known watermark, else 1."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file")
     parser.add_argument("--json", action="store_true", help="one JSON object per image")
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def _report(path: Path, as_json: bool, with_absent: bool) -> bool:
-    """Print the watermarks of a file; returns whether there is one."""
+    """Print the watermarks of a file; return whether there is one."""
     try:
         with open_image(path) as image:
             is_small, findings = not can_hold(image), identify(image)

@@ -6,7 +6,7 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     from ldm.train import command
 
     return command.main(argv, prog or "ldm train")

@@ -31,7 +31,7 @@ COMMANDS = {"vary": "unclip"}  # function of `ldm.pipelines` -> command, where t
 
 
 def build_parser(task: Task, prog: str | None = None) -> CommandParser:
-    """The parser of one task: its summary and a flag for each option."""
+    """Build the parser of one task: its summary and a flag for each option."""
     parser = CommandParser(
         prog=prog,
         description=task.summary,
@@ -98,7 +98,7 @@ def parse_request(
 
 
 def to_argv(request: Request) -> list[str]:
-    """The command line that reproduces this request, without the name of the command."""
+    """Return the command line that makes this request, without the name of the command."""
     words: list[str] = []
     values = request.values()
     for name, (option, default) in request.task.options().items():
@@ -115,7 +115,7 @@ def to_argv(request: Request) -> list[str]:
 
 
 def flag_of(argument: str, task: Task | None = None) -> str | None:
-    """The flag that sets an argument of the library, in this task or in any; None = no flag."""
+    """Find the flag that sets an argument of the library, in this task or in any."""
     for options in (each.options() for each in ([task] if task else TASKS.values())):
         if argument in options and options[argument][0].flags:
             return options[argument][0].flags[0]
@@ -123,7 +123,7 @@ def flag_of(argument: str, task: Task | None = None) -> str | None:
 
 
 def hint(error: BaseException, task: Task | None = None) -> str:
-    """What to do about an error on the command line; appended to its message."""
+    """Return what to do about an error on the command line, to append to its message."""
     if is_out_of_memory(error):
         return MEMORY_HINT
     if isinstance(error, WrongFamily):
@@ -136,7 +136,7 @@ def hint(error: BaseException, task: Task | None = None) -> str:
 
 
 def _argparse_type(option: Option) -> Callable[[str], Value]:
-    """The parser of an option, with the error whose message argparse shows."""
+    """Return the parser of an option, with the error whose message argparse shows."""
 
     def parse(word: str) -> Value:
         try:

@@ -64,7 +64,7 @@ class Option:
 def option(
     default: Value, *flags: str, help: str = "", parse: Callable[[str], Value] = str, **row: Any
 ) -> Any:
-    """A dataclass field that is an option; see `Option`."""
+    """Declare a dataclass field that is an option; see `Option`."""
     row["is_switch"] = isinstance(default, bool)
     if parse is str and row.get("metavar") in ("FILE", "DIR"):
         parse = os.path.expanduser
@@ -72,19 +72,19 @@ def option(
 
 
 def options_of(group: type) -> dict[str, tuple[Option, Value]]:
-    """The options of a group with their defaults, by name."""
+    """Return the options of a group with their defaults, by name."""
     return {field.name: (field.metadata["option"], field.default) for field in fields(group)}
 
 
 def encode_option(option: Option, value: Value) -> list[str]:
-    """The words of a value on the command line, without the flag: one for each item of a list."""
+    """Return a value as words of the command line, without the flag: one per item of a list."""
     if value is None:
         return []
     return [_to_word(option, item) for item in (value if option.is_list else [value])]
 
 
 def decode_option(name: str, option: Option, default: Value, value: object) -> Value:
-    """The value of an option from a form or a JSON text, checked as on the command line.
+    """Convert a value of a form or a JSON text, checked as on the command line.
 
     Raises:
         ArgumentError: the option does not allow the value.
@@ -125,21 +125,21 @@ def _to_word(option: Option, value: object) -> str:
 
 
 def parse_count(word: str) -> int:
-    """A positive whole number."""
+    """Parse a positive whole number."""
     if not word.isdigit() or int(word) < 1:
         raise ArgumentError(f"`{word}` is not a positive whole number")
     return int(word)
 
 
 def parse_natural(word: str) -> int:
-    """A whole number, 0 or more."""
+    """Parse a whole number, 0 or more."""
     if not word.isdigit():
         raise ArgumentError(f"`{word}` is not a whole number >= 0")
     return int(word)
 
 
 def parse_fraction(word: str) -> float:
-    """A number in 0 … 1."""
+    """Parse a number in 0 … 1."""
     number = _number(word)
     if number is None or not 0 <= number <= 1:
         raise ArgumentError(f"`{word}` is not a number in 0 … 1")
@@ -147,7 +147,7 @@ def parse_fraction(word: str) -> float:
 
 
 def parse_number(word: str) -> float:
-    """A finite number."""
+    """Parse a finite number."""
     number = _number(word)
     if number is None:
         raise ArgumentError(f"`{word}` is not a number")
@@ -155,7 +155,7 @@ def parse_number(word: str) -> float:
 
 
 def parse_integer(word: str) -> int:
-    """A whole number."""
+    """Parse a whole number."""
     try:
         return int(word)
     except ValueError as error:
@@ -163,7 +163,7 @@ def parse_integer(word: str) -> int:
 
 
 def parse_interval(word: str) -> tuple[float, float]:
-    """LOW,HIGH: two sigmas."""
+    """Parse LOW,HIGH: two sigmas."""
     low, _, high = (_number(part) for part in word.partition(","))
     if low is None or high is None or not 0 <= low < high:
         raise ArgumentError(f"`{word}` is not LOW,HIGH: two sigmas, 0 <= LOW < HIGH")
@@ -171,7 +171,7 @@ def parse_interval(word: str) -> tuple[float, float]:
 
 
 def parse_box(word: str) -> tuple[int, int, int, int]:
-    """LEFT,TOP,RIGHT,BOTTOM in pixels."""
+    """Parse LEFT,TOP,RIGHT,BOTTOM in pixels."""
     sides = [int(side) if side.isdigit() else -1 for side in word.split(",")]
     if len(sides) == 4 and min(sides) >= 0:
         left, top, right, bottom = sides
@@ -181,7 +181,7 @@ def parse_box(word: str) -> tuple[int, int, int, int]:
 
 
 def parse_weighted_file(word: str) -> tuple[str, float]:
-    """FILE or FILE:WEIGHT; a colon may also be part of the file's name."""
+    """Parse FILE or FILE:WEIGHT; a colon may also be part of the file's name."""
     name, _, weight = word.rpartition(":")
     number = _number(weight)
     if not name or number is None:
@@ -190,7 +190,7 @@ def parse_weighted_file(word: str) -> tuple[str, float]:
 
 
 def parse_legacy(word: str) -> tuple[str, ...]:
-    """Names of quirks, separated by commas."""
+    """Parse names of quirks, separated by commas."""
     names = sorted({name.strip() for name in word.replace("_", "-").split(",")} - {""})
     unknown = [name for name in names if name not in LEGACY_FLAGS]
     if unknown:

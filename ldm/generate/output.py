@@ -106,7 +106,7 @@ def save_grid(
 
 
 def hides_progress() -> bool:
-    """Whether stderr is not a terminal, or this is not the first process."""
+    """Return whether stderr is not a terminal, or this is not the first process."""
     return not sys.stderr.isatty() or rank_and_world_size()[0] > 0
 
 

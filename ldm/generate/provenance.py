@@ -48,7 +48,7 @@ def describe_run(
     size: tuple[int, int],
     without_folders: bool = False,
 ) -> Info:
-    """The info that all images of a run share.
+    """Return the info that all images of a run share.
 
     Args:
         without_folders: see `Request.to_json`.
@@ -97,7 +97,7 @@ def describe_run(
 
 
 def describe_image(request: Request, batches: Sequence[Batch], number: int, row: int) -> Info:
-    """The info of a single image, enough to draw its noise again.
+    """Return the info of a single image, enough to draw its noise again.
 
     Args:
         number: index of the batch.
@@ -122,27 +122,27 @@ def describe_image(request: Request, batches: Sequence[Batch], number: int, row:
 
 
 def job_of(info: JsonMapping) -> Job:
-    """The job that made an image."""
+    """Return the job that made an image."""
     seed = info["seed"]
     start = info.get("start_seed", seed)
     return Job(info["index"], info["prompt"], info["negative_prompt"], seed, start)
 
 
 def watermark_method(request: Request, size: tuple[int, int]) -> str | None:
-    """The watermark that images of this size get."""
+    """Return the watermark that images of this size get."""
     if request.output.no_watermark or size[0] * size[1] < SMALLEST:
         return None
     return "dwtDct" if "watermark" in request.sampling.legacy else "dwtDctSvd"
 
 
 def watermark_payload(model: LatentDiffusion) -> str:
-    """The watermark text of the original scripts for this generation of models."""
+    """Return the watermark text of the original scripts for this generation of models."""
     text = model.conditioner.text
     return "StableDiffusionV1" if text is not None and text.generation == 1 else "SDV2"
 
 
 def read_request(info: JsonMapping, where: str) -> Request:
-    """The request of the run that made an image.
+    """Return the request of the run that made an image.
 
     Args:
         where: name of the image, for messages.
@@ -174,7 +174,7 @@ def check_inputs(info: JsonMapping) -> None:
 
 
 def locate_model(info: JsonMapping, request: Request, changes: JsonMapping) -> Request:
-    """The request with the present paths of the model's files.
+    """Return the request with the present paths of the model's files.
 
     Args:
         changes: options of the model to set instead of the recorded ones.
@@ -198,13 +198,13 @@ def locate_model(info: JsonMapping, request: Request, changes: JsonMapping) -> R
 
 
 def files_of_model(info: JsonMapping, key: str) -> list[JsonObject]:
-    """The files under a key of FILE_KEYS, whether that holds one or several."""
+    """Return the files under a key of FILE_KEYS, whether that holds one or several."""
     files = info.get(key) or []
     return [files] if isinstance(files, dict) else files
 
 
 def compare_infos(then: JsonMapping, now: JsonMapping) -> list[str]:
-    """What may explain a difference, one line each: `torch: 2.10.0 then, 2.11.0 now`."""
+    """List what may explain a difference: `torch: 2.10.0 then, 2.11.0 now`."""
     pairs = {key: (then[key], now[key]) for key in ENVIRONMENT}
     pairs |= {key: (_contents(then, key), _contents(now, key)) for key in FILE_KEYS}
     return [f"{key}: {old} then, {new} now" for key, (old, new) in pairs.items() if old != new]
@@ -224,7 +224,7 @@ def compare_images(old: Image.Image, new: Image.Image) -> str | None:
 
 
 def _former_values(task: Task, info: JsonMapping) -> JsonObject:
-    """Values of options from an info without a request (version 0.1)."""
+    """Return values of options from an info without a request (version 0.1)."""
     names = {**{name: name for name in task.options()}, **FORMER_KEYS}
     skipped = ("size", "device", "prompt", "negative_prompt")
     values = {
@@ -241,7 +241,7 @@ def _former_values(task: Task, info: JsonMapping) -> JsonObject:
 
 
 def _input_paths(task: Task, info: JsonMapping) -> dict[str, Value]:
-    """Values of the options that name input files: absolute paths, wherever the run was."""
+    """Return the options that name input files: absolute paths, wherever the run was."""
     files = {name: info.get("inputs", {}).get(name) for name in options_of(task.inputs)}
     return {
         name: _as_option(task, name, [file["path"] for file in recorded])
@@ -251,7 +251,6 @@ def _input_paths(task: Task, info: JsonMapping) -> dict[str, Value]:
 
 
 def _as_option(task: Task, name: str, values: list[Value]) -> Value:
-    """The values of an option: a list, or the only one."""
     return values if task.options()[name][0].is_list else next(iter(values), None)
 
 
@@ -262,7 +261,6 @@ def _as_list(value: str | Sequence[str] | None) -> list[str]:
 
 
 def _contents(info: JsonMapping, key: str) -> list[str]:
-    """Hash and weight of each file of a key, without its path."""
     files = files_of_model(info, key)
     return [" ".join(str(file[k]) for k in ("hash", "weight") if k in file) for file in files]
 
@@ -279,7 +277,7 @@ def _check_unchanged(
 
 
 def _recorded_device(device: str) -> str | None:
-    """The recorded kind of device if it is available, else None = the automatic choice."""
+    """Return the recorded kind of device if available, else None = the automatic choice."""
     try:
         return str(pick_device(device))
     except ValueError:
@@ -287,7 +285,7 @@ def _recorded_device(device: str) -> str | None:
 
 
 def _find_checkpoint(info: JsonMapping, request: Request) -> str | None:
-    """The checkpoint at its recorded path, or by its name in `checkpoints`."""
+    """Find the checkpoint at its recorded path, or by its name in `checkpoints`."""
     name = Path(info["checkpoint"]).name
     if request.uses_demo_model and name == Path(DEMO[1]).name:
         return None

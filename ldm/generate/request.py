@@ -46,11 +46,11 @@ class Inputs:
     """What a task reads in addition to prompts; the base of each task's own group."""
 
     def each(self) -> "Sequence[Inputs]":
-        """The inputs of each image to work on: one, or all of a folder."""
+        """Return the inputs of each image to work on: one, or all of a folder."""
         return [self]
 
     def model_files(self) -> "ModelFiles":
-        """Files that the model is loaded with, besides the checkpoint."""
+        """Return files that the model is loaded with, besides the checkpoint."""
         return {}
 
     @property
@@ -248,17 +248,17 @@ class Request:
         return self.model.ckpt is None and self.model.config is None
 
     def inputs_as(self, kind: type[InputsType]) -> InputsType:
-        """The inputs, narrowed to this type."""
+        """Return the inputs, narrowed to this type."""
         assert isinstance(self.inputs, kind), f"{self.task.name} has no {kind.__name__}"
         return self.inputs
 
     def values(self) -> dict[str, Value]:
-        """The value of each option, by name."""
+        """Return the value of each option, by name."""
         choices = vars(self.prompts) | vars(self.model) | vars(self.sampling) | vars(self.output)
         return vars(self.inputs) | choices
 
     def with_values(self, values: Mapping[str, object]) -> "Request":
-        """A copy with some options set, each checked as on the command line.
+        """Copy the request with some options set, each checked as on the command line.
 
         Raises:
             UnknownName: the task does not have the option.
@@ -273,7 +273,7 @@ class Request:
         return Request(self.task, *(_replace_fields(group, decoded) for group in self._groups()))
 
     def to_json(self, without_folders: bool = False) -> dict[str, Value]:
-        """`values` with tuples as lists, as JSON has them.
+        """Return `values` with tuples as lists, as JSON has them.
 
         Args:
             without_folders: reduce paths to file names; but a replay must find the config.
@@ -291,13 +291,11 @@ class Request:
 
 
 def _file_names(value: Value) -> Value:
-    """Paths reduced to file names; other values of a tuple stay."""
     if isinstance(value, tuple):
         return tuple(map(_file_names, value))
     return Path(value).name if isinstance(value, str) else value
 
 
 def _replace_fields(group: Value, values: Mapping[str, Value]) -> Value:
-    """A copy of a group with those values that are fields of it."""
     own = {f.name: values[f.name] for f in fields(group) if f.name in values}
     return replace(group, **own)

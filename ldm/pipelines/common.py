@@ -139,7 +139,7 @@ def make_noise(
 def encode_prompts(
     model: LatentDiffusion, prompts: Sequence[str], inputs: Mapping[str, object]
 ) -> Cond:
-    """The condition of all rows; a prompt that repeats is encoded once."""
+    """Encode the condition of all rows; a prompt that repeats is encoded once."""
     distinct = list(dict.fromkeys(prompts))
     cond = model.condition({"txt": distinct, **inputs})
     if cond.crossattn is None or len(distinct) == len(prompts):
@@ -149,7 +149,7 @@ def encode_prompts(
 
 
 def decode_latent(model: LatentDiffusion, z: Tensor, tile: int | None) -> Tensor:
-    """z (B, C, h, w) -> (B, 3, H, W) in [-1, 1]; raises NonFinite."""
+    """Decode z (B, C, h, w) to (B, 3, H, W) in [-1, 1]; raise NonFinite."""
     images = model.decode(check_finite(z, "the UNet"), tile=tile)
     return check_finite(images, "the VAE").clamp(-1, 1)
 
@@ -165,12 +165,12 @@ def encode_image(model: LatentDiffusion, image: Tensor, n: int, noise: Noise) ->
 
 
 def as_list(prompts: str | Sequence[str]) -> list[str]:
-    """One prompt or several, as a list."""
+    """Return one prompt or several as a list."""
     return [prompts] if isinstance(prompts, str) else list(prompts)
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
-    """The image (B, C, H, W) with its last row and column repeated up to multiples."""
+    """Repeat the last row and column of an image (B, C, H, W) up to multiples."""
     height, width = image.shape[-2:]
     return F.pad(image, (0, -width % multiple, 0, -height % multiple), mode="replicate")
 
@@ -181,7 +181,7 @@ def crop_like(padded: Tensor, image: Tensor) -> Tensor:
 
 
 def check_finite(value: TensorOrCond, stage: str) -> TensorOrCond:
-    """Return the value; raises NonFinite if it holds NaN or infinity."""
+    """Return the value; raise NonFinite if it holds NaN or infinity."""
     tensors = [value] if isinstance(value, Tensor) else value.filled().values()
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise NonFinite(stage)

@@ -114,7 +114,7 @@ def sample_prior(
 
 
 def prior_sigmas(schedule: Schedule, steps: int) -> Tensor:
-    """Noise levels of `steps` evenly spaced timesteps, from the last to the first, and 0.
+    """Return noise levels of `steps` evenly spaced timesteps, from the last to the first, and 0.
 
     Nichol and Dhariwal 2021 (arXiv:2102.09672), section 4.
 

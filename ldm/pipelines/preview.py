@@ -36,5 +36,5 @@ def fit_preview(model: LatentDiffusion) -> Callable[[Tensor], Tensor]:
 
 
 def _with_one(z: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, h, w, C + 1), with a last channel of 1 for the offset."""
+    """Turn (B, C, h, w) into (B, h, w, C + 1), with a last channel of 1 for the offset."""
     return F.pad(z.movedim(1, -1), (0, 1), value=1.0)

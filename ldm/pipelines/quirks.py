@@ -44,13 +44,13 @@ class Quirks:
         return name in self.names
 
     def sigmas(self, schedule: Schedule, steps: int, scheduler: str) -> Tensor:
-        """The noise levels of a run, as `Schedule.steps`."""
+        """Return the noise levels of a run, as `Schedule.steps`."""
         if "steps" in self and scheduler == "uniform":
             return _original_uniform_sigmas(schedule, steps)
         return schedule.steps(steps, scheduler)
 
     def denoiser(self, model: LatentDiffusion, sampler: str) -> Denoiser:
-        """The model's denoiser; where the original took v or x0 for eps, so does it."""
+        """Return the model's denoiser; where the original took v or x0 for eps, so does it."""
         denoiser = model.denoiser
         v_as_eps = "plms-v" in self and sampler == "plms" and denoiser.parameterization == "v"
         x0_as_eps = "x0-eps" in self and denoiser.parameterization == "x0"
@@ -61,7 +61,7 @@ class Quirks:
         return replace(denoiser, parameterization="eps") if v_as_eps or x0_as_eps else denoiser
 
     def first_step(self, strength: float, steps: int, total: int) -> tuple[int, int]:
-        """Where a run from an image begins.
+        """Return where a run from an image begins.
 
         Args:
             strength: fraction of the steps to run, 0 … 1.
@@ -87,7 +87,7 @@ class Quirks:
     def inverse_denoise(
         self, model: LatentDiffusion, sigmas: Tensor, cond: Cond, uncond: Cond | None, scale: Scale
     ) -> Denoise:
-        """`denoise` of DDIM inversion.
+        """Return `denoise` of DDIM inversion.
 
         The original's `encode` gave the network the loop index as timestep, and took every
         prediction for eps.
@@ -143,12 +143,12 @@ def seeded_noise(seeds: Sequence[int]) -> Noise:
 
 
 def global_noise(like: Tensor) -> Tensor:
-    """Standard normal noise from the global generator of the device, float32."""
+    """Draw standard normal noise from the global generator of the device, float32."""
     return torch.randn_like(like, dtype=torch.float32)
 
 
 def _original_uniform_sigmas(schedule: Schedule, steps: int) -> Tensor:
-    """The original's `uniform` steps, often more than requested."""
+    """Return the original's `uniform` steps, often more than requested."""
     if not 1 <= steps <= len(schedule):
         raise ArgumentError(f"steps must be in 1 … {len(schedule)}, got {steps}", "steps")
     t = torch.arange(0, len(schedule), len(schedule) // steps) + 1

@@ -146,7 +146,7 @@ def invert(
     scale: Scale = 1.0,
     legacy: Iterable[str] = (),
 ) -> Tensor:
-    """DDIM inversion: the noisy latent from which DDIM leads back to z (Euler up the sigmas).
+    """Find the noisy latent from which DDIM leads back to z: DDIM inversion (Euler up the sigmas).
 
     Args:
         z: (B, C, h, w).
@@ -165,7 +165,7 @@ def invert(
 
 
 def default_scheduler(schedule: Schedule, sampler: str) -> str:
-    """The sampler's own scheduler, else "uniform".
+    """Return the sampler's own scheduler, else "uniform".
 
     With zero terminal SNR it is "trailing", as sampling must begin at the last timestep
     (arXiv:2305.08891, §3.3).
@@ -195,7 +195,7 @@ def check_sampling(
 
 
 def _in_tiles(denoiser: Denoiser, tile: int | None) -> Denoiser:
-    """A denoiser that runs the network on overlapping tiles and blends the results."""
+    """Run the denoiser's network on overlapping tiles and blend the results."""
     if tile is None:
         return denoiser
 
@@ -208,7 +208,6 @@ def _in_tiles(denoiser: Denoiser, tile: int | None) -> Denoiser:
 def _sampler_options(
     sampler: str, eta: float, noise: Noise, always_draws: bool
 ) -> dict[str, object]:
-    """Arguments that only some samplers take."""
     row = names.SAMPLERS[sampler]
     if row.takes_eta:
         return {"eta": eta, "noise": noise if eta > 0 or always_draws else None}
@@ -220,7 +219,7 @@ def _with_steps(callback: Callback, steps: int) -> Callable[[int, Tensor, Tensor
 
 
 def _std(sigma: Tensor) -> float:
-    """Standard deviation of x at `sigma` where z has 1."""
+    """Return the standard deviation of x at `sigma` where z has 1."""
     return math.sqrt(1 + float(sigma) ** 2)
 
 

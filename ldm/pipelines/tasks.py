@@ -59,7 +59,7 @@ def txt2img(
     tile: int | None = None,
     **options: Unpack[SamplingOptions],
 ) -> Tensor:
-    """One image per prompt.
+    """Make one image per prompt.
 
     Args:
         size: (height, width) in pixels, multiples of 8; None = the model's training size.
@@ -85,7 +85,7 @@ def img2img(
     tile: int | None = None,
     **options: Unpack[SamplingOptions],
 ) -> Tensor:
-    """The image, changed toward each prompt (SDEdit, arXiv:2108.01073).
+    """Change the image toward each prompt (SDEdit, arXiv:2108.01073).
 
     Args:
         strength: 0 keeps the image, 1 starts from pure noise.
@@ -120,7 +120,7 @@ def inpaint(
     tile: int | None = None,
     **options: Unpack[SamplingOptions],
 ) -> Tensor:
-    """The image, repainted where the mask is 1.
+    """Repaint the image where the mask is 1.
 
     For a text-to-image model, the unmasked latent is set to that of the image at every step.
 
@@ -168,7 +168,7 @@ def depth2img(
     tile: int | None = None,
     **options: Unpack[SamplingOptions],
 ) -> Tensor:
-    """The image, changed toward each prompt with the same depth.
+    """Change the image toward each prompt and keep its depth.
 
     Args:
         strength: 0 keeps the image, 1 keeps only its depth.
@@ -206,7 +206,7 @@ def upscale(
     tile: int | None = None,
     **options: Unpack[SamplingOptions],
 ) -> Tensor:
-    """The image, enlarged by the factor of the autoencoder (4).
+    """Enlarge the image by the factor of the autoencoder (4).
 
     Args:
         image: (1, 3, h, w).
@@ -236,7 +236,7 @@ def upscale(
 
 
 def _keep_outside(area: Tensor, z: Tensor, x_T: Tensor, f: int) -> Constrain:
-    """(x, sigma) -> x with the noisy latent of the image wherever `area` is 0."""
+    """Return (x, sigma) -> x with the noisy latent of the image wherever `area` is 0."""
     is_outside = ~F.max_pool2d(area, f).bool().to(z.device)  # (1, 1, h, w)
     return lambda x, sigma: torch.where(is_outside, z + sigma * x_T, x)
 
@@ -244,7 +244,7 @@ def _keep_outside(area: Tensor, z: Tensor, x_T: Tensor, f: int) -> Constrain:
 def _inverted_noise(
     model: LatentDiffusion, z: Tensor, prompt: str, strength: float, options: SamplingOptions
 ) -> Tensor:
-    """The x_T from which `sample` starts exactly at the DDIM inversion of z, (B, C, h, w)."""
+    """Return the x_T (B, C, h, w) from which `sample` starts at the DDIM inversion of z."""
     steps, scheduler = options.get("steps", 50), options.get("scheduler") or "uniform"
     options["scheduler"] = scheduler
     sigmas = model.schedule.steps(steps, scheduler)

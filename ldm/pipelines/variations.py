@@ -41,7 +41,7 @@ def unclip(
     tile: int | None = None,
     **options: Unpack[SamplingOptions],
 ) -> Tensor:
-    """Variations of the mean of some images, one per prompt.
+    """Make variations of the mean of some images, one per prompt.
 
     Args:
         images: each (1, 3, H, W).
@@ -89,7 +89,7 @@ def vary(
     tile: int | None = None,
     **options: Unpack[SamplingOptions],
 ) -> Tensor:
-    """Variations of the mean of some images, by a model that reads an image instead of text.
+    """Make variations of the mean of some images, by a model that reads images instead of text.
 
     Args:
         prompts: only their number counts.
@@ -145,7 +145,7 @@ def sample_prior(
 
 
 def _normalise(weights: Sequence[float] | None, n: int, is_legacy: bool = False) -> list[float]:
-    """Weights of n images that sum to 1; under the quirk "weights", they are divided by n."""
+    """Scale weights of n images to sum 1; under the quirk "weights", divide them by n."""
     weights = [1.0] * n if weights is None else list(weights)
     if not n:
         raise MissingArgument("no image is given", "image")

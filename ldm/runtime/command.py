@@ -44,7 +44,7 @@ class CommandParser(ArgumentParser):
         )
 
     def add_group(self, title: str) -> Callable[..., Action]:
-        """`add_argument` of a new group of flags under this heading of `--help`."""
+        """Return `add_argument` of a new group of flags under this heading of `--help`."""
         group = self.add_argument_group(title)
 
         def add(*names: str, **settings: Any) -> Action:
@@ -74,7 +74,7 @@ class CommandParser(ArgumentParser):
         return args
 
     def _complete(self, word: str) -> str:
-        """The word with an abbreviated flag completed, spelled as it was declared."""
+        """Complete an abbreviated flag, spelled as it was declared."""
         name, equals, value = word.partition("=")
         if not name.startswith("--"):
             return word

@@ -29,7 +29,7 @@ SMALL_MODEL_THREADS = 4  # more of them only wait for each other
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The named device, or the best there is; under torchrun each process has its own GPU.
+    """Return the named device, or the best; under torchrun each process has its own GPU.
 
     Args:
         name: "cuda", "cuda:1", "mps" or "cpu"; None = the first of these that is available.
@@ -52,7 +52,7 @@ def pick_device(name: str | None = None) -> torch.device:
 
 
 def pick_dtype(precision: str, device: torch.device, is_small: bool) -> torch.dtype:
-    """The dtype of weights: as asked for, or half precision where it pays.
+    """Return the dtype of weights: as asked for, or half precision where it pays.
 
     Args:
         precision: "full", "fp16", "bf16", or "autocast" for what suits device and model.
@@ -90,7 +90,7 @@ def memory_of(device: torch.device) -> int:
 
 
 def free_memory() -> float:
-    """Bytes that this process may still take, of the machine's and its container's memory."""
+    """Return the bytes that this process may still take, of the machine and its container."""
     free = [float("inf")]
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -122,7 +122,7 @@ def keep_memory() -> bool:
 
 
 def has_fast_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 natively; others are slower with it than without."""
+    """Return whether this CPU multiplies bfloat16 natively; others are slower with it."""
     return any(feature in _cpu_info() for feature in (" avx512_bf16", " amx_bf16"))
 
 
@@ -133,11 +133,11 @@ def has_amx() -> bool:
 
 
 def is_intel() -> bool:
-    """Whether Intel made this CPU."""
+    """Return whether Intel made this CPU."""
     return "GenuineIntel" in _cpu_info()
 
 
 def _cpu_info() -> str:
-    """The kernel's description of the CPUs; elsewhere than on Linux family and maker at most."""
+    """Return the kernel's description of the CPUs; off Linux, family and maker at most."""
     info = Path("/proc/cpuinfo")
     return info.read_text("utf-8") if info.is_file() else platform.processor()

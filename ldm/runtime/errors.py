@@ -125,7 +125,7 @@ class Stop(Exception):
 
 
 def nearest_name(name: str, allowed: Iterable[str]) -> str | None:
-    """The allowed name most like `name` (`-` and `_` are equal), None if none is close."""
+    """Find the allowed name most like `name` (`-` and `_` are equal), if one is close."""
     by_key = {other.replace("-", "_"): other for other in allowed}
     matches = difflib.get_close_matches(name.replace("-", "_"), by_key, n=1, cutoff=0.5)
     return by_key[matches[0]] if matches else None
@@ -134,7 +134,7 @@ def nearest_name(name: str, allowed: Iterable[str]) -> str | None:
 def unknown_name(
     kind: str, name: object, allowed: Iterable[str], where: str = "", argument: str | None = None
 ) -> UnknownName:
-    """The error for a name outside a closed list.
+    """Build the error for a name outside a closed list.
 
     Args:
         kind: what the name stands for: "sampler".
@@ -153,7 +153,7 @@ def unknown_name(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on any device."""
+    """Return whether memory ran out, on any device."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(sign in text for sign in OUT_OF_MEMORY)
@@ -161,7 +161,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def explain(error: BaseException) -> str:
-    """What went wrong, in one line (or the two of a message with a hint)."""
+    """Say what went wrong, in one line (or the two of a message with a hint)."""
     if is_out_of_memory(error):
         return "out of memory"
     if isinstance(error, OSError) and error.filename is not None:

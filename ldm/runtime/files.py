@@ -25,7 +25,7 @@ BLOCK = 1 << 22  # bytes read at once
 
 
 def find_file(path: str | Path) -> Path:
-    """A file as given, or beneath the project root, or beneath the installed package.
+    """Find a file as given, or beneath the project root, or beneath the installed package.
 
     Raises:
         MissingFile: it is in none of these places; the message names them.
@@ -69,7 +69,7 @@ def decode_text(content: bytes, name: str | Path) -> str:
 
 
 def sha256_of_file(*paths: str | Path, progress: Callable[[int], object] | None = None) -> str:
-    """SHA-256 of the bytes of one file, or of several one after the other, in hexadecimal.
+    """Return the SHA-256 of one file, or of several one after the other, in hexadecimal.
 
     A file that has not changed since is not read again. `progress` is called with the bytes read.
     """
@@ -80,7 +80,7 @@ def sha256_of_file(*paths: str | Path, progress: Callable[[int], object] | None 
 
 @contextmanager
 def replace_when_written(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
-    """A temporary path beside `path`, which takes its place when the block ends without error.
+    """Yield a temporary path, which takes the place of `path` when the block ends without error.
 
     So nobody sees half a file, and a failure leaves what was there.
 

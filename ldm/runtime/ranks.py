@@ -12,7 +12,7 @@ LAUNCHERS = (
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """(rank, number of processes) under torchrun or Slurm; (0, 1) alone."""
+    """Return (rank, number of processes) under torchrun or Slurm; (0, 1) alone."""
     for rank, world_size in LAUNCHERS:
         if rank in os.environ and world_size in os.environ:
             return int(os.environ[rank]), int(os.environ[world_size])
@@ -20,10 +20,10 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def local_rank() -> int:
-    """The rank among the processes of this machine."""
+    """Return the rank among the processes of this machine."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
 
 
 def local_processes() -> int:
-    """How many processes of the run are on this machine."""
+    """Return how many processes of the run are on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", 1)))

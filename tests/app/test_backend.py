@@ -27,9 +27,14 @@ LIMITS = Limits(side=256, steps=20, batch=2, batches=2)
 CHOICE = ModelChoice(device="cpu", precision="full")
 
 
-@pytest.fixture
-def backend(files, tmp_path):
-    return Backend(Path(files["base_v"][1]).parent, tmp_path / "out", CHOICE, LIMITS)
+@pytest.fixture(scope="module")
+def backend(files, tmp_path_factory):
+    return backend_with(files, tmp_path_factory.mktemp("app"))
+
+
+def backend_with(files, outdir, **options):
+    folder = Path(files["base_v"][1]).parent
+    return Backend(folder, outdir, options.pop("choice", CHOICE), LIMITS, **options)
 
 
 @pytest.fixture
@@ -39,11 +44,11 @@ def answers(photo):
     def answers(task, **changes):
         fields = TaskForm(TASKS[task], LIMITS).fields()
         filled = {name: field.settings.get("value") for name, field in fields.items()}
-        own = {"steps": 2, "seed": 5, "prompt": "a fox", "strength": 1.0, "init_img": str(photo)}
+        own = {"steps": 2, "seed": "5", "prompt": "a fox", "strength": 1.0, "init_img": str(photo)}
         if task == "unclip":
             own["init_img"] = [(str(photo), None)]
-        if task in ("txt2img", "unclip"):
-            own |= {"width": 64, "height": 64}
+        if task in ("txt2img", "unclip", "upscale"):
+            own |= dict.fromkeys(["width", "height"], 16 if task == "upscale" else 64)
         own["sketch"] = sketch(photo, (8, 8, 30, 40))
         return filled | {name: own[name] for name in own.keys() & fields.keys()} | changes
 
@@ -51,13 +56,13 @@ def answers(photo):
 
 
 def sketch(photo, box):
-    """What the editor gives for a picture with a box painted over."""
+    """What the editor gives for an image with a box painted over."""
     with Image.open(photo) as file:
-        picture = file.convert("RGB")
-    layer = Image.new("RGBA", picture.size)
+        image = file.convert("RGB")
+    layer = Image.new("RGBA", image.size)
     if box is not None:
         layer.paste((255, 0, 0, 255), box)
-    return {"background": picture, "layers": [layer], "composite": picture}
+    return {"background": image, "layers": [layer], "composite": image}
 
 
 def run(backend, task, answers, model=None):
@@ -71,8 +76,8 @@ def run(backend, task, answers, model=None):
     return [*follow(Progress(), work)][-1]
 
 
-def replayed(backend, path):
-    return [*follow(Progress(), lambda progress: backend.replay(path, progress))][-1]
+def replay(backend, path):
+    return [*follow(Progress(), lambda progress: backend.replay(path, progress))][-1].message
 
 
 def test_each_task_is_offered_the_models_that_serve_it(backend):
@@ -89,16 +94,27 @@ def test_each_task_is_offered_the_models_that_serve_it(backend):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_makes_pictures_that_the_script_and_the_app_make_again(
+def test_every_task_makes_images_that_the_script_and_the_app_make_again(
     backend, files, answers, capsys, task
 ):
     job = run(backend, task, answers(task))
     assert not job.has_failed, job.message
     path = job.images[0]["path"]
-    assert path == str(backend.outdir / "samples/00000.png")
+    assert Path(path).parent == backend.outdir / "samples"
     assert read_info(path)["task"] == task
     assert main(["replay", path, "--ckpt", files[MODELS[task]][1]]) == 0
-    assert replayed(backend, path).message == "identical"
+    assert replay(backend, path) == "identical"
+
+
+def test_seeds_beyond_what_a_browser_counts_are_exact(backend, answers):
+    info = run(backend, "txt2img", answers("txt2img", seed=str(2**64 - 1))).images[0]
+    assert info["seed"] == 2**64 - 1
+    assert replay(backend, info["path"]) == "identical"
+
+
+def test_a_long_prompt_is_said_behind_the_result(backend, answers):
+    job = run(backend, "txt2img", answers("txt2img", prompt="very " * 80))
+    assert "; a prompt is longer than 75 tokens: `very very very very …` is left" in job.message
 
 
 def test_known_pixels_of_a_sketch_stay(backend, answers, photo):
@@ -113,8 +129,8 @@ def test_an_estimated_depth_map_is_taken_back(backend, answers):
     values = TaskForm(task, LIMITS).values(answers("depth2img"), backend.uploads)
     backend.estimate_depth(backend.make_request(task, "depth.ckpt", values), job)
     map_ = job.images[0]["path"]
-    with Image.open(map_) as picture:
-        assert picture.mode.startswith("I")
+    with Image.open(map_) as image:
+        assert image.mode.startswith("I")
     job = run(backend, "depth2img", answers("depth2img", depth_map=map_))
     assert job.images[0]["inputs"]["depth_map"], job.message
 
@@ -129,12 +145,15 @@ def test_an_estimated_depth_map_is_taken_back(backend, answers):
         ("txt2img", {"prompt": "x" * 3000}, "longer than 2000 characters"),
         ("txt2img", {"sampler": "dmp"}, "unknown sampler `dmp`"),
         ("inpaint", {"sketch": None}, "No input image"),
+        ("inpaint", {"sketch": {"background": Image.new("RGB", (8, 8)), "layers": []}},
+         "The mask is empty. Draw"),
         ("unclip", {"init_img": None}, "No input image"),
         ("unclip", {"weight": "2; 1"}, "is not a number"),
         ("unclip", {"weight": "2, 1"}, "2 weights were given for 1"),
         ("upscale", {"noise_level": 400}, "noise levels are 0"),
+        ("txt2img", {"seed": "five"}, "seed: `five` is not a whole number"),
     ],
-)
+)  # fmt: skip
 def test_what_asks_for_too_much_or_makes_no_sense_is_one_line(
     backend, answers, task, changes, message
 ):
@@ -148,11 +167,6 @@ def test_transparent_parts_of_a_sketch_are_white(answers, photo, tmp_path):
     filled = answers("inpaint", sketch=sketch(photo, (8, 8, 30, 40)) | {"background": clear})
     values = TaskForm(TASKS["inpaint"], LIMITS).values(filled, Uploads(tmp_path))
     assert (pixels(values["init_img"]) == 255).all()
-
-
-def test_an_empty_sketch_says_what_to_do(backend, answers, photo):
-    job = run(backend, "inpaint", answers("inpaint", sketch=sketch(photo, None)))
-    assert job.message.startswith("The mask is empty")
 
 
 @pytest.mark.parametrize(
@@ -173,7 +187,7 @@ def test_bad_uploads_are_named_in_one_line_without_the_path(
     assert "\n" not in job.message
 
 
-def test_too_large_a_picture_says_how_to_scale_it(backend, answers, tmp_path):
+def test_too_large_an_image_says_how_to_scale_it(backend, answers, tmp_path):
     Image.new("RGB", (300, 200)).save(tmp_path / "large.png")
     large = {"init_img": str(tmp_path / "large.png")}
     job = run(backend, "img2img", answers("img2img", **large))
@@ -207,43 +221,43 @@ def merge(info, lie):
     return info | lie | ({"request": info["request"] | own} if isinstance(own, dict) else {})
 
 
+@pytest.fixture
+def liar(backend, answers, tmp_path):
+    """Writes an image of a task whose info was changed; returns (info before, replay of it)."""
+
+    def liar(task, **lie):
+        path = run(backend, task, answers(task)).images[0]["path"]
+        with Image.open(path) as image:
+            write_png(tmp_path / "lie.png", image, merge(read_info(path), lie))
+        return replay(backend, tmp_path / "lie.png")
+
+    return liar
+
+
 @pytest.mark.parametrize(("lie", "message"), LIES)
-def test_a_picture_that_lies_about_its_making_reads_no_file_and_takes_no_time(
-    backend, answers, tmp_path, lie, message
-):
-    path = run(backend, "img2img", answers("img2img")).images[0]["path"]
-    with Image.open(path) as picture:
-        write_png(tmp_path / "lie.png", picture, merge(read_info(path), lie))
-    job = replayed(backend, tmp_path / "lie.png")
-    assert job.has_failed
-    assert message in job.message
+def test_an_image_that_lies_about_its_making_reads_no_file_and_takes_no_time(liar, lie, message):
+    assert message in liar("txt2img", **lie)
 
 
-def test_a_picture_does_not_name_where_an_upload_is_written_or_loaded(backend, answers, tmp_path):
-    path = run(backend, "depth2img", answers("depth2img")).images[0]["path"]
-    info = read_info(path)
-    upload = backend.uploads.find(info["inputs"]["init_img"][0]["sha256"])
+@pytest.mark.parametrize("option", ["save_depth", "midas"])
+def test_an_image_does_not_name_where_an_upload_is_written_or_loaded(backend, liar, photo, option):
+    upload = Path(backend.uploads.add(photo))
     content = upload.read_bytes()
-    for option in ("save_depth", "midas"):
-        lie = info | {"inputs": info["inputs"] | {option: info["inputs"]["init_img"]}}
-        with Image.open(path) as picture:
-            write_png(tmp_path / "lie.png", picture, lie)
-        assert f"with a file as `{option}`" in replayed(backend, tmp_path / "lie.png").message
+    inputs = {option: [{"path": str(upload), "sha256": upload.stem}]}
+    assert f"with a file as `{option}`" in liar("depth2img", inputs=inputs)
     assert upload.read_bytes() == content
 
 
-def test_a_config_that_a_picture_names_is_not_read(backend, answers, tmp_path):
-    path = run(backend, "txt2img", answers("txt2img")).images[0]["path"]
-    with Image.open(path) as picture:
-        write_png(tmp_path / "lie.png", picture, read_info(path) | {"config": "/etc/passwd"})
-    assert replayed(backend, tmp_path / "lie.png").message == "identical"
+def test_a_config_that_an_image_names_is_not_read(liar):
+    assert liar("txt2img", config="/etc/passwd") == "identical"
 
 
-def test_pictures_of_other_programs_are_not_replayed(backend, photo):
-    assert "does not say how it was made" in replayed(backend, photo).message
+def test_images_of_other_programs_are_not_replayed(backend, photo):
+    assert "does not say how it was made" in replay(backend, photo)
 
 
-def test_models_stay_in_memory_between_tasks(backend, answers):
+def test_models_stay_in_memory_between_tasks(files, answers, tmp_path):
+    backend = backend_with(files, tmp_path / "out")
     run(backend, "txt2img", answers("txt2img"))
     run(backend, "img2img", answers("img2img"), model="base_v.ckpt")
     assert backend._models.count == 1
@@ -251,32 +265,25 @@ def test_models_stay_in_memory_between_tasks(backend, answers):
     assert backend._models.count == 2
 
 
-def test_chosen_loras_change_the_picture_and_are_found_again_by_content(
-    backend, files, answers, tmp_path, capsys
-):
+def test_chosen_loras_change_the_image_and_are_found_again_by_content(files, answers, tmp_path):
     model = ldm.load(files["base_v"][3], files["base_v"][1])
-    given = [(str(random_lora(tmp_path / f"{n}.safetensors", model, n)), 0.5) for n in (1, 2)]
-    backend = Backend(backend.folder, backend.outdir, backend.choice, LIMITS, loras=given)
-    assert TaskForm(TASKS["txt2img"], LIMITS, backend.offered_loras).prompts["lora"].settings[
-        "choices"
-    ] == ["1:0.5", "2:0.5"]
-    with_one, plain = (
+    lora = random_lora(tmp_path / "1.safetensors", model, 1)
+    backend = backend_with(files, tmp_path / "out", loras=[(str(lora), 0.5)])
+    field = TaskForm(TASKS["txt2img"], LIMITS, backend.offered_loras).prompts["lora"]
+    assert field.settings["choices"] == ["1:0.5"]
+    styled, plain = (
         run(backend, "txt2img", answers("txt2img", lora=lora)).images[0] for lora in (["1:0.8"], [])
     )
-    assert [(lora["path"], lora["weight"]) for lora in with_one["loras"]] == [
-        ("1.safetensors", 0.8)
-    ]
-    recorded = with_one["request"]
-    assert recorded["lora"] == [["1.safetensors", 0.8]]
-    assert (recorded["ckpt"], recorded["outdir"]) == ("base_v.ckpt", "out")
-    assert (pixels(with_one["path"]) != pixels(plain["path"])).any()
+    assert [(lora["path"], lora["weight"]) for lora in styled["loras"]] == [("1.safetensors", 0.8)]
+    recorded = [styled["request"][key] for key in ("lora", "ckpt", "outdir")]
+    assert recorded == [[["1.safetensors", 0.8]], "base_v.ckpt", "out"]
+    assert (pixels(styled["path"]) != pixels(plain["path"])).any()
     assert backend._models.count == 2
-    words = ["--ckpt", files["base_v"][1], "--lora", f"{given[0][0]}:0.8"]
-    assert main(["replay", with_one["path"], *words]) == 0
-    moved = [(str(Path(given[0][0]).rename(tmp_path / "moved.safetensors")), 1.0)]
-    backend = Backend(backend.folder, backend.outdir, backend.choice, LIMITS, loras=moved)
-    assert replayed(backend, with_one["path"]).message == "identical"
-    assert replayed(backend, plain["path"]).message == "identical"
+    words = ["--ckpt", files["base_v"][1], "--lora", f"{lora}:0.8"]
+    assert main(["replay", styled["path"], *words]) == 0
+    moved = [(str(lora.rename(tmp_path / "moved.safetensors")), 1.0)]
+    backend = backend_with(files, tmp_path / "out", loras=moved)
+    assert replay(backend, styled["path"]) == replay(backend, plain["path"]) == "identical"
 
 
 @pytest.mark.parametrize(
@@ -290,10 +297,9 @@ def test_chosen_loras_change_the_picture_and_are_found_again_by_content(
         (["style"], "`style.pt` is"),
     ],
 )
-def test_loras_are_those_that_were_offered(backend, answers, tmp_path, chosen, message):
+def test_loras_are_those_that_were_offered(files, answers, tmp_path, chosen, message):
     (tmp_path / "style.pt").write_bytes(b"<html>")
-    loras = [(str(tmp_path / "style.pt"), 1)]
-    backend = Backend(backend.folder, backend.outdir, backend.choice, LIMITS, loras=loras)
+    backend = backend_with(files, tmp_path / "out", loras=[(str(tmp_path / "style.pt"), 1)])
     job = run(backend, "txt2img", answers("txt2img", lora=chosen))
     assert message in job.message
     assert str(tmp_path) not in job.message
@@ -306,24 +312,26 @@ def test_loras_are_those_that_were_offered(backend, answers, tmp_path, chosen, m
         ([("a/x.pt", 1), ("b/x.pt", 1)], "have the same name"),
     ],
 )
-def test_loras_are_there_when_the_app_starts(backend, loras, message):
+def test_loras_are_there_when_the_app_starts(files, tmp_path, loras, message):
     with pytest.raises((ValueError, OSError), match=message):
-        Backend(backend.folder, backend.outdir, backend.choice, LIMITS, loras=loras)
+        backend_with(files, tmp_path, loras=loras)
 
 
-def test_a_picture_is_made_again_with_the_words_it_was_made_with(backend, files, answers, tmp_path):
+def test_an_image_is_made_again_with_the_embeddings_it_was_made_with(
+    backend, files, answers, tmp_path
+):
     width = ldm.load(files["base_v"][3], files["base_v"][1]).conditioner.text.width
-    word = tmp_path / "cat.safetensors"
     choice = replace(CHOICE, embedding=(str(tmp_path),))
-    taught = Backend(backend.folder, backend.outdir, choice, LIMITS)
-    path = run(backend, "txt2img", answers("txt2img", prompt="a cat")).images[0]["path"]
-    write_embeddings(word, {"cat": torch.randn(2, width)})
-    with_word = run(taught, "txt2img", answers("txt2img", prompt="a cat")).images[0]["path"]
-    assert (pixels(path) != pixels(with_word)).any()
-    for shown in (path, with_word):
-        assert replayed(taught, shown).message == "identical"
-    write_embeddings(word, {"cat": torch.randn(2, width)})
-    assert "`cat.safetensors`, which is not here" in replayed(taught, with_word).message
+    taught = backend_with(files, tmp_path / "out", choice=choice)
+    write_embeddings(tmp_path / "cat.safetensors", {"cat": torch.randn(2, width)})
+    plain, learned = (
+        run(each, "txt2img", answers("txt2img", prompt="a cat")).images[0]["path"]
+        for each in (backend, taught)
+    )
+    assert (pixels(plain) != pixels(learned)).any()
+    assert replay(taught, plain) == replay(taught, learned) == "identical"
+    write_embeddings(tmp_path / "cat.safetensors", {"cat": torch.randn(2, width)})
+    assert "`cat.safetensors`, which is not here" in replay(taught, learned)
 
 
 def test_a_checkpoint_is_inspected_by_its_name_only(backend):

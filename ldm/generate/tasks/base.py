@@ -32,22 +32,22 @@ class PreparedTask:
         self.request = request
 
     def output_size(self, model: "LatentDiffusion") -> tuple[int, int]:
-        """(height, width) of the images in pixels: as requested, else the model's own."""
+        """Return (height, width) of the images in pixels: as requested, else the model's own."""
         native = model.image_size * model.downscale
         height, width = self.request.sampling.size
         return height or native, width or native
 
     def begin(self, model: "LatentDiffusion") -> None:
-        """Called once, before the first batch."""
+        """Prepare for the first batch, with the model."""
 
     def generate(
         self, model: "LatentDiffusion", prompts: list[str], options: "TaskOptions"
     ) -> "Tensor":
-        """The images of one batch, (B, 3, H, W) in [-1, 1], one for each prompt."""
+        """Make one batch of images, (B, 3, H, W) in [-1, 1], one for each prompt."""
         raise NotImplementedError
 
     def protected_pixels(self) -> "tuple[Image.Image, Image.Image] | None":
-        """(image, mask): where the mask is 0, results keep the pixels of the image."""
+        """Return (image, mask): where the mask is 0, results keep the pixels of the image."""
         return None
 
 
@@ -86,7 +86,7 @@ class Task:
     enlarges: bool = False
 
     def groups(self) -> dict[str, type]:
-        """The groups of options, by their fields in `Request`."""
+        """Return the groups of options, by their fields in `Request`."""
         return {
             "inputs": self.inputs,
             "prompts": Prompts,
@@ -96,11 +96,11 @@ class Task:
         }
 
     def options(self) -> dict[str, tuple[Option, Value]]:
-        """Each option with its default, by name."""
+        """Return each option with its default, by name."""
         return _options(self.name, tuple(self.groups().values()), tuple(self.defaults.items()))
 
     def request(self, values: Mapping[str, object] | None = None) -> Request:
-        """A request for this task; options that are not in `values` have their defaults.
+        """Build a request for this task; options that are not in `values` have their defaults.
 
         Raises:
             ArgumentError: see `Request.with_values`.
@@ -140,7 +140,7 @@ class FolderInputs(ImageInputs):
     # fmt: on
 
     def each(self) -> Sequence["FolderInputs"]:
-        """The inputs of each image of the folder that this process works on.
+        """Return the inputs of each image of the folder that this process works on.
 
         Raises:
             MissingFile: the folder has no images.
@@ -151,7 +151,7 @@ class FolderInputs(ImageInputs):
         return self.in_folder(Path(self.indir).expanduser())[rank::world_size]
 
     def in_folder(self, folder: Path) -> list["FolderInputs"]:
-        """The inputs of all images of the folder."""
+        """Return the inputs of all images of the folder."""
         from ldm.imaging.reading import IMAGE_SUFFIXES
 
         paths = sorted(p for p in folder.glob("[!.]*") if p.suffix.lower() in IMAGE_SUFFIXES)

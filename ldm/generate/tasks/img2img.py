@@ -53,7 +53,7 @@ class Img2Img(PreparedImageTask):
         )
 
     def _latent_for_all_batches(self, model: "LatentDiffusion", n: int) -> "Tensor | None":
-        """The original sampled the latent once; its batches differ only by their noise."""
+        """Sample the latent once, as the original: its batches differ only by their noise."""
         from ldm.pipelines import encode_image, noise_source
 
         legacy = self.request.sampling.legacy

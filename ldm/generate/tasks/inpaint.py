@@ -42,7 +42,6 @@ class InpaintInputs(FolderInputs):
     # fmt: on
 
     def in_folder(self, folder: Path) -> list[FolderInputs]:
-        """The inputs of each pair X.png and X_mask.png."""
         pairs: list[FolderInputs] = []
         for mask in sorted(folder.glob(f"*{MASK_SUFFIX}")):
             image = mask.with_name(mask.name.removesuffix(MASK_SUFFIX) + ".png")
