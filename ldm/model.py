@@ -8,7 +8,7 @@
 Sampling and training live in other modules. Rombach et al. 2022 (arXiv:2112.10752).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,9 +31,11 @@ class LatentDiffusion(nn.Module):
     Args:
         parameterization: What `unet` predicts: "eps", "v" or "x0".
         scale_factor: Factor of the autoencoder's latents, about 1 / their standard deviation.
-        image_size: Side of the latents that the model was trained with, in latent pixels.
+        image_size: Side of the latents that the model was trained with, in latent pixels, or
+            (height, width).
 
     Attributes:
+        latent_size: (height, width) of the latents in training; `image_size` is the greater.
         provenance: Files that the model was loaded from, set by `ldm.load`.
     """
 
@@ -46,7 +48,7 @@ class LatentDiffusion(nn.Module):
         schedule: Schedule,
         parameterization: str = "eps",
         scale_factor: float = 1.0,
-        image_size: int = 64,
+        image_size: int | Sequence[int] = 64,
     ) -> None:
         super().__init__()
         scalings(parameterization, torch.ones(()))  # raises for an unknown one
@@ -61,7 +63,9 @@ class LatentDiffusion(nn.Module):
         self.schedule = schedule
         self.parameterization = parameterization
         self.scale_factor = scale_factor
-        self.image_size = image_size
+        height, width = (image_size,) * 2 if isinstance(image_size, int) else image_size
+        self.latent_size = (height, width)
+        self.image_size = max(height, width)
         self.provenance: dict[str, Any] = {}
 
     @property

@@ -13,7 +13,7 @@ import ldm
 from goldfile import Gold, gold
 from ldm.commands.main import main
 from ldm.loading.files.checkpoint import write_checkpoint
-from ldm.loading.legacy import restore_names
+from ldm.loading.weight_names import restore_names
 from picturehelp import MODELS, QUICK
 from pipelines.goldmodels import TINY_DPT, model_of
 from recipe import fill

@@ -15,11 +15,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ldm.encoders.text import TextEncoder
 from ldm.loading.addons.lora import load_loras
-from ldm.loading.build import add_unused_weights, build_on_meta, check_weights
-from ldm.loading.config import format_yaml, parse_yaml
+from ldm.loading.build import build_on_meta
+from ldm.loading.config import format_yaml, parse_yaml, read_yaml
 from ldm.loading.diffusers.files import (
     REST,
     build_folder,
@@ -28,12 +29,20 @@ from ldm.loading.diffusers.files import (
     write_texts,
 )
 from ldm.loading.families import PUBLISHED
-from ldm.loading.files.checkpoint import EMBEDDED, Checkpoint, write_checkpoint
-from ldm.loading.legacy import AUTOENCODER_CONFIG, our_names, translate_config
+from ldm.loading.files.checkpoint import (
+    EMBEDDED,
+    Checkpoint,
+    cast_weight,
+    use_ema_weights,
+    write_checkpoint,
+)
+from ldm.loading.legacy import AUTOENCODER_CONFIG, translate_config
 from ldm.loading.load import choose_config, probe_weights
+from ldm.loading.matching import match_weights, translate_words
+from ldm.loading.weight_names import original_name, our_names, rename_weights, restore_names
 from ldm.loading.weights import AUTOENCODER, identify_weights, read_autoencoder, read_weights
 from ldm.model import LatentDiffusion
-from ldm.runtime.errors import ArgumentError, MissingArgument, WrongFamily
+from ldm.runtime.errors import ArgumentError, ExistingFile, MissingArgument, WrongFamily
 from ldm.runtime.files import find_file
 from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.runtime.version import __version__
@@ -103,7 +112,7 @@ def plan_conversion(
     """
     if variant == "fp16" and dtype is None and not is_diffusers_folder(source):
         dtype = torch.float16
-    file = read_weights(source, ema, variant)
+    file = read_weights(source, variant)
     target = Path(target).expanduser()
     is_file = target.suffix in SUFFIXES
     text = _config_text(file, config)
@@ -111,14 +120,19 @@ def plan_conversion(
         message = f"`{file.path}` is of no known family\nhint: pass its config"
         raise MissingArgument(message, "config")
     raw = parse_yaml(text, where="config") if text else {}
+    model = build_on_meta(translate_config(raw, where="config")) if text else None
     metadata: dict[str, str | int] = {**file.metadata, **_provenance(file, text, raw, ema)}
-    notes = []
+    file, notes = _restore_names(file, model, ema=ema), []
     if vae is not None:
-        file = _replace_autoencoder(file, vae)
+        file = _replace_autoencoder(file, model, vae)
         notes.append(f"the autoencoder is that of {vae}")
     if loras:
-        file, metadata[LORAS] = _merge_loras(file, raw, loras, dtype)
+        file, metadata[LORAS], words = _merge_loras(file, model, loras, dtype)
         notes.append(f"merged: {', '.join(f'{name} of weight {w:g}' for name, w in loras)}")
+        file.words.update(words)
+    if file.words:
+        listed = ", ".join(f"`{word}`" for word in file.words)
+        notes.append(f"left out, pass their files as embeddings: {listed}")
     ema_state = file.ema_state if is_file and not (ema or prune or loras) else {}
     texts: JsonObject = {}
     if is_file:
@@ -184,7 +198,7 @@ def _check_target(conversion: Conversion, force: bool) -> None:
     if not target.exists():
         return
     if not force:
-        raise FileExistsError(f"`{target}` exists\nhint: `force` replaces it")
+        raise ExistingFile(f"`{target}` exists\nhint: `force` replaces it", "target")
     is_folder = target.is_dir()
     if is_folder != bool(conversion.texts) or (is_folder and not is_diffusers_folder(target)):
         kind = "a folder of another kind" if is_folder else "a file"
@@ -197,7 +211,7 @@ def _config_text(file: Checkpoint, config: str | Path | None) -> str | None:
     For an autoencoder alone the autoencoder's part of that; None for an unknown family.
     """
     weights = identify_weights(file)
-    is_part = not any(name.startswith("unet.") for name in weights.state)
+    is_part = not (file.has_ema or any(name.startswith("unet.") for name in weights.state))
     is_autoencoder = any(n.removeprefix(AUTOENCODER) == CONV_IN for n in weights.state)
     if config is None and EMBEDDED in file.metadata:
         text = file.metadata[EMBEDDED]
@@ -217,46 +231,71 @@ def _config_text(file: Checkpoint, config: str | Path | None) -> str | None:
     return text
 
 
+def _restore_names(file: Checkpoint, model: nn.Module | None, *, ema: bool) -> Checkpoint:
+    """The weights under the original's names, whatever the file says; with `ema` the averages.
+
+    Without a model, of an unknown family, names stay as they are.
+    """
+    if model is None:
+        if ema:
+            use_ema_weights(file.state, file.ema_state, {n: n for n in file.state}, file.path)
+        return file
+    weights, expected = identify_weights(file), model.state_dict()
+    if ema:
+        weights.use_ema(expected)
+    else:
+        weights.check_raw(expected)
+    known = dict(our_names(file.state)).values()
+    rest = {name: value for name, value in file.state.items() if name not in known}
+    state = translate_words(model, weights.state)
+    return replace(file, state=rest | {original_name(name): v for name, v in state.items()})
+
+
 def _merge_loras(
     file: Checkpoint,
-    raw: JsonMapping,
+    model: nn.Module | None,
     loras: Sequence[tuple[str | Path, float]],
     dtype: torch.dtype | None,
-) -> tuple[Checkpoint, str]:
-    """A model with LoRAs in its weights, and the list of all that it has now, as JSON.
+) -> tuple[Checkpoint, str, dict[str, Tensor]]:
+    """A model with LoRAs in its weights, the list of all that it has now as JSON, and their words.
 
     Sums are rounded to the dtype of the weights, or to the one that is written if that is finer.
     """
-    model = build_on_meta(translate_config(raw, where="config"))
     if not isinstance(model, LatentDiffusion):
         raise WrongFamily(f"`{file.path}` is a part of a model, LoRAs are for whole ones")
-    names = {ours: old for ours, old in our_names(file.state) if ours.startswith(LORA_PARTS)}
-    expected = {name: v for name, v in model.state_dict().items() if name.startswith(LORA_PARTS)}
-    state = {ours: file.state[old] for ours, old in names.items()}
+    state = {n: v for n, v in rename_weights(file.state).items() if n.startswith(LORA_PARTS)}
     if dtype == torch.float32:
         state = {name: v.float() if v.is_floating_point() else v for name, v in state.items()}
-    add_unused_weights(model, state, file.path)
-    check_weights(expected, state, f"`{file.path}` does not fit its config")
-    model.load_state_dict(state, strict=False, assign=True)
+    others = {n: v for n, v in model.state_dict().items() if not n.startswith(LORA_PARTS)}
+    model.load_state_dict(match_weights(model, state | others, file.path), assign=True)
     before = dict(model.named_parameters())
     load_loras(model, loras)
     merged = {
-        names[name]: parameter.detach()
+        original_name(name): parameter.detach()
         for name, parameter in model.named_parameters()
         if parameter is not before[name]
     }
     all_loras = json.loads(file.metadata.get(LORAS, "[]"))
     all_loras += [{**lora, "path": Path(lora["path"]).name} for lora in model.provenance["loras"]]
-    return replace(file, state={**file.state, **merged}, mapped=False), json.dumps(all_loras)
+    text = model.conditioner.find(TextEncoder)
+    words = text.added_embeddings if text is not None else {}
+    file = replace(file, state={**file.state, **merged}, mapped=False)
+    return file, json.dumps(all_loras), words
 
 
-def _replace_autoencoder(file: Checkpoint, vae: str | Path) -> Checkpoint:
-    """A whole model with another autoencoder, in the precision of its own."""
-    names = {ours: old for ours, old in our_names(file.state) if ours.startswith(AUTOENCODER)}
-    old = {ours: file.state[name] for ours, name in names.items()}
-    tensors = read_autoencoder(read_weights(vae), old, file.path)
-    new = {names[ours]: value.to(old[ours].dtype) for ours, value in tensors.items()}
-    return replace(file, state={**file.state, **new}, mapped=False)
+def _replace_autoencoder(file: Checkpoint, model: nn.Module | None, vae: str | Path) -> Checkpoint:
+    """A whole model with another autoencoder, in the precision of its own if it has one."""
+    if isinstance(model, LatentDiffusion):
+        autoencoder: nn.Module = model.autoencoder
+    else:
+        raw = read_yaml(f"{PUBLISHED}/v1-inference.yaml")["model"]["params"]
+        autoencoder = build_on_meta(translate_config(raw[AUTOENCODER_CONFIG]))
+    tensors = restore_names(read_autoencoder(read_weights(vae), autoencoder, file.path))
+    names = [old for ours, old in our_names(file.state) if ours.startswith(AUTOENCODER)]
+    for name in tensors.keys() & set(names):
+        tensors[name] = cast_weight(name, tensors[name], file.state[name].dtype)
+    state = {name: value for name, value in file.state.items() if name not in names}
+    return replace(file, state=state | tensors, mapped=False)
 
 
 def _provenance(

@@ -10,7 +10,7 @@ methods whose verdicts are kept side by side:
     bias     spread of one norm's bias in the last block, small in eps models of SD 2
     probe    one pass of the UNet over a constant: a v model answers with minus its input
 
-All names here are ours (`legacy.rename_weights`).
+All names here are ours (`weight_names.rename_weights`).
 """
 
 import math
@@ -20,9 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ldm.loading.files.checkpoint import ema_name
+from ldm.loading.weight_names import original_name
+
 __all__ = [
-    "FAMILIES", "PUBLISHED", "Family", "Prediction", "Verdict", "detect_prediction",
-    "probe_prediction", "recognise_family", "zero_snr_markers",
+    "FAMILIES", "PUBLISHED", "TITLE_BY_WIDTH", "Family", "Prediction", "Verdict",
+    "detect_prediction", "probe_prediction", "recognise_family", "zero_snr_markers",
 ]  # fmt: skip
 
 PUBLISHED = "configs/stable-diffusion"
@@ -83,11 +86,21 @@ FAMILIES = (
 )
 # fmt: on
 
+# By the width of the tokens that cross-attention reads.
+TITLE_BY_WIDTH: dict[object, str] = {
+    768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"
+}  # fmt: skip
 # `global_step` in the published files of SD 2: 512-base-ema, v2-1_512-*, v2-1_768-*.
 STEPS = {875_000: "eps", 220_000: "eps", 110_000: "v"}
 VISION_TOWER = "conditioner.text.model.visual.proj"
 BIAS = "unet.output_blocks.11.1.transformer_blocks.0.norm1.bias"
-TO_K = "attn2.to_k.weight"
+# The original's names and diffusers', without dots, as in `model_ema.*`.
+FIRST = ("input_blocks00weight", "conv_inweight")
+VECTORS = {
+    "label_emb00weight": 1, "class_embeddinglinear_1weight": 1,
+    "label_embweight": 0, "class_embeddingweight": 0,
+}  # fmt: skip
+TO_K = "attn2to_kweight"
 BIAS_LIMIT = 0.09
 PROBE_LIMIT = -1.0
 
@@ -123,18 +136,27 @@ class Prediction:
         return f"{self.kind or 'unknown'} by {'; '.join(answers)}"
 
 
-def recognise_family(state: Mapping[str, Tensor]) -> Family | None:
-    """The family of weights under our names, or None if no published one looks like this."""
-    first = state.get("unet.input_blocks.0.0.weight")
-    if first is None or first.dim() != 4:
+def recognise_family(
+    state: Mapping[str, Tensor], ema_state: Mapping[str, Tensor] | None = None
+) -> Family | None:
+    """Return the family of weights, or None if no published one looks like this.
+
+    Args:
+        state: weights under our names, or under diffusers' behind our prefixes.
+        ema_state: `model_ema.*`, which a UNet may be present as alone.
+    """
+    unet = {n.removeprefix("unet."): v for n, v in state.items() if n.startswith("unet.")}
+    if not unet and ema_state:
+        prefix = ema_name(original_name("unet."))
+        unet = {name.removeprefix(prefix): value for name, value in ema_state.items()}
+    shapes = {name.replace(".", ""): value.shape for name, value in unet.items()}
+    first = next((shapes[name] for name in FIRST if name in shapes), None)
+    if first is None or len(first) != 4:
         return None
-    vector = None
-    if "unet.label_emb.0.0.weight" in state:  # Linear (out, in) for an embedding
-        vector = state["unet.label_emb.0.0.weight"].shape[1]
-    elif "unet.label_emb.weight" in state:  # Embedding (n, width) for a number
-        vector = state["unet.label_emb.weight"].shape[0]
-    contexts = (k.shape[1] for n, k in state.items() if n.startswith("unet.") and TO_K in n)
-    traits = (first.shape[1], next(contexts, None), vector, VISION_TOWER in state)
+    context = next((shape[1] for name, shape in shapes.items() if name.endswith(TO_K)), None)
+    # Linear (out, in) for an embedding, Embedding (n, width) for a number.
+    vector = next((shapes[name][axis] for name, axis in VECTORS.items() if name in shapes), None)
+    traits = (first[1], context, vector, VISION_TOWER in state)
     families = {(f.channels, f.context, f.vector, f.has_vision_tower): f for f in FAMILIES}
     return families.get(traits)
 

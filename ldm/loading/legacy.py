@@ -1,27 +1,22 @@
-"""Every name of the original, in one place: targets of configs, model classes, prefixes of weights.
+"""The original's names in configs: targets, model classes and their parameters.
 
     TARGETS         its dotted name -> ours            a class that takes the YAML's keywords
     MODEL_CLASSES   its model class -> encoders        become a LatentDiffusion
     UNSUPPORTED     its dotted name -> what it is      known, but not built by this version
-    PREFIXES        its prefix <-> ours                weights, used in both directions
-    DERIVED         tensors that are recomputed        dropped on load, written on export
 
-Inside the networks the original parameter names are ours too, so nothing below those prefixes is
-renamed.
+`weight_names` has its names of weights.
 """
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ldm.runtime.errors import ConfigError, unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["original_name", "our_names", "rename_weights", "restore_names", "translate_config"]
+__all__ = ["known_targets", "translate_config"]
 
 MODEL = "ldm.model.LatentDiffusion"
 AUTOENCODER = "ldm.nets.autoencoder.AutoencoderKL"
@@ -99,36 +94,6 @@ MODEL_KEYS = {
     "beta_schedule", "given_betas", "v_posterior", "parameterization", "scale_factor",
     "image_size", "rescale_betas_zero_snr", *SCHEDULE_KEYS,
 }  # fmt: skip
-
-# (the original's prefix, ours); renaming back takes the first that fits.
-PREFIXES = (
-    ("model.diffusion_model.", "unet."),
-    ("first_stage_model.", "autoencoder."),
-    ("cond_stage_model.", "conditioner.text."),
-    ("depth_model.", "conditioner.depth."),
-    ("low_scale_model.", "conditioner.lowres."),
-    ("embedder.", "conditioner.image.clip."),
-    ("noise_augmentor.", "conditioner.image.noise."),
-    ("conditioner.embedders.0.", "conditioner.text."),
-)
-
-DERIVED = re.compile(
-    r"""betas | (sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?
-    | posterior_(variance|log_variance_clipped|mean_coef[12]) | lvlb_weights | denoiser\.sigmas
-    | logvar | scale_factor | noise_augmentor\.data_(mean|std) | cond_stage_model\.(mean|std)
-    | model_ema\..* | (first_stage_model\.)?(loss|model_ema)\..*
-    | .*\.embeddings\.position_ids | .*\.attn_mask | v_pred | ztsnr""",
-    re.VERBOSE,
-)
-MARKERS = ("v_pred", "ztsnr")  # empty tensors that some tools add
-# CLIP with a vision tower, of which the text tower is not used.
-VISION_TOWER = "cond_stage_model.model.visual.proj"
-UNUSED_TEXT_TOWER = "cond_stage_model.model.transformer."
-TABLES = re.compile(
-    r"scale_factor|betas|\w*alphas_cumprod\w*|posterior_.*|noise_augmentor\.data_(mean|std)"
-)
-LOSS = re.compile(r"(first_stage_model\.)?loss\.(.+)")
-POSITIONS = "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight"
 
 
 def translate_config(
@@ -318,60 +283,3 @@ MODEL_CLASSES = {
 def known_targets() -> list[str]:
     """Every name that may stand after `target:`."""
     return [*TARGETS, *MODEL_CLASSES, *UNSUPPORTED, *CLASSES]
-
-
-def our_names(names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(our name, the original's) of weights; those that are recomputed here are left out.
-
-    Also accepts text towers saved without `text_model.`, as some tools and new libraries write.
-    """
-    names = list(names)
-    unused = UNUSED_TEXT_TOWER if VISION_TOWER in names else ()
-    for original in names:
-        if DERIVED.fullmatch(original) or original.startswith(unused):
-            continue
-        prefixes = (pair for pair in PREFIXES if original.startswith(pair[0]))
-        theirs, ours = next(prefixes, ("", ""))
-        name = ours + original.removeprefix(theirs)
-        tower = "conditioner.text.transformer."
-        if name.startswith(tower) and not name.startswith(tower + "text_model."):
-            name = f"{tower}text_model.{name.removeprefix(tower)}"
-        yield name, original
-
-
-def rename_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under the original's names -> under ours, without those that are recomputed."""
-    return {ours: state[original] for ours, original in our_names(state)}
-
-
-def loss_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of training losses in an original file: `discriminator.…`, `perceptual_loss.…`."""
-    matches = ((LOSS.fullmatch(name), value) for name, value in state.items())
-    return {match[2]: value for match, value in matches if match}
-
-
-def schedule_tables(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors beside the weights: schedule tables, and the scale if training measured it."""
-    return {name: value for name, value in state.items() if TABLES.fullmatch(name)}
-
-
-def original_name(name: str) -> str:
-    """Our name of a weight, or the start of one -> the original's."""
-    for theirs, ours in PREFIXES:
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
-    return name
-
-
-def restore_names(
-    state: Mapping[str, Tensor], buffers: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """Our names -> the original's; `buffers` are the schedule's tables, put first."""
-    originals = dict(buffers or {})
-    for name, value in state.items():
-        original = original_name(name)
-        if original == POSITIONS:
-            ids = torch.arange(len(value), device="cpu")[None]
-            originals[original.replace("embedding.weight", "ids")] = ids
-        originals[original] = value
-    return originals

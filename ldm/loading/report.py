@@ -11,9 +11,10 @@ from ldm.loading.build import build_on_meta
 from ldm.loading.families import Prediction
 from ldm.loading.files.checkpoint import EMBEDDED, detect_format, read_checkpoint
 from ldm.loading.files.pickles import foreign_imports, pickle_imports
-from ldm.loading.legacy import original_name, translate_config
+from ldm.loading.legacy import translate_config
 from ldm.loading.load import choose_config, probe_weights, read_config
 from ldm.loading.published import find_checkpoint, identify_hash
+from ldm.loading.weight_names import original_name
 from ldm.loading.weights import Weights, identify_weights
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import FAMILIES, family_of

@@ -4,19 +4,20 @@ path -> Checkpoint    names as in the file; folders bring their config in the me
      -> Weights       our names, with the family and the metadata
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ldm.loading.build import check_weights
 from ldm.loading.diffusers.files import is_diffusers_folder, read_folder
 from ldm.loading.families import Family, Prediction, detect_prediction, recognise_family
 from ldm.loading.files.checkpoint import EMBEDDED, Checkpoint, read_checkpoint, use_ema_weights
-from ldm.loading.legacy import MARKERS, original_name, rename_weights, schedule_tables
+from ldm.loading.matching import match_weights
 from ldm.loading.published import find_checkpoint
-from ldm.runtime.errors import ArgumentError, MissingFile, WeightsMismatch
+from ldm.loading.weight_names import MARKERS, original_name, rename_weights, schedule_tables
+from ldm.nets.autoencoder import AutoencoderKL
+from ldm.runtime.errors import MissingArgument, MissingFile, WeightsMismatch
 
 __all__ = ["Weights", "identify_weights", "read_autoencoder", "read_weights"]
 
@@ -55,32 +56,33 @@ class Weights:
         """Replace (or add) weights by their EMA; `names` are those of the model."""
         originals = {original_name(name): name for name in (*names, *self.state)}
         use_ema_weights(self.state, self.source.ema_state, originals, self.path)
-        # Known only now, if the file holds nothing but the EMA of the UNet.
-        self.family = recognise_family(self.state)
         step = self.source.step
         self.prediction = detect_prediction(self.family, self.state, step, self.markers)
 
+    def check_raw(self, names: Iterable[str]) -> None:
+        """Raise MissingArgument if a UNet is there only as its EMA; `names` are the model's."""
+        is_raw = any(name.startswith("unet.") for name in self.state)
+        if self.source.has_ema and not is_raw and any(name.startswith("unet.") for name in names):
+            message = f"`{self.path}` holds only averaged (EMA) weights of the UNet"
+            raise MissingArgument(f"{message}\nhint: load it with `ema`", "ema")
 
-def read_weights(path: str | Path, ema: bool = False, variant: str | None = None) -> Checkpoint:
+
+def read_weights(path: str | Path, variant: str | None = None) -> Checkpoint:
     """The weights under the original's names; of folders with their config in the metadata.
 
     Args:
         path: a .ckpt or .safetensors, a diffusers folder, the folder of a training run, or a name
             that `find_checkpoint` knows.
-        ema: replace raw weights by their EMA.
         variant: in the file names of a diffusers folder, such as `fp16`.
 
     Raises:
         MissingFile: there is no such file, or none in the folder.
-        ValueError: it holds no weights, or no averaged ones.
+        ValueError: it holds no weights.
     """
     folder = find_checkpoint(path)
     if not folder.is_dir():
-        return read_checkpoint(folder, ema)
+        return read_checkpoint(folder)
     if is_diffusers_folder(folder):
-        if ema:
-            message = f"`{path}` has no averaged (EMA) weights: diffusers folders have none"
-            raise ArgumentError(message, "ema")
         return read_folder(folder, variant)
     weights, config = _newest(folder, RUN_WEIGHTS), _newest(folder, RUN_CONFIGS)
     if weights is None:
@@ -88,7 +90,7 @@ def read_weights(path: str | Path, ema: bool = False, variant: str | None = None
             f"`{path}` is neither a diffusers folder (`model_index.json`) nor the folder of a "
             "training run (`checkpoints/last.ckpt`)"
         )
-    file = read_checkpoint(weights, ema)
+    file = read_checkpoint(weights)
     if config is None or EMBEDDED in file.metadata:
         return file
     return replace(file, metadata=file.metadata | {EMBEDDED: config.read_text("utf-8")})
@@ -98,26 +100,25 @@ def identify_weights(source: Checkpoint) -> Weights:
     """The weights under our names, with their family and what they predict."""
     state, tables = rename_weights(source.state), schedule_tables(source.state)
     markers = source.metadata | {name: "" for name in MARKERS if name in source.state}
-    family = recognise_family(state)
+    family = recognise_family(state, source.ema_state)
     prediction = detect_prediction(family, state, source.step, markers)
     return Weights(source, state, tables, markers, family, prediction, source.mapped)
 
 
 def read_autoencoder(
-    source: Checkpoint, model_state: Mapping[str, Tensor], model: str | Path
+    source: Checkpoint, autoencoder: nn.Module, model: str | Path
 ) -> dict[str, Tensor]:
-    """The autoencoder of a checkpoint, alone in there or within a whole model, under our names.
+    """Return the autoencoder of a checkpoint, alone in there or within a model, under our names.
 
-    Its shapes are checked against the model's; `model` is where that is from, for messages.
+    Args:
+        autoencoder: of the model.
+        model: the model's file, for messages.
     """
-    shapes = {name: v for name, v in model_state.items() if name.startswith(AUTOENCODER)}
-    if not shapes:
+    if not isinstance(autoencoder, AutoencoderKL):
         raise WeightsMismatch(f"`{model}` has no autoencoder that another could replace")
-    state = rename_weights(source.state)
-    state = {AUTOENCODER + name.removeprefix(AUTOENCODER): v for name, v in state.items()}
-    state = {name: value for name, value in state.items() if name in shapes}
-    check_weights(shapes, state, f"the autoencoder of `{source.path}` does not fit `{model}`")
-    return state
+    misfit = f"the autoencoder of `{source.path}` does not fit `{model}`"
+    state = match_weights(autoencoder, rename_weights(source.state), source.path, misfit)
+    return {f"{AUTOENCODER}{name}": value for name, value in state.items()}
 
 
 def _newest(folder: Path, patterns: Iterable[str]) -> Path | None:

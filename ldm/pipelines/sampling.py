@@ -227,8 +227,7 @@ def _latent_size(
     model: LatentDiffusion, size: tuple[int, int] | None, like: Tensor | None
 ) -> tuple[int, int]:
     if size is None:
-        side = model.image_size
-        return (side, side) if like is None else (like.shape[-2], like.shape[-1])
+        return model.latent_size if like is None else (like.shape[-2], like.shape[-1])
     f = model.downscale
     if any(pixels <= 0 or pixels % f for pixels in size):
         raise ArgumentError(

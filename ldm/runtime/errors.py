@@ -7,6 +7,7 @@
     │   └── WrongFamily                       a model that is made for another task
     ├── MissingFile (FileNotFoundError)       a file that an argument names
     ├── DownloadError (OSError)               a file that a server does not give
+    ├── ExistingFile (FileExistsError)        a file that is not replaced unasked
     ├── FileFormatError (ValueError)          a file that is damaged, refused or of another kind
     ├── ConfigError (ValueError)              a config that describes no model
     ├── WeightsMismatch (ValueError)          weights whose names or shapes do not fit a model
@@ -23,6 +24,7 @@ __all__ = [
     "ArgumentError",
     "ConfigError",
     "DownloadError",
+    "ExistingFile",
     "FileFormatError",
     "LdmError",
     "MissingArgument",
@@ -94,6 +96,10 @@ class DownloadError(LdmError, OSError):
     def __init__(self, message: str, *, is_local: bool = False) -> None:
         super().__init__(message)
         self.is_local = is_local
+
+
+class ExistingFile(LdmError, FileExistsError):
+    """A file that exists and is not replaced unasked."""
 
 
 class FileFormatError(LdmError, ValueError):

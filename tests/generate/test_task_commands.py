@@ -12,7 +12,7 @@ from goldfile import gold
 from ldm.commands.main import main
 from ldm.imaging.metadata import read_info
 from ldm.loading.files.checkpoint import write_checkpoint
-from ldm.loading.legacy import restore_names
+from ldm.loading.weight_names import restore_names
 from ldm.nets.karlo import Prior
 from picturehelp import QUICK, pixels
 

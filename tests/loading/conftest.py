@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldm.loading.config import instantiate, read_yaml
-from ldm.loading.legacy import restore_names
+from ldm.loading.weight_names import restore_names
 
 TINY = """
 model:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from lorahelp import KINDS, PROMPTS, outputs, random_adapter, their_parts, tiny_model
+from lorahelp import KINDS, PROMPTS, WIDTH, outputs, random_adapter, their_parts, tiny_model
 
 from ldm.loading.addons import lora
 from ldm.loading.addons.lora import kohya_name, load_loras, lora_targets, read_lora, write_lora
@@ -75,28 +75,102 @@ def test_a_file_comes_back_bit_for_bit(model, style, tmp_path):
     assert all(torch.equal(again[name].delta(), adapter[name].delta()) for name in adapter)
 
 
-@pytest.mark.parametrize(
-    ("part", "old", "new"),
-    [
-        ("unet.", ".to_q.lora_A.", ".processor.to_q_lora.down."),
-        ("unet.", ".to_out.0.lora_B.", ".processor.to_out_lora.up."),
-        ("unet.", ".lora_A.", ".lora.down."),
-        ("unet.", "unet.", ""),
-        ("unet.", "unet.", "base_model.model.unet."),
-        ("unet.", ".lora_A.", ".lora_A.default."),
-        ("text_encoder.", ".lora_B.", ".lora_linear_layer.up."),
-        ("text_encoder.", ".text_model.", "."),
-    ],
-)
-def test_older_spellings_are_understood(part, old, new, tmp_path):
+SPELLINGS = [
+    ("unet.", ".to_q.lora_A.", ".processor.to_q_lora.down."),
+    ("unet.", ".to_out.0.lora_B.", ".processor.to_out_lora.up."),
+    ("unet.", ".lora_A.", ".lora.down."),
+    ("unet.", "unet.", ""),
+    ("unet.", "unet.", "base_model.model.unet."),
+    ("unet.", ".lora_A.", ".lora_A.default."),
+    ("text_encoder.", ".lora_B.", ".lora_linear_layer.up."),
+    ("text_encoder.", ".text_model.", "."),
+    ("text_encoder.", "text_encoder.", "base_model.model."),
+    ("text_encoder.", "text_encoder.text_model.", "base_model.model."),
+    ("text_encoder.", "text_encoder.", "lora_te1_"),
+    ("text_encoder.", "text_encoder.", "text_encoders.clip_l.transformer."),
+    ("unet.", "unet.", "base_model.model."),
+    ("unet.", "unet.", "diffusion_model."),
+    ("unet.", "unet.", "lycoris_unet_"),
+]
+
+
+def test_other_spellings_are_understood(tmp_path):
     model = tiny_model()
     write_lora(random_adapter(model), tmp_path / "x.safetensors", model, "diffusers")
+    ours = read_lora(tmp_path / "x.safetensors", model).state_dict()
     state = read_checkpoint(tmp_path / "x.safetensors").state
-    renamed = {k.replace(old, new) if k.startswith(part) else k: v for k, v in state.items()}
-    assert renamed.keys() != state.keys()
-    write_checkpoint(tmp_path / "old.safetensors", renamed)
-    ours, theirs = (read_lora(tmp_path / f"{n}.safetensors", model) for n in ("x", "old"))
-    assert same(theirs.state_dict(), ours.state_dict())
+    for part, old, new in SPELLINGS:
+        renamed = {k.replace(old, new) if k.startswith(part) else k: v for k, v in state.items()}
+        assert renamed.keys() != state.keys()
+        write_checkpoint(tmp_path / "other.safetensors", renamed)
+        assert same(read_lora(tmp_path / "other.safetensors", model).state_dict(), ours), new
+
+
+ORIGINAL = "input_blocks.1.1.transformer_blocks.0.attn1.to_q"
+KOHYA = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+def low_rank(layer, down="lora_down", up="lora_up", rank=4, width=32):
+    """The two matrices for a layer, and what they add to it where alpha is their rank."""
+    torch.manual_seed(0)
+    a, b = torch.randn(rank, width), torch.randn(width, rank)
+    return {f"{layer}.{down}.weight": a, f"{layer}.{up}.weight": b}, b @ a
+
+
+def test_layers_may_have_the_names_of_the_original(tmp_path):
+    model = tiny_model("sd1")
+    for layer in (
+        KOHYA,
+        f"lora_unet_{ORIGINAL.replace('.', '_')}",
+        f"diffusion_model.{ORIGINAL}",
+        f"model.diffusion_model.{ORIGINAL}",
+        f"base_model.model.{ORIGINAL}",
+        ORIGINAL,
+    ):
+        state, delta = low_rank(layer)
+        state[f"{layer}.alpha"] = torch.tensor(2.0)
+        write_checkpoint(tmp_path / "x.safetensors", state)
+        before = {name: value.clone() for name, value in model.unet.state_dict().items()}
+        load_loras(model, [(tmp_path / "x.safetensors", 1.0)])
+        before[f"{ORIGINAL}.weight"] += 2 / 4 * delta
+        weights = model.unet.state_dict()
+        assert all(torch.allclose(weights[n], v, atol=1e-6) for n, v in before.items()), layer
+
+
+def test_a_folder_of_peft_is_merged_into_both_towers(tmp_path):
+    """Alpha is in the config beside each file; rsLoRA divides it by the root of the rank."""
+    text = "base_model.model.text_model.encoder.layers.0.self_attn.q_proj"
+    parts = {"text_encoder": (text, WIDTH)}
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    parts["unet"] = (f"base_model.model.{layer}", 32)
+    deltas = {}
+    for name, (key, width) in parts.items():
+        state, deltas[name] = low_rank(key, "lora_A", "lora_B", width=width)
+        write_checkpoint(tmp_path / name / "adapter_model.safetensors", state)
+        about = {"r": 4, "lora_alpha": 8, "use_rslora": name == "unet"}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(about))
+    model = tiny_model()
+    lora = read_lora(tmp_path, model)
+    torch.testing.assert_close(lora[KOHYA].delta(), 8 / 2 * deltas["unet"])
+    name = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    torch.testing.assert_close(lora[name].delta(), 8 / 4 * deltas["text_encoder"])
+    assert len(lora) == 2
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no `pytorch_lora_weights` or `adapter_mo"):
+        read_lora(tmp_path / "empty", model)
+
+
+def test_words_in_a_file_are_taught_and_layers_of_rank_zero_change_nothing(tmp_path):
+    state = low_rank(KOHYA, rank=0)[0] | {f"{KOHYA}.alpha": torch.tensor(0.0)}
+    words = {"cat.v1": torch.randn(2, WIDTH), "dog": torch.randn(1, WIDTH)}
+    state["bundle_emb.cat.v1.string_to_param.*"] = words["cat.v1"]
+    state["bundle_emb.dog.emb_params"] = words["dog"]
+    write_checkpoint(tmp_path / "x.safetensors", state)
+    model = tiny_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    load_loras(model, [(tmp_path / "x.safetensors", 1.0)])
+    assert same(model.state_dict(), before)
+    assert same(model.conditioner.text.added_embeddings, words)
 
 
 def test_alpha_is_found_in_notes(tmp_path):
@@ -159,6 +233,10 @@ def test_a_file_of_another_family_is_refused_in_one_line(tmp_path):
     ("names", "message"),
     [
         (["lora_unet_conv_in.hada_w1_a"], "holds a LoHa, only LoRA and LoCon are supported"),
+        (["lora_unet_conv_in.lokr_w1"], "holds a LoKr"),
+        (["lora_unet_conv_in.oft_blocks"], "holds a OFT"),
+        (["lora_unet_conv_in.on_input", "lora_unet_conv_in.weight"], r"holds a \(IA\)\^3"),
+        (["lora_unet_conv_in.a1.weight"], "holds a GLoRA"),
         (["lora_unet_conv_in.lora_mid.weight"], "holds a LoCon in Tucker form"),
         (["unet.conv_in.lora_magnitude_vector.weight"], "holds a DoRA"),
         (["lora_unet_conv_in.lora_down.weight"], "is missing in 1 layers: `lora_unet_conv_in`"),

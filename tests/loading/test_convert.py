@@ -1,6 +1,8 @@
 """Conversion from the command line: what is written, what is refused, what is left untouched."""
 
 import json
+import shutil
+import warnings
 
 import pytest
 import torch
@@ -137,6 +139,25 @@ def test_half_precision_and_its_variant(tiny, state, tmp_path):
     run(tiny, tmp_path / "b.safetensors", "--dtype", "bfloat16")
     weights = read_checkpoint(tmp_path / "b.safetensors").state
     assert torch.equal(weights[CONV_IN], state[CONV_IN].bfloat16())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # about the schedule, which was rounded
+        ldm.load(tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize("ending", ["ckpt", "safetensors"])
+def test_numbers_too_large_for_half_precision_are_named(state, text, tmp_path, capsys, ending):
+    large = {name: value.clone() for name, value in state.items()}
+    for name in (CONV_IN, "model.diffusion_model.out.2.bias"):
+        large[name].view(-1)[0] = -1e6
+    large["cond_stage_model.model.attn_mask"] = torch.tensor([-torch.inf])  # is left as it is
+    torch.save({"state_dict": large, "ldm.config": text}, tmp_path / "x.ckpt")
+    target = tmp_path / f"half.{ending}"
+    error = fails(capsys, tmp_path / "x.ckpt", target, "--dtype", "float16")
+    assert "2 tensors hold numbers too large for torch.float16: `" in error
+    assert CONV_IN in error
+    assert "model.diffusion_model.out.2.bias" in error
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.ckpt"]
+    run(tmp_path / "x.ckpt", target, "--dtype", "bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -157,6 +178,14 @@ def test_ema_is_kept_merged_or_left_out(
     unet = [k for k in state if k.startswith("model.")]
     assert all(torch.equal(file.state[k], state[k] + (not is_raw)) for k in unet)
     assert bool(file.ema_state) == keeps_ema
+    if "--ema" in flags:  # also where the file has no raw weights
+        file = read_checkpoint(with_ema)
+        lean = {k: v for k, v in file.state.items() if k not in unet}
+        averages = {"state_dict": lean | file.ema_state, **file.metadata}
+        torch.save(averages, tmp_path / "averages.ckpt")
+        run(tmp_path / "averages.ckpt", tmp_path / target, *flags, "--force")
+        again = read_weights(tmp_path / target).state
+        assert all(torch.equal(again[k], state[k] + 1) for k in unet)
     assert ("model_ema.*" in capsys.readouterr().err) == (not keeps_ema)
 
 
@@ -224,7 +253,7 @@ def test_an_autoencoder_alone(tmp_path, state, text, config):
     assert same(ldm.load(tmp_path / "kl").state_dict(), vae_of(state))
 
 
-def test_another_autoencoder_takes_the_place_of_the_models_own(tiny, state, tmp_path, capsys):
+def test_another_autoencoder_takes_the_place_of_the_models_own(tiny, state, text, tmp_path, capsys):
     """Such as one whose decoder was trained on: alone in its file, or within a whole model."""
     vae, x, y = (tmp_path / name for name in ("vae.ckpt", "x.ckpt", "y.safetensors"))
     other = {name: (value + 1).half() for name, value in vae_of(state).items()}
@@ -235,6 +264,15 @@ def test_another_autoencoder_takes_the_place_of_the_models_own(tiny, state, tmp_
     assert ldm.load(x).autoencoder is not None
     run(tiny, y, "--vae", x)
     assert same(read_checkpoint(y).state, expected)
+    lean = {name: value for name, value in expected.items() if not name.startswith(VAE)}
+    torch.save({"state_dict": lean, "ldm.config": text}, tmp_path / "lean.ckpt")
+    run(tmp_path / "lean.ckpt", tmp_path / "z.ckpt", "--vae", x)
+    assert same(read_checkpoint(tmp_path / "z.ckpt").state, expected)
+    run(x, tmp_path / "folder")
+    alone = tmp_path / "folder/vae/diffusion_pytorch_model.safetensors"
+    run(tiny, tmp_path / "z.ckpt", "--vae", alone, "--force")
+    assert same(read_checkpoint(tmp_path / "z.ckpt").state, expected)
+    (tmp_path / "z.ckpt").unlink()
     write_checkpoint(tmp_path / "no.ckpt", {"decoder.conv_in.bias": torch.ones(1)})
     error = fails(capsys, tiny, tmp_path / "z.ckpt", "--vae", tmp_path / "no.ckpt")
     assert "does not fit" in error
@@ -245,6 +283,9 @@ def test_nothing_is_replaced_unasked(tiny, folder, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("mine")
     assert "exists" in fails(capsys, tiny, tmp_path / "x.safetensors")
+    with pytest.raises(FileExistsError) as caught:
+        convert(plan_conversion(tiny, tmp_path / "x.safetensors"))
+    assert caught.value.argument == "target"
     assert (tmp_path / "x.safetensors").read_text() == "mine"
     assert "is not replaced" in fails(capsys, tiny, tmp_path / "mine", "--force")
     assert (tmp_path / "mine/thesis.txt").read_text() == "mine"
@@ -301,6 +342,78 @@ def test_folders_of_other_versions_are_read(tiny, state, tmp_path):
     vae.unlink()
     unet.unlink()
     assert same(read_weights(place).state, state)
+
+
+@pytest.mark.parametrize("suffix", [".fp16.safetensors", ".fp16.bin"])
+def test_the_only_variant_is_taken_whatever_its_files_are(folder, state, tmp_path, suffix):
+    place = shutil.copytree(folder, tmp_path / "x")
+    for path in place.glob("*/*.safetensors"):
+        content = read_checkpoint(path).state
+        stem = "pytorch_model" if suffix == ".fp16.bin" and path.stem == "model" else path.stem
+        if suffix == ".fp16.bin":
+            torch.save(content, path.with_name(stem + suffix))
+        else:
+            write_checkpoint(path.with_name(stem + suffix), content)
+        (path.parent / f"{stem}.non_ema{suffix[5:]}").touch()
+        path.unlink()
+    assert same(read_weights(place).state, state)
+
+
+def edit(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_sizes_of_a_folder_may_be_lists(folder, tmp_path):
+    place = shutil.copytree(folder, tmp_path / "x")
+    (place / REST).unlink()
+    about = json.loads((place / "unet/config.json").read_text())
+    edit(
+        place / "unet/config.json",
+        sample_size=[8, 16],
+        layers_per_block=[about["layers_per_block"]] * 2,
+        cross_attention_dim=[about["cross_attention_dim"]] * 2,
+        transformer_layers_per_block=[1, 1],
+    )
+    model = ldm.load(place)
+    assert model.latent_size == (8, 16)
+    assert ldm.txt2img(model, ["a cat"], steps=1).shape == (1, 3, 16, 32)
+    run(place, tmp_path / "y")
+    about = json.loads((tmp_path / "y/unet/config.json").read_text())
+    assert about["sample_size"] == [8, 16]
+
+
+TOKENS = {
+    "added_tokens.json": {"<cat>": 49408, "<cat>_1": 49409},
+    "tokenizer_config.json": {
+        "added_tokens_decoder": {"49408": {"content": "<cat>"}, "49409": {"content": "<cat>_1"}}
+    },
+    "tokenizer.json": {
+        "added_tokens": [{"id": 49408, "content": "<cat>"}, {"id": 49409, "content": "<cat>_1"}]
+    },
+}
+
+
+def test_words_of_a_folder_are_known(folder, state, tmp_path, capsys, caplog):
+    place = shutil.copytree(folder, tmp_path / "x")
+    path = place / "text_encoder/model.safetensors"
+    content, name = read_checkpoint(path).state, "text_model.embeddings.token_embedding.weight"
+    vectors = torch.randn(2, content[name].shape[1])
+    content[name] = torch.cat([content[name], vectors])
+    path.unlink()
+    write_checkpoint(path, content)
+    edit(place / "text_encoder/config.json", vocab_size=49410)
+    assert same(read_weights(place).state, state)
+    assert "tells no words of 2 added rows" in caplog.text
+    for file, tokens in TOKENS.items():
+        edited = tmp_path / file
+        shutil.copytree(place, edited)
+        if file != "tokenizer_config.json":
+            (edited / "tokenizer" / file).write_text("{}")
+        edit(edited / "tokenizer" / file, **tokens)
+        words = ldm.load(edited).conditioner.text.added_embeddings
+        assert same(words, {"<cat>": vectors, "<cat>_1": vectors[1:]}), file
+    run(edited, tmp_path / "y.ckpt")
+    assert "left out, pass their files as embeddings: `<cat>`" in capsys.readouterr().err
 
 
 def test_mistakes_are_said_in_one_line(folder, tmp_path, capsys):

@@ -44,6 +44,8 @@ FORMATS = {
     "kohya.safetensors": {"emb_params": VECTORS},
     "one.bin": {"<one>": VECTORS[0]},
     "many.safetensors": {"<many>": VECTORS, "<more>": VECTORS[:2]},
+    "two.pt": {"string_to_param": {"<x>": VECTORS[:1], "<y>": VECTORS}},
+    "shared.safetensors": {"clip_l": VECTORS},
 }
 
 
@@ -55,6 +57,7 @@ def test_every_format_is_read(name, tmp_path):
     else:
         torch.save(content, path)
     words = {path.stem: VECTORS}  # where the file does not name its token
+    content = content if name != "two.pt" else content["string_to_param"]
     if "<" in str(content.keys()):
         words = {word: vectors.reshape(-1, WIDTH) for word, vectors in content.items()}
     state = read_embeddings(path)
@@ -67,13 +70,16 @@ def test_what_does_not_fit_is_refused_and_skipped_in_a_folder(tmp_path, caplog):
     write_embeddings(tmp_path / "wide.safetensors", {"<wide>": torch.zeros(2, 768)})
     write_embeddings(tmp_path / "xl.safetensors", {"clip_l": VECTORS, "clip_g": VECTORS})
     write_embeddings(tmp_path / "lora.safetensors", {"x": torch.zeros(2, 2, 1, 1)})
-    write_embeddings(tmp_path / "fits.safetensors", {"<Fits>": VECTORS})
+    write_embeddings(tmp_path / "none.safetensors", {"<none>": VECTORS[:0]})
+    write_embeddings(tmp_path / "people/fits.safetensors", {"<Fits>": VECTORS})
+    write_embeddings(tmp_path / ".hidden/x.safetensors", {"<hidden>": VECTORS})
     for name, message in (
         (
             "wide",
             r"`<wide>` has vectors of width 768 \(Stable Diffusion 1\), the text tower takes",
         ),
         ("xl", "two text towers: it is made for SDXL"),
+        ("none", "`<none>` has no vectors"),
         ("lora", "is not a textual inversion: it holds 1 other tensors"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -81,7 +87,7 @@ def test_what_does_not_fit_is_refused_and_skipped_in_a_folder(tmp_path, caplog):
     load_embeddings(model, [tmp_path])
     assert list(model.conditioner.text.added_embeddings) == ["<fits>"]
     assert len(model.provenance["embeddings"]) == 1
-    assert caplog.text.count("skipped: ") == 3
+    assert caplog.text.count("skipped: ") == 4
     del model.conditioner.text
     with pytest.raises(ValueError, match="no text tower"):
         load_embeddings(model, [tmp_path])

@@ -9,7 +9,8 @@ import torch
 from ldm.loading import legacy
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import instantiate, read_yaml
-from ldm.loading.legacy import rename_weights, restore_names, schedule_tables, translate_config
+from ldm.loading.legacy import translate_config
+from ldm.loading.weight_names import rename_weights, restore_names, schedule_tables
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs/stable-diffusion").glob("*.yaml"))

@@ -9,7 +9,7 @@ import torch
 import ldm
 from goldfile import gold
 from ldm.loading.files.checkpoint import write_checkpoint
-from ldm.loading.legacy import restore_names
+from ldm.loading.weight_names import restore_names
 from pipelines.goldmodels import TINY_DPT, model_of
 
 FILE = "dpt_hybrid-midas-501f0c75.pt"

@@ -8,7 +8,8 @@ import torch
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, read_yaml
 from ldm.loading.files.checkpoint import write_checkpoint
-from ldm.loading.legacy import restore_names, translate_config
+from ldm.loading.legacy import translate_config
+from ldm.loading.weight_names import restore_names
 from recipe import fill
 
 WIDTH = 32

@@ -8,7 +8,7 @@ from torch import nn
 
 import ldm
 from goldfile import Gold
-from ldm.loading.legacy import rename_weights, restore_names
+from ldm.loading.weight_names import rename_weights, restore_names
 from ldm.model import LatentDiffusion
 from recipe import fill
 

@@ -10,7 +10,8 @@ from goldfile import Gold, gold
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import instantiate, read_yaml
 from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
-from ldm.loading.legacy import rename_weights, restore_names, translate_config
+from ldm.loading.legacy import translate_config
+from ldm.loading.weight_names import rename_weights, restore_names
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.lpips import LPIPS
 from ldm.train.loop import train

@@ -8,7 +8,7 @@ import torch
 from goldfile import gold
 from ldm.loading.config import instantiate, parse_yaml, read_yaml
 from ldm.loading.convert import convert, plan_conversion
-from ldm.loading.legacy import original_name
+from ldm.loading.weight_names import original_name
 from ldm.loading.weights import read_weights
 from ldm.train.runs.initial import load_initial_weights, resize_weight
 from loading import tinyfamilies

@@ -33,9 +33,9 @@ class PreparedTask:
 
     def output_size(self, model: "LatentDiffusion") -> tuple[int, int]:
         """Return (height, width) of the images in pixels: as requested, else the model's own."""
-        native = model.image_size * model.downscale
         height, width = self.request.sampling.size
-        return height or native, width or native
+        native_height, native_width = (side * model.downscale for side in model.latent_size)
+        return height or native_height, width or native_width
 
     def begin(self, model: "LatentDiffusion") -> None:
         """Prepare for the first batch, with the model."""

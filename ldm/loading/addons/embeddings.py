@@ -1,12 +1,14 @@
 """Textual inversion files: tokens for prompts, each with vectors for the text tower.
 
     A1111        {"string_to_param": {"*": (n, D)}, …} in a .pt, {"emb_params": (n, D)}: the token
-                 is the name of the file
+                 is the name of the file, unless the file has several
     diffusers    {"<token>": (D,) or (n, D)} in a .bin or .safetensors
+    in LoRAs     the same behind `bundle_emb.TOKEN.`
 
 In a prompt the token stands for all of its vectors. Gal et al. 2022 (arXiv:2208.01618).
 """
 
+import glob
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,19 +16,25 @@ from pathlib import Path
 from torch import Tensor
 
 from ldm.encoders.text import TextEncoder
-from ldm.loading.addons.lora import FAMILY_BY_WIDTH
+from ldm.loading.families import TITLE_BY_WIDTH
 from ldm.loading.files.checkpoint import file_hash, read_checkpoint, write_checkpoint
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import FileFormatError, WeightsMismatch, WrongFamily
 
-__all__ = ["embedding_files", "load_embeddings", "read_embeddings", "write_embeddings"]
+__all__ = [
+    "BUNDLE", "add_embeddings", "embedding_files", "load_embeddings", "read_bundle",
+    "read_embeddings", "write_embeddings",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
 ENDINGS = (".pt", ".bin", ".safetensors")
 MAX_TOKENS = 76  # in a file: no prompt could use more
-SDXL = ("clip_g", "clip_l")
 PARAMETERS = "string_to_param."
+# Names for the vectors of the only token, which the file's name tells; the last is of SDXL's.
+UNNAMED = ("emb_params", "clip_l")
+SDXL = "clip_g"
+BUNDLE = "bundle_emb."
 
 
 def load_embeddings(
@@ -42,49 +50,84 @@ def load_embeddings(
     Raises:
         ValueError: a file is not a textual inversion, or made for another text tower.
     """
-    text, sources = model.conditioner.find(TextEncoder), [Path(path) for path in paths]
-    if not sources:
-        return
-    if text is None:
-        raise WrongFamily("this model has no text tower that embeddings could be added to")
     files = []
-    for path in sources:
+    for path in map(Path, paths):
         for file in embedding_files(path):
             try:
-                tokens = {token.lower(): v for token, v in read_embeddings(file).items()}
-                _check_width(tokens, text.width, file)
-            except ValueError as error:
-                if strict and not path.is_dir():
+                tokens = read_embeddings(file)
+                add_embeddings(model, tokens, file)
+            except (FileFormatError, WeightsMismatch) as error:
+                if strict and not path.expanduser().is_dir():
                     raise
                 log.warning("skipped: %s", str(error).splitlines()[0])
                 continue
-            text.added_embeddings.update(tokens)
-            log.info("`%s` adds %s", file, ", ".join(f"`{token}`" for token in tokens))
-            about = {"path": str(file.resolve()), "words": list(tokens), "hash": file_hash(file)}
-            files.append(about)
-    model.provenance["embeddings"] = [*model.provenance.get("embeddings", []), *files]
+            words = [token.lower() for token in tokens]
+            files.append({"path": str(file.resolve()), "words": words, "hash": file_hash(file)})
+    if files:
+        model.provenance["embeddings"] = [*model.provenance.get("embeddings", []), *files]
+
+
+def add_embeddings(model: LatentDiffusion, tokens: Mapping[str, Tensor], file: Path) -> None:
+    """Add tokens, vectors (n, D) each, to the text tower.
+
+    Raises:
+        WeightsMismatch: they are made for another text tower.
+    """
+    if not tokens:
+        return
+    text = model.conditioner.find(TextEncoder)
+    if text is None:
+        raise WrongFamily("this model has no text tower that embeddings could be added to")
+    for token, vectors in tokens.items():
+        if vectors.shape[1] != text.width:
+            theirs, ours = (
+                TITLE_BY_WIDTH.get(width, "another model")
+                for width in (vectors.shape[1], text.width)
+            )
+            raise WeightsMismatch(
+                f"`{file}`: `{token}` has vectors of width {vectors.shape[1]} ({theirs}), the "
+                f"text tower takes {text.width} ({ours})"
+            )
+    for token, vectors in tokens.items():
+        if token.lower() in text.added_embeddings:
+            log.warning("`%s` replaces `%s`, which another file had added", file, token)
+        text.added_embeddings[token.lower()] = vectors
+    log.info("`%s` adds %s", file, ", ".join(f"`{token}`" for token in tokens))
 
 
 def embedding_files(path: str | Path) -> list[Path]:
-    """The file at a path, or those in the folder there."""
+    """Return the file at a path, or those in the folder there and its subfolders."""
     path = Path(path).expanduser()
     if not path.is_dir():
         return [path]
-    return sorted(file for file in path.iterdir() if file.suffix in ENDINGS)
+    # Unlike Path.rglob, this leaves hidden files out and follows links.
+    files = map(Path, glob.iglob(f"{glob.escape(str(path))}/**/*", recursive=True))
+    return sorted(file for file in files if file.suffix.lower() in ENDINGS and file.is_file())
 
 
 def read_embeddings(path: str | Path) -> dict[str, Tensor]:
-    """The tokens in a file and their vectors (n, D)."""
-    path = Path(path)
-    state = read_checkpoint(path).state
-    if all(name in SDXL for name in state):
-        raise FileFormatError(f"`{path}` has vectors for two text towers: it is made for SDXL")
-    a1111 = [v for name, v in state.items() if name == "emb_params" or name.startswith(PARAMETERS)]
-    tokens = {path.stem: a1111[0]} if a1111 else state
-    if len(tokens) > MAX_TOKENS or any(value.dim() not in (1, 2) for value in tokens.values()):
-        message = f"`{path}` is not a textual inversion: it holds {len(state)} other tensors"
-        raise FileFormatError(message)
-    return {token: value.reshape(-1, value.shape[-1]).clone() for token, value in tokens.items()}
+    """Return the tokens in a file and their vectors (n, D)."""
+    path = Path(path).expanduser()
+    return _parse(read_checkpoint(path).state, path.stem, path)
+
+
+def read_bundle(path: Path) -> dict[str, Tensor]:
+    """Return the tokens in a LoRA file, and their vectors (n, D)."""
+    bundles: dict[str, dict[str, Tensor]] = {}
+    for name, value in read_checkpoint(path).state.items():
+        if not name.startswith(BUNDLE):
+            continue
+        token, dot, param = name.removeprefix(BUNDLE).rpartition(f".{PARAMETERS}")
+        if dot:
+            param = PARAMETERS + param
+        else:
+            token, _, param = name.removeprefix(BUNDLE).rpartition(".")
+        bundles.setdefault(token or param, {})[param] = value
+    return {
+        token: vectors
+        for bundle, tensors in bundles.items()
+        for token, vectors in _parse(tensors, bundle, path).items()
+    }
 
 
 def write_embeddings(
@@ -100,12 +143,19 @@ def write_embeddings(
     write_checkpoint(path, state, metadata)
 
 
-def _check_width(tokens: Mapping[str, Tensor], width: int, file: Path) -> None:
-    ours = FAMILY_BY_WIDTH.get(width, "another model")
-    for token, vectors in tokens.items():
-        if vectors.shape[1] != width:
-            theirs = FAMILY_BY_WIDTH.get(vectors.shape[1], "another model")
-            raise WeightsMismatch(
-                f"`{file}`: `{token}` has vectors of width {vectors.shape[1]} ({theirs}), the "
-                f"text tower takes {width} ({ours})"
-            )
+def _parse(state: Mapping[str, Tensor], stem: str, path: Path) -> dict[str, Tensor]:
+    if SDXL in state:
+        raise FileFormatError(f"`{path}` has vectors for two text towers: it is made for SDXL")
+    if UNNAMED[0] in state:
+        state = {UNNAMED[0]: state[UNNAMED[0]]}
+    params = {n.removeprefix(PARAMETERS): v for n, v in state.items() if n.startswith(PARAMETERS)}
+    tokens = params or dict(state)
+    if len(tokens) == 1 and (params or tokens.keys() <= set(UNNAMED)):
+        tokens = {stem: next(iter(tokens.values()))}
+    if len(tokens) > MAX_TOKENS or any(value.dim() not in (1, 2) for value in tokens.values()):
+        message = f"`{path}` is not a textual inversion: it holds {len(state)} other tensors"
+        raise FileFormatError(message)
+    for token, value in tokens.items():
+        if not value.numel():
+            raise FileFormatError(f"`{path}`: `{token}` has no vectors")
+    return {token: value.reshape(-1, value.shape[-1]).clone() for token, value in tokens.items()}

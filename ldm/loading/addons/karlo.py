@@ -6,6 +6,7 @@ import torch
 
 from ldm.loading.build import fill_weights, meta_device
 from ldm.loading.files.checkpoint import read_checkpoint
+from ldm.loading.matching import match_weights
 from ldm.nets.karlo import Prior
 from ldm.runtime.errors import FileFormatError
 
@@ -37,6 +38,6 @@ def load_prior(
             xf_heads=heads,
             xf_final_ln="final_ln.weight" in state,
         )
-    misfit = f"`{path}` does not fit a prior"
-    fill_weights(prior, state, device=device, dtype=dtype, mapped=file.mapped, misfit=misfit)
+    state = match_weights(prior, state, path, f"`{path}` does not fit a prior")
+    fill_weights(prior, state, device=device, dtype=dtype, mapped=file.mapped)
     return prior.eval()

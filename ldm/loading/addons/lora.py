@@ -1,33 +1,43 @@
-"""Read and write LoRA files, in the formats of kohya and of diffusers.
+"""Read and write LoRA files, in the formats of kohya, diffusers, peft and ComfyUI.
 
     kohya       lora_unet_down_blocks_0_…_to_q.lora_down.weight, .lora_up.weight, .alpha
                 lora_te_text_model_encoder_layers_0_mlp_fc1.…
     diffusers   unet.down_blocks.0.….to_q.lora_A.weight (or lora.down.weight), lora_B (lora.up)
                 text_encoder.text_model.….mlp.fc1.… (or lora_linear_layer.down.weight)
+    peft        base_model.model.….lora_A.weight, with alpha in the `adapter_config.json` beside it
+    ComfyUI     the original's names, as `input_blocks.1.1.….to_q.lora_A.weight`
 
-Both name layers as diffusers does (`loading/diffusers/names.py`); inside, kohya's names are used.
+Layers have diffusers' names (`loading/diffusers/names.py`) or the original's, with dots or `_`;
+inside, kohya's are used. A folder stands for all LoRA files in it: of peft, one for each network.
 SD 1 and SD 2: linear layers and convolutions (LoCon) of UNet and text tower.
 """
 
 import json
+import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ldm.encoders.text import TextEncoder
 from ldm.encoders.towers import FusedAttention
+from ldm.loading.addons.embeddings import BUNDLE, add_embeddings, read_bundle
 from ldm.loading.build import meta_device
 from ldm.loading.diffusers.names import text_layers, unet_layers
+from ldm.loading.families import TITLE_BY_WIDTH
 from ldm.loading.files.checkpoint import Checkpoint, file_hash, read_checkpoint, write_checkpoint
+from ldm.loading.weight_names import layer_alias
 from ldm.model import LatentDiffusion
 from ldm.nets.lora import LoRA, LoRALayer, Target, merge_loras
-from ldm.runtime.errors import FileFormatError, WeightsMismatch
+from ldm.runtime.errors import FileFormatError, MissingFile, WeightsMismatch
+from ldm.runtime.types import JsonObject
 
 __all__ = ["kohya_name", "load_loras", "lora_targets", "read_lora", "write_lora"]
+
+log = logging.getLogger(__name__)
 
 KEY = re.compile(
     r"(.+?)(?:\.(alpha)|[._]lora(?:_linear_layer)?[._](down|up|A|B)(?:\.\w+)?\.weight)"
@@ -35,50 +45,59 @@ KEY = re.compile(
 ROLES = {"A": "down", "B": "up"}
 PARTS = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 QKV = ("q_proj", "k_proj", "v_proj")
+FOLDER_FILES = ("pytorch_lora_weights", "adapter_model")  # of diffusers, of peft
 OTHER_KINDS = {
     "hada_": "LoHa",
     "lokr_": "LoKr",
     "dora_scale": "DoRA",
     "lora_magnitude": "DoRA",
     "lora_mid": "LoCon in Tucker form",
+    "lora_embedding": "LoRA of an embedding",
     "oft_": "OFT",
+    "boft": "BOFT",
+    ".on_input": "(IA)^3",
+    "ia3_": "(IA)^3",
+    ".a1.weight": "GLoRA",
+    ".w_norm": "LoCon with norms",
     ".diff": "full weight difference",
 }
 OTHER_MODELS = {
-    r"lora_te[12]_|text_encoder_2\.|add_embedding|input_blocks_8_1_transformer_blocks_9": "SDXL",
+    r"lora_te2_|text_encoder_2\.|add_embedding|input_blocks_8_1_transformer_blocks_9": "SDXL",
     r"double_blocks|single_(transformer_)?blocks|^transformer\.|joint_blocks": "Flux or SD 3",
 }
-# By the width of the tokens that cross-attention reads.
-FAMILY_BY_WIDTH: dict[object, str] = {
-    768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"
-}  # fmt: skip
 METADATA = "lora_adapter_metadata"  # key under which diffusers keeps alpha
 
 
 def load_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, float]]) -> None:
-    """Merge LoRA files into a model, each with a strength; `provenance` records them."""
-    loras, provenance = [], []
-    for file, strength in files:
-        path = Path(file).expanduser().resolve()
-        loras.append(read_lora(file, model).scale(strength))
+    """Merge LoRA files into a model, each with a strength, and add the tokens that they bring.
+
+    `provenance` records the files.
+    """
+    weighted = [(Path(file).expanduser().resolve(), strength) for file, strength in files]
+    merge_loras(*(read_lora(path, model).scale(strength) for path, strength in weighted))
+    provenance = []
+    for path, strength in weighted:
         provenance.append({"path": str(path), "weight": strength, "hash": file_hash(path)})
-    merge_loras(*loras)
+        for file in _files_of(path):
+            add_embeddings(model, read_bundle(file), file)
     if provenance:
         model.provenance["loras"] = [*model.provenance.get("loras", []), *provenance]
 
 
 def read_lora(path: str | Path, model: LatentDiffusion) -> LoRA:
-    """The LoRA in a file, for the layers of a model; neither attached nor merged.
+    """Return the LoRA in a file or folder, for the layers of a model; not attached, not merged.
 
     Raises:
         FileFormatError: it is not a LoRA, or one of an unsupported kind.
         WeightsMismatch: it does not fit; says how many layers, and the likely family.
     """
-    file = read_checkpoint(path)
-    tensors = _tensors_by_layer(file)
+    layers: dict[str, dict[str, Tensor]] = {}
+    aliases = _names_by_alias(model)
+    for file in map(read_checkpoint, _files_of(path)):
+        layers |= _tensors_by_layer(file, aliases)
     targets = {kohya_name(name): target for name, target in lora_targets(model).items()}
-    _check_layers(tensors, targets, file, model)
-    return LoRA({name: _build_layer(targets[name], parts) for name, parts in tensors.items()})
+    _check_layers(layers, targets, path, model)
+    return LoRA({n: _build_layer(targets[n], parts) for n, parts in layers.items()})
 
 
 def write_lora(
@@ -107,35 +126,40 @@ def write_lora(
 
 
 def lora_targets(model: LatentDiffusion) -> dict[str, Target]:
-    """Linear layers and convolutions that a LoRA may change, by diffusers' name."""
-    targets = {}
+    """Return linear layers and convolutions that a LoRA may change, by diffusers' name."""
+    return {theirs: target for _, theirs, target in _list_targets(model)}
+
+
+def kohya_name(name: str) -> str:
+    """Return kohya's name of a layer for that in `lora_targets`."""
+    part, _, layer = name.partition(".")
+    return PARTS[part] + layer.replace(".", "_")
+
+
+def _list_targets(model: LatentDiffusion) -> Iterator[tuple[str, str, Target]]:
+    """(original's name, diffusers' name, target) of each layer."""
     for ours, theirs in unet_layers(_layer_names(model.unet)).items():
-        targets[f"unet.{theirs}"] = Target(model.unet.get_submodule(ours))
+        yield ours, f"unet.{theirs}", Target(model.unet.get_submodule(ours))
     text = model.conditioner.find(TextEncoder)
     if text is None:
-        return targets
+        return
     used = [name for name in _layer_names(text) if not name.startswith(text.unused)]
     for ours, theirs in text_layers(used).items():
         layer, name = text.get_submodule(ours), f"text_encoder.{theirs}"
         if isinstance(layer, FusedAttention):
-            targets |= {f"{name}.{QKV[part]}": Target(layer, part) for part in range(3)}
+            for part, word in enumerate(QKV):
+                yield f"{ours}.{word}", f"{name}.{word}", Target(layer, part)
         else:
-            targets[name] = Target(layer)
-    return targets
+            yield ours, name, Target(layer)
 
 
-def kohya_name(name: str) -> str:
-    """Diffusers' name of a layer -> kohya's; also takes the variants that files have."""
-    if name.startswith("lora_"):
-        return name
-    name = name.removeprefix("base_model.model.").replace(".processor.to_out", ".to_out.0")
-    name = name.replace(".processor.", ".")
-    part, _, layer = name.partition(".")
-    if part not in PARTS:
-        part, layer = "unet", name
-    if part == "text_encoder" and not layer.startswith("text_model."):
-        layer = f"text_model.{layer}"
-    return PARTS[part] + layer.replace(".", "_")
+def _names_by_alias(model: LatentDiffusion) -> dict[str, str]:
+    """Kohya's name of each layer, by all names that files may have for it."""
+    return {
+        layer_alias(alias): kohya_name(theirs)
+        for ours, theirs, _ in _list_targets(model)
+        for alias in (ours, theirs)
+    }
 
 
 def _layer_names(network: nn.Module) -> list[str]:
@@ -155,17 +179,30 @@ def _build_layer(target: Target, tensors: Mapping[str, Tensor]) -> LoRALayer:
     return layer.requires_grad_(False)
 
 
-def _tensors_by_layer(file: Checkpoint) -> dict[str, dict[str, Tensor]]:
+def _files_of(path: str | Path) -> list[Path]:
+    """The file at a path; of a folder, those of diffusers or peft in it."""
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        return [path]
+    for ending in (".safetensors", ".bin"):
+        files = [*path.glob(f"*{ending}"), *path.glob(f"*/*{ending}")]
+        if files := sorted(file for file in files if file.stem in FOLDER_FILES):
+            return files
+    raise MissingFile(f"`{path}` holds no `{'` or `'.join(FOLDER_FILES)}`.safetensors", "loras")
+
+
+def _tensors_by_layer(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
     """The tensors of a file as {kohya's name: {"down", "up", perhaps "alpha"}}."""
     layers: dict[str, dict[str, Tensor]] = {}
     others = []
     for key, value in file.state.items():
         match = KEY.fullmatch(key)
-        if match is None:
+        if match is not None:
+            role = match[2] or ROLES.get(match[3], match[3])
+            name = aliases.get(layer_alias(match[1]), match[1])
+            layers.setdefault(name, {})[role] = value
+        elif not key.startswith(BUNDLE):
             others.append(key)
-            continue
-        role = match[2] or ROLES.get(match[3], match[3])
-        layers.setdefault(kohya_name(match[1]), {})[role] = value
     for part, kind in OTHER_KINDS.items():
         if any(part in key for key in others):
             message = f"`{file.path}` holds a {kind}, only LoRA and LoCon are supported"
@@ -179,36 +216,44 @@ def _tensors_by_layer(file: Checkpoint) -> dict[str, dict[str, Tensor]]:
     if short := [name for name, tensors in layers.items() if not {"down", "up"} <= tensors.keys()]:
         message = f"`down` or `up` is missing in {len(short)} layers: `{short[0]}`"
         raise FileFormatError(f"`{file.path}`: {message}")
-    for name, alpha in _read_alphas(file, layers).items():
-        layers[name].setdefault("alpha", torch.tensor(float(alpha)))
-    return layers
+    _add_alphas(layers, file)
+    empty = [name for name, tensors in layers.items() if not len(tensors["down"])]
+    if empty:
+        log.info("`%s`: %d layers have rank 0 and change nothing", file.path, len(empty))
+    return {name: tensors for name, tensors in layers.items() if name not in empty}
 
 
-def _read_alphas(file: Checkpoint, names: Iterable[str]) -> dict[str, float]:
-    """Alpha per layer, by kohya's name, from the adapter metadata of diffusers or peft."""
-    metadata: dict[str, Any] = json.loads(file.metadata.get(METADATA, "{}"))
+def _add_alphas(layers: Mapping[str, dict[str, Tensor]], file: Checkpoint) -> None:
+    """Add alpha to layers without, from the metadata of diffusers or the config of peft."""
+    notes: JsonObject = json.loads(file.metadata.get(METADATA, "{}"))
     config_path = file.path.with_name("adapter_config.json")
-    if not metadata and config_path.is_file():
-        config = json.loads(config_path.read_text("utf-8"))
-        metadata = {f"unet.{key}": value for key, value in config.items()}
-    alphas: dict[str, float] = {}
+    configs: dict[str, JsonObject] = {}  # by the beginning of the names that they are about
     for part, prefix in PARTS.items():
-        for option in ("use_dora", "use_rslora"):
-            if metadata.get(f"{part}.{option}"):
-                raise FileFormatError(f"`{file.path}`: LoRA with `{option}` is not supported")
-        names_of_part = [name for name in names if name.startswith(prefix)]
-        if (alpha := metadata.get(f"{part}.lora_alpha")) is not None:
-            alphas |= dict.fromkeys(names_of_part, alpha)
-        for pattern, alpha in (metadata.get(f"{part}.alpha_pattern") or {}).items():
-            suffix = pattern.replace(".", "_")
-            alphas |= {name: alpha for name in names_of_part if name.endswith(suffix)}
-    return alphas
+        start = f"{part}."
+        configs[prefix] = {
+            k.removeprefix(start): v for k, v in notes.items() if k.startswith(start)
+        }
+    if not notes and config_path.is_file():
+        configs = {"": json.loads(config_path.read_text("utf-8"))}
+    for prefix, config in configs.items():
+        if config.get("use_dora"):
+            raise FileFormatError(f"`{file.path}`: LoRA with `use_dora` is not supported")
+        patterns = config.get("alpha_pattern") or {}
+        for name, tensors in layers.items():
+            if not name.startswith(prefix) or "alpha" in tensors:
+                continue
+            own = [a for layer, a in patterns.items() if name.endswith(layer.replace(".", "_"))]
+            alpha = own[-1] if own else config.get("lora_alpha")
+            if alpha is not None:
+                rank = len(tensors["down"])  # rsLoRA divides by its root
+                factor = rank**0.5 if config.get("use_rslora") else 1
+                tensors["alpha"] = torch.tensor(float(alpha) * factor)
 
 
 def _check_layers(
     layers: Mapping[str, Mapping[str, Tensor]],
     targets: Mapping[str, Target],
-    file: Checkpoint,
+    path: str | Path,
     model: LatentDiffusion,
 ) -> None:
     """Raise WeightsMismatch if a layer does not exist in the model or has another shape there."""
@@ -222,10 +267,10 @@ def _check_layers(
     if not (unknown or shapes):
         return
     message = (
-        f"`{file.path}` does not fit this model: of its {len(layers)} layers {len(unknown)} are "
+        f"`{path}` does not fit this model: of its {len(layers)} layers {len(unknown)} are "
         f"unknown, {len(shapes)} have the wrong shape: {', '.join([*unknown, *shapes][:3])}"
     )
-    theirs, ours = _likely_family(layers), FAMILY_BY_WIDTH.get(model.unet.context_dim)
+    theirs, ours = _likely_family(layers), TITLE_BY_WIDTH.get(model.unet.context_dim)
     if theirs:
         message += f"\nhint: this looks like a LoRA for {theirs}"
         message += f", the model is {ours}" if ours else ""
@@ -238,7 +283,7 @@ def _likely_family(layers: Mapping[str, Mapping[str, Tensor]]) -> str | None:
         if any(re.search(pattern, name) for name in layers):
             return family
     widths = (tensors["down"].shape[1] for name, tensors in layers.items() if "attn2_to_k" in name)
-    return FAMILY_BY_WIDTH.get(next(widths, 0))
+    return TITLE_BY_WIDTH.get(next(widths, 0))
 
 
 def _drop_1x1(shape: Sequence[int]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ldm.loading.files.checkpoint import read_checkpoint
-from ldm.loading.legacy import loss_weights
+from ldm.loading.weight_names import loss_weights
 from ldm.nets.lpips import LPIPS
 from ldm.runtime.errors import FileFormatError
 from ldm.runtime.files import find_file

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ldm.loading.build import check_weights
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.files.clip_statistics import find_near
+from ldm.loading.matching import check_weights
 from ldm.runtime.errors import FileFormatError, MissingFile
 from ldm.runtime.files import find_file
 

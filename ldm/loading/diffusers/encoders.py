@@ -12,13 +12,14 @@ from ldm.encoders.depth import ARCHS as DEPTHS, TARGET, MiDaSDepth
 from ldm.encoders.image import MEAN, STD, VISION, VISION_DEFAULTS
 from ldm.encoders.text import ARCHS, CLIP_LARGE, CLIPText, OpenCLIPText, TextEncoder
 from ldm.encoders.towers import VOCAB, CLIPBlock, OpenCLIPBlock, VisionTower, quick_gelu
-from ldm.loading.diffusers.networks import validate_config
+from ldm.loading.diffusers.networks import read_uniform, validate_config
 from ldm.runtime.errors import ConfigError, unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "depth_config", "depth_params", "depth_processor", "image_processor", "is_openai_clip",
-    "text_config", "text_params", "tokenizer_files", "vision_config", "vision_params",
+    "added_tokens", "depth_config", "depth_params", "depth_processor", "image_processor",
+    "is_openai_clip", "text_config", "text_params", "tokenizer_files", "vision_config",
+    "vision_params",
 ]  # fmt: skip
 
 Config = JsonMapping
@@ -75,7 +76,8 @@ def text_params(config: Config) -> JsonObject:
     unless all blocks of a published size are there.
     """
     if is_openai_clip(config, "text_encoder/config.json"):
-        arch = {k: config[k] for k, v in CLIP_LARGE.items() if config.get(k, v) != v}
+        sizes = {key: v for key, v in CLIP_LARGE.items() if key != "vocab_size"}
+        arch = {key: config[key] for key, v in sizes.items() if config.get(key, v) != v}
         return {"arch": arch} if arch else {}
     width, heads = config["hidden_size"], config["num_attention_heads"]
     layers = config["num_hidden_layers"]
@@ -113,6 +115,15 @@ def tokenizer_files(encoder: TextEncoder) -> JsonObject:
     }
 
 
+def added_tokens(files: JsonMapping) -> dict[str, int]:
+    """Return the ids of tokens that were added to a tokenizer, by older and newer files of it."""
+    table = files.get("tokenizer/tokenizer_config.json", {}).get("added_tokens_decoder", {})
+    tokens = {entry["content"]: int(number) for number, entry in table.items()}
+    entries = files.get("tokenizer/tokenizer.json", {}).get("added_tokens", [])
+    tokens |= {entry["content"]: int(entry["id"]) for entry in entries}
+    return tokens | dict(files.get("tokenizer/added_tokens.json", {}))
+
+
 def vision_config(visual: VisionTower) -> JsonObject:
     """The config of a vision tower."""
     block = visual.blocks[0]
@@ -134,12 +145,13 @@ def vision_config(visual: VisionTower) -> JsonObject:
 def vision_params(config: Config) -> JsonObject:
     """The keywords of CLIPImage for quick GELU, of OpenCLIPImage otherwise."""
     width, embed = config["hidden_size"], config["projection_dim"]
-    is_openai = is_openai_clip(config, "image_encoder/config.json")
+    where = "image_encoder/config.json"
+    is_openai = is_openai_clip(config, where)
     size = {
         "width": width,
         "layers": config["num_hidden_layers"],
-        "patch_size": config["patch_size"],
-        "image_size": config.get("image_size", 224),
+        "patch_size": read_uniform(config, "patch_size", where),
+        "image_size": read_uniform(config, "image_size", where, 224),
         "head_width": width // config["num_attention_heads"],
         "mlp_ratio": config["intermediate_size"] / width,
     }
@@ -202,12 +214,13 @@ def depth_config(encoder: MiDaSDepth) -> JsonObject:
 
 def depth_params(config: Config) -> JsonObject:
     """The keywords of our MiDaSDepth."""
-    validate_config(config, "depth_estimator/config.json", DEPTH_REQUIRED_VALUES)
+    where = "depth_estimator/config.json"
+    validate_config(config, where, DEPTH_REQUIRED_VALUES)
     size = {
         "embed_dim": config.get("hidden_size", 768),
         "depth": config.get("num_hidden_layers", 12),
         "num_heads": config.get("num_attention_heads", 12),
-        "img_size": config.get("image_size", TARGET),
+        "img_size": read_uniform(config, "image_size", where, TARGET),
         "hooks": tuple(config.get("backbone_out_indices", (2, 5, 8, 11))[2:]),
         "features": config.get("fusion_hidden_size", 256),
     }

@@ -10,6 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,16 @@ from torch import Tensor, nn
 
 from ldm.encoders.image import ImageEmbedding
 from ldm.encoders.towers import VOCAB
-from ldm.loading.build import add_unused_weights, build_on_meta, check_weights
+from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, parse_yaml
+from ldm.loading.diffusers.encoders import added_tokens
 from ldm.loading.diffusers.index import INDEX, NORMALIZER, Files, folder_configs, original_config
-from ldm.loading.diffusers.keys import (
-    VAE_OLD,
-    gather_weights,
-    locate_weights,
-    scatter_weights,
-)
+from ldm.loading.diffusers.keys import component_prefixes, locate_weights, scatter_weights
 from ldm.loading.files.checkpoint import EMBEDDED, Checkpoint, read_checkpoint
 from ldm.loading.files.clip_statistics import load_clip_statistics
-from ldm.loading.legacy import (
-    DERIVED,
-    rename_weights,
-    restore_names,
-    schedule_tables,
-    translate_config,
-)
+from ldm.loading.legacy import translate_config
+from ldm.loading.matching import match_weights
+from ldm.loading.weight_names import DERIVED, rename_weights, restore_names, schedule_tables
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import FileFormatError, MissingFile
 from ldm.runtime.types import JsonMapping, JsonObject
@@ -52,8 +45,12 @@ TRANSFORMERS = ("text_encoder", "image_encoder", "depth_estimator")  # component
 # Of a compact vocabulary: the ids in CLIP's, and the rows of the embedding.
 TOKEN_IDS = "conditioner.text.token_ids"
 TOKEN_TABLE = "conditioner.text.model.token_embedding.weight"
-TOKEN_EMBEDDING = "text_model.embeddings.token_embedding.weight"
-UNUSED = ("position_ids", "text_projection.weight", "logit_scale")  # in files of older versions
+TOKEN_EMBEDDING = "embeddings.token_embedding.weight"
+# The variant in the name of a file of weights, or of the index of several.
+VARIANT = re.compile(
+    rf"(?:{'|'.join(STEMS)})(?:\.(\w+)\.(?:safetensors|bin)(?:\.index\.json)?"
+    r"|\.(?:safetensors|bin)\.index\.(\w+)\.json)"
+)
 MAX_JSON = 1 << 24  # bytes
 
 Components = dict[str, dict[str, Tensor]]
@@ -69,38 +66,37 @@ def is_diffusers_folder(path: str | Path) -> bool:
 
 
 def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
-    """The weights of a folder under the original's names, and their config in the metadata.
+    """Return the weights of a folder under the original's names, with their config and words.
 
     Args:
         variant: which of several files (`fp16`); None is the plain one, or the only one there is.
     """
     path = Path(path).expanduser()
     candidates = [*sorted(path.glob("*/*.json")), path / INDEX, path / "config.json"]
-    files = {str(f.relative_to(path)): _read_json(f) for f in candidates if f.is_file()}
+    files = {f.relative_to(path).as_posix(): _read_json(f) for f in candidates if f.is_file()}
     rest = _read_rest(path, files)
     raw = parse_yaml(rest.metadata[EMBEDDED], where=REST) if rest else original_config(files)
     derived = _derived_tensors(rest.state) if rest else {}
-    state = rename_weights(rest.state) if rest else {}
     model, _ = _build_model(raw, path.name, derived)
-    model_state, components = model.state_dict(), locate_weights(model)
-    for component, locations in components.items():
-        folder = path / component if INDEX in files else path
-        theirs = _modern_names(component, _read_component(folder, variant))
-        if component == "text_encoder" and TOKEN_IDS in state:
-            theirs[TOKEN_EMBEDDING] = _compact_rows(
-                theirs[TOKEN_EMBEDDING], state[TOKEN_IDS], state[TOKEN_TABLE]
-            )
-        expected = {name for location in locations.values() for name in location.names}
-        if unexpected := theirs.keys() - expected:
-            message = f"{len(unexpected)} unexpected tensors: `{min(unexpected)}` …"
-            raise FileFormatError(f"`{folder}`: {message}")
-        state |= gather_weights(locations, theirs, model_state)
-    located = [name for locations in components.values() for name in locations]
-    dtype = next((state[name].dtype for name in located if name in state), None)
-    for name in model_state.keys() - located - state.keys():
+    model_state, located, words = model.state_dict(), locate_weights(model), {}
+    state = rename_weights(rest.state) if rest else {}
+    for component in located:
+        theirs = _read_component(path / component if INDEX in files else path, variant)
+        if component == "text_encoder":
+            words = _split_words(theirs, files)
+            if TOKEN_IDS in state:
+                name = next(name for name in theirs if name.endswith(TOKEN_EMBEDDING))
+                ids, table = state[TOKEN_IDS], state[TOKEN_TABLE]
+                theirs[name] = _compact_rows(theirs[name], ids, table)
+                del state[TOKEN_TABLE]
+        prefix = component_prefixes(model)[component]
+        state |= {f"{prefix}{name}": value for name, value in theirs.items()}
+    dtype = next((value.dtype for value in theirs.values() if value.is_floating_point()), None)
+    known = {name for locations in located.values() for name in locations}
+    for name in model_state.keys() - known - state.keys():
         value = model_state[name]
         state[name] = torch.zeros(value.shape, dtype=dtype) if value.is_meta else value
-    check_weights(model_state, state, f"`{path}` does not fit its own configs")
+    state = match_weights(model, state, path, f"`{path}` does not fit its own configs")
     tables = model.schedule.buffers() if isinstance(model, LatentDiffusion) else {}
     if NORMALIZER in files:
         tables |= _statistics(_read_component((path / NORMALIZER).parent, variant))
@@ -111,6 +107,7 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
         step=rest.step if rest else None,
         mapped=True,
         metadata=(rest.metadata if rest else {}) | {EMBEDDED: format_yaml(raw)},
+        words=words,
     )
 
 
@@ -124,20 +121,15 @@ def build_folder(
     """
     derived = _derived_tensors(file.state)
     model, spec = _build_model(raw, "config", derived)
-    model_state, state = model.state_dict(), rename_weights(file.state)
-    if not isinstance(model, LatentDiffusion):  # a part, perhaps out of a whole
-        bare = {name.removeprefix("autoencoder."): value for name, value in state.items()}
-        state = {name: bare[name] for name in model_state if name in bare}
-    add_unused_weights(model, state, file.path)
-    check_weights(model_state, state, f"`{file.path}` does not fit its config")
+    state = match_weights(model, rename_weights(file.state), file.path)
     files = folder_configs(model, spec)
     rest, components = dict(state), {}
     for component, locations in locate_weights(model).items():
         components[component] = scatter_weights(locations, state)
         rest = {name: value for name, value in rest.items() if name not in locations}
     if TOKEN_IDS in state:
-        text = components["text_encoder"]
-        text[TOKEN_EMBEDDING] = _all_rows(text[TOKEN_EMBEDDING], state[TOKEN_IDS])
+        text, name = components["text_encoder"], f"text_model.{TOKEN_EMBEDDING}"
+        text[name] = _all_rows(text[name], state[TOKEN_IDS])
         rest[TOKEN_TABLE] = state[TOKEN_TABLE]
     if not isinstance(model, LatentDiffusion):
         return files, {**components, "": restore_names(rest)}
@@ -209,7 +201,8 @@ def _has_same_config(rest: Checkpoint, files: Files) -> bool:
         theirs = files.get(path)
         if theirs is None:
             return False
-        if any(theirs.get(k, v) != v for k, v in content.items() if not k.startswith("_")):
+        keys = (key for key in content if not key.startswith("_") and key != "vocab_size")
+        if any(theirs.get(key, content[key]) != content[key] for key in keys):
             return False
     return True
 
@@ -221,11 +214,13 @@ def _read_component(folder: Path, variant: str | None) -> dict[str, Tensor]:
             return read_checkpoint(file).state
         names = sorted({Path(name).name for name in _read_json(file)["weight_map"].values()})
         return {k: v for name in names for k, v in read_checkpoint(folder / name).state.items()}
-    others = {file.name.split(".")[1] for file in folder.glob("*.*.safetensors")}
-    if variant is None and len(others) == 1:
-        return _read_component(folder, others.pop())
-    what = f"of variant `{variant}`" if variant else f"(variants: {', '.join(others) or 'none'})"
-    raise MissingFile(f"no weights {what} in `{folder}`")
+    names = [file.name for file in folder.glob("*")] if folder.is_dir() else []
+    variants = {match[1] or match[2] for match in map(VARIANT.fullmatch, names) if match}
+    if variant is None and len(variants - {"non_ema"} or variants) == 1:
+        return _read_component(folder, *(variants - {"non_ema"} or variants))
+    what = f"of variant `{variant}`" if variant else "without a variant"
+    there = ", ".join(sorted(variants)) or "none"
+    raise MissingFile(f"no weights {what} in `{folder}` (variants: {there})")
 
 
 def _candidates(folder: Path, variant: str | None) -> Iterator[Path]:
@@ -234,20 +229,24 @@ def _candidates(folder: Path, variant: str | None) -> Iterator[Path]:
         for stem in STEMS:
             yield folder / f"{stem}{dot}{ending}"
             yield folder / f"{stem}{ending}.index{dot}.json"
+            yield folder / f"{stem}{dot}{ending}.index.json"
 
 
-def _modern_names(component: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of other versions of diffusers as today's and published files do."""
-    renamed = {}
-    for name, value in state.items():
-        if component == "text_encoder" and "." in name and not name.startswith("text_"):
-            name = f"text_model.{name}"
-        if component == "vae" and ".attentions." in name:
-            for new, old in VAE_OLD.items():
-                name = name.replace(f".{old}.", f".{new}.")
-        if not name.endswith(UNUSED):
-            renamed[name] = value
-    return renamed
+def _split_words(state: dict[str, Tensor], files: Files) -> dict[str, Tensor]:
+    """Take the rows of added tokens out of a text encoder; vectors (n, D) by token."""
+    name = next((name for name in state if name.endswith(TOKEN_EMBEDDING)), None)
+    if name is None or len(state[name]) <= VOCAB:
+        return {}
+    table = state[name]
+    state[name] = table[:VOCAB]
+    rows = {token: table[i] for token, i in added_tokens(files).items() if VOCAB <= i < len(table)}
+    if not rows:
+        log.warning("`%s` tells no words of %d added rows: left out", name, len(table) - VOCAB)
+    words = {}
+    for token in rows:  # `<cat>`, `<cat>_1`, `<cat>_2` are the vectors of one word
+        group = takewhile(rows.__contains__, (f"{token}_{i}" for i in count(1)))
+        words[token] = torch.stack([rows[token], *(rows[other] for other in group)])
+    return words
 
 
 def _statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -107,8 +107,9 @@ def folder_configs(model: nn.Module, spec: JsonMapping) -> Files:
     if "ddconfig" not in vae:
         raise WrongFamily("diffusers has no pipeline for models without an autoencoder")
     side = _training_size(model)
+    height, width = model.latent_size
     files: Files = {
-        UNET: networks.unet_config(model.unet, side),
+        UNET: networks.unet_config(model.unet, side if height == width else [height, width]),
         VAE: networks.vae_config(vae, model.scale_factor, side * model.downscale),
         SCHEDULER: schedulers.ddim_config(
             params["schedule"]["params"]["betas"],

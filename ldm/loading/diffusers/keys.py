@@ -20,15 +20,20 @@ from torch import Tensor, nn
 from ldm.conditioning import Encoder
 from ldm.encoders.image import CLIPImage
 from ldm.loading.diffusers.names import replace_all, text_layers, unet_layers
+from ldm.loading.weight_names import TEXT
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
+from ldm.nets.unet import UNet
 
 __all__ = [
-    "Location", "depth_keys", "gather_weights", "locate_weights", "scatter_weights", "text_keys",
-    "unet_keys", "vae_keys", "vision_keys",
+    "VAE_OLD", "Location", "component_prefixes", "depth_keys", "gather_weights", "locate_weights",
+    "scatter_weights", "text_keys", "unet_keys", "vae_keys", "vision_keys",
 ]  # fmt: skip
 
-TEXT = "conditioner.text."
+PREFIXES = {
+    "unet": "unet.", "vae": "autoencoder.", "text_encoder": TEXT,
+    "image_encoder": "conditioner.image.clip.", "depth_estimator": "conditioner.depth.",
+}  # fmt: skip
 
 VAE = (
     (r"\bmid\.attn_1\b", "mid_block.attentions.0"),
@@ -140,30 +145,32 @@ def gather_weights(
     }
 
 
+def component_prefixes(model: nn.Module) -> dict[str, str]:
+    """Return the prefix of our names for each component that a model, or part of one, may have."""
+    if isinstance(model, AutoencoderKL):
+        return {"vae": ""}
+    if isinstance(model, UNet):
+        return {"unet": ""}
+    if not isinstance(model, LatentDiffusion):
+        return {}
+    if isinstance(model.conditioner.text, CLIPImage):
+        return {"unet": "unet.", "vae": "autoencoder.", "image_encoder": TEXT}
+    return PREFIXES
+
+
 def locate_weights(model: nn.Module) -> dict[str, dict[str, Location]]:
-    """By component, the location of each tensor of a model (or of an autoencoder), by our name.
+    """Return by component the location of each tensor of a model, by our name.
 
     Tensors that diffusers has no place for are left out.
     """
     names = list(model.state_dict())
-    if isinstance(model, AutoencoderKL):
-        return {"vae": vae_keys(names)}
-    assert isinstance(model, LatentDiffusion)
-    text, text_part = model.conditioner.text, ("text_encoder", TEXT, text_keys)
-    if isinstance(text, CLIPImage):
-        text_part = ("image_encoder", TEXT, vision_keys)
+    text = model.conditioner.text if isinstance(model, LatentDiffusion) else None
     unused = tuple(TEXT + name for name in text.unused) if isinstance(text, Encoder) else ()
     names = [name for name in names if not name.startswith(unused)]
     components = {}
-    for component, prefix, locate in (
-        ("unet", "unet.", unet_keys),
-        ("vae", "autoencoder.", vae_keys),
-        text_part,
-        ("image_encoder", "conditioner.image.clip.", vision_keys),
-        ("depth_estimator", "conditioner.depth.", depth_keys),
-    ):
+    for component, prefix in component_prefixes(model).items():
         own = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-        if locations := locate(own):
+        if locations := KEYS[component](own):
             components[component] = {prefix + name: where for name, where in locations.items()}
     return components
 
@@ -226,3 +233,12 @@ def _split_qkv(name: str) -> tuple[str, ...]:
     """Queries, keys and values have layers of their own in transformers."""
     match = re.fullmatch(r"(.*)\.in_proj_(weight|bias)", name)
     return tuple(f"{match[1]}.{part}_proj.{match[2]}" for part in "qkv") if match else (name,)
+
+
+KEYS = {
+    "unet": unet_keys,
+    "vae": vae_keys,
+    "text_encoder": text_keys,
+    "image_encoder": vision_keys,
+    "depth_estimator": depth_keys,
+}

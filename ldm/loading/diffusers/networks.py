@@ -14,7 +14,9 @@ from ldm.nets.unet import UNet
 from ldm.runtime.errors import ConfigError
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["unet_config", "unet_params", "vae_config", "vae_params", "validate_config"]
+__all__ = [
+    "read_uniform", "unet_config", "unet_params", "vae_config", "vae_params", "validate_config",
+]  # fmt: skip
 
 Config = JsonMapping
 
@@ -49,8 +51,8 @@ RESNET_TIME_SCALE_SHIFT = {False: "default", True: "scale_shift"}
 RESOLUTION = 256  # in original autoencoder configs; only decides which levels have attention
 
 
-def unet_config(unet: UNet, sample_size: int) -> JsonObject:
-    """The config of a UNet; `sample_size` is the side of the latent in training."""
+def unet_config(unet: UNet, sample_size: int | list[int]) -> JsonObject:
+    """Return the config of a UNet; `sample_size` is the side of the latent, or height and width."""
     head_dim, width = unet.num_head_channels, unet.model_channels
     _check_options(
         "UNet",
@@ -113,12 +115,12 @@ def unet_params(config: Config) -> JsonObject:
         "attention_resolutions": [
             2**level for level, block in enumerate(downs) if block in CROSS_ATTENTION_BLOCKS
         ],
-        "num_res_blocks": config.get("layers_per_block", 2),
+        "num_res_blocks": read_uniform(config, "layers_per_block", where, 2),
         "channel_mult": [width // widths[0] for width in widths],
         "use_spatial_transformer": True,
         "use_linear_in_transformer": bool(config.get("use_linear_projection")),
-        "transformer_depth": config.get("transformer_layers_per_block", 1),
-        "context_dim": config["cross_attention_dim"],
+        "transformer_depth": read_uniform(config, "transformer_layers_per_block", where, 1),
+        "context_dim": read_uniform(config, "cross_attention_dim", where),
         "use_checkpoint": True,
         "legacy": False,
         **_head_params(config, widths),
@@ -191,7 +193,7 @@ def vae_params(config: Config) -> JsonObject:
         "out_ch": config.get("out_channels", 3),
         "ch": widths[0],
         "ch_mult": [width // widths[0] for width in widths],
-        "num_res_blocks": config.get("layers_per_block", 1),
+        "num_res_blocks": read_uniform(config, "layers_per_block", where, 1),
         "attn_resolutions": [RESOLUTION >> i for i, b in enumerate(downs) if b.startswith("Attn")],
         "dropout": 0.0,
     }
@@ -216,6 +218,19 @@ def validate_config(
                 raise ConfigError(f"{where}: `{key}: {value}` {message}")
         elif keys is not None and key not in keys and not key.startswith("_") and value:
             raise ConfigError(f"{where}: `{key}: {value}` is not supported")
+
+
+def read_uniform(config: Config, key: str, where: str, default: int = 0) -> int:
+    """Return a number that some versions write as a list with one for each level or side.
+
+    Raises:
+        ConfigError: the list has different numbers.
+    """
+    value = config.get(key, default)
+    values = value if isinstance(value, list) else [value]
+    if len(set(values)) != 1:
+        raise ConfigError(f"{where}: `{key}: {value}` is not supported, all must be equal")
+    return int(values[0])
 
 
 def _check_options(network: str, unsupported: Mapping[str, object]) -> None:

@@ -4,7 +4,7 @@ Reading never runs what a file names: pickles go through `pickles`. Files are me
 tensor costs memory only when it is used.
 
     Lightning dict {"state_dict": {…}, "global_step": …, "callbacks": …}  |  bare {name: tensor}
-        -> Checkpoint(state, step, ema_state, …), names as in the file
+        -> Checkpoint(state, step, ema_state, …), names as in the file, without wrappers
 """
 
 import ctypes
@@ -12,7 +12,7 @@ import json
 import math
 import mmap
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,22 +22,25 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ldm.loading.files.pickles import load_pickle
+from ldm.loading.weight_names import without_wrappers
 from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile
 from ldm.runtime.files import replace_when_written, sha256_of_file
 from ldm.runtime.hashes import hash_file
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "EMBEDDED", "Checkpoint", "detect_format", "ema_name", "file_hash", "read_checkpoint",
-    "release_pages", "use_ema_weights", "write_checkpoint",
+    "EMBEDDED", "Checkpoint", "cast_weight", "detect_format", "ema_name", "file_hash",
+    "read_checkpoint", "release_pages", "use_ema_weights", "write_checkpoint",
 ]  # fmt: skip
 
 EMBEDDED = "ldm.config"  # metadata key under which a file carries its own YAML
 MAX_TENSORS = 20_000
+MAX_DEPTH = 8  # of mappings within mappings
 MAX_HEADER = 100_000_000  # bytes, of a .safetensors
 # Magic number of torch.save's format before zip, pickled.
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-WRAPPERS = ("state_dict", "model_state_dict")
+# Entries that hold the weights of a model, perhaps one in the other.
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "weights")
 EMA_COUNTERS = frozenset({"model_ema.decay", "model_ema.num_updates"})
 # In a folder, the first pattern that matches: of a pipeline, a component, and older pickles.
 FOLDER_WEIGHTS = ("*/*.safetensors", "*.safetensors", "*/*.bin", "*.bin")
@@ -60,6 +63,7 @@ class Checkpoint:
         extras: names of the entries beside the weights (`global_step`, `callbacks` …).
         metadata: texts beside the weights.
         ema_state: everything named `model_ema.*`.
+        words: tokens that the tokenizer of a folder has added, with vectors (n, D).
     """
 
     path: Path
@@ -70,6 +74,7 @@ class Checkpoint:
     extras: tuple[str, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
     ema_state: dict[str, Tensor] = field(default_factory=dict)
+    words: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def has_ema(self) -> bool:
@@ -97,16 +102,18 @@ def read_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
         if not isinstance(content, dict):
             what = type(content).__name__
             raise FileFormatError(f"`{path}` holds a {what}, not weights by name")
-        metadata = {str(k): v for k, v in content.items() if isinstance(v, str)}
-    state, extras = _unwrap(content, path)
-    step = content.get("global_step", metadata.get("global_step"))
+        metadata = {}
+    tensors, others = _unwrap(content)
+    state = _check_tensors(tensors, path)
+    metadata |= {key: value for key, value in others.items() if isinstance(value, str)}
+    step = others.get("global_step", metadata.get("global_step"))
     if isinstance(step, str) and step.isdigit():
         step = int(step)
     ema_state = {name: state.pop(name) for name in list(state) if name.startswith("model_ema.")}
     if ema:
         use_ema_weights(state, ema_state, {name: name for name in state}, path)
     step = step if isinstance(step, int) else None
-    return Checkpoint(path, kind, state, step, mapped, extras, metadata, ema_state)
+    return Checkpoint(path, kind, state, step, mapped, tuple(others), metadata, ema_state)
 
 
 def ema_name(name: str) -> str:
@@ -147,7 +154,7 @@ def write_checkpoint(
     """Write weights as `.safetensors` or `.ckpt`, by the name; whole or not at all.
 
     Args:
-        state: names as in the file; see `legacy.restore_names`.
+        state: names as in the file; see `weight_names.restore_names`.
         metadata: read back as `Checkpoint.metadata`.
         dtype: of all floating-point tensors; None leaves them as they are.
         mapped: tensors are pages of files, given back once written, so that memory stays small.
@@ -159,15 +166,30 @@ def write_checkpoint(
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: _TensorToWrite(value, dtype, mapped) for name, value in state.items()}
     with replace_when_written(path, sync=True) as part:
-        if path.suffix == ".safetensors":
-            texts = {"format": "pt"} | {key: str(value) for key, value in metadata.items()}
-            _write_safetensors(part, tensors, texts, progress)
-        else:
-            weights = {}
-            for name, tensor in tensors.items():
-                weights[name] = tensor.to_memory()
-                progress(weights[name].nbytes)
-            torch.save({"state_dict": weights, **metadata}, part)
+        try:
+            if path.suffix == ".safetensors":
+                texts = {"format": "pt"} | {key: str(value) for key, value in metadata.items()}
+                _write_safetensors(part, tensors, texts, progress)
+            else:
+                weights = {}
+                for name, tensor in tensors.items():
+                    weights[name] = tensor.to_memory()
+                    progress(weights[name].nbytes)
+                torch.save({"state_dict": weights, **metadata}, part)
+        except OverflowError as error:
+            names = [name for name, tensor in tensors.items() if tensor.overflows]
+            raise _overflow_error(names, dtype) from error
+
+
+def cast_weight(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a weight in another dtype.
+
+    Raises:
+        ArgumentError: finite numbers of it would become infinite.
+    """
+    if _overflows(value, dtype):
+        raise _overflow_error([name], dtype)
+    return value.to(dtype)
 
 
 def detect_format(path: Path) -> str:
@@ -233,10 +255,30 @@ def _read_safetensors(path: Path) -> tuple[JsonObject, dict[str, str]]:
         raise FileFormatError(f"`{path}` is damaged: {error}") from error
 
 
-def _unwrap(content: JsonMapping, path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The weights in the content of a file, and the names of its other entries."""
-    inner = next((k for k in WRAPPERS if isinstance(content.get(k), Mapping)), None)
-    tensors = dict(_flatten(content[inner] if inner else content, ""))
+def _unwrap(content: JsonMapping) -> tuple[JsonMapping, JsonObject]:
+    """The mapping of weights in the content of a file, and the entries beside it."""
+    others: JsonObject = {}
+    for _ in range(MAX_DEPTH):  # a hostile one may contain itself
+        inner = next((key for key in WRAPPERS if _holds_weights(content.get(key))), None)
+        if inner is None:
+            break
+        others |= {str(key): value for key, value in content.items() if key != inner}
+        content = content[inner]
+    others |= {str(k): value for k, value in content.items() if not any(_flatten(value, "."))}
+    return content, others
+
+
+def _holds_weights(node: Any, depth: int = 0) -> bool:
+    """Whether it is a mapping with tensors by name, or with another such mapping."""
+    if not isinstance(node, Mapping) or depth == MAX_DEPTH:
+        return False
+    is_flat = any(isinstance(value, Tensor) for value in node.values())
+    return is_flat or any(_holds_weights(node.get(key), depth + 1) for key in WRAPPERS)
+
+
+def _check_tensors(content: JsonMapping, path: Path) -> dict[str, Tensor]:
+    """The weights by name; FileFormatError if there are none, too many, or sparse ones."""
+    tensors = dict(_flatten(content, ""))
     for name, value in tensors.items():
         if value.layout is not torch.strided or value.is_quantized or value.is_nested:
             raise FileFormatError(f"`{path}`: `{name}` is not a plain tensor")
@@ -246,21 +288,26 @@ def _unwrap(content: JsonMapping, path: Path) -> tuple[dict[str, Tensor], tuple[
         raise FileFormatError(
             f"`{path}`: {len(tensors)} tensors are refused, at most {MAX_TENSORS}"
         )
-    if all(name.startswith("module.") for name in tensors):  # saved from inside DataParallel
-        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-    extras = tuple(str(key) for key in content if key != inner and f"{key}" not in tensors)
-    return tensors, extras
+    return without_wrappers(tensors)
 
 
-def _flatten(node: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+def _flatten(node: Any, prefix: str, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
     if isinstance(node, Tensor):
         yield prefix[:-1], node.detach()
-    elif isinstance(node, Mapping):
-        for key, value in node.items():
-            yield from _flatten(value, f"{prefix}{key}.")
-    elif isinstance(node, list | tuple):
-        for key, value in enumerate(node):
-            yield from _flatten(value, f"{prefix}{key}.")
+    elif isinstance(node, Mapping | list | tuple) and depth < MAX_DEPTH:
+        items = node.items() if isinstance(node, Mapping) else enumerate(node)
+        for key, value in items:
+            yield from _flatten(value, f"{prefix}{key}.", depth + 1)
+
+
+def _overflows(value: Tensor, dtype: torch.dtype) -> bool:
+    return bool((value.isfinite() & ~value.to(dtype).isfinite()).any())
+
+
+def _overflow_error(names: Sequence[str], dtype: torch.dtype | None) -> ArgumentError:
+    listed = ", ".join(f"`{name}`" for name in names[:10])
+    message = f"{len(names)} tensors hold numbers too large for {dtype}: {listed}"
+    return ArgumentError(f"{message}\nhint: bfloat16 and float32 hold them", "dtype")
 
 
 @dataclass(frozen=True)
@@ -277,10 +324,20 @@ class _TensorToWrite:
             return self.target
         return self.value.dtype
 
+    @property
+    def overflows(self) -> bool:
+        return _overflows(self.value, self.dtype)
+
     def to_memory(self) -> Tensor:
-        """Contiguous, in memory of its own: a .ckpt holds whole storages."""
+        """Contiguous, in memory of its own: a .ckpt holds whole storages.
+
+        Raises:
+            OverflowError: a finite number would become infinite.
+        """
         old = self.value.detach()
         new = old.to("cpu", self.dtype).contiguous()
+        if new.dtype != old.dtype and not new.isfinite().all() and self.overflows:
+            raise OverflowError
         if new.untyped_storage().nbytes() != new.nbytes:
             new = new.clone()
         if self.mapped and new.data_ptr() != old.data_ptr():

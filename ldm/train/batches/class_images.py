@@ -57,7 +57,7 @@ def sample_class_images(
         return
     log.info("sampling %d images of `%s` into `%s`", len(missing), prompt, folder)
     was_training = model.training
-    side = model.image_size * model.downscale
+    height, width = (side * model.downscale for side in model.latent_size)
     model.eval()
     for first in tqdm(range(0, len(missing), batch), unit="batch", dynamic_ncols=True):
         seeds = missing[first : first + batch]
@@ -65,7 +65,7 @@ def sample_class_images(
             images = txt2img(
                 model,
                 [prompt] * len(seeds),
-                size=(side, side),
+                size=(height, width),
                 steps=steps,
                 scale=scale,
                 seeds=seeds,

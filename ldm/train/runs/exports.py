@@ -23,7 +23,7 @@ from torch import Tensor
 from ldm.loading.families import zero_snr_markers
 from ldm.loading.files.checkpoint import EMBEDDED, ema_name, write_checkpoint
 from ldm.loading.files.clip_statistics import clip_statistics_tensors
-from ldm.loading.legacy import original_name, restore_names
+from ldm.loading.weight_names import original_name, restore_names
 from ldm.model import LatentDiffusion
 from ldm.runtime.version import __version__
 from ldm.train.distributed.parallel import gather

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm.loading import legacy
-from ldm.loading.build import add_unused_weights, check_weights
-from ldm.loading.legacy import rename_weights, schedule_tables
+from ldm.loading.matching import match_weights
 from ldm.loading.published import find_checkpoint
+from ldm.loading.weight_names import rename_weights, schedule_tables
 from ldm.loading.weights import read_weights
 from ldm.model import LatentDiffusion
 from ldm.runtime.files import find_file
@@ -92,10 +92,8 @@ def _load(
         state = {
             n: resize_weight(v, current[n].shape) if n in current else v for n, v in state.items()
         }
-    add_unused_weights(module, state, params["ckpt_path"])
     state = {n: v for n, v in current.items() if n.startswith(ignored)} | state
-    check_weights(current, state, f"`{params['ckpt_path']}` does not fit the config")
-    module.load_state_dict(state)
+    module.load_state_dict(match_weights(module, state, params["ckpt_path"]))
     return schedule_tables(raw)
 
 

@@ -19,8 +19,8 @@ from torch.nn.grad import conv2d_weight
 from ldm.loading.addons.lpips import LPIPS_FILES, build_lpips, read_lpips
 from ldm.loading.config import instantiate
 from ldm.loading.files.checkpoint import read_checkpoint
-from ldm.loading.legacy import loss_weights
 from ldm.loading.published import find_checkpoint
+from ldm.loading.weight_names import loss_weights
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.discriminator import PatchDiscriminator
 from ldm.nets.lpips import LPIPS

@@ -1,0 +1,200 @@
+"""Match the weights of a file to a model: names, shapes, what is left out, and what is wrong."""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ldm.encoders.text import OpenCLIPText
+from ldm.loading.diffusers.keys import (
+    VAE_OLD,
+    component_prefixes,
+    gather_weights,
+    locate_weights,
+)
+from ldm.loading.families import recognise_family
+from ldm.loading.weight_names import TEXT, original_name
+from ldm.model import LatentDiffusion
+from ldm.runtime.errors import WeightsMismatch
+
+__all__ = ["check_weights", "guess_kind", "match_weights", "translate_words"]
+
+log = logging.getLogger(__name__)
+
+PARTS = ("unet.", "autoencoder.", "conditioner.")
+UNUSED = ("position_ids", "text_projection.weight", "logit_scale")  # in files of older versions
+MAX_LISTED = 10  # names of each kind in a message
+# What other files hold, by a part of their names.
+KINDS = {
+    r"lora_|\.lora\.|lokr_|hada_": "a LoRA, which is merged into a model (`loras`)",
+    r"string_to_param|emb_params|^<": "a textual inversion, which is added to a model "
+    "(`embeddings`)",
+    r"control_model|controlnet_|zero_convs": "a ControlNet, which is not supported",
+    r"double_blocks|joint_blocks|conditioner\.embedders\.1\.": "SDXL, SD 3 or Flux, which are not "
+    "supported",
+}
+
+
+def match_weights(
+    model: nn.Module, state: Mapping[str, Tensor], file: str | Path, misfit: str | None = None
+) -> dict[str, Tensor]:
+    """Return the weights of a model, or of a part of one, under its names and in its shapes.
+
+    Diffusers' names and flat 1x1 kernels are understood. Weights that no computation uses may be
+    missing; a warning names what belongs to no part of the model and is left out.
+
+    Args:
+        state: of the file, under our names; for a part also bare names.
+        misfit: how the error begins: "`x.ckpt` does not fit x.yaml".
+
+    Raises:
+        WeightsMismatch: names are missing or unexpected, or shapes differ.
+    """
+    expected = model.state_dict()
+    state = translate_words(model, _select_part(model, state))
+    state |= _unused_weights(model, state, file)
+    state = {n: _in_shape(n, v, expected.get(n), file) for n, v in state.items()}
+    others = [n for n in state if n not in expected and not n.startswith(PARTS)]
+    if isinstance(model, LatentDiffusion) and others and expected.keys() <= state.keys():
+        log.warning("`%s`: left out, not of this model: %s", file, _list_groups(others))
+        state = {name: value for name, value in state.items() if name not in others}
+    check_weights(expected, state, misfit or f"`{file}` does not fit its config")
+    return state
+
+
+def check_weights(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], misfit: str) -> None:
+    """Raise WeightsMismatch unless weights have the expected names and shapes.
+
+    It has counts, the first names in the original's words, and the likely cause.
+    """
+    problems = {
+        "missing": [original_name(name) for name in expected if name not in state],
+        "unexpected": [original_name(name) for name in state if name not in expected],
+        "mismatched": [
+            f"{original_name(name)} {tuple(state[name].shape)}, expected {tuple(value.shape)}"
+            for name, value in expected.items()
+            if name in state and state[name].shape != value.shape
+        ],
+    }
+    if not any(problems.values()):
+        return
+    counts = ", ".join(f"{len(names)} {problem}" for problem, names in problems.items())
+    lines = [f"{misfit}: {counts}"]
+    for problem, names in problems.items():
+        if names:
+            more = ", …" if len(names) > MAX_LISTED else ""
+            lines.append(f"{problem}: {', '.join(names[:MAX_LISTED])}{more}")
+    absent = [p for p in PARTS if _has(expected, p) and not _has(state, p)]
+    family = recognise_family(state)
+    if family is not None:
+        lines.append(f"hint: the weights look like {family.title} (`{family.config}.yaml`)")
+    elif kind := guess_kind(state):
+        lines.append(f"hint: the file is {kind}")
+    elif absent:
+        names = [f"`{original_name(part)}`" for part in absent]
+        lines.append(f"hint: the file holds nothing of {', '.join(names)}")
+    raise WeightsMismatch("\n".join(lines))
+
+
+def guess_kind(names: Iterable[str]) -> str | None:
+    """Return what a file is that holds no model, by the names in it; None if nothing is known."""
+    text = "\n".join(names)
+    return next((k for pattern, k in KINDS.items() if re.search(pattern, text, re.M)), None)
+
+
+def translate_words(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights with those that have diffusers' names under ours; all others stay.
+
+    Args:
+        state: names begin with our prefixes.
+    """
+    expected, renamed = model.state_dict(), dict(state)
+    prefixes = component_prefixes(model)
+    for component, locations in locate_weights(model).items():
+        prefix = prefixes[component]
+        foreign = {n.removeprefix(prefix): n for n in state if n.startswith(prefix)}
+        theirs = {
+            _modern_name(component, name): renamed.pop(old)
+            for name, old in foreign.items()
+            if old not in expected
+        }
+        theirs = {name: value for name, value in theirs.items() if not name.endswith(UNUSED)}
+        ours = gather_weights(locations, theirs, expected)
+        taken = {part for name in ours for part in locations[name].names}
+        renamed |= {prefix + name: v for name, v in theirs.items() if name not in taken}
+        renamed |= ours
+    return renamed
+
+
+def _select_part(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a part by bare names, out of a file that may hold whole models."""
+    if isinstance(model, LatentDiffusion):
+        return dict(state)
+    locations = [where for part in locate_weights(model).values() for where in part.values()]
+    names = [*model.state_dict(), *(name for where in locations for name in where.names)]
+    prefix = next((p for p in ("", *PARTS[:2], TEXT) if any(p + n in state for n in names)), "")
+    return {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+
+
+def _unused_weights(
+    model: nn.Module, state: Mapping[str, Tensor], file: str | Path
+) -> dict[str, Tensor]:
+    """Zeros for weights that no computation uses and other programs leave out.
+
+    These are the projection of OpenCLIP's text tower, and its last block if that is not run.
+    """
+    text = model.conditioner.find(OpenCLIPText) if isinstance(model, LatentDiffusion) else None
+    dtype = next((value.dtype for name, value in state.items() if name.startswith(TEXT)), None)
+    if text is None or dtype is None:  # without any weights of the tower, more is missing
+        return {}
+    unused = tuple(TEXT + name for name in text.unused)
+    missing = {
+        name: torch.zeros(value.shape, dtype=dtype)
+        for name, value in model.state_dict().items()
+        if name.startswith(unused) and name not in state
+    }
+    if missing:
+        log.info("`%s`: %d unused tensors of the text tower are missing", file, len(missing))
+    return missing
+
+
+def _in_shape(name: str, value: Tensor, expected: Tensor | None, file: str | Path) -> Tensor:
+    """A weight in the model's shape, where its numbers are the same; rows of tokens are cut."""
+    if expected is None or value.shape == expected.shape:
+        return value
+    if _drop_1x1(value.shape) == _drop_1x1(expected.shape):
+        return value.reshape(expected.shape)
+    if name.endswith("token_embedding.weight") and value[: len(expected)].shape == expected.shape:
+        added = len(value) - len(expected)
+        log.warning("`%s`: %d added tokens without a word are left out", file, added)
+        return value[: len(expected)]
+    return value
+
+
+def _drop_1x1(shape: torch.Size) -> tuple[int, ...]:
+    return tuple(shape[:2] if tuple(shape[2:]) == (1, 1) else shape)
+
+
+def _modern_name(component: str, name: str) -> str:
+    """A name of another version of diffusers or transformers, as today's and published files do."""
+    if component == "text_encoder":
+        name = name.removeprefix("transformer.")
+        return name if name.startswith("text_") or "." not in name else f"text_model.{name}"
+    if component == "vae" and ".attentions." in name:
+        for new, old in VAE_OLD.items():
+            name = name.replace(f".{old}.", f".{new}.")
+    return name
+
+
+def _has(names: Iterable[str], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in names)
+
+
+def _list_groups(names: Iterable[str]) -> str:
+    """Names by their first part, with counts."""
+    groups = Counter(name.partition(".")[0] for name in names)
+    return ", ".join(f"`{group}` ({count} tensors)" for group, count in groups.items())

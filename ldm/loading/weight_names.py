@@ -1,0 +1,171 @@
+"""The one place where names of weights are normalised, and turned into ours and back.
+
+    in a file        model._orig_mod.diffusion_model.x     diffusion_model.x      vae.decoder.x
+    the original's   model.diffusion_model.x                            first_stage_model.decoder.x
+    ours             unet.x                                                   autoencoder.decoder.x
+
+Inside the networks the original's parameter names are ours too. Those of diffusers, which need to
+know the network, are translated by `matching`.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "DERIVED", "MARKERS", "TEXT", "layer_alias", "loss_weights", "original_name", "our_names",
+    "rename_weights", "restore_names", "schedule_tables", "without_wrappers",
+]  # fmt: skip
+
+# (the original's prefix, ours); renaming back takes the first that fits.
+PREFIXES = (
+    ("model.diffusion_model.", "unet."),
+    ("first_stage_model.", "autoencoder."),
+    ("cond_stage_model.", "conditioner.text."),
+    ("depth_model.", "conditioner.depth."),
+    ("low_scale_model.", "conditioner.lowres."),
+    ("embedder.", "conditioner.image.clip."),
+    ("noise_augmentor.", "conditioner.image.noise."),
+    ("conditioner.embedders.0.", "conditioner.text."),
+    # In files that hold the parts of a diffusers pipeline together.
+    ("vae.", "autoencoder."),
+    ("text_encoder.", "conditioner.text."),
+)
+# Modules that wrap others add their name to those of the weights: DataParallel, compile, FSDP …
+WRAPPERS = frozenset({
+    "module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
+})  # fmt: skip
+# A part of a whole model, perhaps within another one, perhaps with its prefix twice.
+PART = re.compile(
+    r"(?P<outer>(?:.*?\.)??)"
+    r"(?:(?:(?:model\.)?(?P<unet>diffusion_model)|(?P<other>first_stage_model|cond_stage_model))\.)+"
+)
+# Other words for the attention of the autoencoder: of diffusers, and of its versions before 0.15.
+ATTENTION = re.compile(r"(?<=\.)(attn_1|attn\.\d+)\.([a-z_]+(?:\.0)?)(?=\.(?:weight|bias)$)")
+ATTENTION_WORDS = {
+    "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "group_norm": "norm",
+    "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out",
+}  # fmt: skip
+TEXT = "conditioner.text."
+# `transformer.text_model.` of SD 1's text tower, in part or behind the tower's name in ComfyUI.
+TEXT_MODEL = re.compile(
+    r"conditioner\.text\.(?:clip_\w\.)?"
+    r"(?:transformer\.(?:text_model\.)?|text_model\.|(?=(?:encoder|embeddings|final_layer_norm)\.))"
+)
+
+# What adapters write before the name of a layer, with `_` for dots.
+LAYER_PREFIX = re.compile(
+    r"""( lycoris_ | lora_(?=unet_|te1?_) | base_model_model_ | unet_ | te1?_ | text_encoders?_
+    | (model_)?diffusion_model_ | cond_stage_model_ | clip_[lgh]_ | model_(?=transformer_)
+    | transformer_(?=text_model_|resblocks_) | text_model_ )*""",
+    re.VERBOSE,
+)
+
+DERIVED = re.compile(
+    r"""betas | (sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?
+    | posterior_(variance|log_variance_clipped|mean_coef[12]) | lvlb_weights | denoiser\.sigmas
+    | logvar | scale_factor | noise_augmentor\.data_(mean|std) | cond_stage_model\.(mean|std)
+    | model_ema\..* | (first_stage_model\.)?(loss|model_ema)\..*
+    | .*\.embeddings\.position_ids | .*\.attn_mask | v_pred | ztsnr
+    | cond_stage_model\.(transformer\.)?((text|visual)_projection(\.weight)?|logit_scale)
+    | cond_stage_model\.transformer\.vision_model\..*""",
+    re.VERBOSE,
+)
+MARKERS = ("v_pred", "ztsnr")  # empty tensors that some tools add
+# CLIP with a vision tower, of which the text tower is not used.
+VISION_TOWER = "cond_stage_model.model.visual.proj"
+UNUSED_TEXT_TOWER = "cond_stage_model.model.transformer."
+TABLES = re.compile(
+    r"scale_factor|betas|\w*alphas_cumprod\w*|posterior_.*|noise_augmentor\.data_(mean|std)"
+)
+LOSS = re.compile(r"(first_stage_model\.)?loss\.(.+)")
+POSITIONS = "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight"
+
+
+def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the names of modules that only wrap others, such as `_orig_mod.`."""
+    names = [".".join(p for p in name.split(".") if p not in WRAPPERS) for name in state]
+    are_unique = all(names) and len(set(names)) == len(names)
+    return dict(zip(names if are_unique else state, state.values(), strict=True))
+
+
+def our_names(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield (our name, that in the file) of weights, without those that are recomputed here."""
+    originals = _strip_outer(list(names))
+    unused = UNUSED_TEXT_TOWER if VISION_TOWER in originals else ()
+    for original, name in originals.items():
+        if not DERIVED.fullmatch(original) and not original.startswith(unused):
+            yield _our_name(original), name
+
+
+def rename_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights under our names, without those that are recomputed."""
+    return {ours: state[name] for ours, name in our_names(state)}
+
+
+def layer_alias(name: str) -> str:
+    """Return what all names have in common that adapters give to one layer."""
+    flat = name.replace(".", "_").replace("_processor_to_out", "_to_out_0")
+    return LAYER_PREFIX.sub("", flat.replace("_processor_", "_"), count=1)
+
+
+def loss_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of training losses: `discriminator.…`, `perceptual_loss.…`."""
+    matches = ((LOSS.fullmatch(name), value) for name, value in state.items())
+    return {match[2]: value for match, value in matches if match}
+
+
+def schedule_tables(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors beside the weights: schedule tables, and the scale if it was measured."""
+    originals = _strip_outer(list(state))
+    return {name: state[old] for name, old in originals.items() if TABLES.fullmatch(name)}
+
+
+def original_name(name: str) -> str:
+    """Return the original's name for ours, or for the start of one."""
+    for theirs, ours in PREFIXES:
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name
+
+
+def restore_names(
+    state: Mapping[str, Tensor], buffers: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return weights under the original's names; `buffers` are the schedule's tables, put first."""
+    originals = dict(buffers or {})
+    for name, value in state.items():
+        original = original_name(name)
+        if original == POSITIONS:
+            ids = torch.arange(len(value), device="cpu")[None]
+            originals[original.replace("embedding.weight", "ids")] = ids
+        originals[original] = value
+    return originals
+
+
+def _strip_outer(names: list[str]) -> dict[str, str]:
+    """Return name -> name in the file, for models within others and prefixes that are doubled."""
+    matches = {name: PART.match(name) for name in names}
+    outer = {match["outer"] for match in matches.values() if match} - {""}
+    originals: dict[str, str] = {}
+    for name, match in matches.items():
+        original = name
+        if match:
+            part = "model.diffusion_model" if match["unet"] else match["other"]
+            original = f"{part}.{name[match.end() :]}"
+        elif prefix := max((p for p in outer if name.startswith(p)), key=len, default=""):
+            original = name.removeprefix(prefix)
+        originals.setdefault(original if original not in originals else name, name)
+    return originals
+
+
+def _our_name(original: str) -> str:
+    theirs, ours = next((pair for pair in PREFIXES if original.startswith(pair[0])), ("", ""))
+    name = ours + original.removeprefix(theirs)
+    if name.startswith(TEXT):
+        return TEXT_MODEL.sub(f"{TEXT}transformer.text_model.", name, count=1)
+    return ATTENTION.sub(
+        lambda match: f"{match[1]}.{ATTENTION_WORDS.get(match[2], match[2])}", name
+    )
