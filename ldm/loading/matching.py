@@ -62,7 +62,7 @@ def match_weights(
     if isinstance(model, LatentDiffusion) and others and expected.keys() <= state.keys():
         log.warning("`%s`: left out, not of this model: %s", file, _list_groups(others))
         state = {name: value for name, value in state.items() if name not in others}
-    check_weights(expected, state, misfit or f"`{file}` does not fit its config")
+    check_weights(expected, state, misfit or f"`{file}` does not fit the config")
     return state
 
 

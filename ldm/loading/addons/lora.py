@@ -73,11 +73,12 @@ def load_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, float]]
 
     `provenance` records the files.
     """
-    weighted = [(Path(file).expanduser().resolve(), strength) for file, strength in files]
+    weighted = [(Path(file).expanduser(), strength) for file, strength in files]
     merge_loras(*(read_lora(path, model).scale(strength) for path, strength in weighted))
     provenance = []
     for path, strength in weighted:
-        provenance.append({"path": str(path), "weight": strength, "hash": file_hash(path)})
+        record = {"path": str(path.resolve()), "weight": strength, "hash": file_hash(path)}
+        provenance.append(record)
         for file in _files_of(path):
             add_embeddings(model, read_bundle(file), file)
     if provenance:
