@@ -8,7 +8,7 @@ Radford et al. 2021 (arXiv:2103.00020); Cherti et al. 2022 (arXiv:2212.07143).
 """
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, ClassVar, Literal, Protocol, cast
 
 import torch
@@ -158,6 +158,23 @@ class TextEncoder(Encoder):
         if is_trained or any(module._forward_hooks for module in self.modules()):  # LoRA
             return None
         return torch.stack([cache[text] for text in texts])
+
+
+def collect_vocabulary(texts: Iterable[str], encoder: TextEncoder) -> Tensor:
+    """Collect the sorted ids of all tokens in the texts, for the pruned embedding of `encoder`.
+
+    Rows that are left over get ids beyond CLIP's, which never occur.
+
+    Raises:
+        ValueError: there are more tokens than rows.
+    """
+    assert encoder.token_ids is not None
+    ids = encoder.tokenize(sorted(set(texts))).unique()
+    rows = len(encoder.token_ids)
+    if len(ids) > rows:
+        raise ValueError(f"`compact_vocab` is too small: {len(ids)} tokens occur, plus one row")
+    spare = torch.arange(rows - len(ids)) + 49408
+    return torch.cat([ids, spare])
 
 
 class OpenCLIPText(TextEncoder):

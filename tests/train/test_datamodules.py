@@ -99,6 +99,7 @@ def test_simple_data_sets_are_translated(spec: str, translation: str) -> None:
         (f"{{params: {{batch_size: 1, train: {FOLDER}, worker: 1}}}}", "did you mean"),
         ("{params: {batch_size: 1, train: {root: null}}}", "needs one of `root`"),
         ("{params: {batch_size: 1, train: {root: a, hub: b}}}", "has `root` and `hub`: set"),
+        ("{params: {batch_size: 1, train: {root: a, transform: photo}}}", "needs `transform`"),
         (
             "{params: {batch_size: 1, train: {shards: x, transform: {}}, "
             "prior: {root: x, prompt: a dog, count: 1, transform: {}}}}",

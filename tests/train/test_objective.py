@@ -10,10 +10,10 @@ from goldfile import Gold, gold
 from ldm.conditioning import Cond, Conditioner
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.schedule import Schedule, make_betas
+from ldm.encoders.text import collect_vocabulary
 from ldm.loading.config import instantiate
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import PixelSpace
-from ldm.train.batches.sources import collect_vocabulary
 from ldm.train.optim.ema import EMA
 from ldm.train.optim.optimizers import make_optimizer
 from ldm.train.runs.initial import measure_scale

@@ -1,17 +1,24 @@
 """Images of a run: a folder, a table of Hugging Face or tar shards, as a config describes them."""
 
+import logging
 from collections.abc import Callable
 
-from ldm.data.drawings import EmojiTransform
-from ldm.data.folder import Folder
+import torch
+
+from ldm.data.dataset import ImageDataset
+from ldm.data.drawings import EmojiTransform, caption_texts
+from ldm.data.folder import Folder, read_metadata
 from ldm.data.hub import Hub
-from ldm.data.options import rename_options
 from ldm.data.shards import Shards
 from ldm.data.transforms import PhotoTransform, Transform
+from ldm.encoders.text import TextEncoder, collect_vocabulary
+from ldm.model import LatentDiffusion
 from ldm.runtime.errors import unknown_name
 from ldm.runtime.types import JsonMapping
 
-__all__ = ["open_images"]
+__all__ = ["fill_vocabulary", "open_images", "warn_of_missing_captions"]
+
+log = logging.getLogger(__name__)
 
 TRANSFORMS: dict[str, Callable[..., Transform]] = {
     kind.NAME: kind for kind in (EmojiTransform, PhotoTransform)
@@ -38,13 +45,36 @@ def open_images(
         raise unknown_name("transform", name, TRANSFORMS, where)
     kind = next(kind for kind in ("root", "hub", "shards") if kind in spec)
     try:
-        make = TRANSFORMS[name](**rename_options(name, transform))
+        options = {**spec, "transform": TRANSFORMS[name](**transform)}
         if kind == "shards":
-            options = {**rename_options(kind, spec), "transform": make}
             return Shards(**options, seed=seed, commands=commands)
-        options = {**spec, "transform": make, "seed": seed}
+        options["seed"] = seed
         return Folder(**options) if kind == "root" else Hub(**options)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{where}.{kind}: {error}") from error
     except TypeError as error:
         raise ValueError(f"{where}: {str(error).replace('.__init__()', '')}") from error
+
+
+def fill_vocabulary(model: LatentDiffusion, images: ImageDataset | Shards) -> None:
+    """Give a pruned token embedding that still has no tokens those of all captions."""
+    text = model.conditioner.find(TextEncoder)
+    if text is None or text.token_ids is None:
+        return
+    if text.token_ids.equal(torch.arange(len(text.token_ids))):
+        # A folder's metadata has the rows of all splits.
+        rows = read_metadata(images.root) if isinstance(images, Folder) else images.metadata()
+        texts = caption_texts(rows)
+        text.token_ids.copy_(collect_vocabulary(texts, text))
+
+
+def warn_of_missing_captions(model: LatentDiffusion, images: ImageDataset | Shards) -> None:
+    """Log how many photos of a folder have no caption, if the model reads captions."""
+    if model.conditioner.text is None or not isinstance(images, Folder):
+        return
+    if isinstance(images.transform, PhotoTransform):
+        missing = sum(not row.get("text") for row in images.metadata())
+        if missing:
+            log.warning(
+                "%d of %d images of `%s` have no caption", missing, len(images), images.root
+            )

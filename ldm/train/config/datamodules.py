@@ -10,6 +10,7 @@ The data sets of the published configs were never published; the error says what
 import logging
 from collections.abc import Iterable, Mapping
 
+from ldm.data.options import rename_options
 from ldm.runtime.errors import unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.config.schema import Data, validate
@@ -64,11 +65,14 @@ def read_data(section: JsonMapping) -> Data:
     data = validate(Data, params, "data.params")
     if data.prior and "shards" in data.train:
         raise ValueError("data.params: `prior` needs a folder or a hub, not `shards`")
-    splits = {
+    splits: JsonObject = {
         split: _translate_split(params[split], f"data.params.{split}")
         for split in SPLITS
         if split in params
     }
+    if data.prior:
+        transform = _rename_transform(data.prior.transform)
+        splits["prior"] = data.prior.model_copy(update={"transform": transform})
     return data.model_copy(update=splits)
 
 
@@ -83,9 +87,15 @@ def _translate_split(spec: JsonMapping, where: str) -> JsonObject:
         raise ValueError(f"{where} has {both}: set all but one to null, and their options")
     if not kinds:
         raise ValueError(f"{where} needs one of `root` (a folder), `shards` or `hub`")
-    if "transform" not in spec:
+    if not isinstance(spec.get("transform"), Mapping):
         raise ValueError(f"{where} needs `transform`, {{name: photo, size: 512, …}}")
-    return spec
+    if "shards" in spec:
+        spec = rename_options("shards", spec)
+    return {**spec, "transform": _rename_transform(spec["transform"])}
+
+
+def _rename_transform(options: JsonMapping) -> JsonObject:
+    return rename_options(str(options.get("name")), options)
 
 
 def _translate_dataset(target: object, params: JsonObject, where: str) -> JsonObject:
