@@ -130,9 +130,9 @@ def open_folder(where: Sequence[str]) -> Folder | None:
         MissingFile: a name is not a pattern, not an address and not there.
     """
     for name in where:
-        if not any(mark in name for mark in "*?[{:") and not Path(name).exists():
+        if not any(mark in name for mark in "*?[{:") and not Path(name).expanduser().exists():
             raise MissingFile(f"there is no folder or file `{name}`")
-    if len(where) != 1 or not Path(where[0]).is_dir():
+    if len(where) != 1 or not Path(where[0]).expanduser().is_dir():
         return None
     folder = Folder(root=where[0], transform=PhotoTransform())
     folder.rows = list({row["file_name"]: row for row in folder.rows}.values())

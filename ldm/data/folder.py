@@ -56,7 +56,7 @@ class Folder(ImageDataset):
         seed: int = 0,
     ) -> None:
         super().__init__(transform, seed)
-        self.root = Path(root)
+        self.root = Path(root).expanduser()
         conditions = {**(where or {}), **({} if split is None else {"split": split})}
         rows, damaged = _read(self.root)
         # Where all have one caption, nobody needs the files that were damaged.

@@ -45,12 +45,13 @@ class Hub(ImageDataset):
         seed: int = 0,
     ) -> None:
         super().__init__(transform, seed)
+        hub = str(Path(hub).expanduser()) if str(hub).startswith("~") else str(hub)
         self.source, self.image, self.text = Path(hub).name, image, text
         self.fields = dict(fields or {})
-        self.table = _load_table(str(hub), name, split, image, cache)
+        self.table = _load_table(hub, name, split, image, cache)
         self.columns = self.table.remove_columns(image)
         if text not in self.table.column_names and "text" not in self.fields:
-            raise _missing(str(hub), f"column `{text}`", self.table.column_names)
+            raise _missing(hub, f"column `{text}`", self.table.column_names)
         self._assign_groups()
 
     def __len__(self) -> int:
@@ -85,7 +86,10 @@ def _load_table(
         raise ImportError(
             f"`{hub}` needs the package `datasets`: pip install 'ldm-revived[hub]'"
         ) from error
-    path, options = Path(hub), {"cache_dir": None if cache is None else str(cache)}
+    path, options = (
+        Path(hub),
+        {"cache_dir": None if cache is None else str(Path(cache).expanduser())},
+    )
     table: Any
     if any((path / mark).exists() for mark in ("dataset_dict.json", "dataset_info.json")):
         table = datasets.load_from_disk(hub)

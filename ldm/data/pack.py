@@ -38,7 +38,7 @@ def pack(folder: Folder, pattern: str, *, count: int = 1000) -> Iterator[Path]:
         shard = list(itertools.islice(indices, count))
         if not shard:
             return
-        path = Path(pattern % number)
+        path = Path(pattern % number).expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
         with replace_when_written(path) as part, tarfile.open(part, "w") as tar:
             for index in shard:

@@ -317,7 +317,7 @@ def _expand(pattern: str, commands: bool) -> list[str]:
             " http(s) addresses, or allow it with --allow-commands"
         )
     try:
-        names = braceexpand.braceexpand(pattern, escape=os.sep == "/")
+        names = braceexpand.braceexpand(os.path.expanduser(pattern), escape=os.sep == "/")
         urls = list(itertools.islice(names, MAX_SHARDS + 1))
     except ValueError as error:
         raise ArgumentError(f"`{pattern}`: {error}") from None

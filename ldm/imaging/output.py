@@ -28,7 +28,7 @@ class OutputFolder:
     """
 
     def __init__(self, outdir: str | Path, name: str | None = None) -> None:
-        self.path = Path(outdir)
+        self.path = Path(outdir).expanduser()
         self.name = name
         self.samples = self.path if name else self.path / "samples"
         self.samples.mkdir(parents=True, exist_ok=True)

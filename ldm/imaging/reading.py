@@ -143,11 +143,10 @@ class StoredImage:
             rgb.putalpha(alpha)
         return rgb
 
-    def log_notes(self) -> "StoredImage":
-        """Log what a user should know, once; returns the image itself."""
+    def log_notes(self) -> None:
+        """Log what a user should know."""
         for note in self.notes:
             log.warning("`%s` %s", self.name, note)
-        return self
 
     def _note(self, text: str) -> None:
         if text not in self.notes:

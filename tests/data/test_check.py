@@ -58,6 +58,15 @@ def test_a_folder_is_packed_and_its_shards_are_checked(photos, tmp_path, capsys)
     assert "only a folder can be packed" in capsys.readouterr().err
 
 
+def test_paths_may_begin_in_the_home_folder(photos, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(photos.parent))
+    monkeypatch.setenv("USERPROFILE", str(photos.parent))
+    (photos / "cut.png").unlink()
+    assert main(["~/photos", "--pack", "~/shards/%d.tar"]) == 1
+    assert main(["~/shards/{0..0}.tar"]) == 0
+    assert "5 images can be read, 0 are broken" in capsys.readouterr().out
+
+
 def test_a_good_folder_is_good(capsys):
     assert main([str(EMOJI)]) == 0
     assert "24 images can be read, 0 are broken" in capsys.readouterr().out
