@@ -188,7 +188,7 @@ def decode_stored(data: bytes, name: str | Path) -> StoredImage:
     with open_image(BytesIO(data), name) as file:
         notes = []
         # The further images of these are layers, previews and maps of the first one.
-        if file.format not in ("PSD", "MPO") and getattr(file, "n_frames", 1) > 1:
+        if file.format not in ("PSD", "MPO") and getattr(file, "is_animated", False):
             notes.append("is animated or has several pages, the first is used")
         _scale_colour_key(file)
         image = ImageOps.exif_transpose(file)
