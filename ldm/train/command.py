@@ -112,7 +112,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> TrainReq
 
 
 def _run_request(request: TrainRequest) -> Iterator[str]:
-    """Does what is requested; yields the lines to print: a path, losses, or a config."""
+    """Do what is requested; yield the lines to print: a path, losses, or a config."""
     _configure_logging()
     if request.dry_run:
         yield from _describe(request)
@@ -126,7 +126,7 @@ def _run_request(request: TrainRequest) -> Iterator[str]:
 
 
 def _read(request: TrainRequest, existing: run_folder.ExistingRun | None) -> "Settings":
-    """Reads the settings of the run; errors are raised before anything is started or created."""
+    """Read the settings of the run; errors are raised before anything is started or created."""
     from ldm.train.config.settings import check_complete, read_settings
 
     settings = read_settings(run_folder.read_config(request, existing))
@@ -151,7 +151,7 @@ def _describe(request: TrainRequest) -> Iterator[str]:
 def _run(
     request: TrainRequest, settings: "Settings", existing: run_folder.ExistingRun | None
 ) -> Iterator[str]:
-    """Trains, exports or validates a run."""
+    """Train, export or validate a run."""
     import torch
 
     from ldm.loading.config import format_yaml
@@ -242,7 +242,7 @@ def _build_parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, str]]:
 
 
 def _split(words: Sequence[str], spellings: dict[str, str]) -> tuple[list[str], dict[str, str]]:
-    """Separates our own words, with all values explicit, from arguments of Lightning's Trainer."""
+    """Separate our own words, with all values explicit, from arguments of Lightning's Trainer."""
     own: list[str] = []
     trainer: dict[str, str] = {}
     rest = list(words)

@@ -212,28 +212,6 @@ def test_the_scheduler_of_a_model_decides_unless_the_optimizer_does() -> None:
     assert any("replaces" in note for note in ours.notes)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{trainer: {max_step: 3}}", "lightning.trainer: unknown key `max_step`, did you mean"),
-        ("{trainers: {max_steps: 3}}", "unknown section `trainers`, did you mean `trainer`"),
-        ("{trainer: {max_steps: null}}", "needs `max_steps` or `max_time`"),
-        ("{trainer: {precision: 64}}", "`64` should be '32', 'bf16-mixed' or '16-mixed'"),
-        ("{trainer: {strategy: deepspeed_stage_2}}", "strategy: `deepspeed` should be"),
-        ("{trainer: {gradient_clip_algorithm: value}}", "should be 'norm'"),
-        ("{callbacks: {image_logger: {params: {batch_freqency: 1}}}}", "mean `batch_frequency`"),
-        (
-            "{callbacks: {mine: {target: my.Own}}}",
-            "lightning.callbacks.mine: unknown callback `my.O",
-        ),
-        ("{logger: {target: x.MLFlowLogger}}", "unknown logger `x.MLFlowLogger`"),
-    ],
-)
-def test_unknown_names_are_refused(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        settings(text)
-
-
 SECTIONS = {
     "trainer": schema.Trainer,
     "callbacks": schema.Callbacks,
@@ -286,6 +264,15 @@ def test_the_keywords_of_tasks_and_optimizers_are_known() -> None:
         ("lightning.callbacks.sampling.steps=0", "callbacks.sampling.steps: `0` should be greater"),
         ("lightning.callbacks.image_logger.params=5", "params: `5` should be a mapping"),
         ("lightning.textual_inversion.vectors=2", "textual_inversion needs `token`"),
+        ("lightning.trainer.max_step=3", "lightning.trainer: unknown key `max_step`, did you mean"),
+        ("lightning.trainers.max_steps=3", "unknown section `trainers`, did you mean `trainer`"),
+        ("lightning.trainer.max_steps=null", "needs `max_steps` or `max_time`"),
+        ("lightning.trainer.precision=64", "`64` should be '32', 'bf16-mixed' or '16-mixed'"),
+        ("lightning.trainer.strategy=deepspeed_stage_2", "strategy: `deepspeed` should be"),
+        ("lightning.trainer.gradient_clip_algorithm=value", "`value` should be 'norm'"),
+        ("lightning.callbacks.image_logger.params.batch_freqency=1", "mean `batch_frequency`"),
+        ("lightning.callbacks.mine.target=my.Own", "callbacks.mine: unknown callback `my.Own`"),
+        ("lightning.logger.target=x.MLFlowLogger", "unknown logger `x.MLFlowLogger`"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_key(override: str, message: str) -> None:

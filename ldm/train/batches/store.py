@@ -178,7 +178,7 @@ def _file_state(url: str) -> tuple[int, ...] | None:
 
 
 def _read_summary(path: Path, files: set[str]) -> dict[str, Any] | None:
-    """What was written after shards were read, if all files of that time are still there."""
+    """Read what was written after shards were read, if all files of that time are still there."""
     try:
         summary: dict[str, Any] = json.loads(path.read_text("utf-8"))
         return summary if files.issuperset(summary["files"]) else None

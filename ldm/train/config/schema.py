@@ -107,7 +107,7 @@ def _short_strategy(value: object) -> str:
 
 
 def _one_of(names: Collection[str]) -> AfterValidator:
-    """Allows only these names."""
+    """Allow only these names."""
 
     def check(value: str) -> str:
         if value not in names:
