@@ -37,6 +37,39 @@ def test_reconstructions_get_better() -> None:
 
 
 @torch.no_grad()
+def test_the_worst_values_of_an_image_can_count_more() -> None:
+    batch = {"jpg": torch.rand(2, 3, 32, 32) * 2 - 1}
+    model = tiny()
+    plain, weighted = (
+        Reconstruction(model, peak=peak).loss(batch, torch.Generator().manual_seed(0))["loss"]
+        for peak in (0.0, 2.0)
+    )
+    decoded = model(batch["jpg"], torch.Generator().manual_seed(0))[0]
+    worst = (decoded - batch["jpg"]).abs().flatten(1).sort().values[:, -6:]  # of 3,072
+    torch.testing.assert_close(weighted - plain, 2 * worst.mean())
+
+
+def test_a_spike_in_the_decoder_can_cost_something() -> None:
+    batch = {"jpg": torch.rand(2, 3, 32, 32) * 2 - 1}
+    model = tiny()
+
+    def penalty() -> torch.Tensor:
+        plain, weighted = (
+            Reconstruction(model, outlier=weight).loss(batch, torch.Generator().manual_seed(0))
+            for weight in (0.0, 1.0)
+        )
+        return weighted["loss"] - plain["loss"]
+
+    assert penalty() < 0.01
+    spike = torch.zeros(1, 1, 16, 16)
+    spike[..., 0, 15] = 1e3
+    model.decoder.conv_in.register_forward_hook(lambda *args: args[-1] + spike)
+    penalty().backward()
+    # A single pixel of 256 that has all of the variance is 16 standard deviations away.
+    assert 0.3 < penalty() < 16 / 6 - 1
+
+
+@torch.no_grad()
 def test_normalised_latents_are_standard_and_decode_to_the_same() -> None:
     model, image = tiny().eval(), torch.rand(4, 3, 32, 32) * 2 - 1
     posterior = model.encode(image)

@@ -299,6 +299,8 @@ class Reconstruction(TypedDict, total=False):
     l2: Nonnegative
     gradient: Nonnegative
     kl: Nonnegative
+    peak: Nonnegative
+    outlier: Nonnegative
     trained: Literal["all", "decoder"]
     learn_logvar: Bool
     export_losses: Bool

@@ -7,7 +7,8 @@ Esser et al. 2020 (arXiv:2012.09841), section 3.1; Rombach et al. 2022 (arXiv:21
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -22,6 +23,7 @@ from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.published import find_checkpoint
 from ldm.loading.weight_names import loss_weights
 from ldm.nets.autoencoder import AutoencoderKL
+from ldm.nets.blocks import GroupNorm
 from ldm.nets.discriminator import PatchDiscriminator
 from ldm.nets.lpips import LPIPS
 from ldm.runtime.errors import unknown_name
@@ -38,6 +40,8 @@ __all__ = [
 ]
 
 MAX_D_WEIGHT = 1e4
+WORST = 500  # one in so many values of an image counts as its worst
+OUTLIER = 6.0  # largest normalised activation that costs nothing
 EPS = 1e-4  # added to the norm that d_weight is divided by
 # Penalty of logits where they should be negative.
 DISC_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -96,6 +100,8 @@ class Reconstruction(Task):
     l2: float = 1.0  # weight of the mean squared error
     gradient: float = 0.5  # weight of the absolute error of edges
     kl: float = 1e-6  # weight of the divergence from a standard normal, nats per image
+    peak: float = 0.0  # weight of the mean absolute error of the worst 1 in 500 values
+    outlier: float = 0.0  # weight of single large activations in the decoder, `_outlier_loss`
     trained: str = "all"  # or "decoder", which keeps the latents as they are
 
     def __post_init__(self) -> None:
@@ -104,12 +110,20 @@ class Reconstruction(Task):
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
         image = batch["jpg"].to(self.model.quant_conv.weight.device)  # (B, 3, H, W)
-        reconstruction, posterior = self.model(image, generator)
+        layers = self.model.decoder.modules() if self.outlier else ()
+        with _record_peaks(layer for layer in layers if isinstance(layer, GroupNorm)) as peaks:
+            reconstruction, posterior = self.model(image, generator)
         error = reconstruction.float() - image
         kl = posterior.kl().float().mean()
         edges = error.diff(dim=-2).abs().mean() + error.diff(dim=-1).abs().mean()
         loss = self.l1 * error.abs().mean() + self.l2 * error.square().mean()
         loss = loss + self.gradient * edges + self.kl * kl
+        if self.peak:
+            errors = error.abs().flatten(1)
+            worst = errors.topk(max(1, errors.shape[1] // WORST)).values
+            loss = loss + self.peak * worst.mean()
+        if self.outlier:
+            loss = loss + self.outlier * _outlier_loss(peaks)
         quality = psnr(reconstruction.detach().float(), image).mean()
         return {"loss": loss, "psnr": quality, "kl": kl.detach()}
 
@@ -335,6 +349,30 @@ def normalise_latents(model: AutoencoderKL, z: Tensor) -> None:
 def _move(module: ModuleT, device: torch.device) -> ModuleT:
     """Move to a device, unless it is there: fake tensors, as of --dry-run, cannot be moved."""
     return module if next(module.parameters()).device == device else module.to(device)
+
+
+@contextmanager
+def _record_peaks(layers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """Collect the largest absolute values in each channel of layers, (B, C), while inside."""
+    peaks: list[Tensor] = []
+
+    def record(layer: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> None:
+        peaks.append(output.float().abs().amax(dim=(2, 3)))
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(record))
+        yield peaks
+
+
+def _outlier_loss(peaks: Iterable[Tensor]) -> Tensor:
+    """Return the mean over layers of (peak - 6) / 6 where it is positive.
+
+    A norm removes the scale of an image. A decoder can keep it by a few huge activations in a
+    corner, which then make up all of the variance, and leave a speck there (Karras et al. 2020,
+    arXiv:1912.04958, section 2).
+    """
+    return torch.stack([F.relu(peak / OUTLIER - 1).mean() for peak in peaks]).mean()
 
 
 def _freeze_encoder(model: AutoencoderKL, trained: str) -> None:
