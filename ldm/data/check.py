@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -108,7 +108,7 @@ def check(
         MissingFile: a folder or file is missing.
     """
     report = DataReport(Buckets(size, step))
-    loaders = _folder_loaders(data) if isinstance(data, Folder) else _shard_loaders(data)
+    loaders = _loaders(data)
     total = len(data) if isinstance(data, Folder) else None
     bar = tqdm(total=total, unit="image", dynamic_ncols=True, mininterval=1)
     # Each image is opened without warnings; threads would not put their filters back in order.
@@ -142,15 +142,12 @@ def open_folder(where: Sequence[str]) -> Folder | None:
 Loader = tuple[str, Callable[[], Sample]]  # name of a sample, and what reads it
 
 
-def _folder_loaders(folder: Folder) -> Iterator[Loader]:
-    for index in range(len(folder)):
-        yield folder.name(index), partial(folder.load, index)
-
-
-def _shard_loaders(where: Sequence[str]) -> Iterator[Loader]:
-    for url in expand_patterns(where):
-        for raw in read_shard(url):
-            yield name_of(raw), partial(decode_sample, raw)
+def _loaders(data: Folder | Sequence[str]) -> Iterator[Loader]:
+    if isinstance(data, Folder):
+        yield from ((data.name(index), partial(data.load, index)) for index in range(len(data)))
+    else:
+        raws = chain.from_iterable(map(read_shard, expand_patterns(data)))
+        yield from ((name_of(raw), partial(decode_sample, raw)) for raw in raws)
 
 
 def _read_facts(loader: Loader) -> tuple[tuple[int, int], str, list[str]] | UnreadableSample:

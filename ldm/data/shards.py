@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from fractions import Fraction
-from functools import partial
 from glob import glob, has_magic
 from io import BufferedReader, BytesIO
 from pathlib import Path
@@ -38,7 +37,7 @@ from tqdm import tqdm
 from ldm.data.dataset import Sample, UnreadableSample
 from ldm.data.download import Download
 from ldm.data.folder import is_hidden
-from ldm.data.source import Batch, Source, collate, read_ahead
+from ldm.data.source import Batch, Source, collate
 from ldm.data.transforms import Transform, captions_of
 from ldm.imaging.reading import IMAGE_SUFFIXES, decode_image, read_size
 from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile
@@ -73,8 +72,8 @@ class Shards(Source):
         shards: paths, with `*` or `{000..099}`, or http(s) addresses; one or a list.
         streams: into how many streams the shards are dealt; as it was when the run began.
         shuffle: samples of the shuffle buffer of each stream.
-        minimum: of numbers in the .json, {"width": 512}; samples without the number are left out.
-        maximum: likewise.
+        minimum: of numbers in the .json, {"width": 512}, as `maximum`; samples without the number
+            are left out.
         length: samples in an epoch, if known.
         commands: whether `pipe:COMMAND` may be run, which a config must not decide.
     Raises:
@@ -103,11 +102,6 @@ class Shards(Source):
         self.limits = {
             key: (low.get(key, -math.inf), high.get(key, math.inf)) for key in {**low, **high}
         }
-
-    def batches(
-        self, size: int, *, start: int = 0, rank: int = 0, world_size: int = 1, workers: int = 0
-    ) -> Iterator[Batch]:
-        return read_ahead(partial(self._read, size), start + rank, world_size, workers)
 
     def batches_per_epoch(self, size: int) -> Fraction | None:
         return None if self.length is None else Fraction(self.length, size)
@@ -147,7 +141,7 @@ class Shards(Source):
         other.make = make
         return other
 
-    def _read(self, size: int, first: int, step: int) -> Iterator[Batch]:
+    def read(self, size: int, first: int, step: int) -> Iterator[Batch]:
         readers: dict[int, tuple[int, Iterator[tuple[int, list[RawSample]]]]] = {}
         for number in itertools.count(first, step):
             turn, shard = divmod(number, len(self.urls))

@@ -38,28 +38,30 @@ ReadBatches = Callable[[int, int], Iterator[Batch]]  # (first, step) -> batches 
 class Source(ABC):
     """What a training run reads."""
 
-    @abstractmethod
     def batches(
         self, size: int, *, start: int = 0, rank: int = 0, world_size: int = 1, workers: int = 0
     ) -> Iterator[Batch]:
-        """Batches start + rank, start + rank + world_size, … of the endless sequence.
-
-        Tensors are stacked, everything else is a list ("jpg" or "z", "txt", …).
+        """Read batches start + rank, start + rank + world_size, … of the endless sequence.
 
         Args:
             workers: processes that read ahead; 0 = this one reads when it is asked.
         """
+        return read_ahead(partial(self.read, size), start + rank, world_size, workers)
+
+    @abstractmethod
+    def read(self, size: int, first: int, step: int) -> Iterator[Batch]:
+        """Read batches first, first + step, …: tensors are stacked, all else becomes a list."""
 
     @abstractmethod
     def batches_per_epoch(self, size: int) -> Fraction | None:
-        """Batches of a size in an epoch; None where the number of samples is unknown."""
+        """Count the batches of a size in an epoch; None where the number of samples is unknown."""
 
     @abstractmethod
     def first_samples(self, n: int) -> list[Sample]:
-        """n fixed samples with images ("jpg") of one size, for grids and statistics."""
+        """Return n fixed samples with images ("jpg") of one size, for grids and statistics."""
 
     def counts_by_name(self) -> Counter[str] | None:
-        """How many samples of an epoch have each name; None where that is unknown."""
+        """Count how many samples of an epoch have each name; None where that is unknown."""
         return None
 
 
@@ -78,11 +80,6 @@ class DatasetSource(Source):
         self.dataset, self.seed = dataset, seed
         self.shown = dataset if shown is None else shown
         self._orders: dict[tuple[int, int], Any] = {}
-
-    def batches(
-        self, size: int, *, start: int = 0, rank: int = 0, world_size: int = 1, workers: int = 0
-    ) -> Iterator[Batch]:
-        return read_ahead(partial(self._read, size), start + rank, world_size, workers)
 
     def batches_per_epoch(self, size: int) -> Fraction:
         if self.dataset.groups is None:
@@ -127,7 +124,7 @@ class DatasetSource(Source):
             self._orders.pop((epoch - 2, size), None)
         return self._orders[epoch, size]
 
-    def _read(self, size: int, first: int, step: int) -> Iterator[Batch]:
+    def read(self, size: int, first: int, step: int) -> Iterator[Batch]:
         for number in itertools.count(first, step):
             broken: list[str] = []
             keys = self.keys(number, size)

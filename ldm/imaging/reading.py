@@ -168,8 +168,7 @@ def load_image(path: str | Path) -> Image.Image:
 
 def load_stored(path: str | Path) -> StoredImage:
     """Load an image file with the values that it has; errors as `load_image`."""
-    path = _find(path)
-    return decode_stored(path.read_bytes(), path)
+    return decode_stored(_find(path).read_bytes(), path)
 
 
 def decode_image(data: bytes, name: str | Path) -> Image.Image:
