@@ -138,7 +138,7 @@ def _read(request: TrainRequest, existing: run_folder.ExistingRun | None) -> "Se
 
 
 def _describe(request: TrainRequest) -> Iterator[str]:
-    """The whole config, and the memory that it needs."""
+    """Describe the whole config, and the memory that it needs."""
     from ldm.loading.config import format_yaml
     from ldm.train import estimate
 
@@ -200,7 +200,7 @@ def _configure_logging() -> None:
 
 
 def _build_parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, str]]:
-    """The parser of our own options, and {spelling: long name} of them."""
+    """Build the parser of our own options, and {spelling: long name} of them."""
     parser = argparse.ArgumentParser(
         prog=prog, description="Train a model from a config in the original's format.",
         epilog=EPILOG,
@@ -267,7 +267,7 @@ def _split(words: Sequence[str], spellings: dict[str, str]) -> tuple[list[str], 
 
 
 def _find_option(name: str, spellings: dict[str, str]) -> str:
-    """The long name of one of our options, also of an abbreviation; "" for another's."""
+    """Return the long name of one of our options, also of an abbreviation; "" for another's."""
     if name in spellings:
         return spellings[name]
     matches = {spellings[s] for s in spellings if s.startswith(name) and name[:2] == "--"}

@@ -168,7 +168,7 @@ def estimate(settings: Settings, processes: int = 1, cache: dict[Any, int] | Non
 
 
 def _alternatives(settings: Settings, processes: int) -> Iterator[tuple[str, Settings]]:
-    """Overrides that need less memory, and the settings with them."""
+    """Yield overrides that need less memory, and the settings with them."""
     trainer, batch_size = settings.trainer, settings.data.batch_size
     changes: list[tuple[str, str, str | bool]] = [
         ("trainer", "precision", "bf16-mixed"),
@@ -191,7 +191,7 @@ def _alternatives(settings: Settings, processes: int) -> Iterator[tuple[str, Set
 
 
 def _build_task(settings: Settings) -> Task:
-    """The task of a run, with its networks on the meta device."""
+    """Build the task of a run, with its networks on the meta device."""
     spec = translate_config(settings.raw["model"], where="model")
     checkpoint = settings.trainer.checkpoint_gradients
     if checkpoint is not None and "unet" in spec["params"]:
@@ -202,7 +202,7 @@ def _build_task(settings: Settings) -> Task:
 
 
 def _discriminators(task: Task) -> list[nn.Module]:
-    """The discriminator, if there is one."""
+    """List the discriminator, if there is one."""
     return [] if task.discriminator is None else [task.discriminator]
 
 
@@ -238,7 +238,7 @@ def _measure_activations(task: Task, settings: Settings) -> int:
 
 
 def _measure_autoencoder(task: Task, image: Tensor) -> int:
-    """The peak over a step of the autoencoder and one of its discriminator."""
+    """Measure the peak over a step of the autoencoder and one of its discriminator."""
     batch, generator = {"jpg": image}, torch.Generator()
     peaks = [_measure_peak(lambda: task.loss(batch, generator)["loss"], task.trainable)]
     for discriminator in _discriminators(task):
@@ -249,7 +249,7 @@ def _measure_autoencoder(task: Task, image: Tensor) -> int:
 
 
 def _run_unet(model: LatentDiffusion, batch_size: int, size: int) -> Tensor:
-    """A forward pass of the UNet over zeros, with the inputs that its weights expect."""
+    """Run a forward pass of the UNet over zeros, with the inputs that its weights expect."""
     state = {f"unet.{name}": value for name, value in model.unet.state_dict().items()}
     channels, side = state["unet.input_blocks.0.0.weight"].shape[1], size // model.downscale
     x = torch.zeros(batch_size, channels, side, side)
@@ -278,7 +278,7 @@ def _measure_peak(forward: Callable[[], Tensor], trainable: nn.Module) -> int:
 
 
 def _make_fake(module: nn.Module) -> None:
-    """Replaces tensors on the meta device by fake ones on the CPU, where autocast works."""
+    """Replace tensors on the meta device by fake ones on the CPU, where autocast works."""
     for submodule in module.modules():
         for name, p in submodule._parameters.items():
             if p is not None and p.is_meta:
@@ -290,7 +290,7 @@ def _make_fake(module: nn.Module) -> None:
 
 
 def _shard_fraction(settings: Settings, processes: int) -> float:
-    """The fraction of the trainable parameters that is on each process."""
+    """Return the fraction of the trainable parameters that is on each process."""
     if settings.trainer.strategy == "fsdp":
         return 1 / processes
     if settings.trainer.strategy == "hsdp":

@@ -109,7 +109,7 @@ def _translate_dataset(target: object, params: JsonObject, where: str) -> JsonOb
 
 
 def _translate_web_module(params: JsonObject) -> JsonObject:
-    """The data module of tar files; its limits refer to the .json files of img2dataset."""
+    """Translate the data module of tar files; limits are of numbers that img2dataset writes."""
     size, base = params.pop("min_size", None), params.pop("tar_base", None)
     minimum = {"original_width": size, "original_height": size} if size else None
     names = {"max_pwatermark": "pwatermark", "p_unsafe_threshold": "punsafe"}

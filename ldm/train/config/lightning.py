@@ -288,7 +288,7 @@ def _translate_logger(spec: JsonMapping | str | bool, result: _Translation) -> N
 
 
 def _translate_model(raw: JsonMapping, result: _Translation) -> None:
-    """What the original's model class decides about its own training."""
+    """Translate what the original's model class decides about its own training."""
     params = section(raw, "model.params")
     if params.get("scheduler_config") is not None:
         if "decay" in result.sections.get("optimizer", {}):

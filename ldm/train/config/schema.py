@@ -91,7 +91,7 @@ def _read_whole(value: object) -> object:
 
 
 def _check_whole(value: float) -> float:
-    """An integer, or infinity."""
+    """Return an integer, or infinity."""
     if value.is_integer():
         return int(value)
     if value != float("inf"):

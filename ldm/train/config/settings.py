@@ -210,7 +210,7 @@ def check_complete(raw: JsonMapping, *keys: str) -> None:
 
 
 def _set_values(raw: JsonMapping, where: str) -> JsonObject:
-    """A section without its nulls, which count as missing."""
+    """Return a section without its nulls, which count as missing."""
     return {k: v for k, v in lightning.section(raw, where).items() if v is not None}
 
 
