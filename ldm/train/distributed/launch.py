@@ -51,9 +51,10 @@ def launch(devices: "Devices", per_node: int, argv: Sequence[str]) -> None:
     import torch
 
     available, gpus = torch.cuda.device_count(), devices.gpus
-    numbers = (
-        gpus if isinstance(gpus, list) else list(range(available if gpus == -1 else gpus or 0))
-    )
+    if isinstance(gpus, list):
+        numbers = gpus
+    else:
+        numbers = list(range(available if gpus == -1 else gpus or 0))
     count = per_node or max(1, len(numbers))
     if devices.num_nodes > 1:
         raise ValueError(NODES.format(nodes=devices.num_nodes, count=count, program=PROGRAM))

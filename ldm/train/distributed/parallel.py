@@ -78,12 +78,11 @@ class Ranks:
         Raises:
             ValueError, OSError: on all processes, if `function` does.
         """
-        results: list[T | ValueError | OSError | None] = [None]
-        if self.is_first:
-            try:
-                results = [function()]
-            except (ValueError, OSError) as error:
-                results = [error]
+        results: list[T | ValueError | OSError | None]
+        try:
+            results = [function()] if self.is_first else [None]
+        except (ValueError, OSError) as error:
+            results = [error]
         if self.world_size > 1:
             dist.broadcast_object_list(results, src=0)
         if isinstance(results[0], ValueError | OSError):
@@ -107,7 +106,7 @@ class Ranks:
             self.max([0.0])
 
     def stop(self) -> None:
-        """Disconnects; after this no process waits for another."""
+        """Disconnect; after this no process waits for another."""
         if self.heartbeat is not None:
             dist.barrier()  # until here, processes at work send heartbeats
             self.heartbeat.stop()
@@ -120,9 +119,9 @@ class Ranks:
     def _reduce(self, values: Sequence[float], op: dist.ReduceOp.RedOpType) -> list[float]:
         if self.world_size == 1:
             return [float(value) for value in values]
-        joined = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(joined, op)
-        return [float(value) for value in joined]
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, op)
+        return [float(value) for value in tensor]
 
 
 def connect(device: torch.device, *, timeout: float = 45.0) -> Ranks:
@@ -172,15 +171,15 @@ def agree_on_session(store: dist.Store, rank: int, world_size: int) -> str:
         store.set(f"{session}/{rank}", "here")
         return session
     session = uuid4().hex
-    answered = {""}
+    names = {""}
     start = time.monotonic()
     others = range(1, world_size)
     while not store.check([f"{session}/{other}" for other in others]):
         for key in (f"newcomer/{other}" for other in others):
             name = store.get(key).decode() if store.check([key]) else ""
-            if name not in answered:
+            if name not in names:
                 store.set(f"turn/{name}", session)
-                answered.add(name)
+                names.add(name)
         if time.monotonic() - start > START_TIMEOUT.total_seconds():
             present = sum(store.check([f"{session}/{other}"]) for other in others)
             raise TimeoutError(
@@ -295,9 +294,9 @@ def is_sharded(module: nn.Module) -> bool:
 
 def gather(state: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:
     """Gather sharded tensors to the CPU, on every process that says `keep`; all must call it."""
-    gathered = {}
+    tensors = {}
     for name, value in state.items():
-        full = value.full_tensor() if isinstance(value, DTensor) else value
+        tensor = value.full_tensor() if isinstance(value, DTensor) else value
         if keep:
-            gathered[name] = full.detach().cpu() if isinstance(value, DTensor) else full
-    return gathered
+            tensors[name] = tensor.detach().cpu() if isinstance(value, DTensor) else tensor
+    return tensors

@@ -6,8 +6,7 @@ A model that reads more than text shows the image that its condition was made of
 an autoencoder shows images above their reconstructions.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +50,11 @@ def draw_samples(run: Run) -> list[Path]:
             for index, one in enumerate(samples):
                 one["txt"] = options.prompts[index % len(options.prompts)]
         grids = []
-        for label, weights in _label_weights(run):
+        for is_averaged in (True, False) if run.state.ema.decay else (False,):
+            label = "averaged weights" if is_averaged else "weights as they are"
+            weights = run.state.ema.apply_to(run.task.trainable, enabled=is_averaged)
             with weights, evaluating(run.model):
-                grids.append((label, _draw_grid(run, samples)))
+                grids.append((f"{label}, step {run.state.step}", _draw_grid(run, samples)))
         state = run.state
         name = f"samples_gs-{state.step:06}_e-{run.epoch:06}_b-{state.position:06}.png"
         path = run.folder / "images" / split / name
@@ -65,14 +66,6 @@ def draw_samples(run: Run) -> list[Path]:
                 path.with_suffix(".txt").write_text("".join(texts), "utf-8")
             paths.append(path)
     return paths
-
-
-def _label_weights(run: Run) -> Iterator[tuple[str, AbstractContextManager[None]]]:
-    """Yield labels, and contexts in which the model has the weights that they name."""
-    step, ema = run.state.step, run.state.ema
-    if ema.decay:
-        yield f"averaged weights, step {step}", ema.apply_to(run.task.trainable)
-    yield f"weights as they are, step {step}", nullcontext()
 
 
 def _draw_grid(run: Run, samples: Sequence[Sample]) -> Image.Image:

@@ -31,12 +31,11 @@ def validate(run: Run) -> dict[str, float]:
     """
     if run.held_out is None:
         return {}
-    losses = {f"val/{name}": value for name, value in _mean_losses(run, run.held_out).items()}
-    ema = run.state.ema
-    if ema.decay:
-        with ema.apply_to(run.task.trainable):
+    losses: dict[str, float] = {}
+    for suffix in ("", "_ema") if run.state.ema.decay else ("",):
+        with run.state.ema.apply_to(run.task.trainable, enabled=bool(suffix)):
             means = _mean_losses(run, run.held_out)
-        losses |= {f"val/{name}_ema": value for name, value in means.items()}
+        losses |= {f"val/{name}{suffix}": value for name, value in means.items()}
     if run.ranks.is_first:
         values = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
         log.info("step %d: %s", run.state.step, values)

@@ -39,8 +39,11 @@ class EMA:
         torch._foreach_lerp_(shadow, weights, 1 - decay)  # no public torch function takes a list
 
     @contextmanager
-    def apply_to(self, module: nn.Module) -> Iterator[None]:
+    def apply_to(self, module: nn.Module, *, enabled: bool = True) -> Iterator[None]:
         """Give `module` the averaged weights inside the context, afterwards its own again."""
+        if not enabled:
+            yield
+            return
         reshard(module)
         parameters = dict(module.named_parameters())
         backup = {name: parameters[name].detach().clone() for name in self.shadow}

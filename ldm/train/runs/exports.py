@@ -14,7 +14,6 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -56,7 +55,7 @@ def export(run: Run, stem: Path | None = None) -> list[Path]:
     if isinstance(run.task, Adaptation):
         path = stem.with_name(f"{stem.name}.safetensors")
         if run.ranks.is_first:
-            with _applied_ema(run, has_ema):
+            with run.state.ema.apply_to(run.task.trainable, enabled=has_ema):
                 run.task.write(path, _metadata(run))
         return [path] if run.ranks.is_first else []
     state = _weights(run, ema=has_ema and options.weights == "ema")
@@ -125,15 +124,11 @@ def _find_best(folder: Path, title: str) -> list[tuple[float, Path]]:
     return sorted({(float(match[2]), folder / match[1]) for match in matches if match})
 
 
-def _applied_ema(run: Run, enabled: bool) -> AbstractContextManager[None]:
-    return run.state.ema.apply_to(run.task.trainable) if enabled else nullcontext()
-
-
 def _weights(run: Run, *, ema: bool) -> dict[str, Tensor]:
     """Copy the weights of the whole model to the CPU, under the original's names."""
     images: Iterator[Tensor] = (one["jpg"] for one in _statistics_samples(run))
     dtype = torch.float16 if run.settings.callbacks.dtype == "half" else torch.float32
-    with _applied_ema(run, ema):
+    with run.state.ema.apply_to(run.task.trainable, enabled=ema):
         weights = gather(run.task.weights_to_export(images), keep=run.ranks.is_first)
         return {
             name: value.to(
