@@ -2,7 +2,7 @@
 
 What is painted in a mask file, in this order:
 
-    transparency with a shape       where it is opaque
+    transparent parts, but not all  where it is opaque
     two values                      where the higher one is, whatever they are
     a palette of colours            all but the darkest
     anything else                   0 … 255 as it stands, from 128 on it is inpainted
@@ -89,8 +89,10 @@ def make_mask(
 def _find_painted(stored: StoredImage) -> Image.Image:
     """Return where a mask is painted, "L", by the rule at the top of this file."""
     alpha = stored.alpha()
-    if alpha is not None and len(set(alpha.getextrema())) > 1:
-        stored = StoredImage(stored.name, alpha)
+    if alpha is not None:
+        opacity = np.asarray(alpha)
+        if opacity.min() < min(PAINTED, opacity.max()):
+            stored = StoredImage(stored.name, alpha)
     values, (low, high) = stored.luminance(), stored.finite_range()
     has_two_values = low < high and np.isin(values[np.isfinite(values)], (low, high)).all()
     if has_two_values or (stored.image.mode in ("P", "PA") and _is_coloured(stored.image)):

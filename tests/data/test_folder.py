@@ -10,8 +10,10 @@ from PIL import Image
 
 from imaging.badimages import REFUSED
 from ldm.data.dataset import UnreadableSample, WithClassImages
-from ldm.data.drawings import EmojiTransform
+from ldm.data.drawings import EmojiTransform, caption_texts
 from ldm.data.folder import Folder, read_metadata
+from ldm.data.pack import pack
+from ldm.data.shards import decode_sample, read_shard
 from ldm.data.source import DatasetSource
 from ldm.data.transforms import PhotoTransform
 
@@ -92,6 +94,10 @@ def test_of_several_captions_one_is_taken_at_random(tmp_path):
     texts = [folder[0, k]["txt"] for k in range(30)]
     assert set(texts) == {"one", "two"}
     assert texts == [folder[0, k]["txt"] for k in range(30)]
+    assert {"one", "two"} < set(caption_texts(read_metadata(tmp_path)))
+    (shard,) = pack(folder, str(tmp_path / "%d.tar"))
+    (sample,) = map(decode_sample, read_shard(str(shard)))
+    assert sample["text"] == ["one", "two"]
     (tmp_path / "metadata.jsonl").write_text(row.replace('"two"', '{"en": "two"}'))
     with pytest.raises(ValueError, match=r"`a\.png` has a caption that is neither a text"):
         Folder(root=tmp_path, transform=PHOTO)

@@ -32,6 +32,8 @@ def painted(colour, background="black"):
     return image
 
 
+NEARLY_OPAQUE = painted("white").convert("RGBA")
+NEARLY_OPAQUE.putpixel((0, 0), (0, 0, 0, 254))
 BORDERED = SHAPE.astype(int)
 BORDERED[10, 10:30] = 2  # a second class within the shape
 FLOATS = np.where(SHAPE, np.float32(0.003), np.float32(0))
@@ -55,6 +57,7 @@ FLOATS[0, 0] = np.nan
         (layer("black", 255), "tif"),
         (layer("red", 90), "webp"),
         (layer("white", 255).convert("LA"), "png"),
+        (NEARLY_OPAQUE, "png"),
         (palette((0, 0, 0), (128, 0, 0)), "png"),
         (palette((0, 0, 0), (0, 0, 128)), "gif"),
         (palette((255, 255, 255), (0, 0, 0), levels=~SHAPE), "png"),
