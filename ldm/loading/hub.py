@@ -12,11 +12,11 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from ldm.runtime.errors import ArgumentError, DownloadError, MissingFile
 from ldm.runtime.hashes import Memory, hash_file, remember_sha256
+from ldm.runtime.types import JsonObject
 
 __all__ = ["PREFIX", "cached_file", "fetch_file", "find_or_fetch"]
 
@@ -49,35 +49,23 @@ def find_or_fetch(address: str, *, fetch: bool = True) -> Path:
     if not owner or not name:
         raise ArgumentError(f"`{address}` must be hf:OWNER/NAME/FILE or hf:OWNER/NAME")
     repo = f"{owner}/{name}"
-    path = cached_file(repo, file) if file else _cached_folder(repo)
-    if path is not None:
+    folder = FOLDERS.read().get(repo)
+    path = cached_file(repo, file) if file else folder and Path(folder)
+    if path and path.exists():
         return path
     if not fetch:
         raise MissingFile(f"`{address}` is not on this machine: ldm download {address}")
     licence, commit, sizes = _list_files(repo)
-    if file:
-        if file not in sizes:
-            raise DownloadError(f"`{repo}` has no file `{file}`{_examples(sizes)}")
-        names = [file]
-    elif INDEX in sizes:
-        index = json.loads(fetch_file(repo, INDEX, revision=commit).read_text("utf-8"))
-        names = _files_of_pipeline(index, sizes)
-    elif "config.json" in sizes:
-        names = ["config.json", *_choose_weights("", sizes)]
-    else:
-        names = [name for name in _checkpoints(sizes) if "/" not in name]
-        names = [name for name in names if name.endswith(WEIGHTS[0])] or names
-        if len(names) != 1:
-            raise DownloadError(f"`{repo}` is not a diffusers folder{_examples(sizes)}")
-        file = names[0]
+    if file and file not in sizes:
+        raise DownloadError(f"`{repo}` has no file `{file}`{_examples(sizes)}")
+    names = [file] if file else _files_of_folder(repo, commit, sizes)
     size = sum(sizes[name] or 0 for name in names)
     log.info("%s: %.2f GB in %d file(s), licence %s", repo, size / 1e9, len(names), licence)
     paths = [fetch_file(repo, name, revision=commit) for name in names]
-    if file:
+    if len(paths) == 1:
         return paths[0]
-    folder = paths[0].parents[names[0].count("/")]
-    FOLDERS.set(repo, str(folder))
-    return folder
+    FOLDERS.set(repo, str(paths[0].parent))
+    return paths[0].parent
 
 
 def cached_file(repo: str, name: str) -> Path | None:
@@ -86,11 +74,6 @@ def cached_file(repo: str, name: str) -> Path | None:
 
     path = try_to_load_from_cache(repo, name)
     return Path(path) if isinstance(path, str) else None
-
-
-def _cached_folder(repo: str) -> Path | None:
-    folder = FOLDERS.read().get(repo)
-    return Path(folder) if folder and Path(folder).is_dir() else None
 
 
 def fetch_file(
@@ -106,20 +89,24 @@ def fetch_file(
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import WeakFileLock
 
+    if {"..", ""} & set(re.split(r"[/\\:]", name)):  # it comes from the server
+        raise DownloadError(f"`{repo}`: `{name}` is refused as the name of a file")
     url = hf_hub_url(repo, name, revision=revision)
     with _errors_of_hub(repo):
         metadata = get_hf_file_metadata(url)
-    if metadata.etag is None or metadata.commit_hash is None or metadata.size is None:
+    etag, commit = metadata.etag or "", metadata.commit_hash or ""  # both become names of files
+    is_valid = re.fullmatch(r"[\w-]+", etag) and re.fullmatch(r"\w+", commit)
+    if metadata.size is None or not is_valid:
         raise DownloadError(f"`{repo}`: {constants.ENDPOINT} does not answer as a hub does")
-    published = metadata.etag if SHA256.fullmatch(metadata.etag) else None
+    published = etag if SHA256.fullmatch(etag) else None
     if sha256 and published and sha256 != published:
         raise DownloadError(_mismatch(repo, name, published, sha256))
     expected = sha256 or published
     folder = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
     # A file, not a link to one: a layout of the hub's for systems without symbolic links.
-    target = folder / "snapshots" / metadata.commit_hash / name
-    part = folder / "blobs" / f"{metadata.etag}.incomplete"
-    lock = Path(constants.HF_HUB_CACHE, ".locks", folder.name, f"{metadata.etag}.lock")
+    target = folder / "snapshots" / commit / name
+    part = folder / "blobs" / f"{etag}.incomplete"
+    lock = Path(constants.HF_HUB_CACHE, ".locks", folder.name, f"{etag}.lock")
     main = folder / "refs" / "main"
     for path in (target, part, lock, main):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +124,7 @@ def fetch_file(
                 raise DownloadError(_mismatch(repo, name, digest, str(expected)))
             part.replace(target)
             remember_sha256(target, digest)
-        main.write_text(metadata.commit_hash, "utf-8")
+        main.write_text(commit, "utf-8")
     return target
 
 
@@ -221,18 +208,24 @@ def _list_files(repo: str) -> tuple[str, str, dict[str, int | None]]:
     return str(licence or "not named"), str(info.sha), sizes
 
 
-def _files_of_pipeline(index: Any, sizes: Iterable[str]) -> list[str]:
-    """List the files of a diffusers folder that a pipeline here reads."""
-    parts = [
-        name
-        for name, entry in index.items()
-        if isinstance(entry, list) and entry[-1] is not None and name not in UNUSED
-    ]
+def _files_of_folder(repo: str, commit: str, sizes: Iterable[str]) -> list[str]:
+    """List the files to fetch: what a pipeline here reads of a diffusers folder, its index first,
+    or the only checkpoint."""
+    if "config.json" in sizes and INDEX not in sizes:
+        return ["config.json", *_choose_weights("", sizes)]
+    if INDEX not in sizes:
+        files = [name for name in sizes if name.endswith(WEIGHTS) and "/" not in name]
+        files = [name for name in files if name.endswith(WEIGHTS[0])] or files
+        if len(files) != 1:
+            raise DownloadError(f"`{repo}` is not a diffusers folder{_examples(sizes)}")
+        return files
+    index: JsonObject = json.loads(fetch_file(repo, INDEX, revision=commit).read_text("utf-8"))
     names = [INDEX]
-    for part in parts:
-        names += [n for n in sizes if n.rpartition("/")[0] == part and n.endswith(TEXTS)]
-        names += _choose_weights(f"{part}/", sizes)
-    return list(dict.fromkeys(names))
+    for part, entry in index.items():
+        if isinstance(entry, list) and entry[-1:] != [None] and part not in UNUSED:
+            names += [n for n in sizes if n.rpartition("/")[0] == part and n.endswith(TEXTS)]
+            names += _choose_weights(f"{part}/", sizes)
+    return names
 
 
 def _choose_weights(folder: str, sizes: Iterable[str]) -> list[str]:
@@ -246,12 +239,8 @@ def _choose_weights(folder: str, sizes: Iterable[str]) -> list[str]:
     return []
 
 
-def _checkpoints(sizes: Iterable[str]) -> list[str]:
-    return [name for name in sizes if name.endswith(WEIGHTS)]
-
-
 def _examples(sizes: Iterable[str]) -> str:
-    names = _checkpoints(sizes)[:6]
+    names = [name for name in sizes if name.endswith(WEIGHTS)][:6]
     return f"; it has {', '.join(names)}" if names else ", and no checkpoint"
 
 

@@ -65,7 +65,7 @@ def hash_file(path: str | Path) -> str:
 
 def known_sha256(path: str | Path) -> str | None:
     """Return the SHA-256 of a file if it is remembered and the file has not changed since."""
-    path = Path(path).expanduser().resolve()
+    path = Path(path).expanduser().absolute()
     entry = HASHES.read().get(str(path))
     return entry[2] if entry and path.is_file() and entry[:2] == _state(path) else None
 
@@ -78,7 +78,7 @@ def paths_with_sha256(digest: str) -> list[Path]:
 
 def remember_sha256(path: str | Path, digest: str) -> None:
     """Remember the hash of a file as it is now."""
-    path = Path(path).expanduser().resolve()
+    path = Path(path).expanduser().absolute()
     HASHES.set(str(path), [*_state(path), digest])
 
 

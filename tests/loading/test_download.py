@@ -18,8 +18,7 @@ from huggingface_hub import constants, file_download
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from ldm.app.catalogue import read_catalogue
-from ldm.commands.download import main
-from ldm.commands.main import main as ldm_main
+from ldm.commands.main import main
 from ldm.loading import published
 from ldm.loading.load import load
 from ldm.loading.published import find_checkpoint
@@ -28,9 +27,11 @@ from ldm.train.runs.initial import load_initial_weights
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "checkpoints/demo.safetensors"
+FIRST, SECOND = "first/one/a.safetensors", "second/two/b.ckpt"  # places of the file `small`
 COMMIT = "0123456789" * 4
 CONTENT = os.urandom(2_000_000)
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
+WRONG = CONTENT[:-1] + bytes([CONTENT[-1] ^ 1])
+SHA256, WRONG_SHA256 = (hashlib.sha256(content).hexdigest() for content in (CONTENT, WRONG))
 
 
 class Hub(ThreadingHTTPServer):
@@ -53,322 +54,289 @@ class Hub(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     """The answers of the hub."""
 
-    def do_HEAD(self):
-        self.answer(b"")
-
     def do_GET(self):
-        self.answer(None)
-
-    def answer(self, body):
-        if self.path.startswith("/api/"):
-            return self.list_files()
-        name = self.path[1:].replace("/resolve/main/", "/").replace(f"/resolve/{COMMIT}/", "/")
-        log = (self.command, name, self.headers["Range"], self.headers["Authorization"])
-        self.server.requests.append(log)
-        content = self.server.files.get(name, (401, "RepoNotFound"))
+        hub, name = self.server, self.path[1:].partition("?")[0]
+        if name.startswith("api/"):
+            return self.list_files(name.removeprefix("api/models/"))
+        name = name.replace("/resolve/main/", "/").replace(f"/resolve/{COMMIT}/", "/")
+        token, bytes_range = self.headers["Authorization"], self.headers["Range"]
+        hub.requests.append((self.command, name, bytes_range, token))
+        content = hub.files.get(name, (401, "RepoNotFound"))
         if isinstance(content, tuple):
-            return self.reply(content[0], {"X-Error-Code": content[1], "Content-Length": "0"})
-        start = int((self.headers["Range"] or "bytes=0-")[6:-1])
-        etag = self.server.etags.get(name, hashlib.sha256(content).hexdigest())
-        size = str(len(content) - start)
-        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{etag}"', "Content-Length": size}
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        if location := self.server.locations.get(name):
-            port = self.server.server_port
-            headers |= {"Location": f"http://localhost:{port}/{location}", "Content-Length": "0"}
-            headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": size}
+            return self.reply(content[0], {"X-Error-Code": content[1]})
+        etag, length = hub.etags.get(name, hashlib.sha256(content).hexdigest()), len(content)
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{etag}"', "X-Linked-Size": str(length)}
+        if name in hub.locations:
+            headers["Location"] = f"http://localhost:{hub.server_port}/{hub.locations[name]}"
             return self.reply(302, headers)
-        sent, self.server.sent = self.server.sent, None if body is None else self.server.sent
-        body = content[start:][:sent] if body is None else body
-        return self.reply(206 if start else 200, headers, body)
+        start = int((bytes_range or "bytes=0-")[6:-1])
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{length - 1}/{length}"
+        self.reply(206 if start else 200, headers, content[start:])
 
-    def list_files(self):
-        repo = "/".join(self.path.partition("?")[0].split("/")[3:5])
-        files = {n: c for n, c in self.server.files.items() if n.startswith(f"{repo}/")}
-        names = [
-            {"rfilename": name.removeprefix(f"{repo}/"), "size": len(content)}
-            for name, content in files.items()
-        ]
-        if not names:
-            return self.reply(401, {"X-Error-Code": "RepoNotFound", "Content-Length": "0"})
-        model = {"id": repo, "sha": COMMIT, "cardData": {"license": "mit"}, "siblings": names}
-        text = json.dumps(model).encode()
-        return self.reply(200, {"Content-Length": str(len(text))}, text)
+    do_HEAD = do_GET
+
+    def list_files(self, repo):
+        sizes = {name: len(c) for name, c in self.server.files.items() if name.startswith(repo)}
+        files = [{"rfilename": n.removeprefix(f"{repo}/"), "size": s} for n, s in sizes.items()]
+        model = {"id": repo, "sha": COMMIT, "cardData": {"license": "mit"}, "siblings": files}
+        self.reply(200 if files else 401, {"X-Error-Code": ""}, json.dumps(model).encode())
 
     def reply(self, status, headers, body=b""):
         self.send_response(status)
-        for name, value in headers.items():
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
+        if self.command == "GET":
+            self.wfile.write(body[: self.server.sent])
+            self.server.sent = None
 
     def log_message(self, *_):
         pass
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch, cache):
     """A server, to which the hub's client talks in this test, with an empty cache."""
     monkeypatch.setenv("LDM_CACHE", str(tmp_path / "remembered"))
     with Hub() as server:
-        use(monkeypatch, f"http://127.0.0.1:{server.server_port}", tmp_path / "cache")
+        use_endpoint(monkeypatch, f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         yield server
         server.shutdown()
 
 
-def use(monkeypatch, endpoint, cache):
+def use_endpoint(monkeypatch, endpoint):
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for module in (constants, file_download):
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
 
 
 @pytest.fixture
-def table(monkeypatch, tmp_path):
+def table(hub, monkeypatch, tmp_path):
     """Replaces the table: `table(sha256)` has one row, `small`, in two places."""
+    monkeypatch.setattr(published, "TABLE", tmp_path / "table.csv")
 
     def write(sha256):
-        rows = f"small,Small,mit,0.1,~2000000,{sha256},first/one/a.safetensors second/two/b.ckpt"
-        file = tmp_path / "table.csv"
-        file.write_text(f"name,title,licence,memory,bytes,sha256,places\n{rows}\n")
-        monkeypatch.setattr(published, "TABLE", file)
+        header = "name,title,licence,memory,bytes,sha256,places"
+        row = f"small,Small,mit,0.1,~2000000,{sha256},{FIRST} {SECOND}"
+        published.TABLE.write_text(f"{header}\n{row}\n")
         published.published_files.cache_clear()
 
+    write(SHA256)
     yield write
     published.published_files.cache_clear()
 
 
-def final_files(tmp_path):
-    return [path for path in (tmp_path / "cache").glob("*/snapshots/**/*") if path.is_file()]
+@pytest.fixture
+def download(capsys):
+    """Runs `ldm download small`; returns the exit status, stdout, and the lines of stderr."""
+
+    def run(*words):
+        capsys.readouterr()
+        status = main(["download", *words])
+        out, err = capsys.readouterr()
+        return status, out.strip(), err.splitlines()
+
+    return run
 
 
-def test_a_file_is_downloaded_once_and_then_meant_by_its_name(hub, table, tmp_path, capsys):
-    table(SHA256)
-    hub.files["first/one/a.safetensors"] = CONTENT
-    assert main(["small"]) == 0
-    out, err = capsys.readouterr()
-    path = Path(out.strip())
+def final_files(cache):
+    return [path for path in cache.glob("*/snapshots/**/*") if path.is_file()]
+
+
+def leave_part(cache, content):
+    """What an interrupted process leaves."""
+    part = cache / f"models--first--one/blobs/{SHA256}.incomplete"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(content)
+    return part
+
+
+@pytest.mark.usefixtures("table")
+def test_a_file_is_downloaded_once_and_then_meant_by_its_name(hub, download, tmp_path, monkeypatch):
+    hub.files[FIRST] = CONTENT
+    status, out, err = download("small")
+    path = Path(out)
+    assert (status, err[0]) == (0, "small: Small, 0.00 GB, licence mit")
     assert path.read_bytes() == CONTENT
     assert not path.is_symlink()
-    assert "small: Small, 0.00 GB, licence mit" in err
     assert known_sha256(path) == SHA256
-    assert main(["small"]) == 0
+    assert download("small")[:2] == (0, out)
     assert find_checkpoint("small") == path
     assert len(hub.gets) == 1
-    assert main([]) == 0
-    assert str(path) in capsys.readouterr().out
-
-
-def test_an_existing_path_comes_before_a_published_name(hub, table, tmp_path, monkeypatch):
-    del hub
-    table(SHA256)
+    assert out in download()[1]
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "small").touch()
+    Path("small").touch()
     assert find_checkpoint("small") == Path("small")
 
 
+@pytest.mark.usefixtures("table")
 @pytest.mark.parametrize("name", ["smal", "small"])
-def test_what_is_not_here_is_not_downloaded_by_loading_it(hub, table, name):
-    table(SHA256)
-    with pytest.raises(
-        FileNotFoundError, match=r"did you mean `small`|machine: ldm download small"
-    ):
+def test_what_is_not_here_is_not_downloaded_by_loading_it(hub, name):
+    with pytest.raises(FileNotFoundError, match=r"did you mean `small`|: ldm download small"):
         load(ckpt=name)
     assert hub.requests == []
 
 
-def test_another_process_continues_an_interrupted_download(hub, table, tmp_path):
-    table(SHA256)
-    hub.files["first/one/a.safetensors"] = CONTENT
-    part = tmp_path / f"cache/models--first--one/blobs/{SHA256}.incomplete"
-    part.parent.mkdir(parents=True)
-    part.write_bytes(CONTENT[:1_500_000])  # as an earlier process leaves it
-    code = (
-        "import ldm.loading.published as p, pathlib, sys; p.TABLE = pathlib.Path(sys.argv[1]);"
-        "print(p.download('small'))"
-    )
-    environment = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": constants.ENDPOINT}
-    environment |= {"HF_HUB_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, "-c", code, tmp_path / "table.csv"]
-    env = {**os.environ, **environment}
+@pytest.mark.usefixtures("table")
+def test_another_process_continues_an_interrupted_download(hub, cache):
+    hub.files[FIRST] = CONTENT
+    part = leave_part(cache, CONTENT[:1_500_000])
+    code = "import sys, pathlib as p, ldm.loading.published as m; m.TABLE = p.Path(sys.argv[1]);"
+    words = [sys.executable, "-c", f"{code} print(m.download('small'))", published.TABLE]
+    env = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": constants.ENDPOINT, "HF_HUB_CACHE": str(cache)}
+    env = {**os.environ, **env, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
     assert Path(result.stdout.strip()).read_bytes() == CONTENT
-    assert hub.gets == [("first/one/a.safetensors", "bytes=1500000-")]
+    assert hub.gets == [(FIRST, "bytes=1500000-")]
     assert not part.exists()
 
 
+@pytest.mark.usefixtures("table")
 def test_what_arrived_before_a_cut_is_kept_and_only_the_rest_is_fetched(
-    hub, table, tmp_path, monkeypatch
+    hub, download, cache, monkeypatch
 ):
-    table(SHA256)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100_000)
     monkeypatch.setattr(file_download.time, "sleep", lambda seconds: None)
-    hub.files["first/one/a.safetensors"] = CONTENT
-    hub.sent = 1_000_000
-    assert main(["small"]) == 0
+    hub.files[FIRST], hub.sent = CONTENT, 1_000_000
+    assert download("small")[0] == 0
     assert [words for _, words in hub.gets] == [None, "bytes=1000000-"]
-    assert final_files(tmp_path)[0].read_bytes() == CONTENT
+    assert final_files(cache)[0].read_bytes() == CONTENT
 
 
-def test_a_damaged_partial_file_is_fetched_again(hub, table, tmp_path):
-    table(SHA256)
-    hub.files["first/one/a.safetensors"] = CONTENT
-    part = tmp_path / f"cache/models--first--one/blobs/{SHA256}.incomplete"
-    part.parent.mkdir(parents=True)
-    part.write_bytes(b"x" * 1000)
-    assert main(["small"]) == 0
-    assert final_files(tmp_path)[0].read_bytes() == CONTENT
+@pytest.mark.usefixtures("table")
+def test_a_damaged_partial_file_is_fetched_again(hub, download, cache):
+    hub.files[FIRST] = CONTENT
+    leave_part(cache, b"x" * 1000)
+    assert download("small")[0] == 0
+    assert final_files(cache)[0].read_bytes() == CONTENT
 
 
-WRONG = CONTENT[:-1] + b"x"
-
-
+@pytest.mark.usefixtures("table")
 @pytest.mark.parametrize(
-    ("first", "reason"),
+    ("answer", "reason"),
     [
-        ((401, "RepoNotFound"), "is gone or private"),
-        ((401, ""), "is gone or private"),
-        ((403, "GatedRepo"), "is gated: accept its licence"),
-        ((404, "EntryNotFound"), "does not have this file"),
-        ((403, ""), "the server says 403"),
-        (WRONG, "is another file: its SHA-256 is"),
+        ((401, "RepoNotFound"), "`first/one` is gone or private"),
+        ((401, ""), "`first/one` is gone or private"),
+        ((403, "GatedRepo"), "`first/one` is gated: accept its licence on "),
+        ((404, "EntryNotFound"), "`first/one` does not have this file"),
+        ((403, ""), "`first/one` is refused: the server says 403"),
+        (WRONG, f"`{FIRST}` is another file: its SHA-256 is {WRONG_SHA256}, not {SHA256}"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=["gone", "refused", "gated", "missing", "forbidden", "wrong"],
 )
-def test_the_next_place_is_tried(hub, table, tmp_path, capsys, first, reason):
-    table(SHA256)
-    hub.files |= {"first/one/a.safetensors": first, "second/two/b.ckpt": CONTENT}
-    assert main(["small"]) == 0
-    out, err = capsys.readouterr()
-    assert reason in err
-    assert "log in" not in err.lower()
-    assert [Path(out.strip())] == final_files(tmp_path)
-    assert [name for name, _ in hub.gets] == ["second/two/b.ckpt"]
+def test_the_next_place_is_tried(hub, download, cache, answer, reason):
+    hub.files |= {FIRST: answer, SECOND: CONTENT}
+    status, out, err = download("small")
+    assert status == 0
+    assert err[1].startswith(reason)
+    assert [Path(out)] == final_files(cache)
+    assert [name for name, _ in hub.gets] == [SECOND]
 
 
-def test_content_that_is_not_what_the_hub_promised_is_thrown_away(hub, table, tmp_path, capsys):
-    table(SHA256)
-    hub.files["first/one/a.safetensors"] = WRONG
-    hub.etags["first/one/a.safetensors"] = SHA256
-    assert main(["small"]) == 1
-    *_, first, second, last = capsys.readouterr().err.splitlines()
-    assert first.startswith("`first/one/a.safetensors` is another file: its SHA-256 is ")
+@pytest.mark.usefixtures("table")
+def test_content_that_is_not_what_the_hub_promised_is_thrown_away(hub, download, cache):
+    hub.files[FIRST], hub.etags[FIRST] = WRONG, SHA256
+    status, _, (*_, first, second, last) = download("small")
+    assert status == 1
+    assert first.startswith(f"`{FIRST}` is another file: its SHA-256 is {WRONG_SHA256}")
     assert second == "`second/two` is gone or private"
     assert "error: none of its 2 places gives small" in last
-    assert list((tmp_path / "cache").rglob("*.incomplete")) == []
-    assert final_files(tmp_path) == []
+    assert final_files(cache) + list(cache.rglob("*.incomplete")) == []
 
 
-def test_a_full_disk_and_a_missing_network_end_it_in_one_line(
-    hub, table, tmp_path, capsys, monkeypatch
-):
-    table(SHA256)
-    hub.files["first/one/a.safetensors"] = CONTENT
+@pytest.mark.usefixtures("table")
+def test_a_full_disk_and_a_missing_network_end_it_in_one_line(hub, download, cache, monkeypatch):
+    hub.files[FIRST] = CONTENT
     usage = namedtuple("usage", "free")(1_000_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert main(["small"]) == 1
-    assert "error: the disk is full: 0.00 GB are needed" in capsys.readouterr().err.splitlines()[-1]
-    use(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")
-    assert main(["small"]) == 1
-    assert "error: no connection to http://127.0.0.1:9" in capsys.readouterr().err.splitlines()[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage)
+        assert "error: the disk is full: 0.00 GB are needed" in download("small")[2][-1]
+    if Path("/dev/full").exists():
+        leave_part(cache / "other", b"")
+        part = cache / f"models--first--one/blobs/{SHA256}.incomplete"
+        part.unlink()
+        part.symlink_to("/dev/full")
+        assert "error: the disk is full: `" in download("small")[2][-1]
+    use_endpoint(monkeypatch, "http://127.0.0.1:9")
+    assert "error: no connection to http://127.0.0.1:9" in download("small")[2][-1]
     error = OfflineModeIsEnabled("HF_HUB_OFFLINE=1")
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", Mock(side_effect=error))
-    assert main(["small"]) == 1
-    assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err.splitlines()[-1]
-    assert final_files(tmp_path) == []
+    assert "error: HF_HUB_OFFLINE is set" in download("small")[2][-1]
+    assert final_files(cache) == []
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device /dev/full")
-def test_a_disk_that_fills_up_meanwhile_is_named(hub, table, tmp_path, capsys):
-    table(SHA256)
-    hub.files["first/one/a.safetensors"] = CONTENT
-    part = tmp_path / f"cache/models--first--one/blobs/{SHA256}.incomplete"
-    part.parent.mkdir(parents=True)
-    part.symlink_to("/dev/full")
-    assert main(["small"]) == 1
-    assert "error: the disk is full: `" in capsys.readouterr().err.splitlines()[-1]
-    assert final_files(tmp_path) == []
-
-
-def test_a_row_without_a_hash_is_unverified_and_its_first_hash_kept(hub, table, tmp_path, capsys):
+def test_a_row_without_a_hash_is_unverified_and_its_first_hash_kept(hub, table, download, cache):
     table("")
-    hub.files["first/one/a.safetensors"] = CONTENT
-    assert main(["small"]) == 0
-    assert f"SHA-256 {SHA256}; none was published" in capsys.readouterr().err
-    assert main([]) == 0
-    assert f"(unverified {SHA256})" in capsys.readouterr().out
-    final_files(tmp_path)[0].unlink()
-    hub.files["first/one/a.safetensors"] = WRONG
-    assert main(["small"]) == 1
-    assert (
-        f"is another file: its SHA-256 is {hashlib.sha256(WRONG).hexdigest()}, not {SHA256}"
-        in capsys.readouterr().err
-    )
+    hub.files[FIRST] = CONTENT
+    assert f"SHA-256 {SHA256}; none was published" in download("small")[2][-1]
+    assert f"(unverified {SHA256})" in download()[1]
+    final_files(cache)[0].unlink()
+    hub.files[FIRST] = WRONG
+    assert f"its SHA-256 is {WRONG_SHA256}, not {SHA256}" in download("small")[2][1]
 
 
-def test_a_changed_file_in_the_cache_is_not_taken_for_the_published_one(hub, table, tmp_path):
-    table(SHA256)
-    hub.files["first/one/a.safetensors"] = CONTENT
-    assert main(["small"]) == 0
-    final_files(tmp_path)[0].write_bytes(WRONG)
+@pytest.mark.usefixtures("table")
+def test_a_changed_file_in_the_cache_is_not_taken_for_the_published_one(hub, download, cache):
+    hub.files[FIRST] = CONTENT
+    assert download("small")[0] == 0
+    final_files(cache)[0].write_bytes(WRONG)
     with pytest.raises(FileNotFoundError, match="is not on this machine"):
         find_checkpoint("small")
-    assert main(["small"]) == 0
+    assert download("small")[0] == 0
     assert find_checkpoint("small").read_bytes() == CONTENT
 
 
-def test_the_token_goes_to_the_hub_and_not_to_its_storage(hub, table, monkeypatch):
-    table(SHA256)
+@pytest.mark.usefixtures("table")
+def test_the_token_goes_to_the_hub_and_not_to_its_storage(hub, download, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    hub.files["first/one/a.safetensors"] = hub.files["in/storage/x"] = CONTENT
-    hub.locations["first/one/a.safetensors"] = "in/storage/x"
-    assert main(["small"]) == 0
+    hub.files[FIRST] = hub.files["in/storage/x"] = CONTENT
+    hub.locations[FIRST] = "in/storage/x"
+    assert download("small")[0] == 0
     tokens = [(name, token) for _, name, _, token in hub.requests]
-    assert tokens == [("first/one/a.safetensors", "Bearer hf_secret"), ("in/storage/x", None)]
+    assert tokens == [(FIRST, "Bearer hf_secret"), ("in/storage/x", None)]
 
 
 def test_everything_knows_a_downloaded_file_and_nothing_else_connects(
-    hub, table, tmp_path, capsys, monkeypatch
+    hub, table, download, tmp_path, capsys, monkeypatch
 ):
-    table(hashlib.sha256(DEMO.read_bytes()).hexdigest())
-    hub.files["first/one/a.safetensors"] = DEMO.read_bytes()
-    assert main(["small"]) == 0
-    path = capsys.readouterr().out.strip()
+    hub.files[FIRST] = DEMO.read_bytes()
+    table(hashlib.sha256(hub.files[FIRST]).hexdigest())
+    path = download("small")[1]
     connections = []
     monkeypatch.setattr("socket.socket.connect", lambda self, address: connections.append(address))
     monkeypatch.setattr("socket.getaddrinfo", lambda *names, **_: connections.append(names))
 
-    assert ldm_main(["inspect-checkpoint", "small", "--no-probe"]) == 0
+    assert main(["inspect-checkpoint", "small", "--no-probe"]) == 0
     assert "published   small, Small (SHA-256 " in capsys.readouterr().out
-    words = "--steps 1 --n_samples 1 --n_iter 1 --skip_grid --prompt x --precision full --outdir"
-    assert ldm_main(["txt2img", "--ckpt", "small", *words.split(), str(tmp_path / "out")]) == 0
+    words = "--ckpt small --vae small --steps 1 --n_samples 1 --n_iter 1 --H 64 --W 64 --outdir"
+    assert main(["txt2img", *words.split(), str(tmp_path / "out")]) == 0
     assert "checkpoint: small, Small (by its SHA-256)" in capsys.readouterr().err
-    assert ldm_main(["replay", str(tmp_path / "out/samples/00000.png")]) == 0
-    assert ldm_main(["convert", "small", str(tmp_path / "folder"), "--vae", "small"]) == 0
-    assert ldm_main(["txt2img", "--ckpt", "smal", *words.split(), str(tmp_path)]) == 1
-    assert "did you mean `small`?" in capsys.readouterr().err
-    model = load(ckpt="small")
-    assert load_initial_weights(model, {"ckpt_path": "small"})
+    assert main(["replay", str(tmp_path / "out/samples/00000.png")]) == 0
+    assert load_initial_weights(load(ckpt="small"), {"ckpt_path": "small"})
     (tmp_path / "models").mkdir()
     assert str(read_catalogue(tmp_path / "models").models["a.safetensors"].path) == path
     assert connections == []
 
 
-def test_an_address_is_a_file_or_a_diffusers_folder(hub, tmp_path):
+def test_an_address_is_a_file_or_a_diffusers_folder(hub, cache):
     index = {"_class_name": "P", "unet": ["diffusers", "U"], "safety_checker": ["a", "B"]}
-    inside = {"model_index.json": json.dumps(index).encode(), "unet/config.json": b"{}"}
-    weights = "diffusion_pytorch_model"
-    inside |= {
-        f"unet/{weights}{end}": b"w" for end in (".safetensors", ".fp16.safetensors", ".bin")
-    }
-    inside |= {"safety_checker/model.safetensors": b"s", "v1.ckpt": CONTENT}
-    hub.files |= {f"some/pipe/{name}": content for name, content in inside.items()}
+    weights = "unet/diffusion_pytorch_model"
+    names = [f"{weights}{end}" for end in (".safetensors", ".fp16.safetensors", ".bin")]
+    files = dict.fromkeys([*names, "unet/config.json", "safety_checker/model.safetensors"], b"{}")
+    files |= {"model_index.json": json.dumps(index).encode(), "v1.ckpt": CONTENT}
+    hub.files |= {f"some/pipe/{name}": content for name, content in files.items()}
     folder = find_checkpoint("hf:some/pipe")
-    names = sorted(path.relative_to(folder).as_posix() for path in final_files(tmp_path))
-    assert names == ["model_index.json", "unet/config.json", f"unet/{weights}.safetensors"]
+    fetched = sorted(path.relative_to(folder).as_posix() for path in final_files(cache))
+    assert fetched == ["model_index.json", "unet/config.json", f"{weights}.safetensors"]
     assert find_checkpoint("hf:some/pipe/v1.ckpt").read_bytes() == CONTENT
     count = len(hub.requests)
     assert find_checkpoint("hf:some/pipe") == folder
@@ -378,3 +346,14 @@ def test_an_address_is_a_file_or_a_diffusers_folder(hub, tmp_path):
         find_checkpoint("hf:some/pipe/v2.ckpt")
     with pytest.raises(FileNotFoundError, match="machine: ldm download hf:some/other"):
         find_checkpoint("hf:some/other", fetch=False)
+
+
+def test_a_server_cannot_choose_where_files_are_written(hub, cache):
+    hub.files["some/pipe/model_index.json"] = b'{"..": ["a", "B"]}'
+    hub.files["some/pipe/../x.json"] = CONTENT
+    with pytest.raises(OSError, match=r"`\.\./x.json` is refused as the name of a file"):
+        find_checkpoint("hf:some/pipe")
+    hub.files["some/pipe/v1.ckpt"], hub.etags["some/pipe/v1.ckpt"] = CONTENT, "../../x"
+    with pytest.raises(OSError, match="does not answer as a hub does"):
+        find_checkpoint("hf:some/pipe/v1.ckpt")
+    assert [path.name for path in final_files(cache)] == ["model_index.json"]
