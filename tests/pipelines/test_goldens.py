@@ -6,14 +6,11 @@ import torch
 from PIL import Image
 
 from goldfile import gold
-from ldm.imaging.pixels import resize_to_multiple, to_tensor, to_uint8
+from ldm.imaging.pixels import to_tensor, to_uint8
 from ldm.pipelines import (
     LEGACY,
     depth2img,
-    encode_image,
-    img2img,
     inpaint,
-    noise_source,
     unclip,
     upscale,
 )
@@ -37,33 +34,6 @@ def start_code(info, h, w):
     """The original's demos start from numpy's noise."""
     noise = np.random.RandomState(info["seed"]).randn(info["num_samples"], 4, h, w)
     return torch.from_numpy(noise).float()
-
-
-@pytest.mark.parametrize("name", ["s08", "s05_v", "resize", "eta1", "from_file"])
-def test_img2img(name):
-    file = gold("e2e_img2img")
-    info = file.case(name)["info"]
-    options, model = info["options"], model_of(file, info["model"])
-    picture = Image.fromarray(file.inputs(name)["init_image"].numpy())
-    image, n = to_tensor(resize_to_multiple(picture, 64)), options["n_samples"]
-    lines = options.get("from_file", [options["prompt"]] * n)
-    torch.manual_seed(options["seed"])
-    z = encode_image(model, image, n, noise_source(None, n, ALL_LEGACY))
-    images = [
-        img2img(
-            model,
-            lines[first : first + n],
-            image,
-            z=z,
-            strength=options["strength"],
-            steps=options["ddim_steps"],
-            eta=options["ddim_eta"],
-            scale=options["scale"],
-            legacy=ALL_LEGACY,
-        )
-        for first in range(0, len(lines), n)
-    ]
-    close(torch.cat(images), file.outputs(name)["images"])
 
 
 @pytest.mark.parametrize("name", ["inp0", "inp1"])

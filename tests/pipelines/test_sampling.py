@@ -1,4 +1,4 @@
-"""txt2img and sample: the recorded pictures, and what a user relies on."""
+"""txt2img and sample, as a user relies on them."""
 
 import copy
 
@@ -7,70 +7,16 @@ import torch
 from torch import Tensor
 
 import ldm
-from goldfile import Gold, gold
+from goldfile import gold
 from ldm.conditioning import Cond
 from ldm.model import LatentDiffusion
-from ldm.pipelines import LEGACY, NonFinite, Stop, invert, sample, seeded_noise, txt2img
+from ldm.pipelines import NonFinite, Stop, invert, sample, seeded_noise, txt2img
 from pipelines.goldmodels import model_of
 
-ALL_LEGACY = frozenset(LEGACY)
-
 
 @pytest.fixture(scope="module")
-def recorded() -> Gold:
-    return gold("e2e_txt2img")
-
-
-@pytest.fixture(scope="module")
-def models(recorded) -> dict[str, LatentDiffusion]:
-    return {name: model_of(recorded, name) for name in ("base_eps", "base_v")}
-
-
-def batches(info: dict) -> list[list[str]]:
-    options, n = info["options"], info["options"]["n_samples"]
-    if options["from_file"]:
-        lines = [line for line in options["from_file"] for _ in range(options["repeat"])]
-        return [lines[i : i + n] for i in range(0, len(lines), n)]
-    return [[options["prompt"]] * n] * options["n_iter"]
-
-
-CASES = [
-    "ddim", "ddim_v_eta1", "plms", "dpm", "scale1", "fixed_code_iter2", "niter2", "from_file",
-    "from_file_repeat",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_legacy_gives_the_recorded_pictures(recorded, models, name):
-    """Pixels at most 1 apart, and under 5 % of them: the original differs from itself by 0.2 %."""
-    info = recorded.case(name)["info"]
-    options, model = info["options"], models[info["model"]]
-    torch.manual_seed(options["seed"])
-    shape = (options["n_samples"], 4, options["H"] // 8, options["W"] // 8)
-    images = [
-        txt2img(
-            model,
-            prompts,
-            size=(options["H"], options["W"]),
-            steps=options["steps"],
-            sampler="plms" if options["plms"] else "dpm" if options["dpm"] else "ddim",
-            eta=options["ddim_eta"],
-            scale=options["scale"],
-            x_T=x_T,
-            legacy=ALL_LEGACY,
-        )
-        for x_T in [torch.randn(shape) if options["fixed_code"] else None]
-        for prompts in batches(info)
-    ]
-    ours = ((torch.cat(images) + 1) / 2 * 255).to(torch.uint8).permute(0, 2, 3, 1).int()
-    apart = (ours - recorded.outputs(name)["images"].int()).abs()
-    assert apart.max() <= 1
-    assert (apart > 0).float().mean() < 0.05
-
-
-@pytest.fixture
-def model(models) -> LatentDiffusion:
-    return models["base_v"]
+def model() -> LatentDiffusion:
+    return model_of(gold("e2e_txt2img"), "base_v")
 
 
 def run(model: LatentDiffusion, prompts: list[str], **options) -> Tensor:
@@ -155,9 +101,9 @@ def test_plms_is_right_for_v_models_unless_asked_to_be_legacy(model):
     """Converged, PLMS and DDIM solve one ODE; the original's PLMS takes v for eps."""
     cond = model.condition({"txt": ["a"]})
     options = {"size": (64, 64), "scale": 1.0, "seeds": 3}
-    exact = sample(model, cond, steps=250, sampler="ddim", **options)
-    right = sample(model, cond, steps=50, sampler="plms", **options)
-    wrong = sample(model, cond, steps=50, sampler="plms", legacy={"plms-v"}, **options)
+    exact = sample(model, cond, steps=40, sampler="ddim", **options)
+    right = sample(model, cond, steps=20, sampler="plms", **options)
+    wrong = sample(model, cond, steps=20, sampler="plms", legacy={"plms-v"}, **options)
     assert (right - exact).square().mean() < 0.02 * (wrong - exact).square().mean()
 
 
@@ -184,9 +130,9 @@ def test_legacy_inversion_is_the_recorded_one(kind):
 def test_inversion_leads_back_to_the_latent(model):
     cond = model.condition({"txt": ["a"]})
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    noise = invert(model, z, cond, steps=200)
-    back = sample(model, cond, x_T=noise, steps=200, scale=1.0)
-    assert (back - z).square().mean() < 0.01 * z.square().mean()
+    noise = invert(model, z, cond, steps=50)
+    back = sample(model, cond, x_T=noise, steps=50, scale=1.0)
+    assert (back - z).square().mean() < 0.015 * z.square().mean()  # 0.0036; 0.001 at 100 steps
 
 
 def test_seeds_may_be_a_noise_source(model):
