@@ -48,12 +48,13 @@ PngImagePlugin.MAX_TEXT_CHUNK = 2**26
 PngImagePlugin.MAX_TEXT_MEMORY = 2**27
 # What Pillow decodes by itself; the rest runs other programs or reads nothing but a header. TGA is
 # the last, because nothing marks its beginning.
-FORMATS = (
+KNOWN_FORMATS = (
     "PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "JPEG2000", "PPM", "QOI", "PSD", "ICO",
     "ICNS", "CUR", "DIB", "DDS", "PCX", "DCX", "SGI", "SUN", "IM", "MSP", "XBM", "XPM", "FITS",
     "FLI", "BLP", "FTEX", "GBR", "PIXAR", "TGA",
 )  # fmt: skip
 Image.init()
+FORMATS = tuple(name for name in KNOWN_FORMATS if name in Image.OPEN)  # older ones have no AVIF
 IMAGE_SUFFIXES = tuple(
     suffix for suffix, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")
 )
