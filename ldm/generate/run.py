@@ -117,16 +117,14 @@ def _warn_about_prompts(
     encoder = model.conditioner.find(TextEncoder)
     if encoder is None:
         return
-    jobs = [job for batch in batches for job in batch]
-    prompts = dict.fromkeys(text for job in jobs for text in (job.prompt, job.negative_prompt))
-    for prompt in prompts:
-        if lost := encoder.truncated_text(prompt):
-            limit = encoder.length - 2
-            words = " ".join(lost.split()[:QUOTED_WORDS])
-            listener.warn(f"a prompt is longer than {limit} tokens: `{words} …` is left out")
-            break
-    for prompt in filter(has_weight_syntax, prompts):
-        words = " ".join(prompt.split()[:QUOTED_WORDS])
+    prompts = dict.fromkeys(job.prompt for batch in batches for job in batch)
+    prompts |= dict.fromkeys(job.negative_prompt for batch in batches for job in batch)
+    for lost in filter(None, map(encoder.truncated_text, prompts)):
+        limit, words = encoder.length - 2, " ".join(lost.split()[:QUOTED_WORDS])
+        listener.warn(f"a prompt is longer than {limit} tokens: `{words} …` is left out")
+        break
+    for weighted in filter(has_weight_syntax, prompts):
+        words = " ".join(weighted.split()[:QUOTED_WORDS])
         listener.warn(f"A1111's syntax for weights is read as plain text: `{words} …`")
         break
 
