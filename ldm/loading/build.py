@@ -36,7 +36,7 @@ def build_on_meta(
     where: str = "config",
     skipped: list[str] | None = None,
 ) -> nn.Module:
-    """The module of a translated config, with every weight on the meta device.
+    """Build the module of a translated config, every weight on the meta device.
 
     Arguments are those of `instantiate`.
     """

@@ -21,7 +21,7 @@ from yaml import YAMLError
 from ldm.loading import legacy
 from ldm.loading.legacy import known_targets, translate_config
 from ldm.runtime.errors import ArgumentError, ConfigError, unknown_name
-from ldm.runtime.files import find_file
+from ldm.runtime.files import find_file, read_text
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = ["format_yaml", "instantiate", "parse_yaml", "read_yaml"]
@@ -44,7 +44,7 @@ def read_yaml(
     *more: str | Path,
     sections: Sequence[str] = (),
 ) -> JsonObject:
-    """The content of a YAML file as plain dicts, lists and values, references resolved.
+    """Read a YAML file as plain dicts, lists and values, references resolved.
 
     Args:
         overrides: `model.params.linear_end=0.02`, applied last, values parsed as YAML.
@@ -57,10 +57,7 @@ def read_yaml(
         size = full_path.stat().st_size
         if size > MAX_BYTES:
             raise ConfigError(f"{file}: {size} bytes is too much for a config")
-        try:
-            texts.append(full_path.read_text("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{file}: not a text file ({error.reason})") from error
+        texts.append(read_text(full_path))
     where = " + ".join(map(str, (path, *more)))
     return parse_yaml(texts, overrides, where=where, sections=sections)
 
@@ -98,7 +95,7 @@ def parse_yaml(
 
 
 def format_yaml(raw: JsonMapping) -> str:
-    """A config as YAML, which `parse_yaml` reads back."""
+    """Return a config as YAML, which `parse_yaml` reads back."""
     return OmegaConf.to_yaml(OmegaConf.create(dict(raw)))
 
 
@@ -147,7 +144,7 @@ def instantiate(
     where: str = "config",
     skipped: list[str] | None = None,
 ) -> Any:
-    """The object that a `{"target": …, "params": {…}}` describes, parts of it likewise.
+    """Build what a `{"target": …, "params": {…}}` describes, parts of it likewise.
 
     Args:
         allow: packages whose classes may be named beside the known ones.
@@ -181,7 +178,7 @@ def instantiate(
 
 
 def _find_class(target: Any, allow: Sequence[str], where: str) -> Callable[..., Any]:
-    """The class (or function of ours) behind a dotted name, refused before any import."""
+    """Return the class (or function of ours) behind a dotted name, refused before any import."""
     if target in legacy.CLASSES:
         module, _, name = target.rpartition(".")
         ours: Callable[..., Any] = getattr(import_module(module), name)

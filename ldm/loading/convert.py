@@ -43,7 +43,7 @@ from ldm.loading.weight_names import original_name, our_names, rename_weights, r
 from ldm.loading.weights import AUTOENCODER, identify_weights, read_autoencoder, read_weights
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import ArgumentError, ExistingFile, MissingArgument, WrongFamily
-from ldm.runtime.files import find_file
+from ldm.runtime.files import find_file, read_text
 from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.runtime.version import __version__
 
@@ -206,7 +206,7 @@ def _check_target(conversion: Conversion, force: bool) -> None:
 
 
 def _config_text(file: Checkpoint, config: str | Path | None) -> str | None:
-    """The text of the YAML: the given one, embedded in the file, or of the recognised family.
+    """Return the text of the YAML: given, embedded in the file, or of the family.
 
     For an autoencoder alone the autoencoder's part of that; None for an unknown family.
     """
@@ -216,7 +216,7 @@ def _config_text(file: Checkpoint, config: str | Path | None) -> str | None:
     if config is None and EMBEDDED in file.metadata:
         text = file.metadata[EMBEDDED]
     elif config is None and is_part and is_autoencoder:
-        text = find_file(f"{PUBLISHED}/v1-inference.yaml").read_text("utf-8")
+        text = read_text(find_file(f"{PUBLISHED}/v1-inference.yaml"))
     else:
         if config is None:
             weights.prediction = probe_weights(weights)
@@ -224,7 +224,7 @@ def _config_text(file: Checkpoint, config: str | Path | None) -> str | None:
                 config = choose_config(weights)
             except MissingArgument:
                 return None
-        text = find_file(config).read_text("utf-8")
+        text = read_text(find_file(config))
     model = parse_yaml(text, where="config").get("model", {})
     if is_part and AUTOENCODER_CONFIG in (model.get("params") or {}):
         return format_yaml({"model": model["params"][AUTOENCODER_CONFIG]})
@@ -232,7 +232,7 @@ def _config_text(file: Checkpoint, config: str | Path | None) -> str | None:
 
 
 def _restore_names(file: Checkpoint, model: nn.Module | None, *, ema: bool) -> Checkpoint:
-    """The weights under the original's names, whatever the file says; with `ema` the averages.
+    """Rename weights as the original does; with `ema` take the averages.
 
     Without a model, of an unknown family, names stay as they are.
     """
@@ -247,7 +247,7 @@ def _restore_names(file: Checkpoint, model: nn.Module | None, *, ema: bool) -> C
         weights.check_raw(expected)
     known = dict(our_names(file.state)).values()
     rest = {name: value for name, value in file.state.items() if name not in known}
-    state = translate_words(model, weights.state)
+    state = translate_words(model, weights.state, file.path)
     return replace(file, state=rest | {original_name(name): v for name, v in state.items()})
 
 
@@ -257,7 +257,7 @@ def _merge_loras(
     loras: Sequence[tuple[str | Path, float]],
     dtype: torch.dtype | None,
 ) -> tuple[Checkpoint, str, dict[str, Tensor]]:
-    """A model with LoRAs in its weights, the list of all that it has now as JSON, and their words.
+    """Return a model with LoRAs merged, the list of all in it as JSON, and their words.
 
     Sums are rounded to the dtype of the weights, or to the one that is written if that is finer.
     """
@@ -284,7 +284,7 @@ def _merge_loras(
 
 
 def _replace_autoencoder(file: Checkpoint, model: nn.Module | None, vae: str | Path) -> Checkpoint:
-    """A whole model with another autoencoder, in the precision of its own if it has one."""
+    """Return a whole model with another autoencoder, in the precision of its own if it has one."""
     if isinstance(model, LatentDiffusion):
         autoencoder: nn.Module = model.autoencoder
     else:

@@ -58,7 +58,7 @@ class Family:
     has_vision_tower: bool = False
 
     def config_path(self, prediction: str | None) -> str:
-        """The YAML of the family's models that predict "eps", "v" or "x0"."""
+        """Return the YAML of the family's models that predict "eps", "v" or "x0"."""
         name = self.config_v if prediction == "v" and self.config_v else self.config
         return f"{PUBLISHED}/{name}.yaml"
 
@@ -164,7 +164,7 @@ def recognise_family(
 def detect_prediction(
     family: Family | None, state: Mapping[str, Tensor], step: int | None, markers: Mapping[str, str]
 ) -> Prediction:
-    """What the weights predict, by every method that costs no pass of the network.
+    """Return what the weights predict, by every method that costs no pass of the network.
 
     `markers` are the metadata of the file, and `v_pred` if it holds such a tensor.
     """
@@ -220,7 +220,7 @@ def _by_bias(state: Mapping[str, Tensor]) -> Verdict:
 
 
 def _rank(verdicts: list[Verdict]) -> Prediction:
-    """The most reliable method that answered: marker, family, step, probe, then bias."""
+    """Return the most reliable method that answered: marker, family, step, probe, then bias."""
     order = ("marker", "family", "step", "probe", "bias")
     ranked = sorted(verdicts, key=lambda verdict: order.index(verdict.method))
     kind = next((verdict.says for verdict in ranked if verdict.says), None)

@@ -99,7 +99,7 @@ MODEL_KEYS = {
 def translate_config(
     spec: JsonMapping, *, where: str = "config", skipped: list[str] | None = None
 ) -> JsonObject:
-    """A config in the original's words -> in ours: `{"target": …, "params": {…}, "where": …}`.
+    """Translate a config of the original: `{"target": …, "params": {…}, "where": …}`.
 
     Args:
         spec: a whole file (with `model:`) or any part of it (with `target:`); new names pass.
@@ -154,7 +154,7 @@ class _Translator:
         return {"target": MODEL, "params": parts, "where": self.where}
 
     def part(self, key: str) -> JsonObject:
-        """The translated config of a part."""
+        """Return the translated config of a part."""
         where = f"{self.where}.params.{key}"
         return translate_config(self.params[key], where=where, skipped=self.skipped)
 

@@ -42,6 +42,7 @@ from ldm.loading.weights import (
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import (
     ArgumentError,
+    FileFormatError,
     MissingArgument,
     MissingFile,
     WeightsMismatch,
@@ -75,7 +76,7 @@ def load(
     loras: Iterable[tuple[str | Path, float]] = (),
     embeddings: Iterable[str | Path] = (),
 ) -> LatentDiffusion:
-    """The model that a config describes, with the weights of a checkpoint.
+    """Load the model that a config describes, with the weights of a checkpoint.
 
     Args:
         config: a YAML; None recognises the family from the weights. Both None: the demo model.
@@ -152,18 +153,19 @@ def save_model(
 
 
 def choose_config(weights: Weights) -> str:
-    """The YAML for weights: `EMBEDDED` if their file has one, else that of their family.
+    """Return the YAML for weights: `EMBEDDED` if their file has one, else that of their family.
 
     Raises:
         MissingArgument: the family is unknown or not supported.
+        FileFormatError: it is a file of another kind, such as a LoRA.
     """
     if EMBEDDED in weights.markers:
         return EMBEDDED
     family, prediction = weights.family, weights.prediction
     if family is None or not family.config:
-        looks = f"looks like {family.title}, which is not supported" if family else "is unknown"
         if family is None and (kind := guess_kind(weights.source.state)):
-            looks = f"is {kind}"
+            raise FileFormatError(f"`{weights.path}` is {kind}")
+        looks = f"looks like {family.title}, which is not supported" if family else "is unknown"
         message = f"`{weights.path}` {looks}\nhint: pass its config"
         raise MissingArgument(message, "config")
     path = family.config_path(prediction.kind)
@@ -187,7 +189,7 @@ def read_config(
 
 
 def probe_weights(weights: Weights) -> Prediction:
-    """What weights predict; where that is in doubt, their UNet is built and run once.
+    """Return what weights predict; where that is in doubt, run their UNet once.
 
     A UNet that does not fit its family is not run. See `probe_prediction`.
     """
@@ -204,7 +206,7 @@ def probe_weights(weights: Weights) -> Prediction:
 
 
 def _is_in_doubt(weights: Weights) -> bool:
-    """The family does not tell what the weights predict, and fewer than two methods have."""
+    """Return whether the family does not tell the prediction, and fewer than two methods do."""
     family = weights.family
     return family is not None and family.predicts is None and weights.prediction.votes < 2
 
@@ -242,7 +244,7 @@ def _replace_autoencoder(
 
 
 def _provenance(raw: JsonMapping, weights: Weights, ema: bool, skipped: list[str]) -> JsonObject:
-    """What a model is made of: the config's hash, the file, its step, and which weights of it."""
+    """Return what a model is made of: hash of the config, file, step, which weights."""
     if skipped:
         log.info("not needed for sampling, skipped: %s", ", ".join(skipped))
     if weights.source.has_ema and not ema:

@@ -55,9 +55,8 @@ def match_weights(
         WeightsMismatch: names are missing or unexpected, or shapes differ.
     """
     expected = model.state_dict()
-    state = translate_words(model, _select_part(model, state))
+    state = translate_words(model, _select_part(model, state), file)
     state |= _unused_weights(model, state, file)
-    state = {n: _in_shape(n, v, expected.get(n), file) for n, v in state.items()}
     others = [n for n in state if n not in expected and not n.startswith(PARTS)]
     if isinstance(model, LatentDiffusion) and others and expected.keys() <= state.keys():
         log.warning("`%s`: left out, not of this model: %s", file, _list_groups(others))
@@ -106,8 +105,10 @@ def guess_kind(names: Iterable[str]) -> str | None:
     return next((k for pattern, k in KINDS.items() if re.search(pattern, text, re.M)), None)
 
 
-def translate_words(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights with those that have diffusers' names under ours; all others stay.
+def translate_words(
+    model: nn.Module, state: Mapping[str, Tensor], file: str | Path
+) -> dict[str, Tensor]:
+    """Return weights with diffusers' names under ours, and in a model's shapes; others stay.
 
     Args:
         state: names begin with our prefixes.
@@ -127,11 +128,11 @@ def translate_words(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, 
         taken = {part for name in ours for part in locations[name].names}
         renamed |= {prefix + name: v for name, v in theirs.items() if name not in taken}
         renamed |= ours
-    return renamed
+    return {n: _in_shape(n, value, expected.get(n), file) for n, value in renamed.items()}
 
 
 def _select_part(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a part by bare names, out of a file that may hold whole models."""
+    """Return the weights of a part by bare names, out of a file that may hold whole models."""
     if isinstance(model, LatentDiffusion):
         return dict(state)
     locations = [where for part in locate_weights(model).values() for where in part.values()]
@@ -163,7 +164,7 @@ def _unused_weights(
 
 
 def _in_shape(name: str, value: Tensor, expected: Tensor | None, file: str | Path) -> Tensor:
-    """A weight in the model's shape, where its numbers are the same; rows of tokens are cut."""
+    """Return a weight in the model's shape if its numbers are the same; cut added tokens."""
     if expected is None or value.shape == expected.shape:
         return value
     if _drop_1x1(value.shape) == _drop_1x1(expected.shape):
@@ -180,7 +181,7 @@ def _drop_1x1(shape: torch.Size) -> tuple[int, ...]:
 
 
 def _modern_name(component: str, name: str) -> str:
-    """A name of another version of diffusers or transformers, as today's and published files do."""
+    """Return today's name for one of an older diffusers or transformers."""
     if component == "text_encoder":
         name = name.removeprefix("transformer.")
         return name if name.startswith("text_") or "." not in name else f"text_model.{name}"

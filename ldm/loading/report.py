@@ -83,7 +83,7 @@ class Report:
         return plain
 
     def lines(self) -> Iterator[str]:
-        """The report as text."""
+        """Yield the report as text."""
         yield f"file        {self.path}, {self.bytes / 1e9:.2f} GB, {self.kind or 'unknown'}"
         yield f"published   {self.published or 'unknown'} (SHA-256 {self.sha256})"
         if self.refused:

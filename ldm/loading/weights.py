@@ -18,6 +18,7 @@ from ldm.loading.published import find_checkpoint
 from ldm.loading.weight_names import MARKERS, original_name, rename_weights, schedule_tables
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.runtime.errors import MissingArgument, MissingFile, WeightsMismatch
+from ldm.runtime.files import read_text
 
 __all__ = ["Weights", "identify_weights", "read_autoencoder", "read_weights"]
 
@@ -68,7 +69,7 @@ class Weights:
 
 
 def read_weights(path: str | Path, variant: str | None = None) -> Checkpoint:
-    """The weights under the original's names; of folders with their config in the metadata.
+    """Read weights under the original's names; of folders with their config.
 
     Args:
         path: a .ckpt or .safetensors, a diffusers folder, the folder of a training run, or a name
@@ -93,11 +94,11 @@ def read_weights(path: str | Path, variant: str | None = None) -> Checkpoint:
     file = read_checkpoint(weights)
     if config is None or EMBEDDED in file.metadata:
         return file
-    return replace(file, metadata=file.metadata | {EMBEDDED: config.read_text("utf-8")})
+    return replace(file, metadata=file.metadata | {EMBEDDED: read_text(config)})
 
 
 def identify_weights(source: Checkpoint) -> Weights:
-    """The weights under our names, with their family and what they predict."""
+    """Return the weights under our names, with their family and what they predict."""
     state, tables = rename_weights(source.state), schedule_tables(source.state)
     markers = source.metadata | {name: "" for name in MARKERS if name in source.state}
     family = recognise_family(state, source.ema_state)

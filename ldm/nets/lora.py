@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ldm.nets.blocks import Conv2d, DoublingConv2d, Linear, upsample_nearest, zero
+from ldm.runtime.errors import ArgumentError
 
 __all__ = ["LoRA", "LoRALayer", "Target", "merge_loras"]
 
@@ -47,7 +48,12 @@ class Target(NamedTuple):
         old = self.layer.get_parameter(self.parameter)
         new = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
         self.layer.register_parameter(self.parameter, new)
-        self.weight.copy_(self.weight.float() + delta.to(new.device))
+        total = self.weight.float() + delta.to(new.device)
+        self.weight.copy_(total)
+        if not self.weight.isfinite().all() and total.isfinite().all():
+            raise ArgumentError(
+                f"the sum of a layer's weight and its LoRAs is too large for {new.dtype}", "loras"
+            )
 
 
 class LoRALayer(nn.Module):

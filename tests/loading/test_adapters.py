@@ -91,6 +91,8 @@ SPELLINGS = [
     ("unet.", "unet.", "base_model.model."),
     ("unet.", "unet.", "diffusion_model."),
     ("unet.", "unet.", "lycoris_unet_"),
+    ("unet.", "unet.", "unet._orig_mod."),
+    ("unet.", ".weight", ""),
 ]
 
 
@@ -171,6 +173,25 @@ def test_words_in_a_file_are_taught_and_layers_of_rank_zero_change_nothing(tmp_p
     load_loras(model, [(tmp_path / "x.safetensors", 1.0)])
     assert same(model.state_dict(), before)
     assert same(model.conditioner.text.added_embeddings, words)
+
+
+def test_words_that_do_not_fit_are_named_and_left_out(tmp_path, caplog):
+    state, delta = low_rank(KOHYA)
+    state["bundle_emb.cat.emb_params"] = torch.ones(1, 768)
+    write_checkpoint(tmp_path / "x.safetensors", state)
+    model = tiny_model()
+    before = model.unet.state_dict()[f"{ORIGINAL}.weight"].clone()
+    load_loras(model, [(tmp_path / "x.safetensors", 1.0)])
+    assert "its words are left out: " in caplog.text
+    after = model.unet.state_dict()[f"{ORIGINAL}.weight"]
+    torch.testing.assert_close(after, before + delta, rtol=0, atol=1e-6)
+
+
+def test_a_sum_too_large_for_the_weights_is_refused(tmp_path):
+    write_checkpoint(tmp_path / "x.safetensors", low_rank(KOHYA)[0])
+    with pytest.raises(ValueError, match="too large for torch.float16") as caught:
+        load_loras(tiny_model().half(), [(tmp_path / "x.safetensors", 1e9)])
+    assert caught.value.argument == "loras"
 
 
 def test_alpha_is_found_in_notes(tmp_path):

@@ -247,6 +247,9 @@ def test_an_autoencoder_alone(tmp_path, state, text, config):
     content = vae_of(state) | {"loss.logvar": torch.zeros(())}
     torch.save({"state_dict": content}, tmp_path / "kl.ckpt")
     run(tmp_path / "kl.ckpt", tmp_path / "kl", "--config", tmp_path / "kl.yaml")
+    bare = tmp_path / "kl/diffusion_pytorch_model.safetensors"
+    run(bare, tmp_path / "original.ckpt", "--config", tmp_path / "kl.yaml")
+    assert same(read_checkpoint(tmp_path / "original.ckpt").state, vae_of(state))
     about = json.loads((tmp_path / "kl/config.json").read_text())
     assert about["block_out_channels"] == [32, 64]
     assert same(read_weights(tmp_path / "kl").state, vae_of(state))
@@ -338,14 +341,24 @@ def test_folders_of_other_versions_are_read(tiny, state, tmp_path):
         name, names = f"part-{i}.safetensors", list(content)[i::2]
         write_checkpoint(unet.with_name(name), {k: content[k] for k in names})
         weight_map |= dict.fromkeys(names, name)
-    unet.with_name(f"{unet.name}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    index = unet.with_name(f"{unet.name}.index.json")
+    index.write_text(json.dumps({"weight_map": weight_map}))
     vae.unlink()
     unet.unlink()
     assert same(read_weights(place).state, state)
+    index.unlink()
+    for i in range(2):
+        shard = unet.with_name(f"part-{i}.safetensors")
+        shard.rename(unet.with_stem(f"{unet.stem}-0000{i}-of-00002"))
+    assert same(read_weights(place).state, state)
+    for shard in (place / "unet").glob("*-of-*"):
+        shard.unlink()
+    with pytest.raises(FileNotFoundError, match="no weights in `.*unet`, only config.json"):
+        read_weights(place)
 
 
 @pytest.mark.parametrize("suffix", [".fp16.safetensors", ".fp16.bin"])
-def test_the_only_variant_is_taken_whatever_its_files_are(folder, state, tmp_path, suffix):
+def test_a_variant_is_chosen_whatever_its_files_are(folder, state, tmp_path, suffix):
     place = shutil.copytree(folder, tmp_path / "x")
     for path in place.glob("*/*.safetensors"):
         content = read_checkpoint(path).state
@@ -354,7 +367,8 @@ def test_the_only_variant_is_taken_whatever_its_files_are(folder, state, tmp_pat
             torch.save(content, path.with_name(stem + suffix))
         else:
             write_checkpoint(path.with_name(stem + suffix), content)
-        (path.parent / f"{stem}.non_ema{suffix[5:]}").touch()
+        for other in ("non_ema", "bf16"):
+            (path.parent / f"{stem}.{other}{suffix[5:]}").touch()
         path.unlink()
     assert same(read_weights(place).state, state)
 

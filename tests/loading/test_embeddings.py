@@ -71,6 +71,7 @@ def test_what_does_not_fit_is_refused_and_skipped_in_a_folder(tmp_path, caplog):
     write_embeddings(tmp_path / "xl.safetensors", {"clip_l": VECTORS, "clip_g": VECTORS})
     write_embeddings(tmp_path / "lora.safetensors", {"x": torch.zeros(2, 2, 1, 1)})
     write_embeddings(tmp_path / "none.safetensors", {"<none>": VECTORS[:0]})
+    write_embeddings(tmp_path / "nan.safetensors", {"<nan>": VECTORS * torch.nan})
     write_embeddings(tmp_path / "people/fits.safetensors", {"<Fits>": VECTORS})
     write_embeddings(tmp_path / ".hidden/x.safetensors", {"<hidden>": VECTORS})
     for name, message in (
@@ -80,6 +81,7 @@ def test_what_does_not_fit_is_refused_and_skipped_in_a_folder(tmp_path, caplog):
         ),
         ("xl", "two text towers: it is made for SDXL"),
         ("none", "`<none>` has no vectors"),
+        ("nan", "the vectors of `<nan>` are not finite"),
         ("lora", "is not a textual inversion: it holds 1 other tensors"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -87,7 +89,7 @@ def test_what_does_not_fit_is_refused_and_skipped_in_a_folder(tmp_path, caplog):
     load_embeddings(model, [tmp_path])
     assert list(model.conditioner.text.added_embeddings) == ["<fits>"]
     assert len(model.provenance["embeddings"]) == 1
-    assert caplog.text.count("skipped: ") == 4
+    assert caplog.text.count("skipped: ") == 5
     del model.conditioner.text
     with pytest.raises(ValueError, match="no text tower"):
         load_embeddings(model, [tmp_path])

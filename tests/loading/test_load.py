@@ -203,7 +203,10 @@ def test_averages_are_loaded_when_asked_for(tmp_path, tiny_yaml, tiny_state):
     for name in raw:
         assert torch.equal(ema[name], raw[name] + 1 if name.startswith("unet.") else raw[name])
     rest = {k: v for k, v in tiny_state.items() if not k.startswith("model.")}
-    torch.save(rest | averages, tmp_path / "y.ckpt")
+    compiled = {
+        n.replace("diffusion_model", "diffusion_model_orig_mod"): averages[n] for n in averages
+    }
+    torch.save(rest | compiled, tmp_path / "y.ckpt")
     with pytest.raises(ValueError, match="holds only averaged") as caught:
         ldm.load(tiny_yaml, tmp_path / "y.ckpt")
     assert caught.value.argument == "ema"
@@ -249,6 +252,24 @@ def test_another_schedule_in_the_file_is_a_warning(tmp_path, tiny_yaml, tiny_sta
 def test_a_scale_measured_in_training_is_used(tmp_path, tiny_yaml, tiny_state):
     torch.save({**tiny_state, "scale_factor": torch.tensor(0.5)}, tmp_path / "x.ckpt")
     assert ldm.load(tiny_yaml, tmp_path / "x.ckpt").scale_factor == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("lora_unet_x.lora_down.weight", "a LoRA, which is merged"),
+        ("string_to_param.*", "a textual inversion, which is added"),
+        ("control_model.x", "a ControlNet, which is not supported"),
+        ("encoder.conv_in.weight", "holds nothing of `model.diffusion_model.`, "),
+    ],
+)
+def test_what_a_file_of_another_kind_is_is_told(tmp_path, tiny_yaml, name, kind):
+    torch.save({name: torch.ones(1, 1)}, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=f"hint: the file (is )?{kind}"):
+        ldm.load(tiny_yaml, tmp_path / "x.ckpt")
+    if kind.startswith("a"):
+        with pytest.raises(ValueError, match=f"x.ckpt` is {kind}"):
+            ldm.load(ckpt=tmp_path / "x.ckpt")
 
 
 def test_single_parts_load_from_their_own_and_from_whole_files(tmp_path, tiny_yaml, tiny_state):

@@ -158,4 +158,6 @@ def _parse(state: Mapping[str, Tensor], stem: str, path: Path) -> dict[str, Tens
     for token, value in tokens.items():
         if not value.numel():
             raise FileFormatError(f"`{path}`: `{token}` has no vectors")
+        if not value.isfinite().all():
+            raise FileFormatError(f"`{path}`: the vectors of `{token}` are not finite")
     return {token: value.reshape(-1, value.shape[-1]).clone() for token, value in tokens.items()}

@@ -22,7 +22,7 @@ def load_prior(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Prior:
-    """The Karlo prior; all sizes but the number of heads follow from the weights."""
+    """Load the Karlo prior; all sizes but the number of heads follow from the weights."""
     file = read_checkpoint(path)
     state = {name.removeprefix("model."): value for name, value in file.state.items()}
     if TEXT_PROJECTION not in state or "positional_embedding" not in state:

@@ -32,7 +32,8 @@ from ldm.loading.files.checkpoint import Checkpoint, file_hash, read_checkpoint,
 from ldm.loading.weight_names import layer_alias
 from ldm.model import LatentDiffusion
 from ldm.nets.lora import LoRA, LoRALayer, Target, merge_loras
-from ldm.runtime.errors import FileFormatError, MissingFile, WeightsMismatch
+from ldm.runtime.errors import FileFormatError, MissingFile, WeightsMismatch, WrongFamily
+from ldm.runtime.files import read_text
 from ldm.runtime.types import JsonObject
 
 __all__ = ["kohya_name", "load_loras", "lora_targets", "read_lora", "write_lora"]
@@ -40,7 +41,8 @@ __all__ = ["kohya_name", "load_loras", "lora_targets", "read_lora", "write_lora"
 log = logging.getLogger(__name__)
 
 KEY = re.compile(
-    r"(.+?)(?:\.(alpha)|[._]lora(?:_linear_layer)?[._](down|up|A|B)(?:\.\w+)?\.weight)"
+    r"(.+?)(?:\.(alpha)"
+    r"|[._]lora(?:_linear_layer)?[._](down|up|A|B)(?:\.(?!weight)\w+)?(?:\.weight)?)"
 )
 ROLES = {"A": "down", "B": "up"}
 PARTS = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
@@ -80,7 +82,10 @@ def load_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, float]]
         record = {"path": str(path.resolve()), "weight": strength, "hash": file_hash(path)}
         provenance.append(record)
         for file in _files_of(path):
-            add_embeddings(model, read_bundle(file), file)
+            try:
+                add_embeddings(model, read_bundle(file), file)
+            except (FileFormatError, WeightsMismatch, WrongFamily) as error:
+                log.warning("its words are left out: %s", error)
     if provenance:
         model.provenance["loras"] = [*model.provenance.get("loras", []), *provenance]
 
@@ -181,7 +186,7 @@ def _build_layer(target: Target, tensors: Mapping[str, Tensor]) -> LoRALayer:
 
 
 def _files_of(path: str | Path) -> list[Path]:
-    """The file at a path; of a folder, those of diffusers or peft in it."""
+    """Return the file at a path; of a folder, those of diffusers or peft in it."""
     path = Path(path).expanduser()
     if not path.is_dir():
         return [path]
@@ -193,7 +198,7 @@ def _files_of(path: str | Path) -> list[Path]:
 
 
 def _tensors_by_layer(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a file as {kohya's name: {"down", "up", perhaps "alpha"}}."""
+    """Return the tensors of a file as {kohya's name: {"down", "up", perhaps "alpha"}}."""
     layers: dict[str, dict[str, Tensor]] = {}
     others = []
     for key, value in file.state.items():
@@ -235,7 +240,7 @@ def _add_alphas(layers: Mapping[str, dict[str, Tensor]], file: Checkpoint) -> No
             k.removeprefix(start): v for k, v in notes.items() if k.startswith(start)
         }
     if not notes and config_path.is_file():
-        configs = {"": json.loads(config_path.read_text("utf-8"))}
+        configs = {"": json.loads(read_text(config_path))}
     for prefix, config in configs.items():
         if config.get("use_dora"):
             raise FileFormatError(f"`{file.path}`: LoRA with `use_dora` is not supported")
@@ -279,7 +284,7 @@ def _check_layers(
 
 
 def _likely_family(layers: Mapping[str, Mapping[str, Tensor]]) -> str | None:
-    """The family by the names of the layers, else by the cross-attention dimension."""
+    """Return the family by the names of the layers, else by the cross-attention dimension."""
     for pattern, family in OTHER_MODELS.items():
         if any(re.search(pattern, name) for name in layers):
             return family
@@ -288,5 +293,5 @@ def _likely_family(layers: Mapping[str, Mapping[str, Tensor]]) -> str | None:
 
 
 def _drop_1x1(shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape without trailing 1x1 kernel dimensions, which some files omit."""
+    """Return the shape without trailing 1x1 kernel dimensions, which some files omit."""
     return tuple(shape[:2] if tuple(shape[2:]) == (1, 1) else shape)

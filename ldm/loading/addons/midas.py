@@ -50,7 +50,7 @@ def add_depth_network(
 
 
 def read_midas(path: str | Path) -> dict[str, Tensor]:
-    """The network in a file of MiDaS, or in the checkpoint of a depth model, under our names."""
+    """Read the network in a file of MiDaS, or of a depth model, under our names."""
     network = {}
     for name, value in read_checkpoint(path).state.items():
         name = name.removeprefix("depth_model.").removeprefix("model.")

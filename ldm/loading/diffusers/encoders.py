@@ -36,7 +36,7 @@ PROCESSOR = {
 
 
 def text_config(encoder: TextEncoder) -> JsonObject:
-    """The config of a text encoder, with the blocks that run."""
+    """Return the config of a text encoder, with the blocks that run."""
     block: OpenCLIPBlock | CLIPBlock
     if isinstance(encoder, OpenCLIPText):
         block, blocks, norm = encoder.model.blocks[0], encoder.num_blocks, encoder.model.ln_final
@@ -70,7 +70,7 @@ def text_config(encoder: TextEncoder) -> JsonObject:
 
 
 def text_params(config: Config) -> JsonObject:
-    """The keywords of our text encoder: CLIPText for quick GELU, OpenCLIPText otherwise.
+    """Return the keywords of our text encoder: CLIPText for quick GELU, OpenCLIPText otherwise.
 
     OpenCLIPText gets one unused block behind those in the folder, as published files have it,
     unless all blocks of a published size are there.
@@ -125,7 +125,7 @@ def added_tokens(files: JsonMapping) -> dict[str, int]:
 
 
 def vision_config(visual: VisionTower) -> JsonObject:
-    """The config of a vision tower."""
+    """Return the config of a vision tower."""
     block = visual.blocks[0]
     return {
         "architectures": ["CLIPVisionModelWithProjection"],
@@ -143,7 +143,7 @@ def vision_config(visual: VisionTower) -> JsonObject:
 
 
 def vision_params(config: Config) -> JsonObject:
-    """The keywords of CLIPImage for quick GELU, of OpenCLIPImage otherwise."""
+    """Return the keywords of CLIPImage for quick GELU, of OpenCLIPImage otherwise."""
     width, embed = config["hidden_size"], config["projection_dim"]
     where = "image_encoder/config.json"
     is_openai = is_openai_clip(config, where)
@@ -175,7 +175,7 @@ def image_processor(size: int) -> JsonObject:
 
 
 def depth_config(encoder: MiDaSDepth) -> JsonObject:
-    """The config of the depth network."""
+    """Return the config of the depth network."""
     dpt = encoder.model
     assert dpt is not None
     vit: Any = dpt.pretrained["model"]
@@ -213,7 +213,7 @@ def depth_config(encoder: MiDaSDepth) -> JsonObject:
 
 
 def depth_params(config: Config) -> JsonObject:
-    """The keywords of our MiDaSDepth."""
+    """Return the keywords of our MiDaSDepth."""
     where = "depth_estimator/config.json"
     validate_config(config, where, DEPTH_REQUIRED_VALUES)
     size = {

@@ -31,6 +31,7 @@ from ldm.loading.matching import match_weights
 from ldm.loading.weight_names import DERIVED, rename_weights, restore_names, schedule_tables
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import FileFormatError, MissingFile
+from ldm.runtime.files import read_text
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
@@ -48,8 +49,8 @@ TOKEN_TABLE = "conditioner.text.model.token_embedding.weight"
 TOKEN_EMBEDDING = "embeddings.token_embedding.weight"
 # The variant in the name of a file of weights, or of the index of several.
 VARIANT = re.compile(
-    rf"(?:{'|'.join(STEMS)})(?:\.(\w+)\.(?:safetensors|bin)(?:\.index\.json)?"
-    r"|\.(?:safetensors|bin)\.index\.(\w+)\.json)"
+    rf"(?:{'|'.join(STEMS)})(?:\.(?P<variant>\w+))?(?P<shard>-\d+-of-\d+)?"
+    r"\.(?:safetensors|bin)(?:\.index(?:\.(?P<after>\w+))?\.json)?"
 )
 MAX_JSON = 1 << 24  # bytes
 
@@ -114,7 +115,7 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
 def build_folder(
     file: Checkpoint, raw: JsonMapping, clip_stats: str | Path | None = None
 ) -> tuple[Files, Components]:
-    """The content of the folder of a checkpoint: JSONs and texts by path, tensors by component.
+    """Return the content of a folder: JSONs and texts by path, tensors by component.
 
     Tensors that diffusers has no place for are in component "", under the original's names. `raw`
     is the config of the file.
@@ -179,7 +180,7 @@ def _derived_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read_rest(path: Path, files: Files) -> Checkpoint | None:
-    """The tensors beside the components, if there are any and they belong to this folder."""
+    """Return the tensors beside the components, if there are any and they belong to this folder."""
     if not (path / REST).is_file():
         return None
     rest = read_checkpoint(path / REST)
@@ -208,19 +209,24 @@ def _has_same_config(rest: Checkpoint, files: Files) -> bool:
 
 
 def _read_component(folder: Path, variant: str | None) -> dict[str, Tensor]:
-    """The tensors of a component, in one file or several."""
+    """Return the tensors of a component, in one file or several."""
     for file in filter(Path.is_file, _candidates(folder, variant)):
         if file.suffix != ".json":
             return read_checkpoint(file).state
         names = sorted({Path(name).name for name in _read_json(file)["weight_map"].values()})
         return {k: v for name in names for k, v in read_checkpoint(folder / name).state.items()}
-    names = [file.name for file in folder.glob("*")] if folder.is_dir() else []
-    variants = {match[1] or match[2] for match in map(VARIANT.fullmatch, names) if match}
-    if variant is None and len(variants - {"non_ema"} or variants) == 1:
-        return _read_component(folder, *(variants - {"non_ema"} or variants))
-    what = f"of variant `{variant}`" if variant else "without a variant"
-    there = ", ".join(sorted(variants)) or "none"
-    raise MissingFile(f"no weights {what} in `{folder}` (variants: {there})")
+    names = sorted(file.name for file in folder.glob("*"))
+    matches = [match for match in map(VARIANT.fullmatch, names) if match]
+    shards = [m[0] for m in matches if m["shard"] and m["variant"] == variant]
+    if shards:  # without their index
+        return {k: v for name in shards for k, v in read_checkpoint(folder / name).state.items()}
+    others = {m["variant"] or m["after"] for m in matches} - {None}
+    if variant is None and others:
+        choice = min(others, key=lambda name: (name == "non_ema", name != "fp16", name))
+        log.info("`%s` has variants %s, using %s", folder, ", ".join(sorted(others)), choice)
+        return _read_component(folder, choice)
+    what = f" of variant `{variant}`" if variant else ""
+    raise MissingFile(f"no weights{what} in `{folder}`, only {', '.join(names) or 'nothing'}")
 
 
 def _candidates(folder: Path, variant: str | None) -> Iterator[Path]:
@@ -278,6 +284,6 @@ def _read_json(path: Path) -> Any:
     if path.stat().st_size > MAX_JSON:
         raise FileFormatError(f"`{path}`: {path.stat().st_size} bytes are too much for a config")
     try:
-        return json.loads(path.read_text("utf-8"))
+        return json.loads(read_text(path))
     except ValueError as error:
         raise FileFormatError(f"`{path}` is damaged: {error}") from error

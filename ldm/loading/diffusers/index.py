@@ -135,7 +135,7 @@ def folder_configs(model: nn.Module, spec: JsonMapping) -> Files:
 
 
 def original_config(files: Files) -> JsonObject:
-    """The config in the original's words."""
+    """Return the config in the original's words."""
     if INDEX not in files:
         raw = read_yaml(f"{PUBLISHED}/v1-inference.yaml")
         autoencoder = raw["model"]["params"][AUTOENCODER_CONFIG]
@@ -211,7 +211,7 @@ def _set_encoder_params(files: Files, params: JsonObject, kind: str) -> None:
 
 
 def _pipeline_of_model(model: LatentDiffusion) -> str:
-    """The key in `PIPELINES`, by the encoders of a model."""
+    """Return the key in `PIPELINES`, by the encoders of a model."""
     if isinstance(model.conditioner.text, CLIPImage):
         return "variations"
     names = model.conditioner.encoders
@@ -222,7 +222,7 @@ def _pipeline_of_model(model: LatentDiffusion) -> str:
 
 
 def _pipeline_of_folder(files: Files) -> str:
-    """The key in `PIPELINES`, by the components of a folder."""
+    """Return the key in `PIPELINES`, by the components of a folder."""
     components = {path.split("/")[0] for path in files}
     for component, kind in PIPELINE_OF_COMPONENT.items():
         if component in components:
@@ -247,7 +247,7 @@ def _training_size(model: LatentDiffusion) -> int:
 
 
 def _noise_config(spec: JsonMapping) -> Files:
-    """The schedule of noise on a condition."""
+    """Return the config of the noise schedule of a condition."""
     params = dict((spec.get("params") or {}).get("noise_schedule_config") or {})
     params["name"] = params.pop("beta_schedule", "linear")
     config = schedulers.betas_config({"params": params})

@@ -230,7 +230,7 @@ def depth_keys(names: Iterable[str]) -> dict[str, Location]:
 
 
 def _split_qkv(name: str) -> tuple[str, ...]:
-    """Queries, keys and values have layers of their own in transformers."""
+    """Split queries, keys and values, which have layers of their own in transformers."""
     match = re.fullmatch(r"(.*)\.in_proj_(weight|bias)", name)
     return tuple(f"{match[1]}.{part}_proj.{match[2]}" for part in "qkv") if match else (name,)
 

@@ -100,7 +100,7 @@ def unet_config(unet: UNet, sample_size: int | list[int]) -> JsonObject:
 
 
 def unet_params(config: Config) -> JsonObject:
-    """The keywords of our UNet; ConfigError for an option that it does not have."""
+    """Return the keywords of our UNet."""
     where = "unet/config.json"
     validate_config(config, where, UNET_REQUIRED_VALUES, UNET_KEYS)
     widths, downs = config["block_out_channels"], config["down_block_types"]
@@ -141,7 +141,7 @@ def unet_params(config: Config) -> JsonObject:
 
 
 def vae_config(params: Config, scale_factor: float | None, sample_size: int) -> JsonObject:
-    """The config of an autoencoder.
+    """Return the config of an autoencoder.
 
     Args:
         params: keywords of our AutoencoderKL.
@@ -179,7 +179,7 @@ def vae_config(params: Config, scale_factor: float | None, sample_size: int) -> 
 
 
 def vae_params(config: Config) -> JsonObject:
-    """The keywords of our AutoencoderKL; ConfigError for an option that it does not have."""
+    """Return the keywords of our AutoencoderKL."""
     where = "vae/config.json"
     validate_config(config, where, VAE_REQUIRED_VALUES, VAE_KEYS)
     widths, downs = config["block_out_channels"], config["down_block_types"]
@@ -246,7 +246,7 @@ def _check_blocks(where: str, blocks: Sequence[str], supported: Collection[str])
 
 
 def _scalar_if_uniform(values: Sequence[Any]) -> Any:
-    """The single value if all are equal, else the list."""
+    """Return the single value if all are equal, else the list."""
     return values[0] if len(set(values)) == 1 else list(values)
 
 

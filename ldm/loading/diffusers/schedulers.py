@@ -23,7 +23,7 @@ START, END = 1e-4, 2e-2  # defaults of `make_betas` and of diffusers
 
 
 def ddim_config(betas: Any, parameterization: str, *, zero_snr: bool = False) -> JsonObject:
-    """The config of the default sampler, with the same steps and the same last step.
+    """Return the config of the default sampler, with the same steps and the same last step.
 
     `betas` are those of a translated config: a spec of `make_betas`, or a tensor.
     """
@@ -40,7 +40,7 @@ def ddim_config(betas: Any, parameterization: str, *, zero_snr: bool = False) ->
 
 
 def betas_config(betas: Any) -> JsonObject:
-    """The config of the noise schedule alone; `betas` as for `ddim_config`."""
+    """Return the config of the noise schedule alone; `betas` as for `ddim_config`."""
     if not isinstance(betas, Tensor):
         params = dict(betas.get("params") or {})
         name = params.get("name", "linear")
@@ -58,7 +58,7 @@ def betas_config(betas: Any) -> JsonObject:
 
 
 def beta_params(config: JsonMapping, where: str) -> JsonObject:
-    """The original's keywords for the noise schedule of any scheduler."""
+    """Return the original's keywords for the noise schedule of any scheduler."""
     if betas := config.get("trained_betas"):
         params = {"timesteps": len(betas), "given_betas": betas}
     else:
@@ -74,7 +74,7 @@ def beta_params(config: JsonMapping, where: str) -> JsonObject:
 
 
 def parameterization(config: JsonMapping, where: str) -> str:
-    """What the network predicts: "eps", "v" or "x0"; UnknownName if something else."""
+    """Return what the network predicts: "eps", "v" or "x0"."""
     return _read_name(config, "prediction_type", "epsilon", PREDICTION_TYPES, where)
 
 

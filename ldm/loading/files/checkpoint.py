@@ -83,7 +83,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
-    """The weights of a file, without running anything in it.
+    """Read the weights of a file, without running anything in it.
 
     Args:
         ema: replace raw weights by their EMA (`model_ema.*`).
@@ -109,7 +109,9 @@ def read_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
     step = others.get("global_step", metadata.get("global_step"))
     if isinstance(step, str) and step.isdigit():
         step = int(step)
-    ema_state = {name: state.pop(name) for name in list(state) if name.startswith("model_ema.")}
+    # The names of averages have no dots that would tell a wrapper from the rest.
+    ema_names = [name for name in state if name.startswith("model_ema.")]
+    ema_state = {name.replace("_orig_mod", ""): state.pop(name) for name in ema_names}
     if ema:
         use_ema_weights(state, ema_state, {name: name for name in state}, path)
     step = step if isinstance(step, int) else None
@@ -117,7 +119,7 @@ def read_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
 
 
 def ema_name(name: str) -> str:
-    """The original's name of a weight -> that of its EMA, which has no dots."""
+    """Return the name of a weight's EMA, which has no dots, for the original's."""
     return "model_ema." + name.removeprefix("model.").replace(".", "")
 
 
@@ -193,7 +195,7 @@ def cast_weight(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def detect_format(path: Path) -> str:
-    """What a file is by its first bytes: "zip", "legacy" or "safetensors"."""
+    """Tell by its first bytes what a file is: "zip", "legacy" or "safetensors"."""
     if not path.is_file():
         raise MissingFile(f"no checkpoint `{path}`")
     with path.open("rb") as file:
@@ -256,7 +258,7 @@ def _read_safetensors(path: Path) -> tuple[JsonObject, dict[str, str]]:
 
 
 def _unwrap(content: JsonMapping) -> tuple[JsonMapping, JsonObject]:
-    """The mapping of weights in the content of a file, and the entries beside it."""
+    """Return the mapping of weights in the content of a file, and the entries beside it."""
     others: JsonObject = {}
     for _ in range(MAX_DEPTH):  # a hostile one may contain itself
         inner = next((key for key in WRAPPERS if _holds_weights(content.get(key))), None)
@@ -277,7 +279,7 @@ def _holds_weights(node: Any, depth: int = 0) -> bool:
 
 
 def _check_tensors(content: JsonMapping, path: Path) -> dict[str, Tensor]:
-    """The weights by name; FileFormatError if there are none, too many, or sparse ones."""
+    """Return the weights by name, if they are plain tensors."""
     tensors = dict(_flatten(content, ""))
     for name, value in tensors.items():
         if value.layout is not torch.strided or value.is_quantized or value.is_nested:

@@ -44,7 +44,7 @@ def load_clip_statistics(
 
 
 def clip_statistics_tensors(conditioner: Conditioner) -> dict[str, Tensor]:
-    """The statistics of an unCLIP model, if it has any, as tensors of its own file."""
+    """Return the statistics of an unCLIP model, if it has any, as tensors of its own file."""
     image = conditioner.find(ImageEmbedding)
     if image is None or image.noise.clip_stats_path is None or image.noise.statistics is None:
         return {}
@@ -64,7 +64,7 @@ def read_clip_statistics(path: str | Path) -> tuple[Tensor, Tensor]:
 
 
 def find_near(ckpt: Path, path: str | None) -> Path | None:
-    """The file at a path, or of that name in the checkpoint's folder, or None."""
+    """Return the file at a path, or of that name in the checkpoint's folder, or None."""
     if path is None:
         return None
     try:

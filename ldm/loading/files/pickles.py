@@ -73,7 +73,7 @@ STAND_INS.append((Parameters, "torch.nn.modules.container.ParameterDict"))
 
 
 def load_pickle(path: Path, kind: str) -> tuple[Any, bool]:
-    """The content of a pickled file, through the restricted unpickler.
+    """Read a pickled file through the restricted unpickler.
 
     Args:
         kind: "zip" or "legacy".
@@ -108,7 +108,7 @@ def load_pickle(path: Path, kind: str) -> tuple[Any, bool]:
 
 
 def pickle_imports(path: Path, kind: str) -> list[str]:
-    """The names that the pickles in a file would import, found without running them."""
+    """Return the names that the pickles in a file would import, found without running them."""
     names: set[str] = set()
     if kind == "zip":
         with contextlib.suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
