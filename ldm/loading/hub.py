@@ -29,7 +29,8 @@ TEXTS = (".json", ".txt")
 WEIGHTS = (".safetensors", ".ckpt")
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 UNUSED = ("safety_checker",)  # components that no pipeline here reads
-FOLDERS = Memory("hub_folders.json")  # repository -> folder with all files that are needed
+REST = "original.safetensors"  # what `ldm convert` adds to a diffusers folder
+CHOICES = Memory("hub_choices.json")  # repository -> its folder, or its only checkpoint, when whole
 
 
 def find_or_fetch(address: str, *, fetch: bool = True) -> Path:
@@ -49,8 +50,8 @@ def find_or_fetch(address: str, *, fetch: bool = True) -> Path:
     if not owner or not name:
         raise ArgumentError(f"`{address}` must be hf:OWNER/NAME/FILE or hf:OWNER/NAME")
     repo = f"{owner}/{name}"
-    folder = FOLDERS.read().get(repo)
-    path = cached_file(repo, file) if file else folder and Path(folder)
+    choice = CHOICES.read().get(repo)
+    path = cached_file(repo, file) if file else choice and Path(choice)
     if path and path.exists():
         return path
     if not fetch:
@@ -62,10 +63,10 @@ def find_or_fetch(address: str, *, fetch: bool = True) -> Path:
     size = sum(sizes[name] or 0 for name in names)
     log.info("%s: %.2f GB in %d file(s), licence %s", repo, size / 1e9, len(names), licence)
     paths = [fetch_file(repo, name, revision=commit) for name in names]
-    if len(paths) == 1:
-        return paths[0]
-    FOLDERS.set(repo, str(paths[0].parent))
-    return paths[0].parent
+    path = paths[0] if len(paths) == 1 else paths[0].parent
+    if not file:
+        CHOICES.set(repo, str(path))
+    return path
 
 
 def cached_file(repo: str, name: str) -> Path | None:
@@ -220,7 +221,7 @@ def _files_of_folder(repo: str, commit: str, sizes: Iterable[str]) -> list[str]:
             raise DownloadError(f"`{repo}` is not a diffusers folder{_examples(sizes)}")
         return files
     index: JsonObject = json.loads(fetch_file(repo, INDEX, revision=commit).read_text("utf-8"))
-    names = [INDEX]
+    names = [INDEX, *(name for name in sizes if name == REST)]
     for part, entry in index.items():
         if isinstance(entry, list) and entry[-1:] != [None] and part not in UNUSED:
             names += [n for n in sizes if n.rpartition("/")[0] == part and n.endswith(TEXTS)]

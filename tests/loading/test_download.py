@@ -332,14 +332,17 @@ def test_an_address_is_a_file_or_a_diffusers_folder(hub, cache):
     weights = "unet/diffusion_pytorch_model"
     names = [f"{weights}{end}" for end in (".safetensors", ".fp16.safetensors", ".bin")]
     files = dict.fromkeys([*names, "unet/config.json", "safety_checker/model.safetensors"], b"{}")
+    hub.files["only/one/v1.ckpt"] = CONTENT
     files |= {"model_index.json": json.dumps(index).encode(), "v1.ckpt": CONTENT}
     hub.files |= {f"some/pipe/{name}": content for name, content in files.items()}
     folder = find_checkpoint("hf:some/pipe")
     fetched = sorted(path.relative_to(folder).as_posix() for path in final_files(cache))
     assert fetched == ["model_index.json", "unet/config.json", f"{weights}.safetensors"]
     assert find_checkpoint("hf:some/pipe/v1.ckpt").read_bytes() == CONTENT
+    assert find_checkpoint("hf:only/one").name == "v1.ckpt"
     count = len(hub.requests)
     assert find_checkpoint("hf:some/pipe") == folder
+    assert find_checkpoint("hf:only/one", fetch=False).name == "v1.ckpt"
     assert find_checkpoint("hf:some/pipe/v1.ckpt", fetch=False).name == "v1.ckpt"
     assert len(hub.requests) == count
     with pytest.raises(OSError, match="has no file `v2.ckpt`; it has unet/"):
