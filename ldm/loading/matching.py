@@ -3,7 +3,7 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from ldm.loading.weight_names import TEXT, original_name
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import WeightsMismatch
 
-__all__ = ["check_weights", "guess_kind", "match_weights", "translate_words"]
+__all__ = ["check_weights", "drop_1x1", "guess_kind", "match_weights", "translate_words"]
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ def _in_shape(name: str, value: Tensor, expected: Tensor | None, file: str | Pat
     """Return a weight in the model's shape if its numbers are the same; cut added tokens."""
     if expected is None or value.shape == expected.shape:
         return value
-    if _drop_1x1(value.shape) == _drop_1x1(expected.shape):
+    if drop_1x1(value.shape) == drop_1x1(expected.shape):
         return value.reshape(expected.shape)
     if name.endswith("token_embedding.weight") and value[: len(expected)].shape == expected.shape:
         added = len(value) - len(expected)
@@ -176,7 +176,8 @@ def _in_shape(name: str, value: Tensor, expected: Tensor | None, file: str | Pat
     return value
 
 
-def _drop_1x1(shape: torch.Size) -> tuple[int, ...]:
+def drop_1x1(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return a shape without the trailing 1x1 kernel, which some files omit."""
     return tuple(shape[:2] if tuple(shape[2:]) == (1, 1) else shape)
 
 

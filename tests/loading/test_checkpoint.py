@@ -7,7 +7,12 @@ import struct
 import pytest
 import torch
 
-from ldm.loading.files.checkpoint import file_hash, read_checkpoint, write_checkpoint
+from ldm.loading.files.checkpoint import (
+    file_hash,
+    read_checkpoint,
+    use_ema_weights,
+    write_checkpoint,
+)
 
 STATE = {
     "model.diffusion_model.in.weight": torch.arange(12.0).view(3, 4),
@@ -66,18 +71,23 @@ def test_another_ending_is_refused(tmp_path):
         write_checkpoint(tmp_path / "x.bin", STATE)
 
 
-@pytest.mark.parametrize("left", [{}, COUNTERS], ids=["none", "counters only"])
-def test_absent_averages_are_an_error(tmp_path, left):
-    torch.save({**STATE, **left}, tmp_path / "x.ckpt")
-    assert not read_checkpoint(tmp_path / "x.ckpt").has_ema
-    with pytest.raises(ValueError, match="no averaged"):
-        read_checkpoint(tmp_path / "x.ckpt", ema=True)
-
-
-def test_averages_that_fit_no_name_are_an_error(tmp_path):
-    torch.save({**STATE, **AVERAGES, "model_ema.what": torch.ones(1)}, tmp_path / "x.ckpt")
-    with pytest.raises(ValueError, match="1 averaged weights fit no name: `model_ema.what`"):
-        read_checkpoint(tmp_path / "x.ckpt", ema=True)
+@pytest.mark.parametrize(
+    ("averages", "message"),
+    [
+        ({}, "no averaged"),
+        (COUNTERS, "no averaged"),
+        (
+            AVERAGES | {"model_ema.what": torch.ones(1)},
+            "1 averaged weights fit no name: `model_ema",
+        ),
+    ],
+)
+def test_averages_that_are_absent_or_fit_no_name_are_an_error(tmp_path, averages, message):
+    torch.save({**STATE, **averages}, tmp_path / "x.ckpt")
+    file = read_checkpoint(tmp_path / "x.ckpt")
+    assert file.has_ema == (len(averages) > 2)
+    with pytest.raises(ValueError, match=message):
+        use_ema_weights(file.state, file.ema_state, {name: name for name in STATE}, file.path)
 
 
 def test_content_decides_not_the_ending(tmp_path):

@@ -15,7 +15,7 @@ SD 1 and SD 2: linear layers and convolutions (LoCon) of UNet and text tower.
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +29,7 @@ from ldm.loading.build import meta_device
 from ldm.loading.diffusers.names import text_layers, unet_layers
 from ldm.loading.families import TITLE_BY_WIDTH
 from ldm.loading.files.checkpoint import Checkpoint, file_hash, read_checkpoint, write_checkpoint
+from ldm.loading.matching import drop_1x1
 from ldm.loading.weight_names import layer_alias
 from ldm.model import LatentDiffusion
 from ldm.nets.lora import LoRA, LoRALayer, Target, merge_loras
@@ -268,7 +269,7 @@ def _check_layers(
     for name in layers.keys() & targets.keys():
         down, up = layers[name]["down"], layers[name]["up"]
         shape, expected = (len(up), *down.shape[1:]), tuple(targets[name].weight.shape)
-        if _drop_1x1(shape) != _drop_1x1(expected) or up[0].numel() != len(down):
+        if drop_1x1(shape) != drop_1x1(expected) or up[0].numel() != len(down):
             shapes.append(f"{name}: shape {shape}, expected {expected}")
     if not (unknown or shapes):
         return
@@ -290,8 +291,3 @@ def _likely_family(layers: Mapping[str, Mapping[str, Tensor]]) -> str | None:
             return family
     widths = (tensors["down"].shape[1] for name, tensors in layers.items() if "attn2_to_k" in name)
     return TITLE_BY_WIDTH.get(next(widths, 0))
-
-
-def _drop_1x1(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the shape without trailing 1x1 kernel dimensions, which some files omit."""
-    return tuple(shape[:2] if tuple(shape[2:]) == (1, 1) else shape)

@@ -82,16 +82,12 @@ class Checkpoint:
         return not self.ema_state.keys() <= EMA_COUNTERS
 
 
-def read_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
+def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read the weights of a file, without running anything in it.
-
-    Args:
-        ema: replace raw weights by their EMA (`model_ema.*`).
 
     Raises:
         MissingFile: there is no such file.
         FileFormatError: it is not a checkpoint, or not safe to read.
-        ArgumentError: it has no averaged weights, but they are asked for.
     """
     path = Path(path).expanduser()
     kind = detect_format(path)
@@ -112,8 +108,6 @@ def read_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
     # The names of averages have no dots that would tell a wrapper from the rest.
     ema_names = [name for name in state if name.startswith("model_ema.")]
     ema_state = {name.replace("_orig_mod", ""): state.pop(name) for name in ema_names}
-    if ema:
-        use_ema_weights(state, ema_state, {name: name for name in state}, path)
     step = step if isinstance(step, int) else None
     return Checkpoint(path, kind, state, step, mapped, tuple(others), metadata, ema_state)
 
