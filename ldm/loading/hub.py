@@ -145,7 +145,14 @@ def _download(url: str, part: Path, size: int, headers: dict[str, str], place: s
         with _errors_of_hub(place):
             try:
                 with part.open("ab") as file:
-                    http_get(url, file, resume_size=done, headers=headers, expected_size=size)
+                    http_get(
+                        url,
+                        file,
+                        resume_size=done,
+                        headers=headers,
+                        expected_size=size,
+                        displayed_filename=place.rpartition("/")[2],
+                    )
             except Exception as error:
                 if isinstance(error, OSError) and error.errno in FULL_DISK:
                     message = f"the disk is full: `{part.parents[2]}`; go on when there is space"
