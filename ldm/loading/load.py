@@ -42,7 +42,6 @@ from ldm.loading.weights import (
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import (
     ArgumentError,
-    FileFormatError,
     MissingArgument,
     MissingFile,
     WeightsMismatch,
@@ -157,14 +156,13 @@ def choose_config(weights: Weights) -> str:
 
     Raises:
         MissingArgument: the family is unknown or not supported.
-        FileFormatError: it is a file of another kind, such as a LoRA.
     """
     if EMBEDDED in weights.markers:
         return EMBEDDED
     family, prediction = weights.family, weights.prediction
     if family is None or not family.config:
         if family is None and (kind := guess_kind(weights.source.state)):
-            raise FileFormatError(f"`{weights.path}` is {kind}")
+            raise MissingArgument(f"`{weights.path}` is {kind}")
         looks = f"looks like {family.title}, which is not supported" if family else "is unknown"
         message = f"`{weights.path}` {looks}\nhint: pass its config"
         raise MissingArgument(message, "config")

@@ -13,6 +13,7 @@ from ldm.loading.files.checkpoint import EMBEDDED, detect_format, read_checkpoin
 from ldm.loading.files.pickles import foreign_imports, pickle_imports
 from ldm.loading.legacy import translate_config
 from ldm.loading.load import choose_config, probe_weights, read_config
+from ldm.loading.matching import translate_words
 from ldm.loading.published import find_checkpoint, identify_hash
 from ldm.loading.weight_names import original_name
 from ldm.loading.weights import Weights, identify_weights
@@ -173,8 +174,9 @@ def _compare(report: Report, weights: Weights, config: str | Path | None) -> Rep
     """Add the config to a report, how weights fit it, and the family that its encoders tell."""
     try:
         source = choose_config(weights) if config is None else str(config)
-    except MissingArgument:
-        return replace(report, note="no config to compare with")
+    except MissingArgument as error:
+        kind = str(error).splitlines()[0]
+        return replace(report, note=f"no config to compare with: {kind}")
     report = replace(report, config=source)
     try:
         where = Path(source).name
@@ -186,9 +188,9 @@ def _compare(report: Report, weights: Weights, config: str | Path | None) -> Rep
         family = FAMILIES.get(family_of(model.conditioner) or "")
         if family is not None:
             report = replace(report, title=family.title, task=family.function)
-    names = model.state_dict()
+    names, state = model.state_dict(), translate_words(model, weights.state, weights.path)
     return replace(
         report,
-        missing=[original_name(name) for name in names if name not in weights.state],
-        unexpected=[original_name(name) for name in weights.state if name not in names],
+        missing=[original_name(name) for name in names if name not in state],
+        unexpected=[original_name(name) for name in state if name not in names],
     )

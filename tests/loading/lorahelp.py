@@ -10,7 +10,8 @@ from ldm.conditioning import Conditioner
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.encoders.text import CLIPText, OpenCLIPText
 from ldm.loading.addons.lora import kohya_name, lora_targets
-from ldm.loading.diffusers.names import text_layers, unet_layers
+from ldm.loading.diffusers.keys import scatter_weights, text_keys
+from ldm.loading.diffusers.names import unet_layers
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import PixelSpace
 from ldm.nets.lora import LoRA, LoRALayer
@@ -85,22 +86,10 @@ def their_parts(model: LatentDiffusion, kind: str):
     activation = "quick_gelu" if kind == "sd1" else "gelu"
     config = CLIPTextConfig(**TEXT, num_hidden_layers=2, hidden_act=activation, eos_token_id=49407)
     text = CLIPTextModel(config).eval()
-    state = their_text(model.conditioner.text)
+    state = model.conditioner.text.state_dict()
+    state = scatter_weights(text_keys(state), state)
     if "final_layer_norm.weight" in text.state_dict():  # transformers 5 has one level less
         state = {name.removeprefix("text_model."): value for name, value in state.items()}
     missing = text.load_state_dict(state, strict=False).missing_keys
     assert [name for name in missing if "position_ids" not in name] == []
     return unet, text
-
-
-def their_text(text) -> dict[str, torch.Tensor]:
-    state, split = text.state_dict(), {}
-    for name, theirs in text_layers(state).items():
-        if ".in_proj" in name:
-            kind = "weight" if name.endswith("weight") else "bias"
-            layer = theirs.removesuffix(f"in_proj_{kind}")
-            for third, value in zip("qkv", state[name].chunk(3), strict=True):
-                split[f"{layer}{third}_proj.{kind}"] = value
-        else:
-            split[theirs] = state[name]
-    return split

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from ldm.commands.inspect_checkpoint import main
-from ldm.loading.files.checkpoint import EMBEDDED, write_checkpoint
+from ldm.loading.convert import convert, plan_conversion
+from ldm.loading.files.checkpoint import EMBEDDED, read_checkpoint, write_checkpoint
 from ldm.loading.report import inspect_checkpoint
 
 
@@ -75,6 +76,14 @@ def test_files_that_are_no_checkpoints_are_one_line(tmp_path, capsys):
     (tmp_path / "page.ckpt").write_text("<html></html>")
     assert main([str(tmp_path / "page.ckpt")]) == 1
     assert "a web page" in capsys.readouterr().out
+
+
+def test_a_lora_is_told_and_converted_as_it_is(tmp_path):
+    path = tmp_path / "lora.safetensors"
+    write_checkpoint(path, {"lora_unet_x.lora_down.weight": torch.ones(1, 1)})
+    assert "is a LoRA, which is merged into a model" in inspect_checkpoint(path).note
+    convert(plan_conversion(path, tmp_path / "y.ckpt"))
+    assert list(read_checkpoint(tmp_path / "y.ckpt").state) == ["lora_unet_x.lora_down.weight"]
 
 
 def test_a_file_with_its_own_yaml_is_compared_with_it(tmp_path, tiny_yaml, tiny_state):
