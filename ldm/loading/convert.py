@@ -190,7 +190,7 @@ def _replace_folder(target: Path, new: Path) -> None:
     except OSError:
         old.rename(target)
         raise
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)  # Windows keeps what is still mapped
 
 
 def _check_target(conversion: Conversion, force: bool) -> None:
