@@ -24,8 +24,7 @@ class Scheduler:
     """A choice of sampling steps."""
 
     function: str  # in `ldm.diffusion.schedule`
-    label: str  # on the page
-    a1111: str | None = None  # in A1111's text; None where A1111 does not have it
+    label: str  # in A1111's text and on the page; A1111 has it only where it means the same
 
 
 SAMPLERS = {
@@ -42,10 +41,10 @@ SAMPLERS = {
 }
 
 SCHEDULERS = {
-    "uniform": Scheduler("uniform_sigmas", "DDIM uniform", "Uniform"),
+    "uniform": Scheduler("uniform_sigmas", "DDIM uniform"),
     "trailing": Scheduler("trailing_sigmas", "Trailing"),
-    "karras": Scheduler("karras_sigmas", "Karras", "Karras"),
-    "exponential": Scheduler("exponential_sigmas", "Exponential", "Exponential"),
+    "karras": Scheduler("karras_sigmas", "Karras"),
+    "exponential": Scheduler("exponential_sigmas", "Exponential"),
     "time_uniform": Scheduler("time_uniform_sigmas", "Uniform in time"),
 }
 

@@ -23,6 +23,7 @@ from ldm.loading.files.checkpoint import file_hash
 from ldm.loading.load import DEMO
 from ldm.loading.published import find_checkpoint
 from ldm.model import LatentDiffusion
+from ldm.pipelines.sampling import default_scheduler
 from ldm.runtime.device import pick_device
 from ldm.runtime.errors import ArgumentError, MissingFile
 from ldm.runtime.files import find_file, sha256_of_file
@@ -61,6 +62,8 @@ def describe_run(
         "task": request.task.name,
         "sampler": sampling.sampler,
         "scheduler": sampling.scheduler,
+        "scheduler_in_use": sampling.scheduler
+        or default_scheduler(model.schedule, sampling.sampler),
         "steps": sampling.steps,
         "eta": request.eta,
         "scale": request.scale,

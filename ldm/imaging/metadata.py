@@ -3,9 +3,11 @@
 Other programs read the first; `ldm replay` reads the second, which has everything. The info of an
 image is a plain dict; `parameters_text` knows these keys, all optional:
 
-    prompt, negative_prompt, seed, sampler, scheduler, steps, eta, scale, size (height, width),
-    strength, checkpoint (name), checkpoint_hash, ldm (version),
-    loras and embeddings (each file a dict with path and hash)
+    prompt, negative_prompt, seed, sampler, scheduler, scheduler_in_use, steps, eta, scale,
+    size (height, width), strength, checkpoint (name), checkpoint_hash, ldm (version),
+    mask_box, mask_grow, mask_blur, noise_level, mix_noise_level, weight (of each image),
+    vae, loras and embeddings (each file a dict with path and hash; a LoRA's with weight and
+    a1111_hash)
 
 The JSON holds them and all others (legacy, watermark, config, config_hash, dtype, device, torch,
 sha256_unmarked …), and `sha256`, the fingerprint of the pixels in the file.
@@ -27,6 +29,7 @@ from ldm.runtime.types import JsonMapping, JsonObject
 __all__ = ["fingerprint", "parameters_text", "read_info", "write_png"]
 
 KEY = "ldm"
+OWN_STEPS = ("ddim", "plms")  # samplers whose steps A1111's schedule type does not change
 SETTINGS = {  # A1111's name -> our key and the type of its value
     "Steps": ("steps", int),
     "CFG scale": ("scale", float),
@@ -36,8 +39,12 @@ SETTINGS = {  # A1111's name -> our key and the type of its value
     "Eta DDIM": ("eta", float),
     "Model hash": ("checkpoint_hash", str),
     "Model": ("checkpoint", str),
+    "Mask blur": ("mask_blur", float),
+    "Mask grow": ("mask_grow", int),
+    "Noise level": ("noise_level", int),
     "Version": ("version", str),
 }
+LORA_TAGS = re.compile(r" ?<lora:[^<>]*>")
 SETTING_PATTERN = re.compile(r'\s*(\w[^:,"]*):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
 
 
@@ -82,7 +89,9 @@ def fingerprint(image: Image.Image) -> str:
 
 def parameters_text(info: JsonMapping) -> str:
     """Format the info as A1111 writes it: prompt, negative prompt and one line of settings."""
-    lines = [str(info.get("prompt") or "")]
+    tags = [f"<lora:{PurePath(lora['path']).stem}:{lora['weight']:g}>"
+            for lora in info.get("loras") or ()]  # fmt: skip
+    lines = [" ".join(filter(None, [str(info.get("prompt") or ""), *tags]))]
     if info.get("negative_prompt"):
         lines.append(f"Negative prompt: {info['negative_prompt']}")
     lines.append(", ".join(f"{name}: {_quote(value)}" for name, value in _settings(info)))
@@ -91,29 +100,47 @@ def parameters_text(info: JsonMapping) -> str:
 
 def _settings(info: JsonMapping) -> Iterable[tuple[str, str]]:
     """A1111's names and values, in its order, of those that the info has."""
-    sampler, size = info.get("sampler"), info.get("size")
+    sampler, size, vae = info.get("sampler"), info.get("size"), info.get("vae") or {}
     settings = {
         "Steps": info.get("steps"),
         "Sampler": sampler and _a1111_sampler(sampler),
-        "Schedule type": _a1111_scheduler(info.get("scheduler") or info.get("grid")),
+        "Schedule type": _schedule_type(info),
         "CFG scale": info.get("scale"),
         "Seed": info.get("seed"),
         "Size": size and f"{size[1]}x{size[0]}",
         "Model hash": info.get("checkpoint_hash"),
         "Model": info.get("checkpoint") and PurePath(info["checkpoint"]).stem,
+        "VAE hash": vae.get("hash"),
+        "VAE": vae and PurePath(vae["path"]).name,
         "Denoising strength": info.get("strength"),
-        "Eta DDIM" if sampler in ("ddim", "plms") else "Eta": info.get("eta") or None,
-        "Lora hashes": _hashes(info.get("loras")),
-        "TI hashes": _hashes(info.get("embeddings")),
+        "Mask box": info.get("mask_box"),
+        "Mask grow": info.get("mask_grow") or None,
+        "Mask blur": info.get("mask_blur") or None,
+        "Noise level": info.get("noise_level"),
+        "Mix noise level": info.get("mix_noise_level"),
+        "Image weights": info.get("weight"),
+        "Eta DDIM" if sampler in OWN_STEPS else "Eta": info.get("eta") or None,
+        "Lora hashes": _hashes(info.get("loras"), "a1111_hash"),
+        "TI hashes": _hashes(info.get("embeddings"), "hash"),
         "Version": info.get("ldm") and f"ldm {info['ldm']}",
     }
     for name, value in settings.items():
-        if value is not None and value != "":
-            yield name, f"{value:g}" if isinstance(value, float) else str(value)
+        if value not in (None, "", [], {}):
+            values = value if isinstance(value, list) else [value]
+            yield name, ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
 
 
-def _hashes(files: Iterable[Mapping[str, str]] | None) -> str:
-    return ", ".join(f"{PurePath(file['path']).stem}: {file['hash']}" for file in files or ())
+def _hashes(files: Iterable[Mapping[str, str]] | None, key: str) -> str:
+    pairs = ((PurePath(file["path"]).stem, file.get(key)) for file in files or ())
+    return ", ".join(f"{name}: {digest}" for name, digest in pairs if digest)
+
+
+def _schedule_type(info: JsonMapping) -> str | None:
+    """Name the scheduler: A1111's name where it has the same, else one that it does not have."""
+    name = info.get("scheduler_in_use") or info.get("scheduler") or info.get("grid")
+    if name == "uniform" and info.get("sampler") in OWN_STEPS:
+        return None  # these are A1111's steps too, whatever its schedule type is
+    return SCHEDULERS[name].label if name in SCHEDULERS else None
 
 
 def _parse_parameters(parameters: str) -> JsonObject:
@@ -138,19 +165,29 @@ def _parse_parameters(parameters: str) -> JsonObject:
                 other[name] = value
         except ValueError:
             other[name] = value
-    info |= _parse_sampler(other.pop("Sampler", ""), other.pop("Schedule type", ""))
+    is_ours = str(info.get("version")).startswith("ldm ")
+    if is_ours:
+        info["prompt"] = LORA_TAGS.sub("", info["prompt"])
+    info |= _parse_sampler(other, is_ours)
     return {**info, "other": other} if other else info
 
 
-def _parse_sampler(name: str, schedule: str) -> dict[str, str]:
-    """Our names of A1111's sampler and schedule, which its older versions wrote as one."""
-    schedulers = {row.a1111: key for key, row in SCHEDULERS.items() if row.a1111}
+def _parse_sampler(settings: dict[str, str], is_ours: bool) -> dict[str, str]:
+    """Take sampler and schedule, which older versions of A1111 wrote as one, out of settings."""
+    name, schedule = settings.pop("Sampler", ""), settings.get("Schedule type", "")
+    schedulers = {row.label: key for key, row in SCHEDULERS.items()}
+    if is_ours:
+        schedulers["Uniform"] = "uniform"  # as version 0.1 wrote it
     for label in schedulers:
         if name.endswith(f" {label}"):
             name, schedule = name.removesuffix(f" {label}"), label
-    samplers = {row.label: key for key, row in SAMPLERS.items()}
-    values = {"sampler": samplers.get(name, name), "scheduler": schedulers.get(schedule, "")}
-    return {key: value for key, value in values.items() if value}
+    values = {}
+    if name:
+        values["sampler"] = {row.label: key for key, row in SAMPLERS.items()}.get(name, name)
+    if schedule in schedulers:
+        values["scheduler"] = schedulers[schedule]
+        settings.pop("Schedule type", None)
+    return values
 
 
 def _a1111_sampler(name: str) -> str:
@@ -159,11 +196,6 @@ def _a1111_sampler(name: str) -> str:
     if row is None:
         return name
     return SAMPLERS[row.function].label if row.function in SAMPLERS else row.label
-
-
-def _a1111_scheduler(name: str | None) -> str | None:
-    """A1111's name of a scheduler, if it has one."""
-    return SCHEDULERS[name].a1111 if name in SCHEDULERS else None
 
 
 def _quote(text: str) -> str:

@@ -41,10 +41,68 @@ def write_text(path, **texts):
     return path
 
 
-def test_the_parameters_text_is_as_a1111_writes_it():
-    assert parameters_text(INFO) == TEXT
-    text = parameters_text({"sampler": "ddim", "eta": 0.5, "checkpoint": "a, b: c.ckpt"})
-    assert text == 'Sampler: DDIM, Model: "a, b: c", Eta DDIM: 0.5'
+LORAS = {
+    "loras": [
+        {"path": "/x/one.safetensors", "weight": 0.25, "hash": "0" * 10, "a1111_hash": "1" * 12},
+        {"path": "/x/two.pt", "weight": -1.0, "hash": "2" * 10, "a1111_hash": "3" * 12},
+    ]
+}
+
+
+@pytest.mark.parametrize(
+    ("info", "text"),
+    [
+        (INFO, TEXT),
+        (
+            {"sampler": "ddim", "eta": 0.5, "checkpoint": "a, b: c.ckpt"},
+            'Sampler: DDIM, Model: "a, b: c", Eta DDIM: 0.5',
+        ),
+        (
+            {"mask_box": [1, 2, 30, 40], "mask_grow": 12, "mask_blur": 8.0},
+            'Mask box: "1, 2, 30, 40", Mask grow: 12, Mask blur: 8',
+        ),
+        ({"mask_box": None, "mask_grow": 0, "noise_level": 0}, "Noise level: 0"),
+        (
+            {"noise_level": [0, 100], "mix_noise_level": 7, "weight": [2.0, 0.5]},
+            'Noise level: "0, 100", Mix noise level: 7, Image weights: "2, 0.5"',
+        ),
+        (
+            {"vae": {"path": "/x/mse.ckpt", "hash": "c6a580b13a"}},
+            "VAE hash: c6a580b13a, VAE: mse.ckpt",
+        ),
+        (
+            {"prompt": "a cat", "seed": 7, **LORAS},
+            "a cat <lora:one:0.25> <lora:two:-1>\n"
+            'Seed: 7, Lora hashes: "one: 111111111111, two: 333333333333"',
+        ),
+    ],
+)
+def test_the_parameters_text_is_as_a1111_writes_it(info, text):
+    assert parameters_text(info) == text
+
+
+@pytest.mark.parametrize(
+    ("sampler", "scheduler", "in_use", "schedule_type"),
+    [
+        # DDIM's own steps are A1111's as well; those of another sampler have no name there.
+        ("ddim", None, "uniform", None),
+        ("plms", "uniform", "uniform", None),
+        ("euler", None, "uniform", "DDIM uniform"),
+        ("ddim", None, "trailing", "Trailing"),
+        ("dpm", None, "time_uniform", "Uniform in time"),
+        ("dpmpp_2m", "karras", "karras", "Karras"),
+    ],
+)
+def test_no_schedule_type_of_a1111_is_claimed_for_other_steps(
+    sampler, scheduler, in_use, schedule_type, tmp_path
+):
+    info = {**INFO, "sampler": sampler, "scheduler": scheduler, "scheduler_in_use": in_use}
+    text = parameters_text(info)
+    expected = f", Schedule type: {schedule_type}," if schedule_type else "Sampler:"
+    assert expected in text
+    assert ("Schedule type" in text) == (schedule_type is not None)
+    read = read_info(write_text(tmp_path / "a.png", parameters=text))
+    assert read.get("scheduler") == (in_use if schedule_type else None)
 
 
 def test_info_and_pixels_come_back_as_written(tmp_path):
@@ -77,7 +135,7 @@ def test_a1111_text_is_read(tmp_path):
     text = (
         "a cat,\nby night\nNegative prompt: dog,\nblurry\nSteps: 28, Sampler: DPM++ 2M Karras, "
         "CFG scale: 7, Seed: 123, Size: 512x768, Model hash: abc, Model: x, Clip skip: 2, "
-        'Denoising strength: 0.5, Lora hashes: "a: 1, b: 2", Version: v1.6.0'
+        'Denoising strength: 0.5, Mask blur: 4, Lora hashes: "a: 1, b: 2", Version: v1.6.0'
     )
     assert read_info(write_text(tmp_path / "a.png", parameters=text)) == {
         "prompt": "a cat,\nby night",
@@ -91,14 +149,28 @@ def test_a1111_text_is_read(tmp_path):
         "checkpoint_hash": "abc",
         "checkpoint": "x",
         "strength": 0.5,
+        "mask_blur": 4.0,
         "version": "v1.6.0",
         "other": {"Clip skip": "2", "Lora hashes": "a: 1, b: 2"},
     }
 
 
+@pytest.mark.parametrize(
+    ("version", "scheduler", "other"),
+    [("ldm 0.1.0", "uniform", None), ("v1.10.1", None, {"Schedule type": "Uniform"})],
+)
+def test_uniform_is_our_scheduler_where_our_first_version_wrote_it(
+    tmp_path, version, scheduler, other
+):
+    text = f"Steps: 4, Sampler: Euler, Schedule type: Uniform, Version: {version}"
+    info = read_info(write_text(tmp_path / "a.png", parameters=text))
+    assert (info.get("scheduler"), info.get("other")) == (scheduler, other)
+
+
 @pytest.mark.parametrize("broken", [{}, {"ldm": "{"}, {"ldm": "[1]"}, {"ldm": "null"}])
 def test_our_parameters_text_is_read_where_the_json_is_missing_or_broken(tmp_path, broken):
-    info = read_info(write_text(tmp_path / "a.png", parameters=TEXT, **broken))
+    text = parameters_text({**INFO, **LORAS})
+    info = read_info(write_text(tmp_path / "a.png", parameters=text, **broken))
     keys = ("prompt", "negative_prompt", "steps", "sampler", "scheduler", "scale", "seed", "size")
     assert {key: info[key] for key in keys} == {key: INFO[key] for key in keys}
 
@@ -115,9 +187,11 @@ def test_an_image_without_texts_has_no_info(tmp_path):
 
 def test_other_programs_read_our_files(tmp_path):
     sd_parsers = pytest.importorskip("sd_parsers")
-    write_png(tmp_path / "a.png", IMAGE, INFO)
+    write_png(tmp_path / "a.png", IMAGE, {**INFO, **LORAS})
     parsed = sd_parsers.ParserManager().parse(tmp_path / "a.png")
-    assert [p.value for p in parsed.prompts] == ["a red apple, 3d emoji"]
+    assert [p.value for p in parsed.prompts] == [
+        "a red apple, 3d emoji <lora:one:0.25> <lora:two:-1>"
+    ]
     assert [p.value for p in parsed.negative_prompts] == ["blurry"]
     assert [model.hash for model in parsed.models] == ["dcd690123c"]
     sampler = parsed.samplers[0]

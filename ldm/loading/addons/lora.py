@@ -12,8 +12,10 @@ inside, kohya's are used. A folder stands for all LoRA files in it: of peft, one
 SD 1 and SD 2: linear layers and convolutions (LoCon) of UNet and text tower.
 """
 
+import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -35,6 +37,7 @@ from ldm.model import LatentDiffusion
 from ldm.nets.lora import LoRA, LoRALayer, Target, merge_loras
 from ldm.runtime.errors import FileFormatError, MissingFile, WeightsMismatch, WrongFamily
 from ldm.runtime.files import read_text
+from ldm.runtime.hashes import hash_file
 from ldm.runtime.types import JsonObject
 
 __all__ = ["kohya_name", "load_loras", "lora_targets", "read_lora", "write_lora"]
@@ -80,11 +83,12 @@ def load_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, float]]
     merge_loras(*(read_lora(path, model).scale(strength) for path, strength in weighted))
     provenance = []
     for path, strength in weighted:
-        record = {"path": str(path.resolve()), "weight": strength, "hash": file_hash(path)}
-        provenance.append(record)
-        for file in _files_of(path):
+        parts = _files_of(path)
+        hashes = {"hash": file_hash(path), "a1111_hash": _a1111_hash(parts[0])}
+        provenance.append({"path": str(path.resolve()), "weight": strength, **hashes})
+        for part in parts:
             try:
-                add_embeddings(model, read_bundle(file), file)
+                add_embeddings(model, read_bundle(part), part)
             except (FileFormatError, WeightsMismatch, WrongFamily) as error:
                 log.warning("its words are left out: %s", error)
     if provenance:
@@ -196,6 +200,16 @@ def _files_of(path: str | Path) -> list[Path]:
         if files := sorted(file for file in files if file.stem in FOLDER_FILES):
             return files
     raise MissingFile(f"`{path}` holds no `{'` or `'.join(FOLDER_FILES)}`.safetensors", "loras")
+
+
+def _a1111_hash(path: Path) -> str:
+    """Twelve hex digits by which A1111 knows a LoRA: the SHA-256 of its tensors, or of a .pt."""
+    digest = read_checkpoint(path).metadata.get("sshs_model_hash")
+    if not digest and path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            file.seek(int.from_bytes(file.read(8), "little"), os.SEEK_CUR)
+            digest = hashlib.sha256(file.read()).hexdigest()
+    return str(digest or hash_file(path))[:12]
 
 
 def _tensors_by_layer(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
