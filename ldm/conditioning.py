@@ -30,31 +30,31 @@ class Cond:
     concat: Tensor | None = None
     vector: Tensor | None = None
 
-    def filled(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """Return the slots that are not None, by name."""
         slots = {"crossattn": self.crossattn, "concat": self.concat, "vector": self.vector}
         return {name: value for name, value in slots.items() if value is not None}
 
     def __len__(self) -> int:
-        return next((len(value) for value in self.filled().values()), 0)
+        return next((len(value) for value in self.tensors().values()), 0)
 
     def __getitem__(self, rows: slice) -> "Cond":
-        return Cond(**{name: value[rows] for name, value in self.filled().items()})
+        return Cond(**{name: value[rows] for name, value in self.tensors().items()})
 
     def cat(self, other: "Cond") -> "Cond":
         """Concatenate two conditions of the same slots along the batch axis."""
-        first, second = self.filled(), other.filled()
+        first, second = self.tensors(), other.tensors()
         if first.keys() != second.keys():
             raise ValueError(f"cannot join a condition of {set(first)} with one of {set(second)}")
         return Cond(**{name: torch.cat([first[name], second[name]]) for name in first})
 
     def repeat(self, n: int) -> "Cond":
         """Repeat every row n times, in place: rows 0, 0, 1, 1, … for n = 2."""
-        return Cond(**{k: v.repeat_interleave(n, dim=0) for k, v in self.filled().items()})
+        return Cond(**{k: v.repeat_interleave(n, dim=0) for k, v in self.tensors().items()})
 
     def add(self, slot: Slot, value: Tensor) -> "Cond":
         """Fill a slot; what it held is followed by `value` along axis 1 (tokens or channels)."""
-        current = self.filled().get(slot)
+        current = self.tensors().get(slot)
         joined = value if current is None else torch.cat([current, value], dim=1)
         return replace(self, **{slot: joined})
 

@@ -106,7 +106,7 @@ class Shards(Source):
     def batches_per_epoch(self, size: int) -> Fraction | None:
         return None if self.length is None else Fraction(self.length, size)
 
-    def first_samples(self, n: int) -> list[Sample]:
+    def fixed_samples(self, n: int) -> list[Sample]:
         raws = itertools.chain.from_iterable(map(read_shard, self.urls))
         by_bucket: dict[int, list[RawSample]] = {}
         for raw in itertools.islice(filter(self._is_within_limits, raws), 4 * n):
@@ -136,7 +136,7 @@ class Shards(Source):
         return None if buckets is None else buckets.sizes[self._bucket(raw)]
 
     def with_samples(self, make: MakeSample) -> "Shards":
-        """Return a source of other samples of the same shards; `first_samples` has the images."""
+        """Return a source of other samples of the same shards; `fixed_samples` has the images."""
         other = copy(self)
         other.make = make
         return other

@@ -1,7 +1,7 @@
 """Where batches come from: one endless numbered sequence, the same on any number of ranks.
 
     number      0    1    2    3    4    5   …
-    rank        0    1    0    1    0    1          of 2 ranks, which read what one would have read
+    rank        0    1    0    1    0    1          with 2 ranks; together they read what one would
 
 Batch `number` is a pure function of (seed, number, size), so that a run resumes exactly, on more or
 fewer ranks, with no state to save. A sample that cannot be read is replaced by another, the next
@@ -29,14 +29,14 @@ from ldm.data.dataset import Sample, SampleDataset, UnreadableSample
 
 __all__ = ["DatasetSource", "Source", "collate", "read_ahead", "to_device"]
 
-PATIENCE = 100  # samples that are tried in the place of one before we give up
+MAX_SUBSTITUTES = 100  # tried in the place of a sample, in its bucket and in another one
 
 Batch = dict[str, Any]
 ReadBatches = Callable[[int, int], Iterator[Batch]]  # (first, step) -> batches without end
 
 
 class Source(ABC):
-    """What a training run reads."""
+    """An endless sequence of training batches."""
 
     def batches(
         self, size: int, *, start: int = 0, rank: int = 0, world_size: int = 1, workers: int = 0
@@ -44,20 +44,20 @@ class Source(ABC):
         """Read batches start + rank, start + rank + world_size, … of the endless sequence.
 
         Args:
-            workers: processes that read ahead; 0 = this one reads when it is asked.
+            workers: processes that read ahead; 0 = read in this process, on demand.
         """
         return read_ahead(partial(self.read, size), start + rank, world_size, workers)
 
     @abstractmethod
     def read(self, size: int, first: int, step: int) -> Iterator[Batch]:
-        """Read batches first, first + step, …: tensors are stacked, all else becomes a list."""
+        """Read batches first, first + step, …: stacked or listed by `collate`."""
 
     @abstractmethod
     def batches_per_epoch(self, size: int) -> Fraction | None:
-        """Count the batches of a size in an epoch; None where the number of samples is unknown."""
+        """Count the batches in an epoch; None where the number of samples is unknown."""
 
     @abstractmethod
-    def first_samples(self, n: int) -> list[Sample]:
+    def fixed_samples(self, n: int) -> list[Sample]:
         """Return n fixed samples with images ("jpg") of one size, for grids and statistics."""
 
     def counts_by_name(self) -> Counter[str] | None:
@@ -68,17 +68,17 @@ class Source(ABC):
 class DatasetSource(Source):
     """A source of the samples of a data set, each once in every epoch.
 
-    The last batch of a group in an epoch may be smaller.
+    The last batch of a bucket (`dataset.groups`) in an epoch may be smaller.
 
     Args:
-        shown: the data set of images behind latents, for `first_samples`.
+        images: the data set of images behind latents, for `fixed_samples`.
     """
 
     def __init__(
-        self, dataset: SampleDataset, seed: int = 0, *, shown: SampleDataset | None = None
+        self, dataset: SampleDataset, seed: int = 0, *, images: SampleDataset | None = None
     ) -> None:
         self.dataset, self.seed = dataset, seed
-        self.shown = dataset if shown is None else shown
+        self.images = dataset if images is None else images
         self._orders: dict[tuple[int, int], Any] = {}
 
     def batches_per_epoch(self, size: int) -> Fraction:
@@ -86,26 +86,25 @@ class DatasetSource(Source):
             return Fraction(len(self.dataset), size)
         return Fraction(sum(math.ceil(count / size) for count in self._group_sizes))
 
-    def first_samples(self, n: int) -> list[Sample]:
-        groups = self.shown.groups
-        indices: Sequence[int] = range(len(self.shown))
+    def fixed_samples(self, n: int) -> list[Sample]:
+        groups = self.images.groups
+        indices: Sequence[int] = range(len(self.images))
         if groups is not None:
-            largest = Counter(groups).most_common(1)[0][0]
-            indices = [index for index in indices if groups[index] == largest]
+            indices = _largest_group(groups)
         spread = (indices[len(indices) * k // n] for k in range(n))
-        return [read_or_replace(self.shown, 0, index, []) for index in spread]
+        return [read_or_replace(self.images, 0, index, []) for index in spread]
 
     def counts_by_name(self) -> Counter[str]:
         return Counter(self.dataset.names())
 
-    def keys(self, number: int, size: int) -> list[tuple[int, int]]:
+    def sample_indices(self, batch_index: int, size: int) -> list[tuple[int, int]]:
         """Return (epoch, index) of the samples of a batch."""
         groups = self.dataset.groups
         if groups is None:
-            positions = range(number * size, (number + 1) * size)
-            epochs = [divmod(position, len(self.dataset)) for position in positions]
-            return [(epoch, int(self._order(epoch)[position])) for epoch, position in epochs]
-        epoch, position = divmod(number, int(self.batches_per_epoch(size)))
+            numbers = range(batch_index * size, (batch_index + 1) * size)
+            positions = [divmod(number, len(self.dataset)) for number in numbers]
+            return [(epoch, int(self._order(epoch)[position])) for epoch, position in positions]
+        epoch, position = divmod(batch_index, int(self.batches_per_epoch(size)))
         order = self._order(epoch, size, partial(group_batches, groups, size))
         return [(epoch, index) for index in order[position]]
 
@@ -116,7 +115,7 @@ class DatasetSource(Source):
     def _order(
         self, epoch: int, size: int = 0, arrange: Callable[[Tensor, int], Any] | None = None
     ) -> Any:
-        """Return the permutation of an epoch, or batches arranged of it; two epochs are kept."""
+        """Return the permutation of an epoch, or batches made from it; cached for two epochs."""
         if (epoch, size) not in self._orders:
             seed = self.seed * 1_000_003 + epoch
             order = permutation(len(self.dataset), seed)
@@ -127,8 +126,8 @@ class DatasetSource(Source):
     def read(self, size: int, first: int, step: int) -> Iterator[Batch]:
         for number in itertools.count(first, step):
             broken: list[str] = []
-            keys = self.keys(number, size)
-            batch = collate([read_or_replace(self.dataset, *key, broken) for key in keys])
+            indices = self.sample_indices(number, size)
+            batch = collate([read_or_replace(self.dataset, *each, broken) for each in indices])
             yield {**batch, "broken": broken} if broken else batch
 
 
@@ -156,36 +155,41 @@ def read_or_replace(dataset: SampleDataset, epoch: int, index: int, broken: list
     Args:
         broken: the names of unreadable samples are added to it.
     Raises:
-        ValueError: none of those that were tried can be read.
+        ValueError: none of the samples that were tried can be read.
     """
     tries = 0
-    for other in substitutes(dataset, epoch, index):
+    for other in candidates(dataset, epoch, index):
         tries += 1
         try:
             return dataset[epoch, other]
         except UnreadableSample as error:
             broken.append(error.name)
             last = error
-    raise ValueError(f"{tries} samples in a row cannot be read, the last: {last}")
+    raise ValueError(f"none of {tries} samples that were tried can be read, the last: {last}")
 
 
-def substitutes(dataset: SampleDataset, epoch: int, index: int) -> Iterator[int]:
-    """Yield the index, those that follow, and random others: damage is often in neighbours.
+def candidates(dataset: SampleDataset, epoch: int, index: int) -> Iterator[int]:
+    """Yield the index, the following ones, and random ones: neighbours are often damaged together.
 
-    All are of its group; the largest other group follows only if that has no more, so that samples
-    of a batch, which see the same groups damaged, still have one size.
+    Only samples of the same bucket, so that a batch has one size. If the whole bucket is
+    unreadable, samples of the largest other one: the rest of the batch falls back to it, too.
     """
     groups, rng = dataset.groups, Random(f"{epoch} {index}")
     following = itertools.chain(range(index, len(dataset)), range(index))
-    alike = (other for other in following if groups is None or groups[other] == groups[index])
-    yield from itertools.islice(alike, PATIENCE // 2)
-    rest = list(alike)
-    yield from rng.sample(rest, min(len(rest), PATIENCE // 2))
-    if groups is not None and len(rest) <= PATIENCE // 2:
-        counts = Counter(group for group in groups if group != groups[index])
-        largest = max(counts, key=lambda group: counts[group], default=None)
-        rest = [other for other, group in enumerate(groups) if group == largest]
-        yield from rng.sample(rest, min(len(rest), PATIENCE))
+    same_group = (other for other in following if groups is None or groups[other] == groups[index])
+    yield from itertools.islice(same_group, MAX_SUBSTITUTES // 2)
+    rest = list(same_group)
+    yield from rng.sample(rest, min(len(rest), MAX_SUBSTITUTES // 2))
+    if groups is not None and len(rest) <= MAX_SUBSTITUTES // 2:
+        rest = _largest_group(groups, without=groups[index])
+        yield from rng.sample(rest, min(len(rest), MAX_SUBSTITUTES))
+
+
+def _largest_group(groups: Sequence[int], without: int | None = None) -> list[int]:
+    """Return the indices of the most frequent group, the first of several; [] if there is none."""
+    counts = Counter(group for group in groups if group != without)
+    largest = max(counts, key=lambda group: counts[group], default=None)
+    return [index for index, group in enumerate(groups) if group == largest]
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -225,7 +229,7 @@ def read_ahead(read: ReadBatches, first: int, step: int, workers: int) -> Iterat
     return _until_error(batches)
 
 
-_RUNNING: weakref.WeakSet[Any] = weakref.WeakSet()  # iterators whose workers live
+_RUNNING: weakref.WeakSet[Any] = weakref.WeakSet()  # iterators with running workers
 
 
 def _until_error(batches: Any) -> Iterator[Batch]:
@@ -234,13 +238,13 @@ def _until_error(batches: Any) -> Iterator[Batch]:
             if isinstance(batch, ValueError):
                 raise batch
             yield batch
-    finally:  # not only once nothing refers to them: an error's traceback does
+    finally:  # now, not when garbage-collected: a traceback may keep the iterator alive
         batches._shutdown_workers()
 
 
 @atexit.register
 def _end_workers() -> None:
-    """Workers ignore the signal by which Python would end them; it would wait for them forever."""
+    """Shut down the workers at exit: they ignore SIGTERM, so Python would wait forever."""
     for batches in list(_RUNNING):
         batches._shutdown_workers()
 
@@ -256,12 +260,12 @@ class _WorkerBatches(IterableDataset[Any]):
         assert worker is not None
         try:
             yield from self.read(self.first + worker.id * self.step, self.step * worker.num_workers)
-        except ValueError as error:  # DataLoader would make pages of its one line
+        except ValueError as error:  # DataLoader would wrap it in a long traceback
             yield ValueError(str(error))
 
 
 def _ignore_signals(worker: int) -> None:
-    """Leave them to the run, which ends its workers itself."""
+    """Ignore signals in a worker; the main process shuts workers down."""
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):  # SIGUSR1 is missing on Windows
             signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -22,7 +22,7 @@ from ldm.runtime.errors import ArgumentError, unknown_name
 __all__ = ["SCHEDULERS", "Schedule", "make_betas", "rescale_zero_terminal_snr"]
 
 # ᾱ of the last timestep for zero terminal SNR. Not 0, as samplers need a finite sigma (4096 here);
-# z_t then contains 2.4e-4 z, 1/280 of that with Stable Diffusion's schedule.
+# √ᾱ_T is then 2.4e-4; Stable Diffusion's is 0.068.
 MIN_ALPHA_CUMPROD = 2.0**-24
 
 
@@ -38,9 +38,10 @@ def make_betas(
 
     Args:
         name: `linear` is linear in sqrt(beta), as in Stable Diffusion; `sqrt_linear` is linear in
-            beta; `sqrt` is its square root (misleading names of the original). `cosine` and
-            `squaredcos_cap_v2` have the square of a cosine as ᾱ.
-        linear_start, linear_end: First and last beta of the first three.
+            beta; `sqrt` is the square root of those (misleading names of the original). `cosine`
+            and `squaredcos_cap_v2` have the square of a cosine as ᾱ.
+        linear_start, linear_end: First and last beta of `linear` and `sqrt_linear`; for `sqrt`,
+            the squares of its first and last beta.
         cosine_s: Offset of `cosine`.
     """
     if name == "linear":
@@ -125,12 +126,14 @@ class Schedule:
             t: Timesteps (B,) int64 in 0 … T-1.
         """
         if t.min() < 0 or t.max() >= len(self):
-            raise ValueError(f"noise levels are 0 … {len(self) - 1}, got {t.tolist()}")
+            raise ValueError(f"timesteps must be in 0 … {len(self) - 1}, got {t.tolist()}")
         alphas = self.alphas_cumprod[t.cpu()].reshape(-1, *(1,) * (z.dim() - 1))
-        signal, spread = (a.sqrt().to(z.device, torch.float32) for a in (alphas, 1 - alphas))
-        return signal * z.float() + spread * noise.to(z.device, torch.float32)
+        signal_scale, noise_scale = (
+            a.sqrt().to(z.device, torch.float32) for a in (alphas, 1 - alphas)
+        )
+        return signal_scale * z.float() + noise_scale * noise.to(z.device, torch.float32)
 
-    def steps(self, steps: int, scheduler: str = "uniform") -> Tensor:
+    def step_sigmas(self, steps: int, scheduler: str = "uniform") -> Tensor:
         """Compute the noise levels (steps + 1,) of a run, float64, descending.
 
         Args:
@@ -186,9 +189,10 @@ def _linspace(start: float, end: float, n: int) -> Tensor:
 
 
 def uniform_sigmas(schedule: Schedule, steps: int) -> Tensor:
-    """Space steps as the original: t = floor(i T / steps) + 1, and ᾱ_0, not 1, at the end.
+    """Space steps like the original: t = floor(i T / steps) + 1, and ᾱ_0, not 1, at the end.
 
-    Equal to the original wherever `steps` divides T. All T steps leave no room for the + 1.
+    Equal to the original wherever `steps` divides T. For steps = T the + 1 is left out,
+    as it would pass the last timestep.
     """
     total = len(schedule)
     t = torch.arange(steps) * total // steps + (1 if steps < total else 0)
@@ -196,33 +200,33 @@ def uniform_sigmas(schedule: Schedule, steps: int) -> Tensor:
 
 
 def time_uniform_sigmas(schedule: Schedule, steps: int) -> Tensor:
-    """Space steps as DPM-Solver: evenly in time, from the last timestep to the first."""
+    """Space steps like DPM-Solver: evenly in time, from the last timestep to the first."""
     return schedule.t_to_sigma(_linspace(len(schedule) - 1, 0, steps + 1))
 
 
 def trailing_sigmas(schedule: Schedule, steps: int) -> Tensor:
     """Start at the very last timestep (arXiv:2305.08891, table 2)."""
     t = (torch.arange(steps, 0, -1, dtype=torch.float64) * len(schedule) / steps).round().long()
-    return _to_zero(schedule.sigmas[t - 1])
+    return _append_zero(schedule.sigmas[t - 1])
 
 
 def karras_sigmas(schedule: Schedule, steps: int, rho: float = 7.0) -> Tensor:
     """Space steps evenly in sigma^(1/rho) (arXiv:2206.00364, eq. 5)."""
     low, high = schedule.sigmas[0] ** (1 / rho), schedule.sigmas[-1] ** (1 / rho)
-    return _to_zero(_linspace(float(high), float(low), steps) ** rho)
+    return _append_zero(_linspace(float(high), float(low), steps) ** rho)
 
 
 def exponential_sigmas(schedule: Schedule, steps: int) -> Tensor:
     """Space steps evenly in log sigma."""
     low, high = schedule.sigmas[0].log(), schedule.sigmas[-1].log()
-    return _to_zero(_linspace(float(high), float(low), steps).exp())
+    return _append_zero(_linspace(float(high), float(low), steps).exp())
 
 
-def _to_zero(sigmas: Tensor) -> Tensor:
+def _append_zero(sigmas: Tensor) -> Tensor:
     return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
 
 
-# Rows of `ldm.diffusion.names.SCHEDULERS` say which function of this module each name stands for.
+# `names.SCHEDULERS` has the function of each scheduler, all in this module.
 SCHEDULERS: dict[str, Callable[[Schedule, int], Tensor]] = {
-    name: globals()[row.function] for name, row in names.SCHEDULERS.items()
+    name: globals()[scheduler.function] for name, scheduler in names.SCHEDULERS.items()
 }

@@ -16,7 +16,7 @@ from ldm.conditioning import Batch, Config, Encoder, PrepareOptions, Slot
 from ldm.encoders.dpt import DPT, MULTIPLE
 from ldm.runtime.errors import ArgumentError, MissingArgument, unknown_name
 
-TARGET = 384  # pixels along one side, as in the training of MiDaS
+MIDAS_SIZE = 384  # pixels along one side, as in the training of MiDaS
 # Sizes by model_type; `embed_dim`, `depth`, `num_heads`, `img_size` are arguments of timm.
 ARCHS: dict[str, dict[str, Any]] = {
     "dpt_hybrid": {
@@ -31,7 +31,7 @@ class MiDaSDepth(Encoder):
 
     Args:
         model_type: Name in ARCHS; None for no network, so that a batch must have depth maps.
-        arch: Sizes that differ from it.
+        arch: Sizes to override those of `model_type`.
         margin: Added to the range of the depth before dividing by it: 0.001 in the original's
             training, 0 in its scripts.
     """
@@ -54,19 +54,19 @@ class MiDaSDepth(Encoder):
             return
         if model_type not in ARCHS:
             raise unknown_name("depth model", model_type, ARCHS, argument="model_type")
-        size = ARCHS[model_type] | dict(arch or {})
-        hooks, features = size.pop("hooks"), size.pop("features")
-        self.model = DPT(_build_backbone(size), hooks=tuple(hooks), features=features)
+        kwargs = ARCHS[model_type] | dict(arch or {})
+        hooks, features = kwargs.pop("hooks"), kwargs.pop("features")
+        self.model = DPT(_build_backbone(kwargs), hooks=tuple(hooks), features=features)
         self.requires_grad_(False)
 
     def forward(self, depth: Tensor) -> Tensor:
         return normalize_depth(depth, self.margin)
 
     def estimate(self, image: Tensor) -> Tensor:
-        """Estimate inverse depth of images (B, 3, H, W) in [-1, 1], near = large, see `infer`."""
-        return self.infer(midas_input(image))
+        """Estimate depth (B, 1, H', W'), near = large, of images (B, 3, H, W) in [-1, 1]."""
+        return self.run_network(midas_input(image))
 
-    def infer(self, midas_in: Tensor) -> Tensor:
+    def run_network(self, midas_in: Tensor) -> Tensor:
         """Run the network on the output of `midas_input`: (B, 1, H', W') float32."""
         if self.model is None:
             raise MissingArgument(
@@ -80,7 +80,7 @@ class MiDaSDepth(Encoder):
         if "depth" in batch:
             depth = batch["depth"]
         elif "midas_in" in batch:
-            depth = self.infer(batch["midas_in"])
+            depth = self.run_network(batch["midas_in"])
         elif "jpg" in batch:
             depth = self.estimate(batch["jpg"])
         else:
@@ -90,26 +90,26 @@ class MiDaSDepth(Encoder):
 
 
 def midas_input(image: Tensor) -> Tensor:
-    """Resize images (B, 3, H, W) in [-1, 1] to MiDaS' input (B, 3, H', W'), see `network_size`.
+    """Resize images (B, 3, H, W) in [-1, 1] to MiDaS' input (B, 3, H', W'), see `midas_input_size`.
 
-    Bicubic with a = -0.75 and without antialiasing, as in OpenCV. Normalisation changes nothing:
-    MiDaS' mean and standard deviation are both 0.5.
+    Bicubic with a = -0.75 and without antialiasing, as in OpenCV. Images in [-1, 1] are already
+    normalised: MiDaS' mean and standard deviation are both 0.5.
     """
     if image.dim() != 4 or image.shape[1] != 3:
         raise ArgumentError(f"expected images (B, 3, H, W), got {tuple(image.shape)}")
-    size = network_size(image.shape[-2], image.shape[-1])
+    size = midas_input_size(image.shape[-2], image.shape[-1])
     image = image.float()
     if size == tuple(image.shape[-2:]):
         return image
     return F.interpolate(image, size=size, mode="bicubic", align_corners=False)
 
 
-def network_size(height: int, width: int) -> tuple[int, int]:
+def midas_input_size(height: int, width: int) -> tuple[int, int]:
     """Compute height and width of MiDaS' input: one side about 384 pixels, both multiples of 32.
 
     The scale is that of the side which is nearer to 384; halves round to even.
     """
-    scale = min(TARGET / height, TARGET / width, key=lambda s: abs(1 - s))
+    scale = min(MIDAS_SIZE / height, MIDAS_SIZE / width, key=lambda s: abs(1 - s))
     return _to_multiple(height * scale), _to_multiple(width * scale)
 
 

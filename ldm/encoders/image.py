@@ -26,7 +26,7 @@ __all__ = ["CLIPImage", "EmbeddingNoise", "ImageEmbedding", "OpenCLIPImage", "pr
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
-# open_clip's `vision_cfg` of the models in `text.ARCHS`
+# open_clip's `vision_cfg` of the models in `text.TEXT_SIZES`
 VISION: dict[str, dict[str, float]] = {
     "ViT-B-32": {"width": 768, "layers": 12, "patch_size": 32},
     "ViT-B-16": {"width": 768, "layers": 12, "patch_size": 16},
@@ -116,7 +116,9 @@ class OpenCLIPImage(CLIPVision):
         version: "openai" selects quick GELU; any other value is ignored.
     """
 
-    IGNORED: ClassVar[frozenset[str]] = frozenset({"device", "max_length", "layer", "ucg_rate"})
+    IGNORED_PARAMETERS: ClassVar[frozenset[str]] = frozenset(
+        {"device", "max_length", "layer", "ucg_rate"}
+    )
 
     def __init__(
         self,
@@ -147,7 +149,7 @@ class CLIPImage(CLIPVision, Encoder):
     slot: Slot = "crossattn"
     droppable = True
     generation = 1
-    IGNORED: ClassVar[frozenset[str]] = frozenset({"device", "jit", "ucg_rate"})
+    IGNORED_PARAMETERS: ClassVar[frozenset[str]] = frozenset({"device", "jit", "ucg_rate"})
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ Radford et al. 2021 (arXiv:2103.00020); Cherti et al. 2022 (arXiv:2212.07143).
 
 import itertools
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, ClassVar, Literal, Protocol, cast
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,24 @@ from ldm.encoders import tokenizer
 from ldm.encoders.towers import ACTIVATIONS, VOCAB, CLIPTower, OpenCLIPTower
 from ldm.runtime.errors import ArgumentError, unknown_name
 
-# name: (width, heads, layers) of the text tower; `-quickgelu` may follow the name
-ARCHS = {
-    "ViT-B-32": (512, 8, 12),
-    "ViT-B-16": (512, 8, 12),
-    "ViT-L-14": (768, 12, 12),
-    "ViT-L-14-336": (768, 12, 12),
-    "ViT-H-14": (1024, 16, 24),
-    "ViT-g-14": (1024, 16, 24),
-    "ViT-bigG-14": (1280, 20, 32),
+
+class TextSize(NamedTuple):
+    """Size of a text tower."""
+
+    width: int
+    heads: int
+    layers: int
+
+
+# By name of the model; `-quickgelu` may follow it.
+TEXT_SIZES = {
+    "ViT-B-32": TextSize(512, 8, 12),
+    "ViT-B-16": TextSize(512, 8, 12),
+    "ViT-L-14": TextSize(768, 12, 12),
+    "ViT-L-14-336": TextSize(768, 12, 12),
+    "ViT-H-14": TextSize(1024, 16, 24),
+    "ViT-g-14": TextSize(1024, 16, 24),
+    "ViT-bigG-14": TextSize(1280, 20, 32),
 }
 
 CLIP_LARGE: dict[str, Any] = {
@@ -79,7 +88,7 @@ class TextEncoder(Encoder):
     key = "txt"
     droppable = True
     null = ""
-    dialect: ClassVar[tokenizer.Dialect]
+    tokenizer_variant: ClassVar[tokenizer.Variant]
     length: int
     token_ids: Tensor | None
 
@@ -101,11 +110,15 @@ class TextEncoder(Encoder):
 
     def tokenize(self, texts: Sequence[str] | str) -> Tensor:
         """Convert texts to token ids (B, length) int64; those of added embeddings are negative."""
-        return tokenizer.tokenize(_as_list(texts), self.dialect, self.length, self._added_tokens())
+        return tokenizer.tokenize(
+            _as_list(texts), self.tokenizer_variant, self.length, self._added_tokens()
+        )
 
     def truncated_text(self, prompt: str) -> str:
         """Return the end of a prompt that does not fit into `length` tokens; "" if all fits."""
-        return tokenizer.truncated_text(prompt, self.dialect, self.length, self._added_tokens())
+        return tokenizer.truncated_text(
+            prompt, self.tokenizer_variant, self.length, self._added_tokens()
+        )
 
     def encode(self, texts: Sequence[str] | str) -> Tensor:
         """Encode texts as context (B, N, D), or take it from the cache."""
@@ -128,7 +141,7 @@ class TextEncoder(Encoder):
         table = self.embedding_table.detach()
         if text is None:
             return table
-        ids = tokenizer.encode(text, self.dialect)
+        ids = tokenizer.encode(text, self.tokenizer_variant)
         return table[self._to_rows(torch.tensor(ids, dtype=torch.int64, device=table.device))]
 
     def _to_rows(self, tokens: Tensor) -> Tensor:
@@ -181,16 +194,16 @@ class OpenCLIPText(TextEncoder):
     """Prompts -> context (B, 77, D) by the text tower of an OpenCLIP model.
 
     Args:
-        arch: Name in ARCHS, open_clip model config (`embed_dim`, `text_cfg`), or a text_cfg.
+        arch: Name in TEXT_SIZES, open_clip model config (`embed_dim`, `text_cfg`), or a text_cfg.
         version: "openai" selects quick GELU; any other value is ignored.
         layer: "last", or "penultimate": all blocks but one. The final norm follows in both cases.
         compact_vocab: Rows of a pruned token embedding, see `token_ids`.
     """
 
     generation = 2
-    dialect = tokenizer.OPEN_CLIP
+    tokenizer_variant = tokenizer.OPEN_CLIP
     LAYERS = ("last", "penultimate")
-    IGNORED: ClassVar[frozenset[str]] = frozenset({"device", "max_length"})
+    IGNORED_PARAMETERS: ClassVar[frozenset[str]] = frozenset({"device", "max_length"})
 
     def __init__(
         self,
@@ -247,9 +260,9 @@ class CLIPText(TextEncoder):
     """
 
     generation = 1
-    dialect = tokenizer.CLIP
+    tokenizer_variant = tokenizer.CLIP
     LAYERS = ("last", "pooled", "hidden")
-    IGNORED: ClassVar[frozenset[str]] = frozenset({"device"})
+    IGNORED_PARAMETERS: ClassVar[frozenset[str]] = frozenset({"device"})
 
     def __init__(
         self,
@@ -264,7 +277,7 @@ class CLIPText(TextEncoder):
         super().__init__()
         kwargs = _clip_kwargs(version, arch or {})
         self.layer = _check_choice(layer, self.LAYERS)  # order of attributes: see OpenCLIPText
-        self.blocks_run = _count_blocks(layer, layer_idx, kwargs["num_hidden_layers"])
+        self.num_blocks = _count_blocks(layer, layer_idx, kwargs["num_hidden_layers"])
         self.length = min(max_length, kwargs["max_position_embeddings"])
         self.transformer = nn.ModuleDict({"text_model": CLIPTower(**kwargs)})
         self.requires_grad_(not freeze)
@@ -278,7 +291,7 @@ class CLIPText(TextEncoder):
         return self.tower.token_embedding.weight
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
-        x: Tensor = self.tower(self._to_rows(tokens), self.blocks_run, self._added_table())
+        x: Tensor = self.tower(self._to_rows(tokens), self.num_blocks, self._added_table())
         if self.layer != "hidden":
             x = self.tower.final_layer_norm(x)  # (B, N, D)
         if self.layer == "pooled":
@@ -288,10 +301,10 @@ class CLIPText(TextEncoder):
 
 
 def open_clip_kwargs(arch: str | Config) -> dict[str, Any]:
-    """Return the arguments of OpenCLIPTower for a name in ARCHS or an open_clip config."""
+    """Return the arguments of OpenCLIPTower for a name in TEXT_SIZES or an open_clip config."""
     if isinstance(arch, str):
         name = arch.removesuffix("-quickgelu")
-        width, heads, layers = ARCHS[_check_choice(name, ARCHS, "arch")]
+        width, heads, layers = TEXT_SIZES[_check_choice(name, TEXT_SIZES, "arch")]
         size: dict[str, Any] = {"width": width, "heads": heads, "layers": layers}
         return size | {"quick_gelu": name != arch, "embed_dim": width, "context_length": 77}
     outer = {key: value for key, value in arch.items() if key not in ("text_cfg", "vision_cfg")}

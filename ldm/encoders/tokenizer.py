@@ -34,7 +34,7 @@ MERGES = 48894  # 49408 - 2 * 256 bytes - 2 special tokens; the file holds more 
 
 
 @dataclass(frozen=True)
-class Dialect:
+class Variant:
     """A variant of the tokenizer.
 
     Attributes:
@@ -51,12 +51,12 @@ class Dialect:
     split_first: bool
 
 
-OPEN_CLIP = Dialect("<start_of_text>", "<end_of_text>", 0, unescape=True, split_first=False)
-CLIP = Dialect("<|startoftext|>", "<|endoftext|>", END, unescape=False, split_first=True)
+OPEN_CLIP = Variant("<start_of_text>", "<end_of_text>", 0, unescape=True, split_first=False)
+CLIP = Variant("<|startoftext|>", "<|endoftext|>", END, unescape=False, split_first=True)
 
 
 def tokenize(
-    texts: Sequence[str], dialect: Dialect, length: int = 77, added: AddedTokens = NO_TOKENS
+    texts: Sequence[str], variant: Variant, length: int = 77, added: AddedTokens = NO_TOKENS
 ) -> Tensor:
     """Convert texts to token ids (B, length) int64: start token, words, end token, padding.
 
@@ -67,37 +67,37 @@ def tokenize(
     """
     rows = []
     for text in texts:
-        ids = [START, *encode(text, dialect, added)[: length - 2], END]
-        rows.append(ids + [dialect.pad] * (length - len(ids)))
+        ids = [START, *encode(text, variant, added)[: length - 2], END]
+        rows.append(ids + [variant.pad] * (length - len(ids)))
     return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), length)
 
 
-def encode(text: str, dialect: Dialect, added: AddedTokens = NO_TOKENS) -> list[int]:
+def encode(text: str, variant: Variant, added: AddedTokens = NO_TOKENS) -> list[int]:
     """Convert one text to token ids, without start token, end token and padding."""
     if added:
         names = "|".join(_added_patterns(added))
         pieces = re.split(f"({names})", text, flags=re.IGNORECASE)
-        return [i for p in pieces for i in added.get(p.lower()) or encode(p, dialect)]
-    words, specials = _patterns(dialect)
-    pieces = specials.split(text) if dialect.split_first else [text]
+        return [i for p in pieces for i in added.get(p.lower()) or encode(p, variant)]
+    words, specials = _patterns(variant)
+    pieces = specials.split(text) if variant.split_first else [text]
     ids: list[int] = []
     for piece in pieces:
-        for word in words.findall(_clean(piece, dialect)):
-            ids.extend(_encode_word(word, dialect))
+        for word in words.findall(_clean(piece, variant)):
+            ids.extend(_encode_word(word, variant))
     return ids
 
 
 def truncated_text(
-    text: str, dialect: Dialect, length: int = 77, added: AddedTokens = NO_TOKENS
+    text: str, variant: Variant, length: int = 77, added: AddedTokens = NO_TOKENS
 ) -> str:
     """Return what `tokenize` drops of a text, from the first incomplete word on; "" if nothing."""
-    if len(encode(text, dialect, added)) <= length - 2:
+    if len(encode(text, variant, added)) <= length - 2:
         return ""
     pattern = "|".join([*_added_patterns(added), r"\w+", r"[^\w\s]+"])
     words = list(re.finditer(pattern, text, re.IGNORECASE))
 
     def count_tokens(word: re.Match[str]) -> int:
-        return len(encode(text[: word.end()], dialect, added))
+        return len(encode(text[: word.end()], variant, added))
 
     first = bisect_right(words, length - 2, key=count_tokens)
     return text[words[first].start() :]
@@ -129,31 +129,31 @@ def _added_patterns(added: AddedTokens) -> Iterator[str]:
         yield before + re.escape(token) + after
 
 
-def _clean(text: str, dialect: Dialect) -> str:
+def _clean(text: str, variant: Variant) -> str:
     """Repair Unicode, collapse white space, convert to lower case."""
     import ftfy
 
     text = ftfy.fix_text(text)
-    if dialect.unescape:
+    if variant.unescape:
         text = html.unescape(html.unescape(text))
     return " ".join(text.split()).lower()
 
 
 @cache
-def _patterns(dialect: Dialect) -> tuple[Any, Any]:
+def _patterns(variant: Variant) -> tuple[Any, Any]:
     """Compile patterns for words, and for special tokens (as a group, which `split` keeps)."""
     import regex
 
-    specials = f"{regex.escape(dialect.start)}|{regex.escape(dialect.end)}"
+    specials = f"{regex.escape(variant.start)}|{regex.escape(variant.end)}"
     words = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
     return regex.compile(f"{specials}|{words}", regex.IGNORECASE), regex.compile(f"({specials})")
 
 
 @lru_cache(maxsize=1 << 16)
-def _encode_word(word: str, dialect: Dialect) -> tuple[int, ...]:
+def _encode_word(word: str, variant: Variant) -> tuple[int, ...]:
     """Merge the bytes of a word, always the pair of the lowest rank first."""
-    if word in (dialect.start, dialect.end):
-        return (START if word == dialect.start else END,)
+    if word in (variant.start, variant.end):
+        return (START if word == variant.start else END,)
     ids, ranks = vocabulary()
     letters = _letters()
     symbols = [letters[byte] for byte in word.encode("utf-8")]

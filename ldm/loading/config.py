@@ -1,9 +1,9 @@
-"""Read a YAML into plain dicts, and build the objects that it describes.
+"""Read a YAML file into plain dicts, and build the objects that it describes.
 
-A config file is data from elsewhere, so nothing in it is executed: `target` is looked up in the
-tables of `legacy` (never imported to see what it is), `${…}` may only refer to another value of the
-same file (no resolvers, so no environment variables), and size is capped. Numbers are read as
-OmegaConf does (`1.e-6` is a float, unlike in plain YAML 1.1).
+A config file is data from elsewhere, so nothing in it is executed: a `target` must be in the tables
+of `legacy`, or a class of a package that the caller allows (nothing else is imported), `${…}` may
+only refer to another value of the same file (no resolvers, so no environment variables), and size
+is capped. Numbers are read as OmegaConf does (`1.e-6` is a float, unlike in plain YAML 1.1).
 """
 
 import inspect
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 MAX_BYTES = 1 << 20
 # What a class raises when its parameters make no sense.
-BAD_PARAMETERS = (
+PARAMETER_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
     ValueError,
 )  # fmt: skip
@@ -41,24 +41,24 @@ REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*(?:\.\w+)*)\}")
 def read_yaml(
     path: str | Path,
     overrides: Iterable[str] = (),
-    *more: str | Path,
+    *overlays: str | Path,
     sections: Sequence[str] = (),
 ) -> JsonObject:
     """Read a YAML file as plain dicts, lists and values, references resolved.
 
     Args:
         overrides: `model.params.linear_end=0.02`, applied last, values parsed as YAML.
-        more: files merged over the first, later ones over earlier.
+        overlays: files merged over the first, later ones over earlier.
         sections: may be overridden even if no file has them.
     """
     texts = []
-    for file in (path, *more):
+    for file in (path, *overlays):
         full_path = find_file(file)
         size = full_path.stat().st_size
         if size > MAX_BYTES:
             raise ConfigError(f"{file}: {size} bytes is too much for a config")
         texts.append(read_text(full_path))
-    where = " + ".join(map(str, (path, *more)))
+    where = " + ".join(map(str, (path, *overlays)))
     return parse_yaml(texts, overrides, where=where, sections=sections)
 
 
@@ -69,12 +69,12 @@ def parse_yaml(
     where: str = "config",
     sections: Sequence[str] = (),
 ) -> JsonObject:
-    """As `read_yaml`, from the text of a YAML file, or of several."""
+    """Parse the text of a YAML file, or of several, like `read_yaml`."""
     overrides, texts = list(overrides), [text] if isinstance(text, str) else text
     try:
         layers = [OmegaConf.create(text, max_yaml_expanded_nodes=MAX_NODES) for text in texts]
         if not all(OmegaConf.is_dict(layer) for layer in layers):
-            raise ConfigError(f"{where}: not a config, a mapping with `model:` is expected")
+            raise ConfigError(f"{where}: expected a mapping with `model:`, as a config has")
         config = OmegaConf.merge(*layers)
         for section in sections:
             config.setdefault(section, {})
@@ -82,8 +82,8 @@ def parse_yaml(
             section = re.split(r"[.=\[]", override)[0]
             if "=" not in override or section not in config:
                 raise ArgumentError(
-                    f"override `{override}` does not fit {where}: `section.key=value` with one of "
-                    f"the sections {', '.join(map(str, config))} is expected",
+                    f"invalid override `{override}` of {where}: expected `section.key=value` with "
+                    f"one of the sections {', '.join(map(str, config))}",
                     "overrides",
                 )
         config = OmegaConf.merge(config, OmegaConf.from_dotlist(overrides))
@@ -100,7 +100,7 @@ def format_yaml(raw: JsonMapping) -> str:
 
 
 class _Resolver:
-    """Replaces `${section.key}` where that is the whole value, with a budget of values."""
+    """Replaces `${section.key}` where that is the whole value, up to MAX_NODES values."""
 
     def __init__(self, root: Any, where: str) -> None:
         self.root = root
@@ -110,7 +110,9 @@ class _Resolver:
     def resolve(self, node: Any, depth: int = 0) -> Any:
         self.budget -= 1
         if self.budget < 0 or depth > 64:
-            raise ConfigError(f"{self.where}: references expand without end")
+            raise ConfigError(
+                f"{self.where}: nested too deeply, or too large once references are followed"
+            )
         if isinstance(node, dict):
             return {str(key): self.resolve(value, depth + 1) for key, value in node.items()}
         if isinstance(node, list):
@@ -144,45 +146,45 @@ def instantiate(
     where: str = "config",
     skipped: list[str] | None = None,
 ) -> Any:
-    """Build what a `{"target": …, "params": {…}}` describes, parts of it likewise.
+    """Build what a `{"target": …, "params": {…}}` describes, nested ones included.
 
     Args:
-        allow: packages whose classes may be named beside the known ones.
+        allow: packages whose classes may be named in addition to the known ones.
         where: file and place, for messages.
-        skipped: receives the names of the parameters without meaning here.
+        skipped: receives the places (`file.key`) of ignored parameters.
 
     Raises:
         UnknownName: an unknown target or parameter; the message names the nearest known one.
-        ConfigError: parameters are missing, or refused by the class.
+        ConfigError: parameters are missing or invalid.
     """
     spec = translate_config(spec, where=where, skipped=skipped)
     where, params = spec["where"], dict(spec["params"])
     factory = _find_class(spec["target"], allow, where)
-    for key in sorted(params.keys() & getattr(factory, "IGNORED", frozenset())):
-        log.debug("%s: `%s` has no meaning for %s", where, key, factory.__name__)
+    for key in sorted(params.keys() & getattr(factory, "IGNORED_PARAMETERS", frozenset())):
+        log.debug("%s.%s is ignored by %s", where, key, factory.__name__)
         if skipped is not None:
             skipped.append(f"{where}.{key}")
         del params[key]
     _check_params(factory, params, where)
     for key, value in params.items():
         if isinstance(value, Mapping) and "target" in value:
-            inner = f"{where}.{key}"  # a translated part has its own `where`, which wins
+            inner = f"{where}.{key}"  # unless `translate_config` has set spec["where"]
             params[key] = instantiate(value, allow=allow, where=inner, skipped=skipped)
     try:
         return factory(**params)
-    except BAD_PARAMETERS as error:
+    except PARAMETER_ERRORS as error:
         if str(error).startswith(where):
             raise
-        message = f"{where}: {factory.__name__} refuses its parameters: {error}"
+        message = f"{where}: invalid parameters of {factory.__name__}: {error}"
         raise ConfigError(message) from error
 
 
 def _find_class(target: Any, allow: Sequence[str], where: str) -> Callable[..., Any]:
-    """Return the class (or function of ours) behind a dotted name, refused before any import."""
+    """Return the class (or function of ours) behind a dotted name; import nothing else."""
     if target in legacy.CLASSES:
         module, _, name = target.rpartition(".")
-        ours: Callable[..., Any] = getattr(import_module(module), name)
-        return ours
+        known: Callable[..., Any] = getattr(import_module(module), name)
+        return known
     package = next((p for p in allow if str(target).startswith(p + ".")), None)
     if package is None:
         raise unknown_name("target", target, known_targets(), where)

@@ -290,7 +290,7 @@ class AutoencoderKL(nn.Module):
         downscale: Pixels of the image per latent pixel, on each side.
     """
 
-    IGNORED = frozenset({
+    IGNORED_PARAMETERS = frozenset({
         "lossconfig", "ckpt_path", "ignore_keys", "image_key", "colorize_nlabels", "monitor",
         "ema_decay", "learn_logvar",
     })  # fmt: skip

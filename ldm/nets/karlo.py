@@ -32,7 +32,7 @@ class Prior(Layer):
         xf_width: Width W of the transformer.
     """
 
-    IGNORED: ClassVar[frozenset[str]] = frozenset({"text_drop"})
+    IGNORED_PARAMETERS: ClassVar[frozenset[str]] = frozenset({"text_drop"})
 
     def __init__(
         self,

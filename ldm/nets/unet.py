@@ -67,7 +67,7 @@ class UNet(nn.Module):
     Level i is `channel_mult[i] * model_channels` wide and 2 ** i times smaller than the latent.
     """
 
-    IGNORED: ClassVar[frozenset[str]] = frozenset(
+    IGNORED_PARAMETERS: ClassVar[frozenset[str]] = frozenset(
         {"image_size", "use_fp16", "use_bf16", "spatial_transformer_attn_type"}
     )
 

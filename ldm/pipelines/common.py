@@ -87,12 +87,11 @@ def generate(
 ) -> Tensor:
     """Encode prompts, sample and decode.
 
-    All other arguments are those of `sample`.
-
     Args:
         inputs: batch of the keys that the model reads in addition to text, a row per prompt.
         unconditional_inputs: those that differ for the unconditional half of guidance.
         tile: side in latent pixels of the decoder's tiles; None = decode whole.
+        scale, noise, z, strength, size, constrain, options: see `sample`.
     Returns:
         (B, 3, H, W) float32 in [-1, 1].
     Raises:
@@ -124,7 +123,7 @@ def make_noise(
     """Make the noise source of a call, a row per prompt.
 
     Raises:
-        ArgumentError: `sample` would refuse the options; so before any network runs.
+        ArgumentError: invalid sampling options; checked here, before any network runs.
     """
     sampler, scheduler = options.get("sampler", "ddim"), options.get("scheduler")
     legacy = options.get("legacy", ())
@@ -132,14 +131,14 @@ def make_noise(
         sampler, scheduler, options.get("eta", 0.0), strength, options.get("rescale", 0.0), legacy
     )
     scheduler = scheduler or default_scheduler(model.schedule, sampler)
-    model.schedule.steps(options.get("steps", 50), scheduler)
+    model.schedule.step_sigmas(options.get("steps", 50), scheduler)  # raises ArgumentError
     return noise_source(options.get("seeds"), len(as_list(prompts)), legacy)
 
 
 def encode_prompts(
     model: LatentDiffusion, prompts: Sequence[str], inputs: Mapping[str, object]
 ) -> Cond:
-    """Encode the condition of all rows; a prompt that repeats is encoded once."""
+    """Encode prompts and inputs as a condition, a row per prompt; each distinct prompt once."""
     distinct = list(dict.fromkeys(prompts))
     cond = model.condition({"txt": distinct, **inputs})
     if cond.crossattn is None or len(distinct) == len(prompts):
@@ -182,7 +181,7 @@ def crop_like(padded: Tensor, image: Tensor) -> Tensor:
 
 def check_finite(value: TensorOrCond, stage: str) -> TensorOrCond:
     """Return the value; raise NonFinite if it holds NaN or infinity."""
-    tensors = [value] if isinstance(value, Tensor) else value.filled().values()
+    tensors = [value] if isinstance(value, Tensor) else value.tensors().values()
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise NonFinite(stage)
     return value

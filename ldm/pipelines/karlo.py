@@ -44,11 +44,11 @@ def sample_image_embeddings(
     """Sample CLIP image embeddings of texts, (B, D) float32.
 
     Args:
-        clip: the CLIP that the prior was trained with, with its text tower.
+        clip: the whole CLIP that the prior was trained with (`clip.model` includes the text tower).
         negative: negative prompts, one for all texts or one each.
         mean: (D,) mean of CLIP's embeddings, from Karlo's file.
         std: (D,) their standard deviation.
-        steps: see `sample_prior`, as for scale and noise.
+        steps, scale, noise: see `sample_prior`.
     """
     negatives = [negative] * len(texts) if isinstance(negative, str) else negative
     cond, uncond = encode_texts(clip, texts), encode_texts(clip, negatives)
@@ -65,16 +65,16 @@ def encode_texts(clip: CLIPVision, texts: Sequence[str]) -> Cond:
     Raises:
         ArgumentError: the model was saved without the text tower of its CLIP.
     """
-    tower = clip.model
-    if not tower.blocks:
+    model = clip.model
+    if not model.blocks:
         raise ArgumentError("the prior needs CLIP's text tower, which this model does not have")
-    tokens = tokenizer.tokenize(texts, tokenizer.CLIP, len(tower.positional_embedding))
-    tokens = tokens.to(tower.positional_embedding.device)  # (B, 77)
+    tokens = tokenizer.tokenize(texts, tokenizer.CLIP, len(model.positional_embedding))
+    tokens = tokens.to(model.positional_embedding.device)  # (B, 77)
     ends = tokens.argmax(dim=1)  # (B,); the first end token has the greatest id
-    x: Tensor = tower(tokens)  # (B, 77, D)
-    text = x[torch.arange(len(x), device=x.device), ends] @ tower.text_projection  # (B, D)
-    inside = torch.arange(x.shape[1], device=x.device) <= ends[:, None]  # (B, 77)
-    return Cond(crossattn=x * inside[..., None], vector=text)
+    x: Tensor = model(tokens)  # (B, 77, D)
+    text = x[torch.arange(len(x), device=x.device), ends] @ model.text_projection  # (B, D)
+    mask = torch.arange(x.shape[1], device=x.device) <= ends[:, None]  # (B, 77)
+    return Cond(crossattn=x * mask[..., None], vector=text)
 
 
 def sample_prior(

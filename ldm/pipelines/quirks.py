@@ -47,7 +47,7 @@ class Quirks:
         """Return the noise levels of a run, as `Schedule.steps`."""
         if "steps" in self and scheduler == "uniform":
             return _original_uniform_sigmas(schedule, steps)
-        return schedule.steps(steps, scheduler)
+        return schedule.step_sigmas(steps, scheduler)
 
     def denoiser(self, model: LatentDiffusion, sampler: str) -> Denoiser:
         """Return the model's denoiser; where the original took v or x0 for eps, so does it."""

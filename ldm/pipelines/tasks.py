@@ -247,7 +247,7 @@ def _inverted_noise(
     """Return the x_T (B, C, h, w) from which `sample` starts at the DDIM inversion of z."""
     steps, scheduler = options.get("steps", 50), options.get("scheduler") or "uniform"
     options["scheduler"] = scheduler
-    sigmas = model.schedule.steps(steps, scheduler)
+    sigmas = model.schedule.step_sigmas(steps, scheduler)
     until = max(round(strength * steps), 1)
     cond = encode_prompts(model, [prompt] * len(z), {})
     legacy = {"encode"}.intersection(options.get("legacy", ()))

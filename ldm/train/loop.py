@@ -83,7 +83,7 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
         with run.autocast():
             sanity.check_initial_weights(
                 run.model,
-                run.source.first_samples(sanity.SAMPLES),
+                run.source.fixed_samples(sanity.SAMPLES),
                 batch_size=run.batch_size,
                 seed=run.seed,
             )

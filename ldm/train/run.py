@@ -149,7 +149,7 @@ def build_run(
     if params.get("scale_by_std") and not is_fine_tune:
         if data.latents:
             raise ValueError("`scale_by_std` does not go with `data.params.latents`")
-        images = torch.stack([one["jpg"] for one in source.first_samples(settings.data.batch_size)])
+        images = torch.stack([one["jpg"] for one in source.fixed_samples(settings.data.batch_size)])
         measure_scale(model, images, seed_batch(trainer.seed, 0))
 
     log.info("Setting up the training state")

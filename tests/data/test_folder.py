@@ -192,7 +192,7 @@ def test_a_damaged_class_image_has_a_name_of_its_own(tmp_path):
         draw(tmp_path / "class" / name, text="x")
     (tmp_path / "class" / "a.png").write_bytes(b"")
     data, others = (Folder(root=tmp_path / name, transform=PHOTO) for name in ("one", "class"))
-    source = DatasetSource(WithClassImages(data, others), shown=data)
+    source = DatasetSource(WithClassImages(data, others), images=data)
     broken = {name for batch in islice(source.batches(2), 2) for name in batch.get("broken", [])}
     assert broken == {"prior/a.png"}
     assert sorted(source.counts_by_name()) == ["a.png", "b.png", "prior/a.png", "prior/b.png"]
@@ -208,7 +208,7 @@ def test_batches_of_buckets_have_one_size_and_hold_everything_once(tmp_path):
     assert sorted(shapes) == sorted(map(str, range(10)))
     assert shapes["0"] == shapes["9"] == (16, 16)
     assert (shapes["3"], shapes["7"]) == ((8, 32), (32, 8))
-    assert len({sample["jpg"].shape for sample in DatasetSource(folder).first_samples(6)}) == 1
+    assert len({sample["jpg"].shape for sample in DatasetSource(folder).fixed_samples(6)}) == 1
     resumed = next(DatasetSource(folder, 1).batches(2, start=3))
     assert torch.equal(resumed["jpg"], batches[3]["jpg"])
 

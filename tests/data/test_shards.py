@@ -157,10 +157,10 @@ def test_captions_that_cannot_be_read_are_named(members, tmp_path):
 
 def test_fixed_samples_come_from_the_first_shards(folder):
     source = open_source(folder)
-    assert [sample["txt"] for sample in source.first_samples(7)] == list("0123456")
-    assert len(source.first_samples(30)) == 30
+    assert [sample["txt"] for sample in source.fixed_samples(7)] == list("0123456")
+    assert len(source.fixed_samples(30)) == 30
     bucketed = open_source(folder, BUCKETS)
-    assert [sample["txt"] for sample in bucketed.first_samples(4)] == list("1245")  # of one size
+    assert [sample["txt"] for sample in bucketed.fixed_samples(4)] == list("1245")  # of one size
 
 
 def test_commands_are_not_run_unless_that_is_allowed(folder):

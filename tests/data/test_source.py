@@ -110,7 +110,7 @@ def test_hundreds_of_damaged_neighbours_are_replaced():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_reading_stops_where_nothing_can_be_read(workers):
-    message = r"^4 samples in a row cannot be read.*`\d.png` is damaged$"
+    message = r"^none of 4 samples that were tried can be read.*`\d.png` is damaged$"
     with pytest.raises(ValueError, match=message):
         read(DatasetSource(Numbers(4, damaged=range(4))), 2, 1, workers=workers)
 
@@ -134,5 +134,5 @@ def test_a_process_that_fails_does_not_wait_for_its_workers():
 
 
 def test_fixed_samples_are_spread_over_the_readable_images():
-    source = DatasetSource(Numbers(3), shown=Numbers(8, damaged=(4,)))
-    assert [sample["index"] for sample in source.first_samples(4)] == [0, 2, 5, 6]
+    source = DatasetSource(Numbers(3), images=Numbers(8, damaged=(4,)))
+    assert [sample["index"] for sample in source.fixed_samples(4)] == [0, 2, 5, 6]

@@ -102,7 +102,7 @@ def test_ddim_decodes_from_the_middle_as_recorded(kind, steps):
     file = recorded(f"ddim_{kind}")
     name = f"img2img_tenc{steps}"
     denoiser, shared = denoiser_of(f"ddim_{kind}"), file.under("shared/")
-    sigmas = denoiser.schedule.steps(10)[-steps - 1 :]
+    sigmas = denoiser.schedule.step_sigmas(10)[-steps - 1 :]
     x = file.outputs(name)["z_enc"] * (1 + sigmas[0] ** 2).sqrt().float()
     for out, uncond, scale in (("decoded_cfg1", None, 1.0), ("decoded_cfg", shared["uc"], 7.5)):
         conds = Cond(shared["c"]), None if uncond is None else Cond(uncond)
@@ -128,7 +128,7 @@ def test_dpm_gives_the_recorded_samples_at_the_recorded_times(kind, name):
     samples, _, _ = run(file, name, dpmpp_2m, denoiser, scheduler="time_uniform")
     close(file, name, "samples", samples)
     steps = file.case(name)["info"]["S"]
-    t = denoiser.schedule.sigma_to_t(denoiser.schedule.steps(steps, "time_uniform")[:-1])
+    t = denoiser.schedule.sigma_to_t(denoiser.schedule.step_sigmas(steps, "time_uniform")[:-1])
     torch.testing.assert_close(t, file.outputs(name)["model_times"].double(), rtol=0, atol=1e-3)
 
 

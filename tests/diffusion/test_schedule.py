@@ -48,20 +48,20 @@ def test_original_step_counts_are_the_recorded_timesteps(steps):
     sigmas = Quirks(frozenset({"steps"})).sigmas(SD, steps, "uniform")
     assert torch.equal(sigmas[:-1].flip(0), SD.sigmas[expected.long()])
     if 1000 % steps == 0:
-        assert torch.equal(sigmas, SD.steps(steps))
+        assert torch.equal(sigmas, SD.step_sigmas(steps))
 
 
 @pytest.mark.parametrize("steps", [3, 9, 27, 37, 333, 1000])
 def test_counts_that_crash_the_original_are_refused_only_when_asked_for(steps):
     with pytest.raises(ValueError, match=f"the original fails at {steps} steps"):
         Quirks(frozenset({"steps"})).sigmas(SD, steps, "uniform")
-    assert len(SD.steps(steps)) == steps + 1
+    assert len(SD.step_sigmas(steps)) == steps + 1
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("steps", [1, 2, 3, 30, 333, 1000])
 def test_every_scheduler_descends_in_exactly_the_steps_asked_for(scheduler, steps):
-    sigmas = SD.steps(steps, scheduler)
+    sigmas = SD.step_sigmas(steps, scheduler)
     assert len(sigmas) == steps + 1
     assert (sigmas.diff() <= 0).all()
     assert sigmas[0] <= SD.sigmas[-1] * (1 + 1e-12)
@@ -77,6 +77,6 @@ def test_bad_requests_are_answered_with_what_is_allowed():
     with pytest.raises(ValueError, match="choose one of linear, sqrt_linear"):
         make_betas("quadratic")
     with pytest.raises(ValueError, match="choose one of uniform"):
-        SD.steps(10, "even")
+        SD.step_sigmas(10, "even")
     with pytest.raises(ValueError, match="1 … 1000, got 1001"):
-        SD.steps(1001)
+        SD.step_sigmas(1001)

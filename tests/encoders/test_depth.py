@@ -12,7 +12,7 @@ from ldm.encoders import depth
 from ldm.encoders.depth import (
     MiDaSDepth,
     midas_input,
-    network_size,
+    midas_input_size,
     normalize_depth,
     resize_depth,
 )
@@ -57,7 +57,7 @@ def test_the_input_of_the_network_equals_the_recorded_one(size):
     ],
 )
 def test_the_side_nearer_to_384_decides(size, expected):
-    assert network_size(*size) == expected
+    assert midas_input_size(*size) == expected
 
 
 def test_the_channel_equals_the_recorded_one():
@@ -90,18 +90,18 @@ def test_estimates_have_the_size_of_the_network(tiny):
 
 def test_weights_of_any_dtype_give_float32_maps(tiny):
     half = copy.deepcopy(tiny).to(torch.bfloat16)
-    depth_map = half.infer(torch.rand(1, 3, 64, 64) * 2 - 1)
+    depth_map = half.run_network(torch.rand(1, 3, 64, 64) * 2 - 1)
     assert depth_map.dtype == torch.float32
     assert depth_map.isfinite().all()
 
 
 def test_sides_must_be_multiples_of_32(tiny):
     with pytest.raises(ValueError, match="48 x 64 pixels: both sides must be multiples of 32"):
-        tiny.infer(torch.zeros(1, 3, 48, 64))
+        tiny.run_network(torch.zeros(1, 3, 48, 64))
 
 
 def test_depth_comes_from_a_map_or_the_input_of_the_network_or_an_image(tiny, monkeypatch):
-    monkeypatch.setattr(depth, "network_size", lambda height, width: (64, 32))
+    monkeypatch.setattr(depth, "midas_input_size", lambda height, width: (64, 32))
     image = torch.rand(1, 3, 80, 48) * 2 - 1
     estimated = tiny.estimate(image)
     batches = [{"depth": estimated}, {"midas_in": midas_input(image)}, {"jpg": image}]
@@ -137,7 +137,7 @@ def test_depth_equals_that_of_transformers(tiny):
         [2.336523, 2.111539, 2.296764, 1.786007], [1.683947, 1.366399, 2.29234, 0.9711],
     ])  # fmt: skip
     with torch.no_grad():
-        assert_close(tiny.infer(x)[0, 0, 5::24, 5::24], expected)
+        assert_close(tiny.run_network(x)[0, 0, 5::24, 5::24], expected)
 
 
 @pytest.mark.slow
@@ -151,7 +151,7 @@ def test_full_size_depth_equals_the_recorded_one(case):
     info = golden.case(case)["info"]
     x = F.interpolate(golden.inputs(case)["small"], (info["h"], info["w"]), mode="bilinear")
     with torch.no_grad():
-        ours = encoder.eval().infer(x)
+        ours = encoder.eval().run_network(x)
     assert_close(ours, golden.outputs(case)["depth"], 1e-4)
 
 

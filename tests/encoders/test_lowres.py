@@ -73,7 +73,7 @@ def test_one_level_serves_the_whole_batch():
 
 @pytest.mark.parametrize("level", [-1, 1000])
 def test_a_level_outside_the_schedule_is_refused(level):
-    with pytest.raises(ValueError, match="noise levels are 0 … 999, got"):
+    with pytest.raises(ValueError, match="timesteps must be in 0 … 999, got"):
         LowRes(**X4).prepare({"lr": torch.zeros(1, 3, 4, 4), "noise_level": level}, options())
 
 

@@ -122,7 +122,7 @@ def test_depth(made):
     agree(sampled(model, {"depth": prepared["depth"]}, x), theirs)
     seen = noise(1, 3, 64, 64)
     with torch.no_grad():
-        ours = model.conditioner.depth.infer(seen)[:, 0]
+        ours = model.conditioner.depth.run_network(seen)[:, 0]
         theirs = pipe.depth_estimator(seen).predicted_depth
     assert ours.std() > 1e-3
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()

@@ -24,7 +24,7 @@ TINY = {
 
 
 def build(network, config):
-    params = {k: v for k, v in config["params"].items() if k not in network.IGNORED}
+    params = {k: v for k, v in config["params"].items() if k not in network.IGNORED_PARAMETERS}
     return network(**params).eval()
 
 

@@ -278,6 +278,11 @@ def test_gpus_are_listed_or_counted(trainer: str, gpus: list[int] | int | None) 
     assert read_settings(raw).devices == Devices(gpus)
 
 
+def test_no_number_of_gpus_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"trainer\.gpus: `` should be a count of GPUs or a list"):
+        read_settings(parse_yaml("lightning: {trainer: {gpus: ''}}"))
+
+
 def test_processes_are_counted_over_all_nodes() -> None:
     assert launch.count_processes(Devices([0, 1], num_nodes=3)) == 6
     assert launch.count_processes(Devices(), per_node=4) == 4

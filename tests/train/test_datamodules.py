@@ -53,7 +53,7 @@ def parse(text: str) -> dict[str, Any]:
 def test_the_data_module_of_tar_files_is_translated(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     assert read_data(parse(WEB)) == Data(**parse(WEB_TRANSLATION))
-    assert "filter_word_list: captions are NOT filtered" in caplog.text
+    assert "filter_word_list is ignored: captions are NOT filtered" in caplog.text
 
 
 def test_our_own_form_stays(caplog: pytest.LogCaptureFixture) -> None:
@@ -61,7 +61,7 @@ def test_our_own_form_stays(caplog: pytest.LogCaptureFixture) -> None:
     text = f"batch_size: 4, train: {FOLDER}, validation: {FOLDER}"
     data = parse(f"{{target: main.DataModuleFromConfig, params: {{wrap: true, {text}}}}}")
     assert read_data(data) == Data(**parse(f"{{{text}}}"))
-    assert caplog.messages == ["data.params.wrap: samples depend on their index only"]
+    assert caplog.messages == ["data.params.wrap is ignored: samples depend on their index only"]
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def inputs(
         z = model.encode(batch["jpg"])
         cond = model.condition(model.prepare(batch, (z.shape[-2], z.shape[-1])), drop)
     names = {"crossattn": "c_crossattn", "concat": "c_concat", "vector": "c_adm"}
-    made = {names[slot]: value for slot, value in cond.filled().items()}
+    made = {names[slot]: value for slot, value in cond.tensors().items()}
     return {"z": z, **made} if len(made) > 1 else {"z": z, "c": made["c_crossattn"]}
 
 

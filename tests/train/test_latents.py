@@ -170,7 +170,7 @@ def test_latents_of_a_folder_are_found_when_it_is_packed_into_shards(
         assert len({z.shape for z in batch["z"]}) == 1
         for text, z in zip(batch["txt"], batch["z"], strict=True):
             assert any(torch.equal(z, latents[epoch, int(text[-1])]["z"]) for epoch in range(20))
-    assert shards.first_samples(1)[0]["jpg"].shape[0] == 3
+    assert shards.fixed_samples(1)[0]["jpg"].shape[0] == 3
 
 
 def test_shards_are_read_only_when_something_has_changed(
@@ -284,7 +284,7 @@ def test_a_config_asks_for_both(model: Any, photos: Path, tmp_path: Path, kind: 
     batch = next(source.batches(3, workers=1))
     assert batch["z"].shape == (3, 4, 4, 4)
     assert all(caption in model.conditioner.text.cache for caption in batch["txt"])
-    assert source.first_samples(1)[0]["jpg"].shape == (3, 16, 16)
+    assert source.fixed_samples(1)[0]["jpg"].shape == (3, 16, 16)
     train["transform"] |= {"tags": {}}
     with pytest.raises(ValueError, match="only photos without `tags`"):
         open_sources(model, Data(batch_size=3, train=train, **caches), 0)

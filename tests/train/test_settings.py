@@ -140,7 +140,7 @@ def test_callbacks_are_known_by_their_class() -> None:
         "lr: {target: pytorch_lightning.callbacks.LearningRateMonitor}}}"
     )
     assert result.callbacks.image_steps == 7
-    assert any("no meaning here for lr" in note for note in result.notes)
+    assert any("lightning.callbacks.lr is ignored" in note for note in result.notes)
 
 
 def test_epochs_become_steps_once_their_length_is_known() -> None:
@@ -153,6 +153,12 @@ def test_epochs_become_steps_once_their_length_is_known() -> None:
     assert result.callbacks.validate_steps == 100
     assert result.callbacks.save_steps == 50
     assert (result.callbacks.best, result.callbacks.monitor) == (3, None)
+
+
+@pytest.mark.parametrize("interval", ["check_val_every_n_epoch: 1", "val_check_interval: 100"])
+def test_no_validation_batches_switch_validation_off(interval: str) -> None:
+    callbacks = settings(f"{{trainer: {{limit_val_batches: 0, {interval}}}}}").callbacks
+    assert (callbacks.validate_steps, callbacks.validate_epochs) == (None, None)
 
 
 def test_what_the_original_monitors_is_monitored() -> None:

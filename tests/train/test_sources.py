@@ -33,7 +33,7 @@ def test_a_folder_is_trained_on_and_another_split_is_held_out() -> None:
     assert (train.batches_per_epoch(1), held_out.batches_per_epoch(1)) == (23, 1)
     batch = next(train.batches(4, start=2))
     assert batch["jpg"].shape == (4, 3, 16, 16)
-    assert torch.equal(held_out.first_samples(1)[0]["jpg"], held_out.first_samples(1)[0]["jpg"])
+    assert torch.equal(held_out.fixed_samples(1)[0]["jpg"], held_out.fixed_samples(1)[0]["jpg"])
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,18 @@ depth_estimator                     MiDaSDepth
 from typing import Any
 
 from ldm.encoders import tokenizer
-from ldm.encoders.depth import ARCHS as DEPTHS, TARGET, MiDaSDepth
+from ldm.encoders.depth import ARCHS as DEPTH_ARCHS, MIDAS_SIZE, MiDaSDepth
 from ldm.encoders.image import MEAN, STD, VISION, VISION_DEFAULTS
-from ldm.encoders.text import ARCHS, CLIP_LARGE, CLIPText, OpenCLIPText, TextEncoder
+from ldm.encoders.text import CLIP_LARGE, TEXT_SIZES, CLIPText, OpenCLIPText, TextEncoder, TextSize
 from ldm.encoders.towers import VOCAB, CLIPBlock, OpenCLIPBlock, VisionTower, quick_gelu
-from ldm.loading.diffusers.networks import read_uniform, validate_config
+from ldm.loading.diffusers.networks import read_equal, validate_config
 from ldm.runtime.errors import ConfigError, unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "added_tokens", "depth_config", "depth_params", "depth_processor", "image_processor",
-    "is_openai_clip", "text_config", "text_params", "tokenizer_files", "vision_config",
-    "vision_params",
+    "added_tokens", "depth_config", "depth_params", "depth_processor_config",
+    "image_processor_config", "is_openai_clip", "text_config", "text_params", "tokenizer_files",
+    "vision_config", "vision_params",
 ]  # fmt: skip
 
 Config = JsonMapping
@@ -36,15 +36,15 @@ PROCESSOR = {
 
 
 def text_config(encoder: TextEncoder) -> JsonObject:
-    """Return the config of a text encoder, with the blocks that run."""
+    """Return the config of a text encoder, counting only the blocks that are used."""
     block: OpenCLIPBlock | CLIPBlock
     if isinstance(encoder, OpenCLIPText):
-        block, blocks, norm = encoder.model.blocks[0], encoder.num_blocks, encoder.model.ln_final
+        block, norm = encoder.model.blocks[0], encoder.model.ln_final
         heads, hidden = block.attn.heads, len(block.mlp["c_fc"].get_parameter("bias"))
         projection = encoder.model.text_projection.shape[1]
     elif isinstance(encoder, CLIPText) and encoder.layer == "last":
-        block, blocks = encoder.tower.blocks[0], encoder.blocks_run
-        norm, projection = encoder.tower.final_layer_norm, encoder.width
+        block, norm = encoder.tower.blocks[0], encoder.tower.final_layer_norm
+        projection = encoder.width
         heads, hidden = block.self_attn.heads, len(block.mlp["fc1"].get_parameter("bias"))
     else:
         what = type(encoder).__name__
@@ -57,7 +57,7 @@ def text_config(encoder: TextEncoder) -> JsonObject:
         "vocab_size": VOCAB,
         "hidden_size": encoder.width,
         "intermediate_size": hidden,
-        "num_hidden_layers": blocks,
+        "num_hidden_layers": encoder.num_blocks,
         "num_attention_heads": heads,
         "max_position_embeddings": encoder.length,
         "hidden_act": _activation(block),
@@ -65,28 +65,28 @@ def text_config(encoder: TextEncoder) -> JsonObject:
         "projection_dim": projection,
         "bos_token_id": tokenizer.START,
         "eos_token_id": tokenizer.END,
-        "pad_token_id": encoder.dialect.pad,
+        "pad_token_id": encoder.tokenizer_variant.pad,
     }
 
 
 def text_params(config: Config) -> JsonObject:
     """Return the keywords of our text encoder: CLIPText for quick GELU, OpenCLIPText otherwise.
 
-    OpenCLIPText gets one unused block behind those in the folder, as published files have it,
-    unless all blocks of a published size are there.
+    A folder usually lacks OpenCLIP's last block, which Stable Diffusion 2 does not use; it is then
+    added, with `layer: penultimate`. If all blocks of a known size are there, `layer` is `last`.
     """
     if is_openai_clip(config, "text_encoder/config.json"):
-        sizes = {key: v for key, v in CLIP_LARGE.items() if key != "vocab_size"}
-        arch = {key: config[key] for key, v in sizes.items() if config.get(key, v) != v}
+        defaults = {key: v for key, v in CLIP_LARGE.items() if key != "vocab_size"}
+        arch = {key: config[key] for key, v in defaults.items() if config.get(key, v) != v}
         return {"arch": arch} if arch else {}
     width, heads = config["hidden_size"], config["num_attention_heads"]
     layers = config["num_hidden_layers"]
-    names = {size: name for name, size in ARCHS.items()}
+    names = {size: name for name, size in TEXT_SIZES.items()}
     params: JsonObject = {"freeze": True, "layer": "last"}
     if (width, heads, layers) not in names:
         params["layer"] = "penultimate"
         layers += 1
-    name = names.get((width, heads, layers))
+    name = names.get(TextSize(width, heads, layers))
     if name is not None:
         return params if name == "ViT-H-14" else params | {"arch": name}
     text_cfg = {
@@ -100,11 +100,11 @@ def text_params(config: Config) -> JsonObject:
 
 
 def tokenizer_files(encoder: TextEncoder) -> JsonObject:
-    """File name -> content (JSON, or text) of CLIP's tokenizer, padding as the encoder does."""
+    """Return the files of CLIP's tokenizer, with the encoder's padding: name -> JSON or text."""
     ids, ranks = tokenizer.vocabulary()
-    start, end = tokenizer.CLIP.start, tokenizer.CLIP.end  # transformers' words for both dialects
+    start, end = tokenizer.CLIP.start, tokenizer.CLIP.end  # transformers' names in both variants
     symbols = {number: symbol for symbol, number in ids.items()}
-    pad = symbols.get(encoder.dialect.pad, end)
+    pad = symbols.get(encoder.tokenizer_variant.pad, end)
     specials = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad}
     tokenizer_config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": encoder.length}
     return {
@@ -116,7 +116,7 @@ def tokenizer_files(encoder: TextEncoder) -> JsonObject:
 
 
 def added_tokens(files: JsonMapping) -> dict[str, int]:
-    """Return the ids of tokens that were added to a tokenizer, by older and newer files of it."""
+    """Return the ids of a tokenizer's added tokens, from files of old and new transformers."""
     table = files.get("tokenizer/tokenizer_config.json", {}).get("added_tokens_decoder", {})
     tokens = {entry["content"]: int(number) for number, entry in table.items()}
     entries = files.get("tokenizer/tokenizer.json", {}).get("added_tokens", [])
@@ -147,23 +147,23 @@ def vision_params(config: Config) -> JsonObject:
     width, embed = config["hidden_size"], config["projection_dim"]
     where = "image_encoder/config.json"
     is_openai = is_openai_clip(config, where)
-    size = {
+    vision_cfg = {
         "width": width,
         "layers": config["num_hidden_layers"],
-        "patch_size": read_uniform(config, "patch_size", where),
-        "image_size": read_uniform(config, "image_size", where, 224),
+        "patch_size": read_equal(config, "patch_size", where),
+        "image_size": read_equal(config, "image_size", where, 224),
         "head_width": width // config["num_attention_heads"],
         "mlp_ratio": config["intermediate_size"] / width,
     }
     name, key = ("ViT-L-14", "model") if is_openai else ("ViT-H-14", "arch")
-    if size == VISION_DEFAULTS | VISION[name] and embed == ARCHS[name][0]:
+    if vision_cfg == VISION_DEFAULTS | VISION[name] and embed == TEXT_SIZES[name].width:
         return {"model": "ViT-L/14"} if is_openai else {}
-    text_cfg = {"width": embed, "heads": 1, "layers": 0}  # which is not in the folder
-    return {key: {"embed_dim": embed, "vision_cfg": size, "text_cfg": text_cfg}}
+    text_cfg = {"width": embed, "heads": 1, "layers": 0}  # the folder has no text tower
+    return {key: {"embed_dim": embed, "vision_cfg": vision_cfg, "text_cfg": text_cfg}}
 
 
-def image_processor(size: int) -> JsonObject:
-    """Resizes to a square, as the original does; crops nothing."""
+def image_processor_config(size: int) -> JsonObject:
+    """Return the preprocessor config: resize to a square without cropping, as the original."""
     return PROCESSOR | {
         "image_processor_type": "CLIPImageProcessor",
         "size": {"height": size, "width": size},
@@ -181,7 +181,7 @@ def depth_config(encoder: MiDaSDepth) -> JsonObject:
     vit: Any = dpt.pretrained["model"]
     cnn, block = vit.patch_embed.backbone, vit.blocks[0]
     widths = [stage["num_chs"] for stage in cnn.feature_info][1:]
-    side = round((vit.pos_embed.shape[1] - 1) ** 0.5)
+    grid = round((vit.pos_embed.shape[1] - 1) ** 0.5)  # patches along a side
     return (
         DEPTH_REQUIRED_VALUES
         | {
@@ -192,10 +192,10 @@ def depth_config(encoder: MiDaSDepth) -> JsonObject:
             "num_hidden_layers": len(vit.blocks),
             "num_attention_heads": block.attn.num_heads,
             "layer_norm_eps": block.norm1.eps,
-            "image_size": 16 * side,
+            "image_size": 16 * grid,
             "patch_size": 16,
             "backbone_out_indices": [2, 5, *dpt.hooks],  # the first two are stages, not blocks
-            "backbone_featmap_shape": [1, widths[-1], side, side],
+            "backbone_featmap_shape": [1, widths[-1], grid, grid],
             "neck_hidden_sizes": [*widths[:2], vit.embed_dim, vit.embed_dim],
             "fusion_hidden_size": len(dpt.scratch["layer1_rn"].get_parameter("weight")),
             "backbone_config": {
@@ -216,21 +216,21 @@ def depth_params(config: Config) -> JsonObject:
     """Return the keywords of our MiDaSDepth."""
     where = "depth_estimator/config.json"
     validate_config(config, where, DEPTH_REQUIRED_VALUES)
-    size = {
+    kwargs = {
         "embed_dim": config.get("hidden_size", 768),
         "depth": config.get("num_hidden_layers", 12),
         "num_heads": config.get("num_attention_heads", 12),
-        "img_size": read_uniform(config, "image_size", where, TARGET),
+        "img_size": read_equal(config, "image_size", where, MIDAS_SIZE),
         "hooks": tuple(config.get("backbone_out_indices", (2, 5, 8, 11))[2:]),
         "features": config.get("fusion_hidden_size", 256),
     }
-    default = DEPTHS["dpt_hybrid"]
-    arch = {k: list(v) if k == "hooks" else v for k, v in size.items() if v != default[k]}
+    default = DEPTH_ARCHS["dpt_hybrid"]
+    arch = {k: list(v) if k == "hooks" else v for k, v in kwargs.items() if v != default[k]}
     return {"model_type": "dpt_hybrid"} | ({"arch": arch} if arch else {})
 
 
-def depth_processor(side: int) -> JsonObject:
-    """Resizes to the one square that diffusers' DPT takes."""
+def depth_processor_config(side: int) -> JsonObject:
+    """Return the preprocessor config: resize to the one square that diffusers' DPT takes."""
     return PROCESSOR | {
         "image_processor_type": "DPTImageProcessor",
         "size": {"height": side, "width": side},
@@ -242,7 +242,7 @@ def depth_processor(side: int) -> JsonObject:
 
 
 def is_openai_clip(config: Config, where: str) -> bool:
-    """Whether a CLIP is OpenAI's, by its activation."""
+    """Return whether a CLIP is OpenAI's, by its activation."""
     activation = config.get("hidden_act", "quick_gelu")
     if activation not in ACTIVATIONS:
         raise unknown_name("hidden_act", activation, ACTIVATIONS, where)

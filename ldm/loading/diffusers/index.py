@@ -177,7 +177,7 @@ def _encoder_configs(model: LatentDiffusion, specs: JsonMapping, kind: str) -> F
             files[f"tokenizer/{name}"] = content
     if tower is not None:
         files[IMAGE] = encoders.vision_config(tower)
-        files[PROCESSOR] = encoders.image_processor(tower.image_size)
+        files[PROCESSOR] = encoders.image_processor_config(tower.image_size)
     if image is not None:
         name = CLASSES["image_normalizer"][1]
         files[NORMALIZER] = {"_class_name": name, "embedding_dim": image.noise.width}
@@ -186,7 +186,7 @@ def _encoder_configs(model: LatentDiffusion, specs: JsonMapping, kind: str) -> F
         files[LOW_RES_NOISE] = _noise_config(specs["lowres"])
     if kind == "depth":
         files[DEPTH] = encoders.depth_config(conditioner.get(MiDaSDepth))
-        files[PROCESSOR] = encoders.depth_processor(files[DEPTH]["image_size"])
+        files[PROCESSOR] = encoders.depth_processor_config(files[DEPTH]["image_size"])
     return files
 
 

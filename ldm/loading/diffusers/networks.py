@@ -15,7 +15,7 @@ from ldm.runtime.errors import ConfigError
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "read_uniform", "unet_config", "unet_params", "vae_config", "vae_params", "validate_config",
+    "read_equal", "unet_config", "unet_params", "vae_config", "vae_params", "validate_config",
 ]  # fmt: skip
 
 Config = JsonMapping
@@ -115,12 +115,12 @@ def unet_params(config: Config) -> JsonObject:
         "attention_resolutions": [
             2**level for level, block in enumerate(downs) if block in CROSS_ATTENTION_BLOCKS
         ],
-        "num_res_blocks": read_uniform(config, "layers_per_block", where, 2),
+        "num_res_blocks": read_equal(config, "layers_per_block", where, 2),
         "channel_mult": [width // widths[0] for width in widths],
         "use_spatial_transformer": True,
         "use_linear_in_transformer": bool(config.get("use_linear_projection")),
-        "transformer_depth": read_uniform(config, "transformer_layers_per_block", where, 1),
-        "context_dim": read_uniform(config, "cross_attention_dim", where),
+        "transformer_depth": read_equal(config, "transformer_layers_per_block", where, 1),
+        "context_dim": read_equal(config, "cross_attention_dim", where),
         "use_checkpoint": True,
         "legacy": False,
         **_head_params(config, widths),
@@ -193,7 +193,7 @@ def vae_params(config: Config) -> JsonObject:
         "out_ch": config.get("out_channels", 3),
         "ch": widths[0],
         "ch_mult": [width // widths[0] for width in widths],
-        "num_res_blocks": read_uniform(config, "layers_per_block", where, 1),
+        "num_res_blocks": read_equal(config, "layers_per_block", where, 1),
         "attn_resolutions": [RESOLUTION >> i for i, b in enumerate(downs) if b.startswith("Attn")],
         "dropout": 0.0,
     }
@@ -220,7 +220,7 @@ def validate_config(
             raise ConfigError(f"{where}: `{key}: {value}` is not supported")
 
 
-def read_uniform(config: Config, key: str, where: str, default: int = 0) -> int:
+def read_equal(config: Config, key: str, where: str, default: int = 0) -> int:
     """Return a number that some versions write as a list with one for each level or side.
 
     Raises:

@@ -57,12 +57,11 @@ def open_sources(
             captioned.append(class_images)
         if data.texts:
             cache_contexts(model, captioned, **data.texts.model_dump())
-    shown = None if isinstance(images, Shards) else images
-    source = _source(samples, seed, shown)
+    source = _source(samples, seed, None if isinstance(images, Shards) else images)
     return source, None if held_out is None else _source(held_out, seed)
 
 
 def _source(
-    samples: SampleDataset | Shards, seed: int, shown: SampleDataset | None = None
+    samples: SampleDataset | Shards, seed: int, images: SampleDataset | None = None
 ) -> Source:
-    return samples if isinstance(samples, Shards) else DatasetSource(samples, seed, shown=shown)
+    return samples if isinstance(samples, Shards) else DatasetSource(samples, seed, images=images)

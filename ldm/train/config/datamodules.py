@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation")
 KINDS = ("root", "shards", "hub")
-# Arguments of the originals' data modules without meaning here, and why.
-MEANINGLESS = {
+# Ignored arguments of the originals' data modules, and why.
+IGNORED = {
     **dict.fromkeys(("test", "predict", "shuffle_test_loader"), "there is no test loop"),
     **dict.fromkeys(("wrap", "use_worker_init_fn"), "samples depend on their index only"),
     "shuffle_val_dataloader": "validation data is always read in the same order",
@@ -30,7 +30,7 @@ MEANINGLESS = {
     **dict.fromkeys(("val_num_workers", "num_val_workers"), "`num_workers` holds for both"),
     "filter_word_list": "captions are NOT filtered: leave such samples out of the shards",
 }
-MEANINGLESS_IN_DATASETS = {
+IGNORED_IN_DATASETS = {
     **dict.fromkeys(
         ("ext", "return_paths", "caption_file", "default_caption"),
         "captions are in metadata.jsonl or beside the images",
@@ -49,7 +49,7 @@ DATASETS = {  # their arguments -> our keys
 
 
 def read_data(section: JsonMapping) -> Data:
-    """Read a data section; what has no meaning here is logged.
+    """Read a data section; what is ignored is logged.
 
     Raises:
         ValueError: a key or data set is unknown, or a key is missing.
@@ -57,7 +57,7 @@ def read_data(section: JsonMapping) -> Data:
     target = section.get("target", "main.DataModuleFromConfig")
     values = (section.get("params") or {}).items()
     params = {k: v for k, v in values if v is not None and v is not False and v != {}}
-    _drop(params, MEANINGLESS, "data.params")
+    _drop(params, IGNORED, "data.params")
     if target == "ldm.data.laion.WebDataModuleFromConfig":
         params = _translate_web_module(params)
     elif target != "main.DataModuleFromConfig":
@@ -102,7 +102,7 @@ def _translate_dataset(target: object, params: JsonObject, where: str) -> JsonOb
     names = DATASETS.get(str(target))
     if names is None:
         raise _cannot_read(where, target, params.get("size", 512))
-    _drop(params, MEANINGLESS_IN_DATASETS, where)
+    _drop(params, IGNORED_IN_DATASETS, where)
     transform = _pop_transform(params, where)
     _refuse_others(params, names, where)
     return {names[key]: value for key, value in params.items()} | {"transform": transform}
@@ -160,10 +160,10 @@ def _pop_transform(params: JsonObject, where: str) -> JsonObject:
 
 
 def _drop(params: JsonObject, reasons: Mapping[str, str], where: str) -> None:
-    """Remove keys without meaning here, and log why they have none."""
+    """Remove ignored keys, and log why they are ignored."""
     for key, reason in reasons.items():
         if params.pop(key, None):
-            log.info("%s.%s: %s", where, key, reason)
+            log.info("%s.%s is ignored: %s", where, key, reason)
 
 
 def _refuse_others(params: JsonMapping, known: Iterable[str], where: str) -> None:

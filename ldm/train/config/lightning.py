@@ -1,12 +1,12 @@
-"""Translate `lightning:` in the words of Lightning 1.4 and of the original's `main.py` into ours.
+"""Translate `lightning:` from the keys of Lightning 1.4 and the original's `main.py` to ours.
 
     trainer.*                                   any argument of Lightning's Trainer
-    modelcheckpoint.params.*                    when to save, and which exports to keep
+    modelcheckpoint.params.*                    when to save, and which weights to keep
     callbacks.<name>.{target, params}           main.ImageLogger, checkpoints at fixed steps
     logger, strategy, find_unused_parameters
     model.params: scheduler_config, use_ema, ucg_training, monitor     how the model is trained
 
-Our own words pass. For everything that is ignored there is a note.
+Our own keys are kept. Each ignored key of the trainer and the callbacks gets a note.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,8 +20,8 @@ from ldm.train.config.schema import LightningTrainer, fields_of
 __all__ = ["KNOWN", "SECTIONS", "read_gpus", "section", "translate"]
 
 SECTIONS = ("modelcheckpoint", "logger", "strategy", "find_unused_parameters")
-# Arguments of Lightning's Trainer without meaning here, and why.
-MEANINGLESS = {
+# Ignored arguments of Lightning's Trainer, and why.
+IGNORED_TRAINER = {
     **dict.fromkeys(
         ("num_processes", "auto_select_gpus", "distributed_backend"),
         "--nproc, --gpus or torchrun choose the processes",
@@ -30,12 +30,11 @@ MEANINGLESS = {
         ("logger", "checkpoint_callback", "enable_checkpointing", "enable_progress_bar",
          "enable_model_summary", "progress_bar_refresh_rate", "process_position", "weights_summary",
          "default_root_dir", "weights_save_path", "flush_logs_every_n_steps", "log_gpu_memory",
-         "track_grad_norm", "profiler", "move_metrics_to_cpu"),
+         "move_metrics_to_cpu"),
         "a run always saves, logs and shows its progress, see lightning.callbacks",
     ),
     **dict.fromkeys(
-        ("limit_test_batches", "limit_predict_batches", "num_sanity_val_steps",
-         "reload_dataloaders_every_n_epochs", "multiple_trainloader_mode", "replace_sampler_ddp",
+        ("reload_dataloaders_every_n_epochs", "multiple_trainloader_mode", "replace_sampler_ddp",
          "use_distributed_sampler", "prepare_data_per_node", "overfit_batches",
          "limit_train_batches", "truncated_bptt_steps"),
         "the data is one endless sequence for all ranks",
@@ -43,8 +42,9 @@ MEANINGLESS = {
     **dict.fromkeys(
         ("auto_lr_find", "auto_scale_batch_size", "amp_backend", "amp_level", "plugins",
          "min_steps", "min_epochs", "tpu_cores", "ipus", "stochastic_weight_avg", "deterministic",
-         "detect_anomaly", "inference_mode", "barebones", "sync_batchnorm"),
-        "this trainer does not have it",
+         "detect_anomaly", "inference_mode", "barebones", "sync_batchnorm", "track_grad_norm",
+         "profiler", "num_sanity_val_steps", "limit_test_batches", "limit_predict_batches"),
+        "not supported",
     ),
     "resume_from_checkpoint": "use --resume",
 }  # fmt: skip
@@ -60,7 +60,7 @@ BUILT_IN_CALLBACKS = (
     "checkpoint_callback",
 )  # fmt: skip
 # The original's names of callbacks, by class.
-CLASSES = {
+CALLBACK_NAMES = {
     "ImageLogger": "image_logger",
     "ModelCheckpoint": "metrics_over_trainsteps_checkpoint",
     "SetupCallback": "setup_callback",
@@ -69,7 +69,7 @@ CLASSES = {
 }
 IMAGE_LOGGER = ("batch_frequency", "max_images", "increase_log_steps", "disabled",
                 "log_images_kwargs")  # fmt: skip
-MEANINGLESS_IMAGE_LOGGER = (
+IGNORED_IMAGE_LOGGER = (
     "clamp", "rescale", "log_on_batch_idx", "log_first_step", "enable_autocast", "log_all_val",
     "save_input", "log_before_first_step",
 )  # fmt: skip
@@ -78,10 +78,10 @@ SAMPLING = {"ddim_steps": "steps", "unconditional_guidance_scale": "scale", "ddi
 SAVING = {"every_n_train_steps": "save_steps", "every_n_epochs": "save_epochs",
           "period": "save_epochs", "every_n_val_epochs": "save_epochs"}  # fmt: skip
 SAVING_BEST = {"save_top_k": "best", "monitor": "monitor"}
-BEST = 3  # exports that the original keeps, if the model names a loss to monitor
-STEP_CHECKPOINTS = 10_000  # the original's default
+DEFAULT_SAVE_TOP_K = 3  # the original's, if the model names a loss to monitor
+CHECKPOINT_INTERVAL = 10_000  # steps, the original's default
 KNOWN = {
-    "trainer": (*MEANINGLESS, *fields_of(LightningTrainer)),
+    "trainer": (*IGNORED_TRAINER, *fields_of(LightningTrainer)),
     "callbacks": ("image_logger", "metrics_over_trainsteps_checkpoint", *BUILT_IN_CALLBACKS),
 }
 
@@ -90,27 +90,26 @@ Sections = dict[str, JsonObject]
 
 @dataclass
 class _Translation:
-    """Sections in our words, and notes for the user."""
+    """Sections with our keys, and notes for the user."""
 
     sections: Sections
     notes: list[str] = field(default_factory=list)
 
     def add(self, section: str, **values: Any) -> None:
-        """Set values, unless the config has them in our words."""
+        """Set values, unless the config has them under our keys."""
         for key, value in values.items():
             self.sections.setdefault(section, {}).setdefault(key, value)
 
     def ignore(self, where: str, names: Iterable[str], reason: str = "") -> None:
-        """Note that keys have no meaning here."""
-        if keys := ", ".join(names):
-            self.notes.append(f"{where}: no meaning here for {keys}{reason}")
+        """Add a note for each of the names, keys in `where`: it is ignored."""
+        self.notes += [f"{where}.{name} is ignored{reason}" for name in names]
 
 
 def translate(raw: JsonMapping) -> tuple[Sections, list[str]]:
-    """Translate a whole config into sections of `lightning:` in our words.
+    """Translate a whole config into sections of `lightning:` with our keys.
 
     Returns:
-        The sections, and notes on what was changed or has no meaning here.
+        The sections, and notes on what was changed or is ignored.
     Raises:
         ValueError: a value cannot be translated.
     """
@@ -150,69 +149,70 @@ def section(raw: JsonMapping, where: str) -> JsonMapping:
 
 
 def read_gpus(trainer: JsonMapping) -> list[int] | int | None:
-    """Read the GPUs of Lightning's Trainer: their numbers, how many, -1 = all, None = unset.
+    """Read the GPUs of Lightning's Trainer: a list of indices, a count, -1 = all, None = not set.
 
     `gpus: 0,1,` and `devices: 0,1,` name two; `gpus: 2` is any two, `gpus: 0` none.
 
     Raises:
-        ValueError: it is anything else.
+        ValueError: neither a count nor a list.
     """
     value = trainer.get("gpus", trainer.get("devices"))
     if trainer.get("accelerator") == "cpu":
         return 0
     if value is None or value == "auto":
         return None
-    words = value if isinstance(value, list) else str(value).split(",")
+    entries = value if isinstance(value, list) else str(value).split(",")
     try:
-        numbers = [int(word) for word in words if str(word).strip()]
-    except ValueError:
+        numbers = [int(entry) for entry in entries if str(entry).strip()]
+        is_list = isinstance(value, list) or len(entries) > 1
+        return numbers if is_list else numbers[0]
+    except (ValueError, IndexError):
         raise ValueError(
-            f"lightning.trainer.gpus: `{value}` should be a number of GPUs or a list as `0,1,`"
+            f"lightning.trainer.gpus: `{value}` should be a count of GPUs or a list such as `0,1,`"
         ) from None
-    is_list = isinstance(value, list) or "," in str(value)
-    return numbers if is_list else numbers[0]
 
 
 def _translate_trainer(result: _Translation) -> None:
     trainer = result.sections.get("trainer", {})
-    for key in trainer.keys() & MEANINGLESS.keys():
+    for key in trainer.keys() & IGNORED_TRAINER.keys():
         del trainer[key]
-        result.ignore("lightning.trainer", [key], f": {MEANINGLESS[key]}")
-    theirs = {key: trainer.pop(key, None) for key in fields_of(LightningTrainer)}
-    for limit in ("max_steps", "max_epochs"):
-        if trainer.get(limit) == -1:  # Lightning's "any number"
-            trainer[limit] = None
-    if theirs["fast_dev_run"]:
+        result.ignore("lightning.trainer", [key], f": {IGNORED_TRAINER[key]}")
+    arguments = {key: trainer.pop(key, None) for key in fields_of(LightningTrainer)}
+    for key in ("max_steps", "max_epochs"):
+        if trainer.get(key) == -1:  # Lightning's "any number"
+            trainer[key] = None
+    if arguments["fast_dev_run"]:
         trainer["max_steps"] = 1
-    if theirs["terminate_on_nan"]:
+    if arguments["terminate_on_nan"]:
         trainer.setdefault("nan_limit", 1)
-    if theirs["log_every_n_steps"] is not None:
-        result.add("callbacks", log_every=theirs["log_every_n_steps"])
+    if arguments["log_every_n_steps"] is not None:
+        result.add("callbacks", log_every=arguments["log_every_n_steps"])
 
     # Integers count batches, fractions are of an epoch.
-    interval, limit = theirs["val_check_interval"], theirs["limit_val_batches"]
-    if isinstance(interval, float) and interval <= 1:
+    interval, batches = arguments["val_check_interval"], arguments["limit_val_batches"]
+    if batches == 0:
+        result.add("callbacks", validate_steps=None, validate_epochs=None)
+    elif isinstance(interval, float) and interval <= 1:
         result.add("callbacks", validate_epochs=interval)
     elif interval is not None:
         accumulation = trainer.get("accumulate_grad_batches", 1)
         result.add("callbacks", validate_steps=max(1, int(interval) // accumulation))
-    elif theirs["check_val_every_n_epoch"] is not None:
-        result.add("callbacks", validate_epochs=theirs["check_val_every_n_epoch"])
-    if isinstance(limit, int) and limit > 0:
-        result.add("callbacks", validate_batches=limit)
-    elif limit == 0:
-        result.add("callbacks", validate_steps=None, validate_epochs=None)
+    elif arguments["check_val_every_n_epoch"] is not None:
+        result.add("callbacks", validate_epochs=arguments["check_val_every_n_epoch"])
+    if isinstance(batches, int) and batches > 0:
+        result.add("callbacks", validate_batches=batches)
 
 
 def _translate_callbacks(raw: JsonMapping, result: _Translation) -> None:
-    """Callbacks of the original, by its names or by the class that they target."""
+    """Translate the original's callbacks, known by their names or by the class in `target`."""
     callbacks = result.sections.get("callbacks", {})
     for key in list(callbacks):
         spec = callbacks[key] if isinstance(callbacks[key], Mapping) else {}
         target = str(spec.get("target", ""))
-        name = CLASSES.get(target.rpartition(".")[2], key)
-        if target and target.rpartition(".")[2] not in CLASSES:
-            raise unknown_name("callback", target, CLASSES, f"lightning.callbacks.{key}")
+        class_name = target.rpartition(".")[2]
+        name = CALLBACK_NAMES.get(class_name, key)
+        if target and class_name not in CALLBACK_NAMES:
+            raise unknown_name("callback", target, CALLBACK_NAMES, f"lightning.callbacks.{key}")
         if name not in KNOWN["callbacks"]:
             continue
         del callbacks[key]
@@ -228,7 +228,7 @@ def _translate_callbacks(raw: JsonMapping, result: _Translation) -> None:
 
 def _translate_image_logger(params: JsonObject, result: _Translation) -> None:
     where = "lightning.callbacks.image_logger.params"
-    known = [*IMAGE_LOGGER, *MEANINGLESS_IMAGE_LOGGER]
+    known = [*IMAGE_LOGGER, *IGNORED_IMAGE_LOGGER]
     for key in params:
         if key not in known:
             raise unknown_name("parameter of ImageLogger", key, known, where)
@@ -238,7 +238,7 @@ def _translate_image_logger(params: JsonObject, result: _Translation) -> None:
         "callbacks",
         image_minutes=None,
         images=min(images, kwargs.pop("N", images)),
-        sampling=_rename(kwargs, SAMPLING),
+        sampling=_pop_renamed(kwargs, SAMPLING),
     )
     if not params.get("disabled"):
         result.add(
@@ -246,29 +246,29 @@ def _translate_image_logger(params: JsonObject, result: _Translation) -> None:
             image_steps=params.get("batch_frequency", 750),
             image_early=params.get("increase_log_steps", True),
         )
-    ignored = [key for key in params if key in MEANINGLESS_IMAGE_LOGGER]
+    ignored = [key for key in params if key in IGNORED_IMAGE_LOGGER]
     result.ignore(where, [*ignored, *(f"log_images_kwargs.{key}" for key in kwargs)])
 
 
 def _translate_step_checkpoints(params: JsonObject, result: _Translation) -> None:
-    result.add("callbacks", export_steps=params.pop("every_n_train_steps", STEP_CHECKPOINTS))
+    result.add("callbacks", export_steps=params.pop("every_n_train_steps", CHECKPOINT_INTERVAL))
     where = "lightning.callbacks.metrics_over_trainsteps_checkpoint.params"
-    result.ignore(where, params, "; all of these checkpoints are kept")
+    result.ignore(where, params, ": all of these checkpoints are kept")
 
 
 def _translate_modelcheckpoint(params: JsonMapping, result: _Translation) -> None:
     params = {key: value for key, value in params.items() if value}
-    values = _rename(params, SAVING)
+    values = _pop_renamed(params, SAVING)
     if params.get("mode", "min") == "min":
         params.pop("mode", None)
-        values |= _rename(params, SAVING_BEST)
+        values |= _pop_renamed(params, SAVING_BEST)
     result.add("callbacks", **values)
-    reason = "; the last states are kept to resume from, and the exports with the lowest `monitor`"
+    reason = ": the last `keep` states are kept to resume from, the `best` weights by `monitor`"
     result.ignore("lightning.modelcheckpoint.params", params, reason)
 
 
-def _rename(params: JsonObject, names: Mapping[str, str]) -> JsonObject:
-    """Take parameters out under our names."""
+def _pop_renamed(params: JsonObject, names: Mapping[str, str]) -> JsonObject:
+    """Remove `names` from the parameters, and return them under our names."""
     return {new: params.pop(old) for old, new in names.items() if old in params}
 
 
@@ -292,7 +292,10 @@ def _translate_model(raw: JsonMapping, result: _Translation) -> None:
     params = section(raw, "model.params")
     if params.get("scheduler_config") is not None:
         if "decay" in result.sections.get("optimizer", {}):
-            result.notes.append("lightning.optimizer.decay replaces model.params.scheduler_config")
+            result.notes.append(
+                "lightning.optimizer.decay (of the learning rate) replaces "
+                "model.params.scheduler_config"
+            )
         else:
             result.add("optimizer", schedule=params["scheduler_config"])
     if "optimizer" in section(raw, "lightning"):
@@ -309,7 +312,7 @@ def _translate_model(raw: JsonMapping, result: _Translation) -> None:
 
 
 def _translate_monitor(raw: JsonMapping, result: _Translation) -> None:
-    """With held-out data, the original validates every epoch and keeps the three best exports."""
+    """Take over the original's defaults with held-out data: validate each epoch, keep the best."""
     data, params = section(raw, "data.params"), section(raw, "model.params")
     if not data.get("validation"):
         return
@@ -318,4 +321,4 @@ def _translate_monitor(raw: JsonMapping, result: _Translation) -> None:
         result.add("callbacks", validate_epochs=1)
     losses = str((params.get("lossconfig") or {}).get("target"))
     if params.get("monitor") and ("unet_config" in params or losses.endswith("Discriminator")):
-        result.add("callbacks", monitor=params["monitor"], best=BEST)
+        result.add("callbacks", monitor=params["monitor"], best=DEFAULT_SAVE_TOP_K)

@@ -1,7 +1,7 @@
 """Settings of a run: the `lightning:` section of a config, with what it reads of the others.
 
 `schema` has all keys. Names of Lightning 1.4 and of the original's `main.py` are translated by
-`lightning`; what has no meaning today becomes a note.
+`lightning`; each ignored key becomes a note.
 """
 
 from dataclasses import dataclass, replace
@@ -60,7 +60,7 @@ class Settings:
         raw: the whole config that they were read from.
         objective: keywords of the task.
         lora, textual_inversion: what is trained beside a frozen model, None for nothing.
-        notes: lines to tell the user: what was renamed, or has no meaning here.
+        notes: lines to tell the user: what was renamed, or is ignored.
     """
 
     raw: JsonMapping

@@ -45,7 +45,7 @@ def draw_samples(run: Run) -> list[Path]:
         sources["val"] = run.held_out
     paths = []
     for split, source in sources.items():
-        samples = source.first_samples(options.images)
+        samples = source.fixed_samples(options.images)
         if options.prompts and split == "train" and isinstance(run.model, LatentDiffusion):
             for index, one in enumerate(samples):
                 one["txt"] = options.prompts[index % len(options.prompts)]

@@ -1,4 +1,4 @@
-"""Exponential moving average (EMA) of the weights, which is sampled from and exported."""
+"""Exponential moving average (EMA) of the weights, used for sampling and export."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,8 +16,8 @@ class EMA:
 
     Args:
         decay: its final value; it warms up as (1 + n) / (10 + n) over the first updates n.
-        device: where the average is kept; None = with the weights. That of sharded weights is
-            sharded alike.
+        device: where the average is kept; None = with the weights. The average of sharded
+            weights is sharded in the same way.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class EMA:
         if not enabled:
             yield
             return
-        reshard(module)
+        reshard(module)  # FSDP may hold gathered weights after a forward pass
         parameters = dict(module.named_parameters())
         backup = {name: parameters[name].detach().clone() for name in self.shadow}
         _copy(self.shadow, parameters)

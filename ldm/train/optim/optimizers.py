@@ -1,8 +1,8 @@
 """Optimizers: AdamW in 32 or 8 bits, Adafactor, Muon.
 
-Muon (Keller Jordan 2024) orthogonalizes the update of every weight matrix; all other parameters are
-updated by AdamW (arXiv:1711.05101). After 400 steps of the demo autoencoder the loss was 0.57, with
-AdamW alone 0.81.
+Muon (Keller Jordan 2024) orthogonalizes the updates of weight matrices, except embeddings and
+narrow ones; these and all other parameters are updated by AdamW (arXiv:1711.05101). After 400
+steps of the demo autoencoder the loss was 0.57, with AdamW alone 0.81.
 """
 
 import math
@@ -20,7 +20,7 @@ from ldm.train.optim.adamw import AdamW
 __all__ = ["OPTIMIZERS", "Muon", "make_optimizer"]
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # a Newton-Schulz iteration: singular values go to about 1
-ROUNDS = 5
+NEWTON_SCHULZ_STEPS = 5
 MIN_SIDE = 16  # narrower matrices are updated by AdamW
 ADAM = ("betas", "eps", "weight_decay")
 OPTIMIZERS = {  # and their keywords
@@ -39,11 +39,10 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Make the optimizer of a module's trainable parameters.
 
-    What it keeps of a parameter p is `optimizer.state[p]`: tensors and numbers by name.
-
     Args:
         name: "adamw"; "adamw8bit", its moments in 8 bits (arXiv:2110.02861), by bitsandbytes;
-            "adafactor", whose second moments are rows and columns (arXiv:1804.04235); "muon".
+            "adafactor", its second moments factored into rows and columns (arXiv:1804.04235);
+            "muon".
         options: keywords of that optimizer.
     Raises:
         UnknownName: another name or keyword.
@@ -85,7 +84,7 @@ def _make_adamw8bit(
     optimizer: torch.optim.Optimizer = AdamW8bit(parameters, lr=lr, **options)
 
     def restore_steps(optimizer: torch.optim.Optimizer) -> None:
-        """Turn steps into integers, as bitsandbytes counts; state files have tensors."""
+        """Turn steps into integers: bitsandbytes needs those, a loaded state has tensors."""
         for state in optimizer.state.values():
             state["step"] = int(state["step"])
 
@@ -113,12 +112,9 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 1e-3,
     ) -> None:
         defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "betas": betas,
-            "weight_decay": weight_decay,
+            "lr": lr, "momentum": momentum, "betas": betas, "weight_decay": weight_decay,
             "matrix": True,
-        }
+        }  # fmt: skip
         super().__init__(params, defaults)
 
     @torch.no_grad()
@@ -132,10 +128,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """Compute about U V^T of matrix = U S V^T, (m, n), float32.
+    """Approximate U V^T of matrix = U S V^T, (m, n), float32.
 
-    Five rounds X <- p(X X^T) X. All p commute, so they are collected on the smaller side, and only
-    the first product (in float32, for small singular values) and the last touch the longer one.
+    Five steps X <- p(X X^T) X with a polynomial p. The factors p(X X^T) are multiplied first, as
+    m x m matrices (m <= n); only X X^T (in float32, for small singular values) and the last product
+    involve the long side.
     """
     a, b, c = QUINTIC
     x = matrix.float()
@@ -144,13 +141,13 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     x = x / (x.norm() + 1e-7)
     gram = x @ x.mT  # (m, m)
     identity = torch.eye(len(gram), device=x.device)
-    total = identity
-    for round_ in range(ROUNDS):
+    product = identity
+    for step in range(NEWTON_SCHULZ_STEPS):
         p = a * identity + b * gram + c * (gram @ gram)
-        total = total @ p if round_ else p
-        if round_ < ROUNDS - 1:
+        product = product @ p if step else p
+        if step < NEWTON_SCHULZ_STEPS - 1:
             gram = p @ gram @ p
-    x = (total.bfloat16() @ x.bfloat16()).float()
+    x = (product.bfloat16() @ x.bfloat16()).float()
     result: Tensor = x.mT if is_tall else x
     return result
 

@@ -140,7 +140,7 @@ def _weights(run: Run, *, ema: bool) -> dict[str, Tensor]:
 
 def _statistics_samples(run: Run) -> Iterator[Mapping[str, Tensor]]:
     """Yield samples of the data, read when the first is asked for, as an autoencoder does."""
-    yield from run.source.first_samples(STATISTICS_IMAGES)
+    yield from run.source.fixed_samples(STATISTICS_IMAGES)
 
 
 def _ema_weights(run: Run) -> dict[str, Tensor]:
