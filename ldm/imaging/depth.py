@@ -1,5 +1,6 @@
 """Depth maps in files."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.imaging.reading import load_stored
+from ldm.imaging.reading import is_coloured, load_stored
 
 __all__ = ["load_depth", "save_depth"]
+
+log = logging.getLogger(__name__)
 
 
 def load_depth(path: str | Path, *, inverted: bool = False) -> Tensor:
@@ -22,6 +25,8 @@ def load_depth(path: str | Path, *, inverted: bool = False) -> Tensor:
     """
     stored = load_stored(path)
     low, high = stored.finite_range()
+    if stored.image.mode != "F" and is_coloured(stored.image):
+        log.warning("the depth map `%s` has colours: their luminance is taken for depth", path)
     stored.log_notes()
     depth = torch.tensor(stored.luminance())[None, None]
     depth = ((depth - low) / torch.tensor(high - low).clamp(min=1e-6)).nan_to_num(0, 1, 0)

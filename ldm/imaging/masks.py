@@ -2,7 +2,7 @@
 
 What is painted in a mask file, in this order:
 
-    transparent parts, but not all  where it is opaque
+    transparent parts, but not all  where it is opaque, or white where that is black and white
     two values                      where the higher one is, whatever they are
     a palette of colours            all but the darkest
     anything else                   0 … 255 as it stands, from 128 on it is inpainted
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-from ldm.imaging.reading import StoredImage, load_stored
+from ldm.imaging.reading import StoredImage, is_coloured, load_stored
 from ldm.runtime.errors import ArgumentError
 
 __all__ = ["load_mask", "make_mask"]
@@ -92,14 +92,18 @@ def _find_painted(stored: StoredImage) -> Image.Image:
     if alpha is not None:
         opacity = np.asarray(alpha)
         if opacity.min() < min(PAINTED, opacity.max()):
+            values = np.asarray(stored.to_grey())
+            if _is_black_and_white(values[opacity >= PAINTED]):
+                return Image.fromarray(np.where(opacity >= PAINTED, values, 0).astype(np.uint8))
             stored = StoredImage(stored.name, alpha)
     values, (low, high) = stored.luminance(), stored.finite_range()
     has_two_values = low < high and np.isin(values[np.isfinite(values)], (low, high)).all()
-    if has_two_values or (stored.image.mode in ("P", "PA") and _is_coloured(stored.image)):
+    if has_two_values or (stored.image.mode in ("P", "PA") and is_coloured(stored.image)):
         return Image.fromarray((values > low).astype(np.uint8) * 255)
     return stored.to_grey()
 
 
-def _is_coloured(image: Image.Image) -> bool:
-    pixels = np.asarray(image.convert("RGB"))
-    return bool((pixels != pixels[..., :1]).any())
+def _is_black_and_white(values: np.ndarray) -> bool:
+    """Whether 8-bit values are near to both ends, but for soft edges."""
+    black, white = (values < 26).sum(), (values > 229).sum()
+    return bool(black and white and black + white > 0.9 * values.size)

@@ -34,6 +34,7 @@ __all__ = [
     "decode_image",
     "decode_stored",
     "flatten_on_white",
+    "is_coloured",
     "load_image",
     "load_stored",
     "open_image",
@@ -64,8 +65,17 @@ CONTENTS = {  # of other files that are given as images, by what they begin with
     "a document, not an image": (b"%pdf", b"%!ps"),
     "a HEIC image: convert it to PNG": (b"ftypheic", b"ftypheix", b"ftypmif1"),
     "a JPEG XL image: convert it to PNG": (b"\xff\x0a", b"jxl \r\n"),
+    "a raw photo: convert it to PNG": (b"\x10\0\0\0cr\2\0", b"fujifilmccd-raw", b"ftypcrx"),
     "a TIFF of an unusual kind: convert it to PNG": (b"ii*\0", b"mm\0*"),
+    "an OpenEXR image: convert it to PNG": (b"v/1\1",),
+    "a Radiance HDR image: convert it to PNG": (b"#?radiance", b"#?rgbe"),
+    "a project of GIMP: export it as PNG": (b"gimp xcf",),
+    "a NumPy array: save it as PNG or TIFF": (b"\x93numpy",),
+    "an archive, or a project of Krita: export it as PNG": (b"pk\3\4",),
+    "a video, not an image": (b"ftypisom", b"ftypmp4", b"ftypqt", b"\x1aE\xdf\xa3".lower()),
+    "a Git LFS pointer, not the file itself": (b"version https://git-lfs",),
 }
+SRGB_GAMMA = 0.45455  # of the chunk gAMA in a PNG
 # By Pillow's raw mode: from the colour key of a PNG, which it leaves as stored, to that of 8 bits.
 KEY_SCALES = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 
@@ -139,6 +149,8 @@ class StoredImage:
                 rgb = _apply_profile(image, rgb, profile)
             except (ImageCms.PyCMSError, OSError, ValueError, TypeError, ImportError):
                 self._note("has a colour profile that is damaged or does not fit, ignored")
+        elif "srgb" not in self.image.info:
+            rgb = _apply_gamma(rgb, self.image.info.get("gamma", SRGB_GAMMA))
         alpha = self.alpha()
         if alpha is not None:
             rgb.putalpha(alpha)
@@ -191,7 +203,11 @@ def decode_stored(data: bytes, name: str | Path) -> StoredImage:
         if file.format not in ("PSD", "MPO") and getattr(file, "is_animated", False):
             notes.append("is animated or has several pages, the first is used")
         _scale_colour_key(file)
+        if file.format == "TIFF" and _is_wide_planar(file):
+            raise UnidentifiedImageError
         image = ImageOps.exif_transpose(file)
+        if file.format in ("BMP", "DIB", "TGA") and image.mode == "RGBA" and _is_clear(image):
+            image = image.convert("RGB")  # these programs leave the fourth channel at 0
         if image.mode[0] not in "IF":
             return StoredImage(name, image, notes=notes)
         values, white = _read_values(file, image)
@@ -246,6 +262,12 @@ def flatten_on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
+def is_coloured(image: Image.Image) -> bool:
+    """Return whether any pixel is not grey."""
+    pixels = np.asarray(image.convert("RGB"))
+    return bool((pixels != pixels[..., :1]).any())
+
+
 def _find(path: str | Path) -> Path:
     path = Path(path).expanduser()
     if not path.is_file():
@@ -258,6 +280,16 @@ def _describe_content(source: Path | BytesIO) -> str:
     start = data[:512].lower()
     kinds = (kind for kind, marks in CONTENTS.items() if any(mark in start for mark in marks))
     return next(kinds, "something else, not an image") if start else "an empty file, not an image"
+
+
+def _is_wide_planar(file: ImageFile.ImageFile) -> bool:
+    """Whether each colour has a plane of more than 8 bits, which Pillow reads as 8 bits."""
+    tags = getattr(file, "tag_v2", {})
+    return tags.get(284) == 2 and max(tags.get(258, (8,))) > 8
+
+
+def _is_clear(image: Image.Image) -> bool:
+    return image.getchannel("A").getextrema() == (0, 0)
 
 
 def _scale_colour_key(file: ImageFile.ImageFile) -> None:
@@ -318,6 +350,15 @@ def _apply_profile(image: Image.Image, rgb: Image.Image, profile: bytes) -> Imag
     elif space != "RGB " or image.mode == "CMYK":
         raise ValueError("a profile of another colour space")
     return rgb.convert("RGB") if transform is None else transform.apply(rgb)
+
+
+def _apply_gamma(rgb: Image.Image, gamma: float) -> Image.Image:
+    """Convert to sRGB from values that are the light to the power of `gamma`, as PNGs have it."""
+    if not 0 < gamma < 10 or abs(gamma / SRGB_GAMMA - 1) < 0.05:
+        return rgb
+    light = (np.arange(256) / 255) ** (1 / gamma)
+    levels = np.where(light < 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    return rgb.point((levels * 255).round().astype(int).tolist() * 3)
 
 
 @lru_cache(maxsize=16)

@@ -103,15 +103,16 @@ def test_transparent_parts_and_masks_by_file_are_the_same(run, tmp_path, photo):
 
 
 def test_a_folder_of_pairs_is_painted(run, tmp_path, photo):
-    for name in ("one", "two", "three"):
-        Image.open(photo).save(tmp_path / f"{name}.png")
-        Image.new("L", (60, 70), 255).save(tmp_path / f"{name}_mask.png")
+    for image, mask in (("one.png", "one_mask.png"), ("two.JPG", "two_mask.png"),
+                        ("three.webp", "three_mask.bmp")):  # fmt: skip
+        Image.open(photo).convert("RGB").save(tmp_path / image)
+        Image.new("L", (60, 70), 255).save(tmp_path / mask)
     status, out, _ = run("inpaint", "inpaint", "--indir", tmp_path, "--n_samples", "2")
     names = ["one.png", "one-1.png", "three.png", "three-1.png", "two.png", "two-1.png"]
     assert (status, out) == (0, [str(tmp_path / "out" / name) for name in names])
     assert run("inpaint", "inpaint", "--indir", tmp_path / "out")[0] == 1
-    (tmp_path / "two.png").unlink()
-    assert "two.png` for the mask" in run("inpaint", "inpaint", "--indir", tmp_path)[2]
+    (tmp_path / "two.JPG").unlink()
+    assert "no image `two` for the mask" in run("inpaint", "inpaint", "--indir", tmp_path)[2]
 
 
 def test_a_folder_of_images_is_changed(run, tmp_path, photo):

@@ -26,10 +26,21 @@ def write_cut(path):
 
 
 HUGE = png(40000, 25000, 8, 2, b"")  # 10^9 pixels
+# Three planes of 16 bits, which Pillow would read as 8 bits.
+PLANES = struct.pack(
+    "<2sHIH" + "HHII" * 10 + "I12x",
+    b"II", 42, 8, 10,
+    *(256, 4, 1, 1, 257, 4, 1, 1, 258, 3, 3, 134, 259, 4, 1, 1, 262, 4, 1, 2, 273, 4, 3, 134),
+    *(277, 4, 1, 3, 278, 4, 1, 1, 279, 4, 3, 134, 284, 4, 1, 2),
+    0,
+)  # fmt: skip
 REFUSED = {  # name: (what writes the file, message)
     "empty": (lambda path: path.write_bytes(b""), "an empty file"),
     "page": (lambda path: path.write_text("<!DOCTYPE html><html>no</html>"), "a web page"),
     "heic": (lambda path: path.write_bytes(b"\0\0\0\x18ftypheic"), "is a HEIC image: convert it"),
+    "pointer": (lambda path: path.write_text("version https://git-lfs"), "is a Git LFS pointer"),
+    "video": (lambda path: path.write_bytes(b"\0\0\0\x18ftypmp42"), "is a video, not an image"),
+    "planes": (lambda path: path.write_bytes(PLANES), "is a TIFF of an unusual kind: convert it"),
     "text": (lambda path: path.write_text("hello"), "not an image"),
     "cut": (write_cut, "is damaged: "),
     "head": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n"), "x.png` is "),

@@ -34,6 +34,8 @@ def painted(colour, background="black"):
 
 NEARLY_OPAQUE = painted("white").convert("RGBA")
 NEARLY_OPAQUE.putpixel((0, 0), (0, 0, 0, 254))
+ROUNDED = painted("white").convert("RGBA")  # transparent at a corner
+ROUNDED.putpixel((0, 0), (255, 255, 255, 0))
 BORDERED = SHAPE.astype(int)
 BORDERED[10, 10:30] = 2  # a second class within the shape
 FLOATS = np.where(SHAPE, np.float32(0.003), np.float32(0))
@@ -58,6 +60,7 @@ FLOATS[0, 0] = np.nan
         (layer("red", 90), "webp"),
         (layer("white", 255).convert("LA"), "png"),
         (NEARLY_OPAQUE, "png"),
+        (ROUNDED, "png"),
         (palette((0, 0, 0), (128, 0, 0)), "png"),
         (palette((0, 0, 0), (0, 0, 128)), "gif"),
         (palette((255, 255, 255), (0, 0, 0), levels=~SHAPE), "png"),
@@ -161,6 +164,12 @@ def test_a_depth_map_of_any_depth_spans_zero_to_one(tmp_path, image, ending):
     image.save(tmp_path / f"x.{ending}")
     expected = torch.from_numpy(STEPS / 4095).float()[None, None]
     torch.testing.assert_close(load_depth(tmp_path / f"x.{ending}"), expected, rtol=0, atol=1e-4)
+
+
+def test_a_depth_map_with_colours_is_named(tmp_path, caplog):
+    painted("red").save(tmp_path / "x.png")
+    assert (load_depth(tmp_path / "x.png")[0, 0].numpy() == SHAPE).all()
+    assert "x.png` has colours: their luminance is taken for depth" in caplog.text
 
 
 def test_values_that_are_not_finite_stay_out_of_the_range(tmp_path, caplog):

@@ -179,6 +179,22 @@ def test_colours_are_converted_to_srgb_as_lcms_does(mode, profile, ending):
     assert (read(data) == np.asarray(expected)).all()
 
 
+def test_the_gamma_of_a_png_is_applied_unless_it_is_that_of_srgb():
+    rows = b"".join(b"\0" + row.tobytes() for row in RAMP)
+    linear, plain = (
+        read(png(40, 30, 8, 0, rows, (b"gAMA", struct.pack(">I", gamma))))
+        for gamma in (100000, 45455)
+    )
+    light = np.where(linear < 11, linear / 255 / 12.92, ((linear / 255 + 0.055) / 1.055) ** 2.4)
+    assert abs(light * 255 - RAMP[..., None]).max() < 1.2  # rounding of white: 0.5 * 2.27
+    assert (plain == RAMP[..., None]).all()
+
+
+def test_a_bitmap_whose_fourth_channel_is_unused_is_opaque():
+    data = save(Image.merge("RGBA", [*[GREY] * 3, Image.new("L", GREY.size)]), "tga")
+    assert (read(data) == RAMP[..., None]).all()
+
+
 def test_a_profile_of_srgb_changes_nothing():
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     data = save(Image.fromarray(pixels), "png", icc_profile=SRGB)

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from ldm.model import LatentDiffusion
     from ldm.pipelines.common import TaskOptions
 
-__all__ = ["FolderInputs", "ImageInputs", "PreparedImageTask", "PreparedTask", "Task", "fit_image"]
+__all__ = [
+    "FolderInputs", "ImageInputs", "PreparedImageTask", "PreparedTask", "Task", "fit_image",
+    "list_images",
+]  # fmt: skip
 
 
 class PreparedTask:
@@ -130,6 +133,21 @@ class ImageInputs(Inputs):
     # fmt: on
 
 
+def list_images(folder: Path) -> list[Path]:
+    """Return the image files in a folder, by name.
+
+    Raises:
+        MissingFile: there are none.
+    """
+    from ldm.imaging.reading import IMAGE_SUFFIXES
+
+    files = (path for path in folder.glob("[!.]*") if path.is_file())
+    paths = sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise MissingFile(f"no images in `{folder}`", "indir")
+    return paths
+
+
 @dataclass(frozen=True)
 class FolderInputs(ImageInputs):
     """An input image, or a folder of them."""
@@ -152,12 +170,7 @@ class FolderInputs(ImageInputs):
 
     def in_folder(self, folder: Path) -> list["FolderInputs"]:
         """Return the inputs of all images of the folder."""
-        from ldm.imaging.reading import IMAGE_SUFFIXES
-
-        paths = sorted(p for p in folder.glob("[!.]*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        if not paths:
-            raise MissingFile(f"no images in `{folder}`", "indir")
-        return [replace(self, init_img=str(path)) for path in paths]
+        return [replace(self, init_img=str(path)) for path in list_images(folder)]
 
     @property
     def is_folder(self) -> bool:

@@ -1,12 +1,19 @@
 """Inpainting."""
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.generate.options import option, parse_box, parse_fraction, parse_natural, parse_number
 from ldm.generate.request import Request
-from ldm.generate.tasks.base import FolderInputs, PreparedImageTask, Task, fit_image
+from ldm.generate.tasks.base import (
+    FolderInputs,
+    PreparedImageTask,
+    Task,
+    fit_image,
+    list_images,
+)
 from ldm.runtime.errors import MissingFile
 
 if TYPE_CHECKING:
@@ -16,7 +23,9 @@ if TYPE_CHECKING:
     from ldm.model import LatentDiffusion
     from ldm.pipelines.common import TaskOptions
 
-MASK_SUFFIX = "_mask.png"
+log = logging.getLogger(__name__)
+
+MASK = "_mask"  # at the end of a mask's name
 
 
 @dataclass(frozen=True)
@@ -38,19 +47,24 @@ class InpaintInputs(FolderInputs):
     no_composite: bool = option(False, "--no-composite",
         help="do not paste the unmasked pixels of the image back over the decoded ones")
     indir: str | None = option(None, "--indir", metavar="DIR",
-        help="all pairs X.png and X_mask.png of a folder, each to OUTDIR/X.png")
+        help="all pairs X.png and X_mask.png of a folder (or X.jpg …), each to OUTDIR/X.png")
     # fmt: on
 
     def in_folder(self, folder: Path) -> list[FolderInputs]:
-        pairs: list[FolderInputs] = []
-        for mask in sorted(folder.glob(f"*{MASK_SUFFIX}")):
-            image = mask.with_name(mask.name.removesuffix(MASK_SUFFIX) + ".png")
-            if not image.is_file():
-                raise MissingFile(f"no image `{image}` for the mask `{mask}`", "indir")
-            pairs.append(replace(self, init_img=str(image), mask=str(mask)))
-        if not pairs:
-            raise MissingFile(f"no pairs X.png and X_mask.png in `{folder}`", "indir")
-        return pairs
+        paths = list_images(folder)
+        masks = {path.stem.removesuffix(MASK): path for path in paths if path.stem.endswith(MASK)}
+        images = [path for path in paths if not path.stem.endswith(MASK)]
+        for stem in masks.keys() - {image.stem for image in images}:
+            raise MissingFile(f"no image `{stem}` for the mask `{masks[stem]}`", "indir")
+        if not masks:
+            raise MissingFile(f"no pairs X.png and X{MASK}.png in `{folder}`", "indir")
+        if alone := [image.name for image in images if image.stem not in masks]:
+            log.warning("`%s`: left out %d images without mask: %s …", folder, len(alone), alone[0])
+        return [
+            replace(self, init_img=str(image), mask=str(masks[image.stem]))
+            for image in images
+            if image.stem in masks
+        ]
 
 
 class Inpaint(PreparedImageTask):
