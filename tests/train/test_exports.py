@@ -114,9 +114,18 @@ def test_an_export_has_raw_or_ema_weights_or_both(run: Run, tmp_path: Path, weig
         assert file.state["alphas_cumprod"].dtype == torch.float32
 
 
-def test_an_export_in_half_precision_keeps_numbers_whole(run: Run, tmp_path: Path) -> None:
+def test_an_export_in_half_precision_keeps_what_is_too_large(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bias = run.model.get_parameter("unet.out.0.bias")
+    value = bias.data[0].clone()
+    bias.data[0] = 1e6
     (path,) = export(change(run, weights="both", dtype="half"), tmp_path / "last")
+    bias.data[0] = value
     file = read_checkpoint(path)
+    assert float(file.state["model.diffusion_model.out.0.bias"][0]) == 1e6
+    assert "1 tensors stay in float32" in caplog.text
+    assert "half precision: `model.diffusion_model.out.0.bias`" in caplog.text
     assert file.state["model.diffusion_model.out.2.weight"].dtype == torch.float16
     assert file.ema_state["model_ema.decay"].dtype == torch.float32
 

@@ -11,6 +11,7 @@ are written in the formats of `Adaptation.write`.
 """
 
 import json
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -20,16 +21,19 @@ import torch
 from torch import Tensor
 
 from ldm.loading.families import zero_snr_markers
-from ldm.loading.files.checkpoint import EMBEDDED, ema_name, write_checkpoint
+from ldm.loading.files.checkpoint import EMBEDDED, cast_weight, ema_name, write_checkpoint
 from ldm.loading.files.clip_statistics import clip_statistics_tensors
 from ldm.loading.weight_names import original_name, restore_names
 from ldm.model import LatentDiffusion
+from ldm.runtime.errors import ArgumentError
 from ldm.runtime.version import __version__
 from ldm.train.distributed.parallel import gather
 from ldm.train.run import Run
 from ldm.train.tasks.adaptation import Adaptation
 
 __all__ = ["export", "export_best", "export_step"]
+
+log = logging.getLogger(__name__)
 
 DEFAULT_MONITOR = "val/loss_ema"
 # Metadata key of the config of a LoRA or embedding: EMBEDDED would make it a whole model.
@@ -63,6 +67,11 @@ def export(run: Run, stem: Path | None = None) -> list[Path]:
         state |= _ema_weights(run)
     if not run.ranks.is_first:
         return []
+    wide = [name for name, value in state.items() if value.dtype == torch.float32 and value.ndim]
+    if wide and options.dtype == "half":
+        names = ", ".join(f"`{name}`" for name in wide[:3])
+        message = "%d tensors stay in float32, their numbers are too large for half precision: %s"
+        log.warning(message, len(wide), names)
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in options.export]
     for path in paths:
         write_checkpoint(path, state | _tables(run, state), _metadata(run))
@@ -131,11 +140,19 @@ def _weights(run: Run, *, ema: bool) -> dict[str, Tensor]:
     with run.state.ema.apply_to(run.task.trainable, enabled=ema):
         weights = gather(run.task.weights_to_export(images), keep=run.ranks.is_first)
         return {
-            name: value.to(
-                "cpu", dtype if value.is_floating_point() and value.ndim else None, copy=True
-            )
+            name: _cast(name, value, dtype).to("cpu", copy=True)
             for name, value in restore_names(weights).items()
         }
+
+
+def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast a weight, unless it is a number by itself or holds some that are too large."""
+    if not (value.is_floating_point() and value.ndim):
+        return value
+    try:
+        return cast_weight(name, value, dtype)
+    except ArgumentError:
+        return value
 
 
 def _statistics_samples(run: Run) -> Iterator[Mapping[str, Tensor]]:
