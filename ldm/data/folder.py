@@ -1,8 +1,10 @@
 """A folder of images and their captions.
 
 DIR/metadata.jsonl        {"file_name": "images/0001.png", "text": "a red apple", …}
-DIR/metadata.csv          file_name,text,…
-DIR/0001.png, 0001.txt    without metadata: every image, with the .txt or .caption beside it
+DIR/metadata.csv          file_name,text,…            (also with semicolons or tabs)
+DIR/train/metadata.jsonl  the same for a folder in it
+DIR/0001.png, 0001.txt    without metadata: every image, with the .txt or .caption beside it, or
+                          the `text` or `caption` of the .json
 DIR/10_sks dog/0001.png   a folder of kohya's scripts: ten times in an epoch; without a text
                           beside it, the caption is the name of the folder
 """
@@ -28,7 +30,8 @@ __all__ = ["Folder", "is_hidden", "read_metadata"]
 
 log = logging.getLogger(__name__)
 
-CAPTION_SUFFIXES = (".txt", ".caption")
+METADATA = ("metadata.jsonl", "metadata.json", "metadata.csv")  # the first one counts
+CAPTION_SUFFIXES = (".txt", ".caption", ".json")
 CACHED = 2**28  # bytes of files that are kept in memory
 
 
@@ -62,7 +65,13 @@ class Folder(ImageDataset):
         # Where all have one caption, nobody needs the files that were damaged.
         self.damaged = {} if "text" in (fields or {}) else damaged  # reasons by name of the image
         rows = [row for row in rows if all(row.get(key) == v for key, v in conditions.items())]
-        captioned = ({**row, "text": row[text]} if text in row else row for row in rows)
+        if text != "text" and not any(text in row for row in rows):
+            raise ArgumentError(f"`{root}`: no image has a `{text}`")
+        fields_of_captions = (text if text in row else "caption" for row in rows)
+        captioned = (
+            {**row, "text": row[field]} if field in row else row
+            for row, field in zip(rows, fields_of_captions, strict=True)
+        )
         self.rows = [
             {**row, **(fields or {})} for row in captioned for _ in range(row.get("repeats", 1))
         ]
@@ -70,7 +79,7 @@ class Folder(ImageDataset):
             captions_of(row)
         if not self.rows:
             only = ", ".join(f"{key} `{value}`" for key, value in conditions.items())
-            raise ArgumentError(f"`{root}` has no images with {only}")
+            raise ArgumentError(f"`{root}` has no images" + (f" with {only}" if only else ""))
         self._files: dict[str, bytes] = {}  # small data sets are read from disk only once
         self._free = CACHED
         self._assign_groups()
@@ -122,12 +131,10 @@ def _read(root: Path) -> tuple[list[JsonObject], dict[str, str]]:
     """Read the rows, and the reasons why captions of some cannot be read, by `file_name`."""
     if not root.is_dir():
         raise MissingFile(f"there is no folder `{root}`")
-    rows: list[JsonObject]
     damaged: dict[str, str] = {}
-    if (root / "metadata.jsonl").exists():
-        rows = list(_json_rows(root / "metadata.jsonl"))
-    elif (root / "metadata.csv").exists():
-        rows = list(csv.DictReader(StringIO(read_text(root / "metadata.csv"))))
+    files = {path.name.lower(): path for path in root.iterdir() if path.is_file()}
+    if table := next((files[name] for name in METADATA if name in files), None):
+        rows = list(_table_rows(table))
     else:
         rows = list(_list_images(root, damaged))
         if not rows:
@@ -143,7 +150,8 @@ def _read(root: Path) -> tuple[list[JsonObject], dict[str, str]]:
 def _check_row(row: JsonObject, root: Path) -> None:
     name, repeats = row.get("file_name"), row.get("repeats") or 0
     if not name or not isinstance(name, str):
-        raise ValueError("has no `file_name`")
+        names = ", ".join(f"`{key}`" for key in row if key != "file_name")
+        raise ValueError(f"has no `file_name`, only {names}")
     if "\\" in name and not (root / name).exists():  # written on Windows
         row["file_name"] = name.replace("\\", "/")
     if row.get("repeats") in (None, ""):
@@ -152,6 +160,24 @@ def _check_row(row: JsonObject, root: Path) -> None:
         row["repeats"] = int(float(repeats))
     else:
         raise ValueError(f"has `repeats` {repeats}, which is not a count")
+
+
+def _table_rows(path: Path) -> Iterator[JsonObject]:
+    return _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
+
+
+def _csv_rows(path: Path) -> Iterator[JsonObject]:
+    """Read rows; a spreadsheet separates them as its country does."""
+    text = read_text(path)
+    header = text.partition("\n")[0]
+    delimiter = max(",;\t", key=header.count)
+    table = csv.DictReader(StringIO(text), delimiter=delimiter, skipinitialspace=True)
+    table.fieldnames = [name.strip() for name in table.fieldnames or ()]
+    for row in table:
+        if None in row:
+            message = f"more fields than the first line, quote texts with `{delimiter}`"
+            raise FileFormatError(f"`{path}`, line {table.line_num}: {message}")
+        yield row
 
 
 def _json_rows(path: Path) -> Iterator[JsonObject]:
@@ -177,33 +203,59 @@ def _list_images(root: Path, damaged: dict[str, str]) -> Iterator[JsonObject]:
         damaged: the reasons why captions cannot be read are added to it, by `file_name`.
     """
     images: list[Path] = []
+    tables: dict[Path, Path] = {}
     captions: dict[tuple[Path, str], Path] = {}
     left_out: Counter[str] = Counter()
     for path in _walk(root, left_out):
         suffix = path.suffix.lower()
-        if suffix in IMAGE_SUFFIXES:
+        if path.name.lower() in METADATA:
+            tables.setdefault(path.parent, path)
+        elif suffix in IMAGE_SUFFIXES:
             images.append(path)
         elif suffix in CAPTION_SUFFIXES:
             captions[path.with_suffix(""), suffix] = path
         else:
             left_out[suffix or path.name] += 1
+    for folder, table in tables.items():
+        for line in _table_rows(table):
+            if isinstance(line.get("file_name"), str):
+                line["file_name"] = f"{folder.relative_to(root).as_posix()}/{line['file_name']}"
+            yield line
     used = set()
-    for path in sorted(images):
+    for path in sorted(path for path in images if tables.keys().isdisjoint(path.parents)):
         row: JsonObject = {"file_name": path.relative_to(root).as_posix()}
         kohya = re.fullmatch(r"(\d+)_(.+)", path.parent.name) if path.parent != root else None
         if kohya:
             row |= {"repeats": int(kohya[1]), "text": kohya[2]}
-        keys = [(path.with_suffix(""), suffix) for suffix in CAPTION_SUFFIXES]
+        stems = (path.with_suffix(""), path)  # a.txt or a.png.txt
+        keys = [(stem, suffix) for suffix in CAPTION_SUFFIXES for stem in stems]
         used.update(keys)
-        if file := next((captions[key] for key in keys if key in captions), None):
+        if files := [captions[key] for key in keys if key in captions]:
             try:
-                row["text"] = read_text(file).strip()
+                text = _read_caption(files[0])
+                left_out[".json"] += text is None
+                row |= {} if text is None else {"text": text}
             except (OSError, ValueError) as error:
                 damaged[row["file_name"]] = str(error)
+            texts = [file for file in files if file.suffix.lower() != ".json"]
+            left_out["captions of images that have another"] += len(texts[1:])
         yield row
-    left_out["captions without image"] = len(captions.keys() - used)
+    for _, suffix in captions.keys() - used:
+        left_out[suffix if suffix == ".json" else "captions without image"] += 1
     if names := ", ".join(f"{n} {name}" for name, n in left_out.most_common() if n):
         log.warning("`%s`: left out %s", root, names)
+
+
+def _read_caption(path: Path) -> str | list[str] | None:
+    """Read the caption in a file; None if it is a .json without one."""
+    text = read_text(path)
+    if path.suffix.lower() != ".json":
+        return text.strip()
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise FileFormatError(f"`{path}`: {error}") from None
+    return (fields.get("text") or fields.get("caption")) if isinstance(fields, dict) else None
 
 
 def _walk(root: Path, left_out: Counter[str]) -> Iterator[Path]:

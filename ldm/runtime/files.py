@@ -39,7 +39,7 @@ def find_file(path: str | Path) -> Path:
 
 
 def read_text(path: str | Path) -> str:
-    """Read a text of the user's: UTF-8 with or without a byte order mark, or UTF-16 with one.
+    """Read a text of the user's: UTF-8 with or without byte order marks, or UTF-16 with one.
 
     Raises:
         FileFormatError: it is neither; the message has file and line.
@@ -62,7 +62,7 @@ def decode_text(content: bytes, name: str | Path) -> str:
         text = error.object[: error.start].decode(encoding)
         wrong = len(text)
     if wrong < 0:
-        return io.StringIO(text, newline=None).read()
+        return io.StringIO(text.replace("\ufeff", ""), newline=None).read()
     line = text.count("\n", 0, wrong) + 1
     message = "neither UTF-8 nor UTF-16 with a byte order mark: save it as UTF-8"
     raise FileFormatError(f"{name}:{line}: {message}")

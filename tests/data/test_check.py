@@ -33,7 +33,7 @@ def photos(tmp_path):
 def test_everything_is_counted(photos, capsys):
     assert main([str(photos), "--size", "256", "--list", str(photos / "broken.txt")]) == 1
     out = capsys.readouterr().out
-    assert "5 images can be read, 8 are broken" in out
+    assert "5 images can be read, 10 are broken" in out
     assert "`huge.png` has more than 100000000 pixels" in out
     assert "words.txt:1: neither UTF-8 nor UTF-16" in out
     assert "1 images are copies of others" in out

@@ -55,6 +55,8 @@ def test_a_folder_without_metadata_is_refused(tmp_path):
         ("metadata.csv", b"file_name,text\na.png,caf\xe9", r"metadata\.csv:2: neither UTF-8"),
         ("metadata.csv", b"file_name,repeats\na.png,often", "row 1 .* `repeats` often, which is"),
         ("metadata.jsonl", b'{"file_name": "a.png", "repeats": -1}', "`repeats` -1, which is not"),
+        ("metadata.jsonl", b'{"image": "a.png", "text": "b"}', "`file_name`, only `image`, `text`"),
+        ("metadata.csv", b"file_name,text\na.png,b, c\n", r"csv`, line 2: more fields than the fi"),
     ],
 )
 def test_metadata_that_cannot_be_read_is_named(name, content, message, tmp_path):
@@ -75,7 +77,11 @@ def test_metadata_that_cannot_be_read_is_named(name, content, message, tmp_path)
         ("jsonl", '{"file_name": "b/a.png", "text": ["one"], "repeats": 1.0}'),
         ("jsonl", '{"file_name": "b/a.png", "text": [null, "one", ""], "repeats": "1"}'),
         ("jsonl", '{"file_name": "b\\\\a.png", "text": "one"}'),
-        ("csv", "file_name,text,repeats\nb/a.png,one,\n"),
+        ("jsonl", '{"file_name": "b/a.png", "caption": "one"}'),
+        ("json", '[{"file_name": "b/a.png", "text": "one"}]'),
+        ("CSV", "file_name,text,repeats\nb/a.png,one,\n"),
+        ("csv", "file_name; text; repeats\nb/a.png; one; 1\n"),
+        ("csv", "file_name\ttext\n\nb/a.png\tone\n"),
     ],
 )
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
@@ -107,6 +113,8 @@ def test_any_field_of_a_csv_may_be_the_caption(tmp_path):
     draw(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_text("file_name,prompt\na.png,one\n", "utf-8-sig")
     assert Folder(root=tmp_path, transform=PHOTO, text="prompt")[0, 0]["txt"] == "one"
+    with pytest.raises(ValueError, match="no image has a `promt`"):
+        Folder(root=tmp_path, transform=PHOTO, text="promt")
 
 
 def test_captions_lie_beside_the_images(tmp_path):
@@ -115,9 +123,23 @@ def test_captions_lie_beside_the_images(tmp_path):
     draw(tmp_path / "c.webp")
     draw(tmp_path / "d.PNG", text="three", suffix=".TXT")
     draw(tmp_path / "e.JFIF", text="four", suffix=".Caption")
+    draw(tmp_path / "f.png", text='{"width": 8, "caption": "five"}', suffix=".json")
+    draw(tmp_path / "g.png", text="six", suffix=".png.txt")
+    draw(tmp_path / "h.png", text="seven")
+    draw(tmp_path / "h.png", text='{"text": "eight"}', suffix=".json")
     rows = [(row["file_name"], row.get("text")) for row in read_metadata(tmp_path)]
     assert rows == [("a.png", "one"), ("b/b.jpg", "two"), ("c.webp", None), ("d.PNG", "three"),
-                    ("e.JFIF", "four")]  # fmt: skip
+                    ("e.JFIF", "four"), ("f.png", "five"), ("g.png", "six"),
+                    ("h.png", "seven")]  # fmt: skip
+
+
+def test_a_folder_in_the_folder_may_have_metadata_of_its_own(tmp_path):
+    for name in ("train/a.png", "train/b.png", "c.png"):
+        draw(tmp_path / name)
+    row = '{"file_name": "a.png", "text": "one"}'
+    (tmp_path / "train" / "metadata.jsonl").write_text(row)
+    rows = read_metadata(tmp_path)
+    assert rows == [{"file_name": "train/a.png", "text": "one"}, {"file_name": "c.png"}]
 
 
 def test_all_images_are_seen_and_what_is_left_out_is_said(tmp_path, caplog):
@@ -126,11 +148,11 @@ def test_all_images_are_seen_and_what_is_left_out_is_said(tmp_path, caplog):
               "@eaDir/0.png/3.jpg", "._0.png"]  # fmt: skip
     for name in names + hidden:
         draw(tmp_path / name)
-    for name in ("a.heic", "b.HEIC", "c.mp4", "lonely.txt", "Makefile"):
+    for name in ("a.heic", "b.HEIC", "c.mp4", "lonely.txt", "Makefile", "0.txt", "0.caption"):
         (tmp_path / name).touch()
     assert [row["file_name"] for row in read_metadata(tmp_path)] == names
-    message = "left out 4 hidden folders, 2 .heic, 1 Makefile, 1 .mp4, 1 captions without image"
-    assert message in caplog.text
+    message = "left out 4 hidden folders, 2 .heic, 1 Makefile, 1 .mp4, 1 captions of images that"
+    assert f"{message} have another, 1 captions without image" in caplog.text
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need a privilege")

@@ -39,7 +39,6 @@ REFUSED = {  # name: (what writes the file, message)
     "page": (lambda path: path.write_text("<!DOCTYPE html><html>no</html>"), "a web page"),
     "heic": (lambda path: path.write_bytes(b"\0\0\0\x18ftypheic"), "is a HEIC image: convert it"),
     "pointer": (lambda path: path.write_text("version https://git-lfs"), "is a Git LFS pointer"),
-    "video": (lambda path: path.write_bytes(b"\0\0\0\x18ftypmp42"), "is a video, not an image"),
     "planes": (lambda path: path.write_bytes(PLANES), "is a TIFF of an unusual kind: convert it"),
     "text": (lambda path: path.write_text("hello"), "not an image"),
     "cut": (write_cut, "is damaged: "),

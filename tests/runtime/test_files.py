@@ -14,6 +14,12 @@ def test_a_text_is_read_in_utf_8_and_utf_16(tmp_path, encoding, newline):
     assert read_text(path) == TEXT
 
 
+def test_byte_order_marks_of_joined_files_are_dropped(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(2 * "a fox\n".encode("utf-8-sig"))
+    assert read_text(path) == "a fox\na fox\n"
+
+
 @pytest.mark.parametrize(
     ("content", "line"),
     [("fox\nFüchslein".encode("cp1252"), 2), ("a fox".encode("utf-16-le"), 1)],
