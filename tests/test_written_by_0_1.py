@@ -25,6 +25,7 @@ import recipe
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests/data/written_by_0_1"
+SHIPPED = ROOT / "checkpoints"
 ORIGIN = "/tmp/ldm-0.1"  # root of the repository when the files were written
 RUNS = "2026-11-29T12-00-00_"
 TINY = DATA / f"logs/{RUNS}tiny/checkpoints/last.safetensors"
@@ -78,7 +79,10 @@ def log_of(path: Path) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Checkpoints by the name that an image records; those of random weights are made here."""
+    """Checkpoints by the name that an image records, made here.
+
+    Those in `models` have random weights; the shipped ones had the decoders in `decoders`.
+    """
     folder = tmp_path_factory.mktemp("models")
     for path in (DATA / "models").glob("*.json"):
         model = json.loads(path.read_text())
@@ -88,7 +92,21 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         state |= load_file(tables) if tables.exists() else {}
         config = json.dumps(model["config"])
         save_file(state, folder / f"{path.stem}.safetensors", {"ldm.config": config})
+    for name in ("demo", "demo-inpainting", "demo-upscaler"):
+        decoder = DATA / f"decoders/{name.removesuffix('-inpainting')}.safetensors"
+        _copy_with(load_file(decoder), SHIPPED / f"{name}.safetensors", folder)
     return {TINY.name: TINY, **{path.name: path for path in folder.iterdir()}}
+
+
+def _copy_with(weights: dict[str, torch.Tensor], path: Path, folder: Path) -> None:
+    """Copy a safetensors file with other values of some weights, byte for byte."""
+    data = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    for name, value in weights.items():
+        first, end = header[name]["data_offsets"]
+        data[start + first : start + end] = value.numpy().tobytes()
+    (folder / path.name).write_bytes(data)
 
 
 @pytest.fixture
@@ -117,6 +135,14 @@ def test_an_image_is_replayed(
     assert difference.max() <= (2 if info_of(old)["dtype"] == "float32" else 12), err
     assert (status, out == "identical\n") == ((1, False) if difference.any() else (0, True))
     assert info_of(new) == info_of(old)
+
+
+def test_another_checkpoint_of_the_same_name_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The shipped models have other decoders than in version 0.1."""
+    assert run_command("replay", moved(DATA / "images/mask.png", tmp_path)) == 1
+    assert "\n  another checkpoint: 49eec7a0b8 then, " in capsys.readouterr().out
 
 
 def test_adapters_may_have_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

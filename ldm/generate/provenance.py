@@ -208,7 +208,8 @@ def files_of_model(info: JsonMapping, key: str) -> list[JsonObject]:
 
 def compare_infos(then: JsonMapping, now: JsonMapping) -> list[str]:
     """List what may explain a difference: `torch: 2.10.0 then, 2.11.0 now`."""
-    pairs = {key: (then[key], now[key]) for key in ENVIRONMENT}
+    names = {"checkpoint_hash": "another checkpoint"}
+    pairs = {names.get(key, key): (then[key], now[key]) for key in ENVIRONMENT}
     pairs |= {key: (_contents(then, key), _contents(now, key)) for key in FILE_KEYS}
     return [f"{key}: {old} then, {new} now" for key, (old, new) in pairs.items() if old != new]
 
