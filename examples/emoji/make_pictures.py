@@ -1,0 +1,222 @@
+"""Make the sheets of images in the documentation: docs/demo.jpg, docs/tasks.jpg, docs/adapters.jpg.
+
+    python examples/emoji/make_pictures.py demo tasks adapters
+
+`demo` needs nothing but the demo model. `tasks` needs the data sets, and the runs `depth` and
+`variation` of README.md; `adapters` needs the runs `lora`, `textual-inversion` and `dreambooth`.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ldm.data.drawings import EmojiTransform, caption
+from ldm.data.folder import Folder
+from ldm.imaging import pixels
+from ldm.loading.load import load
+from ldm.pipelines import depth2img, inpaint, txt2img, upscale, vary
+from ldm.runtime.files import find_file
+
+OPTIONS: dict[str, Any] = {"steps": 50, "scale": 3.0}
+TITLE, FONT, GAP = 22, 14, 10  # pixels: height of a title, of its font, between panels
+
+# (object, style, background) of docs/demo.jpg; the seeds are 0, 1, 2 …
+DEMO = (
+    ("automobile", "black line", "white"),
+    ("eggplant", "flat", "pink"),
+    ("cocktail glass", "emojione", "red"),
+    ("bell", "3d", "red"),
+    ("mobile phone", "twemoji", "green"),
+    ("red apple", "noto", "white"),
+    ("soccer ball", "noto", "sky blue"),
+    ("lemon", "3d", "blue"),
+    ("banana", "noto", "purple"),
+    ("mushroom", "flat", "green"),
+    ("anchor", "black line", "yellow"),
+    ("red heart", "soft gradient", "white"),
+    ("cactus", "flat", "orange"),
+    ("rocket", "android", "purple"),
+    ("sun", "emojione", "blue"),
+    ("key", "android", "gray"),
+    ("tiger face", "twemoji", "sky blue"),
+    ("crown", "emojione", "purple"),
+    ("carrot", "3d", "blue"),
+    ("cat face", "noto", "yellow"),
+    ("pizza", "twemoji", "green"),
+    ("umbrella", "flat", "pink"),
+    ("wine glass", "noto", "yellow"),
+    ("crescent moon", "soft gradient", "blue"),
+)
+ADAPTERS = (
+    ("LoRA", "robot", "logs/lora"),
+    ("textual inversion", "polar bear", "logs/textual-inversion"),
+    ("DreamBooth", "zebra", "logs/dreambooth"),
+)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Images (B, 3, H, W) in [-1, 1] side by side, under a title."""
+
+    title: str
+    images: Tensor
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=form)
+    parser.add_argument("names", nargs="+", choices=list(SHEETS), metavar="NAME",
+                        help=", ".join(SHEETS))  # fmt: skip
+    parser.add_argument("--data", type=Path, default=Path("data"), help="has emoji and emoji-512")
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder to write to")
+    args = parser.parse_args(argv)
+    for name in args.names:
+        sheet = SHEETS[name](args.data)
+        sheet.save(args.out / f"{name}.jpg", quality=90, optimize=True)
+        print(args.out / f"{name}.jpg")
+
+
+def make_demo(data: Path) -> Image.Image:
+    """What the demo model makes of DEMO."""
+    prompts = [caption(*words) for words in DEMO]
+    images = txt2img(load(), prompts, seeds=list(range(len(prompts))), **OPTIONS)
+    return pixels.make_grid(pixels.to_pil(images), 8)
+
+
+def make_tasks(data: Path) -> Image.Image:
+    """One row for each task: what goes in and what comes out."""
+    model = load()
+    prompts = [caption("panda", "flat", "pink"), caption("tomato", "noto", "yellow")]
+    images = [txt2img(model, [prompt] * 3, seeds=[0, 1, 2], **OPTIONS) for prompt in prompts]
+    rows = [[Panel(f"text to image: {' | '.join(prompts)}", torch.cat(images))]]
+    for make in (_inpainting, _upscaling, _depth, _variations):
+        title, images = make(data)
+        rows.append([Panel(title, torch.cat(images))])
+    return draw_sheet(rows)
+
+
+def make_adapters(data: Path) -> Image.Image:
+    """Objects that the demo model was not trained on, before and after three kinds of training."""
+    base = load()
+    lora, embedding, dreambooth = (_checkpoint(run) for _, _, run in ADAPTERS)
+    trained = (load(loras=[(lora, 1.0)]), load(embeddings=[embedding]), load(ckpt=dreambooth))
+    rows = []
+    for (method, name, _), model in zip(ADAPTERS, trained, strict=True):
+        word = "<polar-bear>" if method == "textual inversion" else name
+        panels = []
+        for title, network, words in (
+            (f"{name}: before", base, name),
+            (f"after: {method}", model, word),
+        ):
+            prompts = [caption(words, "3d", "blue")] * 4
+            panels.append(Panel(title, txt2img(network, prompts, seeds=[0, 1, 2, 3], **OPTIONS)))
+        rows.append(panels)
+    return draw_sheet(rows)
+
+
+SHEETS: dict[str, Callable[[Path], Image.Image]] = {
+    "demo": make_demo,
+    "tasks": make_tasks,
+    "adapters": make_adapters,
+}
+
+
+def draw_sheet(rows: Sequence[Sequence[Panel]]) -> Image.Image:
+    """Draw rows of panels on white; all rows have as many panels, of images of one size."""
+    sheets = [[_draw_panel(panel) for panel in row] for row in rows]
+    width = max(sum(sheet.width + GAP for sheet in row) - GAP for row in sheets)
+    height = sum(row[0].height for row in sheets)
+    image = Image.new("RGB", (width, height), "white")
+    top = 0
+    for row in sheets:
+        left = 0
+        for sheet in row:
+            image.paste(sheet, (left, top))
+            left += sheet.width + GAP
+        top += row[0].height
+    return image
+
+
+def _draw_panel(panel: Panel) -> Image.Image:
+    images = pixels.to_pil(panel.images)
+    grid = pixels.make_grid(images, len(images))
+    sheet = Image.new("RGB", (grid.width, grid.height + TITLE), "white")
+    font = ImageFont.load_default(FONT)
+    ImageDraw.Draw(sheet).text((2, 2), panel.title, fill="black", font=font)
+    sheet.paste(grid, (0, TITLE))
+    return sheet
+
+
+def _inpainting(data: Path) -> tuple[str, list[Tensor]]:
+    model = load(ckpt=find_file("checkpoints/demo-inpainting.safetensors"))
+    transform = EmojiTransform(conditions={"mask": {"full_probability": 0.0}})
+    images = []
+    for sample in _samples(data / "emoji", transform, ("duck", "violin", "strawberry")):
+        image, mask = sample["jpg"][None], sample["mask"][None]
+        result = inpaint(model, [sample["txt"]], image, mask, seeds=0, **OPTIONS)
+        images += [torch.where(mask > 0, -0.5, image), result]
+    return "inpainting: input, result", images
+
+
+def _upscaling(data: Path) -> tuple[str, list[Tensor]]:
+    model = load(ckpt=find_file("checkpoints/demo-upscaler.safetensors"))
+    transform = EmojiTransform(size=512, conditions={"lr": {"factor": 4}})
+    images = []
+    for sample in _samples(data / "emoji-512", transform, ("rabbit face", "bus", "dog face")):
+        small = sample["lr"][None]
+        result = upscale(model, [sample["txt"]], small, seeds=0, steps=25, scale=1.0)
+        bicubic = F.interpolate(small, scale_factor=4.0, mode="bicubic").clamp(-1, 1)
+        images += [image[..., 128:256, 128:256] for image in (bicubic, result)]
+    return "4x upscaling: bicubic, result (a sixteenth of the image)", images
+
+
+def _depth(data: Path) -> tuple[str, list[Tensor]]:
+    model = load(ckpt=_checkpoint("logs/depth"))
+    images = []
+    for sample in _samples(data / "emoji", EmojiTransform(conditions={"depth": {}}),
+                           ("duck", "cat face")):  # fmt: skip
+        image, depth = sample["jpg"][None], sample["depth"][None]
+        prompts = [caption(sample["object"], "noto", "blue")] * 2
+        options = {"depth": depth, "strength": 1.0, "seeds": [0, 1], **OPTIONS}
+        results = depth2img(model, prompts, image, **options)
+        images += [(2 * depth - 1).expand(1, 3, -1, -1), results]
+    return "depth to image (recipe): depth map, results", images
+
+
+def _variations(data: Path) -> tuple[str, list[Tensor]]:
+    model = load(ckpt=_checkpoint("logs/variation"))
+    images = []
+    for sample in _samples(data / "emoji", EmojiTransform(), ("ear of corn", "cyclone")):
+        image = sample["jpg"][None]
+        images += [image, vary(model, [""] * 2, [image], seeds=[0, 1], **OPTIONS)]
+    return "variations (recipe): image, results", images
+
+
+def _samples(root: Path, transform: EmojiTransform, objects: Sequence[str]) -> list[dict[str, Any]]:
+    """The held-out drawing of each object, or else its first."""
+    folder = Folder(root=root, transform=transform)
+    samples = []
+    for name in objects:
+        found = [k for k, row in enumerate(folder.rows) if row["object"] == name]
+        found.sort(key=lambda k: folder.rows[k]["split"] != "heldout")
+        samples.append({**folder[0, found[0]], "object": name})
+    return samples
+
+
+def _checkpoint(run: str) -> Path:
+    path = Path(run) / "checkpoints/last.safetensors"
+    if not path.exists():
+        raise SystemExit(f"{path} is missing: see examples/emoji/README.md for its training")
+    return path
+
+
+if __name__ == "__main__":
+    main()
