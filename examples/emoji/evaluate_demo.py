@@ -207,7 +207,7 @@ def shuffle(prompts: Sequence[Prompt], *, seed: int = 0) -> list[Prompt]:
 def format_table(scores: dict[str, Score]) -> str:
     """The scores as a Markdown table."""
     lines = [
-        "| pictures | n | background | style | object | object in top 5 | all three "
+        "| images | n | background | style | object | object in top 5 | all three "
         "| nearest drawing: style | object |",
         "|---|---|---|---|---|---|---|---|---|",
     ]

@@ -154,7 +154,7 @@ def compare_upscaling(
 
 def format_table(qualities: dict[str, Quality]) -> str:
     """The qualities as a Markdown table."""
-    lines = ["| mended by | n | PSNR | edge error | contrast |", "|---|---|---|---|---|"]
+    lines = ["| method | n | PSNR | edge error | contrast |", "|---|---|---|---|---|"]
     lines += [
         f"| {name} | {q.count} | {q.psnr:.1f} dB | {q.edge_error:.2f} | {q.contrast:.2f} |"
         for name, q in qualities.items()
