@@ -236,7 +236,7 @@ class Backend:
         for key, files in info.get("inputs", {}).items():
             paths = [str(self.uploads.find(file["sha256"])) for file in files]
             option, _ = inputs.get(key, (None, None))
-            if paths and not (option and option.is_file and option.label):
+            if paths and not (option and option.is_input_file and option.label):
                 raise ArgumentError(f"it was made with a file as `{key}`: use `ldm replay`")
             if paths and option:
                 values[key] = paths if option.is_list else paths[0]

@@ -83,7 +83,7 @@ class TaskForm:
         options = {name: row for name, row in task.options().items() if row[0].label}
         inputs = [name for name in options_of(task.inputs) if name in options]
         self.images = {name: _image_field(options[name][0]) for name in inputs
-                       if options[name][0].is_file}  # fmt: skip
+                       if options[name][0].is_input_file}  # fmt: skip
         if "mask" in self.images:  # drawn on the image
             self.images = {"sketch": SKETCH}
         prompts = [name for name in options_of(Prompts) if name in options]

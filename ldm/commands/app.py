@@ -30,23 +30,38 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         type=expanduser,
         default="checkpoints",
         metavar="DIR",
-        help="checkpoints (%(default)s)",
+        help="checkpoints (default: %(default)s)",
     )
     add(
         "--outdir",
         type=expanduser,
         default="outputs/app",
         metavar="DIR",
-        help="folder for images (%(default)s)",
+        help="folder for images (default: %(default)s)",
     )
-    add("--port", type=int, default=7860, help="port of the page (%(default)s)")
+    add("--port", type=int, default=7860, help="port of the page (default: %(default)s)")
     add("--listen", action="store_true", help="accept other machines; needs --auth")
-    add("--auth", metavar="USER:PASSWORD", help="login of the page (none)")
-    add("--memory", type=float, metavar="GIB", help="memory for loaded models (half of all)")
-    add("--max-side", type=int, default=1024, metavar="N", help="largest side (%(default)s)")
-    add("--max-steps", type=int, default=150, metavar="N", help="most steps (%(default)s)")
-    add("--max-batch", type=int, default=4, metavar="N", help="largest batch (%(default)s)")
-    add("--max-queue", type=int, default=16, metavar="N", help="most waiting jobs (%(default)s)")
+    add("--auth", metavar="USER:PASSWORD", help="login of the page (default: none)")
+    text = "memory for loaded models (default: half of all)"
+    add("--memory", type=float, metavar="GIB", help=text)
+    add(
+        "--max-side",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="largest side (default: %(default)s)",
+    )
+    add("--max-steps", type=int, default=150, metavar="N", help="most steps (default: %(default)s)")
+    add(
+        "--max-batch", type=int, default=4, metavar="N", help="largest batch (default: %(default)s)"
+    )
+    add(
+        "--max-queue",
+        type=int,
+        default=16,
+        metavar="N",
+        help="most waiting jobs (default: %(default)s)",
+    )
     add_options(parser.add_group("models"), ModelChoice, options_of(ModelChoice), only=SHARED)
     args = parser.parse(argv)
     return run_command(lambda: _serve(args), parser.prog, verbose=args.verbose, hint=hint)

@@ -29,9 +29,19 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         metavar="DIR|SHARDS",
         help="a folder, or files, patterns, addresses",
     )
-    add("--size", type=int, default=512, help="side of square images in training (%(default)s)")
-    add("--step", type=int, default=64, help="sides of buckets are multiples of it (%(default)s)")
-    add("--workers", type=int, default=4, help="threads that decode (%(default)s)")
+    add(
+        "--size",
+        type=int,
+        default=512,
+        help="side of square images in training (default: %(default)s)",
+    )
+    add(
+        "--step",
+        type=int,
+        default=64,
+        help="sides of buckets are multiples of it (default: %(default)s)",
+    )
+    add("--workers", type=int, default=4, help="threads that decode (default: %(default)s)")
     add("--list", type=expanduser, metavar="FILE", help="write the names of all broken files")
     add(
         "--pack",
@@ -39,7 +49,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         metavar="PATTERN",
         help="write a folder as shards, `DIR/name-%%06d.tar`",
     )
-    add("--count", type=int, default=1000, help="images in each shard (%(default)s)")
+    add("--count", type=int, default=1000, help="images in each shard (default: %(default)s)")
     args = parser.parse(argv)
     return run_command(lambda: _check(args), parser.prog, verbose=args.verbose)
 

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         "--config",
         type=expanduser,
         metavar="FILE",
-        help="YAML of the source (recognised from the weights)",
+        help="YAML of the source (default: recognised from the weights)",
     )
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="convert all weights to it")
     add("--ema", action="store_true", help="use the EMA weights instead of the raw ones")
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         "--clip-stats",
         type=expanduser,
         metavar="FILE",
-        help="statistics of CLIP's embeddings (unCLIP-L)",
+        help="statistics of CLIP's embeddings, for unCLIP-L",
     )
     add("--force", action="store_true", help="replace the target")
     add_options(add, ModelChoice, options_of(ModelChoice), only=("lora", "vae"))
@@ -80,6 +80,6 @@ def _convert(args: Namespace) -> None:
         clip_stats=args.clip_stats,
     )
     print("\n".join(plan.notes), file=sys.stderr)
-    with tqdm(total=plan.bytes, unit="B", unit_scale=True, disable=None) as bar:
+    with tqdm(total=plan.num_bytes, unit="B", unit_scale=True, disable=None) as bar:
         path = convert(plan, force=args.force, progress=bar.update)
     print(path)

@@ -42,7 +42,7 @@ def load_model(
         log.info(
             "no checkpoint given: using the small model that ships with ldm (emoji); for Stable "
             "Diffusion 2: %s (see `ldm download`)",
-            task.full_model,
+            task.example_flags,
         )
         ckpt = find_file(task.demo_model) if task.demo_model else None
     is_small = ckpt is None or is_small_model(ckpt)

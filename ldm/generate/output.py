@@ -14,7 +14,7 @@ from ldm.generate.request import Request
 from ldm.imaging.metadata import fingerprint
 from ldm.imaging.output import OutputFolder
 from ldm.imaging.pixels import make_grid
-from ldm.imaging.watermark import PAYLOADS, mark
+from ldm.imaging.watermark import PAYLOADS, embed_or_warn
 from ldm.model import LatentDiffusion
 from ldm.runtime.ranks import rank_and_world_size
 from ldm.runtime.types import JsonMapping
@@ -71,7 +71,7 @@ def add_watermark(
 ) -> Image.Image:
     """Add the watermark that the info names, except to protected pixels."""
     if info["watermark"] is not None:
-        image = mark(image, PAYLOADS[info["payload"]], info["watermark"])
+        image = embed_or_warn(image, PAYLOADS[info["payload"]], info["watermark"])
     return image if protected is None else Image.composite(image, *protected)
 
 

@@ -18,7 +18,7 @@ from ldm.generate.options import Value, options_of
 from ldm.generate.plan import Batch, Job
 from ldm.generate.request import Request
 from ldm.generate.tasks import TASKS, Task
-from ldm.imaging.watermark import SMALLEST
+from ldm.imaging.watermark import MIN_PIXELS
 from ldm.loading.files.checkpoint import file_hash
 from ldm.loading.load import DEMO
 from ldm.loading.published import find_checkpoint
@@ -57,7 +57,7 @@ def describe_run(
     sampling, choice = request.sampling, request.model
     checkpoint = model.provenance["checkpoint"]
     own, values = options_of(request.task.inputs), request.values()
-    files = {name: _as_list(values[name]) for name, (row, _) in own.items() if row.is_file}
+    files = {name: _as_list(values[name]) for name, (row, _) in own.items() if row.is_input_file}
     return {
         "task": request.task.name,
         "sampler": sampling.sampler,
@@ -133,7 +133,7 @@ def job_of(info: JsonMapping) -> Job:
 
 def watermark_method(request: Request, size: tuple[int, int]) -> str | None:
     """Return the watermark that images of this size get."""
-    if request.output.no_watermark or size[0] * size[1] < SMALLEST:
+    if request.output.no_watermark or size[0] * size[1] < MIN_PIXELS:
         return None
     return "dwtDct" if "watermark" in request.sampling.legacy else "dwtDctSvd"
 

@@ -1,6 +1,6 @@
-"""Request: all options of one run as a frozen value. Only `command_line` knows flags.
+"""Request: all options of one run as a frozen value. `command_line` parses and prints flags.
 
-    argv | form | PNG text  ->  Request  ->  images, PNG text, the command that reproduces them
+    argv | form | PNG metadata  ->  Request  ->  images, PNG metadata, the command to repeat them
 
 Options (`ldm.generate.options`) are the fields of five groups; the group of inputs is the task's
 own (`ldm.generate.tasks`).
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 from ldm.diffusion.names import SAMPLERS, SCHEDULERS
 from ldm.generate.options import (
-    LEGACY_FLAGS,
+    QUIRKS,
     Value,
     decode_option,
     option,
@@ -45,7 +45,7 @@ class ModelFiles(TypedDict, total=False):
 class Inputs:
     """What a task reads in addition to prompts; the base of each task's own group."""
 
-    def each(self) -> "Sequence[Inputs]":
+    def per_image(self) -> "Sequence[Inputs]":
         """Return the inputs of each image to work on: one, or all of a folder."""
         return [self]
 
@@ -55,7 +55,7 @@ class Inputs:
 
     @property
     def is_folder(self) -> bool:
-        """Whether these are the images of a folder, which processes share."""
+        """Whether this is a folder, whose images are divided among the processes."""
         return False
 
     @property
@@ -73,14 +73,14 @@ class Prompts:
 
     # fmt: off
     prompt: str = option("", "--prompt", metavar="TEXT", label="Prompt",
-        help="the prompt (%(default)s)")
+        help="the prompt (default: %(default)s)")
     negative_prompt: str = option("", "--negative-prompt", metavar="TEXT", label="Negative prompt",
         help="negative prompt: what to steer away from")
     from_file: str | None = option(None, "--from-file", metavar="FILE",
-        help="one prompt per line, blank lines too; a line may end"
+        help="one prompt per line, a blank line is an empty one; a line may end"
         ' in --seed N and --negative-prompt "TEXT"')
     repeat: int = option(1, "--repeat", parse=parse_count, metavar="N",
-        help="use each line of the file so often (%(default)s)")
+        help="repeat each line of the file N times (default: %(default)s)")
     # fmt: on
 
 
@@ -90,27 +90,28 @@ class ModelChoice:
 
     # fmt: off
     ckpt: str | None = option(None, "--ckpt", metavar="FILE", label="Checkpoint",
-        help="checkpoint: .ckpt, .safetensors, a diffusers folder, a name of `ldm download`, or"
-        " hf:OWNER/NAME[/FILE] (the small demo model)")
+        help="checkpoint: .ckpt, .safetensors, a diffusers folder, a name that `ldm download`"
+        " lists, or hf:OWNER/NAME[/FILE] (default: the small demo model)")
     config: str | None = option(None, "--config", metavar="FILE",
-        help="YAML of the model (recognised from the checkpoint)")
+        help="YAML of the model (default: recognised from the checkpoint)")
     ema: bool = option(False, "--ema", help="use the EMA weights of the checkpoint")
     vae: str | None = option(None, "--vae", metavar="FILE", label="VAE",
         help="take the autoencoder from this file")
     allow_module: tuple[str, ...] = option((), "--allow-module", is_list=True, metavar="M",
-        help="trust targets in package M")
+        help="allow classes of package M as `target` in the YAML")
     lora: tuple[tuple[str, float], ...] = option((), "--lora", parse=parse_weighted_file,
         separator=":", is_list=True, metavar="FILE[:WEIGHT]", label="LoRA",
-        help="add a LoRA, in kohya's or diffusers' format; may be given several times")
+        help="add a LoRA, in the format of kohya, diffusers, peft or ComfyUI; may be given several"
+        " times")
     embedding: tuple[str, ...] = option((), "--embedding", is_list=True, metavar="FILE",
         help="a textual inversion, or a folder of them: tokens to use in prompts")
     device: str | None = option(None, "--device", metavar="NAME",
-        help="cuda, cuda:1, mps or cpu (the first that is available)")
+        help="cuda, cuda:1, mps or cpu (default: the first that is available)")
     precision: str = option("autocast", "--precision",
         choices=("full", "autocast", "fp16", "bf16"), shortcuts={"--bf16": "bf16"},
-        help="full is fp32; autocast what suits device and model (%(default)s)")
+        help="full is fp32; autocast what suits device and model (default: %(default)s)")
     attention: str | None = option(None, "--attention", choices=("xformers", "sdpa", "math"),
-        help="implementation of attention (the fastest available)")
+        help="implementation of attention (default: the fastest available)")
     channels: int | None = option(None, "--C", parse=parse_integer, metavar="N",
         help="accepted and ignored: latent channels")
     factor: int | None = option(None, "--f", parse=parse_integer, metavar="N",
@@ -128,39 +129,41 @@ class Sampling:
 
     # fmt: off
     steps: int = option(50, "--steps", "--ddim_steps", parse=parse_count, metavar="N",
-        label="Sampling steps", help="sampling steps (%(default)s)")
+        label="Sampling steps", help="sampling steps (default: %(default)s)")
     sampler: str = option("ddim", "--sampler", choices=tuple(SAMPLERS), metavar="NAME",
         shortcuts={"--plms": "plms", "--dpm": "dpm", "--dpm_solver": "dpm"},
-        label="Sampling method", help=f"{', '.join(SAMPLERS)} (%(default)s)")
+        label="Sampling method", help=f"{', '.join(SAMPLERS)} (default: %(default)s)")
     scheduler: str | None = option(None, "--scheduler", "--spacing", "--grid-spacing",
         choices=tuple(SCHEDULERS), metavar="NAME", label="Schedule type",
-        help=f"choice of the steps: {', '.join(SCHEDULERS)} (the sampler's own)")
+        help=f"spacing of the timesteps: {', '.join(SCHEDULERS)} (default: the sampler's own)")
     eta: float = option(0.0, "--ddim_eta", "--eta", parse=parse_number, metavar="ETA",
-        label="Eta (DDIM)", help="DDIM eta (%(default)s)")
+        label="Eta (DDIM)", help="DDIM eta (default: %(default)s)")
     scale: float | None = option(None, "--scale", parse=parse_number, metavar="S",
-        label="CFG scale", help="guidance scale; 1 is none (9, the demo model 3)")
+        label="CFG scale", help="guidance scale, 1 = no guidance (default: 9, demo model 3)")
     rescale: float = option(0.0, "--guidance-rescale", parse=parse_fraction, metavar="R",
         label="Guidance rescale",
-        help="0 … 1, against over-exposure at high scales (%(default)s)")
+        help="0 … 1, against over-exposure at high scales (default: %(default)s)")
     guidance_interval: tuple[float, float] | None = option(None, "--guidance-interval",
         parse=parse_interval, metavar="LOW,HIGH", label="Guidance interval",
-        help="guide only between these two sigmas (everywhere)")
+        help="guide only between these two sigmas (default: everywhere)")
     seed: int = option(42, "--seed", parse=parse_integer, metavar="N", label="Seed",
-        help="image k of the run has seed + k (%(default)s)")
+        help="image k of the run has seed + k (default: %(default)s)")
     fixed_code: bool = option(False, "--fixed_code", help="the same start noise for every batch")
     height: int | None = option(None, "--H", parse=parse_integer, metavar="N", label="Height",
-        help="height in pixels, a multiple of 8 (512, or the model's)")
+        help="height in pixels, a multiple of 8 (default: the model's, or 512)")
     width: int | None = option(None, "--W", parse=parse_integer, metavar="N", label="Width",
-        help="width in pixels, a multiple of 8 (512, or the model's)")
+        help="width in pixels, a multiple of 8 (default: the model's, or 512)")
     vae_tile: int | None = option(None, "--vae-tile", "--tile", parse=parse_count, const=512,
         metavar="PIXELS", label="VAE tile size",
-        help="decode in tiles of this many pixels, to save memory (512)")
+        help="decode in tiles of this many pixels, to save memory; 512 without a value"
+        " (default: no tiles)")
     unet_tile: int | None = option(None, "--unet-tile", parse=parse_count, const=512,
         metavar="PIXELS", label="UNet tile size",
-        help="run the network in tiles of this many pixels, to save memory (512)")
-    legacy: tuple[str, ...] = option((), "--legacy", parse=parse_legacy, const=LEGACY_FLAGS,
+        help="run the network in tiles of this many pixels, to save memory; 512 without a value"
+        " (default: no tiles)")
+    legacy: tuple[str, ...] = option((), "--legacy", parse=parse_legacy, const=QUIRKS,
         metavar="NAMES", help="reproduce quirks of the original scripts: all or some of "
-        + ",".join(LEGACY_FLAGS))
+        + ",".join(QUIRKS))
     # fmt: on
 
     @property
@@ -179,13 +182,13 @@ class Output:
 
     # fmt: off
     outdir: str = option("outputs", "--outdir", metavar="DIR",
-        help="folder for samples/ and the grid (%(default)s)")
+        help="folder for samples/ and the grid (default: %(default)s)")
     n_samples: int = option(3, "--n_samples", parse=parse_count, metavar="N", label="Batch size",
-        help="batch size (%(default)s)")
+        help="batch size (default: %(default)s)")
     n_iter: int = option(3, "--n_iter", parse=parse_count, metavar="N", label="Batch count",
-        help="number of batches, or how often all prompts of a file are used (%(default)s)")
+        help="number of batches, or repetitions of all prompts of a file (default: %(default)s)")
     n_rows: int = option(0, "--n_rows", parse=parse_integer, metavar="N",
-        help="images per row of the grid (the batch size)")
+        help="images per row of the grid (default: the batch size)")
     skip_grid: bool = option(False, "--skip_grid", help="do not save the grid")
     skip_save: bool = option(False, "--skip_save", help="do not save single images")
     no_watermark: bool = option(False, "--no-watermark", help="do not add the invisible watermark")
@@ -254,8 +257,7 @@ class Request:
 
     def values(self) -> dict[str, Value]:
         """Return the value of each option, by name."""
-        choices = vars(self.prompts) | vars(self.model) | vars(self.sampling) | vars(self.output)
-        return vars(self.inputs) | choices
+        return {name: value for group in self._groups() for name, value in vars(group).items()}
 
     def with_values(self, values: Mapping[str, object]) -> "Request":
         """Copy the request with some options set, each checked as on the command line.
@@ -276,7 +278,7 @@ class Request:
         """Return `values` with tuples as lists, as JSON has them.
 
         Args:
-            without_folders: reduce paths to file names; but a replay must find the config.
+            without_folders: reduce paths to file names, except `config`, which a replay must find.
         """
         values = self.values()
         if without_folders:

@@ -61,7 +61,7 @@ def run_request(
     """
     batches = plan_batches(request)
     model: LatentDiffusion | None = None
-    for inputs in request.inputs.each():
+    for inputs in request.inputs.per_image():
         single = replace(request, inputs=inputs)
         prepared = single.task.prepare(single)
         if model is None:

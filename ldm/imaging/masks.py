@@ -1,11 +1,11 @@
 """Masks for inpainting: from a file, a box, or the transparent parts of an image.
 
-What is painted in a mask file, in this order:
+What is painted in a mask file; the first rule that applies:
 
-    transparent parts, but not all  where it is opaque, or white where that is black and white
+    partly transparent              where it is opaque, or white where that is black and white
     two values                      where the higher one is, whatever they are
     a palette of colours            all but the darkest
-    anything else                   0 … 255 as it stands, from 128 on it is inpainted
+    anything else                   its values, 0 … 255; from 128 on they are inpainted
 """
 
 import logging
@@ -21,7 +21,7 @@ __all__ = ["load_mask", "make_mask"]
 
 log = logging.getLogger(__name__)
 
-PAINTED = 128  # the smallest value that is inpainted
+THRESHOLD = 128  # the smallest value that is inpainted
 Box = tuple[int, int, int, int]
 
 
@@ -34,13 +34,14 @@ def load_mask(path: str | Path, size: tuple[int, int]) -> Image.Image:
         ArgumentError: its aspect ratio is not that of the image.
     """
     stored = load_stored(path)
-    mask = _find_painted(stored)
+    mask = _painted_area(stored)
     stored.log_notes()
     if mask.size == size:
         return mask
     if abs(mask.width / mask.height * size[1] / size[0] - 1) > 0.02:
         raise ArgumentError(
-            f"the mask `{path}` is {mask.width}x{mask.height}, the image {size[0]}x{size[1]}"
+            f"the mask `{path}` is {mask.width}x{mask.height}, the image {size[0]}x{size[1]}:"
+            " their aspect ratios differ"
         )
     log.warning("the mask `%s` is resized to %dx%d", path, *size)
     return mask.resize(size, Image.Resampling.NEAREST)
@@ -76,7 +77,7 @@ def make_mask(
     else:
         raise ArgumentError(f"`{image}` has no transparency: a mask file or a box is needed")
     highest = np.asarray(result).max()
-    if highest < PAINTED:
+    if highest < THRESHOLD:
         raise ArgumentError(
             f"the mask of `{image}` is empty: nothing would be inpainted"
             + (f", its highest value is {highest} of 255" if highest else "")
@@ -86,15 +87,15 @@ def make_mask(
     return result.filter(ImageFilter.GaussianBlur(blur)) if blur else result
 
 
-def _find_painted(stored: StoredImage) -> Image.Image:
-    """Return where a mask is painted, "L", by the rule at the top of this file."""
+def _painted_area(stored: StoredImage) -> Image.Image:
+    """Return the painted area of a mask, "L", by the rule at the top of this file."""
     alpha = stored.alpha()
     if alpha is not None:
         opacity = np.asarray(alpha)
-        if opacity.min() < min(PAINTED, opacity.max()):
+        if opacity.min() < min(THRESHOLD, opacity.max()):
             values = np.asarray(stored.to_grey())
-            if _is_black_and_white(values[opacity >= PAINTED]):
-                return Image.fromarray(np.where(opacity >= PAINTED, values, 0).astype(np.uint8))
+            if _is_black_and_white(values[opacity >= THRESHOLD]):
+                return Image.fromarray(np.where(opacity >= THRESHOLD, values, 0).astype(np.uint8))
             stored = StoredImage(stored.name, alpha)
     values, (low, high) = stored.luminance(), stored.finite_range()
     has_two_values = low < high and np.isin(values[np.isfinite(values)], (low, high)).all()

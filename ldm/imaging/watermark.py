@@ -29,8 +29,8 @@ __all__ = [
     "agreement",
     "can_hold",
     "embed",
+    "embed_or_warn",
     "identify",
-    "mark",
     "read",
 ]
 
@@ -43,7 +43,7 @@ PAYLOADS = {
     "StableDiffusionV1": b"StableDiffusionV1",  # Stable Diffusion 1 scripts
     "SDXL": bytes.fromhex("B3EC907BB19E"),  # generative-models and diffusers
 }
-SMALLEST = 256 * 256  # pixels; the package refuses less
+MIN_PIXELS = 256 * 256  # pixels; the package refuses less
 STEP = 36.0  # of the quantisation
 SQRT_HALF = 0.7071067811865476  # the taps of the Haar wavelet
 SIGNIFICANCE = 1e-6  # p-value of random bits below which a damaged payload counts as present
@@ -89,10 +89,10 @@ def embed(
     return Image.fromarray(write(np.asarray(image), _bits(payload)))
 
 
-def mark(
+def embed_or_warn(
     image: Image.Image, payload: bytes | Sequence[int], method: Method = "dwtDctSvd"
 ) -> Image.Image:
-    """Embed as `embed`, but warn if an image is too small, or too flat to be read back."""
+    """Embed a payload, but only warn if the image is too small or it cannot be read back."""
     if not can_hold(image):
         log.warning("%dx%d is too small for a watermark, saved without", *image.size)
         return image
@@ -105,7 +105,7 @@ def mark(
 def can_hold(image: Image.Image) -> bool:
     """Return whether the image is large enough for a watermark."""
     width, height = image.size
-    return width * height >= SMALLEST and min(width, height) >= 8
+    return width * height >= MIN_PIXELS and min(width, height) >= 8
 
 
 def read(image: Image.Image, length: int, method: Method = "dwtDctSvd") -> np.ndarray:
@@ -136,9 +136,9 @@ def identify(image: Image.Image) -> list[Finding]:
         for name, payload in PAYLOADS.items():
             bits = _bits(payload)
             right = int((_majority(votes, len(bits)) == bits).sum())
-            blocks = float((votes == np.resize(bits, votes.shape)).mean())
+            block_accuracy = float((votes == np.resize(bits, votes.shape)).mean())
             verdict = _verdict(right, len(bits))
-            findings.append(Finding(name, method, right / len(bits), blocks, verdict))
+            findings.append(Finding(name, method, right / len(bits), block_accuracy, verdict))
     return sorted(findings, key=lambda f: (f.verdict != "absent", f.agreement, f.votes))[::-1]
 
 
@@ -169,9 +169,9 @@ def _majority(votes: np.ndarray, length: int) -> np.ndarray:
 
 
 def _write_largest(rgb: np.ndarray, bits: np.ndarray) -> np.ndarray:
-    """`dwtDct` as the package has it, to the last bit of the float arithmetic."""
-    luma, blue, red = rgb_to_yuv(rgb)
-    plane = _crop(blue)
+    """Write `dwtDct` as the package does, to the last bit of the float arithmetic."""
+    y, u, v = rgb_to_yuv(rgb)
+    plane = _crop(u)
     low, rows, columns, diagonal = _haar(plane)
     blocks = _blocks(low)
     flat = blocks.reshape(len(blocks), 16)
@@ -180,11 +180,11 @@ def _write_largest(rgb: np.ndarray, bits: np.ndarray) -> np.ndarray:
     flat[rows_of_flat, largest] = _quantise(flat[rows_of_flat, largest], bits)
     _put_blocks(low, flat.reshape(blocks.shape))
     plane[:] = _unhaar(low, columns, rows, diagonal)  # details swapped, fractions truncated
-    return yuv_to_rgb(luma, blue, red)
+    return yuv_to_rgb(y, u, v)
 
 
 def _write_singular(rgb: np.ndarray, bits: np.ndarray) -> np.ndarray:
-    """`dwtDctSvd`: the change of U alone, added to blue and green so that Y and V stay."""
+    """Write `dwtDctSvd`: change U alone, by adding to blue and green so that Y and V stay."""
     low = _haar(_crop(rgb_to_yuv(rgb)[1]))[0]
     blocks = _blocks(low)
     left, values, right = np.linalg.svd(blocks)
@@ -249,15 +249,15 @@ def _interleave(mean: np.ndarray, detail: np.ndarray, axis: int) -> np.ndarray:
 def rgb_to_yuv(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Convert (H, W, 3) uint8 to Y, U and V, (H, W) uint8 each, as OpenCV's RGB2YUV."""
     r, g, b = (rgb[..., k].astype(np.int32) for k in range(3))
-    luma = (4899 * r + 9617 * g + 1868 * b + ROUND) >> SHIFT
-    blue = (8061 * (b - luma) + CENTRE + ROUND) >> SHIFT
-    red = (14369 * (r - luma) + CENTRE + ROUND) >> SHIFT
-    return _saturate(luma), _saturate(blue), _saturate(red)
+    y = (4899 * r + 9617 * g + 1868 * b + ROUND) >> SHIFT
+    u = (8061 * (b - y) + CENTRE + ROUND) >> SHIFT
+    v = (14369 * (r - y) + CENTRE + ROUND) >> SHIFT
+    return _saturate(y), _saturate(u), _saturate(v)
 
 
-def yuv_to_rgb(luma: np.ndarray, blue: np.ndarray, red: np.ndarray) -> np.ndarray:
+def yuv_to_rgb(y: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Convert Y, U and V to (H, W, 3) uint8, as OpenCV's YUV2RGB."""
-    y, u, v = luma.astype(np.int32), blue.astype(np.int32) - 128, red.astype(np.int32) - 128
+    y, u, v = y.astype(np.int32), u.astype(np.int32) - 128, v.astype(np.int32) - 128
     r = y + ((18678 * v + ROUND) >> SHIFT)
     g = y + ((-6472 * u - 9519 * v + ROUND) >> SHIFT)
     b = y + ((33292 * u + ROUND) >> SHIFT)

@@ -1,8 +1,8 @@
-"""Convert between original files (.ckpt, .safetensors), run folders and diffusers folders.
+"""Convert between files in the original's layout, run folders and diffusers folders.
 
     source -> Checkpoint -> file in the original's layout | diffusers folder
 
-Tensors are pages of the source until they are written, one after the other. What is written appears
+Tensors stay memory-mapped until they are written, one after the other. What is written appears
 under its name only when it is complete.
 """
 
@@ -22,15 +22,15 @@ from ldm.loading.addons.lora import load_loras
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, parse_yaml, read_yaml
 from ldm.loading.diffusers.files import (
-    REST,
+    EXTRA_WEIGHTS,
     build_folder,
     is_diffusers_folder,
     weights_path,
     write_texts,
 )
-from ldm.loading.families import PUBLISHED
+from ldm.loading.families import CONFIG_DIR
 from ldm.loading.files.checkpoint import (
-    EMBEDDED,
+    CONFIG_KEY,
     Checkpoint,
     cast_weight,
     use_ema_weights,
@@ -38,7 +38,7 @@ from ldm.loading.files.checkpoint import (
 )
 from ldm.loading.legacy import AUTOENCODER_CONFIG, translate_config
 from ldm.loading.load import choose_config, probe_weights
-from ldm.loading.matching import match_weights, translate_words
+from ldm.loading.matching import match_weights, translate_names
 from ldm.loading.weight_names import original_name, our_names, rename_weights, restore_names
 from ldm.loading.weights import AUTOENCODER, identify_weights, read_autoencoder, read_weights
 from ldm.model import LatentDiffusion
@@ -74,9 +74,9 @@ class Conversion:
     notes: tuple[str, ...] = ()
 
     @property
-    def bytes(self) -> int:
-        """How much there is to write."""
-        return sum(_bytes(state, self.dtype) for state in self.weights.values())
+    def num_bytes(self) -> int:
+        """Size of what will be written."""
+        return sum(_count_bytes(state, self.dtype) for state in self.weights.values())
 
 
 def plan_conversion(
@@ -100,10 +100,10 @@ def plan_conversion(
         config: the YAML of the source; None finds it as `load` does.
         dtype: of all floating-point numbers, None = as they are.
         ema: replace raw weights by their EMA.
-        prune: leave EMA weights out of single files, which hold both otherwise; folders cannot.
+        prune: omit EMA weights from a single file, which otherwise keeps both; folders have none.
         variant: in the file names of folders, such as `fp16` (which also means that dtype).
         clip_stats: statistics of CLIP's embeddings, for unCLIP models that do not bring theirs.
-        vae: a checkpoint, as `source`, whose autoencoder is used instead.
+        vae: another such source, whose autoencoder is used instead.
         loras: (file, strength) pairs, merged into the weights; leaves EMA weights out.
 
     Raises:
@@ -122,17 +122,17 @@ def plan_conversion(
     raw = parse_yaml(text, where="config") if text else {}
     model = build_on_meta(translate_config(raw, where="config")) if text else None
     metadata: dict[str, str | int] = {**file.metadata, **_provenance(file, text, raw, ema)}
-    file, notes = _restore_names(file, model, ema=ema), []
+    file, notes = _to_original_names(file, model, ema=ema), []
     if vae is not None:
         file = _replace_autoencoder(file, model, vae)
-        notes.append(f"the autoencoder is that of {vae}")
+        notes.append(f"autoencoder taken from {vae}")
     if loras:
-        file, metadata[LORAS], words = _merge_loras(file, model, loras, dtype)
+        file, metadata[LORAS], tokens = _merge_loras(file, model, loras, dtype)
         notes.append(f"merged: {', '.join(f'{name} of weight {w:g}' for name, w in loras)}")
-        file.words.update(words)
-    if file.words:
-        listed = ", ".join(f"`{word}`" for word in file.words)
-        notes.append(f"left out, pass their files as embeddings: {listed}")
+        file.added_tokens.update(tokens)
+    if file.added_tokens:
+        listed = ", ".join(f"`{token}`" for token in file.added_tokens)
+        notes.append(f"added tokens are not written, load them as embeddings: {listed}")
     ema_state = file.ema_state if is_file and not (ema or prune or loras) else {}
     texts: JsonObject = {}
     if is_file:
@@ -141,10 +141,10 @@ def plan_conversion(
         texts, components = build_folder(file, raw, clip_stats)
         weights = {weights_path(c, texts, variant): s for c, s in components.items() if s}
     for path, state in weights.items():
-        size = _bytes(state, dtype) / 1e9
+        size = _count_bytes(state, dtype) / 1e9
         notes.append(f"{path or target.name:60} {len(state):>5} tensors {size:8.3f} GB")
     if file.ema_state and not ema_state:
-        what = "took the place of raw ones" if ema else "left out, `ema` takes them"
+        what = "took the place of raw ones" if ema else "left out (`ema` converts these instead)"
         notes.append(f"{'model_ema.*':60} {len(file.ema_state):>5} tensors {what}")
     return Conversion(file, target, weights, texts, metadata, dtype, tuple(notes))
 
@@ -159,7 +159,7 @@ def convert(
 
     Args:
         force: replace what is there; otherwise FileExistsError is raised.
-        progress: called with the bytes of each tensor that was written.
+        progress: called with the size in bytes of each tensor that was written.
     """
     target, mapped = conversion.target, conversion.source.mapped
     _check_target(conversion, force)
@@ -171,7 +171,7 @@ def convert(
     try:
         write_texts(part, conversion.texts)
         for path, state in conversion.weights.items():
-            write(part / path, state, conversion.metadata if path == REST else {})
+            write(part / path, state, conversion.metadata if path == EXTRA_WEIGHTS else {})
         _replace_folder(target, part)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -201,22 +201,22 @@ def _check_target(conversion: Conversion, force: bool) -> None:
         raise ExistingFile(f"`{target}` exists\nhint: `force` replaces it", "target")
     is_folder = target.is_dir()
     if is_folder != bool(conversion.texts) or (is_folder and not is_diffusers_folder(target)):
-        kind = "a folder of another kind" if is_folder else "a file"
-        raise ArgumentError(f"`{target}` is {kind}, it is not replaced", "target")
+        kind = "not a diffusers folder" if is_folder else "a file"
+        raise ArgumentError(f"`{target}` is {kind}: it is not replaced", "target")
 
 
 def _config_text(file: Checkpoint, config: str | Path | None) -> str | None:
     """Return the text of the YAML: given, embedded in the file, or of the family.
 
-    For an autoencoder alone the autoencoder's part of that; None for an unknown family.
+    For a lone autoencoder only `first_stage_config`; None for an unknown family.
     """
     weights = identify_weights(file)
     is_part = not (file.has_ema or any(name.startswith("unet.") for name in weights.state))
     is_autoencoder = any(n.removeprefix(AUTOENCODER) == CONV_IN for n in weights.state)
-    if config is None and EMBEDDED in file.metadata:
-        text = file.metadata[EMBEDDED]
+    if config is None and CONFIG_KEY in file.metadata:
+        text = file.metadata[CONFIG_KEY]
     elif config is None and is_part and is_autoencoder:
-        text = read_text(find_file(f"{PUBLISHED}/v1-inference.yaml"))
+        text = read_text(find_file(f"{CONFIG_DIR}/v1-inference.yaml"))
     else:
         if config is None:
             weights.prediction = probe_weights(weights)
@@ -231,8 +231,8 @@ def _config_text(file: Checkpoint, config: str | Path | None) -> str | None:
     return text
 
 
-def _restore_names(file: Checkpoint, model: nn.Module | None, *, ema: bool) -> Checkpoint:
-    """Rename weights as the original does; with `ema` take the averages.
+def _to_original_names(file: Checkpoint, model: nn.Module | None, *, ema: bool) -> Checkpoint:
+    """Give weights their names in the original's layout; with `ema` use the EMA weights.
 
     Without a model, of an unknown family, names stay as they are.
     """
@@ -244,10 +244,10 @@ def _restore_names(file: Checkpoint, model: nn.Module | None, *, ema: bool) -> C
     if ema:
         weights.use_ema(expected)
     else:
-        weights.check_raw(expected)
+        weights.check_has_unet(expected)
     known = dict(our_names(file.state)).values()
     rest = {name: value for name, value in file.state.items() if name not in known}
-    state = translate_words(model, weights.state, file.path)
+    state = translate_names(model, weights.state, file.path)
     return replace(file, state=rest | {original_name(name): v for name, v in state.items()})
 
 
@@ -257,12 +257,12 @@ def _merge_loras(
     loras: Sequence[tuple[str | Path, float]],
     dtype: torch.dtype | None,
 ) -> tuple[Checkpoint, str, dict[str, Tensor]]:
-    """Return a model with LoRAs merged, the list of all in it as JSON, and their words.
+    """Return the checkpoint with LoRAs merged, JSON of all LoRAs in it, and their added tokens.
 
     Sums are rounded to the dtype of the weights, or to the one that is written if that is finer.
     """
     if not isinstance(model, LatentDiffusion):
-        raise WrongFamily(f"`{file.path}` is a part of a model, LoRAs are for whole ones")
+        raise WrongFamily(f"`{file.path}` is not a whole model: LoRAs cannot be merged into it")
     state = {n: v for n, v in rename_weights(file.state).items() if n.startswith(LORA_PARTS)}
     if dtype == torch.float32:
         state = {name: v.float() if v.is_floating_point() else v for name, v in state.items()}
@@ -278,17 +278,17 @@ def _merge_loras(
     all_loras = json.loads(file.metadata.get(LORAS, "[]"))
     all_loras += [{**lora, "path": Path(lora["path"]).name} for lora in model.provenance["loras"]]
     text = model.conditioner.find(TextEncoder)
-    words = text.added_embeddings if text is not None else {}
+    tokens = text.added_embeddings if text is not None else {}
     file = replace(file, state={**file.state, **merged}, mapped=False)
-    return file, json.dumps(all_loras), words
+    return file, json.dumps(all_loras), tokens
 
 
 def _replace_autoencoder(file: Checkpoint, model: nn.Module | None, vae: str | Path) -> Checkpoint:
-    """Return a whole model with another autoencoder, in the precision of its own if it has one."""
+    """Return a whole model with another autoencoder, in the dtype of its former one, if any."""
     if isinstance(model, LatentDiffusion):
         autoencoder: nn.Module = model.autoencoder
     else:
-        raw = read_yaml(f"{PUBLISHED}/v1-inference.yaml")["model"]["params"]
+        raw = read_yaml(f"{CONFIG_DIR}/v1-inference.yaml")["model"]["params"]
         autoencoder = build_on_meta(translate_config(raw[AUTOENCODER_CONFIG]))
     tensors = restore_names(read_autoencoder(read_weights(vae), autoencoder, file.path))
     names = [old for ours, old in our_names(file.state) if ours.startswith(AUTOENCODER)]
@@ -301,10 +301,10 @@ def _replace_autoencoder(file: Checkpoint, model: nn.Module | None, vae: str | P
 def _provenance(
     file: Checkpoint, text: str | None, raw: JsonMapping, ema: bool
 ) -> dict[str, str | int]:
-    """Metadata of a single file, or of the rest of a folder."""
+    """Return the metadata of a single file, or of EXTRA_WEIGHTS in a folder."""
     metadata: dict[str, str | int] = {"ldm.version": __version__, "ldm.source": file.path.name}
     if text:
-        metadata[EMBEDDED] = text
+        metadata[CONFIG_KEY] = text
     params = raw.get("model", {}).get("params") or {}
     if "unet_config" in params:
         kind = params.get("parameterization", "eps")
@@ -314,8 +314,8 @@ def _provenance(
     return metadata | ({"ldm.ema": "merged"} if ema else {})
 
 
-def _bytes(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> int:
-    """Size of tensors once floating-point ones are cast."""
+def _count_bytes(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> int:
+    """Return the size of tensors once floating-point ones are cast."""
     return sum(
         value.numel() * (dtype if dtype and value.is_floating_point() else value.dtype).itemsize
         for value in state.values()

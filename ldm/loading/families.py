@@ -24,11 +24,11 @@ from ldm.loading.files.checkpoint import ema_name
 from ldm.loading.weight_names import original_name
 
 __all__ = [
-    "FAMILIES", "PUBLISHED", "TITLE_BY_WIDTH", "Family", "Prediction", "Verdict",
+    "CONFIG_DIR", "FAMILIES", "TITLE_BY_WIDTH", "Family", "Prediction", "Verdict",
     "detect_prediction", "probe_prediction", "recognise_family", "zero_snr_markers",
 ]  # fmt: skip
 
-PUBLISHED = "configs/stable-diffusion"
+CONFIG_DIR = "configs/stable-diffusion"
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Family:
     def config_path(self, prediction: str | None) -> str:
         """Return the YAML of the family's models that predict "eps", "v" or "x0"."""
         name = self.config_v if prediction == "v" and self.config_v else self.config
-        return f"{PUBLISHED}/{name}.yaml"
+        return f"{CONFIG_DIR}/{name}.yaml"
 
 
 # fmt: off

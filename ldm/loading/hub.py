@@ -29,7 +29,7 @@ TEXTS = (".json", ".txt")
 WEIGHTS = (".safetensors", ".ckpt")
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 UNUSED = ("safety_checker",)  # components that no pipeline here reads
-REST = "original.safetensors"  # what `ldm convert` adds to a diffusers folder
+EXTRA_WEIGHTS = "original.safetensors"  # what `ldm convert` adds to a diffusers folder
 CHOICES = Memory("hub_choices.json")  # repository -> its folder, or its only checkpoint, when whole
 
 
@@ -228,7 +228,7 @@ def _files_of_folder(repo: str, commit: str, sizes: Iterable[str]) -> list[str]:
             raise DownloadError(f"`{repo}` is not a diffusers folder{_examples(sizes)}")
         return files
     index: JsonObject = json.loads(fetch_file(repo, INDEX, revision=commit).read_text("utf-8"))
-    names = [INDEX, *(name for name in sizes if name == REST)]
+    names = [INDEX, *(name for name in sizes if name == EXTRA_WEIGHTS)]
     for part, entry in index.items():
         if isinstance(entry, list) and entry[-1:] != [None] and part not in UNUSED:
             names += [n for n in sizes if n.rpartition("/")[0] == part and n.endswith(TEXTS)]

@@ -27,7 +27,7 @@ from ldm.loading.addons.midas import add_depth_network
 from ldm.loading.build import build_on_meta, fill_weights
 from ldm.loading.config import parse_yaml, read_yaml
 from ldm.loading.families import Prediction, probe_prediction, zero_snr_markers
-from ldm.loading.files.checkpoint import EMBEDDED, file_hash, write_checkpoint
+from ldm.loading.files.checkpoint import CONFIG_KEY, file_hash, write_checkpoint
 from ldm.loading.files.clip_statistics import clip_statistics_tensors, load_clip_statistics
 from ldm.loading.legacy import translate_config
 from ldm.loading.matching import guess_kind, match_weights
@@ -113,7 +113,7 @@ def load(
     if ema:
         weights.use_ema(model.state_dict())
     else:
-        weights.check_raw(model.state_dict())
+        weights.check_has_unet(model.state_dict())
     provenance = {"config": source, **_provenance(raw, weights, ema, skipped)}
     if vae is not None:
         provenance["vae"] = _replace_autoencoder(model, weights, vae)
@@ -129,7 +129,7 @@ def load(
         load_clip_statistics(model.conditioner, weights.path, clip_stats, weights.tables)
         _check_prediction(model, weights, is_config_given=config is not None)
         load_loras(model, loras)
-        add_embeddings(model, weights.source.words, weights.path)
+        add_embeddings(model, weights.source.added_tokens, weights.path)
         load_embeddings(model, embeddings)
     elif loras or embeddings:
         raise WrongFamily("LoRAs and embeddings need a whole model, the config is that of a part")
@@ -152,13 +152,13 @@ def save_model(
 
 
 def choose_config(weights: Weights) -> str:
-    """Return the YAML for weights: `EMBEDDED` if their file has one, else that of their family.
+    """Return the YAML for weights: `CONFIG_KEY` if their file has one, else that of their family.
 
     Raises:
         MissingArgument: the family is unknown or not supported.
     """
-    if EMBEDDED in weights.markers:
-        return EMBEDDED
+    if CONFIG_KEY in weights.markers:
+        return CONFIG_KEY
     family, prediction = weights.family, weights.prediction
     if family is None or not family.config:
         if family is None and (kind := guess_kind(weights.source.state)):
@@ -174,12 +174,12 @@ def choose_config(weights: Weights) -> str:
 def read_config(
     weights: Weights, config: str | Path | None = None, overrides: Iterable[str] = ()
 ) -> tuple[str, JsonObject]:
-    """(path or `EMBEDDED`, content) of the given config, or of the one that weights call for."""
+    """(path or `CONFIG_KEY`, content) of the given config, or of the one that weights call for."""
     if config is not None:
         return str(config), read_yaml(config, overrides)
     source = choose_config(weights)
-    if source == EMBEDDED:
-        return source, parse_yaml(weights.markers[EMBEDDED], overrides, where=source)
+    if source == CONFIG_KEY:
+        return source, parse_yaml(weights.markers[CONFIG_KEY], overrides, where=source)
     raw = read_yaml(source, overrides)
     if "ztsnr" in weights.markers:
         raw["model"]["params"].setdefault("rescale_betas_zero_snr", True)

@@ -21,7 +21,7 @@ from ldm.loading.weight_names import TEXT, original_name
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import WeightsMismatch
 
-__all__ = ["check_weights", "drop_1x1", "guess_kind", "match_weights", "translate_words"]
+__all__ = ["check_weights", "drop_1x1", "guess_kind", "match_weights", "translate_names"]
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def match_weights(
         WeightsMismatch: names are missing or unexpected, or shapes differ.
     """
     expected = model.state_dict()
-    state = translate_words(model, _select_part(model, state), file)
+    state = translate_names(model, _select_part(model, state), file)
     state |= _unused_weights(model, state, file)
     others = [n for n in state if n not in expected and not n.startswith(PARTS)]
     if isinstance(model, LatentDiffusion) and others and expected.keys() <= state.keys():
@@ -105,7 +105,7 @@ def guess_kind(names: Iterable[str]) -> str | None:
     return next((k for pattern, k in KINDS.items() if re.search(pattern, text, re.M)), None)
 
 
-def translate_words(
+def translate_names(
     model: nn.Module, state: Mapping[str, Tensor], file: str | Path
 ) -> dict[str, Tensor]:
     """Return weights with diffusers' names under ours, and in a model's shapes; others stay.

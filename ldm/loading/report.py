@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ldm.loading.build import build_on_meta
 from ldm.loading.families import Prediction
-from ldm.loading.files.checkpoint import EMBEDDED, detect_format, read_checkpoint
+from ldm.loading.files.checkpoint import CONFIG_KEY, detect_format, read_checkpoint
 from ldm.loading.files.pickles import foreign_imports, pickle_imports
 from ldm.loading.legacy import translate_config
 from ldm.loading.load import choose_config, probe_weights, read_config
-from ldm.loading.matching import translate_words
+from ldm.loading.matching import translate_names
 from ldm.loading.published import find_checkpoint, identify_hash
 from ldm.loading.weight_names import original_name
 from ldm.loading.weights import Weights, identify_weights
@@ -91,7 +91,7 @@ class Report:
             yield f"refused     {self.refused}"
         if self.parts:
             yield f"family      {self.title or 'unknown'}"
-            config = "inside the file" if self.config == EMBEDDED else self.config
+            config = "inside the file" if self.config == CONFIG_KEY else self.config
             yield f"config      {config or 'unknown'}"
             yield f"task        {self.task or 'unknown'}"
         if self.prediction is not None:
@@ -188,7 +188,7 @@ def _compare(report: Report, weights: Weights, config: str | Path | None) -> Rep
         family = FAMILIES.get(family_of(model.conditioner) or "")
         if family is not None:
             report = replace(report, title=family.title, task=family.function)
-    names, state = model.state_dict(), translate_words(model, weights.state, weights.path)
+    names, state = model.state_dict(), translate_names(model, weights.state, weights.path)
     return replace(
         report,
         missing=[original_name(name) for name in names if name not in state],

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm.loading.diffusers.files import is_diffusers_folder, read_folder
 from ldm.loading.families import Family, Prediction, detect_prediction, recognise_family
-from ldm.loading.files.checkpoint import EMBEDDED, Checkpoint, read_checkpoint, use_ema_weights
+from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, read_checkpoint, use_ema_weights
 from ldm.loading.matching import match_weights
 from ldm.loading.published import find_checkpoint
 from ldm.loading.weight_names import MARKERS, original_name, rename_weights, schedule_tables
@@ -60,7 +60,7 @@ class Weights:
         step = self.source.step
         self.prediction = detect_prediction(self.family, self.state, step, self.markers)
 
-    def check_raw(self, names: Iterable[str]) -> None:
+    def check_has_unet(self, names: Iterable[str]) -> None:
         """Raise MissingArgument if a UNet is there only as its EMA; `names` are the model's."""
         is_raw = any(name.startswith("unet.") for name in self.state)
         if self.source.has_ema and not is_raw and any(name.startswith("unet.") for name in names):
@@ -92,9 +92,9 @@ def read_weights(path: str | Path, variant: str | None = None) -> Checkpoint:
             "training run (`checkpoints/last.ckpt`)"
         )
     file = read_checkpoint(weights)
-    if config is None or EMBEDDED in file.metadata:
+    if config is None or CONFIG_KEY in file.metadata:
         return file
-    return replace(file, metadata=file.metadata | {EMBEDDED: read_text(config)})
+    return replace(file, metadata=file.metadata | {CONFIG_KEY: read_text(config)})
 
 
 def identify_weights(source: Checkpoint) -> Weights:

@@ -24,7 +24,7 @@ __all__ = ["Prior"]
 class Prior(Layer):
     """Predicts x0 of an embedding, called like a UNet: (x, timesteps, context=…, y=…).
 
-    Embeddings are in the units in which CLIP's have mean 0 and standard deviation 1.
+    Embeddings are normalised with the mean and standard deviation of CLIP's.
 
     Args:
         clip_dim: Width D of embeddings and text tokens.

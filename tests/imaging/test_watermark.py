@@ -14,8 +14,8 @@ from ldm.imaging.watermark import (
     agreement,
     can_hold,
     embed,
+    embed_or_warn,
     identify,
-    mark,
     read,
     rgb_to_yuv,
     yuv_to_rgb,
@@ -164,15 +164,15 @@ def test_small_images_are_refused():
 def test_mark_warns_instead_of_failing(caplog):
     with caplog.at_level(logging.WARNING):
         small = noise((64, 64))
-        assert mark(small, b"SDV2") is small
-        assert agreement(mark(flat(), b"SDV2"), b"SDV2") == 1
+        assert embed_or_warn(small, b"SDV2") is small
+        assert agreement(embed_or_warn(flat(), b"SDV2"), b"SDV2") == 1
     assert [record.getMessage() for record in caplog.records] == [
         "64x64 is too small for a watermark, saved without"
     ]
 
 
 def test_mark_says_when_it_cannot_be_read_back(caplog):
-    mark(Image.new("RGB", (256, 256), (100, 100, 130)), b"SDV2", "dwtDct")
+    embed_or_warn(Image.new("RGB", (256, 256), (100, 100, 130)), b"SDV2", "dwtDct")
     assert "cannot be read back" in caplog.text
 
 

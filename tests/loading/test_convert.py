@@ -14,7 +14,7 @@ from ldm.commands.convert import main
 from ldm.loading.addons.lora import write_lora
 from ldm.loading.config import format_yaml, parse_yaml
 from ldm.loading.convert import convert, plan_conversion
-from ldm.loading.diffusers.files import REST
+from ldm.loading.diffusers.files import EXTRA_WEIGHTS
 from ldm.loading.diffusers.keys import VAE_OLD
 from ldm.loading.files.checkpoint import ema_name, read_checkpoint, write_checkpoint
 from ldm.loading.weights import read_weights
@@ -222,7 +222,7 @@ def test_a_lora_for_a_part_of_a_model_or_for_none_is_refused(tiny, state, tmp_pa
     vae, target = tmp_path / "vae.safetensors", tmp_path / "x.ckpt"
     write_checkpoint(vae, vae_of(state))
     error = fails(capsys, vae, target, "--lora", "style.safetensors")
-    assert "is a part of a model, LoRAs are for whole ones" in error
+    assert "is not a whole model: LoRAs cannot be merged" in error
     assert "is not a LoRA file" in fails(capsys, tiny, target, "--lora", vae)
     assert not target.exists()
 
@@ -379,7 +379,7 @@ def edit(path, **values):
 
 def test_sizes_of_a_folder_may_be_lists(folder, tmp_path):
     place = shutil.copytree(folder, tmp_path / "x")
-    (place / REST).unlink()
+    (place / EXTRA_WEIGHTS).unlink()
     about = json.loads((place / "unet/config.json").read_text())
     edit(
         place / "unet/config.json",
@@ -417,18 +417,20 @@ def test_words_of_a_folder_are_known(folder, state, tmp_path, capsys, caplog):
     write_checkpoint(path, content)
     edit(place / "text_encoder/config.json", vocab_size=49410)
     assert same(read_weights(place).state, state)
-    assert "tells no words of 2 added rows" in caplog.text
+    assert "has 2 added rows without a token" in caplog.text
     for file, tokens in TOKENS.items():
         edited = tmp_path / file
         shutil.copytree(place, edited)
         if file != "tokenizer_config.json":
             (edited / "tokenizer" / file).write_text("{}")
         edit(edited / "tokenizer" / file, **tokens)
-        words = read_weights(edited).words
+        words = read_weights(edited).added_tokens
         assert same(words, {"<cat>": vectors, "<cat>_1": vectors[1:]}), file
     assert same(ldm.load(edited).conditioner.text.added_embeddings, words)
     run(edited, tmp_path / "y.ckpt")
-    assert "left out, pass their files as embeddings: `<cat>`" in capsys.readouterr().err
+    assert (
+        "added tokens are not written, load them as embeddings: `<cat>`" in capsys.readouterr().err
+    )
 
 
 def test_mistakes_are_said_in_one_line(folder, tmp_path, capsys):
@@ -438,7 +440,7 @@ def test_mistakes_are_said_in_one_line(folder, tmp_path, capsys):
     run(folder, copy)
     unet = copy / "unet/config.json"
     text = unet.read_text()
-    (copy / REST).unlink()
+    (copy / EXTRA_WEIGHTS).unlink()
     for old, new, message in (
         (
             '"dropout": 0.0',

@@ -11,7 +11,7 @@ from tinyfamilies import PROMPT, WIDTH, write
 import ldm
 from ldm.encoders.image import preprocess
 from ldm.loading.convert import convert, plan_conversion
-from ldm.loading.diffusers.files import REST
+from ldm.loading.diffusers.files import EXTRA_WEIGHTS
 from ldm.loading.weights import read_weights
 from ldm.pipelines import sample, vary
 
@@ -179,8 +179,12 @@ def test_folders_saved_by_diffusers_are_read(made, family, tmp_path):
     """Without our rest, and in the words of today's versions: what both layouts hold is equal."""
     _, state, folder = made(family)
     opened(folder).save_pretrained(tmp_path)
-    assert not (tmp_path / REST).exists()
+    assert not (tmp_path / EXTRA_WEIGHTS).exists()
     back = read_weights(tmp_path).state
-    kept = read_weights(folder / REST).state.keys() if (folder / REST).exists() else ()
+    kept = (
+        read_weights(folder / EXTRA_WEIGHTS).state.keys()
+        if (folder / EXTRA_WEIGHTS).exists()
+        else ()
+    )
     assert [k for k in state if k not in kept and not torch.equal(state[k], back[k])] == []
     assert all(not back[k].any() for k in back if k in kept and ".resblocks." in k)

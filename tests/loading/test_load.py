@@ -17,7 +17,7 @@ from ldm.loading.config import instantiate, read_yaml
 from ldm.loading.diffusers.keys import locate_weights, scatter_weights
 from ldm.loading.families import detect_prediction, probe_prediction, recognise_family
 from ldm.loading.files.checkpoint import (
-    EMBEDDED,
+    CONFIG_KEY,
     Checkpoint,
     ema_name,
     file_hash,
@@ -174,7 +174,7 @@ def test_a_model_saved_is_the_model_loaded(tmp_path, tiny_yaml, tiny_file, tiny_
     model = ldm.load(tiny_yaml, tiny_file)
     for ending in (".ckpt", ".safetensors"):
         path = tmp_path / f"again{ending}"
-        save_model(model, path, {"global_step": 7, EMBEDDED: tiny_yaml.read_text()})
+        save_model(model, path, {"global_step": 7, CONFIG_KEY: tiny_yaml.read_text()})
         assert read_checkpoint(path).state.keys() == tiny_state.keys()
         assert same(ldm.load(tiny_yaml, path), tiny_state)
     alone = ldm.load(ckpt=tmp_path / "again.safetensors")

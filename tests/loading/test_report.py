@@ -8,7 +8,7 @@ import torch
 
 from ldm.commands.inspect_checkpoint import main
 from ldm.loading.convert import convert, plan_conversion
-from ldm.loading.files.checkpoint import EMBEDDED, read_checkpoint, write_checkpoint
+from ldm.loading.files.checkpoint import CONFIG_KEY, read_checkpoint, write_checkpoint
 from ldm.loading.report import inspect_checkpoint
 
 
@@ -88,6 +88,6 @@ def test_a_lora_is_told_and_converted_as_it_is(tmp_path):
 
 def test_a_file_with_its_own_yaml_is_compared_with_it(tmp_path, tiny_yaml, tiny_state):
     path = tmp_path / "x.safetensors"
-    write_checkpoint(path, tiny_state, {EMBEDDED: tiny_yaml.read_text()})
+    write_checkpoint(path, tiny_state, {CONFIG_KEY: tiny_yaml.read_text()})
     report = inspect_checkpoint(path)
     assert (report.missing, report.unexpected, report.note) == ([], [], "")

@@ -69,7 +69,7 @@ class Task:
         scale: default guidance scale.
         demo_model: the model that ships with ldm for this task; None = the text-to-image model.
         demo_scale: default guidance scale of that model.
-        full_model: flags for a published model, as an example.
+        example_flags: flags for a published model, as an example.
         noise_from_numpy: the original drew the start noise with numpy.
         enlarges: its images are larger than its input.
     """
@@ -84,7 +84,7 @@ class Task:
     scale: float = 9.0
     demo_model: str | None = None
     demo_scale: float = 3.0
-    full_model: str = "--ckpt sd-v2-1 --H 768 --W 768"
+    example_flags: str = "--ckpt sd-v2-1 --H 768 --W 768"
     noise_from_numpy: bool = False
     enlarges: bool = False
 
@@ -128,7 +128,7 @@ class ImageInputs(Inputs):
     """The input image."""
 
     # fmt: off
-    init_img: str | None = option(None, "--init-img", "--image", metavar="FILE", is_file=True,
+    init_img: str | None = option(None, "--init-img", "--image", metavar="FILE", is_input_file=True,
         label="Image", help="input image, scaled and cropped to --H x --W")
     # fmt: on
 
@@ -157,7 +157,7 @@ class FolderInputs(ImageInputs):
         help="all images of a folder, each to OUTDIR/NAME.png")
     # fmt: on
 
-    def each(self) -> Sequence["FolderInputs"]:
+    def per_image(self) -> Sequence["FolderInputs"]:
         """Return the inputs of each image of the folder that this process works on.
 
         Raises:

@@ -21,16 +21,16 @@ class Depth2ImgInputs(ImageInputs):
     # fmt: off
     strength: float = option(0.9, "--strength", parse=parse_fraction, metavar="S",
         label="Denoising strength",
-        help="0 keeps the image, 1 keeps only its depth (%(default)s)")
-    depth_map: str | None = option(None, "--depth-map", metavar="FILE", is_file=True,
+        help="0 keeps the image, 1 keeps only its depth (default: %(default)s)")
+    depth_map: str | None = option(None, "--depth-map", metavar="FILE", is_input_file=True,
         label="Depth map (optional)",
-        help="depth map of 8 or 16 bits, white is near (estimated)")
+        help="depth map of 8 or 16 bits, white is near (default: estimated from the image)")
     depth_inverted: bool = option(False, "--depth-inverted", label="Invert depth",
         help="in the depth map, white is far")
     save_depth: str | None = option(None, "--save-depth", metavar="FILE",
         help="save the estimated depth map, a 16-bit PNG")
-    midas: str | None = option(None, "--midas", metavar="FILE", is_file=True,
-        help="depth network, dpt_hybrid-midas-501f0c75.pt (that of the checkpoint)")
+    midas: str | None = option(None, "--midas", metavar="FILE", is_input_file=True,
+        help="depth network, dpt_hybrid-midas-501f0c75.pt (default: the checkpoint's)")
     # fmt: on
 
     def model_files(self) -> ModelFiles:
@@ -38,7 +38,7 @@ class Depth2ImgInputs(ImageInputs):
 
 
 class Depth2Img(PreparedImageTask):
-    """Change an image toward prompts and keep its depth."""
+    """Image to image that keeps the depth of the image."""
 
     def __init__(self, request: Request) -> None:
         from ldm.imaging.depth import load_depth
@@ -70,7 +70,7 @@ class Depth2Img(PreparedImageTask):
 TASK = Task(
     name="depth2img",
     title="Depth",
-    summary="""Change an image toward a prompt and keep its depth.
+    summary="""Change an image by a prompt, guided by its depth.
 
     ldm depth2img --ckpt sd-v2-depth --init-img room.png --prompt "a room made of ice"
 
@@ -85,5 +85,5 @@ The depth is estimated by the model's own network, or comes from --depth-map.
         "n_samples": 1,
         "n_iter": 1,
     },
-    full_model="--ckpt sd-v2-depth",
+    example_flags="--ckpt sd-v2-depth",
 )

@@ -20,7 +20,7 @@ class Img2ImgInputs(FolderInputs):
 
     # fmt: off
     strength: float = option(0.8, "--strength", parse=parse_fraction, metavar="S",
-        label="Denoising strength", help="0 keeps the image, 1 ignores it (%(default)s)")
+        label="Denoising strength", help="0 keeps the image, 1 ignores it (default: %(default)s)")
     inversion: bool = option(False, "--ddim-inversion", label="DDIM inversion",
         help="start from the noise that DDIM inversion finds, which keeps the composition")
     source_prompt: str = option("", "--source-prompt", metavar="TEXT", label="Source prompt",

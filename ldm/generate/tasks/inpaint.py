@@ -34,16 +34,16 @@ class InpaintInputs(FolderInputs):
 
     # fmt: off
     strength: float = option(1.0, "--strength", parse=parse_fraction, metavar="S",
-        label="Denoising strength", help="0 keeps the image, 1 ignores it (%(default)s)")
-    mask: str | None = option(None, "--mask", metavar="FILE", is_file=True, label="Mask",
-        help="mask: white is repainted (the transparent part of the image)")
+        label="Denoising strength", help="0 keeps the image, 1 ignores it (default: %(default)s)")
+    mask: str | None = option(None, "--mask", metavar="FILE", is_input_file=True, label="Mask",
+        help="mask: white is repainted (default: the transparent part of the image)")
     mask_box: tuple[int, int, int, int] | None = option(None, "--mask-box", parse=parse_box,
         metavar="L,T,R,B", label="Mask box", help="repaint this box, in pixels")
     mask_grow: int = option(0, "--mask-grow", parse=parse_natural, metavar="N",
         label="Mask expand (px)", maximum=64,
-        help="expand the mask by this many pixels (%(default)s)")
+        help="expand the mask by this many pixels (default: %(default)s)")
     mask_blur: float = option(0.0, "--mask-blur", parse=parse_number, metavar="R",
-        label="Mask blur (px)", maximum=64, help="radius of the mask blur (%(default)s)")
+        label="Mask blur (px)", maximum=64, help="radius of the mask blur (default: %(default)s)")
     no_composite: bool = option(False, "--no-composite",
         help="do not paste the unmasked pixels of the image back over the decoded ones")
     indir: str | None = option(None, "--indir", metavar="DIR",
@@ -127,6 +127,6 @@ text-to-image model works as well: the unmasked part is then fixed at every step
     defaults={"outdir": "outputs/inpaint-samples", "n_samples": 1, "n_iter": 1},
     scale=10.0,
     demo_model="checkpoints/demo-inpainting.safetensors",
-    full_model="--ckpt sd-v2-inpainting",
+    example_flags="--ckpt sd-v2-inpainting",
     noise_from_numpy=True,
 )

@@ -23,24 +23,25 @@ class UnclipInputs(Inputs):
     """Images, and how to mix them."""
 
     # fmt: off
-    init_img: tuple[str, ...] = option((), "--image", "--init-img", is_list=True, is_file=True,
-        metavar="FILE", label="Images", help="an image; may be given several times")
+    init_img: tuple[str, ...] = option((), "--image", "--init-img", is_list=True,
+        is_input_file=True, metavar="FILE", label="Images",
+        help="an image; may be given several times")
     weight: tuple[float, ...] = option((), "--weight", parse=parse_number, is_list=True,
         metavar="W", label="Image weights",
-        help="weight of each image, then of the prior (equal weights)")
+        help="weight of each image, then of the prior (default: equal weights)")
     noise_level: tuple[int, ...] = option((), "--noise-level", parse=parse_natural, is_list=True,
         metavar="N", label="Noise level (0 – 999)", maximum=999,
-        help="noise on the embeddings, 0 to 999, for all or for each (0)")
+        help="noise on the embeddings, 0 to 999, for all or for each (default: 0)")
     mix_noise_level: int | None = option(None, "--mix-noise-level", parse=parse_natural,
-        metavar="N", label="Mix noise level", help="noise on the mix (none)")
-    prior: str | None = option(None, "--prior", metavar="FILE", is_file=True,
+        metavar="N", label="Mix noise level", help="noise on the mix (default: none)")
+    prior: str | None = option(None, "--prior", metavar="FILE", is_input_file=True,
         help="the Karlo prior: samples an image embedding of the prompt")
     prior_steps: int = option(25, "--prior-steps", parse=parse_count, metavar="N",
-        help="sampling steps of the prior (%(default)s)")
+        help="sampling steps of the prior (default: %(default)s)")
     prior_scale: float = option(4.0, "--prior-scale", parse=parse_number, metavar="S",
-        help="guidance scale of the prior (%(default)s)")
-    clip_stats: str | None = option(None, "--clip-stats", metavar="FILE", is_file=True,
-        help="statistics of CLIP's embeddings (ViT-L-14_stats.th)")
+        help="guidance scale of the prior (default: %(default)s)")
+    clip_stats: str | None = option(None, "--clip-stats", metavar="FILE", is_input_file=True,
+        help="statistics of CLIP's embeddings, ViT-L-14_stats.th")
     # fmt: on
 
     def model_files(self) -> ModelFiles:
@@ -130,5 +131,5 @@ models fine-tuned for image variations work as well, without a prompt.
     families=("unclip", "variation"),
     defaults={"outdir": "outputs/unclip-samples", "n_samples": 2, "n_iter": 1, "steps": 20},
     scale=10.0,
-    full_model="--ckpt sd-unclip-h",
+    example_flags="--ckpt sd-unclip-h",
 )

@@ -20,7 +20,8 @@ class UpscaleInputs(ImageInputs):
     # fmt: off
     noise_level: int = option(20, "--noise-level", parse=parse_natural, metavar="N", maximum=349,
         label="Noise level (0 – 349)",
-        help="noise on the image, 0 to 349: more noise, more invented detail (%(default)s)")
+        help="noise on the image, 0 to 349: more noise, more invented detail"
+        " (default: %(default)s)")
     # fmt: on
 
 
@@ -60,7 +61,7 @@ Large images are made in overlapping tiles of --vae-tile pixels of the result.
     },
     demo_model="checkpoints/demo-upscaler.safetensors",
     demo_scale=1.0,  # prompts hardly matter for details
-    full_model="--ckpt sd-x4-upscaler",
+    example_flags="--ckpt sd-x4-upscaler",
     noise_from_numpy=True,
     enlarges=True,
 )

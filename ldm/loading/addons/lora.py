@@ -8,7 +8,7 @@
     ComfyUI     the original's names, as `input_blocks.1.1.….to_q.lora_A.weight`
 
 Layers have diffusers' names (`loading/diffusers/names.py`) or the original's, with dots or `_`;
-inside, kohya's are used. A folder stands for all LoRA files in it: of peft, one for each network.
+internally kohya's are used. A folder stands for all LoRA files in it (peft: one per network).
 SD 1 and SD 2: linear layers and convolutions (LoCon) of UNet and text tower.
 """
 
@@ -49,7 +49,7 @@ KEY = re.compile(
     r"|[._]lora(?:_linear_layer)?[._](down|up|A|B)(?:\.(?!weight)\w+)?(?:\.weight)?)"
 )
 ROLES = {"A": "down", "B": "up"}
-PARTS = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 QKV = ("q_proj", "k_proj", "v_proj")
 FOLDER_FILES = ("pytorch_lora_weights", "adapter_model")  # of diffusers, of peft
 OTHER_KINDS = {
@@ -79,18 +79,18 @@ def load_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, float]]
 
     `provenance` records the files.
     """
-    weighted = [(Path(file).expanduser(), strength) for file, strength in files]
-    merge_loras(*(read_lora(path, model).scale(strength) for path, strength in weighted))
+    files_and_strengths = [(Path(file).expanduser(), strength) for file, strength in files]
+    merge_loras(*(read_lora(path, model).scale(strength) for path, strength in files_and_strengths))
     provenance = []
-    for path, strength in weighted:
-        parts = _files_of(path)
-        hashes = {"hash": file_hash(path), "a1111_hash": _a1111_hash(parts[0])}
+    for path, strength in files_and_strengths:
+        lora_files = _files_of(path)
+        hashes = {"hash": file_hash(path), "a1111_hash": _a1111_hash(lora_files[0])}
         provenance.append({"path": str(path.resolve()), "weight": strength, **hashes})
-        for part in parts:
+        for file in lora_files:
             try:
-                add_embeddings(model, read_bundle(part), part)
+                add_embeddings(model, read_bundle(file), file)
             except (FileFormatError, WeightsMismatch, WrongFamily) as error:
-                log.warning("its words are left out: %s", error)
+                log.warning("textual inversions of the LoRA are skipped: %s", error)
     if provenance:
         model.provenance["loras"] = [*model.provenance.get("loras", []), *provenance]
 
@@ -108,7 +108,7 @@ def read_lora(path: str | Path, model: LatentDiffusion) -> LoRA:
         layers |= _tensors_by_layer(file, aliases)
     targets = {kohya_name(name): target for name, target in lora_targets(model).items()}
     _check_layers(layers, targets, path, model)
-    return LoRA({n: _build_layer(targets[n], parts) for n, parts in layers.items()})
+    return LoRA({n: _build_layer(targets[n], tensors) for n, tensors in layers.items()})
 
 
 def write_lora(
@@ -143,29 +143,29 @@ def lora_targets(model: LatentDiffusion) -> dict[str, Target]:
 
 def kohya_name(name: str) -> str:
     """Return kohya's name of a layer for that in `lora_targets`."""
-    part, _, layer = name.partition(".")
-    return PARTS[part] + layer.replace(".", "_")
+    network, _, layer = name.partition(".")
+    return PREFIXES[network] + layer.replace(".", "_")
 
 
 def _list_targets(model: LatentDiffusion) -> Iterator[tuple[str, str, Target]]:
-    """(original's name, diffusers' name, target) of each layer."""
+    """Yield (original's name, diffusers' name, target) of each layer."""
     for ours, theirs in unet_layers(_layer_names(model.unet)).items():
         yield ours, f"unet.{theirs}", Target(model.unet.get_submodule(ours))
     text = model.conditioner.find(TextEncoder)
     if text is None:
         return
-    used = [name for name in _layer_names(text) if not name.startswith(text.unused)]
-    for ours, theirs in text_layers(used).items():
+    used_layers = [name for name in _layer_names(text) if not name.startswith(text.unused)]
+    for ours, theirs in text_layers(used_layers).items():
         layer, name = text.get_submodule(ours), f"text_encoder.{theirs}"
         if isinstance(layer, FusedAttention):
-            for part, word in enumerate(QKV):
-                yield f"{ours}.{word}", f"{name}.{word}", Target(layer, part)
+            for index, projection in enumerate(QKV):
+                yield f"{ours}.{projection}", f"{name}.{projection}", Target(layer, index)
         else:
             yield ours, name, Target(layer)
 
 
 def _names_by_alias(model: LatentDiffusion) -> dict[str, str]:
-    """Kohya's name of each layer, by all names that files may have for it."""
+    """Return kohya's name of each layer, by all names that files may have for it."""
     return {
         layer_alias(alias): kohya_name(theirs)
         for ours, theirs, _ in _list_targets(model)
@@ -224,18 +224,20 @@ def _tensors_by_layer(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str,
             layers.setdefault(name, {})[role] = value
         elif not key.startswith(BUNDLE):
             others.append(key)
-    for part, kind in OTHER_KINDS.items():
-        if any(part in key for key in others):
-            message = f"`{file.path}` holds a {kind}, only LoRA and LoCon are supported"
-            raise FileFormatError(message)
-    if others or not layers:
+    for pattern, kind in OTHER_KINDS.items():
+        if any(pattern in key for key in others):
+            raise FileFormatError(f"`{file.path}` is of an unsupported kind: {kind}")
+    if not (others or layers):
+        raise FileFormatError(f"`{file.path}` has no LoRA layers")
+    if others:
         examples = ", ".join(f"`{key}`" for key in others[:3])
         raise FileFormatError(
             f"`{file.path}` is not a LoRA file: {len(others)} of its {len(file.state)} keys are "
             f"not recognised: {examples}"
         )
-    if short := [name for name, tensors in layers.items() if not {"down", "up"} <= tensors.keys()]:
-        message = f"`down` or `up` is missing in {len(short)} layers: `{short[0]}`"
+    incomplete = [name for name, tensors in layers.items() if not {"down", "up"} <= tensors.keys()]
+    if incomplete:
+        message = f"`down` or `up` is missing in {len(incomplete)} layers: `{incomplete[0]}`"
         raise FileFormatError(f"`{file.path}`: {message}")
     _add_alphas(layers, file)
     empty = [name for name, tensors in layers.items() if not len(tensors["down"])]
@@ -245,16 +247,14 @@ def _tensors_by_layer(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str,
 
 
 def _add_alphas(layers: Mapping[str, dict[str, Tensor]], file: Checkpoint) -> None:
-    """Add alpha to layers without, from the metadata of diffusers or the config of peft."""
-    notes: JsonObject = json.loads(file.metadata.get(METADATA, "{}"))
+    """Add the missing alpha of layers, from the metadata of diffusers or the config of peft."""
+    adapters: JsonObject = json.loads(file.metadata.get(METADATA, "{}"))
     config_path = file.path.with_name("adapter_config.json")
-    configs: dict[str, JsonObject] = {}  # by the beginning of the names that they are about
-    for part, prefix in PARTS.items():
-        start = f"{part}."
-        configs[prefix] = {
-            k.removeprefix(start): v for k, v in notes.items() if k.startswith(start)
-        }
-    if not notes and config_path.is_file():
+    configs: dict[str, JsonObject] = {  # by prefix of the layer names
+        prefix: {k.removeprefix(f"{n}."): v for k, v in adapters.items() if k.startswith(f"{n}.")}
+        for n, prefix in PREFIXES.items()
+    }
+    if not adapters and config_path.is_file():
         configs = {"": json.loads(read_text(config_path))}
     for prefix, config in configs.items():
         if config.get("use_dora"):
@@ -263,8 +263,8 @@ def _add_alphas(layers: Mapping[str, dict[str, Tensor]], file: Checkpoint) -> No
         for name, tensors in layers.items():
             if not name.startswith(prefix) or "alpha" in tensors:
                 continue
-            own = [a for layer, a in patterns.items() if name.endswith(layer.replace(".", "_"))]
-            alpha = own[-1] if own else config.get("lora_alpha")
+            matching = [a for n, a in patterns.items() if name.endswith(n.replace(".", "_"))]
+            alpha = matching[-1] if matching else config.get("lora_alpha")
             if alpha is not None:
                 rank = len(tensors["down"])  # rsLoRA divides by its root
                 factor = rank**0.5 if config.get("use_rslora") else 1
@@ -279,17 +279,18 @@ def _check_layers(
 ) -> None:
     """Raise WeightsMismatch if a layer does not exist in the model or has another shape there."""
     unknown = [name for name in layers if name not in targets]
-    shapes = []
+    mismatched = []
     for name in layers.keys() & targets.keys():
         down, up = layers[name]["down"], layers[name]["up"]
         shape, expected = (len(up), *down.shape[1:]), tuple(targets[name].weight.shape)
         if drop_1x1(shape) != drop_1x1(expected) or up[0].numel() != len(down):
-            shapes.append(f"{name}: shape {shape}, expected {expected}")
-    if not (unknown or shapes):
+            mismatched.append(f"{name}: shape {shape}, expected {expected}")
+    if not (unknown or mismatched):
         return
     message = (
         f"`{path}` does not fit this model: of its {len(layers)} layers {len(unknown)} are "
-        f"unknown, {len(shapes)} have the wrong shape: {', '.join([*unknown, *shapes][:3])}"
+        f"unknown, {len(mismatched)} have the wrong shape: "
+        f"{', '.join([*unknown, *mismatched][:3])}"
     )
     theirs, ours = _likely_family(layers), TITLE_BY_WIDTH.get(model.unet.context_dim)
     if theirs:

@@ -24,7 +24,7 @@ from ldm.loading.config import format_yaml, parse_yaml
 from ldm.loading.diffusers.encoders import added_tokens
 from ldm.loading.diffusers.index import INDEX, NORMALIZER, Files, folder_configs, original_config
 from ldm.loading.diffusers.keys import component_prefixes, locate_weights, scatter_weights
-from ldm.loading.files.checkpoint import EMBEDDED, Checkpoint, read_checkpoint
+from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, read_checkpoint
 from ldm.loading.files.clip_statistics import load_clip_statistics
 from ldm.loading.legacy import translate_config
 from ldm.loading.matching import match_weights
@@ -35,12 +35,13 @@ from ldm.runtime.files import read_text
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "REST", "build_folder", "is_diffusers_folder", "read_folder", "weights_path", "write_texts",
+    "EXTRA_WEIGHTS", "build_folder", "is_diffusers_folder", "read_folder", "weights_path",
+    "write_texts",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
-REST = "original.safetensors"
+EXTRA_WEIGHTS = "original.safetensors"
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of diffusers, of transformers
 TRANSFORMERS = ("text_encoder", "image_encoder", "depth_estimator")  # components of transformers
 # Of a compact vocabulary: the ids in CLIP's, and the rows of the embedding.
@@ -67,7 +68,7 @@ def is_diffusers_folder(path: str | Path) -> bool:
 
 
 def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
-    """Return the weights of a folder under the original's names, with their config and words.
+    """Return the weights of a folder under the original's names, with config and added tokens.
 
     Args:
         variant: which of several files (`fp16`); None is the plain one, or the only one there is.
@@ -76,15 +77,19 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
     candidates = [*sorted(path.glob("*/*.json")), path / INDEX, path / "config.json"]
     files = {f.relative_to(path).as_posix(): _read_json(f) for f in candidates if f.is_file()}
     rest = _read_rest(path, files)
-    raw = parse_yaml(rest.metadata[EMBEDDED], where=REST) if rest else original_config(files)
+    raw = (
+        parse_yaml(rest.metadata[CONFIG_KEY], where=EXTRA_WEIGHTS)
+        if rest
+        else original_config(files)
+    )
     derived = _derived_tensors(rest.state) if rest else {}
     model, _ = _build_model(raw, path.name, derived)
-    model_state, located, words = model.state_dict(), locate_weights(model), {}
+    model_state, located, vectors = model.state_dict(), locate_weights(model), {}
     state = rename_weights(rest.state) if rest else {}
     for component in located:
         theirs = _read_component(path / component if INDEX in files else path, variant)
         if component == "text_encoder":
-            words = _split_words(theirs, files)
+            vectors = _pop_added_tokens(theirs, files)
             if TOKEN_IDS in state:
                 name = next(name for name in theirs if name.endswith(TOKEN_EMBEDDING))
                 ids, table = state[TOKEN_IDS], state[TOKEN_TABLE]
@@ -107,8 +112,8 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
         state=restore_names({name: state[name] for name in model_state}, tables | derived),
         step=rest.step if rest else None,
         mapped=True,
-        metadata=(rest.metadata if rest else {}) | {EMBEDDED: format_yaml(raw)},
-        words=words,
+        metadata=(rest.metadata if rest else {}) | {CONFIG_KEY: format_yaml(raw)},
+        added_tokens=vectors,
     )
 
 
@@ -145,7 +150,7 @@ def build_folder(
 def weights_path(component: str, files: Files, variant: str | None = None) -> str:
     """Path of a component's weights, in a folder of these files."""
     if not component:
-        return REST
+        return EXTRA_WEIGHTS
     stem = STEMS[1] if component in TRANSFORMERS else STEMS[0]
     name = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
     return f"{component}/{name}" if INDEX in files else name
@@ -181,21 +186,21 @@ def _derived_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _read_rest(path: Path, files: Files) -> Checkpoint | None:
     """Return the tensors beside the components, if there are any and they belong to this folder."""
-    if not (path / REST).is_file():
+    if not (path / EXTRA_WEIGHTS).is_file():
         return None
-    rest = read_checkpoint(path / REST)
+    rest = read_checkpoint(path / EXTRA_WEIGHTS)
     if _has_same_config(rest, files):
         return rest
-    log.warning("`%s` is of another model than the folder, and is left out", path / REST)
+    log.warning("`%s` is of another model than the folder, and is left out", path / EXTRA_WEIGHTS)
     return None
 
 
 def _has_same_config(rest: Checkpoint, files: Files) -> bool:
     """Whether the YAML beside the rest says what the folder's JSONs say."""
-    if EMBEDDED not in rest.metadata:
+    if CONFIG_KEY not in rest.metadata:
         return False
-    raw = parse_yaml(rest.metadata[EMBEDDED], where=REST)
-    expected = folder_configs(*_build_model(raw, REST, _derived_tensors(rest.state)))
+    raw = parse_yaml(rest.metadata[CONFIG_KEY], where=EXTRA_WEIGHTS)
+    expected = folder_configs(*_build_model(raw, EXTRA_WEIGHTS, _derived_tensors(rest.state)))
     for path, content in json.loads(json.dumps(expected)).items():
         if not path.endswith("config.json") or path.startswith("tokenizer"):
             continue
@@ -238,8 +243,8 @@ def _candidates(folder: Path, variant: str | None) -> Iterator[Path]:
             yield folder / f"{stem}{dot}{ending}.index.json"
 
 
-def _split_words(state: dict[str, Tensor], files: Files) -> dict[str, Tensor]:
-    """Take the rows of added tokens out of a text encoder; vectors (n, D) by token."""
+def _pop_added_tokens(state: dict[str, Tensor], files: Files) -> dict[str, Tensor]:
+    """Remove the rows of added tokens from a text encoder; return vectors (n, D) by token."""
     name = next((name for name in state if name.endswith(TOKEN_EMBEDDING)), None)
     if name is None or len(state[name]) <= VOCAB:
         return {}
@@ -247,12 +252,12 @@ def _split_words(state: dict[str, Tensor], files: Files) -> dict[str, Tensor]:
     state[name] = table[:VOCAB]
     rows = {token: table[i] for token, i in added_tokens(files).items() if VOCAB <= i < len(table)}
     if not rows:
-        log.warning("`%s` tells no words of %d added rows: left out", name, len(table) - VOCAB)
-    words = {}
-    for token in rows:  # `<cat>`, `<cat>_1`, `<cat>_2` are the vectors of one word
+        log.warning("`%s` has %d added rows without a token: left out", name, len(table) - VOCAB)
+    vectors = {}
+    for token in rows:  # `<cat>`, `<cat>_1`, `<cat>_2` are the vectors of one token
         group = takewhile(rows.__contains__, (f"{token}_{i}" for i in count(1)))
-        words[token] = torch.stack([rows[token], *(rows[other] for other in group)])
-    return words
+        vectors[token] = torch.stack([rows[token], *(rows[other] for other in group)])
+    return vectors
 
 
 def _statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from ldm.encoders.lowres import LowRes
 from ldm.encoders.text import TextEncoder
 from ldm.loading.config import read_yaml
 from ldm.loading.diffusers import encoders, networks, schedulers
-from ldm.loading.families import PUBLISHED, recognise_family
+from ldm.loading.families import CONFIG_DIR, recognise_family
 from ldm.loading.legacy import AUTOENCODER_CONFIG
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import FileFormatError, WrongFamily
@@ -137,7 +137,7 @@ def folder_configs(model: nn.Module, spec: JsonMapping) -> Files:
 def original_config(files: Files) -> JsonObject:
     """Return the config in the original's words."""
     if INDEX not in files:
-        raw = read_yaml(f"{PUBLISHED}/v1-inference.yaml")
+        raw = read_yaml(f"{CONFIG_DIR}/v1-inference.yaml")
         autoencoder = raw["model"]["params"][AUTOENCODER_CONFIG]
         autoencoder["params"] = networks.vae_params(files["config.json"])
         return {"model": autoencoder}
@@ -148,7 +148,7 @@ def original_config(files: Files) -> JsonObject:
     if template is None:
         name = files[INDEX]["_class_name"]
         raise WrongFamily(f"no original family is a `{name}` with this {encoder}")
-    raw = read_yaml(f"{PUBLISHED}/{template}.yaml")
+    raw = read_yaml(f"{CONFIG_DIR}/{template}.yaml")
     params = raw["model"]["params"]
     unet = networks.unet_params(files[UNET])
     params["unet_config"]["params"] = unet

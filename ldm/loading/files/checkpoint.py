@@ -29,11 +29,11 @@ from ldm.runtime.hashes import hash_file
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "EMBEDDED", "Checkpoint", "cast_weight", "detect_format", "ema_name", "file_hash",
+    "CONFIG_KEY", "Checkpoint", "cast_weight", "detect_format", "ema_name", "file_hash",
     "read_checkpoint", "release_pages", "use_ema_weights", "write_checkpoint",
 ]  # fmt: skip
 
-EMBEDDED = "ldm.config"  # metadata key under which a file carries its own YAML
+CONFIG_KEY = "ldm.config"  # metadata key under which a file carries its own YAML
 MAX_TENSORS = 20_000
 MAX_DEPTH = 8  # of mappings within mappings
 MAX_HEADER = 100_000_000  # bytes, of a .safetensors
@@ -63,7 +63,7 @@ class Checkpoint:
         extras: names of the entries beside the weights (`global_step`, `callbacks` …).
         metadata: texts beside the weights.
         ema_state: everything named `model_ema.*`.
-        words: tokens that the tokenizer of a folder has added, with vectors (n, D).
+        added_tokens: tokens that the tokenizer of a folder has added, with vectors (n, D).
     """
 
     path: Path
@@ -74,7 +74,7 @@ class Checkpoint:
     extras: tuple[str, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
     ema_state: dict[str, Tensor] = field(default_factory=dict)
-    words: dict[str, Tensor] = field(default_factory=dict)
+    added_tokens: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def has_ema(self) -> bool:

@@ -1,4 +1,4 @@
-"""Images of a run: a folder, a table of Hugging Face or tar shards, as a config describes them."""
+"""Images of a run: a folder, a Hugging Face dataset or tar shards, as a config describes them."""
 
 import logging
 from collections.abc import Callable
@@ -57,15 +57,14 @@ def open_images(
 
 
 def fill_vocabulary(model: LatentDiffusion, images: ImageDataset | Shards) -> None:
-    """Give a pruned token embedding that still has no tokens those of all captions."""
-    text = model.conditioner.find(TextEncoder)
-    if text is None or text.token_ids is None:
+    """Fill an empty pruned vocabulary with the tokens of all captions."""
+    encoder = model.conditioner.find(TextEncoder)
+    if encoder is None or encoder.token_ids is None:
         return
-    if text.token_ids.equal(torch.arange(len(text.token_ids))):
+    if encoder.token_ids.equal(torch.arange(len(encoder.token_ids))):  # the initial placeholder
         # A folder's metadata has the rows of all splits.
         rows = read_metadata(images.root) if isinstance(images, Folder) else images.metadata()
-        texts = caption_texts(rows)
-        text.token_ids.copy_(collect_vocabulary(texts, text))
+        encoder.token_ids.copy_(collect_vocabulary(caption_texts(rows), encoder))
 
 
 def warn_of_missing_captions(model: LatentDiffusion, images: ImageDataset | Shards) -> None:

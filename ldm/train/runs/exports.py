@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ldm.loading.families import zero_snr_markers
-from ldm.loading.files.checkpoint import EMBEDDED, cast_weight, ema_name, write_checkpoint
+from ldm.loading.files.checkpoint import CONFIG_KEY, cast_weight, ema_name, write_checkpoint
 from ldm.loading.files.clip_statistics import clip_statistics_tensors
 from ldm.loading.weight_names import original_name, restore_names
 from ldm.model import LatentDiffusion
@@ -36,7 +36,7 @@ __all__ = ["export", "export_best", "export_step"]
 log = logging.getLogger(__name__)
 
 DEFAULT_MONITOR = "val/loss_ema"
-# Metadata key of the config of a LoRA or embedding: EMBEDDED would make it a whole model.
+# Metadata key of the config of a LoRA or embedding: CONFIG_KEY would make it a whole model.
 ADAPTATION_CONFIG = "ldm.training.config"
 STATISTICS_IMAGES = 256  # that an autoencoder's latents are normalised on
 
@@ -199,7 +199,7 @@ def _metadata(run: Run) -> dict[str, str | int]:
         "ldm.training": json.dumps(origin),
     }
     if run.config_text:
-        key = ADAPTATION_CONFIG if isinstance(run.task, Adaptation) else EMBEDDED
+        key = ADAPTATION_CONFIG if isinstance(run.task, Adaptation) else CONFIG_KEY
         metadata[key] = run.config_text
     if isinstance(run.model, LatentDiffusion):
         kind = run.model.parameterization

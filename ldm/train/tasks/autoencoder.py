@@ -40,9 +40,9 @@ __all__ = [
 ]
 
 MAX_D_WEIGHT = 1e4
-WORST = 500  # one in so many values of an image counts as its worst
+VALUES_PER_WORST = 500  # 1 in 500 values of an image counts as its worst
 OUTLIER = 6.0  # largest normalised activation that costs nothing
-EPS = 1e-4  # added to the norm that d_weight is divided by
+EPS = 1e-4  # added to the denominator of d_weight
 # Penalty of logits where they should be negative.
 DISC_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "hinge": lambda logits: F.relu(1 + logits),
@@ -64,7 +64,7 @@ def build_autoencoder_task(
     Args:
         params: of the model. The file `ckpt_path` may have weights of the losses.
         objective: keywords of the task; `perceptual` is {ckpt_path: files of LPIPS}.
-        load_weights: False leaves LPIPS and the discriminator untrained, to know their sizes.
+        load_weights: False keeps LPIPS as it is initialised, enough to count its parameters.
     """
     spec = params.get("lossconfig") or {"target": "torch.nn.Identity"}
     losses = instantiate(spec, where="model.params.lossconfig")
@@ -98,11 +98,11 @@ class Reconstruction(Task):
     _: KW_ONLY
     l1: float = 1.0  # weight of the mean absolute error
     l2: float = 1.0  # weight of the mean squared error
-    gradient: float = 0.5  # weight of the absolute error of edges
+    gradient: float = 0.5  # weight of the absolute error of the image gradient (edges)
     kl: float = 1e-6  # weight of the divergence from a standard normal, nats per image
     peak: float = 0.0  # weight of the mean absolute error of the worst 1 in 500 values
     outlier: float = 0.0  # weight of single large activations in the decoder, `_outlier_loss`
-    trained: str = "all"  # or "decoder", which keeps the latents as they are
+    trained: str = "all"  # parts to train; "decoder" keeps the latents as they are
 
     def __post_init__(self) -> None:
         self.trainable = self.model
@@ -111,7 +111,7 @@ class Reconstruction(Task):
     def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
         image = batch["jpg"].to(self.model.quant_conv.weight.device)  # (B, 3, H, W)
         layers = self.model.decoder.modules() if self.outlier else ()
-        with _record_peaks(layer for layer in layers if isinstance(layer, GroupNorm)) as peaks:
+        with _record_maxima(layer for layer in layers if isinstance(layer, GroupNorm)) as maxima:
             reconstruction, posterior = self.model(image, generator)
         error = reconstruction.float() - image
         kl = posterior.kl().float().mean()
@@ -120,10 +120,10 @@ class Reconstruction(Task):
         loss = loss + self.gradient * edges + self.kl * kl
         if self.peak:
             errors = error.abs().flatten(1)
-            worst = errors.topk(max(1, errors.shape[1] // WORST)).values
+            worst = errors.topk(max(1, errors.shape[1] // VALUES_PER_WORST)).values
             loss = loss + self.peak * worst.mean()
         if self.outlier:
-            loss = loss + self.outlier * _outlier_loss(peaks)
+            loss = loss + self.outlier * _outlier_loss(maxima)
         quality = psnr(reconstruction.detach().float(), image).mean()
         return {"loss": loss, "psnr": quality, "kl": kl.detach()}
 
@@ -150,7 +150,7 @@ class LossConfig:
     disc_num_layers: int = 3
     disc_in_channels: int = 3
     disc_factor: float = 1.0  # 0 leaves the discriminator out
-    disc_weight: float = 1.0  # its gradient's length in the last layer, relative to the error's
+    disc_weight: float = 1.0  # norm of its gradient at the last layer, relative to that of nll
     perceptual_weight: float = 1.0  # of LPIPS beside the absolute error
     use_actnorm: bool = False
     disc_conditional: bool = False
@@ -165,7 +165,7 @@ class LossConfig:
 
 @dataclass(eq=False)
 class Adversarial(Task):
-    """Training of an AutoencoderKL as the original's, against a discriminator.
+    """Training of an AutoencoderKL against a discriminator, as in the original.
 
     Errors are summed over an image, not averaged: hence the small weights and learning rates of
     the original's configs.
@@ -176,7 +176,7 @@ class Adversarial(Task):
     losses: LossConfig
     _: KW_ONLY
     perceptual: LPIPS | None = None  # may be None if its weight is 0
-    trained: str = "all"  # or "decoder"
+    trained: str = "all"  # parts to train; or "decoder"
     learn_logvar: bool = False  # train the log variance of an error
     export_losses: bool = False  # as `loss.*`, as the original does
 
@@ -208,15 +208,18 @@ class Adversarial(Task):
         # Before disc_start its loss is 0, so training it would change nothing.
         return self.losses.disc_factor > 0 and self.step >= self.losses.disc_start
 
+    @property
+    def _disc_factor(self) -> float:
+        return self.losses.disc_factor if self.trains_discriminator else 0.0
+
     def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
         """Compute the losses of the autoencoder; the names of their parts are the original's.
 
             loss = nll + kl_weight kl + disc_factor d_weight g,    g = -mean(logits)
 
-        where d_weight makes the gradients of nll and g in the last layer equally long, times
-        disc_weight. To that end nll and g are each differentiated once, down to the reconstruction;
+        where d_weight scales the gradient of g at the last layer to disc_weight times the norm of
+        that of nll. To that end nll and g are each differentiated once, down to the reconstruction;
         their sum is backpropagated from there.
-
         """
         image = batch["jpg"].to(self.logvar.device)  # (B, 3, H, W)
         losses = self.losses
@@ -229,7 +232,7 @@ class Adversarial(Task):
         rec, nll = self._nll(image, leaf)
         g = -self.discriminator(leaf).float().mean()
         kl = posterior.kl().float().mean()
-        factor = losses.disc_factor if self.trains_discriminator else 0.0
+        factor = self._disc_factor
         d_weight = torch.zeros_like(kl)
         gradients: list[tuple[Tensor, Tensor | float]] = [(kl, losses.kl_weight)]
         if torch.is_grad_enabled():  # not in validation
@@ -237,8 +240,8 @@ class Adversarial(Task):
             grad, *logvar_grads = torch.autograd.grad(nll, [leaf, *learned])
             if losses.disc_factor > 0:
                 (grad_g,) = torch.autograd.grad(g, leaf)
-                balance = self._balance_gradients(inputs[0].detach(), leaf.detach(), grad, grad_g)
-                d_weight = losses.disc_weight * balance
+                ratio = self._gradient_ratio(inputs[0].detach(), leaf.detach(), grad, grad_g)
+                d_weight = losses.disc_weight * ratio
                 grad = grad + factor * d_weight * grad_g
             gradients += [(reconstruction, grad), *zip(learned, logvar_grads, strict=True)]
         total = nll + losses.kl_weight * kl + factor * d_weight * g
@@ -263,19 +266,18 @@ class Adversarial(Task):
         real = self.discriminator(image).float()  # (B, 1, h, w)
         fake = self.discriminator(reconstruction.float()).float()  # (B, 1, h, w)
         penalty = DISC_LOSSES[self.losses.disc_loss]
-        factor = self.losses.disc_factor if self.trains_discriminator else 0.0
-        loss = factor * 0.5 * (penalty(-real).mean() + penalty(fake).mean())
+        loss = self._disc_factor * 0.5 * (penalty(-real).mean() + penalty(fake).mean())
         parts = {"disc_loss": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
         return {"loss": loss, **{name: value.detach() for name, value in parts.items()}}
 
     def load_losses(self, losses: Mapping[str, Tensor]) -> None:
-        """Load discriminator and logvar, where `losses` (of `legacy.loss_weights`) has them."""
+        """Load discriminator and logvar, where `losses` (from `loss_weights`) has them."""
         prefix = "discriminator."
         state = {n.removeprefix(prefix): v for n, v in losses.items() if n.startswith(prefix)}
         shapes = {name: value.shape for name, value in self.discriminator.state_dict().items()}
         if state and {name: value.shape for name, value in state.items()} != shapes:
             raise ValueError(
-                "the discriminator of the checkpoint has other layers than `lossconfig` says\n"
+                "the discriminator of the checkpoint does not match `lossconfig`\n"
                 "hint: `ignore_keys: [loss]` starts with a new one"
             )
         if state:
@@ -284,7 +286,7 @@ class Adversarial(Task):
             self.logvar.data.copy_(losses["logvar"])
 
     def weights_to_export(self, images: Iterable[Tensor]) -> dict[str, Tensor]:
-        """Return the model as it is: the training of a diffusion model measures its scale."""
+        """Return the weights unchanged, with `loss.*` if `export_losses`."""
         state = dict(self.model.state_dict())
         if self.export_losses:
             networks = {"discriminator": self.discriminator, "perceptual_loss": self.perceptual}
@@ -295,7 +297,7 @@ class Adversarial(Task):
         return state
 
     def _nll(self, image: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean error, and the Laplacian's negative log likelihood per image."""
+        """Return the mean error, and the negative log likelihood (Laplace) per image."""
         error = (image - reconstruction).abs()  # (B, 3, H, W)
         if self.perceptual is not None:
             distance = self.perceptual(image, reconstruction).float()  # (B, 1, 1, 1)
@@ -303,7 +305,7 @@ class Adversarial(Task):
         nll = error / self.logvar.exp() + self.logvar
         return error.mean(), nll.sum() / len(image)
 
-    def _balance_gradients(
+    def _gradient_ratio(
         self, h: Tensor, reconstruction: Tensor, grad: Tensor, grad_g: Tensor
     ) -> Tensor:
         """Return |grad nll| / |grad g| with respect to the weights of the last layer.
@@ -316,12 +318,12 @@ class Adversarial(Task):
         nll_norm, g_norm = (
             conv2d_weight(h.float(), shape, slope * d, padding=1).norm() for d in (grad, grad_g)
         )
-        balance: Tensor = (nll_norm / (g_norm + EPS)).clamp(max=MAX_D_WEIGHT)
-        return balance
+        ratio: Tensor = (nll_norm / (g_norm + EPS)).clamp(max=MAX_D_WEIGHT)
+        return ratio
 
 
 def psnr(reconstruction: Tensor, image: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of images in [-1, 1], decibels, (B,)."""
+    """Compute the peak signal-to-noise ratio (B,) of images in [-1, 1], in decibels."""
     error = (reconstruction.clamp(-1, 1) - image).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(4 / error.clamp(min=1e-12))
 
@@ -336,50 +338,50 @@ def normalise_latents(model: AutoencoderKL, z: Tensor) -> None:
     channels = z.shape[1]
     mean = z.mean(dim=(0, 2, 3))
     std = z.std(dim=(0, 2, 3))
-    after, before = model.quant_conv, model.post_quant_conv
-    assert after.bias is not None
-    assert before.bias is not None
-    before.bias += before.weight[:, :, 0, 0] @ mean
-    before.weight *= std[None, :, None, None]
-    after.weight[:channels] /= std[:, None, None, None]
-    after.bias[:channels] = (after.bias[:channels] - mean) / std
-    after.bias[channels:] -= 2 * std.log()  # log variances scale with the square
+    quant, post_quant = model.quant_conv, model.post_quant_conv
+    assert quant.bias is not None
+    assert post_quant.bias is not None
+    post_quant.bias += post_quant.weight[:, :, 0, 0] @ mean
+    post_quant.weight *= std[None, :, None, None]
+    quant.weight[:channels] /= std[:, None, None, None]
+    quant.bias[:channels] = (quant.bias[:channels] - mean) / std
+    quant.bias[channels:] -= 2 * std.log()  # log variances scale with the square
 
 
 def _move(module: ModuleT, device: torch.device) -> ModuleT:
-    """Move to a device, unless it is there: fake tensors, as of --dry-run, cannot be moved."""
+    """Move to a device, unless it is there: fake tensors (of a dry run) cannot be moved."""
     return module if next(module.parameters()).device == device else module.to(device)
 
 
 @contextmanager
-def _record_peaks(layers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
-    """Collect the largest absolute values in each channel of layers, (B, C), while inside."""
-    peaks: list[Tensor] = []
+def _record_maxima(layers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """Collect the largest absolute values in each channel of layers, (B, C), within the context."""
+    maxima: list[Tensor] = []
 
     def record(layer: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> None:
-        peaks.append(output.float().abs().amax(dim=(2, 3)))
+        maxima.append(output.float().abs().amax(dim=(2, 3)))
 
     with ExitStack() as hooks:
         for layer in layers:
             hooks.enter_context(layer.register_forward_hook(record))
-        yield peaks
+        yield maxima
 
 
-def _outlier_loss(peaks: Iterable[Tensor]) -> Tensor:
-    """Return the mean over layers of (peak - 6) / 6 where it is positive.
+def _outlier_loss(maxima: Iterable[Tensor]) -> Tensor:
+    """Return the mean over layers of (maximum - 6) / 6 where it is positive.
 
     A norm removes the scale of an image. A decoder can keep it by a few huge activations in a
     corner, which then make up all of the variance, and leave a speck there (Karras et al. 2020,
     arXiv:1912.04958, section 2).
     """
-    return torch.stack([F.relu(peak / OUTLIER - 1).mean() for peak in peaks]).mean()
+    return torch.stack([F.relu(maximum / OUTLIER - 1).mean() for maximum in maxima]).mean()
 
 
-def _freeze_encoder(model: AutoencoderKL, trained: str) -> None:
+def _freeze_encoder(model: AutoencoderKL, parts: str) -> None:
     """Freeze what latents depend on, if only the decoder is trained."""
-    if trained not in ("all", "decoder"):
-        raise unknown_name("value of trained", trained, ("all", "decoder"), "lightning.objective")
-    if trained == "decoder":
+    if parts not in ("all", "decoder"):
+        raise unknown_name("value of trained", parts, ("all", "decoder"), "lightning.objective")
+    if parts == "decoder":
         model.encoder.requires_grad_(False)
         model.quant_conv.requires_grad_(False)
 
