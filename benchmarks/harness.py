@@ -73,7 +73,7 @@ class Worker:
 
     def __init__(self, side: Side, script: Path, args: argparse.Namespace, *words: object) -> None:
         common = ["--worker", side.worker, "--device", args.device, "--threads", args.threads]
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # lives as long as the worker
+        self.log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  # lives as long as the worker
         self.process = subprocess.Popen(
             [sys.executable, str(script), *map(str, [*common, *words])],
             stdin=subprocess.PIPE,
@@ -100,7 +100,9 @@ class Worker:
 
     def cpu_seconds(self) -> float:
         """Returns the CPU time so far of the process and those that it waited for."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        fields = (
+            Path(f"/proc/{self.process.pid}/stat").read_text("utf-8").rpartition(")")[2].split()
+        )
         return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
     def close(self) -> None:
@@ -205,7 +207,7 @@ def run(root: Path, *command: object, folder: Path | None = None) -> tuple[float
         SystemExit: if it fails, with what it wrote.
     """
     words, start = [sys.executable, *map(str, command)], time.perf_counter()
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         process = subprocess.Popen(
             words, cwd=folder or root, stdout=log, stderr=log, env=environment(root)
         )
@@ -251,7 +253,7 @@ def peak(device: torch.device) -> float:
     """Returns GiB: the largest resident size, or what torch allocated of a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    match = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    match = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text("utf-8"))
     return int(match[1]) / 2**20 if match else float("nan")
 
 
@@ -260,7 +262,7 @@ def machine(args: argparse.Namespace) -> str:
     if args.device.type == "cuda":
         name = torch.cuda.get_device_name(args.device)
     else:
-        match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text("utf-8"))
         name = match[1] if match else "unknown CPU"
     against = f"baseline {args.against}"
     return f"{name}, {args.threads} threads, torch {torch.__version__}, {against}"
@@ -268,6 +270,6 @@ def machine(args: argparse.Namespace) -> str:
 
 def busy_seconds() -> float:
     """Time of all CPUs that was not idle since the machine started."""
-    fields = Path("/proc/stat").read_text().split("\n")[0].split()[1:]
+    fields = Path("/proc/stat").read_text("utf-8").split("\n")[0].split()[1:]
     user, nice, system, _, _, irq, soft_irq = map(int, fields[:7])
     return (user + nice + system + irq + soft_irq) / os.sysconf("SC_CLK_TCK")

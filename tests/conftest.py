@@ -12,3 +12,5 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 for name in ("HF_HUB_CACHE", "LDM_CACHE"):
     os.environ[name] = str(Path(tempfile.gettempdir(), "ldm-tests-without-a-cache"))
 sys.path.insert(0, str(Path(__file__).parent))
+
+from windows import windows  # noqa: E402, F401

@@ -72,7 +72,7 @@ def moved(path: Path, folder: Path) -> Path:
 
 def log_of(path: Path) -> list[dict[str, float]]:
     """The rows of a run's log.csv, empty cells left out."""
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     return [{k: float(v) for k, v in row.items() if v and k not in MEASUREMENTS} for row in rows]
 

@@ -7,7 +7,9 @@ Prints `identical` (exit status 0), or by how much the pixels differ and what ha
 status 1). --ckpt and --config give the present paths of the model's files.
 """
 
+import os
 import shlex
+import subprocess
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
@@ -61,7 +63,8 @@ def _replay(args: Namespace, changes: dict[str, Any]) -> int:
     info = read_info(args.image)
     request = read_request(info, args.image)
     if args.show_command:
-        print(shlex.join(["ldm", request.task.name, *to_argv(request.with_values(changes))]))
+        words = ["ldm", request.task.name, *to_argv(request.with_values(changes))]
+        print(subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words))
         return 0
     check_inputs(info)
     request = locate_model(info, request, changes)

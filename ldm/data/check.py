@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
+from os.path import splitdrive
 from pathlib import Path
 from typing import TypeVar
 
@@ -130,7 +131,10 @@ def open_folder(where: Sequence[str]) -> Folder | None:
         MissingFile: a name is not a pattern, not an address and not there.
     """
     for name in where:
-        if not any(mark in name for mark in "*?[{:") and not Path(name).expanduser().exists():
+        if (
+            not any(mark in splitdrive(name)[1] for mark in "*?[{:")
+            and not Path(name).expanduser().exists()
+        ):
             raise MissingFile(f"there is no folder or file `{name}`")
     if len(where) != 1 or not Path(where[0]).expanduser().is_dir():
         return None

@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import os
+import re
 import subprocess
 import tarfile
 import zlib
@@ -319,7 +320,7 @@ def _expand(pattern: str, commands: bool) -> list[str]:
         raise ArgumentError(f"`{pattern}` stands for more than {MAX_SHARDS} shards")
     if pattern.startswith(("pipe:", "http://", "https://")):
         return urls
-    if "://" in pattern:
+    if re.match(r"[\w+.-]{2,}://", pattern):  # one letter is a drive
         raise ArgumentError(f"`{pattern}` cannot be read, only files and http(s) addresses")
     paths = [path for url in urls for path in (sorted(glob(url)) if has_magic(url) else [url])]
     missing = [path for path in paths if not Path(path).is_file()]

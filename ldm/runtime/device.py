@@ -85,7 +85,7 @@ def memory_of(device: torch.device) -> int:
         return torch.cuda.get_device_properties(device).total_memory
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except AttributeError:  # on Windows
+    except (AttributeError, OSError, ValueError):  # not on Linux
         return ASSUMED_MEMORY
 
 
@@ -93,11 +93,12 @@ def free_memory() -> float:
     """Return the bytes that this process may still take, of the machine and its container."""
     free = [float("inf")]
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in Path("/proc/meminfo").read_text("utf-8").splitlines():
             if line.startswith("MemAvailable:"):
                 free.append(int(line.split()[1]) << 10)
         limit, used = (
-            Path("/sys/fs/cgroup", f"memory.{name}").read_text() for name in ("max", "current")
+            Path("/sys/fs/cgroup", f"memory.{name}").read_text("utf-8")
+            for name in ("max", "current")
         )
         free.append(int(limit) - int(used))
     except (OSError, ValueError):

@@ -18,6 +18,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +103,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> TrainReq
         dry_run=args.dry_run,
         name=(args.name or (Path(configs[-1]).stem if configs else "")) + args.postfix,
         resume=resume,
-        logdir=args.logdir / "debug_runs" if args.debug else args.logdir,
+        logdir=Path(args.logdir, "debug_runs" if args.debug else ""),
         processes=args.nproc,
         threads=args.threads,
         allow_commands=args.allow_commands,
@@ -220,7 +221,7 @@ def _build_parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, str]]:
     text = "run to resume: its folder, or a state in it; alone: the newest run of this name"
     add("-r", "--resume", metavar="RUN", help=text)
     add("-f", "--postfix", default="", help="appended to the name of the run")
-    add("-l", "--logdir", type=Path, default=Path("logs"), help="folder of runs (default: logs)")
+    add("-l", "--logdir", type=expanduser, default="logs", help="folder of runs (default: logs)")
     add("-s", "--seed", type=int, help="of weights, order and noise (default: 23)")
     text = (
         "learning rate = accumulate x ranks x batch x base_learning_rate (default: if the config "

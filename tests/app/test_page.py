@@ -60,7 +60,7 @@ def page(app):
     if CHROMIUM is None:
         pytest.skip("needs chromium: apt-get install chromium")
     with playwright.sync_playwright() as driver:
-        flags = ["--no-sandbox"] if os.geteuid() == 0 else []
+        flags = ["--no-sandbox"] if sys.platform == "linux" and os.geteuid() == 0 else []
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         page.set_default_timeout(1000 * PATIENCE)

@@ -140,7 +140,8 @@ def test_seeds_count_on_modulo_2_to_the_64(run, tiny):
 
 
 def test_a_home_folder_is_found(run, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
     (tmp_path / "prompts.txt").write_text("a fox", "utf-16")
     flags = ["--outdir=~/pictures", "--from-file=~/prompts.txt", "--skip_grid"]
     assert run(*flags)[1] == [str(tmp_path / "pictures/samples/00000.png")]

@@ -13,6 +13,7 @@ import torch
 
 from ldm.loading.config import parse_yaml
 from ldm.train.command import main, parse
+from ldm.train.config.datamodules import read_data
 from ldm.train.config.settings import Devices, read_settings
 from ldm.train.distributed import launch
 from ldm.train.request import TrainRequest
@@ -91,6 +92,17 @@ def test_switches_take_a_value_or_none(words: str, train: bool) -> None:
 )
 def test_a_run_to_resume_may_be_named_or_not(words: str, resume: str | None) -> None:
     assert parse(["-b", "a.yaml", *words.split()]).resume == resume
+
+
+def test_folders_may_be_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    assert parse(["-b", "a.yaml", "-l=~/logs"]).logdir == tmp_path / "logs"
+    train = {"root": "x", "transform": {"name": "photo", "size": 64}}
+    params = {"batch_size": 1, "train": train, "latents": {"cache": "~/cache"}}
+    data = read_data({"params": params})
+    assert data.latents is not None
+    assert data.latents.cache == tmp_path / "cache"
 
 
 @pytest.mark.parametrize(

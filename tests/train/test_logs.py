@@ -18,7 +18,7 @@ from ldm.train.monitoring.timesteps import TimestepLog
 
 
 def rows(path: Path) -> list[list[str]]:
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         return list(csv.reader(file))[1:]
 
 

@@ -129,7 +129,7 @@ def test_torchrun_starts_a_killed_process_again_and_nothing_is_lost(tmp_path: Pa
             while not list(tmp_path.glob("killed/*/checkpoints/state-*3")):
                 assert run.poll() is None
                 time.sleep(0.1)
-            workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+            workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text("utf-8").split()
             os.kill(int(workers[1]), signal.SIGKILL)
         assert run.wait(timeout=300) == 0
         (last,) = tmp_path.glob(f"{name}/*_tiny/checkpoints/last.safetensors")

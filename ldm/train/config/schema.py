@@ -132,7 +132,7 @@ Positive = Annotated[float, Field(gt=0), OFF]
 Probability = Annotated[float, Field(ge=0, le=1), OFF]
 BelowOne = Annotated[float, Field(ge=0, lt=1), OFF]
 Text = Annotated[str, Field(pattern=r"\S")]
-Folder = Annotated[Path, Field(strict=False)]
+Folder = Annotated[Path, Field(strict=False), AfterValidator(Path.expanduser)]
 # Limits, which may be infinite; where 0 is allowed it means never.
 Limit = Annotated[float, Field(ge=0, allow_inf_nan=True), OFF]
 CountLimit = Annotated[float, Field(ge=1, allow_inf_nan=True), OFF, AfterValidator(_check_whole)]

@@ -98,8 +98,8 @@ def _torchrun_id() -> str:
     launch_id = os.environ.get("TORCHELASTIC_RUN_ID")
     parent = os.getppid()
     try:  # distinguishes processes of one number, in other containers or after a reboot
-        start = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
-        start += " " + Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        start = Path(f"/proc/{parent}/stat").read_text("utf-8").rpartition(")")[2].split()[19]
+        start += " " + Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
     except (OSError, IndexError):  # not Linux
         start = ""
     return f"{launch_id} {platform.node()} {parent} {start}" if launch_id else ""

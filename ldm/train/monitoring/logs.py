@@ -113,7 +113,7 @@ class CsvLogger(Logger):
             self.columns += new
             _write_table(self.path, self.columns, [*rows, row])
             return
-        with self.path.open("a", newline="") as file:
+        with self.path.open("a", encoding="utf-8", newline="") as file:
             csv.DictWriter(file, self.columns, restval="").writerow(row)
 
 
@@ -254,7 +254,7 @@ def read_table(path: Path, *, until: int | None = None) -> tuple[list[str], list
     """
     if not path.exists():
         return ["step"], []
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file, restkey="", restval="")
         rows = [row for row in reader if (row.get("step") or "").isdigit()]  # a crash cuts rows off
         columns = list(reader.fieldnames or ["step"])
@@ -266,7 +266,7 @@ def read_table(path: Path, *, until: int | None = None) -> tuple[list[str], list
 
 def _write_table(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replace_when_written(path) as part, part.open("w", newline="") as file:
+    with replace_when_written(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)

@@ -63,7 +63,7 @@ class TimestepLog:
         self.curves[step] = torch.where(counts > 0, sums / counts.clamp(min=1e-9), torch.nan)
         is_new = not self.path.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", newline="") as file:
+        with self.path.open("a", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             if is_new:
                 writer.writerow(COLUMNS)

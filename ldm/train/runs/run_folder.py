@@ -15,6 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from glob import escape
 from pathlib import Path
 
 from ldm.runtime.types import JsonMapping, JsonObject
@@ -201,7 +202,7 @@ def _state_since(folder: Path, launch: JsonMapping) -> Path | None:
 
 def _list_runs(logdir: Path, name: str) -> list[Path]:
     """List the folders of the runs of a name, newest first."""
-    folders = [p for p in logdir.glob(f"*_{name}") if p.is_dir() and not p.is_symlink()]
+    folders = [p for p in logdir.glob(f"*_{escape(name)}") if p.is_dir() and not p.is_symlink()]
     return sorted((p for p in folders if TIMESTAMP.sub("", p.name, count=1) == name), reverse=True)
 
 

@@ -85,7 +85,7 @@ class States:
             is_alone = self.ranks.world_size == 1
             dcp.load(tensors, storage_reader=FileSystemReader(path), no_dist=is_alone)
         state.load_optimizers(tensors)
-        state.load_numbers(json.loads((path / NUMBERS).read_text()))
+        state.load_numbers(json.loads((path / NUMBERS).read_text("utf-8")))
         state.is_saved = path.parent == self.folder
 
     def _write(self, state: State, part: Path) -> None:
@@ -101,7 +101,7 @@ class States:
             raise OSError(f"the state could not be written to `{self.folder}`: {cause}") from None
 
     def _commit(self, state: State, part: Path, path: Path) -> None:
-        (part / NUMBERS).write_text(json.dumps(state.numbers()))
+        (part / NUMBERS).write_text(json.dumps(state.numbers()), "utf-8")
         flush_to_disk(part / NUMBERS)
         flush_to_disk(part)
         if path.exists():  # the same step again, after a change of the time spent
