@@ -21,12 +21,23 @@ from ldm.loading.weight_names import TEXT, original_name
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import WeightsMismatch
 
-__all__ = ["check_weights", "drop_1x1", "guess_kind", "match_weights", "translate_names"]
+__all__ = [
+    "TOKEN_IDS",
+    "TOKEN_TABLE",
+    "check_weights",
+    "drop_1x1",
+    "guess_kind",
+    "match_weights",
+    "translate_names",
+]
 
 log = logging.getLogger(__name__)
 
 PARTS = ("unet.", "autoencoder.", "conditioner.")
 UNUSED = ("position_ids", "text_projection.weight", "logit_scale")  # in files of older versions
+TEXT_BLOCKS = f"{TEXT}model.transformer.resblocks."
+# Of a compact vocabulary: the ids in CLIP's, and the rows of the embedding.
+TOKEN_IDS, TOKEN_TABLE = f"{TEXT}token_ids", f"{TEXT}model.token_embedding.weight"
 MAX_LISTED = 10  # names of each kind in a message
 # What other files hold, by a part of their names.
 KINDS = {
@@ -55,7 +66,8 @@ def match_weights(
         WeightsMismatch: names are missing or unexpected, or shapes differ.
     """
     expected = model.state_dict()
-    state = translate_names(model, _select_part(model, state), file)
+    state = _fit_text_tower(model, _select_part(model, state))
+    state = translate_names(model, state, file)
     state |= _unused_weights(model, state, file)
     others = [n for n in state if n not in expected and not n.startswith(PARTS)]
     if isinstance(model, LatentDiffusion) and others and expected.keys() <= state.keys():
@@ -139,6 +151,28 @@ def _select_part(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Ten
     names = [*model.state_dict(), *(name for where in locations for name in where.names)]
     prefix = next((p for p in ("", *PARTS[:2], TEXT) if any(p + n in state for n in names)), "")
     return {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+
+
+def _fit_text_tower(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights without blocks of zeros, and with the compact vocabulary of the model.
+
+    Diffusers folders have whole vocabularies, with equal rows for all tokens that a compact one
+    does not have; those of SD 2 are taken to lack their last block, which is not run.
+    """
+    expected = model.state_dict()
+    blocks = [n for n in state if n.startswith(TEXT_BLOCKS) and n not in expected]
+    if not any(state[name].any() for name in blocks):
+        state = {name: value for name, value in state.items() if name not in blocks}
+    if TOKEN_IDS in expected and TOKEN_IDS not in state and TOKEN_TABLE in state:
+        table = state[TOKEN_TABLE]
+        unknown = table.mode(dim=0).values
+        ids = (table != unknown).any(dim=1).nonzero().flatten()
+        free = len(expected[TOKEN_IDS]) - len(ids)
+        if free >= 0:
+            state[TOKEN_IDS] = torch.cat([ids, len(table) + torch.arange(free)])
+            rows = [unknown[None], table[ids], unknown.expand(free, -1)]
+            state[TOKEN_TABLE] = torch.cat(rows)
+    return state
 
 
 def _unused_weights(

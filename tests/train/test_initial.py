@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import ldm
 from goldfile import gold
 from ldm.loading.config import instantiate, parse_yaml, read_yaml
 from ldm.loading.convert import convert, plan_conversion
@@ -48,3 +49,18 @@ def test_a_diffusers_folder_is_trained_from(tmp_path: Path) -> None:
     assert load_initial_weights(model, params)
     for name in ("unet.out.2.weight", "autoencoder.decoder.conv_in.weight"):
         assert torch.equal(model.get_parameter(name), state[original_name(name)])
+
+
+def test_a_folder_of_another_program_fits_the_config_of_its_file(tmp_path: Path) -> None:
+    tiny = ROOT / "tests/data/written_by_0_1/logs/2026-11-29T12-00-00_tiny/checkpoints"
+    file, folder = read_weights(tiny / "last.safetensors"), tmp_path / "folder"
+    convert(plan_conversion(file.path, folder))
+    (folder / "original.safetensors").unlink()  # config and vocabulary, which only ours has
+    config = tmp_path / "model.yaml"
+    config.write_text(file.metadata["ldm.config"], "utf-8")
+    expected, model = ldm.load(config, file.path), ldm.load(config, folder)
+    prompts = ["a 3d emoji of a red apple", "zebra"]
+    with torch.no_grad():
+        contexts = [one.conditioner.text(prompts) for one in (expected, model)]
+    assert torch.equal(*contexts)
+    assert torch.equal(expected.unet.out[2].weight, model.unet.out[2].weight)

@@ -27,7 +27,7 @@ from ldm.loading.diffusers.keys import component_prefixes, locate_weights, scatt
 from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, read_checkpoint
 from ldm.loading.files.clip_statistics import load_clip_statistics
 from ldm.loading.legacy import translate_config
-from ldm.loading.matching import match_weights
+from ldm.loading.matching import TOKEN_IDS, TOKEN_TABLE, match_weights
 from ldm.loading.weight_names import DERIVED, rename_weights, restore_names, schedule_tables
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import FileFormatError, MissingFile
@@ -44,9 +44,6 @@ log = logging.getLogger(__name__)
 EXTRA_WEIGHTS = "original.safetensors"
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of diffusers, of transformers
 TRANSFORMERS = ("text_encoder", "image_encoder", "depth_estimator")  # components of transformers
-# Of a compact vocabulary: the ids in CLIP's, and the rows of the embedding.
-TOKEN_IDS = "conditioner.text.token_ids"
-TOKEN_TABLE = "conditioner.text.model.token_embedding.weight"
 TOKEN_EMBEDDING = "embeddings.token_embedding.weight"
 # The variant in the name of a file of weights, or of the index of several.
 VARIANT = re.compile(
