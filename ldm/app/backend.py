@@ -152,7 +152,7 @@ class Backend:
         return "; ".join([difference, *compare_infos(info, now)])
 
     def estimate_depth(self, request: Request, progress: Progress) -> str:
-        """Estimate the depth of the input image; add a 16-bit PNG of it to the progress."""
+        """Estimate the depth of the input image; add it to the progress as a 16-bit PNG."""
         with TemporaryDirectory() as folder:
             path = Path(folder, "depth.png")
             request = request.with_values({"save_depth": str(path)})

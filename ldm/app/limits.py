@@ -7,7 +7,7 @@ from ldm.runtime.errors import ArgumentError
 
 __all__ = ["Limits"]
 
-LARGEST_UPSCALED = 4096 * 3072  # pixels that an image may have after upscaling
+MAX_UPSCALED_PIXELS = 4096 * 3072  # pixels that an image may have after upscaling
 LONGEST_PROMPT = 2000  # characters, prompt and negative prompt together
 LARGEST_MASK_RADIUS = 256  # pixels
 
@@ -54,8 +54,8 @@ class Limits:
         is_too_large = max(width, height) > self.side
         allowed = f"sides up to {self.side}"
         if is_upscaled:
-            is_too_large = width * height > LARGEST_UPSCALED
-            allowed = f"{LARGEST_UPSCALED} pixels"
+            is_too_large = width * height > MAX_UPSCALED_PIXELS
+            allowed = f"{MAX_UPSCALED_PIXELS} pixels"
         if is_too_large:
             message = f"{width}x{height} is too large, {allowed} are allowed: set width or height"
             raise ArgumentError(message, "width")

@@ -18,7 +18,7 @@ from ldm.runtime.errors import ArgumentError
 
 __all__ = ["main"]
 
-SHARED = ("lora", "embedding", "device", "precision", "attention")
+SHARED_OPTIONS = ("lora", "embedding", "device", "precision", "attention")
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -62,7 +62,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         metavar="N",
         help="most waiting jobs (default: %(default)s)",
     )
-    add_options(parser.add_group("models"), ModelChoice, options_of(ModelChoice), only=SHARED)
+    add_options(
+        parser.add_group("models"), ModelChoice, options_of(ModelChoice), only=SHARED_OPTIONS
+    )
     args = parser.parse(argv)
     return run_command(lambda: _serve(args), parser.prog, verbose=args.verbose, hint=hint)
 

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         "--step",
         type=int,
         default=64,
-        help="sides of buckets are multiples of it (default: %(default)s)",
+        help="sides of buckets are multiples of this (default: %(default)s)",
     )
     add("--workers", type=int, default=4, help="threads that decode (default: %(default)s)")
     add("--list", type=expanduser, metavar="FILE", help="write the names of all broken files")

@@ -18,7 +18,7 @@ __all__ = ["main"]
 
 LEGEND = """
 memory: of the weights in half precision; a 512 x 512 image adds about 1 GB
-unverified: no SHA-256 was published; that of the first download is kept, and shown here
+unverified: no SHA-256 was published; the hash of the first download is kept, and shown here
 Using a file means accepting its licence: read it on the page of the file."""
 
 

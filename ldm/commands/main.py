@@ -12,7 +12,7 @@ from ldm.runtime.version import __version__
 
 __all__ = ["main", "main_of_alias"]
 
-# Each is a module of this package with `main(argv, prog)`; `generate` is that of all tasks.
+# Each is a module of this package with `main(argv, prog)`; all tasks share `generate`.
 PROGRAMS = {
     "replay": "make an image again from its metadata, and compare",
     "app": "serve all tasks as a page for the browser",
@@ -26,13 +26,13 @@ PROGRAMS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `ldm COMMAND …` (None = the words of this process); return the exit status."""
+    """Run `ldm COMMAND …` (None = the arguments of this process); return the exit status."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # what a console cannot show must not end a run
             stream.reconfigure(errors="backslashreplace")
-    words = list(sys.argv[1:] if argv is None else argv)
-    name = words[0].replace("_", "-") if words else "--help"
-    if words[1:] == ["--version"]:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0].replace("_", "-") if arguments else "--help"
+    if arguments[1:] == ["--version"]:
         name = "--version"
     if name in ("--help", "-h", "help"):
         print(_help())
@@ -43,14 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in TASKS and name not in PROGRAMS:
         near = nearest_name(name, [*TASKS, *PROGRAMS])
         hint = f", did you mean `{near}`?" if near else ""
-        print(f"ldm: error: unknown command `{words[0]}`{hint} (ldm --help)", file=sys.stderr)
+        print(f"ldm: error: unknown command `{arguments[0]}`{hint} (ldm --help)", file=sys.stderr)
         return 2
     program = Path(sys.argv[0])
     is_script = program.stem.replace("_", "-").removeprefix("ldm-") == name
     prog = program.name if is_script else f"ldm {name}"
     module = "generate" if name in TASKS else name.replace("-", "_")
     run: Callable[..., int] = import_module(f"ldm.commands.{module}").main
-    return run(name, words[1:], prog) if name in TASKS else run(words[1:], prog)
+    return run(name, arguments[1:], prog) if name in TASKS else run(arguments[1:], prog)
 
 
 def main_of_alias() -> int:

@@ -10,7 +10,7 @@ from ldm.data.source import Source
 
 __all__ = ["BrokenFiles"]
 
-ENOUGH = 1000  # samples seen before their fraction is judged, if their number is unknown
+MIN_READ = 1000  # samples read before the fraction is checked, if the total is unknown
 
 
 class BrokenFiles:
@@ -26,12 +26,12 @@ class BrokenFiles:
         self.path, self.limit, self.source = path, Fraction(str(limit)), source
         epoch = None if source is None else source.batches_per_epoch(1)
         self.total = None if epoch is None else int(epoch)  # samples
-        # What an earlier start of the run listed may be repaired by now; it counts if found again.
+        # Files listed by an earlier start may be repaired by now: they count only if found again.
         self.listed_before = self._read_list()
         self.names: set[str] = set()  # found since, by any process
         self.counts: Counter[str] | None = None  # of samples by name; None = one each
         self.damaged = 0  # samples with one of these names
-        self.damaged_here = 0  # among those that this process has read
+        self.damaged_here = 0  # samples with one of them that this process has read
         self.read_here = 0
 
     def add(self, names: Sequence[str], read: int) -> None:
@@ -42,7 +42,7 @@ class BrokenFiles:
             read: number of samples of that batch.
         Raises:
             ValueError: more than the limit of all samples is damaged; or, where their number is
-                unknown, so many of those read here that it can hardly be chance.
+                unknown, significantly more than the limit among the samples read here.
         """
         if not self.names.issuperset(names):
             self._exchange(names)
@@ -54,7 +54,7 @@ class BrokenFiles:
             return
         expected = float(self.limit * self.read_here)
         deviation = 3 * math.sqrt(expected)  # standard deviations of a rare event's count
-        if self.read_here >= ENOUGH and self.damaged_here > expected + deviation:
+        if self.read_here >= MIN_READ and self.damaged_here > expected + deviation:
             raise self._too_many(f"{self.damaged_here} of the {self.read_here} samples read")
 
     def _too_many(self, what: str) -> ValueError:
@@ -64,7 +64,7 @@ class BrokenFiles:
         )
 
     def _exchange(self, names: Sequence[str]) -> None:
-        """Write first and read then, so that one of several processes knows of all names."""
+        """Append the new names, then read the list, to learn of names found by other processes."""
         listed = self._read_list()
         new = [name for name in dict.fromkeys(names) if name not in listed]
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ class BrokenFiles:
         return set(text.split("\n")) - {""}
 
     def _count(self) -> None:
-        """Count samples: a file that is repeated ten times in an epoch is ten of them."""
+        """Count the damaged samples of an epoch, in which a file may be repeated."""
         if self.counts is None and self.source is not None:
             self.counts = self.source.counts_by_name()
             if self.counts is not None:

@@ -20,7 +20,7 @@ class Buckets:
 
     Attributes:
         size: side of the square one.
-        step: all sides are multiples of it.
+        step: all sides are multiples of this.
         shortest: limit of the sides, by default half of `size`.
         longest: limit of the sides, by default twice `size`.
     Raises:
@@ -52,7 +52,7 @@ class Buckets:
         return sorted(sizes, key=lambda size: size[0] / size[1])
 
     def index(self, width: int, height: int) -> int:
-        """Index in `sizes` of the nearest aspect ratio; among equals, of the largest area."""
+        """Find the index in `sizes` of the nearest aspect ratio; among equals, the largest."""
 
         def distance(index: int) -> tuple[float, int]:
             w, h = self.sizes[index]

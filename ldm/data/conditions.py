@@ -40,7 +40,7 @@ class Condition(ABC):
         """Generate the condition of an image."""
 
     def cache_key(self) -> str:
-        """Return the condition as keys of latent caches have it: with its first names."""
+        """Return the key of the condition in latent caches, which has the former names."""
         options = former_options(self.NAME, vars(self)).items()
         return f"{self.FORMER_NAME}({', '.join(f'{key}={value!r}' for key, value in options)})"
 
@@ -50,8 +50,9 @@ class RandomMask(Condition):
     """Random inpainting masks: one to three brush strokes or boxes.
 
     Attributes:
-        full_probability: of a mask of the full image, to learn to generate without context.
-        box_probability: of boxes instead of brush strokes.
+        full_probability: probability that the mask is the full image, to learn to generate without
+            context.
+        box_probability: probability of boxes instead of brush strokes.
     """
 
     NAME = "mask"
@@ -74,7 +75,7 @@ class RandomMask(Condition):
 
 @dataclass(frozen=True)
 class LowRes(Condition):
-    """The image downscaled by `factor` with a random filter, to cover what resizers in use produce.
+    """The image downscaled by `factor` with a random filter, as various resizers do.
 
     Attributes:
         blur: greatest sigma of a Gaussian blur afterwards, in low-resolution pixels.
@@ -156,26 +157,28 @@ def _draw_box(pen: ImageDraw.ImageDraw, width: int, height: int, rng: Random) ->
 
 def _draw_stroke(pen: ImageDraw.ImageDraw, width: int, height: int, rng: Random) -> None:
     side = min(width, height)
-    thick = round(side * rng.uniform(0.1, 0.3))
+    thickness = round(side * rng.uniform(0.1, 0.3))
     corners = [(rng.randint(0, width), rng.randint(0, height)) for _ in range(rng.randint(2, 4))]
-    pen.line(corners, fill=1, width=thick)
+    pen.line(corners, fill=1, width=thickness)
     for x, y in corners:
-        pen.ellipse((x - thick / 2, y - thick / 2, x + thick / 2, y + thick / 2), fill=1)
+        pen.ellipse(
+            (x - thickness / 2, y - thickness / 2, x + thickness / 2, y + thickness / 2), fill=1
+        )
 
 
 def _gaussian_blur(image: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of (1, C, h, w), edges repeated."""
+    """Blur an image (1, C, h, w) by a Gaussian, edges repeated."""
     half = max(1, round(3 * sigma))
     offsets = torch.arange(-half, half + 1, dtype=image.dtype)
-    window = torch.exp(-(offsets**2) / (2 * sigma**2))
-    window = (window / window.sum()).expand(image.shape[1], 1, 1, -1)  # (C, 1, 1, taps)
+    kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
+    kernel = (kernel / kernel.sum()).expand(image.shape[1], 1, 1, -1)  # (C, 1, 1, taps)
     padded = F.pad(image, (half, half, half, half), mode="replicate")
-    blurred = F.conv2d(padded, window, groups=image.shape[1])
-    return F.conv2d(blurred, window.mT, groups=image.shape[1])
+    blurred = F.conv2d(padded, kernel, groups=image.shape[1])
+    return F.conv2d(blurred, kernel.mT, groups=image.shape[1])
 
 
 def _erode(inside: Tensor, *, square: bool) -> Tensor:
-    """Erosion by one pixel; alternating 3 x 3 squares and crosses approximates a disc."""
+    """Erode by one pixel; alternating 3 x 3 squares and crosses approximates a disc."""
     outside = F.pad(1 - inside, (1, 1, 1, 1), value=1.0)
     if square:
         return 1 - F.max_pool2d(outside, 3, stride=1)

@@ -157,5 +157,5 @@ class WithClassImages(SampleDataset):
 
     def names(self) -> Iterator[str]:
         yield from self.dataset.names()
-        # Their files may be named as those of the first data set.
+        # Both data sets may have files of the same name.
         yield from (f"prior/{name}" for name in self.class_images.names())

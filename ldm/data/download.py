@@ -12,7 +12,7 @@ from ldm.runtime.errors import MissingFile
 __all__ = ["Download"]
 
 TIMEOUT = 30  # seconds without a byte after which a connection counts as lost
-RETRIED = (408, 429)  # client errors that may pass
+RETRY_STATUS = (408, 429)  # client errors that may pass
 
 
 class Download(io.RawIOBase):
@@ -47,7 +47,7 @@ class Download(io.RawIOBase):
             except (OSError, http.client.HTTPException) as error:
                 self._disconnect()
                 code = error.code if isinstance(error, urllib.error.HTTPError) else 0
-                if 400 <= code < 500 and code not in RETRIED:
+                if 400 <= code < 500 and code not in RETRY_STATUS:
                     raise MissingFile(f"`{self.url}`: {error}") from error
                 if attempt + 1 == self.tries:
                     raise OSError(f"`{self.url}`: {error}") from error

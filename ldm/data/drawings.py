@@ -49,10 +49,10 @@ class EmojiTransform(Transform):
         shift: greatest move from the centre, pixels.
         flip: probability of a mirrored drawing.
         crop: side of a random crop, pixels; None = the full image.
-        random_colour_probability: of a background of a random colour without name.
+        random_colour_probability: probability of a random background colour, without a name.
         drop: probability that the style, or the colour, stays out of the caption.
         drop_object: probability that the object stays out of the caption.
-        keyword_probability: of replacing the object's name by one of its keywords.
+        keyword_probability: probability of replacing the object's name by one of its keywords.
     """
 
     NAME = "emoji"

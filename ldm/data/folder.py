@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 METADATA = ("metadata.jsonl", "metadata.json", "metadata.csv")  # the first one counts
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")
-CACHED = 2**28  # bytes of files that are kept in memory
+CACHE_BYTES = 2**28  # bytes of files that are kept in memory
 
 
 class Folder(ImageDataset):
@@ -81,7 +81,7 @@ class Folder(ImageDataset):
             only = ", ".join(f"{key} `{value}`" for key, value in conditions.items())
             raise ArgumentError(f"`{root}` has no images" + (f" with {only}" if only else ""))
         self._files: dict[str, bytes] = {}  # small data sets are read from disk only once
-        self._free = CACHED
+        self._free = CACHE_BYTES
         self._assign_groups()
 
     def __len__(self) -> int:

@@ -21,7 +21,7 @@ class Hub(ImageDataset):
 
     Args:
         hub: path, or name on the hub.
-        name: which configuration of it.
+        name: of its configuration.
         image: the column of images.
         text: the column of captions.
         fields: values that replace the metadata's, {"text": "a photo of a sks dog"}.

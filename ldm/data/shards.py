@@ -71,7 +71,7 @@ class Shards(Source):
 
     Args:
         shards: paths, with `*` or `{000..099}`, or http(s) addresses; one or a list.
-        streams: into how many streams the shards are dealt; as it was when the run began.
+        streams: number of streams that the shards are dealt to; must not change during a run.
         shuffle: samples of the shuffle buffer of each stream.
         minimum: of numbers in the .json, {"width": 512}, as `maximum`; samples without the number
             are left out.

@@ -61,7 +61,7 @@ class Source(ABC):
         """Return n fixed samples with images ("jpg") of one size, for grids and statistics."""
 
     def counts_by_name(self) -> Counter[str] | None:
-        """Count how many samples of an epoch have each name; None where that is unknown."""
+        """Count the samples of an epoch by name; None where that is unknown."""
         return None
 
 

@@ -152,7 +152,7 @@ class TagShuffle:
     Attributes:
         shuffle: put them into random order.
         drop: probability that a tag is left out.
-        keep: how many at the beginning stay as they are.
+        keep: number of items at the beginning that stay in place.
     """
 
     shuffle: bool = True

@@ -63,7 +63,7 @@ class Denoiser:
         """Predict eps, v or x0 at x, (B, C, h, w) float32.
 
         Args:
-            t: Timestep for the network; None for that of sigma.
+            t: Timestep for the network; None to convert sigma.
         """
         t = self.schedule.sigma_to_t(sigma) if t is None else torch.as_tensor(t)
         sigma = _column(sigma, x)

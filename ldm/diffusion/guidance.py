@@ -1,4 +1,4 @@
-"""Classifier-free guidance: combines a denoiser and two conditions to `denoise(x, sigma)`.
+"""Classifier-free guidance: combines a denoiser and two conditions into `denoise(x, sigma)`.
 
 Ho and Salimans 2022 (arXiv:2207.12598); rescale: Lin et al. 2023 (arXiv:2305.08891, §3.4);
 interval: Kynkäänniemi et al. 2024 (arXiv:2404.07724).
@@ -32,20 +32,20 @@ def add_guidance(
     predictions (eps, v or x0), not estimates of z, as in the original.
 
     Args:
-        uncond: Unconditional condition, or that of a negative prompt; None for no guidance.
+        uncond: Condition of the empty or the negative prompt; None for no guidance.
         scale: Guidance scale, which may depend on sigma. At 1 only `cond` is computed.
-        rescale: 0 … 1, how far the standard deviation of the prediction is brought back to that of
-            the conditional one, against over-exposure at high scales.
+        rescale: 0 … 1, strength of rescaling the prediction to the standard deviation of the
+            conditional one, against over-exposure at high scales.
     """
     if uncond is None or scale == 1:
         return lambda x, sigma: denoiser(x, sigma, cond)
-    both = uncond.cat(cond)
+    conditions = uncond.cat(cond)
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         current_scale = scale(sigma) if callable(scale) else scale
         if current_scale == 1:
             return denoiser(x, sigma, cond)
-        pred_uncond, pred_cond = denoiser.predict(torch.cat([x, x]), sigma, both).chunk(2)
+        pred_uncond, pred_cond = denoiser.predict(torch.cat([x, x]), sigma, conditions).chunk(2)
         prediction = pred_uncond + current_scale * (pred_cond - pred_uncond)
         if rescale:
             prediction = _rescale(prediction, pred_cond, rescale)

@@ -92,7 +92,7 @@ def heun(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Heun's second-order method (arXiv:2206.00364, algorithm 1): two evaluations per step."""
+    """Sample by Heun's method (arXiv:2206.00364, algorithm 1): two evaluations per step."""
     for i, (sigma, sigma_next) in enumerate(_sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
@@ -114,7 +114,7 @@ def plms(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """PLMS (arXiv:2202.09778): Adams–Bashforth of order 4 for equal steps, after one Heun step."""
+    """Sample by PLMS (arXiv:2202.09778): Adams–Bashforth of order 4, after one Heun step."""
     weights = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12)}
     weights[4] = (55 / 24, -59 / 24, 37 / 24, -9 / 24)
     slopes: list[Tensor] = []  # newest first
@@ -143,7 +143,7 @@ def lms(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Linear multistep: integrates the polynomial through the last `order` slopes."""
+    """Sample by linear multistep: integrates the polynomial through the last `order` slopes."""
     levels = sigmas.tolist()
     slopes: list[Tensor] = []  # newest first
     for i, (sigma, sigma_next) in enumerate(_sigma_pairs(sigmas)):
@@ -165,7 +165,7 @@ def dpmpp_2m(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """DPM-Solver++ 2M (arXiv:2211.01095, algorithm 2); below 15 steps the last is of order 1."""
+    """Sample by DPM-Solver++ 2M (arXiv:2211.01095, alg. 2); below 15 steps the last is order 1."""
     steps = len(sigmas) - 1
     old_denoised, h_last = None, 0.0
     for i, (sigma, sigma_next) in enumerate(_sigma_pairs(sigmas)):
@@ -191,7 +191,7 @@ def dpmpp_2s_ancestral(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """DPM-Solver++ 2S with ancestral noise: a second evaluation in the middle of log sigma."""
+    """Sample by ancestral DPM-Solver++ 2S: a second evaluation in the middle of log sigma."""
     for i, (sigma, sigma_next) in enumerate(_sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = estimate = denoise(x, sigma)
@@ -218,7 +218,7 @@ def dpmpp_2m_sde(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """SDE-DPM-Solver++ 2M (arXiv:2211.01095, eq. 19): the stochastic version of `dpmpp_2m`."""
+    """Sample by SDE-DPM-Solver++ 2M (arXiv:2211.01095, eq. 19), the stochastic `dpmpp_2m`."""
     old_denoised, h_last = None, 0.0
     for i, (sigma, sigma_next) in enumerate(_sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
@@ -248,7 +248,7 @@ def _sigma_pairs(sigmas: Tensor) -> list[tuple[float, float]]:
 
 
 def _ancestral_step(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
-    """Noise level to step down to, and noise to add: down² + up² = sigma_next²."""
+    """Return the noise level to step down to, and noise to add: down² + up² = sigma_next²."""
     up = eta * sigma_next * math.sqrt(max(1 - (sigma_next / sigma) ** 2, 0.0))
     up = min(up, sigma_next)
     return math.sqrt(sigma_next**2 - up**2), up
@@ -263,7 +263,7 @@ def _weighted_sum(weights: tuple[float, ...] | list[float], slopes: list[Tensor]
 
 
 def _lagrange_integrals(nodes: list[float], start: float, end: float) -> list[float]:
-    """Integrals of the Lagrange basis polynomials over [start, end]; exact for up to 4 nodes."""
+    """Integrate the Lagrange basis polynomials over [start, end]; exact for up to 4 nodes."""
     middle, half = (start + end) / 2, (end - start) / 2
     points = [middle - half / math.sqrt(3), middle + half / math.sqrt(3)]
     return [

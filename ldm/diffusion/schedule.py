@@ -62,7 +62,7 @@ def make_betas(
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     """Rescale betas (T,) to zero terminal SNR (arXiv:2305.08891, algorithm 1), in float64.
 
-    √ᾱ of the first timestep stays, that of the last becomes √MIN_ALPHA_CUMPROD.
+    √ᾱ_1 stays, √ᾱ_T becomes √MIN_ALPHA_CUMPROD.
     """
     signal = torch.cumprod(1 - betas.double(), dim=0).sqrt()  # (T,)
     first, last = signal[0], signal[-1]

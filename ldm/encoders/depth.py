@@ -107,7 +107,7 @@ def midas_input(image: Tensor) -> Tensor:
 def midas_input_size(height: int, width: int) -> tuple[int, int]:
     """Compute height and width of MiDaS' input: one side about 384 pixels, both multiples of 32.
 
-    The scale is that of the side which is nearer to 384; halves round to even.
+    The side nearer to 384 decides the scale; halves round to even.
     """
     scale = min(MIDAS_SIZE / height, MIDAS_SIZE / width, key=lambda s: abs(1 - s))
     return _to_multiple(height * scale), _to_multiple(width * scale)

@@ -109,7 +109,7 @@ class TextEncoder(Encoder):
         return self.embedding_table.shape[1]
 
     def tokenize(self, texts: Sequence[str] | str) -> Tensor:
-        """Convert texts to token ids (B, length) int64; those of added embeddings are negative."""
+        """Convert texts to token ids (B, length) int64; ids of added embeddings are negative."""
         return tokenizer.tokenize(
             _as_list(texts), self.tokenizer_variant, self.length, self._added_tokens()
         )
@@ -215,7 +215,7 @@ class OpenCLIPText(TextEncoder):
         compact_vocab: int | None = None,
     ) -> None:
         super().__init__()
-        # Caches of contexts are keyed by the plain attributes, in the order of assignment.
+        # Caches of contexts are keyed by the plain attributes: their names, in order of assignment.
         self.layer = _check_choice(layer, self.LAYERS)
         kwargs = open_clip_kwargs(arch)
         if version == "openai":
@@ -276,8 +276,8 @@ class CLIPText(TextEncoder):
     ) -> None:
         super().__init__()
         kwargs = _clip_kwargs(version, arch or {})
-        self.layer = _check_choice(layer, self.LAYERS)  # order of attributes: see OpenCLIPText
-        self.num_blocks = _count_blocks(layer, layer_idx, kwargs["num_hidden_layers"])
+        self.layer = _check_choice(layer, self.LAYERS)  # attributes: see OpenCLIPText
+        self.blocks_run = _count_blocks(layer, layer_idx, kwargs["num_hidden_layers"])
         self.length = min(max_length, kwargs["max_position_embeddings"])
         self.transformer = nn.ModuleDict({"text_model": CLIPTower(**kwargs)})
         self.requires_grad_(not freeze)
@@ -291,7 +291,7 @@ class CLIPText(TextEncoder):
         return self.tower.token_embedding.weight
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
-        x: Tensor = self.tower(self._to_rows(tokens), self.num_blocks, self._added_table())
+        x: Tensor = self.tower(self._to_rows(tokens), self.blocks_run, self._added_table())
         if self.layer != "hidden":
             x = self.tower.final_layer_norm(x)  # (B, N, D)
         if self.layer == "pooled":

@@ -104,7 +104,7 @@ def truncated_text(
 
 
 def has_weight_syntax(prompt: str) -> bool:
-    """Whether a prompt has A1111's syntax for the weight of words, which is read as plain text."""
+    """Return whether a prompt has A1111's syntax for weights, which is read as plain text."""
     return WEIGHT_SYNTAX.search(prompt) is not None
 
 

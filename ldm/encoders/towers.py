@@ -330,7 +330,7 @@ def _init_open_clip_blocks(blocks: Sequence[OpenCLIPBlock]) -> None:
 def _init_block(
     layers: int, inputs: Sequence[Tensor], hidden: nn.Module, outputs: Sequence[nn.Module]
 ) -> None:
-    """Initialize one of `layers` blocks; inputs and outputs are those of its residual branches."""
+    """Initialize one of `layers` blocks, given the inputs and outputs of its residual branches."""
     width = inputs[0].shape[1]
     nn.init.normal_(cast(Linear, hidden).weight, std=(2 * width) ** -0.5)
     for weight in inputs:

@@ -99,19 +99,21 @@ def parse_request(
 
 def to_argv(request: Request) -> list[str]:
     """Return the command line that makes this request, without the name of the command."""
-    words: list[str] = []
+    arguments: list[str] = []
     values = request.values()
     for name, (option, default) in request.task.options().items():
         value = values[name]
         if value == default:
             continue
         if not option.flags:
-            words += value  # overrides, key=value
+            arguments += value  # overrides, key=value
         elif option.is_switch:
-            words.append(option.flags[0])
+            arguments.append(option.flags[0])
         else:
-            words += [f"{option.flags[0]}={word}" for word in encode_option(option, value)]
-    return words
+            arguments += [
+                f"{option.flags[0]}={argument}" for argument in encode_option(option, value)
+            ]
+    return arguments
 
 
 def flag_of(argument: str, task: Task | None = None) -> str | None:
@@ -138,9 +140,9 @@ def hint(error: BaseException, task: Task | None = None) -> str:
 def _argparse_type(option: Option) -> Callable[[str], Value]:
     """Return the parser of an option, with the error whose message argparse shows."""
 
-    def parse(word: str) -> Value:
+    def parse(argument: str) -> Value:
         try:
-            return option.parse(word)
+            return option.parse(argument)
         except ArgumentError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -156,14 +158,16 @@ class _Store(Action):
     def __call__(
         self, parser: ArgumentParser, namespace: Namespace, values: Any, flag: str | None = None
     ) -> None:
-        value, words = (self.const, f"{flag}") if self.nargs == 0 else (values, f"{flag} {values}")
+        value, arguments = (
+            (self.const, f"{flag}") if self.nargs == 0 else (values, f"{flag} {values}")
+        )
         key = f"{self.dest}_flag"
-        before = vars(namespace).get(key, words)
-        is_other_flag = before.split()[0] != words.split()[0]
+        before = vars(namespace).get(key, arguments)
+        is_other_flag = before.split()[0] != arguments.split()[0]
         if self.dest == "sampler" and is_other_flag and getattr(namespace, self.dest) != value:
-            parser.error(f"{words} contradicts {before}")
+            parser.error(f"{arguments} contradicts {before}")
         setattr(namespace, self.dest, value)
-        setattr(namespace, key, words)
+        setattr(namespace, key, arguments)
 
 
 class _Append(Action):

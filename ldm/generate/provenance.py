@@ -4,7 +4,7 @@
 
 The info holds the whole request under "request", and the facts of the run: model and versions,
 hashes of all files, and the row of the batch that an image was made in (kernels round differently
-for other shapes). Keys are those of `imaging.metadata`.
+for other shapes). Keys: see `imaging.metadata`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -150,7 +150,7 @@ def read_request(info: JsonMapping, where: str) -> Request:
     Args:
         where: name of the image, for messages.
     Raises:
-        ArgumentError: the info is not that of a single image made by this program.
+        ArgumentError: the info is not of a single image made by this program.
     """
     if not info:
         raise ArgumentError(f"{where} does not say how it was made")

@@ -31,7 +31,7 @@ def load_mask(path: str | Path, size: tuple[int, int]) -> Image.Image:
     Args:
         size: (width, height) of the image.
     Raises:
-        ArgumentError: its aspect ratio is not that of the image.
+        ArgumentError: aspect ratios of mask and image differ.
     """
     stored = load_stored(path)
     mask = _painted_area(stored)
@@ -105,6 +105,6 @@ def _painted_area(stored: StoredImage) -> Image.Image:
 
 
 def _is_black_and_white(values: np.ndarray) -> bool:
-    """Whether 8-bit values are near to both ends, but for soft edges."""
+    """Return whether 8-bit values are near to both ends, but for soft edges."""
     black, white = (values < 26).sum(), (values > 229).sum()
     return bool(black and white and black + white > 0.9 * values.size)

@@ -83,7 +83,7 @@ def read_info(path: str | Path) -> JsonObject:
 
 
 def fingerprint(image: Image.Image) -> str:
-    """SHA-256 of the RGB bytes, row by row, in hexadecimal."""
+    """Return the SHA-256 of the RGB bytes, row by row, in hexadecimal."""
     return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
 
 
@@ -99,7 +99,7 @@ def parameters_text(info: JsonMapping) -> str:
 
 
 def _settings(info: JsonMapping) -> Iterable[tuple[str, str]]:
-    """A1111's names and values, in its order, of those that the info has."""
+    """Return A1111's names and values, in its order, of those that the info has."""
     sampler, size, vae = info.get("sampler"), info.get("size"), info.get("vae") or {}
     settings = {
         "Steps": info.get("steps"),
@@ -191,7 +191,7 @@ def _parse_sampler(settings: dict[str, str], is_ours: bool) -> dict[str, str]:
 
 
 def _a1111_sampler(name: str) -> str:
-    """A1111's name of a sampler; a variant of the original's has that of its function."""
+    """Return A1111's name of a sampler; variants of the original have the name of the function."""
     row = SAMPLERS.get(name)
     if row is None:
         return name

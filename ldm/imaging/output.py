@@ -20,7 +20,7 @@ __all__ = ["OutputFolder"]
 
 
 class OutputFolder:
-    """Where one run writes its images; created at once, so that errors come before sampling.
+    """The folder of one run's images; created at once, so that errors come before sampling.
 
     Args:
         outdir: created if absent. Numbers continue after the highest one in it.

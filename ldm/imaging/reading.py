@@ -283,7 +283,7 @@ def _describe_content(source: Path | BytesIO) -> str:
 
 
 def _is_wide_planar(file: ImageFile.ImageFile) -> bool:
-    """Whether each colour has a plane of more than 8 bits, which Pillow reads as 8 bits."""
+    """Return whether each colour has a plane of more than 8 bits, which Pillow reads as 8 bits."""
     tags = getattr(file, "tag_v2", {})
     return tags.get(284) == 2 and max(tags.get(258, (8,))) > 8
 

@@ -128,7 +128,7 @@ class Prediction:
 
     @property
     def votes(self) -> int:
-        """How many methods had an answer."""
+        """Number of methods that had an answer."""
         return sum(verdict.says is not None for verdict in self.verdicts)
 
     def __str__(self) -> str:
@@ -197,7 +197,7 @@ def probe_prediction(unet: nn.Module, prediction: Prediction, context: int = 102
 
 
 def zero_snr_markers(parameterization: str, *, zero_snr: bool) -> dict[str, Tensor]:
-    """Empty tensors by which other programs recognise a model of zero terminal SNR."""
+    """Return empty tensors by which other programs recognise a model of zero terminal SNR."""
     markers = {"v_pred": parameterization == "v", "ztsnr": True}
     return {name: torch.empty(0) for name, applies in markers.items() if zero_snr and applies}
 

@@ -28,7 +28,7 @@ INDEX = "model_index.json"
 TEXTS = (".json", ".txt")
 WEIGHTS = (".safetensors", ".ckpt")
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-UNUSED = ("safety_checker",)  # components that no pipeline here reads
+UNUSED_COMPONENTS = ("safety_checker",)  # components that no pipeline here reads
 EXTRA_WEIGHTS = "original.safetensors"  # what `ldm convert` adds to a diffusers folder
 CHOICES = Memory("hub_choices.json")  # repository -> its folder, or its only checkpoint, when whole
 
@@ -164,7 +164,7 @@ def _download(url: str, part: Path, size: int, headers: dict[str, str], place: s
 
 
 def _headers(url: str, location: str) -> dict[str, str]:
-    """Headers of a download; the token goes to the hub only, not to where it stores files."""
+    """Make the headers of a download; the token goes to the hub only, not to its file storage."""
     from huggingface_hub.utils import build_hf_headers
 
     headers: dict[str, str] = build_hf_headers()
@@ -206,7 +206,7 @@ def _errors_of_hub(place: str) -> Iterator[None]:
 
 
 def _list_files(repo: str) -> tuple[str, str, dict[str, int | None]]:
-    """(licence, commit, size of each file) of a repository."""
+    """Return (licence, commit, size of each file) of a repository."""
     from huggingface_hub import HfApi
 
     with _errors_of_hub(repo):
@@ -230,7 +230,7 @@ def _files_of_folder(repo: str, commit: str, sizes: Iterable[str]) -> list[str]:
     index: JsonObject = json.loads(fetch_file(repo, INDEX, revision=commit).read_text("utf-8"))
     names = [INDEX, *(name for name in sizes if name == EXTRA_WEIGHTS)]
     for part, entry in index.items():
-        if isinstance(entry, list) and entry[-1:] != [None] and part not in UNUSED:
+        if isinstance(entry, list) and entry[-1:] != [None] and part not in UNUSED_COMPONENTS:
             names += [n for n in sizes if n.rpartition("/")[0] == part and n.endswith(TEXTS)]
             names += _choose_weights(f"{part}/", sizes)
     return names

@@ -2,7 +2,7 @@
 
     TARGETS         its dotted name -> ours            a class that takes the YAML's keywords
     MODEL_CLASSES   its model class -> encoders        become a LatentDiffusion
-    UNSUPPORTED     its dotted name -> what it is      known, but not built by this version
+    UNSUPPORTED_CLASSES   its dotted name -> what it is      known, but not built by this version
 
 `weight_names` has its names of weights.
 """
@@ -28,7 +28,7 @@ ENCODERS, LOSSES = "ldm.modules.encoders.modules.", "ldm.modules.losses."
 OPENAI_MODEL = "modules.diffusionmodules.openaimodel.UNetModel"
 SGM_ENCODERS = "sgm.modules.encoders.modules."
 
-# Our class: the original's names of it.
+# Our class: its names in the original.
 CLASSES = {
     MODEL: (),
     "ldm.conditioning.Conditioner": (),
@@ -65,7 +65,7 @@ TARGETS = {original: ours for ours, originals in CLASSES.items() for original in
 TEXT_SLOT_DEFAULTS = {CLIP_IMAGE: {"text_tower": False, "antialias": False}}
 
 # Known classes that this version does not build, and what they are.
-UNSUPPORTED = {
+UNSUPPORTED_CLASSES = {
     "ldm.models.autoencoder.VQModel": "VQ autoencoders",
     "ldm.models.autoencoder.VQModelInterface": "VQ autoencoders",
     "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator": "losses of VQ autoencoders",
@@ -83,7 +83,7 @@ TRAINING_ONLY = {
     "original_elbo_weight", "reset_ema", "reset_num_ema_updates", "scale_by_std",
     "scheduler_config", "ucg_training", "unet_trainable", "use_positional_encodings",
 }  # fmt: skip
-# Parameters that repeat those of the parts, or that `load` reads itself.
+# Parameters that repeat values of the parts, or that `load` reads itself.
 REDUNDANT = {"channels", "conditioning_key", "cond_stage_key", "use_ema"}
 FIRST_WEIGHT = "model.diffusion_model.input_blocks.0.0.weight"  # fine-tunes may add channels
 FINETUNE = ("finetune_keys", "concat_keys", "c_concat_log_start", "c_concat_log_end")
@@ -121,8 +121,10 @@ def translate_config(
     target, params = spec["target"], spec.get("params") or {}
     if not isinstance(target, str) or not isinstance(params, Mapping):
         raise ConfigError(f"{where}: `target` must be a name and `params` a mapping")
-    if target in UNSUPPORTED:
-        raise ConfigError(f"{where}: {UNSUPPORTED[target]} are not supported yet (`{target}`)")
+    if target in UNSUPPORTED_CLASSES:
+        raise ConfigError(
+            f"{where}: {UNSUPPORTED_CLASSES[target]} are not supported yet (`{target}`)"
+        )
     if target in MODEL_CLASSES:
         return _Translator(target, params, where, skipped).translate()
     return {"target": TARGETS.get(target, target), "params": dict(params), "where": where}
@@ -281,5 +283,5 @@ MODEL_CLASSES = {
 
 
 def known_targets() -> list[str]:
-    """Every name that may stand after `target:`."""
-    return [*TARGETS, *MODEL_CLASSES, *UNSUPPORTED, *CLASSES]
+    """Return every name that may stand after `target:`."""
+    return [*TARGETS, *MODEL_CLASSES, *UNSUPPORTED_CLASSES, *CLASSES]

@@ -132,7 +132,7 @@ def load(
         add_embeddings(model, weights.source.added_tokens, weights.path)
         load_embeddings(model, embeddings)
     elif loras or embeddings:
-        raise WrongFamily("LoRAs and embeddings need a whole model, the config is that of a part")
+        raise WrongFamily("LoRAs and embeddings need a whole model, the config describes a part")
     return cast(LatentDiffusion, model.eval())
 
 
@@ -152,7 +152,7 @@ def save_model(
 
 
 def choose_config(weights: Weights) -> str:
-    """Return the YAML for weights: `CONFIG_KEY` if their file has one, else that of their family.
+    """Return the YAML for weights: `CONFIG_KEY` if their file has one, else of their family.
 
     Raises:
         MissingArgument: the family is unknown or not supported.
@@ -174,7 +174,7 @@ def choose_config(weights: Weights) -> str:
 def read_config(
     weights: Weights, config: str | Path | None = None, overrides: Iterable[str] = ()
 ) -> tuple[str, JsonObject]:
-    """(path or `CONFIG_KEY`, content) of the given config, or of the one that weights call for."""
+    """Return (path or `CONFIG_KEY`, content) of the given config, or of the weights' family."""
     if config is not None:
         return str(config), read_yaml(config, overrides)
     source = choose_config(weights)

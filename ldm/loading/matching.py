@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm.encoders.text import OpenCLIPText
 from ldm.loading.diffusers.keys import (
-    VAE_OLD,
+    OLD_VAE_NAMES,
     component_prefixes,
     gather_weights,
     locate_weights,
@@ -34,7 +34,8 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 PARTS = ("unet.", "autoencoder.", "conditioner.")
-UNUSED = ("position_ids", "text_projection.weight", "logit_scale")  # in files of older versions
+# In files of older versions.
+UNUSED_WEIGHTS = ("position_ids", "text_projection.weight", "logit_scale")
 TEXT_BLOCKS = f"{TEXT}model.transformer.resblocks."
 # Of a compact vocabulary: the ids in CLIP's, and the rows of the embedding.
 TOKEN_IDS, TOKEN_TABLE = f"{TEXT}token_ids", f"{TEXT}model.token_embedding.weight"
@@ -80,7 +81,7 @@ def match_weights(
 def check_weights(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], misfit: str) -> None:
     """Raise WeightsMismatch unless weights have the expected names and shapes.
 
-    It has counts, the first names in the original's words, and the likely cause.
+    It has counts, the first of the original's names, and the likely cause.
     """
     problems = {
         "missing": [original_name(name) for name in expected if name not in state],
@@ -135,7 +136,9 @@ def translate_names(
             for name, old in foreign.items()
             if old not in expected
         }
-        theirs = {name: value for name, value in theirs.items() if not name.endswith(UNUSED)}
+        theirs = {
+            name: value for name, value in theirs.items() if not name.endswith(UNUSED_WEIGHTS)
+        }
         ours = gather_weights(locations, theirs, expected)
         taken = {part for name in ours for part in locations[name].names}
         renamed |= {prefix + name: v for name, v in theirs.items() if name not in taken}
@@ -178,7 +181,7 @@ def _fit_text_tower(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Ten
 def _unused_weights(
     model: nn.Module, state: Mapping[str, Tensor], file: str | Path
 ) -> dict[str, Tensor]:
-    """Zeros for weights that no computation uses and other programs leave out.
+    """Return zeros for weights that no computation uses and other programs leave out.
 
     These are the projection of OpenCLIP's text tower, and its last block if that is not run.
     """
@@ -205,7 +208,7 @@ def _in_shape(name: str, value: Tensor, expected: Tensor | None, file: str | Pat
         return value.reshape(expected.shape)
     if name.endswith("token_embedding.weight") and value[: len(expected)].shape == expected.shape:
         added = len(value) - len(expected)
-        log.warning("`%s`: %d added tokens without a word are left out", file, added)
+        log.warning("`%s`: %d added tokens without a name are left out", file, added)
         return value[: len(expected)]
     return value
 
@@ -221,7 +224,7 @@ def _modern_name(component: str, name: str) -> str:
         name = name.removeprefix("transformer.")
         return name if name.startswith("text_") or "." not in name else f"text_model.{name}"
     if component == "vae" and ".attentions." in name:
-        for new, old in VAE_OLD.items():
+        for new, old in OLD_VAE_NAMES.items():
             name = name.replace(f".{old}.", f".{new}.")
     return name
 
@@ -231,6 +234,6 @@ def _has(names: Iterable[str], prefix: str) -> bool:
 
 
 def _list_groups(names: Iterable[str]) -> str:
-    """Names by their first part, with counts."""
+    """Return names by their first part, with counts."""
     groups = Counter(name.partition(".")[0] for name in names)
     return ", ".join(f"`{group}` ({count} tensors)" for group, count in groups.items())

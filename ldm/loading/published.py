@@ -1,7 +1,7 @@
 """Published weights by name: where they are, what they are, and which of them are on this machine.
 
-The table is `published.csv`: `memory` is that of the weights in half precision, in GB; `bytes` has
-a `~` where it is rounded; `places` are files on the Hugging Face hub, the best one first. No
+The table is `published.csv`: `memory` is what the weights take in half precision, in GB; `bytes`
+has a `~` where it is rounded; `places` are files on the Hugging Face hub, the best one first. No
 SHA-256 means that none was published. Nothing here imports torch.
 """
 
@@ -24,7 +24,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 TABLE = Path(__file__).with_name("published.csv")
-# Name of a row without SHA-256 -> that of its first download.
+# Name of a row without SHA-256 -> SHA-256 of its first download.
 FIRST = Memory("first_downloads.json")
 
 
@@ -50,7 +50,7 @@ class PublishedFile:
 
     @property
     def expected_sha256(self) -> str | None:
-        """The published SHA-256, or that of the first download here."""
+        """The published SHA-256, or the one of the first download here."""
         return self.sha256 or FIRST.read().get(self.name)
 
 

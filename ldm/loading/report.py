@@ -77,7 +77,7 @@ class Report:
     note: str = ""
 
     def as_dict(self) -> JsonObject:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         plain = asdict(self)
         if self.prediction is not None:
             plain["prediction"]["disputed"] = self.prediction.disputed

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "DERIVED", "MARKERS", "TEXT", "layer_alias", "loss_weights", "original_name", "our_names",
-    "rename_weights", "restore_names", "schedule_tables", "without_wrappers",
+    "DERIVED_WEIGHTS", "MARKERS", "TEXT", "layer_alias", "loss_weights", "original_name",
+    "our_names", "rename_weights", "restore_names", "schedule_tables", "without_wrappers",
 ]  # fmt: skip
 
 # (the original's prefix, ours); renaming back takes the first that fits.
@@ -33,7 +33,7 @@ PREFIXES = (
     ("vae.", "autoencoder."),
     ("text_encoder.", "conditioner.text."),
 )
-# Modules that wrap others add their name to those of the weights: DataParallel, compile, FSDP …
+# Wrapping modules that prefix the names of weights: DataParallel, compile, FSDP …
 WRAPPERS = frozenset({
     "module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
 })  # fmt: skip
@@ -42,7 +42,7 @@ PART = re.compile(
     r"(?P<outer>(?:.*?\.)??)"
     r"(?:(?:(?:model\.)?(?P<unet>diffusion_model)|(?P<other>first_stage_model|cond_stage_model))\.)+"
 )
-# Other words for the attention of the autoencoder: of diffusers, and of its versions before 0.15.
+# Other names of the attention in the autoencoder: of diffusers, and of its versions before 0.15.
 ATTENTION = re.compile(r"(?<=\.)(attn_1|attn\.\d+)\.([a-z_]+(?:\.0)?)(?=\.(?:weight|bias)$)")
 ATTENTION_WORDS = {
     "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "group_norm": "norm",
@@ -63,7 +63,7 @@ LAYER_PREFIX = re.compile(
     re.VERBOSE,
 )
 
-DERIVED = re.compile(
+DERIVED_WEIGHTS = re.compile(
     r"""betas | (sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?
     | posterior_(variance|log_variance_clipped|mean_coef[12]) | lvlb_weights | denoiser\.sigmas
     | logvar | scale_factor | noise_augmentor\.data_(mean|std) | cond_stage_model\.(mean|std)
@@ -96,7 +96,7 @@ def our_names(names: Iterable[str]) -> Iterator[tuple[str, str]]:
     originals = _strip_outer(list(names))
     unused = UNUSED_TEXT_TOWER if VISION_TOWER in originals else ()
     for original, name in originals.items():
-        if not DERIVED.fullmatch(original) and not original.startswith(unused):
+        if not DERIVED_WEIGHTS.fullmatch(original) and not original.startswith(unused):
             yield _our_name(original), name
 
 

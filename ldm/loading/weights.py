@@ -54,7 +54,7 @@ class Weights:
         return self.source.path
 
     def use_ema(self, names: Iterable[str]) -> None:
-        """Replace (or add) weights by their EMA; `names` are those of the model."""
+        """Replace (or add) weights by their EMA; `names` are the model's."""
         originals = {original_name(name): name for name in (*names, *self.state)}
         use_ema_weights(self.state, self.source.ema_state, originals, self.path)
         step = self.source.step

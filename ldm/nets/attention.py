@@ -39,7 +39,7 @@ def attention(
         k, v: (B, heads, M, d).
         mask: bool, broadcastable to (B, heads, N, M); True = keep, at least one key per query.
             xformers takes none: such calls go to SDPA.
-        backend: One of BACKENDS; None for that of `set_backend` or LDM_ATTENTION, else automatic.
+        backend: One of BACKENDS; None: as in `set_backend` or LDM_ATTENTION, else automatic.
 
     Returns:
         (B, heads, N, d), in the dtype of v.

@@ -46,7 +46,7 @@ class Layout:
     double_z: bool = True  # the encoder predicts mean and log variance
     attn_type: str = "vanilla"
     use_linear_attn: bool = False
-    give_pre_end: bool = False  # the decoder stops before its last norm
+    give_pre_end: bool = False  # the decoder ends before its last norm
     tanh_out: bool = False  # the decoder ends in tanh
 
     def __post_init__(self) -> None:
@@ -63,7 +63,7 @@ class Layout:
         return [self.ch * mult for mult in self.ch_mult]
 
     def has_attention(self, level: int) -> bool:
-        """Whether blocks have attention where the image is 2 ** level times smaller."""
+        """Return whether the blocks of a level have attention."""
         return self.attn_type != "none" and self.resolution // 2**level in self.attn_resolutions
 
     @classmethod
@@ -171,7 +171,7 @@ class Downsample(Layer):
 
 
 class Level(Layer):
-    """The blocks of one resolution (widths[i] -> widths[i + 1]), then the step to the next."""
+    """The blocks of one resolution (widths[i] -> widths[i + 1]), then down- or upsampling."""
 
     def __init__(
         self,
@@ -335,7 +335,7 @@ class AutoencoderKL(nn.Module):
 
 
 class PixelSpace(nn.Module):
-    """Stands in for an autoencoder in models without one: the latent is the image itself."""
+    """Placeholder in models without an autoencoder: the latent is the image itself."""
 
     downscale = 1
 

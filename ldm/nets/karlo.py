@@ -113,7 +113,7 @@ class PriorBlock(Layer):
 
 
 def _attention_mask(context: Tensor, length: int) -> Tensor:
-    """Mask (B, 1, N, N): a token attends to itself, and to those before it that are not padding."""
+    """Build a mask (B, 1, N, N): tokens attend to themselves and to unpadded ones before them."""
     visible = F.pad(context.ne(0).any(dim=-1), (0, length - context.shape[1]), value=True)
     square = torch.ones(length, length, dtype=torch.bool, device=context.device)
     return (visible[:, None, None] & square.tril()) | torch.eye(

@@ -4,7 +4,7 @@
     per channel -> mean over positions -> sum over depths
 
 Zhang et al. 2018 (arXiv:1801.03924); VGG16 of Simonyan and Zisserman 2014 (arXiv:1409.1556).
-Without the weights that `ldm.loading.addons.lpips` loads, the distance has no meaning.
+Without the weights that `ldm.loading.addons.lpips` loads, the distance is meaningless.
 """
 
 import itertools

@@ -45,7 +45,7 @@ def apply_tiled(
 
 
 def _tile_starts(length: int, tile: int) -> list[int]:
-    """First pixels of tiles that cover `length`, each overlapping the next by a quarter or more."""
+    """Place tiles over `length`: their first pixels; neighbours overlap by a quarter or more."""
     if length <= tile:
         return [0]
     count = 1 + -(-(length - tile) // max(tile * 3 // 4, 1))
@@ -53,6 +53,6 @@ def _tile_starts(length: int, tile: int) -> list[int]:
 
 
 def _ramp(length: int, overlap: int) -> Tensor:
-    """Weights that rise over `overlap` pixels, and fall over as many; never 0."""
+    """Return weights that rise over `overlap` pixels, and fall over as many; never 0."""
     up = (torch.arange(length) + 0.5) / max(overlap, 1)
     return torch.minimum(up, up.flip(0)).clamp(max=1.0)

@@ -1,7 +1,7 @@
 """Sampling from the Karlo prior: texts -> CLIP image embeddings, the input of unCLIP.
 
 The prior is a diffusion model over image embeddings: `ldm.nets.karlo.Prior` predicts x0, sampled by
-DDIM. Its text encoder is that of the CLIP whose embeddings it predicts.
+DDIM. It predicts embeddings of the same CLIP whose text tower encodes the texts.
 
     texts --CLIP's text tower--> Cond --sampling--> embedding (B, D) --noise--> unCLIP model
 

@@ -78,7 +78,7 @@ def sample(
         z: (B, C, h, w), the latent to add noise to and start from; None = start from pure noise.
         strength: fraction of the steps to run on z, from 0 (keep it) to 1 (start from pure noise).
         x_T: (B, C, h, w), the noise to start from, standard normal; None = drawn.
-        size: (height, width) in pixels; None = that of z or x_T, else the model's own.
+        size: (height, width) in pixels; None = the size of z or x_T, else the model's own.
         steps: 1 … T.
         sampler: a name in SAMPLERS.
         scheduler: a name in SCHEDULERS; None = `default_scheduler`.

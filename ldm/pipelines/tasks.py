@@ -122,7 +122,7 @@ def inpaint(
 ) -> Tensor:
     """Repaint the image where the mask is 1.
 
-    For a text-to-image model, the unmasked latent is set to that of the image at every step.
+    For a text-to-image model, the unmasked part is set to the latent of the image at every step.
 
     Args:
         mask: (1, 1, H, W) in [0, 1]; from 0.5 on, it is repainted.

@@ -52,7 +52,7 @@ def unclip(
         mix_level: timestep of the noise on the mean; None = no noise.
     Raises:
         MissingArgument: there is neither an image nor an embedding.
-        ArgumentError: the number of weights or noise levels is not that of the images.
+        ArgumentError: the number of weights or noise levels differs from the images'.
     """
     noise = make_noise(model, prompts, options)
     n, encoder = len(as_list(prompts)), model.conditioner.get(ImageEmbedding)

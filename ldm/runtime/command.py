@@ -1,4 +1,4 @@
-"""What every program shares: the parser of its flags, logging, and errors in one line."""
+"""Frame of every program: the parser of its flags, logging, and errors in one line."""
 
 import argparse
 import logging
@@ -15,8 +15,8 @@ __all__ = ["CommandParser", "run_command"]
 
 log = logging.getLogger(__name__)
 
-# Loggers that speak without --verbose.
-INFORMATIVE = (
+# Loggers whose infos are shown without --verbose.
+INFO_LOGGERS = (
     "ldm.runtime.command", "ldm.generate", "ldm.app", "ldm.commands", "ldm.loading.hub",
     "ldm.loading.published",
 )  # fmt: skip
@@ -28,7 +28,7 @@ class CommandParser(ArgumentParser):
     Args:
         original: flags of the original scripts; an abbreviation of one of them keeps its meaning
             even if it fits a newer flag, too.
-        overrides: whether `key=value` words are accepted, as `args.overrides`.
+        overrides: whether `key=value` arguments are accepted, as `args.overrides`.
     """
 
     def __init__(
@@ -61,23 +61,27 @@ class CommandParser(ArgumentParser):
         return action
 
     def parse(self, argv: Sequence[str] | None = None) -> Namespace:
-        """Parse a command line (None = that of this process); a mistake exits with status 2."""
-        words = list(sys.argv[1:] if argv is None else argv)
-        end = words.index("--") if "--" in words else len(words)
-        args, rest = self.parse_known_args([self._complete(w) for w in words[:end]] + words[end:])
-        overrides = [word for word in rest if "=" in word and not word.startswith("-")]
-        for word in rest:
-            if word not in overrides or not self.takes_overrides:
-                self._refuse(word)
+        """Parse a command line (None = of this process); a mistake exits with status 2."""
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        end = arguments.index("--") if "--" in arguments else len(arguments)
+        args, rest = self.parse_known_args(
+            [self._complete(w) for w in arguments[:end]] + arguments[end:]
+        )
+        overrides = [
+            argument for argument in rest if "=" in argument and not argument.startswith("-")
+        ]
+        for argument in rest:
+            if argument not in overrides or not self.takes_overrides:
+                self._refuse(argument)
         if self.takes_overrides:
             args.overrides = overrides
         return args
 
-    def _complete(self, word: str) -> str:
+    def _complete(self, argument: str) -> str:
         """Complete an abbreviated flag, spelled as it was declared."""
-        name, equals, value = word.partition("=")
+        name, equals, value = argument.partition("=")
         if not name.startswith("--"):
-            return word
+            return argument
         key = name.replace("-", "_")
         matches: list[str] = []
         for pool in (self.original & self.actions_by_flag.keys(), self.actions_by_flag.keys()):
@@ -87,12 +91,12 @@ class CommandParser(ArgumentParser):
                 return matches[0] + equals + value
         if matches:
             self.error(f"`{name}` could be any of {', '.join(sorted(matches))}")
-        return word
+        return argument
 
-    def _refuse(self, word: str) -> NoReturn:
-        near = nearest_name(word.partition("=")[0], self.actions_by_flag)
+    def _refuse(self, argument: str) -> NoReturn:
+        near = nearest_name(argument.partition("=")[0], self.actions_by_flag)
         hint = f", did you mean `{near}`?" if near else ""
-        self.error(f"unknown argument `{word}`{hint}")
+        self.error(f"unknown argument `{argument}`{hint}")
 
 
 def run_command(
@@ -137,7 +141,7 @@ def _configure_logging(verbose: bool) -> None:
     root = logging.getLogger("ldm")
     root.handlers = [handler]
     root.setLevel(logging.DEBUG if verbose else logging.WARNING)
-    for name in INFORMATIVE:
+    for name in INFO_LOGGERS:
         logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.INFO)
 
 

@@ -80,7 +80,7 @@ def set_threads(number: int | None, is_small: bool) -> None:
 
 
 def memory_of(device: torch.device) -> int:
-    """Return how many bytes of memory a device has."""
+    """Return the memory of a device in bytes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     try:
@@ -129,7 +129,7 @@ def has_fast_bf16() -> bool:
 
 @functools.cache
 def has_amx() -> bool:
-    """Whether this CPU has a unit that multiplies matrices of bfloat16."""
+    """Return whether this CPU has a unit that multiplies matrices of bfloat16."""
     return " amx_bf16" in _cpu_info()
 
 

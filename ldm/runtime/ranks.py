@@ -25,5 +25,5 @@ def local_rank() -> int:
 
 
 def local_processes() -> int:
-    """Return how many processes of the run are on this machine."""
+    """Return the number of processes of the run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", 1)))

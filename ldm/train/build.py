@@ -59,7 +59,7 @@ def build_task(model: nn.Module, settings: Settings, *, load_weights: bool = Tru
     """Build the task that the settings ask for: diffusion, adaptation or reconstruction.
 
     Args:
-        load_weights: False = not those of the losses' networks, where only sizes matter.
+        load_weights: False = without the weights of the losses' networks, if only sizes matter.
     Raises:
         ValueError: the model cannot be trained, or the settings do not fit it.
     """

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
     """Run the command line.
 
     Args:
-        argv: the words after the program's name; None: those of this process.
+        argv: the arguments after the program's name; None: of this process.
         prog: name of the program, for messages.
     Returns:
         The exit code: 0, or 1 after an error, which is printed in one line.
@@ -79,9 +79,9 @@ def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> TrainReq
     Raises:
         ValueError: an option is unknown.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
     parser, spellings = _build_parser(prog)
-    own, trainer = _split(words, spellings)
+    own, trainer = _split(arguments, spellings)
     args = parser.parse_intermixed_args(own)
     resume = trainer.pop("resume_from_checkpoint", args.resume)
     if trainer:
@@ -90,9 +90,9 @@ def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> TrainReq
         trainer["seed"] = str(args.seed)
     if args.scale_lr is not None:
         trainer["scale_lr"] = str(args.scale_lr).lower()
-    configs = [word for word in args.base if "=" not in word]
+    configs = [argument for argument in args.base if "=" not in argument]
     overrides = [f"lightning.trainer.{name}={value}" for name, value in trainer.items()]
-    overrides += [word for word in args.base if "=" in word] + args.overrides
+    overrides += [argument for argument in args.base if "=" in argument] + args.overrides
     if not configs and resume is None:
         parser.error("-b/--base is needed, or -r/--resume with the folder of a run")
     return TrainRequest(
@@ -108,7 +108,7 @@ def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> TrainReq
         threads=args.threads,
         allow_commands=args.allow_commands,
         debug=args.debug,
-        argv=tuple(words),
+        argv=tuple(arguments),
     )
 
 
@@ -242,20 +242,20 @@ def _build_parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, str]]:
     return parser, spellings
 
 
-def _split(words: Sequence[str], spellings: dict[str, str]) -> tuple[list[str], dict[str, str]]:
-    """Separate our own words, with all values explicit, from arguments of Lightning's Trainer."""
+def _split(arguments: Sequence[str], spellings: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+    """Separate our own arguments, with all values explicit, from those of Lightning's Trainer."""
     own: list[str] = []
     trainer: dict[str, str] = {}
-    rest = list(words)
+    rest = list(arguments)
     while rest:
-        word = rest.pop(0)
-        name, equals, value = word.partition("=")
-        if not word.startswith("-") or NUMBER.fullmatch(word):
-            own.append(word)
+        argument = rest.pop(0)
+        name, equals, value = argument.partition("=")
+        if not argument.startswith("-") or NUMBER.fullmatch(argument):
+            own.append(argument)
             continue
         option = _find_option(name, spellings)
         if option and option not in IMPLICIT:
-            own.append(word)
+            own.append(argument)
             continue
         if not equals:
             has_value = bool(rest) and _may_be_value(option, rest[0])
@@ -275,12 +275,12 @@ def _find_option(name: str, spellings: dict[str, str]) -> str:
     return matches.pop() if len(matches) == 1 else ""
 
 
-def _may_be_value(option: str, word: str) -> bool:
-    """Whether the word after an option with an optional value is that value."""
+def _may_be_value(option: str, argument: str) -> bool:
+    """Return whether the argument after an option with an optional value is that value."""
     if option in SWITCHES:
-        return word.lower() in TRUE + FALSE
-    is_override = "=" in word and not Path(word).exists()
-    return NUMBER.fullmatch(word) is not None or not (word.startswith("-") or is_override)
+        return argument.lower() in TRUE + FALSE
+    is_override = "=" in argument and not Path(argument).exists()
+    return NUMBER.fullmatch(argument) is not None or not (argument.startswith("-") or is_override)
 
 
 def _check_trainer_options(trainer: dict[str, str], spellings: dict[str, str]) -> None:

@@ -207,7 +207,7 @@ def _discriminators(task: Task) -> list[nn.Module]:
 
 
 def _networks(task: Task) -> list[nn.Module]:
-    """All networks that a task computes with."""
+    """Return all networks that a task computes with."""
     networks = [task.model, task.trainable, *_discriminators(task)]
     if isinstance(task, Adversarial) and task.perceptual is not None:
         networks.append(task.perceptual)
@@ -215,7 +215,7 @@ def _networks(task: Task) -> list[nn.Module]:
 
 
 def _measure_activations(task: Task, settings: Settings) -> int:
-    """Bytes at the peak of a training step, beyond weights and their gradients."""
+    """Return the bytes at the peak of a training step, beyond weights and their gradients."""
     batch_size, size = settings.data.batch_size, _image_size(settings.raw["data"]["params"])
     dtype = AUTOCAST.get(settings.trainer.precision)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -265,7 +265,7 @@ def _run_unet(model: LatentDiffusion, batch_size: int, size: int) -> Tensor:
 
 
 def _measure_peak(forward: Callable[[], Tensor], trainable: nn.Module) -> int:
-    """Peak bytes of a forward and a backward pass, without the gradients."""
+    """Return the peak bytes of a forward and a backward pass, without the gradients."""
     for p in trainable.parameters():  # as for the second of several accumulated batches
         p.grad = torch.empty_like(p) if p.requires_grad else None
     mode = PeakMemoryMode()
@@ -299,7 +299,7 @@ def _shard_fraction(settings: Settings, processes: int) -> float:
 
 
 def _image_size(data: Mapping[str, Any]) -> int:
-    """Training resolution in pixels, from our own `data` section or an original one."""
+    """Return the training resolution in pixels, from our own `data` section or an original one."""
     train = data.get("train") or {}
     for section in (train, train.get("params") or {}, train.get("transform") or {}):
         if "size" in section:

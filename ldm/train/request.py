@@ -17,13 +17,13 @@ class TrainRequest:
         validate: whether to print the losses on held-out data.
         dry_run: whether to print the whole config and the memory that it needs, and end.
         name: of the run.
-        resume: a run, or a state of it, to go on with; "": the newest run of this name; None: none.
+        resume: a run to resume, or one of its states; "": the newest run of this name; None: none.
         logdir: folder of runs.
         processes: to start on this machine; 0: one for each GPU of the config.
         threads: of the CPU, for each process; None: torch's default.
         allow_commands: whether shards may come from `pipe:COMMAND`.
         debug: whether to show tracebacks, and open pdb on a terminal.
-        argv: the words of the command line, for other processes of the run.
+        argv: the arguments of the command line, for other processes of the run.
     """
 
     configs: tuple[str, ...] = ()

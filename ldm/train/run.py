@@ -76,7 +76,7 @@ class Run:
         return States(self.checkpoints, self.ranks, keep=self.settings.trainer.keep)
 
     def progress(self) -> float:
-        """How much of the run is done, 0 … 1, by steps or by time, whichever is further."""
+        """Return the fraction of the run that is done, by steps or by time: the greater one."""
         trainer, state = self.settings.trainer, self.state
         by_steps = state.step / trainer.max_steps if trainer.max_steps else 0.0
         by_time = state.seconds / trainer.max_time if trainer.max_time else 0.0

@@ -155,7 +155,7 @@ class State:
         return tensors
 
     def tensors_to_load(self, shapes: Shapes) -> dict[str, Tensor]:
-        """Return the tensors to read a saved state into; those of the optimizers are new."""
+        """Return the tensors to read a saved state into; the optimizers' are new."""
         tensors = self._allocated_tensors()
         for name, network in self.networks.items():
             prefix = f"{name}.optimizer"

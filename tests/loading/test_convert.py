@@ -15,7 +15,7 @@ from ldm.loading.addons.lora import write_lora
 from ldm.loading.config import format_yaml, parse_yaml
 from ldm.loading.convert import convert, plan_conversion
 from ldm.loading.diffusers.files import EXTRA_WEIGHTS
-from ldm.loading.diffusers.keys import VAE_OLD
+from ldm.loading.diffusers.keys import OLD_VAE_NAMES
 from ldm.loading.files.checkpoint import ema_name, read_checkpoint, write_checkpoint
 from ldm.loading.weights import read_weights
 
@@ -326,7 +326,7 @@ def test_folders_of_other_versions_are_read(tiny, state, tmp_path):
     run(tiny, place)
     vae = place / "vae/diffusion_pytorch_model.safetensors"
     content = read_checkpoint(vae).state
-    for new, old in VAE_OLD.items():
+    for new, old in OLD_VAE_NAMES.items():
         content = {k.replace(f".{new}.", f".{old}."): v for k, v in content.items()}
     torch.save(content, vae.with_suffix(".bin"))
     text = place / "text_encoder/model.safetensors"

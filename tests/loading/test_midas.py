@@ -91,7 +91,7 @@ def test_without_a_network_two_lines_say_where_to_put_it(files):
             torch.zeros(3),
             "1 mismatched\nmismatched: depth_model.model.scratch.layer1_rn.weight",
         ),
-        (".*backbone.*", None, "is another network of MiDaS, depth models need dpt_hybrid"),
+        (".*backbone.*", None, "is another network of MiDaS; depth models need dpt_hybrid"),
         ("pretrained.*|scratch.*", None, "is not a file of MiDaS"),
     ],
 )

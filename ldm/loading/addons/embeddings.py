@@ -32,7 +32,7 @@ ENDINGS = (".pt", ".bin", ".safetensors")
 MAX_TOKENS = 76  # in a file: no prompt could use more
 PARAMETERS = "string_to_param."
 # Names for the vectors of the only token, which the file's name tells; the last is of SDXL's.
-UNNAMED = ("emb_params", "clip_l")
+ONLY_TOKEN_KEYS = ("emb_params", "clip_l")
 SDXL = "clip_g"
 BUNDLE = "bundle_emb."
 
@@ -146,11 +146,11 @@ def write_embeddings(
 def _parse(state: Mapping[str, Tensor], stem: str, path: Path) -> dict[str, Tensor]:
     if SDXL in state:
         raise FileFormatError(f"`{path}` has vectors for two text towers: it is made for SDXL")
-    if UNNAMED[0] in state:
-        state = {UNNAMED[0]: state[UNNAMED[0]]}
+    if ONLY_TOKEN_KEYS[0] in state:
+        state = {ONLY_TOKEN_KEYS[0]: state[ONLY_TOKEN_KEYS[0]]}
     params = {n.removeprefix(PARAMETERS): v for n, v in state.items() if n.startswith(PARAMETERS)}
     tokens = params or dict(state)
-    if len(tokens) == 1 and (params or tokens.keys() <= set(UNNAMED)):
+    if len(tokens) == 1 and (params or tokens.keys() <= set(ONLY_TOKEN_KEYS)):
         tokens = {stem: next(iter(tokens.values()))}
     if len(tokens) > MAX_TOKENS or any(value.dim() not in (1, 2) for value in tokens.values()):
         message = f"`{path}` is not a textual inversion: it holds {len(state)} other tensors"

@@ -191,7 +191,7 @@ def _build_layer(target: Target, tensors: Mapping[str, Tensor]) -> LoRALayer:
 
 
 def _files_of(path: str | Path) -> list[Path]:
-    """Return the file at a path; of a folder, those of diffusers or peft in it."""
+    """Return the file at a path, or the LoRA files of diffusers or peft in a folder."""
     path = Path(path).expanduser()
     if not path.is_dir():
         return [path]
@@ -203,7 +203,7 @@ def _files_of(path: str | Path) -> list[Path]:
 
 
 def _a1111_hash(path: Path) -> str:
-    """Twelve hex digits by which A1111 knows a LoRA: the SHA-256 of its tensors, or of a .pt."""
+    """Return A1111's twelve hex digits of a LoRA: the SHA-256 of its tensors, or of a .pt."""
     digest = read_checkpoint(path).metadata.get("sshs_model_hash")
     if not digest and path.suffix == ".safetensors":
         with path.open("rb") as file:

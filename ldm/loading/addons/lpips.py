@@ -29,7 +29,7 @@ SLICES = (4, 9, 16, 23)  # first layers of VGG's slices 2 to 5
 
 
 def read_lpips(paths: str | Path | Sequence[str | Path]) -> LPIPS:
-    """LPIPS with the weights of a file, or of several together."""
+    """Return LPIPS with the weights of a file, or of several together."""
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     state: dict[str, Tensor] = {}
     for path in paths:
@@ -42,7 +42,7 @@ def read_lpips(paths: str | Path | Sequence[str | Path]) -> LPIPS:
 
 
 def build_lpips(losses: Mapping[str, Tensor]) -> LPIPS | None:
-    """LPIPS from weights of losses (see `loss_weights`); None if some are missing."""
+    """Return LPIPS from weights of losses (see `loss_weights`); None if some are missing."""
     state = {_rename(n.removeprefix(PREFIX)): v for n, v in losses.items() if n.startswith(PREFIX)}
     if not state:
         return None

@@ -19,7 +19,9 @@ __all__ = ["FILE", "add_depth_network", "read_midas"]
 
 FILE = "midas_models/dpt_hybrid-midas-501f0c75.pt"
 PREFIX = "conditioner.depth."
-HYBRID = f"{PREFIX}model.pretrained.model.patch_embed.backbone."  # not in MiDaS's other networks
+HYBRID_PREFIX = (
+    f"{PREFIX}model.pretrained.model.patch_embed.backbone."  # not in MiDaS's other networks
+)
 PARTS = ("pretrained.", "scratch.")
 
 
@@ -29,9 +31,9 @@ def add_depth_network(
     ckpt: Path,
     midas: str | Path | None = None,
 ) -> bool:
-    """Add the weights of a depth network to `state`, where a depth model has none there.
+    """Add the weights of a depth network to `state`, if the model needs one and has none there.
 
-    `midas`, a file, replaces those of the checkpoint. Returns whether weights were added.
+    The file `midas` replaces the weights in the checkpoint. Returns whether weights were added.
     """
     expected = {name: v for name, v in model_state.items() if name.startswith(PREFIX)}
     if not expected or (midas is None and expected.keys() & state.keys()):
@@ -58,9 +60,9 @@ def read_midas(path: str | Path) -> dict[str, Tensor]:
             network[f"{PREFIX}model.{name}"] = value
     if not network:
         raise FileFormatError(f"`{path}` is not a file of MiDaS")
-    if not any(name.startswith(HYBRID) for name in network):
+    if not any(name.startswith(HYBRID_PREFIX) for name in network):
         raise FileFormatError(
-            f"`{path}` is another network of MiDaS, depth models need dpt_hybrid "
+            f"`{path}` is another network of MiDaS; depth models need dpt_hybrid "
             f"(`{Path(FILE).name}`)"
         )
     return network

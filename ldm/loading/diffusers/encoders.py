@@ -39,12 +39,16 @@ def text_config(encoder: TextEncoder) -> JsonObject:
     """Return the config of a text encoder, counting only the blocks that are used."""
     block: OpenCLIPBlock | CLIPBlock
     if isinstance(encoder, OpenCLIPText):
-        block, norm = encoder.model.blocks[0], encoder.model.ln_final
+        block, num_blocks, norm = (
+            encoder.model.blocks[0],
+            encoder.num_blocks,
+            encoder.model.ln_final,
+        )
         heads, hidden = block.attn.heads, len(block.mlp["c_fc"].get_parameter("bias"))
         projection = encoder.model.text_projection.shape[1]
     elif isinstance(encoder, CLIPText) and encoder.layer == "last":
-        block, norm = encoder.tower.blocks[0], encoder.tower.final_layer_norm
-        projection = encoder.width
+        block, num_blocks = encoder.tower.blocks[0], encoder.blocks_run
+        norm, projection = encoder.tower.final_layer_norm, encoder.width
         heads, hidden = block.self_attn.heads, len(block.mlp["fc1"].get_parameter("bias"))
     else:
         what = type(encoder).__name__
@@ -57,7 +61,7 @@ def text_config(encoder: TextEncoder) -> JsonObject:
         "vocab_size": VOCAB,
         "hidden_size": encoder.width,
         "intermediate_size": hidden,
-        "num_hidden_layers": encoder.num_blocks,
+        "num_hidden_layers": num_blocks,
         "num_attention_heads": heads,
         "max_position_embeddings": encoder.length,
         "hidden_act": _activation(block),

@@ -28,7 +28,7 @@ from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, read_checkpoint
 from ldm.loading.files.clip_statistics import load_clip_statistics
 from ldm.loading.legacy import translate_config
 from ldm.loading.matching import TOKEN_IDS, TOKEN_TABLE, match_weights
-from ldm.loading.weight_names import DERIVED, rename_weights, restore_names, schedule_tables
+from ldm.loading.weight_names import DERIVED_WEIGHTS, rename_weights, restore_names, schedule_tables
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import FileFormatError, MissingFile
 from ldm.runtime.files import read_text
@@ -56,7 +56,7 @@ Components = dict[str, dict[str, Tensor]]
 
 
 def is_diffusers_folder(path: str | Path) -> bool:
-    """Whether it is the folder of a pipeline, or of an autoencoder alone."""
+    """Return whether it is the folder of a pipeline, or of an autoencoder alone."""
     path = Path(path).expanduser()
     if (path / INDEX).is_file():
         return True
@@ -145,7 +145,7 @@ def build_folder(
 
 
 def weights_path(component: str, files: Files, variant: str | None = None) -> str:
-    """Path of a component's weights, in a folder of these files."""
+    """Return the path of a component's weights, in a folder of these files."""
     if not component:
         return EXTRA_WEIGHTS
     stem = STEMS[1] if component in TRANSFORMERS else STEMS[0]
@@ -164,7 +164,7 @@ def write_texts(folder: Path, files: Files) -> None:
 def _build_model(
     raw: JsonMapping, where: str, derived: Mapping[str, Tensor]
 ) -> tuple[nn.Module, JsonObject]:
-    """(model on the meta device, translated config); `derived` may hold its scale factor."""
+    """Return (model on the meta device, translated config); `derived` may hold its scale factor."""
     spec = translate_config(raw, where=where, skipped=[])
     model = build_on_meta(spec, where=where)
     if "scale_factor" in derived and isinstance(model, LatentDiffusion):  # measured in training
@@ -173,11 +173,11 @@ def _build_model(
 
 
 def _derived_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tables and markers beside the weights, which are small; not the losses of autoencoders."""
+    """Return the small tables and markers beside the weights; not the losses of autoencoders."""
     return {
         name: value
         for name, value in state.items()
-        if DERIVED.fullmatch(name) and not re.search(r"(^|\.)loss\.|position_ids$", name)
+        if DERIVED_WEIGHTS.fullmatch(name) and not re.search(r"(^|\.)loss\.|position_ids$", name)
     }
 
 
@@ -193,7 +193,7 @@ def _read_rest(path: Path, files: Files) -> Checkpoint | None:
 
 
 def _has_same_config(rest: Checkpoint, files: Files) -> bool:
-    """Whether the YAML beside the rest says what the folder's JSONs say."""
+    """Return whether the YAML beside the rest says what the folder's JSONs say."""
     if CONFIG_KEY not in rest.metadata:
         return False
     raw = parse_yaml(rest.metadata[CONFIG_KEY], where=EXTRA_WEIGHTS)
@@ -258,7 +258,7 @@ def _pop_added_tokens(state: dict[str, Tensor], files: Files) -> dict[str, Tenso
 
 
 def _statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Mean and standard deviation of embeddings, unless they are 0 and 1."""
+    """Return the mean and standard deviation of embeddings, unless they are 0 and 1."""
     if not state["mean"].any() and bool((state["std"] == 1).all()):
         return {}
     return {f"noise_augmentor.data_{key}": state[key].flatten() for key in ("mean", "std")}
@@ -273,7 +273,7 @@ def _all_rows(table: Tensor, ids: Tensor) -> Tensor:
 
 
 def _compact_rows(embedding: Tensor, ids: Tensor, table: Tensor) -> Tensor:
-    """Invert `_all_rows`; rows that it left out are those of `table`."""
+    """Invert `_all_rows`; rows that it left out are taken from `table`."""
     is_token, is_free = ids < VOCAB, torch.ones(VOCAB, dtype=torch.bool)
     is_free[ids[is_token]] = False
     compact = table.clone()

@@ -1,7 +1,7 @@
 """Which components a model has in a diffusers folder, and their configs, in both directions.
 
     folder_configs(model, spec)   -> {"unet/config.json": {…}, …, "model_index.json": {…}}
-    original_config(files)        the same files -> a config in the original's words
+    original_config(files)        the same files -> a config with the original's keys
 
 The way back takes the published YAML of the family and puts the folder's numbers into it, so the
 result can be read by every program that reads those.
@@ -99,7 +99,7 @@ V_MODEL_SIDE = 96  # latent side at which SD 2's v models were trained; their or
 
 
 def folder_configs(model: nn.Module, spec: JsonMapping) -> Files:
-    """Every file of the folder but weights, for a model and its translated config."""
+    """Return every file of the folder but weights, for a model and its translated config."""
     params = spec["params"]
     if not isinstance(model, LatentDiffusion):
         return {"config.json": networks.vae_config(params, None, 512)}
@@ -135,7 +135,7 @@ def folder_configs(model: nn.Module, spec: JsonMapping) -> Files:
 
 
 def original_config(files: Files) -> JsonObject:
-    """Return the config in the original's words."""
+    """Return the config with the original's keys."""
     if INDEX not in files:
         raw = read_yaml(f"{CONFIG_DIR}/v1-inference.yaml")
         autoencoder = raw["model"]["params"][AUTOENCODER_CONFIG]
@@ -239,7 +239,7 @@ def _pipeline_of_folder(files: Files) -> str:
 
 
 def _training_size(model: LatentDiffusion) -> int:
-    """Side of the latent that the model was trained at."""
+    """Return the side of the latent that the model was trained at."""
     family = recognise_family(model.state_dict())
     if family is not None and family.name == "sd2" and model.parameterization == "v":
         return max(model.image_size, V_MODEL_SIDE)

@@ -26,8 +26,8 @@ from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.unet import UNet
 
 __all__ = [
-    "VAE_OLD", "Location", "component_prefixes", "depth_keys", "gather_weights", "locate_weights",
-    "scatter_weights", "text_keys", "unet_keys", "vae_keys", "vision_keys",
+    "OLD_VAE_NAMES", "Location", "component_prefixes", "depth_keys", "gather_weights",
+    "locate_weights", "scatter_weights", "text_keys", "unet_keys", "vae_keys", "vision_keys",
 ]  # fmt: skip
 
 PREFIXES = {
@@ -49,8 +49,8 @@ VAE = (
     (r"(attentions\.\d+)\.([qkv])\b", r"\1.to_\2"),
     (r"(attentions\.\d+)\.proj_out\b", r"\1.to_out.0"),
 )
-# How diffusers called the attention of autoencoders before 0.15; folders of that time remain.
-VAE_OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+# Names of the autoencoder's attention in diffusers before 0.15, still found in folders.
+OLD_VAE_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 VISION = (
     (r"^class_embedding", "embeddings.class_embedding"),
     (r"^positional_embedding", "embeddings.position_embedding.weight"),
@@ -81,7 +81,7 @@ MIDAS = (
     (r"pretrained\.act_postprocess4\.3", NECK + "layers.3.projection"),
     (r"pretrained\.act_postprocess4\.4", NECK + "layers.3.resize"),
     (r"scratch\.output_conv", "head.head"),
-    # Theirs count levels from 0, and fuse from coarse to fine.
+    # diffusers counts levels from 0, and fuses from coarse to fine.
     *((rf"scratch\.layer{i}_rn", f"neck.convs.{i - 1}") for i in (1, 2, 3, 4)),
     *((rf"scratch\.refinenet{i}", f"neck.fusion_stage.layers.{4 - i}") for i in (1, 2, 3, 4)),
     (r"(layers\.\d)\.out_conv", r"\1.projection"),
@@ -91,18 +91,18 @@ MIDAS = (
 
 @dataclass(frozen=True)
 class Location:
-    """Where a tensor of ours is in a component: under one name, or in thirds under three.
+    """Where a tensor of ours is in a component: under one name, or split in three.
 
     Args:
-        names: of their tensors.
-        form: "flat": a 1x1 convolution of ours is a matrix of theirs; "transposed".
+        names: of diffusers' tensors.
+        form: "flat": our 1x1 convolution is a matrix in diffusers; "transposed".
     """
 
     names: tuple[str, ...]
     form: Literal["same", "flat", "transposed"] = "same"
 
     def split(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Our tensor as theirs: views, nothing is copied."""
+        """Split our tensor into diffusers' tensors, by name; views."""
         if self.form == "flat":
             value = value.flatten(1)
         elif self.form == "transposed":
@@ -110,7 +110,7 @@ class Location:
         return zip(self.names, value.chunk(len(self.names)), strict=True)
 
     def join(self, theirs: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
-        """Their tensors as ours, copied only where several become one."""
+        """Join diffusers' tensors into ours; a copy only if there are several."""
         parts = [theirs[name] for name in self.names]
         value = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.form == "transposed":
@@ -123,7 +123,7 @@ class Location:
 def scatter_weights(
     locations: Mapping[str, Location], state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Our tensors that have a location, under their names; views."""
+    """Return our tensors that have a location under diffusers' names; views."""
     return {
         their_name: part
         for name, value in state.items()
@@ -137,7 +137,7 @@ def gather_weights(
     theirs: Mapping[str, Tensor],
     model_state: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Their tensors as ours, in the shapes of the model; those that are missing are left out."""
+    """Return diffusers' tensors under our names, in the model's shapes, without missing ones."""
     return {
         name: location.join(theirs, model_state[name].shape)
         for name, location in locations.items()
@@ -159,9 +159,9 @@ def component_prefixes(model: nn.Module) -> dict[str, str]:
 
 
 def locate_weights(model: nn.Module) -> dict[str, dict[str, Location]]:
-    """Return by component the location of each tensor of a model, by our name.
+    """Return {component: {our name: location}} of a model's tensors.
 
-    Tensors that diffusers has no place for are left out.
+    Tensors that diffusers does not have are left out.
     """
     names = list(model.state_dict())
     text = model.conditioner.text if isinstance(model, LatentDiffusion) else None
@@ -176,17 +176,17 @@ def locate_weights(model: nn.Module) -> dict[str, dict[str, Location]]:
 
 
 def unet_keys(names: Iterable[str]) -> dict[str, Location]:
-    """Locations of the UNet's tensors."""
+    """Locate the UNet's tensors."""
     return {ours: Location((theirs,)) for ours, theirs in unet_layers(names).items()}
 
 
 def vae_keys(names: Iterable[str]) -> dict[str, Location]:
-    """Locations of the autoencoder's tensors."""
+    """Locate the autoencoder's tensors."""
     names = list(names)
     levels = len({match[0] for name in names if (match := re.match(r"decoder\.up\.\d+", name))})
     locations = {}
     for name in names:
-        # Ours count the decoder's levels from the full size, theirs from the latent's.
+        # We count the decoder's levels from the full size, diffusers from the latent's.
         theirs = re.sub(r"\bup\.(\d+)", lambda m: f"up_blocks.{levels - 1 - int(m[1])}", name)
         theirs = replace_all(VAE, theirs)
         is_matrix = re.search(r"\.to_\w+(\.0)?\.weight$", theirs)
@@ -195,7 +195,7 @@ def vae_keys(names: Iterable[str]) -> dict[str, Location]:
 
 
 def text_keys(names: Iterable[str]) -> dict[str, Location]:
-    """Locations of a text tower's tensors."""
+    """Locate a text tower's tensors."""
     return {
         ours: Location(_split_qkv(theirs))
         for ours, theirs in text_layers(names).items()
@@ -204,7 +204,7 @@ def text_keys(names: Iterable[str]) -> dict[str, Location]:
 
 
 def vision_keys(names: Iterable[str]) -> dict[str, Location]:
-    """Locations of a vision tower's tensors."""
+    """Locate a vision tower's tensors."""
     locations = {}
     for name in names:
         tail = name.removeprefix("model.visual.")
@@ -212,14 +212,14 @@ def vision_keys(names: Iterable[str]) -> dict[str, Location]:
             locations[name] = Location(("visual_projection.weight",), "transposed")
         elif tail != name:
             tail = replace_all(VISION, tail)
-            if tail.startswith("transformer."):  # the blocks are those of a text tower
+            if tail.startswith("transformer."):  # the blocks are named as in a text tower
                 tail = text_layers([tail])[tail].removeprefix("text_model.")
             locations[name] = Location(_split_qkv(f"vision_model.{tail}"))
     return locations
 
 
 def depth_keys(names: Iterable[str]) -> dict[str, Location]:
-    """Locations of the depth network's tensors."""
+    """Locate the depth network's tensors."""
     locations = {}
     for name in names:
         theirs = replace_all(MIDAS, name.removeprefix("model."))

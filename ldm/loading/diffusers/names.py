@@ -83,7 +83,7 @@ def replace_all(rules: Iterable[tuple[str, str]], name: str) -> str:
 
 
 def _blocks(names: Iterable[str]) -> dict[str, str]:
-    """Prefixes such as `input_blocks.4.1`; levels end where the size is halved or doubled."""
+    """List prefixes such as `input_blocks.4.1`; levels end where the size is halved or doubled."""
     matches = {match.groups() for match in map(BLOCK.fullmatch, names) if match}
     prefixes = {}
     for direction, side in (("in", "down"), ("out", "up")):

@@ -25,7 +25,7 @@ START, END = 1e-4, 2e-2  # defaults of `make_betas` and of diffusers
 def ddim_config(betas: Any, parameterization: str, *, zero_snr: bool = False) -> JsonObject:
     """Return the config of the default sampler, with the same steps and the same last step.
 
-    `betas` are those of a translated config: a spec of `make_betas`, or a tensor.
+    `betas` come from a translated config: a spec of `make_betas`, or a tensor.
     """
     config = {
         "_class_name": "DDIMScheduler",

@@ -181,7 +181,7 @@ def cast_weight(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a weight in another dtype.
 
     Raises:
-        ArgumentError: finite numbers of it would become infinite.
+        ArgumentError: finite numbers would become infinite.
     """
     if _overflows(value, dtype):
         raise _overflow_error([name], dtype)
@@ -214,7 +214,7 @@ def detect_format(path: Path) -> str:
 
 
 def file_hash(path: str | Path) -> str:
-    """First ten hex digits of the SHA-256 of a file, or of all weights in a folder."""
+    """Return the first ten hex digits of the SHA-256 of a file, or of all weights in a folder."""
     path = Path(path).expanduser()
     if not path.is_dir():
         return hash_file(path)[:10]
@@ -265,7 +265,7 @@ def _unwrap(content: JsonMapping) -> tuple[JsonMapping, JsonObject]:
 
 
 def _holds_weights(node: Any, depth: int = 0) -> bool:
-    """Whether it is a mapping with tensors by name, or with another such mapping."""
+    """Return whether it is a mapping with tensors by name, or with another such mapping."""
     if not isinstance(node, Mapping) or depth == MAX_DEPTH:
         return False
     is_flat = any(isinstance(value, Tensor) for value in node.values())

@@ -53,7 +53,7 @@ def clip_statistics_tensors(conditioner: Conditioner) -> dict[str, Tensor]:
 
 
 def read_clip_statistics(path: str | Path) -> tuple[Tensor, Tensor]:
-    """(mean, std) of CLIP's embeddings, D numbers each."""
+    """Return (mean, std) of CLIP's embeddings, D numbers each."""
     path = Path(path)
     content, _ = load_pickle(path, detect_format(path))
     pair = list(content.values()) if isinstance(content, Mapping) else content

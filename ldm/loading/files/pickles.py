@@ -154,7 +154,7 @@ def _check_members(path: Path) -> None:
 
 
 def _imports(file: IO[bytes]) -> Iterator[str]:
-    """Names that a pickle imports; ends quietly where the pickle is malformed."""
+    """Return names that a pickle imports; ends quietly where the pickle is malformed."""
     strings: list[str] = []
     memo: dict[Any, str] = {}
     try:

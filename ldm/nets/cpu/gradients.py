@@ -19,7 +19,7 @@ Gradients = tuple[Tensor | None, ...]
 
 
 def _differentiable(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T, by operators that torch can differentiate if gradients of gradients are asked for."""
+    """Compute x W^T by operators that torch can differentiate, for gradients of gradients."""
     return F.linear(x, weight) if torch.is_grad_enabled() else product(x, weight)
 
 

@@ -35,7 +35,7 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float)
 
 
 def _moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each group of one block, in float64."""
+    """Return the mean and variance of each group of one block, in float64."""
     tiny = 1e-12
     pixels = x.shape[-2:].numel()
     _, mean, rstd = torch.native_group_norm(x, None, None, 1, x.shape[1], pixels, groups, tiny)

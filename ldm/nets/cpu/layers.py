@@ -115,7 +115,7 @@ def _is_1x1(layer: nn.Conv2d) -> bool:
 
 
 def _is_one_product(layer: nn.Conv2d, pixels: int) -> bool:
-    """Whether one product of all patches is fastest, for so many pixels of output."""
+    """Return whether one product of all patches is fastest, for so many pixels of output."""
     few = FEW_PIXELS_WITH_GRADIENTS if torch.is_grad_enabled() else FEW_PIXELS
     large = layer.weight.numel() >= MANY_WEIGHTS and pixels <= few
     return large and _is_3x3(layer, strides=(1, 2))
@@ -153,7 +153,7 @@ def _merge_taps(weight: Tensor) -> Tensor:
 
 
 def _merge_pairs(taps: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Taps on (x[i-1], x[i]) of even outputs, and on (x[i], x[i+1]) of odd ones."""
+    """Return the taps on (x[i-1], x[i]) of even outputs, and on (x[i], x[i+1]) of odd ones."""
     return (taps[0], taps[1] + taps[2]), (taps[0] + taps[1], taps[2])
 
 

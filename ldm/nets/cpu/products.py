@@ -31,7 +31,7 @@ def product_in_any_layout(x: Tensor, weight: Tensor, bias: Tensor | None = None)
 
 
 def has_few_rows(rows: int, dtype: torch.dtype) -> bool:
-    """Whether a product with so many rows of x is faster with a weight that is not packed."""
+    """Return whether a product with this many rows of x is faster without packing the weight."""
     return rows <= FEW_ROWS[dtype] and rows % ROWS == 0
 
 
@@ -46,7 +46,7 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def onednn_is_faster(rows: int) -> bool:
-    """Whether oneDNN multiplies this many float32 rows faster than MKL, which `F.linear` takes."""
+    """Return whether oneDNN multiplies this many float32 rows faster than MKL (`F.linear`)."""
     return rows <= _rows_for_onednn()
 
 

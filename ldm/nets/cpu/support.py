@@ -18,12 +18,12 @@ def enable(on: bool = True) -> None:
 
 
 def applies(x: Tensor) -> bool:
-    """Whether paths without gradients may be taken for this input."""
+    """Return whether paths without gradients may be taken for this input."""
     return not torch.is_grad_enabled() and _is_plain(x)
 
 
 def applies_to_layer(x: Tensor, weight: Tensor) -> bool:
-    """Whether a layer has fast paths for this input and weight; with gradients, only in float32."""
+    """Return whether a layer has fast paths for these tensors; with gradients, only in float32."""
     return (
         x.dtype == weight.dtype
         and (x.dtype == torch.float32 or not torch.is_grad_enabled())
@@ -42,7 +42,7 @@ def dtypes() -> tuple[torch.dtype, ...]:
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Whether x is a tensor of numbers on the CPU, and nothing records, wraps or casts it."""
+    """Return whether x is a plain tensor on the CPU that nothing records, wraps or casts."""
     return (
         _enabled
         and not torch.compiler.is_compiling()

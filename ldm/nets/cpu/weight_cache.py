@@ -43,7 +43,7 @@ def cache_weights() -> Iterator[None]:
 
 
 def is_caching(weight: Tensor) -> bool:
-    """Whether `cached` keeps what it computes of this weight: in `cache_weights`, if memory allows.
+    """Return whether `cached` keeps its result: within `cache_weights`, if memory allows.
 
     The first use decides, not a second one: the last digits depend on it, and those of an image
     must not depend on what its model did before.

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from ldm.nets.cpu.products import product_in_any_layout
 
-SINGLE = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))  # G
-DOUBLED = ((1.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.0, 0.0, 1.0))  # G without its zero line
+G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))  # G
+DOUBLED_G = ((1.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.0, 0.0, 1.0))  # G without its zero line
 CHUNK = 4 << 20  # bytes of transformed input per thread that are worked on together
 
 
 def transform(weight: Tensor, *, doubled: bool) -> Tensor:
-    """G g G^T: a (C_out, C_in, 3, 3) kernel as 16 (9 if doubled) matrices (C_out, C_in)."""
-    g = torch.tensor(DOUBLED if doubled else SINGLE)
+    """Compute G g G^T: a (C_out, C_in, 3, 3) kernel as 16 (9 if doubled) matrices (C_out, C_in)."""
+    g = torch.tensor(DOUBLED_G if doubled else G)
     matrices = torch.kron(g, g) @ weight.float().reshape(-1, 9).t()
     return matrices.view(-1, *weight.shape[:2]).to(weight.dtype)
 
@@ -67,7 +67,7 @@ def _products(
 
 
 def _split(x: Tensor, dim: int) -> Sequence[Tensor]:
-    """B^T d along one axis: 2 n + 2 entries -> 4 times n."""
+    """Compute B^T d along one axis: 2 n + 2 entries -> 4 times n."""
     a, b = x.unflatten(dim, (-1, 2)).unbind(dim + 1)  # even and odd entries, n + 1 of each
     n = a.shape[dim] - 1
     d0, d2 = a.narrow(dim, 0, n), a.narrow(dim, 1, n)
@@ -83,7 +83,7 @@ def _split_doubled(x: Tensor, dim: int) -> Sequence[Tensor]:
 
 
 def _join(m0: Tensor, m1: Tensor, m2: Tensor, m3: Tensor) -> Sequence[Tensor]:
-    """A^T m along one axis; overwrites m1."""
+    """Compute A^T m along one axis; overwrites m1."""
     first = (m1 + m2).add_(m0)
     return first, m1.sub_(m2).sub_(m3)
 

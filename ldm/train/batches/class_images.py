@@ -47,7 +47,7 @@ def sample_class_images(
 ) -> None:
     """Fill a folder up to `count` images with samples of a prompt; 00007.png has seed 7.
 
-    Existing images stay: those that the user has put there, and those of an interrupted call.
+    Existing images stay, whether the user or an interrupted call has put them there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     existing = sum(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())

@@ -84,7 +84,7 @@ def digest_encoder(encoder: TextEncoder) -> str:
 
 
 def _plain_options(module: nn.Module) -> dict[str, object]:
-    """Class and options of a module, as far as its attributes have them in plain values."""
+    """Return the class of a module, and its options that are attributes with plain values."""
     plain = (str, int, float, bool, tuple)
     options = {k: v for k, v in vars(module).items() if isinstance(v, plain) and k[0] != "_"}
     return {"class": type(module).__name__, **options, "training": False}

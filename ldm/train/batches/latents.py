@@ -126,7 +126,7 @@ class LatentCache:
             )
 
     def _transform_image(self, one: LatentInput) -> dict[str, Tensor] | None:
-        """All of a sample but its caption; None for a damaged file."""
+        """Return all of a sample but its caption; None for a damaged file."""
         try:
             image = one.load()
         except UnreadableSample:  # reported when its latent is asked for
@@ -227,7 +227,7 @@ def cache_latents(
 
 
 def _inputs_of_shards(shards: Shards, cache: LatentCache) -> Iterator[tuple[str, LatentInput]]:
-    """All latents of the samples in shards."""
+    """Return all latents of the samples in shards."""
     for raw in shards.raw_samples():
         with suppress(ValueError):  # reported when the sample is asked for
             content = digest(image_bytes(raw)[1])
@@ -258,7 +258,7 @@ def _encode(
     precision: str,
     generator: torch.Generator,
 ) -> list[Entry]:
-    """Latents of images, and what the encoders compute from them."""
+    """Return latents of images, and what the encoders compute from them."""
     if not samples:
         return []
     names = sorted({e.cache_key for e in model.conditioner.encoders.values() if e.cache_key})

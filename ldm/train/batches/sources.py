@@ -30,7 +30,7 @@ def open_sources(
 
     Args:
         model: what is trained. It computes cached latents and contexts and samples class images;
-            a pruned token embedding without tokens gets those of the captions.
+            an empty pruned vocabulary is filled with the tokens of the captions.
         seed: of the order and of all random numbers in the samples.
         commands: whether shards may come from `pipe:COMMAND`; never what a config says.
     Raises:

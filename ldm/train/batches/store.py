@@ -72,13 +72,13 @@ class Store:
         group: Callable[[T], Hashable] = lambda _: None,
         unit: str = "image",
     ) -> int:
-        """Compute and write the missing entries; return how many could not be computed.
+        """Compute and write the missing entries; return the number that could not be computed.
 
         Args:
             items: pairs of a key and its input. An iterator is read once, and only what waits for a
                 batch is kept.
             compute: up to `batch_size` inputs of one group -> the entry of each, or None.
-            group: of an input; those of one group have entries of one shape.
+            group: of an input; entries of one group have one shape.
             unit: of the progress bar.
         """
         is_counted = isinstance(items, Collection)
@@ -112,7 +112,7 @@ class Store:
         return failed
 
     def _select_missing(self, items: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
-        """Items without an entry, each key once."""
+        """Return items without an entry, each key once."""
         keys = set[str]()
         for key, value in items:
             if key not in self and key not in keys:
@@ -170,7 +170,7 @@ def fill_from_shards(
 
 
 def _file_state(url: str) -> tuple[int, ...] | None:
-    """Size and times of a file; None for what is not on this machine, and may always change."""
+    """Return size and times of a file; None if it is not on this machine, and may always change."""
     if not Path(url).is_file():
         return None
     status = Path(url).stat()
@@ -187,7 +187,7 @@ def _read_summary(path: Path, files: set[str]) -> dict[str, Any] | None:
 
 
 def _batches(items: Iterable[T], size: int, group: Callable[[T], Hashable]) -> Iterator[list[T]]:
-    """Batches of one group each, as soon as they are complete; incomplete ones at the end."""
+    """Yield batches of one group each as soon as they are complete; incomplete ones at the end."""
     waiting: dict[Hashable, list[T]] = {}
     for item in items:
         batch = waiting.setdefault(group(item), [])

@@ -1,4 +1,4 @@
-"""Read the data section of a config, in our words or in the original's.
+"""Read the data section of a config, with our keys or the original's.
 
     main.DataModuleFromConfig                train: {target: …, params}   validation: …
     ldm.data.laion.WebDataModuleFromConfig   train: {shards, image_transforms, postprocess, …}
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 SPLITS = ("train", "validation")
 KINDS = ("root", "shards", "hub")
 # Ignored arguments of the originals' data modules, and why.
-IGNORED = {
+IGNORED_PARAMETERS = {
     **dict.fromkeys(("test", "predict", "shuffle_test_loader"), "there is no test loop"),
     **dict.fromkeys(("wrap", "use_worker_init_fn"), "samples depend on their index only"),
     "shuffle_val_dataloader": "validation data is always read in the same order",
@@ -57,7 +57,7 @@ def read_data(section: JsonMapping) -> Data:
     target = section.get("target", "main.DataModuleFromConfig")
     values = (section.get("params") or {}).items()
     params = {k: v for k, v in values if v is not None and v is not False and v != {}}
-    _drop(params, IGNORED, "data.params")
+    _drop(params, IGNORED_PARAMETERS, "data.params")
     if target == "ldm.data.laion.WebDataModuleFromConfig":
         params = _translate_web_module(params)
     elif target != "main.DataModuleFromConfig":

@@ -55,7 +55,7 @@ __all__ = [
 T = TypeVar("T")
 
 EXTRA = "extra_forbidden"
-# Texts for the types of pydantic's errors that YAML has other words for.
+# Our texts for pydantic's errors that speak of types which YAML names differently.
 EXPECTATIONS = {
     **dict.fromkeys(("dict_type", "model_type"), "should be a mapping of keys"),
     "bool_type": "should be true or false",
@@ -373,7 +373,7 @@ class CachedTexts(Section):
 
 
 class ClassImages(BaseModel):
-    """Class images of DreamBooth; other keys are those of a folder."""
+    """Class images of DreamBooth; other keys as for a folder."""
 
     model_config = OPEN
     root: Folder
@@ -383,7 +383,7 @@ class ClassImages(BaseModel):
 
 
 class Data(Batches):
-    """`data.params` in our words; see `open_images` for the keys of `train` and `validation`."""
+    """`data.params` with our keys; see `open_images` for the keys of `train` and `validation`."""
 
     model_config = STRICT
     batch_size: Count
@@ -426,7 +426,7 @@ def validate(
     Args:
         where: dotted name of the section, for messages.
         kind: what the message calls a key.
-        also: keys that the message about an unknown one may propose beside those of the section.
+        also: keys that the message about an unknown one may propose in addition.
     Raises:
         ValueError: a key is unknown or a value is not allowed; in one line, the first one.
     """

@@ -44,7 +44,7 @@ class Devices:
     """Where a run lives.
 
     Args:
-        gpus: their numbers, or how many: -1 = all; None: all, without a process for each.
+        gpus: a list of indices, or a count: -1 = all; None: all, without a process for each.
         num_nodes: machines.
     """
 
@@ -215,7 +215,7 @@ def _set_values(raw: JsonMapping, where: str) -> JsonObject:
 
 
 def _read_optimizer(values: JsonMapping) -> Optimizer:
-    """Its own keywords are those of the optimizer that is chosen."""
+    """Read the optimizer; keys other than ours are keywords of the chosen one."""
     where, own = "lightning.optimizer", schema.fields_of(Optimizer)
     own.remove("options")
     common = {key: value for key, value in values.items() if key in own}

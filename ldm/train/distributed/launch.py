@@ -114,9 +114,9 @@ def _set_visible_devices(numbers: Sequence[int], available: int) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[number] for number in numbers)
 
 
-def _replace_process(words: Sequence[str]) -> None:
+def _replace_process(arguments: Sequence[str]) -> None:
     """Run torchrun in place of this process."""
-    command = [sys.executable, "-m", "torch.distributed.run", *words]
+    command = [sys.executable, "-m", "torch.distributed.run", *arguments]
     if os.name == "posix":
         os.execv(sys.executable, command)
     sys.exit(subprocess.run(command, check=False).returncode)

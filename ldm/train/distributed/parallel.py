@@ -53,7 +53,7 @@ COLLECTIVE_TIMEOUT = timedelta(hours=2)  # for ranks at work; the heartbeat find
 
 @dataclass
 class Ranks:
-    """This process among those of the run, and what they agree on."""
+    """This process of the run, and what all its processes agree on."""
 
     rank: int = 0
     world_size: int = 1

@@ -1,9 +1,9 @@
 """Checks the initial weights of a fine-tune before its first step.
 
-The loss of one batch is compared with that of the best guess without a network: for each timestep
-the best multiple of z_t, by the noise schedule and the variance of the latents. A trained model is
-far better; one that predicts v and is read as eps, or whose latents have the wrong scale, is worse.
-The same prediction is compared with eps, v and x0, which tells what it really is.
+The loss of one batch is compared with the loss of the best guess without a network: the best
+multiple of z_t at each timestep, by the noise schedule and the variance of the latents. A trained
+model is far better; one that predicts v and is read as eps, or whose latents have the wrong scale,
+is worse. The same prediction is compared with eps, v and x0, which tells what it really is.
 """
 
 import logging

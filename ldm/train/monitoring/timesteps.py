@@ -1,7 +1,7 @@
-"""The loss by timestep: at which noise levels a model still errs.
+"""The loss by timestep: at which noise levels it is high.
 
 timesteps.csv                  step, from, to, loss, samples
-images/loss-per-timestep.png   the same as a plot; the earlier, the paler
+images/loss-per-timestep.png   the same as a plot; earlier curves are paler
 """
 
 import csv
@@ -42,7 +42,7 @@ class TimestepLog:
         self.curves = self._read(start) if ranks.is_first else {}
 
     def add(self, t: Tensor, losses: Tensor) -> None:
-        """Add losses (B,) of samples at timesteps t (B,), as far as they are finite."""
+        """Add losses (B,) of samples at timesteps t (B,); others than finite ones are skipped."""
         bins = (t.cpu() * self.bins // self.timesteps).clamp(0, self.bins - 1)
         values = losses.detach().float().cpu()
         finite = values.isfinite()

@@ -1,4 +1,4 @@
-"""Initial weights of a run: files for the model, or for parts of it, that its config names."""
+"""Initial weights of a run: files in its config, for the model or for its parts."""
 
 from collections.abc import Sequence
 

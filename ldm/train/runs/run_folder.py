@@ -85,7 +85,7 @@ def list_states(checkpoints: Path) -> list[Path]:
 
 
 def read_config(request: TrainRequest, existing: ExistingRun | None) -> JsonObject:
-    """Read the config: that of an existing run, the files over it, and overrides over all."""
+    """Read the config: of the existing run, overlaid by files, then by overrides."""
     from ldm.loading.config import read_yaml
 
     saved = _saved_configs(existing.folder) if existing else []

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 NUMBERS = "run.json"
 METADATA = ".metadata"
 # All that torch's index of the pieces is pickled from; one that names anything else is refused.
-TRUSTED = re.compile(
+TRUSTED_GLOBALS = re.compile(
     r"torch\.distributed\.checkpoint\.(metadata\.\w+|filesystem\._StorageInfo)"
     r"|torch\.(Size|b?float\d+|u?int\d+|bool|serialization\._get_layout)"
     r"|pathlib(\._local)?\.(Posix|Windows)?Path"
@@ -137,7 +137,7 @@ def _read_shapes(path: Path) -> Shapes:
     if not index.exists() or not (path / NUMBERS).exists():
         raise ValueError(f"`{path}` is not a state of a run, {METADATA} or {NUMBERS} is missing")
     for name in pickle_imports(index, "bare"):
-        if not TRUSTED.fullmatch(name):
+        if not TRUSTED_GLOBALS.fullmatch(name):
             raise ValueError(f"`{index}` is refused: it would call `{name}`")
     shapes: Shapes = {}
     for name, entry in FileSystemReader(path).read_metadata().state_dict_metadata.items():

@@ -142,7 +142,7 @@ def diffusion_options(params: JsonMapping, objective: JsonMapping) -> JsonObject
     """Collect the keywords of `Diffusion` from a config.
 
     Args:
-        params: of the model, in the original's words; its `ucg_training` and `embedding_dropout`
+        params: of the model, with the original's keys; its `ucg_training` and `embedding_dropout`
             are probabilities of `drop`.
         objective: `lightning.objective`, which takes precedence.
     """

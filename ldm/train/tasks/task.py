@@ -18,7 +18,7 @@ LossFunction: TypeAlias = Callable[[Batch, torch.Generator], Losses]
 
 
 class Task(ABC):
-    """A model, the part of it that is trained, and the losses of a batch."""
+    """A model, its trained part, and the losses of a batch."""
 
     model: LatentDiffusion | AutoencoderKL  # for sampling, validation and exports
     trainable: nn.Module  # has all parameters that are trained and averaged, and frozen ones
@@ -53,5 +53,5 @@ class Task(ABC):
         return False
 
     def discriminator_loss(self, batch: Batch, generator: torch.Generator) -> Losses:
-        """Compute the losses of the discriminator, as `loss` does those of the model."""
+        """Compute the losses of the discriminator, in the form of `loss`."""
         raise NotImplementedError
