@@ -8,12 +8,21 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
+from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ldm.app.catalogue import CatalogueEntry, list_checkpoints, read_catalogue
+from ldm.app.catalogue import (
+    CatalogueEntry,
+    file_states,
+    fits,
+    list_addons,
+    list_checkpoints,
+    read_catalogue,
+)
+from ldm.app.jobs import GALLERY_LIMIT
 from ldm.app.limits import Limits
 from ldm.app.model_cache import ModelCache
 from ldm.app.progress import Progress
@@ -22,6 +31,7 @@ from ldm.generate.load import is_small_model, load_model
 from ldm.generate.options import options_of, parse_weighted_file
 from ldm.generate.provenance import (
     FILE_KEYS,
+    Info,
     compare_images,
     compare_infos,
     describe_run,
@@ -34,13 +44,14 @@ from ldm.generate.tasks import PreparedTask, Task
 from ldm.imaging.metadata import read_info
 from ldm.imaging.output import OutputFolder
 from ldm.imaging.reading import open_image
-from ldm.loading.addons.embeddings import embedding_files, load_embeddings
+from ldm.loading.addons.embeddings import embedding_files, load_embeddings, read_embeddings
 from ldm.loading.files.checkpoint import file_hash
 from ldm.loading.load import load
 from ldm.loading.report import inspect_checkpoint
 from ldm.model import LatentDiffusion
+from ldm.pipelines.families import FAMILIES
 from ldm.runtime.device import memory_of, pick_device
-from ldm.runtime.errors import ArgumentError, MissingFile
+from ldm.runtime.errors import ArgumentError, MissingFile, unknown_name
 from ldm.runtime.types import JsonMapping
 
 __all__ = ["Backend"]
@@ -77,21 +88,68 @@ class Backend:
         self.choice = choice
         self.limits = limits
         self.memory = memory
-        self.loras = _loras_by_name(loras)
+        self._given_loras = _loras_by_name(loras)
         self.uploads = Uploads(self.outdir / "uploads")
         self._models: ModelCache | None = None
 
     @property
-    def offered_loras(self) -> list[str]:
-        """The LoRAs that a run may choose from, `NAME:WEIGHT`."""
-        return [f"{name}:{weight:g}" for name, (_, weight) in self.loras.items()]
+    def device(self) -> str:
+        """Where models run."""
+        return str(pick_device(self.choice.device))
+
+    @property
+    def loras(self) -> dict[str, tuple[str, float]]:
+        """File and default weight of each LoRA by its name: those of flags and of the folder."""
+        files = list_addons(self.folder, "lora")
+        return {name: (str(file), 1.0) for name, file in files.items()} | self._given_loras
+
+    def fitting_loras(self, model: str | None) -> list[str]:
+        """Return the names of the LoRAs that fit a model."""
+        entry = read_catalogue(self.folder).models.get(model or "")
+        if entry is None:
+            return []
+        return [name for name, (file, _) in self.loras.items() if fits(file, entry)]
+
+    def tokens(self) -> list[str]:
+        """Return the tokens of all embeddings."""
+        files = self._embedding_files()
+        return sorted({token for file in files for token in _read_tokens(file, file_states(file))})
+
+    def vaes(self) -> dict[str, Path]:
+        """Return the files of autoencoders that can replace that of a model, by name."""
+        return list_addons(self.folder, "vae")
 
     def model_names(self, task: str | None = None) -> list[str]:
-        """Return the models for a task; None = all checkpoint files of the folder."""
-        if task is None:
-            return [name for name, path in list_checkpoints(self.folder).items() if path.is_file()]
+        """Return the models for a task; None = all that can be loaded."""
         models = read_catalogue(self.folder).models
-        return [name for name, model in models.items() if task in model.tasks]
+        return [name for name, model in models.items() if task is None or task in model.tasks]
+
+    def checkpoint_names(self) -> list[str]:
+        """Return all checkpoint files of the folder, also those that cannot be loaded."""
+        return [name for name, path in list_checkpoints(self.folder).items() if path.is_file()]
+
+    def defaults(self, task: Task, name: str | None) -> dict[str, float | None]:
+        """Return the CFG scale, width and height that suit a task and a model."""
+        entry = read_catalogue(self.folder).models.get(name or "")
+        if entry is None:
+            return {"scale": task.scale, "width": None, "height": None}
+        scale = task.demo_scale if is_small_model(entry.path) else task.scale
+        return {"scale": scale, "width": entry.size[1], "height": entry.size[0]}
+
+    def misfit(self, task: Task, name: str | None) -> str:
+        """Return why a model cannot do a task, and what to do; "" if it can."""
+        entry = read_catalogue(self.folder).models.get(name or "")
+        if entry is not None and task.name in entry.tasks:
+            return ""
+        kinds = " or ".join(FAMILIES[family].title for family in task.families)
+        text = f"{task.title} needs {kinds}"
+        if entry is not None and entry.family:
+            text += f", `{name}` is {FAMILIES[entry.family].title}"
+        elif name:
+            text += f", there is no model `{name}`"
+        if names := self.model_names(task.name):
+            return f"{text}; available: {', '.join(names)}"
+        return f"{text}; none is available: {_download_hint(task)}"
 
     def skipped_files(self) -> list[str]:
         """Return a line about each checkpoint of the folder that cannot be used."""
@@ -102,27 +160,34 @@ class Backend:
         path = list_checkpoints(self.folder).get(name or "")
         if path is None or path.is_dir():
             return "choose a checkpoint"
-        return "\n".join(inspect_checkpoint(path).lines())
+        lines = "\n".join(inspect_checkpoint(path).lines())
+        return _without_folders(lines, [str(path)])
 
     def make_request(self, task: Task, name: str | None, values: Mapping[str, object]) -> Request:
         """Build the request of a run.
 
         Args:
             name: name of the model.
-            values: options by name; files are paths of uploads, LoRAs `NAME:WEIGHT`.
+            values: options by name; files are paths of uploads, LoRAs `NAME:WEIGHT`, the VAE is
+                the name of one of `vaes`.
         Raises:
             ArgumentError: the model does not exist or cannot do the task, or a value is wrong.
         """
-        entry = self._find_model(name, task.name)
+        entry = self._find_model(name, task)
         words = values.get("lora") or ()
         if not isinstance(words, Sequence):
             raise ArgumentError("lora is not a list", "lora")
         loras = self._find_loras(parse_weighted_file(str(word)) for word in words)
-        request = task.request({key: value for key, value in values.items() if key != "lora"})
+        vae = values.get("vae")
+        if vae and vae not in self.vaes():
+            raise unknown_name("VAE", vae, self.vaes(), argument="vae")
+        request = task.request({k: v for k, v in values.items() if k not in ("lora", "vae")})
         if request.sampling.scale is None:
             scale = task.demo_scale if is_small_model(entry.path) else task.scale
             request = request.with_values({"scale": scale})
-        return self._with_model(request, entry, loras)
+        request = self._with_model(request, entry, loras)
+        path = str(self.vaes()[str(vae)]) if vae else None
+        return replace(request, model=replace(request.model, vae=path))
 
     def generate(self, request: Request, progress: Progress) -> str:
         """Make and save images; return the final message."""
@@ -130,12 +195,16 @@ class Backend:
         start = time.monotonic()
         load = partial(self._load, progress=progress)
         run_request(request, progress, load=load, without_folders=True)
-        return f"finished in {time.monotonic() - start:.1f} s"
+        count = len(progress.images)
+        images = "1 image" if count == 1 else f"{count} images"
+        return f"done: {images} in {time.monotonic() - start:.1f} s"
 
     def replay(self, path: str | Path, progress: Progress) -> str:
         """Make an image again; return how it differs from the file."""
         self.uploads.add(path)
         info = read_info(path)
+        if info and "task" not in info:
+            raise ArgumentError('made by another program: "Send to" takes its parameters over')
         request = self._recorded_request(info, Path(path).name)
         self.limits.check(request)
         prepared = request.task.prepare(request)
@@ -161,14 +230,19 @@ class Backend:
             progress.add_image({"task": "depth", "path": self.uploads.add(path)})
         return "depth estimated"
 
-    def _find_model(self, name: str | None, task: str) -> CatalogueEntry:
-        models = read_catalogue(self.folder).models
-        if name not in models or task not in models[name].tasks:
-            names = ", ".join(self.model_names(task)) or f"none, put one into {self.folder}"
-            raise ArgumentError(f"no model `{name or ''}` for {task}; available: {names}", "ckpt")
-        return models[name]
+    def recent_images(self) -> list[Info]:
+        """Return the infos of the newest images in the output folder, the newest run first."""
+        paths = sorted((self.outdir / "samples").glob("[0-9]*.png"))[-GALLERY_LIMIT:]
+        infos = [_read_own_info(path) for path in paths]
+        runs = [list(run) for _, run in groupby(infos, key=lambda info: info.get("request"))]
+        return [info for run in reversed(runs) for info in run if "seed" in info]
 
-    def _find_recorded_model(self, info: JsonMapping, task: str) -> CatalogueEntry:
+    def _find_model(self, name: str | None, task: Task) -> CatalogueEntry:
+        if misfit := self.misfit(task, name):
+            raise ArgumentError(misfit, "ckpt")
+        return read_catalogue(self.folder).models[name or ""]
+
+    def _find_recorded_model(self, info: JsonMapping, task: Task) -> CatalogueEntry:
         """Find the model of an image by its file name; of several, the one with the same hash."""
         models = read_catalogue(self.folder).models
         names = [name for name in models if Path(name).name == info["checkpoint"]]
@@ -184,6 +258,7 @@ class Backend:
             ckpt=str(entry.path),
             config=str(entry.config) if entry.config else None,
             lora=tuple(loras),
+            embedding=tuple(self._embedding_files()),
         )
         output = replace(request.output, outdir=str(self.outdir), skip_grid=True)
         return replace(request, model=choice, output=output)
@@ -193,7 +268,7 @@ class Backend:
         files: dict[str, float] = {}
         for name, weight in choices:
             if name not in self.loras:
-                names = ", ".join(self.loras) or "none, start the app with --lora"
+                names = ", ".join(self.loras) or f"none, put them into {self.folder}/loras"
                 raise ArgumentError(f"no LoRA `{name}`; available: {names}", "lora")
             _check_weight(name, weight)
             file = self.loras[name][0]
@@ -228,7 +303,7 @@ class Backend:
         recorded = read_request(info, name)
         if recorded.model.overrides or info["overrides"]:  # of any key
             raise ArgumentError("it was made with overrides: use `ldm replay`")
-        entry = self._find_recorded_model(info, recorded.task.name)
+        entry = self._find_recorded_model(info, recorded.task)
         inputs = options_of(recorded.task.inputs)
         allowed = {name for name, (option, _) in inputs.items() if not option.is_path}
         allowed |= options_of(Sampling).keys() | {"no_watermark"}
@@ -251,11 +326,35 @@ class Backend:
         weights = [float(lora.get("weight", 1.0)) for lora in recorded_loras]
         loras = self._find_loras(zip((names[file] for file in files), weights, strict=True))
         embeddings = _find_files(info.get("embeddings", ()), self._embedding_files(), "--embedding")
+        vae_files = map(str, self.vaes().values())
+        vae = _find_files(files_of_model(info, "vae"), vae_files, "a file in the folder vae")
         request = self._with_model(request, entry, loras)
-        return replace(request, model=replace(request.model, embedding=tuple(embeddings)))
+        choice = replace(request.model, embedding=tuple(embeddings), vae=next(iter(vae), None))
+        return replace(request, model=choice)
 
     def _embedding_files(self) -> list[str]:
-        return [str(file) for path in self.choice.embedding for file in embedding_files(path)]
+        files = [str(file) for path in self.choice.embedding for file in embedding_files(path)]
+        return files + [str(file) for file in list_addons(self.folder, "embedding").values()]
+
+
+def _read_own_info(path: Path) -> Info:
+    try:
+        return read_info(path) | {"path": str(path)}
+    except OSError:  # deleted in between
+        return {}
+
+
+@lru_cache(maxsize=1024)
+def _read_tokens(file: str, states: object) -> tuple[str, ...]:
+    try:
+        return tuple(read_embeddings(file))
+    except (OSError, ValueError):
+        return ()
+
+
+def _download_hint(task: Task) -> str:
+    name = task.full_model.split()[1]
+    return f"`ldm download {name}` gets one" if "." not in name else f"see {task.full_model}"
 
 
 def _load_with_fitting_embeddings(

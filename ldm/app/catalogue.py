@@ -1,27 +1,44 @@
-"""Which models a folder holds, and which tasks each serves; no weights are loaded.
+"""Which models, LoRAs, embeddings and VAEs a folder holds, and what fits; no weights are loaded.
 
 The config is found as by `ldm.load`: a YAML beside the file or inside it, else from the shapes of
-the weights. Its encoders determine the family, and that the tasks.
+the weights. Its encoders determine the family, and that the tasks. Subfolders with the names in
+ADDON_FOLDERS hold what is added to models.
 """
 
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import cast
+
+from torch import nn
 
 from ldm.conditioning import Conditioner
 from ldm.generate.tasks import TASKS
 from ldm.loading import legacy
+from ldm.loading.addons.lora import read_lora
 from ldm.loading.build import build_on_meta
 from ldm.loading.diffusers.files import INDEX
 from ldm.loading.load import read_config
 from ldm.loading.published import find_on_disk, published_files
 from ldm.loading.weights import identify_weights, read_weights
+from ldm.model import LatentDiffusion
+from ldm.nets.autoencoder import AutoencoderKL, PixelSpace
 from ldm.pipelines.families import family_of
-from ldm.runtime.errors import MissingFile
+from ldm.runtime.errors import MissingFile, WeightsMismatch
+from ldm.runtime.types import JsonObject
 
-__all__ = ["Catalogue", "CatalogueEntry", "file_states", "list_checkpoints", "read_catalogue"]
+__all__ = [
+    "Catalogue", "CatalogueEntry", "file_states", "fits", "list_addons", "list_checkpoints",
+    "read_catalogue",
+]  # fmt: skip
 
 SUFFIXES = (".ckpt", ".safetensors")
+ADDON_FOLDERS = {  # by names in small letters
+    "lora": ("lora", "loras"),
+    "embedding": ("embedding", "embeddings"),
+    "vae": ("vae", "vaes"),
+}
+ADDON_SUFFIXES = (*SUFFIXES, ".pt", ".bin")
 
 
 @dataclass(frozen=True)
@@ -31,11 +48,17 @@ class CatalogueEntry:
     Args:
         config: the YAML to load it with; None = its own.
         tasks: names of the tasks that it serves.
+        family: name in `ldm.pipelines.families.FAMILIES`; None = unknown.
+        size: (height, width) of its images, in pixels.
+        spec: the translated config.
     """
 
     path: Path
     config: Path | None
     tasks: tuple[str, ...]
+    family: str | None
+    size: tuple[int, int]
+    spec: JsonObject = field(repr=False)
 
 
 @dataclass
@@ -62,7 +85,24 @@ def list_checkpoints(folder: str | Path) -> dict[str, Path]:
     folders = {index.parent for index in root.rglob(INDEX)}
     files = (f for f in root.rglob("*") if f.suffix in SUFFIXES and f.is_file())
     paths = {f for f in files if folders.isdisjoint(f.parents)} | folders - {root}
-    return {path.relative_to(root).as_posix(): path for path in sorted(paths)}
+    addons = {name for names in ADDON_FOLDERS.values() for name in names}
+    models = [p for p in paths if addons.isdisjoint(map(str.lower, p.relative_to(root).parts[:-1]))]
+    return {path.relative_to(root).as_posix(): path for path in sorted(models)}
+
+
+def list_addons(folder: str | Path, kind: str) -> dict[str, Path]:
+    """Return the files of a kind in ADDON_FOLDERS, by their paths in its folder, without suffix."""
+    paths: dict[str, Path] = {}
+    for root in Path(folder).expanduser().iterdir():
+        if root.is_dir() and root.name.lower() in ADDON_FOLDERS[kind]:
+            files = sorted(file for file in root.rglob("*") if file.suffix in ADDON_SUFFIXES)
+            paths |= {file.relative_to(root).with_suffix("").as_posix(): file for file in files}
+    return paths
+
+
+def fits(lora: str | Path, entry: CatalogueEntry) -> bool:
+    """Return whether a LoRA has the layers and shapes of a model."""
+    return _fits(lora, entry.path, (file_states(lora), file_states(entry.path)))
 
 
 def read_catalogue(folder: str | Path) -> Catalogue:
@@ -103,9 +143,34 @@ def _read_entry(path: Path, states: object) -> CatalogueEntry | str:
         spec = legacy.translate_config(raw, where=path.name, skipped=[])
         if spec["target"] != legacy.MODEL:
             return f"`{path}` is not a complete model"
-        conditioner = build_on_meta(spec["params"]["conditioner"], where=path.name)
+        parts = spec["params"]
+        conditioner = build_on_meta(parts["conditioner"], where=path.name)
+        downscale = _downscale(build_on_meta(parts["autoencoder"], where=path.name))
     except (OSError, ValueError, KeyError) as error:
         return str(error).splitlines()[0]
     family = family_of(conditioner) if isinstance(conditioner, Conditioner) else None
     tasks = tuple(name for name, task in TASKS.items() if family in task.families)
-    return CatalogueEntry(path, config, tasks)
+    sides = parts.get("image_size", 64)
+    height, width = [sides, sides] if isinstance(sides, int) else sides
+    return CatalogueEntry(
+        path, config, tasks, family, (height * downscale, width * downscale), spec
+    )
+
+
+def _downscale(autoencoder: nn.Module) -> int:
+    return autoencoder.downscale if isinstance(autoencoder, AutoencoderKL | PixelSpace) else 8
+
+
+@lru_cache(maxsize=1024)
+def _fits(lora: str | Path, path: Path, states: object) -> bool:
+    entry = _read_entry(path, file_states(path))
+    if not isinstance(entry, CatalogueEntry):
+        return False
+    try:
+        model = build_on_meta(entry.spec, where=path.name)
+        read_lora(lora, cast(LatentDiffusion, model))
+    except WeightsMismatch:
+        return False
+    except (OSError, ValueError):  # of a damaged file, which an attempt to use it will name
+        return True
+    return True

@@ -1,58 +1,44 @@
-"""Form fields of each task, form values -> options, and HTML of a running job.
+"""Fields of the page, and what a user entered in them -> options.
 
-Each option with a label is a field, whose kind and bounds follow from the option. Exceptions: the
-image and mask of inpainting are one sketch, and some fields have settings of their own.
+Each option with a label is a field, whose kind and bounds follow from the option. All tasks have
+prompts and settings in common; image, mask and options of its own make up the tab of a task.
+Exceptions: the image and mask of inpainting are one sketch, and some fields have settings of their
+own. Bounds are checked by `Limits`, not by gradio.
 """
 
-import base64
-import html
-import io
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image, ImageChops
 
 from ldm.app.limits import Limits
-from ldm.app.progress import Progress
 from ldm.app.uploads import Uploads
 from ldm.diffusion.names import SAMPLERS, SCHEDULERS
 from ldm.generate.options import Option, Value, options_of, parse_count, parse_fraction
 from ldm.generate.request import Prompts
 from ldm.generate.tasks import Task
-from ldm.imaging.metadata import parameters_text, read_info
 from ldm.imaging.reading import flatten_on_white
 from ldm.runtime.errors import ArgumentError, MissingArgument
 
-__all__ = ["CSS", "Field", "TaskForm", "describe_file", "describe_info", "show_progress"]
+__all__ = ["AUTOMATIC", "NO_IMAGE", "SETTINGS", "Field", "TaskForm", "values_from_info"]
 
-EXAMPLE = "a 3d emoji of a red apple on a blue background"
-CSS = """
-.gradio-container { max-width: 1400px !important }
-.tab-container button { padding: 0 9px }
-#live { min-height: 4.5em }
-#live img { width: 100%; max-height: 420px; object-fit: contain; border-radius: 6px }
-#live .bar { height: 6px; margin: 8px 0; border-radius: 3px }
-#live .bar { background: var(--border-color-primary) }
-#live .bar div { height: 100%; border-radius: 3px; background: var(--color-accent) }
-#live .failed { color: var(--error-text-color, #b91c1c) }
-#report textarea, #facts textarea, #about textarea { font: 12px/1.5 var(--font-mono) }
-"""
+EXAMPLE = "Prompt (Ctrl+Enter to generate), such as: a 3d emoji of a red apple on a blue background"
 AUTOMATIC = "Automatic"
+NO_IMAGE = 'No input image. Upload one or use "Send to" under a result.'
 MAX_SEED = 1 << 31
 # Options of Sampling and Output that are fields, in their order on the page.
 SETTINGS = (
-    "steps", "scale", "n_samples", "n_iter", "width", "height", "seed", "sampler", "scheduler",
+    "sampler", "steps", "scheduler", "scale", "width", "height", "n_iter", "n_samples", "seed",
     "eta", "rescale", "guidance_interval", "vae_tile", "unet_tile",
 )  # fmt: skip
 IMAGE_BOX: dict[str, Any] = {
-    "type": "filepath", "height": 260, "image_mode": None, "sources": ["upload", "clipboard"],
+    "type": "filepath", "height": 240, "image_mode": None, "sources": ["upload", "clipboard"],
 }  # fmt: skip
-SIDE = {"value": 0, "step": 8, "info": "0: the model's own"}
 TILE = {"value": 0, "step": 64, "info": "pixels; 0: off"}
 NUMBERS: dict[str, dict[str, Any]] = {
-    "width": SIDE, "height": SIDE, "vae_tile": TILE, "unet_tile": TILE,
+    "width": {"step": 8}, "height": {"step": 8}, "vae_tile": TILE, "unet_tile": TILE,
 }  # fmt: skip
 
 
@@ -73,11 +59,10 @@ class TaskForm:
     """The fields of one task.
 
     Args:
-        limits: bounds of numbers.
-        loras: choices of the LoRA field, `NAME:WEIGHT`.
+        limits: bounds of sliders.
     """
 
-    def __init__(self, task: Task, limits: Limits, loras: Sequence[str] = ()) -> None:
+    def __init__(self, task: Task, limits: Limits) -> None:
         self.task = task
         self.limits = limits
         options = {name: row for name, row in task.options().items() if row[0].label}
@@ -88,14 +73,24 @@ class TaskForm:
             self.images = {"sketch": SKETCH}
         prompts = [name for name in options_of(Prompts) if name in options]
         self.prompts = {name: self._field(name, *options[name]) for name in prompts}
-        self.prompts["lora"] = _lora_field(loras)
         self.options = {name: self._field(name, *options[name]) for name in inputs
-                        if not options[name][0].is_path and name != "mask_box"}  # fmt: skip
+                        if not options[name][0].is_path and name != "mask_box"
+                        and not (name == "resize_mode" and task.enlarges)}  # fmt: skip
         self.settings = {name: self._field(name, *options[name]) for name in SETTINGS}
+
+    @property
+    def shared(self) -> dict[str, Field]:
+        """The fields that all tasks have in common."""
+        return {**self.prompts, **self.settings}
+
+    @property
+    def own(self) -> dict[str, Field]:
+        """The fields of the task's tab."""
+        return {**self.images, **self.options}
 
     def fields(self) -> dict[str, Field]:
         """Return all fields by name."""
-        return {**self.images, **self.prompts, **self.options, **self.settings}
+        return {**self.own, **self.shared}
 
     def values(self, inputs: Mapping[str, Any], uploads: Uploads) -> dict[str, object]:
         """Convert what a user entered to values of options.
@@ -104,10 +99,14 @@ class TaskForm:
             ValueError, FileNotFoundError: a value or an image is missing or wrong.
         """
         values = dict(inputs)
-        if str(values["seed"] or "-").startswith("-"):
+        if str(values["seed"] or "-").strip().startswith("-"):
             values["seed"] = secrets.randbelow(MAX_SEED)
         if values["scheduler"] == AUTOMATIC:
             values["scheduler"] = None
+        if values["sampler"] in SAMPLERS and not SAMPLERS[values["sampler"]].takes_eta:
+            values["eta"] = 0.0  # the slider is hidden
+        if self.task.enlarges:  # by a fixed factor
+            values["width"] = values["height"] = None
         for name, (option, default) in self.task.options().items():
             if name in values and default is None:
                 values[name] = values[name] or None  # 0 and "" stand for "not given"
@@ -121,25 +120,28 @@ class TaskForm:
             elif values[name] is not None:
                 values[name] = [uploads.add(path) for path, _ in values[name]]
         if not values.get("init_img", True):
-            raise MissingArgument('No input image. Upload one or use "Send to" under a result.')
+            raise MissingArgument(NO_IMAGE, "init_img")
         return values
 
     def _field(self, name: str, option: Option, default: Value) -> Field:
         settings: dict[str, Any] = {"label": option.label, "value": default}
         if name in NUMBERS:
-            return Field("Number", settings | {"precision": 0} | NUMBERS[name])
+            return Field("Number", settings | NUMBERS[name])
         if name == "seed":  # as text: the browser would round large numbers
-            return Field("Textbox", settings | {"value": "-1", "info": "-1: random"})
+            return Field("Textbox", settings | {"value": "-1", "info": "-1 = random"})
         if name == "scale":
-            return Field("Slider", settings | {"minimum": 0, "maximum": 30, "step": 0.5,
-                         "value": 0, "info": "0: as suits the model"})  # fmt: skip
-        if name == "sampler":
-            choices = [(sampler.label, key) for key, sampler in SAMPLERS.items()]
+            scale = {"minimum": 1, "maximum": 30, "step": 0.5, "value": self.task.scale}
+            return Field("Slider", settings | scale)
+        if name in ("sampler", "scheduler"):
+            table = SAMPLERS if name == "sampler" else SCHEDULERS
+            choices = [(row.label, key) for key, row in table.items()]
+            if name == "scheduler":
+                choices.insert(0, (AUTOMATIC, AUTOMATIC))
+                settings["value"] = AUTOMATIC
             return Field("Dropdown", settings | {"choices": choices, "filterable": False})
-        if name == "scheduler":
-            labels = [(scheduler.label, key) for key, scheduler in SCHEDULERS.items()]
-            choices = [(AUTOMATIC, AUTOMATIC), *labels]
-            return Field("Dropdown", settings | {"choices": choices, "value": AUTOMATIC})
+        if option.choices:
+            choices = [(choice.capitalize(), choice) for choice in option.choices]
+            return Field("Radio", settings | {"choices": choices})
         if option.is_switch:
             return Field("Checkbox", settings)
         if option.parse is parse_fraction or name == "eta":
@@ -155,52 +157,37 @@ class TaskForm:
             return Field("Slider", settings | {"minimum": minimum, "maximum": maximum, "step": 1,
                          "precision": 0, "value": value})  # fmt: skip
         if name == "prompt":
-            settings |= {"lines": 2, "placeholder": EXAMPLE, "value": ""}
+            settings |= {"lines": 2, "max_lines": 6, "placeholder": EXAMPLE, "value": ""}
+        elif name == "negative_prompt":
+            settings |= {"lines": 1, "max_lines": 4, "placeholder": option.label}
         elif not isinstance(default, str):
             settings["value"] = ""
-        return Field("Textbox", settings | {"max_length": 1000})
+        return Field("Textbox", settings)
 
 
-def show_progress(progress: Progress) -> str:
-    """Render a job as HTML: bar, message and preview."""
-    kind = "failed" if progress.has_failed else "message"
-    text = f'<div class="bar"><div style="width: {progress.fraction:.1%}"></div></div>'
-    text += f'<div class="{kind}">{html.escape(progress.message)}</div>'
-    preview = progress.preview
-    if preview is None:
-        return text
-    buffer = io.BytesIO()
-    preview.resize((4 * preview.width, 4 * preview.height)).save(buffer, "PNG")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'{text}<img alt="preview" src="data:image/png;base64,{data}">'
-
-
-def describe_info(info: Mapping[str, Any]) -> str:
-    """Return the info of an image as A1111 writes it."""
-    return parameters_text(info) or "No generation parameters found"
-
-
-def describe_file(path: str | None) -> str:
-    """Return the info of an image file as A1111 writes it."""
-    try:
-        return "" if path is None else describe_info(read_info(path))
-    except OSError:
-        return "Not an image"
-    except (TypeError, ValueError, KeyError, AttributeError):
-        return "Damaged generation parameters"
+def values_from_info(info: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of the shared fields that made an image, as far as its info has them."""
+    own = info.get("request")
+    request = own if isinstance(own, Mapping) else {}
+    names = ("prompt", "negative_prompt", "sampler", "steps", "scale", "eta")
+    values = {name: info[name] for name in names if info.get(name) is not None}
+    values["scheduler"] = info.get("scheduler") or AUTOMATIC
+    values |= {name: request[name] for name in ("rescale", "n_samples", "n_iter")
+               if request.get(name) is not None}  # fmt: skip
+    if info.get("seed") is not None:
+        values["seed"] = str(info["seed"])
+    size = info.get("size")
+    if isinstance(size, list) and info.get("task") != "upscale":
+        values["height"], values["width"] = size
+    known = {"sampler": [*SAMPLERS], "scheduler": [*SCHEDULERS, AUTOMATIC]}
+    return {k: value for k, value in values.items() if k not in known or value in known[k]}
 
 
 def _image_field(option: Option) -> Field:
     if option.is_list:
-        return Field("Gallery", {"label": option.label, "type": "filepath", "height": 260,
+        return Field("Gallery", {"label": option.label, "type": "filepath", "height": 240,
                      "interactive": True, "columns": 3})  # fmt: skip
     return Field("Image", {"label": option.label, **IMAGE_BOX})
-
-
-def _lora_field(loras: Sequence[str]) -> Field:
-    return Field("Dropdown", {"label": "LoRA", "choices": list(loras), "value": [],
-                 "visible": bool(loras), "multiselect": True, "allow_custom_value": True,
-                 "info": "NAME:WEIGHT; other weights can be typed"})  # fmt: skip
 
 
 def _as_list(value: object) -> list[object]:

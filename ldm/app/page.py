@@ -1,93 +1,113 @@
-"""The page: tabs for the tasks, and next to them the running job and its images."""
+"""The page: one form for all tasks, whose tabs hold what is their own; its jobs and images."""
 
+import asyncio
 import html
+import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+import secrets
+import zipfile
+from collections.abc import AsyncIterator, Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from ldm.app.backend import Backend
-from ldm.app.form import (
-    CSS,
-    IMAGE_BOX,
-    Field,
-    TaskForm,
-    describe_file,
+from ldm.app.form import IMAGE_BOX, NO_IMAGE, SETTINGS, Field, TaskForm, values_from_info
+from ldm.app.jobs import Job, Jobs
+from ldm.app.progress import Progress
+from ldm.app.view import (
     describe_info,
+    explain_to_user,
+    read_file_info,
+    show_error,
+    show_preview,
     show_progress,
+    show_queue,
 )
-from ldm.app.progress import Progress, follow
-from ldm.generate.request import Request
+from ldm.diffusion.names import SAMPLERS
 from ldm.generate.tasks import TASKS
+from ldm.imaging.metadata import parse_parameters
+from ldm.imaging.reading import read_size
 from ldm.runtime.errors import MissingArgument
 from ldm.runtime.types import JsonObject
+from ldm.runtime.version import __version__
 
 __all__ = ["Page"]
 
 FONT = ["system-ui", "sans-serif"]
 MONO_FONT = ["ui-monospace", "monospace"]
-GALLERY_LIMIT = 60  # images
+INTERVAL = 0.2  # seconds between two updates
+LORA_SLOTS = 4  # sliders for weights
+MODEL_VAE = ("Automatic", "")
+STORE = "() => localStorage.getItem('ldm-form') || ''"
+QUIET: JsonObject = {"queue": False, "show_progress": "hidden"}
+INFO_TABS = {"replay": "PNG Info", "inspect": "Checkpoint info"}
 
 log = logging.getLogger(__name__)
-
-Work = Callable[[Request, Progress], str]
 
 
 class Page:
     """Builds and serves the page. All that needs a model is a job; one runs at a time.
 
     Args:
-        hint: returns what to append to the message of an error.
+        max_queue: most waiting jobs.
+        is_shared: whether visitors are several people, who see their own images only.
     """
 
-    def __init__(self, backend: Backend, hint: Callable[[BaseException], str]) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        max_queue: int = 16,
+        is_shared: bool = False,
+    ) -> None:
         self.backend = backend
-        self.hint = hint
-        self.forms = {
-            name: TaskForm(task, backend.limits, backend.offered_loras)
-            for name, task in TASKS.items()
-        }
-        self.models: dict[str, gr.Dropdown] = {}  # of each task
-        self.image_fields: JsonObject = {}  # of each tab, for images that are sent to it
-        # (button, work, input fields, field for the result or None = gallery)
-        self.jobs: list[tuple[gr.Button, Callable[..., str], list[Any], Any]] = []
+        self.jobs = Jobs(max_queue, explain_to_user, list if is_shared else backend.recent_images)
+        self.forms = {name: TaskForm(task, backend.limits) for name, task in TASKS.items()}
+        self.fields: dict[str, Any] = {}  # shared ones by name, those of a task by `task.name`
+        self.images: dict[str, Any] = {}  # the first image field of each tab
 
     def build(self) -> gr.Blocks:
         """Build the page, with all its events."""
         page: gr.Blocks
-        with gr.Blocks(title="ldm", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-            self.progress = gr.State(None)
-            self.infos = gr.State([])
-            self.chosen = gr.State(0)  # index of the chosen image
-            with gr.Row():
-                with gr.Column(scale=5, min_width=320), gr.Tabs() as self.tabs:
+        with gr.Blocks(
+            title="ldm", fill_width=True, analytics_enabled=False, delete_cache=(3600, 86400)
+        ) as page:
+            self.owner = gr.BrowserState("", storage_key="ldm-visitor", secret="ldm")
+            self.stored = gr.Textbox(visible="hidden")  # the form in the browser's storage, JSON
+            self.task = gr.Textbox("txt2img", visible="hidden", elem_id="task")
+            self.job = gr.State(None)
+            self.infos = gr.State([])  # of the images in the gallery
+            self.chosen = gr.State(None)  # info of the chosen image
+            self.file_info = gr.State({})
+            self.defaults = gr.State({})  # of fields that follow the checkpoint
+            self._build_header()
+            with gr.Column(elem_id="main"):
+                with gr.Tabs(elem_id="tabs"):
                     for name in TASKS:
                         self._build_task(name)
-                    self._build_inspect()
                     self._build_replay()
-                with gr.Column(scale=4, min_width=320):
-                    self._build_results()
-            for job in self.jobs:
-                self._connect_job(*job)
-            outputs = [*self.models.values(), self.file, self.skipped]
-            page.load(self.refresh_models, None, outputs, show_progress="hidden")
+                    self._build_inspect()
+                self._build_prompts()
+                self._build_settings()
+                self._build_output()
+            self._connect(page)
         return page
 
-    def serve(self, port: int, *, listen: bool, auth: str | None, max_queue: int) -> None:
+    def serve(self, port: int, *, listen: bool, auth: str | None) -> None:
         """Serve the page until interrupted.
 
         Args:
             listen: accept connections from other machines.
             auth: USER:PASSWORD.
-            max_queue: most waiting jobs.
         """
         outdir = self.backend.outdir
         os.environ["GRADIO_TEMP_DIR"] = str(outdir / "served")  # or it would be in /tmp
         log.info("open http://127.0.0.1:%d", port)
-        self.build().queue(max_size=max_queue, api_open=False).launch(
+        here = Path(__file__).parent
+        self.build().queue(default_concurrency_limit=None, api_open=False).launch(
             server_name="0.0.0.0" if listen else "127.0.0.1",
             server_port=port,
             auth=tuple(auth.split(":", 1)) if auth else None,
@@ -101,171 +121,540 @@ class Page:
             enable_monitoring=False,
             ssr_mode=False,
             mcp_server=False,
-            theme=gr.themes.Default(font=FONT, font_mono=MONO_FONT),
-            css=CSS,
+            theme=gr.themes.Default(
+                font=FONT, font_mono=MONO_FONT, spacing_size="sm", radius_size="sm"
+            ),
+            css=(here / "page.css").read_text("utf-8"),
+            js=(here / "page.js").read_text("utf-8"),
         )
 
+    # What is on the page.
+
+    def _build_header(self) -> None:
+        with gr.Row(elem_id="header"):
+            gr.HTML(
+                f"<h1>ldm {__version__} <small>on {html.escape(self.backend.device)}</small></h1>",
+                elem_classes="title",
+            )
+            self.checkpoint = gr.Dropdown([], label="Checkpoint", scale=3, elem_id="checkpoint")
+            self.refresh = gr.Button("⟳", elem_classes="icon", elem_id="refresh")
+            self.vae = gr.Dropdown([MODEL_VAE], value="", label="VAE", scale=1, elem_id="vae")
+        for field in (self.checkpoint, self.vae):
+            _skip_checks(field)
+        self.note = gr.HTML(elem_id="note")
+        self.offers = gr.Radio(
+            [], label="Checkpoints for this tab", visible=False, elem_id="offers"
+        )
+        _skip_checks(self.offers)
+
     def _build_task(self, name: str) -> None:
-        task, form = TASKS[name], self.forms[name]
-        with gr.Tab(task.title, id=name, elem_id=f"tab-{name}"):
-            self.models[name] = model = self._model_choice(name)
-            with gr.Row(visible=bool(form.images)):
-                fields = {key: _component(field) for key, field in form.images.items()}
-            fields |= {key: _component(f) for key, f in (form.prompts | form.options).items()}
-            with gr.Accordion("Generation settings", open=False), gr.Row():
-                fields |= {key: _component(field) for key, field in form.settings.items()}
-            inputs = [model, *fields.values()]
-            if "depth_map" in fields:
-                button = gr.Button("Estimate depth", elem_id="estimate")
-                work = partial(self.run_task, name, self.backend.estimate_depth)
-                self.jobs.append((button, work, inputs, fields["depth_map"]))
-                fields["init_img"].change(lambda: None, None, fields["depth_map"])
-            button = gr.Button("Generate", variant="primary", elem_id=f"go-{name}")
-            work = partial(self.run_task, name, self.backend.generate)
-            self.jobs.append((button, work, inputs, None))
-            if form.images:
-                self.image_fields[name] = next(iter(fields.values()))
+        form = self.forms[name]
+        with gr.Tab(TASKS[name].title, id=name, elem_id=f"tab-{name}") as tab:
+            for key, field in form.own.items():
+                self.fields[f"{name}.{key}"] = _component(field)
+            if "depth_map" in form.images:
+                self.estimate = gr.Button("Estimate depth", elem_id="estimate")
+        self._follow_tab(tab, name)
+        if form.images:
+            self.images[name] = self.fields[f"{name}.{next(iter(form.images))}"]
+
+    def _build_replay(self) -> None:
+        with gr.Tab(INFO_TABS["replay"], id="replay", elem_id="tab-replay") as tab:
+            self.images["replay"] = _component(Field("Image", {"label": "Image", **IMAGE_BOX}))
+            self.facts = gr.Textbox(
+                label="Parameters", lines=4, elem_id="facts", interactive=False, buttons=["copy"]
+            )
+            with gr.Row(elem_id="file-send"):
+                self.file_sends = {name: _send_button(name, "file-send") for name in TASKS}
+            self.replay = gr.Button("Reproduce", variant="primary", elem_id="go-replay")
+        self._follow_tab(tab, "replay")
 
     def _build_inspect(self) -> None:
-        with gr.Tab("Checkpoint info", id="inspect", elem_id="tab-inspect"):
-            self.file = self._model_choice(None)
+        with gr.Tab(INFO_TABS["inspect"], id="inspect", elem_id="tab-inspect") as tab:
+            self.file = _skip_checks(gr.Dropdown([], label="File", elem_id="file"))
             button = gr.Button("Inspect", variant="primary", elem_id="go-inspect")
             report = gr.Textbox(label="Report", lines=18, elem_id="report", buttons=["copy"])
             self.skipped = gr.Markdown()
-            button.click(self.backend.inspect, self.file, report, concurrency_id="model")
+            button.click(self.backend.inspect, self.file, report)
+        self._follow_tab(tab, "inspect")
 
-    def _build_replay(self) -> None:
-        with gr.Tab("PNG info", id="replay", elem_id="tab-replay"):
-            box = _component(Field("Image", {"label": "Image", **IMAGE_BOX}))
-            self.image_fields["replay"] = box
-            self.facts = gr.Textbox(label="Parameters", lines=4, elem_id="facts")
-            button = gr.Button("Reproduce", variant="primary", elem_id="go-replay")
-            box.upload(describe_file, box, self.facts, queue=False)
-            self.jobs.append((button, self.run_replay, [box], None))
+    def _build_prompts(self) -> None:
+        fields = self.forms["txt2img"].prompts
+        with gr.Row(elem_id="prompts"):
+            with gr.Column(scale=5, min_width=260):
+                for name, elem_id in {"prompt": "prompt", "negative_prompt": "negative"}.items():
+                    self.fields[name] = _component(fields[name], elem_id=elem_id)
+            with gr.Column(scale=1, min_width=180):
+                self.generate = gr.Button("Generate", variant="primary", elem_id="generate")
+                with gr.Row(elem_classes="tools"):
+                    self.stop = gr.Button("Stop", size="sm", interactive=False, elem_id="stop")
+                    self.paste = gr.Button("↙ Paste", size="sm", elem_id="paste")
 
-    def _build_results(self) -> None:
-        self.stop = gr.Button("Stop", size="sm", interactive=False, elem_id="cancel")
-        self.live = gr.HTML(show_progress(Progress(message="")), elem_id="live")
-        self.gallery = gr.Gallery(
-            label="Output", columns=4, height=420, object_fit="contain", interactive=False,
-            buttons=["download", "fullscreen"], elem_id="gallery",
+    def _build_settings(self) -> None:
+        fields = self.forms["txt2img"].settings
+        rows = {"steps": ("sampler", "steps"), "scheduler": ("scheduler", "scale"),
+                "batch": ("n_iter", "n_samples")}  # fmt: skip
+        advanced = SETTINGS[SETTINGS.index("eta") :]
+        with (
+            gr.Column(elem_id="settings"),
+            gr.Accordion("Generation settings", open=True),
+        ):
+            for names in rows.values():
+                with gr.Row():
+                    for name in names:
+                        self.fields[name] = _component(fields[name], min_width=150)
+                if names[0] == "scheduler":
+                    self._build_size(fields)
+            with gr.Row(elem_classes="tools"):
+                self.fields["seed"] = _component(fields["seed"], min_width=120)
+                self.any_seed = gr.Button("⚂", elem_classes="icon", elem_id="any-seed")
+                self.last_seed = gr.Button("♻", elem_classes="icon", elem_id="reuse-seed")
+            with gr.Row():
+                self.loras = gr.Dropdown(
+                    [], multiselect=True, label="LoRA", elem_id="lora", min_width=150,
+                    max_choices=LORA_SLOTS, info="type to search",
+                )  # fmt: skip
+                self.tokens = gr.Dropdown(
+                    [], label="Embedding", elem_id="embedding", value=None, min_width=150,
+                    info="is added to the prompt",
+                )  # fmt: skip
+            self.weights = [
+                _skip_checks(gr.Slider(-2, 2, 1.0, step=0.05, label="LoRA weight", visible=False))
+                for _ in range(LORA_SLOTS)
+            ]
+            for field in (self.loras, self.tokens):
+                _skip_checks(field)
+            with gr.Accordion("Advanced", open=False), gr.Row():
+                for name in advanced:
+                    self.fields[name] = _component(fields[name], min_width=150)
+
+    def _build_size(self, fields: dict[str, Field]) -> None:
+        with gr.Row(elem_id="size", elem_classes="tools"):
+            self.fields["width"] = _component(fields["width"], min_width=100)
+            swap = gr.Button("⇅", elem_classes="icon", elem_id="swap")
+            self.fields["height"] = _component(fields["height"], min_width=100)
+        size = [self.fields["width"], self.fields["height"]]
+        swap.click(None, size, size, js="(width, height) => [height, width]")
+
+    def _build_output(self) -> None:
+        with gr.Column(elem_id="output"):
+            with gr.Column(elem_id="status"):
+                self.error = gr.HTML(elem_id="error")
+                gr.HTML('<div id="file-error" class="failed" role="alert"></div>')
+                self.live = gr.HTML(show_progress(None), elem_id="live")
+                self.queue = gr.HTML(elem_id="queue")
+                self.clear = gr.Button("Clear queue", size="sm", visible=False, elem_id="clear")
+            with gr.Column(elem_id="stage"):
+                self.gallery = gr.Gallery(
+                    label="Output", columns=4, object_fit="contain", interactive=False,
+                    buttons=["download", "fullscreen"], elem_id="gallery",
+                )  # fmt: skip
+                self.preview = gr.HTML(elem_id="preview")
+            with gr.Column(elem_id="side"):
+                self.about = gr.Textbox(
+                    label="Generation parameters", lines=3, elem_id="about", interactive=False,
+                    buttons=["copy"],
+                )  # fmt: skip
+                with gr.Row(elem_id="send"):
+                    self.sends = {name: _send_button(name) for name in self.images}
+                with gr.Row(elem_classes="tools"):
+                    self.reuse = gr.Button("Reuse all", size="sm", elem_id="reuse-all")
+                    self.reuse_seed = gr.Button("Reuse seed", size="sm", elem_id="reuse-seed-2")
+                    self.download = gr.Button("Download all", size="sm", elem_id="download-all")
+                    self.archive = gr.DownloadButton(visible="hidden", elem_id="archive")
+
+    # What happens on it.
+
+    def _connect(self, page: gr.Blocks) -> None:
+        kept = {k: field for k, field in self.fields.items() if field not in self._image_fields()}
+        kept |= {"checkpoint": self.checkpoint, "vae": self.vae, "loras": self.loras}
+        kept |= {f"weight{k}": slider for k, slider in enumerate(self.weights)}
+        self.kept = kept
+        names = json.dumps(list(kept))
+        save = f"""(...values) => {{ if (window.ldmIsRestored) localStorage.setItem('ldm-form',
+            JSON.stringify(Object.fromEntries({names}.map((name, k) => [name, values[k]])))) }}"""
+        for field in kept.values():
+            field.change(None, [*kept.values()], None, js=save)
+
+        self.followed = [self.live, self.preview, self.gallery, self.infos, self.chosen, self.about,
+                         self.queue, self.clear, self.stop, self.error]  # fmt: skip
+        follow = partial(self._submit_and_follow)
+        form = [self.checkpoint, self.vae, self.loras, *self.weights, *self.fields.values()]
+        triggers = [self.generate.click, self.fields["prompt"].submit,
+                    self.fields["negative_prompt"].submit]  # fmt: skip
+        follow(triggers, self.submit_task, [self.task, *form])
+        follow([self.estimate.click], self.submit_depth, form).then(
+            _last_path, self.job, self.fields["depth2img.depth_map"], **QUIET
+        )
+        follow([self.replay.click], self.submit_replay, [self.images["replay"]])
+        self.stop.click(self.stop_job, self.owner, [self.live, self.stop, self.queue], **QUIET)
+        self.clear.click(self.clear_queue, self.owner, [self.queue, self.clear], **QUIET)
+
+        lists = [self.checkpoint, self.vae, self.tokens, self.file, self.skipped]
+        self.refresh.click(self.list_files, [self.checkpoint, self.vae], lists, **QUIET).then(
+            self.offer_loras, [self.checkpoint, self.loras], self.loras, **QUIET
+        )
+        choice = [self.task, self.checkpoint]
+        followers = [self.fields[name] for name in ("scale", "width", "height")]
+        gr.on(
+            [self.checkpoint.change, self.task.change], self.describe_choice,
+            [*choice, self.defaults, *followers],
+            [self.note, self.offers, self.defaults, *followers], **QUIET,
         )  # fmt: skip
-        self.about = gr.Textbox(label="Generation parameters", lines=3, elem_id="about")
-        with gr.Row():
-            for name, field in self.image_fields.items():
-                title = TASKS[name].title if name in TASKS else "PNG info"
-                button = gr.Button(
-                    f"Send to {title}", size="sm", min_width=140, elem_id=f"send-{name}"
-                )
-                send = partial(self.send, name)
-                event = button.click(send, [self.infos, self.chosen], [self.tabs, field])
-                if name == "replay":
-                    event.then(describe_file, field, self.facts, queue=False)
+        self.checkpoint.change(self.offer_loras, [self.checkpoint, self.loras], self.loras, **QUIET)
+        self.offers.select(lambda name: name, self.offers, self.checkpoint, **QUIET)
+        self.loras.change(self.name_weights, self.loras, self.weights, **QUIET)
+        self.fields["sampler"].change(
+            lambda name: gr.update(visible=SAMPLERS[name].takes_eta),
+            self.fields["sampler"], self.fields["eta"], **QUIET,
+        )  # fmt: skip
+        prompt = [self.fields["prompt"], self.tokens]
+        add = "(text, token) => [token ? (text + ' ' + token).trim() : text, null]"
+        self.tokens.change(None, prompt, prompt, js=add)
 
-        def choose(infos: list[Any], event: gr.SelectData) -> list[Any]:
-            return [event.index, describe_info(infos[event.index])]
+        self.gallery.select(self.choose, self.infos, [self.chosen, self.about], **QUIET)
+        shared = self._shared_fields()
+        seed = self.fields["seed"]
+        self.any_seed.click(None, None, seed, js="() => '-1'")
+        for button in (self.last_seed, self.reuse_seed):
+            button.click(_seed_of, [self.chosen, seed], seed, **QUIET)
+        self.reuse.click(self.fill, self.chosen, shared, **QUIET)
+        self.paste.click(
+            self.paste_parameters, [self.fields["prompt"], self.chosen], shared, **QUIET
+        )
+        self.download.click(
+            self.pack_images, self.infos, self.archive, show_progress="hidden"
+        ).then(None, None, None, js="() => document.querySelector('#archive').click()")
+        for name, button in self.sends.items():
+            self._connect_send(button, name, self.chosen, shared)
+        for name, button in self.file_sends.items():
+            self._connect_send(button, name, self.file_info, shared, self.images["replay"])
+        self.chosen.change(self.allow_sends, self.chosen, [*self.sends.values()], **QUIET)
+        self.images["replay"].change(
+            read_file_info, self.images["replay"], [self.file_info, self.facts], **QUIET
+        )
+        size = [self.fields["width"], self.fields["height"]]
+        for name, field in self.images.items():
+            if name in ("img2img", "inpaint", "depth2img"):
+                field.upload(self.size_of, [self.checkpoint, field], size, **QUIET)
+        image, depth_map = (self.fields[f"depth2img.{key}"] for key in ("init_img", "depth_map"))
+        image.change(None, None, depth_map, js="() => null")
 
-        self.gallery.select(choose, self.infos, [self.chosen, self.about], queue=False)
-        self.stop.click(self.stop_job, self.progress, queue=False)
+        restored = [*kept.values(), *lists[2:], self.owner]
+        event = page.load(
+            self.restore, [self.stored, self.owner], restored, js=_with_store(), **QUIET
+        )
+        event = event.then(None, None, None, js="() => { window.ldmIsRestored = true }")
+        event.then(self.follow_all, self.owner, self.followed, show_progress="hidden")
 
-    def _connect_job(
-        self, button: gr.Button, work: Callable[..., str], inputs: list[Any], target: Any
+    def _submit_and_follow(self, triggers: list[Any], submit: Any, inputs: list[Any]) -> Any:
+        outputs = [self.job, self.error, self.live, self.queue, self.clear, self.stop]
+        event = gr.on(triggers, submit, [self.owner, *inputs], outputs, **QUIET)
+        return event.then(
+            self.follow, [self.owner, self.job], self.followed, show_progress="hidden"
+        )
+
+    def _follow_tab(self, tab: gr.Tab, name: str) -> None:
+        data = name if name in TASKS else "info"
+        js = f"() => {{ document.body.dataset.tab = '{data}'; return '{name}' }}"
+        tab.select(None, None, self.task, js=js)
+
+    def _connect_send(
+        self, button: gr.Button, name: str, info: Any, shared: list[Any], source: Any = None
     ) -> None:
-        """Connect a button to its job; while one runs, the buttons of all jobs are disabled."""
-        quiet: JsonObject = {"show_progress": "hidden"}
-        switches = [self.stop, *(job[0] for job in self.jobs)]
-        outputs = [self.live, self.gallery, self.infos, self.chosen, self.about]
-        event = button.click(self.begin, None, [self.progress, self.live, *switches], queue=False)
-        event = event.then(
-            partial(self.run_job, work), [self.progress, self.infos, *inputs], outputs,
-            concurrency_id="model", concurrency_limit=1, **quiet,
-        )  # fmt: skip
-        event = event.then(self.end, None, switches, queue=False, **quiet)
-        if target is not None:
-            event.then(_last_path, self.progress, target)
+        """Connect a button that puts an image with its parameters into a tab."""
+        outputs = [*shared, *([self.images[name]] if name in self.images else [])]
+        inputs = [info] if source is None else [info, source]
+        event = button.click(partial(self.send, name), inputs, outputs, **QUIET)
+        show = f"() => {{ document.querySelector('#tab-{name}-button').click(); scrollTo(0, 0) }}"
+        event.then(None, None, None, js=show)
 
-    def _model_choice(self, task: str | None) -> gr.Dropdown:
-        names = self.backend.model_names(task)
-        return gr.Dropdown(names, value=next(iter(names), None), label="Checkpoint")
+    def _image_fields(self) -> list[Any]:
+        return [
+            self.fields[f"{task}.{key}"] for task, form in self.forms.items() for key in form.images
+        ]
 
-    def refresh_models(self) -> list[Any]:
-        """Read the models folder again; return updates of all drop-downs and skipped files."""
+    def _shared_fields(self) -> list[Any]:
+        return [self.fields[name] for name in self.forms["txt2img"].shared]
+
+    # Jobs.
+
+    def submit_task(self, owner: str, task: str, *form: Any) -> list[Any]:
+        """Queue the run of the form as it stands."""
+        if task not in TASKS:
+            return self._submit(owner, None)
+
+        def make() -> tuple[str, Callable[[Progress], str]]:
+            request = self._make_request(task, *form)
+            title = f"{TASKS[task].title}: {request.prompts.prompt or 'no prompt'}"
+            return title, partial(self.backend.generate, request)
+
+        return self._submit(owner, make)
+
+    def submit_depth(self, owner: str, *form: Any) -> list[Any]:
+        """Queue the estimate of a depth map."""
+
+        def make() -> tuple[str, Callable[[Progress], str]]:
+            request = self._make_request("depth2img", *form)
+            return "Estimate depth", partial(self.backend.estimate_depth, request)
+
+        return self._submit(owner, make)
+
+    def submit_replay(self, owner: str, path: str | None) -> list[Any]:
+        """Queue the reproduction of an image."""
+
+        def make() -> tuple[str, Callable[[Progress], str]]:
+            if path is None:
+                raise MissingArgument(NO_IMAGE)
+            return f"Reproduce {Path(path).name}", partial(self.backend.replay, path)
+
+        return self._submit(owner, make)
+
+    def _submit(
+        self, owner: str, make: Callable[[], tuple[str, Callable[[Progress], str]]] | None
+    ) -> list[Any]:
+        """Queue a job; an error becomes a line. Returns updates, the job first."""
+        job: Job | None = None
+        error, live = "", gr.skip()
+        try:
+            if make is not None:
+                job = self.jobs.submit(owner, *make())
+                if self.jobs.ahead(job) == 0:
+                    live = show_progress(job.progress)
+        except Exception as failure:  # top level: any error becomes the message
+            log.debug("a form was refused", exc_info=True)
+            error = explain_to_user(failure)
+        return [job, show_error(error), live, *self._show_queue(owner)]
+
+    def _make_request(self, task: str, model: str, vae: str, loras: list[str], *rest: Any) -> Any:
+        weights, inputs = rest[:LORA_SLOTS], rest[LORA_SLOTS:]
+        by_name = dict(zip(self.fields, inputs, strict=True))
+        form = self.forms[task]
+        entered = {k: by_name.get(f"{task}.{k}", by_name.get(k)) for k in form.fields()}
+        values = form.values(entered, self.backend.uploads)
+        values["lora"] = [
+            f"{name}:{weight}" for name, weight in zip(loras or (), weights, strict=False)
+        ]
+        values["vae"] = vae
+        return self.backend.make_request(TASKS[task], model, values)
+
+    async def follow(self, owner: str, job: Job | None) -> AsyncIterator[list[Any]]:
+        """Yield updates of the page till a job has ended; the job does not depend on it."""
+        if job is None:
+            yield [gr.skip()] * len(self.followed)
+            return
+        count = 0
+        shown: str | None = None
+        while True:
+            is_over, progress = job.is_over, job.progress
+            status: str | None = show_progress(progress, self.jobs.ahead(job))
+            if job.state == "queued" and self.jobs.of(owner)[:1] != [job]:
+                status = shown  # another job of this page has the status
+            updates = [gr.skip()] * len(self.followed)
+            if len(progress.images) > count:
+                count = len(progress.images)
+                updates[2:6] = self._show_gallery(owner)
+            if job.state == "removed":
+                updates[6:9] = self._show_queue(owner)
+                if shown is not None and not self.jobs.of(owner):
+                    updates[0] = show_progress(Progress(message="removed from the queue"))
+            elif status != shown or is_over:
+                updates[0], updates[1] = status, show_preview(progress)
+                updates[6:9] = self._show_queue(owner)
+                if progress.has_failed:
+                    updates[9] = show_error(progress.message)
+            if status != shown or is_over:
+                yield updates
+            if is_over:
+                return
+            shown = status
+            await asyncio.sleep(INTERVAL)
+
+    async def follow_all(self, owner: str) -> AsyncIterator[list[Any]]:
+        """Show the images of a visitor, and follow all jobs that have not ended."""
+        updates = [gr.skip()] * len(self.followed)
+        updates[2:6] = self._show_gallery(owner)
+        yield updates
+        for job in self.jobs.of(owner):
+            async for updates in self.follow(owner, job):
+                yield updates
+
+    def stop_job(self, owner: str) -> list[Any]:
+        """Stop the job of this page, or take it out of the queue."""
+        self.jobs.stop(owner)
+        running = [job for job in self.jobs.of(owner) if job.state == "running"]
+        live = show_progress(running[0].progress) if running else gr.skip()
+        return [live, gr.Button(interactive=False), show_queue(self.jobs.of(owner))]
+
+    def clear_queue(self, owner: str) -> list[Any]:
+        """Take the waiting jobs of this page out of the queue."""
+        self.jobs.clear(owner)
+        return self._show_queue(owner)[:2]
+
+    def _show_queue(self, owner: str) -> list[Any]:
+        """Return updates of queue, its button and Stop."""
+        jobs = self.jobs.of(owner)
+        can_stop = any(not job.progress.stop.is_set() for job in jobs)
+        has_waiting = any(job.state == "queued" for job in jobs)
+        return [show_queue(jobs), gr.Button(visible=has_waiting), gr.Button(interactive=can_stop)]
+
+    def _show_gallery(self, owner: str) -> list[Any]:
+        """Return updates of gallery, infos, chosen image and its description."""
+        infos = [info for info in self.jobs.gallery(owner) if Path(info["path"]).is_file()]
+        if not infos:
+            return [gr.skip()] * 4
+        images = [(info["path"], f"seed {info['seed']}") for info in infos]
+        return [gr.Gallery(images, selected_index=0), infos, infos[0], describe_info(infos[0])]
+
+    # Fields.
+
+    def restore(self, stored: str, owner: str) -> list[Any]:
+        """Fill the form with what the browser has kept; return updates of all fields and lists."""
+        values: JsonObject = {}
+        try:
+            kept = json.loads(stored or "{}")
+            values = kept if isinstance(kept, dict) else {}
+        except ValueError:
+            log.debug("the form in the browser's storage is damaged")
+        updates = {k: gr.update(value=values[k]) if k in values else gr.skip() for k in self.kept}
+        checkpoint, vae, *lists = self.list_files(values.get("checkpoint"), values.get("vae"))
+        loras = self.offer_loras(checkpoint["value"], values.get("loras"))
+        updates |= {"loras": loras, "checkpoint": checkpoint, "vae": vae}
+        return [*updates.values(), *lists, owner or secrets.token_urlsafe(16)]
+
+    def list_files(self, checkpoint: str | None, vae: str | None) -> list[Any]:
+        """Read the models folder again; return updates of all lists of files."""
+        names, files = self.backend.model_names(), self.backend.checkpoint_names()
+        vaes = [MODEL_VAE, *((name, name) for name in self.backend.vaes())]
         lines = self.backend.skipped_files()
         for line in lines:
             log.warning("skipped: %s", line)
-        text = "".join(f"\n* skipped: {html.escape(line)}" for line in lines)
-        return [*map(self._model_choice, self.models), self._model_choice(None), text]
+        skipped = "".join(f"\n* skipped: {html.escape(line)}" for line in lines)
+        text_models = self.backend.model_names("txt2img") or names
+        first = checkpoint if checkpoint in names else next(iter(text_models), None)
+        tokens = self.backend.tokens()
+        return [
+            gr.update(choices=names, value=first),
+            gr.update(choices=vaes, value=vae if (vae, vae) in vaes else "",
+                      visible=len(vaes) > 1),
+            gr.update(choices=tokens, visible=bool(tokens)),
+            gr.update(choices=files, value=first if first in files else next(iter(files), None)),
+            skipped,
+        ]  # fmt: skip
 
-    def begin(self) -> list[Any]:
-        """Return a new progress, and updates that enable the stop button only."""
-        progress = Progress()
-        return [progress, show_progress(progress), *self._set_buttons(is_running=True)]
+    def offer_loras(self, checkpoint: str | None, chosen: list[str] | None) -> Any:
+        """Return an update of the LoRAs: those that fit the checkpoint."""
+        names = self.backend.fitting_loras(checkpoint)
+        kept = [name for name in chosen or () if name in names]
+        return gr.update(choices=names, value=kept, visible=bool(names))
 
-    def end(self) -> list[Any]:
-        """Return updates that enable all buttons but the stop button."""
-        return self._set_buttons(is_running=False)
+    def name_weights(self, loras: list[str]) -> list[Any]:
+        """Return updates of the sliders: one for each chosen LoRA."""
+        names = [*(loras or ()), *[""] * LORA_SLOTS][:LORA_SLOTS]
+        return [gr.update(label=f"Weight of {name}", visible=bool(name)) for name in names]
 
-    def _set_buttons(self, is_running: bool) -> list[gr.Button]:
-        starts = [gr.Button(interactive=not is_running) for _ in self.jobs]
-        return [gr.Button(interactive=is_running), *starts]
+    def describe_choice(
+        self, task: str, checkpoint: str, defaults: JsonObject, *values: Any
+    ) -> list[Any]:
+        """Say whether a checkpoint serves a tab; bring fields that follow it to its values."""
+        if task not in TASKS:
+            return ["", gr.update(visible=False), defaults, *[gr.skip()] * 3]
+        misfit = self.backend.misfit(TASKS[task], checkpoint)
+        names = self.backend.model_names(task) if misfit else []
+        offers = gr.update(choices=names, value=None, visible=bool(names))
+        now = self.backend.defaults(TASKS[task], checkpoint)
+        fields = zip(("scale", "width", "height"), values, strict=True)
+        follows = [value in (None, defaults.get(name)) or not defaults for name, value in fields]
+        updates = [
+            new if old else gr.skip() for new, old in zip(now.values(), follows, strict=True)
+        ]
+        return [show_error(misfit), offers, now, *updates]
 
-    def run_job(
-        self,
-        work: Callable[..., str],
-        progress: Progress | None,
-        infos: list[Any],
-        *inputs: Any,
-    ) -> Iterator[list[Any]]:
-        """Run a job; yield updates of the status and, when images are finished, of the gallery."""
-        count = 0
-        for now in follow(progress or Progress(), lambda job: work(job, *inputs), self.hint):
-            updates = [gr.skip()] * 4
-            if new := [info for info in now.images[count:] if "seed" in info]:
-                infos = [*new[::-1], *infos][:GALLERY_LIMIT]
-                images = [(info["path"], f"seed {info['seed']}") for info in infos]
-                gallery = gr.Gallery(images, selected_index=0)
-                updates = [gallery, infos, 0, describe_info(infos[0])]
-            count = len(now.images)
-            yield [show_progress(now), *updates]
-
-    def run_task(
-        self, name: str, work: Work, progress: Progress, model: str | None, *inputs: Any
-    ) -> str:
-        """Run the job of a task."""
-        form = self.forms[name]
-        values_by_field = dict(zip(form.fields(), inputs, strict=True))
-        values = form.values(values_by_field, self.backend.uploads)
-        return work(self.backend.make_request(TASKS[name], model, values), progress)
-
-    def run_replay(self, progress: Progress, path: str | None) -> str:
-        """Run the job of making an image again."""
-        if path is None:
-            raise MissingArgument('No input image. Upload one or use "Send to" under a result.')
-        return self.backend.replay(path, progress)
-
-    def stop_job(self, progress: Progress | None) -> None:
-        """Stop the job of this page."""
-        if progress is not None:
-            progress.stop.set()
-
-    def send(self, name: str, infos: list[Any], chosen: int) -> list[Any]:
-        """Put the chosen image into the image field of another tab."""
-        if not infos:
+    def size_of(self, checkpoint: str, image: Any) -> list[Any]:
+        """Return width and height for an input image: in its shape, no larger than the model's."""
+        if isinstance(image, dict):
+            image = image["background"]
+        try:
+            width, height = read_size(image) if isinstance(image, str) else image.size
+        except (OSError, ValueError, AttributeError):  # Generate will say what is wrong with it
             return [gr.skip(), gr.skip()]
-        path = infos[min(chosen, len(infos) - 1)]["path"]
-        sketch = {"background": path, "layers": [], "composite": None}
-        values = {"ImageEditor": sketch, "Gallery": [path]}
-        kind = type(self.image_fields[name]).__name__
-        return [gr.Tabs(selected=name), values.get(kind, path)]
+        native = self.backend.defaults(TASKS["img2img"], checkpoint)["width"] or 512
+        factor = min(1, native / min(width, height), self.backend.limits.side / max(width, height))
+        return [max(round(side * factor / 8), 1) * 8 for side in (width, height)]
+
+    def choose(self, infos: list[JsonObject], event: gr.SelectData) -> list[Any]:
+        """Choose an image of the gallery."""
+        info = infos[min(int(event.index), len(infos) - 1)]
+        return [info, describe_info(info)]
+
+    def allow_sends(self, chosen: JsonObject | None) -> list[Any]:
+        """Enable the buttons that send, if there is something to send."""
+        return [gr.Button(interactive=chosen is not None)] * len(self.sends)
+
+    def fill(self, info: JsonObject | None) -> list[Any]:
+        """Return updates of the shared fields: what the info of an image has."""
+        values = values_from_info(info or {}) if info else {}
+        return [values.get(name, gr.skip()) for name in self.forms["txt2img"].shared]
+
+    def paste_parameters(self, prompt: str, chosen: JsonObject | None) -> list[Any]:
+        """Take the parameters in the prompt field apart; without any, those of the chosen image."""
+        info = parse_parameters(prompt or "")
+        return self.fill(info if "steps" in info or "seed" in info else chosen)
+
+    def send(self, name: str, info: JsonObject | None, path: str | None = None) -> list[Any]:
+        """Put an image into the image field of a tab, and its parameters into the form."""
+        path = path or (info or {}).get("path")
+        fields = self.fill(info) if name != "replay" else self.fill(None)
+        if name not in self.images:
+            return fields
+        sketch: JsonObject = {"background": path, "layers": [], "composite": None}
+        images = {"ImageEditor": sketch, "Gallery": [path]}
+        image = images.get(type(self.images[name]).__name__, path) if path else gr.skip()
+        return [*fields, image]
+
+    def pack_images(self, infos: list[JsonObject]) -> str | None:
+        """Pack the images of the gallery into a ZIP file; return its path."""
+        if not infos:
+            return None
+        folder = self.backend.outdir / "served"
+        folder.mkdir(exist_ok=True)
+        archive = folder / f"images-{secrets.token_hex(4)}.zip"
+        with zipfile.ZipFile(archive, "w") as file:
+            for info in infos:
+                file.write(info["path"], Path(info["path"]).name)
+        return str(archive)
 
 
-def _component(field: Field) -> Any:
+def _component(field: Field, **settings: Any) -> Any:
     brush = {"brush": gr.Brush(colors=["#ff40ff"])} if field.kind == "ImageEditor" else {}
-    component = getattr(gr, field.kind)(**field.settings, **brush)
+    component = getattr(gr, field.kind)(**field.settings, **brush, **settings)
     if field.kind == "Image":  # pass the path: errors of our reader are clearer than gradio's
         component.preprocess = lambda data: data and data.path
+    return (
+        component if field.kind in ("Image", "ImageEditor", "Gallery") else _skip_checks(component)
+    )
+
+
+def _skip_checks(component: Any) -> Any:
+    """Let a field take any value: `Limits` and options check it, and their errors are a line."""
+    component.preprocess = lambda value: value
     return component
 
 
-def _last_path(progress: Progress) -> str | None:
-    return progress.images[-1]["path"] if progress.images else None
+def _send_button(name: str, prefix: str = "send") -> gr.Button:
+    title = TASKS[name].title if name in TASKS else INFO_TABS[name]
+    is_enabled = prefix != "send"
+    return gr.Button(title, size="sm", interactive=is_enabled, elem_id=f"{prefix}-{name}")
+
+
+def _seed_of(info: JsonObject | None, seed: str) -> str:
+    return str(info["seed"]) if info and "seed" in info else seed
+
+
+def _last_path(job: Job | None) -> Any:
+    images = job.progress.images if job else []
+    return images[-1]["path"] if images else gr.skip()
+
+
+def _with_store() -> str:
+    return f"(stored, owner) => [({STORE})(), owner]"

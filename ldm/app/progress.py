@@ -1,9 +1,8 @@
 """Progress of a job that runs in a thread, for the page that shows it."""
 
-import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from PIL import Image
@@ -14,14 +13,12 @@ from ldm.generate.provenance import Info
 from ldm.imaging.pixels import make_grid, to_pil
 from ldm.model import LatentDiffusion
 from ldm.pipelines.preview import fit_preview
-from ldm.runtime.errors import Stop, explain
+from ldm.runtime.errors import Stop
 
-__all__ = ["Progress", "follow"]
+__all__ = ["Progress"]
 
-INTERVAL = 0.1  # seconds between two updates, and between two previews
+INTERVAL = 0.1  # seconds between two previews
 PREVIEW_COLUMNS = 4
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -38,6 +35,7 @@ class Progress(RunListener):
         message: the current status, finally the result.
         has_failed: whether the message is an error.
         stop: set to stop the job.
+        on_image: called with (position in the run, info) of each image that belongs in a gallery.
     """
 
     total: int = 1
@@ -49,9 +47,11 @@ class Progress(RunListener):
     message: str = "queued"
     has_failed: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
+    on_image: Callable[[int, Info], None] = lambda position, info: None
     _to_rgb: Callable[[Tensor], Tensor] | None = None
     _batch: int = 1
     _last_preview: float = 0.0
+    _start: float = field(default_factory=time.monotonic)
 
     @property
     def fraction(self) -> float:
@@ -70,10 +70,14 @@ class Progress(RunListener):
         self.total = total
         self._to_rgb = fit_preview(model)
         self.set_message("sampling")
+        self._start = time.monotonic()
 
     def on_step(self, step: int, steps: int, x: Tensor, denoised: Tensor) -> None:
         self.step, self.steps, self._batch = step + 1, steps, len(x)
-        self.set_message(f"step {step + 1} of {steps}")
+        if self.stop.is_set():
+            self.stopped_at = step + 1
+            raise Stop(denoised)
+        self.message = self._describe_step()
         now = time.monotonic()
         if self._to_rgb is not None and now - self._last_preview > INTERVAL:
             previews = to_pil(self._to_rgb(denoised.nan_to_num()))
@@ -84,48 +88,24 @@ class Progress(RunListener):
         self.warnings.append(message)
 
     def add_image(self, info: Info) -> None:
+        if "seed" in info:
+            self.on_image(len(self.images), info)
         self.images.append(info)
         self.step = 0
 
+    def describe_stop(self) -> str:
+        """Return the final message of a job that was stopped."""
+        unfinished = sum("unfinished" in info for info in self.images)
+        done = f"{len(self.images) - unfinished} of {self.total} images are finished"
+        if self.stopped_at is None:
+            return f"stopped between steps, {done}"
+        return f"stopped at step {self.stopped_at} of {self.steps}, {done}, {unfinished} unfinished"
 
-def follow(
-    progress: Progress,
-    work: Callable[[Progress], str],
-    hint: Callable[[BaseException], str] = lambda error: "",
-) -> Iterator[Progress]:
-    """Run `work` in a thread; yield the progress every INTERVAL, and once when it has ended.
-
-    Closing the iterator stops the job.
-
-    Args:
-        work: returns the final message; an error becomes the message, too.
-        hint: returns what to append to the message of an error.
-    """
-    thread = threading.Thread(target=_run, args=(progress, work, hint), daemon=True)
-    thread.start()
-    try:
-        while thread.is_alive():
-            yield progress
-            thread.join(INTERVAL)
-    finally:
-        progress.stop.set()
-        thread.join()
-    yield progress
-
-
-def _run(
-    progress: Progress,
-    work: Callable[[Progress], str],
-    hint: Callable[[BaseException], str],
-) -> None:
-    try:
-        progress.message = "; ".join([work(progress), *progress.warnings])
-    except Stop:
-        when = f"at step {progress.step} of {progress.steps}" if progress.step else "between steps"
-        done = f"{len(progress.images)} of {progress.total} images are finished"
-        progress.message = f"stopped {when}, {done}"
-    except Exception as error:  # top level: any error becomes the message
-        log.debug("a job failed", exc_info=True)
-        progress.message = (explain(error) + hint(error)).replace("\n", " — ")
-        progress.has_failed = True
-    progress.preview = None
+    def _describe_step(self) -> str:
+        first = len(self.images) + 1
+        last = min(first + self._batch - 1, self.total)
+        images = f"{first}–{last}" if last > first else f"{first}"
+        text = f"image {images} of {self.total}, step {self.step} of {self.steps}"
+        elapsed = time.monotonic() - self._start
+        left = elapsed / self.fraction - elapsed if self.fraction else 0
+        return f"{text}, {left:.0f} s left" if elapsed > 1 and left >= 1 else text

@@ -86,5 +86,5 @@ def _serve(args: Namespace) -> None:
     limits = Limits(side=args.max_side, steps=args.max_steps, batch=args.max_batch)
     memory = args.memory and args.memory * 2**30
     backend = Backend(args.models, args.outdir, choice, limits, memory, args.lora)
-    page = Page(backend, hint)
-    page.serve(args.port, listen=args.listen, auth=args.auth, max_queue=args.max_queue)
+    page = Page(backend, args.max_queue, is_shared=args.listen)
+    page.serve(args.port, listen=args.listen, auth=args.auth)

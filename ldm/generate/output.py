@@ -29,7 +29,13 @@ ProtectedPixels = tuple[Image.Image, Image.Image]  # see `PreparedTask.protected
 
 
 class RunListener:
-    """Hears how far a run is; this one ignores it."""
+    """Hears how far a run is; this one ignores it.
+
+    Attributes:
+        stopped_at: the step after which `on_step` raised Stop with a latent, if it did.
+    """
+
+    stopped_at: int | None = None
 
     def begin(self, model: LatentDiffusion, total: int) -> None:
         """Hear that the first of `total` images is next."""

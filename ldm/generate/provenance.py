@@ -157,6 +157,8 @@ def read_request(info: JsonMapping, where: str) -> Request:
     if info.get("task") == "grid":
         names = ", ".join(str(image.get("file")) for image in info.get("images", [])[:3])
         raise ArgumentError(f"{where} is a grid, replay its images: {names}, …")
+    if info.get("unfinished"):
+        raise ArgumentError(f"{where} is unfinished: it was stopped at step {info['unfinished']}")
     missing = [key for key in ("prompt", "seed", "rows", *ENVIRONMENT) if key not in info]
     task = TASKS.get(str(info.get("task")))
     if task is None or missing:

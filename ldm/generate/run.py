@@ -31,7 +31,7 @@ from ldm.generate.tasks import PreparedTask
 from ldm.imaging.output import OutputFolder
 from ldm.imaging.pixels import to_pil
 from ldm.model import LatentDiffusion
-from ldm.runtime.errors import NonFinite
+from ldm.runtime.errors import NonFinite, Stop
 from ldm.runtime.types import JsonMapping
 
 __all__ = ["remake_image", "run_request"]
@@ -96,6 +96,8 @@ def _generate_batches(
         for number, batch in enumerate(tqdm(batches, "Sampling", disable=hides_progress())):
             images = _generate_or_retry(prepared, batch, model, listener.on_step)
             run_info["dtype"] = str(model.dtype).removeprefix("torch.")
+            if listener.stopped_at is not None:
+                run_info["unfinished"] = listener.stopped_at
             for row, image in enumerate(to_pil(images, "truncate" in request.sampling.legacy)):
                 info = run_info | describe_image(request, batches, number, row)
                 info["path"] = None
@@ -104,6 +106,8 @@ def _generate_batches(
                 listener.add_image(info)
                 if makes_grid and len(grid_images) < GRID_LIMIT:
                     grid_images.append((image, info))
+            if listener.stopped_at is not None:
+                raise Stop
     finally:
         if grid_images:
             save_grid(folder, grid_images, request)

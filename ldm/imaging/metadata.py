@@ -26,7 +26,7 @@ from ldm.diffusion.names import SAMPLERS, SCHEDULERS
 from ldm.imaging.reading import open_image
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["fingerprint", "parameters_text", "read_info", "write_png"]
+__all__ = ["fingerprint", "parameters_text", "parse_parameters", "read_info", "write_png"]
 
 KEY = "ldm"
 OWN_STEPS = ("ddim", "plms")  # samplers whose steps A1111's schedule type does not change
@@ -79,7 +79,7 @@ def read_info(path: str | Path) -> JsonObject:
     if isinstance(info, dict):
         return info
     parameters = texts.get("parameters")
-    return _parse_parameters(parameters) if isinstance(parameters, str) else {}
+    return parse_parameters(parameters) if isinstance(parameters, str) else {}
 
 
 def fingerprint(image: Image.Image) -> str:
@@ -114,6 +114,7 @@ def _settings(info: JsonMapping) -> Iterable[tuple[str, str]]:
         "VAE": vae and PurePath(vae["path"]).name,
         "Denoising strength": info.get("strength"),
         "Mask box": info.get("mask_box"),
+        "Resize mode": None if info.get("resize_mode") == "crop" else info.get("resize_mode"),
         "Mask grow": info.get("mask_grow") or None,
         "Mask blur": info.get("mask_blur") or None,
         "Noise level": info.get("noise_level"),
@@ -143,7 +144,7 @@ def _schedule_type(info: JsonMapping) -> str | None:
     return SCHEDULERS[name].label if name in SCHEDULERS else None
 
 
-def _parse_parameters(parameters: str) -> JsonObject:
+def parse_parameters(parameters: str) -> JsonObject:
     """Parse A1111's text; its last line holds settings if it has three or more of them."""
     *body, last = parameters.strip().split("\n")
     settings = SETTING_PATTERN.findall(last)

@@ -87,11 +87,15 @@ def resize_to_multiple(image: Image.Image, multiple: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def scale_and_crop(image: Image.Image, size: tuple[int | None, int | None]) -> Image.Image:
-    """Scale an image to cover (height, width), and crop the rest evenly.
+def scale_and_crop(
+    image: Image.Image, size: tuple[int | None, int | None], mode: str = "crop"
+) -> Image.Image:
+    """Resize an image to (height, width).
 
     Args:
         size: a side that is None follows from the other, as a multiple of 8.
+        mode: for an image of another shape: "crop" what is too much, "stretch", or "pad" by
+            repeating its outermost pixels.
     """
     height, width = size
     if height is None and width is None:
@@ -100,4 +104,17 @@ def scale_and_crop(image: Image.Image, size: tuple[int | None, int | None]) -> I
         height = max(round(image.height * (width or 1) / image.width / 8), 1) * 8
     if width is None:
         width = max(round(image.width * height / image.height / 8), 1) * 8
+    if mode == "stretch":
+        return image.resize((width, height), Image.Resampling.LANCZOS)
+    if mode == "pad":
+        scaled = ImageOps.contain(image, (width, height), Image.Resampling.LANCZOS)
+        return _pad(scaled, height, width)
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def _pad(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Repeat the outermost pixels of an image, evenly on both sides."""
+    top, left = (height - image.height) // 2, (width - image.width) // 2
+    rows = np.arange(height).clip(top, top + image.height - 1) - top
+    columns = np.arange(width).clip(left, left + image.width - 1) - left
+    return Image.fromarray(np.asarray(image)[rows[:, None], columns])

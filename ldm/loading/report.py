@@ -85,7 +85,7 @@ class Report:
 
     def lines(self) -> Iterator[str]:
         """Yield the report as text."""
-        yield f"file        {self.path}, {self.bytes / 1e9:.2f} GB, {self.kind or 'unknown'}"
+        yield f"file        {self.path}, {_format_size(self.bytes)}, {self.kind or 'unknown'}"
         yield f"published   {self.published or 'unknown'} (SHA-256 {self.sha256})"
         if self.refused:
             yield f"refused     {self.refused}"
@@ -157,6 +157,10 @@ def inspect_checkpoint(
         metadata=weights.source.metadata,
     )
     return _compare(report, weights, config)
+
+
+def _format_size(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.1f} MB" if nbytes < 1e8 else f"{nbytes / 1e9:.2f} GB"
 
 
 def _list_parts(state: Mapping[str, Tensor]) -> Iterator[Part]:

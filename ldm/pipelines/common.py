@@ -17,7 +17,7 @@ from ldm.model import LatentDiffusion
 from ldm.pipelines.families import check_family
 from ldm.pipelines.quirks import Noise, noise_source
 from ldm.pipelines.sampling import SamplingOptions, check_sampling, default_scheduler, sample
-from ldm.runtime.errors import ArgumentError, NonFinite, unknown_name
+from ldm.runtime.errors import ArgumentError, NonFinite, Stop, unknown_name
 
 __all__ = ["TaskOptions", "decode_latent", "encode_image", "generate", "pipeline"]
 
@@ -110,10 +110,15 @@ def generate(
             )
         uncond = encode_prompts(model, negatives, {**inputs, **(unconditional_inputs or {})})
     cond = check_finite(encode_prompts(model, prompts, inputs), "the text encoder")
-    latent = sample(
-        model, cond, uncond, scale=scale, noise=noise, z=z, strength=strength, size=size,
-        constrain=constrain, **options,
-    )  # fmt: skip
+    try:
+        latent = sample(
+            model, cond, uncond, scale=scale, noise=noise, z=z, strength=strength, size=size,
+            constrain=constrain, **options,
+        )  # fmt: skip
+    except Stop as stop:
+        if stop.latent is None:
+            raise
+        latent = stop.latent
     return decode_latent(model, latent, tile)
 
 

@@ -89,7 +89,8 @@ def sample(
         seeds: one per row, or the first of consecutive ones; None = from torch's generator. The
             noise of a row depends on its seed alone.
         noise: (like) -> noise, used in place of seeds.
-        callback: called with (step, steps, x, denoised) after each step; may raise Stop.
+        callback: called with (step, steps, x, denoised) after each step; may raise Stop,
+            with a latent for the tasks to decode.
         constrain: (x, sigma) -> x before every step.
         unet_tile: side in latent pixels of overlapping tiles to run the network on; None = whole.
         legacy: names in LEGACY.

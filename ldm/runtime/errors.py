@@ -19,6 +19,10 @@ Messages speak of arguments and files. Command lines know which flag sets an arg
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "ArgumentError",
@@ -127,7 +131,15 @@ class NonFinite(LdmError, ArithmeticError):
 
 
 class Stop(Exception):
-    """Raised by a callback to end a run."""
+    """Raised by a callback to end a run.
+
+    Args:
+        latent: of the unfinished images, (B, C, h, w), to decode all the same; None = give up.
+    """
+
+    def __init__(self, latent: "Tensor | None" = None) -> None:
+        super().__init__()
+        self.latent = latent
 
 
 def nearest_name(name: str, allowed: Iterable[str]) -> str | None:

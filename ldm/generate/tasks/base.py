@@ -129,7 +129,10 @@ class ImageInputs(Inputs):
 
     # fmt: off
     init_img: str | None = option(None, "--init-img", "--image", metavar="FILE", is_input_file=True,
-        label="Image", help="input image, scaled and cropped to --H x --W")
+        label="Image", help="input image, resized to --H x --W")
+    resize_mode: str = option("crop", "--resize-mode", choices=("crop", "stretch", "pad"),
+        label="Resize mode", help="for images of another shape: crop what is too much, stretch, or"
+        " pad with the pixels of the edge (%(default)s)")
     # fmt: on
 
 
@@ -197,12 +200,13 @@ def read_image(request: Request) -> "Image.Image":
 
 
 def fit_image(request: Request, image: "Image.Image") -> "Image.Image":
-    """Scale and crop an image to the requested size."""
+    """Resize an image to the requested size."""
     from ldm.imaging.pixels import resize_to_multiple, scale_and_crop
 
     if "size" in request.sampling.legacy and not request.task.enlarges:
         return resize_to_multiple(image, 64)
-    return scale_and_crop(image, request.sampling.size)
+    mode = request.inputs_as(ImageInputs).resize_mode
+    return scale_and_crop(image, request.sampling.size, mode)
 
 
 class PreparedImageTask(PreparedTask):

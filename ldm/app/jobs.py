@@ -1,0 +1,139 @@
+"""Jobs of all visitors: a queue, in which one job runs at a time, whether or not a page waits."""
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ldm.app.progress import Progress
+from ldm.generate.provenance import Info
+from ldm.runtime.errors import ArgumentError, Stop, explain
+
+__all__ = ["Job", "Jobs"]
+
+GALLERY_LIMIT = 60  # images
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Job:
+    """Work for one visitor.
+
+    Args:
+        owner: id of the visitor.
+        title: line in the list of the queue.
+        work: makes images; returns the final message.
+    """
+
+    owner: str
+    title: str
+    work: Callable[[Progress], str]
+    progress: Progress
+    state: str = "queued"  # "running", "done" or "removed"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended or was removed from the queue."""
+        return self.state in ("done", "removed")
+
+
+class Jobs:
+    """The queue, and the newest images of each visitor.
+
+    Args:
+        limit: most waiting jobs.
+        explain: returns the message of an error.
+        first_images: returns the images that a visitor begins with, the newest first.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        explain: Callable[[BaseException], str] = explain,
+        first_images: Callable[[], list[Info]] = list,
+    ) -> None:
+        self.limit = limit
+        self.explain = explain
+        self.first_images = first_images
+        self._jobs: list[Job] = []  # the running one first
+        self._galleries: dict[str, list[Info]] = {}
+        self._lock = threading.Lock()
+
+    def gallery(self, owner: str) -> list[Info]:
+        """Return the images of a visitor: the newest run first, each in the order of its seeds."""
+        return self._galleries.setdefault(owner, self.first_images())
+
+    def submit(self, owner: str, title: str, work: Callable[[Progress], str]) -> Job:
+        """Put work into the queue.
+
+        Raises:
+            ArgumentError: the queue is full.
+        """
+        job = Job(owner, title, work, Progress(on_image=lambda k, i: self._show(owner, k, i)))
+        with self._lock:
+            if len(self._jobs) > self.limit:
+                raise ArgumentError(f"the queue is full: {self.limit} jobs are waiting")
+            self._jobs.append(job)
+            if len(self._jobs) == 1:
+                job.state = "running"
+                threading.Thread(target=self._run, daemon=True).start()
+        return job
+
+    def of(self, owner: str) -> list[Job]:
+        """Return the jobs of a visitor that have not ended."""
+        return [job for job in list(self._jobs) if job.owner == owner]
+
+    def ahead(self, job: Job) -> int:
+        """Return how many jobs come before this one."""
+        jobs = list(self._jobs)
+        return jobs.index(job) if job in jobs else 0
+
+    def stop(self, owner: str) -> None:
+        """Stop the running job of a visitor; without one, take the first out of the queue."""
+        for job in self.of(owner)[:1]:
+            if job.state == "running":
+                job.progress.stop.set()
+                job.progress.message = "stopping after this step"
+            else:
+                self._remove([job])
+
+    def clear(self, owner: str) -> None:
+        """Take all waiting jobs of a visitor out of the queue."""
+        self._remove([job for job in self.of(owner) if job.state == "queued"])
+
+    def _remove(self, jobs: list[Job]) -> None:
+        with self._lock:
+            for job in jobs:
+                if job.state == "queued":
+                    job.state = "removed"
+                    self._jobs.remove(job)
+
+    def _show(self, owner: str, position: int, info: Info) -> None:
+        gallery = self.gallery(owner)
+        gallery.insert(position, info)
+        del gallery[GALLERY_LIMIT:]
+
+    def _run(self) -> None:
+        while True:
+            job = self._jobs[0]
+            _run_job(job, self.explain)
+            with self._lock:
+                job.state = "done"
+                self._jobs.remove(job)
+                if not self._jobs:
+                    return
+                self._jobs[0].state = "running"
+
+
+def _run_job(job: Job, explain: Callable[[BaseException], str]) -> None:
+    progress = job.progress
+    try:
+        progress.message = "; ".join([job.work(progress), *progress.warnings])
+    except Stop:
+        progress.message = progress.describe_stop()
+    except Exception as error:  # top level: any error becomes the message
+        log.debug("a job failed", exc_info=True)
+        progress.message = explain(error).replace("\n", " — ")
+        progress.has_failed = True
+    progress.preview = None

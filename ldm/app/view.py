@@ -1,0 +1,95 @@
+"""HTML and text that the page shows of jobs and images."""
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ldm.app.jobs import Job
+from ldm.app.progress import Progress
+from ldm.generate.tasks import TASKS
+from ldm.imaging.metadata import parameters_text, read_info
+from ldm.runtime.errors import LdmError, explain, is_out_of_memory
+from ldm.runtime.types import JsonObject
+
+__all__ = [
+    "describe_info", "explain_to_user", "read_file_info", "show_error", "show_preview",
+    "show_progress", "show_queue",
+]  # fmt: skip
+
+MEMORY_HINT = "; these help: batch size 1, a VAE tile size of 512, smaller width and height"
+NO_PARAMETERS = "No generation parameters found"
+
+
+def show_progress(progress: Progress | None, ahead: int = 0) -> str:
+    """Render bar and message of a job; None = there is none.
+
+    Args:
+        ahead: jobs that come before this one.
+    """
+    if progress is None:
+        return '<div class="bar"></div><div class="message"></div>'
+    message = f"queued, {ahead} ahead" if ahead else progress.message
+    if progress.has_failed:
+        message = "failed"
+    return (
+        f'<div class="bar"><div style="width: {progress.fraction:.1%}"></div></div>'
+        f'<div class="message" role="status">{html.escape(message)}</div>'
+    )
+
+
+def show_error(message: str) -> str:
+    """Render an error; "" = none."""
+    return f'<div class="failed" role="alert">{html.escape(message)}</div>' if message else ""
+
+
+def explain_to_user(error: BaseException) -> str:
+    """Return an error in one line, with the label of the field that causes it."""
+    text = explain(error).replace("\n", " — ")
+    if is_out_of_memory(error):
+        return text + MEMORY_HINT
+    name = error.argument if isinstance(error, LdmError) else None
+    rows = (task.options().get(name or "") for task in TASKS.values())
+    label = next((row[0].label for row in rows if row), "")
+    return text if label.lower() in text.lower() else f"{text} ({label})"
+
+
+def show_preview(progress: Progress) -> str:
+    """Render the preview of a running job; "" = none."""
+    if progress.preview is None:
+        return ""
+    buffer = io.BytesIO()
+    progress.preview.save(buffer, "PNG")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="preview" src="data:image/png;base64,{data}">'
+
+
+def show_queue(jobs: Sequence[Job]) -> str:
+    """Render the waiting jobs of a visitor."""
+    waiting = [job for job in jobs if job.state == "queued"]
+    items = "".join(f"<li>{html.escape(job.title)}</li>" for job in waiting)
+    return f"<div>In the queue:</div><ol>{items}</ol>" if waiting else ""
+
+
+def describe_info(info: Mapping[str, Any]) -> str:
+    """Return the info of an image as A1111 writes it, and what the page adds."""
+    text = parameters_text(info) or NO_PARAMETERS
+    if info.get("unfinished"):
+        text += f", Unfinished: stopped at step {info['unfinished']}"
+    if "watermark" in info and info["watermark"] is None:
+        text += ", Watermark: none"
+    return text
+
+
+def read_file_info(path: str | None) -> tuple[JsonObject, str]:
+    """Return (info, text about it) of an image file; an info that cannot be used is empty."""
+    if path is None:
+        return {}, ""
+    try:
+        info = read_info(path)
+        return info, describe_info(info)
+    except OSError:
+        return {}, "Not an image"
+    except (TypeError, ValueError, KeyError, AttributeError):
+        return {}, "Damaged generation parameters"

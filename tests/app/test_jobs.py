@@ -1,0 +1,132 @@
+"""Jobs: one runs at a time and says how far it is, whoever looks; the others wait, or leave."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from ldm.app.jobs import Jobs
+from ldm.app.progress import Progress
+from ldm.pipelines import Stop
+from ldm.runtime.errors import ArgumentError
+
+LATENT = torch.zeros(2, 4, 8, 8)
+
+
+@pytest.fixture
+def jobs():
+    return Jobs(limit=2)
+
+
+def finish(job):
+    deadline = time.monotonic() + 20
+    while not job.is_over:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return job.progress
+
+
+@pytest.fixture
+def gate():
+    """Work that waits for a gate, so that other jobs queue behind it."""
+    gate = threading.Event()
+    yield gate
+    gate.set()
+
+
+def waiting(gate):
+    def work(progress):
+        while not gate.wait(0.01):
+            progress.set_message("waiting")
+        return "done"
+
+    return work
+
+
+def test_jobs_run_in_their_order_and_nobody_need_look(jobs, gate):
+    order = []
+    first = jobs.submit("me", "1", waiting(gate))
+    second = jobs.submit("you", "2", lambda progress: order.append(2) or "done")
+    assert (jobs.ahead(first), jobs.ahead(second)) == (0, 1)
+    assert order == []
+    gate.set()
+    assert finish(second).message == "done"
+    assert first.is_over
+
+
+def test_a_queued_job_leaves_the_queue_at_once_and_a_running_one_stops_at_its_step(jobs, gate):
+    running = jobs.submit("me", "1", waiting(gate))
+    queued = jobs.submit("you", "2", lambda progress: "done")
+    jobs.stop("you")
+    assert queued.state == "removed"
+    jobs.stop("me")
+    assert "0 of 1 images are finished" in finish(running).message
+
+
+def test_a_visitor_empties_the_queue_but_not_that_of_others(jobs, gate):
+    running = jobs.submit("me", "1", waiting(gate))
+    mine = jobs.submit("me", "2", lambda progress: "done")
+    yours = jobs.submit("you", "3", lambda progress: "done")
+    with pytest.raises(ArgumentError, match="the queue is full"):
+        jobs.submit("you", "4", lambda progress: "done")
+    jobs.clear("me")
+    assert [job.state for job in (running, mine, yours)] == ["running", "removed", "queued"]
+
+
+def test_images_of_a_run_stay_in_the_order_of_its_seeds_before_older_ones(jobs):
+    def work(seeds):
+        def work(progress):
+            for seed in seeds:
+                progress.add_image({"seed": seed})
+            return "done"
+
+        return work
+
+    for seeds in ([1, 2], [3, 4]):
+        finish(jobs.submit("me", "", work(seeds)))
+    finish(jobs.submit("you", "", work([5])))
+    assert [info["seed"] for info in jobs.gallery("me")] == [3, 4, 1, 2]
+
+
+def test_the_bar_is_full_at_the_last_step_and_the_message_counts_images(jobs):
+    progress = Progress(total=6)
+    progress.add_image({"seed": 1})
+    progress.add_image({"seed": 2})
+    progress.on_step(29, 60, LATENT, LATENT)
+    assert (progress.message, progress.fraction) == ("image 3–4 of 6, step 30 of 60", 0.5)
+    progress.on_step(59, 60, LATENT, LATENT)
+    assert progress.fraction == pytest.approx(4 / 6)
+    progress._start -= 100
+    progress.on_step(59, 60, LATENT, LATENT)
+    assert progress.message.endswith("step 60 of 60, 50 s left")
+
+
+def test_a_stopped_run_keeps_what_it_has(jobs):
+    progress = Progress(total=2)
+    progress.stop.set()
+    with pytest.raises(Stop) as stopped:
+        progress.on_step(3, 10, LATENT, LATENT)
+    assert stopped.value.latent is LATENT
+    progress.add_image({"seed": 1, "unfinished": 4})
+    assert progress.describe_stop() == (
+        "stopped at step 4 of 10, 0 of 2 images are finished, 1 unfinished"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("bad\nhint: better"), "bad — hint: better"),
+        (RuntimeError("CUDA out of memory"), "out of memory"),
+        (ZeroDivisionError("by zero"), "by zero"),
+    ],
+)
+def test_an_error_is_one_line(jobs, error, message):
+    def work(progress):
+        raise error
+
+    progress = finish(jobs.submit("me", "", work))
+    assert progress.has_failed
+    assert progress.message.startswith(message)
+    assert "\n" not in progress.message

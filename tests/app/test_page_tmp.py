@@ -1,0 +1,422 @@
+"""The page in a real browser: Debian's chromium, driven by playwright."""
+
+import contextlib
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+import ldm
+from ldm.commands.main import main
+from ldm.imaging.metadata import read_info
+from picturehelp import pixels, random_lora
+
+ROOT = Path(__file__).parents[2]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+PATIENCE = 12  # seconds; a busy machine is slow
+PROMPT = "a flat emoji of a red apple on a blue background"
+PARAMETERS = f"{PROMPT}\nSteps: 1, Sampler: DDIM, CFG scale: 3, Seed: 7, Size: 128x128"
+
+pytestmark = pytest.mark.flaky(reruns=2)  # a browser has a clock of its own
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory):
+    """(address, models folder, output folder) of an app with the demo models and a LoRA."""
+    pytest.importorskip("gradio", reason="needs gradio: pip install 'ldm-revived[app]'")
+    folder = tmp_path_factory.mktemp("app")
+    models, outdir = folder / "models", folder / "out"
+    (models / "loras").mkdir(parents=True)
+    for name in ("demo", "demo-upscaler"):
+        shutil.copy(ROOT / f"checkpoints/{name}.safetensors", models)
+    (models / "page.ckpt").write_text("<html>")
+    random_lora(models / "loras/style.safetensors", ldm.load(), 0)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["--models", models, "--outdir", outdir, "--port", port]
+    thread = Thread(target=main, args=[["app", *map(str, flags)]], daemon=True)
+    thread.start()
+    address = f"http://127.0.0.1:{port}"
+    for _ in range(10 * PATIENCE):
+        with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=5):
+            return address, models, outdir
+        assert thread.is_alive()
+        time.sleep(0.1)
+    raise TimeoutError
+
+
+@pytest.fixture(scope="module")
+def page(app):
+    """The page, with an image of seed 7; it notes which hosts it asks."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs chromium: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        flags = ["--no-sandbox"] if os.geteuid() == 0 else []
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page.set_default_timeout(1000 * PATIENCE)
+        page.hosts = set()
+        page.on("request", lambda request: page.hosts.add(request.url.split("/")[2]))
+        visit(page, app[0])
+        assert page.evaluate("document.activeElement.closest('#prompt') !== null")  # F27
+        for name in ("img2img", "inpaint", "upscale"):  # F16: nothing to send yet
+            assert page.locator(f"#send-{name}").is_disabled()
+        fill(page, prompt=PROMPT)
+        page.locator("#prompt textarea").press("Control+Enter")
+        wait_for_message(page, "done: 1 image")
+        yield page
+        browser.close()
+
+
+@pytest.fixture(autouse=True)
+def start(request):
+    """Begin every test at the first tab, with few steps."""
+    if "page" in request.fixturenames:
+        page = request.getfixturevalue("page")
+        page.set_viewport_size({"width": 1400, "height": 1000})
+        open_tab(page, "txt2img")
+        fill(page, prompt=PROMPT)
+
+
+def visit(page, address=None):
+    page.goto(address) if address else page.reload()
+    page.wait_for_function("window.ldmIsRestored")
+    # Till lists and defaults have come, which would replace what a test types.
+    page.wait_for_function("document.querySelector('#checkpoint input').value")
+    page.wait_for_function("document.querySelector('#size input').value")
+
+
+def fill(page, prompt=None, **settings):
+    """Type a prompt, and settings by their labels."""
+    if prompt is not None:
+        page.locator("#prompt textarea").fill(prompt)
+    settings = {"Sampling steps": 1, "Batch size": 1, "Batch count": 1, "Seed": 7} | settings
+    for label, value in settings.items():
+        field = page.locator("#settings").get_by_label(label).first
+        if field.input_value() != str(value):
+            field.fill(str(value))
+            field.press("Tab")
+
+
+def setting(page, label):
+    return page.locator("#settings").get_by_label(label).first.input_value()
+
+
+def open_tab(page, name):
+    page.locator(f"#tab-{name}-button").click()
+    return page.locator(f"#tab-{name}")
+
+
+def generate(page, pattern="done"):
+    """Press Generate, when the last message is gone; return the next that fits."""
+    clear_messages(page)
+    page.locator("#generate").click()
+    return wait_for_message(page, pattern)
+
+
+def clear_messages(page):
+    page.evaluate("document.querySelectorAll('#live .message').forEach(e => e.textContent = '')")
+
+
+def wait_for_message(page, pattern):
+    message = page.locator("#status").get_by_text(re.compile(pattern)).first
+    message.wait_for()
+    return message.inner_text()
+
+
+def wait_for_value(page, selector, text):
+    page.locator(selector).wait_for()
+    script = "([selector, text]) => document.querySelector(selector)?.value.includes(text)"
+    page.wait_for_function(script, arg=[selector, text])
+
+
+def newest(app):
+    return max((app[2] / "samples").glob("*.png"), key=lambda path: path.name)
+
+
+def is_in_window(page, selector):
+    box = page.locator(selector).first.bounding_box()
+    return box["y"] >= 0 and box["y"] + box["height"] <= page.viewport_size["height"]
+
+
+def test_a_prompt_is_typed_and_its_image_is_downloaded_as_it_was_saved(app, page):
+    page.locator("#gallery").get_by_text("seed 7").first.wait_for()
+    info = read_info(newest(app))
+    assert (info["seed"], info["steps"], info["task"]) == (7, 1, "txt2img")
+    assert info["request"]["n_samples"] == 1  # F17
+    with page.expect_download() as download:
+        page.locator("#gallery [aria-label='Download']").first.click()
+    assert Path(download.value.path()).read_bytes() == newest(app).read_bytes()
+    assert page.hosts == {app[0].removeprefix("http://")}
+    assert "Watermark: none" in page.locator("#about textarea").input_value()  # F26
+    with page.expect_download() as download:
+        page.locator("#download-all").click()
+    assert newest(app).name in zipfile.ZipFile(download.value.path()).namelist()
+
+
+@pytest.mark.parametrize(
+    ("label", "value", "message"),
+    [
+        ("Width", "99999", "width must be 8 to 1024, got 99999"),
+        ("Width", "-5", "width"),
+        ("Seed", "five", "seed: `five` is not a whole number"),
+        ("Sampling steps", "9999", "steps must be 1 to 150"),
+        ("Seed", "3735928559", "done"),
+    ],
+)
+def test_a_number_out_of_range_is_one_line_and_the_page_lives(page, label, value, message):
+    """F1."""
+    before = setting(page, label)
+    fill(page, **{label: value})
+    generate(page, message)
+    assert page.locator("#generate").is_enabled()
+    fill(page, **{label: before})
+
+
+def test_errors_are_in_sight_wherever_the_page_is_scrolled_to(page):
+    """F2, and no image (F16)."""
+    page.set_viewport_size({"width": 1366, "height": 768})
+    open_tab(page, "img2img")
+    page.mouse.wheel(0, 600)
+    page.wait_for_timeout(200)
+    page.locator("#settings").get_by_label("Seed").press("Control+Enter")
+    wait_for_message(page, "No input image")
+    assert is_in_window(page, "#error .failed")
+
+
+def test_form_gallery_and_run_outlive_a_reload(app, page):
+    """F3; images in the order of their seeds, F11; unfinished ones are kept, F9."""
+    fill(page, "a fox", **{"Sampling steps": 150, "Batch size": 2, "Seed": 11})
+    generate(page, "image 1–2 of 2, step [0-9]+ of 150")
+    page.locator("#generate").click()
+    page.locator("#queue li").wait_for()
+    visit(page)
+    assert page.locator("#prompt textarea").input_value() == "a fox"
+    assert setting(page, "Sampling steps") == "150"
+    wait_for_message(page, "step [0-9]+ of 150")
+    page.locator("#queue li").wait_for()
+    page.locator("#clear").click()
+    page.locator("#queue li").wait_for(state="detached")
+    page.locator("#stop").click()
+    assert page.locator("#stop").is_disabled()
+    assert "0 of 2 images are finished, 2 unfinished" in wait_for_message(page, "stopped at")
+    wait_for_value(page, "#about textarea", "Seed: 11")
+    assert read_info(newest(app))["seed"] == 12
+    assert page.locator("#gallery .thumbnail-small").count() >= 3
+
+
+def test_names_of_samplers_are_chosen_not_typed_and_eta_belongs_to_ddim(page):
+    """F5, F25."""
+    page.locator("#settings").get_by_text("Advanced").click()
+    eta = page.get_by_label("Eta (DDIM)").first
+    eta.wait_for()
+    sampler = page.locator("#settings").get_by_label("Sampling method")
+    assert sampler.get_attribute("readonly") is not None
+    for name in ("Euler", "DDIM"):
+        sampler.click()
+        page.get_by_role("option", name=name, exact=True).click()
+        eta.wait_for(state="detached" if name == "Euler" else "visible")
+    page.locator("#settings").get_by_text("Advanced").click()
+
+
+def test_loras_are_offered_where_they_fit_and_none_is_chosen_at_first(app, page):
+    """F6; a tab names the models that it needs and those at hand, F16."""
+    assert page.locator("#lora .token").count() == 0
+    page.locator("#lora input").click()
+    page.get_by_role("option", name="style").click()
+    weight = page.get_by_label("Weight of style").first
+    weight.fill("-0.5")
+    weight.press("Tab")
+    generate(page)
+    assert [lora["weight"] for lora in read_info(newest(app))["loras"]] == [-0.5]
+    assert "style: -0.5" in page.locator("#about textarea").input_value()  # F15
+    page.locator("#send-upscale").click()
+    note = page.locator("#note .failed")
+    note.wait_for()
+    assert "Upscale needs an upscaling model" in note.inner_text()
+    page.get_by_role("radio", name="demo-upscaler.safetensors").click()
+    page.locator("#lora").wait_for(state="hidden")
+    generate(page)
+    info = read_info(newest(app))
+    assert (info["task"], info["size"], info["loras"]) == ("upscale", [512, 512], [])
+    open_tab(page, "depth2img")
+    page.locator("#note").get_by_text("`ldm download sd-v2-depth`").wait_for()
+    page.locator("#checkpoint input").click()
+    page.get_by_role("option", name="demo.safetensors", exact=True).click()
+    page.locator("#lora").wait_for()
+
+
+def test_an_image_of_another_program_fills_the_form(app, page, tmp_path):
+    """F7, F21."""
+    text = (
+        "a red fox\nNegative prompt: blurry\nSteps: 3, Sampler: Euler a, Schedule type: Karras,"
+        " CFG scale: 4, Seed: 3735928559, Size: 64x64"
+    )
+    data = PngInfo()
+    data.add_text("parameters", text)
+    Image.new("RGB", (64, 64)).save(tmp_path / "a1111.png", pnginfo=data)
+    area = open_tab(page, "replay")
+    area.locator("input[type=file]").set_input_files(tmp_path / "a1111.png")
+    wait_for_value(page, "#facts textarea", "Seed: 3735928559")
+    page.locator("#go-replay").click()
+    wait_for_message(page, "made by another program")
+    page.locator("#file-send-txt2img").click()
+    wait_for_value(page, "#prompt textarea", "a red fox")
+    values = [setting(page, name) for name in ("Sampling method", "Schedule type", "Seed")]
+    assert values == ["Euler a", "Karras", "3735928559"]
+    open_tab(page, "replay")
+    area.get_by_label("Clear").click()
+    page.wait_for_function("!document.querySelector('#facts textarea').value")
+    open_tab(page, "txt2img")
+    page.locator("#prompt textarea").fill(PARAMETERS)
+    page.locator("#paste").click()
+    wait_for_value(page, "#prompt textarea", PROMPT)
+    page.wait_for_function("!document.querySelector('#prompt textarea').value.includes('Steps')")
+    values = [setting(page, name) for name in ("Sampling method", "Schedule type", "Width")]
+    assert values == ["DDIM", "Automatic", "128"]
+
+
+def test_a_bad_upload_is_one_line_and_no_traceback(page, tmp_path):
+    """F10, in the editor too."""
+    (tmp_path / "holiday.png").write_text("<html>not found</html>")
+    area = open_tab(page, "img2img")
+    with page.expect_response(re.compile("/upload")):
+        area.locator("input[type=file]").first.set_input_files(tmp_path / "holiday.png")
+    page.wait_for_timeout(500)
+    assert generate(page, "holiday") == "`holiday.png` is a web page, not an image"
+    area.get_by_label("Clear").first.click()
+    area = open_tab(page, "inpaint")
+    area.locator("input[type=file]").first.set_input_files(tmp_path / "holiday.png")
+    wait_for_message(page, "`holiday.png` is not an image that the browser can show")
+
+
+def test_an_image_is_sent_with_its_prompt_and_inpainted_where_a_mask_is_drawn(app, page):
+    """F12."""
+    generate(page)
+    before = pixels(newest(app))
+    page.locator("#prompt textarea").fill("something else")
+    page.locator("#send-inpaint").click()
+    wait_for_value(page, "#prompt textarea", PROMPT)
+    area = page.locator("#tab-inpaint")
+    area.get_by_role("button", name="Brush", exact=True).first.click()
+    page.wait_for_timeout(1000)  # till the image lies on the canvas
+    box = area.locator("canvas").first.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + 20, y + 20, steps=3)
+    page.mouse.up()
+    page.wait_for_timeout(500)
+    generate(page)
+    changed = (before != pixels(newest(app))).any(-1)
+    assert read_info(newest(app))["task"] == "inpaint"
+    assert 0 < changed.mean() < 0.5
+    assert not changed[:16].any()
+    assert not changed[-16:].any()
+
+
+def test_a_large_photo_is_brought_to_the_size_of_the_model(app, page, tmp_path):
+    """F24."""
+    Image.new("RGB", (3000, 2000), "red").save(tmp_path / "photo.png")
+    area = open_tab(page, "img2img")
+    area.locator("input[type=file]").first.set_input_files(tmp_path / "photo.png")
+    page.wait_for_function("document.querySelector('#size input').value == '192'")
+    generate(page)
+    assert read_info(newest(app))["size"] == [128, 192]
+    fill(page, Width=128)
+
+
+def test_an_image_is_made_again_from_what_it_says(page):
+    generate(page)
+    page.locator("#send-replay").click()
+    wait_for_value(page, "#facts textarea", "Seed: 7")
+    page.locator("#go-replay").click()
+    assert wait_for_message(page, "^(identical|.*differ|.*made).*") == "identical"
+
+
+def test_the_image_is_large_and_the_preview_lies_in_its_place(page):
+    """F18, F19."""
+    page.set_viewport_size({"width": 1920, "height": 1080})
+    page.mouse.wheel(0, -5000)
+    fill(page, **{"Sampling steps": 150})
+    generate(page, "step [0-9]+ of 150")
+    preview = page.locator("#preview img")
+    preview.wait_for()
+    image = page.locator("#gallery .media-button img").first.bounding_box()
+    box = preview.bounding_box()
+    page.locator("#stop").click()
+    wait_for_message(page, "stopped")
+    assert image["height"] >= 0.69 * 1080
+    assert image["width"] >= 0.69 * 1080
+    assert image["y"] + image["height"] <= 1080
+    assert abs(box["y"] - image["y"]) < 4
+    assert abs(box["x"] + box["width"] / 2 - image["x"] - image["width"] / 2) < 4
+
+
+def test_a_phone_has_all_tabs_and_the_output_before_the_settings(page):
+    """F20."""
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.wait_for_timeout(300)
+    tabs = page.get_by_role("tab")
+    assert [tab.is_visible() for tab in tabs.all()] == [True] * 8
+    order = ["#prompt", "#generate", "#gallery", "#settings"]
+    tops = [page.locator(name).bounding_box()["y"] for name in order]
+    assert tops == sorted(tops)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_files_that_come_while_the_app_runs_are_found(app, page):
+    """F23, F22."""
+    (app[1] / "people").mkdir()
+    shutil.copy(app[1] / "demo.safetensors", app[1] / "people/copy.safetensors")
+    page.locator("#prompt textarea").fill("kept")
+    page.locator("#refresh").click()
+    page.locator("#checkpoint input").click()
+    page.get_by_role("option", name="people/copy.safetensors").wait_for()
+    page.keyboard.press("Escape")
+    assert page.locator("#prompt textarea").input_value() == "kept"
+    area = open_tab(page, "inspect")
+    area.get_by_text("is a web page, probably a failed download").first.wait_for()
+    page.locator("#go-inspect").click()
+    wait_for_value(page, "#report textarea", "predicts    v")
+    report = page.locator("#report textarea").input_value()
+    assert "family      a text-to-image model" in report
+    assert "MB" in report
+    assert str(app[1]) not in report
+
+
+def test_no_file_outside_the_output_folder_is_served(app):
+    paths = ["/etc/passwd", "../../../../etc/passwd", "checkpoints/demo.safetensors",
+             "scripts/app.py", "http://127.0.0.1:1/", "file:///etc/passwd"]  # fmt: skip
+    for path in paths:
+        for route in ("gradio_api/file=", "gradio_api/file/", "file="):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(f"{app[0]}/{route}{path}")
+            refused.value.close()
+            assert refused.value.code in (400, 403, 404)
+
+
+@pytest.mark.parametrize("auth", [[], ["--auth", "me"]])
+def test_other_machines_are_not_let_in_without_a_password(capsys, auth):
+    assert main(["app", "--listen", *auth]) == 1
+    assert "--listen needs a login: --auth USER:PASSWORD" in capsys.readouterr().err
+
+
+def test_help_needs_neither_torch_nor_gradio():
+    code = "import sys, ldm.commands.app; print({'torch', 'gradio', 'PIL'} & {*sys.modules})"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert out.stdout.strip() == "set()", out.stderr
