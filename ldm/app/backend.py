@@ -353,8 +353,8 @@ def _read_tokens(file: str, states: object) -> tuple[str, ...]:
 
 
 def _download_hint(task: Task) -> str:
-    name = task.full_model.split()[1]
-    return f"`ldm download {name}` gets one" if "." not in name else f"see {task.full_model}"
+    name = task.example_flags.split()[1]
+    return f"`ldm download {name}` gets one" if "." not in name else f"see {task.example_flags}"
 
 
 def _load_with_fitting_embeddings(

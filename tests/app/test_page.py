@@ -29,7 +29,10 @@ PATIENCE = 60  # seconds; a busy machine is slow
 PROMPT = "a flat emoji of a red apple on a blue background"
 PARAMETERS = f"{PROMPT}\nSteps: 1, Sampler: DDIM, CFG scale: 3, Seed: 7, Size: 128x128"
 
-pytestmark = pytest.mark.flaky(reruns=2)  # a browser has a clock of its own
+pytestmark = [
+    pytest.mark.flaky(reruns=2),  # a browser has a clock of its own
+    pytest.mark.filterwarnings("ignore:.*no_silent_downcasting"),  # in gradio's queue
+]
 
 
 @pytest.fixture(scope="module")
