@@ -161,7 +161,7 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
     words = {"scheduler": "karras", "guidance_interval": "0.5,4", "mask_box": "1,2,3,4",
              "lora": "x.safetensors:0.25", "legacy": "noise,steps", "precision": "fp16",
              "attention": "math", "sampler": "dpm", "strength": ".25",
-             "rescale": ".5"}  # fmt: skip
+             "rescale": ".5", "resize_mode": "pad"}  # fmt: skip
     for task in TASKS.values():
         argvs = []
         for name, (row, _) in task.options().items():
