@@ -24,7 +24,7 @@ from ldm.runtime.errors import ArgumentError, ConfigError, unknown_name
 from ldm.runtime.files import find_file, read_text
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["format_yaml", "instantiate", "parse_yaml", "read_yaml"]
+__all__ = ["format_yaml", "instantiate", "parse_yaml", "read_config_text", "read_yaml"]
 
 log = logging.getLogger(__name__)
 
@@ -51,15 +51,18 @@ def read_yaml(
         overlays: files merged over the first, later ones over earlier.
         sections: may be overridden even if no file has them.
     """
-    texts = []
-    for file in (path, *overlays):
-        full_path = find_file(file)
-        size = full_path.stat().st_size
-        if size > MAX_BYTES:
-            raise ConfigError(f"{file}: {size} bytes is too much for a config")
-        texts.append(read_text(full_path))
+    texts = [read_config_text(file) for file in (path, *overlays)]
     where = " + ".join(map(str, (path, *overlays)))
     return parse_yaml(texts, overrides, where=where, sections=sections)
+
+
+def read_config_text(path: str | Path) -> str:
+    """Read the text of a YAML file, unless it is too long to be a config."""
+    full_path = find_file(path)
+    size = full_path.stat().st_size
+    if size > MAX_BYTES:
+        raise ConfigError(f"{path}: {size} bytes is too much for a config")
+    return read_text(full_path)
 
 
 def parse_yaml(

@@ -39,6 +39,9 @@ UNUSED_WEIGHTS = ("position_ids", "text_projection.weight", "logit_scale")
 TEXT_BLOCKS = f"{TEXT}model.transformer.resblocks."
 # Of a compact vocabulary: the ids in CLIP's, and the rows of the embedding.
 TOKEN_IDS, TOKEN_TABLE = f"{TEXT}token_ids", f"{TEXT}model.token_embedding.weight"
+VOCABULARY = 49408  # tokens of CLIP
+# Beside the weights of quantised layers.
+QUANTISED = re.compile(r"scale_weight|scale_input|weight_scale|absmax|quant_(map|state)|\.SCB$")
 MAX_LISTED = 10  # names of each kind in a message
 # What other files hold, by a part of their names.
 KINDS = {
@@ -46,6 +49,8 @@ KINDS = {
     r"string_to_param|emb_params|^<": "a textual inversion, which is added to a model "
     "(`embeddings`)",
     r"control_model|controlnet_|zero_convs": "a ControlNet, which is not supported",
+    r"^(time_embed|input_blocks|output_blocks)\.": "a UNet alone",
+    r"^(conv_in|down_blocks|text_model)\.": "a part of a diffusers folder",
     r"double_blocks|joint_blocks|conditioner\.embedders\.1\.": "SDXL, SD 3 or Flux, which are not "
     "supported",
 }
@@ -90,6 +95,11 @@ def check_weights(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], m
             f"{original_name(name)} {tuple(state[name].shape)}, expected {tuple(value.shape)}"
             for name, value in expected.items()
             if name in state and state[name].shape != value.shape
+        ]
+        + [
+            f"{original_name(name)} of {state[name].dtype}"
+            for name, value in expected.items()
+            if name in state and value.is_floating_point() > state[name].is_floating_point()
         ],
     }
     if not any(problems.values()):
@@ -102,7 +112,14 @@ def check_weights(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], m
             lines.append(f"{problem}: {', '.join(names[:MAX_LISTED])}{more}")
     absent = [p for p in PARTS if _has(expected, p) and not _has(state, p)]
     family = recognise_family(state)
-    if family is not None:
+    if any(QUANTISED.search(name) for name in problems["unexpected"]):
+        lines.append("hint: the weights are quantised, which is not supported")
+    elif TOKEN_IDS in expected and TOKEN_IDS not in state and _has(state, TEXT):
+        lines.append(
+            "hint: the config has a pruned vocabulary (`compact_vocab`), the weights a whole one: "
+            "use the config of the weights, which a diffusers folder or its conversion brings"
+        )
+    elif family is not None:
         lines.append(f"hint: the weights look like {family.title} (`{family.config}.yaml`)")
     elif kind := guess_kind(state):
         lines.append(f"hint: the file is {kind}")
@@ -206,7 +223,8 @@ def _in_shape(name: str, value: Tensor, expected: Tensor | None, file: str | Pat
         return value
     if drop_1x1(value.shape) == drop_1x1(expected.shape):
         return value.reshape(expected.shape)
-    if name.endswith("token_embedding.weight") and value[: len(expected)].shape == expected.shape:
+    is_table = name.endswith("token_embedding.weight") and len(expected) >= VOCABULARY
+    if is_table and value[: len(expected)].shape == expected.shape:
         added = len(value) - len(expected)
         log.warning("`%s`: %d added tokens without a name are left out", file, added)
         return value[: len(expected)]

@@ -215,7 +215,14 @@ def _build_parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, str]]:
     def add_switch(*names: str, help: str) -> None:
         add(*names, type=_boolean, default=False, metavar="BOOL", help=help)
 
-    add("-b", "--base", nargs="*", default=[], help="config files (YAML), later ones over earlier")
+    add(
+        "-b",
+        "--base",
+        nargs="*",
+        default=[],
+        help="config files (YAML), later ones over earlier; a diffusers folder brings "
+        "its config and the weights to start from",
+    )
     add_switch("-t", "--train", help="train (else: check the config, or export)")
     add("-n", "--name", default="", help="name of the run (default: the last config's)")
     text = "run to resume: its folder, or a state in it; alone: the newest run of this name"

@@ -249,6 +249,24 @@ def test_a_file_of_another_family_is_refused_in_one_line(tmp_path):
     write_checkpoint(tmp_path / "xl.safetensors", state)
     with pytest.raises(ValueError, match="a LoRA for SDXL, the model is Stable Diffusion 2"):
         read_lora(tmp_path / "xl.safetensors", sd2)
+    for layer in ("lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_k",
+                  "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k"):  # fmt: skip
+        write_checkpoint(tmp_path / "xl.safetensors", low_rank(layer, width=640)[0])
+        with pytest.raises(ValueError, match="a LoRA for SDXL, the model is Stable Diffusion 1"):
+            read_lora(tmp_path / "xl.safetensors", sd1)
+
+
+def test_alpha_may_be_a_number_of_any_kind_and_nothing_is_nan(tmp_path):
+    state, delta = low_rank(KOHYA)
+    for alpha in (2, 2.0, torch.tensor(2), torch.tensor([2.0]), torch.tensor(2.0).half()):
+        torch.save(state | {f"{KOHYA}.alpha": alpha}, tmp_path / "x.pt")
+        lora = read_lora(tmp_path / "x.pt", tiny_model())
+        torch.testing.assert_close(lora[KOHYA].delta(), 2 / 4 * delta)
+    write_checkpoint(
+        tmp_path / "x.safetensors", state | {f"{KOHYA}.alpha": torch.tensor(torch.nan)}
+    )
+    with pytest.raises(ValueError, match="numbers of 1 layers are not finite: `lora_unet_down_"):
+        read_lora(tmp_path / "x.safetensors", tiny_model())
 
 
 @pytest.mark.parametrize(
@@ -264,6 +282,12 @@ def test_a_file_of_another_family_is_refused_in_one_line(tmp_path):
         (["lora_unet_conv_in.a1.weight"], "unsupported kind: GLoRA"),
         (["lora_unet_conv_in.lora_mid.weight"], "unsupported kind: LoCon in Tucker form"),
         (["unet.conv_in.lora_magnitude_vector.weight"], "unsupported kind: DoRA"),
+        (
+            ["unet.conv_in.lora_A.weight", "unet.conv_in.lora_B.bias"],
+            "unsupported kind: LoRA with biases",
+        ),
+        (["x.modules_to_save.default.weight"], "unsupported kind: LoRA with whole layers"),
+        (["model.diffusion_model.out.2.bias"], "1 of its 1 keys are not recognised"),
         (["lora_unet_conv_in.lora_down.weight"], "is missing in 1 layers: `lora_unet_conv_in`"),
         (["betas", "lora_unet_conv_in.alpha"], "1 of its 2 keys are not recognised: `betas`"),
     ],

@@ -214,6 +214,41 @@ def test_averages_are_loaded_when_asked_for(tmp_path, tiny_yaml, tiny_state):
     assert all(torch.equal(alone[name], ema[name]) for name in ema)
 
 
+@pytest.mark.parametrize("entry", ["ema_state_dict", "ema"])
+def test_averages_may_lie_beside_the_weights(tmp_path, tiny_yaml, tiny_state, entry):
+    averages = {f"module.{n}": v + 1 for n, v in tiny_state.items() if n.startswith("model.")}
+    torch.save({"state_dict": tiny_state, entry: averages}, tmp_path / "x.ckpt")
+    assert same(ldm.load(tiny_yaml, tmp_path / "x.ckpt"), tiny_state)
+    expected = tiny_state | {n.removeprefix("module."): v for n, v in averages.items()}
+    assert same(ldm.load(tiny_yaml, tmp_path / "x.ckpt", ema=True), expected)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (
+            {"model.diffusion_model.out.2.bias": torch.ones(4).char()},
+            r"out\.2\.bias of torch\.int8",
+        ),
+        ({"model.diffusion_model.out.2.scale_weight": torch.ones(())}, "the weights are quantised"),
+        ({"model.diffusion_model.out.2.bias": torch.ones(4) * 1j}, "is not a plain tensor"),
+    ],
+)
+def test_quantised_and_complex_weights_are_refused(
+    tmp_path, tiny_yaml, tiny_state, weight, message
+):
+    torch.save(tiny_state | weight, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=message):
+        ldm.load(tiny_yaml, tmp_path / "x.ckpt")
+
+
+def test_a_pruned_vocabulary_is_told(tmp_path, tiny_yaml, tiny_state):
+    torch.save(tiny_state, tmp_path / "x.ckpt")
+    pruned = "model.params.cond_stage_config.params.compact_vocab=64"
+    with pytest.raises(ValueError, match="hint: the config has a pruned vocabulary"):
+        ldm.load(tiny_yaml, tmp_path / "x.ckpt", overrides=[pruned])
+
+
 def test_averages_alone_tell_their_family(tmp_path, tiny_yaml):
     unet = "model.params.unet_config.params.context_dim=768"
     model = instantiate(read_yaml(tiny_yaml, [unet]))
@@ -262,6 +297,8 @@ def test_a_scale_measured_in_training_is_used(tmp_path, tiny_yaml, tiny_state):
         ("lora_unet_x.lora_down.weight", "a LoRA, which is merged"),
         ("string_to_param.*", "a textual inversion, which is added"),
         ("control_model.x", "a ControlNet, which is not supported"),
+        ("input_blocks.0.0.weight", "a UNet alone"),
+        ("down_blocks.0.resnets.0.norm1.weight", "a part of a diffusers folder"),
         ("encoder.conv_in.weight", "holds nothing of `model.diffusion_model.`, "),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ldm.loading.config import parse_yaml
+from ldm.loading.convert import convert, plan_conversion
 from ldm.train.command import main, parse
 from ldm.train.config.datamodules import read_data
 from ldm.train.config.settings import Devices, read_settings
@@ -19,6 +20,7 @@ from ldm.train.distributed import launch
 from ldm.train.request import TrainRequest
 from ldm.train.runs import run_folder
 from ldm.train.runs.run_folder import ExistingRun, find_run, prepare_folder, read_config
+from loading import tinyfamilies
 
 TINY = "configs/train/tiny.yaml"
 
@@ -199,6 +201,16 @@ def test_a_folder_in_the_place_of_the_link_stays(
     start_run(tiny(tmp_path))
     assert not (tmp_path / "tiny").is_symlink()
     assert "is not a link" in caplog.text
+
+
+def test_a_diffusers_folder_brings_its_config_and_weights(tmp_path: Path) -> None:
+    tinyfamilies.write("sd2-v", tmp_path / "tiny.safetensors")
+    convert(plan_conversion(tmp_path / "tiny.safetensors", tmp_path / "folder"))
+    files = [str(tmp_path / "folder"), "configs/train/lora-photos.yaml"]
+    raw = read_config(parse(["-b", *files, "-t", "data.params.batch_size=3"]), None)
+    assert raw["model"]["params"]["ckpt_path"] == str(tmp_path / "folder")
+    assert raw["model"]["params"]["parameterization"] == "v"
+    assert (raw["lightning"]["lora"]["rank"], raw["data"]["params"]["batch_size"]) == (16, 3)
 
 
 def test_a_config_is_saved_once_and_read_again(tmp_path: Path) -> None:

@@ -46,13 +46,13 @@ log = logging.getLogger(__name__)
 
 KEY = re.compile(
     r"(.+?)(?:\.(alpha)"
-    r"|[._]lora(?:_linear_layer)?[._](down|up|A|B)(?:\.(?!weight)\w+)?(?:\.weight)?)"
+    r"|[._]lora(?:_linear_layer)?[._](down|up|A|B)(?:\.(?!weight|bias)\w+)?(?:\.weight)?)"
 )
 ROLES = {"A": "down", "B": "up"}
 PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 QKV = ("q_proj", "k_proj", "v_proj")
 FOLDER_FILES = ("pytorch_lora_weights", "adapter_model")  # of diffusers, of peft
-OTHER_KINDS = {
+OTHER_KINDS = {  # by a pattern in the names
     "hada_": "LoHa",
     "lokr_": "LoKr",
     "dora_scale": "DoRA",
@@ -61,14 +61,16 @@ OTHER_KINDS = {
     "lora_embedding": "LoRA of an embedding",
     "oft_": "OFT",
     "boft": "BOFT",
-    ".on_input": "(IA)^3",
+    r"\.on_input": "(IA)^3",
     "ia3_": "(IA)^3",
-    ".a1.weight": "GLoRA",
-    ".w_norm": "LoCon with norms",
-    ".diff": "full weight difference",
+    r"\.a1\.weight": "GLoRA",
+    r"\.w_norm": "LoCon with norms",
+    r"\.diff(_b)?$": "full weight difference",
+    r"lora_\w+\.bias$": "LoRA with biases",
+    r"\.modules_to_save\.": "LoRA with whole layers",
 }
 OTHER_MODELS = {
-    r"lora_te2_|text_encoder_2\.|add_embedding|input_blocks_8_1_transformer_blocks_9": "SDXL",
+    r"lora_te2_|text_encoder_2\.|add_embedding|_\d_transformer_blocks_[1-9]": "SDXL",
     r"double_blocks|single_(transformer_)?blocks|^transformer\.|joint_blocks": "Flux or SD 3",
 }
 METADATA = "lora_adapter_metadata"  # key under which diffusers keeps alpha
@@ -225,7 +227,7 @@ def _tensors_by_layer(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str,
         elif not key.startswith(BUNDLE):
             others.append(key)
     for pattern, kind in OTHER_KINDS.items():
-        if any(pattern in key for key in others):
+        if any(re.search(pattern, key) for key in others):
             raise FileFormatError(f"`{file.path}` is of an unsupported kind: {kind}")
     if not (others or layers):
         raise FileFormatError(f"`{file.path}` has no LoRA layers")
@@ -239,11 +241,18 @@ def _tensors_by_layer(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str,
     if incomplete:
         message = f"`down` or `up` is missing in {len(incomplete)} layers: `{incomplete[0]}`"
         raise FileFormatError(f"`{file.path}`: {message}")
+    if wrong := [name for name, tensors in layers.items() if not _are_finite(tensors.values())]:
+        message = f"the numbers of {len(wrong)} layers are not finite: `{wrong[0]}`"
+        raise FileFormatError(f"`{file.path}`: {message}")
     _add_alphas(layers, file)
     empty = [name for name, tensors in layers.items() if not len(tensors["down"])]
     if empty:
         log.info("`%s`: %d layers have rank 0 and change nothing", file.path, len(empty))
     return {name: tensors for name, tensors in layers.items() if name not in empty}
+
+
+def _are_finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(value.float().isfinite().all()) for value in tensors)
 
 
 def _add_alphas(layers: Mapping[str, dict[str, Tensor]], file: Checkpoint) -> None:
@@ -302,7 +311,7 @@ def _check_layers(
 def _likely_family(layers: Mapping[str, Mapping[str, Tensor]]) -> str | None:
     """Return the family by the names of the layers, else by the cross-attention dimension."""
     for pattern, family in OTHER_MODELS.items():
-        if any(re.search(pattern, name) for name in layers):
+        if any(re.search(pattern, text) for n in layers for text in (n, layer_alias(n))):
             return family
     widths = (tensors["down"].shape[1] for name, tensors in layers.items() if "attn2_to_k" in name)
     return TITLE_BY_WIDTH.get(next(widths, 0))

@@ -39,8 +39,18 @@ MAX_DEPTH = 8  # of mappings within mappings
 MAX_HEADER = 100_000_000  # bytes, of a .safetensors
 # Magic number of torch.save's format before zip, pickled.
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+CONTENTS = {  # of other files, by what they begin with, in small letters
+    "a Git LFS pointer, not the file itself": (b"version https://git-lfs",),
+    "a pickle that `torch.save` did not write, refused": (b"\x80",),
+    "a GGUF file, quantised weights are not supported": (b"gguf",),
+    "an HDF5 file, of Keras perhaps, which is not supported": (b"\x89hdf",),
+    "an image, not weights": (b"\x89png", b"\xff\xd8\xff", b"riff"),
+    "an archive, which must be unpacked first": (b"7z\xbc\xaf", b"rar!", b"\x1f\x8b"),
+    "a JSON text, not weights: an index of shards, or a failed download": (b"{", b"[", b'"'),
+}
 # Entries that hold the weights of a model, perhaps one in the other.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "weights")
+EMA_ENTRIES = ("ema_state_dict", "state_dict_ema", "ema", "model_ema")  # beside the weights
 EMA_COUNTERS = frozenset({"model_ema.decay", "model_ema.num_updates"})
 # In a folder, the first pattern that matches: of a pipeline, a component, and older pickles.
 FOLDER_WEIGHTS = ("*/*.safetensors", "*.safetensors", "*/*.bin", "*.bin")
@@ -108,6 +118,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     # The names of averages have no dots that would tell a wrapper from the rest.
     ema_names = [name for name in state if name.startswith("model_ema.")]
     ema_state = {name.replace("_orig_mod", ""): state.pop(name) for name in ema_names}
+    for entry in EMA_ENTRIES:
+        averages = without_wrappers(dict(_flatten(others.get(entry), "")))
+        ema_state |= {ema_name(name): value for name, value in averages.items()}
     step = step if isinstance(step, int) else None
     return Checkpoint(path, kind, state, step, mapped, tuple(others), metadata, ema_state)
 
@@ -201,15 +214,10 @@ def detect_format(path: Path) -> str:
         return "legacy"
     if len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
         return "safetensors"
-    looks = "not a checkpoint"
-    if not start:
-        looks = "an empty file"
-    elif b"<html" in start.lower() or b"<!doctype" in start.lower():
+    looks = next((k for k, marks in CONTENTS.items() if start.lower().startswith(marks)), None)
+    if b"<html" in start.lower() or b"<!doctype" in start.lower():
         looks = "a web page, probably a failed download"
-    elif start.startswith(b"version https://git-lfs"):
-        looks = "a Git LFS pointer, not the file itself"
-    elif start[:1] == b"\x80":
-        looks = "a pickle that `torch.save` did not write, refused"
+    looks = looks or ("not a checkpoint" if start else "an empty file")
     raise FileFormatError(f"`{path}` is {looks}")
 
 
@@ -248,7 +256,8 @@ def _read_safetensors(path: Path) -> tuple[JsonObject, dict[str, str]]:
             keys = file.keys()
             return {name: file.get_tensor(name) for name in keys}, file.metadata() or {}
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
-        raise FileFormatError(f"`{path}` is damaged: {error}") from error
+        message = f"`{path}` is damaged, perhaps an incomplete download: {error}"
+        raise FileFormatError(message) from error
 
 
 def _unwrap(content: JsonMapping) -> tuple[JsonMapping, JsonObject]:
@@ -276,7 +285,8 @@ def _check_tensors(content: JsonMapping, path: Path) -> dict[str, Tensor]:
     """Return the weights by name, if they are plain tensors."""
     tensors = dict(_flatten(content, ""))
     for name, value in tensors.items():
-        if value.layout is not torch.strided or value.is_quantized or value.is_nested:
+        is_special = value.is_quantized or value.is_nested or value.is_complex()
+        if value.layout is not torch.strided or is_special:
             raise FileFormatError(f"`{path}`: `{name}` is not a plain tensor")
     if not tensors:
         raise FileFormatError(f"`{path}` holds no weights")
@@ -290,6 +300,8 @@ def _check_tensors(content: JsonMapping, path: Path) -> dict[str, Tensor]:
 def _flatten(node: Any, prefix: str, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
     if isinstance(node, Tensor):
         yield prefix[:-1], node.detach()
+    elif isinstance(node, int | float) and prefix.endswith(".alpha."):  # of a LoRA
+        yield prefix[:-1], torch.tensor(float(node))
     elif isinstance(node, Mapping | list | tuple) and depth < MAX_DEPTH:
         items = node.items() if isinstance(node, Mapping) else enumerate(node)
         for key, value in items:

@@ -135,7 +135,8 @@ def _check_members(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise FileFormatError(f"`{path}` is damaged: {error}") from error
+        message = f"`{path}` is damaged, perhaps an incomplete download: {error}"
+        raise FileFormatError(message) from error
     problem = None
     for member in members:
         if not MEMBER.fullmatch(member.filename):

@@ -86,14 +86,20 @@ def list_states(checkpoints: Path) -> list[Path]:
 
 def read_config(request: TrainRequest, existing: ExistingRun | None) -> JsonObject:
     """Read the config: of the existing run, overlaid by files, then by overrides."""
-    from ldm.loading.config import read_yaml
+    from ldm.loading.config import format_yaml, parse_yaml
 
     saved = _saved_configs(existing.folder) if existing else []
     files: list[str | Path] = [*saved, *request.configs]
     if not files:
         folder = existing.folder if existing else request.logdir
         raise ValueError(f"`{folder}` has no configs/*-project.yaml, give the config with --base")
-    return read_yaml(files[0], request.overrides, *files[1:], sections=("data", "lightning"))
+    texts = [_config_text(file) for file in files]
+    for path in (Path(file).expanduser() for file in files):
+        if path.is_dir():  # its weights are started from, whatever the other files name
+            start = {"model": {"params": {"ckpt_path": str(path.resolve())}}}
+            texts.append(format_yaml(start))
+    where, sections = " + ".join(map(str, files)), ("data", "lightning")
+    return parse_yaml(texts, request.overrides, where=where, sections=sections)
 
 
 def prepare_folder(
@@ -107,6 +113,16 @@ def prepare_folder(
         launch = {"starters": [*torchruns], "from": state, "states": states}
         (folder / LAUNCH).write_text(json.dumps(launch), "utf-8")
     return folder
+
+
+def _config_text(path: str | Path) -> str:
+    """Return the YAML in a file, or of a diffusers folder."""
+    from ldm.loading.config import read_config_text
+    from ldm.loading.files.checkpoint import CONFIG_KEY
+    from ldm.loading.weights import read_weights
+
+    is_folder = Path(path).expanduser().is_dir()
+    return read_weights(path).metadata[CONFIG_KEY] if is_folder else read_config_text(path)
 
 
 def save_config(folder: Path, raw: JsonMapping) -> None:
