@@ -1,4 +1,4 @@
-.PHONY: format lint type test gpu
+.PHONY: format lint type test docs gpu
 
 format:
 	ruff format .
@@ -13,6 +13,10 @@ type:
 
 test: lint type
 	python -m pytest -q -n 2
+
+docs:
+	python -m pytest -q -m docs tests/documentation
+	python -m sphinx -q -W --keep-going -n -b html docs docs/_build
 
 gpu:
 	python benchmarks/gpu.py
