@@ -1,0 +1,96 @@
+"""Small files with random weights and small images, under the names that the documentation uses."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from ldm.loading.addons.lora import kohya_name, lora_targets, write_lora
+from ldm.loading.build import build_on_meta
+from ldm.loading.config import format_yaml
+from ldm.loading.files.checkpoint import write_checkpoint
+from ldm.loading.legacy import translate_config
+from ldm.loading.load import load
+from ldm.loading.weight_names import restore_names
+from ldm.nets.lora import LoRA, LoRALayer
+from loading import tinyfamilies
+from recipe import fill
+
+CHECKPOINTS = {
+    "v1-5-pruned.ckpt": "sd1",
+    "sd-v1-5": "sd1",
+    "sd-v1-5-inpainting": "sd1-inpainting",
+    "v2-1_768-ema-pruned.ckpt": "sd2-v",
+    "v2-1_768-ema-pruned.safetensors": "sd2-v",
+    "512-inpainting-ema.ckpt": "inpainting",
+    "512-depth-ema.ckpt": "depth",
+    "x4-upscaler-ema.safetensors": "x4",
+    "sd21-unclip-h.ckpt": "unclip-h",
+}
+IMAGES = (
+    "sketch.png", "dog.png", "room.png", "small.png", "cat.png", "sea.png",
+    "photos/one.png", "photos/two.png",
+)  # fmt: skip
+
+
+def small_config(family: str) -> dict[str, Any]:
+    """The published config with few channels, and the published sizes of image and latent."""
+    raw = tinyfamilies.small(family)
+    params = raw["model"]["params"]
+    vae, unet = params["first_stage_config"]["params"], params["unet_config"]["params"]
+    vae["ddconfig"]["ch_mult"] = [1, 1, 1] if family == "x4" else [1, 1, 1, 1]
+    if family != "x4":
+        unet["attention_resolutions"] = [2]
+    if "disable_self_attentions" in unet:
+        unet["disable_self_attentions"] = [True, True]
+    return raw
+
+
+def make_stand_ins(folder: Path) -> None:
+    """Write all stand-ins into a folder, and small configs over its `configs`."""
+    for name, family in CHECKPOINTS.items():
+        raw = small_config(family)
+        yaml = format_yaml(raw)
+        model: Any = build_on_meta(translate_config(raw))
+        empty = {k: torch.ones(v.shape) if v.is_meta else v for k, v in model.state_dict().items()}
+        state = fill(restore_names(empty, model.schedule.buffers()), family)
+        if name == "v1-5-pruned.ckpt":
+            averages = {k[6:].replace(".", ""): v for k, v in state.items() if k[:6] == "model."}
+            state |= {f"model_ema.{k}": v for k, v in averages.items()}
+        (folder / "configs/stable-diffusion" / f"{tinyfamilies.NAMES[family]}.yaml").write_text(
+            yaml
+        )
+        target = folder / name
+        suffix = target.suffix if target.suffix in (".ckpt", ".safetensors") else ".safetensors"
+        written = folder / f"written{suffix}"
+        write_checkpoint(written, state, {"ldm.config": yaml})
+        written.rename(target)
+    sd1 = load(ckpt=folder / "v1-5-pruned.ckpt")
+    vae = {k: v.contiguous() for k, v in restore_names(sd1.state_dict()).items()}
+    prefix = "first_stage_model."
+    vae = {k.removeprefix(prefix): v for k, v in vae.items() if k.startswith(prefix)}
+    torch.save({"state_dict": vae}, folder / "vae-ft-mse-840000-ema-pruned.ckpt")
+    layers = {kohya_name(n): LoRALayer(layer, 2) for n, layer in lora_targets(sd1).items()}
+    write_lora(LoRA(layers), folder / "style.safetensors", sd1)
+    (folder / "embeddings").mkdir()
+    save_file({"<cat>": torch.randn(1, tinyfamilies.WIDTH)}, folder / "embeddings/cat.safetensors")
+    (folder / "photos").mkdir()
+    for i, name in enumerate(IMAGES):
+        side = 32 if name == "small.png" else 96
+        _draw(i).resize((side, side)).save(folder / name)
+    for name in ("one", "two"):
+        (folder / f"photos/{name}.txt").write_text(f"photo {name}")
+    mask = Image.new("L", (96, 96))
+    mask.paste(255, (24, 24, 72, 72))
+    mask.save(folder / "mask.png")
+    lines = ["a 3d emoji of a cat face", "a noto emoji of a lemon --seed 5"]
+    (folder / "prompts.txt").write_text("\n".join(lines))
+
+
+def _draw(i: int) -> Image.Image:
+    """A gradient with a square in it."""
+    image = Image.linear_gradient("L").resize((96, 96)).convert("RGB")
+    image.paste((40 * i % 256, 200 - 20 * i, 90), (20, 20, 70, 70))
+    return image

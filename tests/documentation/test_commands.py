@@ -1,0 +1,89 @@
+"""The commands of README and docs run as written: `pytest -m docs`.
+
+Commands are the blocks marked bash and python, in their order. `<!-- not run: WHY -->` before a
+block leaves it out. They run in a copy of the tracked files, where small models with random weights
+stand for published ones. `pip install` runs, in an environment that finds the packages of this one.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+import time
+import urllib.request
+import venv
+from pathlib import Path
+
+import pytest
+
+from documentation.standins import make_stand_ins
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCK = re.compile(
+    r"(?:<!-- not run: (.+?) -->\n+)?^```(bash|python)\n(.*?)^```", re.DOTALL | re.MULTILINE
+)
+PAGE = "http://127.0.0.1:7860"
+
+
+def blocks():
+    """(shell words) of every block that runs, named by file and line."""
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]:
+        text = path.read_text(encoding="utf-8")
+        for block in BLOCK.finditer(text):
+            reason, language, code = block.groups()
+            words = ["bash", "-ec", code] if language == "bash" else ["python", "-c", code]
+            line = text[: block.start(3)].count("\n") + 1
+            marks = [pytest.mark.skip(reason=reason)] if reason else []
+            yield pytest.param(words, id=f"{path.name}:{line}", marks=marks)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A copy of the tracked files, with the stand-ins."""
+    folder = tmp_path_factory.mktemp("docs") / "ldm"
+    listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    for name in listing.stdout.splitlines():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name)
+    make_stand_ins(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def environment(folder):
+    """Variables of an environment with the copy installed, which finds the packages of this one."""
+    venv.create(folder.parent / "venv", with_pip=True)
+    packages = next((folder.parent / "venv").rglob("site-packages"))
+    (packages / "outer.pth").write_text(sysconfig.get_path("purelib"))
+    programs = [str(folder.parent / "venv/bin"), sysconfig.get_path("scripts"), os.environ["PATH"]]
+    variables = {**os.environ, "PATH": os.pathsep.join(programs), "OMP_WAIT_POLICY": "PASSIVE"}
+    install = ["python", "-m", "pip", "install", "--quiet", "-e", "."]
+    subprocess.run(install, cwd=folder, env=variables, check=True)
+    return variables
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize("words", list(blocks()))
+def test_a_command_of_the_documentation_runs_as_written(words, folder, environment):
+    log = folder.parent / "output.txt"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            words, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+        status = wait_for_page(process) if "ldm app" in words[-1] else process.wait()
+    assert status == 0, "\n".join(log.read_text().splitlines()[-15:])
+
+
+def wait_for_page(process):
+    """Wait until the page answers, then stop its server; 0 if it answered."""
+    try:
+        while process.poll() is None:
+            try:
+                return int(urllib.request.urlopen(PAGE, timeout=5).status != 200)
+            except OSError:
+                time.sleep(1)
+        return 1
+    finally:
+        os.killpg(process.pid, 15)
+        process.wait()
