@@ -27,7 +27,10 @@ napoleon_numpy_docstring = False
 # References are checked without a network: types of other projects are listed, not linked.
 intersphinx_mapping: dict[str, tuple[str, str | None]] = {}
 nitpick_ignore_regex = [
-    ("py:.*", r"Tensor|(torch|collections|typing|typing_extensions|pathlib|numpy|PIL|omegaconf)\..*")
+    (
+        "py:.*",
+        r"Tensor|(torch|collections|typing|typing_extensions|pathlib|numpy|PIL|omegaconf)\..*",
+    )
 ]
 
 

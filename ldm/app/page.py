@@ -621,7 +621,7 @@ class Page:
         archive = folder / f"images-{secrets.token_hex(4)}.zip"
         with zipfile.ZipFile(archive, "w") as file:
             for info in infos:
-                file.write(info["path"], Path(info["path"]).name)
+                file.write(info["path"], Path(info["path"]).relative_to(self.backend.outdir))
         return str(archive)
 
 

@@ -169,7 +169,7 @@ def test_a_prompt_is_typed_and_its_image_is_downloaded_as_it_was_saved(app, page
     assert "Watermark: none" in page.locator("#about textarea").input_value()  # F26
     with page.expect_download() as download:
         page.locator("#download-all").click()
-    assert newest(app).name in zipfile.ZipFile(download.value.path()).namelist()
+    assert f"samples/{newest(app).name}" in zipfile.ZipFile(download.value.path()).namelist()
 
 
 @pytest.mark.parametrize(
