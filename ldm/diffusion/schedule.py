@@ -164,7 +164,7 @@ class Schedule:
     def buffers(self) -> dict[str, Tensor]:
         """Compute the twelve float32 tables in the original's checkpoints, by name."""
         betas, alphas_cumprod = self.betas, self.alphas_cumprod
-        previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+        previous = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
         posterior = betas * (1 - previous) / (1 - alphas_cumprod)
         variance = (1 - self.v_posterior) * posterior + self.v_posterior * betas
         tables = {

@@ -58,6 +58,7 @@ def environment(folder):
     (packages / "outer.pth").write_text(sysconfig.get_path("purelib"))
     programs = [str(folder.parent / "venv/bin"), sysconfig.get_path("scripts"), os.environ["PATH"]]
     variables = {**os.environ, "PATH": os.pathsep.join(programs), "OMP_WAIT_POLICY": "PASSIVE"}
+    variables["PYTHONPATH"] = str(folder)  # for programs of the outer environment, such as torchrun
     install = ["python", "-m", "pip", "install", "--quiet", "-e", "."]
     subprocess.run(install, cwd=folder, env=variables, check=True)
     return variables
@@ -76,9 +77,10 @@ def test_a_command_of_the_documentation_runs_as_written(words, folder, environme
 
 
 def wait_for_page(process):
-    """Wait until the page answers, then stop its server; 0 if it answered."""
+    """Wait until the page answers, five minutes at most, then stop its server; 0 if it answered."""
+    end = time.monotonic() + 300
     try:
-        while process.poll() is None:
+        while process.poll() is None and time.monotonic() < end:
             try:
                 return int(urllib.request.urlopen(PAGE, timeout=5).status != 200)
             except OSError:

@@ -36,8 +36,10 @@ def test_the_peak_counts_storages_that_are_alive() -> None:
     assert mode.peak == 8000
 
 
-def test_every_part_of_the_memory_is_counted() -> None:
-    whole = memory("lightning.optimizer.name=adamw")
+@pytest.mark.parametrize("parameterization", ["v", "eps"])
+def test_every_part_of_the_memory_is_counted(parameterization: str) -> None:
+    model = f"model.params.parameterization={parameterization}"
+    whole = memory("lightning.optimizer.name=adamw", model)
     assert whole.gradients == whole.ema == 4 * whole.trainable
     assert whole.optimizer == 8 * whole.trainable
     assert whole.weights == 4 * whole.parameters
