@@ -50,8 +50,12 @@ def answers(photo):
         own = {"steps": 2, "seed": "5", "prompt": "a fox", "strength": 1.0, "init_img": str(photo)}
         if task == "unclip":
             own["init_img"] = [(str(photo), None)]
-        if task in ("txt2img", "unclip", "upscale"):
-            own |= dict.fromkeys(["width", "height"], 16 if task == "upscale" else 64)
+        if task == "upscale":
+            own["init_img"] = str(photo.with_name("small.png"))
+            with Image.open(photo) as image:
+                image.resize((16, 16)).save(own["init_img"])
+        if task in ("txt2img", "unclip"):
+            own |= {"width": 64, "height": 64}
         own["sketch"] = sketch(photo, (8, 8, 30, 40))
         return filled | {name: own[name] for name in own.keys() & fields.keys()} | changes
 
