@@ -21,7 +21,8 @@ from torch import Tensor
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
 from ldm.loading.files.checkpoint import write_checkpoint
-from ldm.loading.legacy import restore_names, translate_config
+from ldm.loading.legacy import translate_config
+from ldm.loading.weight_names import restore_names
 from ldm.model import LatentDiffusion
 from ldm.nets.karlo import Prior
 
