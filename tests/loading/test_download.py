@@ -37,7 +37,7 @@ SHA256, WRONG_SHA256 = (hashlib.sha256(content).hexdigest() for content in (CONT
 class Hub(ThreadingHTTPServer):
     """Files by `owner/name/path`, or (status, error code); `locations` are where files are stored.
 
-    `requests` are (method, file, range, token) in order; `sent` limits the bytes of the next GET.
+    `requests` are (method, file, range, token) in order; `sent` limits the bytes of the next file.
     """
 
     def __init__(self):
@@ -88,8 +88,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body[: self.server.sent])
-            self.server.sent = None
+            is_file = "ETag" in headers
+            self.wfile.write(body[: self.server.sent] if is_file else body)
+            self.server.sent = None if is_file else self.server.sent
 
     def log_message(self, *_):
         pass
