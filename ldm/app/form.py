@@ -79,18 +79,18 @@ class TaskForm:
         self.settings = {name: self._field(name, *options[name]) for name in SETTINGS}
 
     @property
-    def shared(self) -> dict[str, Field]:
+    def common_fields(self) -> dict[str, Field]:
         """The fields that all tasks have in common."""
         return {**self.prompts, **self.settings}
 
     @property
-    def own(self) -> dict[str, Field]:
+    def own_fields(self) -> dict[str, Field]:
         """The fields of the task's tab."""
         return {**self.images, **self.options}
 
     def fields(self) -> dict[str, Field]:
         """Return all fields by name."""
-        return {**self.own, **self.shared}
+        return {**self.own_fields, **self.common_fields}
 
     def values(self, inputs: Mapping[str, Any], uploads: Uploads) -> dict[str, object]:
         """Convert what a user entered to values of options.

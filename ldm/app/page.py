@@ -150,7 +150,7 @@ class Page:
     def _build_task(self, name: str) -> None:
         form = self.forms[name]
         with gr.Tab(TASKS[name].title, id=name, elem_id=f"tab-{name}") as tab:
-            for key, field in form.own.items():
+            for key, field in form.own_fields.items():
                 self.fields[f"{name}.{key}"] = _component(field)
             if "depth_map" in form.images:
                 self.estimate = gr.Button("Estimate depth", elem_id="estimate")
@@ -375,7 +375,7 @@ class Page:
         ]
 
     def _shared_fields(self) -> list[Any]:
-        return [self.fields[name] for name in self.forms["txt2img"].shared]
+        return [self.fields[name] for name in self.forms["txt2img"].common_fields]
 
     # Jobs.
 
@@ -594,7 +594,7 @@ class Page:
     def fill(self, info: JsonObject | None) -> list[Any]:
         """Return updates of the shared fields: what the info of an image has."""
         values = values_from_info(info or {}) if info else {}
-        return [values.get(name, gr.skip()) for name in self.forms["txt2img"].shared]
+        return [values.get(name, gr.skip()) for name in self.forms["txt2img"].common_fields]
 
     def paste_parameters(self, prompt: str, chosen: JsonObject | None) -> list[Any]:
         """Take the parameters in the prompt field apart; without any, those of the chosen image."""

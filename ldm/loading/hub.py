@@ -18,7 +18,7 @@ from ldm.runtime.errors import ArgumentError, DownloadError, MissingFile
 from ldm.runtime.hashes import Memory, hash_file, remember_sha256
 from ldm.runtime.types import JsonObject
 
-__all__ = ["PREFIX", "cached_file", "fetch_file", "find_or_fetch"]
+__all__ = ["PREFIX", "fetch_file", "find_cached_file", "find_or_fetch"]
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def find_or_fetch(address: str, *, fetch: bool = True) -> Path:
         raise ArgumentError(f"`{address}` must be hf:OWNER/NAME/FILE or hf:OWNER/NAME")
     repo = f"{owner}/{name}"
     choice = CHOICES.read().get(repo)
-    path = cached_file(repo, file) if file else choice and Path(choice)
+    path = find_cached_file(repo, file) if file else choice and Path(choice)
     if path and path.exists():
         return path
     if not fetch:
@@ -69,7 +69,7 @@ def find_or_fetch(address: str, *, fetch: bool = True) -> Path:
     return path
 
 
-def cached_file(repo: str, name: str) -> Path | None:
+def find_cached_file(repo: str, name: str) -> Path | None:
     """Return a file in the hub's cache, whichever program put it there; it is not checked."""
     from huggingface_hub import try_to_load_from_cache
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from ldm.loading.hub import PREFIX, cached_file, fetch_file, find_or_fetch
+from ldm.loading.hub import PREFIX, fetch_file, find_cached_file, find_or_fetch
 from ldm.runtime.errors import DownloadError, MissingFile, nearest_name, unknown_name
 from ldm.runtime.hashes import Memory, hash_file, known_sha256, paths_with_sha256
 
@@ -151,7 +151,7 @@ def _log_hash(file: PublishedFile, digest: str) -> None:
 def _candidates(file: PublishedFile) -> Iterator[Path]:
     if file.expected_sha256:
         yield from paths_with_sha256(file.expected_sha256)
-    yield from filter(None, (cached_file(repo, name) for repo, name in file.places))
+    yield from filter(None, (find_cached_file(repo, name) for repo, name in file.places))
 
 
 def _parse_row(

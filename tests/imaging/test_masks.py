@@ -26,15 +26,15 @@ def palette(*colours, levels=SHAPE):
     return image
 
 
-def painted(colour, background="black"):
+def paint_shape(colour, background="black"):
     image = Image.new("RGB", (40, 30), background)
     image.paste(colour, mask=Image.fromarray(SHAPE.astype(np.uint8) * 255))
     return image
 
 
-NEARLY_OPAQUE = painted("white").convert("RGBA")
+NEARLY_OPAQUE = paint_shape("white").convert("RGBA")
 NEARLY_OPAQUE.putpixel((0, 0), (0, 0, 0, 254))
-ROUNDED = painted("white").convert("RGBA")  # transparent at a corner
+ROUNDED = paint_shape("white").convert("RGBA")  # transparent at a corner
 ROUNDED.putpixel((0, 0), (255, 255, 255, 0))
 BORDERED = SHAPE.astype(int)
 BORDERED[10, 10:30] = 2  # a second class within the shape
@@ -52,9 +52,9 @@ FLOATS[0, 0] = np.nan
         (Image.fromarray(SHAPE.astype(np.uint16) * 65535), "tif"),
         (Image.fromarray(SHAPE.astype(np.int32) * 7 - 3), "tif"),
         (Image.fromarray(FLOATS), "tif"),
-        (painted("red"), "png"),
-        (painted("red"), "webp"),
-        (painted((128, 128, 128), (127, 127, 127)), "png"),
+        (paint_shape("red"), "png"),
+        (paint_shape("red"), "webp"),
+        (paint_shape((128, 128, 128), (127, 127, 127)), "png"),
         (layer("white", 255), "png"),
         (layer("black", 255), "tif"),
         (layer("red", 90), "webp"),
@@ -75,7 +75,7 @@ def test_what_is_painted_is_found(tmp_path, image, ending):
 
 
 def test_a_colour_key_is_transparency(tmp_path):
-    painted("white").save(tmp_path / "mask.png", transparency=(0, 0, 0))
+    paint_shape("white").save(tmp_path / "mask.png", transparency=(0, 0, 0))
     mask = load_mask(tmp_path / "mask.png", (40, 30))
     assert (np.asarray(mask) == SHAPE * 255).all()
 
@@ -128,9 +128,9 @@ def test_an_empty_mask_is_refused(tmp_path, mask, reason):
 def test_without_a_mask_the_transparent_parts_are_inpainted(tmp_path):
     layer("red", 255).save(tmp_path / "x.png")
     assert (np.asarray(make_mask(tmp_path / "x.png")) == ~SHAPE * 255).all()
-    painted("red").save(tmp_path / "x.png", transparency=(255, 0, 0))
+    paint_shape("red").save(tmp_path / "x.png", transparency=(255, 0, 0))
     assert (np.asarray(make_mask(tmp_path / "x.png")) == SHAPE * 255).all()
-    painted("red").save(tmp_path / "x.png")
+    paint_shape("red").save(tmp_path / "x.png")
     with pytest.raises(ValueError, match="has no transparency"):
         make_mask(tmp_path / "x.png")
     with pytest.raises(ValueError, match="is empty: nothing would be inpainted"):
@@ -167,7 +167,7 @@ def test_a_depth_map_of_any_depth_spans_zero_to_one(tmp_path, image, ending):
 
 
 def test_a_depth_map_with_colours_is_named(tmp_path, caplog):
-    painted("red").save(tmp_path / "x.png")
+    paint_shape("red").save(tmp_path / "x.png")
     assert (load_depth(tmp_path / "x.png")[0, 0].numpy() == SHAPE).all()
     assert "x.png` has colours: their luminance is taken for depth" in caplog.text
 

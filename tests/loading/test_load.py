@@ -53,7 +53,7 @@ OTHER_WORDS = {
 }
 
 
-def renamed(state, *rules):
+def rename_keys(state, *rules):
     for pattern, replacement in rules:
         state = {re.sub(pattern, replacement, name): value for name, value in state.items()}
     return state
@@ -80,20 +80,20 @@ def spellings(model, state):
         for n, v in state.items()
     }
     words = {
-        name: renamed(
+        name: rename_keys(
             state,
             *((rf"(attn_1)\.{a}\.", rf"\1.{b}.") for a, b in zip(ATTENTION, new, strict=True)),
         )
         for name, new in OTHER_WORDS.items()
     }
     return words | {
-        "compiled": renamed(state, ("^", "_orig_mod.")),
-        "compiled UNet": renamed(state, (f"^{UNET}", f"{UNET}_orig_mod.")),
-        "FSDP": renamed(state, (r"(block\.\d+)\.", r"\1._fsdp_wrapped_module.")),
-        "parallel and compiled": renamed(state, ("^", "module._orig_mod.")),
-        "within another module": renamed(state, ("^", "model.")),
-        "prefixes twice": renamed(state, (f"^({UNET}|{VAE})", r"\1\1")),
-        "without model.": renamed(state, (f"^{UNET}", "diffusion_model.")),
+        "compiled": rename_keys(state, ("^", "_orig_mod.")),
+        "compiled UNet": rename_keys(state, (f"^{UNET}", f"{UNET}_orig_mod.")),
+        "FSDP": rename_keys(state, (r"(block\.\d+)\.", r"\1._fsdp_wrapped_module.")),
+        "parallel and compiled": rename_keys(state, ("^", "module._orig_mod.")),
+        "within another module": rename_keys(state, ("^", "model.")),
+        "prefixes twice": rename_keys(state, (f"^({UNET}|{VAE})", r"\1\1")),
+        "without model.": rename_keys(state, (f"^{UNET}", "diffusion_model.")),
         "nested": {"state_dict": {"state_dict": state}, "epoch": 1},
         "home-made": {"model": state, "optimizer": {"state": {0: {"exp_avg": other}}}},
         "flat kernels": flat,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ldm.nets.cpu import gradients, products, winograd
 from ldm.nets.cpu.products import product
 from ldm.nets.cpu.support import applies_to_layer
-from ldm.nets.cpu.weight_cache import cached, is_caching
+from ldm.nets.cpu.weight_cache import is_caching, transform_weight
 
 # Multiplications; below, the overhead of the calls shows.
 LINEAR_WORK = 5e7
@@ -39,7 +39,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
         if x.dtype == torch.bfloat16 and is_caching(weight):
-            weight = cached(weight, "packed", products.pack)
+            weight = transform_weight(weight, "packed", products.pack)
         y = product(x.reshape(rows, -1), weight, bias)
     elif products.onednn_is_faster(rows):
         y = gradients.Linear.apply(x.reshape(rows, -1), weight, bias)
@@ -70,7 +70,7 @@ def conv2d(x: Tensor, layer: nn.Conv2d) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
     if _is_1x1(layer):
         return product(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-    weight = cached(weight, "channels last", _channels_last)
+    weight = transform_weight(weight, "channels last", _channels_last)
     return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
@@ -87,7 +87,7 @@ def conv2d_doubled(x: Tensor, layer: nn.Conv2d) -> Tensor:
             matrices = _winograd_matrices(layer, 4 * pixels, doubled=True)
             if matrices is not None:
                 return winograd.convolve(x, matrices, bias)
-            return _convolve_phases(x, cached(weight, "phases", _merge_taps), bias)
+            return _convolve_phases(x, transform_weight(weight, "phases", _merge_taps), bias)
     return nn.Conv2d.forward(layer, F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -141,7 +141,7 @@ def _winograd_matrices(layer: nn.Conv2d, pixels: int, *, doubled: bool) -> list[
         matrices = winograd.transform(weight, doubled=doubled).unbind()
         return [products.pack(matrix) if packs else matrix for matrix in matrices]
 
-    return cached(weight, "Winograd, doubled" if doubled else "Winograd", transform)
+    return transform_weight(weight, "Winograd, doubled" if doubled else "Winograd", transform)
 
 
 def _merge_taps(weight: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def cache_weights() -> Iterator[None]:
 
 
 def is_caching(weight: Tensor) -> bool:
-    """Return whether `cached` keeps its result: within `cache_weights`, if memory allows.
+    """Return whether `transform_weight` keeps its result: within `cache_weights`, if memory allows.
 
     The first use decides, not a second one: the last digits depend on it, and those of an image
     must not depend on what its model did before.
@@ -54,7 +54,7 @@ def is_caching(weight: Tensor) -> bool:
     return id(weight) in cache or 4 * weight.nbytes <= free_memory()  # at most half of it is taken
 
 
-def cached(weight: Tensor, name: str, transform: Callable[[Tensor], Form]) -> Form:
+def transform_weight(weight: Tensor, name: str, transform: Callable[[Tensor], Form]) -> Form:
     """Return the form of a weight that `transform` computes, called `name`."""
     cache = _cache.get()
     if cache is None or not is_caching(weight):
