@@ -9,6 +9,7 @@ Sampling and training live in other modules. Rombach et al. 2022 (arXiv:2112.107
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +23,22 @@ from ldm.nets.tiling import apply_tiled
 from ldm.nets.unet import UNet
 from ldm.runtime.errors import ArgumentError
 
-__all__ = ["LatentDiffusion"]
+__all__ = ["Defaults", "LatentDiffusion"]
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Options of sampling that a model is made for; pipelines use them for what is not given.
+
+    Args:
+        scale: Guidance scale; 1 is no guidance.
+        scheduler: Choice of steps; None for the sampler's own.
+    """
+
+    scale: float = 9.0
+    steps: int = 50
+    sampler: str = "ddim"
+    scheduler: str | None = None
 
 
 class LatentDiffusion(nn.Module):
@@ -31,8 +47,11 @@ class LatentDiffusion(nn.Module):
     Args:
         parameterization: What `unet` predicts: "eps", "v" or "x0".
         scale_factor: Factor of the autoencoder's latents, about 1 / their standard deviation.
+        latent_mean, latent_std: Of each channel of the autoencoder's latents, (C,), where they are
+            normalised: z = (latent - mean) / std * scale_factor.
         image_size: Side of the latents that the model was trained with, in latent pixels, or
             (height, width).
+        defaults: Options of sampling that are not given.
 
     Attributes:
         latent_size: (height, width) of the latents in training; `image_size` is the greater.
@@ -49,6 +68,9 @@ class LatentDiffusion(nn.Module):
         parameterization: str = "eps",
         scale_factor: float = 1.0,
         image_size: int | Sequence[int] = 64,
+        latent_mean: Sequence[float] | Tensor | None = None,
+        latent_std: Sequence[float] | Tensor | None = None,
+        defaults: Defaults = Defaults(),
     ) -> None:
         super().__init__()
         scalings(parameterization, torch.ones(()))  # raises for an unknown one
@@ -63,6 +85,9 @@ class LatentDiffusion(nn.Module):
         self.schedule = schedule
         self.parameterization = parameterization
         self.scale_factor = scale_factor
+        self.latent_mean = _channel_values(latent_mean)
+        self.latent_std = _channel_values(latent_std)
+        self.defaults = defaults
         height, width = (image_size,) * 2 if isinstance(image_size, int) else image_size
         self.latent_size = (height, width)
         self.image_size = max(height, width)
@@ -93,7 +118,12 @@ class LatentDiffusion(nn.Module):
 
     def encode(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Encode images (B, 3, H, W) in [-1, 1] as z (B, C, h, w) float32, a posterior sample."""
-        return self.autoencoder.encode(image).sample(generator).float() * self.scale_factor
+        z = self.autoencoder.encode(image).sample(generator).float()
+        if self.latent_mean is not None:
+            z = z - self.latent_mean.to(z.device)
+        if self.latent_std is not None:
+            z = z / self.latent_std.to(z.device)
+        return z * self.scale_factor
 
     def decode(self, z: Tensor, tile: int | None = None) -> Tensor:
         """Decode latents (B, C, h, w) to images (B, 3, H, W) float32, about [-1, 1], not clamped.
@@ -104,6 +134,10 @@ class LatentDiffusion(nn.Module):
                 normalized by itself. None decodes everything at once.
         """
         z = z / self.scale_factor
+        if self.latent_std is not None:
+            z = z * self.latent_std.to(z.device)
+        if self.latent_mean is not None:
+            z = z + self.latent_mean.to(z.device)
         if tile is None:
             return self.autoencoder.decode(z)
         return apply_tiled(self.autoencoder.decode, z, tile, factor=self.downscale)
@@ -134,3 +168,10 @@ class LatentDiffusion(nn.Module):
         """Encode a batch, such as {"txt": ["a red apple", …]}; see Conditioner.forward."""
         cond: Cond = self.conditioner(batch, drop, generator)
         return cond
+
+
+def _channel_values(values: Sequence[float] | Tensor | None) -> Tensor | None:
+    """Return one value per channel as (C, 1, 1) float32 on the CPU."""
+    if values is None:
+        return None
+    return torch.as_tensor(values, dtype=torch.float32, device="cpu").reshape(-1, 1, 1)
