@@ -29,6 +29,7 @@ from ldm.nets.transformer import AttentionBlock, SpatialTransformer
 __all__ = ["UNet"]
 
 Context = Tensor | Sequence[Tensor] | None
+Depth = int | Sequence[int] | Sequence[Sequence[int]]
 
 # Settings that may be lists of one entry per level
 PER_LEVEL = (
@@ -80,7 +81,7 @@ class UNet(nn.Module):
     channel_mult: Sequence[int] = (1, 2, 4, 8)
     conv_resample: bool = True  # else levels are resampled by mean and nearest neighbour
     dims: Literal[2] = 2
-    num_classes: int | Literal["continuous", "sequential"] | None = None  # kind of `y`
+    num_classes: int | Literal["continuous", "sequential", "timestep"] | None = None  # kind of `y`
     use_checkpoint: bool = False
     num_heads: int = -1  # -1 if num_head_channels says how wide they are
     num_head_channels: int = -1
@@ -88,34 +89,37 @@ class UNet(nn.Module):
     use_scale_shift_norm: bool = False
     resblock_updown: bool = False  # levels are resampled by residual blocks
     use_new_attention_order: bool = False
-    use_spatial_transformer: bool = False
-    transformer_depth: int | Sequence[int] = 1  # blocks per transformer, or a list by level
+    use_spatial_transformer: bool | None = None  # None: if there is a context_dim
+    transformer_depth: Depth = 1  # blocks per transformer; a list by level, or by level and block
+    transformer_depth_middle: int | None = None  # None: as in the last level; 0: one ResBlock only
+    transformer_depth_output: Sequence[int] | None = None  # of each output block; None: by level
     context_dim: int | Sequence[int] | None = None  # a list if each block has its own context
     n_embed: None = None
     legacy: bool = True  # num_head_channels only says how many heads divide the width evenly
     disable_self_attentions: Sequence[bool] | None = None  # levels that attend to the context only
     num_attention_blocks: Sequence[int] | None = None  # per level
     disable_middle_self_attn: bool = False
+    disable_middle_transformer: bool = False
     use_linear_in_transformer: bool = False
     adm_in_channels: int | None = None  # features of `y` for num_classes "sequential"
+    time_cond_proj_dim: int | None = None  # features of `guidance_embedding`
 
     def __post_init__(self) -> None:
         super().__init__()
+        if self.use_spatial_transformer is None:
+            self.use_spatial_transformer = self.context_dim is not None
+        if isinstance(self.context_dim, Sequence) and len(set(self.context_dim)) == 1:
+            self.context_dim = self.context_dim[0]
         self._check_settings()
-        levels = len(self.channel_mult)
         self.emb_channels = 4 * self.model_channels
         self.time_embed = self._build_mlp(self.model_channels)
+        if self.time_cond_proj_dim is not None:
+            self.time_embed_cond = Linear(self.time_cond_proj_dim, self.model_channels, bias=False)
         if self.num_classes is not None:
             self.label_emb = self._build_label_emb()
         self.input_blocks, skips = self._build_input_blocks()
-        ch = skips[-1]
-        attention = self._build_attention(
-            ch, levels - 1, disable_self_attn=self.disable_middle_self_attn
-        )
-        self.middle_block = Stage(
-            self._build_res_block(ch, ch), attention, self._build_res_block(ch, ch)
-        )
-        self.output_blocks, ch = self._build_output_blocks(ch, skips)
+        self.middle_block = self._build_middle_block(skips[-1])
+        self.output_blocks, ch = self._build_output_blocks(skips[-1], skips)
         self.out = nn.Sequential(
             GroupNorm(ch), nn.SiLU(), zero(Conv2d(ch, self.out_channels, 3, padding=1))
         )
@@ -135,7 +139,12 @@ class UNet(nn.Module):
         return next(self.parameters()).dtype
 
     def forward(
-        self, x: Tensor, timesteps: Tensor, context: Context = None, y: Tensor | None = None
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Context = None,
+        y: Tensor | None = None,
+        guidance_embedding: Tensor | None = None,
     ) -> Tensor:
         """Predict eps, v or x0 of noisy latents, (B, out_channels, h, w) in the dtype of x.
 
@@ -145,13 +154,17 @@ class UNet(nn.Module):
             timesteps: (B,), 0 … 999, may be fractional.
             context: (B, M, context_dim), or a list of one per transformer block.
             y: For num_classes n a class 0 … n-1, (B,); for "continuous" (B, 1), for "sequential"
-                (B, adm_in_channels).
+                (B, adm_in_channels), for "timestep" (B,).
+            guidance_embedding: (B, time_cond_proj_dim), of the guidance scale that a distilled
+                network imitates (arXiv:2310.04378); None: zeros.
         """
         self._check_input(x, y)
-        emb = timestep_embedding(timesteps, self.model_channels)  # (B, model_channels)
-        emb = self.time_embed(emb.to(self.dtype))  # (B, 4 model_channels)
+        emb = timestep_embedding(timesteps, self.model_channels).to(self.dtype)
+        if guidance_embedding is not None:
+            emb = emb + self.time_embed_cond(guidance_embedding.to(self.dtype))
+        emb = self.time_embed(emb)  # (B, 4 model_channels)
         if y is not None:
-            emb = emb + self.label_emb(y if isinstance(self.num_classes, int) else self._cast(y))
+            emb = emb + self._embed_label(y)
         context = self._cast(context)
         h, skips = x.to(self.dtype), []
         for stage in self.input_blocks:
@@ -173,7 +186,8 @@ class UNet(nn.Module):
             for i in range(self._res_blocks[level]):
                 layers: list[nn.Module] = [self._build_res_block(skips[-1], width)]
                 if self._has_attention(level, i):
-                    layers.append(self._build_attention(width, level))
+                    depth = self._transformer_depth(level, i)
+                    layers.append(self._build_attention(width, level, depth))
                 blocks.append(Stage(*layers))
                 skips.append(width)
             if level < len(self._widths) - 1:
@@ -181,15 +195,31 @@ class UNet(nn.Module):
                 skips.append(width)
         return nn.ModuleList(blocks), skips
 
+    def _build_middle_block(self, ch: int) -> Stage:
+        depth = self.transformer_depth_middle
+        if depth == 0:
+            return Stage(self._build_res_block(ch, ch))
+        attention: nn.Module = nn.Identity()
+        if not self.disable_middle_transformer:
+            attention = self._build_attention(
+                ch,
+                len(self.channel_mult) - 1,
+                self._transformer_depth(-1, -1) if depth is None else depth,
+                disable_self_attn=self.disable_middle_self_attn,
+            )
+        return Stage(self._build_res_block(ch, ch), attention, self._build_res_block(ch, ch))
+
     def _build_output_blocks(self, ch: int, skips: list[int]) -> tuple[nn.ModuleList, int]:
         """Build the output blocks, one for each skip connection; also return the last width."""
-        blocks = []
+        blocks: list[Stage] = []
+        depths = self.transformer_depth_output
         for level, width in reversed(list(enumerate(self._widths))):
             for i in range(self._res_blocks[level] + 1):
                 layers: list[nn.Module] = [self._build_res_block(ch + skips.pop(), width)]
                 ch = width
                 if self._has_attention(level, i):
-                    layers.append(self._build_attention(ch, level, up=True))
+                    depth = depths[len(blocks)] if depths else self._transformer_depth(level, i)
+                    layers.append(self._build_attention(ch, level, depth, up=True))
                 if level and i == self._res_blocks[level]:
                     layers.append(self._build_resampler(ch, up=True))
                 blocks.append(Stage(*layers))
@@ -219,20 +249,30 @@ class UNet(nn.Module):
         count = self.num_attention_blocks
         return 2**level in self.attention_resolutions and (count is None or i < count[level])
 
+    def _transformer_depth(self, level: int, i: int) -> int:
+        depth = self.transformer_depth
+        by_block = depth if isinstance(depth, int) else depth[level]
+        return by_block if isinstance(by_block, int) else by_block[i]
+
     def _build_attention(
-        self, ch: int, level: int, *, up: bool = False, disable_self_attn: bool | None = None
+        self,
+        ch: int,
+        level: int,
+        depth: int,
+        *,
+        up: bool = False,
+        disable_self_attn: bool | None = None,
     ) -> nn.Module:
         if not self.use_spatial_transformer:
             return self._build_attention_block(ch, up)
         heads, dim_head = self._heads(ch)
         if disable_self_attn is None and self.disable_self_attentions is not None:
             disable_self_attn = self.disable_self_attentions[level]
-        depth = self.transformer_depth
         return SpatialTransformer(
             in_channels=ch,
             n_heads=heads,
             d_head=dim_head,
-            depth=depth if isinstance(depth, int) else depth[level],
+            depth=depth,
             context_dim=self.context_dim,
             disable_self_attn=bool(disable_self_attn),
             use_linear=self.use_linear_in_transformer,
@@ -268,12 +308,20 @@ class UNet(nn.Module):
             return nn.Embedding(self.num_classes, self.emb_channels)
         if self.num_classes == "continuous":
             return Linear(1, self.emb_channels)
+        if self.num_classes == "timestep":  # the original has a module without weights in front
+            return nn.Sequential(nn.Identity(), self._build_mlp(self.model_channels))
         if self.num_classes == "sequential" and self.adm_in_channels is not None:
             return nn.Sequential(self._build_mlp(self.adm_in_channels))
         raise ValueError(
-            f"num_classes `{self.num_classes}` is not a number, `continuous`, or `sequential` "
-            "with adm_in_channels"
+            f"num_classes `{self.num_classes}` is not a number, `continuous`, `timestep`, or "
+            "`sequential` with adm_in_channels"
         )
+
+    def _embed_label(self, y: Tensor) -> Tensor:
+        if self.num_classes == "timestep":
+            y = timestep_embedding(y, self.model_channels)
+        emb: Tensor = self.label_emb(y if isinstance(self.num_classes, int) else y.to(self.dtype))
+        return emb  # (B, 4 model_channels)
 
     def _cast(self, x: Context) -> Context:
         if x is None:
@@ -290,6 +338,10 @@ class UNet(nn.Module):
             raise ValueError("either num_heads or num_head_channels is needed")
         if self.use_spatial_transformer != (self.context_dim is not None):
             raise ValueError("use_spatial_transformer and context_dim go together, one is missing")
+        depth = self.transformer_depth
+        is_by_block = isinstance(depth, Sequence) and any(isinstance(d, Sequence) for d in depth)
+        if is_by_block and self.transformer_depth_output is None:
+            raise ValueError("transformer_depth by block needs transformer_depth_output, too")
         for name in PER_LEVEL:
             value = getattr(self, name)
             if isinstance(value, Sequence) and len(value) != levels:

@@ -72,6 +72,27 @@ def test_each_way_of_conditioning_equals_the_recorded_one(case):
     assert_close(ours, golden.outputs(case)["out"], noise=noise_of(golden, case, "out"))
 
 
+SDXL = {
+    "base": "sq nonsq floatt tiny_x big_x small",
+    "refiner": "sq nonsq",
+    "inpaint": "",
+    "convproj_all_levels": "",
+    "timestep_class": "",
+    "continuous_updown": "",
+    "int_class_nomid": "",
+    "depth0_noclass": "",
+}
+
+
+@pytest.mark.parametrize("name", SDXL)
+def test_sdxl_unet_equals_the_recorded_one(name):
+    golden = gold("sdxl_unet")
+    unet = build_from(golden, UNet, golden.meta[f"config_{name}"])
+    for case in [f"{name}_{size}" for size in SDXL[name].split()] or [name]:
+        ours = call(unet, golden.inputs(case))
+        assert_close(ours, golden.outputs(case)["eps"], noise=noise_of(golden, case, "eps"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FULL)
 def test_full_size_unet_equals_the_recorded_one(name):
@@ -177,7 +198,8 @@ BAD = [
     ({"num_res_blocks": [1, 1, 1]}, "num_res_blocks has 3 entries for 2 levels"),
     ({"disable_self_attentions": [True]}, "disable_self_attentions has 1 entries for 2 levels"),
     ({"num_classes": "sequential"}, "`sequential` with adm_in_channels"),
-    ({"num_classes": "timestep"}, "num_classes `timestep`"),
+    ({"num_classes": "discrete"}, "num_classes `discrete`"),
+    ({"transformer_depth": [[1], [2]]}, "by block needs transformer_depth_output"),
     ({"dims": 3}, "dims `3` is not supported"),
     ({"n_embed": 8}, "n_embed"),
 ]
