@@ -1,4 +1,4 @@
-"""Conditions of the UNet: `Cond` holds them, an `Encoder` makes one, a `Conditioner` runs several.
+"""Conditions of the UNet: `Cond` holds them, an `Encoder` makes some, a `Conditioner` runs several.
 
 A condition reaches the UNet in one of three ways, each of which is a slot of `Cond`:
 
@@ -7,18 +7,25 @@ A condition reaches the UNet in one of three ways, each of which is a slot of `C
     vector    (B, D)        added to the time embedding                  a noise level, an image
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, TypeVar
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-__all__ = ["Batch", "Cond", "Conditioner", "Config", "Encoder", "PrepareOptions", "Slot"]
+__all__ = [
+    "Batch", "Cond", "Conditioner", "Config", "Drop", "Encoder", "EncoderOptions",
+    "PrepareOptions", "Slot", "zero_rows",
+]  # fmt: skip
 
 Batch = Mapping[str, Any]  # tensors, and lists of texts or of images, by batch key
 Config = Mapping[str, Any]  # parameters as in a YAML file
 Slot = Literal["crossattn", "concat", "vector"]
+Join = Literal["tokens", "features"]
+Drop = float | Mapping[str, float] | None  # see `Conditioner.forward`
+SECOND_PROMPT = "txt_2"  # batch key of another prompt for `text_2`
 EncoderT = TypeVar("EncoderT", bound="Encoder")
 
 
@@ -52,11 +59,28 @@ class Cond:
         """Repeat every row n times, in place: rows 0, 0, 1, 1, … for n = 2."""
         return Cond(**{k: v.repeat_interleave(n, dim=0) for k, v in self.tensors().items()})
 
-    def add(self, slot: Slot, value: Tensor) -> "Cond":
-        """Fill a slot; what it held is followed by `value` along axis 1 (tokens or channels)."""
-        current = self.tensors().get(slot)
-        joined = value if current is None else torch.cat([current, value], dim=1)
-        return replace(self, **{slot: joined})
+    def join(self, other: "Cond", crossattn: Join = "tokens") -> "Cond":
+        """Append another condition of the same rows along axis 1: channels, entries of the vector.
+
+        Args:
+            crossattn: Whether `tokens` (axis 1) or their `features` (axis 2) are joined.
+        """
+        joined = self.tensors()
+        for slot, value in other.tensors().items():
+            if slot in joined:
+                axis = 2 if slot == "crossattn" and crossattn == "features" else 1
+                value = torch.cat([joined[slot], value.to(joined[slot].device)], dim=axis)
+            joined[slot] = value
+        return Cond(**joined)
+
+    def zero_rows(self, rows: Tensor) -> "Cond":
+        """Set the rows to zero where a mask (B,) is true."""
+        return Cond(**{slot: zero_rows(value, rows) for slot, value in self.tensors().items()})
+
+
+def zero_rows(value: Tensor, rows: Tensor) -> Tensor:
+    """Set the rows of a tensor (B, …) to zero where a mask (B,) is true."""
+    return value.masked_fill(rows.to(value.device).view(-1, *[1] * (value.dim() - 1)), 0)
 
 
 @dataclass(frozen=True)
@@ -86,30 +110,62 @@ class PrepareOptions:
         return torch.device("cpu") if self.generator is None else self.generator.device
 
 
+class EncoderOptions(TypedDict, total=False):
+    """Keywords of encoders that only training and guidance look at.
+
+    Attributes:
+        ucg_rate: Probability that training drops a sample, see `Conditioner.forward`.
+        legacy_ucg_value: What replaces a sample that training drops; None for `null`.
+        is_trainable: False freezes the encoder.
+        null: See `Encoder`.
+    """
+
+    ucg_rate: float
+    legacy_ucg_value: object
+    is_trainable: bool
+    null: object
+
+
 class Encoder(nn.Module):
-    """Turns one entry of a batch into one slot of a `Cond`: `encoder(batch[encoder.key])`.
+    """Turns one entry of a batch into a slot of a `Cond`: `encoder(batch[encoder.key])`.
+
+    `forward` returns a tensor, or a `Cond` if it fills several slots.
 
     Attributes:
         key: Batch key of the input.
-        slot: Slot of `Cond` for the output.
-        droppable: Whether samples may be replaced by `null`, for classifier-free guidance.
-        null: The unconditional sample, such as an empty prompt.
+        slot: Slot of `Cond` for an output that is a tensor.
+        droppable: Whether guidance replaces the samples by `null`: prompts and their like.
+        null: The unconditional sample, such as an empty prompt; None for outputs of zeros.
         cache_key: Batch key that `prepare` computes without randomness (or that holds an image in
             pixels), which a latent cache stores; None if there is none.
         generation: The Stable Diffusion (1 or 2) whose models have this encoder for text.
         unused: Prefixes of the names of weights that do not affect the output.
+        ucg_rate, legacy_ucg_value, is_trainable: See `EncoderOptions`.
     """
 
     key: str
     slot: Slot
     droppable: ClassVar[bool] = False
-    null: ClassVar[object] = None
+    null: object = None
     cache_key: str | None = None
     generation: ClassVar[int | None] = None
+    ucg_rate: float = 0.0
+    legacy_ucg_value: object = None
+    is_trainable: bool = True
+
+    def __init__(self, **options: Unpack[EncoderOptions]) -> None:
+        super().__init__()
+        for name, value in options.items():
+            setattr(self, name, value)
 
     @property
     def unused(self) -> tuple[str, ...]:
         return ()
+
+    def condition(self, samples: Any) -> Cond:
+        """Encode samples, and put the output into its slots."""
+        output: Tensor | Cond = self(samples)
+        return output if isinstance(output, Cond) else Cond(**{self.slot: output})
 
     def prepare(self, batch: Batch, options: PrepareOptions) -> dict[str, Tensor]:
         """Compute the entries that this encoder needs, and the batch does not have.
@@ -124,15 +180,22 @@ class Conditioner(nn.Module):
     """Encoders by name; the one of the prompt, or of what replaces it, is `text`.
 
     The names are the attribute names, so that weights are called `conditioner.text.…`.
+
+    Args:
+        join: How the contexts of several encoders become one, see `Cond.join`. Their vectors follow
+            each other in the order of the encoders.
     """
 
     text: Encoder | None
 
-    def __init__(self, **encoders: Encoder) -> None:
+    def __init__(self, *, join: Join = "tokens", **encoders: Encoder) -> None:
         super().__init__()
+        self.join: Join = join
         for name, encoder in encoders.items():
             if not isinstance(encoder, Encoder):
                 raise TypeError(f"encoder `{name}` must be an Encoder, got {type(encoder)}")
+            if not encoder.is_trainable:
+                encoder.requires_grad_(False)
             self.add_module(name, encoder)
         if "text" not in encoders:
             self.register_module("text", None)
@@ -146,9 +209,13 @@ class Conditioner(nn.Module):
         """Batch keys that the encoders read."""
         return frozenset(encoder.key for encoder in self.encoders.values())
 
+    def find_all(self, kind: type[EncoderT]) -> list[EncoderT]:
+        """Return the encoders of a class, in order."""
+        return [e for e in self.encoders.values() if isinstance(e, kind)]
+
     def find(self, kind: type[EncoderT]) -> EncoderT | None:
         """Return the first encoder of a class, or None."""
-        return next((e for e in self.encoders.values() if isinstance(e, kind)), None)
+        return next(iter(self.find_all(kind)), None)
 
     def get(self, kind: type[EncoderT]) -> EncoderT:
         """Return the first encoder of a class; a ValueError names those that there are."""
@@ -161,26 +228,83 @@ class Conditioner(nn.Module):
     def forward(
         self,
         batch: Batch,
-        drop: float | Mapping[str, float] = 0.0,
+        drop: Drop = 0.0,
         generator: torch.Generator | None = None,
+        legacy: Collection[str] = (),
     ) -> Cond:
         """Encode a batch, which has an entry for the `key` of each encoder.
 
+        `text_2` reads `txt_2` instead if the batch has it.
+
         Args:
-            drop: Probability of replacing a sample by the encoder's `null`; for all encoders, or by
-                batch key, such as {"txt": 0.1}.
+            drop: Probability of dropping a sample, that is of replacing it by the encoder's `null`;
+                for all `droppable` encoders, or by batch key, such as {"txt": 0.1}, or None for the
+                `ucg_rate` of each. Encoders of one batch key drop the same samples.
             generator: Random generator for `drop`.
+            legacy: Quirks of `generative-models`: "independent-dropout" drops each tensor by
+                itself, "mutating-legacy-ucg" hands later encoders what replaced a text.
         """
-        cond = Cond()
+        cond, dropout = Cond(), _Dropout(drop, generator, legacy)
+        entries = dict(batch)
         for name, encoder in self.encoders.items():
-            if encoder.key not in batch:
-                keys = ", ".join(f"`{key}`" for key in batch)
-                raise KeyError(f"encoder `{name}` reads `{encoder.key}`, the batch has {keys}")
-            samples = batch[encoder.key]
-            p = drop.get(encoder.key, 0.0) if isinstance(drop, Mapping) else drop
-            if p and encoder.droppable:
-                dropped = torch.rand(len(samples), generator=generator) < p
-                pairs = zip(samples, dropped, strict=True)
-                samples = [encoder.null if is_dropped else sample for sample, is_dropped in pairs]
-            cond = cond.add(encoder.slot, encoder(samples))
+            key = SECOND_PROMPT if name == "text_2" and SECOND_PROMPT in entries else encoder.key
+            if key not in entries:
+                keys = ", ".join(f"`{key}`" for key in entries)
+                raise KeyError(f"encoder `{name}` reads `{key}`, the batch has {keys}")
+            entries[key], samples = dropout.replace(encoder, entries[key])
+            cond = cond.join(dropout.zero(encoder, encoder.condition(samples)), self.join)
         return cond
+
+
+@dataclass
+class _Dropout:
+    """Drops samples before an encoder runs, if something replaces them, else its outputs after."""
+
+    drop: Drop
+    generator: torch.Generator | None
+    legacy: Collection[str]
+    draws: dict[str, Tensor] = field(default_factory=dict)  # (B,) in [0, 1), by batch key
+
+    def replace(self, encoder: Encoder, samples: Any) -> tuple[Any, Any]:
+        """Return the samples for later encoders of the batch key, and those for this one."""
+        rate, null = self._rate(encoder), _replacement(encoder)
+        if not rate or null is None:
+            return samples, samples
+        dropped = self._draw(encoder.key, len(samples)) < rate
+        pairs = zip(samples, dropped, strict=True)
+        replaced = [null if is_dropped else sample for sample, is_dropped in pairs]
+        if "mutating-legacy-ucg" not in self.legacy:
+            return samples, replaced
+        del self.draws[encoder.key]
+        return replaced, replaced
+
+    def zero(self, encoder: Encoder, cond: Cond) -> Cond:
+        rate = self._rate(encoder)
+        if not rate or _replacement(encoder) is not None:
+            return cond
+        if "independent-dropout" not in self.legacy:
+            return cond.zero_rows(self._draw(encoder.key, len(cond)) < rate)
+        chances = torch.full((len(cond),), 1 - rate)
+        return Cond(
+            **{
+                slot: zero_rows(value, torch.bernoulli(chances, generator=self.generator) == 0)
+                for slot, value in cond.tensors().items()
+            }
+        )
+
+    def _rate(self, encoder: Encoder) -> float:
+        if self.drop is None:
+            return encoder.ucg_rate
+        if isinstance(self.drop, Mapping):
+            return self.drop.get(encoder.key, 0.0)
+        return self.drop if encoder.droppable else 0.0
+
+    def _draw(self, key: str, n: int) -> Tensor:
+        if key not in self.draws:
+            self.draws[key] = torch.rand(n, generator=self.generator)
+        return self.draws[key]
+
+
+def _replacement(encoder: Encoder) -> object:
+    """Return what a dropped sample is replaced by; None for zeros."""
+    return encoder.null if encoder.legacy_ucg_value is None else encoder.legacy_ucg_value

@@ -8,14 +8,14 @@
 Sampling and training live in other modules. Rombach et al. 2022 (arXiv:2112.10752).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioning import Batch, Cond, Conditioner, PrepareOptions
+from ldm.conditioning import Batch, Cond, Conditioner, Drop, PrepareOptions
 from ldm.diffusion.denoiser import Denoiser, scalings
 from ldm.diffusion.schedule import Schedule
 from ldm.nets.autoencoder import AutoencoderKL, PixelSpace
@@ -162,11 +162,12 @@ class LatentDiffusion(nn.Module):
     def condition(
         self,
         batch: Batch,
-        drop: float | Mapping[str, float] = 0.0,
+        drop: Drop = 0.0,
         generator: torch.Generator | None = None,
+        legacy: Collection[str] = (),
     ) -> Cond:
         """Encode a batch, such as {"txt": ["a red apple", …]}; see Conditioner.forward."""
-        cond: Cond = self.conditioner(batch, drop, generator)
+        cond: Cond = self.conditioner(batch, drop, generator, legacy)
         return cond
 
 

@@ -1,22 +1,27 @@
-"""Text encoders of Stable Diffusion 1 and 2: the text towers of OpenAI's CLIP and of OpenCLIP.
+"""Text encoders of Stable Diffusion: the text towers of OpenAI's CLIP and of OpenCLIP.
 
 Nothing is downloaded: sizes are in tables here, weights come from a checkpoint.
 
     text --tokenize--> (B, 77) --embed--> (B, 77, D) --blocks--> --final norm--> (B, 77, D)
 
+                SD 1          SD 2                    SDXL
+    CLIP        last layer    -                       `hidden` 11, without the norm
+    OpenCLIP    -             penultimate and norm    penultimate without it, pooled output
+
 Radford et al. 2021 (arXiv:2103.00020); Cherti et al. 2022 (arXiv:2212.07143).
 """
 
 import itertools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from ldm.conditioning import Config, Encoder, Slot
+from ldm.conditioning import Cond, Config, Encoder, EncoderOptions, Slot, zero_rows
 from ldm.encoders import tokenizer
-from ldm.encoders.towers import ACTIVATIONS, VOCAB, CLIPTower, OpenCLIPTower
+from ldm.encoders.towers import ACTIVATIONS, VOCAB, CLIPTower, OpenCLIPTower, select_tokens
 from ldm.runtime.errors import ArgumentError, unknown_name
 
 
@@ -65,21 +70,24 @@ CLIP_UNUSED = frozenset(
 
 
 class ContextCache(Protocol):
-    """Contexts (N, D) by prompt."""
+    """Outputs by prompt: `context` (N, D), and `pooled` (D,) if there is one."""
 
     def __contains__(self, text: object) -> bool: ...
 
-    def __getitem__(self, text: str) -> Tensor: ...
+    def __getitem__(self, text: str) -> Mapping[str, Tensor]: ...
 
 
 class TextEncoder(Encoder):
     """Prompts -> context (B, N, D); base class of the text towers.
 
+    With `always_return_pooled`, the output is a `Cond` of the context and a vector (B, D), the
+    output of the tower's last block at the first end token. A prompt that is None gives zeros.
+
     Attributes:
         length: Tokens per prompt, 77.
         added_embeddings: Textual inversion: token in lower case -> vectors (n, D). They are not
             saved with the model.
-        cache: Contexts (N, D) by prompt, used only while nothing modifies the encoder.
+        cache: Outputs by prompt, used only while nothing modifies the encoder.
         token_ids: CLIP's ids of the tokens that a pruned token embedding holds, (rows - 1,) sorted:
             row i holds token `token_ids[i - 1]`, row 0 every other token. None if not pruned.
     """
@@ -87,13 +95,14 @@ class TextEncoder(Encoder):
     slot: Slot = "crossattn"
     key = "txt"
     droppable = True
-    null = ""
+    null: object = ""
     tokenizer_variant: ClassVar[tokenizer.Variant]
     length: int
+    always_return_pooled: bool
     token_ids: Tensor | None
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **options: Unpack[EncoderOptions]) -> None:
+        super().__init__(**options)
         self.added_embeddings: dict[str, Tensor] = {}
         self.cache: ContextCache | None = None
         self.register_buffer("token_ids", None)
@@ -120,21 +129,47 @@ class TextEncoder(Encoder):
             prompt, self.tokenizer_variant, self.length, self._added_tokens()
         )
 
-    def encode(self, texts: Sequence[str] | str) -> Tensor:
-        """Encode texts as context (B, N, D), or take it from the cache."""
-        cached = self._cached_context(_as_list(texts))
-        if cached is not None:
-            return cached.to(self.embedding_table.device, self.embedding_table.dtype)
-        context: Tensor = self(self.tokenize(texts).to(self.embedding_table.device))
-        return context
+    def encode(self, texts: Sequence[str] | str) -> Tensor | Cond:
+        """Encode texts, or take their context from the cache."""
+        entries = self._cached_entries(_as_list(texts))
+        if entries is not None:
+            table = self.embedding_table
+            return _as_output(
+                *(
+                    torch.stack([entry[name] for entry in entries]).to(table.device, table.dtype)
+                    for name in entries[0]
+                )
+            )
+        output: Tensor | Cond = self(self.tokenize(texts).to(self.embedding_table.device))
+        return output
 
-    def encode_tokens(self, tokens: Tensor) -> Tensor:
-        """Encode token ids (B, N) as context (B, N, D)."""
+    def encode_tokens(self, tokens: Tensor) -> Tensor | Cond:
+        """Encode token ids (B, N)."""
+        ends = (tokens == tokenizer.END).int().argmax(dim=1)  # the first
+        return _as_output(*self.run_tower(self._to_rows(tokens), self._added_table(), ends))
+
+    def run_tower(
+        self, rows: Tensor, added: Tensor | None, ends: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return context and pooled output, if any, of rows (B, N) of the token embedding.
+
+        Args:
+            added: Vectors of added embeddings, see `embed_tokens`.
+            ends: Positions (B,) of the first end tokens.
+        """
         raise NotImplementedError
 
-    def forward(self, prompts: Tensor | Sequence[str]) -> Tensor:
-        """Encode texts, or token ids (B, N), as context (B, N, D)."""
-        return self.encode_tokens(prompts) if isinstance(prompts, Tensor) else self.encode(prompts)
+    def forward(self, prompts: Tensor | Sequence[str | None]) -> Tensor | Cond:
+        """Encode texts, or token ids (B, N); None gives zeros."""
+        if isinstance(prompts, Tensor):
+            return self.encode_tokens(prompts)
+        output = self.encode([prompt or "" for prompt in prompts])
+        missing = torch.tensor([prompt is None for prompt in prompts])
+        if not missing.any():
+            return output
+        return (
+            zero_rows(output, missing) if isinstance(output, Tensor) else output.zero_rows(missing)
+        )
 
     def token_embeddings(self, text: str | None = None) -> Tensor:
         """Return the embeddings (n, D) of the n tokens of a text, or the whole table."""
@@ -162,15 +197,15 @@ class TextEncoder(Encoder):
     def _added_table(self) -> Tensor | None:
         return torch.cat(list(self.added_embeddings.values())) if self.added_embeddings else None
 
-    def _cached_context(self, texts: Sequence[str]) -> Tensor | None:
-        """Read context from the cache, unless it is incomplete or the encoder may be modified."""
+    def _cached_entries(self, texts: Sequence[str]) -> list[Mapping[str, Tensor]] | None:
+        """Read the cache, unless it is incomplete or the encoder may be modified."""
         cache = self.cache
         if cache is None or self.added_embeddings or any(text not in cache for text in texts):
             return None
         is_trained = any(weight.requires_grad for weight in self.parameters())
         if is_trained or any(module._forward_hooks for module in self.modules()):  # LoRA
             return None
-        return torch.stack([cache[text] for text in texts])
+        return [cache[text] for text in texts]
 
 
 def collect_vocabulary(texts: Iterable[str], encoder: TextEncoder) -> Tensor:
@@ -196,8 +231,10 @@ class OpenCLIPText(TextEncoder):
     Args:
         arch: Name in TEXT_SIZES, open_clip model config (`embed_dim`, `text_cfg`), or a text_cfg.
         version: "openai" selects quick GELU; any other value is ignored.
-        layer: "last", or "penultimate": all blocks but one. The final norm follows in both cases.
+        layer: "last", or "penultimate": all blocks but one.
         compact_vocab: Rows of a pruned token embedding, see `token_ids`.
+        always_return_pooled: Whether there is a pooled output as well, projected to `embed_dim`.
+        legacy: Whether the final norm follows `layer`, as in Stable Diffusion 2.
     """
 
     generation = 2
@@ -213,8 +250,13 @@ class OpenCLIPText(TextEncoder):
         freeze: bool = True,
         layer: Literal["last", "penultimate"] = "last",
         compact_vocab: int | None = None,
+        always_return_pooled: bool = False,
+        legacy: bool = True,
+        **options: Unpack[EncoderOptions],
     ) -> None:
-        super().__init__()
+        super().__init__(**options)
+        if legacy and always_return_pooled:
+            raise ArgumentError("always_return_pooled needs `legacy: false`")
         # Caches of contexts are keyed by the plain attributes: their names, in order of assignment.
         self.layer = _check_choice(layer, self.LAYERS)
         kwargs = open_clip_kwargs(arch)
@@ -224,28 +266,37 @@ class OpenCLIPText(TextEncoder):
             kwargs["vocab_size"] = compact_vocab
             self.token_ids = torch.arange(compact_vocab - 1)
         self.length = kwargs["context_length"]
+        self.always_return_pooled = always_return_pooled
+        self.legacy = legacy
         self.model = OpenCLIPTower(**kwargs)
         self.requires_grad_(not freeze)
 
     @property
     def num_blocks(self) -> int:
-        """Number of blocks that run."""
+        """Number of blocks before the context."""
         return len(self.model.blocks) - (1 if self.layer == "penultimate" else 0)
 
     @property
     def unused(self) -> tuple[str, ...]:
+        if self.always_return_pooled:
+            return ("model.logit_scale",)
         indices = range(self.num_blocks, len(self.model.blocks))
         blocks = [f"model.transformer.resblocks.{i}." for i in indices]
-        return ("model.text_projection", "model.logit_scale", *blocks)
+        norm = [] if self.legacy else ["model.ln_final."]
+        return ("model.text_projection", "model.logit_scale", *norm, *blocks)
 
     @property
     def embedding_table(self) -> Tensor:
         return self.model.token_embedding.weight
 
-    def encode_tokens(self, tokens: Tensor) -> Tensor:
-        rows, added = self._to_rows(tokens), self._added_table()
-        context: Tensor = self.model(rows, self.num_blocks, added)  # (B, N, D)
-        return context
+    def run_tower(
+        self, rows: Tensor, added: Tensor | None, ends: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        pooled_at = ends if self.always_return_pooled else None
+        output: tuple[Tensor, Tensor | None] = self.model(
+            rows, self.num_blocks, added, norm=self.legacy, ends=pooled_at
+        )
+        return output
 
 
 class CLIPText(TextEncoder):
@@ -257,6 +308,7 @@ class CLIPText(TextEncoder):
             of block `layer_idx` (0 is the embedding), without the final norm.
         layer_idx: Hidden state, -layers - 1 … layers.
         arch: Sizes that differ from `version`, by transformers' names (`hidden_size` …).
+        always_return_pooled: Whether there is a pooled output as well.
     """
 
     generation = 1
@@ -273,12 +325,15 @@ class CLIPText(TextEncoder):
         layer: Literal["last", "pooled", "hidden"] = "last",
         layer_idx: int | None = None,
         arch: Config | None = None,
+        always_return_pooled: bool = False,
+        **options: Unpack[EncoderOptions],
     ) -> None:
-        super().__init__()
+        super().__init__(**options)
         kwargs = _clip_kwargs(version, arch or {})
         self.layer = _check_choice(layer, self.LAYERS)  # attributes: see OpenCLIPText
         self.blocks_run = _count_blocks(layer, layer_idx, kwargs["num_hidden_layers"])
         self.length = min(max_length, kwargs["max_position_embeddings"])
+        self.always_return_pooled = always_return_pooled
         self.transformer = nn.ModuleDict({"text_model": CLIPTower(**kwargs)})
         self.requires_grad_(not freeze)
 
@@ -290,14 +345,19 @@ class CLIPText(TextEncoder):
     def embedding_table(self) -> Tensor:
         return self.tower.token_embedding.weight
 
-    def encode_tokens(self, tokens: Tensor) -> Tensor:
-        x: Tensor = self.tower(self._to_rows(tokens), self.blocks_run, self._added_table())
-        if self.layer != "hidden":
-            x = self.tower.final_layer_norm(x)  # (B, N, D)
+    def run_tower(
+        self, rows: Tensor, added: Tensor | None, ends: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        context, pooled = self.tower(
+            rows,
+            self.blocks_run,
+            added,
+            norm=self.layer != "hidden",
+            ends=ends if self.always_return_pooled else None,
+        )
         if self.layer == "pooled":
-            ends = tokens.argmax(dim=1)  # (B,); 49407 is the greatest id
-            x = x[torch.arange(len(x), device=x.device), ends, None]  # (B, 1, D)
-        return x
+            context = select_tokens(context, ends)[:, None]  # (B, 1, D)
+        return context, pooled
 
 
 def open_clip_kwargs(arch: str | Config) -> dict[str, Any]:
@@ -337,6 +397,10 @@ def _check_choice(value: str, allowed: Collection[str], what: str = "layer") -> 
     if value not in allowed:
         raise unknown_name(what, value, allowed)
     return value
+
+
+def _as_output(context: Tensor, pooled: Tensor | None = None) -> Tensor | Cond:
+    return context if pooled is None else Cond(crossattn=context, vector=pooled)
 
 
 def _as_list(texts: Sequence[str] | str) -> Sequence[str]:

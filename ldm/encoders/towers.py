@@ -8,7 +8,6 @@ Radford et al. 2021 (arXiv:2103.00020); Dosovitskiy et al. 2021 (arXiv:2010.1192
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import islice
 from typing import cast
 
 import torch
@@ -77,16 +76,29 @@ class OpenCLIPTower(nn.Module):
         _init_open_clip_blocks(self.blocks)
 
     def forward(
-        self, tokens: Tensor, count: int | None = None, added: Tensor | None = None
-    ) -> Tensor:
-        """Run the first `count` blocks (None: all) and the final norm on tokens (B, N).
+        self,
+        tokens: Tensor,
+        count: int,
+        added: Tensor | None = None,
+        *,
+        norm: bool = True,
+        ends: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the first `count` blocks on tokens (B, N).
 
         Args:
             added: See `embed_tokens`.
+            norm: Whether the final norm follows.
+            ends: Positions (B,) of the tokens whose vectors, after all blocks, the final norm and
+                the projection, are the pooled output (B, embed_dim).
         """
         x = embed_tokens(self.token_embedding, tokens, added)  # (B, N, D)
-        x = run_causal(self.blocks, count, x + self.positional_embedding[: x.shape[1]])
-        return self.ln_final(x)  # (B, N, D)
+        x = run_causal(self.blocks[:count], x + self.positional_embedding[: x.shape[1]])
+        pooled = None
+        if ends is not None:
+            last = self.ln_final(run_causal(self.blocks[count:], x))  # (B, N, D)
+            pooled = select_tokens(last, ends) @ self.text_projection  # (B, embed_dim)
+        return self.ln_final(x) if norm else x, pooled
 
 
 class VisionTower(nn.Module):
@@ -200,10 +212,7 @@ class Product(nn.Module):
 
 
 class CLIPTower(nn.Module):
-    """Text tower with transformers' parameter names; arguments as in their CLIPTextConfig.
-
-    `final_layer_norm` is left to the caller, as not all outputs have it.
-    """
+    """Text tower with transformers' parameter names; arguments as in their CLIPTextConfig."""
 
     def __init__(
         self,
@@ -252,11 +261,24 @@ class CLIPTower(nn.Module):
             inputs = [attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight]
             _init_block(len(self.blocks), inputs, mlp["fc1"], [attn.out_proj, mlp["fc2"]])
 
-    def forward(self, tokens: Tensor, count: int, added: Tensor | None = None) -> Tensor:
-        """Run the first `count` blocks; as OpenCLIPTower, but without the final norm."""
+    def forward(
+        self,
+        tokens: Tensor,
+        count: int,
+        added: Tensor | None = None,
+        *,
+        norm: bool = True,
+        ends: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the first `count` blocks, as OpenCLIPTower; no projection follows."""
         x = embed_tokens(self.token_embedding, tokens, added)  # (B, N, D)
         positions = cast(nn.Embedding, self.embeddings["position_embedding"]).weight
-        return run_causal(self.blocks, count, x + positions[: x.shape[1]])
+        x = run_causal(self.blocks[:count], x + positions[: x.shape[1]])
+        pooled = None
+        if ends is not None:
+            last = self.final_layer_norm(run_causal(self.blocks[count:], x))  # (B, N, D)
+            pooled = select_tokens(last, ends)  # (B, D)
+        return self.final_layer_norm(x) if norm else x, pooled
 
 
 class CLIPBlock(CheckpointedLayer):
@@ -311,13 +333,18 @@ def embed_tokens(embedding: nn.Module, tokens: Tensor, added: Tensor | None) -> 
     return torch.where((tokens < 0)[..., None], new, x)  # (B, N, D)
 
 
-def run_causal(blocks: Sequence[CheckpointedLayer], count: int | None, x: Tensor) -> Tensor:
-    """Run the first blocks on x (B, N, D); a token attends to itself and to those before it."""
+def run_causal(blocks: Sequence[CheckpointedLayer], x: Tensor) -> Tensor:
+    """Run blocks on x (B, N, D); a token attends to itself and to those before it."""
     n = x.shape[1]
     mask = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
-    for block in islice(blocks, count):
+    for block in blocks:
         x = block(x, mask)
     return x  # (B, N, D)
+
+
+def select_tokens(x: Tensor, positions: Tensor) -> Tensor:
+    """Return the vectors (B, D) of x (B, N, D) at one position (B,) of each row."""
+    return x[torch.arange(len(x), device=x.device), positions]
 
 
 def _init_open_clip_blocks(blocks: Sequence[OpenCLIPBlock]) -> None:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -206,12 +206,17 @@ def _find_class(target: Any, allow: Sequence[str], where: str) -> Callable[..., 
 
 
 def _check_params(factory: Callable[..., Any], params: JsonMapping, where: str) -> None:
-    signature = inspect.signature(factory).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in signature.values()):
-        return
+    signature = dict(inspect.signature(factory).parameters)
+    allowed = list(signature)
+    others = next((name for name, p in signature.items() if p.kind is p.VAR_KEYWORD), None)
+    if others is not None:
+        typed = get_args(signature.pop(others).annotation)  # Unpack[a TypedDict]
+        if not typed:
+            return
+        allowed = [*signature, *typed[0].__annotations__]
     for key in params:
-        if key not in signature:
-            raise unknown_name(f"parameter of {factory.__name__}", key, signature, where)
+        if key not in allowed:
+            raise unknown_name(f"parameter of {factory.__name__}", key, allowed, where)
     required = (name for name, p in signature.items() if p.default is p.empty)
     if missing := [f"`{name}`" for name in required if name not in params]:
         raise ConfigError(f"{where}: {factory.__name__} needs {', '.join(missing)}")

@@ -256,7 +256,7 @@ def test_contexts_are_cached_for_a_frozen_encoder(model: Any, photos: Path, tmp_
     torch.testing.assert_close(text.encode(["picture 1", ""]), context, rtol=1e-3, atol=1e-3)
     (photos / "1.txt").write_text("another")
     assert cache() == 8
-    kept = text.cache["picture 1"].float()[None]
+    kept = text.cache["picture 1"]["context"].float()[None]
     assert torch.equal(text.encode("picture 1"), kept)
     with torch.no_grad():
         text.model.ln_final.bias += 1

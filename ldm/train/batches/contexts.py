@@ -5,8 +5,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ldm.conditioning import EncoderOptions
 from ldm.data.dataset import ImageDataset
 from ldm.data.shards import Shards
 from ldm.data.transforms import PhotoTransform, captions_of
@@ -16,9 +17,12 @@ from ldm.train.batches.store import Entry, Store, digest, digest_of_weights, fil
 
 __all__ = ["CachedContexts", "cache_contexts"]
 
+# Options that encoders did not have when caches were first written, with the values they stood for.
+LATER_OPTIONS = {("always_return_pooled", False), ("legacy", True)}
+
 
 class CachedContexts:
-    """Contexts (N, D) by caption, as far as a text encoder has computed them.
+    """Outputs by caption, as far as a text encoder has computed them; see `ContextCache`.
 
     Args:
         cache: folder of the cache files.
@@ -31,15 +35,18 @@ class CachedContexts:
     def __contains__(self, caption: object) -> bool:
         return self._key(caption) in self.store
 
-    def __getitem__(self, caption: str) -> Tensor:
-        return self.store[self._key(caption)]["context"]
+    def __getitem__(self, caption: str) -> Entry:
+        return self.store[self._key(caption)]
 
     @torch.inference_mode()
     def fill(self, encoder: TextEncoder, captions: Iterable[str], batch: int = 64) -> int:
         """Compute the missing contexts of captions and of the empty one, `batch` at once."""
 
         def encode(texts: Sequence[str]) -> list[Entry]:
-            return [{"context": context} for context in encoder.encode(texts).half().cpu()]
+            cond = encoder.condition(texts)
+            outputs = {"context": cond.crossattn, "pooled": cond.vector}
+            tensors = {k: v.half().cpu() for k, v in outputs.items() if v is not None}
+            return [{k: v[row] for k, v in tensors.items()} for row in range(len(texts))]
 
         items = [(self._key(caption), caption) for caption in dict.fromkeys(["", *captions])]
         return self.store.fill(items, encode, batch_size=batch, unit="caption")
@@ -55,26 +62,28 @@ def cache_contexts(
     *,
     batch: int = 64,
 ) -> None:
-    """Give the text encoder a cache of the contexts of all captions, computing missing ones.
+    """Give each text encoder a cache of its outputs for all captions, computing missing ones.
 
     Raises:
-        ValueError: the model has no text encoder, or it is trained, or captions are random.
+        ValueError: the model has no text encoder, or one is trained, or captions are random.
     """
-    encoder = model.conditioner.find(TextEncoder)
-    if encoder is None or any(p.requires_grad for p in encoder.parameters()):
+    encoders, images = model.conditioner.find_all(TextEncoder), list(images)
+    if not encoders or any(p.requires_grad for encoder in encoders for p in encoder.parameters()):
         raise ValueError("data.params.texts: only contexts of a frozen text encoder can be cached")
-    contexts = CachedContexts(encoder, cache)
-    for source in images:
-        transform = source.transform
-        if not isinstance(transform, PhotoTransform) or transform.tags is not None:
-            raise ValueError("data.params.texts: only photos without `tags` have fixed captions")
-        captions = (text for row in source.metadata() for text in captions_of(row))
-        fill = partial(contexts.fill, encoder, captions, batch)
-        if isinstance(source, Shards):
-            fill_from_shards(contexts.store, source, [contexts.encoder_digest], fill)
-        else:
-            fill()
-    encoder.cache = contexts
+    for encoder in encoders:
+        contexts = CachedContexts(encoder, cache)
+        for source in images:
+            transform = source.transform
+            if not isinstance(transform, PhotoTransform) or transform.tags is not None:
+                message = "data.params.texts: only photos without `tags` have fixed captions"
+                raise ValueError(message)
+            captions = (text for row in source.metadata() for text in captions_of(row))
+            fill = partial(contexts.fill, encoder, captions, batch)
+            if isinstance(source, Shards):
+                fill_from_shards(contexts.store, source, [contexts.encoder_digest], fill)
+            else:
+                fill()
+        encoder.cache = contexts
 
 
 def digest_encoder(encoder: TextEncoder) -> str:
@@ -86,5 +95,12 @@ def digest_encoder(encoder: TextEncoder) -> str:
 def _plain_options(module: nn.Module) -> dict[str, object]:
     """Return the class of a module, and its options that are attributes with plain values."""
     plain = (str, int, float, bool, tuple)
-    options = {k: v for k, v in vars(module).items() if isinstance(v, plain) and k[0] != "_"}
+    options = {
+        k: v
+        for k, v in vars(module).items()
+        if isinstance(v, plain)
+        and k[0] != "_"
+        and k not in EncoderOptions.__annotations__
+        and (k, v) not in LATER_OPTIONS
+    }
     return {"class": type(module).__name__, **options, "training": False}

@@ -1,0 +1,60 @@
+"""Class labels, and conditions that the batch holds ready-made."""
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from ldm.conditioning import Cond, Encoder, EncoderOptions, Slot
+from ldm.runtime.errors import ArgumentError
+
+__all__ = ["ClassEmbedder", "IdentityEncoder"]
+
+SLOT_BY_DIM: dict[int, Slot] = {2: "vector", 3: "crossattn", 4: "concat"}
+
+
+class ClassEmbedder(Encoder):
+    """Class labels (B,) int64 -> a vector (B, D), or one token (B, 1, D).
+
+    Args:
+        embed_dim: D.
+        key: Batch key of the labels.
+        add_sequence_dim: Whether the output is a token.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        n_classes: int = 1000,
+        add_sequence_dim: bool = False,
+        key: str = "cls",
+        **options: Unpack[EncoderOptions],
+    ) -> None:
+        super().__init__(**options)
+        self.key = key
+        self.slot = "crossattn" if add_sequence_dim else "vector"
+        self.embedding = nn.Embedding(n_classes, embed_dim)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        x: Tensor = self.embedding(labels)  # (B, D)
+        return x[:, None] if self.slot == "crossattn" else x
+
+
+class IdentityEncoder(Encoder):
+    """A tensor of the batch as it is, in the slot for its number of dimensions.
+
+    Args:
+        key: Batch key of the tensor: (B, D), (B, N, D) or (B, C, h, w).
+    """
+
+    IGNORED_PARAMETERS: ClassVar[frozenset[str]] = frozenset({"device"})
+
+    def __init__(self, *, key: str, **options: Unpack[EncoderOptions]) -> None:
+        super().__init__(**options)
+        self.key = key
+
+    def forward(self, value: Tensor) -> Cond:
+        if value.dim() not in SLOT_BY_DIM:
+            raise ArgumentError(f"`{self.key}` must have 2 to 4 dimensions, got {value.dim()}")
+        return Cond(**{SLOT_BY_DIM[value.dim()]: value})
