@@ -1,13 +1,15 @@
 """The denoiser D(x, sigma): converts predictions of a network to estimates of the clean latent.
 
-The prediction types eps, v and x0 differ by two factors,
+The prediction types eps, v, x0 and edm differ by two factors,
 
     denoised = c_skip(sigma) x + c_out(sigma) prediction,        x = z + sigma noise,
 
 and the training target is the prediction for which `denoised` equals z. The input of the network
-is the variance-preserving latent
+is the latent of the same variance at every level
 
-    z_t = x / sqrt(1 + sigma²) = √ᾱ z + √(1-ᾱ) noise.
+    z_t = x / sqrt(1 + sigma²) = √ᾱ z + √(1-ᾱ) noise,
+
+for edm, whose latents have the standard deviation 0.5, x / sqrt(0.5² + sigma²).
 
 Preconditioning: Karras et al. 2022 (arXiv:2206.00364); v: Salimans and Ho 2022 (arXiv:2202.00512).
 """
@@ -19,12 +21,13 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning import Cond
-from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.schedule import NoiseSchedule, Schedule
 from ldm.runtime.errors import unknown_name
 
 __all__ = ["PARAMETERIZATIONS", "Denoiser", "scalings"]
 
-PARAMETERIZATIONS = ("eps", "v", "x0")
+PARAMETERIZATIONS = ("eps", "v", "x0", "edm")
+SIGMA_DATA = 0.5  # standard deviation of the latents of edm models
 
 
 def scalings(parameterization: str, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,18 +39,33 @@ def scalings(parameterization: str, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return 1 / variance, -sigma / variance.sqrt()
     if parameterization == "x0":
         return torch.zeros_like(sigma), torch.ones_like(sigma)
+    if parameterization == "edm":
+        variance = SIGMA_DATA**2 + sigma**2
+        return SIGMA_DATA**2 / variance, SIGMA_DATA * sigma / variance.sqrt()
     raise unknown_name(
         "parameterization", parameterization, PARAMETERIZATIONS, argument="parameterization"
     )
 
 
+def input_std(parameterization: str, sigma: Tensor) -> Tensor:
+    """Compute the standard deviation of x at `sigma`, by which the network's input is divided."""
+    variance = SIGMA_DATA**2 if parameterization == "edm" else 1
+    return (variance + sigma**2).sqrt()
+
+
 @dataclass(frozen=True)
 class Denoiser:
-    """A network with its noise schedule and prediction type, for samplers and training losses."""
+    """A network with its noise schedule and prediction type, for samplers and training losses.
 
-    network: Callable[..., Tensor]  # (z_t, t, context=…, y=…) -> prediction
-    schedule: Schedule
+    Args:
+        network: (z_t, t, context=…, y=…) -> prediction.
+        nearest: Whether to take the nearest level of the schedule for sigma, as SDXL's original.
+    """
+
+    network: Callable[..., Tensor]
+    schedule: NoiseSchedule
     parameterization: str = "eps"
+    nearest: bool = False
 
     def __call__(self, x: Tensor, sigma: Tensor | float, cond: Cond | None = None) -> Tensor:
         """Estimate z of x = z + sigma noise, (B, C, h, w) float32; sigma: one or (B,)."""
@@ -65,18 +83,19 @@ class Denoiser:
         Args:
             t: Timestep for the network; None to convert sigma.
         """
+        sigma = self._level(sigma)
         t = self.schedule.sigma_to_t(sigma) if t is None else torch.as_tensor(t)
-        sigma = _column(sigma, x)
-        return self._run_network(x / (1 + sigma**2).sqrt(), t, cond)
+        z_t = x / input_std(self.parameterization, _column(sigma, x))
+        return self._run_network(z_t, t, cond)
 
     def convert_prediction(self, x: Tensor, sigma: Tensor | float, prediction: Tensor) -> Tensor:
         """Convert a prediction at x to the estimate of z."""
-        c_skip, c_out = scalings(self.parameterization, _column(sigma, x))
+        c_skip, c_out = scalings(self.parameterization, _column(self._level(sigma), x))
         return c_skip * x + c_out * prediction
 
     def target(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Compute the training target at timesteps t (B,): the prediction whose conversion is z."""
-        sigma = _column(self.schedule.sigmas[t.cpu()], z)
+        sigma = _column(self.schedule.t_to_sigma(t), z)
         c_skip, c_out = scalings(self.parameterization, sigma)
         return ((1 - c_skip) / c_out) * z - (c_skip / c_out * sigma) * noise
 
@@ -92,7 +111,7 @@ class Denoiser:
 
         Args:
             z: Latents (B, C, h, w).
-            t: Timesteps (B,) int64 in 0 … T-1.
+            t: Timesteps (B,): int64 in 0 … T-1, or those of a continuous schedule.
             noise: Standard normal noise, like z.
             input_noise: Noise in the network's input where it differs from `noise`, as in input
                 perturbation (arXiv:2301.11706).
@@ -102,7 +121,13 @@ class Denoiser:
 
     def predict_at(self, z: Tensor, cond: Cond | None, t: Tensor, noise: Tensor) -> Tensor:
         """Predict for latents z with noise at timesteps t (B,), float32."""
-        return self._run_network(self.schedule.add_noise(z, noise, t), t, cond)
+        if isinstance(self.schedule, Schedule) and self.parameterization != "edm":
+            return self._run_network(self.schedule.add_noise(z, noise, t), t, cond)
+        sigma = self.schedule.t_to_sigma(t)
+        return self.predict(z + _column(sigma, z) * noise, sigma, cond)
+
+    def _level(self, sigma: Tensor | float) -> Tensor | float:
+        return self.schedule.nearest_sigma(sigma) if self.nearest else sigma
 
     def _run_network(self, z_t: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
         cond = cond or Cond()

@@ -25,6 +25,7 @@ class Scheduler:
 
     function: str  # in `ldm.diffusion.schedule`
     label: str  # in A1111's text and on the page; A1111 has it only where it means the same
+    max_steps: int | None = None  # None for the number of timesteps
 
 
 SAMPLERS = {
@@ -46,6 +47,10 @@ SCHEDULERS = {
     "karras": Scheduler("karras_sigmas", "Karras"),
     "exponential": Scheduler("exponential_sigmas", "Exponential"),
     "time_uniform": Scheduler("time_uniform_sigmas", "Uniform in time"),
+    "sgm_uniform": Scheduler("sgm_uniform_sigmas", "SGM Uniform"),
+    "leading": Scheduler("leading_sigmas", "Leading"),
+    "turbo": Scheduler("turbo_sigmas", "Turbo", max_steps=10),
+    "edm": Scheduler("edm_sigmas", "EDM"),
 }
 
 # Quirks of the original scripts, each brought back by its name, so that old results can be made

@@ -9,7 +9,10 @@ inside `denoise(x, sigma)`, which estimates the clean latent z. Read `euler` fir
         sigmas: Noise levels (n + 1,) float64, descending; the last may be 0.
         callback: Called after step i with (i, x at sigmas[i + 1], denoised).
         constrain: (x, sigma) -> x, applied before every step, as for inpainting.
-        noise: (like) -> standard normal noise of its shape, the only source of randomness.
+        noise: (like) -> standard normal noise of its shape, the only source of randomness. Scale it
+            for what other programs call s_noise.
+        s_churn, s_tmin, s_tmax: Before each of n steps at s_tmin … s_tmax, add noise up to
+            sigma (1 + min(s_churn / n, √2 - 1)) (arXiv:2206.00364, algorithm 2).
 
     Returns:
         x at sigmas[-1].
@@ -40,12 +43,20 @@ def euler(
     x: Tensor,
     sigmas: Tensor,
     *,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    noise: Noise = torch.randn_like,
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Step along the slope dx/dsigma = (x - denoised) / sigma: Euler's method."""
     for i, (sigma, sigma_next) in enumerate(_sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
+        if s_churn and s_tmin <= sigma <= s_tmax:
+            sigma_hat = sigma * (1 + min(s_churn / (len(sigmas) - 1), math.sqrt(2) - 1))
+            x = x + noise(x) * math.sqrt(sigma_hat**2 - sigma**2)
+            sigma = sigma_hat
         denoised = denoise(x, sigma)
         slope = (x - denoised) / sigma
         x = x + slope * (sigma_next - sigma)
@@ -89,12 +100,20 @@ def heun(
     x: Tensor,
     sigmas: Tensor,
     *,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    noise: Noise = torch.randn_like,
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Sample by Heun's method (arXiv:2206.00364, algorithm 1): two evaluations per step."""
     for i, (sigma, sigma_next) in enumerate(_sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
+        if s_churn and s_tmin <= sigma <= s_tmax:
+            sigma_hat = sigma * (1 + min(s_churn / (len(sigmas) - 1), math.sqrt(2) - 1))
+            x = x + noise(x) * math.sqrt(sigma_hat**2 - sigma**2)
+            sigma = sigma_hat
         denoised = denoise(x, sigma)
         slope = (x - denoised) / sigma
         x_next = x + slope * (sigma_next - sigma)
@@ -162,18 +181,25 @@ def dpmpp_2m(
     x: Tensor,
     sigmas: Tensor,
     *,
+    lower_order_final: bool = True,
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Sample by DPM-Solver++ 2M (arXiv:2211.01095, alg. 2); below 15 steps the last is order 1."""
+    """Sample by DPM-Solver++ 2M (arXiv:2211.01095, algorithm 2).
+
+    Args:
+        lower_order_final: Whether the last of less than 15 steps is of order 1 wherever it ends; a
+            step to 0 always is.
+    """
     steps = len(sigmas) - 1
+    last = steps - 1 if lower_order_final and steps < 15 else steps
     old_denoised, h_last = None, 0.0
     for i, (sigma, sigma_next) in enumerate(_sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
         h = _log_ratio(sigma, sigma_next)
         estimate = denoised
-        if old_denoised is not None and sigma_next > 0 and not (steps < 15 and i == steps - 1):
+        if old_denoised is not None and sigma_next > 0 and i != last:
             estimate = denoised + (denoised - old_denoised) * (h / h_last / 2)
         x = (sigma_next / sigma) * x - math.expm1(-h) * estimate
         old_denoised, h_last = denoised, h
@@ -187,6 +213,7 @@ def dpmpp_2s_ancestral(
     x: Tensor,
     sigmas: Tensor,
     *,
+    eta: float = 1.0,
     noise: Noise | None = None,
     callback: Callback | None = None,
     constrain: Constrain | None = None,
@@ -195,7 +222,7 @@ def dpmpp_2s_ancestral(
     for i, (sigma, sigma_next) in enumerate(_sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = estimate = denoise(x, sigma)
-        sigma_down, sigma_up = _ancestral_step(sigma, sigma_next, eta=1.0)
+        sigma_down, sigma_up = _ancestral_step(sigma, sigma_next, eta)
         if sigma_down > 0:
             middle = math.sqrt(sigma * sigma_down)
             h = _log_ratio(sigma, middle)

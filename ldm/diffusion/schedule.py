@@ -1,14 +1,16 @@
-"""Noise schedules (betas and derived tables) and schedulers (the noise levels of a run).
+"""Noise schedules (the levels that a model knows) and schedulers (the levels of a run).
 
-Tables have one float64 value per timestep. The same noise level is given by the timestep `t` in
-0 … T-1, the input of the network, or by `sigma = sqrt((1 - ᾱ) / ᾱ)`, the variable of the samplers.
-Between two timesteps log ᾱ is linear in t, as in DPM-Solver.
+The same noise level is given by the timestep `t`, the input of the network, or by `sigma`, the
+variable of the samplers. `Schedule` has T levels from betas, `sigma = sqrt((1 - ᾱ) / ᾱ)` at t in
+0 … T-1, and between two timesteps log ᾱ is linear in t, as in DPM-Solver. `ContinuousSchedule` has
+all levels of a range.
 
 DDPM: arXiv:2006.11239. Cosine: arXiv:2102.09672. Karras: arXiv:2206.00364. Zero terminal SNR:
 arXiv:2305.08891.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -19,7 +21,15 @@ from torch import Tensor
 from ldm.diffusion import names
 from ldm.runtime.errors import ArgumentError, unknown_name
 
-__all__ = ["SCHEDULERS", "Schedule", "make_betas", "rescale_zero_terminal_snr"]
+__all__ = [
+    "SCHEDULERS",
+    "ContinuousSchedule",
+    "NoiseSchedule",
+    "Schedule",
+    "betas_of_sigmas",
+    "make_betas",
+    "rescale_zero_terminal_snr",
+]
 
 # ᾱ of the last timestep for zero terminal SNR. Not 0, as samplers need a finite sigma (4096 here);
 # √ᾱ_T is then 2.4e-4; Stable Diffusion's is 0.068.
@@ -68,18 +78,76 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     first, last = signal[0], signal[-1]
     alphas_cumprod = ((signal - last) * first / (first - last)) ** 2
     alphas_cumprod[-1] = MIN_ALPHA_CUMPROD
-    previous = torch.cat([torch.ones_like(signal[:1]), alphas_cumprod[:-1]])
+    return _betas_of_alphas(alphas_cumprod)
+
+
+def betas_of_sigmas(sigmas: Tensor) -> Tensor:
+    """Compute the betas (T,) float64 of a table of noise levels (T,), ascending."""
+    return _betas_of_alphas(1 / (1 + sigmas.double() ** 2))
+
+
+def _betas_of_alphas(alphas_cumprod: Tensor) -> Tensor:
+    previous = torch.cat([torch.ones_like(alphas_cumprod[:1]), alphas_cumprod[:-1]])
     return 1 - alphas_cumprod / previous
 
 
+class NoiseSchedule(ABC):
+    """Noise levels of a model, and the timesteps by which its network is told of them.
+
+    Attributes:
+        sigmas: Levels that schedulers choose from, (T,) float64, ascending.
+        zero_snr: Whether the last level is (nearly) noise alone: zero terminal SNR.
+    """
+
+    sigmas: Tensor
+    zero_snr: bool = False
+
+    def __len__(self) -> int:
+        return len(self.sigmas)
+
+    @property
+    @abstractmethod
+    def t_range(self) -> tuple[float, float]:
+        """Timesteps of the least and the greatest noise level."""
+
+    @abstractmethod
+    def sigma_to_t(self, sigma: Tensor | float) -> Tensor:
+        """Convert a noise level to a timestep, which may be fractional."""
+
+    @abstractmethod
+    def t_to_sigma(self, t: Tensor | float) -> Tensor:
+        """Convert a timestep to a noise level, float64."""
+
+    def nearest_sigma(self, sigma: Tensor | float) -> Tensor:
+        """Return the nearest noise level that the model was trained with."""
+        return torch.as_tensor(sigma)
+
+    def step_sigmas(self, steps: int, scheduler: str = "uniform") -> Tensor:
+        """Compute the noise levels (steps + 1,) of a run, float64, descending.
+
+        Args:
+            steps: 1 … T, or the greatest number of the scheduler.
+            scheduler: A name in SCHEDULERS. All but "uniform" and "time_uniform" end at 0.
+        """
+        if scheduler not in SCHEDULERS:
+            raise unknown_name("scheduler", scheduler, SCHEDULERS, argument="scheduler")
+        most = names.SCHEDULERS[scheduler].max_steps
+        if not 1 <= steps <= (most or len(self)):
+            limit = f"1 … {most} with scheduler `{scheduler}`" if most else f"1 … {len(self)}"
+            raise ArgumentError(f"steps must be in {limit}, got {steps}", "steps")
+        return SCHEDULERS[scheduler](self, steps)
+
+
 @dataclass(frozen=True, eq=False)
-class Schedule:
+class Schedule(NoiseSchedule):
     """The noise levels of T timesteps.
 
     Args:
         betas: (T,) float64 in (0, 1).
         v_posterior: Weight of beta against the posterior variance in `buffers`.
         zero_snr: Whether to rescale the betas to zero terminal SNR.
+        log_time: Whether the network gets the index of the level nearest to 0.25 ln sigma, as EDM
+            models of a `DiscreteDenoiser` do.
 
     Attributes:
         alphas_cumprod: ᾱ, (T,) float64.
@@ -91,6 +159,7 @@ class Schedule:
     betas: Tensor
     v_posterior: float = 0.0
     zero_snr: bool = False
+    log_time: bool = False
     alphas_cumprod: Tensor = field(init=False)
     sigmas: Tensor = field(init=False)
 
@@ -101,22 +170,36 @@ class Schedule:
         object.__setattr__(self, "alphas_cumprod", alphas_cumprod)
         object.__setattr__(self, "sigmas", (1 / alphas_cumprod - 1).sqrt())
 
-    def __len__(self) -> int:
-        return len(self.betas)
+    @property
+    def t_range(self) -> tuple[float, float]:
+        """First and last timestep."""
+        return 0, len(self) - 1
 
     def sigma_to_t(self, sigma: Tensor | float) -> Tensor:
         """Convert a noise level to a fractional timestep, clamped to 0 … T-1."""
-        log_alpha = -torch.as_tensor(sigma, dtype=torch.float64).cpu().square().log1p()
+        sigma = torch.as_tensor(sigma, dtype=torch.float64).cpu()
+        if self.log_time:
+            return self._nearest(0.25 * sigma.log())
+        log_alpha = -sigma.square().log1p()
         table = self.alphas_cumprod.log().flip(0).numpy()
         index = np.arange(len(self) - 1, -1, -1, dtype=np.float64)
         return torch.as_tensor(np.interp(log_alpha.numpy(), table, index))
 
     def t_to_sigma(self, t: Tensor | float) -> Tensor:
-        """Convert a fractional timestep in 0 … T-1 to a noise level."""
+        """Convert a timestep in 0 … T-1 to a noise level: of the table for integer tensors."""
+        if isinstance(t, Tensor) and not t.is_floating_point():
+            return self.sigmas[t.cpu()]
         t = torch.as_tensor(t, dtype=torch.float64).cpu()
         table = self.alphas_cumprod.log().numpy()
         log_alpha = np.interp(t.numpy(), np.arange(len(self), dtype=np.float64), table)
         return torch.as_tensor(np.sqrt(np.expm1(-log_alpha)))
+
+    def nearest_sigma(self, sigma: Tensor | float) -> Tensor:
+        """Return the level of the table with the least distance, the first of equals."""
+        return self.sigmas[self._nearest(torch.as_tensor(sigma, dtype=torch.float64).cpu())]
+
+    def _nearest(self, sigma: Tensor) -> Tensor:
+        return (sigma.float()[..., None] - self.sigmas.float()).abs().argmin(dim=-1)
 
     def add_noise(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Compute z_t = √ᾱ z + √(1-ᾱ) noise, float32 (arXiv:2006.11239, eq. 4).
@@ -132,19 +215,6 @@ class Schedule:
             a.sqrt().to(z.device, torch.float32) for a in (alphas, 1 - alphas)
         )
         return signal_scale * z.float() + noise_scale * noise.to(z.device, torch.float32)
-
-    def step_sigmas(self, steps: int, scheduler: str = "uniform") -> Tensor:
-        """Compute the noise levels (steps + 1,) of a run, float64, descending.
-
-        Args:
-            steps: 1 … T.
-            scheduler: A name in SCHEDULERS. All but "uniform" and "time_uniform" end at 0.
-        """
-        if scheduler not in SCHEDULERS:
-            raise unknown_name("scheduler", scheduler, SCHEDULERS, argument="scheduler")
-        if not 1 <= steps <= len(self):
-            raise ArgumentError(f"steps must be in 1 … {len(self)}, got {steps}", "steps")
-        return SCHEDULERS[scheduler](self, steps)
 
     def vlb_weights(self, parameterization: str) -> Tensor:
         """Compute weights (T,) of the squared error in the bound (arXiv:2006.11239, eq. 12).
@@ -184,11 +254,48 @@ class Schedule:
         return {name: table.float() for name, table in tables.items()}
 
 
+@dataclass(frozen=True, eq=False)
+class ContinuousSchedule(NoiseSchedule):
+    """All noise levels of a range, as EDM models have them (arXiv:2206.00364).
+
+    Args:
+        sigma_min, sigma_max: Ends of the range.
+        log_time: Whether the network gets 0.25 ln sigma, else sigma itself.
+
+    Attributes:
+        sigmas: 1000 levels, evenly in log sigma, for the schedulers of tables.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    log_time: bool = True
+    sigmas: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        sigmas = _linspace(math.log(self.sigma_min), math.log(self.sigma_max), 1000).exp()
+        object.__setattr__(self, "sigmas", sigmas)
+
+    @property
+    def t_range(self) -> tuple[float, float]:
+        """Timesteps of `sigma_min` and `sigma_max`."""
+        return float(self.sigma_to_t(self.sigma_min)), float(self.sigma_to_t(self.sigma_max))
+
+    def sigma_to_t(self, sigma: Tensor | float) -> Tensor:
+        """Convert a noise level to 0.25 ln sigma."""
+        sigma = torch.as_tensor(sigma, dtype=torch.float64).cpu()
+        return 0.25 * sigma.log() if self.log_time else sigma
+
+    def t_to_sigma(self, t: Tensor | float) -> Tensor:
+        """Convert a timestep to a noise level."""
+        t = torch.as_tensor(t, dtype=torch.float64).cpu()
+        return (4 * t).exp() if self.log_time else t
+
+
 def _linspace(start: float, end: float, n: int) -> Tensor:
     return torch.linspace(start, end, n, dtype=torch.float64)
 
 
-def uniform_sigmas(schedule: Schedule, steps: int) -> Tensor:
+def uniform_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
     """Space steps like the original: t = floor(i T / steps) + 1, and ᾱ_0, not 1, at the end.
 
     Equal to the original wherever `steps` divides T. For steps = T the + 1 is left out,
@@ -199,24 +306,57 @@ def uniform_sigmas(schedule: Schedule, steps: int) -> Tensor:
     return torch.cat([schedule.sigmas[t].flip(0), schedule.sigmas[:1]])
 
 
-def time_uniform_sigmas(schedule: Schedule, steps: int) -> Tensor:
+def time_uniform_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
     """Space steps like DPM-Solver: evenly in time, from the last timestep to the first."""
-    return schedule.t_to_sigma(_linspace(len(schedule) - 1, 0, steps + 1))
+    first, last = schedule.t_range
+    return schedule.t_to_sigma(_linspace(last, first, steps + 1))
 
 
-def trailing_sigmas(schedule: Schedule, steps: int) -> Tensor:
+def trailing_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
     """Start at the very last timestep (arXiv:2305.08891, table 2)."""
     t = (torch.arange(steps, 0, -1, dtype=torch.float64) * len(schedule) / steps).round().long()
     return _append_zero(schedule.sigmas[t - 1])
 
 
-def karras_sigmas(schedule: Schedule, steps: int, rho: float = 7.0) -> Tensor:
+def sgm_uniform_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
+    """Space steps like SDXL: timesteps T-1 - (T-1) i / steps, truncated; from the very last."""
+    last = len(schedule) - 1
+    t = np.arange(len(schedule))[::-1].copy()
+    if steps < len(schedule):
+        t = np.linspace(last, 0, steps, endpoint=False).astype(np.int64)
+    return _append_zero(schedule.sigmas[torch.from_numpy(t)])
+
+
+def leading_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
+    """Space steps like diffusers' folders of SDXL: t = i floor(T / steps) + 1."""
+    t = torch.arange(steps - 1, -1, -1) * (len(schedule) // steps) + 1
+    return _append_zero(schedule.sigmas[t.clamp(max=len(schedule) - 1)])
+
+
+def turbo_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
+    """Take every tenth of the timesteps from the last, as SDXL Turbo does for 1 … 4 steps."""
+    t = len(schedule) - 1 - torch.arange(steps) * (len(schedule) // 10)
+    return _append_zero(schedule.sigmas[t])
+
+
+def edm_sigmas(
+    schedule: NoiseSchedule,
+    steps: int,
+    sigma_min: float = 0.03,
+    sigma_max: float = 14.61,
+    rho: float = 3.0,
+) -> Tensor:
+    """Space steps evenly in sigma^(1/rho) over a range; SDXL's demo has these numbers."""
+    return _append_zero(_linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps) ** rho)
+
+
+def karras_sigmas(schedule: NoiseSchedule, steps: int, rho: float = 7.0) -> Tensor:
     """Space steps evenly in sigma^(1/rho) (arXiv:2206.00364, eq. 5)."""
-    low, high = schedule.sigmas[0] ** (1 / rho), schedule.sigmas[-1] ** (1 / rho)
-    return _append_zero(_linspace(float(high), float(low), steps) ** rho)
+    sigma_min, sigma_max = schedule.sigmas[[0, -1]].tolist()
+    return edm_sigmas(schedule, steps, sigma_min, sigma_max, rho)
 
 
-def exponential_sigmas(schedule: Schedule, steps: int) -> Tensor:
+def exponential_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
     """Space steps evenly in log sigma."""
     low, high = schedule.sigmas[0].log(), schedule.sigmas[-1].log()
     return _append_zero(_linspace(float(high), float(low), steps).exp())
@@ -227,6 +367,6 @@ def _append_zero(sigmas: Tensor) -> Tensor:
 
 
 # `names.SCHEDULERS` has the function of each scheduler, all in this module.
-SCHEDULERS: dict[str, Callable[[Schedule, int], Tensor]] = {
+SCHEDULERS: dict[str, Callable[[NoiseSchedule, int], Tensor]] = {
     name: globals()[scheduler.function] for name, scheduler in names.SCHEDULERS.items()
 }

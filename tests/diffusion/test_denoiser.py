@@ -6,9 +6,15 @@ from torch import Tensor
 
 from goldfile import gold
 from ldm.conditioning import Cond
-from ldm.diffusion.denoiser import PARAMETERIZATIONS, Denoiser
+from ldm.diffusion.denoiser import PARAMETERIZATIONS, Denoiser, input_std, scalings
 from ldm.diffusion.guidance import add_guidance, limit_to_interval
-from ldm.diffusion.schedule import Schedule, make_betas
+from ldm.diffusion.schedule import (
+    ContinuousSchedule,
+    NoiseSchedule,
+    Schedule,
+    betas_of_sigmas,
+    make_betas,
+)
 from ldm.nets.unet import UNet
 from nets.nethelp import build_from
 
@@ -63,6 +69,76 @@ def test_the_loss_is_the_recorded_one(kind):
     error = denoiser.error(given["x_start"], Cond(given["c"]), given["t"], given["noise"])
     recorded = file.outputs(name)["dict/train/loss_simple"]
     torch.testing.assert_close(error.square().mean(), recorded, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("predicts", ["v", "edm"])
+def test_continuous_levels_train_on_the_prediction_whose_estimate_is_right(pair, predicts):
+    z, noise = pair
+    t = torch.tensor([-1.0, 0.9], dtype=torch.float64)
+    schedule, inputs = ContinuousSchedule(), []
+
+    def network(z_t, t, **slots):
+        inputs.append((z_t, t))
+        return denoiser.target(z, noise, times)
+
+    times = t
+    denoiser = Denoiser(network, schedule, predicts)
+    assert denoiser.error(z, None, t, noise).abs().max() == 0
+    sigma = schedule.t_to_sigma(t)
+    x = z + sigma.reshape(-1, 1, 1, 1).float() * noise
+    torch.testing.assert_close(denoiser(x, sigma), z, rtol=0, atol=2e-5)
+    torch.testing.assert_close(inputs[0], inputs[1])
+
+
+SCALINGS = {
+    "scaling_eps": ("eps", SCHEDULE),
+    "scaling_v": ("v", SCHEDULE),
+    "scaling_edm_05": ("edm", ContinuousSchedule()),
+    "scaling_v_edm_cnoise": ("v", ContinuousSchedule()),
+}
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_scalings_are_the_recorded_ones(name):
+    file = gold("sdxl_denoiser")
+    (parameterization, schedule), sigma = SCALINGS[name], file.inputs(name)["sigma"]
+    c_skip, c_out = scalings(parameterization, sigma)
+    expected = file.outputs(name)
+    torch.testing.assert_close(c_skip, expected["c_skip"])
+    torch.testing.assert_close(c_out, expected["c_out"])
+    torch.testing.assert_close(1 / input_std(parameterization, sigma), expected["c_in"])
+    if isinstance(schedule, ContinuousSchedule):
+        torch.testing.assert_close(schedule.sigma_to_t(sigma).float(), expected["c_noise"])
+
+
+LEVELS_50 = SCHEDULE.step_sigmas(50, "sgm_uniform")[:-1].flip(0)
+WITH_ZERO = torch.cat([torch.zeros(1), SCHEDULE.sigmas])
+DENOISERS: dict[str, tuple[str, NoiseSchedule]] = {
+    "discrete_eps": ("eps", SCHEDULE),
+    "discrete_v": ("v", SCHEDULE),
+    "discrete_edm": ("edm", Schedule(SCHEDULE.betas, log_time=True)),
+    "discrete_eps_50": ("eps", Schedule(betas_of_sigmas(LEVELS_50))),
+    "discrete_eps_zero": ("eps", Schedule(betas_of_sigmas(WITH_ZERO))),
+    "continuous_edm": ("edm", ContinuousSchedule()),
+    "continuous_eps": ("eps", ContinuousSchedule(log_time=False)),
+    "continuous_v_edm": ("v", ContinuousSchedule()),
+}
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_denoisers_of_sdxl_are_the_recorded_ones(name):
+    file = gold("sdxl_denoiser")
+    inputs, expected = file.inputs(name), file.outputs(name)
+
+    def network(z_t, t, context=None, y=None):
+        torch.testing.assert_close(z_t, expected["net_x"])
+        torch.testing.assert_close(t, expected["net_t"].float())
+        shift = 0.01 * t + context.mean(dim=(1, 2))
+        return 0.3 * z_t + shift.reshape(-1, 1, 1, 1)
+
+    denoiser = Denoiser(network, DENOISERS[name][1], DENOISERS[name][0], nearest=True)
+    denoised = denoiser(inputs["x"], inputs["sigma"], Cond(inputs["crossattn"]))
+    torch.testing.assert_close(denoised, expected["denoised"], rtol=1e-5, atol=1e-4)
 
 
 def test_guidance_is_one_call_and_scale_one_has_no_unconditional_half(pair):

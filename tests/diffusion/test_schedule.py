@@ -2,9 +2,17 @@
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 
 from goldfile import gold
-from ldm.diffusion.schedule import SCHEDULERS, Schedule, make_betas
+from ldm.diffusion.names import SCHEDULERS
+from ldm.diffusion.schedule import (
+    ContinuousSchedule,
+    Schedule,
+    betas_of_sigmas,
+    edm_sigmas,
+    make_betas,
+)
 from ldm.pipelines.quirks import Quirks
 
 SD = Schedule(make_betas("linear", 1000, linear_start=0.00085, linear_end=0.012))
@@ -19,9 +27,11 @@ def betas_of(info):
     return make_betas(name, timesteps, **{key: info[key] for key in OPTIONS if key in info})
 
 
-def recorded(prefix):
-    file = gold("schedules")
-    cases = [case for case in file.cases if case["name"].startswith(prefix)]
+def recorded(prefix, name="schedules"):
+    file = gold(name)
+    cases = [
+        case for case in file.cases if case["name"].startswith(prefix) and "raises" not in case
+    ]
     return [(case["info"], file.outputs(case["name"])) for case in cases]
 
 
@@ -58,19 +68,66 @@ def test_counts_that_crash_the_original_are_refused_only_when_asked_for(steps):
     assert len(SD.step_sigmas(steps)) == steps + 1
 
 
+@pytest.mark.parametrize("schedule", [SD, ContinuousSchedule(0.002, 120)])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("steps", [1, 2, 3, 30, 333, 1000])
-def test_every_scheduler_descends_in_exactly_the_steps_asked_for(scheduler, steps):
-    sigmas = SD.step_sigmas(steps, scheduler)
-    assert len(sigmas) == steps + 1
+def test_every_scheduler_descends_in_exactly_the_steps_asked_for(schedule, scheduler, steps):
+    sigmas = schedule.step_sigmas(min(steps, SCHEDULERS[scheduler].max_steps or steps), scheduler)
+    assert len(sigmas) == min(steps, SCHEDULERS[scheduler].max_steps or steps) + 1
     assert (sigmas.diff() <= 0).all()
-    assert sigmas[0] <= SD.sigmas[-1] * (1 + 1e-12)
+    assert sigmas[0] <= schedule.sigmas[-1] * (1 + 1e-12)
+
+
+def equal_levels(ours, theirs):
+    """Others compute theirs in float32: up to 1.0e-6 (the original) and 2.4e-6 (diffusers) off."""
+    torch.testing.assert_close(ours.float(), theirs, rtol=1e-5, atol=0)
+
+
+def test_levels_of_sdxl_are_the_recorded_ones():
+    for info, expected in recorded("legacy_", "sdxl_discretization"):
+        if "timesteps" in expected:
+            sigmas = SD.step_sigmas(info["n"], "sgm_uniform")
+            assert torch.equal(sigmas[:-1], SD.sigmas[expected["timesteps"]])
+            equal_levels(sigmas, expected["sigmas"])
+    for _, expected in recorded("turbo_", "sdxl_discretization"):
+        steps = len(expected["sigmas"]) - 1
+        equal_levels(SD.step_sigmas(steps, "turbo"), expected["sigmas"])
+    for info, expected in recorded("edm_", "sdxl_discretization"):
+        if info["params"]:
+            equal_levels(edm_sigmas(SD, info["n"], **info["params"]), expected["sigmas"])
+        else:
+            equal_levels(ContinuousSchedule().step_sigmas(info["n"], "karras"), expected["sigmas"])
+    file = gold("sdxl_discretization")
+    other = Schedule(make_betas("linear", 500, linear_start=0.0001, linear_end=0.02))
+    equal_levels(other.step_sigmas(10, "sgm_uniform"), file.outputs("legacy_other")["s10"])
+    equal_levels(other.step_sigmas(500, "sgm_uniform"), file.outputs("legacy_other")["all"])
+    expected = file.outputs("discrete_denoiser")
+    equal_levels(SD.sigmas, expected["sigmas"])
+    equal_levels(SD.nearest_sigma(file.inputs("discrete_denoiser")["sigma"]), expected["quantized"])
+    equal_levels(Schedule(betas_of_sigmas(SD.sigmas)).sigmas, expected["sigmas"])
+
+
+@pytest.mark.filterwarnings("ignore:__array__")
+@pytest.mark.parametrize("steps", [7, 30, 50])
+def test_leading_steps_equal_diffusers(steps):
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        timestep_spacing="leading",
+        steps_offset=1,
+    )
+    scheduler.set_timesteps(steps)
+    equal_levels(SD.step_sigmas(steps, "leading"), scheduler.sigmas)
 
 
 def test_sigma_and_t_are_inverse():
     t = torch.linspace(0, 999, 501, dtype=torch.float64)
     torch.testing.assert_close(SD.sigma_to_t(SD.t_to_sigma(t)), t, rtol=0, atol=1e-8)
     assert torch.equal(SD.sigma_to_t(SD.sigmas).round(), torch.arange(1000).double())
+    continuous = ContinuousSchedule()
+    sigmas = continuous.t_to_sigma(continuous.sigma_to_t(continuous.sigmas))
+    torch.testing.assert_close(sigmas, continuous.sigmas)
 
 
 def test_bad_requests_are_answered_with_what_is_allowed():
@@ -80,3 +137,5 @@ def test_bad_requests_are_answered_with_what_is_allowed():
         SD.step_sigmas(10, "even")
     with pytest.raises(ValueError, match="1 … 1000, got 1001"):
         SD.step_sigmas(1001)
+    with pytest.raises(ValueError, match="1 … 10 with scheduler `turbo`, got 11"):
+        SD.step_sigmas(11, "turbo")

@@ -1,0 +1,126 @@
+"""Samplers on recorded trajectories of SDXL's code, each question to the denoiser included.
+
+Tolerance: 1e-4 of the largest value plus ten times what the original itself moves when run without
+oneDNN on one thread (recorded with each case).
+"""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from goldfile import Gold, gold
+from ldm.conditioning import Cond
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.guidance import add_guidance
+from ldm.diffusion.samplers import SAMPLERS
+from ldm.diffusion.schedule import ContinuousSchedule, Schedule, make_betas
+from ldm.nets.unet import UNet
+from nets.nethelp import build_from
+
+CLASSES = {
+    "EulerEDMSampler": "euler",
+    "HeunEDMSampler": "heun",
+    "EulerAncestralSampler": "euler_a",
+    "DPMPP2SAncestralSampler": "dpmpp_2s_a",
+    "DPMPP2MSampler": "dpmpp_2m",
+    "LinearMultistepSampler": "lms",
+}
+CASES = [
+    "euler", "euler_edm_disc", "euler_identity", "euler_default_guider", "euler_uc_none",
+    "euler_scale1", "euler_scale0", "euler_churn", "euler_churn_max", "euler_v", "euler_edm_model",
+    "euler_steps_at_call", "heun", "heun_churn", "heun_edm_disc", "heun_1step", "euler_a",
+    "euler_a_eta05", "euler_a_eta2", "dpmpp2s_a", "dpmpp2s_a_eta05", "dpmpp2m", "dpmpp2m_edm_disc",
+    "dpmpp2m_v", "dpmpp2m_1step", "dpmpp2m_2steps", "lms", "lms_order2", "lms_order1", "lms_2steps",
+]  # fmt: skip
+SDXL = Schedule(make_betas("linear", 1000, linear_start=0.00085, linear_end=0.012))
+
+
+@functools.cache
+def recorded() -> tuple[Gold, UNet]:
+    file = gold("sdxl_samplers")
+    return file, build_from(file, UNet, file.meta["config_network"]).requires_grad_(False)
+
+
+def denoiser_of(name: str) -> Denoiser:
+    network = recorded()[1]
+    if name == "edm":
+        return Denoiser(network, ContinuousSchedule(), "edm")
+    return Denoiser(network, SDXL, {"EpsScaling": "eps", "VScaling": "v"}[name], nearest=True)
+
+
+def conditions(file: Gold) -> tuple[Cond, Cond]:
+    shared = file.under("shared/")
+    cond, uncond = ((shared[f"{c}_crossattn"], shared[f"{c}_vector"]) for c in ("c", "uc"))
+    return Cond(cond[0], vector=cond[1]), Cond(uncond[0], vector=uncond[1])
+
+
+def target_of(config: dict) -> str:
+    return config["target"].rpartition(".")[2]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_question_and_answer_is_the_recorded_one(name: str) -> None:
+    file, _ = recorded()
+    info, draws = file.case(name)["info"], iter(file.rng(name))
+    steps = info["num_steps"] or info["num_steps_at_call"]
+    denoiser = denoiser_of(info["denoiser"])
+    is_edm_grid = target_of(info["discretization"]) == "EDMDiscretization"
+    scheduler = "edm" if "params" in info["discretization"] else "karras"
+    sigmas = denoiser.schedule.step_sigmas(steps, scheduler if is_edm_grid else "sgm_uniform")
+    cond, uncond = conditions(file)
+    guider = info["guider"] or {}
+    scale = guider.get("params", {}).get("scale", 1.0)
+    options = dict(info["params"])
+    s_noise = options.pop("s_noise", 1.0)
+    if file.rng(name):
+        options["noise"] = lambda like: s_noise * next(draws)
+    questions: list[tuple[Tensor, float, Tensor]] = []
+    guided = add_guidance(denoiser, cond, uncond if info["uc"] else None, scale)
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        questions.append((x, sigma, guided(x, sigma)))
+        return questions[-1][2]
+
+    start = file.under("shared/")["noise"] * (1 + float(sigmas[0]) ** 2) ** 0.5
+    x = SAMPLERS[CLASSES[target_of({"target": info["sampler"]})]](denoise, start, sigmas, **options)
+    xs, levels, answers = zip(*questions, strict=True)
+    expected = file.outputs(name)
+    torch.testing.assert_close(
+        torch.tensor(levels, dtype=torch.float64),
+        expected["sigma_in"][:, 0].double(),
+        rtol=1e-5,
+        atol=0,
+    )
+    close(file, name, "x_in", torch.stack(xs))
+    close(file, name, "denoised", torch.stack(answers))
+    close(file, name, "x", x)
+    assert next(draws, None) is None
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_turbo_is_the_recorded_one(steps: int) -> None:
+    file, _ = recorded()
+    name = f"turbo_{steps}"
+    seed = file.case(name)["info"]["seed"]
+    shape = (1, 4, 8, 8)
+    noise = (
+        torch.from_numpy(np.random.RandomState(seed + k).randn(*shape)).float() for k in range(9)
+    )
+    denoiser = denoiser_of("EpsScaling")
+    cond, _ = conditions(file)
+    sigmas = SDXL.step_sigmas(steps, "turbo")
+    start = next(noise) * (1 + float(sigmas[0]) ** 2) ** 0.5
+    x = SAMPLERS["euler_a"](
+        add_guidance(denoiser, cond[:1]), start, sigmas, noise=lambda like: next(noise)
+    )
+    close(file, name, "x", x)
+
+
+def close(file: Gold, name: str, out: str, ours: Tensor) -> None:
+    theirs = file.outputs(name)[out]
+    noise = file.case(name)["noise_mkldnn_off_1thread"][out]
+    error = float((ours - theirs).abs().max())
+    assert error <= 1e-4 * max(1.0, float(theirs.abs().max())) + 10 * noise
