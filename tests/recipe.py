@@ -7,9 +7,10 @@ crc32("SALT|KEY"), scaled by what its name says it is. Buffers in `SKIPPED` keep
 import math
 import zlib
 from collections.abc import Mapping
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _SKIPPED = """
 betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod
@@ -50,3 +51,19 @@ def fill(state: Mapping[str, Tensor], salt: str, prefix: str = "") -> dict[str, 
         else value
         for key, value in state.items()
     }
+
+
+def fill_on_demand(network: nn.Module, salt: str, prefix: str = "") -> None:
+    """Let each layer of a network on the meta device have its weights only while it runs."""
+
+    def add_weights(layer: nn.Module, inputs: object, *, prefix: str) -> None:
+        own = {key: value for key, value in layer.state_dict().items() if "." not in key}
+        layer.load_state_dict(fill(own, salt, prefix), strict=False, assign=True)
+
+    def remove_weights(layer: nn.Module, inputs: object, output: object) -> None:
+        layer.to("meta")
+
+    for name, layer in network.named_modules():
+        if next(layer.parameters(recurse=False), None) is not None:
+            layer.register_forward_pre_hook(partial(add_weights, prefix=f"{prefix}{name}."))
+            layer.register_forward_hook(remove_weights)

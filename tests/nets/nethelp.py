@@ -1,5 +1,6 @@
 """What the tests of the networks share: building from recorded configs, comparing, key lists."""
 
+import gzip
 from pathlib import Path
 
 import torch
@@ -71,8 +72,14 @@ def noise_of(golden, case, output):
 
 def recorded_keys(name):
     """{parameter: shape} as the original builds them at full size."""
-    lines = (KEYS / f"{name}.txt").read_text().splitlines()
-    return {key: [int(n) for n in shape.split("x")] for key, shape in map(str.split, lines)}
+    path = KEYS / f"{name}.txt"
+    if path.is_file():
+        rows = map(str.split, path.read_text().splitlines())
+    else:
+        rows = map(
+            str.split, gzip.decompress(Path(f"{path}.gz").read_bytes()).decode().splitlines()
+        )
+    return {key: [int(n) for n in shape.split("x") if n != "-"] for key, shape, *_ in rows}
 
 
 def keys_of(network):
