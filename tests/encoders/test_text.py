@@ -1,17 +1,24 @@
 import pytest
 import torch
 from encoderhelp import assert_close
+from torch import nn
 
 from goldfile import gold
 from ldm.encoders.text import CLIPText, OpenCLIPText
-from ldm.encoders.towers import quick_gelu
+from ldm.encoders.towers import FusedAttention, quick_gelu
 
 ARCH = {"embed_dim": 24, "text_cfg": {"vocab_size": 49408, "width": 32, "heads": 4, "layers": 3}}
 CLIP_ARCH = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
 }  # fmt: skip
+POOLED = {"always_return_pooled": True, "legacy": False}
 TINY = [(OpenCLIPText, ARCH), (CLIPText, CLIP_ARCH)]
 PROMPTS = ["a cat", "an astronaut riding a horse, photograph"]
+SGM_CASES = [
+    "l_hidden_11", "l_hidden_11_pooled", "l_hidden_m2", "l_hidden_12", "l_hidden_0", "l_last",
+    "l_last_pooled", "l_pooled", "g_penultimate_pooled", "g_last_pooled", "g_penultimate", "g_last",
+    "g_penultimate_legacy", "g_last_legacy", "h_penultimate_old_class",
+]  # fmt: skip
 HIDDEN = {f"hidden_{name}": {"layer": "hidden", "layer_idx": k} for name, k in
           [("m2", -2), ("m1", -1), ("0", 0), ("1", 1)]}  # fmt: skip
 
@@ -39,6 +46,26 @@ def test_context_equals_the_recorded_one(name, build, output, options):
     assert_close(context, golden.outputs("prompts")[output])
 
 
+@pytest.mark.parametrize("case", SGM_CASES)
+def test_outputs_equal_those_of_generative_models(case):
+    golden = gold("sdxl_text")
+    info = golden.case(case)["info"]
+    params = {k: v for k, v in info["params"].items() if k not in ("device", "version")}
+    if case.startswith("l_"):
+        encoder = CLIPText(arch=golden.meta["tiny_hf_config"], **params)
+    else:
+        encoder = OpenCLIPText(**params | {"arch": golden.meta["tiny_arch"]})
+    encoder.load_state_dict(golden.weights(encoder.state_dict()))
+    prompts = golden.meta["prompts"]
+    recorded_tokens = golden.under("shared/tokens_")["clip_l" if case[0] == "l" else "open_clip"]
+    assert torch.equal(encoder.tokenize(prompts), recorded_tokens)
+    output, expected = encoder([prompts[k] for k in info["prompt_indices"]]), golden.outputs(case)
+    if "pooled" in expected:
+        assert_close(output.vector, expected["pooled"], 1e-6)
+        output = output.crossattn
+    assert_close(output, expected["z"], 2e-6)  # observed: 7e-7
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "build", "layers"),
@@ -63,6 +90,36 @@ def test_full_size_context_equals_the_recorded_one(name, build, layers):
             assert_close(encoder(tokens), golden.outputs("a")[layer], 1e-4)
 
 
+@pytest.mark.slow
+def test_full_size_bigg_equals_the_recorded_one():
+    """Each layer gets its weights just before it runs, and loses them after: 1.2 GB, not 2.8."""
+    golden = gold("sdxl_full_text_bigg")
+    params = golden.meta["config"]["params"]
+    with torch.device("meta"):
+        encoder = OpenCLIPText(**params)
+
+    def fill_layer(layer, name):
+        state = {f"{name}.{key}": value for key, value in layer.named_parameters(recurse=False)}
+        for key, value in golden.weights(state).items():
+            setattr(layer, key.rpartition(".")[2], nn.Parameter(value, requires_grad=False))
+
+    def clear_layer(layer):
+        for key, value in layer.named_parameters(recurse=False):
+            setattr(layer, key, nn.Parameter(value.to("meta"), requires_grad=False))
+
+    for name, module in encoder.named_modules():
+        if isinstance(module, (nn.Embedding, nn.LayerNorm, nn.Linear, FusedAttention)):
+            module.register_forward_pre_hook(lambda layer, _, name=name: fill_layer(layer, name))
+            module.register_forward_hook(lambda layer, *_: clear_layer(layer))
+    fill_layer(encoder.model, "model")
+    tokens = encoder.tokenize(golden.meta["prompts"])
+    assert torch.equal(tokens, golden.inputs("a")["tokens"])
+    with torch.no_grad():
+        output, expected = encoder(tokens), golden.outputs("a")
+    assert_close(output.crossattn[:1], expected["penultimate_first"])  # observed: 1.7e-6
+    assert_close(output.vector, expected["pooled"])  # observed: 1.9e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("build", "arch"), TINY)
 def test_context_has_the_dtype_of_the_weights(build, arch, dtype):
@@ -85,12 +142,15 @@ def test_texts_and_tokens_give_the_same_context(build, arch):
     [
         (OpenCLIPText, {"arch": ARCH, "layer": "last"}),
         (OpenCLIPText, {"arch": ARCH, "layer": "penultimate"}),
+        (OpenCLIPText, {"arch": ARCH, "layer": "penultimate", "legacy": False}),
+        (OpenCLIPText, {"arch": ARCH, "layer": "penultimate", **POOLED}),
         (CLIPText, {"arch": CLIP_ARCH}),
     ],
 )
 def test_gradient_reaches_all_parameters_but_the_unused(build, options):
     encoder = build(**options, freeze=False)
-    encoder.encode(PROMPTS).square().mean().backward()
+    tensors = encoder.condition(PROMPTS).tensors().values()
+    sum(tensor.square().mean() for tensor in tensors).backward()
     for name, parameter in encoder.named_parameters():
         assert (parameter.grad is None) == name.startswith(encoder.unused)
     assert not any(parameter.requires_grad for parameter in build(**options).parameters())
@@ -129,6 +189,7 @@ def test_sizes_and_activation_come_from_the_config():
             "unknown text_cfg key `widht`, did you mean",
         ),
         (OpenCLIPText, {"arch": ARCH, "layer": "pooled"}, "choose one of last, penultimate"),
+        (OpenCLIPText, {"arch": ARCH, "always_return_pooled": True}, "needs `legacy: false`"),
         (CLIPText, {"arch": {"hidden": 8}}, "unknown arch key `hidden`"),
         (CLIPText, {"arch": {"hidden_act": "relu"}}, "unknown hidden_act `relu`"),
         (CLIPText, {"arch": CLIP_ARCH, "layer": "hidden"}, "from -4 to 3, got `None`"),

@@ -1,0 +1,149 @@
+"""Conditioner with SDXL's encoders against the GeneralConditioner of `generative-models`."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from encoderhelp import assert_close
+
+from goldfile import gold
+from ldm.conditioning import Cond, Conditioner
+from ldm.encoders.labels import ClassEmbedder, IdentityEncoder
+from ldm.encoders.sizes import SizeEmbedding
+from ldm.encoders.text import CLIPText, OpenCLIPText
+from recipe import fill
+
+GOLDEN = "sdxl_conditioner"
+CLASSES: dict[str, Any] = {
+    "FrozenCLIPEmbedder": CLIPText,
+    "FrozenOpenCLIPEmbedder2": OpenCLIPText,
+    "ConcatTimestepEmbedderND": SizeEmbedding,
+    "ClassEmbedder": ClassEmbedder,
+    "IdentityEncoder": IdentityEncoder,
+}
+ARCHS = {CLIPText: "tiny_hf_config", OpenCLIPText: "tiny_arch"}
+PAIRS = [
+    "base_c_uc_zero_txt", "base_c_uc_negative", "base_c_uc_zero_sizes", "refiner_c_uc",
+    "base_same_batch_cond_zero", "ucg_rates_ignored_in_pair",
+]  # fmt: skip
+SIZES = ["concat_ints_256", "concat_floats", "concat_1d", "concat_3cols_odd"]
+
+
+def conditioner_of(golden, name) -> Conditioner:
+    encoders = {}
+    for n, config in enumerate(golden.meta[f"config_{name}"]["params"]["emb_models"]):
+        build = CLASSES[config["target"].rpartition(".")[2]]
+        options = {k: v for k, v in config.get("params", {}).items() if k != "device"}
+        options |= {k: v for k, v in config.items() if k in ("ucg_rate", "legacy_ucg_value")}
+        if build in ARCHS:
+            options |= {"arch": golden.meta[ARCHS[build]], "null": None}
+        else:
+            options["key"] = config["input_key"]
+        encoder = build(**options)
+        encoder.load_state_dict(fill(encoder.state_dict(), golden.meta["salt"], f"embedders.{n}."))
+        encoders[["text", "text_2"][n] if build in ARCHS else f"embedder_{n}"] = encoder
+    return Conditioner(join="features", **encoders)
+
+
+def assert_equal(cond: Cond, golden, case, prefix="") -> None:
+    outputs = golden.outputs(case)
+    for slot, value in cond.tensors().items():
+        assert_close(value, outputs[prefix + slot], 2e-6)  # observed: 5e-7
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_conditional_and_unconditional_batch(case):
+    golden = gold(GOLDEN)
+    info = golden.case(case)["info"]
+    conditioner = conditioner_of(golden, info["config"])
+    for half, prefix in enumerate(["c_", "uc_"]):
+        texts = info.get("negative", info["txt"]) if half else info["txt"]
+        batch = {**golden.inputs(case), "txt": texts}
+        if "aesthetic_score" in info:
+            batch["aesthetic_score"] = [info["aesthetic_score"][half]] * len(texts)
+        zeros = info.get(f"force_{'uc' if half else 'cond'}_zero_embeddings", [])
+        if half and case == "ucg_rates_ignored_in_pair":
+            zeros = ["txt"]
+        cond = conditioner(batch, drop=dict.fromkeys(zeros, 1.0))
+        assert_equal(cond, golden, case, prefix)
+        if zeros == ["txt"]:
+            no_text = conditioner(batch | {"txt": [None] * len(texts)})
+            assert torch.equal(no_text.crossattn, cond.crossattn)
+            assert torch.equal(no_text.vector, cond.vector)
+
+
+@pytest.mark.parametrize("case", ["ucg_dropout", "ucg_dropout_b", "classes_and_concat"])
+def test_tensors_are_dropped_one_by_one(case):
+    golden = gold(GOLDEN)
+    info = golden.case(case)["info"]
+    conditioner = conditioner_of(golden, info["config"])
+    torch.manual_seed(info["seed_before"])
+    batch = {**golden.inputs(case), "txt": info.get("txt")}
+    assert_equal(conditioner(batch, drop=None, legacy={"independent-dropout"}), golden, case)
+
+
+def test_later_encoders_read_what_replaced_a_text(monkeypatch):
+    golden = gold(GOLDEN)
+    info = golden.case("legacy_ucg")["info"]
+    conditioner = conditioner_of(golden, info["config"])
+    choices = [np.random.RandomState(seed).choice(2, 4, p=[0.5, 0.5]) for seed in (11, 12)]
+    draws = (torch.tensor(1.0 - choice) for choice in choices)
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: next(draws))
+    texts = list(info["txt"])
+    batch = {key: value.repeat(2, 1) for key, value in golden.inputs("legacy_ucg").items()}
+    cond = conditioner(batch | {"txt": texts}, drop=None, legacy={"mutating-legacy-ucg"})
+    assert_equal(cond, golden, "legacy_ucg")
+    assert texts == info["txt"] != info["txt_after"]
+
+
+def test_encoders_of_a_prompt_drop_the_same_samples():
+    golden = gold(GOLDEN)
+    conditioner = conditioner_of(golden, "base_ucg")
+    for encoder in conditioner.encoders.values():
+        encoder.ucg_rate = 0.5
+    sizes = {key: value.repeat(8, 1) for key, value in golden.inputs("ucg_dropout").items()}
+    generator = torch.Generator().manual_seed(0)
+    cond = conditioner({**sizes, "txt": ["a cat"] * 16}, drop=None, generator=generator)
+    is_dropped = (cond.crossattn[..., :32] == 0).flatten(1).all(1)  # CLIP's features
+    assert 0 < is_dropped.sum() < 16
+    for other in (cond.crossattn[..., 32:], cond.vector[:, :40]):
+        assert torch.equal((other == 0).flatten(1).all(1), is_dropped)
+    assert not torch.equal((cond.vector[:, 40:72] == 0).all(1), is_dropped)
+
+
+def test_the_second_tower_may_read_another_prompt():
+    golden = gold(GOLDEN)
+    conditioner, sizes = conditioner_of(golden, "base"), golden.inputs("base_c_uc_negative")
+    one, both, two = (
+        conditioner({**sizes, "txt": ["a cat"] * 2, **other})
+        for other in ({}, {"txt_2": ["a cat"] * 2}, {"txt_2": ["a dog"] * 2})
+    )
+    assert torch.equal(one.crossattn, both.crossattn)
+    assert torch.equal(one.crossattn[..., :32], two.crossattn[..., :32])
+    assert not torch.equal(one.crossattn[..., 32:], two.crossattn[..., 32:])
+    assert not torch.equal(one.vector, two.vector)
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_size_embedding(case):
+    golden = gold(GOLDEN)
+    encoder = SizeEmbedding(key="x", **golden.case(case)["info"]["params"])
+    embedding = encoder.half()(golden.inputs(case)["x"])
+    assert embedding.dtype == torch.float32
+    # Observed: 3e-5, as the last bit of a frequency is 6e-5 radians at 1024 pixels.
+    assert_close(embedding, golden.outputs(case)["emb"], 1e-4)
+
+
+def test_dimensions_without_a_slot_are_refused():
+    with pytest.raises(ValueError, match=r"`x` must be \(B, n\) numbers, got \(1, 2, 3\)"):
+        SizeEmbedding(key="x")(torch.zeros(1, 2, 3))
+    with pytest.raises(ValueError, match="`x` must have 2 to 4 dimensions, got 5"):
+        IdentityEncoder(key="x")(torch.zeros(1, 1, 1, 1, 1))
+
+
+def test_an_encoder_that_is_not_trainable_is_frozen():
+    frozen, trained = (ClassEmbedder(embed_dim=2, is_trainable=flag) for flag in (False, True))
+    Conditioner(frozen=frozen, trained=trained)
+    assert not frozen.embedding.weight.requires_grad
+    assert trained.embedding.weight.requires_grad
