@@ -39,7 +39,13 @@ from ldm.loading.files.checkpoint import (
 from ldm.loading.legacy import AUTOENCODER_CONFIG, translate_config
 from ldm.loading.load import choose_config, probe_weights
 from ldm.loading.matching import match_weights, translate_names
-from ldm.loading.weight_names import original_name, our_names, rename_weights, restore_names
+from ldm.loading.weight_names import (
+    has_engine_names,
+    original_name,
+    our_names,
+    rename_weights,
+    restore_names,
+)
 from ldm.loading.weights import AUTOENCODER, identify_weights, read_autoencoder, read_weights
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import ArgumentError, ExistingFile, MissingArgument, WrongFamily
@@ -248,7 +254,9 @@ def _to_original_names(file: Checkpoint, model: nn.Module | None, *, ema: bool) 
     known = dict(our_names(file.state)).values()
     rest = {name: value for name, value in file.state.items() if name not in known}
     state = translate_names(model, weights.state, file.path)
-    return replace(file, state=rest | {original_name(name): v for name, v in state.items()})
+    engine = has_engine_names(expected)
+    originals = {original_name(name, engine=engine): value for name, value in state.items()}
+    return replace(file, state=rest | originals)
 
 
 def _merge_loras(
@@ -270,8 +278,9 @@ def _merge_loras(
     model.load_state_dict(match_weights(model, state | others, file.path), assign=True)
     before = dict(model.named_parameters())
     load_loras(model, loras)
+    engine = has_engine_names(before)
     merged = {
-        original_name(name): parameter.detach()
+        original_name(name, engine=engine): parameter.detach()
         for name, parameter in model.named_parameters()
         if parameter is not before[name]
     }

@@ -1,8 +1,9 @@
 """Recognise weights: the published family, its config and task, and whether they predict eps or v.
 
-Families are told apart by shapes alone: the channels that the UNet reads, the width of the context
-and of the global embedding. Shapes cannot tell eps from v, so that is decided by independent
-methods whose verdicts are kept side by side:
+Families are told apart by shapes: the channels that the UNet reads, the width of the context and of
+the global embedding; for SDXL also by the number of transformer blocks, and by tensors that mark
+special models. Shapes cannot tell eps from v, so that is decided by independent methods whose
+verdicts are kept side by side:
 
     marker   a `v_pred` tensor, or `modelspec.prediction_type` in the file's metadata
     family   every published model of the family predicts the same
@@ -14,8 +15,10 @@ All names here are ours (`weight_names.rename_weights`).
 """
 
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +27,13 @@ from ldm.loading.files.checkpoint import ema_name
 from ldm.loading.weight_names import original_name
 
 __all__ = [
-    "CONFIG_DIR", "FAMILIES", "TITLE_BY_WIDTH", "Family", "Prediction", "Verdict",
-    "detect_prediction", "probe_prediction", "recognise_family", "zero_snr_markers",
+    "CONFIG_DIR", "FAMILIES", "TITLE_BY_WIDTH", "VARIANTS", "VARIANT_STEPS", "Family",
+    "Prediction", "Variant", "Verdict", "detect_prediction", "detect_variant",
+    "probe_prediction", "recognise_family",
 ]  # fmt: skip
 
 CONFIG_DIR = "configs/stable-diffusion"
+XL_CONFIG_DIR = "configs/stable-diffusion-xl"
 
 
 @dataclass(frozen=True)
@@ -39,11 +44,14 @@ class Family:
         channels: input channels of the UNet.
         context: width of the tokens that cross-attention reads.
         vector: width of the global embedding, None without one.
-        predicts: "eps" or "v" if that holds for all its models.
+        predicts: "eps", "v" or "edm" if that holds for all its models, or all but those that a
+            marker tells.
         config: name of its YAML (without `.yaml`); "" for a family that is not supported.
         config_v: name of the YAML of its v models, where that is another one.
         task: the pipeline that serves it.
         has_vision_tower: conditioned by CLIP's vision tower instead of text.
+        blocks: number of transformer blocks in the UNet, where that tells the family.
+        marker: a tensor that tells it.
     """
 
     name: str
@@ -56,11 +64,18 @@ class Family:
     config_v: str = ""
     task: str = "txt2img"
     has_vision_tower: bool = False
+    blocks: int | None = None
+    marker: str = ""
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether it is of Stable Diffusion XL."""
+        return self.vector in (2816, 2560)
 
     def config_path(self, prediction: str | None) -> str:
         """Return the YAML of the family's models that predict "eps", "v" or "x0"."""
         name = self.config_v if prediction == "v" and self.config_v else self.config
-        return f"{CONFIG_DIR}/{name}.yaml"
+        return f"{XL_CONFIG_DIR if self.is_xl else CONFIG_DIR}/{name}.yaml"
 
 
 # fmt: off
@@ -81,8 +96,21 @@ FAMILIES = (
            "v2-1-stable-unclip-l-inference", task="unclip"),
     Family("unclip-h", "Stable unCLIP 2.1 (OpenCLIP ViT-H)", 4, 1024, 2048, "v",
            "v2-1-stable-unclip-h-inference", task="unclip"),
-    Family("sdxl", "Stable Diffusion XL", 4, 2048, 2816, "eps", "", task=""),
-    Family("sdxl-refiner", "Stable Diffusion XL refiner", 4, 1280, 2560, "eps", "", task=""),
+    Family("playground-v2.5", "Playground 2.5", 4, 2048, 2816, "edm", "playground-v2.5", blocks=70,
+           marker="edm_mean"),
+    Family("cosxl", "CosXL", 4, 2048, 2816, "v", "sd_xl_cosxl", blocks=70,
+           marker="edm_vpred.sigma_max"),
+    Family("sdxl", "Stable Diffusion XL", 4, 2048, 2816, "eps", "sd_xl_base", "sd_xl_v", blocks=70),
+    Family("sdxl-inpainting", "Stable Diffusion XL inpainting", 9, 2048, 2816, "eps",
+           "sd_xl_inpaint", task="inpaint"),
+    Family("sdxl-refiner", "Stable Diffusion XL refiner", 4, 1280, 2560, "eps", "sd_xl_refiner",
+           task="img2img"),
+    Family("ssd-1b", "SSD-1B", 4, 2048, 2816, "eps", "ssd-1b", blocks=34),
+    Family("segmind-vega", "Segmind Vega", 4, 2048, 2816, "eps", "segmind-vega", blocks=15),
+    Family("koala", "a pruned Stable Diffusion XL such as KOALA", 4, 2048, 2816, "eps", "",
+           task=""),
+    Family("sdxl-pix2pix", "Stable Diffusion XL InstructPix2Pix", 8, 2048, 2816, "eps", "",
+           task=""),
 )
 # fmt: on
 
@@ -97,10 +125,38 @@ BIAS = "unet.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 # The original's names and diffusers', without dots, as in `model_ema.*`.
 FIRST = ("input_blocks00weight", "conv_inweight")
 VECTORS = {
-    "label_emb00weight": 1, "class_embeddinglinear_1weight": 1,
+    "label_emb00weight": 1, "class_embeddinglinear_1weight": 1, "add_embeddinglinear_1weight": 1,
     "label_embweight": 0, "class_embeddingweight": 0,
 }  # fmt: skip
 TO_K = "attn2to_kweight"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A distilled model, which has the shapes of its family but is sampled differently.
+
+    Args:
+        defaults: what differs in `ldm.model.Defaults`.
+        image_size: side of the latent in training, in latent pixels.
+        note: for the user.
+    """
+
+    title: str
+    defaults: Mapping[str, Any]
+    image_size: int = 128
+    note: str = ""
+
+
+VARIANTS = {
+    "turbo": Variant("Turbo", {"scale": 1.0, "steps": 4, "sampler": "euler_a",
+                               "scheduler": "turbo"}, 64),
+    "lightning": Variant("Lightning", {"scale": 1.0, "steps": 4, "sampler": "euler"}),
+    "lcm": Variant("LCM", {"scale": 1.0, "steps": 8, "sampler": "euler"},
+                   note="its own sampler is not supported yet, images will be rougher"),
+}  # fmt: skip
+# Metadata that may name a variant, and its steps in a file's name.
+VARIANT_KEYS = ("modelspec.architecture", "modelspec.title", "modelspec.implementation")
+VARIANT_STEPS = re.compile(r"(\d+)-?_?steps?(?![a-z])")
 BIAS_LIMIT = 0.09
 PROBE_LIMIT = -1.0
 
@@ -137,13 +193,16 @@ class Prediction:
 
 
 def recognise_family(
-    state: Mapping[str, Tensor], ema_state: Mapping[str, Tensor] | None = None
+    state: Mapping[str, Tensor],
+    ema_state: Mapping[str, Tensor] | None = None,
+    markers: Collection[str] = (),
 ) -> Family | None:
     """Return the family of weights, or None if no published one looks like this.
 
     Args:
         state: weights under our names, or under diffusers' behind our prefixes.
         ema_state: `model_ema.*`, which a UNet may be present as alone.
+        markers: names of marker tensors that the file has.
     """
     unet = {n.removeprefix("unet."): v for n, v in state.items() if n.startswith("unet.")}
     if not unet and ema_state:
@@ -157,8 +216,36 @@ def recognise_family(
     # Linear (out, in) for an embedding, Embedding (n, width) for a number.
     vector = next((shapes[name][axis] for name, axis in VECTORS.items() if name in shapes), None)
     traits = (first[1], context, vector, VISION_TOWER in state)
-    families = {(f.channels, f.context, f.vector, f.has_vision_tower): f for f in FAMILIES}
-    return families.get(traits)
+    blocks = sum(name.endswith(TO_K) for name in shapes)
+    return next(
+        (
+            family
+            for family in FAMILIES
+            if (family.channels, family.context, family.vector, family.has_vision_tower) == traits
+            and family.blocks in (None, blocks)
+            and (not family.marker or family.marker in markers)
+        ),
+        None,
+    )
+
+
+def detect_variant(
+    family: Family | None, name: str, metadata: Mapping[str, str]
+) -> tuple[str, str] | None:
+    """Return the variant of a model of SDXL and what tells it: metadata, or the file's name.
+
+    Args:
+        name: of the file or folder.
+    """
+    if family is None or not family.is_xl:
+        return None
+    sources = {f"metadata `{key}`": metadata.get(key, "") for key in VARIANT_KEYS}
+    sources["the file's name"] = name
+    for source, text in sources.items():
+        for variant in VARIANTS:
+            if re.search(rf"(?<![a-z]){variant}|{variant}(?![a-z])", text.lower()):
+                return variant, source
+    return None
 
 
 def detect_prediction(
@@ -170,6 +257,8 @@ def detect_prediction(
     """
     verdicts = list(_by_marker(markers))
     if family is not None and family.predicts:
+        if verdicts and family.config_v:  # which the shapes cannot tell
+            return _rank(verdicts)
         verdicts.append(Verdict("family", family.predicts, family.title))
     elif family is not None:
         verdicts.append(Verdict("step", STEPS.get(step or 0), f"global_step {step}"))
@@ -194,12 +283,6 @@ def probe_prediction(unet: nn.Module, prediction: Prediction, context: int = 102
         says = "v" if shift < PROBE_LIMIT else "eps"
     verdict = Verdict("probe", says, f"mean shift {shift:.3f}, v below {PROBE_LIMIT:g}")
     return _rank([*prediction.verdicts, verdict])
-
-
-def zero_snr_markers(parameterization: str, *, zero_snr: bool) -> dict[str, Tensor]:
-    """Return empty tensors by which other programs recognise a model of zero terminal SNR."""
-    markers = {"v_pred": parameterization == "v", "ztsnr": True}
-    return {name: torch.empty(0) for name, applies in markers.items() if zero_snr and applies}
 
 
 def _by_marker(markers: Mapping[str, str]) -> Iterator[Verdict]:

@@ -1,7 +1,7 @@
 """The original's names in configs: targets, model classes and their parameters.
 
     TARGETS         its dotted name -> ours            a class that takes the YAML's keywords
-    MODEL_CLASSES   its model class -> encoders        become a LatentDiffusion
+    MODEL_CLASSES   its model class -> encoders        become a LatentDiffusion; also `sgm.ENGINE`
     UNSUPPORTED_CLASSES   its dotted name -> what it is      known, but not built by this version
 
 `weight_names` has its names of weights.
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ldm.loading.sgm import ENGINE, translate_engine
 from ldm.runtime.errors import ConfigError, unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
@@ -31,18 +32,32 @@ SGM_ENCODERS = "sgm.modules.encoders.modules."
 # Our class: its names in the original.
 CLASSES = {
     MODEL: (),
+    "ldm.model.Defaults": (),
     "ldm.conditioning.Conditioner": (),
     SCHEDULES + "Schedule": (),
+    SCHEDULES + "ContinuousSchedule": (),
     SCHEDULES + "make_betas": (),
-    AUTOENCODER: ("ldm.models.autoencoder.AutoencoderKL", "sgm.models.autoencoder.AutoencoderKL"),
-    "ldm.nets.autoencoder.PixelSpace": ("ldm.models.autoencoder.IdentityFirstStage",),
+    AUTOENCODER: (
+        "ldm.models.autoencoder.AutoencoderKL", "sgm.models.autoencoder.AutoencoderKL",
+        "sgm.models.autoencoder.AutoencoderKLInferenceWrapper",
+    ),
+    "ldm.nets.autoencoder.PixelSpace": (
+        "ldm.models.autoencoder.IdentityFirstStage", "sgm.models.autoencoder.IdentityFirstStage",
+    ),
     "ldm.nets.unet.UNet": ("ldm." + OPENAI_MODEL, "sgm." + OPENAI_MODEL),
     "ldm.encoders.text.OpenCLIPText": (
         ENCODERS + "FrozenOpenCLIPEmbedder", SGM_ENCODERS + "FrozenOpenCLIPEmbedder",
+        SGM_ENCODERS + "FrozenOpenCLIPEmbedder2",
     ),
     "ldm.encoders.text.CLIPText": (
         ENCODERS + "FrozenCLIPEmbedder", SGM_ENCODERS + "FrozenCLIPEmbedder",
     ),
+    "ldm.encoders.sizes.SizeEmbedding": (
+        SGM_ENCODERS + "ConcatTimestepEmbedderND",
+        SGM_ENCODERS + "ConcatTimestepEmbedderAND",  # sic, in a YAML of A1111
+    ),
+    "ldm.encoders.labels.ClassEmbedder": (SGM_ENCODERS + "ClassEmbedder",),
+    "ldm.encoders.labels.IdentityEncoder": (SGM_ENCODERS + "IdentityEncoder",),
     IMAGES + "OpenCLIPImage": (ENCODERS + "FrozenOpenCLIPImageEmbedder",),
     CLIP_IMAGE: (
         ENCODERS + "ClipImageEmbedder", ENCODERS + "FrozenCLIPImageEmbedder",
@@ -72,7 +87,8 @@ UNSUPPORTED_CLASSES = {
     "ldm.modules.encoders.modules.BERTEmbedder": "text-to-image and layout models with BERT",
     "ldm.modules.encoders.modules.ClassEmbedder": "class-conditional models",
     "ldm.modules.encoders.modules.SpatialRescaler": "semantic synthesis models",
-    "sgm.models.diffusion.DiffusionEngine": "models of `generative-models` (SDXL)",
+    SGM_ENCODERS + "FrozenT5Embedder": "text encoders of T5",
+    SGM_ENCODERS + "FrozenByT5Embedder": "text encoders of T5",
 }
 
 # Parameters of the original model class that only training or logging looks at.
@@ -127,6 +143,13 @@ def translate_config(
         )
     if target in MODEL_CLASSES:
         return _Translator(target, params, where, skipped).translate()
+    if target == ENGINE:
+
+        def part(spec: JsonMapping, where: str) -> JsonObject:
+            return translate_config(spec, where=where, skipped=skipped)
+
+        engine = translate_engine(params, f"{where}.params", skipped, part)
+        return {"target": MODEL, "params": engine, "where": where}
     return {"target": TARGETS.get(target, target), "params": dict(params), "where": where}
 
 
@@ -284,4 +307,4 @@ MODEL_CLASSES = {
 
 def known_targets() -> list[str]:
     """Return every name that may stand after `target:`."""
-    return [*TARGETS, *MODEL_CLASSES, *UNSUPPORTED_CLASSES, *CLASSES]
+    return [*TARGETS, *MODEL_CLASSES, ENGINE, *UNSUPPORTED_CLASSES, *CLASSES]

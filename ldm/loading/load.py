@@ -10,6 +10,7 @@ Nothing is downloaded but what a `hf:` address names. Where device and dtype sta
 weights are pages of that file.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -21,16 +22,25 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ldm.diffusion.schedule import Schedule
 from ldm.loading.addons.embeddings import add_embeddings, load_embeddings
 from ldm.loading.addons.lora import load_loras
 from ldm.loading.addons.midas import add_depth_network
 from ldm.loading.build import build_on_meta, fill_weights
 from ldm.loading.config import parse_yaml, read_yaml
-from ldm.loading.families import Prediction, probe_prediction, zero_snr_markers
+from ldm.loading.families import (
+    VARIANT_STEPS,
+    VARIANTS,
+    Prediction,
+    detect_variant,
+    probe_prediction,
+)
 from ldm.loading.files.checkpoint import CONFIG_KEY, file_hash, write_checkpoint
 from ldm.loading.files.clip_statistics import clip_statistics_tensors, load_clip_statistics
 from ldm.loading.legacy import translate_config
 from ldm.loading.matching import guess_kind, match_weights
+from ldm.loading.sgm import ENGINE
+from ldm.loading.tables import make_tables
 from ldm.loading.weight_names import restore_names
 from ldm.loading.weights import (
     AUTOENCODER,
@@ -46,14 +56,17 @@ from ldm.runtime.errors import (
     MissingFile,
     WeightsMismatch,
     WrongFamily,
+    unknown_name,
 )
 from ldm.runtime.files import find_file
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["choose_config", "load", "probe_weights", "read_config", "save_model"]
+__all__ = ["choose_config", "find_variant", "load", "probe_weights", "read_config", "save_model"]
 
 log = logging.getLogger(__name__)
 
+NO_VARIANT = "base"
+GUIDANCE_WEIGHT = "unet.time_embed_cond.weight"  # of LCM
 DEMO = ("configs/demo/text2img.yaml", "checkpoints/demo.safetensors")
 # Relative error of schedules that were rounded to a dtype, 1e-5 for others. bfloat16 comes first:
 # its numbers are float16's as well, except very small ones.
@@ -74,6 +87,7 @@ def load(
     vae: str | Path | None = None,
     loras: Iterable[tuple[str | Path, float]] = (),
     embeddings: Iterable[str | Path] = (),
+    variant: str | None = None,
 ) -> LatentDiffusion:
     """Load the model that a config describes, with the weights of a checkpoint.
 
@@ -92,6 +106,8 @@ def load(
         vae: a checkpoint, as `ckpt`, whose autoencoder is used instead.
         loras: (file, strength) pairs, merged into the weights.
         embeddings: files of textual inversions, or folders of them: tokens for prompts.
+        variant: which distilled model of SDXL it is, a name in `VARIANTS`, or "base" for none: sets
+            the model's `defaults`. None: the one that metadata or the file's name tells.
 
     Returns:
         The model in eval mode (or the part, for the config of a single part); its `provenance`
@@ -101,6 +117,8 @@ def load(
         FileNotFoundError: a file is missing.
         ValueError: something does not fit; the message says what.
     """
+    if variant not in (None, NO_VARIANT, *VARIANTS):
+        raise unknown_name("variant", variant, (NO_VARIANT, *VARIANTS), argument="variant")
     config, ckpt = _choose_files(config, ckpt)
     loras, embeddings = tuple(loras), tuple(embeddings)
     weights = identify_weights(read_weights(ckpt))
@@ -128,6 +146,7 @@ def load(
         _compare_schedules(model, weights.tables, misfit)
         load_clip_statistics(model.conditioner, weights.path, clip_stats, weights.tables)
         _check_prediction(model, weights, is_config_given=config is not None)
+        _set_variant(model, weights, variant)
         load_loras(model, loras)
         add_embeddings(model, weights.source.added_tokens, weights.path)
         load_embeddings(model, embeddings)
@@ -144,10 +163,7 @@ def save_model(
     Args:
         metadata: the YAML's text under `ldm.config` lets `load` do without a config.
     """
-    schedule = model.schedule
-    tables = schedule.buffers()
-    tables |= zero_snr_markers(model.parameterization, zero_snr=schedule.zero_snr)
-    state = restore_names(model.state_dict(), tables)
+    state = restore_names(model.state_dict(), make_tables(model))
     write_checkpoint(path, state | clip_statistics_tensors(model.conditioner), metadata)
 
 
@@ -179,11 +195,56 @@ def read_config(
         return str(config), read_yaml(config, overrides)
     source = choose_config(weights)
     if source == CONFIG_KEY:
-        return source, parse_yaml(weights.markers[CONFIG_KEY], overrides, where=source)
-    raw = read_yaml(source, overrides)
-    if "ztsnr" in weights.markers:
-        raw["model"]["params"].setdefault("rescale_betas_zero_snr", True)
+        raw = parse_yaml(weights.markers[CONFIG_KEY], overrides, where=source)
+    else:
+        raw = read_yaml(source, overrides)
+        if "ztsnr" in weights.markers and weights.prediction.kind != "eps":
+            raw["model"]["params"].setdefault("rescale_betas_zero_snr", True)
+    engine = raw.get("model", raw)
+    if engine.get("target") == ENGINE:
+        _read_markers(engine["params"], weights)
     return source, raw
+
+
+def _read_markers(params: JsonObject, weights: Weights) -> None:
+    """Put what tensors of the file say into the parameters of an engine."""
+    tables = weights.tables
+    for key, table in (("latent_mean", "edm_mean"), ("latent_std", "edm_std")):
+        if table in tables:
+            params[key] = tables[table].flatten().tolist()
+    if "edm_vpred.sigma_max" in tables:
+        ends = {
+            key: float(tables[f"edm_vpred.{key}"])
+            for key in ("sigma_min", "sigma_max")
+            if f"edm_vpred.{key}" in tables
+        }
+        params["sampler_config"]["params"]["discretization_config"]["params"] |= ends
+    if GUIDANCE_WEIGHT in weights.state:
+        width = weights.state[GUIDANCE_WEIGHT].shape[1]
+        params["network_config"]["params"]["time_cond_proj_dim"] = width
+
+
+def find_variant(weights: Weights) -> tuple[str, str] | None:
+    """Return the variant of weights of SDXL, and what tells it."""
+    if GUIDANCE_WEIGHT in weights.state:
+        return "lcm", "its embedding of the guidance scale"
+    return detect_variant(weights.family, weights.path.stem, weights.markers)
+
+
+def _set_variant(model: LatentDiffusion, weights: Weights, variant: str | None) -> None:
+    """Set the defaults of a distilled model, and say why."""
+    found = find_variant(weights) if variant is None else (variant, "the argument")
+    if found is None or found[0] == NO_VARIANT:
+        return
+    name, source = found
+    chosen, steps = VARIANTS[name], VARIANT_STEPS.search(weights.path.stem.lower())
+    changes = dict(chosen.defaults) | ({"steps": int(steps[1])} if steps else {})
+    model.defaults = dataclasses.replace(model.defaults, **changes)
+    model.image_size = chosen.image_size
+    model.latent_size = (chosen.image_size, chosen.image_size)
+    model.provenance["variant"] = {"name": name, "told_by": source}
+    note = f"; {chosen.note}" if chosen.note else ""
+    log.info("`%s` is %s by %s: %s%s", weights.path, chosen.title, source, model.defaults, note)
 
 
 def probe_weights(weights: Weights) -> Prediction:
@@ -264,7 +325,7 @@ def _compare_schedules(model: LatentDiffusion, tables: Mapping[str, Tensor], mis
     """Warn if the schedule in the file is not the config's, which is the one that is used."""
     if "scale_factor" in tables:  # stored by models trained with `scale_by_std`
         model.scale_factor = float(tables["scale_factor"])
-    ours = model.schedule.buffers()
+    ours = model.schedule.buffers() if isinstance(model.schedule, Schedule) else {}
     for name in sorted(ours.keys() & tables.keys()):
         theirs, table = tables[name], ours[name]
         if theirs.shape != table.shape:

@@ -4,6 +4,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 from ldm.encoders.text import OpenCLIPText
 from ldm.loading.diffusers.keys import (
     OLD_VAE_NAMES,
+    TEXT_COMPONENTS,
     component_prefixes,
     gather_weights,
     locate_weights,
 )
 from ldm.loading.families import recognise_family
-from ldm.loading.weight_names import TEXT, original_name
+from ldm.loading.weight_names import TEXT, has_engine_names, original_name
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import WeightsMismatch
 
@@ -51,8 +53,7 @@ KINDS = {
     r"control_model|controlnet_|zero_convs": "a ControlNet, which is not supported",
     r"^(time_embed|input_blocks|output_blocks)\.": "a UNet alone",
     r"^(conv_in|down_blocks|text_model)\.": "a part of a diffusers folder",
-    r"double_blocks|joint_blocks|conditioner\.embedders\.1\.": "SDXL, SD 3 or Flux, which are not "
-    "supported",
+    r"double_blocks|joint_blocks": "SD 3 or Flux, which are not supported",
 }
 
 
@@ -88,16 +89,17 @@ def check_weights(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], m
 
     It has counts, the first of the original's names, and the likely cause.
     """
+    original = partial(original_name, engine=has_engine_names(expected))
     problems = {
-        "missing": [original_name(name) for name in expected if name not in state],
-        "unexpected": [original_name(name) for name in state if name not in expected],
+        "missing": [original(name) for name in expected if name not in state],
+        "unexpected": [original(name) for name in state if name not in expected],
         "mismatched": [
-            f"{original_name(name)} {tuple(state[name].shape)}, expected {tuple(value.shape)}"
+            f"{original(name)} {tuple(state[name].shape)}, expected {tuple(value.shape)}"
             for name, value in expected.items()
             if name in state and state[name].shape != value.shape
         ]
         + [
-            f"{original_name(name)} of {state[name].dtype}"
+            f"{original(name)} of {state[name].dtype}"
             for name, value in expected.items()
             if name in state and value.is_floating_point() > state[name].is_floating_point()
         ],
@@ -124,7 +126,7 @@ def check_weights(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], m
     elif kind := guess_kind(state):
         lines.append(f"hint: the file is {kind}")
     elif absent:
-        names = [f"`{original_name(part)}`" for part in absent]
+        names = [f"`{original(part)}`" for part in absent]
         lines.append(f"hint: the file holds nothing of {', '.join(names)}")
     raise WeightsMismatch("\n".join(lines))
 
@@ -153,8 +155,11 @@ def translate_names(
             for name, old in foreign.items()
             if old not in expected
         }
+        known = {part for location in locations.values() for part in location.names}
         theirs = {
-            name: value for name, value in theirs.items() if not name.endswith(UNUSED_WEIGHTS)
+            name: value
+            for name, value in theirs.items()
+            if name in known or not name.endswith(UNUSED_WEIGHTS)
         }
         ours = gather_weights(locations, theirs, expected)
         taken = {part for name in ours for part in locations[name].names}
@@ -202,16 +207,19 @@ def _unused_weights(
 
     These are the projection of OpenCLIP's text tower, and its last block if that is not run.
     """
-    text = model.conditioner.find(OpenCLIPText) if isinstance(model, LatentDiffusion) else None
-    dtype = next((value.dtype for name, value in state.items() if name.startswith(TEXT)), None)
-    if text is None or dtype is None:  # without any weights of the tower, more is missing
-        return {}
-    unused = tuple(TEXT + name for name in text.unused)
-    missing = {
-        name: torch.zeros(value.shape, dtype=dtype)
-        for name, value in model.state_dict().items()
-        if name.startswith(unused) and name not in state
-    }
+    encoders = model.conditioner.encoders if isinstance(model, LatentDiffusion) else {}
+    missing: dict[str, Tensor] = {}
+    for encoder_name, encoder in encoders.items():
+        prefix = f"conditioner.{encoder_name}."
+        dtype = next((v.dtype for name, v in state.items() if name.startswith(prefix)), None)
+        if not isinstance(encoder, OpenCLIPText) or dtype is None:
+            continue  # without any weights of the tower, more is missing
+        unused = tuple(prefix + name for name in encoder.unused)
+        missing |= {
+            name: torch.zeros(value.shape, dtype=dtype)
+            for name, value in model.state_dict().items()
+            if name.startswith(unused) and name not in state
+        }
     if missing:
         log.info("`%s`: %d unused tensors of the text tower are missing", file, len(missing))
     return missing
@@ -238,8 +246,8 @@ def drop_1x1(shape: Sequence[int]) -> tuple[int, ...]:
 
 def _modern_name(component: str, name: str) -> str:
     """Return today's name for one of an older diffusers or transformers."""
-    if component == "text_encoder":
-        name = name.removeprefix("transformer.")
+    if component in TEXT_COMPONENTS:
+        name = name.removeprefix("model.").removeprefix("transformer.")
         return name if name.startswith("text_") or "." not in name else f"text_model.{name}"
     if component == "vae" and ".attentions." in name:
         for new, old in OLD_VAE_NAMES.items():

@@ -15,7 +15,7 @@ from ldm.loading.legacy import translate_config
 from ldm.loading.load import choose_config, probe_weights, read_config
 from ldm.loading.matching import translate_names
 from ldm.loading.published import find_checkpoint, identify_hash
-from ldm.loading.weight_names import original_name
+from ldm.loading.weight_names import has_engine_names, original_name
 from ldm.loading.weights import Weights, identify_weights
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import FAMILIES, family_of
@@ -165,12 +165,13 @@ def _format_size(nbytes: int) -> str:
 
 def _list_parts(state: Mapping[str, Tensor]) -> Iterator[Part]:
     groups: dict[str, list[Tensor]] = {}
+    engine = has_engine_names(state)
     for name, value in state.items():
         depth = 2 if name.startswith("conditioner.") else 1
         groups.setdefault(".".join(name.split(".")[:depth]), []).append(value)
     for name, values in groups.items():
         dtypes = Counter(str(value.dtype).removeprefix("torch.") for value in values)
-        prefix = original_name(f"{name}.")
+        prefix = original_name(f"{name}.", engine=engine)
         yield Part(name, prefix, len(values), sum(value.numel() for value in values), dict(dtypes))
 
 
@@ -193,8 +194,9 @@ def _compare(report: Report, weights: Weights, config: str | Path | None) -> Rep
         if family is not None:
             report = replace(report, title=family.title, task=family.function)
     names, state = model.state_dict(), translate_names(model, weights.state, weights.path)
+    engine = has_engine_names(names)
     return replace(
         report,
-        missing=[original_name(name) for name in names if name not in state],
-        unexpected=[original_name(name) for name in state if name not in names],
+        missing=[original_name(name, engine=engine) for name in names if name not in state],
+        unexpected=[original_name(name, engine=engine) for name in state if name not in names],
     )

@@ -4,8 +4,10 @@
     the original's   model.diffusion_model.x                            first_stage_model.decoder.x
     ours             unet.x                                                   autoencoder.decoder.x
 
-Inside the networks the original's parameter names are ours too. Those of diffusers, which need to
-know the network, are translated by `matching`.
+Text encoders are `cond_stage_model.` in files of SD 1 and 2, and `conditioner.embedders.N.` in
+those of `generative-models` (SDXL), whose names are called the engine's here. Inside the networks
+the original's parameter names are ours too. Those of diffusers, which need to know the network, are
+translated by `matching`.
 """
 
 import re
@@ -15,12 +17,14 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "DERIVED_WEIGHTS", "MARKERS", "TEXT", "layer_alias", "loss_weights", "original_name",
-    "our_names", "rename_weights", "restore_names", "schedule_tables", "without_wrappers",
+    "DERIVED_WEIGHTS", "MARKERS", "TEXT", "TEXT_2", "has_engine_names", "layer_alias",
+    "loss_weights", "original_name", "our_names", "rename_weights", "restore_names",
+    "schedule_tables", "without_wrappers",
 ]  # fmt: skip
 
 # (the original's prefix, ours); renaming back takes the first that fits.
 PREFIXES = (
+    ("model.diffusion_model.time_embedding.cond_proj.", "unet.time_embed_cond."),
     ("model.diffusion_model.", "unet."),
     ("first_stage_model.", "autoencoder."),
     ("cond_stage_model.", "conditioner.text."),
@@ -28,11 +32,13 @@ PREFIXES = (
     ("low_scale_model.", "conditioner.lowres."),
     ("embedder.", "conditioner.image.clip."),
     ("noise_augmentor.", "conditioner.image.noise."),
-    ("conditioner.embedders.0.", "conditioner.text."),
     # In files that hold the parts of a diffusers pipeline together.
     ("vae.", "autoencoder."),
     ("text_encoder.", "conditioner.text."),
+    ("text_encoder_2.", "conditioner.text_2."),
 )
+EMBEDDER = re.compile(r"conditioner\.embedders\.(\d+)\.(?P<tower>(?=transformer\.|model\.))?")
+ENCODER = re.compile(r"conditioner\.(text|text_2|embedder_(?P<index>\d+))\.")
 # Wrapping modules that prefix the names of weights: DataParallel, compile, FSDP …
 WRAPPERS = frozenset({
     "module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
@@ -48,7 +54,7 @@ ATTENTION_WORDS = {
     "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "group_norm": "norm",
     "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out",
 }  # fmt: skip
-TEXT = "conditioner.text."
+TEXT, TEXT_2 = "conditioner.text.", "conditioner.text_2."
 # `transformer.text_model.` of SD 1's text tower, in part or behind the tower's name in ComfyUI.
 TEXT_MODEL = re.compile(
     r"conditioner\.text\.(?:clip_\w\.)?"
@@ -69,19 +75,23 @@ DERIVED_WEIGHTS = re.compile(
     | logvar | scale_factor | noise_augmentor\.data_(mean|std) | cond_stage_model\.(mean|std)
     | model_ema\..* | (first_stage_model\.)?(loss|model_ema)\..*
     | .*\.embeddings\.position_ids | .*\.attn_mask | v_pred | ztsnr
-    | cond_stage_model\.(transformer\.)?((text|visual)_projection(\.weight)?|logit_scale)
+    | edm_mean | edm_std | edm_vpred\.sigma_(min|max)
+    | (cond_stage_model|conditioner\.embedders\.0)\.(transformer\.)?
+      ((text|visual)_projection(\.weight)?|logit_scale)
     | cond_stage_model\.transformer\.vision_model\..*""",
     re.VERBOSE,
 )
-MARKERS = ("v_pred", "ztsnr")  # empty tensors that some tools add
+# Tensors by which tools mark what a model predicts; the first two are empty.
+MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_min", "edm_vpred.sigma_max")
 # CLIP with a vision tower, of which the text tower is not used.
 VISION_TOWER = "cond_stage_model.model.visual.proj"
 UNUSED_TEXT_TOWER = "cond_stage_model.model.transformer."
 TABLES = re.compile(
     r"scale_factor|betas|\w*alphas_cumprod\w*|posterior_.*|noise_augmentor\.data_(mean|std)"
+    r"|denoiser\.sigmas|edm_mean|edm_std|edm_vpred\.sigma_(min|max)"
 )
 LOSS = re.compile(r"(first_stage_model\.)?loss\.(.+)")
-POSITIONS = "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight"
+POSITIONS = "transformer.text_model.embeddings.position_embedding.weight"
 
 
 def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -123,8 +133,25 @@ def schedule_tables(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: state[old] for name, old in originals.items() if TABLES.fullmatch(name)}
 
 
-def original_name(name: str) -> str:
-    """Return the original's name for ours, or for the start of one."""
+def has_engine_names(names: Iterable[str]) -> bool:
+    """Return whether the model of our names has the engine's names in the original."""
+    names = set(names)
+    starts = ("conditioner.text_2.", "conditioner.embedder_")
+    if any(name.startswith(starts) for name in names):
+        return True
+    is_unclip = any(name.startswith("conditioner.image.") for name in names)
+    return "unet.label_emb.0.0.weight" in names and not is_unclip
+
+
+def original_name(name: str, *, engine: bool = False) -> str:
+    """Return the original's name for ours, or for the start of one.
+
+    Args:
+        engine: whether it is the engine's name, see `has_engine_names`.
+    """
+    if engine and (match := ENCODER.match(name)):
+        index = match["index"] or ("1" if match[1] == "text_2" else "0")
+        return f"conditioner.embedders.{index}.{name[match.end() :]}"
     for theirs, ours in PREFIXES:
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
@@ -132,13 +159,21 @@ def original_name(name: str) -> str:
 
 
 def restore_names(
-    state: Mapping[str, Tensor], buffers: Mapping[str, Tensor] | None = None
+    state: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor] | None = None,
+    *,
+    engine: bool | None = None,
 ) -> dict[str, Tensor]:
-    """Return weights under the original's names; `buffers` are the schedule's tables, put first."""
+    """Return weights under the original's names; `buffers` are the schedule's tables, put first.
+
+    Args:
+        engine: see `original_name`; None for weights of a whole model, whose names tell it.
+    """
     originals = dict(buffers or {})
+    engine = has_engine_names(state) if engine is None else engine
     for name, value in state.items():
-        original = original_name(name)
-        if original == POSITIONS:
+        original = original_name(name, engine=engine)
+        if original.endswith(POSITIONS):
             ids = torch.arange(len(value), device="cpu")[None]
             originals[original.replace("embedding.weight", "ids")] = ids
         originals[original] = value
@@ -162,6 +197,10 @@ def _strip_outer(names: list[str]) -> dict[str, str]:
 
 
 def _our_name(original: str) -> str:
+    if match := EMBEDDER.match(original):
+        names = {"0": "text", "1": "embedder_1" if match["tower"] is None else "text_2"}
+        encoder = names.get(match[1], f"embedder_{match[1]}")
+        original = f"conditioner.{encoder}.{original[match.end() :]}"
     theirs, ours = next((pair for pair in PREFIXES if original.startswith(pair[0])), ("", ""))
     name = ours + original.removeprefix(theirs)
     if name.startswith(TEXT):

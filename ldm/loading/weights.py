@@ -15,7 +15,13 @@ from ldm.loading.families import Family, Prediction, detect_prediction, recognis
 from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, read_checkpoint, use_ema_weights
 from ldm.loading.matching import match_weights
 from ldm.loading.published import find_checkpoint
-from ldm.loading.weight_names import MARKERS, original_name, rename_weights, schedule_tables
+from ldm.loading.weight_names import (
+    MARKERS,
+    has_engine_names,
+    original_name,
+    rename_weights,
+    schedule_tables,
+)
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.runtime.errors import MissingArgument, MissingFile, WeightsMismatch
 from ldm.runtime.files import read_text
@@ -55,7 +61,9 @@ class Weights:
 
     def use_ema(self, names: Iterable[str]) -> None:
         """Replace (or add) weights by their EMA; `names` are the model's."""
-        originals = {original_name(name): name for name in (*names, *self.state)}
+        all_names = (*names, *self.state)
+        engine = has_engine_names(all_names)
+        originals = {original_name(name, engine=engine): name for name in all_names}
         use_ema_weights(self.state, self.source.ema_state, originals, self.path)
         step = self.source.step
         self.prediction = detect_prediction(self.family, self.state, step, self.markers)
@@ -101,7 +109,7 @@ def identify_weights(source: Checkpoint) -> Weights:
     """Return the weights under our names, with their family and what they predict."""
     state, tables = rename_weights(source.state), schedule_tables(source.state)
     markers = source.metadata | {name: "" for name in MARKERS if name in source.state}
-    family = recognise_family(state, source.ema_state)
+    family = recognise_family(state, source.ema_state, markers)
     prediction = detect_prediction(family, state, source.step, markers)
     return Weights(source, state, tables, markers, family, prediction, source.mapped)
 

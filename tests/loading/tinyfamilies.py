@@ -9,6 +9,7 @@ from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, read_yaml
 from ldm.loading.files.checkpoint import write_checkpoint
 from ldm.loading.legacy import translate_config
+from ldm.loading.tables import make_tables
 from ldm.loading.weight_names import restore_names
 from recipe import fill
 
@@ -19,6 +20,7 @@ CLIP = {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2,
 EYE = {"embed_dim": WIDTH, "text_cfg": {"width": WIDTH, "heads": 2, "layers": 1},
        "vision_cfg": {"width": 48, "layers": 2, "patch_size": 14, "image_size": 28,
                       "head_width": 16}}  # fmt: skip
+BIGG = {"embed_dim": 40, "text_cfg": {"width": 48, "heads": 4, "layers": 3}}
 DPT = {"embed_dim": 48, "depth": 2, "num_heads": 3, "hooks": [0, 1], "features": 16, "img_size": 64}
 
 NAMES = {
@@ -33,11 +35,22 @@ NAMES = {
     "unclip-l": "v2-1-stable-unclip-l-inference",
     "unclip-h": "v2-1-stable-unclip-h-inference",
 }
+XL = {
+    "xl": "sd_xl_base",
+    "xl-v": "sd_xl_v",
+    "xl-inpainting": "sd_xl_inpaint",
+    "xl-refiner": "sd_xl_refiner",
+    "cosxl": "sd_xl_cosxl",
+    "playground": "playground-v2.5",
+    "ssd-1b": "ssd-1b",
+}
 PROMPT = "a red apple on a table"
 
 
 def small(family: str) -> dict[str, Any]:
     """The published config with small numbers."""
+    if family in XL:
+        return small_xl(family)
     raw = read_yaml(f"configs/stable-diffusion/{NAMES[family]}.yaml")
     params = raw["model"]["params"]
     params["image_size"] = 16
@@ -68,12 +81,38 @@ def small(family: str) -> dict[str, Any]:
     return raw
 
 
+def small_xl(family: str) -> dict[str, Any]:
+    raw = read_yaml(f"configs/stable-diffusion-xl/{XL[family]}.yaml")
+    params = raw["model"]["params"]
+    unet, vae = params["network_config"]["params"], params["first_stage_config"]["params"]
+    is_refiner = family == "xl-refiner"
+    unet |= {"model_channels": 32, "num_head_channels": 16, "context_dim": 48 + 32}
+    unet |= {"adm_in_channels": 40 + 6 * 16, "transformer_depth": [1, 1, 2], "num_res_blocks": 1}
+    if is_refiner:
+        unet |= {"context_dim": [48, 48], "transformer_depth": 2, "adm_in_channels": 40 + 5 * 16}
+    if family == "ssd-1b":
+        unet |= {
+            "transformer_depth": [[0], [1], [2]],
+            "transformer_depth_output": [2, 1, 2, 1, 0, 0],
+        }
+    vae["ddconfig"] |= {"ch": 32, "ch_mult": [1, 1, 1, 2], "num_res_blocks": 1}
+    for embedder in params["conditioner_config"]["params"]["emb_models"]:
+        kind = embedder["target"].rpartition(".")[2]
+        if kind == "ConcatTimestepEmbedderND":
+            embedder["params"]["outdim"] = 16
+        else:
+            arch = BIGG if kind == "FrozenOpenCLIPEmbedder2" else CLIP | {"num_hidden_layers": 12}
+            embedder["params"]["arch"] = arch
+    return raw
+
+
 def write(family: str, path: Path) -> dict[str, torch.Tensor]:
     """A file in the original's layout, its YAML inside; returns what it holds."""
     raw = small(family)
     model: Any = build_on_meta(translate_config(raw))
     empty = {k: torch.ones(v.shape) if v.is_meta else v for k, v in model.state_dict().items()}
-    state = fill(restore_names(empty, model.schedule.buffers()), "convert")
+    tables = make_tables(model)
+    state = fill(restore_names(empty), "convert") | tables
     if family == "unclip-l":
         state["noise_augmentor.data_mean"] = torch.linspace(-1, 1, WIDTH)
         state["noise_augmentor.data_std"] = torch.linspace(0.5, 2, WIDTH)

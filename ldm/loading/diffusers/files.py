@@ -28,7 +28,14 @@ from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, read_checkpoint
 from ldm.loading.files.clip_statistics import load_clip_statistics
 from ldm.loading.legacy import translate_config
 from ldm.loading.matching import TOKEN_IDS, TOKEN_TABLE, match_weights
-from ldm.loading.weight_names import DERIVED_WEIGHTS, rename_weights, restore_names, schedule_tables
+from ldm.loading.tables import make_tables
+from ldm.loading.weight_names import (
+    DERIVED_WEIGHTS,
+    has_engine_names,
+    rename_weights,
+    restore_names,
+    schedule_tables,
+)
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import FileFormatError, MissingFile
 from ldm.runtime.files import read_text
@@ -100,7 +107,7 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
         value = model_state[name]
         state[name] = torch.zeros(value.shape, dtype=dtype) if value.is_meta else value
     state = match_weights(model, state, path, f"`{path}` does not fit its own configs")
-    tables = model.schedule.buffers() if isinstance(model, LatentDiffusion) else {}
+    tables = make_tables(model) if isinstance(model, LatentDiffusion) else {}
     if NORMALIZER in files:
         tables |= _statistics(_read_component((path / NORMALIZER).parent, variant))
     return Checkpoint(
@@ -135,13 +142,14 @@ def build_folder(
         text[name] = _all_rows(text[name], state[TOKEN_IDS])
         rest[TOKEN_TABLE] = state[TOKEN_TABLE]
     if not isinstance(model, LatentDiffusion):
-        return files, {**components, "": restore_names(rest)}
+        return files, {**components, "": restore_names(rest, engine=False)}
     if NORMALIZER in files:
         tables = schedule_tables(file.state)
         load_clip_statistics(model.conditioner, file.path, clip_stats, tables)
         mean, std = model.conditioner.get(ImageEmbedding).noise.get_statistics()
         components[Path(NORMALIZER).parts[0]] = {"mean": mean, "std": std}
-    return files, {**components, "": restore_names(rest, derived)}
+    engine = has_engine_names(state)
+    return files, {**components, "": restore_names(rest, derived, engine=engine)}
 
 
 def weights_path(component: str, files: Files, variant: str | None = None) -> str:

@@ -17,8 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioning import Encoder
 from ldm.encoders.image import CLIPImage
+from ldm.encoders.text import OpenCLIPText, TextEncoder
 from ldm.loading.diffusers.names import replace_all, text_layers, unet_layers
 from ldm.loading.weight_names import TEXT
 from ldm.model import LatentDiffusion
@@ -26,12 +26,14 @@ from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.unet import UNet
 
 __all__ = [
-    "OLD_VAE_NAMES", "Location", "component_prefixes", "depth_keys", "gather_weights",
-    "locate_weights", "scatter_weights", "text_keys", "unet_keys", "vae_keys", "vision_keys",
+    "OLD_VAE_NAMES", "TEXT_COMPONENTS", "Location", "component_prefixes", "depth_keys",
+    "gather_weights", "locate_weights", "scatter_weights", "text_keys", "unet_keys", "vae_keys",
+    "vision_keys",
 ]  # fmt: skip
 
+TEXT_COMPONENTS = ("text_encoder", "text_encoder_2")
 PREFIXES = {
-    "unet": "unet.", "vae": "autoencoder.", "text_encoder": TEXT,
+    "unet": "unet.", "vae": "autoencoder.",
     "image_encoder": "conditioner.image.clip.", "depth_estimator": "conditioner.depth.",
 }  # fmt: skip
 
@@ -155,7 +157,17 @@ def component_prefixes(model: nn.Module) -> dict[str, str]:
         return {}
     if isinstance(model.conditioner.text, CLIPImage):
         return {"unet": "unet.", "vae": "autoencoder.", "image_encoder": TEXT}
-    return PREFIXES
+    return PREFIXES | {
+        text_component(encoder): f"conditioner.{name}."
+        for name, encoder in model.conditioner.encoders.items()
+        if isinstance(encoder, TextEncoder)
+    }
+
+
+def text_component(encoder: TextEncoder) -> str:
+    """Return the component of a text encoder; the second of SDXL has a projected output."""
+    is_second = isinstance(encoder, OpenCLIPText) and encoder.always_return_pooled
+    return TEXT_COMPONENTS[is_second]
 
 
 def locate_weights(model: nn.Module) -> dict[str, dict[str, Location]]:
@@ -164,8 +176,12 @@ def locate_weights(model: nn.Module) -> dict[str, dict[str, Location]]:
     Tensors that diffusers does not have are left out.
     """
     names = list(model.state_dict())
-    text = model.conditioner.text if isinstance(model, LatentDiffusion) else None
-    unused = tuple(TEXT + name for name in text.unused) if isinstance(text, Encoder) else ()
+    encoders = model.conditioner.encoders if isinstance(model, LatentDiffusion) else {}
+    unused = tuple(
+        f"conditioner.{encoder_name}.{name}"
+        for encoder_name, encoder in encoders.items()
+        for name in encoder.unused
+    )
     names = [name for name in names if not name.startswith(unused)]
     components = {}
     for component, prefix in component_prefixes(model).items():
@@ -196,11 +212,13 @@ def vae_keys(names: Iterable[str]) -> dict[str, Location]:
 
 def text_keys(names: Iterable[str]) -> dict[str, Location]:
     """Locate a text tower's tensors."""
-    return {
-        ours: Location(_split_qkv(theirs))
-        for ours, theirs in text_layers(names).items()
-        if theirs.startswith("text_model.")
-    }
+    locations = {}
+    for ours, theirs in text_layers(names).items():
+        if theirs == "text_projection":
+            locations[ours] = Location(("text_projection.weight",), "transposed")
+        elif theirs.startswith("text_model."):
+            locations[ours] = Location(_split_qkv(theirs))
+    return locations
 
 
 def vision_keys(names: Iterable[str]) -> dict[str, Location]:
@@ -239,6 +257,7 @@ KEYS = {
     "unet": unet_keys,
     "vae": vae_keys,
     "text_encoder": text_keys,
+    "text_encoder_2": text_keys,
     "image_encoder": vision_keys,
     "depth_estimator": depth_keys,
 }

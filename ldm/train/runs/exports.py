@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.loading.families import zero_snr_markers
 from ldm.loading.files.checkpoint import CONFIG_KEY, cast_weight, ema_name, write_checkpoint
 from ldm.loading.files.clip_statistics import clip_statistics_tensors
-from ldm.loading.weight_names import original_name, restore_names
+from ldm.loading.tables import make_tables
+from ldm.loading.weight_names import has_engine_names, original_name, restore_names
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import ArgumentError
 from ldm.runtime.version import __version__
@@ -163,7 +163,8 @@ def _statistics_samples(run: Run) -> Iterator[Mapping[str, Tensor]]:
 def _ema_weights(run: Run) -> dict[str, Tensor]:
     """Return `model_ema.*`: names without dots, the decay and the number of updates."""
     ema = run.state.ema
-    averaged = {original_name(name) for name in ema.shadow}
+    engine = has_engine_names(run.model.state_dict())
+    averaged = {original_name(name, engine=engine) for name in ema.shadow}
     state = {
         ema_name(name): value for name, value in _weights(run, ema=True).items() if name in averaged
     }
@@ -177,8 +178,7 @@ def _tables(run: Run, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     model = run.model
     if not isinstance(model, LatentDiffusion):
         return {}
-    tables = model.schedule.buffers() | clip_statistics_tensors(model.conditioner)
-    tables |= zero_snr_markers(model.parameterization, zero_snr=model.schedule.zero_snr)
+    tables = make_tables(model) | clip_statistics_tensors(model.conditioner)
     return {name: value for name, value in tables.items() if name not in state}
 
 

@@ -1,0 +1,263 @@
+"""Configs of `generative-models` (SDXL): a `DiffusionEngine` and its parts, of both generations.
+
+    network_config       UNetModel                ->  unet
+    denoiser_config      denoiser, scaling …      ->  schedule, parameterization
+    conditioner_config   list of `emb_models`     ->  conditioner
+    first_stage_config   AutoencoderKL            ->  autoencoder
+
+Five parameters are additions of ours: `image_size` (latent pixels), `latent_mean`, `latent_std`,
+`rescale_betas_zero_snr`, and `force_uc_zero_embeddings` of the conditioner.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ldm.diffusion.schedule import Schedule, betas_of_sigmas, make_betas
+from ldm.runtime.errors import ConfigError, unknown_name
+from ldm.runtime.types import JsonMapping, JsonObject
+
+__all__ = ["ENGINE", "encoder_names", "translate_engine"]
+
+ENGINE = "sgm.models.diffusion.DiffusionEngine"
+PARTS = ("network_config", "denoiser_config", "first_stage_config")
+TRAINING_ONLY = {
+    "ckpt_path", "compile_model", "disable_first_stage_autocast", "ema_decay_rate",
+    "en_and_decode_n_samples_a_time", "input_key", "log_keys", "loss_fn_config", "no_cond_log",
+    "optimizer_config", "scheduler_config", "use_ema",
+}  # fmt: skip
+OWN = {"image_size", "latent_mean", "latent_std", "rescale_betas_zero_snr"}
+TAKES = {*PARTS, *OWN, "conditioner_config", "network_wrapper", "sampler_config", "scale_factor"}
+WRAPPER = "sgm.modules.diffusionmodules.wrappers.OpenAIWrapper"
+# What the network predicts; whether its timestep is 0.25 ln sigma.
+SCALINGS = {
+    "EpsScaling": ("eps", False), "VScaling": ("v", False), "EDMScaling": ("edm", True),
+    "VScalingWithEDMcNoise": ("v", True),
+}  # fmt: skip
+DENOISER_TAKES = {
+    "DiscreteDenoiser": {"scaling_config", "weighting_config", "num_idx", "discretization_config",
+                         "do_append_zero", "quantize_c_noise", "flip"},
+    "Denoiser": {"scaling_config", "weighting_config"},
+}  # fmt: skip
+LINEAR = {"linear_start": 0.00085, "linear_end": 0.0120, "num_timesteps": 1000}
+EDM = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
+SIGMA_DATA = 0.5
+CONDITIONER = "ldm.conditioning.Conditioner"
+SIZES = "ldm.encoders.sizes.SizeEmbedding"
+TEXT_ENCODERS = ("ldm.encoders.text.CLIPText", "ldm.encoders.text.OpenCLIPText")
+EMBEDDER_OPTIONS = ("is_trainable", "ucg_rate", "legacy_ucg_value")
+SIDE, SIDE_WITH_SIZES = 64, 128  # latent pixels
+
+
+def translate_engine(
+    params: JsonMapping,
+    where: str,
+    skipped: list[str],
+    translate: Callable[[JsonMapping, str], JsonObject],
+) -> JsonObject:
+    """Translate the parameters of a DiffusionEngine into those of LatentDiffusion.
+
+    Args:
+        skipped: receives the places of what sampling does not need.
+        translate: the same for the config of a part, at a place.
+    """
+    for key in params:
+        if key in TRAINING_ONLY:
+            skipped.append(f"{where}.{key}")
+        elif key not in TAKES:
+            raise unknown_name("parameter of DiffusionEngine", key, TAKES | TRAINING_ONLY, where)
+    for key in PARTS:
+        if key not in params:
+            raise ConfigError(f"{where}: DiffusionEngine needs `{key}`")
+    if params.get("network_wrapper") not in (None, WRAPPER):
+        message = f"`network_wrapper: {params['network_wrapper']}` is not supported"
+        raise ConfigError(f"{where}: {message}")
+    unet = translate(params["network_config"], f"{where}.network_config")
+    unet["params"] = {"legacy": False} | unet["params"]
+    conditioner = _Embedders(params, f"{where}.conditioner_config", translate).conditioner()
+    encoders = conditioner["params"].values()
+    has_sizes = any(isinstance(spec, Mapping) and spec["target"] == SIZES for spec in encoders)
+    parts = {
+        "unet": unet,
+        "autoencoder": translate(params["first_stage_config"], f"{where}.first_stage_config"),
+        "conditioner": conditioner,
+        **_Levels(params, f"{where}.denoiser_config").read(),
+        "scale_factor": params.get("scale_factor", 1.0),
+        "image_size": params.get("image_size", SIDE_WITH_SIZES if has_sizes else SIDE),
+    }
+    for key in ("latent_mean", "latent_std"):
+        if key in params:
+            parts[key] = params[key]
+    return parts
+
+
+def encoder_names(targets: Mapping[int, tuple[str, str | None]]) -> dict[int, str]:
+    """Return the names of embedders in the conditioner.
+
+    Args:
+        targets: index in the list -> (our class, batch key).
+    """
+    names = {}
+    for index, (target, key) in targets.items():
+        if target == SIZES and key is not None:
+            names[index] = key
+        elif index == 1 and target in TEXT_ENCODERS:
+            names[index] = "text_2"
+        else:
+            names[index] = f"embedder_{index}" if index else "text"
+    return names
+
+
+@dataclass
+class _Embedders:
+    """Translates the list of embedders."""
+
+    engine: JsonMapping
+    where: str
+    translate: Callable[[JsonMapping, str], JsonObject]
+
+    def conditioner(self) -> JsonObject:
+        config = self.engine.get("conditioner_config") or {"params": {"emb_models": []}}
+        params = config.get("params") or {}
+        for key in params:
+            if key not in ("emb_models", "force_uc_zero_embeddings"):
+                allowed = ("emb_models", "force_uc_zero_embeddings")
+                raise unknown_name("parameter of GeneralConditioner", key, allowed, self.where)
+        models = params.get("emb_models") or []
+        if not isinstance(models, list):
+            raise ConfigError(f"{self.where}: `emb_models` must be a list")
+        specs = {i: self._embedder(model, f"{self.where}.{i}") for i, model in enumerate(models)}
+        keys = {i: (spec["target"], spec["params"].get("key")) for i, spec in specs.items()}
+        encoders = {name: specs[i] for i, name in encoder_names(keys).items()}
+        texts = [spec for spec in specs.values() if spec["target"] in TEXT_ENCODERS]
+        # The original samples models of two text encoders without negative prompt (`is_legacy`).
+        zeroed = params.get("force_uc_zero_embeddings", ["txt"] if len(texts) > 1 else [])
+        for spec, model in zip(specs.values(), models, strict=True):
+            if _input_key(model, self.where) in zeroed:
+                spec["params"]["null"] = None
+        return {"target": CONDITIONER, "params": {"join": "features", **encoders}}
+
+    def _embedder(self, model: JsonMapping, where: str) -> JsonObject:
+        known = ("target", "params", "input_key", "input_keys", *EMBEDDER_OPTIONS)
+        for name in model:
+            if name not in known:
+                raise unknown_name("key of an embedder", name, known, where)
+        key = _input_key(model, where)
+        core = {name: model[name] for name in ("target", "params") if name in model}
+        spec = self.translate(core, where)
+        spec["params"] = dict(spec["params"])
+        if spec["target"] in TEXT_ENCODERS:
+            if key != "txt":
+                raise ConfigError(f"{where}: text encoders read `txt`, not `{key}`")
+        else:
+            spec["params"]["key"] = key
+        spec["params"]["is_trainable"] = bool(model.get("is_trainable", False))
+        for name in EMBEDDER_OPTIONS[1:]:
+            if model.get(name) is not None:
+                spec["params"][name] = model[name]
+        return spec
+
+
+def _input_key(model: JsonMapping, where: str) -> str:
+    keys = [model["input_key"]] if "input_key" in model else list(model.get("input_keys") or [])
+    if len(keys) != 1:
+        raise ConfigError(f"{where}: an embedder needs one `input_key`, got {keys or 'none'}")
+    return str(keys[0])
+
+
+@dataclass
+class _Levels:
+    """Translates the denoiser: noise levels, and what the network predicts."""
+
+    engine: JsonMapping
+    where: str
+
+    def read(self) -> JsonObject:
+        denoiser = self.engine["denoiser_config"]
+        name = _class_name(denoiser, DENOISER_TAKES, self.where)
+        params = denoiser.get("params") or {}
+        for key in params:
+            if key not in DENOISER_TAKES[name]:
+                raise unknown_name(f"parameter of {name}", key, DENOISER_TAKES[name], self.where)
+        scaling = params.get("scaling_config") or {}
+        prediction, log_time = SCALINGS[_class_name(scaling, SCALINGS, self.where)]
+        sigma_data = (scaling.get("params") or {}).get("sigma_data", SIGMA_DATA)
+        if sigma_data != SIGMA_DATA:
+            raise ConfigError(f"{self.where}: `sigma_data` must be {SIGMA_DATA}, got {sigma_data}")
+        table = name == "DiscreteDenoiser"
+        schedule = self._table(params, log_time) if table else self._range(log_time)
+        defaults = {"scale": 5.0, "scheduler": "sgm_uniform" if table else "karras"}
+        return {
+            "schedule": schedule,
+            "parameterization": prediction,
+            "defaults": {"target": "ldm.model.Defaults", "params": defaults},
+        }
+
+    def _table(self, params: JsonMapping, log_time: bool) -> JsonObject:
+        for key, expected in (
+            ("do_append_zero", False),
+            ("quantize_c_noise", True),
+            ("flip", True),
+        ):
+            if params.get(key, expected) != expected:
+                raise ConfigError(f"{self.where}: `{key}: {params[key]}` is not supported")
+        config = params.get("discretization_config") or {}
+        name = _class_name(config, ("LegacyDDPMDiscretization", "EDMDiscretization"), self.where)
+        numbers = dict(config.get("params") or {})
+        steps = params.get("num_idx", 1000)
+        options = {
+            "zero_snr": self.engine.get("rescale_betas_zero_snr", False),
+            "log_time": log_time,
+        }
+        if name == "EDMDiscretization":
+            betas: Any = betas_of_sigmas(_edm_sigmas(steps, **_numbers(numbers, EDM, self.where)))
+        else:
+            linear = _betas(numbers, self.where)
+            betas = {"target": "ldm.diffusion.schedule.make_betas", "params": linear}
+            if steps != linear["timesteps"]:
+                sigmas = Schedule(make_betas(**linear)).step_sigmas(steps, "sgm_uniform")
+                betas = betas_of_sigmas(sigmas[:-1].flip(0))
+        target = "ldm.diffusion.schedule.Schedule"
+        return {"target": target, "params": {"betas": betas, **options}}
+
+    def _range(self, log_time: bool) -> JsonObject:
+        """Take the range from the config of the sampler: a continuous denoiser has none."""
+        sampler = self.engine.get("sampler_config") or {}
+        config = (sampler.get("params") or {}).get("discretization_config") or {}
+        numbers = dict(config.get("params") or {})
+        if str(config.get("target", "")).endswith("LegacyDDPMDiscretization"):
+            sigmas = Schedule(make_betas(**_betas(numbers, self.where))).sigmas
+            numbers = {"sigma_min": float(sigmas[0]), "sigma_max": float(sigmas[-1])}
+        numbers = _numbers(numbers, EDM, self.where)
+        del numbers["rho"]
+        target = "ldm.diffusion.schedule.ContinuousSchedule"
+        return {"target": target, "params": {**numbers, "log_time": log_time}}
+
+
+def _betas(numbers: JsonMapping, where: str) -> JsonObject:
+    """Return the arguments of `make_betas` for a LegacyDDPMDiscretization."""
+    linear = _numbers(numbers, LINEAR, where)
+    linear["timesteps"] = int(linear.pop("num_timesteps"))
+    return linear
+
+
+def _numbers(numbers: JsonMapping, defaults: JsonMapping, where: str) -> JsonObject:
+    for key in numbers:
+        if key not in defaults:
+            raise unknown_name("parameter", key, defaults, where)
+    return {**defaults, **numbers}
+
+
+def _edm_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float) -> torch.Tensor:
+    """Compute the ascending levels (steps,) of arXiv:2206.00364, eq. 5."""
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return torch.linspace(low, high, steps, dtype=torch.float64, device="cpu") ** rho
+
+
+def _class_name(spec: JsonMapping, allowed: Any, where: str) -> str:
+    name = str(spec.get("target", "")).rpartition(".")[2]
+    if name not in allowed:
+        raise unknown_name("target", spec.get("target", ""), allowed, where)
+    return name

@@ -1,0 +1,249 @@
+"""SDXL: its configs and files, of `generative-models` and others, become models."""
+
+import gzip
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import ldm
+from ldm.diffusion.schedule import ContinuousSchedule, Schedule
+from ldm.loading.build import build_on_meta
+from ldm.loading.config import format_yaml, read_yaml
+from ldm.loading.files.checkpoint import Checkpoint, read_checkpoint
+from ldm.loading.legacy import translate_config
+from ldm.loading.load import find_variant, read_config, save_model
+from ldm.loading.tables import make_tables
+from ldm.loading.weight_names import rename_weights, restore_names
+from ldm.loading.weights import identify_weights
+from ldm.model import Defaults
+from ldm.runtime.errors import ConfigError, MissingArgument, UnknownName
+from loading import tinyfamilies
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs/stable-diffusion-xl"
+KEYS = ROOT / "tests/data/keys"
+SIZES = ["original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple"]
+
+
+def build(raw):
+    return build_on_meta(translate_config(raw, where="x.yaml"), where="x.yaml")
+
+
+@pytest.fixture(scope="module")
+def full():
+    """Models of full size on the meta device, built once."""
+    models = {}
+
+    def full(name):
+        if name not in models:
+            models[name] = build(read_yaml(CONFIGS / f"{name}.yaml"))
+        return models[name]
+
+    return full
+
+
+@pytest.mark.parametrize("name", ["sd_xl_base", "sd_xl_refiner"])
+def test_full_size_models_have_the_names_and_shapes_of_the_original(full, name):
+    model = full(name)
+    ours = {
+        name: ("x".join(map(str, value.shape)) or "-", str(value.dtype).removeprefix("torch."))
+        for name, value in restore_names(model.state_dict(), make_tables(model)).items()
+    }
+    text = gzip.decompress((KEYS / f"{name}.txt.gz").read_bytes()).decode()
+    rows = (line.split() for line in text.splitlines())
+    assert ours == {name: (shape, dtype) for name, shape, dtype in rows}
+
+
+@pytest.mark.parametrize(
+    ("name", "unet", "prediction", "schedule"),
+    [
+        ("sd_xl_base", 2_567_463_684, "eps", Schedule),
+        ("sd_xl_v", 2_567_463_684, "v", Schedule),
+        ("sd_xl_inpaint", 2_567_478_084, "eps", Schedule),
+        ("sd_xl_refiner", 2_259_526_660, "eps", Schedule),
+        ("sd_xl_cosxl", 2_567_463_684, "v", ContinuousSchedule),
+        ("playground-v2.5", 2_567_463_684, "edm", ContinuousSchedule),
+        ("ssd-1b", 1_331_334_404, "eps", Schedule),
+        ("segmind-vega", 745_225_604, "eps", Schedule),
+    ],
+)
+def test_shipped_configs_become_models(full, name, unet, prediction, schedule):
+    model = full(name)
+    assert sum(p.numel() for p in model.unet.parameters()) == unet
+    assert model.parameterization == prediction
+    assert type(model.schedule) is schedule
+    assert model.image_size == 128
+    assert model.defaults.scale == 5.0
+    texts = ["text"] if name == "sd_xl_refiner" else ["text", "text_2"]
+    sizes = [*SIZES[:2], "aesthetic_score"] if name == "sd_xl_refiner" else SIZES
+    assert list(model.conditioner.encoders) == texts + sizes
+    assert model.conditioner.text.null == ("" if name == "sd_xl_refiner" else None)
+
+
+def test_yamls_of_2023_are_read():
+    """Weightings in the denoiser, arguments that are gone, and a class name misspelt by A1111."""
+    raw = tinyfamilies.small("xl")
+    params = raw["model"]["params"]
+    params["denoiser_config"]["params"]["weighting_config"] = {
+        "target": "sgm.modules.diffusionmodules.denoiser_weighting.EpsWeighting"
+    }
+    unet = params["network_config"]["params"]
+    unet |= {"use_spatial_transformer": True, "legacy": False, "transformer_depth_middle": 2}
+    vae = params["first_stage_config"]
+    vae["target"] = "sgm.models.autoencoder.AutoencoderKLInferenceWrapper"
+    text = format_yaml(raw).replace("EmbedderND", "EmbedderAND")
+    old, new = build(yaml.safe_load(text)), build(tinyfamilies.small("xl"))
+    assert {k: v.shape for k, v in old.state_dict().items()} == {
+        k: v.shape for k, v in new.state_dict().items()
+    }
+
+
+def test_training_parameters_are_skipped():
+    raw = tinyfamilies.small("xl")
+    raw["model"]["params"] |= {
+        "optimizer_config": {"target": "os.system"}, "use_ema": True, "input_key": "jpg",
+        "loss_fn_config": {"target": "os.system"}, "ckpt_path": "none.ckpt",
+    }  # fmt: skip
+    embedder = raw["model"]["params"]["conditioner_config"]["params"]["emb_models"][0]
+    embedder |= {"is_trainable": True, "ucg_rate": 0.1, "legacy_ucg_value": ""}
+    conditioner = build(raw).conditioner
+    assert conditioner.text.ucg_rate == 0.1
+    assert conditioner.text.is_trainable
+    assert not conditioner.text_2.is_trainable
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "error", "says"),
+    [
+        ("scale", 1.0, UnknownName, "did you mean `scale_factor`"),
+        ("network_wrapper", "sgm.x.IdentityWrapper", ConfigError, "network_wrapper"),
+        ("denoiser_config", {"target": "x.Denoiser", "params": {"flip": 1}}, UnknownName, "flip"),
+        ("conditioner_config", {"params": {"emb_models": [{"target": "x"}]}}, ConfigError,
+         "needs one `input_key`"),
+    ],
+)  # fmt: skip
+def test_what_is_not_understood_is_said(key, change, error, says):
+    raw = tinyfamilies.small("xl")
+    raw["model"]["params"][key] = change
+    with pytest.raises(error, match=says):
+        build(raw)
+
+
+@pytest.mark.parametrize(
+    ("denoiser", "discretization", "name", "length", "last"),
+    [
+        ({"num_idx": 50}, {}, "Legacy", 50, 14.6146),
+        ({}, {"sigma_max": 14.61, "rho": 3.0}, "EDM", 1000, 14.61),
+    ],
+)
+def test_discretizations_become_tables(denoiser, discretization, name, length, last):
+    raw = tinyfamilies.small("xl")
+    params = raw["model"]["params"]["denoiser_config"]["params"]
+    kind = "LegacyDDPM" if name == "Legacy" else name
+    target = f"sgm.modules.diffusionmodules.discretizer.{kind}Discretization"
+    params |= denoiser | {"discretization_config": {"target": target, "params": discretization}}
+    sigmas = build(raw).schedule.sigmas
+    assert len(sigmas) == length
+    assert sigmas[-1] == pytest.approx(last, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["xl", "xl-refiner", "playground"])
+def test_names_of_weights_go_there_and_back(tmp_path, name):
+    state = tinyfamilies.write(name, tmp_path / "x.safetensors")
+    model = ldm.load(tmp_path / "x.safetensors")
+    ours = rename_weights(state)
+    assert ours.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, ours[name]) for name, value in model.state_dict().items())
+    save_model(model, tmp_path / "back.safetensors")
+    back = read_checkpoint(tmp_path / "back.safetensors").state
+    assert back.keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in back.items())
+
+
+def checkpoint(full, name, **others):
+    """A file with the shapes of a full-size UNet, taking no memory, and other tensors."""
+    state = {
+        f"unet.{key}": torch.zeros(1).expand(value.shape)
+        for key, value in full(name).unet.state_dict().items()
+    }
+    return Checkpoint(Path("model.safetensors"), "zip", restore_names(state) | others)
+
+
+V, ZERO_SNR = {"v_pred": torch.empty(0)}, {"ztsnr": torch.empty(0)}
+
+
+@pytest.mark.parametrize(
+    ("config", "markers", "chosen"),
+    [
+        ("sd_xl_base", {}, "sd_xl_base"),
+        ("sd_xl_base", V, "sd_xl_v"),
+        ("sd_xl_base", ZERO_SNR, "sd_xl_base"),
+        ("sd_xl_inpaint", {}, "sd_xl_inpaint"),
+        ("sd_xl_refiner", {}, "sd_xl_refiner"),
+        ("sd_xl_base", {"edm_vpred.sigma_max": torch.tensor(90.0)}, "sd_xl_cosxl"),
+        ("sd_xl_base", {"edm_mean": torch.ones(1, 4, 1, 1)}, "playground-v2.5"),
+        ("ssd-1b", {}, "ssd-1b"),
+        ("segmind-vega", {}, "segmind-vega"),
+    ],
+)
+def test_families_are_recognised(full, config, markers, chosen):
+    weights = identify_weights(checkpoint(full, config, **markers))
+    source, raw = read_config(weights)
+    assert Path(source).stem == chosen
+    model = translate_config(raw)["params"]
+    assert not weights.prediction.disputed
+    if chosen == "sd_xl_cosxl":
+        expected = {"sigma_min": 0.002, "sigma_max": 90.0, "log_time": True}
+        assert model["schedule"]["params"] == expected
+    if chosen == "playground-v2.5":
+        assert model["latent_mean"] == [1.0] * 4
+
+
+def test_zero_terminal_snr_is_read_from_a_marker(full):
+    weights = identify_weights(checkpoint(full, "sd_xl_base", **V, **ZERO_SNR))
+    schedule = translate_config(read_config(weights)[1])["params"]["schedule"]
+    assert schedule["params"]["zero_snr"]
+
+
+@pytest.mark.parametrize(("channels", "says"), [(8, "InstructPix2Pix"), (4, "KOALA")])
+def test_models_that_are_not_supported_are_refused_by_name(full, channels, says):
+    file = checkpoint(full, "sd_xl_base")
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    if channels == 8:
+        file.state[first] = torch.zeros(1).expand(320, 8, 3, 3)
+    else:
+        for name in [n for n in file.state if ".transformer_blocks.9." in n]:
+            del file.state[name]
+    with pytest.raises(MissingArgument, match=says):
+        read_config(identify_weights(file))
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata", "variant"),
+    [
+        ("sd_xl_turbo_1.0_fp16", {}, ("turbo", "the file's name")),
+        ("sdxl_lightning_8step", {}, ("lightning", "the file's name")),
+        ("x", {"modelspec.title": "SDXL Turbo"}, ("turbo", "metadata `modelspec.title`")),
+        ("sd_xl_base_1.0", {"modelspec.title": "Stable Diffusion XL 1.0 Base"}, None),
+    ],
+)
+def test_variants_are_told_by_metadata_or_name(full, name, metadata, variant):
+    file = checkpoint(full, "sd_xl_base")
+    file = replace(file, path=Path(f"{name}.safetensors"), metadata=metadata)
+    assert find_variant(identify_weights(file)) == variant
+
+
+def test_a_variant_sets_the_defaults(tmp_path, monkeypatch):
+    path = tmp_path / "sdxl_lightning_8step.safetensors"
+    tinyfamilies.write("xl", path)
+    base = ldm.load(path)
+    assert base.defaults == Defaults(5.0, 50, "ddim", "sgm_uniform")  # not of a known shape
+    turbo = ldm.load(path, variant="turbo")
+    assert turbo.defaults == Defaults(1.0, 8, "euler_a", "turbo")
+    assert turbo.latent_size == (64, 64)
+    assert turbo.provenance["variant"] == {"name": "turbo", "told_by": "the argument"}
+    with pytest.raises(UnknownName, match="did you mean `turbo`"):
+        ldm.load(path, variant="tubro")
