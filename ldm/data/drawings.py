@@ -96,7 +96,9 @@ class EmojiTransform(Transform):
             tensor = tensor[:, top : top + length, left : left + length]
         alpha = layer.getchannel("A").crop((left, top, left + length, top + length))
         opacity = torch.from_numpy(np.array(alpha, dtype=np.float32) / 255)[None]  # (1, H, W)
-        return self._with_conditions(tensor, opacity, rng)
+        return self._with_conditions(
+            tensor, opacity, rng, original=(self.size, self.size), crop=(top, left)
+        )
 
     def caption(self, row: Mapping[str, Any], rng: Random, variant: str = "") -> str:
         """Make a caption of object, style and colour, each left out sometimes."""

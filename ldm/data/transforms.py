@@ -1,7 +1,14 @@
 """From a decoded sample to a training sample: image to tensor, metadata to caption.
 
 A transform is called with (sample, rng): the metadata of a data set and `image`. It returns
-{"jpg": image (3, H, W) in [-1, 1], "txt": caption} and its conditions (see `ldm.data.conditions`).
+{"jpg": image (3, H, W) in [-1, 1], "txt": caption}, its conditions (see `ldm.data.conditions`), and
+what Stable Diffusion XL is told of the image:
+
+    original_size_as_tuple    (2,)  height, width of the file, or as its metadata says
+    crop_coords_top_left      (2,)  of the part that is seen, in pixels of the scaled image
+    target_size_as_tuple      (2,)  height, width of the part
+    aesthetic_score           (1,)  as the metadata says, else DEFAULT_SCORE
+
 All randomness comes from `rng`, which the data set seeds with (seed, epoch, index), so that a
 sample does not depend on what was read before it.
 """
@@ -24,9 +31,11 @@ from ldm.imaging.reading import flatten_on_white
 from ldm.runtime.errors import FileFormatError, unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["CROPS", "PhotoTransform", "TagShuffle", "Transform", "captions_of"]
+__all__ = ["CROPS", "SIZE_KEYS", "PhotoTransform", "TagShuffle", "Transform", "captions_of"]
 
 CROPS = ("centre", "random")
+SIZE_KEYS = ("original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple")
+DEFAULT_SCORE = 6.0  # what sampling asks for, too
 
 
 class Transform(ABC):
@@ -39,12 +48,14 @@ class Transform(ABC):
         buckets: sizes that the images are sorted into; None = all have one size.
         variants: named versions of every image, which its caption may mention.
         conditions: generators of the conditioning images, by batch key.
+        original_size_keys: of metadata that have the original height and width of an image.
     """
 
     NAME: ClassVar[str]
     IMAGE_OPTIONS: ClassVar[Sequence[str]]
     buckets: Buckets | None = None
     variants: Sequence[str] = ()
+    original_size_keys: Sequence[str] = ("original_height", "original_width")
 
     def __init__(self, conditions: JsonMapping | None) -> None:
         self.conditions = build_conditions(conditions or {})
@@ -53,15 +64,29 @@ class Transform(ABC):
         """Make a training sample, in one of the variants at random."""
         variant = rng.choice(self.variants) if self.variants else ""
         fields = self.image_fields(sample["image"], rng, variant)
-        return {**fields, "txt": self.caption(sample, rng, variant)}
+        return {**fields, **self.row_fields(sample, rng, variant)}
 
     @abstractmethod
     def image_fields(self, image: Image.Image, rng: Random, variant: str = "") -> dict[str, Tensor]:
-        """Make all of a training sample but its caption."""
+        """Make what an image gives of a training sample."""
 
     @abstractmethod
     def caption(self, row: JsonMapping, rng: Random, variant: str = "") -> str:
         """Make the caption of a row of metadata."""
+
+    def row_fields(self, row: JsonMapping, rng: Random, variant: str = "") -> JsonObject:
+        """Make what a row of metadata gives of a training sample: the caption and other facts."""
+        score = row.get("aesthetic_score")
+        sides = [row[key] for key in self.original_size_keys if row.get(key) is not None]
+        try:
+            fields = {"aesthetic_score": [DEFAULT_SCORE if score is None else float(score)]}
+            if len(sides) == 2:
+                fields["original_size_as_tuple"] = [int(side) for side in sides]
+        except (TypeError, ValueError) as error:
+            name = row.get("file_name", "a row")
+            raise FileFormatError(f"`{name}` has a size or score that is not a number") from error
+        caption = self.caption(row, rng, variant)
+        return {**{key: torch.tensor(value) for key, value in fields.items()}, "txt": caption}
 
     def cache_key(self) -> tuple[str, JsonObject]:
         """Return name and IMAGE_OPTIONS as keys of latent caches have them: with first names."""
@@ -70,9 +95,25 @@ class Transform(ABC):
         options |= {"conditions": conditions}
         return self.NAME.capitalize(), former_options(self.NAME, options)
 
-    def _with_conditions(self, image: Tensor, opacity: Tensor, rng: Random) -> dict[str, Tensor]:
+    def _with_conditions(
+        self,
+        image: Tensor,
+        opacity: Tensor,
+        rng: Random,
+        *,
+        original: Sequence[int] | None = None,
+        crop: Sequence[int] = (0, 0),
+    ) -> dict[str, Tensor]:
+        """Add its conditions and sizes to an image.
+
+        Args:
+            original: height and width, if they are others than those of `image`.
+            crop: top and left.
+        """
         conditions = {name: make(image, opacity, rng) for name, make in self.conditions.items()}
-        return {"jpg": image, **conditions}
+        target = image.shape[-2:]
+        pairs = zip(SIZE_KEYS, (original or target, crop, target), strict=True)
+        return {"jpg": image, **conditions} | {key: torch.tensor(pair) for key, pair in pairs}
 
 
 class PhotoTransform(Transform):
@@ -83,6 +124,7 @@ class PhotoTransform(Transform):
         flip: probability of a mirrored image.
         buckets: options of `Buckets`, {} for their defaults; None = squares.
         tags: options of `TagShuffle`.
+        original_size_keys: see `Transform`.
     """
 
     NAME = "photo"
@@ -97,27 +139,40 @@ class PhotoTransform(Transform):
         buckets: Mapping[str, int] | None = None,
         tags: JsonMapping | None = None,
         conditions: JsonMapping | None = None,
+        original_size_keys: Sequence[str] = Transform.original_size_keys,
     ) -> None:
         super().__init__(conditions)
         if crop not in CROPS:
             raise unknown_name("crop", crop, CROPS)
+        self.original_size_keys = original_size_keys
         self.size, self.crop, self.flip = size, crop, flip
         self.buckets = None if buckets is None else Buckets(size, **buckets)
         self.tags = None if tags is None else TagShuffle(**tags)
 
     def image_fields(self, image: Image.Image, rng: Random, variant: str = "") -> dict[str, Tensor]:
-        image = self._crop_and_resize(flatten_on_white(image), rng)
+        original = image.size
+        image, scale, (left, top) = self._crop_and_resize(flatten_on_white(image), rng)
         if rng.random() < self.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            left = original[0] / scale - image.width - left
         tensor = to_tensor(image)[0]  # (3, H, W)
-        return self._with_conditions(tensor, torch.ones_like(tensor[:1]), rng)
+        return self._with_conditions(
+            tensor,
+            torch.ones_like(tensor[:1]),
+            rng,
+            original=original[::-1],
+            crop=(round(top), round(left)),
+        )
 
     def caption(self, row: JsonMapping, rng: Random, variant: str = "") -> str:
         captions = captions_of(row)
         text = rng.choice(captions) if len(captions) > 1 else captions[0]
         return self.tags(text, rng) if self.tags else text
 
-    def _crop_and_resize(self, image: Image.Image, rng: Random) -> Image.Image:
+    def _crop_and_resize(
+        self, image: Image.Image, rng: Random
+    ) -> tuple[Image.Image, float, tuple[float, float]]:
+        """Return a part of the image, scaled, 1 / scale, and its left and top, scaled."""
         size = (self.size, self.size)
         if self.buckets is not None:
             size = self.buckets.sizes[self.buckets.index(*image.size)]
@@ -128,7 +183,8 @@ class PhotoTransform(Transform):
             for side, part in zip(image.size, crop_size, strict=True)
         )
         box = (left, top, left + crop_size[0], top + crop_size[1])
-        return image.resize(size, Image.Resampling.LANCZOS, box, reducing_gap=3.0)
+        part = image.resize(size, Image.Resampling.LANCZOS, box, reducing_gap=3.0)
+        return part, scale, (left / scale, top / scale)
 
 
 def captions_of(row: JsonMapping) -> list[str]:

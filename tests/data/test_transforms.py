@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ldm.data.drawings import COLOURS, EmojiTransform, caption
-from ldm.data.transforms import PhotoTransform, TagShuffle
+from ldm.data.transforms import SIZE_KEYS, PhotoTransform, TagShuffle
 
 
 @pytest.mark.parametrize(
@@ -88,3 +88,36 @@ def test_keys_of_latent_caches_are_those_of_version_0_1():
         '["Photo", {"size": 32, "crop": "centre", "flip": 0.5, "records": {'
         '"mask": "Mask(whole=0.1, boxes=0.5)", "depth": "Relief(depth=3, luminance=0.25)"}}]'
     )
+
+
+def test_a_sample_tells_the_sizes_of_its_image():
+    """The columns of the image are numbered, so its first one tells where the crop begins."""
+    image = Image.new("RGB", (96, 32))
+    for x in range(96):
+        image.paste((2 * x, 0, 0), (x, 0, x + 1, 32))
+    for flip in (0.0, 1.0):
+        sample = PhotoTransform(size=32, flip=flip, crop="random")({"image": image}, Random(1))
+        original, crop, target = (sample[key].tolist() for key in SIZE_KEYS)
+        assert (original, target, crop[0]) == ([32, 96], [32, 32], 0)
+        column = float((sample["jpg"][0, 0, 0] + 1) * 127.5) / 2
+        assert crop[1] == pytest.approx(95 - column if flip else column, abs=1.01)
+        assert 0 < crop[1] < 64
+    half = PhotoTransform(size=16, flip=0.0, buckets={"step": 8})({"image": image}, Random(0))
+    assert [half[key].tolist() for key in SIZE_KEYS] == [[32, 96], [0, 0], [8, 24]]
+    emoji = EmojiTransform(size=64, crop=24)
+    row = {"image": Image.new("RGBA", (32, 32)), "object": "pig", "style": "flat"}
+    sizes = [emoji(row, Random(0))[key].tolist() for key in SIZE_KEYS]
+    assert sizes[::2] == [[64, 64], [24, 24]]
+    assert max(sizes[1]) > 0
+
+
+def test_metadata_may_know_the_original_size_and_a_score():
+    row = {"image": Image.new("RGB", (8, 8)), "original_height": 600, "original_width": 800}
+    sample = PhotoTransform(size=8)({**row, "aesthetic_score": "5.5"}, Random(0))
+    assert sample["original_size_as_tuple"].tolist() == [600, 800]
+    assert sample["aesthetic_score"].tolist() == [5.5]
+    plain = PhotoTransform(size=8, original_size_keys=("h", "w"))(row, Random(0))
+    assert plain["original_size_as_tuple"].tolist() == [8, 8]
+    assert plain["aesthetic_score"].tolist() == [6.0]
+    with pytest.raises(ValueError, match="has a size or score that is not a number"):
+        PhotoTransform(size=8)({**row, "aesthetic_score": "high"}, Random(0))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from ldm.loading.config import parse_yaml, read_yaml
-from ldm.train.config.datamodules import read_data
+from ldm.train.config.datamodules import read_data, translate_data_module
 from ldm.train.config.schema import Data
 
 FOLDER = "{root: images, transform: {name: photo, size: 32}}"
@@ -44,6 +44,36 @@ WEB_TRANSLATION = """
     minimum: {original_width: 512, original_height: 512}
     maximum: {pwatermark: 0.45, punsafe: 0.1}
 """
+# As in the examples of generative-models.
+STABLE = """
+  target: sgm.data.dataset.StableDataModuleFromConfig
+  params:
+    train:
+      datapipeline:
+        urls: [DATA-PATH]
+        pipeline_config: {shardshuffle: 10000, sample_shuffle: 10000}
+        decoders: [pil]
+        postprocessors:
+        - target: sdata.mappers.TorchVisionImageTransforms
+          params:
+            key: jpg
+            transforms:
+            - {target: torchvision.transforms.Resize, params: {size: 256, interpolation: 3}}
+            - {target: torchvision.transforms.ToTensor}
+        - {target: sdata.mappers.Rescaler}
+        - target: sdata.mappers.AddOriginalImageSizeAsTupleAndCropToSquare
+          params: {h_key: height, w_key: width}
+      loader: {batch_size: 64, num_workers: 6}
+"""
+STABLE_TRANSLATION = """
+  batch_size: 64
+  num_workers: 6
+  train:
+    shards: [DATA-PATH]
+    shuffle: 1250
+    transform:
+      {name: photo, flip: 0.0, size: 256, crop: random, original_size_keys: [height, width]}
+"""
 
 
 def parse(text: str) -> dict[str, Any]:
@@ -54,6 +84,12 @@ def test_the_data_module_of_tar_files_is_translated(caplog: pytest.LogCaptureFix
     caplog.set_level("INFO")
     assert read_data(parse(WEB)) == Data(**parse(WEB_TRANSLATION))
     assert "filter_word_list is ignored: captions are NOT filtered" in caplog.text
+
+
+def test_the_data_module_of_sgm_is_translated() -> None:
+    assert read_data(translate_data_module(parse(STABLE))) == Data(**parse(STABLE_TRANSLATION))
+    with pytest.raises(ValueError, match=r"data: `sgm.data.mnist.MNISTLoader` cannot be read"):
+        read_data(translate_data_module(parse("{target: sgm.data.mnist.MNISTLoader}")))
 
 
 def test_our_own_form_stays(caplog: pytest.LogCaptureFixture) -> None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ldm.conditioning import Conditioner
+from ldm.conditioning import Conditioner, Encoder
 from ldm.data.drawings import EmojiTransform
 from ldm.data.folder import Folder
 from ldm.data.options import rename_options
@@ -97,6 +97,27 @@ def test_only_what_changed_is_made_anew(model: Any, photos: Path, tmp_path: Path
     with torch.no_grad():
         model.autoencoder.quant_conv.bias[0] += 1
     assert made(model, photos, cache) == 12
+
+
+class OriginalSize(Encoder):
+    """Reads a size, as SDXL does."""
+
+    key = "original_size_as_tuple"
+    slot = "vector"
+
+
+def test_sizes_are_cached_for_a_model_that_reads_them(
+    model: Any, photos: Path, tmp_path: Path
+) -> None:
+    Image.new("RGB", (3000, 16)).save(photos / "9.png")
+    folder = Folder(root=photos, transform=PhotoTransform(size=16, flip=0.0))
+    plain = cache_latents(model, folder, tmp_path)
+    assert "original_size_as_tuple" not in plain[0, 6]
+    model.conditioner.size = OriginalSize()
+    sized = cache_latents(model, folder, tmp_path)
+    assert len(sized.cache.store) == 2 * len(plain.cache.store)
+    assert sized[0, 6]["original_size_as_tuple"].tolist() == [16, 3000]  # not in float16
+    assert torch.equal(sized[0, 6]["z_std"], plain[0, 6]["z_std"])
 
 
 def test_more_variants_keep_those_that_are_there(model: Any, tmp_path: Path) -> None:

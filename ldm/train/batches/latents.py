@@ -2,10 +2,10 @@
 
 Some variants of each image are encoded (emoji on different backgrounds, photos cropped and mirrored
 differently), and with them the inputs of the model's encoders that are slow to compute (each
-encoder's `cache_key`: a mask with its masked latent, a depth map, a low-resolution image). Mean and
-standard deviation are stored: each sample draws its latent from the posterior anew. Keys depend on
-the bytes of an image, on the transform and on the weights (see `Store`), so that the images of a
-folder find their latents when they are packed into shards.
+encoder's `cache_key`: a mask with its masked latent, a depth map, a low-resolution image), and the
+sizes that the model reads. Mean and standard deviation are stored: each sample draws its latent
+from the posterior anew. Keys depend on the bytes of an image, on the transform and on the weights
+(see `Store`), so that the images of a folder find their latents when they are packed into shards.
 """
 
 import warnings
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ldm.data.dataset import ImageDataset, Sample, SampleDataset, UnreadableSample
 from ldm.data.shards import RawSample, Shards, image_bytes, metadata_of, name_of
 from ldm.data.source import collate, to_device
-from ldm.data.transforms import Transform
+from ldm.data.transforms import SIZE_KEYS, Transform
 from ldm.imaging.reading import decode_image
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
@@ -95,9 +95,13 @@ class LatentCache:
         key = self.key(content, size, variant)
         if key not in self.store:
             raise UnreadableSample(name, "its latent could not be computed")
-        tensors = {name: value.float() for name, value in self.store[key].items()}
-        caption = self.transform.caption(row, rng, self.variant_name(content, variant))
-        return {**tensors, "txt": caption}
+        tensors = {
+            name: value.float() if value.is_floating_point() else value
+            for name, value in self.store[key].items()
+        }
+        fields = self.transform.row_fields(row, rng, self.variant_name(content, variant))
+        is_read = {key: key in tensors or key not in SIZE_KEYS for key in fields}
+        return {**tensors, **{key: value for key, value in fields.items() if is_read[key]}}
 
     def inputs(
         self, load: Callable[[], Image.Image], content: str, size: Size | None
@@ -271,6 +275,7 @@ def _encode(
             batch = model.prepare(batch, (z.shape[-2], z.shape[-1]), generator)
     tensors = {"z": z, "z_std": z_std, **{name: batch[name] for name in names}}
     rows = {name: value.to("cpu", PRECISIONS[precision]) for name, value in tensors.items()}
+    rows |= {name: batch[name].cpu() for name in _size_keys(model)}
     return [{name: value[row] for name, value in rows.items()} for row in range(len(samples))]
 
 
@@ -282,4 +287,10 @@ def digest_model(model: LatentDiffusion, transform: Transform, precision: str) -
     modules += [encoder for encoder in model.conditioner.encoders.values() if encoder.cache_key]
     weights = digest_of_weights(*modules)
     name, options = transform.cache_key()
-    return digest(VERSION, name, options, weights, model.scale_factor, precision)
+    facts = [VERSION, name, options, weights, model.scale_factor, precision]
+    return digest(*facts, *_size_keys(model))
+
+
+def _size_keys(model: LatentDiffusion) -> list[str]:
+    """Return the batch keys of the sizes that a model reads, which vary like the image."""
+    return [key for key in SIZE_KEYS if key in model.conditioner.keys]

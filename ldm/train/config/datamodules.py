@@ -3,6 +3,7 @@
     main.DataModuleFromConfig                train: {target: …, params}   validation: …
     ldm.data.laion.WebDataModuleFromConfig   train: {shards, image_transforms, postprocess, …}
     ldm.data.simple.FolderData, hf_dataset   -> {root: DIR, …}, {hub: NAME, …}
+    sgm.data.dataset.StableDataModuleFromConfig    train: {datapipeline: {urls, …}, loader}
 
 The data sets of the published configs were never published; the error says what to write instead.
 """
@@ -15,10 +16,12 @@ from ldm.runtime.errors import unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.config.schema import Data, validate
 
-__all__ = ["read_data"]
+__all__ = ["read_data", "translate_data_module"]
 
 log = logging.getLogger(__name__)
 
+WEB_MODULE = "ldm.data.laion.WebDataModuleFromConfig"
+SGM_MODULE = "sgm.data.dataset.StableDataModuleFromConfig"
 SPLITS = ("train", "validation")
 KINDS = ("root", "shards", "hub")
 # Ignored arguments of the originals' data modules, and why.
@@ -58,7 +61,7 @@ def read_data(section: JsonMapping) -> Data:
     values = (section.get("params") or {}).items()
     params = {k: v for k, v in values if v is not None and v is not False and v != {}}
     _drop(params, IGNORED_PARAMETERS, "data.params")
-    if target == "ldm.data.laion.WebDataModuleFromConfig":
+    if target == WEB_MODULE:
         params = _translate_web_module(params)
     elif target != "main.DataModuleFromConfig":
         raise _cannot_read("data", target)
@@ -74,6 +77,45 @@ def read_data(section: JsonMapping) -> Data:
         transform = _rename_transform(data.prior.transform)
         splits["prior"] = data.prior.model_copy(update={"transform": transform})
     return data.model_copy(update=splits)
+
+
+def translate_data_module(section: JsonMapping) -> JsonMapping:
+    """Translate the data module of `sgm`, tar files in a pipeline of `sdata`; others pass."""
+    if section.get("target") != SGM_MODULE:
+        return section
+    params: JsonObject = {}
+    for split, spec in (section.get("params") or {}).items():
+        where = f"data.params.{split}"
+        if split not in SPLITS or not spec:
+            log.info("%s is ignored", where)
+            continue
+        loader = spec.get("loader") or {}
+        if split == "train":
+            params |= {key: loader[key] for key in ("batch_size", "num_workers") if key in loader}
+        params[split] = _translate_pipeline(dict(spec.get("datapipeline") or {}), where)
+    return {"params": params}
+
+
+def _translate_pipeline(pipeline: JsonObject, where: str) -> JsonObject:
+    """Translate a pipeline of `sdata`: every crop is at random along the longer side."""
+    urls, options = pipeline.get("urls") or [], pipeline.get("pipeline_config") or {}
+    photo: JsonObject = {"name": "photo", "flip": 0.0}
+    for mapper in pipeline.get("postprocessors") or []:
+        name, params = mapper["target"].rpartition(".")[2], mapper.get("params") or {}
+        if name == "TorchVisionImageTransforms":
+            photo |= _pop_transform({"image_transforms": params.get("transforms")}, where)
+        elif name == "AddOriginalImageSizeAsTupleAndCropToSquare":
+            keys = [
+                params.get(f"{side[0]}_key", f"original_{side}") for side in ("height", "width")
+            ]
+            photo |= {"crop": "random", "original_size_keys": keys}
+        elif name != "Rescaler":
+            raise unknown_name("postprocessor", mapper["target"], (), where)
+    return {
+        "shards": [urls] if isinstance(urls, str) else list(urls),
+        "shuffle": int(options.get("sample_shuffle") or 0) // 8,  # see `_translate_web_module`
+        "transform": photo,
+    }
 
 
 def _translate_split(spec: JsonMapping, where: str) -> JsonObject:
