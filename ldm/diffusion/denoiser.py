@@ -111,7 +111,7 @@ class Denoiser:
 
         Args:
             z: Latents (B, C, h, w).
-            t: Timesteps (B,): int64 in 0 … T-1, or those of a continuous schedule.
+            t: Timesteps (B,): int64 in 0 … T-1, or fractional ones.
             noise: Standard normal noise, like z.
             input_noise: Noise in the network's input where it differs from `noise`, as in input
                 perturbation (arXiv:2301.11706).
@@ -121,7 +121,8 @@ class Denoiser:
 
     def predict_at(self, z: Tensor, cond: Cond | None, t: Tensor, noise: Tensor) -> Tensor:
         """Predict for latents z with noise at timesteps t (B,), float32."""
-        if isinstance(self.schedule, Schedule) and self.parameterization != "edm":
+        is_step = not t.is_floating_point() and self.parameterization != "edm"
+        if is_step and isinstance(self.schedule, Schedule):
             return self._run_network(self.schedule.add_noise(z, noise, t), t, cond)
         sigma = self.schedule.t_to_sigma(t)
         return self.predict(z + _column(sigma, z) * noise, sigma, cond)

@@ -17,8 +17,9 @@ from ldm.nets.autoencoder import PixelSpace
 from ldm.train.optim.ema import EMA
 from ldm.train.optim.optimizers import make_optimizer
 from ldm.train.runs.initial import measure_scale
-from ldm.train.tasks.criterion import Criterion, min_snr_weights
-from ldm.train.tasks.diffusion import Diffusion, diffusion_options, spread_timesteps
+from ldm.train.tasks.criterion import Criterion
+from ldm.train.tasks.diffusion import Diffusion, diffusion_options
+from ldm.train.tasks.noise_levels import spread_timesteps
 
 SCHEDULE = Schedule(make_betas("linear", linear_start=0.00085, linear_end=0.012))
 PREFIX = "model.diffusion_model."
@@ -105,15 +106,16 @@ def test_two_steps_of_adamw_equal_the_originals() -> None:
 def test_min_snr_weighs_the_same_error_of_z_alike(parameterization: str) -> None:
     snr = SCHEDULE.sigmas**-2
     per_z = {"x0": 1.0, "eps": snr, "v": snr + 1}[parameterization]
-    weights = min_snr_weights(SCHEDULE, parameterization, 5.0)
+    weights = Criterion(SCHEDULE, parameterization, min_snr_gamma=5.0).weights(torch.arange(1000))
     torch.testing.assert_close((weights * per_z).double(), snr.clamp(max=5.0), rtol=1e-5, atol=0)
 
 
 def test_min_snr_weighs_the_trained_loss_but_not_the_logged_one() -> None:
     error, t = torch.ones(2, 4, 8, 8), torch.tensor([10, 900])
-    losses = Criterion(SCHEDULE, "eps", min_snr_gamma=5.0)(error, t)
+    criterion = Criterion(SCHEDULE, "eps", min_snr_gamma=5.0)
+    losses = criterion(error, t)
     assert losses["losses"].tolist() == [1.0, 1.0]
-    torch.testing.assert_close(losses["loss"], min_snr_weights(SCHEDULE, "eps", 5.0)[t].mean())
+    torch.testing.assert_close(losses["loss"], criterion.weights(t).mean())
 
 
 class Recorder(nn.Module):

@@ -5,6 +5,7 @@
     callbacks.<name>.{target, params}           main.ImageLogger, checkpoints at fixed steps
     logger, strategy, find_unused_parameters
     model.params: scheduler_config, use_ema, ucg_training, monitor     how the model is trained
+                  and what `sgm` translates
 
 Our own keys are kept. Each ignored key of the trainer and the callbacks gets a note.
 """
@@ -16,6 +17,7 @@ from typing import Any
 from ldm.runtime.errors import unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.config.schema import LightningTrainer, fields_of
+from ldm.train.config.sgm import is_engine, translate_engine
 
 __all__ = ["KNOWN", "SECTIONS", "read_gpus", "section", "translate"]
 
@@ -298,17 +300,36 @@ def _translate_model(raw: JsonMapping, result: _Translation) -> None:
             )
         else:
             result.add("optimizer", schedule=params["scheduler_config"])
+    is_sgm = is_engine(section(raw, "model"))
+    if is_sgm:
+        _translate_engine(params, result)
     if "optimizer" in section(raw, "lightning"):
         return
-    if params.get("use_ema") is False:
+    if params.get("use_ema", not is_sgm) is False:
         result.add("optimizer", ema_decay=0.0)
         result.add("callbacks", weights="raw")
         result.notes.append("model.params.use_ema is false: no EMA of the weights")
     _translate_monitor(raw, result)
-    if "unet_config" in params:
+    if is_sgm:
+        result.add("trainer", scale_lr=False)
+        result.add("objective", drop=None)
+    elif "unet_config" in params:
         key = params.get("cond_stage_key", "txt")
         dropout = (params.get("ucg_training") or {}).get(key) or {}
         result.add("objective", drop=dropout.get("p", 0.0))
+
+
+def _translate_engine(params: JsonMapping, result: _Translation) -> None:
+    """Take over what `sgm` has among the parameters of the model."""
+    theirs = translate_engine(params)
+    if "name" in result.sections.get("optimizer", {}) and theirs["optimizer"]:
+        result.notes.append("lightning.optimizer.name replaces model.params.optimizer_config")
+        theirs["optimizer"] = {}
+    sampling = theirs["callbacks"].pop("sampling", {})
+    for name, values in theirs.items():
+        result.add(name, **values)
+    own = result.sections.setdefault("callbacks", {}).get("sampling") or {}
+    result.sections["callbacks"]["sampling"] = {**sampling, **own}
 
 
 def _translate_monitor(raw: JsonMapping, result: _Translation) -> None:

@@ -29,6 +29,7 @@ from ldm.nets.attention import BACKENDS
 from ldm.runtime.errors import unknown_name
 from ldm.runtime.types import JsonObject
 from ldm.train.tasks.adaptation import TARGETS
+from ldm.train.tasks.criterion import WEIGHTINGS
 
 __all__ = [
     "OPTIONS",
@@ -277,16 +278,29 @@ class Weighting(TypedDict, total=False):
     learn_logvar: Bool
     logvar_init: Number
     scale_by_std: Bool
+    disable_first_stage_autocast: Bool
+
+
+@with_config(STRICT)
+class NoiseLevels(TypedDict, total=False):
+    """Keywords of `LogNormal`."""
+
+    mean: float
+    std: Positive
 
 
 @with_config(STRICT)
 class Denoising(Weighting, total=False):
     """`lightning.objective` of a latent diffusion model: keywords of its task."""
 
-    drop: Probability | dict[str, Probability]
+    drop: Probability | dict[str, Probability] | None  # null: the `ucg_rate` of each encoder
     prior_weight: Nonnegative
+    weighting: Annotated[str, _one_of(WEIGHTINGS)] | None
+    sigma_data: Positive
+    noise_levels: NoiseLevels | None
     noise_bias: Positive
     offset_noise: Nonnegative
+    offset_noise_by: Literal["channel", "sample"]
     input_perturbation: Nonnegative
     min_snr_gamma: Annotated[float, Field(gt=0, allow_inf_nan=True), OFF] | None
 

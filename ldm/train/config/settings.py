@@ -11,6 +11,7 @@ from typing import TypeVar
 from ldm.runtime.errors import unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.config import lightning, schema
+from ldm.train.config.datamodules import translate_data_module
 from ldm.train.config.schema import (
     OPTIONS,
     Batches,
@@ -149,6 +150,8 @@ def read_settings(raw: JsonMapping) -> Settings:
         ValueError: a section or key is unknown, naming the nearest known one, or a value is not
             allowed; also of what a run reads in `model` and `data`.
     """
+    if data_module := lightning.section(raw, "data"):
+        raw = {**raw, "data": translate_data_module(data_module)}
     model = validate(Model, _set_values(raw, "model"), "model", also=["params.ckpt_path"])
     validate(ModelParams, _set_values(raw, "model.params"), "model.params")
     data = validate(Batches, _set_values(raw, "data.params"), "data.params")
@@ -161,11 +164,12 @@ def read_settings(raw: JsonMapping) -> Settings:
     is_autoencoder = model.target.endswith("AutoencoderKL")
     values = {name: sections.get(name, {}) for name in SECTIONS}
     if "optimizer" not in (raw.get("lightning") or {}):
-        notes.append(
-            "no `lightning.optimizer`: AdamW as in the original, learning rate scaled by the "
-            "batch, no clipping"
-        )
         values["trainer"] = ORIGINAL_TRAINER | values["trainer"]
+        scaled = "scaled by the batch" if values["trainer"]["scale_lr"] else "not scaled"
+        notes.append(
+            f"no `lightning.optimizer`: AdamW as in the original, learning rate {scaled}, "
+            "no clipping"
+        )
         adam = {"weight_decay": 0.0} if is_autoencoder else {}  # the original's is not AdamW there
         values["optimizer"] = ORIGINAL_OPTIMIZER | adam | values["optimizer"]
     limits = {key: values["trainer"].get(key) for key in LIMITS if key in values["trainer"]}

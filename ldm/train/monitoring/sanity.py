@@ -1,9 +1,10 @@
 """Checks the initial weights of a fine-tune before its first step.
 
 The loss of one batch is compared with the loss of the best guess without a network: the best
-multiple of z_t at each timestep, by the noise schedule and the variance of the latents. A trained
-model is far better; one that predicts v and is read as eps, or whose latents have the wrong scale,
-is worse. The same prediction is compared with eps, v and x0, which tells what it really is.
+multiple of the noisy latent at each timestep, by the noise schedule and the variance of the
+latents. A trained model is far better; one that predicts v and is read as eps, or whose latents
+have the wrong scale, is worse. The same prediction is compared with eps, v and x0, which tells what
+it really is.
 """
 
 import logging
@@ -19,7 +20,7 @@ from ldm.diffusion.denoiser import PARAMETERIZATIONS, Denoiser
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.train.monitoring.validation import evaluating
-from ldm.train.tasks.diffusion import spread_timesteps
+from ldm.train.tasks.noise_levels import draw_timesteps
 
 __all__ = ["SAMPLES", "Comparison", "check_initial_weights", "compare_with_guess"]
 
@@ -107,7 +108,7 @@ def compare_with_guess(
     batch_size: int = SAMPLES,
 ) -> Comparison:
     """Run the model once on noisy latents, at timesteps that are spread over the schedule."""
-    t = spread_timesteps(len(samples), len(model.schedule), generator)  # (B,)
+    t = draw_timesteps(model.schedule, len(samples), generator)  # (B,)
     starts = range(0, len(samples), batch_size)
     batches = [list(samples[k : k + batch_size]) for k in starts]
     outputs = [
@@ -117,12 +118,13 @@ def compare_with_guess(
     z, noise, prediction = (torch.cat(values) for values in zip(*outputs, strict=True))
     losses: dict[str, float] = {}
     guesses: dict[str, float] = {}
-    for name in PARAMETERIZATIONS:
+    x = z + model.schedule.t_to_sigma(t).to(z).view(-1, 1, 1, 1) * noise
+    own = model.parameterization
+    for name in (own,) if own == "edm" else (p for p in PARAMETERIZATIONS if p != "edm"):
         target = Denoiser(model.unet, model.schedule, name).target(z, noise, t)
         losses[name] = float((prediction - target).square().mean())
-        guesses[name] = float(_guess_loss(model.schedule.add_noise(z, noise, t), target))
+        guesses[name] = float(_guess_loss(x, target))
     ratios = {name: losses[name] / guesses[name] for name in losses}
-    own = model.parameterization
     return Comparison(own, losses[own], guesses[own], ratios, float(z.std()))
 
 
@@ -137,11 +139,11 @@ def _predict(
     return z, noise, model.denoiser.predict_at(z, model.condition(batch), t, noise)
 
 
-def _guess_loss(z_t: Tensor, target: Tensor) -> Tensor:
-    """Return the mean squared error of the multiple of z_t that fits best, for each sample."""
-    z_t, target = z_t.flatten(1), target.flatten(1)  # (B, N)
-    factor = (z_t * target).sum(1) / z_t.square().sum(1)  # (B,)
-    return (factor[:, None] * z_t - target).square().mean()
+def _guess_loss(x: Tensor, target: Tensor) -> Tensor:
+    """Return the mean squared error of the multiple of x that fits best, for each sample."""
+    x, target = x.flatten(1), target.flatten(1)  # (B, N)
+    factor = (x * target).sum(1) / x.square().sum(1)  # (B,)
+    return (factor[:, None] * x - target).square().mean()
 
 
 @torch.no_grad()

@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor, nn
 
-from ldm.diffusion.schedule import Schedule
-from ldm.runtime.errors import unknown_name
+from ldm.diffusion.denoiser import scalings
+from ldm.diffusion.schedule import NoiseSchedule, Schedule
+from ldm.runtime.errors import ArgumentError, unknown_name
 
-__all__ = ["Criterion", "min_snr_weights"]
+__all__ = ["LOSS_TYPES", "WEIGHTINGS", "Criterion", "denoised_weights"]
 
-LOSS_TYPES = ("l2", "l1")
+LOSS_TYPES = {"l2": 2, "l1": 1}  # power of the error
+WEIGHTINGS = ("eps", "v", "edm", "unit")
 
 
 class Criterion(nn.Module):
@@ -16,21 +18,29 @@ class Criterion(nn.Module):
 
         loss = l_simple_weight mean(l / exp(logvar_t) + logvar_t) + original_elbo_weight mean(w_t l)
 
-    where l is the error per sample, weighted by `min_snr_weights`, and w `Schedule.vlb_weights`.
+    where l is the error per sample, times `weights`, and w `Schedule.vlb_weights`.
 
     Args:
-        parameterization: prediction type of the error, "eps", "v" or "x0".
-        min_snr_gamma: cap of the signal-to-noise ratio (arXiv:2303.09556); None = the same weight
-            for all timesteps.
+        parameterization: prediction type of the error.
+        weighting: of the error of the denoised latent, a name of WEIGHTINGS; None = all errors of
+            the prediction have the same weight.
+        sigma_data: standard deviation of the latents, for the weighting "edm".
+        min_snr_gamma: cap of the signal-to-noise ratio (arXiv:2303.09556), in the place of a
+            weighting.
         loss_type: squared ("l2") or absolute ("l1") error.
-        logvar_init: initial `logvar` of every timestep.
+        logvar_init: initial `logvar` of every noise level.
+    Raises:
+        UnknownName: of a loss type or a weighting.
+        ArgumentError: an `original_elbo_weight` without timesteps that it belongs to.
     """
 
     def __init__(
         self,
-        schedule: Schedule,
+        schedule: NoiseSchedule,
         parameterization: str,
         *,
+        weighting: str | None = None,
+        sigma_data: float = 0.5,
         min_snr_gamma: float | None = None,
         loss_type: str = "l2",
         l_simple_weight: float = 1.0,
@@ -41,48 +51,84 @@ class Criterion(nn.Module):
         super().__init__()
         if loss_type not in LOSS_TYPES:
             raise unknown_name("loss_type", loss_type, LOSS_TYPES)
+        if weighting not in (None, *WEIGHTINGS):
+            raise unknown_name("weighting", weighting, WEIGHTINGS)
+        self.schedule = schedule
+        self.parameterization = parameterization
+        self.weighting = weighting
+        self.sigma_data = sigma_data
+        self.min_snr_gamma = min_snr_gamma
         self.loss_type = loss_type
         self.l_simple_weight = l_simple_weight
         self.original_elbo_weight = original_elbo_weight
         self.learn_logvar = learn_logvar
-        self.weights = min_snr_weights(schedule, parameterization, min_snr_gamma)  # (T,)
-        self.vlb_weights = schedule.vlb_weights(parameterization).float()  # (T,)
+        self.vlb_weights: Tensor | None = None  # (T,)
+        if isinstance(schedule, Schedule) and parameterization != "edm":
+            self.vlb_weights = schedule.vlb_weights(parameterization).float()
+        elif original_elbo_weight:
+            raise ArgumentError(
+                "original_elbo_weight needs a model with timesteps, of eps, v or x0"
+            )
         logvar = torch.full((len(schedule),), float(logvar_init))  # (T,)
         self.logvar = nn.Parameter(logvar, requires_grad=learn_logvar)
+
+    def weights(self, t: Tensor) -> Tensor:
+        """Compute the weights (B,) float32 of the errors at timesteps t."""
+        sigma = self.schedule.t_to_sigma(t)
+        c_out = scalings(self.parameterization, sigma)[1]
+        if self.min_snr_gamma is not None:
+            weights = (sigma**-2).clamp(max=self.min_snr_gamma) * c_out**2
+        elif self.weighting is not None:
+            weights = denoised_weights(self.weighting, sigma, self.sigma_data)
+            weights = weights * c_out.abs() ** LOSS_TYPES[self.loss_type]
+        else:
+            weights = torch.ones_like(sigma)
+        return weights.float()
 
     def forward(self, error: Tensor, t: Tensor) -> dict[str, Tensor]:
         """Compute the loss of a batch.
 
         Args:
             error: (B, C, h, w), prediction minus target.
-            t: (B,) integers in 0 … T-1, on the CPU.
+            t: (B,) timesteps of the schedule, on the CPU.
         Returns:
-            "loss", its detached parts, and per sample "t" and the unweighted "losses", (B,).
+            "loss", its detached parts, and per sample the unweighted "losses" and "t", the indices
+            of the nearest noise levels of the schedule, (B,).
         """
         values = error.abs() if self.loss_type == "l1" else error.square()
         unweighted = values.mean(dim=(1, 2, 3))  # (B,)
-        losses = self.weights[t].to(unweighted) * unweighted
-        vlb = (self.vlb_weights[t].to(losses) * losses).mean()
-        logvar = self.logvar[t.to(self.logvar.device)].to(losses.device)  # (B,)
+        losses = self.weights(t).to(unweighted) * unweighted
+        rows = _nearest_rows(self.schedule, t)
+        logvar = self.logvar[rows.to(self.logvar.device)].to(losses.device)  # (B,)
         gamma = (losses / logvar.exp() + logvar).mean()  # the original's name
-        result = {
-            "loss": self.l_simple_weight * gamma + self.original_elbo_weight * vlb,
-            "loss_simple": unweighted.detach().mean(),
-            "loss_vlb": vlb.detach(),
-        }
+        result = {"loss": self.l_simple_weight * gamma, "loss_simple": unweighted.detach().mean()}
+        if self.vlb_weights is not None:
+            vlb = (self.vlb_weights[rows].to(losses) * losses).mean()
+            result["loss"] = result["loss"] + self.original_elbo_weight * vlb
+            result["loss_vlb"] = vlb.detach()
         if self.learn_logvar:
             result |= {"loss_gamma": gamma.detach(), "logvar": self.logvar.detach().mean()}
-        return {**result, "t": t, "losses": unweighted.detach()}
+        return {**result, "t": rows, "losses": unweighted.detach()}
 
 
-def min_snr_weights(schedule: Schedule, parameterization: str, gamma: float | None) -> Tensor:
-    """Compute the weight of the loss at every timestep, (T,) float32: min(SNR, gamma) for x0.
+def denoised_weights(name: str, sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
+    """Compute the weights of the squared error of the denoised latent at noise levels sigma.
 
-    The error of x0 has the weight min(SNR, gamma); that of eps is divided by SNR, that of v by
-    SNR + 1 (Hang et al. 2023, arXiv:2303.09556, sections 3.4 and A).
+    eps, v and edm give the prediction of that type the weight 1 (arXiv:2206.00364, eq. 8).
+
+    Args:
+        name: one of WEIGHTINGS; "unit" is 1.
+        sigma_data: standard deviation of the latents, for "edm".
     """
-    snr = schedule.sigmas**-2
-    if gamma is None:
-        return torch.ones_like(snr).float()
-    per_x0 = {"x0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[parameterization]
-    return (snr.clamp(max=gamma) / per_x0).float()
+    if name == "unit":
+        return torch.ones_like(sigma)
+    return sigma**-2 + {"eps": 0.0, "v": 1.0, "edm": sigma_data**-2}[name]
+
+
+def _nearest_rows(schedule: NoiseSchedule, t: Tensor) -> Tensor:
+    """Return the indices (B,) int64 of timesteps in tables with a row for each noise level."""
+    if not t.is_floating_point():
+        return t
+    first, last = schedule.t_range
+    steps = len(schedule) - 1
+    return ((t - first) / (last - first) * steps).round().long().clamp(0, steps)

@@ -1,6 +1,7 @@
 """Training of a latent diffusion model: image -> latent -> noisy latent -> error -> loss."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -10,9 +11,10 @@ from ldm.data.source import to_device
 from ldm.model import LatentDiffusion
 from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.tasks.criterion import Criterion
+from ldm.train.tasks.noise_levels import LogNormal, draw_timesteps
 from ldm.train.tasks.task import Batch, Losses, Task
 
-__all__ = ["Diffusion", "diffusion_options", "spread_timesteps"]
+__all__ = ["Diffusion", "diffusion_options"]
 
 # Parameters of the original's model that are keywords of `Diffusion`.
 ORIGINAL = (
@@ -22,6 +24,7 @@ ORIGINAL = (
     "learn_logvar",
     "logvar_init",
     "scale_by_std",
+    "disable_first_stage_autocast",
 )
 
 
@@ -30,16 +33,20 @@ class Diffusion(Task):
 
     Args:
         drop: probability of an empty caption, for classifier-free guidance; or probabilities by
-            batch key.
+            batch key; or None for the `ucg_rate` of each encoder.
         prior_weight: of the loss of the "prior" samples of a batch, images of the class beside
             those of the subject (DreamBooth, arXiv:2208.12242).
+        noise_levels: keywords of `LogNormal`; None = all timesteps, or the defaults of `LogNormal`
+            where there are none.
         noise_bias: timesteps have the density t ** (noise_bias - 1): 1 is uniform, 2 prefers high
             noise, where the caption alone decides.
         offset_noise: standard deviation of a second noise that is constant over a channel, so that
             the model learns to change the mean of an image; 0.1 is usual (Guttenberg 2023).
+        offset_noise_by: "channel", or "sample" for one constant of all channels.
         input_perturbation: standard deviation of noise that is added to the input but not to the
             target; 0.1 is usual (arXiv:2301.11706).
         scale_by_std: export `scale_factor`, as it was measured.
+        disable_first_stage_autocast: encode images in full precision, also under autocast.
         criterion: keywords of `Criterion`.
     """
 
@@ -50,21 +57,27 @@ class Diffusion(Task):
         self,
         model: LatentDiffusion,
         *,
-        drop: float | Mapping[str, float] = 0.1,
+        drop: float | Mapping[str, float] | None = 0.1,
         prior_weight: float = 1.0,
+        noise_levels: Mapping[str, float] | None = None,
         noise_bias: float = 1.0,
         offset_noise: float = 0.0,
+        offset_noise_by: str = "channel",
         input_perturbation: float = 0.0,
         scale_by_std: bool = False,
+        disable_first_stage_autocast: bool = False,
         **criterion: Any,
     ) -> None:
         self.model = model
         self.drop = drop
         self.prior_weight = prior_weight
+        self.noise_levels = None if noise_levels is None else LogNormal(**noise_levels)
         self.noise_bias = noise_bias
         self.offset_noise = offset_noise
+        self.offset_noise_by = offset_noise_by
         self.input_perturbation = input_perturbation
         self.scale_by_std = scale_by_std
+        self.disable_first_stage_autocast = disable_first_stage_autocast
         self.criterion = Criterion(model.schedule, model.parameterization, **criterion)
         self.criterion.to(model.device)
         model.autoencoder.requires_grad_(False)
@@ -110,13 +123,15 @@ class Diffusion(Task):
         # Encode the images, or sample cached latents from their posterior.
         z = batch.get("z")  # (B, C, h, w)
         if z is None:
-            with torch.no_grad():
+            with torch.no_grad(), self._first_stage_autocast():
                 z = model.encode(batch["jpg"], generator)
         elif "z_std" in batch:
             z = z + batch["z_std"] * torch.randn(z.shape, generator=generator).to(z)
 
         # Draw timesteps and noise.
-        t = spread_timesteps(len(z), len(model.schedule), generator, self.noise_bias)  # (B,)
+        t = draw_timesteps(
+            model.schedule, len(z), generator, levels=self.noise_levels, bias=self.noise_bias
+        )  # (B,)
         noise, input_noise = self._draw_noise(z, generator)  # (B, C, h, w) each
 
         # Encode the conditions, dropping some at random.
@@ -127,10 +142,17 @@ class Diffusion(Task):
         losses: Losses = self.criterion(model.denoiser.error(z, cond, t, noise, input_noise), t)
         return losses
 
+    def _first_stage_autocast(self) -> AbstractContextManager[object]:
+        if self.disable_first_stage_autocast:
+            return torch.autocast(self.model.device.type, enabled=False)
+        return nullcontext()
+
     def _draw_noise(self, z: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         noise = torch.randn(z.shape, generator=generator)
         if self.offset_noise:
-            noise += self.offset_noise * torch.randn((*z.shape[:2], 1, 1), generator=generator)
+            channels = z.shape[1] if self.offset_noise_by == "channel" else 1
+            offset = torch.randn((len(z), channels, 1, 1), generator=generator)
+            noise += self.offset_noise * offset
         input_noise = noise
         if self.input_perturbation:
             perturbation = torch.randn(z.shape, generator=generator)
@@ -143,7 +165,7 @@ def diffusion_options(params: JsonMapping, objective: JsonMapping) -> JsonObject
 
     Args:
         params: of the model, with the original's keys; its `ucg_training` and `embedding_dropout`
-            are probabilities of `drop`.
+            are probabilities of `drop`, and so is `ucg_rate` of its embedders.
         objective: `lightning.objective`, which takes precedence.
     """
     options = {key: params[key] for key in ORIGINAL if params.get(key) is not None}
@@ -155,16 +177,7 @@ def diffusion_options(params: JsonMapping, objective: JsonMapping) -> JsonObject
         own = objective.get("drop", {})
         own = own if isinstance(own, Mapping) else {"txt": own}
         options["drop"] = {"txt": 0.1, **drop, **own}
+    conditioner = (params.get("conditioner_config") or {}).get("params") or {}
+    if any(embedder.get("ucg_rate") for embedder in conditioner.get("emb_models") or []):
+        options.setdefault("drop", None)
     return options
-
-
-def spread_timesteps(
-    n: int, timesteps: int, generator: torch.Generator, bias: float = 1.0
-) -> Tensor:
-    """Draw n timesteps (n,) in 0 … timesteps - 1, one per n-quantile, in random order.
-
-    Args:
-        bias: see `Diffusion`'s `noise_bias`.
-    """
-    quantiles = torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)
-    return ((quantiles / n) ** (1 / bias) * timesteps).long().clamp(max=timesteps - 1)

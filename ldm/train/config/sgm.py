@@ -1,0 +1,146 @@
+"""Translate how `sgm.models.diffusion.DiffusionEngine` trains to sections of `lightning:`.
+
+loss_fn_config      -> objective      sigma sampler, weighting, l2 or l1, offset noise
+optimizer_config    -> optimizer      AdamW without one
+ema_decay_rate      -> optimizer
+sampler_config      -> callbacks.sampling, of the sample grids
+compile_model       -> trainer
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ldm.runtime.errors import unknown_name
+from ldm.runtime.types import JsonMapping, JsonObject
+from ldm.train.tasks.criterion import LOSS_TYPES
+
+__all__ = ["is_engine", "translate_engine"]
+
+ENGINE = "sgm.models.diffusion.DiffusionEngine"
+PARAMS = "model.params"
+WEIGHTINGS = {
+    "EpsWeighting": "eps", "VWeighting": "v", "EDMWeighting": "edm", "UnitWeighting": "unit",
+}  # fmt: skip
+NOISE_LEVELS = {"p_mean": "mean", "p_std": "std"}
+OPTIMIZERS = {
+    "AdamW": "adamw", "Adam": "adamw", "AdamW8bit": "adamw8bit", "Adafactor": "adafactor",
+    "Muon": "muon",
+}  # fmt: skip
+SAMPLERS = {
+    "EulerEDMSampler": "euler",
+    "HeunEDMSampler": "heun",
+    "EulerAncestralSampler": "euler_a",
+    "DPMPP2SAncestralSampler": "dpmpp_2s_a",
+    "DPMPP2MSampler": "dpmpp_2m",
+    "LinearMultistepSampler": "lms",
+}
+SCHEDULERS = {"LegacyDDPMDiscretization": "sgm_uniform", "EDMDiscretization": "edm"}
+GUIDERS = {"VanillaCFG": None, "IdentityGuider": 1.0}  # the scale; None: of its parameters
+
+
+def is_engine(model: JsonMapping) -> bool:
+    """Return whether the section `model` of a config is one of `sgm`."""
+    return model.get("target") == ENGINE
+
+
+def translate_engine(params: JsonMapping) -> dict[str, JsonObject]:
+    """Translate the parameters of a DiffusionEngine that only training reads.
+
+    Raises:
+        ValueError: a class or a parameter is unknown, or not supported.
+    """
+    sections: dict[str, JsonObject] = {"trainer": {}, "optimizer": {}, "callbacks": {}}
+    sections["objective"] = _translate_loss(params)
+    if params.get("input_key", "jpg") != "jpg":
+        raise ValueError(f"{PARAMS}.input_key: images have the batch key `jpg` here")
+    if params.get("optimizer_config"):
+        sections["optimizer"] = _translate_optimizer(params["optimizer_config"])
+    if params.get("use_ema") and params.get("ema_decay_rate") is not None:
+        sections["optimizer"]["ema_decay"] = params["ema_decay_rate"]
+    if params.get("sampler_config"):
+        sections["callbacks"]["sampling"] = _translate_sampler(params["sampler_config"])
+    if params.get("compile_model"):
+        sections["trainer"]["compile"] = True
+    return sections
+
+
+def _translate_loss(params: JsonMapping) -> JsonObject:
+    denoiser = (params.get("denoiser_config") or {}).get("params") or {}
+    weighting = denoiser.get("weighting_config")  # where files before November 2023 have it
+    objective: JsonObject = {}
+    loss: JsonObject = {}
+    if params.get("loss_fn_config"):
+        where = f"{PARAMS}.loss_fn_config"
+        _, loss = _read(params["loss_fn_config"], ("StandardDiffusionLoss",), where)
+        weighting = loss.pop("loss_weighting_config", weighting)
+        sampler = loss.pop("sigma_sampler_config", None)
+        if sampler is not None:
+            objective["noise_levels"] = _translate_levels(sampler, f"{where}.sigma_sampler_config")
+        loss_type = loss.pop("loss_type", loss.pop("type", "l2"))
+        if loss_type not in LOSS_TYPES:
+            raise unknown_name("loss_type", loss_type, LOSS_TYPES, where)
+        objective["loss_type"] = loss_type
+        if offset := loss.pop("offset_noise_level", 0):
+            objective |= {"offset_noise": offset, "offset_noise_by": "sample"}
+        if loss.pop("batch2model_keys", None):
+            raise ValueError(f"{where}: `batch2model_keys` are for video models, not supported")
+        if loss:
+            raise unknown_name("parameter", next(iter(loss)), (), where)
+    if weighting is not None:
+        name, options = _read(weighting, WEIGHTINGS, f"{PARAMS}.loss_weighting_config")
+        objective["weighting"] = WEIGHTINGS[name]
+        if "sigma_data" in options:
+            objective["sigma_data"] = options["sigma_data"]
+    return objective
+
+
+def _translate_levels(spec: JsonMapping, where: str) -> JsonObject | None:
+    """Return keywords of `LogNormal`; None for all timesteps."""
+    name, params = _read(spec, ("DiscreteSampling", "EDMSampling"), where)
+    if name == "DiscreteSampling":
+        return None
+    for key in params:
+        if key not in NOISE_LEVELS:
+            raise unknown_name("parameter", key, NOISE_LEVELS, where)
+    return {NOISE_LEVELS[key]: value for key, value in params.items()}
+
+
+def _translate_optimizer(spec: JsonMapping) -> JsonObject:
+    name, params = _read(spec, OPTIMIZERS, f"{PARAMS}.optimizer_config")
+    if name == "Adam":  # the same without weight decay
+        params.setdefault("weight_decay", 0.0)
+        if params["weight_decay"]:
+            raise ValueError(f"{PARAMS}.optimizer_config: Adam with weight decay, use AdamW")
+    return {"name": OPTIMIZERS[name], **params}
+
+
+def _translate_sampler(spec: JsonMapping) -> JsonObject:
+    where = f"{PARAMS}.sampler_config"
+    name, params = _read(spec, SAMPLERS, where)
+    sampling: JsonObject = {"sampler": SAMPLERS[name]}
+    if params.get("num_steps"):
+        sampling["steps"] = params["num_steps"]
+    if params.get("eta") is not None:
+        sampling["eta"] = params["eta"]
+    if params.get("discretization_config"):
+        discretization, _ = _read(params["discretization_config"], SCHEDULERS, where)
+        sampling["scheduler"] = SCHEDULERS[discretization]
+    if params.get("guider_config"):
+        guider, options = _read(params["guider_config"], GUIDERS, where)
+        sampling["scale"] = options.get("scale") if GUIDERS[guider] is None else GUIDERS[guider]
+    return sampling
+
+
+def _read(
+    spec: Any, known: Mapping[str, object] | tuple[str, ...], where: str
+) -> tuple[str, JsonObject]:
+    """Return the name of a class and a copy of its parameters.
+
+    Raises:
+        ValueError: it is not one of the known ones.
+    """
+    target = spec.get("target") if isinstance(spec, Mapping) else spec
+    name = str(target).rpartition(".")[2]
+    if name not in known:
+        raise unknown_name("target", target, known, where)
+    return name, {k: v for k, v in (spec.get("params") or {}).items() if v is not None}

@@ -1,0 +1,207 @@
+"""Configs of generative-models as they stand: how they train."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from goldfile import gold
+from ldm.diffusion.schedule import Schedule, make_betas
+from ldm.loading.config import parse_yaml
+from ldm.train.config.settings import Settings, read_settings
+from ldm.train.optim.schedules import lr_multiplier
+from ldm.train.tasks.criterion import denoised_weights
+from ldm.train.tasks.noise_levels import LogNormal, draw_timesteps
+
+SGM = "sgm.modules.diffusionmodules."
+# Training as in the examples of generative-models, in one line each.
+TRAINING = f"""
+model:
+  base_learning_rate: 1.0e-4
+  target: sgm.models.diffusion.DiffusionEngine
+  params:
+    denoiser_config: {{target: {SGM}denoiser.DiscreteDenoiser, params: {{}}}}
+    scheduler_config:
+      target: sgm.lr_scheduler.LambdaLinearScheduler
+      params:
+        {{warm_up_steps: [10000], cycle_lengths: [10000000000000], f_start: [1.e-6], f_max: [1.],
+         f_min: [1.]}}
+    conditioner_config:
+      target: sgm.modules.GeneralConditioner
+      params: {{emb_models: [{{input_key: txt, ucg_rate: 0.1, legacy_ucg_value: ""}}]}}
+    loss_fn_config:
+      target: {SGM}loss.StandardDiffusionLoss
+      params:
+        loss_weighting_config: {{target: {SGM}loss_weighting.EpsWeighting}}
+        sigma_sampler_config: {{target: {SGM}sigma_sampling.DiscreteSampling}}
+    sampler_config:
+      target: {SGM}sampling.EulerEDMSampler
+      params:
+        num_steps: 50
+        discretization_config: {{target: {SGM}discretizer.LegacyDDPMDiscretization}}
+        guider_config: {{target: {SGM}guiders.VanillaCFG, params: {{scale: 7.5}}}}
+data:
+  target: sgm.data.dataset.StableDataModuleFromConfig
+  params: {{train: {{datapipeline: {{urls: [x]}}, loader: {{batch_size: 64, num_workers: 6}}}}}}
+lightning:
+  modelcheckpoint: {{params: {{every_n_train_steps: 5000}}}}
+  callbacks:
+    metrics_over_trainsteps_checkpoint: {{params: {{every_n_train_steps: 25000}}}}
+    image_logger:
+      target: main.ImageLogger
+      params:
+        {{disabled: false, enable_autocast: false, batch_frequency: 1000, max_images: 8,
+         increase_log_steps: true, log_first_step: false,
+         log_images_kwargs: {{use_ema_scope: false, N: 8, n_rows: 2}}}}
+  trainer:
+    {{devices: "0,", benchmark: true, num_sanity_val_steps: 0, accumulate_grad_batches: 1,
+     max_epochs: 1000}}
+"""
+SCHEDULE = Schedule(make_betas("linear", linear_start=0.00085, linear_end=0.012))
+LOSS = "model.params.loss_fn_config.params."
+
+
+def settings(*overrides: str) -> Settings:
+    return read_settings(parse_yaml(TRAINING, overrides))
+
+
+def test_an_example_of_generative_models_is_understood() -> None:
+    result = settings()
+    assert result.objective == {
+        "drop": None, "loss_type": "l2", "weighting": "eps", "noise_levels": None,
+    }  # fmt: skip
+    assert result.callbacks.sampling == {
+        "sampler": "euler", "steps": 50, "scheduler": "sgm_uniform", "scale": 7.5,
+    }  # fmt: skip
+    assert (result.data.batch_size, result.data.num_workers) == (64, 6)
+    rate, _ = result.learning_rate(8)
+    assert rate(10_000, 0.0) == pytest.approx(1e-4)  # not scaled
+    assert (result.optimizer.name, result.optimizer.options) == ("adamw", {"weight_decay": 1e-2})
+    assert result.optimizer.ema_decay == 0
+    assert result.callbacks.export_steps == 25_000
+
+
+@pytest.mark.parametrize(
+    ("overrides", "section", "values"),
+    [
+        (
+            [LOSS + f"sigma_sampler_config={{target: {SGM}sigma_sampling.EDMSampling, "
+             "params: {p_mean: 0.4}}"],
+            "objective", {"noise_levels": {"mean": 0.4}},
+        ),
+        (
+            [LOSS + f"loss_weighting_config={{target: {SGM}loss_weighting.EDMWeighting, "
+             "params: {sigma_data: 1.0}}"],
+            "objective", {"weighting": "edm", "sigma_data": 1.0},
+        ),
+        (  # before November 2023
+            [LOSS + "loss_weighting_config=null", LOSS + "type=l1",
+             "model.params.denoiser_config.params.weighting_config.target="
+             f"{SGM}denoiser_weighting.VWeighting"],
+            "objective", {"weighting": "v", "loss_type": "l1"},
+        ),
+        (
+            [LOSS + "offset_noise_level=0.05"],
+            "objective", {"offset_noise": 0.05, "offset_noise_by": "sample"},
+        ),
+        (["model.params.use_ema=true"], "optimizer", {"ema_decay": 0.9999}),
+        (
+            ["model.params.use_ema=true", "model.params.ema_decay_rate=0.99"],
+            "optimizer", {"ema_decay": 0.99},
+        ),
+        (
+            ["model.params.optimizer_config={target: torch.optim.Adam, params: {eps: 1.e-6}}"],
+            "optimizer", {"name": "adamw", "options": {"weight_decay": 0.0, "eps": 1e-6}},
+        ),
+        (["model.params.compile_model=true"], "trainer", {"compile": True}),
+        (["lightning.callbacks.sampling.steps=4"], "callbacks", {"sampling": {
+            "sampler": "euler", "steps": 4, "scheduler": "sgm_uniform", "scale": 7.5}}),
+        (["lightning.optimizer.name=muon"], "objective", {"weighting": "eps"}),
+    ],
+)  # fmt: skip
+def test_what_the_engine_says_of_training_holds(
+    overrides: list[str], section: str, values: dict[str, Any]
+) -> None:
+    read = getattr(settings(*overrides), section)
+    read = read if isinstance(read, dict) else vars(read)
+    assert {key: read[key] for key in values} == values
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (LOSS + "loss_type=lpips", "unknown loss_type `lpips`"),
+        (LOSS + "batch2model_keys=[image_only_indicator]", "video models"),
+        ("model.params.loss_fn_config.target=sgm.x.OtherLoss", "loss_fn_config: unknown target"),
+        ("model.params.input_key=png", "input_key: images have the batch key `jpg`"),
+        (
+            "model.params.optimizer_config.target=torch.optim.SGD",
+            "unknown target `torch.optim.SGD`",
+        ),
+    ],
+)
+def test_what_is_not_supported_is_named(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        settings(override)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("unit", ("unit",)), ("eps", ("eps",)), ("v", ("v",)), ("edm_05", ("edm",)),
+     ("edm_1", ("edm", 1.0))],
+)  # fmt: skip
+def test_weights_of_the_denoised_latent_equal_the_originals(
+    name: str, options: tuple[Any, ...]
+) -> None:
+    golden = gold("sdxl_train")
+    weights = denoised_weights(
+        options[0], golden.inputs(f"weighting_{name}")["sigma"], *options[1:]
+    )
+    recorded = golden.outputs(f"weighting_{name}")["w"]
+    torch.testing.assert_close(weights, recorded, rtol=1e-6, atol=0)
+
+
+def test_noise_levels_equal_the_originals() -> None:
+    """What the original draws from a normal distribution is drawn by its quantiles here."""
+    golden = gold("sdxl_train")
+    (index,) = golden.rng("sampling_discrete")
+    sigma = SCHEDULE.t_to_sigma(index).float()
+    check(sigma, golden.outputs("sampling_discrete")["sigma"])
+    for levels, draw, name in zip(
+        (LogNormal(), LogNormal(mean=0.4, std=1.7)), golden.rng("sampling_edm"), ("sigma", "other"),
+        strict=True,
+    ):  # fmt: skip
+        sigma = levels.sigmas(torch.special.ndtr(draw.double())).float()
+        check(sigma, golden.outputs("sampling_edm")[name])
+
+
+def test_noise_levels_are_spread_over_their_distribution() -> None:
+    levels = LogNormal(mean=-0.4, std=1.0)
+    t = draw_timesteps(SCHEDULE, 200, torch.Generator().manual_seed(0), levels=levels)
+    logarithm = SCHEDULE.t_to_sigma(t).log()
+    assert logarithm.mean() == pytest.approx(-0.4, abs=0.02)
+    assert logarithm.std() == pytest.approx(1.0, abs=0.03)
+
+
+LR_CASES = [
+    "linear_example",
+    "cosine2_example",
+    "linear_two_cycles",
+    "cosine2_two_cycles",
+    "cosine",
+]
+
+
+@pytest.mark.parametrize("name", LR_CASES)
+def test_learning_rates_equal_the_originals(name: str) -> None:
+    golden = gold("sdxl_train")
+    info = golden.case(f"lr_{name}")["info"]
+    multiplier = lr_multiplier({"target": info["class"], "params": info["params"]})
+    recorded = golden.outputs(f"lr_{name}")["factor"].tolist()
+    assert [multiplier(step) for step in info["n"]] == pytest.approx(recorded, rel=1e-9)
+
+
+def check(value: Tensor, recorded: Tensor) -> None:
+    torch.testing.assert_close(value, recorded, rtol=1e-5, atol=0)
