@@ -3,6 +3,7 @@
 Request -> plan_batches -> prepare (files) -> load_model -> generate each batch -> save
 """
 
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -118,15 +119,16 @@ def _warn_about_prompts(
     batches: list[Batch], model: LatentDiffusion, listener: RunListener
 ) -> None:
     """Warn of the first prompt that is too long, and of the first with A1111's weights."""
-    encoder = model.conditioner.find(TextEncoder)
-    if encoder is None:
+    encoders = model.conditioner.find_all(TextEncoder)
+    if not encoders:
         return
     prompts = dict.fromkeys(job.prompt for batch in batches for job in batch)
     prompts |= dict.fromkeys(job.negative_prompt for batch in batches for job in batch)
-    for lost in filter(None, map(encoder.truncated_text, prompts)):
-        limit, words = encoder.length - 2, " ".join(lost.split()[:QUOTED_WORDS])
-        listener.warn(f"a prompt is longer than {limit} tokens: `{words} …` is left out")
-        break
+    for encoder, prompt in itertools.product(encoders, prompts):
+        if lost := encoder.truncated_text(prompt):
+            limit, words = encoder.length - 2, " ".join(lost.split()[:QUOTED_WORDS])
+            listener.warn(f"a prompt is longer than {limit} tokens: `{words} …` is left out")
+            break
     for weighted in filter(has_weight_syntax, prompts):
         words = " ".join(weighted.split()[:QUOTED_WORDS])
         listener.warn(f"A1111's syntax for weights is read as plain text: `{words} …`")

@@ -27,6 +27,7 @@ from ldm.train.batches.sources import open_sources
 from ldm.train.batches.store import Store
 from ldm.train.config.schema import Data
 from ldm.train.tasks.diffusion import Diffusion
+from xlhelp import SIZES, tiny_conditioner
 
 ROOT = Path(__file__).parents[2]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -292,6 +293,23 @@ def test_contexts_are_cached_for_a_frozen_encoder(model: Any, photos: Path, tmp_
     assert not torch.equal(text.encode("picture 1"), kept)
     text.requires_grad_(False)
     assert cache() == 15
+
+
+def test_outputs_of_both_text_towers_are_cached(photos: Path, tmp_path: Path) -> None:
+    conditioner = tiny_conditioner()
+    batch = {"txt": ["picture 1", ""], **{key: torch.ones(2, 2) for key in SIZES}}
+    cond = conditioner(batch)
+    for count in (14, 0):  # six captions and the empty one for each tower; then all are found
+        before = len(Store(tmp_path, "contexts"))
+        model: Any = SimpleNamespace(conditioner=conditioner)
+        cache_contexts(model, [Folder(root=photos, transform=PhotoTransform())], tmp_path)
+        assert len(Store(tmp_path, "contexts")) - before == count
+    tower = conditioner.text_2.model
+    tower.token_embedding.weight.zero_()  # no longer read
+    cached = conditioner(batch)
+    torch.testing.assert_close(cached.crossattn, cond.crossattn, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(cached.vector, cond.vector, rtol=1e-3, atol=1e-3)
+    assert not torch.equal(conditioner(batch | {"txt": ["picture 7", ""]}).vector, cached.vector)
 
 
 @pytest.mark.parametrize("kind", ["root", "shards"])

@@ -58,13 +58,12 @@ def open_images(
 
 def fill_vocabulary(model: LatentDiffusion, images: ImageDataset | Shards) -> None:
     """Fill an empty pruned vocabulary with the tokens of all captions."""
-    encoder = model.conditioner.find(TextEncoder)
-    if encoder is None or encoder.token_ids is None:
-        return
-    if encoder.token_ids.equal(torch.arange(len(encoder.token_ids))):  # the initial placeholder
-        # A folder's metadata has the rows of all splits.
-        rows = read_metadata(images.root) if isinstance(images, Folder) else images.metadata()
-        encoder.token_ids.copy_(collect_vocabulary(caption_texts(rows), encoder))
+    for encoder in model.conditioner.find_all(TextEncoder):
+        ids = encoder.token_ids
+        if ids is not None and ids.equal(torch.arange(len(ids))):  # the initial placeholder
+            # A folder's metadata has the rows of all splits.
+            rows = read_metadata(images.root) if isinstance(images, Folder) else images.metadata()
+            ids.copy_(collect_vocabulary(caption_texts(rows), encoder))
 
 
 def warn_of_missing_captions(model: LatentDiffusion, images: ImageDataset | Shards) -> None:
