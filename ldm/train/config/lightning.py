@@ -17,7 +17,7 @@ from typing import Any
 from ldm.runtime.errors import unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.config.schema import LightningTrainer, fields_of
-from ldm.train.config.sgm import is_engine, translate_engine
+from ldm.train.config.sgm import is_engine, translate_training
 
 __all__ = ["KNOWN", "SECTIONS", "read_gpus", "section", "translate"]
 
@@ -321,7 +321,7 @@ def _translate_model(raw: JsonMapping, result: _Translation) -> None:
 
 def _translate_engine(params: JsonMapping, result: _Translation) -> None:
     """Take over what `sgm` has among the parameters of the model."""
-    theirs = translate_engine(params)
+    theirs = translate_training(params)
     if "name" in result.sections.get("optimizer", {}) and theirs["optimizer"]:
         result.notes.append("lightning.optimizer.name replaces model.params.optimizer_config")
         theirs["optimizer"] = {}

@@ -10,13 +10,13 @@ compile_model       -> trainer
 from collections.abc import Mapping
 from typing import Any
 
+from ldm.loading.sgm import ENGINE
 from ldm.runtime.errors import unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.tasks.criterion import LOSS_TYPES
 
-__all__ = ["is_engine", "translate_engine"]
+__all__ = ["is_engine", "translate_training"]
 
-ENGINE = "sgm.models.diffusion.DiffusionEngine"
 PARAMS = "model.params"
 WEIGHTINGS = {
     "EpsWeighting": "eps", "VWeighting": "v", "EDMWeighting": "edm", "UnitWeighting": "unit",
@@ -43,7 +43,7 @@ def is_engine(model: JsonMapping) -> bool:
     return model.get("target") == ENGINE
 
 
-def translate_engine(params: JsonMapping) -> dict[str, JsonObject]:
+def translate_training(params: JsonMapping) -> dict[str, JsonObject]:
     """Translate the parameters of a DiffusionEngine that only training reads.
 
     Raises:
