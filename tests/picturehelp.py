@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ldm.loading.addons.lora import kohya_name, lora_targets, write_lora
+from ldm.loading.addons.lora import lora_targets, write_lora
 from ldm.nets.lora import LoRA, LoRALayer
 
 QUICK = ["--steps", "2", "--precision", "full", "--skip_grid"]
@@ -17,8 +17,8 @@ def random_lora(path, model, seed):
     """Writes one that changes every place of a model, so that its pictures differ."""
     torch.manual_seed(seed)
     changes = {}
-    for name, place in lora_targets(model).items():
-        changes[kohya_name(name)] = low = LoRALayer(place, 2)
+    for layer in lora_targets(model):
+        changes[layer.kohya] = low = LoRALayer(layer.target, 2)
         torch.nn.init.normal_(low.lora_up.weight, std=0.1)
     write_lora(LoRA(changes), path, model)
     return path

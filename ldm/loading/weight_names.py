@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "DERIVED_WEIGHTS", "MARKERS", "TEXT", "TEXT_2", "has_engine_names", "layer_alias",
-    "loss_weights", "original_name", "our_names", "rename_weights", "restore_names",
-    "schedule_tables", "without_wrappers",
+    "DERIVED_WEIGHTS", "MARKERS", "SECOND_TEXT", "TEXT", "TEXT_2", "has_engine_names",
+    "layer_alias", "loss_weights", "original_name", "our_names", "rename_weights",
+    "restore_names", "schedule_tables", "without_wrappers",
 ]  # fmt: skip
 
 # (the original's prefix, ours); renaming back takes the first that fits.
@@ -55,19 +55,24 @@ ATTENTION_WORDS = {
     "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out",
 }  # fmt: skip
 TEXT, TEXT_2 = "conditioner.text.", "conditioner.text_2."
+SECOND_TEXT = "2_"  # prefix in `layer_alias`
 # `transformer.text_model.` of SD 1's text tower, in part or behind the tower's name in ComfyUI.
 TEXT_MODEL = re.compile(
     r"conditioner\.text\.(?:clip_\w\.)?"
     r"(?:transformer\.(?:text_model\.)?|text_model\.|(?=(?:encoder|embeddings|final_layer_norm)\.))"
 )
 
-# What adapters write before the name of a layer, with `_` for dots.
+# What adapters write before the name of a layer, with `_` for dots; `second` is of SDXL's bigG.
 LAYER_PREFIX = re.compile(
-    r"""( lycoris_ | lora_(?=unet_|te1?_) | base_model_model_ | unet_ | te1?_ | text_encoders?_
-    | (model_)?diffusion_model_ | cond_stage_model_ | clip_[lgh]_ | model_(?=transformer_)
+    r"""( lycoris_ | lora_(?=unet_|te[12]?_) | base_model_model_ | unet_ | te1?_
+    | (model_)?diffusion_model_ | cond_stage_model_ | (conditioner_)?embedders_0_
+    | (?P<second> te2_ | text_encoder_2_ | clip_g_ | (conditioner_)?embedders_1_ )
+    | text_encoders?_ | clip_[lh]_ | model_(?=transformer_)
     | transformer_(?=text_model_|resblocks_) | text_model_ )*""",
     re.VERBOSE,
 )
+# Older diffusers' names of a text encoder's attention.
+TEXT_ATTENTION = re.compile(r"(?<=self_attn_)to_([qkv]|out)$")
 
 DERIVED_WEIGHTS = re.compile(
     r"""betas | (sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?
@@ -116,9 +121,13 @@ def rename_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def layer_alias(name: str) -> str:
-    """Return what all names have in common that adapters give to one layer."""
+    """Return what all names have in common that adapters give to one layer.
+
+    It begins with `SECOND_TEXT` if they name the second text encoder.
+    """
     flat = name.replace(".", "_").replace("_processor_to_out", "_to_out_0")
-    return LAYER_PREFIX.sub("", flat.replace("_processor_", "_"), count=1)
+    flat = TEXT_ATTENTION.sub(r"\1_proj", flat.replace("_processor_", "_"))
+    return LAYER_PREFIX.sub(lambda match: SECOND_TEXT if match["second"] else "", flat, count=1)
 
 
 def loss_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

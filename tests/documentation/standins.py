@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from ldm.loading.addons.lora import kohya_name, lora_targets, write_lora
+from ldm.loading.addons.lora import lora_targets, write_lora
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml
 from ldm.loading.files.checkpoint import write_checkpoint
@@ -72,7 +72,7 @@ def make_stand_ins(folder: Path) -> None:
     prefix = "first_stage_model."
     vae = {k.removeprefix(prefix): v for k, v in vae.items() if k.startswith(prefix)}
     torch.save({"state_dict": vae}, folder / "vae-ft-mse-840000-ema-pruned.ckpt")
-    layers = {kohya_name(n): LoRALayer(layer, 2) for n, layer in lora_targets(sd1).items()}
+    layers = {layer.kohya: LoRALayer(layer.target, 2) for layer in lora_targets(sd1)}
     write_lora(LoRA(layers), folder / "style.safetensors", sd1)
     (folder / "embeddings").mkdir()
     save_file({"<cat>": torch.randn(1, tinyfamilies.WIDTH)}, folder / "embeddings/cat.safetensors")

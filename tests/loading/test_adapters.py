@@ -1,13 +1,25 @@
 """LoRA files; the oracle is diffusers with peft. Measured there: at most 3e-6 apart."""
 
+import gzip
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from lorahelp import KINDS, PROMPTS, WIDTH, outputs, random_adapter, their_parts, tiny_model
+from lorahelp import (
+    KINDS,
+    WIDTH,
+    WIDTH_2,
+    outputs,
+    random_adapter,
+    their_outputs,
+    their_pipeline,
+    tiny_model,
+)
 
 from ldm.loading.addons import lora
-from ldm.loading.addons.lora import kohya_name, load_loras, lora_targets, read_lora, write_lora
+from ldm.loading.addons.lora import load_loras, lora_targets, read_lora, write_lora
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
 from ldm.loading.files.checkpoint import file_hash, read_checkpoint, write_checkpoint
@@ -15,6 +27,7 @@ from ldm.loading.legacy import translate_config
 from ldm.nets.lora import merge_loras
 
 SD1 = "configs/stable-diffusion/v1-inference.yaml"
+SDXL = "configs/stable-diffusion-xl/sd_xl_base.yaml"
 SD2 = "configs/stable-diffusion/v2-inference.yaml"
 
 
@@ -29,35 +42,36 @@ def same(ours, theirs):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("kind", "style"), [("sd1", "kohya"), ("sd2", "diffusers")])
+@pytest.mark.parametrize(
+    ("kind", "style"),
+    [
+        ("sd1", "kohya"),
+        ("sd2", "diffusers"),
+        ("sdxl", "kohya"),
+        ("sdxl", "diffusers"),
+        ("refiner", "diffusers"),
+    ],
+)
 def test_diffusers_computes_the_same_with_our_file(kind, style, tmp_path):
     pytest.importorskip("peft")
-    from diffusers.loaders import StableDiffusionLoraLoaderMixin as Loader
-
     model, file = tiny_model(kind), tmp_path / "x.safetensors"
-    unet, text = their_parts(model, kind)
+    pipeline = their_pipeline(model, kind)
     write_lora(random_adapter(model, alpha=2), file, model, style)
     plain = outputs(model)
-    state, alphas = Loader.lora_state_dict(str(file))
-    Loader.load_lora_into_unet(state, alphas, unet)
-    Loader.load_lora_into_text_encoder(state, alphas, text)
+    pipeline.load_lora_weights(str(file))
     load_loras(model, [(file, 1.0)])
-    prediction, context = outputs(model)
-    x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        expected = text(model.conditioner.text.tokenize(PROMPTS)).last_hidden_state
-        torch.testing.assert_close(context, expected, rtol=0, atol=1e-5)
-        expected = unet(x, torch.tensor([1, 400, 999]), context).sample
-    torch.testing.assert_close(prediction, expected, rtol=0, atol=1e-5)
-    assert all(
-        (new - old).abs().max() > 0.1 for new, old in zip((prediction, context), plain, strict=True)
-    )
+    ours, theirs = outputs(model), their_outputs(pipeline, model)
+    assert all((ours[name] - plain[name]).abs().max() > 0.1 for name in plain)
+    if (text_embeds := theirs.pop("text_embeds", None)) is not None:
+        theirs["vector"] = torch.cat([text_embeds, ours["vector"][:, text_embeds.shape[1] :]], 1)
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("yaml", "text"), [(SD1, 12 * 6), (SD2, 23 * 6)])
 def test_published_models_have_the_layers_that_kohya_trains(yaml, text):
     model = build_on_meta(translate_config(read_yaml(yaml)))
-    names = [kohya_name(name) for name in lora_targets(model)]
+    names = [layer.kohya for layer in lora_targets(model)]
     assert len(set(names)) == len(names)
     assert sum(name.startswith("lora_te_text_model_encoder_layers_") for name in names) == text
     inside = [name for name in names if "_attentions_" in name]
@@ -106,6 +120,148 @@ def test_other_spellings_are_understood(tmp_path):
         assert renamed.keys() != state.keys()
         write_checkpoint(tmp_path / "other.safetensors", renamed)
         assert same(read_lora(tmp_path / "other.safetensors", model).state_dict(), ours), new
+
+
+def renamed(state, *rules):
+    for pattern, replacement in rules:
+        state = {re.sub(pattern, replacement, name): value for name, value in state.items()}
+    return state
+
+
+TEXT_1, TEXT_2 = r"^text_encoder\.", r"^text_encoder_2\."
+DOWN_UP = [(r"lora_A\.", "lora_down."), (r"lora_B\.", "lora_up.")]
+XL_SPELLINGS = {
+    "kohya with diffusers' blocks": [  # LCM-LoRA
+        (TEXT_1, "lora_te1_"),
+        (TEXT_2, "lora_te2_"),
+        (r"^unet\.", "lora_unet_"),
+        (r"\.(?=.*\.lora)", "_"),
+        *DOWN_UP,
+    ],
+    "old diffusers": [
+        (r"(attn\d)\.(to_[qkv]|to_out)(?:\.0)?\.lora_A", r"\1.processor.\2_lora.down"),
+        (r"(attn\d)\.(to_[qkv]|to_out)(?:\.0)?\.lora_B", r"\1.processor.\2_lora.up"),
+        (r"self_attn\.([qkv]|out)_proj\.lora_A", r"self_attn.to_\1_lora.down"),
+        (r"self_attn\.([qkv]|out)_proj\.lora_B", r"self_attn.to_\1_lora.up"),
+        (r"(mlp.*)\.lora_A", r"\1.lora_linear_layer.down"),
+        (r"(mlp.*)\.lora_B", r"\1.lora_linear_layer.up"),
+    ],
+    "ComfyUI": [
+        (TEXT_1, "text_encoders.clip_l.transformer."),
+        (TEXT_2, "text_encoders.clip_g.transformer."),
+    ],
+}
+
+
+@pytest.mark.parametrize("spelling", XL_SPELLINGS)
+def test_spellings_of_sdxl_are_understood(spelling, tmp_path):
+    model, file = tiny_model("sdxl"), tmp_path / "x.safetensors"
+    write_lora(random_adapter(model), file, model, "diffusers")
+    ours = read_lora(file, model).state_dict()
+    state = read_checkpoint(file).state
+    other = renamed(state, *XL_SPELLINGS[spelling])
+    assert other.keys() != state.keys()
+    write_checkpoint(file, other)
+    assert same(read_lora(file, model).state_dict(), ours)
+
+
+def test_folders_of_peft_tell_the_text_encoders_apart(tmp_path):
+    layer = "base_model.model.text_model.encoder.layers.0.mlp.fc1"
+    for network, width in (("text_encoder", WIDTH), ("text_encoder_2", WIDTH_2)):
+        state = {f"{layer}.lora_A.weight": torch.zeros(1, width)}
+        state[f"{layer}.lora_B.weight"] = torch.zeros(4 * width, 1)
+        write_checkpoint(tmp_path / network / "adapter_model.safetensors", state)
+    names = {f"lora_te{n}_text_model_encoder_layers_0_mlp_fc1" for n in (1, 2)}
+    assert set(read_lora(tmp_path, tiny_model("sdxl"))) == names
+
+
+@pytest.mark.parametrize("prefix", ["lora_te_", "lora_te1_", "lora_te2_", "text_encoder."])
+def test_the_refiner_has_one_text_encoder_by_any_name(prefix, tmp_path):
+    model, file = tiny_model("refiner"), tmp_path / "x.safetensors"
+    adapter = random_adapter(model)
+    write_lora(adapter, file, model)
+    write_checkpoint(file, renamed(read_checkpoint(file).state, ("^lora_te_", prefix)))
+    assert same(read_lora(file, model).state_dict(), adapter.state_dict())
+
+
+def test_layers_that_are_there_twice_are_those_with_the_names_of_diffusers(tmp_path, caplog):
+    model, file = tiny_model("sdxl"), tmp_path / "x.safetensors"
+    write_lora(random_adapter(model, seed=1), file, model, "diffusers")
+    state = read_checkpoint(file).state
+    removed = {name for name in state if name.startswith("unet.up_blocks")}
+    expected = read_lora(file, model)
+    write_lora(random_adapter(model, seed=2), file, model)
+    originals = read_checkpoint(file).state
+    blocks = {n: v for n, v in originals.items() if "put_blocks" in n or "middle" in n}
+    for first, second in ((state, blocks), (blocks, state)):
+        both = {n: v for n, v in (first | second).items() if n not in removed}
+        write_checkpoint(file, both)
+        for name, layer in read_lora(file, model).items():
+            up = originals[f"{name}.lora_up.weight"]
+            is_other = torch.equal(layer.lora_up.weight, up)
+            assert is_other == ("output_blocks" in name), name
+            assert is_other or torch.equal(layer.delta(), expected[name].delta())
+    assert "layers twice: those with the original's names are left out" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_a_lora_of_the_base_model_fits_an_inpainting_model(kind, tmp_path):
+    base, file = tiny_model(kind), tmp_path / "x.safetensors"
+    adapter = random_adapter(base)
+    write_lora(adapter, file, base)
+    model = tiny_model(kind, in_channels=9)
+    before = model.unet.state_dict()["input_blocks.0.0.weight"].clone()
+    load_loras(model, [(file, 1.0)])
+    delta = model.unet.state_dict()["input_blocks.0.0.weight"] - before
+    name = next(layer.kohya for layer in lora_targets(base) if layer.original == "input_blocks.0.0")
+    torch.testing.assert_close(delta[:, :4], adapter[name].delta(), rtol=0, atol=1e-6)
+    assert not delta[:, 4:].any()
+
+
+BIG_G = "conditioner.embedders.1.model.transformer.resblocks."
+BIG_G_LAYERS = {
+    "attn.in_proj_weight": ("self_attn_q_proj", "self_attn_k_proj", "self_attn_v_proj"),
+    "attn.out_proj.weight": ("self_attn_out_proj",),
+    "mlp.c_fc.weight": ("mlp_fc1",),
+    "mlp.c_proj.weight": ("mlp_fc2",),
+}
+
+
+def sdxl_layers_of_kohya():
+    """{name in kohya's files: shape of the weight}, from the names in a checkpoint."""
+    layers = {}
+    text = gzip.decompress(Path("tests/data/keys/sd_xl_base.txt.gz").read_bytes()).decode()
+    for line in text.splitlines():
+        key, size, _ = line.split()
+        shape = [int(n) for n in size.split("x") if n != "-"]
+        flat = key.removesuffix(".weight").replace(".", "_")
+        if "norm" in key or key.endswith("bias"):
+            continue
+        if re.search(r"diffusion_model.*(transformer_blocks|\.proj_)", key):
+            layers[flat.replace("model_diffusion_model", "lora_unet")] = shape
+        elif re.match(r"conditioner\.embedders\.0\..*(self_attn|mlp)", key):
+            layers[flat.replace("conditioner_embedders_0_transformer", "lora_te1")] = shape
+        elif key.startswith(BIG_G):
+            block, _, end = key.removeprefix(BIG_G).partition(".")
+            for layer in BIG_G_LAYERS.get(end, ()):
+                rows = shape[0] // len(BIG_G_LAYERS[end])
+                layers[f"lora_te2_text_model_encoder_layers_{block}_{layer}"] = [rows, shape[1]]
+    return layers
+
+
+def test_all_layers_that_kohya_trains_of_sdxl_are_understood(tmp_path):
+    layers = sdxl_layers_of_kohya()
+    counts = {prefix: sum(prefix in name for name in layers) for prefix in ("unet", "te1", "te2")}
+    assert counts == {"unet": 722, "te1": 72, "te2": 192}
+    state = {}
+    for name, (rows, columns) in layers.items():
+        state[f"{name}.lora_down.weight"] = torch.zeros(1, columns)
+        state[f"{name}.lora_up.weight"] = torch.zeros(rows, 1)
+        state[f"{name}.alpha"] = torch.tensor(1.0)
+    assert len(state) == 2958
+    write_checkpoint(tmp_path / "x.safetensors", state)
+    model = build_on_meta(translate_config(read_yaml(SDXL)))
+    assert read_lora(tmp_path / "x.safetensors", model).keys() == layers.keys()
 
 
 ORIGINAL = "input_blocks.1.1.transformer_blocks.0.attn1.to_q"
@@ -221,39 +377,69 @@ def test_files_with_weights_are_merged_and_noted(model, tmp_path):
     for adapter in made:
         adapter.detach()
     load_loras(model, [(files[0], 0.8), (files[1], -0.3)])
-    for ours, expected in zip(outputs(model), attached, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
+    for name, ours in outputs(model).items():
+        torch.testing.assert_close(ours, attached[name], rtol=0, atol=2e-5)
     noted = model.provenance["loras"]
     assert [note["weight"] for note in noted] == [0.8, -0.3]
     expected = {"path": str(files[1]), "weight": -0.3, "hash": file_hash(files[1])}
     assert expected.items() <= noted[1].items()
 
 
-def test_a_file_of_another_family_is_refused_in_one_line(tmp_path):
-    sd1, sd2 = tiny_model("sd1"), tiny_model("sd2")
-    sd1.unet.context_dim, sd2.unet.context_dim = 768, 1024
-    state = {}
-    for layer in ("attn2_to_k", "attn2_to_v"):
-        name = f"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_{layer}"
-        state |= {f"{name}.lora_down.weight": torch.ones(4, 1024)}
-        state |= {f"{name}.lora_up.weight": torch.ones(32, 4)}
-    state |= {"lora_unet_down_blocks_3_x.lora_down.weight": torch.ones(4, 8)}
-    state |= {"lora_unet_down_blocks_3_x.lora_up.weight": torch.ones(8, 4)}
+@pytest.mark.parametrize(
+    ("kind", "architecture", "version"),
+    [
+        ("sdxl", "stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0"),
+        ("refiner", "stable-diffusion-xl-v1-refiner/lora", "sdxl_refiner_v1-0"),
+    ],
+)
+def test_files_name_their_base_model(kind, architecture, version, tmp_path):
+    model = tiny_model(kind)
+    write_lora(random_adapter(model, rank=4, alpha=2), tmp_path / "x.safetensors", model)
+    assert read_checkpoint(tmp_path / "x.safetensors").metadata == {
+        "format": "pt",
+        "modelspec.architecture": architecture,
+        "ss_base_model_version": version,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": "4",
+        "ss_network_alpha": "2.0",
+    }
+
+
+SD1_KEYS = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+SDXL_KEYS = "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k"
+
+
+@pytest.mark.parametrize(
+    ("kind", "context", "layer", "width", "theirs", "ours"),
+    [
+        ("sd1", 768, SD1_KEYS, 1024, "Stable Diffusion 2", "Stable Diffusion 1"),
+        ("sd1", 768, SDXL_KEYS, 2048, "Stable Diffusion XL", "Stable Diffusion 1"),
+        ("sd2", 1024, "lora_te2_text", 64, "Stable Diffusion XL", "Stable Diffusion 2"),
+        ("sd1", 768, f"{SDXL_KEYS[:-8]}1.to_k", 640, "Stable Diffusion XL", "Stable Diffusion 1"),
+        ("sdxl", 2048, SD1_KEYS, 768, "Stable Diffusion 1", "Stable Diffusion XL"),
+        ("sdxl", 2048, SDXL_KEYS, 1280, "Stable Diffusion XL refiner", "Stable Diffusion XL"),
+        ("refiner", 1280, SDXL_KEYS, 2048, "Stable Diffusion XL", "Stable Diffusion XL refiner"),
+    ],
+)
+def test_a_file_of_another_family_is_refused_in_one_line(
+    kind, context, layer, width, theirs, ours, tmp_path
+):
+    file, model = tmp_path / "x.safetensors", tiny_model(kind)
+    model.unet.context_dim = context
+    write_checkpoint(file, low_rank(layer, width=width)[0])
+    with pytest.raises(ValueError, match="is a LoRA for") as caught:
+        load_loras(model, [(file, 1.0)])
+    assert str(caught.value) == (
+        f"`{file}` is a LoRA for {theirs}, the model is {ours}: use a LoRA that was trained for "
+        f"{ours}"
+    )
+
+
+def test_a_file_of_an_unknown_family_is_refused_in_one_line(tmp_path):
+    state = low_rank("lora_unet_down_blocks_3_x")[0] | low_rank("lora_unet_conv_in")[0]
     write_checkpoint(tmp_path / "x.safetensors", state)
-    with pytest.raises(ValueError, match="does not fit this model") as caught:
-        load_loras(sd1, [(tmp_path / "x.safetensors", 1.0)])
-    line, hint = str(caught.value).splitlines()
-    assert "of its 3 layers 1 are unknown, 2 have the wrong shape: lora_unet_down_bl" in line
-    assert hint.endswith("a LoRA for Stable Diffusion 2, the model is Stable Diffusion 1")
-    state = {name.replace("unet_down_blocks_3_x", "te2_text"): v for name, v in state.items()}
-    write_checkpoint(tmp_path / "xl.safetensors", state)
-    with pytest.raises(ValueError, match="a LoRA for SDXL, the model is Stable Diffusion 2"):
-        read_lora(tmp_path / "xl.safetensors", sd2)
-    for layer in ("lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_k",
-                  "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k"):  # fmt: skip
-        write_checkpoint(tmp_path / "xl.safetensors", low_rank(layer, width=640)[0])
-        with pytest.raises(ValueError, match="a LoRA for SDXL, the model is Stable Diffusion 1"):
-            read_lora(tmp_path / "xl.safetensors", sd1)
+    with pytest.raises(ValueError, match="of its 2 layers 1 are unknown, 1 have the wrong shape"):
+        read_lora(tmp_path / "x.safetensors", tiny_model())
 
 
 def test_alpha_may_be_a_number_of_any_kind_and_nothing_is_nan(tmp_path):
@@ -301,5 +487,5 @@ def test_what_is_no_lora_is_refused(names, message, tmp_path):
 def test_a_model_without_prompts_has_no_text_layers():
     model = tiny_model()
     del model.conditioner.text
-    assert all(name.startswith("unet.") for name in lora_targets(model))
+    assert all(layer.diffusers.startswith("unet.") for layer in lora_targets(model))
     assert merge_loras() is None

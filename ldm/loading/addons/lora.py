@@ -2,14 +2,17 @@
 
     kohya       lora_unet_down_blocks_0_…_to_q.lora_down.weight, .lora_up.weight, .alpha
                 lora_te_text_model_encoder_layers_0_mlp_fc1.…
+      SDXL      lora_unet_input_blocks_4_1_…, lora_te1_…, lora_te2_…
     diffusers   unet.down_blocks.0.….to_q.lora_A.weight (or lora.down.weight), lora_B (lora.up)
                 text_encoder.text_model.….mlp.fc1.… (or lora_linear_layer.down.weight)
+      SDXL      text_encoder.…, text_encoder_2.…
     peft        base_model.model.….lora_A.weight, with alpha in the `adapter_config.json` beside it
     ComfyUI     the original's names, as `input_blocks.1.1.….to_q.lora_A.weight`
 
 Layers have diffusers' names (`loading/diffusers/names.py`) or the original's, with dots or `_`;
-internally kohya's are used. A folder stands for all LoRA files in it (peft: one per network).
-SD 1 and SD 2: linear layers and convolutions (LoCon) of UNet and text tower.
+internally kohya's are used. The only text encoder of SDXL's refiner is the base's second one: all
+names of both are taken for it. A folder stands for all LoRA files in it (peft: one per network).
+Layers are the linear ones and convolutions (LoCon) of UNet and text encoders.
 """
 
 import hashlib
@@ -19,20 +22,22 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.encoders.text import TextEncoder
 from ldm.encoders.towers import FusedAttention
 from ldm.loading.addons.embeddings import BUNDLE, add_embeddings, read_bundle
+from ldm.loading.base_models import BASE_MODELS, SDXL, find_base_model, is_sdxl
 from ldm.loading.build import meta_device
+from ldm.loading.diffusers.keys import text_component
 from ldm.loading.diffusers.names import text_layers, unet_layers
-from ldm.loading.families import TITLE_BY_WIDTH
 from ldm.loading.files.checkpoint import Checkpoint, file_hash, read_checkpoint, write_checkpoint
 from ldm.loading.matching import drop_1x1
-from ldm.loading.weight_names import layer_alias
+from ldm.loading.weight_names import SECOND_TEXT, layer_alias
 from ldm.model import LatentDiffusion
 from ldm.nets.lora import LoRA, LoRALayer, Target, merge_loras
 from ldm.runtime.errors import FileFormatError, MissingFile, WeightsMismatch, WrongFamily
@@ -40,7 +45,7 @@ from ldm.runtime.files import read_text
 from ldm.runtime.hashes import hash_file
 from ldm.runtime.types import JsonObject
 
-__all__ = ["kohya_name", "load_loras", "lora_targets", "read_lora", "write_lora"]
+__all__ = ["TargetLayer", "load_loras", "lora_targets", "read_lora", "write_lora"]
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +54,10 @@ KEY = re.compile(
     r"|[._]lora(?:_linear_layer)?[._](down|up|A|B)(?:\.(?!weight|bias)\w+)?(?:\.weight)?)"
 )
 ROLES = {"A": "down", "B": "up"}
-PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
-QKV = ("q_proj", "k_proj", "v_proj")
+UNET_PREFIX = "lora_unet_"
+INPUT_CONVOLUTION = "input_blocks.0.0"
+ORIGINAL_BLOCKS = re.compile(r"(^|[._])(input_blocks|middle_block|output_blocks)[._]")
+QKV = (".q_proj", ".k_proj", ".v_proj")
 FOLDER_FILES = ("pytorch_lora_weights", "adapter_model")  # of diffusers, of peft
 OTHER_KINDS = {  # by a pattern in the names
     "hada_": "LoHa",
@@ -69,11 +76,26 @@ OTHER_KINDS = {  # by a pattern in the names
     r"lora_\w+\.bias$": "LoRA with biases",
     r"\.modules_to_save\.": "LoRA with whole layers",
 }
-OTHER_MODELS = {
-    r"lora_te2_|text_encoder_2\.|add_embedding|_\d_transformer_blocks_[1-9]": "SDXL",
+FAMILY_BY_NAME = {  # by a pattern in the names
+    r"lora_te2_|text_encoder_2\.|add_embedding|_\d_transformer_blocks_[1-9]": SDXL.title,
     r"double_blocks|single_(transformer_)?blocks|^transformer\.|joint_blocks": "Flux or SD 3",
 }
 METADATA = "lora_adapter_metadata"  # key under which diffusers keeps alpha
+
+
+class TargetLayer(NamedTuple):
+    """A layer that a LoRA may change, with its names.
+
+    Attributes:
+        original: In the UNet or behind the text encoder's name.
+        diffusers: `unet.down_blocks.0.…`, `text_encoder.text_model.…`.
+        kohya: `lora_unet_…`, `lora_te_…`; those of `LoRA.layers`.
+    """
+
+    target: Target
+    original: str
+    diffusers: str
+    kohya: str
 
 
 def load_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, float]]) -> None:
@@ -104,13 +126,18 @@ def read_lora(path: str | Path, model: LatentDiffusion) -> LoRA:
         FileFormatError: it is not a LoRA, or one of an unsupported kind.
         WeightsMismatch: it does not fit; says how many layers, and the likely family.
     """
-    layers: dict[str, dict[str, Tensor]] = {}
+    targets = {layer.kohya: layer for layer in lora_targets(model)}
     aliases = _names_by_alias(model)
+    layers: dict[str, dict[str, Tensor]] = {}
     for file in map(read_checkpoint, _files_of(path)):
-        layers |= _tensors_by_layer(file, aliases)
-    targets = {kohya_name(name): target for name, target in lora_targets(model).items()}
+        layers_of_file = _tensors_by_layer(file, aliases)
+        _add_alphas(layers_of_file, file, targets)
+        layers |= layers_of_file
+    for name, tensors in layers.items():
+        if name in targets and targets[name].original == INPUT_CONVOLUTION:
+            tensors["down"] = _pad_channels(tensors["down"], targets[name].target)
     _check_layers(layers, targets, path, model)
-    return LoRA({n: _build_layer(targets[n], tensors) for n, tensors in layers.items()})
+    return LoRA({n: _build_layer(targets[n].target, tensors) for n, tensors in layers.items()})
 
 
 def write_lora(
@@ -120,59 +147,78 @@ def write_lora(
     style: Literal["kohya", "diffusers"] = "kohya",
     metadata: Mapping[str, str | int] | None = None,
 ) -> None:
-    """Write a LoRA file; its strength is not saved.
+    """Write a LoRA file, its base model as metadata; its strength is not saved.
 
     Args:
         style: "kohya" opens in A1111, ComfyUI and diffusers. "diffusers" folds alpha / rank into
             `up`, as not every version of diffusers reads alpha.
     """
     state = {name: value.detach().cpu() for name, value in lora.state_dict().items()}
+    notes = _describe(lora, model) if style == "kohya" else {}
+    if base := find_base_model(model):
+        notes["modelspec.architecture"] = f"{base.architecture}/lora"
     if style == "diffusers":
-        names = {kohya_name(name): name for name in lora_targets(model)}
+        names = {layer.kohya: layer.diffusers for layer in lora_targets(model)}
         state = {}
         for name, layer in lora.layers.items():
             ratio = float(layer.alpha) / layer.rank
             up = layer.lora_up.weight.detach().cpu()
             state[f"{names[name]}.lora_A.weight"] = layer.lora_down.weight.detach().cpu()
             state[f"{names[name]}.lora_B.weight"] = up * ratio if ratio != 1 else up
-    write_checkpoint(path, state, metadata)
+    write_checkpoint(path, state, {**notes, **(metadata or {})})
 
 
-def lora_targets(model: LatentDiffusion) -> dict[str, Target]:
-    """Return linear layers and convolutions that a LoRA may change, by diffusers' name."""
-    return {theirs: target for _, theirs, target in _list_targets(model)}
+def _describe(lora: LoRA, model: LatentDiffusion) -> dict[str, str | int]:
+    """Return the metadata that kohya's scripts look at."""
+    notes: dict[str, str | int] = {"ss_network_module": "networks.lora"}
+    if layer := next(iter(lora.layers.values()), None):
+        notes |= {"ss_network_dim": layer.rank, "ss_network_alpha": str(float(layer.alpha))}
+    if base := find_base_model(model):
+        suffix = "_v" if model.parameterization == "v" and not is_sdxl(model) else ""
+        notes["ss_base_model_version"] = base.version + suffix
+    return notes
 
 
-def kohya_name(name: str) -> str:
-    """Return kohya's name of a layer for that in `lora_targets`."""
-    network, _, layer = name.partition(".")
-    return PREFIXES[network] + layer.replace(".", "_")
+def lora_targets(model: LatentDiffusion) -> list[TargetLayer]:
+    """List linear layers and convolutions that a LoRA may change."""
+    return [*_unet_targets(model), *_text_targets(model)]
 
 
-def _list_targets(model: LatentDiffusion) -> Iterator[tuple[str, str, Target]]:
-    """Yield (original's name, diffusers' name, target) of each layer."""
+def _unet_targets(model: LatentDiffusion) -> Iterator[TargetLayer]:
     for ours, theirs in unet_layers(_layer_names(model.unet)).items():
-        yield ours, f"unet.{theirs}", Target(model.unet.get_submodule(ours))
-    text = model.conditioner.find(TextEncoder)
-    if text is None:
-        return
-    used_layers = [name for name in _layer_names(text) if not name.startswith(text.unused)]
-    for ours, theirs in text_layers(used_layers).items():
-        layer, name = text.get_submodule(ours), f"text_encoder.{theirs}"
-        if isinstance(layer, FusedAttention):
-            for index, projection in enumerate(QKV):
-                yield f"{ours}.{projection}", f"{name}.{projection}", Target(layer, index)
-        else:
-            yield ours, name, Target(layer)
+        # kohya trains SDXL in a UNet with the original's names.
+        kohya = UNET_PREFIX + _flat(ours if is_sdxl(model) else theirs)
+        yield TargetLayer(Target(model.unet.get_submodule(ours)), ours, f"unet.{theirs}", kohya)
+
+
+def _text_targets(model: LatentDiffusion) -> Iterator[TargetLayer]:
+    encoders = model.conditioner.find_all(TextEncoder)
+    for number, text in enumerate(encoders, start=1):
+        network = text_component(text)
+        prefix = f"lora_te{number}_" if len(encoders) > 1 else "lora_te_"
+        used_layers = [name for name in _layer_names(text) if not name.startswith(text.unused)]
+        for ours, theirs in text_layers(used_layers).items():
+            layer = text.get_submodule(ours)
+            is_fused = isinstance(layer, FusedAttention)
+            for part, end in enumerate(QKV) if is_fused else [(None, "")]:
+                original, name = f"{network}.{ours}{end}", f"{network}.{theirs}{end}"
+                yield TargetLayer(Target(layer, part), original, name, prefix + _flat(theirs + end))
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")
 
 
 def _names_by_alias(model: LatentDiffusion) -> dict[str, str]:
     """Return kohya's name of each layer, by all names that files may have for it."""
-    return {
-        layer_alias(alias): kohya_name(theirs)
-        for ours, theirs, _ in _list_targets(model)
-        for alias in (ours, theirs)
+    names = {
+        layer_alias(name): layer.kohya
+        for layer in lora_targets(model)
+        for name in (layer.original, layer.diffusers)
     }
+    if len(model.conditioner.find_all(TextEncoder)) == 1:
+        names |= {alias.removeprefix(SECOND_TEXT): kohya for alias, kohya in names.items()}
+    return names
 
 
 def _layer_names(network: nn.Module) -> list[str]:
@@ -217,15 +263,23 @@ def _a1111_hash(path: Path) -> str:
 def _tensors_by_layer(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
     """Return the tensors of a file as {kohya's name: {"down", "up", perhaps "alpha"}}."""
     layers: dict[str, dict[str, Tensor]] = {}
+    originals: dict[str, dict[str, Tensor]] = {}  # under the original's names
     others = []
+    # Of the folders of peft, whose names do not tell the network.
+    folder = "text_encoder_2." if file.path.parent.name == "text_encoder_2" else ""
     for key, value in file.state.items():
         match = KEY.fullmatch(key)
         if match is not None:
             role = match[2] or ROLES.get(match[3], match[3])
-            name = aliases.get(layer_alias(match[1]), match[1])
-            layers.setdefault(name, {})[role] = value
+            name = aliases.get(layer_alias(folder + match[1]), match[1])
+            group = originals if ORIGINAL_BLOCKS.search(match[1]) else layers
+            group.setdefault(name, {})[role] = value
         elif not key.startswith(BUNDLE):
             others.append(key)
+    if twice := originals.keys() & layers.keys():
+        message = "`%s` has %d layers twice: those with the original's names are left out"
+        log.warning(message, file.path, len(twice))
+    layers = originals | layers
     for pattern, kind in OTHER_KINDS.items():
         if any(re.search(pattern, key) for key in others):
             raise FileFormatError(f"`{file.path}` is of an unsupported kind: {kind}")
@@ -244,7 +298,6 @@ def _tensors_by_layer(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str,
     if wrong := [name for name, tensors in layers.items() if not _are_finite(tensors.values())]:
         message = f"the numbers of {len(wrong)} layers are not finite: `{wrong[0]}`"
         raise FileFormatError(f"`{file.path}`: {message}")
-    _add_alphas(layers, file)
     empty = [name for name, tensors in layers.items() if not len(tensors["down"])]
     if empty:
         log.info("`%s`: %d layers have rank 0 and change nothing", file.path, len(empty))
@@ -255,24 +308,27 @@ def _are_finite(tensors: Iterable[Tensor]) -> bool:
     return all(bool(value.float().isfinite().all()) for value in tensors)
 
 
-def _add_alphas(layers: Mapping[str, dict[str, Tensor]], file: Checkpoint) -> None:
+def _add_alphas(
+    layers: Mapping[str, dict[str, Tensor]], file: Checkpoint, targets: Mapping[str, TargetLayer]
+) -> None:
     """Add the missing alpha of layers, from the metadata of diffusers or the config of peft."""
     adapters: JsonObject = json.loads(file.metadata.get(METADATA, "{}"))
     config_path = file.path.with_name("adapter_config.json")
-    configs: dict[str, JsonObject] = {  # by prefix of the layer names
-        prefix: {k.removeprefix(f"{n}."): v for k, v in adapters.items() if k.startswith(f"{n}.")}
-        for n, prefix in PREFIXES.items()
-    }
+    configs: dict[str, JsonObject] = {}  # by network: "unet.", "text_encoder."
+    for key, value in adapters.items():
+        network, dot, name = key.partition(".")
+        configs.setdefault(network + dot, {})[name] = value
     if not adapters and config_path.is_file():
         configs = {"": json.loads(read_text(config_path))}
-    for prefix, config in configs.items():
+    for network, config in configs.items():
         if config.get("use_dora"):
             raise FileFormatError(f"`{file.path}`: LoRA with `use_dora` is not supported")
         patterns = config.get("alpha_pattern") or {}
-        for name, tensors in layers.items():
-            if not name.startswith(prefix) or "alpha" in tensors:
+        for kohya, tensors in layers.items():
+            name = targets[kohya].diffusers if kohya in targets else kohya
+            if not name.startswith(network) or "alpha" in tensors:
                 continue
-            matching = [a for n, a in patterns.items() if name.endswith(n.replace(".", "_"))]
+            matching = [a for n, a in patterns.items() if name.endswith(n.removeprefix("^"))]
             alpha = matching[-1] if matching else config.get("lora_alpha")
             if alpha is not None:
                 rank = len(tensors["down"])  # rsLoRA divides by its root
@@ -280,9 +336,15 @@ def _add_alphas(layers: Mapping[str, dict[str, Tensor]], file: Checkpoint) -> No
                 tensors["alpha"] = torch.tensor(float(alpha) * factor)
 
 
+def _pad_channels(down: Tensor, target: Target) -> Tensor:
+    """Add zeros for the input channels that a base model's UNet does not have."""
+    missing = target.weight.shape[1] - down.shape[1]
+    return F.pad(down, (0, 0, 0, 0, 0, missing)) if down.dim() == 4 and missing > 0 else down
+
+
 def _check_layers(
     layers: Mapping[str, Mapping[str, Tensor]],
-    targets: Mapping[str, Target],
+    targets: Mapping[str, TargetLayer],
     path: str | Path,
     model: LatentDiffusion,
 ) -> None:
@@ -291,27 +353,33 @@ def _check_layers(
     mismatched = []
     for name in layers.keys() & targets.keys():
         down, up = layers[name]["down"], layers[name]["up"]
-        shape, expected = (len(up), *down.shape[1:]), tuple(targets[name].weight.shape)
+        shape, expected = (len(up), *down.shape[1:]), tuple(targets[name].target.weight.shape)
         if drop_1x1(shape) != drop_1x1(expected) or up[0].numel() != len(down):
             mismatched.append(f"{name}: shape {shape}, expected {expected}")
     if not (unknown or mismatched):
         return
-    message = (
+    theirs, base = _likely_family(layers), find_base_model(model)
+    ours = base and base.title
+    remedy = f"use a LoRA that was trained for {ours or 'this model'}"
+    if theirs and theirs != ours:
+        model_title = ours or "of another family"
+        raise WeightsMismatch(
+            f"`{path}` is a LoRA for {theirs}, the model is {model_title}: {remedy}"
+        )
+    raise WeightsMismatch(
         f"`{path}` does not fit this model: of its {len(layers)} layers {len(unknown)} are "
         f"unknown, {len(mismatched)} have the wrong shape: "
-        f"{', '.join([*unknown, *mismatched][:3])}"
+        f"{', '.join([*unknown, *mismatched][:3])}; {remedy}"
     )
-    theirs, ours = _likely_family(layers), TITLE_BY_WIDTH.get(model.unet.context_dim)
-    if theirs:
-        message += f"\nhint: this looks like a LoRA for {theirs}"
-        message += f", the model is {ours}" if ours else ""
-    raise WeightsMismatch(message)
 
 
 def _likely_family(layers: Mapping[str, Mapping[str, Tensor]]) -> str | None:
-    """Return the family by the names of the layers, else by the cross-attention dimension."""
-    for pattern, family in OTHER_MODELS.items():
-        if any(re.search(pattern, text) for n in layers for text in (n, layer_alias(n))):
-            return family
-    widths = (tensors["down"].shape[1] for name, tensors in layers.items() if "attn2_to_k" in name)
-    return TITLE_BY_WIDTH.get(next(widths, 0))
+    """Return the family by the cross-attention dimension, else by the names of the layers."""
+    for name, tensors in layers.items():
+        width = tensors["down"].shape[1]
+        if layer_alias(name).endswith("attn2_to_k") and width in BASE_MODELS:
+            return BASE_MODELS[width].title
+    names = "\n".join(text for name in layers for text in (name, layer_alias(name)))
+    return next(
+        (f for pattern, f in FAMILY_BY_NAME.items() if re.search(pattern, names, re.M)), None
+    )

@@ -27,8 +27,8 @@ from ldm.nets.unet import UNet
 
 __all__ = [
     "OLD_VAE_NAMES", "TEXT_COMPONENTS", "Location", "component_prefixes", "depth_keys",
-    "gather_weights", "locate_weights", "scatter_weights", "text_keys", "unet_keys", "vae_keys",
-    "vision_keys",
+    "gather_weights", "locate_weights", "scatter_weights", "text_component", "text_keys",
+    "unet_keys", "vae_keys", "vision_keys",
 ]  # fmt: skip
 
 TEXT_COMPONENTS = ("text_encoder", "text_encoder_2")

@@ -34,6 +34,13 @@ ENDS = {
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
+# Of UNets without transformers in the first level, which are SDXL's.
+XL_ENDS = {
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
+    "time_embed_cond": "time_embedding.cond_proj",
+}
+FIRST_TRANSFORMER = "input_blocks.1.1."
 BLOCK = re.compile(r"(in|out)put_blocks\.(\d+)\.(\d+)\.(in_layers|proj_in|op|conv)\b.*")
 KINDS = {"in_layers": "resnets", "proj_in": "attentions"}
 TEXT = (
@@ -51,7 +58,8 @@ TEXT = (
 def unet_layers(names: Iterable[str]) -> dict[str, str]:
     """Our name -> theirs, of the layers (or weights) of a whole UNet with transformers."""
     names = list(names)
-    prefixes = {**ENDS, **_blocks(names)}
+    is_xl = not any(name.startswith(FIRST_TRANSFORMER) for name in names)
+    prefixes = {**ENDS, **(XL_ENDS if is_xl else {}), **_blocks(names)}
     renamed = {}
     for name in names:
         prefix = max((p for p in prefixes if f"{name}.".startswith(f"{p}.")), key=len)

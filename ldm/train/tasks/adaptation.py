@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ldm.encoders import tokenizer
 from ldm.encoders.text import TextEncoder
 from ldm.loading.addons.embeddings import write_embeddings
-from ldm.loading.addons.lora import kohya_name, lora_targets, write_lora
+from ldm.loading.addons.lora import lora_targets, write_lora
 from ldm.model import LatentDiffusion
 from ldm.nets.lora import LoRA, LoRALayer
 from ldm.runtime.types import JsonMapping
@@ -31,7 +31,7 @@ TARGETS = {
     "attention": r"unet\..*\.attn[12]\..*",
     "transformer": r"unet\..*attentions\..*",  # the layers that kohya's scripts train
     "convolutions": r"unet\..*(resnets|samplers)\.\d+\.conv.*",
-    "text": r"text_encoder\.text_model\.encoder\..*",
+    "text": r"text_encoder(_2)?\.text_model\.encoder\..*",
 }
 INIT = "lightning.textual_inversion.init"
 
@@ -90,13 +90,7 @@ class Adaptation(Task):
         The embedding goes to `path`, or to `-word` beside it if there is a LoRA.
         """
         if self.lora is not None:
-            layer = next(iter(self.lora.layers.values()))
-            kohya: dict[str, str | int] = {
-                "ss_network_module": "networks.lora",
-                "ss_network_dim": layer.rank,
-                "ss_network_alpha": str(float(layer.alpha)),
-            }
-            write_lora(self.lora, path, self.model, "kohya", {**metadata, **kohya})
+            write_lora(self.lora, path, self.model, "kohya", metadata)
             diffusers_path = _with_suffix(path, "diffusers")
             write_lora(self.lora, diffusers_path, self.model, "diffusers", metadata)
         if self.vectors is not None:
@@ -113,9 +107,9 @@ def _build_lora(
 ) -> LoRA:
     patterns = [re.compile(TARGETS[target]) for target in targets]
     layers = {
-        kohya_name(name): LoRALayer(layer, rank, alpha)
-        for name, layer in lora_targets(model).items()
-        if any(pattern.fullmatch(name) for pattern in patterns)
+        layer.kohya: LoRALayer(layer.target, rank, alpha)
+        for layer in lora_targets(model)
+        if any(pattern.fullmatch(layer.diffusers) for pattern in patterns)
     }
     if not layers:
         raise ValueError(f"lightning.lora: the model has no layers of {', '.join(targets)}")

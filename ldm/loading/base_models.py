@@ -1,0 +1,45 @@
+"""Base models, and how files that are made for one of them name it."""
+
+from dataclasses import dataclass
+
+from ldm.model import LatentDiffusion
+
+__all__ = ["BASE_MODELS", "BaseModel", "find_base_model", "is_sdxl"]
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model for LoRAs and embeddings.
+
+    Args:
+        context: cross-attention dimension.
+        architecture: value of `modelspec.architecture`.
+        version: value of kohya's `ss_base_model_version`, without `_v` of v-prediction.
+    """
+
+    title: str
+    context: int
+    architecture: str
+    version: str
+
+
+SD1 = BaseModel("Stable Diffusion 1", 768, "stable-diffusion-v1", "sd_v1")
+SD2 = BaseModel("Stable Diffusion 2", 1024, "stable-diffusion-v2-512", "sd_v2")
+SDXL = BaseModel("Stable Diffusion XL", 2048, "stable-diffusion-xl-v1-base", "sdxl_base_v1-0")
+REFINER = BaseModel(
+    "Stable Diffusion XL refiner", 1280, "stable-diffusion-xl-v1-refiner", "sdxl_refiner_v1-0"
+)
+BASE_MODELS = {base.context: base for base in (SD1, SD2, SDXL, REFINER)}
+
+
+def is_sdxl(model: LatentDiffusion) -> bool:
+    """Tell whether a model is conditioned on sizes, as SDXL base and refiner are."""
+    return "original_size_as_tuple" in model.conditioner.keys
+
+
+def find_base_model(model: LatentDiffusion) -> BaseModel | None:
+    """Return the base model that a model is or was trained from; None if it is another one."""
+    if is_sdxl(model):
+        return REFINER if "aesthetic_score" in model.conditioner.keys else SDXL
+    width = model.unet.context_dim
+    return BASE_MODELS.get(width) if isinstance(width, int) else None
