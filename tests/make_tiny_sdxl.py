@@ -1,0 +1,32 @@
+"""Writes tiny random models of SDXL: base, refiner and inpainting, each a file and its YAML.
+
+    python tests/make_tiny_sdxl.py FOLDER
+
+Files have the original's names of weights, and the config as metadata.
+"""
+
+import sys
+from pathlib import Path
+
+from ldm.loading.config import format_yaml
+from loading import tinyfamilies
+
+FILES = {
+    "xl": "sd_xl_base_1.0",
+    "xl-refiner": "sd_xl_refiner_1.0",
+    "xl-inpainting": "sd_xl_base_1.0_inpainting_0.1",
+}
+
+
+def make_tiny_sdxl(folder: Path) -> dict[str, Path]:
+    """Paths of the files, by family."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {family: folder / f"{name}.safetensors" for family, name in FILES.items()}
+    for family, path in paths.items():
+        tinyfamilies.write(family, path)
+        path.with_suffix(".yaml").write_text(format_yaml(tinyfamilies.small(family)))
+    return paths
+
+
+if __name__ == "__main__":
+    make_tiny_sdxl(Path(sys.argv[1]))
