@@ -22,23 +22,25 @@ from ldm.app.catalogue import (
     list_checkpoints,
     read_catalogue,
 )
+from ldm.app.form import STEPS
 from ldm.app.jobs import GALLERY_LIMIT
 from ldm.app.limits import Limits
 from ldm.app.model_cache import ModelCache
 from ldm.app.progress import Progress
 from ldm.app.uploads import Uploads
-from ldm.generate.load import is_small_model, load_model
-from ldm.generate.options import options_of, parse_weighted_file
+from ldm.generate.load import Models, is_small_model, load_models
+from ldm.generate.options import Value, options_of, parse_weighted_file
 from ldm.generate.provenance import (
     FILE_KEYS,
     Info,
     compare_images,
     compare_infos,
+    defaults_then,
     describe_run,
     files_of_model,
     read_request,
 )
-from ldm.generate.request import ModelChoice, Request, Sampling
+from ldm.generate.request import SDXL, ModelChoice, Request, Sampling
 from ldm.generate.run import remake_image, run_request
 from ldm.generate.tasks import PreparedTask, Task
 from ldm.imaging.metadata import read_info
@@ -48,7 +50,7 @@ from ldm.loading.addons.embeddings import embedding_files, load_embeddings, read
 from ldm.loading.files.checkpoint import file_hash
 from ldm.loading.load import load
 from ldm.loading.report import inspect_checkpoint
-from ldm.model import LatentDiffusion
+from ldm.model import Defaults, LatentDiffusion
 from ldm.pipelines.families import FAMILIES
 from ldm.runtime.device import memory_of, pick_device
 from ldm.runtime.errors import ArgumentError, MissingFile, unknown_name
@@ -128,13 +130,35 @@ class Backend:
         """Return all checkpoint files of the folder, also those that cannot be loaded."""
         return [name for name, path in list_checkpoints(self.folder).items() if path.is_file()]
 
-    def defaults(self, task: Task, name: str | None) -> dict[str, float | None]:
-        """Return the CFG scale, width and height that suit a task and a model."""
+    def refiners(self) -> dict[str, Path]:
+        """Return the files of refiners, by name."""
+        models = read_catalogue(self.folder).models
+        return {name: entry.path for name, entry in models.items() if entry.is_refiner}
+
+    def find_refiner(self, info: JsonMapping) -> str:
+        """Return the name of the refiner of an image; "" = it had none, or that is not here."""
+        recorded = info.get("refiner") or {}
+        file = Path(recorded.get("path", "")).name
+        names = self.refiners()
+        return next((name for name in names if file in (Path(name).name, Path(name).stem)), "")
+
+    def is_sdxl(self, name: str | None) -> bool:
+        """Return whether a model is Stable Diffusion XL's."""
         entry = read_catalogue(self.folder).models.get(name or "")
-        if entry is None:
-            return {"scale": task.scale, "width": None, "height": None}
-        scale = task.demo_scale if is_small_model(entry.path) else task.scale
-        return {"scale": scale, "width": entry.size[1], "height": entry.size[0]}
+        return entry is not None and entry.is_sdxl
+
+    def defaults(self, task: Task, name: str | None) -> dict[str, Value]:
+        """Return the values of settings that suit a task and a model."""
+        entry = read_catalogue(self.folder).models.get(name or "")
+        height, width = (None, None) if entry is None else entry.size
+        values: dict[str, Value] = {"scale": task.scale, "width": width, "height": height}
+        values |= {"steps": STEPS, "sampler": Defaults().sampler}
+        if entry is not None and entry.defaults != Defaults():
+            own = entry.defaults
+            values |= {"scale": own.scale, "steps": own.steps, "sampler": own.sampler}
+        elif entry is not None and is_small_model(entry.path):
+            values["scale"] = task.demo_scale
+        return values
 
     def misfit(self, task: Task, name: str | None) -> str:
         """Return why a model cannot do a task, and what to do; "" if it can."""
@@ -181,11 +205,17 @@ class Backend:
         vae = values.get("vae")
         if vae and vae not in self.vaes():
             raise unknown_name("VAE", vae, self.vaes(), argument="vae")
-        request = task.request({k: v for k, v in values.items() if k not in ("lora", "vae")})
-        if request.sampling.scale is None:
-            scale = task.demo_scale if is_small_model(entry.path) else task.scale
-            request = request.with_values({"scale": scale})
-        request = self._with_model(request, entry, loras)
+        refiner = values.get("refiner")
+        if refiner and refiner not in self.refiners():
+            raise unknown_name("refiner", refiner, self.refiners(), argument="refiner")
+        ignored = {"lora", "vae", "refiner", *(() if entry.is_sdxl else options_of(SDXL))}
+        values = {key: value for key, value in values.items() if key not in ignored}
+        if values.get("scale") is None:
+            values["scale"] = self.defaults(task, name)["scale"]
+        request = self._with_model(task.request(values), entry, loras)
+        if refiner and entry.is_sdxl:
+            file = str(self.refiners()[str(refiner)])
+            request = replace(request, sdxl=replace(request.sdxl, refiner=file))
         path = str(self.vaes()[str(vae)]) if vae else None
         return replace(request, model=replace(request.model, vae=path))
 
@@ -208,16 +238,16 @@ class Backend:
         request = self._recorded_request(info, Path(path).name)
         self.limits.check(request)
         prepared = request.task.prepare(request)
-        model = self._load(prepared, progress, threads=info["threads"])
-        progress.begin(model, 1)
-        image = remake_image(prepared, model, info, progress.on_step)
+        models = self._load(prepared, progress, threads=info["threads"])
+        progress.begin(models.base, 1)
+        image = remake_image(prepared, models, info, progress.on_step)
         new = OutputFolder(self.outdir / "replays").save_sample(image, info)
         progress.add_image(info | {"path": str(new)})
         with open_image(path) as old:
             difference = compare_images(old, image)
         if difference is None:
             return "identical"
-        now = describe_run(request, model, prepared.output_size(model))
+        now = describe_run(request, models, prepared.output_size(models.base))
         return "; ".join([difference, *compare_infos(info, now)])
 
     def estimate_depth(self, request: Request, progress: Progress) -> str:
@@ -226,7 +256,7 @@ class Backend:
             path = Path(folder, "depth.png")
             request = request.with_values({"save_depth": str(path)})
             prepared = request.task.prepare(request)
-            prepared.begin(self._load(prepared, progress))
+            prepared.begin(self._load(prepared, progress).base)
             progress.add_image({"task": "depth", "path": self.uploads.add(path)})
         return "depth estimated"
 
@@ -279,7 +309,7 @@ class Backend:
 
     def _load(
         self, prepared: PreparedTask, progress: Progress, threads: int | None = None
-    ) -> LatentDiffusion:
+    ) -> Models:
         request = prepared.request
         if self._models is None:
             memory = self.memory or memory_of(pick_device(request.model.device)) / 2
@@ -287,16 +317,16 @@ class Backend:
         progress.set_message(f"loading {Path(request.model.ckpt or '').name}")
         threads = threads and min(threads, os.cpu_count() or 1)
         try:
-            model = load_model(request, threads=threads, load=self._models)
+            models = load_models(request, threads=threads, load=self._models)
         except ValueError as error:
             files = [file for file, _ in request.model.lora]
             raise ValueError(_without_folders(str(error), files)) from error
         for key in FILE_KEYS:
-            for file in files_of_model(model.provenance, key):  # goes into images, which users see
-                file["path"] = Path(file["path"]).name
-        height, width = prepared.output_size(model)
+            for file in files_of_model(models.base.provenance, key):
+                file["path"] = Path(file["path"]).name  # goes into images, which users see
+        height, width = prepared.output_size(models.base)
         self.limits.check_output(width, height, request.task.enlarges)
-        return model
+        return models
 
     def _recorded_request(self, info: dict[str, Any], name: str) -> Request:
         """Return the request that made an image, with the server's own files."""
@@ -306,7 +336,8 @@ class Backend:
         entry = self._find_recorded_model(info, recorded.task)
         inputs = options_of(recorded.task.inputs)
         allowed = {name for name, (option, _) in inputs.items() if not option.is_path}
-        allowed |= options_of(Sampling).keys() | {"no_watermark"}
+        allowed |= options_of(Sampling).keys() | options_of(SDXL).keys() | {"no_watermark"}
+        allowed -= {"refiner"}
         values = {key: value for key, value in recorded.values().items() if key in allowed}
         for key, files in info.get("inputs", {}).items():
             paths = [str(self.uploads.find(file["sha256"])) for file in files]
@@ -318,7 +349,7 @@ class Backend:
         values |= {"prompt": info["prompt"], "negative_prompt": info["negative_prompt"]}
         earlier = info.get("earlier", ())
         values |= {"n_samples": max([info["rows"], *earlier]), "n_iter": 1 + len(earlier)}
-        values["scale"] = info["scale"]
+        values |= defaults_then(info, recorded)
         request = recorded.task.request(values)
         names = {file: name for name, (file, _) in self.loras.items()}
         recorded_loras = info.get("loras", ())
@@ -328,9 +359,12 @@ class Backend:
         embeddings = _find_files(info.get("embeddings", ()), self._embedding_files(), "--embedding")
         vae_files = map(str, self.vaes().values())
         vae = _find_files(files_of_model(info, "vae"), vae_files, "a file in the folder vae")
+        refiners = map(str, self.refiners().values())
+        refiner = _find_files(files_of_model(info, "refiner"), refiners, "a file in its folder")
         request = self._with_model(request, entry, loras)
         choice = replace(request.model, embedding=tuple(embeddings), vae=next(iter(vae), None))
-        return replace(request, model=choice)
+        sdxl = replace(request.sdxl, refiner=next(iter(refiner), None))
+        return replace(request, model=choice, sdxl=sdxl)
 
     def _embedding_files(self) -> list[str]:
         files = [str(file) for path in self.choice.embedding for file in embedding_files(path)]

@@ -21,7 +21,7 @@ from ldm.loading.diffusers.files import INDEX
 from ldm.loading.load import read_config
 from ldm.loading.published import find_on_disk, published_files
 from ldm.loading.weights import identify_weights, read_weights
-from ldm.model import LatentDiffusion
+from ldm.model import Defaults, LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL, PixelSpace
 from ldm.pipelines.families import family_of
 from ldm.runtime.errors import MissingFile, WeightsMismatch
@@ -50,6 +50,9 @@ class CatalogueEntry:
         tasks: names of the tasks that it serves.
         family: name in `ldm.pipelines.families.FAMILIES`; None = unknown.
         size: (height, width) of its images, in pixels.
+        defaults: options of sampling that it is made for.
+        is_sdxl: whether it reads the size conditions of Stable Diffusion XL.
+        is_refiner: whether it is the refiner of Stable Diffusion XL.
         spec: the translated config.
     """
 
@@ -58,6 +61,9 @@ class CatalogueEntry:
     tasks: tuple[str, ...]
     family: str | None
     size: tuple[int, int]
+    defaults: Defaults
+    is_sdxl: bool
+    is_refiner: bool
     spec: JsonObject = field(repr=False)
 
 
@@ -152,8 +158,17 @@ def _read_entry(path: Path, states: object) -> CatalogueEntry | str:
     tasks = tuple(name for name, task in TASKS.items() if family in task.families)
     sides = parts.get("image_size", 64)
     height, width = [sides, sides] if isinstance(sides, int) else sides
+    keys = conditioner.keys if isinstance(conditioner, Conditioner) else frozenset()
     return CatalogueEntry(
-        path, config, tasks, family, (height * downscale, width * downscale), spec
+        path=path,
+        config=config,
+        tasks=tasks,
+        family=family,
+        size=(height * downscale, width * downscale),
+        defaults=Defaults(),
+        is_sdxl="target_size_as_tuple" in keys,
+        is_refiner="aesthetic_score" in keys,
+        spec=spec,
     )
 
 

@@ -17,17 +17,22 @@ from ldm.app.limits import Limits
 from ldm.app.uploads import Uploads
 from ldm.diffusion.names import SAMPLERS, SCHEDULERS
 from ldm.generate.options import Option, Value, options_of, parse_count, parse_fraction
-from ldm.generate.request import Prompts
+from ldm.generate.request import SDXL, Prompts
 from ldm.generate.tasks import Task
 from ldm.imaging.reading import flatten_on_white
 from ldm.runtime.errors import ArgumentError, MissingArgument
 
-__all__ = ["AUTOMATIC", "NO_IMAGE", "SETTINGS", "Field", "TaskForm", "values_from_info"]
+__all__ = [
+    "AUTOMATIC", "NO_IMAGE", "NO_REFINER", "SETTINGS", "STEPS", "Field", "TaskForm",
+    "values_from_info",
+]  # fmt: skip
 
 EXAMPLE = "Prompt (Ctrl+Enter to generate), such as: a 3d emoji of a red apple on a blue background"
 AUTOMATIC = "Automatic"
 NO_IMAGE = 'No input image. Upload one or use "Send to" under a result.'
+NO_REFINER = ("None", "")
 MAX_SEED = 1 << 31
+STEPS = 25  # of models without a number of their own; the scripts of the original take 50
 # Options of Sampling and Output that are fields, in their order on the page.
 SETTINGS = (
     "sampler", "steps", "scheduler", "scale", "width", "height", "n_iter", "n_samples", "seed",
@@ -37,6 +42,15 @@ IMAGE_BOX: dict[str, Any] = {
     "type": "filepath", "height": 240, "image_mode": None, "sources": ["upload", "clipboard"],
 }  # fmt: skip
 TILE = {"value": 0, "step": 64, "info": "pixels; 0: off"}
+REFINER_START = {"minimum": 0.05, "maximum": 0.95, "step": 0.05, "value": 0.8}
+PLACEHOLDERS = {
+    "prompt_2": "for the second text encoder; empty: the prompt",
+    "negative_prompt_2": "empty: the negative prompt",
+    "original_size": "empty: the size of the image", "crop": "0,0",
+    "target_size": "empty: the size of the image", "negative_original_size": "as above",
+    "negative_crop": "as above", "negative_target_size": "as above",
+    "aesthetic_score": "6", "negative_aesthetic_score": "2.5",
+}  # fmt: skip
 NUMBERS: dict[str, dict[str, Any]] = {
     "width": {"step": 8}, "height": {"step": 8}, "vae_tile": TILE, "unet_tile": TILE,
 }  # fmt: skip
@@ -77,11 +91,13 @@ class TaskForm:
                         if not options[name][0].is_path and name != "mask_box"
                         and not (name == "resize_mode" and task.enlarges)}  # fmt: skip
         self.settings = {name: self._field(name, *options[name]) for name in SETTINGS}
+        sdxl = options_of(SDXL) if "sdxl" in task.groups() else {}
+        self.sdxl = {name: self._field(name, *options[name]) for name in sdxl if name in options}
 
     @property
     def common_fields(self) -> dict[str, Field]:
-        """The fields that all tasks have in common."""
-        return {**self.prompts, **self.settings}
+        """The fields that are not in the task's tab."""
+        return {**self.prompts, **self.settings, **self.sdxl}
 
     @property
     def own_fields(self) -> dict[str, Field]:
@@ -105,6 +121,8 @@ class TaskForm:
             values["scheduler"] = None
         if values["sampler"] in SAMPLERS and not SAMPLERS[values["sampler"]].takes_eta:
             values["eta"] = 0.0  # the slider is hidden
+        if not values.get("refiner"):
+            values.pop("refiner_start", None)
         if self.task.enlarges:  # by a fixed factor
             values["width"] = values["height"] = None
         for name, (option, default) in self.task.options().items():
@@ -125,6 +143,10 @@ class TaskForm:
 
     def _field(self, name: str, option: Option, default: Value) -> Field:
         settings: dict[str, Any] = {"label": option.label, "value": default}
+        if name == "refiner":
+            return Field("Dropdown", settings | {"choices": [NO_REFINER], "value": ""})
+        if name == "refiner_start":
+            return Field("Slider", settings | REFINER_START)
         if name in NUMBERS:
             return Field("Number", settings | NUMBERS[name])
         if name == "seed":  # as text: the browser would round large numbers
@@ -135,6 +157,7 @@ class TaskForm:
         if name in ("sampler", "scheduler"):
             table = SAMPLERS if name == "sampler" else SCHEDULERS
             choices = [(row.label, key) for key, row in table.items()]
+            settings["value"] = "ddim"
             if name == "scheduler":
                 choices.insert(0, (AUTOMATIC, AUTOMATIC))
                 settings["value"] = AUTOMATIC
@@ -152,7 +175,7 @@ class TaskForm:
         if maximum is not None:
             value = default if isinstance(default, int | float) else 0
             if name in limits:
-                value = min(25, maximum) if name == "steps" else 1
+                value = min(STEPS, maximum) if name == "steps" else 1
             minimum = 1 if option.parse is parse_count else 0
             return Field("Slider", settings | {"minimum": minimum, "maximum": maximum, "step": 1,
                          "precision": 0, "value": value})  # fmt: skip
@@ -161,7 +184,7 @@ class TaskForm:
         elif name == "negative_prompt":
             settings |= {"lines": 1, "max_lines": 4, "placeholder": option.label}
         elif not isinstance(default, str):
-            settings["value"] = ""
+            settings |= {"value": "", "placeholder": PLACEHOLDERS.get(name)}
         return Field("Textbox", settings)
 
 
@@ -176,11 +199,21 @@ def values_from_info(info: Mapping[str, Any]) -> dict[str, Any]:
                if request.get(name) is not None}  # fmt: skip
     if info.get("seed") is not None:
         values["seed"] = str(info["seed"])
+    values |= {name: _as_text(info.get(name)) for name in options_of(SDXL)}
+    strength = info.get("refiner_strength")
+    values["refiner_start"] = info.get("refiner_start") or (strength and 1 - strength)
     size = info.get("size")
     if isinstance(size, list) and info.get("task") != "upscale":
         values["height"], values["width"] = size
     known = {"sampler": [*SAMPLERS], "scheduler": [*SCHEDULERS, AUTOMATIC]}
-    return {k: value for k, value in values.items() if k not in known or value in known[k]}
+    return {
+        k: value for k, value in values.items()
+        if value is not None and (k not in known or value in known[k])
+    }  # fmt: skip
+
+
+def _as_text(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value or "")
 
 
 def _image_field(option: Option) -> Field:

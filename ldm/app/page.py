@@ -15,7 +15,15 @@ from typing import Any
 import gradio as gr
 
 from ldm.app.backend import Backend
-from ldm.app.form import IMAGE_BOX, NO_IMAGE, SETTINGS, Field, TaskForm, values_from_info
+from ldm.app.form import (
+    IMAGE_BOX,
+    NO_IMAGE,
+    NO_REFINER,
+    SETTINGS,
+    Field,
+    TaskForm,
+    values_from_info,
+)
 from ldm.app.jobs import Job, Jobs
 from ldm.app.progress import Progress
 from ldm.app.view import (
@@ -44,6 +52,13 @@ LORA_SLOTS = 4  # sliders for weights
 MODEL_VAE = ("Automatic", "")
 STORE = "() => localStorage.getItem('ldm-form') || ''"
 QUIET: JsonObject = {"queue": False, "show_progress": "hidden"}
+FOLLOWERS = ("scale", "width", "height", "steps", "sampler")  # fields that follow the checkpoint
+SDXL_ROWS = (
+    ("refiner", "refiner_start"), ("prompt_2",), ("negative_prompt_2",),
+    ("original_size", "target_size"), ("crop", "aesthetic_score"),
+    ("negative_original_size", "negative_target_size"),
+    ("negative_crop", "negative_aesthetic_score"),
+)  # fmt: skip
 INFO_TABS = {"replay": "PNG Info", "inspect": "Checkpoint info"}
 
 log = logging.getLogger(__name__)
@@ -82,7 +97,9 @@ class Page:
             self.infos = gr.State([])  # of the images in the gallery
             self.chosen = gr.State(None)  # info of the chosen image
             self.file_info = gr.State({})
-            self.defaults = gr.State({})  # of fields that follow the checkpoint
+            initial = self.forms["txt2img"].settings
+            # Values of the fields that follow the checkpoint, as they were set last.
+            self.defaults = gr.State({n: initial[n].settings["value"] for n in FOLLOWERS})
             self._build_header()
             with gr.Column(elem_id="main"):
                 with gr.Tabs(elem_id="tabs"):
@@ -224,9 +241,18 @@ class Page:
             ]
             for field in (self.loras, self.tokens):
                 _skip_checks(field)
+            self._build_sdxl()
             with gr.Accordion("Advanced", open=False), gr.Row():
                 for name in advanced:
                     self.fields[name] = _component(fields[name], min_width=150)
+
+    def _build_sdxl(self) -> None:
+        fields = self.forms["txt2img"].sdxl
+        with gr.Accordion("SDXL", open=True, visible=False, elem_id="sdxl") as self.sdxl:
+            for names in SDXL_ROWS:
+                with gr.Row():
+                    for name in names:
+                        self.fields[name] = _component(fields[name], min_width=150)
 
     def _build_size(self, fields: dict[str, Field]) -> None:
         with gr.Row(elem_id="size", elem_classes="tools"):
@@ -290,17 +316,21 @@ class Page:
         self.stop.click(self.stop_job, self.owner, [self.live, self.stop, self.queue], **QUIET)
         self.clear.click(self.clear_queue, self.owner, [self.queue, self.clear], **QUIET)
 
-        lists = [self.checkpoint, self.vae, self.tokens, self.file, self.skipped]
-        self.refresh.click(self.list_files, [self.checkpoint, self.vae], lists, **QUIET).then(
+        refiner = self.fields["refiner"]
+        files = [self.checkpoint, self.vae, refiner]
+        lists = [*files, self.tokens, self.file, self.skipped]
+        self.refresh.click(self.list_files, files, lists, **QUIET).then(
             self.offer_loras, [self.checkpoint, self.loras], self.loras, **QUIET
         )
         choice = [self.task, self.checkpoint]
-        followers = [self.fields[name] for name in ("scale", "width", "height")]
+        followers = [self.fields[name] for name in FOLLOWERS]
         gr.on(
             [self.checkpoint.change, self.task.change], self.describe_choice,
             [*choice, self.defaults, *followers],
-            [self.note, self.offers, self.defaults, *followers], **QUIET,
+            [self.note, self.offers, self.sdxl, self.defaults, *followers], **QUIET,
         )  # fmt: skip
+        start = self.fields["refiner_start"]
+        refiner.change(lambda name: gr.update(visible=bool(name)), refiner, start, **QUIET)
         self.checkpoint.change(self.offer_loras, [self.checkpoint, self.loras], self.loras, **QUIET)
         self.offers.select(lambda name: name, self.offers, self.checkpoint, **QUIET)
         self.loras.change(self.name_weights, self.loras, self.weights, **QUIET)
@@ -340,7 +370,7 @@ class Page:
         image, depth_map = (self.fields[f"depth2img.{key}"] for key in ("init_img", "depth_map"))
         image.change(None, None, depth_map, js="() => null")
 
-        restored = [*kept.values(), *lists[2:], self.owner]
+        restored = [*kept.values(), *lists[len(files) :], self.owner]
         event = page.load(
             self.restore, [self.stored, self.owner], restored, js=_with_store(), **QUIET
         )
@@ -517,15 +547,17 @@ class Page:
         except ValueError:
             log.debug("the form in the browser's storage is damaged")
         updates = {k: gr.update(value=values[k]) if k in values else gr.skip() for k in self.kept}
-        checkpoint, vae, *lists = self.list_files(values.get("checkpoint"), values.get("vae"))
+        files = [values.get(name) for name in ("checkpoint", "vae", "refiner")]
+        checkpoint, vae, refiner, *lists = self.list_files(*files)
         loras = self.offer_loras(checkpoint["value"], values.get("loras"))
-        updates |= {"loras": loras, "checkpoint": checkpoint, "vae": vae}
+        updates |= {"loras": loras, "checkpoint": checkpoint, "vae": vae, "refiner": refiner}
         return [*updates.values(), *lists, owner or secrets.token_urlsafe(16)]
 
-    def list_files(self, checkpoint: str | None, vae: str | None) -> list[Any]:
+    def list_files(self, checkpoint: str | None, vae: str | None, refiner: str | None) -> list[Any]:
         """Read the models folder again; return updates of all lists of files."""
         names, files = self.backend.model_names(), self.backend.checkpoint_names()
         vaes = [MODEL_VAE, *((name, name) for name in self.backend.vaes())]
+        refiners = [NO_REFINER, *((name, name) for name in self.backend.refiners())]
         lines = self.backend.skipped_files()
         for line in lines:
             log.warning("skipped: %s", line)
@@ -537,6 +569,7 @@ class Page:
             gr.update(choices=names, value=first),
             gr.update(choices=vaes, value=vae if (vae, vae) in vaes else "",
                       visible=len(vaes) > 1),
+            gr.update(choices=refiners, value=refiner if (refiner, refiner) in refiners else ""),
             gr.update(choices=tokens, visible=bool(tokens)),
             gr.update(choices=files, value=first if first in files else next(iter(files), None)),
             skipped,
@@ -557,18 +590,20 @@ class Page:
         self, task: str, checkpoint: str, defaults: JsonObject, *values: Any
     ) -> list[Any]:
         """Say whether a checkpoint serves a tab; bring fields that follow it to its values."""
+        hidden = gr.update(visible=False)
         if task not in TASKS:
-            return ["", gr.update(visible=False), defaults, *[gr.skip()] * 3]
+            return ["", hidden, hidden, defaults, *[gr.skip()] * len(values)]
         misfit = self.backend.misfit(TASKS[task], checkpoint)
         names = self.backend.model_names(task) if misfit else []
         offers = gr.update(choices=names, value=None, visible=bool(names))
+        has_sdxl = bool(self.forms[task].sdxl) and self.backend.is_sdxl(checkpoint)
         now = self.backend.defaults(TASKS[task], checkpoint)
-        fields = zip(("scale", "width", "height"), values, strict=True)
-        follows = [value in (None, defaults.get(name)) or not defaults for name, value in fields]
+        fields = zip(FOLLOWERS, values, strict=True)
         updates = [
-            new if old else gr.skip() for new, old in zip(now.values(), follows, strict=True)
+            now[name] if now[name] and value in (None, defaults.get(name)) else gr.skip()
+            for name, value in fields
         ]
-        return [show_error(misfit), offers, now, *updates]
+        return [show_error(misfit), offers, gr.update(visible=has_sdxl), now, *updates]
 
     def size_of(self, checkpoint: str, image: Any) -> list[Any]:
         """Return width and height for an input image: in its shape, no larger than the model's."""
@@ -580,7 +615,8 @@ class Page:
             return [gr.skip(), gr.skip()]
         native = self.backend.defaults(TASKS["img2img"], checkpoint)["width"] or 512
         factor = min(1, native / min(width, height), self.backend.limits.side / max(width, height))
-        return [max(round(side * factor / 8), 1) * 8 for side in (width, height)]
+        multiple = 64 if self.backend.is_sdxl(checkpoint) else 8
+        return [max(round(side * factor / multiple), 1) * multiple for side in (width, height)]
 
     def choose(self, infos: list[JsonObject], event: gr.SelectData) -> list[Any]:
         """Choose an image of the gallery."""
@@ -593,7 +629,9 @@ class Page:
 
     def fill(self, info: JsonObject | None) -> list[Any]:
         """Return updates of the shared fields: what the info of an image has."""
-        values = values_from_info(info or {}) if info else {}
+        values = values_from_info(info) if info else {}
+        if info:
+            values["refiner"] = self.backend.find_refiner(info)
         return [values.get(name, gr.skip()) for name in self.forms["txt2img"].common_fields]
 
     def paste_parameters(self, prompt: str, chosen: JsonObject | None) -> list[Any]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from ldm.generate.command_line import add_options, hint, to_argv
 from ldm.generate.options import Option, Value, options_of
-from ldm.generate.request import GROUPS, ModelChoice
+from ldm.generate.request import GROUPS, SDXL, ModelChoice
 from ldm.runtime.command import CommandParser, run_command
 
 __all__ = ["main"]
@@ -31,11 +31,14 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         overrides=True,
     )  # fmt: skip
     # Without defaults: an option that is not given keeps its recorded value.
+    model_options = {**options_of(ModelChoice), "refiner": options_of(SDXL)["refiner"]}
     options: dict[str, tuple[Option, Value]] = {
         name: (replace(option, help=option.help.replace("%(default)s", "the recorded one")), None)
-        for name, (option, _) in options_of(ModelChoice).items()
+        for name, (option, _) in model_options.items()
     }
-    add_options(parser.add_group(GROUPS["model"]), ModelChoice, options)
+    add = parser.add_group(GROUPS["model"])
+    add_options(add, ModelChoice, options)
+    add_options(add, SDXL, options, only=("refiner",))
     parser.add_argument("image", type=expanduser, metavar="IMAGE", help="a PNG written by ldm")
     parser.add_argument("--output", type=expanduser, metavar="FILE", help="save the new image here")
     parser.add_argument(
@@ -47,7 +50,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def _replay(args: Namespace, changes: dict[str, Any]) -> int:
-    from ldm.generate.load import load_model
+    from ldm.generate.load import load_models
     from ldm.generate.provenance import (
         check_inputs,
         compare_images,
@@ -69,8 +72,8 @@ def _replay(args: Namespace, changes: dict[str, Any]) -> int:
     check_inputs(info)
     request = locate_model(info, request, changes)
     prepared = request.task.prepare(request)
-    model = load_model(request, threads=info["threads"])
-    image = remake_image(prepared, model, info)
+    models = load_models(request, threads=info["threads"])
+    image = remake_image(prepared, models, info)
     if args.output:
         write_png(args.output, image, info)
     with open_image(args.image) as old:
@@ -79,7 +82,8 @@ def _replay(args: Namespace, changes: dict[str, Any]) -> int:
     print(difference or "identical")
     if difference is None:
         return 0
-    reasons = compare_infos(info, describe_run(request, model, prepared.output_size(model)))
+    size = prepared.output_size(models.base)
+    reasons = compare_infos(info, describe_run(request, models, size))
     if was_edited:
         reasons.append("the file was edited after it was made")
     for reason in reasons or ["no recorded setting has changed"]:

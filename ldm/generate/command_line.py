@@ -19,12 +19,13 @@ from ldm.runtime.errors import ArgumentError, LdmError, WrongFamily, is_out_of_m
 
 __all__ = ["add_options", "build_parser", "hint", "parse_request", "to_argv"]
 
-# Flags of the original scripts; abbreviations of them keep their meaning.
+# Flags of the original scripts, and one that was alone with its beginning; abbreviations of them
+# keep their meaning.
 ORIGINAL_FLAGS = (
     "--prompt", "--outdir", "--steps", "--plms", "--dpm", "--fixed_code", "--ddim_eta", "--n_iter",
     "--H", "--W", "--C", "--f", "--n_samples", "--n_rows", "--scale", "--from-file", "--config",
     "--ckpt", "--seed", "--precision", "--repeat", "--device", "--torchscript", "--ipex", "--bf16",
-    "--strength", "--init-img",
+    "--strength", "--init-img", "--negative-prompt",
 )  # fmt: skip
 MEMORY_HINT = "; these help: --n_samples 1, --vae-tile, a smaller --H and --W"
 COMMANDS = {"vary": "unclip"}  # function of `ldm.pipelines` -> command, where the names differ
@@ -59,8 +60,10 @@ def add_options(
         only: names of the options to add; None = all of the group.
     """
     for name in options_of(group):
+        if only is not None and name not in only:
+            continue
         option, default = options[name]
-        if not option.flags or (only is not None and name not in only):
+        if not option.flags:
             continue
         settings: dict[str, Any] = {"dest": name, "help": option.help}
         if option.is_switch:

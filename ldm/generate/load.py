@@ -1,32 +1,47 @@
-"""The model that a request asks for, on its device, in its precision."""
+"""The models that a request asks for, on their device, in their precision."""
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from ldm.generate.request import Request
+from ldm.generate.request import Request, Sampling
 from ldm.loading.load import load as load_from_files
 from ldm.loading.published import find_checkpoint, identify_hash
-from ldm.model import LatentDiffusion
+from ldm.model import Defaults, LatentDiffusion
 from ldm.nets.attention import set_backend
 from ldm.runtime.device import keep_memory, pick_device, pick_dtype, set_threads
 from ldm.runtime.files import find_file
 from ldm.runtime.hashes import known_sha256
 
-__all__ = ["is_small_model", "load_model"]
+__all__ = ["Models", "is_small_model", "load_models", "resolve_sampling"]
 
 SMALL_MODEL = 200e6  # bytes of a checkpoint below which half precision and many threads do not pay
 
 log = logging.getLogger(__name__)
 
 
-def load_model(
+@dataclass(frozen=True)
+class Models:
+    """The model of a run, and the refiner that finishes its images, if any."""
+
+    base: LatentDiffusion
+    refiner: LatentDiffusion | None = None
+
+    def float(self) -> None:
+        """Convert the weights to float32."""
+        for model in filter(None, (self.base, self.refiner)):
+            model.float()
+
+
+def load_models(
     request: Request,
     *,
     threads: int | None = None,
     load: Callable[..., LatentDiffusion] = load_from_files,
-) -> LatentDiffusion:
-    """Load the model, and warn about options that have no effect on it.
+) -> Models:
+    """Load the models, and warn about options that have no effect on them.
 
     Args:
         threads: CPU threads; None = as many as suit the model.
@@ -35,9 +50,7 @@ def load_model(
         ValueError, FileNotFoundError: as `ldm.load` does.
     """
     choice, task = request.model, request.task
-    ckpt = find_checkpoint(choice.ckpt) if choice.ckpt else None
-    if ckpt is not None and (published := identify_hash(known_sha256(ckpt))):
-        log.info("checkpoint: %s, %s (by its SHA-256)", published.name, published.title)
+    ckpt = _find_weights(choice.ckpt)
     if request.uses_demo_model:
         log.info(
             "no checkpoint given: using the small model that ships with ldm (emoji); for Stable "
@@ -52,22 +65,46 @@ def load_model(
         set_threads(threads, is_small)
         keep_memory()
     set_backend(choice.attention)
+    where: dict[str, Any] = {"device": device, "dtype": dtype}
+    where |= {"offload": True} if choice.offload else {}
     model = load(
         choice.config,
         ckpt,
-        device=device,
-        dtype=dtype,
         ema=choice.ema,
         overrides=choice.overrides,
         allow=choice.allow_module,
         loras=choice.lora,
         embeddings=choice.embedding,
         vae=choice.vae,
+        **({"variant": choice.variant} if choice.variant else {}),
+        **where,
         **request.inputs.model_files(),
     )
     log.info("running on %s in %s", device, str(dtype).removeprefix("torch."))
     _warn_about_ignored_options(request, model)
-    return model
+    if request.sdxl.refiner is None:
+        return Models(model)
+    return Models(model, load(None, _find_weights(request.sdxl.refiner), **where))
+
+
+def resolve_sampling(request: Request, defaults: Defaults) -> Sampling:
+    """Return the sampling options of a request, none of scale, steps and sampler being None.
+
+    Args:
+        defaults: of the model; those of Stable Diffusion 1 and 2 leave the scale to the task.
+    """
+    sampling, scale = request.sampling, defaults.scale
+    if request.uses_demo_model:
+        scale = request.task.demo_scale
+    elif defaults == Defaults():
+        scale = request.task.scale
+    return replace(
+        sampling,
+        scale=scale if sampling.scale is None else sampling.scale,
+        steps=sampling.steps or defaults.steps,
+        sampler=sampling.sampler or defaults.sampler,
+        eta=request.eta,
+    )
 
 
 def is_small_model(path: str | Path) -> bool:
@@ -75,6 +112,14 @@ def is_small_model(path: str | Path) -> bool:
     file = Path(path).expanduser()
     files = file.glob("*/*.safetensors") if file.is_dir() else [file]
     return sum(file.stat().st_size for file in files if file.is_file()) < SMALL_MODEL
+
+
+def _find_weights(name: str | None) -> Path | None:
+    """Find a checkpoint by its path or published name, and log which published one it is."""
+    path = find_checkpoint(name) if name else None
+    if path is not None and (published := identify_hash(known_sha256(path))):
+        log.info("checkpoint: %s, %s (by its SHA-256)", published.name, published.title)
+    return path
 
 
 def _warn_about_ignored_options(request: Request, model: LatentDiffusion) -> None:

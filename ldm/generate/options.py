@@ -184,6 +184,22 @@ def parse_box(argument: str) -> tuple[int, int, int, int]:
     raise ArgumentError(f"`{argument}` is not LEFT,TOP,RIGHT,BOTTOM in pixels")
 
 
+def parse_size(argument: str) -> tuple[int, int]:
+    """Parse HEIGHT,WIDTH in pixels."""
+    height, width = _parse_pair(argument)
+    if min(height, width) < 1:
+        raise ArgumentError(f"`{argument}` is not HEIGHT,WIDTH in pixels")
+    return height, width
+
+
+def parse_corner(argument: str) -> tuple[int, int]:
+    """Parse TOP,LEFT in pixels."""
+    top, left = _parse_pair(argument)
+    if min(top, left) < 0:
+        raise ArgumentError(f"`{argument}` is not TOP,LEFT in pixels")
+    return top, left
+
+
 def parse_weighted_file(argument: str) -> tuple[str, float]:
     """Parse FILE or FILE:WEIGHT; a colon may also be part of the file's name."""
     name, _, weight = argument.rpartition(":")
@@ -200,6 +216,12 @@ def parse_legacy(argument: str) -> tuple[str, ...]:
     if unknown:
         raise unknown_name("quirk", unknown[0], QUIRKS)
     return tuple(names)
+
+
+def _parse_pair(argument: str) -> tuple[int, int]:
+    """Parse two whole numbers; -1, -1 for anything else."""
+    first, _, second = (part.strip() for part in argument.partition(","))
+    return (int(first), int(second)) if first.isdigit() and second.isdigit() else (-1, -1)
 
 
 def _number(argument: str) -> float | None:

@@ -24,6 +24,7 @@ class Job:
         index: position in the run, from 0, for any number of processes.
         seed: of all its noise.
         start_seed: of its start noise (shared under `fixed_code`).
+        prompt_2, negative_prompt_2: for the second text encoder; None = the same prompts.
     """
 
     index: int
@@ -31,6 +32,8 @@ class Job:
     negative_prompt: str
     seed: int
     start_seed: int
+    prompt_2: str | None = None
+    negative_prompt_2: str | None = None
 
 
 Batch = list[Job]
@@ -91,7 +94,12 @@ def _make_job(request: Request, lines: list[PromptLine], iteration: int, positio
     start_seed = seed
     if sampling.fixed_code:
         start_seed = sampling.seed + position % request.output.n_samples
-    negative_prompt = line.negative_prompt
-    if negative_prompt is None:
-        negative_prompt = prompts.negative_prompt
-    return Job(index, line.prompt, negative_prompt, seed % SEEDS, start_seed % SEEDS)
+    return Job(
+        index,
+        line.prompt,
+        line.texts.get("negative_prompt", prompts.negative_prompt),
+        seed % SEEDS,
+        start_seed % SEEDS,
+        line.texts.get("prompt_2", request.sdxl.prompt_2),
+        line.texts.get("negative_prompt_2", request.sdxl.negative_prompt_2),
+    )

@@ -2,7 +2,8 @@
 
 import re
 import shlex
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ldm.runtime.errors import ArgumentError
@@ -10,15 +11,21 @@ from ldm.runtime.files import read_text
 
 __all__ = ["PromptLine", "read_prompt_file"]
 
-LINE_OPTION = re.compile(r"(?:^|\s)--(?:seed|negative[-_]prompt)(?=[\s=]|$)")
+TEXTS = ("negative_prompt", "prompt_2", "negative_prompt_2")
+LINE_OPTION = re.compile(r"(?:^|\s)--(?:seed|prompt[-_]2|negative[-_]prompt(?:[-_]2)?)(?=[\s=]|$)")
 
 
 @dataclass(frozen=True)
 class PromptLine:
-    """One line of a prompt file; None = not set by the line."""
+    """One line of a prompt file.
+
+    Args:
+        texts: other prompts that the line sets, by name in TEXTS.
+        seed: None = not set.
+    """
 
     prompt: str
-    negative_prompt: str | None = None
+    texts: Mapping[str, str] = field(default_factory=dict)
     seed: int | None = None
 
 
@@ -50,10 +57,10 @@ def _parse_line(text: str, where: str) -> PromptLine:
     while words:
         name, equals, value = words.pop(0).partition("=")
         key = name.removeprefix("--").replace("-", "_")
-        if not name.startswith("--") or key not in ("seed", "negative_prompt"):
+        if not name.startswith("--") or key not in ("seed", *TEXTS):
             raise ArgumentError(
-                f"{where}: `{name}` is not an option of a line; options are "
-                '--seed N and --negative-prompt "TEXT"'
+                f"{where}: `{name}` is not an option of a line; options are --seed N, "
+                '--negative-prompt "TEXT", --prompt-2 "TEXT" and --negative-prompt-2 "TEXT"'
             )
         if not equals and not words:
             raise ArgumentError(f"{where}: {name} needs a value")
@@ -62,4 +69,5 @@ def _parse_line(text: str, where: str) -> PromptLine:
         seed = int(options["seed"]) if "seed" in options else None
     except ValueError as error:
         raise ArgumentError(f"{where}: seed `{options['seed']}` is not a number") from error
-    return PromptLine(text[: match.start()], options.get("negative_prompt"), seed)
+    texts = {name: options[name] for name in TEXTS if name in options}
+    return PromptLine(text[: match.start()], texts, seed)

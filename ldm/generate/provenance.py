@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ldm.generate.load import Models, resolve_sampling
 from ldm.generate.options import Value, options_of
 from ldm.generate.plan import Batch, Job
 from ldm.generate.request import Request
@@ -32,20 +33,23 @@ from ldm.runtime.version import __version__
 
 Info = JsonObject  # JSON
 
+REFINER_STRENGTH = 0.15  # default of the pipelines
 PRECISIONS = {"float32": "full", "float16": "fp16", "bfloat16": "bf16"}
 # Keys of the info whose change may explain that an image differs.
 ENVIRONMENT = (
     "checkpoint_hash", "ema", "config_hash", "overrides", "device", "dtype", "attention",
     "threads", "torch", "ldm",
 )  # fmt: skip
-FILE_KEYS = {"loras": "lora", "embeddings": "embedding", "vae": "vae"}  # key of the info -> option
+FILE_KEYS = {  # key of the info -> option
+    "loras": "lora", "embeddings": "embedding", "vae": "vae", "refiner": "refiner",
+}  # fmt: skip
 # Key of an info without a request (version 0.1) -> option, where they differ.
 FORMER_KEYS = {"grid": "scheduler", "tile": "vae_tile"}
 
 
 def describe_run(
     request: Request,
-    model: LatentDiffusion,
+    models: Models,
     size: tuple[int, int],
     without_folders: bool = False,
 ) -> Info:
@@ -54,7 +58,9 @@ def describe_run(
     Args:
         without_folders: see `Request.to_json`.
     """
-    sampling, choice = request.sampling, request.model
+    model, choice = models.base, request.model
+    sampling = resolve_sampling(request, model.defaults)
+    assert sampling.sampler is not None
     checkpoint = model.provenance["checkpoint"]
     own, values = options_of(request.task.inputs), request.values()
     files = {name: _as_list(values[name]) for name, (row, _) in own.items() if row.is_input_file}
@@ -65,8 +71,8 @@ def describe_run(
         "scheduler_in_use": sampling.scheduler
         or default_scheduler(model.schedule, sampling.sampler),
         "steps": sampling.steps,
-        "eta": request.eta,
-        "scale": request.scale,
+        "eta": sampling.eta,
+        "scale": sampling.scale,
         "size": list(size),
         **{name: values[name] for name in own if name not in files},
         "inputs": {
@@ -76,6 +82,7 @@ def describe_run(
             ]
             for name, paths in files.items()
         },
+        **_describe_sdxl(request, models, without_folders),
         "tile": sampling.vae_tile,
         "legacy": list(sampling.legacy),
         "watermark": watermark_method(request, size),
@@ -99,6 +106,22 @@ def describe_run(
     }
 
 
+def _describe_sdxl(request: Request, models: Models, without_folders: bool) -> Info:
+    """Return what is given of the options that only SDXL has, and the file of the refiner."""
+    info: Info = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in vars(request.sdxl).items()
+        if value is not None
+    }
+    if models.refiner is not None:
+        path = Path(models.refiner.provenance["checkpoint"]).resolve()
+        shown = path.name if without_folders else str(path)
+        info["refiner"] = {"path": shown, "hash": file_hash(path)}
+        if request.sdxl.refiner_start is None:
+            info.setdefault("refiner_strength", REFINER_STRENGTH)
+    return info
+
+
 def describe_image(request: Request, batches: Sequence[Batch], number: int, row: int) -> Info:
     """Return the info of a single image, enough to draw its noise again.
 
@@ -116,6 +139,8 @@ def describe_image(request: Request, batches: Sequence[Batch], number: int, row:
         "row": row,
         "rows": len(batch),
     }
+    texts = {"prompt_2": job.prompt_2, "negative_prompt_2": job.negative_prompt_2}
+    info |= {name: text for name, text in texts.items() if text is not None}
     if request.sampling.fixed_code:
         info["start_seed"] = job.start_seed
     if "noise" in request.sampling.legacy:
@@ -128,7 +153,8 @@ def job_of(info: JsonMapping) -> Job:
     """Return the job that made an image."""
     seed = info["seed"]
     start = info.get("start_seed", seed)
-    return Job(info["index"], info["prompt"], info["negative_prompt"], seed, start)
+    second = info.get("prompt_2"), info.get("negative_prompt_2")
+    return Job(info["index"], info["prompt"], info["negative_prompt"], seed, start, *second)
 
 
 def watermark_method(request: Request, size: tuple[int, int]) -> str | None:
@@ -179,17 +205,17 @@ def check_inputs(info: JsonMapping) -> None:
 
 
 def locate_model(info: JsonMapping, request: Request, changes: JsonMapping) -> Request:
-    """Return the request with the present paths of the model's files.
+    """Return the request with the present paths of the model's files, and what was the default.
 
     Args:
         changes: options of the model to set instead of the recorded ones.
     Raises:
         MissingFile, ArgumentError: a file is missing or has changed.
     """
-    values: JsonObject = {"precision": PRECISIONS[info["dtype"]]}
+    values: JsonObject = {"precision": PRECISIONS[info["dtype"]], **defaults_then(info, request)}
     values["device"] = _recorded_device(info["device"])
     for key, name in FILE_KEYS.items():
-        if name in changes:
+        if name in changes or name not in request.task.options():
             continue
         files = files_of_model(info, key)
         for file in files:
@@ -200,6 +226,13 @@ def locate_model(info: JsonMapping, request: Request, changes: JsonMapping) -> R
     if not {"ckpt", "config"} & changes.keys():
         values["ckpt"] = _find_checkpoint(info, request)
     return request.with_values({**values, **changes})
+
+
+def defaults_then(info: JsonMapping, request: Request) -> JsonObject:
+    """Return the defaults with which an image was made, by option: they may have changed since."""
+    sampling = vars(request.sampling)
+    names = [name for name in ("scale", "steps", "sampler") if sampling[name] is None]
+    return {name: info[name] for name in names}
 
 
 def files_of_model(info: JsonMapping, key: str) -> list[JsonObject]:

@@ -2,15 +2,15 @@
 
     argv | form | PNG metadata  ->  Request  ->  images, PNG metadata, the command to repeat them
 
-Options (`ldm.generate.options`) are the fields of five groups; the group of inputs is the task's
-own (`ldm.generate.tasks`).
+Options (`ldm.generate.options`) are the fields of groups; the group of inputs is the task's own
+(`ldm.generate.tasks`), and some tasks lack the group of SDXL.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from ldm.diffusion.names import SAMPLERS, SCHEDULERS
 from ldm.generate.options import (
@@ -18,12 +18,14 @@ from ldm.generate.options import (
     Value,
     decode_option,
     option,
+    parse_corner,
     parse_count,
     parse_fraction,
     parse_integer,
     parse_interval,
     parse_legacy,
     parse_number,
+    parse_size,
     parse_weighted_file,
 )
 from ldm.runtime.errors import ArgumentError, unknown_name
@@ -31,7 +33,7 @@ from ldm.runtime.errors import ArgumentError, unknown_name
 if TYPE_CHECKING:
     from ldm.generate.tasks.base import Task
 
-__all__ = ["GROUPS", "Inputs", "ModelChoice", "Output", "Prompts", "Request", "Sampling"]
+__all__ = ["GROUPS", "SDXL", "Inputs", "ModelChoice", "Output", "Prompts", "Request", "Sampling"]
 
 
 class ModelFiles(TypedDict, total=False):
@@ -77,8 +79,8 @@ class Prompts:
     negative_prompt: str = option("", "--negative-prompt", metavar="TEXT", label="Negative prompt",
         help="negative prompt: what to steer away from")
     from_file: str | None = option(None, "--from-file", metavar="FILE",
-        help="one prompt per line, a blank line is an empty one; a line may end"
-        ' in --seed N and --negative-prompt "TEXT"')
+        help="one prompt per line, a blank line is an empty one; a line may end in --seed N,"
+        ' --negative-prompt "TEXT", --prompt-2 "TEXT" and --negative-prompt-2 "TEXT"')
     repeat: int = option(1, "--repeat", parse=parse_count, metavar="N",
         help="repeat each line of the file N times (default: %(default)s)")
     # fmt: on
@@ -99,6 +101,8 @@ class ModelChoice:
         help="take the autoencoder from this file")
     allow_module: tuple[str, ...] = option((), "--allow-module", is_list=True, metavar="M",
         help="allow classes of package M as `target` in the YAML")
+    variant: str | None = option(None, "--variant", metavar="NAME",
+        help="distilled model, where neither weights nor file name tell: turbo or lightning")
     lora: tuple[tuple[str, float], ...] = option((), "--lora", parse=parse_weighted_file,
         separator=":", is_list=True, metavar="FILE[:WEIGHT]", label="LoRA",
         help="add a LoRA, in the format of kohya, diffusers, peft or ComfyUI; may be given several"
@@ -112,6 +116,8 @@ class ModelChoice:
         help="full is fp32; autocast what suits device and model (default: %(default)s)")
     attention: str | None = option(None, "--attention", choices=("xformers", "sdpa", "math"),
         help="implementation of attention (default: the fastest available)")
+    offload: bool = option(False, "--offload",
+        help="keep text encoders, UNet and VAE in main memory until needed, to save GPU memory")
     channels: int | None = option(None, "--C", parse=parse_integer, metavar="N",
         help="accepted and ignored: latent channels")
     factor: int | None = option(None, "--f", parse=parse_integer, metavar="N",
@@ -128,18 +134,21 @@ class Sampling:
     """How latents are sampled and decoded."""
 
     # fmt: off
-    steps: int = option(50, "--steps", "--ddim_steps", parse=parse_count, metavar="N",
-        label="Sampling steps", help="sampling steps (default: %(default)s)")
-    sampler: str = option("ddim", "--sampler", choices=tuple(SAMPLERS), metavar="NAME",
+    steps: int | None = option(None, "--steps", "--ddim_steps", parse=parse_count, metavar="N",
+        label="Sampling steps", help="sampling steps (default: 50, unCLIP 20, SDXL Turbo 4)")
+    sampler: str | None = option(None, "--sampler", choices=tuple(SAMPLERS), metavar="NAME",
         shortcuts={"--plms": "plms", "--dpm": "dpm", "--dpm_solver": "dpm"},
-        label="Sampling method", help=f"{', '.join(SAMPLERS)} (default: %(default)s)")
+        label="Sampling method",
+        help=f"{', '.join(SAMPLERS)} (default: ddim, SDXL Turbo euler_a)")
     scheduler: str | None = option(None, "--scheduler", "--spacing", "--grid-spacing",
         choices=tuple(SCHEDULERS), metavar="NAME", label="Schedule type",
         help=f"spacing of the timesteps: {', '.join(SCHEDULERS)} (default: the sampler's own)")
     eta: float = option(0.0, "--ddim_eta", "--eta", parse=parse_number, metavar="ETA",
         label="Eta (DDIM)", help="DDIM eta (default: %(default)s)")
     scale: float | None = option(None, "--scale", parse=parse_number, metavar="S",
-        label="CFG scale", help="guidance scale, 1 = no guidance (default: 9, demo model 3)")
+        label="CFG scale",
+        help="guidance scale, 1 = no guidance (default: 9, inpaint and unCLIP 10, SDXL 5, SDXL"
+        " Turbo 1, demo model 3)")
     rescale: float = option(0.0, "--guidance-rescale", parse=parse_fraction, metavar="R",
         label="Guidance rescale",
         help="0 … 1, against over-exposure at high scales (default: %(default)s)")
@@ -177,6 +186,50 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class SDXL:
+    """What only Stable Diffusion XL has: a second text encoder, size conditions and a refiner."""
+
+    # fmt: off
+    refiner: str | None = option(None, "--refiner", metavar="FILE", label="Refiner",
+        help="refiner: a second model, which takes over at the end of sampling")
+    refiner_strength: float | None = option(None, "--refiner-strength", parse=parse_fraction,
+        metavar="S", help="fraction of the steps that the refiner takes (default: 0.15)")
+    refiner_start: float | None = option(None, "--refiner-start", parse=parse_fraction,
+        metavar="F", label="Refiner start",
+        help="fraction of the timesteps before the refiner takes over, such as 0.8; not with"
+        " --refiner-strength")
+    prompt_2: str | None = option(None, "--prompt-2", metavar="TEXT", label="Prompt 2",
+        help="prompt of the second text encoder (default: the prompt)")
+    negative_prompt_2: str | None = option(None, "--negative-prompt-2", metavar="TEXT",
+        label="Negative prompt 2",
+        help="negative prompt of the second text encoder (default: the negative prompt)")
+    original_size: tuple[int, int] | None = option(None, "--original-size", parse=parse_size,
+        metavar="H,W", label="Original size (H,W)",
+        help="size that the image claims to have had before resizing (default: that of the image)")
+    crop: tuple[int, int] | None = option(None, "--crop", parse=parse_corner,
+        metavar="TOP,LEFT", label="Crop (top,left)",
+        help="where the image claims to have been cropped, in pixels (default: 0,0)")
+    target_size: tuple[int, int] | None = option(None, "--target-size", parse=parse_size,
+        metavar="H,W", label="Target size (H,W)",
+        help="size that the image claims to have (default: that of the image)")
+    aesthetic_score: float | None = option(None, "--aesthetic-score", parse=parse_number,
+        metavar="S", label="Aesthetic score", help="for the refiner, 1 … 10 (default: 6)")
+    negative_original_size: tuple[int, int] | None = option(None, "--negative-original-size",
+        parse=parse_size, metavar="H,W", label="Negative original size (H,W)",
+        help="of the negative prompt (default: as for the prompt)")
+    negative_crop: tuple[int, int] | None = option(None, "--negative-crop", parse=parse_corner,
+        metavar="TOP,LEFT", label="Negative crop (top,left)",
+        help="of the negative prompt (default: as for the prompt)")
+    negative_target_size: tuple[int, int] | None = option(None, "--negative-target-size",
+        parse=parse_size, metavar="H,W", label="Negative target size (H,W)",
+        help="of the negative prompt (default: as for the prompt)")
+    negative_aesthetic_score: float | None = option(None, "--negative-aesthetic-score",
+        parse=parse_number, metavar="S", label="Negative aesthetic score",
+        help="of the negative prompt (default: 2.5)")
+    # fmt: on
+
+
+@dataclass(frozen=True)
 class Output:
     """How many images to make, and where to save them."""
 
@@ -202,6 +255,7 @@ GROUPS = {
     "prompts": "prompt",
     "model": "model (key=value changes the YAML: model.params.x=1)",
     "sampling": "sampling",
+    "sdxl": "Stable Diffusion XL",
     "output": "output",
 }
 
@@ -221,29 +275,31 @@ class Request:
     prompts: Prompts = Prompts()
     model: ModelChoice = ModelChoice()
     sampling: Sampling = Sampling()
+    sdxl: SDXL = SDXL()
     output: Output = Output()
 
     def __post_init__(self) -> None:
         sampler, eta = self.sampling.sampler, self.eta
-        if eta and not SAMPLERS[sampler].takes_eta:
+        if eta and sampler is not None and not SAMPLERS[sampler].takes_eta:
             raise ArgumentError(
                 f"eta is DDIM's: sampler `{sampler}` takes none, got {eta:g}", "eta"
             )
+        multiple = 64 if self.sdxl.refiner is not None else 8
         for name, side in zip(("height", "width"), self.sampling.size, strict=True):
-            if side is not None and (side < 8 or side % 8):
-                raise ArgumentError(f"{name} {side} is not a positive multiple of 8", name)
+            if side is not None and (side < 8 or side % multiple):
+                reason = ", which a refiner needs" if multiple > 8 else ""
+                raise ArgumentError(
+                    f"{name} {side} is not a positive multiple of {multiple}{reason}", name
+                )
+        if self.sdxl.refiner_strength is not None and self.sdxl.refiner_start is not None:
+            raise ArgumentError(
+                "refiner_start is given, too: only one can hold", "refiner_strength"
+            )
 
     @property
     def eta(self) -> float:
         """DDIM's eta; 0 for `dpm`, with which the original ignored it."""
         return 0.0 if self.sampling.sampler == "dpm" else self.sampling.eta
-
-    @property
-    def scale(self) -> float:
-        """The guidance scale: the given one, else the default of task and model."""
-        if self.sampling.scale is not None:
-            return self.sampling.scale
-        return self.task.demo_scale if self.uses_demo_model else self.task.scale
 
     @property
     def uses_demo_model(self) -> bool:
@@ -257,7 +313,8 @@ class Request:
 
     def values(self) -> dict[str, Value]:
         """Return the value of each option, by name."""
-        return {name: value for group in self._groups() for name, value in vars(group).items()}
+        groups = self._groups().values()
+        return {name: value for group in groups for name, value in vars(group).items()}
 
     def with_values(self, values: Mapping[str, object]) -> "Request":
         """Copy the request with some options set, each checked as on the command line.
@@ -272,7 +329,8 @@ class Request:
                 kind = f"option of {self.task.name}"
                 raise unknown_name(kind, name, options, argument=name)
         decoded = {name: decode_option(name, *options[name], v) for name, v in values.items()}
-        return Request(self.task, *(_replace_fields(group, decoded) for group in self._groups()))
+        groups = {n: _replace_fields(group, decoded) for n, group in self._groups().items()}
+        return Request(self.task, **groups)
 
     def to_json(self, without_folders: bool = False) -> dict[str, Value]:
         """Return `values` with tuples as lists, as JSON has them.
@@ -288,8 +346,8 @@ class Request:
         json_values: dict[str, Value] = json.loads(json.dumps(values))
         return json_values
 
-    def _groups(self) -> tuple[Inputs | Prompts | ModelChoice | Sampling | Output, ...]:
-        return self.inputs, self.prompts, self.model, self.sampling, self.output
+    def _groups(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.task.groups()}
 
 
 def _file_names(value: Value) -> Value:

@@ -1,12 +1,13 @@
 """A run: from a request to images on disk.
 
-Request -> plan_batches -> prepare (files) -> load_model -> generate each batch -> save
+Request -> plan_batches -> prepare (files) -> load_models -> generate each batch -> save
 """
 
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from PIL import Image
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from ldm.encoders.text import TextEncoder
 from ldm.encoders.tokenizer import has_weight_syntax
-from ldm.generate.load import load_model
+from ldm.generate.load import Models, load_models, resolve_sampling
 from ldm.generate.output import (
     GRID_LIMIT,
     RunListener,
@@ -32,6 +33,7 @@ from ldm.generate.tasks import PreparedTask
 from ldm.imaging.output import OutputFolder
 from ldm.imaging.pixels import to_pil
 from ldm.model import LatentDiffusion
+from ldm.pipelines.common import TaskOptions
 from ldm.runtime.errors import NonFinite, Stop
 from ldm.runtime.types import JsonMapping
 
@@ -48,43 +50,44 @@ def run_request(
     request: Request,
     listener: RunListener,
     *,
-    load: Callable[[PreparedTask], LatentDiffusion] = lambda prepared: load_model(prepared.request),
+    load: Callable[[PreparedTask], Models] = lambda prepared: load_models(prepared.request),
     without_folders: bool = False,
 ) -> None:
     """Make and save all images that a request asks for.
 
     Args:
-        load: loads the model.
+        load: loads the models.
         without_folders: leave folders out of the request that images record.
     Raises:
         ValueError, OSError: about an argument or a file, before the model is loaded where it can.
         NonFinite: an image is NaN even in float32.
     """
     batches = plan_batches(request)
-    model: LatentDiffusion | None = None
+    models: Models | None = None
     for inputs in request.inputs.per_image():
         single = replace(request, inputs=inputs)
         prepared = single.task.prepare(single)
-        if model is None:
-            model = load(prepared)
-            _warn_about_prompts(batches, model, listener)
-        _generate_batches(prepared, batches, model, listener, without_folders)
+        if models is None:
+            models = load(prepared)
+            _warn_about_prompts(batches, models.base, listener)
+        _generate_batches(prepared, batches, models, listener, without_folders)
 
 
 def _generate_batches(
     prepared: PreparedTask,
     batches: list[Batch],
-    model: LatentDiffusion,
+    models: Models,
     listener: RunListener,
     without_folders: bool,
 ) -> None:
     """Make each batch and save its images; if one fails, finished images still get their grid."""
-    request, size = prepared.request, prepared.output_size(model)
+    request, model = prepared.request, models.base
+    size = prepared.output_size(model)
     output, total = request.output, sum(map(len, batches))
     folder = OutputFolder(output.outdir, request.inputs.output_name)
     makes_grid = not output.skip_grid and request.inputs.output_name is None
     grid_images: list[tuple[Image.Image, Info]] = []
-    run_info = describe_run(request, model, size, without_folders)
+    run_info = describe_run(request, models, size, without_folders)
     protected = prepared.protected_pixels()
     if run_info["watermark"] is None and not output.no_watermark:
         log.warning("images of %dx%d are too small for a watermark: saved without", *size)
@@ -95,7 +98,7 @@ def _generate_batches(
     seed_globally(request, model, size)
     try:
         for number, batch in enumerate(tqdm(batches, "Sampling", disable=hides_progress())):
-            images = _generate_or_retry(prepared, batch, model, listener.on_step)
+            images = _generate_or_retry(prepared, batch, models, listener.on_step)
             run_info["dtype"] = str(model.dtype).removeprefix("torch.")
             if listener.stopped_at is not None:
                 run_info["unfinished"] = listener.stopped_at
@@ -137,7 +140,7 @@ def _warn_about_prompts(
 
 def remake_image(
     prepared: PreparedTask,
-    model: LatentDiffusion,
+    models: Models,
     info: JsonMapping,
     callback: Callback | None = None,
 ) -> Image.Image:
@@ -147,58 +150,78 @@ def remake_image(
         prepared: the task of the run that made it.
         info: of the image.
     """
-    job, request = job_of(info), prepared.request
+    job, request, model = job_of(info), prepared.request, models.base
     prepared.begin(model)
     seed_globally(request, model, prepared.output_size(model))
     for rows in info.get("earlier", ()):  # they drew from the same generator
-        _generate(prepared, [job] * rows, model, callback)
-    images = _generate(prepared, [job] * info["rows"], model, callback)
+        _generate(prepared, [job] * rows, models, callback)
+    images = _generate(prepared, [job] * info["rows"], models, callback)
     image = images[info["row"] : info["row"] + 1]
     shown = to_pil(image, "truncate" in request.sampling.legacy)[0]
     return add_watermark(shown, info, prepared.protected_pixels())
 
 
 def _generate(
-    prepared: PreparedTask, batch: Batch, model: LatentDiffusion, callback: Callback | None
+    prepared: PreparedTask, batch: Batch, models: Models, callback: Callback | None
 ) -> Tensor:
     """Make the images of one batch, (B, 3, H, W) in [-1, 1]."""
-    request = prepared.request
-    sampling = request.sampling
-    return prepared.generate(
-        model,
-        [job.prompt for job in batch],
-        {
-            "seeds": [job.seed for job in batch],
-            "negative_prompt": [job.negative_prompt for job in batch],
-            "scale": request.scale,
-            "tile": _latent_pixels(sampling.vae_tile, model),
-            "unet_tile": _latent_pixels(sampling.unet_tile, model),
-            "steps": sampling.steps,
-            "sampler": sampling.sampler,
-            "scheduler": sampling.scheduler,
-            "eta": request.eta,
-            "rescale": sampling.rescale,
-            "guidance_interval": sampling.guidance_interval,
-            "x_T": start_noise(request, model, prepared.output_size(model), batch),
-            "legacy": sampling.legacy,
-            "callback": callback,
-        },
-    )
+    request, model = prepared.request, models.base
+    sampling = resolve_sampling(request, model.defaults)
+    options = {
+        "seeds": [job.seed for job in batch],
+        "negative_prompt": [job.negative_prompt for job in batch],
+        "scale": sampling.scale,
+        "tile": _latent_pixels(sampling.vae_tile, model),
+        "unet_tile": _latent_pixels(sampling.unet_tile, model),
+        "steps": sampling.steps,
+        "sampler": sampling.sampler,
+        "scheduler": sampling.scheduler,
+        "eta": sampling.eta,
+        "rescale": sampling.rescale,
+        "guidance_interval": sampling.guidance_interval,
+        "x_T": start_noise(request, model, prepared.output_size(model), batch),
+        "legacy": sampling.legacy,
+        "callback": callback,
+        **_sdxl_options(request, batch, models),
+    }
+    prompts = [job.prompt for job in batch]
+    return prepared.generate(model, prompts, cast(TaskOptions, options))
+
+
+def _sdxl_options(request: Request, batch: Batch, models: Models) -> dict[str, object]:
+    """Return the keywords of the pipelines that only SDXL has, as far as they are given."""
+    options = {**vars(request.sdxl), "refiner": models.refiner}
+    pairs = [(job.prompt_2, job.prompt) for job in batch]
+    negative_pairs = [(job.negative_prompt_2, job.negative_prompt) for job in batch]
+    options["prompt_2"] = _second_texts(pairs)
+    options["negative_prompt_2"] = _second_texts(negative_pairs)
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _second_texts(pairs: Sequence[tuple[str | None, str]]) -> list[str] | None:
+    """Return the text of the second encoder for each image, else the first's; None = all first's.
+
+    Args:
+        pairs: (text of the second encoder, text of the first).
+    """
+    if all(second is None for second, _ in pairs):
+        return None
+    return [first if second is None else second for second, first in pairs]
 
 
 def _generate_or_retry(
-    prepared: PreparedTask, batch: Batch, model: LatentDiffusion, callback: Callback
+    prepared: PreparedTask, batch: Batch, models: Models, callback: Callback
 ) -> Tensor:
     """Make a batch; if NaN appears in half precision, switch to float32 and make it again."""
     try:
-        return _generate(prepared, batch, model, callback)
+        return _generate(prepared, batch, models, callback)
     except NonFinite as error:
-        if model.dtype == torch.float32:
+        if models.base.dtype == torch.float32:
             raise
-        dtype = str(model.dtype).removeprefix("torch.")
+        dtype = str(models.base.dtype).removeprefix("torch.")
         log.warning("%s in %s: continuing in float32", error, dtype)
-    model.float()
-    return _generate(prepared, batch, model, callback)
+    models.float()
+    return _generate(prepared, batch, models, callback)
 
 
 def _latent_pixels(pixels: int | None, model: LatentDiffusion) -> int | None:

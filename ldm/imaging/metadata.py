@@ -6,8 +6,10 @@ image is a plain dict; `parameters_text` knows these keys, all optional:
     prompt, negative_prompt, seed, sampler, scheduler, scheduler_in_use, steps, eta, scale,
     size (height, width), strength, checkpoint (name), checkpoint_hash, ldm (version),
     mask_box, mask_grow, mask_blur, noise_level, mix_noise_level, weight (of each image),
-    vae, loras and embeddings (each file a dict with path and hash; a LoRA's with weight and
-    a1111_hash)
+    prompt_2, negative_prompt_2, original_size, crop, target_size and aesthetic_score (also
+    negative_ ones), refiner_strength or refiner_start,
+    vae, refiner, loras and embeddings (each file a dict with path and hash; a LoRA's with weight
+    and a1111_hash)
 
 The JSON holds them and all others (legacy, watermark, config, config_hash, dtype, device, torch,
 sha256_unmarked …), and `sha256`, the fingerprint of the pixels in the file.
@@ -16,7 +18,7 @@ sha256_unmarked …), and `sha256`, the fingerprint of the pixels in the file.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePath
 
 from PIL import Image
@@ -30,7 +32,27 @@ __all__ = ["fingerprint", "parameters_text", "parse_parameters", "read_info", "w
 
 KEY = "ldm"
 OWN_STEPS = ("ddim", "plms")  # samplers whose steps A1111's schedule type does not change
-SETTINGS = {  # A1111's name -> our key and the type of its value
+
+
+def _parse_pair(text: str) -> list[int]:
+    first, second = text.split(",")
+    return [int(first), int(second)]
+
+
+# A1111's name, or ours -> our key and the type of its value
+SDXL_SETTINGS: dict[str, tuple[str, Callable[[str], object]]] = {
+    "Prompt 2": ("prompt_2", str),
+    "Negative prompt 2": ("negative_prompt_2", str),
+    "Original size": ("original_size", _parse_pair),
+    "Crop": ("crop", _parse_pair),
+    "Target size": ("target_size", _parse_pair),
+    "Aesthetic score": ("aesthetic_score", float),
+    "Negative original size": ("negative_original_size", _parse_pair),
+    "Negative crop": ("negative_crop", _parse_pair),
+    "Negative target size": ("negative_target_size", _parse_pair),
+    "Negative aesthetic score": ("negative_aesthetic_score", float),
+}
+SETTINGS: dict[str, tuple[str, Callable[[str], object]]] = {
     "Steps": ("steps", int),
     "CFG scale": ("scale", float),
     "Seed": ("seed", int),
@@ -42,9 +64,12 @@ SETTINGS = {  # A1111's name -> our key and the type of its value
     "Mask blur": ("mask_blur", float),
     "Mask grow": ("mask_grow", int),
     "Noise level": ("noise_level", int),
+    "Refiner switch at": ("refiner_start", float),
     "Version": ("version", str),
+    **SDXL_SETTINGS,
 }
 LORA_TAGS = re.compile(r" ?<lora:[^<>]*>")
+REFINER_PATTERN = re.compile(r"(.+?)(?: \[([0-9a-f]+)\])?")  # name, hash
 SETTING_PATTERN = re.compile(r'\s*(\w[^:,"]*):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
 
 
@@ -100,7 +125,8 @@ def parameters_text(info: JsonMapping) -> str:
 
 def _settings(info: JsonMapping) -> Iterable[tuple[str, str]]:
     """Return A1111's names and values, in its order, of those that the info has."""
-    sampler, size, vae = info.get("sampler"), info.get("size"), info.get("vae") or {}
+    sampler, size = info.get("sampler"), info.get("size")
+    vae, refiner = info.get("vae") or {}, info.get("refiner")
     settings = {
         "Steps": info.get("steps"),
         "Sampler": sampler and _a1111_sampler(sampler),
@@ -121,6 +147,9 @@ def _settings(info: JsonMapping) -> Iterable[tuple[str, str]]:
         "Mix noise level": info.get("mix_noise_level"),
         "Image weights": info.get("weight"),
         "Eta DDIM" if sampler in OWN_STEPS else "Eta": info.get("eta") or None,
+        **{name: info.get(key) for name, (key, _) in SDXL_SETTINGS.items()},
+        "Refiner": refiner and f"{PurePath(refiner['path']).stem} [{refiner['hash']}]",
+        "Refiner switch at": _refiner_start(info),
         "Lora hashes": _hashes(info.get("loras"), "a1111_hash"),
         "TI hashes": _hashes(info.get("embeddings"), "hash"),
         "Version": info.get("ldm") and f"ldm {info['ldm']}",
@@ -134,6 +163,12 @@ def _settings(info: JsonMapping) -> Iterable[tuple[str, str]]:
 def _hashes(files: Iterable[Mapping[str, str]] | None, key: str) -> str:
     pairs = ((PurePath(file["path"]).stem, file.get(key)) for file in files or ())
     return ", ".join(f"{name}: {digest}" for name, digest in pairs if digest)
+
+
+def _refiner_start(info: JsonMapping) -> float | None:
+    """Return the fraction of the steps before the refiner, as A1111 counts."""
+    strength = info.get("refiner_strength")
+    return info.get("refiner_start") if strength is None else round(1 - strength, 4)
 
 
 def _schedule_type(info: JsonMapping) -> str | None:
@@ -162,6 +197,8 @@ def parse_parameters(parameters: str) -> JsonObject:
             elif name == "Size":
                 width, height = value.split("x")
                 info["size"] = [int(height), int(width)]
+            elif name == "Refiner" and (refiner := REFINER_PATTERN.fullmatch(value)):
+                info["refiner"] = {"path": refiner[1], "hash": refiner[2]}
             else:
                 other[name] = value
         except ValueError:

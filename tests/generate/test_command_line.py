@@ -12,10 +12,12 @@ import pytest
 
 from ldm.commands.main import main
 from ldm.generate.command_line import build_parser, parse_request, to_argv
+from ldm.generate.load import resolve_sampling
 from ldm.generate.options import QUIRKS, options_of
 from ldm.generate.provenance import read_request
 from ldm.generate.request import ModelChoice
 from ldm.generate.tasks import TASKS
+from ldm.model import Defaults
 from ldm.nets.attention import BACKENDS
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +47,7 @@ def parse(task, *words):
          " --config c --ckpt k --seed 1 --precision full --skip_grid --skip_save --plms",
          {"overrides": (), "sampler": "plms", "skip_save": True}),
         ("txt2img", "--prompt a_fox --ckpt 768.ckpt --config configs/v2.yaml --H 768 --W 768",
-         {"prompt": "a_fox", "ckpt": "768.ckpt", "height": 768, "width": 768, "sampler": "ddim"}),
+         {"prompt": "a_fox", "ckpt": "768.ckpt", "height": 768, "width": 768, "sampler": None}),
         ("txt2img", "--dpm_solver --scale 7.5 --n_rows 2",
          {"sampler": "dpm", "scale": 7.5, "n_rows": 2}),
         ("txt2img", "--dpm --steps 25 --device cuda --bf16",
@@ -60,6 +62,9 @@ def parse(task, *words):
         ("txt2img", "--spacing trailing --unet-tile 64 --guidance-interval 0.3,5",
          {"scheduler": "trailing", "unet_tile": 64, "guidance_interval": (0.3, 5.0)}),
         ("txt2img", "a.b=1 --seed 2 c.d=x", {"overrides": ("a.b=1", "c.d=x"), "seed": 2}),
+        ("inpaint", "--refiner r.ckpt --refiner-start 0.8 --original-size 768,1024 --crop 0,64",
+         {"refiner": "r.ckpt", "refiner_start": 0.8, "original_size": (768, 1024),
+          "crop": (0, 64), "target_size": None}),
         ("txt2img", "--lora a.safetensors:0.5 --lora C:/b.pt",
          {"lora": (("a.safetensors", 0.5), ("C:/b.pt", 1.0))}),
     ],
@@ -72,21 +77,37 @@ def test_command_lines_mean_what_they_meant(task, command, expected):
 def test_defaults_are_those_of_the_original():
     expected = {
         "prompt": "a professional photograph of an astronaut riding a triceratops",
-        "outdir": "outputs/txt2img-samples", "steps": 50, "sampler": "ddim", "fixed_code": False,
-        "eta": 0.0, "n_iter": 3, "n_samples": 3, "n_rows": 0, "from_file": None, "seed": 42,
+        "outdir": "outputs/txt2img-samples", "fixed_code": False, "n_iter": 3, "n_samples": 3,
+        "n_rows": 0, "from_file": None, "seed": 42,
         "precision": "autocast", "repeat": 1, "torchscript": False, "ipex": False,
     }  # fmt: skip
     request = parse("txt2img", "--ckpt", "m.ckpt")
     assert {key: request.values()[key] for key in expected} == expected
-    assert request.scale == 9.0
+    sampling = resolve_sampling(request, Defaults())
+    assert (sampling.steps, sampling.sampler, sampling.eta, sampling.scale) == (50, "ddim", 0, 9)
 
 
-def test_the_demo_model_has_a_scale_of_its_own():
-    scales = {task: parse(task).scale for task in TASKS}
-    assert scales == {"txt2img": 3, "img2img": 3, "inpaint": 3, "depth2img": 3, "upscale": 1,
-                      "unclip": 3}  # fmt: skip
-    assert parse("txt2img", "--scale", "9").scale == 9.0
-    assert parse("inpaint", "--ckpt", "m.ckpt").scale == 10.0
+@pytest.mark.parametrize(
+    ("task", "flags", "expected"),
+    [
+        ("txt2img", "", (3, 50, "ddim")),
+        ("upscale", "", (1, 50, "ddim")),
+        ("txt2img", "--scale 9 --steps 5 --plms", (9, 5, "plms")),
+        ("inpaint", "--ckpt m.ckpt", (10, 50, "ddim")),
+        ("unclip", "--ckpt m.ckpt", (10, 20, "ddim")),
+    ],
+)
+def test_tasks_and_the_demo_model_have_defaults_of_their_own(task, flags, expected):
+    sampling = resolve_sampling(parse(task, *flags.split()), Defaults())
+    assert (sampling.scale, sampling.steps, sampling.sampler) == expected
+
+
+def test_defaults_of_a_model_come_before_those_of_a_task():
+    turbo = Defaults(scale=1.0, steps=4, sampler="euler_a")
+    sampling = resolve_sampling(parse("inpaint", "--ckpt", "m.ckpt"), turbo)
+    assert (sampling.scale, sampling.steps, sampling.sampler) == (1.0, 4, "euler_a")
+    sampling = resolve_sampling(parse("txt2img", "--ckpt", "m.ckpt", "--steps", "8"), turbo)
+    assert (sampling.scale, sampling.steps) == (1.0, 8)
 
 
 def test_the_quirk_of_sizes_cuts_them_down():
@@ -145,6 +166,11 @@ def test_a_flag_of_the_original_keeps_its_abbreviation_beside_newer_ones():
         ("inpaint", "--mask-grow -1", "is not a whole number"),
         ("txt2img", "--guidance-interval 5,1", "is not LOW,HIGH"),
         ("txt2img", "--scale nan", "is not a number"),
+        ("txt2img", "--original-size 512", "is not HEIGHT,WIDTH"),
+        ("txt2img", "--crop=-1,0", "is not TOP,LEFT"),
+        ("txt2img", "--refiner r --H 72", "height 72 is not a positive multiple of 64, which"),
+        ("txt2img", "--refiner-strength 0.2 --refiner-start 0.8", "only one can hold"),
+        ("upscale", "--refiner r.ckpt", "unknown argument `--refiner`"),
     ],
 )
 def test_mistakes_exit_with_2_and_one_line(task, command, message, capsys):
@@ -158,10 +184,14 @@ def test_mistakes_exit_with_2_and_one_line(task, command, message, capsys):
 
 def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
     """Everything that can be asked for, one option at a time and all at once."""
+    sides = ("original_size", "crop", "target_size")
+    names_of_pairs = [*sides, *(f"negative_{name}" for name in sides)]
     words = {"scheduler": "karras", "guidance_interval": "0.5,4", "mask_box": "1,2,3,4",
              "lora": "x.safetensors:0.25", "legacy": "noise,steps", "precision": "fp16",
              "attention": "math", "sampler": "dpm", "strength": ".25",
-             "rescale": ".5", "resize_mode": "pad"}  # fmt: skip
+             "rescale": ".5", "resize_mode": "pad", "height": "64", "width": "64",
+             "refiner_strength": ".25", "refiner_start": ".75",
+             **dict.fromkeys(names_of_pairs, "8,16")}  # fmt: skip
     for task in TASKS.values():
         argvs = []
         for name, (row, _) in task.options().items():
@@ -172,7 +202,8 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
                 argvs.append([row.flags[0]])
             else:
                 argvs.append([row.flags[0], word])
-        for argv in [[], *argvs, list(chain(*argvs))]:
+        compatible = [argv for argv in argvs if argv[0] != "--refiner-start"]
+        for argv in [[], *argvs, list(chain(*compatible))]:
             request = parse_request(task, argv)[0]
             assert parse_request(task, to_argv(request))[0] == request
             info = dict.fromkeys(["checkpoint_hash", "ema", "config_hash", "overrides", "device",

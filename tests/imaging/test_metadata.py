@@ -175,6 +175,19 @@ def test_our_parameters_text_is_read_where_the_json_is_missing_or_broken(tmp_pat
     assert {key: info[key] for key in keys} == {key: INFO[key] for key in keys}
 
 
+def test_options_of_sdxl_are_in_the_text_and_read_from_it(tmp_path):
+    refiner = {"path": "/x/sd_xl_refiner_1.0.safetensors", "hash": "7440042bbd"}
+    sdxl = {"prompt_2": "oil, thick", "original_size": [768, 1024], "crop": [0, 64],
+            "negative_aesthetic_score": 2.5, "refiner_start": 0.8}  # fmt: skip
+    text = parameters_text({**INFO, **sdxl, "refiner": refiner})
+    assert "Refiner: sd_xl_refiner_1.0 [7440042bbd], Refiner switch at: 0.8" in text
+    info = read_info(write_text(tmp_path / "a.png", parameters=text))
+    assert info.items() >= sdxl.items()
+    assert info["refiner"] == {"path": "sd_xl_refiner_1.0", "hash": "7440042bbd"}
+    text = parameters_text({"refiner": refiner, "refiner_strength": 0.15})
+    assert text.endswith("Refiner switch at: 0.85")
+
+
 @pytest.mark.parametrize("text", ["", "only a prompt", 'Steps: x, Size: 3, Seed: "1', "\n\n"])
 def test_strange_texts_do_no_harm(tmp_path, text):
     assert "steps" not in read_info(write_text(tmp_path / "a.png", parameters=text))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.generate.options import Option, Value, option, options_of
-from ldm.generate.request import Inputs, ModelChoice, Output, Prompts, Request, Sampling
+from ldm.generate.request import SDXL, Inputs, ModelChoice, Output, Prompts, Request, Sampling
 from ldm.runtime.errors import MissingArgument, MissingFile
 from ldm.runtime.ranks import rank_and_world_size
 
@@ -66,7 +66,7 @@ class Task:
         prepare: reads the inputs.
         families: the models that it works with, names in `ldm.pipelines.families.FAMILIES`.
         defaults: of options, where the task has others.
-        scale: default guidance scale.
+        scale: default guidance scale of Stable Diffusion 1 and 2.
         demo_model: the model that ships with ldm for this task; None = the text-to-image model.
         demo_scale: default guidance scale of that model.
         example_flags: flags for a published model, as an example.
@@ -90,11 +90,13 @@ class Task:
 
     def groups(self) -> dict[str, type]:
         """Return the groups of options, by their fields in `Request`."""
+        sdxl = {"sdxl": SDXL} if "text" in self.families else {}
         return {
             "inputs": self.inputs,
             "prompts": Prompts,
             "model": ModelChoice,
             "sampling": Sampling,
+            **sdxl,
             "output": Output,
         }
 
