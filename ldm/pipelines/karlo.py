@@ -71,8 +71,7 @@ def encode_texts(clip: CLIPVision, texts: Sequence[str]) -> Cond:
     tokens = tokenizer.tokenize(texts, tokenizer.CLIP, len(model.positional_embedding))
     tokens = tokens.to(model.positional_embedding.device)  # (B, 77)
     ends = tokens.argmax(dim=1)  # (B,); the first end token has the greatest id
-    x: Tensor = model(tokens)  # (B, 77, D)
-    text = x[torch.arange(len(x), device=x.device), ends] @ model.text_projection  # (B, D)
+    x, text = model(tokens, len(model.blocks), ends=ends)  # (B, 77, D), (B, D)
     mask = torch.arange(x.shape[1], device=x.device) <= ends[:, None]  # (B, 77)
     return Cond(crossattn=x * mask[..., None], vector=text)
 
