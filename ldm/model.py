@@ -118,7 +118,10 @@ class LatentDiffusion(nn.Module):
 
     def encode(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Encode images (B, 3, H, W) in [-1, 1] as z (B, C, h, w) float32, a posterior sample."""
-        z = self.autoencoder.encode(image).sample(generator).float()
+        return self.normalize(self.autoencoder.encode(image).sample(generator).float())
+
+    def normalize(self, z: Tensor) -> Tensor:
+        """Convert latents (B, C, h, w) of the autoencoder to those of the UNet, of std about 1."""
         if self.latent_mean is not None:
             z = z - self.latent_mean.to(z.device)
         if self.latent_std is not None:

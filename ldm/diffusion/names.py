@@ -5,7 +5,7 @@ Each table is the only list of its kind: functions, flags, form fields and PNG t
 
 from dataclasses import dataclass
 
-__all__ = ["LEGACY", "SAMPLERS", "SCHEDULERS", "Sampler", "Scheduler"]
+__all__ = ["API_LEGACY", "LEGACY", "SAMPLERS", "SCHEDULERS", "SDXL_LEGACY", "Sampler", "Scheduler"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,19 @@ SCHEDULERS = {
     "edm": Scheduler("edm_sigmas", "EDM"),
 }
 
+# Quirks of SDXL's original, which do nothing for other models.
+SDXL_LEGACY = {
+    "ignore-negative": "the base ignores the negative prompt",
+    "refiner-empty-negative": "a refiner after the base ignores the negative prompt",
+    "nearest-sigma": "the denoiser takes the nearest of its 1000 noise levels",
+    "legacy-steps": "from an image and for a refiner, int(strength * (steps + 1)) - 1 steps",
+    "refiner-from-noise": "the refiner alone starts from full noise (SamplingPipeline)",
+    "api-scores": "aesthetic scores of 5 and 5 (SamplingPipeline)",
+    "float-watermark": "the watermark, dwtDct, is written before pixels become integers",
+    "unused-draws": "noise is drawn for the handover to a refiner, and not used",
+}
+API_LEGACY = frozenset({"refiner-from-noise", "api-scores"})  # what the demo does otherwise
+
 # Quirks of the original scripts, each brought back by its name, so that old results can be made
 # again; code in `ldm.pipelines.quirks`.
 LEGACY = {
@@ -66,4 +79,4 @@ LEGACY = {
     "size": "height and width cut down to multiples of 8, images squeezed to multiples of 64",
     "strength": "img2img truncates its count of steps, and starts with the noise of a step above",
     "weights": "unCLIP mixes with weights as they are given, not made to sum to 1",
-}
+} | SDXL_LEGACY

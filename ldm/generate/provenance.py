@@ -68,8 +68,7 @@ def describe_run(
         "task": request.task.name,
         "sampler": sampling.sampler,
         "scheduler": sampling.scheduler,
-        "scheduler_in_use": sampling.scheduler
-        or default_scheduler(model.schedule, sampling.sampler),
+        "scheduler_in_use": sampling.scheduler or default_scheduler(model, sampling.sampler),
         "steps": sampling.steps,
         "eta": sampling.eta,
         "scale": sampling.scale,

@@ -2,9 +2,9 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,23 +13,65 @@ from typing_extensions import Unpack
 
 from ldm.conditioning import Cond
 from ldm.diffusion.guidance import Scale
+from ldm.diffusion.samplers import Constrain
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import check_family
-from ldm.pipelines.quirks import Noise, noise_source
-from ldm.pipelines.sampling import SamplingOptions, check_sampling, default_scheduler, sample
+from ldm.pipelines.quirks import Noise, Quirks, noise_source
+from ldm.pipelines.sampling import (
+    Callback,
+    SamplingOptions,
+    check_sampling,
+    latent_size,
+    run_sigmas,
+    sample,
+)
+from ldm.pipelines.sdxl import (
+    Handover,
+    SDXLOptions,
+    Sizes,
+    check_sdxl,
+    check_size,
+    size_conditions,
+)
 from ldm.runtime.errors import ArgumentError, NonFinite, Stop, unknown_name
 
-__all__ = ["TaskOptions", "decode_latent", "encode_image", "generate", "pipeline"]
+__all__ = [
+    "TaskOptions",
+    "TextOptions",
+    "decode_latent",
+    "encode_image",
+    "generate",
+    "pipeline",
+]
 
 
 class TaskOptions(SamplingOptions):
     """The keywords that all tasks take, for a batch of several prompts."""
 
     negative_prompt: Sequence[str]
-    scale: float
+    scale: float | None
     tile: int | None
 
 
+class TextOptions(SamplingOptions, SDXLOptions):
+    """Keywords of tasks that SDXL is for, too."""
+
+
+class SampleOptions(SamplingOptions, total=False):
+    """Other keywords of `sample`."""
+
+    scale: Scale | None
+    noise: Noise
+    constrain: Constrain | None
+    z: Tensor | None
+    z_t: Tensor | None
+    strength: float
+    size: tuple[int, int] | None
+    sigmas: Tensor
+    end: int
+
+
+Prompt = tuple[str | None, str | None]  # for the first and the second text encoder
 P = ParamSpec("P")
 TensorOrCond = TypeVar("TensorOrCond", Tensor, Cond)
 FORMER_KEYWORDS = {"grid": "scheduler"}
@@ -49,7 +91,8 @@ def pipeline(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tens
         signature = inspect.signature(function)
         parameters = signature.parameters.values()
         allowed = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
-        allowed += SamplingOptions.__annotations__
+        takes_sdxl = "text" in families
+        allowed += (TextOptions if takes_sdxl else SamplingOptions).__annotations__
 
         @wraps(function)
         @torch.no_grad()
@@ -69,12 +112,52 @@ def pipeline(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tens
     return decorate
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """What the models of a call are conditioned on.
+
+    Args:
+        prompts, negatives: a pair per image, for the first and the second text encoder.
+        inputs: batch of the keys that models read in addition to text, a row per image.
+        unconditional_inputs: those that differ for the unconditional half of guidance.
+        options: sizes and scores.
+        size: (height, width) of the images in pixels.
+        scale: of guidance; None = the default of each model.
+    """
+
+    prompts: list[Prompt]
+    negatives: list[Prompt]
+    inputs: Mapping[str, object]
+    unconditional_inputs: Mapping[str, object]
+    options: SDXLOptions
+    size: tuple[int, int]
+    scale: Scale | None
+
+    def encode(
+        self, model: LatentDiffusion, quirks: Quirks, *, after_base: bool = False
+    ) -> tuple[Cond, Cond | None]:
+        """Encode what a model reads; an empty negative prompt is its unconditional one."""
+        sizes, negative_sizes = size_conditions(model, self.options, self.size, quirks)
+        keys = model.conditioner.keys
+        inputs = {key: value for key, value in self.inputs.items() if key in keys}
+        cond = check_finite(encode_prompts(model, self.prompts, inputs, sizes), "the text encoder")
+        if (model.defaults.scale if self.scale is None else self.scale) == 1:
+            return cond, None
+        text = model.conditioner.text
+        null = None if text is not None and text.null is None else ""
+        negatives = [pair if any(pair) else (null, null) for pair in self.negatives]
+        if quirks.ignores_negative(after_base=after_base):
+            negatives = [(null, null)] * len(negatives)
+        inputs |= self.unconditional_inputs
+        return cond, encode_prompts(model, negatives, inputs, negative_sizes)
+
+
 def generate(
     model: LatentDiffusion,
     prompts: Sequence[str],
     negative_prompt: str | Sequence[str],
     inputs: Mapping[str, Tensor],
-    scale: Scale,
+    scale: Scale | None,
     tile: int | None,
     *,
     noise: Noise,
@@ -82,39 +165,46 @@ def generate(
     z: Tensor | None = None,
     strength: float = 1.0,
     size: tuple[int, int] | None = None,
-    constrain: Callable[[Tensor, float], Tensor] | None = None,
-    **options: Unpack[SamplingOptions],
+    constrain: Constrain | None = None,
+    **options: Unpack[TextOptions],
 ) -> Tensor:
-    """Encode prompts, sample and decode.
+    """Encode prompts, sample and decode; a refiner goes on from where the model stops.
 
     Args:
         inputs: batch of the keys that the model reads in addition to text, a row per prompt.
         unconditional_inputs: those that differ for the unconditional half of guidance.
         tile: side in latent pixels of the decoder's tiles; None = decode whole.
-        scale, noise, z, strength, size, constrain, options: see `sample`.
+        scale, noise, z, strength, size, constrain: see `sample`.
+        options: see `sample` and `SDXLOptions`.
     Returns:
         (B, 3, H, W) float32 in [-1, 1].
     Raises:
         NonFinite: a stage of the model gave NaN or infinity.
     """
-    prompts = as_list(prompts)
-    uncond = None
-    if scale != 1:
-        negatives = as_list(negative_prompt)
-        if isinstance(negative_prompt, str):
-            negatives *= len(prompts)
-        if len(negatives) != len(prompts):
-            raise ArgumentError(
-                f"{len(negatives)} negative prompts were given for {len(prompts)} images",
-                "negative_prompt",
-            )
-        uncond = encode_prompts(model, negatives, {**inputs, **(unconditional_inputs or {})})
-    cond = check_finite(encode_prompts(model, prompts, inputs), "the text encoder")
+    sampling, sdxl = split_options(options)
+    height, width = latent_size(model, size, sampling.get("x_T") if z is None else z)
+    size_in_pixels = (height * model.downscale, width * model.downscale)
+    check_size(model, size_in_pixels, sdxl)
+    n, second_negative = len(as_list(prompts)), sdxl.get("negative_prompt_2")
+    conditions = Conditions(
+        pair_texts(prompts, sdxl.get("prompt_2"), n, "prompt"),
+        pair_texts(negative_prompt, second_negative, n, "negative_prompt"),
+        inputs,
+        unconditional_inputs or {},
+        sdxl,
+        size_in_pixels,
+        scale,
+    )
+    refiner, quirks = sdxl.get("refiner"), Quirks.of(model, sampling.get("legacy", ()))
+    start = {"z": z, "strength": strength, "size": size, "noise": noise, "constrain": constrain}
+    run = cast(SampleOptions, {**sampling, "scale": scale, **start})
+    cond, uncond = conditions.encode(model, quirks)
     try:
-        latent = sample(
-            model, cond, uncond, scale=scale, noise=noise, z=z, strength=strength, size=size,
-            constrain=constrain, **options,
-        )  # fmt: skip
+        if refiner is None:
+            latent = sample(model, cond, uncond, **run)
+        else:
+            refiner_conds = conditions.encode(refiner, quirks, after_base=True)
+            latent = _sample_with_refiner(model, refiner, (cond, uncond), refiner_conds, sdxl, run)
     except Stop as stop:
         if stop.latent is None:
             raise
@@ -122,34 +212,119 @@ def generate(
     return decode_latent(model, latent, tile)
 
 
+def _sample_with_refiner(
+    model: LatentDiffusion,
+    refiner: LatentDiffusion,
+    conds: tuple[Cond, Cond | None],
+    refiner_conds: tuple[Cond, Cond | None],
+    options: SDXLOptions,
+    run: SampleOptions,
+) -> Tensor:
+    """Sample with the base until the handover, then with the refiner, without new noise."""
+    quirks = Quirks.of(model, run.get("legacy", ()))
+    sigmas = run_sigmas(model, quirks, run)
+    steps, first = len(sigmas) - 1, 0
+    if run["z"] is not None:
+        first, _ = quirks.first_step(run["strength"], steps, steps)
+    end = max(Handover.of(options).index(model.schedule, sigmas, quirks), first)
+    callback = run.get("callback")
+
+    def on_step(offset: int) -> Callback | None:
+        """Count the steps of both models."""
+        total = steps - first
+        return callback and (lambda step, _, *latents: callback(step + offset, total, *latents))
+
+    base_run: SampleOptions = {**run, "sigmas": sigmas, "end": end, "callback": on_step(0)}
+    z_t = sample(model, *conds, **base_run)
+    if "unused-draws" in quirks:
+        run["noise"](z_t)
+    refiner_run: SampleOptions = {
+        **run, "sigmas": sigmas[end:], "z_t": z_t, "z": None, "x_T": None,
+        "callback": on_step(end - first),
+    }  # fmt: skip
+    return sample(refiner, *refiner_conds, **refiner_run)
+
+
+def split_options(
+    options: SamplingOptions | TextOptions,
+) -> tuple[SamplingOptions, SDXLOptions]:
+    """Separate what `sample` takes from what only SDXL does."""
+    names = SDXLOptions.__annotations__
+    sampling = {name: value for name, value in options.items() if name not in names}
+    sdxl = {name: value for name, value in options.items() if name in names}
+    return cast(SamplingOptions, sampling), cast(SDXLOptions, sdxl)
+
+
 def make_noise(
-    model: LatentDiffusion, prompts: Sequence[str], options: SamplingOptions, strength: float = 1.0
+    model: LatentDiffusion,
+    prompts: Sequence[str],
+    options: SamplingOptions | TextOptions,
+    strength: float = 1.0,
 ) -> Noise:
     """Make the noise source of a call, a row per prompt.
 
     Raises:
-        ArgumentError: invalid sampling options; checked here, before any network runs.
+        ArgumentError: invalid options; checked here, before any network runs.
     """
-    sampler, scheduler = options.get("sampler", "ddim"), options.get("scheduler")
+    sampling, sdxl = split_options(options)
     legacy = options.get("legacy", ())
     check_sampling(
-        sampler, scheduler, options.get("eta", 0.0), strength, options.get("rescale", 0.0), legacy
+        options.get("sampler") or model.defaults.sampler,
+        options.get("scheduler"),
+        options.get("eta", 0.0),
+        strength,
+        options.get("rescale", 0.0),
+        legacy,
     )
-    scheduler = scheduler or default_scheduler(model.schedule, sampler)
-    model.schedule.step_sigmas(options.get("steps", 50), scheduler)  # raises ArgumentError
+    run_sigmas(model, Quirks(), sampling)  # raises ArgumentError
+    check_sdxl(model, sdxl)
     return noise_source(options.get("seeds"), len(as_list(prompts)), legacy)
 
 
 def encode_prompts(
-    model: LatentDiffusion, prompts: Sequence[str], inputs: Mapping[str, object]
+    model: LatentDiffusion,
+    prompts: Sequence[Prompt],
+    inputs: Mapping[str, object],
+    sizes: Sizes | None = None,
 ) -> Cond:
-    """Encode prompts and inputs as a condition, a row per prompt; each distinct prompt once."""
+    """Encode prompts and inputs as a condition, a row per prompt; each distinct prompt once.
+
+    Args:
+        sizes: that all rows have.
+    """
     distinct = list(dict.fromkeys(prompts))
-    cond = model.condition({"txt": distinct, **inputs})
-    if cond.crossattn is None or len(distinct) == len(prompts):
+    numbers = {key: [value] * len(distinct) for key, value in (sizes or {}).items()}
+    batch = {"txt": [first for first, _ in distinct], **numbers, **inputs}
+    if any(first != second for first, second in distinct):
+        batch["txt_2"] = [second for _, second in distinct]
+    cond = model.condition(batch)
+    if len(distinct) == len(prompts):
         return cond
-    rows = [distinct.index(prompt) for prompt in prompts]
-    return replace(cond, crossattn=cond.crossattn[torch.tensor(rows).to(cond.crossattn.device)])
+    rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
+    slots = cond.tensors()
+    for name in ("crossattn", "vector") if sizes else ("crossattn",):
+        if name in slots:
+            slots[name] = slots[name][rows.to(slots[name].device)]
+    return Cond(**slots)
+
+
+def pair_texts(
+    texts: str | Sequence[str], second: str | Sequence[str] | None, n: int, name: str
+) -> list[Prompt]:
+    """Pair n texts with those for the second text encoder, by default the same.
+
+    Args:
+        texts, second: one for all, or n.
+        name: of the argument.
+    """
+    columns = []
+    for suffix, column in (("", texts), ("_2", texts if second is None else second)):
+        column = [column] * n if isinstance(column, str) else list(column)
+        if len(column) != n:
+            what = name.replace("_", " ") + "s"
+            raise ArgumentError(f"{len(column)} {what} were given for {n} images", name + suffix)
+        columns.append(column)
+    return list(zip(*columns, strict=True))
 
 
 def decode_latent(model: LatentDiffusion, z: Tensor, tile: int | None) -> Tensor:
@@ -165,7 +340,7 @@ def encode_image(model: LatentDiffusion, image: Tensor, n: int, noise: Noise) ->
     posterior = model.autoencoder.encode(image)
     mean = posterior.mean.float().expand(n, -1, -1, -1)
     z = mean + posterior.std.float() * noise(torch.empty(mean.shape, device=mean.device))
-    return check_finite(z * model.scale_factor, "the VAE")
+    return check_finite(model.normalize(z), "the VAE")
 
 
 def as_list(prompts: str | Sequence[str]) -> list[str]:

@@ -6,7 +6,10 @@ from ldm.conditioning import Conditioner
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import WrongFamily
 
-__all__ = ["FAMILIES", "Family", "check_family", "family_of"]
+__all__ = ["FAMILIES", "Family", "check_family", "family_of", "is_sdxl"]
+
+# Sizes that Stable Diffusion XL reads; it belongs to the family of its other keys.
+SIZE_KEYS = {"original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple"}
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,7 @@ class Family:
     """A family of models.
 
     Args:
-        keys: the batch keys that their encoders read.
+        keys: the batch keys that their encoders read, but for sizes.
         title: name in messages.
         function: the function of `ldm.pipelines` for them.
     """
@@ -26,6 +29,9 @@ class Family:
 
 FAMILIES = {
     "text": Family(frozenset({"txt"}), "a text-to-image model", "txt2img"),
+    "refiner": Family(
+        frozenset({"txt", "aesthetic_score"}), "the refiner of Stable Diffusion XL", "img2img"
+    ),
     "inpainting": Family(frozenset({"txt", "masked"}), "an inpainting model", "inpaint"),
     "depth": Family(frozenset({"txt", "depth"}), "a depth model", "depth2img"),
     "upscaling": Family(
@@ -38,8 +44,13 @@ FAMILIES = {
 
 def family_of(conditioner: Conditioner) -> str | None:
     """Return the name in FAMILIES of models with these encoders; None = an unknown family."""
-    keys = conditioner.keys
+    keys = conditioner.keys - SIZE_KEYS
     return next((name for name, family in FAMILIES.items() if family.keys == keys), None)
+
+
+def is_sdxl(model: LatentDiffusion) -> bool:
+    """Return whether the model is Stable Diffusion XL or its refiner: it reads sizes."""
+    return not SIZE_KEYS.isdisjoint(model.conditioner.keys)
 
 
 def check_family(model: LatentDiffusion, *families: str) -> None:
@@ -51,4 +62,7 @@ def check_family(model: LatentDiffusion, *families: str) -> None:
         keys = ", ".join(f"`{key}`" for key in sorted(model.conditioner.keys)) or "nothing"
         raise WrongFamily(f"this model reads {keys}, and no task here provides that")
     family = FAMILIES[name]
-    raise WrongFamily(f"this is {family.title}: use `{family.function}`", family.function)
+    hint = f"use `{family.function}`"
+    if name == "refiner":
+        hint += ", or give it as `refiner` with a base model"
+    raise WrongFamily(f"this is {family.title}: {hint}", family.function)

@@ -13,9 +13,10 @@ from torch import Tensor
 from ldm.conditioning import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Denoise, Scale, add_guidance
-from ldm.diffusion.names import LEGACY
-from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.names import LEGACY, SDXL_LEGACY
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.model import LatentDiffusion
+from ldm.pipelines.families import family_of, is_sdxl
 from ldm.runtime.errors import ArgumentError, unknown_name
 
 __all__ = ["Noise", "Quirks", "noise_source", "seeded_noise"]
@@ -43,7 +44,19 @@ class Quirks:
     def __contains__(self, name: str) -> bool:
         return name in self.names
 
-    def sigmas(self, schedule: Schedule, steps: int, scheduler: str) -> Tensor:
+    @classmethod
+    def of(cls, model: LatentDiffusion, names: Iterable[str]) -> "Quirks":
+        """Enable those of the names that have an effect on a model."""
+        enabled = cls(frozenset(names)).names
+        if not is_sdxl(model):
+            enabled -= SDXL_LEGACY.keys()
+        elif family_of(model.conditioner) == "refiner":
+            enabled -= {"ignore-negative"}
+        else:
+            enabled -= {"refiner-from-noise"}
+        return cls(enabled)
+
+    def sigmas(self, schedule: NoiseSchedule, steps: int, scheduler: str) -> Tensor:
         """Return the noise levels of a run, as `Schedule.steps`."""
         if "steps" in self and scheduler == "uniform":
             return _original_uniform_sigmas(schedule, steps)
@@ -51,7 +64,7 @@ class Quirks:
 
     def denoiser(self, model: LatentDiffusion, sampler: str) -> Denoiser:
         """Return the model's denoiser; where the original took v or x0 for eps, so does it."""
-        denoiser = model.denoiser
+        denoiser = replace(model.denoiser, nearest="nearest-sigma" in self)
         v_as_eps = "plms-v" in self and sampler == "plms" and denoiser.parameterization == "v"
         x0_as_eps = "x0-eps" in self and denoiser.parameterization == "x0"
         if x0_as_eps and sampler == "dpm":
@@ -70,6 +83,11 @@ class Quirks:
         Returns:
             (index of the first sigma, index of the sigma whose noise is put on the image).
         """
+        if "refiner-from-noise" in self:
+            return 0, 0
+        if "legacy-steps" in self:
+            first = total + 1 - max(int(strength * (total + 1)), 1)
+            return first, first
         if "strength" in self:
             first = total - min(int(strength * steps), total - 1)
             return first, first - 1
@@ -77,6 +95,14 @@ class Quirks:
         if strength > 0:
             count = max(count, 1)
         return total - count, total - count
+
+    def ignores_negative(self, *, after_base: bool) -> bool:
+        """Return whether a model, or a refiner after its base, ignores the negative prompt."""
+        return ("refiner-empty-negative" if after_base else "ignore-negative") in self
+
+    def is_pure_noise(self, strength: float) -> bool:
+        """Return whether nothing is left of an image at this strength."""
+        return strength == 1 and "legacy-steps" not in self and "refiner-from-noise" not in self
 
     def draw_unused(self, sampler: str, sigmas: Tensor, x: Tensor) -> None:
         """Draw the noise that the original's PLMS drew without using it; later batches differ."""
@@ -147,7 +173,7 @@ def global_noise(like: Tensor) -> Tensor:
     return torch.randn_like(like, dtype=torch.float32)
 
 
-def _original_uniform_sigmas(schedule: Schedule, steps: int) -> Tensor:
+def _original_uniform_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
     """Return the original's `uniform` steps, often more than requested."""
     if not 1 <= steps <= len(schedule):
         raise ArgumentError(f"steps must be in 1 … {len(schedule)}, got {steps}", "steps")

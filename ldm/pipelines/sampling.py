@@ -17,14 +17,21 @@ from ldm.diffusion import names
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Scale, add_guidance, limit_to_interval
 from ldm.diffusion.samplers import SAMPLERS, Constrain, euler
-from ldm.diffusion.schedule import Schedule
 from ldm.model import LatentDiffusion
 from ldm.nets.cpu import cache_weights
 from ldm.nets.tiling import apply_tiled
 from ldm.pipelines.quirks import Noise, Quirks, noise_source
 from ldm.runtime.errors import ArgumentError, unknown_name
 
-__all__ = ["SamplingOptions", "check_sampling", "default_scheduler", "invert", "sample"]
+__all__ = [
+    "SamplingOptions",
+    "check_sampling",
+    "default_scheduler",
+    "invert",
+    "latent_size",
+    "run_sigmas",
+    "sample",
+]
 
 Callback = Callable[[int, int, Tensor, Tensor], None]
 
@@ -32,8 +39,8 @@ Callback = Callable[[int, int, Tensor, Tensor], None]
 class SamplingOptions(TypedDict, total=False):
     """Keywords of `sample` that every task takes; see there."""
 
-    steps: int
-    sampler: str
+    steps: int | None
+    sampler: str | None
     scheduler: str | None
     eta: float
     rescale: float
@@ -55,12 +62,15 @@ def sample(
     z: Tensor | None = None,
     strength: float = 1.0,
     x_T: Tensor | None = None,
+    z_t: Tensor | None = None,
     size: tuple[int, int] | None = None,
-    steps: int = 50,
-    sampler: str = "ddim",
+    steps: int | None = None,
+    sampler: str | None = None,
     scheduler: str | None = None,
+    sigmas: Tensor | None = None,
+    end: int | None = None,
     eta: float = 0.0,
-    scale: Scale = 9.0,
+    scale: Scale | None = None,
     rescale: float = 0.0,
     guidance_interval: tuple[float, float] | None = None,
     seeds: int | Sequence[int] | Noise | None = None,
@@ -78,12 +88,15 @@ def sample(
         z: (B, C, h, w), the latent to add noise to and start from; None = start from pure noise.
         strength: fraction of the steps to run on z, from 0 (keep it) to 1 (start from pure noise).
         x_T: (B, C, h, w), the noise to start from, standard normal; None = drawn.
+        z_t: (B, C, h, w), a noisy latent at the first of `sigmas` to go on from, without new noise.
         size: (height, width) in pixels; None = the size of z or x_T, else the model's own.
-        steps: 1 … T.
-        sampler: a name in SAMPLERS.
+        steps: 1 … T; None = the model's default.
+        sampler: a name in SAMPLERS; None = the model's default.
         scheduler: a name in SCHEDULERS; None = `default_scheduler`.
+        sigmas: noise levels to run, descending; None = those of steps and scheduler.
+        end: index in sigmas of the level to stop at; the result is then noisy. None = the last.
         eta: DDIM's noise between steps, 0 (none) … 1 (DDPM) (arXiv:2010.02502, eq. 16).
-        scale: guidance scale; 1 is none.
+        scale: guidance scale; 1 is none, None = the model's default.
         rescale: 0 … 1, see `add_guidance`.
         guidance_interval: (low, high) sigmas between which guidance acts; None = everywhere.
         seeds: one per row, or the first of consecutive ones; None = from torch's generator. The
@@ -100,24 +113,31 @@ def sample(
     Raises:
         ArgumentError: an unknown name, or a value out of range.
     """
-    quirks = Quirks(frozenset(legacy))
-    scheduler = scheduler or grid
+    quirks = Quirks.of(model, legacy)
+    scheduler, defaults = scheduler or grid, model.defaults
+    sampler, scale = sampler or defaults.sampler, defaults.scale if scale is None else scale
     check_sampling(sampler, scheduler, eta, strength, rescale)
-    scheduler = scheduler or default_scheduler(model.schedule, sampler)
-    sigmas = quirks.sigmas(model.schedule, steps, scheduler)
-    shape = (len(cond), model.channels, *_latent_size(model, size, x_T if z is None else z))
+    steps = defaults.steps if steps is None else steps
+    if sigmas is None:
+        options: SamplingOptions = {"steps": steps, "sampler": sampler, "scheduler": scheduler}
+        sigmas = run_sigmas(model, quirks, options)
     noise = noise or noise_source(seeds, len(cond), quirks.names)
-    if x_T is None:
-        x_T = noise(torch.empty(shape, device=model.device))
-    x_T = x_T.to(model.device, torch.float32)
-    if z is None:
-        x = x_T * _std(sigmas[0])
+    shape = (len(cond), model.channels, *latent_size(model, size, x_T if z is None else z))
+    first = 0
+    if z_t is not None:
+        x = z_t.to(model.device, torch.float32) * _std(sigmas[0])
     else:
-        first, noise_level = quirks.first_step(strength, steps, len(sigmas) - 1)
-        sigma, std = float(sigmas[noise_level]), _std(sigmas[noise_level])
-        x = x_T * std if strength == 1 else z.to(x_T) + sigma * x_T
-        x = x * (_std(sigmas[first]) / std)
-        sigmas = sigmas[first:]
+        if x_T is None:
+            x_T = noise(torch.empty(shape, device=model.device))
+        x_T = x_T.to(model.device, torch.float32)
+        if z is None:
+            x = x_T * _std(sigmas[0])
+        else:
+            first, noise_level = quirks.first_step(strength, steps, len(sigmas) - 1)
+            sigma, std = float(sigmas[noise_level]), _std(sigmas[noise_level])
+            x = x_T * std if quirks.is_pure_noise(strength) else z.to(x_T) + sigma * x_T
+            x = x * (_std(sigmas[first]) / std)
+    sigmas = sigmas[first : None if end is None else max(end, first) + 1]
     if guidance_interval is not None:
         scale = limit_to_interval(scale, *guidance_interval)
     denoiser = _in_tiles(quirks.denoiser(model, sampler), unet_tile)
@@ -127,7 +147,7 @@ def sample(
         sigmas,
         callback=callback and _with_steps(callback, len(sigmas) - 1),
         constrain=constrain,
-        **_sampler_options(sampler, eta, noise, "noise" in quirks),
+        **_sampler_options(sampler, eta, noise, "noise" in quirks, end is not None),
     )
     quirks.draw_unused(sampler, sigmas, x)
     return x / _std(sigmas[-1])
@@ -165,13 +185,23 @@ def invert(
     return x / _std(sigmas[-1])
 
 
-def default_scheduler(schedule: Schedule, sampler: str) -> str:
-    """Return the sampler's own scheduler, else "uniform".
+def run_sigmas(model: LatentDiffusion, quirks: Quirks, options: SamplingOptions) -> Tensor:
+    """Return the noise levels (n + 1,) of a run of steps, sampler and scheduler."""
+    steps, sampler = options.get("steps"), options.get("sampler") or model.defaults.sampler
+    scheduler = options.get("scheduler") or default_scheduler(model, sampler)
+    return quirks.sigmas(
+        model.schedule, model.defaults.steps if steps is None else steps, scheduler
+    )
+
+
+def default_scheduler(model: LatentDiffusion, sampler: str) -> str:
+    """Return the sampler's own scheduler, else the model's, else "uniform".
 
     With zero terminal SNR it is "trailing", as sampling must begin at the last timestep
     (arXiv:2305.08891, §3.3).
     """
-    return names.SAMPLERS[sampler].scheduler or ("trailing" if schedule.zero_snr else "uniform")
+    own = names.SAMPLERS[sampler].scheduler or model.defaults.scheduler
+    return own or ("trailing" if model.schedule.zero_snr else "uniform")
 
 
 def check_sampling(
@@ -207,9 +237,11 @@ def _in_tiles(denoiser: Denoiser, tile: int | None) -> Denoiser:
 
 
 def _sampler_options(
-    sampler: str, eta: float, noise: Noise, always_draws: bool
+    sampler: str, eta: float, noise: Noise, always_draws: bool, goes_on: bool
 ) -> dict[str, object]:
     row = names.SAMPLERS[sampler]
+    if row.function == "dpmpp_2m" and goes_on:
+        return {"lower_order_final": False}
     if row.takes_eta:
         return {"eta": eta, "noise": noise if eta > 0 or always_draws else None}
     return {"noise": noise} if row.takes_noise else {}
@@ -224,9 +256,10 @@ def _std(sigma: Tensor) -> float:
     return math.sqrt(1 + float(sigma) ** 2)
 
 
-def _latent_size(
+def latent_size(
     model: LatentDiffusion, size: tuple[int, int] | None, like: Tensor | None
 ) -> tuple[int, int]:
+    """Return (h, w) of latents of a size in pixels, else of `like`, else the model's own."""
     if size is None:
         return model.latent_size if like is None else (like.shape[-2], like.shape[-1])
     f = model.downscale

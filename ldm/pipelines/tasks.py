@@ -13,9 +13,11 @@ result is cropped again. All tasks return (B, 3, H, W) float32 in [-1, 1], one i
 take:
 
     negative_prompt   one for all prompts or one for each
-    scale             guidance scale; 1 = no guidance
+    scale             guidance scale; 1 = no guidance, None = the model's default
     tile              side in latent pixels of overlapping tiles to decode; None = decode whole
-    options           keywords of `sample`: steps, sampler, scheduler, eta, seeds, x_T, callback …
+    options           keywords of `sample`: steps, sampler, scheduler, eta, seeds, x_T, callback …;
+                      txt2img, img2img and inpaint also take those of `SDXLOptions`: a refiner,
+                      sizes, a second prompt
 
 They raise WrongFamily, UnknownName and ArgumentError before any network runs, and NonFinite.
 """
@@ -33,6 +35,7 @@ from ldm.encoders.depth import MiDaSDepth
 from ldm.encoders.lowres import LowRes, concat_mask, mask_image
 from ldm.model import LatentDiffusion
 from ldm.pipelines.common import (
+    TextOptions,
     as_list,
     crop_like,
     encode_image,
@@ -41,8 +44,11 @@ from ldm.pipelines.common import (
     make_noise,
     pad_to_multiple,
     pipeline,
+    split_options,
 )
+from ldm.pipelines.quirks import Quirks
 from ldm.pipelines.sampling import SamplingOptions, invert
+from ldm.pipelines.sdxl import REFINER_MULTIPLE, size_conditions
 from ldm.runtime.errors import ArgumentError
 
 __all__ = ["depth2img", "estimate_depth", "img2img", "inpaint", "txt2img", "upscale"]
@@ -54,10 +60,10 @@ def txt2img(
     prompts: Sequence[str],
     *,
     negative_prompt: str | Sequence[str] = "",
-    scale: Scale = 9.0,
+    scale: Scale | None = None,
     size: tuple[int, int] | None = None,
     tile: int | None = None,
-    **options: Unpack[SamplingOptions],
+    **options: Unpack[TextOptions],
 ) -> Tensor:
     """Make one image per prompt.
 
@@ -70,7 +76,7 @@ def txt2img(
     )
 
 
-@pipeline("text")
+@pipeline("text", "refiner")
 def img2img(
     model: LatentDiffusion,
     prompts: Sequence[str],
@@ -81,9 +87,9 @@ def img2img(
     inversion: bool = False,
     source_prompt: str = "",
     negative_prompt: str | Sequence[str] = "",
-    scale: Scale = 9.0,
+    scale: Scale | None = None,
     tile: int | None = None,
-    **options: Unpack[SamplingOptions],
+    **options: Unpack[TextOptions],
 ) -> Tensor:
     """Change the image toward each prompt (SDEdit, arXiv:2108.01073).
 
@@ -96,7 +102,8 @@ def img2img(
     noise = make_noise(model, prompts, options, strength)
     n = len(as_list(prompts))
     if z is None:
-        z = encode_image(model, image, n, noise)
+        padded = pad_to_multiple(image, _multiple(model, options))
+        z = encode_image(model, padded, n, noise)
     if inversion:
         options["x_T"] = _inverted_noise(model, z, source_prompt, strength, options)
     images = generate(
@@ -116,9 +123,9 @@ def inpaint(
     strength: float = 1.0,
     composite: bool = True,
     negative_prompt: str | Sequence[str] = "",
-    scale: Scale = 9.0,
+    scale: Scale | None = None,
     tile: int | None = None,
-    **options: Unpack[SamplingOptions],
+    **options: Unpack[TextOptions],
 ) -> Tensor:
     """Repaint the image where the mask is 1.
 
@@ -129,10 +136,10 @@ def inpaint(
         composite: blend result and image by the mask; pixels where it is 0 do not change.
     """
     noise = make_noise(model, prompts, options, strength)
-    n, f = len(as_list(prompts)), model.downscale
-    padded = pad_to_multiple(image, f)
-    area = (pad_to_multiple(mask, f) >= 0.5).float()
-    masked_image = pad_to_multiple(mask_image(image, mask), f)
+    n, f, multiple = len(as_list(prompts)), model.downscale, _multiple(model, options)
+    padded = pad_to_multiple(image, multiple)
+    area = (pad_to_multiple(mask, multiple) >= 0.5).float()
+    masked_image = pad_to_multiple(mask_image(image, mask), multiple)
     inputs: dict[str, Tensor] = {}
     z: Tensor | None = None
     constrain: Constrain | None = None
@@ -164,7 +171,7 @@ def depth2img(
     depth: Tensor | None = None,
     strength: float = 0.9,
     negative_prompt: str | Sequence[str] = "",
-    scale: Scale = 9.0,
+    scale: Scale | None = None,
     tile: int | None = None,
     **options: Unpack[SamplingOptions],
 ) -> Tensor:
@@ -202,7 +209,7 @@ def upscale(
     *,
     noise_level: int = 20,
     negative_prompt: str | Sequence[str] = "",
-    scale: Scale = 9.0,
+    scale: Scale | None = None,
     tile: int | None = None,
     **options: Unpack[SamplingOptions],
 ) -> Tensor:
@@ -235,6 +242,11 @@ def upscale(
     )
 
 
+def _multiple(model: LatentDiffusion, options: TextOptions) -> int:
+    """Return what the sides of images must be multiples of, in pixels."""
+    return model.downscale if options.get("refiner") is None else REFINER_MULTIPLE
+
+
 def _keep_outside(area: Tensor, z: Tensor, x_T: Tensor, f: int) -> Constrain:
     """Return (x, sigma) -> x with the noisy latent of the image wherever `area` is 0."""
     is_outside = ~F.max_pool2d(area, f).bool().to(z.device)  # (1, 1, h, w)
@@ -242,14 +254,17 @@ def _keep_outside(area: Tensor, z: Tensor, x_T: Tensor, f: int) -> Constrain:
 
 
 def _inverted_noise(
-    model: LatentDiffusion, z: Tensor, prompt: str, strength: float, options: SamplingOptions
+    model: LatentDiffusion, z: Tensor, prompt: str, strength: float, options: TextOptions
 ) -> Tensor:
     """Return the x_T (B, C, h, w) from which `sample` starts at the DDIM inversion of z."""
-    steps, scheduler = options.get("steps", 50), options.get("scheduler") or "uniform"
+    steps, scheduler = options.get("steps"), options.get("scheduler") or "uniform"
+    steps = model.defaults.steps if steps is None else steps
     options["scheduler"] = scheduler
     sigmas = model.schedule.step_sigmas(steps, scheduler)
     until = max(round(strength * steps), 1)
-    cond = encode_prompts(model, [prompt] * len(z), {})
+    height, width = (side * model.downscale for side in z.shape[-2:])
+    sizes, _ = size_conditions(model, split_options(options)[1], (height, width), Quirks())
+    cond = encode_prompts(model, [(prompt, prompt)] * len(z), {}, sizes)
     legacy = {"encode"}.intersection(options.get("legacy", ()))
     z_t = invert(model, z, cond, steps=steps, until=until, scheduler=scheduler, legacy=legacy)
     sigma = float(sigmas[steps - until])

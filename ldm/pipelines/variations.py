@@ -36,7 +36,7 @@ def unclip(
     noise_levels: Sequence[int] | int = 0,
     mix_level: int | None = None,
     negative_prompt: str | Sequence[str] = "",
-    scale: Scale = 10.0,
+    scale: Scale | None = None,
     size: tuple[int, int] | None = None,
     tile: int | None = None,
     **options: Unpack[SamplingOptions],
@@ -50,10 +50,12 @@ def unclip(
         noise_levels: timestep of the noise on the embeddings, for all or one for each; more noise,
             more variation.
         mix_level: timestep of the noise on the mean; None = no noise.
+        scale: guidance scale; None = 10.
     Raises:
         MissingArgument: there is neither an image nor an embedding.
         ArgumentError: the number of weights or noise levels differs from the images'.
     """
+    scale = 10.0 if scale is None else scale
     noise = make_noise(model, prompts, options)
     n, encoder = len(as_list(prompts)), model.conditioner.get(ImageEmbedding)
     sources = [*(encoder.embed(image) for image in images), *embeddings]
@@ -84,7 +86,7 @@ def vary(
     *,
     weights: Sequence[float] | None = None,
     negative_prompt: str | Sequence[str] = "",
-    scale: Scale = 3.0,
+    scale: Scale | None = None,
     size: tuple[int, int] | None = None,
     tile: int | None = None,
     **options: Unpack[SamplingOptions],
@@ -95,7 +97,9 @@ def vary(
         prompts: only their number counts.
         images: see `unclip`.
         weights: see `unclip`.
+        scale: guidance scale; None = 3.
     """
+    scale = 3.0 if scale is None else scale
     noise = make_noise(model, prompts, options)
     n = len(as_list(prompts))
     weights = _normalise(weights, len(images))

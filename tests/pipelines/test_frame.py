@@ -12,7 +12,7 @@ from ldm.runtime.errors import UnknownName
 # What runs on models of which families, and its positional arguments after the model.
 FITS = {
     "txt2img": ({"text"}, 1),
-    "img2img": ({"text"}, 2),
+    "img2img": ({"text", "refiner"}, 2),
     "inpaint": ({"inpainting", "text"}, 3),
     "depth2img": ({"depth"}, 2),
     "estimate_depth": ({"depth"}, 1),

@@ -88,11 +88,11 @@ def test_not_finite_values_are_located(model):
 
 
 @pytest.mark.parametrize("options", [
-    {"sampler": "dmp"}, {"grid": "even"}, {"steps": 0}, {"legacy": {"colour"}}, {"seeds": [1, 2]},
+    {"sampler": "dmp"}, {"grid": "even"}, {"steps": 0}, {"legacy": {"nois"}}, {"seeds": [1, 2]},
     {"sampler": "plms", "eta": 1.0},
 ])  # fmt: skip
 def test_bad_options_are_one_line_errors(model, options):
-    with pytest.raises(ValueError, match="choose|must be|seeds|eta") as caught:
+    with pytest.raises(ValueError, match="choose|did you mean|must be|seeds|eta") as caught:
         run(model, ["a"], **options)
     assert "\n" not in str(caught.value)
 

@@ -1,0 +1,194 @@
+"""What only Stable Diffusion XL takes: sizes and scores, second prompts, and its refiner.
+
+Podell et al. 2023 (arXiv:2307.01952): sizes, section 2.2; refiner, section 2.5.
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TypedDict
+
+from torch import Tensor
+
+from ldm.diffusion.schedule import NoiseSchedule
+from ldm.model import LatentDiffusion
+from ldm.pipelines.families import family_of, is_sdxl
+from ldm.pipelines.quirks import Quirks
+from ldm.runtime.errors import ArgumentError, WrongFamily
+
+__all__ = ["Handover", "SDXLOptions", "Sizes", "check_sdxl", "check_size", "size_conditions"]
+
+log = logging.getLogger(__name__)
+
+REFINER_MULTIPLE = 64  # pixels: three levels of the refiner below a latent pixel
+AESTHETIC_SCORES = (6.0, 2.5)  # of prompt and negative prompt
+API_SCORES = (5.0, 5.0)  # of `SamplingPipeline`
+# (height, width) that the original offers for the base model.
+BUCKETS = [
+    (1408, 704), (1344, 704), (1344, 768), (1280, 768), (1216, 832), (1152, 832), (1152, 896),
+    (1088, 896), (1088, 960), (1024, 960), (1024, 1024), (960, 1024), (960, 1088), (896, 1088),
+    (896, 1152), (832, 1152), (832, 1216), (768, 1280), (768, 1344), (704, 1344), (704, 1408),
+    (704, 1472), (640, 1536), (640, 1600), (576, 1664), (576, 1728),
+]  # fmt: skip
+TRAINING_SIDE = 128  # of the latents of models that this list is for
+FAR = 1.25  # factor of a side, from which a size is far from one of the list
+
+Sizes = Mapping[str, Sequence[float]]  # numbers of one image, by batch key
+
+
+class SDXLOptions(TypedDict, total=False):
+    """Keywords that tasks take for SDXL; the negative ones default to the positive ones.
+
+    Attributes:
+        prompt_2: Prompts for the second text encoder; None for the same.
+        negative_prompt_2: Negative prompts for it.
+        original_size: (height, width) in pixels that the image claims to have had before resizing;
+            None for the size of the image.
+        crop: (top, left) of the crop that it claims, (0, 0) by default.
+        target_size: (height, width) that it claims; None for its size.
+        aesthetic_score: 1 … 10, for the refiner; 6 by default, 2.5 for the negative one.
+        refiner: The model that finishes the images, from the noise level where the base stops.
+        refiner_strength: Fraction of the steps that it takes, 0 … 1 (0.15).
+        refiner_start: In place of it, the fraction of the timesteps that the base takes, 0 … 1, as
+            `denoising_end` in diffusers.
+    """
+
+    prompt_2: str | Sequence[str] | None
+    negative_prompt_2: str | Sequence[str] | None
+    original_size: tuple[int, int] | None
+    crop: tuple[int, int] | None
+    target_size: tuple[int, int] | None
+    aesthetic_score: float | None
+    negative_original_size: tuple[int, int] | None
+    negative_crop: tuple[int, int] | None
+    negative_target_size: tuple[int, int] | None
+    negative_aesthetic_score: float | None
+    refiner: LatentDiffusion | None
+    refiner_strength: float | None
+    refiner_start: float | None
+
+
+def check_sdxl(model: LatentDiffusion, options: SDXLOptions) -> None:
+    """Raise ArgumentError for options that have no effect on this model, or a wrong refiner."""
+    refiner = options.get("refiner")
+    given = [name for name, value in options.items() if value is not None]
+    if given and not is_sdxl(model):
+        raise ArgumentError(f"{given[0]} is for Stable Diffusion XL, this model is not", given[0])
+    for name in ("prompt_2", "negative_prompt_2"):
+        if name in given and "text_2" not in model.conditioner.encoders:
+            raise ArgumentError(f"{name} needs a second text encoder, this model has one", name)
+    for name in ("aesthetic_score", "negative_aesthetic_score"):
+        if name in given and refiner is None and family_of(model.conditioner) != "refiner":
+            raise ArgumentError(f"{name} is for the refiner, the base does not read it", name)
+    if refiner is None:
+        for name in ("refiner_strength", "refiner_start"):
+            if name in given:
+                raise ArgumentError(f"{name} needs a refiner", name)
+        return
+    if family_of(refiner.conditioner) != "refiner":
+        raise WrongFamily("the refiner given is not the refiner of Stable Diffusion XL")
+    if family_of(model.conditioner) == "refiner":
+        raise ArgumentError("a refiner needs a base model, got a refiner for that too", "refiner")
+    if "refiner_strength" in given and "refiner_start" in given:
+        raise ArgumentError("give refiner_strength or refiner_start, not both", "refiner_start")
+    Handover.of(options)
+
+
+@dataclass(frozen=True)
+class Handover:
+    """Where a base model stops and the refiner begins.
+
+    Args:
+        strength: Fraction of the steps for the refiner.
+        start: In place of it, fraction of the timesteps for the base.
+    """
+
+    strength: float = 0.15
+    start: float | None = None
+
+    def __post_init__(self) -> None:
+        name = "refiner_strength" if self.start is None else "refiner_start"
+        value = self.strength if self.start is None else self.start
+        if not 0 <= value <= 1:
+            raise ArgumentError(f"{name} must be in 0 … 1, got {value}", name)
+
+    @classmethod
+    def of(cls, options: SDXLOptions) -> "Handover":
+        """Return what options say."""
+        strength, start = options.get("refiner_strength"), options.get("refiner_start")
+        return cls(start=start) if strength is None else cls(strength, start)
+
+    def index(self, schedule: NoiseSchedule, sigmas: Tensor, quirks: Quirks) -> int:
+        """Return the index in sigmas (n + 1,) of the level at which the refiner begins."""
+        steps = len(sigmas) - 1
+        if self.start is None:
+            return quirks.first_step(self.strength, steps, steps)[0]
+        least = round(len(schedule) * (1 - self.start))  # timestep of the base
+        if least == len(schedule):
+            return 0
+        return int((sigmas[:-1] > schedule.sigmas[least] * (1 - 1e-6)).sum())
+
+
+def size_conditions(
+    model: LatentDiffusion, options: SDXLOptions, size: tuple[int, int], quirks: Quirks
+) -> tuple[Sizes, Sizes]:
+    """Return what the model reads of sizes and scores, for prompt and negative prompt.
+
+    Args:
+        size: (height, width) of the image in pixels.
+    """
+    scores = API_SCORES if "api-scores" in quirks else AESTHETIC_SCORES
+    given = (options.get("aesthetic_score"), options.get("negative_aesthetic_score"))
+    score, negative_score = (
+        default if value is None else value for value, default in zip(given, scores, strict=True)
+    )
+    values: dict[str, tuple[Sequence[float], Sequence[float] | None]] = {
+        "original_size_as_tuple": (
+            options.get("original_size") or size,
+            options.get("negative_original_size"),
+        ),
+        "crop_coords_top_left": (options.get("crop") or (0, 0), options.get("negative_crop")),
+        "target_size_as_tuple": (
+            options.get("target_size") or size,
+            options.get("negative_target_size"),
+        ),
+        "aesthetic_score": ((score,), (negative_score,)),
+    }
+    read = {key: value for key, value in values.items() if key in model.conditioner.keys}
+    return (
+        {key: positive for key, (positive, _) in read.items()},
+        {key: negative or positive for key, (positive, negative) in read.items()},
+    )
+
+
+def check_size(model: LatentDiffusion, size: tuple[int, int], options: SDXLOptions) -> None:
+    """Raise ArgumentError for sides that a refiner does not take; log if a size is unusual.
+
+    Args:
+        size: (height, width) in pixels.
+    """
+    has_refiner = options.get("refiner") is not None
+    if has_refiner and any(side % REFINER_MULTIPLE for side in size):
+        raise ArgumentError(
+            f"height and width must be multiples of {REFINER_MULTIPLE} with a refiner, got "
+            f"{size[0]} x {size[1]}", "size",
+        )  # fmt: skip
+    if is_sdxl(model) and model.image_size == TRAINING_SIDE:
+        _hint_at_bucket(size)
+
+
+@cache
+def _hint_at_bucket(size: tuple[int, int]) -> None:
+    """Log, once, the nearest size that the base model was trained with, if it is far from all."""
+    distances = {
+        bucket: max(abs(math.log(side / ours)) for side, ours in zip(bucket, size, strict=True))
+        for bucket in BUCKETS
+    }
+    nearest = min(distances, key=distances.__getitem__)
+    if distances[nearest] > math.log(FAR):
+        log.info(
+            "%dx%d (height x width) is far from the sizes that this model was trained with, the "
+            "nearest is %dx%d", *size, *nearest,
+        )  # fmt: skip
