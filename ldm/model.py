@@ -51,6 +51,7 @@ class LatentDiffusion(nn.Module):
             normalised: z = (latent - mean) / std * scale_factor.
         image_size: Side of the latents that the model was trained with, in latent pixels, or
             (height, width).
+        upcast_autoencoder: Whether the autoencoder overflows in float16, as that of SDXL.
         defaults: Options of sampling that are not given.
 
     Attributes:
@@ -70,6 +71,7 @@ class LatentDiffusion(nn.Module):
         image_size: int | Sequence[int] = 64,
         latent_mean: Sequence[float] | Tensor | None = None,
         latent_std: Sequence[float] | Tensor | None = None,
+        upcast_autoencoder: bool = False,
         defaults: Defaults = Defaults(),
     ) -> None:
         super().__init__()
@@ -87,6 +89,7 @@ class LatentDiffusion(nn.Module):
         self.scale_factor = scale_factor
         self.latent_mean = _channel_values(latent_mean)
         self.latent_std = _channel_values(latent_std)
+        self.upcast_autoencoder = upcast_autoencoder
         self.defaults = defaults
         height, width = (image_size,) * 2 if isinstance(image_size, int) else image_size
         self.latent_size = (height, width)

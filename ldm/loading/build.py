@@ -58,6 +58,7 @@ def fill_weights(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     mapped: bool = False,
+    autoencoder_dtype: torch.dtype | None = None,
 ) -> None:
     """Put weights into a model on the meta device.
 
@@ -65,11 +66,13 @@ def fill_weights(
         state: what `match_weights` returns. It is emptied.
         mapped: the tensors are pages of a file: those that are copied are given back at once, so
             that the peak is what the model keeps.
+        autoencoder_dtype: of a whole model's autoencoder; None for `dtype`.
     """
     weights: dict[str, Tensor] = {}
     for name in list(state):  # in the order of the file, so that the system reads ahead
         old = state.pop(name)
-        new = old.to(device=device, dtype=dtype if old.is_floating_point() else old.dtype)
+        target = autoencoder_dtype if name.startswith("autoencoder.") else None
+        new = old.to(device, (target or dtype) if old.is_floating_point() else old.dtype)
         weights[name] = new
         if mapped and new.data_ptr() != old.data_ptr():
             release_pages(old)

@@ -35,7 +35,7 @@ from ldm.loading.families import (
     detect_variant,
     probe_prediction,
 )
-from ldm.loading.files.checkpoint import CONFIG_KEY, file_hash, write_checkpoint
+from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, file_hash, write_checkpoint
 from ldm.loading.files.clip_statistics import clip_statistics_tensors, load_clip_statistics
 from ldm.loading.legacy import translate_config
 from ldm.loading.matching import guess_kind, match_weights
@@ -44,12 +44,16 @@ from ldm.loading.tables import make_tables
 from ldm.loading.weight_names import restore_names
 from ldm.loading.weights import (
     AUTOENCODER,
+    FIXED_VAE,
     Weights,
+    find_scale,
     identify_weights,
+    is_finite_in_half,
     read_autoencoder,
     read_weights,
 )
 from ldm.model import LatentDiffusion
+from ldm.runtime.device import pick_wide_dtype
 from ldm.runtime.errors import (
     ArgumentError,
     MissingArgument,
@@ -133,6 +137,8 @@ def load(
     else:
         weights.check_has_unet(model.state_dict())
     provenance = {"config": source, **_provenance(raw, weights, ema, skipped)}
+    if isinstance(model, LatentDiffusion) and FIXED_VAE.search(weights.path.stem.lower()):
+        model.upcast_autoencoder = False
     if vae is not None:
         provenance["vae"] = _replace_autoencoder(model, weights, vae)
     if add_depth_network(model.state_dict(), weights.state, weights.path, midas):
@@ -140,7 +146,17 @@ def load(
     state = match_weights(model, weights.state, weights.path, misfit)
     for other in (weights.state, weights.source.state, weights.source.ema_state):
         other.clear()  # so that memory is freed while `state` is emptied
-    fill_weights(model, state, device=device, dtype=dtype, mapped=weights.mapped)
+    overflows = isinstance(model, LatentDiffusion) and model.upcast_autoencoder
+    fill_weights(
+        model,
+        state,
+        device=device,
+        dtype=dtype,
+        mapped=weights.mapped,
+        autoencoder_dtype=pick_wide_dtype(torch.device(device))
+        if overflows and dtype == torch.float16
+        else None,
+    )
     if isinstance(model, LatentDiffusion):
         model.provenance = provenance
         _compare_schedules(model, weights.tables, misfit)
@@ -297,9 +313,31 @@ def _replace_autoencoder(
         raise ArgumentError(message, "vae")
     source = read_weights(vae)
     new = read_autoencoder(source, model.autoencoder, weights.path)
+    _compare_scales(model, source, weights.path)
+    model.upcast_autoencoder &= not is_finite_in_half(source)
     weights.state = new | {n: v for n, v in weights.state.items() if not n.startswith(AUTOENCODER)}
     weights.mapped = weights.mapped and source.mapped
     return {"path": str(source.path.resolve()), "hash": file_hash(source.path)}
+
+
+def _compare_scales(model: LatentDiffusion, source: Checkpoint, path: Path) -> None:
+    """Say which scale factor is used with another autoencoder; warn if that has another one.
+
+    It is the model's, whose UNet was trained with it. A file of an autoencoder does not say its
+    own, and the shapes are the same for SD 1, SD 2 and SDXL.
+    """
+    scale, reason = find_scale(source)
+    if scale is not None and abs(scale / model.scale_factor - 1) > 0.01:
+        warnings.warn(
+            f"the autoencoder of `{source.path}` has scale factor {scale:g} ({reason}), `{path}` "
+            f"{model.scale_factor:g}, which is used: colours will be wrong\nhint: SDXL needs an "
+            "autoencoder of SDXL, SD 1 and 2 need one of theirs",
+            stacklevel=4,
+        )
+    log.info(
+        "autoencoder of `%s`: scale factor %g, with which the UNet of `%s` was trained (%s)",
+        source.path, model.scale_factor, path, reason,
+    )  # fmt: skip
 
 
 def _provenance(raw: JsonMapping, weights: Weights, ema: bool, skipped: list[str]) -> JsonObject:

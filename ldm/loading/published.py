@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 TABLE = Path(__file__).with_name("published.csv")
 # Name of a row without SHA-256 -> SHA-256 of its first download.
 FIRST = Memory("first_downloads.json")
+ROUNDING = 0.01  # relative error of rounded sizes
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class PublishedFile:
     Args:
         name: what `ckpt` may be instead of a path.
         memory: of the weights in half precision, GB.
-        size: for people, "5.21 GB".
+        bytes: size of the file, with a `~` where it is rounded.
         sha256: None if none was published.
         places: (repository, file) on the hub, tried in this order.
     """
@@ -44,9 +45,21 @@ class PublishedFile:
     title: str
     licence: str
     memory: float
-    size: str
+    bytes: str
     sha256: str | None
     places: tuple[tuple[str, str], ...]
+
+    @property
+    def size(self) -> str:
+        """For people, such as "5.21 GB"."""
+        return f"{float(self.bytes.lstrip('~')) / 1e9:.2f} GB" if self.bytes else "?"
+
+    def may_have(self, size: int) -> bool:
+        """Return whether the file may have a size in bytes."""
+        if not self.bytes.startswith("~"):
+            return self.bytes in ("", str(size))
+        rounded = float(self.bytes[1:])
+        return abs(size - rounded) < ROUNDING * rounded
 
     @property
     def expected_sha256(self) -> str | None:
@@ -163,7 +176,7 @@ def _parse_row(
         title,
         licence,
         float(memory),
-        f"{float(bytes.lstrip('~')) / 1e9:.2f} GB" if bytes else "?",
+        bytes,
         sha256 or None,
         tuple((f"{owner}/{repo}", file) for owner, repo, file in split),
     )

@@ -12,18 +12,20 @@ from ldm.loading.families import Prediction
 from ldm.loading.files.checkpoint import CONFIG_KEY, detect_format, read_checkpoint
 from ldm.loading.files.pickles import foreign_imports, pickle_imports
 from ldm.loading.legacy import translate_config
-from ldm.loading.load import choose_config, probe_weights, read_config
+from ldm.loading.load import choose_config, find_variant, probe_weights, read_config
 from ldm.loading.matching import translate_names
-from ldm.loading.published import find_checkpoint, identify_hash
+from ldm.loading.published import find_checkpoint, identify_hash, published_files
 from ldm.loading.weight_names import has_engine_names, original_name
 from ldm.loading.weights import Weights, identify_weights
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import FAMILIES, family_of
 from ldm.runtime.errors import MissingArgument, MissingFile
-from ldm.runtime.hashes import hash_file
+from ldm.runtime.hashes import hash_file, known_sha256
 from ldm.runtime.types import JsonObject
 
 __all__ = ["Part", "Report", "inspect_checkpoint"]
+
+SMALL = 1_000_000_000  # bytes; the hash of a larger file is computed only if it may be published
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Report:
     """What an inspection found in one file.
 
     Args:
+        sha256: "" if it was not computed, as no published file has this size.
         published: the name of the published file with this hash, and its title.
         refused: why the file is not read, if so.
         title: of the family, for people.
@@ -51,6 +54,7 @@ class Report:
         foreign_names: those that weights do not need.
         missing: names that the config needs and the file does not have; None if not compared.
         unexpected: the reverse.
+        variant: of distilled models of SDXL, and what tells it.
         note: why weights and config were not compared.
     """
 
@@ -74,6 +78,7 @@ class Report:
     foreign_names: list[str] = field(default_factory=list)
     missing: list[str] | None = None
     unexpected: list[str] | None = None
+    variant: str | None = None
     note: str = ""
 
     def as_dict(self) -> JsonObject:
@@ -86,7 +91,8 @@ class Report:
     def lines(self) -> Iterator[str]:
         """Yield the report as text."""
         yield f"file        {self.path}, {_format_size(self.bytes)}, {self.kind or 'unknown'}"
-        yield f"published   {self.published or 'unknown'} (SHA-256 {self.sha256})"
+        digest = f"SHA-256 {self.sha256}" if self.sha256 else "no published file has this size"
+        yield f"published   {self.published or 'unknown'} ({digest})"
         if self.refused:
             yield f"refused     {self.refused}"
         if self.parts:
@@ -94,6 +100,8 @@ class Report:
             config = "inside the file" if self.config == CONFIG_KEY else self.config
             yield f"config      {config or 'unknown'}"
             yield f"task        {self.task or 'unknown'}"
+        if self.variant is not None:
+            yield f"variant     {self.variant}"
         if self.prediction is not None:
             doubt = ", but the methods disagree" if self.prediction.disputed else ""
             yield f"predicts    {self.prediction.kind or 'unknown'}{doubt}"
@@ -102,7 +110,7 @@ class Report:
         for i, part in enumerate(self.parts):
             dtypes = ", ".join(part.dtypes)
             count = f"{part.tensors:>5} tensors {part.parameters:>14,} parameters"
-            yield f"{'parts' if not i else '':12}{part.name:18}{part.prefix:24}{count}  {dtypes}"
+            yield f"{'parts' if not i else '':12}{part.name:20}{part.prefix:25}{count}  {dtypes}"
         if self.parts:
             yield f"EMA         {'yes, `ema` takes it' if self.has_ema else 'no'}"
             yield f"step        {'unknown' if self.step is None else self.step}"
@@ -131,7 +139,10 @@ def inspect_checkpoint(
     path = find_checkpoint(path)
     if not path.is_file():
         raise MissingFile(f"no checkpoint `{path}`")
-    report = Report(str(path), path.stat().st_size, hash_file(path))
+    size = path.stat().st_size
+    needs_hash = size < SMALL or any(file.may_have(size) for file in published_files().values())
+    digest = hash_file(path) if needs_hash else known_sha256(path)
+    report = Report(str(path), size, digest or "")
     if file := identify_hash(report.sha256):
         report = replace(report, published=f"{file.name}, {file.title}")
     try:
@@ -154,6 +165,7 @@ def inspect_checkpoint(
         has_ema=weights.source.has_ema,
         step=weights.source.step,
         extras=list(weights.source.extras),
+        variant=f"{variant[0]}, by {variant[1]}" if (variant := find_variant(weights)) else None,
         metadata=weights.source.metadata,
     )
     return _compare(report, weights, config)

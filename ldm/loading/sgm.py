@@ -24,12 +24,15 @@ __all__ = ["ENGINE", "encoder_names", "translate_engine"]
 ENGINE = "sgm.models.diffusion.DiffusionEngine"
 PARTS = ("network_config", "denoiser_config", "first_stage_config")
 TRAINING_ONLY = {
-    "ckpt_path", "compile_model", "disable_first_stage_autocast", "ema_decay_rate",
+    "ckpt_path", "compile_model", "ema_decay_rate",
     "en_and_decode_n_samples_a_time", "input_key", "log_keys", "loss_fn_config", "no_cond_log",
     "optimizer_config", "scheduler_config", "use_ema",
 }  # fmt: skip
 OWN = {"image_size", "latent_mean", "latent_std", "rescale_betas_zero_snr"}
-TAKES = {*PARTS, *OWN, "conditioner_config", "network_wrapper", "sampler_config", "scale_factor"}
+TAKES = {
+    *PARTS, *OWN, "conditioner_config", "disable_first_stage_autocast", "network_wrapper",
+    "sampler_config", "scale_factor",
+}  # fmt: skip
 WRAPPER = "sgm.modules.diffusionmodules.wrappers.OpenAIWrapper"
 # What the network predicts; whether its timestep is 0.25 ln sigma.
 SCALINGS = {
@@ -85,6 +88,7 @@ def translate_engine(
         "conditioner": conditioner,
         **_Levels(params, f"{where}.denoiser_config").read(),
         "scale_factor": params.get("scale_factor", 1.0),
+        "upcast_autoencoder": params.get("disable_first_stage_autocast", False),
         "image_size": params.get("image_size", SIDE_WITH_SIZES if has_sizes else SIDE),
     }
     for key in ("latent_mean", "latent_std"):

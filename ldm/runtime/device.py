@@ -20,6 +20,7 @@ __all__ = [
     "memory_of",
     "pick_device",
     "pick_dtype",
+    "pick_wide_dtype",
     "set_threads",
 ]
 
@@ -65,6 +66,12 @@ def pick_dtype(precision: str, device: torch.device, is_small: bool) -> torch.dt
     if device.type == "cpu":
         return torch.bfloat16 if has_fast_bf16() else torch.float32
     return torch.float16
+
+
+def pick_wide_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype for a network of half precision that overflows in float16."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def set_threads(number: int | None, is_small: bool) -> None:

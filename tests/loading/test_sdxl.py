@@ -10,11 +10,13 @@ import yaml
 
 import ldm
 from ldm.diffusion.schedule import ContinuousSchedule, Schedule
+from ldm.loading import report
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, read_yaml
-from ldm.loading.files.checkpoint import Checkpoint, read_checkpoint
+from ldm.loading.files.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from ldm.loading.legacy import translate_config
 from ldm.loading.load import find_variant, read_config, save_model
+from ldm.loading.report import inspect_checkpoint
 from ldm.loading.tables import make_tables
 from ldm.loading.weight_names import rename_weights, restore_names
 from ldm.loading.weights import identify_weights
@@ -150,7 +152,7 @@ def test_discretizations_become_tables(denoiser, discretization, name, length, l
     assert sigmas[-1] == pytest.approx(last, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["xl", "xl-refiner", "playground"])
+@pytest.mark.parametrize("name", ["xl", "xl-refiner"])
 def test_names_of_weights_go_there_and_back(tmp_path, name):
     state = tinyfamilies.write(name, tmp_path / "x.safetensors")
     model = ldm.load(tmp_path / "x.safetensors")
@@ -236,9 +238,9 @@ def test_variants_are_told_by_metadata_or_name(full, name, metadata, variant):
     assert find_variant(identify_weights(file)) == variant
 
 
-def test_a_variant_sets_the_defaults(tmp_path, monkeypatch):
+def test_a_variant_sets_the_defaults(tmp_path, tiny):
     path = tmp_path / "sdxl_lightning_8step.safetensors"
-    tinyfamilies.write("xl", path)
+    path.hardlink_to(tiny)
     base = ldm.load(path)
     assert base.defaults == Defaults(5.0, 50, "ddim", "sgm_uniform")  # not of a known shape
     turbo = ldm.load(path, variant="turbo")
@@ -247,3 +249,45 @@ def test_a_variant_sets_the_defaults(tmp_path, monkeypatch):
     assert turbo.provenance["variant"] == {"name": "turbo", "told_by": "the argument"}
     with pytest.raises(UnknownName, match="did you mean `turbo`"):
         ldm.load(path, variant="tubro")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A file of the base model made small."""
+    path = tmp_path_factory.mktemp("xl") / "base.safetensors"
+    tinyfamilies.write("xl", path)
+    return path
+
+
+def write_vae(path, tiny):
+    state = read_checkpoint(tiny).state
+    prefix = "first_stage_model."
+    vae = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+    write_checkpoint(path, vae)
+    return path
+
+
+def test_the_autoencoder_runs_in_a_wide_dtype_in_place_of_float16(tmp_path, tiny):
+    model = ldm.load(tiny, dtype=torch.float16)
+    assert {p.dtype for p in model.autoencoder.parameters()} == {torch.float32}
+    assert model.unet.dtype == torch.float16
+    fixed = write_vae(tmp_path / "sdxl-vae-fp16-fix.safetensors", tiny)
+    model = ldm.load(tiny, dtype=torch.float16, vae=fixed)
+    assert {p.dtype for p in model.autoencoder.parameters()} == {torch.float16}
+
+
+@pytest.mark.parametrize("name", ["vae-ft-mse-840000-ema-pruned", "sdxl_vae", "my"])
+def test_the_scale_of_the_model_stays_with_another_autoencoder(tmp_path, tiny, name, recwarn):
+    vae = write_vae(tmp_path / f"{name}.safetensors", tiny)
+    assert ldm.load(tiny, vae=vae).scale_factor == 0.13025
+    messages = [str(warning.message) for warning in recwarn]
+    assert len(messages) == name.startswith("vae-ft")
+    assert all("has scale factor 0.18215 (by its name)" in message for message in messages)
+
+
+def test_a_large_file_is_inspected_without_reading_it_whole(tiny, monkeypatch):
+    monkeypatch.setattr(report, "SMALL", 0)
+    found = inspect_checkpoint(tiny)
+    assert found.sha256 == ""
+    assert "no published file has this size" in "\n".join(found.lines())
+    assert (found.missing, found.unexpected) == ([], [])

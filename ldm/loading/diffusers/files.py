@@ -42,13 +42,15 @@ from ldm.runtime.files import read_text
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "EXTRA_WEIGHTS", "build_folder", "is_diffusers_folder", "read_folder", "weights_path",
-    "write_texts",
+    "EXTRA_WEIGHTS", "SCALE_KEY", "UPCAST_KEY", "build_folder", "is_diffusers_folder",
+    "read_folder", "weights_path", "write_texts",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
 EXTRA_WEIGHTS = "original.safetensors"
+# Metadata of the autoencoder: its scale factor, and whether float16 is too small for it.
+SCALE_KEY, UPCAST_KEY = "ldm.scale_factor", "ldm.force_upcast"
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of diffusers, of transformers
 TRANSFORMERS = ("text_encoder", "image_encoder", "depth_estimator")  # components of transformers
 TOKEN_EMBEDDING = "embeddings.token_embedding.weight"
@@ -116,7 +118,9 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
         state=restore_names({name: state[name] for name in model_state}, tables | derived),
         step=rest.step if rest else None,
         mapped=True,
-        metadata=(rest.metadata if rest else {}) | {CONFIG_KEY: format_yaml(raw)},
+        metadata=(rest.metadata if rest else {})
+        | _vae_metadata(files)
+        | {CONFIG_KEY: format_yaml(raw)},
         added_tokens=vectors,
     )
 
@@ -167,6 +171,12 @@ def write_texts(folder: Path, files: Files) -> None:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
         (folder / path).write_text(text, "utf-8")
+
+
+def _vae_metadata(files: Files) -> dict[str, str]:
+    config: JsonMapping = files.get("vae/config.json") or files.get("config.json") or {}
+    keys = {SCALE_KEY: "scaling_factor", UPCAST_KEY: "force_upcast"}
+    return {key: json.dumps(config[name]) for key, name in keys.items() if name in config}
 
 
 def _build_model(
