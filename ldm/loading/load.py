@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.schedule import Schedule
-from ldm.loading.addons.embeddings import add_embeddings, load_embeddings
+from ldm.loading.addons.embeddings import add_embeddings, check_embeddings, load_embeddings
 from ldm.loading.addons.lora import load_loras
 from ldm.loading.addons.midas import add_depth_network
 from ldm.loading.build import build_on_meta, fill_weights
@@ -135,6 +135,8 @@ def load(
     skipped: list[str] = []
     spec = translate_config(raw, where=where, skipped=skipped)
     model = build_on_meta(spec, allow=tuple(allow), where=where, skipped=skipped)
+    if isinstance(model, LatentDiffusion):
+        check_embeddings(model, embeddings)
     if ema:
         weights.use_ema(model.state_dict())
     else:
