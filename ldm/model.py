@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from ldm.conditioning import Batch, Cond, Conditioner, Drop, PrepareOptions
 from ldm.diffusion.denoiser import Denoiser, scalings
 from ldm.diffusion.schedule import Schedule
+from ldm.encoders.text import TextEncoder
 from ldm.nets.autoencoder import AutoencoderKL, PixelSpace
 from ldm.nets.tiling import apply_tiled
 from ldm.nets.unet import UNet
 from ldm.runtime.errors import ArgumentError
+from ldm.runtime.offload import offload
 
 __all__ = ["Defaults", "LatentDiffusion"]
 
@@ -95,6 +97,7 @@ class LatentDiffusion(nn.Module):
         self.latent_size = (height, width)
         self.image_size = max(height, width)
         self.provenance: dict[str, Any] = {}
+        self._offload_device: torch.device | None = None
 
     @property
     def denoiser(self) -> Denoiser:
@@ -113,11 +116,27 @@ class LatentDiffusion(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
+        """Where the networks run."""
+        return self._offload_device or next(self.unet.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         return next(self.unet.parameters()).dtype
+
+    def offload(self, device: torch.device) -> None:
+        """Run on a device that need not hold the whole model: for a GPU of little memory.
+
+        Text encoders, UNet and autoencoder stay on the CPU, and have a copy on the device from when
+        they run until another of them does. Encoders of images stay on the device.
+        """
+        for encoder in self.conditioner.encoders.values():
+            if isinstance(encoder, TextEncoder):
+                offload(encoder, device)
+            else:
+                encoder.to(device)
+        offload(self.unet, device)
+        offload(self.autoencoder, device)
+        self._offload_device = device
 
     def encode(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Encode images (B, 3, H, W) in [-1, 1] as z (B, C, h, w) float32, a posterior sample."""

@@ -414,8 +414,7 @@ def _load_with_fitting_embeddings(
 ) -> LatentDiffusion:
     """Load a model, without the embeddings that are for models of another width."""
     model = load(config, ckpt, **options)
-    for path in embeddings:
-        load_embeddings(model, [path], strict=False)
+    load_embeddings(model, embeddings, strict=False)
     return model
 
 

@@ -264,7 +264,7 @@ def _merge_loras(
     model: nn.Module | None,
     loras: Sequence[tuple[str | Path, float]],
     dtype: torch.dtype | None,
-) -> tuple[Checkpoint, str, dict[str, Tensor]]:
+) -> tuple[Checkpoint, str, dict[str, list[Tensor]]]:
     """Return the checkpoint with LoRAs merged, JSON of all LoRAs in it, and their added tokens.
 
     Sums are rounded to the dtype of the weights, or to the one that is written if that is finer.
@@ -286,8 +286,10 @@ def _merge_loras(
     }
     all_loras = json.loads(file.metadata.get(LORAS, "[]"))
     all_loras += [{**lora, "path": Path(lora["path"]).name} for lora in model.provenance["loras"]]
-    text = model.conditioner.find(TextEncoder)
-    tokens = text.added_embeddings if text is not None else {}
+    tokens: dict[str, list[Tensor]] = {}
+    for text in model.conditioner.find_all(TextEncoder):
+        for token, vectors in text.added_embeddings.items():
+            tokens.setdefault(token, []).append(vectors)
     file = replace(file, state={**file.state, **merged}, mapped=False)
     return file, json.dumps(all_loras), tokens
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.schedule import Schedule
-from ldm.loading.addons.embeddings import add_embeddings, load_embeddings
+from ldm.loading.addons.embeddings import add_embeddings, check_embeddings, load_embeddings
 from ldm.loading.addons.lora import load_loras
 from ldm.loading.addons.midas import add_depth_network
 from ldm.loading.build import build_on_meta, fill_weights
@@ -83,6 +83,7 @@ def load(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    offload: bool = False,
     ema: bool = False,
     overrides: Iterable[str] = (),
     allow: Iterable[str] = (),
@@ -102,6 +103,8 @@ def load(
             Hugging Face hub, `hf:OWNER/NAME/FILE` or `hf:OWNER/NAME`; may stand alone,
             `load("folder")`.
         dtype: of all weights; every part computes in the dtype of its weights.
+        offload: keep each part on the CPU until it runs, see `LatentDiffusion.offload`; a `device`
+            that is the CPU itself needs none.
         ema: use the averaged weights of a file that has both.
         overrides: `model.params.scale_factor=0.13`, applied to the YAML.
         allow: packages of your own whose classes the YAML may name.
@@ -132,6 +135,8 @@ def load(
     skipped: list[str] = []
     spec = translate_config(raw, where=where, skipped=skipped)
     model = build_on_meta(spec, allow=tuple(allow), where=where, skipped=skipped)
+    if isinstance(model, LatentDiffusion):
+        check_embeddings(model, embeddings)
     if ema:
         weights.use_ema(model.state_dict())
     else:
@@ -147,10 +152,11 @@ def load(
     for other in (weights.state, weights.source.state, weights.source.ema_state):
         other.clear()  # so that memory is freed while `state` is emptied
     overflows = isinstance(model, LatentDiffusion) and model.upcast_autoencoder
+    offload = offload and torch.device(device).type != "cpu"
     fill_weights(
         model,
         state,
-        device=device,
+        device="cpu" if offload else device,
         dtype=dtype,
         mapped=weights.mapped,
         autoencoder_dtype=pick_wide_dtype(torch.device(device))
@@ -166,6 +172,8 @@ def load(
         load_loras(model, loras)
         add_embeddings(model, weights.source.added_tokens, weights.path)
         load_embeddings(model, embeddings)
+        if offload:
+            model.offload(torch.device(device))
     elif loras or embeddings:
         raise WrongFamily("LoRAs and embeddings need a whole model, the config describes a part")
     return cast(LatentDiffusion, model.eval())

@@ -49,6 +49,7 @@ EDM = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
 SIGMA_DATA = 0.5
 CONDITIONER = "ldm.conditioning.Conditioner"
 SIZES = "ldm.encoders.sizes.SizeEmbedding"
+MASKED = "ldm.encoders.lowres.MaskedImage"
 TEXT_ENCODERS = ("ldm.encoders.text.CLIPText", "ldm.encoders.text.OpenCLIPText")
 EMBEDDER_OPTIONS = ("is_trainable", "ucg_rate", "legacy_ucg_value")
 SIDE, SIDE_WITH_SIZES = 64, 128  # latent pixels
@@ -81,6 +82,9 @@ def translate_engine(
     unet["params"] = {"legacy": False} | unet["params"]
     conditioner = _Embedders(params, f"{where}.conditioner_config", translate).conditioner()
     encoders = conditioner["params"].values()
+    channels = [unet["params"].get(name, 4) for name in ("in_channels", "out_channels")]
+    if channels[0] == 2 * channels[1] + 1:  # inpainting: the YAML of other programs says no more
+        conditioner["params"]["masked"] = {"target": MASKED, "params": {}}
     has_sizes = any(isinstance(spec, Mapping) and spec["target"] == SIZES for spec in encoders)
     parts = {
         "unet": unet,

@@ -6,7 +6,6 @@ Encoding images into latents is measured separately, as it runs before.
 """
 
 import sys
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml
 from ldm.loading.legacy import translate_config
-from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
+from ldm.pipelines.memory import run_on_zeros
+from ldm.runtime.memory import PeakMemoryMode, make_fake
 from ldm.train.build import build_task
 from ldm.train.config.settings import Settings
 from ldm.train.tasks.autoencoder import Adversarial
@@ -29,7 +27,6 @@ from ldm.train.tasks.task import Task
 
 __all__ = ["Memory", "describe", "estimate"]
 
-TOKENS = 77
 IMAGE_SIZE = 512  # pixels, if the config does not say
 # Optimizer state, bytes per trainable parameter.
 OPTIMIZERS = {"adamw": 8.0, "adamw8bit": 2.0, "muon": 4.0, "adafactor": 0.1}
@@ -61,42 +58,6 @@ class Memory:
         """At the peak of a step."""
         persistent = self.weights + self.gradients + self.optimizer + self.ema
         return persistent + max(self.activations, self.optimizer_step)
-
-
-class PeakMemoryMode(TorchDispatchMode):
-    """A mode that counts the bytes of all tensor storages created under it and alive.
-
-    Attributes:
-        now: bytes alive.
-        peak: the maximum of `now`.
-    """
-
-    def __init__(self) -> None:
-        TorchDispatchMode.__init__(self)
-        self.now: int = 0
-        self.peak: int = 0
-        self.sizes: dict[int, int] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        inputs = {storage._cdata for storage in _storages((args, kwargs))}  # views create nothing
-        for storage in _storages(output):
-            if storage._cdata not in inputs:
-                self._track(storage)
-        return output
-
-    def _track(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self.sizes:
-            self.sizes[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._forget, key)
-
-    def _forget(self, key: int) -> None:
-        self.now -= self.sizes.pop(key)
 
 
 def describe(settings: Settings, *, processes: int = 1) -> Iterator[str]:
@@ -220,7 +181,7 @@ def _measure_activations(task: Task, settings: Settings) -> int:
     dtype = AUTOCAST.get(settings.trainer.precision)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in (task.model, task.trainable):
-            _make_fake(module)
+            make_fake(module)
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
             image = torch.zeros(batch_size, 3, size, size)
             if isinstance(task.model, AutoencoderKL):
@@ -229,7 +190,12 @@ def _measure_activations(task: Task, settings: Settings) -> int:
                 task.step = sys.maxsize  # past the start of the discriminator
                 return _measure_autoencoder(task, image)
             model = task.model
-            peaks = [_measure_peak(lambda: _run_unet(model, batch_size, size), task.trainable)]
+            side = size // model.downscale
+            peaks = [
+                _measure_peak(
+                    lambda: run_on_zeros(model.unet, batch_size, (side, side)), task.trainable
+                )
+            ]
             if not settings.raw["data"]["params"].get("latents"):
                 with torch.no_grad(), PeakMemoryMode() as mode:
                     model.autoencoder.encode(image)
@@ -248,22 +214,6 @@ def _measure_autoencoder(task: Task, image: Tensor) -> int:
     return max(peaks)
 
 
-def _run_unet(model: LatentDiffusion, batch_size: int, size: int) -> Tensor:
-    """Run a forward pass of the UNet over zeros, with the inputs that its weights expect."""
-    state = {f"unet.{name}": value for name, value in model.unet.state_dict().items()}
-    channels, side = state["unet.input_blocks.0.0.weight"].shape[1], size // model.downscale
-    x = torch.zeros(batch_size, channels, side, side)
-    key = next((name for name in state if name.endswith("attn2.to_k.weight")), None)
-    context = torch.zeros(batch_size, TOKENS, state[key].shape[1]) if key else None
-    y = None
-    if "unet.label_emb.0.0.weight" in state:
-        y = torch.zeros(batch_size, state["unet.label_emb.0.0.weight"].shape[1])
-    elif "unet.label_emb.weight" in state:
-        y = torch.zeros(batch_size, dtype=torch.long)
-    output: Tensor = model.unet(x, torch.zeros(batch_size, dtype=torch.long), context=context, y=y)
-    return output
-
-
 def _measure_peak(forward: Callable[[], Tensor], trainable: nn.Module) -> int:
     """Return the peak bytes of a forward and a backward pass, without the gradients."""
     for p in trainable.parameters():  # as for the second of several accumulated batches
@@ -275,18 +225,6 @@ def _measure_peak(forward: Callable[[], Tensor], trainable: nn.Module) -> int:
             output.float().square().mean().backward()
     peak: int = mode.peak
     return peak
-
-
-def _make_fake(module: nn.Module) -> None:
-    """Replace tensors on the meta device by fake ones on the CPU, where autocast works."""
-    for submodule in module.modules():
-        for name, p in submodule._parameters.items():
-            if p is not None and p.is_meta:
-                fake = nn.Parameter(torch.empty(p.shape), requires_grad=p.requires_grad)
-                submodule._parameters[name] = fake
-        for name, value in submodule._buffers.items():
-            if value is not None and value.is_meta:
-                submodule._buffers[name] = torch.empty(value.shape, dtype=value.dtype)
 
 
 def _shard_fraction(settings: Settings, processes: int) -> float:
@@ -306,10 +244,6 @@ def _image_size(data: Mapping[str, Any]) -> int:
             size = section["size"]
             return int(max(size) if isinstance(size, list) else size)
     return IMAGE_SIZE
-
-
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _format_bytes(number: float) -> str:

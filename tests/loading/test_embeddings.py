@@ -1,22 +1,25 @@
 """Textual inversion; the oracle is transformers' tower with as many more rows."""
 
+import json
+
 import pytest
 import torch
-from lorahelp import KINDS, WIDTH, their_parts, tiny_model
+from lorahelp import NUMBERS, WIDTH, WIDTH_2, their_pipeline, their_tower, tiny_model
 from torch import nn
 
-from ldm.encoders.text import OpenCLIPText
+from ldm.encoders.text import OpenCLIPText, TextEncoder
 from ldm.loading.addons.embeddings import load_embeddings, read_embeddings, write_embeddings
-from ldm.loading.files.checkpoint import write_checkpoint
+from ldm.loading.diffusers.encoders import tokenizer_files
+from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
 
 VECTORS = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
 def test_transformers_computes_the_same_with_rows_for_the_word(kind, tmp_path):
     model = tiny_model(kind)
-    _, theirs = their_parts(model, kind)
+    theirs = their_tower(model.conditioner.text)
     write_embeddings(tmp_path / "x.safetensors", {"<cat>": VECTORS, "sks": VECTORS[:1] - 1})
     load_embeddings(model, [tmp_path / "x.safetensors"])
     tower = theirs.text_model if hasattr(theirs, "text_model") else theirs
@@ -62,13 +65,16 @@ def test_every_format_is_read(name, tmp_path):
         words = {word: vectors.reshape(-1, WIDTH) for word, vectors in content.items()}
     state = read_embeddings(path)
     assert state.keys() == words.keys()
-    assert all(torch.equal(state[word], vectors) for word, vectors in words.items())
+    assert all(torch.equal(*state[word], vectors) for word, vectors in words.items())
 
 
 def test_what_does_not_fit_is_refused_and_skipped_in_a_folder(tmp_path, caplog):
     model = tiny_model()
     write_embeddings(tmp_path / "wide.safetensors", {"<wide>": torch.zeros(2, 768)})
-    write_embeddings(tmp_path / "xl.safetensors", {"clip_l": VECTORS, "clip_g": VECTORS})
+    write_embeddings(
+        tmp_path / "xl.safetensors", {"clip_l": VECTORS, "clip_g": torch.ones(3, 1280)}
+    )
+    write_embeddings(tmp_path / "odd.safetensors", {"clip_l": VECTORS, "clip_g": VECTORS[:2]})
     write_embeddings(tmp_path / "lora.safetensors", {"x": torch.zeros(2, 2, 1, 1)})
     write_embeddings(tmp_path / "none.safetensors", {"<none>": VECTORS[:0]})
     write_embeddings(tmp_path / "nan.safetensors", {"<nan>": VECTORS * torch.nan})
@@ -79,7 +85,8 @@ def test_what_does_not_fit_is_refused_and_skipped_in_a_folder(tmp_path, caplog):
             "wide",
             r"`<wide>` has vectors of width 768 \(Stable Diffusion 1\), the text tower takes",
         ),
-        ("xl", "two text towers: it is made for SDXL"),
+        ("xl", r"`xl` has vectors of width 1280 \(SDXL\), the text tower takes 24"),
+        ("odd", "`odd` has 3 vectors for CLIP-L and 2 for bigG"),
         ("none", "`<none>` has no vectors"),
         ("nan", "the vectors of `<nan>` are not finite"),
         ("lora", "is not a textual inversion: it holds 1 other tensors"),
@@ -89,10 +96,81 @@ def test_what_does_not_fit_is_refused_and_skipped_in_a_folder(tmp_path, caplog):
     load_embeddings(model, [tmp_path])
     assert list(model.conditioner.text.added_embeddings) == ["<fits>"]
     assert len(model.provenance["embeddings"]) == 1
-    assert caplog.text.count("skipped: ") == 5
+    assert caplog.text.count("skipped: ") == 6
     del model.conditioner.text
     with pytest.raises(ValueError, match="no text tower"):
         load_embeddings(model, [tmp_path])
+
+
+def tokenizer_of(encoder, folder):
+    from transformers import CLIPTokenizer
+
+    folder.mkdir()
+    for name, content in tokenizer_files(encoder).items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (folder / name).write_text(text, "utf-8")
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+PAIR = [
+    torch.randn(2, width, generator=torch.Generator().manual_seed(1)) for width in (WIDTH, WIDTH_2)
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("style", ["one file", "pickle", "pair of files"])
+def test_diffusers_computes_the_same_for_a_token_of_sdxl(style, tmp_path):
+    model = tiny_model("sdxl")
+    pipeline = their_pipeline(model, "sdxl")
+    pipeline.tokenizer = tokenizer_of(model.conditioner.text, tmp_path / "tokenizer")
+    pipeline.tokenizer_2 = tokenizer_of(model.conditioner.text_2, tmp_path / "tokenizer_2")
+    paths = [tmp_path / "cat.safetensors"]
+    if style == "one file":
+        write_embeddings(paths[0], {"sks": PAIR})
+    elif style == "pickle":
+        paths = [tmp_path / "sks.pt"]  # which names the token
+        torch.save(dict(zip(("clip_l", "clip_g"), PAIR, strict=True)), paths[0])
+    else:
+        paths.append(tmp_path / "cat_2.safetensors")
+        for path, vectors in zip(paths, PAIR, strict=True):
+            write_embeddings(path, {"sks": vectors})
+    states = [read_checkpoint(path).state for path in paths]
+    for key, name, vectors in (("clip_l", "", states[0]), ("clip_g", "_2", states[-1])):
+        pipeline.load_textual_inversion(
+            vectors if style == "pair of files" else vectors[key],
+            token="sks",
+            text_encoder=getattr(pipeline, f"text_encoder{name}"),
+            tokenizer=getattr(pipeline, f"tokenizer{name}"),
+        )
+    load_embeddings(model, paths)
+    prompt = "a sks and a dog, by sks"
+    expected = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, device="cpu")
+    numbers = {key: value[:1] for key, value in NUMBERS.items()}
+    cond = model.condition({"txt": [prompt], **numbers})
+    plain = model.condition({"txt": ["a cat and a dog, by cat"], **numbers})
+    torch.testing.assert_close(cond.crossattn, expected[0], rtol=0, atol=5e-6)
+    torch.testing.assert_close(cond.vector[:, :WIDTH_2], expected[2], rtol=0, atol=5e-6)
+    assert (cond.crossattn - plain.crossattn).abs().max() > 0.1
+
+
+def test_a_token_of_one_tower_is_said_to_be_text_for_the_other(tmp_path, caplog):
+    model = tiny_model("sdxl")
+    names = [tmp_path / f"{name}.safetensors" for name in ("sd1", "both", "g")]
+    for path, content in zip(
+        names, ({"<sd1>": PAIR[0]}, {"<both>": PAIR}, {"clip_g": PAIR[1]}), strict=True
+    ):
+        write_embeddings(path, content)
+    load_embeddings(model, names)
+    added = [list(tower.added_embeddings) for tower in model.conditioner.find_all(TextEncoder)]
+    assert added == [["<sd1>", "<both>"], ["<both>", "g"]]
+    assert "`<sd1>` has vectors for the text tower of width 24 only" in caplog.text
+    assert "`g` has vectors for the text tower of width 32 only" in caplog.text
+    assert "<both>" not in caplog.text
+    write_embeddings(names[0], {"<sd2>": torch.ones(1, 1024)})
+    with pytest.raises(
+        ValueError, match=r"1024 \(Stable Diffusion 2\), the text tower takes 24 or 32"
+    ):
+        load_embeddings(model, names)
 
 
 def test_a_reduced_vocabulary_learns_words_too():

@@ -13,6 +13,8 @@ from ldm.model import LatentDiffusion
 from recipe import fill
 
 TINY_DPT = {"embed_dim": 48, "depth": 2, "num_heads": 3, "hooks": [0, 1], "features": 16}
+# Classes of SDXL's text encoders, and their sizes in the metadata.
+TOWERS = {"FrozenCLIPEmbedder": "tiny_hf_config", "FrozenOpenCLIPEmbedder2": "tiny_arch"}
 
 
 class DepthDummy(nn.Module):
@@ -32,7 +34,12 @@ def model_of(file: Gold, name: str, whole: bool = False) -> LatentDiffusion:
     """whole: with a small depth network of its own, instead of the formula."""
     config: dict[str, Any] = copy.deepcopy(file.meta[f"config_{name}"])
     params = config["params"]
-    params["cond_stage_config"]["params"]["arch"] = file.meta["tiny_arch"]
+    for embedder in params.get("conditioner_config", {}).get("params", {}).get("emb_models", ()):
+        kind = embedder["target"].rpartition(".")[2]
+        if kind in TOWERS:
+            embedder["params"]["arch"] = file.meta[TOWERS[kind]]
+    if "cond_stage_config" in params:
+        params["cond_stage_config"]["params"]["arch"] = file.meta["tiny_arch"]
     if "embedder_config" in params:
         params["embedder_config"]["params"] |= {"arch": file.meta["tiny_arch"], "blur": "narrow"}
     if "depth_stage_config" in params:

@@ -1,16 +1,18 @@
-"""Textual inversion files: tokens for prompts, each with vectors for the text tower.
+"""Textual inversion files: tokens for prompts, each with vectors for one or two text towers.
 
     A1111        {"string_to_param": {"*": (n, D)}, …} in a .pt, {"emb_params": (n, D)}: the token
                  is the name of the file, unless the file has several
-    diffusers    {"<token>": (D,) or (n, D)} in a .bin or .safetensors
+    diffusers    {"<token>": (D,) or (n, D)} in a .bin or .safetensors; SDXL: a file per tower
+    SDXL         {"clip_l": (n, 768), "clip_g": (n, 1280)}: kohya, A1111, ComfyUI
     in LoRAs     the same behind `bundle_emb.TOKEN.`
 
-In a prompt the token stands for all of its vectors. Gal et al. 2022 (arXiv:2208.01618).
+The width tells the tower. In a prompt the token stands for all of its vectors. Gal et al. 2022
+(arXiv:2208.01618).
 """
 
 import glob
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -22,8 +24,8 @@ from ldm.model import LatentDiffusion
 from ldm.runtime.errors import FileFormatError, WeightsMismatch, WrongFamily
 
 __all__ = [
-    "BUNDLE", "add_embeddings", "embedding_files", "load_embeddings", "read_bundle",
-    "read_embeddings", "write_embeddings",
+    "BUNDLE", "add_embeddings", "check_embeddings", "embedding_files", "load_embeddings",
+    "read_bundle", "read_embeddings", "write_embeddings",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -31,16 +33,18 @@ log = logging.getLogger(__name__)
 ENDINGS = (".pt", ".bin", ".safetensors")
 MAX_TOKENS = 76  # in a file: no prompt could use more
 PARAMETERS = "string_to_param."
-# Names for the vectors of the only token, which the file's name tells; the last is of SDXL's.
-ONLY_TOKEN_KEYS = ("emb_params", "clip_l")
-SDXL = "clip_g"
+ONLY_TOKEN_KEY = "emb_params"  # of the vectors of the only token, which the file's name tells
+TOWER_KEYS = ("clip_l", "clip_g")  # the same, for each text tower of SDXL
+FORMER_TOWER_KEYS = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}  # of diffusers
+TOKEN_KEY = "ldm.token"  # metadata: the only token, where it is not the file's name
 BUNDLE = "bundle_emb."
+TITLES = TITLE_BY_WIDTH | {1280: "SDXL"}
 
 
 def load_embeddings(
     model: LatentDiffusion, paths: Iterable[str | Path], strict: bool = True
 ) -> None:
-    """Add the tokens of files to the text tower; of folders, those that fit it.
+    """Add the tokens of files to the text towers; of folders, those that fit them.
 
     `provenance` records the files.
 
@@ -65,34 +69,67 @@ def load_embeddings(
             files.append({"path": str(file.resolve()), "words": words, "hash": file_hash(file)})
     if files:
         model.provenance["embeddings"] = [*model.provenance.get("embeddings", []), *files]
+    _warn_of_other_towers(model, [word for file in files for word in file["words"]])
 
 
-def add_embeddings(model: LatentDiffusion, tokens: Mapping[str, Tensor], file: Path) -> None:
-    """Add tokens, vectors (n, D) each, to the text tower.
+def check_embeddings(model: LatentDiffusion, paths: Iterable[str | Path]) -> None:
+    """Raise what `load_embeddings` would; of the model, only the shapes of weights are needed."""
+    for path in map(Path, paths):
+        if not path.expanduser().is_dir():
+            _find_towers(model, read_embeddings(path), path)
+
+
+def add_embeddings(
+    model: LatentDiffusion, tokens: Mapping[str, Sequence[Tensor]], file: Path
+) -> None:
+    """Add tokens, vectors (n, D) for one or two text towers each, to the towers of that width.
 
     Raises:
         WeightsMismatch: they are made for another text tower.
     """
     if not tokens:
         return
-    text = model.conditioner.find(TextEncoder)
-    if text is None:
-        raise WrongFamily("this model has no text tower that embeddings could be added to")
+    towers = _find_towers(model, tokens, file)
     for token, vectors in tokens.items():
-        if vectors.shape[1] != text.width:
-            theirs, ours = (
-                TITLE_BY_WIDTH.get(width, "another model")
-                for width in (vectors.shape[1], text.width)
-            )
-            raise WeightsMismatch(
-                f"`{file}`: `{token}` has vectors of width {vectors.shape[1]} ({theirs}), the "
-                f"text tower takes {text.width} ({ours})"
-            )
-    for token, vectors in tokens.items():
-        if token.lower() in text.added_embeddings:
+        by_width = {value.shape[1]: value for value in vectors}
+        fitting = [tower for tower in towers if tower.width in by_width]
+        if any(token.lower() in tower.added_embeddings for tower in fitting):
             log.warning("`%s` replaces `%s`, which another file had added", file, token)
-        text.added_embeddings[token.lower()] = vectors
+        for tower in fitting:
+            tower.added_embeddings[token.lower()] = by_width[tower.width]
     log.info("`%s` adds %s", file, ", ".join(f"`{token}`" for token in tokens))
+
+
+def _find_towers(
+    model: LatentDiffusion, tokens: Mapping[str, Sequence[Tensor]], file: Path
+) -> list[TextEncoder]:
+    """Return the text towers; raise unless each token fits one."""
+    towers = model.conditioner.find_all(TextEncoder)
+    if not towers:
+        raise WrongFamily("this model has no text tower that embeddings could be added to")
+    widths = [tower.width for tower in towers]
+    for token, vectors in tokens.items():
+        width = vectors[-1].shape[1]  # of two, SDXL's second tower: CLIP-L is in SD 1, too
+        if width not in widths:
+            ours = f"{' or '.join(map(str, widths))} ({TITLES.get(widths[-1], 'another model')})"
+            raise WeightsMismatch(
+                f"`{file}`: `{token}` has vectors of width {width} "
+                f"({TITLES.get(width, 'another model')}), the text tower takes {ours}"
+            )
+    return towers
+
+
+def _warn_of_other_towers(model: LatentDiffusion, tokens: Iterable[str]) -> None:
+    """Say which tokens only one of several text towers knows."""
+    towers = model.conditioner.find_all(TextEncoder)
+    for token in dict.fromkeys(tokens):
+        widths = [tower.width for tower in towers if token in tower.added_embeddings]
+        others = [tower.width for tower in towers if token not in tower.added_embeddings]
+        if widths and others:
+            log.warning(
+                "`%s` has vectors for the text tower of width %d only (%s): that of width %d reads "
+                "it as text", token, widths[0], TITLES.get(widths[0], "another model"), others[0],
+            )  # fmt: skip
 
 
 def embedding_files(path: str | Path) -> list[Path]:
@@ -105,14 +142,15 @@ def embedding_files(path: str | Path) -> list[Path]:
     return sorted(file for file in files if file.suffix.lower() in ENDINGS and file.is_file())
 
 
-def read_embeddings(path: str | Path) -> dict[str, Tensor]:
-    """Return the tokens in a file and their vectors (n, D)."""
+def read_embeddings(path: str | Path) -> dict[str, list[Tensor]]:
+    """Return the tokens in a file, and their vectors (n, D) for one text tower, or for two."""
     path = Path(path).expanduser()
-    return _parse(read_checkpoint(path).state, path.stem, path)
+    file = read_checkpoint(path)
+    return _parse(file.state, file.metadata.get(TOKEN_KEY, path.stem), path)
 
 
-def read_bundle(path: Path) -> dict[str, Tensor]:
-    """Return the tokens in a LoRA file, and their vectors (n, D)."""
+def read_bundle(path: Path) -> dict[str, list[Tensor]]:
+    """Return the tokens in a LoRA file, and their vectors as `read_embeddings` does."""
     bundles: dict[str, dict[str, Tensor]] = {}
     for name, value in read_checkpoint(path).state.items():
         if not name.startswith(BUNDLE):
@@ -132,32 +170,59 @@ def read_bundle(path: Path) -> dict[str, Tensor]:
 
 def write_embeddings(
     path: str | Path,
-    tokens: Mapping[str, Tensor],
+    tokens: Mapping[str, Tensor | Sequence[Tensor]],
     metadata: Mapping[str, str | int] | None = None,
 ) -> None:
-    """Write tokens, vectors (n, D) each, as diffusers does.
+    """Write tokens, vectors (n, D) each, as diffusers does, or one token of SDXL as kohya does.
 
-    A1111 reads that too, and names the token after the file.
+    A1111 reads both, and names the token after the file.
+
+    Args:
+        tokens: for SDXL the vectors (n, 768) of CLIP-L and (n, 1280) of bigG.
     """
-    state = {token: vectors.detach().cpu() for token, vectors in tokens.items()}
+    state: dict[str, Tensor] = {}
+    metadata = dict(metadata or {})
+    for token, value in tokens.items():
+        vectors = [value] if isinstance(value, Tensor) else value
+        names = [token] if len(vectors) == 1 else TOWER_KEYS
+        state |= {name: v.detach().cpu() for name, v in zip(names, vectors, strict=True)}
+        if len(vectors) > 1:
+            metadata[TOKEN_KEY] = token
     write_checkpoint(path, state, metadata)
 
 
-def _parse(state: Mapping[str, Tensor], stem: str, path: Path) -> dict[str, Tensor]:
-    if SDXL in state:
-        raise FileFormatError(f"`{path}` has vectors for two text towers: it is made for SDXL")
-    if ONLY_TOKEN_KEYS[0] in state:
-        state = {ONLY_TOKEN_KEYS[0]: state[ONLY_TOKEN_KEYS[0]]}
+def _parse(state: Mapping[str, Tensor], name: str, path: Path) -> dict[str, list[Tensor]]:
+    """Return vectors by token.
+
+    Args:
+        name: the only token, where `state` does not tell it.
+    """
+    state = {FORMER_TOWER_KEYS.get(key, key): value for key, value in state.items()}
+    towers = [state[key] for key in TOWER_KEYS if key in state]
     params = {n.removeprefix(PARAMETERS): v for n, v in state.items() if n.startswith(PARAMETERS)}
-    tokens = params or dict(state)
-    if len(tokens) == 1 and (params or tokens.keys() <= set(ONLY_TOKEN_KEYS)):
-        tokens = {stem: next(iter(tokens.values()))}
-    if len(tokens) > MAX_TOKENS or any(value.dim() not in (1, 2) for value in tokens.values()):
+    if towers:
+        tokens = {name: towers}
+    elif ONLY_TOKEN_KEY in state:
+        tokens = {name: [state[ONLY_TOKEN_KEY]]}
+    elif len(params) == 1:
+        tokens = {name: list(params.values())}
+    else:
+        tokens = {token: [value] for token, value in (params or state).items()}
+    values = [value for vectors in tokens.values() for value in vectors]
+    if len(tokens) > MAX_TOKENS or any(value.dim() not in (1, 2) for value in values):
         message = f"`{path}` is not a textual inversion: it holds {len(state)} other tensors"
         raise FileFormatError(message)
-    for token, value in tokens.items():
-        if not value.numel():
+    for token, vectors in tokens.items():
+        if not all(value.numel() for value in vectors):
             raise FileFormatError(f"`{path}`: `{token}` has no vectors")
-        if not value.isfinite().all():
+        if not all(value.isfinite().all() for value in vectors):
             raise FileFormatError(f"`{path}`: the vectors of `{token}` are not finite")
-    return {token: value.reshape(-1, value.shape[-1]).clone() for token, value in tokens.items()}
+        counts = [value.numel() // value.shape[-1] for value in vectors]
+        if len(set(counts)) > 1:
+            raise FileFormatError(
+                f"`{path}`: `{token}` has {counts[0]} vectors for CLIP-L and {counts[1]} for bigG"
+            )
+    return {
+        token: [value.reshape(-1, value.shape[-1]).clone() for value in vectors]
+        for token, vectors in tokens.items()
+    }

@@ -119,13 +119,13 @@ def tokenizer_files(encoder: TextEncoder) -> JsonObject:
     }
 
 
-def added_tokens(files: JsonMapping) -> dict[str, int]:
+def added_tokens(files: JsonMapping, folder: str) -> dict[str, int]:
     """Return the ids of a tokenizer's added tokens, from files of old and new transformers."""
-    table = files.get("tokenizer/tokenizer_config.json", {}).get("added_tokens_decoder", {})
+    table = files.get(f"{folder}/tokenizer_config.json", {}).get("added_tokens_decoder", {})
     tokens = {entry["content"]: int(number) for number, entry in table.items()}
-    entries = files.get("tokenizer/tokenizer.json", {}).get("added_tokens", [])
+    entries = files.get(f"{folder}/tokenizer.json", {}).get("added_tokens", [])
     tokens |= {entry["content"]: int(entry["id"]) for entry in entries}
-    return tokens | dict(files.get("tokenizer/added_tokens.json", {}))
+    return tokens | dict(files.get(f"{folder}/added_tokens.json", {}))
 
 
 def vision_config(visual: VisionTower) -> JsonObject:

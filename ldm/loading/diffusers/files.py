@@ -53,6 +53,7 @@ EXTRA_WEIGHTS = "original.safetensors"
 SCALE_KEY, UPCAST_KEY = "ldm.scale_factor", "ldm.force_upcast"
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of diffusers, of transformers
 TRANSFORMERS = ("text_encoder", "image_encoder", "depth_estimator")  # components of transformers
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 TOKEN_EMBEDDING = "embeddings.token_embedding.weight"
 # The variant in the name of a file of weights, or of the index of several.
 VARIANT = re.compile(
@@ -90,17 +91,20 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
     )
     derived = _derived_tensors(rest.state) if rest else {}
     model, _ = _build_model(raw, path.name, derived)
-    model_state, located, vectors = model.state_dict(), locate_weights(model), {}
+    model_state, located = model.state_dict(), locate_weights(model)
+    added: dict[str, list[Tensor]] = {}
     state = rename_weights(rest.state) if rest else {}
     for component in located:
         theirs = _read_component(path / component if INDEX in files else path, variant)
-        if component == "text_encoder":
-            vectors = _pop_added_tokens(theirs, files)
-            if TOKEN_IDS in state:
-                name = next(name for name in theirs if name.endswith(TOKEN_EMBEDDING))
-                ids, table = state[TOKEN_IDS], state[TOKEN_TABLE]
-                theirs[name] = _compact_rows(theirs[name], ids, table)
-                del state[TOKEN_TABLE]
+        if component in TOKENIZERS:
+            ids_by_token = added_tokens(files, TOKENIZERS[component])
+            for token, vectors in _pop_added_tokens(theirs, ids_by_token).items():
+                added.setdefault(token, []).append(vectors)
+        if component == "text_encoder" and TOKEN_IDS in state:
+            name = next(name for name in theirs if name.endswith(TOKEN_EMBEDDING))
+            ids, table = state[TOKEN_IDS], state[TOKEN_TABLE]
+            theirs[name] = _compact_rows(theirs[name], ids, table)
+            del state[TOKEN_TABLE]
         prefix = component_prefixes(model)[component]
         state |= {f"{prefix}{name}": value for name, value in theirs.items()}
     dtype = next((value.dtype for value in theirs.values() if value.is_floating_point()), None)
@@ -121,7 +125,7 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
         metadata=(rest.metadata if rest else {})
         | _vae_metadata(files)
         | {CONFIG_KEY: format_yaml(raw)},
-        added_tokens=vectors,
+        added_tokens=added,
     )
 
 
@@ -258,14 +262,14 @@ def _candidates(folder: Path, variant: str | None) -> Iterator[Path]:
             yield folder / f"{stem}{dot}{ending}.index.json"
 
 
-def _pop_added_tokens(state: dict[str, Tensor], files: Files) -> dict[str, Tensor]:
+def _pop_added_tokens(state: dict[str, Tensor], ids: Mapping[str, int]) -> dict[str, Tensor]:
     """Remove the rows of added tokens from a text encoder; return vectors (n, D) by token."""
     name = next((name for name in state if name.endswith(TOKEN_EMBEDDING)), None)
     if name is None or len(state[name]) <= VOCAB:
         return {}
     table = state[name]
     state[name] = table[:VOCAB]
-    rows = {token: table[i] for token, i in added_tokens(files).items() if VOCAB <= i < len(table)}
+    rows = {token: table[i] for token, i in ids.items() if VOCAB <= i < len(table)}
     if not rows:
         log.warning("`%s` has %d added rows without a token: left out", name, len(table) - VOCAB)
     vectors = {}

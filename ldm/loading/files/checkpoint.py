@@ -73,7 +73,8 @@ class Checkpoint:
         extras: names of the entries beside the weights (`global_step`, `callbacks` …).
         metadata: texts beside the weights.
         ema_state: everything named `model_ema.*`.
-        added_tokens: tokens that the tokenizer of a folder has added, with vectors (n, D).
+        added_tokens: tokens that the tokenizers of a folder have added, with vectors (n, D) for
+            each text tower.
     """
 
     path: Path
@@ -84,7 +85,7 @@ class Checkpoint:
     extras: tuple[str, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
     ema_state: dict[str, Tensor] = field(default_factory=dict)
-    added_tokens: dict[str, Tensor] = field(default_factory=dict)
+    added_tokens: dict[str, list[Tensor]] = field(default_factory=dict)
 
     @property
     def has_ema(self) -> bool:

@@ -1,0 +1,94 @@
+"""An estimate of the memory that generating images takes on a GPU.
+
+Networks run on fake tensors, which have shapes and lifetimes but no memory.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ldm.encoders.text import TextEncoder
+from ldm.model import LatentDiffusion
+from ldm.nets.unet import UNet
+from ldm.runtime.memory import PeakMemoryMode, make_fake
+
+__all__ = ["Memory", "estimate_memory", "run_on_zeros"]
+
+TOKENS = 77
+DEVICE = "cpu"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a GPU needs besides PyTorch's own, about 0.5 GiB.
+
+    Attributes:
+        weights: Of each part of the model, by name.
+        activations: At the peak of each part.
+    """
+
+    weights: dict[str, int]
+    activations: dict[str, int]
+
+    @property
+    def whole(self) -> int:
+        """With the whole model on the GPU."""
+        return sum(self.weights.values()) + max(self.activations.values())
+
+    @property
+    def offloaded(self) -> int:
+        """With one part at a time on the GPU, see `LatentDiffusion.offload`."""
+        return max(size + self.activations[name] for name, size in self.weights.items())
+
+
+@torch.no_grad()
+def estimate_memory(
+    model: LatentDiffusion, size: tuple[int, int], *, images: int = 1, tile: int | None = None
+) -> Memory:
+    """Estimate the memory for one batch of text to image with guidance.
+
+    Args:
+        model: Loaded, or on the meta device; tensors there are replaced by fake ones.
+        size: (height, width) in pixels.
+        images: In the batch.
+        tile: Side of the decoder's tiles in latent pixels; None = whole.
+    """
+    texts = {  # their activations are small beside their weights
+        name: encoder
+        for name, encoder in model.conditioner.encoders.items()
+        if isinstance(encoder, TextEncoder)
+    }
+    parts: dict[str, nn.Module] = {"unet": model.unet, "autoencoder": model.autoencoder, **texts}
+    height, width = (pixels // model.downscale for pixels in size)
+    activations = dict.fromkeys(parts, 0)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for part in parts.values():
+            make_fake(part)
+        z = torch.zeros(images, model.channels, height, width)
+        with PeakMemoryMode() as mode:
+            run_on_zeros(model.unet, 2 * images, (height, width))
+        activations["unet"] = mode.peak
+        with PeakMemoryMode() as mode:
+            model.decode(z, tile)
+        activations["autoencoder"] = mode.peak
+    weights = {name: sum(p.nbytes for p in part.parameters()) for name, part in parts.items()}
+    return Memory(weights, activations)
+
+
+def run_on_zeros(unet: UNet, batch_size: int, size: tuple[int, int]) -> Tensor:
+    """Run a forward pass of a UNet on latents of a size (h, w) and conditions, all zero."""
+    labels: dict[object, tuple[int, ...]] = {
+        "sequential": (unet.adm_in_channels or 0,),
+        "continuous": (1,),
+    }
+    y = context = None
+    if unet.num_classes is not None:
+        dtype = torch.long if isinstance(unet.num_classes, int) else None
+        y = torch.zeros(batch_size, *labels.get(unet.num_classes, ()), dtype=dtype)
+    if isinstance(unet.context_dim, int):
+        context = torch.zeros(batch_size, TOKENS, unet.context_dim)
+    x = torch.zeros(batch_size, unet.in_channels, *size)
+    output: Tensor = unet(x, torch.zeros(batch_size), context, y)
+    return output

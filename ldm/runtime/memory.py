@@ -1,0 +1,63 @@
+"""The memory that a computation needs, counted on fake tensors: with shapes, but no memory."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["PeakMemoryMode", "make_fake"]
+
+
+class PeakMemoryMode(TorchDispatchMode):
+    """A mode that counts the bytes of all tensor storages created under it and alive.
+
+    Attributes:
+        now: bytes alive.
+        peak: the maximum of `now`.
+    """
+
+    def __init__(self) -> None:
+        TorchDispatchMode.__init__(self)
+        self.now: int = 0
+        self.peak: int = 0
+        self.sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        inputs = {storage._cdata for storage in _storages((args, kwargs))}  # views create nothing
+        for storage in _storages(output):
+            if storage._cdata not in inputs:
+                self._track(storage)
+        return output
+
+    def _track(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self.sizes:
+            self.sizes[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+
+def make_fake(module: nn.Module) -> None:
+    """Replace tensors on the meta device by fake ones on the CPU, where autocast works."""
+    for submodule in module.modules():
+        for name, p in submodule._parameters.items():
+            if p is not None and p.is_meta:
+                fake = torch.empty(p.shape, dtype=p.dtype)
+                submodule._parameters[name] = nn.Parameter(fake, requires_grad=p.requires_grad)
+        for name, value in submodule._buffers.items():
+            if value is not None and value.is_meta:
+                submodule._buffers[name] = torch.empty(value.shape, dtype=value.dtype)
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

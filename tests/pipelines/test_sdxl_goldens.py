@@ -1,0 +1,235 @@
+"""SDXL against what generative-models and diffusers made of the same tiny models.
+
+Pixels are at most 1 apart; latents, 1e-4 of the largest value (observed: 1.8e-5).
+"""
+
+import functools
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from goldfile import Gold, gold
+from ldm.conditioning import Cond
+from ldm.imaging.pixels import to_uint8
+from ldm.model import LatentDiffusion
+from ldm.pipelines import img2img, sample, txt2img
+from pipelines.goldmodels import model_of
+
+SAMPLERS = {
+    "EulerEDMSampler": "euler",
+    "HeunEDMSampler": "heun",
+    "EulerAncestralSampler": "euler_a",
+    "DPMPP2MSampler": "dpmpp_2m",
+}
+DEMO = {"noise", "nearest-sigma", "legacy-steps", "unused-draws"}
+SIZE_KEYS = ("original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple")
+BLACK = torch.zeros(1, 3, 64, 128)
+
+recorded = functools.cache(gold)
+
+
+@functools.cache
+def model(name: str, file: str = "sdxl_e2e_txt2img") -> LatentDiffusion:
+    with torch.random.fork_rng():  # the recorded runs have their model before the seed is set
+        return model_of(recorded(file), name)
+
+
+class Latents:
+    """A callback that keeps x after each step."""
+
+    def __init__(self) -> None:
+        self.xs: list[Tensor] = []
+
+    def __call__(self, step: int, steps: int, x: Tensor, denoised: Tensor) -> None:
+        assert step == len(self.xs) < steps
+        self.xs.append(x)
+
+
+def close_latents(ours: Tensor, theirs: Tensor) -> None:
+    assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-4
+
+
+def close_images(ours: Tensor, theirs: Tensor, *, truncate: bool = True) -> None:
+    """Compare (B, 3, H, W) in [-1, 1] with (B, H, W, 3) uint8."""
+    apart = np.abs(to_uint8(ours, truncate=truncate).astype(int) - theirs.numpy().astype(int))
+    assert apart.max() <= 1
+    assert (apart > 0).mean() < 0.01
+
+
+def close(file: Gold, name: str, images: Tensor, latents: Latents) -> None:
+    close_images(images, file.outputs(name)["images"].movedim(1, -1))
+    close_latents(latents.xs[-1], file.outputs(name)["z"])
+
+
+def keywords(info: dict) -> dict:
+    return {
+        "negative_prompt": info["negative_prompt"],
+        "steps": info["steps"],
+        "scale": info["guidance"],
+        "sampler": SAMPLERS[info["sampler"]],
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["euler", "euler_negative", "dpmpp2m", "euler_a", "heun_edm_sizes", "v_model"]
+)
+def test_txt2img(name: str) -> None:
+    file, latents = recorded("sdxl_e2e_txt2img"), Latents()
+    info = file.case(name)["info"]
+    options = keywords(info)
+    if info["values"]:
+        options |= {"original_size": (384, 512), "crop": (32, 16), "target_size": (768, 1024)}
+    if "disc" in info["sampler_params"]:
+        options["scheduler"] = "edm"
+    torch.manual_seed(info["seed_before"])
+    images = txt2img(
+        model(info["model"]),
+        [info["prompt"]] * info["num_samples"],
+        size=(64, 128),
+        legacy=DEMO | ({"ignore-negative"} if info["force_uc_zero_embeddings"] else set()),
+        callback=latents,
+        **options,
+    )
+    close(file, name, images, latents)
+
+
+def test_the_refiner_alone() -> None:
+    file, latents = recorded("sdxl_e2e_txt2img"), Latents()
+    info = file.case("refiner_alone")["info"]
+    torch.manual_seed(info["seed_before"])
+    images = img2img(
+        model("refiner"), [info["prompt"]], BLACK, z=torch.zeros(1, 4, 8, 16), strength=1,
+        legacy={"noise", "nearest-sigma"}, callback=latents, **keywords(info),
+    )  # fmt: skip
+    close(file, "refiner_alone", images, latents)
+
+
+def test_turbo() -> None:
+    file = recorded("sdxl_e2e_txt2img")
+    info = file.case("turbo")["info"]
+    seeds = itertools.count(info["seed"])
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.from_numpy(np.random.RandomState(next(seeds)).randn(*like.shape)).float()
+
+    images = txt2img(
+        model("base"), [info["prompt"]], size=(64, 128), steps=2, sampler="euler_a", scale=1,
+        scheduler="turbo", seeds=noise,
+    )  # fmt: skip
+    close_images(images, file.outputs("turbo")["images_nhwc"])
+
+
+@pytest.mark.parametrize("name", [
+    "base_s075", "base_s03_dpmpp2m", "base_s1", "base_s0", "base_euler_a", "base_offset_noise",
+    "refiner_s05", "v_s06",
+])  # fmt: skip
+def test_img2img(name: str) -> None:
+    file, latents = recorded("sdxl_e2e_img2img"), Latents()
+    info = file.case(name)["info"]
+    options = keywords(info)
+    legacy = DEMO | ({"ignore-negative"} if info["force_uc_zero_embeddings"] else set())
+    if info["kwargs"]:
+        posterior, noise, offset = file.rng(name)
+        draws = iter([posterior])
+        options["seeds"] = lambda like: next(draws)
+        options["x_T"] = noise + 0.1 * offset.reshape(-1, 1, 1, 1)
+    torch.manual_seed(info["seed_before"])
+    images = img2img(
+        model(info["model"]),
+        [info["prompt"]] * info["num_samples"],
+        file.under("shared/")["image"],
+        strength=info["strength"],
+        legacy=legacy,
+        callback=latents,
+        **options,
+    )
+    if latents.xs:
+        close(file, name, images, latents)
+    else:
+        close_images(images, file.outputs(name)["images"].movedim(1, -1))
+
+
+@pytest.mark.parametrize("name", ["finish_euler", "finish_dpmpp2m", "img2img_finish"])
+def test_a_refiner_goes_on_at_the_same_noise_level(name: str) -> None:
+    file, latents = recorded("sdxl_e2e_refine"), Latents()
+    info = file.case(name)["info"]
+    options = {
+        **keywords(info), "refiner": model("refiner"), "refiner_strength": info["strength"],
+        "legacy": DEMO | {"ignore-negative", "refiner-empty-negative"}, "callback": latents,
+    }  # fmt: skip
+    prompts = [info["prompt"]] * info["num_samples"]
+    torch.manual_seed(info["seed_before"])
+    if info["img2img_strength"] is None:
+        images = txt2img(model("base"), prompts, size=(64, 128), **options)
+    else:
+        image, strength = file.under("shared/")["image"], info["img2img_strength"]
+        images = img2img(model("base"), prompts, image, strength=strength, **options)
+    close(file, name, images, latents)
+    base_steps = len(file.outputs(name)["sigmas_base"]) - 1
+    close_latents(latents.xs[base_steps - 1], file.outputs(name)["z_base"])
+
+
+def conditions(model: LatentDiffusion, prompt: str) -> tuple[Cond, Cond]:
+    """Of a prompt and of none, for an image of 64 x 128."""
+    sizes = [[(64, 128)], [(0, 0)], [(64, 128)]]
+    batch = dict(zip(SIZE_KEYS, sizes, strict=True))
+    null = model.conditioner.text.null
+    return (
+        model.condition({"txt": [prompt], "aesthetic_score": [[6.0]], **batch}),
+        model.condition({"txt": [null], "aesthetic_score": [[2.5]], **batch}),
+    )
+
+
+@pytest.mark.parametrize("name", ["finish_euler_a", "finish_other_steps"])
+def test_base_and_refiner_may_sample_differently(name: str) -> None:
+    """The original takes x of the base for x at the refiner's first level, whatever that is."""
+    file = recorded("sdxl_e2e_refine")
+    info, base, refiner = file.case(name)["info"], model("base"), model("refiner")
+    draws = iter(file.rng(name))
+    sigmas = base.schedule.step_sigmas(info["steps"], "sgm_uniform")
+    end = len(file.outputs(name)["sigmas_base"]) - 1
+    options = {"scale": info["guidance"], "legacy": DEMO, "noise": lambda like: next(draws)}
+    z_t = sample(
+        base, *conditions(base, info["prompt"]), size=(64, 128), sigmas=sigmas, end=end,
+        sampler=SAMPLERS[info["sampler"]], **options,
+    )  # fmt: skip
+    std = float(1 + sigmas[end] ** 2) ** 0.5
+    close_latents(z_t * std, file.outputs(name)["z_base"])
+    sigmas = refiner.schedule.step_sigmas(info["refiner_steps"], "sgm_uniform")
+    sigmas = sigmas[-len(file.outputs(name)["sigmas_refiner"]) :]
+    z = sample(
+        refiner, *conditions(refiner, info["prompt"]), sigmas=sigmas,
+        z_t=z_t * std / float(1 + sigmas[0] ** 2) ** 0.5,
+        sampler=SAMPLERS[info["refiner_sampler"]], **options,
+    )  # fmt: skip
+    close_latents(z, file.outputs(name)["z"])
+
+
+def test_a_refiner_after_a_finished_base_is_img2img() -> None:
+    file, base, latents = recorded("sdxl_e2e_refine"), Latents(), Latents()
+    info = file.case("renoise_euler")["info"]
+    options = {**keywords(info), "legacy": DEMO}
+    models = model("base"), model("refiner")
+    torch.manual_seed(info["seed_before"])
+    txt2img(models[0], [info["prompt"]], size=(64, 128), callback=base, **options)
+    images = img2img(
+        models[1], [info["prompt"]], BLACK, z=base.xs[-1], strength=info["strength"],
+        callback=latents, **options,
+    )  # fmt: skip
+    close(file, "renoise_euler", images, latents)
+
+
+def test_the_refiner_of_the_api_starts_from_full_noise() -> None:
+    file, latents = recorded("sdxl_e2e_refine"), Latents()
+    info, refiner = file.case("api_refiner")["info"], model("refiner")
+    torch.manual_seed(info["seed_before"])
+    images = img2img(
+        refiner, [file.case("finish_euler")["info"]["prompt"]], BLACK,
+        z=file.inputs("api_refiner")["z0"], strength=0.3, steps=info["steps"], sampler="euler",
+        scale=2.5, negative_prompt=info["negative_prompt"], callback=latents,
+        legacy=DEMO | {"refiner-from-noise"},
+    )  # fmt: skip
+    close(file, "api_refiner", images, latents)
