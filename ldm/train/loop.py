@@ -86,6 +86,7 @@ def train(run: Run, on_start: Callable[[], object] = lambda: None) -> None:
                 run.source.fixed_samples(sanity.SAMPLES),
                 batch_size=run.batch_size,
                 seed=run.seed,
+                timesteps=run.timesteps,
             )
 
     # Read batches from where the state ends.

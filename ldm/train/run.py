@@ -1,6 +1,7 @@
 """A training run, and how it is built from a config."""
 
 import logging
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from ldm.model import LatentDiffusion
 from ldm.nets import attention
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.runtime.device import pick_device
+from ldm.runtime.types import JsonMapping
 from ldm.train.batches.sources import open_sources
 from ldm.train.build import build_state, build_task, configure_model
 from ldm.train.config.datamodules import read_data
@@ -64,6 +66,12 @@ class Run:
         """Number of complete passes over the data; 0 if its length is not known."""
         batches = self.source.batches_per_epoch(self.batch_size)
         return int(self.state.position // batches) if batches else 0
+
+    @property
+    def timesteps(self) -> Sequence[int] | None:
+        """The first and the end of those that are trained; None = all."""
+        objective: JsonMapping = {**self.settings.objective}
+        return objective.get("timesteps")
 
     @property
     def checkpoints(self) -> Path:

@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 2 tests/train/ranks.py FOLDER CASE …
 
-A case is STRATEGY-PRECISION-DATA, such as ddp-32-map: 2 steps in one go, and 1 + 1. The first
-process prints "CASE hash hash", of all that was trained. `VERB:CASE` calls `run_verb`.
+A case is STRATEGY-PRECISION-DATA, such as ddp-32-map: 2 steps in one go, and 1 + 1. DATA is `map`,
+`xl` (the same for a tiny SDXL) or shards. The first process prints "CASE hash hash", of all that is
+trained. `VERB:CASE` calls `run_verb`.
 """
 
 import csv
@@ -19,7 +20,8 @@ from ldm.train.distributed.parallel import gather
 from ldm.train.loop import train
 from ldm.train.monitoring.validation import validate
 from ldm.train.run import Run
-from tests.train.tinyrun import EMOJI, tiny_run
+from loading.tinyfamilies import small
+from tests.train.tinyrun import EMOJI, run_of, tiny_config
 
 STEPS = 2
 
@@ -29,7 +31,7 @@ def make_run(folder: Path, case: str, steps: int, *overrides: str) -> Run:
     strategy, precision, data = case.split("-", 2)
     transform = "transform: {name: emoji, size: 32}"
     section = f"{{root: null, split: null, shards: '{data}', shuffle: 4, {transform}}}"
-    if data == "map":
+    if data in ("map", "xl"):
         section = f"{{root: {EMOJI}, split: train, {transform}}}"
     options = {
         "trainer.max_steps": steps,
@@ -43,7 +45,10 @@ def make_run(folder: Path, case: str, steps: int, *overrides: str) -> Run:
         "callbacks.log_every": 1,
     }
     lightning = [f"lightning.{key}={value}" for key, value in options.items()]
-    return tiny_run(folder, f"data.params.train={section}", *lightning, *overrides)
+    config = tiny_config(f"data.params.train={section}", *lightning, *overrides)
+    if data == "xl":
+        config["model"] = small("xl")["model"] | {"base_learning_rate": 1e-3}
+    return run_of(config, folder)
 
 
 def digest(run: Run) -> str:

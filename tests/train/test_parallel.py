@@ -35,7 +35,8 @@ def free_port() -> int:
 def start(processes: int, *words: str) -> "list[subprocess.Popen[str]]":
     """Start ranks.py in several processes that find each other, as torchrun and Slurm do."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    shared |= {"PYTHONPATH": str(ROOT), "WORLD_SIZE": str(processes)}
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    shared |= {"PYTHONPATH": path, "WORLD_SIZE": str(processes)}
     return [
         subprocess.Popen(
             [sys.executable, str(SCRIPT), *words],
@@ -152,6 +153,17 @@ def test_every_way_of_training_is_resumed_bit_by_bit(
     cases = [f"{strategy}-{kind}" for strategy in strategies for kind in kinds]
     for case, (straight, interrupted) in ranks(processes, tmp_path, *cases).items():
         assert straight == interrupted, case
+
+
+@pytest.mark.slow
+def test_a_sharded_sdxl_goes_on_as_one_process(tmp_path: Path) -> None:
+    """Its optimizer has states for the UNet alone: both text encoders are frozen."""
+    save, go = "save:fsdp-32-xl", "go:fsdp-32-xl"
+    hashes = ranks(2, tmp_path, save, go)
+    assert ranks(1, tmp_path, go)[go][0] == hashes[go][0] == hashes[save][1]
+    two, one = (torch.load(tmp_path / f"went-on-{n}.pt")["weights"] for n in (2, 1))
+    assert {name.split(".")[0] for name in two} == {"unet", "conditioner"}
+    check_close(two, one)
 
 
 @pytest.mark.slow

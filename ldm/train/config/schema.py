@@ -298,6 +298,7 @@ class Denoising(Weighting, total=False):
     weighting: Annotated[str, _one_of(WEIGHTINGS)] | None
     sigma_data: Positive
     noise_levels: NoiseLevels | None
+    timesteps: Annotated[tuple[int, int], PAIR] | None
     noise_bias: Positive
     offset_noise: Nonnegative
     offset_noise_by: Literal["channel", "sample"]

@@ -2,8 +2,9 @@
 
     images/train/samples_gs-001000_e-000002_b-001000.png   and .txt, its prompts
 
-A model that reads more than text shows the image that its condition was made of before each sample;
-an autoencoder shows images above their reconstructions.
+A model that reads images shows the one that its condition was made of before each sample, and so
+does one that is trained on some timesteps only: its samples begin with that image and some noise.
+An autoencoder shows images above their reconstructions.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ldm.data.dataset import Sample
 from ldm.data.source import collate, to_device
+from ldm.data.transforms import SIZE_KEYS
 from ldm.imaging import pixels
 from ldm.model import LatentDiffusion
 from ldm.pipelines import sample
@@ -26,6 +28,7 @@ from ldm.train.run import Run
 __all__ = ["draw_samples"]
 
 LABEL_HEIGHT = 20  # pixels
+TEXT_AND_NUMBERS = {"txt", "aesthetic_score", *SIZE_KEYS}  # batch keys that are no images
 SAMPLING = {"steps": 20, "scale": 3.0, "eta": 0.0}  # defaults of `callbacks.sampling`
 
 
@@ -79,7 +82,7 @@ def _draw_grid(run: Run, samples: Sequence[Sample]) -> Image.Image:
         return pixels.make_grid(pixels.to_pil(torch.cat([image, *decoded])), columns=n)
     columns = max(1, round(n**0.5))
     drawn = torch.cat([sample_images(run, model, samples[k : k + size], k) for k in starts])
-    if model.conditioner.keys != {"txt"}:
+    if _shows_images(run, model):
         columns, drawn = 2 * columns, torch.stack([image, drawn], 1).flatten(0, 1)
     return pixels.make_grid(pixels.to_pil(drawn), columns)
 
@@ -94,11 +97,20 @@ def sample_images(
     batch = model.prepare(to_device(batch, model.device), latent_size)
     cond, uncond = model.condition(batch), model.condition(batch, drop=1.0)
     options: dict[str, Any] = {**SAMPLING, **run.settings.callbacks.sampling}
+    if run.timesteps is not None:  # start where the model's noise levels end
+        strength = run.timesteps[1] / len(model.schedule)
+        generator = torch.Generator().manual_seed(seed)
+        options |= {"z": model.encode(batch["jpg"], generator), "strength": strength}
     with run.autocast():
         seeds = list(range(seed, seed + len(samples)))
         z = sample(model, cond, uncond, size=(height, width), seeds=seeds, **options)
     image: Tensor = model.decode(z.float()).clamp(-1, 1).cpu()
     return image
+
+
+def _shows_images(run: Run, model: LatentDiffusion) -> bool:
+    """Return whether samples depend on images of the data."""
+    return run.timesteps is not None or bool(model.conditioner.keys - TEXT_AND_NUMBERS)
 
 
 def _label_grids(grids: Sequence[tuple[str, Image.Image]]) -> Image.Image:

@@ -72,12 +72,14 @@ def check_initial_weights(
     *,
     batch_size: int,
     seed: int,
+    timesteps: Sequence[int] | None = None,
 ) -> None:
     """Check on a few samples that the weights of a model fit its config.
 
     Args:
         samples: with images of the training data, of one size.
         batch_size: what surely fits into memory.
+        timesteps: see `Diffusion`.
     Raises:
         ValueError: the model is hardly better than a guess; the message says what may be wrong.
     """
@@ -87,7 +89,9 @@ def check_initial_weights(
             problem = find_problem_of_autoencoder(model, image)
         else:
             generator = torch.Generator().manual_seed(seed)
-            result = compare_with_guess(model, samples, generator, batch_size=batch_size)
+            result = compare_with_guess(
+                model, samples, generator, batch_size=batch_size, timesteps=timesteps
+            )
             log.info(
                 "the model predicts %s: loss %.3f before the first step, a guess would have %.3f",
                 result.parameterization,
@@ -106,9 +110,10 @@ def compare_with_guess(
     generator: torch.Generator,
     *,
     batch_size: int = SAMPLES,
+    timesteps: Sequence[int] | None = None,
 ) -> Comparison:
     """Run the model once on noisy latents, at timesteps that are spread over the schedule."""
-    t = draw_timesteps(model.schedule, len(samples), generator)  # (B,)
+    t = draw_timesteps(model.schedule, len(samples), generator, limits=timesteps)  # (B,)
     starts = range(0, len(samples), batch_size)
     batches = [list(samples[k : k + batch_size]) for k in starts]
     outputs = [

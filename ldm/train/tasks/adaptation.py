@@ -42,8 +42,9 @@ class Adaptation(Task):
     Args:
         task: has the model, which is frozen here.
         lora: {rank, alpha (default: the rank), targets}, or empty for none.
-        textual_inversion: {token, vectors (1), init}, or empty for none. init: words whose vectors
-            are the initial ones; default: the mean of all token embeddings.
+        textual_inversion: {token, vectors (1), init}, or empty for none. Each text encoder gets its
+            own vectors. init: words whose vectors are the initial ones; default: the mean of all
+            token embeddings.
     """
 
     def __init__(self, task: Diffusion, lora: JsonMapping, textual_inversion: JsonMapping) -> None:
@@ -52,7 +53,8 @@ class Adaptation(Task):
         self.model.requires_grad_(False).eval()
         self.trainable = nn.ModuleDict()
         self.lora: LoRA | None = None
-        self.vectors: nn.Parameter | None = None  # (n, D), the embedding of the token
+        # (n, D) each, the embedding of the token for each text encoder
+        self.vectors = nn.ParameterDict()
         self.token = ""
         self._has_checked_captions = False
         if lora:
@@ -60,15 +62,17 @@ class Adaptation(Task):
             self.lora.attach()
             self.trainable["lora"] = self.lora
         if textual_inversion:
-            text = self.model.conditioner.find(TextEncoder)
-            if text is None:
+            encoders = self.model.conditioner.find_all(TextEncoder)
+            if not encoders:
                 raise ValueError("lightning.textual_inversion: the model has no text encoder")
-            initial = _initial_vectors(text, textual_inversion.get("init"))
-            rows = torch.arange(textual_inversion.get("vectors", 1)) % len(initial)
-            self.vectors = nn.Parameter(initial[rows])
-            self.trainable["word"] = nn.ParameterDict({"vectors": self.vectors})
             self.token = textual_inversion["token"].lower()
-            text.added_embeddings[self.token] = self.vectors
+            for number, text in enumerate(encoders, 1):
+                initial = _initial_vectors(text, textual_inversion.get("init"))
+                rows = torch.arange(textual_inversion.get("vectors", 1)) % len(initial)
+                vectors = nn.Parameter(initial[rows])
+                self.vectors["vectors" if number == 1 else f"vectors_{number}"] = vectors
+                text.added_embeddings[self.token] = vectors
+            self.trainable["word"] = self.vectors
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
         if self.token and not self._has_checked_captions:
@@ -93,9 +97,10 @@ class Adaptation(Task):
             write_lora(self.lora, path, self.model, "kohya", metadata)
             diffusers_path = _with_suffix(path, "diffusers")
             write_lora(self.lora, diffusers_path, self.model, "diffusers", metadata)
-        if self.vectors is not None:
+        if self.token:
             embedding_path = path if self.lora is None else _with_suffix(path, "word")
-            write_embeddings(embedding_path, {self.token: self.vectors}, {**metadata})
+            vectors = list(self.vectors.values())
+            write_embeddings(embedding_path, {self.token: vectors}, {**metadata})
 
 
 def _build_lora(

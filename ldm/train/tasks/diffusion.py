@@ -1,6 +1,6 @@
 """Training of a latent diffusion model: image -> latent -> noisy latent -> error -> loss."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -38,6 +38,8 @@ class Diffusion(Task):
             those of the subject (DreamBooth, arXiv:2208.12242).
         noise_levels: keywords of `LogNormal`; None = all timesteps, or the defaults of `LogNormal`
             where there are none.
+        timesteps: the first and the end of those that are trained; SDXL's refiner knows the lowest
+            200, (0, 200). None = all.
         noise_bias: timesteps have the density t ** (noise_bias - 1): 1 is uniform, 2 prefers high
             noise, where the caption alone decides.
         offset_noise: standard deviation of a second noise that is constant over a channel, so that
@@ -60,6 +62,7 @@ class Diffusion(Task):
         drop: float | Mapping[str, float] | None = 0.1,
         prior_weight: float = 1.0,
         noise_levels: Mapping[str, float] | None = None,
+        timesteps: Sequence[int] | None = None,
         noise_bias: float = 1.0,
         offset_noise: float = 0.0,
         offset_noise_by: str = "channel",
@@ -72,6 +75,7 @@ class Diffusion(Task):
         self.drop = drop
         self.prior_weight = prior_weight
         self.noise_levels = None if noise_levels is None else LogNormal(**noise_levels)
+        self.timesteps = timesteps
         self.noise_bias = noise_bias
         self.offset_noise = offset_noise
         self.offset_noise_by = offset_noise_by
@@ -130,7 +134,12 @@ class Diffusion(Task):
 
         # Draw timesteps and noise.
         t = draw_timesteps(
-            model.schedule, len(z), generator, levels=self.noise_levels, bias=self.noise_bias
+            model.schedule,
+            len(z),
+            generator,
+            levels=self.noise_levels,
+            bias=self.noise_bias,
+            limits=self.timesteps,
         )  # (B,)
         noise, input_noise = self._draw_noise(z, generator)  # (B, C, h, w) each
 

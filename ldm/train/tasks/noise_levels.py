@@ -4,6 +4,7 @@ Each of n samples is drawn from its own n-quantile, in random order, so that the
 varies less than that of independent draws.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,15 +39,18 @@ def draw_timesteps(
     *,
     levels: LogNormal | None = None,
     bias: float = 1.0,
+    limits: Sequence[int] | None = None,
 ) -> Tensor:
     """Draw n timesteps (n,) of a schedule.
 
     Args:
         levels: distribution of the noise levels; None = all timesteps, if there are some.
         bias: see `Diffusion`'s `noise_bias`, for timesteps.
+        limits: the first timestep and the end, instead of all.
     """
     if levels is None and isinstance(schedule, Schedule):
-        return spread_timesteps(n, len(schedule), generator, bias)
+        first, end = limits or (0, len(schedule))
+        return spread_timesteps(n, end - first, generator, bias) + first
     quantiles = spread_quantiles(n, generator)
     return schedule.sigma_to_t((levels or LogNormal()).sigmas(quantiles))
 
