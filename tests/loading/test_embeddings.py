@@ -126,7 +126,9 @@ def test_diffusers_computes_the_same_for_a_token_of_sdxl(style, tmp_path):
     pipeline.tokenizer_2 = tokenizer_of(model.conditioner.text_2, tmp_path / "tokenizer_2")
     paths = [tmp_path / "cat.safetensors"]
     if style == "one file":
-        write_embeddings(paths[0], {"sks": PAIR})
+        write_embeddings(paths[0], {"sks": PAIR}, model=model)
+        architecture = read_checkpoint(paths[0]).metadata["modelspec.architecture"]
+        assert architecture == "stable-diffusion-xl-v1-base/textual-inversion"
     elif style == "pickle":
         paths = [tmp_path / "sks.pt"]  # which names the token
         torch.save(dict(zip(("clip_l", "clip_g"), PAIR, strict=True)), paths[0])

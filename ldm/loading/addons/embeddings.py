@@ -18,6 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ldm.encoders.text import TextEncoder
+from ldm.loading.base_models import find_base_model
 from ldm.loading.families import TITLE_BY_WIDTH
 from ldm.loading.files.checkpoint import file_hash, read_checkpoint, write_checkpoint
 from ldm.model import LatentDiffusion
@@ -172,6 +173,7 @@ def write_embeddings(
     path: str | Path,
     tokens: Mapping[str, Tensor | Sequence[Tensor]],
     metadata: Mapping[str, str | int] | None = None,
+    model: LatentDiffusion | None = None,
 ) -> None:
     """Write tokens, vectors (n, D) each, as diffusers does, or one token of SDXL as kohya does.
 
@@ -179,9 +181,12 @@ def write_embeddings(
 
     Args:
         tokens: for SDXL the vectors (n, 768) of CLIP-L and (n, 1280) of bigG.
+        model: the metadata name its base model.
     """
     state: dict[str, Tensor] = {}
     metadata = dict(metadata or {})
+    if model is not None and (base := find_base_model(model)):
+        metadata["modelspec.architecture"] = f"{base.architecture}/textual-inversion"
     for token, value in tokens.items():
         vectors = [value] if isinstance(value, Tensor) else value
         names = [token] if len(vectors) == 1 else TOWER_KEYS
