@@ -1,0 +1,137 @@
+"""SDXL on diffusers' grid and SDXL inpainting, against recorded runs of diffusers.
+
+Pixels are at most 1 apart; latents, 1e-4 of the largest value. diffusers cuts fractions of a step
+off, so its strength 0.8 of 6 steps is 4 steps here.
+"""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from goldfile import gold
+from ldm.encoders.text import OpenCLIPText
+from ldm.imaging.pixels import to_tensor
+from ldm.model import LatentDiffusion
+from ldm.pipelines import img2img, inpaint, txt2img
+from pipelines.goldmodels import model_of
+from pipelines.test_sdxl_goldens import Latents, close_images, close_latents
+
+recorded = functools.cache(gold)
+
+
+@functools.cache
+def model(name: str) -> LatentDiffusion:
+    return model_of(recorded("sdxl_inpaint"), name)
+
+
+def image_and_mask() -> tuple[Tensor, Tensor]:
+    shared = recorded("sdxl_inpaint").under("shared/")
+    return to_tensor(Image.fromarray(shared["image"].numpy())), shared["mask"][None, None] / 255
+
+
+def keywords(name: str, order: tuple[int, ...]) -> dict:
+    """Options of a case, whose draws we make in another order."""
+    file = recorded("sdxl_inpaint")
+    info, rng = file.case(name)["info"], file.rng(name)
+    draws = iter([rng[k] for k in order])
+    return {
+        "prompts": [info["prompt"]],
+        "negative_prompt": info.get("negative_prompt", ""),
+        "steps": info["num_inference_steps"],
+        "scale": info["guidance_scale"],
+        "scheduler": "leading",
+        "sampler": "euler",
+        "seeds": lambda like: next(draws),
+    }
+
+
+def close(name: str, images: Tensor, latents: Latents) -> None:
+    expected = recorded("sdxl_inpaint").outputs(name)
+    close_images(images, expected["images"], truncate=False)
+    close_latents(latents.xs[-1], expected["z"])
+
+
+@pytest.mark.parametrize(
+    ("name", "strength", "order"),
+    [
+        ("inpaint_s1", 1.0, (1, 0)),
+        ("inpaint_default_strength", 5 / 6, (2, 0, 1)),
+        ("inpaint_s05", 0.5, (2, 0, 1)),
+        ("inpaint_no_cfg", 0.8, (2, 0, 1)),
+    ],
+)
+def test_nine_channels(name: str, strength: float, order: tuple[int, ...]) -> None:
+    image, mask = image_and_mask()
+    latents = Latents()
+    images = inpaint(
+        model("inpaint9"), image=image, mask=mask, strength=strength, composite=False,
+        callback=latents, **keywords(name, order),
+    )  # fmt: skip
+    close(name, images, latents)
+
+
+def test_four_channels_keep_what_is_outside_the_mask() -> None:
+    """diffusers takes the mask at one pixel in 8 x 8, we wherever it touches them."""
+    image, mask = image_and_mask()
+    latents = Latents()
+    small = F.interpolate((mask >= 0.5).float(), size=(8, 12))
+    mask = small.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+    images = inpaint(
+        model("base4"), image=image, mask=mask, strength=4 / 6, callback=latents,
+        **keywords("blend4_s08", (0, 1)),
+    )  # fmt: skip
+    expected = recorded("sdxl_inpaint").outputs("blend4_s08")["z"]
+    inside = small.bool().expand_as(expected)
+    close_latents(latents.xs[-1][inside], expected[inside])
+    outside = ~mask.bool().expand_as(image)
+    assert torch.equal(images[outside], image[outside])
+
+
+SIZES = {
+    "original_size": (512, 384), "crop": (8, 16), "target_size": (1024, 768),
+    "negative_original_size": (256, 256), "negative_crop": (1, 2),
+    "negative_target_size": (640, 512),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("txt2img_leading", {}), ("txt2img_sizes_negative", SIZES)],
+)
+def test_txt2img(name: str, options: dict) -> None:
+    base, latents = model("base4"), Latents()
+    images = txt2img(base, size=(64, 96), callback=latents, **keywords(name, (0,)), **options)
+    close(name, images, latents)
+
+
+def test_txt2img_with_rescaled_guidance_and_one_block_less(monkeypatch) -> None:
+    latents, name = Latents(), "txt2img_clip_skip_rescale"
+    base = model("base4")
+    monkeypatch.setattr(base.conditioner.text, "blocks_run", 10)
+    monkeypatch.setattr(OpenCLIPText, "num_blocks", 2)
+    images = txt2img(base, size=(64, 96), rescale=0.7, callback=latents, **keywords(name, (0,)))
+    close(name, images, latents)
+
+
+def test_a_refiner_begins_where_diffusers_ends_the_base() -> None:
+    """The recorded latent is not a multiple of 8, as our check of the size wants."""
+    latents, name = Latents(), "txt2img_denoising_end"
+    refiner = model_of(recorded("sdxl_e2e_refine"), "refiner")
+    txt2img(
+        model("base4"), size=(64, 128), original_size=(64, 96), target_size=(64, 96),
+        refiner=refiner, refiner_start=0.7, callback=latents, **keywords(name, (0,)),
+    )  # fmt: skip
+    assert len(latents.xs) == 10
+    close_latents(latents.xs[6], recorded("sdxl_inpaint").outputs(name)["z"])
+
+
+def test_img2img() -> None:
+    image, _ = image_and_mask()
+    latents = Latents()
+    options = keywords("img2img_s03", (0, 1))
+    images = img2img(model("base4"), image=image, strength=0.3, callback=latents, **options)
+    close("img2img_s03", images, latents)
