@@ -115,7 +115,7 @@ class EncoderOptions(TypedDict, total=False):
 
     Attributes:
         ucg_rate: Probability that training drops a sample, see `Conditioner.forward`.
-        legacy_ucg_value: What replaces a sample that training drops; None for `null`.
+        legacy_ucg_value: What replaces a sample that training drops, instead of zeros or `null`.
         is_trainable: False freezes the encoder.
         null: See `Encoder`.
     """
@@ -139,7 +139,8 @@ class Encoder(nn.Module):
         cache_key: Batch key that `prepare` computes without randomness (or that holds an image in
             pixels), which a latent cache stores; None if there is none.
         generation: The Stable Diffusion (1 or 2) whose models have this encoder for text.
-        unused: Prefixes of the names of weights that do not affect the output.
+        unused: Prefixes of the names of weights that do not affect the output, and that files of
+            other programs leave out.
         ucg_rate, legacy_ucg_value, is_trainable: See `EncoderOptions`.
     """
 
@@ -238,8 +239,9 @@ class Conditioner(nn.Module):
 
         Args:
             drop: Probability of dropping a sample, that is of replacing it by the encoder's `null`;
-                for all `droppable` encoders, or by batch key, such as {"txt": 0.1}, or None for the
-                `ucg_rate` of each. Encoders of one batch key drop the same samples.
+                for all `droppable` encoders, or by batch key, such as {"txt": 0.1}. None: the
+                `ucg_rate` of each encoder, and zeros unless it has a `legacy_ucg_value`. Encoders
+                of one batch key drop the same samples.
             generator: Random generator for `drop`.
             legacy: Quirks of `generative-models`: "independent-dropout" drops each tensor by
                 itself, "mutating-legacy-ucg" hands later encoders what replaced a text.
@@ -267,7 +269,7 @@ class _Dropout:
 
     def replace(self, encoder: Encoder, samples: Any) -> tuple[Any, Any]:
         """Return the samples for later encoders of the batch key, and those for this one."""
-        rate, null = self._rate(encoder), _replacement(encoder)
+        rate, null = self._rate(encoder), self._replacement(encoder)
         if not rate or null is None:
             return samples, samples
         dropped = self._draw(encoder.key, len(samples)) < rate
@@ -280,7 +282,7 @@ class _Dropout:
 
     def zero(self, encoder: Encoder, cond: Cond) -> Cond:
         rate = self._rate(encoder)
-        if not rate or _replacement(encoder) is not None:
+        if not rate or self._replacement(encoder) is not None:
             return cond
         if "independent-dropout" not in self.legacy:
             return cond.zero_rows(self._draw(encoder.key, len(cond)) < rate)
@@ -299,12 +301,13 @@ class _Dropout:
             return self.drop.get(encoder.key, 0.0)
         return self.drop if encoder.droppable else 0.0
 
+    def _replacement(self, encoder: Encoder) -> object:
+        """Return what a dropped sample is replaced by; None for zeros."""
+        if self.drop is None or encoder.legacy_ucg_value is not None:
+            return encoder.legacy_ucg_value
+        return encoder.null
+
     def _draw(self, key: str, n: int) -> Tensor:
         if key not in self.draws:
             self.draws[key] = torch.rand(n, generator=self.generator)
         return self.draws[key]
-
-
-def _replacement(encoder: Encoder) -> object:
-    """Return what a dropped sample is replaced by; None for zeros."""
-    return encoder.null if encoder.legacy_ucg_value is None else encoder.legacy_ucg_value

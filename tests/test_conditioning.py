@@ -38,6 +38,7 @@ def test_encoders_are_found_by_class():
     conditioner = Conditioner(level=Level())
     assert conditioner.find(Level) is conditioner.level
     assert conditioner.find(Length) is conditioner.text is None
+    assert conditioner.find_all(Encoder) == [conditioner.level]
     assert conditioner.keys == {"level"}
     assert not conditioner.state_dict()
     with pytest.raises(ValueError, match="no Length, its encoders: Level"):
@@ -54,6 +55,37 @@ def test_samples_are_dropped_with_the_given_probability():
     assert cond.vector.all()  # without a null sample nothing is dropped
     assert not conditioner(batch, drop={"txt": 1.0}).crossattn.any()
     assert conditioner(batch, drop={"level": 1.0}).crossattn.all()
+
+
+def test_training_drops_to_zeros_or_to_a_value_of_its_own():
+    conditioner = Conditioner(text=Length(null="ab"), level=Level(ucg_rate=1.0))
+    batch = {"txt": ["a"], "level": [3]}
+
+    def dropped(drop):
+        cond = conditioner(batch, drop=drop)
+        return cond.crossattn.item(), cond.vector.item()
+
+    assert dropped(1.0) == (2, 3)
+    assert dropped(None) == (1, 0)
+    conditioner.text.ucg_rate = 1.0
+    assert dropped(None) == (0, 0)
+    conditioner.text.legacy_ucg_value = "abc"
+    assert dropped(None) == (3, 0)
+    assert dropped({"level": 1.0}) == (1, 0)
+
+
+def test_an_encoder_may_fill_several_slots():
+    class Both(Length):
+        def forward(self, texts):
+            tokens = super().forward(texts)
+            return Cond(crossattn=tokens, vector=tokens[:, 0] + 1)
+
+    batch = {"txt": ["ab", "c"], "level": [3, 4]}
+    encoders = {"text": Length(), "text_2": Both(), "level": Level()}
+    cond = Conditioner(**encoders, join="features")(batch)
+    assert cond.crossattn.tolist() == [[[2.0, 2.0]], [[1.0, 1.0]]]
+    assert cond.vector.tolist() == [[3.0, 3.0], [2.0, 4.0]]
+    assert Conditioner(**encoders)(batch).crossattn.shape == (2, 2, 1)
 
 
 def test_rows_are_repeated_in_place_and_joined_in_order():
