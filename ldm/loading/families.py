@@ -229,16 +229,12 @@ def recognise_family(
     )
 
 
-def detect_variant(
-    family: Family | None, name: str, metadata: Mapping[str, str]
-) -> tuple[str, str] | None:
+def detect_variant(name: str, metadata: Mapping[str, str]) -> tuple[str, str] | None:
     """Return the variant of a model of SDXL and what tells it: metadata, or the file's name.
 
     Args:
         name: of the file or folder.
     """
-    if family is None or not family.is_xl:
-        return None
     sources = {f"metadata `{key}`": metadata.get(key, "") for key in VARIANT_KEYS}
     sources["the file's name"] = name
     for source, text in sources.items():

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.schedule import Schedule
+from ldm.encoders.sizes import SizeEmbedding
 from ldm.loading.addons.embeddings import add_embeddings, check_embeddings, load_embeddings
 from ldm.loading.addons.lora import load_loras
 from ldm.loading.addons.midas import add_depth_network
@@ -252,17 +253,20 @@ def find_variant(weights: Weights) -> tuple[str, str] | None:
     """Return the variant of weights of SDXL, and what tells it."""
     if GUIDANCE_WEIGHT in weights.state:
         return "lcm", "its embedding of the guidance scale"
-    return detect_variant(weights.family, weights.path.stem, weights.markers)
+    return detect_variant(weights.path.stem, weights.markers)
 
 
 def _set_variant(model: LatentDiffusion, weights: Weights, variant: str | None) -> None:
     """Set the defaults of a distilled model, and say why."""
     found = find_variant(weights) if variant is None else (variant, "the argument")
-    if found is None or found[0] == NO_VARIANT:
+    is_xl = model.conditioner.find(SizeEmbedding) is not None
+    if found is None or found[0] == NO_VARIANT or not is_xl:
         return
     name, source = found
     chosen, steps = VARIANTS[name], VARIANT_STEPS.search(weights.path.stem.lower())
     changes = dict(chosen.defaults) | ({"steps": int(steps[1])} if steps else {})
+    if weights.source.kind == "diffusers":  # which has a scheduler of its own
+        changes = {key: changes[key] for key in ("scale", "steps")}
     model.defaults = dataclasses.replace(model.defaults, **changes)
     model.image_size = chosen.image_size
     model.latent_size = (chosen.image_size, chosen.image_size)

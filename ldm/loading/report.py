@@ -165,7 +165,7 @@ def inspect_checkpoint(
         has_ema=weights.source.has_ema,
         step=weights.source.step,
         extras=list(weights.source.extras),
-        variant=f"{variant[0]}, by {variant[1]}" if (variant := find_variant(weights)) else None,
+        variant=_describe_variant(weights),
         metadata=weights.source.metadata,
     )
     return _compare(report, weights, config)
@@ -185,6 +185,13 @@ def _list_parts(state: Mapping[str, Tensor]) -> Iterator[Part]:
         dtypes = Counter(str(value.dtype).removeprefix("torch.") for value in values)
         prefix = original_name(f"{name}.", engine=engine)
         yield Part(name, prefix, len(values), sum(value.numel() for value in values), dict(dtypes))
+
+
+def _describe_variant(weights: Weights) -> str | None:
+    family, variant = weights.family, find_variant(weights)
+    if variant is None or family is None or not family.is_xl:
+        return None
+    return f"{variant[0]}, by {variant[1]}"
 
 
 def _compare(report: Report, weights: Weights, config: str | Path | None) -> Report:

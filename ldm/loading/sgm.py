@@ -5,8 +5,9 @@
     conditioner_config   list of `emb_models`     ->  conditioner
     first_stage_config   AutoencoderKL            ->  autoencoder
 
-Five parameters are additions of ours: `image_size` (latent pixels), `latent_mean`, `latent_std`,
-`rescale_betas_zero_snr`, and `force_uc_zero_embeddings` of the conditioner.
+Some parameters are additions of ours: `image_size` (latent pixels), `latent_mean`, `latent_std`,
+`rescale_betas_zero_snr`, `defaults` (of `ldm.model.Defaults`), and the conditioner's
+`force_uc_zero_embeddings`.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +29,7 @@ TRAINING_ONLY = {
     "en_and_decode_n_samples_a_time", "input_key", "log_keys", "loss_fn_config", "no_cond_log",
     "optimizer_config", "scheduler_config", "use_ema",
 }  # fmt: skip
-OWN = {"image_size", "latent_mean", "latent_std", "rescale_betas_zero_snr"}
+OWN = {"defaults", "image_size", "latent_mean", "latent_std", "rescale_betas_zero_snr"}
 TAKES = {
     *PARTS, *OWN, "conditioner_config", "disable_first_stage_autocast", "network_wrapper",
     "sampler_config", "scale_factor",
@@ -48,6 +49,8 @@ LINEAR = {"linear_start": 0.00085, "linear_end": 0.0120, "num_timesteps": 1000}
 EDM = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
 SIGMA_DATA = 0.5
 CONDITIONER = "ldm.conditioning.Conditioner"
+MASKED_IMAGE = "ldm.encoders.lowres.MaskedImage"
+INPAINTING_CHANNELS = 9  # noisy latent, mask, masked image
 SIZES = "ldm.encoders.sizes.SizeEmbedding"
 MASKED = "ldm.encoders.lowres.MaskedImage"
 TEXT_ENCODERS = ("ldm.encoders.text.CLIPText", "ldm.encoders.text.OpenCLIPText")
@@ -81,6 +84,8 @@ def translate_engine(
     unet = translate(params["network_config"], f"{where}.network_config")
     unet["params"] = {"legacy": False} | unet["params"]
     conditioner = _Embedders(params, f"{where}.conditioner_config", translate).conditioner()
+    if unet["params"].get("in_channels") == INPAINTING_CHANNELS:
+        conditioner["params"]["masked"] = {"target": MASKED_IMAGE, "params": {}}
     encoders = conditioner["params"].values()
     channels = [unet["params"].get(name, 4) for name in ("in_channels", "out_channels")]
     if channels[0] == 2 * channels[1] + 1:  # inpainting: the YAML of other programs says no more
@@ -197,6 +202,7 @@ class _Levels:
         table = name == "DiscreteDenoiser"
         schedule = self._table(params, log_time) if table else self._range(log_time)
         defaults = {"scale": 5.0, "scheduler": "sgm_uniform" if table else "karras"}
+        defaults |= self.engine.get("defaults") or {}
         return {
             "schedule": schedule,
             "parameterization": prediction,

@@ -444,8 +444,8 @@ def test_mistakes_are_said_in_one_line(folder, tmp_path, capsys):
     for old, new, message in (
         (
             '"dropout": 0.0',
-            '"addition_embed_type": "text_time"',
-            "unet/config.json: `addition_embed_type: text_time` is not supported",
+            '"addition_embed_type": "text_image"',
+            "unet/config.json: `addition_embed_type: text_image` is not supported",
         ),
         ('cross_attention_dim": 32', 'cross_attention_dim": 48', "does not fit its own configs"),
         (text, "{", "is damaged"),

@@ -23,7 +23,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # about the future of other p
 NAMES = (
     "v1-inference", "v1-inpainting-inference", "v1-image-variation-inference", "v2-inference",
     "v2-inference-v", "v2-inpainting-inference", "v2-midas-inference", "x4-upscaling",
-    "v2-1-stable-unclip-l-inference", "v2-1-stable-unclip-h-inference",
+    "v2-1-stable-unclip-l-inference", "v2-1-stable-unclip-h-inference", "sd_xl_base",
+    "sd_xl_inpaint", "sd_xl_refiner",
 )  # fmt: skip
 KL = {
     "kl-f4": ([1, 2, 4], 3, []),
@@ -41,8 +42,13 @@ WITHOUT_PLACE = (
     "conditioner.lowres.", "conditioner.image.noise.", "conditioner.image.clip.model.",
     # of the text tower of a CLIP that only sees
     "conditioner.text.model.positional_embedding", "conditioner.text.model.token_embedding.",
-    "conditioner.text.model.ln_final.",
+    "conditioner.text.model.ln_final.", "conditioner.text_2.model.logit_scale",
 )  # fmt: skip
+
+
+def read_shipped(name):
+    folder = "stable-diffusion-xl" if name.startswith("sd_xl") else "stable-diffusion"
+    return read_yaml(f"configs/{folder}/{name}.yaml")
 
 
 def theirs(component, about):
@@ -71,7 +77,7 @@ def components(model, spec):
 
 @pytest.mark.parametrize("name", SOME)
 def test_published_models_have_diffusers_names_and_shapes(name):
-    raw = read_yaml(f"configs/stable-diffusion/{name}.yaml")
+    raw = read_shipped(name)
     spec = translate_config(raw, where=name)
     for component, about, ours in components(build_on_meta(spec), spec):
         shapes = {name: tuple(value.shape) for name, value in ours.items()}
@@ -95,7 +101,7 @@ def test_autoencoders_have_diffusers_names_and_shapes(name):
 @pytest.mark.parametrize("name", SOME)
 def test_configs_come_back_as_they_were(name):
     """Nothing but trifles without meaning differs after the way there and back."""
-    raw = read_yaml(f"configs/stable-diffusion/{name}.yaml")
+    raw = read_shipped(name)
     spec = translate_config(raw, where=name)
     files = json.loads(json.dumps(folder_configs(build_on_meta(spec), spec)))
     again = translate_config(original_config(files), where=name)

@@ -81,7 +81,8 @@ def test_shipped_configs_become_models(full, name, unet, prediction, schedule):
     assert model.defaults.scale == 5.0
     texts = ["text"] if name == "sd_xl_refiner" else ["text", "text_2"]
     sizes = [*SIZES[:2], "aesthetic_score"] if name == "sd_xl_refiner" else SIZES
-    assert list(model.conditioner.encoders) == texts + sizes
+    masked = ["masked"] if name == "sd_xl_inpaint" else []
+    assert list(model.conditioner.encoders) == texts + sizes + masked
     assert model.conditioner.text.null == ("" if name == "sd_xl_refiner" else None)
 
 
@@ -241,8 +242,8 @@ def test_variants_are_told_by_metadata_or_name(full, name, metadata, variant):
 def test_a_variant_sets_the_defaults(tmp_path, tiny):
     path = tmp_path / "sdxl_lightning_8step.safetensors"
     path.hardlink_to(tiny)
-    base = ldm.load(path)
-    assert base.defaults == Defaults(5.0, 50, "ddim", "sgm_uniform")  # not of a known shape
+    assert ldm.load(tiny).defaults == Defaults(5.0, 50, "ddim", "sgm_uniform")
+    assert ldm.load(path).defaults == Defaults(1.0, 8, "euler", "sgm_uniform")
     turbo = ldm.load(path, variant="turbo")
     assert turbo.defaults == Defaults(1.0, 8, "euler_a", "turbo")
     assert turbo.latent_size == (64, 64)

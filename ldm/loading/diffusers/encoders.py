@@ -19,7 +19,7 @@ from ldm.runtime.types import JsonMapping, JsonObject
 __all__ = [
     "added_tokens", "depth_config", "depth_params", "depth_processor_config",
     "image_processor_config", "is_openai_clip", "text_config", "text_params", "tokenizer_files",
-    "vision_config", "vision_params",
+    "vision_config", "vision_params", "xl_text_params",
 ]  # fmt: skip
 
 Config = JsonMapping
@@ -36,7 +36,11 @@ PROCESSOR = {
 
 
 def text_config(encoder: TextEncoder) -> JsonObject:
-    """Return the config of a text encoder, counting only the blocks that are used."""
+    """Return the config of a text encoder, counting only the blocks that are used.
+
+    Those of SDXL are whole; its pipeline itself takes the last hidden state but one.
+    """
+    kind = "CLIPTextModel"
     block: OpenCLIPBlock | CLIPBlock
     if isinstance(encoder, OpenCLIPText):
         block, num_blocks, norm = (
@@ -46,8 +50,12 @@ def text_config(encoder: TextEncoder) -> JsonObject:
         )
         heads, hidden = block.attn.heads, len(block.mlp["c_fc"].get_parameter("bias"))
         projection = encoder.model.text_projection.shape[1]
-    elif isinstance(encoder, CLIPText) and encoder.layer == "last":
-        block, num_blocks = encoder.tower.blocks[0], encoder.blocks_run
+        if encoder.always_return_pooled:
+            kind, num_blocks = "CLIPTextModelWithProjection", len(encoder.model.blocks)
+    elif isinstance(encoder, CLIPText) and (
+        encoder.layer == "last" or encoder.blocks_run == len(encoder.tower.blocks) - 1
+    ):
+        block, num_blocks = encoder.tower.blocks[0], len(encoder.tower.blocks)
         norm, projection = encoder.tower.final_layer_norm, encoder.width
         heads, hidden = block.self_attn.heads, len(block.mlp["fc1"].get_parameter("bias"))
     else:
@@ -56,7 +64,7 @@ def text_config(encoder: TextEncoder) -> JsonObject:
             what += f" with `layer: {encoder.layer}`"
         raise ConfigError(f"transformers' CLIPTextModel does not support {what}")
     return {
-        "architectures": ["CLIPTextModel"],
+        "architectures": [kind],
         "model_type": "clip_text_model",
         "vocab_size": VOCAB,
         "hidden_size": encoder.width,
@@ -70,6 +78,41 @@ def text_config(encoder: TextEncoder) -> JsonObject:
         "bos_token_id": tokenizer.START,
         "eos_token_id": tokenizer.END,
         "pad_token_id": encoder.tokenizer_variant.pad,
+    }
+
+
+def xl_text_params(config: Config, *, pooled: bool) -> JsonObject:
+    """Return the keywords of a text encoder of SDXL: CLIPText, or OpenCLIPText with `pooled`."""
+    layers = config["num_hidden_layers"]
+    if not pooled:
+        defaults = {key: v for key, v in CLIP_LARGE.items() if key != "vocab_size"}
+        arch = {key: config[key] for key, v in defaults.items() if config.get(key, v) != v}
+        params = {"layer": "hidden", "layer_idx": layers - 1}
+        return params | ({"arch": arch} if arch else {})
+    width, embed = config["hidden_size"], config["projection_dim"]
+    size = TextSize(width, config["num_attention_heads"], layers)
+    name = next((name for name, known in TEXT_SIZES.items() if known == size), None)
+    is_quick = is_openai_clip(config, "text_encoder_2/config.json")
+    arch_2: Any = name
+    if name is None or embed != width or is_quick or config["intermediate_size"] != 4 * width:
+        arch_2 = {"embed_dim": embed, "text_cfg": _text_cfg(config, layers)}
+        arch_2 |= {"quick_gelu": True} if is_quick else {}
+    return {
+        "arch": arch_2,
+        "freeze": True,
+        "layer": "penultimate",
+        "always_return_pooled": True,
+        "legacy": False,
+    }
+
+
+def _text_cfg(config: Config, layers: int) -> JsonObject:
+    return {
+        "width": config["hidden_size"],
+        "heads": config["num_attention_heads"],
+        "layers": layers,
+        "context_length": config.get("max_position_embeddings", 77),
+        "mlp_ratio": config["intermediate_size"] / config["hidden_size"],
     }
 
 
@@ -93,14 +136,7 @@ def text_params(config: Config) -> JsonObject:
     name = names.get(TextSize(width, heads, layers))
     if name is not None:
         return params if name == "ViT-H-14" else params | {"arch": name}
-    text_cfg = {
-        "width": width,
-        "heads": heads,
-        "layers": layers,
-        "context_length": config.get("max_position_embeddings", 77),
-        "mlp_ratio": config["intermediate_size"] / width,
-    }
-    return params | {"arch": {"embed_dim": width, "text_cfg": text_cfg}}
+    return params | {"arch": {"embed_dim": width, "text_cfg": _text_cfg(config, layers)}}
 
 
 def tokenizer_files(encoder: TextEncoder) -> JsonObject:

@@ -52,8 +52,8 @@ EXTRA_WEIGHTS = "original.safetensors"
 # Metadata of the autoencoder: its scale factor, and whether float16 is too small for it.
 SCALE_KEY, UPCAST_KEY = "ldm.scale_factor", "ldm.force_upcast"
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of diffusers, of transformers
-TRANSFORMERS = ("text_encoder", "image_encoder", "depth_estimator")  # components of transformers
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+TRANSFORMERS = (*TOKENIZERS, "image_encoder", "depth_estimator")  # components of transformers
 TOKEN_EMBEDDING = "embeddings.token_embedding.weight"
 # The variant in the name of a file of weights, or of the index of several.
 VARIANT = re.compile(
@@ -87,7 +87,7 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
     raw = (
         parse_yaml(rest.metadata[CONFIG_KEY], where=EXTRA_WEIGHTS)
         if rest
-        else original_config(files)
+        else original_config(files, str(path))
     )
     derived = _derived_tensors(rest.state) if rest else {}
     model, _ = _build_model(raw, path.name, derived)

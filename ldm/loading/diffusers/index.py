@@ -17,6 +17,12 @@ from ldm.encoders.lowres import LowRes
 from ldm.encoders.text import TextEncoder
 from ldm.loading.config import read_yaml
 from ldm.loading.diffusers import encoders, networks, schedulers
+from ldm.loading.diffusers.xl import (
+    folder_configs_xl,
+    is_xl_folder,
+    is_xl_model,
+    original_config_xl,
+)
 from ldm.loading.families import CONFIG_DIR, recognise_family
 from ldm.loading.legacy import AUTOENCODER_CONFIG
 from ldm.model import LatentDiffusion
@@ -106,6 +112,8 @@ def folder_configs(model: nn.Module, spec: JsonMapping) -> Files:
     vae = params["autoencoder"]["params"]
     if "ddconfig" not in vae:
         raise WrongFamily("diffusers has no pipeline for models without an autoencoder")
+    if is_xl_model(model):
+        return folder_configs_xl(model, spec)
     side = _training_size(model)
     height, width = model.latent_size
     files: Files = {
@@ -134,13 +142,15 @@ def folder_configs(model: nn.Module, spec: JsonMapping) -> Files:
     return files | {INDEX: index}
 
 
-def original_config(files: Files) -> JsonObject:
-    """Return the config with the original's keys."""
+def original_config(files: Files, folder: str = "the folder") -> JsonObject:
+    """Return the config with the original's keys; `folder` is its path for messages."""
     if INDEX not in files:
         raw = read_yaml(f"{CONFIG_DIR}/v1-inference.yaml")
         autoencoder = raw["model"]["params"][AUTOENCODER_CONFIG]
         autoencoder["params"] = networks.vae_params(files["config.json"])
         return {"model": autoencoder}
+    if is_xl_folder(files):
+        return original_config_xl(files, folder)
     kind = _pipeline_of_folder(files)
     encoder = IMAGE if kind in ("image", "variations") else TEXT
     is_openai = encoders.is_openai_clip(files[encoder], encoder)

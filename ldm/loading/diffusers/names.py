@@ -27,6 +27,7 @@ ENDS = {
     "label_emb.0.0": "class_embedding.linear_1",
     "label_emb.0.2": "class_embedding.linear_2",
     "label_emb": "class_embedding",
+    "time_embed_cond": "time_embedding.cond_proj",
     "input_blocks.0.0": "conv_in",
     "middle_block.0": "mid_block.resnets.0",
     "middle_block.1": "mid_block.attentions.0",

@@ -34,7 +34,7 @@ UNET_KEYS = frozenset({
     "layers_per_block", "dropout", "cross_attention_dim", "transformer_layers_per_block",
     "attention_head_dim", "num_attention_heads", "use_linear_projection", "class_embed_type",
     "num_class_embeds", "projection_class_embeddings_input_dim", "resnet_time_scale_shift",
-    "upcast_attention",
+    "upcast_attention", "addition_embed_type", "addition_time_embed_dim", "time_cond_proj_dim",
 })  # fmt: skip
 VAE_REQUIRED_VALUES = {
     "act_fn": "silu", "norm_num_groups": 32, "use_quant_conv": True, "use_post_quant_conv": True,
@@ -42,7 +42,7 @@ VAE_REQUIRED_VALUES = {
 VAE_KEYS = frozenset({
     "in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels",
     "layers_per_block", "latent_channels", "sample_size", "scaling_factor", "force_upcast",
-    "mid_block_add_attention",
+    "mid_block_add_attention", "latents_mean", "latents_std",
 })  # fmt: skip
 CROSS_ATTENTION_BLOCKS = frozenset({"CrossAttnDownBlock2D", "CrossAttnUpBlock2D"})
 UNET_BLOCKS = CROSS_ATTENTION_BLOCKS | {"DownBlock2D", "UpBlock2D"}
@@ -51,8 +51,15 @@ RESNET_TIME_SCALE_SHIFT = {False: "default", True: "scale_shift"}
 RESOLUTION = 256  # in original autoencoder configs; only decides which levels have attention
 
 
-def unet_config(unet: UNet, sample_size: int | list[int]) -> JsonObject:
-    """Return the config of a UNet; `sample_size` is the side of the latent, or height and width."""
+def unet_config(
+    unet: UNet, sample_size: int | list[int], *, size_width: int | None = None
+) -> JsonObject:
+    """Return the config of a UNet.
+
+    Args:
+        sample_size: side of the latent, or height and width.
+        size_width: of the embedding of each size in the vector of SDXL; None for another vector.
+    """
     head_dim, width = unet.num_head_channels, unet.model_channels
     _check_options(
         "UNet",
@@ -61,6 +68,10 @@ def unet_config(unet: UNet, sample_size: int | list[int]) -> JsonObject:
             "a list as `context_dim`": not isinstance(unet.context_dim, int),
             "`resblock_updown`": unet.resblock_updown,
             "`conv_resample: false`": not unet.conv_resample,
+            "depths by block": unet.transformer_depth_output is not None
+            or unet.transformer_depth_middle not in (None, _last(unet.transformer_depth)),
+            "`disable_middle_transformer`": unet.disable_middle_transformer,
+            "`num_classes: timestep`": unet.num_classes == "timestep",
             "`num_attention_blocks`": unet.num_attention_blocks is not None,
             "`num_classes: continuous`": unet.num_classes == "continuous",
             f"`num_head_channels: {head_dim}`": head_dim > 0
@@ -93,9 +104,17 @@ def unet_config(unet: UNet, sample_size: int | list[int]) -> JsonObject:
     }
     if isinstance(unet.num_classes, int):
         config["num_class_embeds"] = unet.num_classes
+    elif unet.num_classes == "sequential" and size_width is not None:
+        config |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": size_width,
+            "projection_class_embeddings_input_dim": unet.adm_in_channels,
+        }
     elif unet.num_classes == "sequential":
         config["class_embed_type"] = "projection"
         config["projection_class_embeddings_input_dim"] = unet.adm_in_channels
+    if unet.time_cond_proj_dim is not None:
+        config["time_cond_proj_dim"] = unet.time_cond_proj_dim
     return config
 
 
@@ -119,7 +138,9 @@ def unet_params(config: Config) -> JsonObject:
         "channel_mult": [width // widths[0] for width in widths],
         "use_spatial_transformer": True,
         "use_linear_in_transformer": bool(config.get("use_linear_projection")),
-        "transformer_depth": read_equal(config, "transformer_layers_per_block", where, 1),
+        "transformer_depth": _scalar_if_uniform(
+            _as_list(config, "transformer_layers_per_block", 1)
+        ),
         "context_dim": read_equal(config, "cross_attention_dim", where),
         "use_checkpoint": True,
         "legacy": False,
@@ -135,6 +156,8 @@ def unet_params(config: Config) -> JsonObject:
         params["disable_middle_self_attn"] = True
     if config.get("resnet_time_scale_shift", "default") != "default":
         params["use_scale_shift_norm"] = True
+    if config.get("time_cond_proj_dim"):
+        params["time_cond_proj_dim"] = config["time_cond_proj_dim"]
     if config.get("dropout"):
         params["dropout"] = config["dropout"]
     return params
@@ -245,6 +268,15 @@ def _check_blocks(where: str, blocks: Sequence[str], supported: Collection[str])
             raise ConfigError(f"{where}: blocks `{block}` are not supported")
 
 
+def _as_list(config: Config, key: str, default: int) -> list[int]:
+    value = config.get(key, default)
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _last(value: Any) -> Any:
+    return value[-1] if isinstance(value, Sequence) else value
+
+
 def _scalar_if_uniform(values: Sequence[Any]) -> Any:
     """Return the single value if all are equal, else the list."""
     return values[0] if len(set(values)) == 1 else list(values)
@@ -267,7 +299,10 @@ def _head_params(config: Config, widths: Sequence[int]) -> dict[str, int]:
 
 def _class_embedding_params(config: Config) -> JsonObject:
     kind = config.get("class_embed_type")
-    if kind == "projection":
+    addition = config.get("addition_embed_type")
+    if addition not in (None, "text_time"):
+        raise ConfigError(f"unet/config.json: `addition_embed_type: {addition}` is not supported")
+    if kind == "projection" or addition:
         width = config["projection_class_embeddings_input_dim"]
         return {"num_classes": "sequential", "adm_in_channels": width}
     if kind is not None:

@@ -9,7 +9,9 @@ from ldm.diffusion.schedule import make_betas
 from ldm.runtime.errors import unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["beta_params", "betas_config", "ddim_config", "parameterization"]
+__all__ = [
+    "beta_params", "betas_config", "ddim_config", "parameterization", "scheduler_name", "spacing",
+]  # fmt: skip
 
 # diffusers' names and the original's; other schedules are written as a list of betas.
 SCHEDULES = {
@@ -18,6 +20,8 @@ SCHEDULES = {
     "squaredcos_cap_v2": "squaredcos_cap_v2",
 }
 PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+# diffusers' spacings and our schedulers; other schedulers of ours are nearest to the default.
+SPACINGS = {"leading": "leading", "trailing": "trailing", "linspace": "time_uniform"}
 COSINE = 8e-3  # the offset of diffusers' cosine, which is the original's default
 START, END = 1e-4, 2e-2  # defaults of `make_betas` and of diffusers
 
@@ -76,6 +80,18 @@ def beta_params(config: JsonMapping, where: str) -> JsonObject:
 def parameterization(config: JsonMapping, where: str) -> str:
     """Return what the network predicts: "eps", "v" or "x0"."""
     return _read_name(config, "prediction_type", "epsilon", PREDICTION_TYPES, where)
+
+
+def scheduler_name(config: JsonMapping, default: str) -> str:
+    """Return our scheduler for the spacing of steps in a config."""
+    if config.get("use_karras_sigmas"):
+        return "karras"
+    return _read_name(config, "timestep_spacing", default, SPACINGS, "scheduler_config.json")
+
+
+def spacing(scheduler: str | None) -> str:
+    """Return diffusers' spacing for a scheduler of ours; "trailing" is SDXL's `sgm_uniform`."""
+    return next((theirs for theirs, ours in SPACINGS.items() if ours == scheduler), "trailing")
 
 
 def _key_of(ours: str, names: Mapping[str, str]) -> str:

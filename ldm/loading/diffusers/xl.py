@@ -1,0 +1,207 @@
+"""Folders of SDXL: base, inpainting and refiner, in both directions.
+
+    folder_configs_xl(model, spec)   -> every file but weights
+    original_config_xl(files)        -> a config of `generative-models`
+
+Both text encoders have a tokenizer of their own; the refiner has only the second.
+"""
+
+from typing import Any
+
+from ldm.diffusion.schedule import ContinuousSchedule
+from ldm.encoders.sizes import SizeEmbedding
+from ldm.encoders.text import TextEncoder
+from ldm.loading.config import read_yaml
+from ldm.loading.diffusers import encoders, networks, schedulers
+from ldm.loading.diffusers.keys import text_component
+from ldm.loading.families import XL_CONFIG_DIR
+from ldm.loading.legacy import AUTOENCODER_CONFIG
+from ldm.model import LatentDiffusion
+from ldm.runtime.errors import ConfigError, FileFormatError
+from ldm.runtime.types import JsonMapping, JsonObject
+
+__all__ = ["folder_configs_xl", "is_xl_folder", "is_xl_model", "original_config_xl"]
+
+INDEX = "model_index.json"
+UNET, VAE = "unet/config.json", "vae/config.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+TEXT, TEXT_2 = "text_encoder/config.json", "text_encoder_2/config.json"
+NO_COMPONENT = (None, None)
+TEXT_CLASSES = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
+SCORE = "aesthetic_score"
+INPAINTING_CHANNELS = 9
+TARGETS = "sgm.modules.diffusionmodules."
+SCALINGS = {"eps": "EpsScaling", "v": "VScaling", "edm": "EDMScaling"}
+SIDE = 128  # of the latent, where the config says nothing else
+
+
+def is_xl_model(model: LatentDiffusion) -> bool:
+    """Return whether a model reads sizes, and so belongs into a folder of SDXL."""
+    return model.conditioner.find(SizeEmbedding) is not None
+
+
+def is_xl_folder(files: JsonMapping) -> bool:
+    """Return whether a folder is of SDXL, by its UNet."""
+    return bool(files.get(UNET, {}).get("addition_embed_type") == "text_time")
+
+
+def folder_configs_xl(model: LatentDiffusion, spec: JsonMapping) -> JsonObject:
+    """Return every file of the folder but weights, for a model and its translated config."""
+    params, conditioner = spec["params"], model.conditioner
+    texts = {text_component(encoder): encoder for encoder in conditioner.find_all(TextEncoder)}
+    widths = {encoder.outdim for encoder in conditioner.find_all(SizeEmbedding)}
+    if len(widths) != 1 or "text_encoder_2" not in texts:
+        raise ConfigError("diffusers' SDXL needs a pooled text encoder, and sizes of one width")
+    is_refiner, is_inpainting = SCORE in conditioner.keys, "masked" in conditioner.keys
+    side = max(model.latent_size)
+    vae = networks.vae_config(
+        params["autoencoder"]["params"], model.scale_factor, side * model.downscale
+    )
+    vae["force_upcast"] = model.upcast_autoencoder
+    for key, values in (("latents_mean", model.latent_mean), ("latents_std", model.latent_std)):
+        if values is not None:
+            vae[key] = [round(value, 6) for value in values.flatten().tolist()]
+    files: JsonObject = {
+        UNET: networks.unet_config(model.unet, side, size_width=widths.pop()),
+        VAE: vae,
+        SCHEDULER: _scheduler_config(model, params["schedule"]["params"]),
+    }
+    index: JsonObject = {"_class_name": _pipeline(is_refiner, is_inpainting)}
+    for component, encoder in texts.items():
+        files[f"{component}/config.json"] = encoders.text_config(encoder)
+        tokenizer = component.replace("text_encoder", "tokenizer")
+        for name, content in encoders.tokenizer_files(encoder).items():
+            files[f"{tokenizer}/{name}"] = content
+    for component, kind in TEXT_CLASSES.items():
+        tokenizer = component.replace("text_encoder", "tokenizer")
+        has = component in texts
+        index[component] = ("transformers", kind) if has else NO_COMPONENT
+        index[tokenizer] = ("transformers", "CLIPTokenizer") if has else NO_COMPONENT
+    zeros = any(encoder.null is None for encoder in texts.values())
+    return files | {
+        INDEX: index
+        | {
+            "_diffusers_version": "0.35.0",
+            "unet": ("diffusers", "UNet2DConditionModel"),
+            "vae": ("diffusers", "AutoencoderKL"),
+            "scheduler": ("diffusers", files[SCHEDULER]["_class_name"]),
+            "force_zeros_for_empty_prompt": zeros,
+            "add_watermarker": None,
+            **({"requires_aesthetics_score": is_refiner} if is_refiner or is_inpainting else {}),
+        }
+    }
+
+
+def original_config_xl(files: JsonMapping, folder: str) -> JsonObject:
+    """Return the config of a folder with the original's keys; `folder` is its path for messages."""
+    index = files[INDEX]
+    if TEXT_2 not in files:
+        raise FileFormatError(
+            f"`{folder}` has no `{TEXT_2}`, the second text encoder of {index.get('_class_name')}"
+            "\nhint: download the folder again, whole"
+        )
+    needs_score = bool(index.get("requires_aesthetics_score", False))
+    is_inpainting = files[UNET].get("in_channels") == INPAINTING_CHANNELS
+    if TEXT not in files and not needs_score:
+        raise FileFormatError(
+            f"`{folder}` has no `{TEXT}`, the first text encoder of {index.get('_class_name')}"
+            "\nhint: download the folder again, whole"
+        )
+    name = "sd_xl_inpaint" if is_inpainting else "sd_xl_base"
+    raw = read_yaml(f"{XL_CONFIG_DIR}/{'sd_xl_refiner' if TEXT not in files else name}.yaml")
+    params = raw["model"]["params"]
+    params["network_config"]["params"] = networks.unet_params(files[UNET])
+    side = params["network_config"]["params"].pop("image_size", None)
+    if side not in (None, SIDE):
+        params["image_size"] = side
+    _set_autoencoder(params, files[VAE])
+    _set_levels(params, files[SCHEDULER])
+    conditioner = params["conditioner_config"]["params"]
+    for embedder in conditioner["emb_models"]:
+        target = embedder["target"].rpartition(".")[2]
+        if target == "FrozenCLIPEmbedder":
+            embedder["params"] = encoders.xl_text_params(files[TEXT], pooled=False)
+        elif target == "FrozenOpenCLIPEmbedder2":
+            embedder["params"] = encoders.xl_text_params(files[TEXT_2], pooled=True)
+        else:
+            embedder["params"]["outdim"] = files[UNET]["addition_time_embed_dim"]
+    if needs_score and TEXT in files:
+        conditioner["emb_models"][-1]["input_key"] = SCORE
+    zeros = index.get("force_zeros_for_empty_prompt", True)
+    if zeros != (TEXT in files):  # the rule of `sgm.translate_engine`
+        conditioner["force_uc_zero_embeddings"] = ["txt"] if zeros else []
+    return raw
+
+
+def _set_autoencoder(params: JsonObject, config: JsonMapping) -> None:
+    params[AUTOENCODER_CONFIG]["params"] |= networks.vae_params(config)
+    params["scale_factor"] = config.get("scaling_factor", 0.18215)
+    params["disable_first_stage_autocast"] = bool(config.get("force_upcast", True))
+    for ours, theirs in (("latent_mean", "latents_mean"), ("latent_std", "latents_std")):
+        if config.get(theirs) is not None:
+            params[ours] = config[theirs]
+
+
+def _set_levels(params: JsonObject, config: JsonMapping) -> None:
+    """Put noise levels, prediction type and steps of a scheduler into an engine."""
+    kind = config.get("_class_name", "")
+    prediction = schedulers.parameterization(config, SCHEDULER)
+    defaults: dict[str, Any] = {}
+    if kind.startswith("EDM"):  # its `epsilon` is the network's answer of EDM
+        scaling = "VScalingWithEDMcNoise" if prediction == "v" else "EDMScaling"
+        template = read_yaml(f"{XL_CONFIG_DIR}/playground-v2.5.yaml")["model"]["params"]
+        params["denoiser_config"] = template["denoiser_config"]
+        params["sampler_config"] = template["sampler_config"]
+        numbers = params["sampler_config"]["params"]["discretization_config"]["params"]
+        numbers |= {key: config[key] for key in ("sigma_min", "sigma_max") if key in config}
+    else:
+        if prediction not in SCALINGS:
+            raise ConfigError(f"{SCHEDULER}: `prediction_type` of SDXL must be epsilon or v")
+        scaling = SCALINGS[prediction]
+        betas = schedulers.beta_params(config, SCHEDULER)
+        if betas.pop("rescale_betas_zero_snr", False):
+            params["rescale_betas_zero_snr"] = True
+        if betas.pop("beta_schedule", None) != "linear":
+            raise ConfigError(f"{SCHEDULER}: `beta_schedule` of SDXL must be scaled_linear")
+        betas["num_timesteps"] = betas.pop("timesteps")
+        denoiser = params["denoiser_config"]["params"]
+        denoiser["num_idx"] = betas["num_timesteps"]
+        denoiser["discretization_config"]["params"] = betas
+        defaults["scheduler"] = schedulers.scheduler_name(config, "leading")
+    target = f"{TARGETS}denoiser_scaling.{scaling}"
+    params["denoiser_config"]["params"]["scaling_config"] = {"target": target}
+    if "Ancestral" in kind:
+        defaults["sampler"] = "euler_a"
+    if defaults:
+        params["defaults"] = defaults
+
+
+def _scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> JsonObject:
+    """Return the config of Euler's method, with the steps that the model's defaults name."""
+    prediction = "v_prediction" if model.parameterization == "v" else "epsilon"
+    if isinstance(model.schedule, ContinuousSchedule):
+        return {
+            "_class_name": "EDMEulerScheduler",
+            "num_train_timesteps": 1000,
+            "sigma_min": model.schedule.sigma_min,
+            "sigma_max": model.schedule.sigma_max,
+            "sigma_data": 1.0 if model.parameterization == "v" else 0.5,
+            "prediction_type": prediction,
+        }
+    is_ancestral = model.defaults.sampler == "euler_a"
+    config = {
+        "_class_name": f"Euler{'Ancestral' if is_ancestral else ''}DiscreteScheduler",
+        **schedulers.betas_config(schedule["betas"]),
+        "prediction_type": prediction,
+        "timestep_spacing": schedulers.spacing(model.defaults.scheduler),
+        "steps_offset": 1,
+    }
+    if not is_ancestral:
+        config |= {"interpolation_type": "linear", "use_karras_sigmas": False}
+    return config | ({"rescale_betas_zero_snr": True} if model.schedule.zero_snr else {})
+
+
+def _pipeline(is_refiner: bool, is_inpainting: bool) -> str:
+    if is_inpainting:
+        return "StableDiffusionXLInpaintPipeline"
+    return "StableDiffusionXLImg2ImgPipeline" if is_refiner else "StableDiffusionXLPipeline"

@@ -1,0 +1,155 @@
+"""Folders of SDXL: single files become them and come back, and diffusers opens what we write."""
+
+import json
+import shutil
+
+import pytest
+import tinyfamilies
+import torch
+
+import ldm
+from ldm.loading.convert import convert, plan_conversion
+from ldm.loading.diffusers.files import EXTRA_WEIGHTS
+from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
+from ldm.runtime.errors import FileFormatError, MissingFile
+
+SLOW = pytest.mark.slow
+NAMES = ["xl", "xl-refiner", pytest.param("xl-inpainting", marks=SLOW),
+         pytest.param("playground", marks=SLOW), pytest.param("cosxl", marks=SLOW)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """name -> (file in the original's layout, what it holds, diffusers folder), each made once."""
+    place, models = tmp_path_factory.mktemp("families"), {}
+
+    def make(name):
+        if name not in models:
+            source, folder = place / f"{name}.safetensors", place / name
+            state = tinyfamilies.write(name, source)
+            convert(plan_conversion(source, folder))
+            models[name] = source, state, folder
+        return models[name]
+
+    return make
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps(read_json(path) | changes))
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    """A folder as others publish it: without the tensors that diffusers has no place for."""
+    path = tmp_path / "folder"
+    shutil.copytree(made("xl")[2], path)
+    (path / EXTRA_WEIGHTS).unlink()
+    return path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_becomes_a_folder_and_comes_back_bit_for_bit(made, tmp_path, name):
+    _, state, folder = made(name)
+    back = tmp_path / "back.safetensors"
+    convert(plan_conversion(folder, back))
+    again = read_checkpoint(back).state
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[key], value) for key, value in state.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_alone_says_what_it_is(made, tmp_path, name):
+    source, _, written = made(name)
+    folder = tmp_path / "folder"
+    shutil.copytree(written, folder)
+    (folder / EXTRA_WEIGHTS).unlink()
+    ours, theirs = ldm.load(source), ldm.load(folder)
+    state, again = ours.state_dict(), theirs.state_dict()
+    lost = {name for name in state if not torch.equal(state[name], again[name])}
+    assert all(name.endswith("logit_scale") for name in lost)
+    for attribute in ("parameterization", "scale_factor", "upcast_autoencoder", "latent_size"):
+        assert getattr(ours, attribute) == getattr(theirs, attribute)
+    assert list(theirs.conditioner.encoders) == list(ours.conditioner.encoders)
+    assert theirs.conditioner.text.null == ours.conditioner.text.null
+    assert torch.allclose(ours.schedule.sigmas, theirs.schedule.sigmas)
+
+
+def test_configs_of_a_folder_are_read(folder):
+    change_json(folder / "scheduler/scheduler_config.json", timestep_spacing="leading")
+    change_json(folder / "model_index.json", force_zeros_for_empty_prompt=False)
+    change_json(folder / "vae/config.json", force_upcast=False)
+    change_json(folder / "unet/config.json", sample_size=64)
+    model = ldm.load(folder, dtype=torch.float16)
+    assert model.defaults.scheduler == "leading"
+    assert model.conditioner.text.null == model.conditioner.text_2.null == ""
+    assert model.autoencoder.quant_conv.weight.dtype == torch.float16
+    assert model.latent_size == (64, 64)
+
+
+def test_a_turbo_folder_is_sampled_as_its_scheduler_says(folder, tmp_path):
+    kind = {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}
+    change_json(folder / "scheduler/scheduler_config.json", **kind)
+    defaults = ldm.load(folder.rename(tmp_path / "sdxl-turbo")).defaults
+    assert (defaults.sampler, defaults.scheduler) == ("euler_a", "trailing")
+    assert (defaults.scale, defaults.steps) == (1.0, 4)
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2"])
+def test_a_missing_text_encoder_is_said_in_one_line(folder, component):
+    shutil.rmtree(folder / component)
+    with pytest.raises(FileFormatError, match=f"folder` has no `{component}/config.json`, the"):
+        ldm.load(folder)
+
+
+def test_missing_weights_are_said_in_one_line(folder):
+    (folder / "text_encoder_2/model.safetensors").unlink()
+    with pytest.raises(MissingFile, match="no weights in `.*text_encoder_2`"):
+        ldm.load(folder)
+
+
+def test_half_precision_files_and_shards_are_read(folder):
+    path = folder / "text_encoder_2/model.safetensors"
+    state = {name: value.half() for name, value in read_checkpoint(path).state.items()}
+    names = sorted(state)
+    shards = {f"model.fp16-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
+    for file, part in shards.items():
+        write_checkpoint(path.with_name(file), {name: state[name] for name in part})
+    weight_map = {name: file for file, part in shards.items() for name in part}
+    index = path.with_name("model.safetensors.index.fp16.json")
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    path.unlink()
+    text = ldm.load(folder).conditioner.text_2.model
+    assert torch.equal(text.text_projection, state["text_projection.weight"].float().T)
+
+
+@pytest.mark.filterwarnings("ignore")  # about the future of other packages
+@pytest.mark.parametrize("name", ["xl", pytest.param("xl-refiner", marks=SLOW)])
+@torch.no_grad()
+def test_diffusers_computes_the_same(made, name):
+    diffusers = pytest.importorskip("diffusers")
+    source, _, folder = made(name)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    model, prompt = ldm.load(source), "a red apple on a table"
+    sizes = {key: torch.tensor([[64, 96]]) for key in model.conditioner.keys - {"txt"}}
+    ids = [64, 96] * 3
+    if name == "xl-refiner":
+        sizes["aesthetic_score"] = torch.tensor([[6.0]])
+        ids = [64, 96, 64, 96, 6.0]
+    cond = model.condition({"txt": [prompt], **sizes})
+    context, _, pooled, _ = pipe.encode_prompt(
+        prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    assert (cond.crossattn - context).abs().max() < 1e-4  # 6e-6 was seen
+    assert (cond.vector[:, :40] - pooled).abs().max() < 1e-4
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    added = {"text_embeds": pooled, "time_ids": torch.tensor([ids])}
+    theirs = pipe.unet(x, 500, context, added_cond_kwargs=added).sample
+    ours = model.unet(x, torch.tensor([500]), cond.crossattn, cond.vector)
+    assert ours.std() > 0.05
+    assert (ours - theirs).abs().max() < 2e-4
+    image = pipe.vae.decode(x).sample
+    assert (model.autoencoder.decode(x) - image).abs().max() < 2e-4
