@@ -58,7 +58,7 @@ __all__ = ["SUFFIXES", "Conversion", "convert", "plan_conversion"]
 SUFFIXES = (".safetensors", ".ckpt")
 LORAS = "ldm.loras"  # metadata key under which merged LoRAs are listed
 CONV_IN = "encoder.conv_in.weight"  # in every autoencoder
-LORA_PARTS = ("unet.", "conditioner.text.")  # what LoRAs change
+LORA_PARTS = ("unet.", "conditioner.text.", "conditioner.text_2.")  # what LoRAs change
 
 
 @dataclass(frozen=True)

@@ -210,6 +210,14 @@ def test_loras_are_merged_as_when_a_model_is_loaded(tiny, with_ema, tmp_path, ta
     assert with_ema.read_bytes() == before
 
 
+def test_a_lora_is_merged_into_both_text_encoders_of_sdxl(tmp_path):
+    xl, style, merged = (tmp_path / f"{name}.safetensors" for name in ("xl", "style", "merged"))
+    write("xl", xl)
+    write_lora(random_adapter(model := ldm.load(xl)), style, model)
+    run(xl, merged, "--lora", style)
+    assert same_model(ldm.load(merged), ldm.load(xl, loras=[(style, 1.0)]))
+
+
 def test_a_sum_is_as_fine_as_what_is_written(tiny, tmp_path):
     style, half = tmp_path / "style.safetensors", tmp_path / "half.safetensors"
     write_lora(random_adapter(model := ldm.load(tiny)), style, model)

@@ -100,7 +100,7 @@ class Adaptation(Task):
         if self.token:
             embedding_path = path if self.lora is None else _with_suffix(path, "word")
             vectors = list(self.vectors.values())
-            write_embeddings(embedding_path, {self.token: vectors}, {**metadata})
+            write_embeddings(embedding_path, {self.token: vectors}, metadata, self.model)
 
 
 def _build_lora(
