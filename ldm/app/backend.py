@@ -14,6 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from torch import Tensor
+
 from ldm.app.catalogue import (
     CatalogueEntry,
     file_states,
@@ -114,8 +116,22 @@ class Backend:
 
     def tokens(self) -> list[str]:
         """Return the tokens of all embeddings."""
-        files = self._embedding_files()
-        return sorted({token for file in files for token in _read_tokens(file, file_states(file))})
+        return sorted({token for tokens in self._embeddings() for token in tokens})
+
+    def count_tokens(self, model: str | None, prompt: str) -> tuple[int, int, str]:
+        """Return how many tokens a prompt has, how many a model reads, and what it leaves out."""
+        entry = read_catalogue(self.folder).models.get(model or "")
+        if entry is None or entry.text is None:
+            return 0, 0, ""
+        text = entry.text
+        text.added_embeddings = {
+            token.lower(): vectors
+            for tokens in self._embeddings()
+            for token, towers in tokens.items()
+            for vectors in towers
+            if vectors.shape[1] == text.width
+        }
+        return text.count_tokens(prompt), text.length - 2, text.truncated_text(prompt)
 
     def vaes(self) -> dict[str, Path]:
         """Return the files of autoencoders that can replace that of a model, by name."""
@@ -366,6 +382,9 @@ class Backend:
         sdxl = replace(request.sdxl, refiner=next(iter(refiner), None))
         return replace(request, model=choice, sdxl=sdxl)
 
+    def _embeddings(self) -> list[Mapping[str, list[Tensor]]]:
+        return [_read_embeddings(file, file_states(file)) for file in self._embedding_files()]
+
     def _embedding_files(self) -> list[str]:
         files = [str(file) for path in self.choice.embedding for file in embedding_files(path)]
         return files + [str(file) for file in list_addons(self.folder, "embedding").values()]
@@ -379,11 +398,11 @@ def _read_own_info(path: Path) -> Info:
 
 
 @lru_cache(maxsize=1024)
-def _read_tokens(file: str, states: object) -> tuple[str, ...]:
+def _read_embeddings(file: str, states: object) -> Mapping[str, list[Tensor]]:
     try:
-        return tuple(read_embeddings(file))
+        return read_embeddings(file)
     except (OSError, ValueError):
-        return ()
+        return {}
 
 
 def _download_hint(task: Task) -> str:

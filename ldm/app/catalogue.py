@@ -13,6 +13,7 @@ from typing import cast
 from torch import nn
 
 from ldm.conditioning import Conditioner
+from ldm.encoders.text import TextEncoder
 from ldm.generate.tasks import TASKS
 from ldm.loading import legacy
 from ldm.loading.addons.lora import read_lora
@@ -54,6 +55,7 @@ class CatalogueEntry:
         is_sdxl: whether it reads the size conditions of Stable Diffusion XL.
         is_refiner: whether it is the refiner of Stable Diffusion XL.
         spec: the translated config.
+        text: the text tower, without weights.
     """
 
     path: Path
@@ -65,6 +67,7 @@ class CatalogueEntry:
     is_sdxl: bool
     is_refiner: bool
     spec: JsonObject = field(repr=False)
+    text: TextEncoder | None = field(repr=False)
 
 
 @dataclass
@@ -159,6 +162,7 @@ def _read_entry(path: Path, states: object) -> CatalogueEntry | str:
     sides = parts.get("image_size", 64)
     height, width = [sides, sides] if isinstance(sides, int) else sides
     keys = conditioner.keys if isinstance(conditioner, Conditioner) else frozenset()
+    text = conditioner.find(TextEncoder) if isinstance(conditioner, Conditioner) else None
     return CatalogueEntry(
         path=path,
         config=config,
@@ -169,6 +173,7 @@ def _read_entry(path: Path, states: object) -> CatalogueEntry | str:
         is_sdxl="target_size_as_tuple" in keys,
         is_refiner="aesthetic_score" in keys,
         spec=spec,
+        text=text,
     )
 
 

@@ -7,7 +7,7 @@ own. Bounds are checked by `Limits`, not by gradio.
 """
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from ldm.diffusion.names import SAMPLERS, SCHEDULERS
 from ldm.generate.options import Option, Value, options_of, parse_count, parse_fraction
 from ldm.generate.request import SDXL, Prompts
 from ldm.generate.tasks import Task
-from ldm.imaging.reading import flatten_on_white
+from ldm.imaging.reading import load_image, open_image
 from ldm.runtime.errors import ArgumentError, MissingArgument
 
 __all__ = [
@@ -64,7 +64,7 @@ class Field:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-SKETCH = Field("ImageEditor", {"label": "Image (draw the mask)", "type": "pil", "height": 460,
+SKETCH = Field("ImageEditor", {"label": "Image (draw the mask)", "height": 460,
                "image_mode": "RGBA", "layers": False, "transforms": (),
                "sources": ["upload", "clipboard"]})  # fmt: skip
 
@@ -230,15 +230,24 @@ def _as_list(value: object) -> list[object]:
     return [] if value is None else [value]
 
 
-def _read_sketch(sketch: Mapping[str, Any] | None, uploads: Uploads) -> dict[str, object]:
-    """Store image and mask of a sketch; the mask is wherever something is drawn."""
-    if sketch is None or sketch["background"] is None:
+def _read_sketch(
+    sketch: Sequence[tuple[str, object]] | None, uploads: Uploads
+) -> dict[str, object]:
+    """Store image and mask of a sketch; the mask is wherever something is drawn.
+
+    Args:
+        sketch: files of the image and of the layers on it, each with a caption.
+    """
+    if not sketch:
         return {"init_img": None}
-    image: Image.Image = sketch["background"]
-    mask = Image.new("L", image.size)
-    for layer in sketch["layers"]:
-        alpha = layer.getchannel("A").resize(image.size, Image.Resampling.NEAREST)
+    image, *layers = (path for path, _ in sketch)
+    stored = uploads.add(image)
+    size = load_image(stored).size
+    mask = Image.new("L", size)
+    for path in layers:
+        with open_image(path) as layer:
+            alpha = layer.convert("RGBA").getchannel("A").resize(size, Image.Resampling.NEAREST)
         mask = ImageChops.lighter(mask, alpha.point(lambda value: 255 * (value > 127)))
     if mask.getbbox() is None:
         raise ArgumentError("The mask is empty. Draw over the area to repaint.", "mask")
-    return {"init_img": uploads.add_image(flatten_on_white(image)), "mask": uploads.add_image(mask)}
+    return {"init_img": stored, "mask": uploads.add_image(mask)}

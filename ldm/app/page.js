@@ -22,14 +22,17 @@
     }
   }, true);
 
+  const say = (text) => { document.querySelector("#browser-note").textContent = text; };
+
   // The editor of the inpainting tab is silent about files that are not images.
   const check = (files) => {
-    document.querySelector("#file-error").textContent = "";
+    say("");
     for (const file of files) {
-      createImageBitmap(file).catch(() => {
-        document.querySelector("#file-error").textContent =
-          "`" + file.name + "` is not an image that the browser can show";
-      });
+      createImageBitmap(file).then((image) => {
+        const size = document.querySelector("#sketch-size textarea, #sketch-size input");
+        size.value = image.width + "x" + image.height;
+        size.dispatchEvent(new Event("input", { bubbles: true }));
+      }, () => say("`" + file.name + "` is not an image that the browser can show"));
     }
   };
   document.addEventListener("change", (event) => {
@@ -37,6 +40,18 @@
   }, true);
   document.addEventListener("drop", (event) => {
     if (event.target.closest("#tab-inpaint")) check([...event.dataTransfer.files]);
+  }, true);
+  document.addEventListener("paste", (event) => {
+    if (document.body.dataset.tab === "inpaint") check([...event.clipboardData.files]);
+  }, true);
+
+  // A slider silently brings a number back into its bounds.
+  document.addEventListener("change", ({ target }) => {
+    if (!target.matches("#main input[type=number][max]")) return;
+    const label = target.ariaLabel.replace("number input for ", "");
+    const [value, low, high] = [target.value, target.min, target.max].map(Number);
+    const bound = Math.min(Math.max(value, low), high);
+    say(value === bound ? "" : label + ": " + low + " to " + high + " are allowed, " + value + " became " + bound);
   }, true);
 
   const wide = window.matchMedia("(min-width: 900px)").matches;

@@ -34,6 +34,7 @@ from ldm.app.view import (
     show_preview,
     show_progress,
     show_queue,
+    show_token_count,
 )
 from ldm.diffusion.names import SAMPLERS
 from ldm.generate.tasks import TASKS
@@ -51,6 +52,8 @@ INTERVAL = 0.2  # seconds between two updates
 LORA_SLOTS = 4  # sliders for weights
 MODEL_VAE = ("Automatic", "")
 STORE = "() => localStorage.getItem('ldm-form') || ''"
+SKETCH_FILES = """(sketch) => [!sketch?.background ? [] : [sketch.background, ...sketch.layers].map(
+    (image) => ({ image, caption: null }))]"""
 QUIET: JsonObject = {"queue": False, "show_progress": "hidden"}
 FOLLOWERS = ("scale", "width", "height", "steps", "sampler")  # fields that follow the checkpoint
 SDXL_ROWS = (
@@ -83,6 +86,7 @@ class Page:
         self.forms = {name: TaskForm(task, backend.limits) for name, task in TASKS.items()}
         self.fields: dict[str, Any] = {}  # shared ones by name, those of a task by `task.name`
         self.images: dict[str, Any] = {}  # the first image field of each tab
+        self.counts: dict[str, Any] = {}  # of the tokens of each prompt
 
     def build(self) -> gr.Blocks:
         """Build the page, with all its events."""
@@ -93,6 +97,7 @@ class Page:
             self.owner = gr.BrowserState("", storage_key="ldm-visitor", secret="ldm")
             self.stored = gr.Textbox(visible="hidden")  # the form in the browser's storage, JSON
             self.task = gr.Textbox("txt2img", visible="hidden", elem_id="task")
+            self.sketch_size = gr.Textbox(visible="hidden", elem_id="sketch-size")
             self.job = gr.State(None)
             self.infos = gr.State([])  # of the images in the gallery
             self.chosen = gr.State(None)  # info of the chosen image
@@ -122,6 +127,8 @@ class Page:
         """
         outdir = self.backend.outdir
         os.environ["GRADIO_TEMP_DIR"] = str(outdir / "served")  # or it would be in /tmp
+        # Statistics that nobody sees: a table of up to 10,000 events, anew after each event.
+        os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = "1000000000"
         log.info("open http://127.0.0.1:%d", port)
         here = Path(__file__).parent
         self.build().queue(default_concurrency_limit=None, api_open=False).launch(
@@ -169,11 +176,13 @@ class Page:
         with gr.Tab(TASKS[name].title, id=name, elem_id=f"tab-{name}") as tab:
             for key, field in form.own_fields.items():
                 self.fields[f"{name}.{key}"] = _component(field)
+            if form.images:
+                self.images[name] = self.fields[f"{name}.{next(iter(form.images))}"]
+            if "sketch" in form.images:
+                self.fields[f"{name}.sketch"] = gr.Gallery(type="filepath", visible="hidden")
             if "depth_map" in form.images:
                 self.estimate = gr.Button("Estimate depth", elem_id="estimate")
         self._follow_tab(tab, name)
-        if form.images:
-            self.images[name] = self.fields[f"{name}.{next(iter(form.images))}"]
 
     def _build_replay(self) -> None:
         with gr.Tab(INFO_TABS["replay"], id="replay", elem_id="tab-replay") as tab:
@@ -200,7 +209,9 @@ class Page:
         with gr.Row(elem_id="prompts"):
             with gr.Column(scale=5, min_width=260):
                 for name, elem_id in {"prompt": "prompt", "negative_prompt": "negative"}.items():
-                    self.fields[name] = _component(fields[name], elem_id=elem_id)
+                    with gr.Column(elem_classes="counted"):
+                        self.fields[name] = _component(fields[name], elem_id=elem_id)
+                        self.counts[name] = gr.HTML(elem_id=f"{elem_id}-tokens")
             with gr.Column(scale=1, min_width=180):
                 self.generate = gr.Button("Generate", variant="primary", elem_id="generate")
                 with gr.Row(elem_classes="tools"):
@@ -266,7 +277,7 @@ class Page:
         with gr.Column(elem_id="output"):
             with gr.Column(elem_id="status"):
                 self.error = gr.HTML(elem_id="error")
-                gr.HTML('<div id="file-error" class="failed" role="alert"></div>')
+                gr.HTML('<div id="browser-note" class="failed" role="alert"></div>')
                 self.live = gr.HTML(show_progress(None), elem_id="live")
                 self.queue = gr.HTML(elem_id="queue")
                 self.clear = gr.Button("Clear queue", size="sm", visible=False, elem_id="clear")
@@ -304,15 +315,19 @@ class Page:
 
         self.followed = [self.live, self.preview, self.gallery, self.infos, self.chosen, self.about,
                          self.queue, self.clear, self.stop, self.error]  # fmt: skip
-        follow = partial(self._submit_and_follow)
         form = [self.checkpoint, self.vae, self.loras, *self.weights, *self.fields.values()]
         triggers = [self.generate.click, self.fields["prompt"].submit,
                     self.fields["negative_prompt"].submit]  # fmt: skip
-        follow(triggers, self.submit_task, [self.task, *form])
-        follow([self.estimate.click], self.submit_depth, form).then(
+        # The editor sends all its layers at each event of which it is an input, and at each answer
+        # to any event after that: so it is an input of this one only, which asks no server.
+        sketch = gr.on(
+            triggers, None, self.images["inpaint"], self.fields["inpaint.sketch"], js=SKETCH_FILES
+        )
+        self._submit_and_follow(sketch.then, self.submit_task, [self.task, *form])
+        self._submit_and_follow(self.estimate.click, self.submit_depth, form).then(
             _last_path, self.job, self.fields["depth2img.depth_map"], **QUIET
         )
-        follow([self.replay.click], self.submit_replay, [self.images["replay"]])
+        self._submit_and_follow(self.replay.click, self.submit_replay, [self.images["replay"]])
         self.stop.click(self.stop_job, self.owner, [self.live, self.stop, self.queue], **QUIET)
         self.clear.click(self.clear_queue, self.owner, [self.queue, self.clear], **QUIET)
 
@@ -338,6 +353,10 @@ class Page:
             lambda name: gr.update(visible=SAMPLERS[name].takes_eta),
             self.fields["sampler"], self.fields["eta"], **QUIET,
         )  # fmt: skip
+        for name, count in self.counts.items():
+            field = self.fields[name]
+            gr.on([field.change, self.checkpoint.change], self.count_tokens,
+                  [self.checkpoint, field], count, trigger_mode="always_last", **QUIET)  # fmt: skip
         prompt = [self.fields["prompt"], self.tokens]
         add = "(text, token) => [token ? (text + ' ' + token).trim() : text, null]"
         self.tokens.change(None, prompt, prompt, js=add)
@@ -364,9 +383,11 @@ class Page:
             read_file_info, self.images["replay"], [self.file_info, self.facts], **QUIET
         )
         size = [self.fields["width"], self.fields["height"]]
-        for name, field in self.images.items():
-            if name in ("img2img", "inpaint", "depth2img"):
-                field.upload(self.size_of, [self.checkpoint, field], size, **QUIET)
+        for name in ("img2img", "depth2img"):
+            field = self.images[name]
+            field.upload(self.size_of, [self.checkpoint, field], size, **QUIET)
+        # The upload event of the editor comes again after each answer, and sends all its layers.
+        self.sketch_size.input(self.fit_size, [self.checkpoint, self.sketch_size], size, **QUIET)
         image, depth_map = (self.fields[f"depth2img.{key}"] for key in ("init_img", "depth_map"))
         image.change(None, None, depth_map, js="() => null")
 
@@ -377,9 +398,9 @@ class Page:
         event = event.then(None, None, None, js="() => { window.ldmIsRestored = true }")
         event.then(self.follow_all, self.owner, self.followed, show_progress="hidden")
 
-    def _submit_and_follow(self, triggers: list[Any], submit: Any, inputs: list[Any]) -> Any:
+    def _submit_and_follow(self, listen: Any, submit: Any, inputs: list[Any]) -> Any:
         outputs = [self.job, self.error, self.live, self.queue, self.clear, self.stop]
-        event = gr.on(triggers, submit, [self.owner, *inputs], outputs, **QUIET)
+        event = listen(submit, [self.owner, *inputs], outputs, **QUIET)
         return event.then(
             self.follow, [self.owner, self.job], self.followed, show_progress="hidden"
         )
@@ -395,7 +416,10 @@ class Page:
         """Connect a button that puts an image with its parameters into a tab."""
         outputs = [*shared, *([self.images[name]] if name in self.images else [])]
         inputs = [info] if source is None else [info, source]
-        event = button.click(partial(self.send, name), inputs, outputs, **QUIET)
+        # Progress "on" another component: see the editor in `_connect`.
+        event = button.click(
+            partial(self.send, name), inputs, outputs, show_progress_on=button, **QUIET
+        )
         show = f"() => {{ document.querySelector('#tab-{name}-button').click(); scrollTo(0, 0) }}"
         event.then(None, None, None, js=show)
 
@@ -605,14 +629,21 @@ class Page:
         ]
         return [show_error(misfit), offers, gr.update(visible=has_sdxl), now, *updates]
 
-    def size_of(self, checkpoint: str, image: Any) -> list[Any]:
-        """Return width and height for an input image: in its shape, no larger than the model's."""
-        if isinstance(image, dict):
-            image = image["background"]
+    def count_tokens(self, checkpoint: str, prompt: str) -> str:
+        """Return the count of a prompt's tokens, as HTML."""
+        return show_token_count(*self.backend.count_tokens(checkpoint, prompt or ""))
+
+    def size_of(self, checkpoint: str, path: str | None) -> list[Any]:
+        """Return width and height for an input image."""
         try:
-            width, height = read_size(image) if isinstance(image, str) else image.size
-        except (OSError, ValueError, AttributeError):  # Generate will say what is wrong with it
+            width, height = read_size(path or "")
+        except (OSError, ValueError):  # Generate will say what is wrong with it
             return [gr.skip(), gr.skip()]
+        return self.fit_size(checkpoint, f"{width}x{height}")
+
+    def fit_size(self, checkpoint: str, size: str) -> list[Any]:
+        """Return width and height in the shape of an image `WxH`, no larger than the model's."""
+        width, height = map(int, size.split("x"))
         native = self.backend.defaults(TASKS["img2img"], checkpoint)["width"] or 512
         factor = min(1, native / min(width, height), self.backend.limits.side / max(width, height))
         multiple = 64 if self.backend.is_sdxl(checkpoint) else 8

@@ -15,10 +15,11 @@ from ldm.runtime.types import JsonObject
 
 __all__ = [
     "describe_info", "explain_to_user", "read_file_info", "show_error", "show_preview",
-    "show_progress", "show_queue",
+    "show_progress", "show_queue", "show_token_count",
 ]  # fmt: skip
 
 MEMORY_HINT = "; these help: batch size 1, a VAE tile size of 512, smaller width and height"
+QUOTED_WORDS = 4  # of what is left out of a prompt
 NO_PARAMETERS = "No generation parameters found"
 
 
@@ -42,6 +43,16 @@ def show_progress(progress: Progress | None, ahead: int = 0) -> str:
 def show_error(message: str) -> str:
     """Render an error; "" = none."""
     return f'<div class="failed" role="alert">{html.escape(message)}</div>' if message else ""
+
+
+def show_token_count(count: int, limit: int, lost: str) -> str:
+    """Render the tokens of a prompt, and the first words that have no effect."""
+    if not limit:  # a model without prompts
+        return ""
+    if not lost:
+        return f"<span>{count}/{limit}</span>"
+    words = html.escape(" ".join(lost.split()[:QUOTED_WORDS]))
+    return f'<span class="failed">{count}/{limit}, without effect: {words} …</span>'
 
 
 def explain_to_user(error: BaseException) -> str:

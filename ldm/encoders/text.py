@@ -123,6 +123,10 @@ class TextEncoder(Encoder):
             _as_list(texts), self.tokenizer_variant, self.length, self._added_tokens()
         )
 
+    def count_tokens(self, prompt: str) -> int:
+        """Count the tokens of a prompt; of them `length` - 2 have an effect."""
+        return len(tokenizer.encode(prompt, self.tokenizer_variant, self._added_tokens()))
+
     def truncated_text(self, prompt: str) -> str:
         """Return the end of a prompt that does not fit into `length` tokens; "" if all fits."""
         return tokenizer.truncated_text(

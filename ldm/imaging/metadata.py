@@ -62,7 +62,8 @@ SETTINGS: dict[str, tuple[str, Callable[[str], object]]] = {
     "Model hash": ("checkpoint_hash", str),
     "Model": ("checkpoint", str),
     "Mask blur": ("mask_blur", float),
-    "Mask grow": ("mask_grow", int),
+    "Mask expand": ("mask_grow", int),
+    "Mask grow": ("mask_grow", int),  # as version 0.1 wrote it
     "Noise level": ("noise_level", int),
     "Refiner switch at": ("refiner_start", float),
     "Version": ("version", str),
@@ -141,7 +142,7 @@ def _settings(info: JsonMapping) -> Iterable[tuple[str, str]]:
         "Denoising strength": info.get("strength"),
         "Mask box": info.get("mask_box"),
         "Resize mode": None if info.get("resize_mode") == "crop" else info.get("resize_mode"),
-        "Mask grow": info.get("mask_grow") or None,
+        "Mask expand": info.get("mask_grow") or None,
         "Mask blur": info.get("mask_blur") or None,
         "Noise level": info.get("noise_level"),
         "Mix noise level": info.get("mix_noise_level"),

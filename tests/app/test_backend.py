@@ -1,6 +1,7 @@
 """Backend and forms: what the app does, without its page, on tiny models of every family."""
 
 import re
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +16,13 @@ from ldm.app.form import TaskForm
 from ldm.app.jobs import Jobs
 from ldm.app.limits import Limits
 from ldm.app.progress import Progress
-from ldm.app.uploads import Uploads
 from ldm.app.view import describe_info, show_preview, show_progress
 from ldm.commands.main import main
 from ldm.generate.request import ModelChoice
 from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import read_info, write_png
 from ldm.loading.addons.embeddings import write_embeddings
+from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
 from picturehelp import pixels, random_lora
 
 MODELS = {"txt2img": "base_v", "img2img": "base_eps", "inpaint": "inpaint", "depth2img": "depth",
@@ -62,14 +63,14 @@ def answers(photo):
     return answers
 
 
-def sketch(photo, box):
-    """What the editor gives for an image with a box painted over."""
-    with Image.open(photo) as file:
-        image = file.convert("RGB")
-    layer = Image.new("RGBA", image.size)
+def sketch(photo, box=None):
+    """What the editor gives for an image, with a box painted over."""
+    with Image.open(photo) as image:
+        layer = Image.new("RGBA", image.size)
     if box is not None:
         layer.paste((255, 0, 0, 255), box)
-    return {"background": image, "layers": [layer], "composite": image}
+    layer.save(photo.with_name("layer.png"))
+    return [(str(photo), None), (str(photo.with_name("layer.png")), None)]
 
 
 def run(backend, task, answers, model=None):
@@ -131,6 +132,32 @@ def test_a_long_prompt_is_said_behind_the_result(backend, answers):
     assert "; a prompt is longer than 75 tokens: `very very very very …` is left" in job.message
 
 
+def test_a_chosen_vae_decodes_and_is_found_again_by_content(files, answers, tmp_path):
+    (tmp_path / "vae").mkdir()
+    for file in files["base_v"][1::2]:
+        shutil.copy(file, tmp_path)
+    state = {name: value + 0.1 for name, value in read_checkpoint(files["base_v"][1]).state.items()}
+    write_checkpoint(tmp_path / "vae/other.ckpt", state)
+    backend = Backend(tmp_path, tmp_path / "out", CHOICE, LIMITS)
+    plain, other = (
+        run(backend, "txt2img", answers("txt2img", vae=vae)).images[0] for vae in ("", "other")
+    )
+    assert other["vae"]["path"] == "other.ckpt"
+    assert (pixels(plain["path"]) != pixels(other["path"])).any()
+    assert replay(backend, other["path"]) == "identical"
+    job = run(backend, "txt2img", answers("txt2img", vae="../base_v"))
+    assert "unknown VAE `../base_v`" in job.message
+
+
+def test_tokens_of_embeddings_count_as_their_vectors(backend, files, tmp_path):
+    width = ldm.load(files["base_v"][3], files["base_v"][1]).conditioner.text.width
+    write_embeddings(tmp_path / "cat.safetensors", {"cat": torch.randn(3, width)})
+    taught = backend_with(files, tmp_path, choice=replace(CHOICE, embedding=(str(tmp_path),)))
+    assert backend.count_tokens("base_v.ckpt", "a cat") == (2, 75, "")
+    assert taught.count_tokens("base_v.ckpt", "a cat") == (4, 75, "")
+    assert backend.count_tokens("absent.ckpt", "a cat") == (0, 0, "")
+
+
 def test_known_pixels_of_a_sketch_stay(backend, answers, photo):
     job = run(backend, "inpaint", answers("inpaint"), model="base_v.ckpt")
     same = (pixels(job.images[0]["path"]) == pixels(photo)).all(-1)
@@ -159,8 +186,6 @@ def test_an_estimated_depth_map_is_taken_back(backend, answers):
         ("txt2img", {"prompt": "x" * 3000}, "longer than 2000 characters"),
         ("txt2img", {"sampler": "dmp"}, "unknown sampler `dmp`"),
         ("inpaint", {"sketch": None}, "No input image"),
-        ("inpaint", {"sketch": {"background": Image.new("RGB", (8, 8)), "layers": []}},
-         "The mask is empty. Draw"),
         ("unclip", {"init_img": None}, "No input image"),
         ("unclip", {"weight": "2; 1"}, "is not a number"),
         ("unclip", {"weight": "2, 1"}, "2 weights were given for 1"),
@@ -176,11 +201,9 @@ def test_what_asks_for_too_much_or_makes_no_sense_is_one_line(
     assert message in job.message
 
 
-def test_transparent_parts_of_a_sketch_are_white(answers, photo, tmp_path):
-    clear = Image.new("RGBA", (60, 70))
-    filled = answers("inpaint", sketch=sketch(photo, (8, 8, 30, 40)) | {"background": clear})
-    values = TaskForm(TASKS["inpaint"], LIMITS).values(filled, Uploads(tmp_path))
-    assert (pixels(values["init_img"]) == 255).all()
+def test_an_empty_mask_is_refused(backend, answers, photo):
+    job = run(backend, "inpaint", answers("inpaint", sketch=sketch(photo)))
+    assert job.message == "The mask is empty. Draw over the area to repaint."
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ LORAS = {
         ),
         (
             {"mask_box": [1, 2, 30, 40], "mask_grow": 12, "mask_blur": 8.0},
-            'Mask box: "1, 2, 30, 40", Mask grow: 12, Mask blur: 8',
+            'Mask box: "1, 2, 30, 40", Mask expand: 12, Mask blur: 8',
         ),
         ({"mask_box": None, "mask_grow": 0, "noise_level": 0}, "Noise level: 0"),
         (
