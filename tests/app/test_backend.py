@@ -69,8 +69,9 @@ def sketch(photo, box=None):
         layer = Image.new("RGBA", image.size)
     if box is not None:
         layer.paste((255, 0, 0, 255), box)
-    layer.save(photo.with_name("layer.png"))
-    return [(str(photo), None), (str(photo.with_name("layer.png")), None)]
+    path = photo.with_name("empty.png" if box is None else "layer.png")
+    layer.save(path)
+    return [(str(photo), None), (str(path), None)]
 
 
 def run(backend, task, answers, model=None):
