@@ -441,6 +441,25 @@ def test_words_of_a_folder_are_known(folder, state, tmp_path, capsys, caplog):
     )
 
 
+def test_tokens_of_both_tokenizers_of_sdxl_are_known(tmp_path):
+    write("xl", tmp_path / "xl.safetensors")
+    run(tmp_path / "xl.safetensors", place := tmp_path / "folder")
+    name = "text_model.embeddings.token_embedding.weight"
+    for tower in ("", "_2"):
+        path = place / f"text_encoder{tower}/model.safetensors"
+        content = read_checkpoint(path).state
+        content[name] = torch.cat([content[name], content[name][:2]])
+        path.unlink()
+        write_checkpoint(path, content)
+        edit(place / f"text_encoder{tower}/config.json", vocab_size=49410)
+        (place / f"tokenizer{tower}/added_tokens.json").write_text(
+            json.dumps(TOKENS["added_tokens.json"])
+        )
+    conditioner = ldm.load(place).conditioner
+    for text in (conditioner.text, conditioner.text_2):
+        assert torch.equal(text.added_embeddings["<cat>"], text.embedding_table[:2])
+
+
 def test_mistakes_are_said_in_one_line(folder, tmp_path, capsys):
     copy, target = tmp_path / "copy", tmp_path / "x"
     assert "no checkpoint" in fails(capsys, tmp_path / "none.ckpt", target)
