@@ -23,7 +23,7 @@ class Limits:
         batches: batches in a run.
     """
 
-    side: int = 1024
+    side: int = 2048
     steps: int = 150
     batch: int = 4
     batches: int = 8

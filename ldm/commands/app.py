@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     add(
         "--max-side",
         type=int,
-        default=1024,
+        default=2048,
         metavar="N",
         help="largest side (default: %(default)s)",
     )

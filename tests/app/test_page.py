@@ -202,7 +202,7 @@ def test_a_prompt_is_typed_and_its_image_is_downloaded_as_it_was_saved(app, page
     ("label", "value", "message"),
     [
         ("Width", "99999", "width 99999 is not a positive multiple of 8"),
-        ("Height", "4096", "height must be 8 to 1024, got 4096"),
+        ("Height", "4096", "height must be 8 to 2048, got 4096"),
         ("Seed", "five", "seed: `five` is not a whole number"),
         ("Seed", "3735928559", "done"),
     ],
