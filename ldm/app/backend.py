@@ -149,7 +149,7 @@ class Backend:
     def refiners(self) -> dict[str, Path]:
         """Return the files of refiners, by name."""
         models = read_catalogue(self.folder).models
-        return {name: entry.path for name, entry in models.items() if entry.is_refiner}
+        return {name: entry.path for name, entry in models.items() if entry.family == "refiner"}
 
     def find_refiner(self, info: JsonMapping) -> str:
         """Return the name of the refiner of an image; "" = it had none, or that is not here."""

@@ -19,12 +19,13 @@ from ldm.loading import legacy
 from ldm.loading.addons.lora import read_lora
 from ldm.loading.build import build_on_meta
 from ldm.loading.diffusers.files import INDEX
-from ldm.loading.load import read_config
+from ldm.loading.families import VARIANTS
+from ldm.loading.load import find_variant, read_config, variant_defaults
 from ldm.loading.published import find_on_disk, published_files
 from ldm.loading.weights import identify_weights, read_weights
 from ldm.model import Defaults, LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL, PixelSpace
-from ldm.pipelines.families import family_of
+from ldm.pipelines.families import SIZE_KEYS, family_of
 from ldm.runtime.errors import MissingFile, WeightsMismatch
 from ldm.runtime.types import JsonObject
 
@@ -52,8 +53,7 @@ class CatalogueEntry:
         family: name in `ldm.pipelines.families.FAMILIES`; None = unknown.
         size: (height, width) of its images, in pixels.
         defaults: options of sampling that it is made for.
-        is_sdxl: whether it reads the size conditions of Stable Diffusion XL.
-        is_refiner: whether it is the refiner of Stable Diffusion XL.
+        is_sdxl: whether it is Stable Diffusion XL or its refiner.
         spec: the translated config.
         text: the text tower, without weights.
     """
@@ -65,7 +65,6 @@ class CatalogueEntry:
     size: tuple[int, int]
     defaults: Defaults
     is_sdxl: bool
-    is_refiner: bool
     spec: JsonObject = field(repr=False)
     text: TextEncoder | None = field(repr=False)
 
@@ -148,7 +147,8 @@ def _read_entry(path: Path, states: object) -> CatalogueEntry | str:
     sidecar = path.with_suffix(".yaml")
     config = sidecar if sidecar.is_file() and path.is_file() else None
     try:
-        _, raw = read_config(identify_weights(read_weights(path)), config)
+        weights = identify_weights(read_weights(path))
+        _, raw = read_config(weights, config)
         spec = legacy.translate_config(raw, where=path.name, skipped=[])
         if spec["target"] != legacy.MODEL:
             return f"`{path}` is not a complete model"
@@ -159,19 +159,24 @@ def _read_entry(path: Path, states: object) -> CatalogueEntry | str:
         return str(error).splitlines()[0]
     family = family_of(conditioner) if isinstance(conditioner, Conditioner) else None
     tasks = tuple(name for name, task in TASKS.items() if family in task.families)
-    sides = parts.get("image_size", 64)
-    height, width = [sides, sides] if isinstance(sides, int) else sides
+    defaults, sides = Defaults(), parts.get("image_size", 64)
+    if "defaults" in parts:
+        defaults = cast(Defaults, build_on_meta(parts["defaults"], where=path.name))
     keys = conditioner.keys if isinstance(conditioner, Conditioner) else frozenset()
     text = conditioner.find(TextEncoder) if isinstance(conditioner, Conditioner) else None
+    is_sdxl = not SIZE_KEYS.isdisjoint(keys)
+    if is_sdxl and (variant := find_variant(weights)):
+        defaults = variant_defaults(variant[0], weights, defaults)
+        sides = VARIANTS[variant[0]].image_size
+    height, width = [sides, sides] if isinstance(sides, int) else sides
     return CatalogueEntry(
         path=path,
         config=config,
         tasks=tasks,
         family=family,
         size=(height * downscale, width * downscale),
-        defaults=Defaults(),
-        is_sdxl="target_size_as_tuple" in keys,
-        is_refiner="aesthetic_score" in keys,
+        defaults=defaults,
+        is_sdxl=is_sdxl,
         spec=spec,
         text=text,
     )

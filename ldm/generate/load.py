@@ -11,7 +11,9 @@ from ldm.loading.load import load as load_from_files
 from ldm.loading.published import find_checkpoint, identify_hash
 from ldm.model import Defaults, LatentDiffusion
 from ldm.nets.attention import set_backend
+from ldm.pipelines.families import is_sdxl
 from ldm.runtime.device import keep_memory, pick_device, pick_dtype, set_threads
+from ldm.runtime.errors import ArgumentError
 from ldm.runtime.files import find_file
 from ldm.runtime.hashes import known_sha256
 
@@ -76,7 +78,7 @@ def load_models(
         loras=choice.lora,
         embeddings=choice.embedding,
         vae=choice.vae,
-        **({"variant": choice.variant} if choice.variant else {}),
+        variant=choice.variant,
         **where,
         **request.inputs.model_files(),
     )
@@ -84,6 +86,8 @@ def load_models(
     _warn_about_ignored_options(request, model)
     if request.sdxl.refiner is None:
         return Models(model)
+    if not is_sdxl(model):
+        raise ArgumentError("a refiner is for Stable Diffusion XL, this model is not", "refiner")
     return Models(model, load(None, _find_weights(request.sdxl.refiner), **where))
 
 

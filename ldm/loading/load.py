@@ -53,7 +53,7 @@ from ldm.loading.weights import (
     read_autoencoder,
     read_weights,
 )
-from ldm.model import LatentDiffusion
+from ldm.model import Defaults, LatentDiffusion
 from ldm.runtime.device import pick_wide_dtype
 from ldm.runtime.errors import (
     ArgumentError,
@@ -66,7 +66,10 @@ from ldm.runtime.errors import (
 from ldm.runtime.files import find_file
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["choose_config", "find_variant", "load", "probe_weights", "read_config", "save_model"]
+__all__ = [
+    "choose_config", "find_variant", "load", "probe_weights", "read_config", "save_model",
+    "variant_defaults",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -256,6 +259,15 @@ def find_variant(weights: Weights) -> tuple[str, str] | None:
     return detect_variant(weights.path.stem, weights.markers)
 
 
+def variant_defaults(name: str, weights: Weights, defaults: Defaults) -> Defaults:
+    """Return the defaults of a variant, whose file's name may tell the number of steps."""
+    steps = VARIANT_STEPS.search(weights.path.stem.lower())
+    changes = dict(VARIANTS[name].defaults) | ({"steps": int(steps[1])} if steps else {})
+    if weights.source.kind == "diffusers":  # which has a scheduler of its own
+        changes = {key: changes[key] for key in ("scale", "steps")}
+    return dataclasses.replace(defaults, **changes)
+
+
 def _set_variant(model: LatentDiffusion, weights: Weights, variant: str | None) -> None:
     """Set the defaults of a distilled model, and say why."""
     found = find_variant(weights) if variant is None else (variant, "the argument")
@@ -263,11 +275,8 @@ def _set_variant(model: LatentDiffusion, weights: Weights, variant: str | None) 
     if found is None or found[0] == NO_VARIANT or not is_xl:
         return
     name, source = found
-    chosen, steps = VARIANTS[name], VARIANT_STEPS.search(weights.path.stem.lower())
-    changes = dict(chosen.defaults) | ({"steps": int(steps[1])} if steps else {})
-    if weights.source.kind == "diffusers":  # which has a scheduler of its own
-        changes = {key: changes[key] for key in ("scale", "steps")}
-    model.defaults = dataclasses.replace(model.defaults, **changes)
+    chosen = VARIANTS[name]
+    model.defaults = variant_defaults(name, weights, model.defaults)
     model.image_size = chosen.image_size
     model.latent_size = (chosen.image_size, chosen.image_size)
     model.provenance["variant"] = {"name": name, "told_by": source}

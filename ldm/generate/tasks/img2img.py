@@ -74,7 +74,7 @@ TASK = Task(
 """,
     inputs=Img2ImgInputs,
     prepare=Img2Img,
-    families=("text",),
+    families=("text", "refiner"),
     defaults={
         "prompt": "a painting of a virus monster playing guitar",
         "outdir": "outputs/img2img-samples",

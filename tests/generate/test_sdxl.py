@@ -1,0 +1,118 @@
+"""The commands on tiny models of SDXL: base, refiner and inpainting."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.commands.main import main
+from ldm.imaging.metadata import read_info
+from make_tiny_sdxl import make_tiny_sdxl
+
+SMALL = ["--H", "64", "--W", "64", "--n_samples", "2", "--n_iter", "1", "--precision", "full"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return make_tiny_sdxl(tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture
+def run(models, tmp_path, capsys):
+    """Runs a command with the base; returns its status, lines of stdout, text of stderr."""
+
+    def run(command, *flags, ckpt="xl"):
+        words = [*SMALL, "--ckpt", models[ckpt], "--outdir", tmp_path / "out", *flags]
+        status = main([command, *map(str, words)])
+        out, err = capsys.readouterr()
+        return status, out.splitlines(), err
+
+    return run
+
+
+def test_base_and_refiner_make_an_image_that_is_made_again_identically(run, models, capsys):
+    options = {
+        "refiner": str(models["xl-refiner"]),
+        "refiner_start": 0.5,
+        "prompt_2": "oil",
+        "negative_prompt_2": "grey",
+        "original_size": [512, 768],
+        "crop": [0, 8],
+        "target_size": [64, 64],
+        "aesthetic_score": 7.0,
+        "negative_original_size": [64, 128],
+        "negative_aesthetic_score": 2.0,
+    }
+    flags = [
+        f"--{name.replace('_', '-')}={','.join(map(str, value)) if type(value) is list else value}"
+        for name, value in options.items()
+    ]
+    _, out, _ = run("txt2img", "--steps", "4", "--prompt", "a fox", *flags, "--json")
+    info = json.loads(out[1])
+    refiner = info["refiner"]
+    assert info.items() >= {**options, "refiner": refiner, "steps": 4, "scale": 5.0}.items()
+    assert (info["scheduler"], info["scheduler_in_use"]) == (None, "sgm_uniform")
+    assert info["request"].items() >= options.items()
+    name = models["xl-refiner"].stem
+    with Image.open(info["path"]) as image:
+        text = image.info["parameters"]
+    assert f"Refiner: {name} [{refiner['hash']}], Refiner switch at: 0.5" in text
+    assert main(["replay", info["path"], "--show-command"]) == 0
+    assert f"--refiner={options['refiner']} --refiner-start=0.5" in capsys.readouterr().out
+    moved = models["xl-refiner"].rename(models["xl-refiner"].with_name("moved.safetensors"))
+    assert main(["replay", info["path"]]) == 1
+    assert "give the path of that file (--refiner)" in capsys.readouterr().err
+    assert main(["replay", info["path"], "--refiner", str(moved)]) == 0
+    moved.rename(options["refiner"])
+
+
+def test_a_line_of_a_prompt_file_has_prompts_for_both_text_encoders(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a fox\na fox --prompt-2 'oil, thick'")
+    flags = ["--from-file", tmp_path / "prompts.txt", "--steps", "1", "--n_samples", "1"]
+    _, out, _ = run("txt2img", *flags, "--json")
+    infos = [json.loads(line) for line in out]
+    assert [info.get("prompt_2") for info in infos] == [None, "oil, thick"]
+
+
+@pytest.mark.parametrize(
+    ("command", "ckpt", "flags"),
+    [
+        ("img2img", "xl", ["--strength", "0.5"]),
+        ("img2img", "xl-refiner", ["--strength", "0.3", "--aesthetic-score", "9"]),
+        ("inpaint", "xl", ["--mask-box", "0,0,32,64"]),
+        ("inpaint", "xl-inpainting", ["--mask-box", "0,0,32,64"]),
+    ],
+)
+def test_images_are_changed(run, tmp_path, command, ckpt, flags):
+    pixels = np.random.default_rng(0).integers(0, 255, (70, 60, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    image = ["--init-img", tmp_path / "photo.png", "--steps", "2", "--n_samples", "1"]
+    status, out, err = run(command, *image, *flags, "--skip_grid", ckpt=ckpt)
+    assert status == 0, err
+    assert read_info(out[0])["scale"] == 5.0
+    if ckpt == "xl-inpainting":
+        assert main(["replay", out[0]]) == 0
+
+
+def test_a_distilled_model_has_defaults_of_its_own(run):
+    _, out, _ = run("txt2img", "--variant", "turbo", "--n_samples", "1", "--json")
+    info = json.loads(out[0])
+    assert (info["scale"], info["steps"], info["sampler"]) == (1.0, 4, "euler_a")
+    assert (info["scheduler"], info["scheduler_in_use"]) == (None, "turbo")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--refiner", "xl"], "the refiner given is not the refiner of Stable Diffusion XL"),
+        (["--ckpt", "xl-refiner"], "this is the refiner of Stable Diffusion XL: use `img2img`"),
+        (["--refiner-start", "0.8"], "refiner_start needs a refiner (--refiner-start)"),
+        (["--aesthetic-score", "5"], "for the refiner, the base does not read it"),
+        (["--variant", "turb"], "unknown variant `turb`, did you mean `turbo`?"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(run, models, flags, message):
+    status, _, err = run("txt2img", *(models.get(flag, flag) for flag in flags))
+    assert status == 1
+    assert message in err.splitlines()[-1]
