@@ -1,4 +1,4 @@
-"""All checks that need a GPU, in about eight minutes; prints one table at the end.
+"""All checks that need a GPU, in about ten minutes; prints one table at the end.
 
     pip install -e '.[test,benchmarks,train]' && pip install xformers
     python benchmarks/gpu.py                       # exit code 1 if a step fails
@@ -10,6 +10,7 @@ networks   run.py in float16 and bfloat16 against diffusers: the lowest ratio
 training   train.py, SD 2 in bfloat16 against diffusers
 attention  xformers against SDPA on the shapes of SD 2: the lowest and highest ratio
            (their outputs are compared by the tests)
+offload    an image of SDXL at 1024 x 1024 with 8 GB of the GPU's memory: peak and prediction
 nccl       one step of the demo's UNet with DistributedDataParallel, its gradients against those of
            a step without; NCCL is initialised with one GPU, too
 trainer    scripts/train.py by torchrun on all GPUs
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import time
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import harness
@@ -40,6 +42,7 @@ from torch.utils.benchmark import Timer
 SHAPES = [(5, 4096, 4096, 64), (10, 1024, 1024, 64), (20, 256, 256, 64), (5, 4096, 77, 64)]
 SHAPES += [(1, 4096, 4096, 512)]
 TINY_SHAPES = [(2, 64, 64, 16), (2, 64, 77, 16)]
+CARD, STEPS = 8e9, 4  # bytes and steps of the offloaded model
 MAX_GRADIENT_ERROR = 1e-4  # relative L2, float32; kernels may sum in another order
 
 
@@ -66,6 +69,7 @@ def steps(device: str, folder: str) -> dict[str, tuple[list[str], int]]:
         "networks": (networks, 200),
         "training": (training, 90),
         "attention": ([*own, "attention"], 60),
+        "offload": ([*own, "offload"], 240),
         "nccl": ([*torchrun, *own, "nccl"], 60),
         "trainer": ([*torchrun, *trainer], 60),
     }
@@ -78,11 +82,11 @@ def main() -> None:
     names = list(steps("cpu", ""))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STEP")
-    parser.add_argument("--step", choices=["attention", "nccl"], help=argparse.SUPPRESS)
+    parser.add_argument("--step", choices=["attention", "offload", "nccl"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = torch.device(args.device)
     if args.step:
-        return {"attention": compare_attention, "nccl": distributed_step}[args.step](device)
+        return OWN_STEPS[args.step](device)
     is_cpu = args.device == "cpu"
     if not is_cpu and not torch.cuda.is_available():
         raise SystemExit("no CUDA device; --device cpu runs the steps at tiny sizes")
@@ -148,6 +152,42 @@ def compare_attention(device: torch.device) -> None:
     print(f"{baseline} / {backend} {min(ratios):.2f} to {max(ratios):.2f}")
 
 
+def offload_model(device: torch.device) -> None:
+    """Makes an image of SDXL on a GPU that may use 8 GB; on a CPU one of the demo model."""
+    import ldm
+    from ldm.pipelines.memory import estimate_memory
+
+    is_cpu, size = device.type == "cpu", (1024, 1024)
+    if is_cpu:
+        model, size = ldm.load(), (64, 64)
+    else:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(CARD / total, device)
+        model = random_model(ROOT / "configs/stable-diffusion-xl/sd_xl_base.yaml")
+    predicted = estimate_memory(model, size).offloaded / 2**30
+    model.offload(device)
+    for _ in range(2):  # the first includes the start of CUDA
+        start = time.perf_counter()
+        ldm.txt2img(model, ["a"], size=size, steps=STEPS, seeds=0, scale=5.0)
+        seconds = time.perf_counter() - start
+    peak = 0.0 if is_cpu else torch.cuda.max_memory_allocated(device) / 2**30
+    print(f"{seconds:.1f} s for {STEPS} steps, peak {peak:.2f} GiB, predicted {predicted:.2f}")
+
+
+def random_model(config: Path) -> Any:
+    """Returns a model of random weights in float16, its autoencoder in bfloat16, on the CPU."""
+    from make_checkpoint import random_weights
+
+    from ldm.loading.build import build_on_meta, fill_weights
+    from ldm.loading.config import read_yaml
+    from ldm.loading.legacy import translate_config
+
+    model = build_on_meta(translate_config(read_yaml(config)), where=str(config))
+    state = random_weights(model.state_dict(), torch.float16)
+    fill_weights(model, state, dtype=torch.float16, autoencoder_dtype=torch.bfloat16)
+    return model.eval()
+
+
 def distributed_step(device: torch.device) -> None:
     """One step on a part of the batch per process; gradients are those of the whole batch."""
     import ldm
@@ -179,6 +219,9 @@ def distributed_step(device: torch.device) -> None:
         raise SystemExit(f"gradients differ by {error:.1e}")
     if rank == 0:
         print(f"{backend}, {world_size} processes, gradients differ by {error:.1e}")
+
+
+OWN_STEPS = {"attention": compare_attention, "offload": offload_model, "nccl": distributed_step}
 
 
 if __name__ == "__main__":
