@@ -3,9 +3,10 @@
     python benchmarks/full_size.py                         # all families, fp16 files
     python benchmarks/full_size.py depth unclip-l --precision full --steps 4
     python benchmarks/full_size.py upscaler --side 512     # 512 to 2048, in tiles
+    python benchmarks/full_size.py sdxl --side 512 --precision bf16    # base and refiner
 
-Random weights are written to a temporary file (2 to 7 GB) in the original's layout, the family's
-script runs on it in a new process, and the size of the image is checked and that it is not blank.
+Random weights are written to temporary files (2 to 7 GB) in the original's layout, the family's
+script runs on them in a new process, and the size of the image is checked and that it is not blank.
 `peak` is the largest resident size of that process, the mapped file included. Unknown flags are
 passed to the script.
 """
@@ -23,6 +24,7 @@ from PIL import Image
 INPUT = "input.png"
 INIT_IMAGE = ("--init-img", INPUT)
 MASK = (*INIT_IMAGE, "--mask-box", "128,128,384,384")
+REFINER = ("--refiner", "refiner.safetensors")
 KARLO = ("--prior", "prior-ckpt-step=01000000-of-01000000.ckpt")
 
 
@@ -46,6 +48,7 @@ CASES = {
     "upscaler": Case("upscale", "x4-upscaling", INIT_IMAGE, 128, 4),
     "unclip-h": Case("unclip", "v2-1-stable-unclip-h-inference", INIT_IMAGE, 768),
     "unclip-l": Case("unclip", "v2-1-stable-unclip-l-inference", (*INIT_IMAGE, *KARLO), 768),
+    "sdxl": Case("txt2img", "sd_xl_base", REFINER, 1024),
     "sd1": Case("txt2img", "v1-inference"),
     "sd1-inpainting": Case("inpaint", "v1-inpainting-inference", MASK),
     "sd1-variation": Case("unclip", "v1-image-variation-inference", INIT_IMAGE),
@@ -79,9 +82,10 @@ def run_family(name: str, args: argparse.Namespace, folder: Path) -> str:
         SystemExit: if the script fails, or its image has another size or is blank.
     """
     case, file = CASES[name], folder / "model.safetensors"
-    config = ROOT / f"configs/stable-diffusion/{case.config}.yaml"
-    write = ["benchmarks/make_checkpoint.py", file, "--dtype", "float16", "--config", config]
-    harness.run(ROOT, *write, *(["--karlo"] if KARLO[0] in case.flags else []))
+    config = find_config(case.config)
+    write_checkpoint(file, config, *(["--karlo"] if KARLO[0] in case.flags else []))
+    if REFINER[0] in case.flags:
+        write_checkpoint(folder / REFINER[1], find_config("sd_xl_refiner"))
     input_side = args.side or case.input_side
     side = input_side * case.scale
     noise = np.random.default_rng(0).integers(0, 256, (input_side, input_side, 3), np.uint8)
@@ -97,6 +101,17 @@ def run_family(name: str, args: argparse.Namespace, folder: Path) -> str:
     if pixels.shape != (side, side, 3) or not pixels.std():
         raise SystemExit(f"{name}: image of {pixels.shape}, std {pixels.std()}; expected {side}")
     return f"{file.stat().st_size / 1e9:8.2f} {side:5} {seconds:8.0f} {cpu:7.0f} {peak:9.2f}"
+
+
+def find_config(name: str) -> Path:
+    (path,) = ROOT.glob(f"configs/stable-diffusion*/{name}.yaml")
+    return path
+
+
+def write_checkpoint(file: Path, config: Path, *flags: str) -> None:
+    """Writes random weights in float16."""
+    write = ["benchmarks/make_checkpoint.py", file, "--dtype", "float16", "--config", config]
+    harness.run(ROOT, *write, *flags)
 
 
 if __name__ == "__main__":

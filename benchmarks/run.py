@@ -32,15 +32,19 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import sdxl
 import torch
 import torch.nn.functional as F
 from harness import ROOT, Result, Side, Worker
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-NETWORKS = ("unet", "vae", "text")
+XL = "-xl"  # ends the stages of Stable Diffusion XL
+SD2_NETWORKS = ("unet", "vae", "text")
+NETWORKS = (*SD2_NETWORKS, *(f"{part}{XL}" for part in SD2_NETWORKS))
 OTHERS = {"load": ".safetensors", "load-ckpt": ".ckpt", "import": ""}
 CONFIG = ROOT / "configs/stable-diffusion/v2-inference.yaml"
+UNETS = [("ours", "unet"), ("ours", f"unet{XL}")]  # which sampling calls many times
 MAX_DIFFERENCE, MAX_ERROR_RATIO = 1e-5, 1.2
 
 Call = Callable[..., Any]
@@ -50,7 +54,7 @@ def main() -> None:
     dtypes = ["float32", "bfloat16", "float16"]
     parser = harness.parser(__doc__, dtypes=dtypes, threads=torch.get_num_threads())
     add = parser.add_argument
-    add("--stage", nargs="+", choices=[*NETWORKS, *OTHERS], default=list(NETWORKS))
+    add("--stage", nargs="+", choices=[*NETWORKS, *OTHERS], default=list(SD2_NETWORKS))
     add("--quick", action="store_true", help="small images, at most 2 rounds")
     add("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -127,7 +131,7 @@ def work(args: argparse.Namespace) -> None:
         network.to(device, dtype)
         inputs = [x.to(device) for x in example_inputs(stage, args)]
         inputs = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
-    with cached_weights() if (args.worker, stage) == ("ours", "unet") else nullcontext():
+    with cached_weights() if (args.worker, stage) in UNETS else nullcontext():
         call(*inputs)
         output = call(*inputs)
         if network is not None:
@@ -150,6 +154,8 @@ def ours(stage: str, folder: Path, dtype: torch.dtype) -> tuple[nn.Module | None
     """Returns our network, if any, and the call to time; public names only, as revisions differ."""
     import ldm
 
+    if stage.endswith(XL):
+        return sdxl.ours(stage.removesuffix(XL))
     if stage == "import":
         return None, lambda: run_python("import ldm; ldm.load; ldm.txt2img")
     file = folder / f"sd2{OTHERS.get(stage, '.safetensors')}"
@@ -167,6 +173,8 @@ def diffusers(stage: str, folder: Path, dtype: torch.dtype) -> tuple[nn.Module |
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel
 
+    if stage.endswith(XL):
+        return sdxl.diffusers(stage.removesuffix(XL))
     if stage == "import":
         return None, lambda: run_python("from diffusers import StableDiffusionPipeline")
     if stage not in NETWORKS:
@@ -201,6 +209,9 @@ def example_inputs(stage: str, args: argparse.Namespace) -> list[Tensor]:
     """Returns the inputs of a stage; the UNet's batch of 2 is one image with guidance."""
     torch.manual_seed(0)
     side = 32 if args.quick else 64
+    if stage.endswith(XL):
+        part = stage.removesuffix(XL)
+        return sdxl.inputs(part, 2 * side if part == "vae" else side)
     if stage == "unet":
         return [torch.randn(2, 4, side, side), torch.tensor([500, 500]), torch.randn(2, 77, 1024)]
     if stage == "vae":

@@ -1,0 +1,132 @@
+"""Networks of Stable Diffusion XL with random weights: ours, and those of diffusers with the same.
+
+Each is built alone, in memory: no process holds the whole model.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from harness import ROOT
+from make_checkpoint import random_weights
+from torch import Tensor, nn
+
+from ldm.loading.build import build_on_meta
+from ldm.loading.config import read_yaml
+from ldm.loading.diffusers.keys import scatter_weights, text_keys, unet_keys, vae_keys
+from ldm.loading.legacy import translate_config
+from ldm.nets.blocks import timestep_embedding
+
+CONFIG = ROOT / "configs/stable-diffusion-xl/sd_xl_base.yaml"
+UNET = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+BIG_G = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
+    "eos_token_id": 49407,
+    "pad_token_id": 0,
+}
+SIZES = (1024, 1024, 0, 0, 1024, 1024)  # original size, crop, target size
+END = 49407
+
+Call = Callable[..., Tensor]
+
+
+def ours(part: str) -> tuple[nn.Module, Call]:
+    """Returns our "unet", "vae" or "text" (the tower bigG) in float16, and the call to time."""
+    model: Any = build_on_meta(translate_config(read_yaml(CONFIG)), where=str(CONFIG))
+    conditioner = model.conditioner
+    network: Any = {"unet": model.unet, "vae": model.autoencoder, "text": conditioner.text_2}[part]
+    state = random_weights(network.state_dict(), torch.float16)
+    network.load_state_dict(state, assign=True)
+    network.eval()
+    if part == "vae":
+        return network, network.decode
+    if part == "unet":
+        return network, network
+
+    def encode(tokens: Tensor) -> Tensor:
+        cond = network(tokens)
+        return join(cond.crossattn, cond.vector)
+
+    return network, encode
+
+
+def diffusers(part: str) -> tuple[nn.Module, Call]:
+    """Returns the network of diffusers or transformers, and the call to time."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    state = ours(part)[0].state_dict()
+    keys = {"unet": unet_keys, "vae": vae_keys, "text": text_keys}[part](state)
+    weights = scatter_weights(keys, state)
+    network: Any
+    with torch.device("meta"):
+        if part == "unet":
+            network = UNet2DConditionModel(**UNET)
+        elif part == "vae":
+            network = AutoencoderKL(**VAE)
+        else:
+            network = CLIPTextModelWithProjection(CLIPTextConfig(**BIG_G))
+            weights["text_projection.weight"] = state["model.text_projection"].mT.contiguous()
+    names = network.state_dict().keys()
+    network.load_state_dict({k: v for k, v in weights.items() if k in names}, assign=True)
+    network.eval()
+    if part == "vae":
+        return network, lambda z: network.decode(z, return_dict=False)[0]
+    if part == "text":
+        for buffer in (m for m in network.modules() if hasattr(m, "position_ids")):
+            buffer.position_ids = torch.arange(77).expand(1, -1)
+
+        def encode(tokens: Tensor) -> Tensor:
+            output = network(tokens, output_hidden_states=True)
+            return join(output.hidden_states[-2], output.text_embeds)
+
+        return network, encode
+
+    def denoise(x: Tensor, t: Tensor, context: Tensor, y: Tensor) -> Tensor:
+        sizes = torch.tensor([SIZES] * len(x), device=x.device)
+        added = {"text_embeds": y[:, :1280], "time_ids": sizes}
+        out: Tensor = network(x, t, context, added_cond_kwargs=added, return_dict=False)[0]
+        return out
+
+    return network, denoise
+
+
+def inputs(part: str, side: int) -> list[Tensor]:
+    """Returns the inputs of a part; `side` of the latent for the UNet, which gets two of them."""
+    if part == "vae":
+        return [torch.randn(1, 4, side, side)]
+    if part == "text":
+        tokens = torch.randint(1, END - 1, (2, 77))
+        tokens[:, 20] = END
+        return [tokens]
+    sizes = timestep_embedding(torch.tensor(SIZES), 256).flatten().expand(2, -1)
+    y = torch.cat([torch.randn(2, 1280), sizes], dim=1)
+    return [torch.randn(2, 4, side, side), torch.tensor([500, 500]), torch.randn(2, 77, 2048), y]
+
+
+def join(context: Tensor, pooled: Tensor) -> Tensor:
+    """Returns both outputs of a text tower as one tensor, (B, 78, D)."""
+    return torch.cat([context, pooled[:, None]], dim=1)
