@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ldm.diffusion.names import LEGACY
+from ldm.diffusion.names import API_LEGACY, LEGACY
 from ldm.runtime.errors import ArgumentError, unknown_name
 
 __all__ = ["Option", "decode_option", "encode_option", "option", "options_of"]
@@ -19,6 +19,7 @@ __all__ = ["Option", "decode_option", "encode_option", "option", "options_of"]
 Value = Any  # of one option: str, int, float, bool, None, or a tuple of them
 
 QUIRKS = tuple(sorted(LEGACY))
+COMMON_QUIRKS = tuple(sorted(LEGACY.keys() - API_LEGACY))  # those that can hold together
 
 
 @dataclass(frozen=True)

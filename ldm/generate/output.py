@@ -5,21 +5,23 @@ import logging
 import sys
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.generate.provenance import Info, watermark_method
+from ldm.generate.provenance import FLOAT_WATERMARK, Info, watermark_method
 from ldm.generate.request import Request
 from ldm.imaging.metadata import fingerprint
 from ldm.imaging.output import OutputFolder
-from ldm.imaging.pixels import make_grid
-from ldm.imaging.watermark import PAYLOADS, embed_or_warn
+from ldm.imaging.pixels import make_grid, to_pil
+from ldm.imaging.watermark import PAYLOADS, embed_floats, embed_or_warn
 from ldm.model import LatentDiffusion
 from ldm.runtime.ranks import rank_and_world_size
 from ldm.runtime.types import JsonMapping
 
-__all__ = ["Console", "RunListener", "add_watermark", "save_grid", "save_image"]
+__all__ = ["Console", "RunListener", "add_watermark", "save_grid", "save_image", "to_images"]
 
 GRID_LIMIT = 1024  # images; more would be kept in memory for a grid nobody can look at
 
@@ -72,11 +74,20 @@ class Console(RunListener):
             _print(info["path"])
 
 
+def to_images(images: Tensor, info: JsonMapping, *, truncate: bool) -> list[Image.Image]:
+    """Convert images (B, 3, H, W) in [-1, 1], and mark them first where that is asked for."""
+    if info["watermark"] == FLOAT_WATERMARK:
+        pixels = (images.detach().float().clamp(-1, 1) + 1).movedim(1, -1).cpu().numpy() * 127.5
+        marked = [embed_floats(image, PAYLOADS[info["payload"]]) for image in pixels]
+        images = torch.from_numpy(np.stack(marked)).movedim(-1, 1) / 127.5 - 1
+    return to_pil(images, truncate)
+
+
 def add_watermark(
     image: Image.Image, info: JsonMapping, protected: ProtectedPixels | None = None
 ) -> Image.Image:
     """Add the watermark that the info names, except to protected pixels."""
-    if info["watermark"] is not None:
+    if info["watermark"] not in (None, FLOAT_WATERMARK):
         image = embed_or_warn(image, PAYLOADS[info["payload"]], info["watermark"])
     return image if protected is None else Image.composite(image, *protected)
 
@@ -103,7 +114,7 @@ def save_grid(
     info = {key: value for key, value in images[0][1].items() if key != "path"}
     info |= {
         "task": "grid",
-        "watermark": watermark_method(request, (grid.height, grid.width)),
+        "watermark": watermark_method(request, (grid.height, grid.width), images[0][1]["payload"]),
         "images": cells,
     }
     path = folder.save_grid(add_watermark(grid, info), info)

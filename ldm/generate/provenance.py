@@ -24,6 +24,7 @@ from ldm.loading.files.checkpoint import file_hash
 from ldm.loading.load import DEMO
 from ldm.loading.published import find_checkpoint
 from ldm.model import LatentDiffusion
+from ldm.pipelines.families import is_sdxl
 from ldm.pipelines.sampling import default_scheduler
 from ldm.runtime.device import pick_device
 from ldm.runtime.errors import ArgumentError, MissingFile
@@ -32,6 +33,8 @@ from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.runtime.version import __version__
 
 Info = JsonObject  # JSON
+
+FLOAT_WATERMARK = "dwtDct (floats)"  # written before pixels become integers
 
 REFINER_STRENGTH = 0.15  # default of the pipelines
 PRECISIONS = {"float32": "full", "float16": "fp16", "bfloat16": "bf16"}
@@ -84,7 +87,7 @@ def describe_run(
         **_describe_sdxl(request, models, without_folders),
         "tile": sampling.vae_tile,
         "legacy": list(sampling.legacy),
-        "watermark": watermark_method(request, size),
+        "watermark": watermark_method(request, size, watermark_payload(model)),
         "payload": watermark_payload(model),
         "checkpoint": Path(checkpoint).name,
         "checkpoint_hash": file_hash(checkpoint),
@@ -156,15 +159,19 @@ def job_of(info: JsonMapping) -> Job:
     return Job(info["index"], info["prompt"], info["negative_prompt"], seed, start, *second)
 
 
-def watermark_method(request: Request, size: tuple[int, int]) -> str | None:
+def watermark_method(request: Request, size: tuple[int, int], payload: str) -> str | None:
     """Return the watermark that images of this size get."""
     if request.output.no_watermark or size[0] * size[1] < MIN_PIXELS:
         return None
+    if payload == "SDXL" and "float-watermark" in request.sampling.legacy:
+        return FLOAT_WATERMARK
     return "dwtDct" if "watermark" in request.sampling.legacy else "dwtDctSvd"
 
 
 def watermark_payload(model: LatentDiffusion) -> str:
-    """Return the watermark text of the original scripts for this generation of models."""
+    """Return the watermark of the original scripts for this generation of models, in PAYLOADS."""
+    if is_sdxl(model):
+        return "SDXL"
     text = model.conditioner.text
     return "StableDiffusionV1" if text is not None and text.generation == 1 else "SDV2"
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from ldm.diffusion.names import SAMPLERS, SCHEDULERS
 from ldm.generate.options import (
+    COMMON_QUIRKS,
     QUIRKS,
     Value,
     decode_option,
@@ -170,7 +171,7 @@ class Sampling:
         metavar="PIXELS", label="UNet tile size",
         help="run the network in tiles of this many pixels, to save memory; 512 without a value"
         " (default: no tiles)")
-    legacy: tuple[str, ...] = option((), "--legacy", parse=parse_legacy, const=QUIRKS,
+    legacy: tuple[str, ...] = option((), "--legacy", parse=parse_legacy, const=COMMON_QUIRKS,
         metavar="NAMES", help="reproduce quirks of the original scripts: all or some of "
         + ",".join(QUIRKS))
     # fmt: on

@@ -24,6 +24,7 @@ from ldm.generate.output import (
     hides_progress,
     save_grid,
     save_image,
+    to_images,
 )
 from ldm.generate.plan import Batch, plan_batches
 from ldm.generate.provenance import Info, describe_image, describe_run, job_of
@@ -31,7 +32,6 @@ from ldm.generate.request import Request
 from ldm.generate.start_noise import seed_globally, start_noise
 from ldm.generate.tasks import PreparedTask
 from ldm.imaging.output import OutputFolder
-from ldm.imaging.pixels import to_pil
 from ldm.model import LatentDiffusion
 from ldm.pipelines.common import TaskOptions
 from ldm.runtime.errors import NonFinite, Stop
@@ -102,7 +102,8 @@ def _generate_batches(
             run_info["dtype"] = str(model.dtype).removeprefix("torch.")
             if listener.stopped_at is not None:
                 run_info["unfinished"] = listener.stopped_at
-            for row, image in enumerate(to_pil(images, "truncate" in request.sampling.legacy)):
+            truncate = "truncate" in request.sampling.legacy
+            for row, image in enumerate(to_images(images, run_info, truncate=truncate)):
                 info = run_info | describe_image(request, batches, number, row)
                 info["path"] = None
                 if not output.skip_save:
@@ -157,7 +158,7 @@ def remake_image(
         _generate(prepared, [job] * rows, models, callback)
     images = _generate(prepared, [job] * info["rows"], models, callback)
     image = images[info["row"] : info["row"] + 1]
-    shown = to_pil(image, "truncate" in request.sampling.legacy)[0]
+    shown = to_images(image, info, truncate="truncate" in request.sampling.legacy)[0]
     return add_watermark(shown, info, prepared.protected_pixels())
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "agreement",
     "can_hold",
     "embed",
+    "embed_floats",
     "embed_or_warn",
     "identify",
     "read",
@@ -87,6 +88,23 @@ def embed(
         raise ArgumentError(f"image has mode `{image.mode}`, a watermark needs `RGB`")
     write = _write_largest if method == "dwtDct" else _write_singular
     return Image.fromarray(write(np.asarray(image), _bits(payload)))
+
+
+def embed_floats(rgb: np.ndarray, payload: bytes | Sequence[int]) -> np.ndarray:
+    """Write `dwtDct` into pixels that are not rounded, as SDXL's demo; some bits do not survive it.
+
+    OpenCV gives U and V of floats an offset of 0.5 and clips nothing, and neither does this.
+
+    Args:
+        rgb: (H, W, 3) float32, 0 … 255.
+    """
+    r, g, b = (rgb[..., k].astype(np.float32) for k in range(3))
+    y = _fma(b, 0.114, _fma(g, 0.587, r * np.float32(0.299)))
+    u, v = _fma(b - y, 0.492, np.float32(0.5)), _fma(r - y, 0.877, np.float32(0.5))
+    _mark_largest(u, _bits(payload))
+    u, v = u - np.float32(0.5), v - np.float32(0.5)
+    green = _fma(v, -0.581, _fma(u, -0.395, y))
+    return np.stack([_fma(v, 1.140, y), green, _fma(u, 2.032, y)], -1)
 
 
 def embed_or_warn(
@@ -171,16 +189,27 @@ def _majority(votes: np.ndarray, length: int) -> np.ndarray:
 def _write_largest(rgb: np.ndarray, bits: np.ndarray) -> np.ndarray:
     """Write `dwtDct` as the package does, to the last bit of the float arithmetic."""
     y, u, v = rgb_to_yuv(rgb)
+    _mark_largest(u, bits)
+    return yuv_to_rgb(y, u, v)
+
+
+def _mark_largest(u: np.ndarray, bits: np.ndarray) -> None:
     plane = _crop(u)
     low, rows, columns, diagonal = _haar(plane)
     blocks = _blocks(low)
     flat = blocks.reshape(len(blocks), 16)
     rows_of_flat = np.arange(len(flat))
-    largest = flat[:, 1:].argmax(1) + 1
-    flat[rows_of_flat, largest] = _quantise(flat[rows_of_flat, largest], bits)
+    largest = np.abs(flat[:, 1:]).argmax(1) + 1
+    values = flat[rows_of_flat, largest]
+    flat[rows_of_flat, largest] = np.copysign(_quantise(np.abs(values), bits), values)
     _put_blocks(low, flat.reshape(blocks.shape))
-    plane[:] = _unhaar(low, columns, rows, diagonal)  # details swapped, fractions truncated
-    return yuv_to_rgb(y, u, v)
+    plane[:] = _unhaar(low, columns, rows, diagonal)  # details swapped, fractions of uint8 cut off
+
+
+def _fma(a: np.ndarray, factor: float, b: np.ndarray | np.float32) -> np.ndarray:
+    """Compute a factor + b of float32, rounded once, as OpenCV does."""
+    product = a.astype(np.float64) * float(np.float32(factor))
+    return np.asarray((product + b).astype(np.float32))
 
 
 def _write_singular(rgb: np.ndarray, bits: np.ndarray) -> np.ndarray:

@@ -1,12 +1,13 @@
 """Families of models, recognised by the batch keys that their encoders read."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ldm.conditioning import Conditioner
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import WrongFamily
 
-__all__ = ["FAMILIES", "Family", "check_family", "family_of", "is_sdxl"]
+__all__ = ["FAMILIES", "Family", "check_family", "family_of", "file_name", "is_sdxl"]
 
 # Sizes that Stable Diffusion XL reads; it belongs to the family of its other keys.
 SIZE_KEYS = {"original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple"}
@@ -64,5 +65,11 @@ def check_family(model: LatentDiffusion, *families: str) -> None:
     family = FAMILIES[name]
     hint = f"use `{family.function}`"
     if name == "refiner":
-        hint += ", or give it as `refiner` with a base model"
-    raise WrongFamily(f"this is {family.title}: {hint}", family.function)
+        hint += ", or give it as `refiner` beside a base model"
+    raise WrongFamily(f"{file_name(model)} is {family.title}: {hint}", family.function)
+
+
+def file_name(model: LatentDiffusion) -> str:
+    """Return the name of the model's file in backticks, for messages; "this" if it has none."""
+    path = model.provenance.get("checkpoint")
+    return f"`{Path(path).name}`" if path else "this"

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.model import LatentDiffusion
-from ldm.pipelines.families import family_of, is_sdxl
+from ldm.pipelines.families import family_of, file_name, is_sdxl
 from ldm.pipelines.quirks import Quirks
-from ldm.runtime.errors import ArgumentError, WrongFamily
+from ldm.runtime.errors import ArgumentError
 
 __all__ = ["Handover", "SDXLOptions", "Sizes", "check_sdxl", "check_size", "size_conditions"]
 
@@ -75,7 +75,9 @@ def check_sdxl(model: LatentDiffusion, options: SDXLOptions) -> None:
     refiner = options.get("refiner")
     given = [name for name, value in options.items() if value is not None]
     if given and not is_sdxl(model):
-        raise ArgumentError(f"{given[0]} is for Stable Diffusion XL, this model is not", given[0])
+        raise ArgumentError(
+            f"{given[0]} is for Stable Diffusion XL, which {file_name(model)} is not", given[0]
+        )
     for name in ("prompt_2", "negative_prompt_2"):
         if name in given and "text_2" not in model.conditioner.encoders:
             raise ArgumentError(f"{name} needs a second text encoder, this model has one", name)
@@ -88,9 +90,14 @@ def check_sdxl(model: LatentDiffusion, options: SDXLOptions) -> None:
                 raise ArgumentError(f"{name} needs a refiner", name)
         return
     if family_of(refiner.conditioner) != "refiner":
-        raise WrongFamily("the refiner given is not the refiner of Stable Diffusion XL")
+        raise ArgumentError(
+            f"{file_name(refiner)} is not the refiner of Stable Diffusion XL, give that one",
+            "refiner",
+        )
     if family_of(model.conditioner) == "refiner":
-        raise ArgumentError("a refiner needs a base model, got a refiner for that too", "refiner")
+        raise ArgumentError(
+            f"{file_name(model)} is a refiner: it needs no other, leave that out", "refiner"
+        )
     if "refiner_strength" in given and "refiner_start" in given:
         raise ArgumentError("give refiner_strength or refiner_start, not both", "refiner_start")
     Handover.of(options)
@@ -181,13 +188,10 @@ def check_size(model: LatentDiffusion, size: tuple[int, int], options: SDXLOptio
 
 @cache
 def _hint_at_bucket(size: tuple[int, int]) -> None:
-    """Log, once, the nearest size that the base model was trained with, if it is far from all."""
-    distances = {
-        bucket: max(abs(math.log(side / ours)) for side, ours in zip(bucket, size, strict=True))
-        for bucket in BUCKETS
-    }
-    nearest = min(distances, key=distances.__getitem__)
-    if distances[nearest] > math.log(FAR):
+    """Log, once, the training size of the nearest aspect ratio, if it is far from this size."""
+    height, width = size
+    nearest = min(BUCKETS, key=lambda bucket: abs(math.log(bucket[0] * width / bucket[1] / height)))
+    if max(abs(math.log(nearest[0] / height)), abs(math.log(nearest[1] / width))) > math.log(FAR):
         log.info(
             "%dx%d (height x width) is far from the sizes that this model was trained with, the "
             "nearest is %dx%d", *size, *nearest,

@@ -14,6 +14,7 @@ from ldm.imaging.watermark import (
     agreement,
     can_hold,
     embed,
+    embed_floats,
     embed_or_warn,
     identify,
     read,
@@ -69,6 +70,29 @@ def test_dwt_dct_equals_the_recorded_images_exactly(case):
     image = Image.fromarray(recorded.inputs(case)["image"].numpy())
     marked = np.asarray(embed(image, b"SDV2", "dwtDct"))
     assert (marked == recorded.outputs(case)["marked"].numpy()).all()
+
+
+@pytest.mark.parametrize("case", ["uint8_levels", "fractional"])
+def test_the_mark_of_sdxl_on_floats_is_the_recorded_one(case):
+    """The reader sees pixels of 8 bits, and 44 of 48 bits; with ours, all."""
+    recorded = gold("sdxl_watermark")
+    pixels = recorded.inputs("uint8_levels")["image"].numpy()
+    level = pixels.astype(np.float32)
+    if case == "fractional":
+        row, column = np.mgrid[:256, :256]
+        level += (0.125 * ((row + 2 * column) % 7)[..., None]).astype(np.float32)
+    x = embed_floats(level / np.float32(255) * np.float32(255), PAYLOADS["SDXL"]) / 255
+    saved = (x.clip(0, 1) * 255).astype(np.uint8)
+    expected = recorded.outputs(case)
+    corner = x.clip(0, 1)[:16, :16].transpose(2, 0, 1) * 255
+    np.testing.assert_allclose(corner, expected["corner"].numpy(), rtol=0, atol=1e-3)
+    apart = np.abs(saved.astype(int) - expected["saved"].numpy().astype(int))
+    assert apart.max() <= 1
+    assert (apart > 0).sum() < 20
+    bits = read(Image.fromarray(expected["saved"].numpy()), 48, "dwtDct")
+    assert (bits == expected["decoded"].numpy()).all()
+    assert (read(Image.fromarray(saved), 48, "dwtDct") == bits).all()
+    assert agreement(embed(Image.fromarray(pixels), PAYLOADS["SDXL"]), PAYLOADS["SDXL"]) == 1
 
 
 @pytest.mark.parametrize("payload", PAYLOADS.values(), ids=PAYLOADS)

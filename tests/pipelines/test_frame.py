@@ -24,7 +24,7 @@ FITS = {
 
 
 def model(keys):
-    return SimpleNamespace(conditioner=SimpleNamespace(keys=frozenset(keys)))
+    return SimpleNamespace(conditioner=SimpleNamespace(keys=frozenset(keys)), provenance={})
 
 
 @pytest.mark.parametrize("task", FITS)
