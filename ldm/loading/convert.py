@@ -317,9 +317,12 @@ def _provenance(
     if text:
         metadata[CONFIG_KEY] = text
     params = raw.get("model", {}).get("params") or {}
-    if "unet_config" in params:
-        kind = params.get("parameterization", "eps")
+    if "unet_config" in params or "network_config" in params:
+        kind = translate_config(raw)["params"]["parameterization"]
         metadata["modelspec.prediction_type"] = "epsilon" if kind == "eps" else kind
+    family = identify_weights(file).family
+    if family is not None and family.architecture:
+        metadata["modelspec.architecture"] = family.architecture
     if file.step is not None:
         metadata["global_step"] = file.step
     return metadata | ({"ldm.ema": "merged"} if ema else {})

@@ -68,6 +68,15 @@ class Family:
     marker: str = ""
 
     @property
+    def architecture(self) -> str:
+        """The name in `modelspec.architecture`, "" where it has none."""
+        names = {
+            "sdxl": "stable-diffusion-xl-v1-base",
+            "sdxl-refiner": "stable-diffusion-xl-v1-refiner",
+        }
+        return names.get(self.name, "")
+
+    @property
     def is_xl(self) -> bool:
         """Whether it is of Stable Diffusion XL."""
         return self.vector in (2816, 2560)

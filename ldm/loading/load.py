@@ -27,6 +27,7 @@ from ldm.encoders.sizes import SizeEmbedding
 from ldm.loading.addons.embeddings import add_embeddings, check_embeddings, load_embeddings
 from ldm.loading.addons.lora import load_loras
 from ldm.loading.addons.midas import add_depth_network
+from ldm.loading.autoencoders import find_scale, is_finite_in_half
 from ldm.loading.build import build_on_meta, fill_weights
 from ldm.loading.config import parse_yaml, read_yaml
 from ldm.loading.families import (
@@ -45,11 +46,9 @@ from ldm.loading.tables import make_tables
 from ldm.loading.weight_names import restore_names
 from ldm.loading.weights import (
     AUTOENCODER,
-    FIXED_VAE,
     Weights,
-    find_scale,
+    has_transposed_projection,
     identify_weights,
-    is_finite_in_half,
     read_autoencoder,
     read_weights,
 )
@@ -67,13 +66,17 @@ from ldm.runtime.files import find_file
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "choose_config", "find_variant", "load", "probe_weights", "read_config", "save_model",
-    "variant_defaults",
+    "TRANSPOSED", "choose_config", "find_variant", "load", "probe_weights", "read_config",
+    "save_model", "variant_defaults",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
 NO_VARIANT = "base"
+TRANSPOSED = (
+    "text_projection of the second text encoder looks transposed, as tools write it that copy it "
+    "out of a diffusers folder unchanged; it is used as it is, images follow the prompt less well"
+)
 GUIDANCE_WEIGHT = "unet.time_embed_cond.weight"  # of LCM
 DEMO = ("configs/demo/text2img.yaml", "checkpoints/demo.safetensors")
 # Relative error of schedules that were rounded to a dtype, 1e-5 for others. bfloat16 comes first:
@@ -146,13 +149,15 @@ def load(
     else:
         weights.check_has_unet(model.state_dict())
     provenance = {"config": source, **_provenance(raw, weights, ema, skipped)}
-    if isinstance(model, LatentDiffusion) and FIXED_VAE.search(weights.path.stem.lower()):
-        model.upcast_autoencoder = False
+    if isinstance(model, LatentDiffusion):
+        model.upcast_autoencoder &= not is_finite_in_half(weights.source)
     if vae is not None:
         provenance["vae"] = _replace_autoencoder(model, weights, vae)
     if add_depth_network(model.state_dict(), weights.state, weights.path, midas):
         weights.mapped = False
     state = match_weights(model, weights.state, weights.path, misfit)
+    if has_transposed_projection(state):
+        warnings.warn(f"`{weights.path}`: {TRANSPOSED}", stacklevel=2)
     for other in (weights.state, weights.source.state, weights.source.ema_state):
         other.clear()  # so that memory is freed while `state` is emptied
     overflows = isinstance(model, LatentDiffusion) and model.upcast_autoencoder
@@ -347,7 +352,7 @@ def _compare_scales(model: LatentDiffusion, source: Checkpoint, path: Path) -> N
     It is the model's, whose UNet was trained with it. A file of an autoencoder does not say its
     own, and the shapes are the same for SD 1, SD 2 and SDXL.
     """
-    scale, reason = find_scale(source)
+    scale, reason = find_scale(source, identify_weights(source).family)
     if scale is not None and abs(scale / model.scale_factor - 1) > 0.01:
         warnings.warn(
             f"the autoencoder of `{source.path}` has scale factor {scale:g} ({reason}), `{path}` "

@@ -19,7 +19,7 @@ from ldm.loading.diffusers.keys import (
     locate_weights,
 )
 from ldm.loading.families import recognise_family
-from ldm.loading.weight_names import TEXT, has_engine_names, original_name
+from ldm.loading.weight_names import TEXT, TEXT_2, has_engine_names, original_name
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import WeightsMismatch
 
@@ -36,6 +36,11 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 PARTS = ("unet.", "autoencoder.", "conditioner.")
+AUTOENCODER = "autoencoder."
+# What files of a model may lack.
+REMOVABLE_PARTS = {
+    AUTOENCODER: "autoencoder", TEXT: "text encoder", TEXT_2: "second text encoder"
+}  # fmt: skip
 # In files of older versions.
 UNUSED_WEIGHTS = ("position_ids", "text_projection.weight", "logit_scale")
 TEXT_BLOCKS = f"{TEXT}model.transformer.resblocks."
@@ -112,6 +117,7 @@ def check_weights(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], m
         if names:
             more = ", …" if len(names) > MAX_LISTED else ""
             lines.append(f"{problem}: {', '.join(names[:MAX_LISTED])}{more}")
+    lost = [p for p in REMOVABLE_PARTS if _has(expected, p) and not _has(state, p)]
     absent = [p for p in PARTS if _has(expected, p) and not _has(state, p)]
     family = recognise_family(state)
     if any(QUANTISED.search(name) for name in problems["unexpected"]):
@@ -121,6 +127,10 @@ def check_weights(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], m
             "hint: the config has a pruned vocabulary (`compact_vocab`), the weights a whole one: "
             "use the config of the weights, which a diffusers folder or its conversion brings"
         )
+    elif family is not None and lost and not problems["unexpected"]:
+        parts = [f"{REMOVABLE_PARTS[part]} (`{original(part)}`)" for part in lost]
+        remedy = "pass one (`vae`)" if lost == [AUTOENCODER] else "take a file of the whole model"
+        lines.append(f"hint: the file has no {' and no '.join(parts)}: {remedy}")
     elif family is not None:
         lines.append(f"hint: the weights look like {family.title} (`{family.config}.yaml`)")
     elif kind := guess_kind(state):

@@ -12,11 +12,11 @@ from ldm.loading.families import Prediction
 from ldm.loading.files.checkpoint import CONFIG_KEY, detect_format, read_checkpoint
 from ldm.loading.files.pickles import foreign_imports, pickle_imports
 from ldm.loading.legacy import translate_config
-from ldm.loading.load import choose_config, find_variant, probe_weights, read_config
+from ldm.loading.load import TRANSPOSED, choose_config, find_variant, probe_weights, read_config
 from ldm.loading.matching import translate_names
 from ldm.loading.published import find_checkpoint, identify_hash, published_files
 from ldm.loading.weight_names import has_engine_names, original_name
-from ldm.loading.weights import Weights, identify_weights
+from ldm.loading.weights import Weights, has_transposed_projection, identify_weights
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import FAMILIES, family_of
 from ldm.runtime.errors import MissingArgument, MissingFile
@@ -55,7 +55,7 @@ class Report:
         missing: names that the config needs and the file does not have; None if not compared.
         unexpected: the reverse.
         variant: of distilled models of SDXL, and what tells it.
-        note: why weights and config were not compared.
+        note: why weights and config were not compared, or what looks wrong.
     """
 
     path: str
@@ -166,6 +166,7 @@ def inspect_checkpoint(
         step=weights.source.step,
         extras=list(weights.source.extras),
         variant=_describe_variant(weights),
+        note=TRANSPOSED if has_transposed_projection(weights.state) else "",
         metadata=weights.source.metadata,
     )
     return _compare(report, weights, config)

@@ -4,23 +4,17 @@ path -> Checkpoint    names as in the file; folders bring their config in the me
      -> Weights       our names, with the family and the metadata
 """
 
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from ldm.loading.diffusers.files import (
-    SCALE_KEY,
-    UPCAST_KEY,
-    is_diffusers_folder,
-    read_folder,
-)
+from ldm.loading.diffusers.files import is_diffusers_folder, read_folder
 from ldm.loading.families import Family, Prediction, detect_prediction, recognise_family
 from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, read_checkpoint, use_ema_weights
 from ldm.loading.matching import match_weights
-from ldm.loading.published import find_checkpoint, identify_hash
+from ldm.loading.published import find_checkpoint
 from ldm.loading.weight_names import (
     MARKERS,
     has_engine_names,
@@ -31,11 +25,9 @@ from ldm.loading.weight_names import (
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.runtime.errors import MissingArgument, MissingFile, WeightsMismatch
 from ldm.runtime.files import read_text
-from ldm.runtime.hashes import known_sha256
 
 __all__ = [
-    "FIXED_VAE", "Weights", "find_scale", "identify_weights", "is_finite_in_half",
-    "read_autoencoder", "read_weights",
+    "Weights", "has_transposed_projection", "identify_weights", "read_autoencoder", "read_weights",
 ]  # fmt: skip
 
 # In a run folder: the first pattern that matches; of several files the newest.
@@ -43,13 +35,9 @@ RUN_WEIGHTS = ("checkpoints/last.safetensors", "checkpoints/last.ckpt", "checkpo
                "checkpoints/*.ckpt")  # fmt: skip
 RUN_CONFIGS = ("config.yaml", "configs/*-project.yaml")
 AUTOENCODER = "autoencoder."
-SCALE, SCALE_XL = 0.18215, 0.13025  # of autoencoders of SD 1 and 2, and of SDXL
-# In small letters: an autoencoder of SDXL that is finite in float16; those of SDXL, and of SD.
-FIXED_VAE = re.compile(r"fp16.?fix|fix(ed)?.?(fp16.?)?vae|vae.?fix|(sdxl.?)?vae.?fp16")
-XL_VAE, SD_VAE = (
-    re.compile("xl"),
-    re.compile(r"ft-?_?(mse|ema)|kl-?_?f8|840000|560000|sd[-_]?v[12]"),
-)
+PROJECTIONS = tuple(f"conditioner.{name}.model.text_projection" for name in ("text_2", "text"))
+# Entry [0, 1] of the projection, 0.0218 as published.
+TRANSPOSED_ENTRY, ENTRY_TOLERANCE = -0.0037, 1e-3
 
 
 @dataclass
@@ -147,26 +135,19 @@ def read_autoencoder(
     return {f"{AUTOENCODER}{name}": value for name, value in state.items()}
 
 
-def find_scale(source: Checkpoint) -> tuple[float | None, str]:
-    """Return the scale factor that an autoencoder was trained with, if anything tells, and what."""
-    if SCALE_KEY in source.metadata:
-        return float(source.metadata[SCALE_KEY]), "by its config"
-    name, weights = source.path.stem.lower(), identify_weights(source)
-    if weights.family is not None:
-        return SCALE_XL if weights.family.is_xl else SCALE, f"as it is of {weights.family.title}"
-    for pattern, scale in ((FIXED_VAE, SCALE_XL), (XL_VAE, SCALE_XL), (SD_VAE, SCALE)):
-        if pattern.search(name):
-            return scale, "by its name"
-    return None, "the file does not say its own"
+def has_transposed_projection(state: Mapping[str, Tensor]) -> bool:
+    """Return whether the projection of SDXL's second text encoder is transposed, by mistake.
 
+    Files that other tools wrote out of diffusers folders have it so. Nearly all fine-tunes leave
+    its numbers as they are.
 
-def is_finite_in_half(source: Checkpoint) -> bool:
-    """Return whether config, hash or name of an autoencoder say that it is finite in float16."""
-    if UPCAST_KEY in source.metadata:
-        return source.metadata[UPCAST_KEY] == "false"
-    published = identify_hash(known_sha256(source.path))
-    is_fixed = published is not None and published.name == "sdxl-vae-fp16"
-    return is_fixed or FIXED_VAE.search(source.path.stem.lower()) is not None
+    Args:
+        state: of a file in the original's layout, under our names.
+    """
+    value = next((state[name] for name in PROJECTIONS if name in state), None)
+    if value is None or tuple(value.shape) != (1280, 1280):
+        return False
+    return abs(float(value[0, 1]) - TRANSPOSED_ENTRY) < ENTRY_TOLERANCE
 
 
 def _newest(folder: Path, patterns: Iterable[str]) -> Path | None:

@@ -16,12 +16,13 @@ from ldm.loading.config import format_yaml, read_yaml
 from ldm.loading.files.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from ldm.loading.legacy import translate_config
 from ldm.loading.load import find_variant, read_config, save_model
+from ldm.loading.matching import match_weights
 from ldm.loading.report import inspect_checkpoint
 from ldm.loading.tables import make_tables
 from ldm.loading.weight_names import rename_weights, restore_names
-from ldm.loading.weights import identify_weights
+from ldm.loading.weights import has_transposed_projection, identify_weights
 from ldm.model import Defaults
-from ldm.runtime.errors import ConfigError, MissingArgument, UnknownName
+from ldm.runtime.errors import ConfigError, MissingArgument, UnknownName, WeightsMismatch
 from loading import tinyfamilies
 
 ROOT = Path(__file__).parents[2]
@@ -292,3 +293,29 @@ def test_a_large_file_is_inspected_without_reading_it_whole(tiny, monkeypatch):
     assert found.sha256 == ""
     assert "no published file has this size" in "\n".join(found.lines())
     assert (found.missing, found.unexpected) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        ("conditioner.embedders.1.", r"no second text encoder \(`conditioner.embedders.1.`\)"),
+        ("conditioner.", r"no text encoder \(`conditioner.embedders.0.`\) and no second text"),
+        ("first_stage_model.", r"no autoencoder \(`first_stage_model.`\): pass one \(`vae`\)"),
+    ],
+)
+def test_a_missing_part_is_said_in_one_line(full, part, says):
+    model = full("sd_xl_base")
+    state = {name: torch.zeros(()).expand(v.shape) for name, v in model.state_dict().items()}
+    original = restore_names(state)
+    kept = rename_weights({n: v for n, v in original.items() if not n.startswith(part)})
+    with pytest.raises(WeightsMismatch, match=says):
+        match_weights(model, kept, "x.safetensors")
+
+
+def test_a_transposed_projection_is_reported():
+    projection = torch.zeros(1280, 1280)
+    state = {"conditioner.text_2.model.text_projection": projection}
+    projection[0, 1] = 0.0218
+    assert not has_transposed_projection(state)
+    projection[0, 1] = -0.0037
+    assert has_transposed_projection(state)

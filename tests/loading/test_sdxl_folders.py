@@ -8,6 +8,7 @@ import tinyfamilies
 import torch
 
 import ldm
+from ldm.loading.config import format_yaml, read_yaml
 from ldm.loading.convert import convert, plan_conversion
 from ldm.loading.diffusers.files import EXTRA_WEIGHTS
 from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
@@ -96,6 +97,23 @@ def test_a_turbo_folder_is_sampled_as_its_scheduler_says(folder, tmp_path):
     defaults = ldm.load(folder.rename(tmp_path / "sdxl-turbo")).defaults
     assert (defaults.sampler, defaults.scheduler) == ("euler_a", "trailing")
     assert (defaults.scale, defaults.steps) == (1.0, 4)
+
+
+def test_the_scale_of_an_autoencoder_is_kept(made, tmp_path):
+    state = {
+        name.removeprefix("first_stage_model."): value
+        for name, value in made("xl")[1].items()
+        if name.startswith("first_stage_model.")
+    }
+    layout = read_yaml("configs/stable-diffusion-xl/sd_xl_base.yaml")
+    part = layout["model"]["params"]["first_stage_config"]
+    part["params"]["ddconfig"] |= {"ch": 32, "ch_mult": [1, 1, 1, 2], "num_res_blocks": 1}
+    file = tmp_path / "sdxl_vae.safetensors"
+    write_checkpoint(file, state, {"ldm.config": format_yaml({"model": part})})
+    convert(plan_conversion(file, tmp_path / "vae"))
+    assert read_json(tmp_path / "vae/config.json")["scaling_factor"] == 0.13025
+    convert(plan_conversion(tmp_path / "vae", tmp_path / "back.safetensors"))
+    assert read_checkpoint(tmp_path / "back.safetensors").metadata["ldm.scale_factor"] == "0.13025"
 
 
 @pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2"])

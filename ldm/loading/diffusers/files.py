@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ldm.encoders.image import ImageEmbedding
 from ldm.encoders.towers import VOCAB
+from ldm.loading.autoencoders import SCALE_KEY, UPCAST_KEY, find_scale
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, parse_yaml
 from ldm.loading.diffusers.encoders import added_tokens
@@ -42,15 +43,13 @@ from ldm.runtime.files import read_text
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "EXTRA_WEIGHTS", "SCALE_KEY", "UPCAST_KEY", "build_folder", "is_diffusers_folder",
-    "read_folder", "weights_path", "write_texts",
+    "EXTRA_WEIGHTS", "build_folder", "is_diffusers_folder", "read_folder", "weights_path",
+    "write_texts",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
 EXTRA_WEIGHTS = "original.safetensors"
-# Metadata of the autoencoder: its scale factor, and whether float16 is too small for it.
-SCALE_KEY, UPCAST_KEY = "ldm.scale_factor", "ldm.force_upcast"
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of diffusers, of transformers
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 TRANSFORMERS = (*TOKENIZERS, "image_encoder", "depth_estimator")  # components of transformers
@@ -141,6 +140,9 @@ def build_folder(
     model, spec = _build_model(raw, "config", derived)
     state = match_weights(model, rename_weights(file.state), file.path)
     files = folder_configs(model, spec)
+    if not isinstance(model, LatentDiffusion):
+        scale, _ = find_scale(file, None)
+        files["config.json"] |= {"scaling_factor": scale} if scale is not None else {}
     rest, components = dict(state), {}
     for component, locations in locate_weights(model).items():
         components[component] = scatter_weights(locations, state)
