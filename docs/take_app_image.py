@@ -54,7 +54,7 @@ with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
     )
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
     page.goto(serve(folder))
-    page.wait_for_function("window.ldmIsRestored && document.querySelector('#size input').value")
+    page.wait_for_function("window.ldmIsRestored && document.querySelector('#size input').value > 0")
     start = time.monotonic()
     page.keyboard.type(PROMPT)  # the prompt has the focus
     generate(page)

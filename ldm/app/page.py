@@ -624,7 +624,8 @@ class Page:
         now = self.backend.defaults(TASKS[task], checkpoint)
         fields = zip(FOLLOWERS, values, strict=True)
         updates = [
-            now[name] if now[name] and value in (None, defaults.get(name)) else gr.skip()
+            # An empty number is 0.
+            now[name] if now[name] and value in (None, 0, defaults.get(name)) else gr.skip()
             for name, value in fields
         ]
         return [show_error(misfit), offers, gr.update(visible=has_sdxl), now, *updates]

@@ -115,7 +115,7 @@ def visit(page, address=None):
     page.wait_for_function("window.ldmIsRestored")
     # Till lists and defaults have come, which would replace what a test types.
     page.wait_for_function("document.querySelector('#checkpoint input').value")
-    page.wait_for_function("document.querySelector('#size input').value")
+    page.wait_for_function("document.querySelector('#size input').value > 0")
 
 
 def fill(page, prompt=None, **settings):
