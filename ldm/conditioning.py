@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 __all__ = [
-    "Batch", "Cond", "Conditioner", "Config", "Drop", "Encoder", "EncoderOptions",
-    "PrepareOptions", "Slot", "zero_rows",
+    "LEGACY_DROPOUT", "Batch", "Cond", "Conditioner", "Config", "Drop", "Encoder",
+    "EncoderOptions", "PrepareOptions", "Slot", "zero_rows",
 ]  # fmt: skip
 
 Batch = Mapping[str, Any]  # tensors, and lists of texts or of images, by batch key
@@ -25,6 +25,7 @@ Config = Mapping[str, Any]  # parameters as in a YAML file
 Slot = Literal["crossattn", "concat", "vector"]
 Join = Literal["tokens", "features"]
 Drop = float | Mapping[str, float] | None  # see `Conditioner.forward`
+LEGACY_DROPOUT = ("independent-dropout", "mutating-legacy-ucg")
 SECOND_PROMPT = "txt_2"  # batch key of another prompt for `text_2`
 EncoderT = TypeVar("EncoderT", bound="Encoder")
 
@@ -243,8 +244,9 @@ class Conditioner(nn.Module):
                 `ucg_rate` of each encoder, and zeros unless it has a `legacy_ucg_value`. Encoders
                 of one batch key drop the same samples.
             generator: Random generator for `drop`.
-            legacy: Quirks of `generative-models`: "independent-dropout" drops each tensor by
-                itself, "mutating-legacy-ucg" hands later encoders what replaced a text.
+            legacy: Quirks of `generative-models`, names in LEGACY_DROPOUT: "independent-dropout"
+                drops each tensor by itself, "mutating-legacy-ucg" hands later encoders what
+                replaced a text.
         """
         cond, dropout = Cond(), _Dropout(drop, generator, legacy)
         entries = dict(batch)

@@ -9,11 +9,13 @@ import torch
 from PIL import Image
 
 import ldm
+from ldm.conditioning import Cond
 from ldm.encoders.text import TextEncoder
 from ldm.loading.addons.embeddings import load_embeddings
 from ldm.loading.addons.lora import read_lora
 from ldm.loading.config import parse_yaml
 from ldm.train.loop import train
+from ldm.train.monitoring.samples import sample_images
 from ldm.train.run import Run
 from loading.tinyfamilies import small, write
 from tests.train.tinyrun import run_of
@@ -89,6 +91,26 @@ def test_every_model_is_trained_sampled_and_exported(
     first = "unet.input_blocks.0.0.weight"
     shadow = run.state.ema.shadow[first].half().float()
     assert model.state_dict()[first].float().equal(shadow)
+
+
+@pytest.mark.parametrize("legacy", [[], ["zero-sizes-in-previews"]])
+def test_the_unconditional_half_of_a_grid_keeps_its_sizes(
+    legacy: list[str], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective = f"lightning.objective.legacy={legacy}"
+    run = make_run("xl", photos, tmp_path / "run", "data.params.texts=null", objective)
+    conds: list[Cond] = []
+
+    def sample(model: Any, *both: Cond, **_: Any) -> torch.Tensor:
+        conds.extend(both)
+        return torch.zeros(1, 4, 8, 8)
+
+    monkeypatch.setattr("ldm.train.monitoring.samples.sample", sample)
+    sample_images(run, run.model, run.source.fixed_samples(1))
+    (cond, uncond), pooled = [value.vector for value in conds], 40
+    assert not uncond[:, :pooled].any()
+    assert uncond[:, pooled:].equal(cond[:, pooled:]) == (not legacy)
+    assert uncond[:, pooled:].any() == (not legacy)
 
 
 def test_a_lora_and_a_token_of_both_text_encoders_are_trained_and_used(

@@ -17,7 +17,7 @@ from ldm.train.optim.ema import EMA
 from ldm.train.optim.optimizers import make_optimizer
 from ldm.train.optim.schedules import lr_multiplier
 from ldm.train.tasks.criterion import Criterion, denoised_weights
-from ldm.train.tasks.diffusion import diffusion_options
+from ldm.train.tasks.diffusion import Diffusion, diffusion_options
 from ldm.train.tasks.noise_levels import LogNormal, draw_timesteps
 from recipe import fill
 
@@ -236,6 +236,20 @@ def engine_loss(
     cond = model.conditioner(shared, drop, legacy=("independent-dropout",))
     losses = criterion(model.denoiser.error(shared["x"], cond, t, noise), t)
     return {**losses, "per_sample": criterion.weights(t) * losses["losses"]}
+
+
+def test_the_original_way_of_dropping_conditions_has_a_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    golden = gold("sdxl_train")
+    model = engine(golden, "eps_ucg")
+    batch = golden.under("shared/")
+    draws: list[Tensor] = []
+    monkeypatch.setattr(torch, "bernoulli", lambda p, **_: draws.append(p) or torch.ones_like(p))
+    for legacy, count in (((), 0), (("independent-dropout",), 3)):
+        task = Diffusion(model, drop=None, legacy=legacy)
+        task.loss({**batch, "z": batch["x"]}, torch.Generator().manual_seed(0))
+        assert len(draws) == count
 
 
 @pytest.mark.parametrize(

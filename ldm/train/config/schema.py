@@ -30,6 +30,7 @@ from ldm.runtime.errors import unknown_name
 from ldm.runtime.types import JsonObject
 from ldm.train.tasks.adaptation import TARGETS
 from ldm.train.tasks.criterion import WEIGHTINGS
+from ldm.train.tasks.diffusion import QUIRKS
 
 __all__ = [
     "OPTIONS",
@@ -303,6 +304,7 @@ class Denoising(Weighting, total=False):
     offset_noise: Nonnegative
     offset_noise_by: Literal["channel", "sample"]
     input_perturbation: Nonnegative
+    legacy: Annotated[list[Annotated[str, _one_of(QUIRKS)]], SINGLE]
     min_snr_gamma: Annotated[float, Field(gt=0, allow_inf_nan=True), OFF] | None
 
 

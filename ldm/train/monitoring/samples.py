@@ -15,15 +15,18 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ldm.conditioning import Drop
 from ldm.data.dataset import Sample
 from ldm.data.source import collate, to_device
 from ldm.data.transforms import SIZE_KEYS
 from ldm.imaging import pixels
 from ldm.model import LatentDiffusion
 from ldm.pipelines import sample
+from ldm.runtime.types import JsonMapping
 from ldm.train.distributed.parallel import is_sharded
 from ldm.train.monitoring.validation import evaluating
 from ldm.train.run import Run
+from ldm.train.tasks.diffusion import ZERO_SIZES
 
 __all__ = ["draw_samples"]
 
@@ -95,7 +98,7 @@ def sample_images(
     height, width = batch["jpg"].shape[-2:]
     latent_size = (height // model.downscale, width // model.downscale)
     batch = model.prepare(to_device(batch, model.device), latent_size)
-    cond, uncond = model.condition(batch), model.condition(batch, drop=1.0)
+    cond, uncond = model.condition(batch), model.condition(batch, _unconditional_drop(run, model))
     options: dict[str, Any] = {**SAMPLING, **run.settings.callbacks.sampling}
     if run.timesteps is not None:  # start where the model's noise levels end
         strength = run.timesteps[1] / len(model.schedule)
@@ -111,6 +114,13 @@ def sample_images(
 def _shows_images(run: Run, model: LatentDiffusion) -> bool:
     """Return whether samples depend on images of the data."""
     return run.timesteps is not None or bool(model.conditioner.keys - TEXT_AND_NUMBERS)
+
+
+def _unconditional_drop(run: Run, model: LatentDiffusion) -> Drop:
+    objective: JsonMapping = {**run.settings.objective}
+    if ZERO_SIZES in objective.get("legacy", ()):
+        return dict.fromkeys(model.conditioner.keys, 1.0)
+    return 1.0
 
 
 def _label_grids(grids: Sequence[tuple[str, Image.Image]]) -> Image.Image:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ldm.conditioning import LEGACY_DROPOUT
 from ldm.data.source import to_device
 from ldm.model import LatentDiffusion
 from ldm.runtime.types import JsonMapping, JsonObject
@@ -14,7 +15,7 @@ from ldm.train.tasks.criterion import Criterion
 from ldm.train.tasks.noise_levels import LogNormal, draw_timesteps
 from ldm.train.tasks.task import Batch, Losses, Task
 
-__all__ = ["Diffusion", "diffusion_options"]
+__all__ = ["QUIRKS", "ZERO_SIZES", "Diffusion", "diffusion_options"]
 
 # Parameters of the original's model that are keywords of `Diffusion`.
 ORIGINAL = (
@@ -26,6 +27,9 @@ ORIGINAL = (
     "scale_by_std",
     "disable_first_stage_autocast",
 )
+
+ZERO_SIZES = "zero-sizes-in-previews"  # grids: the unconditional half has sizes of zero, too
+QUIRKS = (*LEGACY_DROPOUT, ZERO_SIZES)
 
 
 class Diffusion(Task):
@@ -48,6 +52,7 @@ class Diffusion(Task):
         input_perturbation: standard deviation of noise that is added to the input but not to the
             target; 0.1 is usual (arXiv:2301.11706).
         scale_by_std: export `scale_factor`, as it was measured.
+        legacy: quirks of the original, names in QUIRKS.
         disable_first_stage_autocast: encode images in full precision, also under autocast.
         criterion: keywords of `Criterion`.
     """
@@ -68,6 +73,7 @@ class Diffusion(Task):
         offset_noise_by: str = "channel",
         input_perturbation: float = 0.0,
         scale_by_std: bool = False,
+        legacy: Sequence[str] = (),
         disable_first_stage_autocast: bool = False,
         **criterion: Any,
     ) -> None:
@@ -81,6 +87,7 @@ class Diffusion(Task):
         self.offset_noise_by = offset_noise_by
         self.input_perturbation = input_perturbation
         self.scale_by_std = scale_by_std
+        self.legacy = legacy
         self.disable_first_stage_autocast = disable_first_stage_autocast
         self.criterion = Criterion(model.schedule, model.parameterization, **criterion)
         self.criterion.to(model.device)
@@ -145,7 +152,7 @@ class Diffusion(Task):
 
         # Encode the conditions, dropping some at random.
         batch = model.prepare(batch, (z.shape[-2], z.shape[-1]), generator)
-        cond = model.condition(batch, self.drop, generator)
+        cond = model.condition(batch, self.drop, generator, self.legacy)
 
         # Denoise, and weight the error.
         losses: Losses = self.criterion(model.denoiser.error(z, cond, t, noise, input_noise), t)
