@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ldm.generate.request import Request, Sampling
+from ldm.generate.tasks import Task
+from ldm.loading.families import Family
 from ldm.loading.load import load as load_from_files
 from ldm.loading.published import find_checkpoint, identify_hash
+from ldm.loading.weights import identify_weights, read_weights
 from ldm.model import Defaults, LatentDiffusion
 from ldm.nets.attention import set_backend
-from ldm.pipelines.families import is_sdxl
+from ldm.pipelines.families import FAMILIES, is_sdxl, wrong_family
 from ldm.runtime.device import keep_memory, pick_device, pick_dtype, set_threads
 from ldm.runtime.errors import ArgumentError
 from ldm.runtime.files import find_file
@@ -52,7 +55,8 @@ def load_models(
         ValueError, FileNotFoundError: as `ldm.load` does.
     """
     choice, task = request.model, request.task
-    ckpt = _find_weights(choice.ckpt)
+    ckpt, refiner = _find_weights(choice.ckpt), _find_weights(request.sdxl.refiner)
+    _check_families(task, ckpt, refiner)
     if request.uses_demo_model:
         log.info(
             "no checkpoint given: using the small model that ships with ldm (emoji); for Stable "
@@ -88,7 +92,33 @@ def load_models(
         return Models(model)
     if not is_sdxl(model):
         raise ArgumentError("a refiner is for Stable Diffusion XL, this model is not", "refiner")
-    return Models(model, load(None, _find_weights(request.sdxl.refiner), **where))
+    return Models(model, load(None, refiner, **where))
+
+
+def _check_families(task: Task, ckpt: Path | None, refiner: Path | None) -> None:
+    """Raise ArgumentError if the shapes in a file tell that it is not for this use.
+
+    Weights are not read; the pipelines check models whose shapes are unusual.
+    """
+    base, other = _family_of_file(ckpt), _family_of_file(refiner)
+    if ckpt is not None and base is not None:
+        name = next(name for name, family in FAMILIES.items() if family.function == base.task)
+        if name not in task.families:
+            raise wrong_family(f"`{ckpt.name}`", name)
+        if refiner is not None and not base.is_xl:
+            message = f"`{ckpt.name}` is {base.title}: a refiner needs Stable Diffusion XL"
+            raise ArgumentError(message, "refiner")
+    if refiner is not None and other is not None and other.task != "img2img":
+        message = f"`{refiner.name}` is {other.title}, not the refiner of Stable Diffusion XL"
+        raise ArgumentError(f"{message}, give that one", "refiner")
+
+
+def _family_of_file(path: Path | None) -> Family | None:
+    """Return the published family of a file in the original's format, if it is quick to read."""
+    if path is None or path.suffix != ".safetensors" or not path.is_file():
+        return None
+    family = identify_weights(read_weights(path)).family
+    return family if family and family.task else None
 
 
 def resolve_sampling(request: Request, defaults: Defaults) -> Sampling:

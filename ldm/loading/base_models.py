@@ -14,7 +14,7 @@ class BaseModel:
     Args:
         context: cross-attention dimension.
         architecture: value of `modelspec.architecture`.
-        version: value of kohya's `ss_base_model_version`, without `_v` of v-prediction.
+        version: value of kohya's `ss_base_model_version`.
     """
 
     title: str
@@ -25,6 +25,7 @@ class BaseModel:
 
 SD1 = BaseModel("Stable Diffusion 1", 768, "stable-diffusion-v1", "sd_v1")
 SD2 = BaseModel("Stable Diffusion 2", 1024, "stable-diffusion-v2-512", "sd_v2")
+SD2_V = BaseModel("Stable Diffusion 2", 1024, "stable-diffusion-v2-768-v", "sd_v2_v")
 SDXL = BaseModel("Stable Diffusion XL", 2048, "stable-diffusion-xl-v1-base", "sdxl_base_v1-0")
 REFINER = BaseModel(
     "Stable Diffusion XL refiner", 1280, "stable-diffusion-xl-v1-refiner", "sdxl_refiner_v1-0"
@@ -42,4 +43,5 @@ def find_base_model(model: LatentDiffusion) -> BaseModel | None:
     if is_sdxl(model):
         return REFINER if "aesthetic_score" in model.conditioner.keys else SDXL
     width = model.unet.context_dim
-    return BASE_MODELS.get(width) if isinstance(width, int) else None
+    base = BASE_MODELS.get(width) if isinstance(width, int) else None
+    return SD2_V if base is SD2 and model.parameterization == "v" else base

@@ -4,7 +4,7 @@
     raw      = read_config(weights, config)            a YAML: given, embedded, or of the family
     model    = build_on_meta(translate_config(raw))    no memory, no initialisation
     fill_weights(model, match_weights(model, weights))      strict: every tensor, every shape
-    load_loras(model), load_embeddings(model)          what is added to it
+    add_loras(model), load_embeddings(model)           what is added to it
 
 Nothing is downloaded but what a `hf:` address names. Where device and dtype stay as in the file,
 weights are pages of that file.
@@ -25,7 +25,7 @@ from torch import Tensor
 from ldm.diffusion.schedule import Schedule
 from ldm.encoders.sizes import SizeEmbedding
 from ldm.loading.addons.embeddings import add_embeddings, check_embeddings, load_embeddings
-from ldm.loading.addons.lora import load_loras
+from ldm.loading.addons.lora import LoRAFile, add_loras, read_loras
 from ldm.loading.addons.midas import add_depth_network
 from ldm.loading.autoencoders import find_scale, is_finite_in_half
 from ldm.loading.build import build_on_meta, fill_weights
@@ -142,8 +142,10 @@ def load(
     skipped: list[str] = []
     spec = translate_config(raw, where=where, skipped=skipped)
     model = build_on_meta(spec, allow=tuple(allow), where=where, skipped=skipped)
-    if isinstance(model, LatentDiffusion):
+    adapters: list[LoRAFile] = []
+    if isinstance(model, LatentDiffusion):  # what does not fit is refused before weights are read
         check_embeddings(model, embeddings)
+        adapters = read_loras(model, loras)
     if ema:
         weights.use_ema(model.state_dict())
     else:
@@ -178,7 +180,7 @@ def load(
         load_clip_statistics(model.conditioner, weights.path, clip_stats, weights.tables)
         _check_prediction(model, weights, is_config_given=config is not None)
         _set_variant(model, weights, variant)
-        load_loras(model, loras)
+        add_loras(model, adapters)
         add_embeddings(model, weights.source.added_tokens, weights.path)
         load_embeddings(model, embeddings)
         if offload:

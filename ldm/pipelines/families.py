@@ -7,7 +7,9 @@ from ldm.conditioning import Conditioner
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import WrongFamily
 
-__all__ = ["FAMILIES", "Family", "check_family", "family_of", "file_name", "is_sdxl"]
+__all__ = [
+    "FAMILIES", "Family", "check_family", "family_of", "file_name", "is_sdxl", "wrong_family",
+]  # fmt: skip
 
 # Sizes that Stable Diffusion XL reads; it belongs to the family of its other keys.
 SIZE_KEYS = {"original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple"}
@@ -62,11 +64,21 @@ def check_family(model: LatentDiffusion, *families: str) -> None:
     if name is None:
         keys = ", ".join(f"`{key}`" for key in sorted(model.conditioner.keys)) or "nothing"
         raise WrongFamily(f"this model reads {keys}, and no task here provides that")
-    family = FAMILIES[name]
-    hint = f"use `{family.function}`"
-    if name == "refiner":
+    raise wrong_family(file_name(model), name)
+
+
+def wrong_family(model: str, family: str) -> WrongFamily:
+    """Return the error for a model of a family that a task does not take; it says which does.
+
+    Args:
+        model: how the message names it.
+        family: a name in FAMILIES.
+    """
+    title, function = FAMILIES[family].title, FAMILIES[family].function
+    hint = f"use `{function}`"
+    if family == "refiner":
         hint += ", or give it as `refiner` beside a base model"
-    raise WrongFamily(f"{file_name(model)} is {family.title}: {hint}", family.function)
+    return WrongFamily(f"{model} is {title}: {hint}", function)
 
 
 def file_name(model: LatentDiffusion) -> str:

@@ -105,8 +105,8 @@ def test_a_distilled_model_has_defaults_of_its_own(run):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--refiner", "xl"], "the refiner given is not the refiner of Stable Diffusion XL"),
-        (["--ckpt", "xl-refiner"], "this is the refiner of Stable Diffusion XL: use `img2img`"),
+        (["--refiner", "xl"], "_1.0.safetensors` is not the refiner of Stable Diffusion XL"),
+        (["--ckpt", "xl-refiner"], "_1.0.safetensors` is the refiner of Stable Diffusion XL: use"),
         (["--refiner-start", "0.8"], "refiner_start needs a refiner (--refiner-start)"),
         (["--aesthetic-score", "5"], "for the refiner, the base does not read it"),
         (["--variant", "turb"], "unknown variant `turb`, did you mean `turbo`?"),

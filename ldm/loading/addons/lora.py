@@ -20,7 +20,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -45,7 +45,10 @@ from ldm.runtime.files import read_text
 from ldm.runtime.hashes import hash_file
 from ldm.runtime.types import JsonObject
 
-__all__ = ["TargetLayer", "load_loras", "lora_targets", "read_lora", "write_lora"]
+__all__ = [
+    "LoRAFile", "TargetLayer", "add_loras", "load_loras", "lora_targets", "read_lora", "read_loras",
+    "write_lora",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +59,7 @@ KEY = re.compile(
 ROLES = {"A": "down", "B": "up"}
 UNET_PREFIX = "lora_unet_"
 INPUT_CONVOLUTION = "input_blocks.0.0"
+INPAINTING_CHANNELS = 9
 ORIGINAL_BLOCKS = re.compile(r"(^|[._])(input_blocks|middle_block|output_blocks)[._]")
 QKV = (".q_proj", ".k_proj", ".v_proj")
 FOLDER_FILES = ("pytorch_lora_weights", "adapter_model")  # of diffusers, of peft
@@ -98,15 +102,35 @@ class TargetLayer(NamedTuple):
     kohya: str
 
 
+class LoRAFile(NamedTuple):
+    """What a file or folder holds, and the strength to use it with."""
+
+    path: Path
+    strength: float
+    lora: LoRA
+
+
 def load_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, float]]) -> None:
-    """Merge LoRA files into a model, each with a strength, and add the tokens that they bring.
+    """Read (file, strength) pairs and add them to a model."""
+    add_loras(model, read_loras(model, files))
+
+
+def read_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, float]]) -> list[LoRAFile]:
+    """Read (file, strength) pairs for a model, which may be on the meta device."""
+    return [
+        LoRAFile(Path(file).expanduser(), strength, read_lora(file, model).scale(strength))
+        for file, strength in files
+    ]
+
+
+def add_loras(model: LatentDiffusion, files: Sequence[LoRAFile]) -> None:
+    """Merge LoRAs into a model, and add the tokens that their files bring.
 
     `provenance` records the files.
     """
-    files_and_strengths = [(Path(file).expanduser(), strength) for file, strength in files]
-    merge_loras(*(read_lora(path, model).scale(strength) for path, strength in files_and_strengths))
+    merge_loras(*(file.lora for file in files))
     provenance = []
-    for path, strength in files_and_strengths:
+    for path, strength, _ in files:
         lora_files = _files_of(path)
         hashes = {"hash": file_hash(path), "a1111_hash": _a1111_hash(lora_files[0])}
         provenance.append({"path": str(path.resolve()), "weight": strength, **hashes})
@@ -174,8 +198,7 @@ def _describe(lora: LoRA, model: LatentDiffusion) -> dict[str, str | int]:
     if layer := next(iter(lora.layers.values()), None):
         notes |= {"ss_network_dim": layer.rank, "ss_network_alpha": str(float(layer.alpha))}
     if base := find_base_model(model):
-        suffix = "_v" if model.parameterization == "v" and not is_sdxl(model) else ""
-        notes["ss_base_model_version"] = base.version + suffix
+        notes["ss_base_model_version"] = base.version
     return notes
 
 
@@ -337,9 +360,11 @@ def _add_alphas(
 
 
 def _pad_channels(down: Tensor, target: Target) -> Tensor:
-    """Add zeros for the input channels that a base model's UNet does not have."""
-    missing = target.weight.shape[1] - down.shape[1]
-    return F.pad(down, (0, 0, 0, 0, 0, missing)) if down.dim() == 4 and missing > 0 else down
+    """Add zeros for the input channels of an inpainting model that its base does not have."""
+    channels = target.weight.shape[1]
+    if channels != INPAINTING_CHANNELS or down.dim() != 4:
+        return down
+    return F.pad(down, (0, 0, 0, 0, 0, max(channels - down.shape[1], 0)))
 
 
 def _check_layers(

@@ -1,0 +1,54 @@
+"""Files of SDXL that do not fit: refused by the shapes in their headers, before they are loaded."""
+
+import pytest
+import torch
+
+from ldm.commands.main import main
+from ldm.loading.files.checkpoint import write_checkpoint
+
+UNET = "model.diffusion_model."
+LORA = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+# By name: input channels, width of the context and of the vector, transformer blocks.
+SHAPES = {
+    "sd1": (4, 768, None, 16),
+    "base": (4, 2048, 2816, 70),
+    "inpainting": (9, 2048, 2816, 70),
+    "refiner": (4, 1280, 2560, 44),
+}
+
+
+@pytest.fixture
+def files(tmp_path):
+    """The weights by which families are recognised, and no others."""
+    paths = {}
+    for name, (channels, context, vector, blocks) in SHAPES.items():
+        state = {f"{UNET}input_blocks.0.0.weight": torch.zeros(8, channels, 3, 3)}
+        if vector:
+            state[f"{UNET}label_emb.0.0.weight"] = torch.zeros(1, vector)
+        for block in range(blocks):
+            key = f"{UNET}input_blocks.4.1.transformer_blocks.{block}.attn2.to_k.weight"
+            state[key] = torch.zeros(1, context)
+        paths[name] = tmp_path / f"{name}.safetensors"
+        write_checkpoint(paths[name], state)
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("command", "base", "refiner", "wrong", "says"),
+    [
+        ("txt2img", "refiner", None, "refiner", "is the refiner of Stable Diffusion XL: use"
+         " `img2img`, or give it as `refiner` beside a base model"),
+        ("txt2img", "inpainting", None, "inpainting", "is an inpainting model: use `inpaint`"),
+        ("txt2img", "base", "base", "base", "is Stable Diffusion XL, not the refiner of Stable"
+         " Diffusion XL, give that one"),
+        ("txt2img", "sd1", "refiner", "sd1", "is Stable Diffusion 1: a refiner needs Stable"
+         " Diffusion XL"),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_family_is_one_line(
+    files, command, base, refiner, wrong, says, capsys, tmp_path
+):
+    words = [command, "--ckpt", str(files[base]), "--outdir", str(tmp_path)]
+    words += ["--refiner", str(files[refiner])] if refiner else []
+    assert main(words) == 1
+    assert f"error: `{files[wrong].name}` {says}" in capsys.readouterr().err.splitlines()[-1]
