@@ -54,7 +54,8 @@ with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
     )
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
     page.goto(serve(folder))
-    page.wait_for_function("window.ldmIsRestored && document.querySelector('#size input').value > 0")
+    is_ready = "window.ldmIsRestored && document.querySelector('#size input').value > 0"
+    page.wait_for_function(is_ready)
     start = time.monotonic()
     page.keyboard.type(PROMPT)  # the prompt has the focus
     generate(page)
