@@ -2,7 +2,7 @@
 
     python benchmarks/run.py --quick                       # UNet 32x32, decoding 256: a minute
     python benchmarks/run.py --dtype float32 bfloat16      # UNet 64x64, decoding 512
-    python benchmarks/run.py --stage load load-ckpt import --dtype float16
+    python benchmarks/run.py --stage load load-ckpt load-xl import --dtype float16
     python benchmarks/run.py --device cuda --dtype float16 bfloat16
     git worktree add /tmp/before main && python benchmarks/run.py --against /tmp/before
 
@@ -42,7 +42,13 @@ from torch.utils.flop_counter import FlopCounterMode
 XL = "-xl"  # ends the stages of Stable Diffusion XL
 SD2_NETWORKS = ("unet", "vae", "text")
 NETWORKS = (*SD2_NETWORKS, *(f"{part}{XL}" for part in SD2_NETWORKS))
-OTHERS = {"load": ".safetensors", "load-ckpt": ".ckpt", "import": ""}
+# Other stages, and the file that they load.
+OTHERS = {
+    "load": "sd2.safetensors",
+    "load-ckpt": "sd2.ckpt",
+    f"load{XL}": "sdxl.safetensors",  # 6.9 GB
+    "import": "",
+}
 CONFIG = ROOT / "configs/stable-diffusion/v2-inference.yaml"
 UNETS = [("ours", "unet"), ("ours", f"unet{XL}")]  # which sampling calls many times
 MAX_DIFFERENCE, MAX_ERROR_RATIO = 1e-5, 1.2
@@ -67,9 +73,12 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         args.folder = Path(folder)
-        for suffix in {".safetensors", *(OTHERS.get(stage) for stage in args.stage)} - {"", None}:
-            file = args.folder / f"sd2{suffix}"
-            harness.run(ROOT, "benchmarks/make_checkpoint.py", file, "--dtype", "float16")
+        for name in {"sd2.safetensors", *(OTHERS.get(stage) for stage in args.stage)} - {"", None}:
+            file, config = args.folder / name, sdxl.CONFIG if "sdxl" in name else CONFIG
+            words = ["--dtype", "float16", "--config", config]
+            harness.run(ROOT, "benchmarks/make_checkpoint.py", file, *words)
+            if "sdxl" in name:
+                sdxl.write_configs(file)
         if args.against == "diffusers":
             harness.run(
                 ROOT, "scripts/convert.py", args.folder / "sd2.safetensors", args.folder / "sd2"
@@ -154,13 +163,14 @@ def ours(stage: str, folder: Path, dtype: torch.dtype) -> tuple[nn.Module | None
     """Returns our network, if any, and the call to time; public names only, as revisions differ."""
     import ldm
 
-    if stage.endswith(XL):
+    if stage in NETWORKS and stage.endswith(XL):
         return sdxl.ours(stage.removesuffix(XL))
     if stage == "import":
         return None, lambda: run_python("import ldm; ldm.load; ldm.txt2img")
-    file = folder / f"sd2{OTHERS.get(stage, '.safetensors')}"
+    file = folder / OTHERS.get(stage, "sd2.safetensors")
     if stage not in NETWORKS:
-        return None, lambda: ldm.load(CONFIG, file, dtype=dtype)
+        config = sdxl.CONFIG if stage.endswith(XL) else CONFIG
+        return None, lambda: ldm.load(config, file, dtype=dtype)
     model: Any = ldm.load(CONFIG, file, dtype=torch.float16)
     if stage == "vae":
         return model.autoencoder, model.autoencoder.decode
@@ -170,18 +180,26 @@ def ours(stage: str, folder: Path, dtype: torch.dtype) -> tuple[nn.Module | None
 
 def diffusers(stage: str, folder: Path, dtype: torch.dtype) -> tuple[nn.Module | None, Call]:
     """Returns the network of diffusers or transformers, if any, and the call to time."""
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
     from transformers import CLIPTextModel
 
-    if stage.endswith(XL):
+    if stage in NETWORKS and stage.endswith(XL):
         return sdxl.diffusers(stage.removesuffix(XL))
     if stage == "import":
         return None, lambda: run_python("from diffusers import StableDiffusionPipeline")
     if stage not in NETWORKS:
-        file = folder / f"sd2{OTHERS[stage]}"
-        local: dict[str, Any] = {"config": str(folder / "sd2"), "local_files_only": True}
-        from_file: Call = StableDiffusionPipeline.from_single_file
-        return None, lambda: from_file(str(file), torch_dtype=dtype, safety_checker=None, **local)
+        file = folder / OTHERS[stage]
+        options: dict[str, Any] = {"config": str(file.with_suffix("")), "local_files_only": True}
+        kind_of_pipeline: Any = StableDiffusionXLPipeline
+        if not stage.endswith(XL):
+            kind_of_pipeline, options["safety_checker"] = StableDiffusionPipeline, None
+        from_file: Call = kind_of_pipeline.from_single_file
+        return None, lambda: from_file(str(file), torch_dtype=dtype, **options)
     part, kind = {
         "unet": ("unet", UNet2DConditionModel),
         "vae": ("vae", AutoencoderKL),

@@ -4,6 +4,7 @@ Each is built alone, in memory: no process holds the whole model.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
+from ldm.loading.convert import plan_conversion
+from ldm.loading.diffusers.files import write_texts
 from ldm.loading.diffusers.keys import scatter_weights, text_keys, unet_keys, vae_keys
 from ldm.loading.legacy import translate_config
 from ldm.nets.blocks import timestep_embedding
@@ -51,6 +54,12 @@ SIZES = (1024, 1024, 0, 0, 1024, 1024)  # original size, crop, target size
 END = 49407
 
 Call = Callable[..., Tensor]
+
+
+def write_configs(file: Path) -> None:
+    """Writes the folder that diffusers loads a single file with: JSONs and tokenizers alone."""
+    folder = file.with_suffix("")
+    write_texts(folder, plan_conversion(file, folder, config=CONFIG).texts)
 
 
 def ours(part: str) -> tuple[nn.Module, Call]:
