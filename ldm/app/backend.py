@@ -225,6 +225,8 @@ class Backend:
         if refiner and refiner not in self.refiners():
             raise unknown_name("refiner", refiner, self.refiners(), argument="refiner")
         ignored = {"lora", "vae", "refiner", *(() if entry.is_sdxl else options_of(SDXL))}
+        if not refiner and entry.family != "refiner":
+            ignored |= {"aesthetic_score", "negative_aesthetic_score"}
         values = {key: value for key, value in values.items() if key not in ignored}
         if values.get("scale") is None:
             values["scale"] = self.defaults(task, name)["scale"]

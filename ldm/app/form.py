@@ -42,12 +42,12 @@ IMAGE_BOX: dict[str, Any] = {
     "type": "filepath", "height": 240, "image_mode": None, "sources": ["upload", "clipboard"],
 }  # fmt: skip
 TILE = {"value": 0, "step": 64, "info": "pixels; 0: off"}
-REFINER_START = {"minimum": 0.05, "maximum": 0.95, "step": 0.05, "value": 0.8}
+REFINER_START = {"minimum": 0.05, "maximum": 0.95, "step": 0.05, "value": 0.8, "visible": False}
 PLACEHOLDERS = {
     "prompt_2": "for the second text encoder; empty: the prompt",
     "negative_prompt_2": "empty: the negative prompt",
-    "original_size": "empty: the size of the image", "crop": "0,0",
-    "target_size": "empty: the size of the image", "negative_original_size": "as above",
+    "original_size": "of the image", "crop": "0,0",
+    "target_size": "of the image", "negative_original_size": "as above",
     "negative_crop": "as above", "negative_target_size": "as above",
     "aesthetic_score": "6", "negative_aesthetic_score": "2.5",
 }  # fmt: skip

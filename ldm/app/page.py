@@ -57,7 +57,7 @@ SKETCH_FILES = """(sketch) => [!sketch?.background ? [] : [sketch.background, ..
 QUIET: JsonObject = {"queue": False, "show_progress": "hidden"}
 FOLLOWERS = ("scale", "width", "height", "steps", "sampler")  # fields that follow the checkpoint
 SDXL_ROWS = (
-    ("refiner", "refiner_start"), ("prompt_2",), ("negative_prompt_2",),
+    ("prompt_2",), ("negative_prompt_2",),
     ("original_size", "target_size"), ("crop", "aesthetic_score"),
     ("negative_original_size", "negative_target_size"),
     ("negative_crop", "negative_aesthetic_score"),
@@ -260,10 +260,13 @@ class Page:
     def _build_sdxl(self) -> None:
         fields = self.forms["txt2img"].sdxl
         with gr.Accordion("SDXL", open=True, visible=False, elem_id="sdxl") as self.sdxl:
-            for names in SDXL_ROWS:
-                with gr.Row():
-                    for name in names:
-                        self.fields[name] = _component(fields[name], min_width=150)
+            for name in ("refiner", "refiner_start"):
+                self.fields[name] = _component(fields[name])
+            with gr.Accordion("Second prompts, sizes and scores", open=False):
+                for names in SDXL_ROWS:
+                    with gr.Row():
+                        for name in names:
+                            self.fields[name] = _component(fields[name], min_width=150)
 
     def _build_size(self, fields: dict[str, Field]) -> None:
         with gr.Row(elem_id="size", elem_classes="tools"):

@@ -1,0 +1,92 @@
+"""The app with tiny models of SDXL, without a browser."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ldm.app.backend import Backend
+from ldm.app.form import TaskForm
+from ldm.app.limits import Limits
+from ldm.app.page import FOLLOWERS, Page
+from ldm.app.progress import Progress
+from ldm.generate.request import ModelChoice
+from ldm.generate.tasks import TASKS
+from make_tiny_sdxl import make_tiny_sdxl
+
+BASE, REFINER = "sd_xl_base_1.0.safetensors", "sd_xl_refiner_1.0.safetensors"
+TXT2IMG = TASKS["txt2img"]
+
+
+@pytest.fixture(scope="module")
+def backend(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("app")
+    models = make_tiny_sdxl(folder / "models")
+    (folder / "models/sd_xl_turbo_1.0.safetensors").symlink_to(models["xl"])
+    demo = Path(__file__).parents[2] / "checkpoints/demo.safetensors"
+    shutil.copy(demo, folder / "models")
+    choice = ModelChoice(device="cpu", precision="full")
+    return Backend(folder / "models", folder / "out", choice, Limits())
+
+
+def entered(**changes):
+    fields = TaskForm(TXT2IMG, Limits()).fields()
+    values = {name: field.settings.get("value") for name, field in fields.items()}
+    return values | {"seed": "5", "width": 64, "height": 64, "steps": 4} | changes
+
+
+def test_settings_and_fields_follow_the_checkpoint(backend):
+    page = Page(backend)
+    initial = page.forms["txt2img"].settings
+    defaults = {name: initial[name].settings["value"] for name in FOLLOWERS}
+
+    def follow(name):
+        _, _, accordion, now, *updates = page.describe_choice(
+            "txt2img", name, defaults, *defaults.values()
+        )
+        assert updates == list(now.values())
+        return (accordion["visible"], *(now[name] for name in ("width", "scale", "steps")))
+
+    assert follow(BASE) == (True, 1024, 5.0, 50)
+    assert follow("sd_xl_turbo_1.0.safetensors") == (True, 512, 1.0, 4)
+    assert follow("demo.safetensors") == (False, 128, 3.0, 25)
+
+
+def test_a_refiner_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_again(backend):
+    assert list(backend.refiners()) == [REFINER]
+    changes = {"refiner": REFINER, "refiner_start": 0.5, "original_size": "512,768"}
+    values = TaskForm(TXT2IMG, Limits()).values(entered(**changes), backend.uploads)
+    progress = Progress()
+    backend.generate(backend.make_request(TXT2IMG, BASE, values), progress)
+    info = progress.images[0]
+    assert (info["refiner"]["path"], info["refiner_start"]) == (REFINER, 0.5)
+    assert info["request"]["refiner"] == REFINER
+    assert backend._models.count == 2
+    page = Page(backend)
+    filled = dict(zip(page.forms["txt2img"].common_fields, page.fill(info), strict=True))
+    assert filled.items() >= (changes | {"prompt_2": "", "steps": 4, "width": 64}).items()
+    assert backend.replay(info["path"], Progress()) == "identical"
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        (BASE, {"refiner": "../secret.ckpt"}, "unknown refiner"),
+        (BASE, {"refiner": REFINER, "width": 72}, "width 72 is not a positive multiple of 64"),
+        (BASE, {"crop": "left"}, "is not TOP,LEFT"),
+        (REFINER, {}, "txt2img needs a text-to-image model"),
+    ],
+)
+def test_what_does_not_fit_is_refused(backend, model, changes, message):
+    values = TaskForm(TXT2IMG, Limits()).values(entered(**changes), backend.uploads)
+    with pytest.raises(ValueError, match=message):
+        backend.make_request(TXT2IMG, model, values)
+
+
+def test_fields_of_sdxl_do_nothing_for_other_models(backend):
+    changes = {"refiner": REFINER, "crop": "8,8", "aesthetic_score": "7"}
+    values = TaskForm(TXT2IMG, Limits()).values(entered(**changes), backend.uploads)
+    plain = backend.make_request(TXT2IMG, "demo.safetensors", values)
+    assert plain.sdxl == TXT2IMG.request().sdxl
+    alone = backend.make_request(TXT2IMG, BASE, values | {"refiner": ""})
+    assert (alone.sdxl.crop, alone.sdxl.aesthetic_score) == ((8, 8), None)
