@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ldm.encoders.text import TextEncoder
 from ldm.generate.request import Request, Sampling
 from ldm.generate.tasks import Task
 from ldm.loading.families import Family
@@ -92,7 +93,8 @@ def load_models(
         return Models(model)
     if not is_sdxl(model):
         raise ArgumentError("a refiner is for Stable Diffusion XL, this model is not", "refiner")
-    return Models(model, load(None, refiner, **where))
+    embeddings = _refiner_embeddings(model)
+    return Models(model, load(None, refiner, embeddings=embeddings, **where))
 
 
 def _check_families(task: Task, ckpt: Path | None, refiner: Path | None) -> None:
@@ -119,6 +121,13 @@ def _family_of_file(path: Path | None) -> Family | None:
         return None
     family = identify_weights(read_weights(path)).family
     return family if family and family.task else None
+
+
+def _refiner_embeddings(base: LatentDiffusion) -> list[str]:
+    """Return the files whose tokens the last text encoder knows, which a refiner has, too."""
+    encoders = base.conditioner.find_all(TextEncoder)
+    files = base.provenance.get("embeddings", [])
+    return [f["path"] for f in files if encoders[-1].added_embeddings.keys() >= set(f["words"])]
 
 
 def resolve_sampling(request: Request, defaults: Defaults) -> Sampling:

@@ -4,10 +4,15 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ldm.commands.main import main
+from ldm.generate.command_line import parse_request
+from ldm.generate.load import load_models
+from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import read_info
+from ldm.loading.addons.embeddings import write_embeddings
 from make_tiny_sdxl import make_tiny_sdxl
 
 SMALL = ["--H", "64", "--W", "64", "--n_samples", "2", "--n_iter", "1", "--precision", "full"]
@@ -73,6 +78,19 @@ def test_a_line_of_a_prompt_file_has_prompts_for_both_text_encoders(run, tmp_pat
     _, out, _ = run("txt2img", *flags, "--json")
     infos = [json.loads(line) for line in out]
     assert [info.get("prompt_2") for info in infos] == [None, "oil, thick"]
+
+
+def test_a_refiner_knows_the_tokens_that_have_vectors_for_it(models, tmp_path):
+    first, second = torch.ones(1, 32), torch.ones(2, 48)
+    tokens = {"both": [first, second[:1]], "first": [first], "second": [second]}
+    flags = ["--ckpt", str(models["xl"]), "--refiner", str(models["xl-refiner"])]
+    for token, vectors in tokens.items():
+        path = tmp_path / f"{token}.safetensors"
+        write_embeddings(path, {token: vectors})
+        flags += ["--embedding", str(path)]
+    loaded = load_models(parse_request(TASKS["txt2img"], flags)[0])
+    assert loaded.base.conditioner.text.added_embeddings.keys() == {"both", "first"}
+    assert loaded.refiner.conditioner.text.added_embeddings.keys() == {"both", "second"}
 
 
 @pytest.mark.parametrize(
