@@ -12,7 +12,7 @@ type:
 	mypy
 
 test: lint type
-	python -m pytest -q -n 2
+	python -m pytest -q -n 2 --dist loadgroup
 
 docs:
 	python -m pytest -q -m docs tests/documentation

@@ -44,7 +44,10 @@ new MutationObserver(() => {
 }).observe(document, { subtree: true, childList: true, characterData: true });
 """
 
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # loops of gradio
+pytestmark = [
+    pytest.mark.xdist_group("browser"),  # one app and one browser
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),  # loops of gradio
+]
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ def again(tiny, capsys):
         ["--n_samples", "2", "--n_iter", "2", "--legacy", "--eta", "1"],
         ["--n_samples", "2", "--n_iter", "2", "--legacy", "--fixed_code", "--eta", "0.5"],
         ["--sampler", "euler_a", "--spacing", "karras", "--negative-prompt", "red", "--scale", "3"],
-        ["--H", "256", "--W", "256", "--tile", "128", "--n_samples", "1", "--steps", "1"],
+        ["--H", "128", "--W", "128", "--tile", "64", "--n_samples", "1", "--steps", "1"],
         ["--precision", "bf16", "--n_samples", "1", "model.params.scale_factor=0.2"],
     ],
     ids=lambda flags: " ".join(flags),
