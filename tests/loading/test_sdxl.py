@@ -13,6 +13,7 @@ from ldm.diffusion.schedule import ContinuousSchedule, Schedule
 from ldm.loading import report
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, read_yaml
+from ldm.loading.diffusers.keys import locate_weights, scatter_weights
 from ldm.loading.files.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from ldm.loading.legacy import translate_config
 from ldm.loading.load import find_variant, read_config, save_model
@@ -28,6 +29,7 @@ from loading import tinyfamilies
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs/stable-diffusion-xl"
 KEYS = ROOT / "tests/data/keys"
+SLOW = pytest.mark.slow
 SIZES = ["original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple"]
 
 
@@ -64,13 +66,13 @@ def test_full_size_models_have_the_names_and_shapes_of_the_original(full, name):
     ("name", "unet", "prediction", "schedule"),
     [
         ("sd_xl_base", 2_567_463_684, "eps", Schedule),
-        ("sd_xl_v", 2_567_463_684, "v", Schedule),
+        pytest.param("sd_xl_v", 2_567_463_684, "v", Schedule, marks=SLOW),
         ("sd_xl_inpaint", 2_567_478_084, "eps", Schedule),
         ("sd_xl_refiner", 2_259_526_660, "eps", Schedule),
         ("sd_xl_cosxl", 2_567_463_684, "v", ContinuousSchedule),
-        ("playground-v2.5", 2_567_463_684, "edm", ContinuousSchedule),
+        pytest.param("playground-v2.5", 2_567_463_684, "edm", ContinuousSchedule, marks=SLOW),
         ("ssd-1b", 1_331_334_404, "eps", Schedule),
-        ("segmind-vega", 745_225_604, "eps", Schedule),
+        pytest.param("segmind-vega", 745_225_604, "eps", Schedule, marks=SLOW),
     ],
 )
 def test_shipped_configs_become_models(full, name, unet, prediction, schedule):
@@ -190,7 +192,7 @@ V, ZERO_SNR = {"v_pred": torch.empty(0)}, {"ztsnr": torch.empty(0)}
         ("sd_xl_base", {"edm_vpred.sigma_max": torch.tensor(90.0)}, "sd_xl_cosxl"),
         ("sd_xl_base", {"edm_mean": torch.ones(1, 4, 1, 1)}, "playground-v2.5"),
         ("ssd-1b", {}, "ssd-1b"),
-        ("segmind-vega", {}, "segmind-vega"),
+        pytest.param("segmind-vega", {}, "segmind-vega", marks=SLOW),
     ],
 )
 def test_families_are_recognised(full, config, markers, chosen):
@@ -319,3 +321,57 @@ def test_a_transposed_projection_is_reported():
     assert not has_transposed_projection(state)
     projection[0, 1] = -0.0037
     assert has_transposed_projection(state)
+
+
+def write_as_components(state, model):
+    """The parts of a diffusers pipeline in one file."""
+    ours = rename_weights(state)
+    return {
+        f"{component}.{name}": value
+        for component, locations in locate_weights(model).items()
+        for name, value in scatter_weights(locations, ours).items()
+    }
+
+
+def write_as_playground(state, model):
+    name = "conditioner.embedders.1.model.text_projection"
+    return {n: v for n, v in state.items() if n != name} | {f"{name}.weight": state[name].T}
+
+
+def write_as_merged(state, model):
+    """As merges have it: a table in float16, float positions, no logit_scale, old averages."""
+    prefix = "conditioner.embedders."
+    positions = "transformer.text_model.embeddings.position_ids"
+    return {n: v for n, v in state.items() if not n.endswith("logit_scale")} | {
+        "denoiser.sigmas": state["denoiser.sigmas"].half(),
+        f"{prefix}0.{positions}": torch.arange(77)[None].float(),
+        f"{prefix}1.model.{positions}": torch.arange(77)[None],
+        "model_ema.decay": torch.tensor(0.9),
+    }
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        write_as_components,
+        pytest.param(write_as_playground, marks=SLOW),
+        pytest.param(write_as_merged, marks=SLOW),
+    ],
+)
+def test_files_of_other_tools_are_understood(tmp_path, tiny, write):
+    file, model = read_checkpoint(tiny), ldm.load(tiny)
+    path = tmp_path / "other.safetensors"
+    state = {name: value.contiguous() for name, value in write(file.state, model).items()}
+    write_checkpoint(path, state, {"ldm.config": file.metadata["ldm.config"]})
+    loaded, state = ldm.load(path).state_dict(), model.state_dict()
+    lost = {name for name in state if not torch.equal(state[name], loaded[name])}
+    assert lost <= {"conditioner.text_2.model.logit_scale"}
+
+
+def test_a_distilled_unet_is_recognised(full):
+    name = "model.diffusion_model.time_embedding.cond_proj.weight"
+    weights = identify_weights(checkpoint(full, "sd_xl_base", **{name: torch.zeros(320, 256)}))
+    assert find_variant(weights)[0] == "lcm"
+    unet = translate_config(read_config(weights)[1])["params"]["unet"]
+    assert unet["params"]["time_cond_proj_dim"] == 256
+    assert restore_names({"unet.time_embed_cond.weight": torch.zeros(1)}).keys() == {name}

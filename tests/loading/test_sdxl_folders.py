@@ -15,8 +15,7 @@ from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
 from ldm.runtime.errors import FileFormatError, MissingFile
 
 SLOW = pytest.mark.slow
-NAMES = ["xl", "xl-refiner", pytest.param("xl-inpainting", marks=SLOW),
-         pytest.param("playground", marks=SLOW), pytest.param("cosxl", marks=SLOW)]  # fmt: skip
+KINDS = ("xl-refiner", "xl-inpainting", "playground", "cosxl")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +51,9 @@ def folder(made, tmp_path):
     return path
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", ["xl", "xl-refiner", *(pytest.param(n, marks=SLOW) for n in KINDS[1:])]
+)
 def test_a_file_becomes_a_folder_and_comes_back_bit_for_bit(made, tmp_path, name):
     _, state, folder = made(name)
     back = tmp_path / "back.safetensors"
@@ -62,7 +63,7 @@ def test_a_file_becomes_a_folder_and_comes_back_bit_for_bit(made, tmp_path, name
     assert all(torch.equal(again[key], value) for key, value in state.items())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["xl", *(pytest.param(n, marks=SLOW) for n in KINDS)])
 def test_a_folder_alone_says_what_it_is(made, tmp_path, name):
     source, _, written = made(name)
     folder = tmp_path / "folder"
@@ -145,7 +146,8 @@ def test_half_precision_files_and_shards_are_read(folder):
 
 
 @pytest.mark.filterwarnings("ignore")  # about the future of other packages
-@pytest.mark.parametrize("name", ["xl", pytest.param("xl-refiner", marks=SLOW)])
+@SLOW  # as it imports diffusers
+@pytest.mark.parametrize("name", ["xl", "xl-refiner"])
 @torch.no_grad()
 def test_diffusers_computes_the_same(made, name):
     diffusers = pytest.importorskip("diffusers")
