@@ -77,7 +77,9 @@ def estimate_memory(
     return Memory(weights, activations)
 
 
-def run_on_zeros(unet: UNet, batch_size: int, size: tuple[int, int]) -> Tensor:
+def run_on_zeros(
+    unet: UNet, batch_size: int, size: tuple[int, int], *, is_context_trained: bool = False
+) -> Tensor:
     """Run a forward pass of a UNet on latents of a size (h, w) and conditions, all zero."""
     labels: dict[object, tuple[int, ...]] = {
         "sequential": (unet.adm_in_channels or 0,),
@@ -89,6 +91,7 @@ def run_on_zeros(unet: UNet, batch_size: int, size: tuple[int, int]) -> Tensor:
         y = torch.zeros(batch_size, *labels.get(unet.num_classes, ()), dtype=dtype)
     if isinstance(unet.context_dim, int):
         context = torch.zeros(batch_size, TOKENS, unet.context_dim)
+        context.requires_grad_(is_context_trained)
     x = torch.zeros(batch_size, unet.in_channels, *size)
     output: Tensor = unet(x, torch.zeros(batch_size), context, y)
     return output

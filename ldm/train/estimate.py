@@ -14,14 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ldm.encoders.text import TextEncoder
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml
 from ldm.loading.legacy import translate_config
+from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.pipelines.memory import run_on_zeros
 from ldm.runtime.memory import PeakMemoryMode, make_fake
 from ldm.train.build import build_task
 from ldm.train.config.settings import Settings
+from ldm.train.tasks.adaptation import Adaptation
 from ldm.train.tasks.autoencoder import Adversarial
 from ldm.train.tasks.task import Task
 
@@ -182,6 +185,8 @@ def _measure_activations(task: Task, settings: Settings) -> int:
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in (task.model, task.trainable):
             make_fake(module)
+        if isinstance(task, Adaptation) and task.token:
+            task.attach_vectors()
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
             image = torch.zeros(batch_size, 3, size, size)
             if isinstance(task.model, AutoencoderKL):
@@ -190,17 +195,26 @@ def _measure_activations(task: Task, settings: Settings) -> int:
                 task.step = sys.maxsize  # past the start of the discriminator
                 return _measure_autoencoder(task, image)
             model = task.model
-            side = size // model.downscale
-            peaks = [
-                _measure_peak(
-                    lambda: run_on_zeros(model.unet, batch_size, (side, side)), task.trainable
-                )
-            ]
+            peaks = [_measure_peak(lambda: _run_model(model, batch_size, size), task.trainable)]
             if not settings.raw["data"]["params"].get("latents"):
                 with torch.no_grad(), PeakMemoryMode() as mode:
                     model.autoencoder.encode(image)
                 peaks.append(mode.peak)
             return max(peaks)
+
+
+def _run_model(model: LatentDiffusion, batch_size: int, size: int) -> Tensor:
+    """Run the text encoders and the UNet; return a scalar of all that needs gradients."""
+    outputs: list[Tensor] = []
+    for encoder in model.conditioner.find_all(TextEncoder):
+        output = encoder.encode_tokens(torch.zeros(batch_size, encoder.length, dtype=torch.long))
+        outputs += [output] if isinstance(output, Tensor) else output.tensors().values()
+    outputs = [output for output in outputs if output.requires_grad]
+    side = size // model.downscale
+    outputs.append(
+        run_on_zeros(model.unet, batch_size, (side, side), is_context_trained=bool(outputs))
+    )
+    return torch.stack([output.float().square().mean() for output in outputs]).sum()
 
 
 def _measure_autoencoder(task: Task, image: Tensor) -> int:

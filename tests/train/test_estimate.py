@@ -49,6 +49,13 @@ def test_every_part_of_the_memory_is_counted(parameterization: str) -> None:
     assert small.activations < 0.75 * whole.activations
 
 
+def test_gradients_of_a_token_go_through_the_frozen_unet() -> None:
+    whole = memory()
+    token = memory("lightning.textual_inversion.token=<x>")
+    assert token.trainable == 32
+    assert token.activations > 0.5 * whole.activations
+
+
 @pytest.mark.parametrize("weight", [0, 1])
 def test_the_networks_of_an_autoencoders_losses_are_counted(weight: int) -> None:
     small = {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1}

@@ -71,6 +71,15 @@ def test_latents_are_those_of_the_pictures(model: Any, photos: Path, tmp_path: P
     assert sample["txt"] == "picture 3"
 
 
+def test_latents_are_normalised_as_the_model_says(model: Any, photos: Path, tmp_path: Path) -> None:
+    folder = Folder(root=photos, transform=PhotoTransform(size=16, flip=0.0))
+    plain = cache_latents(model, folder, tmp_path, precision="32")[0, 3]
+    model.latent_mean, model.latent_std = torch.full((4, 1, 1), 0.5), torch.full((4, 1, 1), 2.0)
+    sample = cache_latents(model, folder, tmp_path, precision="32")[0, 3]
+    torch.testing.assert_close(sample["z"], (plain["z"] - 0.5) / 2)
+    torch.testing.assert_close(sample["z_std"], plain["z_std"] / 2)
+
+
 def test_the_loss_is_the_same_with_a_cache(model: Any, photos: Path, tmp_path: Path) -> None:
     folder = Folder(root=photos, transform=PhotoTransform(size=16, flip=0.0))
     cached = cache_latents(model, folder, tmp_path, precision="32")
@@ -336,6 +345,8 @@ def test_caches_of_version_0_1_are_found_again() -> None:
         autoencoder=count_up(AutoencoderKL(ddconfig=layout, embed_dim=4)),
         conditioner=Conditioner(),
         scale_factor=0.5,
+        latent_mean=None,
+        latent_std=None,
     )
     records = {"mask": {"boxes": 0.25}, "lr": {"factor": 2}, "depth": {"depth": 8}}
     emoji = {"size": 32, "crop": 16, "any_colour": 0.5, "records": records}

@@ -6,6 +6,7 @@ dogs are. Ruiz et al. 2022 (arXiv:2208.12242).
 
 import itertools
 import logging
+import math
 from pathlib import Path
 
 import torch
@@ -43,11 +44,14 @@ def sample_class_images(
     *,
     steps: int = 30,
     scale: float = 5.0,
-    batch: int = 8,
+    batch: int | None = None,
 ) -> None:
     """Fill a folder up to `count` images with samples of a prompt; 00007.png has seed 7.
 
     Existing images stay, whether the user or an interrupted call has put them there.
+
+    Args:
+        batch: images sampled at once; default: as many pixels as 8 images of 512 x 512 have.
     """
     folder.mkdir(parents=True, exist_ok=True)
     existing = sum(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
@@ -57,6 +61,7 @@ def sample_class_images(
         return
     log.info("sampling %d images of `%s` into `%s`", len(missing), prompt, folder)
     was_training = model.training
+    batch = batch or max(1, 8 * 64**2 // math.prod(model.latent_size))
     height, width = (side * model.downscale for side in model.latent_size)
     model.eval()
     for first in tqdm(range(0, len(missing), batch), unit="batch", dynamic_ncols=True):

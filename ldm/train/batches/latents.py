@@ -269,8 +269,10 @@ def _encode(
     batch = to_device(collate(samples), model.device)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "16"):
         posterior = model.autoencoder.encode(batch["jpg"])
-        z = posterior.mean * model.scale_factor
+        z = model.normalize(posterior.mean)
         z_std = posterior.std * model.scale_factor
+        if model.latent_std is not None:
+            z_std = z_std / model.latent_std.to(z_std)
         if names:
             batch = model.prepare(batch, (z.shape[-2], z.shape[-1]), generator)
     tensors = {"z": z, "z_std": z_std, **{name: batch[name] for name in names}}
@@ -287,8 +289,9 @@ def digest_model(model: LatentDiffusion, transform: Transform, precision: str) -
     modules += [encoder for encoder in model.conditioner.encoders.values() if encoder.cache_key]
     weights = digest_of_weights(*modules)
     name, options = transform.cache_key()
-    facts = [VERSION, name, options, weights, model.scale_factor, precision]
-    return digest(*facts, *_size_keys(model))
+    facts = [VERSION, name, options, weights, model.scale_factor, precision, *_size_keys(model)]
+    normalization = (model.latent_mean, model.latent_std)
+    return digest(*facts, *(value.tolist() for value in normalization if value is not None))
 
 
 def _size_keys(model: LatentDiffusion) -> list[str]:

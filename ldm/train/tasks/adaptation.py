@@ -69,10 +69,16 @@ class Adaptation(Task):
             for number, text in enumerate(encoders, 1):
                 initial = _initial_vectors(text, textual_inversion.get("init"))
                 rows = torch.arange(textual_inversion.get("vectors", 1)) % len(initial)
-                vectors = nn.Parameter(initial[rows])
-                self.vectors["vectors" if number == 1 else f"vectors_{number}"] = vectors
-                text.added_embeddings[self.token] = vectors
+                name = "vectors" if number == 1 else f"vectors_{number}"
+                self.vectors[name] = nn.Parameter(initial[rows])
             self.trainable["word"] = self.vectors
+            self.attach_vectors()
+
+    def attach_vectors(self) -> None:
+        """Give each text encoder its vectors of the token."""
+        encoders = self.model.conditioner.find_all(TextEncoder)
+        for text, vectors in zip(encoders, self.vectors.values(), strict=True):
+            text.added_embeddings[self.token] = vectors
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
         if self.token and not self._has_checked_captions:
