@@ -113,6 +113,8 @@ def test_mistakes_are_named(overrides: list[str], message: str, tmp_path: Path) 
         ("demo/text2img", "textual-inversion", {"word"}),
         ("stable-diffusion/v1-inference", "lora-photos", {"lora"}),
         ("stable-diffusion/v2-inference-v", "lora-photos", {"lora"}),
+        ("stable-diffusion-xl/sd_xl_base", "lora-xl", {"lora"}),
+        ("stable-diffusion-xl/sd_xl_refiner", "textual-inversion-xl", {"word"}),
     ],
 )
 def test_the_recipes_fit_the_models(base: str, recipe: str, parts: set[str]) -> None:
@@ -122,8 +124,8 @@ def test_the_recipes_fit_the_models(base: str, recipe: str, parts: set[str]) -> 
     peft = (settings.get("lora"), settings.get("textual_inversion"))
     task = Adaptation(Diffusion(model, **settings["objective"]), *peft)
     assert task.trainable.keys() == parts
-    if recipe == "lora-photos":
-        assert len(task.trainable["lora"]) == 192
+    if "lora" in parts and base != "demo/text2img":
+        assert len(task.trainable["lora"]) == (722 if recipe == "lora-xl" else 192)
 
 
 def test_missing_class_images_are_sampled(base: Path, tmp_path: Path) -> None:
