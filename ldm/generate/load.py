@@ -15,7 +15,7 @@ from ldm.loading.published import find_checkpoint, identify_hash
 from ldm.loading.weights import identify_weights, read_weights
 from ldm.model import Defaults, LatentDiffusion
 from ldm.nets.attention import set_backend
-from ldm.pipelines.families import FAMILIES, is_sdxl, wrong_family
+from ldm.pipelines.families import FAMILIES, file_name, is_sdxl, wrong_family
 from ldm.runtime.device import keep_memory, pick_device, pick_dtype, set_threads
 from ldm.runtime.errors import ArgumentError
 from ldm.runtime.files import find_file
@@ -92,7 +92,8 @@ def load_models(
     if request.sdxl.refiner is None:
         return Models(model)
     if not is_sdxl(model):
-        raise ArgumentError("a refiner is for Stable Diffusion XL, this model is not", "refiner")
+        message = f"a refiner is for Stable Diffusion XL, which {file_name(model)} is not"
+        raise ArgumentError(message, "refiner")
     embeddings = _refiner_embeddings(model)
     return Models(model, load(None, refiner, embeddings=embeddings, **where))
 

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from ldm.model import LatentDiffusion
+from ldm.pipelines.families import is_sdxl
 
-__all__ = ["BASE_MODELS", "BaseModel", "find_base_model", "is_sdxl"]
+__all__ = ["BASE_MODELS", "BaseModel", "find_base_model"]
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,6 @@ REFINER = BaseModel(
     "Stable Diffusion XL refiner", 1280, "stable-diffusion-xl-v1-refiner", "sdxl_refiner_v1-0"
 )
 BASE_MODELS = {base.context: base for base in (SD1, SD2, SDXL, REFINER)}
-
-
-def is_sdxl(model: LatentDiffusion) -> bool:
-    """Tell whether a model is conditioned on sizes, as SDXL base and refiner are."""
-    return "original_size_as_tuple" in model.conditioner.keys
 
 
 def find_base_model(model: LatentDiffusion) -> BaseModel | None:

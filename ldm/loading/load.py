@@ -358,7 +358,7 @@ def _compare_scales(model: LatentDiffusion, source: Checkpoint, path: Path) -> N
     if scale is not None and abs(scale / model.scale_factor - 1) > 0.01:
         warnings.warn(
             f"the autoencoder of `{source.path}` has scale factor {scale:g} ({reason}), `{path}` "
-            f"{model.scale_factor:g}, which is used: colours will be wrong\nhint: SDXL needs an "
+            f"{model.scale_factor:g}, which is used: colours will be wrong, SDXL needs an "
             "autoencoder of SDXL, SD 1 and 2 need one of theirs",
             stacklevel=4,
         )

@@ -103,6 +103,7 @@ def test_an_export_has_raw_or_ema_weights_or_both(run: Run, tmp_path: Path, weig
         file = read_checkpoint(path)
         assert (file.has_ema, file.step) == (weights == "both", 2)
         assert file.metadata["modelspec.prediction_type"] == "v"
+        assert file.metadata["modelspec.resolution"] == "32x32"
         assert json.loads(file.metadata["ldm.training"])["seed"] == 23
         if weights == "both":
             averaged: Any = load(None, path, ema=True)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from ldm.encoders.text import TextEncoder
 from ldm.encoders.towers import FusedAttention
 from ldm.loading.addons.embeddings import BUNDLE, add_embeddings, read_bundle
-from ldm.loading.base_models import BASE_MODELS, SDXL, find_base_model, is_sdxl
+from ldm.loading.base_models import BASE_MODELS, SDXL, find_base_model
 from ldm.loading.build import meta_device
 from ldm.loading.diffusers.keys import text_component
 from ldm.loading.diffusers.names import text_layers, unet_layers
@@ -40,6 +40,7 @@ from ldm.loading.matching import drop_1x1
 from ldm.loading.weight_names import SECOND_TEXT, layer_alias
 from ldm.model import LatentDiffusion
 from ldm.nets.lora import LoRA, LoRALayer, Target, merge_loras
+from ldm.pipelines.families import is_sdxl
 from ldm.runtime.errors import FileFormatError, MissingFile, WeightsMismatch, WrongFamily
 from ldm.runtime.files import read_text
 from ldm.runtime.hashes import hash_file

@@ -97,15 +97,15 @@ def original_config_xl(files: JsonMapping, folder: str) -> JsonObject:
     index = files[INDEX]
     if TEXT_2 not in files:
         raise FileFormatError(
-            f"`{folder}` has no `{TEXT_2}`, the second text encoder of {index.get('_class_name')}"
-            "\nhint: download the folder again, whole"
+            f"`{folder}` has no `{TEXT_2}`, the second text encoder of {index.get('_class_name')}: "
+            "download the folder again, whole"
         )
     needs_score = bool(index.get("requires_aesthetics_score", False))
     is_inpainting = files[UNET].get("in_channels") == INPAINTING_CHANNELS
     if TEXT not in files and not needs_score:
         raise FileFormatError(
-            f"`{folder}` has no `{TEXT}`, the first text encoder of {index.get('_class_name')}"
-            "\nhint: download the folder again, whole"
+            f"`{folder}` has no `{TEXT}`, the first text encoder of {index.get('_class_name')}: "
+            "download the folder again, whole"
         )
     name = "sd_xl_inpaint" if is_inpainting else "sd_xl_base"
     raw = read_yaml(f"{XL_CONFIG_DIR}/{'sd_xl_refiner' if TEXT not in files else name}.yaml")
