@@ -189,6 +189,17 @@ def test_nothing_is_cached_without_memory_for_it_or_for_weights_of_inference_mod
                 each.weight.data[3, 4] += 1
 
 
+def test_cached_weights_take_at_most_half_of_the_memory_that_was_free(monkeypatch):
+    (layer, x), (second, _), (third, _) = conv(), conv(), conv()
+    layers = [layer, second, third]
+    room = 2 * 2 * weight_cache.FORM_SIZE * layer.weight.nbytes
+    monkeypatch.setattr(weight_cache, "free_memory", lambda: room)
+    with torch.no_grad(), cpu.cache_weights():
+        for each in layers:
+            each(x)
+        assert [weight_cache.is_caching(each.weight) for each in layers] == [True, True, False]
+
+
 def gradients(layer, x, *, on):
     """Output, its gradients by input, weight and bias, and gradients of those."""
     cpu.enable(on)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ldm.runtime.device import free_memory
 
+FORM_SIZE = 1.8  # of a weight; the largest form's
 Form = TypeVar("Form", Tensor, list[Tensor])
 
 
@@ -20,7 +21,27 @@ class _Entry(NamedTuple):
     forms: dict[str, Tensor | list[Tensor]]
 
 
-_cache: ContextVar[dict[int, _Entry] | None] = ContextVar("cache", default=None)
+class _Cache:
+    """Entries by the id of their weight, for at most half of the memory that was free before."""
+
+    def __init__(self) -> None:
+        self.entries: dict[int, _Entry] = {}
+        self.budget = free_memory() / 2  # bytes that are left
+
+    def has_room(self, weight: Tensor) -> bool:
+        return id(weight) in self.entries or FORM_SIZE * weight.nbytes <= self.budget
+
+    def entry(self, weight: Tensor) -> _Entry:
+        """Return the entry of a weight, an empty one if it was written to."""
+        state, entry = (weight.data_ptr(), weight._version), self.entries.get(id(weight))
+        if entry is None:
+            self.budget -= FORM_SIZE * weight.nbytes
+        if entry is None or entry.state != state:
+            entry = self.entries[id(weight)] = _Entry(weight, state, {})
+        return entry
+
+
+_cache: ContextVar[_Cache | None] = ContextVar("cache", default=None)
 
 
 @contextmanager
@@ -35,7 +56,7 @@ def cache_weights() -> Iterator[None]:
     if _cache.get() is not None:
         yield
         return
-    token = _cache.set({})
+    token = _cache.set(_Cache())
     try:
         yield
     finally:
@@ -51,7 +72,7 @@ def is_caching(weight: Tensor) -> bool:
     cache = _cache.get()
     if cache is None or weight.is_inference():  # torch does not count writes to those
         return False
-    return id(weight) in cache or 4 * weight.nbytes <= free_memory()  # at most half of it is taken
+    return cache.has_room(weight)
 
 
 def transform_weight(weight: Tensor, name: str, transform: Callable[[Tensor], Form]) -> Form:
@@ -59,10 +80,7 @@ def transform_weight(weight: Tensor, name: str, transform: Callable[[Tensor], Fo
     cache = _cache.get()
     if cache is None or not is_caching(weight):
         return transform(weight)
-    state = weight.data_ptr(), weight._version
-    entry = cache.get(id(weight))
-    if entry is None or entry.state != state:
-        entry = cache[id(weight)] = _Entry(weight, state, {})
+    entry = cache.entry(weight)
     if name not in entry.forms:
         entry.forms[name] = transform(weight)
     return cast(Form, entry.forms[name])
