@@ -106,6 +106,46 @@ def test_inpainting(made, family):
     agree(ldm.inpaint(ldm.load(source), [PROMPT], 2 * image - 1, mask, **options), theirs)
 
 
+XL_SIDE = 64
+XL_OURS = {"steps": STEPS, "scale": SCALE, "sampler": "euler", "scheduler": "leading"}
+
+
+def opened_xl(folder):
+    """With the grid of the published folders, which starts with the same noise as ours."""
+    pipe = opened(folder)
+    config = {**pipe.scheduler.config, "timestep_spacing": "leading"}
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(config)
+    return pipe
+
+
+def test_sdxl_base_and_refiner(made):
+    base_file, _, base_folder = made("xl")
+    refiner_file, _, refiner_folder = made("xl-refiner")
+    base, refiner, x = ldm.load(base_file), ldm.load(refiner_file), noise(1, 4, 8, 8)
+    pipe, sizes = opened_xl(base_folder), {"original_size": (512, 384), "target_size": (96, 80)}
+    size = {"height": XL_SIDE, "width": XL_SIDE}
+    texts = {"negative_prompt": "blurry", "prompt_2": "a pear"}
+    theirs = pipe(PROMPT, **texts, **sizes, **size, **common(x.clone())).images
+    ours = {**XL_OURS, "size": (XL_SIDE, XL_SIDE), "x_T": x}
+    agree(ldm.txt2img(base, [PROMPT], **texts, **sizes, **ours), theirs)
+    options = {**common(x.clone()), "output_type": "latent"}
+    z_t = pipe(PROMPT, denoising_end=0.5, **size, **options).images
+    pipe = opened_xl(refiner_folder)
+    theirs = pipe(PROMPT, image=z_t, denoising_start=0.5, **common(None)).images
+    agree(ldm.txt2img(base, [PROMPT], refiner=refiner, refiner_start=0.5, **ours), theirs)
+
+
+@SLOW
+def test_sdxl_inpainting(made):
+    source, _, folder = made("xl-inpainting")
+    x, image, mask = noise(1, 4, 8, 8), picture(XL_SIDE), torch.zeros(1, 1, XL_SIDE, XL_SIDE)
+    mask[..., 16:48, 8:24] = 1
+    theirs = opened_xl(folder)(PROMPT, image=image, mask_image=mask, strength=1.0, height=XL_SIDE,
+                               width=XL_SIDE, **common(x.clone())).images  # fmt: skip
+    options = {**XL_OURS, "x_T": x, "seeds": 5, "composite": False}
+    agree(ldm.inpaint(ldm.load(source), [PROMPT], 2 * image - 1, mask, **options), theirs)
+
+
 @SLOW
 def test_depth(made):
     source, _, folder = made("depth")
