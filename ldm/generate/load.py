@@ -72,8 +72,7 @@ def load_models(
         set_threads(threads, is_small)
         keep_memory()
     set_backend(choice.attention)
-    where: dict[str, Any] = {"device": device, "dtype": dtype}
-    where |= {"offload": True} if choice.offload else {}
+    where: dict[str, Any] = {"device": device, "dtype": dtype, "offload": choice.offload}
     model = load(
         choice.config,
         ckpt,

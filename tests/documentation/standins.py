@@ -13,6 +13,7 @@ from ldm.loading.config import format_yaml
 from ldm.loading.files.checkpoint import write_checkpoint
 from ldm.loading.legacy import translate_config
 from ldm.loading.load import load
+from ldm.loading.tables import make_tables
 from ldm.loading.weight_names import restore_names
 from ldm.nets.lora import LoRA, LoRALayer
 from loading import tinyfamilies
@@ -28,6 +29,10 @@ CHECKPOINTS = {
     "512-depth-ema.ckpt": "depth",
     "x4-upscaler-ema.safetensors": "x4",
     "sd21-unclip-h.ckpt": "unclip-h",
+    "sdxl-base": "xl",
+    "sdxl-refiner": "xl-refiner",
+    "sdxl-inpainting": "xl-inpainting",
+    "sdxl-turbo": "xl",
 }
 IMAGES = (
     "sketch.png", "dog.png", "room.png", "small.png", "cat.png", "sea.png",
@@ -39,6 +44,11 @@ def small_config(family: str) -> dict[str, Any]:
     """The published config with few channels, and the published sizes of image and latent."""
     raw = tinyfamilies.small(family)
     params = raw["model"]["params"]
+    if family in tinyfamilies.XL:
+        unet, vae = params["network_config"]["params"], params["first_stage_config"]["params"]
+        unet |= {"attention_resolutions": [4], "use_checkpoint": False}
+        vae["ddconfig"] |= {"ch_mult": [1, 1, 1, 1], "attn_resolutions": []}
+        return raw
     vae, unet = params["first_stage_config"]["params"], params["unet_config"]["params"]
     vae["ddconfig"]["ch_mult"] = [1, 1, 1] if family == "x4" else [1, 1, 1, 1]
     if family != "x4":
@@ -55,13 +65,15 @@ def make_stand_ins(folder: Path) -> None:
         yaml = format_yaml(raw)
         model: Any = build_on_meta(translate_config(raw))
         empty = {k: torch.ones(v.shape) if v.is_meta else v for k, v in model.state_dict().items()}
-        state = fill(restore_names(empty, model.schedule.buffers()), family)
+        state = fill(restore_names(empty), family) | make_tables(model)
         if name == "v1-5-pruned.ckpt":
             averages = {k[6:].replace(".", ""): v for k, v in state.items() if k[:6] == "model."}
             state |= {f"model_ema.{k}": v for k, v in averages.items()}
-        (folder / "configs/stable-diffusion" / f"{tinyfamilies.NAMES[family]}.yaml").write_text(
-            yaml
-        )
+        if family in tinyfamilies.NAMES:
+            config = folder / f"configs/stable-diffusion/{tinyfamilies.NAMES[family]}.yaml"
+        else:
+            config = folder / f"configs/stable-diffusion-xl/{tinyfamilies.XL[family]}.yaml"
+        config.write_text(yaml)
         target = folder / name
         suffix = target.suffix if target.suffix in (".ckpt", ".safetensors") else ".safetensors"
         written = folder / f"written{suffix}"
