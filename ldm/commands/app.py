@@ -18,7 +18,7 @@ from ldm.runtime.errors import ArgumentError
 
 __all__ = ["main"]
 
-SHARED_OPTIONS = ("lora", "embedding", "device", "precision", "attention")
+SHARED_OPTIONS = ("lora", "embedding", "device", "precision", "attention", "offload")
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -82,6 +82,7 @@ def _serve(args: Namespace) -> None:
         device=args.device,
         precision=args.precision,
         attention=args.attention,
+        offload=args.offload,
     )
     limits = Limits(side=args.max_side, steps=args.max_steps, batch=args.max_batch)
     memory = args.memory and args.memory * 2**30
