@@ -15,7 +15,7 @@ from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
 from ldm.runtime.errors import FileFormatError, MissingFile
 
 SLOW = pytest.mark.slow
-KINDS = ("xl-refiner", "xl-inpainting", "playground", "cosxl")
+KINDS = ("xl-refiner", "xl-inpainting", "playground", "cosxl", "ssd-1b")
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_half_precision_files_and_shards_are_read(folder):
 
 @pytest.mark.filterwarnings("ignore")  # about the future of other packages
 @SLOW  # as it imports diffusers
-@pytest.mark.parametrize("name", ["xl", "xl-refiner"])
+@pytest.mark.parametrize("name", ["xl", "xl-refiner", "ssd-1b"])
 @torch.no_grad()
 def test_diffusers_computes_the_same(made, name):
     diffusers = pytest.importorskip("diffusers")

@@ -22,7 +22,7 @@ Config = JsonMapping
 
 # diffusers options with one supported value. Keys in neither table must be null or false.
 UNET_REQUIRED_VALUES = {
-    "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "flip_sin_to_cos": True, "freq_shift": 0,
     "downsample_padding": 1, "mid_block_scale_factor": 1, "act_fn": "silu", "norm_num_groups": 32,
     "norm_eps": 1e-5, "resnet_out_scale_factor": 1.0, "time_embedding_type": "positional",
     "conv_in_kernel": 3, "conv_out_kernel": 3, "attention_type": "default",
@@ -34,7 +34,8 @@ UNET_KEYS = frozenset({
     "layers_per_block", "dropout", "cross_attention_dim", "transformer_layers_per_block",
     "attention_head_dim", "num_attention_heads", "use_linear_projection", "class_embed_type",
     "num_class_embeds", "projection_class_embeddings_input_dim", "resnet_time_scale_shift",
-    "upcast_attention", "addition_embed_type", "addition_time_embed_dim", "time_cond_proj_dim",
+    "upcast_attention", "mid_block_type", "reverse_transformer_layers_per_block",
+    "addition_embed_type", "addition_time_embed_dim", "time_cond_proj_dim",
 })  # fmt: skip
 VAE_REQUIRED_VALUES = {
     "act_fn": "silu", "norm_num_groups": 32, "use_quant_conv": True, "use_post_quant_conv": True,
@@ -44,6 +45,7 @@ VAE_KEYS = frozenset({
     "layers_per_block", "latent_channels", "sample_size", "scaling_factor", "force_upcast",
     "mid_block_add_attention", "latents_mean", "latents_std",
 })  # fmt: skip
+MIDDLE, MIDDLE_WITHOUT_ATTENTION = "UNetMidBlock2DCrossAttn", "UNetMidBlock2D"
 CROSS_ATTENTION_BLOCKS = frozenset({"CrossAttnDownBlock2D", "CrossAttnUpBlock2D"})
 UNET_BLOCKS = CROSS_ATTENTION_BLOCKS | {"DownBlock2D", "UpBlock2D"}
 VAE_BLOCKS = frozenset({"DownEncoderBlock2D", "AttnDownEncoderBlock2D"})
@@ -68,8 +70,9 @@ def unet_config(
             "a list as `context_dim`": not isinstance(unet.context_dim, int),
             "`resblock_updown`": unet.resblock_updown,
             "`conv_resample: false`": not unet.conv_resample,
-            "depths by block": unet.transformer_depth_output is not None
-            or unet.transformer_depth_middle not in (None, _last(unet.transformer_depth)),
+            f"`transformer_depth_middle: {unet.transformer_depth_middle}`": (
+                unet.transformer_depth_middle not in (None, 0, _last(unet.transformer_depth))
+            ),
             "`disable_middle_transformer`": unet.disable_middle_transformer,
             "`num_classes: timestep`": unet.num_classes == "timestep",
             "`num_attention_blocks`": unet.num_attention_blocks is not None,
@@ -113,6 +116,10 @@ def unet_config(
     elif unet.num_classes == "sequential":
         config["class_embed_type"] = "projection"
         config["projection_class_embeddings_input_dim"] = unet.adm_in_channels
+    if unet.transformer_depth_middle == 0:
+        config["mid_block_type"] = MIDDLE_WITHOUT_ATTENTION
+    if unet.transformer_depth_output is not None:
+        config |= _depths_by_block(unet, has_attention)
     if unet.time_cond_proj_dim is not None:
         config["time_cond_proj_dim"] = unet.time_cond_proj_dim
     return config
@@ -138,9 +145,6 @@ def unet_params(config: Config) -> JsonObject:
         "channel_mult": [width // widths[0] for width in widths],
         "use_spatial_transformer": True,
         "use_linear_in_transformer": bool(config.get("use_linear_projection")),
-        "transformer_depth": _scalar_if_uniform(
-            _as_list(config, "transformer_layers_per_block", 1)
-        ),
         "context_dim": read_equal(config, "cross_attention_dim", where),
         "use_checkpoint": True,
         "legacy": False,
@@ -156,6 +160,7 @@ def unet_params(config: Config) -> JsonObject:
         params["disable_middle_self_attn"] = True
     if config.get("resnet_time_scale_shift", "default") != "default":
         params["use_scale_shift_norm"] = True
+    params |= _depth_params(config, params["num_res_blocks"])
     if config.get("time_cond_proj_dim"):
         params["time_cond_proj_dim"] = config["time_cond_proj_dim"]
     if config.get("dropout"):
@@ -268,9 +273,48 @@ def _check_blocks(where: str, blocks: Sequence[str], supported: Collection[str])
             raise ConfigError(f"{where}: blocks `{block}` are not supported")
 
 
-def _as_list(config: Config, key: str, default: int) -> list[int]:
-    value = config.get(key, default)
-    return list(value) if isinstance(value, list) else [value]
+def _depths_by_block(unet: UNet, has_attention: Sequence[bool]) -> JsonObject:
+    """Return the depths of transformers of a UNet whose way up differs from the way down."""
+    downs, outputs = unet.transformer_depth, unet.transformer_depth_output
+    if not isinstance(unet.num_res_blocks, int) or isinstance(downs, int) or outputs is None:
+        raise ConfigError("diffusers' UNet does not support these depths of transformers")
+    n = unet.num_res_blocks + 1
+    ups = [list(outputs[i : i + n]) for i in range(0, len(outputs), n)]
+    attends = list(has_attention)
+    return {
+        "transformer_layers_per_block": [
+            depth if has else 1 for depth, has in zip(downs, attends, strict=True)
+        ],
+        "reverse_transformer_layers_per_block": [
+            depth if has else 1 for depth, has in zip(ups, attends[::-1], strict=True)
+        ],
+    }
+
+
+def _depth_params(config: Config, res_blocks: int) -> JsonObject:
+    """Return the depths of transformers: one, by level, or by block where the way up differs."""
+    middle = config.get("mid_block_type", MIDDLE)
+    if middle not in (MIDDLE, MIDDLE_WITHOUT_ATTENTION):
+        raise ConfigError(f"unet/config.json: `mid_block_type: {middle}` is not supported")
+    params: JsonObject = {"transformer_depth_middle": 0} if middle != MIDDLE else {}
+    depths = config.get("transformer_layers_per_block", 1)
+    reverse = config.get("reverse_transformer_layers_per_block")
+    if reverse is None:
+        uniform = _scalar_if_uniform(depths) if isinstance(depths, list) else depths
+        return params | {"transformer_depth": uniform}
+
+    def by_block(value: Any, block: str, n: int) -> list[int]:
+        if block not in CROSS_ATTENTION_BLOCKS:
+            return [0] * n
+        return list(value) if isinstance(value, list) else [value] * n
+
+    downs = zip(depths, config["down_block_types"], strict=True)
+    ups = zip(reverse, config["up_block_types"], strict=True)
+    outputs = [by_block(depth, block, res_blocks + 1) for depth, block in ups]
+    return params | {
+        "transformer_depth": [by_block(depth, block, res_blocks) for depth, block in downs],
+        "transformer_depth_output": [depth for level in outputs for depth in level],
+    }
 
 
 def _last(value: Any) -> Any:
