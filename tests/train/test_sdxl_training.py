@@ -17,6 +17,8 @@ from ldm.loading.config import parse_yaml
 from ldm.train.loop import train
 from ldm.train.monitoring.samples import sample_images
 from ldm.train.run import Run
+from ldm.train.tasks.diffusion import Diffusion
+from ldm.train.tasks.noise_levels import LogNormal
 from loading.tinyfamilies import small, write
 from tests.train.tinyrun import run_of
 
@@ -51,22 +53,29 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def make_run(family: str, photos: Path, folder: Path, *overrides: str) -> Run:
+def config_of(family: str, photos: Path, folder: Path, *overrides: str) -> dict[str, Any]:
     text = DATA.replace("PHOTOS", str(photos)).replace("CACHE", str(folder.parent))
-    raw = parse_yaml(text, overrides)
-    config: dict[str, Any] = {"model": small(family)["model"] | {"base_learning_rate": 1e-3}, **raw}
-    return run_of(config, folder)
+    model = small(family)["model"] | {"base_learning_rate": 1e-3}
+    return {"model": model, **parse_yaml(text, overrides)}
+
+
+def make_run(family: str, photos: Path, folder: Path, *overrides: str) -> Run:
+    return run_of(config_of(family, photos, folder, *overrides), folder)
 
 
 @pytest.mark.parametrize(
     ("family", "keys", "overrides"),
     [
-        ("xl", {"txt"}, []),
+        pytest.param("xl", {"txt"}, [], marks=pytest.mark.slow),
         ("xl-refiner", {"txt", "aesthetic_score"}, ["lightning.objective.timesteps=[0,200]"]),
         (
             "xl-inpainting",
             {"txt", "masked", "aesthetic_score"},
-            ["data.params.train.transform.conditions={mask: {}}"],
+            [
+                "data.params.train.transform.conditions={mask: {}}",
+                "data.params.validation=${data.params.train}",
+                "lightning.callbacks.validate_steps=1",
+            ],
         ),
     ],
 )
@@ -87,6 +96,8 @@ def test_every_model_is_trained_sampled_and_exported(
     }
     assert {name.split(".")[0] for name in changed} == {"unet"}
     assert len(list((run.folder / "images" / "train").glob("*.png"))) == 1
+    is_validated = "val/loss_ema" in (run.folder / "log.csv").read_text()
+    assert is_validated == (run.held_out is not None)
     model = ldm.load(None, run.checkpoints / "last.safetensors")
     first = "unet.input_blocks.0.0.weight"
     shadow = run.state.ema.shadow[first].half().float()
@@ -143,6 +154,50 @@ def test_a_lora_and_a_token_of_both_text_encoders_are_trained_and_used(
         names = {f"lora.{name}" for name, _ in lora.named_parameters()}
         assert names == {name for name in trained if name.startswith("lora.")}
         assert {name.split("_")[1] for name in lora} == {"unet", "te1", "te2"}
+
+
+@pytest.mark.slow
+def test_dreambooth_samples_the_class_images_that_are_missing(photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "class"
+    prior = f"{{root: {folder}, prompt: a dog, count: 2, transform: {{name: photo, size: 64}}}}"
+    overrides = ["data.params.train.transform.buckets=null", f"data.params.prior={prior}"]
+    raw = config_of("xl", photos, tmp_path / "run", *overrides, "lightning.callbacks.images=0")
+    raw["model"]["params"]["image_size"] = 8
+    run = run_of(raw, tmp_path / "run")
+    assert len(list(folder.glob("*.png"))) == 2
+    source: Any = run.source
+    prior_sample = source.dataset[0, 0]["prior"]
+    assert prior_sample["txt"] == "a dog"
+    assert prior_sample["target_size_as_tuple"].tolist() == [64, 64]
+    train(run)
+    assert "prior" in (run.folder / "log.csv").read_text().splitlines()[0].split(",")
+
+
+def test_a_training_config_of_generative_models_is_run_as_it_stands(
+    photos: Path, tmp_path: Path
+) -> None:
+    """Without `lightning.optimizer`, so as the original trains."""
+    raw = config_of("xl-v", photos, tmp_path / "run", "data.params.texts=null")
+    embedders = raw["model"]["params"]["conditioner_config"]["params"]["emb_models"]
+    for embedder in embedders:
+        embedder["ucg_rate"] = 0.5
+    embedders[0]["legacy_ucg_value"] = ""
+    package = "sgm.modules.diffusionmodules."
+    raw["model"]["params"]["loss_fn_config"] = {
+        "target": f"{package}loss.StandardDiffusionLoss",
+        "params": {
+            "loss_weighting_config": {"target": f"{package}loss_weighting.VWeighting"},
+            "sigma_sampler_config": {"target": f"{package}sigma_sampling.EDMSampling"},
+        },
+    }
+    raw["lightning"] = {"trainer": {"max_steps": 1, "sanity": False}}
+    raw["lightning"]["callbacks"] = {"images": 0, "loggers": ["csv"]}
+    run = run_of(raw, tmp_path / "run")
+    assert isinstance(run.task, Diffusion)
+    assert (run.task.drop, run.task.noise_levels) == (None, LogNormal())
+    assert run.state.ema.decay == 0
+    train(run)
+    assert run.state.skipped == 0
 
 
 def run_of_base(folder: Path) -> Any:
