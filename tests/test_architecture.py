@@ -153,3 +153,9 @@ def test_every_public_name_resolves():
     import ldm
 
     assert all(getattr(ldm, name) is not None for name in ldm.__all__)
+
+
+def test_test_files_have_names_of_their_own():
+    """Pytest imports them by name alone, so a second one stops the whole run."""
+    names = [path.name for path in ROOT.glob("tests/**/test_*.py")]
+    assert {name for name in names if names.count(name) > 1} == set()
