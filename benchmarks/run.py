@@ -12,6 +12,9 @@ baseline in float32, may be at most 1.2 times that of the baseline. Then come sa
 baseline, the baseline, ours …; `ratio` is the baseline's time by ours, the median of neighbouring
 samples with its range.
 
+Stages that end in -xl are networks of SDXL. With the UNet's weights in both processes and their
+forms in ours, 20 GB are needed in bfloat16.
+
 `share` is the rate of our side, counted FLOP of the stage by its median time, as a share of the
 fastest large matrix product of this machine in the same dtype, which is printed first. It makes
 ratios from different processors comparable. Algorithms that save products (Winograd) may exceed
