@@ -4,6 +4,10 @@ The public names are imported on first use, so that `import ldm` does not import
 
     model = ldm.load("v2-inference-v.yaml", "v2-1_768-ema-pruned.ckpt", device="cuda")
     image = ldm.txt2img(model, ["a red apple"], size=(768, 768))     # (1, 3, 768, 768) in [-1, 1]
+
+    model = ldm.load(ckpt="sd_xl_base_1.0.safetensors", device="cuda")
+    refiner = ldm.load(ckpt="sd_xl_refiner_1.0.safetensors", device="cuda")
+    image = ldm.txt2img(model, ["a red apple"], refiner=refiner)     # (1, 3, 1024, 1024)
 """
 
 from importlib import import_module

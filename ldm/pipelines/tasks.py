@@ -68,7 +68,10 @@ def txt2img(
     """Make one image per prompt.
 
     Args:
-        size: (height, width) in pixels, multiples of 8; None = the model's training size.
+        size: (height, width) in pixels, multiples of 8, of 64 with a refiner; None = the model's
+            training size.
+        options: keywords of `sample`; for SDXL those of `SDXLOptions`, such as
+            `txt2img(model, prompts, refiner=ldm.load(ckpt="sd_xl_refiner_1.0.safetensors"))`.
     """
     noise = make_noise(model, prompts, options)
     return generate(

@@ -3,6 +3,7 @@
 Pixels are at most 1 apart; latents, 1e-4 of the largest value (observed: 1.8e-5).
 """
 
+import copy
 import functools
 import itertools
 
@@ -32,9 +33,14 @@ recorded = functools.cache(gold)
 
 
 @functools.cache
-def model(name: str, file: str = "sdxl_e2e_txt2img") -> LatentDiffusion:
+def model(name: str) -> LatentDiffusion:
+    """The base, the refiner, or `base_v`, which has the weights of the base."""
+    if name == "base_v":
+        base_v = copy.copy(model("base"))
+        base_v.parameterization = "v"
+        return base_v
     with torch.random.fork_rng():  # the recorded runs have their model before the seed is set
-        return model_of(recorded(file), name)
+        return model_of(recorded("sdxl_e2e_txt2img"), name)
 
 
 class Latents:
@@ -73,9 +79,21 @@ def keywords(info: dict) -> dict:
     }
 
 
-@pytest.mark.parametrize(
-    "name", ["euler", "euler_negative", "dpmpp2m", "euler_a", "heun_edm_sizes", "v_model"]
+def also_slowly(quick: list[str], slow: list[str]) -> list:
+    """Cases, and those that show little more than these and the recorded samplers do."""
+    return [*quick, *(pytest.param(name, marks=pytest.mark.slow) for name in slow)]
+
+
+TXT2IMG = also_slowly(
+    ["euler_negative", "heun_edm_sizes", "v_model"], ["euler", "dpmpp2m", "euler_a"]
 )
+IMG2IMG = also_slowly(
+    ["base_s075", "base_s1", "base_s0", "refiner_s05"],
+    ["base_s03_dpmpp2m", "base_euler_a", "base_offset_noise", "v_s06"],
+)
+
+
+@pytest.mark.parametrize("name", TXT2IMG)
 def test_txt2img(name: str) -> None:
     file, latents = recorded("sdxl_e2e_txt2img"), Latents()
     info = file.case(name)["info"]
@@ -122,10 +140,7 @@ def test_turbo() -> None:
     close_images(images, file.outputs("turbo")["images_nhwc"])
 
 
-@pytest.mark.parametrize("name", [
-    "base_s075", "base_s03_dpmpp2m", "base_s1", "base_s0", "base_euler_a", "base_offset_noise",
-    "refiner_s05", "v_s06",
-])  # fmt: skip
+@pytest.mark.parametrize("name", IMG2IMG)
 def test_img2img(name: str) -> None:
     file, latents = recorded("sdxl_e2e_img2img"), Latents()
     info = file.case(name)["info"]

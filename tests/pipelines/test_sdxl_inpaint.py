@@ -12,20 +12,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from goldfile import gold
 from ldm.encoders.text import OpenCLIPText
 from ldm.imaging.pixels import to_tensor
 from ldm.model import LatentDiffusion
 from ldm.pipelines import img2img, inpaint, txt2img
 from pipelines.goldmodels import model_of
-from pipelines.test_sdxl_goldens import Latents, close_images, close_latents
-
-recorded = functools.cache(gold)
+from pipelines.test_sdxl_goldens import Latents, close_images, close_latents, model, recorded
 
 
 @functools.cache
-def model(name: str) -> LatentDiffusion:
-    return model_of(recorded("sdxl_inpaint"), name)
+def inpainting_model() -> LatentDiffusion:
+    return model_of(recorded("sdxl_inpaint"), "inpaint9")
 
 
 def image_and_mask() -> tuple[Tensor, Tensor]:
@@ -68,7 +65,7 @@ def test_nine_channels(name: str, strength: float, order: tuple[int, ...]) -> No
     image, mask = image_and_mask()
     latents = Latents()
     images = inpaint(
-        model("inpaint9"), image=image, mask=mask, strength=strength, composite=False,
+        inpainting_model(), image=image, mask=mask, strength=strength, composite=False,
         callback=latents, **keywords(name, order),
     )  # fmt: skip
     close(name, images, latents)
@@ -81,7 +78,7 @@ def test_four_channels_keep_what_is_outside_the_mask() -> None:
     small = F.interpolate((mask >= 0.5).float(), size=(8, 12))
     mask = small.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
     images = inpaint(
-        model("base4"), image=image, mask=mask, strength=4 / 6, callback=latents,
+        model("base"), image=image, mask=mask, strength=4 / 6, callback=latents,
         **keywords("blend4_s08", (0, 1)),
     )  # fmt: skip
     expected = recorded("sdxl_inpaint").outputs("blend4_s08")["z"]
@@ -103,14 +100,14 @@ SIZES = {
     [("txt2img_leading", {}), ("txt2img_sizes_negative", SIZES)],
 )
 def test_txt2img(name: str, options: dict) -> None:
-    base, latents = model("base4"), Latents()
+    base, latents = model("base"), Latents()
     images = txt2img(base, size=(64, 96), callback=latents, **keywords(name, (0,)), **options)
     close(name, images, latents)
 
 
 def test_txt2img_with_rescaled_guidance_and_one_block_less(monkeypatch) -> None:
     latents, name = Latents(), "txt2img_clip_skip_rescale"
-    base = model("base4")
+    base = model("base")
     monkeypatch.setattr(base.conditioner.text, "blocks_run", 10)
     monkeypatch.setattr(OpenCLIPText, "num_blocks", 2)
     images = txt2img(base, size=(64, 96), rescale=0.7, callback=latents, **keywords(name, (0,)))
@@ -120,10 +117,9 @@ def test_txt2img_with_rescaled_guidance_and_one_block_less(monkeypatch) -> None:
 def test_a_refiner_begins_where_diffusers_ends_the_base() -> None:
     """The recorded latent is not a multiple of 8, as our check of the size wants."""
     latents, name = Latents(), "txt2img_denoising_end"
-    refiner = model_of(recorded("sdxl_e2e_refine"), "refiner")
     txt2img(
-        model("base4"), size=(64, 128), original_size=(64, 96), target_size=(64, 96),
-        refiner=refiner, refiner_start=0.7, callback=latents, **keywords(name, (0,)),
+        model("base"), size=(64, 128), original_size=(64, 96), target_size=(64, 96),
+        refiner=model("refiner"), refiner_start=0.7, callback=latents, **keywords(name, (0,)),
     )  # fmt: skip
     assert len(latents.xs) == 10
     close_latents(latents.xs[6], recorded("sdxl_inpaint").outputs(name)["z"])
@@ -133,5 +129,5 @@ def test_img2img() -> None:
     image, _ = image_and_mask()
     latents = Latents()
     options = keywords("img2img_s03", (0, 1))
-    images = img2img(model("base4"), image=image, strength=0.3, callback=latents, **options)
+    images = img2img(model("base"), image=image, strength=0.3, callback=latents, **options)
     close("img2img_s03", images, latents)
