@@ -121,10 +121,11 @@ class Denoiser:
 
     def predict_at(self, z: Tensor, cond: Cond | None, t: Tensor, noise: Tensor) -> Tensor:
         """Predict for latents z with noise at timesteps t (B,), float32."""
+        schedule = self.schedule
         is_step = not t.is_floating_point() and self.parameterization != "edm"
-        if is_step and isinstance(self.schedule, Schedule):
-            return self._run_network(self.schedule.add_noise(z, noise, t), t, cond)
-        sigma = self.schedule.t_to_sigma(t)
+        if is_step and isinstance(schedule, Schedule) and schedule.tells_index:
+            return self._run_network(schedule.add_noise(z, noise, t), t, cond)
+        sigma = schedule.t_to_sigma(t)
         return self.predict(z + _column(sigma, z) * noise, sigma, cond)
 
     def _level(self, sigma: Tensor | float) -> Tensor | float:

@@ -146,8 +146,10 @@ class Schedule(NoiseSchedule):
         betas: (T,) float64 in (0, 1).
         v_posterior: Weight of beta against the posterior variance in `buffers`.
         zero_snr: Whether to rescale the betas to zero terminal SNR.
-        log_time: Whether the network gets the index of the level nearest to 0.25 ln sigma, as EDM
-            models of a `DiscreteDenoiser` do.
+        log_time: Whether timesteps are made of 0.25 ln sigma, as for EDM models of a
+            `DiscreteDenoiser`.
+        quantize_time: Whether the network gets the index of the nearest level, else sigma itself or
+            0.25 ln sigma.
 
     Attributes:
         alphas_cumprod: ᾱ, (T,) float64.
@@ -160,6 +162,7 @@ class Schedule(NoiseSchedule):
     v_posterior: float = 0.0
     zero_snr: bool = False
     log_time: bool = False
+    quantize_time: bool = True
     alphas_cumprod: Tensor = field(init=False)
     sigmas: Tensor = field(init=False)
 
@@ -171,6 +174,11 @@ class Schedule(NoiseSchedule):
         object.__setattr__(self, "sigmas", (1 / alphas_cumprod - 1).sqrt())
 
     @property
+    def tells_index(self) -> bool:
+        """Whether the network gets the timestep, the index of a level in the table."""
+        return self.quantize_time and not self.log_time
+
+    @property
     def t_range(self) -> tuple[float, float]:
         """First and last timestep."""
         return 0, len(self) - 1
@@ -178,8 +186,9 @@ class Schedule(NoiseSchedule):
     def sigma_to_t(self, sigma: Tensor | float) -> Tensor:
         """Convert a noise level to a fractional timestep, clamped to 0 … T-1."""
         sigma = torch.as_tensor(sigma, dtype=torch.float64).cpu()
-        if self.log_time:
-            return self._nearest(0.25 * sigma.log())
+        if not self.tells_index:
+            time = 0.25 * sigma.log() if self.log_time else sigma
+            return self._nearest(time) if self.quantize_time else time
         log_alpha = -sigma.square().log1p()
         table = self.alphas_cumprod.log().flip(0).numpy()
         index = np.arange(len(self) - 1, -1, -1, dtype=np.float64)

@@ -210,11 +210,7 @@ class _Levels:
         }
 
     def _table(self, params: JsonMapping, log_time: bool) -> JsonObject:
-        for key, expected in (
-            ("do_append_zero", False),
-            ("quantize_c_noise", True),
-            ("flip", True),
-        ):
+        for key, expected in (("do_append_zero", False), ("flip", True)):
             if params.get(key, expected) != expected:
                 raise ConfigError(f"{self.where}: `{key}: {params[key]}` is not supported")
         config = params.get("discretization_config") or {}
@@ -224,6 +220,7 @@ class _Levels:
         options = {
             "zero_snr": self.engine.get("rescale_betas_zero_snr", False),
             "log_time": log_time,
+            "quantize_time": params.get("quantize_c_noise", True),
         }
         if name == "EDMDiscretization":
             betas: Any = betas_of_sigmas(_edm_sigmas(steps, **_numbers(numbers, EDM, self.where)))

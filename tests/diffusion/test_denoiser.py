@@ -116,6 +116,7 @@ WITH_ZERO = torch.cat([torch.zeros(1), SCHEDULE.sigmas])
 DENOISERS: dict[str, tuple[str, NoiseSchedule]] = {
     "discrete_eps": ("eps", SCHEDULE),
     "discrete_v": ("v", SCHEDULE),
+    "discrete_eps_no_quantize_c_noise": ("eps", Schedule(SCHEDULE.betas, quantize_time=False)),
     "discrete_edm": ("edm", Schedule(SCHEDULE.betas, log_time=True)),
     "discrete_eps_50": ("eps", Schedule(betas_of_sigmas(LEVELS_50))),
     "discrete_eps_zero": ("eps", Schedule(betas_of_sigmas(WITH_ZERO))),

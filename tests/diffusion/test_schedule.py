@@ -107,6 +107,18 @@ def test_levels_of_sdxl_are_the_recorded_ones():
     equal_levels(Schedule(betas_of_sigmas(SD.sigmas)).sigmas, expected["sigmas"])
 
 
+def test_img2img_begins_where_the_base_hands_over_to_a_refiner():
+    quirks = Quirks(frozenset({"legacy-steps"}))
+    for part in ("img2img_", "txt2noisy_"):
+        for info, expected in recorded(part, "sdxl_discretization"):
+            if "n" in info and "strength" in info:
+                n = info["n"]
+                sigmas = SD.step_sigmas(n, "sgm_uniform")
+                first, _ = quirks.first_step(info["strength"], n, n)
+                own = sigmas[first:] if part == "img2img_" else sigmas[: first + 1]
+                equal_levels(own, expected["sigmas"])
+
+
 @pytest.mark.filterwarnings("ignore:__array__")
 @pytest.mark.parametrize("steps", [7, 30, 50])
 def test_leading_steps_equal_diffusers(steps):
