@@ -37,7 +37,9 @@ PREFIXES = (
     ("text_encoder.", "conditioner.text."),
     ("text_encoder_2.", "conditioner.text_2."),
 )
-EMBEDDER = re.compile(r"conditioner\.embedders\.(\d+)\.(?P<tower>(?=transformer\.|model\.))?")
+EMBEDDER = re.compile(
+    r"conditioner\.embedders\.(\d+)\.(?P<tower>(?=transformer\.|model\.|token_ids$))?"
+)
 ENCODER = re.compile(r"conditioner\.(text|text_2|embedder_(?P<index>\d+))\.")
 # Wrapping modules that prefix the names of weights: DataParallel, compile, FSDP …
 WRAPPERS = frozenset({

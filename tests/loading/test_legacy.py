@@ -100,6 +100,7 @@ def test_positions_are_written_back():
          "encoder.x"),
         ("cond_stage_model.transformer.text_model.a", "conditioner.text.transformer.text_model.a"),
         ("conditioner.embedders.0.model.ln_final.bias", "conditioner.text.model.ln_final.bias"),
+        ("conditioner.embedders.1.token_ids", "conditioner.text_2.token_ids"),
         ("depth_model.model.a", "conditioner.depth.model.a"),
         ("embedder.model.a", "conditioner.image.clip.model.a"),
         ("noise_augmentor.betas", "conditioner.image.noise.betas"),
