@@ -165,7 +165,7 @@ def stop(page):
     """Press Stop; return the last message."""
     page.locator("#stop").click()
     page.wait_for_function("document.querySelector('#stop').disabled")
-    return wait_for_message(page, "stopped at")
+    return wait_for_message(page, "stopped (at step|between steps)")
 
 
 def wait_for_value(page, selector, text):
