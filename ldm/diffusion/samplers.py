@@ -9,13 +9,14 @@ inside `denoise(x, sigma)`, which estimates the clean latent z. Read `euler` fir
         sigmas: Noise levels (n + 1,) float64, descending; the last may be 0.
         callback: Called after step i with (i, x at sigmas[i + 1], denoised).
         constrain: (x, sigma) -> x, applied before every step, as for inpainting.
-        noise: (like) -> standard normal noise of its shape, the only source of randomness. Scale it
-            for what other programs call s_noise.
-        s_churn, s_tmin, s_tmax: Before each of n steps at s_tmin … s_tmax, add noise up to
-            sigma (1 + min(s_churn / n, √2 - 1)) (arXiv:2206.00364, algorithm 2).
+        noise: (like) -> standard normal noise of its shape, the only source of randomness.
+        s_churn, s_tmin, s_tmax: Amount of noise before steps, and where (algorithm 2).
 
     Returns:
         x at sigmas[-1].
+
+Churn raises sigma to sigma (1 + min(s_churn / n, √2 - 1)) before each of n steps from s_tmin to
+s_tmax. What other programs call s_noise is the standard deviation of `noise`.
 
 Formulation: Karras et al. 2022 (arXiv:2206.00364); names as in k-diffusion.
 """
