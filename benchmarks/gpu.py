@@ -164,7 +164,7 @@ def offload_model(device: torch.device) -> None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(CARD / total, device)
         model = random_model(ROOT / "configs/stable-diffusion-xl/sd_xl_base.yaml")
-    predicted = estimate_memory(model, size).offloaded / 2**30
+    predicted = estimate_memory(model, size).with_offload / 2**30
     model.offload(device)
     for _ in range(2):  # the first includes the start of CUDA
         start = time.perf_counter()

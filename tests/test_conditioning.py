@@ -61,17 +61,17 @@ def test_training_drops_to_zeros_or_to_a_value_of_its_own():
     conditioner = Conditioner(text=Length(null="ab"), level=Level(ucg_rate=1.0))
     batch = {"txt": ["a"], "level": [3]}
 
-    def dropped(drop):
+    def values_after(drop):
         cond = conditioner(batch, drop=drop)
         return cond.crossattn.item(), cond.vector.item()
 
-    assert dropped(1.0) == (2, 3)
-    assert dropped(None) == (1, 0)
+    assert values_after(1.0) == (2, 3)
+    assert values_after(None) == (1, 0)
     conditioner.text.ucg_rate = 1.0
-    assert dropped(None) == (0, 0)
+    assert values_after(None) == (0, 0)
     conditioner.text.legacy_ucg_value = "abc"
-    assert dropped(None) == (3, 0)
-    assert dropped({"level": 1.0}) == (1, 0)
+    assert values_after(None) == (3, 0)
+    assert values_after({"level": 1.0}) == (1, 0)
 
 
 def test_an_encoder_may_fill_several_slots():

@@ -93,12 +93,9 @@ class OpenCLIPTower(nn.Module):
                 the projection, are the pooled output (B, embed_dim).
         """
         x = embed_tokens(self.token_embedding, tokens, added)  # (B, N, D)
-        x = run_causal(self.blocks[:count], x + self.positional_embedding[: x.shape[1]])
-        pooled = None
-        if ends is not None:
-            last = self.ln_final(run_causal(self.blocks[count:], x))  # (B, N, D)
-            pooled = select_tokens(last, ends) @ self.text_projection  # (B, embed_dim)
-        return self.ln_final(x) if norm else x, pooled
+        x = x + self.positional_embedding[: x.shape[1]]
+        x, last = run_text_blocks(self.blocks, count, x, self.ln_final, norm=norm, ends=ends)
+        return x, None if last is None else last @ self.text_projection
 
 
 class VisionTower(nn.Module):
@@ -273,12 +270,8 @@ class CLIPTower(nn.Module):
         """Run the first `count` blocks, as OpenCLIPTower; no projection follows."""
         x = embed_tokens(self.token_embedding, tokens, added)  # (B, N, D)
         positions = cast(nn.Embedding, self.embeddings["position_embedding"]).weight
-        x = run_causal(self.blocks[:count], x + positions[: x.shape[1]])
-        pooled = None
-        if ends is not None:
-            last = self.final_layer_norm(run_causal(self.blocks[count:], x))  # (B, N, D)
-            pooled = select_tokens(last, ends)  # (B, D)
-        return self.final_layer_norm(x) if norm else x, pooled
+        x = x + positions[: x.shape[1]]
+        return run_text_blocks(self.blocks, count, x, self.final_layer_norm, norm=norm, ends=ends)
 
 
 class CLIPBlock(CheckpointedLayer):
@@ -331,6 +324,27 @@ def embed_tokens(embedding: nn.Module, tokens: Tensor, added: Tensor | None) -> 
     x: Tensor = embedding(tokens.clamp(min=0))  # (B, N, D)
     new = added.to(x)[(-1 - tokens).clamp(min=0)]
     return torch.where((tokens < 0)[..., None], new, x)  # (B, N, D)
+
+
+def run_text_blocks(
+    blocks: Sequence[CheckpointedLayer],
+    count: int,
+    x: Tensor,
+    final_norm: LayerNorm,
+    *,
+    norm: bool,
+    ends: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return x (B, N, D) after `count` blocks, and vectors (B, D) at `ends` (B,) after all of them.
+
+    Args:
+        norm: Whether the final norm follows the `count` blocks; it always follows all of them.
+    """
+    x = run_causal(blocks[:count], x)
+    last = None
+    if ends is not None:
+        last = select_tokens(final_norm(run_causal(blocks[count:], x)), ends)
+    return final_norm(x) if norm else x, last
 
 
 def run_causal(blocks: Sequence[CheckpointedLayer], x: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class Memory:
         return sum(self.weights.values()) + max(self.activations.values())
 
     @property
-    def offloaded(self) -> int:
+    def with_offload(self) -> int:
         """With one part at a time on the GPU, see `LatentDiffusion.offload`."""
         return max(size + self.activations[name] for name, size in self.weights.items())
 

@@ -29,7 +29,7 @@ def backend(tmp_path_factory):
     return Backend(folder / "models", folder / "out", choice, Limits())
 
 
-def entered(**changes):
+def form_values(**changes):
     fields = TaskForm(TXT2IMG, Limits()).fields()
     values = {name: field.settings.get("value") for name, field in fields.items()}
     return values | {"seed": "5", "width": 64, "height": 64, "steps": 4} | changes
@@ -55,7 +55,7 @@ def test_settings_and_fields_follow_the_checkpoint(backend):
 def test_a_refiner_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_again(backend):
     assert list(backend.refiners()) == [REFINER]
     changes = {"refiner": REFINER, "refiner_start": 0.5, "original_size": "512,768"}
-    values = TaskForm(TXT2IMG, Limits()).values(entered(**changes), backend.uploads)
+    values = TaskForm(TXT2IMG, Limits()).values(form_values(**changes), backend.uploads)
     progress = Progress()
     backend.generate(backend.make_request(TXT2IMG, BASE, values), progress)
     info = progress.images[0]
@@ -78,14 +78,14 @@ def test_a_refiner_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_ag
     ],
 )
 def test_what_does_not_fit_is_refused(backend, model, changes, message):
-    values = TaskForm(TXT2IMG, Limits()).values(entered(**changes), backend.uploads)
+    values = TaskForm(TXT2IMG, Limits()).values(form_values(**changes), backend.uploads)
     with pytest.raises(ValueError, match=message):
         backend.make_request(TXT2IMG, model, values)
 
 
 def test_fields_of_sdxl_do_nothing_for_other_models(backend):
     changes = {"refiner": REFINER, "crop": "8,8", "aesthetic_score": "7"}
-    values = TaskForm(TXT2IMG, Limits()).values(entered(**changes), backend.uploads)
+    values = TaskForm(TXT2IMG, Limits()).values(form_values(**changes), backend.uploads)
     plain = backend.make_request(TXT2IMG, "demo.safetensors", values)
     assert plain.sdxl == TXT2IMG.request().sdxl
     alone = backend.make_request(TXT2IMG, BASE, values | {"refiner": ""})

@@ -18,16 +18,9 @@ from ldm.diffusion.guidance import add_guidance
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import ContinuousSchedule, Schedule, make_betas
 from ldm.nets.unet import UNet
+from ldm.train.config.sgm import SAMPLERS as SAMPLER_CLASSES
 from nets.nethelp import build_from
 
-CLASSES = {
-    "EulerEDMSampler": "euler",
-    "HeunEDMSampler": "heun",
-    "EulerAncestralSampler": "euler_a",
-    "DPMPP2SAncestralSampler": "dpmpp_2s_a",
-    "DPMPP2MSampler": "dpmpp_2m",
-    "LinearMultistepSampler": "lms",
-}
 CASES = [
     "euler", "euler_edm_disc", "euler_identity", "euler_default_guider", "euler_uc_none",
     "euler_scale1", "euler_scale0", "euler_churn", "euler_churn_max", "euler_v", "euler_edm_model",
@@ -85,7 +78,9 @@ def test_each_question_and_answer_is_the_recorded_one(name: str) -> None:
         return questions[-1][2]
 
     start = file.under("shared/")["noise"] * (1 + float(sigmas[0]) ** 2) ** 0.5
-    x = SAMPLERS[CLASSES[target_of({"target": info["sampler"]})]](denoise, start, sigmas, **options)
+    x = SAMPLERS[SAMPLER_CLASSES[target_of({"target": info["sampler"]})]](
+        denoise, start, sigmas, **options
+    )
     xs, levels, answers = zip(*questions, strict=True)
     expected = file.outputs(name)
     torch.testing.assert_close(

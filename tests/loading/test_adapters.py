@@ -122,7 +122,7 @@ def test_other_spellings_are_understood(tmp_path):
         assert same(read_lora(tmp_path / "other.safetensors", model).state_dict(), ours), new
 
 
-def renamed(state, *rules):
+def rename_keys(state, *rules):
     for pattern, replacement in rules:
         state = {re.sub(pattern, replacement, name): value for name, value in state.items()}
     return state
@@ -159,7 +159,7 @@ def test_spellings_of_sdxl_are_understood(spelling, tmp_path):
     write_lora(random_adapter(model), file, model, "diffusers")
     ours = read_lora(file, model).state_dict()
     state = read_checkpoint(file).state
-    other = renamed(state, *XL_SPELLINGS[spelling])
+    other = rename_keys(state, *XL_SPELLINGS[spelling])
     assert other.keys() != state.keys()
     write_checkpoint(file, other)
     assert same(read_lora(file, model).state_dict(), ours)
@@ -180,7 +180,7 @@ def test_the_refiner_has_one_text_encoder_by_any_name(prefix, tmp_path):
     model, file = tiny_model("refiner"), tmp_path / "x.safetensors"
     adapter = random_adapter(model)
     write_lora(adapter, file, model)
-    write_checkpoint(file, renamed(read_checkpoint(file).state, ("^lora_te_", prefix)))
+    write_checkpoint(file, rename_keys(read_checkpoint(file).state, ("^lora_te_", prefix)))
     assert same(read_lora(file, model).state_dict(), adapter.state_dict())
 
 

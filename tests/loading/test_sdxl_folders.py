@@ -19,7 +19,7 @@ KINDS = ("xl-refiner", "xl-inpainting", "playground", "cosxl", "ssd-1b")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def convert_family(tmp_path_factory):
     """name -> (file in the original's layout, what it holds, diffusers folder), each made once."""
     place, models = tmp_path_factory.mktemp("families"), {}
 
@@ -43,10 +43,10 @@ def change_json(path, **changes):
 
 
 @pytest.fixture
-def folder(made, tmp_path):
+def folder(convert_family, tmp_path):
     """A folder as others publish it: without the tensors that diffusers has no place for."""
     path = tmp_path / "folder"
-    shutil.copytree(made("xl")[2], path)
+    shutil.copytree(convert_family("xl")[2], path)
     (path / EXTRA_WEIGHTS).unlink()
     return path
 
@@ -54,8 +54,8 @@ def folder(made, tmp_path):
 @pytest.mark.parametrize(
     "name", ["xl", "xl-refiner", *(pytest.param(n, marks=SLOW) for n in KINDS[1:])]
 )
-def test_a_file_becomes_a_folder_and_comes_back_bit_for_bit(made, tmp_path, name):
-    _, state, folder = made(name)
+def test_a_file_becomes_a_folder_and_comes_back_bit_for_bit(convert_family, tmp_path, name):
+    _, state, folder = convert_family(name)
     back = tmp_path / "back.safetensors"
     convert(plan_conversion(folder, back))
     again = read_checkpoint(back).state
@@ -64,8 +64,8 @@ def test_a_file_becomes_a_folder_and_comes_back_bit_for_bit(made, tmp_path, name
 
 
 @pytest.mark.parametrize("name", ["xl", *(pytest.param(n, marks=SLOW) for n in KINDS)])
-def test_a_folder_alone_says_what_it_is(made, tmp_path, name):
-    source, _, written = made(name)
+def test_a_folder_alone_says_what_it_is(convert_family, tmp_path, name):
+    source, _, written = convert_family(name)
     folder = tmp_path / "folder"
     shutil.copytree(written, folder)
     (folder / EXTRA_WEIGHTS).unlink()
@@ -100,10 +100,10 @@ def test_a_turbo_folder_is_sampled_as_its_scheduler_says(folder, tmp_path):
     assert (defaults.scale, defaults.steps) == (1.0, 4)
 
 
-def test_the_scale_of_an_autoencoder_is_kept(made, tmp_path):
+def test_the_scale_of_an_autoencoder_is_kept(convert_family, tmp_path):
     state = {
         name.removeprefix("first_stage_model."): value
-        for name, value in made("xl")[1].items()
+        for name, value in convert_family("xl")[1].items()
         if name.startswith("first_stage_model.")
     }
     layout = read_yaml("configs/stable-diffusion-xl/sd_xl_base.yaml")
@@ -149,9 +149,9 @@ def test_half_precision_files_and_shards_are_read(folder):
 @SLOW  # as it imports diffusers
 @pytest.mark.parametrize("name", ["xl", "xl-refiner", "ssd-1b"])
 @torch.no_grad()
-def test_diffusers_computes_the_same(made, name):
+def test_diffusers_computes_the_same(convert_family, name):
     diffusers = pytest.importorskip("diffusers")
-    source, _, folder = made(name)
+    source, _, folder = convert_family(name)
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     model, prompt = ldm.load(source), "a red apple on a table"
     sizes = {key: torch.tensor([[64, 96]]) for key in model.conditioner.keys - {"txt"}}

@@ -28,7 +28,7 @@ def addresses(model: LatentDiffusion) -> dict[str, int]:
     return {name: p.data_ptr() for name, p in model.named_parameters()}
 
 
-def copied(model: LatentDiffusion, home: dict[str, int]) -> set[str]:
+def parts_on_device(model: LatentDiffusion, home: dict[str, int]) -> set[str]:
     """The parts whose weights are not where they were at home."""
     return {n.split(".")[0] for n, pointer in addresses(model).items() if pointer != home[n]}
 
@@ -46,7 +46,7 @@ def test_one_part_at_a_time_has_a_copy_on_the_device():
             layer.get_parameter(key.rsplit(".", 1)[1]).data_ptr() != home[key] for key in own
         )
         if own:
-            parts.append(copied(model, home))
+            parts.append(parts_on_device(model, home))
 
     for name, layer in model.named_modules():
         layer.register_forward_pre_hook(partial(check, name=name))
@@ -61,7 +61,7 @@ def test_a_model_gives_way_to_another():
     for model in (first, second):
         model.offload(CPU)
         txt2img(model, ["a"], **QUICK)
-    assert copied(first, home) == set()
+    assert parts_on_device(first, home) == set()
 
 
 def test_encoders_of_images_stay_on_the_device():
@@ -101,4 +101,4 @@ def test_sdxl_at_1024_pixels_fits_8_gb_when_offloaded(name):
     memory = estimate_memory(model, (1024, 1024))
     assert memory.whole == sum(memory.weights.values()) + max(memory.activations.values())
     own = 0.5 * 2**30  # of PyTorch and the driver
-    assert memory.offloaded + own < 8e9 < memory.whole
+    assert memory.with_offload + own < 8e9 < memory.whole
