@@ -55,9 +55,7 @@ def euler(
     for i, (sigma, sigma_next) in enumerate(_sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
         if s_churn and s_tmin <= sigma <= s_tmax:
-            sigma_hat = sigma * (1 + min(s_churn / (len(sigmas) - 1), math.sqrt(2) - 1))
-            x = x + noise(x) * math.sqrt(sigma_hat**2 - sigma**2)
-            sigma = sigma_hat
+            x, sigma = _churn(x, sigma, s_churn / (len(sigmas) - 1), noise)
         denoised = denoise(x, sigma)
         slope = (x - denoised) / sigma
         x = x + slope * (sigma_next - sigma)
@@ -112,9 +110,7 @@ def heun(
     for i, (sigma, sigma_next) in enumerate(_sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
         if s_churn and s_tmin <= sigma <= s_tmax:
-            sigma_hat = sigma * (1 + min(s_churn / (len(sigmas) - 1), math.sqrt(2) - 1))
-            x = x + noise(x) * math.sqrt(sigma_hat**2 - sigma**2)
-            sigma = sigma_hat
+            x, sigma = _churn(x, sigma, s_churn / (len(sigmas) - 1), noise)
         denoised = denoise(x, sigma)
         slope = (x - denoised) / sigma
         x_next = x + slope * (sigma_next - sigma)
@@ -273,6 +269,12 @@ STOCHASTIC = frozenset(name for name, row in names.SAMPLERS.items() if row.takes
 
 def _sigma_pairs(sigmas: Tensor) -> list[tuple[float, float]]:
     return list(pairwise(sigmas.tolist()))
+
+
+def _churn(x: Tensor, sigma: float, factor: float, noise: Noise) -> tuple[Tensor, float]:
+    """Add noise to x up to a level at most √2 times sigma; return both."""
+    sigma_hat = sigma * (1 + min(factor, math.sqrt(2) - 1))
+    return x + noise(x) * math.sqrt(sigma_hat**2 - sigma**2), sigma_hat
 
 
 def _ancestral_step(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
