@@ -3,7 +3,7 @@
     argv | form | PNG metadata  ->  Request  ->  images, PNG metadata, the command to repeat them
 
 Options (`ldm.generate.options`) are the fields of groups; the group of inputs is the task's own
-(`ldm.generate.tasks`), and some tasks lack the group of SDXL.
+(`ldm.generate.tasks`), and some tasks do not have the group of SDXL.
 """
 
 import json

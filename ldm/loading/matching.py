@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 PARTS = ("unet.", "autoencoder.", "conditioner.")
 AUTOENCODER = "autoencoder."
-# What files of a model may lack.
+# Parts that a file of a model may be without.
 REMOVABLE_PARTS = {
     AUTOENCODER: "autoencoder", TEXT: "text encoder", TEXT_2: "second text encoder"
 }  # fmt: skip
@@ -192,7 +192,7 @@ def _fit_text_tower(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Ten
     """Return weights without blocks of zeros, and with the compact vocabulary of the model.
 
     Diffusers folders have whole vocabularies, with equal rows for all tokens that a compact one
-    does not have; those of SD 2 are taken to lack their last block, which is not run.
+    does not have; those of SD 2 are taken to be without their last block, which is not run.
     """
     expected = model.state_dict()
     blocks = [n for n in state if n.startswith(TEXT_BLOCKS) and n not in expected]

@@ -1,4 +1,4 @@
-"""Tensors beside the weights in files: the noise schedule, and marks of what the model predicts."""
+"""Tensors beside the weights in files: noise schedule, markers of what the model predicts."""
 
 import torch
 from torch import Tensor

@@ -119,8 +119,9 @@ def _text_cfg(config: Config, layers: int) -> JsonObject:
 def text_params(config: Config) -> JsonObject:
     """Return the keywords of our text encoder: CLIPText for quick GELU, OpenCLIPText otherwise.
 
-    A folder usually lacks OpenCLIP's last block, which Stable Diffusion 2 does not use; it is then
-    added, with `layer: penultimate`. If all blocks of a known size are there, `layer` is `last`.
+    OpenCLIP's last block, which Stable Diffusion 2 does not use, is usually missing in a folder; it
+    is then added, with `layer: penultimate`. If all blocks of a known size are there, `layer` is
+    `last`.
     """
     if is_openai_clip(config, "text_encoder/config.json"):
         defaults = {key: v for key, v in CLIP_LARGE.items() if key != "vocab_size"}
