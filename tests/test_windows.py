@@ -14,7 +14,7 @@ from ldm.commands.main import main
 from ldm.generate.request import ModelChoice
 from ldm.generate.tasks import TASKS
 from ldm.loading.files.checkpoint import read_checkpoint
-from tests.train.tinyrun import QUICK, TINY
+from train.tinyrun import QUICK, TINY
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / (

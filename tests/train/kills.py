@@ -1,6 +1,6 @@
 """Kills a training run again and again, and checks that nothing is lost.
 
-    python tests/train/kills.py FOLDER COUNT
+    PYTHONPATH=.:tests python tests/train/kills.py FOLDER COUNT
 
 Every attempt is a fork that resumes and trains until SIGKILL: two in three at any moment, the third
 while a state is being written. In the end the run must have the weights of an undisturbed one, and
@@ -20,7 +20,7 @@ import torch
 from ldm.train.loop import train
 from ldm.train.run import Run
 from ldm.train.runs.run_folder import list_states
-from tests.train.ranks import digest, make_run
+from train.ranks import digest, make_run
 
 CADENCE = 3  # steps between states
 SEED = 7

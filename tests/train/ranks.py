@@ -1,6 +1,6 @@
 """Runs of the tiny model as one of several processes, which test_parallel.py starts.
 
-    torchrun --nproc-per-node 2 tests/train/ranks.py FOLDER CASE …
+    PYTHONPATH=.:tests torchrun --nproc-per-node 2 tests/train/ranks.py FOLDER CASE …
 
 A case is STRATEGY-PRECISION-DATA, such as ddp-32-map: 2 steps in one go, and 1 + 1. DATA is `map`,
 `xl` (the same for a tiny SDXL) or shards. The first process prints "CASE hash hash", of all that is
@@ -21,7 +21,7 @@ from ldm.train.loop import train
 from ldm.train.monitoring.validation import validate
 from ldm.train.run import Run
 from loading.tinyfamilies import small
-from tests.train.tinyrun import EMOJI, run_of, tiny_config
+from train.tinyrun import EMOJI, run_of, tiny_config
 
 STEPS = 2
 

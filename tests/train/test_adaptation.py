@@ -22,7 +22,7 @@ from ldm.train.loop import train
 from ldm.train.run import Run
 from ldm.train.tasks.adaptation import Adaptation
 from ldm.train.tasks.diffusion import Diffusion
-from tests.train.tinyrun import tiny_run
+from train.tinyrun import tiny_run
 
 # The base model has learned nothing, which the sanity check would say.
 SHORT = ("lightning.trainer.max_steps=2", "lightning.trainer.sanity=false")

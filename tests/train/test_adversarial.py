@@ -21,7 +21,7 @@ from ldm.train.tasks.autoencoder import (
     Reconstruction,
     build_autoencoder_task,
 )
-from tests.train.tinyrun import EMOJI, run_of
+from train.tinyrun import EMOJI, run_of
 
 # Of the largest value. The original's own gradients move by 1.4e-6 without oneDNN. Ours are taken
 # in two pieces, which sums in another order, by whichever kernels are fastest here: measured 2.8e-6

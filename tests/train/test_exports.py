@@ -18,7 +18,7 @@ from ldm.train.monitoring.samples import draw_samples
 from ldm.train.monitoring.validation import validate
 from ldm.train.run import Run
 from ldm.train.runs.exports import export, export_best, export_step
-from tests.train.tinyrun import EMOJI, tiny_run
+from train.tinyrun import EMOJI, tiny_run
 
 HELD_OUT = f"{{root: {EMOJI}, split: heldout, transform: {{name: emoji, size: 32}}}}"
 

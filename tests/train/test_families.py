@@ -13,7 +13,7 @@ from ldm.pipelines import families
 from ldm.train.loop import train
 from ldm.train.runs.exports import export
 from ldm.train.tasks.diffusion import Diffusion
-from tests.train.tinyrun import run_of, tiny_config, tiny_run
+from train.tinyrun import run_of, tiny_config, tiny_run
 
 DDPM = "ldm.models.diffusion.ddpm."
 LOW_SCALE = {

@@ -13,7 +13,7 @@ from ldm.train import loop
 from ldm.train.loop import save, train
 from ldm.train.run import Run
 from ldm.train.runs.exports import export
-from tests.train.tinyrun import run_of, tiny_config, tiny_run, weights_of
+from train.tinyrun import run_of, tiny_config, tiny_run, weights_of
 
 STEPS = "lightning.trainer.max_steps="
 SAVE_STEPS = "lightning.callbacks.save_steps="

@@ -20,7 +20,7 @@ from ldm.data.transforms import PhotoTransform
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.train.distributed import parallel
 from ldm.train.loop import train
-from tests.train.ranks import STEPS, make_run
+from train.ranks import STEPS, make_run
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests/train/ranks.py"

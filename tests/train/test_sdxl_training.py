@@ -20,7 +20,7 @@ from ldm.train.run import Run
 from ldm.train.tasks.diffusion import Diffusion
 from ldm.train.tasks.noise_levels import LogNormal
 from loading.tinyfamilies import small, write
-from tests.train.tinyrun import run_of
+from train.tinyrun import run_of
 
 DATA = """
 data:
