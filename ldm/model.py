@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.conditioning import Batch, Cond, Conditioner, Drop, PrepareOptions
-from ldm.diffusion.denoiser import Denoiser, scalings
+from ldm.diffusion.denoiser import SIGMA_DATA, Denoiser, scalings
 from ldm.diffusion.schedule import Schedule
 from ldm.encoders.text import TextEncoder
 from ldm.nets.autoencoder import AutoencoderKL, PixelSpace
@@ -47,7 +47,8 @@ class LatentDiffusion(nn.Module):
     """A latent diffusion model of any family: families differ in encoders and sizes only.
 
     Args:
-        parameterization: What `unet` predicts: "eps", "v" or "x0".
+        parameterization: What `unet` predicts: "eps", "v", "x0" or "edm".
+        sigma_data: Standard deviation of z, for "edm".
         scale_factor: Factor of the autoencoder's latents, about 1 / their standard deviation.
         latent_mean, latent_std: Of each channel of the autoencoder's latents, (C,), where they are
             normalised: z = (latent - mean) / std * scale_factor.
@@ -69,6 +70,7 @@ class LatentDiffusion(nn.Module):
         conditioner: Conditioner,
         schedule: Schedule,
         parameterization: str = "eps",
+        sigma_data: float = SIGMA_DATA,
         scale_factor: float = 1.0,
         image_size: int | Sequence[int] = 64,
         latent_mean: Sequence[float] | Tensor | None = None,
@@ -88,6 +90,7 @@ class LatentDiffusion(nn.Module):
         self.conditioner = conditioner
         self.schedule = schedule
         self.parameterization = parameterization
+        self.sigma_data = sigma_data
         self.scale_factor = scale_factor
         self.latent_mean = _channel_values(latent_mean)
         self.latent_std = _channel_values(latent_std)
@@ -102,7 +105,7 @@ class LatentDiffusion(nn.Module):
     @property
     def denoiser(self) -> Denoiser:
         """The denoiser D(x, sigma, cond), for samplers and the training loss."""
-        return Denoiser(self.unet, self.schedule, self.parameterization)
+        return Denoiser(self.unet, self.schedule, self.parameterization, sigma_data=self.sigma_data)
 
     @property
     def channels(self) -> int:

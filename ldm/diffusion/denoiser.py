@@ -9,7 +9,7 @@ is the latent of the same variance at every level
 
     z_t = x / sqrt(1 + sigma²) = √ᾱ z + √(1-ᾱ) noise,
 
-for edm, whose latents have the standard deviation 0.5, x / sqrt(0.5² + sigma²).
+for edm, x / sqrt(sigma_data² + sigma²), with the standard deviation of the latents.
 
 Preconditioning: Karras et al. 2022 (arXiv:2206.00364); v: Salimans and Ho 2022 (arXiv:2202.00512).
 """
@@ -27,10 +27,12 @@ from ldm.runtime.errors import unknown_name
 __all__ = ["PARAMETERIZATIONS", "Denoiser", "scalings"]
 
 PARAMETERIZATIONS = ("eps", "v", "x0", "edm")
-SIGMA_DATA = 0.5  # standard deviation of the latents of edm models
+SIGMA_DATA = 0.5
 
 
-def scalings(parameterization: str, sigma: Tensor) -> tuple[Tensor, Tensor]:
+def scalings(
+    parameterization: str, sigma: Tensor, sigma_data: float = SIGMA_DATA
+) -> tuple[Tensor, Tensor]:
     """Compute c_skip and c_out at noise levels `sigma`, in the same shape."""
     if parameterization == "eps":
         return torch.ones_like(sigma), -sigma
@@ -40,16 +42,16 @@ def scalings(parameterization: str, sigma: Tensor) -> tuple[Tensor, Tensor]:
     if parameterization == "x0":
         return torch.zeros_like(sigma), torch.ones_like(sigma)
     if parameterization == "edm":
-        variance = SIGMA_DATA**2 + sigma**2
-        return SIGMA_DATA**2 / variance, SIGMA_DATA * sigma / variance.sqrt()
+        variance = sigma_data**2 + sigma**2
+        return sigma_data**2 / variance, sigma_data * sigma / variance.sqrt()
     raise unknown_name(
         "parameterization", parameterization, PARAMETERIZATIONS, argument="parameterization"
     )
 
 
-def input_std(parameterization: str, sigma: Tensor) -> Tensor:
+def input_std(parameterization: str, sigma: Tensor, sigma_data: float = SIGMA_DATA) -> Tensor:
     """Compute the standard deviation of x at `sigma`, by which the network's input is divided."""
-    variance = SIGMA_DATA**2 if parameterization == "edm" else 1
+    variance = sigma_data**2 if parameterization == "edm" else 1
     return (variance + sigma**2).sqrt()
 
 
@@ -60,12 +62,14 @@ class Denoiser:
     Args:
         network: (z_t, t, context=…, y=…) -> prediction.
         nearest: Whether to take the nearest level of the schedule for sigma, as SDXL's original.
+        sigma_data: Standard deviation of the latents, for edm.
     """
 
     network: Callable[..., Tensor]
     schedule: NoiseSchedule
     parameterization: str = "eps"
     nearest: bool = False
+    sigma_data: float = SIGMA_DATA
 
     def __call__(self, x: Tensor, sigma: Tensor | float, cond: Cond | None = None) -> Tensor:
         """Estimate z of x = z + sigma noise, (B, C, h, w) float32; sigma: one or (B,)."""
@@ -84,19 +88,19 @@ class Denoiser:
             t: Timestep for the network; None to convert sigma.
         """
         sigma = self._level(sigma)
-        t = self.schedule.sigma_to_t(sigma) if t is None else torch.as_tensor(t)
-        z_t = x / input_std(self.parameterization, _column(sigma, x))
+        t = self.schedule.network_time(sigma) if t is None else torch.as_tensor(t)
+        z_t = x / input_std(self.parameterization, _column(sigma, x), self.sigma_data)
         return self._run_network(z_t, t, cond)
 
     def convert_prediction(self, x: Tensor, sigma: Tensor | float, prediction: Tensor) -> Tensor:
         """Convert a prediction at x to the estimate of z."""
-        c_skip, c_out = scalings(self.parameterization, _column(self._level(sigma), x))
+        c_skip, c_out = self._scalings(_column(self._level(sigma), x))
         return c_skip * x + c_out * prediction
 
     def target(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Compute the training target at timesteps t (B,): the prediction whose conversion is z."""
         sigma = _column(self.schedule.t_to_sigma(t), z)
-        c_skip, c_out = scalings(self.parameterization, sigma)
+        c_skip, c_out = self._scalings(sigma)
         return ((1 - c_skip) / c_out) * z - (c_skip / c_out * sigma) * noise
 
     def error(
@@ -127,6 +131,9 @@ class Denoiser:
             return self._run_network(schedule.add_noise(z, noise, t), t, cond)
         sigma = schedule.t_to_sigma(t)
         return self.predict(z + _column(sigma, z) * noise, sigma, cond)
+
+    def _scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return scalings(self.parameterization, sigma, self.sigma_data)
 
     def _level(self, sigma: Tensor | float) -> Tensor | float:
         return self.schedule.nearest_sigma(sigma) if self.nearest else sigma

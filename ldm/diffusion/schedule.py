@@ -118,6 +118,10 @@ class NoiseSchedule(ABC):
     def t_to_sigma(self, t: Tensor | float) -> Tensor:
         """Convert a timestep to a noise level, float64."""
 
+    def network_time(self, sigma: Tensor | float) -> Tensor:
+        """Convert a noise level to what the network is told of it: its timestep."""
+        return self.sigma_to_t(sigma)
+
     def nearest_sigma(self, sigma: Tensor | float) -> Tensor:
         """Return the nearest noise level that the model was trained with."""
         return torch.as_tensor(sigma)
@@ -150,6 +154,8 @@ class Schedule(NoiseSchedule):
             `DiscreteDenoiser`.
         quantize_time: Whether the network gets the index of the nearest level, else sigma itself or
             0.25 ln sigma.
+        flip_time: Whether the network counts levels from the greatest: sgm's `flip: false`.
+        append_zero: Whether the network also counts the level 0: sgm's `do_append_zero`.
 
     Attributes:
         alphas_cumprod: ᾱ, (T,) float64.
@@ -163,6 +169,8 @@ class Schedule(NoiseSchedule):
     zero_snr: bool = False
     log_time: bool = False
     quantize_time: bool = True
+    flip_time: bool = False
+    append_zero: bool = False
     alphas_cumprod: Tensor = field(init=False)
     sigmas: Tensor = field(init=False)
 
@@ -175,8 +183,15 @@ class Schedule(NoiseSchedule):
 
     @property
     def tells_index(self) -> bool:
-        """Whether the network gets the timestep, the index of a level in the table."""
-        return self.quantize_time and not self.log_time
+        """Whether the network gets the timestep, the index of a level in `sigmas`."""
+        changed = self.log_time or self.flip_time or self.append_zero
+        return self.quantize_time and not changed
+
+    @property
+    def network_levels(self) -> Tensor:
+        """The levels by the index that the network gets, (T,) or (T + 1,) float64."""
+        levels = torch.cat([torch.zeros(1), self.sigmas]) if self.append_zero else self.sigmas
+        return levels.flip(0) if self.flip_time else levels
 
     @property
     def t_range(self) -> tuple[float, float]:
@@ -185,14 +200,22 @@ class Schedule(NoiseSchedule):
 
     def sigma_to_t(self, sigma: Tensor | float) -> Tensor:
         """Convert a noise level to a fractional timestep, clamped to 0 … T-1."""
+        table = self.alphas_cumprod.log().flip(0)
+        return _interpolate(sigma, table, torch.arange(len(self) - 1, -1, -1))
+
+    def network_time(self, sigma: Tensor | float) -> Tensor:
+        """Convert a noise level to the timestep, sigma, or 0.25 ln sigma, as the network has it."""
+        if self.tells_index:
+            return self.sigma_to_t(sigma)
         sigma = torch.as_tensor(sigma, dtype=torch.float64).cpu()
-        if not self.tells_index:
+        if not self.quantize_time or self.log_time:
             time = 0.25 * sigma.log() if self.log_time else sigma
             return self._nearest(time) if self.quantize_time else time
-        log_alpha = -sigma.square().log1p()
-        table = self.alphas_cumprod.log().flip(0).numpy()
-        index = np.arange(len(self) - 1, -1, -1, dtype=np.float64)
-        return torch.as_tensor(np.interp(log_alpha.numpy(), table, index))
+        levels = self.network_levels
+        index = torch.arange(len(levels))
+        if not self.flip_time:
+            levels, index = levels.flip(0), index.flip(0)
+        return _interpolate(sigma, -levels.square().log1p(), index)
 
     def t_to_sigma(self, t: Tensor | float) -> Tensor:
         """Convert a timestep in 0 … T-1 to a noise level: of the table for integer tensors."""
@@ -205,10 +228,11 @@ class Schedule(NoiseSchedule):
 
     def nearest_sigma(self, sigma: Tensor | float) -> Tensor:
         """Return the level of the table with the least distance, the first of equals."""
-        return self.sigmas[self._nearest(torch.as_tensor(sigma, dtype=torch.float64).cpu())]
+        index = self._nearest(torch.as_tensor(sigma, dtype=torch.float64).cpu())
+        return self.network_levels[index]
 
-    def _nearest(self, sigma: Tensor) -> Tensor:
-        return (sigma.float()[..., None] - self.sigmas.float()).abs().argmin(dim=-1)
+    def _nearest(self, value: Tensor) -> Tensor:
+        return (value.float()[..., None] - self.network_levels.float()).abs().argmin(dim=-1)
 
     def add_noise(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Compute z_t = √ᾱ z + √(1-ᾱ) noise, float32 (arXiv:2006.11239, eq. 4).
@@ -298,6 +322,12 @@ class ContinuousSchedule(NoiseSchedule):
         """Convert a timestep to a noise level."""
         t = torch.as_tensor(t, dtype=torch.float64).cpu()
         return (4 * t).exp() if self.log_time else t
+
+
+def _interpolate(sigma: Tensor | float, log_alphas: Tensor, values: Tensor) -> Tensor:
+    """Interpolate values (n,) at sigma, linearly in log ᾱ: `log_alphas` (n,), ascending."""
+    log_alpha = -torch.as_tensor(sigma, dtype=torch.float64).cpu().square().log1p()
+    return torch.as_tensor(np.interp(log_alpha.numpy(), log_alphas.numpy(), values.numpy()))
 
 
 def _linspace(start: float, end: float, n: int) -> Tensor:

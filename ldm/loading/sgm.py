@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ldm.diffusion.denoiser import SIGMA_DATA
 from ldm.diffusion.schedule import Schedule, betas_of_sigmas, make_betas
 from ldm.runtime.errors import ConfigError, unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
@@ -47,7 +48,6 @@ DENOISER_TAKES = {
 }  # fmt: skip
 LINEAR = {"linear_start": 0.00085, "linear_end": 0.0120, "num_timesteps": 1000}
 EDM = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
-SIGMA_DATA = 0.5
 CONDITIONER = "ldm.conditioning.Conditioner"
 MASKED_IMAGE = "ldm.encoders.lowres.MaskedImage"
 INPAINTING_CHANNELS = 9  # noisy latent, mask, masked image
@@ -197,8 +197,6 @@ class _Levels:
         scaling = params.get("scaling_config") or {}
         prediction, log_time = SCALINGS[_class_name(scaling, SCALINGS, self.where)]
         sigma_data = (scaling.get("params") or {}).get("sigma_data", SIGMA_DATA)
-        if sigma_data != SIGMA_DATA:
-            raise ConfigError(f"{self.where}: `sigma_data` must be {SIGMA_DATA}, got {sigma_data}")
         table = name == "DiscreteDenoiser"
         schedule = self._table(params, log_time) if table else self._range(log_time)
         defaults = {"scale": 5.0, "scheduler": "sgm_uniform" if table else "karras"}
@@ -206,13 +204,11 @@ class _Levels:
         return {
             "schedule": schedule,
             "parameterization": prediction,
+            "sigma_data": sigma_data,
             "defaults": {"target": "ldm.model.Defaults", "params": defaults},
         }
 
     def _table(self, params: JsonMapping, log_time: bool) -> JsonObject:
-        for key, expected in (("do_append_zero", False), ("flip", True)):
-            if params.get(key, expected) != expected:
-                raise ConfigError(f"{self.where}: `{key}: {params[key]}` is not supported")
         config = params.get("discretization_config") or {}
         name = _class_name(config, ("LegacyDDPMDiscretization", "EDMDiscretization"), self.where)
         numbers = dict(config.get("params") or {})
@@ -221,6 +217,8 @@ class _Levels:
             "zero_snr": self.engine.get("rescale_betas_zero_snr", False),
             "log_time": log_time,
             "quantize_time": params.get("quantize_c_noise", True),
+            "flip_time": not params.get("flip", True),
+            "append_zero": params.get("do_append_zero", False),
         }
         if name == "EDMDiscretization":
             betas: Any = betas_of_sigmas(_edm_sigmas(steps, **_numbers(numbers, EDM, self.where)))

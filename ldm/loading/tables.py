@@ -20,7 +20,11 @@ def make_tables(model: LatentDiffusion) -> dict[str, Tensor]:
     is_engine = has_engine_names(model.state_dict())
     tables: dict[str, Tensor] = {}
     if isinstance(schedule, Schedule):
-        tables = {"denoiser.sigmas": schedule.sigmas.float()} if is_engine else schedule.buffers()
+        tables = (
+            {"denoiser.sigmas": schedule.network_levels.float()}
+            if is_engine
+            else schedule.buffers()
+        )
     if isinstance(schedule, ContinuousSchedule) and predicts_v:
         tables["edm_vpred.sigma_min"] = torch.tensor(schedule.sigma_min)
         tables["edm_vpred.sigma_max"] = torch.tensor(schedule.sigma_max)

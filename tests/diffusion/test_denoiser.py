@@ -94,6 +94,7 @@ SCALINGS = {
     "scaling_eps": ("eps", SCHEDULE),
     "scaling_v": ("v", SCHEDULE),
     "scaling_edm_05": ("edm", ContinuousSchedule()),
+    "scaling_edm_1": ("edm", ContinuousSchedule()),
     "scaling_v_edm_cnoise": ("v", ContinuousSchedule()),
 }
 
@@ -102,24 +103,25 @@ SCALINGS = {
 def test_scalings_are_the_recorded_ones(name):
     file = gold("sdxl_denoiser")
     (parameterization, schedule), sigma = SCALINGS[name], file.inputs(name)["sigma"]
-    c_skip, c_out = scalings(parameterization, sigma)
+    numbers = file.case(name)["info"]["params"]
+    c_skip, c_out = scalings(parameterization, sigma, **numbers)
     expected = file.outputs(name)
     torch.testing.assert_close(c_skip, expected["c_skip"])
     torch.testing.assert_close(c_out, expected["c_out"])
-    torch.testing.assert_close(1 / input_std(parameterization, sigma), expected["c_in"])
+    torch.testing.assert_close(1 / input_std(parameterization, sigma, **numbers), expected["c_in"])
     if isinstance(schedule, ContinuousSchedule):
         torch.testing.assert_close(schedule.sigma_to_t(sigma).float(), expected["c_noise"])
 
 
 LEVELS_50 = SCHEDULE.step_sigmas(50, "sgm_uniform")[:-1].flip(0)
-WITH_ZERO = torch.cat([torch.zeros(1), SCHEDULE.sigmas])
 DENOISERS: dict[str, tuple[str, NoiseSchedule]] = {
     "discrete_eps": ("eps", SCHEDULE),
     "discrete_v": ("v", SCHEDULE),
     "discrete_eps_no_quantize_c_noise": ("eps", Schedule(SCHEDULE.betas, quantize_time=False)),
     "discrete_edm": ("edm", Schedule(SCHEDULE.betas, log_time=True)),
     "discrete_eps_50": ("eps", Schedule(betas_of_sigmas(LEVELS_50))),
-    "discrete_eps_zero": ("eps", Schedule(betas_of_sigmas(WITH_ZERO))),
+    "discrete_eps_noflip": ("eps", Schedule(SCHEDULE.betas, flip_time=True)),
+    "discrete_eps_zero": ("eps", Schedule(SCHEDULE.betas, append_zero=True)),
     "continuous_edm": ("edm", ContinuousSchedule()),
     "continuous_eps": ("eps", ContinuousSchedule(log_time=False)),
     "continuous_v_edm": ("v", ContinuousSchedule()),
@@ -140,6 +142,20 @@ def test_denoisers_of_sdxl_are_the_recorded_ones(name):
     denoiser = Denoiser(network, DENOISERS[name][1], DENOISERS[name][0], nearest=True)
     denoised = denoiser(inputs["x"], inputs["sigma"], Cond(inputs["crossattn"]))
     torch.testing.assert_close(denoised, expected["denoised"], rtol=1e-5, atol=1e-4)
+
+
+def test_timesteps_between_levels_count_as_the_network_does():
+    t = torch.tensor([0.0, 0.25, 500.5, 999.0], dtype=torch.float64)
+    sigma = SCHEDULE.t_to_sigma(t)
+    flipped, zero, both = (
+        Schedule(SCHEDULE.betas, **options).network_time(sigma)
+        for options in ({"flip_time": True}, {"append_zero": True},
+                        {"flip_time": True, "append_zero": True})
+    )  # fmt: skip
+    torch.testing.assert_close(flipped, 999 - t)
+    torch.testing.assert_close(zero, t + 1)
+    torch.testing.assert_close(both, 999 - t)
+    assert Schedule(SCHEDULE.betas, append_zero=True).network_time(0.0) == 0
 
 
 def test_guidance_is_one_call_and_scale_one_has_no_unconditional_half(pair):

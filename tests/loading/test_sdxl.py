@@ -156,6 +156,20 @@ def test_discretizations_become_tables(denoiser, discretization, name, length, l
     assert sigmas[-1] == pytest.approx(last, rel=1e-5)
 
 
+def test_the_denoiser_is_built_as_the_config_says(tmp_path):
+    raw = tinyfamilies.small("xl")
+    params = raw["model"]["params"]["denoiser_config"]["params"]
+    params |= {"flip": False, "do_append_zero": True}
+    params["scaling_config"] = {"target": "x.EDMScaling", "params": {"sigma_data": 1.0}}
+    model = build(raw)
+    assert model.denoiser.sigma_data == 1
+    assert (model.schedule.flip_time, model.schedule.append_zero) == (True, True)
+    table = make_tables(model)["denoiser.sigmas"]
+    assert len(table) == 1001
+    assert table[0] == model.schedule.sigmas[-1].float()
+    assert table[-1] == 0
+
+
 @pytest.mark.parametrize("name", ["xl", "xl-refiner"])
 def test_names_of_weights_go_there_and_back(tmp_path, name):
     state = tinyfamilies.write(name, tmp_path / "x.safetensors")

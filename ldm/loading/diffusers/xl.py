@@ -168,8 +168,10 @@ def _set_levels(params: JsonObject, config: JsonMapping) -> None:
         denoiser["num_idx"] = betas["num_timesteps"]
         denoiser["discretization_config"]["params"] = betas
         defaults["scheduler"] = schedulers.scheduler_name(config, "leading")
-    target = f"{TARGETS}denoiser_scaling.{scaling}"
-    params["denoiser_config"]["params"]["scaling_config"] = {"target": target}
+    spec: JsonObject = {"target": f"{TARGETS}denoiser_scaling.{scaling}"}
+    if scaling == "EDMScaling" and "sigma_data" in config:
+        spec["params"] = {"sigma_data": config["sigma_data"]}
+    params["denoiser_config"]["params"]["scaling_config"] = spec
     if "Ancestral" in kind:
         defaults["sampler"] = "euler_a"
     if defaults:
@@ -185,9 +187,11 @@ def _scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> JsonObje
             "num_train_timesteps": 1000,
             "sigma_min": model.schedule.sigma_min,
             "sigma_max": model.schedule.sigma_max,
-            "sigma_data": 1.0 if model.parameterization == "v" else 0.5,
+            "sigma_data": 1.0 if model.parameterization == "v" else model.sigma_data,
             "prediction_type": prediction,
         }
+    if not model.schedule.tells_index or model.parameterization == "edm":
+        raise ConfigError("no scheduler of diffusers has the timesteps of this model's denoiser")
     is_ancestral = model.defaults.sampler == "euler_a"
     config = {
         "_class_name": f"Euler{'Ancestral' if is_ancestral else ''}DiscreteScheduler",

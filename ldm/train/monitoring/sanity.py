@@ -9,14 +9,14 @@ it really is.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ldm.data.dataset import Sample
 from ldm.data.source import collate, to_device
-from ldm.diffusion.denoiser import PARAMETERIZATIONS, Denoiser
+from ldm.diffusion.denoiser import PARAMETERIZATIONS
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.train.monitoring.validation import evaluating
@@ -126,7 +126,7 @@ def compare_with_guess(
     x = z + model.schedule.t_to_sigma(t).to(z).view(-1, 1, 1, 1) * noise
     own = model.parameterization
     for name in (own,) if own == "edm" else (p for p in PARAMETERIZATIONS if p != "edm"):
-        target = Denoiser(model.unet, model.schedule, name).target(z, noise, t)
+        target = replace(model.denoiser, parameterization=name).target(z, noise, t)
         losses[name] = float((prediction - target).square().mean())
         guesses[name] = float(_guess_loss(x, target))
     ratios = {name: losses[name] / guesses[name] for name in losses}

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ldm.diffusion.denoiser import scalings
+from ldm.diffusion.denoiser import SIGMA_DATA, scalings
 from ldm.diffusion.schedule import NoiseSchedule, Schedule
 from ldm.runtime.errors import ArgumentError, unknown_name
 
@@ -25,6 +25,7 @@ class Criterion(nn.Module):
         weighting: of the error of the denoised latent, a name of WEIGHTINGS; None = all errors of
             the prediction have the same weight.
         sigma_data: standard deviation of the latents, for the weighting "edm".
+        model_sigma_data: the same, of the model's own prediction of type edm.
         min_snr_gamma: cap of the signal-to-noise ratio (arXiv:2303.09556), in the place of a
             weighting.
         loss_type: squared ("l2") or absolute ("l1") error.
@@ -40,7 +41,8 @@ class Criterion(nn.Module):
         parameterization: str,
         *,
         weighting: str | None = None,
-        sigma_data: float = 0.5,
+        sigma_data: float = SIGMA_DATA,
+        model_sigma_data: float = SIGMA_DATA,
         min_snr_gamma: float | None = None,
         loss_type: str = "l2",
         l_simple_weight: float = 1.0,
@@ -57,6 +59,7 @@ class Criterion(nn.Module):
         self.parameterization = parameterization
         self.weighting = weighting
         self.sigma_data = sigma_data
+        self.model_sigma_data = model_sigma_data
         self.min_snr_gamma = min_snr_gamma
         self.loss_type = loss_type
         self.l_simple_weight = l_simple_weight
@@ -75,7 +78,7 @@ class Criterion(nn.Module):
     def weights(self, t: Tensor) -> Tensor:
         """Compute the weights (B,) float32 of the errors at timesteps t."""
         sigma = self.schedule.t_to_sigma(t)
-        c_out = scalings(self.parameterization, sigma)[1]
+        c_out = scalings(self.parameterization, sigma, self.model_sigma_data)[1]
         if self.min_snr_gamma is not None:
             weights = (sigma**-2).clamp(max=self.min_snr_gamma) * c_out**2
         elif self.weighting is not None:
@@ -111,7 +114,7 @@ class Criterion(nn.Module):
         return {**result, "t": rows, "losses": unweighted.detach()}
 
 
-def denoised_weights(name: str, sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
+def denoised_weights(name: str, sigma: Tensor, sigma_data: float = SIGMA_DATA) -> Tensor:
     """Compute the weights of the squared error of the denoised latent at noise levels sigma.
 
     eps, v and edm give the prediction of that type the weight 1 (arXiv:2206.00364, eq. 8).

@@ -89,7 +89,12 @@ class Diffusion(Task):
         self.scale_by_std = scale_by_std
         self.legacy = legacy
         self.disable_first_stage_autocast = disable_first_stage_autocast
-        self.criterion = Criterion(model.schedule, model.parameterization, **criterion)
+        self.criterion = Criterion(
+            model.schedule,
+            model.parameterization,
+            model_sigma_data=model.sigma_data,
+            **criterion,
+        )
         self.criterion.to(model.device)
         model.autoencoder.requires_grad_(False)
         self.trainable = nn.ModuleDict({"unet": model.unet, "conditioner": model.conditioner})
