@@ -13,6 +13,7 @@ The public names are imported on first use, so that `import ldm` does not import
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ldm.compat.finder import install
 from ldm.runtime.version import __version__
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ __all__ = [
     "unclip",
     "upscale",
 ]
+
+install()  # of the original's module names, none of which is imported
 
 # Names of __all__ that are not in `ldm.pipelines`.
 _MODULES = {

@@ -19,7 +19,7 @@ LAYERS = {
     "ldm.model": 3, "ldm.encoders": 3,
     "ldm.loading": 4, "ldm.pipelines": 4,
     "ldm": 5,  # `import ldm`, the public names
-    "ldm.train": 5, "ldm.generate": 5,
+    "ldm.train": 5, "ldm.generate": 5, "ldm.compat": 5,
     "ldm.app": 6,
     "ldm.commands": 7,
     "scripts": 7,
@@ -115,8 +115,20 @@ def test_names_of_the_original_live_in_few_files():
         if name in path.read_text("utf-8")
         and name_of(path)
         not in ("ldm.loading.legacy", "ldm.loading.sgm", "ldm.loading.weight_names")
+        and not is_within(name_of(path), "ldm.compat")
     ]
     assert strays == []
+
+
+def test_nothing_of_ours_uses_the_modules_under_old_names():
+    strays = {
+        (name_of(path), imported)
+        for path in FILES
+        if not is_within(name_of(path), "ldm.compat")
+        for imported in imports_of(path)
+        if is_within(imported, "ldm.compat")
+    }
+    assert strays == {("ldm", "ldm.compat.finder.install")}
 
 
 def test_no_device_is_hard_coded_below_the_programs():

@@ -1,0 +1,74 @@
+"""Finds the modules of `names.MODULES`, and what vendored `ldm` folders have besides.
+
+A vendored folder is one called `ldm` on `sys.path` that is not this package. Python prefers a
+package with `__init__.py` to folders without, so this one would hide all of their files: those that
+it has no module for are found here. Where both have one, ours is taken; with the environment
+variable LDM_VENDORED=1 theirs, if it is a module of `names.MODULES`.
+"""
+
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+from ldm.compat.names import MODULES, PACKAGES
+
+OURS = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+
+
+class OldNames:
+    """Finder and loader of old names. Such a name and its file are one module object."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return a spec of ours for an old name; None leaves the name to the other finders."""
+        if not fullname.startswith("ldm."):
+            return None
+        parent, _, name = fullname.rpartition(".")
+        vendored = _vendored_folders(parent, tuple(sys.path))
+        if isinstance(path, list):  # of the parent package: the other finders search it, too
+            path += [folder for folder in vendored if folder not in path]
+        if fullname not in MODULES and fullname not in PACKAGES:
+            return None
+        if vendored and os.environ.get("LDM_VENDORED") == "1":
+            theirs = PathFinder.find_spec(fullname, vendored)
+            if theirs is not None and theirs.loader is not None:  # a file, not a mere folder
+                return theirs
+        spec = ModuleSpec(fullname, self, is_package=fullname in PACKAGES)  # type: ignore[arg-type]
+        if spec.submodule_search_locations is not None:
+            folders = [os.path.join(folder, name) for folder in path or ()]
+            spec.submodule_search_locations += filter(os.path.isdir, folders)
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Import the file behind an old name; None makes an empty package."""
+        if spec.name not in MODULES:
+            return None
+        module = import_module(f"ldm.compat.{MODULES[spec.name]}")
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Give the file its own spec back, which the import system has replaced."""
+        spec = module.__spec__
+        if spec is not None and spec.loader_state is not None:
+            module.__spec__ = spec.loader_state
+
+
+def install() -> None:
+    """Let old names be imported."""
+    if not any(isinstance(finder, OldNames) for finder in sys.meta_path):
+        sys.meta_path.insert(0, OldNames())
+
+
+@functools.lru_cache(maxsize=64)
+def _vendored_folders(package: str, search_path: tuple[str, ...]) -> list[str]:
+    """List the folders of a package in the vendored copies on a search path."""
+    roots = [folder for folder in search_path if os.path.isdir(os.path.join(folder, "ldm"))]
+    folders = [os.path.join(os.path.abspath(root), *package.split(".")) for root in roots]
+    ours = os.path.join(OURS, *package.split(".")[1:])
+    return [f for f in folders if os.path.isdir(f) and os.path.realpath(f) != ours]

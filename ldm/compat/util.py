@@ -1,0 +1,98 @@
+"""`ldm.util` of the original: building from configs, small predicates, captions as images."""
+
+import importlib
+import logging
+from collections.abc import Mapping, Sequence
+from inspect import isfunction
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+
+def instantiate_from_config(config: Mapping[str, Any] | str, **more: Any) -> Any:
+    """Call the class or function that `config["target"]` names, whatever it is.
+
+    Unlike `ldm.instantiate`, which knows a closed table of targets: use this only for configs that
+    you would run as a program.
+
+    Args:
+        config: Its `params` become keywords; of OmegaConf, too.
+        more: Further keywords.
+    """
+    if "target" not in config:
+        if config in ("__is_first_stage__", "__is_unconditional__"):
+            return None
+        raise KeyError("Expected key `target` to instantiate.")
+    assert not isinstance(config, str)
+    return get_obj_from_str(config["target"])(**config.get("params", {}), **more)
+
+
+def get_obj_from_str(string: str, reload: bool = False) -> Any:
+    """Import what a dotted name stands for."""
+    module, _, name = string.rpartition(".")
+    if reload:
+        importlib.reload(importlib.import_module(module))
+    return getattr(importlib.import_module(module), name)
+
+
+def exists(x: object) -> bool:
+    """Return whether x is not None."""
+    return x is not None
+
+
+def default(val: Any, d: Any) -> Any:
+    """Return val, or d if val is None; a plain function d is called, a class is not."""
+    if val is not None:
+        return val
+    return d() if isfunction(d) else d
+
+
+def ismap(x: object) -> bool:
+    """Return whether x is a tensor (B, C, h, w) of more channels than an image has."""
+    return isinstance(x, Tensor) and x.ndim == 4 and x.shape[1] > 3
+
+
+def isimage(x: object) -> bool:
+    """Return whether x is a tensor (B, C, h, w) of 1 or 3 channels."""
+    return isinstance(x, Tensor) and x.ndim == 4 and x.shape[1] in (1, 3)
+
+
+def mean_flat(tensor: Tensor) -> Tensor:
+    """Return the mean over all dimensions but the first."""
+    return tensor.mean(dim=tuple(range(1, tensor.ndim)))
+
+
+def count_params(model: nn.Module, verbose: bool = False) -> int:
+    """Return the number of parameters of a model."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if verbose:
+        log.info("%s has %.2f M params.", type(model).__name__, count * 1e-6)
+    return count
+
+
+def log_txt_as_img(wh: Sequence[int], xc: Sequence[str], size: int = 10) -> Tensor:
+    """Draw captions in black on white.
+
+    Args:
+        wh: Width and height of each image.
+        xc: B captions, broken after int(40 * width / 256) characters.
+        size: Of the font, in pixels.
+
+    Returns:
+        (B, 3, height, width) float64 in [-1, 1].
+    """
+    width, height = wh
+    length = int(40 * width / 256)
+    font = ImageFont.load_default(size)
+    images = []
+    for caption in xc:
+        image = Image.new("RGB", (width, height), color="white")
+        lines = [caption[i : i + length] for i in range(0, len(caption), length)]
+        ImageDraw.Draw(image).text((0, 0), "\n".join(lines), fill="black", font=font)
+        images.append(np.array(image).transpose(2, 0, 1) / 127.5 - 1.0)
+    return torch.tensor(np.stack(images))
