@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     from ldm.diffusion.samplers import SAMPLERS
     from ldm.loading.config import instantiate
     from ldm.loading.load import load
-    from ldm.pipelines import depth2img, img2img, inpaint, sample, txt2img, unclip, upscale
+    from ldm.pipelines import (
+        depth2img,
+        img2img,
+        inpaint,
+        sample,
+        txt2img,
+        unclip,
+        upscale,
+        upscale_rgbd,
+    )
 
 __all__ = [
     "SAMPLERS",
@@ -34,6 +43,7 @@ __all__ = [
     "txt2img",
     "unclip",
     "upscale",
+    "upscale_rgbd",
 ]
 
 install()  # of the original's module names, none of which is imported

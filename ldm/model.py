@@ -1,6 +1,7 @@
 """LatentDiffusion: UNet, autoencoder, conditioner and noise schedule of one model.
 
     autoencoder    image (B, 3, H, W) in [-1, 1]  <->  z (B, C, h, w), std about 1
+                   (with depth in further channels: `ldm.imaging.rgbd`)
     conditioner    batch                           ->  Cond
     unet           (z_t, t, Cond)                  ->  prediction
     schedule       noise level of each timestep

@@ -97,6 +97,26 @@ class NoiseLevel(Encoder):
         return level  # (B,)
 
 
+class RGBDLatent(Encoder):
+    """The latent of a low-resolution image with depth, as channels (B, C, h, w), without noise.
+
+    Args:
+        max_noise_level: Noise levels are 0 … max_noise_level - 1; they matter to UNets with an
+            embedding of them alone.
+    """
+
+    slot: Slot = "concat"
+    key = "rgbd"
+    cache_key = "rgbd"
+
+    def __init__(self, *, max_noise_level: int = 350) -> None:
+        super().__init__()
+        self.max_noise_level = max_noise_level
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return latent  # (B, C, h, w)
+
+
 class PatchesToChannels(Encoder):
     """An image split into patch x patch parts, which become channels: (B, patch² C, h, w).
 

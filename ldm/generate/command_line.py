@@ -28,7 +28,10 @@ ORIGINAL_FLAGS = (
     "--strength", "--init-img", "--negative-prompt",
 )  # fmt: skip
 MEMORY_HINT = "; these help: --n_samples 1, --vae-tile, a smaller --H and --W"
-COMMANDS = {"vary": "unclip"}  # function of `ldm.pipelines` -> command, where the names differ
+COMMANDS = {
+    "vary": "unclip",
+    "upscale_rgbd": "upscale",
+}  # function of `ldm.pipelines` -> command, where the names differ
 
 
 def build_parser(task: Task, prog: str | None = None) -> CommandParser:

@@ -52,6 +52,7 @@ class Family:
         has_vision_tower: conditioned by CLIP's vision tower instead of text.
         blocks: number of transformer blocks in the UNet, where that tells the family.
         marker: a tensor that tells it.
+        pixels: channels of an image of the autoencoder: 3, or those of colour and depth.
     """
 
     name: str
@@ -66,6 +67,13 @@ class Family:
     has_vision_tower: bool = False
     blocks: int | None = None
     marker: str = ""
+    pixels: int = 3
+
+    @property
+    def traits(self) -> tuple[object, ...]:
+        """Shapes, and whether there is a vision tower."""
+        shapes = (self.channels, self.context, self.vector)
+        return (*shapes, self.has_vision_tower, self.pixels)
 
     @property
     def architecture(self) -> str:
@@ -94,6 +102,9 @@ FAMILIES = (
            "v1-inpainting-inference", task="inpaint"),
     Family("sd1-variations", "Stable Diffusion 1 image variations", 4, 768, None, "eps",
            "v1-image-variation-inference", task="unclip", has_vision_tower=True),
+    Family("ldm3d", "LDM3D (depth of 3 channels)", 4, 768, None, "eps", "ldm3d", pixels=6),
+    Family("ldm3d-4c", "LDM3D (depth of 1 channel)", 4, 768, None, "eps", "ldm3d-4c", pixels=4),
+    Family("ldm3d-sr", "LDM3D-SR", 8, 768, None, "eps", "ldm3d-sr", task="upscale_rgbd", pixels=4),
     Family("sd2", "Stable Diffusion 2", 4, 1024, None, None, "v2-inference", "v2-inference-v"),
     Family("sd2-inpainting", "Stable Diffusion 2 inpainting", 9, 1024, None, "eps",
            "v2-inpainting-inference", task="inpaint"),
@@ -129,6 +140,7 @@ TITLE_BY_WIDTH: dict[object, str] = {
 }  # fmt: skip
 # `global_step` in the published files of SD 2: 512-base-ema, v2-1_512-*, v2-1_768-*.
 STEPS = {875_000: "eps", 220_000: "eps", 110_000: "v"}
+PIXELS = "autoencoder.encoder.conv_in.weight"
 VISION_TOWER = "conditioner.text.model.visual.proj"
 BIAS = "unet.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 # The original's names and diffusers', without dots, as in `model_ema.*`.
@@ -224,13 +236,14 @@ def recognise_family(
     context = next((shape[1] for name, shape in shapes.items() if name.endswith(TO_K)), None)
     # Linear (out, in) for an embedding, Embedding (n, width) for a number.
     vector = next((shapes[name][axis] for name, axis in VECTORS.items() if name in shapes), None)
-    traits = (first[1], context, vector, VISION_TOWER in state)
+    pixels = state[PIXELS].shape[1] if PIXELS in state else 3
+    traits = (first[1], context, vector, VISION_TOWER in state, pixels)
     blocks = sum(name.endswith(TO_K) for name in shapes)
     return next(
         (
             family
             for family in FAMILIES
-            if (family.channels, family.context, family.vector, family.has_vision_tower) == traits
+            if family.traits == traits
             and family.blocks in (None, blocks)
             and (not family.marker or family.marker in markers)
         ),

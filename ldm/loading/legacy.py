@@ -68,6 +68,7 @@ CLASSES = {
     "ldm.encoders.depth.MiDaSDepth": ("ldm.modules.midas.api.MiDaSInference",),
     LOWRES + "LowRes": ("ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation",),
     LOWRES + "NoiseLevel": (),
+    LOWRES + "RGBDLatent": (),
     LOWRES + "MaskedImage": (),
     LOWRES + "PatchesToChannels": (LOWRES + "Folded",),  # our name before 0.2
     "ldm.train.tasks.autoencoder.LossConfig": (
@@ -91,6 +92,9 @@ UNSUPPORTED_CLASSES = {
     SGM_ENCODERS + "FrozenByT5Embedder": "text encoders of T5",
 }
 
+# Options of sampling in the pipelines of LDM3D and LDM3D-SR.
+LDM3D_DEFAULTS = {"scale": 5.0}
+LDM3D_SR_DEFAULTS = {"scale": 9.0, "steps": 75}
 # Parameters of the original model class that only training or logging looks at.
 TRAINING_ONLY = {
     "ckpt_path", "clip_denoised", "concat_mode", "cond_stage_forward", "first_stage_key",
@@ -176,6 +180,10 @@ class _Translator:
         }
         if "image_size" in params:
             parts["image_size"] = params["image_size"]
+        layout = parts["autoencoder"]["params"].get("ddconfig") or {}
+        if layout.get("in_channels", 3) in (4, 6):  # colour and depth
+            defaults = LDM3D_SR_DEFAULTS if "rgbd" in encoders else LDM3D_DEFAULTS
+            parts["defaults"] = {"target": "ldm.model.Defaults", "params": dict(defaults)}
         return {"target": MODEL, "params": parts, "where": self.where}
 
     def part(self, key: str) -> JsonObject:
@@ -231,6 +239,7 @@ class _Translator:
 
 
 Encoders = dict[str, JsonObject]  # by name in the conditioner
+LEVEL: Encoders = {"level": {"target": LOWRES + "NoiseLevel", "params": {}}}
 
 
 @dataclass(frozen=True)
@@ -256,8 +265,11 @@ def _depth(model: _Translator) -> Encoders:
 
 def _low_res(model: _Translator) -> Encoders:
     low_res = model.part("low_scale_config")
+    if low_res["target"] == LOWRES + "RGBDLatent":  # ours: published as a diffusers folder only
+        has_level = model.part("unet_config")["params"].get("num_classes") is not None
+        return {"rgbd": low_res} | (LEVEL if has_level else {})
     low_res["params"]["low_scale_key"] = model.params.get("low_scale_key", "LR")
-    return {"lowres": low_res, "level": {"target": LOWRES + "NoiseLevel", "params": {}}}
+    return {"lowres": low_res, **LEVEL}
 
 
 def _patches(model: _Translator) -> Encoders:

@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -78,6 +79,7 @@ TRANSPOSED = (
     "out of a diffusers folder unchanged; it is used as it is, images follow the prompt less well"
 )
 GUIDANCE_WEIGHT = "unet.time_embed_cond.weight"  # of LCM
+PANORAMA = re.compile(r"ldm3d[-_. ]?pano")
 DEMO = ("configs/demo/text2img.yaml", "checkpoints/demo.safetensors")
 # Relative error of schedules that were rounded to a dtype, 1e-5 for others. bfloat16 comes first:
 # its numbers are float16's as well, except very small ones.
@@ -236,9 +238,19 @@ def read_config(
         if "ztsnr" in weights.markers and weights.prediction.kind != "eps":
             raw["model"]["params"].setdefault("rescale_betas_zero_snr", True)
     engine = raw.get("model", raw)
+    if _is_panorama(weights):
+        params = engine["params"]
+        params["image_size"] = [params["image_size"], 2 * params["image_size"]]
     if engine.get("target") == ENGINE:
         _read_markers(engine["params"], weights)
     return source, raw
+
+
+def _is_panorama(weights: Weights) -> bool:
+    """Return whether the name of a file or folder is that of LDM3D for panoramas."""
+    is_text = weights.family is not None and weights.family.name.startswith("ldm3d")
+    names = (*weights.path.parts, weights.markers.get("ldm.source", ""))
+    return is_text and any(PANORAMA.search(name.lower()) for name in names)
 
 
 def _read_markers(params: JsonObject, weights: Weights) -> None:

@@ -287,6 +287,7 @@ class AutoencoderKL(nn.Module):
         embed_dim: Channels of the latent.
 
     Attributes:
+        in_channels: Channels of an image: 3 of colour, and 1 or 3 more of depth, see `ldm.imaging`.
         downscale: Pixels of the image per latent pixel, on each side.
     """
 
@@ -299,6 +300,7 @@ class AutoencoderKL(nn.Module):
         super().__init__()
         layout = Layout.read(ddconfig)
         self.embed_dim = embed_dim
+        self.in_channels = layout.in_channels
         self.z_channels = layout.z_channels
         self.downscale = 2 ** (len(layout.ch_mult) - 1)
         self.encoder = Encoder(layout)
@@ -337,6 +339,7 @@ class AutoencoderKL(nn.Module):
 class PixelSpace(nn.Module):
     """Placeholder in models without an autoencoder: the latent is the image itself."""
 
+    in_channels = 3
     downscale = 1
 
     def encode(self, image: Tensor) -> DiagonalGaussian:

@@ -1,7 +1,7 @@
 """The tasks as functions.
 
 sampling     condition -> latent: the sampling loop, and DDIM inversion
-tasks        txt2img, img2img, inpaint, depth2img, upscale
+tasks        txt2img, img2img, inpaint, depth2img, upscale, upscale_rgbd
 variations   unclip, vary, and the Karlo prior
 families     which models a task works with
 quirks       what the original scripts did otherwise
@@ -11,7 +11,15 @@ from ldm.diffusion.names import LEGACY
 from ldm.pipelines.common import encode_image
 from ldm.pipelines.quirks import noise_source, seeded_noise
 from ldm.pipelines.sampling import invert, sample
-from ldm.pipelines.tasks import depth2img, estimate_depth, img2img, inpaint, txt2img, upscale
+from ldm.pipelines.tasks import (
+    depth2img,
+    estimate_depth,
+    img2img,
+    inpaint,
+    txt2img,
+    upscale,
+    upscale_rgbd,
+)
 from ldm.pipelines.variations import sample_prior, unclip, vary
 from ldm.runtime.errors import NonFinite, Stop, WrongFamily
 
@@ -33,5 +41,6 @@ __all__ = [
     "txt2img",
     "unclip",
     "upscale",
+    "upscale_rgbd",
     "vary",
 ]

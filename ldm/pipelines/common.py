@@ -14,8 +14,9 @@ from typing_extensions import Unpack
 from ldm.conditioning import Cond
 from ldm.diffusion.guidance import Scale
 from ldm.diffusion.samplers import Constrain
+from ldm.imaging.rgbd import join_depth
 from ldm.model import LatentDiffusion
-from ldm.pipelines.families import check_family
+from ldm.pipelines.families import check_family, file_name
 from ldm.pipelines.quirks import Noise, Quirks, noise_source
 from ldm.pipelines.sampling import (
     Callback,
@@ -33,7 +34,7 @@ from ldm.pipelines.sdxl import (
     check_size,
     size_conditions,
 )
-from ldm.runtime.errors import ArgumentError, NonFinite, Stop, unknown_name
+from ldm.runtime.errors import ArgumentError, MissingArgument, NonFinite, Stop, unknown_name
 
 __all__ = [
     "TaskOptions",
@@ -328,19 +329,41 @@ def pair_texts(
 
 
 def decode_latent(model: LatentDiffusion, z: Tensor, tile: int | None) -> Tensor:
-    """Decode z (B, C, h, w) to (B, 3, H, W) in [-1, 1]; raise NonFinite."""
+    """Decode z (B, C, h, w) to (B, 3, H, W), or with depth, in [-1, 1]; raise NonFinite."""
     images = model.decode(check_finite(z, "the UNet"), tile=tile)
     return check_finite(images, "the VAE").clamp(-1, 1)
 
 
 @torch.no_grad()
 def encode_image(model: LatentDiffusion, image: Tensor, n: int, noise: Noise) -> Tensor:
-    """Sample n latents (n, C, h, w) of one image (1, 3, H, W), padded to whole latent pixels."""
+    """Sample n latents (n, C, h, w) of one image, padded to whole latent pixels."""
     image = pad_to_multiple(image.to(model.device), model.downscale)
     posterior = model.autoencoder.encode(image)
     mean = posterior.mean.float().expand(n, -1, -1, -1)
     z = mean + posterior.std.float() * noise(torch.empty(mean.shape, device=mean.device))
     return check_finite(model.normalize(z), "the VAE")
+
+
+def add_depth(model: LatentDiffusion, image: Tensor, depth: Tensor | None) -> Tensor:
+    """Append the depth to an input image for a model that reads it, see `ldm.imaging.rgbd`.
+
+    Args:
+        image: (1, 3, H, W), or with the channels of depth already.
+        depth: (1, 1, H, W) in [0, 1], larger is nearer.
+    Raises:
+        ArgumentError: depth and model do not go together, or depth and image differ in size.
+    """
+    channels = model.autoencoder.in_channels
+    if depth is None and image.shape[1] == channels:
+        return image
+    if channels == 3:
+        raise ArgumentError(f"{file_name(model)} makes images without depth, leave it out", "depth")
+    if depth is None:
+        raise MissingArgument(f"{file_name(model)} also needs the depth of the image", "depth")
+    if depth.shape[-2:] != image.shape[-2:]:
+        sizes = ("{1}x{0}".format(*value.shape[-2:]) for value in (depth, image))
+        raise ArgumentError("the depth is {}, the image {}".format(*sizes), "depth")
+    return join_depth(image, depth.to(image), channels)
 
 
 def as_list(prompts: str | Sequence[str]) -> list[str]:

@@ -21,6 +21,7 @@ class Family:
 
     Args:
         keys: the batch keys that their encoders read, but for sizes.
+        optional: those that only some of its models read.
         title: name in messages.
         function: the function of `ldm.pipelines` for them.
     """
@@ -28,6 +29,7 @@ class Family:
     keys: frozenset[str]
     title: str
     function: str
+    optional: frozenset[str] = frozenset()
 
 
 FAMILIES = {
@@ -40,6 +42,12 @@ FAMILIES = {
     "upscaling": Family(
         frozenset({"txt", "lowres", "noise_level"}), "an upscaling model", "upscale"
     ),
+    "rgbd-upscaling": Family(
+        frozenset({"txt", "rgbd"}),
+        "an upscaling model for colour and depth",
+        "upscale_rgbd",
+        frozenset({"noise_level"}),
+    ),
     "unclip": Family(frozenset({"txt", "embedding"}), "an unCLIP model", "unclip"),
     "variation": Family(frozenset({"jpg"}), "an image variation model", "vary"),
 }
@@ -48,7 +56,7 @@ FAMILIES = {
 def family_of(conditioner: Conditioner) -> str | None:
     """Return the name in FAMILIES of models with these encoders; None = an unknown family."""
     keys = conditioner.keys - SIZE_KEYS
-    return next((name for name, family in FAMILIES.items() if family.keys == keys), None)
+    return next((n for n, row in FAMILIES.items() if row.keys == keys - row.optional), None)
 
 
 def is_sdxl(model: LatentDiffusion) -> bool:

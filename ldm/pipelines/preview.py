@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.imaging.rgbd import split_colour
 from ldm.model import LatentDiffusion
 
 __all__ = ["fit_preview"]
@@ -40,7 +41,7 @@ def fit_preview(model: LatentDiffusion) -> Callable[[Tensor], Tensor]:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(COUNT, model.channels, NOISE_SIDE, NOISE_SIDE, generator=generator)
     z = F.interpolate(noise, size=(SIDE, SIDE), mode="bicubic").to(model.device)
-    image = model.decode(z).clamp(-1, 1)
+    image = split_colour(model.decode(z)).clamp(-1, 1)
     rgb = F.adaptive_avg_pool2d(image, (SIDE, SIDE)).movedim(1, -1).reshape(-1, 3)
     fit = torch.linalg.lstsq(_with_one(z).flatten(0, -2).cpu(), rgb.float().cpu())
     matrix = fit.solution.nan_to_num().to(model.device)  # (C + 1, 3)

@@ -5,6 +5,7 @@
     inpaint     prompts, image, mask               inpainting models, and text-to-image models
     depth2img   prompts, image or depth map        depth models
     upscale     prompts, small image               the x4 upscaler
+    upscale_rgbd  prompts, image, depth            LDM3D-SR
 
 Models that read an image like a prompt have theirs in `variations`.
 
@@ -19,6 +20,9 @@ take:
                       txt2img, img2img and inpaint also take those of `SDXLOptions`: a refiner,
                       sizes, a second prompt
 
+Images of LDM3D have depth in further channels, see `ldm.imaging.rgbd`: their input images come with
+`depth` (1, 1, H, W) in [0, 1], larger is nearer, or with those channels.
+
 They raise WrongFamily, UnknownName and ArgumentError before any network runs, and NonFinite.
 """
 
@@ -32,10 +36,11 @@ from typing_extensions import Unpack
 from ldm.diffusion.guidance import Scale
 from ldm.diffusion.samplers import Constrain
 from ldm.encoders.depth import MiDaSDepth
-from ldm.encoders.lowres import LowRes, concat_mask, mask_image
+from ldm.encoders.lowres import LowRes, RGBDLatent, concat_mask, mask_image
 from ldm.model import LatentDiffusion
 from ldm.pipelines.common import (
     TextOptions,
+    add_depth,
     as_list,
     crop_like,
     encode_image,
@@ -51,7 +56,9 @@ from ldm.pipelines.sampling import SamplingOptions, invert
 from ldm.pipelines.sdxl import REFINER_MULTIPLE, size_conditions
 from ldm.runtime.errors import ArgumentError
 
-__all__ = ["depth2img", "estimate_depth", "img2img", "inpaint", "txt2img", "upscale"]
+__all__ = [
+    "depth2img", "estimate_depth", "img2img", "inpaint", "txt2img", "upscale", "upscale_rgbd",
+]  # fmt: skip
 
 
 @pipeline("text")
@@ -89,6 +96,7 @@ def img2img(
     z: Tensor | None = None,
     inversion: bool = False,
     source_prompt: str = "",
+    depth: Tensor | None = None,
     negative_prompt: str | Sequence[str] = "",
     scale: Scale | None = None,
     tile: int | None = None,
@@ -101,7 +109,9 @@ def img2img(
         z: its latents (B, C, h, w), of `encode_image`; None = encode it.
         inversion: start from the noise that DDIM inversion finds, which keeps the composition.
         source_prompt: what the image shows, for the inversion.
+        depth: for LDM3D, see the top of this file.
     """
+    image = add_depth(model, image, depth)
     noise = make_noise(model, prompts, options, strength)
     n = len(as_list(prompts))
     if z is None:
@@ -125,6 +135,7 @@ def inpaint(
     *,
     strength: float = 1.0,
     composite: bool = True,
+    depth: Tensor | None = None,
     negative_prompt: str | Sequence[str] = "",
     scale: Scale | None = None,
     tile: int | None = None,
@@ -137,7 +148,9 @@ def inpaint(
     Args:
         mask: (1, 1, H, W) in [0, 1]; from 0.5 on, it is repainted.
         composite: blend result and image by the mask; pixels where it is 0 do not change.
+        depth: for LDM3D, see the top of this file.
     """
+    image = add_depth(model, image, depth)
     noise = make_noise(model, prompts, options, strength)
     n, f, multiple = len(as_list(prompts)), model.downscale, _multiple(model, options)
     padded = pad_to_multiple(image, multiple)
@@ -229,9 +242,7 @@ def upscale(
     noise = make_noise(model, prompts, options)
     n = len(as_list(prompts))
     encoder = model.conditioner.get(LowRes)
-    if not 0 <= noise_level < encoder.max_noise_level:
-        message = f"noise levels are 0 … {encoder.max_noise_level - 1}, got {noise_level}"
-        raise ArgumentError(message, "noise_level")
+    _check_noise_level(noise_level, encoder.max_noise_level)
     lr = image.to(model.device, torch.float32).expand(n, -1, -1, -1)
     lr = lr.contiguous(memory_format=torch.channels_last)  # the order of the original's noise
     level = torch.full((n,), noise_level, device=model.device)
@@ -243,6 +254,50 @@ def upscale(
     return generate(
         model, prompts, negative_prompt, inputs, scale, tile, noise=noise, size=size, **options
     )
+
+
+@pipeline("rgbd-upscaling")
+def upscale_rgbd(
+    model: LatentDiffusion,
+    prompts: Sequence[str],
+    image: Tensor,
+    depth: Tensor | None = None,
+    *,
+    noise_level: int = 20,
+    negative_prompt: str | Sequence[str] = "",
+    scale: Scale | None = None,
+    tile: int | None = None,
+    **options: Unpack[SamplingOptions],
+) -> Tensor:
+    """Restore the detail of an image with depth that was enlarged.
+
+    Args:
+        image: (1, 3, H, W), resized to the size of the result.
+        depth: see the top of this file.
+        noise_level: label for models with an embedding of it, no noise is added; without effect on
+            others.
+    Returns:
+        (B, 4, H, W).
+    Raises:
+        ArgumentError: the model was not trained at the noise level.
+    """
+    image = add_depth(model, image, depth)
+    noise = make_noise(model, prompts, options)
+    n = len(as_list(prompts))
+    _check_noise_level(noise_level, model.conditioner.get(RGBDLatent).max_noise_level)
+    padded = pad_to_multiple(image, model.downscale)
+    level = torch.full((n,), noise_level, device=model.device)
+    inputs = {"rgbd": encode_image(model, padded, n, noise), "noise_level": level}
+    images = generate(
+        model, prompts, negative_prompt, inputs, scale, tile, noise=noise,
+        size=(padded.shape[-2], padded.shape[-1]), **options,
+    )  # fmt: skip
+    return crop_like(images, image)
+
+
+def _check_noise_level(level: int, maximum: int) -> None:
+    if not 0 <= level < maximum:
+        raise ArgumentError(f"noise levels are 0 … {maximum - 1}, got {level}", "noise_level")
 
 
 def _multiple(model: LatentDiffusion, options: TextOptions) -> int:

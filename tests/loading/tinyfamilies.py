@@ -27,6 +27,9 @@ NAMES = {
     "sd1": "v1-inference",
     "sd1-inpainting": "v1-inpainting-inference",
     "variations": "v1-image-variation-inference",
+    "ldm3d": "ldm3d",
+    "ldm3d-4c": "ldm3d-4c",
+    "ldm3d-sr": "ldm3d-sr",
     "sd2": "v2-inference",
     "sd2-v": "v2-inference-v",
     "inpainting": "v2-inpainting-inference",
@@ -70,7 +73,9 @@ def small(family: str) -> dict[str, Any]:
     if family == "variations":
         text["params"] = {"model": EYE}
     else:
-        text.setdefault("params", {})["arch"] = CLIP if family.startswith("sd1") else TEXT
+        text.setdefault("params", {})["arch"] = (
+            CLIP if family.startswith(("sd1", "ldm3d")) else TEXT
+        )
     if family.startswith("unclip"):
         unet["adm_in_channels"] = 2 * WIDTH
         params["noise_aug_config"]["params"]["timestep_dim"] = WIDTH

@@ -13,7 +13,7 @@ from torch import nn
 
 from ldm.encoders.depth import MiDaSDepth
 from ldm.encoders.image import CLIPImage, ImageEmbedding
-from ldm.encoders.lowres import LowRes
+from ldm.encoders.lowres import LowRes, RGBDLatent
 from ldm.encoders.text import TextEncoder
 from ldm.loading.config import read_yaml
 from ldm.loading.diffusers import encoders, networks, schedulers
@@ -90,6 +90,10 @@ PIPELINES = {
     "lowres": _Pipeline("StableDiffusionUpscalePipeline", None, "x4-upscaling"),
     "image": _Pipeline("StableUnCLIPImg2ImgPipeline", "v2-1-stable-unclip-l-inference",
                        "v2-1-stable-unclip-h-inference"),
+    "text-rgbd": _Pipeline("StableDiffusionLDM3DPipeline", "v1-inference", "v2-inference",
+                           {**NO_CHECKER, **NO_EXTRACTOR}),
+    "rgbd": _Pipeline("StableDiffusionUpscaleLDM3DPipeline", "ldm3d-sr", None,
+                      {**NO_CHECKER, **NO_EXTRACTOR}),
     "variations": _Pipeline("StableDiffusionImageVariationPipeline",
                             "v1-image-variation-inference", None, NO_CHECKER),
 }
@@ -100,6 +104,7 @@ PIPELINE_OF_COMPONENT = {
     "low_res_scheduler": "lowres",
     "image_normalizer": "image",
 }
+TEXT_KINDS = {False: "text", True: "text-rgbd"}  # by whether images have depth
 INPAINTING_CHANNELS = 9
 V_MODEL_SIDE = 96  # latent side at which SD 2's v models were trained; their original YAML says 64
 
@@ -137,8 +142,9 @@ def folder_configs(model: nn.Module, spec: JsonMapping) -> Files:
     }
     if PROCESSOR in files:
         index["feature_extractor"] = ("transformers", files[PROCESSOR]["image_processor_type"])
-    if kind == "lowres":
-        index["max_noise_level"] = model.conditioner.get(LowRes).max_noise_level
+    if kind in ("lowres", "rgbd"):
+        encoder = model.conditioner.get(LowRes if kind == "lowres" else RGBDLatent)
+        index["max_noise_level"] = encoder.max_noise_level
     return files | {INDEX: index}
 
 
@@ -192,8 +198,8 @@ def _encoder_configs(model: LatentDiffusion, specs: JsonMapping, kind: str) -> F
         name = CLASSES["image_normalizer"][1]
         files[NORMALIZER] = {"_class_name": name, "embedding_dim": image.noise.width}
         files[EMBEDDING_NOISE] = _noise_config(specs["image"]["params"]["noise"])
-    if kind == "lowres":
-        files[LOW_RES_NOISE] = _noise_config(specs["lowres"])
+    if kind in ("lowres", "rgbd"):  # the second does not use it
+        files[LOW_RES_NOISE] = _noise_config(specs[kind])
     if kind == "depth":
         files[DEPTH] = encoders.depth_config(conditioner.get(MiDaSDepth))
         files[PROCESSOR] = encoders.depth_processor_config(files[DEPTH]["image_size"])
@@ -204,10 +210,12 @@ def _set_encoder_params(files: Files, params: JsonObject, kind: str) -> None:
     """Put the sizes from the encoders' files into the parameters of a YAML."""
     if kind == "depth":
         params["depth_stage_config"]["params"] = encoders.depth_params(files[DEPTH])
+    if kind in ("lowres", "rgbd"):
+        low_res = params["low_scale_config"].setdefault("params", {})
+        low_res["max_noise_level"] = files[INDEX].get("max_noise_level", 350)
     if kind == "lowres":
-        low_res, noise = params["low_scale_config"]["params"], files[LOW_RES_NOISE]
-        low_res["noise_schedule_config"] = schedulers.beta_params(noise, LOW_RES_NOISE)
-        low_res["max_noise_level"] = files[INDEX].get("max_noise_level", low_res["max_noise_level"])
+        noise = schedulers.beta_params(files[LOW_RES_NOISE], LOW_RES_NOISE)
+        low_res["noise_schedule_config"] = noise
     if kind == "variations":
         params["cond_stage_config"]["params"] = encoders.vision_params(files[IMAGE])
     if kind == "image":
@@ -228,12 +236,16 @@ def _pipeline_of_model(model: LatentDiffusion) -> str:
     others = names.keys() - {"text", "level"}
     if len(others) > 1 or not others <= PIPELINES.keys() or "text" not in names:
         raise WrongFamily(f"diffusers has no pipeline for {', '.join(names) or 'no condition'}")
-    return others.pop() if others else "text"
+    is_rgbd = model.autoencoder.in_channels != 3
+    return others.pop() if others else TEXT_KINDS[is_rgbd]
 
 
 def _pipeline_of_folder(files: Files) -> str:
     """Return the key in `PIPELINES`, by the components of a folder."""
     components = {path.split("/")[0] for path in files}
+    is_rgbd = files.get(VAE, {}).get("in_channels", 3) != 3
+    if is_rgbd and "low_res_scheduler" in components:
+        return "rgbd"
     for component, kind in PIPELINE_OF_COMPONENT.items():
         if component in components:
             return kind
@@ -245,7 +257,7 @@ def _pipeline_of_folder(files: Files) -> str:
         name = files[INDEX].get("_class_name")
         raise FileFormatError(f"`{name}` is not a supported pipeline (it has {what})")
     is_inpainting = files[UNET].get("in_channels") == INPAINTING_CHANNELS
-    return "masked" if is_inpainting else "text"
+    return "masked" if is_inpainting else TEXT_KINDS[is_rgbd]
 
 
 def _training_size(model: LatentDiffusion) -> int:

@@ -1,0 +1,63 @@
+"""Colour and depth in one tensor, as the autoencoders of LDM3D read and write them.
+
+    (B, 4, H, W)    red, green, blue, depth
+    (B, 6, H, W)    red, green, blue, unused, high byte and low byte of the depth
+
+in [-1, 1]. Depth is relative, without a unit; larger is nearer.
+Stan et al. 2023 (arXiv:2305.10853).
+"""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+__all__ = ["join_depth", "place_beside", "split_colour", "split_depth"]
+
+COLOURS = 3  # channels
+WHITE = 65535  # of 16 bits
+
+
+def join_depth(image: Tensor, depth: Tensor, channels: int) -> Tensor:
+    """Append the depth to images.
+
+    Args:
+        image: (B, 3, H, W) in [-1, 1].
+        depth: (B, 1, H, W) in [0, 1].
+        channels: of the result, 4 or 6; the unused channel is -1.
+    """
+    if channels == COLOURS + 1:
+        return torch.cat([image, depth * 2 - 1], dim=1)
+    levels = (depth * WHITE).round()
+    high = (levels / 256).floor()
+    coded = torch.cat([torch.zeros_like(high), high, levels - 256 * high], dim=1) / 127.5 - 1
+    return torch.cat([image, coded], dim=1)
+
+
+def split_colour(images: Tensor) -> Tensor:
+    """Return the colours (B, 3, H, W) of images with or without depth."""
+    return images[:, :COLOURS]
+
+
+def split_depth(images: Tensor) -> list[Image.Image]:
+    """Return the depth of each image as 16 bits, "I;16"; none of images without depth.
+
+    As the original, this rounds the bytes of six channels and truncates the depth of four.
+    """
+    channels = images.shape[1] - COLOURS
+    if not channels:
+        return []
+    unit = (images[:, COLOURS:].detach().float() / 2 + 0.5).clamp(0, 1).cpu().numpy()
+    if channels == 1:
+        levels = unit[:, 0] * WHITE
+    else:
+        levels = (unit[:, 1] * 255).round() * 256 + (unit[:, 2] * 255).round()
+    return [Image.fromarray(level) for level in levels.astype(np.uint16)]
+
+
+def place_beside(image: Image.Image, depth: Image.Image) -> Image.Image:
+    """Return an RGB image with the depth, in 8 bits, at its right."""
+    both = Image.new("RGB", (2 * image.width, image.height))
+    both.paste(image)
+    both.paste(Image.fromarray((np.asarray(depth) >> 8).astype(np.uint8)), (image.width, 0))
+    return both

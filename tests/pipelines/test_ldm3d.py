@@ -1,0 +1,137 @@
+"""LDM3D and LDM3D-SR against diffusers' pipelines, as recorded on tiny weights by the recipe."""
+
+import numpy as np
+import pytest
+import torch
+
+from goldfile import gold
+from ldm.imaging.pixels import to_uint8
+from ldm.imaging.rgbd import join_depth, split_colour, split_depth
+from ldm.loading.config import instantiate
+from ldm.loading.weight_names import rename_weights, restore_names
+from ldm.pipelines import sample, txt2img, upscale_rgbd
+from recipe import fill
+
+DDPM = "ldm.models.diffusion.ddpm."
+NAMESPACES = {
+    "model.diffusion_model.": "unet|",
+    "first_stage_model.": "vae|",
+    "cond_stage_model.": "embedder|",
+}
+
+
+def build(file, unet, vae, kind="LatentDiffusion", **extras):
+    meta = file.meta
+    part = {"embed_dim": 4, "ddconfig": meta["config"][vae]}
+    text = {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
+            "params": {"arch": meta["config"]["text"]}}  # fmt: skip
+    params = {
+        "linear_start": 0.00085, "linear_end": 0.012, "timesteps": 1000, "image_size": 8,
+        "scale_factor": meta["config"]["scaling_factor"], "cond_stage_config": text,
+        "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+                        "params": meta["config"][unet]},
+        "first_stage_config": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": part},
+    }  # fmt: skip
+    model = instantiate({"target": DDPM + kind, "params": params | extras})
+    state = restore_names(model.state_dict())
+    filled = {}
+    for prefix in NAMESPACES:
+        own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        filled |= {prefix + k: v for k, v in fill(own, meta["salt"]).items()}
+    model.load_state_dict(rename_weights(filled))
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def file():
+    return gold("seed_ldm3d")
+
+
+@pytest.fixture(scope="module")
+def sr():
+    return gold("seed_ldm3d_sr")
+
+
+def levels(images):
+    return torch.stack([torch.from_numpy(np.array(depth)).int() for depth in split_depth(images)])
+
+
+@pytest.mark.parametrize("name", ["post_6c_rand", "post_6c_ramp", "post_4c_rand", "post_4c_ramp"])
+def test_colour_and_depth_come_out_of_one_image(file, name):
+    pixels, out = file.inputs(name)["pixels"], file.outputs(name)
+    assert np.array_equal(to_uint8(split_colour(pixels)), out["rgb"])
+    assert torch.equal(levels(pixels), out["depth"])
+
+
+@pytest.mark.parametrize("channels", [4, 6])
+def test_depth_survives_the_way_there_and_back(channels):
+    depth = (torch.arange(65536, dtype=torch.float64) / 65535).reshape(1, 1, 256, 256)
+    images = join_depth(torch.zeros(1, 3, 256, 256).double(), depth, channels)
+    assert images.shape == (1, channels, 256, 256)
+    there = (depth[0] * 65535).round().int()
+    assert (levels(images) - there).abs().max() <= (1 if channels == 4 else 0)  # it is truncated
+
+
+@pytest.mark.parametrize("name", ["e2e_6c_ddim", "e2e_4c_ddim"])
+def test_txt2img(file, name):
+    """Observed: 1.1e-5 where the original differs from itself by 1.2e-5."""
+    info, model = file.case(name)["info"], build(file, "unet", f"vae_{name[4:6]}")
+    images = txt2img(
+        model,
+        info["prompt"],
+        negative_prompt=info["negative_prompt"] or "",
+        scale=info["guidance_scale"],
+        steps=info["steps"],
+        size=(info["height"], info["width"]),
+        x_T=file.inputs(name)["latents"],
+    )
+    torch.testing.assert_close(
+        images, file.outputs(name)["decoded"].clamp(-1, 1), atol=1e-4, rtol=0
+    )
+
+
+@pytest.mark.parametrize("name", ["e2e_4c_pndm", "e2e_4c_rescale", "e2e_6c_scale1"])
+def test_latents(file, name):
+    """PNDM, rescaled guidance, none. Observed: 1.3e-4 where the original differs by 1.2e-4."""
+    info, model = file.case(name)["info"], build(file, "unet", f"vae_{name[4:6]}")
+    t = sorted(set(info["timesteps"]), reverse=True)  # PNDM repeats one
+    z = sample(
+        model,
+        model.condition({"txt": info["prompt"]}),
+        model.condition({"txt": [""]}),
+        sampler="plms" if name == "e2e_4c_pndm" else "ddim",
+        sigmas=torch.cat([model.schedule.sigmas[t], model.schedule.sigmas[:1]]),
+        scale=info["guidance_scale"],
+        rescale=info["guidance_rescale"],
+        x_T=file.inputs(name)["latents"],
+    )
+    theirs = file.outputs(name)["latents"][-1]
+    torch.testing.assert_close(z, theirs, atol=1.3e-3, rtol=0)
+
+
+def upscaled(sr, name):
+    info, given = sr.case(name)["info"], sr.inputs(name)
+    unet = "unet_with_level" if info["class_embedding"] else "unet"
+    encoder = {"target": "ldm.encoders.lowres.RGBDLatent"}
+    model = build(sr, unet, "vae", "LatentUpscaleDiffusion", low_scale_config=encoder)
+    draws = iter(sr.rng(name))
+    return upscale_rgbd(
+        model,
+        [info["prompt"]],
+        given["pre_rgb"],
+        (given["pre_depth"] + 1) / 2,
+        noise_level=info["noise_level"],
+        negative_prompt=info["negative_prompt"] or "",
+        scale=info["guidance_scale"],
+        steps=info["steps"],
+        sampler="ddim",
+        x_T=given["latents"],
+        seeds=lambda like: next(draws),
+    )
+
+
+@pytest.mark.parametrize("name", ["sr_plain", "sr_level"])
+def test_upscale_rgbd(sr, name):
+    """Without and with an embedding of the noise level. Observed: 2.0e-5, the original's 2.1e-5."""
+    theirs = sr.outputs(name)["decoded"].clamp(-1, 1)
+    torch.testing.assert_close(upscaled(sr, name), theirs, atol=2e-4, rtol=0)
