@@ -28,7 +28,7 @@ LAYERS = {
 # Third-party packages, those that open connections, and the only modules that may import them.
 FENCES = {
     "gradio": ["scripts.app", "ldm.app"],
-    "open_clip": ["ldm.encoders"],
+    "open_clip": ["ldm.encoders", "ldm.compat.encoders"],
     "timm": ["ldm.encoders.depth"],
     "xformers": ["ldm.nets.attention"],
     "omegaconf": ["ldm.loading.config"],

@@ -2,6 +2,13 @@
 
 MODULES = {
     "ldm.util": "util",
+    "ldm.lr_scheduler": "lr_scheduler",
+    "ldm.data.base": "data_base",
+    "ldm.data.util": "data_util",
+    "ldm.modules.diffusionmodules.upscaling": "upscaling",
+    "ldm.modules.encoders.modules": "encoders",
+    "ldm.modules.midas": "midas",
+    "ldm.modules.midas.api": "midas",
     "ldm.modules.ema": "ema",
     "ldm.modules.distributions.distributions": "distributions",
 }

@@ -1,0 +1,400 @@
+"""The old `ldm.modules.encoders.modules`: encoders of conditions.
+
+Nothing is downloaded: weights come from the checkpoint of the model, or from a local file.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm.compat.clip import CLIPTextModel, CLIPTokenizer, TextOutput
+from ldm.compat.upscaling import ImageConcatWithNoiseAugmentation, Timestep
+from ldm.encoders import tokenizer
+from ldm.encoders.image import CLIPImage, OpenCLIPImage, preprocess
+from ldm.loading.files.clip_statistics import read_clip_statistics
+from ldm.runtime.files import find_file
+
+__all__ = [
+    "AbstractEncoder",
+    "CLIPEmbeddingNoiseAugmentation",
+    "CLIPTextModel",
+    "CLIPTokenizer",
+    "ClassEmbedder",
+    "ClipImageEmbedder",
+    "FrozenCLIPEmbedder",
+    "FrozenOpenCLIPEmbedder",
+    "FrozenOpenCLIPImageEmbedder",
+    "IdentityEncoder",
+    "disabled_train",
+]
+
+# The vision tower that open_clip builds beside the text tower, which is thrown away: a small one.
+UNUSED_VISION = {"layers": 1, "width": 64, "patch_size": 32, "image_size": 32}
+
+
+def disabled_train(self: nn.Module, mode: bool = True) -> nn.Module:
+    """Leave a module in its mode; takes the place of `train`."""
+    return self
+
+
+class AbstractEncoder(nn.Module):
+    """Base class of the encoders."""
+
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+class IdentityEncoder(AbstractEncoder):
+    """Gives the condition as it is."""
+
+    def encode(self, x: Any) -> Any:
+        return x
+
+    forward = encode
+
+
+class ClassEmbedder(nn.Module):
+    """Class labels of a batch, (B,) -> one token (B, 1, D).
+
+    Args:
+        key: Batch key of the labels.
+        ucg_rate: Probability of replacing a label by the last class, which stands for none.
+    """
+
+    def __init__(
+        self, embed_dim: int, n_classes: int = 1000, key: str = "class", ucg_rate: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.key = key
+        self.n_classes = n_classes
+        self.ucg_rate = ucg_rate
+        self.embedding = nn.Embedding(n_classes, embed_dim)
+
+    def forward(
+        self, batch: Mapping[str, Tensor], key: str | None = None, disable_dropout: bool = False
+    ) -> Tensor:
+        labels = batch[key or self.key][:, None]
+        if self.ucg_rate > 0 and not disable_dropout:
+            dropped = torch.bernoulli(torch.ones_like(labels) * self.ucg_rate).bool()
+            labels = labels.masked_fill(dropped, self.n_classes - 1)
+        out: Tensor = self.embedding(labels)
+        return out
+
+    def get_unconditional_conditioning(
+        self, bs: int, device: str | torch.device | None = None
+    ) -> dict[str, Tensor]:
+        """Return a batch of labels of the last class."""
+        device = device or self.embedding.weight.device
+        return {self.key: torch.full((bs,), self.n_classes - 1, device=device)}
+
+
+class FollowsWeights(AbstractEncoder):
+    """An encoder whose `device` is that of its weights; what is assigned to it has no effect."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids and images are sent."""
+        return next(p.device for p in self.parameters())
+
+    @device.setter
+    def device(self, device: object) -> None: ...
+
+    def freeze(self) -> None:
+        """Switch to evaluation, without gradients of the weights."""
+        self.eval()
+        self.requires_grad_(False)
+
+
+class FrozenCLIPEmbedder(FollowsWeights):
+    """Prompts -> context (B, 77, D) by the text model of OpenAI's CLIP: SD 1.
+
+    Args:
+        version: Name of a model, for its sizes, or a folder with `config.json` and weights.
+        layer: "last", "pooled" (one token), or "hidden": state `layer_idx` without the final norm.
+    """
+
+    LAYERS: ClassVar = ["last", "pooled", "hidden"]
+
+    def __init__(
+        self,
+        version: str | Mapping[str, Any] = "openai/clip-vit-large-patch14",
+        device: object = None,
+        max_length: int = 77,
+        freeze: bool = True,
+        layer: str = "last",
+        layer_idx: int | None = None,
+    ) -> None:
+        super().__init__()
+        assert layer in self.LAYERS, f"layer must be one of {', '.join(self.LAYERS)}, got {layer}"
+        self.tokenizer = CLIPTokenizer.from_pretrained(version)
+        self.transformer = CLIPTextModel.from_pretrained(version)
+        self.max_length = max_length
+        self.layer = layer
+        self.layer_idx = layer_idx
+        if layer == "hidden":
+            assert layer_idx is not None, 'layer "hidden" needs a layer_idx'
+            blocks = len(self.transformer.text_model.encoder.layers)
+            assert abs(layer_idx) <= blocks, f"layer_idx must be up to {blocks}, got {layer_idx}"
+        if freeze:
+            self.freeze()
+
+    def forward(self, text: str | Sequence[str], **kwargs: Any) -> Tensor:
+        """Encode prompts.
+
+        Args:
+            kwargs: For `transformer`, such as `embedding_manager`.
+        """
+        encoding = self.tokenizer(
+            text,
+            truncation=True,
+            max_length=self.max_length,
+            return_length=True,
+            return_overflowing_tokens=False,
+            padding="max_length",
+            return_tensors="pt",
+        )
+        outputs: TextOutput = self.transformer(
+            input_ids=encoding["input_ids"].to(self.device),
+            output_hidden_states=self.layer == "hidden",
+            **kwargs,
+        )
+        if self.layer == "last":
+            return outputs.last_hidden_state
+        if self.layer == "pooled":
+            return cast(Tensor, outputs.pooler_output)[:, None]
+        states = cast("tuple[Tensor, ...]", outputs.hidden_states)
+        return states[cast(int, self.layer_idx)]
+
+    def encode(self, text: str | Sequence[str], **kwargs: Any) -> Any:
+        return self(text, **kwargs)
+
+
+class FrozenOpenCLIPEmbedder(FollowsWeights):
+    """Prompts -> context (B, 77, D) by the text model of open_clip: SD 2.
+
+    The blocks take the batch second, as those of open_clip did when the originals were written.
+
+    Args:
+        arch: Name of a model in open_clip, or its config.
+        version: A file of weights; what else it may be is ignored.
+        layer: "last", or "penultimate": all blocks but one.
+    """
+
+    LAYERS: ClassVar = ["last", "penultimate"]
+
+    def __init__(
+        self,
+        arch: str | Mapping[str, Any] = "ViT-H-14",
+        version: str = "laion2b_s32b_b79k",
+        device: object = None,
+        max_length: int = 77,
+        freeze: bool = True,
+        layer: str = "last",
+    ) -> None:
+        super().__init__()
+        assert layer in self.LAYERS, f"layer must be one of {', '.join(self.LAYERS)}, got {layer}"
+        self.model = _build_open_clip(arch, version)
+        self.max_length = max_length
+        self.layer = layer
+        self.layer_idx = self.LAYERS.index(layer)
+        if freeze:
+            self.freeze()
+
+    def forward(self, text: str | Sequence[str], **kwargs: Any) -> Tensor:
+        """Encode prompts.
+
+        Args:
+            kwargs: For `encode_with_transformer`, such as `embedding_manager`.
+        """
+        texts = [text] if isinstance(text, str) else text
+        tokens = tokenizer.tokenize(texts, tokenizer.OPEN_CLIP, self.max_length)
+        return self.encode_with_transformer(tokens.to(self.device), **kwargs)
+
+    def encode_with_transformer(self, text: Tensor, embedding_manager: Any = None) -> Tensor:
+        """Encode token ids (B, N) as context (B, N, D).
+
+        Args:
+            embedding_manager: See `CLIPTextEmbeddings.forward`.
+        """
+        x: Tensor = self.model.token_embedding(text)  # (B, N, D)
+        if embedding_manager is not None:
+            x = embedding_manager(text, x)
+        n = x.shape[1]
+        x = (x + self.model.positional_embedding[:n]).permute(1, 0, 2)  # (N, B, D)
+        x = self.text_transformer_forward(x, attn_mask=self.model.attn_mask[:n, :n])
+        out: Tensor = self.model.ln_final(x.permute(1, 0, 2))  # (B, N, D)
+        return out
+
+    def text_transformer_forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """Run the blocks that `layer` selects on (N, B, D)."""
+        transformer = self.model.transformer
+        for block in transformer.resblocks[: len(transformer.resblocks) - self.layer_idx]:
+            if transformer.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, attn_mask=attn_mask, use_reentrant=False)
+            else:
+                x = block(x, attn_mask=attn_mask)
+        return x
+
+    def encode(self, text: str | Sequence[str], **kwargs: Any) -> Any:
+        return self(text, **kwargs)
+
+
+class FrozenOpenCLIPImageEmbedder(OpenCLIPImage):
+    """Images (B, 3, H, W) in [-1, 1] -> embeddings (B, D) by open_clip's vision tower.
+
+    Args:
+        antialias: Whether to blur before downscaling, as kornia 0.6.0 does.
+        ucg_rate: Probability of zeros instead of an embedding.
+    """
+
+    device = FollowsWeights.device
+
+    def __init__(
+        self,
+        arch: str | Mapping[str, Any] = "ViT-H-14",
+        version: str = "laion2b_s32b_b79k",
+        device: object = None,
+        max_length: int = 77,
+        freeze: bool = True,
+        layer: str = "pooled",
+        antialias: bool = True,
+        ucg_rate: float = 0.0,
+    ) -> None:
+        if layer != "pooled":
+            raise NotImplementedError(f'layer must be "pooled", got "{layer}"')
+        super().__init__(arch=arch, version=version, freeze=freeze, antialias=antialias)
+        self.max_length = max_length
+        self.layer = layer
+        self.ucg_rate = ucg_rate
+
+    def freeze(self) -> None:
+        """Switch to evaluation, without gradients of the weights."""
+        self.eval().requires_grad_(False)
+
+    def preprocess(self, x: Tensor) -> Tensor:
+        """Resize images to the tower's size, and normalize them."""
+        size = self.model.visual.image_size
+        return preprocess(x, size, antialias=self.antialias, blur=self.blur)
+
+    def encode_with_vision_transformer(self, img: Tensor) -> Tensor:
+        """Encode images, without dropout."""
+        return self.embed(img).to(img.dtype)
+
+    def forward(self, image: Tensor, no_dropout: bool = False) -> Tensor:
+        embedding = self.encode_with_vision_transformer(image)
+        return _drop_rows(embedding, 0.0 if no_dropout else self.ucg_rate)
+
+    def encode(self, text: Tensor) -> Any:
+        return self(text)
+
+
+class ClipImageEmbedder(CLIPImage):
+    """Images (B, 3, H, W) in [-1, 1] -> embeddings (B, D) by OpenAI's vision tower.
+
+    Args:
+        antialias, ucg_rate: See `FrozenOpenCLIPImageEmbedder`.
+    """
+
+    device = FollowsWeights.device
+
+    def __init__(
+        self,
+        model: str | Mapping[str, Any] = "ViT-L/14",
+        jit: bool = False,
+        device: object = None,
+        antialias: bool = True,
+        ucg_rate: float = 0.0,
+    ) -> None:
+        super().__init__(model=model, antialias=antialias, freeze=False)
+        self.ucg_rate = ucg_rate
+
+    def preprocess(self, x: Tensor) -> Tensor:
+        """Resize images to the tower's size, and normalize them."""
+        size = self.model.visual.image_size
+        return preprocess(x, size, antialias=self.antialias, blur=self.blur)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, no_dropout: bool = False
+    ) -> Tensor:
+        return _drop_rows(self.embed(x).to(x.dtype), 0.0 if no_dropout else self.ucg_rate)
+
+
+class CLIPEmbeddingNoiseAugmentation(ImageConcatWithNoiseAugmentation):
+    """Image embeddings (B, D) -> noised embeddings, and embeddings of the noise levels (B, D).
+
+    Args:
+        clip_stats_path: File with mean and standard deviation of the embeddings; None for 0 and 1.
+        timestep_dim: D.
+    """
+
+    data_mean: Tensor
+    data_std: Tensor
+
+    def __init__(
+        self,
+        noise_schedule_config: Mapping[str, Any],
+        max_noise_level: int = 1000,
+        to_cuda: bool = False,
+        *,
+        clip_stats_path: str | None = None,
+        timestep_dim: int = 256,
+    ) -> None:
+        super().__init__(noise_schedule_config, max_noise_level, to_cuda)
+        with torch.device("cpu"):  # values that no checkpoint holds
+            mean, std = torch.zeros(timestep_dim), torch.ones(timestep_dim)
+            if clip_stats_path is not None:
+                mean, std = read_clip_statistics(find_file(clip_stats_path))
+        self.register_buffer("data_mean", mean[None], persistent=False)
+        self.register_buffer("data_std", std[None], persistent=False)
+        self.time_embed = Timestep(timestep_dim)
+
+    def scale(self, x: Tensor) -> Tensor:
+        """Normalize embeddings to mean 0 and standard deviation 1."""
+        return (x - self.data_mean.to(x.device)) / self.data_std.to(x.device)
+
+    def unscale(self, x: Tensor) -> Tensor:
+        """Invert `scale`."""
+        return x * self.data_std.to(x.device) + self.data_mean.to(x.device)
+
+    def forward(
+        self, x: Tensor, noise_level: Tensor | None = None, seed: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        z, noise_level = super().forward(self.scale(x), noise_level, seed)
+        return self.unscale(z), self.time_embed(noise_level)
+
+
+def _drop_rows(x: Tensor, probability: float) -> Tensor:
+    """Set rows of (B, D) to zero, one random number for each row."""
+    if probability <= 0:
+        return x
+    return x * torch.bernoulli((1 - probability) * torch.ones(len(x), device=x.device))[:, None]
+
+
+def _build_open_clip(arch: str | Mapping[str, Any], version: str) -> Any:
+    """Build open_clip's text model, with blocks that take the batch second."""
+    import open_clip
+
+    vision = UNUSED_VISION
+    if isinstance(arch, str):
+        # By its name in the package, as programs put a function of their own there.
+        model, *_ = open_clip.create_model_and_transforms(
+            arch,
+            device=torch.device("cpu"),
+            pretrained=version if Path(version).is_file() else None,
+            vision_cfg=vision,
+        )
+    else:
+        model = open_clip.CLIP(**{**arch, "vision_cfg": vision})
+    if "visual" in model._modules:
+        del model.visual
+    model.transformer.batch_first = False
+    for block in model.transformer.resblocks:
+        block.attn.batch_first = False
+    # Not in checkpoints: real also where the weights are on the meta device.
+    length = model.positional_embedding.shape[0]
+    model.attn_mask = torch.full((length, length), -torch.inf, device="cpu").triu(1)
+    return model

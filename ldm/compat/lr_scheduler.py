@@ -1,0 +1,71 @@
+"""The old `ldm.lr_scheduler`: multiples of the learning rate, for torch's LambdaLR."""
+
+from collections.abc import Sequence
+
+from ldm.train.optim.schedules import lr_multiplier
+
+__all__ = [
+    "LambdaLinearScheduler",
+    "LambdaWarmUpCosineScheduler",
+    "LambdaWarmUpCosineScheduler2",
+]
+
+
+class LearningRateFactor:
+    """A multiple of the learning rate for each step; see `ldm.train.optim.schedules`."""
+
+    def __init__(self, **params: object) -> None:
+        self.multiplier = lr_multiplier({"target": type(self).__name__, "params": params})
+
+    def schedule(self, n: int, **ignored: object) -> float:
+        """Return the factor of step n."""
+        return self.multiplier(n)
+
+    def __call__(self, n: int, **ignored: object) -> float:
+        return self.schedule(n, **ignored)
+
+
+class LambdaWarmUpCosineScheduler(LearningRateFactor):
+    """Linear warm-up, then half a cosine."""
+
+    def __init__(
+        self,
+        warm_up_steps: int,
+        lr_min: float,
+        lr_max: float,
+        lr_start: float,
+        max_decay_steps: int,
+        verbosity_interval: int = 0,
+    ) -> None:
+        super().__init__(
+            warm_up_steps=warm_up_steps,
+            lr_min=lr_min,
+            lr_max=lr_max,
+            lr_start=lr_start,
+            max_decay_steps=max_decay_steps,
+        )
+
+
+class LambdaWarmUpCosineScheduler2(LearningRateFactor):
+    """Cycles of a warm-up and half a cosine; one entry of each list per cycle."""
+
+    def __init__(
+        self,
+        warm_up_steps: Sequence[int],
+        f_min: Sequence[float],
+        f_max: Sequence[float],
+        f_start: Sequence[float],
+        cycle_lengths: Sequence[int],
+        verbosity_interval: int = 0,
+    ) -> None:
+        super().__init__(
+            warm_up_steps=warm_up_steps,
+            f_min=f_min,
+            f_max=f_max,
+            f_start=f_start,
+            cycle_lengths=cycle_lengths,
+        )
+
+
+class LambdaLinearScheduler(LambdaWarmUpCosineScheduler2):
+    """Cycles of a warm-up and a linear decay."""

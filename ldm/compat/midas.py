@@ -1,0 +1,77 @@
+"""The old `ldm.modules.midas` and its module `api`, in one: depth estimation by MiDaS."""
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.encoders.depth import MiDaSDepth, midas_input
+from ldm.loading.files.checkpoint import read_checkpoint
+
+__all__ = ["ISL_PATHS", "MiDaSInference", "load_midas_transform", "load_model"]
+
+# Where `load_model` looks for weights; programs assign paths of their own.
+ISL_PATHS = {
+    "dpt_large": "midas_models/dpt_large-midas-2f21e586.pt",
+    "dpt_hybrid": "midas_models/dpt_hybrid-midas-501f0c75.pt",
+    "midas_v21": "",
+    "midas_v21_small": "",
+}
+Transform = Callable[[Mapping[str, Any]], dict[str, Any]]
+
+api = sys.modules[__name__]  # as `ldm.modules.midas.api`
+
+
+def load_midas_transform(model_type: str) -> Transform:
+    """Build the transform of the network's input: {"image": (H, W, 3) in [0, 1]} -> (3, H', W')."""
+
+    def transform(sample: Mapping[str, Any]) -> dict[str, Any]:
+        image = torch.as_tensor(np.asarray(sample["image"], dtype=np.float32))
+        x = midas_input(2 * image.permute(2, 0, 1)[None] - 1)[0]
+        return {**sample, "image": x.contiguous().numpy()}
+
+    return transform
+
+
+def load_model(model_type: str) -> tuple[nn.Module, Transform]:
+    """Build a depth network and its transform.
+
+    Weights come from `ISL_PATHS[model_type]` if there is such a file; else they are random, and
+    those of a depth model's checkpoint take their place. The network is dpt_hybrid.
+    """
+    network = MiDaSDepth(model_type=model_type).model
+    assert network is not None
+    path = Path(ISL_PATHS[model_type])
+    if path.is_file():
+        network.load_state_dict(read_checkpoint(path).state)
+    return network.eval(), load_midas_transform(model_type)
+
+
+class MiDaSInference(nn.Module):
+    """Images (B, 3, H, W) as `load_midas_transform` gives them -> inverse depth (B, 1, H, W)."""
+
+    MODEL_TYPES_ISL: ClassVar = list(ISL_PATHS)
+
+    def __init__(self, model_type: str) -> None:
+        super().__init__()
+        assert model_type in self.MODEL_TYPES_ISL, f"unknown depth model `{model_type}`"
+        self.model, _ = api.load_model(model_type)
+        self.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "MiDaSInference":
+        """Leave the network in its mode."""
+        return self
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        depth: Tensor = self.model(x)
+        if depth.dim() == 3:
+            depth = depth[:, None]
+        if depth.shape[-2:] != x.shape[-2:]:
+            depth = F.interpolate(depth, size=x.shape[-2:], mode="bicubic", align_corners=False)
+        return depth

@@ -1,0 +1,123 @@
+"""The old `ldm.modules.diffusionmodules.upscaling`: noise augmentation of conditions."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.encoders.lowres import register_schedule
+from ldm.nets.blocks import timestep_embedding
+
+__all__ = ["AbstractLowScaleModel", "ImageConcatWithNoiseAugmentation", "SimpleImageConcat"]
+
+
+class Timestep(nn.Module):
+    """Sinusoids of timesteps (B,): (B, dim) float32."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, t: Tensor) -> Tensor:
+        return timestep_embedding(t, self.dim)
+
+
+class AbstractLowScaleModel(nn.Module):
+    """A condition in pixels, to which noise of a level can be added.
+
+    Args:
+        noise_schedule_config: Keywords of `register_schedule`; None for no schedule.
+    """
+
+    sqrt_alphas_cumprod: Tensor
+    sqrt_one_minus_alphas_cumprod: Tensor
+
+    def __init__(self, noise_schedule_config: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        if noise_schedule_config is not None:
+            self.register_schedule(**noise_schedule_config)
+
+    def register_schedule(
+        self,
+        beta_schedule: str = "linear",
+        timesteps: int = 1000,
+        linear_start: float = 1e-4,
+        linear_end: float = 2e-2,
+        cosine_s: float = 8e-3,
+    ) -> None:
+        """Register the tables of a noise schedule as buffers."""
+        self.num_timesteps = timesteps
+        register_schedule(
+            self,
+            {
+                "beta_schedule": beta_schedule,
+                "timesteps": timesteps,
+                "linear_start": linear_start,
+                "linear_end": linear_end,
+                "cosine_s": cosine_s,
+            },
+        )
+
+    def q_sample(
+        self, x_start: Tensor, t: Tensor, noise: Tensor | None = None, seed: int | None = None
+    ) -> Tensor:
+        """Add noise of levels t (B,) to x_start (B, …).
+
+        Args:
+            noise: None to draw it, from torch's global generator.
+            seed: Seeds that generator first.
+        """
+        if noise is None:
+            if seed is not None:
+                torch.manual_seed(seed)
+            noise = torch.randn_like(x_start)
+        scale, sigma = (
+            table[t].view(-1, *[1] * (x_start.dim() - 1)).to(x_start.device)
+            for table in (self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
+        )
+        return scale * x_start + sigma * noise
+
+    def forward(self, x: Tensor) -> Any:
+        return x, None
+
+    def decode(self, x: Tensor) -> Tensor:
+        return x
+
+
+class SimpleImageConcat(AbstractLowScaleModel):
+    """No noise; the level is 0."""
+
+    max_noise_level = 0
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, torch.zeros(len(x), dtype=torch.int64, device=x.device)
+
+
+class ImageConcatWithNoiseAugmentation(AbstractLowScaleModel):
+    """Noise of a given or random level.
+
+    Args:
+        max_noise_level: Random levels are 0 … max_noise_level - 1.
+        to_cuda: Has no effect: levels are where the images are.
+    """
+
+    def __init__(
+        self,
+        noise_schedule_config: Mapping[str, Any],
+        max_noise_level: int = 1000,
+        to_cuda: bool = False,
+    ) -> None:
+        super().__init__(noise_schedule_config)
+        self.max_noise_level = max_noise_level
+
+    def forward(
+        self, x: Tensor, noise_level: Tensor | None = None, seed: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return noised images and their levels (B,); without `noise_level` they are random."""
+        if noise_level is None:
+            noise_level = self.random_levels(x)
+        return self.q_sample(x, noise_level, seed=seed), noise_level
+
+    def random_levels(self, x: Tensor) -> Tensor:
+        return torch.randint(0, self.max_noise_level, (len(x),), device=x.device)

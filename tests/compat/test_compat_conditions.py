@@ -1,0 +1,106 @@
+"""Old classes of conditions beside text: noise augmentation, depth; schedules, data sets."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from goldfile import gold
+from ldm.compat import data_util, midas
+from ldm.compat.encoders import CLIPEmbeddingNoiseAugmentation
+from ldm.compat.lr_scheduler import LambdaLinearScheduler, LambdaWarmUpCosineScheduler
+from ldm.compat.upscaling import ImageConcatWithNoiseAugmentation, SimpleImageConcat
+
+X4 = {"linear_start": 1e-4, "linear_end": 0.02}
+COSINE = {"beta_schedule": "squaredcos_cap_v2"}
+
+
+def assert_close(ours, theirs, tolerance=1e-6):
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= tolerance * max(1, theirs.abs().max())
+
+
+def test_low_resolution_images_equal_the_recorded_ones():
+    golden = gold("low_scale_model")
+    inputs, expected = golden.inputs("image"), golden.outputs("image")
+    seeds = golden.case("image")["info"]["seeds"]
+    model = ImageConcatWithNoiseAugmentation(noise_schedule_config=X4, max_noise_level=350)
+    assert len(model.state_dict()) == 8
+    torch.manual_seed(seeds[0])
+    z, level = model(inputs["x"], inputs["noise_level"])
+    assert_close(z, expected["z"])
+    assert torch.equal(level, expected["level"])
+    torch.manual_seed(seeds[1])
+    z, level = model(inputs["x"])
+    assert_close(z, expected["z_none"])
+    assert torch.equal(level, expected["level_none"])
+    expected = golden.outputs("simple")
+    x, level = SimpleImageConcat()(expected["x"])
+    assert torch.equal(x, expected["x"])
+    assert torch.equal(level, expected["level"])
+
+
+@pytest.mark.parametrize("case", ["clip_stats", "clip_nostats"])
+def test_noised_embeddings_equal_the_recorded_ones(case, tmp_path):
+    golden = gold("low_scale_model")
+    inputs, expected = golden.inputs(case), golden.outputs(case)
+    path = None
+    if case == "clip_stats":
+        path = str(tmp_path / "statistics.th")
+        torch.save((inputs["data_mean"], inputs["data_std"]), path)
+    model = CLIPEmbeddingNoiseAugmentation(COSINE, clip_stats_path=path, timestep_dim=24)
+    assert model.time_embed.dim == 24
+    assert_close(model.scale(inputs["emb"]), expected["scaled"])
+    for name, level, seed in zip(
+        ("", "_none"),
+        (inputs["noise_level"], None),
+        golden.case(case)["info"]["seeds"],
+        strict=True,
+    ):
+        torch.manual_seed(seed)
+        z, embedding = model(inputs["emb"], noise_level=level)
+        assert_close(z, expected[f"z{name}"])
+        assert_close(embedding, expected[f"level_emb{name}"])
+
+
+def test_the_depth_input_of_a_sample_equals_the_recorded_one():
+    golden, case = gold("e2e_depth2img"), "midas_transform_320x192"
+    image, recorded = golden.inputs(case)["image"], golden.outputs(case)
+    sample = data_util.AddMiDaS("dpt_hybrid")({"jpg": image / 127.5 - 1})
+    assert isinstance(sample["midas_in"], np.ndarray)
+    assert list(sample["midas_in"].shape) == recorded["shape"].tolist()
+    assert_close(torch.from_numpy(sample["midas_in"])[:, ::8, ::8], recorded["sub"], 1e-5)
+
+
+def test_the_loader_of_depth_networks_is_replaced(monkeypatch):
+    monkeypatch.setitem(midas.ISL_PATHS, "dpt_hybrid", "elsewhere.pt")
+    monkeypatch.setattr(
+        midas.api, "load_model", lambda name: (nn.Identity(), midas.ISL_PATHS[name])
+    )
+    depth = midas.MiDaSInference("dpt_hybrid")
+    assert depth(torch.ones(1, 1, 4, 4)).shape == (1, 1, 4, 4)
+    assert depth.train() is depth
+
+
+def test_learning_rates_follow_lists_of_cycles():
+    factor = LambdaLinearScheduler([10], [1.0], [1.0], [1e-6], [100000])
+    assert factor(0) == 1e-6
+    assert factor.schedule(10) == factor(5000) == 1.0
+    cosine = LambdaWarmUpCosineScheduler(10, 0.1, 1.0, 0.0, 110)
+    assert cosine(5) == 0.5
+    assert cosine(60) == pytest.approx(0.55)
+
+
+def test_old_names_are_these_modules():
+    import ldm.data.base
+    import ldm.data.util
+    import ldm.modules.encoders.modules as encoders
+    import ldm.modules.midas as package
+    from ldm.compat import encoders as same
+    from ldm.lr_scheduler import LambdaLinearScheduler as linear
+
+    assert encoders is same
+    assert package.api is midas
+    assert ldm.data.util is data_util
+    assert linear is LambdaLinearScheduler
+    assert len(ldm.data.base.Txt2ImgIterableBaseDataset(3, size=8)) == 3

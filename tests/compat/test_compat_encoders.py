@@ -1,0 +1,308 @@
+"""`ldm.modules.encoders.modules` of the original, as programs use it."""
+
+import types
+
+import open_clip
+import pytest
+import torch
+from torch import nn
+
+from goldfile import gold
+from ldm.compat import encoders
+from ldm.compat.encoders import (
+    ClassEmbedder,
+    ClipImageEmbedder,
+    CLIPTextModel,
+    FrozenCLIPEmbedder,
+    FrozenOpenCLIPEmbedder,
+    FrozenOpenCLIPImageEmbedder,
+)
+
+CLIP_SIZES = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+}  # fmt: skip
+ARCH = {
+    "embed_dim": 24, "text_cfg": {"vocab_size": 49408, "width": 32, "heads": 4, "layers": 3},
+}  # fmt: skip
+PROMPTS = ["a cat", "an astronaut riding a horse, photograph"]
+HIDDEN = {f"hidden_{name}": {"layer": "hidden", "layer_idx": k} for name, k in
+          [("m2", -2), ("m1", -1), ("0", 0), ("1", 1)]}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return FrozenCLIPEmbedder(CLIP_SIZES, layer="hidden", layer_idx=-2)
+
+
+@pytest.fixture(scope="module")
+def clip2():
+    return FrozenOpenCLIPEmbedder(ARCH, layer="penultimate")
+
+
+def assert_close(ours, theirs, tolerance):
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= tolerance * max(1, theirs.abs().max())
+
+
+class Replaced(nn.Module):
+    """Takes the place of a token embedding, as web UIs do; it has no weight of its own."""
+
+    def __init__(self, wrapped):
+        super().__init__()
+        self.wrapped = wrapped
+
+    def forward(self, ids):
+        return 2 * self.wrapped(ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "build", "output", "options"),
+    [
+        *(
+            ("text_openclip_recipe", FrozenOpenCLIPEmbedder, layer, {"layer": layer})
+            for layer in ("penultimate", "last")
+        ),
+        ("text_hfclip", FrozenCLIPEmbedder, "last", {}),
+        ("text_hfclip", FrozenCLIPEmbedder, "pooled", {"layer": "pooled"}),
+        *(
+            ("text_hfclip", FrozenCLIPEmbedder, output, options)
+            for output, options in HIDDEN.items()
+        ),
+    ],
+)
+def test_context_equals_the_recorded_one(name, build, output, options):
+    golden = gold(name)
+    config = golden.meta["config"]
+    encoder = build(config.get("tiny_arch") or config["tiny_hf_config"], **options)
+    encoder.load_state_dict(golden.weights(encoder.state_dict()))
+    indices = golden.cases[0]["info"]["outputs_are_for_prompt_indices"]
+    context = encoder.encode([golden.meta["prompts"][k] for k in indices])
+    assert_close(context, golden.outputs("prompts")[output], 2e-6)  # observed: 6e-7
+
+
+def test_image_embeddings_equal_the_recorded_ones():
+    golden = gold("image_embedder")
+    encoder = FrozenOpenCLIPImageEmbedder(golden.meta["tiny_arch"], "none", "cpu")
+    encoder.blur = "narrow"  # recorded with a later kornia
+    encoder.load_state_dict(golden.weights(encoder.state_dict()))
+    image, expected = golden.inputs("img0_96x96")["image"], golden.outputs("img0_96x96")
+    assert_close(encoder.preprocess(image)[:, :, ::4, ::4], expected["pre"], 1e-6)
+    assert_close(encoder(image), expected["emb"], 2e-6)  # observed: 3e-7
+    golden = gold("image_embedder_openai")
+    vision = {"layers": 2, "width": 64, "patch_size": 56}
+    text = {"vocab_size": 200, "width": 32, "heads": 1, "layers": 2}
+    encoder = ClipImageEmbedder({"embed_dim": 24, "vision_cfg": vision, "text_cfg": text})
+    encoder.load_state_dict(golden.weights(encoder.state_dict()))
+    assert_close(encoder(golden.inputs("a")["image"]), golden.outputs("a")["emb"], 2e-6)
+
+
+def test_class_embedding_equals_the_recorded_one():
+    golden = gold("misc_cond")
+    state, inputs = golden.under("state_dict/class_embedder/"), golden.inputs("class_embedder")
+    expected, info = golden.outputs("class_embedder"), golden.case("class_embedder")["info"]
+    encoder = ClassEmbedder(*reversed(state["embedding.weight"].shape), ucg_rate=info["ucg_rate"])
+    encoder.load_state_dict(state)
+    assert torch.equal(encoder(inputs, disable_dropout=True), expected["plain"])
+    torch.manual_seed(info["seed"])
+    assert torch.equal(encoder(inputs), expected["dropped"])
+    unconditional = encoder.get_unconditional_conditioning(len(expected["uc_class"]))
+    assert torch.equal(unconditional["class"], expected["uc_class"])
+
+
+def test_replaced_token_embeddings_are_used(clip, clip2):
+    """By both encoders, through every way that leads to them; they may have no `weight`."""
+    embeddings = clip.transformer.text_model.embeddings
+    ids, before = clip.tokenizer(PROMPTS, padding=True, return_tensors="pt")["input_ids"], {}
+    for encoder, owner in ((clip, embeddings), (clip2, clip2.model)):
+        before[encoder], old = encoder.encode(PROMPTS), owner.token_embedding
+        positions = embeddings(ids) - embeddings.token_embedding(ids)
+        owner.token_embedding = Replaced(old)
+        assert not torch.allclose(encoder.encode(PROMPTS), before[encoder])
+        if encoder is clip:
+            assert_close(embeddings(ids), positions + 2 * old(ids), 1e-6)
+        owner.token_embedding = old
+        assert torch.equal(encoder.encode(PROMPTS), before[encoder])
+
+
+def test_an_embedding_manager_sees_ids_and_their_vectors(clip, clip2):
+    """Textual inversion: initial vectors from tokenizer and embedding, then a keyword of encode."""
+    batch = clip.tokenizer(
+        "horse", truncation=True, max_length=77, return_length=True,
+        return_overflowing_tokens=False, padding="max_length", return_tensors="pt",
+    )  # fmt: skip
+    tokens = batch["input_ids"]
+    assert tokens.shape == (1, 77)
+    assert int(torch.count_nonzero(tokens - 49407)) == 2
+    (token,) = clip.tokenizer("horse", add_special_tokens=False)["input_ids"]
+    assert token == tokens[0, 1]
+    for encoder, owner in ((clip, clip.transformer.text_model.embeddings), (clip2, clip2.model)):
+        vector = nn.Parameter(owner.token_embedding.weight[token].detach().clone())
+
+        def insert(ids, vectors, vector=vector):
+            return torch.where((ids == token)[..., None], vector, vectors)
+
+        context = encoder.encode(["a horse"], embedding_manager=insert)
+        assert torch.equal(context, encoder.encode(["a horse"]))
+        context.square().mean().backward()
+        assert vector.grad.abs().max() > 0
+        assert all(parameter.grad is None for parameter in encoder.parameters())
+
+
+def test_forward_and_class_attributes_are_replaced_on_built_encoders(clip, monkeypatch):
+    """Three chunks of 75 tokens and an earlier layer, as programs around ControlNet do."""
+
+    def forward(self, text):
+        ids = self.tokenizer(text, truncation=False, add_special_tokens=False)["input_ids"]
+        start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        chunks = [[(row + 225 * [end])[i : i + 75] for i in (0, 75, 150)] for row in ids]
+        rows = [[start, *chunk, end] for row in chunks for chunk in row]
+        tokens = torch.tensor(rows, dtype=torch.int32).to(self.device)
+        outputs = self.transformer(input_ids=tokens, output_hidden_states=-self.clip_skip)
+        z = outputs.hidden_states[-self.clip_skip]
+        z = self.transformer.text_model.final_layer_norm(z)
+        return z.reshape(len(text), 3 * 77, -1)
+
+    monkeypatch.setattr(encoders.FrozenCLIPEmbedder, "forward", forward)
+    monkeypatch.setattr(encoders.FrozenCLIPEmbedder, "clip_skip", 2, raising=False)
+    context = clip.encode(["a cat", 80 * "dog "])
+    assert context.shape == (2, 231, 32)
+    assert not torch.equal(context[0, 77:154], context[1, 77:154])  # the 76th dog is seen
+    monkeypatch.undo()
+    norm = clip.transformer.text_model.final_layer_norm
+    assert_close(context[:1, :77], norm(clip.encode(["a cat"])), 1e-6)
+
+
+def test_layers_are_torchs_own(clip, clip2):
+    kinds = {type(layer) for layer in clip.transformer.text_model.encoder.layers.modules()}
+    assert {nn.Linear, nn.LayerNorm} <= kinds
+    linear = [m for m in (*clip.modules(), *clip2.modules()) if isinstance(m, nn.Linear)]
+    assert {type(m) for m in linear} <= {
+        nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear  # of MultiheadAttention
+    }  # fmt: skip
+    assert all(
+        type(block.attn) is nn.MultiheadAttention for block in clip2.model.transformer.resblocks
+    )
+    assert type(clip.transformer.text_model.embeddings.token_embedding) is nn.Embedding
+    assert type(clip2.model.token_embedding) is nn.Embedding
+    assert not hasattr(clip, "model")
+
+
+def test_patched_linear_layers_are_seen(clip, monkeypatch):
+    calls, old = [], nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: calls.append(self) or old(self, x))
+    clip.encode(PROMPTS)
+    assert len(calls) == 3 * 6
+
+
+@pytest.mark.parametrize(
+    ("build", "config"), [(FrozenCLIPEmbedder, CLIP_SIZES), (FrozenOpenCLIPEmbedder, ARCH)]
+)
+def test_an_encoder_built_on_the_meta_device_is_filled_and_halved(build, config):
+    full = build(config)
+    state = full.state_dict()
+    expected = full.encode(PROMPTS)
+    with torch.device("meta"):
+        empty = build(config)
+    older = {"transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}
+    empty.load_state_dict(state | (older if build is FrozenCLIPEmbedder else {}), assign=True)
+    empty.device = "cuda"  # follows the weights all the same
+    assert empty.device == torch.device("cpu")
+    assert torch.equal(empty.encode(PROMPTS), expected)
+    half = empty.half().encode(PROMPTS)
+    assert half.dtype == torch.float16
+    assert_close(half.float(), expected, 0.02)
+
+
+def test_the_text_model_equals_that_of_transformers(clip):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPTextConfig(**clip.transformer.config.__dict__, eos_token_id=49407)
+    theirs = transformers.CLIPTextModel(config).eval()
+    state = clip.transformer.state_dict()
+    if not any(name.startswith("text_model.") for name in theirs.state_dict()):
+        state = {name.removeprefix("text_model."): value for name, value in state.items()}
+    theirs.load_state_dict(state)
+    batch = clip.tokenizer(PROMPTS, padding=True, return_tensors="pt")
+    positions = torch.arange(batch.input_ids.shape[1])[None]
+    options = {"output_hidden_states": True, "attention_mask": batch.attention_mask}
+    expected = theirs(batch.input_ids, position_ids=positions, **options)
+    for more in ({}, {"position_ids": positions}):
+        ours = clip.transformer(input_ids=batch.input_ids.int(), **options, **more)
+        assert_close(ours.last_hidden_state, expected.last_hidden_state, 2e-6)
+        assert_close(ours.pooler_output, expected.pooler_output, 2e-6)
+        assert len(ours.hidden_states) == len(expected.hidden_states) == 4
+        for a, b in zip(ours.hidden_states, expected.hidden_states, strict=True):
+            assert_close(a, b, 2e-6)
+
+
+def test_the_tokenizer_takes_new_tokens():
+    encoder = FrozenCLIPEmbedder(CLIP_SIZES)
+    tokenizer, model = encoder.tokenizer, encoder.transformer
+    assert len(tokenizer) == len(tokenizer.get_vocab()) == 49408
+    assert tokenizer.get_vocab()[",</w>"] == 267
+    assert tokenizer.add_tokens(["<new1>", "cat</w>"]) == 1
+    assert tokenizer.convert_tokens_to_ids(["<new1>", "cat</w>"]) == [49408, 2368]
+    assert tokenizer("a <new1> cat", add_special_tokens=False).input_ids == [320, 49408, 2368]
+    old = model.get_input_embeddings().weight
+    new = model.resize_token_embeddings(len(tokenizer)).weight
+    assert new.shape == (49409, 32)
+    assert torch.equal(new[:-1], old)
+    assert encoder.encode(["<new1>"]).shape == (1, 77, 32)
+
+
+def test_loaders_are_looked_up_when_an_encoder_is_built(monkeypatch):
+    """Web UIs replace them: theirs build without weights."""
+    build, names = open_clip.create_model_and_transforms, []
+
+    def create(name, **kwargs):
+        names.append(name)
+        return build("RN50", **kwargs | {"text_cfg": ARCH["text_cfg"], "pretrained": None})
+
+    old = CLIPTextModel.from_pretrained
+
+    def from_pretrained(name, *args, **kwargs):
+        names.append(name)
+        return old(None, *args, config=CLIP_SIZES, state_dict={}, **kwargs)
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
+    monkeypatch.setattr(encoders.CLIPTextModel, "from_pretrained", from_pretrained)
+    assert FrozenOpenCLIPEmbedder("ViT-H-14", "laion2b_s32b_b79k").encode(["a"]).shape == (
+        1,
+        77,
+        32,
+    )
+    assert FrozenCLIPEmbedder("openai/clip-vit-large-patch14").encode(["a"]).shape == (1, 77, 32)
+    assert names == ["ViT-H-14", "openai/clip-vit-large-patch14"]
+
+
+def test_blocks_of_open_clip_take_the_batch_second(clip2):
+    """As programs that walk them themselves expect; 77 prompts would hide a mistake."""
+    prompts = [f"number {k}" for k in range(77)]
+    tokens = open_clip.tokenize(prompts)
+    model, seen = clip2.model, []
+    x = (model.token_embedding(tokens) + model.positional_embedding).permute(1, 0, 2)
+    for block in model.transformer.resblocks[:-1]:
+        x = block(x, attn_mask=model.attn_mask)
+    expected = model.ln_final(x.permute(1, 0, 2))
+    assert_close(clip2.encode_with_transformer(tokens), expected, 1e-6)
+    assert_close(clip2.encode(prompts[:1]), expected[:1], 2e-6)
+
+    def text_transformer_forward(self, x, attn_mask=None):
+        seen.append(x.shape)
+        return x
+
+    clip2.text_transformer_forward = types.MethodType(text_transformer_forward, clip2)
+    clip2.encode(["a", "b"])
+    del clip2.text_transformer_forward
+    assert seen == [(77, 2, 32)]
+
+
+def test_weights_come_from_a_folder(tmp_path, clip):
+    from safetensors.torch import save_file
+
+    (tmp_path / "config.json").write_text(
+        '{"text_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, '
+        '"num_attention_heads": 4, "dropout": 0.0}}'
+    )
+    save_file(clip.transformer.state_dict(), tmp_path / "model.safetensors")
+    loaded = FrozenCLIPEmbedder(str(tmp_path), layer="hidden", layer_idx=-2)
+    assert torch.equal(loaded.encode(PROMPTS), clip.encode(PROMPTS))
