@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.compat.clip import CLIPTextModel, CLIPTokenizer, TextOutput
+from ldm.compat.names import MISSING_ENCODERS
 from ldm.compat.upscaling import ImageConcatWithNoiseAugmentation, Timestep
 from ldm.encoders import tokenizer
 from ldm.encoders.image import CLIPImage, OpenCLIPImage, preprocess
@@ -29,11 +31,18 @@ __all__ = [
     "FrozenOpenCLIPEmbedder",
     "FrozenOpenCLIPImageEmbedder",
     "IdentityEncoder",
+    "SpatialRescaler",
     "disabled_train",
 ]
 
 # The vision tower that open_clip builds beside the text tower, which is thrown away: a small one.
 UNUSED_VISION = {"layers": 1, "width": 64, "patch_size": 32, "image_size": 32}
+
+
+def __getattr__(name: str) -> Any:
+    if name in MISSING_ENCODERS:  # not an AttributeError: `from … import` would hide its text
+        raise ImportError(f"`{name}` is missing here: {MISSING_ENCODERS[name]}", name=name)
+    raise AttributeError(f"module `{__name__}` has no attribute `{name}`")
 
 
 def disabled_train(self: nn.Module, mode: bool = True) -> nn.Module:
@@ -90,6 +99,45 @@ class ClassEmbedder(nn.Module):
         """Return a batch of labels of the last class."""
         device = device or self.embedding.weight.device
         return {self.key: torch.full((bs,), self.n_classes - 1, device=device)}
+
+
+class SpatialRescaler(nn.Module):
+    """A map (B, C, h, w), such as a segmentation, resized in steps.
+
+    Args:
+        n_stages: Number of steps.
+        method: `mode` of torch.nn.functional.interpolate.
+        multiplier: Factor of each step.
+        out_channels: Channels of a 1x1 convolution at the end; None for no convolution.
+    """
+
+    METHODS: ClassVar = ["nearest", "linear", "bilinear", "trilinear", "bicubic", "area"]
+
+    def __init__(
+        self,
+        n_stages: int = 1,
+        method: str = "bilinear",
+        multiplier: float = 0.5,
+        in_channels: int = 3,
+        out_channels: int | None = None,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        assert method in self.METHODS, f"method must be one of {', '.join(self.METHODS)}"
+        self.n_stages = n_stages
+        self.method = method
+        self.multiplier = multiplier
+        self.remap_output = out_channels is not None
+        if out_channels is not None:
+            self.channel_mapper = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.n_stages):
+            x = F.interpolate(x, scale_factor=self.multiplier, mode=self.method)
+        return self.channel_mapper(x) if self.remap_output else x
+
+    def encode(self, x: Tensor) -> Any:
+        return self(x)
 
 
 class FollowsWeights(AbstractEncoder):

@@ -3,19 +3,21 @@
 A vendored folder is one called `ldm` on `sys.path` that is not this package. Python prefers a
 package with `__init__.py` to folders without, so this one would hide all of their files: those that
 it has no module for are found here. Where both have one, ours is taken; with the environment
-variable LDM_VENDORED=1 theirs, if it is a module of `names.MODULES`.
+variable LDM_VENDORED=1 theirs, if the original has a package of that name.
 """
 
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-from ldm.compat.names import MODULES, PACKAGES
+from ldm.compat.names import DISTRIBUTION, MISSING_MODULES, MODULES, PACKAGES, VENDORED_PACKAGES
 
+ON_DISK = ("ldm.models.diffusion.ddpm",)  # for web UIs, which look for the file
 OURS = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
 
@@ -32,12 +34,20 @@ class OldNames:
         vendored = _vendored_folders(parent, tuple(sys.path))
         if isinstance(path, list):  # of the parent package: the other finders search it, too
             path += [folder for folder in vendored if folder not in path]
-        if fullname not in MODULES and fullname not in PACKAGES:
-            return None
-        if vendored and os.environ.get("LDM_VENDORED") == "1":
-            theirs = PathFinder.find_spec(fullname, vendored)
-            if theirs is not None and theirs.loader is not None:  # a file, not a mere folder
+        theirs = PathFinder.find_spec(fullname, vendored) if vendored else None
+        if theirs is not None and theirs.loader is not None:  # a file, not a mere folder
+            is_preferred = os.environ.get("LDM_VENDORED") == "1" and (
+                fullname in MODULES or fullname.startswith(VENDORED_PACKAGES)
+            )
+            if is_preferred or (fullname in PACKAGES and fullname not in MODULES):
+                if theirs.submodule_search_locations is not None:
+                    theirs.submodule_search_locations.append(_own_folder(fullname))
                 return theirs
+        if fullname not in MODULES and fullname not in PACKAGES:
+            if fullname in MISSING_MODULES and PathFinder.find_spec(fullname, path) is None:
+                message = f"no module named `{fullname}`: {MISSING_MODULES[fullname]}"
+                raise ModuleNotFoundError(message, name=fullname)
+            return None
         spec = ModuleSpec(fullname, self, is_package=fullname in PACKAGES)  # type: ignore[arg-type]
         if spec.submodule_search_locations is not None:
             folders = [os.path.join(folder, name) for folder in path or ()]
@@ -48,6 +58,7 @@ class OldNames:
         """Import the file behind an old name; None makes an empty package."""
         if spec.name not in MODULES:
             return None
+        _warn_of_foreign_files()
         module = import_module(f"ldm.compat.{MODULES[spec.name]}")
         spec.loader_state = module.__spec__
         return module
@@ -65,10 +76,37 @@ def install() -> None:
         sys.meta_path.insert(0, OldNames())
 
 
+@functools.cache
+def _warn_of_foreign_files() -> None:
+    """Warn of another distribution's files among ours: pip lets one overwrite the other's."""
+    files = [_own_folder(name) + ".py" for name in ("ldm", *MODULES) if name not in ON_DISK]
+    foreign = [file for file in files if os.path.isfile(file)]
+    if not foreign:
+        return
+    from importlib.metadata import distributions
+
+    owners = {
+        str(other.metadata["Name"])
+        for other in distributions()
+        if any(file.parts[0] in ("ldm", "ldm.py") for file in other.files or ())
+    }
+    names = ", ".join(f"`{name}`" for name in sorted(owners - {DISTRIBUTION})) or "another package"
+    warnings.warn(
+        f"`{foreign[0]}` belongs to {names}, not to `{DISTRIBUTION}`, which takes its place: "
+        f"uninstall both, then install `{DISTRIBUTION}` alone",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _own_folder(package: str) -> str:
+    return os.path.join(OURS, *package.split(".")[1:])
+
+
 @functools.lru_cache(maxsize=64)
 def _vendored_folders(package: str, search_path: tuple[str, ...]) -> list[str]:
     """List the folders of a package in the vendored copies on a search path."""
     roots = [folder for folder in search_path if os.path.isdir(os.path.join(folder, "ldm"))]
     folders = [os.path.join(os.path.abspath(root), *package.split(".")) for root in roots]
-    ours = os.path.join(OURS, *package.split(".")[1:])
+    ours = _own_folder(package)
     return [f for f in folders if os.path.isdir(f) and os.path.realpath(f) != ours]

@@ -16,4 +16,40 @@ MODULES = {
 # Parents of those names, which are packages even where a file stands behind them.
 PACKAGES = {
     name[:end] for name in MODULES for end, sign in enumerate(name) if sign == "." and end > 3
+} - {"ldm.data"}  # a package of ours
+DISTRIBUTION = "ldm-revived"
+# Where LDM_VENDORED=1 prefers the files of a vendored folder.
+VENDORED_PACKAGES = ("ldm.data.", "ldm.models.", "ldm.modules.")
+
+DEGRADATION = "the degradations of BSRGAN live in https://github.com/cszn/BSRGAN"
+KARLO = "the prior of unCLIP is `ldm.nets.karlo`, and is run by `ldm.unclip`"
+DATA = "read images with torchvision.datasets, or train with `ldm train` (docs/training.md)"
+MIDAS = "MiDaS is `ldm.modules.midas.api`, and its network `ldm.encoders.dpt.DPT`"
+TAMING = "VQ autoencoders live in https://github.com/CompVis/taming-transformers"
+# Modules of the originals that are not here, and where their content lives today.
+MISSING_MODULES = {
+    "ldm.data.imagenet": DATA,
+    "ldm.data.lsun": DATA,
+    "ldm.models.diffusion.classifier": "it lives in https://github.com/CompVis/latent-diffusion",
+    "ldm.modules.image_degradation": DEGRADATION,
+    "ldm.modules.image_degradation.bsrgan": DEGRADATION,
+    "ldm.modules.image_degradation.bsrgan_light": DEGRADATION,
+    "ldm.modules.image_degradation.utils_image": DEGRADATION,
+    "ldm.modules.karlo": KARLO,
+    "ldm.modules.losses.vqperceptual": TAMING,
+    "ldm.modules.midas.midas": MIDAS,
+    "ldm.modules.midas.utils": MIDAS,
+    "ldm.modules.x_transformer": "it lives in the package `x-transformers`, with other numbers",
+}
+BERT = "it lives in https://github.com/CompVis/latent-diffusion"
+T5 = "load it with transformers.T5EncoderModel"
+# Names that `ldm.modules.encoders.modules` does not have, likewise.
+MISSING_ENCODERS = {
+    "BERTEmbedder": BERT,
+    "BERTTokenizer": "transformers.BertTokenizerFast gives the same ids",
+    "TransformerEmbedder": BERT,
+    "FrozenT5Embedder": T5,
+    "FrozenCLIPT5Encoder": T5,
+    "FrozenCLIPTextEmbedder": "its tower is `ldm.encoders.text.OpenCLIPText`",
+    "FrozenClipImageEmbedder": "its tower is `ldm.encoders.image.CLIPImage`",
 }

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from goldfile import gold
 from ldm.compat import data_util, midas
-from ldm.compat.encoders import CLIPEmbeddingNoiseAugmentation
+from ldm.compat.encoders import CLIPEmbeddingNoiseAugmentation, SpatialRescaler
 from ldm.compat.lr_scheduler import LambdaLinearScheduler, LambdaWarmUpCosineScheduler
 from ldm.compat.upscaling import ImageConcatWithNoiseAugmentation, SimpleImageConcat
 
@@ -61,6 +62,18 @@ def test_noised_embeddings_equal_the_recorded_ones(case, tmp_path):
         z, embedding = model(inputs["emb"], noise_level=level)
         assert_close(z, expected[f"z{name}"])
         assert_close(embedding, expected[f"level_emb{name}"])
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+def test_a_rescaled_map_has_its_channels_mixed(mode):
+    encoder, x = SpatialRescaler(2, mode, 0.5, 6, 3), torch.randn(1, 6, 16, 9)
+    resized = F.interpolate(
+        F.interpolate(x, scale_factor=0.5, mode=mode), scale_factor=0.5, mode=mode
+    )
+    weight = encoder.channel_mapper.weight[:, :, 0, 0]
+    assert list(encoder.state_dict()) == ["channel_mapper.weight"]
+    assert_close(encoder.encode(x), torch.einsum("oc,bchw->bohw", weight, resized))
+    assert SpatialRescaler()(x).shape == (1, 6, 8, 4)
 
 
 def test_the_depth_input_of_a_sample_equals_the_recorded_one():

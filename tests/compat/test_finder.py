@@ -1,6 +1,7 @@
 """Old module names, and vendored `ldm` folders beside this package."""
 
 import importlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,11 +22,11 @@ for name, file in MODULES.items():
 """
 
 
-def run(code, **environment):
+def run(code, cwd=None, **environment):
     """Run a new Python that finds the repository first, and return what it prints."""
     env = {"PYTHONPATH": str(ROOT), "PATH": "", **environment}
     command = [sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout.split()
 
@@ -86,3 +87,62 @@ def test_a_vendored_folder_adds_its_own_modules(vendored, order, variable):
     owners = run(code, PYTHONPATH=":".join(path), LDM_VENDORED=variable)
     preferred = "theirs" if variable else "ours"
     assert owners == [preferred, preferred, "ours", "ours", "theirs", "theirs", "theirs"]
+
+
+def test_a_vendored_package_runs_its_own_init(vendored):
+    """Where ours is none: parents of old names are empty packages."""
+    init = Path(vendored, "ldm/modules/distributions/__init__.py")
+    init.write_text("from ldm.modules.distributions import extra", "utf-8")
+    (init.parent / "extra.py").write_text("value = 3", "utf-8")
+    names = ["ldm.modules.distributions.distributions", "ldm.modules.distributions.extra"]
+    code = f"import sys; sys.argv[1:] = {names};" + PRINT_OWNERS.format(folder=vendored)
+    code += "print(sys.modules['ldm.modules.distributions'].extra.value)"
+    assert run(code, PYTHONPATH=f"{ROOT}:{vendored}") == ["ours", "theirs", "3"]
+
+
+def test_a_fork_keeps_its_files_of_data_and_all_else_is_ours(vendored):
+    for name in ("ldm/data/__init__.py", "ldm/data/folder.py", "ldm/model.py"):
+        Path(vendored, name).touch()
+    names = ["ldm.data.folder", "ldm.data.hub", "ldm.model"]
+    code = f"import sys; sys.argv[1:] = {names};" + PRINT_OWNERS.format(folder=vendored)
+    path = f"{vendored}:{ROOT}"
+    assert run(code, PYTHONPATH=path, LDM_VENDORED="1") == ["theirs", "ours", "ours"]
+
+
+def test_a_module_or_name_that_is_missing_says_where_it_lives(vendored):
+    for name in ("ldm.modules.image_degradation.bsrgan", "ldm.modules.x_transformer"):
+        with pytest.raises(ModuleNotFoundError, match="lives? in"):
+            importlib.import_module(name)
+    with pytest.raises(ImportError, match="transformers.T5EncoderModel"):
+        from ldm.modules.encoders.modules import FrozenT5Embedder  # noqa: F401
+    Path(vendored, "ldm/modules/x_transformer.py").touch()
+    run("import ldm.modules.x_transformer", PYTHONPATH=f"{ROOT}:{vendored}")
+
+
+def test_a_dotted_name_of_a_class_is_not_a_module():
+    """Web UIs look for what to replace by importing ever shorter prefixes."""
+    for name in ("ldm.util.default", "ldm.modules.midas.api.MiDaSInference"):
+        with pytest.raises(ImportError):
+            importlib.import_module(name)
+
+
+def test_files_of_another_distribution_are_named(tmp_path):
+    """Several distributions install a package `ldm`; pip mixes their files with ours."""
+    ignore = shutil.ignore_patterns("__pycache__", "app", "generate", "train", "*.csv")
+    shutil.copytree(ROOT / "ldm", tmp_path / "ldm", ignore=ignore)
+    (tmp_path / "ldm" / "util.py").touch()
+    other = tmp_path / "stable_diffusion_sdkit-2.1.5.dist-info"
+    other.mkdir()
+    metadata = "Metadata-Version: 2.1\nName: stable-diffusion-sdkit\n"
+    (other / "METADATA").write_text(metadata, "utf-8")
+    (other / "RECORD").write_text("ldm/util.py,,\n", "utf-8")
+    code = """
+import warnings
+warnings.simplefilter("error", RuntimeWarning)
+try:
+    import ldm.util
+except RuntimeWarning as warning:
+    print(warning)
+"""
+    message = " ".join(run(code, cwd=tmp_path, PYTHONPATH=str(tmp_path)))
+    assert "`stable-diffusion-sdkit`, not to `ldm-revived`" in message
