@@ -9,6 +9,10 @@ MODULES = {
     "ldm.modules.encoders.modules": "encoders",
     "ldm.modules.midas": "midas",
     "ldm.modules.midas.api": "midas",
+    "ldm.modules.attention": "attention",
+    "ldm.modules.diffusionmodules.model": "model",
+    "ldm.modules.diffusionmodules.openaimodel": "openaimodel",
+    "ldm.modules.diffusionmodules.util": "diffusion_util",
     "ldm.modules.ema": "ema",
     "ldm.modules.distributions.distributions": "distributions",
 }

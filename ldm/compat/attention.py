@@ -1,0 +1,219 @@
+"""`ldm.modules.attention` of the original: the transformer of the UNet.
+
+Classes derive from those of `ldm.nets.transformer`, hold torch's own layers, and call each other by
+attributes and names of this module, so that replaced methods and layers are used.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from ldm.compat.diffusion_util import checkpoint as checkpoint, zero_module as zero_module
+from ldm.compat.relabel import OLD_CLASSES, Relabelled, relabel
+from ldm.compat.util import default as default, exists as exists
+from ldm.nets import transformer
+from ldm.nets.attention import attention
+
+XFORMERS_IS_AVAILBLE = False  # sic; `ldm.nets.attention` chooses the kernel
+
+
+def Normalize(in_channels: int, num_groups: int = 32) -> nn.Module:
+    """Build the norm in front of a transformer."""
+    return nn.GroupNorm(num_groups, in_channels, eps=1e-6, affine=True)
+
+
+class GEGLU(Relabelled, transformer.GEGLU):
+    """value * gelu(gate), both halves of one projection, the value first."""
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__(dim_in=dim_in, dim_out=dim_out)
+        relabel(self)
+
+
+class FeedForward(Relabelled, transformer.FeedForward):
+    """MLP of one hidden layer, with GELU or (glu) GEGLU."""
+
+    def __init__(
+        self,
+        dim: int,
+        dim_out: int | None = None,
+        mult: int = 4,
+        glu: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(dim=dim, dim_out=dim_out, mult=mult, glu=glu, dropout=dropout)
+        relabel(self)
+
+
+class CrossAttention(Relabelled, transformer.CrossAttention):
+    """Attention of x to a context, or of x to itself."""
+
+    scale: float
+
+    def __init__(
+        self,
+        query_dim: int,
+        context_dim: int | None = None,
+        heads: int = 8,
+        dim_head: int = 64,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(
+            query_dim=query_dim,
+            context_dim=context_dim,
+            heads=heads,
+            dim_head=dim_head,
+            dropout=dropout,
+        )
+        relabel(self)
+
+    def add_attributes(self) -> None:
+        self.scale = (self.to_q.out_features // self.heads) ** -0.5
+
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Attend from x (B, N, query_dim) to the context (B, M, context_dim), or to x.
+
+        Args:
+            mask: Tokens of the context to keep, bool (B, M).
+        """
+        context = x if context is None else context
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        if mask is not None:
+            mask = mask.flatten(1)[:, None, None]
+        q, k, v = self._split(q), self._split(k), self._split(v)
+        h = attention(q, k, v, mask)  # (B, heads, N, d)
+        out: Tensor = self.to_out(h.transpose(1, 2).flatten(2))  # (B, N, query_dim)
+        return out
+
+
+MemoryEfficientCrossAttention = CrossAttention
+
+
+class BasicTransformerBlock(Relabelled, transformer.TransformerBlock):
+    """Self-attention, cross-attention and feed-forward, each after a LayerNorm, as residuals.
+
+    Attributes:
+        checkpoint: Whether activations are recomputed in the backward pass.
+    """
+
+    ATTENTION_MODES: ClassVar[dict[str, type[nn.Module]]] = {
+        "softmax": CrossAttention,
+        "softmax-xformers": MemoryEfficientCrossAttention,
+    }
+    checkpoint: bool
+
+    def __init__(
+        self,
+        dim: int,
+        n_heads: int,
+        d_head: int,
+        dropout: float = 0.0,
+        context_dim: int | None = None,
+        gated_ff: bool = True,
+        checkpoint: bool = True,
+        disable_self_attn: bool = False,
+    ) -> None:
+        super().__init__(
+            dim=dim,
+            n_heads=n_heads,
+            d_head=d_head,
+            dropout=dropout,
+            context_dim=context_dim,
+            gated_ff=gated_ff,
+            use_checkpoint=checkpoint,
+            disable_self_attn=disable_self_attn,
+        )
+        relabel(self)
+
+    def add_attributes(self) -> None:
+        self.checkpoint = self.use_checkpoint
+        del self.use_checkpoint
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, context: Tensor | None = None
+    ) -> Tensor:
+        """Transform x (B, N, dim), attending to the context (B, M, context_dim)."""
+        out: Tensor = checkpoint(self._forward, (x, context), self.parameters(), self.checkpoint)
+        return out
+
+    def _forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        x = self.attn1(self.norm1(x), context=context if self.disable_self_attn else None) + x
+        x = self.attn2(self.norm2(x), context=context) + x
+        return self.ff(self.norm3(x)) + x
+
+
+class SpatialTransformer(Relabelled, transformer.SpatialTransformer):
+    """Transformer blocks over the positions of a feature map, as a residual."""
+
+    in_channels: int
+
+    def __init__(
+        self,
+        in_channels: int,
+        n_heads: int,
+        d_head: int,
+        depth: int = 1,
+        dropout: float = 0.0,
+        context_dim: int | Sequence[int] | None = None,
+        disable_self_attn: bool = False,
+        use_linear: bool = False,
+        use_checkpoint: bool = True,
+    ) -> None:
+        if isinstance(context_dim, Sequence):  # also of OmegaConf
+            context_dim = list(context_dim) if len(context_dim) > 1 else context_dim[0]
+        super().__init__(
+            in_channels=in_channels,
+            n_heads=n_heads,
+            d_head=d_head,
+            depth=depth,
+            dropout=dropout,
+            context_dim=context_dim,
+            disable_self_attn=disable_self_attn,
+            use_linear=use_linear,
+            use_checkpoint=use_checkpoint,
+        )
+        relabel(self)
+
+    def add_attributes(self) -> None:
+        self.in_channels = self.norm.num_channels
+
+    def forward(self, x: Tensor, context: Tensor | Sequence[Tensor] | None = None) -> Tensor:
+        """Attend over the positions of x (B, C, h, w) and to the context.
+
+        Args:
+            context: (B, M, D) for all blocks, or a list of one per block.
+        """
+        contexts = (
+            context
+            if isinstance(context, (list, tuple))
+            else [context] * len(self.transformer_blocks)
+        )
+        size = x.shape[-2:]
+        h = self.norm(x)  # (B, C, h, w)
+        if not self.use_linear:
+            h = self.proj_in(h)
+        h = h.flatten(2).transpose(1, 2).contiguous()  # (B, h w, C)
+        if self.use_linear:
+            h = self.proj_in(h)
+        for block, block_context in zip(self.transformer_blocks, contexts, strict=True):
+            h = block(h, context=block_context)
+        if self.use_linear:
+            h = self.proj_out(h)
+        h = h.transpose(1, 2).reshape(len(x), -1, *size).contiguous()  # (B, C, h, w)
+        if not self.use_linear:
+            h = self.proj_out(h)
+        return h + x
+
+
+OLD_CLASSES.update(
+    {
+        transformer.GEGLU: GEGLU,
+        transformer.FeedForward: FeedForward,
+        transformer.CrossAttention: CrossAttention,
+        transformer.TransformerBlock: BasicTransformerBlock,
+        transformer.SpatialTransformer: SpatialTransformer,
+    }
+)

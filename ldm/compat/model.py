@@ -1,0 +1,300 @@
+"""`ldm.modules.diffusionmodules.model` of the original: encoder and decoder of the autoencoder.
+
+Classes derive from those of `ldm.nets.autoencoder` and hold torch's own layers; `nonlinearity` and
+the methods are looked up when they are called, so that replaced ones are used.
+"""
+
+import math as math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch as torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.compat.relabel import OLD_CLASSES, Relabelled, relabel
+from ldm.nets import autoencoder, blocks
+from ldm.nets.autoencoder import ATTENTION_TYPES, EPS, Layout
+from ldm.runtime.errors import unknown_name
+
+np = np
+
+
+def nonlinearity(x: Tensor) -> Tensor:
+    """Compute x sigmoid(x)."""
+    return F.silu(x)
+
+
+def Normalize(in_channels: int, num_groups: int = 32) -> nn.Module:
+    """Build the norm of the autoencoder."""
+    return nn.GroupNorm(num_groups, in_channels, eps=EPS, affine=True)
+
+
+class Upsample(Relabelled, blocks.Upsample):
+    """Twice the size by nearest neighbour, then a 3x3 convolution if `with_conv`."""
+
+    def __init__(self, in_channels: int, with_conv: bool) -> None:
+        super().__init__(in_channels, use_conv=with_conv)
+        relabel(self)
+
+    @property
+    def with_conv(self) -> bool:
+        """Whether there is a convolution."""
+        return self.conv is not None
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (B, C, 2h, 2w)
+        return x if self.conv is None else self.conv(x)
+
+
+class Downsample(Relabelled, autoencoder.Downsample):
+    """Half the size (rounded down): stride 2, one pixel of padding at the right and bottom only."""
+
+    def __init__(self, in_channels: int, with_conv: bool) -> None:
+        super().__init__(in_channels, use_conv=with_conv)
+        relabel(self)
+
+    @property
+    def with_conv(self) -> bool:
+        """Whether there is a convolution."""
+        return self.conv is not None
+
+
+class ResnetBlock(Relabelled, autoencoder.ResnetBlock):
+    """norm, SiLU, conv, twice; plus the input (through a convolution if the width changes).
+
+    Args:
+        conv_shortcut: Whether that is 3x3 wide, else 1x1.
+        temb_channels: Features of an embedding to add between both convolutions; 0: none.
+    """
+
+    use_conv_shortcut: bool
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        out_channels: int | None = None,
+        conv_shortcut: bool = False,
+        dropout: float,
+        temb_channels: int = 512,
+    ) -> None:
+        out_channels = out_channels or in_channels
+        super().__init__(in_channels=in_channels, out_channels=out_channels, dropout=dropout)
+        relabel(self)
+        self.use_conv_shortcut = conv_shortcut
+        if temb_channels > 0:
+            self.temb_proj = nn.Linear(temb_channels, out_channels)
+        if in_channels != out_channels and conv_shortcut:
+            del self.nin_shortcut
+            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+
+    def add_attributes(self) -> None:
+        self.in_channels = self.conv1.in_channels
+        self.out_channels = self.conv1.out_channels
+        self.use_conv_shortcut = False
+        if isinstance(self.nin_shortcut, nn.Identity):
+            del self.nin_shortcut
+
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Transform x (B, C, h, w), and add an embedding (B, temb_channels)."""
+        h = self.conv1(nonlinearity(self.norm1(x)))  # (B, C_out, h, w)
+        if temb is not None:
+            h = h + self.temb_proj(nonlinearity(temb))[:, :, None, None]
+        h = self.conv2(self.dropout(nonlinearity(self.norm2(h))))
+        if self.in_channels != self.out_channels:
+            x = self.conv_shortcut(x) if self.use_conv_shortcut else self.nin_shortcut(x)
+        return x + h
+
+
+class AttnBlock(Relabelled, autoencoder.AttnBlock):
+    """One head of self-attention over all positions, as a residual."""
+
+    def __init__(self, in_channels: int) -> None:
+        super().__init__(in_channels)
+        relabel(self)
+
+    def add_attributes(self) -> None:
+        self.in_channels = self.norm.num_channels
+
+
+MemoryEfficientAttnBlock = AttnBlock
+
+
+def make_attn(in_channels: int, attn_type: str = "vanilla", attn_kwargs: Any = None) -> nn.Module:
+    """Build the attention of a kind, or nn.Identity for "none"."""
+    if attn_type not in ATTENTION_TYPES:
+        raise unknown_name("attn_type", attn_type, ATTENTION_TYPES)
+    return nn.Identity() if attn_type == "none" else AttnBlock(in_channels)
+
+
+class Encoder(Relabelled, autoencoder.Encoder):
+    """image (B, in_channels, H, W) -> (B, 2 z_channels, h, w), down one level at a time.
+
+    Arguments are those of `Layout`.
+
+    Args:
+        double_z: Whether mean and log variance are predicted; else the output has z_channels.
+        ignore_kwargs: Settings of the decoder, for instance.
+    """
+
+    def __init__(
+        self,
+        *,
+        ch: int,
+        out_ch: int,
+        ch_mult: Sequence[int] = (1, 2, 4, 8),
+        num_res_blocks: int,
+        attn_resolutions: Sequence[int],
+        dropout: float = 0.0,
+        resamp_with_conv: bool = True,
+        in_channels: int,
+        resolution: int,
+        z_channels: int,
+        double_z: bool = True,
+        use_linear_attn: bool = False,
+        attn_type: str = "vanilla",
+        **ignore_kwargs: Any,
+    ) -> None:
+        layout = Layout(
+            ch=ch,
+            out_ch=out_ch,
+            ch_mult=ch_mult,
+            num_res_blocks=num_res_blocks,
+            attn_resolutions=attn_resolutions,
+            dropout=dropout,
+            resamp_with_conv=resamp_with_conv,
+            in_channels=in_channels,
+            resolution=resolution,
+            z_channels=z_channels,
+            use_linear_attn=use_linear_attn,
+            attn_type=attn_type,
+        )
+        super().__init__(layout)
+        if not double_z:
+            self.conv_out = blocks.Conv2d(layout.widths[-1], z_channels, 3, padding=1)
+        relabel(self)
+        self.resolution = resolution
+
+    def add_attributes(self) -> None:
+        self.ch = self.conv_in.out_channels
+        self.temb_ch = 0
+        self.in_channels = self.conv_in.in_channels
+        self.num_resolutions = len(self.down)
+        self.num_res_blocks = len(_levels(self.down)[0].block)
+        self.resolution = 256
+
+    def forward(self, x: Tensor) -> Tensor:
+        temb = None
+        h = self.conv_in(x)  # (B, ch, H, W)
+        for i, level in enumerate(_levels(self.down)):
+            for j, block in enumerate(level.block):
+                h = block(h, temb)
+                if len(level.attn) > 0:
+                    h = level.attn[j](h)
+            if i != self.num_resolutions - 1:
+                h = level.downsample(h)  # (B, C_i, H / 2^i, W / 2^i)
+        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h, temb)), temb)
+        return self.conv_out(nonlinearity(self.norm_out(h)))
+
+
+class Decoder(Relabelled, autoencoder.Decoder):
+    """(B, z_channels, h, w) -> image (B, out_ch, H, W), up one level at a time; up[0] is full size.
+
+    Arguments are those of `Layout`.
+
+    Args:
+        ignorekwargs: Settings of the encoder, for instance.
+
+    Attributes:
+        last_z_shape: Of the last input.
+    """
+
+    def __init__(
+        self,
+        *,
+        ch: int,
+        out_ch: int,
+        ch_mult: Sequence[int] = (1, 2, 4, 8),
+        num_res_blocks: int,
+        attn_resolutions: Sequence[int],
+        dropout: float = 0.0,
+        resamp_with_conv: bool = True,
+        in_channels: int,
+        resolution: int,
+        z_channels: int,
+        give_pre_end: bool = False,
+        tanh_out: bool = False,
+        use_linear_attn: bool = False,
+        attn_type: str = "vanilla",
+        **ignorekwargs: Any,
+    ) -> None:
+        layout = Layout(
+            ch=ch,
+            out_ch=out_ch,
+            ch_mult=ch_mult,
+            num_res_blocks=num_res_blocks,
+            attn_resolutions=attn_resolutions,
+            dropout=dropout,
+            resamp_with_conv=resamp_with_conv,
+            in_channels=in_channels,
+            resolution=resolution,
+            z_channels=z_channels,
+            give_pre_end=give_pre_end,
+            tanh_out=tanh_out,
+            use_linear_attn=use_linear_attn,
+            attn_type=attn_type,
+        )
+        super().__init__(layout)
+        relabel(self)
+        self.ch = ch
+        self.in_channels = in_channels
+        self.resolution = resolution
+
+    def add_attributes(self) -> None:
+        self.ch = self.conv_out.in_channels
+        self.temb_ch = 0
+        self.in_channels = 3
+        self.num_resolutions = len(self.up)
+        self.num_res_blocks = len(_levels(self.up)[0].block) - 1
+        self.resolution = 256
+        side = self.resolution // 2 ** (self.num_resolutions - 1)
+        self.z_shape = (1, self.conv_in.in_channels, side, side)
+        self.last_z_shape = torch.Size(self.z_shape)
+        for level in _levels(self.up):
+            if isinstance(level.upsample, blocks.Upsample):
+                level.upsample.__class__ = Upsample
+
+    def forward(self, z: Tensor) -> Tensor:
+        self.last_z_shape = z.shape
+        temb = None
+        h = self.conv_in(z)
+        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h, temb)), temb)
+        for i, level in reversed(list(enumerate(_levels(self.up)))):
+            for j, block in enumerate(level.block):
+                h = block(h, temb)
+                if len(level.attn) > 0:
+                    h = level.attn[j](h)
+            if i != 0:
+                h = level.upsample(h)
+        if self.give_pre_end:
+            return h
+        h = self.conv_out(nonlinearity(self.norm_out(h)))  # (B, out_ch, H, W)
+        return torch.tanh(h) if self.tanh_out else h
+
+
+def _levels(modules: nn.ModuleList) -> list[autoencoder.Level]:
+    return cast(list[autoencoder.Level], list(modules))
+
+
+OLD_CLASSES.update(
+    {
+        autoencoder.Encoder: Encoder,
+        autoencoder.Decoder: Decoder,
+        autoencoder.ResnetBlock: ResnetBlock,
+        autoencoder.AttnBlock: AttnBlock,
+        autoencoder.Downsample: Downsample,
+    }
+)

@@ -1,0 +1,396 @@
+"""`ldm.modules.diffusionmodules.openaimodel` of the original: the UNet.
+
+Classes derive from those of `ldm.nets`, hold torch's own layers, and call each other by attributes
+and names of this module, so that replaced methods, layers and functions are used. `th` is one of
+these names: programs put an object into its place whose `cat` joins maps of different sizes.
+"""
+
+import math as math
+from abc import abstractmethod as abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch as th
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.compat.attention import SpatialTransformer
+from ldm.compat.diffusion_util import (
+    avg_pool_nd as avg_pool_nd,
+    checkpoint,
+    conv_nd as conv_nd,
+    linear as linear,
+    normalization as normalization,
+    timestep_embedding,
+    zero_module as zero_module,
+)
+from ldm.compat.relabel import OLD_CLASSES, Relabelled, relabel
+from ldm.compat.util import exists as exists
+from ldm.nets import blocks, transformer, unet
+
+np = np
+
+
+def convert_module_to_f16(x: object) -> None:
+    """Do nothing, as in the original."""
+
+
+def convert_module_to_f32(x: object) -> None:
+    """Do nothing, as in the original."""
+
+
+class TimestepBlock(nn.Module):
+    """A layer that takes the timestep embedding as its second argument."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
+    """Layers in a row, each given the conditions that it takes besides x."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, emb: Tensor, context: unet.Context = None
+    ) -> Tensor:
+        for layer in self:
+            if isinstance(layer, TimestepBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context)
+            else:
+                x = layer(x)
+        return x
+
+
+class Upsample(Relabelled, blocks.Upsample):
+    """Twice the size by nearest neighbour, then a 3x3 convolution if `use_conv`."""
+
+    channels: int
+    out_channels: int
+    use_conv: bool
+
+    def __init__(
+        self,
+        channels: int,
+        use_conv: bool,
+        dims: int = 2,
+        out_channels: int | None = None,
+        padding: int = 1,
+    ) -> None:
+        _check_dims(dims)
+        super().__init__(channels, out_channels=out_channels, use_conv=use_conv)
+        if self.conv is not None:
+            self.conv.padding = (padding, padding)
+        self.channels = self.out_channels = channels
+        relabel(self)
+
+    def add_attributes(self) -> None:
+        self.dims = 2
+        self.use_conv = self.conv is not None
+        if self.conv is not None:
+            self.channels = self.conv.in_channels
+            self.out_channels = self.conv.out_channels
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (B, C, 2h, 2w)
+        return x if self.conv is None else self.conv(x)  # (B, C_out, 2h, 2w)
+
+
+class Downsample(Relabelled, blocks.Downsample):
+    """Half the size by a 3x3 convolution of stride 2, or by the mean of 2x2 pixels."""
+
+    channels: int
+    out_channels: int
+    use_conv: bool
+
+    def __init__(
+        self,
+        channels: int,
+        use_conv: bool,
+        dims: int = 2,
+        out_channels: int | None = None,
+        padding: int = 1,
+    ) -> None:
+        _check_dims(dims)
+        super().__init__(channels, out_channels=out_channels, use_conv=use_conv)
+        if isinstance(self.op, nn.Conv2d):
+            self.op.padding = (padding, padding)
+        self.channels = self.out_channels = channels
+        relabel(self)
+
+    def add_attributes(self) -> None:
+        self.dims = 2
+        self.use_conv = isinstance(self.op, nn.Conv2d)
+        if isinstance(self.op, nn.Conv2d):
+            self.channels = self.op.in_channels
+            self.out_channels = self.op.out_channels
+
+
+class ResBlock(Relabelled, blocks.ResBlock, TimestepBlock):
+    """norm, SiLU, conv; plus the time embedding; norm, SiLU, dropout, conv; plus the input."""
+
+    channels: int
+    out_channels: int
+    emb_channels: int
+    dropout: float
+
+    def __init__(
+        self,
+        channels: int,
+        emb_channels: int,
+        dropout: float,
+        out_channels: int | None = None,
+        use_conv: bool = False,
+        use_scale_shift_norm: bool = False,
+        dims: int = 2,
+        use_checkpoint: bool = False,
+        up: bool = False,
+        down: bool = False,
+    ) -> None:
+        _check_dims(dims)
+        super().__init__(
+            channels=channels,
+            emb_channels=emb_channels,
+            dropout=dropout,
+            out_channels=out_channels,
+            use_conv=use_conv,
+            use_scale_shift_norm=use_scale_shift_norm,
+            use_checkpoint=use_checkpoint,
+            up=up,
+            down=down,
+        )
+        relabel(self)
+
+    def add_attributes(self) -> None:
+        conv, linear, dropout = self.in_layers[-1], self.emb_layers[-1], self.out_layers[2]
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(linear, nn.Linear)
+        assert isinstance(dropout, nn.Dropout)
+        self.channels, self.out_channels = conv.in_channels, conv.out_channels
+        self.emb_channels, self.dropout = linear.in_features, dropout.p
+        skip, resampler = self.skip_connection, self.resample
+        self.use_conv = isinstance(skip, nn.Conv2d) and skip.kernel_size == (3, 3)
+        self.updown = isinstance(resampler, (Upsample, Downsample))
+        if isinstance(resampler, (Upsample, Downsample)):
+            resampler.channels = resampler.out_channels = self.channels
+        self.h_upd = resampler
+        self.x_upd = resampler
+        del self.resample
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
+        """Transform x (B, C, h, w), given the embedding of the timestep (B, emb_channels)."""
+        out: Tensor = checkpoint(self._forward, (x, emb), self.parameters(), self.use_checkpoint)
+        return out
+
+    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        if self.updown:
+            h = self.h_upd(self.in_layers[:-1](x))
+            x = self.x_upd(x)
+            h = self.in_layers[-1](h)
+        else:
+            h = self.in_layers(x)  # (B, C_out, h, w)
+        emb = self.emb_layers(emb).type(h.dtype)[:, :, None, None]  # (B, C_out or 2 C_out, 1, 1)
+        if self.use_scale_shift_norm:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
+        else:
+            h = self.out_layers(h + emb)
+        skip: Tensor = self.skip_connection(x)
+        out: Tensor = skip + h
+        return out
+
+
+class AttentionBlock(Relabelled, transformer.AttentionBlock):
+    """Self-attention over all positions, as a residual."""
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        use_checkpoint: bool = False,
+        use_new_attention_order: bool = False,
+    ) -> None:
+        super().__init__(
+            channels=channels,
+            num_heads=num_heads,
+            num_head_channels=num_head_channels,
+            use_checkpoint=use_checkpoint,
+            use_new_attention_order=use_new_attention_order,
+        )
+        relabel(self)
+
+    def add_attributes(self) -> None:
+        self.channels = self.norm.num_channels
+        self.num_heads = self.heads
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Attend over the positions of x (B, C, h, w)."""
+        out: Tensor = checkpoint(self._forward, (x,), self.parameters(), self.use_checkpoint)
+        return out
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return self.compute(x)
+
+
+class UNetModel(Relabelled, unet.UNet):
+    """The denoising network; see `ldm.nets.unet.UNet`.
+
+    Attributes:
+        dtype: In which x is computed; it does not follow the weights.
+        num_res_blocks: A list, of one number per level.
+    """
+
+    dtype: torch.dtype = torch.float32
+
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int | Sequence[int],
+        attention_resolutions: Sequence[int],
+        dropout: float = 0,
+        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: Literal[2] = 2,
+        num_classes: Any = None,
+        use_checkpoint: bool = False,
+        use_fp16: bool = False,
+        use_bf16: bool = False,
+        num_heads: int = -1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        use_spatial_transformer: bool = False,
+        transformer_depth: unet.Depth = 1,
+        context_dim: int | Sequence[int] | None = None,
+        n_embed: None = None,
+        legacy: bool = True,
+        disable_self_attentions: Sequence[bool] | None = None,
+        num_attention_blocks: Sequence[int] | None = None,
+        disable_middle_self_attn: bool = False,
+        use_linear_in_transformer: bool = False,
+        adm_in_channels: int | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels=in_channels,
+            model_channels=model_channels,
+            out_channels=out_channels,
+            num_res_blocks=_plain(num_res_blocks),
+            attention_resolutions=_plain(attention_resolutions),
+            dropout=dropout,
+            channel_mult=_plain(channel_mult),
+            conv_resample=conv_resample,
+            dims=dims,
+            num_classes=num_classes,
+            use_checkpoint=use_checkpoint,
+            num_heads=num_heads,
+            num_head_channels=num_head_channels,
+            num_heads_upsample=num_heads_upsample,
+            use_scale_shift_norm=use_scale_shift_norm,
+            resblock_updown=resblock_updown,
+            use_new_attention_order=use_new_attention_order,
+            use_spatial_transformer=use_spatial_transformer,
+            transformer_depth=_plain(transformer_depth),
+            context_dim=_plain(context_dim),
+            n_embed=n_embed,
+            legacy=legacy,
+            disable_self_attentions=_plain(disable_self_attentions),
+            num_attention_blocks=_plain(num_attention_blocks),
+            disable_middle_self_attn=disable_middle_self_attn,
+            use_linear_in_transformer=use_linear_in_transformer,
+            adm_in_channels=adm_in_channels,
+        )
+        relabel(self)
+        self.image_size = image_size
+        self.dtype = torch.float16 if use_fp16 else torch.float32
+        if use_bf16:
+            self.dtype = torch.bfloat16
+
+    def add_attributes(self) -> None:
+        self.image_size = 32
+        self.dtype = next(self.parameters()).dtype
+        self.predict_codebook_ids = False
+        if self.num_heads_upsample == -1:
+            self.num_heads_upsample = self.num_heads
+        self.num_res_blocks = list(self._res_blocks)
+        per_level = zip(self.num_res_blocks, self._widths, strict=True)
+        self._feature_size = self.model_channels + sum(2 * (n + 1) * w for n, w in per_level)
+        width = self.model_channels
+        for stage in [*self.input_blocks, *self.output_blocks]:
+            for layer in stage:
+                if isinstance(layer, ResBlock):
+                    width = layer.out_channels
+                elif isinstance(layer, (Upsample, Downsample)):
+                    layer.channels = layer.out_channels = width
+
+    def convert_to_fp16(self) -> None:
+        """Do nothing, as in the original."""
+
+    def convert_to_fp32(self) -> None:
+        """Do nothing, as in the original."""
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        timesteps: Tensor | None = None,
+        context: unet.Context = None,
+        y: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Predict eps, v or x0 of noisy latents x (B, in_channels, h, w); see `UNet.forward`."""
+        if (y is None) != (self.num_classes is None):
+            raise ValueError("`y` is needed if, and only if, the network has `num_classes`")
+        assert timesteps is not None
+        emb = timestep_embedding(timesteps, self.model_channels, repeat_only=False)
+        emb = emb.to(next(self.time_embed.parameters()).dtype)
+        emb = self.time_embed(emb)  # (B, 4 model_channels)
+        if y is not None:
+            emb = emb + self._embed_label(y)
+        h, skips = x.type(self.dtype), []
+        for block in self.input_blocks:
+            h = block(h, emb, context)  # (B, C_i, h / 2^i, w / 2^i)
+            skips.append(h)
+        h = self.middle_block(h, emb, context)
+        for block in self.output_blocks:
+            h = th.cat([h, skips.pop()], dim=1)
+            h = block(h, emb, context)  # (B, C_i, h / 2^i, w / 2^i)
+        out: Tensor = self.out(h.type(x.dtype))
+        return out  # (B, out_channels, h, w)
+
+    def _embed_label(self, y: Tensor) -> Tensor:
+        if self.num_classes == "timestep":
+            y = timestep_embedding(y, self.model_channels)
+        emb: Tensor = self.label_emb(y)
+        return emb
+
+
+def _check_dims(dims: int) -> None:
+    if dims != 2:
+        raise ValueError(f"dims `{dims}` is not supported, only 2 (images)")
+
+
+def _plain(value: Any) -> Any:
+    """Turn lists of OmegaConf into lists."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(part) for part in value]
+    return value
+
+
+OLD_CLASSES.update(
+    {
+        unet.Stage: TimestepEmbedSequential,
+        unet.UNet: UNetModel,
+        blocks.ResBlock: ResBlock,
+        blocks.Upsample: Upsample,
+        blocks.Downsample: Downsample,
+        transformer.AttentionBlock: AttentionBlock,
+    }
+)

@@ -1,0 +1,124 @@
+"""The networks under their old names: recorded numbers, types, attributes."""
+
+import pytest
+import torch
+from compathelp import relative_error, tiny_unet
+from torch import nn
+
+from goldfile import gold
+from ldm.compat import model
+from ldm.compat.util import get_obj_from_str, instantiate_from_config
+from recipe import fill
+
+UNETS = ["adm", "depth", "inpaint", "misc", "unclip", "upscaler", "v1", "v2"]
+DECODER = "ldm.modules.diffusionmodules.model.Decoder"
+DDCONFIG = {
+    "ch": 32, "out_ch": 3, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [16],
+    "in_channels": 3, "resolution": 32, "z_channels": 4, "double_z": True,
+}  # fmt: skip
+AUTOENCODERS = ["vae_f8", "vae_f4", "vae_f16_attn"]
+FAITHFUL = ["v1", "v2", "inpaint", "depth", "x4", "unclip_h", "unclip_l"]
+
+
+def load(golden, config):
+    network = instantiate_from_config(config).eval()
+    network.load_state_dict(golden.weights(network.state_dict()))
+    return network
+
+
+def unet_error(golden, unet, case):
+    inputs = golden.inputs(case)
+    with torch.no_grad():
+        ours = unet(inputs["x"], inputs["timesteps"], inputs.get("context"), inputs.get("y"))
+    return relative_error(ours, golden.outputs(case)["eps"])
+
+
+def test_each_module_equals_the_recorded_one():
+    """Observed: 1.1e-6."""
+    golden = gold("modules")
+    for case in golden.cases:
+        info, name = case["info"], case["name"]
+        if "args" not in info:
+            continue
+        module = get_obj_from_str(info["cls"])(**info["args"])
+        module.load_state_dict(fill(module.state_dict(), info["salt"]))
+        with torch.no_grad():
+            ours = module(*(golden.inputs(name)[key] for key in case["inputs"]))
+        assert relative_error(ours, golden.outputs(name)["out"]) < 1e-5, name
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_unet_equals_the_recorded_one(name):
+    """Observed: 3.8e-6."""
+    golden = gold(f"unet_{name}")
+    unet = load(golden, golden.meta["config"])
+    for case in ("sq16", "nonsq", "floatt", "tiny_x"):
+        assert unet_error(golden, unet, case) < 4e-5, case
+
+
+@pytest.mark.parametrize("name", FAITHFUL)
+def test_narrow_unet_of_each_family_equals_the_recorded_one(name):
+    """Observed: 2.3e-6."""
+    golden = gold("unet_faithful_recipe")
+    unet = load(golden, golden.meta[f"config_{name}"])
+    assert unet_error(golden, unet, name) < 4e-5
+
+
+class OwnAutoencoder(nn.Module):
+    """As programs write theirs."""
+
+    def __init__(self, ddconfig, embed_dim):
+        super().__init__()
+        z_channels = ddconfig["z_channels"]
+        self.encoder, self.decoder = model.Encoder(**ddconfig), model.Decoder(**ddconfig)
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_encoder_and_decoder_equal_the_recorded_ones(name):
+    """Observed: 1.9e-6."""
+    golden = gold(name)
+    params = golden.meta["config"]["params"]
+    vae = OwnAutoencoder(params["ddconfig"], params["embed_dim"]).eval()
+    vae.load_state_dict(golden.weights(vae.state_dict()))
+    for case in (case["name"] for case in golden.cases if case["name"][:3] in ("enc", "dec")):
+        with torch.no_grad():
+            if case.startswith("enc"):
+                ours = vae.quant_conv(vae.encoder(golden.inputs(case)["x"]))
+                recorded = golden.outputs(case)["parameters"]
+            else:
+                z = golden.inputs(case)["z"]
+                ours, recorded = vae.decoder(vae.post_quant_conv(z)), golden.outputs(case)["dec"]
+        assert relative_error(ours, recorded) < 4e-5, case
+
+
+def test_layers_are_those_of_torch_and_classes_have_the_names_of_the_original():
+    unet = tiny_unet(num_classes=10, resblock_updown=True)
+    spatial = tiny_unet(use_spatial_transformer=False, context_dim=None)
+    vae = instantiate_from_config({"target": DECODER, "params": {**DDCONFIG}})
+    own = {
+        "UNetModel",
+        "TimestepEmbedSequential",
+        "ResBlock",
+        "Upsample",
+        "Downsample",
+        "AttentionBlock",
+        "SpatialTransformer",
+        "BasicTransformerBlock",
+        "CrossAttention",
+        "FeedForward",
+        "GEGLU",
+        "GroupNorm32",
+        "Decoder",
+        "ResnetBlock",
+        "AttnBlock",
+        "Level",
+        "Middle",
+    }
+    seen = set()
+    for layer in (m for network in (unet, spatial, vae) for m in network.modules()):
+        kind = type(layer)
+        assert kind.__module__.startswith("torch.nn.modules.") or kind.__name__ in own
+        seen.add(kind.__name__)
+    assert seen >= own
