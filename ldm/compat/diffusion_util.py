@@ -1,7 +1,7 @@
 """`ldm.modules.diffusionmodules.util` of the original: noise levels, plain torch layers."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,9 @@ from ldm.compat.util import (
 from ldm.diffusion.schedule import make_betas
 from ldm.nets import blocks
 
-Array = NDArray[Any]
+Array = NDArray[np.float64]
+Config = Mapping[str, Any] | str
+Result = TypeVar("Result")
 
 
 def make_beta_schedule(
@@ -39,7 +41,7 @@ def make_beta_schedule(
 
 def make_ddim_timesteps(
     ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int, verbose: bool = True
-) -> Array:
+) -> NDArray[np.int64]:
     """Choose the timesteps of a run, int64, ascending.
 
     Args:
@@ -51,13 +53,13 @@ def make_ddim_timesteps(
         return np.arange(1, num_ddpm_timesteps + 1, step, dtype=np.int64)
     if ddim_discr_method == "quad":
         roots = np.linspace(0, np.sqrt(num_ddpm_timesteps * 0.8), num_ddim_timesteps)
-        timesteps: Array = (roots**2).astype(np.int64) + 1
+        timesteps: NDArray[np.int64] = (roots**2).astype(np.int64) + 1
         return timesteps
     raise NotImplementedError(f"there is no DDIM discretization `{ddim_discr_method}`")
 
 
 def make_ddim_sampling_parameters(
-    alphacums: Tensor | Array, ddim_timesteps: Array, eta: float, verbose: bool = True
+    alphacums: Tensor | Array, ddim_timesteps: NDArray[np.int64], eta: float, verbose: bool = True
 ) -> tuple[Tensor | Array, Tensor | Array, Array]:
     """Compute the tables of DDIM (arXiv:2010.02502, eq. 12) at the timesteps of a run.
 
@@ -113,15 +115,16 @@ def timestep_embedding(
 
 
 def checkpoint(
-    func: Callable[..., Any], inputs: Sequence[Any], params: Iterable[Tensor], flag: bool
-) -> Any:
+    func: Callable[..., Result], inputs: Sequence[object], params: Iterable[Tensor], flag: bool
+) -> Result:
     """Call a function, and if `flag` recompute its activations in the backward pass.
 
     Args:
         params: Not needed any more: parameters are found, and may be frozen.
     """
     if flag and torch.is_grad_enabled():
-        return _checkpoint(func, *inputs, use_reentrant=False)
+        result: Result = _checkpoint(func, *inputs, use_reentrant=False)
+        return result
     return func(*inputs)
 
 
@@ -158,37 +161,38 @@ def normalization(channels: int) -> nn.Module:
     return GroupNorm32(32, channels)
 
 
-def conv_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
+def conv_nd(dims: int, *args: object, **kwargs: object) -> nn.Module:
     """Build a convolution of 1, 2 or 3 dimensions."""
     return _by_dims((nn.Conv1d, nn.Conv2d, nn.Conv3d), dims)(*args, **kwargs)
 
 
-def avg_pool_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
+def avg_pool_nd(dims: int, *args: object, **kwargs: object) -> nn.Module:
     """Build a mean over 1, 2 or 3 dimensions."""
     return _by_dims((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), dims)(*args, **kwargs)
 
 
-def linear(*args: Any, **kwargs: Any) -> nn.Module:
+def linear(*args: object, **kwargs: object) -> nn.Module:
     """Build a linear layer."""
-    return nn.Linear(*args, **kwargs)
+    layer: Callable[..., nn.Module] = nn.Linear
+    return layer(*args, **kwargs)
 
 
 class HybridConditioner(nn.Module):
     """Two conditioners from configs, for conditions to concatenate and to attend to."""
 
-    def __init__(self, c_concat_config: Any, c_crossattn_config: Any) -> None:
+    def __init__(self, c_concat_config: Config, c_crossattn_config: Config) -> None:
         super().__init__()
         self.concat_conditioner = instantiate_from_config(c_concat_config)
         self.crossattn_conditioner = instantiate_from_config(c_crossattn_config)
 
-    def forward(self, c_concat: Any, c_crossattn: Any) -> dict[str, list[Any]]:
+    def forward(self, c_concat: object, c_crossattn: object) -> dict[str, list[Tensor]]:
         return {
             "c_concat": [self.concat_conditioner(c_concat)],
             "c_crossattn": [self.crossattn_conditioner(c_crossattn)],
         }
 
 
-def _by_dims(kinds: Sequence[type[nn.Module]], dims: int) -> type[nn.Module]:
+def _by_dims(kinds: Sequence[type[nn.Module]], dims: int) -> Callable[..., nn.Module]:
     if dims not in (1, 2, 3):
         raise ValueError(f"unsupported dimensions: {dims}")
     return kinds[dims - 1]

@@ -6,7 +6,7 @@ the methods are looked up when they are called, so that replaced ones are used.
 
 import math as math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch as torch
@@ -123,7 +123,9 @@ class AttnBlock(Relabelled, autoencoder.AttnBlock):
 MemoryEfficientAttnBlock = AttnBlock
 
 
-def make_attn(in_channels: int, attn_type: str = "vanilla", attn_kwargs: Any = None) -> nn.Module:
+def make_attn(
+    in_channels: int, attn_type: str = "vanilla", attn_kwargs: object = None
+) -> nn.Module:
     """Build the attention of a kind, or nn.Identity for "none"."""
     if attn_type not in ATTENTION_TYPES:
         raise unknown_name("attn_type", attn_type, ATTENTION_TYPES)
@@ -156,7 +158,7 @@ class Encoder(Relabelled, autoencoder.Encoder):
         double_z: bool = True,
         use_linear_attn: bool = False,
         attn_type: str = "vanilla",
-        **ignore_kwargs: Any,
+        **ignore_kwargs: object,
     ) -> None:
         layout = Layout(
             ch=ch,
@@ -229,7 +231,7 @@ class Decoder(Relabelled, autoencoder.Decoder):
         tanh_out: bool = False,
         use_linear_attn: bool = False,
         attn_type: str = "vanilla",
-        **ignorekwargs: Any,
+        **ignorekwargs: object,
     ) -> None:
         layout = Layout(
             ch=ch,

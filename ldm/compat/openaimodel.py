@@ -258,7 +258,7 @@ class UNetModel(Relabelled, unet.UNet):
         channel_mult: Sequence[int] = (1, 2, 4, 8),
         conv_resample: bool = True,
         dims: Literal[2] = 2,
-        num_classes: Any = None,
+        num_classes: int | Literal["continuous", "sequential", "timestep"] | None = None,
         use_checkpoint: bool = False,
         use_fp16: bool = False,
         use_bf16: bool = False,
@@ -343,7 +343,7 @@ class UNetModel(Relabelled, unet.UNet):
         timesteps: Tensor | None = None,
         context: unet.Context = None,
         y: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Tensor:
         """Predict eps, v or x0 of noisy latents x (B, in_channels, h, w); see `UNet.forward`."""
         if (y is None) != (self.num_classes is None):
