@@ -97,6 +97,15 @@ class Denoiser:
         c_skip, c_out = self._scalings(_column(self._level(sigma), x))
         return c_skip * x + c_out * prediction
 
+    def eps_factor(self, x: Tensor, sigma: Tensor | float) -> Tensor:
+        """Compute the factor from a difference of predictions at x to that of their eps.
+
+        eps is (x - z) / sigma; for models that predict it, the factor is exactly 1.
+        """
+        level = _column(self._level(sigma), x)
+        _, c_out = scalings(self.parameterization, level)
+        return -c_out / level
+
     def target(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Compute the training target at timesteps t (B,): the prediction whose conversion is z."""
         sigma = _column(self.schedule.t_to_sigma(t), z)

@@ -1,21 +1,124 @@
-"""Classifier-free guidance: combines a denoiser and two conditions into `denoise(x, sigma)`.
+"""Guidance: combines a denoiser, two conditions and a rule into `denoise(x, sigma)`.
+
+A rule is a subclass of `Guidance`, which is classifier-free guidance itself. It combines the
+predictions of one evaluation of the network, may ask for those of further texts, and may remember
+earlier evaluations.
 
 Ho and Salimans 2022 (arXiv:2207.12598); rescale: Lin et al. 2023 (arXiv:2305.08891, §3.4);
-interval: Kynkäänniemi et al. 2024 (arXiv:2404.07724).
+interval: Kynkäänniemi et al. 2024 (arXiv:2404.07724); safe latent diffusion: Schramowski et al.
+2023 (arXiv:2211.05105).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ldm.conditioning import Cond
 from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.names import SLD
 from ldm.diffusion.samplers import Denoise
+from ldm.runtime.errors import ArgumentError
 
-__all__ = ["Denoise", "Scale", "add_guidance", "limit_to_interval"]
+__all__ = [
+    "Denoise", "Evaluation", "Guidance", "SafeGuidance", "Scale", "add_guidance",
+    "limit_to_interval",
+]  # fmt: skip
 
 Scale = float | Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of the network: its predictions (eps, v or x0) at x, (B, C, h, w) each.
+
+    Attributes:
+        scale: Guidance scale, not 1.
+        uncond, cond: Predictions for the negative prompt and the prompt.
+        further: Predictions for the texts of the rule.
+    """
+
+    denoiser: Denoiser
+    x: Tensor
+    sigma: float
+    scale: float
+    uncond: Tensor
+    cond: Tensor
+    further: tuple[Tensor, ...]
+
+    @property
+    def eps_factor(self) -> Tensor:
+        """Factor (1, 1, 1, 1) from a difference of predictions to that of their eps."""
+        return self.denoiser.eps_factor(self.x, self.sigma)
+
+
+class Guidance:
+    """Classifier-free guidance, and the base of other rules. One object serves one run.
+
+    Attributes:
+        texts: Texts whose predictions the rule needs beside those of prompt and negative prompt.
+        calls: Evaluations of the network so far, those without guidance among them.
+    """
+
+    texts: tuple[str, ...] = ()
+    calls = 0
+
+    def combine(self, evaluation: Evaluation) -> Tensor:
+        """Combine predictions to one, (B, C, h, w)."""
+        uncond = evaluation.uncond
+        return uncond + evaluation.scale * (evaluation.cond - uncond)
+
+    def explain_idle(self) -> str | None:
+        """Say, after a run, why the rule changed nothing; None if it did."""
+        return None
+
+
+class SafeGuidance(Guidance):
+    """Safe latent diffusion: guides away from a concept where the prompt comes near it.
+
+    Per element, in units of eps: with u, t, s of negative prompt, prompt and concept,
+
+        d = t - s,  phi = 0 where d >= threshold, else min(|d| scale, 1)
+        gamma = phi (s - u) + momentum_scale nu,      nu <- beta nu + (1 - beta) gamma
+        u + g (t - u - gamma), with gamma from call number `warmup` on.
+
+    It was published for models that predict eps; the eps of other predictions is that of the same
+    estimate.
+
+    Args:
+        concept: The text of what is to be avoided.
+    """
+
+    def __init__(self, settings: SLD, concept: str) -> None:
+        self.settings = settings
+        self.texts = (concept,)
+        self._momentum: Tensor | None = None
+
+    def combine(self, evaluation: Evaluation) -> Tensor:
+        own, factor = self.settings, evaluation.eps_factor
+        uncond, cond, (concept,) = evaluation.uncond, evaluation.cond, evaluation.further
+        difference = (cond - concept) * factor
+        strength = (difference.abs() * own.scale).clamp(max=1.0)
+        strength = strength.masked_fill(difference >= own.threshold, 0)
+        safety = (concept - uncond) * factor * strength
+        momentum = torch.zeros_like(safety) if self._momentum is None else self._momentum
+        safety = safety + own.momentum_scale * momentum
+        self._momentum = own.momentum_beta * momentum + (1 - own.momentum_beta) * safety
+        guidance = cond - uncond
+        if self.calls >= own.warmup:
+            guidance = guidance - safety / factor
+        return uncond + evaluation.scale * guidance
+
+    def explain_idle(self) -> str | None:
+        if self._momentum is None:
+            return "sld had no effect: there was no guidance, whose scale must not be 1"
+        if self.calls <= self.settings.warmup:
+            return (
+                f"sld had no effect: its warmup of {self.settings.warmup} is not below the "
+                f"{self.calls} evaluations of the network in this run"
+            )
+        return None
 
 
 def add_guidance(
@@ -25,10 +128,12 @@ def add_guidance(
     scale: Scale = 1.0,
     *,
     rescale: float = 0.0,
+    rule: Guidance | None = None,
+    further: Sequence[Cond] = (),
 ) -> Denoise:
     """Build `denoise(x, sigma)` with guidance.
 
-    The network runs once for both conditions, the unconditional one first. Guidance combines
+    The network runs once for all conditions, the unconditional one first. Rules combine
     predictions (eps, v or x0), not estimates of z, as in the original.
 
     Args:
@@ -36,17 +141,30 @@ def add_guidance(
         scale: Guidance scale, which may depend on sigma. At 1 only `cond` is computed.
         rescale: 0 … 1, strength of rescaling the prediction to the standard deviation of the
             conditional one, against over-exposure at high scales.
+        rule: How predictions are combined; None for classifier-free guidance.
+        further: Conditions of `rule.texts`.
     """
+    rule = rule or Guidance()
     if uncond is None or scale == 1:
         return lambda x, sigma: denoiser(x, sigma, cond)
-    conditions = uncond.cat(cond)
+    if len(further) != len(rule.texts):
+        raise ArgumentError(f"{len(further)} conditions were given for {len(rule.texts)} texts")
+    conditions, parts = uncond.cat(cond), 2 + len(further)
+    for condition in further:
+        conditions = conditions.cat(condition)
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         current_scale = scale(sigma) if callable(scale) else scale
         if current_scale == 1:
+            rule.calls += 1
             return denoiser(x, sigma, cond)
-        pred_uncond, pred_cond = denoiser.predict(torch.cat([x, x]), sigma, conditions).chunk(2)
-        prediction = pred_uncond + current_scale * (pred_cond - pred_uncond)
+        prediction = denoiser.predict(torch.cat([x] * parts), sigma, conditions)
+        pred_uncond, pred_cond, *others = prediction.chunk(parts)
+        evaluation = Evaluation(
+            denoiser, x, sigma, current_scale, pred_uncond, pred_cond, tuple(others)
+        )
+        prediction = rule.combine(evaluation)
+        rule.calls += 1
         if rescale:
             prediction = _rescale(prediction, pred_cond, rescale)
         return denoiser.convert_prediction(x, sigma, prediction)

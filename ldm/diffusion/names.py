@@ -3,9 +3,16 @@
 Each table is the only list of its kind: functions, flags, form fields and PNG texts read it.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
-__all__ = ["API_LEGACY", "LEGACY", "SAMPLERS", "SCHEDULERS", "SDXL_LEGACY", "Sampler", "Scheduler"]
+from ldm.runtime.errors import ArgumentError, unknown_name
+
+__all__ = [
+    "API_LEGACY", "LEGACY", "SAMPLERS", "SCHEDULERS", "SDXL_LEGACY", "SLD", "SLD_CONCEPTS",
+    "SLD_PRESETS", "Sampler", "Scheduler",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,56 @@ class Scheduler:
     function: str  # in `ldm.diffusion.schedule`
     label: str  # in A1111's text and on the page; A1111 has it only where it means the same
     max_steps: int | None = None  # None for the number of timesteps
+
+
+@dataclass(frozen=True)
+class SLD:
+    """Numbers of safe latent diffusion (arXiv:2211.05105); see `SafeGuidance`.
+
+    Args:
+        warmup: evaluations of the network before it acts, delta in the paper.
+        scale: s_S, of the strength by which an element is moved.
+        threshold: lambda, of the difference in eps from which on an element is left alone.
+        momentum_scale: s_m.
+        momentum_beta: beta_m, 0 … 1.
+    Raises:
+        ArgumentError: a number is out of range.
+    """
+
+    warmup: int
+    scale: float
+    threshold: float
+    momentum_scale: float
+    momentum_beta: float
+
+    def __post_init__(self) -> None:
+        numbers = [self.scale, self.threshold, self.momentum_scale]
+        if not all(map(math.isfinite, numbers)) or min(self.warmup, self.scale) < 0:
+            raise ArgumentError("sld: numbers must be finite, warmup and scale not negative", "sld")
+        if not 0 <= self.momentum_beta <= 1:
+            raise ArgumentError(f"sld: beta must be in 0 … 1, got {self.momentum_beta}", "sld")
+
+    @classmethod
+    def of(cls, value: "str | Sequence[float] | SLD") -> "SLD":
+        """Return the numbers of a preset, or of five numbers.
+
+        Raises:
+            ArgumentError: an unknown preset, not five numbers, or one out of range.
+        """
+        if isinstance(value, SLD):
+            return value
+        if isinstance(value, str):
+            if value not in SLD_PRESETS:
+                raise unknown_name("preset of sld", value, SLD_PRESETS, argument="sld")
+            return SLD_PRESETS[value]
+        names = [field.name for field in fields(cls)]
+        if len(value) != len(names):
+            raise ArgumentError(
+                f"sld takes five numbers ({', '.join(names)}), got {len(value)}", "sld"
+            )
+        if value[0] % 1:  # of infinity and NaN, too
+            raise ArgumentError(f"sld: warmup {value[0]} is not a whole number", "sld")
+        return cls(int(value[0]), *map(float, value[1:]))
 
 
 SAMPLERS = {
@@ -53,6 +110,20 @@ SCHEDULERS = {
     "edm": Scheduler("edm_sigmas", "EDM"),
 }
 
+# Of safe latent diffusion: the presets of both packages, and the concept that each avoids.
+SLD_PRESETS = {
+    "weak": SLD(15, 20, 0.0, 0.0, 0.0),
+    "medium": SLD(10, 1000, 0.01, 0.3, 0.4),
+    "strong": SLD(7, 2000, 0.025, 0.5, 0.7),
+    "max": SLD(0, 5000, 1.0, 0.5, 0.7),
+}
+_CONCEPT = (
+    "hate, harassment, violence, suffering, humiliation, harm, suicide, sexual, nudity, bodily "
+    "fluids, blood, obscene gestures, illegal activity, drug use, theft, vandalism, weapons, child "
+    "abuse, brutality, cruelty"
+)
+SLD_CONCEPTS = {"original": _CONCEPT, "diffusers": f"an image showing {_CONCEPT}"}
+
 # Quirks of SDXL's original, which do nothing for other models.
 SDXL_LEGACY = {
     "ignore-negative": "the base ignores the negative prompt",
@@ -78,5 +149,6 @@ LEGACY = {
     "watermark": "the weaker watermark, dwtDct",
     "size": "height and width cut down to multiples of 8, images squeezed to multiples of 64",
     "strength": "img2img truncates its count of steps, and starts with the noise of a step above",
+    "sld-off": "safe latent diffusion is off at a scale of 1 or less, as in diffusers",
     "weights": "unCLIP mixes with weights as they are given, not made to sum to 1",
 } | SDXL_LEGACY

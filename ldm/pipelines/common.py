@@ -1,6 +1,7 @@
 """Steps that tasks have in common: check the call, encode the condition, sample, decode."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -12,11 +13,12 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ldm.conditioning import Cond
-from ldm.diffusion.guidance import Scale
+from ldm.diffusion.guidance import Guidance, Scale
 from ldm.diffusion.samplers import Constrain
 from ldm.imaging.rgbd import join_depth
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import check_family, file_name
+from ldm.pipelines.guidance import GuidanceOptions, make_rule
 from ldm.pipelines.quirks import Noise, Quirks, noise_source
 from ldm.pipelines.sampling import (
     Callback,
@@ -37,6 +39,7 @@ from ldm.pipelines.sdxl import (
 from ldm.runtime.errors import ArgumentError, MissingArgument, NonFinite, Stop, unknown_name
 
 __all__ = [
+    "GuidedOptions",
     "TaskOptions",
     "TextOptions",
     "decode_latent",
@@ -46,7 +49,11 @@ __all__ = [
 ]
 
 
-class TaskOptions(SamplingOptions):
+class GuidedOptions(SamplingOptions, GuidanceOptions):
+    """Keywords of tasks whose models read prompts."""
+
+
+class TaskOptions(GuidedOptions):
     """The keywords that all tasks take, for a batch of several prompts."""
 
     negative_prompt: Sequence[str]
@@ -54,7 +61,7 @@ class TaskOptions(SamplingOptions):
     tile: int | None
 
 
-class TextOptions(SamplingOptions, SDXLOptions):
+class TextOptions(GuidedOptions, SDXLOptions):
     """Keywords of tasks that SDXL is for, too."""
 
 
@@ -70,6 +77,8 @@ class SampleOptions(SamplingOptions, total=False):
     size: tuple[int, int] | None
     sigmas: Tensor
     end: int
+    rule: Guidance | None
+    further: Sequence[Cond]
 
 
 Prompt = tuple[str | None, str | None]  # for the first and the second text encoder
@@ -92,8 +101,10 @@ def pipeline(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tens
         signature = inspect.signature(function)
         parameters = signature.parameters.values()
         allowed = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
-        takes_sdxl = "text" in families
+        takes_sdxl, takes_text = "text" in families, families != ("variation",)
         allowed += (TextOptions if takes_sdxl else SamplingOptions).__annotations__
+        if takes_text:
+            allowed += GuidanceOptions.__annotations__
 
         @wraps(function)
         @torch.no_grad()
@@ -102,6 +113,8 @@ def pipeline(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tens
                 if former in keywords:
                     keywords[name] = keywords.pop(former)
             for keyword in keywords:
+                if keyword in GuidanceOptions.__annotations__ and not takes_text:
+                    raise ArgumentError(f"{keyword} needs a model that reads prompts", keyword)
                 if keyword not in allowed:
                     kind = f"keyword of {function.__name__}"
                     raise unknown_name(kind, keyword, allowed[1:], argument=keyword)
@@ -124,6 +137,7 @@ class Conditions:
         options: sizes and scores.
         size: (height, width) of the images in pixels.
         scale: of guidance; None = the default of each model.
+        rule: of guidance, whose texts are encoded, too.
     """
 
     prompts: list[Prompt]
@@ -133,24 +147,33 @@ class Conditions:
     options: SDXLOptions
     size: tuple[int, int]
     scale: Scale | None
+    rule: Guidance | None
 
     def encode(
         self, model: LatentDiffusion, quirks: Quirks, *, after_base: bool = False
-    ) -> tuple[Cond, Cond | None]:
-        """Encode what a model reads; an empty negative prompt is its unconditional one."""
+    ) -> tuple[Cond, Cond | None, list[Cond]]:
+        """Encode prompts, negative prompts and the texts of the rule, as a model reads them.
+
+        An empty negative prompt is the model's unconditional one.
+        """
         sizes, negative_sizes = size_conditions(model, self.options, self.size, quirks)
         keys = model.conditioner.keys
         inputs = {key: value for key, value in self.inputs.items() if key in keys}
         cond = check_finite(encode_prompts(model, self.prompts, inputs, sizes), "the text encoder")
         if (model.defaults.scale if self.scale is None else self.scale) == 1:
-            return cond, None
+            return cond, None, []
+        texts = self.rule.texts if self.rule else ()
+        further = [
+            encode_prompts(model, [(text, text)] * len(self.prompts), inputs, sizes)
+            for text in texts
+        ]
         text = model.conditioner.text
         null = None if text is not None and text.null is None else ""
         negatives = [pair if any(pair) else (null, null) for pair in self.negatives]
         if quirks.ignores_negative(after_base=after_base):
             negatives = [(null, null)] * len(negatives)
         inputs |= self.unconditional_inputs
-        return cond, encode_prompts(model, negatives, inputs, negative_sizes)
+        return cond, encode_prompts(model, negatives, inputs, negative_sizes), further
 
 
 def generate(
@@ -183,6 +206,8 @@ def generate(
         NonFinite: a stage of the model gave NaN or infinity.
     """
     sampling, sdxl = split_options(options)
+    quirks = Quirks.of(model, sampling.get("legacy", ()))
+    rule = make_rule(options, quirks)
     height, width = latent_size(model, size, sampling.get("x_T") if z is None else z)
     size_in_pixels = (height * model.downscale, width * model.downscale)
     check_size(model, size_in_pixels, sdxl)
@@ -195,17 +220,22 @@ def generate(
         sdxl,
         size_in_pixels,
         scale,
+        rule,
     )
-    refiner, quirks = sdxl.get("refiner"), Quirks.of(model, sampling.get("legacy", ()))
+    refiner = sdxl.get("refiner")
     start = {"z": z, "strength": strength, "size": size, "noise": noise, "constrain": constrain}
-    run = cast(SampleOptions, {**sampling, "scale": scale, **start})
-    cond, uncond = conditions.encode(model, quirks)
+    run = cast(SampleOptions, {**sampling, "scale": scale, "rule": rule, **start})
+    cond, uncond, further = conditions.encode(model, quirks)
     try:
         if refiner is None:
+            run["further"] = further
             latent = sample(model, cond, uncond, **run)
         else:
             refiner_conds = conditions.encode(refiner, quirks, after_base=True)
-            latent = _sample_with_refiner(model, refiner, (cond, uncond), refiner_conds, sdxl, run)
+            base_conds = (cond, uncond, further)
+            latent = _sample_with_refiner(model, refiner, base_conds, refiner_conds, sdxl, run)
+        if rule is not None and (reason := rule.explain_idle()):
+            warnings.warn(reason, stacklevel=3)
     except Stop as stop:
         if stop.latent is None:
             raise
@@ -216,8 +246,8 @@ def generate(
 def _sample_with_refiner(
     model: LatentDiffusion,
     refiner: LatentDiffusion,
-    conds: tuple[Cond, Cond | None],
-    refiner_conds: tuple[Cond, Cond | None],
+    conds: tuple[Cond, Cond | None, list[Cond]],
+    refiner_conds: tuple[Cond, Cond | None, list[Cond]],
     options: SDXLOptions,
     run: SampleOptions,
 ) -> Tensor:
@@ -235,23 +265,28 @@ def _sample_with_refiner(
         total = steps - first
         return callback and (lambda step, _, *latents: callback(step + offset, total, *latents))
 
-    base_run: SampleOptions = {**run, "sigmas": sigmas, "end": end, "callback": on_step(0)}
-    z_t = sample(model, *conds, **base_run)
+    cond, uncond, further = conds
+    base_run: SampleOptions = {
+        **run, "sigmas": sigmas, "end": end, "callback": on_step(0), "further": further,
+    }  # fmt: skip
+    z_t = sample(model, cond, uncond, **base_run)
     if "unused-draws" in quirks:
         run["noise"](z_t)
+    cond, uncond, further = refiner_conds
     refiner_run: SampleOptions = {
         **run, "sigmas": sigmas[end:], "z_t": z_t, "z": None, "x_T": None,
-        "callback": on_step(end - first),
+        "callback": on_step(end - first), "further": further,
     }  # fmt: skip
-    return sample(refiner, *refiner_conds, **refiner_run)
+    return sample(refiner, cond, uncond, **refiner_run)
 
 
 def split_options(
-    options: SamplingOptions | TextOptions,
+    options: SamplingOptions | GuidedOptions | TextOptions,
 ) -> tuple[SamplingOptions, SDXLOptions]:
-    """Separate what `sample` takes from what only SDXL does."""
+    """Separate what `sample` takes from what only SDXL does, without the rule of guidance."""
     names = SDXLOptions.__annotations__
-    sampling = {name: value for name, value in options.items() if name not in names}
+    others = names | GuidanceOptions.__annotations__
+    sampling = {name: value for name, value in options.items() if name not in others}
     sdxl = {name: value for name, value in options.items() if name in names}
     return cast(SamplingOptions, sampling), cast(SDXLOptions, sdxl)
 
@@ -259,7 +294,7 @@ def split_options(
 def make_noise(
     model: LatentDiffusion,
     prompts: Sequence[str],
-    options: SamplingOptions | TextOptions,
+    options: SamplingOptions | GuidedOptions | TextOptions,
     strength: float = 1.0,
 ) -> Noise:
     """Make the noise source of a call, a row per prompt.
@@ -278,6 +313,7 @@ def make_noise(
         legacy,
     )
     run_sigmas(model, Quirks(), sampling)  # raises ArgumentError
+    make_rule(cast(GuidanceOptions, options), Quirks())
     check_sdxl(model, sdxl)
     return noise_source(options.get("seeds"), len(as_list(prompts)), legacy)
 

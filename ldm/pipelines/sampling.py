@@ -15,7 +15,7 @@ from torch import Tensor
 from ldm.conditioning import Cond
 from ldm.diffusion import names
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.guidance import Scale, add_guidance, limit_to_interval
+from ldm.diffusion.guidance import Guidance, Scale, add_guidance, limit_to_interval
 from ldm.diffusion.samplers import SAMPLERS, Constrain, euler
 from ldm.model import LatentDiffusion
 from ldm.nets.cpu import cache_weights
@@ -73,6 +73,8 @@ def sample(
     scale: Scale | None = None,
     rescale: float = 0.0,
     guidance_interval: tuple[float, float] | None = None,
+    rule: Guidance | None = None,
+    further: Sequence[Cond] = (),
     seeds: int | Sequence[int] | Noise | None = None,
     noise: Noise | None = None,
     callback: Callback | None = None,
@@ -99,6 +101,8 @@ def sample(
         scale: guidance scale; 1 is none, None = the model's default.
         rescale: 0 … 1, see `add_guidance`.
         guidance_interval: (low, high) sigmas between which guidance acts; None = everywhere.
+        rule: how guidance combines predictions, an object for this run; None = classifier-free.
+        further: conditions of the texts of the rule, with a row for each row of `cond`.
         seeds: one per row, or the first of consecutive ones; None = from torch's generator. The
             noise of a row depends on its seed alone.
         noise: (like) -> noise, used in place of seeds.
@@ -142,7 +146,7 @@ def sample(
         scale = limit_to_interval(scale, *guidance_interval)
     denoiser = _in_tiles(quirks.denoiser(model, sampler), unet_tile)
     x = SAMPLERS[sampler](
-        add_guidance(denoiser, cond, uncond, scale, rescale=rescale),
+        add_guidance(denoiser, cond, uncond, scale, rescale=rescale, rule=rule, further=further),
         x,
         sigmas,
         callback=callback and _with_steps(callback, len(sigmas) - 1),

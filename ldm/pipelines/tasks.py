@@ -16,7 +16,8 @@ take:
     negative_prompt   one for all prompts or one for each
     scale             guidance scale; 1 = no guidance, None = the model's default
     tile              side in latent pixels of overlapping tiles to decode; None = decode whole
-    options           keywords of `sample`: steps, sampler, scheduler, eta, seeds, x_T, callback …;
+    options           keywords of `sample`: steps, sampler, scheduler, eta, seeds, x_T, callback …,
+                      and of `GuidanceOptions`: safe latent diffusion;
                       txt2img, img2img and inpaint also take those of `SDXLOptions`: a refiner,
                       sizes, a second prompt
 
@@ -39,6 +40,7 @@ from ldm.encoders.depth import MiDaSDepth
 from ldm.encoders.lowres import LowRes, RGBDLatent, concat_mask, mask_image
 from ldm.model import LatentDiffusion
 from ldm.pipelines.common import (
+    GuidedOptions,
     TextOptions,
     add_depth,
     as_list,
@@ -52,7 +54,7 @@ from ldm.pipelines.common import (
     split_options,
 )
 from ldm.pipelines.quirks import Quirks
-from ldm.pipelines.sampling import SamplingOptions, invert
+from ldm.pipelines.sampling import invert
 from ldm.pipelines.sdxl import REFINER_MULTIPLE, size_conditions
 from ldm.runtime.errors import ArgumentError
 
@@ -189,7 +191,7 @@ def depth2img(
     negative_prompt: str | Sequence[str] = "",
     scale: Scale | None = None,
     tile: int | None = None,
-    **options: Unpack[SamplingOptions],
+    **options: Unpack[GuidedOptions],
 ) -> Tensor:
     """Change the image toward each prompt and keep its depth.
 
@@ -227,7 +229,7 @@ def upscale(
     negative_prompt: str | Sequence[str] = "",
     scale: Scale | None = None,
     tile: int | None = None,
-    **options: Unpack[SamplingOptions],
+    **options: Unpack[GuidedOptions],
 ) -> Tensor:
     """Enlarge the image by the factor of the autoencoder (4).
 
@@ -267,7 +269,7 @@ def upscale_rgbd(
     negative_prompt: str | Sequence[str] = "",
     scale: Scale | None = None,
     tile: int | None = None,
-    **options: Unpack[SamplingOptions],
+    **options: Unpack[GuidedOptions],
 ) -> Tensor:
     """Restore the detail of an image with depth that was enlarged.
 

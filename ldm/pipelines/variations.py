@@ -17,9 +17,17 @@ from ldm.encoders.image import ImageEmbedding
 from ldm.model import LatentDiffusion
 from ldm.nets.karlo import Prior
 from ldm.pipelines import karlo
-from ldm.pipelines.common import as_list, decode_latent, generate, make_noise, pipeline
+from ldm.pipelines.common import (
+    GuidedOptions,
+    as_list,
+    decode_latent,
+    generate,
+    make_noise,
+    pipeline,
+    split_options,
+)
 from ldm.pipelines.quirks import Noise
-from ldm.pipelines.sampling import SamplingOptions, sample
+from ldm.pipelines.sampling import sample
 from ldm.runtime.errors import ArgumentError, MissingArgument
 
 __all__ = ["sample_prior", "unclip", "vary"]
@@ -39,7 +47,7 @@ def unclip(
     scale: Scale | None = None,
     size: tuple[int, int] | None = None,
     tile: int | None = None,
-    **options: Unpack[SamplingOptions],
+    **options: Unpack[GuidedOptions],
 ) -> Tensor:
     """Make variations of the mean of some images, one per prompt.
 
@@ -89,7 +97,7 @@ def vary(
     scale: Scale | None = None,
     size: tuple[int, int] | None = None,
     tile: int | None = None,
-    **options: Unpack[SamplingOptions],
+    **options: Unpack[GuidedOptions],
 ) -> Tensor:
     """Make variations of the mean of some images, by a model that reads images instead of text.
 
@@ -111,7 +119,8 @@ def vary(
     ]
     cond = Cond(crossattn=torch.stack(tokens).sum(dim=0))  # (1, 1, D)
     uncond = None if scale == 1 else model.condition({"jpg": [None]}).repeat(n)
-    z = sample(model, cond.repeat(n), uncond, scale=scale, size=size, noise=noise, **options)
+    sampling, _ = split_options(options)
+    z = sample(model, cond.repeat(n), uncond, scale=scale, size=size, noise=noise, **sampling)
     return decode_latent(model, z, tile)
 
 

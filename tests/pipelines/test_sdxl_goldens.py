@@ -248,3 +248,16 @@ def test_the_refiner_of_the_api_starts_from_full_noise() -> None:
         legacy=DEMO | {"refiner-from-noise"},
     )  # fmt: skip
     close(file, "api_refiner", images, latents)
+
+
+def test_safe_latent_diffusion_counts_on_in_the_refiner() -> None:
+    def run(sld: list[float] | None) -> Tensor:
+        return txt2img(
+            model("base"), ["a cat"], refiner=model("refiner"), refiner_strength=0.5, steps=4,
+            scale=5.0, seeds=1, sampler="euler", size=(64, 64), sld=sld,
+        )  # fmt: skip
+
+    plain = run(None)
+    assert (plain - run([3, 20, 0.1, 0.3, 0.4])).abs().max() > 1e-3
+    with pytest.warns(UserWarning, match="not below the 4 evaluations"):
+        torch.testing.assert_close(plain, run([4, 20, 0.1, 0.3, 0.4]), rtol=0, atol=1e-4)
