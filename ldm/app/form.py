@@ -15,7 +15,7 @@ from PIL import Image, ImageChops
 
 from ldm.app.limits import Limits
 from ldm.app.uploads import Uploads
-from ldm.diffusion.names import SAMPLERS, SCHEDULERS
+from ldm.diffusion.names import SAMPLERS, SCHEDULERS, SLD_PRESETS
 from ldm.generate.options import Option, Value, options_of, parse_count, parse_fraction
 from ldm.generate.request import SDXL, Prompts
 from ldm.generate.tasks import Task
@@ -36,14 +36,17 @@ STEPS = 25  # of models without a number of their own; the scripts of the origin
 # Options of Sampling and Output that are fields, in their order on the page.
 SETTINGS = (
     "sampler", "steps", "scheduler", "scale", "width", "height", "n_iter", "n_samples", "seed",
-    "eta", "rescale", "guidance_interval", "vae_tile", "unet_tile",
+    "eta", "rescale", "guidance_interval", "sld", "sld_concept", "vae_tile", "unet_tile",
 )  # fmt: skip
 IMAGE_BOX: dict[str, Any] = {
     "type": "filepath", "height": 240, "image_mode": None, "sources": ["upload", "clipboard"],
 }  # fmt: skip
 TILE = {"value": 0, "step": 64, "info": "pixels; 0: off"}
 REFINER_START = {"minimum": 0.05, "maximum": 0.95, "step": 0.05, "value": 0.8, "visible": False}
+SLD_CHOICES = [("Off", ""), *((f"{name.capitalize()} (from evaluation {sld.warmup + 1} on)", name)
+               for name, sld in SLD_PRESETS.items())]  # fmt: skip
 PLACEHOLDERS = {
+    "sld_concept": "original",
     "prompt_2": "for the second text encoder; empty: the prompt",
     "negative_prompt_2": "empty: the negative prompt",
     "original_size": "of the image", "crop": "0,0",
@@ -123,6 +126,8 @@ class TaskForm:
             values["eta"] = 0.0  # the slider is hidden
         if not values.get("refiner"):
             values.pop("refiner_start", None)
+        if not values.get("sld"):
+            values.pop("sld_concept", None)
         if self.task.enlarges:  # by a fixed factor
             values["width"] = values["height"] = None
         for name, (option, default) in self.task.options().items():
@@ -145,6 +150,9 @@ class TaskForm:
         settings: dict[str, Any] = {"label": option.label, "value": default}
         if name == "refiner":
             return Field("Dropdown", settings | {"choices": [NO_REFINER], "value": ""})
+        if name == "sld":  # numbers may be entered
+            extra = {"choices": SLD_CHOICES, "value": "", "allow_custom_value": True}
+            return Field("Dropdown", settings | extra)
         if name == "refiner_start":
             return Field("Slider", settings | REFINER_START)
         if name in NUMBERS:
@@ -200,6 +208,7 @@ def values_from_info(info: Mapping[str, Any]) -> dict[str, Any]:
     if info.get("seed") is not None:
         values["seed"] = str(info["seed"])
     values |= {name: _as_text(info.get(name)) for name in options_of(SDXL)}
+    values |= {name: _as_text(info.get(name)) for name in ("sld", "sld_concept")}
     strength = info.get("refiner_strength")
     values["refiner_start"] = info.get("refiner_start") or (strength and 1 - strength)
     size = info.get("size")

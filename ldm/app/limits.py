@@ -45,7 +45,8 @@ class Limits:
         for name, (low, high) in bounds.items():
             if values.get(name) is not None and not low <= values[name] <= high:
                 raise ArgumentError(f"{name} must be {low} to {high}, got {values[name]:g}", name)
-        if len(values["prompt"]) + len(values["negative_prompt"]) > LONGEST_PROMPT:
+        texts = (values["prompt"], values["negative_prompt"], values["sld_concept"] or "")
+        if sum(map(len, texts)) > LONGEST_PROMPT:
             message = f"prompt and negative prompt are longer than {LONGEST_PROMPT} characters"
             raise ArgumentError(message, "prompt")
 

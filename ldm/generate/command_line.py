@@ -15,7 +15,13 @@ from ldm.generate.options import Option, Value, encode_option, options_of
 from ldm.generate.request import GROUPS, Request
 from ldm.generate.tasks import TASKS, Task
 from ldm.runtime.command import CommandParser
-from ldm.runtime.errors import ArgumentError, LdmError, WrongFamily, is_out_of_memory
+from ldm.runtime.errors import (
+    ArgumentError,
+    LdmError,
+    MissingFile,
+    WrongFamily,
+    is_out_of_memory,
+)
 
 __all__ = ["add_options", "build_parser", "hint", "parse_request", "to_argv"]
 
@@ -148,8 +154,8 @@ def _argparse_type(option: Option) -> Callable[[str], Value]:
 
     def parse(argument: str) -> Value:
         try:
-            return option.parse(argument)
-        except ArgumentError as error:
+            return option.parse(option.read(argument))
+        except (ArgumentError, MissingFile) as error:
             raise argparse.ArgumentTypeError(str(error)) from error
 
     return parse

@@ -25,6 +25,8 @@ __all__ = ["Models", "is_small_model", "load_models", "resolve_sampling"]
 
 SMALL_MODEL = 200e6  # bytes of a checkpoint below which half precision and many threads do not pay
 
+SAFE_PIPELINE = "StableDiffusionPipelineSafe"  # class of a diffusers folder
+
 log = logging.getLogger(__name__)
 
 
@@ -173,6 +175,8 @@ def _warn_about_ignored_options(request: Request, model: LatentDiffusion) -> Non
         log.warning("`C` %d is ignored: the model has %d", choice.channels, model.channels)
     if choice.factor not in (None, model.downscale):
         log.warning("`f` %d is ignored: the model has %d", choice.factor, model.downscale)
+    if model.provenance.get("pipeline") == SAFE_PIPELINE and sampling.sld is None:
+        log.info("its authors' pipeline guides away from unsafe concepts: `sld` medium does")
     values = request.values()
     for name in ("torchscript", "ipex", "laion400m"):
         if values[name]:

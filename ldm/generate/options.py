@@ -9,10 +9,12 @@ and of PNG metadata are converted and checked by the same rule.
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
-from ldm.diffusion.names import API_LEGACY, LEGACY
-from ldm.runtime.errors import ArgumentError, unknown_name
+from ldm.diffusion.names import API_LEGACY, LEGACY, SLD
+from ldm.runtime.errors import ArgumentError, MissingFile, unknown_name
+from ldm.runtime.files import read_text
 
 __all__ = ["Option", "decode_option", "encode_option", "option", "options_of"]
 
@@ -40,6 +42,7 @@ class Option:
         is_input_file: the value is an input file, or several; PNGs record their hashes.
         label: of the field in the web UI; options without a label are not in it.
         maximum: of the slider in the web UI.
+        read: converts an argument of the command line, and nothing else, before it is parsed.
     """
 
     flags: tuple[str, ...]
@@ -55,6 +58,7 @@ class Option:
     is_input_file: bool = False
     label: str = ""
     maximum: float | None = None
+    read: Callable[[str], str] = str
 
     @property
     def is_path(self) -> bool:
@@ -208,6 +212,26 @@ def parse_weighted_file(argument: str) -> tuple[str, float]:
     if not name or number is None:
         name, number = argument, 1.0
     return os.path.expanduser(name), number
+
+
+def parse_sld(argument: str) -> str | tuple[float, ...]:
+    """Parse the name of a preset, or WARMUP,SCALE,THRESHOLD,MOMENTUM,BETA."""
+    numbers = [_number(part) for part in argument.split(",")]
+    if None in numbers and len(numbers) > 1:
+        raise ArgumentError(f"`{argument}` is not five numbers")
+    value = argument if None in numbers else tuple(n for n in numbers if n is not None)
+    SLD.of(value)
+    return value
+
+
+def read_argument(argument: str) -> str:
+    """Return an argument, or the text of the file in `@FILE`."""
+    if not argument.startswith("@"):
+        return argument
+    path = Path(argument[1:]).expanduser()
+    if not path.is_file():
+        raise MissingFile(f"no file `{path}`")
+    return " ".join(read_text(path).split())
 
 
 def parse_legacy(argument: str) -> tuple[str, ...]:

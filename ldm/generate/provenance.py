@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ldm.diffusion.names import SLD_CONCEPTS
 from ldm.generate.load import Models, resolve_sampling
 from ldm.generate.options import Value, options_of
 from ldm.generate.plan import Batch, Job
-from ldm.generate.request import Request
+from ldm.generate.request import Request, Sampling
 from ldm.generate.tasks import TASKS, Task
 from ldm.imaging.watermark import MIN_PIXELS
 from ldm.loading.files.checkpoint import file_hash
@@ -85,6 +86,7 @@ def describe_run(
             for name, paths in files.items()
         },
         **_describe_sdxl(request, models, without_folders),
+        **_describe_sld(sampling),
         "tile": sampling.vae_tile,
         "legacy": list(sampling.legacy),
         "watermark": watermark_method(request, size, watermark_payload(model)),
@@ -122,6 +124,15 @@ def _describe_sdxl(request: Request, models: Models, without_folders: bool) -> I
         if request.sdxl.refiner_start is None:
             info.setdefault("refiner_strength", REFINER_STRENGTH)
     return info
+
+
+def _describe_sld(sampling: Sampling) -> Info:
+    """Return preset or numbers of safe latent diffusion, and the text of the concept."""
+    if sampling.sld is None:
+        return {}
+    sld = sampling.sld if isinstance(sampling.sld, str) else list(sampling.sld)
+    concept = sampling.sld_concept or "original"
+    return {"sld": sld, "sld_concept": SLD_CONCEPTS.get(concept, concept)}
 
 
 def describe_image(request: Request, batches: Sequence[Batch], number: int, row: int) -> Info:

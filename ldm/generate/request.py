@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
-from ldm.diffusion.names import SAMPLERS, SCHEDULERS
+from ldm.diffusion.names import SAMPLERS, SCHEDULERS, SLD_PRESETS
 from ldm.generate.options import (
     COMMON_QUIRKS,
     QUIRKS,
@@ -27,7 +27,9 @@ from ldm.generate.options import (
     parse_legacy,
     parse_number,
     parse_size,
+    parse_sld,
     parse_weighted_file,
+    read_argument,
 )
 from ldm.runtime.errors import ArgumentError, unknown_name
 
@@ -156,6 +158,14 @@ class Sampling:
     guidance_interval: tuple[float, float] | None = option(None, "--guidance-interval",
         parse=parse_interval, metavar="LOW,HIGH", label="Guidance interval",
         help="guide only between these two sigmas (default: everywhere)")
+    sld: str | tuple[float, ...] | None = option(None, "--sld", parse=parse_sld,
+        metavar="PRESET", label="Safe latent diffusion",
+        help=f"guide away from what is unsafe: {', '.join(SLD_PRESETS)}, or"
+        " WARMUP,SCALE,THRESHOLD,MOMENTUM,BETA (default: off)")
+    sld_concept: str | None = option(None, "--sld-concept", read=read_argument, metavar="TEXT",
+        label="Unsafe concept",
+        help="what --sld guides away from: a text, @FILE with one, or the text of the authors'"
+        " package or of diffusers: original, diffusers (default: original)")
     seed: int = option(42, "--seed", parse=parse_integer, metavar="N", label="Seed",
         help="image k of the run has seed + k (default: %(default)s)")
     fixed_code: bool = option(False, "--fixed_code", help="the same start noise for every batch")
@@ -292,6 +302,8 @@ class Request:
                 raise ArgumentError(
                     f"{name} {side} is not a positive multiple of {multiple}{reason}", name
                 )
+        if self.sampling.sld_concept is not None and self.sampling.sld is None:
+            raise ArgumentError("sld_concept needs sld", "sld_concept")
         if self.sdxl.refiner_strength is not None and self.sdxl.refiner_start is not None:
             raise ArgumentError(
                 "refiner_start is given, too: only one can hold", "refiner_strength"

@@ -69,7 +69,7 @@ def run_request(
         prepared = single.task.prepare(single)
         if models is None:
             models = load(prepared)
-            _warn_about_prompts(batches, models.base, listener)
+            _warn_about_prompts(batches, request.sampling.sld_concept, models.base, listener)
         _generate_batches(prepared, batches, models, listener, without_folders)
 
 
@@ -120,7 +120,7 @@ def _generate_batches(
 
 
 def _warn_about_prompts(
-    batches: list[Batch], model: LatentDiffusion, listener: RunListener
+    batches: list[Batch], concept: str | None, model: LatentDiffusion, listener: RunListener
 ) -> None:
     """Warn of the first prompt that is too long, and of the first with A1111's weights."""
     encoders = model.conditioner.find_all(TextEncoder)
@@ -128,6 +128,7 @@ def _warn_about_prompts(
         return
     prompts = dict.fromkeys(job.prompt for batch in batches for job in batch)
     prompts |= dict.fromkeys(job.negative_prompt for batch in batches for job in batch)
+    prompts |= dict.fromkeys(filter(None, [concept]))
     for encoder, prompt in itertools.product(encoders, prompts):
         if lost := encoder.truncated_text(prompt):
             limit, words = encoder.length - 2, " ".join(lost.split()[:QUOTED_WORDS])
@@ -185,6 +186,8 @@ def _generate(
         "callback": callback,
         **_sdxl_options(request, batch, models),
     }
+    rule = {"sld": sampling.sld, "sld_concept": sampling.sld_concept}
+    options |= {name: value for name, value in rule.items() if value is not None}
     prompts = [job.prompt for job in batch]
     return prepared.generate(model, prompts, cast(TaskOptions, options))
 

@@ -7,7 +7,7 @@ image is a plain dict; `parameters_text` knows these keys, all optional:
     size (height, width), strength, checkpoint (name), checkpoint_hash, ldm (version),
     mask_box, mask_grow, mask_blur, noise_level, mix_noise_level, weight (of each image),
     prompt_2, negative_prompt_2, original_size, crop, target_size and aesthetic_score (also
-    negative_ ones), refiner_strength or refiner_start,
+    negative_ ones), refiner_strength or refiner_start, sld, sld_concept,
     vae, refiner, loras and embeddings (each file a dict with path and hash; a LoRA's with weight
     and a1111_hash)
 
@@ -24,7 +24,7 @@ from pathlib import Path, PurePath
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.diffusion.names import SAMPLERS, SCHEDULERS
+from ldm.diffusion.names import SAMPLERS, SCHEDULERS, SLD_CONCEPTS
 from ldm.imaging.reading import open_image
 from ldm.runtime.types import JsonMapping, JsonObject
 
@@ -66,6 +66,8 @@ SETTINGS: dict[str, tuple[str, Callable[[str], object]]] = {
     "Mask grow": ("mask_grow", int),  # as version 0.1 wrote it
     "Noise level": ("noise_level", int),
     "Refiner switch at": ("refiner_start", float),
+    "SLD": ("sld", str),
+    "SLD concept": ("sld_concept", str),
     "Version": ("version", str),
     **SDXL_SETTINGS,
 }
@@ -149,6 +151,8 @@ def _settings(info: JsonMapping) -> Iterable[tuple[str, str]]:
         "Image weights": info.get("weight"),
         "Eta DDIM" if sampler in OWN_STEPS else "Eta": info.get("eta") or None,
         **{name: info.get(key) for name, (key, _) in SDXL_SETTINGS.items()},
+        "SLD": info.get("sld"),
+        "SLD concept": _concept_name(info.get("sld_concept")),
         "Refiner": refiner and f"{PurePath(refiner['path']).stem} [{refiner['hash']}]",
         "Refiner switch at": _refiner_start(info),
         "Lora hashes": _hashes(info.get("loras"), "a1111_hash"),
@@ -170,6 +174,11 @@ def _refiner_start(info: JsonMapping) -> float | None:
     """Return the fraction of the steps before the refiner, as A1111 counts."""
     strength = info.get("refiner_strength")
     return info.get("refiner_start") if strength is None else round(1 - strength, 4)
+
+
+def _concept_name(text: str | None) -> str | None:
+    """Return the name of a concept of safe latent diffusion, else its text."""
+    return next((name for name, concept in SLD_CONCEPTS.items() if concept == text), text)
 
 
 def _schedule_type(info: JsonMapping) -> str | None:

@@ -31,6 +31,7 @@ from ldm.loading.addons.midas import add_depth_network
 from ldm.loading.autoencoders import find_scale, is_finite_in_half
 from ldm.loading.build import build_on_meta, fill_weights
 from ldm.loading.config import parse_yaml, read_yaml
+from ldm.loading.diffusers.files import PIPELINE_KEY
 from ldm.loading.families import (
     VARIANT_STEPS,
     VARIANTS,
@@ -396,6 +397,7 @@ def _provenance(raw: JsonMapping, weights: Weights, ema: bool, skipped: list[str
         "step": weights.source.step,
         "ema": ema,
         "skipped": skipped,
+        "pipeline": weights.source.metadata.get(PIPELINE_KEY),
     }
 
 

@@ -94,6 +94,36 @@ def test_text_to_image(made, family):
 
 
 @SLOW
+@pytest.mark.parametrize("sampler", ["ddim", "plms"])
+def test_safe_latent_diffusion(made, tmp_path, sampler):
+    """A folder of that class opens, too; PNDM's first steps are PLMS's."""
+    from diffusers.pipelines.deprecated.stable_diffusion_safe import StableDiffusionPipelineSafe
+
+    source, _, folder = made("sd1")
+    parts = {**opened(folder).components, "safety_checker": None, "image_encoder": None}
+    pipe = StableDiffusionPipelineSafe(**parts, requires_safety_checker=False)
+    if sampler == "plms":
+        pipe.scheduler = diffusers.PNDMScheduler.from_config(
+            pipe.scheduler.config, skip_prk_steps=True
+        )
+    pipe.set_progress_bar_config(disable=True)
+    x = noise(2, 4, 16, 16)
+    numbers = {"sld_warmup_steps": 1, "sld_guidance_scale": 20, "sld_threshold": 0.1,
+               "sld_momentum_scale": 0.3, "sld_mom_beta": 0.4}  # fmt: skip
+    theirs = pipe([PROMPT, "a cat"], negative_prompt=["blurry", ""], height=SIDE, width=SIDE,
+                  **numbers, **common(x.clone()) | {"output_type": "np"}).images  # fmt: skip
+    theirs = torch.from_numpy(theirs).movedim(-1, 1)
+    pipe.save_pretrained(tmp_path)
+    for path in (source, tmp_path):
+        ours = ldm.txt2img(
+            ldm.load(path), [PROMPT, "a cat"], negative_prompt=["blurry", ""], x_T=x, steps=STEPS,
+            size=(SIDE, SIDE), scale=SCALE, sampler=sampler, sld=[*numbers.values()],
+            sld_concept="diffusers",
+        )  # fmt: skip
+        agree(ours, theirs)
+
+
+@SLOW
 @pytest.mark.parametrize("family", ["sd1-inpainting", "inpainting"])
 def test_inpainting(made, family):
     source, _, folder = made(family)

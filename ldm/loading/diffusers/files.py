@@ -43,13 +43,14 @@ from ldm.runtime.files import read_text
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "EXTRA_WEIGHTS", "build_folder", "is_diffusers_folder", "read_folder", "weights_path",
-    "write_texts",
+    "EXTRA_WEIGHTS", "PIPELINE_KEY", "build_folder", "is_diffusers_folder", "read_folder",
+    "weights_path", "write_texts",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
 EXTRA_WEIGHTS = "original.safetensors"
+PIPELINE_KEY = "ldm.pipeline"  # in the metadata: the class of a folder's pipeline
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of diffusers, of transformers
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 TRANSFORMERS = (*TOKENIZERS, "image_encoder", "depth_estimator")  # components of transformers
@@ -122,7 +123,7 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
         step=rest.step if rest else None,
         mapped=True,
         metadata=(rest.metadata if rest else {})
-        | _vae_metadata(files)
+        | _metadata(files)
         | {CONFIG_KEY: format_yaml(raw)},
         added_tokens=added,
     )
@@ -179,10 +180,13 @@ def write_texts(folder: Path, files: Files) -> None:
         (folder / path).write_text(text, "utf-8")
 
 
-def _vae_metadata(files: Files) -> dict[str, str]:
+def _metadata(files: Files) -> dict[str, str]:
+    """Return what metadata keep of a folder's JSONs: its class, and numbers of the VAE."""
+    pipeline = files.get(INDEX, {}).get("_class_name")
     config: JsonMapping = files.get("vae/config.json") or files.get("config.json") or {}
     keys = {SCALE_KEY: "scaling_factor", UPCAST_KEY: "force_upcast"}
-    return {key: json.dumps(config[name]) for key, name in keys.items() if name in config}
+    numbers = {key: json.dumps(config[name]) for key, name in keys.items() if name in config}
+    return numbers | ({PIPELINE_KEY: str(pipeline)} if pipeline else {})
 
 
 def _build_model(
