@@ -189,7 +189,7 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
     words = {"scheduler": "karras", "guidance_interval": "0.5,4", "mask_box": "1,2,3,4",
              "lora": "x.safetensors:0.25", "legacy": "noise,steps", "precision": "fp16",
              "attention": "math", "sampler": "dpm", "strength": ".25",
-             "rescale": ".5", "resize_mode": "pad", "height": "64", "width": "64",
+             "rescale": ".5", "sld": "1,20,0,0.5,0.25", "resize_mode": "pad", "height": "64", "width": "64",
              "refiner_strength": ".25", "refiner_start": ".75",
              **dict.fromkeys(names_of_pairs, "8,16")}  # fmt: skip
     for task in TASKS.values():
@@ -200,6 +200,8 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
                 argvs.append([f"{name}.x=1"])
             elif row.is_switch:
                 argvs.append([row.flags[0]])
+            elif name == "sld_concept":
+                argvs.append(["--sld", "max", row.flags[0], word])
             else:
                 argvs.append([row.flags[0], word])
         compatible = [argv for argv in argvs if argv[0] != "--refiner-start"]
