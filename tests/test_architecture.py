@@ -46,6 +46,7 @@ FENCES = {
     "wandb": ["ldm.train.monitoring.logs"],
     "pydantic": ["ldm.train.config"],
     "bitsandbytes": ["ldm.train.optim.optimizers"],
+    "trimesh": ["ldm.imaging.relief"],
     "ftfy": ["ldm.encoders.tokenizer"],
     "regex": ["ldm.encoders.tokenizer"],
     "transformers": [],

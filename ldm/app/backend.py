@@ -35,8 +35,8 @@ from ldm.generate.options import Value, options_of, parse_weighted_file
 from ldm.generate.provenance import (
     FILE_KEYS,
     Info,
-    compare_images,
     compare_infos,
+    compare_results,
     defaults_then,
     describe_run,
     files_of_model,
@@ -258,11 +258,12 @@ class Backend:
         prepared = request.task.prepare(request)
         models = self._load(prepared, progress, threads=info["threads"])
         progress.begin(models.base, 1)
-        image = remake_image(prepared, models, info, progress.on_step)
-        new = OutputFolder(self.outdir / "replays").save_sample(image, info)
+        image, depth = remake_image(prepared, models, info, progress.on_step)
+        info.pop("image", None)
+        new = OutputFolder(self.outdir / "replays").save_sample(image, info, depth)
         progress.add_image(info | {"path": str(new)})
         with open_image(path) as old:
-            difference = compare_images(old, image)
+            difference = compare_results(read_info(path), old, image, depth)
         if difference is None:
             return "identical"
         now = describe_run(request, models, prepared.output_size(models.base))

@@ -53,8 +53,8 @@ def _replay(args: Namespace, changes: dict[str, Any]) -> int:
     from ldm.generate.load import load_models
     from ldm.generate.provenance import (
         check_inputs,
-        compare_images,
         compare_infos,
+        compare_results,
         describe_run,
         locate_model,
         read_request,
@@ -73,11 +73,12 @@ def _replay(args: Namespace, changes: dict[str, Any]) -> int:
     request = locate_model(info, request, changes)
     prepared = request.task.prepare(request)
     models = load_models(request, threads=info["threads"])
-    image = remake_image(prepared, models, info)
+    image, depth = remake_image(prepared, models, info)
     if args.output:
-        write_png(args.output, image, info)
+        shown = depth if info.get("image") == "depth" else image
+        write_png(args.output, shown or image, info)
     with open_image(args.image) as old:
-        difference = compare_images(old, image)
+        difference = compare_results(info, old, image, depth)
         was_edited = fingerprint(old) != info.get("sha256")
     print(difference or "identical")
     if difference is None:

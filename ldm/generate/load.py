@@ -1,5 +1,6 @@
 """The models that a request asks for, on their device, in their precision."""
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,7 +10,8 @@ from typing import Any
 from ldm.encoders.text import TextEncoder
 from ldm.generate.request import Request, Sampling
 from ldm.generate.tasks import Task
-from ldm.loading.families import Family
+from ldm.generate.tasks.base import RGBDInputs
+from ldm.loading.families import PIXELS, Family
 from ldm.loading.load import load as load_from_files
 from ldm.loading.published import find_checkpoint, identify_hash
 from ldm.loading.weights import identify_weights, read_weights
@@ -17,8 +19,8 @@ from ldm.model import Defaults, LatentDiffusion
 from ldm.nets.attention import set_backend
 from ldm.pipelines.families import FAMILIES, file_name, is_sdxl, wrong_family
 from ldm.runtime.device import keep_memory, pick_device, pick_dtype, set_threads
-from ldm.runtime.errors import ArgumentError
-from ldm.runtime.files import find_file
+from ldm.runtime.errors import ArgumentError, MissingArgument
+from ldm.runtime.files import find_file, read_text
 from ldm.runtime.hashes import known_sha256
 
 __all__ = ["Models", "is_small_model", "load_models", "resolve_sampling"]
@@ -60,6 +62,8 @@ def load_models(
     choice, task = request.model, request.task
     ckpt, refiner = _find_weights(choice.ckpt), _find_weights(request.sdxl.refiner)
     _check_families(task, ckpt, refiner)
+    if ckpt is not None and (channels := _pixel_channels(ckpt)) is not None:
+        _check_depth(request, f"`{ckpt.name}`", channels)
     if request.uses_demo_model:
         log.info(
             "no checkpoint given: using the small model that ships with ldm (emoji); for Stable "
@@ -89,6 +93,7 @@ def load_models(
         **request.inputs.model_files(),
     )
     log.info("running on %s in %s", device, str(dtype).removeprefix("torch."))
+    _check_depth(request, file_name(model), model.autoencoder.in_channels)
     _warn_about_ignored_options(request, model)
     if request.sdxl.refiner is None:
         return Models(model)
@@ -123,6 +128,37 @@ def _family_of_file(path: Path | None) -> Family | None:
         return None
     family = identify_weights(read_weights(path)).family
     return family if family and family.task else None
+
+
+def _pixel_channels(path: Path) -> int | None:
+    """Return the channels of a model's images, if that is quick to tell; see `ldm.imaging.rgbd`."""
+    config = path / "vae/config.json"
+    if config.is_file():
+        channels = json.loads(read_text(config)).get("in_channels")
+        return channels if isinstance(channels, int) else None
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    weight = identify_weights(read_weights(path)).state.get(PIXELS)
+    return None if weight is None else weight.shape[1]
+
+
+def _check_depth(request: Request, model: str, channels: int) -> None:
+    """Raise ArgumentError if the depth of the input or result is not what the model has.
+
+    Args:
+        model: how the message names it.
+    """
+    inputs, has_depth = request.inputs, channels != 3
+    if request.output.glb and not has_depth:
+        raise ArgumentError(
+            f"{model} makes images without depth, of which no relief is made", "glb"
+        )
+    if not isinstance(inputs, RGBDInputs) or inputs.init_img is None:
+        return
+    if inputs.depth is not None and not has_depth:
+        raise ArgumentError(f"{model} makes images without depth, leave it out", "depth")
+    if inputs.depth is None and has_depth:
+        raise MissingArgument(f"{model} also needs the depth of the image", "depth")
 
 
 def _refiner_embeddings(base: LatentDiffusion) -> list[str]:

@@ -14,14 +14,18 @@ from tqdm import tqdm
 from ldm.generate.provenance import FLOAT_WATERMARK, Info, watermark_method
 from ldm.generate.request import Request
 from ldm.imaging.metadata import fingerprint
-from ldm.imaging.output import OutputFolder
+from ldm.imaging.output import OutputFolder, depth_path
 from ldm.imaging.pixels import make_grid, to_pil
+from ldm.imaging.relief import save_relief
+from ldm.imaging.rgbd import split_colour
 from ldm.imaging.watermark import PAYLOADS, embed_floats, embed_or_warn
 from ldm.model import LatentDiffusion
 from ldm.runtime.ranks import rank_and_world_size
 from ldm.runtime.types import JsonMapping
 
-__all__ = ["Console", "RunListener", "add_watermark", "save_grid", "save_image", "to_images"]
+__all__ = [
+    "Console", "RunListener", "add_watermark", "save_glb", "save_grid", "save_image", "to_images",
+]  # fmt: skip
 
 GRID_LIMIT = 1024  # images; more would be kept in memory for a grid nobody can look at
 
@@ -71,11 +75,14 @@ class Console(RunListener):
             is_unicode = sys.stdout.encoding.lower().startswith("utf")
             _print(json.dumps(info, ensure_ascii=not is_unicode))
         elif info["path"] is not None:
-            _print(info["path"])
+            for key in ("path", "depth_path", "relief_path"):
+                if key in info:
+                    _print(info[key])
 
 
 def to_images(images: Tensor, info: JsonMapping, *, truncate: bool) -> list[Image.Image]:
-    """Convert images (B, 3, H, W) in [-1, 1], and mark them first where that is asked for."""
+    """Convert images in [-1, 1] without their depth; mark them first where that is asked for."""
+    images = split_colour(images)
     if info["watermark"] == FLOAT_WATERMARK:
         pixels = (images.detach().float().clamp(-1, 1) + 1).movedim(1, -1).cpu().numpy() * 127.5
         marked = [embed_floats(image, PAYLOADS[info["payload"]]) for image in pixels]
@@ -93,11 +100,28 @@ def add_watermark(
 
 
 def save_image(
-    folder: OutputFolder, image: Image.Image, info: Info, protected: ProtectedPixels | None
-) -> str:
-    """Save one image with its info; return its path."""
+    folder: OutputFolder,
+    image: Image.Image,
+    info: Info,
+    protected: ProtectedPixels | None,
+    depth: Image.Image | None = None,
+) -> Info:
+    """Save one image with its info, and its depth; return their paths, as entries of the info."""
     unmarked = {"sha256_unmarked": fingerprint(image)}
-    return str(folder.save_sample(add_watermark(image, info, protected), info | unmarked))
+    path = folder.save_sample(add_watermark(image, info, protected), info | unmarked, depth)
+    if depth is None:
+        return {"path": str(path)}
+    low, high = info["depth_range"]
+    log.info("depth of %s: %d … %d of 65535, larger is nearer", path.name, low, high)
+    return {"path": str(path), "depth_path": str(depth_path(path))}
+
+
+def save_glb(path: str, image: Image.Image, depth: Image.Image) -> Info:
+    """Save the relief of an image file; return its path and size, as entries of the info."""
+    target = Path(path).with_suffix(".glb")
+    triangles = save_relief(target, image, depth)
+    log.info("relief %s: %d triangles", target, triangles)
+    return {"relief_path": str(target), "triangles": triangles}
 
 
 def save_grid(
@@ -111,7 +135,7 @@ def save_grid(
         {key: info[key] for key in keys} | {"file": info["path"] and Path(info["path"]).name}
         for _, info in images
     ]
-    info = {key: value for key, value in images[0][1].items() if key != "path"}
+    info = {key: value for key, value in images[0][1].items() if not key.endswith("path")}
     info |= {
         "task": "grid",
         "watermark": watermark_method(request, (grid.height, grid.width), images[0][1]["payload"]),

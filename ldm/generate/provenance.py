@@ -20,6 +20,7 @@ from ldm.generate.options import Value, options_of
 from ldm.generate.plan import Batch, Job
 from ldm.generate.request import Request, Sampling
 from ldm.generate.tasks import TASKS, Task
+from ldm.imaging.metadata import fingerprint
 from ldm.imaging.watermark import MIN_PIXELS
 from ldm.loading.files.checkpoint import file_hash
 from ldm.loading.load import DEMO
@@ -162,6 +163,11 @@ def describe_image(request: Request, batches: Sequence[Batch], number: int, row:
     return info
 
 
+def describe_depth(depth: Image.Image) -> Info:
+    """Return the info of an image's depth: its range, and what a replay compares."""
+    return {"depth_range": list(depth.getextrema()), "sha256_depth": fingerprint(depth)}
+
+
 def job_of(info: JsonMapping) -> Job:
     """Return the job that made an image."""
     seed = info["seed"]
@@ -266,17 +272,41 @@ def compare_infos(then: JsonMapping, now: JsonMapping) -> list[str]:
     return [f"{key}: {old} then, {new} now" for key, (old, new) in pairs.items() if old != new]
 
 
+def compare_results(
+    info: JsonMapping, old: Image.Image, new: Image.Image, new_depth: Image.Image | None
+) -> str | None:
+    """Say by how much an image file, or that of its depth, differs from its reproduction.
+
+    Args:
+        info: of the file.
+    Returns:
+        None if neither image nor depth differ.
+    """
+    if info.get("image") == "depth" and new_depth is not None:
+        return compare_images(old, new_depth)
+    difference = compare_images(old, new)
+    if difference is None and new_depth is not None:
+        is_same = fingerprint(new_depth) == info.get("sha256_depth")
+        return None if is_same else "the depth differs, the colours do not"
+    return difference
+
+
 def compare_images(old: Image.Image, new: Image.Image) -> str | None:
     """Say by how much two images differ; None = not at all."""
     if old.size != new.size:
         return f"the size is {old.width}x{old.height} in the file and {new.width}x{new.height} now"
-    then, now = (np.asarray(image.convert("RGB"), np.int16) for image in (old, new))
-    difference = np.abs(then - now)
+    is_depth = old.mode == new.mode == "I;16"
+    images = (image if is_depth else image.convert("RGB") for image in (old, new))
+    then, now = (np.asarray(image, np.int32) for image in images)
+    difference = np.abs(then - now).reshape(*then.shape[:2], -1)
     if not difference.any():
         return None
     fraction = (difference.max(-1) > 0).mean()
     most, mean = difference.max(), difference.mean()
-    return f"{fraction:.2%} of the pixels differ, by {most} of 255 at most, {mean:.4f} on average"
+    white = 65535 if is_depth else 255
+    return (
+        f"{fraction:.2%} of the pixels differ, by {most} of {white} at most, {mean:.4f} on average"
+    )
 
 
 def _former_values(task: Task, info: JsonMapping) -> JsonObject:

@@ -256,6 +256,8 @@ class Output:
     skip_grid: bool = option(False, "--skip_grid", help="do not save the grid")
     skip_save: bool = option(False, "--skip_save", help="do not save single images")
     no_watermark: bool = option(False, "--no-watermark", help="do not add the invisible watermark")
+    glb: bool = option(False, "--glb",
+        help="of images with depth (LDM3D), also save a relief to turn, NNNNN.glb (needs trimesh)")
     json: bool = option(False, "--json", help="write one JSON object per image to stdout")
     # fmt: on
 

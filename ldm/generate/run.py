@@ -22,16 +22,19 @@ from ldm.generate.output import (
     RunListener,
     add_watermark,
     hides_progress,
+    save_glb,
     save_grid,
     save_image,
     to_images,
 )
 from ldm.generate.plan import Batch, plan_batches
-from ldm.generate.provenance import Info, describe_image, describe_run, job_of
+from ldm.generate.provenance import Info, describe_depth, describe_image, describe_run, job_of
 from ldm.generate.request import Request
 from ldm.generate.start_noise import seed_globally, start_noise
 from ldm.generate.tasks import PreparedTask
 from ldm.imaging.output import OutputFolder
+from ldm.imaging.relief import check_trimesh
+from ldm.imaging.rgbd import place_beside, split_depth
 from ldm.model import LatentDiffusion
 from ldm.pipelines.common import TaskOptions
 from ldm.runtime.errors import NonFinite, Stop
@@ -63,6 +66,8 @@ def run_request(
         NonFinite: an image is NaN even in float32.
     """
     batches = plan_batches(request)
+    if request.output.glb:
+        check_trimesh()
     models: Models | None = None
     for inputs in request.inputs.per_image():
         single = replace(request, inputs=inputs)
@@ -103,14 +108,21 @@ def _generate_batches(
             if listener.stopped_at is not None:
                 run_info["unfinished"] = listener.stopped_at
             truncate = "truncate" in request.sampling.legacy
+            depths = split_depth(images)
             for row, image in enumerate(to_images(images, run_info, truncate=truncate)):
                 info = run_info | describe_image(request, batches, number, row)
+                depth = depths[row] if depths else None
+                if depth is not None:
+                    info |= describe_depth(depth)
                 info["path"] = None
                 if not output.skip_save:
-                    info["path"] = save_image(folder, image, info, protected)
+                    info |= save_image(folder, image, info, protected, depth)
+                if depth is not None and output.glb and info["path"] is not None:
+                    info |= save_glb(info["path"], image, depth)
                 listener.add_image(info)
                 if makes_grid and len(grid_images) < GRID_LIMIT:
-                    grid_images.append((image, info))
+                    cell = image if depth is None else place_beside(image, depth)
+                    grid_images.append((cell, info))
             if listener.stopped_at is not None:
                 raise Stop
     finally:
@@ -145,8 +157,8 @@ def remake_image(
     models: Models,
     info: JsonMapping,
     callback: Callback | None = None,
-) -> Image.Image:
-    """Make one image again, in a batch of the same shape.
+) -> tuple[Image.Image, Image.Image | None]:
+    """Make one image again, in a batch of the same shape; return it and its depth, if any.
 
     Args:
         prepared: the task of the run that made it.
@@ -160,7 +172,8 @@ def remake_image(
     images = _generate(prepared, [job] * info["rows"], models, callback)
     image = images[info["row"] : info["row"] + 1]
     shown = to_images(image, info, truncate="truncate" in request.sampling.legacy)[0]
-    return add_watermark(shown, info, prepared.protected_pixels())
+    depth = next(iter(split_depth(image)), None)
+    return add_watermark(shown, info, prepared.protected_pixels()), depth
 
 
 def _generate(

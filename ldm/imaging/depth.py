@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.imaging.reading import is_coloured, load_stored
+from ldm.imaging.reading import StoredImage, is_coloured, load_stored
+from ldm.runtime.errors import ArgumentError
 
-__all__ = ["load_depth", "save_depth"]
+__all__ = ["load_depth", "load_relative_depth", "save_depth"]
 
 log = logging.getLogger(__name__)
 
@@ -23,14 +24,35 @@ def load_depth(path: str | Path, *, inverted: bool = False) -> Tensor:
     Args:
         inverted: in the file, white is far.
     """
-    stored = load_stored(path)
+    stored = _load(path)
     low, high = stored.finite_range()
-    if stored.image.mode != "F" and is_coloured(stored.image):
-        log.warning("the depth map `%s` has colours: their luminance is taken for depth", path)
     stored.log_notes()
     depth = torch.tensor(stored.luminance())[None, None]
     depth = ((depth - low) / torch.tensor(high - low).clamp(min=1e-6)).nan_to_num(0, 1, 0)
     return 1 - depth if inverted else depth
+
+
+def load_relative_depth(path: str | Path) -> Image.Image:
+    """Load the depth in a file, "F" in [0, 1], on the scale of its bits: 255, 65535, or 1.
+
+    Raises:
+        ArgumentError: values are not finite, or floats outside 0 … 1.
+    """
+    stored = _load(path)
+    stored.log_notes()
+    white = stored.white if stored.image.mode == "F" else 255.0
+    values = stored.luminance()
+    if white is None or not np.isfinite(values).all():
+        low, high = values.min(), values.max()
+        raise ArgumentError(f"the depth `{path}` has values {low:g} … {high:g}, not 0 … 1", "depth")
+    return Image.fromarray(values / np.float32(white))
+
+
+def _load(path: str | Path) -> StoredImage:
+    stored = load_stored(path)
+    if stored.image.mode != "F" and is_coloured(stored.image):
+        log.warning("the depth map `%s` has colours: their luminance is taken for depth", path)
+    return stored
 
 
 def save_depth(path: str | Path, depth: Tensor) -> None:

@@ -6,6 +6,7 @@ image is a plain dict; `parameters_text` knows these keys, all optional:
     prompt, negative_prompt, seed, sampler, scheduler, scheduler_in_use, steps, eta, scale,
     size (height, width), strength, checkpoint (name), checkpoint_hash, ldm (version),
     mask_box, mask_grow, mask_blur, noise_level, mix_noise_level, weight (of each image),
+    depth_range (lowest and highest of 0 … 65535),
     prompt_2, negative_prompt_2, original_size, crop, target_size and aesthetic_score (also
     negative_ ones), refiner_strength or refiner_start, sld, sld_concept,
     vae, refiner, loras and embeddings (each file a dict with path and hash; a LoRA's with weight
@@ -111,8 +112,9 @@ def read_info(path: str | Path) -> JsonObject:
 
 
 def fingerprint(image: Image.Image) -> str:
-    """Return the SHA-256 of the RGB bytes, row by row, in hexadecimal."""
-    return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
+    """Return the SHA-256 of the RGB bytes, or those of 16-bit grey, row by row, in hexadecimal."""
+    pixels = image if image.mode == "I;16" else image.convert("RGB")
+    return hashlib.sha256(pixels.tobytes()).hexdigest()
 
 
 def parameters_text(info: JsonMapping) -> str:
@@ -147,6 +149,7 @@ def _settings(info: JsonMapping) -> Iterable[tuple[str, str]]:
         "Mask expand": info.get("mask_grow") or None,
         "Mask blur": info.get("mask_blur") or None,
         "Noise level": info.get("noise_level"),
+        "Depth range": info.get("depth_range"),
         "Mix noise level": info.get("mix_noise_level"),
         "Image weights": info.get("weight"),
         "Eta DDIM" if sampler in OWN_STEPS else "Eta": info.get("eta") or None,

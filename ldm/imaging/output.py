@@ -1,5 +1,7 @@
 """An output folder: `samples/00000.png` … and `grid-0000.png` …, never overwritten.
 
+The depth of an image, where it has one, is `00000_depth.png` beside it.
+
 Several processes may share a folder, files may be deleted in between, and a run may be killed at
 any moment. An image is written under a hidden name, `.00007.png.part`, that only one process can
 create and that reserves the number; when complete, it is renamed. So every `.png` is complete.
@@ -16,7 +18,7 @@ from PIL import Image
 from ldm.imaging.metadata import write_png
 from ldm.runtime.types import JsonMapping
 
-__all__ = ["OutputFolder"]
+__all__ = ["OutputFolder", "depth_path"]
 
 
 class OutputFolder:
@@ -34,26 +36,38 @@ class OutputFolder:
         self.samples.mkdir(parents=True, exist_ok=True)
         self._next: dict[Path, int] = {}  # number by folder
 
-    def save_sample(self, image: Image.Image, info: JsonMapping) -> Path:
-        """Write the next `samples/NNNNN.png`, or `NAME-N.png`; returns its path."""
+    def save_sample(
+        self, image: Image.Image, info: JsonMapping, depth: Image.Image | None = None
+    ) -> Path:
+        """Write the next `samples/NNNNN.png`, or `NAME-N.png`; returns its path.
+
+        Args:
+            depth: of the image, written beside it, see `depth_path`.
+        """
         if self.name is None:
-            return self._save_numbered(self.samples, "", 5, image, info)
+            return self._save_numbered(self.samples, "", 5, image, info, depth)
 
         def file_name(number: int) -> str:
             return f"{self.name}-{number}.png" if number else f"{self.name}.png"
 
-        return self._save(self.path, self._next.get(self.path, 0), file_name, image, info)
+        return self._save(self.path, self._next.get(self.path, 0), file_name, image, info, depth)
 
     def save_grid(self, image: Image.Image, info: JsonMapping) -> Path:
         """Write the next `grid-NNNN.png`; returns its path."""
         return self._save_numbered(self.path, "grid-", 4, image, info)
 
     def _save_numbered(
-        self, folder: Path, prefix: str, digits: int, image: Image.Image, info: JsonMapping
+        self,
+        folder: Path,
+        prefix: str,
+        digits: int,
+        image: Image.Image,
+        info: JsonMapping,
+        depth: Image.Image | None = None,
     ) -> Path:
         # Numbers of this run are not used again, even if their files are deleted.
         start = max(_highest(folder, prefix) + 1, self._next.get(folder, 0))
-        return self._save(folder, start, f"{prefix}{{:0{digits}d}}.png".format, image, info)
+        return self._save(folder, start, f"{prefix}{{:0{digits}d}}.png".format, image, info, depth)
 
     def _save(
         self,
@@ -62,11 +76,12 @@ class OutputFolder:
         file_name: Callable[[int], str],
         image: Image.Image,
         info: JsonMapping,
+        depth: Image.Image | None,
     ) -> Path:
         """Write the image under the first free name, counting from `start`; returns its path."""
         for number in count(start):
             path = folder / file_name(number)
-            if _write_new(path, image, info):
+            if _write_new(path, image, info, depth):
                 break
         self._next[folder] = number + 1
         return path
@@ -74,13 +89,21 @@ class OutputFolder:
 
 def _highest(folder: Path, prefix: str) -> int:
     """Return the highest number among the images of the folder, -1 if there is none."""
-    pattern = re.compile(rf"{prefix}(\d+)\.png")
+    pattern = re.compile(rf"{prefix}(\d+)(?:_depth)?\.png")
     matches = (pattern.fullmatch(name) for name in os.listdir(folder))
     return max((int(match[1]) for match in matches if match), default=-1)
 
 
-def _write_new(path: Path, image: Image.Image, info: JsonMapping) -> bool:
-    """Write the image if the path is free; returns whether it was."""
+def depth_path(path: str | Path) -> Path:
+    """Return the path of an image's depth: `00000_depth.png` of `00000.png`."""
+    return Path(path).with_name(f"{Path(path).stem}_depth.png")
+
+
+def _write_new(
+    path: Path, image: Image.Image, info: JsonMapping, depth: Image.Image | None
+) -> bool:
+    """Write the image if the path is free, and that of its depth; returns whether they were."""
+    paths = [path, *([depth_path(path)] if depth is not None else [])]
     part = path.with_name(f".{path.name}.part")
     try:
         part.open("xb").close()
@@ -88,9 +111,12 @@ def _write_new(path: Path, image: Image.Image, info: JsonMapping) -> bool:
         return False
     try:
         # Only now: another process may have finished this number since the folder was listed.
-        if os.path.lexists(path):
+        if any(map(os.path.lexists, paths)):
             part.unlink()
             return False
+        if depth is not None:
+            write_png(part, depth, {**info, "image": "depth"})
+            os.replace(part, depth_path(path))
         write_png(part, image, info)
         os.replace(part, path)
     except BaseException:

@@ -27,7 +27,7 @@ from ldm.loading.files.checkpoint import ema_name
 from ldm.loading.weight_names import original_name
 
 __all__ = [
-    "CONFIG_DIR", "FAMILIES", "TITLE_BY_WIDTH", "VARIANTS", "VARIANT_STEPS", "Family",
+    "CONFIG_DIR", "FAMILIES", "PIXELS", "TITLE_BY_WIDTH", "VARIANTS", "VARIANT_STEPS", "Family",
     "Prediction", "Variant", "Verdict", "detect_prediction", "detect_variant",
     "probe_prediction", "recognise_family",
 ]  # fmt: skip

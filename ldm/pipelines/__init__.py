@@ -8,7 +8,7 @@ quirks       what the original scripts did otherwise
 """
 
 from ldm.diffusion.names import LEGACY
-from ldm.pipelines.common import encode_image
+from ldm.pipelines.common import add_depth, encode_image
 from ldm.pipelines.quirks import noise_source, seeded_noise
 from ldm.pipelines.sampling import invert, sample
 from ldm.pipelines.tasks import (
@@ -28,6 +28,7 @@ __all__ = [
     "NonFinite",
     "Stop",
     "WrongFamily",
+    "add_depth",
     "depth2img",
     "encode_image",
     "estimate_depth",

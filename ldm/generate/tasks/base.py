@@ -6,9 +6,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from typing_extensions import Self
+
 from ldm.generate.options import Option, Value, option, options_of
 from ldm.generate.request import SDXL, Inputs, ModelChoice, Output, Prompts, Request, Sampling
-from ldm.runtime.errors import MissingArgument, MissingFile
+from ldm.runtime.errors import ArgumentError, MissingArgument, MissingFile
 from ldm.runtime.ranks import rank_and_world_size
 
 if TYPE_CHECKING:
@@ -18,9 +20,11 @@ if TYPE_CHECKING:
     from ldm.model import LatentDiffusion
     from ldm.pipelines.common import TaskOptions
 
+DEPTH = "_depth"  # at the end of the name of an image's depth
+
 __all__ = [
-    "FolderInputs", "ImageInputs", "PreparedImageTask", "PreparedTask", "Task", "fit_image",
-    "list_images",
+    "DEPTH", "FolderInputs", "ImageInputs", "PreparedImageTask", "PreparedTask", "RGBDInputs",
+    "Task", "fit_image", "list_images",
 ]  # fmt: skip
 
 
@@ -154,12 +158,24 @@ def list_images(folder: Path) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class FolderInputs(ImageInputs):
-    """An input image, or a folder of them."""
+class RGBDInputs(ImageInputs):
+    """The input image and, for models of colour and depth, its depth."""
+
+    # fmt: off
+    depth: str | None = option(None, "--depth", metavar="FILE", is_input_file=True,
+        label="Depth (for LDM3D)",
+        help="for LDM3D: the depth of the input image, of its size, white is near; 8 or 16 bits, or"
+        " floats in 0 … 1")
+    # fmt: on
+
+
+@dataclass(frozen=True)
+class FolderInputs(RGBDInputs):
+    """An input image, or a folder of them; the depth of X.png is X_depth.png in a folder."""
 
     # fmt: off
     indir: str | None = option(None, "--indir", metavar="DIR",
-        help="all images of a folder, each to OUTDIR/NAME.png")
+        help="all images of a folder, each to OUTDIR/NAME.png; --depth DIR has NAME_depth.png")
     # fmt: on
 
     def per_image(self) -> Sequence["FolderInputs"]:
@@ -175,7 +191,18 @@ class FolderInputs(ImageInputs):
 
     def in_folder(self, folder: Path) -> list["FolderInputs"]:
         """Return the inputs of all images of the folder."""
-        return [replace(self, init_img=str(path)) for path in list_images(folder)]
+        paths = list_images(folder)
+        if self.depth is None:
+            return [replace(self, init_img=str(path)) for path in paths]
+        paths = [path for path in paths if not path.stem.endswith(DEPTH)]
+        return [self.with_depth_of(path) for path in paths]
+
+    def with_depth_of(self, path: Path) -> Self:
+        """Return the inputs of an image of the folder, with its depth where that is given."""
+        depth = Path(self.depth or "") / f"{path.stem}{DEPTH}.png"
+        if self.depth is not None and not depth.is_file():
+            raise MissingFile(f"no depth `{depth}` for the image `{path}`", "depth")
+        return replace(self, init_img=str(path), depth=self.depth and str(depth))
 
     @property
     def is_folder(self) -> bool:
@@ -195,10 +222,36 @@ def read_image(request: Request) -> "Image.Image":
     """
     from ldm.imaging.reading import load_image
 
+    return fit_image(request, load_image(_image_path(request)))
+
+
+def read_depth(request: Request) -> "Tensor | None":
+    """Load the depth of the input image at the requested size, (1, 1, H, W) in [0, 1].
+
+    Raises:
+        ArgumentError: it has another size than the image.
+    """
+    import numpy as np
+    import torch
+
+    from ldm.imaging.depth import load_relative_depth
+    from ldm.imaging.reading import read_size
+
+    inputs = request.inputs
+    if not isinstance(inputs, RGBDInputs) or inputs.depth is None:
+        return None
+    depth, size = load_relative_depth(inputs.depth), read_size(_image_path(request))
+    if depth.size != size:
+        sizes = ("{}x{}".format(*pair) for pair in (depth.size, size))
+        raise ArgumentError("the depth is {}, the image {}".format(*sizes), "depth")
+    return torch.tensor(np.asarray(fit_image(request, depth)))[None, None].clamp(0, 1)
+
+
+def _image_path(request: Request) -> str:
     path = request.inputs_as(ImageInputs).init_img
     if path is None:
         raise MissingArgument("no input image", "init_img")
-    return fit_image(request, load_image(path))
+    return path
 
 
 def fit_image(request: Request, image: "Image.Image") -> "Image.Image":
@@ -212,13 +265,16 @@ def fit_image(request: Request, image: "Image.Image") -> "Image.Image":
 
 
 class PreparedImageTask(PreparedTask):
-    """A prepared task with one input image: `image`, (1, 3, H, W) in [-1, 1]."""
+    """A prepared task with one input image: `image`, (1, 3, H, W) in [-1, 1].
+
+    `depth` is (1, 1, H, W) in [0, 1], or None.
+    """
 
     def __init__(self, request: Request) -> None:
         from ldm.imaging.pixels import to_tensor
 
         super().__init__(request)
-        self.image = to_tensor(read_image(request))
+        self.image, self.depth = to_tensor(read_image(request)), read_depth(request)
 
     def output_size(self, model: "LatentDiffusion") -> tuple[int, int]:
         return self.image.shape[-2], self.image.shape[-1]

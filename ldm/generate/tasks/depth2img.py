@@ -45,7 +45,6 @@ class Depth2Img(PreparedImageTask):
 
         super().__init__(request)
         self.inputs = inputs = request.inputs_as(Depth2ImgInputs)
-        self.depth: Tensor | None = None
         if inputs.depth_map is not None:
             self.depth = load_depth(inputs.depth_map, inverted=inputs.depth_inverted)
 

@@ -48,19 +48,21 @@ class Img2Img(PreparedImageTask):
             strength=inputs.strength,
             inversion=inputs.inversion,
             source_prompt=inputs.source_prompt,
+            depth=self.depth,
             z=self._latent_for_all_batches(model, len(prompts)),
             **options,
         )
 
     def _latent_for_all_batches(self, model: "LatentDiffusion", n: int) -> "Tensor | None":
         """Sample the latent once, as the original: its batches differ only by their noise."""
-        from ldm.pipelines import encode_image, noise_source
+        from ldm.pipelines import add_depth, encode_image, noise_source
 
         legacy = self.request.sampling.legacy
         if "noise" not in legacy:
             return None
         if self._z is None:
-            self._z = encode_image(model, self.image, n, noise_source(None, n, legacy))
+            image = add_depth(model, self.image, self.depth)
+            self._z = encode_image(model, image, n, noise_source(None, n, legacy))
         return self._z[:n]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ldm.generate.options import option, parse_box, parse_fraction, parse_natural, parse_number
 from ldm.generate.request import Request
 from ldm.generate.tasks.base import (
+    DEPTH,
     FolderInputs,
     PreparedImageTask,
     Task,
@@ -53,7 +54,8 @@ class InpaintInputs(FolderInputs):
     def in_folder(self, folder: Path) -> list[FolderInputs]:
         paths = list_images(folder)
         masks = {path.stem.removesuffix(MASK): path for path in paths if path.stem.endswith(MASK)}
-        images = [path for path in paths if not path.stem.endswith(MASK)]
+        endings = (MASK,) if self.depth is None else (MASK, DEPTH)
+        images = [path for path in paths if not path.stem.endswith(endings)]
         for stem in masks.keys() - {image.stem for image in images}:
             raise MissingFile(f"no image `{stem}` for the mask `{masks[stem]}`", "indir")
         if not masks:
@@ -61,7 +63,7 @@ class InpaintInputs(FolderInputs):
         if alone := [image.name for image in images if image.stem not in masks]:
             log.warning("`%s`: left out %d images without mask: %s …", folder, len(alone), alone[0])
         return [
-            replace(self, init_img=str(image), mask=str(masks[image.stem]))
+            replace(self.with_depth_of(image), mask=str(masks[image.stem]))
             for image in images
             if image.stem in masks
         ]
@@ -95,6 +97,7 @@ class Inpaint(PreparedImageTask):
             self.mask,
             strength=self.inputs.strength,
             composite=not self.inputs.no_composite,
+            depth=self.depth,
             **options,
         )
 

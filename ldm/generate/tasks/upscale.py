@@ -1,10 +1,11 @@
-"""Upscaling by four."""
+"""Upscaling: by four, or to any size for images with depth."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ldm.generate.options import option, parse_natural
-from ldm.generate.tasks.base import ImageInputs, PreparedImageTask, Task
+from ldm.generate.options import option, parse_natural, parse_size
+from ldm.generate.tasks.base import PreparedImageTask, RGBDInputs, Task
+from ldm.runtime.errors import ArgumentError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class UpscaleInputs(ImageInputs):
+class UpscaleInputs(RGBDInputs):
     """A small image and the noise to add to it."""
 
     # fmt: off
@@ -22,23 +23,56 @@ class UpscaleInputs(ImageInputs):
         label="Noise level (0 – 349)",
         help="noise on the image, 0 to 349: more noise, more invented detail"
         " (default: %(default)s)")
+    target_size: tuple[int, int] | None = option(None, "--target-size", parse=parse_size,
+        metavar="H,W", label="Target size (H,W; for LDM3D-SR)",
+        help="for LDM3D-SR: size of the result (default: twice that of the image)")
     # fmt: on
 
 
 class Upscale(PreparedImageTask):
-    """Enlarge an image four times."""
+    """Enlarge an image four times, or one with its depth to any size."""
 
     def output_size(self, model: "LatentDiffusion") -> tuple[int, int]:
+        from ldm.pipelines.families import family_of
+
         height, width = super().output_size(model)
+        size = self.request.inputs_as(UpscaleInputs).target_size
+        if family_of(model.conditioner) == "rgbd-upscaling":
+            return size or (2 * height, 2 * width)
+        if size is not None:
+            raise ArgumentError("only LDM3D-SR takes a target size", "target_size")
         return height * model.downscale, width * model.downscale
 
     def generate(
         self, model: "LatentDiffusion", prompts: list[str], options: "TaskOptions"
     ) -> "Tensor":
         from ldm import pipelines
+        from ldm.pipelines.families import family_of
 
         level = self.request.inputs_as(UpscaleInputs).noise_level
+        if family_of(model.conditioner) == "rgbd-upscaling":
+            image, depth = enlarge(self.image, self.depth, self.output_size(model))
+            return pipelines.upscale_rgbd(
+                model, prompts, image, depth, noise_level=level, **options
+            )
         return pipelines.upscale(model, prompts, self.image, noise_level=level, **options)
+
+
+def enlarge(
+    image: "Tensor", depth: "Tensor | None", size: tuple[int, int]
+) -> "tuple[Tensor, Tensor | None]":
+    """Resize image and depth to (height, width) by Lanczos, the image in 8 bits."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from ldm.imaging.pixels import scale_and_crop, to_pil, to_tensor
+
+    resized = to_tensor(scale_and_crop(to_pil(image)[0], size, "stretch"))
+    if depth is None:
+        return resized, None
+    levels = scale_and_crop(Image.fromarray(depth[0, 0].numpy()), size, "stretch")
+    return resized, torch.tensor(np.asarray(levels))[None, None].clamp(0, 1)
 
 
 TASK = Task(
@@ -48,11 +82,14 @@ TASK = Task(
 
     ldm upscale --ckpt x4-upscaler-ema.safetensors --init-img small.png --prompt "a white cat"
 
-Large images are made in overlapping tiles of --vae-tile pixels of the result.
+Large images are made in overlapping tiles of --vae-tile pixels of the result. LDM3D-SR enlarges an
+image with its depth:
+
+    ldm upscale --ckpt ldm3d-sr --init-img 00000.png --depth 00000_depth.png --target-size 1024,1024
 """,
     inputs=UpscaleInputs,
     prepare=Upscale,
-    families=("upscaling",),
+    families=("upscaling", "rgbd-upscaling"),
     defaults={
         "prompt": "a high quality professional photograph",
         "outdir": "outputs/upscale-samples",

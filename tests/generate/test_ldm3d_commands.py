@@ -1,0 +1,145 @@
+"""Commands on models of colour and depth: files, depth as an input, replay, what is refused."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.commands.main import main
+from ldm.imaging.metadata import read_info
+from ldm.imaging.rgbd import place_beside
+from picturehelp import QUICK, pixels
+
+sys.path.append(str(Path(__file__).parents[1] / "loading"))
+
+from tinyfamilies import write
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ldm3d")
+    for name in ("ldm3d", "ldm3d-4c", "ldm3d-sr", "sd1"):
+        write(name, folder / f"{name}.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder with an image of 40x24, its depth in 16 and in 8 bits, and one of another size."""
+    folder, rng = tmp_path_factory.mktemp("inputs"), np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (24, 40, 3), np.uint8)).save(folder / "cat.png")
+    levels = rng.integers(0, 256, (24, 40), np.uint8)
+    Image.fromarray(levels.astype(np.uint16) * 257).save(folder / "cat_depth.png")
+    Image.fromarray(levels).save(folder / "eight.png")
+    Image.fromarray(levels[:, :20]).save(folder / "narrow.png")
+    Image.fromarray(levels.astype(np.float32) * 0.3).save(folder / "metres.tif")
+    return folder
+
+
+@pytest.fixture
+def run(models, tmp_path, capsys):
+    """Runs a command; returns its status, lines of stdout, text of stderr."""
+
+    def run(command, name, *flags):
+        model = ["--ckpt", str(models / f"{name}.safetensors"), "--outdir", str(tmp_path)]
+        counts = ["--n_samples", "1", "--n_iter", "1"]
+        status = main([command, *model, *QUICK[:-1], *counts, *map(str, flags)])
+        out, err = capsys.readouterr()
+        return status, out.splitlines(), err
+
+    return run
+
+
+def test_txt2img_saves_colour_depth_grid_and_relief(run, tmp_path, capsys):
+    trimesh = pytest.importorskip("trimesh")
+    flags = ("--H", 64, "--W", 128, "--n_samples", 2, "--glb", "--prompt", "a cat")
+    status, lines, err = run("txt2img", "ldm3d", *flags)
+    names = ["00000.png", "00000_depth.png", "00000.glb", "00001.png", "00001_depth.png",
+             "00001.glb", "grid-0000.png"]  # fmt: skip
+    assert status == 0
+    assert [Path(line).name for line in lines] == names
+    info = read_info(tmp_path / "samples/00000.png")
+    low, high = info["depth_range"]
+    assert f"depth of 00000.png: {low} … {high} of 65535" in err
+    with Image.open(tmp_path / "samples/00000_depth.png") as depth:
+        assert (depth.mode, depth.size, depth.getextrema()) == ("I;16", (128, 64), (low, high))
+        assert read_info(tmp_path / "samples/00000_depth.png")["image"] == "depth"
+        with Image.open(tmp_path / "samples/00000.png") as image:
+            cell = np.asarray(place_beside(image, depth))
+    assert np.array_equal(pixels(tmp_path / "grid-0000.png")[2:66, 2:258], cell)
+    mesh = trimesh.load(tmp_path / "samples/00000.glb", force="mesh")
+    assert len(mesh.faces) == 2 * 63 * 127
+    assert f"{len(mesh.faces)} triangles" in err
+    for name in ("00000.png", "00001_depth.png"):
+        assert main(["replay", str(tmp_path / "samples" / name)]) == 0
+        assert capsys.readouterr().out == "identical\n"
+
+
+def test_img2img_reads_depth_and_its_numbers_go_on(run, tmp_path, inputs):
+    flags = ("--init-img", inputs / "cat.png", "--skip_grid", "--strength", 0)
+    for depth in ("cat_depth.png", "eight.png"):
+        assert run("img2img", "ldm3d-4c", *flags, "--depth", inputs / depth)[0] == 0
+    one, other = (tmp_path / f"samples/0000{k}.png" for k in range(2))
+    assert np.array_equal(pixels(one), pixels(other))  # 8 and 16 bits of the same depth
+    one.unlink()
+    _, lines, _ = run("img2img", "ldm3d-4c", *flags, "--depth", inputs / "eight.png", "--json")
+    info = json.loads(lines[0])
+    assert [Path(info[key]).name for key in ("path", "depth_path")] == [
+        "00002.png",
+        "00002_depth.png",
+    ]
+    assert read_info(other)["inputs"]["depth"][0]["path"] == str(inputs / "eight.png")
+
+
+def test_a_folder_of_images_with_depth(run, tmp_path, inputs):
+    (tmp_path / "in").mkdir()
+    for name in ("cat.png", "cat_depth.png"):
+        (tmp_path / "in" / name).write_bytes((inputs / name).read_bytes())
+    flags = ("--indir", tmp_path / "in", "--depth", tmp_path / "in")
+    _, lines, _ = run("img2img", "ldm3d-4c", *flags)
+    assert [Path(line).name for line in lines] == ["cat.png", "cat_depth.png"]
+
+
+def test_inpainting_keeps_depth_outside_the_mask(run, tmp_path, inputs):
+    flags = ("--init-img", inputs / "cat.png", "--depth", inputs / "cat_depth.png", "--skip_grid")
+    assert run("inpaint", "ldm3d-4c", *flags, "--mask-box", "8,8,16,16")[0] == 0
+    with (
+        Image.open(tmp_path / "samples/00000_depth.png") as new,
+        Image.open(inputs / "cat_depth.png") as old,
+    ):
+        difference = np.abs(np.asarray(new, int) - np.asarray(old, int))
+    assert difference[:, 17:].max() <= 1  # it is truncated
+    assert difference[8:16, 8:16].max() > 1
+
+
+def test_upscaling(run, tmp_path, inputs):
+    flags = ("--init-img", inputs / "cat.png", "--depth", inputs / "cat_depth.png", "--skip_grid")
+    for size in (["--target-size", "50,70"], []):
+        assert run("upscale", "ldm3d-sr", *flags, *size)[0] == 0
+    for name, size in {"00000": (70, 50), "00001_depth": (80, 48)}.items():
+        with Image.open(tmp_path / f"samples/{name}.png") as image:
+            assert image.size == size
+
+
+def test_what_does_not_fit_is_refused_in_a_line(run, inputs, monkeypatch):
+    image, depth = ("--init-img", inputs / "cat.png"), inputs / "cat_depth.png"
+    cases = [
+        ("img2img", "ldm3d", image, "`ldm3d.safetensors` also needs the depth of the image"),
+        ("upscale", "ldm3d-sr", image, "also needs the depth of the image"),
+        ("img2img", "ldm3d", (*image, "--depth", inputs / "narrow.png"),
+         "the depth is 20x24, the image 40x24"),
+        ("img2img", "ldm3d", (*image, "--depth", inputs / "metres.tif"), "not 0 … 1"),
+        ("img2img", "sd1", (*image, "--depth", depth), "makes images without depth"),
+        ("txt2img", "sd1", ("--glb",), "makes images without depth"),
+        ("txt2img", "ldm3d", ("--glb",), "pip install trimesh"),
+    ]  # fmt: skip
+    monkeypatch.setattr("ldm.loading.load.fill_weights", None)  # is not reached
+    for command, name, flags, message in cases:
+        if message == "pip install trimesh":
+            monkeypatch.setattr("ldm.imaging.relief.find_spec", lambda name: None)
+        status, _, err = run(command, name, *flags)
+        assert status == 1
+        assert message in err.splitlines()[-1]
