@@ -19,7 +19,7 @@ LAYERS = {
     "ldm.model": 3, "ldm.encoders": 3,
     "ldm.loading": 4, "ldm.pipelines": 4,
     "ldm": 5,  # `import ldm`, the public names
-    "ldm.train": 5, "ldm.generate": 5, "ldm.compat": 5,
+    "ldm.train": 5, "ldm.generate": 5, "ldm.evaluation": 5, "ldm.compat": 5,
     "ldm.app": 6,
     "ldm.commands": 7,
     "scripts": 7,
@@ -42,7 +42,7 @@ FENCES = {
     "socket": [],
     "requests": [],
     "httpx": [],
-    "matplotlib": ["ldm.train.monitoring"],
+    "matplotlib": ["ldm.train.monitoring", "ldm.evaluation.report"],
     "wandb": ["ldm.train.monitoring.logs"],
     "pydantic": ["ldm.train.config"],
     "bitsandbytes": ["ldm.train.optim.optimizers"],

@@ -17,6 +17,7 @@ PROGRAMS = {
     "replay": "make an image again from its metadata, and compare",
     "app": "serve all tasks as a page for the browser",
     "train": "train or fine-tune a model",
+    "evaluate": "make images of many prompts, score them, draw FID against CLIP score",
     "download": "list published weights, download them by name",
     "convert": "convert between checkpoints and diffusers folders, merge LoRAs",
     "inspect-checkpoint": "describe a checkpoint, without executing anything in it",

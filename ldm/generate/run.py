@@ -103,7 +103,7 @@ def _generate_batches(
     seed_globally(request, model, size)
     try:
         for number, batch in enumerate(tqdm(batches, "Sampling", disable=hides_progress())):
-            images = _generate_or_retry(prepared, batch, models, listener.on_step)
+            images = generate_batch(prepared, batch, models, listener.on_step)
             run_info["dtype"] = str(model.dtype).removeprefix("torch.")
             if listener.stopped_at is not None:
                 run_info["unfinished"] = listener.stopped_at
@@ -226,7 +226,7 @@ def _second_texts(pairs: Sequence[tuple[str | None, str]]) -> list[str] | None:
     return [first if second is None else second for second, first in pairs]
 
 
-def _generate_or_retry(
+def generate_batch(
     prepared: PreparedTask, batch: Batch, models: Models, callback: Callback
 ) -> Tensor:
     """Make a batch; if NaN appears in half precision, switch to float32 and make it again."""

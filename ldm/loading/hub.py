@@ -15,10 +15,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ldm.runtime.errors import ArgumentError, DownloadError, MissingFile
-from ldm.runtime.hashes import Memory, hash_file, remember_sha256
+from ldm.runtime.hashes import Memory, cache_folder, hash_file, remember_sha256
 from ldm.runtime.types import JsonObject
 
-__all__ = ["PREFIX", "fetch_file", "find_cached_file", "find_or_fetch"]
+__all__ = ["PREFIX", "fetch_file", "fetch_url", "find_cached_file", "find_or_fetch", "url_target"]
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +126,34 @@ def fetch_file(
             part.replace(target)
             remember_sha256(target, digest)
         main.write_text(commit, "utf-8")
+    return target
+
+
+def url_target(url: str) -> Path:
+    """Return where `fetch_url` puts a file."""
+    return cache_folder() / "files" / url.rpartition("/")[2]
+
+
+def fetch_url(url: str, size: int, sha256: str) -> Path:
+    """Download a file that is not on the hub, unless it is there. An interruption is continued.
+
+    Raises:
+        DownloadError: the address does not give it, or gives another one.
+    """
+    from huggingface_hub import constants
+
+    target = url_target(url)
+    part = target.with_name(f"{target.name}.incomplete")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if constants.HF_HUB_OFFLINE:
+        raise DownloadError("HF_HUB_OFFLINE is set: nothing is downloaded", is_local=True)
+    if not target.is_file() or hash_file(target) != sha256:
+        digest = _download(url, part, size, {}, url)
+        if digest != sha256:
+            part.unlink()
+            raise DownloadError(f"`{url}` is another file: its SHA-256 is {digest}, not {sha256}")
+        part.replace(target)
+        remember_sha256(target, digest)
     return target
 
 

@@ -1,8 +1,8 @@
 """Published weights by name: where they are, what they are, and which of them are on this machine.
 
 The table is `published.csv`: `memory` is what the weights take in half precision, in GB; `bytes`
-has a `~` where it is rounded; `places` are files on the Hugging Face hub, the best one first. No
-SHA-256 means that none was published. Nothing here imports torch.
+has a `~` where it is rounded; `places` are files on the Hugging Face hub or addresses, the best one
+first. No SHA-256 means that none was published. Nothing here imports torch.
 """
 
 import csv
@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from ldm.loading.hub import PREFIX, fetch_file, find_cached_file, find_or_fetch
+from ldm.loading.hub import (
+    PREFIX,
+    fetch_file,
+    fetch_url,
+    find_cached_file,
+    find_or_fetch,
+    url_target,
+)
 from ldm.runtime.errors import DownloadError, MissingFile, nearest_name, unknown_name
 from ldm.runtime.hashes import Memory, hash_file, known_sha256, paths_with_sha256
 
@@ -23,6 +30,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+Place = tuple[str, str] | str
 TABLE = Path(__file__).with_name("published.csv")
 # Name of a row without SHA-256 -> SHA-256 of its first download.
 FIRST = Memory("first_downloads.json")
@@ -38,7 +46,8 @@ class PublishedFile:
         memory: of the weights in half precision, GB.
         bytes: size of the file, with a `~` where it is rounded.
         sha256: None if none was published.
-        places: (repository, file) on the hub, tried in this order.
+        places: (repository, file) on the hub, or an address with the exact size and a SHA-256 in
+            this row; tried in this order.
     """
 
     name: str
@@ -47,7 +56,7 @@ class PublishedFile:
     memory: float
     bytes: str
     sha256: str | None
-    places: tuple[tuple[str, str], ...]
+    places: tuple["Place", ...]
 
     @property
     def size(self) -> str:
@@ -140,9 +149,9 @@ def download(name: str) -> Path:
         log.info("%s is on this machine already", name)
         return path
     log.info("%s: %s, %s, licence %s", name, file.title, file.size, file.licence)
-    for repo, place in file.places:
+    for place in file.places:
         try:
-            path = fetch_file(repo, place, file.expected_sha256)
+            path = _fetch(file, place)
         except DownloadError as error:
             if error.is_local or len(file.places) == 1:
                 raise
@@ -151,6 +160,13 @@ def download(name: str) -> Path:
             _log_hash(file, hash_file(path))
             return path
     raise DownloadError(f"none of its {len(file.places)} places gives {name}")
+
+
+def _fetch(file: PublishedFile, place: Place) -> Path:
+    if isinstance(place, str):
+        assert file.sha256 is not None
+        return fetch_url(place, int(file.bytes), file.sha256)
+    return fetch_file(*place, file.expected_sha256)
 
 
 def _log_hash(file: PublishedFile, digest: str) -> None:
@@ -164,13 +180,15 @@ def _log_hash(file: PublishedFile, digest: str) -> None:
 def _candidates(file: PublishedFile) -> Iterator[Path]:
     if file.expected_sha256:
         yield from paths_with_sha256(file.expected_sha256)
-    yield from filter(None, (find_cached_file(repo, name) for repo, name in file.places))
+    for place in file.places:
+        path = url_target(place) if isinstance(place, str) else find_cached_file(*place)
+        if path is not None and path.is_file():
+            yield path
 
 
 def _parse_row(
     name: str, title: str, licence: str, memory: str, bytes: str, sha256: str, places: str
 ) -> PublishedFile:
-    split = [place.split("/", 2) for place in places.split()]
     return PublishedFile(
         name,
         title,
@@ -178,5 +196,12 @@ def _parse_row(
         float(memory),
         bytes,
         sha256 or None,
-        tuple((f"{owner}/{repo}", file) for owner, repo, file in split),
+        tuple(map(_parse_place, places.split())),
     )
+
+
+def _parse_place(text: str) -> Place:
+    if text.startswith("https://"):
+        return text
+    owner, repo, file = text.split("/", 2)
+    return f"{owner}/{repo}", file

@@ -12,9 +12,17 @@ from tqdm import tqdm
 from ldm.runtime.files import replace_when_written, sha256_of_file
 from ldm.runtime.types import JsonObject
 
-__all__ = ["Memory", "hash_file", "known_sha256", "paths_with_sha256", "remember_sha256"]
+__all__ = [
+    "Memory", "cache_folder", "hash_file", "known_sha256", "paths_with_sha256", "remember_sha256",
+]  # fmt: skip
 
 LARGE = 50_000_000  # bytes from which a hash takes so long that it is shown and remembered
+
+
+def cache_folder() -> Path:
+    """Return the folder of what is remembered between runs; it may be absent."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("LDM_CACHE") or f"{base}/ldm").expanduser()
 
 
 class Memory:
@@ -41,9 +49,7 @@ class Memory:
             pass
 
     def _path(self) -> Path:
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        folder = os.environ.get("LDM_CACHE") or f"{base}/ldm"
-        return Path(folder).expanduser() / self.name
+        return cache_folder() / self.name
 
 
 HASHES = Memory("hashes.json")  # path -> [bytes, time of change in ns, SHA-256]

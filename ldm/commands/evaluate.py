@@ -1,0 +1,339 @@
+"""Make images of many prompts at several guidance scales, score them, draw FID against CLIP score.
+
+    ldm evaluate --generate --ckpt sd-v2-1-base --prompts captions_val2017.json --count 10000 \\
+        --reference val2017 --inception fid-inception --clip open-clip-g --outdir outputs/sd2
+    torchrun --nproc-per-node 8 -m ldm.commands.evaluate --generate …      # the same on 8 GPUs
+    ldm evaluate --outdir outputs/sd2 --reference val2017 …                # score what is there
+    ldm evaluate --images mine --images theirs --reference photos --inception fid-inception
+
+Several --ckpt, --samplers and --steps stand side by side. The same command goes on after an
+interruption: nothing is made twice. Results are OUTDIR/*.json, table.md, figure.svg and figure.png;
+the table is printed, too.
+"""
+
+import logging
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from os.path import expanduser
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from ldm.diffusion.names import SAMPLERS
+from ldm.generate.command_line import add_options, hint
+from ldm.generate.options import parse_count, parse_natural, parse_number
+from ldm.generate.request import SDXL, ModelChoice, Output, Prompts, Request, Sampling
+from ldm.generate.tasks import TASKS
+from ldm.runtime.command import CommandParser, run_command
+from ldm.runtime.errors import ArgumentError, LdmError, unknown_name
+from ldm.runtime.ranks import rank_and_world_size
+
+if TYPE_CHECKING:
+    from ldm.evaluation.extractors import FeatureExtractor, PromptJudge
+    from ldm.evaluation.generate import Setting
+    from ldm.evaluation.prompts import PromptSource
+    from ldm.evaluation.score import ImageSet
+
+__all__ = ["main"]
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SCALES = "1.5,2,3,4,5,6,7,8"  # of the figures in the READMEs of Stable Diffusion 1 and 2
+INCEPTION, CLIP = (
+    "fid-inception",
+    "open-clip-g",
+)  # published names, used if they are on this machine
+TASK = TASKS["txt2img"]
+# Arguments in errors whose flags are not those of txt2img.
+OWN_FLAGS = ("count", "images", "outdir", "prompts", "reference", "resize", "samplers")
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = _parser(prog)
+    args = parser.parse(argv)
+    return run_command(lambda: _work(args), parser.prog, verbose=args.verbose, hint=_hint)
+
+
+def _hint(error: BaseException) -> str:
+    """Name the flag that an error is about."""
+    if isinstance(error, LdmError) and error.argument in OWN_FLAGS:
+        return f" (--{error.argument.replace('_', '-')})"
+    return hint(error, TASK)
+
+
+def _parser(prog: str | None) -> CommandParser:
+    parser = CommandParser(
+        prog=prog, description=__doc__, usage="%(prog)s [flags] [key=value ...]", overrides=True
+    )
+    add = parser.add_group("images")
+    add("--generate", action="store_true", help="make the images that are missing")
+    add(
+        "--prompts",
+        type=expanduser,
+        metavar="FILE",
+        help="one prompt per line, or COCO's captions (.json)",
+    )
+    add(
+        "--count",
+        type=parse_count,
+        metavar="N",
+        help="number of prompts, drawn at random; without --generate, score the first N images"
+        " (default: all)",
+    )
+    add(
+        "--repeat",
+        type=parse_count,
+        default=1,
+        metavar="N",
+        help="images per prompt, with different seeds (default: %(default)s)",
+    )
+    add(
+        "--ckpt",
+        action="append",
+        type=expanduser,
+        metavar="FILE",
+        help="a model, as for txt2img; may be given several times (default: the demo model)",
+    )
+    add("--scales", default=SCALES, metavar="S,S,…", help="guidance scales (default: %(default)s)")
+    add(
+        "--samplers",
+        default="ddim",
+        metavar="NAME,…",
+        help="as --sampler of txt2img (default: %(default)s)",
+    )
+    add("--steps", default="50", metavar="N,N,…", help="sampling steps (default: %(default)s)")
+    add(
+        "--images",
+        action="append",
+        type=expanduser,
+        metavar="DIR",
+        help="score this folder; may be given several times",
+    )
+    add(
+        "--outdir",
+        type=expanduser,
+        default="outputs/evaluation",
+        metavar="DIR",
+        help="folder for images and results (default: %(default)s)",
+    )
+    add = parser.add_group("scores")
+    add("--reference", type=expanduser, metavar="DIR", help="real images, for FID")
+    add(
+        "--reference-size",
+        type=parse_natural,
+        metavar="PIXELS",
+        help="resize their short side and crop the centre; 0 = leave them as they are (default:"
+        " the size of the images)",
+    )
+    add(
+        "--inception",
+        type=expanduser,
+        metavar="FILE",
+        help=f"Inception of FID (default: `{INCEPTION}`, if it is on this machine)",
+    )
+    add(
+        "--resize",
+        default="clean",
+        metavar="NAME",
+        help="how images become Inception's input: clean or pytorch-fid (default: %(default)s)",
+    )
+    add(
+        "--clip",
+        type=expanduser,
+        metavar="FILE",
+        help=f"open_clip's file of a CLIP, or an unCLIP checkpoint (default: `{CLIP}`, if it is on"
+        " this machine)",
+    )
+    add("--title", metavar="TEXT", help="title of the figure")  # fmt: skip
+    options = TASK.options()
+    add_options(parser.add_group("model"), ModelChoice, options, _all_but(ModelChoice, "ckpt"))
+    add = parser.add_group("sampling")
+    add_options(add, Prompts, options, ("negative_prompt",))
+    add_options(add, Output, options, ("n_samples",))
+    add_options(add, Sampling, options, _all_but(Sampling, "scale", "sampler", "steps"))
+    add_options(parser.add_group("Stable Diffusion XL"), SDXL, options)
+    return parser
+
+
+def _work(args: Namespace) -> None:
+    from ldm.evaluation.generate import generate_settings, wait_for_images
+    from ldm.evaluation.report import format_choices, format_table, save_figure, save_results
+    from ldm.evaluation.score import score_sets, sets_of_run
+
+    logging.getLogger("ldm.evaluation").setLevel(logging.INFO)
+    out, rank = Path(args.outdir), rank_and_world_size()[0]
+    if args.generate and args.images:
+        raise ArgumentError("images are given and to be made: only one is possible", "images")
+    sources = _prompts(args)
+    settings: list[Setting] = []
+    if args.generate:
+        settings = _settings(args, out, sources)
+    reference = _reference(args, sources)
+    extractor, judge = _find_judges(args, reference)
+    if args.generate:
+        generate_settings(settings, out)
+        if rank > 0:
+            return
+        wait_for_images(settings, out)
+        sets = [_set_of(setting, out) for setting in settings]
+    else:
+        sets = _folders(args, sources) if args.images else sets_of_run(out)
+    if not args.generate and args.count is not None:
+        sets = [each.first(args.count) for each in sets]
+    if reference is not None and args.reference_size is None:
+        reference = replace(reference, side=min(sets[0].load(0).size))
+    loaded_judge = None if judge is None else judge()
+    results = score_sets(sets, reference, extractor, loaded_judge)
+    paths = save_results(results, out)
+    paths += save_figure(results, out, title=args.title)
+    print("\n".join([format_table(results), "", *format_choices(results[0]), ""]))
+    print("\n".join(map(str, paths)))
+
+
+def _prompts(args: Namespace) -> "list[PromptSource]":
+    from ldm.evaluation.prompts import draw_prompts, read_prompts
+
+    if args.prompts is None:
+        if args.generate:
+            raise ArgumentError("prompts are missing", "prompts")
+        return []
+    sources = read_prompts(args.prompts)
+    return draw_prompts(sources, args.count if args.generate else None, args.seed)
+
+
+def _settings(args: Namespace, out: Path, sources: "list[PromptSource]") -> "list[Setting]":
+    from ldm.evaluation.generate import Setting, write_prompts
+
+    scales = [parse_number(text) for text in _split(args.scales)]
+    steps = [parse_count(text) for text in _split(args.steps)]
+    samplers = _split(args.samplers)
+    for name in samplers:
+        if name not in SAMPLERS:
+            raise unknown_name("sampler", name, SAMPLERS, argument="samplers")
+    values = {name: getattr(args, name) for name in TASK.options() if hasattr(args, name)}
+    values |= {"no_watermark": True, "repeat": args.repeat, "steps": None, "ckpt": None}
+    values["from_file"] = str(write_prompts(out, [source.text for source in sources]))
+    base = TASK.request(values)
+    settings = []
+    for label, ckpt in _labels(args.ckpt or [None]).items():
+        for sampler in samplers:
+            for count in steps:
+                for scale in scales:
+                    request = _request(base, ckpt, sampler, count, scale)
+                    settings.append(Setting(label, request))
+    return settings
+
+
+def _request(base: Request, ckpt: str | None, sampler: str, steps: int, scale: float) -> Request:
+    sampling = replace(base.sampling, sampler=sampler, steps=steps, scale=scale)
+    return replace(base, model=replace(base.model, ckpt=ckpt), sampling=sampling)
+
+
+def _reference(args: Namespace, sources: "list[PromptSource]") -> "ImageSet | None":
+    """Return the real images: those that the captions describe, else all of the folder."""
+    from ldm.evaluation.score import ImageSet, list_images
+
+    if args.reference is None:
+        log.warning("no reference is given (--reference): no FID, KID, precision and recall")
+        return None
+    files = list_images(args.reference)
+    names = dict.fromkeys(source.image for source in sources if source.image is not None)
+    if names:
+        by_name = {file.name: file for file in files}
+        missing = [name for name in names if name not in by_name]
+        if missing:
+            message = f"`{args.reference}` has no `{missing[0]}`, which a caption describes"
+            raise ArgumentError(message, "reference")
+        files = [by_name[name] for name in names]
+    return ImageSet("reference", files, side=args.reference_size or None)
+
+
+def _find_judges(
+    args: Namespace, reference: "ImageSet | None"
+) -> "tuple[FeatureExtractor | None, Callable[[], PromptJudge] | None]":
+    """Load Inception, and check the file of CLIP, which is large; say which scores are left out."""
+    from ldm.evaluation.extractors import RESIZES, CLIPJudge, InceptionExtractor
+    from ldm.loading.addons.clip import check_clip, load_clip
+    from ldm.loading.addons.inception import load_inception
+    from ldm.loading.published import find_checkpoint
+    from ldm.runtime.device import pick_device
+    from ldm.runtime.hashes import hash_file
+
+    if args.resize not in RESIZES:
+        raise unknown_name("resize", args.resize, RESIZES, argument="resize")
+    device = pick_device(args.device)
+    extractor: FeatureExtractor | None = None
+    inception = args.inception or _on_disk(INCEPTION)
+    if reference is not None and inception is None:
+        log.warning("no Inception is given (--inception): no FID, KID, precision and recall")
+    elif inception is not None and reference is not None:
+        path = find_checkpoint(inception)
+        extractor = InceptionExtractor(
+            load_inception(path, device=device), args.resize, hash_file(path)
+        )
+    clip = args.clip or _on_disk(CLIP)
+    if clip is None:
+        log.warning("no CLIP is given (--clip): no CLIP score")
+        return extractor, None
+    path = find_checkpoint(clip)
+    name = f"CLIP score ({check_clip(path)})"
+    return extractor, lambda: CLIPJudge(load_clip(path, device=device), name, hash_file(path))
+
+
+def _folders(args: Namespace, sources: "list[PromptSource]") -> "list[ImageSet]":
+    """Return existing folders as sets, with the prompts of the file if there is one."""
+    from ldm.evaluation.score import ImageSet, list_images
+
+    prompts = [source.text for source in sources] or None
+    sets = []
+    for label, folder in _labels(args.images).items():
+        files = list_images(folder or ".")
+        if prompts is not None and len(prompts) != len(files):
+            message = f"{len(prompts)} prompts for the {len(files)} images of `{folder}`"
+            raise ArgumentError(message, "prompts")
+        sets.append(ImageSet(label, files, prompts=prompts))
+    return sets
+
+
+def _set_of(setting: "Setting", out: Path) -> "ImageSet":
+    from ldm.evaluation.score import ImageSet, list_images
+
+    scale = setting.request.sampling.scale
+    return ImageSet(setting.series, list_images(setting.folder(out)), scale)
+
+
+def _labels(paths: "Sequence[T]") -> "dict[str, T]":
+    """Name each model or folder after its file, the demo model "demo"; names differ."""
+    labels: dict[str, T] = {}
+    for path in paths:
+        stem = "demo" if path is None else Path(str(path)).name
+        for suffix in (".safetensors", ".ckpt"):
+            stem = stem.removesuffix(suffix)
+        name, number = stem, 2
+        while name in labels:
+            name, number = f"{stem}-{number}", number + 1
+        labels[name] = path
+    return labels
+
+
+def _on_disk(name: str) -> Path | None:
+    from ldm.loading.published import find_on_disk, published_files
+
+    return find_on_disk(published_files()[name])
+
+
+def _split(text: str) -> list[str]:
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def _all_but(group: type, *names: str) -> list[str]:
+    from ldm.generate.options import options_of
+
+    return [name for name in options_of(group) if name not in names]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Evaluation: images of prompts by several models and settings, scores, a table and a figure."""

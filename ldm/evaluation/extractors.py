@@ -1,0 +1,161 @@
+"""What scores are computed from: features of images, and how well an image fits its prompt.
+
+Anything with the methods of `FeatureExtractor` or `PromptJudge` can take the place of Inception and
+CLIP, such as classifiers of one's own data.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ldm.encoders import tokenizer
+from ldm.encoders.image import MEAN, STD
+from ldm.encoders.towers import CLIP
+from ldm.evaluation.metrics import cosines
+from ldm.nets.inception import INCEPTION_FEATURES, INCEPTION_SIDE, Inception
+from ldm.runtime.errors import unknown_name
+from ldm.runtime.types import JsonObject
+
+__all__ = [
+    "RESIZES", "CLIPJudge", "FeatureExtractor", "InceptionExtractor", "PromptJudge",
+    "clip_pixels", "inception_pixels",
+]  # fmt: skip
+
+RESIZES = ("clean", "pytorch-fid")
+Images = Sequence[Image.Image]  # RGB, of any sizes
+
+
+class FeatureExtractor(Protocol):
+    """Features that distributions of images are compared by."""
+
+    @property
+    def dimensions(self) -> int:
+        """Number of features, d."""
+        ...
+
+    def describe(self) -> JsonObject:
+        """Return name, hash and choices, to be printed beside the scores."""
+        ...
+
+    def features(self, images: Images) -> Tensor:
+        """Return features (N, d)."""
+        ...
+
+
+class PromptJudge(Protocol):
+    """A score of how well each image fits its prompt."""
+
+    def describe(self) -> JsonObject:
+        """Return name, hash and choices, to be printed beside the scores."""
+        ...
+
+    def scores(self, images: Images, prompts: Sequence[str]) -> Tensor:
+        """Return a score (N,) for each pair; higher is better."""
+        ...
+
+
+class InceptionExtractor:
+    """The 2,048 features of FID.
+
+    Args:
+        resize: a name in RESIZES, see `inception_pixels`.
+        sha256: of the weights' file, to be printed.
+    """
+
+    dimensions = INCEPTION_FEATURES
+
+    def __init__(self, net: Inception, resize: str = "clean", sha256: str | None = None) -> None:
+        if resize not in RESIZES:
+            raise unknown_name("resize", resize, RESIZES, argument="resize")
+        self.net = net
+        self.resize = resize
+        self.sha256 = sha256
+
+    def describe(self) -> JsonObject:
+        return {"name": "Inception", "resize": self.resize, "sha256": self.sha256}
+
+    @torch.inference_mode()
+    def features(self, images: Images) -> Tensor:
+        pixels = torch.cat([inception_pixels(image, self.resize) for image in images])
+        return self.net(pixels.to(next(self.net.parameters()).device)).cpu()
+
+
+class CLIPJudge:
+    """CLIP score: the cosine of the embeddings of image and prompt, -1 … 1.
+
+    Args:
+        clip: with both towers.
+        name: of the model, to be printed.
+        sha256: of the weights' file.
+    """
+
+    def __init__(self, clip: CLIP, name: str = "CLIP", sha256: str | None = None) -> None:
+        self.clip = clip
+        self.name = name
+        self.sha256 = sha256
+
+    def describe(self) -> JsonObject:
+        activation = self.clip.blocks[0].activation.__name__
+        return {"name": self.name, "activation": activation, "sha256": self.sha256}
+
+    def scores(self, images: Images, prompts: Sequence[str]) -> Tensor:
+        return cosines(self.embed_images(images), self.embed_texts(prompts))
+
+    @torch.inference_mode()
+    def embed_images(self, images: Images) -> Tensor:
+        """Return embeddings (N, D), not normalised."""
+        side = self.clip.visual.image_size
+        pixels = torch.cat([clip_pixels(image, side) for image in images])
+        embeddings: Tensor = self.clip.visual(pixels.to(self.clip.text_projection.device))
+        return embeddings.cpu()
+
+    @torch.inference_mode()
+    def embed_texts(self, prompts: Sequence[str]) -> Tensor:
+        """Return embeddings (N, D), not normalised, of prompts cut at 77 tokens."""
+        length = len(self.clip.positional_embedding)
+        tokens = tokenizer.tokenize(prompts, tokenizer.OPEN_CLIP, length)
+        tokens = tokens.to(self.clip.text_projection.device)
+        ends = (tokens == tokenizer.END).int().argmax(dim=1)
+        _, pooled = self.clip(tokens, len(self.clip.blocks), ends=ends)
+        assert isinstance(pooled, Tensor)
+        return pooled.cpu()
+
+
+def inception_pixels(image: Image.Image, resize: str) -> Tensor:
+    """Return an RGB image as Inception's input (1, 3, 299, 299).
+
+    Args:
+        resize: "clean" is bicubic with antialiasing, each channel in float by Pillow, then
+            (x - 128) / 128, as clean-fid; "pytorch-fid" is bilinear without antialiasing, then
+            (x - 127.5) / 127.5.
+    """
+    side = INCEPTION_SIDE
+    if resize == "clean":
+        planes = [
+            Image.fromarray(np.array(channel, dtype=np.float32)).resize(
+                (side, side), Image.Resampling.BICUBIC
+            )
+            for channel in image.convert("RGB").split()
+        ]
+        x = torch.from_numpy(np.stack([np.array(plane) for plane in planes]))[None]
+        return (x.clamp(0, 255) - 128) / 128
+    unit = torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0)[None] / 255
+    return 2 * F.interpolate(unit, (side, side), mode="bilinear", align_corners=False) - 1
+
+
+def clip_pixels(image: Image.Image, side: int = 224) -> Tensor:
+    """Return an RGB image as CLIP's input (1, 3, side, side): short side bicubic, centre crop."""
+    width, height = image.size
+    short = min(width, height)
+    size = (int(side * width / short), int(side * height / short))
+    scaled = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    left, top = (round((length - side) / 2) for length in scaled.size)
+    cropped = scaled.crop((left, top, left + side, top + side))
+    x = torch.from_numpy(np.array(cropped)).movedim(-1, 0)[None].float() / 255
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    return (x - mean) / std

@@ -1,0 +1,245 @@
+"""Images of the same prompts by several models, samplers, numbers of steps and guidance scales.
+
+    OUT/prompts.txt                              the prompts, one per line
+    OUT/<model>-<sampler>-<steps>/options.json   what all images of a model have in common
+    OUT/<model>-<sampler>-<steps>/scale-<s>/00000.png …
+
+Image k has prompt k // repeat and seed + k in each folder, so all scales begin with the same noise,
+and an image does not depend on the others, on the batch size or on the number of processes.
+Images are complete or absent: whatever is missing is made when the same command runs again.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ldm.evaluation.progress import Progress
+from ldm.generate.load import Models, load_models
+from ldm.generate.output import RunListener, add_watermark, to_images
+from ldm.generate.plan import Batch, plan_batches
+from ldm.generate.prompt_file import read_prompt_file
+from ldm.generate.provenance import Info, describe_image, describe_run
+from ldm.generate.request import Request
+from ldm.generate.run import generate_batch
+from ldm.generate.tasks import PreparedTask
+from ldm.imaging.metadata import fingerprint, write_png
+from ldm.runtime.errors import ArgumentError
+from ldm.runtime.files import read_text, replace_when_written
+from ldm.runtime.ranks import rank_and_world_size
+from ldm.runtime.types import JsonObject
+
+__all__ = ["Setting", "generate_settings", "wait_for_images", "write_prompts"]
+
+# Options that change no image, or only by rounding.
+INCIDENTAL = ("device", "attention", "offload", "outdir", "n_samples", "n_rows", "skip_grid",
+              "skip_save", "json", "from_file", "torchscript", "ipex", "laion400m")  # fmt: skip
+OWN = ("scale", "sampler", "steps", "ckpt")  # recorded by the names of folders
+
+PATIENCE = 1800.0  # seconds
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the images of one folder are made.
+
+    Args:
+        model: its label.
+        request: the run, with `from_file` and a scale.
+    """
+
+    model: str
+    request: Request
+
+    @property
+    def series(self) -> str:
+        """Name of the line of a figure that this is a point of, and of its folder."""
+        sampling = self.request.sampling
+        return f"{self.model}-{sampling.sampler}-{sampling.steps}"
+
+    def folder(self, out: Path) -> Path:
+        """Return the folder of its images."""
+        return out / self.series / f"scale-{self.request.sampling.scale:g}"
+
+
+def write_prompts(out: Path, lines: Sequence[str]) -> Path:
+    """Write the prompts of an evaluation into its folder, unless that has them.
+
+    Returns:
+        Path of the file.
+    Raises:
+        ArgumentError: the folder has images of other prompts.
+    """
+    path = out / "prompts.txt"
+    if path.is_file():
+        before = read_text(path).splitlines()
+        common = min(len(before), len(lines))
+        if before[:common] != list(lines[:common]):
+            raise ArgumentError(
+                f"{out} has images of other prompts, choose another folder", "outdir"
+            )
+        if before == list(lines):
+            return path
+    out.mkdir(parents=True, exist_ok=True)
+    with replace_when_written(path) as part:
+        part.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    return path
+
+
+def generate_settings(
+    settings: Sequence[Setting],
+    out: Path,
+    *,
+    load: Callable[[PreparedTask], Models] = lambda prepared: load_models(prepared.request),
+    listener: RunListener | None = None,
+) -> None:
+    """Make the images of all settings that are missing; this process makes its share.
+
+    A batch of prompts is made in all settings of a model before the next one, so that at any time
+    all have equally many images.
+
+    Args:
+        settings: those of one model follow each other.
+        load: loads the models of a request.
+    Raises:
+        ArgumentError: fewer images than processes, or the folder has images of other options.
+        NonFinite: an image is NaN even in float32.
+    """
+    listener = listener or RunListener()
+    rank, world_size = rank_and_world_size()
+    _check_options(settings, out)
+    plans = [(setting, plan_batches(_divided(setting.request))) for setting in settings]
+    total = sum(len(_missing(batch, s, out)) for s, batches in plans for batch in batches)
+    log.info("%d images to make, %d settings", total, len(settings))
+    progress = Progress(total, "Sampling")
+    for model in dict.fromkeys(setting.model for setting in settings):
+        own = [(setting, batches) for setting, batches in plans if setting.model == model]
+        if any(_missing(batch, s, out) for s, batches in own for batch in batches):
+            _generate_model(own, out, load, listener, progress)
+    progress.close()
+    if world_size > 1:
+        log.info("process %d of %d has made its images", rank, world_size)
+
+
+def _generate_model(
+    plans: Sequence[tuple[Setting, list[Batch]]],
+    out: Path,
+    load: Callable[[PreparedTask], Models],
+    listener: RunListener,
+    progress: "Progress",
+) -> None:
+    prepared = [setting.request.task.prepare(setting.request) for setting, _ in plans]
+    models = load(prepared[0])
+    size = prepared[0].output_size(models.base)
+    infos = [describe_run(each.request, models, size, without_folders=True) for each in prepared]
+    prepared[0].begin(models.base)
+    for number in range(len(plans[0][1])):
+        for (setting, batches), task, info in zip(plans, prepared, infos, strict=True):
+            batch = _missing(batches[number], setting, out)
+            if batch:
+                _generate(task, batch, models, listener, info, setting.folder(out))
+                progress.add(len(batch))
+
+
+def _generate(
+    prepared: PreparedTask,
+    batch: Batch,
+    models: Models,
+    listener: RunListener,
+    run_info: Info,
+    folder: Path,
+) -> None:
+    images = generate_batch(prepared, batch, models, listener.on_step)
+    run_info["dtype"] = str(models.base.dtype).removeprefix("torch.")
+    folder.mkdir(parents=True, exist_ok=True)
+    for row, image in enumerate(to_images(images, run_info, truncate=False)):
+        info = run_info | describe_image(prepared.request, [batch], 0, row)
+        info["sha256_unmarked"] = fingerprint(image)
+        with replace_when_written(_path(folder, batch[row].index)) as part:
+            write_png(part, add_watermark(image, info), info)
+
+
+def _divided(request: Request) -> Request:
+    """Return the request with batches so small that each process has one.
+
+    Raises:
+        ArgumentError: there are fewer images than processes.
+    """
+    _, world_size = rank_and_world_size()
+    count = _count_images(request)
+    if count < world_size:
+        raise ArgumentError(f"{count} images, {world_size} processes: start fewer", "prompts")
+    largest = count // world_size
+    output = replace(request.output, n_samples=min(request.output.n_samples, largest), n_iter=1)
+    return replace(request, output=output)
+
+
+def _check_options(settings: Sequence[Setting], out: Path) -> None:
+    """Record the options of each series; raise if its folder has images of others."""
+    for setting in {setting.series: setting for setting in settings}.values():
+        path = out / setting.series / "options.json"
+        options = _shared_options(setting)
+        if path.is_file():
+            before = json.loads(path.read_text("utf-8"))
+            changed = sorted(k for k in options.keys() | before if options.get(k) != before.get(k))
+            if changed:
+                name = changed[0]
+                default = setting.request.task.options()[name][1]
+                was, is_now = before.get(name, default), options.get(name, default)
+                raise ArgumentError(
+                    f"{path.parent} has images with {name} {was}, not {is_now}: choose another"
+                    " folder",
+                    name,
+                )
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replace_when_written(path) as part:
+            part.write_text(json.dumps(options, indent=1), "utf-8")
+
+
+def _shared_options(setting: Setting) -> JsonObject:
+    request = setting.request
+    values = request.to_json()
+    defaults = {name: default for name, (_, default) in request.task.options().items()}
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in (*INCIDENTAL, *OWN) and value != json.loads(json.dumps(defaults[name]))
+    }
+
+
+def _missing(batch: Batch, setting: Setting, out: Path) -> Batch:
+    folder = setting.folder(out)
+    return [job for job in batch if not _path(folder, job.index).exists()]
+
+
+def _path(folder: Path, index: int) -> Path:
+    return folder / f"{index:05d}.png"
+
+
+def wait_for_images(settings: Sequence[Setting], out: Path, patience: float = PATIENCE) -> None:
+    """Wait until other processes have made their images, too.
+
+    Args:
+        patience: seconds without a new image after which this is given up.
+    Raises:
+        TimeoutError: images are missing.
+    """
+    folders = [setting.folder(out) for setting in settings]
+    total = sum(_count_images(setting.request) for setting in settings)
+    before, since = -1, time.monotonic()
+    while (count := sum(len(list(folder.glob("*.png"))) for folder in folders)) < total:
+        if count != before:
+            before, since = count, time.monotonic()
+        elif time.monotonic() - since > patience:
+            raise TimeoutError(f"{total - count} of {total} images are missing: run this again")
+        time.sleep(1)
+
+
+def _count_images(request: Request) -> int:
+    assert request.prompts.from_file is not None
+    return len(read_prompt_file(Path(request.prompts.from_file))) * request.prompts.repeat

@@ -1,0 +1,217 @@
+"""Scores of images as pure functions of features (N, d), in float64.
+
+FID: Heusel et al. 2017 (arXiv:1706.08500); KID: Bińkowski et al. 2018 (arXiv:1801.01401);
+precision and recall: Kynkäänniemi et al. 2019 (arXiv:1904.06991); CLIP score: Hessel et al. 2021
+(arXiv:2104.08718).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ldm.runtime.errors import ArgumentError
+
+__all__ = [
+    "Estimate",
+    "Statistics",
+    "cosines",
+    "fid",
+    "frechet_distance",
+    "kid",
+    "mean_estimate",
+    "precision_recall",
+]
+
+SPLITS = 10  # random halvings of the images, for standard errors
+BLOCK = 1024  # rows of a matrix of distances at a time
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A score and its standard error."""
+
+    value: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean (d,) and unbiased covariance (d, d) of features, float64.
+
+    Args:
+        count: number of images.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    count: int
+
+    @classmethod
+    def of(cls, features: Tensor) -> "Statistics":
+        """Compute the statistics of features (N, d), N > 1."""
+        if features.ndim != 2 or len(features) < 2:
+            shape = tuple(features.shape)
+            raise ArgumentError(f"features must be (N, d) of at least 2 images, got {shape}")
+        x = features.double()
+        return cls(x.mean(dim=0), torch.atleast_2d(x.mT.cov()), len(x))
+
+
+def frechet_distance(a: Statistics, b: Statistics) -> float:
+    """Return |μ₁-μ₂|² + tr(C₁) + tr(C₂) - 2 Σ√λ, λ the eigenvalues of √C₁ C₂ √C₁.
+
+    Eigenvalues below 0, which rounding makes of zeros, count as 0.
+    """
+    return _distance(a.mean, a.covariance, b, _square_root(b.covariance))
+
+
+def fid(features: Tensor, reference: Statistics, seed: int = 0) -> Estimate:
+    """Compute the Fréchet distance of features (N, d) to a reference.
+
+    Its standard error, that of the generated images alone, is of random halves: see
+    `half_split_error`.
+    """
+    root = _square_root(reference.covariance)
+
+    def distance(x: Tensor) -> float:
+        own = Statistics.of(x)
+        return _distance(own.mean, own.covariance, reference, root)
+
+    x = features.double()
+    return Estimate(distance(x), half_split_error(distance, x, seed))
+
+
+def kid(
+    features: Tensor,
+    reference: Tensor,
+    *,
+    subsets: int = 100,
+    size: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """Compute the mean over random subsets of the unbiased MMD² with kernel (x·y / d + 1)³.
+
+    Args:
+        features, reference: (N, d) and (M, d).
+        size: of a subset of each; at most N and M.
+    """
+    x, y = features.double(), reference.double()
+    size = min(size, len(x), len(y))
+    if size < 2:
+        raise ArgumentError(f"KID needs at least 2 images of each, got {len(x)} and {len(y)}")
+    generator = torch.Generator().manual_seed(seed)
+    if size == len(x) == len(y):
+        subsets = 1
+    values = [
+        _squared_mmd(_draw(x, size, generator), _draw(y, size, generator)) for _ in range(subsets)
+    ]
+
+    def distance(half: Tensor) -> float:  # without the reference's own term, which cancels out
+        return _mean_within(half) - 2 * _mean_between(half, y)
+
+    return Estimate(sum(values) / len(values), half_split_error(distance, x, seed))
+
+
+def precision_recall(
+    features: Tensor, reference: Tensor, *, neighbours: int = 3
+) -> tuple[Estimate, Estimate]:
+    """Compute the fractions of either set that lie in the manifold of the other.
+
+    The manifold of a set is the union of balls around its points, each up to its k-th neighbour.
+
+    Args:
+        features, reference: (N, d) and (M, d).
+    Returns:
+        Precision (of the features) and recall (of the reference); NaN for sets that are too small.
+    """
+    if min(len(features), len(reference)) <= neighbours:
+        return Estimate(math.nan, math.nan), Estimate(math.nan, math.nan)
+    x, y = features.double(), reference.double()
+    inside_y = _in_manifold(x, y, neighbours)
+    inside_x = _in_manifold(y, x, neighbours)
+    return mean_estimate(inside_y.double()), mean_estimate(inside_x.double())
+
+
+def cosines(images: Tensor, texts: Tensor) -> Tensor:
+    """Return the cosine of each image embedding (N, d) and its text's (N, d), as (N,) float64."""
+    x, y = images.double(), texts.double()
+    return torch.nn.functional.cosine_similarity(x, y, dim=1)
+
+
+def mean_estimate(values: Tensor) -> Estimate:
+    """Return the mean of values (N,), one per image, with the standard error σ/√N."""
+    x = values.double()
+    error = float(x.std()) / math.sqrt(len(x)) if len(x) > 1 else math.nan
+    return Estimate(float(x.mean()), error)
+
+
+def half_split_error(score: Callable[[Tensor], float], features: Tensor, seed: int = 0) -> float:
+    """Estimate the standard error of a score of features (N, d) from random halves.
+
+    Two halves have independent errors of twice the variance: with the differences Δ of the halves
+    of some splits, it is √(mean Δ²) / 2. Biases, such as that of FID, cancel out.
+    """
+    half = len(features) // 2
+    if half < 2:
+        return math.nan
+    generator = torch.Generator().manual_seed(seed)
+    squares = 0.0
+    for _ in range(SPLITS):
+        order = torch.randperm(len(features), generator=generator).to(features.device)
+        first, second = features[order[:half]], features[order[half : 2 * half]]
+        squares += (score(first) - score(second)) ** 2
+    return math.sqrt(squares / SPLITS) / 2
+
+
+def _square_root(covariance: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
+
+
+def _distance(mean: Tensor, covariance: Tensor, reference: Statistics, root: Tensor) -> float:
+    """Compute the Fréchet distance; `root` is the square root of the reference's covariance."""
+    product = root @ covariance @ root
+    values = torch.linalg.eigvalsh((product + product.mT) / 2)
+    traces = covariance.trace() + reference.covariance.trace()
+    shift = (mean - reference.mean).square().sum()
+    return float(shift + traces - 2 * values.clamp(min=0).sqrt().sum())
+
+
+def _squared_mmd(x: Tensor, y: Tensor) -> float:
+    """Compute the unbiased MMD² of two sets."""
+    return _mean_within(x) + _mean_within(y) - 2 * _mean_between(x, y)
+
+
+def _mean_between(x: Tensor, y: Tensor) -> float:
+    """Return the mean of the kernel over all pairs of x (N, d) and y (M, d)."""
+    total = sum(float(_kernel(block @ y.mT, x.shape[1]).sum()) for block in x.split(BLOCK))
+    return total / (len(x) * len(y))
+
+
+def _mean_within(x: Tensor) -> float:
+    """Return the mean of the kernel over all pairs of two different rows of x (N, d)."""
+    n, d = x.shape
+    own = float(_kernel(x.square().sum(dim=1), d).sum())
+    return (_mean_between(x, x) * n * n - own) / (n * (n - 1))
+
+
+def _kernel(products: Tensor, d: int) -> Tensor:
+    return (products / d + 1) ** 3
+
+
+def _draw(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    return x[torch.randperm(len(x), generator=generator)[:count].to(x.device)]
+
+
+def _in_manifold(x: Tensor, points: Tensor, neighbours: int) -> Tensor:
+    """Return for each row of x whether it lies in the manifold of `points`, as bool (N,)."""
+    radii = torch.cat(
+        [
+            # The nearest is the point itself.
+            torch.cdist(block, points).kthvalue(neighbours + 1, dim=1).values
+            for block in points.split(BLOCK)
+        ]
+    )
+    return torch.cat([(torch.cdist(block, points) <= radii).any(dim=1) for block in x.split(BLOCK)])

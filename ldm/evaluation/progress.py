@@ -1,0 +1,48 @@
+"""Progress with the time left, on a terminal or in a log."""
+
+import logging
+import time
+
+from tqdm import tqdm
+
+from ldm.generate.output import hides_progress
+
+__all__ = ["Progress"]
+
+LOG_INTERVAL = 60  # seconds between lines where no progress bar is shown
+
+log = logging.getLogger(__name__)
+
+
+class Progress:
+    """A bar on a terminal, else a line each minute.
+
+    Args:
+        total: number of images.
+        what: what is done with them.
+    """
+
+    def __init__(self, total: int, what: str) -> None:
+        self.total = total
+        self.what = what
+        self.count = 0
+        self.start = self.last = time.monotonic()
+        self.bar = tqdm(total=total, desc=what, unit="image", disable=hides_progress())
+
+    def add(self, count: int) -> None:
+        """Count finished images."""
+        self.count += count
+        self.bar.update(count)
+        now = time.monotonic()
+        if self.bar.disable and now - self.last > LOG_INTERVAL:
+            self.last = now
+            seconds = (now - self.start) / self.count
+            left = seconds * (self.total - self.count) / 60
+            log.info(
+                "%s: %d of %d images, %.2f s each, %.0f minutes left",
+                self.what, self.count, self.total, seconds, left,
+            )  # fmt: skip
+
+    def close(self) -> None:
+        """Close the bar."""
+        self.bar.close()

@@ -1,0 +1,73 @@
+"""The prompts of an evaluation: drawn from a prompt file or from captions in COCO's format."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from ldm.runtime.errors import ArgumentError, FileFormatError
+from ldm.runtime.files import read_text
+
+__all__ = ["PromptSource", "draw_prompts", "read_prompts"]
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """A line of a prompt file, and the image file that it describes where that is recorded.
+
+    Args:
+        text: the line, with its options if it has some.
+        image: file name; None = not recorded.
+    """
+
+    text: str
+    image: str | None = None
+
+
+def read_prompts(path: str | Path) -> list[PromptSource]:
+    """Read a prompt file (one prompt per line), or COCO's captions (`captions_val2017.json`).
+
+    Raises:
+        ArgumentError: there are none.
+        FileFormatError: a .json file of another kind.
+    """
+    path = Path(path).expanduser()
+    text = read_text(path)
+    sources = _read_coco(text, path) if path.suffix == ".json" else _read_lines(text)
+    if not sources:
+        raise ArgumentError(f"{path} has no prompts", "prompts")
+    return sources
+
+
+def draw_prompts(sources: list[PromptSource], count: int | None, seed: int) -> list[PromptSource]:
+    """Draw prompts without replacement; a greater count begins with those of a smaller one.
+
+    Args:
+        count: None = all, in their order.
+    Raises:
+        ArgumentError: there are not as many.
+    """
+    if count is None:
+        return sources
+    if count > len(sources):
+        raise ArgumentError(f"{count} prompts requested, there are {len(sources)}", "count")
+    drawn = list(sources)
+    Random(seed).shuffle(drawn)
+    return drawn[:count]
+
+
+def _read_lines(text: str) -> list[PromptSource]:
+    return [PromptSource(line) for line in text.splitlines() if line.strip()]
+
+
+def _read_coco(text: str, path: Path) -> list[PromptSource]:
+    try:
+        content = json.loads(text)
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        return [
+            PromptSource(" ".join(row["caption"].split()), names[row["image_id"]])
+            for row in content["annotations"]
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        message = "not captions in COCO's format (`images` and `annotations`)"
+        raise FileFormatError(f"{path}: {message}") from error

@@ -1,0 +1,122 @@
+"""Results as JSON, as a table and as a figure."""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm.evaluation.metrics import Estimate
+from ldm.evaluation.score import Result
+from ldm.runtime.files import replace_when_written
+
+__all__ = ["format_choices", "format_table", "save_figure", "save_results"]
+
+log = logging.getLogger(__name__)
+
+# name of a score: (heading, factor, decimals)
+COLUMNS = {
+    "fid": ("FID", 1.0, 3),
+    "kid": ("KID × 1000", 1000.0, 3),
+    "precision": ("precision", 1.0, 3),
+    "recall": ("recall", 1.0, 3),
+    "prompt_score": ("prompt score", 1.0, 4),
+}
+
+
+def save_results(results: Sequence[Result], out: Path) -> list[Path]:
+    """Write each result as JSON, and the table; return the paths."""
+    out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for result in results:
+        name = result.series if result.scale is None else f"{result.series}-{result.scale:g}"
+        paths.append(out / f"{name.replace('/', '-')}.json")
+        _write(paths[-1], json.dumps(result.to_json(), indent=1, default=str) + "\n")
+    paths.append(out / "table.md")
+    _write(paths[-1], format_table(results) + "\n")
+    return paths
+
+
+def format_table(results: Sequence[Result]) -> str:
+    """Return the scores as a Markdown table; standard errors follow ±."""
+    names = [name for name in COLUMNS if any(name in result.scores for result in results)]
+    judges = {str(r.choices["judge"]["name"]) for r in results if "judge" in r.choices}
+    headings = [COLUMNS[name][0] for name in names]
+    if len(judges) == 1 and "prompt_score" in names:
+        headings[names.index("prompt_score")] = judges.pop()
+    lines = [
+        "| " + " | ".join(["images", "scale", "N", *headings]) + " |",
+        "|" + "---|" * (len(names) + 3),
+    ]
+    for result in results:
+        scale = "" if result.scale is None else f"{result.scale:g}"
+        cells = [_cell(result.scores.get(name), *COLUMNS[name][1:]) for name in names]
+        lines.append("| " + " | ".join([result.series, scale, str(result.count), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def format_choices(result: Result) -> list[str]:
+    """Return what the numbers depend on besides the images, a line for each part."""
+    return [
+        f"{name}: {', '.join(f'{key} {value}' for key, value in part.items() if value is not None)}"
+        for name, part in result.choices.items()
+        if isinstance(part, dict)
+    ]
+
+
+def save_figure(
+    results: Sequence[Result], out: Path, *, name: str = "figure", title: str | None = None
+) -> list[Path]:
+    """Draw FID against the prompt score as SVG and PNG: a line for each series, a marker per scale.
+
+    Returns:
+        The paths; none if there is nothing to draw or matplotlib is not installed.
+    """
+    points = [r for r in results if {"fid", "prompt_score"} <= r.scores.keys()]
+    if not points:
+        return []
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        log.warning("no figure: matplotlib is not installed (pip install 'ldm-revived[evaluate]')")
+        return []
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for series in dict.fromkeys(result.series for result in points):
+        own = sorted((r for r in points if r.series == series), key=lambda r: r.scale or 0)
+        x, y = ([r.scores[score] for r in own] for score in ("prompt_score", "fid"))
+        axes.errorbar(
+            [e.value for e in x], [e.value for e in y], xerr=[e.error for e in x],
+            yerr=[e.error for e in y], marker="o", markersize=4, capsize=2, linewidth=1.2,
+            elinewidth=0.7, label=series,
+        )  # fmt: skip
+        for result, score, distance in zip(own, x, y, strict=True):
+            if result.scale is not None:
+                axes.annotate(
+                    f"{result.scale:g}", (score.value, distance.value),
+                    xytext=(4, 4), textcoords="offset points", fontsize=8,
+                )  # fmt: skip
+    judge = points[0].choices["judge"]["name"]
+    size = points[0].facts.get("size")
+    on = f" on {size[1]}x{size[0]} samples" if size else ""
+    axes.set_xlabel(judge)
+    axes.set_ylabel(f"FID ({points[0].choices['features']['name']})")
+    axes.set_title(title or f"FID vs {judge}{on}, N = {points[0].count}", fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    paths = [out / f"{name}.svg", out / f"{name}.png"]
+    for path in paths:
+        with replace_when_written(path) as part:
+            metadata = {"Date": None} if path.suffix == ".svg" else None
+            figure.savefig(part, format=path.suffix[1:], dpi=110, metadata=metadata)
+    return paths
+
+
+def _cell(estimate: Estimate | None, factor: float, decimals: int) -> str:
+    if estimate is None:
+        return "–"
+    return f"{factor * estimate.value:.{decimals}f} ± {factor * estimate.error:.{decimals}f}"
+
+
+def _write(path: Path, text: str) -> None:
+    with replace_when_written(path) as part:
+        part.write_text(text, "utf-8")

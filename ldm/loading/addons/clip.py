@@ -1,0 +1,144 @@
+"""A whole CLIP, image and text tower, from a file of open_clip or out of an unCLIP checkpoint."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.encoders.image import VISION, VISION_DEFAULTS
+from ldm.encoders.towers import CLIP
+from ldm.loading.build import fill_weights, meta_device
+from ldm.loading.files.checkpoint import read_checkpoint
+from ldm.loading.matching import check_weights
+from ldm.loading.published import find_checkpoint
+from ldm.loading.weight_names import TEXT, rename_weights
+from ldm.runtime.errors import FileFormatError
+
+__all__ = ["check_clip", "clip_name", "load_clip"]
+
+# In an unCLIP checkpoint, under our names: a CLIP; that of ViT-H has a text tower without blocks,
+# which are in the text encoder.
+UNCLIP, TEXT_ENCODER = "conditioner.image.clip.model.", f"{TEXT}model."
+IMAGE_PROJECTION, FIRST_BLOCK = "visual.proj", "transformer.resblocks.0.ln_1.weight"
+PARTS = ("visual.", "transformer.", "ln_final.", "token_embedding.", "positional_embedding",
+         "text_projection", "logit_scale")  # fmt: skip
+LAION = re.compile(r"laion|datacomp|open_?clip", re.IGNORECASE)
+OPENAI_WIDTHS = (512, 768)  # embeddings of ViT-B and ViT-L; the larger ones are LAION's
+HEAD_WIDTHS = {
+    int(size["width"]): int(size.get("head_width", VISION_DEFAULTS["head_width"]))
+    for size in VISION.values()
+}
+
+
+def load_clip(
+    path: str | Path, *, quick_gelu: bool | None = None, device: str | torch.device = "cpu"
+) -> CLIP:
+    """Load both towers in float32; sizes follow from the weights.
+
+    Args:
+        quick_gelu: the activation of OpenAI's models, which weights do not tell; None = yes for
+            OpenAI's sizes, unless the name of the file tells that it is another's.
+    Raises:
+        FileFormatError: the file does not hold both towers.
+        MissingFile: there is no such file.
+    """
+    clip, state, mapped = _build(path, quick_gelu)
+    fill_weights(clip, state, device=device, mapped=mapped)
+    return clip.eval()
+
+
+def check_clip(path: str | Path) -> str:
+    """Check that `load_clip` can load a file, without its memory; return the name of its size."""
+    clip, _, _ = _build(path, None)
+    return clip_name(clip)
+
+
+def clip_name(clip: CLIP) -> str:
+    """Return open_clip's name of a size, such as "ViT-g-14"."""
+    visual = clip.visual
+    patch, _ = visual.conv1.kernel_size
+    sizes = {
+        (size["width"], size["layers"], size.get("patch_size", 16), size.get("image_size", 224)): n
+        for n, size in VISION.items()
+    }
+    width = len(visual.class_embedding)
+    return sizes.get((width, len(visual.blocks), patch, visual.image_size), f"ViT-{width}-{patch}")
+
+
+def _build(path: str | Path, quick_gelu: bool | None) -> tuple[CLIP, dict[str, Tensor], bool]:
+    """Return a CLIP without memory, its weights, and whether these are pages of a file."""
+    path = find_checkpoint(path)
+    file = read_checkpoint(path)
+    is_bare = IMAGE_PROJECTION in file.state
+    state = _towers(file.state if is_bare else _unclip_towers(file.state), path)
+    if quick_gelu is None:
+        is_openai = state["text_projection"].shape[1] in OPENAI_WIDTHS
+        quick_gelu = is_openai and not (is_bare and LAION.search(path.name))
+    with meta_device():
+        clip = CLIP(_text_size(state) | {"quick_gelu": quick_gelu}, _vision_size(state))
+    check_weights(clip.state_dict(), state, f"`{path}` does not fit CLIP")
+    return clip, state, file.mapped
+
+
+def _unclip_towers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return CLIP's weights in an unCLIP checkpoint, under open_clip's names."""
+    weights = rename_weights(state)
+    towers, text = _part(weights, UNCLIP), _part(weights, TEXT_ENCODER)
+    norm, other = towers.get("ln_final.weight"), text.get("ln_final.weight")
+    is_same_tower = norm is not None and other is not None and norm.shape == other.shape
+    if is_same_tower and FIRST_BLOCK not in towers:
+        towers |= text
+    return towers
+
+
+def _towers(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Return the weights of both towers without what else is there; raise if some are missing."""
+    needed = (IMAGE_PROJECTION, FIRST_BLOCK, "text_projection", "token_embedding.weight")
+    if any(name not in state for name in needed):
+        raise FileFormatError(
+            f"`{path}` does not hold CLIP's image and text tower: a file of open_clip or an unCLIP "
+            "checkpoint does"
+        )
+    return {name: value for name, value in state.items() if name.startswith(PARTS)}
+
+
+def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)}
+
+
+def _text_size(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    vocabulary, width = state["token_embedding.weight"].shape
+    return {
+        "width": width,
+        "heads": max(width // 64, 1),
+        "layers": _count_blocks(state, "transformer.resblocks."),
+        "embed_dim": state["text_projection"].shape[1],
+        "context_length": len(state["positional_embedding"]),
+        "vocab_size": vocabulary,
+        "mlp_ratio": _mlp_ratio(state, "transformer.resblocks.0."),
+    }
+
+
+def _vision_size(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    width, _, patch, _ = state["visual.conv1.weight"].shape
+    patches = len(state["visual.positional_embedding"]) - 1
+    return {
+        "image_size": round(patches**0.5) * patch,
+        "patch_size": patch,
+        "width": width,
+        "layers": _count_blocks(state, "visual.transformer.resblocks."),
+        "heads": max(width // HEAD_WIDTHS.get(width, 64), 1),
+        "mlp_ratio": _mlp_ratio(state, "visual.transformer.resblocks.0."),
+    }
+
+
+def _count_blocks(state: Mapping[str, Tensor], prefix: str) -> int:
+    return len({name.split(".")[0] for name in _part(state, prefix)})
+
+
+def _mlp_ratio(state: Mapping[str, Tensor], block: str) -> float:
+    hidden, width = state[f"{block}mlp.c_fc.weight"].shape
+    return (hidden + 0.5) / width  # the towers round down

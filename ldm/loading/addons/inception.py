@@ -1,0 +1,41 @@
+"""The Inception network of FID, from the file of pytorch-fid or torch-fidelity."""
+
+from pathlib import Path
+
+import torch
+
+from ldm.loading.build import fill_weights, meta_device
+from ldm.loading.files.checkpoint import read_checkpoint
+from ldm.loading.matching import check_weights
+from ldm.loading.published import find_checkpoint
+from ldm.nets.inception import Inception
+from ldm.runtime.errors import FileFormatError
+
+__all__ = ["load_inception"]
+
+CLASSES = 1008  # of the last layer, which FID does not use
+NEEDED = "FID needs the weights of TensorFlow's of 2015-12-05, `fid-inception` of `ldm download`"
+
+
+def load_inception(path: str | Path, *, device: str | torch.device = "cpu") -> Inception:
+    """Load the network in float32.
+
+    Raises:
+        FileFormatError: it is another network, such as torchvision's Inception.
+        MissingFile: there is no such file.
+    """
+    file = read_checkpoint(find_checkpoint(path))
+    head = file.state.get("fc.weight")
+    if "Mixed_7c.branch_pool.conv.weight" not in file.state or head is None:
+        raise FileFormatError(f"`{path}` is not an Inception network: {NEEDED}")
+    if len(head) != CLASSES:
+        raise FileFormatError(f"`{path}` is an Inception of {len(head)} classes: {NEEDED}")
+    with meta_device():
+        net = Inception()
+    expected = net.state_dict()
+    counters = {name for name in expected if name.endswith("num_batches_tracked")}
+    state = {name: value for name, value in file.state.items() if not name.startswith("fc.")}
+    state |= {name: torch.zeros((), dtype=torch.int64) for name in counters}
+    check_weights(expected, state, f"`{path}` does not fit Inception")
+    fill_weights(net, state, device=device, mapped=file.mapped)
+    return net.eval()

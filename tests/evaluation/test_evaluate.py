@@ -1,0 +1,219 @@
+"""`ldm evaluate` on a tiny model: what it makes, what it makes again, what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.commands.main import main
+from ldm.evaluation.prompts import draw_prompts, read_prompts
+from ldm.evaluation.report import format_table, save_figure, save_results
+from ldm.evaluation.score import ImageSet, list_images, score_sets, sets_of_run
+from ldm.imaging.metadata import read_info
+from ldm.runtime.errors import ArgumentError, FileFormatError
+
+PROMPTS = ["a cat", "a dog", "a red apple", "a fish", "a cow"]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_text("\n".join(PROMPTS) + "\n\n", "utf-8")
+    return path
+
+
+@pytest.fixture
+def run(tiny, tmp_path, prompts, capsys):
+    """Runs `ldm evaluate`; returns its status, lines of stdout, text of stderr."""
+
+    def run(*flags):
+        words = [*tiny.flags, "--steps", "2", "--scales", "1,3", "--H", "64", "--W", "64"]
+        words += ["--precision", "full", "--outdir", str(tmp_path / "out"), "--n_samples", "2"]
+        if "--images" not in flags and "--prompts" not in flags:
+            words += ["--generate", "--prompts", str(prompts)]
+        status = main(["evaluate", *words, *map(str, flags)])
+        out, err = capsys.readouterr()
+        return status, out.splitlines(), err
+
+    return run
+
+
+class Means:
+    """The mean colour of an image: features, and a score, in place of networks."""
+
+    dimensions = 3
+
+    def describe(self):
+        return {"name": "mean colour"}
+
+    def features(self, images):
+        means = [np.asarray(image).mean(axis=(0, 1)) for image in images]
+        return torch.from_numpy(np.stack(means) / 255)
+
+    def scores(self, images, prompts):
+        return self.features(images)[:, 0] + torch.tensor([len(prompt) for prompt in prompts])
+
+
+def test_every_scale_has_all_images_from_the_same_noise(run, tiny, tmp_path):
+    status, _, err = run()
+    assert status == 0
+    assert "no reference is given" in err
+    assert "no CLIP is given" in err
+    folder = next((tmp_path / "out").glob("base_v-ddim-2"))
+    infos = {scale: [read_info(p) for p in list_images(folder / scale)] for scale in
+             ("scale-1", "scale-3")}  # fmt: skip
+    for scale, rows in infos.items():
+        assert [row["prompt"] for row in rows] == PROMPTS
+        assert [row["seed"] for row in rows] == [42, 43, 44, 45, 46]
+        assert {row["scale"] for row in rows} == {float(scale[6:])}
+        assert {row["watermark"] for row in rows} == {None}
+    assert main(["replay", *tiny.flags, str(folder / "scale-3/00002.png")]) == 0
+
+
+def test_interrupted_run_makes_only_what_is_missing(run, tmp_path):
+    run("--scales", "3")
+    folder = tmp_path / "out/base_v-ddim-2/scale-3"
+    before = {path: path.stat().st_mtime_ns for path in list_images(folder)}
+    gone = folder / "00003.png"
+    expected = np.asarray(Image.open(gone))
+    gone.unlink()
+    assert run("--scales", "3")[0] == 0
+    after = {path: path.stat().st_mtime_ns for path in list_images(folder)}
+    assert {path for path in after if before[path] != after[path]} == {gone}
+    assert np.abs(np.asarray(Image.open(gone)).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seed", "1"], "has images with seed 42, not 1: choose another folder (--seed)"),
+        (["--negative-prompt", "x"], "has images with negative_prompt "),
+        (["--prompts", "other.txt", "--generate"], "has images of other prompts"),
+    ],
+)
+def test_folder_of_other_options_is_refused(run, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.txt").write_text("a house\n")
+    run("--scales", "3")
+    status, _, err = run("--scales", "3", *flags)
+    assert status == 1
+    assert message in err
+
+
+def test_processes_share_the_images(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    folder = tmp_path / "out/base_v-ddim-2/scale-3"
+    monkeypatch.setenv("RANK", "1")
+    assert run("--scales", "3")[0] == 0
+    second = [path.name for path in list_images(folder)]
+    monkeypatch.setenv("RANK", "0")
+    assert run("--scales", "3")[0] == 0
+    assert second == ["00002.png", "00003.png"]
+    assert len(list_images(folder)) == 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prompts", "empty.txt", "--generate"], "empty.txt has no prompts (--prompts)"),
+        (["--count", "9"], "9 prompts requested, there are 5 (--count)"),
+        (["--samplers", "dddim"], "unknown sampler `dddim`, did you mean `ddim`?"),
+        (["--reference", "nowhere"], "no folder `nowhere`"),
+        (["--inception", "empty.txt", "--reference", "."], "empty.txt"),
+        (["--images", "."], "images are given and to be made"),
+        (["--resize", "dirty"], "unknown resize `dirty`"),
+    ],
+)
+def test_bad_input_is_one_line_before_the_model_is_loaded(
+    run, tmp_path, prompts, monkeypatch, flags, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n\n")
+    Image.new("RGB", (8, 8)).save(tmp_path / "real.png")
+    monkeypatch.setattr("ldm.evaluation.generate.load_models", None)
+    if flags[0] == "--images":
+        flags = [*flags, "--generate"]
+    status, _, err = run(*flags)
+    assert status == 1
+    assert message in err.splitlines()[-1]
+
+
+def test_fewer_images_than_processes_is_one_line(run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    monkeypatch.setenv("RANK", "0")
+    status, _, err = run()
+    assert status == 1
+    assert err.splitlines()[-1].endswith("5 images, 6 processes: start fewer (--prompts)")
+
+
+def test_captions_of_coco_are_drawn_without_replacement(tmp_path):
+    images = [{"id": k, "file_name": f"{k}.jpg"} for k in range(20)]
+    rows = [{"image_id": k, "caption": f" caption\n{k} "} for k in range(20)]
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps({"images": images, "annotations": rows}))
+    sources = read_prompts(path)
+    drawn = draw_prompts(sources, 8, seed=1)
+    assert len({source.text for source in drawn}) == 8
+    assert drawn[0].text == f"caption {drawn[0].image[:-4]}"
+    assert draw_prompts(sources, 5, seed=1) == drawn[:5]
+    path.write_text("[1]")
+    with pytest.raises(FileFormatError, match="not captions"):
+        read_prompts(path)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Folders of 12 images each: `real`, and of a run at two scales, with prompts."""
+    rng = np.random.default_rng(0)
+    for name, top in {
+        "real": 256,
+        "run/m-ddim-2/scale-2": 200,
+        "run/m-ddim-2/scale-10": 150,
+    }.items():
+        (tmp_path / name).mkdir(parents=True)
+        for k in range(12):
+            pixels = rng.integers(0, top, (8, 10, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{k:05d}.png")
+    return tmp_path
+
+
+def test_scores_need_only_an_extractor_and_a_judge(folders, monkeypatch, caplog):
+    monkeypatch.setenv("LDM_CACHE", str(folders / "cache"))
+    sets = [
+        ImageSet(each.series, each.files, each.scale, prompts=["x"] * 12)
+        for each in sets_of_run(folders / "run")
+    ]
+    assert [each.scale for each in sets] == [2, 10]
+    real = ImageSet("reference", list_images(folders / "real"), side=8)
+    results = score_sets(sets, real, Means(), Means())
+    assert results[0].scores["fid"].value < results[1].scores["fid"].value
+    assert results[0].choices["reference"]["side"] == 8
+    monkeypatch.setattr(Means, "features", None)  # all features are in the cache
+    assert score_sets(sets, real, Means(), Means()) == results
+    table = format_table(results)
+    assert "| m-ddim-2 | 10 | 12 |" in table
+    paths = save_results(results, folders / "out") + save_figure(results, folders / "out")
+    assert [path.name for path in paths] == [
+        "m-ddim-2-2.json", "m-ddim-2-10.json", "table.md", "figure.svg", "figure.png",
+    ]  # fmt: skip
+    content = json.loads(paths[0].read_text())
+    assert content["scores"]["fid"]["value"] == results[0].scores["fid"].value
+    assert content["count"] == 12
+
+
+def test_few_images_are_warned_of_and_different_numbers_refused(folders, caplog):
+    real = ImageSet("reference", list_images(folders / "real")[:3])
+    sets = sets_of_run(folders / "run")
+    score_sets(sets, real, Means())
+    assert "the number of reference images = 3 is not above the 3 features" in caplog.text
+    with pytest.raises(ArgumentError, match="scale 2 has 12 images, .* scale 10 11: scores of"):
+        score_sets([sets[0], sets[1].first(11)], real, Means())
+
+
+def test_two_folders_are_compared_without_a_model(run, folders):
+    status, out, _ = run("--images", folders / "real", "--images", folders / "run/m-ddim-2/scale-2")
+    assert status == 0
+    assert out[0].startswith("| images | scale | N |")
+    assert [line.split(" |")[0] for line in out[2:4]] == ["| real", "| scale-2"]

@@ -1,0 +1,140 @@
+"""Inception and CLIP against other implementations on the same random weights, pixels included."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.encoders.towers import CLIP
+from ldm.evaluation.extractors import (
+    CLIPJudge,
+    InceptionExtractor,
+    clip_pixels,
+    inception_pixels,
+)
+from ldm.loading.addons.clip import check_clip, load_clip
+from ldm.loading.addons.inception import load_inception
+from ldm.nets.inception import Inception
+from ldm.runtime.errors import FileFormatError, UnknownName
+
+SIZES = [(80, 100), (123, 57), (56, 56)]
+
+
+@pytest.fixture(scope="module")
+def images():
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in SIZES]
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """Random weights of Inception whose features differ, with the 1,008 classes of the file."""
+    torch.manual_seed(0)
+    net = Inception()
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    return {**net.state_dict(), "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_inception_agrees_with_torch_fidelity(weights, images, tmp_path):
+    """On the same resized input; observed 0."""
+    extractor = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    torch.save(weights, tmp_path / "inception.pth")
+    theirs = extractor.FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048"], feature_extractor_weights_path=tmp_path / "inception.pth"
+    )
+    image = images[0].resize((299, 299))
+    pixels = torch.from_numpy(np.array(image)).movedim(-1, 0)[None]
+    own = InceptionExtractor(load_inception(tmp_path / "inception.pth"), "clean").features([image])
+    expected = theirs(pixels)[0]
+    assert own.shape == (1, 2048)
+    assert float((own - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+
+
+def test_clean_resize_is_that_of_clean_fid(images):
+    resize = pytest.importorskip("cleanfid.resize").build_resizer("clean")
+    for image in images:
+        theirs = (torch.from_numpy(resize(np.array(image))).movedim(-1, 0)[None] - 128) / 128
+        assert torch.equal(inception_pixels(image, "clean"), theirs)
+
+
+def test_pytorch_fid_resize_is_bilinear_without_antialiasing(images):
+    unit = torch.from_numpy(np.array(images[0])).movedim(-1, 0)[None] / 255
+    expected = 2 * torch.nn.functional.interpolate(unit, (299, 299), mode="bilinear") - 1
+    assert torch.equal(inception_pixels(images[0], "pytorch-fid"), expected)
+    with pytest.raises(UnknownName, match="did you mean `pytorch-fid`"):
+        InceptionExtractor(Inception(), "pytorch_fid")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fc.weight": torch.zeros(1000, 2048)}, "an Inception of 1000 classes: FID needs"),
+        ({"fc.weight": None}, "not an Inception network: FID needs"),
+        ({"Mixed_6a.branch3x3.conv.weight": torch.zeros(1)}, "does not fit Inception"),
+    ],
+)
+def test_wrong_inception_file_is_one_line(weights, tmp_path, change, message):
+    state = {name: value for name, value in (weights | change).items() if value is not None}
+    torch.save(state, tmp_path / "wrong.pth")
+    with pytest.raises((FileFormatError, ValueError), match=message):
+        load_inception(tmp_path / "wrong.pth")
+
+
+VISION = {"image_size": 56, "layers": 2, "width": 128, "patch_size": 14}
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}
+
+
+@pytest.fixture(scope="module")
+def clip_weights():
+    torch.manual_seed(0)
+    model = CLIP(TEXT | {"embed_dim": 64}, VISION | {"heads": 2})
+    return {name: torch.randn_like(value) / 20 for name, value in model.state_dict().items()}
+
+
+PROMPTS = ["a red apple", "Two cats &amp; a dog " * 30, "x"]
+
+
+@pytest.mark.slow  # to import the package
+def test_clip_score_agrees_with_open_clip(clip_weights, images, tmp_path):
+    """Observed 2e-8 for embeddings of size 0.1; pixels are equal."""
+    import open_clip
+
+    sizes = {"vision_cfg": VISION | {"head_width": 64}, "text_cfg": TEXT}
+    open_clip_model = open_clip.model.CLIP(embed_dim=64, **sizes).eval().requires_grad_(False)
+    open_clip_model.load_state_dict(clip_weights)
+    torch.save(clip_weights, tmp_path / "clip.bin")
+    judge = CLIPJudge(load_clip(tmp_path / "clip.bin"))
+    transform = open_clip.transform.image_transform(56, is_train=False)
+    pixels = torch.stack([transform(image) for image in images])
+    assert torch.equal(torch.cat([clip_pixels(image, 56) for image in images]), pixels)
+    image_embeddings = open_clip_model.encode_image(pixels)
+    text_embeddings = open_clip_model.encode_text(open_clip.SimpleTokenizer()(PROMPTS))
+    assert torch.allclose(judge.embed_images(images), image_embeddings, atol=1e-6)
+    assert torch.allclose(judge.embed_texts(PROMPTS), text_embeddings, atol=1e-6)
+    expected = torch.cosine_similarity(image_embeddings, text_embeddings)
+    assert torch.allclose(judge.scores(images, PROMPTS).float(), expected, atol=1e-5)
+
+
+def test_clip_is_read_out_of_unclip_checkpoints(clip_weights, tmp_path):
+    """Whole in that of ViT-L; the text blocks of ViT-H are in the text encoder."""
+    state = clip_weights
+    blocks = {name for name in state if name.startswith("transformer.")}
+    whole = {f"embedder.model.{name}": value for name, value in state.items()}
+    split = {f"embedder.model.{name}": v for name, v in state.items() if name not in blocks}
+    text = {name: v for name, v in state.items() if not name.startswith("visual.")}
+    split |= {f"cond_stage_model.model.{name}": value for name, value in text.items()}
+    torch.save(state, tmp_path / "bare.ckpt")
+    expected = CLIPJudge(load_clip(tmp_path / "bare.ckpt")).embed_texts(PROMPTS)
+    for name, content in {"l.ckpt": whole, "h.ckpt": split}.items():
+        torch.save({"state_dict": content}, tmp_path / name)
+        assert torch.equal(CLIPJudge(load_clip(tmp_path / name)).embed_texts(PROMPTS), expected)
+    without = {name: value for name, value in split.items() if "embedder" in name}
+    torch.save({"state_dict": without}, tmp_path / "no-text.ckpt")
+    with pytest.raises(FileFormatError, match=re.escape("image and text tower")):
+        check_clip(tmp_path / "no-text.ckpt")
