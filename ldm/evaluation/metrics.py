@@ -167,7 +167,8 @@ def half_split_error(score: Callable[[Tensor], float], features: Tensor, seed: i
 
 def _square_root(covariance: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
+    root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
+    return root
 
 
 def _distance(mean: Tensor, covariance: Tensor, reference: Statistics, root: Tensor) -> float:
