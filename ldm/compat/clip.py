@@ -13,15 +13,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from ldm.compat.relabel import relabel
 from ldm.encoders import tokenizer
 from ldm.encoders.text import CLIP_LARGE, CLIP_SIZES, CLIPText
 from ldm.encoders.towers import select_tokens
 from ldm.loading.files.checkpoint import read_checkpoint
-from ldm.nets.blocks import LayerNorm, Linear
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 NEW_TOKEN_STD = 0.02
-CLASSES: dict[type[nn.Module], type[nn.Module]] = {Linear: nn.Linear, LayerNorm: nn.LayerNorm}
 
 
 class TextOutput(NamedTuple):
@@ -149,9 +148,7 @@ class CLIPTextModel(nn.Module):
         tower.embeddings.__class__ = CLIPTextEmbeddings  # type: ignore[assignment]
         tower.encoder.__class__ = CLIPEncoder  # type: ignore[assignment]
         tower.__class__ = CLIPTextTransformer  # type: ignore[assignment]
-        for layer in tower.modules():
-            layer.__class__ = CLASSES.get(type(layer), type(layer))
-        self.text_model = cast(CLIPTextTransformer, tower)
+        self.text_model = cast(CLIPTextTransformer, relabel(tower))
         self.config = SimpleNamespace(**sizes)
         self.name_or_path = str(config) if isinstance(config, (str, Path)) else ""
 

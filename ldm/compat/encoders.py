@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm.compat.clip import CLIPTextModel, CLIPTokenizer, TextOutput
 from ldm.compat.names import MISSING_ENCODERS
-from ldm.compat.upscaling import ImageConcatWithNoiseAugmentation, Timestep
+from ldm.compat.openaimodel import Timestep
+from ldm.compat.upscaling import ImageConcatWithNoiseAugmentation
 from ldm.encoders import tokenizer
 from ldm.encoders.image import CLIPImage, OpenCLIPImage, preprocess
 from ldm.loading.files.clip_statistics import read_clip_statistics

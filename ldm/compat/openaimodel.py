@@ -42,6 +42,17 @@ def convert_module_to_f32(x: object) -> None:
     """Do nothing, as in the original."""
 
 
+class Timestep(nn.Module):
+    """Sinusoids of timesteps (B,): (B, dim) float32."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, t: Tensor) -> Tensor:
+        return timestep_embedding(t, self.dim)
+
+
 class TimestepBlock(nn.Module):
     """A layer that takes the timestep embedding as its second argument."""
 

@@ -7,20 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.encoders.lowres import register_schedule
-from ldm.nets.blocks import timestep_embedding
 
 __all__ = ["AbstractLowScaleModel", "ImageConcatWithNoiseAugmentation", "SimpleImageConcat"]
-
-
-class Timestep(nn.Module):
-    """Sinusoids of timesteps (B,): (B, dim) float32."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.dim = dim
-
-    def forward(self, t: Tensor) -> Tensor:
-        return timestep_embedding(t, self.dim)
 
 
 class AbstractLowScaleModel(nn.Module):
