@@ -16,7 +16,7 @@ from ldm.conditioning import Conditioner
 from ldm.encoders.text import TextEncoder
 from ldm.generate.tasks import TASKS
 from ldm.loading import legacy
-from ldm.loading.addons.lora import read_lora
+from ldm.loading.addons.lora import read_changes
 from ldm.loading.build import build_on_meta
 from ldm.loading.diffusers.files import INDEX
 from ldm.loading.families import VARIANTS
@@ -193,7 +193,7 @@ def _fits(lora: str | Path, path: Path, states: object) -> bool:
         return False
     try:
         model = build_on_meta(entry.spec, where=path.name)
-        read_lora(lora, cast(LatentDiffusion, model))
+        read_changes(lora, cast(LatentDiffusion, model))
     except WeightsMismatch:
         return False
     except (OSError, ValueError):  # of a damaged file, which an attempt to use it will name

@@ -3,11 +3,12 @@
     attached   y = layer(x) + strength * alpha / rank * up(down(x))     can be trained and detached
     merged     W <- W + strength * alpha / rank * up down               as fast as without
 
-Hu et al. 2021 (arXiv:2106.09685); of convolutions: Yeh et al. 2023 (arXiv:2309.14859), LoCon.
+Hu et al. 2021 (arXiv:2106.09685); of convolutions: Yeh et al. 2023 (arXiv:2309.14859), LoCon. Other
+changes of weights, which can only be merged, are in `lycoris`.
 """
 
-from collections.abc import Mapping
-from functools import reduce
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,50 +19,77 @@ from torch.utils.hooks import RemovableHandle
 from ldm.nets.blocks import Conv2d, DoublingConv2d, Linear, upsample_nearest, zero
 from ldm.runtime.errors import ArgumentError
 
-__all__ = ["LoRA", "LoRALayer", "Target", "merge_loras"]
+__all__ = ["Addition", "LoRA", "LoRALayer", "Target", "WeightChange", "merge_changes"]
 
 
 class Target(NamedTuple):
-    """A layer that a LoRA changes, or one third of an attention's `in_proj_weight`.
+    """A weight that is changed, or one third of an attention's `in_proj_weight`.
 
     Args:
-        layer: A linear layer, a convolution, or an attention with a fused projection `in_proj`.
-        part: 0 queries, 1 keys, 2 values; None for a layer that is changed as a whole.
+        layer: A linear layer, a convolution, a norm, or an attention with a fused projection
+            `in_proj`.
+        part: 0 queries, 1 keys, 2 values; None for a weight that is changed as a whole.
+        name: Of the parameter, "weight" or "bias".
     """
 
     layer: nn.Module
     part: int | None = None
+    name: str = "weight"
 
     @property
     def parameter(self) -> str:
-        return "weight" if self.part is None else "in_proj_weight"
+        return self.name if self.part is None else f"in_proj_{self.name}"
 
     @property
     def weight(self) -> Tensor:
-        """(C_out, C_in), or (C_out, C_in, kh, kw)."""
+        """(C_out, C_in), (C_out, C_in, kh, kw), or (C,) of a norm or a bias."""
         weight = self.layer.get_parameter(self.parameter)
         return weight if self.part is None else weight.chunk(3)[self.part]
 
     @torch.no_grad()
-    def add(self, delta: Tensor) -> None:
+    def replace(self, value: Tensor) -> None:
         """Replace the weight by a new one, as the old one's memory may be pages of a file."""
         old = self.layer.get_parameter(self.parameter)
         new = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
         self.layer.register_parameter(self.parameter, new)
-        total = self.weight.float() + delta.to(new.device)
-        self.weight.copy_(total)
-        if not self.weight.isfinite().all() and total.isfinite().all():
+        self.weight.copy_(value)
+        if not self.weight.isfinite().all() and value.isfinite().all():
             raise ArgumentError(
                 f"the sum of a layer's weight and its LoRAs is too large for {new.dtype}", "loras"
             )
 
 
-class LoRALayer(nn.Module):
+class WeightChange(ABC):
+    """What an adapter does to one weight.
+
+    Attributes:
+        strength: The user's own factor, which files do not hold.
+    """
+
+    target: Target
+    strength: float
+
+    @abstractmethod
+    def change_weight(self, weight: Tensor) -> Tensor:
+        """Return the changed weight, float32, of the weight as it is, float32."""
+
+
+class Addition(WeightChange):
+    """A change that does not depend on the weight."""
+
+    @abstractmethod
+    def delta(self) -> Tensor:
+        """Return what is added to the weight, float32, in its shape."""
+
+    def change_weight(self, weight: Tensor) -> Tensor:
+        return weight + self.delta().to(weight.device)
+
+
+class LoRALayer(nn.Module, Addition):
     """The addition of rank `rank` to one layer, zero until it is trained or filled.
 
     Attributes:
         alpha: Strength of the file, in units of the rank; by default the rank.
-        strength: The user's own factor, which files do not hold.
     """
 
     alpha: Tensor
@@ -148,11 +176,25 @@ class LoRA(nn.ModuleDict):
         return self
 
 
-def merge_loras(*loras: LoRA) -> None:
-    """Add LoRAs to the weights; deltas of one target are summed before they are rounded."""
-    layers_by_target: dict[Target, list[LoRALayer]] = {}
-    for lora in loras:
-        for layer in lora.layers.values():
-            layers_by_target.setdefault(layer.target, []).append(layer)
-    for target, layers in layers_by_target.items():
-        target.add(reduce(torch.add, (layer.delta() for layer in layers)))
+@torch.no_grad()
+def merge_changes(changes: Iterable[WeightChange]) -> None:
+    """Change the weights, each of which is rounded once.
+
+    What is added to one weight is summed first, and the order does not matter, bit by bit; then
+    come the other changes, in their order.
+    """
+    by_target: dict[Target, list[WeightChange]] = {}
+    for change in changes:
+        by_target.setdefault(change.target, []).append(change)
+    for target, group in by_target.items():
+        weight = target.weight.float()
+        deltas = [
+            change.delta().to(weight.device) for change in group if isinstance(change, Addition)
+        ]
+        if deltas:
+            # Floating-point sums of more than two depend on the order: here it is by size.
+            weight = weight + torch.stack(deltas).sort(0).values.sum(0)
+        for change in group:
+            if not isinstance(change, Addition):
+                weight = change.change_weight(weight)
+        target.replace(weight)

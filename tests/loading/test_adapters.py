@@ -24,7 +24,6 @@ from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
 from ldm.loading.files.checkpoint import file_hash, read_checkpoint, write_checkpoint
 from ldm.loading.legacy import translate_config
-from ldm.nets.lora import merge_loras
 
 SD1 = "configs/stable-diffusion/v1-inference.yaml"
 SDXL = "configs/stable-diffusion-xl/sd_xl_base.yaml"
@@ -66,6 +65,69 @@ def test_diffusers_computes_the_same_with_our_file(kind, style, tmp_path):
         theirs["vector"] = torch.cat([text_embeds, ours["vector"][:, text_embeds.shape[1] :]], 1)
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_dora_of_peft_is_that_of_diffusers(kind, tmp_path):
+    pytest.importorskip("peft")
+    model, file = tiny_model(kind), tmp_path / "x.safetensors"
+    write_lora(random_adapter(model, alpha=2), file, model, "diffusers")
+    state = read_checkpoint(file).state
+    torch.manual_seed(2)
+    for layer in lora_targets(model):
+        if "attn" in layer.diffusers:
+            length = torch.rand(len(layer.target.weight)) + 0.5
+            state[f"{layer.diffusers}.lora_magnitude_vector.weight"] = length
+    state = {n: v for n, v in state.items() if "attn" in n}
+    write_checkpoint(file, state)
+    pipeline, plain = their_pipeline(model, kind), outputs(model)
+    pipeline.load_lora_weights(str(file))
+    load_loras(model, [(file, 1.0)])
+    ours, theirs = outputs(model), their_outputs(pipeline, model)
+    assert (ours["unet"] - plain["unet"]).abs().max() > 0.1
+    torch.testing.assert_close(ours["unet"], theirs["unet"], rtol=0, atol=1e-5)
+
+
+LYCORIS = {
+    "lora_unet_conv_in": {"diff": (32, 4, 3, 3), "diff_b": (32,)},
+    "lora_unet_down_blocks_0_resnets_0_norm1": {"w_norm": (32,), "b_norm": (32,)},
+    "lycoris_mid_block_attentions_0_proj_in": {"lokr_w1": (4, 4), "lokr_w2": (16, 16)},
+    "lora_unet_mid_block_resnets_0_conv1": {"oft_blocks": (8, 8, 8)},
+    "lora_unet_mid_block_resnets_1_conv1": {"weight": (64, 1), "on_input": ()},
+    "lora_te_text_model_encoder_layers_0_self_attn_k_proj": {
+        "hada_w1_a": (24, 2), "hada_w1_b": (2, 24), "hada_w2_a": (24, 2), "hada_w2_b": (2, 24),
+    },
+    "lora_te_text_model_encoder_layers_0_layer_norm1": {"w_norm": (24,)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+def test_all_kinds_of_one_file_change_their_layers_and_no_others(kind, tmp_path):
+    torch.manual_seed(0)
+    state = {
+        f"{n}.{role}": torch.randn(s) for n, roles in LYCORIS.items() for role, s in roles.items()
+    }
+    state["lora_unet_mid_block_resnets_1_conv1.on_input"] = torch.tensor(True)
+    write_checkpoint(tmp_path / "x.safetensors", state)
+    model = tiny_model(kind)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    load_loras(model, [(tmp_path / "x.safetensors", 0.5)])
+    after = model.state_dict()
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert len(changed) == 9
+    assert {"unet.input_blocks.0.0.bias", "unet.input_blocks.1.0.in_layers.0.bias"} < changed
+    ours = after["unet.input_blocks.0.0.weight"] - before["unet.input_blocks.0.0.weight"]
+    torch.testing.assert_close(ours, 0.5 * state["lora_unet_conv_in.diff"])
+
+
+def test_files_that_turn_the_same_weights_are_named_in_their_order(tmp_path, caplog):
+    model, name = tiny_model(), "lora_unet_mid_block_resnets_0_conv1.oft_blocks"
+    files = [(tmp_path / f"{letter}.safetensors", 1.0) for letter in "ab"]
+    for file, _ in files:
+        write_checkpoint(file, {name: torch.zeros(8, 8, 8)})
+    load_loras(model, files)
+    assert "`a.safetensors`, `b.safetensors` scale or turn the same weights" in caplog.text
 
 
 @pytest.mark.parametrize(("yaml", "text"), [(SD1, 12 * 6), (SD2, 23 * 6)])
@@ -360,10 +422,6 @@ def test_alpha_is_found_in_notes(tmp_path):
     assert adapter["lora_unet_conv_in"].alpha == 6
     assert adapter["lora_unet_mid_block_attentions_0_proj_in"].alpha == 12
     assert adapter["lora_te_text_model_encoder_layers_0_mlp_fc1"].alpha == 3  # its rank
-    notes = {"unet.use_dora": True}
-    write_checkpoint(tmp_path / "z.safetensors", state, {lora.METADATA: json.dumps(notes)})
-    with pytest.raises(ValueError, match="LoRA with `use_dora` is not supported"):
-        read_lora(tmp_path / "z.safetensors", model)
 
 
 def test_files_with_weights_are_merged_and_noted(model, tmp_path):
@@ -458,23 +516,24 @@ def test_alpha_may_be_a_number_of_any_kind_and_nothing_is_nan(tmp_path):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["lora_unet_conv_in.hada_w1_a"], "is of an unsupported kind: LoHa"),
-        (["lora_unet_conv_in.lokr_w1"], "unsupported kind: LoKr"),
-        (["lora_unet_conv_in.oft_blocks"], "unsupported kind: OFT"),
         (
-            ["lora_unet_conv_in.on_input", "lora_unet_conv_in.weight"],
-            r"unsupported kind: \(IA\)\^3",
+            ["lora_unet_conv_in.hada_w1_a"],
+            "1 layers are incomplete: `lora_unet_conv_in` has only `h",
         ),
-        (["lora_unet_conv_in.a1.weight"], "unsupported kind: GLoRA"),
-        (["lora_unet_conv_in.lora_mid.weight"], "unsupported kind: LoCon in Tucker form"),
-        (["unet.conv_in.lora_magnitude_vector.weight"], "unsupported kind: DoRA"),
+        (["lora_unet_conv_in.on_input"], "has only `on_input`"),
+        (["lora_unet_conv_in.lora_mid.weight"], "has only `mid`"),
+        (["unet.conv_in.lora_magnitude_vector.weight"], "has only `magnitude`"),
+        (["lora_unet_conv_in.oft_diag"], "unsupported kind: OFT of another form"),
         (
             ["unet.conv_in.lora_A.weight", "unet.conv_in.lora_B.bias"],
             "unsupported kind: LoRA with biases",
         ),
         (["x.modules_to_save.default.weight"], "unsupported kind: LoRA with whole layers"),
         (["model.diffusion_model.out.2.bias"], "1 of its 1 keys are not recognised"),
-        (["lora_unet_conv_in.lora_down.weight"], "is missing in 1 layers: `lora_unet_conv_in`"),
+        (
+            ["lora_unet_conv_in.lora_down.weight"],
+            "1 layers are incomplete: `lora_unet_conv_in` has only",
+        ),
         (["betas", "lora_unet_conv_in.alpha"], "1 of its 2 keys are not recognised: `betas`"),
     ],
 )
@@ -488,4 +547,3 @@ def test_a_model_without_prompts_has_no_text_layers():
     model = tiny_model()
     del model.conditioner.text
     assert all(layer.diffusers.startswith("unet.") for layer in lora_targets(model))
-    assert merge_loras() is None

@@ -3,7 +3,7 @@ import torch
 
 from ldm.encoders.towers import FusedAttention
 from ldm.nets.blocks import Conv2d, DoublingConv2d, Linear
-from ldm.nets.lora import LoRA, LoRALayer, Target, merge_loras
+from ldm.nets.lora import LoRA, LoRALayer, Target, merge_changes
 
 LAYERS = {
     "linear": lambda: Linear(12, 20),
@@ -32,6 +32,10 @@ def changes(layer, *, rank=4, alpha=2.0):
     return LoRA(lows)
 
 
+def merge(*adapters):
+    merge_changes(low for adapter in adapters for low in adapter.layers.values())
+
+
 def example(layer):
     wide = (2, 12, 6, 8) if isinstance(layer, Conv2d) else (2, 5, 12)
     return torch.randn(wide, generator=torch.Generator().manual_seed(1))
@@ -44,7 +48,7 @@ def test_attached_equals_merged(layer):
     attached = layer(x)
     adapter.detach()
     assert torch.equal(layer(x), plain)
-    merge_loras(adapter)
+    merge(adapter)
     assert (attached - plain).abs().max() > 0.1
     torch.testing.assert_close(layer(x), attached, rtol=1e-5, atol=1e-5)
 
@@ -71,7 +75,7 @@ def test_several_with_weights_are_their_sum(layer):
     first.detach()
     second.detach()
     assert torch.equal(layer(x), plain)
-    merge_loras(first, second)
+    merge(first, second)
     for place, weight in zip(places, expected, strict=True):
         torch.testing.assert_close(place.weight, weight, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(layer(x), attached, rtol=1e-5, atol=1e-5)
@@ -81,7 +85,7 @@ def test_merging_does_not_write_into_the_memory_of_a_file(layer):
     name = "in_proj_weight" if isinstance(layer, FusedAttention) else "weight"
     old = getattr(layer, name)
     copy = old.clone()
-    merge_loras(changes(layer))
+    merge(changes(layer))
     assert torch.equal(old, copy)
     assert not torch.equal(getattr(layer, name), copy)
     assert not getattr(layer, name).requires_grad
@@ -100,5 +104,5 @@ def test_half_precision_weights_are_rounded_once():
     adapters = [changes(layer).scale(0.001), changes(layer).scale(0.001)]
     sum_ = sum(adapter["layerNone"].delta() for adapter in adapters)
     expected = (layer.weight.float() + sum_).to(torch.bfloat16)
-    merge_loras(*adapters)
+    merge(*adapters)
     assert torch.equal(layer.weight, expected)

@@ -1,4 +1,4 @@
-"""Read and write LoRA files, in the formats of kohya, diffusers, peft and ComfyUI.
+"""Read LoRA files and their kin, in the formats of kohya, diffusers, peft and ComfyUI; write LoRAs.
 
     kohya       lora_unet_down_blocks_0_…_to_q.lora_down.weight, .lora_up.weight, .alpha
                 lora_te_text_model_encoder_layers_0_mlp_fc1.…
@@ -12,7 +12,8 @@
 Layers have diffusers' names (`loading/diffusers/names.py`) or the original's, with dots or `_`;
 internally kohya's are used. The only text encoder of SDXL's refiner is the base's second one: all
 names of both are taken for it. A folder stands for all LoRA files in it (peft: one per network).
-Layers are the linear ones and convolutions (LoCon) of UNet and text encoders.
+Layers are the linear ones and convolutions (LoCon) of UNet and text encoders, and of LyCORIS (see
+`nets/lycoris.py`) also their norms and biases.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ import json
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -36,10 +38,10 @@ from ldm.loading.build import meta_device
 from ldm.loading.diffusers.keys import text_component
 from ldm.loading.diffusers.names import text_layers, unet_layers
 from ldm.loading.files.checkpoint import Checkpoint, file_hash, read_checkpoint, write_checkpoint
-from ldm.loading.matching import drop_1x1
 from ldm.loading.weight_names import SECOND_TEXT, layer_alias
 from ldm.model import LatentDiffusion
-from ldm.nets.lora import LoRA, LoRALayer, Target, merge_loras
+from ldm.nets.lora import Addition, LoRA, LoRALayer, Target, WeightChange, merge_changes
+from ldm.nets.lycoris import Adapter, build_change, is_complete, rank_of
 from ldm.pipelines.families import is_sdxl
 from ldm.runtime.errors import FileFormatError, MissingFile, WeightsMismatch, WrongFamily
 from ldm.runtime.files import read_text
@@ -47,17 +49,29 @@ from ldm.runtime.hashes import hash_file
 from ldm.runtime.types import JsonObject
 
 __all__ = [
-    "LoRAFile", "TargetLayer", "add_loras", "load_loras", "lora_targets", "read_lora", "read_loras",
-    "write_lora",
+    "LoRAFile", "TargetLayer", "add_loras", "load_loras", "lora_targets", "read_changes",
+    "read_lora", "read_loras", "write_lora",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
 KEY = re.compile(
-    r"(.+?)(?:\.(alpha)"
-    r"|[._]lora(?:_linear_layer)?[._](down|up|A|B)(?:\.(?!weight|bias)\w+)?(?:\.weight)?)"
+    r"""(.+?)(?:
+    [._]lora(?:_linear_layer)?[._](down|up|A|B|mid|magnitude_vector)
+      (?:\.(?!weight|bias)\w+)?(?:\.weight)?
+    | \.(alpha|dora_scale|hada_(?:w\d_[ab]|t\d)|lokr_(?:w\d(?:_[ab])?|t2)|diff|diff_b|w_norm|b_norm
+      |oft_blocks|rescale|on_input|(?:a1|a2|b1|b2)\.weight)
+    )""",
+    re.VERBOSE,
 )
-ROLES = {"A": "down", "B": "up"}
+VECTOR = re.compile(r"(.+)\.weight")  # of (IA)^3, beside `on_input`
+ROLES = {"A": "down", "B": "up", "magnitude_vector": "magnitude"}
+BIASES = ("diff_b", "b_norm")  # roles of changes of the bias
+LOW_RANK = {"down", "up"}
+INPUT_ROLES = ("down", "hada_w1_b", "diff")  # of shape (…, features of the input)
+LAYERS = (nn.Linear, nn.Conv2d, FusedAttention)
+Kinds = tuple[type[nn.Module], ...]
+Tensors = dict[str, Tensor]  # of one layer, by their role
 UNET_PREFIX = "lora_unet_"
 INPUT_CONVOLUTION = "input_blocks.0.0"
 INPAINTING_CHANNELS = 9
@@ -65,19 +79,10 @@ ORIGINAL_BLOCKS = re.compile(r"(^|[._])(input_blocks|middle_block|output_blocks)
 QKV = (".q_proj", ".k_proj", ".v_proj")
 FOLDER_FILES = ("pytorch_lora_weights", "adapter_model")  # of diffusers, of peft
 OTHER_KINDS = {  # by a pattern in the names
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "dora_scale": "DoRA",
-    "lora_magnitude": "DoRA",
-    "lora_mid": "LoCon in Tucker form",
     "lora_embedding": "LoRA of an embedding",
-    "oft_": "OFT",
-    "boft": "BOFT",
-    r"\.on_input": "(IA)^3",
-    "ia3_": "(IA)^3",
-    r"\.a1\.weight": "GLoRA",
-    r"\.w_norm": "LoCon with norms",
-    r"\.diff(_b)?$": "full weight difference",
+    "oft_(R|diag)|boft": "OFT of another form",
+    "ia3_": "(IA)^3 of peft",
+    r"\.bm\.": "GLoRA with biases",
     r"lora_\w+\.bias$": "LoRA with biases",
     r"\.modules_to_save\.": "LoRA with whole layers",
 }
@@ -108,7 +113,7 @@ class LoRAFile(NamedTuple):
 
     path: Path
     strength: float
-    lora: LoRA
+    changes: list[WeightChange]
 
 
 def load_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, float]]) -> None:
@@ -119,7 +124,7 @@ def load_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, float]]
 def read_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, float]]) -> list[LoRAFile]:
     """Read (file, strength) pairs for a model, which may be on the meta device."""
     return [
-        LoRAFile(Path(file).expanduser(), strength, read_lora(file, model).scale(strength))
+        LoRAFile(Path(file).expanduser(), strength, read_changes(file, model, strength))
         for file, strength in files
     ]
 
@@ -129,7 +134,8 @@ def add_loras(model: LatentDiffusion, files: Sequence[LoRAFile]) -> None:
 
     `provenance` records the files.
     """
-    merge_loras(*(file.lora for file in files))
+    _report_order(files)
+    merge_changes(change for file in files for change in file.changes)
     provenance = []
     for path, strength, _ in files:
         lora_files = _files_of(path)
@@ -144,25 +150,70 @@ def add_loras(model: LatentDiffusion, files: Sequence[LoRAFile]) -> None:
         model.provenance["loras"] = [*model.provenance.get("loras", []), *provenance]
 
 
+def _report_order(files: Sequence[LoRAFile]) -> None:
+    """Say that the order counts, where several files scale or turn the same weights."""
+    counts: Counter[Target] = Counter()
+    paths = []
+    for file in files:
+        targets = {c.target for c in file.changes if not isinstance(c, Addition)}
+        counts.update(targets)
+        paths += [file.path.name] if targets else []
+    if counts and max(counts.values()) > 1:
+        names = ", ".join(f"`{name}`" for name in paths)
+        log.warning("%s scale or turn the same weights: they are applied in this order", names)
+
+
 def read_lora(path: str | Path, model: LatentDiffusion) -> LoRA:
     """Return the LoRA in a file or folder, for the layers of a model; not attached, not merged.
 
     Raises:
-        FileFormatError: it is not a LoRA, or one of an unsupported kind.
+        FileFormatError: it is not a LoRA, or of an unsupported or another kind.
         WeightsMismatch: it does not fit; says how many layers, and the likely family.
     """
-    targets = {layer.kohya: layer for layer in lora_targets(model)}
+    layers = {}
+    for name, change in _read_changes(path, model, 1.0):
+        if not isinstance(change, LoRALayer):
+            raise FileFormatError(f"`{path}` is not a plain LoRA: it can be merged only")
+        layers[name] = change
+    return LoRA(layers)
+
+
+def read_changes(
+    path: str | Path, model: LatentDiffusion, strength: float = 1.0
+) -> list[WeightChange]:
+    """Return what a LoRA or LyCORIS file, or a folder, changes in a model; not merged.
+
+    Raises:
+        FileFormatError: it is not such a file, or of an unsupported kind.
+        WeightsMismatch: it does not fit; says how many layers, and the likely family.
+    """
+    return [change for _, change in _read_changes(path, model, strength)]
+
+
+def _read_changes(
+    path: str | Path, model: LatentDiffusion, strength: float
+) -> list[tuple[str, WeightChange]]:
+    """Return the changes of a file with the names of their layers."""
+    targets = {layer.kohya: layer for layer in _all_targets(model)}
     aliases = _names_by_alias(model)
-    layers: dict[str, dict[str, Tensor]] = {}
+    layers: dict[str, Tensors] = {}
     for file in map(read_checkpoint, _files_of(path)):
         layers_of_file = _tensors_by_layer(file, aliases)
         _add_alphas(layers_of_file, file, targets)
         layers |= layers_of_file
+    changes, unknown, mismatched = [], [], []
     for name, tensors in layers.items():
-        if name in targets and targets[name].original == INPUT_CONVOLUTION:
-            tensors["down"] = _pad_channels(tensors["down"], targets[name].target)
-    _check_layers(layers, targets, path, model)
-    return LoRA({n: _build_layer(targets[n].target, tensors) for n, tensors in layers.items()})
+        if name not in targets:
+            unknown.append(name)
+            continue
+        try:
+            for change in _build_changes(targets[name], tensors, strength):
+                changes.append((name, change))
+        except ValueError as error:
+            mismatched.append(f"{name}: {error}")
+    if unknown or mismatched:
+        raise _mismatch(layers, unknown, mismatched, path, model)
+    return changes
 
 
 def write_lora(
@@ -205,22 +256,30 @@ def _describe(lora: LoRA, model: LatentDiffusion) -> dict[str, str | int]:
 
 def lora_targets(model: LatentDiffusion) -> list[TargetLayer]:
     """List linear layers and convolutions that a LoRA may change."""
-    return [*_unet_targets(model), *_text_targets(model)]
+    return [*_unet_targets(model, LAYERS), *_text_targets(model, LAYERS)]
 
 
-def _unet_targets(model: LatentDiffusion) -> Iterator[TargetLayer]:
-    for ours, theirs in unet_layers(_layer_names(model.unet)).items():
+def _all_targets(model: LatentDiffusion) -> list[TargetLayer]:
+    """List those, and the norms that LyCORIS may change."""
+    kinds = (*LAYERS, nn.GroupNorm, nn.LayerNorm)
+    return [*_unet_targets(model, kinds), *_text_targets(model, kinds)]
+
+
+def _unet_targets(model: LatentDiffusion, kinds: Kinds) -> Iterator[TargetLayer]:
+    for ours, theirs in unet_layers(_layer_names(model.unet, kinds)).items():
         # kohya trains SDXL in a UNet with the original's names.
         kohya = UNET_PREFIX + _flat(ours if is_sdxl(model) else theirs)
         yield TargetLayer(Target(model.unet.get_submodule(ours)), ours, f"unet.{theirs}", kohya)
 
 
-def _text_targets(model: LatentDiffusion) -> Iterator[TargetLayer]:
+def _text_targets(model: LatentDiffusion, kinds: Kinds) -> Iterator[TargetLayer]:
     encoders = model.conditioner.find_all(TextEncoder)
     for number, text in enumerate(encoders, start=1):
         network = text_component(text)
         prefix = f"lora_te{number}_" if len(encoders) > 1 else "lora_te_"
-        used_layers = [name for name in _layer_names(text) if not name.startswith(text.unused)]
+        used_layers = [
+            name for name in _layer_names(text, kinds) if not name.startswith(text.unused)
+        ]
         for ours, theirs in text_layers(used_layers).items():
             layer = text.get_submodule(ours)
             is_fused = isinstance(layer, FusedAttention)
@@ -237,7 +296,7 @@ def _names_by_alias(model: LatentDiffusion) -> dict[str, str]:
     """Return kohya's name of each layer, by all names that files may have for it."""
     names = {
         layer_alias(name): layer.kohya
-        for layer in lora_targets(model)
+        for layer in _all_targets(model)
         for name in (layer.original, layer.diffusers)
     }
     if len(model.conditioner.find_all(TextEncoder)) == 1:
@@ -245,20 +304,48 @@ def _names_by_alias(model: LatentDiffusion) -> dict[str, str]:
     return names
 
 
-def _layer_names(network: nn.Module) -> list[str]:
-    kinds = (nn.Linear, nn.Conv2d, FusedAttention)
+def _layer_names(network: nn.Module, kinds: Kinds) -> list[str]:
     return [name for name, layer in network.named_modules() if isinstance(layer, kinds)]
 
 
-def _build_layer(target: Target, tensors: Mapping[str, Tensor]) -> LoRALayer:
+def _build_changes(layer: TargetLayer, tensors: Tensors, strength: float) -> list[WeightChange]:
+    """Build the changes of a layer's weight and bias; raise ValueError for what does not fit."""
+    of_weight = {role: value for role, value in tensors.items() if role not in BIASES}
+    of_bias = {role: value for role, value in tensors.items() if role in BIASES}
+    changes = []
+    for target, part in (
+        (layer.target, of_weight),
+        (layer.target._replace(name="bias"), of_bias),
+    ):
+        if not part.keys() - {"alpha"}:
+            continue
+        if layer.original == INPUT_CONVOLUTION and "down" in part:
+            part["down"] = _pad_channels(part["down"], target)
+        alpha, on_input = part.pop("alpha", None), part.pop("on_input", None)
+        adapter = Adapter(
+            part,
+            None if alpha is None else float(alpha),
+            on_input is not None and bool(on_input),
+        )
+        change = build_change(target, adapter, strength)
+        changes.append(
+            _build_layer(target, adapter, strength) if part.keys() == LOW_RANK else change
+        )
+    return changes
+
+
+def _build_layer(target: Target, adapter: Adapter, strength: float) -> LoRALayer:
+    """Build a layer of a plain LoRA, which can also be attached."""
+    down, up = adapter.tensors["down"], adapter.tensors["up"]
     with meta_device():
-        layer = LoRALayer(target, rank=len(tensors["down"]))
+        layer = LoRALayer(target, rank=len(down))
     state = {
-        "lora_down.weight": tensors["down"].reshape(layer.lora_down.weight.shape),
-        "lora_up.weight": tensors["up"].reshape(layer.lora_up.weight.shape),
-        "alpha": tensors.get("alpha", torch.tensor(float(layer.rank))).reshape(()),
+        "lora_down.weight": down.reshape(layer.lora_down.weight.shape),
+        "lora_up.weight": up.reshape(layer.lora_up.weight.shape),
+        "alpha": torch.tensor(float(layer.rank) if adapter.alpha is None else adapter.alpha),
     }
     layer.load_state_dict(state, assign=True)
+    layer.strength = strength
     return layer.requires_grad_(False)
 
 
@@ -284,17 +371,20 @@ def _a1111_hash(path: Path) -> str:
     return str(digest or hash_file(path))[:12]
 
 
-def _tensors_by_layer(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
+def _tensors_by_layer(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str, Tensors]:
     """Return the tensors of a file as {kohya's name: {"down", "up", perhaps "alpha"}}."""
-    layers: dict[str, dict[str, Tensor]] = {}
-    originals: dict[str, dict[str, Tensor]] = {}  # under the original's names
+    layers: dict[str, Tensors] = {}
+    originals: dict[str, Tensors] = {}  # under the original's names
     others = []
     # Of the folders of peft, whose names do not tell the network.
     folder = "text_encoder_2." if file.path.parent.name == "text_encoder_2" else ""
     for key, value in file.state.items():
         match = KEY.fullmatch(key)
+        vector = VECTOR.fullmatch(key)
+        if match is None and vector is not None and f"{vector[1]}.on_input" in file.state:
+            match = vector
         if match is not None:
-            role = match[2] or ROLES.get(match[3], match[3])
+            role = _role(match)
             name = aliases.get(layer_alias(folder + match[1]), match[1])
             group = originals if ORIGINAL_BLOCKS.search(match[1]) else layers
             group.setdefault(name, {})[role] = value
@@ -315,17 +405,30 @@ def _tensors_by_layer(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str,
             f"`{file.path}` is not a LoRA file: {len(others)} of its {len(file.state)} keys are "
             f"not recognised: {examples}"
         )
-    incomplete = [name for name, tensors in layers.items() if not {"down", "up"} <= tensors.keys()]
+    incomplete = [name for name, tensors in layers.items() if not _is_complete(tensors)]
     if incomplete:
-        message = f"`down` or `up` is missing in {len(incomplete)} layers: `{incomplete[0]}`"
+        roles = ", ".join(f"`{role}`" for role in layers[incomplete[0]])
+        message = f"{len(incomplete)} layers are incomplete: `{incomplete[0]}` has only {roles}"
         raise FileFormatError(f"`{file.path}`: {message}")
     if wrong := [name for name, tensors in layers.items() if not _are_finite(tensors.values())]:
         message = f"the numbers of {len(wrong)} layers are not finite: `{wrong[0]}`"
         raise FileFormatError(f"`{file.path}`: {message}")
-    empty = [name for name, tensors in layers.items() if not len(tensors["down"])]
+    empty = [name for name, tensors in layers.items() if rank_of(tensors) == 0]
     if empty:
         log.info("`%s`: %d layers have rank 0 and change nothing", file.path, len(empty))
     return {name: tensors for name, tensors in layers.items() if name not in empty}
+
+
+def _role(match: re.Match[str]) -> str:
+    """Return the role of a tensor in its layer, by its name."""
+    if match.re is VECTOR:
+        return "weight"
+    return match[3] or ROLES.get(match[2], match[2])
+
+
+def _is_complete(tensors: Tensors) -> bool:
+    of_weight = tensors.keys() - {"alpha", "on_input", *BIASES}
+    return is_complete(of_weight) if of_weight else not tensors.keys().isdisjoint(BIASES)
 
 
 def _are_finite(tensors: Iterable[Tensor]) -> bool:
@@ -345,17 +448,16 @@ def _add_alphas(
     if not adapters and config_path.is_file():
         configs = {"": json.loads(read_text(config_path))}
     for network, config in configs.items():
-        if config.get("use_dora"):
-            raise FileFormatError(f"`{file.path}`: LoRA with `use_dora` is not supported")
         patterns = config.get("alpha_pattern") or {}
         for kohya, tensors in layers.items():
             name = targets[kohya].diffusers if kohya in targets else kohya
             if not name.startswith(network) or "alpha" in tensors:
                 continue
             matching = [a for n, a in patterns.items() if name.endswith(n.removeprefix("^"))]
-            alpha = matching[-1] if matching else config.get("lora_alpha")
-            if alpha is not None:
-                rank = len(tensors["down"])  # rsLoRA divides by its root
+            alpha = matching[-1] if matching else config.get("lora_alpha", config.get("alpha"))
+            rank = rank_of(tensors)
+            if alpha is not None and rank is not None:
+                # rsLoRA divides by the root of the rank.
                 factor = rank**0.5 if config.get("use_rslora") else 1
                 tensors["alpha"] = torch.tensor(float(alpha) * factor)
 
@@ -368,41 +470,34 @@ def _pad_channels(down: Tensor, target: Target) -> Tensor:
     return F.pad(down, (0, 0, 0, 0, 0, max(channels - down.shape[1], 0)))
 
 
-def _check_layers(
-    layers: Mapping[str, Mapping[str, Tensor]],
-    targets: Mapping[str, TargetLayer],
+def _mismatch(
+    layers: Mapping[str, Tensors],
+    unknown: Sequence[str],
+    mismatched: Sequence[str],
     path: str | Path,
     model: LatentDiffusion,
-) -> None:
-    """Raise WeightsMismatch if a layer does not exist in the model or has another shape there."""
-    unknown = [name for name in layers if name not in targets]
-    mismatched = []
-    for name in layers.keys() & targets.keys():
-        down, up = layers[name]["down"], layers[name]["up"]
-        shape, expected = (len(up), *down.shape[1:]), tuple(targets[name].target.weight.shape)
-        if drop_1x1(shape) != drop_1x1(expected) or up[0].numel() != len(down):
-            mismatched.append(f"{name}: shape {shape}, expected {expected}")
-    if not (unknown or mismatched):
-        return
+) -> WeightsMismatch:
+    """Return the error for layers that are not in the model, or of another shape there."""
     theirs, base = _likely_family(layers), find_base_model(model)
     ours = base and base.title
     remedy = f"use a LoRA that was trained for {ours or 'this model'}"
     if theirs and theirs != ours:
         model_title = ours or "of another family"
-        raise WeightsMismatch(
+        return WeightsMismatch(
             f"`{path}` is a LoRA for {theirs}, the model is {model_title}: {remedy}"
         )
-    raise WeightsMismatch(
+    return WeightsMismatch(
         f"`{path}` does not fit this model: of its {len(layers)} layers {len(unknown)} are "
         f"unknown, {len(mismatched)} have the wrong shape: "
         f"{', '.join([*unknown, *mismatched][:3])}; {remedy}"
     )
 
 
-def _likely_family(layers: Mapping[str, Mapping[str, Tensor]]) -> str | None:
+def _likely_family(layers: Mapping[str, Tensors]) -> str | None:
     """Return the family by the cross-attention dimension, else by the names of the layers."""
     for name, tensors in layers.items():
-        width = tensors["down"].shape[1]
+        matrix = next((tensors[role] for role in INPUT_ROLES if role in tensors), None)
+        width = None if matrix is None else matrix.shape[1]
         if layer_alias(name).endswith("attn2_to_k") and width in BASE_MODELS:
             return BASE_MODELS[width].title
     names = "\n".join(text for name in layers for text in (name, layer_alias(name)))

@@ -1,0 +1,277 @@
+"""Changes of weights in files of LyCORIS and its kin, to be merged.
+
+    LoCon, Tucker form   W + s up mid down                    arXiv:2309.14859
+    LoHa                 W + s (a1 b1) * (a2 b2)              arXiv:2108.06098
+    LoKr                 W + s w1 (x) w2                      arXiv:2212.10650
+    difference, norm     W + w diff
+    DoRA                 m V / |V|,  V = W + any of these     arXiv:2402.09353
+    (IA)^3               W (1 + w v)                          arXiv:2205.05638
+    GLoRA                W + s (W a1 a2 + b1 b2)              arXiv:2306.07967
+    OFT, BOFT            R W, R block-wise orthogonal         arXiv:2306.07280, arXiv:2311.06243
+
+s = w alpha / rank, w the user's strength.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ldm.nets.lora import Addition, Target, WeightChange
+
+__all__ = ["Adapter", "build_change", "is_complete", "rank_of"]
+
+GLORA = ("a1", "a2", "b1", "b2")
+EPSILON = torch.finfo(torch.float32).eps
+MAGNITUDE = "magnitude"  # of peft, of rows in any shape
+LENGTHS = ("dora_scale", MAGNITUDE)
+WHOLE = ("diff", "diff_b", "w_norm", "b_norm")
+RANKS = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b", "b2.weight")  # of shape (rank, …)
+TUCKER = "ijkl,io,jn->onkl"  # (r, r, kh, kw), (r, out), (r, in) -> (out, in, kh, kw)
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """The tensors of one layer in a file.
+
+    Args:
+        tensors: By their names in files, behind the layer's.
+        alpha: In units of the rank; None for none in the file.
+        on_input: Whether the vector of (IA)^3 scales columns of the weight, else rows.
+    """
+
+    tensors: Mapping[str, Tensor]
+    alpha: float | None = None
+    on_input: bool = False
+
+    @property
+    def scale(self) -> float:
+        """The factor alpha / rank; 1 for layers without a product."""
+        rank = rank_of(self.tensors)
+        return 1.0 if self.alpha is None or rank is None else self.alpha / rank
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name].float()
+
+
+Delta = Callable[[Adapter, torch.Size], Tensor]
+Transform = Callable[[Adapter, Tensor], Tensor]
+
+
+def rank_of(tensors: Mapping[str, Tensor]) -> int | None:
+    """Return the rank of the product in a layer's tensors; None where there is none."""
+    return next((len(tensors[name]) for name in RANKS if name in tensors), None)
+
+
+def build_change(target: Target, adapter: Adapter, strength: float = 1.0) -> WeightChange:
+    """Build the change of the kind that the names of the tensors tell.
+
+    Raises:
+        ValueError: tensors are missing, left over, or of a shape that does not fit the weight.
+    """
+    kind = _find_kind(adapter.tensors)
+    if kind is None:
+        names = ", ".join(f"`{name}`" for name in adapter.tensors)
+        raise ValueError(f"no adapter consists of {names}")
+    try:
+        shape = target.weight.shape
+    except AttributeError as error:
+        raise ValueError(f"the layer has no {target.name}") from error
+    on_meta = {name: value.to("meta") for name, value in adapter.tensors.items()}
+    trial = _make(kind, target, replace(adapter, tensors=on_meta), strength)
+    try:
+        trial.change_weight(torch.empty(shape, device="meta"))
+    except (IndexError, RuntimeError) as error:
+        raise ValueError(f"its tensors do not fit a weight of shape {tuple(shape)}") from error
+    return _make(kind, target, adapter, strength)
+
+
+def is_complete(names: Iterable[str]) -> bool:
+    """Return whether these tensors make a kind of adapter; names as in `Adapter`."""
+    return _find_kind(names) is not None
+
+
+def _find_kind(names: Iterable[str]) -> "_Kind | None":
+    parts = set(names) - set(LENGTHS)
+    return next((k for k in KINDS if k.required <= parts <= k.required | k.optional), None)
+
+
+def _make(kind: "_Kind", target: Target, adapter: Adapter, strength: float) -> WeightChange:
+    change = kind.make(target, adapter, strength)
+    length = next((adapter.tensors[name] for name in LENGTHS if name in adapter), None)
+    if length is None:
+        return change
+    if not isinstance(change, Addition):
+        raise ValueError("its magnitudes (DoRA) need an addition beside them")
+    if MAGNITUDE in adapter:
+        length = length.reshape(-1, 1)
+    return _Decomposed(target, change, length, strength)
+
+
+@dataclass(eq=False)
+class _Sum(Addition):
+    """W + w delta."""
+
+    target: Target
+    adapter: Adapter
+    compute: Delta
+    strength: float
+
+    def delta(self) -> Tensor:
+        shape = self.target.weight.shape
+        delta = self.compute(self.adapter, shape)
+        if len(delta) != shape[0]:
+            raise ValueError(f"shape {tuple(delta.shape)}, expected {tuple(shape)}")
+        return self.strength * self.adapter.scale * delta.reshape(shape)
+
+
+@dataclass(eq=False)
+class _Product(WeightChange):
+    """W + w (f(W) - W), for changes that are a function of the weight."""
+
+    target: Target
+    adapter: Adapter
+    transform: Transform
+    strength: float
+
+    def change_weight(self, weight: Tensor) -> Tensor:
+        new = self.transform(self.adapter, weight).reshape(weight.shape)
+        return weight + self.strength * (new - weight)
+
+
+@dataclass(eq=False)
+class _Decomposed(WeightChange):
+    """DoRA: the weight with an addition, of which each row or column has a length of its own.
+
+    The length m is (out, 1, …) of rows, or (1, in, 1, …) of columns, as in older files. At a
+    strength w it is the mean of the length as it is, by 1 - w, and m, by w.
+    """
+
+    target: Target
+    addition: Addition
+    magnitude: Tensor
+    strength: float
+
+    def change_weight(self, weight: Tensor) -> Tensor:
+        changed = self.addition.change_weight(weight)
+        magnitude = self.magnitude.float().to(weight.device)
+        axis = 1 if len(magnitude) == 1 and len(weight) != 1 else 0
+        others = [dim for dim in range(weight.dim()) if dim != axis]
+        length = torch.linalg.vector_norm(changed, dim=others, keepdim=True) + EPSILON
+        ratio = magnitude.reshape(length.shape) / length
+        new: Tensor = changed * (1 + self.strength * (ratio - 1))
+        return new
+
+
+def _low_rank(adapter: Adapter, shape: torch.Size) -> Tensor:
+    up, down = adapter["up"].flatten(1), adapter["down"]
+    if "mid" not in adapter:
+        return up @ down.flatten(1)
+    return torch.einsum("or,rskl,si->oikl", up, adapter["mid"], down.flatten(1))
+
+
+def _hadamard(adapter: Adapter, shape: torch.Size) -> Tensor:
+    def factor(number: int) -> Tensor:
+        a, b = adapter[f"hada_w{number}_a"], adapter[f"hada_w{number}_b"]
+        if "hada_t1" not in adapter:
+            return a @ b
+        return torch.einsum(TUCKER, adapter[f"hada_t{number}"], a, b)
+
+    return factor(1) * factor(2)
+
+
+def _kronecker(adapter: Adapter, shape: torch.Size) -> Tensor:
+    def factor(number: int) -> Tensor:
+        name = f"lokr_w{number}"
+        if name in adapter:
+            return adapter[name]
+        a, b = adapter[f"{name}_a"], adapter[f"{name}_b"]
+        if number == 2 and "lokr_t2" in adapter:
+            return torch.einsum(TUCKER, adapter["lokr_t2"], a, b)
+        return a @ b.flatten(1)
+
+    first, second = factor(1), factor(2)
+    kernel = shape[2:]
+    second = second.reshape(len(second), -1, *kernel).contiguous()
+    return torch.kron(first.reshape(*first.shape[:2], *(1 for _ in kernel)), second)
+
+
+def _whole(adapter: Adapter, shape: torch.Size) -> Tensor:
+    return next(adapter[name] for name in WHOLE if name in adapter)
+
+
+def _scaled(adapter: Adapter, weight: Tensor) -> Tensor:
+    vector, dims = adapter["weight"].flatten().to(weight.device), [1] * weight.dim()
+    dims[1 if adapter.on_input else 0] = -1
+    return weight * (1 + vector.view(dims))
+
+
+def _generalised(adapter: Adapter, weight: Tensor) -> Tensor:
+    flat = weight.flatten(1)
+    a1, a2, b1, b2 = (adapter[f"{n}.weight"].flatten(1).to(weight.device) for n in GLORA)
+    return (flat + adapter.scale * (flat @ a1 @ a2 + b1 @ b2)).view(weight.shape)
+
+
+def _rotated(adapter: Adapter, weight: Tensor) -> Tensor:
+    """Rotate blocks of rows; in BOFT (m, k, b, b) in m stages, of rows that are further apart."""
+    blocks = adapter["oft_blocks"].to(weight.device)
+    size = blocks.shape[-1]
+    skew = blocks - blocks.mT
+    if adapter.alpha:  # the norm is limited: constrained OFT
+        norm = skew.norm() + 1e-8
+        skew = skew * (norm.clamp(max=adapter.alpha * len(weight)) / norm)
+    eye = torch.eye(size, device=weight.device)
+    rotations = (eye + skew) @ torch.linalg.inv(eye - skew)  # Cayley's transform
+    rows = weight.flatten(1)
+    if blocks.dim() == 3:
+        rows = torch.einsum("knm,knc->kmc", rotations, rows.view(-1, size, rows.shape[1]))
+    else:
+        for stage, rotation in enumerate(rotations):
+            stride = (1 << stage) * (size // 2)
+            rows = rows.reshape(-1, 2, stride, rows.shape[-1]).transpose(1, 2)
+            rows = rotation @ rows.reshape(len(rotation), size, -1)
+            rows = rows.reshape(-1, stride, 2, rows.shape[-1]).transpose(1, 2)
+    rows = rows.reshape(weight.shape)
+    if "rescale" in adapter:
+        rows = rows * adapter["rescale"].to(weight.device).view(-1, *[1] * (weight.dim() - 1))
+    return rows
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of adapter: the names of its tensors, and what they do to a weight."""
+
+    make: Callable[[Target, Adapter, float], WeightChange]
+    required: frozenset[str]
+    optional: frozenset[str] = frozenset()
+
+
+def _sum(compute: Delta) -> Callable[[Target, Adapter, float], WeightChange]:
+    return lambda target, adapter, strength: _Sum(target, adapter, compute, strength)
+
+
+def _product(transform: Transform) -> Callable[[Target, Adapter, float], WeightChange]:
+    return lambda target, adapter, strength: _Product(target, adapter, transform, strength)
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+KINDS = (
+    _Kind(_sum(_low_rank), _names("up down"), _names("mid")),
+    _Kind(_sum(_hadamard), _names("hada_w1_a hada_w1_b hada_w2_a hada_w2_b")),
+    _Kind(_sum(_hadamard), _names("hada_w1_a hada_w1_b hada_w2_a hada_w2_b hada_t1 hada_t2")),
+    _Kind(_sum(_kronecker), _names("lokr_w1 lokr_w2")),
+    _Kind(_sum(_kronecker), _names("lokr_w1_a lokr_w1_b lokr_w2")),
+    _Kind(_sum(_kronecker), _names("lokr_w1 lokr_w2_a lokr_w2_b"), _names("lokr_t2")),
+    _Kind(_sum(_kronecker), _names("lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b"), _names("lokr_t2")),
+    *(_Kind(_sum(_whole), _names(name)) for name in WHOLE),
+    _Kind(_product(_scaled), _names("weight")),
+    _Kind(_product(_generalised), _names("a1.weight a2.weight b1.weight b2.weight")),
+    _Kind(_product(_rotated), _names("oft_blocks"), _names("rescale")),
+)

@@ -1,0 +1,188 @@
+"""Each kind of adapter beside lycoris-lora, the library of those who train them."""
+
+import pytest
+import torch
+from lycoris.functional import boft, diag_oft, general, locon, loha, lokr
+from lycoris.modules.glora import GLoRAModule
+from lycoris.modules.ia3 import IA3Module
+from torch import nn
+
+from ldm.nets.lora import Target, merge_changes
+from ldm.nets.lycoris import Adapter, build_change
+
+ROWS, COLUMNS, RANK, ALPHA, STRENGTH = 32, 16, 4, 2.0, 0.7
+LOCON = ("up", "down", "mid")
+LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+
+
+@pytest.fixture(params=["linear", "convolution"])
+def layer(request):
+    torch.manual_seed(0)
+    is_linear = request.param == "linear"
+    return nn.Linear(COLUMNS, ROWS) if is_linear else nn.Conv2d(COLUMNS, ROWS, 3)
+
+
+def normal(*shape):
+    return torch.randn(shape) / 2
+
+
+def change(layer, tensors, alpha=ALPHA, strength=STRENGTH, **options):
+    return build_change(Target(layer), Adapter(tensors, alpha, **options), strength)
+
+
+def named(names, *tensors):
+    return {n: value for n, value in zip(names, tensors, strict=True) if value is not None}
+
+
+def kernel(layer):
+    return layer.weight.shape[2:]
+
+
+def low_rank(layer):
+    ones = [1] * len(kernel(layer))
+    return normal(ROWS, RANK, *ones), normal(RANK, COLUMNS, *kernel(layer))
+
+
+def flat_factors(layer, rows=ROWS, columns=COLUMNS):
+    return normal(rows, RANK), normal(RANK, columns * kernel(layer).numel())
+
+
+def tucker(*, rows=ROWS, columns=COLUMNS):
+    return normal(RANK, RANK, 3, 3), normal(RANK, rows), normal(RANK, columns)
+
+
+def check(ours, theirs):
+    """Observed: at most 1.5e-5 of values to 110."""
+    torch.testing.assert_close(ours, theirs.reshape(ours.shape), rtol=1e-5, atol=1e-4)
+
+
+def test_low_rank_additions(layer):
+    up, down = low_rank(layer)
+    check(
+        change(layer, {"up": up, "down": down}).delta(),
+        STRENGTH / 2 * (up.flatten(1) @ down.flatten(1)),
+    )
+    a1, b1, a2, b2 = *flat_factors(layer), *flat_factors(layer)
+    ours = change(layer, named(LOHA[:4], a1, b1, a2, b2)).delta()
+    check(ours, loha.diff_weight(b1, a1, b2, a2, None, None, gamma=STRENGTH / 2))
+
+
+def test_tucker_forms_of_convolutions():
+    layer = nn.Conv2d(COLUMNS, ROWS, 3)
+    mid, up, down = tucker()
+    up, down = up.t()[:, :, None, None], down[:, :, None, None]
+    ours = change(layer, named(LOCON, up, down, mid)).delta()
+    check(ours, locon.diff_weight(down, up, mid, gamma=STRENGTH / 2))
+    (t1, a1, b1), (t2, a2, b2) = tucker(), tucker()
+    ours = change(layer, named(LOHA, a1, b1, a2, b2, t1, t2)).delta()
+    check(ours, loha.diff_weight(b1, a1, b2, a2, t1, t2, gamma=STRENGTH / 2))
+
+
+def test_kronecker_products_are_scaled_only_if_a_factor_is_a_product(layer):
+    w1, w2 = normal(4, 4), normal(ROWS // 4, COLUMNS // 4, *kernel(layer))
+    a1, b1 = normal(4, RANK), normal(RANK, 4)
+    a2, b2 = flat_factors(layer, ROWS // 4, COLUMNS // 4)
+    shaped = b2.view(RANK, -1, *kernel(layer))
+    for tensors in [
+        (w1, None, None, w2, None, None, None),
+        (None, a1, b1, w2, None, None, None),
+        (w1, None, None, None, a2, shaped, None),
+        (None, a1, b1, None, a2, shaped, None),
+    ]:
+        ours = change(layer, named(LOKR, *tensors)).delta()
+        check(ours, STRENGTH * lokr.diff_weight(*tensors, gamma=ALPHA))
+
+
+def test_kronecker_product_with_a_tucker_factor():
+    # The oracle takes the rank from the wrong axis of `lokr_w2_a`, which is as long here.
+    t2, a2, b2 = tucker(rows=RANK, columns=COLUMNS // 4)
+    tensors = (normal(ROWS // RANK, 4), None, None, None, a2, b2, t2)
+    ours = change(nn.Conv2d(COLUMNS, ROWS, 3), named(LOKR, *tensors)).delta()
+    check(ours, lokr.diff_weight(*tensors, gamma=ALPHA * STRENGTH))
+
+
+@pytest.mark.parametrize("of_rows", [True, False])
+def test_dora_sets_the_length_of_rows_or_columns(layer, of_rows):
+    up, down = low_rank(layer)
+    ones = [1] * len(kernel(layer))
+    length = torch.rand(*((ROWS, 1) if of_rows else (1, COLUMNS)), *ones) + 0.5
+    weight = layer.weight.detach()
+    ours = change(layer, {"up": up, "down": down, "dora_scale": length}).change_weight(weight)
+    changed = weight + locon.diff_weight(down, up, None, gamma=STRENGTH / 2)
+    check(ours, general.weight_decompose(changed, length, multiplier=STRENGTH, wd_on_out=of_rows))
+
+
+@pytest.mark.parametrize("limit", [None, 0.001])
+def test_oft_and_boft_turn_rows(layer, limit):
+    weight, rescale = layer.weight.detach(), torch.rand(ROWS, 1) + 0.5
+    blocks, stages = normal(4, 8, 8) / 2, normal(3, 8, 4, 4) / 2
+    shaped = rescale.view(-1, *[1] * (weight.dim() - 1))
+    constraint = limit and limit * ROWS
+    ours = change(layer, {"oft_blocks": blocks, "rescale": rescale}, limit).change_weight(weight)
+    theirs = diag_oft.diff_weight(weight, blocks, shaped, constraint=constraint)
+    check(ours, weight + STRENGTH * theirs)
+    ours = change(layer, {"oft_blocks": stages}, limit).change_weight(weight)
+    check(ours, weight + STRENGTH * boft.diff_weight(weight, stages, None, constraint=constraint))
+
+
+@pytest.mark.parametrize("on_input", [True, False])
+def test_ia3_scales_rows_or_columns(layer, on_input):
+    theirs = IA3Module("x", layer, 1.0, train_on_input=on_input)
+    nn.init.normal_(theirs.weight)
+    ours = change(layer, {"weight": theirs.weight.data}, None, 1.0, on_input=on_input)
+    expected = theirs.get_merged_weight()[0].detach()
+    check(ours.change_weight(layer.weight.detach()), expected)
+
+
+def test_glora_adds_a_product_with_the_weight():
+    layer = nn.Linear(COLUMNS, ROWS)
+    theirs = GLoRAModule("x", layer, 1.0, lora_dim=RANK, alpha=ALPHA)
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    tensors = {f"{n}.weight": getattr(theirs, n).weight.data for n in ("a1", "a2", "b1", "b2")}
+    ours = change(layer, tensors, strength=1.0).change_weight(layer.weight.detach())
+    check(ours, theirs.get_merged_weight()[0].detach())
+
+
+def test_whole_differences_are_added_to_weights_and_biases_of_any_layer():
+    layer, diff = nn.LayerNorm(8), torch.arange(8.0)
+    for name, role in [("weight", "w_norm"), ("bias", "b_norm"), ("bias", "diff_b")]:
+        before = getattr(layer, name).detach().clone()
+        merge_changes([build_change(Target(layer, name=name), Adapter({role: diff}), 0.5)])
+        assert torch.equal(getattr(layer, name), before + 0.5 * diff)
+
+
+def test_the_order_of_additions_does_not_matter_and_that_of_products_does():
+    torch.manual_seed(1)
+    additions = [{"diff": normal(ROWS, COLUMNS)} for _ in range(5)]
+    turns = [{"oft_blocks": normal(4, 8, 8)}, {"oft_blocks": normal(2, 16, 16)}]
+    weight = normal(ROWS, COLUMNS)
+
+    def merged(*adapters):
+        layer = nn.Linear(COLUMNS, ROWS).requires_grad_(False)
+        layer.weight.copy_(weight)
+        merge_changes([change(layer, tensors, None) for tensors in adapters])
+        return layer.weight
+
+    expected = merged(*additions, turns[0])
+    assert torch.equal(merged(turns[0], *reversed(additions)), expected)
+    assert torch.equal(merged(additions[2], turns[0], *additions[:2], *additions[3:]), expected)
+    assert not torch.allclose(merged(*turns), merged(*reversed(turns)), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"up": (ROWS, 4)}, "no adapter consists of `up`"),
+        ({"up": (COLUMNS, 4), "down": (4, ROWS)}, r"shape \(16, 32\), expected \(32, 16\)"),
+        ({"up": (ROWS, 4), "down": (5, COLUMNS)}, r"do not fit a weight of shape \(32, 16\)"),
+        ({"oft_blocks": (3, 8, 8)}, "do not fit"),
+        ({"oft_blocks": (4, 8, 8), "dora_scale": (ROWS, 1)}, "need an addition"),
+        ({"up": (ROWS, 4), "down": (4, COLUMNS), "dora_scale": (5, 1)}, "do not fit"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tensors, message):
+    tensors = {name: torch.zeros(shape) for name, shape in tensors.items()}
+    with pytest.raises(ValueError, match=message):
+        change(nn.Linear(COLUMNS, ROWS), tensors)
