@@ -16,7 +16,9 @@ from PIL import Image, ImageChops
 from ldm.app.limits import Limits
 from ldm.app.uploads import Uploads
 from ldm.diffusion.names import SAMPLERS, SCHEDULERS, SLD_PRESETS
+from ldm.diffusion.step_noise import STEP_NOISE
 from ldm.generate.options import Option, Value, options_of, parse_count, parse_fraction
+from ldm.generate.provenance import eta_of
 from ldm.generate.request import SDXL, Prompts
 from ldm.generate.tasks import Task
 from ldm.imaging.reading import load_image, open_image
@@ -24,19 +26,21 @@ from ldm.runtime.errors import ArgumentError, MissingArgument
 
 __all__ = [
     "AUTOMATIC", "NO_IMAGE", "NO_REFINER", "SETTINGS", "STEPS", "Field", "TaskForm",
-    "values_from_info",
+    "step_noise_fields", "values_from_info",
 ]  # fmt: skip
 
 EXAMPLE = "Prompt (Ctrl+Enter to generate), such as: a 3d emoji of a red apple on a blue background"
 AUTOMATIC = "Automatic"
 NO_IMAGE = 'No input image. Upload one or use "Send to" under a result.'
 NO_REFINER = ("None", "")
+SAMPLER = "ddim"
 MAX_SEED = 1 << 31
 STEPS = 25  # of models without a number of their own; the scripts of the original take 50
 # Options of Sampling and Output that are fields, in their order on the page.
 SETTINGS = (
     "sampler", "steps", "scheduler", "scale", "width", "height", "n_iter", "n_samples", "seed",
-    "eta", "rescale", "guidance_interval", "sld", "sld_concept", "vae_tile", "unet_tile",
+    "eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "rescale", "guidance_interval", "sld",
+    "sld_concept", "vae_tile", "unet_tile",
 )  # fmt: skip
 IMAGE_BOX: dict[str, Any] = {
     "type": "filepath", "height": 240, "image_mode": None, "sources": ["upload", "clipboard"],
@@ -47,6 +51,7 @@ SLD_CHOICES = [("Off", ""), *((f"{name.capitalize()} (from evaluation {sld.warmu
                for name, sld in SLD_PRESETS.items())]  # fmt: skip
 PLACEHOLDERS = {
     "sld_concept": "original",
+    "eta": "of the sampler: 0 or 1",
     "prompt_2": "for the second text encoder; empty: the prompt",
     "negative_prompt_2": "empty: the negative prompt",
     "original_size": "of the image", "crop": "0,0",
@@ -55,6 +60,8 @@ PLACEHOLDERS = {
     "aesthetic_score": "6", "negative_aesthetic_score": "2.5",
 }  # fmt: skip
 NUMBERS: dict[str, dict[str, Any]] = {
+    "s_tmin": {"step": 0.01}, "s_tmax": {"value": 0, "step": 0.01, "info": "0: no limit"},
+    "s_noise": {"step": 0.001},
     "width": {"step": 8}, "height": {"step": 8}, "vae_tile": TILE, "unet_tile": TILE,
 }  # fmt: skip
 
@@ -122,8 +129,9 @@ class TaskForm:
             values["seed"] = secrets.randbelow(MAX_SEED)
         if values["scheduler"] == AUTOMATIC:
             values["scheduler"] = None
-        if values["sampler"] in SAMPLERS and not SAMPLERS[values["sampler"]].takes_eta:
-            values["eta"] = 0.0  # the slider is hidden
+        defaults = {name: default for name, (_, default) in self.task.options().items()}
+        shown = step_noise_fields(values["sampler"])
+        values |= {name: defaults[name] for name in STEP_NOISE if name not in shown}
         if not values.get("refiner"):
             values.pop("refiner_start", None)
         if not values.get("sld"):
@@ -148,6 +156,8 @@ class TaskForm:
 
     def _field(self, name: str, option: Option, default: Value) -> Field:
         settings: dict[str, Any] = {"label": option.label, "value": default}
+        if name in STEP_NOISE:
+            settings["visible"] = name in step_noise_fields(SAMPLER)
         if name == "refiner":
             return Field("Dropdown", settings | {"choices": [NO_REFINER], "value": ""})
         if name == "sld":  # numbers may be entered
@@ -165,7 +175,7 @@ class TaskForm:
         if name in ("sampler", "scheduler"):
             table = SAMPLERS if name == "sampler" else SCHEDULERS
             choices = [(row.label, key) for key, row in table.items()]
-            settings["value"] = "ddim"
+            settings["value"] = SAMPLER
             if name == "scheduler":
                 choices.insert(0, (AUTOMATIC, AUTOMATIC))
                 settings["value"] = AUTOMATIC
@@ -175,7 +185,7 @@ class TaskForm:
             return Field("Radio", settings | {"choices": choices})
         if option.is_switch:
             return Field("Checkbox", settings)
-        if option.parse is parse_fraction or name == "eta":
+        if option.parse is parse_fraction:
             return Field("Slider", settings | {"minimum": 0, "maximum": 1, "step": 0.01})
         limits = {"steps": self.limits.steps, "n_samples": self.limits.batch,
                   "n_iter": self.limits.batches}  # fmt: skip
@@ -200,8 +210,10 @@ def values_from_info(info: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of the shared fields that made an image, as far as its info has them."""
     own = info.get("request")
     request = own if isinstance(own, Mapping) else {}
-    names = ("prompt", "negative_prompt", "sampler", "steps", "scale", "eta")
+    names = ("prompt", "negative_prompt", "sampler", "steps", "scale", *STEP_NOISE)
     values = {name: info[name] for name in names if info.get(name) is not None}
+    eta = eta_of(info)
+    values["eta"] = "" if eta is None else f"{eta:g}"
     values["scheduler"] = info.get("scheduler") or AUTOMATIC
     values |= {name: request[name] for name in ("rescale", "n_samples", "n_iter")
                if request.get(name) is not None}  # fmt: skip
@@ -219,6 +231,13 @@ def values_from_info(info: Mapping[str, Any]) -> dict[str, Any]:
         k: value for k, value in values.items()
         if value is not None and (k not in known or value in known[k])
     }  # fmt: skip
+
+
+def step_noise_fields(sampler: str) -> set[str]:
+    """Return the fields of noise before and between steps that have an effect on a sampler."""
+    row = SAMPLERS.get(sampler, SAMPLERS[SAMPLER])
+    churn = {"s_churn", "s_tmin", "s_tmax", "s_noise"} if row.takes_churn else set()
+    return churn | ({"eta", "s_noise"} if row.eta is not None else set())
 
 
 def _as_text(value: object) -> str:

@@ -22,6 +22,7 @@ from ldm.app.form import (
     SETTINGS,
     Field,
     TaskForm,
+    step_noise_fields,
     values_from_info,
 )
 from ldm.app.jobs import Job, Jobs
@@ -36,7 +37,7 @@ from ldm.app.view import (
     show_queue,
     show_token_count,
 )
-from ldm.diffusion.names import SAMPLERS
+from ldm.diffusion.step_noise import STEP_NOISE
 from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import parse_parameters
 from ldm.imaging.reading import read_size
@@ -353,8 +354,9 @@ class Page:
         self.offers.select(lambda name: name, self.offers, self.checkpoint, **QUIET)
         self.loras.change(self.name_weights, self.loras, self.weights, **QUIET)
         self.fields["sampler"].change(
-            lambda name: gr.update(visible=SAMPLERS[name].takes_eta),
-            self.fields["sampler"], self.fields["eta"], **QUIET,
+            lambda name: [gr.update(visible=field in step_noise_fields(name))
+                          for field in STEP_NOISE],
+            self.fields["sampler"], [self.fields[name] for name in STEP_NOISE], **QUIET,
         )  # fmt: skip
         for name, count in self.counts.items():
             field = self.fields[name]

@@ -22,7 +22,8 @@ class Sampler:
     function: str  # in `ldm.diffusion.samplers`
     label: str  # in A1111's text and on the page
     takes_noise: bool = False  # between steps
-    takes_eta: bool = False  # which sets how much
+    eta: float | None = None  # how much, by default; None where it cannot be set
+    takes_churn: bool = False  # noise before steps
     scheduler: str | None = None  # that belongs to it; None for the model's
 
 
@@ -86,14 +87,14 @@ class SLD:
 
 
 SAMPLERS = {
-    "ddim": Sampler("ddim", "DDIM", takes_noise=True, takes_eta=True),
+    "ddim": Sampler("ddim", "DDIM", takes_noise=True, eta=0.0),
     "plms": Sampler("plms", "PLMS"),
     "dpm": Sampler("dpmpp_2m", "DPM++ 2M (original dpm)", scheduler="time_uniform"),
-    "euler": Sampler("euler", "Euler"),
-    "euler_a": Sampler("euler_ancestral", "Euler a", takes_noise=True),
-    "heun": Sampler("heun", "Heun"),
-    "dpmpp_2s_a": Sampler("dpmpp_2s_ancestral", "DPM++ 2S a", takes_noise=True),
-    "dpmpp_2m_sde": Sampler("dpmpp_2m_sde", "DPM++ 2M SDE", takes_noise=True),
+    "euler": Sampler("euler", "Euler", takes_churn=True),
+    "euler_a": Sampler("euler_ancestral", "Euler a", takes_noise=True, eta=1.0),
+    "heun": Sampler("heun", "Heun", takes_churn=True),
+    "dpmpp_2s_a": Sampler("dpmpp_2s_ancestral", "DPM++ 2S a", takes_noise=True, eta=1.0),
+    "dpmpp_2m_sde": Sampler("dpmpp_2m_sde", "DPM++ 2M SDE", takes_noise=True, eta=1.0),
     "lms": Sampler("lms", "LMS"),
     "dpmpp_2m": Sampler("dpmpp_2m", "DPM++ 2M"),
 }

@@ -238,11 +238,16 @@ def dpmpp_2m_sde(
     x: Tensor,
     sigmas: Tensor,
     *,
+    eta: float = 1.0,
     noise: Noise | None = None,
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Sample by SDE-DPM-Solver++ 2M (arXiv:2211.01095, eq. 19), the stochastic `dpmpp_2m`."""
+    """Sample by SDE-DPM-Solver++ 2M (arXiv:2211.01095, eq. 19), the stochastic `dpmpp_2m`.
+
+    Args:
+        eta: Amount of new noise: 0 is `dpmpp_2m`.
+    """
     old_denoised, h_last = None, 0.0
     for i, (sigma, sigma_next) in enumerate(_sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
@@ -251,9 +256,10 @@ def dpmpp_2m_sde(
         estimate = denoised
         if old_denoised is not None and sigma_next > 0:
             estimate = denoised + (denoised - old_denoised) * (h / h_last / 2)
-        x = (sigma_next / sigma) * math.exp(-h) * x - math.expm1(-2 * h) * estimate
+        eta_h = eta * h if eta else 0.0
+        x = (sigma_next / sigma) * math.exp(-eta_h) * x - math.expm1(-h - eta_h) * estimate
         if noise:
-            x = x + noise(x) * (sigma_next * math.sqrt(-math.expm1(-2 * h)))
+            x = x + noise(x) * (sigma_next * math.sqrt(-math.expm1(-2 * eta_h)))
         old_denoised, h_last = denoised, h
         if callback:
             callback(i, x, denoised)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ldm.diffusion.names import SAMPLERS
 from ldm.encoders.text import TextEncoder
 from ldm.generate.request import Request, Sampling
 from ldm.generate.tasks import Task
@@ -169,7 +170,7 @@ def _refiner_embeddings(base: LatentDiffusion) -> list[str]:
 
 
 def resolve_sampling(request: Request, defaults: Defaults) -> Sampling:
-    """Return the sampling options of a request, none of scale, steps and sampler being None.
+    """Return the sampling options of a request, with scale, steps, sampler and its eta.
 
     Args:
         defaults: of the model; those of Stable Diffusion 1 and 2 leave the scale to the task.
@@ -179,12 +180,13 @@ def resolve_sampling(request: Request, defaults: Defaults) -> Sampling:
         scale = request.task.demo_scale
     elif defaults == Defaults():
         scale = request.task.scale
+    sampler = sampling.sampler or defaults.sampler
     return replace(
         sampling,
         scale=scale if sampling.scale is None else sampling.scale,
         steps=sampling.steps or defaults.steps,
-        sampler=sampling.sampler or defaults.sampler,
-        eta=request.eta,
+        sampler=sampler,
+        eta=SAMPLERS[sampler].eta if request.eta is None else request.eta,
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from ldm.diffusion.names import SLD_CONCEPTS
+from ldm.diffusion.step_noise import STEP_NOISE
 from ldm.generate.load import Models, resolve_sampling
 from ldm.generate.options import Value, options_of
 from ldm.generate.plan import Batch, Job
@@ -75,7 +76,7 @@ def describe_run(
         "scheduler": sampling.scheduler,
         "scheduler_in_use": sampling.scheduler or default_scheduler(model, sampling.sampler),
         "steps": sampling.steps,
-        "eta": sampling.eta,
+        **{name: value for name in STEP_NOISE if (value := vars(sampling)[name]) is not None},
         "scale": sampling.scale,
         "size": list(size),
         **{name: values[name] for name in own if name not in files},
@@ -216,8 +217,18 @@ def read_request(info: JsonMapping, where: str) -> Request:
     values = info.get("request") or _former_values(task, info)
     if not isinstance(values, Mapping):
         raise ArgumentError(f"{where}: the request in it is damaged")
-    values, options = {**values, **_input_paths(task, info)}, task.options()
+    values = {**values, "eta": eta_of(values), **_input_paths(task, info)}
+    options = task.options()
     return task.request({name: value for name, value in values.items() if name in options})
+
+
+def eta_of(values: JsonMapping) -> float | None:
+    """Return the eta among recorded values; None = the default of the sampler.
+
+    Before samplers other than DDIM took one, it was recorded as 0 for them, too.
+    """
+    eta: float | None = values.get("eta")
+    return None if eta == 0 and "s_churn" not in values else eta
 
 
 def check_inputs(info: JsonMapping) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from ldm.diffusion.names import SAMPLERS, SCHEDULERS, SLD_PRESETS
+from ldm.diffusion.step_noise import StepNoise
 from ldm.generate.options import (
     COMMON_QUIRKS,
     QUIRKS,
@@ -146,8 +147,20 @@ class Sampling:
     scheduler: str | None = option(None, "--scheduler", "--spacing", "--grid-spacing",
         choices=tuple(SCHEDULERS), metavar="NAME", label="Schedule type",
         help=f"spacing of the timesteps: {', '.join(SCHEDULERS)} (default: the sampler's own)")
-    eta: float = option(0.0, "--ddim_eta", "--eta", parse=parse_number, metavar="ETA",
-        label="Eta (DDIM)", help="DDIM eta (default: %(default)s)")
+    eta: float | None = option(None, "--ddim_eta", "--eta", parse=parse_number, metavar="ETA",
+        label="Eta", help="noise between steps, 0 … 1 (default: ddim 0, euler_a, dpmpp_2s_a and"
+        " dpmpp_2m_sde 1)")
+    s_churn: float = option(0.0, "--s-churn", "--s_churn", parse=parse_number, metavar="S",
+        label="Sigma churn", maximum=100,
+        help="noise before the steps of euler and heun, up to the number of steps (default:"
+        " %(default)s)")
+    s_tmin: float = option(0.0, "--s-tmin", "--s_tmin", parse=parse_number, metavar="SIGMA",
+        label="Sigma tmin", help="no churn below this sigma (default: %(default)s)")
+    s_tmax: float | None = option(None, "--s-tmax", "--s_tmax", parse=parse_number,
+        metavar="SIGMA", label="Sigma tmax", help="no churn above this sigma (default: no limit)")
+    s_noise: float = option(1.0, "--s-noise", "--s_noise", parse=parse_number, metavar="S",
+        label="Sigma noise",
+        help="standard deviation of the noise of eta and churn (default: %(default)s)")
     scale: float | None = option(None, "--scale", parse=parse_number, metavar="S",
         label="CFG scale",
         help="guidance scale, 1 = no guidance (default: 9, inpaint and unCLIP 10, SDXL 5, SDXL"
@@ -280,7 +293,7 @@ class Request:
     Args:
         inputs: the task's own group.
     Raises:
-        ArgumentError: a size or eta that is not allowed.
+        ArgumentError: a size, or noise of steps, that is not allowed.
     """
 
     task: "Task"
@@ -292,11 +305,11 @@ class Request:
     output: Output = Output()
 
     def __post_init__(self) -> None:
-        sampler, eta = self.sampling.sampler, self.eta
-        if eta and sampler is not None and not SAMPLERS[sampler].takes_eta:
-            raise ArgumentError(
-                f"eta is DDIM's: sampler `{sampler}` takes none, got {eta:g}", "eta"
-            )
+        sampling = self.sampling
+        if sampling.sampler is not None:
+            StepNoise(
+                self.eta, sampling.s_churn, sampling.s_tmin, sampling.s_tmax, sampling.s_noise
+            ).check(sampling.sampler)
         multiple = 64 if self.sdxl.refiner is not None else 8
         for name, side in zip(("height", "width"), self.sampling.size, strict=True):
             if side is not None and (side < 8 or side % multiple):
@@ -312,9 +325,9 @@ class Request:
             )
 
     @property
-    def eta(self) -> float:
-        """DDIM's eta; 0 for `dpm`, with which the original ignored it."""
-        return 0.0 if self.sampling.sampler == "dpm" else self.sampling.eta
+    def eta(self) -> float | None:
+        """Noise between steps; None for `dpm`, with which the original ignored it."""
+        return None if self.sampling.sampler == "dpm" else self.sampling.eta
 
     @property
     def uses_demo_model(self) -> bool:

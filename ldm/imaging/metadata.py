@@ -3,7 +3,8 @@
 Other programs read the first; `ldm replay` reads the second, which has everything. The info of an
 image is a plain dict; `parameters_text` knows these keys, all optional:
 
-    prompt, negative_prompt, seed, sampler, scheduler, scheduler_in_use, steps, eta, scale,
+    prompt, negative_prompt, seed, sampler, scheduler, scheduler_in_use, steps, scale, eta,
+    s_churn, s_tmin, s_tmax, s_noise,
     size (height, width), strength, checkpoint (name), checkpoint_hash, ldm (version),
     mask_box, mask_grow, mask_blur, noise_level, mix_noise_level, weight (of each image),
     depth_range (lowest and highest of 0 … 65535),
@@ -60,6 +61,10 @@ SETTINGS: dict[str, tuple[str, Callable[[str], object]]] = {
     "Denoising strength": ("strength", float),
     "Eta": ("eta", float),
     "Eta DDIM": ("eta", float),
+    "Sigma churn": ("s_churn", float),
+    "Sigma tmin": ("s_tmin", float),
+    "Sigma tmax": ("s_tmax", float),
+    "Sigma noise": ("s_noise", float),
     "Model hash": ("checkpoint_hash", str),
     "Model": ("checkpoint", str),
     "Mask blur": ("mask_blur", float),
@@ -152,7 +157,7 @@ def _settings(info: JsonMapping) -> Iterable[tuple[str, str]]:
         "Depth range": info.get("depth_range"),
         "Mix noise level": info.get("mix_noise_level"),
         "Image weights": info.get("weight"),
-        "Eta DDIM" if sampler in OWN_STEPS else "Eta": info.get("eta") or None,
+        **_step_noise(info),
         **{name: info.get(key) for name, (key, _) in SDXL_SETTINGS.items()},
         "SLD": info.get("sld"),
         "SLD concept": _concept_name(info.get("sld_concept")),
@@ -166,6 +171,22 @@ def _settings(info: JsonMapping) -> Iterable[tuple[str, str]]:
         if value not in (None, "", [], {}):
             values = value if isinstance(value, list) else [value]
             yield name, ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+
+
+def _step_noise(info: JsonMapping) -> dict[str, object]:
+    """Return what is not the default of the noise before and between steps, as A1111 does."""
+    sampler = info.get("sampler")
+    row, eta = SAMPLERS.get(sampler or ""), info.get("eta")
+    settings: dict[str, object] = {}
+    if eta is not None and eta != (row.eta if row else 0):
+        settings["Eta DDIM" if sampler in OWN_STEPS else "Eta"] = float(eta)
+    if info.get("s_churn"):
+        settings["Sigma churn"] = float(info["s_churn"])
+        settings["Sigma tmin"] = info.get("s_tmin") or None
+        settings["Sigma tmax"] = info.get("s_tmax")
+    if info.get("s_noise") not in (None, 1):
+        settings["Sigma noise"] = float(info["s_noise"])
+    return settings
 
 
 def _hashes(files: Iterable[Mapping[str, str]] | None, key: str) -> str:

@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 from ldm.conditioning import Cond
 from ldm.diffusion.guidance import Guidance, Scale
 from ldm.diffusion.samplers import Constrain
+from ldm.diffusion.step_noise import StepNoise
 from ldm.imaging.rgbd import join_depth
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import check_family, file_name
@@ -307,7 +308,13 @@ def make_noise(
     check_sampling(
         options.get("sampler") or model.defaults.sampler,
         options.get("scheduler"),
-        options.get("eta", 0.0),
+        StepNoise(
+            options.get("eta"),
+            options.get("s_churn", 0.0),
+            options.get("s_tmin", 0.0),
+            options.get("s_tmax"),
+            options.get("s_noise", 1.0),
+        ),
         strength,
         options.get("rescale", 0.0),
         legacy,

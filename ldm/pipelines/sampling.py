@@ -17,6 +17,7 @@ from ldm.diffusion import names
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Guidance, Scale, add_guidance, limit_to_interval
 from ldm.diffusion.samplers import SAMPLERS, Constrain, euler
+from ldm.diffusion.step_noise import StepNoise
 from ldm.model import LatentDiffusion
 from ldm.nets.cpu import cache_weights
 from ldm.nets.tiling import apply_tiled
@@ -42,7 +43,11 @@ class SamplingOptions(TypedDict, total=False):
     steps: int | None
     sampler: str | None
     scheduler: str | None
-    eta: float
+    eta: float | None
+    s_churn: float
+    s_tmin: float
+    s_tmax: float | None
+    s_noise: float
     rescale: float
     guidance_interval: tuple[float, float] | None
     seeds: int | Sequence[int] | Noise | None
@@ -69,7 +74,11 @@ def sample(
     scheduler: str | None = None,
     sigmas: Tensor | None = None,
     end: int | None = None,
-    eta: float = 0.0,
+    eta: float | None = None,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float | None = None,
+    s_noise: float = 1.0,
     scale: Scale | None = None,
     rescale: float = 0.0,
     guidance_interval: tuple[float, float] | None = None,
@@ -97,7 +106,11 @@ def sample(
         scheduler: a name in SCHEDULERS; None = `default_scheduler`.
         sigmas: noise levels to run, descending; None = those of steps and scheduler.
         end: index in sigmas of the level to stop at; the result is then noisy. None = the last.
-        eta: DDIM's noise between steps, 0 (none) … 1 (DDPM) (arXiv:2010.02502, eq. 16).
+        eta: noise between steps, 0 (none) … 1 (DDPM) (arXiv:2010.02502, eq. 16), for samplers
+            that have it; None = 0 for `ddim`, 1 for ancestral ones.
+        s_churn: noise added before each step of `euler` and `heun` (arXiv:2206.00364, algorithm 2).
+        s_tmin, s_tmax: sigmas between which there is churn; None = no upper limit.
+        s_noise: standard deviation of the noise of churn and between steps.
         scale: guidance scale; 1 is none, None = the model's default.
         rescale: 0 … 1, see `add_guidance`.
         guidance_interval: (low, high) sigmas between which guidance acts; None = everywhere.
@@ -120,7 +133,8 @@ def sample(
     quirks = Quirks.of(model, legacy)
     scheduler, defaults = scheduler or grid, model.defaults
     sampler, scale = sampler or defaults.sampler, defaults.scale if scale is None else scale
-    check_sampling(sampler, scheduler, eta, strength, rescale)
+    step_noise = StepNoise(eta, s_churn, s_tmin, s_tmax, s_noise)
+    check_sampling(sampler, scheduler, step_noise, strength, rescale)
     steps = defaults.steps if steps is None else steps
     if sigmas is None:
         options: SamplingOptions = {"steps": steps, "sampler": sampler, "scheduler": scheduler}
@@ -151,7 +165,7 @@ def sample(
         sigmas,
         callback=callback and _with_steps(callback, len(sigmas) - 1),
         constrain=constrain,
-        **_sampler_options(sampler, eta, noise, "noise" in quirks, end is not None),
+        **_sampler_options(sampler, step_noise, noise, "noise" in quirks, end is not None),
     )
     quirks.draw_unused(sampler, sigmas, x)
     return x / _std(sigmas[-1])
@@ -209,9 +223,9 @@ def default_scheduler(model: LatentDiffusion, sampler: str) -> str:
 
 
 def check_sampling(
-    sampler: str = "ddim",
-    scheduler: str | None = None,
-    eta: float = 0.0,
+    sampler: str,
+    scheduler: str | None,
+    step_noise: StepNoise,
     strength: float = 1.0,
     rescale: float = 0.0,
     legacy: Iterable[str] = (),
@@ -221,8 +235,7 @@ def check_sampling(
         raise unknown_name("sampler", sampler, names.SAMPLERS, argument="sampler")
     if scheduler is not None and scheduler not in names.SCHEDULERS:
         raise unknown_name("scheduler", scheduler, names.SCHEDULERS, argument="scheduler")
-    if eta and not names.SAMPLERS[sampler].takes_eta:
-        raise ArgumentError(f"eta is DDIM's: sampler `{sampler}` takes none, got {eta}", "eta")
+    step_noise.check(sampler)
     for name, value in (("strength", strength), ("rescale", rescale)):
         if not 0 <= value <= 1:
             raise ArgumentError(f"{name} must be in 0 … 1, got {value}", name)
@@ -241,14 +254,23 @@ def _in_tiles(denoiser: Denoiser, tile: int | None) -> Denoiser:
 
 
 def _sampler_options(
-    sampler: str, eta: float, noise: Noise, always_draws: bool, goes_on: bool
+    sampler: str, step_noise: StepNoise, noise: Noise, always_draws: bool, goes_on: bool
 ) -> dict[str, object]:
-    row = names.SAMPLERS[sampler]
+    row, s_noise, s_tmax = names.SAMPLERS[sampler], step_noise.s_noise, step_noise.s_tmax
+    scaled_noise = noise if s_noise == 1 else lambda like: s_noise * noise(like)
     if row.function == "dpmpp_2m" and goes_on:
         return {"lower_order_final": False}
-    if row.takes_eta:
-        return {"eta": eta, "noise": noise if eta > 0 or always_draws else None}
-    return {"noise": noise} if row.takes_noise else {}
+    if row.takes_churn:
+        return {
+            "s_churn": step_noise.s_churn,
+            "s_tmin": step_noise.s_tmin,
+            "s_tmax": math.inf if s_tmax is None else s_tmax,
+            "noise": scaled_noise,
+        }
+    if row.eta is not None:
+        eta = row.eta if step_noise.eta is None else step_noise.eta
+        return {"eta": eta, "noise": scaled_noise if eta > 0 or always_draws else None}
+    return {}
 
 
 def _with_steps(callback: Callback, steps: int) -> Callable[[int, Tensor, Tensor], None]:

@@ -293,10 +293,13 @@ def test_a_slider_says_when_it_changes_a_number(page):
     assert note.inner_text() == ""
 
 
-def test_names_of_samplers_are_chosen_not_typed_and_eta_belongs_to_ddim(page):
+def test_names_of_samplers_are_chosen_not_typed_and_have_their_own_noise(page):
     """F5, F25."""
     page.locator("#settings").get_by_text("Advanced").click()
-    eta = page.get_by_label("Eta (DDIM)").first
+    eta, churn = (
+        page.get_by_label("Eta", exact=True).first,
+        page.get_by_label("Sigma churn").first,
+    )
     eta.wait_for()
     sampler = page.locator("#settings").get_by_label("Sampling method")
     assert sampler.get_attribute("readonly") is not None
@@ -304,6 +307,7 @@ def test_names_of_samplers_are_chosen_not_typed_and_eta_belongs_to_ddim(page):
         sampler.click()
         page.get_by_role("option", name=name, exact=True).click()
         eta.wait_for(state="detached" if name == "Euler" else "visible")
+        churn.wait_for(state="visible" if name == "Euler" else "detached")
     page.locator("#settings").get_by_text("Advanced").click()
 
 

@@ -15,7 +15,7 @@ from goldfile import Gold, gold
 from ldm.conditioning import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import add_guidance
-from ldm.diffusion.samplers import SAMPLERS, STOCHASTIC, ddim, dpmpp_2m, euler, plms
+from ldm.diffusion.samplers import SAMPLERS, STOCHASTIC, ddim, dpmpp_2m, dpmpp_2m_sde, euler, plms
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.nets.unet import UNet
 from ldm.pipelines.quirks import Quirks
@@ -173,6 +173,14 @@ def test_each_sde_sampler_keeps_the_distribution(name):
 def test_ddim_without_noise_is_euler():
     x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
     torch.testing.assert_close(ddim(gaussian, x, SIGMAS), euler(gaussian, x, SIGMAS))
+
+
+def test_sde_without_noise_is_the_ode():
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    sigmas = torch.cat([SIGMAS, torch.zeros(1)])
+    torch.testing.assert_close(
+        dpmpp_2m_sde(gaussian, x, sigmas, eta=0.0), dpmpp_2m(gaussian, x, sigmas)
+    )
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -155,7 +155,17 @@ def test_a_flag_of_the_original_keeps_its_abbreviation_beside_newer_ones():
         ("txt2img", "--W -8", "width -8 is not a positive multiple of 8 (--W)"),
         ("txt2img", "--prompt", "argument --prompt: expected one argument"),
         ("txt2img", "--plms --sampler euler", "--sampler euler contradicts --plms"),
-        ("txt2img", "--plms --ddim_eta 1", "sampler `plms` takes none, got 1 (--ddim_eta)"),
+        ("txt2img", "--plms --ddim_eta 1", "sampler `plms` takes no eta, only ddim, euler_a,"),
+        (
+            "txt2img",
+            "--sampler ddim --s-churn 1",
+            "sampler `ddim` takes no s_churn, only euler, heun do (--s-churn)",
+        ),
+        (
+            "txt2img",
+            "--sampler heun --s_tmin 2 --s_tmax 1",
+            "s_tmax must be s_tmin (2) or more, got 1 (--s-tmax)",
+        ),
         ("txt2img", "--legacy stpes", "unknown quirk `stpes`, did you mean `steps`?"),
         ("txt2img", "--sampler dmp", "invalid choice: 'dmp'"),
         ("txt2img", "stray", "unknown argument `stray`"),
@@ -204,7 +214,8 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
                 argvs.append(["--sld", "max", row.flags[0], word])
             else:
                 argvs.append([row.flags[0], word])
-        compatible = [argv for argv in argvs if argv[0] != "--refiner-start"]
+        others = ("--refiner-start", "--s-churn", "--s-noise")  # not with the rest
+        compatible = [argv for argv in argvs if argv[0] not in others]
         for argv in [[], *argvs, list(chain(*compatible))]:
             request = parse_request(task, argv)[0]
             assert parse_request(task, to_argv(request))[0] == request

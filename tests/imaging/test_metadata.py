@@ -16,7 +16,7 @@ INFO = {
     "sampler": "euler_a",
     "scheduler": "karras",
     "steps": 20,
-    "eta": 0.0,
+    "eta": 1.0,
     "scale": 7.5,
     "size": [512, 768],
     "legacy": [],
@@ -56,6 +56,14 @@ LORAS = {
         (
             {"sampler": "ddim", "eta": 0.5, "checkpoint": "a, b: c.ckpt"},
             'Sampler: DDIM, Model: "a, b: c", Eta DDIM: 0.5',
+        ),
+        (
+            {"sampler": "euler_a", "eta": 0.0, "s_churn": 0.0, "s_noise": 1.01},
+            "Sampler: Euler a, Eta: 0, Sigma noise: 1.01",
+        ),
+        (
+            {"sampler": "heun", "s_churn": 5.0, "s_tmin": 0.1, "s_tmax": 9.0, "s_noise": 1.0},
+            "Sampler: Heun, Sigma churn: 5, Sigma tmin: 0.1, Sigma tmax: 9",
         ),
         (
             {"mask_box": [1, 2, 30, 40], "mask_grow": 12, "mask_blur": 8.0},

@@ -89,12 +89,26 @@ def test_not_finite_values_are_located(model):
 
 @pytest.mark.parametrize("options", [
     {"sampler": "dmp"}, {"grid": "even"}, {"steps": 0}, {"legacy": {"nois"}}, {"seeds": [1, 2]},
-    {"sampler": "plms", "eta": 1.0},
+    {"sampler": "plms", "eta": 1.0}, {"s_churn": 1.0}, {"sampler": "lms", "s_noise": 0.5},
+    {"sampler": "heun", "s_churn": -1.0}, {"sampler": "euler", "s_tmin": 2.0, "s_tmax": 1.0},
 ])  # fmt: skip
 def test_bad_options_are_one_line_errors(model, options):
-    with pytest.raises(ValueError, match="choose|did you mean|must be|seeds|eta") as caught:
+    with pytest.raises(ValueError, match="choose|did you mean|must be|seeds|takes no") as caught:
         run(model, ["a"], **options)
     assert "\n" not in str(caught.value)
+
+
+def test_noise_of_steps_is_the_samplers_unless_given(model):
+    def image(sampler, **options):
+        return run(model, ["a"], seeds=7, sampler=sampler, **options)
+
+    assert torch.equal(image("euler_a", eta=1.0), image("euler_a"))
+    torch.testing.assert_close(image("euler_a", eta=0.0), image("euler"), rtol=0, atol=1e-3)
+    assert not torch.equal(image("euler", s_churn=2.0), image("euler"))
+    assert torch.equal(image("euler", s_churn=2.0, s_tmax=0.0), image("euler"))
+    assert torch.equal(image("euler", s_churn=2.0, s_tmin=99.0), image("euler"))
+    for sampler, options in (("heun", {"s_churn": 2.0}), ("dpmpp_2m_sde", {})):
+        assert not torch.equal(image(sampler, s_noise=0.5, **options), image(sampler, **options))
 
 
 def test_plms_is_right_for_v_models_unless_asked_to_be_legacy(model):

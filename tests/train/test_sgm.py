@@ -102,6 +102,11 @@ def test_an_example_of_generative_models_is_understood() -> None:
              "params: {sigma_data: 1.0}}"],
             "objective", {"weighting": "edm", "sigma_data": 1.0},
         ),
+        (
+            ["model.params.sampler_config.params={s_churn: 5.0, s_tmax: 9.0, num_steps: 50}"],
+            "callbacks", {"sampling": {"sampler": "euler", "s_churn": 5.0, "s_tmax": 9.0,
+                          "steps": 50, "scheduler": "sgm_uniform", "scale": 7.5}},
+        ),
         (  # before November 2023
             [LOSS + "loss_weighting_config=null", LOSS + "type=l1",
              "model.params.denoiser_config.params.weighting_config.target="

@@ -231,6 +231,10 @@ class Sampling(TypedDict, total=False):
     steps: Count
     scale: Number
     eta: Nonnegative
+    s_churn: Nonnegative
+    s_tmin: Nonnegative
+    s_tmax: Nonnegative
+    s_noise: Nonnegative
     sampler: Annotated[str, _one_of(SAMPLERS)]
     scheduler: Annotated[str, _one_of(SCHEDULERS)] | None
     grid: Annotated[str, _one_of(SCHEDULERS)] | None  # former name of scheduler

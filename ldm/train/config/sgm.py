@@ -10,6 +10,7 @@ compile_model       -> trainer
 from collections.abc import Mapping
 from typing import Any
 
+from ldm.diffusion.step_noise import STEP_NOISE
 from ldm.loading.sgm import ENGINE
 from ldm.runtime.errors import unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
@@ -120,8 +121,7 @@ def _translate_sampler(spec: JsonMapping) -> JsonObject:
     sampling: JsonObject = {"sampler": SAMPLERS[name]}
     if params.get("num_steps"):
         sampling["steps"] = params["num_steps"]
-    if params.get("eta") is not None:
-        sampling["eta"] = params["eta"]
+    sampling |= {name: params[name] for name in STEP_NOISE if params.get(name) is not None}
     if params.get("discretization_config"):
         discretization, _ = _read(params["discretization_config"], SCHEDULERS, where)
         sampling["scheduler"] = SCHEDULERS[discretization]

@@ -32,7 +32,7 @@ __all__ = ["draw_samples"]
 
 LABEL_HEIGHT = 20  # pixels
 TEXT_AND_NUMBERS = {"txt", "aesthetic_score", *SIZE_KEYS}  # batch keys that are no images
-SAMPLING = {"steps": 20, "scale": 3.0, "eta": 0.0}  # defaults of `callbacks.sampling`
+SAMPLING = {"steps": 20, "scale": 3.0}  # defaults of `callbacks.sampling`
 
 
 def draw_samples(run: Run) -> list[Path]:

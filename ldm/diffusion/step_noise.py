@@ -1,0 +1,50 @@
+"""Noise that samplers add before and between their steps, as users set it. No torch here."""
+
+import math
+from dataclasses import dataclass, fields
+
+from ldm.diffusion.names import SAMPLERS
+from ldm.runtime.errors import ArgumentError
+
+__all__ = ["STEP_NOISE", "StepNoise"]
+
+TAKES_ETA = [name for name, row in SAMPLERS.items() if row.eta is not None]
+TAKES_CHURN = [name for name, row in SAMPLERS.items() if row.takes_churn]
+
+
+@dataclass(frozen=True)
+class StepNoise:
+    """Noise of a run's steps, in k-diffusion's words.
+
+    Args:
+        eta: noise between steps, 0 (none) … 1 (DDPM); None = the sampler's default.
+        s_churn: noise before steps (arXiv:2206.00364, algorithm 2).
+        s_tmin, s_tmax: sigmas between which there is churn; None = no upper limit.
+        s_noise: standard deviation of all that noise.
+    """
+
+    eta: float | None = None
+    s_churn: float = 0.0
+    s_tmin: float = 0.0
+    s_tmax: float | None = None
+    s_noise: float = 1.0
+
+    def check(self, sampler: str) -> None:
+        """Raise ArgumentError for a value out of range, or one that a sampler does not take."""
+        for name, value in vars(self).items():
+            if value is not None and not 0 <= value < math.inf:
+                raise ArgumentError(f"{name} must be 0 or more, got {value:g}", name)
+        if self.s_tmax is not None and self.s_tmax < self.s_tmin:
+            message = f"s_tmax must be s_tmin ({self.s_tmin:g}) or more, got {self.s_tmax:g}"
+            raise ArgumentError(message, "s_tmax")
+        for name, value, takers in (
+            ("eta", self.eta or 0.0, TAKES_ETA),
+            ("s_churn", self.s_churn, TAKES_CHURN),
+            ("s_noise", self.s_noise - 1, [*TAKES_ETA, *TAKES_CHURN]),
+        ):
+            if value and sampler not in takers:
+                message = f"sampler `{sampler}` takes no {name}, only {', '.join(takers)} do"
+                raise ArgumentError(message, name)
+
+
+STEP_NOISE = tuple(field.name for field in fields(StepNoise))
