@@ -155,7 +155,7 @@ class CLIPTextModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        name: str | Path | Mapping[str, Any] | None,
+        name: str | Path | None,
         *args: Any,
         config: Any = None,
         **ignored: Any,
@@ -169,7 +169,7 @@ class CLIPTextModel(nn.Module):
         if source is None:
             raise ValueError("a name or a config is needed")
         model = cls(source)
-        folders = [Path(name)] if isinstance(name, (str, Path)) else []
+        folders = [] if name is None else [Path(name)]
         files = [folder / file for folder in folders for file in WEIGHT_FILES]
         path = next((path for path in files if path.is_file()), None)
         if path is not None:

@@ -18,7 +18,9 @@ from ldm.compat.openaimodel import Timestep
 from ldm.compat.upscaling import ImageConcatWithNoiseAugmentation
 from ldm.encoders import tokenizer
 from ldm.encoders.image import CLIPImage, OpenCLIPImage, preprocess
+from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.files.clip_statistics import read_clip_statistics
+from ldm.runtime.errors import unknown_name
 from ldm.runtime.files import find_file
 
 __all__ = [
@@ -163,6 +165,7 @@ class FrozenCLIPEmbedder(FollowsWeights):
 
     Args:
         version: Name of a model, for its sizes, or a folder with `config.json` and weights.
+        arch: Sizes by transformers' names, in place of those of `version`; not in the original.
         layer: "last", "pooled" (one token), or "hidden": state `layer_idx` without the final norm.
     """
 
@@ -170,17 +173,22 @@ class FrozenCLIPEmbedder(FollowsWeights):
 
     def __init__(
         self,
-        version: str | Mapping[str, Any] = "openai/clip-vit-large-patch14",
+        version: str = "openai/clip-vit-large-patch14",
         device: object = None,
         max_length: int = 77,
         freeze: bool = True,
         layer: str = "last",
         layer_idx: int | None = None,
+        *,
+        arch: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         assert layer in self.LAYERS, f"layer must be one of {', '.join(self.LAYERS)}, got {layer}"
         self.tokenizer = CLIPTokenizer.from_pretrained(version)
-        self.transformer = CLIPTextModel.from_pretrained(version)
+        # By the module's name, as programs put a function of their own there.
+        self.transformer = (
+            CLIPTextModel.from_pretrained(version) if arch is None else CLIPTextModel(arch).eval()
+        )
         self.max_length = max_length
         self.layer = layer
         self.layer_idx = layer_idx
@@ -426,20 +434,24 @@ def _drop_rows(x: Tensor, probability: float) -> Tensor:
 def _build_open_clip(arch: str | Mapping[str, Any], version: str) -> Any:
     """Build open_clip's text model, with blocks that take the batch second."""
     import open_clip
+    from open_clip import factory
 
-    vision = UNUSED_VISION
-    if isinstance(arch, str):
-        # By its name in the package, as programs put a function of their own there.
-        model, *_ = open_clip.create_model_and_transforms(
-            arch,
-            device=torch.device("cpu"),
-            pretrained=version if Path(version).is_file() else None,
-            vision_cfg=vision,
-        )
+    if open_clip.create_model_and_transforms is not factory.create_model_and_transforms:
+        # A program has put its own function there; theirs builds without weights, too.
+        model, *_ = open_clip.create_model_and_transforms(arch, pretrained=version)
     else:
-        model = open_clip.CLIP(**{**arch, "vision_cfg": vision})
+        config = open_clip.get_model_config(arch) if isinstance(arch, str) else dict(arch)
+        if config is None:
+            raise unknown_name("arch", arch, open_clip.list_models())
+        if version == "openai":
+            config["quick_gelu"] = True
+        model = open_clip.CLIP(**{**config, "vision_cfg": UNUSED_VISION})
     if "visual" in model._modules:
         del model.visual
+    if Path(version).is_file():
+        state = read_checkpoint(version).state
+        text = {key: value for key, value in state.items() if not key.startswith("visual.")}
+        model.load_state_dict(text)
     model.transformer.batch_first = False
     for block in model.transformer.resblocks:
         block.attn.batch_first = False

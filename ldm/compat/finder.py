@@ -54,6 +54,10 @@ class OldNames:
             spec.submodule_search_locations += filter(os.path.isdir, folders)
         return spec
 
+    def invalidate_caches(self) -> None:
+        """Look for folders again, such as a repository that was cloned meanwhile."""
+        _vendored_folders.cache_clear()
+
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         """Import the file behind an old name; None makes an empty package."""
         if spec.name not in MODULES:
@@ -106,7 +110,8 @@ def _own_folder(package: str) -> str:
 @functools.lru_cache(maxsize=64)
 def _vendored_folders(package: str, search_path: tuple[str, ...]) -> list[str]:
     """List the folders of a package in the vendored copies on a search path."""
-    roots = [folder for folder in search_path if os.path.isdir(os.path.join(folder, "ldm"))]
+    texts = [folder for folder in search_path if isinstance(folder, str)]
+    roots = [folder for folder in texts if os.path.isdir(os.path.join(folder, "ldm"))]
     folders = [os.path.join(os.path.abspath(root), *package.split(".")) for root in roots]
     ours = _own_folder(package)
     return [f for f in folders if os.path.isdir(f) and os.path.realpath(f) != ours]

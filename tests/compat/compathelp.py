@@ -1,6 +1,9 @@
 """What the tests of the old names share: building from configs as programs do, and comparing."""
 
+from pathlib import Path
+
 import torch
+from omegaconf import OmegaConf
 
 from ldm.compat.util import instantiate_from_config
 
@@ -18,6 +21,13 @@ TINY = {
     "context_dim": 24,
     "legacy": False,
 }
+TINY_CLIP = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+CONFIGS = Path(__file__).parents[2] / "configs" / "stable-diffusion"
 UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
 
 
@@ -47,3 +57,15 @@ def relative_error(ours, theirs):
     assert ours.shape == theirs.shape
     assert ours.dtype == theirs.dtype
     return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)).item()
+
+
+def tiny_config(name="v1-inference.yaml"):
+    """A published config of SD 1, as programs read it, with small networks."""
+    config = OmegaConf.load(CONFIGS / name).model
+    sizes = {"model_channels": 32, "num_heads": 4, "context_dim": 32, "num_res_blocks": 1}
+    lists = {"channel_mult": [1, 2], "attention_resolutions": [2, 1]}
+    config.params.unet_config.params.update(sizes | lists)
+    autoencoder = {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1}
+    config.params.first_stage_config.params.ddconfig.update(autoencoder)
+    config.params.cond_stage_config.params = {"arch": TINY_CLIP}
+    return config

@@ -31,7 +31,7 @@ HIDDEN = {f"hidden_{name}": {"layer": "hidden", "layer_idx": k} for name, k in
 
 @pytest.fixture(scope="module")
 def clip():
-    return FrozenCLIPEmbedder(CLIP_SIZES, layer="hidden", layer_idx=-2)
+    return FrozenCLIPEmbedder(arch=CLIP_SIZES, layer="hidden", layer_idx=-2)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ class Replaced(nn.Module):
 def test_context_equals_the_recorded_one(name, build, output, options):
     golden = gold(name)
     config = golden.meta["config"]
-    encoder = build(config.get("tiny_arch") or config["tiny_hf_config"], **options)
+    encoder = build(arch=config.get("tiny_arch") or config["tiny_hf_config"], **options)
     encoder.load_state_dict(golden.weights(encoder.state_dict()))
     indices = golden.cases[0]["info"]["outputs_are_for_prompt_indices"]
     context = encoder.encode([golden.meta["prompts"][k] for k in indices])
@@ -198,11 +198,11 @@ def test_patched_linear_layers_are_seen(clip, monkeypatch):
     ("build", "config"), [(FrozenCLIPEmbedder, CLIP_SIZES), (FrozenOpenCLIPEmbedder, ARCH)]
 )
 def test_an_encoder_built_on_the_meta_device_is_filled_and_halved(build, config):
-    full = build(config)
+    full = build(arch=config)
     state = full.state_dict()
     expected = full.encode(PROMPTS)
     with torch.device("meta"):
-        empty = build(config)
+        empty = build(arch=config)
     older = {"transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}
     empty.load_state_dict(state | (older if build is FrozenCLIPEmbedder else {}), assign=True)
     empty.device = "cuda"  # follows the weights all the same
@@ -235,7 +235,7 @@ def test_the_text_model_equals_that_of_transformers(clip):
 
 
 def test_the_tokenizer_takes_new_tokens():
-    encoder = FrozenCLIPEmbedder(CLIP_SIZES)
+    encoder = FrozenCLIPEmbedder(arch=CLIP_SIZES)
     tokenizer, model = encoder.tokenizer, encoder.transformer
     assert len(tokenizer) == len(tokenizer.get_vocab()) == 49408
     assert tokenizer.get_vocab()[",</w>"] == 267
@@ -253,9 +253,10 @@ def test_loaders_are_looked_up_when_an_encoder_is_built(monkeypatch):
     """Web UIs replace them: theirs build without weights."""
     build, names = open_clip.create_model_and_transforms, []
 
-    def create(name, **kwargs):
+    def create(name, pretrained=None, **kwargs):
         names.append(name)
-        return build("RN50", **kwargs | {"text_cfg": ARCH["text_cfg"], "pretrained": None})
+        small = {"vision_cfg": encoders.UNUSED_VISION, "text_cfg": ARCH["text_cfg"]}
+        return build(name, pretrained=None, **kwargs, **small)
 
     old = CLIPTextModel.from_pretrained
 
@@ -296,13 +297,17 @@ def test_blocks_of_open_clip_take_the_batch_second(clip2):
     assert seen == [(77, 2, 32)]
 
 
-def test_weights_come_from_a_folder(tmp_path, clip):
+def test_weights_come_from_files_at_hand(tmp_path, clip, clip2):
     from safetensors.torch import save_file
 
     (tmp_path / "config.json").write_text(
         '{"text_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, '
         '"num_attention_heads": 4, "dropout": 0.0}}'
     )
-    save_file(clip.transformer.state_dict(), tmp_path / "model.safetensors")
+    path = tmp_path / "model.safetensors"
+    save_file(clip2.model.state_dict(), path)
+    loaded = FrozenOpenCLIPEmbedder(ARCH, str(path), layer="penultimate")
+    assert torch.equal(loaded.encode(PROMPTS), clip2.encode(PROMPTS))
+    save_file(clip.transformer.state_dict(), path)
     loaded = FrozenCLIPEmbedder(str(tmp_path), layer="hidden", layer_idx=-2)
     assert torch.equal(loaded.encode(PROMPTS), clip.encode(PROMPTS))
