@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ldm.loading.config import instantiate
     from ldm.loading.load import load
     from ldm.pipelines import (
+        Upscaling,
         depth2img,
         img2img,
         inpaint,
@@ -28,11 +29,13 @@ if TYPE_CHECKING:
         txt2img,
         unclip,
         upscale,
+        upscale_latent,
         upscale_rgbd,
     )
 
 __all__ = [
     "SAMPLERS",
+    "Upscaling",
     "__version__",
     "depth2img",
     "img2img",
@@ -43,6 +46,7 @@ __all__ = [
     "txt2img",
     "unclip",
     "upscale",
+    "upscale_latent",
     "upscale_rgbd",
 ]
 

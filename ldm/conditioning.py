@@ -5,6 +5,8 @@ A condition reaches the UNet in one of three ways, each of which is a slot of `C
     crossattn (B, N, D)     tokens for the cross-attention layers        a prompt
     concat    (B, C, h, w)  channels concatenated to the noisy latent    a mask, a depth map
     vector    (B, D)        added to the time embedding                  a noise level, an image
+
+A mask may say which tokens of `crossattn` count.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -32,15 +34,25 @@ EncoderT = TypeVar("EncoderT", bound="Encoder")
 
 @dataclass(frozen=True)
 class Cond:
-    """The condition of a batch. An empty slot is None; all others have the same batch size."""
+    """The condition of a batch. An empty slot is None; all others have the same batch size.
+
+    Attributes:
+        context_mask: Tokens of `crossattn` to keep, bool (B, N); None for all.
+    """
 
     crossattn: Tensor | None = None
     concat: Tensor | None = None
     vector: Tensor | None = None
+    context_mask: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the slots that are not None, by name."""
-        slots = {"crossattn": self.crossattn, "concat": self.concat, "vector": self.vector}
+        slots = {
+            "crossattn": self.crossattn,
+            "concat": self.concat,
+            "vector": self.vector,
+            "context_mask": self.context_mask,
+        }
         return {name: value for name, value in slots.items() if value is not None}
 
     def __len__(self) -> int:

@@ -21,6 +21,7 @@ from ldm.diffusion.denoiser import SIGMA_DATA, Denoiser, scalings
 from ldm.diffusion.schedule import Schedule
 from ldm.encoders.text import TextEncoder
 from ldm.nets.autoencoder import AutoencoderKL, PixelSpace
+from ldm.nets.latent_upscaler import LatentUpscalerUNet
 from ldm.nets.tiling import apply_tiled
 from ldm.nets.unet import UNet
 from ldm.runtime.errors import ArgumentError
@@ -48,7 +49,7 @@ class LatentDiffusion(nn.Module):
     """A latent diffusion model of any family: families differ in encoders and sizes only.
 
     Args:
-        parameterization: What `unet` predicts: "eps", "v", "x0" or "edm".
+        parameterization: What `unet` predicts, "eps", "v", "x0" or "edm".
         sigma_data: Standard deviation of z, for "edm".
         scale_factor: Factor of the autoencoder's latents, about 1 / their standard deviation.
         latent_mean, latent_std: Of each channel of the autoencoder's latents, (C,), where they are
@@ -66,7 +67,7 @@ class LatentDiffusion(nn.Module):
     def __init__(
         self,
         *,
-        unet: UNet,
+        unet: UNet | LatentUpscalerUNet,
         autoencoder: AutoencoderKL | PixelSpace,
         conditioner: Conditioner,
         schedule: Schedule,

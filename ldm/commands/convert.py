@@ -5,6 +5,7 @@
     ldm convert v1-5-pruned.ckpt v1-5.safetensors --ema --dtype float16
     ldm convert logs/my-run mine --variant fp16
     ldm convert v1-5.safetensors new.safetensors --vae logs/autoencoder-decoder
+    ldm convert x2.pth x2-upscaler --text-encoder v1-5.safetensors
     ldm convert v1-5.safetensors styled.safetensors --lora style.safetensors:0.8
 
 Weights that have no place in diffusers' layout are saved in the folder's `original.safetensors`. An
@@ -36,7 +37,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     add(
         "target",
         type=expanduser,
-        help="*.safetensors or *.ckpt: a file in the original's layout; else a folder",
+        help="*.safetensors or *.ckpt: a file in the original's layout, *.pth: that of the x2"
+        " latent upscaler; else a folder",
     )
     add(
         "--config",
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         help="statistics of CLIP's embeddings, for unCLIP-L",
     )
     add("--force", action="store_true", help="replace the target")
-    add_options(add, ModelChoice, options_of(ModelChoice), only=("lora", "vae"))
+    add_options(add, ModelChoice, options_of(ModelChoice), only=("lora", "vae", "text_encoder"))
     args = parser.parse(argv)
     return run_command(lambda: _convert(args), parser.prog, verbose=args.verbose, hint=hint)
 
@@ -75,6 +77,7 @@ def _convert(args: Namespace) -> None:
         prune=args.prune,
         variant=args.variant,
         vae=args.vae,
+        text_encoder=args.text_encoder,
         dtype=dtypes.get(args.dtype),
         loras=args.lora,
         clip_stats=args.clip_stats,

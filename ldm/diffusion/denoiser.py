@@ -60,7 +60,8 @@ class Denoiser:
     """A network with its noise schedule and prediction type, for samplers and training losses.
 
     Args:
-        network: (z_t, t, context=…, y=…) -> prediction.
+        network: (z_t, t, context=…, y=…) -> prediction; also takes `context_mask` if conditions
+            have one.
         nearest: Whether to take the nearest level of the schedule for sigma, as SDXL's original.
         sigma_data: Standard deviation of the latents, for edm.
     """
@@ -152,7 +153,10 @@ class Denoiser:
         if cond.concat is not None:
             z_t = torch.cat([z_t, cond.concat.to(z_t.dtype)], dim=1)  # (B, C + concat, h, w)
         t = t.to(z_t.device, torch.float32).expand(len(z_t))
-        return self.network(z_t, t, context=cond.crossattn, y=cond.vector).float()
+        slots = {"context": cond.crossattn, "y": cond.vector}
+        if cond.context_mask is not None:
+            slots["context_mask"] = cond.context_mask
+        return self.network(z_t, t, **slots).float()
 
 
 def _column(value: Tensor | float, like: Tensor) -> Tensor:

@@ -105,6 +105,7 @@ SCHEDULERS = {
     "karras": Scheduler("karras_sigmas", "Karras"),
     "exponential": Scheduler("exponential_sigmas", "Exponential"),
     "time_uniform": Scheduler("time_uniform_sigmas", "Uniform in time"),
+    "linspace": Scheduler("linspace_sigmas", "Linspace"),
     "sgm_uniform": Scheduler("sgm_uniform_sigmas", "SGM Uniform"),
     "leading": Scheduler("leading_sigmas", "Leading"),
     "turbo": Scheduler("turbo_sigmas", "Turbo", max_steps=10),
@@ -152,4 +153,5 @@ LEGACY = {
     "strength": "img2img truncates its count of steps, and starts with the noise of a step above",
     "sld-off": "safe latent diffusion is off at a scale of 1 or less, as in diffusers",
     "weights": "unCLIP mixes with weights as they are given, not made to sum to 1",
+    "unmasked": "the x2 latent upscaler reads the padding after a prompt, as in diffusers",
 } | SDXL_LEGACY

@@ -1,6 +1,7 @@
 """Images concatenated to the latent: a low-resolution image, or a masked image with its mask.
 
     lr, level, noise          --LowRes.add_noise-->           concat (B, 3, h, w), vector (B,)
+    latent, sigma, noise      --LowResLatent.add_noise-->     concat (B, C, 2h, 2w), vector (B, 1)
     image, mask --mask_image, autoencoder, concat_mask-->     concat (B, 1 + C, h, w)
 
 Noise augmentation of low-resolution images: Ho et al. 2021 (arXiv:2106.15282), section 4.
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ldm.conditioning import Batch, Config, Encoder, PrepareOptions, Slot
 from ldm.diffusion.schedule import Schedule, make_betas
+from ldm.nets.blocks import upsample_nearest
 from ldm.runtime.errors import ArgumentError
 
 
@@ -115,6 +117,38 @@ class RGBDLatent(Encoder):
 
     def forward(self, latent: Tensor) -> Tensor:
         return latent  # (B, C, h, w)
+
+
+class LowResLatent(Encoder):
+    """A small latent with noise, as channels (B, C, 2h, 2w): repeats each pixel twice on each side.
+
+    Its noise level is another condition, see `NoiseSigma`.
+    """
+
+    slot: Slot = "concat"
+    key = "lowres_latent"
+    NOISE_KINDS = ("gaussian", "fake")
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return upsample_nearest(latent)  # (B, C, 2h, 2w)
+
+    def add_noise(self, latent: Tensor, sigma: float, noise: Tensor | None) -> Tensor:
+        """Add noise to a latent (B, C, h, w), and scale it to the same variance at every level.
+
+        Args:
+            noise: Standard normal noise; None leaves the latent as it is, "fake" noise.
+        """
+        return latent if noise is None else (latent + sigma * noise) / (1 + sigma**2) ** 0.5
+
+
+class NoiseSigma(Encoder):
+    """The noise level sigma of another condition, (B,), as a number of the vector, (B, 1)."""
+
+    slot: Slot = "vector"
+    key = "noise_sigma"
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        return sigma[:, None]  # (B, 1)
 
 
 class PatchesToChannels(Encoder):

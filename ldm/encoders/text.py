@@ -81,7 +81,8 @@ class TextEncoder(Encoder):
     """Prompts -> context (B, N, D); base class of the text towers.
 
     With `always_return_pooled`, the output is a `Cond` of the context and a vector (B, D), the
-    output of the tower's last block at the first end token. A prompt that is None gives zeros.
+    output of the tower's last block at the first end token; with `always_return_mask`, also of a
+    mask that leaves out what follows that token. A prompt that is None gives zeros.
 
     Attributes:
         length: Tokens per prompt, 77.
@@ -99,6 +100,7 @@ class TextEncoder(Encoder):
     tokenizer_variant: ClassVar[tokenizer.Variant]
     length: int
     always_return_pooled: bool
+    always_return_mask: bool = False
     token_ids: Tensor | None
 
     def __init__(self, **options: Unpack[EncoderOptions]) -> None:
@@ -150,7 +152,11 @@ class TextEncoder(Encoder):
     def encode_tokens(self, tokens: Tensor) -> Tensor | Cond:
         """Encode token ids (B, N)."""
         ends = (tokens == tokenizer.END).int().argmax(dim=1)  # the first
-        return _as_output(*self.run_tower(self._to_rows(tokens), self._added_table(), ends))
+        context, pooled = self.run_tower(self._to_rows(tokens), self._added_table(), ends)
+        if not self.always_return_mask:
+            return _as_output(context, pooled)
+        mask = torch.arange(tokens.shape[1], device=ends.device) <= ends[:, None]  # (B, N)
+        return Cond(crossattn=context, vector=pooled, context_mask=mask)
 
     def run_tower(
         self, rows: Tensor, added: Tensor | None, ends: Tensor
@@ -313,6 +319,7 @@ class CLIPText(TextEncoder):
         layer_idx: Hidden state, -layers - 1 … layers.
         arch: Sizes that differ from `version`, by transformers' names (`hidden_size` …).
         always_return_pooled: Whether there is a pooled output as well.
+        always_return_mask: Whether there is a mask of the tokens up to the first end token.
     """
 
     generation = 1
@@ -330,6 +337,7 @@ class CLIPText(TextEncoder):
         layer_idx: int | None = None,
         arch: Config | None = None,
         always_return_pooled: bool = False,
+        always_return_mask: bool = False,
         **options: Unpack[EncoderOptions],
     ) -> None:
         super().__init__(**options)
@@ -338,6 +346,7 @@ class CLIPText(TextEncoder):
         self.blocks_run = _count_blocks(layer, layer_idx, kwargs["num_hidden_layers"])
         self.length = min(max_length, kwargs["max_position_embeddings"])
         self.always_return_pooled = always_return_pooled
+        self.always_return_mask = always_return_mask
         self.transformer = nn.ModuleDict({"text_model": CLIPTower(**kwargs)})
         self.requires_grad_(not freeze)
 

@@ -89,6 +89,7 @@ def load_models(
         loras=choice.lora,
         embeddings=choice.embedding,
         vae=choice.vae,
+        text_encoder=choice.text_encoder,
         variant=choice.variant,
         **where,
         **request.inputs.model_files(),

@@ -97,6 +97,7 @@ def describe_run(
         "checkpoint_hash": file_hash(checkpoint),
         "ema": choice.ema,
         "vae": model.provenance.get("vae"),
+        "text_encoder": model.provenance.get("text_encoder"),
         "loras": model.provenance.get("loras", []),
         "embeddings": model.provenance.get("embeddings", []),
         "config": choice.config,

@@ -103,6 +103,9 @@ class ModelChoice:
     ema: bool = option(False, "--ema", help="use the EMA weights of the checkpoint")
     vae: str | None = option(None, "--vae", metavar="FILE", label="VAE",
         help="take the autoencoder from this file")
+    text_encoder: str | None = option(None, "--text-encoder", metavar="FILE",
+        help="take the text encoder from this file; for the x2 latent upscaler a checkpoint of"
+        " Stable Diffusion 1, whose autoencoder it takes, too")
     allow_module: tuple[str, ...] = option((), "--allow-module", is_list=True, metavar="M",
         help="allow classes of package M as `target` in the YAML")
     variant: str | None = option(None, "--variant", metavar="NAME",

@@ -37,17 +37,25 @@ from ldm.loading.files.checkpoint import (
     write_checkpoint,
 )
 from ldm.loading.legacy import AUTOENCODER_CONFIG, translate_config
-from ldm.loading.load import choose_config, probe_weights
+from ldm.loading.load import check_upscaler, choose_config, probe_weights, read_config
 from ldm.loading.matching import match_weights, translate_names
 from ldm.loading.weight_names import (
+    TEXT,
     has_engine_names,
     original_name,
     our_names,
     rename_weights,
     restore_names,
 )
-from ldm.loading.weights import AUTOENCODER, identify_weights, read_autoencoder, read_weights
+from ldm.loading.weights import (
+    AUTOENCODER,
+    identify_weights,
+    read_autoencoder,
+    read_text_encoder,
+    read_weights,
+)
 from ldm.model import LatentDiffusion
+from ldm.nets.latent_upscaler import LatentUpscalerUNet
 from ldm.runtime.errors import ArgumentError, ExistingFile, MissingArgument, WrongFamily
 from ldm.runtime.files import find_file, read_text
 from ldm.runtime.types import JsonMapping, JsonObject
@@ -55,7 +63,9 @@ from ldm.runtime.version import __version__
 
 __all__ = ["SUFFIXES", "Conversion", "convert", "plan_conversion"]
 
-SUFFIXES = (".safetensors", ".ckpt")
+SUFFIXES = (".safetensors", ".ckpt", ".pth")
+K_DIFFUSION_SUFFIX = ".pth"
+UPSCALER_INNER, UPSCALER_NOISE = "inner_model.", "low_res_noise_embed."
 LORAS = "ldm.loras"  # metadata key under which merged LoRAs are listed
 CONV_IN = "encoder.conv_in.weight"  # in every autoencoder
 LORA_PARTS = ("unet.", "conditioner.text.", "conditioner.text_2.")  # what LoRAs change
@@ -96,13 +106,15 @@ def plan_conversion(
     variant: str | None = None,
     clip_stats: str | Path | None = None,
     vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
 ) -> Conversion:
     """Read names and configs, and plan which tensor is written where; writes nothing.
 
     Args:
         source: a file, a diffusers folder, or the folder of a training run.
-        target: ending in .safetensors or .ckpt: a file in the original's layout; else a folder.
+        target: ending in .safetensors or .ckpt: a file in the original's layout; in .pth: of the
+            x2 latent upscaler, without text encoder and autoencoder; else a folder.
         config: the YAML of the source; None finds it as `load` does.
         dtype: of all floating-point numbers, None = as they are.
         ema: replace raw weights by their EMA.
@@ -110,6 +122,8 @@ def plan_conversion(
         variant: in the file names of folders, such as `fp16` (which also means that dtype).
         clip_stats: statistics of CLIP's embeddings, for unCLIP models that do not bring theirs.
         vae: another such source, whose autoencoder is used instead.
+        text_encoder: the same for the text encoder; for an x2 latent upscaler without autoencoder
+            that, too, is taken from there.
         loras: (file, strength) pairs, merged into the weights; leaves EMA weights out.
 
     Raises:
@@ -132,6 +146,9 @@ def plan_conversion(
     if vae is not None:
         file = _replace_autoencoder(file, model, vae)
         notes.append(f"autoencoder taken from {vae}")
+    if text_encoder is not None:
+        file = _replace_text_encoder(file, model, text_encoder)
+        notes.append(f"text encoder taken from {text_encoder}")
     if loras:
         file, metadata[LORAS], tokens = _merge_loras(file, model, loras, dtype)
         notes.append(f"merged: {', '.join(f'{name} of weight {w:g}' for name, w in loras)}")
@@ -141,9 +158,13 @@ def plan_conversion(
         notes.append(f"added tokens are not written, load them as embeddings: {listed}")
     ema_state = file.ema_state if is_file and not (ema or prune or loras) else {}
     texts: JsonObject = {}
-    if is_file:
+    if target.suffix == K_DIFFUSION_SUFFIX:
+        weights, metadata = {"": _upscaler_weights(file, target)}, {}
+    elif is_file:
         weights = {"": {**file.state, **ema_state}}
     else:
+        if isinstance(model, LatentDiffusion) and isinstance(model.unet, LatentUpscalerUNet):
+            check_upscaler(rename_weights(file.state), file.path)
         texts, components = build_folder(file, raw, clip_stats)
         weights = {weights_path(c, texts, variant): s for c, s in components.items() if s}
     for path, state in weights.items():
@@ -223,6 +244,8 @@ def _config_text(file: Checkpoint, config: str | Path | None) -> str | None:
         text = file.metadata[CONFIG_KEY]
     elif config is None and is_part and is_autoencoder:
         text = read_text(find_file(f"{CONFIG_DIR}/v1-inference.yaml"))
+    elif weights.family is not None and weights.family.name == "x2":
+        text = format_yaml(read_config(weights, config)[1])
     else:
         if config is None:
             weights.prediction = probe_weights(weights)
@@ -307,6 +330,35 @@ def _replace_autoencoder(file: Checkpoint, model: nn.Module | None, vae: str | P
         tensors[name] = cast_weight(name, tensors[name], file.state[name].dtype)
     state = {name: value for name, value in file.state.items() if name not in names}
     return replace(file, state=state | tensors, mapped=False)
+
+
+def _replace_text_encoder(
+    file: Checkpoint, model: nn.Module | None, text_encoder: str | Path
+) -> Checkpoint:
+    """Return a whole model with another text encoder, and autoencoder if it has none."""
+    text = model.conditioner.text if isinstance(model, LatentDiffusion) else None
+    if not isinstance(model, LatentDiffusion) or not isinstance(text, TextEncoder):
+        raise ArgumentError(f"`{file.path}` has no text encoder to replace", "text_encoder")
+    source = read_weights(text_encoder)
+    tensors = read_text_encoder(source, text, file.path)
+    parts = rename_weights(file.state) | tensors
+    if not any(name.startswith(AUTOENCODER) for name in parts):
+        tensors |= read_autoencoder(source, model.autoencoder, file.path)
+    names = [old for ours, old in our_names(file.state) if ours.startswith(TEXT)]
+    state = {name: value for name, value in file.state.items() if name not in names}
+    engine = has_engine_names(model.state_dict())
+    return replace(file, state=state | restore_names(tensors, engine=engine), mapped=False)
+
+
+def _upscaler_weights(file: Checkpoint, target: Path) -> dict[str, Tensor]:
+    """Return the tensors of the original of the x2 latent upscaler."""
+    ours = (UPSCALER_INNER, UPSCALER_NOISE)
+    state = {name: value for name, value in file.state.items() if name.startswith(ours)}
+    if not state:
+        raise ArgumentError(
+            f"`{target}`: only x2 latent upscalers are written as {K_DIFFUSION_SUFFIX}", "target"
+        )
+    return state
 
 
 def _provenance(

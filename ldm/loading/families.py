@@ -112,6 +112,8 @@ FAMILIES = (
            task="depth2img"),
     Family("x4", "Stable Diffusion x4 upscaler", 7, 1024, 1000, "v", "x4-upscaling",
            task="upscale"),
+    Family("x2", "the x2 latent upscaler of Stable Diffusion", 8, 768, 896, "edm",
+           "x2-latent-upscaler", task="upscale_latent"),
     Family("unclip-l", "Stable unCLIP 2.1 (CLIP ViT-L)", 4, 1024, 1536, "v",
            "v2-1-stable-unclip-l-inference", task="unclip"),
     Family("unclip-h", "Stable unCLIP 2.1 (OpenCLIP ViT-H)", 4, 1024, 2048, "v",
@@ -145,6 +147,7 @@ VISION_TOWER = "conditioner.text.model.visual.proj"
 BIAS = "unet.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 # The original's names and diffusers', without dots, as in `model_ema.*`.
 FIRST = ("input_blocks00weight", "conv_inweight")
+UPSCALER = frozenset({"inner_modelmapping_condweight", "time_projweight"})
 VECTORS = {
     "label_emb00weight": 1, "class_embeddinglinear_1weight": 1, "add_embeddinglinear_1weight": 1,
     "label_embweight": 0, "class_embeddingweight": 0,
@@ -230,6 +233,8 @@ def recognise_family(
         prefix = ema_name(original_name("unet."))
         unet = {name.removeprefix(prefix): value for name, value in ema_state.items()}
     shapes = {name.replace(".", ""): value.shape for name, value in unet.items()}
+    if not UPSCALER.isdisjoint(shapes):
+        return next(family for family in FAMILIES if family.name == "x2")
     first = next((shapes[name] for name in FIRST if name in shapes), None)
     if first is None or len(first) != 4:
         return None

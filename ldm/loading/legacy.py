@@ -44,6 +44,7 @@ CLASSES = {
     "ldm.nets.autoencoder.PixelSpace": (
         "ldm.models.autoencoder.IdentityFirstStage", "sgm.models.autoencoder.IdentityFirstStage",
     ),
+    "ldm.nets.latent_upscaler.LatentUpscalerUNet": (),
     "ldm.nets.unet.UNet": ("ldm." + OPENAI_MODEL, "sgm." + OPENAI_MODEL),
     "ldm.encoders.text.OpenCLIPText": (
         ENCODERS + "FrozenOpenCLIPEmbedder", SGM_ENCODERS + "FrozenOpenCLIPEmbedder",
@@ -69,6 +70,8 @@ CLASSES = {
     LOWRES + "LowRes": ("ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation",),
     LOWRES + "NoiseLevel": (),
     LOWRES + "RGBDLatent": (),
+    LOWRES + "LowResLatent": (),
+    LOWRES + "NoiseSigma": (),
     LOWRES + "MaskedImage": (),
     LOWRES + "PatchesToChannels": (LOWRES + "Folded",),  # our name before 0.2
     "ldm.train.tasks.autoencoder.LossConfig": (

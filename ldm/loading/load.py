@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ldm.diffusion.schedule import Schedule
 from ldm.encoders.sizes import SizeEmbedding
+from ldm.encoders.text import TextEncoder
 from ldm.loading.addons.embeddings import add_embeddings, check_embeddings, load_embeddings
 from ldm.loading.addons.lora import LoRAFile, add_loras, read_loras
 from ldm.loading.addons.midas import add_depth_network
@@ -32,6 +33,7 @@ from ldm.loading.autoencoders import find_scale, is_finite_in_half
 from ldm.loading.build import build_on_meta, fill_weights
 from ldm.loading.config import parse_yaml, read_yaml
 from ldm.loading.diffusers.files import PIPELINE_KEY
+from ldm.loading.diffusers.keys import unet_keys
 from ldm.loading.families import (
     VARIANT_STEPS,
     VARIANTS,
@@ -41,20 +43,23 @@ from ldm.loading.families import (
 )
 from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, file_hash, write_checkpoint
 from ldm.loading.files.clip_statistics import clip_statistics_tensors, load_clip_statistics
+from ldm.loading.k_diffusion import find_json, find_sizes, upscaler_config
 from ldm.loading.legacy import translate_config
 from ldm.loading.matching import guess_kind, match_weights
 from ldm.loading.sgm import ENGINE
 from ldm.loading.tables import make_tables
-from ldm.loading.weight_names import restore_names
+from ldm.loading.weight_names import TEXT, our_names, restore_names
 from ldm.loading.weights import (
     AUTOENCODER,
     Weights,
     has_transposed_projection,
     identify_weights,
     read_autoencoder,
+    read_text_encoder,
     read_weights,
 )
 from ldm.model import Defaults, LatentDiffusion
+from ldm.pipelines.families import file_name
 from ldm.runtime.device import pick_wide_dtype
 from ldm.runtime.errors import (
     ArgumentError,
@@ -68,8 +73,8 @@ from ldm.runtime.files import find_file
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "TRANSPOSED", "choose_config", "find_variant", "load", "probe_weights", "read_config",
-    "save_model", "variant_defaults",
+    "TRANSPOSED", "UPSCALER_PARTS", "check_upscaler", "choose_config", "find_variant", "load",
+    "probe_weights", "read_config", "save_model", "variant_defaults",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -82,6 +87,8 @@ TRANSPOSED = (
 GUIDANCE_WEIGHT = "unet.time_embed_cond.weight"  # of LCM
 PANORAMA = re.compile(r"ldm3d[-_. ]?pano")
 DEMO = ("configs/demo/text2img.yaml", "checkpoints/demo.safetensors")
+# Parts that the original of the x2 latent upscaler does not have.
+UPSCALER_PARTS = {AUTOENCODER: "autoencoder", TEXT: "text encoder (CLIP ViT-L/14)"}
 # Relative error of schedules that were rounded to a dtype, 1e-5 for others. bfloat16 comes first:
 # its numbers are float16's as well, except very small ones.
 SCHEDULE_TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 2e-3}
@@ -101,6 +108,8 @@ def load(
     midas: str | Path | None = None,
     vae: str | Path | None = None,
     loras: Iterable[tuple[str | Path, float]] = (),
+    text_encoder: str | Path | None = None,
+    base: LatentDiffusion | None = None,
     embeddings: Iterable[str | Path] = (),
     variant: str | None = None,
 ) -> LatentDiffusion:
@@ -121,6 +130,11 @@ def load(
         clip_stats: statistics of CLIP's embeddings, for unCLIP models that do not find theirs.
         midas: the depth network, for depth models whose checkpoint has none or for another one.
         vae: a checkpoint, as `ckpt`, whose autoencoder is used instead.
+        text_encoder: a checkpoint whose (first) text encoder is used instead, and whose autoencoder
+            if there is no other one; the x2 latent upscaler takes both from one of Stable
+            Diffusion 1.
+        base: a model whose autoencoder and text encoder are used where the checkpoint has none, in
+            the same memory; for the x2 latent upscaler.
         loras: (file, strength) pairs, merged into the weights.
         embeddings: files of textual inversions, or folders of them: tokens for prompts.
         variant: which distilled model of SDXL it is, a name in `VARIANTS`, or "base" for none: sets
@@ -158,6 +172,10 @@ def load(
         model.upcast_autoencoder &= not is_finite_in_half(weights.source)
     if vae is not None:
         provenance["vae"] = _replace_autoencoder(model, weights, vae)
+    if text_encoder is not None:
+        provenance["text_encoder"] = _replace_text_encoder(model, weights, text_encoder)
+    if isinstance(model, LatentDiffusion) and weights.family and weights.family.name == "x2":
+        _complete(model, weights, base)
     if add_depth_network(model.state_dict(), weights.state, weights.path, midas):
         weights.mapped = False
     state = match_weights(model, weights.state, weights.path, misfit)
@@ -221,6 +239,8 @@ def choose_config(weights: Weights) -> str:
         message = f"`{weights.path}` {looks}\nhint: pass its config"
         raise MissingArgument(message, "config")
     path = family.config_path(prediction.kind)
+    if family.name == "x2":
+        path = str(find_json(weights.path) or path)
     log.info("`%s` is %s; config %s; predicts %s", weights.path, family.title, path, prediction)
     return path
 
@@ -229,9 +249,11 @@ def read_config(
     weights: Weights, config: str | Path | None = None, overrides: Iterable[str] = ()
 ) -> tuple[str, JsonObject]:
     """Return (path or `CONFIG_KEY`, content) of the given config, or of the weights' family."""
-    if config is not None:
-        return str(config), read_yaml(config, overrides)
-    source = choose_config(weights)
+    source = choose_config(weights) if config is None else str(config)
+    if config is not None and not source.endswith(".json"):
+        return source, read_yaml(config, overrides)
+    if (sizes := find_sizes(source, weights.state)) is not None:
+        return source, upscaler_config(sizes, overrides)
     if source == CONFIG_KEY:
         raw = parse_yaml(weights.markers[CONFIG_KEY], overrides, where=source)
     else:
@@ -359,6 +381,67 @@ def _replace_autoencoder(
     weights.state = new | {n: v for n, v in weights.state.items() if not n.startswith(AUTOENCODER)}
     weights.mapped = weights.mapped and source.mapped
     return {"path": str(source.path.resolve()), "hash": file_hash(source.path)}
+
+
+def _replace_text_encoder(
+    model: torch.nn.Module, weights: Weights, text_encoder: str | Path
+) -> dict[str, str]:
+    """Use the text encoder of another checkpoint; returns its path and hash."""
+    text = model.conditioner.text if isinstance(model, LatentDiffusion) else None
+    if not isinstance(model, LatentDiffusion) or not isinstance(text, TextEncoder):
+        raise ArgumentError(f"`{weights.path}` has no text encoder to replace", "text_encoder")
+    source = read_weights(text_encoder)
+    new = read_text_encoder(source, text, weights.path)
+    weights.state = new | {n: v for n, v in weights.state.items() if not n.startswith(TEXT)}
+    names = (name for name, _ in our_names(source.state))
+    if _lacks(weights, AUTOENCODER) and any(name.startswith(AUTOENCODER) for name in names):
+        weights.state |= read_autoencoder(source, model.autoencoder, weights.path)
+    weights.mapped = weights.mapped and source.mapped
+    return {"path": str(source.path.resolve()), "hash": file_hash(source.path)}
+
+
+def _complete(model: LatentDiffusion, weights: Weights, base: LatentDiffusion | None) -> None:
+    """Take the parts that an x2 latent upscaler is without from another model.
+
+    A UNet with diffusers' names gets the buffers that those do not have.
+
+    Raises:
+        MissingArgument: it has none that fits.
+    """
+    expected, theirs = model.state_dict(), {} if base is None else base.state_dict()
+    if "unet.time_proj.weight" in weights.state:
+        known = unet_keys(model.unet.state_dict())
+        for name, value in model.unet.state_dict().items():
+            if name not in known:
+                filled = torch.zeros(value.shape) if value.is_meta else value
+                weights.state.setdefault(f"unet.{name}", filled)
+        weights.mapped = False
+    for prefix in UPSCALER_PARTS:
+        names = [name for name in expected if name.startswith(prefix)]
+        fits = all(n in theirs and theirs[n].shape == expected[n].shape for n in names)
+        if _lacks(weights, prefix) and fits:
+            weights.state |= {name: theirs[name] for name in names}
+            weights.mapped = False
+    model_in_use = "" if base is None else f", nor has {file_name(base)}"
+    check_upscaler(weights.state, weights.path, model_in_use)
+
+
+def check_upscaler(names: Iterable[str], path: Path, note: str = "") -> None:
+    """Raise MissingArgument unless weights of an x2 latent upscaler have all parts; our names."""
+    names = list(names)
+    missing = [
+        title
+        for prefix, title in UPSCALER_PARTS.items()
+        if not any(name.startswith(prefix) for name in names)
+    ]
+    if missing:
+        message = f"`{path}` has no {' and no '.join(missing)}{note}"
+        hint = "a checkpoint of Stable Diffusion 1 has both: pass it"
+        raise MissingArgument(f"{message}\nhint: {hint}", "text_encoder")
+
+
+def _lacks(weights: Weights, prefix: str) -> bool:
+    return not any(name.startswith(prefix) for name in weights.state)
 
 
 def _compare_scales(model: LatentDiffusion, source: Checkpoint, path: Path) -> None:

@@ -12,7 +12,14 @@ from ldm.loading.families import Prediction
 from ldm.loading.files.checkpoint import CONFIG_KEY, detect_format, read_checkpoint
 from ldm.loading.files.pickles import foreign_imports, pickle_imports
 from ldm.loading.legacy import translate_config
-from ldm.loading.load import TRANSPOSED, choose_config, find_variant, probe_weights, read_config
+from ldm.loading.load import (
+    TRANSPOSED,
+    UPSCALER_PARTS,
+    choose_config,
+    find_variant,
+    probe_weights,
+    read_config,
+)
 from ldm.loading.matching import translate_names
 from ldm.loading.published import find_checkpoint, identify_hash, published_files
 from ldm.loading.weight_names import has_engine_names, original_name
@@ -214,6 +221,12 @@ def _compare(report: Report, weights: Weights, config: str | Path | None) -> Rep
         if family is not None:
             report = replace(report, title=family.title, task=family.function)
     names, state = model.state_dict(), translate_names(model, weights.state, weights.path)
+    if weights.family is not None and weights.family.name == "x2":
+        lost = [part for part in UPSCALER_PARTS if not any(n.startswith(part) for n in state)]
+        titles = " and ".join(UPSCALER_PARTS[part] for part in lost)
+        note = f"needs {titles} of another file, such as Stable Diffusion 1" if lost else ""
+        report = replace(report, note=note)
+        names = {n: v for n, v in names.items() if not n.startswith(tuple(lost))}
     engine = has_engine_names(names)
     return replace(
         report,

@@ -24,6 +24,9 @@ __all__ = [
 
 # (the original's prefix, ours); renaming back takes the first that fits.
 PREFIXES = (
+    # Of k-diffusion's upscaler.
+    ("inner_model.", "unet.inner_model."),
+    ("low_res_noise_embed.", "unet.low_res_noise_embed."),
     ("model.diffusion_model.time_embedding.cond_proj.", "unet.time_embed_cond."),
     ("model.diffusion_model.", "unet."),
     ("first_stage_model.", "autoencoder."),
@@ -90,6 +93,8 @@ DERIVED_WEIGHTS = re.compile(
 )
 # Tensors by which tools mark what a model predicts; the first two are empty.
 MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_min", "edm_vpred.sigma_max")
+# In diffusers' UNet of the x2 latent upscaler alone.
+UPSCALER_UNET = frozenset({"time_proj.weight", "time_embedding.cond_proj.weight"})
 # CLIP with a vision tower, of which the text tower is not used.
 VISION_TOWER = "cond_stage_model.model.visual.proj"
 UNUSED_TEXT_TOWER = "cond_stage_model.model.transformer."
@@ -110,7 +115,11 @@ def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def our_names(names: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Yield (our name, that in the file) of weights, without those that are recomputed here."""
-    originals = _strip_outer(list(names))
+    names = list(names)
+    if UPSCALER_UNET.issubset(names):  # the UNet of a diffusers folder, alone
+        yield from ((f"unet.{name}", name) for name in names)
+        return
+    originals = _strip_outer(names)
     unused = UNUSED_TEXT_TOWER if VISION_TOWER in originals else ()
     for original, name in originals.items():
         if not DERIVED_WEIGHTS.fullmatch(original) and not original.startswith(unused):

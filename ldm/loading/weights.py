@@ -17,6 +17,7 @@ from ldm.loading.matching import match_weights
 from ldm.loading.published import find_checkpoint
 from ldm.loading.weight_names import (
     MARKERS,
+    TEXT,
     has_engine_names,
     original_name,
     rename_weights,
@@ -27,7 +28,8 @@ from ldm.runtime.errors import MissingArgument, MissingFile, WeightsMismatch
 from ldm.runtime.files import read_text
 
 __all__ = [
-    "Weights", "has_transposed_projection", "identify_weights", "read_autoencoder", "read_weights",
+    "Weights", "has_transposed_projection", "identify_weights", "read_autoencoder",
+    "read_text_encoder", "read_weights",
 ]  # fmt: skip
 
 # In a run folder: the first pattern that matches; of several files the newest.
@@ -133,6 +135,22 @@ def read_autoencoder(
     misfit = f"the autoencoder of `{source.path}` does not fit `{model}`"
     state = match_weights(autoencoder, rename_weights(source.state), source.path, misfit)
     return {f"{AUTOENCODER}{name}": value for name, value in state.items()}
+
+
+def read_text_encoder(
+    source: Checkpoint, encoder: nn.Module, model: str | Path
+) -> dict[str, Tensor]:
+    """Return the text encoder of a checkpoint, alone in there or within a model, as our `text`.
+
+    Args:
+        encoder: of the model.
+        model: the model's file, for messages.
+    """
+    tower = "text_model."  # as transformers has it
+    state = {f"{TEXT}{n}" if n.startswith(tower) else n: v for n, v in source.state.items()}
+    misfit = f"the text encoder of `{source.path}` does not fit `{model}`"
+    state = match_weights(encoder, rename_weights(state), source.path, misfit)
+    return {f"{TEXT}{name}": value for name, value in state.items()}
 
 
 def has_transposed_projection(state: Mapping[str, Tensor]) -> bool:

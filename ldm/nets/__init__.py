@@ -7,6 +7,7 @@ Reading order; a file imports only from those before it, and from `ldm.runtime`:
     blocks         layers, norms, residual blocks, timestep embedding
     transformer    self- and cross-attention of the UNet
     unet           UNet
+    latent_upscaler    LatentUpscalerUNet
     autoencoder    AutoencoderKL
     karlo          prior of unCLIP models
     discriminator, lpips    losses of the autoencoder

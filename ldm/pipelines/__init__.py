@@ -1,7 +1,7 @@
 """The tasks as functions.
 
 sampling     condition -> latent: the sampling loop, and DDIM inversion
-tasks        txt2img, img2img, inpaint, depth2img, upscale, upscale_rgbd
+tasks        txt2img, img2img, inpaint, depth2img, upscale, upscale_rgbd, upscale_latent
 variations   unclip, vary, and the Karlo prior
 families     which models a task works with
 quirks       what the original scripts did otherwise
@@ -9,6 +9,7 @@ quirks       what the original scripts did otherwise
 
 from ldm.diffusion.names import LEGACY
 from ldm.pipelines.common import add_depth, encode_image
+from ldm.pipelines.latent_upscaling import Upscaling
 from ldm.pipelines.quirks import noise_source, seeded_noise
 from ldm.pipelines.sampling import invert, sample
 from ldm.pipelines.tasks import (
@@ -18,6 +19,7 @@ from ldm.pipelines.tasks import (
     inpaint,
     txt2img,
     upscale,
+    upscale_latent,
     upscale_rgbd,
 )
 from ldm.pipelines.variations import sample_prior, unclip, vary
@@ -27,6 +29,7 @@ __all__ = [
     "LEGACY",
     "NonFinite",
     "Stop",
+    "Upscaling",
     "WrongFamily",
     "add_depth",
     "depth2img",
@@ -42,6 +45,7 @@ __all__ = [
     "txt2img",
     "unclip",
     "upscale",
+    "upscale_latent",
     "upscale_rgbd",
     "vary",
 ]

@@ -20,6 +20,7 @@ from ldm.imaging.rgbd import join_depth
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import check_family, file_name
 from ldm.pipelines.guidance import GuidanceOptions, make_rule
+from ldm.pipelines.latent_upscaling import Upscaling, double_latent
 from ldm.pipelines.quirks import Noise, Quirks, noise_source
 from ldm.pipelines.sampling import (
     Callback,
@@ -191,6 +192,7 @@ def generate(
     strength: float = 1.0,
     size: tuple[int, int] | None = None,
     constrain: Constrain | None = None,
+    upscaling: Upscaling | None = None,
     **options: Unpack[TextOptions],
 ) -> Tensor:
     """Encode prompts, sample and decode; a refiner goes on from where the model stops.
@@ -200,6 +202,7 @@ def generate(
         unconditional_inputs: those that differ for the unconditional half of guidance.
         tile: side in latent pixels of the decoder's tiles; None = decode whole.
         scale, noise, z, strength, size, constrain: see `sample`.
+        upscaling: doubles the latents before they are decoded.
         options: see `sample` and `SDXLOptions`.
     Returns:
         (B, 3, H, W) float32 in [-1, 1].
@@ -212,6 +215,8 @@ def generate(
     height, width = latent_size(model, size, sampling.get("x_T") if z is None else z)
     size_in_pixels = (height * model.downscale, width * model.downscale)
     check_size(model, size_in_pixels, sdxl)
+    if upscaling is not None:
+        upscaling.check(model)
     n, second_negative = len(as_list(prompts)), sdxl.get("negative_prompt_2")
     conditions = Conditions(
         pair_texts(prompts, sdxl.get("prompt_2"), n, "prompt"),
@@ -230,6 +235,9 @@ def generate(
     try:
         if refiner is None:
             run["further"] = further
+        if upscaling is not None:
+            latent = _sample_and_double(model, upscaling, (cond, uncond), conditions, run)
+        elif refiner is None:
             latent = sample(model, cond, uncond, **run)
         else:
             refiner_conds = conditions.encode(refiner, quirks, after_base=True)
@@ -279,6 +287,40 @@ def _sample_with_refiner(
         "callback": on_step(end - first), "further": further,
     }  # fmt: skip
     return sample(refiner, cond, uncond, **refiner_run)
+
+
+def _sample_and_double(
+    model: LatentDiffusion,
+    upscaling: Upscaling,
+    conds: tuple[Cond, Cond | None],
+    conditions: Conditions,
+    run: SampleOptions,
+) -> Tensor:
+    """Sample, and sample latents of twice the size from the result with another model."""
+    legacy, callback = run.get("legacy", ()), run.get("callback")
+    sigmas = run_sigmas(model, Quirks.of(model, legacy), run)
+    first, total = 0, len(sigmas) - 1
+    if run["z"] is not None:
+        first, _ = Quirks.of(model, legacy).first_step(run["strength"], total, total)
+    steps: SamplingOptions = {"steps": upscaling.steps}
+    total += len(run_sigmas(upscaling.model, Quirks(), steps)) - 1 - first
+
+    def on_step(offset: int) -> Callback | None:
+        """Count the steps of both models."""
+        return callback and (lambda step, _, *latents: callback(step + offset, total, *latents))
+
+    base_run: SampleOptions = {**run, "callback": on_step(0)}
+    return double_latent(
+        upscaling.model,
+        [first_prompt or "" for first_prompt, _ in conditions.prompts],
+        [negative or "" for negative, _ in conditions.negatives],
+        check_finite(sample(model, *conds, **base_run), "the UNet"),
+        noise=run["noise"],
+        scale=upscaling.scale,
+        steps=upscaling.steps,
+        callback=on_step(len(sigmas) - 1 - first),
+        legacy=legacy,
+    )
 
 
 def split_options(
@@ -420,9 +462,9 @@ def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
     return F.pad(image, (0, -width % multiple, 0, -height % multiple), mode="replicate")
 
 
-def crop_like(padded: Tensor, image: Tensor) -> Tensor:
-    """Cut off what `pad_to_multiple` added to the image."""
-    return padded[..., : image.shape[-2], : image.shape[-1]]
+def crop_like(padded: Tensor, image: Tensor, factor: int = 1) -> Tensor:
+    """Cut off what `pad_to_multiple` added to the image, which was then enlarged by a factor."""
+    return padded[..., : factor * image.shape[-2], : factor * image.shape[-1]]
 
 
 def check_finite(value: TensorOrCond, stage: str) -> TensorOrCond:

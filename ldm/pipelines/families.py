@@ -48,6 +48,11 @@ FAMILIES = {
         "upscale_rgbd",
         frozenset({"noise_level"}),
     ),
+    "latent-upscaling": Family(
+        frozenset({"txt", "lowres_latent", "noise_sigma"}),
+        "an x2 latent upscaler",
+        "upscale_latent",
+    ),
     "unclip": Family(frozenset({"txt", "embedding"}), "an unCLIP model", "unclip"),
     "variation": Family(frozenset({"jpg"}), "an image variation model", "vary"),
 }

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldm.encoders.text import TextEncoder
 from ldm.model import LatentDiffusion
+from ldm.nets.latent_upscaler import LatentUpscalerUNet
 from ldm.nets.unet import UNet
 from ldm.runtime.memory import PeakMemoryMode, make_fake
 
@@ -78,9 +79,18 @@ def estimate_memory(
 
 
 def run_on_zeros(
-    unet: UNet, batch_size: int, size: tuple[int, int], *, is_context_trained: bool = False
+    unet: UNet | LatentUpscalerUNet,
+    batch_size: int,
+    size: tuple[int, int],
+    *,
+    is_context_trained: bool = False,
 ) -> Tensor:
     """Run a forward pass of a UNet on latents of a size (h, w) and conditions, all zero."""
+    if isinstance(unet, LatentUpscalerUNet):
+        z = torch.zeros(batch_size, unet.input_channels + unet.unet_cond_dim, *size)
+        vector = torch.zeros(batch_size, unet.context_dim + 1)
+        tokens = torch.zeros(batch_size, TOKENS, unet.context_dim)
+        return unet(z, vector[:, 0], tokens, vector)
     labels: dict[object, tuple[int, ...]] = {
         "sequential": (unet.adm_in_channels or 0,),
         "continuous": (1,),

@@ -6,6 +6,7 @@
     depth2img   prompts, image or depth map        depth models
     upscale     prompts, small image               the x4 upscaler
     upscale_rgbd  prompts, image, depth            LDM3D-SR
+    upscale_latent    prompts, image or latent     the x2 latent upscaler
 
 Models that read an image like a prompt have theirs in `variations`.
 
@@ -45,21 +46,32 @@ from ldm.pipelines.common import (
     add_depth,
     as_list,
     crop_like,
+    decode_latent,
     encode_image,
     encode_prompts,
     generate,
     make_noise,
     pad_to_multiple,
+    pair_texts,
     pipeline,
     split_options,
+)
+from ldm.pipelines.guidance import make_rule
+from ldm.pipelines.latent_upscaling import (
+    FACTOR,
+    Upscaling,
+    check_latent,
+    check_noise,
+    double_latent,
 )
 from ldm.pipelines.quirks import Quirks
 from ldm.pipelines.sampling import invert
 from ldm.pipelines.sdxl import REFINER_MULTIPLE, size_conditions
-from ldm.runtime.errors import ArgumentError
+from ldm.runtime.errors import ArgumentError, MissingArgument, Stop
 
 __all__ = [
-    "depth2img", "estimate_depth", "img2img", "inpaint", "txt2img", "upscale", "upscale_rgbd",
+    "depth2img", "estimate_depth", "img2img", "inpaint", "txt2img", "upscale", "upscale_latent",
+    "upscale_rgbd",
 ]  # fmt: skip
 
 
@@ -72,6 +84,7 @@ def txt2img(
     scale: Scale | None = None,
     size: tuple[int, int] | None = None,
     tile: int | None = None,
+    upscaling: Upscaling | None = None,
     **options: Unpack[TextOptions],
 ) -> Tensor:
     """Make one image per prompt.
@@ -79,13 +92,16 @@ def txt2img(
     Args:
         size: (height, width) in pixels, multiples of 8, of 64 with a refiner; None = the model's
             training size.
+        upscaling: a model that doubles the latents, such as
+            `ldm.Upscaling(ldm.load(ckpt="sd-x2-latent-upscaler", base=model))`.
         options: keywords of `sample`; for SDXL those of `SDXLOptions`, such as
             `txt2img(model, prompts, refiner=ldm.load(ckpt="sd_xl_refiner_1.0.safetensors"))`.
     """
     noise = make_noise(model, prompts, options)
     return generate(
-        model, prompts, negative_prompt, {}, scale, tile, noise=noise, size=size, **options
-    )
+        model, prompts, negative_prompt, {}, scale, tile, noise=noise, size=size,
+        upscaling=upscaling, **options,
+    )  # fmt: skip
 
 
 @pipeline("text", "refiner")
@@ -102,6 +118,7 @@ def img2img(
     negative_prompt: str | Sequence[str] = "",
     scale: Scale | None = None,
     tile: int | None = None,
+    upscaling: Upscaling | None = None,
     **options: Unpack[TextOptions],
 ) -> Tensor:
     """Change the image toward each prompt (SDEdit, arXiv:2108.01073).
@@ -112,6 +129,7 @@ def img2img(
         inversion: start from the noise that DDIM inversion finds, which keeps the composition.
         source_prompt: what the image shows, for the inversion.
         depth: for LDM3D, see the top of this file.
+        upscaling: see `txt2img`.
     """
     image = add_depth(model, image, depth)
     noise = make_noise(model, prompts, options, strength)
@@ -123,9 +141,9 @@ def img2img(
         options["x_T"] = _inverted_noise(model, z, source_prompt, strength, options)
     images = generate(
         model, prompts, negative_prompt, {}, scale, tile, noise=noise, z=z, strength=strength,
-        **options,
+        upscaling=upscaling, **options,
     )  # fmt: skip
-    return crop_like(images, image)
+    return crop_like(images, image, 1 if upscaling is None else FACTOR)
 
 
 @pipeline("inpainting", "text")
@@ -300,6 +318,61 @@ def upscale_rgbd(
 def _check_noise_level(level: int, maximum: int) -> None:
     if not 0 <= level < maximum:
         raise ArgumentError(f"noise levels are 0 … {maximum - 1}, got {level}", "noise_level")
+
+
+@pipeline("latent-upscaling")
+def upscale_latent(
+    model: LatentDiffusion,
+    prompts: Sequence[str],
+    image: Tensor | None = None,
+    *,
+    latent: Tensor | None = None,
+    noise_sigma: float = 0.0,
+    noise_kind: str = "gaussian",
+    negative_prompt: str | Sequence[str] = "",
+    scale: Scale | None = None,
+    tile: int | None = None,
+    **options: Unpack[GuidedOptions],
+) -> Tensor:
+    """Double the size of an image, or of the latent of one.
+
+    Args:
+        image: (1, 3, h, w).
+        latent: in place of it, (1 | B, 4, h / 8, w / 8), of a model with the autoencoder of Stable
+            Diffusion 1 or 2, scaled as its UNet returns it.
+        noise_sigma: noise level of what is added to the small latent, 0 … 0.6: more noise, more
+            invented detail.
+        noise_kind: "gaussian", or "fake": the level is told, no noise added.
+        scale: guidance scale; 1 is none, 0 the negative prompt alone.
+    Raises:
+        MissingArgument: there is neither an image nor a latent.
+        ArgumentError: a latent of another model, or a noise level that this one does not know.
+    """
+    noise = make_noise(model, prompts, options)
+    texts = [text or "" for text, _ in pair_texts(prompts, None, len(as_list(prompts)), "prompt")]
+    negatives = pair_texts(negative_prompt, None, len(texts), "negative_prompt")
+    check_noise(model, noise_sigma, noise_kind)
+    if make_rule(options, Quirks()) is not None:
+        raise ArgumentError("safe latent diffusion is not for the x2 latent upscaler", "sld")
+    if latent is None:
+        if image is None:
+            raise MissingArgument("neither an image nor a latent is given", "image")
+        latent = encode_image(model, image, len(texts), noise)
+    elif image is not None:
+        raise ArgumentError("give an image or a latent, not both", "latent")
+    check_latent(model, latent, len(texts))
+    try:
+        z = double_latent(
+            model, texts, [text or "" for text, _ in negatives], latent, noise=noise,
+            noise_sigma=noise_sigma, noise_kind=noise_kind, scale=scale,
+            **split_options(options)[0],
+        )  # fmt: skip
+    except Stop as stop:
+        if stop.latent is None:
+            raise
+        z = stop.latent
+    images = decode_latent(model, z, tile)
+    return images if image is None else crop_like(images, image, FACTOR)
 
 
 def _multiple(model: LatentDiffusion, options: TextOptions) -> int:

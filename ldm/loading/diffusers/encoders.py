@@ -53,7 +53,8 @@ def text_config(encoder: TextEncoder) -> JsonObject:
         if encoder.always_return_pooled:
             kind, num_blocks = "CLIPTextModelWithProjection", len(encoder.model.blocks)
     elif isinstance(encoder, CLIPText) and (
-        encoder.layer == "last" or encoder.blocks_run == len(encoder.tower.blocks) - 1
+        encoder.layer == "last"
+        or (encoder.layer == "hidden" and encoder.blocks_run >= len(encoder.tower.blocks) - 1)
     ):
         block, num_blocks = encoder.tower.blocks[0], len(encoder.tower.blocks)
         norm, projection = encoder.tower.final_layer_norm, encoder.width

@@ -17,6 +17,11 @@ from ldm.encoders.lowres import LowRes, RGBDLatent
 from ldm.encoders.text import TextEncoder
 from ldm.loading.config import read_yaml
 from ldm.loading.diffusers import encoders, networks, schedulers
+from ldm.loading.diffusers.latent_upscaler import (
+    folder_configs_x2,
+    is_x2_folder,
+    original_config_x2,
+)
 from ldm.loading.diffusers.xl import (
     folder_configs_xl,
     is_xl_folder,
@@ -26,6 +31,7 @@ from ldm.loading.diffusers.xl import (
 from ldm.loading.families import CONFIG_DIR, recognise_family
 from ldm.loading.legacy import AUTOENCODER_CONFIG
 from ldm.model import LatentDiffusion
+from ldm.nets.latent_upscaler import LatentUpscalerUNet
 from ldm.runtime.errors import FileFormatError, WrongFamily
 from ldm.runtime.types import JsonMapping, JsonObject
 
@@ -119,6 +125,8 @@ def folder_configs(model: nn.Module, spec: JsonMapping) -> Files:
         raise WrongFamily("diffusers has no pipeline for models without an autoencoder")
     if is_xl_model(model):
         return folder_configs_xl(model, spec)
+    if isinstance(model.unet, LatentUpscalerUNet):
+        return folder_configs_x2(model, spec)
     side = _training_size(model)
     height, width = model.latent_size
     files: Files = {
@@ -157,6 +165,8 @@ def original_config(files: Files, folder: str = "the folder") -> JsonObject:
         return {"model": autoencoder}
     if is_xl_folder(files):
         return original_config_xl(files, folder)
+    if is_x2_folder(files):
+        return original_config_x2(files, folder)
     kind = _pipeline_of_folder(files)
     encoder = IMAGE if kind in ("image", "variations") else TEXT
     is_openai = encoders.is_openai_clip(files[encoder], encoder)

@@ -23,6 +23,7 @@ from ldm.loading.diffusers.names import replace_all, text_layers, unet_layers
 from ldm.loading.weight_names import TEXT
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
+from ldm.nets.latent_upscaler import LatentUpscalerUNet
 from ldm.nets.unet import UNet
 
 __all__ = [
@@ -90,6 +91,33 @@ MIDAS = (
     (r"resConfUnit([12])\.conv([12])", r"residual_layer\1.convolution\2"),
 )
 
+# Of the x2 latent upscaler: layers that are not in a level, and parts of those that are.
+INNER = "inner_model."
+UPSCALER_LAYER = re.compile(rf"{re.escape(INNER)}u_net\.([du])_blocks\.(\d+)\.(\d+)\.")
+UPSCALER_ENDS = {
+    "proj_in": "conv_in", "proj_out": "conv_out", "timestep_embed": "time_proj",
+    "mapping.0": "time_embedding.linear_1", "mapping.2": "time_embedding.linear_2",
+    "mapping_cond": "time_embedding.cond_proj",
+}  # fmt: skip
+UPSCALER_PARTS = {
+    "resnets": {
+        "main.0.mapper": "norm1.linear", "main.2": "conv1", "main.4.mapper": "norm2.linear",
+        "main.6": "conv2", "skip": "conv_shortcut",
+    },
+    "self": {
+        "norm_in.mapper": "norm1.linear", "qkv_proj": "attn1.to_q attn1.to_k attn1.to_v",
+        "out_proj": "attn1.to_out.0",
+    },
+    "cross": {
+        "norm_dec.mapper": "norm2.linear", "norm_enc": "attn2.norm_cross", "q_proj": "attn2.to_q",
+        "kv_proj": "attn2.to_k attn2.to_v", "out_proj": "attn2.to_out.0",
+    },
+}  # fmt: skip
+UPSCALER_MARKS = {
+    "resnets": "main.2.weight", "self": "qkv_proj.weight", "cross": "kv_proj.weight"
+}  # fmt: skip
+Form = Literal["same", "flat", "vector", "transposed"]
+
 
 @dataclass(frozen=True)
 class Location:
@@ -97,16 +125,19 @@ class Location:
 
     Args:
         names: of diffusers' tensors.
-        form: "flat": our 1x1 convolution is a matrix in diffusers; "transposed".
+        form: "flat": our 1x1 convolution is a matrix in diffusers; "vector": our column is a
+            vector; "transposed".
     """
 
     names: tuple[str, ...]
-    form: Literal["same", "flat", "transposed"] = "same"
+    form: Form = "same"
 
     def split(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Split our tensor into diffusers' tensors, by name; views."""
         if self.form == "flat":
             value = value.flatten(1)
+        elif self.form == "vector":
+            value = value.flatten()
         elif self.form == "transposed":
             value = value.T
         return zip(self.names, value.chunk(len(self.names)), strict=True)
@@ -117,7 +148,7 @@ class Location:
         value = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.form == "transposed":
             value = value.T
-        if self.form == "flat" and value.numel() == shape.numel():
+        if self.form in ("flat", "vector") and value.numel() == shape.numel():
             return value.reshape(shape)
         return value
 
@@ -151,7 +182,7 @@ def component_prefixes(model: nn.Module) -> dict[str, str]:
     """Return the prefix of our names for each component that a model, or part of one, may have."""
     if isinstance(model, AutoencoderKL):
         return {"vae": ""}
-    if isinstance(model, UNet):
+    if isinstance(model, UNet | LatentUpscalerUNet):
         return {"unet": ""}
     if not isinstance(model, LatentDiffusion):
         return {}
@@ -193,7 +224,40 @@ def locate_weights(model: nn.Module) -> dict[str, dict[str, Location]]:
 
 def unet_keys(names: Iterable[str]) -> dict[str, Location]:
     """Locate the UNet's tensors."""
+    names = list(names)
+    if any(name.startswith(INNER) for name in names):
+        return _upscaler_keys(names)
     return {ours: Location((theirs,)) for ours, theirs in unet_layers(names).items()}
+
+
+def _upscaler_keys(names: Iterable[str]) -> dict[str, Location]:
+    """Locate the tensors of the x2 latent upscaler; diffusers has no embedding of its noise."""
+    locations: dict[str, Location] = {}
+    layers: dict[tuple[str, int], dict[int, list[str]]] = {}  # by way and level, then by index
+    for name in names:
+        layer, _, end = name.removeprefix(INNER).rpartition(".")
+        if match := UPSCALER_LAYER.match(name):
+            way, level, index = match[1], int(match[2]), int(match[3])
+            layers.setdefault((way, level), {}).setdefault(index, []).append(name)
+        elif layer in UPSCALER_ENDS:
+            form: Form = "vector" if layer == "timestep_embed" else "same"
+            locations[name] = Location((f"{UPSCALER_ENDS[layer]}.{end}",), form)
+    for (way, level), by_index in layers.items():
+        block = -1
+        for _, own in sorted(by_index.items()):
+            tails = {name: UPSCALER_LAYER.sub("", name) for name in own}
+            kind = next((k for k, mark in UPSCALER_MARKS.items() if mark in tails.values()), None)
+            if kind is None:  # a resampling filter
+                continue
+            block += kind == "resnets"
+            place = f"{'down' if way == 'd' else 'up'}_blocks.{level}"
+            place += f".{'resnets' if kind == 'resnets' else 'attentions'}.{block}"
+            for name, tail in tails.items():
+                part, _, end = tail.rpartition(".")
+                form = "flat" if part.endswith("_proj") and end == "weight" else "same"
+                theirs = UPSCALER_PARTS[kind][part].split()
+                locations[name] = Location(tuple(f"{place}.{x}.{end}" for x in theirs), form)
+    return locations
 
 
 def vae_keys(names: Iterable[str]) -> dict[str, Location]:

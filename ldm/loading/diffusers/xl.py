@@ -17,6 +17,7 @@ from ldm.loading.diffusers.keys import text_component
 from ldm.loading.families import XL_CONFIG_DIR
 from ldm.loading.legacy import AUTOENCODER_CONFIG
 from ldm.model import LatentDiffusion
+from ldm.nets.unet import UNet
 from ldm.runtime.errors import ConfigError, FileFormatError
 from ldm.runtime.types import JsonMapping, JsonObject
 
@@ -52,6 +53,7 @@ def folder_configs_xl(model: LatentDiffusion, spec: JsonMapping) -> JsonObject:
     widths = {encoder.outdim for encoder in conditioner.find_all(SizeEmbedding)}
     if len(widths) != 1 or "text_encoder_2" not in texts:
         raise ConfigError("diffusers' SDXL needs a pooled text encoder, and sizes of one width")
+    assert isinstance(model.unet, UNet)
     is_refiner, is_inpainting = SCORE in conditioner.keys, "masked" in conditioner.keys
     side = max(model.latent_size)
     vae = networks.vae_config(

@@ -51,6 +51,8 @@ CONTENTS = {  # of other files, by what they begin with, in small letters
 # Entries that hold the weights of a model, perhaps one in the other.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "weights")
 EMA_ENTRIES = ("ema_state_dict", "state_dict_ema", "ema", "model_ema")  # beside the weights
+# In the averages of k-diffusion's upscaler, which are what it is sampled with.
+K_DIFFUSION = ("model_ema", "inner_model.mapping_cond.weight")
 EMA_COUNTERS = frozenset({"model_ema.decay", "model_ema.num_updates"})
 # In a folder, the first pattern that matches: of a pipeline, a component, and older pickles.
 FOLDER_WEIGHTS = ("*/*.safetensors", "*.safetensors", "*/*.bin", "*.bin")
@@ -163,6 +165,8 @@ def write_checkpoint(
 ) -> None:
     """Write weights as `.safetensors` or `.ckpt`, by the name; whole or not at all.
 
+    A `.pth` has them as k-diffusion does, as `model_ema`.
+
     Args:
         state: names as in the file; see `weight_names.restore_names`.
         metadata: read back as `Checkpoint.metadata`.
@@ -171,8 +175,8 @@ def write_checkpoint(
         progress: called with the bytes of each tensor that was written.
     """
     path, metadata = Path(path), metadata or {}
-    if path.suffix not in (".safetensors", ".ckpt"):
-        raise ArgumentError(f"`{path}`: the name must end in `.safetensors` or `.ckpt`")
+    if path.suffix not in (".safetensors", ".ckpt", ".pth"):
+        raise ArgumentError(f"`{path}`: the name must end in `.safetensors`, `.ckpt` or `.pth`")
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: _TensorToWrite(value, dtype, mapped) for name, value in state.items()}
     with replace_when_written(path, sync=True) as part:
@@ -185,7 +189,8 @@ def write_checkpoint(
                 for name, tensor in tensors.items():
                     weights[name] = tensor.to_memory()
                     progress(weights[name].nbytes)
-                torch.save({"state_dict": weights, **metadata}, part)
+                entry = K_DIFFUSION[0] if path.suffix == ".pth" else "state_dict"
+                torch.save({entry: weights, **metadata}, part)
         except OverflowError as error:
             names = [name for name, tensor in tensors.items() if tensor.overflows]
             raise _overflow_error(names, dtype) from error
@@ -264,6 +269,10 @@ def _read_safetensors(path: Path) -> tuple[JsonObject, dict[str, str]]:
 def _unwrap(content: JsonMapping) -> tuple[JsonMapping, JsonObject]:
     """Return the mapping of weights in the content of a file, and the entries beside it."""
     others: JsonObject = {}
+    entry, name = K_DIFFUSION
+    if isinstance(content.get(entry), Mapping) and name in content[entry]:
+        kept = (entry, *WRAPPERS, *EMA_ENTRIES)
+        return content[entry], {str(k): v for k, v in content.items() if k not in kept}
     for _ in range(MAX_DEPTH):  # a hostile one may contain itself
         inner = next((key for key in WRAPPERS if _holds_weights(content.get(key))), None)
         if inner is None:

@@ -18,7 +18,9 @@ from ldm.train.batches.store import Entry, Store, digest, digest_of_weights, fil
 __all__ = ["CachedContexts", "cache_contexts"]
 
 # Options that encoders did not have when caches were first written, with the values they stood for.
-LATER_OPTIONS = {("always_return_pooled", False), ("legacy", True)}
+LATER_OPTIONS = {
+    ("always_return_pooled", False), ("always_return_mask", False), ("legacy", True)
+}  # fmt: skip
 
 
 class CachedContexts:

@@ -1,0 +1,183 @@
+"""Folders of the x2 latent upscaler, in both directions.
+
+    folder_configs_x2(model, spec)   -> every file but weights
+    original_config_x2(files)        -> our config
+
+diffusers knows networks of the published layout alone, and no noise on the small latent.
+"""
+
+from ldm.diffusion.schedule import Schedule, make_betas
+from ldm.encoders.text import TextEncoder
+from ldm.loading.diffusers import encoders, networks, schedulers
+from ldm.loading.k_diffusion import upscaler_config
+from ldm.model import LatentDiffusion
+from ldm.nets.latent_upscaler import HEAD_WIDTH, LatentUpscalerUNet
+from ldm.runtime.errors import ConfigError, FileFormatError, unknown_name
+from ldm.runtime.types import JsonMapping, JsonObject
+
+__all__ = ["folder_configs_x2", "is_x2_folder", "original_config_x2"]
+
+INDEX = "model_index.json"
+UNET, VAE = "unet/config.json", "vae/config.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+TEXT = "text_encoder/config.json"
+REQUIRED_VALUES = {
+    "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1, "mid_block_scale_factor": 1,
+    "act_fn": "gelu", "norm_num_groups": None, "norm_eps": 1e-5, "resnet_out_scale_factor": 1.0,
+    "resnet_time_scale_shift": "scale_shift", "time_embedding_type": "fourier",
+    "timestep_post_act": "gelu", "conv_in_kernel": 1, "conv_out_kernel": 1, "mid_block_type": None,
+    "attention_head_dim": HEAD_WIDTH, "attention_type": "default",
+    "transformer_layers_per_block": 1, "addition_embed_type_num_heads": 64,
+}  # fmt: skip
+KEYS = frozenset({
+    "sample_size", "in_channels", "out_channels", "down_block_types", "up_block_types", "dropout",
+    "block_out_channels", "layers_per_block", "cross_attention_dim", "time_cond_proj_dim",
+})  # fmt: skip
+# Blocks by whether they attend to the text.
+DOWN = {False: "KDownBlock2D", True: "KCrossAttnDownBlock2D"}
+UP = {False: "KUpBlock2D", True: "KCrossAttnUpBlock2D"}
+PREDICTION_TYPES = ("sample", "original_sample")
+INTERPOLATIONS = ("log_linear", "linear")
+BETAS = {"name": "linear", "linear_start": 0.00085, "linear_end": 0.012}
+COMPONENTS = {
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+    "scheduler": ("diffusers", "EulerDiscreteScheduler"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+}
+
+
+def is_x2_folder(files: JsonMapping) -> bool:
+    """Return whether a folder is of the x2 latent upscaler, by its UNet."""
+    return bool(files.get(UNET, {}).get("time_embedding_type") == "fourier")
+
+
+def folder_configs_x2(model: LatentDiffusion, spec: JsonMapping) -> JsonObject:
+    """Return every file of the folder but weights, for a model and its config."""
+    params, text = spec["params"], model.conditioner.get(TextEncoder)
+    side = max(model.latent_size)
+    files: JsonObject = {
+        UNET: _unet_config(model),
+        VAE: networks.vae_config(
+            params["autoencoder"]["params"], model.scale_factor, side * model.downscale
+        ),
+        SCHEDULER: _scheduler_config(model, params["schedule"]["params"]),
+        TEXT: encoders.text_config(text),
+    }
+    for name, content in encoders.tokenizer_files(text).items():
+        files[f"tokenizer/{name}"] = content
+    name = "StableDiffusionLatentUpscalePipeline"
+    index = {"_class_name": name, "_diffusers_version": "0.35.0", **COMPONENTS}
+    return files | {INDEX: index}
+
+
+def original_config_x2(files: JsonMapping, folder: str) -> JsonObject:
+    """Return our config of a folder; `folder` is its path for messages."""
+    for path in (VAE, SCHEDULER, TEXT):
+        if path not in files:
+            raise FileFormatError(f"`{folder}` has no `{path}`: download the folder again, whole")
+    raw = upscaler_config(_unet_params(files[UNET]))
+    params = raw["model"]["params"]
+    params["autoencoder"]["params"] = networks.vae_params(files[VAE])
+    params["scale_factor"] = files[VAE].get("scaling_factor", params["scale_factor"])
+    text = params["conditioner"]["params"]["text"]["params"]
+    text |= encoders.text_params(files[TEXT])
+    text["layer_idx"] = files[TEXT]["num_hidden_layers"]
+    _set_levels(params, files[SCHEDULER])
+    return raw
+
+
+def _unet_config(model: LatentDiffusion) -> JsonObject:
+    unet = model.unet
+    assert isinstance(unet, LatentUpscalerUNet)
+    width, crosses = unet.channels[0], [bool(attends) for attends in unet.cross_attn_depths]
+    layout = (
+        list(unet.channels) == [width, width, 2 * width, 2 * width],
+        len(set(unet.depths)) == 1,
+        [bool(attends) for attends in unet.self_attn_depths] == [False, False, False, True],
+        unet.mapping_out == 2 * width and width % HEAD_WIDTH == 0,
+        unet.has_variance and unet.input_channels == unet.unet_cond_dim,
+    )
+    if not all(layout):
+        raise ConfigError("diffusers has only networks of the layout of the published upscaler")
+    return {
+        "_class_name": "UNet2DConditionModel",
+        **REQUIRED_VALUES,
+        "sample_size": None,
+        "in_channels": unet.input_channels + unet.unet_cond_dim,
+        "out_channels": unet.input_channels + 1,
+        "block_out_channels": list(unet.channels),
+        "layers_per_block": unet.depths[0],
+        "down_block_types": [DOWN[attends] for attends in crosses],
+        "up_block_types": [UP[attends] for attends in reversed(crosses)],
+        "cross_attention_dim": unet.cross_cond_dim,
+        "time_cond_proj_dim": unet.mapping_cond_dim,
+        "dropout": unet.dropout_rate,
+    }
+
+
+def _unet_params(config: JsonMapping) -> JsonObject:
+    """Return the keywords of our network."""
+    networks.validate_config(config, UNET, REQUIRED_VALUES, KEYS)
+    channels, downs = config["block_out_channels"], config["down_block_types"]
+    for block in downs:
+        if block not in DOWN.values():
+            raise ConfigError(f"{UNET}: blocks `{block}` are not supported")
+    half, levels = config["in_channels"] // 2, len(channels)
+    return {
+        "input_channels": half,
+        "unet_cond_dim": half,
+        "mapping_out": 2 * channels[0],
+        "mapping_cond_dim": config["time_cond_proj_dim"],
+        "cross_cond_dim": config["cross_attention_dim"],
+        "depths": [networks.read_equal(config, "layers_per_block", UNET, 2)] * levels,
+        "channels": channels,
+        "self_attn_depths": [level == levels - 1 for level in range(levels)],
+        "cross_attn_depths": [block == DOWN[True] for block in downs],
+        "has_variance": config["out_channels"] > half,
+        "dropout_rate": config.get("dropout", 0.0),
+    }
+
+
+def _scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> JsonObject:
+    is_table = isinstance(model.schedule, Schedule)
+    betas = schedule.get("betas", {"params": BETAS})
+    return {
+        "_class_name": "EulerDiscreteScheduler",
+        **schedulers.betas_config(betas),
+        "prediction_type": PREDICTION_TYPES[0],
+        "interpolation_type": "linear" if is_table else "log_linear",
+        "timestep_spacing": "linspace",
+        "use_karras_sigmas": False,
+    }
+
+
+def _set_levels(params: JsonObject, config: JsonMapping) -> None:
+    """Put the noise levels of a scheduler into our config; diffusers' default is linear."""
+    prediction = config.get("prediction_type")
+    if prediction not in PREDICTION_TYPES:
+        raise unknown_name("prediction_type", prediction, PREDICTION_TYPES, SCHEDULER)
+    kind = config.get("interpolation_type", "linear")
+    if kind not in INTERPOLATIONS:
+        raise unknown_name("interpolation_type", kind, INTERPOLATIONS, SCHEDULER)
+    if config.get("trained_betas"):
+        raise ConfigError(f"{SCHEDULER}: `trained_betas` are not supported here")
+    betas = schedulers.beta_params(config, SCHEDULER)
+    betas["name"] = betas.pop("beta_schedule")
+    betas.pop("rescale_betas_zero_snr", None)
+    if kind == "linear":
+        target = f"{Schedule.__module__}."
+        params["schedule"] = {
+            "target": f"{target}Schedule",
+            "params": {
+                "betas": {"target": f"{target}make_betas", "params": betas},
+                "log_time": True,
+                "quantize_time": False,
+            },
+        }
+        params["defaults"]["params"]["scheduler"] = "linspace"
+        return
+    sigmas = Schedule(make_betas(**betas)).sigmas
+    ends = {"sigma_min": float(sigmas[0]), "sigma_max": float(sigmas[-1])}
+    params["schedule"]["params"] = ends

@@ -1,0 +1,92 @@
+"""The original of the x2 latent upscaler: a pickle of k-diffusion, and the JSON beside it.
+
+The JSON's section `model` has the keywords of our network. Without it the shapes tell them.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from ldm.loading.config import read_yaml
+from ldm.loading.families import CONFIG_DIR
+from ldm.runtime.errors import ConfigError
+from ldm.runtime.types import JsonMapping, JsonObject
+
+__all__ = ["find_json", "find_sizes", "upscaler_config"]
+
+TEMPLATE = f"{CONFIG_DIR}/x2-latent-upscaler.yaml"
+TYPE = "image_v1"
+INNER = "unet.inner_model."
+CONVOLUTION = re.compile(rf"{re.escape(INNER)}u_net\.d_blocks\.(\d+)\.(\d+)\.main\.2\.weight")
+ATTENTION = re.compile(rf"{re.escape(INNER)}u_net\.d_blocks\.(\d+)\.\d+\.(qkv|kv)_proj\.weight")
+
+
+def find_json(path: Path) -> Path | None:
+    """Return the JSON beside a file: of the same name, or `config_` and the beginning of it."""
+    prefix = "config_"
+    for file in sorted(path.parent.glob("*.json")):
+        if file.stem == path.stem:
+            return file
+        if file.stem.startswith(prefix) and path.stem.startswith(file.stem.removeprefix(prefix)):
+            return file
+    return None
+
+
+def upscaler_config(sizes: JsonMapping, overrides: Iterable[str] = ()) -> JsonObject:
+    """Return our config with the keywords of the network from `find_sizes`."""
+    raw = read_yaml(TEMPLATE, overrides)
+    raw["model"]["params"]["unet"]["params"] = dict(sizes)
+    return raw
+
+
+def find_sizes(config: str, state: Mapping[str, Tensor]) -> JsonObject | None:
+    """Return the keywords of the network that a JSON of k-diffusion has, else those of the weights.
+
+    None if it is neither that nor our YAML of this network.
+
+    Raises:
+        ConfigError: a JSON is of another network.
+    """
+    if config.endswith(".json"):
+        model: JsonObject = read_yaml(config).get("model") or {}
+        if model.get("type") != TYPE:
+            raise ConfigError(
+                f"{config}: `model` must be of type `{TYPE}`, got `{model.get('type')}`"
+            )
+        # k-diffusion's own default, which the upscaler has switched off.
+        return {"augment_wrapper": True} | model
+    has_weights = f"{INNER}proj_in.weight" in state
+    return _read_sizes(state) if config == TEMPLATE and has_weights else None
+
+
+def _read_sizes(state: Mapping[str, Tensor]) -> JsonObject:
+    """Return the keywords of the network that weights under our names have the shapes of."""
+    widths: dict[int, int] = {}
+    depths: dict[int, int] = {}
+    attentions: dict[str, set[int]] = {"qkv": set(), "kv": set()}
+    context = 0
+    for name, value in state.items():
+        if match := CONVOLUTION.fullmatch(name):
+            level = int(match[1])
+            widths[level] = len(value)
+            depths[level] = depths.get(level, 0) + 1
+        elif match := ATTENTION.fullmatch(name):
+            attentions[match[2]].add(int(match[1]))
+            context = value.shape[1] if match[2] == "kv" else context
+    levels = range(len(widths))
+    channels = state[f"{INNER}proj_in.weight"].shape[1] // 2
+    mapping_out, mapping_cond_dim = state[f"{INNER}mapping_cond.weight"].shape
+    return {
+        "input_channels": channels,
+        "unet_cond_dim": channels,
+        "mapping_out": mapping_out,
+        "mapping_cond_dim": mapping_cond_dim,
+        "cross_cond_dim": context,
+        "depths": [depths[level] for level in levels],
+        "channels": [widths[level] for level in levels],
+        "self_attn_depths": [level in attentions["qkv"] for level in levels],
+        "cross_attn_depths": [level in attentions["kv"] for level in levels],
+        "has_variance": len(state[f"{INNER}proj_out.weight"]) > channels,
+    }

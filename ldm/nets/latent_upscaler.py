@@ -1,0 +1,353 @@
+"""The UNet of the x2 latent upscaler: k-diffusion's `image_v1`, conditioned on a small latent.
+
+    noisy latent | small latent, twice as large -> levels of equal width -> output, log variance
+
+It has no feed-forward and no transformer: residual blocks and attention of each level take the
+embedding of noise levels and text by the scale and shift of their group norms.
+
+Karras et al. 2022 (arXiv:2206.00364); random Fourier features: Tancik et al. 2020
+(arXiv:2006.10739).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.nets.attention import attention
+from ldm.nets.blocks import Conv2d, Layer, LayerNorm, Linear
+
+__all__ = ["LatentUpscalerUNet"]
+
+GROUP_WIDTH = 32  # channels per group of a norm
+HEAD_WIDTH = 64
+FIR = (1, 3, 3, 1)  # weights of the resampling filter along one side
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class LatentUpscalerUNet(Layer):
+    """The network, with the embedding of the small latent's noise level.
+
+    Its fields are those of `model` in k-diffusion's JSON. Level i is `channels[i]` wide and 2 ** i
+    times smaller than the latent.
+    """
+
+    IGNORED_PARAMETERS: ClassVar[frozenset[str]] = frozenset(
+        {"type", "input_size", "augment_prob", "sigma_min", "sigma_max", "sigma_sample_density"}
+    )
+
+    channels: Sequence[int]
+    depths: Sequence[int]  # residual blocks of each level, on each way
+    self_attn_depths: Sequence[bool]  # levels with self-attention
+    cross_attn_depths: Sequence[bool]  # levels with attention to the text
+    mapping_out: int  # features of the embedding
+    mapping_cond_dim: int  # features of the small latent's noise level, and of the pooled text
+    cross_cond_dim: int  # features of a token
+    input_channels: int = 4
+    unet_cond_dim: int = 4  # channels of the small latent
+    has_variance: bool = True
+    dropout_rate: float = 0.0
+    patch_size: int = 1
+    sigma_data: float = 1.0
+    augment_wrapper: bool = False
+    skip_stages: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        unsupported = {
+            f"patch_size {self.patch_size}": self.patch_size != 1,
+            f"sigma_data {self.sigma_data}": self.sigma_data != 1,
+            f"skip_stages {self.skip_stages}": self.skip_stages != 0,
+            "augment_wrapper": self.augment_wrapper,
+        }
+        for setting, is_used in unsupported.items():
+            if is_used:
+                raise ValueError(f"{setting} is not supported by the x2 latent upscaler")
+        self.context_dim = self.cross_cond_dim
+        self.out_channels = self.input_channels
+        self.low_res_noise_embed = FourierFeatures(self.mapping_cond_dim - self.cross_cond_dim)
+        self.inner_model = _InnerModel(self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights, in which the network computes."""
+        return next(self.parameters()).dtype
+
+    @property
+    def multiple(self) -> int:
+        """What the sides of a latent must be multiples of; they must be at least twice that."""
+        return int(2 ** (len(self.channels) - 1))
+
+    @property
+    def knows_noise(self) -> bool:
+        """Whether noise levels of the small latent have an effect; not with diffusers' weights."""
+        return bool(self.low_res_noise_embed.weight.any())
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        y: Tensor,
+        context_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Predict from noisy latents, (B, input_channels, h, w) in the dtype of x.
+
+        Args:
+            x: (B, input_channels + unet_cond_dim, h, w), h and w multiples of `multiple`.
+            timesteps: 0.25 ln sigma, (B,).
+            context: Tokens (B, M, cross_cond_dim).
+            y: Pooled text and noise level sigma of the small latent, (B, cross_cond_dim + 1).
+            context_mask: Tokens to keep, bool (B, M); None for all.
+        """
+        return self.predict_with_variance(x, timesteps, context, y, context_mask)[0]
+
+    def predict_with_variance(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        y: Tensor,
+        context_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the prediction, and the log variance (B,) of its error that training fits."""
+        sides, multiple = x.shape[-2:], self.multiple
+        if any(side % multiple or side < 2 * multiple for side in sides):
+            raise ValueError(
+                f"latent of {sides[0]} x {sides[1]} does not fit this UNet, sides must be "
+                f"multiples of {multiple} from {2 * multiple}"
+            )
+        pooled, level = y[:, :-1], y[:, -1]
+        noise = self.low_res_noise_embed(level.float().log1p())
+        out = self.inner_model(
+            x.to(self.dtype),
+            timesteps,
+            torch.cat([noise, pooled.float()], dim=1).to(self.dtype),
+            context.to(self.dtype),
+            context_mask,
+        )
+        n = self.out_channels
+        return out[:, :n].to(x.dtype).contiguous(), out[:, n:].float().mean((1, 2, 3))
+
+
+class FourierFeatures(Layer):
+    """Numbers (B,) -> [cos 2π f x | sin 2π f x], (B, features) float32, of fixed frequencies f."""
+
+    weight: Tensor
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.randn(features // 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = 2 * math.pi * x.float()[:, None] @ self.weight.float().mT
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class _InnerModel(Layer):
+    """The network itself, conditioned on a vector."""
+
+    def __init__(self, config: LatentUpscalerUNet) -> None:
+        super().__init__()
+        first, width = config.channels[0], config.mapping_out
+        self.timestep_embed = FourierFeatures(width)
+        self.mapping_cond = Linear(config.mapping_cond_dim, width, bias=False)
+        self.mapping = nn.Sequential(
+            Linear(width, width), nn.GELU(), Linear(width, width), nn.GELU()
+        )
+        self.proj_in = Conv2d(config.input_channels + config.unet_cond_dim, first, 1)
+        self.u_net = _Levels(config)
+        self.proj_out = Conv2d(first, config.out_channels + config.has_variance, 1)
+
+    def forward(
+        self, x: Tensor, time: Tensor, vector: Tensor, context: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        emb = self.timestep_embed(time).to(vector.dtype) + self.mapping_cond(vector)
+        emb = self.mapping(emb)  # (B, mapping_out)
+        return self.proj_out(self.u_net(self.proj_in(x), emb, context, mask))
+
+
+class _Levels(Layer):
+    """The way down and up: lists of layers by level, named as in k-diffusion."""
+
+    def __init__(self, config: LatentUpscalerUNet) -> None:
+        super().__init__()
+        widths, downs, ups = config.channels, [], []
+        for level, width in enumerate(widths):
+            above = widths[max(0, level - 1)]
+            depth, is_last = config.depths[level], level == len(widths) - 1
+            ins, outs = [above] + [width] * (depth - 1), [width] * depth
+            down = _build_layers(config, level, ins, outs)
+            downs.append(nn.ModuleList([FIRDown() if level else nn.Identity(), *down]))
+            ins, outs = [width] * depth, [*[width] * (depth - 1), above]
+            ins[0] *= 1 if is_last else 2  # with the skip connection
+            up = _build_layers(config, level, ins, outs)
+            ups.append(nn.ModuleList([*up, FIRUp() if level else nn.Identity()]))
+        self.d_blocks = nn.ModuleList(downs)
+        self.u_blocks = nn.ModuleList(reversed(ups))
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        skips: list[Tensor] = []
+        for level in self.d_blocks:
+            x = _run_level(level, x, emb, context, mask)  # (B, C_i, h / 2^i, w / 2^i)
+            skips.append(x)
+        skips.pop()
+        for i, level in enumerate(self.u_blocks):
+            x = torch.cat([x, skips.pop()], dim=1) if i else x
+            x = _run_level(level, x, emb, context, mask)
+        return x
+
+
+def _build_layers(
+    config: LatentUpscalerUNet, level: int, ins: Sequence[int], outs: Sequence[int]
+) -> list[nn.Module]:
+    """Build the layers of one level and way: each residual block with its attention."""
+    layers: list[nn.Module] = []
+    emb, rate = config.mapping_out, config.dropout_rate
+    for in_channels, out_channels in zip(ins, outs, strict=True):
+        layers.append(ResidualBlock(emb, in_channels, config.channels[level], out_channels, rate))
+        if config.self_attn_depths[level]:
+            layers.append(SelfAttention(emb, out_channels))
+        if config.cross_attn_depths[level]:
+            layers.append(TextAttention(emb, out_channels, config.cross_cond_dim))
+    return layers
+
+
+def _run_level(
+    level: nn.Module, x: Tensor, emb: Tensor, context: Tensor, mask: Tensor | None
+) -> Tensor:
+    for layer in level.children():
+        if isinstance(layer, ResidualBlock | SelfAttention):
+            x = layer(x, emb)
+        elif isinstance(layer, TextAttention):
+            x = layer(x, emb, context, mask)
+        else:
+            x = layer(x)
+    return x
+
+
+class AdaGroupNorm(Layer):
+    """Group norm whose scale and shift are a linear function of the embedding."""
+
+    def __init__(self, emb_channels: int, channels: int) -> None:
+        super().__init__()
+        self.groups = max(1, channels // GROUP_WIDTH)
+        self.mapper = Linear(emb_channels, 2 * channels)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        scale, shift = self.mapper(emb)[:, :, None, None].chunk(2, dim=1)  # (B, C, 1, 1) each
+        return torch.addcmul(shift, F.group_norm(x, self.groups, eps=1e-5).to(x.dtype), scale + 1)
+
+
+class ResidualBlock(Layer):
+    """Twice norm, GELU and 3x3 convolution; plus the input."""
+
+    def __init__(
+        self, emb_channels: int, in_channels: int, channels: int, out_channels: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.main = nn.Sequential(
+            AdaGroupNorm(emb_channels, in_channels),
+            nn.GELU(),
+            Conv2d(in_channels, channels, 3, padding=1),
+            nn.Dropout(dropout),
+            AdaGroupNorm(emb_channels, channels),
+            nn.GELU(),
+            Conv2d(channels, out_channels, 3, padding=1),
+            nn.Dropout(dropout),
+        )
+        self.skip: nn.Module = nn.Identity()
+        if in_channels != out_channels:
+            self.skip = Conv2d(in_channels, out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = x
+        for layer in self.main:
+            h = layer(h, emb) if isinstance(layer, AdaGroupNorm) else layer(h)
+        skip: Tensor = self.skip(x)  # (B, C_out, h, w)
+        return skip + h
+
+
+class SelfAttention(Layer):
+    """Self-attention over all positions, as a residual."""
+
+    def __init__(self, emb_channels: int, channels: int) -> None:
+        super().__init__()
+        self.norm_in = AdaGroupNorm(emb_channels, channels)
+        self.qkv_proj = Conv2d(channels, 3 * channels, 1)
+        self.out_proj = Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        qkv = self.qkv_proj(self.norm_in(x, emb)).chunk(3, dim=1)  # (B, C, h, w) each
+        q, k, v = (_split_heads(part.flatten(2).mT) for part in qkv)
+        return x + self.out_proj(_join_heads(attention(q, k, v), x))
+
+
+class TextAttention(Layer):
+    """Attention of all positions to the text, as a residual."""
+
+    def __init__(self, emb_channels: int, channels: int, context_dim: int) -> None:
+        super().__init__()
+        self.norm_enc = LayerNorm(context_dim)
+        self.norm_dec = AdaGroupNorm(emb_channels, channels)
+        self.q_proj = Conv2d(channels, channels, 1)
+        self.kv_proj = Linear(context_dim, 2 * channels)
+        self.out_proj = Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        q = _split_heads(self.q_proj(self.norm_dec(x, emb)).flatten(2).mT)
+        k, v = map(_split_heads, self.kv_proj(self.norm_enc(context)).chunk(2, dim=2))
+        h = attention(q, k, v, None if mask is None else mask[:, None, None])
+        return x + self.out_proj(_join_heads(h, x))
+
+
+class FIRDown(Layer):
+    """Half the size, by a separable filter of four taps."""
+
+    kernel: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kernel", _fir_kernel(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.kernel.to(x.dtype).expand(x.shape[1], 1, 4, 4)
+        return F.conv2d(F.pad(x, (1,) * 4, "reflect"), weight, stride=2, groups=x.shape[1])
+
+
+class FIRUp(Layer):
+    """Twice the size, by the transpose of the same filter."""
+
+    kernel: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kernel", _fir_kernel(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[1]
+        weight = self.kernel.to(x.dtype).expand(n, 1, 4, 4)
+        x = F.pad(x, (1,) * 4, "reflect")
+        return F.conv_transpose2d(x, weight, stride=2, padding=3, groups=n)
+
+
+def _fir_kernel(gain: float) -> Tensor:
+    """Return the filter (4, 4), whose taps sum to `gain` along each side."""
+    # These are values, even where the weights are on the meta device.
+    taps = torch.tensor(FIR, dtype=torch.float32, device="cpu")
+    return torch.outer(taps, taps) * (gain / sum(FIR)) ** 2
+
+
+def _split_heads(x: Tensor) -> Tensor:
+    """Split features: (B, N, C) -> (B, heads, N, d)."""
+    heads = max(1, x.shape[-1] // HEAD_WIDTH)
+    return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
+
+
+def _join_heads(h: Tensor, like: Tensor) -> Tensor:
+    """Join heads again: (B, heads, h w, d) -> (B, C, h, w)."""
+    return h.transpose(2, 3).reshape(like.shape)

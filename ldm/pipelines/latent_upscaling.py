@@ -1,0 +1,163 @@
+"""Latents of twice the size: the x2 latent upscaler, alone or after another model.
+
+k-diffusion's notebook is what it follows: its noise levels end above 0, and nothing is left out of
+the result for that.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ldm.conditioning import Cond
+from ldm.diffusion.guidance import Scale
+from ldm.encoders.lowres import LowResLatent
+from ldm.model import LatentDiffusion
+from ldm.nets.latent_upscaler import LatentUpscalerUNet
+from ldm.pipelines.families import check_family, file_name
+from ldm.pipelines.quirks import Noise, Quirks
+from ldm.pipelines.sampling import SamplingOptions, run_sigmas, sample
+from ldm.runtime.errors import ArgumentError, unknown_name
+
+__all__ = ["FACTOR", "Upscaling", "check_latent", "check_noise", "double_latent"]
+
+FACTOR = 2
+SCALE_TOLERANCE = 0.01  # relative, of the scale factors of autoencoders
+
+
+@dataclass(frozen=True)
+class Upscaling:
+    """A second model, which doubles the latents of the first.
+
+    Args:
+        model: The upscaler.
+        steps: Its sampling steps; None for its default.
+        scale: Its guidance scale; None for its default.
+    """
+
+    model: LatentDiffusion
+    steps: int | None = None
+    scale: float | None = None
+
+    def check(self, base: LatentDiffusion) -> None:
+        """Raise ArgumentError unless it takes the latents of the base model."""
+        check_family(self.model, "latent-upscaling")
+        run_sigmas(self.model, Quirks(), {"steps": self.steps})  # raises ArgumentError
+        spaces = [
+            (
+                model.channels,
+                model.downscale,
+                model.autoencoder.in_channels,
+                model.latent_mean is None,
+                model.latent_std is None,
+            )
+            for model in (base, self.model)
+        ]
+        ratio = base.scale_factor / self.model.scale_factor
+        if spaces[0] != spaces[1] or abs(ratio - 1) > SCALE_TOLERANCE:
+            raise ArgumentError(
+                f"{file_name(base)} has latents of another kind than the upscaler, which takes "
+                "those of Stable Diffusion 1 and 2: save the images, and upscale these",
+                "upscaler",
+            )
+
+
+def check_noise(model: LatentDiffusion, sigma: float, kind: str) -> None:
+    """Raise ArgumentError for a noise level of the small latent that a model does not know."""
+    if kind not in LowResLatent.NOISE_KINDS:
+        raise unknown_name("kind of noise", kind, LowResLatent.NOISE_KINDS, argument="noise_kind")
+    if not sigma >= 0:
+        raise ArgumentError(f"noise_sigma must be 0 or more, got {sigma}", "noise_sigma")
+    assert isinstance(model.unet, LatentUpscalerUNet)
+    if sigma and not model.unet.knows_noise:
+        raise ArgumentError(
+            f"{file_name(model)} comes from diffusers, which leaves out the embedding of noise "
+            f"levels: noise_sigma must be 0, got {sigma}",
+            "noise_sigma",
+        )
+
+
+def check_latent(model: LatentDiffusion, latent: Tensor, n: int) -> None:
+    """Raise ArgumentError unless it is a latent of the model, one row or n."""
+    shape = tuple(latent.shape)
+    if latent.dim() != 4 or shape[1] != model.channels or shape[0] not in (1, n):
+        raise ArgumentError(
+            f"a latent has the shape (1 or {n}, {model.channels}, height, width), got {shape}",
+            "latent",
+        )
+
+
+def double_latent(
+    model: LatentDiffusion,
+    prompts: Sequence[str],
+    negative_prompts: Sequence[str],
+    latent: Tensor,
+    *,
+    noise: Noise,
+    noise_sigma: float = 0.0,
+    noise_kind: str = "gaussian",
+    scale: Scale | None = None,
+    **options: Unpack[SamplingOptions],
+) -> Tensor:
+    """Sample latents (B, C, 2h, 2w) like given ones (1 | B, C, h, w), a row per prompt.
+
+    The latent is padded to the sides that the UNet takes, and the result is cut.
+    """
+    n, (height, width) = len(prompts), latent.shape[-2:]
+    assert isinstance(model.unet, LatentUpscalerUNet)
+    latent = latent.to(model.device, torch.float32).expand(n, -1, -1, -1)
+    latent = _pad(latent, model.unet.multiple // FACTOR)
+    with_noise = noise_sigma > 0 and noise_kind == "gaussian"
+    lowres = model.conditioner.get(LowResLatent).add_noise(
+        latent, noise_sigma, noise(latent) if with_noise else None
+    )
+    quirks = Quirks.of(model, options.get("legacy", ()))
+
+    def encode(texts: Sequence[str]) -> Cond:
+        sigma = torch.full((n,), noise_sigma, device=model.device)
+        cond = model.condition({"txt": texts, "lowres_latent": lowres, "noise_sigma": sigma})
+        return replace(cond, context_mask=None) if "unmasked" in quirks else cond
+
+    scale = model.defaults.scale if scale is None else scale
+    cond = encode(negative_prompts if scale == 0 else prompts)
+    uncond = None if scale in (0, 1) else encode(negative_prompts)
+    sigmas = run_sigmas(model, quirks, options)
+    start = _start_noise(latent, options.get("x_T"), noise)
+    # `sample` takes latents of the same variance at every level, and returns them; these are not.
+    first, last = float(sigmas[0]), float(sigmas[-1])
+    run: SamplingOptions = {**options, "x_T": None}
+    z = sample(
+        model,
+        cond,
+        uncond,
+        z_t=start * (first / math.hypot(1, first)),
+        scale=1 if uncond is None else scale,
+        noise=noise,
+        sigmas=sigmas,
+        **run,
+    )
+    return z[..., : FACTOR * height, : FACTOR * width] * math.hypot(1, last)
+
+
+def _pad(latent: Tensor, multiple: int) -> Tensor:
+    """Repeat the last row and column up to a multiple, at least twice that."""
+    height, width = (max(side + -side % multiple, 2 * multiple) for side in latent.shape[-2:])
+    return F.pad(
+        latent, (0, width - latent.shape[-1], 0, height - latent.shape[-2]), mode="replicate"
+    )
+
+
+def _start_noise(latent: Tensor, x_T: Tensor | None, noise: Noise) -> Tensor:
+    """Return noise of twice the size of a padded latent, with x_T in its corner."""
+    n, channels, height, width = latent.shape
+    start = latent.new_empty(n, channels, FACTOR * height, FACTOR * width)
+    if x_T is not None and x_T.shape == start.shape:
+        return x_T.to(start)
+    start = noise(start)
+    if x_T is not None:
+        start[..., : x_T.shape[-2], : x_T.shape[-1]] = x_T.to(start)
+    return start

@@ -1,0 +1,143 @@
+"""Files of the x2 latent upscaler: k-diffusion's pickle and JSON, diffusers' folder, and back."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import ldm
+from ldm.loading.config import format_yaml
+from ldm.loading.convert import convert, plan_conversion
+from ldm.loading.load import load, read_config, save_model
+from ldm.loading.report import inspect_checkpoint
+from ldm.loading.weights import identify_weights, read_weights
+from ldm.runtime.errors import ArgumentError, ConfigError, MissingArgument
+from tinyupscaler import random_latent, tiny_config, tiny_upscaler
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_upscaler()
+
+
+@pytest.fixture(scope="module")
+def files(model, tmp_path_factory):
+    """`x2.safetensors`, whole; `x2.pth`, the original's; `folder`, diffusers'; `x2.yaml`."""
+    folder = tmp_path_factory.mktemp("x2")
+    text = format_yaml(tiny_config())
+    (folder / "x2.yaml").write_text(text)
+    save_model(model, folder / "x2.safetensors", {"ldm.config": text})
+    convert(plan_conversion(folder / "x2.safetensors", folder / "folder"))
+    weights = model.unet.state_dict()
+    raw = {name: value + 1 for name, value in weights.items()}
+    optimizer = {"state": {0: {"exp_avg": torch.zeros(3)}}}
+    content = {"model": raw, "model_ema": weights, "opt": optimizer, "step": 470_000}
+    torch.save(content, folder / "x2.pth")
+    return folder
+
+
+def assert_equal(ours, theirs, *, but=()):
+    ours, theirs = ours.state_dict(), theirs.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert [n for n in ours if not torch.equal(ours[n], theirs[n])] == list(but)
+
+
+def test_original_pickle_takes_averages_and_parts_of_another_model(model, files):
+    loaded = load(files / "x2.yaml", files / "x2.pth", base=model)
+    assert_equal(loaded, model)
+    ours, theirs = loaded.autoencoder, model.autoencoder
+    assert ours.decoder.conv_in.weight.data_ptr() == theirs.decoder.conv_in.weight.data_ptr()
+    loaded = load(files / "x2.yaml", files / "x2.pth", text_encoder=files / "x2.safetensors")
+    assert_equal(loaded, model)
+    assert loaded.provenance["text_encoder"]["path"] == str(files / "x2.safetensors")
+
+
+def test_original_pickle_alone_says_what_it_needs(files):
+    with pytest.raises(MissingArgument, match=r"no autoencoder and no text encoder.*ViT-L/14") as e:
+        load(ckpt=files / "x2.pth")
+    assert e.value.argument == "text_encoder"
+
+
+def test_sizes_are_those_of_weights_or_of_the_json(files, tmp_path):
+    expected = tiny_config()["model"]["params"]["unet"]["params"]
+    weights = identify_weights(read_weights(files / "x2.pth"))
+    _, raw = read_config(weights)
+    sizes = raw["model"]["params"]["unet"]["params"]
+    assert sizes == {key: expected[key] for key in sizes}
+    shutil.copy(files / "x2.pth", tmp_path / "upscaler_2_1_slim.pth")
+    sidecar = tmp_path / "config_upscaler_2.json"
+    sidecar.write_text(json.dumps({"model": expected}))
+    source, raw = read_config(identify_weights(read_weights(tmp_path / "upscaler_2_1_slim.pth")))
+    assert (source, raw["model"]["params"]["unet"]["params"]) == (str(sidecar), expected)
+    sidecar.write_text(json.dumps({"model": {"type": "image_v2"}}))
+    with pytest.raises(ConfigError, match=r"must be of type `image_v1`, got `image_v2`"):
+        read_config(weights, sidecar)
+
+
+def test_folder_and_back(model, files, tmp_path):
+    assert_equal(load(ckpt=files / "folder"), model)
+    convert(plan_conversion(files / "folder", tmp_path / "x2.pth"))
+    content = torch.load(tmp_path / "x2.pth", weights_only=True)
+    theirs = model.unet.state_dict()
+    assert content["model_ema"].keys() == theirs.keys()
+    assert all(torch.equal(content["model_ema"][name], theirs[name]) for name in theirs)
+
+
+def test_folder_of_diffusers_knows_no_noise(model, files, tmp_path):
+    folder = shutil.copytree(files / "folder", tmp_path / "folder")
+    (folder / "original.safetensors").unlink()
+    loaded = load(ckpt=folder)
+    assert_equal(loaded, model, but=["unet.low_res_noise_embed.weight"])
+    options = {"latent": random_latent(), "seeds": 0, "steps": 1}
+    images = [ldm.upscale_latent(each, ["a cat"], **options) for each in (model, loaded)]
+    torch.testing.assert_close(*images, atol=1e-4, rtol=0)
+    with pytest.raises(ArgumentError, match="leaves out the embedding of noise levels"):
+        ldm.upscale_latent(loaded, ["a cat"], noise_sigma=0.3, **options)
+
+
+def test_unet_of_a_folder_alone(model, files, tmp_path):
+    shutil.copy(
+        files / "folder/unet/diffusion_pytorch_model.safetensors", tmp_path / "u.safetensors"
+    )
+    loaded = load(files / "x2.yaml", tmp_path / "u.safetensors", text_encoder=files / "folder")
+    assert_equal(loaded, model, but=["unet.low_res_noise_embed.weight"])
+
+
+def test_noise_levels_are_those_of_the_scheduler(files, tmp_path):
+    folder = shutil.copytree(files / "folder", tmp_path / "folder")
+    path = folder / "scheduler/scheduler_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"interpolation_type": "linear"}))
+    assert load(ckpt=folder).defaults.scheduler == "linspace"
+    path.write_text(json.dumps(config | {"prediction_type": "epsilon"}))
+    with pytest.raises(ValueError, match="unknown prediction_type `epsilon`"):
+        load(ckpt=folder)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("scale", [0, 1, 3.0])
+def test_pipeline_of_diffusers(files, scale):
+    from diffusers import StableDiffusionLatentUpscalePipeline
+
+    pipeline = StableDiffusionLatentUpscalePipeline.from_pretrained(str(files / "folder"))
+    latent, x_T = random_latent(2, 8, 12), random_latent(2, 16, 24)
+    prompts, latents = ["a cat", "a dog on a bench"], []
+    theirs = pipeline(
+        prompts, image=latent, num_inference_steps=7, guidance_scale=scale, latents=x_T.clone(),
+        output_type="latent",
+    ).images  # fmt: skip
+    ldm.upscale_latent(
+        load(ckpt=files / "folder"), prompts, latent=latent, scale=scale, steps=7, x_T=x_T,
+        callback=lambda step, steps, x, denoised: latents.append(x), legacy=["unmasked"],
+    )  # fmt: skip
+    torch.testing.assert_close(latents[-1], theirs, atol=2e-4, rtol=0)  # observed: 3e-5
+
+
+def test_inspection(files):
+    report = inspect_checkpoint(files / "x2.pth")
+    assert (report.family, report.task) == ("x2", "upscale_latent")
+    assert [part.name for part in report.parts] == ["unet"]
+    assert (report.missing, report.unexpected) == ([], [])
+    assert report.note.startswith("needs autoencoder and text encoder (CLIP ViT-L/14)")

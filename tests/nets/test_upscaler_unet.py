@@ -1,0 +1,51 @@
+"""The network of the x2 latent upscaler against recordings of k-diffusion's."""
+
+import pytest
+import torch
+
+from goldfile import gold
+from ldm.loading.config import read_yaml
+from ldm.nets.latent_upscaler import LatentUpscalerUNet
+from nets.nethelp import assert_close, noise_of
+from tinyupscaler import CONFIG, tiny_upscaler
+
+
+@pytest.fixture(scope="module")
+def network():
+    return tiny_upscaler().unet
+
+
+def test_network(network):
+    file, name = gold("seed_x2_unet"), "net_nonsq"
+    given, expected = file.inputs(name), file.outputs(name)
+    with torch.no_grad():
+        out = network.inner_model(
+            torch.cat([given["x"], given["unet_cond"]], dim=1),
+            given["sigma"].log() / 4,
+            given["mapping_cond"],
+            given["cross_cond"],
+            given["cross_cond_padding"] == 0,
+        )
+    log_variance = out[:, 4:].mean((1, 2, 3))
+    assert_close(out[:, :4], expected["out"], noise=noise_of(file, name, "out"))
+    assert_close(log_variance, expected["logvar"], noise=noise_of(file, name, "logvar"))
+
+
+def test_published_size():
+    with torch.device("meta"):
+        network = LatentUpscalerUNet(**read_yaml(CONFIG)["model"]["params"]["unet"]["params"])
+    assert sum(parameter.numel() for parameter in network.parameters()) == 372_560_261
+    assert len(network.state_dict()) == 566
+
+
+@pytest.mark.parametrize("side", [8, 20])
+def test_sides_that_it_does_not_take(network, side):
+    x = torch.zeros(1, 8, side, side)
+    with pytest.raises(ValueError, match="multiples of 8 from 16"):
+        network(x, torch.zeros(1), torch.zeros(1, 5, 32), torch.zeros(1, 33))
+
+
+def test_settings_that_it_does_not_have():
+    params = read_yaml(CONFIG)["model"]["params"]["unet"]["params"]
+    with pytest.raises(ValueError, match="augment_wrapper is not supported"):
+        LatentUpscalerUNet(**params, augment_wrapper=True)

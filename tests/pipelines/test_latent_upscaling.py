@@ -1,0 +1,223 @@
+"""The x2 latent upscaler against recordings of k-diffusion's notebook and of diffusers."""
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import ldm
+from goldfile import gold
+from ldm.conditioning import Cond
+from ldm.diffusion.guidance import add_guidance
+from ldm.diffusion.schedule import Schedule, make_betas
+from ldm.encoders.lowres import LowResLatent
+from ldm.imaging.pixels import to_tensor, to_uint8
+from ldm.pipelines.latent_upscaling import double_latent
+from ldm.runtime.errors import ArgumentError, MissingArgument, WrongFamily
+from nets.nethelp import assert_close, noise_of
+from pipelines.goldmodels import model_of
+from tinyupscaler import draws_of, random_latent, tiny_upscaler
+
+SAMPLERS = {"k_euler": "euler", "k_euler_ancestral": "euler_a"}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_upscaler()
+
+
+@pytest.fixture(scope="module")
+def base():
+    """A tiny text-to-image model, whose autoencoder halves images three times."""
+    return model_of(gold("e2e_txt2img"), "base_eps")
+
+
+def cond_of(model, given: dict[str, Tensor], prefix: str = "") -> Cond:
+    sigma = given["low_res_sigma"]
+    assert len(set(sigma.tolist())) == 1 or prefix == ""
+    scaled = given["low_res"] / (1 + sigma**2).sqrt()[:, None, None, None]
+    return Cond(
+        crossattn=given[f"{prefix}hidden"],
+        concat=model.conditioner.get(LowResLatent)(scaled),
+        vector=torch.cat([given[f"{prefix}pooled"], sigma[:, None]], dim=1),
+        context_mask=given[f"{prefix}padding"] == 0,
+    )
+
+
+def test_text_is_not_normed_and_its_padding_masked(model):
+    file = gold("seed_x2_text")
+    expected = file.outputs("prompts")
+    cond = model.conditioner.text.condition(file.meta["prompts"])
+    assert_close(cond.crossattn, expected["hidden"])
+    assert_close(cond.vector, expected["pooled"])
+    assert torch.equal(cond.context_mask, expected["padding"] == 0)
+
+
+@pytest.mark.parametrize("name", ["den_level0", "den_level"])
+def test_denoiser(model, name):
+    file = gold("seed_x2_unet")
+    given, expected = file.inputs(name), file.outputs(name)["denoised"]
+    with torch.no_grad():
+        denoised = model.denoiser(given["x"], given["sigma"], cond_of(model, given))
+    assert_close(denoised, expected, noise=noise_of(file, name, "denoised"))
+
+
+def test_guidance(model):
+    file, name = gold("seed_x2_unet"), "cfg_2.5"
+    given, expected = file.inputs(name), file.outputs(name)["denoised"]
+    conds = cond_of(model, given, "c_"), cond_of(model, given, "uc_")
+    denoise = add_guidance(model.denoiser, *conds, 2.5)
+    with torch.no_grad():
+        denoised = denoise(given["x"], float(given["sigma"][0]))
+    assert_close(denoised, expected, noise=noise_of(file, name, "denoised"))
+
+
+def test_loss_with_variance(model):
+    """§1.6 of the contract: the fifth channel is the log variance of the error."""
+    file, name = gold("seed_x2_unet"), "loss_variance"
+    given, expected = file.inputs(name), file.outputs(name)
+    sigma, cond = given["sigma"], cond_of(model, given)
+    column = sigma[:, None, None, None]
+    x = given["clean"] + column * given["noise"]
+    z_t = torch.cat([x / (1 + column**2).sqrt(), cond.concat], dim=1)
+    prediction, log_variance = model.unet.predict_with_variance(
+        z_t, sigma.log() / 4, cond.crossattn, cond.vector, cond.context_mask
+    )
+    error = prediction - model.denoiser.target(given["clean"], given["noise"], sigma.log() / 4)
+    loss = ((error.square().mean((1, 2, 3)) * (-log_variance).exp()) + log_variance) / 2
+    loss.mean().backward()
+    assert_close(loss.detach(), expected["loss"])
+    for part in ("proj_out", "proj_in", "mapping.0"):
+        gradient = model.unet.inner_model.get_submodule(part).bias.grad
+        assert_close(gradient, expected[f"grad_{part}.bias"])
+    model.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["euler10_cfg0", "euler10_cfg2.5", "euler10_gaussian0.3", "euler10_fake0.3", "euler_a10_eta1"],
+)
+def test_notebook(model, name):
+    file = gold("seed_x2_sample")
+    info, given = file.case(name)["info"], file.inputs(name)
+    z = double_latent(
+        model,
+        [info["prompt"]],
+        [info["uncond"]],
+        given["low_res"],
+        noise=draws_of(file, name),
+        noise_sigma=info["noise_aug_level"],
+        noise_kind=info["noise_aug_type"],
+        scale=info["scale"],
+        x_T=given["noise"],
+        steps=info["steps"],
+        sampler=SAMPLERS[info["sampler"]],
+    )
+    assert_close(z, file.outputs(name)["latents"], noise=noise_of(file, name, "latents"))
+
+
+@pytest.mark.parametrize("name", ["log_gs1", "log_gs9_neg", "lin_gs2", "log_image"])
+def test_diffusers(model, name, monkeypatch):
+    """Its pipeline, by `legacy`; guidance above 1 is the same in both."""
+    file = gold("seed_x2_diffusers")
+    info, given, expected = file.case(name)["info"], file.inputs(name), file.outputs(name)
+    if info["interpolation_type"] == "linear":
+        betas = make_betas("linear", linear_start=0.00085, linear_end=0.012)
+        schedule = Schedule(betas, log_time=True, quantize_time=False)
+        monkeypatch.setattr(model, "schedule", schedule)
+    image = given.get("image")
+    latents: list[Tensor] = []
+    images = ldm.upscale_latent(
+        model,
+        [info["prompt"]],
+        None if image is None else to_tensor(Image.fromarray(image.numpy())),
+        latent=given.get("low_res"),
+        negative_prompt=info["negative_prompt"] or "",
+        scale=info["guidance_scale"],
+        steps=info["steps"],
+        scheduler="linspace" if info["interpolation_type"] == "linear" else "time_uniform",
+        x_T=given["latents"],
+        seeds=draws_of(file, name),
+        callback=lambda step, steps, x, denoised: latents.append(x),
+        legacy=["unmasked"],
+    )
+    noise = noise_of(file, name, "final_latents")
+    assert_close(latents[-1], expected["final_latents"], noise=noise)
+    if "images" in expected:
+        apart = abs(to_uint8(images).astype(int) - expected["images"].numpy().astype(int))
+        assert apart.max() <= 1
+
+
+def test_padding_of_prompts_is_masked_by_default(model):
+    runs = [
+        ldm.upscale_latent(
+            model, ["a cat"], latent=random_latent(), seeds=0, steps=2, legacy=legacy
+        )
+        for legacy in ([], ["unmasked"])
+    ]
+    assert (runs[0] - runs[1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(("height", "width"), [(3, 5), (9, 8)])
+def test_any_size_is_padded_and_cut(model, height, width):
+    images = ldm.upscale_latent(
+        model, ["a cat"], latent=random_latent(1, height, width), seeds=0, steps=1
+    )
+    assert images.shape == (1, 3, 16 * height, 16 * width)
+    image = torch.zeros(1, 3, 8 * height - 3, 8 * width + 1)
+    images = ldm.upscale_latent(model, ["a cat"], image, seeds=0, steps=1)
+    assert images.shape == (1, 3, 2 * image.shape[2], 2 * image.shape[3])
+
+
+def test_latents_go_on_without_being_decoded(model, base, monkeypatch):
+    """The chain, from a text-to-image model, is the two functions one after the other."""
+    latents = []
+    options = {"seeds": [3], "steps": 3}
+    monkeypatch.setattr(base, "decode", lambda z, tile=None: latents.append(z) or torch.zeros(1))
+    ldm.txt2img(base, ["a cat"], size=(64, 64), scale=2, **options)
+    steps = []
+    chain = ldm.Upscaling(model, steps=2)
+    ldm.txt2img(
+        base,
+        ["a cat"],
+        size=(64, 64),
+        scale=2,
+        upscaling=chain,
+        callback=lambda step, total, x, denoised: steps.append((step, total)),
+        **options,
+    )
+    noise = ldm.pipelines.seeded_noise([3])
+    noise(latents[0])  # the base's start noise
+    expected = double_latent(model, ["a cat"], [""], latents[0], noise=noise, steps=2)
+    assert torch.equal(latents[1], expected)
+    assert steps == [(k, 5) for k in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "options"),
+    [
+        (MissingArgument, "neither an image nor a latent", {}),
+        (ArgumentError, "not both", {"latent": random_latent(), "image": torch.zeros(1, 3, 8, 8)}),
+        (ArgumentError, r"\(1 or 1, 4, height, width\), got \(1, 16, 8, 8\)",
+         {"latent": torch.zeros(1, 16, 8, 8)}),
+        (ArgumentError, "unknown kind of noise `gausian`",
+         {"latent": random_latent(), "noise_kind": "gausian"}),
+        (ArgumentError, "must be 0 or more", {"latent": random_latent(), "noise_sigma": -0.1}),
+    ],
+)  # fmt: skip
+def test_bad_input(model, error, message, options):
+    with pytest.raises(error, match=message):
+        ldm.upscale_latent(model, ["a cat"], seeds=0, **options)
+
+
+def test_models_for_other_tasks(model, base):
+    with pytest.raises(WrongFamily, match="is an x2 latent upscaler: use `upscale_latent`"):
+        ldm.upscale(model, ["a cat"], torch.zeros(1, 3, 64, 64))
+    with pytest.raises(WrongFamily, match="is a text-to-image model"):
+        ldm.txt2img(base, ["a cat"], upscaling=ldm.Upscaling(base))
+
+
+def test_latents_of_another_kind(model, base, monkeypatch):
+    monkeypatch.setattr(base, "scale_factor", 0.13025)
+    with pytest.raises(ArgumentError, match="latents of another kind than the upscaler"):
+        ldm.txt2img(base, ["a cat"], upscaling=ldm.Upscaling(model))
