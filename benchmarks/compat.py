@@ -1,0 +1,129 @@
+"""Sampling through the original's classes against the same network of plain torch layers.
+
+    python benchmarks/compat.py                 # Stable Diffusion 1 at 256x256, 3 steps
+    python benchmarks/compat.py --channels 64   # a narrow one: what Python costs
+    python benchmarks/compat.py --device cuda --dtype float16 --side 64 --steps 20
+
+Both are `UNet2DConditionModel` of diffusers and `UNetModel`, which share their weights, and both
+are sampled by `DDIMSampler`, with guidance. Runs alternate; `ratio` is the baseline's time by ours,
+the median of neighbouring runs with its range. At least 0.95 is wanted.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import diffusers
+import harness  # noqa: F401  # finds this checkout's `ldm`
+import torch
+from torch import Tensor
+
+from ldm.loading.diffusers.keys import scatter_weights, unet_keys
+
+SD1 = {
+    "image_size": 32, "in_channels": 4, "out_channels": 4, "num_res_blocks": 2, "num_heads": 8,
+    "attention_resolutions": [4, 2, 1], "channel_mult": [1, 2, 4, 4], "context_dim": 768,
+    "use_spatial_transformer": True, "legacy": False,
+}  # fmt: skip
+SCALE = 7.5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--channels", type=int, default=320, help="of the first level")
+    add("--side", type=int, default=32, help="of the latent")
+    add("--steps", type=int, default=4)
+    add("--rounds", type=int, default=5)
+    add("--threads", type=int, default=torch.get_num_threads())
+    add("--device", type=torch.device, default=torch.device("cpu"))
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    runs = build(args)
+    x, y = (run().float() for run in runs)  # the warm-up
+    difference = ((x - y).norm() / y.norm()).item()
+    times = [[timed(run) for run in runs] for _ in range(args.rounds)]
+    ratios = [theirs / ours for ours, theirs in times]
+    ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))
+    print(f"old classes {ours:.2f} s, plain torch layers {theirs:.2f} s, {args.steps} steps")
+    print(
+        f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} ... {max(ratios):.3f}), "
+        f"relative difference {difference:.1e}"
+    )
+
+
+def build(args: argparse.Namespace) -> list[Callable[[], Tensor]]:
+    """Returns one run of sampling by the old classes, and one by diffusers."""
+    from ldm.models.diffusion.ddim import DDIMSampler
+    from ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    dtype = getattr(torch, args.dtype)
+    torch.manual_seed(0)
+    unet = UNetModel(**SD1, model_channels=args.channels).to(args.device, dtype).eval()
+    unet.dtype = dtype
+    for parameter in unet.parameters():
+        if parameter.count_nonzero() == 0:
+            torch.nn.init.normal_(parameter, std=0.02)
+    widths = [args.channels * mult for mult in SD1["channel_mult"]]
+    with torch.device("meta"):
+        twin = diffusers.UNet2DConditionModel(
+            block_out_channels=widths, cross_attention_dim=SD1["context_dim"]
+        )
+    state = unet.state_dict()
+    twin.load_state_dict(scatter_weights(unet_keys(state), state), assign=True)
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+        clip_sample=False, set_alpha_to_one=False,
+    )  # fmt: skip
+    alphas = scheduler.alphas_cumprod.to(args.device)
+    model = SimpleNamespace(
+        apply_model=unet, parameterization="eps", device=args.device, num_timesteps=1000,
+        betas=scheduler.betas.to(args.device), alphas_cumprod=alphas,
+        alphas_cumprod_prev=torch.cat([alphas.new_ones(1), alphas[:-1]]),
+    )  # fmt: skip
+    shape = (4, args.side, args.side)
+    x = torch.randn(1, *shape, device=args.device, dtype=dtype)
+    context = torch.randn(2, 77, SD1["context_dim"], device=args.device, dtype=dtype)
+
+    def sample_by_old_classes() -> Tensor:
+        return DDIMSampler(model).sample(
+            args.steps, 1, shape, context[1:], verbose=False, x_T=x,
+            unconditional_guidance_scale=SCALE, unconditional_conditioning=context[:1],
+        )[0]  # fmt: skip
+
+    @torch.no_grad()
+    def sample_by_diffusers() -> Tensor:
+        z = x
+        scheduler.set_timesteps(args.steps, device=args.device)
+        for t in scheduler.timesteps:
+            output = twin(torch.cat([z, z]), t, context).sample
+            unconditional, conditional = output.chunk(2)
+            guided = unconditional + SCALE * (conditional - unconditional)
+            z = scheduler.step(guided, t, z).prev_sample
+        return z
+
+    def wait(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def run_and_wait() -> Tensor:
+            out = run()
+            if args.device.type == "cuda":
+                torch.cuda.synchronize(args.device)
+            return out
+
+        return run_and_wait
+
+    return [wait(sample_by_old_classes), wait(sample_by_diffusers)]
+
+
+def timed(run: Callable[[], Tensor]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Every name of `surface`, with the signature that programs call it by."""
+
+import inspect
+from importlib import import_module
+
+import pytest
+from surface import TIER_1, TIER_2
+
+from ldm.compat.names import MODULES
+
+SURFACE = {**TIER_1, **TIER_2}
+
+
+def same_default(ours, theirs):
+    if isinstance(theirs, (list, tuple)):
+        return list(ours) == list(theirs)
+    return ours == theirs
+
+
+def check_signature(function, text, name):
+    """Compare names, order and defaults; ours may have more parameters, if they have defaults."""
+    space = {}
+    exec(f"def original({text}): pass", space)
+    theirs = inspect.signature(space["original"]).parameters.values()
+    ours = list(inspect.signature(function).parameters.values())
+    by_name = {parameter.name: parameter for parameter in ours}
+    kinds = {parameter.kind for parameter in ours}
+    for position, parameter in enumerate(theirs):
+        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            assert parameter.kind in kinds, f"{name} takes no {parameter}"
+            continue
+        assert parameter.name in by_name, f"{name} has no parameter {parameter.name}"
+        own = by_name.pop(parameter.name)
+        assert same_default(own.default, parameter.default), f"{name}: default of {own.name}"
+        if parameter.kind != parameter.KEYWORD_ONLY:
+            assert ours.index(own) == position, f"{name}: position of {own.name}"
+            assert own.kind == own.POSITIONAL_OR_KEYWORD, f"{name}: kind of {own.name}"
+    further = [p for p in by_name.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    assert all(p.default is not p.empty for p in further), f"{name} needs {further}"
+
+
+@pytest.mark.parametrize("module_name", SURFACE)
+def test_every_name_has_its_signature(module_name):
+    if module_name not in MODULES:
+        pytest.skip("not yet there")
+    module = import_module(module_name)
+    for line in filter(None, map(str.strip, SURFACE[module_name].splitlines())):
+        name, bracket, text = line.partition("(")
+        item, owner = module, None
+        for part in name.split("."):
+            item, owner = getattr(item, part), item
+        if bracket:
+            is_method = inspect.isclass(owner) and not isinstance(
+                inspect.getattr_static(owner, name.rpartition(".")[2]), (classmethod, staticmethod)
+            )
+            text = f"self, {text}" if is_method else f"{text}"
+            check_signature(item, text.rpartition(")")[0], f"{module_name}.{name}")
