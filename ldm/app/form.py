@@ -15,7 +15,7 @@ from PIL import Image, ImageChops
 
 from ldm.app.limits import Limits
 from ldm.app.uploads import Uploads
-from ldm.diffusion.names import SAMPLERS, SCHEDULERS, SLD_PRESETS
+from ldm.diffusion.names import SAMPLERS, SCHEDULERS, SLD_PRESETS, TILINGS
 from ldm.diffusion.step_noise import STEP_NOISE
 from ldm.generate.options import Option, Value, options_of, parse_count, parse_fraction
 from ldm.generate.provenance import eta_of
@@ -40,7 +40,7 @@ STEPS = 25  # of models without a number of their own; the scripts of the origin
 SETTINGS = (
     "sampler", "steps", "scheduler", "scale", "width", "height", "n_iter", "n_samples", "seed",
     "eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "rescale", "guidance_interval", "sld",
-    "sld_concept", "vae_tile", "unet_tile",
+    "sld_concept", "vae_tile", "unet_tile", "tiling",
 )  # fmt: skip
 IMAGE_BOX: dict[str, Any] = {
     "type": "filepath", "height": 240, "image_mode": None, "sources": ["upload", "clipboard"],
@@ -217,6 +217,7 @@ def values_from_info(info: Mapping[str, Any]) -> dict[str, Any]:
     values["scheduler"] = info.get("scheduler") or AUTOMATIC
     values |= {name: request[name] for name in ("rescale", "n_samples", "n_iter")
                if request.get(name) is not None}  # fmt: skip
+    values["tiling"] = info.get("tiling") or "none"
     if info.get("seed") is not None:
         values["seed"] = str(info["seed"])
     values |= {name: _as_text(info.get(name)) for name in options_of(SDXL)}
@@ -226,7 +227,7 @@ def values_from_info(info: Mapping[str, Any]) -> dict[str, Any]:
     size = info.get("size")
     if isinstance(size, list) and info.get("task") != "upscale":
         values["height"], values["width"] = size
-    known = {"sampler": [*SAMPLERS], "scheduler": [*SCHEDULERS, AUTOMATIC]}
+    known = {"sampler": [*SAMPLERS], "scheduler": [*SCHEDULERS, AUTOMATIC], "tiling": TILINGS}
     return {
         k: value for k, value in values.items()
         if value is not None and (k not in known or value in known[k])

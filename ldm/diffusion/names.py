@@ -11,8 +11,11 @@ from ldm.runtime.errors import ArgumentError, unknown_name
 
 __all__ = [
     "API_LEGACY", "LEGACY", "SAMPLERS", "SCHEDULERS", "SDXL_LEGACY", "SLD", "SLD_CONCEPTS",
-    "SLD_PRESETS", "Sampler", "Scheduler",
+    "SLD_PRESETS", "TILINGS", "Sampler", "Scheduler",
 ]  # fmt: skip
+
+
+TILINGS = ("none", "x", "y", "xy")  # see `ldm.nets.circular`
 
 
 @dataclass(frozen=True)

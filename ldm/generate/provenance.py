@@ -90,6 +90,7 @@ def describe_run(
         **_describe_sdxl(request, models, without_folders),
         **_describe_sld(sampling),
         "tile": sampling.vae_tile,
+        "tiling": sampling.tiling,
         "legacy": list(sampling.legacy),
         "watermark": watermark_method(request, size, watermark_payload(model)),
         "payload": watermark_payload(model),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
-from ldm.diffusion.names import SAMPLERS, SCHEDULERS, SLD_PRESETS
+from ldm.diffusion.names import SAMPLERS, SCHEDULERS, SLD_PRESETS, TILINGS
 from ldm.diffusion.step_noise import StepNoise
 from ldm.generate.options import (
     COMMON_QUIRKS,
@@ -197,6 +197,10 @@ class Sampling:
         metavar="PIXELS", label="UNet tile size",
         help="run the network in tiles of this many pixels, to save memory; 512 without a value"
         " (default: no tiles)")
+    tiling: str = option("none", "--tiling", choices=TILINGS, const="xy", metavar="AXES",
+        label="Tiling", help="let edges meet, by circular padding in UNet and VAE: x left and"
+        " right, for panoramas, y top and bottom, xy both, for textures; xy without a value"
+        " (default: %(default)s)")
     legacy: tuple[str, ...] = option((), "--legacy", parse=parse_legacy, const=COMMON_QUIRKS,
         metavar="NAMES", help="reproduce quirks of the original scripts: all or some of "
         + ",".join(QUIRKS))

@@ -198,6 +198,7 @@ def _generate(
         "s_noise": sampling.s_noise,
         "rescale": sampling.rescale,
         "guidance_interval": sampling.guidance_interval,
+        "tiling": sampling.tiling,
         "x_T": start_noise(request, model, prepared.output_size(model), batch),
         "legacy": sampling.legacy,
         "callback": callback,

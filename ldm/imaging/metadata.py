@@ -7,7 +7,7 @@ image is a plain dict; `parameters_text` knows these keys, all optional:
     s_churn, s_tmin, s_tmax, s_noise,
     size (height, width), strength, checkpoint (name), checkpoint_hash, ldm (version),
     mask_box, mask_grow, mask_blur, noise_level, mix_noise_level, weight (of each image),
-    depth_range (lowest and highest of 0 … 65535),
+    tiling, depth_range (lowest and highest of 0 … 65535),
     prompt_2, negative_prompt_2, original_size, crop, target_size and aesthetic_score (also
     negative_ ones), refiner_strength or refiner_start, sld, sld_concept,
     vae, refiner, loras and embeddings (each file a dict with path and hash; a LoRA's with weight
@@ -41,6 +41,10 @@ def _parse_pair(text: str) -> list[int]:
     return [int(first), int(second)]
 
 
+def _parse_tiling(text: str) -> str:
+    return "xy" if text == "True" else text  # of A1111
+
+
 # A1111's name, or ours -> our key and the type of its value
 SDXL_SETTINGS: dict[str, tuple[str, Callable[[str], object]]] = {
     "Prompt 2": ("prompt_2", str),
@@ -71,6 +75,7 @@ SETTINGS: dict[str, tuple[str, Callable[[str], object]]] = {
     "Mask expand": ("mask_grow", int),
     "Mask grow": ("mask_grow", int),  # as version 0.1 wrote it
     "Noise level": ("noise_level", int),
+    "Tiling": ("tiling", _parse_tiling),
     "Refiner switch at": ("refiner_start", float),
     "SLD": ("sld", str),
     "SLD concept": ("sld_concept", str),
@@ -155,6 +160,7 @@ def _settings(info: JsonMapping) -> Iterable[tuple[str, str]]:
         "Mask blur": info.get("mask_blur") or None,
         "Noise level": info.get("noise_level"),
         "Depth range": info.get("depth_range"),
+        "Tiling": None if info.get("tiling") == "none" else info.get("tiling"),
         "Mix noise level": info.get("mix_noise_level"),
         "Image weights": info.get("weight"),
         **_step_noise(info),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ldm.nets.attention import attention
 from ldm.nets.blocks import CheckpointedLayer, Conv2d, GroupNorm, Layer, Upsample
+from ldm.nets.circular import pad_end
 from ldm.runtime.errors import unknown_name
 
 __all__ = ["AutoencoderKL", "DiagonalGaussian", "Layout", "PixelSpace"]
@@ -167,7 +168,7 @@ class Downsample(Layer):
     def forward(self, x: Tensor) -> Tensor:
         if self.conv is None:
             return F.avg_pool2d(x, 2)  # (B, C, h / 2, w / 2)
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # (B, C, h / 2, w / 2)
+        return self.conv(pad_end(x))  # (B, C, h / 2, w / 2)
 
 
 class Level(Layer):

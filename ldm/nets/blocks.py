@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.nets import cpu
+from ldm.nets.circular import circular_axes, crop, wrap
 
 GROUPS = 32
 
@@ -52,7 +53,11 @@ class Conv2d(nn.Conv2d, Layer):
     dilation: tuple[int, int]
 
     def forward(self, x: Tensor) -> Tensor:
-        return cpu.conv2d(x, self)
+        if not circular_axes() or self.padding == (0, 0):
+            return cpu.conv2d(x, self)
+        stride, padding = self.stride[0], int(self.padding[0])
+        margin = -(-padding // stride)  # in pixels of the result
+        return crop(cpu.conv2d(wrap(x, margin * stride), self), margin)
 
 
 class DoublingConv2d(Conv2d):
@@ -62,7 +67,7 @@ class DoublingConv2d(Conv2d):
         """Convolve x (B, C, h, w) as `upsample_nearest` enlarges it."""
         height, width = x.shape[-2:]
         if size is None or tuple(size) == (2 * height, 2 * width):
-            return cpu.conv2d_doubled(x, self)  # (B, C_out, 2h, 2w)
+            return crop(cpu.conv2d_doubled(wrap(x, 1), self), 2)  # (B, C_out, 2h, 2w)
         return super().forward(upsample_nearest(x, size))
 
 

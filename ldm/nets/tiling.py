@@ -1,12 +1,15 @@
 """Functions of an image, applied tile by tile where the whole does not fit into memory.
 
 Tiles overlap by at least a quarter of their side and are blended linearly there, to show no seams.
+With circular padding they also overlap across the edges that meet.
 """
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from ldm.nets.circular import circular_axes, circular_padding
 
 __all__ = ["apply_tiled"]
 
@@ -24,6 +27,8 @@ def apply_tiled(
     height, width = x.shape[-2:]
     if max(height, width) <= tile:
         return function(x)
+    if circular := circular_axes():
+        return _apply_around(function, x, tile, factor, circular)
     whole = total = torch.zeros(())
     for top in _tile_starts(height, tile):
         for left in _tile_starts(width, tile):
@@ -42,6 +47,45 @@ def apply_tiled(
             whole[area] += part * weight
             total[area] += weight
     return whole / total
+
+
+def _apply_around(
+    function: Callable[[Tensor], Tensor], x: Tensor, tile: int, factor: int, axes: frozenset[str]
+) -> Tensor:
+    """Apply a function to tiles that may reach across edges that meet."""
+    height, width = x.shape[-2:]
+    whole = total = torch.zeros(())
+    # Within a tile, edges along which there are several tiles do not meet.
+    inside = "".join(a for a, side in (("x", width), ("y", height)) if a in axes and side <= tile)
+    for rows in _tile_indices(height, tile, "y" in axes):
+        for columns in _tile_indices(width, tile, "x" in axes):
+            with circular_padding(inside or "none", only=True):
+                part = function(x[..., rows[:, None], columns])
+            if not whole.dim():
+                whole = part.new_zeros(*part.shape[:2], height * factor, width * factor)
+                total = part.new_zeros(height * factor, width * factor)
+            overlap = tile * factor // 4
+            ramps = (_ramp(side, overlap) for side in part.shape[-2:])
+            weight = torch.outer(*ramps).to(part)
+            area = (..., _enlarge(rows, factor)[:, None], _enlarge(columns, factor))
+            whole[area] += part * weight
+            total[area] += weight
+    return whole / total
+
+
+def _tile_indices(length: int, tile: int, is_circular: bool) -> list[Tensor]:
+    """Return the pixels of each tile along an axis."""
+    if length <= tile:
+        return [torch.arange(length)]
+    starts = _tile_starts(length, tile)
+    if is_circular:
+        count = -(-length // max(tile * 3 // 4, 1))
+        starts = [round(i * length / count) for i in range(count)]
+    return [torch.arange(start, start + tile) % length for start in starts]
+
+
+def _enlarge(indices: Tensor, factor: int) -> Tensor:
+    return (indices[:, None] * factor + torch.arange(factor)).flatten()
 
 
 def _tile_starts(length: int, tile: int) -> list[int]:

@@ -18,6 +18,7 @@ from ldm.diffusion.samplers import Constrain
 from ldm.diffusion.step_noise import StepNoise
 from ldm.imaging.rgbd import join_depth
 from ldm.model import LatentDiffusion
+from ldm.nets.circular import circular_padding
 from ldm.pipelines.families import check_family, file_name
 from ldm.pipelines.guidance import GuidanceOptions, make_rule
 from ldm.pipelines.latent_upscaling import Upscaling, double_latent
@@ -120,8 +121,10 @@ def pipeline(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tens
                 if keyword not in allowed:
                     kind = f"keyword of {function.__name__}"
                     raise unknown_name(kind, keyword, allowed[1:], argument=keyword)
+            tiling = keywords.pop("tiling", "none")
             check_family(signature.bind(*args, **keywords).arguments["model"], *families)
-            return function(*args, **keywords)
+            with circular_padding(str(tiling)):
+                return function(*args, **keywords)
 
         return call
 

@@ -19,6 +19,7 @@ from ldm.diffusion.guidance import Guidance, Scale, add_guidance, limit_to_inter
 from ldm.diffusion.samplers import SAMPLERS, Constrain, euler
 from ldm.diffusion.step_noise import StepNoise
 from ldm.model import LatentDiffusion
+from ldm.nets.circular import circular_padding
 from ldm.nets.cpu import cache_weights
 from ldm.nets.tiling import apply_tiled
 from ldm.pipelines.quirks import Noise, Quirks, noise_source
@@ -54,6 +55,7 @@ class SamplingOptions(TypedDict, total=False):
     x_T: Tensor | None
     callback: Callback | None
     unet_tile: int | None
+    tiling: str
     legacy: Iterable[str]
 
 
@@ -89,6 +91,7 @@ def sample(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
     unet_tile: int | None = None,
+    tiling: str = "none",
     legacy: Iterable[str] = (),
     grid: str | None = None,
 ) -> Tensor:
@@ -123,6 +126,8 @@ def sample(
             with a latent for the tasks to decode.
         constrain: (x, sigma) -> x before every step.
         unet_tile: side in latent pixels of overlapping tiles to run the network on; None = whole.
+        tiling: edges that meet, by circular padding: "x" left and right, as in panoramas, "y" top
+            and bottom, "xy" both, or "none". Tasks also encode and decode so.
         legacy: names in LEGACY.
         grid: former name of `scheduler`.
     Returns:
@@ -159,14 +164,17 @@ def sample(
     if guidance_interval is not None:
         scale = limit_to_interval(scale, *guidance_interval)
     denoiser = _in_tiles(quirks.denoiser(model, sampler), unet_tile)
-    x = SAMPLERS[sampler](
-        add_guidance(denoiser, cond, uncond, scale, rescale=rescale, rule=rule, further=further),
-        x,
-        sigmas,
-        callback=callback and _with_steps(callback, len(sigmas) - 1),
-        constrain=constrain,
-        **_sampler_options(sampler, step_noise, noise, "noise" in quirks, end is not None),
-    )
+    with circular_padding(tiling):
+        x = SAMPLERS[sampler](
+            add_guidance(
+                denoiser, cond, uncond, scale, rescale=rescale, rule=rule, further=further
+            ),
+            x,
+            sigmas,
+            callback=callback and _with_steps(callback, len(sigmas) - 1),
+            constrain=constrain,
+            **_sampler_options(sampler, step_noise, noise, "noise" in quirks, end is not None),
+        )
     quirks.draw_unused(sampler, sigmas, x)
     return x / _std(sigmas[-1])
 

@@ -199,7 +199,7 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
     words = {"scheduler": "karras", "guidance_interval": "0.5,4", "mask_box": "1,2,3,4",
              "lora": "x.safetensors:0.25", "legacy": "noise,steps", "precision": "fp16",
              "attention": "math", "sampler": "dpm", "strength": ".25",
-             "rescale": ".5", "resize_mode": "pad", "height": "64", "width": "64",
+             "rescale": ".5", "resize_mode": "pad", "height": "64", "width": "64", "tiling": "x",
              "sld": "1,20,0,0.5,0.25", "refiner_strength": ".25", "refiner_start": ".75",
              **dict.fromkeys(names_of_pairs, "8,16")}  # fmt: skip
     for task in TASKS.values():

@@ -135,3 +135,15 @@ def test_upscale_rgbd(sr, name):
     """Without and with an embedding of the noise level. Observed: 2.0e-5, the original's 2.1e-5."""
     theirs = sr.outputs(name)["decoded"].clamp(-1, 1)
     torch.testing.assert_close(upscaled(sr, name), theirs, atol=2e-4, rtol=0)
+
+
+def test_a_panorama_has_no_seam(file):
+    """With circular padding along x, moved noise gives the moved image."""
+    model = build(file, "unet", "vae_4c")
+    x = torch.randn(1, 4, 8, 16, generator=torch.Generator().manual_seed(0))
+    options = {"size": (64, 128), "steps": 2, "scale": 1, "tiling": "x"}
+    image, moved = (txt2img(model, ["a cat"], x_T=x.roll(by, dims=3), **options) for by in (0, 4))
+    torch.testing.assert_close(moved, image.roll(32, dims=3), atol=1e-4, rtol=0)
+    options["tiling"] = "none"
+    edges = txt2img(model, ["a cat"], x_T=x, **options)
+    assert (edges - image).abs().max() > 0.1

@@ -1,0 +1,59 @@
+"""Circular padding: convolutions, tiles, and a whole model that knows no left and right edge."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ldm.nets.autoencoder import Downsample
+from ldm.nets.blocks import Conv2d, Upsample
+from ldm.nets.circular import circular_padding
+from ldm.nets.tiling import apply_tiled
+from ldm.runtime.errors import ArgumentError
+
+
+def noise(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("channels", [3, 128])  # 128: the CPU's fast path
+@torch.no_grad()
+def test_convolutions_wrap_as_torch_does(stride, channels):
+    ours, theirs = (
+        kind(channels, channels, 3, stride=stride, padding=1, **options)
+        for kind, options in ((Conv2d, {}), (nn.Conv2d, {"padding_mode": "circular"}))
+    )
+    theirs.load_state_dict(ours.state_dict())
+    x = noise(1, channels, 32, 48)
+    with circular_padding("x"), circular_padding("y"):
+        torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(ours(x), theirs(x), atol=1e-2)
+
+
+@pytest.mark.parametrize("layer", [Downsample(8), Upsample(8)])
+@torch.no_grad()
+def test_layers_move_with_their_input(layer):
+    x = noise(1, 8, 8, 12)
+    with circular_padding("x"):
+        y, moved = layer(x), layer(x.roll(4, dims=3))
+    torch.testing.assert_close(moved, y.roll(4 * y.shape[3] // 12, dims=3))
+
+
+def test_tiles_overlap_across_edges_that_meet():
+    x = noise(1, 1, 10, 40)
+    kernel = torch.ones(1, 1, 1, 3) / 3
+
+    def blur(x):
+        return F.interpolate(F.conv2d(x, kernel, padding=(0, 1)), scale_factor=2)
+
+    with circular_padding("x"):
+        whole = apply_tiled(lambda x: x, x, 16)
+        blurred = apply_tiled(blur, x, 16, factor=2)
+    torch.testing.assert_close(whole, x)
+    torch.testing.assert_close(blurred[..., 0], blur(x.roll(5, dims=3))[..., 10], atol=0.1, rtol=0)
+
+
+def test_an_unknown_axis_is_refused():
+    with pytest.raises(ArgumentError, match="unknown tiling `z`"), circular_padding("z"):
+        pass
