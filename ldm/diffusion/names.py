@@ -37,6 +37,7 @@ class Scheduler:
     function: str  # in `ldm.diffusion.schedule`
     label: str  # in A1111's text and on the page; A1111 has it only where it means the same
     max_steps: int | None = None  # None for the number of timesteps
+    for_sdxl: str | None = None  # the scheduler that stands for it with SDXL
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,15 @@ SCHEDULERS = {
     "leading": Scheduler("leading_sigmas", "Leading"),
     "turbo": Scheduler("turbo_sigmas", "Turbo", max_steps=10),
     "edm": Scheduler("edm_sigmas", "EDM"),
+    "normal": Scheduler("normal_sigmas", "Normal"),
+    "simple": Scheduler("simple_sigmas", "Simple"),
+    "beta": Scheduler("beta_sigmas", "Beta in time", max_steps=138),
+    "beta_sigma": Scheduler("beta_sigma_sigmas", "Beta"),
+    "kl_optimal": Scheduler("kl_optimal_sigmas", "KL Optimal"),
+    "ays": Scheduler("ays_sigmas", "Align Your Steps, last to 0", for_sdxl="ays_xl"),
+    "ays_a1111": Scheduler("ays_a1111_sigmas", "Align Your Steps", for_sdxl="ays_xl_a1111"),
+    "ays_xl": Scheduler("ays_xl_sigmas", "Align Your Steps XL, last to 0"),
+    "ays_xl_a1111": Scheduler("ays_xl_a1111_sigmas", "Align Your Steps XL"),
 }
 
 # Of safe latent diffusion: the presets of both packages, and the concept that each avoids.

@@ -11,11 +11,13 @@ arXiv:2305.08891.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.diffusion import names
@@ -34,6 +36,16 @@ __all__ = [
 # ᾱ of the last timestep for zero terminal SNR. Not 0, as samplers need a finite sigma (4096 here);
 # √ᾱ_T is then 2.4e-4; Stable Diffusion's is 0.068.
 MIN_ALPHA_CUMPROD = 2.0**-24
+
+# Noise levels of "Align Your Steps" (arXiv:2404.14507) for ten steps of Stable Diffusion 1 and XL.
+AYS = (
+    14.6146412293, 6.4745760956, 3.8636745985, 2.6946151520, 1.8841921177, 1.3943805092,
+    0.9642583904, 0.6523686016, 0.3977456272, 0.1515232662, 0.0291671582,
+)  # fmt: skip
+AYS_XL = (
+    14.6146412293, 6.3184485287, 3.7681790315, 2.1811480769, 1.3405244945, 0.8620721141,
+    0.5550693289, 0.3798540708, 0.2332364134, 0.1114188177, 0.0291671582,
+)  # fmt: skip
 
 
 def make_betas(
@@ -401,10 +413,86 @@ def karras_sigmas(schedule: NoiseSchedule, steps: int, rho: float = 7.0) -> Tens
     return edm_sigmas(schedule, steps, sigma_min, sigma_max, rho)
 
 
-def exponential_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
-    """Space steps evenly in log sigma."""
+def exponential_sigmas(schedule: NoiseSchedule, steps: int, rho: float = 1.0) -> Tensor:
+    """Space steps evenly in log sigma; with another rho polynomially, closer at low levels."""
     low, high = schedule.sigmas[0].log(), schedule.sigmas[-1].log()
-    return _append_zero(_linspace(float(high), float(low), steps).exp())
+    return _append_zero((low + _linspace(1, 0, steps) ** rho * (high - low)).exp())
+
+
+def normal_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
+    """Space steps evenly in time like k-diffusion, with log sigma linear between timesteps."""
+    last = len(schedule) - 1
+    log_sigmas = np.interp(
+        np.linspace(last, 0, steps), np.arange(last + 1), schedule.sigmas.log().numpy()
+    )
+    return _append_zero(torch.as_tensor(log_sigmas).exp())
+
+
+def simple_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
+    """Take every (T / steps)-th timestep from the last, truncated, like ComfyUI."""
+    t = len(schedule) - 1 - torch.arange(steps) * len(schedule) // steps
+    return _append_zero(schedule.sigmas[t])
+
+
+def beta_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
+    """Space timesteps as quantiles of Beta(0.6, 0.6), like ComfyUI (arXiv:2407.12173)."""
+    quantiles = _beta_quantiles(1 - np.arange(steps) / steps)
+    t = np.rint((len(schedule) - 1) * quantiles).astype(np.int64)
+    return _append_zero(schedule.sigmas[torch.from_numpy(t)])
+
+
+def beta_sigma_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
+    """Space sigmas, not timesteps, as quantiles of Beta(0.6, 0.6), like A1111 and diffusers."""
+    low, high = schedule.sigmas[[0, -1]].tolist()
+    quantiles = torch.from_numpy(_beta_quantiles(np.linspace(1, 0, steps)))
+    return _append_zero(low + quantiles * (high - low))
+
+
+def kl_optimal_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
+    """Space steps evenly in arctan sigma, like A1111's "KL Optimal" (arXiv:2404.14507)."""
+    low, high = schedule.sigmas[[0, -1]].atan().tolist()
+    return _append_zero(_linspace(high, low, steps).tan())
+
+
+def ays_sigmas(schedule: NoiseSchedule, steps: int, levels: Sequence[float] = AYS) -> Tensor:
+    """Take the levels of "Align Your Steps" (arXiv:2404.14507), like ComfyUI: the last becomes 0.
+
+    Other numbers of steps than ten are interpolated in log sigma.
+    """
+    return _append_zero(_interpolate_levels(levels, steps + 1)[:-1])
+
+
+def ays_a1111_sigmas(schedule: NoiseSchedule, steps: int, levels: Sequence[float] = AYS) -> Tensor:
+    """Take the levels of "Align Your Steps" like A1111: all of them, and 0 after the last."""
+    return _append_zero(_interpolate_levels(levels, steps))
+
+
+ays_xl_sigmas = partial(ays_sigmas, levels=AYS_XL)
+ays_xl_a1111_sigmas = partial(ays_a1111_sigmas, levels=AYS_XL)
+
+
+def _interpolate_levels(levels: Sequence[float], count: int) -> Tensor:
+    positions = np.linspace(0, len(levels) - 1, count)
+    return torch.as_tensor(np.exp(np.interp(positions, np.arange(len(levels)), np.log(levels))))
+
+
+def _beta_quantiles(probabilities: NDArray[np.float64], alpha: float = 0.6) -> NDArray[np.float64]:
+    """Return quantiles of Beta(alpha, alpha), by integration over x = sin² θ.
+
+    The density of θ is (sin θ cos θ)^(2 alpha - 1); with θ = u^(1 / 2 alpha) it is smooth in u.
+    """
+    power = 2 * alpha
+    u = np.linspace(0, (np.pi / 4) ** power, 1 << 13)
+    theta = u ** (1 / power)
+    ratio = np.ones_like(theta)  # sin θ cos θ / θ
+    ratio[1:] = np.sin(theta[1:]) * np.cos(theta[1:]) / theta[1:]
+    density = ratio ** (power - 1)
+    below = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    below /= 2 * below[-1]  # the distribution is symmetric
+    is_low = probabilities < 0.5
+    at = np.interp(np.where(is_low, probabilities, 1 - probabilities), below, u)
+    x = np.minimum(np.sin(at ** (1 / power)) ** 2, 0.5 - 1e-15)  # one half rounds up, as in scipy
+    return np.where(is_low, x, 1 - x)
 
 
 def _append_zero(sigmas: Tensor) -> Tensor:

@@ -254,8 +254,8 @@ def _parse_sampler(settings: dict[str, str], is_ours: bool) -> dict[str, str]:
     """Take sampler and schedule, which older versions of A1111 wrote as one, out of settings."""
     name, schedule = settings.pop("Sampler", ""), settings.get("Schedule type", "")
     schedulers = {row.label: key for key, row in SCHEDULERS.items()}
-    if is_ours:
-        schedulers["Uniform"] = "uniform"  # as version 0.1 wrote it
+    # A1111's is that of k-diffusion; version 0.1 of ours wrote so, too.
+    schedulers["Uniform"] = "uniform" if is_ours else "normal"
     for label in schedulers:
         if name.endswith(f" {label}"):
             name, schedule = name.removesuffix(f" {label}"), label

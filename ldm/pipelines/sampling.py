@@ -22,6 +22,7 @@ from ldm.model import LatentDiffusion
 from ldm.nets.circular import circular_padding
 from ldm.nets.cpu import cache_weights
 from ldm.nets.tiling import apply_tiled
+from ldm.pipelines.families import is_sdxl
 from ldm.pipelines.quirks import Noise, Quirks, noise_source
 from ldm.runtime.errors import ArgumentError, unknown_name
 
@@ -215,6 +216,8 @@ def run_sigmas(model: LatentDiffusion, quirks: Quirks, options: SamplingOptions)
     """Return the noise levels (n + 1,) of a run of steps, sampler and scheduler."""
     steps, sampler = options.get("steps"), options.get("sampler") or model.defaults.sampler
     scheduler = options.get("scheduler") or default_scheduler(model, sampler)
+    if is_sdxl(model) and scheduler in names.SCHEDULERS:
+        scheduler = names.SCHEDULERS[scheduler].for_sdxl or scheduler
     return quirks.sigmas(
         model.schedule, model.defaults.steps if steps is None else steps, scheduler
     )

@@ -44,7 +44,7 @@ __all__ = [
     "unknown_name",
 ]
 
-MAX_LISTED = 12  # a message lists all allowed names only if there are no more
+MAX_LISTED = 24
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "alloc_cpu")
 
 

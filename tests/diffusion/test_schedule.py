@@ -11,6 +11,7 @@ from ldm.diffusion.schedule import (
     Schedule,
     betas_of_sigmas,
     edm_sigmas,
+    exponential_sigmas,
     make_betas,
 )
 from ldm.pipelines.quirks import Quirks
@@ -151,3 +152,31 @@ def test_bad_requests_are_answered_with_what_is_allowed():
         SD.step_sigmas(1001)
     with pytest.raises(ValueError, match="1 … 10 with scheduler `turbo`, got 11"):
         SD.step_sigmas(11, "turbo")
+
+
+# Five levels for Stable Diffusion's schedule, as ComfyUI (`normal`, `simple`, `beta`, `ays`) and
+# A1111 (`beta_sigma`, `kl_optimal`, `ays_a1111`) choose them.
+LEVELS = {
+    "normal": [14.614641, 4.086081, 1.615580, 0.695150, 0.029167],
+    "simple": [14.614641, 5.087763, 2.276463, 1.160578, 0.569285],
+    "beta": [14.614641, 7.371844, 2.615236, 1.027329, 0.395510],
+    "beta_sigma": [14.614641, 12.052260, 7.321904, 2.591549, 0.029167],
+    "kl_optimal": [14.614641, 2.142741, 0.961588, 0.419836, 0.029167],
+    "ays": [14.614641, 3.863675, 1.884192, 0.964258, 0.397746],
+    "ays_a1111": [14.614641, 3.226626, 1.394381, 0.509389, 0.029167],
+}
+
+
+@pytest.mark.parametrize("scheduler", LEVELS)
+def test_levels_are_those_of_other_programs(scheduler):
+    expected = torch.tensor([*LEVELS[scheduler], 0.0], dtype=torch.float64)
+    torch.testing.assert_close(SD.step_sigmas(5, scheduler), expected, rtol=0, atol=1e-6)
+
+
+def test_a_polynomial_of_log_sigma_is_k_diffusions():
+    expected = [14.614641, 0.962907, 0.137996, 0.043017, 0.029167, 0.0]
+    assert exponential_sigmas(SD, 5, rho=2.0).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_levels_of_align_your_steps_are_taken_as_they_are_for_ten_steps():
+    assert SD.step_sigmas(10, "ays_xl")[1:3].tolist() == pytest.approx([6.3184485287, 3.7681790315])
