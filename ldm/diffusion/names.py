@@ -101,6 +101,13 @@ SAMPLERS = {
     "dpmpp_2m_sde": Sampler("dpmpp_2m_sde", "DPM++ 2M SDE", takes_noise=True, eta=1.0),
     "lms": Sampler("lms", "LMS"),
     "dpmpp_2m": Sampler("dpmpp_2m", "DPM++ 2M"),
+    "dpm2": Sampler("dpm2", "DPM2"),
+    "dpm2_a": Sampler("dpm2_ancestral", "DPM2 a", takes_noise=True, eta=1.0),
+    "dpmpp_sde": Sampler("dpmpp_sde", "DPM++ SDE", takes_noise=True, eta=1.0),
+    "dpmpp_3m_sde": Sampler("dpmpp_3m_sde", "DPM++ 3M SDE", takes_noise=True, eta=1.0),
+    "unipc": Sampler("unipc", "UniPC"),
+    "deis": Sampler("deis", "DEIS"),
+    "lcm": Sampler("lcm", "LCM", takes_noise=True),
 }
 
 SCHEDULERS = {

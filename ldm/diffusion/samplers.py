@@ -26,6 +26,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -266,6 +267,198 @@ def dpmpp_2m_sde(
     return x
 
 
+def dpm2(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    callback: Callback | None = None,
+    constrain: Constrain | None = None,
+) -> Tensor:
+    """Sample by DPM2 (arXiv:2206.00927): the slope in the middle of log sigma."""
+    return dpm2_ancestral(
+        denoise, x, sigmas, eta=0.0, noise=None, callback=callback, constrain=constrain
+    )
+
+
+def dpm2_ancestral(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    eta: float = 1.0,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+    constrain: Constrain | None = None,
+) -> Tensor:
+    """Sample by ancestral DPM2: `dpm2` to a lower level, then new noise."""
+    for i, (sigma, sigma_next) in enumerate(_sigma_pairs(sigmas)):
+        x = constrain(x, sigma) if constrain else x
+        denoised = denoise(x, sigma)
+        sigma_down, sigma_up = _ancestral_step(sigma, sigma_next, eta)
+        slope = (x - denoised) / sigma
+        if sigma_down > 0:
+            middle = math.sqrt(sigma * sigma_down)
+            x_middle = x + slope * (middle - sigma)
+            slope = (x_middle - denoise(x_middle, middle)) / middle
+        x = x + slope * (sigma_down - sigma)
+        if noise:
+            x = x + noise(x) * sigma_up
+        if callback:
+            callback(i, x, denoised)
+    return x
+
+
+def dpmpp_sde(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    eta: float = 1.0,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+    constrain: Constrain | None = None,
+) -> Tensor:
+    """Sample by SDE-DPM-Solver++ of order 2, single step: noise in the middle of each step, too."""
+    for i, (sigma, sigma_next) in enumerate(_sigma_pairs(sigmas)):
+        x = constrain(x, sigma) if constrain else x
+        denoised = estimate = denoise(x, sigma)
+        if sigma_next > 0:
+            middle = math.sqrt(sigma * sigma_next)
+            sigma_down, sigma_up = _ancestral_step(sigma, middle, eta)
+            x_middle = denoised + (x - denoised) * (sigma_down / sigma)
+            if noise:
+                x_middle = x_middle + noise(x) * sigma_up
+            estimate = denoise(x_middle, middle)
+        sigma_down, sigma_up = _ancestral_step(sigma, sigma_next, eta)
+        x = estimate + (x - estimate) * (sigma_down / sigma)
+        if noise:
+            x = x + noise(x) * sigma_up
+        if callback:
+            callback(i, x, denoised)
+    return x
+
+
+def dpmpp_3m_sde(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    eta: float = 1.0,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+    constrain: Constrain | None = None,
+) -> Tensor:
+    """Sample by SDE-DPM-Solver++ 3M: the parabola through the last three estimates."""
+    older: list[tuple[Tensor, float]] = []  # estimates with the length of their step, newest first
+    for i, (sigma, sigma_next) in enumerate(_sigma_pairs(sigmas)):
+        x = constrain(x, sigma) if constrain else x
+        denoised = denoise(x, sigma)
+        h = _log_ratio(sigma, sigma_next)
+        k = h * (1 + eta)
+        x = math.exp(-k) * x - math.expm1(-k) * denoised
+        if sigma_next > 0 and older:
+            phi_2 = math.expm1(-k) / k + 1
+            ratio = older[0][1] / h
+            first = (denoised - older[0][0]) / ratio
+            if len(older) > 1:
+                ratio_2 = older[1][1] / h
+                second = (older[0][0] - older[1][0]) / ratio_2
+                bend = (first - second) / (ratio + ratio_2)
+                first = first + ratio * bend
+                x = x - (phi_2 / k - 0.5) * bend
+            x = x + phi_2 * first
+        if noise:
+            x = x + noise(x) * (sigma_next * math.sqrt(-math.expm1(-2 * eta * h) if eta else 0.0))
+        older = [(denoised, h), *older[:1]]
+        if callback:
+            callback(i, x, denoised)
+    return x
+
+
+def deis(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    order: int = 3,
+    callback: Callback | None = None,
+    constrain: Constrain | None = None,
+) -> Tensor:
+    """Sample by DEIS (arXiv:2204.13902): a polynomial in log sigma through the last slopes.
+
+    With less than 15 steps the order falls to 1 towards the end.
+    """
+    levels = sigmas.tolist()
+    steps = len(levels) - 1
+    slopes: list[Tensor] = []  # newest first
+    for i, (sigma, sigma_next) in enumerate(_sigma_pairs(sigmas)):
+        x = constrain(x, sigma) if constrain else x
+        denoised = denoise(x, sigma)
+        slopes = [(x - denoised) / sigma, *slopes[: order - 1]]
+        if sigma_next > 0:
+            used = min(len(slopes), steps - i) if steps < 15 else len(slopes)
+            nodes = [math.log(levels[i - j]) for j in range(used)]
+            weights = _exponential_integrals(nodes, math.log(sigma), math.log(sigma_next))
+            x = x + _weighted_sum(weights, slopes[:used])
+        else:
+            x = denoised
+        if callback:
+            callback(i, x, denoised)
+    return x
+
+
+def unipc(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    order: int = 3,
+    callback: Callback | None = None,
+    constrain: Constrain | None = None,
+) -> Tensor:
+    """Sample by UniPC, variant bh2 (arXiv:2302.04867): each step corrects the one before.
+
+    The estimate at the predicted x serves as corrector, too, so there is one evaluation a step.
+    """
+    levels = sigmas.tolist()
+    steps = len(levels) - 1
+    known: list[tuple[float, Tensor]] = []  # (sigma, estimate), newest first
+    x_before, used = x, 1
+    for i, (sigma, sigma_next) in enumerate(_sigma_pairs(sigmas)):
+        x = constrain(x, sigma) if constrain else x
+        denoised = denoise(x, sigma)
+        if known:
+            x = _unipc_step(x_before, known, sigma, used, denoised)
+        known = [(sigma, denoised), *known[: order - 1]]
+        x_before = x
+        used = min(order, len(known), steps - i)
+        x = _unipc_step(x, known, sigma_next, used) if sigma_next > 0 else denoised
+        if callback:
+            callback(i, x, denoised)
+    return x
+
+
+def lcm(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+    constrain: Constrain | None = None,
+) -> Tensor:
+    """Sample a latent consistency model (arXiv:2310.04378): the estimate, with new noise."""
+    for i, (sigma, sigma_next) in enumerate(_sigma_pairs(sigmas)):
+        x = constrain(x, sigma) if constrain else x
+        x = denoised = denoise(x, sigma)
+        if noise and sigma_next > 0:
+            x = x + noise(x) * sigma_next
+        if callback:
+            callback(i, x, denoised)
+    return x
+
+
 # Rows of `ldm.diffusion.names.SAMPLERS` say which function of this module each name stands for.
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
     name: globals()[row.function] for name, row in names.SAMPLERS.items()
@@ -306,3 +499,52 @@ def _lagrange_integrals(nodes: list[float], start: float, end: float) -> list[fl
         half * sum(math.prod((p - m) / (n - m) for m in nodes if m != n) for p in points)
         for n in nodes
     ]
+
+
+def _exponential_integrals(nodes: list[float], start: float, end: float) -> list[float]:
+    """Integrate the Lagrange basis polynomials in log sigma, times sigma, over [start, end]."""
+    points, weights = np.polynomial.legendre.leggauss(16)
+    middle, half = (start + end) / 2, (end - start) / 2
+    logs = middle + half * points
+    weights = half * weights * np.exp(logs)
+    return [
+        float(sum(weights * math.prod((logs - m) / (n - m) for m in nodes if m != n)))
+        for n in nodes
+    ]
+
+
+def _unipc_step(
+    x: Tensor,
+    known: list[tuple[float, Tensor]],
+    sigma_next: float,
+    order: int,
+    denoised_next: Tensor | None = None,
+) -> Tensor:
+    """Step from the newest level to the next: predict, or correct with the estimate there.
+
+    Args:
+        known: (sigma, estimate) of the last levels, newest first.
+        order: Number of estimates in `known` to use.
+    """
+    sigma, denoised = known[0]
+    h = _log_ratio(sigma, sigma_next)
+    shrink = math.expm1(-h)  # e^q - 1, q = -h; also B(h) of bh2
+    ratios = [-_log_ratio(level, sigma) / h for level, _ in known[1:order]]
+    slopes = [
+        (estimate - denoised) / ratio
+        for ratio, (_, estimate) in zip(ratios, known[1:order], strict=True)
+    ]
+    if denoised_next is not None:
+        ratios, slopes = [*ratios, 1.0], [*slopes, denoised_next - denoised]
+    x = (sigma_next / sigma) * x - shrink * denoised
+    if not slopes:
+        return x
+    phi, factorial, targets = shrink / -h - 1, 1, []
+    for j in range(1, len(slopes) + 1):
+        factorial *= j
+        targets.append(phi * factorial / shrink)
+        phi = phi / -h - 1 / (factorial * (j + 1))
+    rows = [[ratio**power for ratio in ratios] for power in range(len(slopes))]
+    is_first = len(slopes) == 1 and order <= 2
+    weights = [0.5] if is_first else np.linalg.solve(rows, targets).tolist()
+    return x - shrink * _weighted_sum(weights, slopes)

@@ -492,7 +492,8 @@ def _beta_quantiles(probabilities: NDArray[np.float64], alpha: float = 0.6) -> N
     is_low = probabilities < 0.5
     at = np.interp(np.where(is_low, probabilities, 1 - probabilities), below, u)
     x = np.minimum(np.sin(at ** (1 / power)) ** 2, 0.5 - 1e-15)  # one half rounds up, as in scipy
-    return np.where(is_low, x, 1 - x)
+    quantiles: NDArray[np.float64] = np.where(is_low, x, 1 - x)
+    return quantiles
 
 
 def _append_zero(sigmas: Tensor) -> Tensor:
