@@ -26,7 +26,6 @@ from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -503,14 +502,18 @@ def _lagrange_integrals(nodes: list[float], start: float, end: float) -> list[fl
 
 def _exponential_integrals(nodes: list[float], start: float, end: float) -> list[float]:
     """Integrate the Lagrange basis polynomials in log sigma, times sigma, over [start, end]."""
-    points, weights = np.polynomial.legendre.leggauss(16)
+    # Gauss-Legendre points and weights are an eigenproblem (Golub and Welsch 1969).
+    k = torch.arange(1, 10, dtype=torch.float64)
+    off_diagonal = k / (4 * k * k - 1).sqrt()
+    matrix = torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1)
+    points, vectors = torch.linalg.eigh(matrix)
     middle, half = (start + end) / 2, (end - start) / 2
     logs = middle + half * points
-    weights = half * weights * np.exp(logs)
-    return [
-        float(sum(weights * math.prod((logs - m) / (n - m) for m in nodes if m != n)))
-        for n in nodes
+    weights = half * 2 * vectors[0].square() * logs.exp()
+    bases = [
+        math.prod(((logs - m) / (n - m) for m in nodes if m != n), start=weights) for n in nodes
     ]
+    return [float(basis.sum()) for basis in bases]
 
 
 def _unipc_step(
@@ -544,7 +547,11 @@ def _unipc_step(
         factorial *= j
         targets.append(phi * factorial / shrink)
         phi = phi / -h - 1 / (factorial * (j + 1))
+    if len(slopes) == 1 and order <= 2:
+        return x - shrink * 0.5 * slopes[0]
     rows = [[ratio**power for ratio in ratios] for power in range(len(slopes))]
-    is_first = len(slopes) == 1 and order <= 2
-    weights = [0.5] if is_first else np.linalg.solve(rows, targets).tolist()
-    return x - shrink * _weighted_sum(weights, slopes)
+    matrix, target = (
+        torch.tensor(rows, dtype=torch.float64),
+        torch.tensor(targets, dtype=torch.float64),
+    )
+    return x - shrink * _weighted_sum(torch.linalg.solve(matrix, target).tolist(), slopes)
