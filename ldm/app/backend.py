@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ldm.app.catalogue import (
@@ -30,6 +31,7 @@ from ldm.app.limits import Limits
 from ldm.app.model_cache import ModelCache
 from ldm.app.progress import Progress
 from ldm.app.uploads import Uploads
+from ldm.encoders.safety import SafetyChecker
 from ldm.generate.load import Models, is_small_model, load_models
 from ldm.generate.options import Value, options_of, parse_weighted_file
 from ldm.generate.provenance import (
@@ -49,6 +51,7 @@ from ldm.imaging.metadata import read_info
 from ldm.imaging.output import OutputFolder
 from ldm.imaging.reading import open_image
 from ldm.loading.addons.embeddings import embedding_files, load_embeddings, read_embeddings
+from ldm.loading.addons.safety import COMPONENT, load_safety_checker
 from ldm.loading.files.checkpoint import file_hash
 from ldm.loading.load import load
 from ldm.loading.report import inspect_checkpoint
@@ -137,6 +140,15 @@ class Backend:
         """Return the files of autoencoders that can replace that of a model, by name."""
         return list_addons(self.folder, "vae")
 
+    def checkers(self) -> dict[str, Path]:
+        """Return safety checkers by name: files in their folder, and those of diffusers folders."""
+        folders = {
+            f"{name}/{COMPONENT}": path / COMPONENT
+            for name, path in list_checkpoints(self.folder).items()
+            if (path / COMPONENT).is_dir()
+        }
+        return list_addons(self.folder, COMPONENT) | folders
+
     def model_names(self, task: str | None = None) -> list[str]:
         """Return the models for a task; None = all that can be loaded."""
         models = read_catalogue(self.folder).models
@@ -224,9 +236,22 @@ class Backend:
         refiner = values.get("refiner")
         if refiner and refiner not in self.refiners():
             raise unknown_name("refiner", refiner, self.refiners(), argument="refiner")
-        ignored = {"lora", "vae", "refiner", *(() if entry.is_sdxl else options_of(SDXL))}
+        checker = values.get("safety_checker")
+        if checker and checker not in self.checkers():
+            raise unknown_name(
+                "safety checker", checker, self.checkers(), argument="safety_checker"
+            )
+        ignored = {
+            "lora",
+            "vae",
+            "refiner",
+            "safety_checker",
+            "unsafe",
+            *(() if entry.is_sdxl else options_of(SDXL)),
+        }
         if not refiner and entry.family != "refiner":
             ignored |= {"aesthetic_score", "negative_aesthetic_score"}
+        unsafe = values.get("unsafe")
         values = {key: value for key, value in values.items() if key not in ignored}
         if values.get("scale") is None:
             values["scale"] = self.defaults(task, name)["scale"]
@@ -234,6 +259,9 @@ class Backend:
         if refiner and entry.is_sdxl:
             file = str(self.refiners()[str(refiner)])
             request = replace(request, sdxl=replace(request.sdxl, refiner=file))
+        if checker:
+            file = str(self.checkers()[str(checker)])
+            request = request.with_values({"safety_checker": file, "unsafe": unsafe})
         path = str(self.vaes()[str(vae)]) if vae else None
         return replace(request, model=replace(request.model, vae=path))
 
@@ -336,7 +364,9 @@ class Backend:
         progress.set_message(f"loading {Path(request.model.ckpt or '').name}")
         threads = threads and min(threads, os.cpu_count() or 1)
         try:
-            models = load_models(request, threads=threads, load=self._models)
+            models = load_models(
+                request, threads=threads, load=self._models, load_checker=_load_checker
+            )
         except ValueError as error:
             files = [file for file, _ in request.model.lora]
             raise ValueError(_without_folders(str(error), files)) from error
@@ -391,6 +421,12 @@ class Backend:
     def _embedding_files(self) -> list[str]:
         files = [str(file) for path in self.choice.embedding for file in embedding_files(path)]
         return files + [str(file) for file in list_addons(self.folder, "embedding").values()]
+
+
+@lru_cache(maxsize=1)
+def _load_checker(path: Path, *, device: torch.device) -> SafetyChecker:
+    """Load a safety checker and keep it for the next run."""
+    return load_safety_checker(path, device=device)
 
 
 def _read_own_info(path: Path) -> Info:

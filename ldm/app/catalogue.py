@@ -39,6 +39,7 @@ ADDON_FOLDERS = {  # by names in small letters
     "lora": ("lora", "loras"),
     "embedding": ("embedding", "embeddings"),
     "vae": ("vae", "vaes"),
+    "safety_checker": ("safety_checker", "safety_checkers"),
 }
 ADDON_SUFFIXES = (*SUFFIXES, ".pt", ".bin")
 

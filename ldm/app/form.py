@@ -25,22 +25,23 @@ from ldm.imaging.reading import load_image, open_image
 from ldm.runtime.errors import ArgumentError, MissingArgument
 
 __all__ = [
-    "AUTOMATIC", "NO_IMAGE", "NO_REFINER", "SETTINGS", "STEPS", "Field", "TaskForm",
+    "AUTOMATIC", "NO_CHECKER", "NO_IMAGE", "NO_REFINER", "SETTINGS", "STEPS", "Field", "TaskForm",
     "step_noise_fields", "values_from_info",
 ]  # fmt: skip
 
 EXAMPLE = "Prompt (Ctrl+Enter to generate), such as: a 3d emoji of a red apple on a blue background"
 AUTOMATIC = "Automatic"
 NO_IMAGE = 'No input image. Upload one or use "Send to" under a result.'
-NO_REFINER = ("None", "")
+NO_REFINER = NO_CHECKER = ("None", "")
 SAMPLER = "ddim"
+UNSAFE_CHOICES = [("Keep, and report", ""), ("Black", "black"), ("Blur", "blur"), ("Drop", "drop")]
 MAX_SEED = 1 << 31
 STEPS = 25  # of models without a number of their own; the scripts of the original take 50
 # Options of Sampling and Output that are fields, in their order on the page.
 SETTINGS = (
     "sampler", "steps", "scheduler", "scale", "width", "height", "n_iter", "n_samples", "seed",
     "eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "rescale", "guidance_interval", "sld",
-    "sld_concept", "vae_tile", "unet_tile", "tiling",
+    "sld_concept", "vae_tile", "unet_tile", "tiling", "safety_checker", "unsafe",
 )  # fmt: skip
 IMAGE_BOX: dict[str, Any] = {
     "type": "filepath", "height": 240, "image_mode": None, "sources": ["upload", "clipboard"],
@@ -160,6 +161,10 @@ class TaskForm:
             settings["visible"] = name in step_noise_fields(SAMPLER)
         if name == "refiner":
             return Field("Dropdown", settings | {"choices": [NO_REFINER], "value": ""})
+        if name in ("safety_checker", "unsafe"):
+            choices = [NO_CHECKER] if name == "safety_checker" else UNSAFE_CHOICES
+            kind = "Dropdown" if name == "safety_checker" else "Radio"
+            return Field(kind, settings | {"choices": choices, "value": ""})
         if name == "sld":  # numbers may be entered
             extra = {"choices": SLD_CHOICES, "value": "", "allow_custom_value": True}
             return Field("Dropdown", settings | extra)

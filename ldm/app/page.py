@@ -17,6 +17,7 @@ import gradio as gr
 from ldm.app.backend import Backend
 from ldm.app.form import (
     IMAGE_BOX,
+    NO_CHECKER,
     NO_IMAGE,
     NO_REFINER,
     SETTINGS,
@@ -336,7 +337,7 @@ class Page:
         self.clear.click(self.clear_queue, self.owner, [self.queue, self.clear], **QUIET)
 
         refiner = self.fields["refiner"]
-        files = [self.checkpoint, self.vae, refiner]
+        files = [self.checkpoint, self.vae, refiner, self.fields["safety_checker"]]
         lists = [*files, self.tokens, self.file, self.skipped]
         self.refresh.click(self.list_files, files, lists, **QUIET).then(
             self.offer_loras, [self.checkpoint, self.loras], self.loras, **QUIET
@@ -576,17 +577,21 @@ class Page:
         except ValueError:
             log.debug("the form in the browser's storage is damaged")
         updates = {k: gr.update(value=values[k]) if k in values else gr.skip() for k in self.kept}
-        files = [values.get(name) for name in ("checkpoint", "vae", "refiner")]
-        checkpoint, vae, refiner, *lists = self.list_files(*files)
-        loras = self.offer_loras(checkpoint["value"], values.get("loras"))
-        updates |= {"loras": loras, "checkpoint": checkpoint, "vae": vae, "refiner": refiner}
+        names = ("checkpoint", "vae", "refiner", "safety_checker")
+        updated = self.list_files(*(values.get(name) for name in names))
+        listed, lists = dict(zip(names, updated, strict=False)), updated[len(names) :]
+        loras = self.offer_loras(listed["checkpoint"]["value"], values.get("loras"))
+        updates |= {"loras": loras, **listed}
         return [*updates.values(), *lists, owner or secrets.token_urlsafe(16)]
 
-    def list_files(self, checkpoint: str | None, vae: str | None, refiner: str | None) -> list[Any]:
+    def list_files(
+        self, checkpoint: str | None, vae: str | None, refiner: str | None, checker: str | None
+    ) -> list[Any]:
         """Read the models folder again; return updates of all lists of files."""
         names, files = self.backend.model_names(), self.backend.checkpoint_names()
         vaes = [MODEL_VAE, *((name, name) for name in self.backend.vaes())]
         refiners = [NO_REFINER, *((name, name) for name in self.backend.refiners())]
+        checkers = [NO_CHECKER, *((name, name) for name in self.backend.checkers())]
         lines = self.backend.skipped_files()
         for line in lines:
             log.warning("skipped: %s", line)
@@ -599,6 +604,8 @@ class Page:
             gr.update(choices=vaes, value=vae if (vae, vae) in vaes else "",
                       visible=len(vaes) > 1),
             gr.update(choices=refiners, value=refiner if (refiner, refiner) in refiners else ""),
+            gr.update(choices=checkers, value=checker if (checker, checker) in checkers else "",
+                      visible=len(checkers) > 1),
             gr.update(choices=tokens, visible=bool(tokens)),
             gr.update(choices=files, value=first if first in files else next(iter(files), None)),
             skipped,

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ldm.diffusion.names import SAMPLERS
+from ldm.encoders.safety import SafetyChecker
 from ldm.encoders.text import TextEncoder
 from ldm.generate.request import Request, Sampling
 from ldm.generate.tasks import Task
 from ldm.generate.tasks.base import RGBDInputs
+from ldm.loading.addons.safety import COMPONENT, find_safety_checker, load_safety_checker
 from ldm.loading.families import PIXELS, Family
 from ldm.loading.load import load as load_from_files
 from ldm.loading.published import find_checkpoint, identify_hash
@@ -20,14 +22,15 @@ from ldm.model import Defaults, LatentDiffusion
 from ldm.nets.attention import set_backend
 from ldm.pipelines.families import FAMILIES, file_name, is_sdxl, wrong_family
 from ldm.runtime.device import keep_memory, pick_device, pick_dtype, set_threads
-from ldm.runtime.errors import ArgumentError, MissingArgument
+from ldm.runtime.errors import ArgumentError, MissingArgument, MissingFile
 from ldm.runtime.files import find_file, read_text
 from ldm.runtime.hashes import known_sha256
 
-__all__ = ["Models", "is_small_model", "load_models", "resolve_sampling"]
+__all__ = ["Models", "find_checker", "is_small_model", "load_models", "resolve_sampling"]
 
 SMALL_MODEL = 200e6  # bytes of a checkpoint below which half precision and many threads do not pay
 
+OWN_CHECKER = "own"  # in place of a file
 SAFE_PIPELINE = "StableDiffusionPipelineSafe"  # class of a diffusers folder
 
 log = logging.getLogger(__name__)
@@ -35,10 +38,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Models:
-    """The model of a run, and the refiner that finishes its images, if any."""
+    """The model of a run; the refiner that finishes its images, and what judges them, if any."""
 
     base: LatentDiffusion
     refiner: LatentDiffusion | None = None
+    safety_checker: SafetyChecker | None = None
 
     def float(self) -> None:
         """Convert the weights to float32."""
@@ -51,12 +55,14 @@ def load_models(
     *,
     threads: int | None = None,
     load: Callable[..., LatentDiffusion] = load_from_files,
+    load_checker: Callable[..., SafetyChecker] = load_safety_checker,
 ) -> Models:
     """Load the models, and warn about options that have no effect on them.
 
     Args:
         threads: CPU threads; None = as many as suit the model.
         load: called in place of `ldm.load`, with its arguments.
+        load_checker: called in place of `load_safety_checker`.
     Raises:
         ValueError, FileNotFoundError: as `ldm.load` does.
     """
@@ -79,6 +85,9 @@ def load_models(
         set_threads(threads, is_small)
         keep_memory()
     set_backend(choice.attention)
+    checker_file = find_checker(request)
+    checker_device = "cpu" if choice.offload else device
+    checker = load_checker(checker_file, device=checker_device) if checker_file else None
     where: dict[str, Any] = {"device": device, "dtype": dtype, "offload": choice.offload}
     model = load(
         choice.config,
@@ -98,12 +107,28 @@ def load_models(
     _check_depth(request, file_name(model), model.autoencoder.in_channels)
     _warn_about_ignored_options(request, model)
     if request.sdxl.refiner is None:
-        return Models(model)
+        return Models(model, safety_checker=checker)
     if not is_sdxl(model):
         message = f"a refiner is for Stable Diffusion XL, which {file_name(model)} is not"
         raise ArgumentError(message, "refiner")
     embeddings = _refiner_embeddings(model)
-    return Models(model, load(None, refiner, embeddings=embeddings, **where))
+    return Models(model, load(None, refiner, embeddings=embeddings, **where), checker)
+
+
+def find_checker(request: Request) -> Path | None:
+    """Find the file or folder of the safety checker that a request names, if any.
+
+    Raises:
+        MissingFile: there is none.
+    """
+    name = request.output.safety_checker
+    if name != OWN_CHECKER:
+        return find_safety_checker(name) if name else None
+    folder = Path(request.model.ckpt or "").expanduser()
+    if request.model.ckpt is None or not (folder / COMPONENT).is_dir():
+        model = f"`{folder.name}`" if request.model.ckpt else "the demo model"
+        raise MissingFile(f"{model} has no safety checker of its own", COMPONENT)
+    return find_safety_checker(folder)
 
 
 def _check_families(task: Task, ckpt: Path | None, refiner: Path | None) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ldm.diffusion.names import SLD_CONCEPTS
 from ldm.diffusion.step_noise import STEP_NOISE
-from ldm.generate.load import Models, resolve_sampling
+from ldm.generate.load import Models, find_checker, resolve_sampling
 from ldm.generate.options import Value, options_of
 from ldm.generate.plan import Batch, Job
 from ldm.generate.request import Request, Sampling
@@ -89,6 +89,7 @@ def describe_run(
         },
         **_describe_sdxl(request, models, without_folders),
         **_describe_sld(sampling),
+        **_describe_checker(request, without_folders),
         "tile": sampling.vae_tile,
         "tiling": sampling.tiling,
         "legacy": list(sampling.legacy),
@@ -128,6 +129,15 @@ def _describe_sdxl(request: Request, models: Models, without_folders: bool) -> I
         if request.sdxl.refiner_start is None:
             info.setdefault("refiner_strength", REFINER_STRENGTH)
     return info
+
+
+def _describe_checker(request: Request, without_folders: bool) -> Info:
+    """Return the file of the safety checker."""
+    path = find_checker(request)
+    if path is None:
+        return {}
+    shown = path.name if without_folders else str(path.resolve())
+    return {"safety_checker": {"path": shown, "hash": file_hash(path)}}
 
 
 def _describe_sld(sampling: Sampling) -> Info:
@@ -250,6 +260,7 @@ def locate_model(info: JsonMapping, request: Request, changes: JsonMapping) -> R
     """
     values: JsonObject = {"precision": PRECISIONS[info["dtype"]], **defaults_then(info, request)}
     values["device"] = _recorded_device(info["device"])
+    values |= {"safety_checker": None, "unsafe": None}  # the info has its verdict
     for key, name in FILE_KEYS.items():
         if name in changes or name not in request.task.options():
             continue

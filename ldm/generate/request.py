@@ -275,6 +275,15 @@ class Output:
         help="images per row of the grid (default: the batch size)")
     skip_grid: bool = option(False, "--skip_grid", help="do not save the grid")
     skip_save: bool = option(False, "--skip_save", help="do not save single images")
+    safety_checker: str | None = option(None, "--safety-checker", metavar="FILE",
+        label="Safety checker",
+        help="judge images by the safety checker of Stable Diffusion 1: its file or folder, a name"
+        " of `ldm download`, or own, that of the folder in --ckpt; scores go into PNGs and the log"
+        " (default: none)")
+    unsafe: str | None = option(None, "--unsafe", choices=("black", "blur", "drop"),
+        label="Flagged images",
+        help="what to do with images that the checker flags: save black or blurred ones in their"
+        " place, or drop them (default: keep them)")
     no_watermark: bool = option(False, "--no-watermark", help="do not add the invisible watermark")
     glb: bool = option(False, "--glb",
         help="of images with depth (LDM3D), also save a relief to turn, NNNNN.glb (needs trimesh)")
@@ -324,6 +333,8 @@ class Request:
                 raise ArgumentError(
                     f"{name} {side} is not a positive multiple of {multiple}{reason}", name
                 )
+        if self.output.unsafe is not None and self.output.safety_checker is None:
+            raise ArgumentError("unsafe needs safety_checker", "unsafe")
         if self.sampling.sld_concept is not None and self.sampling.sld is None:
             raise ArgumentError("sld_concept needs sld", "sld_concept")
         if self.sdxl.refiner_strength is not None and self.sdxl.refiner_start is not None:

@@ -30,6 +30,7 @@ from ldm.generate.output import (
 from ldm.generate.plan import Batch, plan_batches
 from ldm.generate.provenance import Info, describe_depth, describe_image, describe_run, job_of
 from ldm.generate.request import Request
+from ldm.generate.safety import hide_flagged, judge, report
 from ldm.generate.start_noise import seed_globally, start_noise
 from ldm.generate.tasks import PreparedTask
 from ldm.imaging.output import OutputFolder
@@ -109,18 +110,22 @@ def _generate_batches(
                 run_info["unfinished"] = listener.stopped_at
             truncate = "truncate" in request.sampling.legacy
             depths = split_depth(images)
-            for row, image in enumerate(to_images(images, run_info, truncate=truncate)):
-                info = run_info | describe_image(request, batches, number, row)
-                depth = depths[row] if depths else None
+            originals = to_images(images, run_info, truncate=truncate)
+            verdicts = judge(models.safety_checker, originals, output.unsafe)
+            for row, original in enumerate(originals):
+                info = run_info | describe_image(request, batches, number, row) | verdicts[row]
+                image, depth = hide_flagged(original, depths[row] if depths else None, info)
                 if depth is not None:
                     info |= describe_depth(depth)
                 info["path"] = None
-                if not output.skip_save:
-                    info |= save_image(folder, image, info, protected, depth)
-                if depth is not None and output.glb and info["path"] is not None:
-                    info |= save_glb(info["path"], image, depth)
+                if image is not None and not output.skip_save:
+                    kept = protected if image is original else None
+                    info |= save_image(folder, image, info, kept, depth)
+                    if depth is not None and output.glb:
+                        info |= save_glb(info["path"], image, depth)
+                report(info, listener)
                 listener.add_image(info)
-                if makes_grid and len(grid_images) < GRID_LIMIT:
+                if image is not None and makes_grid and len(grid_images) < GRID_LIMIT:
                     cell = image if depth is None else place_beside(image, depth)
                     grid_images.append((cell, info))
             if listener.stopped_at is not None:
@@ -171,9 +176,11 @@ def remake_image(
         _generate(prepared, [job] * rows, models, callback)
     images = _generate(prepared, [job] * info["rows"], models, callback)
     image = images[info["row"] : info["row"] + 1]
-    shown = to_images(image, info, truncate="truncate" in request.sampling.legacy)[0]
-    depth = next(iter(split_depth(image)), None)
-    return add_watermark(shown, info, prepared.protected_pixels()), depth
+    original = to_images(image, info, truncate="truncate" in request.sampling.legacy)[0]
+    shown, depth = hide_flagged(original, next(iter(split_depth(image)), None), info)
+    assert shown is not None, "an image that was dropped has no file"
+    kept = prepared.protected_pixels() if shown is original else None
+    return add_watermark(shown, info, kept), depth
 
 
 def _generate(

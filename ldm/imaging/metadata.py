@@ -10,6 +10,7 @@ image is a plain dict; `parameters_text` knows these keys, all optional:
     tiling, depth_range (lowest and highest of 0 … 65535),
     prompt_2, negative_prompt_2, original_size, crop, target_size and aesthetic_score (also
     negative_ ones), refiner_strength or refiner_start, sld, sld_concept,
+    safety (flagged, concepts, special, scores, special_scores, action),
     vae, refiner, loras and embeddings (each file a dict with path and hash; a LoRA's with weight
     and a1111_hash)
 
@@ -167,6 +168,7 @@ def _settings(info: JsonMapping) -> Iterable[tuple[str, str]]:
         **{name: info.get(key) for name, (key, _) in SDXL_SETTINGS.items()},
         "SLD": info.get("sld"),
         "SLD concept": _concept_name(info.get("sld_concept")),
+        "Safety checker": _safety_verdict(info.get("safety")),
         "Refiner": refiner and f"{PurePath(refiner['path']).stem} [{refiner['hash']}]",
         "Refiner switch at": _refiner_start(info),
         "Lora hashes": _hashes(info.get("loras"), "a1111_hash"),
@@ -204,6 +206,15 @@ def _refiner_start(info: JsonMapping) -> float | None:
     """Return the fraction of the steps before the refiner, as A1111 counts."""
     strength = info.get("refiner_strength")
     return info.get("refiner_start") if strength is None else round(1 - strength, 4)
+
+
+def _safety_verdict(safety: JsonMapping | None) -> str | None:
+    """Say what the safety checker said, with the highest score."""
+    if not safety:
+        return None
+    score = max(safety["scores"])
+    action = f", {safety['action']}" if safety.get("action") else ""
+    return f"{'flagged' if safety['flagged'] else 'passed'} {score:+.3f}{action}"
 
 
 def _concept_name(text: str | None) -> str | None:

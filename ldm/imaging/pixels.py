@@ -13,7 +13,10 @@ from torch import Tensor
 
 from ldm.runtime.errors import ArgumentError
 
-__all__ = ["make_grid", "resize_to_multiple", "scale_and_crop", "to_pil", "to_tensor", "to_uint8"]
+__all__ = [
+    "crop_square", "make_grid", "resize_to_multiple", "scale_and_crop", "to_pil", "to_tensor",
+    "to_uint8",
+]  # fmt: skip
 
 PADDING = 2  # pixels between and around the images of a grid
 
@@ -85,6 +88,18 @@ def resize_to_multiple(image: Image.Image, multiple: int) -> Image.Image:
     if not width or not height:
         raise ArgumentError(f"an image of {image.width}x{image.height} is smaller than {multiple}")
     return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def crop_square(image: Image.Image, side: int) -> Image.Image:
+    """Resize the shorter side of an image, bicubic, and crop the middle, as CLIP's preprocessing.
+
+    Sizes are cut to whole pixels as in transformers.
+    """
+    short = min(image.size)
+    width, height = (int(side * length / short) for length in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - side) // 2, (height - side) // 2
+    return image.crop((left, top, left + side, top + side))
 
 
 def scale_and_crop(

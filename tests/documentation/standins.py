@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from checkerhelp import write_checker
 from ldm.loading.addons.lora import lora_targets, write_lora
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml
@@ -88,6 +89,7 @@ def make_stand_ins(folder: Path) -> None:
     write_lora(LoRA(layers), folder / "style.safetensors", sd1)
     (folder / "embeddings").mkdir()
     save_file({"<cat>": torch.randn(1, tinyfamilies.WIDTH)}, folder / "embeddings/cat.safetensors")
+    write_checker(folder / "sd-safety-checker")
     (folder / "photos").mkdir()
     for i, name in enumerate(IMAGES):
         side = 32 if name == "small.png" else 96

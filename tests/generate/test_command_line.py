@@ -200,8 +200,10 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
              "lora": "x.safetensors:0.25", "legacy": "noise,steps", "precision": "fp16",
              "attention": "math", "sampler": "dpm", "strength": ".25",
              "rescale": ".5", "resize_mode": "pad", "height": "64", "width": "64", "tiling": "x",
-             "sld": "1,20,0,0.5,0.25", "refiner_strength": ".25", "refiner_start": ".75",
+             "sld": "1,20,0,0.5,0.25", "unsafe": "blur",
+             "refiner_strength": ".25", "refiner_start": ".75",
              **dict.fromkeys(names_of_pairs, "8,16")}  # fmt: skip
+    needed = {"sld_concept": ["--sld", "max"], "unsafe": ["--safety-checker", "x"]}
     for task in TASKS.values():
         argvs = []
         for name, (row, _) in task.options().items():
@@ -210,8 +212,8 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
                 argvs.append([f"{name}.x=1"])
             elif row.is_switch:
                 argvs.append([row.flags[0]])
-            elif name == "sld_concept":
-                argvs.append(["--sld", "max", row.flags[0], word])
+            elif name in needed:
+                argvs.append([*needed[name], row.flags[0], word])
             else:
                 argvs.append([row.flags[0], word])
         others = ("--refiner-start", "--s-churn", "--s-noise")  # not with the rest

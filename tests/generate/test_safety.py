@@ -1,13 +1,19 @@
-"""Options of safe latent diffusion, from the command line to the PNG and back."""
+"""Safe latent diffusion and the safety checker, from the command line to the PNG and back."""
 
+import json
+
+import numpy as np
 import pytest
+from PIL import Image
 
+from checkerhelp import write_checker
 from ldm.commands.main import main
 from ldm.diffusion.names import SLD_CONCEPTS
 from ldm.generate.command_line import parse_request, to_argv
+from ldm.generate.safety import hide_flagged
 from ldm.generate.tasks import TASKS
-from ldm.imaging.metadata import parse_parameters, read_info
-from picturehelp import QUICK
+from ldm.imaging.metadata import parameters_text, parse_parameters, read_info
+from picturehelp import QUICK, pixels
 
 
 def parse(*words):
@@ -23,6 +29,8 @@ def parse(*words):
         (["--sld", "1,2,0,0,2"], "beta must be in 0 … 1, got 2"),
         (["--sld", "max", "--sld-concept", "@concept.txt"], "no file `concept.txt`"),
         (["--sld-concept", "a cat"], "sld_concept needs sld (--sld-concept)"),
+        (["--unsafe", "black"], "unsafe needs safety_checker (--unsafe)"),
+        (["--safety-checker", "x", "--unsafe", "rick"], "invalid choice: 'rick'"),
     ],
 )
 def test_a_wrong_value_is_named_at_once(capsys, words, message):
@@ -57,3 +65,78 @@ def test_a1111_text_names_them():
     info = parse_parameters(text)
     assert (info["sld"], info["sld_concept"]) == ("10, 1000, 0.01, 0.3, 0.4", "original")
     assert parse("--sld", info["sld"]).sampling.sld == (10, 1000, 0.01, 0.3, 0.4)
+
+
+@pytest.fixture(scope="module")
+def checker(tmp_path_factory):
+    return write_checker(tmp_path_factory.mktemp("checker") / "checker.safetensors")
+
+
+@pytest.fixture
+def made(tiny, checker, tmp_path, capsys):
+    """Make two images, and their grid; return infos, stderr and the folder."""
+
+    def make(*words):
+        flags = [*tiny.flags, "--steps", "2", "--precision", "full", "--n_samples", "2"]
+        flags += ["--n_iter", "1", "--safety-checker", str(checker), "--outdir", str(tmp_path)]
+        assert main(["txt2img", *flags, *words, "--json"]) == 0
+        out, err = capsys.readouterr()
+        return [json.loads(line) for line in out.splitlines()], err
+
+    return make
+
+
+def test_scores_are_reported_and_the_image_is_kept(made, tmp_path):
+    infos, err = made()
+    safety = infos[0]["safety"]
+    assert (safety["flagged"], safety["concepts"], safety["action"]) == (True, [2], None)
+    assert len(safety["scores"]) == 17
+    assert "image 0 is flagged by concept 2" in err
+    assert err.count("it is kept") == 2
+    info = read_info(infos[0]["path"])
+    assert info["safety"] == safety
+    assert "Safety checker: flagged +" in parameters_text(info)
+    assert pixels(infos[0]["path"]).std() > 1
+
+
+@pytest.mark.parametrize("action", ["black", "blur"])
+def test_a_flagged_image_is_hidden_and_says_so(made, action, capsys):
+    plain, _ = made()
+    hidden, err = made("--unsafe", action)
+    assert err.count("saved all black" if action == "black" else "saved blurred") == 2
+    now, before = (pixels(infos[0]["path"]) for infos in (hidden, plain))
+    if action == "black":
+        assert not now.any()
+    else:
+        assert 0 < np.abs(np.diff(now, axis=0)).mean() < np.abs(np.diff(before, axis=0)).mean() / 3
+    assert read_info(hidden[0]["path"])["safety"]["action"] == action
+    assert main(["replay", hidden[0]["path"]]) == 0  # without the checker
+    assert capsys.readouterr().out == "identical\n"
+
+
+def test_a_dropped_image_is_nowhere(made, tmp_path):
+    infos, err = made("--unsafe", "drop")
+    assert [info["path"] for info in infos] == [None, None]
+    assert err.count("it is not saved") == 2
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_what_is_not_a_checker_is_refused_before_the_model_is_loaded(tiny, tmp_path, capsys):
+    for name, message in {
+        str(tiny.ckpt): "base_v.ckpt` is another model, not a safety checker",
+        "own": "base_v.ckpt` has no safety checker of its own",
+        "nope.bin": "no safety checker in `nope.bin`",
+    }.items():
+        words = [*tiny.flags, "--safety-checker", name, "--outdir", str(tmp_path)]
+        assert main(["txt2img", *words]) == 1
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_depth_of_a_hidden_image_is_hidden():
+    image, depth = Image.new("RGB", (8, 8), "red"), Image.new("I;16", (8, 8), 900)
+    _, shown_depth = hide_flagged(image, depth, {"safety": {"action": "blur"}})
+    assert shown_depth.mode == "I;16"
+    assert shown_depth.getextrema() == (0, 0)
+    assert image.getextrema()[0] == (255, 255)  # never in place
+    assert hide_flagged(image, depth, {}) == (image, depth)
+    assert hide_flagged(image, depth, {"safety": {"action": "drop"}}) == (None, None)

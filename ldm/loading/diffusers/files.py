@@ -43,8 +43,8 @@ from ldm.runtime.files import read_text
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "EXTRA_WEIGHTS", "PIPELINE_KEY", "build_folder", "is_diffusers_folder", "read_folder",
-    "weights_path", "write_texts",
+    "EXTRA_WEIGHTS", "PIPELINE_KEY", "build_folder", "is_diffusers_folder", "read_component",
+    "read_folder", "weights_path", "write_texts",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
     added: dict[str, list[Tensor]] = {}
     state = rename_weights(rest.state) if rest else {}
     for component in located:
-        theirs = _read_component(path / component if INDEX in files else path, variant)
+        theirs = read_component(path / component if INDEX in files else path, variant)
         if component in TOKENIZERS:
             ids_by_token = added_tokens(files, TOKENIZERS[component])
             for token, vectors in _pop_added_tokens(theirs, ids_by_token).items():
@@ -115,7 +115,7 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
     state = match_weights(model, state, path, f"`{path}` does not fit its own configs")
     tables = make_tables(model) if isinstance(model, LatentDiffusion) else {}
     if NORMALIZER in files:
-        tables |= _statistics(_read_component((path / NORMALIZER).parent, variant))
+        tables |= _statistics(read_component((path / NORMALIZER).parent, variant))
     return Checkpoint(
         path=path,
         kind="diffusers",
@@ -238,7 +238,7 @@ def _has_same_config(rest: Checkpoint, files: Files) -> bool:
     return True
 
 
-def _read_component(folder: Path, variant: str | None) -> dict[str, Tensor]:
+def read_component(folder: Path, variant: str | None) -> dict[str, Tensor]:
     """Return the tensors of a component, in one file or several."""
     for file in filter(Path.is_file, _candidates(folder, variant)):
         if file.suffix != ".json":
@@ -254,7 +254,7 @@ def _read_component(folder: Path, variant: str | None) -> dict[str, Tensor]:
     if variant is None and others:
         choice = min(others, key=lambda name: (name == "non_ema", name != "fp16", name))
         log.info("`%s` has variants %s, using %s", folder, ", ".join(sorted(others)), choice)
-        return _read_component(folder, choice)
+        return read_component(folder, choice)
     what = f" of variant `{variant}`" if variant else ""
     raise MissingFile(f"no weights{what} in `{folder}`, only {', '.join(names) or 'nothing'}")
 

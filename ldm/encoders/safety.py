@@ -1,0 +1,108 @@
+"""The safety checker of Stable Diffusion 1: judges images by their CLIP embeddings.
+
+    image --crop_square, normalise--> VisionTower --> e (D,)
+    score k = cos(e, concept k) - threshold k, rounded to 3 decimals; above 0 the image is flagged
+
+17 vectors are concepts. Three more ask for special care: from the first that is met on, every later
+score is 0.01 higher; they do not flag an image by themselves. The texts of the concepts were not
+published; Rando et al. 2022 (arXiv:2210.04610) found all 17 to be sexual.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from ldm.encoders.image import MEAN, STD
+from ldm.encoders.towers import VisionTower
+from ldm.imaging.pixels import crop_square
+
+__all__ = ["SafetyChecker", "Verdict"]
+
+SPECIAL_CARE = 0.01
+DECIMALS = 3
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the checker says of an image.
+
+    Attributes:
+        scores: Of the concepts.
+        special_scores: Of what asks for special care.
+    """
+
+    scores: tuple[float, ...]
+    special_scores: tuple[float, ...]
+
+    @property
+    def concepts(self) -> list[int]:
+        """Indices of the concepts that flag the image."""
+        return [k for k, score in enumerate(self.scores) if score > 0]
+
+    @property
+    def special(self) -> list[int]:
+        """Indices of what asks for special care and is met."""
+        return [k for k, score in enumerate(self.special_scores) if score > 0]
+
+    @property
+    def is_flagged(self) -> bool:
+        return bool(self.concepts)
+
+
+class SafetyChecker(nn.Module):
+    """A vision tower of CLIP with vectors and thresholds of concepts.
+
+    Args:
+        visual: Embeds images as (B, D).
+        concepts, special: How many there are of each.
+    """
+
+    def __init__(self, visual: VisionTower, *, concepts: int = 17, special: int = 3) -> None:
+        super().__init__()
+        width = visual.proj.shape[1]
+        self.visual = visual
+        self.concept_embeds = nn.Parameter(torch.empty(concepts, width))
+        self.concept_embeds_weights = nn.Parameter(torch.empty(concepts))
+        self.special_care_embeds = nn.Parameter(torch.empty(special, width))
+        self.special_care_embeds_weights = nn.Parameter(torch.empty(special))
+
+    @torch.no_grad()
+    def judge(self, images: Sequence[Image.Image]) -> list[Verdict]:
+        """Judge images, each alone, so that a verdict does not depend on the batch."""
+        device = self.visual.proj.device
+        embeddings = [self.visual(self.preprocess(image).to(device)) for image in images]
+        return [verdict for row in embeddings for verdict in self.judge_embeddings(row)]
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Resize the shorter side, crop the middle and normalise: (1, 3, S, S) float32."""
+        cropped = crop_square(image.convert("RGB"), self.visual.image_size)
+        pixels = torch.from_numpy(np.array(cropped)).movedim(-1, 0)[None].float() / 255
+        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (MEAN, STD))
+        return (pixels - mean) / std
+
+    def judge_embeddings(self, embeddings: Tensor) -> list[Verdict]:
+        """Judge images by their embeddings (B, D)."""
+        vectors = (self.special_care_embeds, self.concept_embeds)
+        special, concepts = (
+            F.normalize(embeddings.float()) @ F.normalize(known.float()).mT for known in vectors
+        )
+        rows = zip(special.tolist(), concepts.tolist(), strict=True)
+        return [self._judge_cosines(*cosines) for cosines in rows]
+
+    def _judge_cosines(self, special: list[float], concepts: list[float]) -> Verdict:
+        special_scores, added = [], 0.0
+        for cosine, limit in zip(special, self.special_care_embeds_weights.tolist(), strict=True):
+            special_scores.append(round(cosine - limit + added, DECIMALS))
+            if special_scores[-1] > 0:
+                added = SPECIAL_CARE
+        limits = self.concept_embeds_weights.tolist()
+        scores = [
+            round(cosine - limit + added, DECIMALS)
+            for cosine, limit in zip(concepts, limits, strict=True)
+        ]
+        return Verdict(tuple(scores), tuple(special_scores))

@@ -1,0 +1,160 @@
+"""The safety checker against recorded runs of diffusers' class, and against that class."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+
+from goldfile import gold
+from ldm.loading.addons.safety import load_safety_checker
+from recipe import fill
+
+recorded = functools.cache(gold)
+DECISIONS = (
+    "none", "one_concept", "only_by_special_care", "same_without_special", "round_up",
+    "round_down", "special_chain", "all",
+)  # fmt: skip
+
+
+def recorded_weights():
+    """Under the names of the published file, with thresholds of 0."""
+    file = recorded("seed_safety_checker")
+    manifest = file.meta["state_dict_manifest"]
+    return fill({name: torch.zeros(shape) for name, shape in manifest.items()}, file.meta["salt"])
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checker") / "checker.safetensors"
+    save_file(recorded_weights(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checker(weights):
+    return load_safety_checker(weights, heads=2)
+
+
+def recorded_picture(height, width):
+    y, x = np.mgrid[:height, :width]
+    picture = np.stack([127 * (np.sin(x / 17) + 1), 127 * (np.cos(y / 11) + 1), (x + y) % 256], -1)
+    noise = np.random.RandomState(height).randint(-8, 8, (height, width, 3))
+    return Image.fromarray(np.clip(picture + noise, 0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("case", ["pre_square", "pre_landscape", "pre_small"])
+def test_pixels_are_the_recorded_ones(checker, case):
+    """Shorter side by Pillow's bicubic, middle cropped; the smallest one is enlarged."""
+    file = recorded("seed_safety_checker")
+    given, size = file.inputs(case), file.case(case)["info"]["size"]
+    picture = recorded_picture(*size)
+    if "image" in given:
+        picture = Image.fromarray(given["image"].numpy())
+    pixels = checker.preprocess(picture)[:, :, ::7, ::7]
+    torch.testing.assert_close(pixels, file.outputs(case)["pixels"], rtol=0, atol=1e-6)
+
+
+def recorded_embeddings(checker):
+    small = recorded("seed_safety_checker").inputs("embed")["small"]
+    pixels = F.interpolate(small, (224, 224), mode="bilinear", align_corners=False)
+    with torch.no_grad():
+        return checker.visual(pixels)
+
+
+def test_embeddings_are_the_recorded_ones(checker):
+    expected = recorded("seed_safety_checker").outputs("embed")["image_embeds"]
+    torch.testing.assert_close(recorded_embeddings(checker), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", DECISIONS)
+def test_decisions_are_the_recorded_ones_exactly(checker, case):
+    file = recorded("seed_safety_checker")
+    given, expected = file.inputs(case), file.outputs(case)
+    checker.concept_embeds_weights.data = given["concept_weights"]
+    checker.special_care_embeds_weights.data = given["special_weights"]
+    verdicts = checker.judge_embeddings(recorded_embeddings(checker))
+    assert torch.equal(torch.tensor([v.scores for v in verdicts]), expected["concept_scores"])
+    special = torch.tensor([v.special_scores for v in verdicts])
+    assert torch.equal(special, expected["special_scores"])
+    assert [v.is_flagged for v in verdicts] == expected["flagged"].bool().tolist()
+    for name, lists in (("bad", [v.concepts for v in verdicts]),
+                        ("special", [v.special for v in verdicts])):  # fmt: skip
+        assert [row.nonzero().flatten().tolist() for row in expected[name]] == lists
+
+
+def their_folder(folder):
+    """diffusers' checker, written by the transformers at hand, and the object."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig
+
+    config = recorded("seed_safety_checker").meta["config"]
+    theirs = StableDiffusionSafetyChecker(CLIPConfig(**config)).eval()
+    state = recorded_weights()
+    if not any(name.startswith("vision_model.vision_model.") for name in theirs.state_dict()):
+        state = {name.replace("vision_model.", "", 1) if name.startswith("vision") else name: value
+                 for name, value in state.items()}  # fmt: skip
+    theirs.load_state_dict(state)
+    for name in ("concept_embeds_weights", "special_care_embeds_weights"):
+        getattr(theirs, name).data = torch.full_like(getattr(theirs, name), 0.05)
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_verdicts_are_those_of_diffusers(tmp_path):
+    """From a folder, without telling the number of heads; and of a pipeline's folder."""
+    theirs = their_folder(tmp_path / "safety_checker")
+    ours = load_safety_checker(tmp_path)
+    pictures = [recorded_picture(*size) for size in ((224, 300), (64, 64), (256, 90))]
+    pixels = torch.cat([ours.preprocess(picture) for picture in pictures])
+    _, flags = theirs(images=[np.ones((8, 8, 3)) for _ in pictures], clip_input=pixels)
+    verdicts = ours.judge(pictures)
+    assert [verdict.is_flagged for verdict in verdicts] == flags
+    with torch.no_grad():
+        pooled = theirs.vision_model(pixels)[1]
+        embeddings = theirs.visual_projection(pooled)
+        torch.testing.assert_close(ours.visual(pixels), embeddings, rtol=0, atol=1e-5)
+
+
+def test_both_prefixes_and_old_extras_are_read(checker, tmp_path):
+    state = recorded_weights()
+    short = {name.replace("vision_model.", "", 1) if name.startswith("vision") else name: value
+             for name, value in state.items()}  # fmt: skip
+    positions = {"vision_model.vision_model.embeddings.position_ids": torch.arange(17)[None]}
+    for name, content in {"short": short, "old": state | positions}.items():
+        save_file(content, tmp_path / f"{name}.safetensors")
+        other = load_safety_checker(tmp_path / f"{name}.safetensors", heads=2)
+        assert torch.equal(other.visual.proj, checker.visual.proj)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"lora_unet.lora_down.weight": torch.ones(1, 1)}, "is a LoRA, .* not a safety checker"),
+        ({"x": torch.ones(1)}, "is another model, not a safety checker"),
+        (
+            {"concept_embeds": torch.ones(17, 16)},
+            "not a complete safety checker: `vision_model.emb",
+        ),
+        (None, "no safety checker in"),
+    ],
+)
+def test_another_file_is_refused_in_one_line(tmp_path, content, message):
+    path = tmp_path / "other.safetensors"
+    if content is not None:
+        save_file(content, path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        load_safety_checker(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_checker_is_refused(tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({}))
+    with pytest.raises(FileNotFoundError, match="no safety checker in"):
+        load_safety_checker(tmp_path)
