@@ -1,14 +1,21 @@
 """The networks under their old names: recorded numbers, types, attributes."""
 
+import copy
+
 import pytest
 import torch
-from compathelp import relative_error, tiny_unet
+import torch.nn.functional as F
+from compathelp import relative_error, tiny_inputs, tiny_unet
 from torch import nn
 
 from goldfile import gold
 from ldm.compat import model
+from ldm.compat.openaimodel import UNetModel
+from ldm.compat.relabel import relabel
 from ldm.compat.util import get_obj_from_str, instantiate_from_config
 from ldm.loading.build import meta_device
+from ldm.loading.diffusers.keys import scatter_weights, unet_keys
+from nets import nethelp
 from recipe import fill, fill_on_demand
 
 SLOW = pytest.mark.slow
@@ -108,6 +115,69 @@ def test_encoder_and_decoder_equal_the_recorded_ones(name):
                 z = golden.inputs(case)["z"]
                 ours, recorded = vae.decoder(vae.post_quant_conv(z)), golden.outputs(case)["dec"]
         assert relative_error(ours, recorded) < 4e-5, case
+
+
+def test_a_residual_block_adds_an_embedding_and_widens_its_shortcut():
+    block = model.ResnetBlock(
+        in_channels=32, out_channels=64, conv_shortcut=True, dropout=0.0, temb_channels=16
+    )
+    x, temb = torch.randn(2, 32, 4, 6), torch.randn(2, 16)
+    h = block.conv1(F.silu(block.norm1(x))) + block.temb_proj(F.silu(temb))[:, :, None, None]
+    expected = block.conv_shortcut(x) + block.conv2(F.silu(block.norm2(h)))
+    torch.testing.assert_close(block(x, temb), expected)
+
+
+@pytest.mark.slow
+def test_diffusers_computes_the_same():
+    diffusers = pytest.importorskip("diffusers")
+    unet = tiny_unet(attention_resolutions=[1])
+    other = diffusers.UNet2DConditionModel(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        cross_attention_dim=24,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+    ).eval()
+    other.load_state_dict(scatter_weights(unet_keys(unet.state_dict()), unet.state_dict()))
+    x, t, context = tiny_inputs()
+    with torch.no_grad():
+        expected = other(x, t, context).sample
+        assert relative_error(unet(x, t, context), expected) < 1e-5  # observed:
+
+
+MODERN = [
+    {"num_classes": "sequential", "adm_in_channels": 6, "transformer_depth": [1, 2]},
+    {"num_classes": "timestep", "transformer_depth_middle": 0, "resblock_updown": True},
+    {"conv_resample": False, "disable_middle_transformer": True},
+]
+
+
+@pytest.mark.parametrize("changes", MODERN)
+def test_a_network_of_ours_becomes_one_of_the_original(changes):
+    unet = nethelp.tiny_unet(**changes)
+    old = relabel(copy.deepcopy(unet))
+    assert type(old) is UNetModel
+    y = {"sequential": torch.ones(2, 6), "timestep": torch.ones(2)}.get(changes.get("num_classes"))
+    x, t, context = tiny_inputs()
+    with torch.no_grad():
+        assert relative_error(old(x, t, context, y=y), unet(x, t, context, y)) < 1e-6
+    assert type(unet.out[-1]) is not nn.Conv2d
+    assert type(old.out[-1]) is nn.Conv2d
+    assert [old.dtype, old.image_size] == [torch.float32, 32]
+
+
+def test_an_autoencoder_of_ours_becomes_one_of_the_original():
+    vae = nethelp.tiny_autoencoder(attn_resolutions=[128])
+    x, z = torch.randn(1, 3, 16, 16), torch.randn(1, 4, 4, 4)
+    old = relabel(copy.deepcopy(vae))
+    assert [type(old.encoder), type(old.decoder)] == [model.Encoder, model.Decoder]
+    assert [type(old.decoder.up[1].upsample), old.encoder.num_resolutions] == [model.Upsample, 3]
+    assert [old.decoder.num_res_blocks, old.encoder.in_channels] == [1, 3]
+    with torch.no_grad():
+        assert relative_error(old.encoder(x), vae.encoder(x)) < 1e-6
+        assert relative_error(old.decoder(z), vae.decoder(z)) < 1e-6
 
 
 def test_layers_are_those_of_torch_and_classes_have_the_names_of_the_original():
