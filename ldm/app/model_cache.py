@@ -41,7 +41,9 @@ class ModelCache:
         """Return the model; arguments as `load`. A file that has changed is loaded again."""
         loras = [file for file, _ in options.get("loras", ())]
         states = [file_states(file) for file in (ckpt, *loras, *options.get("embeddings", ()))]
-        key = (str(config), tuple(states), repr(sorted(options.items())))
+        base = options.get("base")  # which a repr would not tell from another one
+        named = options | ({} if base is None else {"base": base.provenance})
+        key = (str(config), tuple(states), repr(sorted(named.items())))
         if key in self._models:
             self._models[key] = self._models.pop(key)
             return self._models[key]

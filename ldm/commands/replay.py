@@ -18,7 +18,7 @@ from typing import Any
 
 from ldm.generate.command_line import add_options, hint, to_argv
 from ldm.generate.options import Option, Value, options_of
-from ldm.generate.request import GROUPS, SDXL, ModelChoice
+from ldm.generate.request import GROUPS, SDXL, ModelChoice, UpscalerChoice
 from ldm.runtime.command import CommandParser, run_command
 
 __all__ = ["main"]
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     )  # fmt: skip
     # Without defaults: an option that is not given keeps its recorded value.
     model_options = {**options_of(ModelChoice), "refiner": options_of(SDXL)["refiner"]}
+    model_options["upscaler"] = options_of(UpscalerChoice)["upscaler"]
     options: dict[str, tuple[Option, Value]] = {
         name: (replace(option, help=option.help.replace("%(default)s", "the recorded one")), None)
         for name, (option, _) in model_options.items()
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     add = parser.add_group(GROUPS["model"])
     add_options(add, ModelChoice, options)
     add_options(add, SDXL, options, only=("refiner",))
+    add_options(add, UpscalerChoice, options, only=("upscaler",))
     parser.add_argument("image", type=expanduser, metavar="IMAGE", help="a PNG written by ldm")
     parser.add_argument("--output", type=expanduser, metavar="FILE", help="save the new image here")
     parser.add_argument(

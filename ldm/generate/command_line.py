@@ -37,6 +37,7 @@ MEMORY_HINT = "; these help: --n_samples 1, --vae-tile, a smaller --H and --W"
 COMMANDS = {
     "vary": "unclip",
     "upscale_rgbd": "upscale",
+    "upscale_latent": "upscale",
 }  # function of `ldm.pipelines` -> command, where the names differ
 
 

@@ -21,6 +21,7 @@ from ldm.loading.weights import identify_weights, read_weights
 from ldm.model import Defaults, LatentDiffusion
 from ldm.nets.attention import set_backend
 from ldm.pipelines.families import FAMILIES, file_name, is_sdxl, wrong_family
+from ldm.pipelines.latent_upscaling import Upscaling
 from ldm.runtime.device import keep_memory, pick_device, pick_dtype, set_threads
 from ldm.runtime.errors import ArgumentError, MissingArgument, MissingFile
 from ldm.runtime.files import find_file, read_text
@@ -38,15 +39,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Models:
-    """The model of a run; the refiner that finishes its images, and what judges them, if any."""
+    """The model of a run; those that finish its images or double their size, and what judges them."""
 
     base: LatentDiffusion
     refiner: LatentDiffusion | None = None
     safety_checker: SafetyChecker | None = None
+    upscaler: LatentDiffusion | None = None
 
     def float(self) -> None:
         """Convert the weights to float32."""
-        for model in filter(None, (self.base, self.refiner)):
+        for model in filter(None, (self.base, self.refiner, self.upscaler)):
             model.float()
 
 
@@ -68,7 +70,8 @@ def load_models(
     """
     choice, task = request.model, request.task
     ckpt, refiner = _find_weights(choice.ckpt), _find_weights(request.sdxl.refiner)
-    _check_families(task, ckpt, refiner)
+    upscaler = _find_weights(request.upscaling.upscaler)
+    _check_families(task, ckpt, refiner, upscaler)
     if ckpt is not None and (channels := _pixel_channels(ckpt)) is not None:
         _check_depth(request, f"`{ckpt.name}`", channels)
     if request.uses_demo_model:
@@ -106,6 +109,10 @@ def load_models(
     log.info("running on %s in %s", device, str(dtype).removeprefix("torch."))
     _check_depth(request, file_name(model), model.autoencoder.in_channels)
     _warn_about_ignored_options(request, model)
+    if upscaler is not None:
+        second = load(None, upscaler, base=model, **where)
+        Upscaling(second).check(model)
+        return Models(model, safety_checker=checker, upscaler=second)
     if request.sdxl.refiner is None:
         return Models(model, safety_checker=checker)
     if not is_sdxl(model):
@@ -131,12 +138,22 @@ def find_checker(request: Request) -> Path | None:
     return find_safety_checker(folder)
 
 
-def _check_families(task: Task, ckpt: Path | None, refiner: Path | None) -> None:
+def _check_families(
+    task: Task, ckpt: Path | None, refiner: Path | None, upscaler: Path | None
+) -> None:
     """Raise ArgumentError if the shapes in a file tell that it is not for this use.
 
     Weights are not read; the pipelines check models whose shapes are unusual.
     """
     base, other = _family_of_file(ckpt), _family_of_file(refiner)
+    second = _family_of_file(upscaler)
+    if upscaler is not None and second is not None and second.task != "upscale_latent":
+        message = f"`{upscaler.name}` is {second.title}, not an x2 latent upscaler"
+        raise ArgumentError(message, "upscaler")
+    if upscaler is not None and (refiner is not None or (base is not None and base.is_xl)):
+        raise ArgumentError(
+            "the x2 latent upscaler is for latents of Stable Diffusion 1 and 2, not XL", "upscaler"
+        )
     if ckpt is not None and base is not None:
         name = next(name for name, family in FAMILIES.items() if family.function == base.task)
         if name not in task.families:

@@ -28,6 +28,7 @@ from ldm.loading.load import DEMO
 from ldm.loading.published import find_checkpoint
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import is_sdxl
+from ldm.pipelines.latent_upscaling import FACTOR
 from ldm.pipelines.sampling import default_scheduler
 from ldm.runtime.device import pick_device
 from ldm.runtime.errors import ArgumentError, MissingFile
@@ -48,6 +49,7 @@ ENVIRONMENT = (
 )  # fmt: skip
 FILE_KEYS = {  # key of the info -> option
     "loras": "lora", "embeddings": "embedding", "vae": "vae", "refiner": "refiner",
+    "text_encoder": "text_encoder", "upscaler": "upscaler",
 }  # fmt: skip
 # Key of an info without a request (version 0.1) -> option, where they differ.
 FORMER_KEYS = {"grid": "scheduler", "tile": "vae_tile"}
@@ -65,6 +67,8 @@ def describe_run(
         without_folders: see `Request.to_json`.
     """
     model, choice = models.base, request.model
+    factor = 1 if models.upscaler is None else FACTOR
+    result_size = (factor * size[0], factor * size[1])
     sampling = resolve_sampling(request, model.defaults)
     assert sampling.sampler is not None
     checkpoint = model.provenance["checkpoint"]
@@ -88,12 +92,13 @@ def describe_run(
             for name, paths in files.items()
         },
         **_describe_sdxl(request, models, without_folders),
+        **_describe_upscaler(request, models, without_folders),
         **_describe_sld(sampling),
         **_describe_checker(request, without_folders),
         "tile": sampling.vae_tile,
         "tiling": sampling.tiling,
         "legacy": list(sampling.legacy),
-        "watermark": watermark_method(request, size, watermark_payload(model)),
+        "watermark": watermark_method(request, result_size, watermark_payload(model)),
         "payload": watermark_payload(model),
         "checkpoint": Path(checkpoint).name,
         "checkpoint_hash": file_hash(checkpoint),
@@ -138,6 +143,20 @@ def _describe_checker(request: Request, without_folders: bool) -> Info:
         return {}
     shown = path.name if without_folders else str(path.resolve())
     return {"safety_checker": {"path": shown, "hash": file_hash(path)}}
+
+
+def _describe_upscaler(request: Request, models: Models, without_folders: bool) -> Info:
+    """Return the file of the x2 latent upscaler, its steps and scale; the size is the base's."""
+    model, choice = models.upscaler, request.upscaling
+    if model is None:
+        return {}
+    path = Path(model.provenance["checkpoint"]).resolve()
+    steps, scale = choice.upscaler_steps, choice.upscaler_scale
+    return {
+        "upscaler": {"path": path.name if without_folders else str(path), "hash": file_hash(path)},
+        "upscaler_steps": model.defaults.steps if steps is None else steps,
+        "upscaler_scale": model.defaults.scale if scale is None else scale,
+    }
 
 
 def _describe_sld(sampling: Sampling) -> Info:

@@ -37,7 +37,10 @@ from ldm.runtime.errors import ArgumentError, unknown_name
 if TYPE_CHECKING:
     from ldm.generate.tasks.base import Task
 
-__all__ = ["GROUPS", "SDXL", "Inputs", "ModelChoice", "Output", "Prompts", "Request", "Sampling"]
+__all__ = [
+    "GROUPS", "SDXL", "Inputs", "ModelChoice", "Output", "Prompts", "Request", "Sampling",
+    "UpscalerChoice",
+]  # fmt: skip
 
 
 class ModelFiles(TypedDict, total=False):
@@ -261,6 +264,22 @@ class SDXL:
 
 
 @dataclass(frozen=True)
+class UpscalerChoice:
+    """A second model, which doubles the latents before they are decoded."""
+
+    # fmt: off
+    upscaler: str | None = option(None, "--upscaler", metavar="FILE", label="x2 latent upscaler",
+        help="x2 latent upscaler, a diffusers folder or a file: makes images of twice the size;"
+        " what its file is without, it takes from the model")
+    upscaler_steps: int | None = option(None, "--upscaler-steps", parse=parse_count, metavar="N",
+        label="Upscaler steps", help="its sampling steps (default: 20)")
+    upscaler_scale: float | None = option(None, "--upscaler-scale", parse=parse_number,
+        metavar="S", label="Upscaler CFG scale",
+        help="its guidance scale: 1 = no guidance, 0 = the negative prompt alone (default: 1)")
+    # fmt: on
+
+
+@dataclass(frozen=True)
 class Output:
     """How many images to make, and where to save them."""
 
@@ -298,6 +317,7 @@ GROUPS = {
     "model": "model (key=value changes the YAML: model.params.x=1)",
     "sampling": "sampling",
     "sdxl": "Stable Diffusion XL",
+    "upscaling": "x2 latent upscaler",
     "output": "output",
 }
 
@@ -318,6 +338,7 @@ class Request:
     model: ModelChoice = ModelChoice()
     sampling: Sampling = Sampling()
     sdxl: SDXL = SDXL()
+    upscaling: UpscalerChoice = UpscalerChoice()
     output: Output = Output()
 
     def __post_init__(self) -> None:

@@ -38,6 +38,7 @@ from ldm.imaging.relief import check_trimesh
 from ldm.imaging.rgbd import place_beside, split_depth
 from ldm.model import LatentDiffusion
 from ldm.pipelines.common import TaskOptions
+from ldm.pipelines.latent_upscaling import Upscaling
 from ldm.runtime.errors import NonFinite, Stop
 from ldm.runtime.types import JsonMapping
 
@@ -211,6 +212,11 @@ def _generate(
         "callback": callback,
         **_sdxl_options(request, batch, models),
     }
+    if models.upscaler is not None:
+        second = request.upscaling
+        options["upscaling"] = Upscaling(
+            models.upscaler, second.upscaler_steps, second.upscaler_scale
+        )
     rule = {"sld": sampling.sld, "sld_concept": sampling.sld_concept}
     options |= {name: value for name, value in rule.items() if value is not None}
     prompts = [job.prompt for job in batch]

@@ -143,6 +143,7 @@ def _settings(info: JsonMapping) -> Iterable[tuple[str, str]]:
     """Return A1111's names and values, in its order, of those that the info has."""
     sampler, size = info.get("sampler"), info.get("size")
     vae, refiner = info.get("vae") or {}, info.get("refiner")
+    upscaler = info.get("upscaler")
     settings = {
         "Steps": info.get("steps"),
         "Sampler": sampler and _a1111_sampler(sampler),
@@ -171,6 +172,8 @@ def _settings(info: JsonMapping) -> Iterable[tuple[str, str]]:
         "Safety checker": _safety_verdict(info.get("safety")),
         "Refiner": refiner and f"{PurePath(refiner['path']).stem} [{refiner['hash']}]",
         "Refiner switch at": _refiner_start(info),
+        "Latent upscaler": upscaler and f"{PurePath(upscaler['path']).stem} [{upscaler['hash']}]",
+        "Noise sigma": info.get("noise_sigma") or None,
         "Lora hashes": _hashes(info.get("loras"), "a1111_hash"),
         "TI hashes": _hashes(info.get("embeddings"), "hash"),
         "Version": info.get("ldm") and f"ldm {info['ldm']}",

@@ -422,12 +422,15 @@ def _complete(model: LatentDiffusion, weights: Weights, base: LatentDiffusion | 
         if _lacks(weights, prefix) and fits:
             weights.state |= {name: theirs[name] for name in names}
             weights.mapped = False
-    model_in_use = "" if base is None else f", nor has {file_name(base)}"
-    check_upscaler(weights.state, weights.path, model_in_use)
+    check_upscaler(weights.state, weights.path, base)
 
 
-def check_upscaler(names: Iterable[str], path: Path, note: str = "") -> None:
-    """Raise MissingArgument unless weights of an x2 latent upscaler have all parts; our names."""
+def check_upscaler(names: Iterable[str], path: Path, base: LatentDiffusion | None = None) -> None:
+    """Raise MissingArgument unless weights of an x2 latent upscaler have all parts; our names.
+
+    Args:
+        base: the model that was to have them.
+    """
     names = list(names)
     missing = [
         title
@@ -435,7 +438,13 @@ def check_upscaler(names: Iterable[str], path: Path, note: str = "") -> None:
         if not any(name.startswith(prefix) for name in names)
     ]
     if missing:
-        message = f"`{path}` has no {' and no '.join(missing)}{note}"
+        message = f"`{path}` has no {' and no '.join(missing)}"
+        if base is not None:
+            raise MissingArgument(
+                f"{message}, nor has {file_name(base)} one that fits\nhint: give its diffusers "
+                "folder, or convert it with a text encoder first",
+                "upscaler",
+            )
         hint = "a checkpoint of Stable Diffusion 1 has both: pass it"
         raise MissingArgument(f"{message}\nhint: {hint}", "text_encoder")
 

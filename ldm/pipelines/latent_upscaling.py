@@ -18,7 +18,7 @@ from ldm.diffusion.guidance import Scale
 from ldm.encoders.lowres import LowResLatent
 from ldm.model import LatentDiffusion
 from ldm.nets.latent_upscaler import LatentUpscalerUNet
-from ldm.pipelines.families import check_family, file_name
+from ldm.pipelines.families import family_of, file_name
 from ldm.pipelines.quirks import Noise, Quirks
 from ldm.pipelines.sampling import SamplingOptions, run_sigmas, sample
 from ldm.runtime.errors import ArgumentError, unknown_name
@@ -45,7 +45,8 @@ class Upscaling:
 
     def check(self, base: LatentDiffusion) -> None:
         """Raise ArgumentError unless it takes the latents of the base model."""
-        check_family(self.model, "latent-upscaling")
+        if family_of(self.model.conditioner) != "latent-upscaling":
+            raise ArgumentError(f"{file_name(self.model)} is not an x2 latent upscaler", "upscaler")
         run_sigmas(self.model, Quirks(), {"steps": self.steps})  # raises ArgumentError
         spaces = [
             (

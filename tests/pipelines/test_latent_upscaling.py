@@ -213,7 +213,7 @@ def test_bad_input(model, error, message, options):
 def test_models_for_other_tasks(model, base):
     with pytest.raises(WrongFamily, match="is an x2 latent upscaler: use `upscale_latent`"):
         ldm.upscale(model, ["a cat"], torch.zeros(1, 3, 64, 64))
-    with pytest.raises(WrongFamily, match="is a text-to-image model"):
+    with pytest.raises(ArgumentError, match="this is not an x2 latent upscaler"):
         ldm.txt2img(base, ["a cat"], upscaling=ldm.Upscaling(base))
 
 

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 from typing_extensions import Self
 
 from ldm.generate.options import Option, Value, option, options_of
-from ldm.generate.request import SDXL, Inputs, ModelChoice, Output, Prompts, Request, Sampling
+from ldm.generate.request import (
+    SDXL,
+    Inputs,
+    ModelChoice,
+    Output,
+    Prompts,
+    Request,
+    Sampling,
+    UpscalerChoice,
+)
 from ldm.runtime.errors import ArgumentError, MissingArgument, MissingFile
 from ldm.runtime.ranks import rank_and_world_size
 
@@ -76,6 +85,7 @@ class Task:
         example_flags: flags for a published model, as an example.
         noise_from_numpy: the original drew the start noise with numpy.
         enlarges: its images are larger than its input.
+        takes_upscaler: an x2 latent upscaler may double its latents.
     """
 
     name: str
@@ -91,16 +101,19 @@ class Task:
     example_flags: str = "--ckpt sd-v2-1 --H 768 --W 768"
     noise_from_numpy: bool = False
     enlarges: bool = False
+    takes_upscaler: bool = False
 
     def groups(self) -> dict[str, type]:
         """Return the groups of options, by their fields in `Request`."""
         sdxl = {"sdxl": SDXL} if "text" in self.families else {}
+        upscaling = {"upscaling": UpscalerChoice} if self.takes_upscaler else {}
         return {
             "inputs": self.inputs,
             "prompts": Prompts,
             "model": ModelChoice,
             "sampling": Sampling,
             **sdxl,
+            **upscaling,
             "output": Output,
         }
 

@@ -83,4 +83,5 @@ TASK = Task(
         "n_samples": 2,
         "n_iter": 1,
     },
+    takes_upscaler=True,
 )

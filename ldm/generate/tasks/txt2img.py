@@ -32,6 +32,8 @@ TASK = Task(
     ldm txt2img --prompt "a 3d emoji of a red apple on a blue background"
     ldm txt2img --ckpt sd-v2-1 --H 768 --W 768 --prompt "a fox"
 
+    ldm txt2img --ckpt sd-v1-5 --upscaler sd-x2-latent-upscaler --prompt "a fox"
+
 Images are saved as OUTDIR/samples/00000.png …, and all of them as OUTDIR/grid-0000.png; their paths
 are written to stdout, everything else to stderr.
 """,
@@ -42,4 +44,5 @@ are written to stdout, everything else to stderr.
         "prompt": "a professional photograph of an astronaut riding a triceratops",
         "outdir": "outputs/txt2img-samples",
     },
+    takes_upscaler=True,
 )

@@ -1,10 +1,10 @@
-"""Upscaling: by four, or to any size for images with depth."""
+"""Upscaling: by four, by two in latents, or to any size for images with depth."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ldm.generate.options import option, parse_natural, parse_size
-from ldm.generate.tasks.base import PreparedImageTask, RGBDInputs, Task
+from ldm.generate.options import option, parse_fraction, parse_natural, parse_size
+from ldm.generate.tasks.base import FolderInputs, PreparedImageTask, Task
 from ldm.runtime.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -15,13 +15,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class UpscaleInputs(RGBDInputs):
-    """A small image and the noise to add to it."""
+class UpscaleInputs(FolderInputs):
+    """A small image, or a folder of them, and the noise to add to it."""
 
     # fmt: off
     noise_level: int = option(20, "--noise-level", parse=parse_natural, metavar="N", maximum=349,
         label="Noise level (0 – 349)",
         help="noise on the image, 0 to 349: more noise, more invented detail"
+        " (default: %(default)s)")
+    noise_sigma: float = option(0.0, "--noise-sigma", parse=parse_fraction, metavar="SIGMA",
+        label="Noise on the latent (for x2)",
+        help="for the x2 latent upscaler: noise on the small latent, 0 to 0.6: more noise, more"
+        " invented detail (default: %(default)s)")
+    noise_kind: str = option("gaussian", "--noise-kind", choices=("gaussian", "fake"),
+        help="for the x2 latent upscaler: fake tells it of noise that is not added"
         " (default: %(default)s)")
     target_size: tuple[int, int] | None = option(None, "--target-size", parse=parse_size,
         metavar="H,W", label="Target size (H,W; for LDM3D-SR)",
@@ -30,17 +37,20 @@ class UpscaleInputs(RGBDInputs):
 
 
 class Upscale(PreparedImageTask):
-    """Enlarge an image four times, or one with its depth to any size."""
+    """Enlarge an image four times or twice, or one with its depth to any size."""
 
     def output_size(self, model: "LatentDiffusion") -> tuple[int, int]:
         from ldm.pipelines.families import family_of
 
         height, width = super().output_size(model)
         size = self.request.inputs_as(UpscaleInputs).target_size
-        if family_of(model.conditioner) == "rgbd-upscaling":
+        family = family_of(model.conditioner)
+        if family == "rgbd-upscaling":
             return size or (2 * height, 2 * width)
         if size is not None:
             raise ArgumentError("only LDM3D-SR takes a target size", "target_size")
+        if family == "latent-upscaling":
+            return 2 * height, 2 * width
         return height * model.downscale, width * model.downscale
 
     def generate(
@@ -49,8 +59,18 @@ class Upscale(PreparedImageTask):
         from ldm import pipelines
         from ldm.pipelines.families import family_of
 
-        level = self.request.inputs_as(UpscaleInputs).noise_level
-        if family_of(model.conditioner) == "rgbd-upscaling":
+        inputs, family = self.request.inputs_as(UpscaleInputs), family_of(model.conditioner)
+        level = inputs.noise_level
+        if family == "latent-upscaling":
+            return pipelines.upscale_latent(
+                model,
+                prompts,
+                self.image,
+                noise_sigma=inputs.noise_sigma,
+                noise_kind=inputs.noise_kind,
+                **options,
+            )
+        if family == "rgbd-upscaling":
             image, depth = enlarge(self.image, self.depth, self.output_size(model))
             return pipelines.upscale_rgbd(
                 model, prompts, image, depth, noise_level=level, **options
@@ -78,18 +98,23 @@ def enlarge(
 TASK = Task(
     name="upscale",
     title="Upscale",
-    summary="""Enlarge an image four times.
+    summary="""Enlarge an image four times, or twice in latents.
 
     ldm upscale --ckpt x4-upscaler-ema.safetensors --init-img small.png --prompt "a white cat"
 
-Large images are made in overlapping tiles of --vae-tile pixels of the result. LDM3D-SR enlarges an
-image with its depth:
+Large images are made in overlapping tiles of --vae-tile pixels of the result. The x2 latent
+upscaler takes autoencoder and text encoder from its diffusers folder, or from a checkpoint of
+Stable Diffusion 1:
+
+    ldm upscale --ckpt sd-x2-latent-upscaler --text-encoder sd-v1-5 --init-img photo.png
+
+LDM3D-SR enlarges an image with its depth:
 
     ldm upscale --ckpt ldm3d-sr --init-img 00000.png --depth 00000_depth.png --target-size 1024,1024
 """,
     inputs=UpscaleInputs,
     prepare=Upscale,
-    families=("upscaling", "rgbd-upscaling"),
+    families=("upscaling", "latent-upscaling", "rgbd-upscaling"),
     defaults={
         "prompt": "a high quality professional photograph",
         "outdir": "outputs/upscale-samples",

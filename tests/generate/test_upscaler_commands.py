@@ -1,0 +1,98 @@
+"""The x2 latent upscaler on the command line: alone, and behind a text-to-image model."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from ldm.commands.main import main
+from ldm.imaging.metadata import read_info
+from ldm.loading.config import format_yaml
+from ldm.loading.load import save_model
+from tinymodels import models, recorded  # noqa: F401
+from tinyupscaler import tiny_config, tiny_upscaler
+
+QUICK = ["--n_samples", "1", "--n_iter", "1", "--skip_grid", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def upscaler(tmp_path_factory):
+    """`x2.safetensors`, whole, and `x2.pth`, the network alone."""
+    folder, model = tmp_path_factory.mktemp("x2"), tiny_upscaler()
+    save_model(model, folder / "x2.safetensors", {"ldm.config": format_yaml(tiny_config())})
+    torch.save({"model_ema": model.unet.state_dict()}, folder / "x2.pth")
+    (folder / "small").mkdir()
+    for name in ("one", "two"):
+        Image.linear_gradient("L").resize((60, 50)).convert("RGB").save(
+            folder / f"small/{name}.png"
+        )
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    def run(*flags):
+        words = map(str, [*flags, *QUICK, "--outdir", tmp_path / "out"])
+        status = main(list(words))
+        out, err = capsys.readouterr()
+        return status, out.splitlines(), err
+
+    return run
+
+
+def test_an_image_and_a_folder(upscaler, run, capsys):
+    ckpt = ["--ckpt", upscaler / "x2.safetensors", "--steps", 1, "--noise-sigma", 0.2]
+    status, (path,), _ = run("upscale", *ckpt, "--init-img", upscaler / "small/one.png")
+    assert status == 0
+    with Image.open(path) as image:
+        assert image.size == (120, 100)
+    info = read_info(path)
+    assert (info["noise_sigma"], info["scale"], info["sampler"]) == (0.2, 1.0, "euler")
+    assert info["scheduler_in_use"] == "time_uniform"
+    assert main(["replay", path]) == 0
+    assert capsys.readouterr().out.startswith("identical")
+    status, paths, _ = run("upscale", *ckpt, "--indir", upscaler / "small")
+    assert status == 0
+    assert [path.rpartition("/")[2] for path in paths] == ["one.png", "two.png"]
+
+
+def test_behind_a_text_to_image_model(upscaler, run, models, capsys):  # noqa: F811
+    flags = ["--steps", 2, "--H", 64, "--W", 64, "--json"]
+    upscaling = ["--upscaler", upscaler / "x2.safetensors", "--upscaler-steps", 2]
+    status, (line,), _ = run("txt2img", *models["base_eps"].flags, *flags, *upscaling)
+    assert status == 0
+    info = json.loads(line)
+    assert info["upscaler"]["path"] == str(upscaler / "x2.safetensors")
+    assert (info["upscaler_steps"], info["upscaler_scale"]) == (2, 1.0)
+    with Image.open(info["path"]) as image:
+        assert image.size == (2 * info["size"][1], 2 * info["size"][0])
+    assert main(["replay", info["path"]]) == 0
+    assert capsys.readouterr().out.startswith("identical")
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "message"),
+    [
+        ("upscale", ["--ckpt", "x2.pth"], "no autoencoder and no text encoder"),
+        ("upscale", ["--ckpt", "x2.pth", "--text-encoder", "no.ckpt"], "no checkpoint `no.ckpt`"),
+        ("txt2img", ["--ckpt", "x2.safetensors"], "is an x2 latent upscaler: use `upscale_latent`"
+         " (ldm upscale, scripts/upscale.py)"),
+    ],
+)  # fmt: skip
+def test_bad_input(upscaler, run, monkeypatch, command, flags, message):
+    monkeypatch.chdir(upscaler)
+    image = ["--init-img", "small/one.png"] if command == "upscale" else []
+    status, _, err = run(command, *flags, *image)
+    assert status != 0
+    assert message in err.replace("\n", " ")
+
+
+def test_what_the_model_in_use_does_not_have(upscaler, run, models):  # noqa: F811
+    flags = [*models["base_eps"].flags, "--H", 64, "--W", 64, "--steps", 1]
+    _, _, err = run("txt2img", *flags, "--upscaler", upscaler / "x2.pth")
+    assert "has no" in err
+    assert "text encoder (CLIP ViT-L/14), nor has `base_eps.ckpt`" in err
+    assert "give its diffusers folder" in err
+    _, _, err = run("txt2img", *flags, "--upscaler", "checkpoints/demo.safetensors")
+    assert "is not an x2 latent upscaler" in err
