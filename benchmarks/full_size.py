@@ -26,6 +26,7 @@ INPUT = "input.png"
 INIT_IMAGE = ("--init-img", INPUT)
 MASK = (*INIT_IMAGE, "--mask-box", "128,128,384,384")
 REFINER = ("--refiner", "refiner.safetensors")
+UPSCALER = ("--upscaler", "x2.safetensors")
 KARLO = ("--prior", "prior-ckpt-step=01000000-of-01000000.ckpt")
 
 
@@ -47,6 +48,8 @@ CASES = {
     "inpainting": Case("inpaint", "v2-inpainting-inference", MASK),
     "depth": Case("depth2img", "v2-midas-inference", INIT_IMAGE),
     "upscaler": Case("upscale", "x4-upscaling", INIT_IMAGE, 128, 4),
+    "x2": Case("upscale", "x2-latent-upscaler", INIT_IMAGE, 512, 2),
+    "sd1-x2": Case("txt2img", "v1-inference", UPSCALER, 512, 2),
     "unclip-h": Case("unclip", "v2-1-stable-unclip-h-inference", INIT_IMAGE, 768),
     "unclip-l": Case("unclip", "v2-1-stable-unclip-l-inference", (*INIT_IMAGE, *KARLO), 768),
     "sdxl": Case("txt2img", "sd_xl_base", REFINER, 1024),
@@ -87,6 +90,8 @@ def run_family(name: str, args: argparse.Namespace, folder: Path) -> str:
     write_checkpoint(file, config, *(["--karlo"] if KARLO[0] in case.flags else []))
     if REFINER[0] in case.flags:
         write_checkpoint(folder / REFINER[1], find_config("sd_xl_refiner"))
+    if UPSCALER[0] in case.flags:
+        write_checkpoint(folder / UPSCALER[1], find_config("x2-latent-upscaler"))
     input_side = args.side or case.input_side
     side = input_side * case.scale
     noise = np.random.default_rng(0).integers(0, 256, (input_side, input_side, 3), np.uint8)
@@ -94,7 +99,7 @@ def run_family(name: str, args: argparse.Namespace, folder: Path) -> str:
     flags = ["--config", config, "--ckpt", file, "--outdir", folder, "--n_samples", 1]
     flags += ["--n_iter", 1, "--steps", args.steps, "--precision", args.precision, *case.flags]
     if case.script in ("txt2img", "unclip"):
-        flags += ["--H", side, "--W", side]
+        flags += ["--H", input_side, "--W", input_side]
     script = [ROOT / f"scripts/{case.script}.py", *flags, "--skip_grid", *args.further_flags]
     seconds, cpu, peak = harness.run(ROOT, *script, folder=folder)
     with Image.open(folder / "samples/00000.png") as image:

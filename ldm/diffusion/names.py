@@ -116,7 +116,6 @@ SCHEDULERS = {
     "karras": Scheduler("karras_sigmas", "Karras"),
     "exponential": Scheduler("exponential_sigmas", "Exponential"),
     "time_uniform": Scheduler("time_uniform_sigmas", "Uniform in time"),
-    "linspace": Scheduler("linspace_sigmas", "Linspace"),
     "sgm_uniform": Scheduler("sgm_uniform_sigmas", "SGM Uniform"),
     "leading": Scheduler("leading_sigmas", "Leading"),
     "turbo": Scheduler("turbo_sigmas", "Turbo", max_steps=10),

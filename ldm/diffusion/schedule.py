@@ -363,12 +363,6 @@ def time_uniform_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
     return schedule.t_to_sigma(_linspace(last, first, steps + 1))
 
 
-def linspace_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
-    """Space steps evenly in time from the last timestep to the first, then 0, as k-diffusion."""
-    first, last = schedule.t_range
-    return _append_zero(schedule.t_to_sigma(_linspace(last, first, steps)))
-
-
 def trailing_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
     """Start at the very last timestep (arXiv:2305.08891, table 2)."""
     t = (torch.arange(steps, 0, -1, dtype=torch.float64) * len(schedule) / steps).round().long()

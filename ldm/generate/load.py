@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Models:
-    """The model of a run; those that finish its images or double their size, and what judges them."""
+    """The model of a run, those that finish or enlarge its images, and what judges them."""
 
     base: LatentDiffusion
     refiner: LatentDiffusion | None = None

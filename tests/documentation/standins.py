@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from checkerhelp import write_checker
 from ldm.loading.addons.lora import lora_targets, write_lora
 from ldm.loading.build import build_on_meta
-from ldm.loading.config import format_yaml
+from ldm.loading.config import format_yaml, read_yaml
 from ldm.loading.files.checkpoint import write_checkpoint
 from ldm.loading.legacy import translate_config
 from ldm.loading.load import load
@@ -35,6 +35,7 @@ CHECKPOINTS = {
     "sdxl-inpainting": "xl-inpainting",
     "sdxl-turbo": "xl",
 }
+UPSCALER = "configs/stable-diffusion/x2-latent-upscaler.yaml"
 IMAGES = (
     "sketch.png", "dog.png", "room.png", "small.png", "cat.png", "sea.png",
     "photos/one.png", "photos/two.png",
@@ -80,6 +81,7 @@ def make_stand_ins(folder: Path) -> None:
         written = folder / f"written{suffix}"
         write_checkpoint(written, state, {"ldm.config": yaml})
         written.rename(target)
+    _make_upscaler(folder)
     sd1 = load(ckpt=folder / "v1-5-pruned.ckpt")
     vae = {k: v.contiguous() for k, v in restore_names(sd1.state_dict()).items()}
     prefix = "first_stage_model."
@@ -101,6 +103,26 @@ def make_stand_ins(folder: Path) -> None:
     mask.save(folder / "mask.png")
     lines = ["a 3d emoji of a cat face", "a noto emoji of a lemon --seed 5"]
     (folder / "prompts.txt").write_text("\n".join(lines))
+
+
+def _make_upscaler(folder: Path) -> None:
+    """Write an x2 latent upscaler with the parts of the stand-in for Stable Diffusion 1."""
+    raw, sd1 = read_yaml(UPSCALER), small_config("sd1")["model"]["params"]
+    params, width = raw["model"]["params"], tinyfamilies.WIDTH
+    params["unet"]["params"] |= {
+        "channels": [64, 64, 128, 128], "depths": [1, 1, 1, 1], "mapping_out": 128,
+        "mapping_cond_dim": 128 + width, "cross_cond_dim": width,
+    }  # fmt: skip
+    params["autoencoder"]["params"] = sd1["first_stage_config"]["params"]
+    text = params["conditioner"]["params"]["text"]["params"]
+    text |= {"arch": tinyfamilies.CLIP, "layer_idx": tinyfamilies.CLIP["num_hidden_layers"]}
+    model: Any = build_on_meta(translate_config(raw))
+    empty = {k: torch.ones(v.shape) if v.is_meta else v for k, v in model.state_dict().items()}
+    state = restore_names(empty)
+    state |= fill({k: v for k, v in state.items() if not k.endswith(".kernel")}, "x2")
+    written = folder / "written.safetensors"
+    write_checkpoint(written, state, {"ldm.config": format_yaml(raw)})
+    written.rename(folder / "sd-x2-latent-upscaler")
 
 
 def _draw(i: int) -> Image.Image:

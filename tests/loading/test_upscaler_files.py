@@ -109,7 +109,7 @@ def test_noise_levels_are_those_of_the_scheduler(files, tmp_path):
     path = folder / "scheduler/scheduler_config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"interpolation_type": "linear"}))
-    assert load(ckpt=folder).defaults.scheduler == "linspace"
+    assert load(ckpt=folder).defaults.scheduler == "normal"
     path.write_text(json.dumps(config | {"prediction_type": "epsilon"}))
     with pytest.raises(ValueError, match="unknown prediction_type `epsilon`"):
         load(ckpt=folder)

@@ -176,7 +176,7 @@ def _set_levels(params: JsonObject, config: JsonMapping) -> None:
                 "quantize_time": False,
             },
         }
-        params["defaults"]["params"]["scheduler"] = "linspace"
+        params["defaults"]["params"]["scheduler"] = "normal"
         return
     sigmas = Schedule(make_betas(**betas)).sigmas
     ends = {"sigma_min": float(sigmas[0]), "sigma_max": float(sigmas[-1])}
