@@ -22,7 +22,7 @@ import numpy as np
 from harness import ROOT
 from PIL import Image
 
-INPUT = "input.png"
+INPUT, DEPTH = "input.png", "depth.png"
 INIT_IMAGE = ("--init-img", INPUT)
 MASK = (*INIT_IMAGE, "--mask-box", "128,128,384,384")
 REFINER = ("--refiner", "refiner.safetensors")
@@ -54,6 +54,9 @@ CASES = {
     "unclip-l": Case("unclip", "v2-1-stable-unclip-l-inference", (*INIT_IMAGE, *KARLO), 768),
     "sdxl": Case("txt2img", "sd_xl_base", REFINER, 1024),
     "sd1": Case("txt2img", "v1-inference"),
+    "ldm3d": Case("txt2img", "ldm3d"),
+    "ldm3d-4c": Case("txt2img", "ldm3d-4c"),
+    "ldm3d-sr": Case("upscale", "ldm3d-sr", (*INIT_IMAGE, "--depth", DEPTH), 256, 2),
     "sd1-inpainting": Case("inpaint", "v1-inpainting-inference", MASK),
     "sd1-variation": Case("unclip", "v1-image-variation-inference", INIT_IMAGE),
 }
@@ -96,6 +99,7 @@ def run_family(name: str, args: argparse.Namespace, folder: Path) -> str:
     side = input_side * case.scale
     noise = np.random.default_rng(0).integers(0, 256, (input_side, input_side, 3), np.uint8)
     Image.fromarray(noise).save(folder / INPUT)
+    Image.fromarray(noise[..., 0]).save(folder / DEPTH)
     flags = ["--config", config, "--ckpt", file, "--outdir", folder, "--n_samples", 1]
     flags += ["--n_iter", 1, "--steps", args.steps, "--precision", args.precision, *case.flags]
     if case.script in ("txt2img", "unclip"):

@@ -5,6 +5,7 @@ everything else is refused.
 """
 
 import os
+import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -48,8 +49,9 @@ from ldm.generate.request import SDXL, ModelChoice, Request, Sampling
 from ldm.generate.run import remake_image, run_request
 from ldm.generate.tasks import PreparedTask, Task
 from ldm.imaging.metadata import read_info
-from ldm.imaging.output import OutputFolder
+from ldm.imaging.output import OutputFolder, depth_path
 from ldm.imaging.reading import open_image
+from ldm.imaging.relief import can_save_reliefs, save_relief
 from ldm.loading.addons.embeddings import embedding_files, load_embeddings, read_embeddings
 from ldm.loading.addons.safety import COMPONENT, load_safety_checker
 from ldm.loading.files.checkpoint import file_hash
@@ -309,10 +311,26 @@ class Backend:
 
     def recent_images(self) -> list[Info]:
         """Return the infos of the newest images in the output folder, the newest run first."""
-        paths = sorted((self.outdir / "samples").glob("[0-9]*.png"))[-GALLERY_LIMIT:]
+        files = (self.outdir / "samples").glob("[0-9]*.png")
+        paths = sorted(path for path in files if path.stem.isdigit())[-GALLERY_LIMIT:]
         infos = [_read_own_info(path) for path in paths]
         runs = [list(run) for _, run in groupby(infos, key=lambda info: info.get("request"))]
         return [info for run in reversed(runs) for info in run if "seed" in info]
+
+    def make_relief(self, info: JsonMapping) -> tuple[str, int] | None:
+        """Save the relief of an image with depth; return its path and number of triangles.
+
+        Returns:
+            None for an image without depth, or where the package for it is missing.
+        """
+        path, depth = Path(info["path"]), depth_path(info["path"])
+        if info.get("image") == "depth" or not depth.is_file() or not can_save_reliefs():
+            return None
+        folder = self.outdir / "served"
+        folder.mkdir(exist_ok=True)
+        target = folder / f"{path.stem}-{secrets.token_hex(4)}.glb"
+        with open_image(path) as image, open_image(depth) as levels:
+            return str(target), save_relief(target, image, levels)
 
     def _find_model(self, name: str | None, task: Task) -> CatalogueEntry:
         if misfit := self.misfit(task, name):

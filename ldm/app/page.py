@@ -41,6 +41,7 @@ from ldm.app.view import (
 from ldm.diffusion.step_noise import STEP_NOISE
 from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import parse_parameters
+from ldm.imaging.output import depth_path
 from ldm.imaging.reading import read_size
 from ldm.runtime.errors import MissingArgument
 from ldm.runtime.types import JsonObject
@@ -292,6 +293,10 @@ class Page:
                     buttons=["download", "fullscreen"], elem_id="gallery",
                 )  # fmt: skip
                 self.preview = gr.HTML(elem_id="preview")
+                self.relief = gr.Model3D(
+                    label="Relief", visible=False, height=360, elem_id="relief",
+                    camera_position=(75, 75, None),
+                )  # fmt: skip
             with gr.Column(elem_id="side"):
                 self.about = gr.Textbox(
                     label="Generation parameters", lines=3, elem_id="about", interactive=False,
@@ -385,6 +390,7 @@ class Page:
         for name, button in self.file_sends.items():
             self._connect_send(button, name, self.file_info, shared, self.images["replay"])
         self.chosen.change(self.allow_sends, self.chosen, [*self.sends.values()], **QUIET)
+        self.chosen.change(self.show_relief, self.chosen, self.relief, **QUIET)
         self.images["replay"].change(
             read_file_info, self.images["replay"], [self.file_info, self.facts], **QUIET
         )
@@ -560,10 +566,13 @@ class Page:
 
     def _show_gallery(self, owner: str) -> list[Any]:
         """Return updates of gallery, infos, chosen image and its description."""
-        infos = [info for info in self.jobs.gallery(owner) if Path(info["path"]).is_file()]
+        files = (info for info in self.jobs.gallery(owner) if Path(info["path"]).is_file())
+        infos = [view for info in files for view in _with_depth(info)]
         if not infos:
             return [gr.skip()] * 4
-        images = [(info["path"], f"seed {info['seed']}") for info in infos]
+        images = [
+            (info["path"], f"{info.get('image', '')} seed {info['seed']}".strip()) for info in infos
+        ]
         return [gr.Gallery(images, selected_index=0), infos, infos[0], describe_info(infos[0])]
 
     # Fields.
@@ -667,6 +676,17 @@ class Page:
         info = infos[min(int(event.index), len(infos) - 1)]
         return [info, describe_info(info)]
 
+    def show_relief(self, chosen: JsonObject | None) -> Any:
+        """Show the relief of an image with depth; that of another image stays till it is left."""
+        if chosen is not None and chosen.get("image") == "depth":
+            return gr.skip()
+        relief = self.backend.make_relief(chosen) if chosen else None
+        if relief is None:
+            return gr.update(value=None, visible=False)
+        path, triangles = relief
+        label = f"Relief of {triangles:,} triangles: drag to turn"
+        return gr.update(value=path, visible=True, label=label)
+
     def allow_sends(self, chosen: JsonObject | None) -> list[Any]:
         """Enable the buttons that send, if there is something to send."""
         return [gr.Button(interactive=chosen is not None)] * len(self.sends)
@@ -727,6 +747,13 @@ def _send_button(name: str, prefix: str = "send") -> gr.Button:
     title = TASKS[name].title if name in TASKS else INFO_TABS[name]
     is_enabled = prefix != "send"
     return gr.Button(title, size="sm", interactive=is_enabled, elem_id=f"{prefix}-{name}")
+
+
+def _with_depth(info: JsonObject) -> list[JsonObject]:
+    """Return the info of an image, then that of its depth if it has one."""
+    depth = depth_path(info["path"])
+    has_depth = "depth_range" in info and depth.is_file()
+    return [info, info | {"path": str(depth), "image": "depth"}] if has_depth else [info]
 
 
 def _seed_of(info: JsonObject | None, seed: str) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ldm.runtime.errors import ArgumentError
 
-__all__ = ["check_trimesh", "save_relief"]
+__all__ = ["can_save_reliefs", "check_trimesh", "save_relief"]
 
 HEIGHT = 0.35  # of the longer side, which is 1
 POINTS = 256  # along the longer side
@@ -21,8 +21,13 @@ POINTS = 256  # along the longer side
 
 def check_trimesh() -> None:
     """Raise ArgumentError unless the package that writes .glb files is installed."""
-    if find_spec("trimesh") is None:
+    if not can_save_reliefs():
         raise ArgumentError("a relief needs the package trimesh: pip install trimesh", "glb")
+
+
+def can_save_reliefs() -> bool:
+    """Return whether the package that writes .glb files is installed."""
+    return find_spec("trimesh") is not None
 
 
 def save_relief(path: str | Path, image: Image.Image, depth: Image.Image) -> int:

@@ -110,7 +110,8 @@ Stable Diffusion 1:
 
 LDM3D-SR enlarges an image with its depth:
 
-    ldm upscale --ckpt ldm3d-sr --init-img 00000.png --depth 00000_depth.png --target-size 1024,1024
+    ldm upscale --ckpt hf:Intel/ldm3d-sr --init-img a.png --depth a_depth.png \\
+        --target-size 1024,1024
 """,
     inputs=UpscaleInputs,
     prepare=Upscale,
