@@ -112,6 +112,10 @@ def _vendored_folders(package: str, search_path: tuple[str, ...]) -> list[str]:
     """List the folders of a package in the vendored copies on a search path."""
     texts = [folder for folder in search_path if isinstance(folder, str)]
     roots = [folder for folder in texts if os.path.isdir(os.path.join(folder, "ldm"))]
-    folders = [os.path.join(os.path.abspath(root), *package.split(".")) for root in roots]
-    ours = _own_folder(package)
-    return [f for f in folders if os.path.isdir(f) and os.path.realpath(f) != ours]
+    copies = {root for root in roots if os.path.isfile(os.path.join(root, "ldm/compat/finder.py"))}
+    folders = [
+        os.path.join(os.path.abspath(root), *package.split("."))
+        for root in roots
+        if root not in copies  # this package itself, and others of its version or another
+    ]
+    return [folder for folder in folders if os.path.isdir(folder)]

@@ -146,3 +146,17 @@ except RuntimeWarning as warning:
 """
     message = " ".join(run(code, cwd=tmp_path, PYTHONPATH=str(tmp_path)))
     assert "`stable-diffusion-sdkit`, not to `ldm-revived`" in message
+
+
+def test_an_old_name_in_a_pickle_is_refused_as_ever(tmp_path):
+    """Also while the modules of these names are loaded."""
+    import torch
+
+    import ldm.util
+    from ldm.loading.files.checkpoint import read_checkpoint
+    from ldm.runtime.errors import FileFormatError
+
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": {"w": torch.ones(1)}, "code": ldm.util.default}, path)
+    with pytest.raises(FileFormatError, match=r"ldm\.compat\.util\.default"):
+        read_checkpoint(path)
