@@ -58,9 +58,13 @@ class Classifier(nn.Module):
         self.head = Linear(4 * widths[-1], classes)
 
     def forward(self, image: Tensor) -> Tensor:
+        h = F.dropout(self.hidden(image), 0.3, self.training)
+        return self.head(h)  # (B, classes)
+
+    def hidden(self, image: Tensor) -> Tensor:
+        """The last hidden layer, (B, 24 width)."""
         h = self.layers(image)  # (B, C, 4, 4)
-        h = F.adaptive_avg_pool2d(h, 2).flatten(1)  # (B, 4 C)
-        return self.head(F.dropout(h, 0.3, self.training))  # (B, classes)
+        return F.adaptive_avg_pool2d(h, 2).flatten(1)  # (B, 4 C)
 
 
 class Texture(nn.Module):
@@ -77,12 +81,16 @@ class Texture(nn.Module):
         self.head = Conv2d(widths[-1], classes, 3)
 
     def forward(self, image: Tensor) -> Tensor:
+        h = F.dropout(self.hidden(image), 0.2, self.training)
+        return self.head(h).mean(dim=(2, 3))  # (B, classes)
+
+    def hidden(self, image: Tensor) -> Tensor:
+        """The last hidden layer, (B, 4 width, h, w)."""
         h = image
         for layer in self.layers:
             h = F.silu(layer(h))  # (B, C, h, w)
             h = h * (h.square().mean(dim=1, keepdim=True) + 1e-4).rsqrt()
-        h = F.dropout(h, 0.2, self.training)
-        return self.head(h).mean(dim=(2, 3))  # (B, classes)
+        return h
 
 
 class Judges:

@@ -13,7 +13,7 @@ the table is printed, too.
 
 import logging
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from os.path import expanduser
 from pathlib import Path
@@ -29,7 +29,6 @@ from ldm.runtime.errors import ArgumentError, LdmError, unknown_name
 from ldm.runtime.ranks import rank_and_world_size
 
 if TYPE_CHECKING:
-    from ldm.evaluation.extractors import FeatureExtractor, PromptJudge
     from ldm.evaluation.generate import Setting
     from ldm.evaluation.prompts import PromptSource
     from ldm.evaluation.score import ImageSet
@@ -132,7 +131,7 @@ def _parser(prog: str | None) -> CommandParser:
         "--inception",
         type=expanduser,
         metavar="FILE",
-        help=f"Inception of FID (default: `{INCEPTION}`, if it is on this machine)",
+        help="Inception of FID (default: `fid-inception`, if it is on this machine)",
     )
     add(
         "--resize",
@@ -144,8 +143,8 @@ def _parser(prog: str | None) -> CommandParser:
         "--clip",
         type=expanduser,
         metavar="FILE",
-        help=f"open_clip's file of a CLIP, or an unCLIP checkpoint (default: `{CLIP}`, if it is on"
-        " this machine)",
+        help="open_clip's file of a CLIP, or an unCLIP checkpoint (default: `open-clip-g`, if it is"
+        " on this machine)",
     )
     add("--title", metavar="TEXT", help="title of the figure")  # fmt: skip
     options = TASK.options()
@@ -160,8 +159,10 @@ def _parser(prog: str | None) -> CommandParser:
 
 def _work(args: Namespace) -> None:
     from ldm.evaluation.generate import generate_settings, wait_for_images
+    from ldm.evaluation.judges import find_clip, load_extractor, load_judge
     from ldm.evaluation.report import format_choices, format_table, save_figure, save_results
     from ldm.evaluation.score import score_sets, sets_of_run
+    from ldm.runtime.device import pick_device
 
     logging.getLogger("ldm.evaluation").setLevel(logging.INFO)
     out, rank = Path(args.outdir), rank_and_world_size()[0]
@@ -172,7 +173,11 @@ def _work(args: Namespace) -> None:
     if args.generate:
         settings = _settings(args, out, sources)
     reference = _reference(args, sources)
-    extractor, judge = _find_judges(args, reference)
+    device = pick_device(args.device)
+    extractor = None
+    if reference is not None:
+        extractor = load_extractor(args.inception, args.resize, device)
+    clip = find_clip(args.clip)
     if args.generate:
         generate_settings(settings, out)
         if rank > 0:
@@ -185,8 +190,8 @@ def _work(args: Namespace) -> None:
         sets = [each.first(args.count) for each in sets]
     if reference is not None and args.reference_size is None:
         reference = replace(reference, side=min(sets[0].load(0).size))
-    loaded_judge = None if judge is None else judge()
-    results = score_sets(sets, reference, extractor, loaded_judge)
+    judge = None if clip is None else load_judge(clip, device)
+    results = score_sets(sets, reference, extractor, judge)
     paths = save_results(results, out)
     paths += save_figure(results, out, title=args.title)
     print("\n".join([format_table(results), "", *format_choices(results[0]), ""]))
@@ -237,7 +242,7 @@ def _reference(args: Namespace, sources: "list[PromptSource]") -> "ImageSet | No
     from ldm.evaluation.score import ImageSet, list_images
 
     if args.reference is None:
-        log.warning("no reference is given (--reference): no FID, KID, precision and recall")
+        log.warning("no reference is given: no FID, KID, precision and recall")
         return None
     files = list_images(args.reference)
     names = dict.fromkeys(source.image for source in sources if source.image is not None)
@@ -249,38 +254,6 @@ def _reference(args: Namespace, sources: "list[PromptSource]") -> "ImageSet | No
             raise ArgumentError(message, "reference")
         files = [by_name[name] for name in names]
     return ImageSet("reference", files, side=args.reference_size or None)
-
-
-def _find_judges(
-    args: Namespace, reference: "ImageSet | None"
-) -> "tuple[FeatureExtractor | None, Callable[[], PromptJudge] | None]":
-    """Load Inception, and check the file of CLIP, which is large; say which scores are left out."""
-    from ldm.evaluation.extractors import RESIZES, CLIPJudge, InceptionExtractor
-    from ldm.loading.addons.clip import check_clip, load_clip
-    from ldm.loading.addons.inception import load_inception
-    from ldm.loading.published import find_checkpoint
-    from ldm.runtime.device import pick_device
-    from ldm.runtime.hashes import hash_file
-
-    if args.resize not in RESIZES:
-        raise unknown_name("resize", args.resize, RESIZES, argument="resize")
-    device = pick_device(args.device)
-    extractor: FeatureExtractor | None = None
-    inception = args.inception or _on_disk(INCEPTION)
-    if reference is not None and inception is None:
-        log.warning("no Inception is given (--inception): no FID, KID, precision and recall")
-    elif inception is not None and reference is not None:
-        path = find_checkpoint(inception)
-        extractor = InceptionExtractor(
-            load_inception(path, device=device), args.resize, hash_file(path)
-        )
-    clip = args.clip or _on_disk(CLIP)
-    if clip is None:
-        log.warning("no CLIP is given (--clip): no CLIP score")
-        return extractor, None
-    path = find_checkpoint(clip)
-    name = f"CLIP score ({check_clip(path)})"
-    return extractor, lambda: CLIPJudge(load_clip(path, device=device), name, hash_file(path))
 
 
 def _folders(args: Namespace, sources: "list[PromptSource]") -> "list[ImageSet]":
@@ -317,12 +290,6 @@ def _labels(paths: "Sequence[T]") -> "dict[str, T]":
             name, number = f"{stem}-{number}", number + 1
         labels[name] = path
     return labels
-
-
-def _on_disk(name: str) -> Path | None:
-    from ldm.loading.published import find_on_disk, published_files
-
-    return find_on_disk(published_files()[name])
 
 
 def _split(text: str) -> list[str]:

@@ -26,6 +26,7 @@ from ldm.train.distributed import parallel
 from ldm.train.distributed.signals import SignalHandler
 from ldm.train.monitoring import sanity
 from ldm.train.monitoring.cadence import Every, StepTimer
+from ldm.train.monitoring.evaluation import Evaluator
 from ldm.train.monitoring.logs import Loggers, Progress
 from ldm.train.monitoring.samples import draw_samples
 from ldm.train.monitoring.timesteps import TimestepLog
@@ -197,12 +198,19 @@ def _list_actions(run: Run, loggers: Loggers, timesteps: TimestepLog | None) -> 
         minutes=options.image_minutes, steps=options.image_steps, early=options.image_early
     )
     save_every = Every(minutes=options.save_minutes, steps=options.save_steps)
-    return {
+    actions: dict[str, tuple[Every, Callable[[], object]]] = {
         "save": (save_every, lambda: save(run)),
         "draw": (draw_every, lambda: _draw(run, loggers, timesteps)),
         "validate": (Every(steps=options.validate_steps), lambda: _validate(run, loggers)),
         "export step": (Every(steps=options.export_steps), lambda: export_step(run)),
     }
+    if options.evaluation is not None:
+        evaluator = Evaluator(run, options.evaluation)
+        actions["evaluate"] = (
+            Every(steps=options.evaluation.steps),
+            lambda: loggers.scalars(run.state.step, evaluator()),
+        )
+    return actions
 
 
 def _next_batches(run: Run, batches: Iterator[Sample], broken: BrokenFiles) -> Work:

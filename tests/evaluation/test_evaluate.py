@@ -123,7 +123,7 @@ def test_processes_share_the_images(run, tmp_path, monkeypatch):
         (["--reference", "nowhere"], "no folder `nowhere`"),
         (["--inception", "empty.txt", "--reference", "."], "empty.txt"),
         (["--images", "."], "images are given and to be made"),
-        (["--resize", "dirty"], "unknown resize `dirty`"),
+        (["--resize", "dirty", "--reference", "."], "unknown resize `dirty`"),
     ],
 )
 def test_bad_input_is_one_line_before_the_model_is_loaded(

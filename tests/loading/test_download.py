@@ -20,8 +20,10 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from ldm.app.catalogue import read_catalogue
 from ldm.commands.main import main
 from ldm.loading import published
+from ldm.loading.hub import fetch_url
 from ldm.loading.load import load
 from ldm.loading.published import find_checkpoint
+from ldm.runtime.errors import DownloadError
 from ldm.runtime.hashes import known_sha256
 from ldm.train.runs.initial import load_initial_weights
 
@@ -252,6 +254,19 @@ def test_content_that_is_not_what_the_hub_promised_is_thrown_away(hub, download,
     assert second == "`second/two` is gone or private"
     assert "error: none of its 2 places gives small" in last
     assert final_files(cache) + list(cache.rglob("*.incomplete")) == []
+
+
+def test_an_address_outside_the_hub_is_fetched_once_and_checked(hub):
+    hub.files |= {"release/v1/a.pth": CONTENT, "store/a/b": CONTENT, "release/v1/b.pth": WRONG}
+    hub.locations["release/v1/a.pth"] = "store/a/b"
+    url = f"{constants.ENDPOINT}/release/v1/a.pth"
+    path = fetch_url(url, len(CONTENT), SHA256)
+    assert path.read_bytes() == CONTENT
+    count = len(hub.gets)
+    assert fetch_url(url, len(CONTENT), SHA256) == path
+    assert len(hub.gets) == count
+    with pytest.raises(DownloadError, match=f"another file: its SHA-256 is {WRONG_SHA256}"):
+        fetch_url(url.replace("a.pth", "b.pth"), len(CONTENT), SHA256)
 
 
 @pytest.mark.usefixtures("table")

@@ -41,6 +41,7 @@ __all__ = [
     "ClassImages",
     "Data",
     "Denoising",
+    "Evaluation",
     "LightningTrainer",
     "Lora",
     "Model",
@@ -243,6 +244,19 @@ class Sampling(TypedDict, total=False):
     legacy: Annotated[list[Annotated[str, _one_of(LEGACY)]], SINGLE]
 
 
+class Evaluation(Section):
+    """Scores of images of many prompts, of the averaged weights; see docs/evaluation.md."""
+
+    steps: Steps  # between evaluations
+    prompts: Text  # a file, as for `ldm evaluate`
+    count: Count | None = None  # prompts, drawn at random; null: all
+    scales: Annotated[list[Number], SINGLE] = [3.0]
+    reference: Text | None = None  # folder of real images
+    inception: Text | None = None  # a file; null: `fid-inception`, if it is on this machine
+    resize: Literal["clean", "pytorch-fid"] = "clean"
+    clip: Text | None = None  # a file; null: `open-clip-g`, if it is on this machine
+
+
 class Callbacks(Section):
     """What a run logs, saves, draws, validates and exports, and how often."""
 
@@ -268,6 +282,7 @@ class Callbacks(Section):
     # exports that stay, those with the lowest loss on held-out data; -1: all
     best: Annotated[int, Field(ge=-1), WHOLE] = 0
     monitor: Text | None = None  # that loss; null: val/loss_ema, or val/loss without EMA
+    evaluation: Evaluation | None = None
     export: Annotated[list[Literal["safetensors", "ckpt"]], SINGLE] = ["safetensors"]
     export_steps: Steps | None = None  # also to checkpoints/trainstep_checkpoints, all are kept
     weights: Literal["ema", "raw", "both"] = "ema"

@@ -1,0 +1,184 @@
+"""The demo model over guidance scales: distance to real drawings against what prompts ask for.
+
+    python examples/emoji/make_emoji_data.py data/emoji --objects 300
+    python examples/emoji/evaluate_scales.py --data data/emoji
+
+The figure of Stable Diffusion 2's README with judges of its own: features and the prompt score come
+from the classifiers in `judges.py` in place of Inception and CLIP. It takes about 90 minutes on one
+CPU core for 512 images a scale, and may be interrupted: the same command goes on.
+"""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from evaluate_demo import Prompt, choose_prompts, real_images
+from judges import SIDE, Judges, background
+from ldm.data.drawings import EmojiTransform
+from ldm.data.folder import Folder
+from ldm.evaluation.generate import Setting, generate_settings, write_prompts
+from ldm.evaluation.report import format_table, save_figure, save_results
+from ldm.evaluation.score import ImageSet, list_images, score_sets, sets_of_run
+from ldm.generate.tasks import TASKS
+from ldm.imaging.pixels import to_pil, to_tensor
+from ldm.runtime.files import replace_when_written, sha256_of_file
+from ldm.runtime.types import JsonObject
+
+SCALES = (1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
+COMPONENTS = 64  # of the features of each classifier
+OTHER_SEED = 1  # of the reference's backgrounds, so that they are not those of the prompts
+
+
+class JudgeFeatures:
+    """The first principal components of the last hidden layers of both classifiers.
+
+    Those of real images; each classifier's features are divided by the root of their variance.
+
+    Args:
+        sha256: of the file of the judges, to be printed.
+    """
+
+    dimensions = 2 * COMPONENTS
+
+    def __init__(self, judges: Judges, real: Sequence[Image.Image], sha256: str) -> None:
+        self.judges = judges
+        self.sha256 = sha256
+        self.bases = []
+        for x in self._hidden(real):
+            centred = x - x.mean(dim=0)
+            _, _, rows = torch.linalg.svd(centred, full_matrices=False)
+            self.bases.append(
+                (x.mean(dim=0), rows[:COMPONENTS] / centred.square().sum(1).mean().sqrt())
+            )
+
+    def describe(self) -> JsonObject:
+        return {"name": "features of the judges", "components": COMPONENTS, "sha256": self.sha256}
+
+    def features(self, images: Sequence[Image.Image]) -> Tensor:
+        hidden = zip(self._hidden(images), self.bases, strict=True)
+        return torch.cat([(x - mean) @ rows.mT for x, (mean, rows) in hidden], dim=1)
+
+    @torch.inference_mode()
+    def _hidden(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+        """The object's features (N, 768) and the style's (N, 128), float64."""
+        objects, styles = self.judges.by_object, self.judges.by_style
+        parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for start in range(0, len(images), 64):
+            x = torch.cat([to_tensor(image) for image in images[start : start + 64]])
+            small = F.interpolate(x, (SIDE, SIDE), mode="area")
+            parts[0].append(objects.hidden(small))
+            parts[1].append(styles.hidden(x).mean(dim=(2, 3)))
+        return torch.cat(parts[0]).double(), torch.cat(parts[1]).double()
+
+
+class EmojiJudge:
+    """1 for an image with the background, the object and the style that its prompt asks for.
+
+    Args:
+        prompts: rows with `prompt`, and what it asks for.
+        sha256: of the file of the judges, to be printed.
+    """
+
+    def __init__(self, judges: Judges, prompts: Sequence[Prompt], sha256: str) -> None:
+        self.judges = judges
+        self.rows = {row["prompt"]: row for row in prompts}
+        self.sha256 = sha256
+
+    def describe(self) -> JsonObject:
+        return {"name": "fraction with background, object and style right", "sha256": self.sha256}
+
+    def scores(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        rows = [self.rows[prompt] for prompt in prompts]
+        x = torch.cat([to_tensor(image) for image in images])
+        objects, styles = (ranked[:, 0] for ranked in self.judges.judge(x))
+        object_labels, style_labels = self.judges.labels(rows)
+        colours = zip(background(x), rows, strict=True)
+        colour = torch.tensor([name == row["colour"] for name, row in colours])
+        return (colour & (objects == object_labels) & (styles == style_labels)).double()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=form)
+    parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="the data set")
+    parser.add_argument("--count", type=int, default=512, help="images per scale")
+    parser.add_argument("--scales", type=float, nargs="+", default=SCALES, help="guidance scales")
+    parser.add_argument("--steps", type=int, default=50, help="DDIM steps")
+    parser.add_argument("--ckpt", help="weights (default: the demo model's)")
+    parser.add_argument("--objects", type=int, default=300, help="the model knows the first N")
+    parser.add_argument("--precision", default="bf16", help="as that of txt2img")
+    parser.add_argument("--batch", type=int, default=8, help="batch size")
+    parser.add_argument("--score", type=int, metavar="N", help="make nothing, score the first N")
+    parser.add_argument("--judges", type=Path, default=Path("logs/judges.pt"), help="kept here")
+    parser.add_argument("--out", type=Path, default=Path("outputs/scales"), help="folder")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    folder = Folder(root=args.data, transform=EmojiTransform())
+    objects = sorted({row["object"] for row in folder.rows if row["rank"] < args.objects})
+    prompts = choose_prompts(folder, "train", objects, args.count)
+    judges = Judges.load_or_train(folder, args.judges, objects=objects)
+    if args.score is None:
+        generate(args, prompts)
+    reference = write_reference(folder, objects, args.out / "reference")
+    sha256 = sha256_of_file(args.judges)
+    extractor = JudgeFeatures(
+        judges, [reference.load(k) for k in range(len(reference.files))], sha256
+    )
+    judge = EmojiJudge(judges, prompts, sha256)
+    sets = [each.first(args.score) for each in sets_of_run(args.out)]
+    results = score_sets(sets, reference, extractor, judge)
+    save_results(results, args.out)
+    save_figure(results, args.out)
+    print(format_table(results))
+
+
+def generate(args: argparse.Namespace, prompts: Sequence[Prompt]) -> None:
+    """Make the images of all scales that are missing."""
+    values = {
+        "from_file": str(write_prompts(args.out, [row["prompt"] for row in prompts])),
+        "ckpt": args.ckpt,
+        "steps": args.steps,
+        "sampler": "ddim",
+        "seed": 0,
+        "n_samples": args.batch,
+        "precision": args.precision,
+        "no_watermark": True,
+    }
+    base = TASKS["txt2img"].request(values)
+    label = Path(args.ckpt or "demo").stem
+    settings = [
+        Setting(label, replace(base, sampling=replace(base.sampling, scale=scale)))
+        for scale in args.scales
+    ]
+    generate_settings(settings, args.out)
+
+
+def write_reference(folder: Folder, objects: Sequence[str], out: Path) -> ImageSet:
+    """Write real images of all pairs of the training, each on a random background."""
+    rows = choose_prompts(folder, "train", objects, seed=OTHER_SEED)
+    out.mkdir(parents=True, exist_ok=True)
+    for start in tqdm(range(0, len(rows), 64), "Reference"):
+        missing = [
+            k
+            for k in range(start, min(start + 64, len(rows)))
+            if not (out / f"{k:05d}.png").exists()
+        ]
+        if missing:
+            images = real_images(folder, [rows[k] for k in missing], seed=start)
+            for k, image in zip(missing, to_pil(images), strict=True):
+                with replace_when_written(out / f"{k:05d}.png") as part:
+                    image.save(part, "PNG")
+    return ImageSet("reference", list_images(out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Inception and CLIP, from the files that are named, else from published ones on this machine."""
+
+import logging
+from pathlib import Path
+
+import torch
+
+from ldm.evaluation.extractors import RESIZES, CLIPJudge, InceptionExtractor
+from ldm.loading.addons.clip import check_clip, clip_name, load_clip
+from ldm.loading.addons.inception import load_inception
+from ldm.loading.published import find_checkpoint, find_on_disk, published_files
+from ldm.runtime.errors import unknown_name
+from ldm.runtime.hashes import hash_file
+
+__all__ = ["CLIP", "INCEPTION", "find_clip", "load_extractor", "load_judge"]
+
+INCEPTION, CLIP = "fid-inception", "open-clip-g"  # published names
+
+log = logging.getLogger(__name__)
+
+
+def load_extractor(
+    file: str | Path | None, resize: str, device: torch.device
+) -> InceptionExtractor | None:
+    """Load Inception; None, and a warning of what is left out, if it is not on this machine.
+
+    Args:
+        file: None = INCEPTION, if it was downloaded.
+        resize: a name in RESIZES.
+    Raises:
+        UnknownName: the resize is unknown.
+        FileFormatError: the file is another network.
+    """
+    if resize not in RESIZES:
+        raise unknown_name("resize", resize, RESIZES, argument="resize")
+    path = _find(file, INCEPTION)
+    if path is None:
+        log.warning("no Inception is given: no FID, KID, precision and recall")
+        return None
+    return InceptionExtractor(load_inception(path, device=device), resize, hash_file(path))
+
+
+def find_clip(file: str | Path | None) -> Path | None:
+    """Find and check the file of CLIP without loading it; None as `load_extractor`.
+
+    Args:
+        file: None = CLIP, if it was downloaded.
+    """
+    path = _find(file, CLIP)
+    if path is None:
+        log.warning("no CLIP is given: no CLIP score")
+        return None
+    check_clip(path)
+    return path
+
+
+def load_judge(path: Path, device: torch.device) -> CLIPJudge:
+    """Load CLIP from a file that `find_clip` has found."""
+    clip = load_clip(path, device=device)
+    return CLIPJudge(clip, f"CLIP score ({clip_name(clip)})", hash_file(path))
+
+
+def _find(file: str | Path | None, name: str) -> Path | None:
+    return find_on_disk(published_files()[name]) if file is None else find_checkpoint(file)

@@ -1,0 +1,100 @@
+"""Evaluation while training: FID, KID, CLIP score … of images of fixed prompts, in the log.
+
+eval/fid_scale_3, eval/prompt_score_scale_3 …
+"""
+
+import logging
+from typing import Any
+
+import torch
+
+from ldm.conditioning import Conditioner
+from ldm.evaluation.judges import find_clip, load_extractor, load_judge
+from ldm.evaluation.prompts import draw_prompts, read_prompts
+from ldm.evaluation.score import ImageSet, compute_scores, list_images, read_features
+from ldm.imaging.pixels import to_pil
+from ldm.model import LatentDiffusion
+from ldm.pipelines import txt2img
+from ldm.pipelines.families import FAMILIES, family_of
+from ldm.runtime.errors import ConfigError
+from ldm.train.config.schema import Evaluation
+from ldm.train.distributed.parallel import is_sharded
+from ldm.train.monitoring.samples import SAMPLING
+from ldm.train.monitoring.validation import evaluating
+from ldm.train.run import Run
+
+__all__ = ["Evaluator"]
+
+WHERE = "lightning.callbacks.evaluation"
+
+log = logging.getLogger(__name__)
+
+
+class Evaluator:
+    """Scores a run. All files are opened at once, so that a wrong one ends the run at its start.
+
+    Raises:
+        ConfigError: the model is not one that makes images from text.
+        ValueError, OSError: about a file.
+    """
+
+    def __init__(self, run: Run, options: Evaluation) -> None:
+        self.run = run
+        self.options = options
+        if not isinstance(run.model, LatentDiffusion) or not _reads_text(run.model.conditioner):
+            raise ConfigError(f"{WHERE}: only {FAMILIES['text'].title} can be evaluated")
+        sources = draw_prompts(read_prompts(options.prompts), options.count, run.seed)
+        self.prompts = [source.text for source in sources]
+        self.reference: ImageSet | None = None
+        self.extractor = None
+        if options.reference is not None:
+            side = run.model.image_size * run.model.downscale
+            self.reference = ImageSet("reference", list_images(options.reference), side=side)
+            self.extractor = load_extractor(options.inception, options.resize, run.device)
+        clip = find_clip(options.clip)
+        self.judge = None if clip is None else load_judge(clip, run.device)
+
+    def __call__(self) -> dict[str, float]:
+        """Make all images with the averaged weights and score them; {} on other processes.
+
+        The first process does the work; if weights are sharded all of them call the model.
+        """
+        run = self.run
+        if not (run.ranks.is_first or is_sharded(run.task.trainable)):
+            return {}
+        scores: dict[str, float] = {}
+        is_averaged = bool(run.state.ema.decay)
+        weights = run.state.ema.apply_to(run.task.trainable, enabled=is_averaged)
+        with weights, evaluating(run.model):
+            for scale in self.options.scales:
+                scores |= {f"eval/{n}_scale_{scale:g}": v for n, v in self._score(scale).items()}
+        log.info(
+            "step %d: %s", run.state.step, ", ".join(f"{n} {v:.4f}" for n, v in scores.items())
+        )
+        return scores if run.ranks.is_first else {}
+
+    def _score(self, scale: float) -> dict[str, float]:
+        run, model = self.run, self.run.model
+        assert isinstance(model, LatentDiffusion)
+        sampling: dict[str, Any] = {**SAMPLING, **run.settings.callbacks.sampling, "scale": scale}
+        features, values = [], []
+        for start in range(0, len(self.prompts), run.batch_size):
+            prompts = self.prompts[start : start + run.batch_size]
+            seeds = list(range(start, start + len(prompts)))
+            with run.autocast():
+                images = to_pil(txt2img(model, prompts, seeds=seeds, **sampling))
+            if self.extractor is not None:
+                features.append(self.extractor.features(images))
+            if self.judge is not None:
+                values.append(self.judge.scores(images, prompts))
+        real = None
+        if self.extractor is not None and self.reference is not None:
+            real = read_features(self.reference, self.extractor, "Reference")
+        estimates = compute_scores(
+            torch.cat(features) if features else None, real, torch.cat(values) if values else None
+        )
+        return {name: estimate.value for name, estimate in estimates.items()}
+
+
+def _reads_text(conditioner: Conditioner) -> bool:
+    return family_of(conditioner) == "text"

@@ -1,0 +1,56 @@
+"""`callbacks.evaluation`: scores in the log, and wrong files before the first step."""
+
+import csv
+
+import pytest
+import torch
+
+from ldm.encoders.towers import CLIP
+from ldm.runtime.errors import ConfigError, FileFormatError
+from ldm.train.loop import train
+from ldm.train.monitoring.evaluation import Evaluator
+from train.tinyrun import EMOJI, tiny_run
+
+EVALUATION = "lightning.callbacks.evaluation."
+
+
+@pytest.fixture
+def overrides(tmp_path):
+    torch.manual_seed(0)
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
+    vision = {"image_size": 28, "layers": 1, "width": 64, "patch_size": 14, "heads": 1}
+    torch.save(CLIP(text | {"embed_dim": 64}, vision).state_dict(), tmp_path / "clip.pt")
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na cow\n")
+    return [
+        "lightning.trainer.max_steps=2",
+        "lightning.callbacks.sampling.steps=1",
+        EVALUATION + "steps=2",
+        EVALUATION + f"prompts={tmp_path / 'prompts.txt'}",
+        EVALUATION + "scales=[1,3]",
+        EVALUATION + f"clip={tmp_path / 'clip.pt'}",
+    ]
+
+
+def test_scores_of_each_scale_are_logged(tmp_path, overrides):
+    run = tiny_run(tmp_path / "run", *overrides)
+    train(run)
+    with (run.folder / "log.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["eval/prompt_score_scale_3"]]
+    assert [row["step"] for row in rows] == ["2"]
+    assert -1 < float(rows[0]["eval/prompt_score_scale_1"]) < 1
+    assert run.task.trainable.training
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("prompts=nowhere.txt", "nowhere.txt"),
+        ("count=9", "9 prompts requested, there are 3"),
+        (f"clip={EMOJI / 'metadata.jsonl'}", "metadata.jsonl"),
+    ],
+)
+def test_wrong_file_ends_the_run_before_its_first_step(tmp_path, overrides, override, message):
+    run = tiny_run(tmp_path / "run", *overrides, EVALUATION + override)
+    assert run.settings.callbacks.evaluation is not None
+    with pytest.raises((ConfigError, FileFormatError, ValueError, OSError), match=message):
+        Evaluator(run, run.settings.callbacks.evaluation)
