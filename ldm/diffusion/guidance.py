@@ -79,7 +79,7 @@ class SafeGuidance(Guidance):
 
     Per element, in units of eps: with u, t, s of negative prompt, prompt and concept,
 
-        d = t - s,  phi = 0 where d >= threshold, else min(|d| scale, 1)
+        d = t - s,  phi = 0 where d >= threshold, else min(abs(d) scale, 1)
         gamma = phi (s - u) + momentum_scale nu,      nu <- beta nu + (1 - beta) gamma
         u + g (t - u - gamma), with gamma from call number `warmup` on.
 
