@@ -1,6 +1,16 @@
 """Module names of the original code base, and the files of `ldm.compat` that stand behind them."""
 
 MODULES = {
+    "ldm.models.autoencoder": "autoencoder",
+    "ldm.models.diffusion.ddim": "ddim",
+    "ldm.models.diffusion.ddpm": "ddpm",
+    "ldm.models.diffusion.dpm_solver": "dpm_sampler",
+    "ldm.models.diffusion.dpm_solver.dpm_solver": "dpm_solver",
+    "ldm.models.diffusion.dpm_solver.sampler": "dpm_sampler",
+    "ldm.models.diffusion.plms": "plms",
+    "ldm.models.diffusion.sampling_util": "sampling_util",
+    "ldm.modules.losses": "losses",
+    "ldm.modules.losses.contperceptual": "losses",
     "ldm.util": "util",
     "ldm.lr_scheduler": "lr_scheduler",
     "ldm.data.base": "data_base",

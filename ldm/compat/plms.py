@@ -1,0 +1,220 @@
+"""`ldm.models.diffusion.plms` of the original: PLMS (arXiv:2202.09778) over `apply_model`."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.compat.diffusion_util import (
+    make_ddim_sampling_parameters,
+    make_ddim_timesteps,
+    noise_like,
+)
+from ldm.compat.sampling import Condition, ScoreCorrector, TableSampler, guided_output, unless_none
+from ldm.compat.sampling_util import norm_thresholding
+
+__all__ = [
+    "PLMSSampler",
+    "make_ddim_sampling_parameters",
+    "make_ddim_timesteps",
+    "noise_like",
+    "norm_thresholding",
+]
+
+# Adams–Bashforth: weights of the newest estimate of the noise, and of those before it.
+WEIGHTS = {
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
+
+
+class PLMSSampler(TableSampler):
+    """PLMS, which takes the output of any model for eps, as the original does."""
+
+    def make_schedule(
+        self,
+        ddim_num_steps: int,
+        ddim_discretize: str = "uniform",
+        ddim_eta: float = 0.0,
+        verbose: bool = True,
+    ) -> None:
+        if ddim_eta != 0:
+            raise ValueError("ddim_eta must be 0 for PLMS")
+        super().make_schedule(ddim_num_steps, ddim_discretize, ddim_eta, verbose)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        S: int,
+        batch_size: int,
+        shape: Sequence[int],
+        conditioning: Condition = None,
+        callback: Callable[[int], object] | None = None,
+        normals_sequence: object = None,
+        img_callback: Callable[[Tensor, int], object] | None = None,
+        quantize_x0: bool = False,
+        eta: float = 0.0,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
+        temperature: float = 1.0,
+        noise_dropout: float = 0.0,
+        score_corrector: ScoreCorrector | None = None,
+        corrector_kwargs: Mapping[str, object] | None = None,
+        verbose: bool = True,
+        x_T: Tensor | None = None,
+        log_every_t: int = 100,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Condition = None,
+        dynamic_threshold: float | None = None,
+        **kwargs: object,
+    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """Sample latents (batch_size, *shape), see `DDIMSampler.sample`."""
+        self.make_schedule(ddim_num_steps=S, ddim_eta=eta, verbose=verbose)
+        return self.plms_sampling(
+            conditioning,
+            (batch_size, *shape),
+            callback=callback,
+            img_callback=img_callback,
+            quantize_denoised=quantize_x0,
+            mask=mask,
+            x0=x0,
+            ddim_use_original_steps=False,
+            noise_dropout=noise_dropout,
+            temperature=temperature,
+            score_corrector=score_corrector,
+            corrector_kwargs=corrector_kwargs,
+            x_T=x_T,
+            log_every_t=log_every_t,
+            unconditional_guidance_scale=unconditional_guidance_scale,
+            unconditional_conditioning=unconditional_conditioning,
+            **unless_none(dynamic_threshold=dynamic_threshold),
+        )
+
+    @torch.no_grad()
+    def plms_sampling(
+        self,
+        cond: Condition,
+        shape: Sequence[int],
+        x_T: Tensor | None = None,
+        ddim_use_original_steps: bool = False,
+        callback: Callable[[int], object] | None = None,
+        timesteps: int | np.ndarray | None = None,
+        quantize_denoised: bool = False,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
+        img_callback: Callable[[Tensor, int], object] | None = None,
+        log_every_t: int = 100,
+        temperature: float = 1.0,
+        noise_dropout: float = 0.0,
+        score_corrector: ScoreCorrector | None = None,
+        corrector_kwargs: Mapping[str, object] | None = None,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Condition = None,
+        dynamic_threshold: float | None = None,
+    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """Sample latents of a shape (B, C, h, w) over the tables of `make_schedule`."""
+        device = self.model.betas.device
+        img = torch.randn(shape, device=device) if x_T is None else x_T
+        steps = self.choose_timesteps(timesteps, ddim_use_original_steps)
+        intermediates = {"x_inter": [img], "pred_x0": [img]}
+        old_eps: list[Tensor] = []
+        for i in range(len(steps)):
+            index = len(steps) - i - 1
+            t, t_next = (
+                torch.full((shape[0],), int(step), device=device, dtype=torch.long)
+                for step in (steps[index], steps[max(index - 1, 0)])
+            )
+            if mask is not None:
+                img = self.keep_known(img, x0, mask, t)
+            img, pred_x0, e_t = self.p_sample_plms(
+                img,
+                cond,
+                t,
+                index=index,
+                use_original_steps=ddim_use_original_steps,
+                quantize_denoised=quantize_denoised,
+                temperature=temperature,
+                noise_dropout=noise_dropout,
+                score_corrector=score_corrector,
+                corrector_kwargs=corrector_kwargs,
+                unconditional_guidance_scale=unconditional_guidance_scale,
+                unconditional_conditioning=unconditional_conditioning,
+                old_eps=old_eps,
+                t_next=t_next,
+                **unless_none(dynamic_threshold=dynamic_threshold),
+            )
+            old_eps = [*old_eps, e_t][-3:]
+            if callback:
+                callback(i)
+            if img_callback:
+                img_callback(pred_x0, i)
+            if index % log_every_t == 0 or i == 0:
+                intermediates["x_inter"].append(img)
+                intermediates["pred_x0"].append(pred_x0)
+        return img, intermediates
+
+    @torch.no_grad()
+    def p_sample_plms(
+        self,
+        x: Tensor,
+        c: Condition,
+        t: Tensor,
+        index: int,
+        repeat_noise: bool = False,
+        use_original_steps: bool = False,
+        quantize_denoised: bool = False,
+        temperature: float = 1.0,
+        noise_dropout: float = 0.0,
+        score_corrector: ScoreCorrector | None = None,
+        corrector_kwargs: Mapping[str, object] | None = None,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Condition = None,
+        old_eps: Sequence[Tensor] | None = None,
+        t_next: Tensor | None = None,
+        dynamic_threshold: float | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Step from x (B, C, h, w) at timesteps t (B,) to the step below `index`.
+
+        Args:
+            old_eps: Estimates of the noise at the steps before, oldest first; none at the first.
+            t_next: Timesteps of the next step.
+
+        Returns:
+            x at that step, the estimate of x0, and that of the noise.
+        """
+
+        def estimate(x: Tensor, t: Tensor) -> Tensor:
+            e_t = guided_output(
+                self.model, x, t, c, unconditional_guidance_scale, unconditional_conditioning
+            )
+            if score_corrector is not None:
+                e_t = self.correct_score(score_corrector, e_t, x, t, c, corrector_kwargs)
+            return e_t
+
+        def step(e_t: Tensor) -> tuple[Tensor, Tensor]:
+            a_t, a_prev, sigma_t, root = self.coefficients(index, x, use_original_steps)
+            pred_x0 = (x - root * e_t) / a_t.sqrt()
+            if quantize_denoised:
+                pred_x0 = self.model.first_stage_model.quantize(pred_x0)[0]
+            if dynamic_threshold is not None:
+                pred_x0 = norm_thresholding(pred_x0, dynamic_threshold)
+            noise = self.draw_noise(x, sigma_t, repeat_noise, temperature, noise_dropout)
+            x_prev = a_prev.sqrt() * pred_x0 + (1.0 - a_prev - sigma_t**2).sqrt() * e_t + noise
+            return x_prev, pred_x0
+
+        e_t = estimate(x, t)
+        if not old_eps:
+            if t_next is None:
+                raise TypeError("the first step needs t_next")
+            x_next, _ = step(e_t)
+            combined = (e_t + estimate(x_next, t_next)) / 2
+        else:
+            newest = [e_t, *reversed(old_eps)][:4]
+            weights = WEIGHTS[len(newest)]
+            combined = sum(
+                (w * e for w, e in zip(weights, newest, strict=True)), torch.zeros_like(e_t)
+            )
+        x_prev, pred_x0 = step(combined)
+        return x_prev, pred_x0, e_t

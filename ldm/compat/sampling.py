@@ -1,0 +1,261 @@
+"""What DDIM and PLMS of the original have in common: their tables, guidance, and start noise.
+
+Their seam to a model is `apply_model(x, t, c)`, which programs override, so that these samplers
+walk the tables of the original themselves; `ldm.diffusion.samplers` are functions of sigma.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.compat.diffusion_util import (
+    make_ddim_sampling_parameters,
+    make_ddim_timesteps,
+    noise_like,
+)
+
+__all__ = [
+    "Condition",
+    "DiffusionModel",
+    "TableSampler",
+    "guided_output",
+    "join_conditions",
+    "unless_none",
+]
+
+# A tensor, a list of tensors, or a dict of tensors and of lists; handed to the model as it is.
+Condition = Any
+
+
+class FirstStage(Protocol):
+    """An autoencoder with a codebook, for samplers that quantize x0."""
+
+    def quantize(self, z: Tensor) -> Sequence[Tensor]: ...
+
+
+class ScoreCorrector(Protocol):
+    """A hook that changes the predicted noise."""
+
+    def modify_score(
+        self,
+        model: "DiffusionModel",
+        e_t: Tensor,
+        x: Tensor,
+        t: Tensor,
+        c: Condition,
+        **kwargs: Any,
+    ) -> Tensor: ...
+
+
+class DiffusionModel(Protocol):
+    """What samplers ask of a model, which may be a class of the program that imports them.
+
+    The `predict_*` methods are asked of v models only, `q_sample` for masks, and
+    `first_stage_model` to quantize x0.
+    """
+
+    num_timesteps: int
+    betas: Tensor
+    alphas_cumprod: Tensor
+    alphas_cumprod_prev: Tensor
+    parameterization: str
+    first_stage_model: FirstStage
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def apply_model(self, x: Tensor, t: Tensor, c: Condition, /) -> Tensor: ...
+
+    def q_sample(self, x_start: Tensor, t: Tensor, /) -> Tensor: ...
+
+    def predict_eps_from_z_and_v(self, x_t: Tensor, t: Tensor, v: Tensor, /) -> Tensor: ...
+
+    def predict_start_from_z_and_v(self, x_t: Tensor, t: Tensor, v: Tensor, /) -> Tensor: ...
+
+
+class TableSampler:
+    """A sampler over a choice of the timesteps of a model.
+
+    Args:
+        device: Where the tables are; None for the model's device.
+
+    Attributes:
+        ddim_timesteps: Chosen timesteps, int64, ascending.
+        ddim_alphas, ddim_alphas_prev: ᾱ at each of them, and at the one before.
+        ddim_sigmas: Standard deviations of new noise.
+    """
+
+    ddim_timesteps: np.ndarray
+    ddim_alphas: Tensor
+    ddim_alphas_prev: np.ndarray
+    ddim_sigmas: Tensor
+    ddim_sqrt_one_minus_alphas: Tensor
+    ddim_sigmas_for_original_num_steps: Tensor
+    betas: Tensor
+    alphas_cumprod: Tensor
+    alphas_cumprod_prev: Tensor
+    sqrt_alphas_cumprod: Tensor
+    sqrt_one_minus_alphas_cumprod: Tensor
+    log_one_minus_alphas_cumprod: Tensor
+    sqrt_recip_alphas_cumprod: Tensor
+    sqrt_recipm1_alphas_cumprod: Tensor
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        schedule: str = "linear",
+        device: str | torch.device | None = None,
+        **kwargs: object,
+    ) -> None:
+        self.model = model
+        self.ddpm_num_timesteps = model.num_timesteps
+        self.schedule = schedule
+        self.device = model.device if device is None else torch.device(device)
+        self._follows_model = device is None
+
+    def register_buffer(self, name: str, attr: object) -> None:
+        """Set an attribute; tensors are moved to the device."""
+        setattr(self, name, attr.to(self.device) if isinstance(attr, Tensor) else attr)
+
+    def make_schedule(
+        self,
+        ddim_num_steps: int,
+        ddim_discretize: str = "uniform",
+        ddim_eta: float = 0.0,
+        verbose: bool = True,
+    ) -> None:
+        """Choose timesteps, and compute the tables at them."""
+        if self._follows_model:
+            self.device = self.model.device
+        self.ddim_timesteps = make_ddim_timesteps(
+            ddim_discretize, ddim_num_steps, self.ddpm_num_timesteps, verbose=verbose
+        )
+        alphas, previous = (
+            table.detach().float().cpu()
+            for table in (self.model.alphas_cumprod, self.model.alphas_cumprod_prev)
+        )
+        if len(alphas) != self.ddpm_num_timesteps:
+            raise ValueError(
+                f"alphas_cumprod has {len(alphas)} values for {self.ddpm_num_timesteps} timesteps"
+            )
+        sigmas, ddim_alphas, ddim_alphas_prev = make_ddim_sampling_parameters(
+            alphas, self.ddim_timesteps, ddim_eta, verbose=verbose
+        )
+        ratio = (1 - previous) / (1 - alphas) * (1 - alphas / previous)
+        tables: dict[str, object] = {
+            "betas": self.model.betas.detach().float(),
+            "alphas_cumprod": alphas,
+            "alphas_cumprod_prev": previous,
+            "sqrt_alphas_cumprod": alphas.sqrt(),
+            "sqrt_one_minus_alphas_cumprod": (1 - alphas).sqrt(),
+            "log_one_minus_alphas_cumprod": (1 - alphas).log(),
+            "sqrt_recip_alphas_cumprod": (1 / alphas).sqrt(),
+            "sqrt_recipm1_alphas_cumprod": (1 / alphas - 1).sqrt(),
+            "ddim_sigmas": sigmas,
+            "ddim_alphas": ddim_alphas,
+            "ddim_alphas_prev": ddim_alphas_prev,
+            "ddim_sqrt_one_minus_alphas": (1 - torch.as_tensor(ddim_alphas)).sqrt(),
+            "ddim_sigmas_for_original_num_steps": ddim_eta * ratio.sqrt(),
+        }
+        for name, table in tables.items():
+            self.register_buffer(name, table)
+
+    def choose_timesteps(
+        self, timesteps: "int | np.ndarray | None", use_original_steps: bool
+    ) -> np.ndarray:
+        """Return the timesteps of a run, ascending.
+
+        Args:
+            timesteps: Of the chosen ones, all below this number less one; with
+                `use_original_steps`, of all that the model has.
+        """
+        if use_original_steps:
+            if timesteps is None:
+                return np.arange(self.ddpm_num_timesteps)
+            return np.arange(timesteps) if isinstance(timesteps, int) else timesteps
+        if timesteps is None:
+            return self.ddim_timesteps
+        count = len(self.ddim_timesteps)
+        return self.ddim_timesteps[: int(min(timesteps / count, 1) * count) - 1]
+
+    def coefficients(
+        self, index: int, x: Tensor, use_original_steps: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return ᾱ, ᾱ before, the deviation of new noise, and sqrt(1 - ᾱ): (B, 1, 1, 1) each."""
+        if use_original_steps:
+            tables: tuple[Tensor | np.ndarray, ...] = (
+                self.model.alphas_cumprod,
+                self.model.alphas_cumprod_prev,
+                self.ddim_sigmas_for_original_num_steps,
+                self.sqrt_one_minus_alphas_cumprod,
+            )
+        else:
+            tables = (
+                self.ddim_alphas,
+                self.ddim_alphas_prev,
+                self.ddim_sigmas,
+                self.ddim_sqrt_one_minus_alphas,
+            )
+        shape = (len(x), *(1,) * (x.dim() - 1))
+        a_t, a_prev, sigma_t, root = (
+            torch.full(shape, float(table[index]), device=x.device) for table in tables
+        )
+        return a_t, a_prev, sigma_t, root
+
+    def keep_known(self, img: Tensor, x0: Tensor | None, mask: Tensor, t: Tensor) -> Tensor:
+        """Replace img by x0, noised to timesteps t (B,), where the mask is 1."""
+        if x0 is None:
+            raise TypeError("a mask needs x0")
+        return self.model.q_sample(x0, t) * mask + (1.0 - mask) * img
+
+    def correct_score(
+        self,
+        corrector: ScoreCorrector,
+        e_t: Tensor,
+        x: Tensor,
+        t: Tensor,
+        c: Condition,
+        options: Mapping[str, object] | None,
+    ) -> Tensor:
+        """Let a hook change the noise that an eps model predicts."""
+        if self.model.parameterization != "eps":
+            raise ValueError("a score corrector needs a model that predicts eps")
+        return corrector.modify_score(self.model, e_t, x, t, c, **(options or {}))
+
+    def draw_noise(
+        self, x: Tensor, sigma: Tensor, repeat: bool, temperature: float, dropout: float
+    ) -> Tensor:
+        """Draw the noise of a step; it is drawn even where sigma is 0."""
+        noise = sigma * noise_like(x.shape, x.device, repeat) * temperature
+        return F.dropout(noise, p=dropout) if dropout > 0 else noise
+
+
+def unless_none(**keywords: Any) -> dict[str, Any]:
+    """Return the keywords that were given: overridden methods may not take the newer ones."""
+    return {name: value for name, value in keywords.items() if value is not None}
+
+
+def guided_output(
+    model: DiffusionModel, x: Tensor, t: Tensor, c: Condition, scale: float, uncond: Condition
+) -> Tensor:
+    """Return the output of a model, with classifier-free guidance unless `uncond` is None."""
+    if uncond is None or scale == 1.0:
+        return model.apply_model(x, t, c)
+    both = model.apply_model(torch.cat([x] * 2), torch.cat([t] * 2), join_conditions(uncond, c))
+    negative, positive = both.chunk(2)
+    return negative + scale * (positive - negative)
+
+
+def join_conditions(uncond: Condition, c: Condition) -> Condition:
+    """Concatenate two conditions along the batch axis, entry by entry; None stays None."""
+    if c is None:
+        return None
+    if isinstance(c, dict):
+        return {key: join_conditions(uncond[key], value) for key, value in c.items()}
+    if isinstance(c, list | tuple):
+        return [join_conditions(one, other) for one, other in zip(uncond, c, strict=True)]
+    return torch.cat([uncond, c])

@@ -1,0 +1,60 @@
+"""Models of the recorded configs, built by the original's names, with weights by the recipe."""
+
+import copy
+import functools
+
+import torch
+
+from goldfile import Gold, gold
+from ldm.compat.util import instantiate_from_config
+from recipe import fill
+
+recorded = functools.cache(gold)
+
+
+def build(config, salt="sd-gold-public", arch=None, **changes):
+    """Build a model from a config of the original; `arch` stands for the tiny text tower."""
+    config = copy.deepcopy(config)
+    config["params"] |= changes
+    for part in ("cond_stage_config", "embedder_config"):
+        spec = config["params"].get(part)
+        if isinstance(spec, dict) and "arch" in spec.get("params", {}):
+            spec["params"]["arch"] = arch
+    if "depth_stage_config" in config["params"]:
+        config["params"]["depth_stage_config"] = {"target": "pipelines.goldmodels.DepthDummy"}
+    model = instantiate_from_config(config)
+    model.load_state_dict(fill(model.state_dict(), salt))
+    return model.eval()
+
+
+@functools.cache
+def build_recorded(name, config="config"):
+    file = recorded(name)
+    arch = recorded("unclip_condition").meta["tiny_arch"]
+    return build(file.meta[config], file.meta["salt"], arch)
+
+
+def assert_recorded(file: Gold, case: str, **outputs):
+    """Compare with a case: within 1e-4 of the largest value, and ten times the original's noise."""
+    for name, ours in outputs.items():
+        theirs, ours = file.outputs(case)[name], torch.as_tensor(ours)
+        assert ours.shape == theirs.shape, name
+        noise = file.case(case).get("noise_mkldnn_off_1thread", {}).get(name, 0.0)
+        limit = 1e-4 * max(1.0, float(theirs.abs().max())) + 10 * noise
+        assert (ours.double() - theirs.double()).abs().max() <= limit, name
+
+
+def keywords_of(file: Gold, case: str):
+    """Return the keywords of a recorded call of `sample`, with the tensors in their places."""
+    shared = file.under("shared/")
+    keywords = dict(file.case(case)["info"]["kwargs"])
+    names = {"conditioning": "c", "unconditional_conditioning": "uc"}
+    for key, value in keywords.items():
+        if value == "tensor/struct":
+            keywords[key] = shared[names.get(key, key)]
+    for key in names.keys() & keywords.keys():
+        if case.startswith("dict"):
+            keywords[key] = {"c_crossattn": [keywords[key]]}
+        elif case.startswith("list"):
+            keywords[key] = [keywords[key], keywords[key].flip(1)]
+    return keywords

@@ -1,0 +1,226 @@
+"""DDIM, PLMS and DPM-Solver under their old names: recorded runs, types of tables, hooks.
+
+Worst errors, as a fraction of the largest value: ddim 5.0e-5, plms 5.1e-5, dpm 1.0e-4, dpm_schedule
+6e-8; the original's own noise on another build of torch is 3e-5 there.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from compat.oldmodels import assert_recorded, build_recorded, keywords_of, recorded
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.diffusion.dpm_solver.dpm_solver import DPM_Solver, NoiseScheduleVP, model_wrapper
+from ldm.models.diffusion.plms import PLMSSampler
+from ldm.models.diffusion.sampling_util import append_dims, spatial_norm_thresholding
+
+KINDS = pytest.mark.parametrize("kind", ["eps", "v"])
+SHAPE = (4, 8, 12)
+
+
+def cases_of(file):
+    """The cases that record a call of `sample`."""
+    return [
+        case["name"] for case in file.cases if "kwargs" in case["info"] and "raises" not in case
+    ]
+
+
+@KINDS
+@pytest.mark.parametrize(("name", "kind_of"), [("ddim", DDIMSampler), ("plms", PLMSSampler)])
+def test_trajectories_equal_the_recorded_ones(name, kind_of, kind):
+    file = recorded(f"{name}_{kind}")
+    for case in cases_of(file):
+        info = file.case(case)["info"]
+        sampler = kind_of(build_recorded(f"{name}_{kind}"))
+        torch.manual_seed(info["seed_before"])
+        samples, steps = sampler.sample(info["S"], 2, SHAPE, **keywords_of(file, case))
+        lists = {key: torch.stack(values) for key, values in steps.items()}
+        assert_recorded(file, case, samples=samples, **lists)
+
+
+@KINDS
+def test_ddim_encodes_and_decodes_as_recorded(kind):
+    file, model = recorded(f"ddim_{kind}"), build_recorded(f"ddim_{kind}")
+    shared = file.under("shared/")
+    x0, c, uc = shared["x0"], shared["c"], shared["uc"]
+    guidance = {"unconditional_guidance_scale": 7.5, "unconditional_conditioning": uc}
+    sampler = DDIMSampler(model)
+    sampler.make_schedule(10, verbose=False)
+    for steps in (8, 5, 1):
+        case, t = f"img2img_tenc{steps}", torch.tensor([steps] * 2)
+        z = sampler.stochastic_encode(x0, t, noise=file.inputs(case)["noise"])
+        torch.manual_seed(1003)
+        seeded = sampler.stochastic_encode(x0, t)
+        decoded, guided = sampler.decode(z, c, steps), sampler.decode(z, c, steps, **guidance)
+        outputs = {"z_enc": z, "z_enc_seeded": seeded, "decoded_cfg1": decoded}
+        assert_recorded(file, case, **outputs, decoded_cfg=guided)
+    inputs = file.inputs("stochastic_encode_original_steps")
+    z = sampler.stochastic_encode(x0, inputs["t"], True, inputs["noise"])
+    assert_recorded(file, "stochastic_encode_original_steps", z=z)
+    z, _ = sampler.encode(x0, c, 6)
+    z_original, _ = sampler.encode(x0, c, 12, use_original_steps=True)
+    guidance["unconditional_guidance_scale"] = 2.0
+    z_cfg, out = sampler.encode(x0, c, 6, return_intermediates=2, **guidance)
+    inter, noted = torch.stack(out["intermediates"]), out["intermediate_steps"]
+    outputs = {"z": z, "z_cfg": z_cfg, "z_original": z_original, "inter": inter}
+    assert_recorded(file, "encode", **outputs, inter_steps=noted)
+
+
+def test_a_step_count_of_the_original_that_runs_past_the_last_timestep_fails_as_ever():
+    with pytest.raises(IndexError, match="1000 is out of bounds"):
+        DDIMSampler(build_recorded("ddim_eps")).sample(3, 2, SHAPE)
+
+
+@KINDS
+def test_dpm_solver_equals_the_recorded_runs(kind):
+    file, model = recorded(f"dpm_{kind}"), build_recorded(f"dpm_{kind}")
+    for case in cases_of(file):
+        info = file.case(case)["info"]
+        times = []
+        apply_model = model.apply_model
+        model.apply_model = lambda x, t, c: (times.append(float(t[0])), apply_model(x, t, c))[1]
+        torch.manual_seed(info["seed_before"])
+        samples, none = DPMSolverSampler(model).sample(
+            info["S"], 2, SHAPE, **keywords_of(file, case)
+        )
+        del model.apply_model
+        assert none is None
+        assert_recorded(file, case, samples=samples, model_times=times)
+
+
+@pytest.mark.slow
+@KINDS
+def test_every_order_and_method_of_the_solver_equals_the_recorded_ones(kind):
+    file, model = recorded(f"dpm_{kind}"), build_recorded(f"dpm_{kind}")
+    shared = file.under("shared/")
+    schedule = NoiseScheduleVP("discrete", alphas_cumprod=model.alphas_cumprod)
+    for case in file.cases:
+        info = case["info"]
+        if "raises" in case or "sample" not in info:
+            continue
+        predict = model_wrapper(
+            model.apply_model,
+            schedule,
+            model_type=info["model_type"],
+            guidance_type="classifier-free",
+            condition=shared["c"],
+            unconditional_condition=shared["uc"],
+            guidance_scale=info["guidance_scale"],
+        )
+        solver = DPM_Solver(predict, schedule, **info["DPM_Solver"])
+        x = solver.sample(shared["x_T"], **info["sample"])
+        assert_recorded(file, case["name"], x=x)
+
+
+def test_noise_schedules_and_times_of_the_solver_equal_the_recorded_ones():
+    file = recorded("dpm_schedule")
+    alphas_cumprod = file.inputs("ns_discrete_ac")["alphas_cumprod"]
+    betas = file.inputs("ns_discrete_betas")["betas"]
+    schedules = {
+        "ns_discrete_ac": NoiseScheduleVP(alphas_cumprod=alphas_cumprod),
+        "ns_discrete_betas": NoiseScheduleVP(betas=betas),
+        "ns_linear": NoiseScheduleVP("linear"),
+        "ns_cosine": NoiseScheduleVP("cosine"),
+    }
+    for case, schedule in schedules.items():
+        t, expected = file.inputs(case)["t"], file.outputs(case)
+        assert schedule.T == pytest.approx(float(expected["T"]))
+        outputs = {
+            "log_mean": schedule.marginal_log_mean_coeff(t),
+            "alpha": schedule.marginal_alpha(t),
+            "std": schedule.marginal_std(t),
+            "lam": schedule.marginal_lambda(t),
+            "inverse_lambda": schedule.inverse_lambda(expected["lam"]),
+        }
+        assert_recorded(file, case, **outputs)
+    solver = DPM_Solver(lambda x, t: x, schedules["ns_discrete_ac"])
+    for case in file.cases:
+        info, name = case["info"], case["name"]
+        if "t_T" in info:
+            options = (info["skip_type"], info["t_T"], info["t_0"], info["N"], "cpu")
+            assert_recorded(file, name, times=solver.get_time_steps(*options))
+        elif "order" in info and (info["order"], info["skip_type"]) != (1, "logSNR"):
+            options = (info["steps"], info["order"], info["skip_type"], 1.0, 1e-3, "cpu")
+            outer, orders = solver.get_orders_and_timesteps_for_singlestep_solver(*options)
+            assert_recorded(file, name, outer=outer, orders=orders)
+
+
+def test_tables_have_the_types_that_programs_expect():
+    sampler = DDIMSampler(build_recorded("ddim_eps"))
+    sampler.make_schedule(ddim_num_steps=5, ddim_eta=0.5)
+    assert sampler.ddim_timesteps.dtype == np.int64
+    assert sampler.ddim_timesteps.tolist() == [1, 201, 401, 601, 801]
+    assert (sampler.ddim_alphas.dtype, sampler.ddim_sigmas.dtype) == (torch.float32, torch.float64)
+    assert isinstance(sampler.ddim_alphas_prev, np.ndarray)
+    assert sampler.ddim_alphas_prev.dtype == np.float64
+    with pytest.raises(ValueError, match="ddim_eta must be 0"):
+        PLMSSampler(sampler.model).make_schedule(5, ddim_eta=0.5)
+
+
+def test_registering_of_tables_can_be_replaced_on_each_class(monkeypatch):
+    names = []
+
+    def register_buffer(self, name, attr):
+        names.append(name)
+        setattr(self, name, attr)
+
+    monkeypatch.setattr(DDIMSampler, "register_buffer", register_buffer)
+    sampler = DDIMSampler(build_recorded("ddim_eps"))
+    sampler.make_schedule(5)
+    assert {"betas", "ddim_alphas", "ddim_sigmas"} <= set(names)
+    assert PLMSSampler.register_buffer is not register_buffer
+
+
+@pytest.mark.parametrize("kind_of", [DDIMSampler, PLMSSampler, DPMSolverSampler])
+def test_samplers_take_models_and_conditions_of_other_programs(kind_of):
+    """A class with the few attributes that are asked for; a dict with None in it."""
+    betas = torch.linspace(1e-4, 2e-2, 1000)
+    alphas = (1 - betas).cumprod(0)
+    seen = []
+
+    def apply_model(x, t, c):
+        seen.append((len(x), None if c["c_concat"] is None else len(c["c_concat"]), len(c["y"][0])))
+        return 0.1 * x
+
+    model = SimpleNamespace(
+        num_timesteps=1000, betas=betas, alphas_cumprod=alphas, device=torch.device("cpu"),
+        alphas_cumprod_prev=torch.cat([alphas.new_ones(1), alphas[:-1]]), parameterization="eps",
+        apply_model=apply_model,
+    )  # fmt: skip
+    cond = {"c_concat": None, "y": [torch.zeros(2, 3)]}
+    samples, _ = kind_of(model).sample(
+        4, 2, (1, 4, 4), conditioning=cond, unconditional_conditioning=cond, verbose=False,
+        unconditional_guidance_scale=2.0, features_adapter=None,
+    )  # fmt: skip
+    assert samples.shape == (2, 1, 4, 4)
+    assert set(seen) == {(4, None, 4)}
+
+
+def test_callbacks_and_overridden_steps_are_called():
+    class Sampler(DDIMSampler):
+        steps = 0
+
+        def p_sample_ddim(self, x, c, t, index, *, unconditional_guidance_scale, **kwargs):
+            """As written for a version without `dynamic_threshold`."""
+            assert "dynamic_threshold" not in kwargs
+            type(self).steps += 1
+            return super().p_sample_ddim(x, c, t, index, **kwargs)
+
+    shared = recorded("ddim_eps").under("shared/")
+    done, images = [], []
+    Sampler(build_recorded("ddim_eps")).sample(
+        5, 2, SHAPE, shared["c"], callback=done.append,
+        img_callback=lambda x0, i: images.append((x0.shape, i)),
+    )  # fmt: skip
+    assert done == [0, 1, 2, 3, 4]
+    assert images == [((2, *SHAPE), i) for i in range(5)]
+    assert Sampler.steps == 5
+
+
+def test_thresholds_of_pixels_and_appended_axes():
+    x = torch.tensor([3.0, 0.5]).reshape(1, 1, 1, 2).repeat(1, 4, 1, 1)
+    assert spatial_norm_thresholding(x, 1.0)[0, 0, 0].tolist() == pytest.approx([1.0, 0.5])
+    assert append_dims(torch.zeros(2), 4).shape == (2, 1, 1, 1)
