@@ -51,7 +51,7 @@ FENCES = {
     "regex": ["ldm.encoders.tokenizer"],
     "transformers": [],
     "lightning": [],
-    "pytorch_lightning": [],
+    "pytorch_lightning": ["ldm.compat.lightning"],
     "diffusers": [],
 }
 OLD_NAMES = ("openaimodel", "first_stage_model", "cond_stage_model", "diffusion_model")

@@ -300,6 +300,7 @@ class AutoencoderKL(nn.Module):
     def __init__(self, *, ddconfig: Mapping[str, Any], embed_dim: int) -> None:
         super().__init__()
         layout = Layout.read(ddconfig)
+        self.layout = layout
         self.embed_dim = embed_dim
         self.in_channels = layout.in_channels
         self.z_channels = layout.z_channels

@@ -17,28 +17,40 @@ from ldm.models.diffusion.dpm_solver.dpm_solver import DPM_Solver, NoiseSchedule
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampling_util import append_dims, spatial_norm_thresholding
 
-KINDS = pytest.mark.parametrize("kind", ["eps", "v"])
+SLOW = pytest.mark.slow
+KINDS = pytest.mark.parametrize("kind", ["eps", pytest.param("v", marks=SLOW)])
 SHAPE = (4, 8, 12)
 
 
-def cases_of(file):
-    """The cases that record a call of `sample`."""
+# The cases of the default run; all others are slow.
+QUICK = {
+    "ddim_eps": ["list_cond", "eta_half_noxT", "mask_x0", "temperature_dropout", "ucg_schedule"],
+    "ddim_v": ["dict_cond"],
+    "plms_eps": ["mask", "thresh"],
+    "plms_v": ["two_steps"],
+    "dpm_eps": ["dict", "noxT"],
+    "dpm_v": ["S6_cfg1"],
+}
+
+
+def cases_of(*names):
+    """Pairs of a file and a case that records a call of `sample`."""
     return [
-        case["name"] for case in file.cases if "kwargs" in case["info"] and "raises" not in case
+        pytest.param(name, case["name"], marks=[] if case["name"] in QUICK[name] else SLOW)
+        for name in names
+        for case in recorded(name).cases
+        if "kwargs" in case["info"] and "raises" not in case
     ]
 
 
-@KINDS
-@pytest.mark.parametrize(("name", "kind_of"), [("ddim", DDIMSampler), ("plms", PLMSSampler)])
-def test_trajectories_equal_the_recorded_ones(name, kind_of, kind):
-    file = recorded(f"{name}_{kind}")
-    for case in cases_of(file):
-        info = file.case(case)["info"]
-        sampler = kind_of(build_recorded(f"{name}_{kind}"))
-        torch.manual_seed(info["seed_before"])
-        samples, steps = sampler.sample(info["S"], 2, SHAPE, **keywords_of(file, case))
-        lists = {key: torch.stack(values) for key, values in steps.items()}
-        assert_recorded(file, case, samples=samples, **lists)
+@pytest.mark.parametrize(("name", "case"), cases_of("ddim_eps", "ddim_v", "plms_eps", "plms_v"))
+def test_trajectories_equal_the_recorded_ones(name, case):
+    file, kind_of = recorded(name), DDIMSampler if name.startswith("ddim") else PLMSSampler
+    info, sampler = file.case(case)["info"], kind_of(build_recorded(name))
+    torch.manual_seed(info["seed_before"])
+    samples, steps = sampler.sample(info["S"], 2, SHAPE, **keywords_of(file, case))
+    lists = {key: torch.stack(values) for key, values in steps.items()}
+    assert_recorded(file, case, samples=samples, **lists)
 
 
 @KINDS
@@ -74,24 +86,23 @@ def test_a_step_count_of_the_original_that_runs_past_the_last_timestep_fails_as_
         DDIMSampler(build_recorded("ddim_eps")).sample(3, 2, SHAPE)
 
 
-@KINDS
-def test_dpm_solver_equals_the_recorded_runs(kind):
-    file, model = recorded(f"dpm_{kind}"), build_recorded(f"dpm_{kind}")
-    for case in cases_of(file):
-        info = file.case(case)["info"]
-        times = []
-        apply_model = model.apply_model
-        model.apply_model = lambda x, t, c: (times.append(float(t[0])), apply_model(x, t, c))[1]
-        torch.manual_seed(info["seed_before"])
-        samples, none = DPMSolverSampler(model).sample(
-            info["S"], 2, SHAPE, **keywords_of(file, case)
-        )
-        del model.apply_model
-        assert none is None
-        assert_recorded(file, case, samples=samples, model_times=times)
+@pytest.mark.parametrize(("name", "case"), cases_of("dpm_eps", "dpm_v"))
+def test_dpm_solver_equals_the_recorded_runs(name, case, monkeypatch):
+    file, model, times = recorded(name), build_recorded(name), []
+    info, apply_model = file.case(case)["info"], model.apply_model
+
+    def note_time(x, t, c):
+        times.append(float(t[0]))
+        return apply_model(x, t, c)
+
+    monkeypatch.setattr(model, "apply_model", note_time)
+    torch.manual_seed(info["seed_before"])
+    samples, none = DPMSolverSampler(model).sample(info["S"], 2, SHAPE, **keywords_of(file, case))
+    assert none is None
+    assert_recorded(file, case, samples=samples, model_times=times)
 
 
-@pytest.mark.slow
+@SLOW
 @KINDS
 def test_every_order_and_method_of_the_solver_equals_the_recorded_ones(kind):
     file, model = recorded(f"dpm_{kind}"), build_recorded(f"dpm_{kind}")
@@ -127,7 +138,7 @@ def test_noise_schedules_and_times_of_the_solver_equal_the_recorded_ones():
     }
     for case, schedule in schedules.items():
         t, expected = file.inputs(case)["t"], file.outputs(case)
-        assert schedule.T == pytest.approx(float(expected["T"]))
+        assert pytest.approx(float(expected["T"])) == schedule.T
         outputs = {
             "log_mean": schedule.marginal_log_mean_coeff(t),
             "alpha": schedule.marginal_alpha(t),

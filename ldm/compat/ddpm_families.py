@@ -1,0 +1,349 @@
+"""Families of the original's LatentDiffusion: inpainting, depth, upscaling, image embeddings.
+
+Each adds conditions in `get_input`: `c_concat` channels beside the latent, `c_adm` vectors.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.compat.ddpm_base import DDPM, Batch, Config
+from ldm.compat.latent_diffusion import LatentDiffusion, freeze
+from ldm.compat.util import instantiate_from_config
+from ldm.encoders.depth import normalize_depth, resize_depth
+from ldm.encoders.lowres import PatchesToChannels
+
+__all__ = [
+    "ImageEmbeddingConditionedLatentDiffusion",
+    "LatentDepth2ImageDiffusion",
+    "LatentFinetuneDiffusion",
+    "LatentInpaintDiffusion",
+    "LatentUpscaleDiffusion",
+    "LatentUpscaleFinetuneDiffusion",
+]
+
+# The first convolution, and its average.
+FINETUNE_KEYS = (
+    "model.diffusion_model.input_blocks.0.0.weight",
+    "model_ema.diffusion_modelinput_blocks00weight",
+)
+
+
+class LatentFinetuneDiffusion(LatentDiffusion):
+    """A model with more input channels than the one it is trained from.
+
+    Args:
+        concat_keys: Batch keys of what is appended to the latent.
+        finetune_keys: Weights of a checkpoint to which new input channels are added, as zeros.
+        keep_finetune_dims: Input channels that they have there.
+        c_concat_log_start, c_concat_log_end: Channels that `log_images` decodes.
+    """
+
+    def __init__(
+        self,
+        concat_keys: Sequence[str],
+        finetune_keys: Sequence[str] | None = FINETUNE_KEYS,
+        keep_finetune_dims: int = 4,
+        c_concat_log_start: int | None = None,
+        c_concat_log_end: int | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        self.finetune_keys = finetune_keys
+        self.concat_keys = concat_keys
+        self.keep_dims = keep_finetune_dims
+        self.c_concat_log_start = c_concat_log_start
+        self.c_concat_log_end = c_concat_log_end
+        super().__init__(*args, **kwargs)
+
+    def load_weights(self, state: Mapping[str, Tensor], only_model: bool = False) -> None:
+        """Load the weights of a checkpoint, the first convolution with zeros for new channels."""
+        own, extended = self.state_dict(), dict(state)
+        for name in self.finetune_keys or ():
+            if name in state and name in own and state[name].shape != own[name].shape:
+                extended[name] = torch.zeros_like(own[name])
+                extended[name][:, : self.keep_dims] = state[name]
+        super().load_weights(extended, only_model)
+
+    def concat_condition(self, batch: Batch, z: Tensor, bs: int | None) -> list[Tensor]:
+        """Return what is appended to latents z: (B, ·, h, w) for each of `concat_keys`."""
+        raise NotImplementedError
+
+    def more_conditions(self, c_concat: Tensor) -> dict[str, Any]:
+        """Return the condition, but for the prompt."""
+        return {"c_concat": [c_concat]}
+
+    @torch.no_grad()
+    def get_input(  # type: ignore[override]  # as in the original, it takes less
+        self,
+        batch: Batch,
+        k: str,
+        cond_key: str | None = None,
+        bs: int | None = None,
+        return_first_stage_outputs: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Encode a batch: [z, condition]; if asked for, images, reconstructions, prompts, too."""
+        outputs = super().get_input(
+            batch,
+            self.first_stage_key,
+            return_first_stage_outputs=return_first_stage_outputs,
+            force_c_encode=True,
+            return_original_cond=return_first_stage_outputs,
+            bs=bs,
+        )
+        z, c, *more = outputs
+        c_concat = torch.cat(self.concat_condition(batch, z, bs), dim=1)
+        return [z, {**self.more_conditions(c_concat), "c_crossattn": [c]}, *more]
+
+    def log_images(  # type: ignore[override]  # other defaults
+        self,
+        batch: Batch,
+        N: int = 8,
+        n_row: int = 4,
+        sample: bool = True,
+        ddim_steps: int | None = 200,
+        ddim_eta: float = 1.0,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Show samples; see LatentDiffusion, without inpainting and the loop of all timesteps."""
+        options = {"inpaint": False, "plot_progressive_rows": False} | kwargs
+        log = super().log_images(batch, N, n_row, sample, ddim_steps, ddim_eta, **options)
+        if self.c_concat_log_start is not None or self.c_concat_log_end is not None:
+            _, c = self.get_input(batch, self.first_stage_key, bs=N)[:2]
+            shown = slice(self.c_concat_log_start, self.c_concat_log_end)
+            log["c_concat_decoded"] = self.decode_first_stage(c["c_concat"][0][:, shown])
+        return log
+
+
+class LatentInpaintDiffusion(LatentFinetuneDiffusion):
+    """Inpainting: a mask, and the latent of the masked image beside the noisy latent."""
+
+    def __init__(
+        self,
+        concat_keys: Sequence[str] = ("mask", "masked_image"),
+        masked_image_key: str = "masked_image",
+        finetune_keys: Sequence[str] | None = FINETUNE_KEYS,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        self.masked_image_key = masked_image_key
+        super().__init__(concat_keys, finetune_keys, *args, **kwargs)
+
+    def concat_condition(self, batch: Batch, z: Tensor, bs: int | None) -> list[Tensor]:
+        conditions = []
+        for key in self.concat_keys:
+            image = DDPM.get_input(self, batch, key)[:bs].to(self.device)
+            if key == self.masked_image_key:
+                image = self.get_first_stage_encoding(self.encode_first_stage(image))
+            else:
+                image = F.interpolate(image, size=z.shape[-2:])
+            conditions.append(image)
+        return conditions
+
+    def log_images(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Show samples, and the masked images."""
+        log = super().log_images(*args, **kwargs)
+        batch = args[0] if args else kwargs["batch"]
+        log["masked_image"] = DDPM.get_input(self, batch, self.masked_image_key)
+        return log
+
+
+class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
+    """Depth maps, which a network of its own estimates, beside the noisy latent."""
+
+    def __init__(
+        self,
+        depth_stage_config: Config,
+        concat_keys: Sequence[str] = ("midas_in",),
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(concat_keys, *args, **kwargs)
+        self.depth_model: nn.Module = instantiate_from_config(depth_stage_config)
+        (self.depth_stage_key,) = concat_keys
+
+    def concat_condition(self, batch: Batch, z: Tensor, bs: int | None) -> list[Tensor]:
+        image: Tensor = batch[self.depth_stage_key][:bs].to(self.device)
+        depth = self.depth_model(image)
+        return [normalize_depth(resize_depth(depth, (z.shape[-2], z.shape[-1])), margin=0.001)]
+
+    @torch.no_grad()
+    def log_images(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Show samples, and the depth maps."""
+        log = super().log_images(*args, **kwargs)
+        batch = args[0] if args else kwargs["batch"]
+        depth = self.depth_model(batch[self.depth_stage_key].to(self.device))
+        log["depth"] = normalize_depth(depth)
+        return log
+
+
+class LatentUpscaleFinetuneDiffusion(LatentFinetuneDiffusion):
+    """Images beside the noisy latent, perhaps of low resolution with noise.
+
+    Args:
+        reshuffle_patch_size: Parts along each side, that become channels.
+        low_scale_config: Of what adds noise to them.
+    """
+
+    def __init__(
+        self,
+        concat_keys: Sequence[str] = ("lr",),
+        reshuffle_patch_size: int | None = None,
+        low_scale_config: Config = None,
+        low_scale_key: str | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        self.reshuffle_patch_size = reshuffle_patch_size
+        super().__init__(concat_keys, *args, **kwargs)
+        self.low_scale_model: Any = None
+        if low_scale_config is not None:
+            self.low_scale_model = freeze(instantiate_from_config(low_scale_config))
+            self.low_scale_key = low_scale_key
+
+    def concat_condition(self, batch: Batch, z: Tensor, bs: int | None) -> list[Tensor]:
+        images = [DDPM.get_input(self, batch, key)[:bs].to(self.device) for key in self.concat_keys]
+        if self.reshuffle_patch_size is None:
+            return images
+        split = PatchesToChannels(patch=self.reshuffle_patch_size)
+        return [split(image) for image in images]
+
+    def more_conditions(self, c_concat: Tensor) -> dict[str, Any]:
+        if self.low_scale_model is None:
+            return {"c_concat": [c_concat]}
+        c_concat, noise_level = self.low_scale_model(c_concat)
+        return {"c_concat": [c_concat], "c_adm": noise_level}
+
+
+class LatentUpscaleDiffusion(LatentDiffusion):
+    """Upscaling: an image of low resolution, with noise, beside the noisy latent.
+
+    Args:
+        low_scale_config: Of what adds noise to the image.
+        low_scale_key: Batch key of the image.
+        noise_level_key: Not supported, as ever.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        low_scale_config: Config,
+        low_scale_key: str = "LR",
+        noise_level_key: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if self.cond_stage_trainable:
+            raise ValueError("LatentUpscaleDiffusion cannot train the encoder of its prompts")
+        self.instantiate_low_stage(low_scale_config)
+        self.low_scale_key = low_scale_key
+        self.noise_level_key = noise_level_key
+
+    def instantiate_low_stage(self, config: Config) -> None:
+        """Build what adds noise to the image, frozen."""
+        self.low_scale_model: Any = freeze(instantiate_from_config(config))
+
+    @torch.no_grad()
+    def get_input(  # type: ignore[override]  # as in the original, it takes less
+        self,
+        batch: Batch,
+        k: str,
+        cond_key: str | None = None,
+        bs: int | None = None,
+        log_mode: bool = False,
+        return_first_stage_outputs: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Encode a batch: [z, condition].
+
+        Args:
+            log_mode: Whether to append images, their reconstructions, prompts, the images of low
+                resolution without and with noise, and the noise levels.
+        """
+        shows = log_mode or return_first_stage_outputs
+        z, c, *more = super().get_input(
+            batch,
+            k,
+            return_first_stage_outputs=shows,
+            force_c_encode=True,
+            return_original_cond=shows,
+            bs=bs,
+        )
+        x_low = DDPM.get_input(self, batch, self.low_scale_key)[:bs].to(self.device)
+        noised, noise_level = self.low_scale_model(x_low)
+        if self.noise_level_key is not None:
+            raise NotImplementedError("noise_level_key is not supported")
+        cond = {"c_concat": [noised], "c_crossattn": [c], "c_adm": noise_level}
+        if log_mode:
+            more += [x_low, self.low_scale_model.decode(noised), noise_level]
+        return [z, cond, *more]
+
+    @torch.no_grad()
+    def log_images(  # type: ignore[override]  # other defaults
+        self,
+        batch: Batch,
+        N: int = 8,
+        n_row: int = 4,
+        sample: bool = True,
+        ddim_steps: int | None = 200,
+        ddim_eta: float = 1.0,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Show samples; see LatentDiffusion, without inpainting and the loop of all timesteps."""
+        options = {"inpaint": False, "plot_progressive_rows": False} | kwargs
+        log = super().log_images(batch, N, n_row, sample, ddim_steps, ddim_eta, **options)
+        log["x_lr"] = DDPM.get_input(self, batch, self.low_scale_key)[:N]
+        return log
+
+
+class ImageEmbeddingConditionedLatentDiffusion(LatentDiffusion):
+    """A noised embedding of an image beside the prompt: unCLIP.
+
+    Args:
+        embedder_config: Of what embeds images of the batch key `embedding_key`.
+        embedding_dropout: Probability of dropping the embedding in training.
+        noise_aug_config: Of what adds noise to it; None for none.
+    """
+
+    def __init__(
+        self,
+        embedder_config: Config,
+        embedding_key: str = "jpg",
+        embedding_dropout: float = 0.5,
+        freeze_embedder: bool = True,
+        noise_aug_config: Config = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.embed_key = embedding_key
+        self.embedding_dropout = embedding_dropout
+        embedder = instantiate_from_config(embedder_config)
+        self.embedder: nn.Module = freeze(embedder) if freeze_embedder else embedder
+        self.noise_augmentor: nn.Module | None = None
+        if noise_aug_config is not None:
+            self.noise_augmentor = freeze(instantiate_from_config(noise_aug_config))
+
+    @torch.no_grad()
+    def get_input(  # type: ignore[override]  # as in the original, it takes less
+        self,
+        batch: Batch,
+        k: str,
+        cond_key: str | None = None,
+        bs: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Encode a batch; see LatentDiffusion."""
+        z, c, *more = super().get_input(batch, k, bs=bs, **kwargs)
+        image = DDPM.get_input(self, batch, self.embed_key)[:bs].to(self.device)
+        c_adm: Tensor = self.embedder(image)
+        if self.noise_augmentor is not None:
+            c_adm = torch.cat(self.noise_augmentor(c_adm), dim=1)
+        if self.training:
+            keep = torch.full((len(c_adm), 1), 1.0 - self.embedding_dropout, device=c_adm.device)
+            c_adm = torch.bernoulli(keep) * c_adm
+        return [z, {"c_crossattn": [c], "c_adm": c_adm}, *more]

@@ -1,0 +1,359 @@
+"""LatentDiffusion of the original: DDPM in the latents of an autoencoder, with a condition."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.compat.autoencoder import VQModelInterface
+from ldm.compat.ddpm_ancestral import first_rows
+from ldm.compat.ddpm_base import DDPM, Batch, Config, Losses, disabled_train
+from ldm.compat.ddpm_images import ImageLogging
+from ldm.compat.ddpm_patches import Patchwise
+from ldm.compat.distributions import DiagonalGaussianDistribution
+from ldm.compat.sampling import Condition
+from ldm.compat.util import instantiate_from_config
+
+__all__ = ["LatentDiffusion", "freeze"]
+
+FIRST_STAGE, UNCONDITIONAL = "__is_first_stage__", "__is_unconditional__"
+TEXT_KEYS = ("caption", "coordinates_bbox", "txt")
+CLASS_KEYS = ("class_label", "cls")
+
+
+class LatentDiffusion(Patchwise, ImageLogging):
+    """A latent diffusion model as the original has it.
+
+    Programs subclass it, override its methods, and replace them on the class.
+
+    Args:
+        first_stage_config, cond_stage_config: Of the autoencoder, and of what encodes conditions.
+        concat_mode: Whether a `conditioning_key` that is None means "concat", else "crossattn".
+        cond_stage_forward: Method that encodes conditions, instead of `encode`.
+        scale_by_std: Whether to take the scale factor from the first batch of a training.
+        args, kwargs: Of DDPM.
+    """
+
+    def __init__(
+        self,
+        first_stage_config: Config,
+        cond_stage_config: Config,
+        num_timesteps_cond: int | None = None,
+        cond_stage_key: str = "image",
+        cond_stage_trainable: bool = False,
+        concat_mode: bool = True,
+        cond_stage_forward: str | None = None,
+        conditioning_key: str | None = None,
+        scale_factor: float = 1.0,
+        scale_by_std: bool = False,
+        force_null_conditioning: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        self.force_null_conditioning = force_null_conditioning
+        self.num_timesteps_cond = 1 if num_timesteps_cond is None else num_timesteps_cond
+        self.scale_by_std = scale_by_std
+        if self.num_timesteps_cond > kwargs["timesteps"]:
+            raise ValueError(
+                f"num_timesteps_cond must be at most {kwargs['timesteps']}, "
+                f"got {self.num_timesteps_cond}"
+            )
+        if conditioning_key is None:
+            conditioning_key = "concat" if concat_mode else "crossattn"
+        if cond_stage_config == UNCONDITIONAL and not force_null_conditioning:
+            conditioning_key = None
+        ckpt_path = kwargs.pop("ckpt_path", None)
+        ignore_keys = kwargs.pop("ignore_keys", ())
+        reset_ema = kwargs.pop("reset_ema", False)
+        reset_updates = kwargs.pop("reset_num_ema_updates", False)
+        kwargs["conditioning_key"] = conditioning_key
+        super().__init__(*args, **kwargs)
+        self.concat_mode = concat_mode
+        self.cond_stage_trainable = cond_stage_trainable
+        self.cond_stage_key = cond_stage_key
+        self.num_downs = _count_downsamplings(first_stage_config)
+        self.scale_factor: float | Tensor
+        if scale_by_std:
+            self.register_buffer("scale_factor", torch.tensor(scale_factor))
+        else:
+            self.scale_factor = scale_factor
+        self.instantiate_first_stage(first_stage_config)
+        self.instantiate_cond_stage(cond_stage_config)
+        self.cond_stage_forward = cond_stage_forward
+        self.clip_denoised = False
+        self.restarted_from_ckpt = ckpt_path is not None
+        if ckpt_path is not None:
+            self.init_from_ckpt(ckpt_path, ignore_keys)
+            self.restart_ema(reset_ema, reset_updates)
+
+    def register_schedule(
+        self,
+        given_betas: Sequence[float] | None = None,
+        beta_schedule: str = "linear",
+        timesteps: int = 1000,
+        linear_start: float = 1e-4,
+        linear_end: float = 2e-2,
+        cosine_s: float = 8e-3,
+    ) -> None:
+        """Compute the tables of a noise schedule, and of one of conditions that are noised."""
+        super().register_schedule(
+            given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s
+        )
+        self.shorten_cond_schedule = self.num_timesteps_cond > 1
+        if self.shorten_cond_schedule:
+            self.make_cond_schedule()
+
+    def make_cond_schedule(self) -> None:
+        """Spread the few timesteps of a condition that is noised, too, over all timesteps."""
+        last = self.num_timesteps - 1
+        ids = torch.full((self.num_timesteps,), last, dtype=torch.long)
+        steps = torch.linspace(0, last, self.num_timesteps_cond).round().long()
+        ids[: self.num_timesteps_cond] = steps
+        self.cond_ids = ids
+
+    def instantiate_first_stage(self, config: Config) -> None:
+        """Build the autoencoder, frozen."""
+        self.first_stage_model: Any = freeze(instantiate_from_config(config))
+
+    def instantiate_cond_stage(self, config: Config) -> None:
+        """Build what encodes conditions, frozen unless `cond_stage_trainable`."""
+        if config == FIRST_STAGE:
+            self.cond_stage_model = self.first_stage_model
+        elif config == UNCONDITIONAL:
+            self.cond_stage_model = None
+        else:
+            stage = instantiate_from_config(config)
+            self.cond_stage_model = stage if self.cond_stage_trainable else freeze(stage)
+
+    @torch.no_grad()
+    def on_train_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Measure the scale factor in the first batch of a training, with `scale_by_std`."""
+        is_first = self.current_epoch == 0 and self.global_step == 0 and batch_idx == 0
+        if not self.scale_by_std or not is_first or self.restarted_from_ckpt:
+            return
+        if float(self.scale_factor) != 1.0:
+            raise ValueError("scale_by_std needs a scale_factor of 1")
+        x = DDPM.get_input(self, batch, self.first_stage_key).to(self.device)
+        z = self.get_first_stage_encoding(self.encode_first_stage(x)).detach()
+        del self.scale_factor
+        self.register_buffer("scale_factor", 1.0 / z.flatten().std())
+
+    @torch.no_grad()
+    def encode_first_stage(self, x: Tensor) -> Any:
+        """Encode images (B, 3, H, W): a posterior, or a tensor."""
+        if self.patches:
+            return self.encode_patches(x)
+        return self.first_stage_model.encode(x)
+
+    def get_first_stage_encoding(self, encoder_posterior: Any) -> Tensor:
+        """Return a scaled latent: a sample of the posterior, or the tensor."""
+        if isinstance(encoder_posterior, Tensor):
+            return self.scale_factor * encoder_posterior
+        if isinstance(encoder_posterior, DiagonalGaussianDistribution):
+            return self.scale_factor * encoder_posterior.sample()
+        raise NotImplementedError(
+            f"encoder_posterior of type `{type(encoder_posterior)}` not yet implemented"
+        )
+
+    @torch.no_grad()
+    def decode_first_stage(
+        self, z: Tensor, predict_cids: bool = False, force_not_quantize: bool = False
+    ) -> Tensor:
+        """Decode latents (B, C, h, w) to images, not clamped.
+
+        Args:
+            predict_cids: Whether z are logits, or indices, of codes.
+            force_not_quantize: Whether a VQ autoencoder decodes z as it is.
+        """
+        if predict_cids:
+            ids = z.exp().argmax(dim=1) if z.dim() == 4 else z
+            z = self.first_stage_model.quantize.get_codebook_entry(ids, shape=None)
+            z = z.movedim(-1, 1).contiguous()
+        z = 1.0 / self.scale_factor * z
+        decode: Callable[..., Tensor] = self.first_stage_model.decode
+        if isinstance(self.first_stage_model, VQModelInterface):
+            decode = partial(decode, force_not_quantize=predict_cids or force_not_quantize)
+        return self.decode_patches(decode, z) if self.patches else decode(z)
+
+    def get_learned_conditioning(self, c: Any) -> Any:
+        """Encode a condition, such as a list of prompts."""
+        stage: Any = self.cond_stage_model
+        if self.cond_stage_forward is not None:
+            return getattr(stage, self.cond_stage_forward)(c)
+        encode = getattr(stage, "encode", None)
+        c = encode(c) if callable(encode) else stage(c)
+        return c.mode() if isinstance(c, DiagonalGaussianDistribution) else c
+
+    def get_unconditional_conditioning(self, batch_size: int, null_label: Any = None) -> Any:
+        """Encode the condition of guidance, one that stands for the whole batch.
+
+        Args:
+            null_label: Such as an empty prompt; None for the class of none, of class models.
+        """
+        if null_label is None:
+            if self.cond_stage_key not in CLASS_KEYS:
+                raise NotImplementedError(
+                    f"a null_label is needed with cond_stage_key `{self.cond_stage_key}`"
+                )
+            stage: Any = self.cond_stage_model
+            labels = stage.get_unconditional_conditioning(batch_size, device=self.device)
+            return self.get_learned_conditioning(labels)
+        if isinstance(null_label, Tensor):
+            null_label = null_label.to(self.device)
+        elif isinstance(null_label, Sequence) and not isinstance(null_label, str):
+            null_label = list(null_label)  # from a list of OmegaConf
+        c = self.get_learned_conditioning(null_label)
+        if isinstance(c, list):
+            return [_repeat_row(one, batch_size) for one in c]
+        return _repeat_row(c, batch_size)
+
+    @torch.no_grad()
+    def get_input(  # type: ignore[override]  # keywords by name
+        self,
+        batch: Batch,
+        k: str,
+        return_first_stage_outputs: bool = False,
+        force_c_encode: bool = False,
+        cond_key: str | None = None,
+        return_original_cond: bool = False,
+        bs: int | None = None,
+        return_x: bool = False,
+    ) -> Any:
+        """Encode a batch: [z, c], and then what is asked for.
+
+        A condition whose encoder is trained stays as it is, unless `force_c_encode`.
+
+        Args:
+            cond_key: Batch key of the condition.
+            bs: Samples to take.
+
+        Returns:
+            Latents and condition, then images and their reconstructions, images, and the condition
+            before it is encoded.
+        """
+        x = DDPM.get_input(self, batch, k)[:bs].to(self.device)
+        z = self.get_first_stage_encoding(self.encode_first_stage(x)).detach()
+        c, original = None, None
+        if self.model.conditioning_key is not None and not self.force_null_conditioning:
+            original = self._read_condition(batch, cond_key or self.cond_stage_key, x)
+            c = original
+            if not self.cond_stage_trainable or force_c_encode:
+                moved = original.to(self.device) if isinstance(original, Tensor) else original
+                c = self.get_learned_conditioning(moved)
+            if bs is not None:
+                c = first_rows(c, bs)
+        out = [z, c]
+        if return_first_stage_outputs:
+            out += [x, self.decode_first_stage(z)]
+        if return_x:
+            out.append(x)
+        if return_original_cond:
+            out.append(original)
+        return out
+
+    def _read_condition(self, batch: Batch, key: str, x: Tensor) -> Any:
+        if key == self.first_stage_key:
+            return x
+        if key in TEXT_KEYS:
+            return batch[key]
+        if key in CLASS_KEYS:
+            return batch
+        return DDPM.get_input(self, batch, key).to(self.device)
+
+    def apply_model(
+        self, x_noisy: Tensor, t: Tensor, cond: Condition, return_ids: bool = False
+    ) -> Any:
+        """Run the UNet.
+
+        Args:
+            cond: A dict as `DiffusionWrapper` takes it; a tensor or list is its `c_concat` or
+                `c_crossattn`, by `conditioning_key`.
+        """
+        if not isinstance(cond, dict):
+            key = "c_concat" if self.model.conditioning_key == "concat" else "c_crossattn"
+            cond = {key: cond if isinstance(cond, list) else [cond]}
+        if self.patches:
+            return self.apply_to_patches(x_noisy, t, cond)
+        out = self.model(x_noisy, t, **cond)
+        return out[0] if isinstance(out, tuple) and not return_ids else out
+
+    def forward(self, x: Tensor, c: Condition, *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss of latents x (B, C, h, w) at timesteps that are drawn."""
+        t = torch.randint(0, self.num_timesteps, (len(x),), device=self.device).long()
+        if self.model.conditioning_key is not None:
+            if c is None:
+                raise TypeError("this model needs a condition")
+            if self.cond_stage_trainable:
+                c = self.get_learned_conditioning(c)
+            if self.shorten_cond_schedule:
+                c = self.q_sample(c, self.cond_ids[t.cpu()].to(t), torch.randn_like(c.float()))
+        return self.p_losses(x, c, t, *args, **kwargs)
+
+    def p_losses(  # type: ignore[override]  # the original puts the condition in between
+        self, x_start: Tensor, cond: Condition, t: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, Losses]:
+        """Compute the loss at timesteps t (B,), and its parts by name."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        x_noisy = self.q_sample(x_start=x_start, t=t, noise=noise)
+        output = self.apply_model(x_noisy, t, cond)
+        target = self.target(x_start, noise, t)
+        error = self.get_loss(output, target, mean=False).mean((1, 2, 3))  # (B,)
+        logvar = self.logvar.to(t.device)[t].to(self.device)
+        loss = error / logvar.exp() + logvar
+        split = "train" if self.training else "val"
+        parts = {f"{split}/loss_simple": error.mean()}
+        if self.learn_logvar:
+            parts |= {f"{split}/loss_gamma": loss.mean(), "logvar": self.logvar.data.mean()}
+        vlb = self.get_loss(output, target, mean=False).mean((1, 2, 3))
+        vlb = (self.lvlb_weights[t] * vlb).mean()
+        loss = self.l_simple_weight * loss.mean() + self.original_elbo_weight * vlb
+        return loss, parts | {f"{split}/loss_vlb": vlb, f"{split}/loss": loss}
+
+    def shared_step(self, batch: Batch, **kwargs: Any) -> tuple[Tensor, Losses]:
+        """Compute the loss of a batch, and its parts by name."""
+        x, c = self.get_input(batch, self.first_stage_key)
+        loss, parts = self(x, c)
+        return loss, parts
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW over what is trained, with `learning_rate`, an attribute that callers set.
+
+        With a `scheduler_config`, its learning rate schedule as well.
+        """
+        parameters = list(self.model.parameters())
+        if self.cond_stage_trainable and self.cond_stage_model is not None:
+            parameters += self.cond_stage_model.parameters()
+        if self.learn_logvar:
+            assert isinstance(self.logvar, nn.Parameter)
+            parameters.append(self.logvar)
+        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate)
+        if not self.use_scheduler:
+            return optimizer
+        schedule = instantiate_from_config(self.scheduler_config).schedule
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=schedule)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step", "frequency": 1}]
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Keep a module in eval mode, without gradients."""
+    module.eval().requires_grad_(False)
+    module.train = partial(disabled_train, module)  # type: ignore[method-assign]
+    return module
+
+
+def _count_downsamplings(config: Config) -> int:
+    """Return how often the autoencoder of a config halves an image; 0 if it does not say."""
+    params = config.get("params") or {}
+    ddconfig = params.get("ddconfig") or {}
+    return len(ddconfig.get("ch_mult") or (1,)) - 1
+
+
+def _repeat_row(c: Any, n: int) -> Any:
+    """Repeat a condition of one sample, or of each of its entries."""
+    if isinstance(c, Mapping):
+        return {key: _repeat_row(value, n) for key, value in c.items()}
+    if isinstance(c, list):
+        return [_repeat_row(one, n) for one in c]
+    return c.expand(n, *c.shape[1:]).clone() if len(c) == 1 else c

@@ -1,0 +1,164 @@
+"""`ldm.modules.losses.contperceptual` of the original: the loss of the KL autoencoder.
+
+Esser et al. 2020 (arXiv:2012.09841), section 3.1.
+"""
+
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.compat.distributions import DiagonalGaussianDistribution
+from ldm.nets.discriminator import PatchDiscriminator
+from ldm.nets.lpips import LPIPS
+
+__all__ = [
+    "DummyLoss",
+    "LPIPSWithDiscriminator",
+    "adopt_weight",
+    "hinge_d_loss",
+    "vanilla_d_loss",
+]
+
+log = logging.getLogger(__name__)
+
+
+def adopt_weight(weight: float, global_step: int, threshold: int = 0, value: float = 0.0) -> float:
+    """Return a weight from step `threshold` on, before that `value`."""
+    return value if global_step < threshold else weight
+
+
+def hinge_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """Compute the discriminator's hinge loss."""
+    return 0.5 * (F.relu(1.0 - logits_real).mean() + F.relu(1.0 + logits_fake).mean())
+
+
+def vanilla_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """Compute the discriminator's logistic loss."""
+    return 0.5 * (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean())
+
+
+class DummyLoss(nn.Module):
+    """No loss: for autoencoders that are not trained."""
+
+
+class LPIPSWithDiscriminator(nn.Module):
+    """Pixels, LPIPS, divergence, and from step `disc_start` on a discriminator.
+
+    Errors are summed over an image. The weights of LPIPS come from the checkpoint of the model.
+
+    Args:
+        disc_start: Steps before the discriminator counts.
+        logvar_init: Log variance of an error.
+        pixelloss_weight: Without effect, as ever.
+        disc_weight: Norm of the discriminator's gradient at the last layer, relative to the rest.
+    """
+
+    def __init__(
+        self,
+        disc_start: int,
+        logvar_init: float = 0.0,
+        kl_weight: float = 1.0,
+        pixelloss_weight: float = 1.0,
+        disc_num_layers: int = 3,
+        disc_in_channels: int = 3,
+        disc_factor: float = 1.0,
+        disc_weight: float = 1.0,
+        perceptual_weight: float = 1.0,
+        use_actnorm: bool = False,
+        disc_conditional: bool = False,
+        disc_loss: str = "hinge",
+    ) -> None:
+        super().__init__()
+        if use_actnorm:
+            raise ValueError("use_actnorm is not supported")
+        if disc_loss not in ("hinge", "vanilla"):
+            raise ValueError(f"disc_loss must be hinge or vanilla, got `{disc_loss}`")
+        self.kl_weight = kl_weight
+        self.pixel_weight = pixelloss_weight
+        self.perceptual_loss = LPIPS()
+        self.perceptual_weight = perceptual_weight
+        self.logvar = nn.Parameter(torch.ones(()) * logvar_init)
+        self.discriminator = PatchDiscriminator(
+            in_channels=disc_in_channels, layers=disc_num_layers
+        )
+        self.discriminator_iter_start = disc_start
+        self.disc_loss = hinge_d_loss if disc_loss == "hinge" else vanilla_d_loss
+        self.disc_factor = disc_factor
+        self.discriminator_weight = disc_weight
+        self.disc_conditional = disc_conditional
+
+    def calculate_adaptive_weight(
+        self, nll_loss: Tensor, g_loss: Tensor, last_layer: Tensor
+    ) -> Tensor:
+        """Return the weight that gives g_loss the gradient of nll_loss, times `disc_weight`."""
+        norms = [
+            torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
+            for loss in (nll_loss, g_loss)
+        ]
+        ratio = (norms[0] / (norms[1] + 1e-4)).clamp(0.0, 1e4).detach()
+        weight: Tensor = ratio * self.discriminator_weight
+        return weight
+
+    def forward(
+        self,
+        inputs: Tensor,
+        reconstructions: Tensor,
+        posteriors: DiagonalGaussianDistribution,
+        optimizer_idx: int,
+        global_step: int,
+        last_layer: Tensor | None = None,
+        cond: Tensor | None = None,
+        split: str = "train",
+        weights: Tensor | float | None = None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Compute the loss of the autoencoder (0) or of the discriminator (1), and its parts.
+
+        Args:
+            inputs, reconstructions: Images (B, 3, H, W) in [-1, 1].
+            last_layer: Weight of the decoder's last layer.
+            cond: Channels that the discriminator sees, too, with `disc_conditional`.
+            weights: Of the errors.
+        """
+        factor = adopt_weight(self.disc_factor, global_step, self.discriminator_iter_start)
+        if optimizer_idx == 1:
+            real = self._judge(inputs.contiguous().detach(), cond)
+            fake = self._judge(reconstructions.contiguous().detach(), cond)
+            d_loss = factor * self.disc_loss(real, fake)
+            parts = {"disc_loss": d_loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
+            logged = {f"{split}/{name}": value.detach() for name, value in parts.items()}
+            return d_loss, logged
+        error = (inputs.contiguous() - reconstructions.contiguous()).abs()
+        if self.perceptual_weight > 0:
+            distance = self.perceptual_loss(inputs.contiguous(), reconstructions.contiguous())
+            error = error + self.perceptual_weight * distance
+        nll = error / self.logvar.exp() + self.logvar
+        weighted = (nll if weights is None else weights * nll).sum() / len(nll)
+        nll = nll.sum() / len(nll)
+        kl = posteriors.kl().sum() / len(inputs)
+        g_loss = -self._judge(reconstructions.contiguous(), cond).mean()
+        d_weight = torch.tensor(0.0)
+        if self.disc_factor > 0.0 and last_layer is not None and torch.is_grad_enabled():
+            d_weight = self.calculate_adaptive_weight(nll, g_loss, last_layer)
+        loss = weighted + self.kl_weight * kl + d_weight * factor * g_loss
+        parts = {
+            "total_loss": loss,
+            "logvar": self.logvar,
+            "kl_loss": kl,
+            "nll_loss": nll,
+            "rec_loss": error.mean(),
+            "d_weight": d_weight,
+            "disc_factor": torch.tensor(factor),
+            "g_loss": g_loss,
+        }
+        return loss, {f"{split}/{name}": value.detach().clone() for name, value in parts.items()}
+
+    def _judge(self, images: Tensor, cond: Tensor | None) -> Tensor:
+        if self.disc_conditional:
+            if cond is None:
+                raise TypeError("disc_conditional needs cond")
+            images = torch.cat([images, cond], dim=1)
+        logits: Tensor = self.discriminator(images)
+        return logits

@@ -1,0 +1,95 @@
+"""Training by Lightning, where `pytorch_lightning` is installed."""
+
+import pytest
+import torch
+
+from compat.oldmodels import build, recorded
+
+lightning = pytest.importorskip("pytorch_lightning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+SCHEDULER = {
+    "target": "ldm.lr_scheduler.LambdaLinearScheduler",
+    "params": {
+        "warm_up_steps": [2], "f_min": [1.0], "f_max": [1.0], "f_start": [0.5],
+        "cycle_lengths": [100],
+    },
+}  # fmt: skip
+
+
+class Words(torch.nn.Module):
+    """Encodes captions by their length."""
+
+    def encode(self, captions):
+        return torch.stack([torch.full((7, 32), len(caption) / 10) for caption in captions])
+
+
+class Samples(torch.utils.data.Dataset):
+    def __init__(self, *, latents):
+        self.latents = latents
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if self.latents:
+            return {"jpg": torch.randn(8, 8, 4), "txt": "a red cube"}
+        return {"image": torch.rand(32, 32, 3) * 2 - 1}
+
+
+class ImageLogger(lightning.Callback):
+    """As in the original's main.py: images of each batch, by the model's own method."""
+
+    def __init__(self):
+        self.keys = []
+
+    def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
+        assert model.training
+        log = model.log_images(batch, split="train", ddim_steps=1, plot_progressive_rows=False)
+        self.keys.append(sorted(log))
+
+
+def fit(model, callbacks=(), *, latents=True, steps=3):
+    loader = torch.utils.data.DataLoader(Samples(latents=latents), batch_size=2)
+    trainer = lightning.Trainer(
+        max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks),
+    )  # fmt: skip
+    trainer.fit(model, loader, loader)
+    return trainer
+
+
+def test_a_latent_diffusion_model_is_fitted(tmp_path):
+    changes = {"scheduler_config": SCHEDULER, "cond_stage_config": {"target": f"{__name__}.Words"}}
+    model = build(recorded("train_step").meta["config"], **changes)
+    assert isinstance(model, lightning.LightningModule)
+    model.learning_rate = 1e-3
+    assert model.monitor == "val/loss_simple_ema"
+    model.train()
+    before = model.model.diffusion_model.out[2].weight.detach().clone()
+    logger = ImageLogger()
+    trainer = fit(model, [logger])
+    assert trainer.global_step == model.model_ema.num_updates == 3
+    assert not torch.equal(before, model.model.diffusion_model.out[2].weight.detach())
+    assert {"val/loss_simple", "val/loss_simple_ema"} <= trainer.callback_metrics.keys()
+    assert "samples" in logger.keys[0]
+    assert len(logger.keys) == 3
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    again = build(recorded("train_step").meta["config"], ckpt_path=str(tmp_path / "last.ckpt"))
+    again.init_from_ckpt(str(tmp_path / "last.ckpt"))
+    state, loaded = model.state_dict(), again.state_dict()
+    assert "model_ema.diffusion_modelout2weight" in state
+    assert all(torch.equal(state[name], loaded[name]) for name in state)
+
+
+def test_an_autoencoder_and_its_discriminator_are_fitted():
+    params = {"disc_start": 1, "perceptual_weight": 0.0, "kl_weight": 1e-6}
+    loss = {"target": "ldm.modules.losses.LPIPSWithDiscriminator", "params": params}
+    model = build(recorded("ae_loss").meta["config_vae"], lossconfig=loss, ema_decay=0.9)
+    model.learning_rate = 1e-4
+    model.train()
+    networks = (model.decoder.conv_out.weight, model.loss.discriminator.main[0].weight)
+    before = [weight.detach().clone() for weight in networks]
+    trainer = fit(model, latents=False, steps=6)  # two for each batch
+    assert "val/rec_loss" in trainer.callback_metrics
+    for weight, old in zip(networks, before, strict=True):
+        assert not torch.equal(weight.detach(), old)

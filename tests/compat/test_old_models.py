@@ -1,0 +1,374 @@
+"""The model classes under their old names: recorded numbers, the surface that programs use.
+
+Worst errors, as a fraction of the largest value: conditioning_routes 3.0e-6, ancestral 1.3e-4 (the
+original's own noise there is 1.7e-4), train_losses 6.6e-7, train_step 1.8e-6.
+"""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+from compat.oldmodels import assert_recorded, build, build_recorded, recorded
+from ldm.loading.files.checkpoint import write_checkpoint
+from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
+from ldm.modules.ema import LitEma
+from ldm.modules.losses import LPIPSWithDiscriminator
+from recipe import fill
+
+SLOW = pytest.mark.slow
+
+
+def test_conditions_take_the_recorded_routes():
+    file = recorded("conditioning_routes")
+    shared, inputs = file.under("shared/"), file.inputs("crossattn_tensor")
+    c, concat = inputs["c"], shared["cc"]
+    hybrid = {"c_concat": [concat], "c_crossattn": [c]}
+    conditions = {
+        "crossattn_tensor": c,
+        "crossattn_two": [c, shared["uc"]],
+        "concat": concat,
+        "hybrid": hybrid,
+        "hybrid-adm": {**hybrid, "c_adm": shared["y"]},
+        "crossattn-adm": {"c_crossattn": [c], "c_adm": shared["adm"]},
+        "adm": {"c_crossattn": [shared["y"]]},
+        "uncond": {},
+        "sequential_crossattn": {"c_crossattn": [c, shared["uc"]]},
+    }
+    for case in file.cases:
+        model = build_recorded("conditioning_routes", case["info"]["config"])
+        with torch.no_grad():
+            out = model.apply_model(inputs["x"], inputs["t"], conditions[case["name"]])
+        assert_recorded(file, case["name"], out=out)
+
+
+@pytest.mark.parametrize("kind", ["eps", pytest.param("x0", marks=SLOW)])
+def test_ancestral_loops_equal_the_recorded_ones(kind):
+    file, model = recorded("ancestral"), build_recorded("ancestral", f"config_{kind}")
+    case = f"ancestral_{kind}"
+    inputs, t = file.inputs(case), torch.tensor([3, 0])
+    c, x0, x_T = inputs["c"], inputs["x0"], inputs["x_T"]
+    torch.manual_seed(5)
+    loop, inter = model.p_sample_loop(c, x_T.shape, return_intermediates=True, x_T=x_T)
+    torch.manual_seed(6)
+    prog, estimates = model.progressive_denoising(
+        c, shape=x_T.shape[1:], batch_size=2, mask=inputs["mask"], x0=x0
+    )
+    torch.manual_seed(7)
+    few = model.sample(c, batch_size=2, timesteps=5, shape=x_T.shape)
+    inter, estimates = torch.stack(inter), torch.stack(estimates)
+    outputs = {"loop": loop, "inter": inter, "prog": prog, "prog_inter": estimates, "sample5": few}
+    with torch.no_grad():
+        triples = {
+            "pm": model.p_mean_variance(x_T, c, t, clip_denoised=True),
+            "q": model.q_posterior(x0, x_T, t),
+            "qs": model.q_mean_variance(x0, t),
+        }
+    for name, triple in triples.items():
+        outputs |= {
+            f"{name}_{k}": v for k, v in zip(("mean", "var", "logvar"), triple, strict=True)
+        }
+    start = model.predict_start_from_noise(x_T, t, x0)
+    assert_recorded(file, case, **outputs, start_from_noise=start, prior_bpd=model._prior_bpd(x0))
+
+
+def test_conversions_of_v_and_x0_models_are_as_recorded():
+    file, model = recorded("ancestral"), build_recorded("ancestral", "config_ddim_x0")
+    inputs = file.inputs("v_helpers")
+    x0, x_T, t = inputs["x0"], inputs["x_T"], inputs["t"]
+    assert_recorded(
+        file, "v_helpers", get_v=model.get_v(x0, x_T, t), q_sample=model.q_sample(x0, t, x_T),
+        start=model.predict_start_from_z_and_v(x_T, t, x0),
+        eps=model.predict_eps_from_z_and_v(x_T, t, x0),
+    )  # fmt: skip
+    inputs = file.inputs("ddim_on_x0_model")
+    samples, steps = DDIMSampler(model).sample(
+        4, 2, (4, 8, 12), inputs["c"], x_T=inputs["x_T"], log_every_t=1
+    )
+    lists = {key: torch.stack(values) for key, values in steps.items()}
+    assert_recorded(file, "ddim_on_x0_model", samples=samples, **lists)
+    model.parameterization = "v"
+    with pytest.raises(NotImplementedError):
+        model.p_sample(inputs["x_T"], inputs["c"], torch.zeros(2, dtype=torch.long))
+    model.parameterization = "x0"
+
+
+QUICK_LOSSES = ("eps_elbo_train", "v_l2_train", "learn_logvar_train", "eps_l1_eval")
+LOSSES = [case["name"] for case in recorded("train_losses").cases if case["name"] != "forward_rng"]
+
+
+@pytest.mark.parametrize(
+    "case", [c if c in QUICK_LOSSES else pytest.param(c, marks=SLOW) for c in LOSSES]
+)
+def test_losses_and_gradients_equal_the_recorded_ones(case):
+    file = recorded("train_losses")
+    shared, (options, mode) = file.under("shared/"), case.rsplit("_", 1)
+    model = build(file.meta[f"config_{options}"])
+    model.train(mode == "train")
+    loss, parts = model.p_losses(shared["x_start"], shared["c"], shared["t"], shared["noise"])
+    outputs = {"loss": loss.detach()}
+    outputs |= {f"dict/{name}": value.detach() for name, value in parts.items()}
+    if mode == "train":
+        loss.backward()
+        gradients = {f"grad/{n}": p.grad for n, p in model.named_parameters()}
+        outputs |= {n: g for n, g in gradients.items() if n in file.outputs(case)}
+    assert outputs.keys() == file.outputs(case).keys()
+    assert_recorded(file, case, **outputs)
+
+
+def test_forward_draws_timesteps_then_noise():
+    file = recorded("train_losses")
+    shared, model = file.under("shared/"), build_recorded("train_losses", "config_eps_l2")
+    torch.manual_seed(1004)
+    loss, _ = model(shared["x_start"], shared["c"])
+    assert_recorded(file, "forward_rng", loss=loss.detach())
+
+
+def test_steps_of_the_optimizer_and_the_average_equal_the_recorded_ones():
+    file = recorded("train_step")
+    inputs, model = file.inputs("adamw"), build(file.meta["config"])
+    model.model_ema = LitEma(model.model)
+    model.learning_rate = 1e-3
+    optimizer, outputs = model.configure_optimizers(), {}
+    model.train()
+    for step in range(2):
+        noise = inputs["noise"].roll(step, 0)
+        loss, _ = model.p_losses(inputs["x_start"], inputs["c"], inputs["t"], noise)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.on_train_batch_end()
+        outputs[f"loss{step}"] = loss.detach()
+        outputs |= {f"step{step}/{name}": v.clone() for name, v in model.state_dict().items()}
+    expected = file.outputs("adamw")
+    assert_recorded(file, "adamw", **{name: outputs[name] for name in expected})
+    weight = model.model.diffusion_model.out[2].weight
+    trained = weight.detach().clone()
+    with model.ema_scope():
+        average = dict(model.model_ema.named_buffers())["diffusion_modelout2weight"]
+        assert torch.equal(weight, average)
+    assert torch.equal(weight, trained)
+
+
+CONFIGS = {"base_first_stage": "base_eps", "unclip_train": "unclip"}
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        ("get_input_concat", "inpaint"), ("get_input_concat", "depth"),
+        ("get_input_concat", "upscale"), ("get_input_more", "base_eps"),
+        ("get_input_more", "unclip_train"), ("get_input_more", "upscale_ft"),
+        pytest.param("get_input_more", "unclip", marks=SLOW),
+    ],
+)  # fmt: skip
+def test_batches_are_encoded_as_recorded(name, case):
+    """Worst error 1e-6 of the largest value."""
+    file = recorded(name)
+    info, inputs = file.case(case)["info"], file.inputs(case)
+    image = recorded("get_input_more").tensors["shared/jpg"]
+    batch = {"txt": info["txt"], "jpg": image, **inputs}
+    if case == "inpaint":
+        batch["masked_image"] = image * (batch["mask"] < 0.5)
+    model = build_recorded(name, f"config_{CONFIGS.get(case, case)}")
+    model.train(case == "unclip_train")
+    torch.manual_seed(info["seed"])
+    z, c = model.get_input(batch, "jpg")[:2]
+    assert not model.first_stage_model.training
+    outputs = {"z": z, **(c if isinstance(c, dict) else {"c": c})}
+    for key in ("c_concat", "c_crossattn"):
+        if key in outputs:
+            (outputs[key],) = outputs[key]
+    assert_recorded(file, case, **outputs)
+    model.eval()
+
+
+def test_first_stage_and_prompts_of_a_batch_are_as_recorded():
+    file, model = recorded("get_input_more"), build_recorded("get_input_more", "config_base_eps")
+    image = file.tensors["shared/jpg"].movedim(-1, 1).contiguous()
+    posterior = model.encode_first_stage(image)
+    torch.manual_seed(3)
+    z = model.get_first_stage_encoding(posterior)
+    z_mode = model.scale_factor * posterior.mode()
+    uc = model.get_unconditional_conditioning(3, [""])
+    assert_recorded(file, "base_first_stage", z=z, z_mode=z_mode, uc=uc)
+    assert model.decode_first_stage(z).shape == image.shape
+    with pytest.raises(NotImplementedError):
+        model.get_first_stage_encoding("a string")
+    with pytest.raises(NotImplementedError, match="null_label"):
+        model.get_unconditional_conditioning(3)
+
+
+@pytest.mark.parametrize("case", ["finetune_extend", "make_it_fit"])
+def test_first_convolutions_of_checkpoints_are_widened_as_recorded(case, tmp_path):
+    file = recorded("misc_cond")
+    old, expected = file.inputs(case)["conv_in_4ch"], file.outputs(case)
+    (name,) = (n for n in expected if n.startswith("conv_in"))
+    weight, path = "model.diffusion_model.input_blocks.0.0.weight", tmp_path / "narrow.ckpt"
+    write_checkpoint(path, {weight: old})
+    config = copy.deepcopy(recorded("get_input_concat").meta["config_inpaint"])
+    if case == "make_it_fit":
+        config = copy.deepcopy(recorded("ddim_eps").meta["config"])
+        config["params"]["make_it_fit"] = True
+    else:
+        config["params"].pop("finetune_keys")
+    for part in ("cond_stage_config", "first_stage_config"):
+        config["params"][part] = {"target": "torch.nn.Identity"}
+    config["params"]["unet_config"]["params"]["in_channels"] = expected[name].shape[1]
+    model = build(config)
+    model.init_from_ckpt(str(path))
+    assert torch.equal(model.state_dict()[weight], expected[name])
+
+
+def test_the_scale_factor_of_the_first_batch_is_as_recorded():
+    file = recorded("misc_cond")
+    config = recorded("get_input_more").meta["config_base_eps"]
+    arch = recorded("unclip_condition").meta["tiny_arch"]
+    changes = {"scale_by_std": True, "scale_factor": 1.0}
+    config = {**config, "params": {**config["params"], "first_stage_key": "jpg"}}
+    model = build(config, arch=arch, **changes)
+    torch.manual_seed(1031)
+    model.on_train_batch_start({"jpg": file.inputs("scale_by_std")["jpg"]}, 0)
+    assert_recorded(file, "scale_by_std", scale_factor=model.state_dict()["scale_factor"])
+
+
+def test_images_that_are_logged_have_the_original_names():
+    model = build_recorded("get_input_more", "config_base_eps")
+    image = recorded("get_input_more").tensors["shared/jpg"]
+    batch = {"jpg": image[:, :64, :64], "txt": ["a cube", "a ball"]}
+    model.register_schedule(timesteps=4)  # the loop of all timesteps is long
+    try:
+        log = model.log_images(
+            batch, N=2, n_row=1, ddim_steps=2, split="train", plot_denoise_rows=True,
+            unconditional_guidance_scale=2.0, unconditional_guidance_label=[""],
+        )  # fmt: skip
+        some = model.log_images(batch, N=1, ddim_steps=2, inpaint=False, return_keys=["inputs"])
+    finally:
+        model.register_schedule(linear_start=0.00085, linear_end=0.012)
+    assert log.keys() == {
+        "inputs", "reconstruction", "conditioning", "diffusion_row", "samples", "denoise_row",
+        "samples_cfg_scale_2.00", "mask", "samples_inpainting", "samples_outpainting",
+        "progressive_row",
+    }  # fmt: skip
+    assert log["samples"].shape == log["conditioning"].shape == (2, 3, 64, 64)
+    assert log["progressive_row"].shape == (3, 66 * 2 + 2, 66 * 2 + 2)
+    assert some.keys() == {"inputs"}
+
+
+def test_models_have_what_programs_look_for():
+    model = build_recorded("ddim_eps")
+    keys = list(model.state_dict())
+    assert keys[:2] == ["betas", "alphas_cumprod"]
+    assert not hasattr(model, "conditioner")
+    assert not hasattr(model, "split_input_params")
+    assert (model.num_timesteps, model.channels, model.image_size) == (1000, 4, 8)
+    assert model.logvar.shape == (1000,)
+    assert "logvar" not in keys
+    assert "lvlb_weights" not in keys
+    assert model.model.conditioning_key == "crossattn"
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
+    model.cond_stage_key = "edit"
+    model.first_stage_model, kept = None, model.first_stage_model
+    model.first_stage_model = kept
+    signature = inspect.signature(LatentDiffusion.__init__).parameters
+    assert list(signature)[1:4] == ["first_stage_config", "cond_stage_config", "num_timesteps_cond"]
+    assert list(inspect.signature(DDPM.__init__).parameters)[1:4] == [
+        "unet_config", "timesteps", "beta_schedule"
+    ]  # fmt: skip
+    model.register_schedule(timesteps=10)
+    assert model.betas.shape == (10,)
+    model.register_schedule(linear_start=0.00085, linear_end=0.012)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["apply_model", "decode_first_stage", "encode_first_stage", "get_first_stage_encoding"],
+)
+def test_methods_replaced_on_the_class_act_on_built_models(name, monkeypatch):
+    model = build_recorded("ddim_eps")
+    old, calls = getattr(LatentDiffusion, name), []
+
+    def method(self, *args, **kwargs):
+        calls.append(name)
+        return old(self, *args, **kwargs)
+
+    monkeypatch.setattr(LatentDiffusion, name, method)
+    shared = recorded("ddim_eps").under("shared/")
+    DDIMSampler(model).sample(1, 2, (4, 8, 12), shared["c"])
+    z = model.get_first_stage_encoding(model.encode_first_stage(shared["x0"]))
+    model.decode_first_stage(z)
+    assert set(calls) == {name}
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["gen_after_disc", *(pytest.param(c, marks=SLOW) for c in ("disc_vanilla", "lpips_gen"))],
+)
+def test_losses_of_the_autoencoder_equal_the_recorded_ones(case):
+    file = recorded("ae_loss")
+    info, shared = file.case(case)["info"], file.under("shared/")
+    config = file.meta["config_vae"]
+    model = build(config, lossconfig={"target": "torch.nn.Identity"})
+    loss_module = LPIPSWithDiscriminator(**info["loss_params"])
+    loss_module.load_state_dict(fill(loss_module.state_dict(), file.meta["salt"]))
+    loss_module.train(info["loss_training"])
+    posterior = model.encode(shared["x"])
+    rec = model.decode(posterior.mean + posterior.std * shared["posterior_noise"])
+    loss, parts = loss_module(
+        shared["x"], rec, posterior, info["optimizer_idx"], info["global_step"],
+        last_layer=model.get_last_layer(), split="train",
+    )  # fmt: skip
+    outputs = {"loss": loss.detach(), **{f"log/{k}": v for k, v in parts.items()}}
+    assert_recorded(file, case, **outputs)
+
+
+def test_stages_without_an_autoencoder_hand_on_what_they_get():
+    x = torch.zeros(1, 3, 4, 4)
+    assert IdentityFirstStage().encode(x) is x
+    assert IdentityFirstStage().quantize(x) is x
+    assert IdentityFirstStage(vq_interface=True).quantize(x)[1:] == (None, [None, None, None])
+    assert not isinstance(nn.Identity(), AutoencoderKL)
+
+
+LIMITS = {
+    "clip_min_weight": 0.01, "clip_max_weight": 0.5, "clip_min_tie_weight": 0.01,
+    "clip_max_tie_weight": 0.5, "vqf": 4, "patch_distributed_vq": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["concat", "crossattn"])
+def test_patches_are_cut_and_joined_as_recorded(name):
+    """Worst error 1.4e-6 of the largest value; weights are equal."""
+    file = recorded("patches_of_models")
+    stage = {"target": "ldm.models.autoencoder.IdentityFirstStage"}
+    model = build(file.meta[f"config_{name}"], first_stage_config=stage)
+    first = file.inputs("apply_concat_tie0")
+    cond = file.inputs("apply_crossattn").get("ctx") if name == "crossattn" else first["c"]
+    for case in file.cases:
+        if not case["name"].startswith(f"apply_{name}"):
+            continue
+        info = case["info"]
+        options = {"ks": info["ks"], "stride": info["stride"]}
+        options["tie_braker"] = info.get("tie_braker", False)
+        model.split_input_params = LIMITS | options
+        with torch.no_grad():
+            eps = model.apply_model(first["x"], first["t"], cond)
+        assert_recorded(file, case["name"], eps=eps)
+    model.split_input_params = {**LIMITS, "tie_braker": True}
+    x = file.inputs("fold_w_rect")["x"]
+    fold, unfold, normalization, weighting = model.get_fold_unfold(x, (7, 4), (3, 2))
+    refolded = fold(unfold(x) * weighting.repeat(1, 2, 1, 1, 1).flatten(1, 3)) / normalization
+    outputs = {"weighting": weighting, "normalization": normalization, "refolded": refolded}
+    assert_recorded(file, "fold_w_rect", **outputs)
+    up = model.get_fold_unfold(torch.zeros(1, 3, 12, 16), (8, 8), (4, 4), uf=4)[2:]
+    down = model.get_fold_unfold(torch.zeros(1, 3, 48, 64), (32, 32), (16, 16), df=4)[2:]
+    outputs = {"up_normalization": up[0], "up_weighting": up[1][..., 0]}
+    outputs |= {"down_normalization": down[0], "down_weighting": down[1][..., 0]}
+    assert_recorded(file, "fold_uf_df", **outputs)
+    assert_recorded(file, "delta_border_5x8", d=model.delta_border(5, 8))
+    del model.split_input_params
+    assert not model.patches

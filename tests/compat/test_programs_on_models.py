@@ -1,0 +1,357 @@
+"""What programs do with the old model classes, each shaped like a class of such programs."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import ldm
+from compat.oldmodels import build, build_recorded, recorded
+from ldm.compat.bridge import from_modern, to_modern
+from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage, VQModelInterface
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.ddpm import (
+    DDPM,
+    DiffusionWrapper,
+    LatentDiffusion,
+    LatentInpaintDiffusion,
+    disabled_train,
+)  # fmt: skip
+from ldm.models.diffusion.plms import PLMSSampler
+from ldm.modules.diffusionmodules.util import (
+    extract_into_tensor,
+    make_beta_schedule,
+    noise_like,
+)  # fmt: skip
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution, normal_kl
+from ldm.modules.ema import LitEma
+from ldm.runtime.errors import WrongFamily
+from ldm.util import (
+    count_params,
+    default,
+    exists,
+    instantiate_from_config,
+    isimage,
+    ismap,
+    log_txt_as_img,
+    mean_flat,
+)  # fmt: skip
+from pipelines.goldmodels import model_of
+
+SHAPE = (4, 8, 12)
+
+
+class Branch(nn.Module):
+    """Stands for a control network: one convolution of the hint."""
+
+    def __init__(self, hint_channels):
+        super().__init__()
+        self.conv = nn.Conv2d(hint_channels, 4, 1)
+
+    def forward(self, x, hint, timesteps, context):
+        return self.conv(hint)
+
+
+class ControlLDM(LatentDiffusion):
+    """The model part of a control network, with keywords of its own before the others."""
+
+    def __init__(self, control_stage_config, control_key, only_mid_control, *args, **kwargs):
+        self.control_scales = [1.0]
+        super().__init__(*args, **kwargs)
+        self.control_model = instantiate_from_config(control_stage_config)
+        self.control_key = control_key
+        self.only_mid_control = only_mid_control
+        self.calls = []
+
+    @torch.no_grad()
+    def get_input(self, batch, k, bs=None, *args, **kwargs):
+        x, c = super().get_input(batch, self.first_stage_key, *args, **kwargs)
+        hint = batch[self.control_key][:bs].movedim(-1, 1).float()
+        return x, {"c_crossattn": [c], "c_concat": [hint]}
+
+    def apply_model(self, x_noisy, t, cond, *args, **kwargs):
+        self.calls.append(sorted(cond))
+        context = torch.cat(cond["c_crossattn"], 1)
+        eps = self.model.diffusion_model(x=x_noisy, timesteps=t, context=context)
+        if cond["c_concat"] is None:
+            return eps
+        hint = torch.cat(cond["c_concat"], 1)
+        return eps + self.control_scales[0] * self.control_model(x_noisy, hint, t, context)
+
+    @torch.no_grad()
+    def get_unconditional_conditioning(self, N):
+        return self.get_learned_conditioning(torch.zeros(N, 7, 32))
+
+    @torch.no_grad()
+    def sample_log(self, cond, batch_size, ddim, ddim_steps, **kwargs):
+        _, _, h, w = cond["c_concat"][0].shape
+        return DDIMSampler(self).sample(
+            ddim_steps, batch_size, (self.channels, h, w), cond, verbose=False, **kwargs
+        )
+
+    def configure_optimizers(self):
+        parameters = list(self.control_model.parameters())
+        if not self.sd_locked:
+            parameters += list(self.model.diffusion_model.output_blocks.parameters())
+            parameters += list(self.model.diffusion_model.out.parameters())
+        return torch.optim.AdamW(parameters, lr=self.learning_rate)
+
+
+def test_a_control_network_is_trained_and_sampled():
+    config = recorded("ddim_eps").meta["config"]
+    branch = {"target": f"{__name__}.Branch", "params": {"hint_channels": 3}}
+    model = ControlLDM(
+        branch, "hint", False, **build_config(config), cond_stage_trainable=False
+    )  # fmt: skip
+    model.learning_rate, model.sd_locked = 1e-2, True
+    batch = {
+        "jpg": torch.randn(2, 8, 12, 4), "txt": torch.randn(2, 7, 32),
+        "hint": torch.randn(2, 8, 12, 3),
+    }  # fmt: skip
+    model.cond_stage_key = "txt"
+    optimizer = model.configure_optimizers()
+    (before,) = (p.clone() for n, p in model.control_model.named_parameters() if "bias" in n)
+    loss = model.training_step(batch, 0)
+    loss.backward()
+    optimizer.step()
+    assert not torch.equal(before, model.control_model.conv.bias)
+    _, c = model.get_input(batch, "jpg")
+    uncond = {"c_concat": None, "c_crossattn": [model.get_unconditional_conditioning(2)]}
+    guided = {"c_concat": c["c_concat"], "c_crossattn": uncond["c_crossattn"]}
+    samples, _ = model.sample_log(
+        c, 2, True, 2, unconditional_guidance_scale=3.0, unconditional_conditioning=guided
+    )
+    assert samples.shape == (2, *SHAPE)
+    assert model.apply_model(samples, torch.tensor([1, 1]), uncond).shape == samples.shape
+    assert model.calls == [["c_concat", "c_crossattn"]] * 4
+
+
+def build_config(config):
+    """Return the parameters of a recorded config, with prompts that are tensors."""
+    params = copy.deepcopy(config["params"])
+    params.pop("cond_stage_trainable")
+    return params
+
+
+class OwnModel(nn.Module):
+    """A consumer's own model file: helpers, UNet and autoencoder are ours, all else is its own."""
+
+    def __init__(self, unet_config, first_stage_config, timesteps):
+        super().__init__()
+        self.model = DiffusionWrapper(unet_config, "crossattn")
+        self.model_ema = LitEma(self.model)
+        self.first_stage_model = instantiate_from_config(first_stage_config)
+        betas = make_beta_schedule("linear", timesteps, linear_start=1e-3, linear_end=1e-2)
+        alphas = np.cumprod(1.0 - betas)
+        self.num_timesteps, self.parameterization = timesteps, "eps"
+        for name, table in {
+            "betas": betas,
+            "alphas_cumprod": alphas,
+            "alphas_cumprod_prev": np.append(1.0, alphas[:-1]),
+        }.items():
+            self.register_buffer(name, torch.tensor(table, dtype=torch.float32))
+
+    device = torch.device("cpu")
+
+    def q_sample(self, x, t, noise):
+        root = extract_into_tensor(self.alphas_cumprod.sqrt(), t, x.shape)
+        return root * x + extract_into_tensor((1 - self.alphas_cumprod).sqrt(), t, x.shape) * noise
+
+    def apply_model(self, x, t, c):
+        return self.model(x, t, c_crossattn=[c])
+
+
+def test_a_model_file_of_its_own_trains_the_unet_and_only_the_context():
+    config = build_config(recorded("get_input_more").meta["config_base_eps"])
+    unet = config["unet_config"]
+    unet["params"]["use_checkpoint"] = True
+    model = OwnModel(unet, config["first_stage_config"], 20)
+    model.load_state_dict(model.state_dict())
+    assert isinstance(model.first_stage_model, AutoencoderKL)
+    assert not isinstance(model.first_stage_model, VQModelInterface | IdentityFirstStage)
+    posterior = model.first_stage_model.encode(torch.zeros(1, 3, 64, 96))
+    assert isinstance(posterior, DiagonalGaussianDistribution)
+    nn.init.normal_(model.model.diffusion_model.out[2].weight, std=0.1)
+    x, t = posterior.sample().detach(), torch.tensor([5])
+    noise = noise_like(x.shape, "cpu")
+    context = torch.randn(1, 7, 32, requires_grad=True)
+
+    def loss():
+        return mean_flat((model.apply_model(model.q_sample(x, t, noise), t, context) - noise) ** 2)
+
+    loss().sum().backward()
+    assert model.model.diffusion_model.input_blocks[0][0].weight.grad is not None
+    whole, context.grad = context.grad, None
+    model.model.requires_grad_(False)
+    loss().sum().backward()
+    assert torch.allclose(context.grad, whole, atol=1e-6)
+    model.model_ema(model.model)
+    samples, _ = DDIMSampler(model).sample(4, 1, SHAPE, context.detach(), eta=1.0)
+    assert samples.shape == (1, *SHAPE)
+    assert normal_kl(torch.zeros(1), torch.zeros(1), 0.0, 0.0).item() == 0
+    assert count_params(nn.Linear(2, 2)) == 6
+    assert log_txt_as_img((64, 64), ["a"]).shape == (1, 3, 64, 64)
+    assert (exists(0), default(None, 1), ismap(x), isimage(x)) == (True, 1, True, False)
+
+
+class EpsDenoiser(nn.Module):
+    """The wrapper of k-diffusion: sigmas for timesteps, and a denoiser over `apply_model`."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner_model = model
+        self.log_sigmas = ((1 - model.alphas_cumprod) / model.alphas_cumprod).sqrt().log()
+
+    def forward(self, x, sigma, **kwargs):
+        log_sigma, table = sigma.log(), self.log_sigmas
+        low = (table < log_sigma[:, None]).sum(1).clamp(1, len(table) - 1) - 1
+        weight = (log_sigma - table[low]) / (table[low + 1] - table[low])
+        t = low + weight
+        shape = (-1, 1, 1, 1)
+        scale = (1 / (sigma**2 + 1) ** 0.5).reshape(shape)
+        eps = self.inner_model.apply_model(x * scale, t, **kwargs)
+        return x - eps * sigma.reshape(shape)
+
+
+def test_three_way_guidance_over_a_wrapper_with_fractional_timesteps(monkeypatch):
+    config = build_config(recorded("conditioning_routes").meta["config_hybrid"])
+    config["unet_config"]["params"]["in_channels"] = 8
+    target = "ldm.models.diffusion.ddpm.LatentDiffusion"
+    model = build({"target": target, "params": config})
+    calls, old = [], LatentDiffusion.apply_model
+
+    def apply_model(self, x_noisy, t, cond, return_ids=False):
+        calls.append((len(x_noisy), t.dtype, bool((t % 1 != 0).any())))
+        return old(self, x_noisy, t, cond, return_ids)
+
+    monkeypatch.setattr(LatentDiffusion, "apply_model", apply_model)
+    denoiser = EpsDenoiser(model)
+    text, image, x = torch.randn(1, 7, 32), torch.randn(1, *SHAPE), torch.randn(1, *SHAPE)
+    null, nothing = torch.zeros_like(text), torch.zeros_like(image)
+    cond = {
+        "c_crossattn": [torch.cat([text, null, null])],
+        "c_concat": [torch.cat([image, image, nothing])],
+    }
+    sigma = torch.full((3,), 2.5)
+    with torch.no_grad():
+        out_cond, out_img, out_uncond = denoiser(x.repeat(3, 1, 1, 1), sigma, cond=cond).chunk(3)
+        alone = denoiser(x, sigma[:1], cond={"c_crossattn": [text], "c_concat": [image]})
+    guided = out_uncond + 7.5 * (out_cond - out_img) + 1.5 * (out_img - out_uncond)
+    assert guided.isfinite().all()
+    assert (alone - out_cond).abs().max() < 1e-4 * max(1, alone.abs().max())
+    assert calls == [(3, torch.float32, True), (1, torch.float32, True)]
+
+
+@pytest.mark.parametrize("kind_of", [DDIMSampler, PLMSSampler])
+def test_an_img2img_script_keeps_what_is_masked(kind_of):
+    model = build_recorded("get_input_more", "config_base_eps")
+    image = recorded("get_input_more").tensors["shared/jpg"][:1].movedim(-1, 1).repeat(2, 1, 1, 1)
+    c = model.get_learned_conditioning(["a cube", "a ball"])
+    uc = model.get_learned_conditioning(2 * [""])
+    guidance = {"unconditional_guidance_scale": 3.0, "unconditional_conditioning": uc}
+    with torch.no_grad(), model.ema_scope():
+        z = model.get_first_stage_encoding(model.encode_first_stage(image))
+        sampler = kind_of(model)
+        if kind_of is DDIMSampler:
+            sampler.make_schedule(ddim_num_steps=4, ddim_eta=0.0, verbose=False)
+            noised = sampler.stochastic_encode(z, torch.tensor([2] * 2))
+            samples = sampler.decode(noised, c, 2, **guidance)
+            assert model.decode_first_stage(samples).shape == image.shape
+        mask = torch.ones(2, 1, 8, 12)
+        samples, _ = sampler.sample(
+            S=4, conditioning=c, batch_size=2, shape=SHAPE, verbose=False, eta=0.0, mask=mask,
+            x0=z, **guidance,
+        )  # fmt: skip
+    assert (samples - z).abs().mean() < 0.2 * z.abs().mean() + 0.2
+
+
+def test_a_trainer_without_lightning_sets_what_the_model_reads():
+    """As scripts drive the hooks by themselves."""
+    config = recorded("train_step").meta["config"]
+    changes = {
+        "scheduler_config": {
+            "target": "ldm.lr_scheduler.LambdaLinearScheduler",
+            "params": {
+                "warm_up_steps": [10], "f_min": [1.0], "f_max": [1.0], "f_start": [0.1],
+                "cycle_lengths": [100],
+            },
+        },
+        "ucg_training": {"label": {"p": 1.0, "val": "none"}},
+    }  # fmt: skip
+    model = build(config, **changes)
+    model.train()
+    assert not model.first_stage_model.training
+    assert model.first_stage_model.train(True) is model.first_stage_model
+    model.learning_rate = 1e-3
+    (optimizer,), (schedule,) = model.configure_optimizers()
+    assert (schedule["interval"], schedule["frequency"]) == ("step", 1)
+    batch = {
+        "jpg": torch.randn(2, 8, 12, 4), "txt": torch.randn(2, 7, 32), "label": ["a", "b"],
+    }  # fmt: skip
+    model.use_scheduler, model.cond_stage_key = False, "any"
+    batch["any"] = batch["txt"][..., None].movedim(1, 2)
+    model.on_train_batch_start(batch, 0)
+    calls, old = [], LatentDiffusion.get_loss
+
+    def get_loss(pred, target, mean=True):
+        calls.append(mean)
+        return old(model, pred, target, mean)
+
+    model.get_loss = get_loss
+    model.get_input = lambda batch, k: (batch["jpg"].movedim(-1, 1), batch["txt"])
+    loss = model.training_step(batch, 0)
+    loss.backward()
+    optimizer.step()
+    model.on_train_batch_end(None, batch, 0)
+    assert model.model_ema.num_updates == 1
+    assert batch["label"] == ["none", "none"]
+    assert calls == [False, False]
+    model.validation_step(batch, 0)
+
+
+@pytest.mark.parametrize("name", ["base_v", pytest.param("base_eps", marks=pytest.mark.slow)])
+def test_bridges_share_the_weights_both_ways(name):
+    """Worst difference of a UNet's or an encoder's output: 0; of the decoder's: 2.1e-6."""
+    modern = model_of(recorded("e2e_txt2img"), name)
+    old = from_modern(modern)
+    back = to_modern(old)
+    weight = modern.unet.out[2].weight
+    assert type(old.model.diffusion_model.time_embed[0]) is nn.Linear
+    assert type(modern.unet.time_embed[0]) is not nn.Linear
+    assert weight.data_ptr() == old.model.diffusion_model.out[2].weight.data_ptr()
+    assert weight.data_ptr() == back.unet.out[2].weight.data_ptr()
+    assert torch.equal(back.schedule.sigmas, modern.schedule.sigmas)
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
+    with torch.no_grad():
+        c = old.get_learned_conditioning(["a cube", ""])
+        assert torch.allclose(c, modern.condition({"txt": ["a cube", ""]}).crossattn, atol=1e-6)
+        assert torch.allclose(old.apply_model(x, t, c), modern.unet(x, t, c), atol=1e-5)
+        assert torch.allclose(old.decode_first_stage(x), modern.decode(x), atol=1e-4)
+    options = {"size": (64, 64), "steps": 2, "seeds": [1]}
+    images = [ldm.txt2img(model, ["a cube"], **options) for model in (modern, back)]
+    assert torch.equal(*images)
+
+
+@pytest.mark.slow
+def test_an_inpainting_model_is_bridged_and_others_are_refused():
+    modern = model_of(recorded("e2e_inpaint"), "inpaint")
+    old = from_modern(modern)
+    assert isinstance(old, LatentInpaintDiffusion)
+    assert set(to_modern(old).conditioner.encoders) == {"text", "masked"}
+    with pytest.raises(WrongFamily, match="encoders of this one: depth, text"):
+        from_modern(model_of(recorded("e2e_depth2img"), "depth"))
+    concat = build(recorded("conditioning_routes").meta["config_concat"])
+    concat.cond_stage_model = old.cond_stage_model
+    with pytest.raises(WrongFamily, match="conditioning_key `concat`"):
+        to_modern(concat)
+
+
+def test_modules_take_attributes_of_programs():
+    import ldm.models.diffusion.ddpm as module
+
+    module.print = print
+    assert module.disabled_train is disabled_train
+    assert issubclass(LatentDiffusion, DDPM)
+    del module.print
