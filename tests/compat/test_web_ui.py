@@ -1,0 +1,315 @@
+"""What A1111's web UI does: start, build, fill, halve, and replace parts of what is built."""
+
+import copy
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compathelp import randomize, tiny_config
+from torch import nn
+
+import ldm.models.diffusion.plms
+import ldm.modules.diffusionmodules.openaimodel
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.util import instantiate_from_config
+
+ROOT = Path(__file__).parents[2]
+IMPORTED = [
+    "ldm.data.util", "ldm.models.autoencoder", "ldm.models.diffusion.ddim",
+    "ldm.models.diffusion.ddpm", "ldm.models.diffusion.plms", "ldm.modules.attention",
+    "ldm.modules.diffusionmodules.model", "ldm.modules.diffusionmodules.openaimodel",
+    "ldm.modules.diffusionmodules.util", "ldm.modules.distributions.distributions",
+    "ldm.modules.ema", "ldm.modules.encoders.modules", "ldm.modules.midas", "ldm.util",
+]  # fmt: skip
+YAMLS = [
+    "v2-inference.yaml", "v2-inference-v.yaml", "v2-inpainting-inference.yaml",
+    "v2-midas-inference.yaml", "v2-1-stable-unclip-l-inference.yaml",
+    "v2-1-stable-unclip-h-inference.yaml",
+]  # fmt: skip
+START = f"""
+import importlib.util, os, sys
+for folder in ("repositories/stable-diffusion-stability-ai", ".", ".."):
+    if os.path.exists(os.path.join(folder, "ldm/models/diffusion/ddpm.py")):
+        break
+sys.path.append(os.path.abspath(folder))
+for name in {YAMLS}:
+    assert os.path.exists(os.path.join(folder, "configs/stable-diffusion", name)), name
+for name in {IMPORTED}:
+    assert importlib.util.find_spec(name).loader.__class__.__name__ == "OldNames", name
+import scripts.extension
+assert scripts.extension.__file__.startswith(os.getcwd())
+print(folder)
+"""
+
+
+def test_the_checkout_is_found_where_the_web_ui_looks(tmp_path):
+    """And its folder `scripts` does not hide those of extensions, which come first."""
+    (tmp_path / "repositories").mkdir()
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts/extension.py").touch()
+    os.symlink(ROOT, tmp_path / "repositories/stable-diffusion-stability-ai")
+    command = [sys.executable, "-c", START]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "repositories/stable-diffusion-stability-ai"
+
+
+@pytest.fixture(scope="module")
+def config():
+    return tiny_config()
+
+
+@pytest.fixture(scope="module")
+def state(config):
+    torch.manual_seed(0)
+    return randomize(instantiate_from_config(config)).state_dict()
+
+
+@pytest.fixture(scope="module")
+def model(config, state):
+    """Shared: a test that changes its weights or types takes `own_model`."""
+    model = instantiate_from_config(config)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+@pytest.fixture
+def own_model(model):
+    return copy.deepcopy(model)
+
+
+def sample(model, steps=2, size=8, **options):
+    torch.manual_seed(1)
+    c, uc = (model.get_learned_conditioning([prompt]) for prompt in ("a cat", ""))
+    samples, _ = DDIMSampler(model).sample(
+        S=steps, batch_size=1, shape=[4, size, size], conditioning=c, verbose=False,
+        unconditional_guidance_scale=5.0, unconditional_conditioning=uc, eta=0.0, **options,
+    )  # fmt: skip
+    return samples
+
+
+def test_a_model_is_built_on_the_meta_device_and_filled(config, state, model, monkeypatch):
+    """Constructors of three classes are patched, and what loads their weights."""
+    filled = []
+    for kind in (nn.Linear, nn.Conv2d, nn.MultiheadAttention):
+
+        def build(self, *args, old=kind.__init__, device=None, **kwargs):
+            old(self, *args, device="meta", **kwargs)
+
+        def load(self, state, prefix, *args, old=kind._load_from_state_dict):
+            for name, value in self._parameters.items():
+                if value is not None and value.is_meta:
+                    empty = torch.zeros_like(value, device="cpu")
+                    self._parameters[name] = nn.Parameter(empty, requires_grad=False)
+            filled.append(prefix)
+            old(self, state, prefix, *args)
+
+        monkeypatch.setattr(kind, "__init__", build)
+        monkeypatch.setattr(kind, "_load_from_state_dict", load)
+    built = instantiate_from_config(config)
+    assert sum(value.is_meta for value in built.state_dict().values()) > 100
+    built.load_state_dict(state, strict=False)
+    monkeypatch.undo()
+    assert len(filled) > 100
+    assert not any(value.is_meta for value in (*built.parameters(), *built.buffers()))
+    assert torch.equal(sample(built.eval()), sample(model))
+
+
+def test_a_model_is_halved_with_parts_taken_out_and_put_back(own_model, monkeypatch):
+    model = own_model
+    expected, tables = sample(model), model.alphas_cumprod
+    vae, depth = model.first_stage_model, getattr(model, "depth_model", None)
+    model.first_stage_model = None
+    assert depth is None
+    model.half()
+    model.first_stage_model = vae
+    model.alphas_cumprod = tables
+    assert model.first_stage_model.decoder.conv_in.weight.dtype == torch.float32
+    assert model.model.diffusion_model.out[2].weight.dtype == torch.float16
+    norm = "ldm.modules.diffusionmodules.util.GroupNorm32.forward"
+    calls = replace(monkeypatch, norm, lambda old, self, x: old(self.float(), x))  # for CPUs
+    with torch.autocast("cpu", torch.float16):
+        out = sample(model)
+    assert calls
+    assert (out - expected).abs().max() < 0.05 * expected.abs().max()
+    assert not hasattr(model, "conditioner")  # the mark of SDXL
+    assert not hasattr(model.cond_stage_model, "model")  # the mark of SD 2
+
+
+class Wrapper(nn.Module):
+    """Takes the place of the text encoder; weights of prompts are read in it."""
+
+    def __init__(self, wrapped):
+        super().__init__()
+        self.wrapped = wrapped
+        self.comma = [k for token, k in wrapped.tokenizer.get_vocab().items() if token == ",</w>"]
+
+    def forward(self, texts):
+        tokenizer, transformer = self.wrapped.tokenizer, self.wrapped.transformer
+        rows = tokenizer(texts, truncation=False, add_special_tokens=False)["input_ids"]
+        start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+        tokens = torch.tensor([([start, *row] + 77 * [end])[:77] for row in rows])
+        outputs = transformer(input_ids=tokens, output_hidden_states=-2)
+        return transformer.text_model.final_layer_norm(outputs.hidden_states[-2])
+
+
+def test_the_text_encoder_is_wrapped(model):
+    old = model.cond_stage_model
+    before = sample(model)
+    model.cond_stage_model = Wrapper(old)
+    assert model.cond_stage_model.comma == [267]
+    assert not torch.equal(sample(model), before)
+    model.cond_stage_model = old
+    assert torch.equal(sample(model), before)
+
+
+def replace(monkeypatch, path, function):
+    """Replace what a dotted name stands for, found by ever shorter prefixes that import."""
+    parts = path.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        try:
+            owner = importlib.import_module(".".join(parts[:end]))
+            break
+        except ImportError:
+            pass
+    for name in parts[end:-1]:
+        owner = getattr(owner, name)
+    old, calls = getattr(owner, parts[-1]), []
+
+    def call(*args, **kwargs):
+        calls.append(path)
+        return function(old, *args, **kwargs)
+
+    monkeypatch.setattr(owner, parts[-1], call)
+    return calls
+
+
+def split_attention(old, self, x, context=None, mask=None, **ignored):
+    """Attention as web UIs write it, with the layers of ours."""
+    context = x if context is None else context
+    q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+    heads = [y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (q, k, v)]
+    scores = heads[0] @ heads[1].transpose(-1, -2) * self.scale
+    return self.to_out((scores.softmax(-1) @ heads[2]).transpose(1, 2).flatten(2))
+
+
+def pass_through(old, *args, **kwargs):
+    return old(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "ldm.modules.attention.CrossAttention.forward",
+        "ldm.modules.attention.BasicTransformerBlock.forward",
+        "ldm.modules.attention.SpatialTransformer.forward",
+        "ldm.modules.attention.GEGLU.forward",
+        "ldm.modules.diffusionmodules.openaimodel.ResBlock.forward",
+        "ldm.modules.diffusionmodules.openaimodel.ResBlock._forward",
+        "ldm.modules.diffusionmodules.openaimodel.UNetModel.forward",
+        "ldm.modules.diffusionmodules.openaimodel.TimestepEmbedSequential.forward",
+        "ldm.modules.diffusionmodules.openaimodel.timestep_embedding",
+        "ldm.modules.diffusionmodules.util.GroupNorm32.forward",
+        "ldm.modules.diffusionmodules.model.AttnBlock.forward",
+        "ldm.modules.diffusionmodules.model.nonlinearity",
+        "ldm.models.diffusion.ddpm.LatentDiffusion.apply_model",
+        "ldm.models.diffusion.ddpm.LatentDiffusion.decode_first_stage",
+        "ldm.models.diffusion.ddpm.LatentDiffusion.encode_first_stage",
+        "ldm.models.diffusion.ddpm.LatentDiffusion.get_first_stage_encoding",
+        "ldm.models.diffusion.ddim.DDIMSampler.register_buffer",
+        "ldm.models.diffusion.plms.PLMSSampler.register_buffer",
+        "ldm.modules.encoders.modules.FrozenCLIPEmbedder.forward",
+        "torch.nn.Linear.forward",
+        "torch.nn.Conv2d.forward",
+        "torch.nn.GroupNorm.forward",
+        "torch.nn.LayerNorm.forward",
+    ],
+)
+def test_what_is_replaced_is_called_on_built_models(path, model, monkeypatch):
+    """And gives the same images, if it computes the same."""
+
+    def run():
+        z = sample(model, steps=1)
+        if "plms" in path:
+            ldm.models.diffusion.plms.PLMSSampler(model).make_schedule(2, verbose=False)
+        image = model.decode_first_stage(z)
+        return model.get_first_stage_encoding(model.encode_first_stage(image).mode())
+
+    before = run()
+    is_attention = path.endswith("CrossAttention.forward")
+    calls = replace(monkeypatch, path, split_attention if is_attention else pass_through)
+    after = run()
+    assert calls
+    assert (after - before).abs().max() <= 1e-4 * before.abs().max()
+
+
+class ResizingTorch:
+    """Takes the place of the module `torch`: its `cat` gives the first map the second's size."""
+
+    def __getattr__(self, name):
+        return getattr(torch, name) if name != "cat" else self._cat
+
+    def _cat(self, tensors, *args, **kwargs):
+        a, b = tensors
+        if a.shape[-2:] != b.shape[-2:]:
+            a = F.interpolate(a, b.shape[-2:], mode="nearest")
+        return torch.cat([a, b], *args, **kwargs)
+
+
+def test_odd_sizes_work_by_another_th(model, monkeypatch):
+    monkeypatch.setattr(ldm.modules.diffusionmodules.openaimodel, "th", ResizingTorch())
+    assert sample(model, steps=1, size=9).shape == (1, 4, 9, 9)
+
+
+def test_modules_take_a_print_of_the_web_ui(monkeypatch):
+    for name in ("ldm.util", "ldm.modules.attention", "ldm.models.diffusion.ddpm",
+                 "ldm.modules.diffusionmodules.model"):  # fmt: skip
+        monkeypatch.setattr(importlib.import_module(name), "print", print, raising=False)
+
+
+def test_loras_find_their_layers_by_name_and_type(own_model, monkeypatch):
+    model = own_model
+    names = {"model": "diffusion_model", "cond_stage_model": "transformer"}
+    layers = {}
+    for part, prefix in names.items():
+        for name, layer in getattr(model, part).named_modules():
+            key = name.replace(".", "_")
+            assert name == "" or name.startswith(prefix)
+            layers[key] = layer
+            layer.network_layer_name = key
+    wanted = {
+        "diffusion_model_input_blocks_1_1_transformer_blocks_0_attn2_to_k": nn.Linear,
+        "diffusion_model_input_blocks_1_1_proj_in": nn.Conv2d,
+        "diffusion_model_middle_block_0_in_layers_2": nn.Conv2d,
+        "diffusion_model_time_embed_0": nn.Linear,
+        "transformer_text_model_encoder_layers_1_self_attn_q_proj": nn.Linear,
+        "transformer_text_model_encoder_layers_1_mlp_fc1": nn.Linear,
+    }
+    assert {key: type(layers[key]) for key in wanted} == wanted
+    before, seen, old = sample(model), set(), nn.Linear.forward
+
+    def forward(self, x):
+        seen.add(self.network_layer_name)
+        return 1.01 * old(self, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", forward)
+    assert not torch.allclose(sample(model), before)
+    linear = {name for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+    assert seen == linear
+
+
+def test_tiling_closes_the_edges(own_model):
+    model = own_model
+    for layer in model.modules():
+        if type(layer) is nn.Conv2d:
+            layer.padding_mode = "circular"
+    x, c = torch.randn(1, 4, 16, 16), model.get_learned_conditioning(["a cat"])
+    out, rolled = (
+        model.apply_model(value, torch.tensor([500]), c) for value in (x, x.roll((8, 4), (2, 3)))
+    )
+    assert (out.roll((8, 4), (2, 3)) - rolled).abs().max() < 1e-4 * out.abs().max()
