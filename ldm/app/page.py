@@ -293,11 +293,11 @@ class Page:
                     buttons=["download", "fullscreen"], elem_id="gallery",
                 )  # fmt: skip
                 self.preview = gr.HTML(elem_id="preview")
+            with gr.Column(elem_id="side"):
                 self.relief = gr.Model3D(
                     label="Relief", visible=False, height=360, elem_id="relief",
                     camera_position=(75, 75, None),
                 )  # fmt: skip
-            with gr.Column(elem_id="side"):
                 self.about = gr.Textbox(
                     label="Generation parameters", lines=3, elem_id="about", interactive=False,
                     buttons=["copy"],
@@ -573,7 +573,10 @@ class Page:
         images = [
             (info["path"], f"{info.get('image', '')} seed {info['seed']}".strip()) for info in infos
         ]
-        return [gr.Gallery(images, selected_index=0), infos, infos[0], describe_info(infos[0])]
+        # Where there is depth, it is shown beside the colours, in the grid of all images.
+        selected = None if "depth_range" in infos[0] else 0
+        gallery = gr.Gallery(images, selected_index=selected)
+        return [gallery, infos, infos[0], describe_info(infos[0])]
 
     # Fields.
 
