@@ -15,7 +15,7 @@ from ldm.generate.tasks import Task
 from ldm.generate.tasks.base import RGBDInputs
 from ldm.loading.addons.safety import COMPONENT, find_safety_checker, load_safety_checker
 from ldm.loading.families import PIXELS, Family
-from ldm.loading.load import load as load_from_files
+from ldm.loading.load import load as load_from_files, variant_of_files
 from ldm.loading.published import find_checkpoint, identify_hash
 from ldm.loading.weights import identify_weights, read_weights
 from ldm.model import Defaults, LatentDiffusion
@@ -69,7 +69,8 @@ def load_models(
         ValueError, FileNotFoundError: as `ldm.load` does.
     """
     choice, task = request.model, request.task
-    ckpt, refiner = _find_weights(choice.ckpt), _find_weights(request.sdxl.refiner)
+    files = variant_of_files(choice.variant)
+    ckpt, refiner = _find_weights(choice.ckpt, files), _find_weights(request.sdxl.refiner)
     upscaler = _find_weights(request.upscaling.upscaler)
     _check_families(task, ckpt, refiner, upscaler)
     if ckpt is not None and (channels := _pixel_channels(ckpt)) is not None:
@@ -240,9 +241,9 @@ def is_small_model(path: str | Path) -> bool:
     return sum(file.stat().st_size for file in files if file.is_file()) < SMALL_MODEL
 
 
-def _find_weights(name: str | None) -> Path | None:
+def _find_weights(name: str | None, variant: str | None = None) -> Path | None:
     """Find a checkpoint by its path or published name, and log which published one it is."""
-    path = find_checkpoint(name) if name else None
+    path = find_checkpoint(name, variant=variant) if name else None
     if path is not None and (published := identify_hash(known_sha256(path))):
         log.info("checkpoint: %s, %s (by its SHA-256)", published.name, published.title)
     return path

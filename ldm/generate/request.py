@@ -112,7 +112,8 @@ class ModelChoice:
     allow_module: tuple[str, ...] = option((), "--allow-module", is_list=True, metavar="M",
         help="allow classes of package M as `target` in the YAML")
     variant: str | None = option(None, "--variant", metavar="NAME",
-        help="distilled model, where neither weights nor file name tell: turbo or lightning")
+        help="distilled model, where neither weights nor file name tell: turbo or lightning; or"
+        " which files of a diffusers folder: fp16")
     lora: tuple[tuple[str, float], ...] = option((), "--lora", parse=parse_weighted_file,
         separator=":", is_list=True, metavar="FILE[:WEIGHT]", label="LoRA",
         help="add a LoRA, in the format of kohya, diffusers, peft or ComfyUI; may be given several"

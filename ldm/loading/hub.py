@@ -33,13 +33,15 @@ EXTRA_WEIGHTS = "original.safetensors"  # what `ldm convert` adds to a diffusers
 CHOICES = Memory("hub_choices.json")  # repository -> its folder, or its only checkpoint, when whole
 
 
-def find_or_fetch(address: str, *, fetch: bool = True) -> Path:
+def find_or_fetch(address: str, *, fetch: bool = True, variant: str | None = None) -> Path:
     """Return the file `hf:OWNER/NAME/FILE`, or the diffusers folder `hf:OWNER/NAME`.
 
     What the cache has is used without asking the server.
 
     Args:
         fetch: download what the cache does not have.
+        variant: which files of a folder, such as `fp16`, for the components that have it; None =
+            the plain ones, if there are some.
     Raises:
         ArgumentError: the address is not of this form.
         MissingFile: it is not in the cache, and `fetch` is False.
@@ -50,7 +52,8 @@ def find_or_fetch(address: str, *, fetch: bool = True) -> Path:
     if not owner or not name:
         raise ArgumentError(f"`{address}` must be hf:OWNER/NAME/FILE or hf:OWNER/NAME")
     repo = f"{owner}/{name}"
-    choice = CHOICES.read().get(repo)
+    key = f"{repo}:{variant}" if variant and not file else repo
+    choice = CHOICES.read().get(key)
     path = find_cached_file(repo, file) if file else choice and Path(choice)
     if path and path.exists():
         return path
@@ -59,13 +62,13 @@ def find_or_fetch(address: str, *, fetch: bool = True) -> Path:
     licence, commit, sizes = _list_files(repo)
     if file and file not in sizes:
         raise DownloadError(f"`{repo}` has no file `{file}`{_examples(sizes)}")
-    names = [file] if file else _files_of_folder(repo, commit, sizes)
+    names = [file] if file else _files_of_folder(repo, commit, sizes, variant)
     size = sum(sizes[name] or 0 for name in names)
     log.info("%s: %.2f GB in %d file(s), licence %s", repo, size / 1e9, len(names), licence)
     paths = [fetch_file(repo, name, revision=commit) for name in names]
     path = paths[0] if len(paths) == 1 else paths[0].parent
     if not file:
-        CHOICES.set(repo, str(path))
+        CHOICES.set(key, str(path))
     return path
 
 
@@ -244,11 +247,13 @@ def _list_files(repo: str) -> tuple[str, str, dict[str, int | None]]:
     return str(licence or "not named"), str(info.sha), sizes
 
 
-def _files_of_folder(repo: str, commit: str, sizes: Iterable[str]) -> list[str]:
+def _files_of_folder(
+    repo: str, commit: str, sizes: Iterable[str], variant: str | None
+) -> list[str]:
     """List the files to fetch: what a pipeline here reads of a diffusers folder, its index first,
     or the only checkpoint."""
     if "config.json" in sizes and INDEX not in sizes:
-        return ["config.json", *_choose_weights("", sizes)]
+        return ["config.json", *_choose_weights("", sizes, variant)]
     if INDEX not in sizes:
         files = [name for name in sizes if name.endswith(WEIGHTS) and "/" not in name]
         files = [name for name in files if name.endswith(WEIGHTS[0])] or files
@@ -260,16 +265,17 @@ def _files_of_folder(repo: str, commit: str, sizes: Iterable[str]) -> list[str]:
     for part, entry in index.items():
         if isinstance(entry, list) and entry[-1:] != [None] and part not in UNUSED_COMPONENTS:
             names += [n for n in sizes if n.rpartition("/")[0] == part and n.endswith(TEXTS)]
-            names += _choose_weights(f"{part}/", sizes)
+            names += _choose_weights(f"{part}/", sizes, variant)
     return names
 
 
-def _choose_weights(folder: str, sizes: Iterable[str]) -> list[str]:
-    """List the weights of a component: safetensors before pickles, the plain variant first."""
+def _choose_weights(folder: str, sizes: Iterable[str], variant: str | None) -> list[str]:
+    """List the weights of a component: safetensors before pickles; without variant, the plain."""
     inside = [name.removeprefix(folder) for name in sizes if name.startswith(folder)]
-    for variant in ("", r"\.fp16", r"\.[\w-]+"):
+    chosen = [rf"\.{re.escape(variant)}"] if variant else []
+    for dotted in (*chosen, "", r"\.fp16", r"\.[\w-]+"):
         for ending in (r"\.safetensors", r"\.bin"):
-            pattern = re.compile(rf"(diffusion_|pytorch_)*model{variant}(-\d+-of-\d+)?{ending}")
+            pattern = re.compile(rf"(diffusion_|pytorch_)*model{dotted}(-\d+-of-\d+)?{ending}")
             if files := [name for name in inside if pattern.fullmatch(name)]:
                 return [folder + name for name in files]
     return []

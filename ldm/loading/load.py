@@ -32,7 +32,7 @@ from ldm.loading.addons.midas import add_depth_network
 from ldm.loading.autoencoders import find_scale, is_finite_in_half
 from ldm.loading.build import build_on_meta, fill_weights
 from ldm.loading.config import parse_yaml, read_yaml
-from ldm.loading.diffusers.files import PIPELINE_KEY
+from ldm.loading.diffusers.files import PIPELINE_KEY, is_diffusers_folder
 from ldm.loading.diffusers.keys import unet_keys
 from ldm.loading.families import (
     VARIANT_STEPS,
@@ -46,6 +46,7 @@ from ldm.loading.files.clip_statistics import clip_statistics_tensors, load_clip
 from ldm.loading.k_diffusion import find_json, find_sizes, upscaler_config
 from ldm.loading.legacy import translate_config
 from ldm.loading.matching import guess_kind, match_weights
+from ldm.loading.published import find_checkpoint
 from ldm.loading.sgm import ENGINE
 from ldm.loading.tables import make_tables
 from ldm.loading.weight_names import TEXT, our_names, restore_names
@@ -74,7 +75,7 @@ from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
     "TRANSPOSED", "UPSCALER_PARTS", "check_upscaler", "choose_config", "find_variant", "load",
-    "probe_weights", "read_config", "save_model", "variant_defaults",
+    "probe_weights", "read_config", "save_model", "variant_defaults", "variant_of_files",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -138,7 +139,8 @@ def load(
         loras: (file, strength) pairs, merged into the weights.
         embeddings: files of textual inversions, or folders of them: tokens for prompts.
         variant: which distilled model of SDXL it is, a name in `VARIANTS`, or "base" for none: sets
-            the model's `defaults`. None: the one that metadata or the file's name tells.
+            the model's `defaults`. None: the one that metadata or the file's name tells. Any other
+            name chooses files of a diffusers folder, such as `fp16`.
 
     Returns:
         The model in eval mode (or the part, for the config of a single part); its `provenance`
@@ -148,11 +150,9 @@ def load(
         FileNotFoundError: a file is missing.
         ValueError: something does not fit; the message says what.
     """
-    if variant not in (None, NO_VARIANT, *VARIANTS):
-        raise unknown_name("variant", variant, (NO_VARIANT, *VARIANTS), argument="variant")
     config, ckpt = _choose_files(config, ckpt)
     loras, embeddings = tuple(loras), tuple(embeddings)
-    weights = identify_weights(read_weights(ckpt))
+    weights = identify_weights(_read_variant(ckpt, variant))
     source, raw = read_config(weights, config, overrides)
     where = Path(source).name
     misfit = f"`{weights.path}` does not fit {where}"
@@ -312,7 +312,8 @@ def variant_defaults(name: str, weights: Weights, defaults: Defaults) -> Default
 
 def _set_variant(model: LatentDiffusion, weights: Weights, variant: str | None) -> None:
     """Set the defaults of a distilled model, and say why."""
-    found = find_variant(weights) if variant is None else (variant, "the argument")
+    is_model = variant is not None and variant_of_files(variant) is None
+    found = (variant, "the argument") if is_model and variant else find_variant(weights)
     is_xl = model.conditioner.find(SizeEmbedding) is not None
     if found is None or found[0] == NO_VARIANT or not is_xl:
         return
@@ -365,6 +366,19 @@ def _choose_files(
         message = "a config alone has no weights\nhint: pass a checkpoint as well"
         raise MissingArgument(message, "ckpt")
     return None, config  # weights alone
+
+
+def _read_variant(ckpt: str | Path, variant: str | None) -> Checkpoint:
+    """Read weights; a variant that is no distilled model is one of a diffusers folder's files."""
+    files = variant_of_files(variant)
+    if files and not is_diffusers_folder(find_checkpoint(ckpt, variant=files)):
+        raise unknown_name("variant", files, (NO_VARIANT, *VARIANTS), argument="variant")
+    return read_weights(ckpt, files)
+
+
+def variant_of_files(variant: str | None) -> str | None:
+    """Return a variant if it is one of files, not of models."""
+    return None if variant in (NO_VARIANT, *VARIANTS) else variant
 
 
 def _replace_autoencoder(

@@ -84,13 +84,14 @@ def published_files() -> dict[str, PublishedFile]:
     return {row.name: row for row in rows}
 
 
-def find_checkpoint(ckpt: str | Path, *, fetch: bool = True) -> Path:
+def find_checkpoint(ckpt: str | Path, *, fetch: bool = True, variant: str | None = None) -> Path:
     """Return the path that a checkpoint's path, published name or `hf:` address stands for.
 
     An existing path comes first. Anything else is returned as it is.
 
     Args:
         fetch: download what a `hf:` address names, if it is not in the cache.
+        variant: which files of a `hf:` folder, such as `fp16`.
     Raises:
         MissingFile: a published file that is not on this machine, or a misspelt name of one.
         DownloadError: a `hf:` address that cannot be downloaded.
@@ -99,7 +100,7 @@ def find_checkpoint(ckpt: str | Path, *, fetch: bool = True) -> Path:
     if path.exists():
         return path
     if name.startswith(PREFIX):
-        return find_or_fetch(name, fetch=fetch)
+        return find_or_fetch(name, fetch=fetch, variant=variant)
     files = published_files()
     if name in files:
         if found := find_on_disk(files[name], verify=True):

@@ -95,7 +95,7 @@ def read_weights(path: str | Path, variant: str | None = None) -> Checkpoint:
         MissingFile: there is no such file, or none in the folder.
         ValueError: it holds no weights.
     """
-    folder = find_checkpoint(path)
+    folder = find_checkpoint(path, variant=variant)
     if not folder.is_dir():
         return read_checkpoint(folder)
     if is_diffusers_folder(folder):

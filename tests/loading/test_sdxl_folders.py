@@ -12,7 +12,7 @@ from ldm.loading.config import format_yaml, read_yaml
 from ldm.loading.convert import convert, plan_conversion
 from ldm.loading.diffusers.files import EXTRA_WEIGHTS
 from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
-from ldm.runtime.errors import FileFormatError, MissingFile
+from ldm.runtime.errors import FileFormatError, MissingFile, UnknownName
 
 SLOW = pytest.mark.slow
 KINDS = ("xl-refiner", "xl-inpainting", "playground", "cosxl", "ssd-1b")
@@ -126,8 +126,24 @@ def test_a_missing_text_encoder_is_said_in_one_line(folder, component):
 
 def test_missing_weights_are_said_in_one_line(folder):
     (folder / "text_encoder_2/model.safetensors").unlink()
-    with pytest.raises(MissingFile, match="no weights in `.*text_encoder_2`"):
+    message = "no weights in `.*text_encoder_2`, only config.json: download the folder again, whole"
+    with pytest.raises(MissingFile, match=message):
         ldm.load(folder)
+
+
+def test_files_of_a_variant_are_chosen_by_its_name(convert_family, folder):
+    whole = {path: read_checkpoint(path).state for path in folder.glob("*/*.safetensors")}
+    for path, state in whole.items():
+        half = {name: value.half() for name, value in state.items()}
+        write_checkpoint(path.with_name(f"{path.stem}.fp16.safetensors"), half)
+    name = "unet.input_blocks.0.0.weight"
+    plain, half = (ldm.load(folder, variant=v).state_dict()[name] for v in (None, "fp16"))
+    assert torch.equal(half, plain.half().float())
+    assert not torch.equal(half, plain)
+    with pytest.raises(MissingFile, match="no weights of variant `bf16` in `.*: leave out `var"):
+        ldm.load(folder, variant="bf16")
+    with pytest.raises(UnknownName, match="unknown variant `fp16`, choose one of base, turbo"):
+        ldm.load(convert_family("xl")[0], variant="fp16")
 
 
 def test_half_precision_files_and_shards_are_read(folder):

@@ -61,6 +61,7 @@ VARIANT = re.compile(
     r"\.(?:safetensors|bin)(?:\.index(?:\.(?P<after>\w+))?\.json)?"
 )
 MAX_JSON = 1 << 24  # bytes
+WHOLE = "download the folder again, whole"
 
 Components = dict[str, dict[str, Tensor]]
 
@@ -256,7 +257,9 @@ def read_component(folder: Path, variant: str | None) -> dict[str, Tensor]:
         log.info("`%s` has variants %s, using %s", folder, ", ".join(sorted(others)), choice)
         return read_component(folder, choice)
     what = f" of variant `{variant}`" if variant else ""
-    raise MissingFile(f"no weights{what} in `{folder}`, only {', '.join(names) or 'nothing'}")
+    remedy = "leave out `variant`" if variant and others | {m[0] for m in matches} else WHOLE
+    listed = ", ".join(names) or "nothing"
+    raise MissingFile(f"no weights{what} in `{folder}`, only {listed}: {remedy}")
 
 
 def _candidates(folder: Path, variant: str | None) -> Iterator[Path]:
