@@ -19,17 +19,22 @@ from torch.utils.hooks import RemovableHandle
 from ldm.nets.blocks import Conv2d, DoublingConv2d, Linear, upsample_nearest, zero
 from ldm.runtime.errors import ArgumentError
 
-__all__ = ["Addition", "LoRA", "LoRALayer", "Target", "WeightChange", "merge_changes"]
+__all__ = [
+    "PROJECTION", "Addition", "LoRA", "LoRALayer", "Target", "WeightChange", "merge_changes",
+]  # fmt: skip
+
+PROJECTION = "text_projection"
 
 
 class Target(NamedTuple):
     """A weight that is changed, or one third of an attention's `in_proj_weight`.
 
     Args:
-        layer: A linear layer, a convolution, a norm, or an attention with a fused projection
-            `in_proj`.
+        layer: A linear layer, a convolution, a norm, an attention with a fused projection
+            `in_proj`, or a text tower.
         part: 0 queries, 1 keys, 2 values; None for a weight that is changed as a whole.
-        name: Of the parameter, "weight" or "bias".
+        name: Of the parameter, "weight" or "bias"; PROJECTION of a tower, which is stored
+            transposed.
     """
 
     layer: nn.Module
@@ -44,6 +49,8 @@ class Target(NamedTuple):
     def weight(self) -> Tensor:
         """(C_out, C_in), (C_out, C_in, kh, kw), or (C,) of a norm or a bias."""
         weight = self.layer.get_parameter(self.parameter)
+        if self.name == PROJECTION:
+            return weight.T
         return weight if self.part is None else weight.chunk(3)[self.part]
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ from lorahelp import (
     tiny_model,
 )
 
+from ldm.encoders.text import OpenCLIPText
 from ldm.loading.addons import lora
 from ldm.loading.addons.lora import load_loras, lora_targets, read_lora, write_lora
 from ldm.loading.build import build_on_meta
@@ -355,6 +356,22 @@ def test_layers_may_have_the_names_of_the_original(tmp_path):
         before[f"{ORIGINAL}.weight"] += 2 / 4 * delta
         weights = model.unet.state_dict()
         assert all(torch.allclose(weights[n], v, atol=1e-6) for n, v in before.items()), layer
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lora_te2_text_projection", "text_encoder_2.text_projection", "lora_te_text_projection"],
+)
+def test_the_projection_of_the_pooled_output_may_be_changed(tmp_path, name):
+    """It is stored transposed: (width, embed_dim)."""
+    model = tiny_model("refiner" if "te_" in name else "sdxl")
+    tower = model.conditioner.find_all(OpenCLIPText)[-1].model
+    before = tower.text_projection.clone()
+    state, delta = low_rank(name, width=len(before))
+    state[f"{name}.alpha"] = torch.tensor(2.0)
+    write_checkpoint(tmp_path / "x.safetensors", state)
+    load_loras(model, [(tmp_path / "x.safetensors", 0.5)])
+    torch.testing.assert_close(tower.text_projection, before + 0.5 * 2 / 4 * delta.T)
 
 
 def test_a_folder_of_peft_is_merged_into_both_towers(tmp_path):

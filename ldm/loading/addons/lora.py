@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.encoders.text import TextEncoder
+from ldm.encoders.text import OpenCLIPText, TextEncoder
 from ldm.encoders.towers import FusedAttention
 from ldm.loading.addons.embeddings import BUNDLE, add_embeddings, read_bundle
 from ldm.loading.base_models import BASE_MODELS, SDXL, find_base_model
@@ -40,7 +40,15 @@ from ldm.loading.diffusers.names import text_layers, unet_layers
 from ldm.loading.files.checkpoint import Checkpoint, file_hash, read_checkpoint, write_checkpoint
 from ldm.loading.weight_names import SECOND_TEXT, layer_alias
 from ldm.model import LatentDiffusion
-from ldm.nets.lora import Addition, LoRA, LoRALayer, Target, WeightChange, merge_changes
+from ldm.nets.lora import (
+    PROJECTION,
+    Addition,
+    LoRA,
+    LoRALayer,
+    Target,
+    WeightChange,
+    merge_changes,
+)
 from ldm.nets.lycoris import Adapter, build_change, is_complete, rank_of
 from ldm.pipelines.families import is_sdxl
 from ldm.runtime.errors import FileFormatError, MissingFile, WeightsMismatch, WrongFamily
@@ -260,9 +268,10 @@ def lora_targets(model: LatentDiffusion) -> list[TargetLayer]:
 
 
 def _all_targets(model: LatentDiffusion) -> list[TargetLayer]:
-    """List those, and the norms that LyCORIS may change."""
+    """List those, and what only files change: norms, projections of text encoders."""
     kinds = (*LAYERS, nn.GroupNorm, nn.LayerNorm)
-    return [*_unet_targets(model, kinds), *_text_targets(model, kinds)]
+    layers = [*_unet_targets(model, kinds), *_text_targets(model, kinds)]
+    return [*layers, *_projection_targets(model)]
 
 
 def _unet_targets(model: LatentDiffusion, kinds: Kinds) -> Iterator[TargetLayer]:
@@ -273,10 +282,8 @@ def _unet_targets(model: LatentDiffusion, kinds: Kinds) -> Iterator[TargetLayer]
 
 
 def _text_targets(model: LatentDiffusion, kinds: Kinds) -> Iterator[TargetLayer]:
-    encoders = model.conditioner.find_all(TextEncoder)
-    for number, text in enumerate(encoders, start=1):
+    for prefix, text in _prefixes(model):
         network = text_component(text)
-        prefix = f"lora_te{number}_" if len(encoders) > 1 else "lora_te_"
         used_layers = [
             name for name in _layer_names(text, kinds) if not name.startswith(text.unused)
         ]
@@ -302,6 +309,20 @@ def _names_by_alias(model: LatentDiffusion) -> dict[str, str]:
     if len(model.conditioner.find_all(TextEncoder)) == 1:
         names |= {alias.removeprefix(SECOND_TEXT): kohya for alias, kohya in names.items()}
     return names
+
+
+def _projection_targets(model: LatentDiffusion) -> Iterator[TargetLayer]:
+    for prefix, text in _prefixes(model):
+        if isinstance(text, OpenCLIPText) and text.always_return_pooled:
+            name = f"{text_component(text)}.{PROJECTION}"
+            yield TargetLayer(Target(text.model, name=PROJECTION), name, name, prefix + PROJECTION)
+
+
+def _prefixes(model: LatentDiffusion) -> Iterator[tuple[str, TextEncoder]]:
+    """Yield the text encoders with kohya's prefix of their layers."""
+    encoders = model.conditioner.find_all(TextEncoder)
+    for number, text in enumerate(encoders, start=1):
+        yield f"lora_te{number}_" if len(encoders) > 1 else "lora_te_", text
 
 
 def _layer_names(network: nn.Module, kinds: Kinds) -> list[str]:
