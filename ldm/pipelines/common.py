@@ -195,6 +195,7 @@ def generate(
     strength: float = 1.0,
     size: tuple[int, int] | None = None,
     constrain: Constrain | None = None,
+    constrain_refiner: Constrain | None = None,
     upscaling: Upscaling | None = None,
     **options: Unpack[TextOptions],
 ) -> Tensor:
@@ -205,6 +206,7 @@ def generate(
         unconditional_inputs: those that differ for the unconditional half of guidance.
         tile: side in latent pixels of the decoder's tiles; None = decode whole.
         scale, noise, z, strength, size, constrain: see `sample`.
+        constrain_refiner: the same for the steps of a refiner.
         upscaling: doubles the latents before they are decoded.
         options: see `sample` and `SDXLOptions`.
     Returns:
@@ -245,7 +247,9 @@ def generate(
         else:
             refiner_conds = conditions.encode(refiner, quirks, after_base=True)
             base_conds = (cond, uncond, further)
-            latent = _sample_with_refiner(model, refiner, base_conds, refiner_conds, sdxl, run)
+            latent = _sample_with_refiner(
+                model, refiner, base_conds, refiner_conds, sdxl, run, constrain_refiner
+            )
         if rule is not None and (reason := rule.explain_idle()):
             warnings.warn(reason, stacklevel=3)
     except Stop as stop:
@@ -262,6 +266,7 @@ def _sample_with_refiner(
     refiner_conds: tuple[Cond, Cond | None, list[Cond]],
     options: SDXLOptions,
     run: SampleOptions,
+    constrain_refiner: Constrain | None,
 ) -> Tensor:
     """Sample with the base until the handover, then with the refiner, without new noise."""
     quirks = Quirks.of(model, run.get("legacy", ()))
@@ -287,7 +292,7 @@ def _sample_with_refiner(
     cond, uncond, further = refiner_conds
     refiner_run: SampleOptions = {
         **run, "sigmas": sigmas[end:], "z_t": z_t, "z": None, "x_T": None,
-        "callback": on_step(end - first), "further": further,
+        "callback": on_step(end - first), "further": further, "constrain": constrain_refiner,
     }  # fmt: skip
     return sample(refiner, cond, uncond, **refiner_run)
 

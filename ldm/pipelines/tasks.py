@@ -64,7 +64,7 @@ from ldm.pipelines.latent_upscaling import (
     check_noise,
     double_latent,
 )
-from ldm.pipelines.quirks import Quirks
+from ldm.pipelines.quirks import Noise, Quirks
 from ldm.pipelines.sampling import invert
 from ldm.pipelines.sdxl import REFINER_MULTIPLE, size_conditions
 from ldm.runtime.errors import ArgumentError, MissingArgument, Stop
@@ -163,7 +163,8 @@ def inpaint(
 ) -> Tensor:
     """Repaint the image where the mask is 1.
 
-    For a text-to-image model, the unmasked part is set to the latent of the image at every step.
+    For a text-to-image model, and for a refiner, the unmasked part is set to the latent of the
+    image at every step.
 
     Args:
         mask: (1, 1, H, W) in [0, 1]; from 0.5 on, it is repainted.
@@ -179,20 +180,24 @@ def inpaint(
     inputs: dict[str, Tensor] = {}
     z: Tensor | None = None
     constrain: Constrain | None = None
+    constrain_refiner: Constrain | None = None
     if "masked" in model.conditioner.keys:
         masked_z = encode_image(model, masked_image, n, noise)
         inputs["masked"] = concat_mask(area.to(masked_z).expand(n, -1, -1, -1), masked_z)
         if strength < 1:
             z = encode_image(model, padded, n, noise)
+        if options.get("refiner") is not None:  # which knows nothing of masks
+            options["x_T"] = x_T = _start_noise(options, noise, masked_z)
+            original = encode_image(model, padded, n, noise) if z is None else z
+            constrain_refiner = _keep_outside(area, original, x_T, f)
     else:
         z = encode_image(model, padded, n, noise)
-        x_T = options.get("x_T")
-        x_T = noise(z) if x_T is None else x_T.to(z)
-        options["x_T"] = x_T
-        constrain = _keep_outside(area, z, x_T, f)
+        options["x_T"] = x_T = _start_noise(options, noise, z)
+        constrain = constrain_refiner = _keep_outside(area, z, x_T, f)
     images = generate(
         model, prompts, negative_prompt, inputs, scale, tile, noise=noise, z=z, strength=strength,
-        size=(padded.shape[-2], padded.shape[-1]), constrain=constrain, **options,
+        size=(padded.shape[-2], padded.shape[-1]), constrain=constrain,
+        constrain_refiner=constrain_refiner, **options,
     )  # fmt: skip
     images = crop_like(images, image)
     return torch.lerp(image.to(images), images, mask.to(images)) if composite else images
@@ -378,6 +383,11 @@ def upscale_latent(
 def _multiple(model: LatentDiffusion, options: TextOptions) -> int:
     """Return what the sides of images must be multiples of, in pixels."""
     return model.downscale if options.get("refiner") is None else REFINER_MULTIPLE
+
+
+def _start_noise(options: TextOptions, noise: Noise, like: Tensor) -> Tensor:
+    x_T = options.get("x_T")
+    return noise(like) if x_T is None else x_T.to(like)
 
 
 def _keep_outside(area: Tensor, z: Tensor, x_T: Tensor, f: int) -> Constrain:

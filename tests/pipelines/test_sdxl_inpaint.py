@@ -88,6 +88,31 @@ def test_four_channels_keep_what_is_outside_the_mask() -> None:
     assert torch.equal(images[outside], image[outside])
 
 
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_a_refiner_of_nine_channels_keeps_what_is_outside_the_mask(strength: float) -> None:
+    base, refiner, draws, inputs = inpainting_model(), model("refiner"), [], []
+
+    def noise(like: Tensor) -> Tensor:
+        draws.append(torch.randn(like.shape, generator=torch.Generator().manual_seed(len(draws))))
+        return draws[-1]
+
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(9)) * 2 - 1
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., :32] = 1
+    hook = refiner.unet.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    options = {"steps": 4, "sampler": "euler", "scale": 1.0, "seeds": noise, "strength": strength}
+    inpaint(base, ["a fox"], image, mask, refiner=refiner, refiner_strength=0.25, **options)
+    hook.remove()
+    (z_t,) = inputs
+    order = (1, 2) if strength == 1 else (2, 1)  # of the start noise and the image's
+    posterior = base.autoencoder.encode(image)
+    z = base.normalize(posterior.mean + posterior.std * draws[order[1]])
+    sigma = float(base.schedule.step_sigmas(4, "sgm_uniform")[3])
+    expected = (z + sigma * draws[order[0]]) / (1 + sigma**2) ** 0.5
+    torch.testing.assert_close(z_t[..., 4:], expected[..., 4:], rtol=0, atol=1e-5)
+    assert (z_t[..., :4] - expected[..., :4]).abs().max() > 0.01
+
+
 SIZES = {
     "original_size": (512, 384), "crop": (8, 16), "target_size": (1024, 768),
     "negative_original_size": (256, 256), "negative_crop": (1, 2),
