@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.app.catalogue import file_states
-from ldm.encoders.text import TextEncoder
+from ldm.encoders.text import OpenCLIPText, TextEncoder
 from ldm.loading.load import load
 from ldm.model import LatentDiffusion
 from ldm.runtime.types import JsonObject
@@ -76,8 +76,17 @@ def _share(model: LatentDiffusion, other: LatentDiffusion) -> None:
     for name, part in list(model.conditioner.named_children()):
         if name in theirs and _is_equal(part, theirs[name]):
             model.conditioner.add_module(name, theirs[name])
+    _share_towers(model, other)
     if _is_equal(model.autoencoder, other.autoencoder):
         model.autoencoder = other.autoencoder
+
+
+def _share_towers(model: LatentDiffusion, other: LatentDiffusion) -> None:
+    """Share networks of text encoders that have another place: SDXL's second one in a refiner."""
+    for encoder in model.conditioner.find_all(OpenCLIPText):
+        for theirs in other.conditioner.find_all(OpenCLIPText):
+            if encoder is not theirs and _is_equal(encoder.model, theirs.model):
+                encoder.model = theirs.model
 
 
 def _is_equal(one: nn.Module, two: nn.Module) -> bool:

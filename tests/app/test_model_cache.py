@@ -6,7 +6,7 @@ from torch import nn
 
 from ldm.app.model_cache import ModelCache
 from ldm.conditioning import Conditioner
-from ldm.encoders.text import TextEncoder
+from ldm.encoders.text import OpenCLIPText, TextEncoder
 
 
 class Text(TextEncoder):
@@ -64,6 +64,32 @@ def test_equal_towers_and_autoencoders_are_there_once(cache):
     assert two.autoencoder is one.autoencoder
     assert two.unet is not one.unet
     assert cache.nbytes == alone + sum(p.nbytes for p in two.unet.parameters())
+
+
+def test_the_second_tower_of_sdxl_is_the_refiners_too(cache):
+    def tower(seed):
+        torch.manual_seed(seed)
+        arch = {"embed_dim": 8, "text_cfg": {"width": 8, "heads": 2, "layers": 2}}
+        return OpenCLIPText(arch=arch, always_return_pooled=True, legacy=False)
+
+    def base():
+        model = Model(0, Text(5), 7)
+        model.conditioner.add_module("text_2", tower(1))
+        return model
+
+    def refiner(seed):
+        model = Model(1, tower(seed), 7)
+        model.conditioner.text.null = ""
+        return model
+
+    cache.limit = 1e8
+    one = cache(None, cache.file("a", base))
+    two, three = (
+        cache(None, cache.file(f"b{seed}", lambda seed=seed: refiner(seed))) for seed in (1, 2)
+    )
+    assert two.conditioner.text.model is one.conditioner.text_2.model
+    assert two.conditioner.text is not one.conditioner.text_2
+    assert three.conditioner.text.model is not two.conditioner.text.model
 
 
 def test_parts_that_differ_in_a_weight_or_a_setting_are_not_shared(cache):
