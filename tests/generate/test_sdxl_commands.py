@@ -120,6 +120,18 @@ def test_a_distilled_model_has_defaults_of_its_own(run):
     assert (info["scheduler"], info["scheduler_in_use"]) == (None, "turbo")
 
 
+def test_the_watermark_of_the_original_is_written_when_asked_for(run):
+    flags = ["--H", "256", "--W", "256", "--steps", "1", "--n_samples", "1", "--skip_grid"]
+    images = []
+    for legacy, method in (([], "dwtDctSvd"), (["--legacy", "float-watermark"], "dwtDct (floats)")):
+        _, out, _ = run("txt2img", *flags, *legacy)
+        info = read_info(out[0])
+        assert (info["watermark"], info["payload"]) == (method, "SDXL")
+        images.append(np.asarray(Image.open(out[0])))
+    assert (images[0] != images[1]).any()
+    assert main(["replay", out[0]]) == 0
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
