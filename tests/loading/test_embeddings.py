@@ -1,10 +1,13 @@
 """Textual inversion; the oracle is transformers' tower with as many more rows."""
 
+import base64
 import json
 
 import pytest
 import torch
 from lorahelp import NUMBERS, WIDTH, WIDTH_2, their_pipeline, their_tower, tiny_model
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
 from ldm.encoders.text import OpenCLIPText, TextEncoder
@@ -184,3 +187,18 @@ def test_a_reduced_vocabulary_learns_words_too():
     assert torch.equal(text(["a b c"]), plain)
     assert not torch.equal(text(["a cat c"]), text(["a zebra c"]))
     assert text.state_dict().keys() == OpenCLIPText(arch=arch, compact_vocab=8).state_dict().keys()
+
+
+def test_words_inside_of_images_are_read(tmp_path):
+    """A1111 writes JSON, in base64, into a text of a PNG."""
+    model = tiny_model()
+    vectors = [[float(k)] * WIDTH for k in range(2)]
+    content = {"string_to_param": {"*": {"TORCHTENSOR": vectors}}, "name": "cat-style"}
+    text = PngInfo()
+    text.add_text("sd-ti-embedding", base64.b64encode(json.dumps(content).encode()).decode())
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png", pnginfo=text)
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.preview.png")
+    load_embeddings(model, [tmp_path])
+    assert model.conditioner.text.added_embeddings["cat-style"].tolist() == vectors
+    with pytest.raises(ValueError, match="is an image without a textual inversion"):
+        load_embeddings(model, [tmp_path / "x.preview.png"])

@@ -1,7 +1,7 @@
 """Textual inversion files: tokens for prompts, each with vectors for one or two text towers.
 
     A1111        {"string_to_param": {"*": (n, D)}, …} in a .pt, {"emb_params": (n, D)}: the token
-                 is the name of the file, unless the file has several
+                 is the name of the file, unless the file has several. In a .png: JSON in a text
     diffusers    {"<token>": (D,) or (n, D)} in a .bin or .safetensors; SDXL: a file per tower
     SDXL         {"clip_l": (n, 768), "clip_g": (n, 1280)}: kohya, A1111, ComfyUI
     in LoRAs     the same behind `bundle_emb.TOKEN.`
@@ -10,14 +10,18 @@ The width tells the tower. In a prompt the token stands for all of its vectors. 
 (arXiv:2208.01618).
 """
 
+import base64
 import glob
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ldm.encoders.text import TextEncoder
+from ldm.imaging.reading import open_image
 from ldm.loading.base_models import find_base_model
 from ldm.loading.families import TITLE_BY_WIDTH
 from ldm.loading.files.checkpoint import file_hash, read_checkpoint, write_checkpoint
@@ -32,6 +36,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 ENDINGS = (".pt", ".bin", ".safetensors")
+PNG, PNG_KEY, PNG_TENSOR = ".png", "sd-ti-embedding", "TORCHTENSOR"  # of A1111
 MAX_TOKENS = 76  # in a file: no prompt could use more
 PARAMETERS = "string_to_param."
 ONLY_TOKEN_KEY = "emb_params"  # of the vectors of the only token, which the file's name tells
@@ -139,15 +144,45 @@ def embedding_files(path: str | Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     # Unlike Path.rglob, this leaves hidden files out and follows links.
-    files = map(Path, glob.iglob(f"{glob.escape(str(path))}/**/*", recursive=True))
-    return sorted(file for file in files if file.suffix.lower() in ENDINGS and file.is_file())
+    paths = map(Path, glob.iglob(f"{glob.escape(str(path))}/**/*", recursive=True))
+    files = [file for file in paths if file.is_file()]
+    return sorted(f for f in files if f.suffix.lower() in ENDINGS or _read_png_text(f))
 
 
 def read_embeddings(path: str | Path) -> dict[str, list[Tensor]]:
     """Return the tokens in a file, and their vectors (n, D) for one text tower, or for two."""
     path = Path(path).expanduser()
+    if path.suffix.lower() == PNG:
+        return _read_png(path)
     file = read_checkpoint(path)
     return _parse(file.state, file.metadata.get(TOKEN_KEY, path.stem), path)
+
+
+def _read_png(path: Path) -> dict[str, list[Tensor]]:
+    """Return the tokens that A1111 has put into an image."""
+    text = _read_png_text(path)
+    if not text:
+        raise FileFormatError(f"`{path}` is an image without a textual inversion in its text")
+    try:
+        content = json.loads(base64.b64decode(text))
+        tensors = {
+            f"{PARAMETERS}{name}": torch.tensor(value[PNG_TENSOR], dtype=torch.float32)
+            for name, value in content[PARAMETERS.rstrip(".")].items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FileFormatError(f"`{path}`: the textual inversion in it is damaged") from error
+    return _parse(tensors, str(content.get("name") or path.stem), path)
+
+
+def _read_png_text(path: Path) -> str:
+    """Return the text of an image that holds a textual inversion; "" if there is none."""
+    if path.suffix.lower() != PNG:
+        return ""
+    try:
+        with open_image(path) as image:
+            return str(image.info.get(PNG_KEY, ""))
+    except FileFormatError:
+        return ""
 
 
 def read_bundle(path: Path) -> dict[str, list[Tensor]]:
