@@ -251,7 +251,7 @@ def generate_batch(
     try:
         return _generate(prepared, batch, models, callback)
     except NonFinite as error:
-        if models.base.dtype == torch.float32:
+        if models.base.dtype == torch.float32 or error.cause:
             raise
         dtype = str(models.base.dtype).removeprefix("torch.")
         log.warning("%s in %s: continuing in float32", error, dtype)

@@ -39,7 +39,13 @@ from ldm.pipelines.sdxl import (
     check_size,
     size_conditions,
 )
-from ldm.runtime.errors import ArgumentError, MissingArgument, NonFinite, Stop, unknown_name
+from ldm.runtime.errors import (
+    ArgumentError,
+    MissingArgument,
+    NonFinite,
+    Stop,
+    unknown_name,
+)
 
 __all__ = [
     "GuidedOptions",
@@ -122,9 +128,15 @@ def pipeline(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tens
                     kind = f"keyword of {function.__name__}"
                     raise unknown_name(kind, keyword, allowed[1:], argument=keyword)
             tiling = keywords.pop("tiling", "none")
-            check_family(signature.bind(*args, **keywords).arguments["model"], *families)
-            with circular_padding(str(tiling)):
-                return function(*args, **keywords)
+            model = signature.bind(*args, **keywords).arguments["model"]
+            check_family(model, *families)
+            try:
+                with circular_padding(str(tiling)):
+                    return function(*args, **keywords)
+            except NonFinite as error:
+                for one in (model, keywords.get("refiner")):
+                    check_weights(one, error)
+                raise
 
         return call
 
@@ -473,6 +485,18 @@ def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
 def crop_like(padded: Tensor, image: Tensor, factor: int = 1) -> Tensor:
     """Cut off what `pad_to_multiple` added to the image, which was then enlarged by a factor."""
     return padded[..., : factor * image.shape[-2], : factor * image.shape[-1]]
+
+
+def check_weights(model: object, error: NonFinite) -> None:
+    """Raise NonFinite that names the weights, if it is they that are not finite."""
+    if not isinstance(model, LatentDiffusion):
+        return
+    weights = {name: w for name, w in model.named_parameters() if w.is_floating_point()}
+    if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+        dtype = weights[broken[0]].dtype
+        remedy = "download it again" if dtype == torch.float32 else "try float32"
+        cause = f"{len(broken)} of its weights in {file_name(model)} are not"
+        raise NonFinite(error.stage, f"{cause}, such as `{broken[0]}`: {remedy}") from error
 
 
 def check_finite(value: TensorOrCond, stage: str) -> TensorOrCond:

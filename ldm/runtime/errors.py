@@ -123,11 +123,14 @@ class NonFinite(LdmError, ArithmeticError):
 
     Args:
         stage: the part of the model, as in messages ("the VAE").
+        cause: weights that are not finite themselves, so that no other dtype helps.
     """
 
-    def __init__(self, stage: str) -> None:
-        super().__init__(f"{stage} gave values that are not finite")
+    def __init__(self, stage: str, cause: str | None = None) -> None:
+        reason = f": {cause}" if cause else ""
+        super().__init__(f"{stage} gave values that are not finite{reason}")
         self.stage = stage
+        self.cause = cause
 
 
 class Stop(Exception):

@@ -79,11 +79,14 @@ def test_tiles_blend_into_nearly_the_whole_picture(model):
 
 def test_not_finite_values_are_located(model):
     broken = copy.deepcopy(model)
+    broken.provenance["checkpoint"] = "x/broken.ckpt"
     broken.autoencoder.decoder.conv_out.bias[0] = float("nan")
-    with pytest.raises(NonFinite, match="the VAE"):
+    message = "the VAE gave .*: 1 of its weights in `broken.ckpt` are not, such as `autoencoder.dec"
+    with pytest.raises(NonFinite, match=message) as caught:
         run(broken, ["a"])
+    assert caught.value.cause
     broken.unet.out[2].bias[0] = float("inf")
-    with pytest.raises(NonFinite, match="the UNet"):
+    with pytest.raises(NonFinite, match="the UNet .* `unet.out.2.bias`: download it again"):
         run(broken, ["a"])
 
 
