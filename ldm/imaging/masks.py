@@ -4,6 +4,7 @@ What is painted in a mask file; the first rule that applies:
 
     partly transparent              where it is opaque, or white where that is black and white
     two values                      where the higher one is, whatever they are
+    labels, and 255 for "ignored"   the labels: 1 and more
     a palette of colours            all but the darkest
     anything else                   its values, 0 … 255; from 128 on they are inpainted
 """
@@ -22,6 +23,8 @@ __all__ = ["load_mask", "make_mask"]
 log = logging.getLogger(__name__)
 
 THRESHOLD = 128  # the smallest value that is inpainted
+MAX_LABEL = 32  # of data sets for segmentation, in masks that have 255, too
+COLOUR = 48  # difference of a pixel's channels from which it is not grey
 Box = tuple[int, int, int, int]
 
 
@@ -101,7 +104,27 @@ def _painted_area(stored: StoredImage) -> Image.Image:
     has_two_values = low < high and np.isin(values[np.isfinite(values)], (low, high)).all()
     if has_two_values or (stored.image.mode in ("P", "PA") and is_coloured(stored.image)):
         return Image.fromarray((values > low).astype(np.uint8) * 255)
-    return stored.to_grey()
+    grey = stored.to_grey()
+    levels = np.bincount(np.asarray(grey).ravel(), minlength=256)
+    labels, ignored = levels[1 : MAX_LABEL + 1].sum(), levels[255]
+    if labels > ignored > 0 and not levels[MAX_LABEL + 1 : 255].any():
+        log.warning(
+            "the mask `%s` has small values and 255, as labels of data sets have it: labels are "
+            "inpainted, 255 (ignored) is not", stored.name,
+        )  # fmt: skip
+        return grey.point(lambda value: 255 * (0 < value <= MAX_LABEL))
+    if stored.image.mode != "F" and _is_photo(stored.image):
+        log.warning(
+            "the mask `%s` is a colour image: where it is bright, it is inpainted; give a black "
+            "and white mask if that is not meant", stored.name,
+        )  # fmt: skip
+    return grey
+
+
+def _is_photo(image: Image.Image) -> bool:
+    """Return whether many pixels have a colour, more than compression gives to grey ones."""
+    rgb = np.asarray(image.convert("RGB"), np.int16)
+    return bool((np.ptp(rgb, axis=-1) > COLOUR).mean() > 0.02)
 
 
 def _is_black_and_white(values: np.ndarray) -> bool:

@@ -202,6 +202,8 @@ def decode_stored(data: bytes, name: str | Path) -> StoredImage:
         # The further images of these are layers, previews and maps of the first one.
         if file.format not in ("PSD", "MPO") and getattr(file, "is_animated", False):
             notes.append("is animated or has several pages, the first is used")
+        if file.format == "PNG" and (colours := _unusual_colours(data)):
+            notes.append(f"has {colours} colours (cICP), which are read as sRGB: convert it first")
         _scale_colour_key(file)
         if file.format == "TIFF" and _is_wide_planar(file):
             raise UnidentifiedImageError
@@ -280,6 +282,16 @@ def _describe_content(source: Path | BytesIO) -> str:
     start = data[:512].lower()
     kinds = (kind for kind, marks in CONTENTS.items() if any(mark in start for mark in marks))
     return next(kinds, "something else, not an image") if start else "an empty file, not an image"
+
+
+def _unusual_colours(data: bytes) -> str | None:
+    """Return which colours a PNG has by its chunk cICP (ITU-T H.273), unless they are sRGB."""
+    start = data.find(b"cICP", 0, data.find(b"IDAT"))
+    if start < 0:
+        return None
+    primaries, transfer = data[start + 4], data[start + 5]
+    kind = {16: "HDR (PQ)", 18: "HDR (HLG)"}.get(transfer)
+    return kind or ("wide-gamut" if primaries not in (1, 2) else None)
 
 
 def _is_wide_planar(file: ImageFile.ImageFile) -> bool:

@@ -189,3 +189,25 @@ def test_maps_of_eight_bits_and_of_one_value_are_read(tmp_path):
     assert load_depth(tmp_path / "x.png")[0, 0, 3].tolist() == (torch.arange(64) / 63).tolist()
     Image.new("L", (8, 8), 7).save(tmp_path / "flat.png")
     assert not load_depth(tmp_path / "flat.png").any()
+
+
+def test_labels_with_255_for_ignored_are_named(tmp_path, caplog):
+    """As COCO and VOC have them; the border of 255 is thin."""
+    values = np.zeros((8, 8), np.uint8)
+    values[2:6, 2:6], values[1, 2:6] = 1, 255
+    Image.fromarray(values).save(tmp_path / "mask.png")
+    mask = np.asarray(load_mask(tmp_path / "mask.png", (8, 8)))
+    assert (mask == np.where(values == 1, 255, 0)).all()
+    assert "as labels of data sets" in caplog.text
+
+
+def test_a_photo_given_as_mask_is_named(tmp_path, caplog):
+    noise = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "photo.png")
+    load_mask(tmp_path / "photo.png", (8, 8))
+    assert "photo.png` is a colour image: where it is bright" in caplog.text
+    caplog.clear()
+    soft = np.random.default_rng(0).integers(0, 255, (8, 8, 1), np.uint8).repeat(3, 2)
+    Image.fromarray(soft).save(tmp_path / "soft.png")
+    load_mask(tmp_path / "soft.png", (8, 8))
+    assert not caplog.text

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -231,3 +232,18 @@ def test_suffixes_are_those_that_pillow_decodes():
     common = "png jpg jpeg jpe jfif mpo webp avif gif bmp dib tif tiff jp2 ppm pgm qoi psd tga ico"
     assert {f".{ending}" for ending in common.split()} < set(IMAGE_SUFFIXES)
     assert not {".mpg", ".pdf", ".eps", ".h5", ".wmf"} & set(IMAGE_SUFFIXES)
+
+
+@pytest.mark.parametrize(
+    ("code", "note"),
+    [(b"\x09\x10\0\1", "HDR (PQ)"), (b"\x0c\x0d\0\1", "wide-gamut"), (b"\1\x0d\0\1", None)],
+)
+def test_a_png_with_other_colours_than_srgb_is_named(tmp_path, caplog, code, note):
+    path = tmp_path / "x.png"
+    Image.new("RGB", (2, 2)).save(path)
+    data = path.read_bytes()
+    chunk = b"cICP" + code
+    chunk = struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    path.write_bytes(data[:33] + chunk + data[33:])
+    load_image(path)
+    assert (f"has {note} colours" in caplog.text) if note else not caplog.text
