@@ -41,8 +41,7 @@ def check_signature(function, text, name):
 
 @pytest.mark.parametrize("module_name", SURFACE)
 def test_every_name_has_its_signature(module_name):
-    if module_name not in MODULES:
-        pytest.skip("not yet there")
+    assert module_name in MODULES
     module = import_module(module_name)
     for line in filter(None, map(str.strip, SURFACE[module_name].splitlines())):
         name, bracket, text = line.partition("(")
