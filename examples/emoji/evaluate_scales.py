@@ -137,7 +137,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     sets = [each.first(args.score) for each in sets_of_run(args.out)]
     results = score_sets(sets, reference, extractor, judge)
     save_results(results, args.out)
-    save_figure(results, args.out)
+    save_figure(
+        results, args.out, title=f"The demo model over guidance scales, N = {results[0].count}"
+    )
     print(format_table(results))
 
 

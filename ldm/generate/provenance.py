@@ -249,6 +249,8 @@ def read_request(info: JsonMapping, where: str) -> Request:
     if not isinstance(values, Mapping):
         raise ArgumentError(f"{where}: the request in it is damaged")
     values = {**values, "eta": eta_of(values), **_input_paths(task, info)}
+    if values.get("scale") is None:  # the default, which may be another by now
+        values["scale"] = info.get("scale")
     options = task.options()
     return task.request({name: value for name, value in values.items() if name in options})
 

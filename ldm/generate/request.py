@@ -171,7 +171,7 @@ class Sampling:
     scale: float | None = option(None, "--scale", parse=parse_number, metavar="S",
         label="CFG scale",
         help="guidance scale, 1 = no guidance (default: 9, inpaint and unCLIP 10, SDXL 5, SDXL"
-        " Turbo 1, demo model 3)")
+        " Turbo 1, demo model 2, for inpaint 3)")
     rescale: float = option(0.0, "--guidance-rescale", parse=parse_fraction, metavar="R",
         label="Guidance rescale",
         help="0 … 1, against over-exposure at high scales (default: %(default)s)")
