@@ -90,7 +90,8 @@ def test_defaults_are_those_of_the_original():
 @pytest.mark.parametrize(
     ("task", "flags", "expected"),
     [
-        ("txt2img", "", (3, 50, "ddim")),
+        ("txt2img", "", (2, 50, "ddim")),
+        ("inpaint", "", (3, 50, "ddim")),
         ("upscale", "", (1, 50, "ddim")),
         ("txt2img", "--scale 9 --steps 5 --plms", (9, 5, "plms")),
         ("inpaint", "--ckpt m.ckpt", (10, 50, "ddim")),
