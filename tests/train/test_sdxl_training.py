@@ -14,6 +14,7 @@ from ldm.encoders.text import TextEncoder
 from ldm.loading.addons.embeddings import load_embeddings
 from ldm.loading.addons.lora import read_lora
 from ldm.loading.config import parse_yaml
+from ldm.runtime.errors import ArgumentError
 from ldm.train.loop import train
 from ldm.train.monitoring.samples import sample_images
 from ldm.train.run import Run
@@ -171,6 +172,51 @@ def test_dreambooth_samples_the_class_images_that_are_missing(photos: Path, tmp_
     assert prior_sample["target_size_as_tuple"].tolist() == [64, 64]
     train(run)
     assert "prior" in (run.folder / "log.csv").read_text().splitlines()[0].split(",")
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("xl-refiner", []),
+        pytest.param(
+            "xl-inpainting",
+            ["data.params.train.transform.conditions={mask: {}}"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_lora_and_a_token_of_other_models_are_trained(
+    family: str, overrides: list[str], photos: Path, tmp_path: Path
+) -> None:
+    run = make_run(
+        family,
+        photos,
+        tmp_path / "run",
+        "data.params.texts=null",
+        "data.params.train.fields.text=a <thing>",
+        "lightning.lora={rank: 2, targets: [attention, text]}",
+        "lightning.textual_inversion={token: <thing>, init: cat}",
+        "lightning.callbacks.images=0",
+        "lightning.trainer.max_steps=1",
+        *overrides,
+    )
+    train(run)
+    write(family, tmp_path / "model.safetensors")
+    model = ldm.load(None, tmp_path / "model.safetensors")
+    load_embeddings(model, [run.checkpoints / "last-word.safetensors"])
+    lora: Any = read_lora(run.checkpoints / "last.safetensors", model)
+    assert len(lora) > 20
+
+
+def test_class_images_that_a_refiner_cannot_make_are_asked_for(
+    photos: Path, tmp_path: Path
+) -> None:
+    prior = (
+        f"{{root: {tmp_path}/class, prompt: a dog, count: 2, transform: {{name: photo, size: 64}}}}"
+    )
+    overrides = ["data.params.train.transform.buckets=null", f"data.params.prior={prior}"]
+    with pytest.raises(ArgumentError, match="2 class images are missing in .*: put images of the"):
+        make_run("xl-refiner", photos, tmp_path / "run", *overrides)
 
 
 def test_a_training_config_of_generative_models_is_run_as_it_stands(

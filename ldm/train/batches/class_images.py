@@ -18,6 +18,8 @@ from ldm.imaging.pixels import to_pil
 from ldm.imaging.reading import IMAGE_SUFFIXES
 from ldm.model import LatentDiffusion
 from ldm.pipelines import txt2img
+from ldm.pipelines.families import FAMILIES, family_of
+from ldm.runtime.errors import ArgumentError
 from ldm.runtime.files import replace_when_written
 from ldm.train.batches.images import open_images
 from ldm.train.config.schema import ClassImages
@@ -52,6 +54,8 @@ def sample_class_images(
 
     Args:
         batch: images sampled at once; default: as many pixels as 8 images of 512 x 512 have.
+    Raises:
+        ArgumentError: images are missing, and the model needs more than text.
     """
     folder.mkdir(parents=True, exist_ok=True)
     existing = sum(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
@@ -59,6 +63,12 @@ def sample_class_images(
     missing = list(itertools.islice(free_seeds, max(0, count - existing)))
     if not missing:
         return
+    family = family_of(model.conditioner)
+    if family not in (None, "text"):  # what `txt2img` works with
+        raise ArgumentError(
+            f"{len(missing)} class images are missing in `{folder}`, and {FAMILIES[family].title} "
+            "cannot make them from text alone: put images of the class there"
+        )
     log.info("sampling %d images of `%s` into `%s`", len(missing), prompt, folder)
     was_training = model.training
     batch = batch or max(1, 8 * 64**2 // math.prod(model.latent_size))
