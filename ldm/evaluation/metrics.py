@@ -60,7 +60,7 @@ class Statistics:
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """Return |μ₁-μ₂|² + tr(C₁) + tr(C₂) - 2 Σ√λ, λ the eigenvalues of √C₁ C₂ √C₁.
+    """Return ‖μ₁-μ₂‖² + tr(C₁) + tr(C₂) - 2 Σ√λ, λ the eigenvalues of √C₁ C₂ √C₁.
 
     Eigenvalues below 0, which rounding makes of zeros, count as 0.
     """
