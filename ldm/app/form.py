@@ -48,7 +48,7 @@ IMAGE_BOX: dict[str, Any] = {
 }  # fmt: skip
 TILE = {"value": 0, "step": 64, "info": "pixels; 0: off"}
 REFINER_START = {"minimum": 0.05, "maximum": 0.95, "step": 0.05, "value": 0.8, "visible": False}
-SLD_CHOICES = [("Off", ""), *((f"{name.capitalize()} (from evaluation {sld.warmup + 1} on)", name)
+SLD_CHOICES = [("Off", ""), *((f"{name.capitalize()} (after {sld.warmup})", name)
                for name, sld in SLD_PRESETS.items())]  # fmt: skip
 PLACEHOLDERS = {
     "sld_concept": "original",

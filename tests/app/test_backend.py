@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import ldm
+from checkerhelp import write_checker
 from ldm.app.backend import Backend
 from ldm.app.form import TaskForm
 from ldm.app.jobs import Jobs
@@ -148,6 +149,27 @@ def test_a_chosen_vae_decodes_and_is_found_again_by_content(files, answers, tmp_
     assert replay(backend, other["path"]) == "identical"
     job = run(backend, "txt2img", answers("txt2img", vae="../base_v"))
     assert "unknown VAE `../base_v`" in job.message
+
+
+def test_a_safety_checker_is_chosen_by_name_and_its_acts_are_in_the_message(
+    files, answers, tmp_path
+):
+    (tmp_path / "safety_checker").mkdir()
+    for file in files["base_v"][1::2]:
+        shutil.copy(file, tmp_path)
+    checker = write_checker(tmp_path / "safety_checker/sd1.safetensors")
+    backend = Backend(tmp_path, tmp_path / "out", CHOICE, LIMITS)
+    chosen = {"safety_checker": "sd1", "unsafe": "black", "sld": "max"}
+    job = run(backend, "txt2img", answers("txt2img", **chosen))
+    assert "image 0 is flagged by concept 2" in job.message
+    assert "saved all black" in job.message
+    assert not pixels(job.images[0]["path"]).any()
+    assert job.images[0]["sld"] == "max"
+    assert replay(backend, job.images[0]["path"]) == "identical"
+    job = run(backend, "txt2img", answers("txt2img", **chosen | {"unsafe": "drop"}))
+    assert [image["path"] for image in job.images] == [None]
+    job = run(backend, "txt2img", answers("txt2img", safety_checker=str(checker)))
+    assert "unknown safety checker" in job.message
 
 
 def test_tokens_of_embeddings_count_as_their_vectors(backend, files, tmp_path):
