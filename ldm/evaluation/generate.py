@@ -38,6 +38,7 @@ INCIDENTAL = ("device", "attention", "offload", "outdir", "n_samples", "n_rows",
               "skip_save", "json", "from_file", "torchscript", "ipex", "laion400m")  # fmt: skip
 OWN = ("scale", "sampler", "steps", "ckpt")  # recorded by the names of folders
 
+CHECKPOINT = "checkpoint_hash"
 PATIENCE = 1800.0  # seconds
 
 log = logging.getLogger(__name__)
@@ -136,6 +137,8 @@ def _generate_model(
     models = load(prepared[0])
     size = prepared[0].output_size(models.base)
     infos = [describe_run(each.request, models, size, without_folders=True) for each in prepared]
+    for setting, _ in plans:
+        _check_checkpoint(out / setting.series / "options.json", infos[0]["checkpoint_hash"])
     prepared[0].begin(models.base)
     for number in range(len(plans[0][1])):
         for (setting, batches), task, info in zip(plans, prepared, infos, strict=True):
@@ -185,6 +188,7 @@ def _check_options(settings: Sequence[Setting], out: Path) -> None:
         options = _shared_options(setting)
         if path.is_file():
             before = json.loads(path.read_text("utf-8"))
+            before.pop(CHECKPOINT, None)
             changed = sorted(k for k in options.keys() | before if options.get(k) != before.get(k))
             if changed:
                 name = changed[0]
@@ -199,6 +203,16 @@ def _check_options(settings: Sequence[Setting], out: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replace_when_written(path) as part:
             part.write_text(json.dumps(options, indent=1), "utf-8")
+
+
+def _check_checkpoint(path: Path, digest: str) -> None:
+    """Record the hash of the model beside the options; raise if images are of another one."""
+    options = json.loads(path.read_text("utf-8"))
+    if options.setdefault(CHECKPOINT, digest) != digest:
+        message = f"{path.parent} has images of another model of this name: choose another folder"
+        raise ArgumentError(message, "outdir")
+    with replace_when_written(path) as part:
+        part.write_text(json.dumps(options, indent=1), "utf-8")
 
 
 def _shared_options(setting: Setting) -> JsonObject:

@@ -102,6 +102,17 @@ def test_folder_of_other_options_is_refused(run, tmp_path, monkeypatch, flags, m
     assert message in err
 
 
+def test_folder_of_another_model_of_the_name_is_refused(run, tmp_path):
+    run("--scales", "3")
+    path = tmp_path / "out/base_v-ddim-2/options.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"checkpoint_hash": "0123456789"}))
+    status, _, err = run("--scales", "3,4")
+    assert status == 1
+    assert err.splitlines()[-1].endswith(
+        "another model of this name: choose another folder (--outdir)"
+    )
+
+
 def test_processes_share_the_images(run, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     folder = tmp_path / "out/base_v-ddim-2/scale-3"
