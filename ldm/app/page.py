@@ -295,7 +295,7 @@ class Page:
                 self.preview = gr.HTML(elem_id="preview")
             with gr.Column(elem_id="side"):
                 self.relief = gr.Model3D(
-                    label="Relief", visible=False, height=360, elem_id="relief",
+                    label="Relief", visible="hidden", height=360, elem_id="relief",
                     camera_position=(75, 75, None),
                 )  # fmt: skip
                 self.about = gr.Textbox(
@@ -685,7 +685,7 @@ class Page:
             return gr.skip()
         relief = self.backend.make_relief(chosen) if chosen else None
         if relief is None:
-            return gr.update(value=None, visible=False)
+            return gr.update(value=None, visible="hidden")
         path, triangles = relief
         label = f"Relief of {triangles:,} triangles: drag to turn"
         return gr.update(value=path, visible=True, label=label)
