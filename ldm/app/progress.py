@@ -88,7 +88,7 @@ class Progress(RunListener):
         self.warnings.append(message)
 
     def add_image(self, info: Info) -> None:
-        if "seed" in info and info["path"] is not None:
+        if "seed" in info and info.get("path", "") is not None:  # None: not kept
             self.on_image(len(self.images), info)
         self.images.append(info)
         self.step = 0

@@ -49,7 +49,7 @@ def test_settings_and_fields_follow_the_checkpoint(backend):
 
     assert follow(BASE) == (True, 1024, 5.0, 50)
     assert follow("sd_xl_turbo_1.0.safetensors") == (True, 512, 1.0, 4)
-    assert follow("demo.safetensors") == (False, 128, 3.0, 25)
+    assert follow("demo.safetensors") == (False, 128, 2.0, 25)
 
 
 def test_a_refiner_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_again(backend):

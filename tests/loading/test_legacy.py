@@ -33,6 +33,11 @@ LISTENS = {
     "ldm3d": {"txt": "crossattn"},
     "ldm3d-4c": {"txt": "crossattn"},
     "ldm3d-sr": {"txt": "crossattn", "rgbd": "concat"},
+    "x2-latent-upscaler": {
+        "txt": "crossattn",
+        "lowres_latent": "concat",
+        "noise_sigma": "vector",
+    },
     "x4-upscaling": {"txt": "crossattn", "lowres": "concat", "noise_level": "vector"},
     "v2-1-stable-unclip-h-inference": {"txt": "crossattn", "embedding": "vector"},
     "v2-1-stable-unclip-l-inference": {"txt": "crossattn", "embedding": "vector"},

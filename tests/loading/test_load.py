@@ -374,7 +374,7 @@ print([name for name in heavy if name in sys.modules])
 def full(name):
     """A checkpoint with the shapes of a shipped config, taking no memory."""
     raw = read_yaml(f"configs/stable-diffusion/{name}.yaml")["model"]["params"]
-    unet = build_on_meta(translate_config(raw["unet_config"]))
+    unet = build_on_meta(translate_config(raw.get("unet_config") or raw["unet"]))
     return {f"unet.{k}": torch.zeros(1).expand(v.shape) for k, v in unet.state_dict().items()}
 
 

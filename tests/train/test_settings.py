@@ -238,7 +238,7 @@ def test_the_keywords_of_tasks_and_optimizers_are_known() -> None:
     keywords = {*signature(Reconstruction).parameters, *signature(Adversarial).parameters}
     assert {*schema.fields_of(schema.Reconstruction)} == keywords - {"model", "losses"}
     keywords = {*signature(Diffusion).parameters, *signature(Criterion).parameters}
-    given = {"model", "criterion", "schedule", "parameterization"}
+    given = {"model", "criterion", "schedule", "parameterization", "model_sigma_data"}
     assert {*schema.fields_of(schema.Denoising)} == keywords - given
     for name, keys in OPTIMIZERS.items():
         assert {*schema.fields_of(schema.OPTIONS[name])} == {*keys}
