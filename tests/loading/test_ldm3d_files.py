@@ -56,7 +56,7 @@ def test_a_file_becomes_a_folder_and_the_same_file_again(files, name, tmp_path):
 
 @pytest.mark.parametrize("name", some("ldm3d-4c")[:2])
 def test_diffusers_pipeline_makes_the_same_images(files, name, tmp_path):
-    """With `np`, whose depth is right for four channels only. Observed: 2e-6 of values in 0 … 1."""
+    """With `np`, whose depth is right for four channels only."""
     folder = files(name)[2]
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     assert type(pipe).__name__ == "StableDiffusionLDM3DPipeline"
