@@ -40,6 +40,8 @@ from ldm.util import (
 )  # fmt: skip
 from pipelines.goldmodels import model_of
 
+# Lightning, where it is installed, warns of `self.log` without a Trainer, and goes on.
+LOGS_ALONE = pytest.mark.filterwarnings("ignore:You are trying to `self.log:UserWarning")
 SHAPE = (4, 8, 12)
 
 
@@ -99,6 +101,7 @@ class ControlLDM(LatentDiffusion):
         return torch.optim.AdamW(parameters, lr=self.learning_rate)
 
 
+@LOGS_ALONE
 def test_a_control_network_is_trained_and_sampled():
     config = recorded("ddim_eps").meta["config"]
     branch = {"target": f"{__name__}.Branch", "params": {"hint_channels": 3}}
@@ -267,6 +270,7 @@ def test_an_img2img_script_keeps_what_is_masked(kind_of):
     assert (samples - z).abs().mean() < 0.2 * z.abs().mean() + 0.2
 
 
+@LOGS_ALONE
 def test_a_trainer_without_lightning_sets_what_the_model_reads():
     """As scripts drive the hooks by themselves."""
     config = recorded("train_step").meta["config"]
