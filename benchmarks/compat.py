@@ -50,7 +50,7 @@ def main() -> None:
     # Other processes disturb CPU time least.
     is_single = args.threads == 1 and args.device.type == "cpu"
     clock = time.process_time if is_single else time.perf_counter
-    times = [[timed(run, clock) for run in runs] for _ in range(args.rounds)]
+    times = [[measure_seconds(run, clock) for run in runs] for _ in range(args.rounds)]
     ratios = [theirs / ours for ours, theirs in times]
     ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))
     print(f"old classes {ours:.2f} s, plain torch layers {theirs:.2f} s, {args.steps} steps")
@@ -122,7 +122,7 @@ def build(args: argparse.Namespace) -> list[Callable[[], Tensor]]:
     return [wait(sample_by_old_classes), wait(sample_by_diffusers)]
 
 
-def timed(run: Callable[[], Tensor], clock: Callable[[], float]) -> float:
+def measure_seconds(run: Callable[[], Tensor], clock: Callable[[], float]) -> float:
     start = clock()
     run()
     return clock() - start

@@ -104,7 +104,7 @@ class ImageLogging(AncestralSampling):
             "eta": ddim_eta,
         }
         if plot_diffusion_rows:
-            log["diffusion_row"] = self._get_denoise_row_from_list(self._noised(z[:n_row]))
+            log["diffusion_row"] = self._get_denoise_row_from_list(self._add_noise_steps(z[:n_row]))
         if sample:
             with self._weights_to_log(use_ema_scope):
                 samples, steps = self.sample_log(cond=c, **options)
@@ -172,7 +172,7 @@ class ImageLogging(AncestralSampling):
         images = torch.stack([*samples], dim=1)  # (B, steps, 3, H, W)
         return _make_grid(images.flatten(0, 1), len(samples))
 
-    def _noised(self, z: Tensor) -> list[Tensor]:
+    def _add_noise_steps(self, z: Tensor) -> list[Tensor]:
         """Add noise to latents up to every `log_every_t`-th timestep, and the last."""
         last = self.num_timesteps - 1
         steps = [t for t in range(last + 1) if t % self.log_every_t == 0 or t == last]

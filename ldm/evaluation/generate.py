@@ -113,7 +113,7 @@ def generate_settings(
     listener = listener or RunListener()
     rank, world_size = rank_and_world_size()
     _check_options(settings, out)
-    plans = [(setting, plan_batches(_divided(setting.request))) for setting in settings]
+    plans = [(setting, plan_batches(_limit_batches(setting.request))) for setting in settings]
     total = sum(len(_missing(batch, s, out)) for s, batches in plans for batch in batches)
     log.info("%d images to make, %d settings", total, len(settings))
     progress = Progress(total, "Sampling")
@@ -166,7 +166,7 @@ def _generate(
             write_png(part, add_watermark(image, info), info)
 
 
-def _divided(request: Request) -> Request:
+def _limit_batches(request: Request) -> Request:
     """Return the request with batches so small that each process has one.
 
     Raises:

@@ -132,7 +132,7 @@ def _chain(*convs: Conv) -> Branch:
     return Branch([(conv,) for conv in convs])
 
 
-def _pooled(pool: Pool, width: int) -> Branch:
+def _pool_then_conv(pool: Pool, width: int) -> Branch:
     return Branch([(Conv("branch_pool", width),)], pool)
 
 
@@ -168,7 +168,7 @@ def _block_a(pool_width: int) -> list[Branch]:
             Conv("branch3x3dbl_2", 96, THREE),
             Conv("branch3x3dbl_3", 96, THREE),
         ),
-        _pooled(_average_pool, pool_width),
+        _pool_then_conv(_average_pool, pool_width),
     ]
 
 
@@ -187,7 +187,7 @@ def _block_c(width: int) -> list[Branch]:
             Conv("branch7x7dbl_4", width, TALL),
             Conv("branch7x7dbl_5", 192, WIDE),
         ),
-        _pooled(_average_pool, 192),
+        _pool_then_conv(_average_pool, 192),
     ]
 
 
@@ -205,5 +205,5 @@ def _block_e(pool: Pool) -> list[Branch]:
                 fork("branch3x3dbl_3"),
             ]
         ),
-        _pooled(pool, 192),
+        _pool_then_conv(pool, 192),
     ]

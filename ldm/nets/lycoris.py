@@ -204,19 +204,19 @@ def _whole(adapter: Adapter, shape: torch.Size) -> Tensor:
     return next(adapter[name] for name in WHOLE if name in adapter)
 
 
-def _scaled(adapter: Adapter, weight: Tensor) -> Tensor:
+def _scale_rows_or_columns(adapter: Adapter, weight: Tensor) -> Tensor:
     vector, dims = adapter["weight"].flatten().to(weight.device), [1] * weight.dim()
     dims[1 if adapter.on_input else 0] = -1
     return weight * (1 + vector.view(dims))
 
 
-def _generalised(adapter: Adapter, weight: Tensor) -> Tensor:
+def _add_glora(adapter: Adapter, weight: Tensor) -> Tensor:
     flat = weight.flatten(1)
     a1, a2, b1, b2 = (adapter[f"{n}.weight"].flatten(1).to(weight.device) for n in GLORA)
     return (flat + adapter.scale * (flat @ a1 @ a2 + b1 @ b2)).view(weight.shape)
 
 
-def _rotated(adapter: Adapter, weight: Tensor) -> Tensor:
+def _rotate_rows(adapter: Adapter, weight: Tensor) -> Tensor:
     """Rotate blocks of rows; in BOFT (m, k, b, b) in m stages, of rows that are further apart."""
     blocks = adapter["oft_blocks"].to(weight.device)
     size = blocks.shape[-1]
@@ -271,7 +271,7 @@ KINDS = (
     _Kind(_sum(_kronecker), _names("lokr_w1 lokr_w2_a lokr_w2_b"), _names("lokr_t2")),
     _Kind(_sum(_kronecker), _names("lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b"), _names("lokr_t2")),
     *(_Kind(_sum(_whole), _names(name)) for name in WHOLE),
-    _Kind(_product(_scaled), _names("weight")),
-    _Kind(_product(_generalised), _names("a1.weight a2.weight b1.weight b2.weight")),
-    _Kind(_product(_rotated), _names("oft_blocks"), _names("rescale")),
+    _Kind(_product(_scale_rows_or_columns), _names("weight")),
+    _Kind(_product(_add_glora), _names("a1.weight a2.weight b1.weight b2.weight")),
+    _Kind(_product(_rotate_rows), _names("oft_blocks"), _names("rescale")),
 )

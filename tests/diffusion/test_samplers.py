@@ -210,7 +210,7 @@ K_DIFFUSION = [
 ]
 
 
-def saturated(x: Tensor, sigma: float) -> Tensor:
+def saturating_denoise(x: Tensor, sigma: float) -> Tensor:
     return torch.tanh(x / (1 + sigma))
 
 
@@ -218,7 +218,9 @@ def saturated(x: Tensor, sigma: float) -> Tensor:
 def test_samplers_of_k_diffusion_give_its_numbers(name, eta, expected):
     sigmas = torch.tensor([14.0, 6.0, 2.5, 1.0, 0.3, 0.05], dtype=torch.float64)
     options = {} if eta is None else {"eta": eta, "noise": lambda like: torch.full_like(like, 0.3)}
-    x = SAMPLERS[name](saturated, torch.full((1, 1), 9.0, dtype=torch.float64), sigmas, **options)
+    x = SAMPLERS[name](
+        saturating_denoise, torch.full((1, 1), 9.0, dtype=torch.float64), sigmas, **options
+    )
     assert float(x) == pytest.approx(expected, rel=1e-12)  # observed: 4e-16
 
 
@@ -240,11 +242,11 @@ def test_unipc_and_deis_give_the_numbers_of_diffusers(name, steps, order):
     z = start / math.sqrt(1 + float(sigmas[0]) ** 2)
     for t, sigma in zip(scheduler.timesteps, sigmas.tolist(), strict=False):
         x = z * math.sqrt(1 + sigma**2)
-        z = scheduler.step((x - saturated(x, sigma)) / sigma, t, z).prev_sample
+        z = scheduler.step((x - saturating_denoise(x, sigma)) / sigma, t, z).prev_sample
     theirs = z * math.sqrt(1 + float(sigmas[-1]) ** 2)
     if sigmas[-1] == sigmas[-2]:  # DEIS there repeats the least level instead of going to 0
         sigmas = sigmas[:-1]
-    ours = SAMPLERS[name](saturated, start.double(), sigmas, order=order)
+    ours = SAMPLERS[name](saturating_denoise, start.double(), sigmas, order=order)
     torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=3e-5)
 
 

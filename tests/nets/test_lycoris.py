@@ -31,7 +31,7 @@ def change(layer, tensors, alpha=ALPHA, strength=STRENGTH, **options):
     return build_change(Target(layer), Adapter(tensors, alpha, **options), strength)
 
 
-def named(names, *tensors):
+def tensors_by_role(names, *tensors):
     return {n: value for n, value in zip(names, tensors, strict=True) if value is not None}
 
 
@@ -64,7 +64,7 @@ def test_low_rank_additions(layer):
         STRENGTH / 2 * (up.flatten(1) @ down.flatten(1)),
     )
     a1, b1, a2, b2 = *flat_factors(layer), *flat_factors(layer)
-    ours = change(layer, named(LOHA[:4], a1, b1, a2, b2)).delta()
+    ours = change(layer, tensors_by_role(LOHA[:4], a1, b1, a2, b2)).delta()
     check(ours, loha.diff_weight(b1, a1, b2, a2, None, None, gamma=STRENGTH / 2))
 
 
@@ -72,10 +72,10 @@ def test_tucker_forms_of_convolutions():
     layer = nn.Conv2d(COLUMNS, ROWS, 3)
     mid, up, down = tucker()
     up, down = up.t()[:, :, None, None], down[:, :, None, None]
-    ours = change(layer, named(LOCON, up, down, mid)).delta()
+    ours = change(layer, tensors_by_role(LOCON, up, down, mid)).delta()
     check(ours, locon.diff_weight(down, up, mid, gamma=STRENGTH / 2))
     (t1, a1, b1), (t2, a2, b2) = tucker(), tucker()
-    ours = change(layer, named(LOHA, a1, b1, a2, b2, t1, t2)).delta()
+    ours = change(layer, tensors_by_role(LOHA, a1, b1, a2, b2, t1, t2)).delta()
     check(ours, loha.diff_weight(b1, a1, b2, a2, t1, t2, gamma=STRENGTH / 2))
 
 
@@ -90,7 +90,7 @@ def test_kronecker_products_are_scaled_only_if_a_factor_is_a_product(layer):
         (w1, None, None, None, a2, shaped, None),
         (None, a1, b1, None, a2, shaped, None),
     ]:
-        ours = change(layer, named(LOKR, *tensors)).delta()
+        ours = change(layer, tensors_by_role(LOKR, *tensors)).delta()
         check(ours, STRENGTH * lokr.diff_weight(*tensors, gamma=ALPHA))
 
 
@@ -98,7 +98,7 @@ def test_kronecker_product_with_a_tucker_factor():
     # The oracle takes the rank from the wrong axis of `lokr_w2_a`, which is as long here.
     t2, a2, b2 = tucker(rows=RANK, columns=COLUMNS // 4)
     tensors = (normal(ROWS // RANK, 4), None, None, None, a2, b2, t2)
-    ours = change(nn.Conv2d(COLUMNS, ROWS, 3), named(LOKR, *tensors)).delta()
+    ours = change(nn.Conv2d(COLUMNS, ROWS, 3), tensors_by_role(LOKR, *tensors)).delta()
     check(ours, lokr.diff_weight(*tensors, gamma=ALPHA * STRENGTH))
 
 
@@ -159,16 +159,20 @@ def test_the_order_of_additions_does_not_matter_and_that_of_products_does():
     turns = [{"oft_blocks": normal(4, 8, 8)}, {"oft_blocks": normal(2, 16, 16)}]
     weight = normal(ROWS, COLUMNS)
 
-    def merged(*adapters):
+    def merge_into_layer(*adapters):
         layer = nn.Linear(COLUMNS, ROWS).requires_grad_(False)
         layer.weight.copy_(weight)
         merge_changes([change(layer, tensors, None) for tensors in adapters])
         return layer.weight
 
-    expected = merged(*additions, turns[0])
-    assert torch.equal(merged(turns[0], *reversed(additions)), expected)
-    assert torch.equal(merged(additions[2], turns[0], *additions[:2], *additions[3:]), expected)
-    assert not torch.allclose(merged(*turns), merged(*reversed(turns)), atol=1e-3)
+    expected = merge_into_layer(*additions, turns[0])
+    assert torch.equal(merge_into_layer(turns[0], *reversed(additions)), expected)
+    assert torch.equal(
+        merge_into_layer(additions[2], turns[0], *additions[:2], *additions[3:]), expected
+    )
+    assert not torch.allclose(
+        merge_into_layer(*turns), merge_into_layer(*reversed(turns)), atol=1e-3
+    )
 
 
 @pytest.mark.parametrize(

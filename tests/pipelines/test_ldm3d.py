@@ -109,7 +109,7 @@ def test_latents(file, name):
     torch.testing.assert_close(z, theirs, atol=1.3e-3, rtol=0)
 
 
-def upscaled(sr, name):
+def run_upscaling(sr, name):
     info, given = sr.case(name)["info"], sr.inputs(name)
     unet = "unet_with_level" if info["class_embedding"] else "unet"
     encoder = {"target": "ldm.encoders.lowres.RGBDLatent"}
@@ -134,7 +134,7 @@ def upscaled(sr, name):
 def test_upscale_rgbd(sr, name):
     """Without and with an embedding of the noise level. Observed: 2.0e-5, the original's 2.1e-5."""
     theirs = sr.outputs(name)["decoded"].clamp(-1, 1)
-    torch.testing.assert_close(upscaled(sr, name), theirs, atol=2e-4, rtol=0)
+    torch.testing.assert_close(run_upscaling(sr, name), theirs, atol=2e-4, rtol=0)
 
 
 def test_a_panorama_has_no_seam(file):
