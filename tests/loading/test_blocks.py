@@ -1,0 +1,87 @@
+"""Blocks of UNets, and numbers for each."""
+
+import pytest
+
+from ldm.loading.blocks import find_blocks
+from ldm.loading.build import build_on_meta
+from ldm.loading.config import read_yaml
+from ldm.loading.families import CONFIG_DIR, XL_CONFIG_DIR
+from ldm.loading.legacy import translate_config
+from ldm.runtime.errors import ArgumentError
+
+ATTENTION = "BASE IN01 IN02 IN04 IN05 IN07 IN08 M00 OUT03 OUT04 OUT05 OUT06 OUT07 OUT08 OUT09 OUT10"
+XL_ATTENTION = "BASE IN04 IN05 IN07 IN08 M00 OUT00 OUT01 OUT02 OUT03 OUT04 OUT05"
+
+
+def blocks_of(config):
+    return find_blocks(build_on_meta(translate_config(read_yaml(f"{config}.yaml"))).state_dict())
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    return blocks_of(f"{CONFIG_DIR}/v1-inference")
+
+
+def test_blocks_of_stable_diffusion(blocks):
+    numbers = [f"{number:02}" for number in range(12)]
+    names = ["BASE", *(f"IN{n}" for n in numbers), "M00", *(f"OUT{n}" for n in numbers)]
+    assert list(blocks.names) == names
+    assert list(blocks.attention) == [*ATTENTION.split(), "OUT11"]
+
+
+def test_blocks_of_sdxl():
+    blocks = blocks_of(f"{XL_CONFIG_DIR}/sd_xl_base")
+    assert len(blocks.names) == 20
+    assert list(blocks.attention) == XL_ATTENTION.split()
+    assert blocks.block_of("unet.out.2.weight") == "OUT08"
+    assert blocks.block_of("unet.label_emb.0.0.weight") == "IN00"
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("unet.time_embed.0.weight", "IN00"),
+        ("unet.input_blocks.0.0.weight", "IN00"),
+        ("input_blocks.11.0.in_layers.2", "IN11"),
+        ("middle_block.1.norm", "M00"),
+        ("unet.output_blocks.3.1.proj_in.weight", "OUT03"),
+        ("unet.out.0.weight", "OUT11"),
+        ("text_encoder.text_model.encoder.layers.0.mlp.fc1", "BASE"),
+        ("conditioner.text.transformer.text_model.final_layer_norm.weight", "BASE"),
+        ("autoencoder.encoder.conv_in.weight", "BASE"),
+    ],
+)
+def test_block_of_a_weight(blocks, name, block):
+    assert blocks.block_of(name) == block
+
+
+def test_numbers_stand_in_the_order_of_the_blocks(blocks):
+    numbers = [number / 100 for number in range(26)]
+    text = ",".join(map(str, numbers))
+    assert list(blocks.parse(text, 0.5, "x").values()) == numbers
+    assert list(blocks.parse(text.removeprefix("0.0,"), 0.5, "x").values()) == [0.5, *numbers[1:]]
+
+
+def test_numbers_of_the_blocks_that_a_plain_lora_changes(blocks):
+    weights = blocks.parse(",".join("1" * 17), 0.5, "x", adapter=True)
+    assert {block for block, weight in weights.items() if weight} == {*blocks.attention}
+
+
+def test_pairs_leave_the_others_as_they_are(blocks):
+    weights = blocks.parse("in04=0, OUT11 = 1", 0.5, "x")
+    assert (weights["IN04"], weights["OUT11"], weights["BASE"], weights["M00"]) == (0, 1, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1,2,3", r"3 block weights, this model takes 26 \(BASE … OUT11\), 25 \(IN00 … OUT11\)$"),
+        (",".join("1" * 17), "17 block weights"),
+        ("IN12=1", "no block IN12, it has BASE, IN00 … IN11, M00, OUT00 … OUT11"),
+        ("IN00=much", "`much` is not a number"),
+        ("nan", "`nan` is not a number"),
+    ],
+)
+def test_numbers_that_fit_no_block_are_refused(blocks, text, message):
+    with pytest.raises(ArgumentError, match=message):
+        blocks.parse(text, 0.5, "x")
