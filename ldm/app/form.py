@@ -41,7 +41,7 @@ STEPS = 25  # of models without a number of their own; the scripts of the origin
 SETTINGS = (
     "sampler", "steps", "scheduler", "scale", "width", "height", "n_iter", "n_samples", "seed",
     "eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "rescale", "guidance_interval", "sld",
-    "sld_concept", "vae_tile", "unet_tile", "tiling", "safety_checker", "unsafe",
+    "sld_concept", "clip_skip", "vae_tile", "unet_tile", "tiling", "safety_checker", "unsafe",
 )  # fmt: skip
 IMAGE_BOX: dict[str, Any] = {
     "type": "filepath", "height": 240, "image_mode": None, "sources": ["upload", "clipboard"],
@@ -223,6 +223,7 @@ def values_from_info(info: Mapping[str, Any]) -> dict[str, Any]:
     values |= {name: request[name] for name in ("rescale", "n_samples", "n_iter")
                if request.get(name) is not None}  # fmt: skip
     values["tiling"] = info.get("tiling") or "none"
+    values["clip_skip"] = info.get("clip_skip") or 1
     if info.get("seed") is not None:
         values["seed"] = str(info["seed"])
     values |= {name: _as_text(info.get(name)) for name in options_of(SDXL)}

@@ -12,7 +12,9 @@ Radford et al. 2021 (arXiv:2103.00020); Cherti et al. 2022 (arXiv:2212.07143).
 """
 
 import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, cast
 
 import torch
@@ -69,6 +71,23 @@ CLIP_UNUSED = frozenset(
 )  # fmt: skip
 
 
+_clip_skip: ContextVar[int] = ContextVar("clip_skip", default=1)
+
+
+@contextmanager
+def clip_skip(number: int) -> Iterator[None]:
+    """Within a block, let towers stop earlier that end with their last layer and its norm.
+
+    Args:
+        number: 1 for all layers, 2 for all but the last …; the final norm follows.
+    """
+    token = _clip_skip.set(number)
+    try:
+        yield
+    finally:
+        _clip_skip.reset(token)
+
+
 class ContextCache(Protocol):
     """Outputs by prompt: `context` (N, D), and `pooled` (D,) if there is one."""
 
@@ -113,6 +132,24 @@ class TextEncoder(Encoder):
     def embedding_table(self) -> Tensor:
         """Weight of the token embedding, (rows, D)."""
         raise NotImplementedError
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks before the context."""
+        raise NotImplementedError
+
+    @property
+    def takes_clip_skip(self) -> bool:
+        """Whether the context is the last layer with the final norm, so that some can be left out.
+
+        The towers of Stable Diffusion 2 and SDXL end a layer earlier by themselves.
+        """
+        return False
+
+    @property
+    def skipped_blocks(self) -> int:
+        """Number of blocks at the end that are left out, see `clip_skip`."""
+        return _clip_skip.get() - 1 if self.takes_clip_skip else 0
 
     @property
     def width(self) -> int:
@@ -212,6 +249,8 @@ class TextEncoder(Encoder):
         cache = self.cache
         if cache is None or self.added_embeddings or any(text not in cache for text in texts):
             return None
+        if self.skipped_blocks:
+            return None
         is_trained = any(weight.requires_grad for weight in self.parameters())
         if is_trained or any(module._forward_hooks for module in self.modules()):  # LoRA
             return None
@@ -296,6 +335,10 @@ class OpenCLIPText(TextEncoder):
         return ("model.text_projection", "model.logit_scale", *norm, *blocks)
 
     @property
+    def takes_clip_skip(self) -> bool:
+        return self.layer == "last" and self.legacy
+
+    @property
     def embedding_table(self) -> Tensor:
         return self.model.token_embedding.weight
 
@@ -304,7 +347,7 @@ class OpenCLIPText(TextEncoder):
     ) -> tuple[Tensor, Tensor | None]:
         pooled_at = ends if self.always_return_pooled else None
         output: tuple[Tensor, Tensor | None] = self.model(
-            rows, self.num_blocks, added, norm=self.legacy, ends=pooled_at
+            rows, self.num_blocks - self.skipped_blocks, added, norm=self.legacy, ends=pooled_at
         )
         return output
 
@@ -355,6 +398,15 @@ class CLIPText(TextEncoder):
         return cast(CLIPTower, self.transformer["text_model"])
 
     @property
+    def num_blocks(self) -> int:
+        """Number of blocks before the context."""
+        return self.blocks_run
+
+    @property
+    def takes_clip_skip(self) -> bool:
+        return self.layer == "last"
+
+    @property
     def embedding_table(self) -> Tensor:
         return self.tower.token_embedding.weight
 
@@ -363,7 +415,7 @@ class CLIPText(TextEncoder):
     ) -> tuple[Tensor, Tensor | None]:
         context, pooled = self.tower(
             rows,
-            self.blocks_run,
+            self.num_blocks - self.skipped_blocks,
             added,
             norm=self.layer != "hidden",
             ends=ends if self.always_return_pooled else None,

@@ -95,6 +95,7 @@ def describe_run(
         **_describe_upscaler(request, models, without_folders),
         **_describe_sld(sampling),
         **_describe_checker(request, without_folders),
+        **({"clip_skip": sampling.clip_skip} if sampling.clip_skip > 1 else {}),
         "tile": sampling.vae_tile,
         "tiling": sampling.tiling,
         "legacy": list(sampling.legacy),

@@ -186,6 +186,9 @@ class Sampling:
         label="Unsafe concept",
         help="what --sld guides away from: a text, @FILE with one, or the text of the authors'"
         " package or of diffusers: original, diffusers (default: original)")
+    clip_skip: int = option(1, "--clip-skip", parse=parse_count, metavar="N", label="Clip skip",
+        maximum=12, help="layer of the text tower of Stable Diffusion 1 that is used, from the end:"
+        " 1 the last, 2 the last but one (default: %(default)s)")
     seed: int = option(42, "--seed", parse=parse_integer, metavar="N", label="Seed",
         help="image k of the run has seed + k (default: %(default)s)")
     fixed_code: bool = option(False, "--fixed_code", help="the same start noise for every batch")

@@ -37,7 +37,7 @@ from ldm.imaging.output import OutputFolder
 from ldm.imaging.relief import check_trimesh
 from ldm.imaging.rgbd import place_beside, split_depth
 from ldm.model import LatentDiffusion
-from ldm.pipelines.common import TaskOptions
+from ldm.pipelines.common import TaskOptions, check_clip_skip
 from ldm.pipelines.latent_upscaling import Upscaling
 from ldm.runtime.errors import NonFinite, Stop
 from ldm.runtime.types import JsonMapping
@@ -77,6 +77,8 @@ def run_request(
         if models is None:
             models = load(prepared)
             _warn_about_prompts(batches, request.sampling.sld_concept, models.base, listener)
+            if reason := check_clip_skip(models.base, request.sampling.clip_skip):
+                listener.warn(reason)
         _generate_batches(prepared, batches, models, listener, without_folders)
 
 
@@ -219,6 +221,8 @@ def _generate(
         )
     rule = {"sld": sampling.sld, "sld_concept": sampling.sld_concept}
     options |= {name: value for name, value in rule.items() if value is not None}
+    if check_clip_skip(model, sampling.clip_skip) is None and sampling.clip_skip > 1:
+        options["clip_skip"] = sampling.clip_skip
     prompts = [job.prompt for job in batch]
     return prepared.generate(model, prompts, cast(TaskOptions, options))
 

@@ -7,7 +7,7 @@ image is a plain dict; `parameters_text` knows these keys, all optional:
     s_churn, s_tmin, s_tmax, s_noise,
     size (height, width), strength, checkpoint (name), checkpoint_hash, ldm (version),
     mask_box, mask_grow, mask_blur, noise_level, mix_noise_level, weight (of each image),
-    tiling, depth_range (lowest and highest of 0 … 65535),
+    clip_skip, tiling, depth_range (lowest and highest of 0 … 65535),
     prompt_2, negative_prompt_2, original_size, crop, target_size and aesthetic_score (also
     negative_ ones), refiner_strength or refiner_start, sld, sld_concept,
     safety (flagged, concepts, special, scores, special_scores, action),
@@ -76,6 +76,7 @@ SETTINGS: dict[str, tuple[str, Callable[[str], object]]] = {
     "Mask expand": ("mask_grow", int),
     "Mask grow": ("mask_grow", int),  # as version 0.1 wrote it
     "Noise level": ("noise_level", int),
+    "Clip skip": ("clip_skip", int),
     "Tiling": ("tiling", _parse_tiling),
     "Refiner switch at": ("refiner_start", float),
     "SLD": ("sld", str),
@@ -156,6 +157,7 @@ def _settings(info: JsonMapping) -> Iterable[tuple[str, str]]:
         "VAE hash": vae.get("hash"),
         "VAE": vae and PurePath(vae["path"]).name,
         "Denoising strength": info.get("strength"),
+        "Clip skip": info.get("clip_skip"),
         "Mask box": info.get("mask_box"),
         "Resize mode": None if info.get("resize_mode") == "crop" else info.get("resize_mode"),
         "Mask expand": info.get("mask_grow") or None,

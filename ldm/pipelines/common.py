@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import ParamSpec, TypeVar, cast
+from typing import ParamSpec, TypedDict, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from ldm.conditioning import Cond
 from ldm.diffusion.guidance import Guidance, Scale
 from ldm.diffusion.samplers import Constrain
 from ldm.diffusion.step_noise import StepNoise
+from ldm.encoders.text import TextEncoder, clip_skip
 from ldm.imaging.rgbd import join_depth
 from ldm.model import LatentDiffusion
 from ldm.nets.circular import circular_padding
@@ -49,8 +50,10 @@ from ldm.runtime.errors import (
 
 __all__ = [
     "GuidedOptions",
+    "PromptOptions",
     "TaskOptions",
     "TextOptions",
+    "check_clip_skip",
     "decode_latent",
     "encode_image",
     "generate",
@@ -58,7 +61,19 @@ __all__ = [
 ]
 
 
-class GuidedOptions(SamplingOptions, GuidanceOptions):
+class PromptOptions(TypedDict, total=False):
+    """Keywords that say how prompts are read.
+
+    Attributes:
+        clip_skip: Layer of the text tower that counts, from the end: 1 the last, 2 the last but
+            one, then the final norm. For Stable Diffusion 1; towers of others end a layer earlier
+            by themselves, which is said.
+    """
+
+    clip_skip: int
+
+
+class GuidedOptions(SamplingOptions, GuidanceOptions, PromptOptions):
     """Keywords of tasks whose models read prompts."""
 
 
@@ -112,8 +127,9 @@ def pipeline(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tens
         allowed = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
         takes_sdxl, takes_text = "text" in families, families != ("variation",)
         allowed += (TextOptions if takes_sdxl else SamplingOptions).__annotations__
+        of_text = GuidanceOptions.__annotations__ | PromptOptions.__annotations__
         if takes_text:
-            allowed += GuidanceOptions.__annotations__
+            allowed += of_text
 
         @wraps(function)
         @torch.no_grad()
@@ -122,16 +138,18 @@ def pipeline(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tens
                 if former in keywords:
                     keywords[name] = keywords.pop(former)
             for keyword in keywords:
-                if keyword in GuidanceOptions.__annotations__ and not takes_text:
+                if keyword in of_text and not takes_text:
                     raise ArgumentError(f"{keyword} needs a model that reads prompts", keyword)
                 if keyword not in allowed:
                     kind = f"keyword of {function.__name__}"
                     raise unknown_name(kind, keyword, allowed[1:], argument=keyword)
-            tiling = keywords.pop("tiling", "none")
+            tiling, skip = keywords.pop("tiling", "none"), keywords.pop("clip_skip", 1)
             model = signature.bind(*args, **keywords).arguments["model"]
             check_family(model, *families)
+            if (reason := check_clip_skip(model, skip)) is not None:
+                warnings.warn(reason, stacklevel=2)
             try:
-                with circular_padding(str(tiling)):
+                with circular_padding(str(tiling)), clip_skip(cast(int, skip)):
                     return function(*args, **keywords)
             except NonFinite as error:
                 for one in (model, keywords.get("refiner")):
@@ -141,6 +159,29 @@ def pipeline(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tens
         return call
 
     return decorate
+
+
+def check_clip_skip(model: LatentDiffusion, number: object) -> str | None:
+    """Return why a clip skip has no effect on a model; None if it has one.
+
+    Raises:
+        ArgumentError: the text tower does not have so many layers.
+    """
+    if not isinstance(number, int) or number < 1:
+        raise ArgumentError(f"clip_skip must be 1 or more, got {number}", "clip_skip")
+    encoders = model.conditioner.find_all(TextEncoder)
+    if number == 1:
+        return None
+    layers = [encoder.num_blocks for encoder in encoders if encoder.takes_clip_skip]
+    if not layers:
+        return (
+            f"clip_skip {number} is ignored: {file_name(model)} is not a model of Stable Diffusion "
+            "1, whose text tower ends with its last layer"
+        )
+    if number > min(layers):
+        message = f"clip_skip {number}: the text tower has {min(layers)} layers"
+        raise ArgumentError(message, "clip_skip")
+    return None
 
 
 @dataclass(frozen=True)
@@ -348,7 +389,7 @@ def split_options(
 ) -> tuple[SamplingOptions, SDXLOptions]:
     """Separate what `sample` takes from what only SDXL does, without the rule of guidance."""
     names = SDXLOptions.__annotations__
-    others = names | GuidanceOptions.__annotations__
+    others = names | GuidanceOptions.__annotations__ | PromptOptions.__annotations__
     sampling = {name: value for name, value in options.items() if name not in others}
     sdxl = {name: value for name, value in options.items() if name in names}
     return cast(SamplingOptions, sampling), cast(SDXLOptions, sdxl)

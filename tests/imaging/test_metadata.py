@@ -157,9 +157,10 @@ def test_a1111_text_is_read(tmp_path):
         "checkpoint_hash": "abc",
         "checkpoint": "x",
         "strength": 0.5,
+        "clip_skip": 2,
         "mask_blur": 4.0,
         "version": "v1.6.0",
-        "other": {"Clip skip": "2", "Lora hashes": "a: 1, b: 2"},
+        "other": {"Lora hashes": "a: 1, b: 2"},
     }
 
 

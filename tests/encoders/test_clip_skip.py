@@ -1,0 +1,66 @@
+"""Clip skip: an earlier layer of the text tower, then the final norm."""
+
+import pytest
+import torch
+from encoderhelp import assert_close
+
+from goldfile import gold
+from ldm.encoders.text import CLIPText, OpenCLIPText, clip_skip
+
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+}  # fmt: skip
+OPEN = {"embed_dim": 24, "text_cfg": {"width": 32, "heads": 4, "layers": 4}}
+PROMPTS = ["a cat", "an astronaut riding a horse, photograph"]
+
+
+@pytest.mark.slow
+def test_each_layer_is_that_of_transformers():
+    """The lines of diffusers' `encode_prompt`, whose clip_skip is one less."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    encoder = CLIPText(arch=SIZES)
+    config = transformers.CLIPTextConfig(**SIZES, hidden_act="quick_gelu", eos_token_id=49407)
+    oracle = transformers.CLIPTextModel(config).eval()
+    state = {f"text_model.{name}": value for name, value in encoder.tower.state_dict().items()}
+    known = oracle.state_dict().keys()
+    oracle.load_state_dict({n if n in known else n.removeprefix("text_model."): v
+                            for n, v in state.items()}, strict=False)  # fmt: skip
+    tower = getattr(oracle, "text_model", oracle)
+    with torch.no_grad():
+        outputs = oracle(encoder.tokenize(PROMPTS), output_hidden_states=True)
+        for number in range(1, 5):
+            with clip_skip(number):
+                context = encoder.encode(PROMPTS)
+            expected = tower.final_layer_norm(outputs.hidden_states[-number])
+            assert_close(context, expected, 2e-6)  # observed: 6e-7
+
+
+def test_the_last_layer_but_one_gets_the_final_norm():
+    golden = gold("text_hfclip")
+    encoder = CLIPText(arch=golden.meta["config"]["tiny_hf_config"])
+    encoder.load_state_dict(golden.weights(encoder.state_dict()))
+    indices = golden.cases[0]["info"]["outputs_are_for_prompt_indices"]
+    with clip_skip(2), torch.no_grad():
+        context = encoder.encode([golden.meta["prompts"][k] for k in indices])
+        expected = encoder.tower.final_layer_norm(golden.outputs("prompts")["hidden_m2"])
+    assert_close(context, expected)
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "is_taken"),
+    [
+        (CLIPText, {"arch": SIZES}, True),
+        (OpenCLIPText, {"arch": OPEN, "layer": "last"}, True),
+        (OpenCLIPText, {"arch": OPEN, "layer": "penultimate"}, False),
+        (CLIPText, {"arch": SIZES, "layer": "hidden", "layer_idx": 3}, False),
+    ],
+)
+def test_only_towers_that_end_with_their_last_layer_take_it(build, options, is_taken):
+    encoder = build(**options)
+    encoder.cache = {text: {"context": torch.zeros(77, 32)} for text in PROMPTS}
+    cached = encoder.encode(PROMPTS)
+    with clip_skip(2):
+        context = encoder.encode(PROMPTS)
+    assert torch.equal(cached, context) != is_taken
+    assert encoder.takes_clip_skip == is_taken
