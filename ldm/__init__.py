@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ldm.diffusion.samplers import SAMPLERS
     from ldm.loading.config import instantiate
     from ldm.loading.load import load
+    from ldm.loading.tiny_autoencoder import load_preview
     from ldm.pipelines import (
         Upscaling,
         depth2img,
@@ -42,6 +43,7 @@ __all__ = [
     "inpaint",
     "instantiate",
     "load",
+    "load_preview",
     "sample",
     "txt2img",
     "unclip",
@@ -57,6 +59,7 @@ _MODULES = {
     "SAMPLERS": "ldm.diffusion.samplers",
     "instantiate": "ldm.loading.config",
     "load": "ldm.loading.load",
+    "load_preview": "ldm.loading.tiny_autoencoder",
 }
 
 

@@ -23,6 +23,7 @@ from ldm.encoders.text import TextEncoder
 from ldm.nets.autoencoder import AutoencoderKL, PixelSpace
 from ldm.nets.latent_upscaler import LatentUpscalerUNet
 from ldm.nets.tiling import apply_tiled
+from ldm.nets.tiny_autoencoder import TinyAutoencoder
 from ldm.nets.unet import UNet
 from ldm.runtime.errors import ArgumentError
 from ldm.runtime.offload import offload
@@ -68,7 +69,7 @@ class LatentDiffusion(nn.Module):
         self,
         *,
         unet: UNet | LatentUpscalerUNet,
-        autoencoder: AutoencoderKL | PixelSpace,
+        autoencoder: AutoencoderKL | TinyAutoencoder | PixelSpace,
         conditioner: Conditioner,
         schedule: Schedule,
         parameterization: str = "eps",
@@ -88,7 +89,7 @@ class LatentDiffusion(nn.Module):
                 "terminal SNR, z_t is pure noise and eps carries no information about z"
             )
         self.unet = unet
-        self.autoencoder = autoencoder
+        self.autoencoder: AutoencoderKL | TinyAutoencoder | PixelSpace = autoencoder
         self.conditioner = conditioner
         self.schedule = schedule
         self.parameterization = parameterization
@@ -155,6 +156,15 @@ class LatentDiffusion(nn.Module):
             z = z / self.latent_std.to(z.device)
         return z * self.scale_factor
 
+    def denormalize(self, z: Tensor) -> Tensor:
+        """Convert latents (B, C, h, w) of the UNet to those of the autoencoder."""
+        z = z / self.scale_factor
+        if self.latent_std is not None:
+            z = z * self.latent_std.to(z.device)
+        if self.latent_mean is not None:
+            z = z + self.latent_mean.to(z.device)
+        return z
+
     def decode(self, z: Tensor, tile: int | None = None) -> Tensor:
         """Decode latents (B, C, h, w) to images (B, 3, H, W) float32, about [-1, 1], not clamped.
 
@@ -163,11 +173,7 @@ class LatentDiffusion(nn.Module):
                 blended: needs less memory, but changes the image a little, as each tile is
                 normalized by itself. None decodes everything at once.
         """
-        z = z / self.scale_factor
-        if self.latent_std is not None:
-            z = z * self.latent_std.to(z.device)
-        if self.latent_mean is not None:
-            z = z + self.latent_mean.to(z.device)
+        z = self.denormalize(z)
         if tile is None:
             return self.autoencoder.decode(z)
         return apply_tiled(self.autoencoder.decode, z, tile, factor=self.downscale)

@@ -49,6 +49,12 @@ from ldm.loading.matching import guess_kind, match_weights
 from ldm.loading.published import find_checkpoint
 from ldm.loading.sgm import ENGINE
 from ldm.loading.tables import make_tables
+from ldm.loading.tiny_autoencoder import (
+    TinyWeights,
+    build_tiny_autoencoder,
+    check_latents,
+    read_tiny_autoencoder,
+)
 from ldm.loading.weight_names import TEXT, our_names, restore_names
 from ldm.loading.weights import (
     AUTOENCODER,
@@ -60,6 +66,7 @@ from ldm.loading.weights import (
     read_weights,
 )
 from ldm.model import Defaults, LatentDiffusion
+from ldm.nets.autoencoder import PixelSpace
 from ldm.pipelines.families import file_name
 from ldm.runtime.device import pick_wide_dtype
 from ldm.runtime.errors import (
@@ -130,7 +137,8 @@ def load(
         allow: packages of your own whose classes the YAML may name.
         clip_stats: statistics of CLIP's embeddings, for unCLIP models that do not find theirs.
         midas: the depth network, for depth models whose checkpoint has none or for another one.
-        vae: a checkpoint, as `ckpt`, whose autoencoder is used instead.
+        vae: a checkpoint, as `ckpt`, whose autoencoder is used instead; or TAESD, whose decoder
+            alone leaves the encoder as it is.
         text_encoder: a checkpoint whose (first) text encoder is used instead, and whose autoencoder
             if there is no other one; the x2 latent upscaler takes both from one of Stable
             Diffusion 1.
@@ -170,7 +178,10 @@ def load(
     provenance = {"config": source, **_provenance(raw, weights, ema, skipped)}
     if isinstance(model, LatentDiffusion):
         model.upcast_autoencoder &= not is_finite_in_half(weights.source)
-    if vae is not None:
+    tiny = None if vae is None else read_tiny_autoencoder(vae)
+    if tiny is not None:
+        provenance["vae"] = _leave_out_autoencoder(model, weights, tiny)
+    elif vae is not None:
         provenance["vae"] = _replace_autoencoder(model, weights, vae)
     if text_encoder is not None:
         provenance["text_encoder"] = _replace_text_encoder(model, weights, text_encoder)
@@ -198,6 +209,9 @@ def load(
     if isinstance(model, LatentDiffusion):
         model.provenance = provenance
         _compare_schedules(model, weights.tables, misfit)
+        if tiny is not None:
+            place = "cpu" if offload else device
+            model.autoencoder = build_tiny_autoencoder(tiny, model, place, dtype)
         load_clip_statistics(model.conditioner, weights.path, clip_stats, weights.tables)
         _check_prediction(model, weights, is_config_given=config is not None)
         _set_variant(model, weights, variant)
@@ -395,6 +409,22 @@ def _replace_autoencoder(
     weights.state = new | {n: v for n, v in weights.state.items() if not n.startswith(AUTOENCODER)}
     weights.mapped = weights.mapped and source.mapped
     return {"path": str(source.path.resolve()), "hash": file_hash(source.path)}
+
+
+def _leave_out_autoencoder(
+    model: torch.nn.Module, weights: Weights, tiny: TinyWeights
+) -> dict[str, str]:
+    """Do not load the autoencoder if TAESD replaces it whole; returns path and hash of TAESD."""
+    if not isinstance(model, LatentDiffusion):
+        message = "another autoencoder needs a whole model, the config is a part's"
+        raise ArgumentError(message, "vae")
+    check_latents(tiny, model)
+    if tiny.has_encoder:
+        model.autoencoder = PixelSpace()
+        model.upcast_autoencoder = False
+        kept = {n: v for n, v in weights.state.items() if not n.startswith(AUTOENCODER)}
+        weights.state = kept
+    return {"path": str(tiny.path.resolve()), "hash": file_hash(tiny.path)}
 
 
 def _replace_text_encoder(

@@ -58,6 +58,7 @@ KINDS = {
     r"control_model|controlnet_|zero_convs": "a ControlNet, which is not supported",
     r"^(time_embed|input_blocks|output_blocks)\.": "a UNet alone",
     r"^(conv_in|down_blocks|text_model)\.": "a part of a diffusers folder",
+    r"^(\w*coder\.)?(layers\.)?\d+\.conv\.0\.": "TAESD, a small autoencoder (`vae`)",
     r"concept_embeds": "the safety checker of Stable Diffusion 1 (`safety_checker`)",
     r"double_blocks|joint_blocks": "SD 3 or Flux, which are not supported",
 }

@@ -1,0 +1,173 @@
+"""Read TAESD, for decoding or previews, in the formats of its authors and of diffusers.
+
+taesd_decoder.pth, taesd_encoder.pth    1.weight, 3.conv.0.weight, …
+one file                                encoder.0.weight, decoder.1.weight, …
+diffusers                               encoder.layers.0.weight, decoder.layers.0.weight, …
+"""
+
+import json
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm.loading.autoencoders import SCALE_XL, XL_NAME
+from ldm.loading.build import fill_weights, meta_device
+from ldm.loading.diffusers.files import read_component
+from ldm.loading.files.checkpoint import read_checkpoint
+from ldm.loading.matching import check_weights
+from ldm.loading.published import find_checkpoint
+from ldm.model import LatentDiffusion
+from ldm.nets.autoencoder import AutoencoderKL
+from ldm.nets.tiny_autoencoder import TinyAutoencoder
+from ldm.pipelines.families import file_name, is_sdxl
+from ldm.runtime.errors import WeightsMismatch
+from ldm.runtime.files import read_text
+
+__all__ = [
+    "TinyWeights", "build_tiny_autoencoder", "check_latents", "load_preview",
+    "read_tiny_autoencoder",
+]  # fmt: skip
+
+log = logging.getLogger(__name__)
+
+NAME = re.compile(
+    r"(?:\w*?(?P<network>encoder|decoder)\.)?(?P<diffusers>layers\.)?(?P<layer>\d+)"
+    r"(?P<rest>(?:\.conv\.[024])?\.(?:weight|bias))"
+)
+CLASS = "AutoencoderTiny"  # of diffusers
+
+
+@dataclass(frozen=True)
+class TinyWeights:
+    """The weights of TAESD, under the names of `TinyAutoencoder`.
+
+    Args:
+        path: of the file or folder.
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether it can also encode."""
+        return any(name.startswith("encoder.") for name in self.state)
+
+
+def read_tiny_autoencoder(path: str | Path) -> TinyWeights | None:
+    """Return the weights of TAESD in a file or diffusers folder; None if it holds something else.
+
+    Raises:
+        WeightsMismatch: it is the encoder alone.
+    """
+    path = find_checkpoint(path)
+    config = path / "config.json"
+    if path.is_dir():
+        if not config.is_file() or json.loads(read_text(config)).get("_class_name") != CLASS:
+            return None
+        state = read_component(path, None)
+    else:
+        state = read_checkpoint(path).state
+    if not _is_tiny(state):
+        return None
+    network = "encoder" if "0.weight" in state else "decoder"
+    weights = TinyWeights(path, {_our_name(name, network): v for name, v in state.items()})
+    if not any(name.startswith("decoder.") for name in weights.state):
+        raise WeightsMismatch(f"`{path}` is the encoder of TAESD alone: give the decoder")
+    return weights
+
+
+def build_tiny_autoencoder(
+    weights: TinyWeights,
+    model: LatentDiffusion,
+    device: str | torch.device,
+    dtype: torch.dtype,
+) -> TinyAutoencoder:
+    """Build TAESD for the latents of a model; its own autoencoder encodes if TAESD cannot.
+
+    Raises:
+        WeightsMismatch: weights are missing or of other shapes.
+    """
+    # Where latents are normalised by channel, the factor is no longer the autoencoder's.
+    scale = SCALE_XL if model.latent_mean is not None else model.scale_factor
+    with meta_device():
+        tiny = TinyAutoencoder(scale)
+    expected = tiny.state_dict()
+    if not weights.has_encoder:
+        expected = {name: v for name, v in expected.items() if name.startswith("decoder.")}
+        tiny.encoder = None
+    check_weights(expected, weights.state, f"`{weights.path}` is not TAESD of 4 latent channels")
+    fill_weights(tiny, dict(weights.state), device=device, dtype=dtype)
+    if not weights.has_encoder and isinstance(model.autoencoder, AutoencoderKL):
+        tiny.full = model.autoencoder
+    return tiny.eval()
+
+
+def load_preview(path: str | Path, model: LatentDiffusion) -> Callable[[Tensor], Tensor]:
+    """Load TAESD to show what a model samples: the estimates that a callback gets.
+
+    Args:
+        path: a file or diffusers folder of TAESD.
+
+    Returns:
+        A function of latents (B, 4, h, w) to images (B, 3, 8 h, 8 w) in [-1, 1].
+
+    Raises:
+        WeightsMismatch: it is not TAESD, or does not fit the model.
+    """
+    weights = read_tiny_autoencoder(path)
+    if weights is None:
+        raise WeightsMismatch(f"`{path}` is not TAESD, the small autoencoder of previews")
+    check_latents(weights, model)
+    tiny = build_tiny_autoencoder(weights, model, model.device, model.dtype)
+
+    @torch.no_grad()
+    def show(z: Tensor) -> Tensor:
+        return tiny.decode(model.denormalize(z)).clamp(-1, 1)
+
+    return show
+
+
+def check_latents(weights: TinyWeights, model: LatentDiffusion) -> None:
+    """Raise WeightsMismatch if a model has other latents; warn if the name of the file says so."""
+    own = model.autoencoder
+    if (model.channels, model.downscale, own.in_channels) != (4, 8, 3):
+        raise WeightsMismatch(
+            f"`{weights.path}` is TAESD, for latents of 4 channels and an eighth of the image's "
+            f"size: {file_name(model)} has {model.channels} channels, and a size of "
+            f"1/{model.downscale}"
+        )
+    names = [weights.path.stem.lower(), weights.path.parent.name.lower()]
+    text = next((name for name in names if "taesd" in name), "")
+    if text and bool(XL_NAME.search(text)) != is_sdxl(model):
+        needed = "taesdxl" if is_sdxl(model) else "taesd"
+        warnings.warn(
+            f"`{weights.path}` is made for {'SD 1 and 2' if is_sdxl(model) else 'SDXL'}, by its "
+            f"name, {file_name(model)} needs `{needed}`: colours will be wrong",
+            stacklevel=4,
+        )
+
+
+def _is_tiny(names: Iterable[str]) -> bool:
+    names = list(names)
+    return all(map(NAME.fullmatch, names)) and any(".conv.0." in name for name in names)
+
+
+def _our_name(name: str, network: str) -> str:
+    """Return the name in `TinyAutoencoder`.
+
+    Args:
+        network: that of names without one.
+    """
+    match = NAME.fullmatch(name)
+    assert match is not None
+    network = match["network"] or network
+    # diffusers does not count the layer that bounds latents.
+    offset = 1 if match["diffusers"] and network == "decoder" else 0
+    return f"{network}.{int(match['layer']) + offset}{match['rest']}"

@@ -1,0 +1,106 @@
+"""TAESD: a small autoencoder that imitates that of Stable Diffusion, for previews and speed.
+
+    image (B, 3, H, W) -> encoder -> z, as the UNet sees it -> decoder -> image
+
+Layers have the names of the authors' files, which are those of their places in a sequence.
+https://github.com/madebyollin/taesd
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.nets.autoencoder import AutoencoderKL, DiagonalGaussian
+from ldm.nets.blocks import Conv2d, DoublingConv2d, Layer
+
+__all__ = ["TinyAutoencoder", "TinyDecoder", "TinyEncoder"]
+
+WIDTH = 64
+LATENT_CHANNELS = 4
+LATENT_LIMIT = 3.0  # the decoder bends greater values towards it
+BLOCKS = 3  # of each level
+
+
+class TinyBlock(Layer):
+    """Three convolutions as a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(_conv(), nn.ReLU(), _conv(), nn.ReLU(), _conv())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv(x) + x)
+
+
+class TinyEncoder(nn.Sequential):
+    """Image (B, 3, H, W) in [0, 1] -> (B, 4, H / 8, W / 8)."""
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = [_conv(channels=3), TinyBlock()]
+        for _ in range(3):
+            layers.append(Conv2d(WIDTH, WIDTH, 3, stride=2, padding=1, bias=False))
+            layers += [TinyBlock() for _ in range(BLOCKS)]
+        super().__init__(*layers, _conv(out_channels=LATENT_CHANNELS))
+
+
+class TinyDecoder(nn.Sequential):
+    """(B, 4, h, w) -> image (B, 3, 8 h, 8 w) in [0, 1], but not clamped."""
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = [_BoundedLatent(), _conv(channels=LATENT_CHANNELS), nn.ReLU()]
+        for _ in range(3):
+            layers += [TinyBlock() for _ in range(BLOCKS)]
+            # The convolution doubles the size, too; the authors have a layer before it for that.
+            layers += [nn.Identity(), DoublingConv2d(WIDTH, WIDTH, 3, padding=1, bias=False)]
+        super().__init__(*layers, TinyBlock(), _conv(out_channels=3))
+
+
+class TinyAutoencoder(nn.Module):
+    """TAESD in place of a model's autoencoder.
+
+    Args:
+        scale_factor: Of the latents of the autoencoder that it imitates; TAESD's are multiplied by
+            it already.
+
+    Attributes:
+        encoder: None where there is only a decoder.
+        full: The autoencoder that encodes then.
+    """
+
+    in_channels = 3
+    downscale = 8
+    z_channels = LATENT_CHANNELS
+
+    def __init__(self, scale_factor: float) -> None:
+        super().__init__()
+        self.scale_factor = scale_factor
+        self.encoder: TinyEncoder | None = TinyEncoder()
+        self.full: AutoencoderKL | None = None
+        self.decoder = TinyDecoder()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights, in which the networks compute."""
+        return next(self.decoder.parameters()).dtype
+
+    def encode(self, image: Tensor) -> DiagonalGaussian:
+        """Encode images (B, 3, H, W) in [-1, 1]; the distribution of TAESD has no variance."""
+        if self.encoder is None:
+            assert self.full is not None, "TAESD without an encoder can only decode"
+            return self.full.encode(image)
+        z = self.encoder((image.to(self.dtype) + 1) / 2) / self.scale_factor
+        return DiagonalGaussian(torch.cat([z, z], dim=1).to(image.dtype), deterministic=True)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Decode z (B, 4, h, w) to images (B, 3, H, W), about [-1, 1] but not clamped."""
+        image = self.decoder((z * self.scale_factor).to(self.dtype)) * 2 - 1
+        return image.to(z.dtype).contiguous()
+
+
+class _BoundedLatent(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return LATENT_LIMIT * torch.tanh(z / LATENT_LIMIT)
+
+
+def _conv(channels: int = WIDTH, out_channels: int = WIDTH) -> Conv2d:
+    return Conv2d(channels, out_channels, 3, padding=1)

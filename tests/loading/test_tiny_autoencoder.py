@@ -1,0 +1,110 @@
+"""TAESD: it computes what diffusers' AutoencoderTiny does, from every format of its files."""
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import ldm
+from ldm.nets.autoencoder import AutoencoderKL
+from ldm.nets.tiny_autoencoder import TinyAutoencoder, TinyDecoder, TinyEncoder
+from ldm.runtime.errors import WeightsMismatch
+
+PROMPT, QUICK = ["a 3d emoji of a cat face"], {"steps": 2, "seeds": 1}
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    torch.manual_seed(0)
+    return diffusers.AutoencoderTiny().eval()
+
+
+@pytest.fixture(scope="module")
+def formats(theirs, tmp_path_factory):
+    """Paths by format: `decoder` and `encoder` of the authors, `one` file, `folder`, and a file."""
+    folder = tmp_path_factory.mktemp("taesd")
+    theirs.save_pretrained(folder / "taesd")
+    parts = {"encoder": {}, "decoder": {}}
+    for name, value in theirs.state_dict().items():
+        network, _, layer, rest = name.split(".", 3)
+        parts[network][f"{int(layer) + (network == 'decoder')}.{rest}"] = value
+    for network, state in parts.items():
+        torch.save(state, folder / f"taesd_{network}.pth")
+    one = {f"{network}.{name}": v for network, state in parts.items() for name, v in state.items()}
+    save_file(one, folder / "one.safetensors")
+    return {
+        "decoder": folder / "taesd_decoder.pth",
+        "encoder": folder / "taesd_encoder.pth",
+        "one": folder / "one.safetensors",
+        "folder": folder / "taesd",
+        "file": folder / "taesd/diffusion_pytorch_model.safetensors",
+    }
+
+
+@pytest.mark.parametrize(("network", "count"), [(TinyEncoder, 1_222_532), (TinyDecoder, 1_222_531)])
+def test_networks_have_the_published_tensors(network, count):
+    state = network().state_dict()
+    assert len(state) == 67
+    assert sum(value.numel() for value in state.values()) == count
+
+
+@pytest.mark.parametrize("form", ["one", "folder", "file"])
+def test_encoding_and_decoding_are_those_of_diffusers(form, formats, theirs):
+    model = ldm.load(vae=formats[form])
+    assert isinstance(model.autoencoder, TinyAutoencoder)
+    assert model.provenance["vae"]["path"] == str(formats[form])
+    image, z = torch.rand(1, 3, 64, 64) * 2 - 1, 4 * torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        worst = (model.encode(image) - theirs.encode(image).latents).abs().max()
+        assert worst < 1e-5  # 1e-6
+        assert (model.decode(z) - theirs.decode(z).sample).abs().max() < 1e-5  # 1e-6
+
+
+def test_a_decoder_alone_leaves_the_encoder(formats, theirs):
+    plain, model = ldm.load(), ldm.load(vae=formats["decoder"])
+    image, z = torch.rand(1, 3, 64, 64) * 2 - 1, torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        ours, other = (m.autoencoder.encode(image).mode() for m in (model, plain))
+        assert torch.equal(ours, other)
+        assert (model.decode(z) - theirs.decode(z).sample).abs().max() < 1e-5
+    assert isinstance(plain.autoencoder, AutoencoderKL)
+
+
+def test_tasks_decode_with_it(formats, theirs):
+    model = ldm.load(vae=formats["one"])
+    latents = []
+    image = ldm.txt2img(
+        model, PROMPT, **QUICK, callback=lambda step, steps, x, denoised: latents.append(denoised),
+        scheduler="trailing",
+    )  # fmt: skip
+    with torch.no_grad():
+        expected = theirs.decode(latents[-1]).sample.clamp(-1, 1)
+    assert (image - expected).abs().max() < 1e-5
+    again = ldm.img2img(model, PROMPT, image, strength=0.5, **QUICK)
+    assert again.shape == image.shape
+
+
+def test_previews_are_its_images(formats, theirs):
+    model = ldm.load()
+    show = ldm.load_preview(formats["decoder"], model)
+    z = torch.randn(2, 4, 4, 4)
+    with torch.no_grad():
+        assert (show(z) - theirs.decode(z).sample.clamp(-1, 1)).abs().max() < 1e-5
+    assert isinstance(model.autoencoder, AutoencoderKL)
+
+
+def test_what_does_not_fit_is_refused(formats, tmp_path):
+    with pytest.raises(WeightsMismatch, match="the encoder of TAESD alone"):
+        ldm.load(vae=formats["encoder"])
+    state = {k: v for k, v in torch.load(formats["decoder"]).items() if not k.startswith("19.")}
+    torch.save(state, tmp_path / "cut.pth")
+    with pytest.raises(WeightsMismatch, match=r"is not TAESD of 4 latent channels: 2 missing"):
+        ldm.load(vae=tmp_path / "cut.pth")
+    with pytest.raises(ValueError, match="TAESD, a small autoencoder"):
+        ldm.load(ckpt=formats["decoder"])
+
+
+def test_that_of_another_family_is_named(formats, tmp_path):
+    (tmp_path / "taesdxl_decoder.pth").write_bytes(formats["decoder"].read_bytes())
+    with pytest.warns(UserWarning, match="made for SDXL, by its name"):
+        ldm.load(vae=tmp_path / "taesdxl_decoder.pth")
