@@ -4,10 +4,11 @@ Paths in requests and in images are never used: models are looked up by name, up
 everything else is refused.
 """
 
+import logging
 import os
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import groupby
@@ -57,13 +58,17 @@ from ldm.loading.addons.safety import COMPONENT, load_safety_checker
 from ldm.loading.files.checkpoint import file_hash
 from ldm.loading.load import load
 from ldm.loading.report import inspect_checkpoint
+from ldm.loading.tiny_autoencoder import is_for_xl, load_preview
 from ldm.model import Defaults, LatentDiffusion
-from ldm.pipelines.families import FAMILIES
+from ldm.pipelines.families import FAMILIES, is_sdxl
+from ldm.pipelines.preview import fit_preview
 from ldm.runtime.device import memory_of, pick_device
 from ldm.runtime.errors import ArgumentError, MissingFile, unknown_name
 from ldm.runtime.types import JsonMapping
 
 __all__ = ["Backend"]
+
+log = logging.getLogger(__name__)
 
 MAX_LORA_WEIGHT = 10
 
@@ -78,6 +83,7 @@ class Backend:
         limits: limits of each run.
         memory: bytes for loaded models; None = half of the device's memory.
         loras: files that a run may add, and their default weights.
+        previews: files of TAESD for previews, beside those of the folder.
     Raises:
         MissingFile: a LoRA is missing.
         ArgumentError: two LoRAs have the same name, or a weight is too large.
@@ -91,6 +97,7 @@ class Backend:
         limits: Limits,
         memory: float | None = None,
         loras: Sequence[tuple[str, float]] = (),
+        previews: Sequence[str] = (),
     ) -> None:
         self.folder = Path(models)
         self.outdir = Path(outdir).resolve()
@@ -98,6 +105,7 @@ class Backend:
         self.limits = limits
         self.memory = memory
         self._given_loras = _loras_by_name(loras)
+        self._given_previews = _existing_files(previews, "preview")
         self.uploads = Uploads(self.outdir / "uploads")
         self._models: ModelCache | None = None
 
@@ -141,6 +149,17 @@ class Backend:
     def vaes(self) -> dict[str, Path]:
         """Return the files of autoencoders that can replace that of a model, by name."""
         return list_addons(self.folder, "vae")
+
+    def make_preview(self, model: LatentDiffusion) -> Callable[[Tensor], Tensor]:
+        """Return what turns latents of a model to previews: TAESD if there is one that fits."""
+        found = list_addons(self.folder, "preview").values() if self.folder.is_dir() else ()
+        for path in (*self._given_previews, *found):
+            if is_for_xl(path) == is_sdxl(model) and "encoder" not in path.stem:
+                try:
+                    return load_preview(path, model)
+                except (ValueError, OSError) as error:
+                    log.warning("no previews by `%s`: %s", path, error)
+        return fit_preview(model)
 
     def checkers(self) -> dict[str, Path]:
         """Return safety checkers by name: files in their folder, and those of diffusers folders."""
@@ -270,6 +289,7 @@ class Backend:
     def generate(self, request: Request, progress: Progress) -> str:
         """Make and save images; return the final message."""
         self.limits.check(request)
+        progress.make_preview = self.make_preview
         start = time.monotonic()
         load = partial(self._load, progress=progress)
         run_request(request, progress, load=load, without_folders=True)
@@ -287,6 +307,7 @@ class Backend:
         self.limits.check(request)
         prepared = request.task.prepare(request)
         models = self._load(prepared, progress, threads=info["threads"])
+        progress.make_preview = self.make_preview
         progress.begin(models.base, 1)
         image, depth = remake_image(prepared, models, info, progress.on_step)
         info.pop("image", None)
@@ -486,6 +507,14 @@ def _loras_by_name(loras: Sequence[tuple[str, float]]) -> dict[str, tuple[str, f
             raise MissingFile(f"no file `{file}`", "lora")
         _check_weight(name, weight)
     return by_name
+
+
+def _existing_files(files: Iterable[str], option: str) -> list[Path]:
+    paths = [Path(file).expanduser() for file in files]
+    for path in paths:
+        if not path.exists():
+            raise MissingFile(f"no file `{path}`", option)
+    return paths
 
 
 def _check_weight(name: str, weight: float) -> None:

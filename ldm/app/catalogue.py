@@ -39,9 +39,10 @@ ADDON_FOLDERS = {  # by names in small letters
     "lora": ("lora", "loras"),
     "embedding": ("embedding", "embeddings"),
     "vae": ("vae", "vaes"),
+    "preview": ("vae_approx", "vae-approx"),
     "safety_checker": ("safety_checker", "safety_checkers"),
 }
-ADDON_SUFFIXES = (*SUFFIXES, ".pt", ".bin")
+ADDON_SUFFIXES = (*SUFFIXES, ".pt", ".pth", ".bin")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from ldm.runtime.errors import Stop
 __all__ = ["Progress"]
 
 INTERVAL = 0.1  # seconds between two previews
+PAUSE = 9  # times what a preview took, before the next one: TAESD is slow on a CPU
 PREVIEW_COLUMNS = 4
 
 
@@ -31,10 +32,11 @@ class Progress(RunListener):
         steps: all sampling steps of the current batch.
         images: infos of finished images.
         warnings: lines that follow the result.
-        preview: grid of the current batch, a pixel for each latent pixel.
+        preview: grid of the current batch.
         message: the current status, finally the result.
         has_failed: whether the message is an error.
         stop: set to stop the job.
+        make_preview: makes, for a model, the function from latents to small images in [-1, 1].
         on_image: called with (position in the run, info) of each image that belongs in a gallery.
     """
 
@@ -47,10 +49,11 @@ class Progress(RunListener):
     message: str = "queued"
     has_failed: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
+    make_preview: Callable[[LatentDiffusion], Callable[[Tensor], Tensor]] = fit_preview
     on_image: Callable[[int, Info], None] = lambda position, info: None
     _to_rgb: Callable[[Tensor], Tensor] | None = None
     _batch: int = 1
-    _last_preview: float = 0.0
+    _next_preview: float = 0.0
     _start: float = field(default_factory=time.monotonic)
 
     @property
@@ -68,7 +71,7 @@ class Progress(RunListener):
 
     def begin(self, model: LatentDiffusion, total: int) -> None:
         self.total = total
-        self._to_rgb = fit_preview(model)
+        self._to_rgb = self.make_preview(model)
         self.set_message("sampling")
         self._start = time.monotonic()
 
@@ -79,10 +82,11 @@ class Progress(RunListener):
             raise Stop(denoised)
         self.message = self._describe_step()
         now = time.monotonic()
-        if self._to_rgb is not None and now - self._last_preview > INTERVAL:
+        if self._to_rgb is not None and now > self._next_preview:
             previews = to_pil(self._to_rgb(denoised.nan_to_num()))
             self.preview = make_grid(previews, PREVIEW_COLUMNS)
-            self._last_preview = now
+            end = time.monotonic()
+            self._next_preview = end + max(INTERVAL, PAUSE * (end - now))
 
     def warn(self, message: str) -> None:
         self.warnings.append(message)

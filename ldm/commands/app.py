@@ -62,6 +62,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         metavar="N",
         help="most waiting jobs (default: %(default)s)",
     )
+    text = (
+        "previews by TAESD, such as taesd_decoder.pth, or taesdxl_decoder.pth for SDXL; may be"
+        " given several times (default: those in vae_approx of --models, else a linear map)"
+    )
+    add("--preview", action="append", default=[], metavar="FILE", help=text)
     add_options(
         parser.add_group("models"), ModelChoice, options_of(ModelChoice), only=SHARED_OPTIONS
     )
@@ -86,6 +91,6 @@ def _serve(args: Namespace) -> None:
     )
     limits = Limits(side=args.max_side, steps=args.max_steps, batch=args.max_batch)
     memory = args.memory and args.memory * 2**30
-    backend = Backend(args.models, args.outdir, choice, limits, memory, args.lora)
+    backend = Backend(args.models, args.outdir, choice, limits, memory, args.lora, args.preview)
     page = Page(backend, args.max_queue, is_shared=args.listen)
     page.serve(args.port, listen=args.listen, auth=args.auth)

@@ -402,7 +402,7 @@ def _check_unchanged(
 ) -> None:
     path = file["path"]
     hint = ": give the path of that file" if option else ""
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise MissingFile(f"made from `{path}`, which is missing{hint}", option)
     if hash_of(path) != file[key]:
         raise ArgumentError(f"`{path}` has changed since this image was made{hint}", option)

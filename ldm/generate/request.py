@@ -105,7 +105,7 @@ class ModelChoice:
         help="YAML of the model (default: recognised from the checkpoint)")
     ema: bool = option(False, "--ema", help="use the EMA weights of the checkpoint")
     vae: str | None = option(None, "--vae", metavar="FILE", label="VAE",
-        help="take the autoencoder from this file")
+        help="take the autoencoder from this file, or TAESD, a smaller and faster one")
     text_encoder: str | None = option(None, "--text-encoder", metavar="FILE",
         help="take the text encoder from this file; for the x2 latent upscaler a checkpoint of"
         " Stable Diffusion 1, whose autoencoder it takes, too")

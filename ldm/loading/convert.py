@@ -39,6 +39,7 @@ from ldm.loading.files.checkpoint import (
 from ldm.loading.legacy import AUTOENCODER_CONFIG, translate_config
 from ldm.loading.load import check_upscaler, choose_config, probe_weights, read_config
 from ldm.loading.matching import match_weights, translate_names
+from ldm.loading.tiny_autoencoder import read_tiny_autoencoder
 from ldm.loading.weight_names import (
     TEXT,
     has_engine_names,
@@ -324,6 +325,9 @@ def _replace_autoencoder(file: Checkpoint, model: nn.Module | None, vae: str | P
     else:
         raw = read_yaml(f"{CONFIG_DIR}/v1-inference.yaml")["model"]["params"]
         autoencoder = build_on_meta(translate_config(raw[AUTOENCODER_CONFIG]))
+    if read_tiny_autoencoder(vae) is not None:
+        message = "is TAESD, which checkpoints do not hold: give it to the command for images"
+        raise ArgumentError(f"`{vae}` {message}", "vae")
     tensors = restore_names(read_autoencoder(read_weights(vae), autoencoder, file.path))
     names = [old for ours, old in our_names(file.state) if ours.startswith(AUTOENCODER)]
     for name in tensors.keys() & set(names):

@@ -30,7 +30,7 @@ from ldm.runtime.errors import WeightsMismatch
 from ldm.runtime.files import read_text
 
 __all__ = [
-    "TinyWeights", "build_tiny_autoencoder", "check_latents", "load_preview",
+    "TinyWeights", "build_tiny_autoencoder", "check_latents", "is_for_xl", "load_preview",
     "read_tiny_autoencoder",
 ]  # fmt: skip
 
@@ -143,15 +143,24 @@ def check_latents(weights: TinyWeights, model: LatentDiffusion) -> None:
             f"size: {file_name(model)} has {model.channels} channels, and a size of "
             f"1/{model.downscale}"
         )
-    names = [weights.path.stem.lower(), weights.path.parent.name.lower()]
-    text = next((name for name in names if "taesd" in name), "")
-    if text and bool(XL_NAME.search(text)) != is_sdxl(model):
+    if _name(weights.path) and is_for_xl(weights.path) != is_sdxl(model):
         needed = "taesdxl" if is_sdxl(model) else "taesd"
         warnings.warn(
             f"`{weights.path}` is made for {'SD 1 and 2' if is_sdxl(model) else 'SDXL'}, by its "
             f"name, {file_name(model)} needs `{needed}`: colours will be wrong",
             stacklevel=4,
         )
+
+
+def is_for_xl(path: Path) -> bool:
+    """Return whether TAESD is for SDXL, by the name of its file or folder: shapes are the same."""
+    return XL_NAME.search(_name(path)) is not None
+
+
+def _name(path: Path) -> str:
+    """Return the name of TAESD's file or folder that names it, "" without one."""
+    names = (path.stem.lower(), path.parent.name.lower())
+    return next((name for name in names if "taesd" in name), "")
 
 
 def _is_tiny(names: Iterable[str]) -> bool:

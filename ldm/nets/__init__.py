@@ -9,6 +9,7 @@ Reading order; a file imports only from those before it, and from `ldm.runtime`:
     unet           UNet
     latent_upscaler    LatentUpscalerUNet
     autoencoder    AutoencoderKL
+    tiny_autoencoder    TinyAutoencoder
     karlo          prior of unCLIP models
     discriminator, lpips    losses of the autoencoder
     lora           LoRA of any of these

@@ -93,7 +93,7 @@ class TinyAutoencoder(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Decode z (B, 4, h, w) to images (B, 3, H, W), about [-1, 1] but not clamped."""
-        image = self.decoder((z * self.scale_factor).to(self.dtype)) * 2 - 1
+        image: Tensor = self.decoder((z * self.scale_factor).to(self.dtype)) * 2 - 1
         return image.to(z.dtype).contiguous()
 
 

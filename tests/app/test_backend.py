@@ -24,6 +24,7 @@ from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import read_info, write_png
 from ldm.loading.addons.embeddings import write_embeddings
 from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
+from ldm.nets.tiny_autoencoder import TinyDecoder
 from picturehelp import pixels, random_lora
 
 MODELS = {"txt2img": "base_v", "img2img": "base_eps", "inpaint": "inpaint", "depth2img": "depth",
@@ -407,3 +408,17 @@ def test_a_run_is_html_without_what_users_write(backend):
     assert "&lt;script&gt;" in show_progress(progress)
     assert "data:image/png;base64," in show_preview(progress)
     assert describe_info({}) == "No generation parameters found"
+
+
+def test_previews_are_those_of_taesd_where_a_file_fits(tmp_path):
+    (tmp_path / "vae_approx").mkdir()
+    state = {name: 0.1 * torch.randn(v.shape) for name, v in TinyDecoder().state_dict().items()}
+    torch.save(state, tmp_path / "vae_approx/taesd_decoder.pth")
+    model, z = ldm.load(), torch.zeros(1, 4, 2, 2)
+    backend = Backend(tmp_path, tmp_path / "out", CHOICE, LIMITS)
+    assert backend.make_preview(model)(z).shape == (1, 3, 16, 16)
+    (tmp_path / "vae_approx/taesd_decoder.pth").rename(tmp_path / "taesdxl_decoder.pth")
+    backend = Backend(
+        tmp_path, tmp_path, CHOICE, LIMITS, previews=[tmp_path / "taesdxl_decoder.pth"]
+    )
+    assert backend.make_preview(model)(z).shape == (1, 3, 2, 2)

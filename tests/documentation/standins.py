@@ -17,6 +17,7 @@ from ldm.loading.load import load
 from ldm.loading.tables import make_tables
 from ldm.loading.weight_names import restore_names
 from ldm.nets.lora import LoRA, LoRALayer
+from ldm.nets.tiny_autoencoder import TinyDecoder
 from loading import tinyfamilies
 from recipe import fill
 
@@ -87,6 +88,8 @@ def make_stand_ins(folder: Path) -> None:
     prefix = "first_stage_model."
     vae = {k.removeprefix(prefix): v for k, v in vae.items() if k.startswith(prefix)}
     torch.save({"state_dict": vae}, folder / "vae-ft-mse-840000-ema-pruned.ckpt")
+    decoder = {name: torch.ones(value.shape) for name, value in TinyDecoder().state_dict().items()}
+    torch.save(fill(decoder, "taesd"), folder / "taesd_decoder.pth")
     layers = {layer.kohya: LoRALayer(layer.target, 2) for layer in lora_targets(sd1)}
     write_lora(LoRA(layers), folder / "style.safetensors", sd1)
     (folder / "embeddings").mkdir()

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 import ldm
+from ldm.commands.main import main
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.tiny_autoencoder import TinyAutoencoder, TinyDecoder, TinyEncoder
 from ldm.runtime.errors import WeightsMismatch
@@ -91,6 +92,14 @@ def test_previews_are_its_images(formats, theirs):
     with torch.no_grad():
         assert (show(z) - theirs.decode(z).sample.clamp(-1, 1)).abs().max() < 1e-5
     assert isinstance(model.autoencoder, AutoencoderKL)
+
+
+def test_a_command_decodes_with_it_and_the_image_can_be_made_again(formats, tmp_path, capsys):
+    flags = ["--vae", str(formats["folder"]), "--steps", "1", "--n_samples", "1", "--n_iter", "1"]
+    assert main(["txt2img", "--skip_grid", "--outdir", str(tmp_path), *flags]) == 0
+    path = capsys.readouterr().out.strip()
+    assert main(["replay", path]) == 0
+    assert "identical" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_is_refused(formats, tmp_path):
