@@ -39,6 +39,7 @@ from ldm.loading.files.checkpoint import (
 from ldm.loading.legacy import AUTOENCODER_CONFIG, translate_config
 from ldm.loading.load import check_upscaler, choose_config, probe_weights, read_config
 from ldm.loading.matching import match_weights, translate_names
+from ldm.loading.modelspec import MERGED_FROM, describe_model, kept_metadata
 from ldm.loading.tiny_autoencoder import read_tiny_autoencoder
 from ldm.loading.weight_names import (
     TEXT,
@@ -59,7 +60,7 @@ from ldm.model import LatentDiffusion
 from ldm.nets.latent_upscaler import LatentUpscalerUNet
 from ldm.runtime.errors import ArgumentError, ExistingFile, MissingArgument, WrongFamily
 from ldm.runtime.files import find_file, read_text
-from ldm.runtime.types import JsonMapping, JsonObject
+from ldm.runtime.types import JsonObject
 from ldm.runtime.version import __version__
 
 __all__ = ["SUFFIXES", "Conversion", "convert", "plan_conversion"]
@@ -142,7 +143,7 @@ def plan_conversion(
         raise MissingArgument(message, "config")
     raw = parse_yaml(text, where="config") if text else {}
     model = build_on_meta(translate_config(raw, where="config")) if text else None
-    metadata: dict[str, str | int] = {**file.metadata, **_provenance(file, text, raw, ema)}
+    metadata = _provenance(file, text, ema)
     file, notes = _to_original_names(file, model, ema=ema), []
     if vae is not None:
         file = _replace_autoencoder(file, model, vae)
@@ -157,6 +158,11 @@ def plan_conversion(
     if file.added_tokens:
         listed = ", ".join(f"`{token}`" for token in file.added_tokens)
         notes.append(f"added tokens are not written, load them as embeddings: {listed}")
+    source_metadata = kept_metadata(file.metadata, same_weights=not loras)
+    if loras:
+        merged_from = [file.path.name, *(Path(lora).name for lora, _ in loras)]
+        metadata[MERGED_FROM] = ", ".join(merged_from)
+    metadata = describe_model(model, target.stem, metadata={**source_metadata, **metadata})
     ema_state = file.ema_state if is_file and not (ema or prune or loras) else {}
     texts: JsonObject = {}
     if target.suffix == K_DIFFUSION_SUFFIX:
@@ -365,20 +371,11 @@ def _upscaler_weights(file: Checkpoint, target: Path) -> dict[str, Tensor]:
     return state
 
 
-def _provenance(
-    file: Checkpoint, text: str | None, raw: JsonMapping, ema: bool
-) -> dict[str, str | int]:
-    """Return the metadata of a single file, or of EXTRA_WEIGHTS in a folder."""
+def _provenance(file: Checkpoint, text: str | None, ema: bool) -> dict[str, str | int]:
+    """Return what metadata say of the source; of a single file, or of EXTRA_WEIGHTS in a folder."""
     metadata: dict[str, str | int] = {"ldm.version": __version__, "ldm.source": file.path.name}
     if text:
         metadata[CONFIG_KEY] = text
-    params = raw.get("model", {}).get("params") or {}
-    if "unet_config" in params or "network_config" in params:
-        kind = translate_config(raw)["params"]["parameterization"]
-        metadata["modelspec.prediction_type"] = "epsilon" if kind == "eps" else kind
-    family = identify_weights(file).family
-    if family is not None and family.architecture:
-        metadata["modelspec.architecture"] = family.architecture
     if file.step is not None:
         metadata["global_step"] = file.step
     return metadata | ({"ldm.ema": "merged"} if ema else {})

@@ -76,15 +76,6 @@ class Family:
         return (*shapes, self.has_vision_tower, self.pixels)
 
     @property
-    def architecture(self) -> str:
-        """The name in `modelspec.architecture`, "" where it has none."""
-        names = {
-            "sdxl": "stable-diffusion-xl-v1-base",
-            "sdxl-refiner": "stable-diffusion-xl-v1-refiner",
-        }
-        return names.get(self.name, "")
-
-    @property
     def is_xl(self) -> bool:
         """Whether it is of Stable Diffusion XL."""
         return self.vector in (2816, 2560)

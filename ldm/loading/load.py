@@ -46,6 +46,7 @@ from ldm.loading.files.clip_statistics import clip_statistics_tensors, load_clip
 from ldm.loading.k_diffusion import find_json, find_sizes, upscaler_config
 from ldm.loading.legacy import translate_config
 from ldm.loading.matching import guess_kind, match_weights
+from ldm.loading.modelspec import describe_model
 from ldm.loading.published import find_checkpoint
 from ldm.loading.sgm import ENGINE
 from ldm.loading.tables import make_tables
@@ -234,6 +235,7 @@ def save_model(
         metadata: the YAML's text under `ldm.config` lets `load` do without a config.
     """
     state = restore_names(model.state_dict(), make_tables(model))
+    metadata = describe_model(model, Path(path).stem, metadata=metadata)
     write_checkpoint(path, state | clip_statistics_tensors(model.conditioner), metadata)
 
 

@@ -21,6 +21,7 @@ from ldm.loading.load import (
     read_config,
 )
 from ldm.loading.matching import translate_names
+from ldm.loading.modelspec import PREFIX
 from ldm.loading.published import find_checkpoint, identify_hash, published_files
 from ldm.loading.weight_names import has_engine_names, original_name
 from ldm.loading.weights import Weights, has_transposed_projection, identify_weights
@@ -32,6 +33,7 @@ from ldm.runtime.types import JsonObject
 
 __all__ = ["Part", "Report", "inspect_checkpoint"]
 
+LONGEST = 80  # letters of a value that are shown
 SMALL = 1_000_000_000  # bytes; the hash of a larger file is computed only if it may be published
 
 
@@ -88,6 +90,12 @@ class Report:
     variant: str | None = None
     note: str = ""
 
+    @property
+    def model_spec(self) -> dict[str, str]:
+        """The metadata of ModelSpec: title, author, licence …, without their common prefix."""
+        texts = self.metadata.items()
+        return {k.removeprefix(PREFIX): v for k, v in texts if k.startswith(PREFIX)}
+
     def as_dict(self) -> JsonObject:
         """Return plain values, for JSON."""
         plain = asdict(self)
@@ -114,6 +122,8 @@ class Report:
             yield f"predicts    {self.prediction.kind or 'unknown'}{doubt}"
             for verdict in self.prediction.verdicts:
                 yield f"  {verdict.method:10}{verdict.says or 'nothing'} ({verdict.evidence})"
+        for i, (name, value) in enumerate(sorted(self.model_spec.items())):
+            yield f"{'' if i else 'ModelSpec':12}{name:20}{_shorten(value)}"
         for i, part in enumerate(self.parts):
             dtypes = ", ".join(part.dtypes)
             count = f"{part.tensors:>5} tensors {part.parameters:>14,} parameters"
@@ -177,6 +187,12 @@ def inspect_checkpoint(
         metadata=weights.source.metadata,
     )
     return _compare(report, weights, config)
+
+
+def _shorten(text: str) -> str:
+    """Return a text in one line; a thumbnail is thousands of letters."""
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]} …"
 
 
 def _format_size(nbytes: int) -> str:

@@ -204,8 +204,9 @@ def test_loras_are_merged_as_when_a_model_is_loaded(tiny, with_ema, tmp_path, ta
     assert same_model(ldm.load(tmp_path / target), ldm.load(tiny, loras=styles))
     if target == "merged.safetensors":
         run(tmp_path / target, tmp_path / "again.safetensors", *flags[:2])
-        metadata = read_checkpoint(tmp_path / "again.safetensors").metadata["ldm.loras"]
-        loras = [(lora["path"], lora["weight"]) for lora in json.loads(metadata)]
+        metadata = read_checkpoint(tmp_path / "again.safetensors").metadata
+        assert metadata["modelspec.merged_from"] == "merged.safetensors, 1.safetensors"
+        loras = [(lora["path"], lora["weight"]) for lora in json.loads(metadata["ldm.loras"])]
         assert loras == [("1.safetensors", 0.8), ("2.safetensors", -0.5), ("1.safetensors", 0.8)]
     assert with_ema.read_bytes() == before
 

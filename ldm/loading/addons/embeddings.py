@@ -22,9 +22,9 @@ from torch import Tensor
 
 from ldm.encoders.text import TextEncoder
 from ldm.imaging.reading import open_image
-from ldm.loading.base_models import find_base_model
 from ldm.loading.families import TITLE_BY_WIDTH
 from ldm.loading.files.checkpoint import file_hash, read_checkpoint, write_checkpoint
+from ldm.loading.modelspec import describe_model
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import FileFormatError, WeightsMismatch, WrongFamily
 
@@ -219,9 +219,11 @@ def write_embeddings(
         model: the metadata name its base model.
     """
     state: dict[str, Tensor] = {}
-    metadata = dict(metadata or {})
-    if model is not None and (base := find_base_model(model)):
-        metadata["modelspec.architecture"] = f"{base.architecture}/textual-inversion"
+    about: dict[str, str | int] = {
+        "modelspec.trigger_phrase": ", ".join(tokens),
+        **(metadata or {}),
+    }
+    metadata = describe_model(model, Path(path).stem, "textual-inversion", about)
     for token, value in tokens.items():
         vectors = [value] if isinstance(value, Tensor) else value
         names = [token] if len(vectors) == 1 else TOWER_KEYS

@@ -38,6 +38,7 @@ from ldm.loading.build import meta_device
 from ldm.loading.diffusers.keys import text_component
 from ldm.loading.diffusers.names import text_layers, unet_layers
 from ldm.loading.files.checkpoint import Checkpoint, file_hash, read_checkpoint, write_checkpoint
+from ldm.loading.modelspec import describe_model
 from ldm.loading.weight_names import SECOND_TEXT, layer_alias
 from ldm.model import LatentDiffusion
 from ldm.nets.lora import (
@@ -239,8 +240,6 @@ def write_lora(
     """
     state = {name: value.detach().cpu() for name, value in lora.state_dict().items()}
     notes = _describe(lora, model) if style == "kohya" else {}
-    if base := find_base_model(model):
-        notes["modelspec.architecture"] = f"{base.architecture}/lora"
     if style == "diffusers":
         names = {layer.kohya: layer.diffusers for layer in lora_targets(model)}
         state = {}
@@ -249,7 +248,8 @@ def write_lora(
             up = layer.lora_up.weight.detach().cpu()
             state[f"{names[name]}.lora_A.weight"] = layer.lora_down.weight.detach().cpu()
             state[f"{names[name]}.lora_B.weight"] = up * ratio if ratio != 1 else up
-    write_checkpoint(path, state, {**notes, **(metadata or {})})
+    notes |= metadata or {}
+    write_checkpoint(path, state, describe_model(model, Path(path).stem, "lora", notes))
 
 
 def _describe(lora: LoRA, model: LatentDiffusion) -> dict[str, str | int]:

@@ -8,6 +8,7 @@ tensor costs memory only when it is used.
 """
 
 import ctypes
+import hashlib
 import json
 import math
 import mmap
@@ -29,11 +30,14 @@ from ldm.runtime.hashes import hash_file
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "CONFIG_KEY", "Checkpoint", "cast_weight", "detect_format", "ema_name", "file_hash",
-    "read_checkpoint", "release_pages", "use_ema_weights", "write_checkpoint",
+    "CONFIG_KEY", "TENSOR_HASH", "Checkpoint", "ComputedTensor", "cast_weight", "detect_format",
+    "ema_name", "file_hash", "read_checkpoint", "release_pages", "use_ema_weights",
+    "write_checkpoint",
 ]  # fmt: skip
 
 CONFIG_KEY = "ldm.config"  # metadata key under which a file carries its own YAML
+# Metadata key of the SHA-256 of all tensors' bytes, computed while a .safetensors is written.
+TENSOR_HASH = "modelspec.hash_sha256"
 MAX_TENSORS = 20_000
 MAX_DEPTH = 8  # of mappings within mappings
 MAX_HEADER = 100_000_000  # bytes, of a .safetensors
@@ -93,6 +97,23 @@ class Checkpoint:
     def has_ema(self) -> bool:
         """Whether the file has averaged weights, not only their counters."""
         return not self.ema_state.keys() <= EMA_COUNTERS
+
+
+@dataclass(frozen=True)
+class ComputedTensor:
+    """A tensor that is computed only while it is written, so that memory holds one at a time."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    compute: Callable[[], Tensor]
+
+    def numel(self) -> int:
+        """Return the number of elements."""
+        return self.shape.numel()
+
+    def is_floating_point(self) -> bool:
+        """Return whether its elements are fractions."""
+        return self.dtype.is_floating_point
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -156,7 +177,7 @@ def use_ema_weights(
 
 def write_checkpoint(
     path: str | Path,
-    state: Mapping[str, Tensor],
+    state: Mapping[str, Tensor | ComputedTensor],
     metadata: Mapping[str, str | int] | None = None,
     *,
     dtype: torch.dtype | None = None,
@@ -169,21 +190,25 @@ def write_checkpoint(
 
     Args:
         state: names as in the file; see `weight_names.restore_names`.
-        metadata: read back as `Checkpoint.metadata`.
+        metadata: read back as `Checkpoint.metadata`; see TENSOR_HASH.
         dtype: of all floating-point tensors; None leaves them as they are.
         mapped: tensors are pages of files, given back once written, so that memory stays small.
         progress: called with the bytes of each tensor that was written.
     """
-    path, metadata = Path(path), metadata or {}
+    path, metadata = Path(path), dict(metadata or {})
+    has_hash = metadata.pop(TENSOR_HASH, None) is not None
     if path.suffix not in (".safetensors", ".ckpt", ".pth"):
         raise ArgumentError(f"`{path}`: the name must end in `.safetensors`, `.ckpt` or `.pth`")
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: _TensorToWrite(value, dtype, mapped) for name, value in state.items()}
+    tensors = {
+        name: _TensorToWrite(value, dtype, mapped and isinstance(value, Tensor))
+        for name, value in state.items()
+    }
     with replace_when_written(path, sync=True) as part:
         try:
             if path.suffix == ".safetensors":
                 texts = {"format": "pt"} | {key: str(value) for key, value in metadata.items()}
-                _write_safetensors(part, tensors, texts, progress)
+                _write_safetensors(part, tensors, texts, progress, has_hash)
             else:
                 weights = {}
                 for name, tensor in tensors.items():
@@ -330,17 +355,21 @@ def _overflow_error(names: Sequence[str], dtype: torch.dtype | None) -> Argument
 
 @dataclass(frozen=True)
 class _TensorToWrite:
-    """A tensor that is cast and copied only when its turn comes."""
+    """A tensor that is computed, cast and copied only when its turn comes."""
 
-    value: Tensor
+    source: Tensor | ComputedTensor
     target: torch.dtype | None
     mapped: bool
 
     @property
+    def value(self) -> Tensor:
+        return self.source.compute() if isinstance(self.source, ComputedTensor) else self.source
+
+    @property
     def dtype(self) -> torch.dtype:
-        if self.target is not None and self.value.is_floating_point():
+        if self.target is not None and self.source.is_floating_point():
             return self.target
-        return self.value.dtype
+        return self.source.dtype
 
     @property
     def overflows(self) -> bool:
@@ -368,14 +397,16 @@ def _write_safetensors(
     state: Mapping[str, _TensorToWrite],
     metadata: Mapping[str, str],
     progress: Callable[[int], object],
+    has_hash: bool,
 ) -> None:
     """Write length of the header, header, and one tensor after the other."""
     # Widest dtypes first, so that all are aligned.
     order = sorted(state, key=lambda name: -state[name].dtype.itemsize)
-    header: JsonObject = {"__metadata__": metadata}
+    no_hash = {TENSOR_HASH: _format_hash(b"")} if has_hash else {}
+    header: JsonObject = {"__metadata__": no_hash | dict(metadata)}
     end = 0
     for name in order:
-        dtype, shape = state[name].dtype, list(state[name].value.shape)
+        dtype, shape = state[name].dtype, list(state[name].source.shape)
         if dtype not in SAFETENSORS_DTYPES:
             raise FileFormatError(f"`{name}`: a .safetensors cannot hold {dtype}")
         start, end = end, end + math.prod(shape) * dtype.itemsize
@@ -384,11 +415,22 @@ def _write_safetensors(
         }  # fmt: skip
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             value = state[name].to_memory()
-            file.write(value.reshape(-1).view(torch.uint8).numpy().data)
+            data = value.reshape(-1).view(torch.uint8).numpy().data
+            file.write(data)
+            if has_hash:
+                digest.update(data)
             progress(value.nbytes)
             if state[name].mapped:
                 release_pages(value)
+        if has_hash:  # the first entry of the header, of a length that is known before
+            file.seek(8 + text.index(_format_hash(b"").encode()))
+            file.write(_format_hash(digest.digest()).encode())
+
+
+def _format_hash(digest: bytes) -> str:
+    return f"0x{digest.hex():0<64}"

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.loading.base_models import find_base_model
 from ldm.loading.files.checkpoint import CONFIG_KEY, cast_weight, ema_name, write_checkpoint
 from ldm.loading.files.clip_statistics import clip_statistics_tensors
+from ldm.loading.modelspec import describe_model
 from ldm.loading.tables import make_tables
 from ldm.loading.weight_names import has_engine_names, original_name, restore_names
 from ldm.model import LatentDiffusion
@@ -202,13 +202,6 @@ def _metadata(run: Run) -> dict[str, str | int]:
     if run.config_text:
         key = ADAPTATION_CONFIG if isinstance(run.task, Adaptation) else CONFIG_KEY
         metadata[key] = run.config_text
-    model = run.model
-    if isinstance(model, LatentDiffusion):
-        kind = model.parameterization
-        metadata["modelspec.prediction_type"] = {"eps": "epsilon"}.get(kind, kind)
-        height, width = (side * model.downscale for side in model.latent_size)
-        metadata["modelspec.resolution"] = f"{width}x{height}"
-        base = find_base_model(model)
-        if base is not None and not isinstance(run.task, Adaptation):  # which names its own
-            metadata["modelspec.architecture"] = base.architecture
-    return metadata
+    if isinstance(run.task, Adaptation):  # which describes what it writes
+        return {**metadata, "modelspec.title": run.folder.name}
+    return describe_model(run.model, run.folder.name, metadata=metadata)

@@ -1,0 +1,85 @@
+"""ModelSpec 1.0.1: metadata by which programs and people know what a .safetensors holds.
+
+What describes the weights is computed; what their author says about them (title, author, licence …)
+is kept as long as it holds.
+"""
+
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from typing import Literal
+
+from torch import nn
+
+from ldm.loading.base_models import find_base_model
+from ldm.loading.files.checkpoint import TENSOR_HASH
+from ldm.model import LatentDiffusion
+from ldm.pipelines.families import family_of, is_sdxl
+
+__all__ = ["MERGED_FROM", "PREFIX", "describe_model", "kept_metadata"]
+
+PREFIX = "modelspec."
+MERGED_FROM = f"{PREFIX}merged_from"
+VERSION = "1.0.1"
+# Whose names the tensors have.
+ORIGINAL, DIFFUSERS = "https://github.com/Stability-AI/generative-models", "diffusers"
+LICENSE = "license"
+PREDICTIONS = {"eps": "epsilon", "x0": "sample"}
+# What is behind the name of the base model, by family; of others the standard has no name.
+SUFFIXES = {"text": "", "refiner": "", "inpainting": "-inpainting", "depth": "-depth"}
+STALE = ("sshs_model_hash", "sshs_legacy_hash", TENSOR_HASH)  # hashes of the former tensors
+
+
+def describe_model(
+    model: nn.Module | None,
+    title: str,
+    kind: Literal["", "lora", "textual-inversion"] = "",
+    metadata: Mapping[str, str | int] | None = None,
+) -> dict[str, str | int]:
+    """Return ModelSpec's metadata for weights of a model, or for what is made for it.
+
+    Args:
+        model: May be on the meta device. Only a whole model is described.
+        title: If `metadata` has none.
+        kind: What is made for the model; "" for the model itself.
+        metadata: Added, and preferred to what is computed but the prediction type.
+    """
+    metadata = dict(metadata or {})
+    if not isinstance(model, LatentDiffusion):
+        return metadata
+    prediction = model.parameterization
+    height, width = (side * model.downscale for side in model.latent_size)
+    is_original = not kind or kind == "textual-inversion" or is_sdxl(model)
+    fields = {
+        "sai_model_spec": VERSION,
+        "architecture": _architecture(model, kind),
+        "implementation": ORIGINAL if is_original else DIFFUSERS,
+        "title": title,
+        "resolution": f"{width}x{height}",
+        "prediction_type": PREDICTIONS.get(prediction, prediction),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    spec = {f"{PREFIX}{name}": value for name, value in fields.items() if value}
+    metadata.pop(f"{PREFIX}prediction_type", None)  # a config may know better than a file
+    return {TENSOR_HASH: "", **spec, **metadata}
+
+
+def kept_metadata(metadata: Mapping[str, str], *, same_weights: bool) -> dict[str, str]:
+    """Return the metadata of a file that still hold of a file that is made from it.
+
+    Args:
+        same_weights: whether they have only been renamed, cast or put together; of changed ones
+            the licence alone holds.
+    """
+    kept = (f"{PREFIX}{LICENSE}",)
+    return {
+        name: value
+        for name, value in metadata.items()
+        if name not in STALE
+        and (same_weights or name in kept or not name.startswith((PREFIX, "ss_")))
+    }
+
+
+def _architecture(model: LatentDiffusion, kind: str) -> str:
+    base = find_base_model(model)
+    suffix = f"/{kind}" if kind else SUFFIXES.get(family_of(model.conditioner) or "")
+    return "" if base is None or suffix is None else f"{base.architecture}{suffix}"

@@ -1,0 +1,81 @@
+"""ModelSpec metadata: what describes the weights, what stays of the author's, the hash."""
+
+import hashlib
+
+import pytest
+import torch
+from lorahelp import random_adapter, tiny_model
+from tinyfamilies import write
+
+from ldm.loading.addons.embeddings import write_embeddings
+from ldm.loading.addons.lora import write_lora
+from ldm.loading.convert import convert, plan_conversion
+from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
+from ldm.loading.modelspec import kept_metadata
+from ldm.loading.report import inspect_checkpoint
+
+AUTHOR = {"modelspec.title": "Barns", "modelspec.author": "Ann", "modelspec.license": "CC0-1.0"}
+
+
+def spec_of(path):
+    metadata = read_checkpoint(path).metadata
+    prefix = "modelspec."
+    return {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
+
+
+def hash_of_tensors(path):
+    content = path.read_bytes()
+    return "0x" + hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("modelspec") / "tiny.safetensors"
+    write("sd2-v", path)
+    file = read_checkpoint(path)
+    stale = {"modelspec.hash_sha256": "0x12", "sshs_model_hash": "12"}
+    write_checkpoint(path, file.state, {**file.metadata, **AUTHOR, **stale})
+    return path
+
+
+def test_a_conversion_keeps_what_the_author_says_and_hashes_the_tensors_anew(model_file, tmp_path):
+    path = convert(plan_conversion(model_file, tmp_path / "half.safetensors", dtype=torch.float16))
+    spec = spec_of(path)
+    assert (spec["title"], spec["author"], spec["license"]) == ("Barns", "Ann", "CC0-1.0")
+    assert spec["hash_sha256"] == hash_of_tensors(path)
+    assert spec["prediction_type"] == "v"
+    assert spec["resolution"] == "32x32"
+    assert spec["sai_model_spec"] == "1.0.1"
+    assert "sshs_model_hash" not in read_checkpoint(path).metadata
+    assert "ModelSpec   author              Ann" in list(inspect_checkpoint(path).lines())
+
+
+def test_of_changed_weights_the_licence_alone_holds():
+    metadata = {**AUTHOR, "ss_network_dim": "4", "ldm.config": "model: x"}
+    kept = kept_metadata(metadata, same_weights=False)
+    assert kept == {"modelspec.license": "CC0-1.0", "ldm.config": "model: x"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "base", "implementation"),
+    [
+        ("sd1", "stable-diffusion-v1", "diffusers"),
+        (
+            "sdxl",
+            "stable-diffusion-xl-v1-base",
+            "https://github.com/Stability-AI/generative-models",
+        ),
+    ],
+)
+def test_loras_and_embeddings_name_what_they_are_for(kind, base, implementation, tmp_path):
+    model = tiny_model(kind)
+    model.unet.context_dim = {"sd1": 768, "sdxl": 2048}[kind]
+    write_lora(random_adapter(model), tmp_path / "style.safetensors", model)
+    spec = spec_of(tmp_path / "style.safetensors")
+    assert (spec["title"], spec["architecture"]) == ("style", f"{base}/lora")
+    assert spec["implementation"] == implementation
+    assert spec["hash_sha256"] == hash_of_tensors(tmp_path / "style.safetensors")
+    write_embeddings(tmp_path / "cat.safetensors", {"<cat>": torch.ones(1, 8)}, model=model)
+    spec = spec_of(tmp_path / "cat.safetensors")
+    assert spec["architecture"] == f"{base}/textual-inversion"
+    assert spec["trigger_phrase"] == "<cat>"
