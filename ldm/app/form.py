@@ -244,7 +244,8 @@ def step_noise_fields(sampler: str) -> set[str]:
     """Return the fields of noise before and between steps that have an effect on a sampler."""
     row = SAMPLERS.get(sampler, SAMPLERS[SAMPLER])
     churn = {"s_churn", "s_tmin", "s_tmax", "s_noise"} if row.takes_churn else set()
-    return churn | ({"eta", "s_noise"} if row.eta is not None else set())
+    noise = {"s_noise"} if row.takes_noise else set()
+    return churn | noise | ({"eta"} if row.eta is not None else set())
 
 
 def _as_text(value: object) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ldm.conditioning import Cond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.names import SLD
-from ldm.diffusion.samplers import Denoise
+from ldm.diffusion.samplers.common import Denoise
 from ldm.runtime.errors import ArgumentError
 
 __all__ = [

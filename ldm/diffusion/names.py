@@ -22,11 +22,12 @@ TILINGS = ("none", "x", "y", "xy")  # see `ldm.nets.circular`
 class Sampler:
     """A sampler."""
 
-    function: str  # in `ldm.diffusion.samplers`
+    function: str  # in a module of `ldm.diffusion.samplers`
     label: str  # in A1111's text and on the page
     takes_noise: bool = False  # between steps
     eta: float | None = None  # how much, by default; None where it cannot be set
     takes_churn: bool = False  # noise before steps
+    scales_time: bool = False  # takes `NoiseSchedule.scale_time`
     scheduler: str | None = None  # that belongs to it; None for the model's
 
 
@@ -107,7 +108,8 @@ SAMPLERS = {
     "dpmpp_3m_sde": Sampler("dpmpp_3m_sde", "DPM++ 3M SDE", takes_noise=True, eta=1.0),
     "unipc": Sampler("unipc", "UniPC"),
     "deis": Sampler("deis", "DEIS"),
-    "lcm": Sampler("lcm", "LCM", takes_noise=True),
+    "lcm": Sampler("lcm", "LCM", takes_noise=True, scheduler="lcm"),
+    "tcd": Sampler("tcd", "TCD", takes_noise=True, eta=0.3, scales_time=True, scheduler="tcd"),
 }
 
 SCHEDULERS = {
@@ -116,7 +118,8 @@ SCHEDULERS = {
     "karras": Scheduler("karras_sigmas", "Karras"),
     "exponential": Scheduler("exponential_sigmas", "Exponential"),
     "time_uniform": Scheduler("time_uniform_sigmas", "Uniform in time"),
-    "sgm_uniform": Scheduler("sgm_uniform_sigmas", "SGM Uniform"),
+    "sgm_uniform": Scheduler("sgm_uniform_sigmas", "SGM Uniform in whole timesteps"),
+    "sgm_uniform_a1111": Scheduler("sgm_uniform_a1111_sigmas", "SGM Uniform"),
     "leading": Scheduler("leading_sigmas", "Leading"),
     "turbo": Scheduler("turbo_sigmas", "Turbo", max_steps=10),
     "edm": Scheduler("edm_sigmas", "EDM"),
@@ -129,6 +132,8 @@ SCHEDULERS = {
     "ays_a1111": Scheduler("ays_a1111_sigmas", "Align Your Steps", for_sdxl="ays_xl_a1111"),
     "ays_xl": Scheduler("ays_xl_sigmas", "Align Your Steps XL, last to 0"),
     "ays_xl_a1111": Scheduler("ays_xl_a1111_sigmas", "Align Your Steps XL"),
+    "lcm": Scheduler("lcm_sigmas", "LCM", max_steps=50),
+    "tcd": Scheduler("tcd_sigmas", "TCD", max_steps=50),
 }
 
 # Of safe latent diffusion: the presets of both packages, and the concept that each avoids.

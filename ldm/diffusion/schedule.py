@@ -138,12 +138,17 @@ class NoiseSchedule(ABC):
         """Return the nearest noise level that the model was trained with."""
         return torch.as_tensor(sigma)
 
+    def scale_time(self, sigma: float, factor: float) -> float:
+        """Return the noise level at `factor` times the timestep of sigma, rounded down."""
+        return factor * sigma
+
     def step_sigmas(self, steps: int, scheduler: str = "uniform") -> Tensor:
         """Compute the noise levels (steps + 1,) of a run, float64, descending.
 
         Args:
             steps: 1 … T, or the greatest number of the scheduler.
-            scheduler: A name in SCHEDULERS. All but "uniform" and "time_uniform" end at 0.
+            scheduler: A name in SCHEDULERS. All but "uniform", "time_uniform" and "tcd"
+                end at 0.
         """
         if scheduler not in SCHEDULERS:
             raise unknown_name("scheduler", scheduler, SCHEDULERS, argument="scheduler")
@@ -198,6 +203,11 @@ class Schedule(NoiseSchedule):
         """Whether the network gets the timestep, the index of a level in `sigmas`."""
         changed = self.log_time or self.flip_time or self.append_zero
         return self.quantize_time and not changed
+
+    def scale_time(self, sigma: float, factor: float) -> float:
+        """Return the noise level at `factor` times the timestep of sigma, rounded down."""
+        t = round(float(self.sigma_to_t(sigma)), 6)  # whole timesteps come back as such
+        return float(self.sigmas[math.floor(factor * t)])
 
     @property
     def network_levels(self) -> Tensor:
@@ -378,6 +388,11 @@ def sgm_uniform_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
     return _append_zero(schedule.sigmas[torch.from_numpy(t)])
 
 
+def sgm_uniform_a1111_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
+    """Space steps evenly in time from the very last timestep, not truncated, like A1111."""
+    return _append_zero(_levels_at(schedule, np.linspace(len(schedule) - 1, 0, steps + 1)[:-1]))
+
+
 def leading_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
     """Space steps like diffusers' folders of SDXL: t = i floor(T / steps) + 1."""
     t = torch.arange(steps - 1, -1, -1) * (len(schedule) // steps) + 1
@@ -415,11 +430,7 @@ def exponential_sigmas(schedule: NoiseSchedule, steps: int, rho: float = 1.0) ->
 
 def normal_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
     """Space steps evenly in time like k-diffusion, with log sigma linear between timesteps."""
-    last = len(schedule) - 1
-    log_sigmas = np.interp(
-        np.linspace(last, 0, steps), np.arange(last + 1), schedule.sigmas.log().numpy()
-    )
-    return _append_zero(torch.as_tensor(log_sigmas).exp())
+    return _append_zero(_levels_at(schedule, np.linspace(len(schedule) - 1, 0, steps)))
 
 
 def simple_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
@@ -461,8 +472,30 @@ def ays_a1111_sigmas(schedule: NoiseSchedule, steps: int, levels: Sequence[float
     return _append_zero(_interpolate_levels(levels, steps))
 
 
+def lcm_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
+    """Choose from the 50 timesteps of latent consistency models (arXiv:2310.04378)."""
+    return _append_zero(_consistency_sigmas(schedule, steps))
+
+
+def tcd_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
+    """Choose timesteps as `lcm_sigmas` does, and end at the first one (arXiv:2402.19159)."""
+    return torch.cat([_consistency_sigmas(schedule, steps), schedule.sigmas[:1]])
+
+
 ays_xl_sigmas = partial(ays_sigmas, levels=AYS_XL)
 ays_xl_a1111_sigmas = partial(ays_a1111_sigmas, levels=AYS_XL)
+
+
+def _consistency_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
+    kept = min(50, len(schedule))  # timesteps of the solver that the model was distilled from
+    indices = kept - torch.arange(steps) * kept // steps
+    return schedule.sigmas[indices * (len(schedule) // kept) - 1]
+
+
+def _levels_at(schedule: NoiseSchedule, t: NDArray[np.float64]) -> Tensor:
+    """Return the levels of fractional timesteps, linear in log sigma as in k-diffusion."""
+    log_sigmas = schedule.sigmas.log().numpy()
+    return torch.as_tensor(np.interp(t, np.arange(len(schedule)), log_sigmas)).exp()
 
 
 def _interpolate_levels(levels: Sequence[float], count: int) -> Tensor:

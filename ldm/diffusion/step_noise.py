@@ -10,6 +10,7 @@ __all__ = ["STEP_NOISE", "StepNoise"]
 
 TAKES_ETA = [name for name, row in SAMPLERS.items() if row.eta is not None]
 TAKES_CHURN = [name for name, row in SAMPLERS.items() if row.takes_churn]
+TAKES_NOISE = [name for name, row in SAMPLERS.items() if row.takes_noise or row.takes_churn]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class StepNoise:
         for name, value, takers in (
             ("eta", self.eta or 0.0, TAKES_ETA),
             ("s_churn", self.s_churn, TAKES_CHURN),
-            ("s_noise", self.s_noise - 1, [*TAKES_ETA, *TAKES_CHURN]),
+            ("s_noise", self.s_noise - 1, TAKES_NOISE),
         ):
             if value and sampler not in takers:
                 message = f"sampler `{sampler}` takes no {name}, only {', '.join(takers)} do"

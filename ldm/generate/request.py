@@ -155,8 +155,8 @@ class Sampling:
         choices=tuple(SCHEDULERS), metavar="NAME", label="Schedule type",
         help=f"spacing of the timesteps: {', '.join(SCHEDULERS)} (default: the sampler's own)")
     eta: float | None = option(None, "--ddim_eta", "--eta", parse=parse_number, metavar="ETA",
-        label="Eta", help="noise between steps, 0 … 1 (default: ddim 0, euler_a, dpmpp_2s_a and"
-        " dpmpp_2m_sde 1)")
+        label="Eta", help="noise between steps, 0 … 1; the gamma of tcd (default: ddim 0,"
+        " tcd 0.3, others 1)")
     s_churn: float = option(0.0, "--s-churn", "--s_churn", parse=parse_number, metavar="S",
         label="Sigma churn", maximum=100,
         help="noise before the steps of euler and heun, up to the number of steps (default:"

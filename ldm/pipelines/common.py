@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 
 from ldm.conditioning import Cond
 from ldm.diffusion.guidance import Guidance, Scale
-from ldm.diffusion.samplers import Constrain
+from ldm.diffusion.samplers.common import Constrain
 from ldm.diffusion.step_noise import StepNoise
 from ldm.encoders.text import TextEncoder, clip_skip
 from ldm.imaging.rgbd import join_depth

@@ -16,7 +16,10 @@ from ldm.conditioning import Cond
 from ldm.diffusion import names
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Guidance, Scale, add_guidance, limit_to_interval
-from ldm.diffusion.samplers import SAMPLERS, Constrain, euler
+from ldm.diffusion.samplers import SAMPLERS
+from ldm.diffusion.samplers.common import Constrain
+from ldm.diffusion.samplers.single_step import euler
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.diffusion.step_noise import StepNoise
 from ldm.model import LatentDiffusion
 from ldm.nets.circular import circular_padding
@@ -174,7 +177,9 @@ def sample(
             sigmas,
             callback=callback and _with_steps(callback, len(sigmas) - 1),
             constrain=constrain,
-            **_sampler_options(sampler, step_noise, noise, "noise" in quirks, end is not None),
+            **_sampler_options(
+                model.schedule, sampler, step_noise, noise, "noise" in quirks, end is not None
+            ),
         )
     quirks.draw_unused(sampler, sigmas, x)
     return x / _std(sigmas[-1])
@@ -265,23 +270,30 @@ def _in_tiles(denoiser: Denoiser, tile: int | None) -> Denoiser:
 
 
 def _sampler_options(
-    sampler: str, step_noise: StepNoise, noise: Noise, always_draws: bool, goes_on: bool
+    schedule: NoiseSchedule,
+    sampler: str,
+    step_noise: StepNoise,
+    noise: Noise,
+    always_draws: bool,
+    goes_on: bool,
 ) -> dict[str, object]:
     row, s_noise, s_tmax = names.SAMPLERS[sampler], step_noise.s_noise, step_noise.s_tmax
     scaled_noise = noise if s_noise == 1 else lambda like: s_noise * noise(like)
-    if row.function == "dpmpp_2m" and goes_on:
-        return {"lower_order_final": False}
+    options: dict[str, object] = {}
+    if row.takes_noise or row.takes_churn:
+        options["noise"] = scaled_noise
     if row.takes_churn:
-        return {
-            "s_churn": step_noise.s_churn,
-            "s_tmin": step_noise.s_tmin,
-            "s_tmax": math.inf if s_tmax is None else s_tmax,
-            "noise": scaled_noise,
-        }
+        options["s_churn"], options["s_tmin"] = step_noise.s_churn, step_noise.s_tmin
+        options["s_tmax"] = math.inf if s_tmax is None else s_tmax
     if row.eta is not None:
-        eta = row.eta if step_noise.eta is None else step_noise.eta
-        return {"eta": eta, "noise": scaled_noise if eta > 0 or always_draws else None}
-    return {}
+        options["eta"] = eta = row.eta if step_noise.eta is None else step_noise.eta
+        if eta == 0 and not always_draws:
+            options["noise"] = None
+    if row.scales_time:
+        options["scale_time"] = schedule.scale_time
+    if row.function == "dpmpp_2m" and goes_on:
+        options["lower_order_final"] = False
+    return options
 
 
 def _with_steps(callback: Callback, steps: int) -> Callable[[int, Tensor, Tensor], None]:

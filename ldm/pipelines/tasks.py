@@ -36,7 +36,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ldm.diffusion.guidance import Scale
-from ldm.diffusion.samplers import Constrain
+from ldm.diffusion.samplers.common import Constrain
 from ldm.encoders.depth import MiDaSDepth
 from ldm.encoders.lowres import LowRes, RGBDLatent, concat_mask, mask_image
 from ldm.model import LatentDiffusion

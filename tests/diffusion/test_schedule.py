@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import EulerDiscreteScheduler, TCDScheduler
 
 from goldfile import gold
 from ldm.diffusion.names import SCHEDULERS
@@ -158,6 +158,7 @@ def test_bad_requests_are_answered_with_what_is_allowed():
 # A1111 (`beta_sigma`, `kl_optimal`, `ays_a1111`) choose them.
 LEVELS = {
     "normal": [14.614641, 4.086081, 1.615580, 0.695150, 0.029167],
+    "sgm_uniform_a1111": [14.614641, 5.092408, 2.279730, 1.162865, 0.571189],
     "simple": [14.614641, 5.087763, 2.276463, 1.160578, 0.569285],
     "beta": [14.614641, 7.371844, 2.615236, 1.027329, 0.395510],
     "beta_sigma": [14.614641, 12.052260, 7.321904, 2.591549, 0.029167],
@@ -171,6 +172,15 @@ LEVELS = {
 def test_levels_are_those_of_other_programs(scheduler):
     expected = torch.tensor([*LEVELS[scheduler], 0.0], dtype=torch.float64)
     torch.testing.assert_close(SD.step_sigmas(5, scheduler), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 8, 50])
+def test_levels_of_consistency_models_are_those_of_diffusers(steps):
+    theirs = TCDScheduler()
+    theirs.set_timesteps(steps)
+    assert torch.equal(SD.step_sigmas(steps, "lcm")[:-1], SD.sigmas[theirs.timesteps])
+    assert torch.equal(SD.step_sigmas(steps, "tcd")[:-1], SD.sigmas[theirs.timesteps])
+    assert SD.step_sigmas(steps, "tcd")[-1] == SD.sigmas[0]
 
 
 def test_a_polynomial_of_log_sigma_is_k_diffusions():

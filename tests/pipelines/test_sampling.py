@@ -110,7 +110,7 @@ def test_noise_of_steps_is_the_samplers_unless_given(model):
     assert not torch.equal(image("euler", s_churn=2.0), image("euler"))
     assert torch.equal(image("euler", s_churn=2.0, s_tmax=0.0), image("euler"))
     assert torch.equal(image("euler", s_churn=2.0, s_tmin=99.0), image("euler"))
-    for sampler, options in (("heun", {"s_churn": 2.0}), ("dpmpp_2m_sde", {})):
+    for sampler, options in (("heun", {"s_churn": 2.0}), ("dpmpp_2m_sde", {}), ("lcm", {})):
         assert not torch.equal(image(sampler, s_noise=0.5, **options), image(sampler, **options))
 
 

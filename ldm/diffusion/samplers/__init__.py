@@ -1,0 +1,39 @@
+"""Samplers: solvers of the diffusion ODE and SDE, as pure functions.
+
+All start from x = z + sigma·noise and integrate over `sigmas`; network, condition and guidance are
+inside `denoise(x, sigma)`, which estimates the clean latent z. Read `euler` first.
+
+    Args:
+        denoise: (x, sigma) -> estimate of z, in the shape of x.
+        x: z + sigmas[0]·noise, (B, C, h, w) float32.
+        sigmas: Noise levels (n + 1,) float64, descending; the last may be 0.
+        callback: Called after step i with (i, x at sigmas[i + 1], denoised).
+        constrain: (x, sigma) -> x, applied before every step, as for inpainting.
+        noise: (like) -> standard normal noise of its shape, the only source of randomness.
+        s_churn, s_tmin, s_tmax: Amount of noise before steps, and where (algorithm 2).
+
+    Returns:
+        x at sigmas[-1].
+
+Churn raises sigma to sigma (1 + min(s_churn / n, √2 - 1)) before each of n steps from s_tmin to
+s_tmax. What other programs call s_noise is the standard deviation of `noise`.
+
+Formulation: Karras et al. 2022 (arXiv:2206.00364); names as in k-diffusion.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ldm.diffusion import names
+from ldm.diffusion.samplers import consistency, multistep, sde, single_step
+
+__all__ = ["SAMPLERS", "STOCHASTIC"]
+
+_FUNCTIONS = {**vars(single_step), **vars(multistep), **vars(sde), **vars(consistency)}
+
+# Rows of `ldm.diffusion.names.SAMPLERS` say which function of these modules each name stands for.
+SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    name: _FUNCTIONS[row.function] for name, row in names.SAMPLERS.items()
+}
+STOCHASTIC = frozenset(name for name, row in names.SAMPLERS.items() if row.takes_noise)

@@ -1,0 +1,60 @@
+"""Samplers of consistency models, which take each estimate as it is."""
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ldm.diffusion.samplers.common import Callback, Constrain, Denoise, Noise, sigma_pairs
+
+__all__ = ["lcm", "tcd"]
+
+
+def lcm(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+    constrain: Constrain | None = None,
+) -> Tensor:
+    """Sample a latent consistency model (arXiv:2310.04378): the estimate, with new noise."""
+    for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
+        x = constrain(x, sigma) if constrain else x
+        x = denoised = denoise(x, sigma)
+        if noise and sigma_next > 0:
+            x = x + noise(x) * sigma_next
+        if callback:
+            callback(i, x, denoised)
+    return x
+
+
+def tcd(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    eta: float = 0.3,
+    scale_time: Callable[[float, float], float] = lambda sigma, factor: factor * sigma,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+    constrain: Constrain | None = None,
+) -> Tensor:
+    """Sample by trajectory consistency (arXiv:2402.19159): to a lower level, then new noise.
+
+    Args:
+        eta: The paper's gamma, 0 … 1: 0 is DDIM, with 1 the lower level is the least.
+        scale_time: (sigma, factor) -> the level at `factor` times the timestep of sigma, by the
+            noise schedule of the model.
+    """
+    for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
+        x = constrain(x, sigma) if constrain else x
+        denoised = denoise(x, sigma)
+        sigma_down = min(scale_time(sigma_next, 1 - eta), sigma_next)
+        x = denoised + (x - denoised) * (sigma_down / sigma)
+        if noise:
+            x = x + noise(x) * math.sqrt(sigma_next**2 - sigma_down**2)
+        if callback:
+            callback(i, x, denoised)
+    return x

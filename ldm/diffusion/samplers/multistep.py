@@ -1,0 +1,230 @@
+"""Solvers of the ODE whose steps use earlier estimates."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.samplers.common import (
+    Callback,
+    Constrain,
+    Denoise,
+    log_ratio,
+    sigma_pairs,
+    weighted_sum,
+)
+
+__all__ = ["deis", "dpmpp_2m", "lms", "plms", "unipc"]
+
+
+def plms(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    callback: Callback | None = None,
+    constrain: Constrain | None = None,
+) -> Tensor:
+    """Sample by PLMS (arXiv:2202.09778): Adams–Bashforth of order 4, after one Heun step."""
+    weights = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12)}
+    weights[4] = (55 / 24, -59 / 24, 37 / 24, -9 / 24)
+    slopes: list[Tensor] = []  # newest first
+    for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
+        x = constrain(x, sigma) if constrain else x
+        slope = (x - denoise(x, sigma)) / sigma
+        slopes = [slope, *slopes[:3]]
+        if len(slopes) == 1 and sigma_next > 0:
+            x_next = x + slope * (sigma_next - sigma)
+            slope = (slope + (x_next - denoise(x_next, sigma_next)) / sigma_next) / 2
+        elif len(slopes) > 1:
+            slope = weighted_sum(weights[len(slopes)], slopes)
+        denoised = x - slope * sigma
+        x = x + slope * (sigma_next - sigma)
+        if callback:
+            callback(i, x, denoised)
+    return x
+
+
+def lms(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    order: int = 4,
+    callback: Callback | None = None,
+    constrain: Constrain | None = None,
+) -> Tensor:
+    """Sample by linear multistep: integrates the polynomial through the last `order` slopes."""
+    levels = sigmas.tolist()
+    slopes: list[Tensor] = []  # newest first
+    for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
+        x = constrain(x, sigma) if constrain else x
+        denoised = denoise(x, sigma)
+        slopes = [(x - denoised) / sigma, *slopes[: order - 1]]
+        nodes = [levels[i - j] for j in range(len(slopes))]
+        x = x + weighted_sum(_lagrange_integrals(nodes, sigma, sigma_next), slopes)
+        if callback:
+            callback(i, x, denoised)
+    return x
+
+
+def dpmpp_2m(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    lower_order_final: bool = True,
+    callback: Callback | None = None,
+    constrain: Constrain | None = None,
+) -> Tensor:
+    """Sample by DPM-Solver++ 2M (arXiv:2211.01095, algorithm 2).
+
+    Args:
+        lower_order_final: Whether the last of less than 15 steps is of order 1 wherever it ends; a
+            step to 0 always is.
+    """
+    steps = len(sigmas) - 1
+    last = steps - 1 if lower_order_final and steps < 15 else steps
+    old_denoised, h_last = None, 0.0
+    for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
+        x = constrain(x, sigma) if constrain else x
+        denoised = denoise(x, sigma)
+        h = log_ratio(sigma, sigma_next)
+        estimate = denoised
+        if old_denoised is not None and sigma_next > 0 and i != last:
+            estimate = denoised + (denoised - old_denoised) * (h / h_last / 2)
+        x = (sigma_next / sigma) * x - math.expm1(-h) * estimate
+        old_denoised, h_last = denoised, h
+        if callback:
+            callback(i, x, denoised)
+    return x
+
+
+def deis(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    order: int = 3,
+    callback: Callback | None = None,
+    constrain: Constrain | None = None,
+) -> Tensor:
+    """Sample by DEIS (arXiv:2204.13902): a polynomial in log sigma through the last slopes.
+
+    With less than 15 steps the order falls to 1 towards the end.
+    """
+    levels = sigmas.tolist()
+    steps = len(levels) - 1
+    slopes: list[Tensor] = []  # newest first
+    for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
+        x = constrain(x, sigma) if constrain else x
+        denoised = denoise(x, sigma)
+        slopes = [(x - denoised) / sigma, *slopes[: order - 1]]
+        if sigma_next > 0:
+            used = min(len(slopes), steps - i) if steps < 15 else len(slopes)
+            nodes = [math.log(levels[i - j]) for j in range(used)]
+            weights = _exponential_integrals(nodes, math.log(sigma), math.log(sigma_next))
+            x = x + weighted_sum(weights, slopes[:used])
+        else:
+            x = denoised
+        if callback:
+            callback(i, x, denoised)
+    return x
+
+
+def unipc(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    order: int = 3,
+    callback: Callback | None = None,
+    constrain: Constrain | None = None,
+) -> Tensor:
+    """Sample by UniPC, variant bh2 (arXiv:2302.04867): each step corrects the one before.
+
+    The estimate at the predicted x serves as corrector, too, so there is one evaluation a step.
+    """
+    levels = sigmas.tolist()
+    steps = len(levels) - 1
+    known: list[tuple[float, Tensor]] = []  # (sigma, estimate), newest first
+    x_before, used = x, 1
+    for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
+        x = constrain(x, sigma) if constrain else x
+        denoised = denoise(x, sigma)
+        if known:
+            x = _unipc_step(x_before, known, sigma, used, denoised)
+        known = [(sigma, denoised), *known[: order - 1]]
+        x_before = x
+        used = min(order, len(known), steps - i)
+        x = _unipc_step(x, known, sigma_next, used) if sigma_next > 0 else denoised
+        if callback:
+            callback(i, x, denoised)
+    return x
+
+
+def _lagrange_integrals(nodes: list[float], start: float, end: float) -> list[float]:
+    """Integrate the Lagrange basis polynomials over [start, end]; exact for up to 4 nodes."""
+    middle, half = (start + end) / 2, (end - start) / 2
+    points = [middle - half / math.sqrt(3), middle + half / math.sqrt(3)]
+    return [
+        half * sum(math.prod((p - m) / (n - m) for m in nodes if m != n) for p in points)
+        for n in nodes
+    ]
+
+
+def _exponential_integrals(nodes: list[float], start: float, end: float) -> list[float]:
+    """Integrate the Lagrange basis polynomials in log sigma, times sigma, over [start, end]."""
+    # Gauss-Legendre points and weights are an eigenproblem (Golub and Welsch 1969).
+    k = torch.arange(1, 10, dtype=torch.float64)
+    off_diagonal = k / (4 * k * k - 1).sqrt()
+    matrix = torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1)
+    points, vectors = torch.linalg.eigh(matrix)
+    middle, half = (start + end) / 2, (end - start) / 2
+    logs = middle + half * points
+    weights = half * 2 * vectors[0].square() * logs.exp()
+    bases = [
+        math.prod(((logs - m) / (n - m) for m in nodes if m != n), start=weights) for n in nodes
+    ]
+    return [float(basis.sum()) for basis in bases]
+
+
+def _unipc_step(
+    x: Tensor,
+    known: list[tuple[float, Tensor]],
+    sigma_next: float,
+    order: int,
+    denoised_next: Tensor | None = None,
+) -> Tensor:
+    """Step from the newest level to the next: predict, or correct with the estimate there.
+
+    Args:
+        known: (sigma, estimate) of the last levels, newest first.
+        order: Number of estimates in `known` to use.
+    """
+    sigma, denoised = known[0]
+    h = log_ratio(sigma, sigma_next)
+    shrink = math.expm1(-h)  # e^q - 1, q = -h; also B(h) of bh2
+    ratios = [-log_ratio(level, sigma) / h for level, _ in known[1:order]]
+    slopes = [
+        (estimate - denoised) / ratio
+        for ratio, (_, estimate) in zip(ratios, known[1:order], strict=True)
+    ]
+    if denoised_next is not None:
+        ratios, slopes = [*ratios, 1.0], [*slopes, denoised_next - denoised]
+    x = (sigma_next / sigma) * x - shrink * denoised
+    if not slopes:
+        return x
+    phi, factorial, targets = shrink / -h - 1, 1, []
+    for j in range(1, len(slopes) + 1):
+        factorial *= j
+        targets.append(phi * factorial / shrink)
+        phi = phi / -h - 1 / (factorial * (j + 1))
+    if len(slopes) == 1 and order <= 2:
+        return x - shrink * 0.5 * slopes[0]
+    rows = [[ratio**power for ratio in ratios] for power in range(len(slopes))]
+    matrix, target = (
+        torch.tensor(rows, dtype=torch.float64),
+        torch.tensor(targets, dtype=torch.float64),
+    )
+    return x - shrink * weighted_sum(torch.linalg.solve(matrix, target).tolist(), slopes)
