@@ -4,23 +4,39 @@
     image = ldm.txt2img(to_modern(old), ["a red apple"])
 
 Both build the other classes around the same tensors: what one of the two is trained to, the other
-has. Models of Stable Diffusion 1 and 2 with a text encoder, and their inpainting models, have both.
+has. The families of Stable Diffusion 1 and 2 that have both classes are in FAMILIES.
 """
 
+import copy
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from ldm.compat import autoencoder as old_autoencoder, encoders as old_encoders
-from ldm.compat.ddpm import LatentDiffusion, LatentInpaintDiffusion
+from ldm.compat.ddpm import (
+    ImageEmbeddingConditionedLatentDiffusion,
+    LatentDepth2ImageDiffusion,
+    LatentDiffusion,
+    LatentInpaintDiffusion,
+    LatentUpscaleDiffusion,
+)
 from ldm.compat.latent_diffusion import freeze
+from ldm.compat.midas import MiDaSInference
 from ldm.compat.openaimodel import UNetModel
+from ldm.compat.upscaling import (
+    AbstractLowScaleModel,
+    ImageConcatWithNoiseAugmentation,
+    SimpleImageConcat,
+)
 from ldm.conditioning import Conditioner, Encoder
 from ldm.diffusion.schedule import Schedule
-from ldm.encoders.lowres import MaskedImage
+from ldm.encoders.depth import MiDaSDepth
+from ldm.encoders.image import CLIPImage, CLIPVision, EmbeddingNoise, ImageEmbedding, OpenCLIPImage
+from ldm.encoders.lowres import LowRes, MaskedImage, NoiseLevel
 from ldm.encoders.text import CLIPText, OpenCLIPText
 from ldm.encoders.towers import quick_gelu
 from ldm.loading.build import meta_device
@@ -32,7 +48,25 @@ from ldm.runtime.errors import WrongFamily
 __all__ = ["from_modern", "to_modern"]
 
 NOTHING = {"target": "torch.nn.Identity"}
-ENCODERS = ({"text"}, {"text", "masked"})  # of models that have an old class here
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Family:
+    """A class of the original, and the encoders beside the text encoder that it stands for.
+
+    Args:
+        options: Further keywords of its constructor.
+        add: Gives an old model what it has in place of the encoders of a conditioner.
+        encoders: Builds the encoders, by name, from an old model.
+    """
+
+    old: type[LatentDiffusion]
+    names: frozenset[str]
+    conditioning_key: str
+    options: Mapping[str, Any]
+    add: Callable[[Any, Conditioner], None]
+    encoders: Callable[[Any], dict[str, Encoder]]
 
 
 def from_modern(model: ModernModel) -> LatentDiffusion:
@@ -41,35 +75,32 @@ def from_modern(model: ModernModel) -> LatentDiffusion:
     Raises:
         WrongFamily: The model has no counterpart here.
     """
-    names = set(model.conditioner.encoders)
-    schedule = model.schedule
-    if names not in ENCODERS or not isinstance(model.autoencoder, AutoencoderKL):
-        found = ", ".join(sorted(names)) or "none"
-        raise WrongFamily(
-            f"only models with a text encoder, and inpainting models, can be bridged; the "
-            f"encoders of this one: {found}"
-        )
-    is_inpainting = "masked" in names
-    options: dict[str, Any] = {
-        "unet_config": dict(NOTHING),
-        "first_stage_config": NOTHING,
-        "cond_stage_config": NOTHING,
-        "timesteps": len(schedule),
-        "given_betas": schedule.betas.numpy(),
-        "parameterization": model.parameterization,
-        "scale_factor": model.scale_factor,
-        "image_size": model.image_size,
-        "channels": model.channels,
-        "conditioning_key": "hybrid" if is_inpainting else "crossattn",
-        "first_stage_key": "jpg",
-        "cond_stage_key": "txt",
-        "use_ema": False,
-    }
-    old = LatentInpaintDiffusion(**options) if is_inpainting else LatentDiffusion(**options)
+    names = frozenset(model.conditioner.encoders)
+    family = next((row for row in FAMILIES if row.names | {"text"} == names), None)
+    if family is None or not isinstance(model.autoencoder, AutoencoderKL):
+        encoders = ", ".join(sorted(names)) or "none"
+        raise WrongFamily(f"no class of the original has these encoders: {encoders}")
+    old = family.old(
+        unet_config=dict(NOTHING),
+        first_stage_config=NOTHING,
+        cond_stage_config=NOTHING,
+        timesteps=len(model.schedule),
+        given_betas=model.schedule.betas.numpy(),
+        parameterization=model.parameterization,
+        scale_factor=model.scale_factor,
+        image_size=model.image_size,
+        channels=model.channels,
+        conditioning_key=family.conditioning_key,
+        first_stage_key="jpg",
+        cond_stage_key="txt",
+        use_ema=False,
+        **family.options,
+    )
     old.model.diffusion_model = _old_unet(model.unet)
     old.first_stage_model = freeze(_old_autoencoder(model.autoencoder))
     old.cond_stage_model = freeze(_old_text(model.conditioner.encoders["text"]))
     old.num_downs = len(model.autoencoder.layout.ch_mult) - 1
+    family.add(old, model.conditioner)
     return old.to(model.device).eval()
 
 
@@ -81,15 +112,16 @@ def to_modern(model: LatentDiffusion) -> ModernModel:
     Raises:
         WrongFamily: The model has no counterpart here.
     """
-    encoders: dict[str, Encoder] = {"text": _modern_text(model.cond_stage_model)}
     key = model.model.conditioning_key
-    if isinstance(model, LatentInpaintDiffusion):
-        encoders["masked"] = MaskedImage()
-    elif key != "crossattn":
-        raise WrongFamily(f"a model with conditioning_key `{key}` cannot be bridged")
+    rows = [row for row in FAMILIES if isinstance(model, row.old) and row.conditioning_key == key]
+    if not rows:
+        raise WrongFamily(
+            f"a {type(model).__name__} with conditioning_key `{key}` cannot be bridged"
+        )
     betas = model.exact_betas
     if not torch.equal(betas.float(), model.betas.cpu()):
         betas = model.betas.cpu().double()
+    encoders = {"text": _modern_text(model.cond_stage_model), **rows[0].encoders(model)}
     modern = ModernModel(
         unet=_modern_unet(model.model.diffusion_model),
         autoencoder=_modern_autoencoder(model.first_stage_model),
@@ -100,6 +132,16 @@ def to_modern(model: LatentDiffusion) -> ModernModel:
         image_size=model.image_size,
     )
     return modern.eval()
+
+
+def _copy_sharing(module: ModuleT) -> ModuleT:
+    """Copy a module, but not its tensors."""
+    memo: dict[int, Any] = {}
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        shared = tensor.detach()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(shared, tensor.requires_grad) if is_parameter else shared
+    return copy.deepcopy(module, memo)
 
 
 def _share(new: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
@@ -241,3 +283,127 @@ def _open_clip_arch(
 
 def _name_of(activation: Any) -> str:
     return "quick_gelu" if activation is quick_gelu else "gelu"
+
+
+def _add_depth(old: LatentDepth2ImageDiffusion, conditioner: Conditioner) -> None:
+    network = conditioner.get(MiDaSDepth).model
+    if network is None:
+        raise WrongFamily("a depth model without MiDaS has no counterpart in the original")
+    old.depth_model = MiDaSInference.of_network(_copy_sharing(network))
+
+
+def _depth_encoders(old: LatentDepth2ImageDiffusion) -> dict[str, Encoder]:
+    if not isinstance(old.depth_model, MiDaSInference):
+        raise WrongFamily(f"a depth model of class {type(old.depth_model).__name__}, not MiDaS")
+    depth = MiDaSDepth(model_type=None)
+    depth.model = _copy_sharing(old.depth_model.model)
+    return {"depth": depth}
+
+
+def _add_low_scale(old: LatentUpscaleDiffusion, conditioner: Conditioner) -> None:
+    lowres = conditioner.get(LowRes)
+    old.low_scale_key = lowres.low_scale_key
+    new: AbstractLowScaleModel = SimpleImageConcat()
+    if lowres.schedule is not None:
+        new = ImageConcatWithNoiseAugmentation({}, lowres.max_noise_level)
+        _copy_schedule(new, lowres, lowres.schedule)
+    old.low_scale_model = freeze(new)
+
+
+def _low_scale_encoders(old: LatentUpscaleDiffusion) -> dict[str, Encoder]:
+    low_scale = old.low_scale_model
+    lowres = LowRes(max_noise_level=low_scale.max_noise_level, low_scale_key=old.low_scale_key)
+    if isinstance(low_scale, ImageConcatWithNoiseAugmentation):
+        _copy_schedule(lowres, low_scale, low_scale.schedule)
+    return {"lowres": lowres, "level": NoiseLevel()}
+
+
+def _add_embedder(old: ImageEmbeddingConditionedLatentDiffusion, conditioner: Conditioner) -> None:
+    image = conditioner.get(ImageEmbedding)
+    clip, noise = image.clip, image.noise
+    with meta_device():
+        kind = (
+            old_encoders.ClipImageEmbedder
+            if isinstance(clip, CLIPImage)
+            else old_encoders.FrozenOpenCLIPImageEmbedder
+        )
+        embedder = kind(antialias=clip.antialias)
+    embedder.model, embedder.blur = _copy_sharing(clip.model), clip.blur
+    augmentor = old_encoders.CLIPEmbeddingNoiseAugmentation(
+        {}, noise.max_noise_level, timestep_dim=noise.width
+    )
+    augmentor.data_mean, augmentor.data_std = noise.get_statistics()
+    _copy_schedule(augmentor, noise, noise.schedule)
+    old.embed_key = image.cache_key or "jpg"
+    old.embedder, old.noise_augmentor = freeze(embedder), freeze(augmentor)
+
+
+def _embedder_encoders(old: ImageEmbeddingConditionedLatentDiffusion) -> dict[str, Encoder]:
+    embedder, augmentor = old.embedder, old.noise_augmentor
+    if not isinstance(embedder, CLIPVision):
+        raise WrongFamily(f"an embedder of class {type(embedder).__name__} cannot be bridged")
+    if not isinstance(augmentor, old_encoders.CLIPEmbeddingNoiseAugmentation):
+        raise WrongFamily("a model of image embeddings without noise augmentation")
+    with meta_device():
+        is_openai = isinstance(embedder, CLIPImage)
+        clip: CLIPVision = CLIPImage() if is_openai else OpenCLIPImage()
+    clip.model, clip.antialias, clip.blur = (
+        _copy_sharing(embedder.model),
+        embedder.antialias,
+        embedder.blur,
+    )
+    width = augmentor.data_mean.shape[1]
+    noise = EmbeddingNoise(timestep_dim=width, max_noise_level=augmentor.max_noise_level)
+    noise.set_statistics(augmentor.data_mean, augmentor.data_std)
+    noise.schedule = augmentor.schedule
+    _copy_schedule(noise, augmentor, augmentor.schedule)
+    return {"image": ImageEmbedding(clip=clip, noise=noise, embedding_key=old.embed_key)}
+
+
+def _copy_schedule(new: Any, module: nn.Module, schedule: Schedule) -> None:
+    """Give a module the noise schedule of another one, and its tables."""
+    new.schedule = schedule
+    for name in schedule.buffers():
+        if name in module._buffers:
+            new.register_buffer(name, module.get_buffer(name))
+
+
+def _add_nothing(old: LatentDiffusion, conditioner: Conditioner) -> None:
+    pass
+
+
+FAMILIES = (
+    _Family(
+        LatentInpaintDiffusion,
+        frozenset({"masked"}),
+        "hybrid",
+        {},
+        _add_nothing,
+        lambda old: {"masked": MaskedImage()},
+    ),
+    _Family(
+        LatentDepth2ImageDiffusion,
+        frozenset({"depth"}),
+        "hybrid",
+        {"depth_stage_config": NOTHING},
+        _add_depth,
+        _depth_encoders,
+    ),
+    _Family(
+        LatentUpscaleDiffusion,
+        frozenset({"lowres", "level"}),
+        "hybrid-adm",
+        {"low_scale_config": NOTHING},
+        _add_low_scale,
+        _low_scale_encoders,
+    ),
+    _Family(
+        ImageEmbeddingConditionedLatentDiffusion,
+        frozenset({"image"}),
+        "crossattn-adm",
+        {"embedder_config": NOTHING},
+        _add_embedder,
+        _embedder_encoders,
+    ),
+    _Family(LatentDiffusion, frozenset(), "crossattn", {}, _add_nothing, lambda old: {}),
+)

@@ -2,7 +2,7 @@
 
 from ldm.compat.autoencoder import AutoencoderKL, IdentityFirstStage, VQModelInterface
 from ldm.compat.ddim import DDIMSampler
-from ldm.compat.ddpm_base import DDPM, DiffusionWrapper, disabled_train, uniform_on_device
+from ldm.compat.ddpm_base import DDPM, DiffusionWrapper, uniform_on_device
 from ldm.compat.ddpm_families import (
     ImageEmbeddingConditionedLatentDiffusion,
     LatentDepth2ImageDiffusion,
@@ -18,6 +18,7 @@ from ldm.compat.latent_diffusion import LatentDiffusion
 from ldm.compat.util import (
     count_params,
     default,
+    disabled_train,
     exists,
     instantiate_from_config,
     isimage,

@@ -21,7 +21,7 @@ from ldm.compat.util import instantiate_from_config, mean_flat
 from ldm.diffusion.schedule import Schedule
 from ldm.loading.files.checkpoint import read_checkpoint
 
-__all__ = ["DDPM", "Batch", "Config", "DiffusionWrapper", "disabled_train", "uniform_on_device"]
+__all__ = ["DDPM", "Batch", "Config", "DiffusionWrapper", "uniform_on_device"]
 
 Batch = dict[str, Any]
 Config = Any  # {"target": …, "params": …}, a dict or a node of OmegaConf
@@ -29,11 +29,6 @@ Losses = dict[str, Tensor]
 CONDITIONING_KEYS = (
     None, "concat", "crossattn", "hybrid", "adm", "hybrid-adm", "crossattn-adm"
 )  # fmt: skip
-
-
-def disabled_train(self: nn.Module, mode: bool = True) -> nn.Module:
-    """Stay in the mode it has; takes the place of `train` of a frozen module."""
-    return self
 
 
 def uniform_on_device(

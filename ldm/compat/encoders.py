@@ -16,6 +16,7 @@ from ldm.compat.clip import CLIPTextModel, CLIPTokenizer, TextOutput
 from ldm.compat.names import MISSING_ENCODERS
 from ldm.compat.openaimodel import Timestep
 from ldm.compat.upscaling import ImageConcatWithNoiseAugmentation
+from ldm.compat.util import disabled_train
 from ldm.encoders import tokenizer
 from ldm.encoders.image import CLIPImage, OpenCLIPImage, preprocess
 from ldm.loading.files.checkpoint import read_checkpoint
@@ -46,11 +47,6 @@ def __getattr__(name: str) -> Any:
     if name in MISSING_ENCODERS:  # not an AttributeError: `from … import` would hide its text
         raise ImportError(f"`{name}` is missing here: {MISSING_ENCODERS[name]}", name=name)
     raise AttributeError(f"module `{__name__}` has no attribute `{name}`")
-
-
-def disabled_train(self: nn.Module, mode: bool = True) -> nn.Module:
-    """Leave a module in its mode; takes the place of `train`."""
-    return self
 
 
 class AbstractEncoder(nn.Module):
@@ -431,6 +427,13 @@ def _drop_rows(x: Tensor, probability: float) -> Tensor:
     return x * torch.bernoulli((1 - probability) * torch.ones(len(x), device=x.device))[:, None]
 
 
+def _to_plain(config: Any) -> Any:
+    """Copy a config, with dicts in place of OmegaConf's nodes, which open_clip does not take."""
+    if not isinstance(config, Mapping):
+        return config
+    return {key: _to_plain(value) for key, value in config.items()}
+
+
 def _build_open_clip(arch: str | Mapping[str, Any], version: str) -> Any:
     """Build open_clip's text model, with blocks that take the batch second."""
     import open_clip
@@ -440,7 +443,7 @@ def _build_open_clip(arch: str | Mapping[str, Any], version: str) -> Any:
         # A program has put its own function there; theirs builds without weights, too.
         model, *_ = open_clip.create_model_and_transforms(arch, pretrained=version)
     else:
-        config = open_clip.get_model_config(arch) if isinstance(arch, str) else dict(arch)
+        config = open_clip.get_model_config(arch) if isinstance(arch, str) else _to_plain(arch)
         if config is None:
             raise unknown_name("arch", arch, open_clip.list_models())
         if version == "openai":

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from ldm.compat.autoencoder import VQModelInterface
 from ldm.compat.ddpm_ancestral import first_rows
-from ldm.compat.ddpm_base import DDPM, Batch, Config, Losses, disabled_train
+from ldm.compat.ddpm_base import DDPM, Batch, Config, Losses
 from ldm.compat.ddpm_images import ImageLogging
 from ldm.compat.ddpm_patches import Patchwise
 from ldm.compat.distributions import DiagonalGaussianDistribution
 from ldm.compat.sampling import Condition
-from ldm.compat.util import instantiate_from_config
+from ldm.compat.util import disabled_train, instantiate_from_config
 
 __all__ = ["LatentDiffusion", "freeze"]
 

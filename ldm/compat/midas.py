@@ -63,6 +63,14 @@ class MiDaSInference(nn.Module):
         self.model, _ = api.load_model(model_type)
         self.requires_grad_(False)
 
+    @classmethod
+    def of_network(cls, network: nn.Module) -> "MiDaSInference":
+        """Return one that runs a network that is built."""
+        inference = cls.__new__(cls)
+        nn.Module.__init__(inference)
+        inference.model = network.eval()
+        return inference.requires_grad_(False)
+
     def train(self, mode: bool = True) -> "MiDaSInference":
         """Leave the network in its mode."""
         return self

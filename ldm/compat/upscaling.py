@@ -36,7 +36,7 @@ class AbstractLowScaleModel(nn.Module):
     ) -> None:
         """Register the tables of a noise schedule as buffers."""
         self.num_timesteps = timesteps
-        register_schedule(
+        self.schedule = register_schedule(
             self,
             {
                 "beta_schedule": beta_schedule,

@@ -96,3 +96,8 @@ def log_txt_as_img(wh: Sequence[int], xc: Sequence[str], size: int = 10) -> Tens
         ImageDraw.Draw(image).text((0, 0), "\n".join(lines), fill="black", font=font)
         images.append(np.array(image).transpose(2, 0, 1) / 127.5 - 1.0)
     return torch.tensor(np.stack(images))
+
+
+def disabled_train(self: nn.Module, mode: bool = True) -> nn.Module:
+    """Leave a frozen module in its mode; takes the place of `train`."""
+    return self

@@ -167,11 +167,11 @@ def inpaint(
     image at every step.
 
     Args:
-        mask: (1, 1, H, W) in [0, 1]; from 0.5 on, it is repainted.
+        mask: (1, 1, H, W) in [0, 1], or bool; from 0.5 on, it is repainted.
         composite: blend result and image by the mask; pixels where it is 0 do not change.
         depth: for LDM3D, see the top of this file.
     """
-    image = add_depth(model, image, depth)
+    image, mask = add_depth(model, image, depth), mask.float()
     noise = make_noise(model, prompts, options, strength)
     n, f, multiple = len(as_list(prompts)), model.downscale, _multiple(model, options)
     padded = pad_to_multiple(image, multiple)

@@ -5,6 +5,7 @@ import types
 import open_clip
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from goldfile import gold
@@ -36,7 +37,7 @@ def clip():
 
 @pytest.fixture(scope="module")
 def clip2():
-    return FrozenOpenCLIPEmbedder(ARCH, layer="penultimate")
+    return FrozenOpenCLIPEmbedder(OmegaConf.create(ARCH), layer="penultimate")
 
 
 def assert_close(ours, theirs, tolerance):

@@ -15,8 +15,11 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import (
     DDPM,
     DiffusionWrapper,
+    ImageEmbeddingConditionedLatentDiffusion,
+    LatentDepth2ImageDiffusion,
     LatentDiffusion,
     LatentInpaintDiffusion,
+    LatentUpscaleDiffusion,
     disabled_train,
 )  # fmt: skip
 from ldm.models.diffusion.plms import PLMSSampler
@@ -157,12 +160,14 @@ class OwnModel(nn.Module):
             self.register_buffer(name, torch.tensor(table, dtype=torch.float32))
 
     device = torch.device("cpu")
+    calls = 0
 
     def q_sample(self, x, t, noise):
         root = extract_into_tensor(self.alphas_cumprod.sqrt(), t, x.shape)
         return root * x + extract_into_tensor((1 - self.alphas_cumprod).sqrt(), t, x.shape) * noise
 
     def apply_model(self, x, t, c):
+        self.calls += 1
         return self.model(x, t, c_crossattn=[c])
 
 
@@ -192,7 +197,7 @@ def test_a_model_file_of_its_own_trains_the_unet_and_only_the_context():
     assert torch.allclose(context.grad, whole, atol=1e-6)
     model.model_ema(model.model)
     samples, _ = DDIMSampler(model).sample(4, 1, SHAPE, context.detach(), eta=1.0)
-    assert samples.shape == (1, *SHAPE)
+    assert (samples.shape, model.calls) == ((1, *SHAPE), 2 + 4)
     assert normal_kl(torch.zeros(1), torch.zeros(1), 0.0, 0.0).item() == 0
     assert count_params(nn.Linear(2, 2)) == 6
     assert log_txt_as_img((64, 64), ["a"]).shape == (1, 3, 64, 64)
@@ -248,12 +253,19 @@ def test_three_way_guidance_over_a_wrapper_with_fractional_timesteps(monkeypatch
 
 
 @pytest.mark.parametrize("kind_of", [DDIMSampler, PLMSSampler])
-def test_an_img2img_script_keeps_what_is_masked(kind_of):
+def test_an_img2img_script_keeps_what_is_masked(kind_of, monkeypatch):
     model = build_recorded("get_input_more", "config_base_eps")
     image = recorded("get_input_more").tensors["shared/jpg"][:1].movedim(-1, 1).repeat(2, 1, 1, 1)
     c = model.get_learned_conditioning(["a cube", "a ball"])
     uc = model.get_learned_conditioning(2 * [""])
     guidance = {"unconditional_guidance_scale": 3.0, "unconditional_conditioning": uc}
+    calls, old = [], LatentDiffusion.apply_model
+
+    def apply_model(self, x, t, c, *args, **kwargs):
+        calls.append(len(x))
+        return old(self, x, t, c, *args, **kwargs)
+
+    monkeypatch.setattr(LatentDiffusion, "apply_model", apply_model)
     with torch.no_grad(), model.ema_scope():
         z = model.get_first_stage_encoding(model.encode_first_stage(image))
         sampler = kind_of(model)
@@ -267,6 +279,7 @@ def test_an_img2img_script_keeps_what_is_masked(kind_of):
             S=4, conditioning=c, batch_size=2, shape=SHAPE, verbose=False, eta=0.0, mask=mask,
             x0=z, **guidance,
         )  # fmt: skip
+    assert calls == [4] * (2 + 4 if kind_of is DDIMSampler else 5)
     assert (samples - z).abs().mean() < 0.2 * z.abs().mean() + 0.2
 
 
@@ -338,17 +351,50 @@ def test_bridges_share_the_weights_both_ways(name):
     assert torch.equal(*images)
 
 
-@pytest.mark.slow
-def test_an_inpainting_model_is_bridged_and_others_are_refused():
-    modern = model_of(recorded("e2e_inpaint"), "inpaint")
+IMAGE = torch.linspace(-1, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)
+TASKS = {
+    "depth": ("e2e_depth2img", lambda model, **k: ldm.depth2img(model, ["a"], IMAGE, **k)),
+    "inpaint": (
+        "e2e_inpaint",
+        lambda model, **k: ldm.inpaint(model, ["a"], IMAGE, IMAGE[:, :1] > 0, **k),
+    ),
+    "unclip": (
+        "e2e_unclip",
+        lambda model, **k: ldm.unclip(model, ["a"], [IMAGE], size=(64, 64), **k),
+    ),
+    "upscale": (
+        "e2e_upscale",
+        lambda model, **k: ldm.upscale(model, ["a"], IMAGE[..., :16, :16], noise_level=20, **k),
+    ),
+}
+OLD_CLASSES = {
+    "depth": LatentDepth2ImageDiffusion,
+    "inpaint": LatentInpaintDiffusion,
+    "unclip": ImageEmbeddingConditionedLatentDiffusion,
+    "upscale": LatentUpscaleDiffusion,
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_families_are_bridged_there_and_back(name):
+    """The images are equal, bit by bit."""
+    file, task = TASKS[name]
+    modern = model_of(recorded(file), name)
     old = from_modern(modern)
-    assert isinstance(old, LatentInpaintDiffusion)
-    assert set(to_modern(old).conditioner.encoders) == {"text", "masked"}
-    with pytest.raises(WrongFamily, match="encoders of this one: depth, text"):
-        from_modern(model_of(recorded("e2e_depth2img"), "depth"))
+    assert type(old) is OLD_CLASSES[name]
+    back = to_modern(old)
+    assert set(back.conditioner.encoders) == set(modern.conditioner.encoders)
+    addresses = {weight.data_ptr() for weight in modern.parameters()}
+    assert addresses == {weight.data_ptr() for weight in old.parameters()}
+    assert addresses == {weight.data_ptr() for weight in back.parameters()}
+    assert torch.equal(*(task(model, steps=2, seeds=[1]) for model in (modern, back)))
+
+
+def test_models_without_a_counterpart_are_refused():
+    with pytest.raises(WrongFamily, match="has these encoders: .*, text, text_2"):
+        from_modern(model_of(recorded("sdxl_e2e_txt2img"), "base"))
     concat = build(recorded("conditioning_routes").meta["config_concat"])
-    concat.cond_stage_model = old.cond_stage_model
-    with pytest.raises(WrongFamily, match="conditioning_key `concat`"):
+    with pytest.raises(WrongFamily, match="LatentDiffusion with conditioning_key `concat`"):
         to_modern(concat)
 
 
