@@ -14,7 +14,7 @@ TREES = {path: ast.parse(path.read_text("utf-8")) for path in FILES}
 
 # A module imports from its own layer and from those below it; the longest matching prefix counts.
 LAYERS = {
-    "ldm.runtime": 1, "ldm.nets": 1, "ldm.conditioning": 1,
+    "ldm.runtime": 1, "ldm.nets": 1, "ldm.conditioning": 1, "ldm.prompts": 1,
     "ldm.diffusion": 2, "ldm.imaging": 2, "ldm.data": 2,
     "ldm.model": 3, "ldm.encoders": 3,
     "ldm.loading": 4, "ldm.pipelines": 4,

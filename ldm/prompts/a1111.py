@@ -1,0 +1,251 @@
+"""The syntax of AUTOMATIC1111's web UI, in its order: AND, schedules, emphasis.
+
+a AND b :0.5      two prompts, whose guidance is summed with weights
+[a:b:w] [b:w]     a, or nothing, until step w or fraction w of the steps, then b
+[a:: w]           a until then, then nothing
+[a|b|c]           one after the other, changing each step
+(x) (x:1.3) [x]   weight 1.1, 1.3, 1/1.1
+BREAK             the next chunk of tokens begins
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ldm.prompts.prompt import (
+    ParsedPrompt,
+    Part,
+    Piece,
+    Prompt,
+    PromptSteps,
+    Text,
+    join_pieces,
+    quote,
+)
+
+__all__ = ["expand_schedule", "parse", "parse_emphasis", "split_composition"]
+
+ROUND, SQUARE = 1.1, 1 / 1.1
+NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
+EMPHASIS = re.compile(rf"\\[()\[\]\\]|\\|\(|\[|:\s*(?P<weight>{NUMBER})\s*\)|\)|\]|[^\\()\[\]:]+|:")
+BREAK = re.compile(r"\s*\bBREAK\b\s*")
+COMPOSITION_WEIGHT = re.compile(rf"\s*:\s*({NUMBER})\s*$")
+WHEN = re.compile(rf"\s*({NUMBER})\s*\]")
+PLAIN_TEXT = re.compile(r"(?:[^\\\[\]():|]|\\.)+", re.DOTALL)
+
+
+def parse(text: str, steps: int, *, composes: bool = True) -> ParsedPrompt:
+    """Parse a prompt for a run of so many steps.
+
+    Args:
+        composes: Whether AND composes prompts; in negative prompts it is a word.
+    """
+    parts = split_composition(text) if composes else [(text, 1.0)]
+    compositions, notes = [], []
+    for part, weight in parts:
+        entries, part_notes = expand_schedule(part, steps)
+        prompts = ((last, _prompt(entry)) for last, entry in entries)
+        compositions.append(PromptSteps(tuple(prompts), weight))
+        notes += part_notes
+    return ParsedPrompt(tuple(compositions), tuple(notes))
+
+
+def _prompt(text: str) -> Prompt:
+    return Prompt("a1111", (Part((parse_emphasis(text),)),))
+
+
+def split_composition(text: str) -> list[tuple[str, float]]:
+    """Split a text at AND into texts and weights; a text without AND has no weight of its own."""
+    parts = re.split(r"\bAND\b", text)
+    if len(parts) == 1:
+        return [(text, 1.0)]
+    weighted = []
+    for part in parts:
+        match = COMPOSITION_WEIGHT.search(part)
+        weighted.append((part[: match.start()], float(match[1])) if match else (part, 1.0))
+    return weighted
+
+
+def parse_emphasis(text: str) -> Text:
+    """Parse brackets to pieces with weights, a section for each BREAK and one more."""
+    # A piece that is None is a BREAK, and has no weight.
+    pieces: list[tuple[str | None, float]] = []
+    open_round: list[int] = []  # index of the first piece in each open bracket
+    open_square: list[int] = []
+
+    def multiply(first: int, factor: float) -> None:
+        pieces[first:] = [(piece, weight * factor) for piece, weight in pieces[first:]]
+
+    for match in EMPHASIS.finditer(text):
+        token = match[0]
+        if token == "(":
+            open_round.append(len(pieces))
+        elif token == "[":
+            open_square.append(len(pieces))
+        elif match["weight"] is not None and open_round:
+            multiply(open_round.pop(), float(match["weight"]))
+        elif token == ")" and open_round:
+            multiply(open_round.pop(), ROUND)
+        elif token == "]" and open_square:
+            multiply(open_square.pop(), SQUARE)
+        elif token.startswith("\\") and len(token) == 2:
+            pieces.append((token[1], 1.0))
+        else:
+            for number, part in enumerate(BREAK.split(token)):
+                if number:
+                    pieces.append((None, 1.0))
+                pieces.append((part, 1.0))
+    for first in open_round:
+        multiply(first, ROUND)
+    for first in open_square:
+        multiply(first, SQUARE)
+    sections: list[list[Piece]] = [[]]
+    for piece, weight in pieces:
+        if piece is None:
+            sections.append([])
+        elif piece:
+            sections[-1].append(Piece(piece, weight))
+    return tuple(map(join_pieces, sections))
+
+
+Node = Callable[[int], str]  # step, from 1 -> text
+
+
+@dataclass
+class _Schedules:
+    """Recursive descent over one text, that collects the steps at which it changes."""
+
+    text: str
+    steps: int
+    first_pass: int | None
+    position: int = 0
+    changes: set[int] = field(default_factory=set)
+    literal: list[str] = field(default_factory=list)
+
+    def parse_all(self) -> Node | None:
+        """Parse the whole text; None if it has a `|` that no brackets explain."""
+        nodes: list[Node] = []
+        while self.position < len(self.text):
+            nodes.append(self.parse_sequence())
+            if self.position == len(self.text):
+                break
+            if self.next_char in "|\\":
+                return None
+            if self.next_char == "[":
+                self._note_literal()
+            nodes.append(_constant(self.next_char))  # a bracket or colon that means nothing here
+            self.position += 1
+        return _concatenate(nodes)
+
+    @property
+    def next_char(self) -> str:
+        return self.text[self.position : self.position + 1]
+
+    def parse_sequence(self) -> Node:
+        """Parse up to a character that begins nothing."""
+        nodes: list[Node] = []
+        while self.position < len(self.text):
+            if plain := PLAIN_TEXT.match(self.text, self.position):
+                nodes.append(_constant(plain[0]))
+                self.position = plain.end()
+                continue
+            start, changes = self.position, set(self.changes)
+            parsers = {"(": self.parse_round, "[": self.parse_square}
+            node = parsers[self.next_char]() if self.next_char in parsers else None
+            if node is None:
+                self.position, self.changes = start, changes
+                break
+            nodes.append(node)
+        return _concatenate(nodes)
+
+    def take(self, char: str) -> bool:
+        taken = self.next_char == char
+        self.position += taken
+        return taken
+
+    def parse_round(self) -> Node | None:
+        self.take("(")
+        nodes = [_constant("("), self.parse_sequence()]
+        if self.take(":"):
+            nodes += [_constant(":"), self.parse_sequence()]
+        return _concatenate([*nodes, _constant(")")]) if self.take(")") else None
+
+    def parse_square(self) -> Node | None:
+        self.take("[")
+        first = self.parse_sequence()
+        if self.take("]"):
+            return _concatenate([_constant("["), first, _constant("]")])
+        if self.next_char == "|":
+            return self.parse_alternatives(first)
+        if not self.take(":"):
+            return None
+        if when := WHEN.match(self.text, self.position):
+            return self.make_switch(_constant(""), first, when)
+        second = self.parse_sequence()
+        if self.take(":") and (when := WHEN.match(self.text, self.position)):
+            return self.make_switch(first, second, when)
+        return None
+
+    def parse_alternatives(self, first: Node) -> Node | None:
+        nodes = [first]
+        while self.take("|"):
+            nodes.append(self.parse_sequence())
+        self.changes |= set(range(1, self.steps + 1))
+        return (lambda step: nodes[(step - 1) % len(nodes)](step)) if self.take("]") else None
+
+    def make_switch(self, before: Node, after: Node, when: re.Match[str]) -> Node:
+        self.position = when.end()
+        last = self.last_step(when[1])
+        if last >= 1:
+            self.changes.add(last)
+        return lambda step: (before if step <= last else after)(step)
+
+    def last_step(self, number: str) -> int:
+        """Return the last step before a switch: of this pass, as those of the first come before."""
+        is_fraction, value = "." in number, float(number)
+        if self.first_pass is not None:
+            value -= 1 if is_fraction else self.first_pass
+        return min(self.steps, int(value * self.steps if is_fraction else value))
+
+    def _note_literal(self) -> None:
+        """Remember a bracket that looks like a schedule."""
+        end, depth = self.position, 0
+        for end in range(self.position, len(self.text)):
+            depth += {"[": 1, "]": -1}.get(self.text[end], 0)
+            if depth == 0:
+                break
+        group = self.text[self.position : end + 1]
+        if ":" in re.sub(r"\\.|\([^()]*\)|(?<=.)\[[^][]*\]", "", group):
+            self.literal.append(group)
+
+
+def expand_schedule(
+    text: str, steps: int, first_pass: int | None = None
+) -> tuple[list[tuple[int, str]], list[str]]:
+    """Expand schedules and alternation to (last step, text), in order.
+
+    Args:
+        steps: Of this pass.
+        first_pass: Steps of the pass before, if this one follows it at another resolution: then
+            fractions above 1 and steps above these are its own.
+
+    Returns:
+        The entries, and notes of what was read literally.
+    """
+    schedules = _Schedules(text, steps, first_pass)
+    node = schedules.parse_all()
+    if node is None:
+        has_brackets = "[" in text
+        note = f"a schedule is read as plain text, as `|` stands outside of [ ]: {quote(text)}"
+        return [(steps, text)], [note] if has_brackets else []
+    ends = sorted({*schedules.changes, steps})
+    notes = [f"not a schedule, read as plain text: {quote(group)}" for group in schedules.literal]
+    return [(end, node(end)) for end in ends], notes
+
+
+def _constant(text: str) -> Node:
+    return lambda step: text
+
+
+def _concatenate(nodes: list[Node]) -> Node:
+    return lambda step: "".join(node(step) for node in nodes)

@@ -1,0 +1,352 @@
+"""The syntax of compel, which InvokeAI has.
+
+    word+ word-- (a b)++ "a b"1.3 (a b)1.3    weight 1.1 per plus, 0.9 per minus, or the number
+    ("one", "another").blend(0.7, 0.3)        mixture of contexts; no_normalize keeps the sum
+    ("one", "another").and(1, 0.5)            contexts one after the other, with weights
+    cat.swap(dog, t_start=0.2, t_end=1)       cat, from that fraction of the steps on dog
+
+`swap` exchanges texts during sampling, not attention maps. What fits no rule is text, as in compel;
+brackets must be closed.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from ldm.prompts.prompt import (
+    ParsedPrompt,
+    Part,
+    Piece,
+    Prompt,
+    PromptSteps,
+    Section,
+    quote,
+)
+from ldm.runtime.errors import ArgumentError
+
+__all__ = ["parse"]
+
+PLUS, MINUS = 1.1, 0.9
+SYNTAX = r'()",.+\-='
+WORD = re.compile(rf"(?:\\[{SYNTAX}]|[+-](?![\s{SYNTAX}]|$)|[^\s{SYNTAX}])+")
+FREE_WORD = re.compile(r"\S+")
+QUOTED = re.compile(r'"((?:\\"|[^"\n])*)"')
+SIGNS = re.compile(r"\++|-+")
+NUMBER = re.compile(r"\d+\.\d*|\.\d+|\d+")
+OPTION = re.compile(r"\s*(?:([\w-]+)\s*=\s*)?([+-]?(?:\d+\.\d*|\.\d+)|[\w-]+)\s*")
+SWAP_DEFAULTS = {"t_start": "0.2", "t_end": "1"}
+LORA = re.compile(r"\b(?:use|with)Lora\s*\(")
+
+
+@dataclass(frozen=True)
+class Swap:
+    """A text that another one takes the place of between two fractions of the steps."""
+
+    original: tuple[Piece, ...]
+    edited: tuple[Piece, ...]
+    start: float
+    end: float
+
+
+Item = Piece | Swap
+Items = list[Item]
+
+
+def parse(text: str, steps: int) -> ParsedPrompt:
+    """Parse a prompt for a run of so many steps.
+
+    Raises:
+        ArgumentError: A bracket is not closed, or an operator has wrong arguments.
+    """
+    _check_brackets(text)
+    if LORA.search(text):
+        raise ArgumentError(f"withLora is not read, choose a LoRA beside the prompt: {quote(text)}")
+    mixtures = _parse_operators(re.sub(r",(\S)", r", \1", text))
+    items = [item for mixture in mixtures for part in mixture.items for item in part]
+    swaps = [item for item in items if isinstance(item, Swap)]
+    bounds = {_first_step(fraction, steps) for swap in swaps for fraction in (swap.start, swap.end)}
+    ends = sorted(end - 1 for end in bounds if 0 < end < steps)
+    entries = [(end, _prompt(mixtures, end, steps)) for end in [*ends, steps]]
+    return ParsedPrompt((PromptSteps(tuple(entries)),))
+
+
+@dataclass(frozen=True)
+class _Mixture:
+    """Items of each text of a blend, with its weights; mostly of one."""
+
+    items: tuple[Items, ...]
+    mix: tuple[float, ...] = (1.0,)
+    weight: float = 1.0
+
+
+def _prompt(mixtures: list[_Mixture], step: int, steps: int) -> Prompt:
+    parts = [
+        Part(tuple((_section(items, step, steps),) for items in one.items), one.mix, one.weight)
+        for one in mixtures
+    ]
+    return Prompt("compel", tuple(parts))
+
+
+def _section(items: Items, step: int, steps: int) -> Section:
+    """Choose from swaps, and join neighbours of equal weight."""
+    pieces: list[Piece] = []
+    for item in items:
+        if isinstance(item, Piece):
+            pieces.append(item)
+        else:
+            is_edited = _first_step(item.start, steps) <= step < _first_step(item.end, steps)
+            pieces += item.edited if is_edited else item.original
+    joined: list[Piece] = []
+    for piece in pieces:
+        if joined and joined[-1].weight == piece.weight:
+            joined[-1] = Piece(f"{joined[-1].text} {piece.text}", piece.weight)
+        else:
+            joined.append(piece)
+    return tuple(joined) or (Piece(""),)
+
+
+def _first_step(fraction: float, steps: int) -> int:
+    return math.ceil(round(fraction * steps, 6)) if fraction < 1 else steps + 1
+
+
+def _check_brackets(text: str) -> None:
+    depth = 0
+    for token in re.findall(r"\\.|[()]", text):
+        depth += {"(": 1, ")": -1}.get(token, 0)
+        if depth < 0:
+            break
+    if depth:
+        what = "`(` is not closed" if depth > 0 else "`)` without `(`"
+        raise ArgumentError(rf"{what} in {quote(text)}: `\(` and `\)` are plain brackets")
+
+
+def _parse_operators(text: str) -> list[_Mixture]:
+    """Parse a whole prompt: a blend, texts joined by `and`, or a plain one."""
+    parser = _Parser(text)
+    texts = parser.parse_list()
+    parser.skip_space()
+    operator = re.compile(r"\.(blend|and|add)\s*\(").match(text, parser.position)
+    if texts is None or operator is None:
+        return [_Mixture((_Parser(text).parse_prompt(),))]
+    parser.position = operator.end()
+    options = parser.parse_options()
+    is_closed = options is not None and parser.take(")")
+    if not is_closed or options is None or text[parser.position :].strip():
+        raise ArgumentError(f"a prompt ends with its .{operator[1]}(…), found {quote(text)}")
+    weights = _weights(options, len(texts), operator[1])
+    if operator[1] != "blend":
+        return [_Mixture((items,), weight=w) for items, w in zip(texts, weights, strict=True)]
+    if any(isinstance(item, Swap) for items in texts for item in items):
+        raise ArgumentError(f"a blend has no .swap(…), found {quote(text)}")
+    return [_Mixture(tuple(texts), tuple(weights))]
+
+
+def _weights(options: list[tuple[str, str]], count: int, operator: str) -> list[float]:
+    """Return a weight per text; those of a blend sum to 1, unless the last is no_normalize."""
+    is_normalized = operator == "blend"
+    if is_normalized and options and options[-1] == ("", "no_normalize"):
+        options, is_normalized = options[:-1], False
+    try:
+        weights = [float(value) for name, value in options if not name] or [1.0] * count
+    except ValueError as error:
+        raise ArgumentError(f".{operator}(…) takes numbers: {error}") from error
+    if len(weights) != count or any(name for name, _ in options):
+        raise ArgumentError(f".{operator}(…) takes a number per text, or none; texts: {count}")
+    total = math.fsum(weights)
+    if is_normalized and not total:
+        raise ArgumentError(f".{operator}(…): the weights sum to 0")
+    return [weight / total for weight in weights] if is_normalized else weights
+
+
+@dataclass
+class _Parser:
+    """Recursive descent over one text."""
+
+    text: str
+    position: int = 0
+
+    def skip_space(self) -> None:
+        while self.text[self.position : self.position + 1].isspace():
+            self.position += 1
+
+    def take(self, literal: str) -> bool:
+        """Skip white space and a literal; False leaves the position."""
+        start = self.position
+        self.skip_space()
+        if self.text.startswith(literal, self.position):
+            self.position += len(literal)
+            return True
+        self.position = start
+        return False
+
+    def match(self, pattern: re.Pattern[str]) -> str | None:
+        match = pattern.match(self.text, self.position)
+        if match is None:
+            return None
+        self.position = match.end()
+        return match[0]
+
+    def first_of(self, *parsers: Callable[[], Items | None]) -> Items | None:
+        """Return the result of the first that parses here."""
+        start = self.position
+        for parse_one in parsers:
+            self.skip_space()
+            items = parse_one()
+            if items is not None:
+                return items
+            self.position = start
+        return None
+
+    def parse_prompt(self) -> Items:
+        """Parse to the end; what fits no rule is text up to the next white space."""
+        items: Items = []
+        while True:
+            self.skip_space()
+            if self.position == len(self.text):
+                return items
+            part = self.first_of(
+                self.parse_swap, self.parse_attention, self.parse_quoted, self.parse_round
+            )
+            if part is None:
+                part = [_piece(self.match(FREE_WORD) or "")]
+            items += part
+
+    def parse_fragment(self, *others: Callable[[], Items | None]) -> Items:
+        """Parse as far as the rules go."""
+        items: Items = []
+        while True:
+            part = self.first_of(
+                self.parse_attention, self.parse_swap, self.parse_round, self.parse_quoted,
+                self.parse_word, *others,
+            )  # fmt: skip
+            if part is None:
+                return items
+            items += part
+
+    def parse_sentence(self) -> Items:
+        """Parse a fragment with commas and periods."""
+        return self.parse_fragment(self.parse_comma_or_period)
+
+    def parse_comma_or_period(self) -> Items | None:
+        token = self.match(re.compile(r"[,.]"))
+        return None if token is None else [_piece(token)]
+
+    def parse_word(self) -> Items | None:
+        word = self.match(WORD)
+        return None if word is None else [_piece(word)]
+
+    def parse_quoted(self) -> Items | None:
+        content = self._quoted_content()
+        if content is None:
+            return None
+        inner = _Parser(content)
+        items = inner.parse_sentence()
+        inner.skip_space()
+        return (items or [Piece("")]) if inner.position == len(content) else None
+
+    def parse_quoted_prompt(self) -> Items | None:
+        content = self._quoted_content()
+        return None if content is None else _Parser(content).parse_prompt()
+
+    def _quoted_content(self) -> str | None:
+        """Return what stands in quotes; those in it stay escaped."""
+        token = self.match(QUOTED)
+        return None if token is None else token[1:-1]
+
+    def parse_round(self) -> Items | None:
+        if not self.take("("):
+            return None
+        items = self.parse_sentence()
+        return items if self.take(")") else None
+
+    def parse_target(self) -> Items | None:
+        return self.first_of(self.parse_quoted, self.parse_round, self.parse_word)
+
+    def parse_attention(self) -> Items | None:
+        """Parse a target with a weight."""
+        start = self.position
+        items = self.parse_target()
+        if items is not None and self.take(".attend") and self.take("("):
+            self.skip_space()
+            weight = self._weight(with_number=True)
+            return _scale(items, weight) if weight is not None and self.take(")") else None
+        self.position = start
+        items, with_number = self.first_of(self.parse_quoted, self.parse_round), True
+        if items is None:
+            items, with_number = self.parse_word(), False
+        if items is None:
+            return None
+        weight = self._weight(with_number)
+        return None if weight is None else _scale(items, weight)
+
+    def _weight(self, with_number: bool) -> float | None:
+        if signs := self.match(SIGNS):
+            return float((PLUS if signs[0] == "+" else MINUS) ** len(signs))
+        number = self.match(NUMBER) if with_number else None
+        return None if number is None else float(number)
+
+    def parse_swap(self) -> Items | None:
+        original = self.parse_target()
+        if original is None or not self.take(".swap") or not self.take("("):
+            return None
+        edited = self.parse_fragment()
+        options = self.parse_options() if self.take(",") else []
+        if options is None or not self.take(")"):
+            return None
+        values = SWAP_DEFAULTS | dict(options)
+        if unknown := values.keys() - SWAP_DEFAULTS.keys():
+            name = min(unknown)
+            raise ArgumentError(f".swap(…) takes t_start and t_end, not `{name}`")
+        if any(isinstance(item, Swap) for item in [*original, *edited]):
+            raise ArgumentError(".swap(…) in another .swap(…)")
+        try:
+            start, end = float(values["t_start"]), float(values["t_end"])
+        except ValueError as error:
+            raise ArgumentError(f".swap(…): {error}") from error
+        pieces = [
+            tuple(item for item in items if isinstance(item, Piece)) or (Piece(""),)
+            for items in (original, edited)
+        ]
+        return [Swap(pieces[0], pieces[1], start, end)]
+
+    def parse_options(self) -> list[tuple[str, str]] | None:
+        """Parse `name=value, value, …` to pairs; a name may be empty."""
+        options: list[tuple[str, str]] = []
+        while match := OPTION.match(self.text, self.position):
+            options.append((match[1] or "", match[2]))
+            self.position = match.end()
+            if not self.take(","):
+                break
+        return options
+
+    def parse_list(self) -> list[Items] | None:
+        """Parse the texts of `(text, text, …)`, as `blend` and `and` have it."""
+        if not self.take("("):
+            return None
+        texts: list[Items] = []
+        while True:
+            items = self.first_of(self.parse_target, self.parse_quoted_prompt)
+            if items is None:
+                return None
+            texts.append(items)
+            if not self.take(","):
+                return texts if self.take(")") else None
+
+
+def _piece(text: str) -> Piece:
+    return Piece(re.sub(r'\\([()"])', r"\1", text))
+
+
+def _scale(items: Items, weight: float) -> Items:
+    scaled: Items = []
+    for item in items:
+        if isinstance(item, Piece):
+            scaled.append(replace(item, weight=weight * item.weight))
+        else:
+            original, edited = (
+                tuple(replace(piece, weight=weight * piece.weight) for piece in pieces)
+                for pieces in (item.original, item.edited)
+            )
+            scaled.append(replace(item, original=original, edited=edited))
+    return scaled

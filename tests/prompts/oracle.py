@@ -1,0 +1,18 @@
+"""Compel's modules without its package, which imports all of diffusers."""
+
+import importlib.util
+import sys
+import types
+import warnings
+
+
+def compel_module(name: str) -> types.ModuleType:
+    """Import a module of compel."""
+    if "compel" not in sys.modules:
+        spec = importlib.util.find_spec("compel")
+        package = types.ModuleType("compel")
+        package.__path__ = list(spec.submodule_search_locations)
+        sys.modules["compel"] = package
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module(f"compel.{name}")
