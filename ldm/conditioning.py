@@ -9,6 +9,7 @@ A condition reaches the UNet in one of three ways, each of which is a slot of `C
 A mask may say which tokens of `crossattn` count.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypedDict, TypeVar
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 __all__ = [
-    "LEGACY_DROPOUT", "Batch", "Cond", "Conditioner", "Config", "Drop", "Encoder",
-    "EncoderOptions", "PrepareOptions", "Slot", "zero_rows",
+    "LEGACY_DROPOUT", "AnyCond", "Batch", "Composition", "Cond", "Conditioner", "Config", "Drop",
+    "Encoder", "EncoderOptions", "PrepareOptions", "ScheduledCond", "Slot",
+    "repeat_to_equal_length", "zero_rows",
 ]  # fmt: skip
 
 Batch = Mapping[str, Any]  # tensors, and lists of texts or of images, by batch key
@@ -28,6 +30,7 @@ Slot = Literal["crossattn", "concat", "vector"]
 Join = Literal["tokens", "features"]
 Drop = float | Mapping[str, float] | None  # see `Conditioner.forward`
 LEGACY_DROPOUT = ("independent-dropout", "mutating-legacy-ucg")
+TOKEN_SLOTS = {"crossattn", "context_mask"}  # whose axis 1 is that of tokens
 SECOND_PROMPT = "txt_2"  # batch key of another prompt for `text_2`
 EncoderT = TypeVar("EncoderT", bound="Encoder")
 
@@ -62,11 +65,17 @@ class Cond:
         return Cond(**{name: value[rows] for name, value in self.tensors().items()})
 
     def cat(self, other: "Cond") -> "Cond":
-        """Concatenate two conditions of the same slots along the batch axis."""
+        """Concatenate two conditions of the same slots along the batch axis.
+
+        Contexts are made equally long by repetition, which changes no attention.
+        """
         first, second = self.tensors(), other.tensors()
         if first.keys() != second.keys():
             raise ValueError(f"cannot join a condition of {set(first)} with one of {set(second)}")
-        return Cond(**{name: torch.cat([first[name], second[name]]) for name in first})
+        pairs = {name: [first[name], second[name]] for name in first}
+        for name in TOKEN_SLOTS & pairs.keys():
+            pairs[name] = repeat_to_equal_length(pairs[name])
+        return Cond(**{name: torch.cat(pair) for name, pair in pairs.items()})
 
     def repeat(self, n: int) -> "Cond":
         """Repeat every row n times, in place: rows 0, 0, 1, 1, … for n = 2."""
@@ -82,13 +91,82 @@ class Cond:
         for slot, value in other.tensors().items():
             if slot in joined:
                 axis = 2 if slot == "crossattn" and crossattn == "features" else 1
-                value = torch.cat([joined[slot], value.to(joined[slot].device)], dim=axis)
+                pair = [joined[slot], value.to(joined[slot].device)]
+                if axis == 2:
+                    pair = repeat_to_equal_length(pair)
+                value = torch.cat(pair, dim=axis)
             joined[slot] = value
         return Cond(**joined)
 
     def zero_rows(self, rows: Tensor) -> "Cond":
         """Set the rows to zero where a mask (B,) is true."""
         return Cond(**{slot: zero_rows(value, rows) for slot, value in self.tensors().items()})
+
+
+@dataclass(frozen=True)
+class Composition:
+    """Conditions of several prompts per sample: their guidance is summed (arXiv:2206.01714).
+
+    Attributes:
+        cond: A row per prompt, M in all.
+        rows: The sample of each row, int64 (M,).
+        weights: Of the guidance of each row, (M,).
+        samples: Number of samples, B.
+    """
+
+    cond: Cond
+    rows: Tensor
+    weights: Tensor
+    samples: int
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def compose(self, uncond: Tensor, predictions: Tensor) -> Tensor:
+        """Return u + sum of w (c - u) over the prompts of each sample, (B, C, h, w).
+
+        Args:
+            uncond: Predictions u (B, C, h, w) for the negative prompts.
+            predictions: Predictions c (M, C, h, w).
+        """
+        rows = self.rows.to(uncond.device)
+        weights = self.weights.to(uncond).view(-1, *[1] * (uncond.dim() - 1))
+        return uncond.index_add(0, rows, weights * (predictions - uncond[rows]))
+
+
+@dataclass(frozen=True)
+class ScheduledCond:
+    """Conditions that follow each other during sampling.
+
+    Attributes:
+        entries: (last step, condition), in order; steps are counted from 0.
+    """
+
+    entries: tuple[tuple[int, "Cond | Composition"], ...]
+
+    def __len__(self) -> int:
+        return len(self.entries[0][1])
+
+    def at(self, step: int) -> "Cond | Composition":
+        """Return the condition of a step: the first whose last step is not below it."""
+        later = (cond for last, cond in self.entries if last >= step)
+        return next(later, self.entries[-1][1])
+
+
+AnyCond = Cond | Composition | ScheduledCond
+
+
+def repeat_to_equal_length(values: Sequence[Tensor]) -> list[Tensor]:
+    """Repeat tensors (B, N, …) along axis 1 to the least common multiple of their lengths.
+
+    Attention to tokens that are all repeated equally often is the same as to the tokens.
+    """
+    length = math.lcm(*(value.shape[1] for value in values))
+    return [
+        value if value.shape[1] == length
+        else value.repeat(1, length // value.shape[1], *[1] * (value.dim() - 2))
+        for value in values
+    ]  # fmt: skip
 
 
 def zero_rows(value: Tensor, rows: Tensor) -> Tensor:

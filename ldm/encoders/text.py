@@ -21,9 +21,20 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from ldm.conditioning import Cond, Config, Encoder, EncoderOptions, Slot, zero_rows
+from ldm.conditioning import (
+    Cond,
+    Config,
+    Encoder,
+    EncoderOptions,
+    Slot,
+    repeat_to_equal_length,
+    zero_rows,
+)
 from ldm.encoders import tokenizer
+from ldm.encoders.chunks import Chunk, Splitter
 from ldm.encoders.towers import ACTIVATIONS, VOCAB, CLIPTower, OpenCLIPTower, select_tokens
+from ldm.encoders.weighting import PromptEncoder, split_output
+from ldm.prompts.prompt import Prompt
 from ldm.runtime.errors import ArgumentError, unknown_name
 
 
@@ -186,37 +197,75 @@ class TextEncoder(Encoder):
         output: Tensor | Cond = self(self.tokenize(texts).to(self.embedding_table.device))
         return output
 
-    def encode_tokens(self, tokens: Tensor) -> Tensor | Cond:
-        """Encode token ids (B, N)."""
+    def encode_tokens(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor | Cond:
+        """Encode token ids (B, N).
+
+        Args:
+            hidden: Tokens that none attends to, bool (B, N); the first of a row must not be one.
+        """
         ends = (tokens == tokenizer.END).int().argmax(dim=1)  # the first
-        context, pooled = self.run_tower(self._to_rows(tokens), self._added_table(), ends)
+        context, pooled = self.run_tower(self._to_rows(tokens), self._added_table(), ends, hidden)
         if not self.always_return_mask:
             return _as_output(context, pooled)
         mask = torch.arange(tokens.shape[1], device=ends.device) <= ends[:, None]  # (B, N)
         return Cond(crossattn=context, vector=pooled, context_mask=mask)
 
     def run_tower(
-        self, rows: Tensor, added: Tensor | None, ends: Tensor
+        self, rows: Tensor, added: Tensor | None, ends: Tensor, hidden: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Return context and pooled output, if any, of rows (B, N) of the token embedding.
 
         Args:
             added: Vectors of added embeddings, see `embed_tokens`.
             ends: Positions (B,) of the first end tokens.
+            hidden: See `encode_tokens`.
         """
         raise NotImplementedError
 
-    def forward(self, prompts: Tensor | Sequence[str | None]) -> Tensor | Cond:
-        """Encode texts, or token ids (B, N); None gives zeros."""
+    def forward(self, prompts: Tensor | Sequence[str | Prompt | None]) -> Tensor | Cond:
+        """Encode texts, parsed prompts, or token ids (B, N); None gives zeros.
+
+        Parsed prompts have contexts of any multiple of `length`, made equally long by repetition,
+        and the pooled output of their first chunk.
+        """
         if isinstance(prompts, Tensor):
             return self.encode_tokens(prompts)
-        output = self.encode([prompt or "" for prompt in prompts])
+        texts = [prompt for prompt in prompts if not isinstance(prompt, Prompt)]
+        if len(texts) < len(prompts):
+            return self._encode_parsed(prompts)
+        output = self.encode([text or "" for text in texts])
         missing = torch.tensor([prompt is None for prompt in prompts])
         if not missing.any():
             return output
         return (
             zero_rows(output, missing) if isinstance(output, Tensor) else output.zero_rows(missing)
         )
+
+    def chunks(self, prompt: Prompt) -> list[list[Chunk]]:
+        """Return the chunks of each text of a parsed prompt."""
+        texts = [text for part in prompt.parts for text in part.texts]
+        return [self._splitter.split(text, prompt.syntax) for text in texts]
+
+    def _encode_parsed(self, prompts: Sequence[str | Prompt | None]) -> Tensor | Cond:
+        if self.always_return_mask or self.context_length != self.length:
+            raise ArgumentError("this text encoder takes prompts of syntax plain only", "syntax")
+        encoder = PromptEncoder(self.encode_tokens, self._splitter, self.embedding_table.device)
+        rows = [
+            encoder.encode(prompt) if isinstance(prompt, Prompt) else split_output(self([prompt]))
+            for prompt in prompts
+        ]
+        contexts = repeat_to_equal_length([context for context, _ in rows])
+        pooled = [vector for _, vector in rows if vector is not None]
+        return _as_output(torch.cat(contexts), torch.cat(pooled) if pooled else None)
+
+    @property
+    def _splitter(self) -> Splitter:
+        return Splitter(self.tokenizer_variant, self._added_tokens(), self.length)
+
+    @property
+    def context_length(self) -> int:
+        """Vectors in the context of a plain prompt, N."""
+        return self.length
 
     def token_embeddings(self, text: str | None = None) -> Tensor:
         """Return the embeddings (n, D) of the n tokens of a text, or the whole table."""
@@ -343,11 +392,16 @@ class OpenCLIPText(TextEncoder):
         return self.model.token_embedding.weight
 
     def run_tower(
-        self, rows: Tensor, added: Tensor | None, ends: Tensor
+        self, rows: Tensor, added: Tensor | None, ends: Tensor, hidden: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         pooled_at = ends if self.always_return_pooled else None
         output: tuple[Tensor, Tensor | None] = self.model(
-            rows, self.num_blocks - self.skipped_blocks, added, norm=self.legacy, ends=pooled_at
+            rows,
+            self.num_blocks - self.skipped_blocks,
+            added,
+            norm=self.legacy,
+            ends=pooled_at,
+            hidden=hidden,
         )
         return output
 
@@ -394,6 +448,10 @@ class CLIPText(TextEncoder):
         self.requires_grad_(not freeze)
 
     @property
+    def context_length(self) -> int:
+        return 1 if self.layer == "pooled" else self.length
+
+    @property
     def tower(self) -> CLIPTower:
         return cast(CLIPTower, self.transformer["text_model"])
 
@@ -411,7 +469,7 @@ class CLIPText(TextEncoder):
         return self.tower.token_embedding.weight
 
     def run_tower(
-        self, rows: Tensor, added: Tensor | None, ends: Tensor
+        self, rows: Tensor, added: Tensor | None, ends: Tensor, hidden: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         context, pooled = self.tower(
             rows,
@@ -419,6 +477,7 @@ class CLIPText(TextEncoder):
             added,
             norm=self.layer != "hidden",
             ends=ends if self.always_return_pooled else None,
+            hidden=hidden,
         )
         if self.layer == "pooled":
             context = select_tokens(context, ends)[:, None]  # (B, 1, D)

@@ -83,6 +83,7 @@ class OpenCLIPTower(nn.Module):
         *,
         norm: bool = True,
         ends: Tensor | None = None,
+        hidden: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Run the first `count` blocks on tokens (B, N).
 
@@ -91,10 +92,13 @@ class OpenCLIPTower(nn.Module):
             norm: Whether the final norm follows.
             ends: Positions (B,) of the tokens whose vectors, after all blocks, the final norm and
                 the projection, are the pooled output (B, embed_dim).
+            hidden: Tokens that none attends to, bool (B, N); the first of a row must not be one.
         """
         x = embed_tokens(self.token_embedding, tokens, added)  # (B, N, D)
         x = x + self.positional_embedding[: x.shape[1]]
-        x, last = run_text_blocks(self.blocks, count, x, self.ln_final, norm=norm, ends=ends)
+        x, last = run_text_blocks(
+            self.blocks, count, x, self.ln_final, norm=norm, ends=ends, hidden=hidden
+        )
         return x, None if last is None else last @ self.text_projection
 
 
@@ -266,12 +270,15 @@ class CLIPTower(nn.Module):
         *,
         norm: bool = True,
         ends: Tensor | None = None,
+        hidden: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Run the first `count` blocks, as OpenCLIPTower; no projection follows."""
         x = embed_tokens(self.token_embedding, tokens, added)  # (B, N, D)
         positions = cast(nn.Embedding, self.embeddings["position_embedding"]).weight
         x = x + positions[: x.shape[1]]
-        return run_text_blocks(self.blocks, count, x, self.final_layer_norm, norm=norm, ends=ends)
+        return run_text_blocks(
+            self.blocks, count, x, self.final_layer_norm, norm=norm, ends=ends, hidden=hidden
+        )
 
 
 class CLIPBlock(CheckpointedLayer):
@@ -334,23 +341,29 @@ def run_text_blocks(
     *,
     norm: bool,
     ends: Tensor | None,
+    hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return x (B, N, D) after `count` blocks, and vectors (B, D) at `ends` (B,) after all of them.
 
     Args:
         norm: Whether the final norm follows the `count` blocks; it always follows all of them.
+        hidden: Tokens that none attends to, bool (B, N).
     """
-    x = run_causal(blocks[:count], x)
+    x = run_causal(blocks[:count], x, hidden)
     last = None
     if ends is not None:
-        last = select_tokens(final_norm(run_causal(blocks[count:], x)), ends)
+        last = select_tokens(final_norm(run_causal(blocks[count:], x, hidden)), ends)
     return final_norm(x) if norm else x, last
 
 
-def run_causal(blocks: Sequence[CheckpointedLayer], x: Tensor) -> Tensor:
-    """Run blocks on x (B, N, D); a token attends to itself and to those before it."""
+def run_causal(
+    blocks: Sequence[CheckpointedLayer], x: Tensor, hidden: Tensor | None = None
+) -> Tensor:
+    """Run blocks on x (B, N, D); a token attends to those up to itself that are not hidden."""
     n = x.shape[1]
     mask = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
+    if hidden is not None:
+        mask = mask & ~hidden[:, None, None, :]  # (B, 1, N, N)
     for block in blocks:
         x = block(x, mask)
     return x  # (B, N, D)

@@ -1,0 +1,224 @@
+"""Contexts of parsed prompts, beside towers of transformers in float64, and beside compel's."""
+
+import json
+
+import pytest
+import torch
+
+from ldm.conditioning import Cond
+from ldm.encoders.chunks import COMMA, Unit, split_at_commas
+from ldm.encoders.text import TextEncoder
+from ldm.loading.diffusers.encoders import tokenizer_files
+from ldm.prompts import parse_prompt
+from ldm.prompts.a1111 import parse_emphasis
+from loading.lorahelp import KINDS, their_tower, tiny_model
+from prompts.oracle import compel_module
+
+WORDS = "red (apple:1.3) on a wooden table, [photograph], sharp focus, (light:0.6), "
+LONG = WORDS * 9 + "the (end)"  # 150 tokens
+
+
+def encoders(kind: str) -> list[TextEncoder]:
+    found = tiny_model(kind).conditioner.find_all(TextEncoder)
+    for name, bias in (pair for encoder in found for pair in encoder.named_parameters()):
+        if name.endswith(("ln_final.bias", "final_layer_norm.bias")):
+            torch.nn.init.constant_(bias, -0.2)  # the mean of outputs, which A1111 divides by
+    return found
+
+
+def chunk(text: str) -> list[list[Unit]]:
+    """Split a description such as `60w , 20w B 5w` as A1111."""
+    sections: list[list[Unit]] = [[]]
+    for word in text.split():
+        if word == "B":
+            sections.append([])
+        elif word == ",":
+            sections[-1].append(Unit((COMMA,)))
+        elif word.endswith("t"):  # a textual inversion
+            sections[-1].append(Unit(tuple(range(-int(word[:-1]), 0))))
+        else:
+            sections[-1] += [Unit((320,))] * int(word[:-1])
+    return sections
+
+
+def lengths(chunks) -> list[int]:
+    return [sum(len(unit.ids) for unit in chunk) for chunk in chunks]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("75w", [75]), ("76w", [75, 1]), ("60w , 20w", [61, 20]), ("54w , 30w", [75, 10]),
+        ("55w , 30w", [56, 30]), ("74w , 3w", [75, 3]), ("75w , 3w", [75, 4]),
+        ("10w B 5w", [10, 5]), ("B 5w", [0, 5]), ("5w B", [5]), ("", [0]), ("5w B B", [5, 0]),
+        ("70w 4t 3w", [75, 2]), ("70w 8t 3w", [70, 11]), ("60w , 10w 8t", [71, 8]),
+    ],
+)  # fmt: skip
+def test_chunks_of_a1111(text, expected):
+    assert lengths(split_at_commas(chunk(text))) == expected
+
+
+def test_chunks_without_backtracking():
+    assert lengths(split_at_commas(chunk("60w , 20w"), backtrack=0)) == [75, 6]
+
+
+def reference(encoder: TextEncoder, text: str) -> torch.Tensor:
+    """A1111's context, (77 k, D) float64: one run of the tower for each chunk."""
+    tower = their_tower(encoder).double()
+    is_penultimate = encoder.always_return_pooled or getattr(encoder, "layer", "") == "hidden"
+    rows = []
+    for units in split_at_commas([_units(encoder, section) for section in parse_emphasis(text)]):
+        ids = [49406, *(i for unit in units for i in unit.ids), 49407]
+        weights = [1, *(unit.weight for unit in units for _ in unit.ids)]
+        pad = encoder.tokenizer_variant.pad
+        output = tower(torch.tensor([ids + [pad] * (77 - len(ids))]), output_hidden_states=True)
+        z = output.hidden_states[-2] if is_penultimate else output.last_hidden_state
+        w = torch.tensor(weights + [1] * (77 - len(weights)), dtype=torch.float64)[:, None]
+        rows.append(z[0] * w * (z[0].mean() / (z[0] * w).mean()))
+    return torch.cat(rows)
+
+
+def _units(encoder, section):
+    for piece in section:
+        ids = encoder.tokenize([piece.text])[0].tolist()[1:]
+        yield from (Unit((i,), piece.weight) for i in ids[: encoder.count_tokens(piece.text)])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_contexts_of_a1111(kind):
+    for encoder in encoders(kind):
+        for text in ("a (red:1.4) [apple]", LONG, f"short (one:1.2) BREAK {WORDS}"):
+            prompt = parse_prompt(text, "a1111").compositions[0].entries[0][1]
+            output = encoder([prompt])
+            context = output if isinstance(output, torch.Tensor) else output.crossattn
+            expected = reference(encoder, text)
+            assert context[0].shape == expected.shape
+            error = (context[0] - expected).abs().max() / expected.abs().max()
+            assert error < 1e-4  # observed: 1.3e-5 where the mean is about 0, else 5e-7
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_parsed_text_without_weights_has_the_plain_context(kind):
+    text = "a red apple, on a table"
+    for encoder in encoders(kind):
+        plain = encoder([text])
+        for syntax in ("a1111", "comfy", "compel"):
+            parsed = encoder([parse_prompt(text, syntax).compositions[0].entries[0][1]])
+            for ours, theirs in zip(tensors(parsed), tensors(plain), strict=True):
+                assert torch.equal(ours, theirs)
+
+
+def tensors(output: torch.Tensor | Cond) -> list[torch.Tensor]:
+    return [output] if isinstance(output, torch.Tensor) else list(output.tensors().values())
+
+
+@torch.no_grad()
+def test_comfy_moves_away_from_the_empty_prompt():
+    (encoder,) = encoders("sd1")
+    empty, plain = encoder(["", "a red apple"])
+    weighted = encoder([parse_prompt("a (red:1.5) apple", "comfy").compositions[0].at(0)])[0]
+    expected = plain.clone()
+    expected[2] = empty[2] + 1.5 * (plain[2] - empty[2])
+    assert torch.allclose(weighted, expected, atol=1e-6)
+
+
+def test_comfy_does_not_cut_words():
+    (encoder,) = encoders("sd1")
+    word = "supercalifragilistic"
+    count = encoder.count_tokens(word)
+    prompt = parse_prompt("a " * 73 + word, "comfy").compositions[0].at(0)
+    assert 1 < count < 8
+    assert [lengths(text) for text in encoder.chunks(prompt)] == [[73, count]]
+
+
+@torch.no_grad()
+def test_rows_of_different_length_are_repeated():
+    (encoder,) = encoders("sd1")
+    prompts = [parse_prompt(text, "a1111").compositions[0].at(0) for text in ("a", LONG)]
+    both, alone = encoder(prompts), encoder(prompts[:1])
+    assert both.shape[1] == 77 * 2
+    assert torch.allclose(both[0], alone[0].repeat(2, 1), atol=1e-6)
+
+
+@torch.no_grad()
+def test_the_pooled_output_is_that_of_the_first_chunk():
+    second = encoders("sdxl")[1]
+    text = parse_prompt(LONG, "a1111").compositions[0].at(0)
+    first = second.chunks(text)[0][0]
+    ids = torch.tensor([[49406, *(i for unit in first for i in unit.ids), 49407]])
+    ids = torch.nn.functional.pad(ids, (0, 77 - ids.shape[1]))
+    assert torch.allclose(second([text]).vector, second(ids).vector, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_textual_inversion_is_not_cut():
+    (encoder,) = encoders("sd1")
+    encoder.added_embeddings = {"<thing>": torch.randn(8, encoder.width)}
+    for syntax, expected in (("a1111", [70, 9]), ("comfy", [70, 9]), ("compel", [70, 9])):
+        prompt = parse_prompt("a " * 70 + "<thing> b", syntax).compositions[0].at(0)
+        assert [lengths(text) for text in encoder.chunks(prompt)] == [expected]
+        assert encoder([prompt]).shape[1] == 154
+
+
+@pytest.fixture(scope="module")
+def compels(tmp_path_factory):
+    """Ours and compel's encoder of Stable Diffusion 1 and 2."""
+    from transformers import CLIPTokenizer
+
+    layers = compel_module("embeddings_provider").ReturnedEmbeddingsType
+    made = {}
+    for kind in ("sd1", "sd2", "sdxl"):
+        for number, encoder in enumerate(encoders(kind)):
+            folder = tmp_path_factory.mktemp(kind)
+            for name, content in tokenizer_files(encoder).items():
+                text = content if isinstance(content, str) else json.dumps(content)
+                (folder / name).write_text(text, "utf-8")
+            layer = layers.LAST_HIDDEN_STATES_NORMALIZED
+            if kind == "sdxl":
+                layer = layers.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED
+            made[f"{kind}{number}"] = (
+                encoder,
+                compel_module("compel").Compel(
+                    CLIPTokenizer.from_pretrained(folder),
+                    their_tower(encoder),
+                    truncate_long_prompts=False,
+                    returned_embeddings_type=layer,
+                ),
+            )
+    return made
+
+
+COMPEL_LONG = (
+    "a red apple++ on a (wooden table)1.3, photograph. (sharp focus)0.6 and (soft light)- of "
+    "the evening sun; an old window behind it, dust in the air. "
+) * 6
+COMPEL = [
+    "a red apple++ on a (wooden table)0.7",
+    "(a red (apple)1.5 on)0.8 a table--",
+    '("a red apple", "a (green)1.4 pear").blend(0.7, 0.3)',
+    f'("a red apple", "{COMPEL_LONG}").blend(1, 2)',
+    '("a red apple", "a green pear+").blend(0.7, 0.7, no_normalize)',
+    '("a red apple", "a green pear").and(1, 0.6)',
+    COMPEL_LONG,
+    "(gone)0 here, (against)-1",
+    "",
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name",
+    ["sd10", "sdxl1", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sd20", "sdxl0"))],
+)
+def test_contexts_of_compel(compels, name):
+    encoder, compel = compels[name]
+    worst = 0.0
+    for text in COMPEL:
+        prompt = parse_prompt(text, "compel").compositions[0].at(0)
+        output, expected = encoder([prompt]), compel(text)
+        context = output if isinstance(output, torch.Tensor) else output.crossattn
+        assert context.shape == expected.shape
+        worst = max(worst, float((context - expected).abs().max() / expected.abs().max()))
+    assert worst < 1e-5  # observed: 3e-7
