@@ -15,15 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.conditioning import Cond
+from ldm.conditioning import AnyCond, Composition, Cond, ScheduledCond
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.names import SLD
 from ldm.diffusion.samplers.common import Denoise
 from ldm.runtime.errors import ArgumentError
 
 __all__ = [
-    "Denoise", "Evaluation", "Guidance", "SafeGuidance", "Scale", "add_guidance",
-    "limit_to_interval",
+    "Denoise", "Evaluation", "Guidance", "SafeGuidance", "Scale", "StepCounter", "add_guidance",
+    "follow_schedule", "limit_to_interval",
 ]  # fmt: skip
 
 Scale = float | Callable[[float], float]
@@ -121,9 +121,48 @@ class SafeGuidance(Guidance):
         return None
 
 
+class StepCounter:
+    """Counts the steps of a sampler, for conditions that depend on the step.
+
+    Attributes:
+        step: From 0; all evaluations of the network in a step have the same.
+    """
+
+    def __init__(self, first: int = 0) -> None:
+        self.step = first
+
+
+def follow_schedule(
+    guide: Callable[[Cond | Composition, Cond | None], Denoise],
+    cond: AnyCond,
+    uncond: Cond | ScheduledCond | None,
+    counter: StepCounter,
+) -> Denoise:
+    """Build `denoise(x, sigma)` whose conditions are those of the step.
+
+    Args:
+        guide: Builds it for conditions that stay.
+    """
+    if not isinstance(cond, ScheduledCond) and not isinstance(uncond, ScheduledCond):
+        return guide(cond, uncond)
+    built: dict[tuple[int, int], Denoise] = {}
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        current = cond.at(counter.step) if isinstance(cond, ScheduledCond) else cond
+        null = uncond.at(counter.step) if isinstance(uncond, ScheduledCond) else uncond
+        assert not isinstance(null, Composition)
+        key = (id(current), id(null))
+        if key not in built:
+            built.clear()  # those of earlier steps take memory
+            built[key] = guide(current, null)
+        return built[key](x, sigma)
+
+    return denoise
+
+
 def add_guidance(
     denoiser: Denoiser,
-    cond: Cond,
+    cond: Cond | Composition,
     uncond: Cond | None = None,
     scale: Scale = 1.0,
     *,
@@ -134,32 +173,40 @@ def add_guidance(
     """Build `denoise(x, sigma)` with guidance.
 
     The network runs once for all conditions, the unconditional one first. Rules combine
-    predictions (eps, v or x0), not estimates of z, as in the original.
+    predictions (eps, v or x0), not estimates of z, as in the original. The conditional prediction
+    of a composition is that of its prompts together.
 
     Args:
         uncond: Condition of the empty or the negative prompt; None for no guidance.
-        scale: Guidance scale, which may depend on sigma. At 1 only `cond` is computed.
+        scale: Guidance scale, which may depend on sigma. At 1 only `cond` is computed, unless it is
+            a composition.
         rescale: 0 … 1, strength of rescaling the prediction to the standard deviation of the
             conditional one, against over-exposure at high scales.
         rule: How predictions are combined; None for classifier-free guidance.
         further: Conditions of `rule.texts`.
     """
     rule = rule or Guidance()
-    if uncond is None or scale == 1:
+    if isinstance(cond, Cond) and (uncond is None or scale == 1):
         return lambda x, sigma: denoiser(x, sigma, cond)
+    if uncond is None:
+        raise ArgumentError("a composition of prompts needs the unconditional condition")
     if len(further) != len(rule.texts):
         raise ArgumentError(f"{len(further)} conditions were given for {len(rule.texts)} texts")
-    conditions, parts = uncond.cat(cond), 2 + len(further)
+    conditions = uncond.cat(cond if isinstance(cond, Cond) else cond.cond)
     for condition in further:
         conditions = conditions.cat(condition)
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         current_scale = scale(sigma) if callable(scale) else scale
-        if current_scale == 1:
+        if current_scale == 1 and isinstance(cond, Cond):
             rule.calls += 1
             return denoiser(x, sigma, cond)
-        prediction = denoiser.predict(torch.cat([x] * parts), sigma, conditions)
-        pred_uncond, pred_cond, *others = prediction.chunk(parts)
+        x_cond = x if isinstance(cond, Cond) else x[cond.rows.to(x.device)]
+        inputs = [x, x_cond, *[x] * len(further)]
+        prediction = denoiser.predict(torch.cat(inputs), sigma, conditions)
+        pred_uncond, pred_cond, *others = prediction.split([len(part) for part in inputs])
+        if isinstance(cond, Composition):
+            pred_cond = cond.compose(pred_uncond, pred_cond)
         evaluation = Evaluation(
             denoiser, x, sigma, current_scale, pred_uncond, pred_cond, tuple(others)
         )

@@ -4,15 +4,15 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
-from typing import ParamSpec, TypedDict, TypeVar, cast
+from functools import partial, wraps
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ldm.conditioning import Cond
+from ldm.conditioning import AnyCond, Composition, Cond, ScheduledCond
 from ldm.diffusion.guidance import Guidance, Scale
 from ldm.diffusion.samplers.common import Constrain
 from ldm.diffusion.step_noise import StepNoise
@@ -23,6 +23,16 @@ from ldm.nets.circular import circular_padding
 from ldm.pipelines.families import check_family, file_name
 from ldm.pipelines.guidance import GuidanceOptions, make_rule
 from ldm.pipelines.latent_upscaling import Upscaling, double_latent
+from ldm.pipelines.prompts import (
+    PromptOptions,
+    PromptPair,
+    StepPrompts,
+    TextPair,
+    encode_steps,
+    has_composition,
+    parse_pair,
+    warn_about_prompts,
+)
 from ldm.pipelines.quirks import Noise, Quirks, noise_source
 from ldm.pipelines.sampling import (
     Callback,
@@ -40,6 +50,7 @@ from ldm.pipelines.sdxl import (
     check_size,
     size_conditions,
 )
+from ldm.prompts import PLAIN, check_syntax
 from ldm.runtime.errors import (
     ArgumentError,
     MissingArgument,
@@ -59,18 +70,6 @@ __all__ = [
     "generate",
     "pipeline",
 ]
-
-
-class PromptOptions(TypedDict, total=False):
-    """Keywords that say how prompts are read.
-
-    Attributes:
-        clip_skip: Layer of the text tower that counts, from the end: 1 the last, 2 the last but
-            one, then the final norm. For Stable Diffusion 1; towers of others end a layer earlier
-            by themselves, which is said.
-    """
-
-    clip_skip: int
 
 
 class GuidedOptions(SamplingOptions, GuidanceOptions, PromptOptions):
@@ -101,11 +100,12 @@ class SampleOptions(SamplingOptions, total=False):
     size: tuple[int, int] | None
     sigmas: Tensor
     end: int
+    first_step: int
     rule: Guidance | None
     further: Sequence[Cond]
 
 
-Prompt = tuple[str | None, str | None]  # for the first and the second text encoder
+Conds = tuple[AnyCond, Cond | ScheduledCond | None, list[Cond]]  # cond, uncond, those of the rule
 P = ParamSpec("P")
 TensorOrCond = TypeVar("TensorOrCond", Tensor, Cond)
 FORMER_KEYWORDS = {"grid": "scheduler"}
@@ -189,7 +189,8 @@ class Conditions:
     """What the models of a call are conditioned on.
 
     Args:
-        prompts, negatives: a pair per image, for the first and the second text encoder.
+        prompts, negatives: texts per image, for the first and the second text encoder; parsed,
+            unless they are plain.
         inputs: batch of the keys that models read in addition to text, a row per image.
         unconditional_inputs: those that differ for the unconditional half of guidance.
         options: sizes and scores.
@@ -198,8 +199,8 @@ class Conditions:
         rule: of guidance, whose texts are encoded, too.
     """
 
-    prompts: list[Prompt]
-    negatives: list[Prompt]
+    prompts: Sequence[StepPrompts | TextPair]
+    negatives: Sequence[StepPrompts | TextPair]
     inputs: Mapping[str, object]
     unconditional_inputs: Mapping[str, object]
     options: SDXLOptions
@@ -207,9 +208,7 @@ class Conditions:
     scale: Scale | None
     rule: Guidance | None
 
-    def encode(
-        self, model: LatentDiffusion, quirks: Quirks, *, after_base: bool = False
-    ) -> tuple[Cond, Cond | None, list[Cond]]:
+    def encode(self, model: LatentDiffusion, quirks: Quirks, *, after_base: bool = False) -> Conds:
         """Encode prompts, negative prompts and the texts of the rule, as a model reads them.
 
         An empty negative prompt is the model's unconditional one.
@@ -217,8 +216,16 @@ class Conditions:
         sizes, negative_sizes = size_conditions(model, self.options, self.size, quirks)
         keys = model.conditioner.keys
         inputs = {key: value for key, value in self.inputs.items() if key in keys}
-        cond = check_finite(encode_prompts(model, self.prompts, inputs, sizes), "the text encoder")
-        if (model.defaults.scale if self.scale is None else self.scale) == 1:
+
+        def encode(
+            pairs: Sequence[PromptPair], numbers: Sequence[int], sizes: Sizes | None = sizes
+        ) -> Cond:
+            rows = {key: _select(value, numbers) for key, value in inputs.items()}
+            return check_finite(encode_prompts(model, pairs, rows, sizes), "the text encoder")
+
+        cond = encode_steps(self.prompts, encode)
+        scale = model.defaults.scale if self.scale is None else self.scale
+        if scale == 1 and not has_composition(cond):
             return cond, None, []
         texts = self.rule.texts if self.rule else ()
         further = [
@@ -227,11 +234,16 @@ class Conditions:
         ]
         text = model.conditioner.text
         null = None if text is not None and text.null is None else ""
-        negatives = [pair if any(pair) else (null, null) for pair in self.negatives]
+        negatives = [
+            pair if isinstance(pair, StepPrompts) or any(pair) else (null, null)
+            for pair in self.negatives
+        ]
         if quirks.ignores_negative(after_base=after_base):
             negatives = [(null, null)] * len(negatives)
         inputs |= self.unconditional_inputs
-        return cond, encode_prompts(model, negatives, inputs, negative_sizes), further
+        uncond = encode_steps(negatives, partial(encode, sizes=negative_sizes))
+        assert not isinstance(uncond, Composition)
+        return cond, uncond, further
 
 
 def generate(
@@ -276,9 +288,22 @@ def generate(
     if upscaling is not None:
         upscaling.check(model)
     n, second_negative = len(as_list(prompts)), sdxl.get("negative_prompt_2")
+    syntax = options.get("syntax", PLAIN)
+    steps = _count_steps(model, quirks, sampling, None if z is None else strength)
+    pairs = [
+        parse_pair(pair, syntax, steps)
+        for pair in pair_texts(prompts, sdxl.get("prompt_2"), n, "prompt")
+    ]
+    negatives = [
+        parse_pair(pair, syntax, steps, is_negative=True) if any(pair) else pair
+        for pair in pair_texts(negative_prompt, second_negative, n, "negative_prompt")
+    ]
+    if syntax != PLAIN and upscaling is not None:
+        raise ArgumentError("an x2 latent upscaler takes prompts of syntax plain only", "syntax")
+    warn_about_prompts(model, [*pairs, *negatives], stacklevel=3)
     conditions = Conditions(
-        pair_texts(prompts, sdxl.get("prompt_2"), n, "prompt"),
-        pair_texts(negative_prompt, second_negative, n, "negative_prompt"),
+        pairs,
+        negatives,
         inputs,
         unconditional_inputs or {},
         sdxl,
@@ -294,7 +319,14 @@ def generate(
         if refiner is None:
             run["further"] = further
         if upscaling is not None:
-            latent = _sample_and_double(model, upscaling, (cond, uncond), conditions, run)
+            columns = (as_list(prompts), negative_prompt)
+            texts, negative_texts = (
+                [text or "" for text, _ in pair_texts(column, None, n, "prompt")]
+                for column in columns
+            )
+            latent = _sample_and_double(
+                model, upscaling, (cond, uncond), (texts, negative_texts), run
+            )
         elif refiner is None:
             latent = sample(model, cond, uncond, **run)
         else:
@@ -315,8 +347,8 @@ def generate(
 def _sample_with_refiner(
     model: LatentDiffusion,
     refiner: LatentDiffusion,
-    conds: tuple[Cond, Cond | None, list[Cond]],
-    refiner_conds: tuple[Cond, Cond | None, list[Cond]],
+    conds: Conds,
+    refiner_conds: Conds,
     options: SDXLOptions,
     run: SampleOptions,
     constrain_refiner: Constrain | None,
@@ -346,6 +378,7 @@ def _sample_with_refiner(
     refiner_run: SampleOptions = {
         **run, "sigmas": sigmas[end:], "z_t": z_t, "z": None, "x_T": None,
         "callback": on_step(end - first), "further": further, "constrain": constrain_refiner,
+        "first_step": end - first,
     }  # fmt: skip
     return sample(refiner, cond, uncond, **refiner_run)
 
@@ -353,11 +386,15 @@ def _sample_with_refiner(
 def _sample_and_double(
     model: LatentDiffusion,
     upscaling: Upscaling,
-    conds: tuple[Cond, Cond | None],
-    conditions: Conditions,
+    conds: tuple[AnyCond, Cond | ScheduledCond | None],
+    texts: tuple[list[str], list[str]],
     run: SampleOptions,
 ) -> Tensor:
-    """Sample, and sample latents of twice the size from the result with another model."""
+    """Sample, and sample latents of twice the size from the result with another model.
+
+    Args:
+        texts: prompts and negative prompts.
+    """
     legacy, callback = run.get("legacy", ()), run.get("callback")
     sigmas = run_sigmas(model, Quirks.of(model, legacy), run)
     first, total = 0, len(sigmas) - 1
@@ -373,8 +410,8 @@ def _sample_and_double(
     base_run: SampleOptions = {**run, "callback": on_step(0)}
     return double_latent(
         upscaling.model,
-        [first_prompt or "" for first_prompt, _ in conditions.prompts],
-        [negative or "" for negative, _ in conditions.negatives],
+        texts[0],
+        texts[1],
         check_finite(sample(model, *conds, **base_run), "the UNet"),
         noise=run["noise"],
         scale=upscaling.scale,
@@ -425,12 +462,44 @@ def make_noise(
     run_sigmas(model, Quirks(), sampling)  # raises ArgumentError
     make_rule(cast(GuidanceOptions, options), Quirks())
     check_sdxl(model, sdxl)
+    _check_prompts(prompts, cast(PromptOptions, options).get("syntax", PLAIN))
     return noise_source(options.get("seeds"), len(as_list(prompts)), legacy)
+
+
+def _check_prompts(prompts: Sequence[str], syntax: str) -> None:
+    """Raise ArgumentError for a syntax that is not known, and for prompts that break its rules."""
+    check_syntax(syntax)
+    for prompt in as_list(prompts):
+        parse_pair((prompt, prompt), syntax, steps=1)
+
+
+def _count_steps(
+    model: LatentDiffusion, quirks: Quirks, options: SamplingOptions, strength: float | None
+) -> int:
+    """Return how many steps a run has.
+
+    Args:
+        strength: of a run that starts from an image.
+    """
+    steps = len(run_sigmas(model, quirks, options)) - 1
+    if strength is None:
+        return steps
+    requested = options.get("steps") or model.defaults.steps
+    first, _ = quirks.first_step(strength, requested, steps)
+    return steps - first
+
+
+def _select(value: object, numbers: Sequence[int]) -> object:
+    """Select rows of an input."""
+    if isinstance(value, Tensor):
+        is_whole = len(value) == len(numbers) and list(numbers) == list(range(len(numbers)))
+        return value if is_whole else value[list(numbers)]
+    return [value[number] for number in numbers] if isinstance(value, list) else value
 
 
 def encode_prompts(
     model: LatentDiffusion,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[PromptPair],
     inputs: Mapping[str, object],
     sizes: Sizes | None = None,
 ) -> Cond:
@@ -457,7 +526,7 @@ def encode_prompts(
 
 def pair_texts(
     texts: str | Sequence[str], second: str | Sequence[str] | None, n: int, name: str
-) -> list[Prompt]:
+) -> list[TextPair]:
     """Pair n texts with those for the second text encoder, by default the same.
 
     Args:

@@ -7,15 +7,23 @@ invert     latent -> the noisy latent from which DDIM leads back to it
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TypedDict
 
 import torch
 from torch import Tensor
 
-from ldm.conditioning import Cond
+from ldm.conditioning import AnyCond, Cond, ScheduledCond
 from ldm.diffusion import names
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.guidance import Guidance, Scale, add_guidance, limit_to_interval
+from ldm.diffusion.guidance import (
+    Guidance,
+    Scale,
+    StepCounter,
+    add_guidance,
+    follow_schedule,
+    limit_to_interval,
+)
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.samplers.common import Constrain
 from ldm.diffusion.samplers.single_step import euler
@@ -67,8 +75,8 @@ class SamplingOptions(TypedDict, total=False):
 @cache_weights()
 def sample(
     model: LatentDiffusion,
-    cond: Cond,
-    uncond: Cond | None = None,
+    cond: AnyCond,
+    uncond: Cond | ScheduledCond | None = None,
     *,
     z: Tensor | None = None,
     strength: float = 1.0,
@@ -94,14 +102,16 @@ def sample(
     noise: Noise | None = None,
     callback: Callback | None = None,
     constrain: Constrain | None = None,
+    first_step: int = 0,
     unet_tile: int | None = None,
     tiling: str = "none",
     legacy: Iterable[str] = (),
     grid: str | None = None,
 ) -> Tensor:
-    """Sample a latent for each row of `cond`.
+    """Sample a latent for each sample of `cond`.
 
     Args:
+        cond: the condition, which may compose prompts and depend on the step.
         uncond: the unconditional or negative condition of guidance; None = no guidance.
         z: (B, C, h, w), the latent to add noise to and start from; None = start from pure noise.
         strength: fraction of the steps to run on z, from 0 (keep it) to 1 (start from pure noise).
@@ -129,6 +139,7 @@ def sample(
         callback: called with (step, steps, x, denoised) after each step; may raise Stop,
             with a latent for the tasks to decode.
         constrain: (x, sigma) -> x before every step.
+        first_step: number of the first step, for conditions that depend on the step.
         unet_tile: side in latent pixels of overlapping tiles to run the network on; None = whole.
         tiling: edges that meet, by circular padding: "x" left and right, as in panoramas, "y" top
             and bottom, "xy" both, or "none". Tasks also encode and decode so.
@@ -168,14 +179,16 @@ def sample(
     if guidance_interval is not None:
         scale = limit_to_interval(scale, *guidance_interval)
     denoiser = _in_tiles(quirks.denoiser(model, sampler), unet_tile)
+    guide = partial(
+        add_guidance, denoiser, scale=scale, rescale=rescale, rule=rule, further=further
+    )
+    counter = StepCounter(first_step)
     with circular_padding(tiling):
         x = SAMPLERS[sampler](
-            add_guidance(
-                denoiser, cond, uncond, scale, rescale=rescale, rule=rule, further=further
-            ),
+            follow_schedule(guide, cond, uncond, counter),
             x,
             sigmas,
-            callback=callback and _with_steps(callback, len(sigmas) - 1),
+            callback=_with_steps(callback, len(sigmas) - 1, counter),
             constrain=constrain,
             **_sampler_options(
                 model.schedule, sampler, step_noise, noise, "noise" in quirks, end is not None
@@ -296,8 +309,17 @@ def _sampler_options(
     return options
 
 
-def _with_steps(callback: Callback, steps: int) -> Callable[[int, Tensor, Tensor], None]:
-    return lambda step, x, denoised: callback(step, steps, x, denoised)
+def _with_steps(
+    callback: Callback | None, steps: int, counter: StepCounter
+) -> Callable[[int, Tensor, Tensor], None]:
+    first = counter.step
+
+    def after_step(step: int, x: Tensor, denoised: Tensor) -> None:
+        counter.step = first + step + 1
+        if callback:
+            callback(step, steps, x, denoised)
+
+    return after_step
 
 
 def _std(sigma: Tensor) -> float:

@@ -67,6 +67,7 @@ from ldm.pipelines.latent_upscaling import (
 from ldm.pipelines.quirks import Noise, Quirks
 from ldm.pipelines.sampling import invert
 from ldm.pipelines.sdxl import REFINER_MULTIPLE, size_conditions
+from ldm.prompts import PLAIN
 from ldm.runtime.errors import ArgumentError, MissingArgument, Stop
 
 __all__ = [
@@ -359,6 +360,8 @@ def upscale_latent(
     check_noise(model, noise_sigma, noise_kind)
     if make_rule(options, Quirks()) is not None:
         raise ArgumentError("safe latent diffusion is not for the x2 latent upscaler", "sld")
+    if options.get("syntax", PLAIN) != PLAIN:
+        raise ArgumentError("the x2 latent upscaler takes prompts of syntax plain only", "syntax")
     if latent is None:
         if image is None:
             raise MissingArgument("neither an image nor a latent is given", "image")

@@ -1,0 +1,154 @@
+"""Prompts of a call: parsed by their syntax, encoded for the steps in which they hold."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+
+from ldm.conditioning import AnyCond, Composition, Cond, ScheduledCond
+from ldm.encoders.text import TextEncoder
+from ldm.model import LatentDiffusion
+from ldm.prompts import PLAIN, ParsedPrompt, Prompt, PromptWarning, parse_prompt
+from ldm.runtime.errors import ArgumentError
+
+__all__ = [
+    "PromptOptions", "PromptPair", "StepPrompts", "encode_steps",
+    "find_lost_text", "has_composition", "parse_pair", "warn_about_prompts",
+]  # fmt: skip
+
+QUOTED_WORDS = 4  # of a prompt, in warnings
+
+TextPair = tuple[str | None, str | None]  # for the first and the second text encoder
+PromptPair = tuple[str | Prompt | None, str | Prompt | None]
+Weighted = tuple[float, PromptPair]
+
+
+class PromptOptions(TypedDict, total=False):
+    """Keywords that say how prompts are read.
+
+    Attributes:
+        syntax: Of prompts and negative prompts, a name in `ldm.prompts.SYNTAXES`; by default
+            "plain", for which brackets are text.
+        clip_skip: Layer of the text tower that counts, from the end: 1 the last, 2 the last but
+            one, then the final norm. For Stable Diffusion 1; towers of others end a layer earlier
+            by themselves, which is said.
+    """
+
+    syntax: str
+    clip_skip: int
+
+
+@dataclass(frozen=True)
+class StepPrompts:
+    """The prompts of one image, which may change from step to step.
+
+    Args:
+        first, second: For the first and the second text encoder.
+    """
+
+    first: ParsedPrompt
+    second: ParsedPrompt
+
+    def at(self, step: int) -> tuple[Weighted, ...]:
+        """Return the prompts of a step with their weights."""
+        ones = self.first.compositions
+        twos = self.second.compositions
+        if len(twos) == 1:
+            twos = twos * len(ones)
+        pairs = zip(ones, twos, strict=True)
+        return tuple((one.weight, (one.at(step), two.at(step))) for one, two in pairs)
+
+    @property
+    def last_steps(self) -> frozenset[int]:
+        return self.first.last_steps | self.second.last_steps
+
+
+def parse_pair(
+    pair: TextPair, syntax: str, steps: int, *, is_negative: bool = False
+) -> StepPrompts | TextPair:
+    """Parse the prompts of one image for a run of so many steps; plain ones stay as they are.
+
+    Raises:
+        ArgumentError: See `ldm.prompts.parse_prompt`; or AND divides the second prompt otherwise.
+    """
+    if syntax == PLAIN:
+        return pair
+    first, second = (
+        parse_prompt(text or "", syntax, steps, is_negative=is_negative) for text in pair
+    )
+    if len(second.compositions) not in (1, len(first.compositions)):
+        counts = f"{len(first.compositions)} parts, prompt_2 {len(second.compositions)}"
+        raise ArgumentError(f"AND divides the prompt into {counts}", "prompt_2")
+    return StepPrompts(first, second)
+
+
+def encode_steps(
+    prompts: Sequence[StepPrompts | PromptPair],
+    encode: Callable[[Sequence[PromptPair], Sequence[int]], Cond],
+) -> AnyCond:
+    """Encode the prompts of a batch, as often as they change.
+
+    Args:
+        prompts: One for each image.
+        encode: (prompts, number of the image of each) -> condition with a row for each.
+    """
+    ends = sorted({step for one in _changing(prompts) for step in one.last_steps})
+    conds: dict[tuple[tuple[Weighted, ...], ...], Cond | Composition] = {}
+    entries: list[tuple[int, Cond | Composition]] = []
+    for end in [*ends, ends[-1] + 1 if ends else 0]:
+        current = tuple(
+            one.at(end) if isinstance(one, StepPrompts) else ((1.0, one),) for one in prompts
+        )
+        if current not in conds:
+            conds[current] = _encode_compositions(current, encode)
+        if entries and entries[-1][1] is conds[current]:
+            entries.pop()
+        entries.append((end, conds[current]))
+    return entries[0][1] if len(entries) == 1 else ScheduledCond(tuple(entries))
+
+
+def _changing(prompts: Iterable[StepPrompts | PromptPair]) -> Iterator[StepPrompts]:
+    return (one for one in prompts if isinstance(one, StepPrompts))
+
+
+def _encode_compositions(
+    prompts: Sequence[Sequence[Weighted]],
+    encode: Callable[[Sequence[PromptPair], Sequence[int]], Cond],
+) -> Cond | Composition:
+    numbers = [number for number, parts in enumerate(prompts) for _ in parts]
+    weights = [weight for parts in prompts for weight, _ in parts]
+    cond = encode([pair for parts in prompts for _, pair in parts], numbers)
+    if len(numbers) == len(prompts) and set(weights) == {1.0}:
+        return cond
+    return Composition(cond, torch.tensor(numbers), torch.tensor(weights), len(prompts))
+
+
+def has_composition(cond: AnyCond) -> bool:
+    """Return whether a condition needs the unconditional one even without guidance."""
+    if isinstance(cond, ScheduledCond):
+        return any(has_composition(entry) for _, entry in cond.entries)
+    return isinstance(cond, Composition)
+
+
+def find_lost_text(model: LatentDiffusion, texts: Iterable[str]) -> str | None:
+    """Say what of the first too long text a model leaves out, if it reads it as plain text."""
+    for encoder in model.conditioner.find_all(TextEncoder):
+        for text in texts:
+            if lost := encoder.truncated_text(text):
+                limit, words = encoder.length - 2, " ".join(lost.split()[:QUOTED_WORDS])
+                return f"a prompt is longer than {limit} tokens: `{words} …` is left out"
+    return None
+
+
+def warn_about_prompts(
+    model: LatentDiffusion, prompts: Sequence[StepPrompts | TextPair], stacklevel: int
+) -> None:
+    """Warn of text that has no effect, or is not read as it looks."""
+    plain = [text for one in prompts if not isinstance(one, StepPrompts) for text in one if text]
+    messages = [find_lost_text(model, dict.fromkeys(plain))]
+    for one in _changing(prompts):
+        messages += [*one.first.notes, *one.second.notes]
+    for message in dict.fromkeys(filter(None, messages)):
+        warnings.warn(message, PromptWarning, stacklevel=stacklevel + 1)

@@ -1,0 +1,179 @@
+"""Prompts with a syntax, from the call to the latent."""
+
+import copy
+
+import pytest
+import torch
+
+import ldm
+from ldm.conditioning import Composition, Cond, ScheduledCond
+from ldm.diffusion.guidance import add_guidance
+from ldm.pipelines.common import Conditions, encode_prompts
+from ldm.pipelines.prompts import encode_steps, parse_pair
+from ldm.pipelines.quirks import Quirks
+from ldm.prompts import PromptWarning, parse_prompt
+from ldm.runtime.errors import ArgumentError
+from loading.lorahelp import tiny_model
+
+LONG = "a (red:1.2) apple, on a table, " * 20
+FEW = {"steps": 4, "seeds": 1, "size": (16, 16), "scale": 3.0}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("sd1")
+
+
+def latents(model, prompts, **options) -> list[torch.Tensor]:
+    """Return x after each step."""
+    found: list[torch.Tensor] = []
+    options = {**FEW, **options, "callback": lambda step, steps, x, denoised: found.append(x)}
+    ldm.txt2img(model, prompts, **options)
+    return found
+
+
+def encode(model, texts: list[str], steps: int = 4):
+    pairs = [parse_pair((text, text), "a1111", steps) for text in texts]
+    return encode_steps(pairs, lambda some, numbers: encode_prompts(model, some, {}))
+
+
+def test_plain_text_gives_the_same_image_under_all_syntaxes(model):
+    plain = latents(model, ["a red apple"], negative_prompt="a pear")[-1]
+    for syntax in ("a1111", "comfy", "compel"):
+        assert torch.equal(
+            latents(model, ["a red apple"], negative_prompt="a pear", syntax=syntax)[-1], plain
+        )
+
+
+@torch.no_grad()
+def test_composition_sums_guidance(model):
+    cond = encode(model, ["a AND b :0.5 AND c:-1", "d"])
+    assert isinstance(cond, Composition)
+    assert len(cond) == 2
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    uncond = model.condition({"txt": ["", ""]})
+    predict = model.denoiser.predict
+
+    def alone(text: str) -> torch.Tensor:
+        return predict(x[:1], 2.0, model.condition({"txt": [text]}))
+
+    u = alone("")
+    expected = u + 3 * (alone("a ") - u + 0.5 * (alone("b") - u) - (alone("c") - u))
+    composed = add_guidance(model.denoiser, cond, uncond, 3.0)(x, 2.0)
+    expected = model.denoiser.convert_prediction(x[:1], 2.0, expected)
+    assert torch.allclose(composed[:1], expected, atol=2e-5)
+    single = add_guidance(model.denoiser, model.condition({"txt": ["d"]}), uncond[:1], 3.0)
+    assert torch.allclose(composed[1:], single(x[1:], 2.0), atol=2e-5)
+
+
+def test_a_schedule_switches_after_its_step(model):
+    """An entry (1, a) serves steps 0 and 1."""
+    for sampler in ("ddim", "heun"):
+        first, both = (
+            latents(model, [text], sampler=sampler, syntax="a1111")
+            for text in ("a cat", "a [cat:dog:1]")
+        )
+        assert torch.equal(both[1], first[1])
+        assert not torch.equal(both[2], first[2])
+
+
+def test_alternation_changes_each_step(model):
+    cond = encode(model, ["[cat|dog] x", "y"])
+    assert isinstance(cond, ScheduledCond)
+    texts = [
+        next(k for k, text in enumerate(("cat x", "dog x"))
+             if torch.equal(cond.at(step).crossattn, encode(model, [text, "y"]).crossattn))
+        for step in range(6)
+    ]  # fmt: skip
+    assert texts == [0, 0, 1, 0, 1, 1]
+
+
+@torch.no_grad()
+def test_contexts_of_different_length_change_no_number(model):
+    """In float64; in float32 other shapes alone give 2e-6."""
+    cond, uncond = (encode(model, [text]) for text in (LONG, "a pear BREAK sky"))
+    assert cond.crossattn.shape[1] == 231
+    assert uncond.crossattn.shape[1] == 154
+    unet = copy.deepcopy(model.unet).double()
+    x, t = torch.randn(2, 4, 8, 8).double(), torch.tensor([500.0, 500.0])
+    together = unet(x, t, context=uncond.cat(cond).crossattn.double())
+    alone = [
+        unet(x[k : k + 1], t[:1], context=one.crossattn.double())
+        for k, one in enumerate((uncond, cond))
+    ]
+    assert (together - torch.cat(alone)).abs().max() <= 1e-12
+
+
+def test_a_batch_has_the_images_of_its_prompts(model):
+    prompts = ["a [cat:dog:2] AND b", LONG, "(sky)"]
+    batch = latents(model, prompts, seeds=[1, 2, 3], syntax="a1111", negative_prompt="(x:2)")[-1]
+    for row, prompt in enumerate(prompts):
+        single = latents(model, [prompt], seeds=[1 + row], syntax="a1111", negative_prompt="(x:2)")
+        assert torch.allclose(batch[row], single[-1][0], atol=1e-4)
+
+
+def test_fractions_are_of_the_steps_that_run(model):
+    image, z = torch.zeros(1, 3, 16, 16), torch.zeros(1, 4, 16, 16)
+    found = []
+    for text in ("a cat", "a [cat:dog:0.5]"):
+        xs: list[torch.Tensor] = []
+        ldm.img2img(
+            model, [text], image, z=z, strength=0.5, syntax="a1111", seeds=1, steps=8, scale=3.0,
+            callback=lambda step, steps, x, denoised, xs=xs: xs.append(x),
+        )  # fmt: skip
+        found.append(xs)
+    assert len(found[0]) == 4
+    changes = [torch.equal(a, b) for a, b in zip(*found, strict=True)]
+    assert changes == [True, True, True, False]
+
+
+def test_both_towers_of_sdxl_read_the_syntax():
+    model = tiny_model("sdxl")
+    sizes = {"original_size": (64, 64)}
+    images = [
+        ldm.txt2img(model, ["a (red:1.4) cat"], syntax="a1111", prompt_2=second, **FEW, **sizes)
+        for second in (None, "a (red:1.1) cat", LONG)
+    ]
+    assert not torch.equal(images[0], images[1])
+    assert not torch.equal(images[0], images[2])
+
+
+def test_text_without_effect_is_said(model):
+    with pytest.warns(PromptWarning, match="longer than 75 tokens: `.* …` is left out"):
+        ldm.txt2img(model, [LONG], **FEW)
+    with pytest.warns(PromptWarning, match="not a schedule, read as plain text: `\\[a:b:c\\]`"):
+        ldm.txt2img(model, ["[a:b:c]"], syntax="a1111", **FEW)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"syntax": "a111"}, "did you mean `a1111`"),
+        ({"syntax": "comfy", "prompts": ["(a"]}, "`(` is not closed"),
+    ],
+)
+def test_bad_prompts_are_refused(model, options, message):
+    options = {"prompts": ["a"], **FEW, **options}
+    with pytest.raises(ArgumentError) as error:
+        ldm.txt2img(model, options.pop("prompts"), **options)
+    assert message in str(error.value)
+
+
+def test_second_prompts_have_the_same_compositions():
+    with pytest.raises(ArgumentError, match="AND divides the prompt into 3 parts, prompt_2 2"):
+        parse_pair(("a AND b AND c", "a AND b"), "a1111", 4)
+
+
+def test_conditions_of_plain_prompts_are_as_before(model):
+    conditions = Conditions([("a", "a")], [("", "")], {}, {}, {}, (64, 64), 3.0, None)
+    cond, uncond, further = conditions.encode(model, Quirks())
+    assert isinstance(cond, Cond)
+    assert further == []
+    assert torch.equal(cond.crossattn, model.condition({"txt": ["a"]}).crossattn)
+    assert torch.equal(uncond.crossattn, model.condition({"txt": [""]}).crossattn)
+
+
+def test_a_batch_entry_may_be_a_parsed_prompt(model):
+    prompt = parse_prompt("a (cat:1.2)", "a1111").compositions[0].at(0)
+    cond = model.condition({"txt": [prompt, "a cat", None]})
+    assert cond.crossattn.shape == (3, 77, 24)
