@@ -22,6 +22,7 @@ from ldm.generate.provenance import eta_of
 from ldm.generate.request import SDXL, Prompts
 from ldm.generate.tasks import Task
 from ldm.imaging.reading import load_image, open_image
+from ldm.prompts import PLAIN, SYNTAXES
 from ldm.runtime.errors import ArgumentError, MissingArgument
 
 __all__ = [
@@ -50,6 +51,7 @@ TILE = {"value": 0, "step": 64, "info": "pixels; 0: off"}
 REFINER_START = {"minimum": 0.05, "maximum": 0.95, "step": 0.05, "value": 0.8, "visible": False}
 SLD_CHOICES = [("Off", ""), *((f"{name.capitalize()} (after {sld.warmup})", name)
                for name, sld in SLD_PRESETS.items())]  # fmt: skip
+SYNTAX_LABELS = {"plain": "Plain", "a1111": "A1111", "comfy": "ComfyUI", "compel": "Compel"}
 PLACEHOLDERS = {
     "sld_concept": "original",
     "eta": "of the sampler: 0 or 1",
@@ -177,6 +179,9 @@ class TaskForm:
         if name == "scale":
             scale = {"minimum": 1, "maximum": 30, "step": 0.5, "value": self.task.scale}
             return Field("Slider", settings | scale)
+        if name == "syntax":
+            choices = [(SYNTAX_LABELS[choice], choice) for choice in option.choices]
+            return Field("Dropdown", settings | {"choices": choices, "filterable": False})
         if name in ("sampler", "scheduler"):
             table = SAMPLERS if name == "sampler" else SCHEDULERS
             choices = [(row.label, key) for key, row in table.items()]
@@ -224,6 +229,7 @@ def values_from_info(info: Mapping[str, Any]) -> dict[str, Any]:
                if request.get(name) is not None}  # fmt: skip
     values["tiling"] = info.get("tiling") or "none"
     values["clip_skip"] = info.get("clip_skip") or 1
+    values["syntax"] = info.get("syntax") or PLAIN
     if info.get("seed") is not None:
         values["seed"] = str(info["seed"])
     values |= {name: _as_text(info.get(name)) for name in options_of(SDXL)}
@@ -233,7 +239,10 @@ def values_from_info(info: Mapping[str, Any]) -> dict[str, Any]:
     size = info.get("size")
     if isinstance(size, list) and info.get("task") != "upscale":
         values["height"], values["width"] = size
-    known = {"sampler": [*SAMPLERS], "scheduler": [*SCHEDULERS, AUTOMATIC], "tiling": TILINGS}
+    known = {
+        "sampler": [*SAMPLERS], "scheduler": [*SCHEDULERS, AUTOMATIC], "tiling": TILINGS,
+        "syntax": SYNTAXES,
+    }  # fmt: skip
     return {
         k: value for k, value in values.items()
         if value is not None and (k not in known or value in known[k])

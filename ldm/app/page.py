@@ -220,6 +220,7 @@ class Page:
                 with gr.Row(elem_classes="tools"):
                     self.stop = gr.Button("Stop", size="sm", interactive=False, elem_id="stop")
                     self.paste = gr.Button("↙ Paste", size="sm", elem_id="paste")
+                self.fields["syntax"] = _component(fields["syntax"], elem_id="syntax")
 
     def _build_settings(self) -> None:
         fields = self.forms["txt2img"].settings

@@ -1,12 +1,14 @@
 """The `ldm` command, with a subcommand for each task and each program."""
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from io import TextIOWrapper
 from pathlib import Path
 
 from ldm.generate.tasks import TASKS
+from ldm.prompts import PromptWarning
 from ldm.runtime.errors import nearest_name
 from ldm.runtime.version import __version__
 
@@ -31,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # what a console cannot show must not end a run
             stream.reconfigure(errors="backslashreplace")
+    warnings.filterwarnings("ignore", category=PromptWarning)  # programs say it in their own words
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0].replace("_", "-") if arguments else "--help"
     if arguments[1:] == ["--version"]:

@@ -99,6 +99,7 @@ def describe_run(
         "tile": sampling.vae_tile,
         "tiling": sampling.tiling,
         "legacy": list(sampling.legacy),
+        "syntax": request.prompts.syntax,
         "watermark": watermark_method(request, result_size, watermark_payload(model)),
         "payload": watermark_payload(model),
         "checkpoint": Path(checkpoint).name,

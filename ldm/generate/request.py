@@ -32,6 +32,7 @@ from ldm.generate.options import (
     parse_weighted_file,
     read_argument,
 )
+from ldm.prompts import PLAIN, SYNTAXES
 from ldm.runtime.errors import ArgumentError, unknown_name
 
 if TYPE_CHECKING:
@@ -85,6 +86,10 @@ class Prompts:
         help="the prompt (default: %(default)s)")
     negative_prompt: str = option("", "--negative-prompt", metavar="TEXT", label="Negative prompt",
         help="negative prompt: what to steer away from")
+    syntax: str = option(PLAIN, "--syntax", choices=SYNTAXES, metavar="NAME",
+        label="Prompt syntax",
+        help=f"how prompts are read: {', '.join(SYNTAXES)} (default: %(default)s, brackets are"
+        " text)")
     from_file: str | None = option(None, "--from-file", metavar="FILE",
         help="one prompt per line, a blank line is an empty one; a line may end in --seed N,"
         ' --negative-prompt "TEXT", --prompt-2 "TEXT" and --negative-prompt-2 "TEXT"')

@@ -3,7 +3,6 @@
 Request -> plan_batches -> prepare (files) -> load_models -> generate each batch -> save
 """
 
-import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -39,12 +38,12 @@ from ldm.imaging.rgbd import place_beside, split_depth
 from ldm.model import LatentDiffusion
 from ldm.pipelines.common import TaskOptions, check_clip_skip
 from ldm.pipelines.latent_upscaling import Upscaling
+from ldm.pipelines.prompts import QUOTED_WORDS, find_lost_text
+from ldm.prompts import PLAIN, parse_prompt
 from ldm.runtime.errors import NonFinite, Stop
 from ldm.runtime.types import JsonMapping
 
 __all__ = ["remake_image", "run_request"]
-
-QUOTED_WORDS = 4  # of a prompt, in warnings
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +67,7 @@ def run_request(
         NonFinite: an image is NaN even in float32.
     """
     batches = plan_batches(request)
+    notes = _parse_prompts(batches, request.prompts.syntax)
     if request.output.glb:
         check_trimesh()
     models: Models | None = None
@@ -76,7 +76,9 @@ def run_request(
         prepared = single.task.prepare(single)
         if models is None:
             models = load(prepared)
-            _warn_about_prompts(batches, request.sampling.sld_concept, models.base, listener)
+            for note in notes:
+                listener.warn(note)
+            _warn_about_prompts(batches, request, models.base, listener)
             if reason := check_clip_skip(models.base, request.sampling.clip_skip):
                 listener.warn(reason)
         _generate_batches(prepared, batches, models, listener, without_folders)
@@ -139,22 +141,44 @@ def _generate_batches(
     log.info("Your samples are ready and waiting for you here: \n%s \n \nEnjoy.", output.outdir)
 
 
+def _parse_prompts(batches: list[Batch], syntax: str) -> list[str]:
+    """Return what prompts have that is read literally, though it looks like syntax.
+
+    Raises:
+        ArgumentError: a prompt breaks the rules of the syntax.
+    """
+    if syntax == PLAIN:
+        return []
+    jobs = [job for batch in batches for job in batch]
+    prompts = {(text, False) for job in jobs for text in (job.prompt, job.prompt_2)}
+    prompts |= {
+        (text, True) for job in jobs for text in (job.negative_prompt, job.negative_prompt_2)
+    }
+    parsed = [
+        parse_prompt(text, syntax, is_negative=is_negative)
+        for text, is_negative in sorted(
+            (text, is_negative) for text, is_negative in prompts if text
+        )
+    ]
+    return list(dict.fromkeys(note for one in parsed for note in one.notes))
+
+
 def _warn_about_prompts(
-    batches: list[Batch], concept: str | None, model: LatentDiffusion, listener: RunListener
+    batches: list[Batch], request: Request, model: LatentDiffusion, listener: RunListener
 ) -> None:
-    """Warn of the first prompt that is too long, and of the first with A1111's weights."""
-    encoders = model.conditioner.find_all(TextEncoder)
-    if not encoders:
+    """Warn of the first prompt that is too long, and of the first with weights that are text."""
+    concept = request.sampling.sld_concept
+    prompts: list[str | None] = [concept]
+    if request.prompts.syntax == PLAIN:
+        jobs = [job for batch in batches for job in batch]
+        prompts += [text for job in jobs for text in (job.prompt, job.negative_prompt)]
+        prompts += [text for job in jobs for text in (job.prompt_2, job.negative_prompt_2)]
+    texts = list(dict.fromkeys(filter(None, prompts)))
+    if not model.conditioner.find_all(TextEncoder):
         return
-    prompts = dict.fromkeys(job.prompt for batch in batches for job in batch)
-    prompts |= dict.fromkeys(job.negative_prompt for batch in batches for job in batch)
-    prompts |= dict.fromkeys(filter(None, [concept]))
-    for encoder, prompt in itertools.product(encoders, prompts):
-        if lost := encoder.truncated_text(prompt):
-            limit, words = encoder.length - 2, " ".join(lost.split()[:QUOTED_WORDS])
-            listener.warn(f"a prompt is longer than {limit} tokens: `{words} …` is left out")
-            break
-    for weighted in filter(has_weight_syntax, prompts):
+    if lost := find_lost_text(model, texts):
+        listener.warn(lost)
+    for weighted in filter(has_weight_syntax, texts):
         words = " ".join(weighted.split()[:QUOTED_WORDS])
         listener.warn(f"A1111's syntax for weights is read as plain text: `{words} …`")
         break
@@ -219,6 +243,8 @@ def _generate(
         options["upscaling"] = Upscaling(
             models.upscaler, second.upscaler_steps, second.upscaler_scale
         )
+    if request.prompts.syntax != PLAIN:
+        options["syntax"] = request.prompts.syntax
     rule = {"sld": sampling.sld, "sld_concept": sampling.sld_concept}
     options |= {name: value for name, value in rule.items() if value is not None}
     if check_clip_skip(model, sampling.clip_skip) is None and sampling.clip_skip > 1:

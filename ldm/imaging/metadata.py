@@ -9,7 +9,7 @@ image is a plain dict; `parameters_text` knows these keys, all optional:
     mask_box, mask_grow, mask_blur, noise_level, mix_noise_level, weight (of each image),
     clip_skip, tiling, depth_range (lowest and highest of 0 … 65535),
     prompt_2, negative_prompt_2, original_size, crop, target_size and aesthetic_score (also
-    negative_ ones), refiner_strength or refiner_start, sld, sld_concept,
+    negative_ ones), refiner_strength or refiner_start, sld, sld_concept, syntax,
     safety (flagged, concepts, special, scores, special_scores, action),
     vae, refiner, loras and embeddings (each file a dict with path and hash; a LoRA's with weight
     and a1111_hash)
@@ -81,6 +81,7 @@ SETTINGS: dict[str, tuple[str, Callable[[str], object]]] = {
     "Refiner switch at": ("refiner_start", float),
     "SLD": ("sld", str),
     "SLD concept": ("sld_concept", str),
+    "Prompt syntax": ("syntax", str),
     "Version": ("version", str),
     **SDXL_SETTINGS,
 }
@@ -171,6 +172,7 @@ def _settings(info: JsonMapping) -> Iterable[tuple[str, str]]:
         **{name: info.get(key) for name, (key, _) in SDXL_SETTINGS.items()},
         "SLD": info.get("sld"),
         "SLD concept": _concept_name(info.get("sld_concept")),
+        "Prompt syntax": None if info.get("syntax") == "plain" else info.get("syntax"),
         "Safety checker": _safety_verdict(info.get("safety")),
         "Refiner": refiner and f"{PurePath(refiner['path']).stem} [{refiner['hash']}]",
         "Refiner switch at": _refiner_start(info),
@@ -260,6 +262,7 @@ def parse_parameters(parameters: str) -> JsonObject:
         except ValueError:
             other[name] = value
     is_ours = str(info.get("version")).startswith("ldm ")
+    info.setdefault("syntax", "plain" if is_ours else "a1111")
     if is_ours:
         info["prompt"] = LORA_TAGS.sub("", info["prompt"])
     info |= _parse_sampler(other, is_ours)

@@ -203,7 +203,7 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
              "rescale": ".5", "resize_mode": "pad", "height": "64", "width": "64", "tiling": "x",
              "sld": "1,20,0,0.5,0.25", "unsafe": "blur",
              "refiner_strength": ".25", "refiner_start": ".75", "noise_sigma": ".25",
-             "noise_kind": "fake",
+             "noise_kind": "fake", "syntax": "a1111",
              **dict.fromkeys(names_of_pairs, "8,16")}  # fmt: skip
     needed = {"sld_concept": ["--sld", "max"], "unsafe": ["--safety-checker", "x"]}
     for task in TASKS.values():

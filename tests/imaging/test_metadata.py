@@ -160,6 +160,7 @@ def test_a1111_text_is_read(tmp_path):
         "clip_skip": 2,
         "mask_blur": 4.0,
         "version": "v1.6.0",
+        "syntax": "a1111",
         "other": {"Lora hashes": "a: 1, b: 2"},
     }
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, cast
 from ldm.generate.options import option, parse_count, parse_natural, parse_number
 from ldm.generate.request import Inputs, ModelFiles, Request
 from ldm.generate.tasks.base import PreparedTask, Task
-from ldm.runtime.errors import MissingArgument
+from ldm.prompts import PLAIN
+from ldm.runtime.errors import ArgumentError, MissingArgument
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +61,8 @@ class Unclip(PreparedTask):
         self.images = [to_tensor(load_image(path)) for path in inputs.init_img]
         if not self.images and inputs.prior is None:
             raise MissingArgument("no image to vary: give one, or a prior", "init_img")
+        if inputs.prior is not None and request.prompts.syntax != PLAIN:
+            raise ArgumentError("the prior takes prompts of syntax plain only", "syntax")
         self._prior: Prior | None = None
 
     def begin(self, model: "LatentDiffusion") -> None:
