@@ -16,13 +16,19 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from os.path import expanduser
+from typing import TYPE_CHECKING
 
 from ldm.generate.command_line import add_options, hint
 from ldm.generate.options import options_of
 from ldm.generate.request import ModelChoice
 from ldm.runtime.command import CommandParser, run_command
 
-__all__ = ["main"]
+if TYPE_CHECKING:
+    from ldm.loading.convert import Conversion
+
+__all__ = ["main", "write_with_progress"]
+
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -46,7 +52,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         metavar="FILE",
         help="YAML of the source (default: recognised from the weights)",
     )
-    add("--dtype", choices=("float32", "float16", "bfloat16"), help="convert all weights to it")
+    add("--dtype", choices=DTYPES, help="convert all weights to it")
     add("--ema", action="store_true", help="use the EMA weights instead of the raw ones")
     add("--prune", action="store_true", help="single files: leave the EMA weights out")
     add("--variant", metavar="NAME", help="variant in the file names of a diffusers folder: fp16")
@@ -64,11 +70,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def _convert(args: Namespace) -> None:
     import torch
-    from tqdm import tqdm
 
-    from ldm.loading.convert import convert, plan_conversion
+    from ldm.loading.convert import plan_conversion
 
-    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     plan = plan_conversion(
         args.source,
         args.target,
@@ -78,11 +82,20 @@ def _convert(args: Namespace) -> None:
         variant=args.variant,
         vae=args.vae,
         text_encoder=args.text_encoder,
-        dtype=dtypes.get(args.dtype),
+        dtype=args.dtype and getattr(torch, args.dtype),
         loras=args.lora,
         clip_stats=args.clip_stats,
     )
+    write_with_progress(plan, args.force)
+
+
+def write_with_progress(plan: "Conversion", force: bool) -> None:
+    """Print what will be written, write it with a progress bar, and print its path."""
+    from tqdm import tqdm
+
+    from ldm.loading.convert import convert
+
     print("\n".join(plan.notes), file=sys.stderr)
     with tqdm(total=plan.num_bytes, unit="B", unit_scale=True, disable=None) as bar:
-        path = convert(plan, force=args.force, progress=bar.update)
+        path = convert(plan, force=force, progress=bar.update)
     print(path)

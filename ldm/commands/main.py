@@ -22,6 +22,7 @@ PROGRAMS = {
     "evaluate": "make images of many prompts, score them, draw FID against CLIP score",
     "download": "list published weights, download them by name",
     "convert": "convert between checkpoints and diffusers folders, merge LoRAs",
+    "merge": "merge checkpoints: weighted sums, differences, numbers for each block",
     "inspect-checkpoint": "describe a checkpoint, without executing anything in it",
     "check-data": "check a data set, pack it into shards",
     "read-watermark": "print which invisible watermark an image carries",

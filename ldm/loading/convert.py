@@ -32,6 +32,7 @@ from ldm.loading.families import CONFIG_DIR
 from ldm.loading.files.checkpoint import (
     CONFIG_KEY,
     Checkpoint,
+    ComputedTensor,
     cast_weight,
     use_ema_weights,
     write_checkpoint,
@@ -63,7 +64,10 @@ from ldm.runtime.files import find_file, read_text
 from ldm.runtime.types import JsonObject
 from ldm.runtime.version import __version__
 
-__all__ = ["SUFFIXES", "Conversion", "convert", "plan_conversion"]
+__all__ = [
+    "LORA_PARTS", "SUFFIXES", "Conversion", "config_text", "convert", "plan_conversion",
+    "to_original_names",
+]  # fmt: skip
 
 SUFFIXES = (".safetensors", ".ckpt", ".pth")
 K_DIFFUSION_SUFFIX = ".pth"
@@ -78,6 +82,7 @@ class Conversion:
     """What will be written.
 
     Args:
+        source: whose tensors are used as they are; the flag `mapped` is of these.
         weights: tensors, by the path of their file in a folder ("" for a single file).
         texts: JSONs and texts of a folder, by path.
         notes: a summary, in lines for the user.
@@ -85,7 +90,7 @@ class Conversion:
 
     source: Checkpoint
     target: Path
-    weights: dict[str, dict[str, Tensor]]
+    weights: Mapping[str, Mapping[str, Tensor | ComputedTensor]]
     texts: JsonObject = field(default_factory=dict)
     metadata: dict[str, str | int] = field(default_factory=dict)
     dtype: torch.dtype | None = None
@@ -137,14 +142,14 @@ def plan_conversion(
     file = read_weights(source, variant)
     target = Path(target).expanduser()
     is_file = target.suffix in SUFFIXES
-    text = _config_text(file, config)
+    text = config_text(file, config)
     if text is None and (loras or not is_file):
         message = f"`{file.path}` is of no known family\nhint: pass its config"
         raise MissingArgument(message, "config")
     raw = parse_yaml(text, where="config") if text else {}
     model = build_on_meta(translate_config(raw, where="config")) if text else None
     metadata = _provenance(file, text, ema)
-    file, notes = _to_original_names(file, model, ema=ema), []
+    file, notes = to_original_names(file, model, ema=ema), []
     if vae is not None:
         file = _replace_autoencoder(file, model, vae)
         notes.append(f"autoencoder taken from {vae}")
@@ -239,7 +244,7 @@ def _check_target(conversion: Conversion, force: bool) -> None:
         raise ArgumentError(f"`{target}` is {kind}: it is not replaced", "target")
 
 
-def _config_text(file: Checkpoint, config: str | Path | None) -> str | None:
+def config_text(file: Checkpoint, config: str | Path | None) -> str | None:
     """Return the text of the YAML: given, embedded in the file, or of the family.
 
     For a lone autoencoder only `first_stage_config`; None for an unknown family.
@@ -267,7 +272,7 @@ def _config_text(file: Checkpoint, config: str | Path | None) -> str | None:
     return text
 
 
-def _to_original_names(file: Checkpoint, model: nn.Module | None, *, ema: bool) -> Checkpoint:
+def to_original_names(file: Checkpoint, model: nn.Module | None, *, ema: bool) -> Checkpoint:
     """Give weights their names in the original's layout; with `ema` use the EMA weights.
 
     Without a model, of an unknown family, names stay as they are.
@@ -381,7 +386,7 @@ def _provenance(file: Checkpoint, text: str | None, ema: bool) -> dict[str, str 
     return metadata | ({"ldm.ema": "merged"} if ema else {})
 
 
-def _count_bytes(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> int:
+def _count_bytes(state: Mapping[str, Tensor | ComputedTensor], dtype: torch.dtype | None) -> int:
     """Return the size of tensors once floating-point ones are cast."""
     return sum(
         value.numel() * (dtype if dtype and value.is_floating_point() else value.dtype).itemsize

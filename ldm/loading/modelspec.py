@@ -15,14 +15,14 @@ from ldm.loading.files.checkpoint import TENSOR_HASH
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import family_of, is_sdxl
 
-__all__ = ["MERGED_FROM", "PREFIX", "describe_model", "kept_metadata"]
+__all__ = ["LICENSE", "MERGED_FROM", "PREFIX", "describe_model", "kept_metadata"]
 
 PREFIX = "modelspec."
 MERGED_FROM = f"{PREFIX}merged_from"
 VERSION = "1.0.1"
 # Whose names the tensors have.
 ORIGINAL, DIFFUSERS = "https://github.com/Stability-AI/generative-models", "diffusers"
-LICENSE = "license"
+LICENSE = f"{PREFIX}license"
 PREDICTIONS = {"eps": "epsilon", "x0": "sample"}
 # What is behind the name of the base model, by family; of others the standard has no name.
 SUFFIXES = {"text": "", "refiner": "", "inpainting": "-inpainting", "depth": "-depth"}
@@ -70,12 +70,11 @@ def kept_metadata(metadata: Mapping[str, str], *, same_weights: bool) -> dict[st
         same_weights: whether they have only been renamed, cast or put together; of changed ones
             the licence alone holds.
     """
-    kept = (f"{PREFIX}{LICENSE}",)
     return {
         name: value
         for name, value in metadata.items()
         if name not in STALE
-        and (same_weights or name in kept or not name.startswith((PREFIX, "ss_")))
+        and (same_weights or name == LICENSE or not name.startswith((PREFIX, "ss_")))
     }
 
 

@@ -24,6 +24,8 @@ from recipe import fill
 CHECKPOINTS = {
     "v1-5-pruned.ckpt": "sd1",
     "sd-v1-5": "sd1",
+    "anime.safetensors": "sd1",
+    "photo.safetensors": "sd1",
     "sd-v1-5-inpainting": "sd1-inpainting",
     "v2-1_768-ema-pruned.ckpt": "sd2-v",
     "v2-1_768-ema-pruned.safetensors": "sd2-v",

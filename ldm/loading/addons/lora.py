@@ -58,8 +58,8 @@ from ldm.runtime.hashes import hash_file
 from ldm.runtime.types import JsonObject
 
 __all__ = [
-    "LoRAFile", "TargetLayer", "add_loras", "load_loras", "lora_targets", "read_changes",
-    "read_lora", "read_loras", "write_lora",
+    "LoRAFile", "TargetLayer", "add_loras", "find_base", "load_loras", "lora_targets",
+    "read_changes", "read_lora", "read_loras", "write_lora",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -223,6 +223,12 @@ def _read_changes(
     if unknown or mismatched:
         raise _mismatch(layers, unknown, mismatched, path, model)
     return changes
+
+
+def find_base(path: str | Path) -> str | None:
+    """Return the family in whose layers' names and widths a file is, None if it is not known."""
+    files = [_tensors_by_layer(read_checkpoint(file), {}) for file in _files_of(path)]
+    return _likely_family({name: tensors for layers in files for name, tensors in layers.items()})
 
 
 def write_lora(

@@ -1,0 +1,78 @@
+"""Merge checkpoints of one family: weighted sums, differences added, numbers for each block.
+
+    ldm merge a.safetensors b.safetensors mixed.safetensors --weight 0.3      # 0.7 a + 0.3 b
+    ldm merge a.safetensors tuned.safetensors new.safetensors --subtract base.safetensors
+    ldm merge sd-v1-5-inpainting.ckpt custom.safetensors custom-inpainting.safetensors \\
+        --subtract v1-5.safetensors --dtype float16       # an inpainting model of any other
+    ldm merge a.ckpt b.ckpt new.safetensors --block-weights IN00=0,OUT11=1
+
+UNets and text encoders are merged in float32; the rest is the first model's: schedule, autoencoder
+(unless --merge-vae), further input channels. The EMA weights are left out.
+"""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from os.path import expanduser
+
+from ldm.commands.convert import DTYPES, write_with_progress
+from ldm.generate.command_line import hint
+from ldm.runtime.command import CommandParser, run_command
+
+__all__ = ["main"]
+
+SOURCE = "a file, a diffusers folder, or the folder of a training run"
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = CommandParser(
+        prog=prog, description=__doc__, usage="%(prog)s [flags] MODEL OTHER TARGET"
+    )
+    add = parser.add_argument
+    add("model", type=expanduser, help=SOURCE)
+    add("other", type=expanduser, help="another one of the same family")
+    add("target", type=expanduser, help="*.safetensors or *.ckpt, in the original's layout")
+    add(
+        "--subtract",
+        type=expanduser,
+        metavar="FILE",
+        help="add the difference of OTHER and this model, which it was made from",
+    )
+    add("--weight", type=float, help="of OTHER (default: 0.5), or of the difference (default: 1)")
+    add(
+        "--block-weights",
+        metavar="NUMBERS",
+        help="one for each block, separated by commas: BASE (text encoders, VAE), IN00 … IN11, M00,"
+        " OUT00 … OUT11, without BASE if it is --weight; or NAME=NUMBER for some of them",
+    )
+    add("--merge-vae", action="store_true", help="merge the autoencoders, too")
+    add("--ema", action="store_true", help="use EMA weights instead of the raw ones, if any")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="of all weights (default: as in MODEL)",
+    )
+    add("--config", type=expanduser, metavar="FILE", help="YAML of the models")
+    add("--force", action="store_true", help="replace the target")
+    args = parser.parse(argv)
+    return run_command(lambda: _merge(args), parser.prog, verbose=args.verbose, hint=hint)
+
+
+def _merge(args: Namespace) -> None:
+    import torch
+
+    from ldm.loading.merge import plan_merge
+
+    plan = plan_merge(
+        args.model,
+        args.other,
+        args.target,
+        subtract=args.subtract,
+        weight=args.weight,
+        block_weights=args.block_weights,
+        merge_vae=args.merge_vae,
+        ema=args.ema,
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        config=args.config,
+    )
+    write_with_progress(plan, args.force)

@@ -1,0 +1,271 @@
+"""Merge checkpoints of one family, in float32, one tensor after the other.
+
+    weighted sum        (1 - w) A + w B
+    added difference    A + w (B - C)        where C has the weight, elsewhere A
+
+w may be another number in each block. Everything that is not merged is A's: its noise schedule, its
+integers, the autoencoder unless asked. The UNet of an inpainting model A has further input channels
+than that of a B for text alone: those stay, so that "inpainting + (custom - base)" inpaints.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm.loading.blocks import BASE, find_blocks
+from ldm.loading.build import build_on_meta
+from ldm.loading.config import parse_yaml
+from ldm.loading.convert import (
+    LORA_PARTS,
+    Conversion,
+    config_text,
+    to_original_names,
+)
+from ldm.loading.families import Family
+from ldm.loading.files.checkpoint import (
+    CONFIG_KEY,
+    Checkpoint,
+    ComputedTensor,
+    release_pages,
+)
+from ldm.loading.legacy import translate_config
+from ldm.loading.modelspec import LICENSE, MERGED_FROM, describe_model, kept_metadata
+from ldm.loading.weight_names import our_names
+from ldm.loading.weights import AUTOENCODER, identify_weights, read_weights
+from ldm.model import LatentDiffusion
+from ldm.runtime.errors import ArgumentError, MissingArgument, WeightsMismatch, WrongFamily
+from ldm.runtime.version import __version__
+
+__all__ = ["RECIPE", "ReadModel", "check_fits", "plan_merge", "read_model"]
+
+SUFFIXES = (".safetensors", ".ckpt")
+RECIPE = "ldm.merge"  # metadata key of what was merged how
+UNET, FIRST = "unet.", "unet.input_blocks.0.0.weight"
+TOKEN_IDS = ".token_ids"  # of a compact vocabulary
+LATENT_CHANNELS = 4
+# Metadata of A that say how it was made.
+HISTORY = ("global_step", "epoch", "ldm.training", "ldm.source", "ldm.ema")
+
+
+@dataclass(frozen=True, eq=False)
+class ReadModel:
+    """A model as it lies in a file: its weights by our names, and what it is.
+
+    Args:
+        file: With the names of the original's layout.
+        names: Ours -> in `file`.
+        model: On the meta device.
+        config: Text of its YAML.
+    """
+
+    file: Checkpoint
+    names: dict[str, str]
+    model: LatentDiffusion
+    family: Family | None
+    config: str
+
+    @property
+    def title(self) -> str:
+        """Its family, for messages."""
+        return self.family.title if self.family else "of another family"
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.file.state[self.names[name]]
+
+    def release(self, tensor: Tensor) -> None:
+        """Give the pages of a tensor back, if they are those of a file."""
+        if self.file.mapped:
+            release_pages(tensor)
+
+
+def plan_merge(
+    model: str | Path,
+    other: str | Path,
+    target: str | Path,
+    *,
+    subtract: str | Path | None = None,
+    weight: float | None = None,
+    block_weights: str | None = None,
+    merge_vae: bool = False,
+    ema: bool = False,
+    dtype: torch.dtype | None = None,
+    config: str | Path | None = None,
+) -> Conversion:
+    """Read names, and plan a merge that `convert` writes, in the layout of the original.
+
+    Args:
+        model: A: a file, a diffusers folder, or the folder of a training run.
+        other: B, of the same family.
+        target: ending in .safetensors or .ckpt.
+        subtract: C, the model that B was made from: B's difference from it is added to A.
+        weight: w; default 0.5, with `subtract` 1.
+        block_weights: w of each block, see `Blocks.parse`; `weight` is that of others.
+        merge_vae: merge autoencoders, too.
+        ema: use the EMA weights of models that have some instead of the raw ones.
+        dtype: of all floating-point numbers that are written; None = as in A.
+        config: the YAML of all models; None finds it as `load` does.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: models are of different families, or predict something else.
+    """
+    target = Path(target).expanduser()
+    if target.suffix not in SUFFIXES:
+        raise ArgumentError(f"`{target}`: must end in {' or '.join(SUFFIXES)}", "target")
+    if weight is None:
+        weight = 0.5 if subtract is None else 1.0
+    a, b = (read_model(path, config, ema=ema) for path in (model, other))
+    c = None if subtract is None else read_model(subtract, config, ema=ema)
+    others = [m for m in (b, c) if m is not None]
+    if ema and not any(m.file.has_ema for m in (a, *others)):
+        raise ArgumentError("no model has averaged (EMA) weights", "ema")
+    for m in others:
+        check_fits(a, m)
+    blocks = find_blocks(a.names)
+    weights = dict.fromkeys(blocks.names, weight)
+    if block_weights is not None:
+        weights = blocks.parse(block_weights, weight, "block_weights")
+    parts = (*LORA_PARTS, AUTOENCODER) if merge_vae else LORA_PARTS
+    state: dict[str, Tensor | ComputedTensor] = dict(a.file.state)
+    changed = [name for name in a.names if name.startswith(parts) and a[name].is_floating_point()]
+    merged = [name for name in changed if all(name in m for m in others)]
+    for name in merged:
+        if w := weights[blocks.block_of(name)]:
+            compute = partial(_merge, name, a, b, c, w)
+            state[a.names[name]] = ComputedTensor(a[name].shape, a[name].dtype, compute)
+    paths = [m.file.path.name for m in (a, *others)]
+    notes = [_summary(paths, subtract is not None, weight, block_weights)]
+    notes += _list_missing(changed, parts, others)
+    size = f"{len(state)} tensors, {len(merged)} of them merged"
+    metadata = _metadata(a, others, weights if block_weights else {BASE: weight})
+    metadata = describe_model(a.model, target.stem, metadata=metadata)
+    return Conversion(
+        a.file, target, {"": state}, {}, metadata, dtype, (*notes, f"{target.name:60} {size}")
+    )
+
+
+def read_model(path: str | Path, config: str | Path | None, *, ema: bool) -> ReadModel:
+    """Read the names and the config of a whole model; its tensors stay in the file.
+
+    Args:
+        ema: use its EMA weights, if it has some.
+    """
+    file = read_weights(path)
+    family = identify_weights(file).family
+    text = config_text(file, config)
+    if text is None:
+        message = f"`{file.path}` is of no known family\nhint: pass its config"
+        raise MissingArgument(message, "config")
+    model = build_on_meta(translate_config(parse_yaml(text, where="config"), where="config"))
+    if not isinstance(model, LatentDiffusion):
+        raise WrongFamily(f"`{file.path}` is not a whole model: it cannot be merged")
+    file = to_original_names(file, model, ema=ema and file.has_ema)
+    return ReadModel(file, dict(our_names(file.state)), model, family, text)
+
+
+def check_fits(a: ReadModel, b: ReadModel) -> None:
+    """Raise unless b is of a's family, or its text-to-image model, with fewer input channels."""
+    ours, theirs = f"`{a.file.path}`", f"`{b.file.path}`"
+    unet = [name for name in {**a.names, **b.names} if name.startswith(UNET)]
+    misfits = [name for name in unet if name not in a or name not in b]
+    misfits += [name for name in unet if name not in misfits and not _has_same_shape(name, a, b)]
+    if misfits:
+        if a.title != b.title:
+            message = f"{theirs} is {b.title}, {ours} is {a.title}: only one family can be merged"
+            raise WeightsMismatch(message)
+        examples = ", ".join(f"`{name}`" for name in misfits[:3])
+        message = f"{theirs} does not fit {ours}: {len(misfits)} weights of the UNet differ in"
+        raise WeightsMismatch(f"{message} shape or are in one of them only: {examples}")
+    kinds = [m.model.parameterization for m in (a, b)]
+    if kinds[0] != kinds[1]:
+        raise WeightsMismatch(f"{theirs} predicts {kinds[1]}, {ours} predicts {kinds[0]}")
+    if type(a.model.schedule) is not type(b.model.schedule):
+        raise WeightsMismatch(f"{theirs} has another kind of noise levels than {ours}")
+    for name in a.names:
+        if name in b and name.startswith(LORA_PARTS):
+            shape, other = tuple(a[name].shape), tuple(b[name].shape)
+            if shape != other and name != FIRST:
+                message = f"{theirs} does not fit {ours}: `{name}` is {other}, not {shape}"
+                raise WeightsMismatch(message)
+            if name.endswith(TOKEN_IDS) and not a[name].equal(b[name]):
+                raise WeightsMismatch(f"{theirs} has another vocabulary than {ours}")
+
+
+def _has_same_shape(name: str, a: ReadModel, b: ReadModel) -> bool:
+    ours, theirs = a[name].shape, b[name].shape
+    if name != FIRST:
+        return ours == theirs
+    rest = ours[0], *ours[2:]
+    is_text_model = theirs[1] == LATENT_CHANNELS and ours[1] > LATENT_CHANNELS
+    return ours == theirs or (is_text_model and rest == (theirs[0], *theirs[2:]))
+
+
+def _merge(name: str, a: ReadModel, b: ReadModel, c: ReadModel | None, weight: float) -> Tensor:
+    """Return the merged weight, float32; input channels that b does not have stay a's."""
+    models = [m for m in (a, b, c) if m is not None]
+    ours, *theirs = (m[name].float() for m in models)
+    rest = None
+    if name == FIRST:
+        count = theirs[0].shape[1]
+        rest = ours[:, count:]
+        ours, *theirs = (value[:, :count] for value in (ours, *theirs))
+    if c is None:
+        new = (1 - weight) * ours + weight * theirs[0]
+    else:
+        new = ours + weight * (theirs[0] - theirs[1])
+    if rest is not None:
+        new = torch.cat([new, rest], 1)
+    for m in models:
+        m.release(m[name])
+    return new
+
+
+def _summary(paths: list[str], is_difference: bool, weight: float, blocks: str | None) -> str:
+    number = f"{weight:g}" if blocks is None else f"{weight:g}, by block {blocks}"
+    if is_difference:
+        return f"{paths[0]} + w ({paths[1]} - {paths[2]}), w = {number}"
+    return f"(1 - w) {paths[0]} + w {paths[1]}, w = {number}"
+
+
+def _list_missing(names: list[str], parts: tuple[str, ...], others: list[ReadModel]) -> list[str]:
+    """Return lines on weights that stay as another model does not have them."""
+    notes = []
+    for m in others:
+        for part in parts:
+            missing = [name for name in names if name.startswith(part) and name not in m]
+            if missing:
+                examples = ", ".join(missing[:2])
+                path = m.file.path.name
+                notes.append(f"{path} does not have {len(missing)} weights, they stay: {examples}")
+    return notes
+
+
+def _metadata(
+    a: ReadModel, others: list[ReadModel], weights: Mapping[str, float]
+) -> dict[str, str | int]:
+    models = [m.file for m in (a, *others)]
+    names = [file.path.name for file in models]
+    metadata: dict[str, str | int] = {
+        name: value
+        for name, value in kept_metadata(a.file.metadata, same_weights=False).items()
+        if name not in HISTORY
+    }
+    licenses = dict.fromkeys(f.metadata[LICENSE] for f in models if f.metadata.get(LICENSE))
+    if licenses:
+        metadata[LICENSE] = " AND ".join(licenses)
+    rule = "add difference" if len(models) > 2 else "weighted sum"
+    recipe = {"rule": rule, "models": names, "weights": weights}
+    return metadata | {
+        "ldm.version": __version__,
+        CONFIG_KEY: a.config,
+        MERGED_FROM: ", ".join(names),
+        RECIPE: json.dumps(recipe),
+    }

@@ -1,0 +1,140 @@
+"""Merges of checkpoints: their sums, what stays, what is refused, what the file says of itself."""
+
+import json
+
+import pytest
+import torch
+from tinyfamilies import write
+
+from ldm.commands.merge import main
+from ldm.loading.convert import convert
+from ldm.loading.files.checkpoint import ema_name, read_checkpoint, write_checkpoint
+from ldm.loading.merge import plan_merge
+from ldm.runtime.errors import LdmError
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+TEXT = {"sd1": "cond_stage_model.", "xl": "conditioner.embedders."}
+FIRST = f"{UNET}input_blocks.0.0.weight"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny SD 1, another, their base, an inpainting model, SD 2 and SDXL."""
+    folder = tmp_path_factory.mktemp("merge")
+    for family in ("sd1", "sd1-inpainting", "sd2", "sd2-v", "xl"):
+        write(family, folder / f"{family}.safetensors")
+    for name, family, seed in (("b", "sd1", 1), ("c", "sd1", 2), ("xl-b", "xl", 3)):
+        file = read_checkpoint(folder / f"{family}.safetensors")
+        torch.manual_seed(seed)
+        state = {n: _change(v) if v.dim() else v for n, v in file.state.items()}
+        about = {"modelspec.license": "MIT", "modelspec.title": name}
+        write_checkpoint(folder / f"{name}.safetensors", state, {**file.metadata, **about})
+    return folder
+
+
+def _change(value):
+    return value + 0.1 * torch.randn(value.shape) if value.is_floating_point() else value + 1
+
+
+def state_of(folder, name):
+    return read_checkpoint(folder / f"{name}.safetensors").state
+
+
+def merge(folder, target, a, b, c=None, **options):
+    paths = [folder / f"{name}.safetensors" for name in (a, b, c) if name]
+    plan = plan_merge(*paths[:2], target, subtract=paths[2] if c else None, **options)
+    return read_checkpoint(convert(plan))
+
+
+@pytest.mark.parametrize(("a", "b"), [("sd1", "b"), ("xl", "xl-b")])
+def test_unet_and_text_encoders_are_summed_and_the_rest_stays(folder, a, b, tmp_path):
+    ours, theirs = state_of(folder, a), state_of(folder, b)
+    file = merge(folder, tmp_path / "x.safetensors", a, b, weight=0.3)
+    assert file.state.keys() == ours.keys()
+    for name, value in file.state.items():
+        expected = ours[name]
+        if name.startswith((UNET, TEXT[a])) and expected.is_floating_point():
+            expected = 0.7 * ours[name] + 0.3 * theirs[name]
+            assert not (expected.dim() and expected.equal(ours[name]))
+        assert torch.equal(value, expected), name
+
+
+def test_an_inpainting_model_plus_a_difference_keeps_its_further_channels(folder, tmp_path):
+    a, b, c = (state_of(folder, name) for name in ("sd1-inpainting", "b", "c"))
+    options = {"weight": 0.8, "merge_vae": True, "dtype": torch.float16}
+    file = merge(folder, tmp_path / "x.ckpt", "sd1-inpainting", "b", "c", **options)
+    first = file.state[FIRST]
+    assert torch.equal(first[:, 4:], a[FIRST][:, 4:].half())
+    assert torch.equal(first[:, :4], (a[FIRST][:, :4] + 0.8 * (b[FIRST] - c[FIRST])).half())
+    for name in (f"{UNET}out.2.weight", f"{VAE}decoder.conv_in.weight"):
+        assert torch.equal(file.state[name], (a[name] + 0.8 * (b[name] - c[name])).half())
+    assert torch.equal(file.state["alphas_cumprod"], a["alphas_cumprod"].half())
+
+
+def test_each_block_has_its_number(folder, tmp_path):
+    ours, theirs = state_of(folder, "sd1"), state_of(folder, "b")
+    weights = "BASE=0,IN00=0,M00=1,OUT00=0.25"
+    file = merge(folder, tmp_path / "x.safetensors", "sd1", "b", block_weights=weights)
+    expected = {
+        "cond_stage_model.transformer.text_model.final_layer_norm.weight": 0,
+        f"{UNET}time_embed.0.weight": 0,
+        f"{UNET}middle_block.0.in_layers.2.weight": 1,
+        f"{UNET}output_blocks.0.0.in_layers.2.weight": 0.25,
+        f"{UNET}out.2.weight": 0.5,  # the weight of blocks that are not named
+    }
+    for name, weight in expected.items():
+        value = (1 - weight) * ours[name] + weight * theirs[name]
+        assert torch.equal(file.state[name], value), name
+
+
+def test_averages_are_merged_if_asked_and_left_out(folder, tmp_path):
+    file = read_checkpoint(folder / "sd1.safetensors")
+    ema = {ema_name(n): v + 1 for n, v in file.state.items() if n.startswith(UNET)}
+    path, other = tmp_path / "a.safetensors", folder / "b.safetensors"
+    write_checkpoint(path, file.state | ema, file.metadata)
+    name, theirs = f"{UNET}out.2.weight", read_checkpoint(other).state
+    for ema, change in ((False, 0), (True, 1)):
+        merged = read_checkpoint(
+            convert(plan_merge(path, other, tmp_path / f"{ema}.ckpt", ema=ema))
+        )
+        assert not merged.has_ema
+        assert torch.equal(
+            merged.state[name], 0.5 * (file.state[name] + change) + 0.5 * theirs[name]
+        )
+    with pytest.raises(LdmError, match="no model has averaged"):
+        plan_merge(other, other, tmp_path / "x.ckpt", ema=True)
+
+
+def test_the_file_names_its_models_and_the_recipe(folder, tmp_path, capsys):
+    paths = [str(folder / f"{name}.safetensors") for name in ("sd1", "b", "c")]
+    target = tmp_path / "new.safetensors"
+    assert main([*paths[:2], str(target), "--subtract", paths[2], "--weight", "0.2"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"{target}\n"
+    assert "sd1.safetensors + w (b.safetensors - c.safetensors), w = 0.2" in printed.err
+    metadata = read_checkpoint(target).metadata
+    assert metadata["modelspec.merged_from"] == "sd1.safetensors, b.safetensors, c.safetensors"
+    assert metadata["modelspec.title"] == "new"
+    assert metadata["modelspec.license"] == "MIT"
+    assert "global_step" not in metadata
+    assert json.loads(metadata["ldm.merge"])["rule"] == "add difference"
+    assert main([*paths[:2], str(target)]) == 1
+    assert "exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "options", "message"),
+    [
+        ("sd1", "xl", {}, "`.*xl.safetensors` does not fit `.*sd1.safetensors`: "),
+        ("sd2", "sd2-v", {}, "`.*sd2-v.safetensors` predicts v, `.*sd2.safetensors` predicts eps"),
+        ("sd1", "sd1-inpainting", {}, "does not fit"),
+        ("sd1", "b", {"block_weights": "1,2"}, "2 block weights"),
+        ("sd1", "b", {"target": "x.bin"}, "must end in .safetensors or .ckpt"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused_in_one_line(folder, a, b, options, message, tmp_path):
+    target = options.pop("target", "x.safetensors")
+    paths = [folder / f"{name}.safetensors" for name in (a, b)]
+    with pytest.raises(LdmError, match=message) as error:
+        plan_merge(*paths, tmp_path / target, **options)
+    assert "\n" not in str(error.value)
