@@ -18,6 +18,7 @@ from ldm.runtime.version import __version__
 
 if TYPE_CHECKING:
     from ldm.diffusion.samplers import SAMPLERS
+    from ldm.loading.addons.lora import set_loras
     from ldm.loading.config import instantiate
     from ldm.loading.load import load
     from ldm.loading.tiny_autoencoder import load_preview
@@ -45,6 +46,7 @@ __all__ = [
     "load",
     "load_preview",
     "sample",
+    "set_loras",
     "txt2img",
     "unclip",
     "upscale",
@@ -60,6 +62,7 @@ _MODULES = {
     "instantiate": "ldm.loading.config",
     "load": "ldm.loading.load",
     "load_preview": "ldm.loading.tiny_autoencoder",
+    "set_loras": "ldm.loading.addons.lora",
 }
 
 

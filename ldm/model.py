@@ -22,6 +22,7 @@ from ldm.diffusion.schedule import Schedule
 from ldm.encoders.text import TextEncoder
 from ldm.nets.autoencoder import AutoencoderKL, PixelSpace
 from ldm.nets.latent_upscaler import LatentUpscalerUNet
+from ldm.nets.lora import MergedChanges
 from ldm.nets.tiling import apply_tiled
 from ldm.nets.tiny_autoencoder import TinyAutoencoder
 from ldm.nets.unet import UNet
@@ -63,6 +64,7 @@ class LatentDiffusion(nn.Module):
     Attributes:
         latent_size: (height, width) of the latents in training; `image_size` is the greater.
         provenance: Files that the model was loaded from, set by `ldm.load`.
+        merged: What `ldm.set_loras` has merged into the weights; None if it was never called.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class LatentDiffusion(nn.Module):
         self.latent_size = (height, width)
         self.image_size = max(height, width)
         self.provenance: dict[str, Any] = {}
+        self.merged: MergedChanges | None = None
         self._offload_device: torch.device | None = None
 
     @property

@@ -54,6 +54,7 @@ from ldm.imaging.output import OutputFolder, depth_path
 from ldm.imaging.reading import open_image
 from ldm.imaging.relief import can_save_reliefs, save_relief
 from ldm.loading.addons.embeddings import embedding_files, load_embeddings, read_embeddings
+from ldm.loading.addons.lora_weights import LoRAWeight
 from ldm.loading.addons.safety import COMPONENT, load_safety_checker
 from ldm.loading.files.checkpoint import file_hash
 from ldm.loading.load import load
@@ -96,7 +97,7 @@ class Backend:
         choice: ModelChoice,
         limits: Limits,
         memory: float | None = None,
-        loras: Sequence[tuple[str, float]] = (),
+        loras: Sequence[tuple[str, float | str]] = (),
         previews: Sequence[str] = (),
     ) -> None:
         self.folder = Path(models)
@@ -115,7 +116,7 @@ class Backend:
         return str(pick_device(self.choice.device))
 
     @property
-    def loras(self) -> dict[str, tuple[str, float]]:
+    def loras(self) -> dict[str, tuple[str, float | str]]:
         """File and default weight of each LoRA by its name: those of flags and of the folder."""
         files = list_addons(self.folder, "lora")
         return {name: (str(file), 1.0) for name, file in files.items()} | self._given_loras
@@ -367,7 +368,7 @@ class Backend:
         return self._find_model(next(iter(names), info["checkpoint"]), task)
 
     def _with_model(
-        self, request: Request, entry: CatalogueEntry, loras: Sequence[tuple[str, float]]
+        self, request: Request, entry: CatalogueEntry, loras: Sequence[tuple[str, float | str]]
     ) -> Request:
         choice = replace(
             self.choice,
@@ -379,9 +380,11 @@ class Backend:
         output = replace(request.output, outdir=str(self.outdir), skip_grid=True)
         return replace(request, model=choice, output=output)
 
-    def _find_loras(self, choices: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
+    def _find_loras(
+        self, choices: Iterable[tuple[str, float | str]]
+    ) -> list[tuple[str, float | str]]:
         """Turn LoRAs by name and weight into those by file and weight."""
-        files: dict[str, float] = {}
+        files: dict[str, float | str] = {}
         for name, weight in choices:
             if name not in self.loras:
                 names = ", ".join(self.loras) or f"none, put them into {self.folder}/loras"
@@ -442,7 +445,7 @@ class Backend:
         names = {file: name for name, (file, _) in self.loras.items()}
         recorded_loras = info.get("loras", ())
         files = _find_files(recorded_loras, names, "--lora")
-        weights = [float(lora.get("weight", 1.0)) for lora in recorded_loras]
+        weights = [lora.get("weight", 1.0) for lora in recorded_loras]
         loras = self._find_loras(zip((names[file] for file in files), weights, strict=True))
         embeddings = _find_files(info.get("embeddings", ()), self._embedding_files(), "--embedding")
         vae_files = map(str, self.vaes().values())
@@ -497,7 +500,7 @@ def _load_with_fitting_embeddings(
     return model
 
 
-def _loras_by_name(loras: Sequence[tuple[str, float]]) -> dict[str, tuple[str, float]]:
+def _loras_by_name(loras: Sequence[tuple[str, float | str]]) -> dict[str, tuple[str, float | str]]:
     """Return (file, weight) of each LoRA, by the name that users choose."""
     by_name = {Path(file).stem: (file, weight) for file, weight in loras}
     if len(by_name) < len(loras):
@@ -517,12 +520,11 @@ def _existing_files(files: Iterable[str], option: str) -> list[Path]:
     return paths
 
 
-def _check_weight(name: str, weight: float) -> None:
-    if not abs(weight) <= MAX_LORA_WEIGHT:  # False for NaN, too
+def _check_weight(name: str, value: float | str) -> None:
+    weight = LoRAWeight.of(value)
+    if not max(abs(weight.text), abs(weight.unet)) <= MAX_LORA_WEIGHT:  # False for NaN, too
         allowed = f"-{MAX_LORA_WEIGHT} to {MAX_LORA_WEIGHT}"
-        raise ArgumentError(
-            f"the weight of LoRA `{name}` must be {allowed}, got {weight:g}", "lora"
-        )
+        raise ArgumentError(f"the weight of LoRA `{name}` must be {allowed}, got {value}", "lora")
 
 
 def _find_files(recorded: Any, files: Iterable[str], flag: str) -> list[str]:

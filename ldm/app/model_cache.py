@@ -1,7 +1,7 @@
 """Cache of loaded models, which share equal parts."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ldm.app.catalogue import file_states
 from ldm.encoders.text import OpenCLIPText, TextEncoder
+from ldm.loading.addons.lora import set_loras
 from ldm.loading.load import load
 from ldm.model import LatentDiffusion
 from ldm.runtime.types import JsonObject
@@ -38,16 +39,36 @@ class ModelCache:
     def __call__(
         self, config: str | Path | None = None, ckpt: str | Path | None = None, **options: Any
     ) -> LatentDiffusion:
-        """Return the model; arguments as `load`. A file that has changed is loaded again."""
-        loras = [file for file, _ in options.get("loras", ())]
-        states = [file_states(file) for file in (ckpt, *loras, *options.get("embeddings", ()))]
+        """Return the model; arguments as `load`. A file that has changed is loaded again.
+
+        LoRAs are set on a model that is there, see `set_loras`.
+        """
+        loras = tuple(options.pop("loras", ()))
+        states = [file_states(file) for file in (ckpt, *options.get("embeddings", ()))]
         base = options.get("base")  # which a repr would not tell from another one
         named = options | ({} if base is None else {"base": base.provenance})
         key = (str(config), tuple(states), repr(sorted(named.items())))
-        if key in self._models:
+        found = self._models.get(key)
+        for other in self._models.values():  # with which it may share parts
+            if other is not found and other.merged is not None:
+                set_loras(other, ())
+        if found is not None:
             self._models[key] = self._models.pop(key)
-            return self._models[key]
-        nbytes = sum(size for _, size, _ in states[0])
+        else:
+            self._models[key] = self._load_new(config, ckpt, states[0], options)
+        model = self._models[key]
+        if loras or model.merged is not None:
+            set_loras(model, loras)
+        return model
+
+    def _load_new(
+        self,
+        config: str | Path | None,
+        ckpt: str | Path | None,
+        states: Sequence[tuple[str, int, int]],
+        options: dict[str, Any],
+    ) -> LatentDiffusion:
+        nbytes = sum(size for _, size, _ in states)
         while self._models and self.nbytes + nbytes > self.limit:
             self._models.pop(next(iter(self._models)))
         if torch.cuda.is_available():
@@ -55,7 +76,6 @@ class ModelCache:
         model = self._load(config, ckpt, **options)
         for other in self._models.values():
             _share(model, other)
-        self._models[key] = model
         return model
 
     @property
@@ -66,7 +86,9 @@ class ModelCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all models together; a tensor that they share counts once."""
-        tensors = (t for model in self._models.values() for t in _tensors(model))
+        tensors = [t for model in self._models.values() for t in _tensors(model)]
+        for model in self._models.values():
+            tensors += [] if model.merged is None else model.merged.originals.values()
         return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
 

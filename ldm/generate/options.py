@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.diffusion.names import API_LEGACY, LEGACY, SLD
+from ldm.loading.addons.lora_weights import LoRAWeight, split_weight
 from ldm.runtime.errors import ArgumentError, MissingFile, unknown_name
 from ldm.runtime.files import read_text
 
@@ -205,13 +206,10 @@ def parse_corner(argument: str) -> tuple[int, int]:
     return top, left
 
 
-def parse_weighted_file(argument: str) -> tuple[str, float]:
-    """Parse FILE or FILE:WEIGHT; a colon may also be part of the file's name."""
-    name, _, weight = argument.rpartition(":")
-    number = _number(weight)
-    if not name or number is None:
-        name, number = argument, 1.0
-    return os.path.expanduser(name), number
+def parse_weighted_file(argument: str) -> tuple[str, float | str]:
+    """Parse FILE or FILE:WEIGHT, see `LoRAWeight`; a colon may also be part of the file's name."""
+    name, weight = split_weight(argument)
+    return os.path.expanduser(name), LoRAWeight.of(weight or 1.0).to_json()
 
 
 def parse_sld(argument: str) -> str | tuple[float, ...]:

@@ -119,10 +119,11 @@ class ModelChoice:
     variant: str | None = option(None, "--variant", metavar="NAME",
         help="distilled model, where neither weights nor file name tell: turbo or lightning; or"
         " which files of a diffusers folder: fp16")
-    lora: tuple[tuple[str, float], ...] = option((), "--lora", parse=parse_weighted_file,
+    lora: tuple[tuple[str, float | str], ...] = option((), "--lora", parse=parse_weighted_file,
         separator=":", is_list=True, metavar="FILE[:WEIGHT]", label="LoRA",
-        help="add a LoRA, in the format of kohya, diffusers, peft or ComfyUI; may be given several"
-        " times")
+        help="add a LoRA, in the format of kohya, diffusers, peft or ComfyUI; WEIGHT is a number,"
+        " TEXT:UNET for text towers and UNet, or te=N:unet=N:dyn=RANK:lbw=BLOCKS; may be given"
+        " several times")
     embedding: tuple[str, ...] = option((), "--embedding", is_list=True, metavar="FILE",
         help="a textual inversion, or a folder of them: tokens to use in prompts")
     device: str | None = option(None, "--device", metavar="NAME",

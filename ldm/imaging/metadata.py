@@ -132,7 +132,7 @@ def fingerprint(image: Image.Image) -> str:
 
 def parameters_text(info: JsonMapping) -> str:
     """Format the info as A1111 writes it: prompt, negative prompt and one line of settings."""
-    tags = [f"<lora:{PurePath(lora['path']).stem}:{lora['weight']:g}>"
+    tags = [f"<lora:{PurePath(lora['path']).stem}:{_format(lora['weight'])}>"
             for lora in info.get("loras") or ()]  # fmt: skip
     lines = [" ".join(filter(None, [str(info.get("prompt") or ""), *tags]))]
     if info.get("negative_prompt"):
@@ -185,7 +185,11 @@ def _settings(info: JsonMapping) -> Iterable[tuple[str, str]]:
     for name, value in settings.items():
         if value not in (None, "", [], {}):
             values = value if isinstance(value, list) else [value]
-            yield name, ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+            yield name, ", ".join(map(_format, values))
+
+
+def _format(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _step_noise(info: JsonMapping) -> dict[str, object]:

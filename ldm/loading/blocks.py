@@ -55,9 +55,9 @@ class Blocks:
 
         Args:
             text: separated by commas.
-            base: number of BASE, or with pairs of all blocks, that the text does not name.
+            base: number of the blocks that the text does not name.
             argument: that the text was given as, for errors.
-            adapter: accept a number for each of `attention`, too; the others' are 0.
+            adapter: accept a number for each of `attention`, too.
 
         Raises:
             ArgumentError: there are too many or too few, an unknown name, or not a number.
@@ -71,8 +71,7 @@ class Blocks:
         choices = [self.names, self.names[1:], *([self.attention] if adapter else [])]
         for names in choices:
             if len(numbers) == len(names):
-                others = 0.0 if names == self.attention else base
-                return dict.fromkeys(self.names, others) | dict(zip(names, numbers, strict=True))
+                return dict.fromkeys(self.names, base) | dict(zip(names, numbers, strict=True))
         allowed = ", ".join(f"{len(names)} ({names[0]} … {names[-1]})" for names in choices)
         message = f"{len(numbers)} block weights, this model takes {allowed}"
         raise ArgumentError(message, argument)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.encoders.text import TextEncoder
-from ldm.loading.addons.lora import load_loras
+from ldm.loading.addons.lora import Weight, load_loras
+from ldm.loading.addons.lora_weights import LoRAWeight
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, parse_yaml, read_yaml
 from ldm.loading.diffusers.files import (
@@ -114,7 +115,7 @@ def plan_conversion(
     clip_stats: str | Path | None = None,
     vae: str | Path | None = None,
     text_encoder: str | Path | None = None,
-    loras: Sequence[tuple[str | Path, float]] = (),
+    loras: Sequence[tuple[str | Path, Weight]] = (),
 ) -> Conversion:
     """Read names and configs, and plan which tensor is written where; writes nothing.
 
@@ -131,7 +132,7 @@ def plan_conversion(
         vae: another such source, whose autoencoder is used instead.
         text_encoder: the same for the text encoder; for an x2 latent upscaler without autoencoder
             that, too, is taken from there.
-        loras: (file, strength) pairs, merged into the weights; leaves EMA weights out.
+        loras: (file, weight) pairs as in `load`, merged into the weights; leaves EMA weights out.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -158,7 +159,9 @@ def plan_conversion(
         notes.append(f"text encoder taken from {text_encoder}")
     if loras:
         file, metadata[LORAS], tokens = _merge_loras(file, model, loras, dtype)
-        notes.append(f"merged: {', '.join(f'{name} of weight {w:g}' for name, w in loras)}")
+        notes.append(
+            f"merged: {', '.join(f'{name} of weight {LoRAWeight.of(w)}' for name, w in loras)}"
+        )
         file.added_tokens.update(tokens)
     if file.added_tokens:
         listed = ", ".join(f"`{token}`" for token in file.added_tokens)
@@ -297,7 +300,7 @@ def to_original_names(file: Checkpoint, model: nn.Module | None, *, ema: bool) -
 def _merge_loras(
     file: Checkpoint,
     model: nn.Module | None,
-    loras: Sequence[tuple[str | Path, float]],
+    loras: Sequence[tuple[str | Path, Weight]],
     dtype: torch.dtype | None,
 ) -> tuple[Checkpoint, str, dict[str, list[Tensor]]]:
     """Return the checkpoint with LoRAs merged, JSON of all LoRAs in it, and their added tokens.

@@ -27,7 +27,7 @@ from ldm.diffusion.schedule import Schedule
 from ldm.encoders.sizes import SizeEmbedding
 from ldm.encoders.text import TextEncoder
 from ldm.loading.addons.embeddings import add_embeddings, check_embeddings, load_embeddings
-from ldm.loading.addons.lora import LoRAFile, add_loras, read_loras
+from ldm.loading.addons.lora import LoRAFile, Weight, add_loras, read_loras
 from ldm.loading.addons.midas import add_depth_network
 from ldm.loading.autoencoders import find_scale, is_finite_in_half
 from ldm.loading.build import build_on_meta, fill_weights
@@ -116,7 +116,7 @@ def load(
     clip_stats: str | Path | None = None,
     midas: str | Path | None = None,
     vae: str | Path | None = None,
-    loras: Iterable[tuple[str | Path, float]] = (),
+    loras: Iterable[tuple[str | Path, Weight]] = (),
     text_encoder: str | Path | None = None,
     base: LatentDiffusion | None = None,
     embeddings: Iterable[str | Path] = (),
@@ -145,7 +145,8 @@ def load(
             Diffusion 1.
         base: a model whose autoencoder and text encoder are used where the checkpoint has none, in
             the same memory; for the x2 latent upscaler.
-        loras: (file, strength) pairs, merged into the weights.
+        loras: (file, weight) pairs, merged into the weights; the weight is a number, a
+            `LoRAWeight`, or its text, such as "0.5:1" for text towers and UNet.
         embeddings: files of textual inversions, or folders of them: tokens for prompts.
         variant: which distilled model of SDXL it is, a name in `VARIANTS`, or "base" for none: sets
             the model's `defaults`. None: the one that metadata or the file's name tells. Any other

@@ -8,7 +8,7 @@ changes of weights, which can only be merged, are in `lycoris`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,7 +20,8 @@ from ldm.nets.blocks import Conv2d, DoublingConv2d, Linear, upsample_nearest, ze
 from ldm.runtime.errors import ArgumentError
 
 __all__ = [
-    "PROJECTION", "Addition", "LoRA", "LoRALayer", "Target", "WeightChange", "merge_changes",
+    "PROJECTION", "Addition", "LoRA", "LoRALayer", "MergedChanges", "Target", "WeightChange",
+    "merge_changes",
 ]  # fmt: skip
 
 PROJECTION = "text_projection"
@@ -181,6 +182,40 @@ class LoRA(nn.ModuleDict):
         for lora in self.layers.values():
             lora.strength = strength
         return self
+
+
+class MergedChanges:
+    """Changes that are merged into weights, and the weights without them.
+
+    Nothing is subtracted, so that no rounding remains: the unchanged weights stay in memory, where
+    they are pages of a file if they were.
+
+    Attributes:
+        tokens: Of textual inversions that came with the changes.
+        state: Of the files and strengths that are merged, to compare with others.
+    """
+
+    def __init__(self) -> None:
+        self.originals: dict[tuple[nn.Module, str], nn.Parameter] = {}
+        self.tokens: list[str] = []
+        self.state: object = None
+
+    def merge(self, changes: Sequence[WeightChange]) -> None:
+        """Merge changes in place of those that are merged now; see `merge_changes`."""
+        self.restore()
+        for target in dict.fromkeys(change.target for change in changes):
+            place = (target.layer, target.parameter)
+            self.originals[place] = target.layer.get_parameter(target.parameter)
+        merge_changes(changes)
+
+    def restore(self) -> None:
+        """Put the unchanged weights back."""
+        for (layer, name), weight in self.originals.items():
+            now = layer.get_parameter(name)
+            if (weight.dtype, weight.device) != (now.dtype, now.device):  # `model.to` was called
+                weight = nn.Parameter(weight.detach().to(now), requires_grad=now.requires_grad)
+            layer.register_parameter(name, weight)
+        self.originals.clear()
 
 
 @torch.no_grad()

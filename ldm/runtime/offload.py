@@ -6,7 +6,7 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-__all__ = ["offload"]
+__all__ = ["offload", "recall"]
 
 
 class _Offloaded:
@@ -44,6 +44,12 @@ class _Offloaded:
 
 # Of all models of this process: a refiner must not wait beside its base.
 _in_use: weakref.WeakValueDictionary[torch.device, _Offloaded] = weakref.WeakValueDictionary()
+
+
+def recall() -> None:
+    """Take modules that are in use from their devices, so that their weights can be replaced."""
+    for offloaded in list(_in_use.values()):
+        offloaded.leave()
 
 
 def offload(module: nn.Module, device: torch.device) -> None:

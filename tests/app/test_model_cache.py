@@ -7,6 +7,7 @@ from torch import nn
 from ldm.app.model_cache import ModelCache
 from ldm.conditioning import Conditioner
 from ldm.encoders.text import OpenCLIPText, TextEncoder
+from ldm.nets.lora import MergedChanges
 
 
 class Text(TextEncoder):
@@ -26,6 +27,7 @@ class Model(nn.Module):
         self.conditioner = Conditioner(text=text)
         torch.manual_seed(autoencoder)
         self.autoencoder = nn.Conv2d(3, 4, 3)
+        self.merged = None
 
 
 @pytest.fixture
@@ -104,18 +106,32 @@ def test_parts_that_differ_in_a_weight_or_a_setting_are_not_shared(cache):
     assert other.autoencoder is not one.autoencoder
 
 
-def test_models_with_other_loras_or_words_are_other_models(cache, tmp_path):
-    path = cache.file("a", lambda: Model(0, Text(0), 0))
-    (tmp_path / "style").write_bytes(b"1")
-    options = {"loras": [(tmp_path / "style", 0.5)], "embeddings": [tmp_path]}
-    plain, styled = cache(None, path), cache(None, path, **options)
-    assert styled is not plain
-    assert cache(None, path, **options) is styled
-    (tmp_path / "style").write_bytes(b"12")
-    options["loras"] = []
-    taught = cache(None, path, **options)
-    (tmp_path / "style").write_bytes(b"123")  # a file of the folder of words
+def test_models_with_other_words_are_other_models(cache, tmp_path):
+    path, options = cache.file("a", lambda: Model(0, Text(0), 0)), {"embeddings": [tmp_path]}
+    plain, taught = cache(None, path), cache(None, path, **options)
+    assert taught is not plain
+    assert cache(None, path, **options) is taught
+    (tmp_path / "word").write_bytes(b"123")
     assert cache(None, path, **options) is not taught
+
+
+def test_loras_are_set_on_the_model_that_is_there_and_leave_the_parts_that_others_share(
+    cache, monkeypatch
+):
+    def set_loras(model, loras):
+        model.merged = MergedChanges()
+        calls.append((model, loras))
+
+    monkeypatch.setattr("ldm.app.model_cache.set_loras", set_loras)
+    calls = []
+    one = cache.file("a", lambda: Model(0, Text(0), 0))
+    two = cache.file("b", lambda: Model(1, Text(0), 0))
+    plain = cache(None, one)
+    assert calls == []
+    assert cache(None, one, loras=[("x", 0.5)]) is plain
+    assert cache(None, one, loras=[("x", 0.7)]) is plain
+    cache(None, two)
+    assert calls == [(plain, (("x", 0.5),)), (plain, (("x", 0.7),)), (plain, ())]
 
 
 def test_a_tower_that_learned_words_is_not_shared(cache):

@@ -93,7 +93,8 @@ def make_stand_ins(folder: Path) -> None:
     decoder = {name: torch.ones(value.shape) for name, value in TinyDecoder().state_dict().items()}
     torch.save(fill(decoder, "taesd"), folder / "taesd_decoder.pth")
     layers = {layer.kohya: LoRALayer(layer.target, 2) for layer in lora_targets(sd1)}
-    write_lora(LoRA(layers), folder / "style.safetensors", sd1)
+    for name in ("style", "detail"):
+        write_lora(LoRA(layers), folder / f"{name}.safetensors", sd1)
     (folder / "embeddings").mkdir()
     save_file({"<cat>": torch.randn(1, tinyfamilies.WIDTH)}, folder / "embeddings/cat.safetensors")
     write_checker(folder / "sd-safety-checker")

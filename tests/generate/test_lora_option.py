@@ -58,6 +58,20 @@ def test_pictures_with_loras_say_so_and_are_made_again(shot, loras, tiny, capsys
     assert "\n  loras: ['" in capsys.readouterr().out
 
 
+def test_a_weight_by_tower_and_block_is_recorded_and_made_again(shot, loras, tiny, capsys):
+    weight = "0.5:2:lbw=IN01=0.25,M00=0"
+    path, plain = shot("--lora", f"{loras[0]}:{weight}")[1], shot("--lora", f"{loras[0]}:0.5")[1]
+    info = read_info(path)
+    assert info["sha256"] != read_info(plain)["sha256"]
+    assert [lora["weight"] for lora in info["loras"]] == [weight]
+    assert f"<lora:one:{weight}>" in parameters_text(info)
+    assert main(["replay", path, "--ckpt", str(tiny.ckpt)]) == 0
+    with pytest.raises(SystemExit):
+        shot("--lora", f"{loras[0]}:te=much")
+    assert "`te=much`: `much` is not a number" in capsys.readouterr().err
+    assert shot("--lora", f"{loras[0]}:lbw=1,0")[0] == 1
+
+
 def test_a_learned_word_changes_the_picture_and_is_written_down(shot, tiny, tmp_path, capsys):
     torch.manual_seed(0)
     width = ldm.load(tiny.config, tiny.ckpt).conditioner.text.width

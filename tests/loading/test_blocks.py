@@ -63,8 +63,9 @@ def test_numbers_stand_in_the_order_of_the_blocks(blocks):
 
 
 def test_numbers_of_the_blocks_that_a_plain_lora_changes(blocks):
-    weights = blocks.parse(",".join("1" * 17), 0.5, "x", adapter=True)
-    assert {block for block, weight in weights.items() if weight} == {*blocks.attention}
+    weights = blocks.parse(",".join("2" * 17), 0.5, "x", adapter=True)
+    assert {block for block, weight in weights.items() if weight == 2} == {*blocks.attention}
+    assert {*weights.values()} == {2, 0.5}
 
 
 def test_pairs_leave_the_others_as_they_are(blocks):

@@ -33,7 +33,9 @@ from torch import Tensor, nn
 from ldm.encoders.text import OpenCLIPText, TextEncoder
 from ldm.encoders.towers import FusedAttention
 from ldm.loading.addons.embeddings import BUNDLE, add_embeddings, read_bundle
+from ldm.loading.addons.lora_weights import LoRAWeight
 from ldm.loading.base_models import BASE_MODELS, SDXL, find_base_model
+from ldm.loading.blocks import find_blocks
 from ldm.loading.build import meta_device
 from ldm.loading.diffusers.keys import text_component
 from ldm.loading.diffusers.names import text_layers, unet_layers
@@ -46,20 +48,28 @@ from ldm.nets.lora import (
     Addition,
     LoRA,
     LoRALayer,
+    MergedChanges,
     Target,
     WeightChange,
     merge_changes,
 )
 from ldm.nets.lycoris import Adapter, build_change, is_complete, rank_of
-from ldm.pipelines.families import is_sdxl
-from ldm.runtime.errors import FileFormatError, MissingFile, WeightsMismatch, WrongFamily
+from ldm.pipelines.families import file_name, is_sdxl
+from ldm.runtime.errors import (
+    ArgumentError,
+    FileFormatError,
+    MissingFile,
+    WeightsMismatch,
+    WrongFamily,
+)
 from ldm.runtime.files import read_text
 from ldm.runtime.hashes import hash_file
+from ldm.runtime.offload import recall
 from ldm.runtime.types import JsonObject
 
 __all__ = [
     "LoRAFile", "TargetLayer", "add_loras", "find_base", "load_loras", "lora_targets",
-    "read_changes", "read_lora", "read_loras", "write_lora",
+    "read_changes", "read_lora", "read_loras", "set_loras", "write_lora",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -117,24 +127,29 @@ class TargetLayer(NamedTuple):
     kohya: str
 
 
+Weight = float | str | LoRAWeight  # see `LoRAWeight.of`
+
+
 class LoRAFile(NamedTuple):
     """What a file or folder holds, and the strength to use it with."""
 
     path: Path
-    strength: float
+    weight: LoRAWeight
     changes: list[WeightChange]
 
 
-def load_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, float]]) -> None:
-    """Read (file, strength) pairs and add them to a model."""
+def load_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, Weight]]) -> None:
+    """Read (file, weight) pairs and add them to a model."""
     add_loras(model, read_loras(model, files))
 
 
-def read_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, float]]) -> list[LoRAFile]:
-    """Read (file, strength) pairs for a model, which may be on the meta device."""
+def read_loras(
+    model: LatentDiffusion, files: Iterable[tuple[str | Path, Weight]]
+) -> list[LoRAFile]:
+    """Read (file, weight) pairs for a model, which may be on the meta device."""
     return [
-        LoRAFile(Path(file).expanduser(), strength, read_changes(file, model, strength))
-        for file, strength in files
+        LoRAFile(Path(file).expanduser(), LoRAWeight.of(weight), read_changes(file, model, weight))
+        for file, weight in files
     ]
 
 
@@ -143,20 +158,66 @@ def add_loras(model: LatentDiffusion, files: Sequence[LoRAFile]) -> None:
 
     `provenance` records the files.
     """
-    _report_order(files)
     merge_changes(change for file in files for change in file.changes)
-    provenance = []
-    for path, strength, _ in files:
+    _record(model, files)
+
+
+def set_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, Weight]]) -> None:
+    """Replace the LoRAs of a model by others, or by the same with other weights.
+
+    The model is not loaded again, and its weights are then the same bits as if it had been loaded
+    with these `loras`. The unchanged weights stay in memory beside the changed ones.
+
+    Args:
+        files: (file, weight) pairs, the weight as in `ldm.load`; none takes all LoRAs away.
+    Raises:
+        ArgumentError: the model was loaded with `loras`, which cannot be taken out again.
+        ValueError, FileNotFoundError: as `ldm.load`; nothing has changed then.
+    """
+    if model.merged is None and model.provenance.get("loras"):
+        raise ArgumentError(
+            f"{file_name(model)} was loaded with loras, which stay: load it without", "loras"
+        )
+    pairs = [(Path(file).expanduser(), LoRAWeight.of(weight)) for file, weight in files]
+    state = [(*_file_state(path), weight) for path, weight in pairs]
+    if model.merged is not None and model.merged.state == state:
+        return
+    adapters = read_loras(model, pairs)
+    merged = model.merged = model.merged or MergedChanges()
+    recall()
+    for encoder in model.conditioner.find_all(TextEncoder):
+        for token in merged.tokens:
+            encoder.added_embeddings.pop(token, None)
+    merged.state = None  # if merging fails
+    merged.merge([change for file in adapters for change in file.changes])
+    model.provenance["loras"] = []
+    merged.tokens, merged.state = _record(model, adapters), state
+
+
+def _file_state(path: Path) -> tuple[str, int]:
+    """Return the path of a file or folder, and when it changed last."""
+    times = (file.stat().st_mtime_ns for file in _files_of(path) if file.is_file())
+    return str(path), max(times, default=0)
+
+
+def _record(model: LatentDiffusion, files: Sequence[LoRAFile]) -> list[str]:
+    """Add the tokens of LoRAs, which are returned, and record the files in `provenance`."""
+    _report_order(files)
+    provenance, tokens = [], []
+    for path, weight, _ in files:
         lora_files = _files_of(path)
         hashes = {"hash": file_hash(path), "a1111_hash": _a1111_hash(lora_files[0])}
-        provenance.append({"path": str(path.resolve()), "weight": strength, **hashes})
+        provenance.append({"path": str(path.resolve()), "weight": weight.to_json(), **hashes})
         for file in lora_files:
             try:
-                add_embeddings(model, read_bundle(file), file)
+                bundle = read_bundle(file)
+                add_embeddings(model, bundle, file)
+                tokens += [token.lower() for token in bundle]
             except (FileFormatError, WeightsMismatch, WrongFamily) as error:
                 log.warning("textual inversions of the LoRA are skipped: %s", error)
     if provenance:
         model.provenance["loras"] = [*model.provenance.get("loras", []), *provenance]
+    return tokens
 
 
 def _report_order(files: Sequence[LoRAFile]) -> None:
@@ -180,7 +241,7 @@ def read_lora(path: str | Path, model: LatentDiffusion) -> LoRA:
         WeightsMismatch: it does not fit; says how many layers, and the likely family.
     """
     layers = {}
-    for name, change in _read_changes(path, model, 1.0):
+    for name, change in _read_changes(path, model, LoRAWeight()):
         if not isinstance(change, LoRALayer):
             raise FileFormatError(f"`{path}` is not a plain LoRA: it can be merged only")
         layers[name] = change
@@ -188,23 +249,29 @@ def read_lora(path: str | Path, model: LatentDiffusion) -> LoRA:
 
 
 def read_changes(
-    path: str | Path, model: LatentDiffusion, strength: float = 1.0
+    path: str | Path, model: LatentDiffusion, weight: Weight = 1.0
 ) -> list[WeightChange]:
     """Return what a LoRA or LyCORIS file, or a folder, changes in a model; not merged.
 
+    What has no strength is left out.
+
     Raises:
+        ArgumentError: the weight is not for this UNet or this kind of file.
         FileFormatError: it is not such a file, or of an unsupported kind.
         WeightsMismatch: it does not fit; says how many layers, and the likely family.
     """
-    return [change for _, change in _read_changes(path, model, strength)]
+    changes = _read_changes(path, model, LoRAWeight.of(weight))
+    return [change for _, change in changes if change.strength]
 
 
 def _read_changes(
-    path: str | Path, model: LatentDiffusion, strength: float
+    path: str | Path, model: LatentDiffusion, weight: LoRAWeight
 ) -> list[tuple[str, WeightChange]]:
     """Return the changes of a file with the names of their layers."""
     targets = {layer.kohya: layer for layer in _all_targets(model)}
     aliases = _names_by_alias(model)
+    blocks = find_blocks(name for name, _ in model.unet.named_parameters())
+    factors = weight.of_blocks(blocks)
     layers: dict[str, Tensors] = {}
     for file in map(read_checkpoint, _files_of(path)):
         layers_of_file = _tensors_by_layer(file, aliases)
@@ -215,8 +282,13 @@ def _read_changes(
         if name not in targets:
             unknown.append(name)
             continue
+        layer = targets[name]
+        is_text = not name.startswith(UNET_PREFIX)
+        strength = weight.strength(factors, blocks.block_of(layer.original), is_text=is_text)
+        if weight.rank is not None:
+            tensors = _cut_rank(tensors, weight.rank, path)
         try:
-            for change in _build_changes(targets[name], tensors, strength):
+            for change in _build_changes(layer, tensors, strength):
                 changes.append((name, change))
         except ValueError as error:
             mismatched.append(f"{name}: {error}")
@@ -359,6 +431,17 @@ def _build_changes(layer: TargetLayer, tensors: Tensors, strength: float) -> lis
             _build_layer(target, adapter, strength) if part.keys() == LOW_RANK else change
         )
     return changes
+
+
+def _cut_rank(tensors: Tensors, rank: int, path: str | Path) -> Tensors:
+    """Return the first ranks of a plain LoRA's layer, as strong as they were."""
+    if not LOW_RANK <= tensors.keys() <= {*LOW_RANK, "alpha"}:
+        raise ArgumentError(f"`{path}` is not a plain LoRA: its rank cannot be cut (dyn)", "lora")
+    down, up = tensors["down"], tensors["up"]
+    alpha = float(tensors.get("alpha", torch.tensor(len(down))))
+    rank = min(rank, len(down))
+    scaled = torch.tensor(alpha * rank / len(down))
+    return {"down": down[:rank], "up": up[:, :rank], "alpha": scaled}
 
 
 def _build_layer(target: Target, adapter: Adapter, strength: float) -> LoRALayer:

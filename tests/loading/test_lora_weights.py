@@ -1,0 +1,167 @@
+"""Weights of LoRAs by tower, block and rank, and their change without loading the model again."""
+
+import pytest
+import torch
+from lorahelp import outputs, random_adapter, their_outputs, their_pipeline, tiny_model
+from safetensors.torch import save_file
+
+import ldm
+from ldm.loading.addons.lora import load_loras, read_lora, write_lora
+from ldm.loading.addons.lora_weights import LoRAWeight, split_weight
+from ldm.loading.files.checkpoint import read_checkpoint
+from ldm.nets.lora import LoRA
+
+BLOCKS = "lbw=IN01=0.5,M00=0,OUT02=2"
+
+
+@pytest.fixture
+def file(tmp_path):
+    model = tiny_model()
+    write_lora(random_adapter(model, alpha=2), tmp_path / "x.safetensors", model)
+    return tmp_path / "x.safetensors"
+
+
+def weights_of(model):
+    return {name: value.clone() for name, value in model.named_parameters()}
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("text", "weight", "written"),
+    [
+        ("0.8", LoRAWeight(0.8, 0.8), 0.8),
+        ("-0.5:1e-1", LoRAWeight(-0.5, 0.1), "-0.5:0.1"),
+        ("0.5:1:8", LoRAWeight(0.5, 1, 8), "0.5:1:dyn=8"),
+        ("te=0.5:unet=1:dyn=8", LoRAWeight(0.5, 1, 8), "0.5:1:dyn=8"),
+        ("te=0.5", LoRAWeight(0.5, 0.5), 0.5),
+        ("unet=0", LoRAWeight(1, 0), "1:0"),
+        ("1:1:lbw=1,0,0", LoRAWeight(1, 1, None, "1,0,0"), "1:lbw=1,0,0"),
+        ("0.7:IN04=1,M00=0", LoRAWeight(0.7, 0.7, None, "IN04=1,M00=0"), "0.7:lbw=IN04=1,M00=0"),
+    ],
+)
+def test_weights_are_read_as_people_write_them(text, weight, written):
+    assert LoRAWeight.of(text) == weight
+    assert weight.to_json() == written
+    assert LoRAWeight.of(written) == weight
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("much", "`much` is not a number"),
+        ("1:2:3:4", "is not the weight of a LoRA, such as"),
+        ("foo=1", "is not the weight of a LoRA, such as"),
+        ("te=1:te=2", "is not the weight of a LoRA, such as"),
+        ("dyn=0", "dyn `0` is not a positive whole number"),
+    ],
+)
+def test_a_weight_that_is_none_is_one_line(text, message):
+    with pytest.raises(ValueError, match=message):
+        LoRAWeight.of(text)
+
+
+def test_a_colon_may_be_part_of_the_name():
+    assert split_weight(r"C:\a.safetensors:0.5:lbw=1,0") == (r"C:\a.safetensors", "0.5:lbw=1,0")
+    assert split_weight("a:b.safetensors") == ("a:b.safetensors", "")
+
+
+def test_each_tower_and_block_gets_its_own_number(file):
+    model = tiny_model()
+    base, lora = weights_of(model), read_lora(file, model)
+    layers = {id(layer.target.layer): layer for layer in lora.layers.values()
+              if layer.target.part is None}  # fmt: skip
+    load_loras(model, [(file, f"0.25:2:{BLOCKS}")])
+    seen = set()
+    for name, module in model.named_modules():
+        if id(module) not in layers:
+            continue
+        block = ".".join(name.split(".")[:3])
+        number = {"unet.input_blocks.1": 1.0, "unet.middle_block.0": 0.0,
+                  "unet.middle_block.1": 0.0, "unet.middle_block.2": 0.0,
+                  "unet.output_blocks.2": 4.0}.get(block, 2.0)  # fmt: skip
+        number = number if name.startswith("unet.") else 0.25
+        expected = base[f"{name}.weight"] + number * layers[id(module)].delta()
+        torch.testing.assert_close(module.weight, expected, rtol=0, atol=1e-6)
+        seen.add(number)
+    assert seen == {0.25, 0, 1, 2, 4}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_diffusers_computes_the_same_with_a_number_for_each_part(tmp_path):
+    pytest.importorskip("peft")
+    model, file = tiny_model(), tmp_path / "x.safetensors"
+    layers = {name: layer for name, layer in random_adapter(model).layers.items()
+              if "_attentions_" in name or name.startswith("lora_te_")}  # fmt: skip
+    write_lora(LoRA(layers), file, model)
+    pipeline = their_pipeline(model, "sd2")
+    pipeline.load_lora_weights(str(file))
+    scales = {"text_encoder": 0.25, "unet": {"down": 0.5, "mid": 2.0, "up": -1.0}}
+    pipeline.set_adapters(pipeline.get_active_adapters(), [scales])
+    blocks = [*(f"IN0{k}=0.5" for k in range(1, 4)), "M00=2", *(f"OUT0{k}=-1" for k in range(4))]
+    ldm.set_loras(model, [(file, f"0.25:1:{','.join(blocks)}")])
+    ours, theirs = outputs(model), their_outputs(pipeline, model)
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-5)
+
+
+def test_a_rank_is_cut_from_plain_loras_alone(file, tmp_path):
+    model = tiny_model()
+    base, lora = weights_of(model), read_lora(file, model)
+    layer = lora.layers["lora_unet_conv_in"]
+    load_loras(model, [(file, "1:dyn=1")])
+    up, down = layer.lora_up.weight[:, :1].flatten(1), layer.lora_down.weight[:1].flatten(1)
+    delta = (up @ down).view_as(layer.target.weight) * layer.alpha / layer.rank
+    weight = base["unet.input_blocks.0.0.weight"] + delta
+    torch.testing.assert_close(model.unet.input_blocks[0][0].weight, weight, rtol=0, atol=1e-6)
+    diff = torch.zeros_like(base["unet.input_blocks.0.0.weight"])
+    save_file({"lora_unet_conv_in.diff": diff}, tmp_path / "diff.safetensors")
+    with pytest.raises(ValueError, match="is not a plain LoRA: its rank cannot be cut"):
+        load_loras(model, [(tmp_path / "diff.safetensors", "1:dyn=1")])
+
+
+@pytest.mark.parametrize("blocks", ["1,0", "IN99=1", "IN01=x,M00=1"])
+def test_blocks_that_the_model_does_not_have_are_one_line(file, blocks):
+    with pytest.raises(ValueError, match="block") as error:
+        load_loras(tiny_model(), [(file, f"1:lbw={blocks}")])
+    assert "\n" not in str(error.value)
+
+
+def test_set_loras_gives_the_bits_of_a_model_loaded_with_them(file, tmp_path):
+    other = tmp_path / "y.safetensors"
+    write_lora(random_adapter(tiny_model(), seed=3), other, tiny_model())
+    bundle = {
+        "bundle_emb.cat.string_to_param.*": torch.ones(1, tiny_model().conditioner.text.width)
+    }
+    state = {**read_checkpoint(other).state, **bundle}
+    save_file({name: value.contiguous() for name, value in state.items()}, other)
+    model = tiny_model()
+    base, files = weights_of(model), [(file, 0.3), (other, "0.5:1")]
+    originals = dict(model.named_parameters())
+    for loras in ([(file, 1.0)], files, [(other, 0.0)], files):
+        ldm.set_loras(model, loras)
+    fresh = tiny_model()
+    load_loras(fresh, files)
+    assert same(weights_of(model), weights_of(fresh))
+    assert model.provenance["loras"] == fresh.provenance["loras"]
+    assert [*model.conditioner.text.added_embeddings] == ["cat"]
+    with pytest.raises(FileNotFoundError):
+        ldm.set_loras(model, [(tmp_path / "none.safetensors", 1.0)])
+    assert same(weights_of(model), weights_of(fresh))
+    ldm.set_loras(model, [])
+    assert same(weights_of(model), base)
+    assert dict(model.named_parameters()) == originals  # the same memory
+    assert (model.provenance["loras"], model.conditioner.text.added_embeddings) == ([], {})
+    with pytest.raises(ValueError, match="was loaded with loras, which stay"):
+        ldm.set_loras(fresh, [])
+
+
+def test_set_loras_follows_a_model_that_was_converted(file):
+    model = tiny_model()
+    ldm.set_loras(model, [(file, 1.0)])
+    model.half()
+    ldm.set_loras(model, [])
+    assert same(weights_of(model), weights_of(tiny_model().half()))
