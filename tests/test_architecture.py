@@ -47,6 +47,8 @@ FENCES = {
     "pydantic": ["ldm.train.config"],
     "bitsandbytes": ["ldm.train.optim.optimizers"],
     "trimesh": ["ldm.imaging.relief"],
+    "dynamicprompts": ["ldm.generate.wildcards"],
+    "pyparsing": ["ldm.generate.wildcards"],
     "ftfy": ["ldm.encoders.tokenizer"],
     "regex": ["ldm.encoders.tokenizer"],
     "transformers": [],

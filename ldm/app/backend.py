@@ -35,6 +35,7 @@ from ldm.app.progress import Progress
 from ldm.app.uploads import Uploads
 from ldm.encoders.safety import SafetyChecker
 from ldm.generate.load import Models, is_small_model, load_models
+from ldm.generate.lora_tags import without_tags
 from ldm.generate.options import Value, options_of, parse_weighted_file
 from ldm.generate.provenance import (
     FILE_KEYS,
@@ -44,6 +45,7 @@ from ldm.generate.provenance import (
     defaults_then,
     describe_run,
     files_of_model,
+    line_values,
     read_request,
 )
 from ldm.generate.request import SDXL, ModelChoice, Request, Sampling
@@ -72,6 +74,7 @@ __all__ = ["Backend"]
 log = logging.getLogger(__name__)
 
 MAX_LORA_WEIGHT = 10
+WILDCARDS = "wildcards"  # subfolder of the models folder, in small letters
 
 
 class Backend:
@@ -121,6 +124,14 @@ class Backend:
         files = list_addons(self.folder, "lora")
         return {name: (str(file), 1.0) for name, file in files.items()} | self._given_loras
 
+    def _lora_files(self) -> dict[str, str]:
+        return {name: file for name, (file, _) in self.loras.items()}
+
+    def _wildcards(self) -> str | None:
+        """Return the folder of wildcards, if there is one."""
+        folders = (path for path in self.folder.iterdir() if path.name.lower() == WILDCARDS)
+        return next((str(path) for path in folders if path.is_dir()), None)
+
     def fitting_loras(self, model: str | None) -> list[str]:
         """Return the names of the LoRAs that fit a model."""
         entry = read_catalogue(self.folder).models.get(model or "")
@@ -145,6 +156,7 @@ class Backend:
             for vectors in towers
             if vectors.shape[1] == text.width
         }
+        prompt = without_tags(prompt)
         return text.count_tokens(prompt), text.length - 2, text.truncated_text(prompt)
 
     def vaes(self) -> dict[str, Path]:
@@ -284,6 +296,9 @@ class Backend:
         if checker:
             file = str(self.checkers()[str(checker)])
             request = request.with_values({"safety_checker": file, "unsafe": unsafe})
+        if request.prompts.dynamic_prompts:
+            prompts = replace(request.prompts, wildcards=self._wildcards())
+            request = replace(request, prompts=prompts)
         path = str(self.vaes()[str(vae)]) if vae else None
         return replace(request, model=replace(request.model, vae=path))
 
@@ -293,7 +308,7 @@ class Backend:
         progress.make_preview = self.make_preview
         start = time.monotonic()
         load = partial(self._load, progress=progress)
-        run_request(request, progress, load=load, without_folders=True)
+        run_request(request, progress, load=load, without_folders=True, list_loras=self._lora_files)
         count = len(progress.images)
         images = "1 image" if count == 1 else f"{count} images"
         return f"done: {images} in {time.monotonic() - start:.1f} s"
@@ -421,7 +436,7 @@ class Backend:
 
     def _recorded_request(self, info: dict[str, Any], name: str) -> Request:
         """Return the request that made an image, with the server's own files."""
-        recorded = read_request(info, name)
+        recorded = read_request(info, name).with_values(line_values(info))
         if recorded.model.overrides or info["overrides"]:  # of any key
             raise ArgumentError("it was made with overrides: use `ldm replay`")
         entry = self._find_recorded_model(info, recorded.task)

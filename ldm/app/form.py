@@ -38,11 +38,12 @@ SAMPLER = "ddim"
 UNSAFE_CHOICES = [("Keep, and report", ""), ("Black", "black"), ("Blur", "blur"), ("Drop", "drop")]
 MAX_SEED = 1 << 31
 STEPS = 25  # of models without a number of their own; the scripts of the original take 50
-# Options of Sampling and Output that are fields, in their order on the page.
+# Options, other than prompts, that are fields of all tasks, in their order on the page.
 SETTINGS = (
     "sampler", "steps", "scheduler", "scale", "width", "height", "n_iter", "n_samples", "seed",
     "eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "rescale", "guidance_interval", "sld",
-    "sld_concept", "clip_skip", "vae_tile", "unet_tile", "tiling", "safety_checker", "unsafe",
+    "sld_concept", "clip_skip", "dynamic_prompts", "vae_tile", "unet_tile", "tiling",
+    "safety_checker", "unsafe",
 )  # fmt: skip
 IMAGE_BOX: dict[str, Any] = {
     "type": "filepath", "height": 240, "image_mode": None, "sources": ["upload", "clipboard"],
@@ -98,7 +99,7 @@ class TaskForm:
                        if options[name][0].is_input_file}  # fmt: skip
         if "mask" in self.images:  # drawn on the image
             self.images = {"sketch": SKETCH}
-        prompts = [name for name in options_of(Prompts) if name in options]
+        prompts = [name for name in options_of(Prompts) if name in options and name not in SETTINGS]
         self.prompts = {name: self._field(name, *options[name]) for name in prompts}
         self.options = {name: self._field(name, *options[name]) for name in inputs
                         if not options[name][0].is_path and name != "mask_box"

@@ -114,6 +114,11 @@ def generate_settings(
     rank, world_size = rank_and_world_size()
     _check_options(settings, out)
     plans = [(setting, plan_batches(_limit_batches(setting.request))) for setting in settings]
+    for setting, batches in plans:
+        loras = setting.request.model.lora
+        if any(job.values or job.loras != loras for batch in batches for job in batch):
+            message = "prompts have options or LoRAs of their own, here all images have the same"
+            raise ArgumentError(message, "from_file")
     total = sum(len(_missing(batch, s, out)) for s, batches in plans for batch in batches)
     log.info("%d images to make, %d settings", total, len(settings))
     progress = Progress(total, "Sampling")
@@ -256,4 +261,5 @@ def wait_for_images(settings: Sequence[Setting], out: Path, patience: float = PA
 
 def _count_images(request: Request) -> int:
     assert request.prompts.from_file is not None
-    return len(read_prompt_file(Path(request.prompts.from_file))) * request.prompts.repeat
+    lines = read_prompt_file(Path(request.prompts.from_file), request.task)
+    return sum(line.count for line in lines) * request.prompts.repeat

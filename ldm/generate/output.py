@@ -129,7 +129,7 @@ def save_grid(
 ) -> None:
     """Save all images of the run as one grid, with its own watermark."""
     columns = request.output.n_rows or request.output.n_samples
-    grid = make_grid([image for image, _ in images], columns)
+    grid = make_grid(_pad_to_one_size([image for image, _ in images]), columns)
     keys = ("prompt", "negative_prompt", "seed")
     cells = [
         {key: info[key] for key in keys} | {"file": info["path"] and Path(info["path"]).name}
@@ -144,6 +144,19 @@ def save_grid(
     path = folder.save_grid(add_watermark(grid, info), info)
     if not request.output.json:
         _print(str(path))
+
+
+def _pad_to_one_size(images: list[Image.Image]) -> list[Image.Image]:
+    """Centre images on black, where lines of a prompt file have set other sizes."""
+    size = max(image.width for image in images), max(image.height for image in images)
+    padded = []
+    for image in images:
+        cell = image
+        if image.size != size:
+            cell = Image.new("RGB", size)
+            cell.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
+        padded.append(cell)
+    return padded
 
 
 def hides_progress() -> bool:

@@ -1,17 +1,32 @@
-"""Plan a run: which images, in which batches, with which seeds."""
+"""Plan a run: which images, in which batches, with which seeds and options of their own.
+
+A line of a prompt file is expanded (`wildcards`), then its LoRAs are taken out (`lora_tags`).
+"""
 
 import logging
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ldm.generate.lora_tags import Loras, find_loras, list_loras, split_tags
+from ldm.generate.options import Value
 from ldm.generate.prompt_file import PromptLine, read_prompt_file
-from ldm.generate.request import Request
+from ldm.generate.request import Prompts, Request
 from ldm.runtime.errors import ArgumentError
 from ldm.runtime.ranks import rank_and_world_size
 
-__all__ = ["Batch", "Job", "plan_batches"]
+if TYPE_CHECKING:
+    from ldm.generate.wildcards import DynamicPrompts
+
+__all__ = ["Batch", "Job", "looks_dynamic", "plan_batches"]
 
 SEEDS = 1 << 64  # seeds count on modulo this, as torch's generator takes no others
+
+DYNAMIC = re.compile(r"\{[^{}|]*\|[^{}]*\}|__[\w/*-]+__")
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +40,8 @@ class Job:
         seed: of all its noise.
         start_seed: of its start noise (shared under `fixed_code`).
         prompt_2, negative_prompt_2: for the second text encoder; None = the same prompts.
+        values: options that its line sets, by name; all images of a batch have the same.
+        loras: files and weights of its LoRAs; all images of a batch have the same.
     """
 
     index: int
@@ -34,72 +51,144 @@ class Job:
     start_seed: int
     prompt_2: str | None = None
     negative_prompt_2: str | None = None
+    values: Mapping[str, Value] = field(default_factory=dict)
+    loras: Loras = ()
 
 
 Batch = list[Job]
 
 
-def plan_batches(request: Request) -> list[Batch]:
+def plan_batches(
+    request: Request, list_files: Callable[[], Mapping[str, str]] | None = None
+) -> list[Batch]:
     """Return the batches of this process.
 
     A run is `n_iter` iterations over the lines of the file, each line `repeat` times (or over
-    `n_samples` times the prompt), in batches of `n_samples` that do not span iterations. Image k
-    has seed + k; if a line has its own seed, its r-th image has that seed + r.
+    `n_samples` times the prompt), in batches of `n_samples` that span neither iterations nor lines
+    with other options or LoRAs. Image k has seed + k; if a line has its own seed, its r-th image
+    has that seed + r.
 
+    Args:
+        list_files: returns the files of LoRAs that prompts may name; None = `list_loras`.
     Raises:
-        ArgumentError: a mistake in the prompt file, or what legacy `noise` does not allow.
+        ArgumentError: a mistake in the prompt file or in a prompt, or what legacy `noise` does not
+            allow.
+        MissingFile: of LoRAs or wildcards.
     """
     # Of a folder, processes share the input images instead.
     rank, world_size = (0, 1) if request.inputs.is_folder else rank_and_world_size()
     lines = _prompt_lines(request)
     if "noise" in request.sampling.legacy:
         _check_legacy_noise(request, lines, world_size)
+    planner = _Planner(request, list_files)
     batches: list[Batch] = []
     for iteration in range(request.output.n_iter):
-        for first in range(0, len(lines), request.output.n_samples):
-            positions = range(len(lines))[first : first + request.output.n_samples]
-            batches.append([_make_job(request, lines, iteration, k) for k in positions])
+        jobs = planner.make_jobs(lines, iteration)
+        for _, group in groupby(jobs, key=lambda job: (job.values, job.loras)):
+            alike = list(group)
+            size = request.output.n_samples
+            batches += [alike[first : first + size] for first in range(0, len(alike), size)]
     own = batches[rank::world_size]
     if world_size > 1:
         log.info("process %d of %d: %d of %d batches", rank, world_size, len(own), len(batches))
     return own
 
 
+def looks_dynamic(prompt: str) -> bool:
+    """Return whether a prompt seems to be meant for dynamic prompts."""
+    return DYNAMIC.search(prompt) is not None
+
+
 def _prompt_lines(request: Request) -> list[PromptLine]:
     """Return the lines of one iteration."""
-    path, repeat = request.prompts.from_file, request.prompts.repeat
+    path = request.prompts.from_file
     if path is None:
-        return [PromptLine(request.prompts.prompt)] * request.output.n_samples
-    return [line for line in read_prompt_file(Path(path)) for _ in range(repeat)]
+        return [PromptLine(request.prompts.prompt, count=request.output.n_samples)]
+    lines = read_prompt_file(Path(path), request.task)
+    for number, line in enumerate(lines, start=1):
+        try:
+            request.with_values(line.values)
+        except ArgumentError as error:
+            raise ArgumentError(f"{path}:{number}: {error}") from error
+    return lines
 
 
 def _check_legacy_noise(request: Request, lines: list[PromptLine], world_size: int) -> None:
     message = None
     if world_size > 1:
         message = "draws for one image after the other: run a single process"
-    elif any(line.seed is not None for line in lines):
+    elif any(line.seeds for line in lines):
         message = "has one seed for the run, not one per line"
+    elif any(line.values for line in lines):
+        message = "has the same options for all lines"
     if message is not None:
         raise ArgumentError(f"legacy `noise` {message}", "legacy")
     if request.task.noise_from_numpy and not 0 <= request.sampling.seed < 1 << 32:
         raise ArgumentError("legacy `noise` takes seeds 0 … 4294967295 here", "seed")
 
 
-def _make_job(request: Request, lines: list[PromptLine], iteration: int, position: int) -> Job:
-    line, sampling, prompts = lines[position], request.sampling, request.prompts
-    index = iteration * len(lines) + position
-    seed = sampling.seed + index
-    if line.seed is not None:
-        seed = line.seed + iteration * prompts.repeat + position % prompts.repeat
-    start_seed = seed
-    if sampling.fixed_code:
-        start_seed = sampling.seed + position % request.output.n_samples
-    return Job(
-        index,
-        line.prompt,
-        line.texts.get("negative_prompt", prompts.negative_prompt),
-        seed % SEEDS,
-        start_seed % SEEDS,
-        line.texts.get("prompt_2", request.sdxl.prompt_2),
-        line.texts.get("negative_prompt_2", request.sdxl.negative_prompt_2),
-    )
+def _load_dynamic_prompts(prompts: Prompts) -> "DynamicPrompts | None":
+    if not prompts.dynamic_prompts and prompts.wildcards is None:
+        return None
+    from ldm.generate.wildcards import DynamicPrompts  # whose package takes 0.3 s
+
+    return DynamicPrompts(prompts.wildcards)
+
+
+class _Planner:
+    """Makes jobs of the lines of a run."""
+
+    def __init__(
+        self, request: Request, list_files: Callable[[], Mapping[str, str]] | None
+    ) -> None:
+        prompts = request.prompts
+        self.request = request
+        self.list_files = cache(list_files or (lambda: list_loras(request.model)))
+        self.dynamic = _load_dynamic_prompts(prompts)
+
+    def make_jobs(self, lines: Sequence[PromptLine], iteration: int) -> list[Job]:
+        """Return the jobs of one iteration over the lines."""
+        repeat = 1 if self.request.prompts.from_file is None else self.request.prompts.repeat
+        total = repeat * sum(line.count for line in lines)
+        jobs: list[Job] = []
+        for line in lines:
+            count = repeat * line.count
+            for k in range(count):
+                index = iteration * total + len(jobs)
+                seed = self.request.sampling.seed + index
+                if line.seeds:
+                    nth = iteration * count + k
+                    last = len(line.seeds) - 1
+                    seed = line.seeds[min(nth, last)] + max(nth - last, 0)
+                jobs.append(self._make_job(line, index, len(jobs), seed % SEEDS))
+        return jobs
+
+    def _make_job(self, line: PromptLine, index: int, position: int, seed: int) -> Job:
+        request = self.request
+        start_seed = seed
+        if request.sampling.fixed_code:
+            start_seed = request.sampling.seed + position % request.output.n_samples
+        given: dict[str, str | None] = {
+            "prompt": line.prompt,
+            "negative_prompt": request.prompts.negative_prompt,
+            "prompt_2": request.sdxl.prompt_2,
+            "negative_prompt_2": request.sdxl.negative_prompt_2,
+            **line.texts,
+        }
+        texts = {
+            name: text if text is None or self.dynamic is None else self.dynamic.expand(text, seed)
+            for name, text in given.items()
+        }
+        prompt = texts["prompt"] or ""
+        loras = find_loras(prompt, request.model.lora, self.list_files)
+        return Job(
+            index,
+            split_tags(prompt)[0],
+            texts["negative_prompt"] or "",
+            seed,
+            start_seed % SEEDS,
+            texts["prompt_2"],
+            texts["negative_prompt_2"],
+            line.values,
+            loras,
+        )

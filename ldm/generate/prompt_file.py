@@ -1,18 +1,50 @@
-"""Prompt files: one prompt per line, which may end in options of its own."""
+"""Prompt files: one prompt per line, which may end in options of its own.
+
+    a fox --steps 20 --seed 7 --negative-prompt "blurry, dull"       our flags
+    a fox --s 20 --d 7,8,9 --n blurry, dull --w 512 --h 768           those of kohya's scripts
+    --prompt "a fox" --steps 20 --cfg_scale 7 --sampler_name "Euler a"    those of A1111
+
+A value ends where the next option begins; quotes around it are not a part of it.
+"""
 
 import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ldm.runtime.errors import ArgumentError
+from ldm.diffusion.names import SAMPLERS
+from ldm.generate.options import (
+    Option,
+    Value,
+    decode_option,
+    options_of,
+    parse_count,
+    parse_integer,
+)
+from ldm.imaging.metadata import parse_sampler
+from ldm.runtime.errors import ArgumentError, LdmError
 from ldm.runtime.files import read_text
 
-__all__ = ["PromptLine", "read_prompt_file"]
+if TYPE_CHECKING:
+    from ldm.generate.tasks.base import Task
 
-TEXTS = ("negative_prompt", "prompt_2", "negative_prompt_2")
-LINE_OPTION = re.compile(r"(?:^|\s)--(?:seed|prompt[-_]2|negative[-_]prompt(?:[-_]2)?)(?=[\s=]|$)")
+__all__ = ["PromptLine", "line_options", "read_prompt_file"]
+
+TEXTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
+COUNTS = ("n_samples", "n_iter")  # how many images of the line, multiplied
+# Names of kohya's scripts and of A1111, where they are not among ours -> option.
+FOREIGN = {
+    "n": "negative_prompt", "w": "width", "h": "height", "d": "seed", "l": "scale", "s": "steps",
+    "t": "strength", "ss": "sampler", "cfg_scale": "scale", "width": "width", "height": "height",
+    "sampler_name": "sampler", "batch_size": "n_samples",
+}  # fmt: skip
+KOHYA_SAMPLERS = {
+    "dpm_2": "dpm2", "dpm_2_a": "dpm2_a", "dpmsolver++": "dpmpp_2m", "k_lms": "lms",
+    "k_euler": "euler", "k_euler_a": "euler_a", "k_dpm_2": "dpm2", "k_dpm_2_a": "dpm2_a",
+}  # fmt: skip
+OF_RUN = ("legacy",)  # options of sampling that hold for the whole run
+WORD = re.compile(r"(?:^|\s)--([A-Za-z][\w-]*)(?=[\s=]|$)")
 
 
 @dataclass(frozen=True)
@@ -20,54 +52,111 @@ class PromptLine:
     """One line of a prompt file.
 
     Args:
-        texts: other prompts that the line sets, by name in TEXTS.
-        seed: None = not set.
+        texts: prompts that the line sets, by name in TEXTS.
+        seeds: of its first images; () = not set.
+        count: how many images it asks for.
+        values: other options that it sets, by name.
     """
 
     prompt: str
     texts: Mapping[str, str] = field(default_factory=dict)
-    seed: int | None = None
+    seeds: tuple[int, ...] = ()
+    count: int = 1
+    values: Mapping[str, Value] = field(default_factory=dict)
 
 
-def read_prompt_file(path: Path) -> list[PromptLine]:
+def read_prompt_file(path: Path, task: "Task") -> list[PromptLine]:
     """Read a prompt file; a blank line is an empty prompt.
 
+    Args:
+        task: whose options lines may set.
     Raises:
         ArgumentError: a mistake, with file and line.
         FileFormatError: see `read_text`.
     """
-    lines = [
-        _parse_line(line, f"{path}:{number}")
-        for number, line in enumerate(read_text(path).splitlines(), start=1)
-    ]
+    options, names = task.options(), line_options(task)
+    lines = []
+    for number, text in enumerate(read_text(path).splitlines(), start=1):
+        try:
+            lines.append(_parse_line(text, names, options))
+        except LdmError as error:
+            raise ArgumentError(f"{path}:{number}: {error}") from error
     if not lines:
         raise ArgumentError(f"{path} is empty", "from_file")
     return lines
 
 
-def _parse_line(text: str, where: str) -> PromptLine:
-    match = LINE_OPTION.search(text)
-    if match is None:
+def line_options(task: "Task") -> dict[str, str]:
+    """Return the names that a line may use, without dashes, with the options that they set."""
+    names = {text: text for text in TEXTS} | {count: count for count in COUNTS}
+    groups, options = task.groups(), task.options()
+    for group in ("inputs", "sampling", "sdxl"):
+        for name in options_of(groups[group]) if group in groups else ():
+            option, _ = options[name]
+            if name not in OF_RUN and not (option.is_path or option.is_switch or option.is_list):
+                names |= {_key(flag): name for flag in option.flags}
+    return names
+
+
+def _parse_line(
+    text: str, names: Mapping[str, str], options: Mapping[str, tuple[Option, Value]]
+) -> PromptLine:
+    allowed = names.keys() | FOREIGN.keys()
+    first = next((word for word in WORD.finditer(text) if _key(word[1]) in allowed), None)
+    if first is None:
         return PromptLine(text)
+    prompt, values = text[: first.start()], {}
+    for flag, value in _split_options(text[first.start() :].strip()):
+        name = names.get(_key(flag)) or FOREIGN.get(_key(flag))
+        if name is None or name not in {*names.values()}:
+            raise ArgumentError(f"`--{flag}` is not an option of a line")
+        if not value and name not in TEXTS:
+            raise ArgumentError(f"--{flag} needs a value")
+        values[name] = value
+    texts = {name: values.pop(name) for name in TEXTS if name in values}
+    if prompt.strip() and "prompt" in texts:
+        raise ArgumentError("a line with --prompt must begin with it")
+    seeds = tuple(map(_parse_seed, re.split(r"[\s,]+", values.pop("seed", "")) if "seed" in values
+                      else ()))  # fmt: skip
+    count = max(len(seeds), 1)
+    for name in COUNTS:
+        count *= parse_count(values.pop(name, "1"))
+    if "sampler" in values and values["sampler"] not in SAMPLERS:
+        name = KOHYA_SAMPLERS.get(values["sampler"], values["sampler"])
+        values |= parse_sampler({"Sampler": name}, is_ours=False)
+    checked = {name: decode_option(name, *options[name], value) for name, value in values.items()}
+    return PromptLine(texts.pop("prompt", prompt), texts, seeds, count, checked)
+
+
+def _split_options(text: str) -> list[tuple[str, str]]:
+    """Split `--flag value --flag=value` into flags, without dashes, and values."""
+    entries, position = [], 0
+    while position < len(text):
+        word = WORD.match(text, position)
+        if word is None:
+            name = text[position:].split()[0]
+            raise ArgumentError(f"`{name}` is not an option of a line")
+        start = word.end() + (text[word.end() :][:1] == "=")
+        start += len(text[start:]) - len(text[start:].lstrip())
+        if (quote := text[start : start + 1]) in ("'", '"'):
+            end = re.compile(rf"{quote}(?=\s|$)").search(text, start + 1)
+            if end is None:
+                raise ArgumentError(f"no closing quotation in `{text}`")
+            value, position = text[start + 1 : end.start()], end.end()
+        else:
+            following = WORD.search(text, start - 1)
+            position = following.start() if following else len(text)
+            value = text[start:position].strip()
+        entries.append((word[1], value))
+    return entries
+
+
+def _key(flag: str) -> str:
+    return flag.lstrip("-").replace("-", "_")
+
+
+def _parse_seed(text: str) -> int:
     try:
-        words = shlex.split(text[match.start() :])
-    except ValueError as error:
-        raise ArgumentError(f"{where}: {str(error).lower()} in `{text.strip()}`") from error
-    options: dict[str, str] = {}
-    while words:
-        name, equals, value = words.pop(0).partition("=")
-        key = name.removeprefix("--").replace("-", "_")
-        if not name.startswith("--") or key not in ("seed", *TEXTS):
-            raise ArgumentError(
-                f"{where}: `{name}` is not an option of a line; options are --seed N, "
-                '--negative-prompt "TEXT", --prompt-2 "TEXT" and --negative-prompt-2 "TEXT"'
-            )
-        if not equals and not words:
-            raise ArgumentError(f"{where}: {name} needs a value")
-        options[key] = value if equals else words.pop(0)
-    try:
-        seed = int(options["seed"]) if "seed" in options else None
-    except ValueError as error:
-        raise ArgumentError(f"{where}: seed `{options['seed']}` is not a number") from error
-    texts = {name: options[name] for name in TEXTS if name in options}
-    return PromptLine(text[: match.start()], texts, seed)
+        return parse_integer(text)
+    except ArgumentError as error:
+        raise ArgumentError(f"seed `{text}` is not a number") from error

@@ -257,6 +257,12 @@ def read_request(info: JsonMapping, where: str) -> Request:
     return task.request({name: value for name, value in values.items() if name in options})
 
 
+def line_values(info: JsonMapping) -> JsonObject:
+    """Return the options that a line of the prompt file set for an image."""
+    line: JsonObject = info.get("line") or {}
+    return line
+
+
 def eta_of(values: JsonMapping) -> float | None:
     """Return the eta among recorded values; None = the default of the sampler.
 
@@ -281,6 +287,7 @@ def locate_model(info: JsonMapping, request: Request, changes: JsonMapping) -> R
     Raises:
         MissingFile, ArgumentError: a file is missing or has changed.
     """
+    request = request.with_values(line_values(info))
     values: JsonObject = {"precision": PRECISIONS[info["dtype"]], **defaults_then(info, request)}
     values["device"] = _recorded_device(info["device"])
     values |= {"safety_checker": None, "unsafe": None}  # the info has its verdict

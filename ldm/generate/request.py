@@ -91,10 +91,15 @@ class Prompts:
         help=f"how prompts are read: {', '.join(SYNTAXES)} (default: %(default)s, brackets are"
         " text)")
     from_file: str | None = option(None, "--from-file", metavar="FILE",
-        help="one prompt per line, a blank line is an empty one; a line may end in --seed N,"
-        ' --negative-prompt "TEXT", --prompt-2 "TEXT" and --negative-prompt-2 "TEXT"')
+        help="one prompt per line, a blank line is an empty one; a line may end in options of its"
+        ' own: --seed N, --negative-prompt "TEXT", --steps, --W, --sampler …, or in the names of'
+        " kohya's scripts (--n --w --h --d --s --l --t --ss) and of A1111")
     repeat: int = option(1, "--repeat", parse=parse_count, metavar="N",
         help="repeat each line of the file N times (default: %(default)s)")
+    dynamic_prompts: bool = option(False, "--dynamic-prompts", label="Dynamic prompts",
+        help="expand {a|b} in prompts, by the seed of each image")
+    wildcards: str | None = option(None, "--wildcards", metavar="DIR",
+        help="the same, and __name__ is a line of DIR/name.txt")
     # fmt: on
 
 
@@ -124,6 +129,9 @@ class ModelChoice:
         help="add a LoRA, in the format of kohya, diffusers, peft or ComfyUI; WEIGHT is a number,"
         " TEXT:UNET for text towers and UNet, or te=N:unet=N:dyn=RANK:lbw=BLOCKS; may be given"
         " several times")
+    lora_dir: str | None = option(None, "--lora-dir", metavar="DIR",
+        help="folder of the LoRAs that prompts name as <lora:NAME:WEIGHT> (default: lora or loras,"
+        " beside the checkpoint, beside its folder, or here)")
     embedding: tuple[str, ...] = option((), "--embedding", is_list=True, metavar="FILE",
         help="a textual inversion, or a folder of them: tokens to use in prompts")
     device: str | None = option(None, "--device", metavar="NAME",

@@ -3,9 +3,11 @@
 Request -> plan_batches -> prepare (files) -> load_models -> generate each batch -> save
 """
 
+import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -16,6 +18,8 @@ from tqdm import tqdm
 from ldm.encoders.text import TextEncoder
 from ldm.encoders.tokenizer import has_weight_syntax
 from ldm.generate.load import Models, load_models, resolve_sampling
+from ldm.generate.lora_tags import without_tags
+from ldm.generate.options import Value
 from ldm.generate.output import (
     GRID_LIMIT,
     RunListener,
@@ -26,7 +30,7 @@ from ldm.generate.output import (
     save_image,
     to_images,
 )
-from ldm.generate.plan import Batch, plan_batches
+from ldm.generate.plan import Batch, looks_dynamic, plan_batches
 from ldm.generate.provenance import Info, describe_depth, describe_image, describe_run, job_of
 from ldm.generate.request import Request
 from ldm.generate.safety import hide_flagged, judge, report
@@ -35,6 +39,7 @@ from ldm.generate.tasks import PreparedTask
 from ldm.imaging.output import OutputFolder
 from ldm.imaging.relief import check_trimesh
 from ldm.imaging.rgbd import place_beside, split_depth
+from ldm.loading.addons.lora import set_loras
 from ldm.model import LatentDiffusion
 from ldm.pipelines.common import TaskOptions, check_clip_skip
 from ldm.pipelines.latent_upscaling import Upscaling
@@ -47,6 +52,8 @@ __all__ = ["remake_image", "run_request"]
 
 log = logging.getLogger(__name__)
 
+LineKey = tuple[tuple[str, Value], ...]  # options that a line of a prompt file sets
+
 Callback = Callable[[int, int, Tensor, Tensor], None]  # of `ldm.sample`
 
 
@@ -56,59 +63,90 @@ def run_request(
     *,
     load: Callable[[PreparedTask], Models] = lambda prepared: load_models(prepared.request),
     without_folders: bool = False,
+    list_loras: Callable[[], Mapping[str, str]] | None = None,
 ) -> None:
     """Make and save all images that a request asks for.
 
     Args:
         load: loads the models.
+        list_loras: returns the files of LoRAs that prompts may name; see `plan_batches`.
         without_folders: leave folders out of the request that images record.
     Raises:
         ValueError, OSError: about an argument or a file, before the model is loaded where it can.
         NonFinite: an image is NaN even in float32.
     """
-    batches = plan_batches(request)
+    batches = plan_batches(request, list_loras)
     notes = _parse_prompts(batches, request.prompts.syntax)
     if request.output.glb:
         check_trimesh()
     models: Models | None = None
     for inputs in request.inputs.per_image():
         single = replace(request, inputs=inputs)
-        prepared = single.task.prepare(single)
+        lines: dict[LineKey, PreparedTask] = {(): single.task.prepare(single)}
+        for key in dict.fromkeys(map(_line_key, batches)):
+            changed = single.with_values(dict(key))
+            lines[key] = lines.get(key) or changed.task.prepare(changed)
         if models is None:
-            models = load(prepared)
+            models = load(_with_loras(lines[()], batches))
             for note in notes:
                 listener.warn(note)
             _warn_about_prompts(batches, request, models.base, listener)
-            if reason := check_clip_skip(models.base, request.sampling.clip_skip):
+            skip = max(prepared.request.sampling.clip_skip for prepared in lines.values())
+            if reason := check_clip_skip(models.base, skip):
                 listener.warn(reason)
-        _generate_batches(prepared, batches, models, listener, without_folders)
+        _generate_batches(lines, batches, models, listener, without_folders)
+
+
+def _line_key(batch: Batch) -> LineKey:
+    """Return the options that the lines of a batch set, as a key."""
+    return tuple(batch[0].values.items())
+
+
+def _with_loras(prepared: PreparedTask, batches: Sequence[Batch]) -> PreparedTask:
+    """Return the task to load the models for: with the LoRAs that all batches have, if any."""
+    request = prepared.request
+    sets = {batch[0].loras for batch in batches} or {request.model.lora}
+    loras = next(iter(sets)) if len(sets) == 1 else ()
+    if loras == request.model.lora:
+        return prepared
+    changed = copy.copy(prepared)
+    changed.request = replace(request, model=replace(request.model, lora=loras))
+    return changed
 
 
 def _generate_batches(
-    prepared: PreparedTask,
+    lines: Mapping[LineKey, PreparedTask],
     batches: list[Batch],
     models: Models,
     listener: RunListener,
     without_folders: bool,
 ) -> None:
-    """Make each batch and save its images; if one fails, finished images still get their grid."""
-    request, model = prepared.request, models.base
-    size = prepared.output_size(model)
+    """Make each batch and save its images; if one fails, finished images still get their grid.
+
+    Args:
+        lines: the task of the run under (), and that of each line with options of its own.
+    """
+    request, model = lines[()].request, models.base
     output, total = request.output, sum(map(len, batches))
     folder = OutputFolder(output.outdir, request.inputs.output_name)
     makes_grid = not output.skip_grid and request.inputs.output_name is None
+    has_own_loras = len({batch[0].loras for batch in batches}) > 1
     grid_images: list[tuple[Image.Image, Info]] = []
-    run_info = describe_run(request, models, size, without_folders)
-    protected = prepared.protected_pixels()
-    if run_info["watermark"] is None and not output.no_watermark:
-        log.warning("images of %dx%d are too small for a watermark: saved without", *size)
+    run_infos: dict[LineKey, Info] = {}
     if total > GRID_LIMIT and makes_grid:
         log.info("the grid will hold the first %d images", GRID_LIMIT)
     listener.begin(model, total)
-    prepared.begin(model)
-    seed_globally(request, model, size)
     try:
         for number, batch in enumerate(tqdm(batches, "Sampling", disable=hides_progress())):
+            key = _line_key(batch)
+            prepared = lines[key]
+            if key not in run_infos:
+                run_infos[key] = _begin(prepared, models, request, key, without_folders)
+            run_info = run_infos[key]
+            if has_own_loras:
+                set_loras(model, batch[0].loras)
+                run_info["loras"] = _describe_loras(model, without_folders)
+            protected = prepared.protected_pixels()
             images = generate_batch(prepared, batch, models, listener.on_step)
             run_info["dtype"] = str(model.dtype).removeprefix("torch.")
             if listener.stopped_at is not None:
@@ -139,6 +177,36 @@ def _generate_batches(
         if grid_images:
             save_grid(folder, grid_images, request)
     log.info("Your samples are ready and waiting for you here: \n%s \n \nEnjoy.", output.outdir)
+
+
+def _begin(
+    prepared: PreparedTask,
+    models: Models,
+    request: Request,
+    key: LineKey,
+    without_folders: bool,
+) -> Info:
+    """Prepare for the first batch of a line's options; return the info of its images.
+
+    Args:
+        request: of the whole run.
+    """
+    size = prepared.output_size(models.base)
+    prepared.begin(models.base)
+    seed_globally(prepared.request, models.base, size)
+    info = describe_run(prepared.request, models, size, without_folders)
+    if key:
+        info |= {"request": request.to_json(without_folders), "line": dict(key)}
+    if info["watermark"] is None and not request.output.no_watermark:
+        log.warning("images of %dx%d are too small for a watermark: saved without", *size)
+    return info
+
+
+def _describe_loras(model: LatentDiffusion, without_folders: bool) -> list[JsonMapping]:
+    loras: list[JsonMapping] = model.provenance["loras"]
+    if not without_folders:
+        return loras
+    return [{**lora, "path": Path(lora["path"]).name} for lora in loras]
 
 
 def _parse_prompts(batches: list[Batch], syntax: str) -> list[str]:
@@ -176,6 +244,14 @@ def _warn_about_prompts(
     texts = list(dict.fromkeys(filter(None, prompts)))
     if not model.conditioner.find_all(TextEncoder):
         return
+    jobs = [job for batch in batches for job in batch]
+    negatives = (job.negative_prompt for job in jobs)
+    if tagged := next((text for text in negatives if without_tags(text) != text), None):
+        listener.warn(f"a LoRA in a negative prompt is read as plain text: `{tagged}`")
+    expands = request.prompts.dynamic_prompts or request.prompts.wildcards is not None
+    dynamic = next((job.prompt for job in jobs if looks_dynamic(job.prompt)), None)
+    if dynamic is not None and not expands:
+        listener.warn(f"dynamic prompts are off: `{dynamic}` is read as plain text")
     if lost := find_lost_text(model, texts):
         listener.warn(lost)
     for weighted in filter(has_weight_syntax, texts):

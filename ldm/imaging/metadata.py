@@ -31,7 +31,14 @@ from ldm.diffusion.names import SAMPLERS, SCHEDULERS, SLD_CONCEPTS
 from ldm.imaging.reading import open_image
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["fingerprint", "parameters_text", "parse_parameters", "read_info", "write_png"]
+__all__ = [
+    "fingerprint",
+    "parameters_text",
+    "parse_parameters",
+    "parse_sampler",
+    "read_info",
+    "write_png",
+]
 
 KEY = "ldm"
 OWN_STEPS = ("ddim", "plms")  # samplers whose steps A1111's schedule type does not change
@@ -269,11 +276,11 @@ def parse_parameters(parameters: str) -> JsonObject:
     info.setdefault("syntax", "plain" if is_ours else "a1111")
     if is_ours:
         info["prompt"] = LORA_TAGS.sub("", info["prompt"])
-    info |= _parse_sampler(other, is_ours)
+    info |= parse_sampler(other, is_ours)
     return {**info, "other": other} if other else info
 
 
-def _parse_sampler(settings: dict[str, str], is_ours: bool) -> dict[str, str]:
+def parse_sampler(settings: dict[str, str], is_ours: bool) -> dict[str, str]:
     """Take sampler and schedule, which older versions of A1111 wrote as one, out of settings."""
     name, schedule = settings.pop("Sampler", ""), settings.get("Schedule type", "")
     schedulers = {row.label: key for key, row in SCHEDULERS.items()}

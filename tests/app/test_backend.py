@@ -369,6 +369,27 @@ def test_loras_are_those_that_were_offered(files, answers, tmp_path, chosen, mes
     assert str(tmp_path) not in job.message
 
 
+def test_prompts_name_loras_and_wildcards_of_the_models_folder(files, answers, tmp_path):
+    folder = tmp_path / "models"
+    (folder / "wildcards").mkdir(parents=True)
+    (folder / "wildcards/animal.txt").write_text("fox\nhare")
+    config = Path(files["base_v"][3]).read_text("utf-8")
+    shutil.copy(files["base_v"][1], folder)
+    (folder / "base_v.yaml").write_text(config)
+    (folder / "loras").mkdir()
+    lora = random_lora(folder / "loras/style.safetensors", ldm.load(*files["base_v"][3::-2]), 1)
+    backend = Backend(folder, tmp_path / "out", CHOICE, LIMITS)
+    prompt = "a {red|blue} __animal__ <lora:style:0.5:1>"
+    chosen = answers("txt2img", prompt=prompt, dynamic_prompts=True)
+    info = run(backend, "txt2img", chosen).images[0]
+    assert re.fullmatch("a (red|blue) (fox|hare)", info["prompt"])
+    assert [(file["path"], file["weight"]) for file in info["loras"]] == [(lora.name, "0.5:1")]
+    assert replay(backend, info["path"]) == "identical"
+    assert backend.count_tokens("base_v.ckpt", "a fox <lora:style:1>")[0] == 2
+    job = run(backend, "txt2img", answers("txt2img", prompt="a <lora:stlye:1>"))
+    assert job.message == "unknown LoRA `stlye`, did you mean `style`? choose one of style"
+
+
 @pytest.mark.parametrize(
     ("loras", "message"),
     [

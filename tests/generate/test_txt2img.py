@@ -120,7 +120,11 @@ def test_a_prompt_file_may_end_in_a_partial_batch(run, tmp_path):
     [
         ("a --seed x", "prompts.txt:1: seed `x` is not a number"),
         ("a --seed", "prompts.txt:1: --seed needs a value"),
-        ("a --negative-prompt two words", "prompts.txt:1: `words` is not an option of a line"),
+        ("a --steps 0", "prompts.txt:1: steps: `0` is not a positive whole number"),
+        ("a --seed 1 --foo 2", "prompts.txt:1: `--foo` is not an option of a line"),
+        ("a --t 0.5", "prompts.txt:1: `--t` is not an option of a line"),
+        ("a --w 100", "prompts.txt:1: width 100 is not a positive multiple of 8"),
+        ("a --ss eulr", "prompts.txt:1: unknown sampler `eulr`, did you mean `euler`?"),
         ("a --negative-prompt 'b", "prompts.txt:1: no closing quotation"),
         ("", "prompts.txt is empty"),
     ],

@@ -1,0 +1,85 @@
+"""Dynamic prompts: `{a|b}` and `__name__`, a line of NAME.txt, drawn by the seed of an image.
+
+    {a|b}             one of them                  {2::a|b}        a twice as often
+    {2$$, $$a|b|c}    two of them, with a joiner   __colour__      a line of colour.txt
+
+The grammar is that of the package dynamicprompts.
+"""
+
+import logging
+import warnings
+from pathlib import Path
+
+from dynamicprompts.generators import RandomPromptGenerator
+from dynamicprompts.wildcards import WildcardManager
+from dynamicprompts.wildcards.values import WildcardValues
+from pyparsing import ParseException
+
+from ldm.runtime.errors import ArgumentError, MissingFile, unknown_name
+
+__all__ = ["DynamicPrompts", "is_dynamic"]
+
+MARKS = ("{", "__", "${", "%{")
+# Other characters that mean something to the package, in place of which these stand meanwhile.
+LITERALS = {"#": "\ue000", "%": "\ue001"}
+
+logging.getLogger("dynamicprompts").setLevel(logging.ERROR)  # it warns before we raise
+
+
+def is_dynamic(prompt: str) -> bool:
+    """Return whether a prompt has the syntax of dynamic prompts."""
+    return any(mark in prompt for mark in MARKS)
+
+
+class DynamicPrompts:
+    """Expands prompts.
+
+    Args:
+        folder: Of wildcard files, in it and its subfolders; None for none.
+    Raises:
+        MissingFile: there is no such folder.
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        path = None if folder is None else Path(folder)
+        if path is not None and not path.is_dir():
+            raise MissingFile(f"no folder `{path}`", "wildcards")
+        self._generator = RandomPromptGenerator(_Wildcards(path))
+
+    def expand(self, prompt: str, seed: int) -> str:
+        """Return what a prompt says for a seed.
+
+        Raises:
+            ArgumentError: it does not parse, or names a wildcard that does not exist.
+        """
+        if not is_dynamic(prompt):
+            return prompt
+        template = prompt
+        for character, stand_in in LITERALS.items():
+            if f"{character}{{" not in template:
+                template = template.replace(character, stand_in)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore", DeprecationWarning
+                )  # it uses old names of pyparsing
+                text: str = self._generator.generate(template, 1, seeds=[seed])[0]
+        except (ParseException, StopIteration, RecursionError) as error:
+            message = f"`{prompt}` is not a dynamic prompt: brackets or `__` do not close"
+            raise ArgumentError(message, "dynamic_prompts") from error
+        for character, stand_in in LITERALS.items():
+            text = text.replace(stand_in, character)
+        return text
+
+
+class _Wildcards(WildcardManager):
+    """The wildcards of a folder, where a missing one is an error."""
+
+    def get_values(self, wildcard: str) -> WildcardValues:
+        values = super().get_values(wildcard)
+        if not len(values):
+            if self.path is None:
+                raise ArgumentError(f"`__{wildcard}__` needs a folder of wildcards", "wildcards")
+            names = sorted(self.get_collection_names())
+            raise unknown_name("wildcard", wildcard, names, argument="wildcards")
+        return values

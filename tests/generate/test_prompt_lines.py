@@ -1,0 +1,175 @@
+"""Lines of a prompt file with options, dynamic prompts, and LoRAs in prompts."""
+
+import json
+import shutil
+
+import pytest
+
+import ldm
+from ldm.commands.main import main
+from ldm.generate.command_line import parse_request
+from ldm.generate.lora_tags import find_loras, split_tags
+from ldm.generate.plan import plan_batches
+from ldm.generate.prompt_file import PromptLine, read_prompt_file
+from ldm.generate.tasks import TASKS
+from ldm.generate.wildcards import DynamicPrompts
+from ldm.imaging.metadata import parameters_text, parse_parameters, read_info
+from picturehelp import random_lora
+
+QUICK = ["--steps=1", "--H=64", "--W=64", "--skip_grid", "--precision=full"]
+
+
+@pytest.fixture
+def run(tiny, tmp_path, capsys):
+    """Runs txt2img; returns the infos of its images, or the last line of an error."""
+
+    def run(*flags):
+        words = [*tiny.flags, *QUICK, "--outdir", str(tmp_path / "out"), *map(str, flags)]
+        status = main(["txt2img", *words, "--json"])
+        out, err = capsys.readouterr()
+        return err.splitlines()[-1] if status else [json.loads(line) for line in out.splitlines()]
+
+    return run
+
+
+def plan(*flags):
+    return plan_batches(parse_request(TASKS["txt2img"], list(flags))[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a fox", PromptLine("a fox")),
+        ("a fox --ar 16:9", PromptLine("a fox --ar 16:9")),
+        (
+            "a fox --n low quality, it's dull --w 64 --h 72 --d 5 --s 3 --l 7.5 --ss euler_a",
+            PromptLine(
+                "a fox", {"negative_prompt": "low quality, it's dull"}, (5,),
+                values={"width": 64, "height": 72, "steps": 3, "scale": 7.5, "sampler": "euler_a"},
+            ),
+        ),
+        ("a --d 1,2,9", PromptLine("a", seeds=(1, 2, 9), count=3)),
+        (
+            '--prompt "a --seed b" --negative_prompt=\'c d\' --cfg_scale 2 --batch_size 2'
+            ' --n_iter 3 --sampler_name "DPM++ 2M Karras"',
+            PromptLine(
+                "a --seed b", {"negative_prompt": "c d"}, count=6,
+                values={"scale": 2, "sampler": "dpmpp_2m", "scheduler": "karras"},
+            ),
+        ),
+    ],
+)  # fmt: skip
+def test_lines_are_read_as_kohya_and_a1111_write_them(text, line, tmp_path):
+    (tmp_path / "prompts.txt").write_text(text)
+    assert read_prompt_file(tmp_path / "prompts.txt", TASKS["txt2img"]) == [line]
+
+
+def test_a_line_may_set_the_strength_of_its_task(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a --t 0.25")
+    line = read_prompt_file(tmp_path / "prompts.txt", TASKS["img2img"])[0]
+    assert line.values == {"strength": 0.25}
+
+
+def test_images_of_a_line_have_its_options_and_are_made_again(run, tiny, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a\na --s 2 --w 72 --d 7,9\nb --ss euler --clip-skip 2")
+    infos = run("--from-file", tmp_path / "prompts.txt", "--n_iter=1", "--n_samples=2")
+    assert [info["seed"] for info in infos] == [42, 7, 9, 45]
+    assert [info["steps"] for info in infos] == [1, 2, 2, 1]
+    assert [info["size"] for info in infos] == [[64, 64], [64, 72], [64, 72], [64, 64]]
+    assert [info["sampler"] for info in infos] == ["ddim", "ddim", "ddim", "euler"]
+    assert [info["rows"] for info in infos] == [1, 2, 2, 1]
+    for info in infos[1:]:
+        assert main(["replay", info["path"], "--ckpt", str(tiny.ckpt)]) == 0
+    capsys.readouterr()
+    assert main(["replay", infos[1]["path"], "--show-command"]) == 0
+    command = capsys.readouterr().out
+    assert "--from-file=" in command
+    assert "--W=72" not in command
+
+
+def test_a_grid_holds_images_of_other_sizes(tiny, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a\na --w 72")
+    words = [*tiny.flags, *QUICK, "--n_iter=1", "--from-file", str(tmp_path / "prompts.txt")]
+    words.remove("--skip_grid")
+    assert main(["txt2img", *words, "--outdir", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("grid-0000.png")
+
+
+def test_each_image_draws_by_its_own_seed(tmp_path):
+    (tmp_path / "colour.txt").write_text("red\ngreen\nblue\n")
+    prompt = "a {big|small|tiny} __colour__ fox, 50% C#"
+    batches = plan("--prompt", prompt, "--wildcards", str(tmp_path), "--n_samples=4", "--n_iter=4")
+    texts = {job.seed: job.prompt for batch in batches for job in batch}
+    assert len({*texts.values()}) > 4
+    assert all(text.endswith(" fox, 50% C#") and "{" not in text for text in texts.values())
+    later = plan("--prompt", prompt, "--wildcards", str(tmp_path), "--seed=50", "--n_samples=1")
+    assert later[0][0].prompt == texts[50]
+    assert DynamicPrompts(tmp_path).expand(prompt, 0) == DynamicPrompts(tmp_path).expand(prompt, 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dynamic-prompts", "--prompt", "a {b"], "`a {b` is not a dynamic prompt: brackets"),
+        (["--dynamic-prompts", "--prompt", "__x__"], "`__x__` needs a folder of wildcards (--wild"),
+        (["--wildcards", "none"], "no folder `none` (--wildcards)"),
+        (["--wildcards", "{here}", "--prompt", "__color__"], "unknown wildcard `color`, did you"),
+        (["--prompt", "a <lora:stlye:1>", "--lora-dir", "{here}"], "unknown LoRA `stlye`, did you"),
+        (["--prompt", "a <lora:style:1>", "--lora-dir", "no"], "no folder `no` (--lora-dir)"),
+        (["--prompt", "a <lora:style:te=x>"], "`te=x`: `x` is not a number"),
+        (["--prompt", "a <hypernet:x:1>"], "hypernetworks are not supported"),
+    ],
+)
+def test_what_is_not_there_is_one_line(run, tmp_path, flags, message):
+    (tmp_path / "colour.txt").write_text("red")
+    (tmp_path / "style.safetensors").write_text("")
+    assert message in run(*(flag.replace("{here}", str(tmp_path)) for flag in flags))
+
+
+def test_expanded_prompts_are_recorded_and_made_again(run, tiny):
+    (info,) = run(
+        "--prompt", "a {red|green} fox", "--dynamic-prompts", "--n_samples=1", "--n_iter=1"
+    )
+    assert info["prompt"] in ("a red fox", "a green fox")
+    assert info["prompt"] in parameters_text(info)
+    assert main(["replay", info["path"], "--ckpt", str(tiny.ckpt)]) == 0
+
+
+def test_tags_are_taken_out_of_a_prompt():
+    assert split_tags("a <lora:x:0.5>, b<lora:sub/y:te=0:unet=1><lyco:z>") == (
+        "a , b", [("x", 0.5), ("sub/y", "0:1"), ("z", 1.0)]
+    )  # fmt: skip
+    files = {"sub/One": "a/sub/One.pt", "b/two": "a/b/two.pt", "c/two": "a/c/two.pt"}
+    assert find_loras("<lora:one:2>", (), lambda: files) == (("a/sub/One.pt", 2.0),)
+    with pytest.raises(ValueError, match="could be any of `b/two`, `c/two`"):
+        find_loras("<lora:two:1>", (), lambda: files)
+    with pytest.raises(ValueError, match="the LoRA `one` is given twice"):
+        find_loras("<lora:one:1>", (("a/sub/One.pt", 1.0),), lambda: files)
+
+
+def test_loras_in_prompts_are_found_recorded_and_made_again(run, tiny, tmp_path, capsys):
+    """Those of each image, without loading the model anew; the same pixels as with --lora."""
+    model = ldm.load(tiny.config, tiny.ckpt)
+    (tmp_path / "loras").mkdir()
+    for seed, name in enumerate(("one", "two")):
+        random_lora(tmp_path / f"loras/{name}.safetensors", model, seed)
+    moved = shutil.copy(tiny.ckpt, tmp_path / "model.ckpt")
+    lines = ["a fox <lora:one:0.5>", "a fox", "a fox <lora:two:0.5:1>", "<lora:one:0.5>a fox"]
+    (tmp_path / "prompts.txt").write_text("\n".join(f"{line} --seed 3" for line in lines))
+    flags = ["--ckpt", moved, "--n_samples=1", "--n_iter=1"]
+    infos = run(*flags, "--from-file", tmp_path / "prompts.txt")
+    assert [[lora["weight"] for lora in info["loras"]] for info in infos] == [
+        [0.5], [], ["0.5:1"], [0.5],
+    ]  # fmt: skip
+    hashes = [read_info(info["path"])["sha256"] for info in infos]
+    assert len({*hashes}) == 3
+    assert hashes[0] == hashes[3]
+    file = tmp_path / "loras/two.safetensors"
+    (given,) = run(*flags, "--prompt=a fox", "--seed=3", "--lora", f"{file}:0.5:1")
+    (alone,) = run(*flags, "--prompt=a fox <lora:two:0.5:1>", "--seed=3")
+    assert [read_info(info["path"])["sha256"] for info in (given, alone)] == [hashes[2]] * 2
+    text = parameters_text(read_info(infos[2]["path"]))
+    assert text.startswith("a fox <lora:two:0.5:1>\n")
+    assert parse_parameters(text)["prompt"] == "a fox"
+    for info in (infos[2], alone):
+        assert main(["replay", info["path"]]) == 0
