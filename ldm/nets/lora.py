@@ -7,6 +7,7 @@ Hu et al. 2021 (arXiv:2106.09685); of convolutions: Yeh et al. 2023 (arXiv:2309.
 changes of weights, which can only be merged, are in `lycoris`.
 """
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -233,9 +234,11 @@ def merge_changes(changes: Iterable[WeightChange]) -> None:
         deltas = [
             change.delta().to(weight.device) for change in group if isinstance(change, Addition)
         ]
-        if deltas:
+        if len(deltas) > 2:
             # Floating-point sums of more than two depend on the order: here it is by size.
-            weight = weight + torch.stack(deltas).sort(0).values.sum(0)
+            deltas = [torch.stack(deltas).sort(0).values.sum(0)]
+        if deltas:
+            weight = weight + functools.reduce(torch.add, deltas)
         for change in group:
             if not isinstance(change, Addition):
                 weight = change.change_weight(weight)
