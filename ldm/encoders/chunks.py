@@ -101,7 +101,7 @@ def _units(
 ) -> Iterator[Unit]:
     groups = {ids[0]: tuple(ids) for ids in added.values() if ids}
     for number, piece in enumerate(section, first):
-        for word in _words(piece, added) if syntax == "comfy" else [piece.text]:
+        for word in _comfy_words(piece, added) if syntax == "comfy" else [piece.text]:
             ids = tokenizer.encode(word, variant, added)
             if syntax == "comfy" and 0 < len(ids) < WORD_LIMIT and min(ids) >= 0:
                 yield Unit(tuple(ids), piece.weight, number)
@@ -113,11 +113,14 @@ def _units(
                 position += len(group)
 
 
-def _words(piece: Piece, added: tokenizer.AddedTokens) -> list[str]:
-    """Split at white space, but for tokens with white space in them."""
-    names = [name for name in sorted(added, key=len, reverse=True) if " " in name]
-    pattern = "|".join([*map(re.escape, names), r"\S+"])
-    return re.findall(pattern, piece.text, re.IGNORECASE)
+def _comfy_words(piece: Piece, added: tokenizer.AddedTokens) -> list[str]:
+    """Split at white space, but for tokens with white space; `embedding:` before one is dropped."""
+    names = "|".join(map(re.escape, sorted(added, key=len, reverse=True)))
+    text = piece.text
+    if names:
+        text = re.sub(rf"\bembedding:(?={names})", "", text, flags=re.IGNORECASE)
+    spaced = [re.escape(name) for name in sorted(added, key=len, reverse=True) if " " in name]
+    return re.findall("|".join([*spaced, r"\S+"]), text, re.IGNORECASE)
 
 
 def split_at_commas(

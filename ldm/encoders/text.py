@@ -251,7 +251,9 @@ class TextEncoder(Encoder):
             raise ArgumentError("this text encoder takes prompts of syntax plain only", "syntax")
         encoder = PromptEncoder(self.encode_tokens, self._splitter, self.embedding_table.device)
         rows = [
-            encoder.encode(prompt) if isinstance(prompt, Prompt) else split_output(self([prompt]))
+            encoder.encode(prompt)
+            if isinstance(prompt, Prompt)
+            else split_output(self.forward([prompt]))
             for prompt in prompts
         ]
         contexts = repeat_to_equal_length([context for context, _ in rows])

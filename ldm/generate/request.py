@@ -374,6 +374,10 @@ class Request:
                 )
         if self.output.unsafe is not None and self.output.safety_checker is None:
             raise ArgumentError("unsafe needs safety_checker", "unsafe")
+        if self.prompts.syntax != PLAIN and self.upscaling.upscaler is not None:
+            raise ArgumentError(
+                "an x2 latent upscaler takes prompts of syntax plain only", "syntax"
+            )
         if self.sampling.sld_concept is not None and self.sampling.sld is None:
             raise ArgumentError("sld_concept needs sld", "sld_concept")
         if self.sdxl.refiner_strength is not None and self.sdxl.refiner_start is not None:

@@ -300,7 +300,7 @@ def generate(
     ]
     if syntax != PLAIN and upscaling is not None:
         raise ArgumentError("an x2 latent upscaler takes prompts of syntax plain only", "syntax")
-    warn_about_prompts(model, [*pairs, *negatives], stacklevel=3)
+    warn_about_prompts(model, [*pairs, *negatives], stacklevel=5)  # the caller of a task
     conditions = Conditions(
         pairs,
         negatives,

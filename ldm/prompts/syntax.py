@@ -38,5 +38,8 @@ def parse_prompt(
     check_syntax(syntax)
     try:
         return PARSERS[syntax](text, steps, is_negative)
+    except ArgumentError as error:
+        error.argument = "negative_prompt" if is_negative else "prompt"
+        raise
     except RecursionError as error:
         raise ArgumentError("brackets are nested too deeply in a prompt", "prompt") from error

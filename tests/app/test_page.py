@@ -359,6 +359,7 @@ def test_an_image_of_another_program_fills_the_form(app, page, tmp_path):
     wait_for_value(page, "#prompt textarea", "a red fox")
     values = [setting(page, name) for name in ("Sampling method", "Schedule type", "Seed")]
     assert values == ["Euler a", "Karras", "3735928559"]
+    assert page.get_by_label("Prompt syntax").input_value() == "A1111"
     open_tab(page, "replay")
     area.get_by_label("Remove Image").click()
     page.wait_for_function("!document.querySelector('#facts textarea').value")

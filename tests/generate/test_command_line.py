@@ -218,7 +218,7 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
                 argvs.append([*needed[name], row.flags[0], word])
             else:
                 argvs.append([row.flags[0], word])
-        others = ("--refiner-start", "--s-churn", "--s-noise")  # not with the rest
+        others = ("--refiner-start", "--s-churn", "--s-noise", "--syntax")  # not with the rest
         compatible = [argv for argv in argvs if argv[0] not in others]
         for argv in [[], *argvs, list(chain(*compatible))]:
             request = parse_request(task, argv)[0]

@@ -162,6 +162,17 @@ def test_a_textual_inversion_is_not_cut():
         assert encoder([prompt]).shape[1] == 154
 
 
+def test_comfy_names_textual_inversions():
+    (encoder,) = encoders("sd1")
+    encoder.added_embeddings = {"thing": torch.randn(2, encoder.width)}
+    chunks = [
+        encoder.chunks(parse_prompt(text, "comfy").compositions[0].at(0))
+        for text in ("a (embedding:thing:1.2), b", "a (thing:1.2), b")
+    ]
+    assert chunks[0] == chunks[1]
+    assert lengths(chunks[0][0]) == [5]
+
+
 @pytest.fixture(scope="module")
 def compels(tmp_path_factory):
     """Ours and compel's encoder of Stable Diffusion 1 and 2."""
