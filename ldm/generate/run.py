@@ -218,16 +218,11 @@ def _parse_prompts(batches: list[Batch], syntax: str) -> list[str]:
     if syntax == PLAIN:
         return []
     jobs = [job for batch in batches for job in batch]
-    prompts = {(text, False) for job in jobs for text in (job.prompt, job.prompt_2)}
-    prompts |= {
-        (text, True) for job in jobs for text in (job.negative_prompt, job.negative_prompt_2)
-    }
-    parsed = [
-        parse_prompt(text, syntax, is_negative=is_negative)
-        for text, is_negative in sorted(
-            (text, is_negative) for text, is_negative in prompts if text
-        )
-    ]
+    prompts = (text for job in jobs for text in (job.prompt, job.prompt_2))
+    parsed = [parse_prompt(text, syntax) for text in dict.fromkeys(filter(None, prompts))]
+    negatives = (text for job in jobs for text in (job.negative_prompt, job.negative_prompt_2))
+    for text in dict.fromkeys(filter(None, negatives)):
+        parsed.append(parse_prompt(text, syntax, is_negative=True))
     return list(dict.fromkeys(note for one in parsed for note in one.notes))
 
 
@@ -235,16 +230,18 @@ def _warn_about_prompts(
     batches: list[Batch], request: Request, model: LatentDiffusion, listener: RunListener
 ) -> None:
     """Warn of the first prompt that is too long, and of the first with weights that are text."""
-    concept = request.sampling.sld_concept
-    prompts: list[str | None] = [concept]
+    jobs = [job for batch in batches for job in batch]
+    # These are plain under any syntax.
+    prompts: list[str | None] = [
+        request.sampling.sld_concept,
+        request.values().get("source_prompt"),
+    ]
     if request.prompts.syntax == PLAIN:
-        jobs = [job for batch in batches for job in batch]
         prompts += [text for job in jobs for text in (job.prompt, job.negative_prompt)]
         prompts += [text for job in jobs for text in (job.prompt_2, job.negative_prompt_2)]
     texts = list(dict.fromkeys(filter(None, prompts)))
     if not model.conditioner.find_all(TextEncoder):
         return
-    jobs = [job for batch in batches for job in batch]
     negatives = (job.negative_prompt for job in jobs)
     if tagged := next((text for text in negatives if without_tags(text) != text), None):
         listener.warn(f"a LoRA in a negative prompt is read as plain text: `{tagged}`")

@@ -64,6 +64,7 @@ from ldm.pipelines.latent_upscaling import (
     check_noise,
     double_latent,
 )
+from ldm.pipelines.prompts import warn_about_prompts
 from ldm.pipelines.quirks import Noise, Quirks
 from ldm.pipelines.sampling import invert
 from ldm.pipelines.sdxl import REFINER_MULTIPLE, size_conditions
@@ -128,7 +129,7 @@ def img2img(
         strength: 0 keeps the image, 1 starts from pure noise.
         z: its latents (B, C, h, w), of `encode_image`; None = encode it.
         inversion: start from the noise that DDIM inversion finds, which keeps the composition.
-        source_prompt: what the image shows, for the inversion.
+        source_prompt: what the image shows, for the inversion; read as plain text.
         depth: for LDM3D, see the top of this file.
         upscaling: see `txt2img`.
     """
@@ -410,6 +411,7 @@ def _inverted_noise(
     until = max(round(strength * steps), 1)
     height, width = (side * model.downscale for side in z.shape[-2:])
     sizes, _ = size_conditions(model, split_options(options)[1], (height, width), Quirks())
+    warn_about_prompts(model, [(prompt, None)], stacklevel=5)  # the caller of a task
     cond = encode_prompts(model, [(prompt, prompt)] * len(z), {}, sizes)
     legacy = {"encode"}.intersection(options.get("legacy", ()))
     z_t = invert(model, z, cond, steps=steps, until=until, scheduler=scheduler, legacy=legacy)

@@ -221,7 +221,7 @@ COMPEL = [
 @torch.no_grad()
 @pytest.mark.parametrize(
     "name",
-    ["sd10", "sdxl1", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sd20", "sdxl0"))],
+    ["sd10", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sd20", "sdxl0", "sdxl1"))],
 )
 def test_contexts_of_compel(compels, name):
     encoder, compel = compels[name]
