@@ -15,9 +15,17 @@ from PIL import Image, ImageChops
 
 from ldm.app.limits import Limits
 from ldm.app.uploads import Uploads
+from ldm.diffusion.levels import TAKES_RHO
 from ldm.diffusion.names import SAMPLERS, SCHEDULERS, SLD_PRESETS, TILINGS
 from ldm.diffusion.step_noise import STEP_NOISE
-from ldm.generate.options import Option, Value, options_of, parse_count, parse_fraction
+from ldm.generate.options import (
+    Option,
+    Value,
+    options_of,
+    parse_count,
+    parse_fraction,
+    parse_sigmas,
+)
 from ldm.generate.provenance import eta_of
 from ldm.generate.request import SDXL, Prompts
 from ldm.generate.tasks import Task
@@ -41,9 +49,9 @@ STEPS = 25  # of models without a number of their own; the scripts of the origin
 # Options, other than prompts, that are fields of all tasks, in their order on the page.
 SETTINGS = (
     "sampler", "steps", "scheduler", "scale", "width", "height", "n_iter", "n_samples", "seed",
-    "eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "rescale", "guidance_interval", "sld",
-    "sld_concept", "clip_skip", "dynamic_prompts", "vae_tile", "unet_tile", "tiling",
-    "safety_checker", "unsafe",
+    "eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "rho", "sigmas", "rescale",
+    "guidance_interval", "sld", "sld_concept", "clip_skip", "dynamic_prompts", "vae_tile",
+    "unet_tile", "tiling", "safety_checker", "unsafe",
 )  # fmt: skip
 IMAGE_BOX: dict[str, Any] = {
     "type": "filepath", "height": 240, "image_mode": None, "sources": ["upload", "clipboard"],
@@ -55,7 +63,8 @@ SLD_CHOICES = [("Off", ""), *((f"{name.capitalize()} (after {sld.warmup})", name
 SYNTAX_LABELS = {"plain": "Plain", "a1111": "A1111", "comfy": "ComfyUI", "compel": "Compel"}
 PLACEHOLDERS = {
     "sld_concept": "original",
-    "eta": "of the sampler: 0 or 1",
+    "eta": "of the sampler: 0 … 1",
+    "sigmas": "14.6,3.9,1.9,0.96,0.4,0, in place of steps and schedule",
     "prompt_2": "for the second text encoder; empty: the prompt",
     "negative_prompt_2": "empty: the negative prompt",
     "original_size": "of the image", "crop": "0,0",
@@ -66,6 +75,7 @@ PLACEHOLDERS = {
 NUMBERS: dict[str, dict[str, Any]] = {
     "s_tmin": {"step": 0.01}, "s_tmax": {"value": 0, "step": 0.01, "info": "0: no limit"},
     "s_noise": {"step": 0.001},
+    "rho": {"value": 0, "step": 0.1, "info": "of Karras, Polyexponential and EDM; 0: default"},
     "width": {"step": 8}, "height": {"step": 8}, "vae_tile": TILE, "unet_tile": TILE,
 }  # fmt: skip
 
@@ -136,6 +146,11 @@ class TaskForm:
         defaults = {name: default for name, (_, default) in self.task.options().items()}
         shown = step_noise_fields(values["sampler"])
         values |= {name: defaults[name] for name in STEP_NOISE if name not in shown}
+        if values["scheduler"] not in TAKES_RHO:
+            values["rho"] = None
+        if values["sigmas"]:
+            values["steps"] = len(parse_sigmas(values["sigmas"])) - 1
+            values["scheduler"] = values["rho"] = None
         if not values.get("refiner"):
             values.pop("refiner_start", None)
         if not values.get("sld"):
@@ -226,6 +241,7 @@ def values_from_info(info: Mapping[str, Any]) -> dict[str, Any]:
     eta = eta_of(info)
     values["eta"] = "" if eta is None else f"{eta:g}"
     values["scheduler"] = info.get("scheduler") or AUTOMATIC
+    values["rho"], values["sigmas"] = info.get("rho") or 0, _as_text(info.get("sigmas"))
     values |= {name: request[name] for name in ("rescale", "n_samples", "n_iter")
                if request.get(name) is not None}  # fmt: skip
     values["tiling"] = info.get("tiling") or "none"

@@ -34,7 +34,7 @@ class Evaluation:
     """One evaluation of the network: its predictions (eps, v or x0) at x, (B, C, h, w) each.
 
     Attributes:
-        scale: Guidance scale, not 1.
+        scale: Guidance scale; 1 for CFG++ only.
         uncond, cond: Predictions for the negative prompt and the prompt.
         further: Predictions for the texts of the rule.
     """
@@ -169,6 +169,7 @@ def add_guidance(
     rescale: float = 0.0,
     rule: Guidance | None = None,
     further: Sequence[Cond] = (),
+    on_uncond: Callable[[Tensor], object] | None = None,
 ) -> Denoise:
     """Build `denoise(x, sigma)` with guidance.
 
@@ -184,9 +185,11 @@ def add_guidance(
             conditional one, against over-exposure at high scales.
         rule: How predictions are combined; None for classifier-free guidance.
         further: Conditions of `rule.texts`.
+        on_uncond: Called with each estimate without the prompt, which is then also computed at a
+            scale of 1.
     """
     rule = rule or Guidance()
-    if isinstance(cond, Cond) and (uncond is None or scale == 1):
+    if isinstance(cond, Cond) and (uncond is None or (scale == 1 and on_uncond is None)):
         return lambda x, sigma: denoiser(x, sigma, cond)
     if uncond is None:
         raise ArgumentError("a composition of prompts needs the unconditional condition")
@@ -198,7 +201,7 @@ def add_guidance(
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         current_scale = scale(sigma) if callable(scale) else scale
-        if current_scale == 1 and isinstance(cond, Cond):
+        if current_scale == 1 and on_uncond is None and isinstance(cond, Cond):
             rule.calls += 1
             return denoiser(x, sigma, cond)
         x_cond = x if isinstance(cond, Cond) else x[cond.rows.to(x.device)]
@@ -212,6 +215,8 @@ def add_guidance(
         )
         prediction = rule.combine(evaluation)
         rule.calls += 1
+        if on_uncond is not None:
+            on_uncond(denoiser.convert_prediction(x, sigma, pred_uncond))
         if rescale:
             prediction = _rescale(prediction, pred_cond, rescale)
         return denoiser.convert_prediction(x, sigma, prediction)

@@ -28,7 +28,11 @@ class Sampler:
     eta: float | None = None  # how much, by default; None where it cannot be set
     takes_churn: bool = False  # noise before steps
     scales_time: bool = False  # takes `NoiseSchedule.scale_time`
+    takes_uncond: bool = False  # takes the unconditional estimate, too
+    scale: float | None = None  # of guidance, by default; None for the model's
     scheduler: str | None = None  # that belongs to it; None for the model's
+    a1111_scheduler: str = "normal"  # which A1111's "Automatic" stands for
+    skips_last_level: bool = False  # drops the last level before 0 of one step more, as in A1111
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Scheduler:
     label: str  # in A1111's text and on the page; A1111 has it only where it means the same
     max_steps: int | None = None  # None for the number of timesteps
     for_sdxl: str | None = None  # the scheduler that stands for it with SDXL
+    rho: float | None = None  # exponent by default; None where there is none to set
 
 
 @dataclass(frozen=True)
@@ -92,37 +97,85 @@ class SLD:
 
 
 SAMPLERS = {
-    "ddim": Sampler("ddim", "DDIM", takes_noise=True, eta=0.0),
-    "plms": Sampler("plms", "PLMS"),
+    "ddim": Sampler("ddim", "DDIM", takes_noise=True, eta=0.0, a1111_scheduler="uniform"),
+    "plms": Sampler("plms", "PLMS", a1111_scheduler="uniform"),
     "dpm": Sampler("dpmpp_2m", "DPM++ 2M (original dpm)", scheduler="time_uniform"),
     "euler": Sampler("euler", "Euler", takes_churn=True),
     "euler_a": Sampler("euler_ancestral", "Euler a", takes_noise=True, eta=1.0),
     "heun": Sampler("heun", "Heun", takes_churn=True),
-    "dpmpp_2s_a": Sampler("dpmpp_2s_ancestral", "DPM++ 2S a", takes_noise=True, eta=1.0),
-    "dpmpp_2m_sde": Sampler("dpmpp_2m_sde", "DPM++ 2M SDE", takes_noise=True, eta=1.0),
+    "dpmpp_2s_a": Sampler(
+        "dpmpp_2s_ancestral", "DPM++ 2S a", takes_noise=True, eta=1.0, a1111_scheduler="karras"
+    ),
+    "dpmpp_2m_sde": Sampler(
+        "dpmpp_2m_sde", "DPM++ 2M SDE", takes_noise=True, eta=1.0, a1111_scheduler="exponential"
+    ),
+    "dpmpp_2m_sde_heun": Sampler(
+        "dpmpp_2m_sde_heun",
+        "DPM++ 2M SDE Heun",
+        takes_noise=True,
+        eta=1.0,
+        a1111_scheduler="exponential",
+    ),
     "lms": Sampler("lms", "LMS"),
-    "dpmpp_2m": Sampler("dpmpp_2m", "DPM++ 2M"),
-    "dpm2": Sampler("dpm2", "DPM2"),
-    "dpm2_a": Sampler("dpm2_ancestral", "DPM2 a", takes_noise=True, eta=1.0),
-    "dpmpp_sde": Sampler("dpmpp_sde", "DPM++ SDE", takes_noise=True, eta=1.0),
-    "dpmpp_3m_sde": Sampler("dpmpp_3m_sde", "DPM++ 3M SDE", takes_noise=True, eta=1.0),
-    "unipc": Sampler("unipc", "UniPC"),
+    "dpmpp_2m": Sampler("dpmpp_2m", "DPM++ 2M", a1111_scheduler="karras"),
+    "dpm2": Sampler(
+        "dpm2", "DPM2", takes_churn=True, a1111_scheduler="karras", skips_last_level=True
+    ),
+    "dpm2_a": Sampler(
+        "dpm2_ancestral",
+        "DPM2 a",
+        takes_noise=True,
+        eta=1.0,
+        a1111_scheduler="karras",
+        skips_last_level=True,
+    ),
+    "dpmpp_sde": Sampler(
+        "dpmpp_sde", "DPM++ SDE", takes_noise=True, eta=1.0, a1111_scheduler="karras"
+    ),
+    "dpmpp_3m_sde": Sampler(
+        "dpmpp_3m_sde",
+        "DPM++ 3M SDE",
+        takes_noise=True,
+        eta=1.0,
+        a1111_scheduler="exponential",
+        skips_last_level=True,
+    ),
+    "restart": Sampler(
+        "restart", "Restart", takes_noise=True, scheduler="karras", a1111_scheduler="karras"
+    ),
+    "dpm_fast": Sampler("dpm_fast", "DPM fast", takes_noise=True, eta=1.0, scheduler="normal"),
+    "dpm_adaptive": Sampler(
+        "dpm_adaptive", "DPM adaptive", takes_noise=True, eta=1.0, scheduler="normal"
+    ),
+    "ddpm": Sampler("euler_ancestral", "DDPM", takes_noise=True, eta=1.0),
+    "euler_cfg_pp": Sampler("euler_cfg_pp", "Euler CFG++", takes_uncond=True, scale=1.0),
+    "euler_a_cfg_pp": Sampler(
+        "euler_ancestral_cfg_pp",
+        "Euler a CFG++",
+        takes_noise=True,
+        eta=1.0,
+        takes_uncond=True,
+        scale=1.0,
+    ),
+    "unipc": Sampler("unipc", "UniPC", a1111_scheduler="uniform"),
     "deis": Sampler("deis", "DEIS"),
-    "lcm": Sampler("lcm", "LCM", takes_noise=True, scheduler="lcm"),
+    "lcm": Sampler("lcm", "LCM", takes_noise=True, scheduler="lcm", a1111_scheduler="lcm_a1111"),
     "tcd": Sampler("tcd", "TCD", takes_noise=True, eta=0.3, scales_time=True, scheduler="tcd"),
 }
 
 SCHEDULERS = {
     "uniform": Scheduler("uniform_sigmas", "DDIM uniform"),
     "trailing": Scheduler("trailing_sigmas", "Trailing"),
-    "karras": Scheduler("karras_sigmas", "Karras"),
+    "karras": Scheduler("karras_sigmas", "Karras", rho=7.0),
     "exponential": Scheduler("exponential_sigmas", "Exponential"),
+    "polyexponential": Scheduler("exponential_sigmas", "Polyexponential", rho=1.0),
     "time_uniform": Scheduler("time_uniform_sigmas", "Uniform in time"),
     "sgm_uniform": Scheduler("sgm_uniform_sigmas", "SGM Uniform in whole timesteps"),
     "sgm_uniform_a1111": Scheduler("sgm_uniform_a1111_sigmas", "SGM Uniform"),
+    "ddim_uniform": Scheduler("ddim_uniform_sigmas", "DDIM"),
     "leading": Scheduler("leading_sigmas", "Leading"),
     "turbo": Scheduler("turbo_sigmas", "Turbo", max_steps=10),
-    "edm": Scheduler("edm_sigmas", "EDM"),
+    "edm": Scheduler("edm_sigmas", "EDM", rho=3.0),
     "normal": Scheduler("normal_sigmas", "Normal"),
     "simple": Scheduler("simple_sigmas", "Simple"),
     "beta": Scheduler("beta_sigmas", "Beta in time", max_steps=138),
@@ -133,6 +186,7 @@ SCHEDULERS = {
     "ays_xl": Scheduler("ays_xl_sigmas", "Align Your Steps XL, last to 0"),
     "ays_xl_a1111": Scheduler("ays_xl_a1111_sigmas", "Align Your Steps XL"),
     "lcm": Scheduler("lcm_sigmas", "LCM", max_steps=50),
+    "lcm_a1111": Scheduler("lcm_a1111_sigmas", "LCM as in A1111"),
     "tcd": Scheduler("tcd_sigmas", "TCD", max_steps=50),
 }
 

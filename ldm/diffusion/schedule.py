@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.diffusion import names
+from ldm.diffusion.levels import check_rho
 from ldm.runtime.errors import ArgumentError, unknown_name
 
 __all__ = [
@@ -142,13 +143,16 @@ class NoiseSchedule(ABC):
         """Return the noise level at `factor` times the timestep of sigma, rounded down."""
         return factor * sigma
 
-    def step_sigmas(self, steps: int, scheduler: str = "uniform") -> Tensor:
+    def step_sigmas(
+        self, steps: int, scheduler: str = "uniform", rho: float | None = None
+    ) -> Tensor:
         """Compute the noise levels (steps + 1,) of a run, float64, descending.
 
         Args:
             steps: 1 … T, or the greatest number of the scheduler.
-            scheduler: A name in SCHEDULERS. All but "uniform", "time_uniform" and "tcd"
-                end at 0.
+            scheduler: A name in SCHEDULERS. All but "uniform", "time_uniform" and "tcd" end at 0;
+                "ddim_uniform" may have a level more.
+            rho: Exponent of "karras", "polyexponential" and "edm"; None for their defaults.
         """
         if scheduler not in SCHEDULERS:
             raise unknown_name("scheduler", scheduler, SCHEDULERS, argument="scheduler")
@@ -156,7 +160,9 @@ class NoiseSchedule(ABC):
         if not 1 <= steps <= (most or len(self)):
             limit = f"1 … {most} with scheduler `{scheduler}`" if most else f"1 … {len(self)}"
             raise ArgumentError(f"steps must be in {limit}, got {steps}", "steps")
-        return SCHEDULERS[scheduler](self, steps)
+        check_rho(rho, scheduler)
+        options = {} if rho is None else {"rho": rho}
+        return SCHEDULERS[scheduler](self, steps, **options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -399,6 +405,12 @@ def leading_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
     return _append_zero(schedule.sigmas[t.clamp(max=len(schedule) - 1)])
 
 
+def ddim_uniform_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
+    """Take every floor(T / steps)-th timestep from the second on, all there are, like ComfyUI."""
+    t = torch.arange(1, len(schedule), max(len(schedule) // steps, 1)).flip(0)
+    return _append_zero(schedule.sigmas[t])
+
+
 def turbo_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
     """Take every tenth of the timesteps from the last, as SDXL Turbo does for 1 … 4 steps."""
     t = len(schedule) - 1 - torch.arange(steps) * (len(schedule) // 10)
@@ -477,6 +489,12 @@ def lcm_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
     return _append_zero(_consistency_sigmas(schedule, steps))
 
 
+def lcm_a1111_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
+    """Space steps evenly over the 50 timesteps of latent consistency models, like A1111."""
+    kept = _consistency_sigmas(schedule, min(50, len(schedule))).tolist()
+    return _append_zero(_interpolate_levels(kept, steps))
+
+
 def tcd_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
     """Choose timesteps as `lcm_sigmas` does, and end at the first one (arXiv:2402.19159)."""
     return torch.cat([_consistency_sigmas(schedule, steps), schedule.sigmas[:1]])
@@ -528,6 +546,6 @@ def _append_zero(sigmas: Tensor) -> Tensor:
 
 
 # `names.SCHEDULERS` has the function of each scheduler, all in this module.
-SCHEDULERS: dict[str, Callable[[NoiseSchedule, int], Tensor]] = {
+SCHEDULERS: dict[str, Callable[..., Tensor]] = {
     name: globals()[scheduler.function] for name, scheduler in names.SCHEDULERS.items()
 }

@@ -220,15 +220,17 @@ def resolve_sampling(request: Request, defaults: Defaults) -> Sampling:
         defaults: of the model; those of Stable Diffusion 1 and 2 leave the scale to the task.
     """
     sampling, scale = request.sampling, defaults.scale
-    if request.uses_demo_model:
+    sampler = sampling.sampler or defaults.sampler
+    if (own_scale := SAMPLERS[sampler].scale) is not None:
+        scale = own_scale
+    elif request.uses_demo_model:
         scale = request.task.demo_scale
     elif defaults == Defaults():
         scale = request.task.scale
-    sampler = sampling.sampler or defaults.sampler
     return replace(
         sampling,
         scale=scale if sampling.scale is None else sampling.scale,
-        steps=sampling.steps or defaults.steps,
+        steps=len(sampling.sigmas) - 1 if sampling.sigmas else sampling.steps or defaults.steps,
         sampler=sampler,
         eta=SAMPLERS[sampler].eta if request.eta is None else request.eta,
     )
@@ -259,6 +261,12 @@ def _warn_about_ignored_options(request: Request, model: LatentDiffusion) -> Non
         log.warning("`f` %d is ignored: the model has %d", choice.factor, model.downscale)
     if model.provenance.get("pipeline") == SAFE_PIPELINE and sampling.sld is None:
         log.info("its authors' pipeline guides away from unsafe concepts: `sld` medium does")
+    row = SAMPLERS.get(sampling.sampler or "")
+    if row and row.takes_uncond and (sampling.scale or 0) > 2 * (row.scale or 1):
+        log.warning(
+            "sampler `%s` is made for guidance scales about 1, not %g",
+            sampling.sampler, sampling.scale,
+        )  # fmt: skip
     values = request.values()
     for name in ("torchscript", "ipex", "laion400m"):
         if values[name]:

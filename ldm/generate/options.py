@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ldm.diffusion.levels import check_sigmas
 from ldm.diffusion.names import API_LEGACY, LEGACY, SLD
 from ldm.loading.addons.lora_weights import LoRAWeight, split_weight
 from ldm.runtime.errors import ArgumentError, MissingFile, unknown_name
@@ -170,6 +171,16 @@ def parse_integer(argument: str) -> int:
         return int(argument)
     except ValueError as error:
         raise ArgumentError(f"`{argument}` is not a whole number") from error
+
+
+def parse_sigmas(argument: str) -> tuple[float, ...]:
+    """Parse noise levels, descending, separated by commas or blanks."""
+    numbers = [_number(part) for part in argument.replace(",", " ").split()]
+    if None in numbers:
+        raise ArgumentError(f"`{argument}` is not a list of numbers")
+    sigmas = tuple(number for number in numbers if number is not None)
+    check_sigmas(sigmas)
+    return sigmas
 
 
 def parse_interval(argument: str) -> tuple[float, float]:

@@ -123,7 +123,7 @@ def _parse_line(
         count *= parse_count(values.pop(name, "1"))
     if "sampler" in values and values["sampler"] not in SAMPLERS:
         name = KOHYA_SAMPLERS.get(values["sampler"], values["sampler"])
-        values |= parse_sampler({"Sampler": name}, is_ours=False)
+        values |= parse_sampler({"Sampler": name}, version="ldm")
     checked = {name: decode_option(name, *options[name], value) for name, value in values.items()}
     return PromptLine(texts.pop("prompt", prompt), texts, seeds, count, checked)
 

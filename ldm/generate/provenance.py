@@ -78,7 +78,10 @@ def describe_run(
         "task": request.task.name,
         "sampler": sampling.sampler,
         "scheduler": sampling.scheduler,
-        "scheduler_in_use": sampling.scheduler or default_scheduler(model, sampling.sampler),
+        "scheduler_in_use": None
+        if sampling.sigmas
+        else sampling.scheduler or default_scheduler(model, sampling.sampler),
+        **{name: value for name in ("rho", "sigmas") if (value := vars(sampling)[name])},
         "steps": sampling.steps,
         **{name: value for name in STEP_NOISE if (value := vars(sampling)[name]) is not None},
         "scale": sampling.scale,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
+from ldm.diffusion.levels import TAKES_RHO, check_rho
 from ldm.diffusion.names import SAMPLERS, SCHEDULERS, SLD_PRESETS, TILINGS
 from ldm.diffusion.step_noise import StepNoise
 from ldm.generate.options import (
@@ -27,6 +28,7 @@ from ldm.generate.options import (
     parse_interval,
     parse_legacy,
     parse_number,
+    parse_sigmas,
     parse_size,
     parse_sld,
     parse_weighted_file,
@@ -168,12 +170,19 @@ class Sampling:
     scheduler: str | None = option(None, "--scheduler", "--spacing", "--grid-spacing",
         choices=tuple(SCHEDULERS), metavar="NAME", label="Schedule type",
         help=f"spacing of the timesteps: {', '.join(SCHEDULERS)} (default: the sampler's own)")
+    rho: float | None = option(None, "--rho", parse=parse_number, metavar="RHO",
+        label="Schedule rho", help="exponent of the scheduler (default:"
+        f" {', '.join(f'{name} {SCHEDULERS[name].rho:g}' for name in TAKES_RHO)})")
+    sigmas: tuple[float, ...] | None = option(None, "--sigmas", parse=parse_sigmas,
+        read=read_argument, metavar="LIST", label="Sigmas",
+        help="own noise levels, descending, such as 14.6,3.9,1.9,0.96,0.4,0, or @FILE with them,"
+        " in place of steps and scheduler")
     eta: float | None = option(None, "--ddim_eta", "--eta", parse=parse_number, metavar="ETA",
         label="Eta", help="noise between steps, 0 … 1; the gamma of tcd (default: ddim 0,"
         " tcd 0.3, others 1)")
     s_churn: float = option(0.0, "--s-churn", "--s_churn", parse=parse_number, metavar="S",
         label="Sigma churn", maximum=100,
-        help="noise before the steps of euler and heun, up to the number of steps (default:"
+        help="noise before the steps of euler, heun and dpm2, up to their number (default:"
         " %(default)s)")
     s_tmin: float = option(0.0, "--s-tmin", "--s_tmin", parse=parse_number, metavar="SIGMA",
         label="Sigma tmin", help="no churn below this sigma (default: %(default)s)")
@@ -365,6 +374,16 @@ class Request:
             StepNoise(
                 self.eta, sampling.s_churn, sampling.s_tmin, sampling.s_tmax, sampling.s_noise
             ).check(sampling.sampler)
+        if sampling.sigmas is not None:
+            for name in ("scheduler", "rho"):
+                if vars(sampling)[name] is not None:
+                    raise ArgumentError(f"sigmas are given, leave out {name}", name)
+            _, default = self.task.options()["steps"]
+            if sampling.steps not in (default, len(sampling.sigmas) - 1):
+                message = f"sigmas have {len(sampling.sigmas) - 1} steps, not {sampling.steps}"
+                raise ArgumentError(message, "steps")
+        if sampling.scheduler is not None:
+            check_rho(sampling.rho, sampling.scheduler)
         multiple = 64 if self.sdxl.refiner is not None else 8
         for name, side in zip(("height", "width"), self.sampling.size, strict=True):
             if side is not None and (side < 8 or side % multiple):

@@ -298,6 +298,8 @@ def _generate(
         "steps": sampling.steps,
         "sampler": sampling.sampler,
         "scheduler": sampling.scheduler,
+        "rho": sampling.rho,
+        "sigmas": sampling.sigmas,
         "eta": sampling.eta,
         "s_churn": sampling.s_churn,
         "s_tmin": sampling.s_tmin,

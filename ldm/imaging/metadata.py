@@ -3,8 +3,8 @@
 Other programs read the first; `ldm replay` reads the second, which has everything. The info of an
 image is a plain dict; `parameters_text` knows these keys, all optional:
 
-    prompt, negative_prompt, seed, sampler, scheduler, scheduler_in_use, steps, scale, eta,
-    s_churn, s_tmin, s_tmax, s_noise,
+    prompt, negative_prompt, seed, sampler, scheduler, scheduler_in_use, rho, sigmas, steps, scale,
+    eta, s_churn, s_tmin, s_tmax, s_noise,
     size (height, width), strength, checkpoint (name), checkpoint_hash, ldm (version),
     mask_box, mask_grow, mask_blur, noise_level, mix_noise_level, weight (of each image),
     clip_skip, tiling, depth_range (lowest and highest of 0 … 65535),
@@ -41,12 +41,20 @@ __all__ = [
 ]
 
 KEY = "ldm"
-OWN_STEPS = ("ddim", "plms")  # samplers whose steps A1111's schedule type does not change
+OWN_STEPS = ("ddim", "plms", "unipc")  # samplers whose steps A1111's schedule type does not change
 
 
 def _parse_pair(text: str) -> list[int]:
     first, second = text.split(",")
     return [int(first), int(second)]
+
+
+def _parse_numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def _join_numbers(numbers: Iterable[float] | None) -> str:
+    return ", ".join(map(repr, numbers or ()))
 
 
 def _parse_tiling(text: str) -> str:
@@ -71,6 +79,8 @@ SETTINGS: dict[str, tuple[str, Callable[[str], object]]] = {
     "CFG scale": ("scale", float),
     "Seed": ("seed", int),
     "Denoising strength": ("strength", float),
+    "Schedule rho": ("rho", float),
+    "Sigmas": ("sigmas", _parse_numbers),
     "Eta": ("eta", float),
     "Eta DDIM": ("eta", float),
     "Sigma churn": ("s_churn", float),
@@ -157,6 +167,8 @@ def _settings(info: JsonMapping) -> Iterable[tuple[str, str]]:
         "Steps": info.get("steps"),
         "Sampler": sampler and _a1111_sampler(sampler),
         "Schedule type": _schedule_type(info),
+        "Schedule rho": info.get("rho"),
+        "Sigmas": _join_numbers(info.get("sigmas")),
         "CFG scale": info.get("scale"),
         "Seed": info.get("seed"),
         "Size": size and f"{size[1]}x{size[0]}",
@@ -242,6 +254,8 @@ def _concept_name(text: str | None) -> str | None:
 
 def _schedule_type(info: JsonMapping) -> str | None:
     """Name the scheduler: A1111's name where it has the same, else one that it does not have."""
+    if info.get("sigmas"):
+        return None
     name = info.get("scheduler_in_use") or info.get("scheduler") or info.get("grid")
     if name == "uniform" and info.get("sampler") in OWN_STEPS:
         return None  # these are A1111's steps too, whatever its schedule type is
@@ -276,12 +290,18 @@ def parse_parameters(parameters: str) -> JsonObject:
     info.setdefault("syntax", "plain" if is_ours else "a1111")
     if is_ours:
         info["prompt"] = LORA_TAGS.sub("", info["prompt"])
-    info |= parse_sampler(other, is_ours)
+    info |= parse_sampler(other, str(info.get("version") or ""))
     return {**info, "other": other} if other else info
 
 
-def parse_sampler(settings: dict[str, str], is_ours: bool) -> dict[str, str]:
-    """Take sampler and schedule, which older versions of A1111 wrote as one, out of settings."""
+def parse_sampler(settings: dict[str, str], version: str) -> dict[str, str]:
+    """Take sampler and schedule, which A1111 wrote as one before 1.9, out of settings.
+
+    Args:
+        version: of the program that wrote them; other than ours, a schedule that is left out is
+            the one that A1111 means by it.
+    """
+    is_ours = version.startswith("ldm")
     name, schedule = settings.pop("Sampler", ""), settings.get("Schedule type", "")
     schedulers = {row.label: key for key, row in SCHEDULERS.items()}
     # A1111's is that of k-diffusion; version 0.1 of ours wrote so, too.
@@ -292,8 +312,15 @@ def parse_sampler(settings: dict[str, str], is_ours: bool) -> dict[str, str]:
     values = {}
     if name:
         values["sampler"] = {row.label: key for key, row in SAMPLERS.items()}.get(name, name)
-    if schedule in schedulers:
+    row = SAMPLERS.get(values.get("sampler", ""))
+    if row and not is_ours and (values["sampler"] in OWN_STEPS or schedule in ("", "Automatic")):
+        number = re.search(r"(\d+)\.(\d+)[^v]*$", version)
+        is_old = number is not None and (int(number[1]), int(number[2])) < (1, 9)
+        has_one = row.a1111_scheduler in ("karras", "exponential")
+        values["scheduler"] = "normal" if is_old and has_one else row.a1111_scheduler
+    elif schedule in schedulers:
         values["scheduler"] = schedulers[schedule]
+    if "scheduler" in values:
         settings.pop("Schedule type", None)
     return values
 

@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 
 from ldm.conditioning import AnyCond, Composition, Cond, ScheduledCond
 from ldm.diffusion.guidance import Guidance, Scale
+from ldm.diffusion.names import SAMPLERS
 from ldm.diffusion.samplers.common import Constrain
 from ldm.diffusion.step_noise import StepNoise
 from ldm.encoders.text import TextEncoder, clip_skip
@@ -38,6 +39,7 @@ from ldm.pipelines.sampling import (
     Callback,
     SamplingOptions,
     check_sampling,
+    default_scale,
     latent_size,
     run_sigmas,
     sample,
@@ -98,7 +100,6 @@ class SampleOptions(SamplingOptions, total=False):
     z_t: Tensor | None
     strength: float
     size: tuple[int, int] | None
-    sigmas: Tensor
     end: int
     first_step: int
     rule: Guidance | None
@@ -197,6 +198,7 @@ class Conditions:
         size: (height, width) of the images in pixels.
         scale: of guidance; None = the default of each model.
         rule: of guidance, whose texts are encoded, too.
+        sampler: a name in SAMPLERS; None = the default of each model.
     """
 
     prompts: Sequence[StepPrompts | TextPair]
@@ -207,6 +209,7 @@ class Conditions:
     size: tuple[int, int]
     scale: Scale | None
     rule: Guidance | None
+    sampler: str | None = None
 
     def encode(self, model: LatentDiffusion, quirks: Quirks, *, after_base: bool = False) -> Conds:
         """Encode prompts, negative prompts and the texts of the rule, as a model reads them.
@@ -224,8 +227,9 @@ class Conditions:
             return check_finite(encode_prompts(model, pairs, rows, sizes), "the text encoder")
 
         cond = encode_steps(self.prompts, encode)
-        scale = model.defaults.scale if self.scale is None else self.scale
-        if scale == 1 and not has_composition(cond):
+        scale = default_scale(model, self.sampler) if self.scale is None else self.scale
+        takes_uncond = SAMPLERS[self.sampler or model.defaults.sampler].takes_uncond
+        if scale == 1 and not takes_uncond and not has_composition(cond):
             return cond, None, []
         texts = self.rule.texts if self.rule else ()
         further = [
@@ -310,6 +314,7 @@ def generate(
         size_in_pixels,
         scale,
         rule,
+        sampling.get("sampler"),
     )
     refiner = sdxl.get("refiner")
     start = {"z": z, "strength": strength, "size": size, "noise": noise, "constrain": constrain}
@@ -484,7 +489,8 @@ def _count_steps(
     steps = len(run_sigmas(model, quirks, options)) - 1
     if strength is None:
         return steps
-    requested = options.get("steps") or model.defaults.steps
+    default = model.defaults.steps if options.get("sigmas") is None else steps
+    requested = options.get("steps") or default
     first, _ = quirks.first_step(strength, requested, steps)
     return steps - first
 

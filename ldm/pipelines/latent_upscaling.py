@@ -15,12 +15,13 @@ from typing_extensions import Unpack
 
 from ldm.conditioning import Cond
 from ldm.diffusion.guidance import Scale
+from ldm.diffusion.names import SAMPLERS
 from ldm.encoders.lowres import LowResLatent
 from ldm.model import LatentDiffusion
 from ldm.nets.latent_upscaler import LatentUpscalerUNet
 from ldm.pipelines.families import family_of, file_name
 from ldm.pipelines.quirks import Noise, Quirks
-from ldm.pipelines.sampling import SamplingOptions, run_sigmas, sample
+from ldm.pipelines.sampling import SamplingOptions, default_scale, run_sigmas, sample
 from ldm.runtime.errors import ArgumentError, unknown_name
 
 __all__ = ["FACTOR", "Upscaling", "check_latent", "check_noise", "double_latent"]
@@ -123,14 +124,16 @@ def double_latent(
         cond = model.condition({"txt": texts, "lowres_latent": lowres, "noise_sigma": sigma})
         return replace(cond, context_mask=None) if "unmasked" in quirks else cond
 
-    scale = model.defaults.scale if scale is None else scale
+    sampler = options.get("sampler") or model.defaults.sampler
+    scale = default_scale(model, sampler) if scale is None else scale
     cond = encode(negative_prompts if scale == 0 else prompts)
-    uncond = None if scale in (0, 1) else encode(negative_prompts)
+    is_guided = scale != 0 and (scale != 1 or SAMPLERS[sampler].takes_uncond)
+    uncond = encode(negative_prompts) if is_guided else None
     sigmas = run_sigmas(model, quirks, options)
     start = _start_noise(latent, options.get("x_T"), noise)
     # `sample` takes latents of the same variance at every level, and returns them; these are not.
     first, last = float(sigmas[0]), float(sigmas[-1])
-    run: SamplingOptions = {**options, "x_T": None}
+    run: SamplingOptions = {**options, "x_T": None, "sigmas": sigmas}
     z = sample(
         model,
         cond,
@@ -138,7 +141,6 @@ def double_latent(
         z_t=start * (first / math.hypot(1, first)),
         scale=1 if uncond is None else scale,
         noise=noise,
-        sigmas=sigmas,
         **run,
     )
     return z[..., : FACTOR * height, : FACTOR * width] * math.hypot(1, last)

@@ -56,11 +56,13 @@ class Quirks:
             enabled -= {"refiner-from-noise"}
         return cls(enabled)
 
-    def sigmas(self, schedule: NoiseSchedule, steps: int, scheduler: str) -> Tensor:
-        """Return the noise levels of a run, as `Schedule.steps`."""
+    def sigmas(
+        self, schedule: NoiseSchedule, steps: int, scheduler: str, rho: float | None = None
+    ) -> Tensor:
+        """Return the noise levels of a run, as `Schedule.step_sigmas`."""
         if "steps" in self and scheduler == "uniform":
             return _original_uniform_sigmas(schedule, steps)
-        return schedule.step_sigmas(steps, scheduler)
+        return schedule.step_sigmas(steps, scheduler, rho)
 
     def denoiser(self, model: LatentDiffusion, sampler: str) -> Denoiser:
         """Return the model's denoiser; where the original took v or x0 for eps, so does it."""

@@ -5,6 +5,7 @@ invert     latent -> the noisy latent from which DDIM leads back to it
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,6 +25,7 @@ from ldm.diffusion.guidance import (
     follow_schedule,
     limit_to_interval,
 )
+from ldm.diffusion.levels import check_sigmas
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.samplers.common import Constrain
 from ldm.diffusion.samplers.single_step import euler
@@ -40,6 +42,7 @@ from ldm.runtime.errors import ArgumentError, unknown_name
 __all__ = [
     "SamplingOptions",
     "check_sampling",
+    "default_scale",
     "default_scheduler",
     "invert",
     "latent_size",
@@ -56,6 +59,8 @@ class SamplingOptions(TypedDict, total=False):
     steps: int | None
     sampler: str | None
     scheduler: str | None
+    rho: float | None
+    sigmas: Tensor | Sequence[float] | None
     eta: float | None
     s_churn: float
     s_tmin: float
@@ -86,7 +91,8 @@ def sample(
     steps: int | None = None,
     sampler: str | None = None,
     scheduler: str | None = None,
-    sigmas: Tensor | None = None,
+    rho: float | None = None,
+    sigmas: Tensor | Sequence[float] | None = None,
     end: int | None = None,
     eta: float | None = None,
     s_churn: float = 0.0,
@@ -121,14 +127,15 @@ def sample(
         steps: 1 … T; None = the model's default.
         sampler: a name in SAMPLERS; None = the model's default.
         scheduler: a name in SCHEDULERS; None = `default_scheduler`.
-        sigmas: noise levels to run, descending; None = those of steps and scheduler.
+        rho: exponent of schedulers that have one; None = the scheduler's default.
+        sigmas: noise levels to run, descending; None = those of steps, scheduler and rho.
         end: index in sigmas of the level to stop at; the result is then noisy. None = the last.
         eta: noise between steps, 0 (none) … 1 (DDPM) (arXiv:2010.02502, eq. 16), for samplers
             that have it; None = 0 for `ddim`, 1 for ancestral ones.
-        s_churn: noise added before each step of `euler` and `heun` (arXiv:2206.00364, algorithm 2).
+        s_churn: noise before each step of `euler`, `heun`, `dpm2` (arXiv:2206.00364, algorithm 2).
         s_tmin, s_tmax: sigmas between which there is churn; None = no upper limit.
         s_noise: standard deviation of the noise of churn and between steps.
-        scale: guidance scale; 1 is none, None = the model's default.
+        scale: guidance scale; 1 is none, None = `default_scale`.
         rescale: 0 … 1, see `add_guidance`.
         guidance_interval: (low, high) sigmas between which guidance acts; None = everywhere.
         rule: how guidance combines predictions, an object for this run; None = classifier-free.
@@ -152,13 +159,20 @@ def sample(
     """
     quirks = Quirks.of(model, legacy)
     scheduler, defaults = scheduler or grid, model.defaults
-    sampler, scale = sampler or defaults.sampler, defaults.scale if scale is None else scale
+    sampler = sampler or defaults.sampler
     step_noise = StepNoise(eta, s_churn, s_tmin, s_tmax, s_noise)
     check_sampling(sampler, scheduler, step_noise, strength, rescale)
-    steps = defaults.steps if steps is None else steps
-    if sigmas is None:
-        options: SamplingOptions = {"steps": steps, "sampler": sampler, "scheduler": scheduler}
+    scale = default_scale(model, sampler) if scale is None else scale
+    if not isinstance(sigmas, Tensor):
+        options: SamplingOptions = {
+            "steps": steps, "sampler": sampler, "scheduler": scheduler, "rho": rho,
+            "sigmas": sigmas,
+        }  # fmt: skip
         sigmas = run_sigmas(model, quirks, options)
+        steps = len(sigmas) - 1 if options["sigmas"] is not None else steps
+    elif (sigmas.diff() > 0).any():
+        raise ArgumentError("sigmas must descend", "sigmas")
+    steps = defaults.steps if steps is None else steps
     noise = noise or noise_source(seeds, len(cond), quirks.names)
     shape = (len(cond), model.channels, *latent_size(model, size, x_T if z is None else z))
     first = 0
@@ -179,8 +193,20 @@ def sample(
     if guidance_interval is not None:
         scale = limit_to_interval(scale, *guidance_interval)
     denoiser = _in_tiles(quirks.denoiser(model, sampler), unet_tile)
+    unconds: deque[Tensor] = deque(maxlen=1)
+    sampler_options = _sampler_options(
+        model.schedule, sampler, step_noise, noise, "noise" in quirks, end is not None
+    )
+    if names.SAMPLERS[sampler].takes_uncond:
+        sampler_options["last_uncond"] = lambda: unconds[0] if unconds else None
     guide = partial(
-        add_guidance, denoiser, scale=scale, rescale=rescale, rule=rule, further=further
+        add_guidance,
+        denoiser,
+        scale=scale,
+        rescale=rescale,
+        rule=rule,
+        further=further,
+        on_uncond=unconds.append if "last_uncond" in sampler_options else None,
     )
     counter = StepCounter(first_step)
     with circular_padding(tiling):
@@ -190,9 +216,7 @@ def sample(
             sigmas,
             callback=_with_steps(callback, len(sigmas) - 1, counter),
             constrain=constrain,
-            **_sampler_options(
-                model.schedule, sampler, step_noise, noise, "noise" in quirks, end is not None
-            ),
+            **sampler_options,
         )
     quirks.draw_unused(sampler, sigmas, x)
     return x / _std(sigmas[-1])
@@ -231,14 +255,36 @@ def invert(
 
 
 def run_sigmas(model: LatentDiffusion, quirks: Quirks, options: SamplingOptions) -> Tensor:
-    """Return the noise levels (n + 1,) of a run of steps, sampler and scheduler."""
-    steps, sampler = options.get("steps"), options.get("sampler") or model.defaults.sampler
+    """Return the noise levels (n + 1,) of a run of steps, sampler and scheduler, or its own ones.
+
+    Raises:
+        ArgumentError: a number of steps, a rho or own levels that are not allowed.
+    """
+    sampler, levels = options.get("sampler") or model.defaults.sampler, options.get("sigmas")
+    steps, rho = options.get("steps"), options.get("rho")
+    if levels is not None:
+        sigmas = torch.as_tensor(levels, dtype=torch.float64)
+        check_sigmas(sigmas.tolist())
+        for name in ("scheduler", "rho"):
+            if options.get(name) is not None:
+                raise ArgumentError(f"sigmas are given, leave out {name}", name)
+        if steps not in (None, len(sigmas) - 1):
+            raise ArgumentError(f"sigmas have {len(sigmas) - 1} steps, not {steps}", "steps")
+        highest = float(model.schedule.sigmas[-1])
+        if sigmas[0] > 1.001 * highest:
+            message = f"the model knows noise levels up to {highest:g}, not {float(sigmas[0]):g}"
+            raise ArgumentError(message, "sigmas")
+        return sigmas
+    steps = model.defaults.steps if steps is None else steps
     scheduler = options.get("scheduler") or default_scheduler(model, sampler)
     if is_sdxl(model) and scheduler in names.SCHEDULERS:
         scheduler = names.SCHEDULERS[scheduler].for_sdxl or scheduler
-    return quirks.sigmas(
-        model.schedule, model.defaults.steps if steps is None else steps, scheduler
-    )
+    sigmas = quirks.sigmas(model.schedule, steps, scheduler, rho)
+    most = names.SCHEDULERS[scheduler].max_steps or len(model.schedule)
+    if names.SAMPLERS[sampler].skips_last_level and sigmas[-1] == 0 and steps < most:
+        sigmas = quirks.sigmas(model.schedule, steps + 1, scheduler, rho)
+        sigmas = torch.cat([sigmas[:-2], sigmas[-1:]])
+    return sigmas
 
 
 def default_scheduler(model: LatentDiffusion, sampler: str) -> str:
@@ -249,6 +295,12 @@ def default_scheduler(model: LatentDiffusion, sampler: str) -> str:
     """
     own = names.SAMPLERS[sampler].scheduler or model.defaults.scheduler
     return own or ("trailing" if model.schedule.zero_snr else "uniform")
+
+
+def default_scale(model: LatentDiffusion, sampler: str | None) -> float:
+    """Return the guidance scale of the sampler, else that of the model."""
+    own = names.SAMPLERS[sampler or model.defaults.sampler].scale
+    return model.defaults.scale if own is None else own
 
 
 def check_sampling(

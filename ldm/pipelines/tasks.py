@@ -404,6 +404,9 @@ def _inverted_noise(
     model: LatentDiffusion, z: Tensor, prompt: str, strength: float, options: TextOptions
 ) -> Tensor:
     """Return the x_T (B, C, h, w) from which `sample` starts at the DDIM inversion of z."""
+    for name in ("sigmas", "rho"):
+        if options.get(name) is not None:
+            raise ArgumentError(f"DDIM inversion takes no {name}", name)
     steps, scheduler = options.get("steps"), options.get("scheduler") or "uniform"
     steps = model.defaults.steps if steps is None else steps
     options["scheduler"] = scheduler

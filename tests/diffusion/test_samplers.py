@@ -9,7 +9,12 @@ import math
 
 import pytest
 import torch
-from diffusers import DEISMultistepScheduler, TCDScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    TCDScheduler,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor
 
 from goldfile import Gold, gold
@@ -148,6 +153,7 @@ def gaussian(x: Tensor, sigma: float) -> Tensor:
 def test_each_ode_sampler_converges_at_its_order(name):
     """The ODE of Gaussian data is solved by x(sigma) ∝ sqrt(1 + sigma²)."""
     orders = {"euler": 1, "heun": 2, "dpm": 2, "dpmpp_2m": 2, "plms": 2, "lms": 3, "dpm2": 2}
+    orders["euler_cfg_pp"] = 1
     order = {**orders, "deis": 2, "unipc": 2}[name]  # after a first step of order 1
     x = torch.full((1, 1, 1, 1), 3.0, dtype=torch.float64)
     errors = []
@@ -160,7 +166,7 @@ def test_each_ode_sampler_converges_at_its_order(name):
     assert math.log2(errors[0] / errors[1]) > order - 0.4
 
 
-@pytest.mark.parametrize("name", sorted(STOCHASTIC - {"lcm", "tcd"}))  # which solve no SDE
+@pytest.mark.parametrize("name", sorted(STOCHASTIC - {"lcm", "tcd", "restart"}))
 def test_each_sde_sampler_keeps_the_distribution(name):
     generator = torch.Generator().manual_seed(0)
 
@@ -197,7 +203,7 @@ def test_steps_that_end_at_zero_ends_in_the_last_estimate(name):
     end = SAMPLERS[name](gaussian, x, sigmas, callback=lambda *a: seen.append(a), **options)
     assert [i for i, _, _ in seen] == [0, 1, 2]
     assert end.isfinite().all()
-    if name not in ("plms", "lms"):
+    if name not in ("plms", "lms", "dpm_fast", "dpm_adaptive"):
         torch.testing.assert_close(end, seen[-1][2])
 
 
@@ -210,6 +216,8 @@ K_DIFFUSION = [
     ("dpmpp_sde", 0.5, 0.6006162370371476),
     ("dpmpp_3m_sde", 1.0, 0.38302329131876917),
     ("dpmpp_3m_sde", 0.5, 0.4559013212002897),
+    ("dpmpp_2m_sde_heun", 1.0, 0.36669820927255464),
+    ("dpmpp_2m_sde_heun", 0.5, 0.4834600985378635),
 ]
 
 
@@ -251,6 +259,122 @@ def test_unipc_and_deis_give_the_numbers_of_diffusers(name, steps, order):
         sigmas = sigmas[:-1]
     ours = SAMPLERS[name](saturating_denoise, start.double(), sigmas, order=order)
     torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=3e-5)
+
+
+def test_churn_of_dpm2_gives_the_numbers_of_k_diffusion():
+    sigmas = torch.tensor([14.0, 6.0, 2.5, 1.0, 0.3, 0.05], dtype=torch.float64)
+    x = torch.full((1, 1), 9.0, dtype=torch.float64)
+    noise = functools.partial(torch.full_like, fill_value=0.3)
+    x = SAMPLERS["dpm2"](saturating_denoise, x, sigmas, s_churn=2.0, noise=noise)
+    assert float(x) == pytest.approx(0.5013168868396733, rel=1e-12)  # observed: 3e-16
+
+
+@pytest.mark.parametrize(
+    ("name", "evaluations", "eta", "expected"),
+    [
+        ("dpm_fast", 12, 0.0, 0.5006263557468443),
+        ("dpm_fast", 12, 1.0, 0.37485349554618624),
+        ("dpm_fast", 13, 0.0, 0.502741404470676),
+        ("dpm_fast", 14, 0.0, 0.4883846811918469),
+        ("dpm_adaptive", 20, 0.0, 0.48678143092454773),
+        ("dpm_adaptive", 20, 1.0, 0.38754853616437746),
+    ],
+)
+def test_dpm_solver_gives_the_numbers_of_k_diffusion(name, evaluations, eta, expected):
+    sigmas = torch.linspace(14, 0.05, evaluations + 1, dtype=torch.float64)
+    noise = functools.partial(torch.full_like, fill_value=0.3) if eta else None
+    x, seen = torch.full((1, 1), 9.0, dtype=torch.float64), []
+    options = {"eta": eta, "noise": noise, "callback": lambda i, *_: seen.append(i)}
+    x = SAMPLERS[name](saturating_denoise, x, sigmas, **options)
+    # Observed: 1e-15; 2e-13 for the adaptive one, whose steps magnify rounding.
+    assert float(x) == pytest.approx(expected, rel=1e-11)
+    assert seen == list(range(evaluations))
+
+
+@pytest.mark.parametrize(("steps", "again", "times"), [(10, 0, 0), (20, 9, 1), (40, 10, 2)])
+def test_restart_goes_back_from_a_low_level_with_noise(steps, again, times):
+    """With an estimate of 0, Heun's method scales x by the ratio of levels exactly."""
+    schedule = Schedule(make_betas("linear", linear_start=0.00085, linear_end=0.012))
+    sigmas, levels, x_seen = schedule.step_sigmas(steps, "karras"), [], []
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        levels.append(sigma)
+        return torch.zeros_like(x)
+
+    x = torch.ones(1, dtype=torch.float64) * sigmas[0]
+    options = {"callback": lambda i, x, _: x_seen.append((i, float(x))), "noise": torch.zeros_like}
+    SAMPLERS["restart"](denoise, x, sigmas, **options)
+    assert [i for i, _ in x_seen] == list(range(steps))
+    ends = torch.tensor(levels[::2])  # Heun's method evaluates at both ends of a step
+    raised = [i for i in range(1, len(ends)) if ends[i] > ends[i - 1]]
+    assert len(raised) == times
+    if not times:
+        assert torch.equal(ends.double(), sigmas[:-1].float().double()) or steps == 10
+        return
+    base = schedule.step_sigmas(steps - again * times, "karras")
+    low, high = ((base - sigma).abs().argmin() for sigma in (0.1, 2.0))
+    expected = karras_between(base[high], base[low], again + 1)
+    for i in raised:
+        torch.testing.assert_close(ends[i : i + again].double(), expected[:-1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        torch.cat([ends[: raised[0]], ends[raised[-1] + again :]]).double(), base[:-1],
+        rtol=1e-6, atol=0,
+    )  # fmt: skip
+
+
+def karras_between(high: Tensor, low: Tensor, count: int) -> Tensor:
+    return torch.linspace(high ** (1 / 7), low ** (1 / 7), count, dtype=torch.float64) ** 7
+
+
+def test_restart_keeps_the_distribution_across_its_noise():
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=like.dtype)
+
+    x = noise(torch.empty(20000, 1, 1, 1, dtype=torch.float64)) * math.sqrt(101)
+    sigmas = torch.logspace(1, -2, 51, dtype=torch.float64)
+    x = SAMPLERS["restart"](gaussian, x, sigmas, noise=noise)
+    assert float(x.std()) == pytest.approx(math.sqrt(1 + 1e-4), rel=0.03)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_cfg_pp_takes_the_slope_of_the_unconditional_estimate(eta):
+    sigmas = torch.tensor([14.0, 2.0, 0.5, 0.0], dtype=torch.float64)
+    name = "euler_a_cfg_pp" if eta else "euler_cfg_pp"
+    options = {"noise": torch.ones_like} if eta else {}
+    start = torch.full((1,), 9.0, dtype=torch.float64)
+    x = SAMPLERS[name](
+        lambda x, sigma: x / 2, start, sigmas, last_uncond=lambda: torch.ones(1), **options
+    )
+    expected = 9.0
+    for sigma, sigma_next in ((14.0, 2.0), (2.0, 0.5), (0.5, 0.0)):
+        up = eta * sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2)
+        down = math.sqrt(sigma_next**2 - up**2)
+        expected = expected / 2 + (expected - 1) / sigma * down + up
+    assert float(x) == pytest.approx(expected, rel=1e-12)
+    plain = SAMPLERS["euler_a" if eta else "euler"](gaussian, start, sigmas, **options)
+    without = SAMPLERS[name](gaussian, start, sigmas, **options)
+    torch.testing.assert_close(without, plain)
+
+
+def test_ddpm_gives_the_numbers_of_diffusers(monkeypatch):
+    """Observed: 5e-7; theirs are in float32."""
+    options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = DDPMScheduler(**options, clip_sample=False, timestep_spacing="trailing")
+    scheduler.set_timesteps(8)
+    monkeypatch.setattr(
+        "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda shape, **_: torch.ones(shape)
+    )
+    schedule = Schedule(make_betas("linear", linear_start=0.00085, linear_end=0.012))
+    sigmas = schedule.step_sigmas(8, "trailing")
+    start = torch.linspace(-2, 2, 5).view(1, 1, 1, 5) * sigmas[0].float()
+    z = start / math.sqrt(1 + float(sigmas[0]) ** 2)
+    for t, sigma in zip(scheduler.timesteps, sigmas.tolist(), strict=False):
+        x = z * math.sqrt(1 + sigma**2)
+        z = scheduler.step((x - saturating_denoise(x, sigma)) / sigma, t, z).prev_sample
+    x = SAMPLERS["ddpm"](saturating_denoise, start.double(), sigmas, noise=torch.ones_like)
+    torch.testing.assert_close(x.float(), z, rtol=0, atol=5e-6)
 
 
 def test_lcm_adds_new_noise_to_each_estimate_but_the_last():

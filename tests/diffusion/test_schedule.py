@@ -11,7 +11,6 @@ from ldm.diffusion.schedule import (
     Schedule,
     betas_of_sigmas,
     edm_sigmas,
-    exponential_sigmas,
     make_betas,
 )
 from ldm.pipelines.quirks import Quirks
@@ -74,7 +73,8 @@ def test_counts_that_crash_the_original_are_refused_only_when_asked_for(steps):
 @pytest.mark.parametrize("steps", [1, 2, 3, 30, 333, 1000])
 def test_every_scheduler_descends_in_exactly_the_steps_asked_for(schedule, scheduler, steps):
     sigmas = schedule.step_sigmas(min(steps, SCHEDULERS[scheduler].max_steps or steps), scheduler)
-    assert len(sigmas) == min(steps, SCHEDULERS[scheduler].max_steps or steps) + 1
+    if scheduler != "ddim_uniform":  # as many as there are
+        assert len(sigmas) == min(steps, SCHEDULERS[scheduler].max_steps or steps) + 1
     assert (sigmas.diff() <= 0).all()
     assert sigmas[0] <= schedule.sigmas[-1] * (1 + 1e-12)
 
@@ -152,6 +152,8 @@ def test_bad_requests_are_answered_with_what_is_allowed():
         SD.step_sigmas(1001)
     with pytest.raises(ValueError, match="1 … 10 with scheduler `turbo`, got 11"):
         SD.step_sigmas(11, "turbo")
+    with pytest.raises(ValueError, match="`normal` takes no rho, only karras, polyexponential"):
+        SD.step_sigmas(5, "normal", rho=2)
 
 
 # Five levels for Stable Diffusion's schedule, as ComfyUI (`normal`, `simple`, `beta`, `ays`) and
@@ -159,6 +161,7 @@ def test_bad_requests_are_answered_with_what_is_allowed():
 LEVELS = {
     "normal": [14.614641, 4.086081, 1.615580, 0.695150, 0.029167],
     "sgm_uniform_a1111": [14.614641, 5.092408, 2.279730, 1.162865, 0.571189],
+    "ddim_uniform": [5.134431, 2.292854, 1.168216, 0.574050, 0.041314],
     "simple": [14.614641, 5.087763, 2.276463, 1.160578, 0.569285],
     "beta": [14.614641, 7.371844, 2.615236, 1.027329, 0.395510],
     "beta_sigma": [14.614641, 12.052260, 7.321904, 2.591549, 0.029167],
@@ -185,7 +188,8 @@ def test_levels_of_consistency_models_are_those_of_diffusers(steps):
 
 def test_a_polynomial_of_log_sigma_is_k_diffusions():
     expected = [14.614641, 0.962907, 0.137996, 0.043017, 0.029167, 0.0]
-    assert exponential_sigmas(SD, 5, rho=2.0).tolist() == pytest.approx(expected, abs=1e-6)
+    sigmas = SD.step_sigmas(5, "polyexponential", rho=2.0)
+    assert sigmas.tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_levels_of_align_your_steps_are_taken_as_they_are_for_ten_steps():

@@ -160,13 +160,18 @@ def test_a_flag_of_the_original_keeps_its_abbreviation_beside_newer_ones():
         (
             "txt2img",
             "--sampler ddim --s-churn 1",
-            "sampler `ddim` takes no s_churn, only euler, heun do (--s-churn)",
+            "sampler `ddim` takes no s_churn, only euler, heun, dpm2 do (--s-churn)",
         ),
         (
             "txt2img",
             "--sampler heun --s_tmin 2 --s_tmax 1",
             "s_tmax must be s_tmin (2) or more, got 1 (--s-tmax)",
         ),
+        ("txt2img", "--sigmas 14,3,5,0", "sigmas must descend, but 5 follows 3"),
+        ("txt2img", "--sigmas 14,low", "`14,low` is not a list of numbers"),
+        ("txt2img", "--sigmas 9,1,0 --steps 9", "sigmas have 2 steps, not 9 (--steps)"),
+        ("txt2img", "--sigmas 9,0 --scheduler karras", "leave out scheduler (--scheduler)"),
+        ("txt2img", "--scheduler simple --rho 2", "scheduler `simple` takes no rho, only karras"),
         ("txt2img", "--legacy stpes", "unknown quirk `stpes`, did you mean `steps`?"),
         ("txt2img", "--sampler dmp", "invalid choice: 'dmp'"),
         ("txt2img", "stray", "unknown argument `stray`"),
@@ -199,7 +204,7 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
     names_of_pairs = [*sides, *(f"negative_{name}" for name in sides)]
     words = {"scheduler": "karras", "guidance_interval": "0.5,4", "mask_box": "1,2,3,4",
              "lora": "x.safetensors:0.25", "legacy": "noise,steps", "precision": "fp16",
-             "attention": "math", "sampler": "dpm", "strength": ".25",
+             "attention": "math", "sampler": "dpm", "sigmas": "9,1,0", "strength": ".25",
              "rescale": ".5", "resize_mode": "pad", "height": "64", "width": "64", "tiling": "x",
              "sld": "1,20,0,0.5,0.25", "unsafe": "blur",
              "refiner_strength": ".25", "refiner_start": ".75", "noise_sigma": ".25",
@@ -218,7 +223,9 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
                 argvs.append([*needed[name], row.flags[0], word])
             else:
                 argvs.append([row.flags[0], word])
-        others = ("--refiner-start", "--s-churn", "--s-noise", "--syntax")  # not with the rest
+        others = (  # not with the rest
+            "--refiner-start", "--s-churn", "--s-noise", "--syntax", "--sigmas",
+        )  # fmt: skip
         compatible = [argv for argv in argvs if argv[0] not in others]
         for argv in [[], *argvs, list(chain(*compatible))]:
             request = parse_request(task, argv)[0]

@@ -40,6 +40,8 @@ def again(tiny, capsys):
         ["--n_samples", "2", "--n_iter", "2", "--legacy", "--fixed_code", "--eta", "0.5"],
         ["--sampler", "euler_a", "--eta", "0.5", "--spacing", "karras", "--negative-prompt", "red"],
         ["--sampler", "euler", "--s-churn", "2", "--s-noise", "1.01", "--n_samples", "1"],
+        ["--sampler", "euler_a_cfg_pp", "--sigmas", "14.6,0.7,0", "--n_samples", "1"],
+        ["--sampler", "dpm2", "--scheduler", "karras", "--rho", "5", "--n_samples", "1"],
         ["--H", "128", "--W", "128", "--tile", "64", "--n_samples", "1", "--steps", "1"],
         ["--precision", "bf16", "--n_samples", "1", "model.params.scale_factor=0.2"],
     ],

@@ -165,6 +165,43 @@ def test_a1111_text_is_read(tmp_path):
     }
 
 
+def test_automatic_schedules_of_a1111_are_those_of_its_version(tmp_path):
+    def read(sampler, version, schedule=""):
+        schedule = schedule and f", Schedule type: {schedule}"
+        text = f"Steps: 4, Sampler: {sampler}{schedule}, CFG scale: 7, Version: {version}"
+        info = read_info(write_text(tmp_path / "a.png", parameters=text))
+        assert "other" not in info
+        return info["sampler"], info["scheduler"]
+
+    assert read("DPM++ 2M", "v1.10.1") == ("dpmpp_2m", "karras")
+    assert read("DPM++ 2M", "f2.0.1v1.10.1-previous-659-gc055f2d4") == ("dpmpp_2m", "karras")
+    assert read("DPM++ 2M", "v1.6.0") == ("dpmpp_2m", "normal")
+    assert read("DPM++ 2M", "v1.10.1", "Uniform") == ("dpmpp_2m", "normal")
+    assert read("DPM++ 3M SDE", "v1.9.4", "Automatic") == ("dpmpp_3m_sde", "exponential")
+    assert read("DPM++ 2M SDE Heun", "1.9.4", "SGM Uniform") == (
+        "dpmpp_2m_sde_heun", "sgm_uniform_a1111",
+    )  # fmt: skip
+    assert read("Euler a", "v1.10.1") == ("euler_a", "normal")
+    assert read("DDIM", "v1.10.1", "Karras") == ("ddim", "uniform")
+    assert read("UniPC", "v1.6.0") == ("unipc", "uniform")
+    assert read("Euler", "v1.10.1", "DDIM") == ("euler", "ddim_uniform")
+
+
+def test_own_levels_and_rho_are_in_the_text_and_read_from_it(tmp_path):
+    own = {"sigmas": [14.6, 3.0, 0.1 + 0.2, 0.0], "scheduler_in_use": None, "sampler": "euler"}
+    text = parameters_text({**INFO, **own, "scheduler": None})
+    assert 'Sigmas: "14.6, 3.0, 0.30000000000000004, 0.0"' in text
+    assert "Schedule type" not in text
+    info = read_info(write_text(tmp_path / "a.png", parameters=text))
+    assert info["sigmas"] == own["sigmas"]
+    rho = {"scheduler_in_use": "polyexponential", "rho": 2.0}
+    text = parameters_text({**INFO, **rho})
+    assert "Schedule type: Polyexponential" in text
+    assert "Schedule rho: 2" in text
+    info = read_info(write_text(tmp_path / "a.png", parameters=text))
+    assert (info["scheduler"], info["rho"]) == ("polyexponential", 2.0)
+
+
 @pytest.mark.parametrize(
     ("version", "scheduler"), [("ldm 0.1.0", "uniform"), ("v1.10.1", "normal")]
 )

@@ -26,11 +26,12 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ldm.diffusion import names
-from ldm.diffusion.samplers import consistency, multistep, sde, single_step
+from ldm.diffusion.samplers import cfg_pp, consistency, dpm_solver, multistep, sde, single_step
 
 __all__ = ["SAMPLERS", "STOCHASTIC"]
 
-_FUNCTIONS = {**vars(single_step), **vars(multistep), **vars(sde), **vars(consistency)}
+_MODULES = (single_step, multistep, sde, dpm_solver, cfg_pp, consistency)
+_FUNCTIONS = {name: value for module in _MODULES for name, value in vars(module).items()}
 
 # Rows of `ldm.diffusion.names.SAMPLERS` say which function of these modules each name stands for.
 SAMPLERS: dict[str, Callable[..., Tensor]] = {

@@ -1,6 +1,7 @@
 """SDE-DPM-Solver++ (arXiv:2211.01095): solvers of the diffusion SDE."""
 
 import math
+from functools import partial
 
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from ldm.diffusion.samplers.common import (
     sigma_pairs,
 )
 
-__all__ = ["dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_sde"]
+__all__ = ["dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde", "dpmpp_sde"]
 
 
 def dpmpp_sde(
@@ -53,6 +54,7 @@ def dpmpp_2m_sde(
     sigmas: Tensor,
     *,
     eta: float = 1.0,
+    heun: bool = False,
     noise: Noise | None = None,
     callback: Callback | None = None,
     constrain: Constrain | None = None,
@@ -61,6 +63,7 @@ def dpmpp_2m_sde(
 
     Args:
         eta: Amount of new noise: 0 is `dpmpp_2m`.
+        heun: Whether to integrate the line through two estimates exactly, else to take its middle.
     """
     old_denoised, h_last = None, 0.0
     for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
@@ -68,9 +71,11 @@ def dpmpp_2m_sde(
         denoised = denoise(x, sigma)
         h = log_ratio(sigma, sigma_next)
         estimate = denoised
-        if old_denoised is not None and sigma_next > 0:
-            estimate = denoised + (denoised - old_denoised) * (h / h_last / 2)
         eta_h = eta * h if eta else 0.0
+        if old_denoised is not None and sigma_next > 0:
+            k = h + eta_h
+            weight = 1 / -math.expm1(-k) - 1 / k if heun else 1 / 2
+            estimate = denoised + (denoised - old_denoised) * (h / h_last * weight)
         x = (sigma_next / sigma) * math.exp(-eta_h) * x - math.expm1(-h - eta_h) * estimate
         if noise:
             x = x + noise(x) * (sigma_next * math.sqrt(-math.expm1(-2 * eta_h)))
@@ -115,3 +120,6 @@ def dpmpp_3m_sde(
         if callback:
             callback(i, x, denoised)
     return x
+
+
+dpmpp_2m_sde_heun = partial(dpmpp_2m_sde, heun=True)

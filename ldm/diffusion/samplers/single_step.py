@@ -25,6 +25,7 @@ __all__ = [
     "euler",
     "euler_ancestral",
     "heun",
+    "restart",
 ]
 
 
@@ -116,13 +117,23 @@ def dpm2(
     x: Tensor,
     sigmas: Tensor,
     *,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    noise: Noise = torch.randn_like,
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Sample by DPM2 (arXiv:2206.00927): the slope in the middle of log sigma."""
-    return dpm2_ancestral(
-        denoise, x, sigmas, eta=0.0, noise=None, callback=callback, constrain=constrain
-    )
+    for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
+        x = constrain(x, sigma) if constrain else x
+        if s_churn and s_tmin <= sigma <= s_tmax:
+            x, sigma = churn(x, sigma, s_churn / (len(sigmas) - 1), noise)
+        denoised = denoise(x, sigma)
+        x = _dpm2_step(denoise, x, sigma, sigma_next, denoised)
+        if callback:
+            callback(i, x, denoised)
+    return x
 
 
 def dpm2_ancestral(
@@ -140,12 +151,7 @@ def dpm2_ancestral(
         x = constrain(x, sigma) if constrain else x
         denoised = denoise(x, sigma)
         sigma_down, sigma_up = ancestral_step(sigma, sigma_next, eta)
-        slope = (x - denoised) / sigma
-        if sigma_down > 0:
-            middle = math.sqrt(sigma * sigma_down)
-            x_middle = x + slope * (middle - sigma)
-            slope = (x_middle - denoise(x_middle, middle)) / middle
-        x = x + slope * (sigma_down - sigma)
+        x = _dpm2_step(denoise, x, sigma, sigma_down, denoised)
         if noise:
             x = x + noise(x) * sigma_up
         if callback:
@@ -179,3 +185,62 @@ def dpmpp_2s_ancestral(
         if callback:
             callback(i, x, denoised)
     return x
+
+
+def restart(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    noise: Noise = torch.randn_like,
+    callback: Callback | None = None,
+    constrain: Constrain | None = None,
+) -> Tensor:
+    """Sample by Heun's method, and go back from a low level to a higher one (arXiv:2306.14878).
+
+    With 20 steps or more, of `sigmas` only number and ends count: levels are those of Karras, some
+    of them between sigma 0.1 and 2 once more, or twice.
+    """
+    done, last = 0, math.inf
+    for levels in _restart_runs(sigmas.tolist()):
+        if levels[0] > last:
+            x = x + noise(x) * math.sqrt(levels[0] ** 2 - last**2)
+        run = torch.tensor(levels, dtype=torch.float64)
+        x = heun(denoise, x, run, callback=callback and _shift(callback, done), constrain=constrain)
+        done, last = done + len(levels) - 1, levels[-1]
+    return x
+
+
+def _dpm2_step(
+    denoise: Denoise, x: Tensor, sigma: float, sigma_next: float, denoised: Tensor
+) -> Tensor:
+    slope = (x - denoised) / sigma
+    if sigma_next > 0:
+        middle = math.sqrt(sigma * sigma_next)
+        x_middle = x + slope * (middle - sigma)
+        slope = (x_middle - denoise(x_middle, middle)) / middle
+    return x + slope * (sigma_next - sigma)
+
+
+def _restart_runs(levels: list[float]) -> list[list[float]]:
+    """Return the levels of each run of `restart`, of as many steps in all as `levels` have."""
+    steps = len(levels) - 1
+    length, times = (steps // 4, 2) if steps >= 36 else (9, 1)
+    if steps < 20:
+        return [levels]
+    tail = [] if levels[-1] else [0.0]
+    base = _karras(steps + 1 - length * times - len(tail), levels[0], levels[-1 - len(tail)]) + tail
+    low, high = (min(range(len(base)), key=lambda i: abs(base[i] - s)) for s in (0.1, 2.0))
+    if not low > high or base[low] == 0:
+        return [levels]
+    again = _karras(length + 1, base[high], base[low])
+    return [base[: low + 1], *[again] * times, base[low:]]
+
+
+def _karras(count: int, start: float, end: float, rho: float = 7.0) -> list[float]:
+    ends = (start ** (1 / rho), end ** (1 / rho))
+    return (torch.linspace(*ends, count, dtype=torch.float64) ** rho).tolist()
+
+
+def _shift(callback: Callback, done: int) -> Callback:
+    return lambda i, x, denoised: callback(done + i, x, denoised)

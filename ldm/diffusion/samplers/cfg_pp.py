@@ -1,0 +1,62 @@
+"""CFG++ (arXiv:2406.08070): the guided estimate, with the noise of the unconditional one."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ldm.diffusion.samplers.common import (
+    Callback,
+    Constrain,
+    Denoise,
+    Noise,
+    ancestral_step,
+    sigma_pairs,
+)
+
+__all__ = ["euler_ancestral_cfg_pp", "euler_cfg_pp"]
+
+
+def euler_ancestral_cfg_pp(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    last_uncond: Callable[[], Tensor | None] = lambda: None,
+    eta: float = 1.0,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+    constrain: Constrain | None = None,
+) -> Tensor:
+    """Sample by Euler ancestral CFG++, for guidance scales about 1.
+
+    Args:
+        last_uncond: Returns the unconditional estimate of the last evaluation; None without
+            guidance, for which this is the ancestral Euler method.
+    """
+    for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
+        x = constrain(x, sigma) if constrain else x
+        denoised = denoise(x, sigma)
+        uncond = last_uncond()
+        sigma_down, sigma_up = ancestral_step(sigma, sigma_next, eta)
+        slope = (x - (denoised if uncond is None else uncond)) / sigma
+        x = denoised + slope * sigma_down
+        if noise:
+            x = x + noise(x) * sigma_up
+        if callback:
+            callback(i, x, denoised)
+    return x
+
+
+def euler_cfg_pp(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    last_uncond: Callable[[], Tensor | None] = lambda: None,
+    callback: Callback | None = None,
+    constrain: Constrain | None = None,
+) -> Tensor:
+    """Sample by Euler CFG++: without new noise."""
+    return euler_ancestral_cfg_pp(
+        denoise, x, sigmas, last_uncond=last_uncond, eta=0.0, callback=callback, constrain=constrain
+    )

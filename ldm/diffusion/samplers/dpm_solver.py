@@ -1,0 +1,158 @@
+"""DPM-Solver (arXiv:2206.00927) of mixed orders: it chooses levels between the ends of `sigmas`.
+
+If `sigmas` end at 0 the level before is the end, as in A1111: x keeps its noise. `callback` is
+called for as many steps as `sigmas` have, for several at once where one is long.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.samplers.common import (
+    Callback,
+    Constrain,
+    Denoise,
+    Noise,
+    ancestral_step,
+    log_ratio,
+)
+
+__all__ = ["dpm_adaptive", "dpm_fast"]
+
+
+def dpm_fast(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    eta: float = 1.0,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+    constrain: Constrain | None = None,
+) -> Tensor:
+    """Sample by DPM-Solver-fast: steps of order 3, evenly in log sigma, and a lower one at last."""
+    start, end = _ends(sigmas)
+    evaluations = len(sigmas) - 1
+    rest = evaluations % 3
+    orders = [3] * (evaluations // 3) + [rest] if rest else [3] * (evaluations // 3 - 1) + [2, 1]
+    logs = torch.linspace(math.log(start), math.log(end), len(orders) + 1, dtype=torch.float64)
+    levels = [start, *logs[1:-1].exp().tolist(), end]
+    for i, order in enumerate(orders):
+        sigma, sigma_next = levels[i], levels[i + 1]
+        x = constrain(x, sigma) if constrain else x
+        sigma_down, sigma_up = _noisy_step(sigma, sigma_next, end, eta)
+        denoised = denoise(x, sigma)
+        slope = (x - denoised) / sigma
+        if order == 1:
+            x = x + slope * (sigma_down - sigma)
+        elif order == 2:
+            x, _ = _second_order(denoise, x, sigma, sigma_down, slope, 1 / 2)
+        else:
+            _, x = _third_order(denoise, x, sigma, sigma_down, slope)
+        if noise:
+            x = x + noise(x) * sigma_up
+        if callback:
+            for step in range(sum(orders[:i]), sum(orders[: i + 1])):
+                callback(step, x, denoised)
+    return x
+
+
+def dpm_adaptive(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    eta: float = 1.0,
+    rtol: float = 0.05,
+    atol: float = 0.0078,
+    first_step: float = 0.05,
+    pcoeff: float = 0.0,
+    icoeff: float = 1.0,
+    dcoeff: float = 0.0,
+    accept_safety: float = 0.81,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+    constrain: Constrain | None = None,
+) -> Tensor:
+    """Sample by DPM-Solver-23, whose steps suit the difference between orders 2 and 3.
+
+    The steps are those of the whole batch.
+
+    Args:
+        rtol, atol: Relative and absolute tolerance.
+        first_step: Length of the first step, in log sigma.
+        pcoeff, icoeff, dcoeff: Coefficients of the controller of the length.
+        accept_safety: Factor of the next length below which a step is repeated.
+    """
+    start, end = _ends(sigmas)
+    order = 1.5 if eta else 3
+    powers = [pcoeff + icoeff + dcoeff, -(pcoeff + 2 * dcoeff), dcoeff]
+    sigma, h, before, done = start, first_step, x, 0
+    inverse_errors: list[float] = []  # newest first
+    while log_ratio(sigma, end) > 1e-5:
+        x = constrain(x, sigma) if constrain else x
+        sigma_next = max(sigma * math.exp(-h), end)
+        sigma_down, sigma_up = _noisy_step(sigma, sigma_next, end, eta)
+        denoised = denoise(x, sigma)
+        slope = (x - denoised) / sigma
+        low, high = _third_order(denoise, x, sigma, sigma_down, slope)
+        tolerance = (rtol * torch.maximum(low.abs(), before.abs())).clamp(min=atol)
+        error = float(((low - high) / tolerance).square().mean().sqrt())
+        if not math.isfinite(error):  # no length would do
+            return high
+        inverse_errors = [1 / (error + 1e-8), *(inverse_errors or [1 / (error + 1e-8)] * 2)]
+        factor = math.prod(e ** (p / order) for e, p in zip(inverse_errors, powers, strict=True))
+        factor = 1 + math.atan(factor - 1)
+        h *= factor
+        if factor < accept_safety:
+            inverse_errors = inverse_errors[1:]
+            continue
+        inverse_errors = inverse_errors[:2]
+        before, x, sigma = low, high, sigma_next
+        if noise:
+            x = x + noise(x) * sigma_up
+        if callback:
+            way = log_ratio(start, sigma) / log_ratio(start, end)
+            last = math.ceil(way * (len(sigmas) - 1))
+            for step in range(done, last):
+                callback(step, x, denoised)
+            done = last
+    return x
+
+
+def _ends(sigmas: Tensor) -> tuple[float, float]:
+    levels = sigmas.tolist()
+    return levels[0], levels[-1] or levels[-2]
+
+
+def _noisy_step(sigma: float, sigma_next: float, end: float, eta: float) -> tuple[float, float]:
+    """Return the level to step down to, not below the end, and noise to add."""
+    down = max(ancestral_step(sigma, sigma_next, eta)[0], end) if eta else sigma_next
+    return down, math.sqrt(max(sigma_next**2 - down**2, 0.0))
+
+
+def _second_order(
+    denoise: Denoise, x: Tensor, sigma: float, sigma_next: float, slope: Tensor, fraction: float
+) -> tuple[Tensor, Tensor]:
+    """Return x at sigma_next, and the difference of the slope at `fraction` of the way."""
+    h = log_ratio(sigma, sigma_next)
+    middle = sigma * math.exp(-fraction * h)
+    x_middle = x + slope * (middle - sigma)
+    change = (x_middle - denoise(x_middle, middle)) / middle - slope
+    x = x + (slope + change / (2 * fraction)) * (sigma_next - sigma)
+    return x, change
+
+
+def _third_order(
+    denoise: Denoise, x: Tensor, sigma: float, sigma_next: float, slope: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return x at sigma_next by steps of order 2 and 3, which share an evaluation."""
+    h = log_ratio(sigma, sigma_next)
+    x_second, change = _second_order(denoise, x, sigma, sigma_next, slope, 1 / 3)
+    middle = sigma * math.exp(-2 / 3 * h)
+    bend = middle * (math.expm1(2 / 3 * h) / (2 / 3 * h) - 1)
+    x_middle = x + slope * (middle - sigma) - 2 * bend * change
+    change = (x_middle - denoise(x_middle, middle)) / middle - slope
+    bend = sigma_next * (math.expm1(h) / h - 1)
+    return x_second, x + slope * (sigma_next - sigma) - 3 / 2 * bend * change
