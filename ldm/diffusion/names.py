@@ -148,7 +148,9 @@ SAMPLERS = {
         "dpm_adaptive", "DPM adaptive", takes_noise=True, eta=1.0, scheduler="normal"
     ),
     "ddpm": Sampler("euler_ancestral", "DDPM", takes_noise=True, eta=1.0),
-    "euler_cfg_pp": Sampler("euler_cfg_pp", "Euler CFG++", takes_uncond=True, scale=1.0),
+    "euler_cfg_pp": Sampler(
+        "euler_cfg_pp", "Euler CFG++", takes_uncond=True, scale=1.0, a1111_scheduler="uniform"
+    ),
     "euler_a_cfg_pp": Sampler(
         "euler_ancestral_cfg_pp",
         "Euler a CFG++",

@@ -102,6 +102,7 @@ SETTINGS: dict[str, tuple[str, Callable[[str], object]]] = {
     "Version": ("version", str),
     **SDXL_SETTINGS,
 }
+DDIM_CFG_PP = "DDIM CFG++"  # of A1111, where its scale counts 12.5 times less; not so in Forge
 LORA_TAGS = re.compile(r" ?<lora:[^<>]*>")
 REFINER_PATTERN = re.compile(r"(.+?)(?: \[([0-9a-f]+)\])?")  # name, hash
 SETTING_PATTERN = re.compile(r'\s*(\w[^:,"]*):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
@@ -290,7 +291,10 @@ def parse_parameters(parameters: str) -> JsonObject:
     info.setdefault("syntax", "plain" if is_ours else "a1111")
     if is_ours:
         info["prompt"] = LORA_TAGS.sub("", info["prompt"])
-    info |= parse_sampler(other, str(info.get("version") or ""))
+    version = str(info.get("version") or "")
+    if other.get("Sampler") == DDIM_CFG_PP and "scale" in info and not version.startswith("f"):
+        info["scale"] /= 12.5
+    info |= parse_sampler(other, version)
     return {**info, "other": other} if other else info
 
 
@@ -311,13 +315,15 @@ def parse_sampler(settings: dict[str, str], version: str) -> dict[str, str]:
             name, schedule = name.removesuffix(f" {label}"), label
     values = {}
     if name:
-        values["sampler"] = {row.label: key for key, row in SAMPLERS.items()}.get(name, name)
+        labels = {row.label: key for key, row in SAMPLERS.items()}
+        values["sampler"] = "euler_cfg_pp" if name == DDIM_CFG_PP else labels.get(name, name)
     row = SAMPLERS.get(values.get("sampler", ""))
-    if row and not is_ours and (values["sampler"] in OWN_STEPS or schedule in ("", "Automatic")):
-        number = re.search(r"(\d+)\.(\d+)[^v]*$", version)
+    ignores_schedule = values.get("sampler") in OWN_STEPS or name == DDIM_CFG_PP
+    if row and not is_ours and (ignores_schedule or schedule in ("", "Automatic")):
+        number = re.match(r"(?:.*v)?(\d+)\.(\d+)", version)
         is_old = number is not None and (int(number[1]), int(number[2])) < (1, 9)
-        has_one = row.a1111_scheduler in ("karras", "exponential")
-        values["scheduler"] = "normal" if is_old and has_one else row.a1111_scheduler
+        has_own = row.a1111_scheduler in ("karras", "exponential")
+        values["scheduler"] = "normal" if is_old and has_own else row.a1111_scheduler
     elif schedule in schedulers:
         values["scheduler"] = schedulers[schedule]
     if "scheduler" in values:

@@ -175,7 +175,7 @@ def test_automatic_schedules_of_a1111_are_those_of_its_version(tmp_path):
 
     assert read("DPM++ 2M", "v1.10.1") == ("dpmpp_2m", "karras")
     assert read("DPM++ 2M", "f2.0.1v1.10.1-previous-659-gc055f2d4") == ("dpmpp_2m", "karras")
-    assert read("DPM++ 2M", "v1.6.0") == ("dpmpp_2m", "normal")
+    assert read("DPM++ 2M", "v1.8.0-dev") == ("dpmpp_2m", "normal")
     assert read("DPM++ 2M", "v1.10.1", "Uniform") == ("dpmpp_2m", "normal")
     assert read("DPM++ 3M SDE", "v1.9.4", "Automatic") == ("dpmpp_3m_sde", "exponential")
     assert read("DPM++ 2M SDE Heun", "1.9.4", "SGM Uniform") == (
@@ -185,6 +185,13 @@ def test_automatic_schedules_of_a1111_are_those_of_its_version(tmp_path):
     assert read("DDIM", "v1.10.1", "Karras") == ("ddim", "uniform")
     assert read("UniPC", "v1.6.0") == ("unipc", "uniform")
     assert read("Euler", "v1.10.1", "DDIM") == ("euler", "ddim_uniform")
+
+
+@pytest.mark.parametrize(("version", "scale"), [("v1.10.1", 0.8), ("f2.0.1v1.10.1", 10.0)])
+def test_ddim_cfg_pp_of_a1111_counts_its_scale_otherwise(tmp_path, version, scale):
+    text = f"Steps: 20, Sampler: DDIM CFG++, CFG scale: 10, Version: {version}"
+    info = read_info(write_text(tmp_path / "a.png", parameters=text))
+    assert (info["sampler"], info["scheduler"], info["scale"]) == ("euler_cfg_pp", "uniform", scale)
 
 
 def test_own_levels_and_rho_are_in_the_text_and_read_from_it(tmp_path):
