@@ -23,6 +23,8 @@ PROGRAMS = {
     "download": "list published weights, download them by name",
     "convert": "convert between checkpoints and diffusers folders, merge LoRAs",
     "merge": "merge checkpoints: weighted sums, differences, numbers for each block",
+    "extract-lora": "extract a LoRA from the difference of two models",
+    "merge-lora": "join LoRAs to one, or cut the rank of one",
     "inspect-checkpoint": "describe a checkpoint, without executing anything in it",
     "check-data": "check a data set, pack it into shards",
     "read-watermark": "print which invisible watermark an image carries",

@@ -1,5 +1,6 @@
 """What is in a checkpoint: everything that can be said without running anything in it."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -33,6 +34,7 @@ from ldm.runtime.types import JsonObject
 
 __all__ = ["Part", "Report", "inspect_checkpoint"]
 
+ADAPTER = re.compile("(lora|lycoris)_(unet|te[12]?)_")  # before the layers' names of kohya
 LONGEST = 80  # letters of a value that are shown
 SMALL = 1_000_000_000  # bytes; the hash of a larger file is computed only if it may be published
 
@@ -204,10 +206,12 @@ def _list_parts(state: Mapping[str, Tensor]) -> Iterator[Part]:
     engine = has_engine_names(state)
     for name, value in state.items():
         depth = 2 if name.startswith("conditioner.") else 1
-        groups.setdefault(".".join(name.split(".")[:depth]), []).append(value)
-    for name, values in groups.items():
+        network = ADAPTER.match(name)
+        part = network[0] if network else ".".join(name.split(".")[:depth]) + "."
+        groups.setdefault(part, []).append(value)
+    for part, values in groups.items():
         dtypes = Counter(str(value.dtype).removeprefix("torch.") for value in values)
-        prefix = original_name(f"{name}.", engine=engine)
+        name, prefix = part[:-1], original_name(part, engine=engine)
         yield Part(name, prefix, len(values), sum(value.numel() for value in values), dict(dtypes))
 
 

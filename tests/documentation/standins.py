@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 
 from checkerhelp import write_checker
 from ldm.loading.addons.lora import lora_targets, write_lora
@@ -70,7 +71,7 @@ def make_stand_ins(folder: Path) -> None:
         yaml = format_yaml(raw)
         model: Any = build_on_meta(translate_config(raw))
         empty = {k: torch.ones(v.shape) if v.is_meta else v for k, v in model.state_dict().items()}
-        state = fill(restore_names(empty), family) | make_tables(model)
+        state = fill(restore_names(empty), name) | make_tables(model)
         if name == "v1-5-pruned.ckpt":
             averages = {k[6:].replace(".", ""): v for k, v in state.items() if k[:6] == "model."}
             state |= {f"model_ema.{k}": v for k, v in averages.items()}
@@ -92,9 +93,11 @@ def make_stand_ins(folder: Path) -> None:
     torch.save({"state_dict": vae}, folder / "vae-ft-mse-840000-ema-pruned.ckpt")
     decoder = {name: torch.ones(value.shape) for name, value in TinyDecoder().state_dict().items()}
     torch.save(fill(decoder, "taesd"), folder / "taesd_decoder.pth")
-    layers = {layer.kohya: LoRALayer(layer.target, 2) for layer in lora_targets(sd1)}
+    lora = LoRA({layer.kohya: LoRALayer(layer.target, 2) for layer in lora_targets(sd1)})
+    for layer in lora.layers.values():
+        nn.init.normal_(layer.lora_up.weight, std=0.01)
     for name in ("style", "detail"):
-        write_lora(LoRA(layers), folder / f"{name}.safetensors", sd1)
+        write_lora(lora, folder / f"{name}.safetensors", sd1)
     (folder / "embeddings").mkdir()
     save_file({"<cat>": torch.randn(1, tinyfamilies.WIDTH)}, folder / "embeddings/cat.safetensors")
     write_checker(folder / "sd-safety-checker")

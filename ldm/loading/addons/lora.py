@@ -333,8 +333,12 @@ def write_lora(
 def _describe(lora: LoRA, model: LatentDiffusion) -> dict[str, str | int]:
     """Return the metadata that kohya's scripts look at."""
     notes: dict[str, str | int] = {"ss_network_module": "networks.lora"}
-    if layer := next(iter(lora.layers.values()), None):
-        notes |= {"ss_network_dim": layer.rank, "ss_network_alpha": str(float(layer.alpha))}
+    sizes = {(layer.rank, float(layer.alpha)) for layer in lora.layers.values()}
+    if sizes:
+        rank, alpha = sizes.pop()
+        is_dynamic = bool(sizes)  # as kohya's scripts say it
+        notes["ss_network_dim"] = "Dynamic" if is_dynamic else rank
+        notes["ss_network_alpha"] = "Dynamic" if is_dynamic else str(alpha)
     if base := find_base_model(model):
         notes["ss_base_model_version"] = base.version
     return notes

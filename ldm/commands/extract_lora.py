@@ -1,0 +1,120 @@
+"""Extract a LoRA from the difference of two models of one family.
+
+    ldm extract-lora tuned.safetensors base.safetensors style.safetensors --rank 64
+    ldm extract-lora tuned.safetensors base.safetensors style.safetensors --rank 32 --conv-rank 8
+    ldm extract-lora tuned.ckpt base.ckpt small.safetensors --rank 128 --keep-squares 0.9
+
+The difference of each layer is decomposed into singular values, of which the largest are kept.
+What a LoRA cannot hold, as norms and biases, is counted.
+"""
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from os.path import expanduser
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.commands.convert import DTYPES
+from ldm.generate.command_line import hint
+from ldm.runtime.command import CommandParser, run_command
+
+if TYPE_CHECKING:
+    from ldm.loading.addons.lora_tools import RankRule
+    from ldm.model import LatentDiffusion
+    from ldm.nets.lora import LoRA
+
+__all__ = ["add_rank_options", "check_target", "main", "rank_rule", "save_lora"]
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = CommandParser(
+        prog=prog, description=__doc__, usage="%(prog)s [flags] TUNED BASE TARGET"
+    )
+    add = parser.add_argument
+    add("tuned", type=expanduser, help="a file, a diffusers folder, or the folder of a run")
+    add("base", type=expanduser, help="the model that it was made from")
+    add("target", type=expanduser, help="*.safetensors, in kohya's format")
+    add_rank_options(parser)
+    add("--conv-rank", type=int, metavar="N", help="of 3 x 3 convolutions (default: none)")
+    add(
+        "--clamp-quantile",
+        type=float,
+        default=0.99,
+        metavar="Q",
+        help="clamp each layer's numbers to this quantile of them, 1 = do not (default: 0.99)",
+    )
+    add("--ema", action="store_true", help="use EMA weights instead of the raw ones, if any")
+    add("--config", type=expanduser, metavar="FILE", help="YAML of both models")
+    args = parser.parse(argv)
+    return run_command(lambda: _extract(args), parser.prog, verbose=args.verbose, hint=hint)
+
+
+def add_rank_options(parser: CommandParser) -> None:
+    """Add the flags of `rank_rule`, and those of `save_lora`."""
+    add = parser.add_argument
+    add("--rank", type=int, metavar="N", help="keep at most N singular values of each layer")
+    add("--keep-sum", type=float, metavar="PART", help="of their sum, as 0.9")
+    add("--keep-squares", type=float, metavar="PART", help="of the sum of their squares")
+    add("--ratio", type=float, metavar="R", help="keep those of at least the largest / R")
+    add("--dtype", choices=DTYPES, default="float16", help="of all weights (default: float16)")
+    add("--force", action="store_true", help="replace the target")
+
+
+def rank_rule(args: Namespace) -> "RankRule":
+    """Return the rule that the flags say."""
+    from ldm.loading.addons.lora_tools import RankRule
+
+    return RankRule(args.rank, args.keep_sum, args.keep_squares, args.ratio)
+
+
+def save_lora(
+    args: Namespace, lora: "LoRA", model: "LatentDiffusion", merged_from: Sequence[str]
+) -> None:
+    """Write a LoRA, and print its path."""
+    import torch
+
+    from ldm.loading.addons.lora import write_lora
+    from ldm.loading.modelspec import MERGED_FROM
+
+    lora = lora.to(getattr(torch, args.dtype))
+    write_lora(lora, args.target, model, metadata={MERGED_FROM: ", ".join(merged_from)})
+    print(args.target)
+
+
+def check_target(args: Namespace) -> None:
+    """Raise for a target that is of another kind, or there already."""
+    from ldm.runtime.errors import ArgumentError, ExistingFile
+
+    if not args.target.endswith(".safetensors"):
+        raise ArgumentError(f"`{args.target}`: must end in .safetensors", "target")
+    if Path(args.target).exists() and not args.force:
+        raise ExistingFile(f"`{args.target}` exists\nhint: `force` replaces it", "target")
+
+
+def _extract(args: Namespace) -> None:
+    from tqdm import tqdm
+
+    from ldm.loading.addons.lora_tools import RankRule, extract_lora
+
+    check_target(args)
+    with tqdm(unit="layer", disable=None) as bar:
+        result = extract_lora(
+            args.tuned,
+            args.base,
+            rank_rule(args),
+            conv_rule=None if args.conv_rank is None else RankRule(args.conv_rank),
+            clamp_quantile=args.clamp_quantile,
+            ema=args.ema,
+            config=args.config,
+            progress=bar.update,
+        )
+    part = f"{result.retained:.1%} of their squared difference"
+    print(f"{len(result.lora.layers)} layers, {part}", file=sys.stderr)
+    if result.left_out:
+        examples = ", ".join(result.left_out[:2])
+        count = len(result.left_out)
+        print(f"{count} weights differ that are not in it: {examples}", file=sys.stderr)
+    names = [Path(path).name for path in (args.tuned, args.base)]
+    save_lora(args, result.lora, result.model, names)
