@@ -1,15 +1,25 @@
 """Results as JSON, as a table and as a figure."""
 
+import itertools
 import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ldm.evaluation.labels import XY, place_labels
 from ldm.evaluation.metrics import Estimate
 from ldm.evaluation.score import Result
 from ldm.runtime.files import replace_when_written
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 __all__ = ["format_choices", "format_table", "save_figure", "save_results"]
+
+MARK = 4.0  # radius of a marker with some space, in points
+FAR = 14.0  # points from a marker to the centre of its label
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +91,8 @@ def save_figure(
         return []
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.add_subplot()
+    labels: list[tuple[str, XY]] = []
+    lines: list[tuple[XY, XY]] = []
     for series in dict.fromkeys(result.series for result in points):
         own = sorted((r for r in points if r.series == series), key=lambda r: r.scale or 0)
         x, y = ([r.scores[score] for r in own] for score in ("prompt_score", "fid"))
@@ -89,12 +101,18 @@ def save_figure(
             yerr=[e.error for e in y], marker="o", markersize=4, capsize=2, linewidth=1.2,
             elinewidth=0.7, label=series,
         )  # fmt: skip
-        for result, score, distance in zip(own, x, y, strict=True):
-            if result.scale is not None:
-                axes.annotate(
-                    f"{result.scale:g}", (score.value, distance.value),
-                    xytext=(4, 4), textcoords="offset points", fontsize=8,
-                )  # fmt: skip
+        middles = [(a.value, b.value) for a, b in zip(x, y, strict=True)]
+        lines += itertools.pairwise(middles)
+        for a, b in zip(x, y, strict=True):
+            lines += [
+                ((a.value - a.error, b.value), (a.value + a.error, b.value)),
+                ((a.value, b.value - b.error), (a.value, b.value + b.error)),
+            ]
+        labels += [
+            (f"{result.scale:g}", middle)
+            for result, middle in zip(own, middles, strict=True)
+            if result.scale is not None
+        ]
     judge = points[0].choices["judge"]["name"]
     size = points[0].facts.get("size")
     on = f" on {size[1]}x{size[0]} samples" if size else ""
@@ -103,12 +121,46 @@ def save_figure(
     axes.set_title(title or f"FID vs {judge}{on}, N = {points[0].count}", fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend()
+    _draw_labels(axes, labels, lines)
     paths = [out / f"{name}.svg", out / f"{name}.png"]
     for path in paths:
         with replace_when_written(path) as part:
             metadata = {"Date": None} if path.suffix == ".svg" else None
             figure.savefig(part, format=path.suffix[1:], dpi=110, metadata=metadata)
     return paths
+
+
+def _draw_labels(
+    axes: "Axes", labels: Sequence[tuple[str, XY]], lines: Sequence[tuple[XY, XY]]
+) -> None:
+    """Write labels beside their points; a line leads to one that is farther away."""
+    figure = axes.get_figure(root=True)
+    if figure is None or not labels:
+        return
+    figure.draw_without_rendering()  # lays out, and so decides the pixels of the points
+
+    def to_pixels(points: Sequence[XY]) -> list[XY]:
+        return [(float(x), float(y)) for x, y in axes.transData.transform(points)]
+
+    points = to_pixels([point for _, point in labels])
+    trials = [axes.annotate(text, point, fontsize=8) for text, point in labels]
+    sizes = [(box.width, box.height) for box in (trial.get_window_extent() for trial in trials)]
+    for trial in trials:
+        trial.remove()
+    left, bottom, right, top = map(float, axes.get_window_extent().extents)
+    pixels = figure.dpi / 72
+    ends = to_pixels([end for line in lines for end in line])
+    pairs = zip(ends[::2], ends[1::2], strict=True)
+    drawn = [pair for pair in pairs if all(map(math.isfinite, pair[0] + pair[1]))]
+    centres = place_labels(points, sizes, (left, bottom, right, top), MARK * pixels, drawn)
+    for (text, point), (x, y), centre in zip(labels, points, centres, strict=True):
+        offset = ((centre[0] - x) / pixels, (centre[1] - y) / pixels)
+        is_far = math.hypot(*offset) > FAR
+        axes.annotate(
+            text, point, xytext=offset, textcoords="offset points", fontsize=8, ha="center",
+            va="center",
+            arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "0.5"} if is_far else None,
+        )  # fmt: skip
 
 
 def _cell(estimate: Estimate | None, factor: float, decimals: int) -> str:

@@ -1,0 +1,39 @@
+"""Labels in the figure."""
+
+import itertools
+import random
+
+import pytest
+
+from ldm.evaluation.labels import place_labels
+
+RADIUS = 4.0
+
+
+def boxes(centres, sizes):
+    pairs = zip(centres, sizes, strict=True)
+    return [(x - w / 2, y - h / 2, x + w / 2, y + h / 2) for (x, y), (w, h) in pairs]
+
+
+def overlap(a, b):
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+@pytest.mark.parametrize("spread", [0, 6, 200])
+@pytest.mark.parametrize("corner", [0, 150])
+def test_labels_cover_neither_each_other_nor_a_point(spread, corner):
+    rng = random.Random(0)
+    points = [(corner + spread * rng.random(), corner + spread * rng.random()) for _ in range(24)]
+    sizes = [(rng.choice([8, 18]), 10) for _ in points]
+    lines = [*itertools.pairwise(points)]
+    labels = boxes(place_labels(points, sizes, (0, 0, 400, 400), RADIUS, lines), sizes)
+    marks = boxes(points, [(2 * RADIUS, 2 * RADIUS)] * len(points))
+    pairs = [*itertools.combinations(labels, 2), *itertools.product(labels, marks)]
+    assert not any(overlap(a, b) for a, b in pairs)
+    assert all(min(box) >= 0 and max(box) <= 400 for box in labels)
+
+
+def test_a_label_gives_way_to_a_line_where_there_is_room():
+    sizes, line = [(8, 10)], ((0, 0), (100, 100))
+    (label,) = boxes(place_labels([(50, 50)], sizes, (0, 0, 100, 100), RADIUS, [line]), sizes)
+    assert not any(overlap(label, (x, x, x, x)) for x in range(100))
