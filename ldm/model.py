@@ -10,7 +10,7 @@ Sampling and training live in other modules. Rombach et al. 2022 (arXiv:2112.107
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,9 @@ from ldm.nets.unet import UNet
 from ldm.runtime.errors import ArgumentError
 from ldm.runtime.offload import offload
 
-__all__ = ["Defaults", "LatentDiffusion"]
+__all__ = ["Defaults", "LatentDiffusion", "LatentSpace"]
+
+SCALE_TOLERANCE = 0.01  # relative, of the scale factors of autoencoders
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,29 @@ class Defaults:
     steps: int = 50
     sampler: str = "ddim"
     scheduler: str | None = None
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """What tells the latents of one autoencoder from those of another.
+
+    Args:
+        channels, downscale, scale_factor: As those of `LatentDiffusion`.
+        pixel_channels: Channels of the images.
+        is_normalised: Whether latents have a mean and a standard deviation of each channel.
+    """
+
+    channels: int
+    downscale: int
+    pixel_channels: int
+    scale_factor: float
+    is_normalised: bool
+
+    def matches(self, other: "LatentSpace") -> bool:
+        """Return whether latents of both are of one kind."""
+        ratio = other.scale_factor / self.scale_factor
+        same = replace(other, scale_factor=self.scale_factor)
+        return self == same and abs(ratio - 1) <= SCALE_TOLERANCE
 
 
 class LatentDiffusion(nn.Module):
@@ -122,6 +147,17 @@ class LatentDiffusion(nn.Module):
     def downscale(self) -> int:
         """Image pixels per latent pixel along one side, such as 8."""
         return self.autoencoder.downscale
+
+    @property
+    def latent_space(self) -> LatentSpace:
+        """What its latents must share with those of another model to be of use to it."""
+        return LatentSpace(
+            self.channels,
+            self.downscale,
+            self.autoencoder.in_channels,
+            self.scale_factor,
+            self.latent_mean is not None or self.latent_std is not None,
+        )
 
     @property
     def device(self) -> torch.device:

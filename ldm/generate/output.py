@@ -19,12 +19,14 @@ from ldm.imaging.pixels import make_grid, to_pil
 from ldm.imaging.relief import save_relief
 from ldm.imaging.rgbd import split_colour
 from ldm.imaging.watermark import PAYLOADS, embed_floats, embed_or_warn
+from ldm.loading.files.latents import SUFFIX, save_latent
 from ldm.model import LatentDiffusion
 from ldm.runtime.ranks import rank_and_world_size
 from ldm.runtime.types import JsonMapping
 
 __all__ = [
-    "Console", "RunListener", "add_watermark", "save_glb", "save_grid", "save_image", "to_images",
+    "Console", "RunListener", "add_watermark", "save_glb", "save_grid", "save_image",
+    "save_image_latent", "to_images",
 ]  # fmt: skip
 
 GRID_LIMIT = 1024  # images; more would be kept in memory for a grid nobody can look at
@@ -75,7 +77,7 @@ class Console(RunListener):
             is_unicode = sys.stdout.encoding.lower().startswith("utf")
             _print(json.dumps(info, ensure_ascii=not is_unicode))
         elif info["path"] is not None:
-            for key in ("path", "depth_path", "relief_path"):
+            for key in ("path", "depth_path", "relief_path", "latent_path"):
                 if key in info:
                     _print(info[key])
 
@@ -122,6 +124,17 @@ def save_glb(path: str, image: Image.Image, depth: Image.Image) -> Info:
     triangles = save_relief(target, image, depth)
     log.info("relief %s: %d triangles", target, triangles)
     return {"relief_path": str(target), "triangles": triangles}
+
+
+def save_image_latent(info: Info, z: Tensor, model: LatentDiffusion) -> Info:
+    """Save the latent (C, h, w) of an image that was saved; return its path, as entry of the info.
+
+    Args:
+        info: of the image.
+    """
+    target = Path(info["path"]).with_suffix(SUFFIX)
+    save_latent(target, z, model, info)
+    return {"latent_path": str(target)}
 
 
 def save_grid(

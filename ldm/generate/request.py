@@ -331,6 +331,9 @@ class Output:
         help="what to do with images that the checker flags: save black or blurred ones in their"
         " place, or drop them (default: keep them)")
     no_watermark: bool = option(False, "--no-watermark", help="do not add the invisible watermark")
+    save_latents: bool = option(False, "--save-latents",
+        help="also save the latent of each image, NNNNN.latent, which `ldm upscale` and ComfyUI"
+        " take")
     glb: bool = option(False, "--glb",
         help="of images with depth (LDM3D), also save a relief to turn, NNNNN.glb (needs trimesh)")
     json: bool = option(False, "--json", help="write one JSON object per image to stdout")
@@ -391,6 +394,10 @@ class Request:
                 raise ArgumentError(
                     f"{name} {side} is not a positive multiple of {multiple}{reason}", name
                 )
+        if self.output.save_latents and self.output.skip_save:
+            raise ArgumentError(
+                "latents are saved beside images, which skip_save leaves out", "save_latents"
+            )
         if self.output.unsafe is not None and self.output.safety_checker is None:
             raise ArgumentError("unsafe needs safety_checker", "unsafe")
         if self.prompts.syntax != PLAIN and self.upscaling.upscaler is not None:

@@ -28,6 +28,7 @@ from ldm.generate.output import (
     save_glb,
     save_grid,
     save_image,
+    save_image_latent,
     to_images,
 )
 from ldm.generate.plan import Batch, looks_dynamic, plan_batches
@@ -55,6 +56,7 @@ log = logging.getLogger(__name__)
 LineKey = tuple[tuple[str, Value], ...]  # options that a line of a prompt file sets
 
 Callback = Callable[[int, int, Tensor, Tensor], None]  # of `ldm.sample`
+OnLatent = Callable[[Tensor], object]  # of the tasks
 
 
 def run_request(
@@ -136,6 +138,8 @@ def _generate_batches(
     if total > GRID_LIMIT and makes_grid:
         log.info("the grid will hold the first %d images", GRID_LIMIT)
     listener.begin(model, total)
+    latents: list[Tensor] = []  # of each batch, if they are to be saved
+    on_latent = latents.append if output.save_latents else None
     try:
         for number, batch in enumerate(tqdm(batches, "Sampling", disable=hides_progress())):
             key = _line_key(batch)
@@ -147,7 +151,7 @@ def _generate_batches(
                 set_loras(model, batch[0].loras)
                 run_info["loras"] = _describe_loras(model, without_folders)
             protected = prepared.protected_pixels()
-            images = generate_batch(prepared, batch, models, listener.on_step)
+            images = generate_batch(prepared, batch, models, listener.on_step, on_latent)
             run_info["dtype"] = str(model.dtype).removeprefix("torch.")
             if listener.stopped_at is not None:
                 run_info["unfinished"] = listener.stopped_at
@@ -166,11 +170,14 @@ def _generate_batches(
                     info |= save_image(folder, image, info, kept, depth)
                     if depth is not None and output.glb:
                         info |= save_glb(info["path"], image, depth)
+                    if latents and image is original:  # not of an image that is hidden
+                        info |= save_image_latent(info, latents[-1][row], model)
                 report(info, listener)
                 listener.add_image(info)
                 if image is not None and makes_grid and len(grid_images) < GRID_LIMIT:
                     cell = image if depth is None else place_beside(image, depth)
                     grid_images.append((cell, info))
+            latents.clear()
             if listener.stopped_at is not None:
                 raise Stop
     finally:
@@ -284,7 +291,11 @@ def remake_image(
 
 
 def _generate(
-    prepared: PreparedTask, batch: Batch, models: Models, callback: Callback | None
+    prepared: PreparedTask,
+    batch: Batch,
+    models: Models,
+    callback: Callback | None,
+    on_latent: OnLatent | None = None,
 ) -> Tensor:
     """Make the images of one batch, (B, 3, H, W) in [-1, 1]."""
     request, model = prepared.request, models.base
@@ -311,6 +322,7 @@ def _generate(
         "x_T": start_noise(request, model, prepared.output_size(model), batch),
         "legacy": sampling.legacy,
         "callback": callback,
+        "on_latent": on_latent,
         **_sdxl_options(request, batch, models),
     }
     if models.upscaler is not None:
@@ -350,18 +362,22 @@ def _second_texts(pairs: Sequence[tuple[str | None, str]]) -> list[str] | None:
 
 
 def generate_batch(
-    prepared: PreparedTask, batch: Batch, models: Models, callback: Callback
+    prepared: PreparedTask,
+    batch: Batch,
+    models: Models,
+    callback: Callback,
+    on_latent: OnLatent | None = None,
 ) -> Tensor:
     """Make a batch; if NaN appears in half precision, switch to float32 and make it again."""
     try:
-        return _generate(prepared, batch, models, callback)
+        return _generate(prepared, batch, models, callback, on_latent)
     except NonFinite as error:
         if models.base.dtype == torch.float32 or error.cause:
             raise
         dtype = str(models.base.dtype).removeprefix("torch.")
         log.warning("%s in %s: continuing in float32", error, dtype)
     models.float()
-    return _generate(prepared, batch, models, callback)
+    return _generate(prepared, batch, models, callback, on_latent)
 
 
 def _latent_pixels(pixels: int | None, model: LatentDiffusion) -> int | None:

@@ -88,8 +88,8 @@ class OutputFolder:
 
 
 def _highest(folder: Path, prefix: str) -> int:
-    """Return the highest number among the images of the folder, -1 if there is none."""
-    pattern = re.compile(rf"{prefix}(\d+)(?:_depth)?\.png")
+    """Return the highest number of an image or latent in the folder, -1 if there is none."""
+    pattern = re.compile(rf"{prefix}(\d+)(?:(?:_depth)?\.png|\.latent)")
     matches = (pattern.fullmatch(name) for name in os.listdir(folder))
     return max((int(match[1]) for match in matches if match), default=-1)
 

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
-from typing import ParamSpec, TypeVar, cast
+from typing import ParamSpec, TypedDict, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +74,18 @@ __all__ = [
 ]
 
 
-class GuidedOptions(SamplingOptions, GuidanceOptions, PromptOptions):
+class DecodingOptions(TypedDict, total=False):
+    """Keywords of tasks about the latents that are decoded.
+
+    Attributes:
+        on_latent: called with the final latents (B, C, h, w) of the batch before they are decoded,
+            as the UNet returns them: see `LatentDiffusion.denormalize`.
+    """
+
+    on_latent: Callable[[Tensor], object] | None
+
+
+class GuidedOptions(SamplingOptions, GuidanceOptions, PromptOptions, DecodingOptions):
     """Keywords of tasks whose models read prompts."""
 
 
@@ -128,6 +139,7 @@ def pipeline(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tens
         allowed = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
         takes_sdxl, takes_text = "text" in families, families != ("variation",)
         allowed += (TextOptions if takes_sdxl else SamplingOptions).__annotations__
+        allowed += DecodingOptions.__annotations__
         of_text = GuidanceOptions.__annotations__ | PromptOptions.__annotations__
         if takes_text:
             allowed += of_text
@@ -346,7 +358,7 @@ def generate(
         if stop.latent is None:
             raise
         latent = stop.latent
-    return decode_latent(model, latent, tile)
+    return decode_latent(model, latent, tile, options.get("on_latent"))
 
 
 def _sample_with_refiner(
@@ -429,9 +441,10 @@ def _sample_and_double(
 def split_options(
     options: SamplingOptions | GuidedOptions | TextOptions,
 ) -> tuple[SamplingOptions, SDXLOptions]:
-    """Separate what `sample` takes from what only SDXL does, without the rule of guidance."""
+    """Separate what `sample` takes from what only SDXL does, without what neither takes."""
     names = SDXLOptions.__annotations__
     others = names | GuidanceOptions.__annotations__ | PromptOptions.__annotations__
+    others |= DecodingOptions.__annotations__
     sampling = {name: value for name, value in options.items() if name not in others}
     sdxl = {name: value for name, value in options.items() if name in names}
     return cast(SamplingOptions, sampling), cast(SDXLOptions, sdxl)
@@ -549,9 +562,17 @@ def pair_texts(
     return list(zip(*columns, strict=True))
 
 
-def decode_latent(model: LatentDiffusion, z: Tensor, tile: int | None) -> Tensor:
+def decode_latent(
+    model: LatentDiffusion,
+    z: Tensor,
+    tile: int | None,
+    on_latent: Callable[[Tensor], object] | None = None,
+) -> Tensor:
     """Decode z (B, C, h, w) to (B, 3, H, W), or with depth, in [-1, 1]; raise NonFinite."""
-    images = model.decode(check_finite(z, "the UNet"), tile=tile)
+    check_finite(z, "the UNet")
+    if on_latent is not None:
+        on_latent(z)
+    images = model.decode(z, tile=tile)
     return check_finite(images, "the VAE").clamp(-1, 1)
 
 

@@ -27,7 +27,6 @@ from ldm.runtime.errors import ArgumentError, unknown_name
 __all__ = ["FACTOR", "Upscaling", "check_latent", "check_noise", "double_latent"]
 
 FACTOR = 2
-SCALE_TOLERANCE = 0.01  # relative, of the scale factors of autoencoders
 
 
 @dataclass(frozen=True)
@@ -49,18 +48,7 @@ class Upscaling:
         if family_of(self.model.conditioner) != "latent-upscaling":
             raise ArgumentError(f"{file_name(self.model)} is not an x2 latent upscaler", "upscaler")
         run_sigmas(self.model, Quirks(), {"steps": self.steps})  # raises ArgumentError
-        spaces = [
-            (
-                model.channels,
-                model.downscale,
-                model.autoencoder.in_channels,
-                model.latent_mean is None,
-                model.latent_std is None,
-            )
-            for model in (base, self.model)
-        ]
-        ratio = base.scale_factor / self.model.scale_factor
-        if spaces[0] != spaces[1] or abs(ratio - 1) > SCALE_TOLERANCE:
+        if not self.model.latent_space.matches(base.latent_space):
             raise ArgumentError(
                 f"{file_name(base)} has latents of another kind than the upscaler, which takes "
                 "those of Stable Diffusion 1 and 2: save the images, and upscale these",

@@ -17,6 +17,7 @@ take:
     negative_prompt   one for all prompts or one for each
     scale             guidance scale; 1 = no guidance, None = the model's default
     tile              side in latent pixels of overlapping tiles to decode; None = decode whole
+    on_latent         called with the final latents before they are decoded
     options           keywords of `sample`: steps, sampler, scheduler, eta, seeds, x_T, callback …,
                       and of `GuidanceOptions`: safe latent diffusion;
                       txt2img, img2img and inpaint also take those of `SDXLOptions`: a refiner,
@@ -380,7 +381,7 @@ def upscale_latent(
         if stop.latent is None:
             raise
         z = stop.latent
-    images = decode_latent(model, z, tile)
+    images = decode_latent(model, z, tile, options.get("on_latent"))
     return images if image is None else crop_like(images, image, FACTOR)
 
 

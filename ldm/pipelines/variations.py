@@ -121,7 +121,7 @@ def vary(
     uncond = None if scale == 1 else model.condition({"jpg": [None]}).repeat(n)
     sampling, _ = split_options(options)
     z = sample(model, cond.repeat(n), uncond, scale=scale, size=size, noise=noise, **sampling)
-    return decode_latent(model, z, tile)
+    return decode_latent(model, z, tile, options.get("on_latent"))
 
 
 @pipeline("unclip")

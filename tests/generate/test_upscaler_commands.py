@@ -1,15 +1,21 @@
 """The x2 latent upscaler on the command line: alone, and behind a text-to-image model."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+import ldm
 from ldm.commands.main import main
 from ldm.imaging.metadata import read_info
+from ldm.imaging.pixels import to_pil
 from ldm.loading.config import format_yaml
+from ldm.loading.files.latents import load_latent, save_latent
 from ldm.loading.load import save_model
+from ldm.model import LatentSpace
 from tinymodels import models, recorded  # noqa: F401
 from tinyupscaler import tiny_config, tiny_upscaler
 
@@ -96,3 +102,52 @@ def test_what_the_model_in_use_does_not_have(upscaler, run, models):  # noqa: F8
     assert "give its diffusers folder" in err
     _, _, err = run("txt2img", *flags, "--upscaler", "checkpoints/demo.safetensors")
     assert "is not an x2 latent upscaler" in err
+
+
+def test_latents_of_a_run(upscaler, run, models, tmp_path, capsys):  # noqa: F811
+    flags = [*models["base_eps"].flags, "--H", 64, "--W", 64, "--steps", 1, "--save-latents"]
+    status, (image, latent), _ = run("txt2img", *flags, "--precision", "full")
+    assert status == 0
+    samples = tmp_path / "out/samples"
+    assert (image, latent) == (str(samples / "00000.png"), str(samples / "00000.latent"))
+    base = ldm.load(*models["base_eps"].flags[1::2])
+    decoded = to_pil(base.decode(load_latent(latent).normalize(base)))[0]
+    with Image.open(image) as file:
+        assert decoded.tobytes() == file.convert("RGB").tobytes()
+    ckpt = ["--ckpt", upscaler / "x2.safetensors", "--steps", 1]
+    status, (path,), _ = run("upscale", *ckpt, "--init-img", samples)
+    assert (status, path) == (0, str(tmp_path / "out/00000.png"))
+    with Image.open(path) as file:
+        assert file.size == (128, 128)
+    assert main(["replay", path]) == 0
+    assert capsys.readouterr().out.startswith("identical")
+
+
+def test_latents_that_are_refused(upscaler, run, tmp_path):
+    file, shifted = tmp_path / "a.latent", LatentSpace(4, 8, 3, 0.13025, False)
+    model = tiny_upscaler()
+    ckpt = ["--ckpt", upscaler / "x2.safetensors", "--init-img", file]
+
+    def refusal(*flags):
+        status, out, err = run("upscale", *ckpt, *flags)
+        assert (status == 0, out) == (False, [])
+        return err
+
+    save_latent(file, torch.zeros(4, 8, 8), model, {})
+    assert "a latent is doubled as it is, leave height out" in refusal("--H", 64)
+    save_file({"latent_tensor": torch.zeros(1, 4, 8, 8)}, file, {"ldm.latent_space":
+              json.dumps(asdict(shifted))})  # fmt: skip
+    assert "is a latent of another kind than `x2.safetensors` takes" in refusal()
+    save_file({"latent_tensor": torch.zeros(2, 4, 8, 8)}, file)
+    assert "is not one latent: its shape is (2, 4, 8, 8)" in refusal()
+    save_file({"latent": torch.zeros(1)}, file)
+    assert "is not a latent" in refusal()
+    ckpt[1:] = ["checkpoints/demo-upscaler.safetensors", "--init-img", file]
+    save_latent(file, torch.zeros(4, 8, 8), model, {})
+    assert "only the x2 latent upscaler takes latents" in refusal()
+
+
+def test_a_latent_of_comfyui_of_its_first_format_is_scaled(tmp_path):
+    values = torch.rand(1, 4, 8, 8)
+    save_file({"latent_tensor": values}, tmp_path / "a.latent")
+    assert torch.equal(load_latent(tmp_path / "a.latent").latent, values / 0.18215)

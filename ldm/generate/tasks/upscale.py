@@ -1,11 +1,15 @@
 """Upscaling: by four, by two in latents, or to any size for images with depth."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.generate.options import option, parse_fraction, parse_natural, parse_size
-from ldm.generate.tasks.base import FolderInputs, PreparedImageTask, Task
+from ldm.generate.request import Request
+from ldm.generate.tasks.base import FolderInputs, PreparedImageTask, PreparedTask, Task
 from ldm.runtime.errors import ArgumentError
+from ldm.runtime.ranks import rank_and_world_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,12 +17,17 @@ if TYPE_CHECKING:
     from ldm.model import LatentDiffusion
     from ldm.pipelines.common import TaskOptions
 
+LATENT = ".latent"
+
 
 @dataclass(frozen=True)
 class UpscaleInputs(FolderInputs):
-    """A small image, or a folder of them, and the noise to add to it."""
+    """A small image or latent, or a folder of them, and the noise to add to it."""
 
     # fmt: off
+    init_img: str | None = option(None, "--init-img", "--image", metavar="FILE", is_input_file=True,
+        label="Image", help="input image, resized to --H x --W; for the x2 latent upscaler also a"
+        " latent of --save-latents, or a folder of them, each to OUTDIR/NAME.png")
     noise_level: int = option(20, "--noise-level", parse=parse_natural, metavar="N", maximum=349,
         label="Noise level (0 – 349)",
         help="noise on the image, 0 to 349: more noise, more invented detail"
@@ -34,6 +43,26 @@ class UpscaleInputs(FolderInputs):
         metavar="H,W", label="Target size (H,W; for LDM3D-SR)",
         help="for LDM3D-SR: size of the result (default: twice that of the image)")
     # fmt: on
+
+    @property
+    def is_folder(self) -> bool:
+        return super().is_folder or (self.init_img is not None and Path(self.init_img).is_dir())
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether the input is a latent, or a folder of them."""
+        return self.init_img is not None and (
+            Path(self.init_img).suffix == LATENT or Path(self.init_img).is_dir()
+        )
+
+    def per_image(self) -> Sequence[FolderInputs]:
+        if self.indir is not None or self.init_img is None or not Path(self.init_img).is_dir():
+            return super().per_image()
+        from ldm.loading.files.latents import list_latents
+
+        rank, world_size = rank_and_world_size()
+        paths = list_latents(self.init_img)[rank::world_size]
+        return [replace(self, init_img=str(path), indir=self.init_img) for path in paths]
 
 
 class Upscale(PreparedImageTask):
@@ -78,6 +107,54 @@ class Upscale(PreparedImageTask):
         return pipelines.upscale(model, prompts, self.image, noise_level=level, **options)
 
 
+class UpscaleLatent(PreparedTask):
+    """Double the latent of a file, without an image in between."""
+
+    def __init__(self, request: Request) -> None:
+        from ldm.loading.files.latents import load_latent
+
+        super().__init__(request)
+        self.inputs = request.inputs_as(UpscaleInputs)
+        values = request.values()
+        for name in ("height", "width", "target_size", "depth"):
+            if values[name] is not None:
+                raise ArgumentError(f"a latent is doubled as it is, leave {name} out", name)
+        self.latent = load_latent(self.inputs.init_img or "")
+
+    def output_size(self, model: "LatentDiffusion") -> tuple[int, int]:
+        from ldm.pipelines.families import family_of, file_name
+
+        if family_of(model.conditioner) != "latent-upscaling":
+            raise ArgumentError(
+                f"{file_name(model)} enlarges images: only the x2 latent upscaler takes latents",
+                "init_img",
+            )
+        self.latent.normalize(model)  # raises ArgumentError
+        height, width = self.latent.latent.shape[-2:]
+        return 2 * height * model.downscale, 2 * width * model.downscale
+
+    def generate(
+        self, model: "LatentDiffusion", prompts: list[str], options: "TaskOptions"
+    ) -> "Tensor":
+        from ldm import pipelines
+
+        return pipelines.upscale_latent(
+            model,
+            prompts,
+            latent=self.latent.normalize(model),
+            noise_sigma=self.inputs.noise_sigma,
+            noise_kind=self.inputs.noise_kind,
+            **options,
+        )
+
+
+def prepare(request: Request) -> PreparedTask:
+    """Read the input, an image or a latent."""
+    if request.inputs_as(UpscaleInputs).is_latent:
+        return UpscaleLatent(request)
+    return Upscale(request)
+
+
 def enlarge(
     image: "Tensor", depth: "Tensor | None", size: tuple[int, int]
 ) -> "tuple[Tensor, Tensor | None]":
@@ -108,13 +185,18 @@ Stable Diffusion 1:
 
     ldm upscale --ckpt sd-x2-latent-upscaler --text-encoder sd-v1-5 --init-img photo.png
 
+It also takes latents of `ldm txt2img --save-latents`, a file or a folder of them:
+
+    ldm upscale --ckpt sd-x2-latent-upscaler --text-encoder sd-v1-5 \\
+        --init-img outputs/txt2img-samples/samples
+
 LDM3D-SR enlarges an image with its depth:
 
     ldm upscale --ckpt hf:Intel/ldm3d-sr --init-img a.png --depth a_depth.png \\
         --target-size 1024,1024
 """,
     inputs=UpscaleInputs,
-    prepare=Upscale,
+    prepare=prepare,
     families=("upscaling", "latent-upscaling", "rgbd-upscaling"),
     defaults={
         "prompt": "a high quality professional photograph",

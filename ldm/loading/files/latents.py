@@ -1,0 +1,110 @@
+"""Files of one latent, `.latent`, in the layout of ComfyUI: as the autoencoder has it, unscaled.
+
+Ours also say how the image was made and of which autoencoder the latent is.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from ldm.loading.files.checkpoint import read_checkpoint
+from ldm.model import LatentDiffusion, LatentSpace
+from ldm.pipelines.families import file_name
+from ldm.runtime.errors import ArgumentError, FileFormatError, MissingFile
+from ldm.runtime.files import replace_when_written
+from ldm.runtime.types import JsonMapping
+
+__all__ = ["SUFFIX", "StoredLatent", "list_latents", "load_latent", "save_latent"]
+
+SUFFIX = ".latent"
+LATENT, VERSION = "latent_tensor", "latent_format_version_0"
+INFO, SPACE = "ldm", "ldm.latent_space"  # keys of the texts
+FORMER_SCALE = 0.18215  # by which files without a version are scaled
+
+
+class StoredLatent:
+    """The latent of a file.
+
+    Args:
+        latent: (1, C, h, w) float32, as the autoencoder has it.
+        space: the kind of latent; None = the file does not say it.
+    """
+
+    def __init__(self, path: str | Path, latent: Tensor, space: LatentSpace | None) -> None:
+        self.path = path
+        self.latent = latent
+        self.space = space
+
+    def normalize(self, model: LatentDiffusion) -> Tensor:
+        """Return it as the UNet of a model takes it, (1, C, h, w).
+
+        Raises:
+            ArgumentError: it is the latent of another kind of model.
+        """
+        expected = model.latent_space
+        channels = self.latent.shape[1]
+        if channels != expected.channels or (self.space and not expected.matches(self.space)):
+            raise ArgumentError(
+                f"`{self.path}` is a latent of another kind than {file_name(model)} takes: give "
+                "its image",
+                "init_img",
+            )
+        return model.normalize(self.latent)
+
+
+def save_latent(path: str | Path, z: Tensor, model: LatentDiffusion, info: JsonMapping) -> None:
+    """Write one latent of a model's UNet, (C, h, w).
+
+    Args:
+        info: of its image, as in a PNG.
+    """
+    latent = model.denormalize(z[None].detach().float())
+    tensors = {LATENT: latent.cpu().contiguous(), VERSION: torch.empty(0)}
+    texts = {INFO: json.dumps(info, default=str), SPACE: json.dumps(asdict(model.latent_space))}
+    with replace_when_written(path) as part:
+        part.write_bytes(save(tensors, texts))
+
+
+def load_latent(path: str | Path) -> StoredLatent:
+    """Read a file of one latent.
+
+    Raises:
+        MissingFile: there is no such file.
+        FileFormatError: it holds something else, or several latents.
+    """
+    checkpoint = read_checkpoint(path)
+    latent = checkpoint.state.get(LATENT)
+    if latent is None:
+        raise FileFormatError(f"`{path}` is not a latent: it has no `{LATENT}`")
+    if latent.dim() != 4 or latent.shape[0] != 1 or not latent.numel():
+        raise FileFormatError(f"`{path}` is not one latent: its shape is {tuple(latent.shape)}")
+    if not latent.isfinite().all():
+        raise FileFormatError(f"`{path}` has values that are NaN or infinite")
+    latent = latent.float().clone()
+    if VERSION not in checkpoint.state:
+        latent = latent / FORMER_SCALE
+    try:
+        fields: Any = json.loads(checkpoint.metadata[SPACE])
+        space = LatentSpace(**fields)
+    except KeyError:
+        space = None
+    except (ValueError, TypeError) as error:
+        raise FileFormatError(f"`{path}`: `{SPACE}` in it is damaged") from error
+    return StoredLatent(path, latent, space)
+
+
+def list_latents(folder: str | Path) -> list[Path]:
+    """Return the latents in a folder, by name.
+
+    Raises:
+        MissingFile: there are none.
+    """
+    paths = sorted(Path(folder).glob(f"[!.]*{SUFFIX}"))
+    if not paths:
+        raise MissingFile(f"no latents (`*{SUFFIX}`) in `{folder}`", "init_img")
+    return paths
