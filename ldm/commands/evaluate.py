@@ -143,7 +143,8 @@ def _parser(prog: str | None) -> CommandParser:
         "--clip",
         type=expanduser,
         metavar="FILE",
-        help="open_clip's file of a CLIP, or an unCLIP checkpoint (default: `open-clip-g`, if it is"
+        help="file of a CLIP, of open_clip, OpenAI or transformers, a folder of transformers, or"
+        " an unCLIP checkpoint (default: `open-clip-g`, if it is"
         " on this machine)",
     )
     add("--title", metavar="TEXT", help="title of the figure")  # fmt: skip

@@ -1,12 +1,15 @@
 """Inception and CLIP against other implementations on the same random weights, pixels included."""
 
+import json
 import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from ldm.encoders.tokenizer import OPEN_CLIP, tokenize
 from ldm.encoders.towers import CLIP
 from ldm.evaluation.extractors import (
     CLIPJudge,
@@ -16,6 +19,7 @@ from ldm.evaluation.extractors import (
 )
 from ldm.loading.addons.clip import check_clip, load_clip
 from ldm.loading.addons.inception import load_inception
+from ldm.loading.diffusers.keys import scatter_weights, text_keys, vision_keys
 from ldm.nets.inception import Inception
 from ldm.runtime.errors import FileFormatError, UnknownName
 
@@ -138,3 +142,76 @@ def test_clip_is_read_out_of_unclip_checkpoints(clip_weights, tmp_path):
     torch.save({"state_dict": without}, tmp_path / "no-text.ckpt")
     with pytest.raises(FileFormatError, match=re.escape("image and text tower")):
         check_clip(tmp_path / "no-text.ckpt")
+
+
+class Module(torch.nn.Module):
+    """A module with the weights of a state dict, as OpenAI's archives have them."""
+
+    def __init__(self, state):
+        super().__init__()
+        self.layers = ["code", "that is not run"]
+        children = {}
+        for name, value in state.items():
+            child, _, rest = name.partition(".")
+            if rest:
+                children.setdefault(child, {})[rest] = value
+            else:
+                self.register_parameter(child, torch.nn.Parameter(value, requires_grad=False))
+        for child, inner in children.items():
+            self.add_module(child, Module(inner))
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_clip_is_read_from_the_archives_of_openai(clip_weights, tmp_path):
+    sizes = {"input_resolution": torch.tensor(56), "context_length": torch.tensor(77)}
+    module = Module(clip_weights | sizes | {"vocab_size": torch.tensor(49408)}).requires_grad_(
+        False
+    )
+    torch.jit.script(module).save(tmp_path / "ViT.pt")
+    torch.save(clip_weights, tmp_path / "bare.bin")
+    clips = [load_clip(tmp_path / name) for name in ("ViT.pt", "bare.bin")]
+    states = [clip.state_dict() for clip in clips]
+    assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+
+
+def test_a_folder_of_transformers_tells_the_activation(clip_weights, tmp_path):
+    names = {f"model.{name}": value for name, value in clip_weights.items()}
+    locations = text_keys(name for name in names if "visual" not in name) | vision_keys(names)
+    theirs = {k: v.contiguous() for k, v in scatter_weights(locations, names).items()}
+    save_file(theirs | {"logit_scale": clip_weights["logit_scale"]}, tmp_path / "model.safetensors")
+    for activation in ("gelu", "quick_gelu"):
+        config = {"text_config": {"hidden_act": activation}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        clip = load_clip(tmp_path)
+        assert clip.blocks[0].activation.__name__ == activation
+    state = clip.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in clip_weights.items())
+
+
+@pytest.mark.slow  # to import the package
+@pytest.mark.filterwarnings("ignore")
+def test_clip_of_transformers_agrees_with_it(images, tmp_path):
+    """A folder, and its file alone; observed 2e-7."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"num_hidden_layers": 2, "intermediate_size": 256}
+    config = transformers.CLIPConfig(
+        text_config=sizes | {"hidden_size": 64, "num_attention_heads": 1, "eos_token_id": 49407},
+        vision_config=sizes
+        | {"hidden_size": 128, "num_attention_heads": 2, "image_size": 56, "patch_size": 14},
+        projection_dim=512,
+    )
+    torch.manual_seed(0)
+    theirs = transformers.CLIPModel(config).eval()
+    theirs.save_pretrained(tmp_path / "clip")
+    tokens = tokenize(PROMPTS, OPEN_CLIP)
+    pixels = torch.cat([clip_pixels(image, 56) for image in images])
+    for path in (tmp_path / "clip", tmp_path / "clip/model.safetensors"):
+        judge = CLIPJudge(load_clip(path))
+        with torch.inference_mode():
+            text = theirs.text_projection(theirs.text_model(tokens).pooler_output)
+            image = theirs.visual_projection(theirs.vision_model(pixels).pooler_output)
+        assert torch.allclose(judge.embed_texts(PROMPTS), text, atol=1e-5)
+        assert torch.allclose(judge.embed_images(images), image, atol=1e-5)

@@ -37,13 +37,14 @@ def test_the_payloads_are_live(tmp_path):
         marker.unlink()
 
 
-@pytest.mark.parametrize("envelope", [payloads.zipped, payloads.legacy])
+@pytest.mark.parametrize("envelope", [payloads.zipped, payloads.legacy, payloads.scripted])
 def test_the_refusal_names_what_the_pickle_names(tmp_path, envelope):
     for name, body in payloads.calls(tmp_path / "marker").items():
         path = envelope(tmp_path / "x.ckpt", payloads.document(body))
         with pytest.raises(ValueError, match="which weights do not need") as caught:
             read_checkpoint(path)
         assert f"`{name}`" in str(caught.value)
+    assert not (tmp_path / "marker").exists()
 
 
 @pytest.mark.parametrize("name", ["inst", "stack-global", "stack-global-memo", "newobj"])

@@ -1,4 +1,8 @@
-"""A whole CLIP, image and text tower, from a file of open_clip or out of an unCLIP checkpoint."""
+"""A whole CLIP, image and text tower.
+
+From a file of open_clip or of OpenAI (their TorchScript archives, too), a file or folder of
+transformers' CLIPModel, or out of an unCLIP checkpoint.
+"""
 
 import re
 from collections.abc import Mapping
@@ -11,17 +15,23 @@ from torch import Tensor
 from ldm.encoders.image import VISION, VISION_DEFAULTS
 from ldm.encoders.towers import CLIP
 from ldm.loading.build import fill_weights, meta_device
+from ldm.loading.config import parse_yaml
+from ldm.loading.diffusers.encoders import is_openai_clip
+from ldm.loading.diffusers.files import read_component
+from ldm.loading.diffusers.keys import gather_weights, text_keys, vision_keys
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.matching import check_weights
 from ldm.loading.published import find_checkpoint
 from ldm.loading.weight_names import TEXT, rename_weights
 from ldm.runtime.errors import FileFormatError
+from ldm.runtime.files import read_text
 
 __all__ = ["check_clip", "clip_name", "load_clip"]
 
 # In an unCLIP checkpoint, under our names: a CLIP; that of ViT-H has a text tower without blocks,
 # which are in the text encoder.
 UNCLIP, TEXT_ENCODER = "conditioner.image.clip.model.", f"{TEXT}model."
+THEIR_PROJECTION, TOWERS = "visual_projection.weight", ("text", "vision")  # of transformers
 IMAGE_PROJECTION, FIRST_BLOCK = "visual.proj", "transformer.resblocks.0.ln_1.weight"
 PARTS = ("visual.", "transformer.", "ln_final.", "token_embedding.", "positional_embedding",
          "text_projection", "logit_scale")  # fmt: skip
@@ -71,16 +81,48 @@ def clip_name(clip: CLIP) -> str:
 def _build(path: str | Path, quick_gelu: bool | None) -> tuple[CLIP, dict[str, Tensor], bool]:
     """Return a CLIP without memory, its weights, and whether these are pages of a file."""
     path = find_checkpoint(path)
-    file = read_checkpoint(path)
-    is_bare = IMAGE_PROJECTION in file.state
-    state = _towers(file.state if is_bare else _unclip_towers(file.state), path)
+    if path.is_dir():
+        state, mapped = read_component(path, None), True
+        quick_gelu = _activation_of_folder(path) if quick_gelu is None else quick_gelu
+    else:
+        file = read_checkpoint(path)
+        state, mapped = file.state, file.mapped
+    is_unclip = False
+    if THEIR_PROJECTION in state:
+        state = _translate(state)
+    elif IMAGE_PROJECTION not in state:
+        state, is_unclip = _unclip_towers(state), True
+    state = _towers(state, path)
     if quick_gelu is None:
         is_openai = state["text_projection"].shape[1] in OPENAI_WIDTHS
-        quick_gelu = is_openai and not (is_bare and LAION.search(path.name))
+        quick_gelu = is_openai and (is_unclip or not LAION.search(path.name))
     with meta_device():
         clip = CLIP(_text_size(state) | {"quick_gelu": quick_gelu}, _vision_size(state))
     check_weights(clip.state_dict(), state, f"`{path}` does not fit CLIP")
-    return clip, state, file.mapped
+    return clip, state, mapped
+
+
+def _activation_of_folder(path: Path) -> bool | None:
+    """Return whether a folder of transformers says that its activation is that of OpenAI."""
+    if not (path / "config.json").is_file():
+        return None
+    config: dict[str, Any] = parse_yaml(read_text(path / "config.json"), where="config.json")
+    text = (config.get("text_config") or {}) | (config.get("text_config_dict") or {})
+    return is_openai_clip(text, f"{path.name}/config.json")
+
+
+def _translate(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of transformers' CLIPModel under open_clip's names."""
+    counts = [_count_blocks(theirs, f"{tower}_model.encoder.layers.") for tower in TOWERS]
+    with meta_device():  # for its names
+        text = {"width": 64, "heads": 1, "layers": counts[0], "embed_dim": 1}
+        vision = {"width": 64, "heads": 1, "layers": counts[1], "image_size": 1, "patch_size": 1}
+        names = CLIP(text, vision).state_dict()
+    own = text_keys(name for name in names if not name.startswith("visual."))
+    seen = vision_keys(f"model.{name}" for name in names)
+    own |= {name.removeprefix("model."): location for name, location in seen.items()}
+    weights = gather_weights(own, theirs, names)
+    return weights | {"logit_scale": theirs["logit_scale"]} if "logit_scale" in theirs else weights
 
 
 def _unclip_towers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -99,8 +141,8 @@ def _towers(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     needed = (IMAGE_PROJECTION, FIRST_BLOCK, "text_projection", "token_embedding.weight")
     if any(name not in state for name in needed):
         raise FileFormatError(
-            f"`{path}` does not hold CLIP's image and text tower: a file of open_clip or an unCLIP "
-            "checkpoint does"
+            f"`{path}` does not hold CLIP's image and text tower: a file of open_clip, OpenAI or "
+            "transformers' CLIPModel does, and an unCLIP checkpoint"
         )
     return {name: value for name, value in state.items() if name.startswith(PARTS)}
 

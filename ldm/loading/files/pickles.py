@@ -4,11 +4,16 @@ A pickle is a program that may import and call whatever it names. torch's restri
 only the few functions that rebuild tensors; this file adds stand-ins for the names that old
 training frameworks left in published files, each an empty class, so neither Lightning nor numpy
 need be installed or trusted. There is no fallback.
+
+An archive of TorchScript holds code and a pickle of modules. Its weights are copied to a temporary
+archive without the code, and read in the same way, with stand-ins for the modules.
 """
 
 import contextlib
 import pickletools
 import re
+import shutil
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -28,9 +33,13 @@ MEMBER = re.compile(
     r"|\.data/serialization_id)"
 )
 SAFE_TORCH = (2, 10)  # the restricted unpickler of older versions had holes
+SCRIPT_MARK = "constants.pkl"  # a member of archives of TorchScript alone
+SCRIPT_MODULE = re.compile(r"__torch__\.[\w.]+")
+SCRIPT_FUNCTIONS = re.compile(r"torch\.jit\._pickle\.\w+")  # of attributes that are no weights
 # Only decides which names an error message lists.
 HARMLESS = re.compile(
     r"collections\.OrderedDict|torch\.(_utils\._rebuild_\w+|\w+Storage|\w+\d+|Size)"
+    rf"|{SCRIPT_MODULE.pattern}|{SCRIPT_FUNCTIONS.pattern}"
 )
 
 INERT = (
@@ -67,8 +76,17 @@ class Parameters(dict[str, torch.Tensor]):
         self.update(tensors if isinstance(tensors, dict) else {})
 
 
+class ScriptModule(dict[str, Any]):
+    """Stands for a module of TorchScript: its weights and modules by name, without its code."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.update(state if isinstance(state, dict) else {})
+
+
 # One class per name: files use such classes as dictionary keys.
-STAND_INS = [(type(name.rpartition(".")[2], (Inert,), {}), name) for name in INERT]
+STAND_INS: list[tuple[type, str]] = [
+    (type(name.rpartition(".")[2], (Inert,), {}), name) for name in INERT
+]
 STAND_INS.append((Parameters, "torch.nn.modules.container.ParameterDict"))
 
 
@@ -87,14 +105,16 @@ def load_pickle(path: Path, kind: str) -> tuple[Any, bool]:
             f"`{path}`: reading pickles safely needs torch 2.10 or newer, this is "
             f"{torch.__version__}\nhint: a .safetensors file can be read by any"
         )
+    is_script = kind == "zip" and _is_script(path)
     if kind == "zip":
-        _check_members(path)
+        _check_members(path, is_script)
+    further = _script_stand_ins(path) if is_script else []
     try:
-        with torch.serialization.safe_globals(list(STAND_INS)), warnings.catch_warnings():
+        with torch.serialization.safe_globals([*STAND_INS, *further]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # torch.load reads *.safetensors as such whatever is inside, and maps only paths.
-            mapped = kind == "zip" and path.suffix != ".safetensors"
-            with path.open("rb") as file:
+            mapped = kind == "zip" and path.suffix != ".safetensors" and not is_script
+            with _without_code(path) if is_script else path.open("rb") as file:
                 source: Any = str(path) if mapped else file
                 content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # whatever a hostile file provokes in the parser, it is refused
@@ -129,8 +149,47 @@ def foreign_imports(path: Path, kind: str) -> list[str]:
     return [name for name in names if name not in INERT and not HARMLESS.fullmatch(name)]
 
 
-def _check_members(path: Path) -> None:
-    """Refuse a zip that torch.save would not write, before anything reads its content."""
+def _is_script(path: Path) -> bool:
+    """Return whether an archive is one of TorchScript."""
+    with (
+        contextlib.suppress(zipfile.BadZipFile, OSError, ValueError),
+        zipfile.ZipFile(path) as archive,
+    ):
+        return any(name.endswith(f"/{SCRIPT_MARK}") for name in archive.namelist())
+    return False
+
+
+def _script_stand_ins(path: Path) -> list[tuple[type, str]]:
+    """Return a class of its own for each name that the modules of an archive have."""
+    names = pickle_imports(path, "zip")
+    modules = [name for name in names if SCRIPT_MODULE.fullmatch(name)]
+    functions = [name for name in names if SCRIPT_FUNCTIONS.fullmatch(name)]
+    return [
+        *((type(name.rpartition(".")[2], (ScriptModule,), {}), name) for name in modules),
+        *((type(name.rpartition(".")[2], (Inert,), {}), name) for name in functions),
+    ]
+
+
+@contextlib.contextmanager
+def _without_code(path: Path) -> Iterator[IO[bytes]]:
+    """Yield a temporary copy of an archive of TorchScript that holds its weights alone."""
+    with tempfile.TemporaryFile() as copy:
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as weights:
+            for member in archive.infolist():
+                if MEMBER.fullmatch(member.filename):
+                    target = weights.open(member.filename, "w", force_zip64=True)
+                    with archive.open(member) as source, target:
+                        shutil.copyfileobj(source, target)
+        copy.seek(0)
+        yield copy
+
+
+def _check_members(path: Path, is_script: bool = False) -> None:
+    """Refuse a zip that torch.save would not write, before anything reads its content.
+
+    Args:
+        is_script: it is one of TorchScript, of which only members as in other archives are read.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -138,6 +197,8 @@ def _check_members(path: Path) -> None:
         message = f"`{path}` is damaged, perhaps an incomplete download: {error}"
         raise FileFormatError(message) from error
     problem = None
+    if is_script:
+        members = [member for member in members if MEMBER.fullmatch(member.filename)]
     for member in members:
         if not MEMBER.fullmatch(member.filename):
             problem = f"`{member.filename}` has no place in weights"
