@@ -48,7 +48,7 @@ from ldm.generate.provenance import (
     line_values,
     read_request,
 )
-from ldm.generate.request import SDXL, ModelChoice, Request, Sampling
+from ldm.generate.request import SDXL, ModelChoice, Request, Sampling, UpscalerChoice
 from ldm.generate.run import remake_image, run_request
 from ldm.generate.tasks import PreparedTask, Task
 from ldm.imaging.metadata import read_info
@@ -64,6 +64,7 @@ from ldm.loading.report import inspect_checkpoint
 from ldm.loading.tiny_autoencoder import is_for_xl, load_preview
 from ldm.model import Defaults, LatentDiffusion
 from ldm.pipelines.families import FAMILIES, is_sdxl
+from ldm.pipelines.latent_upscaling import FACTOR
 from ldm.pipelines.preview import fit_preview
 from ldm.runtime.device import memory_of, pick_device
 from ldm.runtime.errors import ArgumentError, MissingFile, unknown_name
@@ -197,12 +198,18 @@ class Backend:
         models = read_catalogue(self.folder).models
         return {name: entry.path for name, entry in models.items() if entry.family == "refiner"}
 
+    def upscalers(self) -> dict[str, Path]:
+        """Return the files and folders of x2 latent upscalers, by name."""
+        models = read_catalogue(self.folder).models.items()
+        return {name: entry.path for name, entry in models if entry.family == "latent-upscaling"}
+
     def find_refiner(self, info: JsonMapping) -> str:
         """Return the name of the refiner of an image; "" = it had none, or that is not here."""
-        recorded = info.get("refiner") or {}
-        file = Path(recorded.get("path", "")).name
-        names = self.refiners()
-        return next((name for name in names if file in (Path(name).name, Path(name).stem)), "")
+        return _find_name(info.get("refiner"), self.refiners())
+
+    def find_upscaler(self, info: JsonMapping) -> str:
+        """Return the name of the x2 latent upscaler of an image, as `find_refiner`."""
+        return _find_name(info.get("upscaler"), self.upscalers())
 
     def is_sdxl(self, name: str | None) -> bool:
         """Return whether a model is Stable Diffusion XL's."""
@@ -270,6 +277,9 @@ class Backend:
         refiner = values.get("refiner")
         if refiner and refiner not in self.refiners():
             raise unknown_name("refiner", refiner, self.refiners(), argument="refiner")
+        upscaler = values.get("upscaler")
+        if upscaler and upscaler not in self.upscalers():
+            raise unknown_name("upscaler", upscaler, self.upscalers(), argument="upscaler")
         checker = values.get("safety_checker")
         if checker and checker not in self.checkers():
             raise unknown_name(
@@ -281,12 +291,15 @@ class Backend:
             "refiner",
             "safety_checker",
             "unsafe",
-            *(() if entry.is_sdxl else options_of(SDXL)),
+            "upscaler",
+            *(options_of(UpscalerChoice) if entry.is_sdxl else options_of(SDXL)),
         }
         if not refiner and entry.family != "refiner":
             ignored |= {"aesthetic_score", "negative_aesthetic_score"}
         unsafe = values.get("unsafe")
         values = {key: value for key, value in values.items() if key not in ignored}
+        if upscaler and not entry.is_sdxl:
+            values["upscaler"] = str(self.upscalers()[str(upscaler)])
         if values.get("scale") is None:
             values["scale"] = self.defaults(task, name)["scale"]
         request = self._with_model(task.request(values), entry, loras)
@@ -431,7 +444,9 @@ class Backend:
             for file in files_of_model(models.base.provenance, key):
                 file["path"] = Path(file["path"]).name  # goes into images, which users see
         height, width = prepared.output_size(models.base)
-        self.limits.check_output(width, height, request.task.enlarges)
+        factor = 1 if models.upscaler is None else FACTOR
+        is_upscaled = request.task.enlarges or factor > 1
+        self.limits.check_output(factor * width, factor * height, is_upscaled)
         return models
 
     def _recorded_request(self, info: dict[str, Any], name: str) -> Request:
@@ -443,7 +458,8 @@ class Backend:
         inputs = options_of(recorded.task.inputs)
         allowed = {name for name, (option, _) in inputs.items() if not option.is_path}
         allowed |= options_of(Sampling).keys() | options_of(SDXL).keys() | {"no_watermark"}
-        allowed -= {"refiner"}
+        allowed |= options_of(UpscalerChoice).keys()
+        allowed -= {"refiner", "upscaler"}
         values = {key: value for key, value in recorded.values().items() if key in allowed}
         for key, files in info.get("inputs", {}).items():
             paths = [str(self.uploads.find(file["sha256"])) for file in files]
@@ -456,6 +472,10 @@ class Backend:
         earlier = info.get("earlier", ())
         values |= {"n_samples": max([info["rows"], *earlier]), "n_iter": 1 + len(earlier)}
         values |= defaults_then(info, recorded)
+        if "upscaling" in recorded.task.groups():
+            files = map(str, self.upscalers().values())
+            found = _find_files(files_of_model(info, "upscaler"), files, "a file in its folder")
+            values["upscaler"] = next(iter(found), None)
         request = recorded.task.request(values)
         names = {file: name for name, (file, _) in self.loras.items()}
         recorded_loras = info.get("loras", ())
@@ -540,6 +560,12 @@ def _check_weight(name: str, value: float | str) -> None:
     if not max(abs(weight.text), abs(weight.unet)) <= MAX_LORA_WEIGHT:  # False for NaN, too
         allowed = f"-{MAX_LORA_WEIGHT} to {MAX_LORA_WEIGHT}"
         raise ArgumentError(f"the weight of LoRA `{name}` must be {allowed}, got {value}", "lora")
+
+
+def _find_name(recorded: JsonMapping | None, names: Iterable[str]) -> str:
+    """Return the name of a file that an image records; "" = it is not among them."""
+    file = Path((recorded or {}).get("path", "")).name
+    return next((name for name in names if file in (Path(name).name, Path(name).stem)), "")
 
 
 def _find_files(recorded: Any, files: Iterable[str], flag: str) -> list[str]:

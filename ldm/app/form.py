@@ -27,21 +27,21 @@ from ldm.generate.options import (
     parse_sigmas,
 )
 from ldm.generate.provenance import eta_of
-from ldm.generate.request import SDXL, Prompts
+from ldm.generate.request import SDXL, Prompts, UpscalerChoice
 from ldm.generate.tasks import Task
 from ldm.imaging.reading import load_image, open_image
 from ldm.prompts import PLAIN, SYNTAXES
 from ldm.runtime.errors import ArgumentError, MissingArgument
 
 __all__ = [
-    "AUTOMATIC", "NO_CHECKER", "NO_IMAGE", "NO_REFINER", "SETTINGS", "STEPS", "Field", "TaskForm",
-    "step_noise_fields", "values_from_info",
+    "AUTOMATIC", "NO_CHECKER", "NO_IMAGE", "NO_REFINER", "NO_UPSCALER", "SETTINGS", "STEPS",
+    "Field", "TaskForm", "step_noise_fields", "values_from_info",
 ]  # fmt: skip
 
 EXAMPLE = "Prompt (Ctrl+Enter to generate), such as: a 3d emoji of a red apple on a blue background"
 AUTOMATIC = "Automatic"
 NO_IMAGE = 'No input image. Upload one or use "Send to" under a result.'
-NO_REFINER = NO_CHECKER = ("None", "")
+NO_REFINER = NO_CHECKER = NO_UPSCALER = ("None", "")
 SAMPLER = "ddim"
 UNSAFE_CHOICES = [("Keep, and report", ""), ("Black", "black"), ("Blur", "blur"), ("Drop", "drop")]
 MAX_SEED = 1 << 31
@@ -62,7 +62,7 @@ SLD_CHOICES = [("Off", ""), *((f"{name.capitalize()} (after {sld.warmup})", name
                for name, sld in SLD_PRESETS.items())]  # fmt: skip
 SYNTAX_LABELS = {"plain": "Plain", "a1111": "A1111", "comfy": "ComfyUI", "compel": "Compel"}
 PLACEHOLDERS = {
-    "sld_concept": "original",
+    "sld_concept": "original", "upscaler_steps": "20", "upscaler_scale": "1",
     "eta": "of the sampler: 0 … 1",
     "sigmas": "14.6,3.9,1.9,0.96,0.4,0, in place of steps and schedule",
     "prompt_2": "for the second text encoder; empty: the prompt",
@@ -117,11 +117,13 @@ class TaskForm:
         self.settings = {name: self._field(name, *options[name]) for name in SETTINGS}
         sdxl = options_of(SDXL) if "sdxl" in task.groups() else {}
         self.sdxl = {name: self._field(name, *options[name]) for name in sdxl if name in options}
+        upscaling = options_of(UpscalerChoice) if "upscaling" in task.groups() else {}
+        self.upscaling = {name: self._field(name, *options[name]) for name in upscaling}
 
     @property
     def common_fields(self) -> dict[str, Field]:
         """The fields that are not in the task's tab."""
-        return {**self.prompts, **self.settings, **self.sdxl}
+        return {**self.prompts, **self.settings, **self.sdxl, **self.upscaling}
 
     @property
     def own_fields(self) -> dict[str, Field]:
@@ -155,6 +157,9 @@ class TaskForm:
             values.pop("refiner_start", None)
         if not values.get("sld"):
             values.pop("sld_concept", None)
+        if not values.get("upscaler"):
+            values.pop("upscaler_steps", None)
+            values.pop("upscaler_scale", None)
         if self.task.enlarges:  # by a fixed factor
             values["width"] = values["height"] = None
         for name, (option, default) in self.task.options().items():
@@ -177,7 +182,7 @@ class TaskForm:
         settings: dict[str, Any] = {"label": option.label, "value": default}
         if name in STEP_NOISE:
             settings["visible"] = name in step_noise_fields(SAMPLER)
-        if name == "refiner":
+        if name in ("refiner", "upscaler"):
             return Field("Dropdown", settings | {"choices": [NO_REFINER], "value": ""})
         if name in ("safety_checker", "unsafe"):
             choices = [NO_CHECKER] if name == "safety_checker" else UNSAFE_CHOICES
@@ -250,7 +255,8 @@ def values_from_info(info: Mapping[str, Any]) -> dict[str, Any]:
     if info.get("seed") is not None:
         values["seed"] = str(info["seed"])
     values |= {name: _as_text(info.get(name)) for name in options_of(SDXL)}
-    values |= {name: _as_text(info.get(name)) for name in ("sld", "sld_concept")}
+    texts = ("sld", "sld_concept", "upscaler_steps", "upscaler_scale")
+    values |= {name: _as_text(info.get(name)) for name in texts}
     strength = info.get("refiner_strength")
     values["refiner_start"] = info.get("refiner_start") or (strength and 1 - strength)
     size = info.get("size")
@@ -275,7 +281,9 @@ def step_noise_fields(sampler: str) -> set[str]:
 
 
 def _as_text(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value or "")
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return "" if value is None else str(value)
 
 
 def _image_field(option: Option) -> Field:

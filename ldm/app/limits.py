@@ -32,6 +32,7 @@ class Limits:
         """Raise ArgumentError for the first option that is out of bounds."""
         bounds = {
             "steps": (1, self.steps),
+            "upscaler_steps": (1, self.steps),
             "n_samples": (1, self.batch),
             "n_iter": (1, self.batches),
             "height": (8, self.side),

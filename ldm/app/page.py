@@ -20,6 +20,7 @@ from ldm.app.form import (
     NO_CHECKER,
     NO_IMAGE,
     NO_REFINER,
+    NO_UPSCALER,
     SETTINGS,
     Field,
     TaskForm,
@@ -257,6 +258,7 @@ class Page:
             for field in (self.loras, self.tokens):
                 _skip_checks(field)
             self._build_sdxl()
+            self._build_upscaling()
             with gr.Accordion("Advanced", open=False), gr.Row():
                 for name in advanced:
                     self.fields[name] = _component(fields[name], min_width=150)
@@ -271,6 +273,13 @@ class Page:
                     with gr.Row():
                         for name in names:
                             self.fields[name] = _component(fields[name], min_width=150)
+
+    def _build_upscaling(self) -> None:
+        fields = self.forms["txt2img"].upscaling
+        accordion = gr.Accordion("Twice the size", open=False, visible=False, elem_id="upscaling")
+        with accordion as self.upscaling, gr.Row():
+            for name, field in fields.items():
+                self.fields[name] = _component(field, min_width=150)
 
     def _build_size(self, fields: dict[str, Field]) -> None:
         with gr.Row(elem_id="size", elem_classes="tools"):
@@ -343,7 +352,8 @@ class Page:
         self.clear.click(self.clear_queue, self.owner, [self.queue, self.clear], **QUIET)
 
         refiner = self.fields["refiner"]
-        files = [self.checkpoint, self.vae, refiner, self.fields["safety_checker"]]
+        files = [self.checkpoint, self.vae, refiner, self.fields["safety_checker"],
+                 self.fields["upscaler"]]  # fmt: skip
         lists = [*files, self.tokens, self.file, self.skipped]
         self.refresh.click(self.list_files, files, lists, **QUIET).then(
             self.offer_loras, [self.checkpoint, self.loras], self.loras, **QUIET
@@ -353,7 +363,7 @@ class Page:
         gr.on(
             [self.checkpoint.change, self.task.change], self.describe_choice,
             [*choice, self.defaults, *followers],
-            [self.note, self.offers, self.sdxl, self.defaults, *followers], **QUIET,
+            [self.note, self.offers, self.sdxl, self.upscaling, self.defaults, *followers], **QUIET,
         )  # fmt: skip
         start = self.fields["refiner_start"]
         refiner.change(lambda name: gr.update(visible=bool(name)), refiner, start, **QUIET)
@@ -590,7 +600,7 @@ class Page:
         except ValueError:
             log.debug("the form in the browser's storage is damaged")
         updates = {k: gr.update(value=values[k]) if k in values else gr.skip() for k in self.kept}
-        names = ("checkpoint", "vae", "refiner", "safety_checker")
+        names = ("checkpoint", "vae", "refiner", "safety_checker", "upscaler")
         updated = self.list_files(*(values.get(name) for name in names))
         listed, lists = dict(zip(names, updated, strict=False)), updated[len(names) :]
         loras = self.offer_loras(listed["checkpoint"]["value"], values.get("loras"))
@@ -598,13 +608,19 @@ class Page:
         return [*updates.values(), *lists, owner or secrets.token_urlsafe(16)]
 
     def list_files(
-        self, checkpoint: str | None, vae: str | None, refiner: str | None, checker: str | None
+        self,
+        checkpoint: str | None,
+        vae: str | None,
+        refiner: str | None,
+        checker: str | None,
+        upscaler: str | None,
     ) -> list[Any]:
         """Read the models folder again; return updates of all lists of files."""
         names, files = self.backend.model_names(), self.backend.checkpoint_names()
         vaes = [MODEL_VAE, *((name, name) for name in self.backend.vaes())]
         refiners = [NO_REFINER, *((name, name) for name in self.backend.refiners())]
         checkers = [NO_CHECKER, *((name, name) for name in self.backend.checkers())]
+        upscalers = [NO_UPSCALER, *((name, name) for name in self.backend.upscalers())]
         lines = self.backend.skipped_files()
         for line in lines:
             log.warning("skipped: %s", line)
@@ -619,6 +635,8 @@ class Page:
             gr.update(choices=refiners, value=refiner if (refiner, refiner) in refiners else ""),
             gr.update(choices=checkers, value=checker if (checker, checker) in checkers else "",
                       visible=len(checkers) > 1),
+            gr.update(choices=upscalers,
+                      value=upscaler if (upscaler, upscaler) in upscalers else ""),
             gr.update(choices=tokens, visible=bool(tokens)),
             gr.update(choices=files, value=first if first in files else next(iter(files), None)),
             skipped,
@@ -641,11 +659,13 @@ class Page:
         """Say whether a checkpoint serves a tab; bring fields that follow it to its values."""
         hidden = gr.update(visible=False)
         if task not in TASKS:
-            return ["", hidden, hidden, defaults, *[gr.skip()] * len(values)]
+            return ["", hidden, hidden, hidden, defaults, *[gr.skip()] * len(values)]
         misfit = self.backend.misfit(TASKS[task], checkpoint)
         names = self.backend.model_names(task) if misfit else []
         offers = gr.update(choices=names, value=None, visible=bool(names))
         has_sdxl = bool(self.forms[task].sdxl) and self.backend.is_sdxl(checkpoint)
+        takes_upscaler = bool(self.forms[task].upscaling) and not self.backend.is_sdxl(checkpoint)
+        has_upscaler = takes_upscaler and bool(self.backend.upscalers())
         now = self.backend.defaults(TASKS[task], checkpoint)
         fields = zip(FOLLOWERS, values, strict=True)
         updates = [
@@ -653,7 +673,8 @@ class Page:
             now[name] if now[name] and value in (None, 0, defaults.get(name)) else gr.skip()
             for name, value in fields
         ]
-        return [show_error(misfit), offers, gr.update(visible=has_sdxl), now, *updates]
+        shown = [gr.update(visible=has_sdxl), gr.update(visible=has_upscaler)]
+        return [show_error(misfit), offers, *shown, now, *updates]
 
     def count_tokens(self, checkpoint: str, prompt: str) -> str:
         """Return the count of a prompt's tokens, as HTML."""
@@ -700,6 +721,7 @@ class Page:
         values = values_from_info(info) if info else {}
         if info:
             values["refiner"] = self.backend.find_refiner(info)
+            values["upscaler"] = self.backend.find_upscaler(info)
         return [values.get(name, gr.skip()) for name in self.forms["txt2img"].common_fields]
 
     def paste_parameters(self, prompt: str, chosen: JsonObject | None) -> list[Any]:

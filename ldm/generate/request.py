@@ -406,6 +406,10 @@ class Request:
             )
         if self.sampling.sld_concept is not None and self.sampling.sld is None:
             raise ArgumentError("sld_concept needs sld", "sld_concept")
+        if self.upscaling.upscaler is None:
+            for name in ("upscaler_steps", "upscaler_scale"):
+                if vars(self.upscaling)[name] is not None:
+                    raise ArgumentError(f"{name} needs upscaler", name)
         if self.sdxl.refiner_strength is not None and self.sdxl.refiner_start is not None:
             raise ArgumentError(
                 "refiner_start is given, too: only one can hold", "refiner_strength"

@@ -16,6 +16,7 @@ from ldm.app.backend import Backend
 from ldm.app.form import TaskForm
 from ldm.app.jobs import Jobs
 from ldm.app.limits import Limits
+from ldm.app.page import Page
 from ldm.app.progress import Progress
 from ldm.app.view import describe_info, show_preview, show_progress
 from ldm.commands.main import main
@@ -23,9 +24,13 @@ from ldm.generate.request import ModelChoice
 from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import read_info, write_png
 from ldm.loading.addons.embeddings import write_embeddings
+from ldm.loading.config import format_yaml
 from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
+from ldm.loading.load import save_model
 from ldm.nets.tiny_autoencoder import TinyDecoder
+from ldm.runtime.errors import ArgumentError
 from picturehelp import pixels, random_lora
+from tinyupscaler import tiny_config, tiny_upscaler
 
 MODELS = {"txt2img": "base_v", "img2img": "base_eps", "inpaint": "inpaint", "depth2img": "depth",
           "upscale": "upscale", "unclip": "unclip"}  # fmt: skip
@@ -443,3 +448,34 @@ def test_previews_are_those_of_taesd_where_a_file_fits(tmp_path):
         tmp_path, tmp_path, CHOICE, LIMITS, previews=[tmp_path / "taesdxl_decoder.pth"]
     )
     assert backend.make_preview(model)(z).shape == (1, 3, 2, 2)
+
+
+def test_an_upscaler_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_again(
+    files, answers, tmp_path
+):
+    folder = tmp_path / "models"
+    folder.mkdir()
+    for suffix in (".ckpt", ".yaml"):
+        shutil.copy(Path(files["base_eps"][1]).with_suffix(suffix), folder / f"base{suffix}")
+    config = {"ldm.config": format_yaml(tiny_config())}
+    save_model(tiny_upscaler(), folder / "x2.safetensors", config)
+    backend = Backend(folder, tmp_path / "out", CHOICE, LIMITS)
+    task = TASKS["txt2img"]
+    changes = {"upscaler": "x2.safetensors", "upscaler_steps": "2", "upscaler_scale": "0"}
+
+    def request(**more):
+        values = TaskForm(task, LIMITS).values(answers("txt2img", **more), backend.uploads)
+        return backend.make_request(task, "base.ckpt", values)
+
+    progress = Progress()
+    backend.generate(request(**changes), progress)
+    info = progress.images[0]
+    with Image.open(info["path"]) as image:
+        assert image.size == (128, 128)
+    page = Page(backend)
+    filled = dict(zip(page.forms["txt2img"].common_fields, page.fill(info), strict=True))
+    assert filled.items() >= (changes | {"upscaler_scale": "0.0", "width": 64}).items()
+    assert backend.replay(info["path"], Progress()) == "identical"
+    assert request(**changes | {"upscaler": ""}).upscaling == task.request().upscaling
+    with pytest.raises(ArgumentError, match="unknown upscaler"):
+        request(upscaler="../secret.ckpt")

@@ -41,7 +41,7 @@ def test_settings_and_fields_follow_the_checkpoint(backend):
     defaults = {name: initial[name].settings["value"] for name in FOLLOWERS}
 
     def follow(name):
-        _, _, accordion, now, *updates = page.describe_choice(
+        _, _, accordion, _, now, *updates = page.describe_choice(
             "txt2img", name, defaults, *defaults.values()
         )
         assert updates == list(now.values())

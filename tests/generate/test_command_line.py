@@ -210,7 +210,11 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
              "refiner_strength": ".25", "refiner_start": ".75", "noise_sigma": ".25",
              "noise_kind": "fake", "syntax": "a1111",
              **dict.fromkeys(names_of_pairs, "8,16")}  # fmt: skip
-    needed = {"sld_concept": ["--sld", "max"], "unsafe": ["--safety-checker", "x"]}
+    needed = {
+        "sld_concept": ["--sld", "max"],
+        "unsafe": ["--safety-checker", "x"],
+        **{name: ["--upscaler", "x"] for name in ("upscaler_steps", "upscaler_scale")},
+    }
     for task in TASKS.values():
         argvs = []
         for name, (row, _) in task.options().items():
@@ -225,6 +229,7 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
                 argvs.append([row.flags[0], word])
         others = (  # not with the rest
             "--refiner-start", "--s-churn", "--s-noise", "--syntax", "--sigmas",
+            "--save-latents",
         )  # fmt: skip
         compatible = [argv for argv in argvs if argv[0] not in others]
         for argv in [[], *argvs, list(chain(*compatible))]:
