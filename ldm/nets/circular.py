@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm.runtime.errors import ArgumentError
 
-__all__ = ["circular_axes", "circular_padding", "crop", "pad_end", "wrap"]
+__all__ = ["circular_axes", "circular_padding", "crop", "pad_end", "pad_reflect", "wrap"]
 
 DIMS = {"x": 3, "y": 2}
 
@@ -60,6 +60,13 @@ def crop(x: Tensor, margin: int) -> Tensor:
     for axis in circular_axes():
         x = x.narrow(DIMS[axis], margin, x.shape[DIMS[axis]] - 2 * margin)
     return x
+
+
+def pad_reflect(x: Tensor, margin: int) -> Tensor:
+    """Append pixels to all sides: of the opposite edge along circular axes, else mirrored ones."""
+    wide, high = (0 if axis in circular_axes() else margin for axis in ("x", "y"))
+    x = wrap(x, margin)
+    return F.pad(x, (wide, wide, high, high), "reflect") if wide or high else x
 
 
 def pad_end(x: Tensor) -> Tensor:

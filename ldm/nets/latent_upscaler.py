@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ldm.nets.attention import attention
 from ldm.nets.blocks import Conv2d, Layer, LayerNorm, Linear
+from ldm.nets.circular import pad_reflect
 
 __all__ = ["LatentUpscalerUNet"]
 
@@ -316,7 +317,7 @@ class FIRDown(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.kernel.to(x.dtype).expand(x.shape[1], 1, 4, 4)
-        return F.conv2d(F.pad(x, (1,) * 4, "reflect"), weight, stride=2, groups=x.shape[1])
+        return F.conv2d(pad_reflect(x, 1), weight, stride=2, groups=x.shape[1])
 
 
 class FIRUp(Layer):
@@ -331,8 +332,7 @@ class FIRUp(Layer):
     def forward(self, x: Tensor) -> Tensor:
         n = x.shape[1]
         weight = self.kernel.to(x.dtype).expand(n, 1, 4, 4)
-        x = F.pad(x, (1,) * 4, "reflect")
-        return F.conv_transpose2d(x, weight, stride=2, padding=3, groups=n)
+        return F.conv_transpose2d(pad_reflect(x, 1), weight, stride=2, padding=3, groups=n)
 
 
 def _fir_kernel(gain: float) -> Tensor:

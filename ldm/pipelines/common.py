@@ -23,7 +23,7 @@ from ldm.model import LatentDiffusion
 from ldm.nets.circular import circular_padding
 from ldm.pipelines.families import check_family, file_name
 from ldm.pipelines.guidance import GuidanceOptions, make_rule
-from ldm.pipelines.latent_upscaling import Upscaling, double_latent
+from ldm.pipelines.latent_upscaling import Upscaling, check_sides, double_latent
 from ldm.pipelines.prompts import (
     PromptOptions,
     PromptPair,
@@ -303,6 +303,7 @@ def generate(
     check_size(model, size_in_pixels, sdxl)
     if upscaling is not None:
         upscaling.check(model)
+        check_sides(upscaling.model, height, width)
     n, second_negative = len(as_list(prompts)), sdxl.get("negative_prompt_2")
     syntax = options.get("syntax", PLAIN)
     steps = _count_steps(model, quirks, sampling, None if z is None else strength)
@@ -434,6 +435,7 @@ def _sample_and_double(
         scale=upscaling.scale,
         steps=upscaling.steps,
         callback=on_step(len(sigmas) - 1 - first),
+        unet_tile=run.get("unet_tile"),
         legacy=legacy,
     )
 

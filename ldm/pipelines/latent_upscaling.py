@@ -18,13 +18,14 @@ from ldm.diffusion.guidance import Scale
 from ldm.diffusion.names import SAMPLERS
 from ldm.encoders.lowres import LowResLatent
 from ldm.model import LatentDiffusion
+from ldm.nets.circular import circular_axes
 from ldm.nets.latent_upscaler import LatentUpscalerUNet
 from ldm.pipelines.families import family_of, file_name
 from ldm.pipelines.quirks import Noise, Quirks
 from ldm.pipelines.sampling import SamplingOptions, default_scale, run_sigmas, sample
 from ldm.runtime.errors import ArgumentError, unknown_name
 
-__all__ = ["FACTOR", "Upscaling", "check_latent", "check_noise", "double_latent"]
+__all__ = ["FACTOR", "Upscaling", "check_latent", "check_noise", "check_sides", "double_latent"]
 
 FACTOR = 2
 
@@ -81,6 +82,20 @@ def check_latent(model: LatentDiffusion, latent: Tensor, n: int) -> None:
         )
 
 
+def check_sides(model: LatentDiffusion, height: int, width: int) -> None:
+    """Raise ArgumentError if edges that are to meet belong to a latent that would be padded."""
+    assert isinstance(model.unet, LatentUpscalerUNet)
+    multiple = model.unet.multiple // FACTOR
+    for axis, side in (("y", height), ("x", width)):
+        if axis in circular_axes() and side != _padded(side, multiple):
+            pixels = multiple * model.downscale
+            raise ArgumentError(
+                f"with tiling the x2 latent upscaler takes sides that are multiples of {pixels} "
+                f"pixels, from {2 * pixels}, got {side * model.downscale}",
+                "tiling",
+            )
+
+
 def double_latent(
     model: LatentDiffusion,
     prompts: Sequence[str],
@@ -95,10 +110,15 @@ def double_latent(
 ) -> Tensor:
     """Sample latents (B, C, 2h, 2w) like given ones (1 | B, C, h, w), a row per prompt.
 
-    The latent is padded to the sides that the UNet takes, and the result is cut.
+    The latent is padded to the sides that the UNet takes, and the result is cut; tiles of the UNet
+    are enlarged to such sides.
     """
     n, (height, width) = len(prompts), latent.shape[-2:]
     assert isinstance(model.unet, LatentUpscalerUNet)
+    check_sides(model, height, width)
+    tile = options.get("unet_tile")
+    if tile is not None:
+        options["unet_tile"] = _padded(tile, model.unet.multiple)
     latent = latent.to(model.device, torch.float32).expand(n, -1, -1, -1)
     latent = _pad(latent, model.unet.multiple // FACTOR)
     with_noise = noise_sigma > 0 and noise_kind == "gaussian"
@@ -134,9 +154,13 @@ def double_latent(
     return z[..., : FACTOR * height, : FACTOR * width] * math.hypot(1, last)
 
 
+def _padded(side: int, multiple: int) -> int:
+    return max(side + -side % multiple, 2 * multiple)
+
+
 def _pad(latent: Tensor, multiple: int) -> Tensor:
     """Repeat the last row and column up to a multiple, at least twice that."""
-    height, width = (max(side + -side % multiple, 2 * multiple) for side in latent.shape[-2:])
+    height, width = (_padded(side, multiple) for side in latent.shape[-2:])
     return F.pad(
         latent, (0, width - latent.shape[-1], 0, height - latent.shape[-2]), mode="replicate"
     )

@@ -63,6 +63,7 @@ from ldm.pipelines.latent_upscaling import (
     Upscaling,
     check_latent,
     check_noise,
+    check_sides,
     double_latent,
 )
 from ldm.pipelines.prompts import warn_about_prompts
@@ -367,6 +368,7 @@ def upscale_latent(
     if latent is None:
         if image is None:
             raise MissingArgument("neither an image nor a latent is given", "image")
+        check_sides(model, *(-(-side // model.downscale) for side in image.shape[-2:]))
         latent = encode_image(model, image, len(texts), noise)
     elif image is not None:
         raise ArgumentError("give an image or a latent, not both", "latent")

@@ -14,8 +14,10 @@ from ldm.diffusion.guidance import add_guidance
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.encoders.lowres import LowResLatent
 from ldm.imaging.pixels import to_tensor, to_uint8
+from ldm.loading.addons.lora import lora_targets
+from ldm.pipelines.common import as_list
 from ldm.pipelines.latent_upscaling import double_latent
-from ldm.runtime.errors import ArgumentError, MissingArgument, WrongFamily
+from ldm.runtime.errors import ArgumentError, MissingArgument, WeightsMismatch, WrongFamily
 from nets.nethelp import assert_close, noise_of
 from pipelines.goldmodels import model_of
 from tinyupscaler import draws_of, random_latent, tiny_upscaler
@@ -129,7 +131,9 @@ def test_notebook(model, name, monkeypatch):
     assert_close(z, file.outputs(name)["latents"], noise=noise_of(file, name, "latents"))
 
 
-@pytest.mark.parametrize("name", ["log_gs9_neg", "lin_gs2", "log_image"])
+@pytest.mark.parametrize(
+    "name", ["log_gs0", "log_gs1", "log_gs9_neg", "lin_gs2", "log_image", "batch2"]
+)
 def test_diffusers(model, name, monkeypatch):
     """Its pipeline, by `legacy`; guidance above 1 is the same in both."""
     file = gold("seed_x2_diffusers")
@@ -142,7 +146,7 @@ def test_diffusers(model, name, monkeypatch):
     latents: list[Tensor] = []
     images = ldm.upscale_latent(
         model,
-        [info["prompt"]],
+        as_list(info["prompt"]),
         None if image is None else to_tensor(Image.fromarray(image.numpy())),
         latent=given.get("low_res"),
         negative_prompt=info["negative_prompt"] or "",
@@ -234,3 +238,35 @@ def test_latents_of_another_kind(model, base, monkeypatch):
     monkeypatch.setattr(base, "scale_factor", 0.13025)
     with pytest.raises(ArgumentError, match="latents of another kind than the upscaler"):
         ldm.txt2img(base, ["a cat"], upscaling=ldm.Upscaling(model))
+
+
+def test_edges_meet_with_tiling(model):
+    """A moved latent with moved noise gives the moved image; observed 5e-6."""
+    latent, x_T = random_latent(1, 8, 16), torch.randn(1, 4, 16, 32)
+
+    def upscaled(by, tiling, latent=latent):
+        moved = {"latent": latent.roll(by, dims=3), "x_T": x_T.roll(2 * by, dims=3)}
+        return ldm.upscale_latent(model, ["a cat"], steps=2, tiling=tiling, **moved)
+
+    torch.testing.assert_close(
+        upscaled(4, "x"), upscaled(0, "x").roll(64, dims=3), atol=1e-4, rtol=0
+    )
+    assert (upscaled(4, "none") - upscaled(0, "none").roll(64, dims=3)).abs().max() > 0.1
+    with pytest.raises(ArgumentError, match="multiples of 32 pixels, from 64, got 72"):
+        upscaled(0, "x", random_latent(1, 8, 9))
+
+
+def test_tiles_of_the_unet_have_sides_that_it_takes_and_offloading_changes_nothing(model):
+    options = {"latent": random_latent(1, 8, 16), "steps": 2, "seeds": 1}
+    whole = ldm.upscale_latent(model, ["a cat"], **options)
+    tiles = [ldm.upscale_latent(model, ["a cat"], unet_tile=side, **options) for side in (5, 16)]
+    assert torch.equal(*tiles)
+    assert 1e-3 < (tiles[0] - whole).abs().mean() < 0.3
+    other = tiny_upscaler()
+    other.offload(torch.device("cpu"))
+    assert torch.equal(ldm.upscale_latent(other, ["a cat"], **options), whole)
+
+
+def test_a_lora_is_refused(model):
+    with pytest.raises(WeightsMismatch, match="a LoRA is not for the x2 latent upscaler"):
+        lora_targets(model)

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from goldfile import gold
-from ldm.imaging.pixels import to_uint8
+from ldm.generate.tasks.upscale import enlarge
+from ldm.imaging.pixels import to_tensor, to_uint8
 from ldm.imaging.rgbd import join_depth, split_colour, split_depth
 from ldm.loading.config import instantiate
 from ldm.loading.weight_names import rename_weights, restore_names
@@ -135,6 +137,18 @@ def test_upscale_rgbd(sr, name):
     """Without and with an embedding of the noise level. Observed: 2.0e-5, the original's 2.1e-5."""
     theirs = sr.outputs(name)["decoded"].clamp(-1, 1)
     torch.testing.assert_close(run_upscaling(sr, name), theirs, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["sr_plain", "sr_level", "sr_float"])
+def test_image_and_depth_are_enlarged_as_recorded(sr, name):
+    """Colours are equal; depth is, in float, and by one of 65535 where it was rounded."""
+    given = sr.inputs(name)
+    image = to_tensor(Image.fromarray(given["rgb"].numpy()))
+    depth = given["depth"][None, None].float() / 65535
+    larger, levels = enlarge(image, depth, tuple(sr.case(name)["info"]["target_res"]))
+    assert torch.equal(larger, given["pre_rgb"])
+    error = 1e-6 if name == "sr_float" else 4e-5
+    torch.testing.assert_close(2 * levels - 1, given["pre_depth"], atol=error, rtol=0)
 
 
 def test_a_panorama_has_no_seam(file):

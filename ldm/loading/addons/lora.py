@@ -43,6 +43,7 @@ from ldm.loading.files.checkpoint import Checkpoint, file_hash, read_checkpoint,
 from ldm.loading.modelspec import describe_model
 from ldm.loading.weight_names import SECOND_TEXT, layer_alias
 from ldm.model import LatentDiffusion
+from ldm.nets.latent_upscaler import LatentUpscalerUNet
 from ldm.nets.lora import (
     PROJECTION,
     Addition,
@@ -357,6 +358,8 @@ def _all_targets(model: LatentDiffusion) -> list[TargetLayer]:
 
 
 def _unet_targets(model: LatentDiffusion, kinds: Kinds) -> Iterator[TargetLayer]:
+    if isinstance(model.unet, LatentUpscalerUNet):
+        raise WeightsMismatch("a LoRA is not for the x2 latent upscaler", "lora")
     for ours, theirs in unet_layers(_layer_names(model.unet, kinds)).items():
         # kohya trains SDXL in a UNet with the original's names.
         kohya = UNET_PREFIX + _flat(ours if is_sdxl(model) else theirs)
