@@ -44,6 +44,7 @@ from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import parse_parameters
 from ldm.imaging.output import depth_path
 from ldm.imaging.reading import read_size
+from ldm.imaging.relief import can_save_reliefs
 from ldm.runtime.errors import MissingArgument
 from ldm.runtime.types import JsonObject
 from ldm.runtime.version import __version__
@@ -66,6 +67,7 @@ SDXL_ROWS = (
     ("negative_original_size", "negative_target_size"),
     ("negative_crop", "negative_aesthetic_score"),
 )  # fmt: skip
+NO_RELIEF = "No relief: the server needs trimesh (pip install trimesh)"
 INFO_TABS = {"replay": "PNG Info", "inspect": "Checkpoint info"}
 
 log = logging.getLogger(__name__)
@@ -705,6 +707,8 @@ class Page:
         """Show the relief of an image with depth; that of another image stays till it is left."""
         if chosen is not None and chosen.get("image") == "depth":
             return gr.skip()
+        if chosen is not None and "depth_range" in chosen and not can_save_reliefs():
+            return gr.update(value=None, visible=True, label=NO_RELIEF)
         relief = self.backend.make_relief(chosen) if chosen else None
         if relief is None:
             return gr.update(value=None, visible="hidden")

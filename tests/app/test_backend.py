@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,10 @@ from ldm.nets.tiny_autoencoder import TinyDecoder
 from ldm.runtime.errors import ArgumentError
 from picturehelp import pixels, random_lora
 from tinyupscaler import tiny_config, tiny_upscaler
+
+sys.path.append(str(Path(__file__).parents[1] / "loading"))
+
+from tinyfamilies import write
 
 MODELS = {"txt2img": "base_v", "img2img": "base_eps", "inpaint": "inpaint", "depth2img": "depth",
           "upscale": "upscale", "unclip": "unclip"}  # fmt: skip
@@ -479,3 +484,26 @@ def test_an_upscaler_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_
     assert request(**changes | {"upscaler": ""}).upscaling == task.request().upscaling
     with pytest.raises(ArgumentError, match="unknown upscaler"):
         request(upscaler="../secret.ckpt")
+
+
+def test_a_finished_run_with_depth_is_shown_as_a_relief(answers, tmp_path, monkeypatch):
+    pytest.importorskip("trimesh")
+    (tmp_path / "models").mkdir()
+    write("ldm3d-4c", tmp_path / "models/ldm3d-4c.safetensors")
+    backend = Backend(tmp_path / "models", tmp_path / "out", CHOICE, LIMITS)
+    page = Page(backend)
+    assert page.jobs.gallery("me") == []
+    values = TaskForm(TASKS["txt2img"], LIMITS).values(answers("txt2img"), backend.uploads)
+    request = backend.make_request(TASKS["txt2img"], "ldm3d-4c.safetensors", values)
+    job = page.jobs.submit("me", "", lambda own: backend.generate(request, own))
+    while not job.is_over:
+        time.sleep(0.01)
+    assert not job.progress.has_failed, job.progress.message
+    _, views, chosen, _ = page._show_gallery("me")
+    assert [Path(view["path"]).name for view in views] == ["00000.png", "00000_depth.png"]
+    update = page.show_relief(chosen)
+    assert update["label"] == f"Relief of {2 * 63 * 63:,} triangles: drag to turn"
+    assert Path(update["value"]).read_bytes()[:4] == b"glTF"
+    monkeypatch.setattr("ldm.imaging.relief.find_spec", lambda name: None)
+    assert "trimesh" in page.show_relief(chosen)["label"]
+    assert page.show_relief(None)["visible"] == "hidden"
