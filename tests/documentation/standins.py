@@ -1,5 +1,6 @@
 """Small files with random weights and small images, under the names that the documentation uses."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,15 @@ CHECKPOINTS = {
     "sdxl-refiner": "xl-refiner",
     "sdxl-inpainting": "xl-inpainting",
     "sdxl-turbo": "xl",
+    "ldm3d-4c": "ldm3d-4c",
+    "ldm3d-pano": "ldm3d-4c",
+    "ldm3d-sr": "ldm3d-sr",
 }
+HUB = "Intel/"  # owner of those of LDM3D
 UPSCALER = "configs/stable-diffusion/x2-latent-upscaler.yaml"
 IMAGES = (
     "sketch.png", "dog.png", "room.png", "small.png", "cat.png", "sea.png",
-    "photos/one.png", "photos/two.png",
+    "photos/one.png", "photos/two.png", "00000.png", "00000_depth.png",
 )  # fmt: skip
 
 
@@ -104,7 +109,8 @@ def make_stand_ins(folder: Path) -> None:
     (folder / "photos").mkdir()
     for i, name in enumerate(IMAGES):
         side = 32 if name == "small.png" else 96
-        _draw(i).resize((side, side)).save(folder / name)
+        mode = "L" if name.endswith("_depth.png") else "RGB"
+        _draw(i).resize((side, side)).convert(mode).save(folder / name)
     for name in ("one", "two"):
         (folder / f"photos/{name}.txt").write_text(f"photo {name}")
     mask = Image.new("L", (96, 96))
@@ -112,6 +118,14 @@ def make_stand_ins(folder: Path) -> None:
     mask.save(folder / "mask.png")
     lines = ["a 3d emoji of a cat face", "a noto emoji of a lemon --seed 5"]
     (folder / "prompts.txt").write_text("\n".join(lines))
+
+
+def remember_downloads(folder: Path, cache: Path) -> None:
+    """Write which stand-ins were downloaded, so that `hf:OWNER/NAME` means them."""
+    cache.mkdir()
+    names = [name for name in CHECKPOINTS if name.startswith("ldm3d")]
+    choices = {f"{HUB}{name}": str(folder / name) for name in names}
+    (cache / "hub_choices.json").write_text(json.dumps(choices))
 
 
 def _make_upscaler(folder: Path) -> None:

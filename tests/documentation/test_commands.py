@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from documentation.standins import make_stand_ins
+from documentation.standins import make_stand_ins, remember_downloads
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(
@@ -47,6 +47,7 @@ def folder(tmp_path_factory):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / name)
     make_stand_ins(folder)
+    remember_downloads(folder, folder.parent / "cache")
     return folder
 
 
@@ -58,6 +59,7 @@ def environment(folder):
     (packages / "outer.pth").write_text(sysconfig.get_path("purelib"))
     programs = [str(folder.parent / "venv/bin"), sysconfig.get_path("scripts"), os.environ["PATH"]]
     variables = {**os.environ, "PATH": os.pathsep.join(programs), "OMP_WAIT_POLICY": "PASSIVE"}
+    variables["LDM_CACHE"] = str(folder.parent / "cache")
     variables["PYTHONPATH"] = str(folder)  # for programs of the outer environment, such as torchrun
     install = ["python", "-m", "pip", "install", "--quiet", "-e", "."]
     subprocess.run(install, cwd=folder, env=variables, check=True)
