@@ -57,9 +57,11 @@ KINDS = {
     "(`embeddings`)",
     r"control_model|controlnet_|zero_convs": "a ControlNet, which is not supported",
     r"^(time_embed|input_blocks|output_blocks)\.": "a UNet alone",
+    r"concept_embeds": "the safety checker of Stable Diffusion 1 (`safety_checker`)",
+    r"^visual\.(conv1|proj)\b|^vision_model\.": "a CLIP, for CLIP score (`ldm evaluate --clip`)",
     r"^(conv_in|down_blocks|text_model)\.": "a part of a diffusers folder",
     r"^(\w*coder\.)?(layers\.)?\d+\.conv\.0\.": "TAESD, a small autoencoder (`vae`)",
-    r"concept_embeds": "the safety checker of Stable Diffusion 1 (`safety_checker`)",
+    r"^Mixed_5b\.": "an Inception network, for FID (`ldm evaluate --inception`)",
     r"double_blocks|joint_blocks": "SD 3 or Flux, which are not supported",
 }
 

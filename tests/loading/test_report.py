@@ -5,6 +5,7 @@ import json
 import payloads
 import pytest
 import torch
+from tinyfamilies import write
 
 from ldm.commands.inspect_checkpoint import main
 from ldm.loading.convert import convert, plan_conversion
@@ -91,3 +92,24 @@ def test_a_file_with_its_own_yaml_is_compared_with_it(tmp_path, tiny_yaml, tiny_
     write_checkpoint(path, tiny_state, {CONFIG_KEY: tiny_yaml.read_text()})
     report = inspect_checkpoint(path)
     assert (report.missing, report.unexpected, report.note) == ([], [], "")
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        (["concept_embeds", "visual_projection.weight"], "the safety checker"),
+        (["Mixed_5b.branch1x1.conv.weight", "fc.weight"], "an Inception network"),
+        (["visual.conv1.weight", "transformer.resblocks.0.ln_1.weight"], "a CLIP"),
+        (["text_model.final_layer_norm.weight", "vision_model.post_layernorm.weight"], "a CLIP"),
+    ],
+)
+def test_what_holds_no_model_is_named(tmp_path, names, kind):
+    torch.save({name: torch.ones(2) for name in names}, tmp_path / "x.pth")
+    assert kind in inspect_checkpoint(tmp_path / "x.pth").note
+
+
+@pytest.mark.parametrize(("name", "task"), [("ldm3d-4c", "txt2img"), ("ldm3d-sr", "upscale_rgbd")])
+def test_models_of_colour_and_depth_are_known(tmp_path, name, task):
+    write(name, tmp_path / "x.safetensors")
+    report = inspect_checkpoint(tmp_path / "x.safetensors")
+    assert (report.task, report.missing, report.unexpected) == (task, [], [])
