@@ -1,0 +1,41 @@
+"""The figure of the demo model over guidance scales, on two emoji and judges without training."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import evaluate_scales
+from judges import Judges
+from ldm.evaluation.score import list_images
+
+EMOJI = Path(__file__).parents[1] / "data" / "emoji"
+FLAGS = ["--data", str(EMOJI), "--count", "4", "--steps", "1", "--batch", "4"]
+
+
+@pytest.fixture
+def judges(monkeypatch, tmp_path):
+    """Where judges are kept, which are not trained."""
+    for name in ("learn_objects", "learn_styles"):
+        monkeypatch.setattr(Judges, name, lambda *args: None)
+    monkeypatch.setattr(evaluate_scales, "COMPONENTS", 2)
+    monkeypatch.setattr(evaluate_scales.JudgeFeatures, "dimensions", 4)
+    return tmp_path / "judges.pt"
+
+
+def test_all_scales_are_made_scored_drawn_and_made_once(judges, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = [*FLAGS, "--scales", "1.5", "2", "--judges", str(judges), "--out", str(out)]
+    evaluate_scales.main(flags)
+    table = capsys.readouterr().out
+    results = [
+        json.loads((out / f"demo-ddim-1-{scale}.json").read_text()) for scale in ("1.5", "2")
+    ]
+    assert [result["count"] for result in results] == [4, 4]
+    assert {"fid", "kid", "precision", "recall", "prompt_score"} <= results[0]["scores"].keys()
+    assert "| demo-ddim-1 | 1.5 | 4 |" in table
+    times = {path: path.stat().st_mtime_ns for path in list_images(out / "demo-ddim-1/scale-2")}
+    evaluate_scales.main([*flags, "--score", "2"])
+    assert "| demo-ddim-1 | 2 | 2 |" in capsys.readouterr().out
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    assert (out / "figure.svg").is_file() == (out / "figure.png").is_file()
