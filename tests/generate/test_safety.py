@@ -1,6 +1,8 @@
 """Safe latent diffusion and the safety checker, from the command line to the PNG and back."""
 
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,10 @@ from ldm.generate.safety import hide_flagged
 from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import parameters_text, parse_parameters, read_info
 from picturehelp import QUICK, pixels
+
+sys.path.append(str(Path(__file__).parents[1] / "loading"))
+
+from tinyfamilies import write
 
 
 def parse(*words):
@@ -140,3 +146,17 @@ def test_the_depth_of_a_hidden_image_is_hidden():
     assert image.getextrema()[0] == (255, 255)  # never in place
     assert hide_flagged(image, depth, {}) == (image, depth)
     assert hide_flagged(image, depth, {"safety": {"action": "drop"}}) == (None, None)
+
+
+def test_a_folder_of_the_safe_pipeline_says_what_its_authors_do(tmp_path, capsys):
+    write("sd1", tmp_path / "sd1.safetensors")
+    folder = tmp_path / "safe"
+    assert main(["convert", str(tmp_path / "sd1.safetensors"), str(folder)]) == 0
+    index = json.loads((folder / "model_index.json").read_text())
+    index["_class_name"] = "StableDiffusionPipelineSafe"
+    (folder / "model_index.json").write_text(json.dumps(index))
+    words = ["txt2img", "--ckpt", str(folder), *QUICK, "--H", "16", "--W", "16", "--n_iter", "1"]
+    notice = "its authors' pipeline guides away from unsafe concepts"
+    for flags, is_said in (([], True), (["--sld", "weak"], False)):
+        assert main([*words, *flags, "--outdir", str(tmp_path / "out")]) == 0
+        assert (notice in capsys.readouterr().err) == is_said

@@ -193,6 +193,14 @@ def test_the_concept_can_be_named_and_matters(model):
     assert not torch.equal(runs[0], runs[2])
 
 
+def test_it_guides_in_tiles_of_the_unet(model):
+    rule = [0, 20, 0.1, 0.3, 0.4]
+    whole, one = (latents_of(model, 1, sld=rule, unet_tile=side) for side in (None, 8))
+    assert torch.equal(whole, one)
+    tiled, plain = (latents_of(model, 1, sld=sld, unet_tile=4) for sld in (rule, None))
+    assert (tiled - plain).abs().max() > 0.05
+
+
 def test_a_warmup_as_long_as_the_run_is_warned_of_and_changes_nothing(model):
     with pytest.warns(UserWarning, match="its warmup of 4 is not below the 4 evaluations"):
         idle = latents_of(model, 1, sampler="plms", sld=[4, 20, 0.1, 0.3, 0.4])
