@@ -66,6 +66,7 @@ from ldm.model import Defaults, LatentDiffusion
 from ldm.pipelines.families import FAMILIES, is_sdxl
 from ldm.pipelines.latent_upscaling import FACTOR
 from ldm.pipelines.preview import fit_preview
+from ldm.prompts.syntax import PLAIN, parse_prompt
 from ldm.runtime.device import memory_of, pick_device
 from ldm.runtime.errors import ArgumentError, MissingFile, unknown_name
 from ldm.runtime.types import JsonMapping
@@ -144,7 +145,9 @@ class Backend:
         """Return the tokens of all embeddings."""
         return sorted({token for tokens in self._embeddings() for token in tokens})
 
-    def count_tokens(self, model: str | None, prompt: str) -> tuple[int, int, str]:
+    def count_tokens(
+        self, model: str | None, prompt: str, syntax: str = PLAIN, *, is_negative: bool = False
+    ) -> tuple[int, int, str]:
         """Return how many tokens a prompt has, how many a model reads, and what it leaves out."""
         entry = read_catalogue(self.folder).models.get(model or "")
         if entry is None or entry.text is None:
@@ -158,6 +161,12 @@ class Backend:
             if vectors.shape[1] == text.width
         }
         prompt = without_tags(prompt)
+        try:
+            if syntax != PLAIN and text.context_length == text.length:
+                parsed = parse_prompt(prompt, syntax, is_negative=is_negative)
+                return *text.count_in_chunks(parsed), ""
+        except ArgumentError:  # Generate will say what is wrong with it
+            return 0, 0, ""
         return text.count_tokens(prompt), text.length - 2, text.truncated_text(prompt)
 
     def vaes(self) -> dict[str, Path]:

@@ -379,8 +379,12 @@ class Page:
         )  # fmt: skip
         for name, count in self.counts.items():
             field = self.fields[name]
-            gr.on([field.change, self.checkpoint.change], self.count_tokens,
-                  [self.checkpoint, field], count, trigger_mode="always_last", **QUIET)  # fmt: skip
+            inputs = [self.checkpoint, field, self.fields["syntax"]]
+            gr.on(
+                [one.change for one in inputs],
+                partial(self.count_tokens, is_negative=name == "negative_prompt"),
+                inputs, count, trigger_mode="always_last", **QUIET,
+            )  # fmt: skip
         prompt = [self.fields["prompt"], self.tokens]
         add = "(text, token) => [token ? (text + ' ' + token).trim() : text, null]"
         self.tokens.change(None, prompt, prompt, js=add)
@@ -678,9 +682,12 @@ class Page:
         shown = [gr.update(visible=has_sdxl), gr.update(visible=has_upscaler)]
         return [show_error(misfit), offers, *shown, now, *updates]
 
-    def count_tokens(self, checkpoint: str, prompt: str) -> str:
+    def count_tokens(
+        self, checkpoint: str, prompt: str, syntax: str, *, is_negative: bool = False
+    ) -> str:
         """Return the count of a prompt's tokens, as HTML."""
-        return show_token_count(*self.backend.count_tokens(checkpoint, prompt or ""))
+        count = self.backend.count_tokens(checkpoint, prompt or "", syntax, is_negative=is_negative)
+        return show_token_count(*count)
 
     def size_of(self, checkpoint: str, path: str | None) -> list[Any]:
         """Return width and height for an input image."""

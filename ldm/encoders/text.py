@@ -34,7 +34,7 @@ from ldm.encoders import tokenizer
 from ldm.encoders.chunks import Chunk, Splitter
 from ldm.encoders.towers import ACTIVATIONS, VOCAB, CLIPTower, OpenCLIPTower, select_tokens
 from ldm.encoders.weighting import PromptEncoder, split_output
-from ldm.prompts.prompt import Prompt
+from ldm.prompts.prompt import ParsedPrompt, Prompt
 from ldm.runtime.errors import ArgumentError, unknown_name
 
 
@@ -245,6 +245,20 @@ class TextEncoder(Encoder):
         """Return the chunks of each text of a parsed prompt."""
         texts = [text for part in prompt.parts for text in part.texts]
         return [self._splitter.split(text, prompt.syntax) for text in texts]
+
+    def count_in_chunks(self, prompt: ParsedPrompt) -> tuple[int, int]:
+        """Count the tokens of a parsed prompt, and those that fit into its chunks.
+
+        Of several texts, such as those of a schedule, the one of most chunks counts.
+        """
+        prompts = (entry for one in prompt.compositions for _, entry in one.entries)
+        texts = [chunks for entry in prompts for chunks in self.chunks(entry)]
+        counts = (sum(len(unit.ids) for chunk in chunks for unit in chunk) for chunks in texts)
+        size = self.length - 2
+        pairs = [(size * max(len(chunks), 1), count)
+                 for chunks, count in zip(texts, counts, strict=True)]  # fmt: skip
+        limit, count = max(pairs, default=(size, 0))
+        return count, limit
 
     def _encode_parsed(self, prompts: Sequence[str | Prompt | None]) -> Tensor | Cond:
         if self.always_return_mask or self.context_length != self.length:

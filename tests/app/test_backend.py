@@ -190,6 +190,9 @@ def test_tokens_of_embeddings_count_as_their_vectors(backend, files, tmp_path):
     assert backend.count_tokens("base_v.ckpt", "a cat") == (2, 75, "")
     assert taught.count_tokens("base_v.ckpt", "a cat") == (4, 75, "")
     assert backend.count_tokens("absent.ckpt", "a cat") == (0, 0, "")
+    long = "a (cat:1.2) BREAK " + "very " * 80
+    assert backend.count_tokens("base_v.ckpt", long, "a1111") == (82, 225, "")
+    assert backend.count_tokens("base_v.ckpt", "(a", "compel") == (0, 0, "")
 
 
 def test_known_pixels_of_a_sketch_stay(backend, answers, photo):
