@@ -13,6 +13,7 @@ from ldm.loading.legacy import translate_config
 from ldm.model import LatentDiffusion
 from ldm.pipelines import inpaint, txt2img
 from ldm.pipelines.memory import estimate_memory
+from picturehelp import random_lora
 from pipelines.goldmodels import model_of
 
 QUICK = {"steps": 2, "scale": 3.0, "seeds": 5}
@@ -53,6 +54,21 @@ def test_one_part_at_a_time_has_a_copy_on_the_device():
     assert torch.equal(txt2img(model, ["a"], **QUICK), expected)
     assert all(len(part) == 1 for part in parts)
     assert set.union(*parts) == {"conditioner", "unet", "autoencoder"}
+
+
+def test_loras_are_exchanged_while_a_part_is_on_the_device(tmp_path):
+    model, offloaded = text_model(), text_model()
+    file = random_lora(tmp_path / "x.safetensors", model, 0)
+    offloaded.offload(CPU)
+    images = {}
+    for weight in (0.5, 0.8, 0.5):
+        for one in (model, offloaded):
+            ldm.set_loras(one, [(file, weight)])
+        images[weight], expected = (
+            txt2img(one, ["a"], **QUICK | {"steps": 1}) for one in (offloaded, model)
+        )
+        assert torch.equal(images[weight], expected)
+    assert not torch.equal(images[0.5], images[0.8])
 
 
 def test_a_model_gives_way_to_another():
