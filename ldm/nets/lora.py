@@ -62,7 +62,8 @@ class Target(NamedTuple):
         new = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
         self.layer.register_parameter(self.parameter, new)
         self.weight.copy_(value)
-        if not self.weight.isfinite().all() and value.isfinite().all():
+        is_rounded = new.dtype != value.dtype
+        if is_rounded and not self.weight.isfinite().all() and value.isfinite().all():
             raise ArgumentError(
                 f"the sum of a layer's weight and its LoRAs is too large for {new.dtype}", "loras"
             )
