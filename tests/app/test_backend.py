@@ -140,6 +140,7 @@ def test_seeds_beyond_what_a_browser_counts_are_exact(backend, answers):
     assert replay(backend, info["path"]) == "identical"
 
 
+@pytest.mark.filterwarnings("ignore::ldm.prompts.PromptWarning")  # as `ldm app` does
 def test_a_long_prompt_is_said_behind_the_result(backend, answers):
     job = run(backend, "txt2img", answers("txt2img", prompt="very " * 80))
     assert "; a prompt is longer than 75 tokens: `very very very very …` is left" in job.message

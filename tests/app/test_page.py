@@ -280,7 +280,8 @@ def test_tokens_are_counted_and_what_has_no_effect_is_named(page):
     count = page.locator("#prompt-tokens")
     count.get_by_text("11/30").wait_for()
     fill(page, "<lora:style:0.8> (blue:1.4)")
-    assert "A1111's syntax for weights is read as plain text: `<lora:style" in generate(page)
+    assert "A1111's syntax for weights is read as plain text: `(blue:1.4) …`" in generate(page)
+    wait_for_value(page, "#about textarea", "<lora:style:0.8>")
     fill(page, "red " * 30 + "green apple")
     count.get_by_text("32/30, without effect: green apple …").wait_for()
 
