@@ -270,7 +270,7 @@ def _read_changes(
 ) -> list[tuple[str, WeightChange]]:
     """Return the changes of a file with the names of their layers."""
     targets = {layer.kohya: layer for layer in _all_targets(model)}
-    aliases = _names_by_alias(model)
+    aliases = _names_by_alias(targets.values(), model)
     blocks = find_blocks(name for name, _ in model.unet.named_parameters())
     factors = weight.of_blocks(blocks)
     layers: dict[str, Tensors] = {}
@@ -384,11 +384,11 @@ def _flat(name: str) -> str:
     return name.replace(".", "_")
 
 
-def _names_by_alias(model: LatentDiffusion) -> dict[str, str]:
+def _names_by_alias(targets: Iterable[TargetLayer], model: LatentDiffusion) -> dict[str, str]:
     """Return kohya's name of each layer, by all names that files may have for it."""
     names = {
         layer_alias(name): layer.kohya
-        for layer in _all_targets(model)
+        for layer in targets
         for name in (layer.original, layer.diffusers)
     }
     if len(model.conditioner.find_all(TextEncoder)) == 1:
@@ -433,10 +433,8 @@ def _build_changes(layer: TargetLayer, tensors: Tensors, strength: float) -> lis
             None if alpha is None else float(alpha),
             on_input is not None and bool(on_input),
         )
-        change = build_change(target, adapter, strength)
-        changes.append(
-            _build_layer(target, adapter, strength) if part.keys() == LOW_RANK else change
-        )
+        build = _build_layer if part.keys() == LOW_RANK else build_change
+        changes.append(build(target, adapter, strength))
     return changes
 
 
@@ -452,10 +450,14 @@ def _cut_rank(tensors: Tensors, rank: int, path: str | Path) -> Tensors:
 
 
 def _build_layer(target: Target, adapter: Adapter, strength: float) -> LoRALayer:
-    """Build a layer of a plain LoRA, which can also be attached."""
+    """Build a layer of a plain LoRA, which can also be attached; ValueError if it does not fit."""
     down, up = adapter.tensors["down"], adapter.tensors["up"]
+    rank, shape = len(down), target.weight.shape
+    counts = rank * shape[1:].numel(), rank * shape[0]
+    if len(shape) < 2 or len(up) != shape[0] or (down.numel(), up.numel()) != counts:
+        raise ValueError(f"its tensors do not fit a weight of shape {tuple(shape)}")
     with meta_device():
-        layer = LoRALayer(target, rank=len(down))
+        layer = LoRALayer(target, rank)
     state = {
         "lora_down.weight": down.reshape(layer.lora_down.weight.shape),
         "lora_up.weight": up.reshape(layer.lora_up.weight.shape),
