@@ -78,7 +78,7 @@ def parse_yaml(
         layers = [OmegaConf.create(text, max_yaml_expanded_nodes=MAX_NODES) for text in texts]
         if not all(OmegaConf.is_dict(layer) for layer in layers):
             raise ConfigError(f"{where}: expected a mapping with `model:`, as a config has")
-        config = OmegaConf.merge(*layers)
+        config = OmegaConf.merge(*layers) if len(layers) > 1 else layers[0]
         for section in sections:
             config.setdefault(section, {})
         for override in overrides:
@@ -89,7 +89,8 @@ def parse_yaml(
                     f"one of the sections {', '.join(map(str, config))}",
                     "overrides",
                 )
-        config = OmegaConf.merge(config, OmegaConf.from_dotlist(overrides))
+        if overrides:
+            config = OmegaConf.merge(config, OmegaConf.from_dotlist(overrides))
         raw: Any = OmegaConf.to_container(config, resolve=False)
     except (OmegaConfBaseException, YAMLError, RecursionError) as error:
         raise ConfigError(f"{where}: {_one_line(error)}") from error

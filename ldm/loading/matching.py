@@ -160,6 +160,8 @@ def translate_names(
         state: names begin with our prefixes.
     """
     expected, renamed = model.state_dict(), dict(state)
+    if expected.keys() == state.keys():
+        return {n: _in_shape(n, value, expected[n], file) for n, value in renamed.items()}
     prefixes = component_prefixes(model)
     for component, locations in locate_weights(model).items():
         prefix = prefixes[component]
