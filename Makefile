@@ -12,7 +12,7 @@ type:
 	mypy
 
 test: lint type
-	python -m pytest -q -n 2 --dist loadgroup
+	python -m pytest -q -n 2 --dist loadscope
 
 docs:
 	python -m pytest -q -m docs tests/documentation

@@ -51,7 +51,7 @@ def tiny(models) -> Files:
 def write(recorded: Gold, name: str, folder: Path) -> Files:
     config = copy.deepcopy(recorded.meta[f"config_{name}"])
     config["params"]["cond_stage_config"]["params"]["arch"] = recorded.meta["tiny_arch"]
-    files = Files(folder / f"{name}.yaml", folder / f"{name}.ckpt")
+    files = Files(folder / f"{name}.yaml", folder / f"{name}.safetensors")
     files.config.write_text(json.dumps({"model": config}))
     state = restore_names(ldm.instantiate(config).state_dict())
     write_checkpoint(files.ckpt, fill(state, recorded.meta["salt"]))
@@ -73,7 +73,7 @@ def files(tmp_path_factory):
             target = "ldm.modules.midas.api.MiDaSInference"
             params["depth_stage_config"] = {"target": target, "params": {"arch": TINY_DPT}}
         model = model_of(file, name, whole=True)
-        ckpt, yaml = folder / f"{name}.ckpt", folder / f"{name}.yaml"
+        ckpt, yaml = folder / f"{name}.safetensors", folder / f"{name}.yaml"
         write_checkpoint(ckpt, restore_names(model.state_dict()))
         yaml.write_text(json.dumps({"model": config}))
         flags[name] = ["--ckpt", str(ckpt), "--config", str(yaml)]

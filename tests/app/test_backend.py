@@ -91,7 +91,7 @@ def run(backend, task, answers, model=None):
 
     def work(progress):
         values = TaskForm(TASKS[task], LIMITS).values(answers, backend.uploads)
-        name = model or f"{MODELS[task]}.ckpt"
+        name = model or f"{MODELS[task]}.safetensors"
         return backend.generate(backend.make_request(TASKS[task], name, values), progress)
 
     return finish(work)
@@ -110,14 +110,14 @@ def replay(backend, path):
 
 def test_each_task_is_offered_the_models_that_serve_it(backend):
     offered = {task: backend.model_names(task) for task in TASKS}
-    text = ["base_eps.ckpt", "base_v.ckpt"]
+    text = ["base_eps.safetensors", "base_v.safetensors"]
     assert offered == {
         "txt2img": text,
         "img2img": text,
-        "inpaint": [*text, "inpaint.ckpt"],
-        "depth2img": ["depth.ckpt"],
-        "upscale": ["upscale.ckpt"],
-        "unclip": ["unclip.ckpt"],
+        "inpaint": [*text, "inpaint.safetensors"],
+        "depth2img": ["depth.safetensors"],
+        "upscale": ["upscale.safetensors"],
+        "unclip": ["unclip.safetensors"],
     }
 
 
@@ -188,16 +188,16 @@ def test_tokens_of_embeddings_count_as_their_vectors(backend, files, tmp_path):
     width = ldm.load(files["base_v"][3], files["base_v"][1]).conditioner.text.width
     write_embeddings(tmp_path / "cat.safetensors", {"cat": torch.randn(3, width)})
     taught = backend_with(files, tmp_path, choice=replace(CHOICE, embedding=(str(tmp_path),)))
-    assert backend.count_tokens("base_v.ckpt", "a cat") == (2, 75, "")
-    assert taught.count_tokens("base_v.ckpt", "a cat") == (4, 75, "")
+    assert backend.count_tokens("base_v.safetensors", "a cat") == (2, 75, "")
+    assert taught.count_tokens("base_v.safetensors", "a cat") == (4, 75, "")
     assert backend.count_tokens("absent.ckpt", "a cat") == (0, 0, "")
     long = "a (cat:1.2) BREAK " + "very " * 80
-    assert backend.count_tokens("base_v.ckpt", long, "a1111") == (82, 225, "")
-    assert backend.count_tokens("base_v.ckpt", "(a", "compel") == (0, 0, "")
+    assert backend.count_tokens("base_v.safetensors", long, "a1111") == (82, 225, "")
+    assert backend.count_tokens("base_v.safetensors", "(a", "compel") == (0, 0, "")
 
 
 def test_known_pixels_of_a_sketch_stay(backend, answers, photo):
-    job = run(backend, "inpaint", answers("inpaint"), model="base_v.ckpt")
+    job = run(backend, "inpaint", answers("inpaint"), model="base_v.safetensors")
     same = (pixels(job.images[0]["path"]) == pixels(photo)).all(-1)
     same[8:40, 8:30] = True
     assert same.all()
@@ -206,7 +206,7 @@ def test_known_pixels_of_a_sketch_stay(backend, answers, photo):
 def test_an_estimated_depth_map_is_taken_back(backend, answers):
     task, job = TASKS["depth2img"], Progress()
     values = TaskForm(task, LIMITS).values(answers("depth2img"), backend.uploads)
-    backend.estimate_depth(backend.make_request(task, "depth.ckpt", values), job)
+    backend.estimate_depth(backend.make_request(task, "depth.safetensors", values), job)
     map_ = job.images[0]["path"]
     with Image.open(map_) as image:
         assert image.mode.startswith("I")
@@ -270,10 +270,13 @@ def test_too_large_an_image_says_how_to_scale_it(backend, answers, tmp_path):
     assert not run(backend, "img2img", answers("img2img", **large, width=64)).has_failed
 
 
-@pytest.mark.parametrize("name", [None, "../base_v.ckpt", "inpaint.ckpt", "absent.ckpt"])
+@pytest.mark.parametrize(
+    "name", [None, "../base_v.safetensors", "inpaint.safetensors", "absent.safetensors"]
+)
 def test_models_are_those_of_the_folder_that_serve_the_task(backend, answers, name):
     with pytest.raises(
-        ValueError, match=r"txt2img needs a text.*; available: base_eps.ckpt, base_v.ckpt"
+        ValueError,
+        match=r"txt2img needs a text.*; available: base_eps.safetensors, base_v.safetensors",
     ):
         backend.make_request(TASKS["txt2img"], name, {})
 
@@ -337,7 +340,7 @@ def test_images_of_other_programs_are_not_replayed(backend, photo):
 def test_models_stay_in_memory_between_tasks(files, answers, tmp_path):
     backend = backend_with(files, tmp_path / "out")
     run(backend, "txt2img", answers("txt2img"))
-    run(backend, "img2img", answers("img2img"), model="base_v.ckpt")
+    run(backend, "img2img", answers("img2img"), model="base_v.safetensors")
     assert backend._models.count == 1
     run(backend, "inpaint", answers("inpaint"))
     assert backend._models.count == 2
@@ -347,14 +350,14 @@ def test_chosen_loras_change_the_image_and_are_found_again_by_content(files, ans
     model = ldm.load(files["base_v"][3], files["base_v"][1])
     lora = random_lora(tmp_path / "1.safetensors", model, 1)
     backend = backend_with(files, tmp_path / "out", loras=[(str(lora), 0.5)])
-    assert backend.fitting_loras("base_v.ckpt") == ["1"]
-    assert backend.fitting_loras("upscale.ckpt") == []
+    assert backend.fitting_loras("base_v.safetensors") == ["1"]
+    assert backend.fitting_loras("upscale.safetensors") == []
     styled, plain = (
         run(backend, "txt2img", answers("txt2img", lora=lora)).images[0] for lora in (["1:0.8"], [])
     )
     assert [(lora["path"], lora["weight"]) for lora in styled["loras"]] == [("1.safetensors", 0.8)]
     recorded = [styled["request"][key] for key in ("lora", "ckpt", "outdir")]
-    assert recorded == [[["1.safetensors", 0.8]], "base_v.ckpt", "out"]
+    assert recorded == [[["1.safetensors", 0.8]], "base_v.safetensors", "out"]
     assert (pixels(styled["path"]) != pixels(plain["path"])).any()
     assert backend._models.count == 1
     words = ["--ckpt", files["base_v"][1], "--lora", f"{lora}:0.8"]
@@ -399,7 +402,7 @@ def test_prompts_name_loras_and_wildcards_of_the_models_folder(files, answers, t
     assert re.fullmatch("a (red|blue) (fox|hare)", info["prompt"])
     assert [(file["path"], file["weight"]) for file in info["loras"]] == [(lora.name, "0.5:1")]
     assert replay(backend, info["path"]) == "identical"
-    assert backend.count_tokens("base_v.ckpt", "a fox <lora:style:1>")[0] == 2
+    assert backend.count_tokens("base_v.safetensors", "a fox <lora:style:1>")[0] == 2
     job = run(backend, "txt2img", answers("txt2img", prompt="a <lora:stlye:1>"))
     assert job.message == "unknown LoRA `stlye`, did you mean `style`? choose one of style"
 
@@ -434,7 +437,7 @@ def test_an_image_is_made_again_with_the_embeddings_it_was_made_with(
 
 
 def test_a_checkpoint_is_inspected_by_its_name_only(backend):
-    assert "family" in backend.inspect("base_v.ckpt")
+    assert "family" in backend.inspect("base_v.safetensors")
     assert backend.inspect("../../etc/passwd") == "choose a checkpoint"
 
 

@@ -22,6 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 import ldm
 from ldm.app.backend import Backend
 from ldm.app.limits import Limits
+from ldm.app.progress import Progress
 from ldm.commands.main import main
 from ldm.generate.request import ModelChoice
 from ldm.imaging.metadata import read_info
@@ -31,6 +32,7 @@ from picturehelp import pixels, random_lora
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PATIENCE = 60  # seconds; a busy machine is slow
+LONG = 150  # steps of a run that is stopped
 PROMPT = "a flat emoji of a red apple on a blue background"
 PARAMETERS = f"{PROMPT}\nSteps: 1, Sampler: DDIM, CFG scale: 3, Seed: 7, Size: 128x128"
 
@@ -44,14 +46,25 @@ new MutationObserver(() => {
 }).observe(document, { subtree: true, childList: true, characterData: true });
 """
 
-pytestmark = [
-    pytest.mark.xdist_group("browser"),  # one app and one browser
-    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),  # loops of gradio
-]
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # loops of gradio
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory):
+def slow_steps():
+    """Lets every step of a long run take a while without work, so that tests can look at it."""
+    on_step = Progress.on_step
+
+    def wait(progress, step, steps, x, denoised):
+        time.sleep(0.04 if steps == LONG else 0)
+        on_step(progress, step, steps, x, denoised)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Progress, "on_step", wait)
+        yield
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory, slow_steps):
     """(address, models folder, output folder) of an app with the demo models and a LoRA."""
     pytest.importorskip("gradio", reason="needs gradio: pip install 'ldm-revived[app]'")
     folder = tmp_path_factory.mktemp("app")
@@ -230,7 +243,7 @@ def test_errors_are_in_sight_wherever_the_page_is_scrolled_to(page):
 
 def test_form_gallery_and_run_outlive_a_reload(app, page):
     """F3; images in the order of their seeds, F11; unfinished ones are kept."""
-    fill(page, "a fox", **{"Sampling steps": 150, "Batch size": 2, "Batch count": 4, "Seed": 11})
+    fill(page, "a fox", **{"Sampling steps": LONG, "Batch size": 2, "Batch count": 4, "Seed": 11})
     generate(page, "image 1–2 of 8, step [0-9]+ of 150")
     page.locator("#generate").click()
     page.locator("#queue li").wait_for()
@@ -250,7 +263,7 @@ def test_form_gallery_and_run_outlive_a_reload(app, page):
 
 def test_the_bar_is_as_far_as_the_message_says(page):
     """F4."""
-    fill(page, **{"Sampling steps": 150, "Batch size": 2})
+    fill(page, **{"Sampling steps": LONG, "Batch size": 2})
     generate(page, "step [2-9][0-9] of 150")  # a short run may end between two answers
     stop(page)
     rows = [(re.match("image 1–2 of 2, step ([0-9]+) of 150", text), width)
@@ -263,7 +276,7 @@ def test_the_bar_is_as_far_as_the_message_says(page):
 
 def test_a_queued_run_of_another_browser_is_removed_at_once(app, page):
     """F8."""
-    fill(page, **{"Sampling steps": 150, "Batch count": 8})
+    fill(page, **{"Sampling steps": LONG, "Batch count": 8})
     generate(page, "step [0-9]+ of 150")
     with contextlib.closing(page.context.browser.new_page()) as other:
         other.set_default_timeout(1000 * PATIENCE)
@@ -332,7 +345,7 @@ def test_loras_are_offered_where_they_fit_and_none_is_chosen_at_first(app, page)
     generate(page)
     info = read_info(newest(app))
     assert (info["task"], info["size"], info["loras"]) == ("upscale", [512, 512], [])
-    fill(page, **{"Sampling steps": 150})
+    fill(page, **{"Sampling steps": LONG})
     generate(page, "step [0-9]+ of 150")
     assert "0 of 1 images are finished" in stop(page)
     open_tab(page, "depth2img")
@@ -440,7 +453,7 @@ def test_the_image_is_large_and_the_preview_lies_in_its_place(page):
     """F18, F19."""
     page.set_viewport_size({"width": 1920, "height": 1080})
     page.mouse.wheel(0, -5000)
-    fill(page, **{"Sampling steps": 150, "Batch count": 8})
+    fill(page, **{"Sampling steps": LONG, "Batch count": 8})
     generate(page, "step [0-9]+ of 150")
     preview = page.locator("#preview img")
     preview.wait_for()

@@ -8,7 +8,6 @@ import pytest
 from ldm.app.backend import Backend
 from ldm.app.form import TaskForm
 from ldm.app.limits import Limits
-from ldm.app.page import FOLLOWERS, Page
 from ldm.app.progress import Progress
 from ldm.generate.request import ModelChoice
 from ldm.generate.tasks import TASKS
@@ -29,14 +28,22 @@ def backend(tmp_path_factory):
     return Backend(folder / "models", folder / "out", choice, Limits())
 
 
+@pytest.fixture
+def page(backend):
+    from ldm.app.page import Page  # here, as gradio takes seconds
+
+    return Page(backend)
+
+
 def form_values(**changes):
     fields = TaskForm(TXT2IMG, Limits()).fields()
     values = {name: field.settings.get("value") for name, field in fields.items()}
     return values | {"seed": "5", "width": 64, "height": 64, "steps": 4} | changes
 
 
-def test_settings_and_fields_follow_the_checkpoint(backend):
-    page = Page(backend)
+def test_settings_and_fields_follow_the_checkpoint(backend, page):
+    from ldm.app.page import FOLLOWERS
+
     initial = page.forms["txt2img"].settings
     defaults = {name: initial[name].settings["value"] for name in FOLLOWERS}
 
@@ -52,7 +59,7 @@ def test_settings_and_fields_follow_the_checkpoint(backend):
     assert follow("demo.safetensors") == (False, 128, 2.0, 25)
 
 
-def test_a_refiner_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_again(backend):
+def test_a_refiner_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_again(backend, page):
     assert list(backend.refiners()) == [REFINER]
     changes = {"refiner": REFINER, "refiner_start": 0.5, "original_size": "512,768"}
     values = TaskForm(TXT2IMG, Limits()).values(form_values(**changes), backend.uploads)
@@ -62,7 +69,6 @@ def test_a_refiner_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_ag
     assert (info["refiner"]["path"], info["refiner_start"]) == (REFINER, 0.5)
     assert info["request"]["refiner"] == REFINER
     assert backend._models.count == 2
-    page = Page(backend)
     filled = dict(zip(page.forms["txt2img"].common_fields, page.fill(info), strict=True))
     assert filled.items() >= (changes | {"prompt_2": "", "steps": 4, "width": 64}).items()
     assert backend.replay(info["path"], Progress()) == "identical"

@@ -3,6 +3,7 @@
 import gc
 import sys
 import warnings
+from importlib.util import find_spec
 from io import BytesIO
 
 import pytest
@@ -12,12 +13,16 @@ from ldm.data.hub import Hub
 from ldm.data.source import DatasetSource
 from ldm.data.transforms import PhotoTransform
 
-datasets = pytest.importorskip("datasets")
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.skipif(find_spec("datasets") is None, reason="needs datasets"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
 
 
 @pytest.fixture(scope="module")
 def table():
+    import datasets
+
     images = []
     for number in range(6):
         file = BytesIO()

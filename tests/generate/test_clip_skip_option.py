@@ -42,4 +42,4 @@ def test_other_models_say_that_they_ignore_it(tiny, tmp_path, capsys):
     words = [*tiny.flags, *QUICK, "--H=64", "--W=64", "--clip-skip=2"]
     assert main(["txt2img", *words, "--outdir", str(tmp_path)]) == 0
     err = capsys.readouterr().err
-    assert err.count("clip_skip 2 is ignored: `base_v.ckpt` is not a model of Stable") == 1
+    assert err.count("clip_skip 2 is ignored: `base_v.safetensors` is not a model of Stable") == 1

@@ -102,7 +102,7 @@ def test_pictures_that_cannot_be_made_again_are_refused(shots, again, tmp_path):
 def test_a_checkpoint_that_is_not_at_hand_is_asked_for(shots, tiny, tmp_path, capsys):
     path = shots("--n_samples", "1", "--skip_grid")[0]
     assert main(["replay", path]) == 0
-    tiny.ckpt.rename(tmp_path / "elsewhere.ckpt")
+    tiny.ckpt.rename(tmp_path / "elsewhere.safetensors")
     assert main(["replay", path]) == 1
-    (tmp_path / "elsewhere.ckpt").rename(tiny.ckpt)
-    assert "made with base_v.ckpt (hash " in capsys.readouterr().err
+    (tmp_path / "elsewhere.safetensors").rename(tiny.ckpt)
+    assert "made with base_v.safetensors (hash " in capsys.readouterr().err

@@ -98,7 +98,7 @@ def test_what_the_model_in_use_does_not_have(upscaler, run, models):  # noqa: F8
     flags = [*models["base_eps"].flags, "--H", 64, "--W", 64, "--steps", 1]
     _, _, err = run("txt2img", *flags, "--upscaler", upscaler / "x2.pth")
     assert "has no" in err
-    assert "text encoder (CLIP ViT-L/14), nor has `base_eps.ckpt`" in err
+    assert "text encoder (CLIP ViT-L/14), nor has `base_eps.safetensors`" in err
     assert "give its diffusers folder" in err
     _, _, err = run("txt2img", *flags, "--upscaler", "checkpoints/demo.safetensors")
     assert "is not an x2 latent upscaler" in err

@@ -1,7 +1,9 @@
 """The depth network of a depth model: out of the checkpoint, or out of the file of MiDaS."""
 
 import json
+import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -20,21 +22,27 @@ def whole():
     return restore_names(model_of(gold("e2e_depth2img"), "depth", whole=True).state_dict())
 
 
-@pytest.fixture
-def files(whole, tmp_path):
+@pytest.fixture(scope="module")
+def written(whole, tmp_path_factory):
     """A depth model without its depth network, and the network in a file as MiDaS publishes it."""
+    folder = tmp_path_factory.mktemp("midas")
     recorded = gold("e2e_depth2img")
     config = json.loads(json.dumps(recorded.meta["config_depth"]))
     params, target = config["params"], "ldm.modules.midas.api.MiDaSInference"
     params["cond_stage_config"]["params"]["arch"] = recorded.meta["tiny_arch"]
     params["depth_stage_config"] = {"target": target, "params": {"arch": TINY_DPT}}
-    (tmp_path / "depth.yaml").write_text(json.dumps({"model": config}))
+    (folder / "depth.yaml").write_text(json.dumps({"model": config}))
     lean = {name: value for name, value in whole.items() if not name.startswith("depth_model.")}
-    write_checkpoint(tmp_path / "lean.ckpt", lean)
-    write_checkpoint(tmp_path / "whole.ckpt", whole)
-    (tmp_path / "midas").mkdir()
-    torch.save(network(whole), tmp_path / "midas" / FILE)
-    return tmp_path
+    write_checkpoint(folder / "lean.safetensors", lean)
+    write_checkpoint(folder / "whole.safetensors", whole)
+    (folder / "midas").mkdir()
+    torch.save(network(whole), folder / "midas" / FILE)
+    return folder
+
+
+@pytest.fixture
+def files(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "files", copy_function=os.link)
 
 
 def network(whole, factor=1.0):
@@ -42,7 +50,7 @@ def network(whole, factor=1.0):
     return {k.removeprefix(prefix): v * factor for k, v in whole.items() if k.startswith(prefix)}
 
 
-def loaded(files, name="lean.ckpt", **options):
+def loaded(files, name="lean.safetensors", **options):
     model = ldm.load(files / "depth.yaml", files / name, **options)
     return model.conditioner.depth.state_dict()
 
@@ -59,23 +67,26 @@ def test_the_network_is_found_beside_the_checkpoint(files, whole):
     assert equal(loaded(files), whole)
 
 
-@pytest.mark.parametrize(("old", "wrapped"), [(False, True), (True, False)], ids=["zip", "legacy"])
-def test_a_given_file_comes_before_the_checkpoint(files, whole, old, wrapped):
+@pytest.mark.parametrize(
+    ("old", "wrapped", "name"),
+    [(False, True, "lean"), (True, False, "whole")],
+    ids=["zip", "legacy"],
+)
+def test_a_given_file_comes_before_the_checkpoint(files, whole, old, wrapped, name):
     path, content = files / "other.pt", network(whole, 2.0)
     content = {"optimizer": {}, "model": content} if wrapped else content
     torch.save(content, path, _use_new_zipfile_serialization=not old)
-    for name in ("lean.ckpt", "whole.ckpt"):
-        assert equal(loaded(files, name, midas=path), whole, 2.0)
+    assert equal(loaded(files, f"{name}.safetensors", midas=path), whole, 2.0)
 
 
 def test_the_network_is_taken_out_of_another_depth_model(files, whole):
-    assert equal(loaded(files, midas=files / "whole.ckpt"), whole)
+    assert equal(loaded(files, midas=files / "whole.safetensors"), whole)
 
 
 def test_without_a_network_two_lines_say_where_to_put_it(files):
     with pytest.raises(
         FileNotFoundError,
-        match=r"lean.ckpt` holds no depth network .*\nhint: put `dpt_hybrid.* beside it",
+        match=r"lean.safetensors` holds no depth network .*\nhint: put `dpt_hybrid.* beside it",
     ):
         loaded(files)
     with pytest.raises(FileNotFoundError, match="absent"):

@@ -1,5 +1,6 @@
 """A tiny model of every published family: its own YAML made small, weights by the recipe."""
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,14 @@ def small_xl(family: str) -> dict[str, Any]:
 
 def write(family: str, path: Path) -> dict[str, torch.Tensor]:
     """A file in the original's layout, its YAML inside; returns what it holds."""
+    state, text = content_of(family)
+    write_checkpoint(path, state, {"ldm.config": text, "global_step": 7})
+    return dict(state)
+
+
+@lru_cache(maxsize=8)
+def content_of(family: str) -> tuple[dict[str, torch.Tensor], str]:
+    """Weights under the original's names, and the YAML."""
     raw = small(family)
     model: Any = build_on_meta(translate_config(raw))
     empty = {k: torch.ones(v.shape) if v.is_meta else v for k, v in model.state_dict().items()}
@@ -121,5 +130,4 @@ def write(family: str, path: Path) -> dict[str, torch.Tensor]:
     if family == "unclip-l":
         state["noise_augmentor.data_mean"] = torch.linspace(-1, 1, WIDTH)
         state["noise_augmentor.data_std"] = torch.linspace(0.5, 2, WIDTH)
-    write_checkpoint(path, state, {"ldm.config": format_yaml(raw), "global_step": 7})
-    return state
+    return state, format_yaml(raw)

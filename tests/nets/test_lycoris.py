@@ -1,10 +1,9 @@
 """Each kind of adapter beside lycoris-lora, the library of those who train them."""
 
+import importlib
+
 import pytest
 import torch
-from lycoris.functional import boft, diag_oft, general, locon, loha, lokr
-from lycoris.modules.glora import GLoRAModule
-from lycoris.modules.ia3 import IA3Module
 from torch import nn
 
 from ldm.nets.lora import Target, merge_changes
@@ -14,6 +13,12 @@ ROWS, COLUMNS, RANK, ALPHA, STRENGTH = 32, 16, 4, 2.0, 0.7
 LOCON = ("up", "down", "mid")
 LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+
+
+@pytest.fixture(scope="module")
+def lycoris():
+    """Its functions; imported here, as that takes seconds."""
+    return importlib.import_module("lycoris.functional")
 
 
 @pytest.fixture(params=["linear", "convolution"])
@@ -57,7 +62,7 @@ def check(ours, theirs):
     torch.testing.assert_close(ours, theirs.reshape(ours.shape), rtol=1e-5, atol=1e-4)
 
 
-def test_low_rank_additions(layer):
+def test_low_rank_additions(lycoris, layer):
     up, down = low_rank(layer)
     check(
         change(layer, {"up": up, "down": down}).delta(),
@@ -65,21 +70,21 @@ def test_low_rank_additions(layer):
     )
     a1, b1, a2, b2 = *flat_factors(layer), *flat_factors(layer)
     ours = change(layer, tensors_by_role(LOHA[:4], a1, b1, a2, b2)).delta()
-    check(ours, loha.diff_weight(b1, a1, b2, a2, None, None, gamma=STRENGTH / 2))
+    check(ours, lycoris.loha.diff_weight(b1, a1, b2, a2, None, None, gamma=STRENGTH / 2))
 
 
-def test_tucker_forms_of_convolutions():
+def test_tucker_forms_of_convolutions(lycoris):
     layer = nn.Conv2d(COLUMNS, ROWS, 3)
     mid, up, down = tucker()
     up, down = up.t()[:, :, None, None], down[:, :, None, None]
     ours = change(layer, tensors_by_role(LOCON, up, down, mid)).delta()
-    check(ours, locon.diff_weight(down, up, mid, gamma=STRENGTH / 2))
+    check(ours, lycoris.locon.diff_weight(down, up, mid, gamma=STRENGTH / 2))
     (t1, a1, b1), (t2, a2, b2) = tucker(), tucker()
     ours = change(layer, tensors_by_role(LOHA, a1, b1, a2, b2, t1, t2)).delta()
-    check(ours, loha.diff_weight(b1, a1, b2, a2, t1, t2, gamma=STRENGTH / 2))
+    check(ours, lycoris.loha.diff_weight(b1, a1, b2, a2, t1, t2, gamma=STRENGTH / 2))
 
 
-def test_kronecker_products_are_scaled_only_if_a_factor_is_a_product(layer):
+def test_kronecker_products_are_scaled_only_if_a_factor_is_a_product(lycoris, layer):
     w1, w2 = normal(4, 4), normal(ROWS // 4, COLUMNS // 4, *kernel(layer))
     a1, b1 = normal(4, RANK), normal(RANK, 4)
     a2, b2 = flat_factors(layer, ROWS // 4, COLUMNS // 4)
@@ -91,43 +96,51 @@ def test_kronecker_products_are_scaled_only_if_a_factor_is_a_product(layer):
         (None, a1, b1, None, a2, shaped, None),
     ]:
         ours = change(layer, tensors_by_role(LOKR, *tensors)).delta()
-        check(ours, STRENGTH * lokr.diff_weight(*tensors, gamma=ALPHA))
+        check(ours, STRENGTH * lycoris.lokr.diff_weight(*tensors, gamma=ALPHA))
 
 
-def test_kronecker_product_with_a_tucker_factor():
+def test_kronecker_product_with_a_tucker_factor(lycoris):
     # The oracle takes the rank from the wrong axis of `lokr_w2_a`, which is as long here.
     t2, a2, b2 = tucker(rows=RANK, columns=COLUMNS // 4)
     tensors = (normal(ROWS // RANK, 4), None, None, None, a2, b2, t2)
     ours = change(nn.Conv2d(COLUMNS, ROWS, 3), tensors_by_role(LOKR, *tensors)).delta()
-    check(ours, lokr.diff_weight(*tensors, gamma=ALPHA * STRENGTH))
+    check(ours, lycoris.lokr.diff_weight(*tensors, gamma=ALPHA * STRENGTH))
 
 
 @pytest.mark.parametrize("of_rows", [True, False])
-def test_dora_sets_the_length_of_rows_or_columns(layer, of_rows):
+def test_dora_sets_the_length_of_rows_or_columns(lycoris, layer, of_rows):
     up, down = low_rank(layer)
     ones = [1] * len(kernel(layer))
     length = torch.rand(*((ROWS, 1) if of_rows else (1, COLUMNS)), *ones) + 0.5
     weight = layer.weight.detach()
     ours = change(layer, {"up": up, "down": down, "dora_scale": length}).change_weight(weight)
-    changed = weight + locon.diff_weight(down, up, None, gamma=STRENGTH / 2)
-    check(ours, general.weight_decompose(changed, length, multiplier=STRENGTH, wd_on_out=of_rows))
+    changed = weight + lycoris.locon.diff_weight(down, up, None, gamma=STRENGTH / 2)
+    check(
+        ours,
+        lycoris.general.weight_decompose(changed, length, multiplier=STRENGTH, wd_on_out=of_rows),
+    )
 
 
 @pytest.mark.parametrize("limit", [None, 0.001])
-def test_oft_and_boft_turn_rows(layer, limit):
+def test_oft_and_boft_turn_rows(lycoris, layer, limit):
     weight, rescale = layer.weight.detach(), torch.rand(ROWS, 1) + 0.5
     blocks, stages = normal(4, 8, 8) / 2, normal(3, 8, 4, 4) / 2
     shaped = rescale.view(-1, *[1] * (weight.dim() - 1))
     constraint = limit and limit * ROWS
     ours = change(layer, {"oft_blocks": blocks, "rescale": rescale}, limit).change_weight(weight)
-    theirs = diag_oft.diff_weight(weight, blocks, shaped, constraint=constraint)
+    theirs = lycoris.diag_oft.diff_weight(weight, blocks, shaped, constraint=constraint)
     check(ours, weight + STRENGTH * theirs)
     ours = change(layer, {"oft_blocks": stages}, limit).change_weight(weight)
-    check(ours, weight + STRENGTH * boft.diff_weight(weight, stages, None, constraint=constraint))
+    check(
+        ours,
+        weight + STRENGTH * lycoris.boft.diff_weight(weight, stages, None, constraint=constraint),
+    )
 
 
 @pytest.mark.parametrize("on_input", [True, False])
 def test_ia3_scales_rows_or_columns(layer, on_input):
+    from lycoris.modules.ia3 import IA3Module
+
     theirs = IA3Module("x", layer, 1.0, train_on_input=on_input)
     nn.init.normal_(theirs.weight)
     ours = change(layer, {"weight": theirs.weight.data}, None, 1.0, on_input=on_input)
@@ -136,6 +149,8 @@ def test_ia3_scales_rows_or_columns(layer, on_input):
 
 
 def test_glora_adds_a_product_with_the_weight():
+    from lycoris.modules.glora import GLoRAModule
+
     layer = nn.Linear(COLUMNS, ROWS)
     theirs = GLoRAModule("x", layer, 1.0, lora_dim=RANK, alpha=ALPHA)
     for parameter in theirs.parameters():

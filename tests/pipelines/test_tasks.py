@@ -82,8 +82,8 @@ def test_strength_is_the_share_of_steps(models, image, strength, run):
 
 @pytest.mark.parametrize("sampler", ldm.SAMPLERS)
 def test_img2img_works_with_every_sampler(sure, image, sampler):
-    options = {**QUICK, "steps": 8, "sampler": sampler}
-    weak, strong = (img2img(sure, ["a"], image, strength=s, **options) for s in (0.13, 1.0))
+    options = {**QUICK, "steps": 4, "sampler": sampler}
+    weak, strong = (img2img(sure, ["a"], image, strength=s, **options) for s in (0.25, 1.0))
     assert weak.isfinite().all()
     assert not torch.allclose(weak, strong, atol=0.1)
 

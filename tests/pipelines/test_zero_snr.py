@@ -1,5 +1,6 @@
 """Zero terminal SNR: the schedule, sampling beside diffusers, files (arXiv:2305.08891)."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ def test_a_file_alone_says_it(tmp_path: Path) -> None:
         assert {"v_pred", "ztsnr"} <= set(file.keys())
 
 
+@cache
 def tiny() -> LatentDiffusion:
     torch.manual_seed(0)
     model: LatentDiffusion = instantiate(raw_of()["model"], where="model")

@@ -3,14 +3,16 @@
     PYTHONPATH=.:tests torchrun --nproc-per-node 2 tests/train/ranks.py FOLDER CASE …
 
 A case is STRATEGY-PRECISION-DATA, such as ddp-32-map: 2 steps in one go, and 1 + 1. DATA is `map`,
-`xl` (the same for a tiny SDXL) or shards. The first process prints "CASE hash hash", of all that is
-trained. `VERB:CASE` calls `run_verb`.
+`xl` (the same for a tiny SDXL) or shards. Its result are two hashes of all that is trained.
+`VERB:CASE` calls `run_verb`.
 """
 
 import csv
 import hashlib
 import logging
+import os
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,17 +103,19 @@ def run_verb(folder: Path, case: str, verb: str) -> tuple[str, str]:
     return before, digest(run)
 
 
-def main() -> None:
+def run_cases(
+    environment: Mapping[str, str], folder: Path, cases: Iterable[str]
+) -> dict[str, tuple[str, str]]:
+    """Run all cases as the process that the environment says; return the hashes of each."""
+    os.environ.update(environment)
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    for word in sys.argv[2:]:
+    hashes = {}
+    for word in cases:
         verb, _, case = word.rpartition(":")
-        before, after = run_verb(folder, case, verb) if verb else interrupt(folder, case)
-        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-            sys.stdout.write(f"{word} {before} {after}\n")
-            sys.stdout.flush()
+        hashes[word] = run_verb(folder, case, verb) if verb else interrupt(folder, case)
+    return hashes
 
 
 if __name__ == "__main__":
-    main()
+    run_cases({}, Path(sys.argv[1]), sys.argv[2:])

@@ -45,12 +45,19 @@ def test_every_part_of_the_memory_is_counted(parameterization: str) -> None:
     assert whole.weights == 4 * whole.parameters
     assert whole.total > whole.weights + 4 * whole.gradients
     assert 5e6 < whole.activations < 5e7
+
+
+@pytest.fixture(scope="module")
+def whole() -> estimate.Memory:
+    return memory()
+
+
+def test_checkpointing_and_small_batches_keep_fewer_activations(whole: estimate.Memory) -> None:
     small = memory("lightning.trainer.checkpoint_gradients=true", "data.params.batch_size=4")
     assert small.activations < 0.75 * whole.activations
 
 
-def test_gradients_of_a_token_go_through_the_frozen_unet() -> None:
-    whole = memory()
+def test_gradients_of_a_token_go_through_the_frozen_unet(whole: estimate.Memory) -> None:
     token = memory("lightning.textual_inversion.token=<x>")
     assert token.trainable == 32
     assert token.activations > 0.5 * whole.activations

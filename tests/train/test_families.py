@@ -15,6 +15,7 @@ from ldm.train.runs.exports import export
 from ldm.train.tasks.diffusion import Diffusion
 from train.tinyrun import run_of, tiny_config, tiny_run
 
+pytestmark = pytest.mark.usefixtures("no_states")
 DDPM = "ldm.models.diffusion.ddpm."
 LOW_SCALE = {
     "target": "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation",

@@ -105,6 +105,11 @@ def test_an_action_is_due_early_and_then_every_few_steps() -> None:
     assert not any(never(step) for step in range(1, 100))
 
 
+@pytest.fixture
+def no_plots() -> None:
+    """Plots are drawn here."""
+
+
 def test_the_loss_is_logged_by_timestep(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "timesteps.csv"

@@ -6,7 +6,8 @@ import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from threading import Event
 
@@ -20,7 +21,7 @@ from ldm.data.transforms import PhotoTransform
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.train.distributed import parallel
 from ldm.train.loop import train
-from train.ranks import STEPS, make_run
+from train.ranks import STEPS, make_run, run_cases
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests/train/ranks.py"
@@ -32,28 +33,34 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def start(processes: int, *words: str) -> "list[subprocess.Popen[str]]":
-    """Start ranks.py in several processes that find each other, as torchrun and Slurm do."""
+def environments(processes: int) -> list[dict[str, str]]:
+    """By which processes find each other, as torchrun and Slurm set them."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-    shared |= {"PYTHONPATH": path, "WORLD_SIZE": str(processes)}
+    shared |= {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+    shared |= {"WORLD_SIZE": str(processes)}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def start(processes: int, *words: str) -> "list[subprocess.Popen[str]]":
+    """Start ranks.py in several processes."""
     return [
         subprocess.Popen(
             [sys.executable, str(SCRIPT), *words],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**os.environ, **environment},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
         )
-        for rank in range(processes)
+        for environment in environments(processes)
     ]  # fmt: skip
 
 
-def ranks(processes: int, folder: Path, *cases: str) -> dict[str, list[str]]:
-    """Run ranks.py, and return its two hashes of each case."""
-    outputs = [run.communicate(timeout=900) for run in start(processes, str(folder), *cases)]
-    lines = [line.split() for line in outputs[0][0].splitlines()]
-    hashes = {line[0]: line[1:] for line in lines if line and line[0] in cases}
-    assert set(hashes) == set(cases), outputs[0][1][-3000:]
-    return hashes
+def ranks(processes: int, folder: Path, *cases: str) -> dict[str, tuple[str, str]]:
+    """Return the two hashes of each case; processes are forked from one that has imported all."""
+    context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload(["train.ranks", "torch._dynamo"])
+    with ProcessPoolExecutor(processes, context) as pool:
+        work = [pool.submit(run_cases, env, folder, cases) for env in environments(processes)]
+        return work[0].result(timeout=900)
 
 
 def test_two_processes_go_on_sharded_and_equal_one(tmp_path: Path) -> None:

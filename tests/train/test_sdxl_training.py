@@ -23,6 +23,7 @@ from ldm.train.tasks.noise_levels import LogNormal
 from loading.tinyfamilies import small, write
 from train.tinyrun import run_of
 
+pytestmark = pytest.mark.usefixtures("no_states")
 DATA = """
 data:
   params:

@@ -1,0 +1,17 @@
+"""Training without what is slow and tested elsewhere."""
+
+import sys
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train as without matplotlib."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+
+
+@pytest.fixture
+def no_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train without saving states to resume from."""
+    monkeypatch.setattr("ldm.train.loop.save", lambda run: None)
