@@ -99,7 +99,8 @@ def page(app):
     with playwright.sync_playwright() as driver:
         flags = ["--no-sandbox"] if sys.platform == "linux" and os.geteuid() == 0 else []
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
-        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        size = {"width": 1400, "height": 1000}
+        page = browser.new_page(viewport=size, reduced_motion="reduce")
         page.set_default_timeout(1000 * PATIENCE)
         page.add_init_script(RECORD)
         page.urls = []
@@ -333,6 +334,7 @@ def test_loras_are_offered_where_they_fit_and_none_is_chosen_at_first(app, page)
     weight = page.get_by_label("Weight of style").first
     weight.fill("-0.5")
     weight.press("Tab")
+    fill(page, Width=64, Height=64)
     generate(page)
     assert [lora["weight"] for lora in read_info(newest(app))["loras"]] == [-0.5]
     assert "<lora:style:-0.5>" in page.locator("#about textarea").input_value()  # F15
@@ -344,8 +346,8 @@ def test_loras_are_offered_where_they_fit_and_none_is_chosen_at_first(app, page)
     page.locator("#lora").wait_for(state="hidden")
     generate(page)
     info = read_info(newest(app))
-    assert (info["task"], info["size"], info["loras"]) == ("upscale", [512, 512], [])
-    fill(page, **{"Sampling steps": LONG})
+    assert (info["task"], info["size"], info["loras"]) == ("upscale", [256, 256], [])
+    fill(page, **{"Sampling steps": LONG, "Width": 64, "Height": 64})
     generate(page, "step [0-9]+ of 150")
     assert "0 of 1 images are finished" in stop(page)
     open_tab(page, "depth2img")
