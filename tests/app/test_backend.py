@@ -190,7 +190,7 @@ def test_tokens_of_embeddings_count_as_their_vectors(backend, files, tmp_path):
     taught = backend_with(files, tmp_path, choice=replace(CHOICE, embedding=(str(tmp_path),)))
     assert backend.count_tokens("base_v.safetensors", "a cat") == (2, 75, "")
     assert taught.count_tokens("base_v.safetensors", "a cat") == (4, 75, "")
-    assert backend.count_tokens("absent.ckpt", "a cat") == (0, 0, "")
+    assert backend.count_tokens("absent.safetensors", "a cat") == (0, 0, "")
     long = "a (cat:1.2) BREAK " + "very " * 80
     assert backend.count_tokens("base_v.safetensors", long, "a1111") == (82, 225, "")
     assert backend.count_tokens("base_v.safetensors", "(a", "compel") == (0, 0, "")
@@ -467,7 +467,7 @@ def test_an_upscaler_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_
 ):
     folder = tmp_path / "models"
     folder.mkdir()
-    for suffix in (".ckpt", ".yaml"):
+    for suffix in (".safetensors", ".yaml"):
         shutil.copy(Path(files["base_eps"][1]).with_suffix(suffix), folder / f"base{suffix}")
     config = {"ldm.config": format_yaml(tiny_config())}
     save_model(tiny_upscaler(), folder / "x2.safetensors", config)
@@ -477,7 +477,7 @@ def test_an_upscaler_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_
 
     def request(**more):
         values = TaskForm(task, LIMITS).values(answers("txt2img", **more), backend.uploads)
-        return backend.make_request(task, "base.ckpt", values)
+        return backend.make_request(task, "base.safetensors", values)
 
     progress = Progress()
     backend.generate(request(**changes), progress)
