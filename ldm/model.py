@@ -41,12 +41,17 @@ class Defaults:
     Args:
         scale: Guidance scale; 1 is no guidance.
         scheduler: Choice of steps; None for the sampler's own.
+        eta: Noise between the steps of this sampler; None for the sampler's own.
+        max_steps, max_scale: What a model for few steps is not made for: more than that.
     """
 
     scale: float = 9.0
     steps: int = 50
     sampler: str = "ddim"
     scheduler: str | None = None
+    eta: float | None = None
+    max_steps: int | None = None
+    max_scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,11 @@ class LatentDiffusion(nn.Module):
     def channels(self) -> int:
         """Channels of a latent."""
         return self.unet.out_channels
+
+    @property
+    def guidance_width(self) -> int | None:
+        """Features of the embedded guidance scale that a distilled UNet reads; None for others."""
+        return self.unet.time_cond_proj_dim if isinstance(self.unet, UNet) else None
 
     @property
     def downscale(self) -> int:

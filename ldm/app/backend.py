@@ -34,7 +34,7 @@ from ldm.app.model_cache import ModelCache
 from ldm.app.progress import Progress
 from ldm.app.uploads import Uploads
 from ldm.encoders.safety import SafetyChecker
-from ldm.generate.load import Models, is_small_model, load_models
+from ldm.generate.load import Models, is_small_model, load_models, resolve_sampling
 from ldm.generate.lora_tags import without_tags
 from ldm.generate.options import Value, options_of, parse_weighted_file
 from ldm.generate.provenance import (
@@ -56,6 +56,7 @@ from ldm.imaging.output import OutputFolder, depth_path
 from ldm.imaging.reading import open_image
 from ldm.imaging.relief import can_save_reliefs, save_relief
 from ldm.loading.addons.embeddings import embedding_files, load_embeddings, read_embeddings
+from ldm.loading.addons.lora import detect_few_steps
 from ldm.loading.addons.lora_weights import LoRAWeight
 from ldm.loading.addons.safety import COMPONENT, load_safety_checker
 from ldm.loading.files.checkpoint import file_hash
@@ -66,6 +67,7 @@ from ldm.model import Defaults, LatentDiffusion
 from ldm.pipelines.families import FAMILIES, is_sdxl
 from ldm.pipelines.latent_upscaling import FACTOR
 from ldm.pipelines.preview import fit_preview
+from ldm.pipelines.sampling import check_few_steps
 from ldm.prompts.syntax import PLAIN, parse_prompt
 from ldm.runtime.device import memory_of, pick_device
 from ldm.runtime.errors import ArgumentError, MissingFile, unknown_name
@@ -225,14 +227,17 @@ class Backend:
         entry = read_catalogue(self.folder).models.get(name or "")
         return entry is not None and entry.is_sdxl
 
-    def defaults(self, task: Task, name: str | None) -> dict[str, Value]:
-        """Return the values of settings that suit a task and a model."""
+    def defaults(self, task: Task, name: str | None, loras: Iterable[str] = ()) -> dict[str, Value]:
+        """Return the values of settings that suit a task, a model, and LoRAs by name."""
         entry = read_catalogue(self.folder).models.get(name or "")
         height, width = (None, None) if entry is None else entry.size
         values: dict[str, Value] = {"scale": task.scale, "width": width, "height": height}
         values |= {"steps": STEPS, "sampler": Defaults().sampler}
-        if entry is not None and entry.defaults != Defaults():
+        files = [self.loras[lora][0] for lora in loras if lora in self.loras]
+        own = next((found.defaults for file in files if (found := detect_few_steps(file))), None)
+        if own is None and entry is not None and entry.defaults != Defaults():
             own = entry.defaults
+        if own is not None:
             values |= {"scale": own.scale, "steps": own.steps, "sampler": own.sampler}
         elif entry is not None and is_small_model(entry.path):
             values["scale"] = task.demo_scale
@@ -452,6 +457,9 @@ class Backend:
         for key in FILE_KEYS:
             for file in files_of_model(models.base.provenance, key):
                 file["path"] = Path(file["path"]).name  # goes into images, which users see
+        sampling = resolve_sampling(request, models.base.defaults)
+        if reason := check_few_steps(models.base, sampling.steps, sampling.scale):
+            progress.warn(reason)
         height, width = prepared.output_size(models.base)
         factor = 1 if models.upscaler is None else FACTOR
         is_upscaled = request.task.enlarges or factor > 1

@@ -19,9 +19,9 @@ from ldm.loading import legacy
 from ldm.loading.addons.lora import read_changes
 from ldm.loading.build import build_on_meta
 from ldm.loading.diffusers.files import INDEX
-from ldm.loading.families import VARIANTS
-from ldm.loading.load import find_variant, read_config, variant_defaults
+from ldm.loading.load import find_variant, read_config, takes_variant, variant_defaults
 from ldm.loading.published import find_on_disk, published_files
+from ldm.loading.variants import VARIANTS
 from ldm.loading.weights import identify_weights, read_weights
 from ldm.model import Defaults, LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL, PixelSpace
@@ -167,9 +167,10 @@ def _read_entry(path: Path, states: object) -> CatalogueEntry | str:
     keys = conditioner.keys if isinstance(conditioner, Conditioner) else frozenset()
     text = conditioner.find(TextEncoder) if isinstance(conditioner, Conditioner) else None
     is_sdxl = not SIZE_KEYS.isdisjoint(keys)
-    if is_sdxl and (variant := find_variant(weights)):
-        defaults = variant_defaults(variant[0], weights, defaults)
-        sides = VARIANTS[variant[0]].image_size
+    if takes_variant(family) and (found := find_variant(weights)):
+        has_scheduler = is_sdxl and path.is_dir()
+        defaults = variant_defaults(found, has_scheduler=has_scheduler, defaults=defaults)
+        sides = VARIANTS[found.variant].size_xl if is_sdxl else sides
     height, width = [sides, sides] if isinstance(sides, int) else sides
     return CatalogueEntry(
         path=path,

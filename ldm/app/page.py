@@ -360,10 +360,10 @@ class Page:
         self.refresh.click(self.list_files, files, lists, **QUIET).then(
             self.offer_loras, [self.checkpoint, self.loras], self.loras, **QUIET
         )
-        choice = [self.task, self.checkpoint]
+        choice = [self.task, self.checkpoint, self.loras]
         followers = [self.fields[name] for name in FOLLOWERS]
         gr.on(
-            [self.checkpoint.change, self.task.change], self.describe_choice,
+            [self.checkpoint.change, self.task.change, self.loras.change], self.describe_choice,
             [*choice, self.defaults, *followers],
             [self.note, self.offers, self.sdxl, self.upscaling, self.defaults, *followers], **QUIET,
         )  # fmt: skip
@@ -660,9 +660,17 @@ class Page:
         return [gr.update(label=f"Weight of {name}", visible=bool(name)) for name in names]
 
     def describe_choice(
-        self, task: str, checkpoint: str, defaults: JsonObject, *values: Any
+        self,
+        task: str,
+        checkpoint: str,
+        loras: list[str] | None,
+        defaults: JsonObject,
+        *values: Any,
     ) -> list[Any]:
-        """Say whether a checkpoint serves a tab; bring fields that follow it to its values."""
+        """Say whether a checkpoint serves a tab; bring fields that follow it to its values.
+
+        Those of a LoRA for few steps come first.
+        """
         hidden = gr.update(visible=False)
         if task not in TASKS:
             return ["", hidden, hidden, hidden, defaults, *[gr.skip()] * len(values)]
@@ -672,7 +680,7 @@ class Page:
         has_sdxl = bool(self.forms[task].sdxl) and self.backend.is_sdxl(checkpoint)
         takes_upscaler = bool(self.forms[task].upscaling) and not self.backend.is_sdxl(checkpoint)
         has_upscaler = takes_upscaler and bool(self.backend.upscalers())
-        now = self.backend.defaults(TASKS[task], checkpoint)
+        now = self.backend.defaults(TASKS[task], checkpoint, loras or ())
         fields = zip(FOLLOWERS, values, strict=True)
         updates = [
             # An empty number is 0.

@@ -17,11 +17,13 @@ from ldm.loading.addons.safety import COMPONENT, find_safety_checker, load_safet
 from ldm.loading.families import PIXELS, Family
 from ldm.loading.load import load as load_from_files, variant_of_files
 from ldm.loading.published import find_checkpoint, identify_hash
+from ldm.loading.variants import VARIANTS
 from ldm.loading.weights import identify_weights, read_weights
 from ldm.model import Defaults, LatentDiffusion
 from ldm.nets.attention import set_backend
 from ldm.pipelines.families import FAMILIES, file_name, is_sdxl, wrong_family
 from ldm.pipelines.latent_upscaling import Upscaling
+from ldm.pipelines.sampling import default_scheduler
 from ldm.runtime.device import keep_memory, pick_device, pick_dtype, set_threads
 from ldm.runtime.errors import ArgumentError, MissingArgument, MissingFile
 from ldm.runtime.files import find_file, read_text
@@ -108,6 +110,7 @@ def load_models(
         **request.inputs.model_files(),
     )
     log.info("running on %s in %s", device, str(dtype).removeprefix("torch."))
+    _describe_variant(request, model)
     _check_depth(request, file_name(model), model.autoencoder.in_channels)
     _warn_about_ignored_options(request, model)
     if upscaler is not None:
@@ -223,16 +226,17 @@ def resolve_sampling(request: Request, defaults: Defaults) -> Sampling:
     sampler = sampling.sampler or defaults.sampler
     if (own_scale := SAMPLERS[sampler].scale) is not None:
         scale = own_scale
-    elif request.uses_demo_model:
-        scale = request.task.demo_scale
     elif defaults == Defaults():
-        scale = request.task.scale
+        scale = request.task.demo_scale if request.uses_demo_model else request.task.scale
+    eta = SAMPLERS[sampler].eta
+    if sampler == defaults.sampler and defaults.eta is not None:
+        eta = defaults.eta
     return replace(
         sampling,
         scale=scale if sampling.scale is None else sampling.scale,
         steps=len(sampling.sigmas) - 1 if sampling.sigmas else sampling.steps or defaults.steps,
         sampler=sampler,
-        eta=SAMPLERS[sampler].eta if request.eta is None else request.eta,
+        eta=eta if request.eta is None else request.eta,
     )
 
 
@@ -249,6 +253,25 @@ def _find_weights(name: str | None, variant: str | None = None) -> Path | None:
     if path is not None and (published := identify_hash(known_sha256(path))):
         log.info("checkpoint: %s, %s (by its SHA-256)", published.name, published.title)
     return path
+
+
+def _describe_variant(request: Request, model: LatentDiffusion) -> None:
+    """Say what a model for few steps is, and how it is sampled."""
+    found = model.provenance.get("variant")
+    if found is None:
+        return
+    sampling = resolve_sampling(request, model.defaults)
+    assert sampling.sampler is not None
+    log.info(
+        "`%s` is %s (by %s): sampler %s, scheduler %s, steps %d, guidance scale %g",
+        found["file"],
+        VARIANTS[found["name"]].title,
+        found["told_by"],
+        sampling.sampler,
+        sampling.scheduler or default_scheduler(model, sampling.sampler),
+        sampling.steps,
+        sampling.scale,
+    )
 
 
 def _warn_about_ignored_options(request: Request, model: LatentDiffusion) -> None:

@@ -108,6 +108,7 @@ def describe_run(
         "checkpoint": Path(checkpoint).name,
         "checkpoint_hash": file_hash(checkpoint),
         "ema": choice.ema,
+        **({"variant": found["name"]} if (found := model.provenance.get("variant")) else {}),
         "vae": model.provenance.get("vae"),
         "text_encoder": model.provenance.get("text_encoder"),
         "loras": model.provenance.get("loras", []),
@@ -293,6 +294,8 @@ def locate_model(info: JsonMapping, request: Request, changes: JsonMapping) -> R
     request = request.with_values(line_values(info))
     values: JsonObject = {"precision": PRECISIONS[info["dtype"]], **defaults_then(info, request)}
     values["device"] = _recorded_device(info["device"])
+    if request.model.variant is None and "variant" in info:  # whatever files are called now
+        values["variant"] = info["variant"]
     values |= {"safety_checker": None, "unsafe": None}  # the info has its verdict
     for key, name in FILE_KEYS.items():
         if name in changes or name not in request.task.options():

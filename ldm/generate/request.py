@@ -124,7 +124,8 @@ class ModelChoice:
     allow_module: tuple[str, ...] = option((), "--allow-module", is_list=True, metavar="M",
         help="allow classes of package M as `target` in the YAML")
     variant: str | None = option(None, "--variant", metavar="NAME",
-        help="distilled model, where neither weights nor file name tell: turbo or lightning; or"
+        help="model for few steps, by itself or with its LoRA, where no name tells: lcm, tcd,"
+        " hyper, hyper-cfg, hyper-1step, lightning, lightning-x0, turbo, or base for none; or"
         " which files of a diffusers folder: fp16")
     lora: tuple[tuple[str, float | str], ...] = option((), "--lora", parse=parse_weighted_file,
         separator=":", is_list=True, metavar="FILE[:WEIGHT]", label="LoRA",
@@ -162,11 +163,12 @@ class Sampling:
 
     # fmt: off
     steps: int | None = option(None, "--steps", "--ddim_steps", parse=parse_count, metavar="N",
-        label="Sampling steps", help="sampling steps (default: 50, unCLIP 20, SDXL Turbo 4)")
+        label="Sampling steps",
+        help="sampling steps (default: 50, unCLIP 20, models for few steps 1 … 8)")
     sampler: str | None = option(None, "--sampler", choices=tuple(SAMPLERS), metavar="NAME",
         shortcuts={"--plms": "plms", "--dpm": "dpm", "--dpm_solver": "dpm"},
         label="Sampling method",
-        help=f"{', '.join(SAMPLERS)} (default: ddim, SDXL Turbo euler_a)")
+        help=f"{', '.join(SAMPLERS)} (default: ddim, or what a model for few steps is made for)")
     scheduler: str | None = option(None, "--scheduler", "--spacing", "--grid-spacing",
         choices=tuple(SCHEDULERS), metavar="NAME", label="Schedule type",
         help=f"spacing of the timesteps: {', '.join(SCHEDULERS)} (default: the sampler's own)")
@@ -193,8 +195,8 @@ class Sampling:
         help="standard deviation of the noise of eta and churn (default: %(default)s)")
     scale: float | None = option(None, "--scale", parse=parse_number, metavar="S",
         label="CFG scale",
-        help="guidance scale, 1 = no guidance (default: 9, inpaint and unCLIP 10, SDXL 5, SDXL"
-        " Turbo 1, demo model 2, for inpaint 3)")
+        help="guidance scale, 1 = no guidance (default: 9, inpaint and unCLIP 10, SDXL 5, models"
+        " for few steps 1, demo model 2, for inpaint 3)")
     rescale: float = option(0.0, "--guidance-rescale", parse=parse_fraction, metavar="R",
         label="Guidance rescale",
         help="0 … 1, against over-exposure at high scales (default: %(default)s)")

@@ -9,6 +9,7 @@ verdicts are kept side by side:
     family   every published model of the family predicts the same
     step     `global_step` of the published SD 2 files
     bias     spread of one norm's bias in the last block, small in eps models of SD 2
+    name     SD-Turbo predicts eps, whatever its origin
     probe    one pass of the UNet over a constant: a v model answers with minus its input
 
 All names here are ours (`weight_names.rename_weights`).
@@ -18,7 +19,6 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,8 @@ from ldm.loading.files.checkpoint import ema_name
 from ldm.loading.weight_names import original_name
 
 __all__ = [
-    "CONFIG_DIR", "FAMILIES", "PIXELS", "TITLE_BY_WIDTH", "VARIANTS", "VARIANT_STEPS", "Family",
-    "Prediction", "Variant", "Verdict", "detect_prediction", "detect_variant",
+    "CONFIG_DIR", "FAMILIES", "PIXELS", "TITLE_BY_WIDTH", "Family", "Prediction", "Verdict",
+    "detect_prediction",
     "probe_prediction", "recognise_family",
 ]  # fmt: skip
 
@@ -146,32 +146,7 @@ VECTORS = {
 TO_K = "attn2to_kweight"
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A distilled model, which has the shapes of its family but is sampled differently.
-
-    Args:
-        defaults: what differs in `ldm.model.Defaults`.
-        image_size: side of the latent in training, in latent pixels.
-        note: for the user.
-    """
-
-    title: str
-    defaults: Mapping[str, Any]
-    image_size: int = 128
-    note: str = ""
-
-
-VARIANTS = {
-    "turbo": Variant("Turbo", {"scale": 1.0, "steps": 4, "sampler": "euler_a",
-                               "scheduler": "turbo"}, 64),
-    "lightning": Variant("Lightning", {"scale": 1.0, "steps": 4, "sampler": "euler"}),
-    "lcm": Variant("LCM", {"scale": 1.0, "steps": 8, "sampler": "euler"},
-                   note="its own sampler is not supported yet, images will be rougher"),
-}  # fmt: skip
-# Metadata that may name a variant, and its steps in a file's name.
-VARIANT_KEYS = ("modelspec.architecture", "modelspec.title", "modelspec.implementation")
-VARIANT_STEPS = re.compile(r"(\d+)-?_?steps?(?![a-z])")
+SD_TURBO = re.compile(r"sd[-_ ]?turbo")
 BIAS_LIMIT = 0.09
 PROBE_LIMIT = -1.0
 
@@ -247,27 +222,18 @@ def recognise_family(
     )
 
 
-def detect_variant(name: str, metadata: Mapping[str, str]) -> tuple[str, str] | None:
-    """Return the variant of a model of SDXL and what tells it: metadata, or the file's name.
-
-    Args:
-        name: of the file or folder.
-    """
-    sources = {f"metadata `{key}`": metadata.get(key, "") for key in VARIANT_KEYS}
-    sources["the file's name"] = name
-    for source, text in sources.items():
-        for variant in VARIANTS:
-            if re.search(rf"(?<![a-z]){variant}|{variant}(?![a-z])", text.lower()):
-                return variant, source
-    return None
-
-
 def detect_prediction(
-    family: Family | None, state: Mapping[str, Tensor], step: int | None, markers: Mapping[str, str]
+    family: Family | None,
+    state: Mapping[str, Tensor],
+    step: int | None,
+    markers: Mapping[str, str],
+    name: str = "",
 ) -> Prediction:
     """Return what the weights predict, by every method that costs no pass of the network.
 
-    `markers` are the metadata of the file, and `v_pred` if it holds such a tensor.
+    Args:
+        markers: the metadata of the file, and `v_pred` if it holds such a tensor.
+        name: of the file or folder.
     """
     verdicts = list(_by_marker(markers))
     if family is not None and family.predicts:
@@ -277,6 +243,8 @@ def detect_prediction(
     elif family is not None:
         verdicts.append(Verdict("step", STEPS.get(step or 0), f"global_step {step}"))
         verdicts.append(_by_bias(state))
+        if SD_TURBO.search(name.lower()):
+            verdicts.append(Verdict("name", "eps", name))
     return _rank(verdicts)
 
 
@@ -317,8 +285,8 @@ def _by_bias(state: Mapping[str, Tensor]) -> Verdict:
 
 
 def _rank(verdicts: list[Verdict]) -> Prediction:
-    """Return the most reliable method that answered: marker, family, step, probe, then bias."""
-    order = ("marker", "family", "step", "probe", "bias")
+    """Return the most reliable method that answered: marker, family, step, name, probe, bias."""
+    order = ("marker", "family", "step", "name", "probe", "bias")
     ranked = sorted(verdicts, key=lambda verdict: order.index(verdict.method))
     kind = next((verdict.says for verdict in ranked if verdict.says), None)
     return Prediction(kind, tuple(ranked))

@@ -24,23 +24,22 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.schedule import Schedule
-from ldm.encoders.sizes import SizeEmbedding
 from ldm.encoders.text import TextEncoder
 from ldm.loading.addons.embeddings import add_embeddings, check_embeddings, load_embeddings
-from ldm.loading.addons.lora import LoRAFile, Weight, add_loras, read_loras
+from ldm.loading.addons.lora import (
+    LoRAFile,
+    Weight,
+    add_loras,
+    detect_few_steps,
+    read_loras,
+)
 from ldm.loading.addons.midas import add_depth_network
 from ldm.loading.autoencoders import find_scale, is_finite_in_half
 from ldm.loading.build import build_on_meta, fill_weights
 from ldm.loading.config import parse_yaml, read_yaml
 from ldm.loading.diffusers.files import PIPELINE_KEY, is_diffusers_folder
 from ldm.loading.diffusers.keys import unet_keys
-from ldm.loading.families import (
-    VARIANT_STEPS,
-    VARIANTS,
-    Prediction,
-    detect_variant,
-    probe_prediction,
-)
+from ldm.loading.families import Prediction, probe_prediction
 from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, file_hash, write_checkpoint
 from ldm.loading.files.clip_statistics import clip_statistics_tensors, load_clip_statistics
 from ldm.loading.k_diffusion import find_json, find_sizes, upscaler_config
@@ -56,6 +55,13 @@ from ldm.loading.tiny_autoencoder import (
     check_latents,
     read_tiny_autoencoder,
 )
+from ldm.loading.variants import (
+    GUIDANCE_WEIGHT,
+    NO_VARIANT,
+    VARIANTS,
+    Found,
+    detect_variant,
+)
 from ldm.loading.weight_names import TEXT, our_names, restore_names
 from ldm.loading.weights import (
     AUTOENCODER,
@@ -68,7 +74,7 @@ from ldm.loading.weights import (
 )
 from ldm.model import Defaults, LatentDiffusion
 from ldm.nets.autoencoder import PixelSpace
-from ldm.pipelines.families import file_name
+from ldm.pipelines.families import family_of, file_name, is_sdxl
 from ldm.runtime.device import pick_wide_dtype
 from ldm.runtime.errors import (
     ArgumentError,
@@ -83,17 +89,16 @@ from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
     "TRANSPOSED", "UPSCALER_PARTS", "check_upscaler", "choose_config", "find_variant", "load",
-    "probe_weights", "read_config", "save_model", "variant_defaults", "variant_of_files",
+    "probe_weights", "read_config", "save_model", "takes_variant", "variant_defaults",
+    "variant_of_files",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
-NO_VARIANT = "base"
 TRANSPOSED = (
     "text_projection of the second text encoder looks transposed, as tools write it that copy it "
     "out of a diffusers folder unchanged; it is used as it is, images follow the prompt less well"
 )
-GUIDANCE_WEIGHT = "unet.time_embed_cond.weight"  # of LCM
 PANORAMA = re.compile(r"ldm3d[-_. ]?pano")
 DEMO = ("configs/demo/text2img.yaml", "checkpoints/demo.safetensors")
 # Parts that the original of the x2 latent upscaler does not have.
@@ -148,9 +153,10 @@ def load(
         loras: (file, weight) pairs, merged into the weights; the weight is a number, a
             `LoRAWeight`, or its text, such as "0.5:1" for text towers and UNet.
         embeddings: files of textual inversions, or folders of them: tokens for prompts.
-        variant: which distilled model of SDXL it is, a name in `VARIANTS`, or "base" for none: sets
-            the model's `defaults`. None: the one that metadata or the file's name tells. Any other
-            name chooses files of a diffusers folder, such as `fp16`.
+        variant: which distilled model it is, by itself or with its LoRAs, a name in `VARIANTS`, or
+            "base" for none: sets the model's `defaults`. None: the one that tensors, metadata or
+            the name of a file tell. Any other name chooses files of a diffusers folder, such as
+            `fp16`.
 
     Returns:
         The model in eval mode (or the part, for the config of a single part); its `provenance`
@@ -173,6 +179,7 @@ def load(
     if isinstance(model, LatentDiffusion):  # what does not fit is refused before weights are read
         check_embeddings(model, embeddings)
         adapters = read_loras(model, loras)
+    found = _choose_variant(model, weights, variant, adapters)
     if ema:
         weights.use_ema(model.state_dict())
     else:
@@ -216,7 +223,7 @@ def load(
             model.autoencoder = build_tiny_autoencoder(tiny, model, place, dtype)
         load_clip_statistics(model.conditioner, weights.path, clip_stats, weights.tables)
         _check_prediction(model, weights, is_config_given=config is not None)
-        _set_variant(model, weights, variant)
+        _set_variant(model, found, is_folder=weights.source.kind == "diffusers")
         add_loras(model, adapters)
         add_embeddings(model, weights.source.added_tokens, weights.path)
         load_embeddings(model, embeddings)
@@ -283,6 +290,10 @@ def read_config(
         params["image_size"] = [params["image_size"], 2 * params["image_size"]]
     if engine.get("target") == ENGINE:
         _read_markers(engine["params"], weights)
+    if GUIDANCE_WEIGHT in weights.state:
+        key = "network_config" if engine.get("target") == ENGINE else "unet_config"
+        width = weights.state[GUIDANCE_WEIGHT].shape[1]
+        engine["params"][key]["params"]["time_cond_proj_dim"] = width
     return source, raw
 
 
@@ -306,42 +317,67 @@ def _read_markers(params: JsonObject, weights: Weights) -> None:
             if f"edm_vpred.{key}" in tables
         }
         params["sampler_config"]["params"]["discretization_config"]["params"] |= ends
-    if GUIDANCE_WEIGHT in weights.state:
-        width = weights.state[GUIDANCE_WEIGHT].shape[1]
-        params["network_config"]["params"]["time_cond_proj_dim"] = width
 
 
-def find_variant(weights: Weights) -> tuple[str, str] | None:
-    """Return the variant of weights of SDXL, and what tells it."""
-    if GUIDANCE_WEIGHT in weights.state:
-        return "lcm", "its embedding of the guidance scale"
-    return detect_variant(weights.path.stem, weights.markers)
+def find_variant(weights: Weights) -> Found | None:
+    """Return the variant of weights, and what tells it."""
+    return detect_variant(weights.path, weights.markers, weights.state)
 
 
-def variant_defaults(name: str, weights: Weights, defaults: Defaults) -> Defaults:
-    """Return the defaults of a variant, whose file's name may tell the number of steps."""
-    steps = VARIANT_STEPS.search(weights.path.stem.lower())
-    changes = dict(VARIANTS[name].defaults) | ({"steps": int(steps[1])} if steps else {})
-    if weights.source.kind == "diffusers":  # which has a scheduler of its own
-        changes = {key: changes[key] for key in ("scale", "steps")}
-    return dataclasses.replace(defaults, **changes)
+def variant_defaults(found: Found, *, has_scheduler: bool, defaults: Defaults) -> Defaults:
+    """Return the defaults of a variant.
+
+    Args:
+        has_scheduler: the model comes from a diffusers folder of SDXL, which says how it is
+            sampled.
+        defaults: of the model without it.
+    """
+    own = found.defaults
+    if has_scheduler and VARIANTS[found.variant].keeps_scheduler:
+        return dataclasses.replace(own, sampler=defaults.sampler, scheduler=defaults.scheduler)
+    return own
 
 
-def _set_variant(model: LatentDiffusion, weights: Weights, variant: str | None) -> None:
-    """Set the defaults of a distilled model, and say why."""
-    is_model = variant is not None and variant_of_files(variant) is None
-    found = (variant, "the argument") if is_model and variant else find_variant(weights)
-    is_xl = model.conditioner.find(SizeEmbedding) is not None
-    if found is None or found[0] == NO_VARIANT or not is_xl:
+def takes_variant(family: str | None) -> bool:
+    """Return whether models of a family, a name in `pipelines.families`, may be for few steps."""
+    return family in ("text", "inpainting", "depth", "refiner")
+
+
+def _choose_variant(
+    model: torch.nn.Module, weights: Weights, variant: str | None, loras: Iterable[LoRAFile]
+) -> Found | None:
+    """Return the variant by the argument, a LoRA or the weights; None for a model without one."""
+    is_model = isinstance(model, LatentDiffusion) and takes_variant(family_of(model.conditioner))
+    if variant == NO_VARIANT or not is_model:
+        return None
+    own = find_variant(weights)
+    found = next(filter(None, (detect_few_steps(f.path) for f in loras if f.weight.unet)), own)
+    if variant is not None and variant_of_files(variant) is None:
+        found = Found(variant, "the argument", found.path if found else weights.path)
+    if found is None or own is None or not VARIANTS[own.variant].marker:
+        if found is not None and VARIANTS[found.variant].marker:
+            raise ArgumentError(
+                f"`{weights.path}` does not embed the guidance scale, its variant is not "
+                f"{found.variant}",
+                "variant",
+            )
+        return found
+    return own
+
+
+def _set_variant(model: LatentDiffusion, found: Found | None, *, is_folder: bool) -> None:
+    """Set the defaults of a distilled model, and what it predicts."""
+    if found is None:
         return
-    name, source = found
-    chosen = VARIANTS[name]
-    model.defaults = variant_defaults(name, weights, model.defaults)
-    model.image_size = chosen.image_size
-    model.latent_size = (chosen.image_size, chosen.image_size)
-    model.provenance["variant"] = {"name": name, "told_by": source}
-    note = f"; {chosen.note}" if chosen.note else ""
-    log.info("`%s` is %s by %s: %s%s", weights.path, chosen.title, source, model.defaults, note)
+    row, has_scheduler = VARIANTS[found.variant], is_folder and is_sdxl(model)
+    model.defaults = variant_defaults(found, has_scheduler=has_scheduler, defaults=model.defaults)
+    if is_sdxl(model):
+        model.image_size = row.size_xl
+        model.latent_size = (row.size_xl, row.size_xl)
+    model.parameterization = row.predicts or model.parameterization
+    model.provenance["variant"] = {
+        "name": found.variant, "told_by": found.told_by, "file": found.path.name,
+    }  # fmt: skip
 
 
 def probe_weights(weights: Weights) -> Prediction:

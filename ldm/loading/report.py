@@ -65,7 +65,7 @@ class Report:
         foreign_names: those that weights do not need.
         missing: names that the config needs and the file does not have; None if not compared.
         unexpected: the reverse.
-        variant: of distilled models of SDXL, and what tells it.
+        variant: of distilled models, and what tells it.
         note: why weights and config were not compared, or what looks wrong.
     """
 
@@ -216,10 +216,10 @@ def _list_parts(state: Mapping[str, Tensor]) -> Iterator[Part]:
 
 
 def _describe_variant(weights: Weights) -> str | None:
-    family, variant = weights.family, find_variant(weights)
-    if variant is None or family is None or not family.is_xl:
+    family, found = weights.family, find_variant(weights)
+    if found is None or family is None:
         return None
-    return f"{variant[0]}, by {variant[1]}"
+    return f"{found.variant}, by {found.told_by}"
 
 
 def _compare(report: Report, weights: Weights, config: str | Path | None) -> Report:

@@ -15,6 +15,7 @@ from ldm.loading.families import Family, Prediction, detect_prediction, recognis
 from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, read_checkpoint, use_ema_weights
 from ldm.loading.matching import match_weights
 from ldm.loading.published import find_checkpoint
+from ldm.loading.variants import name_of_file
 from ldm.loading.weight_names import (
     MARKERS,
     TEXT,
@@ -73,7 +74,8 @@ class Weights:
         originals = {original_name(name, engine=engine): name for name in all_names}
         use_ema_weights(self.state, self.source.ema_state, originals, self.path)
         step = self.source.step
-        self.prediction = detect_prediction(self.family, self.state, step, self.markers)
+        name = name_of_file(self.path)
+        self.prediction = detect_prediction(self.family, self.state, step, self.markers, name)
 
     def check_has_unet(self, names: Iterable[str]) -> None:
         """Raise MissingArgument if a UNet is there only as its EMA; `names` are the model's."""
@@ -117,7 +119,8 @@ def identify_weights(source: Checkpoint) -> Weights:
     state, tables = rename_weights(source.state), schedule_tables(source.state)
     markers = source.metadata | {name: "" for name in MARKERS if name in source.state}
     family = recognise_family(state, source.ema_state, markers)
-    prediction = detect_prediction(family, state, source.step, markers)
+    name = name_of_file(source.path)
+    prediction = detect_prediction(family, state, source.step, markers, name)
     return Weights(source, state, tables, markers, family, prediction, source.mapped)
 
 

@@ -239,6 +239,11 @@ class Conditions:
             return check_finite(encode_prompts(model, pairs, rows, sizes), "the text encoder")
 
         cond = encode_steps(self.prompts, encode)
+        if model.guidance_width is not None:
+            if any(isinstance(pair, StepPrompts) or any(pair) for pair in self.negatives):
+                name = file_name(model)
+                warnings.warn(f"{name} does not read a negative prompt: ignored", stacklevel=3)
+            return cond, None, []
         scale = default_scale(model, self.sampler) if self.scale is None else self.scale
         takes_uncond = SAMPLERS[self.sampler or model.defaults.sampler].takes_uncond
         if scale == 1 and not takes_uncond and not has_composition(cond):

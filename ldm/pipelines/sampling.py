@@ -5,6 +5,7 @@ invert     latent -> the noisy latent from which DDIM leads back to it
 """
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from ldm.conditioning import AnyCond, Cond, ScheduledCond
+from ldm.conditioning import AnyCond, Composition, Cond, ScheduledCond
 from ldm.diffusion import names
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import (
@@ -25,9 +26,10 @@ from ldm.diffusion.guidance import (
     follow_schedule,
     limit_to_interval,
 )
+from ldm.diffusion.guidance_embedding import imitate_guidance
 from ldm.diffusion.levels import check_sigmas
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.diffusion.samplers.common import Constrain
+from ldm.diffusion.samplers.common import Constrain, Denoise
 from ldm.diffusion.samplers.single_step import euler
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.diffusion.step_noise import StepNoise
@@ -35,12 +37,13 @@ from ldm.model import LatentDiffusion
 from ldm.nets.circular import circular_padding
 from ldm.nets.cpu import cache_weights
 from ldm.nets.tiling import apply_tiled
-from ldm.pipelines.families import is_sdxl
+from ldm.pipelines.families import file_name, is_sdxl
 from ldm.pipelines.quirks import Noise, Quirks, noise_source
 from ldm.runtime.errors import ArgumentError, unknown_name
 
 __all__ = [
     "SamplingOptions",
+    "check_few_steps",
     "check_sampling",
     "default_scale",
     "default_scheduler",
@@ -135,7 +138,8 @@ def sample(
         s_churn: noise before each step of `euler`, `heun`, `dpm2` (arXiv:2206.00364, algorithm 2).
         s_tmin, s_tmax: sigmas between which there is churn; None = no upper limit.
         s_noise: standard deviation of the noise of churn and between steps.
-        scale: guidance scale; 1 is none, None = `default_scale`.
+        scale: guidance scale; 1 is none, None = `default_scale`. A latent consistency model with
+            an embedding of it runs once for a step, without `uncond`.
         rescale: 0 … 1, see `add_guidance`.
         guidance_interval: (low, high) sigmas between which guidance acts; None = everywhere.
         rule: how guidance combines predictions, an object for this run; None = classifier-free.
@@ -160,6 +164,8 @@ def sample(
     quirks = Quirks.of(model, legacy)
     scheduler, defaults = scheduler or grid, model.defaults
     sampler = sampler or defaults.sampler
+    if eta is None and sampler == defaults.sampler:
+        eta = defaults.eta
     step_noise = StepNoise(eta, s_churn, s_tmin, s_tmax, s_noise)
     check_sampling(sampler, scheduler, step_noise, strength, rescale)
     scale = default_scale(model, sampler) if scale is None else scale
@@ -173,6 +179,8 @@ def sample(
     elif (sigmas.diff() > 0).any():
         raise ArgumentError("sigmas must descend", "sigmas")
     steps = defaults.steps if steps is None else steps
+    if reason := check_few_steps(model, steps, scale):
+        warnings.warn(reason, stacklevel=2)
     noise = noise or noise_source(seeds, len(cond), quirks.names)
     shape = (len(cond), model.channels, *latent_size(model, size, x_T if z is None else z))
     first = 0
@@ -199,7 +207,7 @@ def sample(
     )
     if names.SAMPLERS[sampler].takes_uncond:
         sampler_options["last_uncond"] = lambda: unconds[0] if unconds else None
-    guide = partial(
+    guide: Callable[[Cond | Composition, Cond | None], Denoise] = partial(
         add_guidance,
         denoiser,
         scale=scale,
@@ -208,6 +216,8 @@ def sample(
         further=further,
         on_uncond=unconds.append if "last_uncond" in sampler_options else None,
     )
+    if model.guidance_width is not None:
+        guide = partial(imitate_guidance, denoiser, scale=scale, width=model.guidance_width)
     counter = StepCounter(first_step)
     with circular_padding(tiling):
         x = SAMPLERS[sampler](
@@ -301,6 +311,28 @@ def default_scale(model: LatentDiffusion, sampler: str | None) -> float:
     """Return the guidance scale of the sampler, else that of the model."""
     own = names.SAMPLERS[sampler or model.defaults.sampler].scale
     return model.defaults.scale if own is None else own
+
+
+def check_few_steps(model: LatentDiffusion, steps: int | None, scale: Scale | None) -> str | None:
+    """Return, in one line, why steps and scale do not suit a model for few steps; None if they do.
+
+    Args:
+        scale: of guidance; one that depends on sigma is not judged.
+    """
+    most, limit, own = model.defaults.max_steps, model.defaults.max_scale, model.defaults
+    excess = []
+    if most is not None and (steps or 0) > most:
+        excess.append(f"{steps} steps")
+    if limit is not None and isinstance(scale, int | float) and scale > limit:
+        excess.append(f"guidance scale {scale:g}")
+    if not excess:
+        return None
+    found = model.provenance.get("variant")
+    name = f"`{found['file']}`" if found else file_name(model)  # a LoRA, or the model itself
+    return (
+        f"{name} is made for {own.steps} steps and guidance scale {own.scale:g}: "
+        f"{' and '.join(excess)} will make images worse"
+    )
 
 
 def check_sampling(

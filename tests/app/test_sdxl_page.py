@@ -49,7 +49,7 @@ def test_settings_and_fields_follow_the_checkpoint(backend, page):
 
     def follow(name):
         _, _, accordion, _, now, *updates = page.describe_choice(
-            "txt2img", name, defaults, *defaults.values()
+            "txt2img", name, [], defaults, *defaults.values()
         )
         assert updates == list(now.values())
         return (accordion["visible"], *(now[name] for name in ("width", "scale", "steps")))

@@ -101,7 +101,7 @@ def make_stand_ins(folder: Path) -> None:
     lora = LoRA({layer.kohya: LoRALayer(layer.target, 2) for layer in lora_targets(sd1)})
     for layer in lora.layers.values():
         nn.init.normal_(layer.lora_up.weight, std=0.01)
-    for name in ("style", "detail"):
+    for name in ("style", "detail", "lcm-lora-sdv1-5"):
         write_lora(lora, folder / f"{name}.safetensors", sd1)
     (folder / "embeddings").mkdir()
     save_file({"<cat>": torch.randn(1, tinyfamilies.WIDTH)}, folder / "embeddings/cat.safetensors")

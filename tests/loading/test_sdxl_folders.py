@@ -142,7 +142,7 @@ def test_files_of_a_variant_are_chosen_by_its_name(convert_family, folder):
     assert not torch.equal(half, plain)
     with pytest.raises(MissingFile, match="no weights of variant `bf16` in `.*: leave out `var"):
         ldm.load(folder, variant="bf16")
-    with pytest.raises(UnknownName, match="unknown variant `fp16`, choose one of base, turbo"):
+    with pytest.raises(UnknownName, match="unknown variant `fp16`, choose one of base, lcm"):
         ldm.load(convert_family("xl")[0], variant="fp16")
 
 

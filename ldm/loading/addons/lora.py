@@ -41,6 +41,7 @@ from ldm.loading.diffusers.keys import text_component
 from ldm.loading.diffusers.names import text_layers, unet_layers
 from ldm.loading.files.checkpoint import Checkpoint, file_hash, read_checkpoint, write_checkpoint
 from ldm.loading.modelspec import describe_model
+from ldm.loading.variants import Found, detect_lora, looks_distilled
 from ldm.loading.weight_names import SECOND_TEXT, layer_alias
 from ldm.model import LatentDiffusion
 from ldm.nets.latent_upscaler import LatentUpscalerUNet
@@ -69,8 +70,8 @@ from ldm.runtime.offload import recall
 from ldm.runtime.types import JsonObject
 
 __all__ = [
-    "LoRAFile", "TargetLayer", "add_loras", "find_base", "load_loras", "lora_targets",
-    "read_changes", "read_lora", "read_loras", "set_loras", "write_lora",
+    "LoRAFile", "TargetLayer", "add_loras", "detect_few_steps", "find_base", "load_loras",
+    "lora_targets", "read_changes", "read_lora", "read_loras", "set_loras", "write_lora",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ VECTOR = re.compile(r"(.+)\.weight")  # of (IA)^3, beside `on_input`
 ROLES = {"A": "down", "B": "up", "magnitude_vector": "magnitude"}
 BIASES = ("diff_b", "b_norm")  # roles of changes of the bias
 LOW_RANK = {"down", "up"}
+DOWN = ("down", "A")  # of names
 INPUT_ROLES = ("down", "hada_w1_b", "diff")  # of shape (…, features of the input)
 LAYERS = (nn.Linear, nn.Conv2d, FusedAttention)
 Kinds = tuple[type[nn.Module], ...]
@@ -232,6 +234,21 @@ def _report_order(files: Sequence[LoRAFile]) -> None:
     if counts and max(counts.values()) > 1:
         names = ", ".join(f"`{name}`" for name in paths)
         log.warning("%s scale or turn the same weights: they are applied in this order", names)
+
+
+def detect_few_steps(path: str | Path) -> Found | None:
+    """Return the variant that a LoRA makes of its model; say if it looks like one, unnamed."""
+    for file in map(read_checkpoint, _files_of(path)):
+        if found := detect_lora(file.path, file.metadata):
+            return found
+        ranks = {len(v) for k, v in file.state.items() if (m := KEY.fullmatch(k)) and m[2] in DOWN}
+        if looks_distilled(file.state, ranks):
+            log.warning(
+                "`%s` looks like a LoRA for few steps, but neither name nor metadata say which: "
+                "`variant` does, such as lcm",
+                file.path,
+            )
+    return None
 
 
 def read_lora(path: str | Path, model: LatentDiffusion) -> LoRA:

@@ -1,0 +1,176 @@
+"""Models for few steps: the only table of what tells them, and of how they are sampled.
+
+They have the shapes of their family, so that metadata, the name of a file or the user tells them; a
+latent consistency model that embeds the guidance scale has a tensor for that. The first row that
+fits is taken.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from ldm.model import Defaults
+
+__all__ = [
+    "GUIDANCE_WEIGHT", "NO_VARIANT", "VARIANTS", "Found", "Variant", "detect_lora",
+    "detect_variant", "looks_distilled", "name_of_file",
+]  # fmt: skip
+
+NO_VARIANT = "base"
+GUIDANCE_WEIGHT = "unet.time_embed_cond.weight"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A distilled model, or a LoRA that makes one of any model.
+
+    Args:
+        defaults: how it is sampled; the name of a file may say other steps.
+        name: pattern of metadata and names of models, in small letters.
+        lora: pattern of those of LoRAs, which are often named after what they show.
+        marker: a tensor that tells it.
+        predicts: what the network predicts, where that differs from its family; None = the same.
+        keeps_scheduler: whether a diffusers folder of SDXL says sampler and scheduler itself.
+        size_xl: side of the latent for which one of SDXL was trained, in latent pixels.
+    """
+
+    title: str
+    defaults: Defaults
+    name: str
+    lora: str
+    marker: str = ""
+    predicts: str | None = None
+    keeps_scheduler: bool = False
+    size_xl: int = 128
+
+    def defaults_for(self, name: str) -> Defaults:
+        """Return the defaults of a file, whose name may tell the number of steps."""
+        steps = STEPS.search(name.lower())
+        return replace(self.defaults, steps=int(steps[1])) if steps else self.defaults
+
+
+STEPS = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z])")
+
+
+def _word(word: str) -> str:
+    """Return a pattern of a word that has no letter before or none after it."""
+    return rf"(?<![a-z]){word}|{word}(?![a-z])"
+
+
+# fmt: off
+VARIANTS = {
+    "lcm-full": Variant(
+        "a latent consistency model that embeds the guidance scale",
+        Defaults(8.0, 4, "lcm", "lcm", max_steps=16, max_scale=16.0),
+        "(?!)", "(?!)", marker=GUIDANCE_WEIGHT),
+    "lcm": Variant(
+        "LCM",
+        Defaults(1.0, 4, "lcm", "lcm", max_steps=16, max_scale=2.5),
+        _word("lcm"), r"(?<![a-z])lcm(?![a-z])"),
+    "tcd": Variant(
+        "TCD",
+        Defaults(1.0, 4, "tcd", "tcd", max_scale=2.5),
+        r"(?<![a-z])tcd(?![a-z])", r"(?<![a-z])tcd(?![a-z])"),
+    "hyper-1step": Variant(
+        "Hyper-SD for one step",
+        Defaults(1.0, 1, "tcd", "tcd", eta=1.0, max_steps=8, max_scale=2.5),
+        r"hyper[-_ ]?(sd|sdxl|xl)?\w*[-_ ]1[-_ ]?step", r"hyper[-_ ]?(sd|xl)\w*[-_ ]1[-_ ]?step"),
+    "hyper-cfg": Variant(
+        "Hyper-SD with guidance",
+        Defaults(6.0, 8, "ddim", "trailing", max_steps=25, max_scale=9.0),
+        r"hyper[-_ ]?(sd|xl).*cfg", r"hyper[-_ ]?(sd|xl).*cfg"),
+    "hyper": Variant(
+        "Hyper-SD",
+        Defaults(1.0, 4, "ddim", "trailing", max_steps=16, max_scale=2.5),
+        r"hyper[-_ ]?(sd|xl|\d+[-_ ]?steps?)", r"hyper[-_ ]?(sd|xl|\d+[-_ ]?steps?)"),
+    "lightning-x0": Variant(
+        "Lightning for one step",
+        Defaults(1.0, 1, "euler", "trailing", max_steps=1, max_scale=1.0),
+        r"lightning.*1[-_ ]?step.*x0", "(?!)", predicts="x0"),
+    "lightning": Variant(
+        "Lightning",
+        Defaults(1.0, 4, "euler", "trailing", max_steps=12, max_scale=2.5),
+        _word("lightning"), r"lightning.*\d[-_ ]?steps?|lightning[-_ ]?lora|xl[-_ ]?lightning",
+        keeps_scheduler=True),
+    "turbo": Variant(
+        "Turbo",
+        Defaults(1.0, 4, "euler_a", "turbo", max_steps=10, max_scale=2.5),
+        _word("turbo"), r"(sd|xl)[-_ ]?turbo|turbo[-_ ]?(lora|xl)",
+        keeps_scheduler=True, size_xl=64),
+}
+# fmt: on
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+# Files whose name says nothing: that of their folder counts.
+NAMELESS = frozenset({"pytorch_lora_weights", "adapter_model", "diffusion_pytorch_model", "model"})
+# Metadata that may name a variant: of models, of LoRAs.
+METADATA = ("modelspec.architecture", "modelspec.title", "modelspec.implementation")
+LORA_METADATA = ("modelspec.title", "ss_output_name")
+# Of the LoRAs of all kinds, as they are published: they change how a time is embedded, too.
+TIME_LAYER = re.compile(r"time_emb_proj|emb_layers_1")
+TEXT_LAYER = re.compile(r"lora_te|text_encoder|text_model")
+LORA_RANK = 64
+
+
+class Found(NamedTuple):
+    """A variant, what tells it, and of which file or folder."""
+
+    variant: str
+    told_by: str
+    path: Path
+
+    @property
+    def defaults(self) -> Defaults:
+        """Options of sampling, with the steps that the name of the file tells."""
+        return VARIANTS[self.variant].defaults_for(name_of_file(self.path))
+
+
+def detect_variant(
+    path: Path, metadata: Mapping[str, str], tensors: Collection[str] = ()
+) -> Found | None:
+    """Return the variant of a model, told by a tensor, metadata, or the file's name.
+
+    Args:
+        tensors: names of tensors, ours.
+    """
+    for variant, row in VARIANTS.items():
+        if row.marker and row.marker in tensors:
+            return Found(variant, "its embedding of the guidance scale", path)
+    patterns = {variant: row.name for variant, row in VARIANTS.items()}
+    return _search(patterns, path, {key: metadata.get(key, "") for key in METADATA})
+
+
+def detect_lora(path: Path, metadata: Mapping[str, str]) -> Found | None:
+    """Return the variant that a LoRA makes of its model, told by metadata or the file's name."""
+    patterns = {variant: row.lora for variant, row in VARIANTS.items()}
+    return _search(patterns, path, {key: metadata.get(key, "") for key in LORA_METADATA})
+
+
+def name_of_file(path: Path) -> str:
+    """Return what a file or folder is called; one without a name of its own, as its folder is.
+
+    In the cache of the Hugging Face hub that is the name of the repository.
+    """
+    names = [path.stem if path.suffix in SUFFIXES else path.name, *(p.name for p in path.parents)]
+    names = [name for name in names if name not in NAMELESS]
+    if len(names) > 2 and names[1] == "snapshots":
+        return names[2]
+    return names[0] if names else ""
+
+
+def looks_distilled(keys: Iterable[str], ranks: Collection[int]) -> bool:
+    """Return whether the layers of a LoRA are those that all published ones for few steps have."""
+    keys = list(keys)
+    has_time = any(map(TIME_LAYER.search, keys))
+    return has_time and set(ranks) == {LORA_RANK} and not any(map(TEXT_LAYER.search, keys))
+
+
+def _search(patterns: Mapping[str, str], path: Path, metadata: Mapping[str, str]) -> Found | None:
+    sources = {f"metadata `{key}`": text for key, text in metadata.items()}
+    sources["the file's name"] = name_of_file(path)
+    for source, text in sources.items():
+        for variant, pattern in patterns.items():
+            if re.search(pattern, text.lower()):
+                return Found(variant, source, path)
+    return None

@@ -1,0 +1,123 @@
+"""Models for few steps: what tells them, and that they are sampled so by every door."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import ldm
+from ldm.commands.main import main
+from ldm.imaging.metadata import read_info
+from ldm.loading.addons.lora import lora_targets, write_lora
+from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
+from ldm.loading.variants import GUIDANCE_WEIGHT, VARIANTS, detect_lora, detect_variant
+from ldm.nets.lora import LoRA, LoRALayer
+from ldm.runtime.errors import ArgumentError
+from loading import tinyfamilies
+
+QUICK = ["--n_samples", "1", "--n_iter", "1", "--skip_grid"]
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "steps"),
+    [
+        ("LCM_Dreamshaper_v7_4k.safetensors", "lcm", 4),
+        ("dreamshaper_8LCM.safetensors", "lcm", 4),
+        ("sd_turbo.safetensors", "turbo", 4),
+        ("sdxl_lightning_8step.safetensors", "lightning", 8),
+        ("sdxl_lightning_1step_x0.safetensors", "lightning-x0", 1),
+        ("Hyper-SDXL-1step-Unet-Comfyui.fp16.safetensors", "hyper-1step", 1),
+        ("hyperrealism_v3.safetensors", None, 0),
+        ("v1-5-pruned.ckpt", None, 0),
+    ],
+)
+def test_names_of_models(name, variant, steps):
+    found = detect_variant(Path(name), {})
+    assert (found and found.variant) == variant
+    assert found is None or found.defaults.steps == steps
+
+
+@pytest.mark.parametrize(
+    ("path", "variant", "steps", "sampler"),
+    [
+        ("lcm-lora-sdv1-5/pytorch_lora_weights.safetensors", "lcm", 4, "lcm"),
+        ("models--latent-consistency--lcm-lora-sdxl/snapshots/a1/pytorch_lora_weights.safetensors",
+         "lcm", 4, "lcm"),
+        ("TCD-SD15-LoRA.safetensors", "tcd", 4, "tcd"),
+        ("Hyper-SD15-1step-lora.safetensors", "hyper-1step", 1, "tcd"),
+        ("Hyper-SDXL-8steps-lora.safetensors", "hyper", 8, "ddim"),
+        ("Hyper-SD15-12steps-CFG-lora.safetensors", "hyper-cfg", 12, "ddim"),
+        ("sdxl_lightning_2step_lora.safetensors", "lightning", 2, "euler"),
+        ("sd_xl_turbo_lora_v1.safetensors", "turbo", 4, "euler_a"),
+        ("lightning_bolts.safetensors", None, 0, ""),
+        ("turbo_cars_v2.safetensors", None, 0, ""),
+    ],
+)  # fmt: skip
+def test_names_of_loras(path, variant, steps, sampler):
+    found = detect_lora(Path(path), {})
+    assert (found and found.variant) == variant
+    assert found is None or (found.defaults.steps, found.defaults.sampler) == (steps, sampler)
+    assert detect_lora(Path("x.safetensors"), {"ss_output_name": Path(path).parts[0]}) or not found
+
+
+def test_a_tensor_tells_a_model_that_embeds_the_scale(tmp_path):
+    path = tmp_path / "tiny.safetensors"
+    tinyfamilies.write("sd1", path)
+    plain = ldm.load(path)
+    file = read_checkpoint(path)
+    width = plain.unet.model_channels
+    name = "model.diffusion_model.time_embedding.cond_proj.weight"
+    state = file.state | {name: 0.1 * torch.randn(width, 256)}
+    write_checkpoint(tmp_path / "other.safetensors", state, file.metadata)
+    model = ldm.load(tmp_path / "other.safetensors", variant="lcm")
+    assert GUIDANCE_WEIGHT in model.state_dict()
+    assert (model.guidance_width, model.defaults) == (256, VARIANTS["lcm-full"].defaults)
+    with pytest.raises(ArgumentError, match="does not embed the guidance scale"):
+        ldm.load(path, variant="lcm-full")
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    """A LoRA of the demo model, named as that of LCM is."""
+    model = ldm.load()
+    layers = {layer.kohya: LoRALayer(layer.target, 1) for layer in lora_targets(model)[:3]}
+    path = tmp_path_factory.mktemp("loras") / "lcm-lora-sdv1-5.safetensors"
+    write_lora(LoRA(layers), path, model)
+    return path
+
+
+def test_a_lora_sets_the_defaults_unless_told_otherwise(lora):
+    model = ldm.load(loras=[(lora, 1.0)])
+    assert model.defaults == VARIANTS["lcm"].defaults
+    assert model.provenance["variant"]["file"] == lora.name
+    assert ldm.load(loras=[(lora, 1.0)], variant="base").defaults == ldm.load().defaults
+    assert ldm.load(loras=[(lora, 1.0)], variant="tcd").defaults == VARIANTS["tcd"].defaults
+
+
+def test_a_command_says_how_it_samples_records_it_and_can_be_repeated(
+    lora, tmp_path, capsys, caplog
+):
+    flags = ["--lora", str(lora), "--outdir", str(tmp_path), *QUICK]
+    assert main(["txt2img", *flags]) == 0
+    assert f"`{lora.name}` is LCM (by " in caplog.text
+    assert ": sampler lcm, scheduler lcm, steps 4, guidance scale 1" in caplog.text
+    path = capsys.readouterr().out.strip()
+    info = read_info(path)
+    recorded = {
+        key: info[key] for key in ("variant", "sampler", "scheduler_in_use", "steps", "scale")
+    }
+    assert list(recorded.values()) == ["lcm", "lcm", "lcm", 4, 1.0]
+    assert main(["replay", path]) == 0
+    assert "identical" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_a_command_overrides_it_and_warns(lora, tmp_path, capsys, caplog):
+    flags = ["--lora", str(lora), "--outdir", str(tmp_path), *QUICK]
+    assert main(["txt2img", *flags, "--steps", "17", "--scale", "9", "--sampler", "euler"]) == 0
+    info = read_info(capsys.readouterr().out.strip())
+    assert (info["sampler"], info["steps"], info["scale"]) == ("euler", 17, 9)
+    assert (
+        f"`{lora.name}` is made for 4 steps and guidance scale 1: 17 steps and guidance scale 9"
+        in caplog.text
+    )

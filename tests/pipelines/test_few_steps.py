@@ -1,0 +1,119 @@
+"""Models for few steps: sampled as by diffusers' pipelines and schedulers on the same weights."""
+
+import diffusers
+import pytest
+import torch
+from diffusers import LatentConsistencyModelPipeline, LCMScheduler, TCDScheduler
+
+import ldm
+from ldm.diffusion.guidance_embedding import embed_scale
+from ldm.loading.variants import VARIANTS
+from ldm.model import Defaults
+from loading.lorahelp import THEIR_KINDS, their_pipeline, tiny_model
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+BETAS = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "scaled_linear"}  # of tiny models
+PROMPT, WIDTH, SIZE = ["a cat"], 6, (32, 32)
+
+
+def noise_of(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda like: torch.randn(like.shape, generator=generator)
+
+
+def their_latents(pipe, scheduler, cond, **options):
+    """Sample with a pipeline of diffusers, which gets text embeddings and start noise."""
+    pipe.scheduler = scheduler
+    pipe.set_progress_bar_config(disable=True)
+    pipe.vae_scale_factor = 1  # as that of tiny models
+    generator = torch.Generator().manual_seed(3)
+    start = torch.randn((1, 4, *SIZE), generator=generator)
+    if isinstance(scheduler, diffusers.EulerDiscreteScheduler):  # as if the image had no variance
+        sigma = scheduler.sigmas.max()
+        start = start * (1 + sigma**2).sqrt() / sigma
+    return pipe(
+        prompt_embeds=cond.crossattn, latents=start, height=SIZE[0], width=SIZE[1],
+        generator=generator, output_type="latent", **options,
+    ).images  # fmt: skip
+
+
+def our_latents(model, cond, uncond=None, **options):
+    return ldm.sample(model, cond, uncond, size=SIZE, noise=noise_of(3), **options)
+
+
+@pytest.fixture
+def distilled(monkeypatch):
+    """A tiny model that embeds the guidance scale, and diffusers' pipeline of it."""
+    torch.manual_seed(0)
+    model = tiny_model("sd1", time_cond_proj_dim=WIDTH)
+    model.defaults = VARIANTS["lcm-full"].defaults
+    monkeypatch.setitem(THEIR_KINDS, "sd1", {**THEIR_KINDS["sd1"], "time_cond_proj_dim": WIDTH})
+    parts = their_pipeline(model, "sd1").components
+    parts |= {"scheduler": LCMScheduler(**BETAS), "image_encoder": None}
+    return model, LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.5, 8.5])
+def test_the_embedding_of_the_scale_is_that_of_diffusers(scale):
+    embed = LatentConsistencyModelPipeline.get_guidance_scale_embedding
+    expected = embed(None, torch.tensor([scale - 1]), embedding_dim=256)
+    assert torch.equal(embed_scale(scale, 256), expected)
+
+
+def test_a_latent_consistency_model_is_sampled_as_by_diffusers(distilled):
+    model, pipe = distilled
+    cond, calls = model.condition({"txt": PROMPT}), []
+    model.unet.register_forward_hook(lambda *_: calls.append(1))
+    theirs = their_latents(pipe, pipe.scheduler, cond, guidance_scale=8.0, num_inference_steps=4)
+    ours = our_latents(model, cond)
+    worst = (ours - theirs).abs().max() / theirs.std()
+    assert worst < 3e-5  # 3.2e-6
+    assert len(calls) == 4
+    other = our_latents(model, cond, scale=2.0)
+    assert not torch.allclose(ours, other)
+
+
+@pytest.mark.parametrize(
+    ("variant", "scheduler", "steps", "extra"),
+    [
+        ("lcm", LCMScheduler(**BETAS), 4, {}),
+        ("tcd", TCDScheduler(**BETAS), 4, {"eta": 0.3}),
+        ("hyper-1step", TCDScheduler(**BETAS), 2, {"eta": 1.0}),
+        ("hyper", diffusers.DDIMScheduler(
+            **BETAS, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False), 4, {}),
+        ("lightning", diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="trailing"), 4,
+         {}),
+        ("lightning-x0", diffusers.EulerDiscreteScheduler(
+            **BETAS, timestep_spacing="trailing", prediction_type="sample"), 1, {}),
+    ],
+)  # fmt: skip
+def test_variants_are_sampled_as_by_diffusers(variant, scheduler, steps, extra):
+    torch.manual_seed(0)
+    model, row = tiny_model("sd1"), VARIANTS[variant]
+    model.defaults, model.parameterization = row.defaults, row.predicts or "eps"
+    cond = model.condition({"txt": PROMPT})
+    pipe = their_pipeline(model, "sd1")
+    theirs = their_latents(
+        pipe, scheduler, cond, guidance_scale=1.0, num_inference_steps=steps, **extra
+    )
+    ours = our_latents(model, cond, steps=steps)
+    worst = (ours - theirs).abs().max() / theirs.std()
+    assert worst < 2e-4  # 2.8e-6, of x0 3.4e-5
+
+
+def test_too_many_steps_and_too_large_a_scale_are_warned_of():
+    model = tiny_model("sd1")
+    model.defaults = VARIANTS["lcm"].defaults
+    with pytest.warns(UserWarning, match="4 steps and guidance scale 1: 50 steps and guidance"):
+        ldm.txt2img(model, PROMPT, size=(8, 8), steps=50, scale=9, sampler="ddim")
+    ldm.txt2img(model, PROMPT, size=(8, 8), steps=2)
+    model.defaults = Defaults()
+    ldm.txt2img(model, PROMPT, size=(8, 8), steps=17)
+
+
+def test_a_negative_prompt_that_is_not_read_is_said(distilled):
+    with pytest.warns(UserWarning, match="does not read a negative prompt"):
+        ldm.txt2img(distilled[0], PROMPT, negative_prompt="dog", size=(8, 8), steps=1)
