@@ -41,12 +41,15 @@ class Cond:
 
     Attributes:
         context_mask: Tokens of `crossattn` to keep, bool (B, N); None for all.
+        perturbed: Rows for which the UNet's middle block is without self-attention, bool (B,);
+            None for none.
     """
 
     crossattn: Tensor | None = None
     concat: Tensor | None = None
     vector: Tensor | None = None
     context_mask: Tensor | None = None
+    perturbed: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the slots that are not None, by name."""
@@ -55,6 +58,7 @@ class Cond:
             "concat": self.concat,
             "vector": self.vector,
             "context_mask": self.context_mask,
+            "perturbed": self.perturbed,
         }
         return {name: value for name, value in slots.items() if value is not None}
 

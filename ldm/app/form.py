@@ -16,7 +16,14 @@ from PIL import Image, ImageChops
 from ldm.app.limits import Limits
 from ldm.app.uploads import Uploads
 from ldm.diffusion.levels import TAKES_RHO
-from ldm.diffusion.names import SAMPLERS, SCHEDULERS, SLD_PRESETS, TILINGS
+from ldm.diffusion.names import (
+    FREEU_PRESETS,
+    FREEU_VERSIONS,
+    SAMPLERS,
+    SCHEDULERS,
+    SLD_PRESETS,
+    TILINGS,
+)
 from ldm.diffusion.step_noise import STEP_NOISE
 from ldm.generate.options import (
     Option,
@@ -50,8 +57,9 @@ STEPS = 25  # of models without a number of their own; the scripts of the origin
 SETTINGS = (
     "sampler", "steps", "scheduler", "scale", "width", "height", "n_iter", "n_samples", "seed",
     "eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "rho", "sigmas", "rescale",
-    "guidance_interval", "sld", "sld_concept", "clip_skip", "dynamic_prompts", "vae_tile",
-    "unet_tile", "tiling", "safety_checker", "unsafe",
+    "guidance_interval", "pag", "apg", "perp_neg", "freeu", "freeu_version", "sld",
+    "sld_concept", "clip_skip", "dynamic_prompts", "vae_tile", "unet_tile", "tiling",
+    "safety_checker", "unsafe",
 )  # fmt: skip
 IMAGE_BOX: dict[str, Any] = {
     "type": "filepath", "height": 240, "image_mode": None, "sources": ["upload", "clipboard"],
@@ -61,8 +69,11 @@ REFINER_START = {"minimum": 0.05, "maximum": 0.95, "step": 0.05, "value": 0.8, "
 SLD_CHOICES = [("Off", ""), *((f"{name.capitalize()} (after {sld.warmup})", name)
                for name, sld in SLD_PRESETS.items())]  # fmt: skip
 SYNTAX_LABELS = {"plain": "Plain", "a1111": "A1111", "comfy": "ComfyUI", "compel": "Compel"}
+FREEU_CHOICES = [("Off", ""), ("Automatic", "auto"),
+                 *((name.upper(), name) for name in FREEU_PRESETS)]  # fmt: skip
 PLACEHOLDERS = {
     "sld_concept": "original", "upscaler_steps": "20", "upscaler_scale": "1",
+    "apg": "off; the authors': 0,15,-0.5",
     "eta": "of the sampler: 0 … 1",
     "sigmas": "14.6,3.9,1.9,0.96,0.4,0, in place of steps and schedule",
     "prompt_2": "for the second text encoder; empty: the prompt",
@@ -76,6 +87,8 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "s_tmin": {"step": 0.01}, "s_tmax": {"value": 0, "step": 0.01, "info": "0: no limit"},
     "s_noise": {"step": 0.001},
     "rho": {"value": 0, "step": 0.1, "info": "of Karras, Polyexponential and EDM; 0: default"},
+    "pag": {"value": 0, "step": 0.1, "info": "0: off; usual: 3"},
+    "perp_neg": {"value": 0, "step": 0.1, "info": "0: off; usual: 1"},
     "width": {"step": 8}, "height": {"step": 8}, "vae_tile": TILE, "unet_tile": TILE,
 }  # fmt: skip
 
@@ -160,6 +173,8 @@ class TaskForm:
         if not values.get("upscaler"):
             values.pop("upscaler_steps", None)
             values.pop("upscaler_scale", None)
+        if not values.get("freeu"):
+            values.pop("freeu_version", None)
         if self.task.enlarges:  # by a fixed factor
             values["width"] = values["height"] = None
         for name, (option, default) in self.task.options().items():
@@ -191,6 +206,12 @@ class TaskForm:
         if name == "sld":  # numbers may be entered
             extra = {"choices": SLD_CHOICES, "value": "", "allow_custom_value": True}
             return Field("Dropdown", settings | extra)
+        if name == "freeu":
+            extra = {"choices": FREEU_CHOICES, "value": "", "allow_custom_value": True}
+            return Field("Dropdown", settings | extra)
+        if name == "freeu_version":
+            versions = [(key.capitalize(), key) for key in FREEU_VERSIONS]
+            return Field("Radio", settings | {"choices": versions, "value": "1"})
         if name == "refiner_start":
             return Field("Slider", settings | REFINER_START)
         if name in NUMBERS:
@@ -255,8 +276,10 @@ def values_from_info(info: Mapping[str, Any]) -> dict[str, Any]:
     if info.get("seed") is not None:
         values["seed"] = str(info["seed"])
     values |= {name: _as_text(info.get(name)) for name in options_of(SDXL)}
-    texts = ("sld", "sld_concept", "upscaler_steps", "upscaler_scale")
+    texts = ("sld", "sld_concept", "apg", "freeu", "upscaler_steps", "upscaler_scale")
     values |= {name: _as_text(info.get(name)) for name in texts}
+    values |= {name: info.get(name) or 0 for name in ("pag", "perp_neg")}
+    values["freeu_version"] = info.get("freeu_version") or "1"
     strength = info.get("refiner_strength")
     values["refiner_start"] = info.get("refiner_start") or (strength and 1 - strength)
     size = info.get("size")

@@ -60,8 +60,8 @@ class Denoiser:
     """A network with its noise schedule and prediction type, for samplers and training losses.
 
     Args:
-        network: (z_t, t, context=…, y=…) -> prediction; also takes `context_mask` if conditions
-            have one.
+        network: (z_t, t, context=…, y=…) -> prediction; also takes `context_mask` and `perturbed`
+            if conditions have them.
         nearest: Whether to take the nearest level of the schedule for sigma, as SDXL's original.
         sigma_data: Standard deviation of the latents, for edm.
     """
@@ -106,6 +106,11 @@ class Denoiser:
         level = _column(self._level(sigma), x)
         _, c_out = scalings(self.parameterization, level)
         return -c_out / level
+
+    def estimate_factor(self, x: Tensor, sigma: Tensor | float) -> Tensor:
+        """Compute the factor from a difference of predictions at x to that of estimates of z."""
+        _, c_out = self._scalings(_column(self._level(sigma), x))
+        return c_out
 
     def target(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Compute the training target at timesteps t (B,): the prediction whose conversion is z."""
@@ -156,6 +161,8 @@ class Denoiser:
         slots = {"context": cond.crossattn, "y": cond.vector}
         if cond.context_mask is not None:
             slots["context_mask"] = cond.context_mask
+        if cond.perturbed is not None:
+            slots["perturbed"] = cond.perturbed
         return self.network(z_t, t, **slots).float()
 
 

@@ -2,31 +2,36 @@
 
 A rule is a subclass of `Guidance`, which is classifier-free guidance itself. It combines the
 predictions of one evaluation of the network, may ask for those of further texts, and may remember
-earlier evaluations.
+earlier evaluations. One rule replaces another, but for perturbed-attention guidance, which adds to
+any.
 
 Ho and Salimans 2022 (arXiv:2207.12598); rescale: Lin et al. 2023 (arXiv:2305.08891, §3.4);
 interval: Kynkäänniemi et al. 2024 (arXiv:2404.07724); safe latent diffusion: Schramowski et al.
-2023 (arXiv:2211.05105).
+2023 (arXiv:2211.05105); perturbed attention: Ahn et al. 2024 (arXiv:2403.17377); projection:
+Sadat et al. 2024 (arXiv:2410.02416); perp-neg: Armandpour et al. 2023 (arXiv:2304.04968).
 """
 
+import functools
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ldm.conditioning import AnyCond, Composition, Cond, ScheduledCond
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.names import SLD
+from ldm.diffusion.names import APG, SLD
 from ldm.diffusion.samplers.common import Denoise
 from ldm.runtime.errors import ArgumentError
 
 __all__ = [
-    "Denoise", "Evaluation", "Guidance", "SafeGuidance", "Scale", "StepCounter", "add_guidance",
-    "follow_schedule", "limit_to_interval",
+    "Denoise", "Evaluation", "Guidance", "PerpNeg", "PerturbedAttention", "ProjectedGuidance",
+    "SafeGuidance", "Scale", "StepCounter", "add_guidance", "follow_schedule",
 ]  # fmt: skip
 
 Scale = float | Callable[[float], float]
+TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -34,9 +39,11 @@ class Evaluation:
     """One evaluation of the network: its predictions (eps, v or x0) at x, (B, C, h, w) each.
 
     Attributes:
-        scale: Guidance scale; 1 for CFG++ only.
-        uncond, cond: Predictions for the negative prompt and the prompt.
+        scale: Guidance scale; it is 1 for CFG++, and for rules that perturb only.
+        uncond, cond: Predictions for the negative prompt and the prompt; at scale 1 both are the
+            latter.
         further: Predictions for the texts of the rule.
+        perturbed: Prediction for the prompt with perturbed self-attention, if the rule needs it.
     """
 
     denoiser: Denoiser
@@ -46,6 +53,16 @@ class Evaluation:
     uncond: Tensor
     cond: Tensor
     further: tuple[Tensor, ...]
+    perturbed: Tensor | None = None
+
+    @property
+    def estimate_factor(self) -> Tensor:
+        """Factor (1, 1, 1, 1) from a difference of predictions to that of estimates of z."""
+        return self.denoiser.estimate_factor(self.x, self.sigma)
+
+    def estimate(self, prediction: Tensor) -> Tensor:
+        """Convert a prediction to the estimate of z, (B, C, h, w)."""
+        return self.denoiser.convert_prediction(self.x, self.sigma, prediction)
 
     @property
     def eps_factor(self) -> Tensor:
@@ -57,12 +74,19 @@ class Guidance:
     """Classifier-free guidance, and the base of other rules. One object serves one run.
 
     Attributes:
-        texts: Texts whose predictions the rule needs beside those of prompt and negative prompt.
+        name: Keyword of the tasks that chooses the rule; none for the base.
+        texts: Texts whose predictions the rule needs beside those of prompt and negative prompt;
+            an empty one is the unconditional prompt of the model.
+        perturbs: Whether it needs the prediction with perturbed self-attention, too.
         calls: Evaluations of the network so far, those without guidance among them.
+        guided: Those with guidance.
     """
 
+    name = ""
     texts: tuple[str, ...] = ()
+    perturbs = False
     calls = 0
+    guided = 0
 
     def combine(self, evaluation: Evaluation) -> Tensor:
         """Combine predictions to one, (B, C, h, w)."""
@@ -71,7 +95,14 @@ class Guidance:
 
     def explain_idle(self) -> str | None:
         """Say, after a run, why the rule changed nothing; None if it did."""
+        if self.name and self.calls and not self.guided:
+            return f"{self.name} had no effect: there was no guidance at any noise level of the run"
         return None
+
+    def count(self, *, guided: bool) -> None:
+        """Count an evaluation of the network."""
+        self.calls += 1
+        self.guided += guided
 
 
 class SafeGuidance(Guidance):
@@ -121,6 +152,93 @@ class SafeGuidance(Guidance):
         return None
 
 
+class ProjectedGuidance(Guidance):
+    """Adaptive projected guidance: less of what over-saturates at high scales.
+
+    Per sample, with the estimates u, c of z for negative prompt and prompt,
+
+        d <- c - u + momentum d,    then d min(1, norm / |d|) = parallel + orthogonal part to c
+        c + (scale - 1) (orthogonal + eta parallel)
+    """
+
+    name = "apg"
+
+    def __init__(self, settings: APG) -> None:
+        self.settings = settings
+        self._momentum: Tensor | None = None
+
+    def combine(self, evaluation: Evaluation) -> Tensor:
+        own, cond, factor = self.settings, evaluation.cond, evaluation.estimate_factor
+        difference = (cond - evaluation.uncond) * factor
+        if self._momentum is not None:
+            difference = difference + own.momentum * self._momentum
+        if own.momentum:
+            self._momentum = difference
+        if own.norm:
+            length = difference.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+            difference = difference * (own.norm / length).clamp(max=1)
+        parallel = _project(difference, evaluation.estimate(cond))
+        update = difference + (own.eta - 1) * parallel
+        return cond + (evaluation.scale - 1) * update / factor
+
+
+class PerpNeg(Guidance):
+    """Keeps of the negative prompt only what is perpendicular to the prompt.
+
+    Per sample, with predictions e, n, c for the empty, the negative and the prompt,
+
+        pos = c - e,  neg = n - e:    e + scale (pos - weight (neg - its projection on pos))
+
+    Args:
+        weight: Of the negative prompt.
+    """
+
+    name = "perp_neg"
+    texts = ("",)
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+    def combine(self, evaluation: Evaluation) -> Tensor:
+        (empty,) = evaluation.further
+        positive, negative = evaluation.cond - empty, evaluation.uncond - empty
+        perpendicular = negative - _project(negative, positive)
+        return empty + evaluation.scale * (positive - self.weight * perpendicular)
+
+
+class PerturbedAttention(Guidance):
+    """Perturbed-attention guidance: leads away from estimates without structure.
+
+    What another rule gives, plus pag_scale (c - p), with the prediction p for the prompt whose
+    positions do not attend to each other in the middle block of the UNet. It needs no
+    unconditional estimate: at a guidance scale of 1 there is none.
+
+    Args:
+        rule: The other rule.
+    """
+
+    name = "pag"
+    perturbs = True
+
+    def __init__(self, pag_scale: float, rule: Guidance) -> None:
+        self.pag_scale = pag_scale
+        self.rule = rule
+        self.texts = rule.texts
+
+    def combine(self, evaluation: Evaluation) -> Tensor:
+        cond = evaluation.cond
+        assert evaluation.perturbed is not None
+        guided = cond if evaluation.scale == 1 else self.rule.combine(evaluation)
+        return guided + self.pag_scale * (cond - evaluation.perturbed)
+
+    def explain_idle(self) -> str | None:
+        return super().explain_idle() or self.rule.explain_idle()
+
+    def count(self, *, guided: bool) -> None:
+        super().count(guided=guided)
+        self.rule.count(guided=guided)
+
+
 class StepCounter:
     """Counts the steps of a sampler, for conditions that depend on the step.
 
@@ -167,6 +285,7 @@ def add_guidance(
     scale: Scale = 1.0,
     *,
     rescale: float = 0.0,
+    interval: tuple[float, float] | None = None,
     rule: Guidance | None = None,
     further: Sequence[Cond] = (),
     on_uncond: Callable[[Tensor], object] | None = None,
@@ -180,41 +299,71 @@ def add_guidance(
     Args:
         uncond: Condition of the empty or the negative prompt; None for no guidance.
         scale: Guidance scale, which may depend on sigma. At 1 only `cond` is computed, unless it is
-            a composition.
+            a composition, and what the rule perturbs.
         rescale: 0 … 1, strength of rescaling the prediction to the standard deviation of the
             conditional one, against over-exposure at high scales.
+        interval: Lowest and highest noise level (sigma) with guidance; elsewhere only `cond` is
+            computed. None for all.
         rule: How predictions are combined; None for classifier-free guidance.
         further: Conditions of `rule.texts`.
         on_uncond: Called with each estimate without the prompt, which is then also computed at a
             scale of 1.
     """
     rule = rule or Guidance()
-    if isinstance(cond, Cond) and (uncond is None or (scale == 1 and on_uncond is None)):
-        return lambda x, sigma: denoiser(x, sigma, cond)
-    if uncond is None:
+    on_uncond = None if uncond is None else on_uncond
+    prompts = cond.cond if isinstance(cond, Composition) else cond
+    if isinstance(cond, Composition) and uncond is None:
         raise ArgumentError("a composition of prompts needs the unconditional condition")
-    if len(further) != len(rule.texts):
+    if uncond is None or (scale == 1 and on_uncond is None):
+        if isinstance(cond, Cond) and not rule.perturbs:
+            return lambda x, sigma: denoiser(x, sigma, cond)
+        scale = 1.0
+    elif len(further) != len(rule.texts):
         raise ArgumentError(f"{len(further)} conditions were given for {len(rule.texts)} texts")
-    conditions = uncond.cat(cond if isinstance(cond, Cond) else cond.cond)
-    for condition in further:
-        conditions = conditions.cat(condition)
+    low, high = (-math.inf, math.inf) if interval is None else interval
+
+    @functools.cache
+    def join(has_uncond: bool, is_guided: bool, perturbs: bool) -> Cond:
+        """Return the conditions of one evaluation of the network as one."""
+        conditions = [prompts]
+        if has_uncond:
+            assert uncond is not None
+            conditions = [uncond, prompts, *(further if is_guided else ())]
+        joined = functools.reduce(Cond.cat, conditions)
+        return _append_perturbed(joined, prompts) if perturbs else joined
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
+        has_guidance = low <= sigma <= high
         current_scale = scale(sigma) if callable(scale) else scale
-        if current_scale == 1 and on_uncond is None and isinstance(cond, Cond):
-            rule.calls += 1
-            return denoiser(x, sigma, cond)
-        x_cond = x if isinstance(cond, Cond) else x[cond.rows.to(x.device)]
-        inputs = [x, x_cond, *[x] * len(further)]
+        if not has_guidance:
+            current_scale = 1.0
+        is_guided = current_scale != 1 or (on_uncond is not None and has_guidance)
+        perturbs = has_guidance and rule.perturbs
+        has_uncond = is_guided or on_uncond is not None or isinstance(cond, Composition)
+        if not has_uncond and not perturbs:
+            rule.count(guided=False)
+            return denoiser(x, sigma, prompts)
+        x_cond = x[cond.rows.to(x.device)] if isinstance(cond, Composition) else x
+        inputs = [x, x_cond] if has_uncond else [x_cond]
+        inputs += [x] * len(further) if is_guided else []
+        inputs += [x_cond] if perturbs else []
+        conditions = join(has_uncond, is_guided, perturbs)
         prediction = denoiser.predict(torch.cat(inputs), sigma, conditions)
-        pred_uncond, pred_cond, *others = prediction.split([len(part) for part in inputs])
+        predictions = list(prediction.split([len(part) for part in inputs]))
+        pred_perturbed = predictions.pop() if perturbs else None
+        pred_uncond, pred_cond, *others = predictions if has_uncond else predictions * 2
         if isinstance(cond, Composition):
             pred_cond = cond.compose(pred_uncond, pred_cond)
-        evaluation = Evaluation(
-            denoiser, x, sigma, current_scale, pred_uncond, pred_cond, tuple(others)
-        )
-        prediction = rule.combine(evaluation)
-        rule.calls += 1
+            if pred_perturbed is not None:
+                pred_perturbed = cond.compose(pred_uncond, pred_perturbed)
+        prediction = pred_cond
+        if is_guided or perturbs:
+            evaluation = Evaluation(
+                denoiser, x, sigma, current_scale, pred_uncond, pred_cond, tuple(others),
+                pred_perturbed,
+            )  # fmt: skip
+            prediction = rule.combine(evaluation)
+        rule.count(guided=is_guided or perturbs)
         if on_uncond is not None:
             on_uncond(denoiser.convert_prediction(x, sigma, pred_uncond))
         if rescale:
@@ -224,15 +373,17 @@ def add_guidance(
     return denoise
 
 
-def limit_to_interval(scale: Scale, low: float, high: float) -> Scale:
-    """Limit guidance to noise levels (sigma) low … high; elsewhere the scale is 1."""
+def _append_perturbed(conditions: Cond, prompts: Cond) -> Cond:
+    """Append the rows of prompts, perturbed."""
+    rows = torch.arange(len(conditions) + len(prompts)) >= len(conditions)
+    return replace(conditions.cat(prompts), perturbed=rows)
 
-    def scale_at(sigma: float) -> float:
-        if not low <= sigma <= high:
-            return 1.0
-        return scale(sigma) if callable(scale) else scale
 
-    return scale_at
+def _project(x: Tensor, direction: Tensor) -> Tensor:
+    """Return the part of x (B, C, h, w) that is parallel to a direction, sample by sample."""
+    dims = (1, 2, 3)
+    square = (direction * direction).sum(dims, keepdim=True)
+    return (x * direction).sum(dims, keepdim=True) / square.clamp(min=TINY) * direction
 
 
 def _rescale(prediction: Tensor, pred_cond: Tensor, weight: float) -> Tensor:

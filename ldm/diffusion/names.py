@@ -4,14 +4,15 @@ Each table is the only list of its kind: functions, flags, form fields and PNG t
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Sequence
+from dataclasses import Field, dataclass, fields
 
 from ldm.runtime.errors import ArgumentError, unknown_name
 
 __all__ = [
-    "API_LEGACY", "LEGACY", "SAMPLERS", "SCHEDULERS", "SDXL_LEGACY", "SLD", "SLD_CONCEPTS",
-    "SLD_PRESETS", "TILINGS", "Sampler", "Scheduler",
+    "APG", "API_LEGACY", "FREEU_PRESETS", "FREEU_VERSIONS", "LEGACY", "RULES", "SAMPLERS",
+    "SCHEDULERS", "SDXL_LEGACY", "SLD", "SLD_CONCEPTS", "SLD_PRESETS", "TILINGS", "FreeUFactors",
+    "Sampler", "Scheduler", "check_rules",
 ]  # fmt: skip
 
 
@@ -94,6 +95,104 @@ class SLD:
         if value[0] % 1:  # of infinity and NaN, too
             raise ArgumentError(f"sld: warmup {value[0]} is not a whole number", "sld")
         return cls(int(value[0]), *map(float, value[1:]))
+
+
+@dataclass(frozen=True)
+class APG:
+    """Numbers of adaptive projected guidance (arXiv:2410.02416); see `ProjectedGuidance`.
+
+    The defaults are the authors' for Stable Diffusion XL.
+
+    Args:
+        eta: factor of the part of the update that is parallel to the estimate; 1 leaves it.
+        norm: largest norm of an update, r in the paper; 0 for no limit.
+        momentum: factor of former updates, beta in the paper, above -1 and below 1.
+    Raises:
+        ArgumentError: a number is out of range, or all of them are those without effect.
+    """
+
+    eta: float = 0.0
+    norm: float = 15.0
+    momentum: float = -0.5
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.eta) or not 0 <= self.norm < math.inf:
+            raise ArgumentError("apg: numbers must be finite, norm not negative", "apg")
+        if not -1 < self.momentum < 1:
+            raise ArgumentError(f"apg: momentum must be in -1 … 1, got {self.momentum:g}", "apg")
+        if (self.eta, self.norm, self.momentum) == (1, 0, 0):
+            raise ArgumentError("apg with eta 1, without norm and momentum changes nothing", "apg")
+
+    @classmethod
+    def of(cls, value: "Sequence[float] | APG") -> "APG":
+        """Return the numbers of a sequence, in the order of the arguments."""
+        return value if isinstance(value, APG) else cls(*_numbers("apg", value, fields(cls)))
+
+
+@dataclass(frozen=True)
+class FreeUFactors:
+    """Factors of FreeU (arXiv:2309.11497).
+
+    Args:
+        b1, b2: of half of the channels of the deepest output blocks, and of the next, 0 … 10.
+        s1, s2: of the low frequencies of their skip connections, 0 … 10.
+    Raises:
+        ArgumentError: a number is out of range, or all are 1.
+    """
+
+    b1: float
+    b2: float
+    s1: float
+    s2: float
+
+    def __post_init__(self) -> None:
+        numbers = (self.b1, self.b2, self.s1, self.s2)
+        if not all(0 <= number <= 10 for number in numbers):
+            raise ArgumentError("freeu: factors must be in 0 … 10", "freeu")
+        if set(numbers) == {1}:
+            raise ArgumentError("freeu with factors of 1 changes nothing", "freeu")
+
+    @classmethod
+    def of(cls, value: "str | Sequence[float] | FreeUFactors", automatic: str) -> "FreeUFactors":
+        """Return the factors of a preset, or of four numbers in the order of the arguments.
+
+        Args:
+            automatic: the preset that "auto" stands for.
+        """
+        if isinstance(value, FreeUFactors):
+            return value
+        if isinstance(value, str):
+            if value not in (choices := ["auto", *FREEU_PRESETS]):
+                raise unknown_name("preset of freeu", value, choices, argument="freeu")
+            return FREEU_PRESETS[automatic if value == "auto" else value]
+        return cls(*_numbers("freeu", value, fields(cls)))
+
+
+def check_rules(given: Collection[str], scale: float | None) -> None:
+    """Raise ArgumentError for rules of guidance that do not go together, or with a scale.
+
+    Args:
+        given: names of options, of which those in RULES count.
+        scale: of guidance; None = not known.
+    """
+    rules = [name for name in RULES if name in given]
+    if len(rules) > 1:
+        message = f"{rules[0]} and {rules[1]} are both rules of guidance: give one"
+        raise ArgumentError(message, rules[1])
+    if scale == 1 and (idle := [name for name in rules if name != "sld"]):
+        raise ArgumentError(f"{idle[0]} needs guidance, whose scale must not be 1", idle[0])
+    if "freeu_version" in given and "freeu" not in given:
+        raise ArgumentError("freeu_version needs freeu", "freeu_version")
+
+
+def _numbers(
+    name: str, value: Sequence[float], parts: Sequence["Field[object]"]
+) -> Sequence[float]:
+    """Return the numbers; raise ArgumentError unless there is one for each part."""
+    if len(value) != len(parts):
+        names = ", ".join(part.name for part in parts)
+        raise ArgumentError(f"{name} takes {len(parts)} numbers ({names}), got {len(value)}", name)
+    return [float(number) for number in value]
 
 
 SAMPLERS = {
@@ -205,6 +304,19 @@ _CONCEPT = (
     "abuse, brutality, cruelty"
 )
 SLD_CONCEPTS = {"original": _CONCEPT, "diffusers": f"an image showing {_CONCEPT}"}
+
+# Rules of guidance, of which one can hold; `pag` adds to it. Without guidance `sld` warns.
+RULES = ("sld", "apg", "perp_neg")
+FREEU_PRESETS = {  # of the authors, for version 1
+    "sd1": FreeUFactors(1.5, 1.6, 0.9, 0.2),
+    "sd2": FreeUFactors(1.4, 1.6, 0.9, 0.2),
+    "sdxl": FreeUFactors(1.3, 1.4, 0.9, 0.2),
+}
+FREEU_VERSIONS = {
+    "1": "the authors' first, by the channels of a block",
+    "2": "their second, whose b follows the mean of the channels",
+    "diffusers": "the first, by the level of a block, as diffusers does",
+}
 
 # Quirks of SDXL's original, which do nothing for other models.
 SDXL_LEGACY = {

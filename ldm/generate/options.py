@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.diffusion.levels import check_sigmas
-from ldm.diffusion.names import API_LEGACY, LEGACY, SLD
+from ldm.diffusion.names import APG, API_LEGACY, FREEU_PRESETS, LEGACY, SLD, FreeUFactors
 from ldm.loading.addons.lora_weights import LoRAWeight, split_weight
 from ldm.runtime.errors import ArgumentError, MissingFile, unknown_name
 from ldm.runtime.files import read_text
@@ -183,6 +183,14 @@ def parse_sigmas(argument: str) -> tuple[float, ...]:
     return sigmas
 
 
+def parse_positive(argument: str) -> float:
+    """Parse a finite number above 0."""
+    number = _number(argument)
+    if number is None or number <= 0:
+        raise ArgumentError(f"`{argument}` is not a number above 0")
+    return number
+
+
 def parse_interval(argument: str) -> tuple[float, float]:
     """Parse LOW,HIGH: two sigmas."""
     low, _, high = (_number(part) for part in argument.partition(","))
@@ -225,11 +233,30 @@ def parse_weighted_file(argument: str) -> tuple[str, float | str]:
 
 def parse_sld(argument: str) -> str | tuple[float, ...]:
     """Parse the name of a preset, or WARMUP,SCALE,THRESHOLD,MOMENTUM,BETA."""
-    numbers = [_number(part) for part in argument.split(",")]
-    if None in numbers and len(numbers) > 1:
+    numbers = _numbers(argument)
+    if not numbers and "," in argument:
         raise ArgumentError(f"`{argument}` is not five numbers")
-    value = argument if None in numbers else tuple(n for n in numbers if n is not None)
+    value = numbers or argument
     SLD.of(value)
+    return value
+
+
+def parse_apg(argument: str) -> tuple[float, ...]:
+    """Parse ETA,NORM,MOMENTUM."""
+    numbers = _numbers(argument)
+    if not numbers:
+        raise ArgumentError(f"`{argument}` is not ETA,NORM,MOMENTUM: three numbers")
+    APG.of(numbers)
+    return numbers
+
+
+def parse_freeu(argument: str) -> str | tuple[float, ...]:
+    """Parse the name of a preset, or B1,B2,S1,S2."""
+    numbers = _numbers(argument)
+    if not numbers and "," in argument:
+        raise ArgumentError(f"`{argument}` is not B1,B2,S1,S2: four numbers")
+    value = numbers or argument
+    FreeUFactors.of(value, next(iter(FREEU_PRESETS)))
     return value
 
 
@@ -256,6 +283,12 @@ def _parse_pair(argument: str) -> tuple[int, int]:
     """Parse two whole numbers; -1, -1 for anything else."""
     first, _, second = (part.strip() for part in argument.partition(","))
     return (int(first), int(second)) if first.isdigit() and second.isdigit() else (-1, -1)
+
+
+def _numbers(argument: str) -> tuple[float, ...]:
+    """Parse numbers that commas separate; () for anything else."""
+    numbers = [_number(part) for part in argument.split(",")]
+    return () if None in numbers else tuple(n for n in numbers if n is not None)
 
 
 def _number(argument: str) -> float | None:

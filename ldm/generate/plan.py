@@ -71,8 +71,8 @@ def plan_batches(
     Args:
         list_files: returns the files of LoRAs that prompts may name; None = `list_loras`.
     Raises:
-        ArgumentError: a mistake in the prompt file or in a prompt, or what legacy `noise` does not
-            allow.
+        ArgumentError: a mistake in the prompt file or in a prompt, or what legacy `noise` or a
+            rule of guidance does not allow.
         MissingFile: of LoRAs or wildcards.
     """
     # Of a folder, processes share the input images instead.
@@ -84,6 +84,7 @@ def plan_batches(
     batches: list[Batch] = []
     for iteration in range(request.output.n_iter):
         jobs = planner.make_jobs(lines, iteration)
+        _check_negative_prompts(request, jobs)
         for _, group in groupby(jobs, key=lambda job: (job.values, job.loras)):
             alike = list(group)
             size = request.output.n_samples
@@ -111,6 +112,14 @@ def _prompt_lines(request: Request) -> list[PromptLine]:
         except ArgumentError as error:
             raise ArgumentError(f"{path}:{number}: {error}") from error
     return lines
+
+
+def _check_negative_prompts(request: Request, jobs: Sequence[Job]) -> None:
+    for job in jobs:
+        weight = job.values.get("perp_neg", request.sampling.perp_neg)
+        if weight is not None and not job.negative_prompt and not job.negative_prompt_2:
+            message = f"perp_neg needs a negative prompt: `{job.prompt}` has none"
+            raise ArgumentError(message, "perp_neg")
 
 
 def _check_legacy_noise(request: Request, lines: list[PromptLine], world_size: int) -> None:

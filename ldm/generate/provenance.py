@@ -8,6 +8,7 @@ for other shapes). Keys: see `imaging.metadata`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from ldm.loading.load import DEMO
 from ldm.loading.published import find_checkpoint
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import is_sdxl
+from ldm.pipelines.freeu import find_factors
 from ldm.pipelines.latent_upscaling import FACTOR
 from ldm.pipelines.sampling import default_scheduler
 from ldm.runtime.device import pick_device
@@ -96,7 +98,7 @@ def describe_run(
         },
         **_describe_sdxl(request, models, without_folders),
         **_describe_upscaler(request, models, without_folders),
-        **_describe_sld(sampling),
+        **_describe_guidance(sampling, model),
         **_describe_checker(request, without_folders),
         **({"clip_skip": sampling.clip_skip} if sampling.clip_skip > 1 else {}),
         "tile": sampling.vae_tile,
@@ -165,13 +167,20 @@ def _describe_upscaler(request: Request, models: Models, without_folders: bool) 
     }
 
 
-def _describe_sld(sampling: Sampling) -> Info:
-    """Return preset or numbers of safe latent diffusion, and the text of the concept."""
-    if sampling.sld is None:
-        return {}
-    sld = sampling.sld if isinstance(sampling.sld, str) else list(sampling.sld)
-    concept = sampling.sld_concept or "original"
-    return {"sld": sld, "sld_concept": SLD_CONCEPTS.get(concept, concept)}
+def _describe_guidance(sampling: Sampling, model: LatentDiffusion) -> Info:
+    """Return the numbers of rules of guidance and of FreeU, or the preset that was chosen."""
+    info: Info = {}
+    if sampling.sld is not None:
+        concept = sampling.sld_concept or "original"
+        info["sld"] = sampling.sld if isinstance(sampling.sld, str) else list(sampling.sld)
+        info["sld_concept"] = SLD_CONCEPTS.get(concept, concept)
+    if sampling.apg is not None:
+        info["apg"] = list(sampling.apg)
+    if sampling.freeu is not None:
+        info["freeu"] = list(astuple(find_factors(model, sampling.freeu)))
+        info["freeu_version"] = sampling.freeu_version
+    rules = {"perp_neg": sampling.perp_neg, "pag": sampling.pag}
+    return info | {name: value for name, value in rules.items() if value is not None}
 
 
 def describe_image(request: Request, batches: Sequence[Batch], number: int, row: int) -> Info:

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from ldm.diffusion.levels import TAKES_RHO, check_rho
-from ldm.diffusion.names import SAMPLERS, SCHEDULERS, SLD_PRESETS, TILINGS
+from ldm.diffusion.names import (
+    FREEU_PRESETS,
+    FREEU_VERSIONS,
+    SAMPLERS,
+    SCHEDULERS,
+    SLD_PRESETS,
+    TILINGS,
+    check_rules,
+)
 from ldm.diffusion.step_noise import StepNoise
 from ldm.generate.options import (
     COMMON_QUIRKS,
@@ -21,13 +29,16 @@ from ldm.generate.options import (
     Value,
     decode_option,
     option,
+    parse_apg,
     parse_corner,
     parse_count,
     parse_fraction,
+    parse_freeu,
     parse_integer,
     parse_interval,
     parse_legacy,
     parse_number,
+    parse_positive,
     parse_sigmas,
     parse_size,
     parse_sld,
@@ -211,6 +222,27 @@ class Sampling:
         label="Unsafe concept",
         help="what --sld guides away from: a text, @FILE with one, or the text of the authors'"
         " package or of diffusers: original, diffusers (default: original)")
+    apg: tuple[float, ...] | None = option(None, "--apg", parse=parse_apg, const=(0.0, 15.0, -0.5),
+        metavar="ETA,NORM,MOMENTUM", label="APG (eta, norm, momentum)",
+        help="adaptive projected guidance, against over-saturation at high scales: factor of the"
+        " update's part along the estimate, its largest norm (0: no limit) and factor of former"
+        " updates; 0,15,-0.5 without a value (default: off)")
+    perp_neg: float | None = option(None, "--perp-neg", parse=parse_positive, const=1.0,
+        metavar="W", label="Perp-neg weight",
+        help="keep of the negative prompt what is perpendicular to the prompt, with weight W; 1"
+        " without a value (default: off)")
+    pag: float | None = option(None, "--pag", "--pag-scale", parse=parse_positive, const=3.0,
+        metavar="S", label="PAG scale",
+        help="perturbed-attention guidance, which sharpens structure, beside any other and without"
+        " (--scale 1); scale 3 without a value (default: off)")
+    freeu: str | tuple[float, ...] | None = option(None, "--freeu", parse=parse_freeu,
+        const="auto", metavar="B1,B2,S1,S2", label="FreeU",
+        help="FreeU: factors of the UNet's backbone and skip connections, or a preset:"
+        f" {', '.join(FREEU_PRESETS)}, or auto for that of the model, which it is without a value"
+        " (default: off)")
+    freeu_version: str | None = option(None, "--freeu-version", choices=tuple(FREEU_VERSIONS),
+        label="FreeU version", help="; ".join(f"{k}: {text}" for k, text in FREEU_VERSIONS.items())
+        + " (default: 1)")
     clip_skip: int = option(1, "--clip-skip", parse=parse_count, metavar="N", label="Clip skip",
         maximum=12, help="layer of the text tower of Stable Diffusion 1 that is used, from the end:"
         " 1 the last, 2 the last but one (default: %(default)s)")
@@ -361,7 +393,7 @@ class Request:
     Args:
         inputs: the task's own group.
     Raises:
-        ArgumentError: a size, or noise of steps, that is not allowed.
+        ArgumentError: a size, noise of steps, or rules of guidance that are not allowed.
     """
 
     task: "Task"
@@ -412,6 +444,8 @@ class Request:
             for name in ("upscaler_steps", "upscaler_scale"):
                 if vars(self.upscaling)[name] is not None:
                     raise ArgumentError(f"{name} needs upscaler", name)
+        given = [name for name, value in vars(sampling).items() if value is not None]
+        check_rules(given, sampling.scale)
         if self.sdxl.refiner_strength is not None and self.sdxl.refiner_start is not None:
             raise ArgumentError(
                 "refiner_start is given, too: only one can hold", "refiner_strength"

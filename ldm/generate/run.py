@@ -43,6 +43,7 @@ from ldm.imaging.rgbd import place_beside, split_depth
 from ldm.loading.addons.lora import set_loras
 from ldm.model import LatentDiffusion
 from ldm.pipelines.common import TaskOptions, check_clip_skip
+from ldm.pipelines.guidance import GuidanceOptions
 from ldm.pipelines.latent_upscaling import Upscaling
 from ldm.pipelines.prompts import QUOTED_WORDS, find_lost_text
 from ldm.prompts import PLAIN, parse_prompt
@@ -318,6 +319,8 @@ def _generate(
         "s_noise": sampling.s_noise,
         "rescale": sampling.rescale,
         "guidance_interval": sampling.guidance_interval,
+        "freeu": sampling.freeu,
+        "freeu_version": sampling.freeu_version,
         "tiling": sampling.tiling,
         "x_T": start_noise(request, model, prepared.output_size(model), batch),
         "legacy": sampling.legacy,
@@ -332,8 +335,8 @@ def _generate(
         )
     if request.prompts.syntax != PLAIN:
         options["syntax"] = request.prompts.syntax
-    rule = {"sld": sampling.sld, "sld_concept": sampling.sld_concept}
-    options |= {name: value for name, value in rule.items() if value is not None}
+    rules = {name: vars(sampling)[name] for name in GuidanceOptions.__annotations__}
+    options |= {name: value for name, value in rules.items() if value is not None}
     if check_clip_skip(model, sampling.clip_skip) is None and sampling.clip_skip > 1:
         options["clip_skip"] = sampling.clip_skip
     prompts = [job.prompt for job in batch]

@@ -9,7 +9,8 @@ image is a plain dict; `parameters_text` knows these keys, all optional:
     mask_box, mask_grow, mask_blur, noise_level, mix_noise_level, weight (of each image),
     clip_skip, tiling, depth_range (lowest and highest of 0 … 65535),
     prompt_2, negative_prompt_2, original_size, crop, target_size and aesthetic_score (also
-    negative_ ones), refiner_strength or refiner_start, sld, sld_concept, syntax,
+    negative_ ones), refiner_strength or refiner_start, sld, sld_concept, apg, perp_neg, pag,
+    freeu, freeu_version, syntax,
     safety (flagged, concepts, special, scores, special_scores, action),
     vae, refiner, loras and embeddings (each file a dict with path and hash; a LoRA's with weight
     and a1111_hash)
@@ -99,6 +100,11 @@ SETTINGS: dict[str, tuple[str, Callable[[str], object]]] = {
     "SLD": ("sld", str),
     "SLD concept": ("sld_concept", str),
     "Prompt syntax": ("syntax", str),
+    "APG": ("apg", str),
+    "Perp-neg": ("perp_neg", float),
+    "PAG scale": ("pag", float),
+    "FreeU": ("freeu", str),
+    "FreeU version": ("freeu_version", str),
     "Version": ("version", str),
     **SDXL_SETTINGS,
 }
@@ -193,6 +199,11 @@ def _settings(info: JsonMapping) -> Iterable[tuple[str, str]]:
         "SLD": info.get("sld"),
         "SLD concept": _concept_name(info.get("sld_concept")),
         "Prompt syntax": None if info.get("syntax") == "plain" else info.get("syntax"),
+        "APG": info.get("apg"),
+        "Perp-neg": info.get("perp_neg"),
+        "PAG scale": info.get("pag"),
+        "FreeU": info.get("freeu"),
+        "FreeU version": info.get("freeu_version"),
         "Safety checker": _safety_verdict(info.get("safety")),
         "Refiner": refiner and f"{PurePath(refiner['path']).stem} [{refiner['hash']}]",
         "Refiner switch at": _refiner_start(info),

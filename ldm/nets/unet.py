@@ -24,6 +24,8 @@ from ldm.nets.blocks import (
     timestep_embedding,
     zero,
 )
+from ldm.nets.freeu import FreeU
+from ldm.nets.perturbation import find_self_attentions, perturb_self_attention
 from ldm.nets.transformer import AttentionBlock, SpatialTransformer
 
 __all__ = ["UNet"]
@@ -134,6 +136,25 @@ class UNet(nn.Module):
         return [blocks] * len(self.channel_mult) if isinstance(blocks, int) else blocks
 
     @property
+    def attends_in_middle(self) -> bool:
+        """Whether the middle block has self-attention in a transformer, as `perturbed` needs."""
+        return bool(find_self_attentions(self.middle_block))
+
+    @property
+    def decoder_inputs(self) -> list[tuple[int, int]]:
+        """For each output block its level, from 0 for the deepest, and the channels it is given.
+
+        Those of the skip connection, which are concatenated, are not counted.
+        """
+        inputs, channels = [], self._widths[-1]
+        for depth, (width, blocks) in enumerate(
+            zip(reversed(self._widths), reversed(self._res_blocks), strict=True)
+        ):
+            inputs += [(depth, channels), *[(depth, width)] * blocks]
+            channels = width
+        return inputs
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights, in which the network computes."""
         return next(self.parameters()).dtype
@@ -145,6 +166,8 @@ class UNet(nn.Module):
         context: Context = None,
         y: Tensor | None = None,
         guidance_embedding: Tensor | None = None,
+        perturbed: Tensor | None = None,
+        freeu: FreeU | None = None,
     ) -> Tensor:
         """Predict eps, v or x0 of noisy latents, (B, out_channels, h, w) in the dtype of x.
 
@@ -157,6 +180,9 @@ class UNet(nn.Module):
                 (B, adm_in_channels), for "timestep" (B,).
             guidance_embedding: (B, time_cond_proj_dim), of the guidance scale that a distilled
                 network imitates (arXiv:2310.04378); None: zeros.
+            perturbed: Rows whose positions do not attend to each other in the middle block, bool
+                (B,), for perturbed-attention guidance.
+            freeu: Changes what the output blocks are given.
         """
         self._check_input(x, y)
         emb = timestep_embedding(timesteps, self.model_channels).to(self.dtype)
@@ -170,9 +196,16 @@ class UNet(nn.Module):
         for stage in self.input_blocks:
             h = stage(h, emb, context)  # (B, C_i, h / 2^i, w / 2^i)
             skips.append(h)
-        h = self.middle_block(h, emb, context)
-        for stage in self.output_blocks:
-            h = torch.cat([h, skips.pop()], dim=1)  # (B, C_i + C_skip, h / 2^i, w / 2^i)
+        if perturbed is None:
+            h = self.middle_block(h, emb, context)
+        else:
+            with perturb_self_attention(self.middle_block, perturbed):
+                h = self.middle_block(h, emb, context)
+        for i, stage in enumerate(self.output_blocks):
+            skip = skips.pop()
+            if freeu is not None:
+                h, skip = freeu(i, h, skip)
+            h = torch.cat([h, skip], dim=1)  # (B, C_i + C_skip, h / 2^i, w / 2^i)
             size = skips[-1].shape[-2:] if skips else None
             h = stage(h, emb, context, size)  # (B, C_i, h / 2^i, w / 2^i)
         out: Tensor = self.out(h)

@@ -22,7 +22,7 @@ from ldm.imaging.rgbd import join_depth
 from ldm.model import LatentDiffusion
 from ldm.nets.circular import circular_padding
 from ldm.pipelines.families import check_family, file_name
-from ldm.pipelines.guidance import GuidanceOptions, make_rule
+from ldm.pipelines.guidance import GuidanceOptions, check_guidance, make_rule
 from ldm.pipelines.latent_upscaling import Upscaling, check_sides, double_latent
 from ldm.pipelines.prompts import (
     PromptOptions,
@@ -157,8 +157,10 @@ def pipeline(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tens
                     kind = f"keyword of {function.__name__}"
                     raise unknown_name(kind, keyword, allowed[1:], argument=keyword)
             tiling, skip = keywords.pop("tiling", "none"), keywords.pop("clip_skip", 1)
-            model = signature.bind(*args, **keywords).arguments["model"]
+            arguments = signature.bind(*args, **keywords).arguments
+            model = arguments["model"]
             check_family(model, *families)
+            check_guidance(model, cast(Scale | None, arguments.get("scale")), keywords)
             if (reason := check_clip_skip(model, skip)) is not None:
                 warnings.warn(reason, stacklevel=2)
             try:
@@ -226,7 +228,7 @@ class Conditions:
     def encode(self, model: LatentDiffusion, quirks: Quirks, *, after_base: bool = False) -> Conds:
         """Encode prompts, negative prompts and the texts of the rule, as a model reads them.
 
-        An empty negative prompt is the model's unconditional one.
+        An empty negative prompt, or text of the rule, is the model's unconditional one.
         """
         sizes, negative_sizes = size_conditions(model, self.options, self.size, quirks)
         keys = model.conditioner.keys
@@ -249,12 +251,13 @@ class Conditions:
         if scale == 1 and not takes_uncond and not has_composition(cond):
             return cond, None, []
         texts = self.rule.texts if self.rule else ()
-        further = [
-            encode_prompts(model, [(text, text)] * len(self.prompts), inputs, sizes)
-            for text in texts
-        ]
         text = model.conditioner.text
         null = None if text is not None and text.null is None else ""
+        further = {
+            text: encode_prompts(model, [(text, text)] * len(self.prompts), inputs, sizes)
+            for text in texts
+            if text
+        }
         negatives = [
             pair if isinstance(pair, StepPrompts) or any(pair) else (null, null)
             for pair in self.negatives
@@ -262,9 +265,12 @@ class Conditions:
         if quirks.ignores_negative(after_base=after_base):
             negatives = [(null, null)] * len(negatives)
         inputs |= self.unconditional_inputs
+        if "" in texts:
+            pairs = [(null, null)] * len(self.prompts)
+            further[""] = encode_prompts(model, pairs, inputs, negative_sizes)
         uncond = encode_steps(negatives, partial(encode, sizes=negative_sizes))
         assert not isinstance(uncond, Composition)
-        return cond, uncond, further
+        return cond, uncond, [further[text] for text in texts]
 
 
 def generate(
@@ -402,6 +408,7 @@ def _sample_with_refiner(
         **run, "sigmas": sigmas[end:], "z_t": z_t, "z": None, "x_T": None,
         "callback": on_step(end - first), "further": further, "constrain": constrain_refiner,
         "first_step": end - first,
+        "freeu": None,
     }  # fmt: skip
     return sample(refiner, cond, uncond, **refiner_run)
 
@@ -485,7 +492,6 @@ def make_noise(
         legacy,
     )
     run_sigmas(model, Quirks(), sampling)  # raises ArgumentError
-    make_rule(cast(GuidanceOptions, options), Quirks())
     check_sdxl(model, sdxl)
     _check_prompts(prompts, cast(PromptOptions, options).get("syntax", PLAIN))
     return noise_source(options.get("seeds"), len(as_list(prompts)), legacy)

@@ -24,10 +24,10 @@ from ldm.diffusion.guidance import (
     StepCounter,
     add_guidance,
     follow_schedule,
-    limit_to_interval,
 )
 from ldm.diffusion.guidance_embedding import imitate_guidance
 from ldm.diffusion.levels import check_sigmas
+from ldm.diffusion.names import FreeUFactors
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.samplers.common import Constrain, Denoise
 from ldm.diffusion.samplers.single_step import euler
@@ -38,6 +38,7 @@ from ldm.nets.circular import circular_padding
 from ldm.nets.cpu import cache_weights
 from ldm.nets.tiling import apply_tiled
 from ldm.pipelines.families import file_name, is_sdxl
+from ldm.pipelines.freeu import make_freeu
 from ldm.pipelines.quirks import Noise, Quirks, noise_source
 from ldm.runtime.errors import ArgumentError, unknown_name
 
@@ -71,6 +72,8 @@ class SamplingOptions(TypedDict, total=False):
     s_noise: float
     rescale: float
     guidance_interval: tuple[float, float] | None
+    freeu: str | Sequence[float] | FreeUFactors | None
+    freeu_version: str | None
     seeds: int | Sequence[int] | Noise | None
     x_T: Tensor | None
     callback: Callback | None
@@ -105,6 +108,8 @@ def sample(
     scale: Scale | None = None,
     rescale: float = 0.0,
     guidance_interval: tuple[float, float] | None = None,
+    freeu: str | Sequence[float] | FreeUFactors | None = None,
+    freeu_version: str | None = None,
     rule: Guidance | None = None,
     further: Sequence[Cond] = (),
     seeds: int | Sequence[int] | Noise | None = None,
@@ -142,6 +147,9 @@ def sample(
             an embedding of it runs once for a step, without `uncond`.
         rescale: 0 … 1, see `add_guidance`.
         guidance_interval: (low, high) sigmas between which guidance acts; None = everywhere.
+        freeu: factors of FreeU, the name of a preset, or "auto" for that of the model's family;
+            None = off.
+        freeu_version: a name in FREEU_VERSIONS; None = "1".
         rule: how guidance combines predictions, an object for this run; None = classifier-free.
         further: conditions of the texts of the rule, with a row for each row of `cond`.
         seeds: one per row, or the first of consecutive ones; None = from torch's generator. The
@@ -179,6 +187,8 @@ def sample(
     elif (sigmas.diff() > 0).any():
         raise ArgumentError("sigmas must descend", "sigmas")
     steps = defaults.steps if steps is None else steps
+    if model.guidance_width is not None:
+        _check_embedded_guidance(rule, rescale, guidance_interval)
     if reason := check_few_steps(model, steps, scale):
         warnings.warn(reason, stacklevel=2)
     noise = noise or noise_source(seeds, len(cond), quirks.names)
@@ -198,9 +208,11 @@ def sample(
             x = x_T * std if quirks.is_pure_noise(strength) else z.to(x_T) + sigma * x_T
             x = x * (_std(sigmas[first]) / std)
     sigmas = sigmas[first : None if end is None else max(end, first) + 1]
-    if guidance_interval is not None:
-        scale = limit_to_interval(scale, *guidance_interval)
-    denoiser = _in_tiles(quirks.denoiser(model, sampler), unet_tile)
+    denoiser = quirks.denoiser(model, sampler)
+    if freeu is not None:
+        changes = partial(denoiser.network, freeu=make_freeu(model, freeu, freeu_version))
+        denoiser = replace(denoiser, network=changes)
+    denoiser = _in_tiles(denoiser, unet_tile)
     unconds: deque[Tensor] = deque(maxlen=1)
     sampler_options = _sampler_options(
         model.schedule, sampler, step_noise, noise, "noise" in quirks, end is not None
@@ -212,6 +224,7 @@ def sample(
         denoiser,
         scale=scale,
         rescale=rescale,
+        interval=guidance_interval,
         rule=rule,
         further=further,
         on_uncond=unconds.append if "last_uncond" in sampler_options else None,
@@ -353,6 +366,21 @@ def check_sampling(
         if not 0 <= value <= 1:
             raise ArgumentError(f"{name} must be in 0 … 1, got {value}", name)
     Quirks(frozenset(legacy))
+
+
+def _check_embedded_guidance(
+    rule: Guidance | None, rescale: float, interval: tuple[float, float] | None
+) -> None:
+    """Refuse what acts between two passes of the network, where there is one."""
+    given = {
+        "a rule of guidance": rule is not None,
+        "rescale": bool(rescale),
+        "guidance_interval": interval is not None,
+    }
+    for name in (name for name, is_given in given.items() if is_given):
+        raise ArgumentError(
+            f"{name} has no effect on a model that embeds the guidance scale: leave it out"
+        )
 
 
 def _in_tiles(denoiser: Denoiser, tile: int | None) -> Denoiser:

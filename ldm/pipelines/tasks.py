@@ -19,7 +19,7 @@ take:
     tile              side in latent pixels of overlapping tiles to decode; None = decode whole
     on_latent         called with the final latents before they are decoded
     options           keywords of `sample`: steps, sampler, scheduler, eta, seeds, x_T, callback …,
-                      and of `GuidanceOptions`: safe latent diffusion;
+                      and of `GuidanceOptions`: other rules of guidance;
                       txt2img, img2img and inpaint also take those of `SDXLOptions`: a refiner,
                       sizes, a second prompt
 
@@ -57,7 +57,6 @@ from ldm.pipelines.common import (
     pipeline,
     split_options,
 )
-from ldm.pipelines.guidance import make_rule
 from ldm.pipelines.latent_upscaling import (
     FACTOR,
     Upscaling,
@@ -361,8 +360,6 @@ def upscale_latent(
     texts = [text or "" for text, _ in pair_texts(prompts, None, len(as_list(prompts)), "prompt")]
     negatives = pair_texts(negative_prompt, None, len(texts), "negative_prompt")
     check_noise(model, noise_sigma, noise_kind)
-    if make_rule(options, Quirks()) is not None:
-        raise ArgumentError("safe latent diffusion is not for the x2 latent upscaler", "sld")
     if options.get("syntax", PLAIN) != PLAIN:
         raise ArgumentError("the x2 latent upscaler takes prompts of syntax plain only", "syntax")
     if latent is None:

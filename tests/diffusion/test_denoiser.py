@@ -7,7 +7,7 @@ from torch import Tensor
 from goldfile import gold
 from ldm.conditioning import Cond
 from ldm.diffusion.denoiser import PARAMETERIZATIONS, Denoiser, input_std, scalings
-from ldm.diffusion.guidance import add_guidance, limit_to_interval
+from ldm.diffusion.guidance import add_guidance
 from ldm.diffusion.schedule import (
     ContinuousSchedule,
     NoiseSchedule,
@@ -181,7 +181,7 @@ def test_outside_the_interval_guidance_costs_nothing(pair):
     z, noise = pair
     oracle = Oracle("v", z, noise)
     cond = Cond(torch.ones(2, 3, 5))
-    denoise = add_guidance(oracle.denoiser, cond, cond, limit_to_interval(7.5, 0.3, 5.0))
+    denoise = add_guidance(oracle.denoiser, cond, cond, 7.5, interval=(0.3, 5.0))
     for sigma in (10.0, 5.0, 1.0, 0.2):
         denoise(z + sigma * noise, sigma)
     assert oracle.rows == [2, 4, 4, 2]

@@ -181,6 +181,17 @@ def test_a_flag_of_the_original_keeps_its_abbreviation_beside_newer_ones():
         ("inpaint", "--mask-box 9,9,3,3", "is not LEFT,TOP,RIGHT,BOTTOM"),
         ("inpaint", "--mask-grow -1", "is not a whole number"),
         ("txt2img", "--guidance-interval 5,1", "is not LOW,HIGH"),
+        ("txt2img", "--pag 0", "`0` is not a number above 0"),
+        ("txt2img", "--perp-neg -1", "is not a number above 0"),
+        ("txt2img", "--apg 1,2", "apg takes 3 numbers (eta, norm, momentum), got 2"),
+        ("txt2img", "--apg 1,0,0", "apg with eta 1, without norm and momentum changes nothing"),
+        ("txt2img", "--apg 0,15,-1", "momentum must be in -1 … 1, got -1"),
+        ("txt2img", "--apg --scale 1", "apg needs guidance, whose scale must not be 1 (--apg)"),
+        ("txt2img", "--apg --sld max", "sld and apg are both rules of guidance: give one (--apg)"),
+        ("txt2img", "--freeu sd3", "unknown preset of freeu `sd3`, did you mean"),
+        ("txt2img", "--freeu 1,1,1,1", "freeu with factors of 1 changes nothing"),
+        ("txt2img", "--freeu 11,1,1,1", "factors must be in 0 … 10"),
+        ("txt2img", "--freeu-version 2", "freeu_version needs freeu (--freeu-version)"),
         ("txt2img", "--scale nan", "is not a number"),
         ("txt2img", "--original-size 512", "is not HEIGHT,WIDTH"),
         ("txt2img", "--crop=-1,0", "is not TOP,LEFT"),
@@ -206,12 +217,14 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
              "lora": "x.safetensors:0.25", "legacy": "noise,steps", "precision": "fp16",
              "attention": "math", "sampler": "dpm", "sigmas": "9,1,0", "strength": ".25",
              "rescale": ".5", "resize_mode": "pad", "height": "64", "width": "64", "tiling": "x",
-             "sld": "1,20,0,0.5,0.25", "unsafe": "blur",
+             "sld": "1,20,0,0.5,0.25", "unsafe": "blur", "apg": "0.5,5,-0.25",
+             "freeu": "1.25,1.5,0.5,0.25", "freeu_version": "2",
              "refiner_strength": ".25", "refiner_start": ".75", "noise_sigma": ".25",
              "noise_kind": "fake", "syntax": "a1111",
              **dict.fromkeys(names_of_pairs, "8,16")}  # fmt: skip
     needed = {
         "sld_concept": ["--sld", "max"],
+        "freeu_version": ["--freeu"],
         "unsafe": ["--safety-checker", "x"],
         **{name: ["--upscaler", "x"] for name in ("upscaler_steps", "upscaler_scale")},
     }
@@ -230,6 +243,7 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
         others = (  # not with the rest
             "--refiner-start", "--s-churn", "--s-noise", "--syntax", "--sigmas",
             "--save-latents",
+            "--apg", "--perp-neg",
         )  # fmt: skip
         compatible = [argv for argv in argvs if argv[0] not in others]
         for argv in [[], *argvs, list(chain(*compatible))]:

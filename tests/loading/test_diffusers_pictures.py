@@ -123,6 +123,49 @@ def test_safe_latent_diffusion(made, tmp_path, sampler):
         agree(ours, theirs)
 
 
+PAG = {"sd1": "StableDiffusionPAGPipeline", "sd2-v": "StableDiffusionPAGPipeline",
+       "xl": "StableDiffusionXLPAGPipeline"}  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [SCALE, pytest.param(1.0, marks=SLOW)])
+@pytest.mark.parametrize(
+    "family", ["sd1", *(pytest.param(name, marks=SLOW) for name in ("sd2-v", "xl"))]
+)
+def test_perturbed_attention_guidance(made, family, scale):
+    """Without classifier-free guidance, too."""
+    source, _, folder = made(family)
+    side, open_folder = (64, opened_xl) if family == "xl" else (SIDE, opened)
+    pipe = getattr(diffusers, PAG[family])(
+        **open_folder(folder).components, pag_applied_layers="mid"
+    )
+    x = noise(2, 4, *(2 * [side // (8 if family == "xl" else 2)]))
+    texts = {"negative_prompt": ["blurry", "a dog"]}
+    options = common(x.clone()) | {"guidance_scale": scale, "pag_scale": 3.0}
+    theirs = pipe([PROMPT, "a cat"], height=side, width=side, **texts, **options).images
+    choice = {k: v for k, v in XL_OURS.items() if k.startswith("s") and family == "xl"}
+    ours = choice | {"size": (side, side), "steps": STEPS, "x_T": x, **texts}
+    model = ldm.load(source)
+    guided = ldm.txt2img(model, [PROMPT, "a cat"], **ours | {"scale": scale}, pag=3.0)
+    agree(guided, theirs)
+    without = ldm.txt2img(model, [PROMPT, "a cat"], **ours | {"scale": scale})
+    assert (guided - without).abs().max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["sd1", pytest.param("xl", marks=SLOW)])
+def test_freeu_by_the_level_of_a_block(made, family):
+    source, _, folder = made(family)
+    side, open_folder = (64, opened_xl) if family == "xl" else (SIDE, opened)
+    pipe, x = open_folder(folder), noise(1, 4, *(2 * [side // (8 if family == "xl" else 2)]))
+    pipe.enable_freeu(s1=0.6, s2=0.4, b1=1.2, b2=1.4)
+    theirs = pipe(PROMPT, height=side, width=side, **common(x.clone())).images
+    ours = (XL_OURS if family == "xl" else {"steps": STEPS, "scale": SCALE}) | {"x_T": x}
+    model, size = ldm.load(source), (side, side)
+    factors = {"freeu": (1.2, 1.4, 0.6, 0.4), "freeu_version": "diffusers"}
+    agree(ldm.txt2img(model, [PROMPT], size=size, **ours, **factors), theirs)
+    without = ldm.txt2img(model, [PROMPT], size=size, **ours)
+    assert ((without + 1) / 2 - theirs).abs().max() > 10 * TOLERANCE
+
+
 @SLOW
 @pytest.mark.parametrize("family", ["sd1-inpainting", "inpainting"])
 def test_inpainting(made, family):

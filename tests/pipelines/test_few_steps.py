@@ -9,6 +9,7 @@ import ldm
 from ldm.diffusion.guidance_embedding import embed_scale
 from ldm.loading.variants import VARIANTS
 from ldm.model import Defaults
+from ldm.runtime.errors import ArgumentError
 from loading.lorahelp import THEIR_KINDS, their_pipeline, tiny_model
 
 pytestmark = [
@@ -117,3 +118,9 @@ def test_too_many_steps_and_too_large_a_scale_are_warned_of():
 def test_a_negative_prompt_that_is_not_read_is_said(distilled):
     with pytest.warns(UserWarning, match="does not read a negative prompt"):
         ldm.txt2img(distilled[0], PROMPT, negative_prompt="dog", size=(8, 8), steps=1)
+
+
+@pytest.mark.parametrize("option", [{"pag": 3.0}, {"rescale": 0.5}, {"guidance_interval": (0, 1)}])
+def test_changes_of_guidance_are_refused_where_there_is_one_pass(distilled, option):
+    with pytest.raises(ArgumentError, match="embeds the guidance scale: leave it out"):
+        ldm.txt2img(distilled[0], PROMPT, size=SIZE, **option)

@@ -9,7 +9,7 @@ import ldm
 from goldfile import gold
 from ldm.conditioning import Cond
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.guidance import Evaluation, SafeGuidance, add_guidance, limit_to_interval
+from ldm.diffusion.guidance import Evaluation, SafeGuidance, add_guidance
 from ldm.diffusion.names import SLD, SLD_CONCEPTS, SLD_PRESETS
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.pipelines import txt2img
@@ -145,9 +145,9 @@ CONDS = [Cond(torch.full((2, 3, 5), value)) for value in (0.0, 1.0, 2.0)]
 SETTINGS = SLD(2, 20, 0.01, 0.3, 0.4)
 
 
-def guide(denoiser, rule, scale=7.5):
+def guide(denoiser, rule, **options):
     uncond, cond, concept = CONDS
-    return add_guidance(denoiser, cond, uncond, scale, rule=rule, further=[concept])
+    return add_guidance(denoiser, cond, uncond, 7.5, rule=rule, further=[concept], **options)
 
 
 def test_v_models_are_guided_as_the_eps_models_of_the_same_estimate():
@@ -161,7 +161,7 @@ def test_v_models_are_guided_as_the_eps_models_of_the_same_estimate():
 
 def test_evaluations_outside_the_interval_count_and_have_one_part():
     toy, rule = Toy("eps"), SafeGuidance(SETTINGS, "")
-    denoise = guide(toy.denoiser, rule, limit_to_interval(7.5, 1.0, 5.0))
+    denoise = guide(toy.denoiser, rule, interval=(1.0, 5.0))
     for sigma in (9.0, 5.0, 0.5):
         denoise(torch.ones(2, 4, 6, 6), sigma)
     assert toy.rows == [2, 6, 2]

@@ -1,0 +1,57 @@
+"""FreeU for a model: its factors as those of the output blocks of its UNet."""
+
+from collections.abc import Sequence
+
+from ldm.diffusion.names import FREEU_VERSIONS, FreeUFactors
+from ldm.model import LatentDiffusion
+from ldm.nets.freeu import FreeU
+from ldm.nets.unet import UNet
+from ldm.pipelines.families import file_name, is_sdxl
+from ldm.runtime.errors import ArgumentError, unknown_name
+
+__all__ = ["find_factors", "make_freeu"]
+
+
+def find_factors(
+    model: LatentDiffusion, value: str | Sequence[float] | FreeUFactors
+) -> FreeUFactors:
+    """Return factors as given, or those of a preset.
+
+    Raises:
+        ArgumentError: a wrong value.
+    """
+    text = model.conditioner.text
+    generation = 1 if text is None else text.generation or 1
+    return FreeUFactors.of(value, "sdxl" if is_sdxl(model) else f"sd{generation}")
+
+
+def make_freeu(
+    model: LatentDiffusion,
+    value: str | Sequence[float] | FreeUFactors,
+    version: str | None = None,
+) -> FreeU:
+    """Give each output block of the model's UNet its factors.
+
+    Raises:
+        ArgumentError: a wrong value, or a UNet without a block that it changes.
+    """
+    factors, version = find_factors(model, value), version or "1"
+    if version not in FREEU_VERSIONS:
+        raise unknown_name("version of freeu", version, FREEU_VERSIONS, argument="freeu_version")
+    unet = model.unet
+    if not isinstance(unet, UNet):
+        raise ArgumentError("freeu is not for the x2 latent upscaler", "freeu")
+    first, second = (factors.b1, factors.s1), (factors.b2, factors.s2)
+    if version == "diffusers":
+        keys, by_key = [level for level, _ in unet.decoder_inputs], {0: first, 1: second}
+    else:
+        keys = [channels for _, channels in unet.decoder_inputs]
+        by_key = {4 * unet.model_channels: first, 2 * unet.model_channels: second}
+    by_block = [by_key.get(key) for key in keys]
+    if not any(by_block):
+        raise ArgumentError(
+            f"freeu changes nothing in the UNet of {file_name(model)}, whose output blocks take "
+            f"{sorted(set(keys))} channels: it acts on {sorted(by_key)}",
+            "freeu",
+        )
+    return FreeU(by_block, by_mean=version == "2")

@@ -1,0 +1,191 @@
+"""Rules of guidance against diffusers and a float64 formula, on a network that is a formula."""
+
+import math
+
+import pytest
+import torch
+
+from ldm.conditioning import Cond
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.guidance import (
+    Evaluation,
+    Guidance,
+    PerpNeg,
+    PerturbedAttention,
+    ProjectedGuidance,
+    add_guidance,
+)
+from ldm.diffusion.names import APG
+from ldm.diffusion.schedule import Schedule, make_betas
+
+SCHEDULE = Schedule(make_betas("linear", linear_start=0.00085, linear_end=0.012))
+SIGMAS = (9.0, 5.0, 2.0, 0.7)
+
+
+class Toy:
+    """A network of one number per condition, which half as much holds for in perturbed rows."""
+
+    def __init__(self, parameterization="eps"):
+        self.denoiser = Denoiser(self, SCHEDULE, parameterization)
+        self.rows = []
+
+    def __call__(self, z_t, t, context=None, y=None, perturbed=None):
+        self.rows.append(len(z_t))
+        sigma = SCHEDULE.t_to_sigma(t).float().reshape(-1, 1, 1, 1)
+        strength = context.mean(dim=(1, 2)).reshape(-1, 1, 1, 1)
+        if perturbed is not None:
+            strength = torch.where(perturbed[:, None, None, None], strength / 2, strength)
+        eps = 0.7 * z_t.roll(1, -1) + 0.3 * strength * z_t.flip(-2) + 0.01 * strength**2
+        if self.denoiser.parameterization == "eps":
+            return eps
+        std = (1 + sigma**2).sqrt()
+        return (z_t / std - (z_t * std - sigma * eps)) * std / sigma
+
+
+UNCOND, COND, EMPTY = (Cond(torch.full((2, 3, 5), value)) for value in (-1.0, 1.0, 0.2))
+
+
+def noisy(sigma, seed=0):
+    x = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(seed))
+    return x * torch.tensor([1.0, 3.0]).view(2, 1, 1, 1) * math.sqrt(1 + sigma**2)
+
+
+def run(rule, *, parameterization="eps", scale=7.5, **options):
+    """Estimates at falling noise levels."""
+    denoiser = Toy(parameterization).denoiser
+    denoise = add_guidance(denoiser, COND, UNCOND, scale, rule=rule, **options)
+    return [denoise(noisy(sigma), sigma) for sigma in SIGMAS]
+
+
+def estimates(cond, perturbed=None):
+    rows = None if perturbed is None else torch.ones(2, dtype=torch.bool)
+    denoiser = Toy().denoiser
+    cond = Cond(cond.crossattn, perturbed=rows)
+    return [denoiser(noisy(sigma), sigma, cond) for sigma in SIGMAS]
+
+
+APGS = [(0, 15, -0.5), (0.3, 5, 0), (1, 0, 0.4), (1, 15, -0.75)]
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "v"])
+@pytest.mark.parametrize("numbers", APGS)
+def test_projected_guidance_is_its_formula_in_float64(numbers, parameterization):
+    """On estimates, sample by sample, with momentum; the largest error is 2e-6 of the largest."""
+    eta, norm, momentum = numbers
+    ours = run(ProjectedGuidance(APG(*numbers)), parameterization=parameterization)
+    running = [0.0, 0.0]
+    for x, *parts in zip(ours, *map(estimates, (COND, UNCOND)), strict=True):
+        for row, (cond, uncond) in enumerate(zip(*parts, strict=True)):
+            cond, uncond = cond.double().flatten(), uncond.double().flatten()
+            running[row] = difference = cond - uncond + momentum * running[row]
+            if norm:
+                difference = difference * min(1.0, norm / float(difference.norm()))
+            along = (difference @ cond) / (cond @ cond) * cond
+            formula = cond + 6.5 * (difference - along + eta * along)
+            assert (x[row].flatten() - formula).abs().max() < 1e-5 * formula.abs().max()
+
+
+@pytest.mark.slow  # to import
+@pytest.mark.parametrize("parameterization", ["eps", "v"])
+@pytest.mark.parametrize("numbers", APGS)
+def test_projected_guidance_is_that_of_diffusers_on_estimates(numbers, parameterization):
+    """With momentum over the evaluations; the largest error is 2e-6 of the largest value."""
+    guiders = pytest.importorskip("diffusers.guiders")
+    settings = APG(*numbers)
+    guider = guiders.AdaptiveProjectedGuidance(
+        guidance_scale=6.5, eta=settings.eta, use_original_formulation=True,
+        adaptive_projected_guidance_momentum=settings.momentum or None,
+        adaptive_projected_guidance_rescale=settings.norm,
+    )  # fmt: skip
+    guider._step, guider._num_inference_steps, guider._count_prepared = 0, 4, 1
+    if settings.momentum:
+        from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer
+
+        guider.momentum_buffer = MomentumBuffer(settings.momentum)
+    ours = run(ProjectedGuidance(settings), parameterization=parameterization)
+    for x, cond, uncond in zip(ours, estimates(COND), estimates(UNCOND), strict=True):
+        theirs = guider.forward(cond, uncond).pred
+        assert (x - theirs).abs().max() < 2e-5 * theirs.abs().max()
+
+
+def test_without_limit_momentum_and_projection_it_is_classifier_free_guidance():
+    settings = APG(1, 1e6, 0)
+    for x, plain in zip(run(ProjectedGuidance(settings)), run(None), strict=True):
+        torch.testing.assert_close(x, plain, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.slow  # to import
+@pytest.mark.parametrize("scale", [1.0, 7.5])
+def test_perturbed_attention_adds_the_term_of_diffusers(scale):
+    guiders = pytest.importorskip("diffusers.guiders")
+    guider = guiders.PerturbedAttentionGuidance(
+        guidance_scale=scale - 1, perturbed_guidance_scale=3.0, perturbed_guidance_layers=0,
+        perturbed_guidance_start=0.0, perturbed_guidance_stop=1.0, use_original_formulation=True,
+    )  # fmt: skip
+    guider._step, guider._num_inference_steps, guider._count_prepared = 1, 4, 1
+    ours = run(PerturbedAttention(3.0, Guidance()), scale=scale)
+    parts = (estimates(COND), estimates(UNCOND), estimates(COND, perturbed=True))
+    for x, cond, uncond, perturbed in zip(ours, *parts, strict=True):
+        theirs = guider.forward(cond, uncond, perturbed).pred
+        assert (x - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+def test_perp_neg_is_its_formula_in_float64():
+    """Sample by sample; the largest error is 5e-7 of the largest value."""
+    ours = run(PerpNeg(0.8), further=[EMPTY])
+    for x, *parts in zip(ours, *map(estimates, (COND, UNCOND, EMPTY)), strict=True):
+        for row, (cond, negative, empty) in enumerate(zip(*parts, strict=True)):
+            cond, negative, empty = (part.double().flatten() for part in (cond, negative, empty))
+            positive, negative = cond - empty, negative - empty
+            along = (negative @ positive) / (positive @ positive) * positive
+            formula = empty + 7.5 * (positive - 0.8 * (negative - along))
+            assert (x[row].flatten() - formula).abs().max() < 1e-5 * formula.abs().max()
+
+
+def test_perturbed_attention_adds_to_any_rule_before_rescaling():
+    toy = Toy().denoiser
+    x, sigma = noisy(5.0), 5.0
+    predictions = [toy.predict(x, sigma, cond) for cond in (UNCOND, COND, EMPTY)]
+    rows = torch.ones(2, dtype=torch.bool)
+    perturbed = toy.predict(x, sigma, Cond(COND.crossattn, perturbed=rows))
+    for rule, further in ((ProjectedGuidance(APG()), []), (PerpNeg(1.0), [EMPTY])):
+        uncond, cond, *others = predictions[: 2 + len(further)]
+        evaluation = Evaluation(toy, x, sigma, 7.5, uncond, cond, tuple(others))
+        prediction = rule.combine(evaluation) + 3 * (cond - perturbed)
+        ratio = cond.std((1, 2, 3), keepdim=True) / prediction.std((1, 2, 3), keepdim=True)
+        expected = toy.convert_prediction(x, sigma, prediction * (0.3 + 0.7 * ratio))
+        again = type(rule)(APG()) if isinstance(rule, ProjectedGuidance) else PerpNeg(1.0)
+        guided = add_guidance(
+            toy, COND, UNCOND, 7.5, rescale=0.7, rule=PerturbedAttention(3.0, again),
+            further=further,
+        )  # fmt: skip
+        torch.testing.assert_close(guided(x, sigma), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rule", "scale", "rows"),
+    [
+        (None, 7.5, [2, 4, 4, 2]),
+        (PerturbedAttention(3.0, Guidance()), 7.5, [2, 6, 6, 2]),
+        (PerturbedAttention(3.0, Guidance()), 1.0, [2, 4, 4, 2]),
+        (PerturbedAttention(3.0, PerpNeg(1.0)), 7.5, [2, 8, 8, 2]),
+        (PerturbedAttention(3.0, Guidance()), lambda sigma: 1 + (sigma > 3), [2, 6, 4, 2]),
+    ],
+)
+def test_one_call_of_the_network_computes_what_is_needed_and_no_more(rule, scale, rows):
+    toy = Toy()
+    further = [EMPTY] * len(rule.texts if rule else ())
+    denoise = add_guidance(
+        toy.denoiser, COND, UNCOND, scale, rule=rule, further=further, interval=(1.0, 6.0)
+    )
+    for sigma in SIGMAS:
+        denoise(noisy(sigma), sigma)
+    assert toy.rows == rows
+
+
+def test_a_rule_says_when_no_noise_level_had_guidance():
+    rule = PerturbedAttention(3.0, ProjectedGuidance(APG()))
+    run(rule, interval=(20.0, 30.0))
+    assert "pag had no effect" in rule.explain_idle()
+    run(rule)
+    assert rule.explain_idle() is None

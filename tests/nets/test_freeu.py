@@ -1,0 +1,56 @@
+"""FreeU against the formulas of its two versions, with diffusers' Fourier filter in float64."""
+
+import pytest
+import torch
+from nethelp import tiny_inputs, tiny_unet
+
+from ldm.nets.freeu import FreeU, scale_low_frequencies
+
+
+def filtered(x, s):
+    """The skip connection as published: the centre of the shifted transform times s."""
+    spectrum = torch.fft.fftshift(torch.fft.fftn(x.double(), dim=(-2, -1)), dim=(-2, -1))
+    row, column = (side // 2 for side in x.shape[-2:])
+    spectrum[..., max(row - 1, 0) : row + 1, max(column - 1, 0) : column + 1] *= s
+    return torch.fft.ifftn(torch.fft.ifftshift(spectrum, dim=(-2, -1)), dim=(-2, -1)).real
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (2, 4), (3, 2), (1, 5), (1, 1)])
+def test_low_frequencies_are_those_of_the_fourier_transform(size):
+    """The largest error is 2e-7."""
+    x = torch.randn(2, 6, *size, generator=torch.Generator().manual_seed(0))
+    assert (scale_low_frequencies(x, 0.3) - filtered(x, 0.3)).abs().max() < 3e-6
+    half = scale_low_frequencies(x.bfloat16(), 0.3)
+    assert half.dtype == torch.bfloat16
+    assert (half - filtered(x, 0.3)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("by_mean", [False, True])
+def test_both_versions_are_their_formulas_sample_by_sample(by_mean):
+    x, t, context = tiny_inputs()
+    unet = tiny_unet()
+    given, taken = [], []
+    freeu = FreeU([(1.4, 0.3), None, (1.2, 0.6), None], by_mean)
+
+    def spy(i, h, skip):
+        given.append((h, skip))
+        taken.append(freeu(i, h, skip))
+        return taken[-1]
+
+    with torch.no_grad():
+        unet(x, t, context, freeu=spy)
+    assert [h.shape[1] for h, _ in given] == [channels for _, channels in unet.decoder_inputs]
+    for factors, (h, skip), (h_out, skip_out) in zip(freeu.factors, given, taken, strict=True):
+        b, s = factors or (1, 1)
+        mean = h.double().mean(1, keepdim=True)
+        low, high = (f(mean, (2, 3), keepdim=True) for f in (torch.amin, torch.amax))
+        factor = (b - 1) * (mean - low) / (high - low) + 1 if by_mean else b
+        expected = h.double()
+        expected[:, : h.shape[1] // 2] *= factor
+        assert (h_out - expected).abs().max() < 1e-5
+        assert (skip_out - filtered(skip, s)).abs().max() < 1e-5
+
+
+def test_a_sample_without_contrast_stays_finite():
+    h, _ = FreeU([(1.4, 1.0)], by_mean=True)(0, torch.ones(1, 4, 2, 2), torch.ones(1, 4, 2, 2))
+    assert torch.equal(h, torch.ones(1, 4, 2, 2))

@@ -1,0 +1,155 @@
+"""Rules of guidance and FreeU as keywords of the tasks: combined, refused, sample by sample."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from goldfile import gold
+from ldm.conditioning import Cond
+from ldm.diffusion.names import FREEU_PRESETS
+from ldm.loading.build import meta_device
+from ldm.loading.config import read_yaml
+from ldm.nets.unet import UNet
+from ldm.pipelines import sample, txt2img
+from ldm.pipelines.freeu import find_factors, make_freeu
+from pipelines.goldmodels import model_of
+from tinyupscaler import tiny_upscaler
+
+
+@pytest.fixture(scope="module")
+def model():
+    return model_of(gold("e2e_txt2img"), "base_v")
+
+
+@pytest.fixture(scope="module")
+def xl():
+    return model_of(gold("sdxl_e2e_txt2img"), "base")
+
+
+def latents_of(model, prompts, **options):
+    """Latents after the last step."""
+    xs = []
+    steps = {"steps": 3, "scale": 5.0, "seeds": 5, "size": (64, 64), **options}
+    txt2img(model, prompts, callback=lambda step, count, x, denoised: xs.append(x), **steps)
+    return xs[-1]
+
+
+RULES = {
+    "apg": {"apg": (0.2, 3, -0.5)},
+    "perp_neg": {"perp_neg": 1.0, "negative_prompt": "a dog"},
+    "pag": {"pag": 3.0},
+    "pag at scale 1": {"pag": 3.0, "scale": 1.0},
+    "pag and apg": {"pag": 2.0, "apg": (0, 3, -0.5), "rescale": 0.5, "guidance_interval": (0.3, 9)},
+    "pag and sld": {"pag": 2.0, "sld": [1, 20, 0.1, 0.3, 0.4]},
+    "freeu": {"freeu": "sdxl", "pag": 3.0},
+    "freeu 2": {"freeu": "sdxl", "freeu_version": "2"},
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_act_on_each_sample_alone(model, name):
+    """Kernels round differently in a batch: the largest difference is 2e-4."""
+    options = {"sampler": "dpmpp_2m", **RULES[name]}
+    one, two = (latents_of(model, ["a cat", "a red apple"][:n], **options) for n in (1, 2))
+    torch.testing.assert_close(one, two[:1], rtol=0, atol=3e-3)
+    plain = {"sampler": "dpmpp_2m", "scale": options.get("scale", 5.0)}
+    assert (latents_of(model, ["a cat"], **plain) - one).abs().max() > 0.02
+
+
+@pytest.mark.parametrize("options", [{"pag": 2.0, "apg": (0, 3, -0.5)}, {"freeu": "auto"}])
+def test_sdxl_has_them_and_a_refiner_goes_on_with_the_rule(xl, options):
+    refiner = model_of(gold("sdxl_e2e_refine"), "refiner")
+    runs = [latents_of(xl, ["a cat"], refiner=refiner, refiner_strength=0.5, **chosen)
+            for chosen in ({}, options)]  # fmt: skip
+    assert (runs[0] - runs[1]).abs().max() > 0.02
+
+
+@torch.no_grad()
+def test_the_empty_prompt_of_perp_neg_is_the_unconditional_one(model):
+    """Pos is c - e: without a component of the negative prompt beside it, it is guidance alone."""
+    xs = []
+    options = {"steps": 1, "size": (64, 64), "x_T": torch.ones(1, 4, 8, 8), "scale": 5.0}
+    txt2img(model, ["a cat"], negative_prompt="a cat", perp_neg=1.0,
+            callback=lambda *args: xs.append(args[-1]), **options)  # fmt: skip
+    cond, uncond = (model.condition({"txt": [text]}) for text in ("a cat", ""))
+    sample(model, cond, uncond, callback=lambda *args: xs.append(args[-1]), **options)
+    torch.testing.assert_close(xs[0], xs[1], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pag": 0.0}, "pag must be above 0, got 0"),
+        ({"pag": float("nan")}, "pag must be above 0, got nan"),
+        ({"perp_neg": -1.0, "negative_prompt": "a dog"}, "perp_neg must be above 0"),
+        ({"perp_neg": 1.0}, "perp_neg needs a negative prompt"),
+        ({"perp_neg": 1.0, "negative_prompt": [""]}, "perp_neg needs a negative prompt"),
+        ({"perp_neg": 1.0, "apg": (0, 3, 0)}, "apg and perp_neg are both rules"),
+        ({"apg": (0, 3, 0), "scale": 1.0}, "apg needs guidance, whose scale must not be 1"),
+        ({"apg": (0, 3)}, "apg takes 3 numbers"),
+        ({"apg": (0, -3, 0)}, "norm not negative"),
+        ({"freeu": "sd3"}, "unknown preset of freeu `sd3`"),
+        ({"freeu": "sd1", "freeu_version": "3"}, "unknown version of freeu `3`"),
+        ({"freeu_version": "2"}, "freeu_version needs freeu"),
+    ],
+)
+def test_wrong_values_are_named_before_a_network_runs(model, options, message, monkeypatch):
+    monkeypatch.setattr(model.conditioner, "forward", None)
+    with pytest.raises(ValueError, match=message):
+        latents_of(model, ["a cat"], **options)
+
+
+def test_what_a_model_cannot_have_is_said(xl, model):
+    with pytest.raises(ValueError, match="which `ignore-negative` ignores"):
+        latents_of(xl, ["a"], perp_neg=1.0, negative_prompt="b", legacy=["ignore-negative"])
+    unet = model.unet
+    try:
+        without = UNet(**{**dataclasses.asdict(unet), "transformer_depth_middle": 0})
+        model.unet = without.eval()
+        with pytest.raises(ValueError, match="pag needs self-attention in the middle block"):
+            latents_of(model, ["a cat"], pag=3.0)
+        wide = {"channel_mult": [1, 1], "attention_resolutions": [1], "num_res_blocks": 1}
+        model.unet = UNet(**{**dataclasses.asdict(unet), **wide}).eval()
+        with pytest.raises(ValueError, match=r"freeu changes nothing .* \[32\] channels: it acts"):
+            latents_of(model, ["a cat"], freeu="auto")
+    finally:
+        model.unet = unet
+    upscaler = tiny_upscaler()
+    with pytest.raises(ValueError, match="freeu is not for the x2 latent upscaler"):
+        make_freeu(upscaler, "auto")
+
+
+def test_an_interval_without_a_noise_level_is_warned_of(model):
+    with pytest.warns(UserWarning, match="pag had no effect: there was no guidance at any noise"):
+        latents_of(model, ["a cat"], pag=3.0, guidance_interval=(900, 901))
+
+
+SIZES = {"sd1": "stable-diffusion/v1-inference", "sd2": "stable-diffusion/v2-inference",
+         "sdxl": "stable-diffusion-xl/sd_xl_base"}  # fmt: skip
+# Factors of the output blocks: 1 those of b1 and s1, 2 of b2 and s2, 0 none.
+BLOCKS = {
+    ("sd1", "1"): "111111122200", ("sd2", "2"): "111111122200", ("sdxl", "1"): "111122200",
+    ("sd1", "diffusers"): "111222000000", ("sdxl", "diffusers"): "111222000",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "version"), BLOCKS)
+def test_the_authors_choose_blocks_by_channels_and_diffusers_by_level(
+    model, xl, family, version, monkeypatch
+):
+    params = read_yaml(f"configs/{SIZES[family]}.yaml")["model"]["params"]
+    config = (params.get("unet_config") or params["network_config"])["params"]
+    with meta_device():
+        unet = UNet(**{k: v for k, v in config.items() if k not in UNet.IGNORED_PARAMETERS})
+    owner = xl if family == "sdxl" else model
+    monkeypatch.setitem(owner._modules, "unet", unet)
+    factors = FREEU_PRESETS[family]
+    names = {(factors.b1, factors.s1): "1", (factors.b2, factors.s2): "2", None: "0"}
+    freeu = make_freeu(owner, family, version)
+    assert "".join(names[pair] for pair in freeu.factors) == BLOCKS[family, version]
+    assert find_factors(xl, "auto") == FREEU_PRESETS["sdxl"]
+
+
+def test_a_condition_without_perturbed_rows_has_no_further_slot():
+    assert Cond(torch.zeros(1, 2, 3)).tensors().keys() == {"crossattn"}
