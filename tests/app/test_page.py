@@ -385,7 +385,7 @@ def test_an_image_of_another_program_fills_the_form(app, page, tmp_path):
     wait_for_value(page, "#prompt textarea", PROMPT)
     page.wait_for_function("!document.querySelector('#prompt textarea').value.includes('Steps')")
     values = [setting(page, name) for name in ("Sampling method", "Schedule type", "Width")]
-    assert values == ["DDIM", "Automatic", "128"]
+    assert values == ["DDIM", "DDIM uniform", "128"]
 
 
 def test_a_bad_upload_is_one_line_and_no_traceback(page, tmp_path):

@@ -1,0 +1,175 @@
+"""What rules of guidance and stochastic samplers cost, beside diffusers or another revision.
+
+    python benchmarks/guidance.py                        # beside diffusers
+    git worktree add /tmp/before main && python benchmarks/guidance.py --against /tmp/before
+
+A stage samples a latent of 32 x 32 with a network of Stable Diffusion 1, whose weights are random:
+`plain` by DDIM with guidance, `pag` and `freeu` the same with those, the
+others by samplers that add noise. Both sides evaluate the network equally often; texts are encoded
+before, nothing is decoded. Where both draw the same noise their latents must agree. `ratio` is the
+baseline's time by ours, as in `run.py`. For DPM++ SDE it is diffusers' single-step solver, as its
+other one needs torchsde.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+from harness import ROOT, Result, Side, Worker
+from torch import Tensor
+
+SIDE, STEPS, SCALE, PAG = 32, 4, 7.5, 3.0
+FREEU = (1.2, 1.4, 0.9, 0.2)  # b1, b2, s1, s2
+SAME_NOISE = ("plain", "pag", "freeu")
+ADDED = ("pag", "freeu")  # stages that older revisions do not have
+# Sampler of ours -> scheduler of diffusers, its settings, and steps of ours and of it.
+SDE: dict[str, tuple[str, dict[str, Any], int, int]] = {
+    "dpmpp_sde": (
+        "DPMSolverSinglestepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "solver_order": 2},
+        STEPS,
+        2 * STEPS - 1,
+    ),
+    "dpmpp_2m_sde": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "solver_order": 2},
+        STEPS,
+        STEPS,
+    ),
+    "dpmpp_3m_sde": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "solver_order": 3},
+        STEPS,
+        STEPS,
+    ),
+}
+STAGES = (*SAME_NOISE, *SDE)
+LIMIT = 1e-3  # of the difference of latents, by their largest value
+Call = Callable[[], Tensor]
+
+
+def main() -> None:
+    parser = harness.parser(__doc__, dtypes=["float32"], threads=1)
+    add = parser.add_argument
+    add("--stage", nargs="+", choices=STAGES, default=list(STAGES))
+    add("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    harness.setup(args)
+    if args.worker:
+        return work(args)
+    print(harness.machine(args), flush=True)
+    pair = harness.sides(args)
+    if args.against != "diffusers":
+        args.stage = [stage for stage in args.stage if stage not in ADDED]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        args.folder = Path(folder)
+        write_model(args.folder)
+        for stage in args.stage:
+            rows.append(compare(args, stage, pair))
+    harness.finish(args, rows)
+
+
+def write_model(folder: Path) -> None:
+    """Writes config, checkpoint and diffusers' folder of a model that is small but for its UNet."""
+    from ldm.loading.config import format_yaml, read_yaml
+
+    raw = read_yaml(ROOT / "configs/stable-diffusion/v1-inference.yaml")
+    params = raw["model"]["params"]
+    params["unet_config"]["params"] |= {"context_dim": 64}
+    params["first_stage_config"]["params"]["ddconfig"] |= {"ch": 32, "num_res_blocks": 1}
+    arch = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+            "num_attention_heads": 2}  # fmt: skip
+    params["cond_stage_config"].setdefault("params", {})["arch"] = arch
+    config, file = folder / "narrow.yaml", folder / "narrow.safetensors"
+    config.write_text(format_yaml(raw), encoding="utf-8")
+    harness.run(ROOT, "benchmarks/make_checkpoint.py", file, "--config", config)
+    harness.run(ROOT, "scripts/convert.py", file, folder / "narrow", "--config", config)
+
+
+def compare(args: argparse.Namespace, stage: str, pair: tuple[Side, Side]) -> dict[str, Any]:
+    """Compares one stage; prints and returns the row."""
+
+    def start(side: Side) -> Worker:
+        return Worker(side, Path(__file__), args, "--stage", stage, "--folder", args.folder)
+
+    def check(result: Result, other: Result) -> dict[str, float]:
+        if stage not in SAME_NOISE:
+            return {}
+        ours, theirs = (torch.load(r["output"], weights_only=True) for r in (result, other))
+        error = float((ours - theirs).abs().max() / theirs.abs().max())
+        if not error < LIMIT:
+            raise SystemExit(f"{stage}: the latents differ by {error:.1e}")
+        return {"error": error}
+
+    row: dict[str, Any] = {"stage": stage, "dtype": "float32"}
+    row |= harness.compare(start, pair, check, rounds=args.rounds)
+    error = f"  error {row['error']:.1e}" if "error" in row else ""
+    print(f"{stage:13} {harness.describe(row)}{error}", flush=True)
+    return row
+
+
+@torch.no_grad()
+def work(args: argparse.Namespace) -> None:
+    """The worker: samples once as a warm-up, writes the latent, serves timed calls."""
+    (stage,), folder = args.stage, args.folder
+    call = {"ours": ours, "diffusers": diffusers}[args.worker](stage, folder, args.device)
+    output = call()
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+        torch.save(output.float().cpu(), file)
+    harness.serve({"output": file.name}, call, args.device)
+
+
+def ours(stage: str, folder: Path, device: torch.device) -> Call:
+    """Returns a run of ours."""
+    import ldm
+
+    model = ldm.load(folder / "narrow.yaml", folder / "narrow.safetensors", device=device)
+    options: dict[str, Any] = {"steps": STEPS, "scale": SCALE, "seeds": 0, "x_T": noise()}
+    cond, uncond = (model.condition({"txt": [text]}) for text in ("a cat", ""))
+    if stage == "pag":
+        from ldm.diffusion.guidance import Guidance, PerturbedAttention
+
+        options["rule"] = PerturbedAttention(PAG, Guidance())
+    if stage == "freeu":
+        options |= {"freeu": FREEU, "freeu_version": "diffusers"}
+    if stage in SDE:
+        options |= {"sampler": stage, "scheduler": "karras"}
+    return lambda: ldm.sample(model, cond, uncond, **options)
+
+
+def diffusers(stage: str, folder: Path, device: torch.device) -> Call:
+    """Returns a run of diffusers' pipeline."""
+    import diffusers as package
+
+    name = "StableDiffusionPAGPipeline" if stage == "pag" else "StableDiffusionPipeline"
+    pipe = getattr(package, name).from_pretrained(folder / "narrow", local_files_only=True)
+    pipe = pipe.to(device)
+    pipe.set_progress_bar_config(disable=True)
+    steps, options = STEPS, {"pag_scale": PAG} if stage == "pag" else {}
+    if stage == "freeu":
+        b1, b2, s1, s2 = FREEU
+        pipe.enable_freeu(s1=s1, s2=s2, b1=b1, b2=b2)
+    if stage in SDE:
+        kind, settings, _, steps = SDE[stage]
+        config = {**pipe.scheduler.config, **settings, "use_karras_sigmas": True}
+        pipe.scheduler = getattr(package, kind).from_config(config)
+    cond, uncond = pipe.encode_prompt("a cat", device, 1, True, "")
+    return lambda: pipe(
+        prompt_embeds=cond, negative_prompt_embeds=uncond, latents=noise(), output_type="latent",
+        num_inference_steps=steps, guidance_scale=SCALE, height=8 * SIDE, width=8 * SIDE,
+        generator=torch.Generator().manual_seed(0), return_dict=False, **options,
+    )[0]  # fmt: skip
+
+
+def noise() -> Tensor:
+    """Returns the noise to start from."""
+    return torch.randn(1, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+
+
+if __name__ == "__main__":
+    main()
