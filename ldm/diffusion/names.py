@@ -10,11 +10,15 @@ from dataclasses import Field, dataclass, fields
 from ldm.runtime.errors import ArgumentError, unknown_name
 
 __all__ = [
-    "APG", "API_LEGACY", "FREEU_PRESETS", "FREEU_VERSIONS", "LEGACY", "RULES", "SAMPLERS",
-    "SCHEDULERS", "SDXL_LEGACY", "SLD", "SLD_CONCEPTS", "SLD_PRESETS", "TILINGS", "FreeUFactors",
-    "Sampler", "Scheduler", "check_rules",
+    "APG", "API_LEGACY", "FREEU_PRESETS", "FREEU_VERSIONS", "LEGACY", "MAX_LEVEL", "RULES",
+    "SAMPLERS", "SCHEDULERS", "SDXL_LEGACY", "SLD", "SLD_CONCEPTS", "SLD_PRESETS", "TILINGS",
+    "FreeUFactors", "Sampler", "Scheduler", "check_rules",
 ]  # fmt: skip
 
+
+# A level that is noise alone in effect (zero terminal SNR, cosine). Samplers that extrapolate from
+# it in one step, or place their few levels up to it, give broken images.
+MAX_LEVEL = 1000.0
 
 TILINGS = ("none", "x", "y", "xy")  # see `ldm.nets.circular`
 
@@ -32,6 +36,7 @@ class Sampler:
     takes_uncond: bool = False  # takes the unconditional estimate, too
     scale: float | None = None  # of guidance, by default; None for the model's
     scheduler: str | None = None  # that belongs to it; None for the model's
+    wide_scheduler: str | None = None  # in its place where the last level is above MAX_LEVEL
     a1111_scheduler: str = "normal"  # which A1111's "Automatic" stands for
     skips_last_level: bool = False  # drops the last level before 0 of one step more, as in A1111
 
@@ -197,11 +202,11 @@ def _numbers(
 
 SAMPLERS = {
     "ddim": Sampler("ddim", "DDIM", takes_noise=True, eta=0.0, a1111_scheduler="uniform"),
-    "plms": Sampler("plms", "PLMS", a1111_scheduler="uniform"),
+    "plms": Sampler("plms", "PLMS", wide_scheduler="uniform", a1111_scheduler="uniform"),
     "dpm": Sampler("dpmpp_2m", "DPM++ 2M (original dpm)", scheduler="time_uniform"),
     "euler": Sampler("euler", "Euler", takes_churn=True),
     "euler_a": Sampler("euler_ancestral", "Euler a", takes_noise=True, eta=1.0),
-    "heun": Sampler("heun", "Heun", takes_churn=True),
+    "heun": Sampler("heun", "Heun", takes_churn=True, wide_scheduler="uniform"),
     "dpmpp_2s_a": Sampler(
         "dpmpp_2s_ancestral", "DPM++ 2S a", takes_noise=True, eta=1.0, a1111_scheduler="karras"
     ),
@@ -225,6 +230,7 @@ SAMPLERS = {
         "DPM2 a",
         takes_noise=True,
         eta=1.0,
+        wide_scheduler="uniform",
         a1111_scheduler="karras",
         skips_last_level=True,
     ),
@@ -240,11 +246,28 @@ SAMPLERS = {
         skips_last_level=True,
     ),
     "restart": Sampler(
-        "restart", "Restart", takes_noise=True, scheduler="karras", a1111_scheduler="karras"
+        "restart",
+        "Restart",
+        takes_noise=True,
+        scheduler="karras",
+        wide_scheduler="edm",
+        a1111_scheduler="karras",
     ),
-    "dpm_fast": Sampler("dpm_fast", "DPM fast", takes_noise=True, eta=1.0, scheduler="normal"),
+    "dpm_fast": Sampler(
+        "dpm_fast",
+        "DPM fast",
+        takes_noise=True,
+        eta=1.0,
+        scheduler="normal",
+        wide_scheduler="edm",
+    ),
     "dpm_adaptive": Sampler(
-        "dpm_adaptive", "DPM adaptive", takes_noise=True, eta=1.0, scheduler="normal"
+        "dpm_adaptive",
+        "DPM adaptive",
+        takes_noise=True,
+        eta=1.0,
+        scheduler="normal",
+        wide_scheduler="edm",
     ),
     "ddpm": Sampler("euler_ancestral", "DDPM", takes_noise=True, eta=1.0),
     "euler_cfg_pp": Sampler(

@@ -314,9 +314,12 @@ def default_scheduler(model: LatentDiffusion, sampler: str) -> str:
     """Return the sampler's own scheduler, else the model's, else "uniform".
 
     With zero terminal SNR it is "trailing", as sampling must begin at the last timestep
-    (arXiv:2305.08891, §3.3).
+    (arXiv:2305.08891, §3.3), but of samplers that cannot.
     """
-    own = names.SAMPLERS[sampler].scheduler or model.defaults.scheduler
+    row = names.SAMPLERS[sampler]
+    if row.wide_scheduler and model.schedule.sigmas[-1] > names.MAX_LEVEL:
+        return row.wide_scheduler
+    own = row.scheduler or model.defaults.scheduler
     return own or ("trailing" if model.schedule.zero_snr else "uniform")
 
 
