@@ -3,7 +3,7 @@
     python benchmarks/guidance.py                        # beside diffusers
     git worktree add /tmp/before main && python benchmarks/guidance.py --against /tmp/before
 
-A stage samples a latent of 32 x 32 with a network of Stable Diffusion 1, whose weights are random:
+A stage samples a latent with a network of Stable Diffusion 1, whose weights are random:
 `plain` by DDIM with guidance, `pag` and `freeu` the same with those, the
 others by samplers that add noise. Both sides evaluate the network equally often; texts are encoded
 before, nothing is decoded. Where both draw the same noise their latents must agree. `ratio` is the
@@ -22,7 +22,7 @@ import torch
 from harness import ROOT, Result, Side, Worker
 from torch import Tensor
 
-SIDE, STEPS, SCALE, PAG = 32, 4, 7.5, 3.0
+STEPS, SCALE, PAG = 4, 7.5, 3.0
 FREEU = (1.2, 1.4, 0.9, 0.2)  # b1, b2, s1, s2
 SAME_NOISE = ("plain", "pag", "freeu")
 ADDED = ("pag", "freeu")  # stages that older revisions do not have
@@ -56,6 +56,7 @@ def main() -> None:
     parser = harness.parser(__doc__, dtypes=["float32"], threads=1)
     add = parser.add_argument
     add("--stage", nargs="+", choices=STAGES, default=list(STAGES))
+    add("--side", type=int, default=32, help="of the latent (%(default)s)")
     add("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     harness.setup(args)
@@ -85,17 +86,18 @@ def write_model(folder: Path) -> None:
     arch = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
             "num_attention_heads": 2}  # fmt: skip
     params["cond_stage_config"].setdefault("params", {})["arch"] = arch
-    config, file = folder / "narrow.yaml", folder / "narrow.safetensors"
+    config, file = folder / "model.yaml", folder / "model.safetensors"
     config.write_text(format_yaml(raw), encoding="utf-8")
     harness.run(ROOT, "benchmarks/make_checkpoint.py", file, "--config", config)
-    harness.run(ROOT, "scripts/convert.py", file, folder / "narrow", "--config", config)
+    harness.run(ROOT, "scripts/convert.py", file, folder / "model", "--config", config)
 
 
 def compare(args: argparse.Namespace, stage: str, pair: tuple[Side, Side]) -> dict[str, Any]:
     """Compares one stage; prints and returns the row."""
 
     def start(side: Side) -> Worker:
-        return Worker(side, Path(__file__), args, "--stage", stage, "--folder", args.folder)
+        words = ("--stage", stage, "--folder", args.folder, "--side", args.side)
+        return Worker(side, Path(__file__), args, *words)
 
     def check(result: Result, other: Result) -> dict[str, float]:
         if stage not in SAME_NOISE:
@@ -116,20 +118,21 @@ def compare(args: argparse.Namespace, stage: str, pair: tuple[Side, Side]) -> di
 @torch.no_grad()
 def work(args: argparse.Namespace) -> None:
     """The worker: samples once as a warm-up, writes the latent, serves timed calls."""
-    (stage,), folder = args.stage, args.folder
-    call = {"ours": ours, "diffusers": diffusers}[args.worker](stage, folder, args.device)
+    make = {"ours": ours, "diffusers": diffusers}[args.worker]
+    call = make(args.stage[0], args)
     output = call()
-    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+    with tempfile.NamedTemporaryFile(dir=args.folder, delete=False) as file:
         torch.save(output.float().cpu(), file)
     harness.serve({"output": file.name}, call, args.device)
 
 
-def ours(stage: str, folder: Path, device: torch.device) -> Call:
+def ours(stage: str, args: argparse.Namespace) -> Call:
     """Returns a run of ours."""
     import ldm
 
-    model = ldm.load(folder / "narrow.yaml", folder / "narrow.safetensors", device=device)
-    options: dict[str, Any] = {"steps": STEPS, "scale": SCALE, "seeds": 0, "x_T": noise()}
+    paths = (args.folder / f"model.{suffix}" for suffix in ("yaml", "safetensors"))
+    model = ldm.load(*paths, device=args.device)
+    options: dict[str, Any] = {"steps": STEPS, "scale": SCALE, "seeds": 0, "x_T": noise(args.side)}
     cond, uncond = (model.condition({"txt": [text]}) for text in ("a cat", ""))
     if stage == "pag":
         from ldm.diffusion.guidance import Guidance, PerturbedAttention
@@ -142,13 +145,13 @@ def ours(stage: str, folder: Path, device: torch.device) -> Call:
     return lambda: ldm.sample(model, cond, uncond, **options)
 
 
-def diffusers(stage: str, folder: Path, device: torch.device) -> Call:
+def diffusers(stage: str, args: argparse.Namespace) -> Call:
     """Returns a run of diffusers' pipeline."""
     import diffusers as package
 
     name = "StableDiffusionPAGPipeline" if stage == "pag" else "StableDiffusionPipeline"
-    pipe = getattr(package, name).from_pretrained(folder / "narrow", local_files_only=True)
-    pipe = pipe.to(device)
+    pipe = getattr(package, name).from_pretrained(args.folder / "model", local_files_only=True)
+    pipe = pipe.to(args.device)
     pipe.set_progress_bar_config(disable=True)
     steps, options = STEPS, {"pag_scale": PAG} if stage == "pag" else {}
     if stage == "freeu":
@@ -158,17 +161,18 @@ def diffusers(stage: str, folder: Path, device: torch.device) -> Call:
         kind, settings, _, steps = SDE[stage]
         config = {**pipe.scheduler.config, **settings, "use_karras_sigmas": True}
         pipe.scheduler = getattr(package, kind).from_config(config)
-    cond, uncond = pipe.encode_prompt("a cat", device, 1, True, "")
+    cond, uncond = pipe.encode_prompt("a cat", args.device, 1, True, "")
     return lambda: pipe(
-        prompt_embeds=cond, negative_prompt_embeds=uncond, latents=noise(), output_type="latent",
-        num_inference_steps=steps, guidance_scale=SCALE, height=8 * SIDE, width=8 * SIDE,
-        generator=torch.Generator().manual_seed(0), return_dict=False, **options,
+        prompt_embeds=cond, negative_prompt_embeds=uncond, latents=noise(args.side),
+        num_inference_steps=steps, guidance_scale=SCALE, height=8 * args.side, width=8 * args.side,
+        generator=torch.Generator().manual_seed(0), output_type="latent", return_dict=False,
+        **options,
     )[0]  # fmt: skip
 
 
-def noise() -> Tensor:
+def noise(side: int) -> Tensor:
     """Returns the noise to start from."""
-    return torch.randn(1, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    return torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0))
 
 
 if __name__ == "__main__":

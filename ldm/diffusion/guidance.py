@@ -157,7 +157,7 @@ class ProjectedGuidance(Guidance):
 
     Per sample, with the estimates u, c of z for negative prompt and prompt,
 
-        d <- c - u + momentum d,    then d min(1, norm / |d|) = parallel + orthogonal part to c
+        d <- c - u + momentum d,    then d min(1, norm / ||d||) = parallel + orthogonal part to c
         c + (scale - 1) (orthogonal + eta parallel)
     """
 
