@@ -32,6 +32,9 @@ def split_tags(prompt: str) -> tuple[str, list[tuple[str, float | str]]]:
         if kind == "hypernet":
             raise ArgumentError(f"`<{kind}:{content}>`: hypernetworks are not supported", "prompt")
         name, weight = split_weight(content)
+        if ":" in name:
+            wrong = f"`{name.partition(':')[2]}` is not a weight, such as 0.8 or 0.5:1"
+            raise ArgumentError(f"`<{kind}:{content}>`: {wrong}", "prompt")
         loras.append((name, LoRAWeight.of(weight or 1.0).to_json()))
     return without_tags(prompt), loras
 
@@ -110,6 +113,9 @@ def _find_file(name: str, files: Mapping[str, str]) -> str:
     if len(matches) > 1:
         names = ", ".join(f"`{key}`" for key in matches)
         raise ArgumentError(f"the LoRA `{name}` could be any of {names}", "lora_dir")
+    if not files:
+        message = f"unknown LoRA `{name}`: no folder of LoRAs has files, give one that has it"
+        raise ArgumentError(message, "lora_dir")
     if not matches:
         raise unknown_name("LoRA", name, files, argument="lora_dir")
     return files[matches[0]]

@@ -7,6 +7,7 @@
 A value ends where the next option begins; quotes around it are not a part of it.
 """
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -46,6 +47,8 @@ KOHYA_SAMPLERS = {
 OF_RUN = ("legacy",)  # options of sampling that hold for the whole run
 WORD = re.compile(r"(?:^|\s)--([A-Za-z][\w-]*)(?=[\s=]|$)")
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class PromptLine:
@@ -81,6 +84,8 @@ def read_prompt_file(path: Path, task: "Task") -> list[PromptLine]:
             lines.append(_parse_line(text, names, options))
         except LdmError as error:
             raise ArgumentError(f"{path}:{number}: {error}") from error
+        for word in WORD.finditer(lines[-1].prompt):
+            log.warning("%s:%d: `--%s` is read as text of the prompt", path, number, word[1])
     if not lines:
         raise ArgumentError(f"{path} is empty", "from_file")
     return lines

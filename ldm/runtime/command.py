@@ -148,4 +148,5 @@ def _configure_logging(verbose: bool) -> None:
 def _show_warning(
     message: Warning | str, category: type[Warning], *_: object, **__: object
 ) -> None:
-    log.warning("%s: %s", category.__name__, str(message).splitlines()[0])
+    kind = "" if category is UserWarning else f"{category.__name__}: "
+    log.warning("%s%s", kind, str(message).splitlines()[0])

@@ -44,7 +44,7 @@ __all__ = [
     "unknown_name",
 ]
 
-MAX_LISTED = 24
+MAX_LISTED = 32
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "alloc_cpu")
 
 

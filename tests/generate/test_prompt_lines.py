@@ -59,9 +59,10 @@ def plan(*flags):
         ),
     ],
 )  # fmt: skip
-def test_lines_are_read_as_kohya_and_a1111_write_them(text, line, tmp_path):
+def test_lines_are_read_as_kohya_and_a1111_write_them(text, line, tmp_path, caplog):
     (tmp_path / "prompts.txt").write_text(text)
     assert read_prompt_file(tmp_path / "prompts.txt", TASKS["txt2img"]) == [line]
+    assert ("is read as text of the prompt" in caplog.text) == ("--" in line.prompt)
 
 
 def test_a_line_may_set_the_strength_of_its_task(tmp_path):
@@ -116,12 +117,18 @@ def test_each_image_draws_by_its_own_seed(tmp_path):
         (["--prompt", "a <lora:stlye:1>", "--lora-dir", "{here}"], "unknown LoRA `stlye`, did you"),
         (["--prompt", "a <lora:style:1>", "--lora-dir", "no"], "no folder `no` (--lora-dir)"),
         (["--prompt", "a <lora:style:te=x>"], "`te=x`: `x` is not a number"),
+        (["--prompt", "a <lora:style:high>"], "`<lora:style:high>`: `high` is not a weight, such"),
+        (
+            ["--prompt", "a <lora:style>", "--lora-dir", "{here}/none"],
+            "unknown LoRA `style`: no folder",
+        ),
         (["--prompt", "a <hypernet:x:1>"], "hypernetworks are not supported"),
     ],
 )
 def test_what_is_not_there_is_one_line(run, tmp_path, flags, message):
     (tmp_path / "colour.txt").write_text("red")
     (tmp_path / "style.safetensors").write_text("")
+    (tmp_path / "none").mkdir()
     assert message in run(*(flag.replace("{here}", str(tmp_path)) for flag in flags))
 
 
