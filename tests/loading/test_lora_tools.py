@@ -75,6 +75,10 @@ def test_extraction_is_kohyas_rule(files):
     u, s, v = torch.linalg.svd(new[weight] - old[weight])
     up, down = u[:, :4] * s[:4], v[:4]
     layer = result.lora.layers[name]
+    unclamped = extract_lora(
+        files / "sd1-tuned.safetensors", base, RankRule(rank=4), clamp_quantile=1
+    )
+    assert result.retained < unclamped.retained  # what the clamp takes away is told
     signs = (layer.lora_down.weight * down).sum(1).sign()  # which the SVD leaves open
     up, down = up * signs, down * signs[:, None]
     limit = torch.cat([up.flatten(), down.flatten()]).quantile(0.99)

@@ -76,7 +76,7 @@ class Extraction:
     """A LoRA out of the difference of two models.
 
     Args:
-        retained: Part of the squared difference of its layers that it has, before the clamp.
+        retained: Part of the squared difference of its layers that it has.
         left_out: Weights that differ, too, which a LoRA does not hold or that were not asked for.
     """
 
@@ -121,7 +121,7 @@ def extract_lora(
     differing = _differing_weights(*models)
     networks = [_fill_mapped(model, models[1]) for model in models]
     layers: dict[str, LoRALayer] = {}
-    kept = total = 0.0
+    missing = total = 0.0
     for new, old in zip(*map(lora_targets, networks), strict=True):
         progress(1)
         rows = new.target.weight
@@ -135,12 +135,12 @@ def extract_lora(
             continue
         up, values, down = decompose(delta.flatten(1))
         count = used.count(values)
-        kept += float(values[:count].square().sum())
-        total += float(values.square().sum())
         up, down = up[:, :count] * values[:count], down[:count]
         if clamp_quantile < 1:
             limit = _quantile(torch.cat([up.flatten(), down.flatten()]), clamp_quantile)
             up, down = up.clamp(-limit, limit), down.clamp(-limit, limit)
+        missing += float((delta.flatten(1) - (up @ down).to(delta)).square().sum())
+        total += float(delta.square().sum())
         layers[old.kohya] = _build_layer(old.target, up, down)
     if not layers:
         raise WeightsMismatch(f"no layer of `{tuned}` and `{base}` differs that a LoRA can change")
@@ -148,7 +148,7 @@ def extract_lora(
     return Extraction(
         LoRA(layers),
         networks[1],
-        kept / total,
+        1 - missing / total,
         tuple(_left_out(differing, networks[1], changed)),
     )
 
