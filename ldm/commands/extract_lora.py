@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ldm.model import LatentDiffusion
     from ldm.nets.lora import LoRA
 
-__all__ = ["add_rank_options", "check_target", "main", "rank_rule", "save_lora"]
+__all__ = ["add_rank_options", "check_target", "main", "make_rank_rule", "save_lora"]
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def add_rank_options(parser: CommandParser) -> None:
-    """Add the flags of `rank_rule`, and those of `save_lora`."""
+    """Add the flags of `make_rank_rule`, and those of `save_lora`."""
     add = parser.add_argument
     add("--rank", type=int, metavar="N", help="keep at most N singular values of each layer")
     add("--keep-sum", type=float, metavar="PART", help="of their sum, as 0.9")
@@ -62,8 +62,8 @@ def add_rank_options(parser: CommandParser) -> None:
     add("--force", action="store_true", help="replace the target")
 
 
-def rank_rule(args: Namespace) -> "RankRule":
-    """Return the rule that the flags say."""
+def make_rank_rule(args: Namespace) -> "RankRule":
+    """Make the rule that the flags ask for."""
     from ldm.loading.addons.lora_tools import RankRule
 
     return RankRule(args.rank, args.keep_sum, args.keep_squares, args.ratio)
@@ -103,7 +103,7 @@ def _extract(args: Namespace) -> None:
         result = extract_lora(
             args.tuned,
             args.base,
-            rank_rule(args),
+            make_rank_rule(args),
             conv_rule=None if args.conv_rank is None else RankRule(args.conv_rank),
             clamp_quantile=args.clamp_quantile,
             ema=args.ema,

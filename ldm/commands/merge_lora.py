@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from os.path import expanduser
 from pathlib import Path
 
-from ldm.commands.extract_lora import add_rank_options, check_target, rank_rule, save_lora
+from ldm.commands.extract_lora import add_rank_options, check_target, make_rank_rule, save_lora
 from ldm.generate.command_line import hint
+from ldm.generate.options import parse_weighted_file
 from ldm.runtime.command import CommandParser, run_command
 
 __all__ = ["main"]
@@ -40,15 +41,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     return run_command(lambda: _merge(args), parser.prog, verbose=args.verbose, hint=hint)
 
 
-def _parse_file(text: str) -> tuple[str, float]:
-    """Parse FILE or FILE:STRENGTH; a colon may also be part of the file's name."""
-    name, _, number = text.rpartition(":")
-    try:
-        return expanduser(name or text), float(number) if name else 1.0
-    except ValueError:
-        return expanduser(text), 1.0
-
-
 def _merge(args: Namespace) -> None:
     from tqdm import tqdm
 
@@ -56,8 +48,8 @@ def _merge(args: Namespace) -> None:
     from ldm.loading.addons.lora_tools import join_loras, model_of_lora, resize_lora
 
     check_target(args)
-    rule = rank_rule(args)
-    files = [_parse_file(text) for text in args.files]
+    rule = make_rank_rule(args)
+    files = [parse_weighted_file(text) for text in args.files]
     model = model_of_lora(files[0][0], args.model)
     lora = join_loras([(read_lora(path, model), strength) for path, strength in files])
     ranks = sum(layer.rank for layer in lora.layers.values())

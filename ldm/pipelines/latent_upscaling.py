@@ -87,7 +87,7 @@ def check_sides(model: LatentDiffusion, height: int, width: int) -> None:
     assert isinstance(model.unet, LatentUpscalerUNet)
     multiple = model.unet.multiple // FACTOR
     for axis, side in (("y", height), ("x", width)):
-        if axis in circular_axes() and side != _padded(side, multiple):
+        if axis in circular_axes() and side != _round_up(side, multiple):
             pixels = multiple * model.downscale
             raise ArgumentError(
                 f"with tiling the x2 latent upscaler takes sides that are multiples of {pixels} "
@@ -118,7 +118,7 @@ def double_latent(
     check_sides(model, height, width)
     tile = options.get("unet_tile")
     if tile is not None:
-        options["unet_tile"] = _padded(tile, model.unet.multiple)
+        options["unet_tile"] = _round_up(tile, model.unet.multiple)
     latent = latent.to(model.device, torch.float32).expand(n, -1, -1, -1)
     latent = _pad(latent, model.unet.multiple // FACTOR)
     with_noise = noise_sigma > 0 and noise_kind == "gaussian"
@@ -154,13 +154,13 @@ def double_latent(
     return z[..., : FACTOR * height, : FACTOR * width] * math.hypot(1, last)
 
 
-def _padded(side: int, multiple: int) -> int:
+def _round_up(side: int, multiple: int) -> int:
     return max(side + -side % multiple, 2 * multiple)
 
 
 def _pad(latent: Tensor, multiple: int) -> Tensor:
     """Repeat the last row and column up to a multiple, at least twice that."""
-    height, width = (_padded(side, multiple) for side in latent.shape[-2:])
+    height, width = (_round_up(side, multiple) for side in latent.shape[-2:])
     return F.pad(
         latent, (0, width - latent.shape[-1], 0, height - latent.shape[-2]), mode="replicate"
     )

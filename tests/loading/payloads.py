@@ -42,7 +42,7 @@ def zipped(path: Path, data: bytes, extra: dict[str, bytes] | None = None, defla
     return path
 
 
-def scripted(path: Path, data: bytes) -> Path:
+def write_torchscript(path: Path, data: bytes) -> Path:
     """An archive of TorchScript."""
     code = {"archive/constants.pkl": b"\x80\x02).", "archive/code/__torch__.py": b"exit()"}
     return zipped(path, data, code)

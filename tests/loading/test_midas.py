@@ -50,7 +50,7 @@ def network(whole, factor=1.0):
     return {k.removeprefix(prefix): v * factor for k, v in whole.items() if k.startswith(prefix)}
 
 
-def loaded(files, name="lean.safetensors", **options):
+def load_depth(files, name="lean.safetensors", **options):
     model = ldm.load(files / "depth.yaml", files / name, **options)
     return model.conditioner.depth.state_dict()
 
@@ -64,7 +64,7 @@ def equal(state, whole, factor=1.0):
 
 def test_the_network_is_found_beside_the_checkpoint(files, whole):
     (files / "midas" / FILE).rename(files / FILE)
-    assert equal(loaded(files), whole)
+    assert equal(load_depth(files), whole)
 
 
 @pytest.mark.parametrize(
@@ -76,11 +76,11 @@ def test_a_given_file_comes_before_the_checkpoint(files, whole, old, wrapped, na
     path, content = files / "other.pt", network(whole, 2.0)
     content = {"optimizer": {}, "model": content} if wrapped else content
     torch.save(content, path, _use_new_zipfile_serialization=not old)
-    assert equal(loaded(files, f"{name}.safetensors", midas=path), whole, 2.0)
+    assert equal(load_depth(files, f"{name}.safetensors", midas=path), whole, 2.0)
 
 
 def test_the_network_is_taken_out_of_another_depth_model(files, whole):
-    assert equal(loaded(files, midas=files / "whole.safetensors"), whole)
+    assert equal(load_depth(files, midas=files / "whole.safetensors"), whole)
 
 
 def test_without_a_network_two_lines_say_where_to_put_it(files):
@@ -88,9 +88,9 @@ def test_without_a_network_two_lines_say_where_to_put_it(files):
         FileNotFoundError,
         match=r"lean.safetensors` holds no depth network .*\nhint: put `dpt_hybrid.* beside it",
     ):
-        loaded(files)
+        load_depth(files)
     with pytest.raises(FileNotFoundError, match="absent"):
-        loaded(files, midas="absent.pt")
+        load_depth(files, midas="absent.pt")
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_files_of_something_else_are_refused(files, whole, names, value, message
     content |= {"layer.weight": torch.zeros(3)} | ({} if value is None else {names: value})
     torch.save(content, files / "x.pt")
     with pytest.raises(ValueError, match=message):
-        loaded(files, midas=files / "x.pt")
+        load_depth(files, midas=files / "x.pt")
 
 
 def test_models_without_depth_need_none(tiny_yaml, tiny_state, tmp_path):

@@ -37,7 +37,7 @@ def test_the_payloads_are_live(tmp_path):
         marker.unlink()
 
 
-@pytest.mark.parametrize("envelope", [payloads.zipped, payloads.legacy, payloads.scripted])
+@pytest.mark.parametrize("envelope", [payloads.zipped, payloads.legacy, payloads.write_torchscript])
 def test_the_refusal_names_what_the_pickle_names(tmp_path, envelope):
     for name, body in payloads.calls(tmp_path / "marker").items():
         path = envelope(tmp_path / "x.ckpt", payloads.document(body))

@@ -7,7 +7,7 @@ from nethelp import tiny_inputs, tiny_unet
 from ldm.nets.freeu import FreeU, scale_low_frequencies
 
 
-def filtered(x, s):
+def filter_skip(x, s):
     """The skip connection as published: the centre of the shifted transform times s."""
     spectrum = torch.fft.fftshift(torch.fft.fftn(x.double(), dim=(-2, -1)), dim=(-2, -1))
     row, column = (side // 2 for side in x.shape[-2:])
@@ -19,10 +19,10 @@ def filtered(x, s):
 def test_low_frequencies_are_those_of_the_fourier_transform(size):
     """The largest error is 2e-7."""
     x = torch.randn(2, 6, *size, generator=torch.Generator().manual_seed(0))
-    assert (scale_low_frequencies(x, 0.3) - filtered(x, 0.3)).abs().max() < 3e-6
+    assert (scale_low_frequencies(x, 0.3) - filter_skip(x, 0.3)).abs().max() < 3e-6
     half = scale_low_frequencies(x.bfloat16(), 0.3)
     assert half.dtype == torch.bfloat16
-    assert (half - filtered(x, 0.3)).abs().max() < 0.05
+    assert (half - filter_skip(x, 0.3)).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("by_mean", [False, True])
@@ -48,7 +48,7 @@ def test_both_versions_are_their_formulas_sample_by_sample(by_mean):
         expected = h.double()
         expected[:, : h.shape[1] // 2] *= factor
         assert (h_out - expected).abs().max() < 1e-5
-        assert (skip_out - filtered(skip, s)).abs().max() < 1e-5
+        assert (skip_out - filter_skip(skip, s)).abs().max() < 1e-5
 
 
 def test_a_sample_without_contrast_stays_finite():

@@ -46,7 +46,7 @@ def our_latents(model, cond, uncond=None, **options):
 
 
 @pytest.fixture
-def distilled(monkeypatch):
+def distilled_model(monkeypatch):
     """A tiny model that embeds the guidance scale, and diffusers' pipeline of it."""
     torch.manual_seed(0)
     model = tiny_model("sd1", time_cond_proj_dim=WIDTH)
@@ -64,8 +64,8 @@ def test_the_embedding_of_the_scale_is_that_of_diffusers(scale):
     assert torch.equal(embed_scale(scale, 256), expected)
 
 
-def test_a_latent_consistency_model_is_sampled_as_by_diffusers(distilled):
-    model, pipe = distilled
+def test_a_latent_consistency_model_is_sampled_as_by_diffusers(distilled_model):
+    model, pipe = distilled_model
     cond, calls = model.condition({"txt": PROMPT}), []
     model.unet.register_forward_hook(lambda *_: calls.append(1))
     theirs = their_latents(pipe, pipe.scheduler, cond, guidance_scale=8.0, num_inference_steps=4)
@@ -115,12 +115,12 @@ def test_too_many_steps_and_too_large_a_scale_are_warned_of():
     ldm.txt2img(model, PROMPT, size=(8, 8), steps=17)
 
 
-def test_a_negative_prompt_that_is_not_read_is_said(distilled):
+def test_a_negative_prompt_that_is_not_read_is_said(distilled_model):
     with pytest.warns(UserWarning, match="does not read a negative prompt"):
-        ldm.txt2img(distilled[0], PROMPT, negative_prompt="dog", size=(8, 8), steps=1)
+        ldm.txt2img(distilled_model[0], PROMPT, negative_prompt="dog", size=(8, 8), steps=1)
 
 
 @pytest.mark.parametrize("option", [{"pag": 3.0}, {"rescale": 0.5}, {"guidance_interval": (0, 1)}])
-def test_changes_of_guidance_are_refused_where_there_is_one_pass(distilled, option):
+def test_changes_of_guidance_are_refused_where_there_is_one_pass(distilled_model, option):
     with pytest.raises(ArgumentError, match="embeds the guidance scale: leave it out"):
-        ldm.txt2img(distilled[0], PROMPT, size=SIZE, **option)
+        ldm.txt2img(distilled_model[0], PROMPT, size=SIZE, **option)

@@ -244,16 +244,16 @@ def test_edges_meet_with_tiling(model):
     """A moved latent with moved noise gives the moved image; observed 5e-6."""
     latent, x_T = random_latent(1, 8, 16), torch.randn(1, 4, 16, 32)
 
-    def upscaled(by, tiling, latent=latent):
+    def upscale_moved(by, tiling, latent=latent):
         moved = {"latent": latent.roll(by, dims=3), "x_T": x_T.roll(2 * by, dims=3)}
         return ldm.upscale_latent(model, ["a cat"], steps=2, tiling=tiling, **moved)
 
     torch.testing.assert_close(
-        upscaled(4, "x"), upscaled(0, "x").roll(64, dims=3), atol=1e-4, rtol=0
+        upscale_moved(4, "x"), upscale_moved(0, "x").roll(64, dims=3), atol=1e-4, rtol=0
     )
-    assert (upscaled(4, "none") - upscaled(0, "none").roll(64, dims=3)).abs().max() > 0.1
+    assert (upscale_moved(4, "none") - upscale_moved(0, "none").roll(64, dims=3)).abs().max() > 0.1
     with pytest.raises(ArgumentError, match="multiples of 32 pixels, from 64, got 72"):
-        upscaled(0, "x", random_latent(1, 8, 9))
+        upscale_moved(0, "x", random_latent(1, 8, 9))
 
 
 def test_tiles_of_the_unet_have_sides_that_it_takes_and_offloading_changes_nothing(model):
