@@ -18,6 +18,7 @@ from ldm.commands.extract_lora import add_rank_options, check_target, make_rank_
 from ldm.generate.command_line import hint
 from ldm.generate.options import parse_weighted_file
 from ldm.runtime.command import CommandParser, run_command
+from ldm.runtime.errors import ArgumentError
 
 __all__ = ["main"]
 
@@ -41,6 +42,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     return run_command(lambda: _merge(args), parser.prog, verbose=args.verbose, hint=hint)
 
 
+def _parse_file(text: str) -> tuple[str, float]:
+    path, strength = parse_weighted_file(text)
+    if isinstance(strength, str):
+        raise ArgumentError(f"`{path}`: a LoRA is joined by one number, got `{strength}`", "files")
+    return path, strength
+
+
 def _merge(args: Namespace) -> None:
     from tqdm import tqdm
 
@@ -49,7 +57,7 @@ def _merge(args: Namespace) -> None:
 
     check_target(args)
     rule = make_rank_rule(args)
-    files = [parse_weighted_file(text) for text in args.files]
+    files = [_parse_file(text) for text in args.files]
     model = model_of_lora(files[0][0], args.model)
     lora = join_loras([(read_lora(path, model), strength) for path, strength in files])
     ranks = sum(layer.rank for layer in lora.layers.values())
