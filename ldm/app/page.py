@@ -681,11 +681,13 @@ class Page:
         takes_upscaler = bool(self.forms[task].upscaling) and not self.backend.is_sdxl(checkpoint)
         has_upscaler = takes_upscaler and bool(self.backend.upscalers())
         now = self.backend.defaults(TASKS[task], checkpoint, loras or ())
-        fields = zip(FOLLOWERS, values, strict=True)
         updates = [
-            # An empty number is 0.
-            now[name] if now[name] and value in (None, 0, defaults.get(name)) else gr.skip()
-            for name, value in fields
+            # An empty number is 0. A field that has its value is left alone: an update would take
+            # away what is typed meanwhile.
+            now[name]
+            if now[name] and value != now[name] and value in (None, 0, defaults.get(name))
+            else gr.skip()
+            for name, value in zip(FOLLOWERS, values, strict=True)
         ]
         shown = [gr.update(visible=has_sdxl), gr.update(visible=has_upscaler)]
         return [show_error(misfit), offers, *shown, now, *updates]
