@@ -13,7 +13,8 @@ baseline, the baseline, ours …; `ratio` is the baseline's time by ours, the me
 samples with its range.
 
 Stages that end in -xl are networks of SDXL. With the UNet's weights in both processes and their
-forms in ours, 20 GB are needed in bfloat16.
+forms in ours, 20 GB are needed in bfloat16; with `--one-at-a-time` half of that, or the same for
+float32: each turn starts a worker and takes three samples.
 
 `share` is the rate of our side, counted FLOP of the stage by its median time, as a share of the
 fastest large matrix product of this machine in the same dtype, which is printed first. It makes
@@ -64,6 +65,7 @@ def main() -> None:
     parser = harness.parser(__doc__, dtypes=dtypes, threads=torch.get_num_threads())
     add = parser.add_argument
     add("--stage", nargs="+", choices=[*NETWORKS, *OTHERS], default=list(SD2_NETWORKS))
+    add("--one-at-a-time", action="store_true", help="never hold both sides in memory")
     add("--quick", action="store_true", help="small images, at most 2 rounds")
     add("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -121,7 +123,9 @@ def compare(args: argparse.Namespace, stage: str, dtype: str, rate: float) -> di
         exact = read_output(worker.first)
         worker.close()
     row: dict[str, Any] = {"stage": stage, "dtype": dtype, "rate": rate}
-    row |= harness.compare(start, (ours, baseline), check, rounds=args.rounds)
+    row |= harness.compare(
+        start, (ours, baseline), check, rounds=args.rounds, at_once=not args.one_at_a_time
+    )
     line = f"{stage:9} {dtype:8}  {harness.describe(row)}"
     if is_network:
         row["flop"] = count_flop(stage, args)
