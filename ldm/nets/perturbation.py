@@ -33,16 +33,29 @@ def perturb_self_attention(module: nn.Module, rows: Tensor) -> Iterator[None]:
         rows: Samples that are perturbed, bool (B,).
     """
     thread = threading.get_ident()
+    own, others = rows.nonzero()[:, 0], (~rows).nonzero()[:, 0]
+    whole: list[Tensor] = []  # input of the layer that runs
+
+    # Only what is needed is computed: attention for the other rows, its projections for these.
+    def select(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if threading.get_ident() != thread or not len(others):
+            return None
+        whole.append(args[0])
+        return (args[0][others.to(args[0].device)], *args[1:])
 
     def replace(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if threading.get_ident() != thread:
             return None
         assert isinstance(layer, CrossAttention)
-        x: Tensor = args[0]
-        own = layer.to_out(layer.to_v(x))  # (B, N, query_dim)
-        return torch.where(rows.to(output.device)[:, None, None], own, output)
+        x: Tensor = whole.pop() if whole else args[0]  # (B, N, query_dim)
+        out = output.new_empty(x.shape)
+        out[others.to(x.device)] = output[: len(others)]
+        out[own.to(x.device)] = layer.to_out(layer.to_v(x[own.to(x.device)]))
+        return out
 
-    hooks = [layer.register_forward_hook(replace) for layer in find_self_attentions(module)]
+    layers = find_self_attentions(module)
+    hooks = [layer.register_forward_pre_hook(select) for layer in layers]
+    hooks += [layer.register_forward_hook(replace) for layer in layers]
     try:
         yield
     finally:
