@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ldm.nets.transformer import CrossAttention, SpatialTransformer, TransformerBlock

@@ -29,6 +29,9 @@ TAPS_WIDTH, TAPS = 64, 1 << 25
 # Where a unit multiplies matrices of bfloat16 (AMX), torch's own convolutions of channels-last
 # maps are twice to five times as fast as the transforms.
 WINOGRAD_WIDTH = {torch.float32: 128, torch.bfloat16: math.inf if has_amx() else 640}
+# Pixels of output in one image; with fewer, each product has a handful of rows, and takes the time
+# of reading its matrix.
+WINOGRAD_PIXELS = 64
 # Pixels of output from which on a weight is transformed for a single call: that then takes a tenth
 # of what it saves.
 WINOGRAD_UNCACHED = {torch.float32: 1024, torch.bfloat16: 8192}
@@ -57,7 +60,7 @@ def conv2d(x: Tensor, layer: nn.Conv2d) -> Tensor:
     if x.dim() != 4 or not applies_to_layer(x, weight):
         return nn.Conv2d.forward(layer, x)
     if not (x.shape[2] % 2 or x.shape[3] % 2):
-        matrices = _winograd_matrices(layer, _pixels(x), doubled=False)
+        matrices = _winograd_matrices(layer, len(x), x.shape[-2:].numel(), doubled=False)
         if matrices is not None:
             return winograd.convolve(x, matrices, bias)
     if _is_one_product(layer, _pixels(x) // math.prod(layer.stride)):
@@ -87,7 +90,7 @@ def conv2d_doubled(x: Tensor, layer: nn.Conv2d) -> Tensor:
                 maps = rows.view(len(x), 2 * x.shape[2], 2 * x.shape[3], layer.out_channels)
                 return maps.permute(0, 3, 1, 2).contiguous()
         elif pixels * weight.numel() >= CONV_WORK:
-            matrices = _winograd_matrices(layer, 4 * pixels, doubled=True)
+            matrices = _winograd_matrices(layer, len(x), 4 * pixels // len(x), doubled=True)
             if matrices is not None:
                 return winograd.convolve(x, matrices, bias)
             return _convolve_phases(x, transform_weight(weight, "phases", _merge_taps), bias)
@@ -129,11 +132,13 @@ def _suits_taps(layer: nn.Conv2d, pixels: int) -> bool:
     return work >= UPSAMPLED_WORK and taps <= TAPS and layer.out_channels >= TAPS_WIDTH
 
 
-def _winograd_matrices(layer: nn.Conv2d, pixels: int, *, doubled: bool) -> list[Tensor] | None:
-    """Transform the weight; None where Winograd does not suit. pixels: of output."""
-    weight = layer.weight
+def _winograd_matrices(
+    layer: nn.Conv2d, images: int, pixels_per_image: int, *, doubled: bool
+) -> list[Tensor] | None:
+    """Transform the weight; None where Winograd does not suit. Pixels are those of the output."""
+    weight, pixels = layer.weight, images * pixels_per_image
     narrow = min(layer.in_channels, layer.out_channels) < WINOGRAD_WIDTH[weight.dtype]
-    too_small = pixels * weight.numel() < CONV_WORK
+    too_small = pixels_per_image < WINOGRAD_PIXELS or pixels * weight.numel() < CONV_WORK
     if torch.is_grad_enabled() or narrow or too_small or not _is_3x3(layer):
         return None
     if pixels < WINOGRAD_UNCACHED[weight.dtype] and not is_caching(weight):
