@@ -40,7 +40,7 @@ def linear(**options):
     return Linear(48, 80, **options).eval(), torch.randn(2, 7, 48)
 
 
-def conv(kind=Conv2d, channels=(128, 160), size=(6, 10), kernel=3, **options):
+def conv(kind=Conv2d, channels=(128, 160), size=(8, 10), kernel=3, **options):
     torch.manual_seed(0)
     layer = kind(*channels, kernel, **{"padding": kernel // 2, **options}).eval()
     return layer, torch.randn(2, channels[0], *size)
@@ -51,7 +51,7 @@ CASES = {
     "linear without bias": lambda: linear(bias=False),
     "Winograd": conv,
     "Winograd without bias": lambda: conv(bias=False),
-    "Winograd in bfloat16": lambda: conv(channels=(640, 640), size=(4, 8)),
+    "Winograd in bfloat16": lambda: conv(channels=(640, 640), size=(8, 8)),
     "one product": lambda: conv(size=(5, 7)),
     "one product with stride": lambda: conv(stride=2),
     "1x1": lambda: conv(kernel=1),
