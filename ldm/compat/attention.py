@@ -20,6 +20,7 @@ XFORMERS_IS_AVAILBLE = False  # sic; `ldm.nets.attention` chooses the kernel
 
 def Normalize(in_channels: int, num_groups: int = 32) -> nn.Module:
     """Build the norm in front of a transformer."""
+    # 1e-6 here and 1e-5 in residual blocks, as the published weights were trained.
     return nn.GroupNorm(num_groups, in_channels, eps=1e-6, affine=True)
 
 
@@ -140,6 +141,7 @@ class BasicTransformerBlock(Relabelled, transformer.TransformerBlock):
         return out
 
     def _forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        # By keyword: what programs put in the place of a layer's forward takes the context so.
         x = self.attn1(self.norm1(x), context=context if self.disable_self_attn else None) + x
         x = self.attn2(self.norm2(x), context=context) + x
         return self.ff(self.norm3(x)) + x

@@ -1,7 +1,6 @@
 """`ldm.models.autoencoder` of the original: the KL autoencoder as a model that can be trained."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,10 +8,9 @@ from torch import Tensor, nn
 
 from ldm.compat.distributions import DiagonalGaussianDistribution
 from ldm.compat.ema import LitEma
-from ldm.compat.lightning import LightningModule
+from ldm.compat.lightning import LightningModule, TrainedModule, read_state
 from ldm.compat.model import Decoder, Encoder
 from ldm.compat.util import instantiate_from_config
-from ldm.loading.files.checkpoint import read_checkpoint
 
 __all__ = [
     "AutoencoderKL",
@@ -26,10 +24,10 @@ __all__ = [
     "instantiate_from_config",
 ]
 
-Batch = Mapping[str, Any]
+Batch = dict[str, Any]
 
 
-class AutoencoderKL(LightningModule):
+class AutoencoderKL(TrainedModule):
     """Images <-> distributions over latents.
 
     Args:
@@ -86,29 +84,7 @@ class AutoencoderKL(LightningModule):
         Args:
             ignore_keys: Starts of names that are left out.
         """
-        file = read_checkpoint(path)
-        weights = {**file.state, **file.ema_state}
-        ignored = tuple(ignore_keys)
-        state = {name: value for name, value in weights.items() if not name.startswith(ignored)}
-        self.load_state_dict(state, strict=False)
-
-    @contextmanager
-    def ema_scope(self, context: str | None = None) -> Iterator[None]:
-        """Have the averaged weights inside the context, if there are any."""
-        if not self.use_ema:
-            yield
-            return
-        self.model_ema.store(self.parameters())
-        self.model_ema.copy_to(self)
-        try:
-            yield
-        finally:
-            self.model_ema.restore(self.parameters())
-
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Update the average."""
-        if self.use_ema:
-            self.model_ema(self)
+        self.load_state_dict(read_state(path, ignore_keys), strict=False)
 
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
         """Encode images (B, 3, H, W) to distributions over latents (B, C, h, w)."""
@@ -126,12 +102,6 @@ class AutoencoderKL(LightningModule):
         posterior = self.encode(input)
         z = posterior.sample() if sample_posterior else posterior.mode()
         return self.decode(z), posterior
-
-    def get_input(self, batch: Batch, k: str) -> Tensor:
-        """Return the images of a batch, which are (B, H, W, C) there, as (B, C, H, W) float32."""
-        x: Tensor = batch[k]
-        x = x[..., None] if x.dim() == 3 else x
-        return x.movedim(-1, 1).to(memory_format=torch.contiguous_format).float()
 
     def get_last_layer(self) -> Tensor:
         """Return the weight at which the gradients of the losses are compared."""

@@ -118,6 +118,7 @@ def to_modern(model: LatentDiffusion) -> ModernModel:
         raise WrongFamily(
             f"a {type(model).__name__} with conditioning_key `{key}` cannot be bridged"
         )
+    # In float64, unless a program has registered others since.
     betas = model.exact_betas
     if not torch.equal(betas.float(), model.betas.cpu()):
         betas = model.betas.cpu().double()
@@ -136,6 +137,7 @@ def to_modern(model: LatentDiffusion) -> ModernModel:
 
 def _copy_sharing(module: ModuleT) -> ModuleT:
     """Copy a module, but not its tensors."""
+    # deepcopy takes what the memo has as copied already.
     memo: dict[int, Any] = {}
     for tensor in itertools.chain(module.parameters(), module.buffers()):
         shared = tensor.detach()

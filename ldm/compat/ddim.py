@@ -1,6 +1,7 @@
 """`ldm.models.diffusion.ddim` of the original: DDIM (arXiv:2010.02502) over `apply_model`."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,14 @@ from ldm.compat.diffusion_util import (
     make_ddim_timesteps,
     noise_like,
 )
-from ldm.compat.sampling import Condition, ScoreCorrector, TableSampler, guided_output, unless_none
+from ldm.compat.sampling import (
+    Condition,
+    ScoreCorrector,
+    Step,
+    TableSampler,
+    correct_score,
+    guided_output,
+)
 
 __all__ = [
     "DDIMSampler",
@@ -22,128 +30,17 @@ __all__ = [
     "noise_like",
 ]
 
-Intermediates = dict[str, list[Tensor]]
-
 
 class DDIMSampler(TableSampler):
     """DDIM, with the arguments and the order of draws of the original."""
 
-    @torch.no_grad()
-    def sample(
-        self,
-        S: int,
-        batch_size: int,
-        shape: Sequence[int],
-        conditioning: Condition = None,
-        callback: Callable[[int], object] | None = None,
-        normals_sequence: object = None,
-        img_callback: Callable[[Tensor, int], object] | None = None,
-        quantize_x0: bool = False,
-        eta: float = 0.0,
-        mask: Tensor | None = None,
-        x0: Tensor | None = None,
-        temperature: float = 1.0,
-        noise_dropout: float = 0.0,
-        score_corrector: ScoreCorrector | None = None,
-        corrector_kwargs: Mapping[str, object] | None = None,
-        verbose: bool = True,
-        x_T: Tensor | None = None,
-        log_every_t: int = 100,
-        unconditional_guidance_scale: float = 1.0,
-        unconditional_conditioning: Condition = None,
-        dynamic_threshold: float | None = None,
-        ucg_schedule: Sequence[float] | None = None,
-        **kwargs: object,
-    ) -> tuple[Tensor, Intermediates]:
-        """Sample latents (batch_size, *shape); unknown keywords are ignored, as ever.
+    ddim_sampling = TableSampler.walk
 
-        Args:
-            S: Steps; the original's choice of timesteps may give a few more.
-            mask: 1 keeps `x0`, noised to the level of each step.
-            x_T: Noise to start from; None draws it.
+    def sampling(self, cond: Condition, shape: Sequence[int], **options: Any) -> Any:
+        return self.ddim_sampling(cond, shape, **options)
 
-        Returns:
-            Latents, and the latents and estimates of x0 at every `log_every_t` steps.
-        """
-        self.make_schedule(ddim_num_steps=S, ddim_eta=eta, verbose=verbose)
-        return self.ddim_sampling(
-            conditioning,
-            (batch_size, *shape),
-            callback=callback,
-            img_callback=img_callback,
-            quantize_denoised=quantize_x0,
-            mask=mask,
-            x0=x0,
-            ddim_use_original_steps=False,
-            noise_dropout=noise_dropout,
-            temperature=temperature,
-            score_corrector=score_corrector,
-            corrector_kwargs=corrector_kwargs,
-            x_T=x_T,
-            log_every_t=log_every_t,
-            unconditional_guidance_scale=unconditional_guidance_scale,
-            unconditional_conditioning=unconditional_conditioning,
-            **unless_none(dynamic_threshold=dynamic_threshold, ucg_schedule=ucg_schedule),
-        )
-
-    @torch.no_grad()
-    def ddim_sampling(
-        self,
-        cond: Condition,
-        shape: Sequence[int],
-        x_T: Tensor | None = None,
-        ddim_use_original_steps: bool = False,
-        callback: Callable[[int], object] | None = None,
-        timesteps: int | np.ndarray | None = None,
-        quantize_denoised: bool = False,
-        mask: Tensor | None = None,
-        x0: Tensor | None = None,
-        img_callback: Callable[[Tensor, int], object] | None = None,
-        log_every_t: int = 100,
-        temperature: float = 1.0,
-        noise_dropout: float = 0.0,
-        score_corrector: ScoreCorrector | None = None,
-        corrector_kwargs: Mapping[str, object] | None = None,
-        unconditional_guidance_scale: float = 1.0,
-        unconditional_conditioning: Condition = None,
-        dynamic_threshold: float | None = None,
-        ucg_schedule: Sequence[float] | None = None,
-    ) -> tuple[Tensor, Intermediates]:
-        """Sample latents of a shape (B, C, h, w) over the tables of `make_schedule`."""
-        device = self.model.betas.device
-        img = torch.randn(shape, device=device) if x_T is None else x_T
-        steps = self.choose_timesteps(timesteps, ddim_use_original_steps)
-        intermediates = {"x_inter": [img], "pred_x0": [img]}
-        for i, step in enumerate(np.flip(steps)):
-            index = len(steps) - i - 1
-            t = torch.full((shape[0],), int(step), device=device, dtype=torch.long)
-            if mask is not None:
-                img = self.keep_known(img, x0, mask, t)
-            if ucg_schedule is not None:
-                unconditional_guidance_scale = ucg_schedule[i]
-            img, pred_x0 = self.p_sample_ddim(
-                img,
-                cond,
-                t,
-                index=index,
-                use_original_steps=ddim_use_original_steps,
-                quantize_denoised=quantize_denoised,
-                temperature=temperature,
-                noise_dropout=noise_dropout,
-                score_corrector=score_corrector,
-                corrector_kwargs=corrector_kwargs,
-                unconditional_guidance_scale=unconditional_guidance_scale,
-                unconditional_conditioning=unconditional_conditioning,
-                **unless_none(dynamic_threshold=dynamic_threshold),
-            )
-            if callback:
-                callback(i)
-            if img_callback:
-                img_callback(pred_x0, i)
-            if index % log_every_t == 0 or i == 0:
-                intermediates["x_inter"].append(img)
-                intermediates["pred_x0"].append(pred_x0)
-        return img, intermediates
+    def step(self, *args: Any, t_next: Tensor, old_eps: list[Tensor], **options: Any) -> Step:
+        return self.p_sample_ddim(*args, **options)
 
     @torch.no_grad()
     def p_sample_ddim(
@@ -171,10 +68,11 @@ class DDIMSampler(TableSampler):
         output = guided_output(
             self.model, x, t, c, unconditional_guidance_scale, unconditional_conditioning
         )
+        # Models that predict x0 are taken for ones that predict eps, as in the original.
         predicts_v = self.model.parameterization == "v"
         e_t = self.model.predict_eps_from_z_and_v(x, t, output) if predicts_v else output
         if score_corrector is not None:
-            e_t = self.correct_score(score_corrector, e_t, x, t, c, corrector_kwargs)
+            e_t = correct_score(self.model, score_corrector, e_t, x, t, c, corrector_kwargs)
         a_t, a_prev, sigma_t, sqrt_one_minus_at = self.coefficients(index, x, use_original_steps)
         if predicts_v:
             pred_x0 = self.model.predict_start_from_z_and_v(x, t, output)
@@ -264,6 +162,8 @@ class DDIMSampler(TableSampler):
         callback: Callable[[int], object] | None = None,
     ) -> Tensor:
         """Denoise latents of `stochastic_encode` in the last `t_start` steps."""
+        # As in the original, the first step is the one below the level of `stochastic_encode`, so
+        # that the model expects less noise than was added.
         steps = self.choose_timesteps(None, use_original_steps)[:t_start]
         x = x_latent
         for i, step in enumerate(np.flip(steps)):

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from ldm.compat.ddpm_base import DDPM
 from ldm.compat.diffusion_util import noise_like
-from ldm.compat.sampling import Condition, ScoreCorrector, unless_none
+from ldm.compat.sampling import (
+    Condition,
+    ScoreCorrector,
+    correct_score,
+    keep_known,
+    unless_none,
+)
 
 __all__ = ["AncestralSampling", "first_rows"]
 
@@ -46,10 +52,7 @@ class AncestralSampling(DDPM):
         """Return mean, variance and log variance of p(x_{t-1} | x_t), then what is asked for."""
         output = self.apply_model(x, t, c, **unless_none(return_ids=return_codebook_ids or None))
         if score_corrector is not None:
-            if self.parameterization != "eps":
-                raise ValueError("a score corrector needs a model that predicts eps")
-            options = corrector_kwargs or {}
-            output = score_corrector.modify_score(self, output, x, t, c, **options)
+            output = correct_score(self, score_corrector, output, x, t, c, corrector_kwargs)
         extra: tuple[Tensor, ...] = ()
         if return_codebook_ids:
             output, logits = output
@@ -154,7 +157,8 @@ class AncestralSampling(DDPM):
                 score_corrector=score_corrector,
                 corrector_kwargs=corrector_kwargs,
             )
-            img = self._keep_known(img, x0, mask, t)
+            if mask is not None:  # after the step, unlike DDIM, as in the original
+                img = keep_known(self, img, x0, mask, t)
             if i % log_every_t == 0 or i == timesteps - 1:
                 intermediates.append(x0_partial)
             if callback:
@@ -197,7 +201,8 @@ class AncestralSampling(DDPM):
                 clip_denoised=self.clip_denoised,
                 quantize_denoised=quantize_denoised,
             )
-            img = self._keep_known(img, x0, mask, t)
+            if mask is not None:  # after the step, unlike DDIM, as in the original
+                img = keep_known(self, img, x0, mask, t)
             if i % log_every_t == 0 or i == timesteps - 1:
                 intermediates.append(img)
             if callback:
@@ -243,14 +248,6 @@ class AncestralSampling(DDPM):
         if not self.shorten_cond_schedule:
             return cond
         return self.q_sample(cond, self.cond_ids[t.cpu()].to(t), torch.randn_like(cond))
-
-    def _keep_known(self, img: Tensor, x0: Tensor | None, mask: Tensor | None, t: Tensor) -> Tensor:
-        """Replace img by x0, noised to timesteps t (B,), where a mask is 1."""
-        if mask is None:
-            return img
-        if x0 is None:
-            raise TypeError("a mask needs x0")
-        return self.q_sample(x0, t) * mask + (1.0 - mask) * img
 
 
 def first_rows(c: Condition, n: int) -> Condition:

@@ -4,8 +4,7 @@ Ho et al. 2020 (arXiv:2006.11239).
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,9 @@ from torch import Tensor, nn
 from ldm.compat.diffusion_util import extract_into_tensor, make_beta_schedule
 from ldm.compat.distributions import normal_kl
 from ldm.compat.ema import LitEma
-from ldm.compat.lightning import LightningModule
+from ldm.compat.lightning import LightningModule, TrainedModule, read_state
 from ldm.compat.util import instantiate_from_config, mean_flat
 from ldm.diffusion.schedule import Schedule
-from ldm.loading.files.checkpoint import read_checkpoint
 
 __all__ = ["DDPM", "Batch", "Config", "DiffusionWrapper", "uniform_on_device"]
 
@@ -90,7 +88,7 @@ class DiffusionWrapper(LightningModule):
         return out
 
 
-class DDPM(LightningModule):
+class DDPM(TrainedModule):
     """A diffusion model over images, and the base class of those over latents.
 
     Args:
@@ -155,6 +153,8 @@ class DDPM(LightningModule):
         self.model = DiffusionWrapper(unet_config, conditioning_key)
         self.use_ema = use_ema
         if use_ema:
+            # Of the initial weights, as in the original: a checkpoint is loaded later, and one
+            # without an average of its own needs `reset_ema`.
             self.model_ema = LitEma(self.model)
         self.use_scheduler = scheduler_config is not None
         if self.use_scheduler:
@@ -173,6 +173,7 @@ class DDPM(LightningModule):
         )
         self.loss_type = loss_type
         self.learn_logvar = learn_logvar
+        # A value, real even where the weights are built on the meta device.
         logvar = torch.full((self.num_timesteps,), float(logvar_init), device="cpu")
         self.logvar: Tensor = nn.Parameter(logvar) if learn_logvar else logvar
         self.ucg_training = dict(ucg_training or {})
@@ -196,7 +197,7 @@ class DDPM(LightningModule):
         betas = torch.as_tensor(values, dtype=torch.float64, device="cpu")
         schedule = Schedule(betas, v_posterior=self.v_posterior)
         self.num_timesteps = len(schedule)
-        self.exact_betas = schedule.betas
+        self.exact_betas = schedule.betas  # float64, for `bridge.to_modern`; buffers are float32
         self.linear_start = linear_start
         self.linear_end = linear_end
         old = self._buffers.get("betas")
@@ -205,6 +206,10 @@ class DDPM(LightningModule):
             self.register_buffer(name, table.to(device))
         weights = schedule.vlb_weights(self.parameterization).float().to(device)
         self.register_buffer("lvlb_weights", weights, persistent=False)
+        self.extend_schedule()
+
+    def extend_schedule(self) -> None:
+        """Compute what depends on the tables of `register_schedule`."""
 
     def restart_ema(self, weights: bool, updates: bool) -> None:
         """Let the average start from the weights of now, or its decay warm up again."""
@@ -215,18 +220,9 @@ class DDPM(LightningModule):
         if updates:
             self.model_ema.reset_num_updates()
 
-    @contextmanager
-    def ema_scope(self, context: str | None = None) -> Iterator[None]:
-        """Have the averaged weights inside the context, if there are any."""
-        if not self.use_ema:
-            yield
-            return
-        self.model_ema.store(self.model.parameters())
-        self.model_ema.copy_to(self.model)
-        try:
-            yield
-        finally:
-            self.model_ema.restore(self.model.parameters())
+    @property
+    def averaged_part(self) -> nn.Module:
+        return self.model
 
     @torch.no_grad()
     def init_from_ckpt(
@@ -238,12 +234,7 @@ class DDPM(LightningModule):
             ignore_keys: Starts of names that are left out.
             only_model: Whether to load the UNet only.
         """
-        file = read_checkpoint(path)
-        state = {
-            name: value
-            for name, value in {**file.state, **file.ema_state}.items()
-            if not name.startswith(tuple(ignore_keys))
-        }
+        state = read_state(path, ignore_keys)
         if self.make_it_fit:
             state |= _fit(state, self.state_dict())
         if only_model:
@@ -324,13 +315,6 @@ class DDPM(LightningModule):
         t = torch.randint(0, self.num_timesteps, (len(x),), device=self.device)
         return self.p_losses(x, t, *args, **kwargs)
 
-    def get_input(self, batch: Batch, k: str) -> Any:
-        """Return the images of a batch, which are (B, H, W, C) there, as (B, C, H, W) float32."""
-        x: Tensor = batch[k]
-        if x.dim() == 3:
-            x = x[..., None]
-        return x.movedim(-1, 1).to(memory_format=torch.contiguous_format).float()
-
     def shared_step(self, batch: Batch, **kwargs: Any) -> tuple[Tensor, Losses]:
         """Compute the loss of a batch, and its parts by name."""
         loss, parts = self(self.get_input(batch, self.first_stage_key))
@@ -360,11 +344,6 @@ class DDPM(LightningModule):
             _, averaged = self.shared_step(batch)
         parts |= {f"{name}_ema": value for name, value in averaged.items()}
         self.log_dict(parts, prog_bar=False, logger=True, on_step=False, on_epoch=True)
-
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Update the average."""
-        if self.use_ema:
-            self.model_ema(self.model)
 
     def configure_optimizers(self) -> Any:
         """Return AdamW over the UNet, with `learning_rate`, an attribute that callers set."""

@@ -32,7 +32,25 @@ FINETUNE_KEYS = (
 )
 
 
-class LatentFinetuneDiffusion(LatentDiffusion):
+class ConcatDiffusion(LatentDiffusion):
+    """A model with channels beside the latent, which shows its samples by other defaults."""
+
+    def log_images(  # type: ignore[override]  # other defaults
+        self,
+        batch: Batch,
+        N: int = 8,
+        n_row: int = 4,
+        sample: bool = True,
+        ddim_steps: int | None = 200,
+        ddim_eta: float = 1.0,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Show samples; see LatentDiffusion, without inpainting and the loop of all timesteps."""
+        options = {"inpaint": False, "plot_progressive_rows": False} | kwargs
+        return super().log_images(batch, N, n_row, sample, ddim_steps, ddim_eta, **options)
+
+
+class LatentFinetuneDiffusion(ConcatDiffusion):
     """A model with more input channels than the one it is trained from.
 
     Args:
@@ -64,6 +82,7 @@ class LatentFinetuneDiffusion(LatentDiffusion):
         own, extended = self.state_dict(), dict(state)
         for name in self.finetune_keys or ():
             if name in state and name in own and state[name].shape != own[name].shape:
+                # With zeros the new channels change nothing at first.
                 extended[name] = torch.zeros_like(own[name])
                 extended[name][:, : self.keep_dims] = state[name]
         super().load_weights(extended, only_model)
@@ -99,19 +118,9 @@ class LatentFinetuneDiffusion(LatentDiffusion):
         c_concat = torch.cat(self.concat_condition(batch, z, bs), dim=1)
         return [z, {**self.more_conditions(c_concat), "c_crossattn": [c]}, *more]
 
-    def log_images(  # type: ignore[override]  # other defaults
-        self,
-        batch: Batch,
-        N: int = 8,
-        n_row: int = 4,
-        sample: bool = True,
-        ddim_steps: int | None = 200,
-        ddim_eta: float = 1.0,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Show samples; see LatentDiffusion, without inpainting and the loop of all timesteps."""
-        options = {"inpaint": False, "plot_progressive_rows": False} | kwargs
-        log = super().log_images(batch, N, n_row, sample, ddim_steps, ddim_eta, **options)
+    def log_images(self, batch: Batch, N: int = 8, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Show samples, and the channels of the condition that are latents."""
+        log = super().log_images(batch, N, *args, **kwargs)
         if self.c_concat_log_start is not None or self.c_concat_log_end is not None:
             _, c = self.get_input(batch, self.first_stage_key, bs=N)[:2]
             shown = slice(self.c_concat_log_start, self.c_concat_log_end)
@@ -169,6 +178,7 @@ class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
     def concat_condition(self, batch: Batch, z: Tensor, bs: int | None) -> list[Tensor]:
         image: Tensor = batch[self.depth_stage_key][:bs].to(self.device)
         depth = self.depth_model(image)
+        # The margin is that of training; the original's scripts have none.
         return [normalize_depth(resize_depth(depth, (z.shape[-2], z.shape[-1])), margin=0.001)]
 
     @torch.no_grad()
@@ -219,7 +229,7 @@ class LatentUpscaleFinetuneDiffusion(LatentFinetuneDiffusion):
         return {"c_concat": [c_concat], "c_adm": noise_level}
 
 
-class LatentUpscaleDiffusion(LatentDiffusion):
+class LatentUpscaleDiffusion(ConcatDiffusion):
     """Upscaling: an image of low resolution, with noise, beside the noisy latent.
 
     Args:
@@ -283,19 +293,9 @@ class LatentUpscaleDiffusion(LatentDiffusion):
         return [z, cond, *more]
 
     @torch.no_grad()
-    def log_images(  # type: ignore[override]  # other defaults
-        self,
-        batch: Batch,
-        N: int = 8,
-        n_row: int = 4,
-        sample: bool = True,
-        ddim_steps: int | None = 200,
-        ddim_eta: float = 1.0,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Show samples; see LatentDiffusion, without inpainting and the loop of all timesteps."""
-        options = {"inpaint": False, "plot_progressive_rows": False} | kwargs
-        log = super().log_images(batch, N, n_row, sample, ddim_steps, ddim_eta, **options)
+    def log_images(self, batch: Batch, N: int = 8, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Show samples, and the images of low resolution."""
+        log = super().log_images(batch, N, *args, **kwargs)
         log["x_lr"] = DDPM.get_input(self, batch, self.low_scale_key)[:N]
         return log
 

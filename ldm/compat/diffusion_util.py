@@ -49,6 +49,7 @@ def make_ddim_timesteps(
             which are often more than asked for; "quad" takes squares up to 0.8 of the last.
     """
     if ddim_discr_method == "uniform":
+        # The last may be one past the tables (3, 9, 27 … steps of 1000): an IndexError, as ever.
         step = num_ddpm_timesteps // num_ddim_timesteps
         return np.arange(1, num_ddpm_timesteps + 1, step, dtype=np.int64)
     if ddim_discr_method == "quad":
@@ -69,6 +70,7 @@ def make_ddim_sampling_parameters(
     """
     table = torch.as_tensor(alphacums)
     alphas = table[torch.as_tensor(ddim_timesteps)]
+    # It begins with the first ᾱ, not with 1, so that the last step leaves a little noise.
     previous = torch.cat([table[:1], alphas[:-1]]).double()
     exact = alphas.double()
     variance = (1 - previous) / (1 - exact) * (1 - exact / previous)
@@ -123,6 +125,7 @@ def checkpoint(
         params: Not needed any more: parameters are found, and may be frozen.
     """
     if flag and torch.is_grad_enabled():
+        # Not reentrant: parameters get their gradients even where no input needs one.
         result: Result = _checkpoint(func, *inputs, use_reentrant=False)
         return result
     return func(*inputs)

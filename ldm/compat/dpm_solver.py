@@ -46,6 +46,7 @@ class NoiseScheduleVP:
         if schedule not in ("discrete", "linear", "cosine"):
             raise ValueError(f"schedule must be discrete, linear or cosine, got `{schedule}`")
         self.schedule = schedule
+        # At 1 the cosine schedule has no signal left, and its log SNR is -inf.
         self.T = 0.9946 if schedule == "cosine" else 1.0
         self.total_N = 1000
         self.beta_0 = continuous_beta_0
@@ -127,7 +128,7 @@ def model_wrapper(
         raise ValueError(f"unknown guidance_type `{guidance_type}`")
 
     def timesteps_of(t: Tensor) -> Tensor:
-        if noise_schedule.schedule == "discrete":
+        if noise_schedule.schedule == "discrete":  # entry i of the table is the time (i + 1) / N
             return (t - 1.0 / noise_schedule.total_N) * 1000.0
         return t
 
@@ -389,7 +390,7 @@ class DPM_Solver:
                 x = self.multistep_dpm_solver_update(
                     x, models, list(times[:step]), times[step], n, solver_type
                 )
-                if step < steps:
+                if step < steps:  # no step follows that would use the last one
                     models.append(self.model_fn(x, times[step]))
                 models = models[-order:]
         elif method in ("singlestep", "singlestep_fixed"):

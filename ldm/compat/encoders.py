@@ -18,7 +18,7 @@ from ldm.compat.openaimodel import Timestep
 from ldm.compat.upscaling import ImageConcatWithNoiseAugmentation
 from ldm.compat.util import disabled_train
 from ldm.encoders import tokenizer
-from ldm.encoders.image import CLIPImage, OpenCLIPImage, preprocess
+from ldm.encoders.image import CLIPImage, CLIPVision, OpenCLIPImage, preprocess
 from ldm.loading.files.checkpoint import read_checkpoint
 from ldm.loading.files.clip_statistics import read_clip_statistics
 from ldm.runtime.errors import unknown_name
@@ -296,15 +296,38 @@ class FrozenOpenCLIPEmbedder(FollowsWeights):
         return self(text, **kwargs)
 
 
-class FrozenOpenCLIPImageEmbedder(OpenCLIPImage):
+class ImageEmbedder(CLIPVision):
+    """What both image embedders have in common."""
+
+    device = FollowsWeights.device
+    ucg_rate: float
+
+    def preprocess(self, x: Tensor) -> Tensor:
+        """Resize images to the tower's size, and normalize them."""
+        size = self.model.visual.image_size
+        return preprocess(x, size, antialias=self.antialias, blur=self.blur)
+
+    def encode_with_vision_transformer(self, img: Tensor) -> Tensor:
+        """Encode images, without dropout."""
+        return self.embed(img).to(img.dtype)
+
+    def forward(self, image: Tensor, no_dropout: bool = False) -> Tensor:
+        """Encode images, and set some rows to zero, one random number for each row."""
+        x = self.encode_with_vision_transformer(image)
+        if no_dropout or self.ucg_rate <= 0:
+            return x
+        return (
+            x * torch.bernoulli((1 - self.ucg_rate) * torch.ones(len(x), device=x.device))[:, None]
+        )
+
+
+class FrozenOpenCLIPImageEmbedder(ImageEmbedder, OpenCLIPImage):
     """Images (B, 3, H, W) in [-1, 1] -> embeddings (B, D) by open_clip's vision tower.
 
     Args:
         antialias: Whether to blur before downscaling, as kornia 0.6.0 does.
         ucg_rate: Probability of zeros instead of an embedding.
     """
-
-    device = FollowsWeights.device
 
     def __init__(
         self,
@@ -328,31 +351,16 @@ class FrozenOpenCLIPImageEmbedder(OpenCLIPImage):
         """Switch to evaluation, without gradients of the weights."""
         self.eval().requires_grad_(False)
 
-    def preprocess(self, x: Tensor) -> Tensor:
-        """Resize images to the tower's size, and normalize them."""
-        size = self.model.visual.image_size
-        return preprocess(x, size, antialias=self.antialias, blur=self.blur)
-
-    def encode_with_vision_transformer(self, img: Tensor) -> Tensor:
-        """Encode images, without dropout."""
-        return self.embed(img).to(img.dtype)
-
-    def forward(self, image: Tensor, no_dropout: bool = False) -> Tensor:
-        embedding = self.encode_with_vision_transformer(image)
-        return _drop_rows(embedding, 0.0 if no_dropout else self.ucg_rate)
-
     def encode(self, text: Tensor) -> Any:
         return self(text)
 
 
-class ClipImageEmbedder(CLIPImage):
+class ClipImageEmbedder(ImageEmbedder, CLIPImage):
     """Images (B, 3, H, W) in [-1, 1] -> embeddings (B, D) by OpenAI's vision tower.
 
     Args:
         antialias, ucg_rate: See `FrozenOpenCLIPImageEmbedder`.
     """
-
-    device = FollowsWeights.device
 
     def __init__(
         self,
@@ -365,15 +373,8 @@ class ClipImageEmbedder(CLIPImage):
         super().__init__(model=model, antialias=antialias, freeze=False)
         self.ucg_rate = ucg_rate
 
-    def preprocess(self, x: Tensor) -> Tensor:
-        """Resize images to the tower's size, and normalize them."""
-        size = self.model.visual.image_size
-        return preprocess(x, size, antialias=self.antialias, blur=self.blur)
-
-    def forward(  # type: ignore[override]
-        self, x: Tensor, no_dropout: bool = False
-    ) -> Tensor:
-        return _drop_rows(self.embed(x).to(x.dtype), 0.0 if no_dropout else self.ucg_rate)
+    def forward(self, x: Tensor, no_dropout: bool = False) -> Tensor:  # type: ignore[override]
+        return super().forward(x, no_dropout)
 
 
 class CLIPEmbeddingNoiseAugmentation(ImageConcatWithNoiseAugmentation):
@@ -418,13 +419,6 @@ class CLIPEmbeddingNoiseAugmentation(ImageConcatWithNoiseAugmentation):
     ) -> tuple[Tensor, Tensor]:
         z, noise_level = super().forward(self.scale(x), noise_level, seed)
         return self.unscale(z), self.time_embed(noise_level)
-
-
-def _drop_rows(x: Tensor, probability: float) -> Tensor:
-    """Set rows of (B, D) to zero, one random number for each row."""
-    if probability <= 0:
-        return x
-    return x * torch.bernoulli((1 - probability) * torch.ones(len(x), device=x.device))[:, None]
 
 
 def _to_plain(config: Any) -> Any:

@@ -52,6 +52,7 @@ class LatentDiffusion(Patchwise, ImageLogging):
         *args: Any,
         **kwargs: Any,
     ) -> None:
+        # Before the constructor of DDPM: the schedule that it registers depends on them.
         self.force_null_conditioning = force_null_conditioning
         self.num_timesteps_cond = 1 if num_timesteps_cond is None else num_timesteps_cond
         self.scale_by_std = scale_by_std
@@ -64,6 +65,7 @@ class LatentDiffusion(Patchwise, ImageLogging):
             conditioning_key = "concat" if concat_mode else "crossattn"
         if cond_stage_config == UNCONDITIONAL and not force_null_conditioning:
             conditioning_key = None
+        # Loaded at the end, when autoencoder and encoder are there to take weights.
         ckpt_path = kwargs.pop("ckpt_path", None)
         ignore_keys = kwargs.pop("ignore_keys", ())
         reset_ema = kwargs.pop("reset_ema", False)
@@ -82,25 +84,13 @@ class LatentDiffusion(Patchwise, ImageLogging):
         self.instantiate_first_stage(first_stage_config)
         self.instantiate_cond_stage(cond_stage_config)
         self.cond_stage_forward = cond_stage_forward
-        self.clip_denoised = False
+        self.clip_denoised = False  # latents have no bounds
         self.restarted_from_ckpt = ckpt_path is not None
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys)
             self.restart_ema(reset_ema, reset_updates)
 
-    def register_schedule(
-        self,
-        given_betas: Sequence[float] | None = None,
-        beta_schedule: str = "linear",
-        timesteps: int = 1000,
-        linear_start: float = 1e-4,
-        linear_end: float = 2e-2,
-        cosine_s: float = 8e-3,
-    ) -> None:
-        """Compute the tables of a noise schedule, and of one of conditions that are noised."""
-        super().register_schedule(
-            given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s
-        )
+    def extend_schedule(self) -> None:
         self.shorten_cond_schedule = self.num_timesteps_cond > 1
         if self.shorten_cond_schedule:
             self.make_cond_schedule()
@@ -129,7 +119,10 @@ class LatentDiffusion(Patchwise, ImageLogging):
 
     @torch.no_grad()
     def on_train_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Measure the scale factor in the first batch of a training, with `scale_by_std`."""
+        """Measure the scale factor in the first batch of a training, with `scale_by_std`.
+
+        Lightning 1 hands `dataloader_idx` over, Lightning 2 does not.
+        """
         is_first = self.current_epoch == 0 and self.global_step == 0 and batch_idx == 0
         if not self.scale_by_std or not is_first or self.restarted_from_ckpt:
             return
@@ -171,7 +164,7 @@ class LatentDiffusion(Patchwise, ImageLogging):
             ids = z.exp().argmax(dim=1) if z.dim() == 4 else z
             z = self.first_stage_model.quantize.get_codebook_entry(ids, shape=None)
             z = z.movedim(-1, 1).contiguous()
-        z = 1.0 / self.scale_factor * z
+        z = 1.0 / self.scale_factor * z  # rounds otherwise than z / scale_factor
         decode: Callable[..., Tensor] = self.first_stage_model.decode
         if isinstance(self.first_stage_model, VQModelInterface):
             decode = partial(decode, force_not_quantize=predict_cids or force_not_quantize)
@@ -306,6 +299,8 @@ class LatentDiffusion(Patchwise, ImageLogging):
         parts = {f"{split}/loss_simple": error.mean()}
         if self.learn_logvar:
             parts |= {f"{split}/loss_gamma": loss.mean(), "logvar": self.logvar.data.mean()}
+        # Not `error` again: programs put a function of their own in the place of `get_loss`, which
+        # the original calls for each of the two.
         vlb = self.get_loss(output, target, mean=False).mean((1, 2, 3))
         vlb = (self.lvlb_weights[t] * vlb).mean()
         loss = self.l_simple_weight * loss.mean() + self.original_elbo_weight * vlb
@@ -339,6 +334,7 @@ class LatentDiffusion(Patchwise, ImageLogging):
 def freeze(module: nn.Module) -> nn.Module:
     """Keep a module in eval mode, without gradients."""
     module.eval().requires_grad_(False)
+    # `train` of the whole model calls that of each part, and must leave this one in its mode.
     module.train = partial(disabled_train, module)  # type: ignore[method-assign]
     return module
 

@@ -1,12 +1,16 @@
 """The base class of the original's models: Lightning's if that is installed, else a small one."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LightningModule"]
+from ldm.compat.ema import LitEma
+from ldm.loading.files.checkpoint import read_checkpoint
+
+__all__ = ["LightningModule", "TrainedModule", "read_state"]
 
 
 class PlainModule(nn.Module):
@@ -58,3 +62,52 @@ else:
         from pytorch_lightning import LightningModule
     except ImportError:
         LightningModule = PlainModule
+
+
+class TrainedModule(LightningModule):
+    """What autoencoder and diffusion model have in common: images of a batch, averaged weights."""
+
+    use_ema: bool
+    model_ema: LitEma
+
+    @property
+    def averaged_part(self) -> nn.Module:
+        """The part whose weights are averaged."""
+        return self
+
+    @contextmanager
+    def ema_scope(self, context: str | None = None) -> Iterator[None]:
+        """Have the averaged weights inside the context, if there are any."""
+        if not self.use_ema:
+            yield
+            return
+        part = self.averaged_part
+        self.model_ema.store(part.parameters())
+        self.model_ema.copy_to(part)
+        try:
+            yield
+        finally:
+            self.model_ema.restore(part.parameters())
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Update the average."""
+        if self.use_ema:
+            self.model_ema(self.averaged_part)
+
+    def get_input(self, batch: dict[str, Any], k: str) -> Any:
+        """Return the images of a batch, which are (B, H, W, C) there, as (B, C, H, W) float32."""
+        x: Tensor = batch[k]
+        x = x[..., None] if x.dim() == 3 else x
+        return x.movedim(-1, 1).to(memory_format=torch.contiguous_format).float()
+
+
+def read_state(path: str, ignore_keys: Sequence[str]) -> dict[str, Tensor]:
+    """Read the weights of a checkpoint, averaged ones included, without running what is in it.
+
+    Args:
+        ignore_keys: Starts of names that are left out.
+    """
+    file = read_checkpoint(path)
+    weights = {**file.state, **file.ema_state}
+    ignored = tuple(ignore_keys)
+    return {name: value for name, value in weights.items() if not name.startswith(ignored)}

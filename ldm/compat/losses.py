@@ -98,6 +98,7 @@ class LPIPSWithDiscriminator(nn.Module):
             torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
             for loss in (nll_loss, g_loss)
         ]
+        # 1e-4 for a discriminator that has no gradient yet, 1e4 for one that hardly has one.
         ratio = (norms[0] / (norms[1] + 1e-4)).clamp(0.0, 1e4).detach()
         weight: Tensor = ratio * self.discriminator_weight
         return weight
@@ -133,6 +134,7 @@ class LPIPSWithDiscriminator(nn.Module):
         error = (inputs.contiguous() - reconstructions.contiguous()).abs()
         if self.perceptual_weight > 0:
             distance = self.perceptual_loss(inputs.contiguous(), reconstructions.contiguous())
+            # (B, 1, 1, 1), added to every value: it counts as often as there are values.
             error = error + self.perceptual_weight * distance
         nll = error / self.logvar.exp() + self.logvar
         weighted = (nll if weights is None else weights * nll).sum() / len(nll)

@@ -32,8 +32,8 @@ def Normalize(in_channels: int, num_groups: int = 32) -> nn.Module:
     return nn.GroupNorm(num_groups, in_channels, eps=EPS, affine=True)
 
 
-class Upsample(Relabelled, blocks.Upsample):
-    """Twice the size by nearest neighbour, then a 3x3 convolution if `with_conv`."""
+class Resampler(Relabelled):
+    """What Upsample and Downsample have in common."""
 
     def __init__(self, in_channels: int, with_conv: bool) -> None:
         super().__init__(in_channels, use_conv=with_conv)
@@ -42,24 +42,19 @@ class Upsample(Relabelled, blocks.Upsample):
     @property
     def with_conv(self) -> bool:
         """Whether there is a convolution."""
-        return self.conv is not None
+        return any(isinstance(layer, nn.Conv2d) for layer in self.children())
+
+
+class Upsample(Resampler, blocks.Upsample):
+    """Twice the size by nearest neighbour, then a 3x3 convolution if `with_conv`."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (B, C, 2h, 2w)
         return x if self.conv is None else self.conv(x)
 
 
-class Downsample(Relabelled, autoencoder.Downsample):
+class Downsample(Resampler, autoencoder.Downsample):
     """Half the size (rounded down): stride 2, one pixel of padding at the right and bottom only."""
-
-    def __init__(self, in_channels: int, with_conv: bool) -> None:
-        super().__init__(in_channels, use_conv=with_conv)
-        relabel(self)
-
-    @property
-    def with_conv(self) -> bool:
-        """Whether there is a convolution."""
-        return self.conv is not None
 
 
 class ResnetBlock(Relabelled, autoencoder.ResnetBlock):
@@ -189,7 +184,7 @@ class Encoder(Relabelled, autoencoder.Encoder):
         self.resolution = 256
 
     def forward(self, x: Tensor) -> Tensor:
-        temb = None
+        temb = None  # blocks take an embedding, which autoencoders do not have
         h = self.conv_in(x)  # (B, ch, H, W)
         for i, level in enumerate(_levels(self.down)):
             for j, block in enumerate(level.block):

@@ -76,8 +76,8 @@ class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
         return x
 
 
-class Upsample(Relabelled, blocks.Upsample):
-    """Twice the size by nearest neighbour, then a 3x3 convolution if `use_conv`."""
+class Resampler(Relabelled):
+    """What Upsample and Downsample have in common."""
 
     channels: int
     out_channels: int
@@ -93,51 +93,33 @@ class Upsample(Relabelled, blocks.Upsample):
     ) -> None:
         _check_dims(dims)
         super().__init__(channels, out_channels=out_channels, use_conv=use_conv)
-        if self.conv is not None:
-            self.conv.padding = (padding, padding)
+        if (conv := self._convolution()) is not None:
+            conv.padding = (padding, padding)
         self.channels = self.out_channels = channels
         relabel(self)
 
     def add_attributes(self) -> None:
         self.dims = 2
-        self.use_conv = self.conv is not None
-        if self.conv is not None:
-            self.channels = self.conv.in_channels
-            self.out_channels = self.conv.out_channels
+        conv = self._convolution()
+        self.use_conv = conv is not None
+        if conv is not None:
+            self.channels = conv.in_channels
+            self.out_channels = conv.out_channels
+
+    def _convolution(self) -> nn.Conv2d | None:
+        return next((layer for layer in self.children() if isinstance(layer, nn.Conv2d)), None)
+
+
+class Upsample(Resampler, blocks.Upsample):
+    """Twice the size by nearest neighbour, then a 3x3 convolution if `use_conv`."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (B, C, 2h, 2w)
         return x if self.conv is None else self.conv(x)  # (B, C_out, 2h, 2w)
 
 
-class Downsample(Relabelled, blocks.Downsample):
+class Downsample(Resampler, blocks.Downsample):
     """Half the size by a 3x3 convolution of stride 2, or by the mean of 2x2 pixels."""
-
-    channels: int
-    out_channels: int
-    use_conv: bool
-
-    def __init__(
-        self,
-        channels: int,
-        use_conv: bool,
-        dims: int = 2,
-        out_channels: int | None = None,
-        padding: int = 1,
-    ) -> None:
-        _check_dims(dims)
-        super().__init__(channels, out_channels=out_channels, use_conv=use_conv)
-        if isinstance(self.op, nn.Conv2d):
-            self.op.padding = (padding, padding)
-        self.channels = self.out_channels = channels
-        relabel(self)
-
-    def add_attributes(self) -> None:
-        self.dims = 2
-        self.use_conv = isinstance(self.op, nn.Conv2d)
-        if isinstance(self.op, nn.Conv2d):
-            self.channels = self.op.in_channels
-            self.out_channels = self.op.out_channels
 
 
 class ResBlock(Relabelled, blocks.ResBlock, TimestepBlock):
@@ -365,6 +347,7 @@ class UNetModel(Relabelled, unet.UNet):
         emb = self.time_embed(emb)  # (B, 4 model_channels)
         if y is not None:
             emb = emb + self._embed_label(y)
+        # Blocks get exactly these arguments: those that programs put in their place take no more.
         h, skips = x.type(self.dtype), []
         for block in self.input_blocks:
             h = block(h, emb, context)  # (B, C_i, h / 2^i, w / 2^i)

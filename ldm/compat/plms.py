@@ -1,8 +1,8 @@
 """`ldm.models.diffusion.plms` of the original: PLMS (arXiv:2202.09778) over `apply_model`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,7 +11,14 @@ from ldm.compat.diffusion_util import (
     make_ddim_timesteps,
     noise_like,
 )
-from ldm.compat.sampling import Condition, ScoreCorrector, TableSampler, guided_output, unless_none
+from ldm.compat.sampling import (
+    Condition,
+    ScoreCorrector,
+    Step,
+    TableSampler,
+    correct_score,
+    guided_output,
+)
 from ldm.compat.sampling_util import norm_thresholding
 
 __all__ = [
@@ -44,116 +51,19 @@ class PLMSSampler(TableSampler):
             raise ValueError("ddim_eta must be 0 for PLMS")
         super().make_schedule(ddim_num_steps, ddim_discretize, ddim_eta, verbose)
 
-    @torch.no_grad()
-    def sample(
-        self,
-        S: int,
-        batch_size: int,
-        shape: Sequence[int],
-        conditioning: Condition = None,
-        callback: Callable[[int], object] | None = None,
-        normals_sequence: object = None,
-        img_callback: Callable[[Tensor, int], object] | None = None,
-        quantize_x0: bool = False,
-        eta: float = 0.0,
-        mask: Tensor | None = None,
-        x0: Tensor | None = None,
-        temperature: float = 1.0,
-        noise_dropout: float = 0.0,
-        score_corrector: ScoreCorrector | None = None,
-        corrector_kwargs: Mapping[str, object] | None = None,
-        verbose: bool = True,
-        x_T: Tensor | None = None,
-        log_every_t: int = 100,
-        unconditional_guidance_scale: float = 1.0,
-        unconditional_conditioning: Condition = None,
-        dynamic_threshold: float | None = None,
-        **kwargs: object,
-    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """Sample latents (batch_size, *shape), see `DDIMSampler.sample`."""
-        self.make_schedule(ddim_num_steps=S, ddim_eta=eta, verbose=verbose)
-        return self.plms_sampling(
-            conditioning,
-            (batch_size, *shape),
-            callback=callback,
-            img_callback=img_callback,
-            quantize_denoised=quantize_x0,
-            mask=mask,
-            x0=x0,
-            ddim_use_original_steps=False,
-            noise_dropout=noise_dropout,
-            temperature=temperature,
-            score_corrector=score_corrector,
-            corrector_kwargs=corrector_kwargs,
-            x_T=x_T,
-            log_every_t=log_every_t,
-            unconditional_guidance_scale=unconditional_guidance_scale,
-            unconditional_conditioning=unconditional_conditioning,
-            **unless_none(dynamic_threshold=dynamic_threshold),
-        )
+    plms_sampling = TableSampler.walk
 
-    @torch.no_grad()
-    def plms_sampling(
-        self,
-        cond: Condition,
-        shape: Sequence[int],
-        x_T: Tensor | None = None,
-        ddim_use_original_steps: bool = False,
-        callback: Callable[[int], object] | None = None,
-        timesteps: int | np.ndarray | None = None,
-        quantize_denoised: bool = False,
-        mask: Tensor | None = None,
-        x0: Tensor | None = None,
-        img_callback: Callable[[Tensor, int], object] | None = None,
-        log_every_t: int = 100,
-        temperature: float = 1.0,
-        noise_dropout: float = 0.0,
-        score_corrector: ScoreCorrector | None = None,
-        corrector_kwargs: Mapping[str, object] | None = None,
-        unconditional_guidance_scale: float = 1.0,
-        unconditional_conditioning: Condition = None,
-        dynamic_threshold: float | None = None,
-    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """Sample latents of a shape (B, C, h, w) over the tables of `make_schedule`."""
-        device = self.model.betas.device
-        img = torch.randn(shape, device=device) if x_T is None else x_T
-        steps = self.choose_timesteps(timesteps, ddim_use_original_steps)
-        intermediates = {"x_inter": [img], "pred_x0": [img]}
-        old_eps: list[Tensor] = []
-        for i in range(len(steps)):
-            index = len(steps) - i - 1
-            t, t_next = (
-                torch.full((shape[0],), int(step), device=device, dtype=torch.long)
-                for step in (steps[index], steps[max(index - 1, 0)])
-            )
-            if mask is not None:
-                img = self.keep_known(img, x0, mask, t)
-            img, pred_x0, e_t = self.p_sample_plms(
-                img,
-                cond,
-                t,
-                index=index,
-                use_original_steps=ddim_use_original_steps,
-                quantize_denoised=quantize_denoised,
-                temperature=temperature,
-                noise_dropout=noise_dropout,
-                score_corrector=score_corrector,
-                corrector_kwargs=corrector_kwargs,
-                unconditional_guidance_scale=unconditional_guidance_scale,
-                unconditional_conditioning=unconditional_conditioning,
-                old_eps=old_eps,
-                t_next=t_next,
-                **unless_none(dynamic_threshold=dynamic_threshold),
-            )
-            old_eps = [*old_eps, e_t][-3:]
-            if callback:
-                callback(i)
-            if img_callback:
-                img_callback(pred_x0, i)
-            if index % log_every_t == 0 or i == 0:
-                intermediates["x_inter"].append(img)
-                intermediates["pred_x0"].append(pred_x0)
-        return img, intermediates
+    def sampling(
+        self, cond: Condition, shape: Sequence[int], *, ucg_schedule: object = None, **options: Any
+    ) -> Any:
+        """Sample as `walk` does, with one guidance scale: the original ignores a schedule of it."""
+        return self.plms_sampling(cond, shape, **options)
+
+    def step(self, *args: Any, t_next: Tensor, old_eps: list[Tensor], **options: Any) -> Step:
+        options |= {"old_eps": old_eps, "t_next": t_next}
+        x, pred_x0, e_t = self.p_sample_plms(*args, **options)
+        old_eps[:] = [*old_eps, e_t][-3:]
+        return x, pred_x0
 
     @torch.no_grad()
     def p_sample_plms(
@@ -190,7 +100,7 @@ class PLMSSampler(TableSampler):
                 self.model, x, t, c, unconditional_guidance_scale, unconditional_conditioning
             )
             if score_corrector is not None:
-                e_t = self.correct_score(score_corrector, e_t, x, t, c, corrector_kwargs)
+                e_t = correct_score(self.model, score_corrector, e_t, x, t, c, corrector_kwargs)
             return e_t
 
         def step(e_t: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,6 +118,7 @@ class PLMSSampler(TableSampler):
         if not old_eps:
             if t_next is None:
                 raise TypeError("the first step needs t_next")
+            # Heun's method, as there are no estimates yet: evaluates twice, and draws noise twice.
             x_next, _ = step(e_t)
             combined = (e_t + estimate(x_next, t_next)) / 2
         else:

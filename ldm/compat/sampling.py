@@ -1,10 +1,10 @@
-"""What DDIM and PLMS of the original have in common: their tables, guidance, and start noise.
+"""What the samplers of the original have in common: arguments, tables, guidance, start noise.
 
 Their seam to a model is `apply_model(x, t, c)`, which programs override, so that these samplers
 walk the tables of the original themselves; `ldm.diffusion.samplers` are functions of sigma.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,14 +21,19 @@ from ldm.compat.diffusion_util import (
 __all__ = [
     "Condition",
     "DiffusionModel",
+    "Sampler",
     "TableSampler",
+    "correct_score",
     "guided_output",
     "join_conditions",
+    "keep_known",
     "unless_none",
 ]
 
 # A tensor, a list of tensors, or a dict of tensors and of lists; handed to the model as it is.
 Condition = Any
+Intermediates = dict[str, list[Tensor]]
+Step = tuple[Tensor, Tensor]  # x, and the estimate of x0
 
 
 class FirstStage(Protocol):
@@ -77,11 +82,103 @@ class DiffusionModel(Protocol):
     def predict_start_from_z_and_v(self, x_t: Tensor, t: Tensor, v: Tensor, /) -> Tensor: ...
 
 
-class TableSampler:
-    """A sampler over a choice of the timesteps of a model.
+class Sampler:
+    """A sampler over a model's `apply_model`; `make_schedule` and `sampling` are its own.
 
     Args:
         device: Where the tables are; None for the model's device.
+    """
+
+    def __init__(
+        self, model: DiffusionModel, device: str | torch.device | None = None, **kwargs: object
+    ) -> None:
+        self.model = model
+        self.device = model.device if device is None else torch.device(device)
+        self._follows_model = device is None
+
+    def register_buffer(self, name: str, attr: object) -> None:
+        """Set an attribute; tensors are moved to the device."""
+        setattr(self, name, attr.to(self.device) if isinstance(attr, Tensor) else attr)
+
+    def make_schedule(
+        self,
+        ddim_num_steps: int,
+        ddim_discretize: str = "uniform",
+        ddim_eta: float = 0.0,
+        verbose: bool = True,
+    ) -> None:
+        """Choose timesteps, and compute the tables at them."""
+        raise NotImplementedError
+
+    def sampling(self, cond: Condition, shape: Sequence[int], **options: Any) -> Any:
+        """Sample latents of a shape (B, C, h, w) over the tables of `make_schedule`."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def sample(
+        self,
+        S: int,
+        batch_size: int,
+        shape: Sequence[int],
+        conditioning: Condition = None,
+        callback: Callable[[int], object] | None = None,
+        normals_sequence: object = None,
+        img_callback: Callable[[Tensor, int], object] | None = None,
+        quantize_x0: bool = False,
+        eta: float = 0.0,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
+        temperature: float = 1.0,
+        noise_dropout: float = 0.0,
+        score_corrector: ScoreCorrector | None = None,
+        corrector_kwargs: Mapping[str, object] | None = None,
+        verbose: bool = True,
+        x_T: Tensor | None = None,
+        log_every_t: int = 100,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Condition = None,
+        dynamic_threshold: float | None = None,
+        ucg_schedule: Sequence[float] | None = None,
+        **kwargs: object,
+    ) -> tuple[Tensor, Any]:
+        """Sample latents (batch_size, *shape); unknown keywords are ignored, as ever.
+
+        Args:
+            S: Steps; the original's choice of timesteps may give a few more.
+            mask: 1 keeps `x0`, noised to the level of each step.
+            x_T: Noise to start from; None draws it.
+            dynamic_threshold: Of PLMS only; see `norm_thresholding`.
+            ucg_schedule: Guidance scale of each step, of DDIM only.
+
+        Returns:
+            Latents, and the latents and estimates of x0 at every `log_every_t` steps; of
+            DPM-Solver None.
+        """
+        self.make_schedule(ddim_num_steps=S, ddim_eta=eta, verbose=verbose)
+        result: tuple[Tensor, Any] = self.sampling(
+            conditioning,
+            (batch_size, *shape),
+            callback=callback,
+            img_callback=img_callback,
+            quantize_denoised=quantize_x0,
+            mask=mask,
+            x0=x0,
+            ddim_use_original_steps=False,
+            noise_dropout=noise_dropout,
+            temperature=temperature,
+            score_corrector=score_corrector,
+            corrector_kwargs=corrector_kwargs,
+            x_T=x_T,
+            log_every_t=log_every_t,
+            unconditional_guidance_scale=unconditional_guidance_scale,
+            unconditional_conditioning=unconditional_conditioning,
+            **unless_none(dynamic_threshold=dynamic_threshold, ucg_schedule=ucg_schedule),
+        )
+        return result
+
+
+class TableSampler(Sampler):
+    """A sampler over a choice of the timesteps of a model.
 
     Attributes:
         ddim_timesteps: Chosen timesteps, int64, ascending.
@@ -111,15 +208,9 @@ class TableSampler:
         device: str | torch.device | None = None,
         **kwargs: object,
     ) -> None:
-        self.model = model
+        super().__init__(model, device)
         self.ddpm_num_timesteps = model.num_timesteps
         self.schedule = schedule
-        self.device = model.device if device is None else torch.device(device)
-        self._follows_model = device is None
-
-    def register_buffer(self, name: str, attr: object) -> None:
-        """Set an attribute; tensors are moved to the device."""
-        setattr(self, name, attr.to(self.device) if isinstance(attr, Tensor) else attr)
 
     def make_schedule(
         self,
@@ -128,7 +219,6 @@ class TableSampler:
         ddim_eta: float = 0.0,
         verbose: bool = True,
     ) -> None:
-        """Choose timesteps, and compute the tables at them."""
         if self._follows_model:
             self.device = self.model.device
         self.ddim_timesteps = make_ddim_timesteps(
@@ -163,6 +253,80 @@ class TableSampler:
         }
         for name, table in tables.items():
             self.register_buffer(name, table)
+
+    @torch.no_grad()
+    def walk(
+        self,
+        cond: Condition,
+        shape: Sequence[int],
+        x_T: Tensor | None = None,
+        ddim_use_original_steps: bool = False,
+        callback: Callable[[int], object] | None = None,
+        timesteps: int | np.ndarray | None = None,
+        quantize_denoised: bool = False,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
+        img_callback: Callable[[Tensor, int], object] | None = None,
+        log_every_t: int = 100,
+        temperature: float = 1.0,
+        noise_dropout: float = 0.0,
+        score_corrector: ScoreCorrector | None = None,
+        corrector_kwargs: Mapping[str, object] | None = None,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Condition = None,
+        dynamic_threshold: float | None = None,
+        ucg_schedule: Sequence[float] | None = None,
+    ) -> tuple[Tensor, Intermediates]:
+        """Sample latents of a shape (B, C, h, w) over the tables of `make_schedule`."""
+        device = self.model.betas.device
+        img = torch.randn(shape, device=device) if x_T is None else x_T
+        steps = self.choose_timesteps(timesteps, ddim_use_original_steps)
+        intermediates = {"x_inter": [img], "pred_x0": [img]}
+        old_eps: list[Tensor] = []
+        for i in range(len(steps)):
+            index = len(steps) - i - 1
+            t, t_next = (
+                torch.full((shape[0],), int(step), device=device, dtype=torch.long)
+                for step in (steps[index], steps[max(index - 1, 0)])  # the last is its own next
+            )
+            if mask is not None:  # before the step: nothing is replaced after the last one
+                img = keep_known(self.model, img, x0, mask, t)
+            if ucg_schedule is not None:
+                unconditional_guidance_scale = ucg_schedule[i]
+            img, pred_x0 = self.step(
+                img,
+                cond,
+                t,
+                t_next=t_next,
+                old_eps=old_eps,
+                index=index,
+                use_original_steps=ddim_use_original_steps,
+                quantize_denoised=quantize_denoised,
+                temperature=temperature,
+                noise_dropout=noise_dropout,
+                score_corrector=score_corrector,
+                corrector_kwargs=corrector_kwargs,
+                unconditional_guidance_scale=unconditional_guidance_scale,
+                unconditional_conditioning=unconditional_conditioning,
+                **unless_none(dynamic_threshold=dynamic_threshold),
+            )
+            if callback:
+                callback(i)
+            if img_callback:
+                img_callback(pred_x0, i)
+            if index % log_every_t == 0 or i == 0:
+                intermediates["x_inter"].append(img)
+                intermediates["pred_x0"].append(pred_x0)
+        return img, intermediates
+
+    def step(self, *args: Any, t_next: Tensor, old_eps: list[Tensor], **options: Any) -> Step:
+        """Step from x at timesteps t (B,), given x, condition and t, and return the x below it.
+
+        Args:
+            t_next: The timesteps below t.
+            old_eps: Of the steps before, for samplers that keep their estimates of the noise.
+        """
+        raise NotImplementedError
 
     def choose_timesteps(
         self, timesteps: "int | np.ndarray | None", use_original_steps: bool
@@ -200,31 +364,12 @@ class TableSampler:
                 self.ddim_sigmas,
                 self.ddim_sqrt_one_minus_alphas,
             )
+        # Tables are float32 and float64; here, as in the original, all become float32.
         shape = (len(x), *(1,) * (x.dim() - 1))
         a_t, a_prev, sigma_t, root = (
             torch.full(shape, float(table[index]), device=x.device) for table in tables
         )
         return a_t, a_prev, sigma_t, root
-
-    def keep_known(self, img: Tensor, x0: Tensor | None, mask: Tensor, t: Tensor) -> Tensor:
-        """Replace img by x0, noised to timesteps t (B,), where the mask is 1."""
-        if x0 is None:
-            raise TypeError("a mask needs x0")
-        return self.model.q_sample(x0, t) * mask + (1.0 - mask) * img
-
-    def correct_score(
-        self,
-        corrector: ScoreCorrector,
-        e_t: Tensor,
-        x: Tensor,
-        t: Tensor,
-        c: Condition,
-        options: Mapping[str, object] | None,
-    ) -> Tensor:
-        """Let a hook change the noise that an eps model predicts."""
-        if self.model.parameterization != "eps":
-            raise ValueError("a score corrector needs a model that predicts eps")
-        return corrector.modify_score(self.model, e_t, x, t, c, **(options or {}))
 
     def draw_noise(
         self, x: Tensor, sigma: Tensor, repeat: bool, temperature: float, dropout: float
@@ -232,6 +377,30 @@ class TableSampler:
         """Draw the noise of a step; it is drawn even where sigma is 0."""
         noise = sigma * noise_like(x.shape, x.device, repeat) * temperature
         return F.dropout(noise, p=dropout) if dropout > 0 else noise
+
+
+def keep_known(
+    model: DiffusionModel, img: Tensor, x0: Tensor | None, mask: Tensor, t: Tensor
+) -> Tensor:
+    """Replace img by x0, noised to timesteps t (B,), where the mask is 1."""
+    if x0 is None:
+        raise TypeError("a mask needs x0")
+    return model.q_sample(x0, t) * mask + (1.0 - mask) * img
+
+
+def correct_score(
+    model: DiffusionModel,
+    corrector: ScoreCorrector,
+    e_t: Tensor,
+    x: Tensor,
+    t: Tensor,
+    c: Condition,
+    options: Mapping[str, object] | None,
+) -> Tensor:
+    """Let a hook change the noise that an eps model predicts."""
+    if model.parameterization != "eps":
+        raise ValueError("a score corrector needs a model that predicts eps")
+    return corrector.modify_score(model, e_t, x, t, c, **(options or {}))
 
 
 def unless_none(**keywords: Any) -> dict[str, Any]:
@@ -245,6 +414,7 @@ def guided_output(
     """Return the output of a model, with classifier-free guidance unless `uncond` is None."""
     if uncond is None or scale == 1.0:
         return model.apply_model(x, t, c)
+    # In one batch, the unconditional half first: programs that override `apply_model` rely on it.
     both = model.apply_model(torch.cat([x] * 2), torch.cat([t] * 2), join_conditions(uncond, c))
     negative, positive = both.chunk(2)
     return negative + scale * (positive - negative)
