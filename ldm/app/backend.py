@@ -78,6 +78,14 @@ __all__ = ["Backend"]
 log = logging.getLogger(__name__)
 
 MAX_LORA_WEIGHT = 10
+# What a run may add to a model: option -> what it is called.
+ADDONS = {
+    "vae": "VAE",
+    "refiner": "refiner",
+    "upscaler": "upscaler",
+    COMPONENT: "safety checker",
+}
+ADDON_FAMILIES = {"refiner": "refiner", "upscaler": "latent-upscaling"}  # those that are models
 WILDCARDS = "wildcards"  # subfolder of the models folder, in small letters
 
 
@@ -171,10 +179,6 @@ class Backend:
             return 0, 0, ""
         return text.count_tokens(prompt), text.length - 2, text.truncated_text(prompt)
 
-    def vaes(self) -> dict[str, Path]:
-        """Return the files of autoencoders that can replace that of a model, by name."""
-        return list_addons(self.folder, "vae")
-
     def make_preview(self, model: LatentDiffusion) -> Callable[[Tensor], Tensor]:
         """Return what turns latents of a model to previews: TAESD if there is one that fits."""
         found = list_addons(self.folder, "preview").values() if self.folder.is_dir() else ()
@@ -186,14 +190,30 @@ class Backend:
                     log.warning("no previews by `%s`: %s", path, error)
         return fit_preview(model)
 
-    def checkers(self) -> dict[str, Path]:
-        """Return safety checkers by name: files in their folder, and those of diffusers folders."""
+    def addons(self, kind: str) -> dict[str, Path]:
+        """Return files and folders that a run may add to a model, by name.
+
+        Args:
+            kind: a key of ADDONS.
+        """
+        if kind in ADDON_FAMILIES:
+            models = read_catalogue(self.folder).models.items()
+            family = ADDON_FAMILIES[kind]
+            return {name: entry.path for name, entry in models if entry.family == family}
+        if kind != COMPONENT:
+            return list_addons(self.folder, kind)
         folders = {
             f"{name}/{COMPONENT}": path / COMPONENT
             for name, path in list_checkpoints(self.folder).items()
             if (path / COMPONENT).is_dir()
         }
         return list_addons(self.folder, COMPONENT) | folders
+
+    def find_addon(self, kind: str, info: JsonMapping) -> str:
+        """Return the name of an image's refiner or upscaler; "" = it had none that is here."""
+        file = Path((info.get(kind) or {}).get("path", "")).name
+        names = self.addons(kind)
+        return next((name for name in names if file in (Path(name).name, Path(name).stem)), "")
 
     def model_names(self, task: str | None = None) -> list[str]:
         """Return the models for a task; None = all that can be loaded."""
@@ -203,24 +223,6 @@ class Backend:
     def checkpoint_names(self) -> list[str]:
         """Return all checkpoint files of the folder, also those that cannot be loaded."""
         return [name for name, path in list_checkpoints(self.folder).items() if path.is_file()]
-
-    def refiners(self) -> dict[str, Path]:
-        """Return the files of refiners, by name."""
-        models = read_catalogue(self.folder).models
-        return {name: entry.path for name, entry in models.items() if entry.family == "refiner"}
-
-    def upscalers(self) -> dict[str, Path]:
-        """Return the files and folders of x2 latent upscalers, by name."""
-        models = read_catalogue(self.folder).models.items()
-        return {name: entry.path for name, entry in models if entry.family == "latent-upscaling"}
-
-    def find_refiner(self, info: JsonMapping) -> str:
-        """Return the name of the refiner of an image; "" = it had none, or that is not here."""
-        return _find_name(info.get("refiner"), self.refiners())
-
-    def find_upscaler(self, info: JsonMapping) -> str:
-        """Return the name of the x2 latent upscaler of an image, as `find_refiner`."""
-        return _find_name(info.get("upscaler"), self.upscalers())
 
     def is_sdxl(self, name: str | None) -> bool:
         """Return whether a model is Stable Diffusion XL's."""
@@ -275,8 +277,8 @@ class Backend:
 
         Args:
             name: name of the model.
-            values: options by name; files are paths of uploads, LoRAs `NAME:WEIGHT`, the VAE is
-                the name of one of `vaes`.
+            values: options by name; files are paths of uploads, LoRAs `NAME:WEIGHT`, and those of
+                ADDONS names.
         Raises:
             ArgumentError: the model does not exist or cannot do the task, or a value is wrong.
         """
@@ -285,49 +287,27 @@ class Backend:
         if not isinstance(words, Sequence):
             raise ArgumentError("lora is not a list", "lora")
         loras = self._find_loras(parse_weighted_file(str(word)) for word in words)
-        vae = values.get("vae")
-        if vae and vae not in self.vaes():
-            raise unknown_name("VAE", vae, self.vaes(), argument="vae")
-        refiner = values.get("refiner")
-        if refiner and refiner not in self.refiners():
-            raise unknown_name("refiner", refiner, self.refiners(), argument="refiner")
-        upscaler = values.get("upscaler")
-        if upscaler and upscaler not in self.upscalers():
-            raise unknown_name("upscaler", upscaler, self.upscalers(), argument="upscaler")
-        checker = values.get("safety_checker")
-        if checker and checker not in self.checkers():
-            raise unknown_name(
-                "safety checker", checker, self.checkers(), argument="safety_checker"
-            )
-        ignored = {
-            "lora",
-            "vae",
-            "refiner",
-            "safety_checker",
-            "unsafe",
-            "upscaler",
-            *(options_of(UpscalerChoice) if entry.is_sdxl else options_of(SDXL)),
-        }
-        if not refiner and entry.family != "refiner":
+        addons = self._choose_addons(values)
+        ignored = {"lora", "unsafe", *ADDONS}
+        ignored |= options_of(UpscalerChoice if entry.is_sdxl else SDXL).keys()
+        if "refiner" not in addons and entry.family != "refiner":
             ignored |= {"aesthetic_score", "negative_aesthetic_score"}
         unsafe = values.get("unsafe")
         values = {key: value for key, value in values.items() if key not in ignored}
-        if upscaler and not entry.is_sdxl:
-            values["upscaler"] = str(self.upscalers()[str(upscaler)])
+        if "upscaler" in addons and not entry.is_sdxl:
+            values["upscaler"] = addons["upscaler"]
         if values.get("scale") is None:
             values["scale"] = self.defaults(task, name)["scale"]
         request = self._with_model(task.request(values), entry, loras)
-        if refiner and entry.is_sdxl:
-            file = str(self.refiners()[str(refiner)])
-            request = replace(request, sdxl=replace(request.sdxl, refiner=file))
-        if checker:
-            file = str(self.checkers()[str(checker)])
-            request = request.with_values({"safety_checker": file, "unsafe": unsafe})
+        if entry.is_sdxl:
+            sdxl = replace(request.sdxl, refiner=addons.get("refiner"))
+            request = replace(request, sdxl=sdxl)
+        if COMPONENT in addons:
+            request = request.with_values({COMPONENT: addons[COMPONENT], "unsafe": unsafe})
         if request.prompts.dynamic_prompts:
             prompts = replace(request.prompts, wildcards=self._wildcards())
             request = replace(request, prompts=prompts)
-        path = str(self.vaes()[str(vae)]) if vae else None
-        return replace(request, model=replace(request.model, vae=path))
+        return replace(request, model=replace(request.model, vae=addons.get("vae")))
 
     def generate(self, request: Request, progress: Progress) -> str:
         """Make and save images; return the final message."""
@@ -401,6 +381,28 @@ class Backend:
             raise ArgumentError(misfit, "ckpt")
         return read_catalogue(self.folder).models[name or ""]
 
+    def _choose_addons(self, values: Mapping[str, object]) -> dict[str, str]:
+        """Return the paths of the add-ons that are chosen by name.
+
+        A name is looked up in a list, and never taken as a path: it comes from a browser.
+
+        Raises:
+            UnknownName: there is none of this name.
+        """
+        paths = {}
+        for kind, title in ADDONS.items():
+            if name := values.get(kind):
+                files = self.addons(kind)
+                if name not in files:
+                    raise unknown_name(title, name, files, argument=kind)
+                paths[kind] = str(files[str(name)])
+        return paths
+
+    def _find_recorded_addon(self, kind: str, info: JsonMapping, place: str) -> str | None:
+        """Return the add-on that made an image: the one of the same hash."""
+        files = map(str, self.addons(kind).values())
+        return next(iter(_find_files(files_of_model(info, kind), files, place)), None)
+
     def _find_recorded_model(self, info: JsonMapping, task: Task) -> CatalogueEntry:
         """Find the model of an image by its file name; of several, the one with the same hash."""
         models = read_catalogue(self.folder).models
@@ -446,6 +448,7 @@ class Backend:
             memory = self.memory or memory_of(pick_device(request.model.device)) / 2
             self._models = ModelCache(memory, _load_with_fitting_embeddings)
         progress.set_message(f"loading {Path(request.model.ckpt or '').name}")
+        # As the image records, for the same rounding; but it may record any number.
         threads = threads and min(threads, os.cpu_count() or 1)
         try:
             models = load_models(
@@ -490,9 +493,7 @@ class Backend:
         values |= {"n_samples": max([info["rows"], *earlier]), "n_iter": 1 + len(earlier)}
         values |= defaults_then(info, recorded)
         if "upscaling" in recorded.task.groups():
-            files = map(str, self.upscalers().values())
-            found = _find_files(files_of_model(info, "upscaler"), files, "a file in its folder")
-            values["upscaler"] = next(iter(found), None)
+            values["upscaler"] = self._find_recorded_addon("upscaler", info, "a file in its folder")
         request = recorded.task.request(values)
         names = {file: name for name, (file, _) in self.loras.items()}
         recorded_loras = info.get("loras", ())
@@ -500,13 +501,11 @@ class Backend:
         weights = [lora.get("weight", 1.0) for lora in recorded_loras]
         loras = self._find_loras(zip((names[file] for file in files), weights, strict=True))
         embeddings = _find_files(info.get("embeddings", ()), self._embedding_files(), "--embedding")
-        vae_files = map(str, self.vaes().values())
-        vae = _find_files(files_of_model(info, "vae"), vae_files, "a file in the folder vae")
-        refiners = map(str, self.refiners().values())
-        refiner = _find_files(files_of_model(info, "refiner"), refiners, "a file in its folder")
+        vae = self._find_recorded_addon("vae", info, "a file in the folder vae")
+        refiner = self._find_recorded_addon("refiner", info, "a file in its folder")
         request = self._with_model(request, entry, loras)
-        choice = replace(request.model, embedding=tuple(embeddings), vae=next(iter(vae), None))
-        sdxl = replace(request.sdxl, refiner=next(iter(refiner), None))
+        choice = replace(request.model, embedding=tuple(embeddings), vae=vae)
+        sdxl = replace(request.sdxl, refiner=refiner)
         return replace(request, model=choice, sdxl=sdxl)
 
     def _embeddings(self) -> list[Mapping[str, list[Tensor]]]:
@@ -577,12 +576,6 @@ def _check_weight(name: str, value: float | str) -> None:
     if not max(abs(weight.text), abs(weight.unet)) <= MAX_LORA_WEIGHT:  # False for NaN, too
         allowed = f"-{MAX_LORA_WEIGHT} to {MAX_LORA_WEIGHT}"
         raise ArgumentError(f"the weight of LoRA `{name}` must be {allowed}, got {value}", "lora")
-
-
-def _find_name(recorded: JsonMapping | None, names: Iterable[str]) -> str:
-    """Return the name of a file that an image records; "" = it is not among them."""
-    file = Path((recorded or {}).get("path", "")).name
-    return next((name for name in names if file in (Path(name).name, Path(name).stem)), "")
 
 
 def _find_files(recorded: Any, files: Iterable[str], flag: str) -> list[str]:

@@ -82,7 +82,8 @@ class Jobs:
 
     def of(self, owner: str) -> list[Job]:
         """Return the jobs of a visitor that have not ended."""
-        return [job for job in list(self._jobs) if job.owner == owner]
+        jobs = list(self._jobs)  # a copy, as the thread that works changes it meanwhile
+        return [job for job in jobs if job.owner == owner]
 
     def ahead(self, job: Job) -> int:
         """Return how many jobs come before this one."""

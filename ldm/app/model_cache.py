@@ -49,7 +49,8 @@ class ModelCache:
         named = options | ({} if base is None else {"base": base.provenance})
         key = (str(config), tuple(states), repr(sorted(named.items())))
         found = self._models.get(key)
-        for other in self._models.values():  # with which it may share parts
+        # A LoRA is merged into weights, which this model may share with others.
+        for other in self._models.values():
             if other is not found and other.merged is not None:
                 set_loras(other, ())
         if found is not None:
@@ -71,6 +72,7 @@ class ModelCache:
         nbytes = sum(size for _, size, _ in states)
         while self._models and self.nbytes + nbytes > self.limit:
             self._models.pop(next(iter(self._models)))
+        # Memory of dropped models goes back to the device: torch would keep it for itself.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         model = self._load(config, ckpt, **options)

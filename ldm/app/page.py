@@ -141,6 +141,7 @@ class Page:
             server_name="0.0.0.0" if listen else "127.0.0.1",
             server_port=port,
             auth=tuple(auth.split(":", 1)) if auth else None,
+            # Nothing else of this machine is served, whatever path a browser asks for.
             allowed_paths=[str(outdir / name) for name in ("samples", "replays", "uploads")],
             max_file_size="64mb",
             show_error=True,
@@ -623,10 +624,6 @@ class Page:
     ) -> list[Any]:
         """Read the models folder again; return updates of all lists of files."""
         names, files = self.backend.model_names(), self.backend.checkpoint_names()
-        vaes = [MODEL_VAE, *((name, name) for name in self.backend.vaes())]
-        refiners = [NO_REFINER, *((name, name) for name in self.backend.refiners())]
-        checkers = [NO_CHECKER, *((name, name) for name in self.backend.checkers())]
-        upscalers = [NO_UPSCALER, *((name, name) for name in self.backend.upscalers())]
         lines = self.backend.skipped_files()
         for line in lines:
             log.warning("skipped: %s", line)
@@ -636,17 +633,27 @@ class Page:
         tokens = self.backend.tokens()
         return [
             gr.update(choices=names, value=first),
-            gr.update(choices=vaes, value=vae if (vae, vae) in vaes else "",
-                      visible=len(vaes) > 1),
-            gr.update(choices=refiners, value=refiner if (refiner, refiner) in refiners else ""),
-            gr.update(choices=checkers, value=checker if (checker, checker) in checkers else "",
-                      visible=len(checkers) > 1),
-            gr.update(choices=upscalers,
-                      value=upscaler if (upscaler, upscaler) in upscalers else ""),
+            self._offer("vae", vae, MODEL_VAE, is_hidden=True),
+            self._offer("refiner", refiner, NO_REFINER),
+            self._offer("safety_checker", checker, NO_CHECKER, is_hidden=True),
+            self._offer("upscaler", upscaler, NO_UPSCALER),
             gr.update(choices=tokens, visible=bool(tokens)),
             gr.update(choices=files, value=first if first in files else next(iter(files), None)),
             skipped,
-        ]  # fmt: skip
+        ]
+
+    def _offer(
+        self, kind: str, chosen: str | None, none: tuple[str, str], *, is_hidden: bool = False
+    ) -> Any:
+        """Return an update of a list of add-ons, which begins with none.
+
+        Args:
+            is_hidden: whether it is hidden while there are none.
+        """
+        names = self.backend.addons(kind)
+        settings: JsonObject = {"visible": bool(names)} if is_hidden else {}
+        choices = [none, *((name, name) for name in names)]
+        return gr.update(choices=choices, value=chosen if chosen in names else "", **settings)
 
     def offer_loras(self, checkpoint: str | None, chosen: list[str] | None) -> Any:
         """Return an update of the LoRAs: those that fit the checkpoint."""
@@ -679,7 +686,7 @@ class Page:
         offers = gr.update(choices=names, value=None, visible=bool(names))
         has_sdxl = bool(self.forms[task].sdxl) and self.backend.is_sdxl(checkpoint)
         takes_upscaler = bool(self.forms[task].upscaling) and not self.backend.is_sdxl(checkpoint)
-        has_upscaler = takes_upscaler and bool(self.backend.upscalers())
+        has_upscaler = takes_upscaler and bool(self.backend.addons("upscaler"))
         now = self.backend.defaults(TASKS[task], checkpoint, loras or ())
         updates = [
             # An empty number is 0. A field that has its value is left alone: an update would take
@@ -741,8 +748,8 @@ class Page:
         """Return updates of the shared fields: what the info of an image has."""
         values = values_from_info(info) if info else {}
         if info:
-            values["refiner"] = self.backend.find_refiner(info)
-            values["upscaler"] = self.backend.find_upscaler(info)
+            for kind in ("refiner", "upscaler"):
+                values[kind] = self.backend.find_addon(kind, info)
         return [values.get(name, gr.skip()) for name in self.forms["txt2img"].common_fields]
 
     def paste_parameters(self, prompt: str, chosen: JsonObject | None) -> list[Any]:

@@ -44,6 +44,7 @@ class Uploads:
         Raises:
             MissingFile: it was not uploaded.
         """
+        # Compared with what is there, and not made a path: it may come from an image's text.
         paths = {path.stem: path for path in self.folder.glob("*.png")}
         if sha256 not in paths:
             raise MissingFile("made from an image that was not uploaded here: upload it")

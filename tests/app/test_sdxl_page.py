@@ -64,7 +64,7 @@ def test_settings_and_fields_follow_the_checkpoint(backend, page):
 
 
 def test_a_refiner_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_again(backend, page):
-    assert list(backend.refiners()) == [REFINER]
+    assert list(backend.addons("refiner")) == [REFINER]
     changes = {"refiner": REFINER, "refiner_start": 0.5, "original_size": "512,768"}
     values = TaskForm(TXT2IMG, Limits()).values(form_values(**changes), backend.uploads)
     progress = Progress()
