@@ -8,7 +8,6 @@ Images go to OUTDIR/samples with their metadata, so that `ldm replay` can make t
 
 from argparse import Namespace
 from collections.abc import Sequence
-from os.path import expanduser
 
 from ldm.generate.command_line import add_options, hint
 from ldm.generate.options import options_of
@@ -18,6 +17,12 @@ from ldm.runtime.errors import ArgumentError
 
 __all__ = ["main"]
 
+MAXIMA = (
+    ("--max-side", 2048, "largest side"),
+    ("--max-steps", 150, "most steps"),
+    ("--max-batch", 4, "largest batch"),
+    ("--max-queue", 16, "most waiting jobs"),
+)
 SHARED_OPTIONS = ("lora", "embedding", "device", "precision", "attention", "offload")
 
 
@@ -25,16 +30,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = CommandParser(prog=prog, description=__doc__, usage="%(prog)s [flags]")
     add = parser.add_argument
-    add(
-        "--models",
-        type=expanduser,
-        default="checkpoints",
-        metavar="DIR",
-        help="checkpoints (default: %(default)s)",
-    )
+    add("--models", default="checkpoints", metavar="DIR", help="checkpoints (default: %(default)s)")
     add(
         "--outdir",
-        type=expanduser,
         default="outputs/app",
         metavar="DIR",
         help="folder for images (default: %(default)s)",
@@ -44,24 +42,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     add("--auth", metavar="USER:PASSWORD", help="login of the page (default: none)")
     text = "memory for loaded models (default: half of all)"
     add("--memory", type=float, metavar="GIB", help=text)
-    add(
-        "--max-side",
-        type=int,
-        default=2048,
-        metavar="N",
-        help="largest side (default: %(default)s)",
-    )
-    add("--max-steps", type=int, default=150, metavar="N", help="most steps (default: %(default)s)")
-    add(
-        "--max-batch", type=int, default=4, metavar="N", help="largest batch (default: %(default)s)"
-    )
-    add(
-        "--max-queue",
-        type=int,
-        default=16,
-        metavar="N",
-        help="most waiting jobs (default: %(default)s)",
-    )
+    for flag, limit, text in MAXIMA:
+        add(flag, type=int, default=limit, metavar="N", help=f"{text} (default: %(default)s)")
     text = (
         "previews by TAESD, such as taesd_decoder.pth, or taesdxl_decoder.pth for SDXL; may be"
         " given several times (default: those in vae_approx of --models, else a linear map)"

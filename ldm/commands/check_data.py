@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         help="sides of buckets are multiples of this (default: %(default)s)",
     )
     add("--workers", type=int, default=4, help="threads that decode (default: %(default)s)")
-    add("--list", type=expanduser, metavar="FILE", help="write the names of all broken files")
+    add("--list", metavar="FILE", help="write the names of all broken files")
     add(
         "--pack",
         type=expanduser,

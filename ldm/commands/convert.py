@@ -47,21 +47,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         " latent upscaler; else a folder",
     )
     add(
-        "--config",
-        type=expanduser,
-        metavar="FILE",
-        help="YAML of the source (default: recognised from the weights)",
+        "--config", metavar="FILE", help="YAML of the source (default: recognised from the weights)"
     )
     add("--dtype", choices=DTYPES, help="convert all weights to it")
     add("--ema", action="store_true", help="use the EMA weights instead of the raw ones")
     add("--prune", action="store_true", help="single files: leave the EMA weights out")
     add("--variant", metavar="NAME", help="variant in the file names of a diffusers folder: fp16")
-    add(
-        "--clip-stats",
-        type=expanduser,
-        metavar="FILE",
-        help="statistics of CLIP's embeddings, for unCLIP-L",
-    )
+    add("--clip-stats", metavar="FILE", help="statistics of CLIP's embeddings, for unCLIP-L")
     add("--force", action="store_true", help="replace the target")
     add_options(add, ModelChoice, options_of(ModelChoice), only=("lora", "vae", "text_encoder"))
     args = parser.parse(argv)

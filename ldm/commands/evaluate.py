@@ -15,14 +15,14 @@ import logging
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
-from os.path import expanduser
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ldm.diffusion.names import SAMPLERS
 from ldm.generate.command_line import add_options, hint
-from ldm.generate.options import parse_count, parse_natural, parse_number
-from ldm.generate.request import SDXL, ModelChoice, Output, Prompts, Request, Sampling
+from ldm.generate.options import options_of, parse_count, parse_natural, parse_number
+from ldm.generate.request import SDXL, ModelChoice, Output, Prompts, Sampling
 from ldm.generate.tasks import TASKS
 from ldm.runtime.command import CommandParser, run_command
 from ldm.runtime.errors import ArgumentError, LdmError, unknown_name
@@ -40,10 +40,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SCALES = "1.5,2,3,4,5,6,7,8"  # of the figures in the READMEs of Stable Diffusion 1 and 2
-INCEPTION, CLIP = (
-    "fid-inception",
-    "open-clip-g",
-)  # published names, used if they are on this machine
 TASK = TASKS["txt2img"]
 # Arguments in errors whose flags are not those of txt2img.
 OWN_FLAGS = ("count", "images", "outdir", "prompts", "reference", "resize", "samplers")
@@ -69,12 +65,7 @@ def _parser(prog: str | None) -> CommandParser:
     )
     add = parser.add_group("images")
     add("--generate", action="store_true", help="make the images that are missing")
-    add(
-        "--prompts",
-        type=expanduser,
-        metavar="FILE",
-        help="one prompt per line, or COCO's captions (.json)",
-    )
+    add("--prompts", metavar="FILE", help="one prompt per line, or COCO's captions (.json)")
     add(
         "--count",
         type=parse_count,
@@ -92,7 +83,6 @@ def _parser(prog: str | None) -> CommandParser:
     add(
         "--ckpt",
         action="append",
-        type=expanduser,
         metavar="FILE",
         help="a model, as for txt2img; may be given several times (default: the demo model)",
     )
@@ -107,19 +97,17 @@ def _parser(prog: str | None) -> CommandParser:
     add(
         "--images",
         action="append",
-        type=expanduser,
         metavar="DIR",
         help="score this folder; may be given several times",
     )
     add(
         "--outdir",
-        type=expanduser,
         default="outputs/evaluation",
         metavar="DIR",
         help="folder for images and results (default: %(default)s)",
     )
     add = parser.add_group("scores")
-    add("--reference", type=expanduser, metavar="DIR", help="real images, for FID")
+    add("--reference", metavar="DIR", help="real images, for FID")
     add(
         "--reference-size",
         type=parse_natural,
@@ -129,7 +117,6 @@ def _parser(prog: str | None) -> CommandParser:
     )
     add(
         "--inception",
-        type=expanduser,
         metavar="FILE",
         help="Inception of FID (default: `fid-inception`, if it is on this machine)",
     )
@@ -141,13 +128,12 @@ def _parser(prog: str | None) -> CommandParser:
     )
     add(
         "--clip",
-        type=expanduser,
         metavar="FILE",
         help="file of a CLIP, of open_clip, OpenAI or transformers, a folder of transformers, or"
         " an unCLIP checkpoint (default: `open-clip-g`, if it is"
         " on this machine)",
     )
-    add("--title", metavar="TEXT", help="title of the figure")  # fmt: skip
+    add("--title", metavar="TEXT", help="title of the figure")
     options = TASK.options()
     add_options(parser.add_group("model"), ModelChoice, options, _all_but(ModelChoice, "ckpt"))
     add = parser.add_group("sampling")
@@ -224,18 +210,12 @@ def _settings(args: Namespace, out: Path, sources: "list[PromptSource]") -> "lis
     values["from_file"] = str(write_prompts(out, [source.text for source in sources]))
     base = TASK.request(values)
     settings = []
-    for label, ckpt in _labels(args.ckpt or [None]).items():
-        for sampler in samplers:
-            for count in steps:
-                for scale in scales:
-                    request = _request(base, ckpt, sampler, count, scale)
-                    settings.append(Setting(label, request))
+    labels = _labels(args.ckpt or [None]).items()
+    for (label, ckpt), sampler, count, scale in product(labels, samplers, steps, scales):
+        sampling = replace(base.sampling, sampler=sampler, steps=count, scale=scale)
+        model = replace(base.model, ckpt=ckpt)
+        settings.append(Setting(label, replace(base, model=model, sampling=sampling)))
     return settings
-
-
-def _request(base: Request, ckpt: str | None, sampler: str, steps: int, scale: float) -> Request:
-    sampling = replace(base.sampling, sampler=sampler, steps=steps, scale=scale)
-    return replace(base, model=replace(base.model, ckpt=ckpt), sampling=sampling)
 
 
 def _reference(args: Namespace, sources: "list[PromptSource]") -> "ImageSet | None":
@@ -298,8 +278,6 @@ def _split(text: str) -> list[str]:
 
 
 def _all_but(group: type, *names: str) -> list[str]:
-    from ldm.generate.options import options_of
-
     return [name for name in options_of(group) if name not in names]
 
 

@@ -29,12 +29,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         type=expanduser,
         help="a .ckpt or .safetensors file, or a name of `ldm download`",
     )
-    add(
-        "--config",
-        type=expanduser,
-        metavar="FILE",
-        help="compare with this YAML instead of the family's",
-    )
+    add("--config", metavar="FILE", help="compare with this YAML instead of the family's")
     add("--json", action="store_true", help="print a JSON object instead of text")
     add("--no-probe", action="store_true", help="do not run the UNet to tell eps from v")
     args = parser.parse(argv)

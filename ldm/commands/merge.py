@@ -34,7 +34,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     add("target", type=expanduser, help="*.safetensors or *.ckpt, in the original's layout")
     add(
         "--subtract",
-        type=expanduser,
         metavar="FILE",
         help="add the difference of OTHER and this model, which it was made from",
     )
@@ -47,12 +46,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     )
     add("--merge-vae", action="store_true", help="merge the autoencoders, too")
     add("--ema", action="store_true", help="use EMA weights instead of the raw ones, if any")
-    add(
-        "--dtype",
-        choices=DTYPES,
-        help="of all weights (default: as in MODEL)",
-    )
-    add("--config", type=expanduser, metavar="FILE", help="YAML of the models")
+    add("--dtype", choices=DTYPES, help="of all weights (default: as in MODEL)")
+    add("--config", metavar="FILE", help="YAML of the models")
     add("--force", action="store_true", help="replace the target")
     args = parser.parse(argv)
     return run_command(lambda: _merge(args), parser.prog, verbose=args.verbose, hint=hint)

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     add_options(add, SDXL, options, only=("refiner",))
     add_options(add, UpscalerChoice, options, only=("upscaler",))
     parser.add_argument("image", type=expanduser, metavar="IMAGE", help="a PNG written by ldm")
-    parser.add_argument("--output", type=expanduser, metavar="FILE", help="save the new image here")
+    parser.add_argument("--output", metavar="FILE", help="save the new image here")
     parser.add_argument(
         "--show-command", action="store_true", help="print the command that made it, and exit"
     )

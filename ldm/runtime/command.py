@@ -21,6 +21,8 @@ INFO_LOGGERS = (
     "ldm.loading.published",
 )  # fmt: skip
 
+PATHS = ("FILE", "DIR")  # metavars
+
 
 class CommandParser(ArgumentParser):
     """A parser with `--verbose`, whose flags may be written with `_` or `-`, and abbreviated.
@@ -48,15 +50,18 @@ class CommandParser(ArgumentParser):
         group = self.add_argument_group(title)
 
         def add(*names: str, **settings: Any) -> Action:
-            action = group.add_argument(*names, **settings)
-            self.actions_by_flag |= dict.fromkeys(action.option_strings, action)
-            return action
+            return self._register(group.add_argument(*names, **_with_path_type(settings)))
 
         return add
 
     def add_argument(self, *names: Any, **settings: Any) -> Action:
-        """Add a flag as argparse does, so that `parse` completes and suggests it."""
-        action = super().add_argument(*names, **settings)
+        """Add a flag as argparse does, so that `parse` completes and suggests it.
+
+        A metavar FILE or DIR makes it a path, whose `~` is the home folder.
+        """
+        return self._register(super().add_argument(*names, **_with_path_type(settings)))
+
+    def _register(self, action: Action) -> Action:
         self.actions_by_flag |= dict.fromkeys(action.option_strings, action)
         return action
 
@@ -97,6 +102,10 @@ class CommandParser(ArgumentParser):
         near = nearest_name(argument.partition("=")[0], self.actions_by_flag)
         hint = f", did you mean `{near}`?" if near else ""
         self.error(f"unknown argument `{argument}`{hint}")
+
+
+def _with_path_type(settings: dict[str, Any]) -> dict[str, Any]:
+    return {"type": os.path.expanduser} | settings if settings.get("metavar") in PATHS else settings
 
 
 def run_command(
