@@ -89,6 +89,7 @@ def plan_batches(
             alike = list(group)
             size = request.output.n_samples
             batches += [alike[first : first + size] for first in range(0, len(alike), size)]
+    # Each process plans the whole run, so that index and seed do not depend on their number.
     own = batches[rank::world_size]
     if world_size > 1:
         log.info("process %d of %d: %d of %d batches", rank, world_size, len(own), len(batches))

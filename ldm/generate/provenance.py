@@ -205,6 +205,7 @@ def describe_image(request: Request, batches: Sequence[Batch], number: int, row:
     if request.sampling.fixed_code:
         info["start_seed"] = job.start_seed
     if "noise" in request.sampling.legacy:
+        # One generator draws for the whole run: earlier batches are needed to reach its state.
         info["seed"] = request.sampling.seed
         info["earlier"] = [len(batch) for batch in batches[:number]]
     return info

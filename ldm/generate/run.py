@@ -379,6 +379,7 @@ def generate_batch(
             raise
         dtype = str(models.base.dtype).removeprefix("torch.")
         log.warning("%s in %s: continuing in float32", error, dtype)
+    # Not in the handler: the error holds the frames, and with them the tensors, of what failed.
     models.float()
     return _generate(prepared, batch, models, callback, on_latent)
 

@@ -17,6 +17,7 @@ def seed_globally(request: Request, model: LatentDiffusion, size: tuple[int, int
     if "noise" in request.sampling.legacy:
         torch.manual_seed(request.sampling.seed % SEEDS)
         if request.sampling.fixed_code:
+            # Drawn for the state after it: the original draws its start code at this place.
             shape = (request.output.n_samples, *_latent_shape(model, size))
             torch.randn(shape, device=model.device)
 
@@ -27,11 +28,13 @@ def start_noise(
     """Return x_T of a batch, (B, C, h, w); None = drawn from the seed of each image."""
     sampling, shape = request.sampling, _latent_shape(model, size)
     is_legacy = "noise" in sampling.legacy
+    # The original's demos of these tasks draw in numpy, in float64.
     if is_legacy and request.task.noise_from_numpy:
         values = np.random.RandomState(sampling.seed).randn(len(batch), *shape)
         return torch.from_numpy(values).float()
     if is_legacy and sampling.fixed_code:
         generator = torch.Generator(model.device).manual_seed(sampling.seed % SEEDS)
+        # For a full batch, as the original: a last one that is shorter has the first rows of it.
         shape_of_all = (request.output.n_samples, *shape)
         noise = torch.randn(shape_of_all, generator=generator, device=model.device)
         return noise[: len(batch)]

@@ -28,6 +28,7 @@ def load_depth(path: str | Path, *, inverted: bool = False) -> Tensor:
     low, high = stored.finite_range()
     stored.log_notes()
     depth = torch.tensor(stored.luminance())[None, None]
+    # 1e-6 for a map of one value, which becomes 0 everywhere.
     depth = ((depth - low) / torch.tensor(high - low).clamp(min=1e-6)).nan_to_num(0, 1, 0)
     return 1 - depth if inverted else depth
 

@@ -33,6 +33,7 @@ def to_uint8(image: Tensor, truncate: bool = False) -> np.ndarray:
         ValueError: the image holds NaN.
     """
     unit = ((image.detach().float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1)  # (B, H, W, 3)
+    # Clamping keeps NaN, and as a byte it would be any colour.
     if unit.isnan().any():
         raise ValueError("the image holds NaN, there are no pixels to save")
     pixels = unit * 255 if truncate else (unit * 255).round()

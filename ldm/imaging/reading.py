@@ -43,7 +43,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-MAX_PIXELS = 100_000_000
+MAX_PIXELS = 100_000_000  # a file of some kilobytes may claim, and fill, gigabytes
 # Texts (workflows, XMP) are longer than the megabyte, uncompressed, at which Pillow gives a PNG up.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26
 PngImagePlugin.MAX_TEXT_MEMORY = 2**27

@@ -28,6 +28,7 @@ def join_depth(image: Tensor, depth: Tensor, channels: int) -> Tensor:
     """
     if channels == COLOURS + 1:
         return torch.cat([image, depth * 2 - 1], dim=1)
+    # The autoencoder of six channels has 8 bits each: two of them hold a number of 16.
     levels = (depth * WHITE).round()
     high = (levels / 256).floor()
     coded = torch.cat([torch.zeros_like(high), high, levels - 256 * high], dim=1) / 127.5 - 1

@@ -278,6 +278,7 @@ def _interleave(mean: np.ndarray, detail: np.ndarray, axis: int) -> np.ndarray:
 def rgb_to_yuv(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Convert (H, W, 3) uint8 to Y, U and V, (H, W) uint8 each, as OpenCV's RGB2YUV."""
     r, g, b = (rgb[..., k].astype(np.int32) for k in range(3))
+    # 0.299, 0.587, 0.114, then 0.492 and 0.877, in units of 2 ** -14
     y = (4899 * r + 9617 * g + 1868 * b + ROUND) >> SHIFT
     u = (8061 * (b - y) + CENTRE + ROUND) >> SHIFT
     v = (14369 * (r - y) + CENTRE + ROUND) >> SHIFT
@@ -287,6 +288,7 @@ def rgb_to_yuv(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def yuv_to_rgb(y: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Convert Y, U and V to (H, W, 3) uint8, as OpenCV's YUV2RGB."""
     y, u, v = y.astype(np.int32), u.astype(np.int32) - 128, v.astype(np.int32) - 128
+    # 1.140, -0.395, -0.581 and 2.032, in units of 2 ** -14
     r = y + ((18678 * v + ROUND) >> SHIFT)
     g = y + ((-6472 * u - 9519 * v + ROUND) >> SHIFT)
     b = y + ((33292 * u + ROUND) >> SHIFT)

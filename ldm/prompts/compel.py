@@ -107,6 +107,7 @@ def _section(items: Items, step: int, steps: int) -> Section:
 
 
 def _first_step(fraction: float, steps: int) -> int:
+    # Rounded, as 0.07 of 100 steps is 7.000000000000001 in floats.
     return math.ceil(round(fraction * steps, 6)) if fraction < 1 else steps + 1
 
 

@@ -48,6 +48,7 @@ def pick_device(name: str | None = None) -> torch.device:
         message = f"device `{name}` is not available here, choose one of {', '.join(kinds)}"
         raise ArgumentError(message, "device")
     if device.type == "cuda" and device.index is None:
+        # Modulo, as a launcher may show each of its processes one GPU only, under the number 0.
         device = torch.device("cuda", local_rank() % torch.cuda.device_count())
     return device
 

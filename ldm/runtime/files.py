@@ -88,6 +88,7 @@ def replace_when_written(path: str | Path, *, sync: bool = False) -> Iterator[Pa
         sync: wait until the file is on disk, so that it also survives a power failure.
     """
     path = Path(path)
+    # In the same folder, as renaming replaces at once within one file system only.
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part

@@ -41,6 +41,7 @@ class PeakMemoryMode(TorchDispatchMode):
             self.sizes[key] = storage.nbytes()
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
+            # By address, which a later storage may have again: so it must be forgotten at once.
             weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:

@@ -26,6 +26,7 @@ class _Offloaded:
             current.leave()
         try:
             for tensor in itertools.chain(self.module.parameters(), self.module.buffers()):
+                # A copy even to the same device: what is written to it is forgotten in `leave`.
                 self.weights.append((tensor, tensor.data))
                 tensor.data = tensor.data.to(self.device, copy=True)
         except RuntimeError:  # out of memory
