@@ -56,7 +56,7 @@ class _Family:
     """A class of the original, and the encoders beside the text encoder that it stands for.
 
     Args:
-        options: Further keywords of its constructor.
+        stage: Keyword of its constructor for the config of what `add` replaces.
         add: Gives an old model what it has in place of the encoders of a conditioner.
         encoders: Builds the encoders, by name, from an old model.
     """
@@ -64,9 +64,9 @@ class _Family:
     old: type[LatentDiffusion]
     names: frozenset[str]
     conditioning_key: str
-    options: Mapping[str, Any]
-    add: Callable[[Any, Conditioner], None]
-    encoders: Callable[[Any], dict[str, Encoder]]
+    encoders: Callable[[Any], dict[str, Encoder]] = lambda old: {}
+    stage: str | None = None
+    add: Callable[[Any, Conditioner], None] = lambda old, conditioner: None
 
 
 def from_modern(model: ModernModel) -> LatentDiffusion:
@@ -80,6 +80,7 @@ def from_modern(model: ModernModel) -> LatentDiffusion:
     if family is None or not isinstance(model.autoencoder, AutoencoderKL):
         encoders = ", ".join(sorted(names)) or "none"
         raise WrongFamily(f"no class of the original has these encoders: {encoders}")
+    stage: dict[str, Any] = {} if family.stage is None else {family.stage: NOTHING}
     old = family.old(
         unet_config=dict(NOTHING),
         first_stage_config=NOTHING,
@@ -94,7 +95,7 @@ def from_modern(model: ModernModel) -> LatentDiffusion:
         first_stage_key="jpg",
         cond_stage_key="txt",
         use_ema=False,
-        **family.options,
+        **stage,
     )
     old.model.diffusion_model = _old_unet(model.unet)
     old.first_stage_model = freeze(_old_autoencoder(model.autoencoder))
@@ -209,7 +210,7 @@ def _old_text(encoder: Encoder) -> nn.Module:
             "num_hidden_layers": len(blocks),
             "num_attention_heads": blocks[0].self_attn.heads,
             "max_position_embeddings": encoder.length,
-            "hidden_act": _name_of(blocks[0].activation),
+            "hidden_act": "quick_gelu" if blocks[0].activation is quick_gelu else "gelu",
         }
         index = encoder.blocks_run if encoder.layer == "hidden" else None
         with meta_device():
@@ -218,13 +219,7 @@ def _old_text(encoder: Encoder) -> nn.Module:
             )
     elif isinstance(encoder, OpenCLIPText):
         model = encoder.model
-        arch = _open_clip_arch(
-            model.token_embedding.weight,
-            model.positional_embedding,
-            model.text_projection,
-            heads=model.blocks[0].attn.heads,
-            layers=len(model.blocks),
-        )
+        arch = _open_clip_arch(model, model.blocks[0].attn.heads, len(model.blocks))
         arch["quick_gelu"] = model.blocks[0].activation is quick_gelu
         with meta_device():
             old = old_encoders.FrozenOpenCLIPEmbedder(arch, layer=encoder.layer)
@@ -249,13 +244,7 @@ def _modern_text(old: nn.Module | None) -> CLIPText | OpenCLIPText:
     elif isinstance(old, old_encoders.FrozenOpenCLIPEmbedder):
         model = old.model
         blocks = model.transformer.resblocks
-        arch = _open_clip_arch(
-            model.token_embedding.weight,
-            model.positional_embedding,
-            model.text_projection,
-            heads=blocks[0].attn.num_heads,
-            layers=len(blocks),
-        )
+        arch = _open_clip_arch(model, blocks[0].attn.num_heads, len(blocks))
         arch["quick_gelu"] = type(blocks[0].mlp.gelu).__name__ == "QuickGELU"
         with meta_device():
             encoder = OpenCLIPText(arch=arch, layer=old.layer)  # type: ignore[arg-type]
@@ -265,26 +254,17 @@ def _modern_text(old: nn.Module | None) -> CLIPText | OpenCLIPText:
     return encoder
 
 
-def _open_clip_arch(
-    tokens: torch.Tensor,
-    positions: torch.Tensor,
-    projection: torch.Tensor,
-    heads: int,
-    layers: int,
-) -> dict[str, Any]:
-    """Return the config of open_clip that tensors of these shapes have."""
+def _open_clip_arch(model: Any, heads: int, layers: int) -> dict[str, Any]:
+    """Return the config of open_clip that a text model, ours or open_clip's, was built from."""
+    vocabulary, width = model.token_embedding.weight.shape
     text = {
-        "context_length": len(positions),
-        "vocab_size": len(tokens),
-        "width": tokens.shape[1],
+        "context_length": len(model.positional_embedding),
+        "vocab_size": vocabulary,
+        "width": width,
         "heads": heads,
         "layers": layers,
     }
-    return {"embed_dim": projection.shape[1], "text_cfg": text}
-
-
-def _name_of(activation: Any) -> str:
-    return "quick_gelu" if activation is quick_gelu else "gelu"
+    return {"embed_dim": model.text_projection.shape[1], "text_cfg": text}
 
 
 def _add_depth(old: LatentDepth2ImageDiffusion, conditioner: Conditioner) -> None:
@@ -370,42 +350,36 @@ def _copy_schedule(new: Any, module: nn.Module, schedule: Schedule) -> None:
             new.register_buffer(name, module.get_buffer(name))
 
 
-def _add_nothing(old: LatentDiffusion, conditioner: Conditioner) -> None:
-    pass
-
-
 FAMILIES = (
     _Family(
         LatentInpaintDiffusion,
         frozenset({"masked"}),
         "hybrid",
-        {},
-        _add_nothing,
         lambda old: {"masked": MaskedImage()},
     ),
     _Family(
         LatentDepth2ImageDiffusion,
         frozenset({"depth"}),
         "hybrid",
-        {"depth_stage_config": NOTHING},
-        _add_depth,
         _depth_encoders,
+        "depth_stage_config",
+        _add_depth,
     ),
     _Family(
         LatentUpscaleDiffusion,
         frozenset({"lowres", "level"}),
         "hybrid-adm",
-        {"low_scale_config": NOTHING},
-        _add_low_scale,
         _low_scale_encoders,
+        "low_scale_config",
+        _add_low_scale,
     ),
     _Family(
         ImageEmbeddingConditionedLatentDiffusion,
         frozenset({"image"}),
         "crossattn-adm",
-        {"embedder_config": NOTHING},
-        _add_embedder,
         _embedder_encoders,
+        "embedder_config",
+        _add_embedder,
     ),
-    _Family(LatentDiffusion, frozenset(), "crossattn", {}, _add_nothing, lambda old: {}),
+    _Family(LatentDiffusion, frozenset(), "crossattn"),
 )

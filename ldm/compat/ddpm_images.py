@@ -105,38 +105,33 @@ class ImageLogging(AncestralSampling):
         }
         if plot_diffusion_rows:
             log["diffusion_row"] = self._get_denoise_row_from_list(self._add_noise_steps(z[:n_row]))
-        if sample:
+
+        def draw(**more: Any) -> tuple[Tensor, Any]:
             with self._weights_to_log(use_ema_scope):
-                samples, steps = self.sample_log(cond=c, **options)
-            log["samples"] = self.decode_first_stage(samples)
+                samples, steps = self.sample_log(cond=c, **options, **more)
+            return self.decode_first_stage(samples), steps
+
+        if sample:
+            log["samples"], steps = draw()
             if plot_denoise_rows:
                 log["denoise_row"] = self._get_denoise_row_from_list(_latents(steps))
             first_stage = self.first_stage_model
             is_vq = not isinstance(first_stage, AutoencoderKL | IdentityFirstStage)
             if quantize_denoised and is_vq:
-                with self._weights_to_log(use_ema_scope):
-                    samples, _ = self.sample_log(cond=c, quantize_denoised=True, **options)
-                log["samples_x0_quantized"] = self.decode_first_stage(samples)
+                log["samples_x0_quantized"], _ = draw(quantize_denoised=True)
         if unconditional_guidance_scale > 1.0:
-            guidance = {
-                "unconditional_guidance_scale": unconditional_guidance_scale,
-                "unconditional_conditioning": self._null_condition(
-                    c, N, unconditional_guidance_label
-                ),
-            }
-            with self._weights_to_log(use_ema_scope):
-                samples, _ = self.sample_log(cond=c, **options, **guidance)
-            name = f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"
-            log[name] = self.decode_first_stage(samples)
+            uncond = self._null_condition(c, N, unconditional_guidance_label)
+            log[f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"], _ = draw(
+                unconditional_guidance_scale=unconditional_guidance_scale,
+                unconditional_conditioning=uncond,
+            )
         if inpaint:
             height, width = z.shape[2:]
             mask = z.new_ones(N, 1, height, width)
             mask[..., height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = 0.0
             log["mask"] = mask
             for name, keep in (("samples_inpainting", mask), ("samples_outpainting", 1.0 - mask)):
-                with self._weights_to_log(use_ema_scope):
-                    samples, _ = self.sample_log(cond=c, x0=z[:N], mask=keep, **options)
-                log[name] = self.decode_first_stage(samples)
+                log[name], _ = draw(x0=z[:N], mask=keep)
         if plot_progressive_rows:
             with self._weights_to_log(use_ema_scope):
                 shape = (self.channels, self.image_size, self.image_size)

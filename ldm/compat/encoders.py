@@ -150,6 +150,9 @@ class FollowsWeights(AbstractEncoder):
     @device.setter
     def device(self, device: object) -> None: ...
 
+    def encode(self, text: str | Sequence[str], **kwargs: Any) -> Any:
+        return self(text, **kwargs)
+
     def freeze(self) -> None:
         """Switch to evaluation, without gradients of the weights."""
         self.eval()
@@ -222,9 +225,6 @@ class FrozenCLIPEmbedder(FollowsWeights):
         states = cast("tuple[Tensor, ...]", outputs.hidden_states)
         return states[cast(int, self.layer_idx)]
 
-    def encode(self, text: str | Sequence[str], **kwargs: Any) -> Any:
-        return self(text, **kwargs)
-
 
 class FrozenOpenCLIPEmbedder(FollowsWeights):
     """Prompts -> context (B, 77, D) by the text model of open_clip: SD 2.
@@ -291,9 +291,6 @@ class FrozenOpenCLIPEmbedder(FollowsWeights):
             else:
                 x = block(x, attn_mask=attn_mask)
         return x
-
-    def encode(self, text: str | Sequence[str], **kwargs: Any) -> Any:
-        return self(text, **kwargs)
 
 
 class ImageEmbedder(CLIPVision):
