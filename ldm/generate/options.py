@@ -6,11 +6,12 @@ An option converts an argument of the command line to a value and back. Values o
 and of PNG metadata are converted and checked by the same rule.
 """
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ldm.diffusion.levels import check_sigmas
 from ldm.diffusion.names import APG, API_LEGACY, FREEU_PRESETS, LEGACY, SLD, FreeUFactors
@@ -20,6 +21,7 @@ from ldm.runtime.files import read_text
 
 __all__ = ["Option", "decode_option", "encode_option", "option", "options_of"]
 
+Number = TypeVar("Number", int, float)
 Value = Any  # of one option: str, int, float, bool, None, or a tuple of them
 
 QUIRKS = tuple(sorted(LEGACY))
@@ -135,42 +137,34 @@ def _to_argument(option: Option, value: object) -> str:
     return str(value)
 
 
-def parse_count(argument: str) -> int:
-    """Parse a positive whole number."""
-    if not argument.isdigit() or int(argument) < 1:
-        raise ArgumentError(f"`{argument}` is not a positive whole number")
-    return int(argument)
+def _number_parser(
+    convert: Callable[[str], Number], is_allowed: Callable[[Number], bool], kind: str
+) -> Callable[[str], Number]:
+    """Return a parser of numbers, which raises ArgumentError for all but those of a kind."""
+
+    def parse(argument: str) -> Number:
+        number: Number | None
+        try:
+            number = convert(argument)
+        except ValueError:
+            number = None
+        if number is None or not is_allowed(number):
+            raise ArgumentError(f"`{argument}` is not {kind}")
+        return number
+
+    return parse
 
 
-def parse_natural(argument: str) -> int:
-    """Parse a whole number, 0 or more."""
-    if not argument.isdigit():
-        raise ArgumentError(f"`{argument}` is not a whole number >= 0")
-    return int(argument)
+def _digits(argument: str) -> int:
+    return int(argument) if argument.isdigit() else -1
 
 
-def parse_fraction(argument: str) -> float:
-    """Parse a number in 0 … 1."""
-    number = _number(argument)
-    if number is None or not 0 <= number <= 1:
-        raise ArgumentError(f"`{argument}` is not a number in 0 … 1")
-    return number
-
-
-def parse_number(argument: str) -> float:
-    """Parse a finite number."""
-    number = _number(argument)
-    if number is None:
-        raise ArgumentError(f"`{argument}` is not a number")
-    return number
-
-
-def parse_integer(argument: str) -> int:
-    """Parse a whole number."""
-    try:
-        return int(argument)
-    except ValueError as error:
-        raise ArgumentError(f"`{argument}` is not a whole number") from error
+parse_count = _number_parser(_digits, lambda n: n >= 1, "a positive whole number")
+parse_natural = _number_parser(_digits, lambda n: n >= 0, "a whole number >= 0")
+parse_integer = _number_parser(int, lambda n: True, "a whole number")
+parse_number = _number_parser(float, math.isfinite, "a number")
+parse_fraction = _number_parser(float, lambda x: 0 <= x <= 1, "a number in 0 … 1")
+parse_positive = _number_parser(float, lambda x: 0 < x < math.inf, "a number above 0")
 
 
 def parse_sigmas(argument: str) -> tuple[float, ...]:
@@ -181,14 +175,6 @@ def parse_sigmas(argument: str) -> tuple[float, ...]:
     sigmas = tuple(number for number in numbers if number is not None)
     check_sigmas(sigmas)
     return sigmas
-
-
-def parse_positive(argument: str) -> float:
-    """Parse a finite number above 0."""
-    number = _number(argument)
-    if number is None or number <= 0:
-        raise ArgumentError(f"`{argument}` is not a number above 0")
-    return number
 
 
 def parse_interval(argument: str) -> tuple[float, float]:
