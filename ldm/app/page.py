@@ -56,7 +56,7 @@ MONO_FONT = ["ui-monospace", "monospace"]
 INTERVAL = 0.2  # seconds between two updates
 LORA_SLOTS = 4  # sliders for weights
 MODEL_VAE = ("Automatic", "")
-STORE = "() => localStorage.getItem('ldm-form') || ''"
+STORE = "(stored, owner) => [localStorage.getItem('ldm-form') || '', owner]"
 SKETCH_FILES = """(sketch) => [!sketch?.background ? [] : [sketch.background, ...sketch.layers].map(
     (image) => ({ image, caption: null }))]"""
 QUIET: JsonObject = {"queue": False, "show_progress": "hidden"}
@@ -97,8 +97,9 @@ class Page:
     def build(self) -> gr.Blocks:
         """Build the page, with all its events."""
         page: gr.Blocks
+        hour, day = 3600, 86400  # what visitors sent is looked through, and thrown away
         with gr.Blocks(
-            title="ldm", fill_width=True, analytics_enabled=False, delete_cache=(3600, 86400)
+            title="ldm", fill_width=True, analytics_enabled=False, delete_cache=(hour, day)
         ) as page:
             self.owner = gr.BrowserState("", storage_key="ldm-visitor", secret="ldm")
             self.stored = gr.Textbox(visible="hidden")  # the form in the browser's storage, JSON
@@ -140,7 +141,7 @@ class Page:
         self.build().queue(default_concurrency_limit=None, api_open=False).launch(
             server_name="0.0.0.0" if listen else "127.0.0.1",
             server_port=port,
-            auth=tuple(auth.split(":", 1)) if auth else None,
+            auth=tuple(auth.split(":", 1)) if auth else None,  # a password may have colons
             # Nothing else of this machine is served, whatever path a browser asks for.
             allowed_paths=[str(outdir / name) for name in ("samples", "replays", "uploads")],
             max_file_size="64mb",
@@ -422,9 +423,7 @@ class Page:
         image.change(None, None, depth_map, js="() => null")
 
         restored = [*kept.values(), *lists[len(files) :], self.owner]
-        event = page.load(
-            self.restore, [self.stored, self.owner], restored, js=_with_store(), **QUIET
-        )
+        event = page.load(self.restore, [self.stored, self.owner], restored, js=STORE, **QUIET)
         event = event.then(None, None, None, js="() => { window.ldmIsRestored = true }")
         event.then(self.follow_all, self.owner, self.followed, show_progress="hidden")
 
@@ -817,7 +816,3 @@ def _seed_of(info: JsonObject | None, seed: str) -> str:
 def _last_path(job: Job | None) -> Any:
     images = job.progress.images if job else []
     return images[-1]["path"] if images else gr.skip()
-
-
-def _with_store() -> str:
-    return f"(stored, owner) => [({STORE})(), owner]"

@@ -114,7 +114,8 @@ class ImageLogging(AncestralSampling):
         if sample:
             log["samples"], steps = draw()
             if plot_denoise_rows:
-                log["denoise_row"] = self._get_denoise_row_from_list(_latents(steps))
+                latents = steps["x_inter"] if isinstance(steps, dict) else steps
+                log["denoise_row"] = self._get_denoise_row_from_list(latents)
             first_stage = self.first_stage_model
             is_vq = not isinstance(first_stage, AutoencoderKL | IdentityFirstStage)
             if quantize_denoised and is_vq:
@@ -203,14 +204,6 @@ class ImageLogging(AncestralSampling):
         """Return the condition of guidance: without the prompt, all else as in c."""
         uncond = self.get_unconditional_conditioning(n, label)
         return {**c, "c_crossattn": [uncond]} if isinstance(c, dict) else uncond
-
-
-def _latents(intermediates: Any) -> list[Tensor]:
-    """Return the latents of each step that a sampler has kept."""
-    latents: list[Tensor] = (
-        intermediates["x_inter"] if isinstance(intermediates, dict) else intermediates
-    )
-    return latents
 
 
 def _make_grid(images: Tensor, columns: int, padding: int = 2) -> Tensor:

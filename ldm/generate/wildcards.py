@@ -60,9 +60,8 @@ class DynamicPrompts:
                 template = template.replace(character, stand_in)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore", DeprecationWarning
-                )  # it uses old names of pyparsing
+                # It uses old names of pyparsing.
+                warnings.simplefilter("ignore", DeprecationWarning)
                 text: str = self._generator.generate(template, 1, seeds=[seed])[0]
         except (ParseException, StopIteration, RecursionError) as error:
             message = f"`{prompt}` is not a dynamic prompt: brackets or `__` do not close"

@@ -95,6 +95,7 @@ def _painted_area(stored: StoredImage) -> Image.Image:
     alpha = stored.alpha()
     if alpha is not None:
         opacity = np.asarray(alpha)
+        # It says what is painted only if it differs from place to place.
         if opacity.min() < min(THRESHOLD, opacity.max()):
             values = np.asarray(stored.to_grey())
             if _is_black_and_white(values[opacity >= THRESHOLD]):

@@ -153,6 +153,7 @@ class _Schedules:
             parsers = {"(": self.parse_round, "[": self.parse_square}
             node = parsers[self.next_char]() if self.next_char in parsers else None
             if node is None:
+                # What was noted on the way does not count, either.
                 self.position, self.changes = start, changes
                 break
             nodes.append(node)
