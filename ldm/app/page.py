@@ -56,7 +56,7 @@ MONO_FONT = ["ui-monospace", "monospace"]
 INTERVAL = 0.2  # seconds between two updates
 LORA_SLOTS = 4  # sliders for weights
 MODEL_VAE = ("Automatic", "")
-STORE = "(stored, owner) => [localStorage.getItem('ldm-form') || '', owner]"
+RESTORE = "(stored, owner) => [localStorage.getItem('ldm-form') || '', owner]"
 SKETCH_FILES = """(sketch) => [!sketch?.background ? [] : [sketch.background, ...sketch.layers].map(
     (image) => ({ image, caption: null }))]"""
 QUIET: JsonObject = {"queue": False, "show_progress": "hidden"}
@@ -423,7 +423,7 @@ class Page:
         image.change(None, None, depth_map, js="() => null")
 
         restored = [*kept.values(), *lists[len(files) :], self.owner]
-        event = page.load(self.restore, [self.stored, self.owner], restored, js=STORE, **QUIET)
+        event = page.load(self.restore, [self.stored, self.owner], restored, js=RESTORE, **QUIET)
         event = event.then(None, None, None, js="() => { window.ldmIsRestored = true }")
         event.then(self.follow_all, self.owner, self.followed, show_progress="hidden")
 

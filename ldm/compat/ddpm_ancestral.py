@@ -30,12 +30,7 @@ class AncestralSampling(DDPM):
     first_stage_model: Any
     shorten_cond_schedule: bool
     cond_ids: Tensor
-
-    def apply_model(
-        self, x_noisy: Tensor, t: Tensor, cond: Condition, return_ids: bool = False
-    ) -> Any:
-        """Run the UNet; see LatentDiffusion."""
-        raise NotImplementedError
+    apply_model: Callable[..., Any]  # of LatentDiffusion
 
     def p_mean_variance(
         self,

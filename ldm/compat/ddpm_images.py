@@ -1,7 +1,7 @@
 """Images that the original's LatentDiffusion shows while it trains: `log_images` and its parts."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -25,21 +25,12 @@ class ImageLogging(AncestralSampling):
     """Methods of LatentDiffusion that show images."""
 
     cond_stage_key: str
+    decode_first_stage: Callable[..., Tensor]  # of LatentDiffusion
+    get_unconditional_conditioning: Callable[..., Any]  # of LatentDiffusion
 
     def get_input(self, batch: Batch, k: str, **kwargs: Any) -> Any:
         """Encode a batch; see LatentDiffusion."""
         return super().get_input(batch, k)
-
-    @torch.no_grad()
-    def decode_first_stage(
-        self, z: Tensor, predict_cids: bool = False, force_not_quantize: bool = False
-    ) -> Tensor:
-        """Decode latents to images; see LatentDiffusion."""
-        raise NotImplementedError
-
-    def get_unconditional_conditioning(self, batch_size: int, null_label: Any = None) -> Any:
-        """Encode the condition of guidance; see LatentDiffusion."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def sample_log(

@@ -446,6 +446,7 @@ def _build_open_clip(arch: str | Mapping[str, Any], version: str) -> Any:
         state = read_checkpoint(version).state
         text = {key: value for key, value in state.items() if not key.startswith("visual.")}
         model.load_state_dict(text)
+    # open_clip has the batch first since 2.26, but programs hand over (N, B, D) themselves.
     model.transformer.batch_first = False
     for block in model.transformer.resblocks:
         block.attn.batch_first = False

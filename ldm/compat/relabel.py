@@ -33,13 +33,15 @@ class Relabelled(nn.Module):
 
 def relabel(network: Network) -> Network:
     """Turn a network, in place, into one of the original's classes; return it."""
-    for layer in reversed(list(network.modules())):  # the inner ones first
+    # The inner ones first: `add_attributes` of the others looks at their classes.
+    for layer in reversed(list(network.modules())):
         old_class = OLD_CLASSES.get(type(layer))
         if old_class is not None:
             layer.__class__ = old_class
             # Those of residual blocks, of AttentionBlock and of the UNet's output have this eps.
             if isinstance(layer, nn.GroupNorm) and layer.eps == 1e-5:
                 layer.__class__ = GroupNorm32
+        # A network that was built by its old name has that class already.
         if isinstance(layer, Relabelled) and (old_class is not None or layer is network):
             layer.add_attributes()
     return network
