@@ -83,6 +83,7 @@ class Progress(RunListener):
         self.message = self._describe_step()
         now = time.monotonic()
         if self._to_rgb is not None and now > self._next_preview:
+            # Without NaN, which has no pixels: the run itself will say what is wrong.
             previews = to_pil(self._to_rgb(denoised.nan_to_num()))
             self.preview = make_grid(previews, PREVIEW_COLUMNS)
             end = time.monotonic()

@@ -148,6 +148,7 @@ def save_grid(
         {key: info[key] for key in keys} | {"file": info["path"] and Path(info["path"]).name}
         for _, info in images
     ]
+    # What all images share; files that lie beside the first one are not the grid's.
     info = {key: value for key, value in images[0][1].items() if not key.endswith("path")}
     info |= {
         "task": "grid",
