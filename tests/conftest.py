@@ -1,11 +1,14 @@
 """Set before torch is imported: spinning OpenMP threads make tiny models 50 times slower."""
 
+import gc
 import logging
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -16,15 +19,31 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 for name in ("HF_HUB_CACHE", "LDM_CACHE"):
     os.environ[name] = str(Path(tempfile.gettempdir(), "ldm-tests-without-a-cache"))
 sys.path.insert(0, str(Path(__file__).parent))
+gc.disable()
 
 from windows import windows  # noqa: E402, F401
+
+
+def pytest_collection_finish() -> None:
+    """Never look for garbage among what imports have made: that took a fifth of collecting."""
+    gc.enable()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def diffusers() -> ModuleType:
+    """The oracle, imported where a test asks for it: that takes seconds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("diffusers")
 
 
 @pytest.fixture(autouse=True)
 def reset_logging() -> Iterator[None]:
     """Undo what a command run in this process set: the next test may expect a message."""
     yield
-    for name in list(logging.root.manager.loggerDict):
-        if name.split(".")[0] == "ldm":
-            logging.getLogger(name).setLevel(logging.NOTSET)
-            logging.getLogger(name).handlers = []
+    for name, logger in list(logging.root.manager.loggerDict.items()):
+        if name.split(".")[0] == "ldm" and isinstance(logger, logging.Logger):
+            logger.handlers = []
+            if logger.level != logging.NOTSET:  # setting it goes through thousands of loggers
+                logger.setLevel(logging.NOTSET)
