@@ -4,13 +4,13 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted([*ROOT.glob("ldm/**/*.py"), *ROOT.glob("scripts/*.py")])
-TREES = {path: ast.parse(path.read_text("utf-8")) for path in FILES}
 
 # A module imports from its own layer and from those below it; the longest matching prefix counts.
 LAYERS = {
@@ -59,13 +59,18 @@ FENCES = {
 OLD_NAMES = ("openaimodel", "first_stage_model", "cond_stage_model", "diffusion_model")
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"))
+
+
 def name_of(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imports_of(path: Path) -> Iterator[str]:
-    for node in ast.walk(TREES[path]):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -140,7 +145,7 @@ def test_no_device_is_hard_coded_below_the_programs():
         name_of(path)
         for path in FILES
         if layer_of(name_of(path)) < 5 and name_of(path) != "ldm.runtime.device"
-        for node in ast.walk(TREES[path])
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Constant) and node.value == "cuda"
     ]
     assert strays == []
@@ -150,7 +155,7 @@ def test_any_stands_for_foreign_data_only():
     # Most values in `ldm.compat` come from programs that were written for the original.
     for is_compat, limit in ((False, 8), (True, 32)):
         paths = [p for p in FILES if is_within(name_of(p), "ldm.compat") == is_compat]
-        names = [n for p in paths for n in ast.walk(TREES[p]) if isinstance(n, ast.Name)]
+        names = [n for p in paths for n in ast.walk(tree_of(p)) if isinstance(n, ast.Name)]
         lines = sum(path.read_text("utf-8").count("\n") for path in paths)
         assert sum(name.id == "Any" for name in names) < limit * lines / 1000
 

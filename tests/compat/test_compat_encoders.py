@@ -2,7 +2,6 @@
 
 import types
 
-import open_clip
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -252,6 +251,8 @@ def test_the_tokenizer_takes_new_tokens():
 
 def test_loaders_are_looked_up_when_an_encoder_is_built(monkeypatch):
     """Web UIs replace them: theirs build without weights."""
+    import open_clip
+
     build, names = open_clip.create_model_and_transforms, []
 
     def create(name, pretrained=None, **kwargs):
@@ -278,6 +279,8 @@ def test_loaders_are_looked_up_when_an_encoder_is_built(monkeypatch):
 
 def test_blocks_of_open_clip_take_the_batch_second(clip2):
     """As programs that walk them themselves expect; 77 prompts would hide a mistake."""
+    import open_clip
+
     prompts = [f"number {k}" for k in range(77)]
     tokens = open_clip.tokenize(prompts)
     model, seen = clip2.model, []

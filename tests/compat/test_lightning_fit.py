@@ -5,7 +5,6 @@ import torch
 
 from compat.oldmodels import build, recorded
 
-lightning = pytest.importorskip("pytorch_lightning")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 SCHEDULER = {
     "target": "ldm.lr_scheduler.LambdaLinearScheduler",
@@ -36,19 +35,12 @@ class Samples(torch.utils.data.Dataset):
         return {"image": torch.rand(32, 32, 3) * 2 - 1}
 
 
-class ImageLogger(lightning.Callback):
-    """As in the original's main.py: images of each batch, by the model's own method."""
-
-    def __init__(self):
-        self.keys = []
-
-    def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
-        assert model.training
-        log = model.log_images(batch, split="train", ddim_steps=1, plot_progressive_rows=False)
-        self.keys.append(sorted(log))
+@pytest.fixture
+def lightning():
+    return pytest.importorskip("pytorch_lightning")
 
 
-def fit(model, callbacks=(), *, latents=True, steps=3):
+def fit(lightning, model, callbacks=(), *, latents=True, steps=3):
     loader = torch.utils.data.DataLoader(Samples(latents=latents), batch_size=2)
     trainer = lightning.Trainer(
         max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False,
@@ -58,7 +50,17 @@ def fit(model, callbacks=(), *, latents=True, steps=3):
     return trainer
 
 
-def test_a_latent_diffusion_model_is_fitted(tmp_path):
+def test_a_latent_diffusion_model_is_fitted(lightning, tmp_path):
+    keys = []
+
+    class ImageLogger(lightning.Callback):
+        """As in the original's main.py: images of each batch, by the model's own method."""
+
+        def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
+            assert model.training
+            log = model.log_images(batch, split="train", ddim_steps=1, plot_progressive_rows=False)
+            keys.append(sorted(log))
+
     changes = {"scheduler_config": SCHEDULER, "cond_stage_config": {"target": f"{__name__}.Words"}}
     model = build(recorded("train_step").meta["config"], **changes)
     assert isinstance(model, lightning.LightningModule)
@@ -66,13 +68,12 @@ def test_a_latent_diffusion_model_is_fitted(tmp_path):
     assert model.monitor == "val/loss_simple_ema"
     model.train()
     before = model.model.diffusion_model.out[2].weight.detach().clone()
-    logger = ImageLogger()
-    trainer = fit(model, [logger])
+    trainer = fit(lightning, model, [ImageLogger()])
     assert trainer.global_step == model.model_ema.num_updates == 3
     assert not torch.equal(before, model.model.diffusion_model.out[2].weight.detach())
     assert {"val/loss_simple", "val/loss_simple_ema"} <= trainer.callback_metrics.keys()
-    assert "samples" in logger.keys[0]
-    assert len(logger.keys) == 3
+    assert "samples" in keys[0]
+    assert len(keys) == 3
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     again = build(recorded("train_step").meta["config"], ckpt_path=str(tmp_path / "last.ckpt"))
     again.init_from_ckpt(str(tmp_path / "last.ckpt"))
@@ -81,7 +82,7 @@ def test_a_latent_diffusion_model_is_fitted(tmp_path):
     assert all(torch.equal(state[name], loaded[name]) for name in state)
 
 
-def test_an_autoencoder_and_its_discriminator_are_fitted():
+def test_an_autoencoder_and_its_discriminator_are_fitted(lightning):
     params = {"disc_start": 1, "perceptual_weight": 0.0, "kl_weight": 1e-6}
     loss = {"target": "ldm.modules.losses.LPIPSWithDiscriminator", "params": params}
     model = build(recorded("ae_loss").meta["config_vae"], lossconfig=loss, ema_decay=0.9)
@@ -89,7 +90,7 @@ def test_an_autoencoder_and_its_discriminator_are_fitted():
     model.train()
     networks = (model.decoder.conv_out.weight, model.loss.discriminator.main[0].weight)
     before = [weight.detach().clone() for weight in networks]
-    trainer = fit(model, latents=False, steps=6)  # two for each batch
+    trainer = fit(lightning, model, latents=False, steps=6)  # two for each batch
     assert "val/rec_loss" in trainer.callback_metrics
     for weight, old in zip(networks, before, strict=True):
         assert not torch.equal(weight.detach(), old)
