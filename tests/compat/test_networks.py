@@ -128,8 +128,7 @@ def test_a_residual_block_adds_an_embedding_and_widens_its_shortcut():
 
 
 @pytest.mark.slow
-def test_diffusers_computes_the_same():
-    diffusers = pytest.importorskip("diffusers")
+def test_diffusers_computes_the_same(diffusers):
     unet = tiny_unet(attention_resolutions=[1])
     other = diffusers.UNet2DConditionModel(
         block_out_channels=(32, 64),

@@ -18,6 +18,7 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
 from ldm.modules.ema import LitEma
 from ldm.modules.losses import LPIPSWithDiscriminator
+from quick import some
 from recipe import fill
 
 SLOW = pytest.mark.slow
@@ -46,7 +47,7 @@ def test_conditions_take_the_recorded_routes():
         assert_recorded(file, case["name"], out=out)
 
 
-@pytest.mark.parametrize("kind", ["eps", pytest.param("x0", marks=SLOW)])
+@pytest.mark.parametrize("kind", some(["eps", "x0"], "eps"))
 def test_ancestral_loops_equal_the_recorded_ones(kind):
     file, model = recorded("ancestral"), build_recorded("ancestral", f"config_{kind}")
     case = f"ancestral_{kind}"
@@ -101,9 +102,7 @@ QUICK_LOSSES = ("eps_elbo_train", "v_l2_train", "learn_logvar_train", "eps_l1_ev
 LOSSES = [case["name"] for case in recorded("train_losses").cases if case["name"] != "forward_rng"]
 
 
-@pytest.mark.parametrize(
-    "case", [c if c in QUICK_LOSSES else pytest.param(c, marks=SLOW) for c in LOSSES]
-)
+@pytest.mark.parametrize("case", some(LOSSES, *QUICK_LOSSES))
 def test_losses_and_gradients_equal_the_recorded_ones(case):
     file = recorded("train_losses")
     shared, (options, mode) = file.under("shared/"), case.rsplit("_", 1)
@@ -305,8 +304,7 @@ def test_methods_replaced_on_the_class_act_on_built_models(name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "case",
-    ["gen_after_disc", *(pytest.param(c, marks=SLOW) for c in ("disc_vanilla", "lpips_gen"))],
+    "case", some(["gen_after_disc", "disc_vanilla", "lpips_gen"], "gen_after_disc")
 )
 def test_losses_of_the_autoencoder_equal_the_recorded_ones(case):
     file = recorded("ae_loss")

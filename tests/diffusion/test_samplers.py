@@ -9,12 +9,6 @@ import math
 
 import pytest
 import torch
-from diffusers import (
-    DDPMScheduler,
-    DEISMultistepScheduler,
-    TCDScheduler,
-    UniPCMultistepScheduler,
-)
 from torch import Tensor
 
 from goldfile import Gold, gold
@@ -29,6 +23,7 @@ from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.nets.unet import UNet
 from ldm.pipelines.quirks import Quirks
 from nets.nethelp import build_from
+from quick import some
 
 RECORDED_DDIM = [
     "eta0_cfg1", "eta0_cfg", "eta1_cfg1", "eta1_cfg", "eta_half_noxT", "scale0", "scale_uc_none",
@@ -96,7 +91,7 @@ def close(file: Gold, name: str, out: str, ours: Tensor, skip: int = 0) -> None:
 
 
 @pytest.mark.parametrize("kind", ["eps", "v"])
-@pytest.mark.parametrize("name", RECORDED_DDIM)
+@pytest.mark.parametrize("name", some(RECORDED_DDIM, *(set(RECORDED_DDIM) - {"longer"})))
 def test_ddim_follows_the_recorded_trajectory(kind, name):
     file = recorded(f"ddim_{kind}")
     samples, xs, denoised = run(file, name, ddim, denoiser_of(f"ddim_{kind}"))
@@ -106,7 +101,7 @@ def test_ddim_follows_the_recorded_trajectory(kind, name):
 
 
 @pytest.mark.parametrize("kind", ["eps", "v"])
-@pytest.mark.parametrize("steps", [8, 5, 1])
+@pytest.mark.parametrize("steps", some([8, 5, 1], 5, 1))
 def test_ddim_decodes_from_the_middle_as_recorded(kind, steps):
     file = recorded(f"ddim_{kind}")
     name = f"img2img_tenc{steps}"
@@ -120,7 +115,9 @@ def test_ddim_decodes_from_the_middle_as_recorded(kind, steps):
 
 
 @pytest.mark.parametrize("kind", ["eps", "v"])
-@pytest.mark.parametrize("name", ["cfg1", "cfg", "longer", "two_steps", "mask"])
+@pytest.mark.parametrize(
+    "name", some(["cfg1", "cfg", "longer", "two_steps", "mask"], "cfg", "two_steps", "mask")
+)
 def test_plms_follows_the_recorded_trajectory(kind, name):
     file = recorded(f"plms_{kind}")
     samples, xs, denoised = run(file, name, plms, denoiser_of(f"plms_{kind}", "eps"))
@@ -130,7 +127,10 @@ def test_plms_follows_the_recorded_trajectory(kind, name):
 
 
 @pytest.mark.parametrize("kind", ["eps", "v"])
-@pytest.mark.parametrize("name", ["S5_cfg", "S10_cfg", "S15_cfg", "S20_cfg", "S6_cfg1", "S2"])
+@pytest.mark.parametrize(
+    "name",
+    some(["S5_cfg", "S10_cfg", "S15_cfg", "S20_cfg", "S6_cfg1", "S2"], "S15_cfg", "S6_cfg1", "S2"),
+)
 def test_dpm_gives_the_recorded_samples_at_the_recorded_times(kind, name):
     file = recorded(f"dpm_{kind}")
     denoiser = denoiser_of(f"dpm_{kind}")
@@ -239,14 +239,14 @@ def test_samplers_of_k_diffusion_give_its_numbers(name, eta, expected):
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("steps", [4, 20])
 @pytest.mark.parametrize("name", ["deis", "unipc"])
-def test_unipc_and_deis_give_the_numbers_of_diffusers(name, steps, order):
+def test_unipc_and_deis_give_the_numbers_of_diffusers(diffusers, name, steps, order):
     """Observed: 2.5e-7 for UniPC, 6.8e-6 for DEIS of order 3; theirs are in float32."""
     options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     options |= {"solver_order": order, "timestep_spacing": "linspace"}
     if name == "unipc":
-        scheduler = UniPCMultistepScheduler(**options, final_sigmas_type="zero")
+        scheduler = diffusers.UniPCMultistepScheduler(**options, final_sigmas_type="zero")
     else:
-        scheduler = DEISMultistepScheduler(**options)
+        scheduler = diffusers.DEISMultistepScheduler(**options)
     scheduler.set_timesteps(steps)
     sigmas = scheduler.sigmas.double()
     start = torch.linspace(-2, 2, 5).view(1, 1, 1, 5) * sigmas[0].float()
@@ -358,10 +358,10 @@ def test_cfg_pp_takes_the_slope_of_the_unconditional_estimate(eta):
     torch.testing.assert_close(without, plain)
 
 
-def test_ddpm_gives_the_numbers_of_diffusers(monkeypatch):
+def test_ddpm_gives_the_numbers_of_diffusers(diffusers, monkeypatch):
     """Observed: 8.9e-7; theirs are in float32."""
     options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    scheduler = DDPMScheduler(**options, clip_sample=False, timestep_spacing="trailing")
+    scheduler = diffusers.DDPMScheduler(**options, clip_sample=False, timestep_spacing="trailing")
     scheduler.set_timesteps(8)
     monkeypatch.setattr(
         "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda shape, **_: torch.ones(shape)
@@ -385,10 +385,10 @@ def test_lcm_adds_new_noise_to_each_estimate_but_the_last():
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("steps", [1, 4, 8])
-def test_tcd_gives_the_numbers_of_diffusers(steps, eta, monkeypatch):
+def test_tcd_gives_the_numbers_of_diffusers(diffusers, steps, eta, monkeypatch):
     """Observed: 1.8e-6; theirs are in float32."""
     options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    scheduler = TCDScheduler(**options)
+    scheduler = diffusers.TCDScheduler(**options)
     scheduler.set_timesteps(steps)
     monkeypatch.setattr(
         "diffusers.schedulers.scheduling_tcd.randn_tensor", lambda shape, **_: torch.ones(shape)

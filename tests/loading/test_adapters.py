@@ -29,6 +29,7 @@ from ldm.loading.legacy import translate_config
 SD1 = "configs/stable-diffusion/v1-inference.yaml"
 SDXL = "configs/stable-diffusion-xl/sd_xl_base.yaml"
 SD2 = "configs/stable-diffusion/v2-inference.yaml"
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(params=KINDS)
@@ -46,10 +47,10 @@ def same(ours, theirs):
     ("kind", "style"),
     [
         ("sd1", "kohya"),
-        ("sd2", "diffusers"),
-        ("sdxl", "kohya"),
         ("sdxl", "diffusers"),
-        ("refiner", "diffusers"),
+        pytest.param("sd2", "diffusers", marks=SLOW),
+        pytest.param("sdxl", "kohya", marks=SLOW),
+        pytest.param("refiner", "diffusers", marks=SLOW),
     ],
 )
 def test_diffusers_computes_the_same_with_our_file(kind, style, tmp_path):
@@ -69,7 +70,7 @@ def test_diffusers_computes_the_same_with_our_file(kind, style, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd1", pytest.param("sdxl", marks=SLOW)])
 def test_dora_of_peft_is_that_of_diffusers(kind, tmp_path):
     pytest.importorskip("peft")
     model, file = tiny_model(kind), tmp_path / "x.safetensors"
@@ -176,8 +177,10 @@ SPELLINGS = [
 def test_other_spellings_are_understood(tmp_path):
     model = tiny_model()
     write_lora(random_adapter(model), tmp_path / "x.safetensors", model, "diffusers")
-    ours = read_lora(tmp_path / "x.safetensors", model).state_dict()
     state = read_checkpoint(tmp_path / "x.safetensors").state
+    state = {name: v for name, v in state.items() if "conv_in" in name or ".0." in name}
+    write_checkpoint(tmp_path / "x.safetensors", state)
+    ours = read_lora(tmp_path / "x.safetensors", model).state_dict()
     for part, old, new in SPELLINGS:
         renamed = {k.replace(old, new) if k.startswith(part) else k: v for k, v in state.items()}
         assert renamed.keys() != state.keys()

@@ -15,9 +15,8 @@ from ldm.loading.diffusers import networks
 from ldm.loading.diffusers.index import INDEX, folder_configs, original_config
 from ldm.loading.diffusers.keys import locate_weights, scatter_weights
 from ldm.loading.legacy import translate_config
+from quick import some
 
-diffusers = pytest.importorskip("diffusers")
-transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")  # about the future of other packages
 
 NAMES = (
@@ -32,9 +31,7 @@ KL = {
     "kl-f16": ([1, 1, 2, 2, 4], 16, [16]),
     "kl-f32": ([1, 1, 2, 2, 4, 4], 64, [16, 8]),
 }
-# Without `-m slow`: those that differ most.
-QUICK = ("x4-upscaling", "v2-1-stable-unclip-l-inference")
-SOME = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
+SOME = some(NAMES, "x4-upscaling", "v2-1-stable-unclip-l-inference")
 # What no network of diffusers holds, by the beginning of our names.
 WITHOUT_PLACE = (
     "conditioner.text.model.transformer.resblocks.23.", "conditioner.text.model.text_projection",
@@ -53,6 +50,9 @@ def read_shipped(name):
 
 def theirs(component, about):
     """Names and shapes of the module that diffusers builds from a JSON."""
+    import diffusers
+    import transformers
+
     about = json.loads(json.dumps(about))
     with torch.device("meta"):
         if "_class_name" in about:

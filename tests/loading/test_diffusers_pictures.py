@@ -14,8 +14,8 @@ from ldm.loading.convert import convert, plan_conversion
 from ldm.loading.diffusers.files import EXTRA_WEIGHTS
 from ldm.loading.weights import read_weights
 from ldm.pipelines import sample, vary
+from quick import some
 
-diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore")  # about the future of other packages
 
 TOLERANCE = 2e-4
@@ -42,7 +42,9 @@ def made(tmp_path_factory):
 
 
 def opened(folder):
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -78,12 +80,7 @@ def sampled(model, records, x, z=None):
 SLOW = pytest.mark.slow  # as the others, but for what takes long to import or to build
 
 
-def some(*quick):
-    """All families; without `-m slow` those that differ most."""
-    return [f if f in quick else pytest.param(f, marks=SLOW) for f in FAMILIES]
-
-
-@pytest.mark.parametrize("family", ["sd1", pytest.param("sd2", marks=SLOW), "sd2-v"])
+@pytest.mark.parametrize("family", some(TEXT, "sd2-v"))
 def test_text_to_image(made, family):
     source, _, folder = made(family)
     x = noise(1, 4, 16, 16)
@@ -97,15 +94,14 @@ def test_text_to_image(made, family):
 @pytest.mark.parametrize("sampler", ["ddim", "plms"])
 def test_safe_latent_diffusion(made, tmp_path, sampler):
     """A folder of that class opens, too; PNDM's first steps are PLMS's."""
+    from diffusers import PNDMScheduler
     from diffusers.pipelines.deprecated.stable_diffusion_safe import StableDiffusionPipelineSafe
 
     source, _, folder = made("sd1")
     parts = {**opened(folder).components, "safety_checker": None, "image_encoder": None}
     pipe = StableDiffusionPipelineSafe(**parts, requires_safety_checker=False)
     if sampler == "plms":
-        pipe.scheduler = diffusers.PNDMScheduler.from_config(
-            pipe.scheduler.config, skip_prk_steps=True
-        )
+        pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
     pipe.set_progress_bar_config(disable=True)
     x = noise(2, 4, 16, 16)
     numbers = {"sld_warmup_steps": 1, "sld_guidance_scale": 20, "sld_threshold": 0.1,
@@ -128,10 +124,8 @@ PAG = {"sd1": "StableDiffusionPAGPipeline", "sd2-v": "StableDiffusionPAGPipeline
 
 
 @pytest.mark.parametrize("scale", [SCALE, pytest.param(1.0, marks=SLOW)])
-@pytest.mark.parametrize(
-    "family", ["sd1", *(pytest.param(name, marks=SLOW) for name in ("sd2-v", "xl"))]
-)
-def test_perturbed_attention_guidance(made, family, scale):
+@pytest.mark.parametrize("family", some(PAG, "sd1"))
+def test_perturbed_attention_guidance(diffusers, made, family, scale):
     """Without classifier-free guidance, too."""
     source, _, folder = made(family)
     side, open_folder = (64, opened_xl) if family == "xl" else (SIDE, opened)
@@ -151,7 +145,7 @@ def test_perturbed_attention_guidance(made, family, scale):
     assert (guided - without).abs().max() > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["sd1", pytest.param("xl", marks=SLOW)])
+@pytest.mark.parametrize("family", some(["sd1", "xl"], "sd1"))
 def test_freeu_by_the_level_of_a_block(made, family):
     source, _, folder = made(family)
     side, open_folder = (64, opened_xl) if family == "xl" else (SIDE, opened)
@@ -185,9 +179,11 @@ XL_OURS = {"steps": STEPS, "scale": SCALE, "sampler": "euler", "scheduler": "lea
 
 def opened_xl(folder):
     """With the grid of the published folders, which starts with the same noise as ours."""
+    from diffusers import EulerDiscreteScheduler
+
     pipe = opened(folder)
     config = {**pipe.scheduler.config, "timestep_spacing": "leading"}
-    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(config)
+    pipe.scheduler = EulerDiscreteScheduler.from_config(config)
     return pipe
 
 
@@ -250,7 +246,7 @@ def test_upscaling(made):
     agree(sampled(model, records | {"noise_level": level}, x), theirs)
 
 
-@pytest.mark.parametrize("family", ["unclip-l", pytest.param("unclip-h", marks=SLOW)])
+@pytest.mark.parametrize("family", some(["unclip-l", "unclip-h"], "unclip-l"))
 def test_unclip(made, family):
     source, _, folder = made(family)
     model, x, seen = ldm.load(source), noise(1, 4, 16, 16), noise(1, 3, 28, 28)
@@ -278,7 +274,7 @@ def test_variations(made):
     agree(vary(model, [2 * image - 1], **options), theirs)
 
 
-@pytest.mark.parametrize("family", some("unclip-l"))
+@pytest.mark.parametrize("family", some(FAMILIES, "unclip-l"))
 def test_the_way_back_loses_nothing(made, family):
     _, state, folder = made(family)
     back = read_weights(folder).state
@@ -287,7 +283,7 @@ def test_the_way_back_loses_nothing(made, family):
     assert read_weights(folder).step == 7
 
 
-@pytest.mark.parametrize("family", some("sd1", "unclip-l"))
+@pytest.mark.parametrize("family", some(FAMILIES, "unclip-l"))
 def test_folders_saved_by_diffusers_are_read(made, family, tmp_path):
     """Without our rest, and in the words of today's versions: what both layouts hold is equal."""
     _, state, folder = made(family)

@@ -11,15 +11,11 @@ import ldm
 from ldm.commands.convert import main
 from ldm.imaging.rgbd import split_depth
 from ldm.loading.files.checkpoint import read_checkpoint
+from quick import some
 
-diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore")  # about the future of other packages
 
 FAMILIES = ("ldm3d", "ldm3d-4c", "ldm3d-sr")
-
-
-def some(quick):
-    return [f if f == quick else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
 
 
 def convert(source, target):
@@ -44,7 +40,7 @@ def same(ours, theirs):
     return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
-@pytest.mark.parametrize("name", some("ldm3d-sr"))
+@pytest.mark.parametrize("name", some(FAMILIES, "ldm3d-sr"))
 def test_a_file_becomes_a_folder_and_the_same_file_again(files, name, tmp_path):
     state, file, folder = files(name)
     assert same(read_checkpoint(convert(folder, tmp_path / "back.safetensors")).state, state)
@@ -54,8 +50,8 @@ def test_a_file_becomes_a_folder_and_the_same_file_again(files, name, tmp_path):
     assert model.defaults.scale == (9 if name == "ldm3d-sr" else 5)
 
 
-@pytest.mark.parametrize("name", some("ldm3d-4c")[:2])
-def test_diffusers_pipeline_makes_the_same_images(files, name, tmp_path):
+@pytest.mark.parametrize("name", some(FAMILIES[:2], "ldm3d-4c"))
+def test_diffusers_pipeline_makes_the_same_images(diffusers, files, name, tmp_path):
     """With `np`, whose depth is right for four channels only."""
     folder = files(name)[2]
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)

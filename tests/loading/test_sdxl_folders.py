@@ -13,9 +13,10 @@ from ldm.loading.convert import convert, plan_conversion
 from ldm.loading.diffusers.files import EXTRA_WEIGHTS
 from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
 from ldm.runtime.errors import FileFormatError, MissingFile, UnknownName
+from quick import some
 
 SLOW = pytest.mark.slow
-KINDS = ("xl-refiner", "xl-inpainting", "playground", "cosxl", "ssd-1b")
+KINDS = ("xl", "xl-refiner", "xl-inpainting", "playground", "cosxl", "ssd-1b")
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +52,7 @@ def folder(convert_family, tmp_path):
     return path
 
 
-@pytest.mark.parametrize(
-    "name", ["xl", "xl-refiner", *(pytest.param(n, marks=SLOW) for n in KINDS[1:])]
-)
+@pytest.mark.parametrize("name", some(KINDS, "xl", "xl-refiner"))
 def test_a_file_becomes_a_folder_and_comes_back_bit_for_bit(convert_family, tmp_path, name):
     _, state, folder = convert_family(name)
     back = tmp_path / "back.safetensors"
@@ -63,7 +62,7 @@ def test_a_file_becomes_a_folder_and_comes_back_bit_for_bit(convert_family, tmp_
     assert all(torch.equal(again[key], value) for key, value in state.items())
 
 
-@pytest.mark.parametrize("name", ["xl", *(pytest.param(n, marks=SLOW) for n in KINDS)])
+@pytest.mark.parametrize("name", some(KINDS, "xl"))
 def test_a_folder_alone_says_what_it_is(convert_family, tmp_path, name):
     source, _, written = convert_family(name)
     folder = tmp_path / "folder"
@@ -165,8 +164,7 @@ def test_half_precision_files_and_shards_are_read(folder):
 @SLOW  # as it imports diffusers
 @pytest.mark.parametrize("name", ["xl", "xl-refiner", "ssd-1b"])
 @torch.no_grad()
-def test_diffusers_computes_the_same(convert_family, name):
-    diffusers = pytest.importorskip("diffusers")
+def test_diffusers_computes_the_same(diffusers, convert_family, name):
     source, _, folder = convert_family(name)
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     model, prompt = ldm.load(source), "a red apple on a table"

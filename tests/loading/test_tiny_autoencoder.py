@@ -1,6 +1,5 @@
 """TAESD: it computes what diffusers' AutoencoderTiny does, from every format of its files."""
 
-import diffusers
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,7 +14,7 @@ PROMPT, QUICK = ["a 3d emoji of a cat face"], {"steps": 2, "seeds": 1}
 
 
 @pytest.fixture(scope="module")
-def theirs():
+def theirs(diffusers):
     torch.manual_seed(0)
     return diffusers.AutoencoderTiny().eval()
 

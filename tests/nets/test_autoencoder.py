@@ -131,8 +131,7 @@ def test_names_and_shapes_are_the_original_ones_at_full_size(name):
     assert autoencoder.downscale == 2 ** (len(layout["ch_mult"]) - 1)
 
 
-def test_diffusers_computes_the_same():
-    diffusers = pytest.importorskip("diffusers")
+def test_diffusers_computes_the_same(diffusers):
     ours = tiny_autoencoder()
     theirs = diffusers.AutoencoderKL(
         block_out_channels=(32, 64, 64),

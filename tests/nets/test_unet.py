@@ -230,8 +230,7 @@ TWINS = {  # settings of our UNet, settings of theirs, y
 
 
 @pytest.mark.parametrize("family", TWINS)
-def test_diffusers_computes_the_same(family):
-    diffusers = pytest.importorskip("diffusers")
+def test_diffusers_computes_the_same(diffusers, family):
     ours, theirs, y = TWINS[family]
     unet = tiny_unet(**{"attention_resolutions": [1], **ours})
     other = diffusers.UNet2DConditionModel(**{**DIFFUSERS, **theirs}).eval()
@@ -243,8 +242,7 @@ def test_diffusers_computes_the_same(family):
             assert_close(unet(z, t, context, y), expected, tolerance=1e-5)
 
 
-def test_diffusers_adds_the_same_guidance_embedding():
-    diffusers = pytest.importorskip("diffusers")
+def test_diffusers_adds_the_same_guidance_embedding(diffusers):
     unet = tiny_unet(attention_resolutions=[1], time_cond_proj_dim=6)
     other = diffusers.UNet2DConditionModel(**DIFFUSERS, **HEADS, time_cond_proj_dim=6).eval()
     names = {"time_embed_cond.weight": "time_embedding.cond_proj.weight"}

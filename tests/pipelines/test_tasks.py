@@ -21,6 +21,7 @@ from ldm.pipelines import (
     vary,
 )
 from pipelines.goldmodels import model_of
+from quick import some
 
 QUICK = {"steps": 3, "scale": 3.0, "seeds": 5}
 NAMES = {"text": "img2img", "inpaint": "inpaint", "depth": "depth2img", "upscale": "upscale",
@@ -80,7 +81,7 @@ def test_strength_is_the_share_of_steps(models, image, strength, run):
     assert seen == [(i, run) for i in range(run)]
 
 
-@pytest.mark.parametrize("sampler", ldm.SAMPLERS)
+@pytest.mark.parametrize("sampler", some(ldm.SAMPLERS, "ddim", "plms", "dpmpp_3m_sde", "restart"))
 def test_img2img_works_with_every_sampler(sure, image, sampler):
     options = {**QUICK, "steps": 4, "sampler": sampler}
     weak, strong = (img2img(sure, ["a"], image, strength=s, **options) for s in (0.25, 1.0))

@@ -2,12 +2,11 @@
 
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
-from diffusers.schedulers import scheduling_ddim
 from omegaconf import OmegaConf
 from safetensors import safe_open
 
@@ -20,12 +19,14 @@ from ldm.model import LatentDiffusion
 from ldm.pipelines import sample
 from ldm.pipelines.sampling import default_scheduler
 from loading import tinyfamilies
+from quick import some
 
 BETAS = make_betas("linear", linear_start=0.00085, linear_end=0.012)
 
 
-def test_rescaled_betas_equal_diffusers_but_for_the_last() -> None:
-    betas = rescale_zero_terminal_snr(BETAS), scheduling_ddim.rescale_zero_terminal_snr(BETAS)
+def test_rescaled_betas_equal_diffusers_but_for_the_last(diffusers: ModuleType) -> None:
+    rescale = diffusers.schedulers.scheduling_ddim.rescale_zero_terminal_snr
+    betas = rescale_zero_terminal_snr(BETAS), rescale(BETAS)
     ours, theirs = (torch.cumprod(1 - b, 0) for b in betas)
     torch.testing.assert_close(ours[:-1], theirs[:-1], rtol=1e-9, atol=0)
     assert ours[-1].item() == pytest.approx(2**-24, rel=1e-9)
@@ -34,12 +35,12 @@ def test_rescaled_betas_equal_diffusers_but_for_the_last() -> None:
 
 
 @pytest.mark.parametrize("steps", [4, 10])
-def test_ddim_from_nothing_equals_diffusers(steps: int) -> None:
+def test_ddim_from_nothing_equals_diffusers(diffusers: ModuleType, steps: int) -> None:
     """Tolerance: the last timestep of ours keeps 2.4e-4 of the latent, theirs nothing."""
     model, cond = tiny(), Cond(crossattn=torch.randn(1, 7, 32))
     x_T = torch.randn(1, 4, 8, 8)
     ours = sample(model, cond, x_T=x_T, steps=steps, scale=1.0)
-    scheduler = DDIMScheduler(
+    scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -57,7 +58,7 @@ def test_ddim_from_nothing_equals_diffusers(steps: int) -> None:
     torch.testing.assert_close(ours, z, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", some(SAMPLERS, "ddim", "plms", "heun", "restart", "dpm_fast"))
 def test_every_sampler_starts_from_nothing(sampler: str) -> None:
     """By the scheduler that is its default here; at most 8.0, by `dpm_fast`."""
     cond = Cond(crossattn=torch.zeros(1, 7, 32))

@@ -17,6 +17,7 @@ from ldm.train.optim.schedules import lr_multiplier
 from ldm.train.tasks.autoencoder import Adversarial, Reconstruction
 from ldm.train.tasks.criterion import Criterion
 from ldm.train.tasks.diffusion import Diffusion
+from quick import some
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted([*ROOT.glob("configs/demo/*.yaml"), *ROOT.glob("configs/train/*.yaml")])
@@ -306,7 +307,7 @@ def test_times_are_read_as_lightning_writes_them() -> None:
         assert settings(f"{{trainer: {{max_time: {seconds}}}}}").trainer.max_time == seconds
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", some(CONFIGS, *FILES), ids=lambda path: path.stem)
 def test_a_printed_config_reads_back_the_same(path: Path) -> None:
     result = read_settings(read_yaml(path))
     again = read_settings(parse_yaml(format_yaml(result.to_config())))
