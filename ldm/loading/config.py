@@ -10,6 +10,8 @@ import inspect
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
@@ -73,7 +75,14 @@ def parse_yaml(
     sections: Sequence[str] = (),
 ) -> JsonObject:
     """Parse the text of a YAML file, or of several, like `read_yaml`."""
-    overrides, texts = list(overrides), [text] if isinstance(text, str) else text
+    texts = (text,) if isinstance(text, str) else tuple(text)
+    return deepcopy(_parse(texts, tuple(overrides), where, tuple(sections)))
+
+
+@lru_cache(maxsize=32)  # loading a model asks for its config several times
+def _parse(
+    texts: tuple[str, ...], overrides: tuple[str, ...], where: str, sections: tuple[str, ...]
+) -> JsonObject:
     try:
         layers = [OmegaConf.create(text, max_yaml_expanded_nodes=MAX_NODES) for text in texts]
         if not all(OmegaConf.is_dict(layer) for layer in layers):
@@ -90,7 +99,7 @@ def parse_yaml(
                     "overrides",
                 )
         if overrides:
-            config = OmegaConf.merge(config, OmegaConf.from_dotlist(overrides))
+            config = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
         raw: Any = OmegaConf.to_container(config, resolve=False)
     except (OmegaConfBaseException, YAMLError, RecursionError) as error:
         raise ConfigError(f"{where}: {_one_line(error)}") from error
