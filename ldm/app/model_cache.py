@@ -128,7 +128,7 @@ def _is_equal(one: nn.Module, two: nn.Module) -> bool:
 def _describe(module: nn.Module) -> tuple[type, JsonObject, list[str]]:
     """Return class, settings and names of the tensors of a module, without weights."""
     settings: JsonObject = {
-        name: value
+        name: _without_tensors(value)
         for name, value in vars(module).items()
         if isinstance(value, SETTING_TYPES) or inspect.isroutine(value)
     }
@@ -136,6 +136,13 @@ def _describe(module: nn.Module) -> tuple[type, JsonObject, list[str]]:
         settings["added"] = {t: v.tolist() for t, v in module.added_embeddings.items()}
     names = [*module._parameters, *module._buffers]
     return type(module), settings, names
+
+
+def _without_tensors(value: object) -> object:
+    """Turn the tensors in a tuple, such as CLIP's statistics, into lists, which can be compared."""
+    if isinstance(value, tuple):
+        return tuple(map(_without_tensors, value))
+    return value.tolist() if isinstance(value, Tensor) else value
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -106,6 +106,20 @@ def test_parts_that_differ_in_a_weight_or_a_setting_are_not_shared(cache):
     assert other.autoencoder is not one.autoencoder
 
 
+def test_tensors_among_the_settings_are_compared(cache):
+    def model(value):
+        model = Model(0, Text(0), 0)
+        model.conditioner.text.statistics = (torch.zeros(3), torch.full((3,), value))
+        return model
+
+    one, equal, other = (
+        cache(None, cache.file(name, lambda value=value: model(value)))
+        for name, value in {"a": 1.0, "b": 1.0, "c": 2.0}.items()
+    )
+    assert equal.conditioner.text is one.conditioner.text
+    assert other.conditioner.text is not one.conditioner.text
+
+
 def test_models_with_other_words_are_other_models(cache, tmp_path):
     path, options = cache.file("a", lambda: Model(0, Text(0), 0)), {"embeddings": [tmp_path]}
     plain, taught = cache(None, path), cache(None, path, **options)
