@@ -10,6 +10,7 @@ from PIL import Image
 import ldm
 from goldfile import gold
 from ldm.commands.main import main
+from ldm.encoders.depth import MiDaSDepth
 from ldm.imaging.metadata import read_info
 from ldm.loading.files.checkpoint import write_checkpoint
 from ldm.loading.weight_names import restore_names
@@ -18,8 +19,8 @@ from picturehelp import QUICK, pixels
 
 CASES = [
     ("img2img", "base_v", ["--n_samples", "2", "--strength", "0.5"], (70, 60)),
-    ("img2img", "base_v", ["--n_samples", "1", "--H", "64", "--W", "96"], (64, 96)),
-    ("img2img", "base_v", ["--n_samples", "1", "--legacy", "--n_iter", "2"], (64, 0)),
+    ("img2img", "base_v", ["--H", "64", "--W", "96"], (64, 96)),
+    ("img2img", "base_v", ["--legacy", "--n_iter", "2"], (64, 0)),
     ("inpaint", "inpaint", ["--mask-box", "8,8,30,40", "--mask-blur", "2", "--mask-grow", "3"],
      (70, 60)),
     ("inpaint", "inpaint", ["--mask-box", "8,8,30,40", "--legacy"], (64, 0)),
@@ -49,7 +50,7 @@ def test_a_picture_is_made_and_made_again(run, files, photo, capsys, script, nam
 
 
 def test_replay_says_which_input_is_missing_or_another(run, files, photo, capsys):
-    path = run("img2img", "base_v", "--init-img", photo, "--n_samples", "1")[1][0]
+    path = run("img2img", "base_v", "--init-img", photo)[1][0]
     Image.new("RGB", (60, 70)).save(photo)
     assert main(["replay", path, "--ckpt", files["base_v"][1]]) == 1
     assert "photo.png` has changed since this image was made" in capsys.readouterr().err
@@ -117,18 +118,16 @@ def test_a_folder_of_pairs_is_painted(run, tmp_path, photo):
 
 def test_a_folder_of_images_is_changed(run, tmp_path, photo):
     Image.open(photo).save(tmp_path / "other.png")
-    status, out, err = run("img2img", "base_v", "--indir", tmp_path, "--n_samples", "1")
-    assert (status, out) == (
-        0,
-        [str(tmp_path / "out" / name) for name in ("other.png", "photo.png")],
-    ), err
+    status, out, err = run("img2img", "base_v", "--indir", tmp_path)
+    names = ["other.png", "photo.png"]
+    assert (status, out) == (0, [str(tmp_path / "out" / name) for name in names]), err
 
 
 @pytest.mark.parametrize(
     ("task", "name", "flags"),
     [
-        ("txt2img", "base_v", ["--H", "64", "--W", "64", "--n_samples", "1", "--n_iter", "1"]),
-        ("img2img", "base_v", ["--n_samples", "1", "--ddim-inversion", "--source-prompt", "a"]),
+        ("txt2img", "base_v", ["--H", "64", "--W", "64"]),
+        ("img2img", "base_v", ["--ddim-inversion", "--source-prompt", "a"]),
     ],
 )
 def test_options_of_sampling_are_recorded_and_read_again(
@@ -159,10 +158,18 @@ def test_processes_share_the_pairs_of_a_folder(run, tmp_path, photo, monkeypatch
     ][rank], err
 
 
-def test_depth_is_saved_and_taken_back(run, tmp_path, photo):
-    map_ = tmp_path / "depth.png"
-    status, out, err = run("depth2img", "depth", "--init-img", photo, "--save-depth", map_)
+def test_depth_is_estimated_once_saved_and_taken_back(run, tmp_path, photo, monkeypatch):
+    map_, estimate, sizes = tmp_path / "depth.png", MiDaSDepth.estimate, []
+
+    def count(self, image):
+        sizes.append(image.shape)
+        return estimate(self, image)
+
+    monkeypatch.setattr(MiDaSDepth, "estimate", count)
+    flags = ["--init-img", photo, "--save-depth", map_, "--n_iter", "2"]
+    status, out, err = run("depth2img", "depth", *flags)
     assert status == 0, err
+    assert len(sizes) == 1
     with Image.open(map_) as saved:
         assert saved.mode.startswith("I")
     again = run("depth2img", "depth", "--init-img", photo, "--depth-map", map_)[1]
@@ -268,7 +275,8 @@ def test_image_variations_of_sd_1_are_made_without_text(seen, tmp_path, photo, c
         "target": "ldm.modules.encoders.modules.FrozenCLIPImageEmbedder",
         "params": {"model": file.meta["tiny_arch"]},
     }
-    status, out, err = seen(*write(tmp_path, config), "--image", photo, "--scale", "3")
+    flags = ["--image", photo, "--scale", "3", "--n_samples", "2"]
+    status, out, err = seen(*write(tmp_path, config), *flags)
     assert status == 0, err
     assert len(out) == 2
     assert main(["replay", out[1], "--ckpt", str(tmp_path / "x.ckpt")]) == 0

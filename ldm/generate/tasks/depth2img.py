@@ -52,8 +52,13 @@ class Depth2Img(PreparedImageTask):
         from ldm.imaging.depth import save_depth
         from ldm.pipelines import estimate_depth
 
+        if self.depth is not None and self.inputs.save_depth is None:
+            return
+        estimate = estimate_depth(model, self.image)
         if self.inputs.save_depth is not None:
-            save_depth(self.inputs.save_depth, estimate_depth(model, self.image))
+            save_depth(self.inputs.save_depth, estimate)
+        if self.depth is None and estimate.isfinite().all():  # else again, in float32
+            self.depth = estimate
 
     def generate(
         self, model: "LatentDiffusion", prompts: list[str], options: "TaskOptions"
