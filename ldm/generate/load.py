@@ -18,7 +18,7 @@ from ldm.loading.families import PIXELS, Family
 from ldm.loading.load import load as load_from_files, variant_of_files
 from ldm.loading.published import find_checkpoint, identify_hash
 from ldm.loading.variants import VARIANTS
-from ldm.loading.weights import identify_weights, read_weights
+from ldm.loading.weights import Weights, identify_weights, read_weights
 from ldm.model import Defaults, LatentDiffusion
 from ldm.nets.attention import set_backend
 from ldm.pipelines.families import FAMILIES, file_name, is_sdxl, wrong_family
@@ -74,9 +74,11 @@ def load_models(
     files = variant_of_files(choice.variant)
     ckpt, refiner = _find_weights(choice.ckpt, files), _find_weights(request.sdxl.refiner)
     upscaler = _find_weights(request.upscaling.upscaler)
-    _check_families(task, ckpt, refiner, upscaler)
-    if ckpt is not None and (channels := _pixel_channels(ckpt)) is not None:
+    weights = _identify(ckpt)
+    _check_families(task, ckpt, _family(weights), refiner, upscaler)
+    if ckpt is not None and (channels := _pixel_channels(ckpt, weights)) is not None:
         _check_depth(request, f"`{ckpt.name}`", channels)
+    del weights  # so that the memory of a file that is not mapped is freed
     if request.uses_demo_model:
         log.info(
             "no checkpoint given: using the small model that ships with ldm (emoji); for Stable "
@@ -143,14 +145,16 @@ def find_checker(request: Request) -> Path | None:
 
 
 def _check_families(
-    task: Task, ckpt: Path | None, refiner: Path | None, upscaler: Path | None
+    task: Task, ckpt: Path | None, base: Family | None, refiner: Path | None, upscaler: Path | None
 ) -> None:
     """Raise ArgumentError if the shapes in a file tell that it is not for this use.
 
     Weights are not read; the pipelines check models whose shapes are unusual.
+
+    Args:
+        base: the family of `ckpt`.
     """
-    base, other = _family_of_file(ckpt), _family_of_file(refiner)
-    second = _family_of_file(upscaler)
+    other, second = _family(_identify(refiner)), _family(_identify(upscaler))
     if upscaler is not None and second is not None and second.task != "upscale_latent":
         message = f"`{upscaler.name}` is {second.title}, not an x2 latent upscaler"
         raise ArgumentError(message, "upscaler")
@@ -170,23 +174,27 @@ def _check_families(
         raise ArgumentError(f"{message}, give that one", "refiner")
 
 
-def _family_of_file(path: Path | None) -> Family | None:
-    """Return the published family of a file in the original's format, if it is quick to read."""
+def _identify(path: Path | None) -> Weights | None:
+    """Return the weights of a file in the original's format, if it is quick to read."""
     if path is None or path.suffix != ".safetensors" or not path.is_file():
         return None
-    family = identify_weights(read_weights(path)).family
-    return family if family and family.task else None
+    return identify_weights(read_weights(path))
 
 
-def _pixel_channels(path: Path) -> int | None:
+def _family(weights: Weights | None) -> Family | None:
+    """Return the family of weights, if it is a published one."""
+    if weights is None or weights.family is None or not weights.family.task:
+        return None
+    return weights.family
+
+
+def _pixel_channels(path: Path, weights: Weights | None) -> int | None:
     """Return the channels of a model's images, if that is quick to tell; see `ldm.imaging.rgbd`."""
     config = path / "vae/config.json"
     if config.is_file():
         channels = json.loads(read_text(config)).get("in_channels")
         return channels if isinstance(channels, int) else None
-    if path.suffix != ".safetensors" or not path.is_file():
-        return None
-    weight = identify_weights(read_weights(path)).state.get(PIXELS)
+    weight = None if weights is None else weights.state.get(PIXELS)
     return None if weight is None else weight.shape[1]
 
 
