@@ -7,7 +7,7 @@ from PIL import Image
 from ldm.loading.addons.lora import lora_targets, write_lora
 from ldm.nets.lora import LoRA, LoRALayer
 
-QUICK = ["--steps", "2", "--precision", "full", "--skip_grid"]
+QUICK = ["--steps=2", "--n_samples=1", "--n_iter=1", "--precision=full", "--skip_grid"]
 # Tiny models, and the recording that their config is from.
 MODELS = {"inpaint": "inpaint", "depth": "depth2img", "upscale": "upscale", "unclip": "unclip",
           "base_v": "img2img", "base_eps": "img2img"}  # fmt: skip

@@ -11,7 +11,9 @@ from PIL import Image
 
 import ldm
 from goldfile import Gold, gold
+from ldm.app.model_cache import ModelCache
 from ldm.commands.main import main
+from ldm.generate.load import load_models
 from ldm.loading.files.checkpoint import write_checkpoint
 from ldm.loading.weight_names import restore_names
 from picturehelp import MODELS, QUICK
@@ -29,6 +31,29 @@ class Files:
     @property
     def flags(self) -> list[str]:
         return ["--config", str(self.config), "--ckpt", str(self.ckpt)]
+
+
+@pytest.fixture(scope="session")
+def loaded() -> ModelCache:
+    return ModelCache(limit=1e9)
+
+
+@pytest.fixture(autouse=True)
+def load_once(loaded, monkeypatch):
+    """Keep the models of commands, as the app does; not those that something is added to."""
+
+    def load(config, ckpt, **options):
+        if options.get("loras") or options.get("embeddings") or not Path(ckpt or ".").exists():
+            return ldm.load(config, ckpt, **options)
+        return loaded(config, ckpt, **options)
+
+    monkeypatch.setitem(load_models.__kwdefaults__, "load", load)
+
+
+@pytest.fixture(autouse=True)
+def small_depth(monkeypatch):
+    """Let MiDaS see 96 pixels, not 384."""
+    monkeypatch.setattr("ldm.encoders.depth.MIDAS_SIZE", 96)
 
 
 @pytest.fixture(scope="session")

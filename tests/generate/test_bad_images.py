@@ -45,7 +45,7 @@ def test_an_image_file_of_another_kind_is_used_as_people_expect(run, tmp_path):
     flipped = ramp.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     ramp.convert("RGB").save(tmp_path / "plain.png")
     ramp.save(tmp_path / "animated.gif", save_all=True, append_images=[flipped])
-    flags = ["--n_samples", "1", "--steps", "1", "--init-img"]
+    flags = ["--steps", "1", "--init-img"]
     expected = pixels(run("img2img", "base_v", *flags, tmp_path / "plain.png")[1][0])
     assert expected.shape == (40, 48, 3)
     status, out, err = run("img2img", "base_v", *flags, tmp_path / "animated.gif")

@@ -246,9 +246,10 @@ def test_each_option_of_each_task_survives_argv_json_png_and_the_command_line():
             "--apg", "--perp-neg",
         )  # fmt: skip
         compatible = [argv for argv in argvs if argv[0] not in others]
+        parser = build_parser(task)
         for argv in [[], *argvs, list(chain(*compatible))]:
-            request = parse_request(task, argv)[0]
-            assert parse_request(task, to_argv(request))[0] == request
+            request = parse_request(task, argv, parser)[0]
+            assert parse_request(task, to_argv(request), parser)[0] == request
             info = dict.fromkeys(["checkpoint_hash", "ema", "config_hash", "overrides", "device",
                                   "dtype", "attention", "threads", "torch", "ldm"])  # fmt: skip
             info |= {"task": task.name, "prompt": "", "seed": 1, "rows": 1}

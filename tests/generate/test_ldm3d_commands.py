@@ -45,8 +45,7 @@ def run(models, tmp_path, capsys):
 
     def run(command, name, *flags):
         model = ["--ckpt", str(models / f"{name}.safetensors"), "--outdir", str(tmp_path)]
-        counts = ["--n_samples", "1", "--n_iter", "1"]
-        status = main([command, *model, *QUICK[:-1], *counts, *map(str, flags)])
+        status = main([command, *model, *QUICK[:-1], *map(str, flags)])
         out, err = capsys.readouterr()
         return status, out.splitlines(), err
 

@@ -16,7 +16,8 @@ from ldm.generate.wildcards import DynamicPrompts
 from ldm.imaging.metadata import parameters_text, parse_parameters, read_info
 from picturehelp import random_lora
 
-QUICK = ["--steps=1", "--H=64", "--W=64", "--skip_grid", "--precision=full"]
+QUICK = ["--steps=1", "--n_samples=1", "--n_iter=1", "--H=64", "--W=64", "--precision=full"]
+QUICK += ["--skip_grid"]
 
 
 @pytest.fixture
@@ -71,9 +72,21 @@ def test_a_line_may_set_the_strength_of_its_task(tmp_path):
     assert line.values == {"strength": 0.25}
 
 
+def test_a_file_may_end_in_a_partial_batch(tmp_path):
+    file = tmp_path / "prompts.txt"
+    last = "it's a cat --seed 7 --negative-prompt 'blue, dull'"
+    file.write_text(f"\ufeffa fox\n\n{last}\n", "utf-8")
+    batches = plan("--from-file", str(file), "--repeat=2", "--n_samples=4", "--n_iter=2")
+    assert [len(batch) for batch in batches] == [4, 2] * 2
+    jobs = [job for batch in batches for job in batch]
+    assert [job.prompt for job in jobs] == ["a fox", "a fox", "", "", *["it's a cat"] * 2] * 2
+    assert [job.seed for job in jobs] == [42, 43, 44, 45, 7, 8, 48, 49, 50, 51, 9, 10]
+    assert [job.negative_prompt for job in jobs] == ([""] * 4 + ["blue, dull"] * 2) * 2
+
+
 def test_images_of_a_line_have_its_options_and_are_made_again(run, tiny, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a\na --s 2 --w 72 --d 7,9\nb --ss euler --clip-skip 2")
-    infos = run("--from-file", tmp_path / "prompts.txt", "--n_iter=1", "--n_samples=2")
+    infos = run("--from-file", tmp_path / "prompts.txt", "--n_samples=2")
     assert [info["seed"] for info in infos] == [42, 7, 9, 45]
     assert [info["steps"] for info in infos] == [1, 2, 2, 1]
     assert [info["size"] for info in infos] == [[64, 64], [64, 72], [64, 72], [64, 64]]
@@ -89,8 +102,7 @@ def test_images_of_a_line_have_its_options_and_are_made_again(run, tiny, tmp_pat
 
 def test_a_grid_holds_images_of_other_sizes(tiny, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a\na --w 72")
-    words = [*tiny.flags, *QUICK, "--n_iter=1", "--from-file", str(tmp_path / "prompts.txt")]
-    words.remove("--skip_grid")
+    words = [*tiny.flags, *QUICK[:-1], "--from-file", str(tmp_path / "prompts.txt")]
     assert main(["txt2img", *words, "--outdir", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("grid-0000.png")
 
@@ -133,9 +145,7 @@ def test_what_is_not_there_is_one_line(run, tmp_path, flags, message):
 
 
 def test_expanded_prompts_are_recorded_and_made_again(run, tiny):
-    (info,) = run(
-        "--prompt", "a {red|green} fox", "--dynamic-prompts", "--n_samples=1", "--n_iter=1"
-    )
+    (info,) = run("--prompt", "a {red|green} fox", "--dynamic-prompts")
     assert info["prompt"] in ("a red fox", "a green fox")
     assert info["prompt"] in parameters_text(info)
     assert main(["replay", info["path"], "--ckpt", str(tiny.ckpt)]) == 0
@@ -162,7 +172,7 @@ def test_loras_in_prompts_are_found_recorded_and_made_again(run, tiny, tmp_path)
     moved = shutil.copy(tiny.ckpt, tmp_path / "model.ckpt")
     lines = ["a fox <lora:one:0.5>", "a fox", "a fox <lora:two:0.5:1>"]
     (tmp_path / "prompts.txt").write_text("\n".join(f"{line} --seed 3" for line in lines))
-    flags = ["--ckpt", moved, "--n_samples=1", "--n_iter=1"]
+    flags = ["--ckpt", moved]
     infos = run(*flags, "--from-file", tmp_path / "prompts.txt")
     assert [[lora["weight"] for lora in info["loras"]] for info in infos] == [[0.5], [], ["0.5:1"]]
     hashes = [read_info(info["path"])["sha256"] for info in infos]

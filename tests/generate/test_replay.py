@@ -6,7 +6,7 @@ from PIL import Image, PngImagePlugin
 from ldm.commands.main import main
 from ldm.imaging.metadata import write_png
 
-QUICK = ["--steps", "2", "--n_iter", "1", "--H", "64", "--W", "64", "--precision", "full"]
+QUICK = ["--steps=2", "--n_samples=1", "--n_iter=1", "--H=64", "--W=64", "--precision=full"]
 
 
 @pytest.fixture
@@ -39,11 +39,11 @@ def again(tiny, capsys):
         ["--n_samples", "2", "--n_iter", "2", "--legacy", "--eta", "1"],
         ["--n_samples", "2", "--n_iter", "2", "--legacy", "--fixed_code", "--eta", "0.5"],
         ["--sampler", "euler_a", "--eta", "0.5", "--spacing", "karras", "--negative-prompt", "red"],
-        ["--sampler", "euler", "--s-churn", "2", "--s-noise", "1.01", "--n_samples", "1"],
-        ["--sampler", "euler_a_cfg_pp", "--sigmas", "14.6,0.7,0", "--n_samples", "1"],
-        ["--sampler", "dpm2", "--scheduler", "karras", "--rho", "5", "--n_samples", "1"],
-        ["--H", "128", "--W", "128", "--tile", "64", "--n_samples", "1", "--steps", "1"],
-        ["--precision", "bf16", "--n_samples", "1", "model.params.scale_factor=0.2"],
+        ["--sampler", "euler", "--s-churn", "2", "--s-noise", "1.01"],
+        ["--sampler", "euler_a_cfg_pp", "--sigmas", "14.6,0.7,0"],
+        ["--sampler", "dpm2", "--scheduler", "karras", "--rho", "5"],
+        ["--H", "128", "--W", "128", "--tile", "64", "--steps", "1"],
+        ["--precision", "bf16", "model.params.scale_factor=0.2"],
     ],
     ids=lambda flags: " ".join(flags),
 )
@@ -53,7 +53,7 @@ def test_a_picture_is_made_again_identically(shots, again, flags):
 
 
 def test_a_different_model_is_named_as_the_reason(shots, again, models, tmp_path):
-    path = shots("--n_samples", "1", "--skip_grid")[0]
+    path = shots("--skip_grid")[0]
     other = models["base_eps"]
     new = str(tmp_path / "new.png")
     flags = ["--ckpt", str(other.ckpt), "--config", str(other.config), "--output", new]
@@ -77,7 +77,7 @@ def test_input_files_are_found_from_any_folder(tiny, photo, tmp_path, capsys, mo
 
 
 def test_an_edited_picture_is_told_from_a_changed_program(shots, again, tmp_path):
-    path = shots("--n_samples", "1", "--skip_grid")[0]
+    path = shots("--skip_grid")[0]
     text = PngImagePlugin.PngInfo()
     with Image.open(path) as picture:
         text.add_text("ldm", picture.info["ldm"])
@@ -100,7 +100,7 @@ def test_pictures_that_cannot_be_made_again_are_refused(shots, again, tmp_path):
 
 
 def test_a_checkpoint_that_is_not_at_hand_is_asked_for(shots, tiny, tmp_path, capsys):
-    path = shots("--n_samples", "1", "--skip_grid")[0]
+    path = shots("--skip_grid")[0]
     assert main(["replay", path]) == 0
     tiny.ckpt.rename(tmp_path / "elsewhere.safetensors")
     assert main(["replay", path]) == 1

@@ -83,9 +83,9 @@ def made(tiny, checker, tmp_path, capsys):
     """Make two images, and their grid; return infos, stderr and the folder."""
 
     def make(*words):
-        flags = [*tiny.flags, "--steps", "2", "--precision", "full", "--n_samples", "2"]
-        flags += ["--n_iter", "1", "--safety-checker", str(checker), "--outdir", str(tmp_path)]
-        assert main(["txt2img", *flags, *words, "--json"]) == 0
+        flags = [*tiny.flags, *QUICK[:-1], "--n_samples", "2", "--outdir", str(tmp_path)]
+        words = ["--safety-checker", str(checker), *words, "--json"]
+        assert main(["txt2img", *flags, *words]) == 0
         out, err = capsys.readouterr()
         return [json.loads(line) for line in out.splitlines()], err
 
@@ -155,7 +155,7 @@ def test_a_folder_of_the_safe_pipeline_says_what_its_authors_do(tmp_path, capsys
     index = json.loads((folder / "model_index.json").read_text())
     index["_class_name"] = "StableDiffusionPipelineSafe"
     (folder / "model_index.json").write_text(json.dumps(index))
-    words = ["txt2img", "--ckpt", str(folder), *QUICK, "--H", "16", "--W", "16", "--n_iter", "1"]
+    words = ["txt2img", "--ckpt", str(folder), *QUICK, "--H", "16", "--W", "16"]
     notice = "its authors' pipeline guides away from unsafe concepts"
     for flags, is_said in (([], True), (["--sld", "max"], False)):
         assert main([*words, *flags, "--outdir", str(tmp_path / "out")]) == 0

@@ -121,7 +121,7 @@ def test_a_distilled_model_has_defaults_of_its_own(run):
 
 
 def test_the_watermark_of_the_original_is_written_when_asked_for(run):
-    flags = ["--H", "256", "--W", "256", "--steps", "1", "--n_samples", "1", "--skip_grid"]
+    flags = ["--H", "256", "--W", "256", "--steps", "1", "--scale", "1", "--n_samples", "1"]
     images = []
     for legacy, method in (([], "dwtDctSvd"), (["--legacy", "float-watermark"], "dwtDct (floats)")):
         _, out, _ = run("txt2img", *flags, *legacy)

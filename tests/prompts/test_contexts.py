@@ -1,6 +1,7 @@
 """Contexts of parsed prompts, beside towers of transformers in float64, and beside compel's."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from ldm.prompts.a1111 import parse_emphasis
 from loading.lorahelp import KINDS, their_tower, tiny_model
 from prompts.oracle import compel_module
 
+SLOW = pytest.mark.slow
 WORDS = "red (apple:1.3) on a wooden table, [photograph], sharp focus, (light:0.6), "
 LONG = WORDS * 9 + "the (end)"  # 150 tokens
 
@@ -173,32 +175,23 @@ def test_comfy_names_textual_inversions():
     assert lengths(chunks[0][0]) == [5]
 
 
-@pytest.fixture(scope="module")
-def compels(tmp_path_factory):
-    """Ours and compel's encoder of Stable Diffusion 1 and 2."""
+def compel_of(kind: str, encoder: TextEncoder, folder: Path):
+    """Compel's encoder with the weights of ours."""
     from transformers import CLIPTokenizer
 
+    for name, content in tokenizer_files(encoder).items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (folder / name).write_text(text, "utf-8")
     layers = compel_module("embeddings_provider").ReturnedEmbeddingsType
-    made = {}
-    for kind in ("sd1", "sd2", "sdxl"):
-        for number, encoder in enumerate(encoders(kind)):
-            folder = tmp_path_factory.mktemp(kind)
-            for name, content in tokenizer_files(encoder).items():
-                text = content if isinstance(content, str) else json.dumps(content)
-                (folder / name).write_text(text, "utf-8")
-            layer = layers.LAST_HIDDEN_STATES_NORMALIZED
-            if kind == "sdxl":
-                layer = layers.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED
-            made[f"{kind}{number}"] = (
-                encoder,
-                compel_module("compel").Compel(
-                    CLIPTokenizer.from_pretrained(folder),
-                    their_tower(encoder),
-                    truncate_long_prompts=False,
-                    returned_embeddings_type=layer,
-                ),
-            )
-    return made
+    layer = layers.LAST_HIDDEN_STATES_NORMALIZED
+    if kind == "sdxl":
+        layer = layers.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED
+    return compel_module("compel").Compel(
+        CLIPTokenizer.from_pretrained(folder),
+        their_tower(encoder),
+        truncate_long_prompts=False,
+        returned_embeddings_type=layer,
+    )
 
 
 COMPEL_LONG = (
@@ -220,11 +213,12 @@ COMPEL = [
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "name",
-    ["sd10", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sd20", "sdxl0", "sdxl1"))],
+    ("kind", "number"),
+    [("sd1", 0), *(pytest.param(*n, marks=SLOW) for n in (("sd2", 0), ("sdxl", 0), ("sdxl", 1)))],
 )
-def test_contexts_of_compel(compels, name):
-    encoder, compel = compels[name]
+def test_contexts_of_compel(tmp_path, kind, number):
+    encoder = encoders(kind)[number]
+    compel = compel_of(kind, encoder, tmp_path)
     worst = 0.0
     for text in COMPEL:
         prompt = parse_prompt(text, "compel").compositions[0].at(0)
