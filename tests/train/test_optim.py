@@ -169,7 +169,5 @@ def test_the_rate_warms_up_and_decays_to_nothing() -> None:
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown optimizer `adanw`, did you mean `adamw`"):
         make_optimizer(nn.Linear(2, 2), 1.0, name="adanw")
-    with pytest.raises(ValueError, match="unknown key of muon `momentun`, did you mean `momentum`"):
-        make_optimizer(nn.Linear(2, 2), 1.0, name="muon", momentun=0.9)
     with pytest.raises(ValueError, match="unknown decay `best`"):
         LearningRate(1.0, decay="best")

@@ -12,7 +12,6 @@ import pytest
 from ldm.loading.config import format_yaml, parse_yaml, read_yaml
 from ldm.train.config import schema
 from ldm.train.config.settings import Settings, check_complete, read_settings
-from ldm.train.optim.optimizers import OPTIMIZERS
 from ldm.train.optim.schedules import lr_multiplier
 from ldm.train.tasks.autoencoder import Adversarial, Reconstruction
 from ldm.train.tasks.criterion import Criterion
@@ -235,14 +234,12 @@ def test_nonsense_is_refused_for_every_key_and_named_by_it() -> None:
                 read_settings({"lightning": {section: {key: [{}]}}})
 
 
-def test_the_keywords_of_tasks_and_optimizers_are_known() -> None:
+def test_the_keywords_of_tasks_are_known() -> None:
     keywords = {*signature(Reconstruction).parameters, *signature(Adversarial).parameters}
     assert {*schema.fields_of(schema.Reconstruction)} == keywords - {"model", "losses"}
     keywords = {*signature(Diffusion).parameters, *signature(Criterion).parameters}
     given = {"model", "criterion", "schedule", "parameterization", "model_sigma_data"}
     assert {*schema.fields_of(schema.Denoising)} == keywords - given
-    for name, keys in OPTIMIZERS.items():
-        assert {*schema.fields_of(schema.OPTIONS[name])} == {*keys}
 
 
 @pytest.mark.parametrize(
