@@ -10,7 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.blocks import CheckpointedLayer
-from ldm.train.config.schema import Trainer
+from ldm.runtime.types import JsonMapping, JsonObject
+from ldm.train.config.schema import Trainer, Weighting, fields_of
 from ldm.train.config.settings import Settings
 from ldm.train.distributed.parallel import LossModule, Ranks, is_sharded, shard
 from ldm.train.optim.ema import EMA
@@ -18,10 +19,10 @@ from ldm.train.optim.optimizers import make_optimizer
 from ldm.train.state import LossScale, State, TrainedNetwork
 from ldm.train.tasks.adaptation import Adaptation
 from ldm.train.tasks.autoencoder import build_autoencoder_task
-from ldm.train.tasks.diffusion import Diffusion, diffusion_options
+from ldm.train.tasks.diffusion import Diffusion
 from ldm.train.tasks.task import LossFunction, Task
 
-__all__ = ["build_state", "build_task", "configure_model", "set_checkpointing"]
+__all__ = ["build_state", "build_task", "configure_model", "diffusion_options", "set_checkpointing"]
 
 
 def configure_model(model: nn.Module, trainer: Trainer) -> None:
@@ -77,6 +78,29 @@ def build_task(model: nn.Module, settings: Settings, *, load_weights: bool = Tru
     return Adaptation(
         task, lora.model_dump() if lora else {}, inversion.model_dump() if inversion else {}
     )
+
+
+def diffusion_options(params: JsonMapping, objective: JsonMapping) -> JsonObject:
+    """Collect the keywords of `Diffusion` from a config.
+
+    Args:
+        params: of the model, with the original's keys; its `ucg_training` and `embedding_dropout`
+            are probabilities of `drop`, and so is `ucg_rate` of its embedders.
+        objective: `lightning.objective`, which takes precedence.
+    """
+    options = {key: params[key] for key in fields_of(Weighting) if params.get(key) is not None}
+    options |= objective
+    drop = {key: entry["p"] for key, entry in (params.get("ucg_training") or {}).items()}
+    if params.get("embedding_dropout"):
+        drop["embedding"] = params["embedding_dropout"]
+    if drop:
+        own = objective.get("drop", {})
+        own = own if isinstance(own, Mapping) else {"txt": own}
+        options["drop"] = {"txt": 0.1, **drop, **own}
+    conditioner = (params.get("conditioner_config") or {}).get("params") or {}
+    if any(embedder.get("ucg_rate") for embedder in conditioner.get("emb_models") or []):
+        options.setdefault("drop", None)
+    return options
 
 
 def build_state(task: Task, settings: Settings, ranks: Ranks, device: torch.device) -> State:

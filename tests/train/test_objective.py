@@ -14,11 +14,12 @@ from ldm.encoders.text import collect_vocabulary
 from ldm.loading.config import instantiate
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import PixelSpace
+from ldm.train.build import diffusion_options
 from ldm.train.optim.ema import EMA
 from ldm.train.optim.optimizers import make_optimizer
 from ldm.train.runs.initial import measure_scale
 from ldm.train.tasks.criterion import Criterion
-from ldm.train.tasks.diffusion import Diffusion, diffusion_options
+from ldm.train.tasks.diffusion import Diffusion
 from ldm.train.tasks.noise_levels import spread_timesteps
 
 SCHEDULE = Schedule(make_betas("linear", linear_start=0.00085, linear_end=0.012))

@@ -11,13 +11,14 @@ from goldfile import Gold, gold
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.loading.config import instantiate, parse_yaml
 from ldm.loading.weight_names import rename_weights, restore_names
+from ldm.train.build import diffusion_options
 from ldm.train.config.settings import Settings, read_settings
 from ldm.train.config.sgm import translate_training
 from ldm.train.optim.ema import EMA
 from ldm.train.optim.optimizers import make_optimizer
 from ldm.train.optim.schedules import lr_multiplier
 from ldm.train.tasks.criterion import Criterion, denoised_weights
-from ldm.train.tasks.diffusion import Diffusion, diffusion_options
+from ldm.train.tasks.diffusion import Diffusion
 from ldm.train.tasks.noise_levels import LogNormal, draw_timesteps
 from recipe import fill
 

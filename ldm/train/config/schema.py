@@ -50,6 +50,7 @@ __all__ = [
     "Reconstruction",
     "TextualInversion",
     "Trainer",
+    "Weighting",
     "fields_of",
     "parse_duration",
     "validate",

@@ -1,5 +1,7 @@
 """Loss of a denoiser, with the original's weights."""
 
+from dataclasses import KW_ONLY, dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,7 @@ LOSS_TYPES = {"l2": 2, "l1": 1}  # power of the error
 WEIGHTINGS = ("eps", "v", "edm", "unit")
 
 
+@dataclass(eq=False, repr=False)
 class Criterion(nn.Module):
     """The loss of prediction errors at timesteps; a module, as `logvar` may be learned.
 
@@ -20,60 +23,39 @@ class Criterion(nn.Module):
 
     where l is the error per sample, times `weights`, and w `Schedule.vlb_weights`.
 
-    Args:
-        parameterization: prediction type of the error.
-        weighting: of the error of the denoised latent, a name of WEIGHTINGS; None = all errors of
-            the prediction have the same weight.
-        sigma_data: standard deviation of the latents, for the weighting "edm".
-        model_sigma_data: the same, of the model's own prediction of type edm.
-        min_snr_gamma: cap of the signal-to-noise ratio (arXiv:2303.09556), in the place of a
-            weighting.
-        loss_type: squared ("l2") or absolute ("l1") error.
-        logvar_init: initial `logvar` of every noise level.
     Raises:
         UnknownName: of a loss type or a weighting.
         ArgumentError: an `original_elbo_weight` without timesteps that it belongs to.
     """
 
-    def __init__(
-        self,
-        schedule: NoiseSchedule,
-        parameterization: str,
-        *,
-        weighting: str | None = None,
-        sigma_data: float = SIGMA_DATA,
-        model_sigma_data: float = SIGMA_DATA,
-        min_snr_gamma: float | None = None,
-        loss_type: str = "l2",
-        l_simple_weight: float = 1.0,
-        original_elbo_weight: float = 0.0,
-        learn_logvar: bool = False,
-        logvar_init: float = 0.0,
-    ) -> None:
+    schedule: NoiseSchedule
+    parameterization: str  # prediction type of the error
+    _: KW_ONLY
+    weighting: str | None = None  # of the denoised latent's error, of WEIGHTINGS; None: no weights
+    sigma_data: float = SIGMA_DATA  # standard deviation of the latents, for the weighting "edm"
+    model_sigma_data: float = SIGMA_DATA  # the same, of the model's own prediction of type edm
+    min_snr_gamma: float | None = None  # cap of SNR (arXiv:2303.09556), in place of a weighting
+    loss_type: str = "l2"  # squared error; or "l1", absolute error
+    l_simple_weight: float = 1.0
+    original_elbo_weight: float = 0.0
+    learn_logvar: bool = False
+    logvar_init: float = 0.0  # of every noise level
+
+    def __post_init__(self) -> None:
         super().__init__()
-        if loss_type not in LOSS_TYPES:
-            raise unknown_name("loss_type", loss_type, LOSS_TYPES)
-        if weighting not in (None, *WEIGHTINGS):
-            raise unknown_name("weighting", weighting, WEIGHTINGS)
-        self.schedule = schedule
-        self.parameterization = parameterization
-        self.weighting = weighting
-        self.sigma_data = sigma_data
-        self.model_sigma_data = model_sigma_data
-        self.min_snr_gamma = min_snr_gamma
-        self.loss_type = loss_type
-        self.l_simple_weight = l_simple_weight
-        self.original_elbo_weight = original_elbo_weight
-        self.learn_logvar = learn_logvar
+        if self.loss_type not in LOSS_TYPES:
+            raise unknown_name("loss_type", self.loss_type, LOSS_TYPES)
+        if self.weighting not in (None, *WEIGHTINGS):
+            raise unknown_name("weighting", self.weighting, WEIGHTINGS)
         self.vlb_weights: Tensor | None = None  # (T,)
-        if isinstance(schedule, Schedule) and parameterization != "edm":
-            self.vlb_weights = schedule.vlb_weights(parameterization).float()
-        elif original_elbo_weight:
+        if isinstance(self.schedule, Schedule) and self.parameterization != "edm":
+            self.vlb_weights = self.schedule.vlb_weights(self.parameterization).float()
+        elif self.original_elbo_weight:
             raise ArgumentError(
                 "original_elbo_weight needs a model with timesteps, of eps, v or x0"
             )
-        logvar = torch.full((len(schedule),), float(logvar_init))  # (T,)
-        self.logvar = nn.Parameter(logvar, requires_grad=learn_logvar)
+        logvar = torch.full((len(self.schedule),), float(self.logvar_init))  # (T,)
+        self.logvar = nn.Parameter(logvar, requires_grad=self.learn_logvar)
 
     def weights(self, t: Tensor) -> Tensor:
         """Compute the weights (B,) float32 of the errors at timesteps t."""

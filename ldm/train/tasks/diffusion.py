@@ -10,23 +10,11 @@ from torch import Tensor, nn
 from ldm.conditioning import LEGACY_DROPOUT
 from ldm.data.source import to_device
 from ldm.model import LatentDiffusion
-from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.tasks.criterion import Criterion
 from ldm.train.tasks.noise_levels import LogNormal, draw_timesteps
 from ldm.train.tasks.task import Batch, Losses, Task
 
-__all__ = ["QUIRKS", "ZERO_SIZES", "Diffusion", "diffusion_options"]
-
-# Parameters of the original's model that are keywords of `Diffusion`.
-ORIGINAL = (
-    "loss_type",
-    "l_simple_weight",
-    "original_elbo_weight",
-    "learn_logvar",
-    "logvar_init",
-    "scale_by_std",
-    "disable_first_stage_autocast",
-)
+__all__ = ["QUIRKS", "ZERO_SIZES", "Diffusion"]
 
 ZERO_SIZES = "zero-sizes-in-previews"  # grids: the unconditional half has sizes of zero, too
 QUIRKS = (*LEGACY_DROPOUT, ZERO_SIZES)
@@ -179,26 +167,3 @@ class Diffusion(Task):
             perturbation = torch.randn(z.shape, generator=generator)
             input_noise = noise + self.input_perturbation * perturbation
         return noise.to(z), input_noise.to(z)
-
-
-def diffusion_options(params: JsonMapping, objective: JsonMapping) -> JsonObject:
-    """Collect the keywords of `Diffusion` from a config.
-
-    Args:
-        params: of the model, with the original's keys; its `ucg_training` and `embedding_dropout`
-            are probabilities of `drop`, and so is `ucg_rate` of its embedders.
-        objective: `lightning.objective`, which takes precedence.
-    """
-    options = {key: params[key] for key in ORIGINAL if params.get(key) is not None}
-    options |= objective
-    drop = {key: entry["p"] for key, entry in (params.get("ucg_training") or {}).items()}
-    if params.get("embedding_dropout"):
-        drop["embedding"] = params["embedding_dropout"]
-    if drop:
-        own = objective.get("drop", {})
-        own = own if isinstance(own, Mapping) else {"txt": own}
-        options["drop"] = {"txt": 0.1, **drop, **own}
-    conditioner = (params.get("conditioner_config") or {}).get("params") or {}
-    if any(embedder.get("ucg_rate") for embedder in conditioner.get("emb_models") or []):
-        options.setdefault("drop", None)
-    return options
