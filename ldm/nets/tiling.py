@@ -27,36 +27,10 @@ def apply_tiled(
     height, width = x.shape[-2:]
     if max(height, width) <= tile:
         return function(x)
-    if circular := circular_axes():
-        return _apply_around(function, x, tile, factor, circular)
-    whole = total = torch.zeros(())
-    for top in _tile_starts(height, tile):
-        for left in _tile_starts(width, tile):
-            part = function(x[..., top : top + tile, left : left + tile])
-            if not whole.dim():
-                whole = part.new_zeros(*part.shape[:2], height * factor, width * factor)
-                total = part.new_zeros(height * factor, width * factor)
-            rows, columns = part.shape[-2:]
-            overlap = tile * factor // 4
-            weight = torch.outer(_ramp(rows, overlap), _ramp(columns, overlap)).to(part)
-            area = (
-                ...,
-                slice(top * factor, top * factor + rows),
-                slice(left * factor, left * factor + columns),
-            )
-            whole[area] += part * weight
-            total[area] += weight
-    return whole / total
-
-
-def _apply_around(
-    function: Callable[[Tensor], Tensor], x: Tensor, tile: int, factor: int, axes: frozenset[str]
-) -> Tensor:
-    """Apply a function to tiles that may reach across edges that meet."""
-    height, width = x.shape[-2:]
-    whole = total = torch.zeros(())
+    axes = circular_axes()
     # Within a tile, edges along which there are several tiles do not meet.
     inside = "".join(a for a, side in (("x", width), ("y", height)) if a in axes and side <= tile)
+    whole = total = torch.zeros(())
     for rows in _tile_indices(height, tile, "y" in axes):
         for columns in _tile_indices(width, tile, "x" in axes):
             with circular_padding(inside or "none", only=True):
@@ -74,26 +48,18 @@ def _apply_around(
 
 
 def _tile_indices(length: int, tile: int, is_circular: bool) -> list[Tensor]:
-    """Return the pixels of each tile along an axis."""
+    """Return the pixels of each tile along an axis; neighbours overlap by a quarter or more."""
     if length <= tile:
         return [torch.arange(length)]
-    starts = _tile_starts(length, tile)
-    if is_circular:
-        count = -(-length // max(tile * 3 // 4, 1))
-        starts = [round(i * length / count) for i in range(count)]
+    stride = max(tile * 3 // 4, 1)
+    end = length if is_circular else length - tile  # of the starts
+    count = -(-end // stride)
+    starts = [round(i * end / count) for i in range(count if is_circular else count + 1)]
     return [torch.arange(start, start + tile) % length for start in starts]
 
 
 def _enlarge(indices: Tensor, factor: int) -> Tensor:
     return (indices[:, None] * factor + torch.arange(factor)).flatten()
-
-
-def _tile_starts(length: int, tile: int) -> list[int]:
-    """Place tiles over `length`: their first pixels; neighbours overlap by a quarter or more."""
-    if length <= tile:
-        return [0]
-    count = 1 + -(-(length - tile) // max(tile * 3 // 4, 1))
-    return [round(i * (length - tile) / (count - 1)) for i in range(count)]
 
 
 def _ramp(length: int, overlap: int) -> Tensor:
