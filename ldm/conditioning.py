@@ -224,7 +224,7 @@ class EncoderOptions(TypedDict, total=False):
 class Encoder(nn.Module):
     """Turns one entry of a batch into a slot of a `Cond`: `encoder(batch[encoder.key])`.
 
-    `forward` returns a tensor, or a `Cond` if it fills several slots.
+    `forward` returns a tensor, or a `Cond` if it fills several slots; here, the entry as it is.
 
     Attributes:
         key: Batch key of the input.
@@ -257,6 +257,9 @@ class Encoder(nn.Module):
     @property
     def unused(self) -> tuple[str, ...]:
         return ()
+
+    def forward(self, samples: Any) -> Any:
+        return samples
 
     def condition(self, samples: Any) -> Cond:
         """Encode samples, and put the output into its slots."""

@@ -64,9 +64,6 @@ class LowRes(Encoder):
         if noise_schedule_config is not None:
             self.schedule = register_schedule(self, noise_schedule_config)
 
-    def forward(self, lowres: Tensor) -> Tensor:
-        return lowres  # (B, 3, h, w)
-
     def add_noise(self, lr: Tensor, level: Tensor, noise: Tensor) -> Tensor:
         """Add noise to images (B, 3, h, w) in [-1, 1], at levels (B,) int64, see `Schedule`."""
         return lr.float() if self.schedule is None else self.schedule.add_noise(lr, noise, level)
@@ -95,9 +92,6 @@ class NoiseLevel(Encoder):
     slot: Slot = "vector"
     key = "noise_level"
 
-    def forward(self, level: Tensor) -> Tensor:
-        return level  # (B,)
-
 
 class RGBDLatent(Encoder):
     """The latent of a low-resolution image with depth, as channels (B, C, h, w), without noise.
@@ -114,9 +108,6 @@ class RGBDLatent(Encoder):
     def __init__(self, *, max_noise_level: int = 350) -> None:
         super().__init__()
         self.max_noise_level = max_noise_level
-
-    def forward(self, latent: Tensor) -> Tensor:
-        return latent  # (B, C, h, w)
 
 
 class LowResLatent(Encoder):
@@ -178,9 +169,6 @@ class MaskedImage(Encoder):
     slot: Slot = "concat"
     key = "masked"
     cache_key = "masked"
-
-    def forward(self, masked: Tensor) -> Tensor:
-        return masked  # (B, 1 + C, h, w)
 
     def prepare(self, batch: Batch, options: PrepareOptions) -> dict[str, Tensor]:
         """Make `masked` from `mask` (B, 1, H, W) and `masked_image` or `jpg` (B, 3, H, W)."""
