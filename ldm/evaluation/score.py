@@ -7,7 +7,7 @@ a reference, and those of folders that have not changed, are computed once.
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -220,18 +220,11 @@ def compute_scores(
 
 def read_features(images: ImageSet, extractor: FeatureExtractor, what: str) -> Tensor:
     """Return the features (N, d) of a set, from the cache if its images were seen before."""
-    key = _key(images, extractor.describe())
-    path = cache_folder() / "evaluation" / f"{key}.npy"
-    if path.is_file():
-        return torch.from_numpy(np.load(path))
-    progress, parts = Progress(len(images.files), what), []
-    for indices in _batches(len(images.files)):
-        parts.append(extractor.features([images.load(k) for k in indices]))
-        progress.add(len(indices))
-    progress.close()
-    features = torch.cat(parts)
-    _store(path, features)
-    return features
+
+    def compute(rows: range) -> Tensor:
+        return extractor.features([images.load(k) for k in rows])
+
+    return _read_or_compute(images, what, compute, extractor.describe())
 
 
 def fit_square(image: Image.Image, side: int) -> Image.Image:
@@ -249,27 +242,36 @@ def _judge_set(images: ImageSet, judge: PromptJudge) -> Tensor | None:
     if prompts is None:
         log.warning("%s: no prompts are given or recorded: no prompt score", images.title)
         return None
-    path = cache_folder() / "evaluation" / f"{_key(images, judge.describe(), prompts)}.npy"
+
+    def compute(rows: range) -> Tensor:
+        return judge.scores([images.load(k) for k in rows], [prompts[k] for k in rows])
+
+    return _read_or_compute(images, images.title, compute, judge.describe(), prompts)
+
+
+def _read_or_compute(
+    images: ImageSet,
+    what: str,
+    compute: Callable[[range], Tensor],
+    description: JsonObject,
+    prompts: Sequence[str] = (),
+) -> Tensor:
+    """Return what `compute` makes of the rows of a set, from the cache if it was kept there."""
+    count = len(images.files)
+    content = [sha256_of_file(*images.files), count, images.side, description, prompts]
+    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    path = cache_folder() / "evaluation" / f"{key}.npy"
     if path.is_file():
         return torch.from_numpy(np.load(path))
-    progress, parts = Progress(len(images.files), images.title), []
-    for indices in _batches(len(images.files)):
-        batch = [images.load(k) for k in indices]
-        parts.append(judge.scores(batch, [prompts[k] for k in indices]))
-        progress.add(len(indices))
+    progress, parts = Progress(count, what), []
+    for start in range(0, count, BATCH):
+        rows = range(start, min(start + BATCH, count))
+        parts.append(compute(rows))
+        progress.add(len(rows))
     progress.close()
     values = torch.cat(parts)
     _store(path, values)
     return values
-
-
-def _key(images: ImageSet, description: Mapping[str, object], prompts: Sequence[str] = ()) -> str:
-    content = [sha256_of_file(*images.files), len(images.files), images.side, description, prompts]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _batches(count: int) -> list[range]:
-    return [range(k, min(k + BATCH, count)) for k in range(0, count, BATCH)]
 
 
 def _store(path: Path, values: Tensor) -> None:
