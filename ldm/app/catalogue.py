@@ -18,7 +18,7 @@ from ldm.generate.tasks import TASKS
 from ldm.loading import legacy
 from ldm.loading.addons.lora import read_changes
 from ldm.loading.build import build_on_meta
-from ldm.loading.diffusers.files import INDEX
+from ldm.loading.diffusers.layout import INDEX
 from ldm.loading.load import find_variant, read_config, takes_variant, variant_defaults
 from ldm.loading.published import find_on_disk, published_files
 from ldm.loading.variants import VARIANTS

@@ -12,8 +12,9 @@ from ldm.loading import legacy
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
 from ldm.loading.diffusers import networks
-from ldm.loading.diffusers.index import INDEX, folder_configs, original_config
+from ldm.loading.diffusers.index import folder_configs, original_config
 from ldm.loading.diffusers.keys import locate_weights, scatter_weights
+from ldm.loading.diffusers.layout import INDEX
 from ldm.loading.legacy import translate_config
 from quick import some
 

@@ -17,9 +17,19 @@ from ldm.runtime.errors import ConfigError, unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "added_tokens", "depth_config", "depth_params", "depth_processor_config",
-    "image_processor_config", "is_openai_clip", "text_config", "text_params", "tokenizer_files",
-    "vision_config", "vision_params", "xl_text_params",
+    "added_tokens",
+    "depth_config",
+    "depth_params",
+    "depth_processor_config",
+    "image_processor_config",
+    "is_openai_clip",
+    "text_config",
+    "text_files",
+    "text_params",
+    "tokenizer_files",
+    "vision_config",
+    "vision_params",
+    "xl_text_params",
 ]  # fmt: skip
 
 Config = JsonMapping
@@ -82,14 +92,18 @@ def text_config(encoder: TextEncoder) -> JsonObject:
     }
 
 
+def text_files(encoder: TextEncoder, component: str = "text_encoder") -> JsonObject:
+    """Return config and tokenizer of a text encoder, by their paths in the folder."""
+    tokenizer_folder = component.replace("text_encoder", "tokenizer")
+    files = {f"{tokenizer_folder}/{n}": file for n, file in tokenizer_files(encoder).items()}
+    return {f"{component}/config.json": text_config(encoder), **files}
+
+
 def xl_text_params(config: Config, *, pooled: bool) -> JsonObject:
     """Return the keywords of a text encoder of SDXL: CLIPText, or OpenCLIPText with `pooled`."""
     layers = config["num_hidden_layers"]
     if not pooled:
-        defaults = {key: v for key, v in CLIP_LARGE.items() if key != "vocab_size"}
-        arch = {key: config[key] for key, v in defaults.items() if config.get(key, v) != v}
-        params = {"layer": "hidden", "layer_idx": layers - 1}
-        return params | ({"arch": arch} if arch else {})
+        return {"layer": "hidden", "layer_idx": layers - 1, **_openai_arch(config)}
     width, embed = config["hidden_size"], config["projection_dim"]
     size = TextSize(width, config["num_attention_heads"], layers)
     name = next((name for name, known in TEXT_SIZES.items() if known == size), None)
@@ -105,6 +119,13 @@ def xl_text_params(config: Config, *, pooled: bool) -> JsonObject:
         "always_return_pooled": True,
         "legacy": False,
     }
+
+
+def _openai_arch(config: Config) -> JsonObject:
+    """Return the keyword `arch` of CLIPText: sizes other than those of ViT-L/14."""
+    defaults = {key: v for key, v in CLIP_LARGE.items() if key != "vocab_size"}
+    arch = {key: config[key] for key, v in defaults.items() if config.get(key, v) != v}
+    return {"arch": arch} if arch else {}
 
 
 def _text_cfg(config: Config, layers: int) -> JsonObject:
@@ -125,9 +146,7 @@ def text_params(config: Config) -> JsonObject:
     `last`.
     """
     if is_openai_clip(config, "text_encoder/config.json"):
-        defaults = {key: v for key, v in CLIP_LARGE.items() if key != "vocab_size"}
-        arch = {key: config[key] for key, v in defaults.items() if config.get(key, v) != v}
-        return {"arch": arch} if arch else {}
+        return _openai_arch(config)
     width, heads = config["hidden_size"], config["num_attention_heads"]
     layers = config["num_hidden_layers"]
     names = {size: name for name, size in TEXT_SIZES.items()}

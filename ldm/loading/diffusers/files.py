@@ -23,8 +23,9 @@ from ldm.loading.autoencoders import SCALE_KEY, UPCAST_KEY, find_scale
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, parse_yaml
 from ldm.loading.diffusers.encoders import added_tokens
-from ldm.loading.diffusers.index import INDEX, NORMALIZER, Files, folder_configs, original_config
+from ldm.loading.diffusers.index import NORMALIZER, Files, folder_configs, original_config
 from ldm.loading.diffusers.keys import component_prefixes, locate_weights, scatter_weights
+from ldm.loading.diffusers.layout import INDEX, WHOLE
 from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, read_checkpoint
 from ldm.loading.files.clip_statistics import load_clip_statistics
 from ldm.loading.legacy import translate_config
@@ -61,7 +62,6 @@ VARIANT = re.compile(
     r"\.(?:safetensors|bin)(?:\.index(?:\.(?P<after>\w+))?\.json)?"
 )
 MAX_JSON = 1 << 24  # bytes
-WHOLE = "download the folder again, whole"
 
 Components = dict[str, dict[str, Tensor]]
 

@@ -16,7 +16,7 @@ from ldm.encoders.image import CLIPImage, ImageEmbedding
 from ldm.encoders.lowres import LowRes, RGBDLatent
 from ldm.encoders.text import TextEncoder
 from ldm.loading.config import read_yaml
-from ldm.loading.diffusers import encoders, networks, schedulers
+from ldm.loading.diffusers import encoders, layout, networks, schedulers
 from ldm.loading.diffusers.latent_upscaler import (
     folder_configs_x2,
     is_x2_folder,
@@ -35,15 +35,10 @@ from ldm.nets.latent_upscaler import LatentUpscalerUNet
 from ldm.runtime.errors import FileFormatError, WrongFamily
 from ldm.runtime.types import JsonMapping, JsonObject
 
-__all__ = ["INDEX", "Files", "folder_configs", "original_config"]
+__all__ = ["Files", "folder_configs", "original_config"]
 
 Files = JsonObject  # path in the folder -> JSON, or text
 
-INDEX = "model_index.json"
-UNET = "unet/config.json"
-VAE = "vae/config.json"
-SCHEDULER = "scheduler/scheduler_config.json"
-TEXT = "text_encoder/config.json"
 IMAGE = "image_encoder/config.json"
 DEPTH = "depth_estimator/config.json"
 PROCESSOR = "feature_extractor/preprocessor_config.json"
@@ -51,22 +46,8 @@ NORMALIZER = "image_normalizer/config.json"
 EMBEDDING_NOISE = "image_noising_scheduler/scheduler_config.json"
 LOW_RES_NOISE = "low_res_scheduler/scheduler_config.json"
 
-VERSION = "0.35.0"  # of diffusers, as written into the index
-CLASSES = {
-    "unet": ("diffusers", "UNet2DConditionModel"),
-    "vae": ("diffusers", "AutoencoderKL"),
-    "scheduler": ("diffusers", "DDIMScheduler"),
-    "text_encoder": ("transformers", "CLIPTextModel"),
-    "tokenizer": ("transformers", "CLIPTokenizer"),
-    "image_encoder": ("transformers", "CLIPVisionModelWithProjection"),
-    "image_normalizer": ("stable_diffusion", "StableUnCLIPImageNormalizer"),
-    "image_noising_scheduler": ("diffusers", "DDPMScheduler"),
-    "low_res_scheduler": ("diffusers", "DDPMScheduler"),
-    "depth_estimator": ("transformers", "DPTForDepthEstimation"),
-}
-NO_COMPONENT = (None, None)
-NO_CHECKER = {"safety_checker": NO_COMPONENT, "requires_safety_checker": False}
-NO_EXTRACTOR = {"feature_extractor": NO_COMPONENT}
+NO_CHECKER = {"safety_checker": layout.NO_COMPONENT, "requires_safety_checker": False}
+NO_EXTRACTOR = {"feature_extractor": layout.NO_COMPONENT}
 
 
 @dataclass(frozen=True)
@@ -111,7 +92,6 @@ PIPELINE_OF_COMPONENT = {
     "image_normalizer": "image",
 }
 TEXT_KINDS = {False: "text", True: "text-rgbd"}  # by whether images have depth
-INPAINTING_CHANNELS = 9
 V_MODEL_SIDE = 96  # latent side at which SD 2's v models were trained; their original YAML says 64
 
 
@@ -130,9 +110,9 @@ def folder_configs(model: nn.Module, spec: JsonMapping) -> Files:
     side = _training_size(model)
     height, width = model.latent_size
     files: Files = {
-        UNET: networks.unet_config(model.unet, side if height == width else [height, width]),
-        VAE: networks.vae_config(vae, model.scale_factor, side * model.downscale),
-        SCHEDULER: schedulers.ddim_config(
+        layout.UNET: networks.unet_config(model.unet, side if height == width else [height, width]),
+        layout.VAE: networks.vae_config(vae, model.scale_factor, side * model.downscale),
+        layout.SCHEDULER: schedulers.ddim_config(
             params["schedule"]["params"]["betas"],
             model.parameterization,
             zero_snr=model.schedule.zero_snr,
@@ -144,21 +124,21 @@ def folder_configs(model: nn.Module, spec: JsonMapping) -> Files:
     components = {path.split("/")[0] for path in files} - {"feature_extractor"}
     index: Files = {
         "_class_name": pipeline.name,
-        "_diffusers_version": VERSION,
+        "_diffusers_version": layout.VERSION,
         **pipeline.extras,
-        **{component: CLASSES[component] for component in sorted(components)},
+        **{component: layout.CLASSES[component] for component in sorted(components)},
     }
     if PROCESSOR in files:
         index["feature_extractor"] = ("transformers", files[PROCESSOR]["image_processor_type"])
     if kind in ("lowres", "rgbd"):
         encoder = model.conditioner.get(LowRes if kind == "lowres" else RGBDLatent)
         index["max_noise_level"] = encoder.max_noise_level
-    return files | {INDEX: index}
+    return files | {layout.INDEX: index}
 
 
 def original_config(files: Files, folder: str = "the folder") -> JsonObject:
     """Return the config with the original's keys; `folder` is its path for messages."""
-    if INDEX not in files:
+    if layout.INDEX not in files:
         raw = read_yaml(f"{CONFIG_DIR}/v1-inference.yaml")
         autoencoder = raw["model"]["params"][AUTOENCODER_CONFIG]
         autoencoder["params"] = networks.vae_params(files["config.json"])
@@ -168,24 +148,26 @@ def original_config(files: Files, folder: str = "the folder") -> JsonObject:
     if is_x2_folder(files):
         return original_config_x2(files, folder)
     kind = _pipeline_of_folder(files)
-    encoder = IMAGE if kind in ("image", "variations") else TEXT
+    encoder = IMAGE if kind in ("image", "variations") else layout.TEXT
     is_openai = encoders.is_openai_clip(files[encoder], encoder)
     template = PIPELINES[kind].openai if is_openai else PIPELINES[kind].open_clip
     if template is None:
-        name = files[INDEX]["_class_name"]
+        name = files[layout.INDEX]["_class_name"]
         raise WrongFamily(f"no original family is a `{name}` with this {encoder}")
     raw = read_yaml(f"{CONFIG_DIR}/{template}.yaml")
     params = raw["model"]["params"]
-    unet = networks.unet_params(files[UNET])
+    unet = networks.unet_params(files[layout.UNET])
     params["unet_config"]["params"] = unet
-    params[AUTOENCODER_CONFIG]["params"] |= networks.vae_params(files[VAE])
-    params |= schedulers.beta_params(files[SCHEDULER], SCHEDULER)
-    params["parameterization"] = schedulers.parameterization(files[SCHEDULER], SCHEDULER)
-    params["scale_factor"] = files[VAE].get("scaling_factor", 0.18215)
+    params[AUTOENCODER_CONFIG]["params"] |= networks.vae_params(files[layout.VAE])
+    params |= schedulers.beta_params(files[layout.SCHEDULER], layout.SCHEDULER)
+    params["parameterization"] = schedulers.parameterization(
+        files[layout.SCHEDULER], layout.SCHEDULER
+    )
+    params["scale_factor"] = files[layout.VAE].get("scaling_factor", 0.18215)
     params["image_size"] = unet["image_size"] or params["image_size"]
     params["channels"] = unet["out_channels"]
-    if TEXT in files:
-        params["cond_stage_config"]["params"] = encoders.text_params(files[TEXT])
+    if layout.TEXT in files:
+        params["cond_stage_config"]["params"] = encoders.text_params(files[layout.TEXT])
     _set_encoder_params(files, params, kind)
     return raw
 
@@ -197,15 +179,12 @@ def _encoder_configs(model: LatentDiffusion, specs: JsonMapping, kind: str) -> F
     if kind == "variations":
         tower = conditioner.get(CLIPImage).model.visual
     else:
-        text = conditioner.get(TextEncoder)
-        files[TEXT] = encoders.text_config(text)
-        for name, content in encoders.tokenizer_files(text).items():
-            files[f"tokenizer/{name}"] = content
+        files |= encoders.text_files(conditioner.get(TextEncoder))
     if tower is not None:
         files[IMAGE] = encoders.vision_config(tower)
         files[PROCESSOR] = encoders.image_processor_config(tower.image_size)
     if image is not None:
-        name = CLASSES["image_normalizer"][1]
+        name = layout.CLASSES["image_normalizer"][1]
         files[NORMALIZER] = {"_class_name": name, "embedding_dim": image.noise.width}
         files[EMBEDDING_NOISE] = _noise_config(specs["image"]["params"]["noise"])
     if kind in ("lowres", "rgbd"):  # the second does not use it
@@ -222,7 +201,7 @@ def _set_encoder_params(files: Files, params: JsonObject, kind: str) -> None:
         params["depth_stage_config"]["params"] = encoders.depth_params(files[DEPTH])
     if kind in ("lowres", "rgbd"):
         low_res = params["low_scale_config"].setdefault("params", {})
-        low_res["max_noise_level"] = files[INDEX].get("max_noise_level", 350)
+        low_res["max_noise_level"] = files[layout.INDEX].get("max_noise_level", 350)
     if kind == "lowres":
         noise = schedulers.beta_params(files[LOW_RES_NOISE], LOW_RES_NOISE)
         low_res["noise_schedule_config"] = noise
@@ -253,7 +232,7 @@ def _pipeline_of_model(model: LatentDiffusion) -> str:
 def _pipeline_of_folder(files: Files) -> str:
     """Return the key in `PIPELINES`, by the components of a folder."""
     components = {path.split("/")[0] for path in files}
-    is_rgbd = files.get(VAE, {}).get("in_channels", 3) != 3
+    is_rgbd = files.get(layout.VAE, {}).get("in_channels", 3) != 3
     if is_rgbd and "low_res_scheduler" in components:
         return "rgbd"
     for component, kind in PIPELINE_OF_COMPONENT.items():
@@ -264,9 +243,9 @@ def _pipeline_of_folder(files: Files) -> str:
     missing = {"unet", "vae", "text_encoder", "scheduler"} - components
     if missing or "text_encoder_2" in components:
         what = f"no {', '.join(sorted(missing))}" if missing else "`text_encoder_2`"
-        name = files[INDEX].get("_class_name")
+        name = files[layout.INDEX].get("_class_name")
         raise FileFormatError(f"`{name}` is not a supported pipeline (it has {what})")
-    is_inpainting = files[UNET].get("in_channels") == INPAINTING_CHANNELS
+    is_inpainting = files[layout.UNET].get("in_channels") == layout.INPAINTING_CHANNELS
     return "masked" if is_inpainting else TEXT_KINDS[is_rgbd]
 
 

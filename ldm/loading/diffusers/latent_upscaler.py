@@ -9,18 +9,24 @@ diffusers knows networks of the published layout alone, and no noise on the smal
 from ldm.diffusion.schedule import Schedule, make_betas
 from ldm.encoders.text import TextEncoder
 from ldm.loading.diffusers import encoders, networks, schedulers
+from ldm.loading.diffusers.layout import (
+    CLASSES,
+    INDEX,
+    SCHEDULER,
+    TEXT,
+    UNET,
+    VAE,
+    VERSION,
+    require,
+)
 from ldm.loading.k_diffusion import upscaler_config
 from ldm.model import LatentDiffusion
 from ldm.nets.latent_upscaler import HEAD_WIDTH, LatentUpscalerUNet
-from ldm.runtime.errors import ConfigError, FileFormatError, unknown_name
+from ldm.runtime.errors import ConfigError, unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = ["folder_configs_x2", "is_x2_folder", "original_config_x2"]
 
-INDEX = "model_index.json"
-UNET, VAE = "unet/config.json", "vae/config.json"
-SCHEDULER = "scheduler/scheduler_config.json"
-TEXT = "text_encoder/config.json"
 REQUIRED_VALUES = {
     "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1, "mid_block_scale_factor": 1,
     "act_fn": "gelu", "norm_num_groups": None, "norm_eps": 1e-5, "resnet_out_scale_factor": 1.0,
@@ -39,13 +45,7 @@ UP = {False: "KUpBlock2D", True: "KCrossAttnUpBlock2D"}
 PREDICTION_TYPES = ("sample", "original_sample")
 INTERPOLATIONS = ("log_linear", "linear")
 BETAS = {"name": "linear", "linear_start": 0.00085, "linear_end": 0.012}
-COMPONENTS = {
-    "unet": ("diffusers", "UNet2DConditionModel"),
-    "vae": ("diffusers", "AutoencoderKL"),
-    "scheduler": ("diffusers", "EulerDiscreteScheduler"),
-    "text_encoder": ("transformers", "CLIPTextModel"),
-    "tokenizer": ("transformers", "CLIPTokenizer"),
-}
+COMPONENTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
 
 
 def is_x2_folder(files: JsonMapping) -> bool:
@@ -55,7 +55,7 @@ def is_x2_folder(files: JsonMapping) -> bool:
 
 def folder_configs_x2(model: LatentDiffusion, spec: JsonMapping) -> JsonObject:
     """Return every file of the folder but weights, for a model and its config."""
-    params, text = spec["params"], model.conditioner.get(TextEncoder)
+    params = spec["params"]
     side = max(model.latent_size)
     files: JsonObject = {
         UNET: _unet_config(model),
@@ -63,20 +63,20 @@ def folder_configs_x2(model: LatentDiffusion, spec: JsonMapping) -> JsonObject:
             params["autoencoder"]["params"], model.scale_factor, side * model.downscale
         ),
         SCHEDULER: _scheduler_config(model, params["schedule"]["params"]),
-        TEXT: encoders.text_config(text),
+        **encoders.text_files(model.conditioner.get(TextEncoder)),
     }
-    for name, content in encoders.tokenizer_files(text).items():
-        files[f"tokenizer/{name}"] = content
-    name = "StableDiffusionLatentUpscalePipeline"
-    index = {"_class_name": name, "_diffusers_version": "0.35.0", **COMPONENTS}
+    index = {
+        "_class_name": "StableDiffusionLatentUpscalePipeline",
+        "_diffusers_version": VERSION,
+        **{component: CLASSES[component] for component in COMPONENTS},
+        "scheduler": ("diffusers", files[SCHEDULER]["_class_name"]),
+    }
     return files | {INDEX: index}
 
 
 def original_config_x2(files: JsonMapping, folder: str) -> JsonObject:
     """Return our config of a folder; `folder` is its path for messages."""
-    for path in (VAE, SCHEDULER, TEXT):
-        if path not in files:
-            raise FileFormatError(f"`{folder}` has no `{path}`: download the folder again, whole")
+    require(files, folder, VAE, SCHEDULER, TEXT)
     raw = upscaler_config(_unet_params(files[UNET]))
     params = raw["model"]["params"]
     params["autoencoder"]["params"] = networks.vae_params(files[VAE])

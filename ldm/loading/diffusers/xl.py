@@ -12,25 +12,18 @@ from ldm.diffusion.schedule import ContinuousSchedule
 from ldm.encoders.sizes import SizeEmbedding
 from ldm.encoders.text import TextEncoder
 from ldm.loading.config import read_yaml
-from ldm.loading.diffusers import encoders, networks, schedulers
-from ldm.loading.diffusers.keys import text_component
+from ldm.loading.diffusers import encoders, layout, networks, schedulers
+from ldm.loading.diffusers.keys import TEXT_COMPONENTS, text_component
 from ldm.loading.families import XL_CONFIG_DIR
 from ldm.loading.legacy import AUTOENCODER_CONFIG
 from ldm.model import LatentDiffusion
 from ldm.nets.unet import UNet
-from ldm.runtime.errors import ConfigError, FileFormatError
+from ldm.runtime.errors import ConfigError
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = ["folder_configs_xl", "is_xl_folder", "is_xl_model", "original_config_xl"]
 
-INDEX = "model_index.json"
-UNET, VAE = "unet/config.json", "vae/config.json"
-SCHEDULER = "scheduler/scheduler_config.json"
-TEXT, TEXT_2 = "text_encoder/config.json", "text_encoder_2/config.json"
-NO_COMPONENT = (None, None)
-TEXT_CLASSES = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
 SCORE = "aesthetic_score"
-INPAINTING_CHANNELS = 9
 TARGETS = "sgm.modules.diffusionmodules."
 SCALINGS = {"eps": "EpsScaling", "v": "VScaling", "edm": "EDMScaling"}
 SIDE = 128  # of the latent, where the config says nothing else
@@ -43,7 +36,7 @@ def is_xl_model(model: LatentDiffusion) -> bool:
 
 def is_xl_folder(files: JsonMapping) -> bool:
     """Return whether a folder is of SDXL, by its UNet."""
-    return bool(files.get(UNET, {}).get("addition_embed_type") == "text_time")
+    return bool(files.get(layout.UNET, {}).get("addition_embed_type") == "text_time")
 
 
 def folder_configs_xl(model: LatentDiffusion, spec: JsonMapping) -> JsonObject:
@@ -64,29 +57,25 @@ def folder_configs_xl(model: LatentDiffusion, spec: JsonMapping) -> JsonObject:
         if values is not None:
             vae[key] = [round(value, 6) for value in values.flatten().tolist()]
     files: JsonObject = {
-        UNET: networks.unet_config(model.unet, side, size_width=widths.pop()),
-        VAE: vae,
-        SCHEDULER: _scheduler_config(model, params["schedule"]["params"]),
+        layout.UNET: networks.unet_config(model.unet, side, size_width=widths.pop()),
+        layout.VAE: vae,
+        layout.SCHEDULER: _scheduler_config(model, params["schedule"]["params"]),
     }
     index: JsonObject = {"_class_name": _pipeline(is_refiner, is_inpainting)}
     for component, encoder in texts.items():
-        files[f"{component}/config.json"] = encoders.text_config(encoder)
+        files |= encoders.text_files(encoder, component)
+    for component in TEXT_COMPONENTS:
         tokenizer = component.replace("text_encoder", "tokenizer")
-        for name, content in encoders.tokenizer_files(encoder).items():
-            files[f"{tokenizer}/{name}"] = content
-    for component, kind in TEXT_CLASSES.items():
-        tokenizer = component.replace("text_encoder", "tokenizer")
-        has = component in texts
-        index[component] = ("transformers", kind) if has else NO_COMPONENT
-        index[tokenizer] = ("transformers", "CLIPTokenizer") if has else NO_COMPONENT
+        for each in (component, tokenizer):
+            index[each] = layout.CLASSES[each] if component in texts else layout.NO_COMPONENT
     zeros = any(encoder.null is None for encoder in texts.values())
     return files | {
-        INDEX: index
+        layout.INDEX: index
         | {
-            "_diffusers_version": "0.35.0",
-            "unet": ("diffusers", "UNet2DConditionModel"),
-            "vae": ("diffusers", "AutoencoderKL"),
-            "scheduler": ("diffusers", files[SCHEDULER]["_class_name"]),
+            "_diffusers_version": layout.VERSION,
+            "unet": layout.CLASSES["unet"],
+            "vae": layout.CLASSES["vae"],
+            "scheduler": ("diffusers", files[layout.SCHEDULER]["_class_name"]),
             "force_zeros_for_empty_prompt": zeros,
             "add_watermarker": None,
             **({"requires_aesthetics_score": is_refiner} if is_refiner or is_inpainting else {}),
@@ -96,41 +85,34 @@ def folder_configs_xl(model: LatentDiffusion, spec: JsonMapping) -> JsonObject:
 
 def original_config_xl(files: JsonMapping, folder: str) -> JsonObject:
     """Return the config of a folder with the original's keys; `folder` is its path for messages."""
-    index = files[INDEX]
-    if TEXT_2 not in files:
-        raise FileFormatError(
-            f"`{folder}` has no `{TEXT_2}`, the second text encoder of {index.get('_class_name')}: "
-            "download the folder again, whole"
-        )
+    index = files[layout.INDEX]
+    layout.require(files, folder, layout.TEXT_2)
     needs_score = bool(index.get("requires_aesthetics_score", False))
-    is_inpainting = files[UNET].get("in_channels") == INPAINTING_CHANNELS
-    if TEXT not in files and not needs_score:
-        raise FileFormatError(
-            f"`{folder}` has no `{TEXT}`, the first text encoder of {index.get('_class_name')}: "
-            "download the folder again, whole"
-        )
+    is_inpainting = files[layout.UNET].get("in_channels") == layout.INPAINTING_CHANNELS
+    if not needs_score:
+        layout.require(files, folder, layout.TEXT)
     name = "sd_xl_inpaint" if is_inpainting else "sd_xl_base"
-    raw = read_yaml(f"{XL_CONFIG_DIR}/{'sd_xl_refiner' if TEXT not in files else name}.yaml")
+    raw = read_yaml(f"{XL_CONFIG_DIR}/{'sd_xl_refiner' if layout.TEXT not in files else name}.yaml")
     params = raw["model"]["params"]
-    params["network_config"]["params"] = networks.unet_params(files[UNET])
+    params["network_config"]["params"] = networks.unet_params(files[layout.UNET])
     side = params["network_config"]["params"].pop("image_size", None)
     if side not in (None, SIDE):
         params["image_size"] = side
-    _set_autoencoder(params, files[VAE])
-    _set_levels(params, files[SCHEDULER])
+    _set_autoencoder(params, files[layout.VAE])
+    _set_levels(params, files[layout.SCHEDULER])
     conditioner = params["conditioner_config"]["params"]
     for embedder in conditioner["emb_models"]:
         target = embedder["target"].rpartition(".")[2]
         if target == "FrozenCLIPEmbedder":
-            embedder["params"] = encoders.xl_text_params(files[TEXT], pooled=False)
+            embedder["params"] = encoders.xl_text_params(files[layout.TEXT], pooled=False)
         elif target == "FrozenOpenCLIPEmbedder2":
-            embedder["params"] = encoders.xl_text_params(files[TEXT_2], pooled=True)
+            embedder["params"] = encoders.xl_text_params(files[layout.TEXT_2], pooled=True)
         else:
-            embedder["params"]["outdim"] = files[UNET]["addition_time_embed_dim"]
-    if needs_score and TEXT in files:
+            embedder["params"]["outdim"] = files[layout.UNET]["addition_time_embed_dim"]
+    if needs_score and layout.TEXT in files:
         conditioner["emb_models"][-1]["input_key"] = SCORE
     zeros = index.get("force_zeros_for_empty_prompt", True)
-    if zeros != (TEXT in files):  # the rule of `sgm.translate_engine`
+    if zeros != (layout.TEXT in files):  # the rule of `sgm.translate_engine`
         conditioner["force_uc_zero_embeddings"] = ["txt"] if zeros else []
     return raw
 
@@ -147,7 +129,7 @@ def _set_autoencoder(params: JsonObject, config: JsonMapping) -> None:
 def _set_levels(params: JsonObject, config: JsonMapping) -> None:
     """Put noise levels, prediction type and steps of a scheduler into an engine."""
     kind = config.get("_class_name", "")
-    prediction = schedulers.parameterization(config, SCHEDULER)
+    prediction = schedulers.parameterization(config, layout.SCHEDULER)
     defaults: dict[str, Any] = {}
     if kind.startswith("EDM"):  # its `epsilon` is the network's answer of EDM
         scaling = "VScalingWithEDMcNoise" if prediction == "v" else "EDMScaling"
@@ -158,13 +140,13 @@ def _set_levels(params: JsonObject, config: JsonMapping) -> None:
         numbers |= {key: config[key] for key in ("sigma_min", "sigma_max") if key in config}
     else:
         if prediction not in SCALINGS:
-            raise ConfigError(f"{SCHEDULER}: `prediction_type` of SDXL must be epsilon or v")
+            raise ConfigError(f"{layout.SCHEDULER}: `prediction_type` of SDXL must be epsilon or v")
         scaling = SCALINGS[prediction]
-        betas = schedulers.beta_params(config, SCHEDULER)
+        betas = schedulers.beta_params(config, layout.SCHEDULER)
         if betas.pop("rescale_betas_zero_snr", False):
             params["rescale_betas_zero_snr"] = True
         if betas.pop("beta_schedule", None) != "linear":
-            raise ConfigError(f"{SCHEDULER}: `beta_schedule` of SDXL must be scaled_linear")
+            raise ConfigError(f"{layout.SCHEDULER}: `beta_schedule` of SDXL must be scaled_linear")
         betas["num_timesteps"] = betas.pop("timesteps")
         denoiser = params["denoiser_config"]["params"]
         denoiser["num_idx"] = betas["num_timesteps"]
