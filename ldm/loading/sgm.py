@@ -49,8 +49,6 @@ DENOISER_TAKES = {
 LINEAR = {"linear_start": 0.00085, "linear_end": 0.0120, "num_timesteps": 1000}
 EDM = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
 CONDITIONER = "ldm.conditioning.Conditioner"
-MASKED_IMAGE = "ldm.encoders.lowres.MaskedImage"
-INPAINTING_CHANNELS = 9  # noisy latent, mask, masked image
 SIZES = "ldm.encoders.sizes.SizeEmbedding"
 MASKED = "ldm.encoders.lowres.MaskedImage"
 TEXT_ENCODERS = ("ldm.encoders.text.CLIPText", "ldm.encoders.text.OpenCLIPText")
@@ -84,8 +82,6 @@ def translate_engine(
     unet = translate(params["network_config"], f"{where}.network_config")
     unet["params"] = {"legacy": False} | unet["params"]
     conditioner = _Embedders(params, f"{where}.conditioner_config", translate).conditioner()
-    if unet["params"].get("in_channels") == INPAINTING_CHANNELS:
-        conditioner["params"]["masked"] = {"target": MASKED_IMAGE, "params": {}}
     encoders = conditioner["params"].values()
     channels = [unet["params"].get(name, 4) for name in ("in_channels", "out_channels")]
     if channels[0] == 2 * channels[1] + 1:  # inpainting: the YAML of other programs says no more

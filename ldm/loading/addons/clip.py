@@ -119,8 +119,7 @@ def _translate(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         vision = {"width": 64, "heads": 1, "layers": counts[1], "image_size": 1, "patch_size": 1}
         names = CLIP(text, vision).state_dict()
     own = text_keys(name for name in names if not name.startswith("visual."))
-    seen = vision_keys(f"model.{name}" for name in names)
-    own |= {name.removeprefix("model."): location for name, location in seen.items()}
+    own |= vision_keys(names)
     weights = gather_weights(own, theirs, names)
     return weights | {"logit_scale": theirs["logit_scale"]} if "logit_scale" in theirs else weights
 

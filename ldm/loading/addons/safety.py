@@ -22,7 +22,6 @@ from ldm.runtime.files import read_text
 __all__ = ["COMPONENT", "find_safety_checker", "load_safety_checker"]
 
 COMPONENT = "safety_checker"  # folder in that of a pipeline
-OWN = "visual."
 MARK = "concept_embeds"
 HEAD_WIDTH = 64
 
@@ -67,10 +66,7 @@ def load_safety_checker(
     with meta_device():
         checker = _build(state, heads, misfit)
     expected = checker.state_dict()
-    locations = {
-        name.removeprefix("model."): location
-        for name, location in vision_keys(f"model.{name}" for name in expected).items()
-    }
+    locations = vision_keys(expected)
     ours = gather_weights(locations, state, expected)
     taken = {part for name in ours for part in locations[name].names}
     ours |= {name: value for name, value in state.items() if name not in taken}

@@ -286,13 +286,13 @@ def text_keys(names: Iterable[str]) -> dict[str, Location]:
 
 
 def vision_keys(names: Iterable[str]) -> dict[str, Location]:
-    """Locate a vision tower's tensors."""
+    """Locate a vision tower's tensors, `visual.…` or `model.visual.…`."""
     locations = {}
     for name in names:
-        tail = name.removeprefix("model.visual.")
-        if tail == "proj":
+        tower, _, tail = name.removeprefix("model.").partition(".")
+        if name.endswith("visual.proj"):
             locations[name] = Location(("visual_projection.weight",), "transposed")
-        elif tail != name:
+        elif tower == "visual":
             tail = replace_all(VISION, tail)
             if tail.startswith("transformer."):  # the blocks are named as in a text tower
                 tail = text_layers([tail])[tail].removeprefix("text_model.")
