@@ -37,19 +37,13 @@ EncoderT = TypeVar("EncoderT", bound="Encoder")
 
 @dataclass(frozen=True)
 class Cond:
-    """The condition of a batch. An empty slot is None; all others have the same batch size.
-
-    Attributes:
-        context_mask: Tokens of `crossattn` to keep, bool (B, N); None for all.
-        perturbed: Rows for which the UNet's middle block is without self-attention, bool (B,);
-            None for none.
-    """
+    """The condition of a batch. An empty slot is None; all others have the same batch size."""
 
     crossattn: Tensor | None = None
     concat: Tensor | None = None
     vector: Tensor | None = None
-    context_mask: Tensor | None = None
-    perturbed: Tensor | None = None
+    context_mask: Tensor | None = None  # tokens of `crossattn` to keep, bool (B, N); None for all
+    perturbed: Tensor | None = None  # rows without self-attention in the UNet's middle block, (B,)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the slots that are not None, by name."""
@@ -109,19 +103,12 @@ class Cond:
 
 @dataclass(frozen=True)
 class Composition:
-    """Conditions of several prompts per sample: their guidance is summed (arXiv:2206.01714).
+    """Conditions of several prompts per sample: their guidance is summed (arXiv:2206.01714)."""
 
-    Attributes:
-        cond: A row per prompt, M in all.
-        rows: The sample of each row, int64 (M,).
-        weights: Of the guidance of each row, (M,).
-        samples: Number of samples, B.
-    """
-
-    cond: Cond
-    rows: Tensor
-    weights: Tensor
-    samples: int
+    cond: Cond  # a row per prompt, M in all
+    rows: Tensor  # the sample of each row, int64 (M,)
+    weights: Tensor  # of the guidance of each row, (M,)
+    samples: int  # number of samples, B
 
     def __len__(self) -> int:
         return self.samples
@@ -140,12 +127,9 @@ class Composition:
 
 @dataclass(frozen=True)
 class ScheduledCond:
-    """Conditions that follow each other during sampling.
+    """Conditions that follow each other during sampling."""
 
-    Attributes:
-        entries: (last step, condition), in order; steps are counted from 0.
-    """
-
+    # (last step, condition), in order; steps are counted from 0
     entries: tuple[tuple[int, "Cond | Composition"], ...]
 
     def __len__(self) -> int:
@@ -180,17 +164,12 @@ def zero_rows(value: Tensor, rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What `Encoder.prepare` may use besides the batch.
+    """What `Encoder.prepare` may use besides the batch."""
 
-    Attributes:
-        size: (h, w) of the latent.
-        encode: Image (B, 3, H, W) in [-1, 1] -> z, sampled from the posterior.
-        generator: Random generator; None for torch's global one.
-    """
-
-    size: tuple[int, int]
+    size: tuple[int, int]  # (h, w) of the latent
+    # image (B, 3, H, W) in [-1, 1] -> z, sampled from the posterior
     encode: Callable[[Tensor], Tensor]
-    generator: torch.Generator | None = None
+    generator: torch.Generator | None = None  # random generator; None for torch's global one
 
     def randn(self, shape: Sequence[int]) -> Tensor:
         """Draw standard normal noise, on the generator's device."""

@@ -18,19 +18,14 @@ __all__ = ["Buckets"]
 class Buckets:
     """A set of sizes, of at most size x size pixels each.
 
-    Attributes:
-        size: side of the square one.
-        step: all sides are multiples of this.
-        shortest: limit of the sides, by default half of `size`.
-        longest: limit of the sides, by default twice `size`.
     Raises:
         ArgumentError: no sizes fit.
     """
 
-    size: int
-    step: int = 64
-    shortest: int | None = None
-    longest: int | None = None
+    size: int  # side of the square one
+    step: int = 64  # all sides are multiples of this
+    shortest: int | None = None  # limit of the sides, by default half of `size`
+    longest: int | None = None  # limit of the sides, by default twice `size`
 
     def __post_init__(self) -> None:
         if self.step < 1 or self.size % self.step:

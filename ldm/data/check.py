@@ -44,18 +44,14 @@ T = TypeVar("T")
 
 @dataclass
 class DataReport:
-    """Counts of the samples.
-
-    Attributes:
-        sizes: (width, height) of every readable image, upright.
-        broken: (name, reason) of unreadable samples.
-        no_caption: names of samples without caption.
-    """
+    """Counts of the samples."""
 
     buckets: Buckets
+    # (width, height) of every readable image, upright
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    # (name, reason) of unreadable samples
     broken: list[tuple[str, str]] = field(default_factory=list)
-    no_caption: list[str] = field(default_factory=list)
+    no_caption: list[str] = field(default_factory=list)  # names of samples without caption
     captions: Counter[str] = field(default_factory=Counter)
     digests: Counter[str] = field(default_factory=Counter)
 

@@ -47,19 +47,13 @@ class Condition(ABC):
 
 @dataclass(frozen=True)
 class RandomMask(Condition):
-    """Random inpainting masks: one to three brush strokes or boxes.
-
-    Attributes:
-        full_probability: probability that the mask is the full image, to learn to generate without
-            context.
-        box_probability: probability of boxes instead of brush strokes.
-    """
+    """Random inpainting masks: one to three brush strokes or boxes."""
 
     NAME = "mask"
     FORMER_NAME = "Mask"
 
-    full_probability: float = 0.15
-    box_probability: float = 0.5
+    full_probability: float = 0.15  # of the full image, to learn to generate without context
+    box_probability: float = 0.5  # probability of boxes instead of brush strokes
 
     def __call__(self, image: Tensor, opacity: Tensor, rng: Random) -> Tensor:
         height, width = image.shape[-2:]
@@ -75,17 +69,13 @@ class RandomMask(Condition):
 
 @dataclass(frozen=True)
 class LowRes(Condition):
-    """The image downscaled by `factor` with a random filter, as various resizers do.
-
-    Attributes:
-        blur: greatest sigma of a Gaussian blur afterwards, in low-resolution pixels.
-    """
+    """The image downscaled by `factor` with a random filter, as various resizers do."""
 
     NAME = "lr"
     FORMER_NAME = "Small"
 
     factor: int = 4
-    blur: float = 0.0
+    blur: float = 0.0  # greatest sigma of a Gaussian blur afterwards, in low-resolution pixels
 
     def __call__(self, image: Tensor, opacity: Tensor, rng: Random) -> Tensor:
         size = [side // self.factor for side in image.shape[-2:]]
@@ -100,18 +90,13 @@ class LowRes(Condition):
 
 @dataclass(frozen=True)
 class PseudoDepth(Condition):
-    """A dome over the silhouette, blended with the luminance.
-
-    Attributes:
-        ramp_width: distance from the edge, in pixels, at which the dome is at its full height.
-        luminance: weight of the luminance, 0 to 1.
-    """
+    """A dome over the silhouette, blended with the luminance."""
 
     NAME = "depth"
     FORMER_NAME = "Relief"
 
-    ramp_width: int = 24
-    luminance: float = 0.25
+    ramp_width: int = 24  # distance from the edge at which the dome has its full height
+    luminance: float = 0.25  # weight of the luminance, 0 to 1
 
     def __call__(self, image: Tensor, opacity: Tensor, rng: Random) -> Tensor:
         inside, elevation = opacity[None], torch.zeros_like(opacity[None])  # (1, 1, H, W)

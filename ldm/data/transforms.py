@@ -203,17 +203,11 @@ def captions_of(row: JsonMapping) -> list[str]:
 
 @dataclass(frozen=True)
 class TagShuffle:
-    """Shuffle and drop the comma-separated tags of a caption, "1cat, sitting, red hat".
+    """Shuffle and drop the comma-separated tags of a caption, "1cat, sitting, red hat"."""
 
-    Attributes:
-        shuffle: put them into random order.
-        drop: probability that a tag is left out.
-        keep: number of items at the beginning that stay in place.
-    """
-
-    shuffle: bool = True
-    drop: float = 0.0
-    keep: int = 1
+    shuffle: bool = True  # put them into random order
+    drop: float = 0.0  # probability that a tag is left out
+    keep: int = 1  # number of items at the beginning that stay in place
 
     def __call__(self, text: str, rng: Random) -> str:
         tags = [tag.strip() for tag in text.split(",") if tag.strip()]

@@ -57,20 +57,15 @@ def input_std(parameterization: str, sigma: Tensor, sigma_data: float = SIGMA_DA
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A network with its noise schedule and prediction type, for samplers and training losses.
+    """A network with its noise schedule and prediction type, for samplers and training losses."""
 
-    Args:
-        network: (z_t, t, context=…, y=…) -> prediction; also takes `context_mask` and `perturbed`
-            if conditions have them.
-        nearest: Whether to take the nearest level of the schedule for sigma, as SDXL's original.
-        sigma_data: Standard deviation of the latents, for edm.
-    """
-
+    # (z_t, t, context=…, y=…) -> prediction; also takes `context_mask` and `perturbed` if
+    # conditions have them
     network: Callable[..., Tensor]
     schedule: NoiseSchedule
     parameterization: str = "eps"
-    nearest: bool = False
-    sigma_data: float = SIGMA_DATA
+    nearest: bool = False  # take the nearest level of the schedule for sigma, as SDXL's original
+    sigma_data: float = SIGMA_DATA  # standard deviation of the latents, for edm
 
     def __call__(self, x: Tensor, sigma: Tensor | float, cond: Cond | None = None) -> Tensor:
         """Estimate z of x = z + sigma noise, (B, C, h, w) float32; sigma: one or (B,)."""

@@ -56,21 +56,15 @@ class Scheduler:
 class SLD:
     """Numbers of safe latent diffusion (arXiv:2211.05105); see `SafeGuidance`.
 
-    Args:
-        warmup: evaluations of the network before it acts, delta in the paper.
-        scale: s_S, of the strength by which an element is moved.
-        threshold: lambda, of the difference in eps from which on an element is left alone.
-        momentum_scale: s_m.
-        momentum_beta: beta_m, 0 … 1.
     Raises:
         ArgumentError: a number is out of range.
     """
 
-    warmup: int
-    scale: float
-    threshold: float
-    momentum_scale: float
-    momentum_beta: float
+    warmup: int  # evaluations of the network before it acts, delta in the paper
+    scale: float  # s_S, of the strength by which an element is moved
+    threshold: float  # lambda, of the difference in eps from which on an element is left alone
+    momentum_scale: float  # s_m
+    momentum_beta: float  # beta_m, 0 … 1
 
     def __post_init__(self) -> None:
         numbers = [self.scale, self.threshold, self.momentum_scale]
@@ -138,17 +132,14 @@ class APG:
 class FreeUFactors:
     """Factors of FreeU (arXiv:2309.11497).
 
-    Args:
-        b1, b2: of half of the channels of the deepest output blocks, and of the next, 0 … 10.
-        s1, s2: of the low frequencies of their skip connections, 0 … 10.
     Raises:
         ArgumentError: a number is out of range, or all are 1.
     """
 
-    b1: float
-    b2: float
-    s1: float
-    s2: float
+    b1: float  # of half of the channels of the deepest output blocks, 0 … 10
+    b2: float  # the same of the next
+    s1: float  # of the low frequencies of their skip connections, 0 … 10
+    s2: float  # the same of the next
 
     def __post_init__(self) -> None:
         numbers = (self.b1, self.b2, self.s1, self.s2)

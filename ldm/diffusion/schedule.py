@@ -169,17 +169,6 @@ class NoiseSchedule(ABC):
 class Schedule(NoiseSchedule):
     """The noise levels of T timesteps.
 
-    Args:
-        betas: (T,) float64 in (0, 1).
-        v_posterior: Weight of beta against the posterior variance in `buffers`.
-        zero_snr: Whether to rescale the betas to zero terminal SNR.
-        log_time: Whether timesteps are made of 0.25 ln sigma, as for EDM models of a
-            `DiscreteDenoiser`.
-        quantize_time: Whether the network gets the index of the nearest level, else sigma itself or
-            0.25 ln sigma.
-        flip_time: Whether the network counts levels from the greatest: sgm's `flip: false`.
-        append_zero: Whether the network also counts the level 0: sgm's `do_append_zero`.
-
     Attributes:
         alphas_cumprod: ᾱ, (T,) float64.
         sigmas: sqrt((1 - ᾱ) / ᾱ), (T,) float64.
@@ -187,13 +176,14 @@ class Schedule(NoiseSchedule):
     Example: Schedule(make_betas("linear", linear_start=0.00085, linear_end=0.012)).
     """
 
-    betas: Tensor
-    v_posterior: float = 0.0
-    zero_snr: bool = False
-    log_time: bool = False
+    betas: Tensor  # (T,) float64 in (0, 1)
+    v_posterior: float = 0.0  # weight of beta against the posterior variance in `buffers`
+    zero_snr: bool = False  # whether to rescale the betas to zero terminal SNR
+    log_time: bool = False  # timesteps are made of 0.25 ln sigma, as for EDM models
+    # whether the network gets the index of the nearest level, else sigma itself or 0.25 ln sigma
     quantize_time: bool = True
-    flip_time: bool = False
-    append_zero: bool = False
+    flip_time: bool = False  # the network counts levels from the greatest: sgm's `flip: false`
+    append_zero: bool = False  # whether the network also counts the level 0: sgm's `do_append_zero`
     alphas_cumprod: Tensor = field(init=False)
     sigmas: Tensor = field(init=False)
 
@@ -319,17 +309,13 @@ class Schedule(NoiseSchedule):
 class ContinuousSchedule(NoiseSchedule):
     """All noise levels of a range, as EDM models have them (arXiv:2206.00364).
 
-    Args:
-        sigma_min, sigma_max: Ends of the range.
-        log_time: Whether the network gets 0.25 ln sigma, else sigma itself.
-
     Attributes:
         sigmas: 1000 levels, evenly in log sigma, for the schedulers of tables.
     """
 
-    sigma_min: float = 0.002
+    sigma_min: float = 0.002  # ends of the range
     sigma_max: float = 80.0
-    log_time: bool = True
+    log_time: bool = True  # whether the network gets 0.25 ln sigma, else sigma itself
     sigmas: Tensor = field(init=False)
 
     def __post_init__(self) -> None:

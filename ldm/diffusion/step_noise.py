@@ -15,20 +15,13 @@ TAKES_NOISE = [name for name, row in SAMPLERS.items() if row.takes_noise or row.
 
 @dataclass(frozen=True)
 class StepNoise:
-    """Noise of a run's steps, in k-diffusion's words.
+    """Noise of a run's steps, in k-diffusion's words."""
 
-    Args:
-        eta: noise between steps, 0 (none) … 1 (DDPM); None = the sampler's default.
-        s_churn: noise before steps (arXiv:2206.00364, algorithm 2).
-        s_tmin, s_tmax: sigmas between which there is churn; None = no upper limit.
-        s_noise: standard deviation of all that noise.
-    """
-
-    eta: float | None = None
-    s_churn: float = 0.0
-    s_tmin: float = 0.0
-    s_tmax: float | None = None
-    s_noise: float = 1.0
+    eta: float | None = None  # noise between steps, 0 (none) … 1 (DDPM); None = the sampler's
+    s_churn: float = 0.0  # noise before steps (arXiv:2206.00364, algorithm 2)
+    s_tmin: float = 0.0  # sigmas between which there is churn
+    s_tmax: float | None = None  # None = no upper limit
+    s_noise: float = 1.0  # standard deviation of all that noise
 
     def check(self, sampler: str) -> None:
         """Raise ArgumentError for a value out of range, or one that a sampler does not take."""

@@ -26,15 +26,11 @@ WORD_LIMIT = 8  # longer words are cut (ComfyUI)
 
 @dataclass(frozen=True)
 class Unit:
-    """Tokens that stay together.
-
-    Args:
-        piece: Index of their piece in the text.
-    """
+    """Tokens that stay together."""
 
     ids: tuple[int, ...]
     weight: float = 1.0
-    piece: int = 0
+    piece: int = 0  # index of their piece in the text
 
 
 Chunk = list[Unit]
@@ -42,16 +38,11 @@ Chunk = list[Unit]
 
 @dataclass(frozen=True)
 class Splitter:
-    """Splits texts into chunks for one text encoder.
-
-    Args:
-        added: Tokens of textual inversions.
-        length: Tokens that the tower runs on, with the start token and an end token.
-    """
+    """Splits texts into chunks for one text encoder."""
 
     variant: tokenizer.Variant
-    added: tokenizer.AddedTokens
-    length: int
+    added: tokenizer.AddedTokens  # tokens of textual inversions
+    length: int  # tokens that the tower runs on, with the start token and an end token
 
     def split(self, text: Text, syntax: str) -> list[Chunk]:
         """Split a text into chunks of at most `length` - 2 tokens, by the rules of its syntax.

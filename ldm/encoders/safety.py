@@ -29,15 +29,10 @@ DECIMALS = 3
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the checker says of an image.
+    """What the checker says of an image."""
 
-    Attributes:
-        scores: Of the concepts.
-        special_scores: Of what asks for special care.
-    """
-
-    scores: tuple[float, ...]
-    special_scores: tuple[float, ...]
+    scores: tuple[float, ...]  # of the concepts
+    special_scores: tuple[float, ...]  # of what asks for special care
 
     @property
     def concepts(self) -> list[int]:

@@ -35,20 +35,13 @@ MERGES = 48894  # 49408 - 2 * 256 bytes - 2 special tokens; the file holds more 
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant of the tokenizer.
+    """A variant of the tokenizer."""
 
-    Attributes:
-        start, end: Special tokens, as a prompt may contain them.
-        pad: Id of the padding.
-        unescape: Whether to decode HTML entities that ftfy leaves, i.e. beside a literal "<".
-        split_first: Whether the text is split at special tokens before it is cleaned.
-    """
-
-    start: str
+    start: str  # special tokens, as a prompt may contain them
     end: str
-    pad: int
-    unescape: bool
-    split_first: bool
+    pad: int  # id of the padding
+    unescape: bool  # whether to decode HTML entities that ftfy leaves, i.e. beside a literal "<"
+    split_first: bool  # whether the text is split at special tokens before it is cleaned
 
 
 OPEN_CLIP = Variant("<start_of_text>", "<end_of_text>", 0, unescape=True, split_first=False)

@@ -20,18 +20,12 @@ MIN_WEIGHT = 1e-5  # of a piece whose absence counts tan((1 - weight) pi / 2); c
 
 @dataclass
 class PromptEncoder:
-    """Makes contexts of parsed prompts.
+    """Makes contexts of parsed prompts."""
 
-    Args:
-        run: (ids, hidden) -> output of the tower; bool (k, N), hidden are tokens that none attends
-            to.
-        splitter: Makes the chunks.
-        device: Of the tower.
-    """
-
+    # (ids, hidden) -> output of the tower; bool (k, N), hidden are tokens that none attends to
     run: Callable[[Tensor, Tensor | None], Tensor | Cond]
-    splitter: Splitter
-    device: torch.device
+    splitter: Splitter  # makes the chunks
+    device: torch.device  # of the tower
 
     def encode(self, prompt: Prompt) -> tuple[Tensor, Tensor | None]:
         """Return context (1, k N, D) and pooled output (1, P), if any, of a prompt of k chunks."""

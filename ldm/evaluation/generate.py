@@ -46,15 +46,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Setting:
-    """How the images of one folder are made.
+    """How the images of one folder are made."""
 
-    Args:
-        model: its label.
-        request: the run, with `from_file` and a scale.
-    """
-
-    model: str
-    request: Request
+    model: str  # label
+    request: Request  # the run, with `from_file` and a scale
 
     @property
     def series(self) -> str:

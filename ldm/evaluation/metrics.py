@@ -39,15 +39,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean (d,) and unbiased covariance (d, d) of features, float64.
-
-    Args:
-        count: number of images.
-    """
+    """Mean (d,) and unbiased covariance (d, d) of features, float64."""
 
     mean: Tensor
     covariance: Tensor
-    count: int
+    count: int  # number of images
 
     @classmethod
     def of(cls, features: Tensor) -> "Statistics":

@@ -13,15 +13,10 @@ __all__ = ["PromptSource", "draw_prompts", "read_prompts"]
 
 @dataclass(frozen=True)
 class PromptSource:
-    """A line of a prompt file, and the image file that it describes where that is recorded.
+    """A line of a prompt file, and the image file that it describes where that is recorded."""
 
-    Args:
-        text: the line, with its options if it has some.
-        image: file name; None = not recorded.
-    """
-
-    text: str
-    image: str | None = None
+    text: str  # the line, with its options if it has some
+    image: str | None = None  # file name
 
 
 def read_prompts(path: str | Path) -> list[PromptSource]:

@@ -50,21 +50,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images that are scored together.
+    """Images that are scored together."""
 
-    Args:
-        series: name of the line of the figure that it is a point of.
-        files: in order.
-        scale: guidance scale; None = not known.
-        side: resize the short side to this many pixels and crop the centre; None = as they are.
-        prompts: one per file; None = those in the metadata of the files.
-    """
-
-    series: str
-    files: Sequence[Path]
-    scale: float | None = None
-    side: int | None = None
-    prompts: Sequence[str] | None = None
+    series: str  # name of the line of the figure that it is a point of
+    files: Sequence[Path]  # in order
+    scale: float | None = None  # guidance scale; None = not known
+    side: int | None = None  # resize the short side to this and crop the centre; None = as they are
+    prompts: Sequence[str] | None = None  # one per file; None = those in the metadata of the files
 
     @property
     def title(self) -> str:
@@ -94,19 +86,14 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Result:
-    """The scores of one set.
-
-    Args:
-        scores: by name: `fid`, `kid`, `precision`, `recall`, `prompt_score`.
-        facts: how the images were made, as far as they tell.
-        choices: everything that the numbers depend on besides the images.
-    """
+    """The scores of one set."""
 
     series: str
     scale: float | None
     count: int
-    scores: dict[str, Estimate]
-    facts: JsonObject = field(default_factory=dict)
+    scores: dict[str, Estimate]  # by name: `fid`, `kid`, `precision`, `recall`, `prompt_score`
+    facts: JsonObject = field(default_factory=dict)  # how the images were made, as far as they tell
+    # everything that the numbers depend on besides the images
     choices: JsonObject = field(default_factory=dict)
 
     def to_json(self) -> JsonObject:

@@ -10,18 +10,12 @@ __all__ = ["BASE_MODELS", "BaseModel", "find_base_model"]
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model for LoRAs and embeddings.
-
-    Args:
-        context: cross-attention dimension.
-        architecture: value of `modelspec.architecture`.
-        version: value of kohya's `ss_base_model_version`.
-    """
+    """A base model for LoRAs and embeddings."""
 
     title: str
-    context: int
-    architecture: str
-    version: str
+    context: int  # cross-attention dimension
+    architecture: str  # value of `modelspec.architecture`
+    version: str  # value of kohya's `ss_base_model_version`
 
 
 SD1 = BaseModel("Stable Diffusion 1", 768, "stable-diffusion-v1", "sd_v1")

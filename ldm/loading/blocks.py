@@ -27,15 +27,10 @@ ATTENTION = ".transformer_blocks."
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks of one UNet.
+    """The blocks of one UNet."""
 
-    Args:
-        names: All, in the order BASE, IN00 …, M00, OUT00 ….
-        attention: BASE and those with transformers, which a plain LoRA changes.
-    """
-
-    names: tuple[str, ...]
-    attention: tuple[str, ...]
+    names: tuple[str, ...]  # all, in the order BASE, IN00 …, M00, OUT00 …
+    attention: tuple[str, ...]  # BASE and those with transformers, which a plain LoRA changes
 
     def block_of(self, name: str) -> str:
         """Return the block of a weight or layer, by our name, in the UNet also without `unet.`."""

@@ -80,22 +80,16 @@ LORA_PARTS = ("unet.", "conditioner.text.", "conditioner.text_2.")  # what LoRAs
 
 @dataclass(frozen=True)
 class Conversion:
-    """What will be written.
+    """What will be written."""
 
-    Args:
-        source: whose tensors are used as they are; the flag `mapped` is of these.
-        weights: tensors, by the path of their file in a folder ("" for a single file).
-        texts: JSONs and texts of a folder, by path.
-        notes: a summary, in lines for the user.
-    """
-
-    source: Checkpoint
+    source: Checkpoint  # whose tensors are used as they are; the flag `mapped` is of these
     target: Path
+    # tensors, by the path of their file in a folder ("" for a single file)
     weights: Mapping[str, Mapping[str, Tensor | ComputedTensor]]
-    texts: JsonObject = field(default_factory=dict)
+    texts: JsonObject = field(default_factory=dict)  # JSONs and texts of a folder, by path
     metadata: dict[str, str | int] = field(default_factory=dict)
     dtype: torch.dtype | None = None
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # a summary, in lines for the user
 
     @property
     def num_bytes(self) -> int:

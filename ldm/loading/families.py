@@ -38,36 +38,22 @@ XL_CONFIG_DIR = "configs/stable-diffusion-xl"
 
 @dataclass(frozen=True)
 class Family:
-    """A published family: what its weights look like, and what it is used with.
-
-    Args:
-        channels: input channels of the UNet.
-        context: width of the tokens that cross-attention reads.
-        vector: width of the global embedding, None without one.
-        predicts: "eps", "v" or "edm" if that holds for all its models, or all but those that a
-            marker tells.
-        config: name of its YAML (without `.yaml`); "" for a family that is not supported.
-        config_v: name of the YAML of its v models, where that is another one.
-        task: the pipeline that serves it.
-        has_vision_tower: conditioned by CLIP's vision tower instead of text.
-        blocks: number of transformer blocks in the UNet, where that tells the family.
-        marker: a tensor that tells it.
-        pixels: channels of an image of the autoencoder: 3, or those of colour and depth.
-    """
+    """A published family: what its weights look like, and what it is used with."""
 
     name: str
     title: str
-    channels: int
-    context: int | None
-    vector: int | None
+    channels: int  # input channels of the UNet
+    context: int | None  # width of the tokens that cross-attention reads
+    vector: int | None  # width of the global embedding, None without one
+    # "eps", "v" or "edm" if that holds for all its models but those that a marker tells
     predicts: str | None
-    config: str
-    config_v: str = ""
-    task: str = "txt2img"
-    has_vision_tower: bool = False
-    blocks: int | None = None
-    marker: str = ""
-    pixels: int = 3
+    config: str  # name of its YAML (without `.yaml`); "" for a family that is not supported
+    config_v: str = ""  # name of the YAML of its v models, where that is another one
+    task: str = "txt2img"  # the pipeline that serves it
+    has_vision_tower: bool = False  # conditioned by CLIP's vision tower instead of text
+    blocks: int | None = None  # of the UNet's transformers, where that tells the family
+    marker: str = ""  # a tensor that tells it
+    pixels: int = 3  # channels of an image of the autoencoder: 3, or those of colour and depth
 
     @property
     def traits(self) -> tuple[object, ...]:

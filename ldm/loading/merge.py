@@ -54,20 +54,13 @@ HISTORY = ("global_step", "epoch", "ldm.training", "ldm.source", "ldm.ema")
 
 @dataclass(frozen=True, eq=False)
 class ReadModel:
-    """A model as it lies in a file: its weights by our names, and what it is.
+    """A model as it lies in a file: its weights by our names, and what it is."""
 
-    Args:
-        file: With the names of the original's layout.
-        names: Ours -> in `file`.
-        model: On the meta device.
-        config: Text of its YAML.
-    """
-
-    file: Checkpoint
-    names: dict[str, str]
-    model: LatentDiffusion
+    file: Checkpoint  # with the names of the original's layout
+    names: dict[str, str]  # ours -> in `file`
+    model: LatentDiffusion  # on the meta device
     family: Family | None
-    config: str
+    config: str  # text of its YAML
 
     @property
     def title(self) -> str:

@@ -39,23 +39,16 @@ ROUNDING = 0.01  # relative error of rounded sizes
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """A row of the table.
+    """A row of the table."""
 
-    Args:
-        name: what `ckpt` may be instead of a path.
-        memory: of the weights in half precision, GB.
-        bytes: size of the file, with a `~` where it is rounded.
-        sha256: None if none was published.
-        places: (repository, file) on the hub, or an address with the exact size and a SHA-256 in
-            this row; tried in this order.
-    """
-
-    name: str
+    name: str  # what `ckpt` may be instead of a path
     title: str
     licence: str
-    memory: float
-    bytes: str
-    sha256: str | None
+    memory: float  # of the weights in half precision, GB
+    bytes: str  # size of the file, with a `~` where it is rounded
+    sha256: str | None  # None if none was published
+    # (repository, file) on the hub, or an address with the exact size and a SHA-256 in this row;
+    # tried in this order
     places: tuple["Place", ...]
 
     @property

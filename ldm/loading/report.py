@@ -52,45 +52,31 @@ class Part:
 
 @dataclass(frozen=True)
 class Report:
-    """What an inspection found in one file.
-
-    Args:
-        sha256: "" if it was not computed, as no published file has this size.
-        published: the name of the published file with this hash, and its title.
-        refused: why the file is not read, if so.
-        title: of the family, for people.
-        task: the pipeline that serves it.
-        extras: names of the entries beside the weights.
-        pickle_names: what its pickle would import.
-        foreign_names: those that weights do not need.
-        missing: names that the config needs and the file does not have; None if not compared.
-        unexpected: the reverse.
-        variant: of distilled models, and what tells it.
-        note: why weights and config were not compared, or what looks wrong.
-    """
+    """What an inspection found in one file."""
 
     path: str
     bytes: int
-    sha256: str
-    published: str | None = None
+    sha256: str  # "" if it was not computed, as no published file has this size
+    published: str | None = None  # the name of the published file with this hash, and its title
     kind: str | None = None
-    refused: str | None = None
+    refused: str | None = None  # why the file is not read, if so
     family: str | None = None
-    title: str | None = None
-    task: str | None = None
+    title: str | None = None  # of the family, for people
+    task: str | None = None  # the pipeline that serves it
     config: str | None = None
     prediction: Prediction | None = None
     parts: list[Part] = field(default_factory=list)
     has_ema: bool = False
     step: int | None = None
-    extras: list[str] = field(default_factory=list)
+    extras: list[str] = field(default_factory=list)  # names of the entries beside the weights
     metadata: dict[str, str] = field(default_factory=dict)
-    pickle_names: list[str] = field(default_factory=list)
-    foreign_names: list[str] = field(default_factory=list)
+    pickle_names: list[str] = field(default_factory=list)  # what its pickle would import
+    foreign_names: list[str] = field(default_factory=list)  # those that weights do not need
+    # names that the config needs and the file does not have; None if not compared
     missing: list[str] | None = None
-    unexpected: list[str] | None = None
-    variant: str | None = None
-    note: str = ""
+    unexpected: list[str] | None = None  # the reverse
+    variant: str | None = None  # of distilled models, and what tells it
+    note: str = ""  # why weights and config were not compared, or what looks wrong
 
     @property
     def model_spec(self) -> dict[str, str]:

@@ -45,11 +45,7 @@ CLASS = "AutoencoderTiny"  # of diffusers
 
 @dataclass(frozen=True)
 class TinyWeights:
-    """The weights of TAESD, under the names of `TinyAutoencoder`.
-
-    Args:
-        path: of the file or folder.
-    """
+    """The weights of TAESD, under the names of `TinyAutoencoder`."""
 
     path: Path
     state: dict[str, Tensor]

@@ -24,26 +24,16 @@ GUIDANCE_WEIGHT = "unet.time_embed_cond.weight"
 
 @dataclass(frozen=True)
 class Variant:
-    """A distilled model, or a LoRA that makes one of any model.
-
-    Args:
-        defaults: how it is sampled; the name of a file may say other steps.
-        name: pattern of metadata and names of models, in small letters.
-        lora: pattern of those of LoRAs, which are often named after what they show.
-        marker: a tensor that tells it.
-        predicts: what the network predicts, where that differs from its family; None = the same.
-        keeps_scheduler: whether a diffusers folder of SDXL says sampler and scheduler itself.
-        size_xl: side of the latent for which one of SDXL was trained, in latent pixels.
-    """
+    """A distilled model, or a LoRA that makes one of any model."""
 
     title: str
-    defaults: Defaults
-    name: str
-    lora: str
-    marker: str = ""
-    predicts: str | None = None
-    keeps_scheduler: bool = False
-    size_xl: int = 128
+    defaults: Defaults  # how it is sampled; the name of a file may say other steps
+    name: str  # pattern of metadata and names of models, in small letters
+    lora: str  # pattern of those of LoRAs, which are often named after what they show
+    marker: str = ""  # a tensor that tells it
+    predicts: str | None = None  # what the network predicts; None = as its family
+    keeps_scheduler: bool = False  # a diffusers folder of SDXL says sampler and scheduler
+    size_xl: int = 128  # side of the latent for which one of SDXL was trained, in latent pixels
 
     def defaults_for(self, name: str) -> Defaults:
         """Return the defaults of a file, whose name may tell the number of steps."""

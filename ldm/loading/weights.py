@@ -45,22 +45,15 @@ TRANSPOSED_ENTRY, ENTRY_TOLERANCE = -0.0037, 1e-3
 
 @dataclass
 class Weights:
-    """The weights of a checkpoint under our names, and its metadata.
+    """The weights of a checkpoint under our names, and its metadata."""
 
-    Args:
-        source: the file or folder, names as there.
-        tables: the noise schedule in the file, and the scale if training measured it.
-        markers: metadata, and the names of marker tensors (`v_pred`).
-        mapped: all tensors are pages of files, not memory.
-    """
-
-    source: Checkpoint
+    source: Checkpoint  # the file or folder, names as there
     state: dict[str, Tensor]
-    tables: dict[str, Tensor]
-    markers: dict[str, str]
+    tables: dict[str, Tensor]  # noise schedule in the file, and the scale if training measured it
+    markers: dict[str, str]  # metadata, and the names of marker tensors (`v_pred`)
     family: Family | None
     prediction: Prediction
-    mapped: bool
+    mapped: bool  # all tensors are pages of files, not memory
 
     @property
     def path(self) -> Path:

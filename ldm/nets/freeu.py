@@ -16,14 +16,11 @@ __all__ = ["FreeU"]
 
 @dataclass(frozen=True)
 class FreeU:
-    """Factors b and s of each output block, None where it stays as it is.
-
-    Attributes:
-        by_mean: Whether b follows the mean of the channels, as in the second version: from 1 where
-            it is lowest in a sample to b where it is highest.
-    """
+    """Factors b and s of each output block, None where it stays as it is."""
 
     factors: Sequence[tuple[float, float] | None]
+    # whether b follows the mean of the channels, as in the second version: from 1 where it is
+    # lowest in a sample to b where it is highest
     by_mean: bool = False
 
     def __call__(self, index: int, h: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,17 +33,11 @@ TUCKER = "ijkl,io,jn->onkl"  # (r, r, kh, kw), (r, out), (r, in) -> (out, in, kh
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """The tensors of one layer in a file.
+    """The tensors of one layer in a file."""
 
-    Args:
-        tensors: By their names in files, behind the layer's.
-        alpha: In units of the rank; None for none in the file.
-        on_input: Whether the vector of (IA)^3 scales columns of the weight, else rows.
-    """
-
-    tensors: Mapping[str, Tensor]
-    alpha: float | None = None
-    on_input: bool = False
+    tensors: Mapping[str, Tensor]  # by their names in files, behind the layer's
+    alpha: float | None = None  # in units of the rank; None for none in the file
+    on_input: bool = False  # whether the vector of (IA)^3 scales columns of the weight, else rows
 
     @property
     def scale(self) -> float:

@@ -201,29 +201,18 @@ def check_clip_skip(model: LatentDiffusion, number: object) -> str | None:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the models of a call are conditioned on.
+    """What the models of a call are conditioned on."""
 
-    Args:
-        prompts, negatives: texts per image, for the first and the second text encoder; parsed,
-            unless they are plain.
-        inputs: batch of the keys that models read in addition to text, a row per image.
-        unconditional_inputs: those that differ for the unconditional half of guidance.
-        options: sizes and scores.
-        size: (height, width) of the images in pixels.
-        scale: of guidance; None = the default of each model.
-        rule: of guidance, whose texts are encoded, too.
-        sampler: a name in SAMPLERS; None = the default of each model.
-    """
-
+    # texts per image, for the first and the second text encoder; parsed, unless they are plain
     prompts: Sequence[StepPrompts | TextPair]
     negatives: Sequence[StepPrompts | TextPair]
-    inputs: Mapping[str, object]
-    unconditional_inputs: Mapping[str, object]
-    options: SDXLOptions
-    size: tuple[int, int]
-    scale: Scale | None
-    rule: Guidance | None
-    sampler: str | None = None
+    inputs: Mapping[str, object]  # batch of what models read beside text, a row per image
+    unconditional_inputs: Mapping[str, object]  # what differs for the unconditional half
+    options: SDXLOptions  # sizes and scores
+    size: tuple[int, int]  # (height, width) of the images in pixels
+    scale: Scale | None  # of guidance; None = the default of each model
+    rule: Guidance | None  # of guidance, whose texts are encoded, too
+    sampler: str | None = None  # a name in SAMPLERS; None = the default of each model
 
     def encode(self, model: LatentDiffusion, quirks: Quirks, *, after_base: bool = False) -> Conds:
         """Encode prompts, negative prompts and the texts of the rule, as a model reads them.

@@ -17,19 +17,12 @@ SIZE_KEYS = {"original_size_as_tuple", "crop_coords_top_left", "target_size_as_t
 
 @dataclass(frozen=True)
 class Family:
-    """A family of models.
+    """A family of models."""
 
-    Args:
-        keys: the batch keys that their encoders read, but for sizes.
-        optional: those that only some of its models read.
-        title: name in messages.
-        function: the function of `ldm.pipelines` for them.
-    """
-
-    keys: frozenset[str]
-    title: str
-    function: str
-    optional: frozenset[str] = frozenset()
+    keys: frozenset[str]  # the batch keys that their encoders read, but for sizes
+    title: str  # name in messages
+    function: str  # the function of `ldm.pipelines` for them
+    optional: frozenset[str] = frozenset()  # those that only some of its models read
 
 
 FAMILIES = {

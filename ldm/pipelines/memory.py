@@ -23,15 +23,10 @@ DEVICE = "cpu"
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a GPU needs besides PyTorch's own, about 0.5 GiB.
+    """Bytes that a GPU needs besides PyTorch's own, about 0.5 GiB."""
 
-    Attributes:
-        weights: Of each part of the model, by name.
-        activations: At the peak of each part.
-    """
-
-    weights: dict[str, int]
-    activations: dict[str, int]
+    weights: dict[str, int]  # of each part of the model, by name
+    activations: dict[str, int]  # at the peak of each part
 
     @property
     def whole(self) -> int:

@@ -42,14 +42,10 @@ class PromptOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class StepPrompts:
-    """The prompts of one image, which may change from step to step.
+    """The prompts of one image, which may change from step to step."""
 
-    Args:
-        first, second: For the first and the second text encoder.
-    """
-
-    first: ParsedPrompt
-    second: ParsedPrompt
+    first: ParsedPrompt  # for the first text encoder
+    second: ParsedPrompt  # for the second one
 
     def at(self, step: int) -> tuple[Weighted, ...]:
         """Return the prompts of a step with their weights."""

@@ -28,13 +28,11 @@ Noise = Callable[[Tensor], Tensor]
 class Quirks:
     """The enabled quirks.
 
-    Args:
-        names: names in LEGACY.
     Raises:
         UnknownName: a name is not in LEGACY.
     """
 
-    names: frozenset[str] = frozenset()
+    names: frozenset[str] = frozenset()  # names in LEGACY
 
     def __post_init__(self) -> None:
         unknown = sorted(self.names - LEGACY.keys())

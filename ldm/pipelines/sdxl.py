@@ -105,15 +105,10 @@ def check_sdxl(model: LatentDiffusion, options: SDXLOptions) -> None:
 
 @dataclass(frozen=True)
 class Handover:
-    """Where a base model stops and the refiner begins.
+    """Where a base model stops and the refiner begins."""
 
-    Args:
-        strength: Fraction of the steps for the refiner.
-        start: In place of it, fraction of the timesteps for the base.
-    """
-
-    strength: float = 0.15
-    start: float | None = None
+    strength: float = 0.15  # fraction of the steps for the refiner
+    start: float | None = None  # in place of it, fraction of the timesteps for the base
 
     def __post_init__(self) -> None:
         name = "refiner_strength" if self.start is None else "refiner_start"

@@ -39,22 +39,16 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one process of a run needs.
+    """Bytes that one process of a run needs."""
 
-    Args:
-        parameters: their number, in all networks.
-        trainable: the number of those that are trained.
-        optimizer_step: temporary memory of the optimizer, after activations are freed.
-    """
-
-    parameters: int
-    trainable: int
+    parameters: int  # their number, in all networks
+    trainable: int  # the number of those that are trained
     weights: int
     gradients: int
     optimizer: int
     ema: int
     activations: int
-    optimizer_step: int
+    optimizer_step: int  # temporary memory of the optimizer, after activations are freed
 
     @property
     def total(self) -> int:

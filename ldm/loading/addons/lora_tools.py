@@ -31,19 +31,12 @@ ZERO = 1e-7  # of singular values, relative to the largest
 
 @dataclass(frozen=True)
 class RankRule:
-    """How many singular values s of a layer are kept: the fewest that all rules ask for.
+    """How many singular values s of a layer are kept: the fewest that all rules ask for."""
 
-    Args:
-        rank: At most so many.
-        share: So many that their sum is this part of the whole.
-        square_share: The same of s squared: 1 - the squared relative error.
-        ratio: Those that are at least the largest divided by this.
-    """
-
-    rank: int | None = None
-    share: float | None = None
-    square_share: float | None = None
-    ratio: float | None = None
+    rank: int | None = None  # at most so many
+    share: float | None = None  # so many that their sum is this part of the whole
+    square_share: float | None = None  # the same of s squared: 1 - the squared relative error
+    ratio: float | None = None  # those that are at least the largest divided by this
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
@@ -73,17 +66,12 @@ class RankRule:
 
 @dataclass(frozen=True)
 class Extraction:
-    """A LoRA out of the difference of two models.
-
-    Args:
-        retained: Part of the squared difference of its layers that it has.
-        left_out: Weights that differ, too, which a LoRA does not hold or that were not asked for.
-    """
+    """A LoRA out of the difference of two models."""
 
     lora: LoRA
     model: LatentDiffusion
-    retained: float
-    left_out: tuple[str, ...]
+    retained: float  # part of the squared difference of its layers that it has
+    left_out: tuple[str, ...]  # weights that differ, too, but are not in the LoRA
 
 
 @torch.no_grad()

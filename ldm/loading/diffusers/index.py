@@ -52,18 +52,12 @@ NO_EXTRACTOR = {"feature_extractor": layout.NO_COMPONENT}
 
 @dataclass(frozen=True)
 class _Pipeline:
-    """A pipeline of diffusers, and the YAMLs to start from on the way back.
-
-    Args:
-        openai: the YAML for OpenAI's CLIP as the text (or image) encoder; None: no such family.
-        open_clip: the one for OpenCLIP.
-        extras: entries of the index besides the components.
-    """
+    """A pipeline of diffusers, and the YAMLs to start from on the way back."""
 
     name: str
-    openai: str | None
-    open_clip: str | None
-    extras: JsonMapping = field(default_factory=dict)
+    openai: str | None  # the YAML for OpenAI's CLIP as the encoder; None: no such family
+    open_clip: str | None  # the one for OpenCLIP
+    extras: JsonMapping = field(default_factory=dict)  # entries of the index besides the components
 
 
 # By the encoder that identifies the pipeline; "text" if there is no other one.

@@ -121,15 +121,10 @@ Form = Literal["same", "flat", "vector", "transposed"]
 
 @dataclass(frozen=True)
 class Location:
-    """Where a tensor of ours is in a component: under one name, or split in three.
+    """Where a tensor of ours is in a component: under one name, or split in three."""
 
-    Args:
-        names: of diffusers' tensors.
-        form: "flat": our 1x1 convolution is a matrix in diffusers; "vector": our column is a
-            vector; "transposed".
-    """
-
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # of diffusers' tensors
+    # "flat": our 1x1 convolution is a matrix in diffusers; "vector": our column is a vector
     form: Form = "same"
 
     def split(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -69,28 +69,17 @@ SAFETENSORS_DTYPES = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds, names as in the file.
-
-    Args:
-        kind: "zip", "legacy" or "safetensors"; "diffusers" for a folder.
-        state: the weights, without those named `model_ema.*`.
-        step: the training step, None if the file does not say it.
-        mapped: tensors are pages of the file, not memory.
-        extras: names of the entries beside the weights (`global_step`, `callbacks` …).
-        metadata: texts beside the weights.
-        ema_state: everything named `model_ema.*`.
-        added_tokens: tokens that the tokenizers of a folder have added, with vectors (n, D) for
-            each text tower.
-    """
+    """What a file holds, names as in the file."""
 
     path: Path
-    kind: str
-    state: dict[str, Tensor]
-    step: int | None = None
-    mapped: bool = False
-    extras: tuple[str, ...] = ()
-    metadata: dict[str, str] = field(default_factory=dict)
-    ema_state: dict[str, Tensor] = field(default_factory=dict)
+    kind: str  # "zip", "legacy" or "safetensors"; "diffusers" for a folder
+    state: dict[str, Tensor]  # the weights, without those named `model_ema.*`
+    step: int | None = None  # the training step, None if the file does not say it
+    mapped: bool = False  # tensors are pages of the file, not memory
+    extras: tuple[str, ...] = ()  # names of other entries (`global_step`, `callbacks` …)
+    metadata: dict[str, str] = field(default_factory=dict)  # texts beside the weights
+    ema_state: dict[str, Tensor] = field(default_factory=dict)  # everything named `model_ema.*`
+    # tokens that a folder's tokenizers have added, with vectors (n, D) for each text tower
     added_tokens: dict[str, list[Tensor]] = field(default_factory=dict)
 
     @property

@@ -55,19 +55,13 @@ class LatentInput(NamedTuple):
 
 @dataclass(frozen=True)
 class LatentCache:
-    """Latents of some variants of each image, in a store.
-
-    Attributes:
-        model_digest: of all else that the latents depend on.
-        variants: of each image.
-        precision: "16" (encoded under bfloat16, stored as float16) or "32".
-    """
+    """Latents of some variants of each image, in a store."""
 
     store: Store
     transform: Transform
-    model_digest: str
-    variants: int
-    precision: str
+    model_digest: str  # of all else that the latents depend on
+    variants: int  # of each image
+    precision: str  # "16" (encoded under bfloat16, stored as float16) or "32"
 
     def key(self, content: str, size: Size | None, variant: int) -> str:
         """Return the key of a latent in the store."""

@@ -42,39 +42,28 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Devices:
-    """Where a run lives.
+    """Where a run lives."""
 
-    Args:
-        gpus: a list of indices, or a count: -1 = all; None: all, without a process for each.
-        num_nodes: machines.
-    """
-
+    # indices, or a count: -1 = all; None: all, without a process for each
     gpus: list[int] | int | None = None
-    num_nodes: int = 1
+    num_nodes: int = 1  # machines
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of one run.
+    """The settings of one run."""
 
-    Args:
-        raw: the whole config that they were read from.
-        objective: keywords of the task.
-        lora, textual_inversion: what is trained beside a frozen model, None for nothing.
-        notes: lines to tell the user: what was renamed, or is ignored.
-    """
-
-    raw: JsonMapping
+    raw: JsonMapping  # the whole config that they were read from
     model: Model
     data: Batches
     trainer: Trainer
     optimizer: Optimizer
-    objective: Denoising | Reconstruction
+    objective: Denoising | Reconstruction  # keywords of the task
     callbacks: Callbacks
     devices: Devices = Devices()
-    lora: Lora | None = None
-    textual_inversion: TextualInversion | None = None
-    notes: tuple[str, ...] = ()
+    lora: Lora | None = None  # trained beside a frozen model; None for nothing
+    textual_inversion: TextualInversion | None = None  # the same
+    notes: tuple[str, ...] = ()  # lines to tell the user: what was renamed, or is ignored
 
     def change(self, **sections: JsonMapping) -> "Settings":
         """Return a copy with other values, not checked: `change(trainer={"max_steps": 3})`."""

@@ -17,14 +17,10 @@ __all__ = ["LogNormal", "draw_timesteps", "spread_quantiles", "spread_timesteps"
 
 @dataclass(frozen=True)
 class LogNormal:
-    """Noise levels sigma whose logarithm is normal (arXiv:2206.00364, table 1).
+    """Noise levels sigma whose logarithm is normal (arXiv:2206.00364, table 1)."""
 
-    Attributes:
-        mean, std: of log sigma.
-    """
-
-    mean: float = -1.2
-    std: float = 1.2
+    mean: float = -1.2  # of log sigma
+    std: float = 1.2  # of log sigma
 
     def sigmas(self, quantiles: Tensor) -> Tensor:
         """Return the noise levels float64 below which these fractions of all draws are."""
