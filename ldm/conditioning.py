@@ -185,46 +185,28 @@ class PrepareOptions:
 
 
 class EncoderOptions(TypedDict, total=False):
-    """Keywords of encoders that only training and guidance look at.
+    """Keywords of encoders that only training and guidance look at."""
 
-    Attributes:
-        ucg_rate: Probability that training drops a sample, see `Conditioner.forward`.
-        legacy_ucg_value: What replaces a sample that training drops, instead of zeros or `null`.
-        is_trainable: False freezes the encoder.
-        null: See `Encoder`.
-    """
-
-    ucg_rate: float
-    legacy_ucg_value: object
-    is_trainable: bool
-    null: object
+    ucg_rate: float  # probability that training drops a sample, see `Conditioner.forward`
+    legacy_ucg_value: object  # what replaces it then, instead of zeros or `null`
+    is_trainable: bool  # False freezes the encoder
+    null: object  # see `Encoder`
 
 
 class Encoder(nn.Module):
     """Turns one entry of a batch into a slot of a `Cond`: `encoder(batch[encoder.key])`.
 
     `forward` returns a tensor, or a `Cond` if it fills several slots; here, the entry as it is.
-
-    Attributes:
-        key: Batch key of the input.
-        slot: Slot of `Cond` for an output that is a tensor.
-        droppable: Whether guidance replaces the samples by `null`: prompts and their like.
-        null: The unconditional sample, such as an empty prompt; None for outputs of zeros.
-        cache_key: Batch key that `prepare` computes without randomness (or that holds an image in
-            pixels), which a latent cache stores; None if there is none.
-        generation: The Stable Diffusion (1 or 2) whose models have this encoder for text.
-        unused: Prefixes of the names of weights that do not affect the output, and that files of
-            other programs leave out.
-        ucg_rate, legacy_ucg_value, is_trainable: See `EncoderOptions`.
     """
 
-    key: str
-    slot: Slot
-    droppable: ClassVar[bool] = False
-    null: object = None
+    key: str  # batch key of the input
+    slot: Slot  # of `Cond`, for an output that is a tensor
+    droppable: ClassVar[bool] = False  # guidance replaces the samples by `null`, as prompts
+    null: object = None  # the unconditional sample, such as ""; None for outputs of zeros
+    # What `prepare` computes without randomness, or an image in pixels: a latent cache stores it.
     cache_key: str | None = None
-    generation: ClassVar[int | None] = None
-    ucg_rate: float = 0.0
+    generation: ClassVar[int | None] = None  # Stable Diffusion 1 or 2, if this is its text encoder
+    ucg_rate: float = 0.0  # this and the next two: see `EncoderOptions`
     legacy_ucg_value: object = None
     is_trainable: bool = True
 
@@ -235,6 +217,7 @@ class Encoder(nn.Module):
 
     @property
     def unused(self) -> tuple[str, ...]:
+        """Prefixes of weights that do not affect the output, and that other programs leave out."""
         return ()
 
     def forward(self, samples: Any) -> Any:

@@ -32,12 +32,9 @@ class UnreadableSample(ValueError):
 
 
 class SampleDataset(Dataset[Sample], ABC):
-    """Base of the data sets; `dataset[epoch, index]` is a sample or raises UnreadableSample.
+    """Base of the data sets; `dataset[epoch, index]` is a sample or raises UnreadableSample."""
 
-    Attributes:
-        groups: one number per sample; a batch holds samples of one group. None = one group.
-    """
-
+    # One number per sample; a batch holds samples of one group. None = one group.
     groups: Sequence[int] | None = None
 
     @abstractmethod

@@ -39,22 +39,13 @@ DEFAULT_SCORE = 6.0  # what sampling asks for, too
 
 
 class Transform(ABC):
-    """Base of the transforms.
+    """Base of the transforms; `conditions` make the conditioning images, by batch key."""
 
-    Attributes:
-        NAME: of the transform in configs.
-        IMAGE_OPTIONS: attributes on which pixels, or the choice of a bucket, depend, beside the
-            conditions.
-        buckets: sizes that the images are sorted into; None = all have one size.
-        variants: named versions of every image, which its caption may mention.
-        conditions: generators of the conditioning images, by batch key.
-        original_size_keys: of metadata that have the original height and width of an image.
-    """
-
-    NAME: ClassVar[str]
-    IMAGE_OPTIONS: ClassVar[Sequence[str]]
-    buckets: Buckets | None = None
-    variants: Sequence[str] = ()
+    NAME: ClassVar[str]  # in configs
+    IMAGE_OPTIONS: ClassVar[Sequence[str]]  # attributes that pixels or buckets depend on
+    buckets: Buckets | None = None  # sizes that the images are sorted into; None = all have one
+    variants: Sequence[str] = ()  # named versions of every image, which its caption may mention
+    # In metadata, of an image before it was resized.
     original_size_keys: Sequence[str] = ("original_height", "original_width")
 
     def __init__(self, conditions: JsonMapping | None) -> None:

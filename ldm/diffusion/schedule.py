@@ -105,15 +105,10 @@ def _betas_of_alphas(alphas_cumprod: Tensor) -> Tensor:
 
 
 class NoiseSchedule(ABC):
-    """Noise levels of a model, and the timesteps by which its network is told of them.
+    """Noise levels of a model, and the timesteps by which its network is told of them."""
 
-    Attributes:
-        sigmas: Levels that schedulers choose from, (T,) float64, ascending.
-        zero_snr: Whether the last level is (nearly) noise alone: zero terminal SNR.
-    """
-
-    sigmas: Tensor
-    zero_snr: bool = False
+    sigmas: Tensor  # levels that schedulers choose from, (T,) float64, ascending
+    zero_snr: bool = False  # the last level is (nearly) noise alone: zero terminal SNR
 
     def __len__(self) -> int:
         return len(self.sigmas)
@@ -169,10 +164,6 @@ class NoiseSchedule(ABC):
 class Schedule(NoiseSchedule):
     """The noise levels of T timesteps.
 
-    Attributes:
-        alphas_cumprod: ᾱ, (T,) float64.
-        sigmas: sqrt((1 - ᾱ) / ᾱ), (T,) float64.
-
     Example: Schedule(make_betas("linear", linear_start=0.00085, linear_end=0.012)).
     """
 
@@ -184,8 +175,8 @@ class Schedule(NoiseSchedule):
     quantize_time: bool = True
     flip_time: bool = False  # the network counts levels from the greatest: sgm's `flip: false`
     append_zero: bool = False  # whether the network also counts the level 0: sgm's `do_append_zero`
-    alphas_cumprod: Tensor = field(init=False)
-    sigmas: Tensor = field(init=False)
+    alphas_cumprod: Tensor = field(init=False)  # ᾱ, (T,) float64
+    sigmas: Tensor = field(init=False)  # sqrt((1 - ᾱ) / ᾱ), (T,) float64
 
     def __post_init__(self) -> None:
         betas = rescale_zero_terminal_snr(self.betas) if self.zero_snr else self.betas.double()
@@ -307,16 +298,12 @@ class Schedule(NoiseSchedule):
 
 @dataclass(frozen=True, eq=False)
 class ContinuousSchedule(NoiseSchedule):
-    """All noise levels of a range, as EDM models have them (arXiv:2206.00364).
-
-    Attributes:
-        sigmas: 1000 levels, evenly in log sigma, for the schedulers of tables.
-    """
+    """All noise levels of a range, as EDM models have them (arXiv:2206.00364)."""
 
     sigma_min: float = 0.002  # ends of the range
     sigma_max: float = 80.0
     log_time: bool = True  # whether the network gets 0.25 ln sigma, else sigma itself
-    sigmas: Tensor = field(init=False)
+    sigmas: Tensor = field(init=False)  # 1000, evenly in log sigma, for the schedulers of tables
 
     def __post_init__(self) -> None:
         sigmas = _linspace(math.log(self.sigma_min), math.log(self.sigma_max), 1000).exp()

@@ -113,14 +113,6 @@ class TextEncoder(Encoder):
     With `always_return_pooled`, the output is a `Cond` of the context and a vector (B, D), the
     output of the tower's last block at the first end token; with `always_return_mask`, also of a
     mask that leaves out what follows that token. A prompt that is None gives zeros.
-
-    Attributes:
-        length: Tokens per prompt, 77.
-        added_embeddings: Textual inversion: token in lower case -> vectors (n, D). They are not
-            saved with the model.
-        cache: Outputs by prompt, used only while nothing modifies the encoder.
-        token_ids: CLIP's ids of the tokens that a pruned token embedding holds, (rows - 1,) sorted:
-            row i holds token `token_ids[i - 1]`, row 0 every other token. None if not pruned.
     """
 
     slot: Slot = "crossattn"
@@ -128,15 +120,18 @@ class TextEncoder(Encoder):
     droppable = True
     null: object = ""
     tokenizer_variant: ClassVar[tokenizer.Variant]
-    length: int
+    length: int  # tokens per prompt, 77
     always_return_pooled: bool
     always_return_mask: bool = False
+    # CLIP's ids of the tokens that a pruned token embedding holds, (rows - 1,) sorted: row i holds
+    # token `token_ids[i - 1]`, row 0 every other token. None if not pruned.
     token_ids: Tensor | None
 
     def __init__(self, **options: Unpack[EncoderOptions]) -> None:
         super().__init__(**options)
+        # Textual inversion: token in lower case -> vectors (n, D); not saved with the model.
         self.added_embeddings: dict[str, Tensor] = {}
-        self.cache: ContextCache | None = None
+        self.cache: ContextCache | None = None  # used only while nothing modifies the encoder
         self.register_buffer("token_ids", None)
 
     @property

@@ -21,17 +21,11 @@ EPS = 1e-3
 
 
 class Conv(NamedTuple):
-    """A convolution of a branch: with stride 1 padded to the same size, with stride 2 not at all.
+    """A convolution: with stride 1 padded to the same size, with stride 2 not at all."""
 
-    Args:
-        name: in the block.
-        width: output channels.
-        kernel: (height, width).
-    """
-
-    name: str
-    width: int
-    kernel: tuple[int, int] = (1, 1)
+    name: str  # in the block
+    width: int  # output channels
+    kernel: tuple[int, int] = (1, 1)  # (height, width)
     stride: int = 1
 
 

@@ -29,19 +29,12 @@ PROJECTION = "text_projection"
 
 
 class Target(NamedTuple):
-    """A weight that is changed, or one third of an attention's `in_proj_weight`.
+    """A weight that is changed, or one third of an attention's `in_proj_weight`."""
 
-    Args:
-        layer: A linear layer, a convolution, a norm, an attention with a fused projection
-            `in_proj`, or a text tower.
-        part: 0 queries, 1 keys, 2 values; None for a weight that is changed as a whole.
-        name: Of the parameter, "weight" or "bias"; PROJECTION of a tower, which is stored
-            transposed.
-    """
-
+    # A linear layer, a convolution, a norm, an attention with `in_proj`, or a text tower.
     layer: nn.Module
-    part: int | None = None
-    name: str = "weight"
+    part: int | None = None  # 0 queries, 1 keys, 2 values; None for a weight as a whole
+    name: str = "weight"  # or "bias"; PROJECTION of a tower, which is stored transposed
 
     @property
     def parameter(self) -> str:
@@ -70,14 +63,10 @@ class Target(NamedTuple):
 
 
 class WeightChange(ABC):
-    """What an adapter does to one weight.
-
-    Attributes:
-        strength: The user's own factor, which files do not hold.
-    """
+    """What an adapter does to one weight."""
 
     target: Target
-    strength: float
+    strength: float  # the user's own factor, which files do not hold
 
     @abstractmethod
     def change_weight(self, weight: Tensor) -> Tensor:

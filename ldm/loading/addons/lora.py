@@ -116,18 +116,12 @@ METADATA = "lora_adapter_metadata"  # key under which diffusers keeps alpha
 
 
 class TargetLayer(NamedTuple):
-    """A layer that a LoRA may change, with its names.
-
-    Attributes:
-        original: In the UNet or behind the text encoder's name.
-        diffusers: `unet.down_blocks.0.…`, `text_encoder.text_model.…`.
-        kohya: `lora_unet_…`, `lora_te_…`; those of `LoRA.layers`.
-    """
+    """A layer that a LoRA may change, with its names."""
 
     target: Target
-    original: str
-    diffusers: str
-    kohya: str
+    original: str  # in the UNet or behind the text encoder's name
+    diffusers: str  # `unet.down_blocks.0.…`, `text_encoder.text_model.…`
+    kohya: str  # `lora_unet_…`, `lora_te_…`; those of `LoRA.layers`
 
 
 Weight = float | str | LoRAWeight  # see `LoRAWeight.of`
