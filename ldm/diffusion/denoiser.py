@@ -78,11 +78,7 @@ class Denoiser:
         cond: Cond | None = None,
         t: Tensor | float | None = None,
     ) -> Tensor:
-        """Predict eps, v or x0 at x, (B, C, h, w) float32.
-
-        Args:
-            t: Timestep for the network; None to convert sigma.
-        """
+        """Predict eps, v or x0 at x, (B, C, h, w) float32; the network reads t, or else sigma's."""
         sigma = self._level(sigma)
         t = self.schedule.network_time(sigma) if t is None else torch.as_tensor(t)
         z_t = x / input_std(self.parameterization, _column(sigma, x), self.sigma_data)

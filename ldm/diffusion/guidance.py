@@ -256,11 +256,7 @@ def follow_schedule(
     uncond: Cond | ScheduledCond | None,
     counter: StepCounter,
 ) -> Denoise:
-    """Build `denoise(x, sigma)` whose conditions are those of the step.
-
-    Args:
-        guide: Builds it for conditions that stay.
-    """
+    """Build `denoise(x, sigma)` with the conditions of the step, out of `guide` for fixed ones."""
     if not isinstance(cond, ScheduledCond) and not isinstance(uncond, ScheduledCond):
         return guide(cond, uncond)
     built: dict[tuple[int, int], Denoise] = {}

@@ -72,11 +72,7 @@ def preprocess(
 
 
 class CLIPVision(nn.Module):
-    """Images -> CLIP embeddings (B, D); base class of the image encoders.
-
-    Args:
-        antialias, blur: See `preprocess`.
-    """
+    """Images -> CLIP embeddings (B, D); base class; keywords are those of `preprocess`."""
 
     def __init__(self, clip: CLIP, *, freeze: bool, antialias: bool, blur: Blur) -> None:
         super().__init__()

@@ -42,11 +42,7 @@ class ClassEmbedder(Encoder):
 
 
 class IdentityEncoder(Encoder):
-    """A tensor of the batch as it is, in the slot for its number of dimensions.
-
-    Args:
-        key: Batch key of the tensor: (B, D), (B, N, D) or (B, C, h, w).
-    """
+    """A tensor (B, D), (B, N, D) or (B, C, h, w) of the batch, in the slot for its dimensions."""
 
     IGNORED_PARAMETERS: ClassVar[frozenset[str]] = frozenset({"device"})
 

@@ -54,9 +54,6 @@ def tokenize(
     """Convert texts to token ids (B, length) int64: start token, words, end token, padding.
 
     A longer text is truncated; the last id is then the end token.
-
-    Args:
-        added: Tokens of textual inversions.
     """
     rows = []
     for text in texts:

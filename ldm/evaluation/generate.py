@@ -236,10 +236,8 @@ def _path(folder: Path, index: int) -> Path:
 
 
 def wait_for_images(settings: Sequence[Setting], out: Path, patience: float = PATIENCE) -> None:
-    """Wait until other processes have made their images, too.
+    """Wait for the images of other processes, at most `patience` seconds without a new one.
 
-    Args:
-        patience: seconds without a new image after which this is given up.
     Raises:
         TimeoutError: images are missing.
     """

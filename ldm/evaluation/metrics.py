@@ -113,12 +113,10 @@ def kid(
 def precision_recall(
     features: Tensor, reference: Tensor, *, neighbours: int = 3
 ) -> tuple[Estimate, Estimate]:
-    """Compute the fractions of either set that lie in the manifold of the other.
+    """Compute the fractions of either set, (N, d) and (M, d), in the manifold of the other.
 
     The manifold of a set is the union of balls around its points, each up to its k-th neighbour.
 
-    Args:
-        features, reference: (N, d) and (M, d).
     Returns:
         Precision (of the features) and recall (of the reference); NaN for sets that are too small.
     """

@@ -146,11 +146,7 @@ def plan_merge(
 
 
 def read_model(path: str | Path, config: str | Path | None, *, ema: bool) -> ReadModel:
-    """Read the names and the config of a whole model; its tensors stay in the file.
-
-    Args:
-        ema: use its EMA weights, if it has some.
-    """
+    """Read names and config of a whole model, or of its EMA weights; tensors stay in the file."""
     file = read_weights(path)
     family = identify_weights(file).family
     text = config_text(file, config)

@@ -103,11 +103,7 @@ def translate_engine(
 
 
 def encoder_names(targets: Mapping[int, tuple[str, str | None]]) -> dict[int, str]:
-    """Return the names of embedders in the conditioner.
-
-    Args:
-        targets: index in the list -> (our class, batch key).
-    """
+    """Return the conditioner's names of embedders; `targets`: index -> (our class, batch key)."""
     names = {}
     for index, (target, key) in targets.items():
         if target == SIZES and key is not None:

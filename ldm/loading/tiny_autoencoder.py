@@ -165,11 +165,7 @@ def _is_tiny(names: Iterable[str]) -> bool:
 
 
 def _our_name(name: str, network: str) -> str:
-    """Return the name in `TinyAutoencoder`.
-
-    Args:
-        network: that of names without one.
-    """
+    """Return the name in `TinyAutoencoder`; `network` is that of names without one."""
     match = NAME.fullmatch(name)
     assert match is not None
     network = match["network"] or network

@@ -119,11 +119,7 @@ class Found(NamedTuple):
 def detect_variant(
     path: Path, metadata: Mapping[str, str], tensors: Collection[str] = ()
 ) -> Found | None:
-    """Return the variant of a model, told by a tensor, metadata, or the file's name.
-
-    Args:
-        tensors: names of tensors, ours.
-    """
+    """Return the variant of a model, told by a tensor (our names), metadata, or the file's name."""
     for variant, row in VARIANTS.items():
         if row.marker and row.marker in tensors:
             return Found(variant, "its embedding of the guidance scale", path)

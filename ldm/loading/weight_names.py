@@ -164,11 +164,7 @@ def has_engine_names(names: Iterable[str]) -> bool:
 
 
 def original_name(name: str, *, engine: bool = False) -> str:
-    """Return the original's name for ours, or for the start of one.
-
-    Args:
-        engine: whether it is the engine's name, see `has_engine_names`.
-    """
+    """Return the original's, or the engine's, name for ours, or for the start of one."""
     if engine and (match := ENCODER.match(name)):
         index = match["index"] or ("1" if match[1] == "text_2" else "0")
         return f"conditioner.embedders.{index}.{name[match.end() :]}"

@@ -409,11 +409,7 @@ def _sample_and_double(
     texts: tuple[list[str], list[str]],
     run: SampleOptions,
 ) -> Tensor:
-    """Sample, and sample latents of twice the size from the result with another model.
-
-    Args:
-        texts: prompts and negative prompts.
-    """
+    """Sample, and sample latents of twice the size from the result with another model."""
     legacy, callback = run.get("legacy", ()), run.get("callback")
     sigmas = run_sigmas(model, Quirks.of(model, legacy), run)
     first, total = 0, len(sigmas) - 1
@@ -496,11 +492,7 @@ def _check_prompts(prompts: Sequence[str], syntax: str) -> None:
 def _count_steps(
     model: LatentDiffusion, quirks: Quirks, options: SamplingOptions, strength: float | None
 ) -> int:
-    """Return how many steps a run has.
-
-    Args:
-        strength: of a run that starts from an image.
-    """
+    """Return how many steps a run has, of this strength if it starts from an image."""
     steps = len(run_sigmas(model, quirks, options)) - 1
     if strength is None:
         return steps

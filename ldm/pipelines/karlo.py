@@ -113,12 +113,10 @@ def sample_prior(
 
 
 def prior_sigmas(schedule: Schedule, steps: int) -> Tensor:
-    """Return noise levels of `steps` evenly spaced timesteps, from the last to the first, and 0.
+    """Return noise levels of at least 2 evenly spaced timesteps, from the last to the first, and 0.
 
     Nichol and Dhariwal 2021 (arXiv:2102.09672), section 4.
 
-    Args:
-        steps: at least 2.
     Returns:
         (steps + 1,) float64, descending.
     """

@@ -136,11 +136,7 @@ class Handover:
 def size_conditions(
     model: LatentDiffusion, options: SDXLOptions, size: tuple[int, int], quirks: Quirks
 ) -> tuple[Sizes, Sizes]:
-    """Return what the model reads of sizes and scores, for prompt and negative prompt.
-
-    Args:
-        size: (height, width) of the image in pixels.
-    """
+    """Return what the model reads of sizes and scores, for prompt and negative prompt."""
     scores = API_SCORES if "api-scores" in quirks else AESTHETIC_SCORES
     given = (options.get("aesthetic_score"), options.get("negative_aesthetic_score"))
     score, negative_score = (
@@ -166,11 +162,7 @@ def size_conditions(
 
 
 def check_size(model: LatentDiffusion, size: tuple[int, int], options: SDXLOptions) -> None:
-    """Raise ArgumentError for sides that a refiner does not take; log if a size is unusual.
-
-    Args:
-        size: (height, width) in pixels.
-    """
+    """Raise ArgumentError for sides that a refiner does not take; log if a size is unusual."""
     has_refiner = options.get("refiner") is not None
     if has_refiner and any(side % REFINER_MULTIPLE for side in size):
         raise ArgumentError(

@@ -58,11 +58,7 @@ class Memory:
 
 
 def describe(settings: Settings, *, processes: int = 1) -> Iterator[str]:
-    """Yield the config with all defaults, the memory, and settings that would lower it.
-
-    Args:
-        processes: of the run, on all nodes.
-    """
+    """Yield the config with all defaults, the memory, and settings that would lower it."""
     yield format_yaml(settings.to_config())
     yield from settings.notes
     cache: dict[Any, int] = {}

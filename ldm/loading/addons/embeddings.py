@@ -234,11 +234,7 @@ def write_embeddings(
 
 
 def _parse(state: Mapping[str, Tensor], name: str, path: Path) -> dict[str, list[Tensor]]:
-    """Return vectors by token.
-
-    Args:
-        name: the only token, where `state` does not tell it.
-    """
+    """Return vectors by token; `name` is the only one where `state` does not tell it."""
     state = {FORMER_TOWER_KEYS.get(key, key): value for key, value in state.items()}
     towers = [state[key] for key in TOWER_KEYS if key in state]
     params = {n.removeprefix(PARAMETERS): v for n, v in state.items() if n.startswith(PARAMETERS)}

@@ -58,11 +58,7 @@ class StoredLatent:
 
 
 def save_latent(path: str | Path, z: Tensor, model: LatentDiffusion, info: JsonMapping) -> None:
-    """Write one latent of a model's UNet, (C, h, w).
-
-    Args:
-        info: of its image, as in a PNG.
-    """
+    """Write one latent of a model's UNet, (C, h, w), with the `info` of its image, as in a PNG."""
     latent = model.denormalize(z[None].detach().float())
     tensors = {LATENT: latent.cpu().contiguous(), VERSION: torch.empty(0)}
     texts = {INFO: json.dumps(info, default=str), SPACE: json.dumps(asdict(model.latent_space))}

@@ -91,10 +91,7 @@ STAND_INS.append((Parameters, "torch.nn.modules.container.ParameterDict"))
 
 
 def load_pickle(path: Path, kind: str) -> tuple[Any, bool]:
-    """Read a pickled file through the restricted unpickler.
-
-    Args:
-        kind: "zip" or "legacy".
+    """Read a pickled file, of kind "zip" or "legacy", through the restricted unpickler.
 
     Returns:
         (content, mapped): what it holds, and whether its tensors are pages of the file.

@@ -24,11 +24,7 @@ LATER_OPTIONS = {
 
 
 class CachedContexts:
-    """Outputs by caption, as far as a text encoder has computed them; see `ContextCache`.
-
-    Args:
-        cache: folder of the cache files.
-    """
+    """Outputs by caption, as far as a text encoder has computed them; see `ContextCache`."""
 
     def __init__(self, encoder: TextEncoder, cache: Path) -> None:
         self.store = Store(cache, "contexts")

@@ -134,11 +134,7 @@ class LatentCache:
 
 
 class LatentDataset(SampleDataset):
-    """Latents in the place of images, as {"z", "z_std", "txt", …}.
-
-    Args:
-        dataset: of the images.
-    """
+    """Latents in the place of the images of a data set, as {"z", "z_std", "txt", …}."""
 
     def __init__(self, dataset: ImageDataset, cache: LatentCache) -> None:
         self.dataset = dataset

@@ -98,8 +98,6 @@ class Settings:
     def learning_rate(self, world_size: int = 1) -> tuple[LearningRate, str]:
         """Return the learning rate of the run, and a line that explains it.
 
-        Args:
-            world_size: processes on all nodes.
         Raises:
             ValueError: the config has no `base_learning_rate`.
         """
@@ -131,10 +129,8 @@ class Settings:
 
 
 def read_settings(raw: JsonMapping) -> Settings:
-    """Read and check the settings of a whole config.
+    """Read and check the settings of a whole config, as `ldm.loading.config` reads it.
 
-    Args:
-        raw: the config as `ldm.loading.config` reads it.
     Raises:
         ValueError: a section or key is unknown, naming the nearest known one, or a value is not
             allowed; also of what a run reads in `model` and `data`.

@@ -95,11 +95,7 @@ class Loggers(Logger):
 
 
 class CsvLogger(Logger):
-    """A table that gets new columns when new values come.
-
-    Args:
-        start: rows of later steps are dropped, as they come again.
-    """
+    """A table that gets new columns with new values; rows of steps after `start` are dropped."""
 
     def __init__(self, path: Path, *, start: int = 0) -> None:
         self.path = path
@@ -247,11 +243,7 @@ def _peak_memory_gib(device: torch.device) -> float:
 
 
 def read_table(path: Path, *, until: int | None = None) -> tuple[list[str], list[dict[str, str]]]:
-    """Read columns and rows of a table with steps, none if there is no file.
-
-    Args:
-        until: rows of later steps are deleted from the file, as they come again.
-    """
+    """Read columns and rows of a table, none without a file; delete rows after step `until`."""
     if not path.exists():
         return ["step"], []
     with path.open(encoding="utf-8", newline="") as file:

@@ -60,8 +60,6 @@ class LearningRate:
 def lr_multiplier(spec: JsonMapping) -> Callable[[int], float]:
     """Build the schedule of a `scheduler_config`: step -> multiple of the learning rate.
 
-    Args:
-        spec: {"target": …, "params": …}.
     Raises:
         ValueError: unknown scheduler, or parameters that are missing or unknown.
     """

@@ -54,11 +54,7 @@ def draw_timesteps(
 def spread_timesteps(
     n: int, timesteps: int, generator: torch.Generator, bias: float = 1.0
 ) -> Tensor:
-    """Draw n timesteps (n,) int64 in 0 … timesteps - 1.
-
-    Args:
-        bias: see `Diffusion`'s `noise_bias`.
-    """
+    """Draw n timesteps (n,) int64 in 0 … timesteps - 1, with the `noise_bias` of `Diffusion`."""
     quantiles = spread_quantiles(n, generator)
     return (quantiles ** (1 / bias) * timesteps).long().clamp(max=timesteps - 1)
 
