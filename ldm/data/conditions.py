@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ldm.data.options import former_options, rename_options
-from ldm.runtime.errors import unknown_name
+from ldm.runtime.errors import check_name, check_names
 
 __all__ = ["Condition", "LowRes", "PseudoDepth", "RandomMask", "build_conditions"]
 
@@ -123,13 +123,10 @@ def build_conditions(specs: Mapping[str, Mapping[str, Any] | None]) -> dict[str,
     """
     conditions: dict[str, Condition] = {}
     for name, spec in specs.items():
-        if name not in CONDITIONS:
-            raise unknown_name("condition", name, CONDITIONS)
+        check_name("condition", name, CONDITIONS)
         options = rename_options(name, spec or {})
         allowed = [field.name for field in fields(CONDITIONS[name])]
-        for option in options:
-            if option not in allowed:
-                raise unknown_name("option", option, allowed, name)
+        check_names("option", options, allowed, name)
         conditions[name] = CONDITIONS[name](**options)
     return conditions
 

@@ -28,7 +28,7 @@ from ldm.data.conditions import build_conditions
 from ldm.data.options import former_options
 from ldm.imaging.pixels import to_tensor
 from ldm.imaging.reading import flatten_on_white
-from ldm.runtime.errors import FileFormatError, unknown_name
+from ldm.runtime.errors import FileFormatError, check_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = ["CROPS", "SIZE_KEYS", "PhotoTransform", "TagShuffle", "Transform", "captions_of"]
@@ -133,8 +133,7 @@ class PhotoTransform(Transform):
         original_size_keys: Sequence[str] = Transform.original_size_keys,
     ) -> None:
         super().__init__(conditions)
-        if crop not in CROPS:
-            raise unknown_name("crop", crop, CROPS)
+        check_name("crop", crop, CROPS)
         self.original_size_keys = original_size_keys
         self.size, self.crop, self.flip = size, crop, flip
         self.buckets = None if buckets is None else Buckets(size, **buckets)

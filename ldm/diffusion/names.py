@@ -7,7 +7,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import Field, dataclass, fields
 
-from ldm.runtime.errors import ArgumentError, unknown_name
+from ldm.runtime.errors import ArgumentError, check_name, unknown_name
 
 __all__ = [
     "APG", "API_LEGACY", "FREEU_PRESETS", "FREEU_VERSIONS", "LEGACY", "MAX_LEVEL", "RULES",
@@ -83,8 +83,7 @@ class SLD:
         if isinstance(value, SLD):
             return value
         if isinstance(value, str):
-            if value not in SLD_PRESETS:
-                raise unknown_name("preset of sld", value, SLD_PRESETS, argument="sld")
+            check_name("preset of sld", value, SLD_PRESETS, argument="sld")
             return SLD_PRESETS[value]
         names = [field.name for field in fields(cls)]
         if len(value) != len(names):

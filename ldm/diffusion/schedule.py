@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ldm.diffusion import names
 from ldm.diffusion.levels import check_rho
-from ldm.runtime.errors import ArgumentError, unknown_name
+from ldm.runtime.errors import ArgumentError, check_name, unknown_name
 
 __all__ = [
     "SCHEDULERS",
@@ -149,8 +149,7 @@ class NoiseSchedule(ABC):
                 "ddim_uniform" may have a level more.
             rho: Exponent of "karras", "polyexponential" and "edm"; None for their defaults.
         """
-        if scheduler not in SCHEDULERS:
-            raise unknown_name("scheduler", scheduler, SCHEDULERS, argument="scheduler")
+        check_name("scheduler", scheduler, SCHEDULERS, argument="scheduler")
         most = names.SCHEDULERS[scheduler].max_steps
         if not 1 <= steps <= (most or len(self)):
             limit = f"1 … {most} with scheduler `{scheduler}`" if most else f"1 … {len(self)}"

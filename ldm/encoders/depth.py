@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm.conditioning import Batch, Config, Encoder, PrepareOptions, Slot
 from ldm.encoders.dpt import DPT, MULTIPLE
-from ldm.runtime.errors import ArgumentError, MissingArgument, unknown_name
+from ldm.runtime.errors import ArgumentError, MissingArgument, check_name
 
 MIDAS_SIZE = 384  # pixels along one side, as in the training of MiDaS
 # Sizes by model_type; `embed_dim`, `depth`, `num_heads`, `img_size` are arguments of timm.
@@ -52,8 +52,7 @@ class MiDaSDepth(Encoder):
         self.model: DPT | None = None
         if model_type is None:
             return
-        if model_type not in ARCHS:
-            raise unknown_name("depth model", model_type, ARCHS, argument="model_type")
+        check_name("depth model", model_type, ARCHS, argument="model_type")
         kwargs = ARCHS[model_type] | dict(arch or {})
         hooks, features = kwargs.pop("hooks"), kwargs.pop("features")
         self.model = DPT(_build_backbone(kwargs), hooks=tuple(hooks), features=features)

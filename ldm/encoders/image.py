@@ -18,7 +18,7 @@ from ldm.encoders.lowres import register_schedule
 from ldm.encoders.text import open_clip_kwargs
 from ldm.encoders.towers import CLIP
 from ldm.nets.blocks import timestep_embedding
-from ldm.runtime.errors import ArgumentError, MissingArgument, unknown_name
+from ldm.runtime.errors import ArgumentError, MissingArgument, check_name, check_names
 
 __all__ = ["CLIPImage", "EmbeddingNoise", "ImageEmbedding", "OpenCLIPImage", "preprocess"]
 
@@ -76,8 +76,7 @@ class CLIPVision(nn.Module):
 
     def __init__(self, clip: CLIP, *, freeze: bool, antialias: bool, blur: Blur) -> None:
         super().__init__()
-        if blur not in BLURS:
-            raise unknown_name("blur", blur, BLURS, argument="blur")
+        check_name("blur", blur, BLURS, argument="blur")
         self.model = clip
         self.antialias = antialias
         self.blur: Blur = blur
@@ -315,9 +314,7 @@ def _vision_kwargs(arch: str | Config) -> dict[str, Any]:
         config: Config = VISION[arch.removesuffix("-quickgelu")]
     else:
         config = arch.get("vision_cfg") or {}
-    for key in config:
-        if key not in VISION_DEFAULTS:
-            raise unknown_name("vision_cfg key", key, VISION_DEFAULTS)
+    check_names("vision_cfg key", config, VISION_DEFAULTS)
     size: dict[str, Any] = {**VISION_DEFAULTS, **config}
     size["heads"] = size["width"] // size.pop("head_width")
     return size

@@ -35,7 +35,7 @@ from ldm.encoders.chunks import Chunk, Splitter
 from ldm.encoders.towers import ACTIVATIONS, VOCAB, CLIPTower, OpenCLIPTower, select_tokens
 from ldm.encoders.weighting import PromptEncoder, split_output
 from ldm.prompts.prompt import ParsedPrompt, Prompt
-from ldm.runtime.errors import ArgumentError, unknown_name
+from ldm.runtime.errors import ArgumentError, check_name
 
 
 class TextSize(NamedTuple):
@@ -529,8 +529,7 @@ def _count_blocks(layer: str, layer_idx: int | None, layers: int) -> int:
 
 
 def _check_choice(value: str, allowed: Collection[str], what: str = "layer") -> str:
-    if value not in allowed:
-        raise unknown_name(what, value, allowed)
+    check_name(what, value, allowed)
     return value
 
 

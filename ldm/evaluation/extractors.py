@@ -18,7 +18,7 @@ from ldm.encoders.image import MEAN, STD
 from ldm.encoders.towers import CLIP
 from ldm.evaluation.metrics import cosines
 from ldm.nets.inception import INCEPTION_FEATURES, INCEPTION_SIDE, Inception
-from ldm.runtime.errors import unknown_name
+from ldm.runtime.errors import check_name
 from ldm.runtime.types import JsonObject
 
 __all__ = [
@@ -70,8 +70,7 @@ class InceptionExtractor:
     dimensions = INCEPTION_FEATURES
 
     def __init__(self, net: Inception, resize: str = "clean", sha256: str | None = None) -> None:
-        if resize not in RESIZES:
-            raise unknown_name("resize", resize, RESIZES, argument="resize")
+        check_name("resize", resize, RESIZES, argument="resize")
         self.net = net
         self.resize = resize
         self.sha256 = sha256

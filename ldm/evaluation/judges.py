@@ -10,7 +10,7 @@ from ldm.loading.addons.clip import check_clip, clip_name, load_clip
 from ldm.loading.addons.inception import load_inception
 from ldm.loading.files.checkpoint import file_hash
 from ldm.loading.published import find_checkpoint, find_on_disk, published_files
-from ldm.runtime.errors import unknown_name
+from ldm.runtime.errors import check_name
 from ldm.runtime.hashes import hash_file
 
 __all__ = ["CLIP", "INCEPTION", "find_clip", "load_extractor", "load_judge"]
@@ -32,8 +32,7 @@ def load_extractor(
         UnknownName: the resize is unknown.
         FileFormatError: the file is another network.
     """
-    if resize not in RESIZES:
-        raise unknown_name("resize", resize, RESIZES, argument="resize")
+    check_name("resize", resize, RESIZES, argument="resize")
     path = _find(file, INCEPTION)
     if path is None:
         log.warning("no Inception is given: no FID, KID, precision and recall")

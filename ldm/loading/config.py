@@ -22,7 +22,7 @@ from yaml import YAMLError
 
 from ldm.loading import legacy
 from ldm.loading.legacy import known_targets, translate_config
-from ldm.runtime.errors import ArgumentError, ConfigError, unknown_name
+from ldm.runtime.errors import ArgumentError, ConfigError, check_names, unknown_name
 from ldm.runtime.files import find_file, read_text
 from ldm.runtime.types import JsonMapping, JsonObject
 
@@ -224,9 +224,7 @@ def _check_params(factory: Callable[..., Any], params: JsonMapping, where: str) 
         if not typed:
             return
         allowed = [*signature, *typed[0].__annotations__]
-    for key in params:
-        if key not in allowed:
-            raise unknown_name(f"parameter of {factory.__name__}", key, allowed, where)
+    check_names(f"parameter of {factory.__name__}", params, allowed, where)
     required = (name for name, p in signature.items() if p.default is p.empty)
     if missing := [f"`{name}`" for name in required if name not in params]:
         raise ConfigError(f"{where}: {factory.__name__} needs {', '.join(missing)}")

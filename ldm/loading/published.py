@@ -20,7 +20,7 @@ from ldm.loading.hub import (
     find_or_fetch,
     url_target,
 )
-from ldm.runtime.errors import DownloadError, MissingFile, nearest_name, unknown_name
+from ldm.runtime.errors import DownloadError, MissingFile, check_name, nearest_name
 from ldm.runtime.hashes import Memory, hash_file, known_sha256, paths_with_sha256
 
 __all__ = [
@@ -136,8 +136,7 @@ def download(name: str) -> Path:
     if name.startswith(PREFIX):
         return find_or_fetch(name)
     files = published_files()
-    if name not in files:
-        raise unknown_name("model", name, files)
+    check_name("model", name, files)
     file = files[name]
     if path := find_on_disk(file, verify=True):
         log.info("%s is on this machine already", name)

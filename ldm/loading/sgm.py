@@ -18,7 +18,7 @@ import torch
 
 from ldm.diffusion.denoiser import SIGMA_DATA
 from ldm.diffusion.schedule import Schedule, betas_of_sigmas, make_betas
-from ldm.runtime.errors import ConfigError, unknown_name
+from ldm.runtime.errors import ConfigError, check_names, unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = ["ENGINE", "encoder_names", "translate_engine"]
@@ -126,10 +126,8 @@ class _Embedders:
     def conditioner(self) -> JsonObject:
         config = self.engine.get("conditioner_config") or {"params": {"emb_models": []}}
         params = config.get("params") or {}
-        for key in params:
-            if key not in ("emb_models", "force_uc_zero_embeddings"):
-                allowed = ("emb_models", "force_uc_zero_embeddings")
-                raise unknown_name("parameter of GeneralConditioner", key, allowed, self.where)
+        known = ("emb_models", "force_uc_zero_embeddings")
+        check_names("parameter of GeneralConditioner", params, known, self.where)
         models = params.get("emb_models") or []
         if not isinstance(models, list):
             raise ConfigError(f"{self.where}: `emb_models` must be a list")
@@ -146,9 +144,7 @@ class _Embedders:
 
     def _embedder(self, model: JsonMapping, where: str) -> JsonObject:
         known = ("target", "params", "input_key", "input_keys", *EMBEDDER_OPTIONS)
-        for name in model:
-            if name not in known:
-                raise unknown_name("key of an embedder", name, known, where)
+        check_names("key of an embedder", model, known, where)
         key = _input_key(model, where)
         core = {name: model[name] for name in ("target", "params") if name in model}
         spec = self.translate(core, where)
@@ -183,9 +179,7 @@ class _Levels:
         denoiser = self.engine["denoiser_config"]
         name = _class_name(denoiser, DENOISER_TAKES, self.where)
         params = denoiser.get("params") or {}
-        for key in params:
-            if key not in DENOISER_TAKES[name]:
-                raise unknown_name(f"parameter of {name}", key, DENOISER_TAKES[name], self.where)
+        check_names(f"parameter of {name}", params, DENOISER_TAKES[name], self.where)
         scaling = params.get("scaling_config") or {}
         prediction, log_time = SCALINGS[_class_name(scaling, SCALINGS, self.where)]
         sigma_data = (scaling.get("params") or {}).get("sigma_data", SIGMA_DATA)
@@ -245,9 +239,7 @@ def _betas(numbers: JsonMapping, where: str) -> JsonObject:
 
 
 def _numbers(numbers: JsonMapping, defaults: JsonMapping, where: str) -> JsonObject:
-    for key in numbers:
-        if key not in defaults:
-            raise unknown_name("parameter", key, defaults, where)
+    check_names("parameter", numbers, defaults, where)
     return {**defaults, **numbers}
 
 

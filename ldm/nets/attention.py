@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldm.nets import cpu
 from ldm.runtime.device import has_amx
-from ldm.runtime.errors import unknown_name
+from ldm.runtime.errors import check_name
 
 __all__ = ["BACKENDS", "attention", "set_backend"]
 
@@ -69,8 +69,7 @@ def set_backend(name: str | None) -> None:
 def _check_backend(name: str | None) -> str | None:
     if not name or name == "auto":
         return None
-    if name not in BACKENDS:
-        raise unknown_name("attention backend", name, BACKENDS)
+    check_name("attention backend", name, BACKENDS)
     return name
 
 

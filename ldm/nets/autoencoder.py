@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ldm.nets.attention import attention
 from ldm.nets.blocks import CheckpointedLayer, Conv2d, GroupNorm, Layer, Upsample
 from ldm.nets.circular import pad_end
-from ldm.runtime.errors import unknown_name
+from ldm.runtime.errors import check_name, check_names
 
 __all__ = ["AutoencoderKL", "DiagonalGaussian", "Layout", "PixelSpace"]
 
@@ -55,8 +55,7 @@ class Layout:
             raise ValueError("ddconfig: AutoencoderKL needs `double_z: true`")
         if self.use_linear_attn:
             raise ValueError("ddconfig: use_linear_attn is not supported")
-        if self.attn_type not in ATTENTION_TYPES:
-            raise unknown_name("attn_type", self.attn_type, ATTENTION_TYPES, where="ddconfig")
+        check_name("attn_type", self.attn_type, ATTENTION_TYPES, where="ddconfig")
 
     @property
     def widths(self) -> list[int]:
@@ -71,9 +70,7 @@ class Layout:
     def read(cls, ddconfig: Mapping[str, Any]) -> "Layout":
         """Check the names in a `ddconfig`, and build the layout."""
         names = [field.name for field in dataclasses.fields(cls)]
-        for name in ddconfig:
-            if name not in names:
-                raise unknown_name("parameter", name, names, where="ddconfig")
+        check_names("parameter", ddconfig, names, where="ddconfig")
         return cls(**ddconfig)
 
 

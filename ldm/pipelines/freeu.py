@@ -7,7 +7,7 @@ from ldm.model import LatentDiffusion
 from ldm.nets.freeu import FreeU
 from ldm.nets.unet import UNet
 from ldm.pipelines.families import file_name, is_sdxl
-from ldm.runtime.errors import ArgumentError, unknown_name
+from ldm.runtime.errors import ArgumentError, check_name
 
 __all__ = ["find_factors", "make_freeu"]
 
@@ -36,8 +36,7 @@ def make_freeu(
         ArgumentError: a wrong value, or a UNet without a block that it changes.
     """
     factors, version = find_factors(model, value), version or "1"
-    if version not in FREEU_VERSIONS:
-        raise unknown_name("version of freeu", version, FREEU_VERSIONS, argument="freeu_version")
+    check_name("version of freeu", version, FREEU_VERSIONS, argument="freeu_version")
     unet = model.unet
     if not isinstance(unet, UNet):
         raise ArgumentError("freeu is not for the x2 latent upscaler", "freeu")

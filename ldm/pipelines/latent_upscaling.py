@@ -23,7 +23,7 @@ from ldm.nets.latent_upscaler import LatentUpscalerUNet
 from ldm.pipelines.families import family_of, file_name
 from ldm.pipelines.quirks import Noise, Quirks
 from ldm.pipelines.sampling import SamplingOptions, default_scale, run_sigmas, sample
-from ldm.runtime.errors import ArgumentError, unknown_name
+from ldm.runtime.errors import ArgumentError, check_name
 
 __all__ = ["FACTOR", "Upscaling", "check_latent", "check_noise", "check_sides", "double_latent"]
 
@@ -59,8 +59,7 @@ class Upscaling:
 
 def check_noise(model: LatentDiffusion, sigma: float, kind: str) -> None:
     """Raise ArgumentError for a noise level of the small latent that a model does not know."""
-    if kind not in LowResLatent.NOISE_KINDS:
-        raise unknown_name("kind of noise", kind, LowResLatent.NOISE_KINDS, argument="noise_kind")
+    check_name("kind of noise", kind, LowResLatent.NOISE_KINDS, argument="noise_kind")
     if not sigma >= 0:
         raise ArgumentError(f"noise_sigma must be 0 or more, got {sigma}", "noise_sigma")
     assert isinstance(model.unet, LatentUpscalerUNet)

@@ -40,7 +40,7 @@ from ldm.nets.tiling import apply_tiled
 from ldm.pipelines.families import file_name, is_sdxl
 from ldm.pipelines.freeu import make_freeu
 from ldm.pipelines.quirks import Noise, Quirks, noise_source
-from ldm.runtime.errors import ArgumentError, unknown_name
+from ldm.runtime.errors import ArgumentError, check_name, unknown_name
 
 __all__ = [
     "SamplingOptions",
@@ -360,8 +360,7 @@ def check_sampling(
     legacy: Iterable[str] = (),
 ) -> None:
     """Raise ArgumentError for an unknown name or a value out of range, before any network runs."""
-    if sampler not in names.SAMPLERS:
-        raise unknown_name("sampler", sampler, names.SAMPLERS, argument="sampler")
+    check_name("sampler", sampler, names.SAMPLERS, argument="sampler")
     if scheduler is not None and scheduler not in names.SCHEDULERS:
         raise unknown_name("scheduler", scheduler, names.SCHEDULERS, argument="scheduler")
     step_noise.check(sampler)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from ldm.prompts import a1111, comfy, compel
 from ldm.prompts.prompt import ParsedPrompt
-from ldm.runtime.errors import ArgumentError, unknown_name
+from ldm.runtime.errors import ArgumentError, check_name
 
 __all__ = ["PLAIN", "SYNTAXES", "check_syntax", "parse_prompt"]
 
@@ -19,8 +19,7 @@ SYNTAXES = (PLAIN, *PARSERS)
 
 def check_syntax(syntax: str) -> None:
     """Raise UnknownName for a name that is not in SYNTAXES."""
-    if syntax not in SYNTAXES:
-        raise unknown_name("syntax", syntax, SYNTAXES, argument="syntax")
+    check_name("syntax", syntax, SYNTAXES, argument="syntax")
 
 
 def parse_prompt(

@@ -18,7 +18,7 @@ Messages speak of arguments and files. Command lines know which flag sets an arg
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ __all__ = [
     "UnknownName",
     "WeightsMismatch",
     "WrongFamily",
+    "check_name",
+    "check_names",
     "explain",
     "is_out_of_memory",
     "nearest_name",
@@ -171,6 +173,26 @@ def unknown_name(
     if 0 < len(names) <= MAX_LISTED:
         message += f"{'' if near else ','} choose one of {', '.join(names)}"
     return UnknownName(f"{where}: {message}" if where else message, argument)
+
+
+def check_name(
+    kind: str,
+    name: object,
+    allowed: Collection[object],
+    where: str = "",
+    argument: str | None = None,
+) -> None:
+    """Raise UnknownName for a name outside a closed list; arguments as those of `unknown_name`."""
+    if name not in allowed:
+        raise unknown_name(kind, name, map(str, allowed), where, argument)
+
+
+def check_names(
+    kind: str, names: Iterable[object], allowed: Collection[object], where: str = ""
+) -> None:
+    """Raise UnknownName for the first name outside a closed list."""
+    for name in names:
+        check_name(kind, name, allowed, where)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

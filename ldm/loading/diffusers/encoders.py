@@ -13,7 +13,7 @@ from ldm.encoders.image import MEAN, STD, VISION, VISION_DEFAULTS
 from ldm.encoders.text import CLIP_LARGE, TEXT_SIZES, CLIPText, OpenCLIPText, TextEncoder, TextSize
 from ldm.encoders.towers import VOCAB, CLIPBlock, OpenCLIPBlock, VisionTower, quick_gelu
 from ldm.loading.diffusers.networks import read_equal, validate_config
-from ldm.runtime.errors import ConfigError, unknown_name
+from ldm.runtime.errors import ConfigError, check_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
@@ -305,8 +305,7 @@ def depth_processor_config(side: int) -> JsonObject:
 def is_openai_clip(config: Config, where: str) -> bool:
     """Return whether a CLIP is OpenAI's, by its activation."""
     activation = config.get("hidden_act", "quick_gelu")
-    if activation not in ACTIVATIONS:
-        raise unknown_name("hidden_act", activation, ACTIVATIONS, where)
+    check_name("hidden_act", activation, ACTIVATIONS, where)
     return bool(activation == "quick_gelu")
 
 

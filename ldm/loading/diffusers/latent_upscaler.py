@@ -22,7 +22,7 @@ from ldm.loading.diffusers.layout import (
 from ldm.loading.k_diffusion import upscaler_config
 from ldm.model import LatentDiffusion
 from ldm.nets.latent_upscaler import HEAD_WIDTH, LatentUpscalerUNet
-from ldm.runtime.errors import ConfigError, unknown_name
+from ldm.runtime.errors import ConfigError, check_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = ["folder_configs_x2", "is_x2_folder", "original_config_x2"]
@@ -156,11 +156,9 @@ def _scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> JsonObje
 def _set_levels(params: JsonObject, config: JsonMapping) -> None:
     """Put the noise levels of a scheduler into our config; diffusers' default is linear."""
     prediction = config.get("prediction_type")
-    if prediction not in PREDICTION_TYPES:
-        raise unknown_name("prediction_type", prediction, PREDICTION_TYPES, SCHEDULER)
+    check_name("prediction_type", prediction, PREDICTION_TYPES, SCHEDULER)
     kind = config.get("interpolation_type", "linear")
-    if kind not in INTERPOLATIONS:
-        raise unknown_name("interpolation_type", kind, INTERPOLATIONS, SCHEDULER)
+    check_name("interpolation_type", kind, INTERPOLATIONS, SCHEDULER)
     if config.get("trained_betas"):
         raise ConfigError(f"{SCHEDULER}: `trained_betas` are not supported here")
     betas = schedulers.beta_params(config, SCHEDULER)

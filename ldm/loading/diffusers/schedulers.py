@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm.diffusion.schedule import make_betas
-from ldm.runtime.errors import unknown_name
+from ldm.runtime.errors import check_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
@@ -102,6 +102,5 @@ def _read_name(
     config: JsonMapping, key: str, default: str, names: Mapping[str, str], where: str
 ) -> str:
     name = config.get(key, default)
-    if name not in names:
-        raise unknown_name(key, name, names, where)
+    check_name(key, name, names, where)
     return names[name]

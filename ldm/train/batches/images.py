@@ -13,7 +13,7 @@ from ldm.data.shards import Shards
 from ldm.data.transforms import PhotoTransform, Transform
 from ldm.encoders.text import TextEncoder, collect_vocabulary
 from ldm.model import LatentDiffusion
-from ldm.runtime.errors import unknown_name
+from ldm.runtime.errors import check_name
 from ldm.runtime.types import JsonMapping
 
 __all__ = ["fill_vocabulary", "open_images", "warn_of_missing_captions"]
@@ -41,8 +41,7 @@ def open_images(
     """
     transform = dict(spec["transform"])
     name = transform.pop("name", None)
-    if name not in TRANSFORMS:
-        raise unknown_name("transform", name, TRANSFORMS, where)
+    check_name("transform", name, TRANSFORMS, where)
     kind = next(kind for kind in ("root", "hub", "shards") if kind in spec)
     try:
         options = {**spec, "transform": TRANSFORMS[name](**transform)}

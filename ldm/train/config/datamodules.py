@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterable, Mapping
 
 from ldm.data.options import rename_options
-from ldm.runtime.errors import unknown_name
+from ldm.runtime.errors import check_names, unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.config.schema import Data, validate
 
@@ -210,9 +210,7 @@ def _drop(params: JsonObject, reasons: Mapping[str, str], where: str) -> None:
 
 def _refuse_others(params: JsonMapping, known: Iterable[str], where: str) -> None:
     names = list(known)
-    for key in params:
-        if key not in names:
-            raise unknown_name("key", key, names, where)
+    check_names("key", params, names, where)
 
 
 def _cannot_read(where: str, target: object, size: object = 512) -> ValueError:

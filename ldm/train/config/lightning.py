@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ldm.runtime.errors import unknown_name
+from ldm.runtime.errors import check_names, unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.config.schema import LightningTrainer, fields_of
 from ldm.train.config.sgm import is_engine, translate_training
@@ -231,9 +231,7 @@ def _translate_callbacks(raw: JsonMapping, result: _Translation) -> None:
 def _translate_image_logger(params: JsonObject, result: _Translation) -> None:
     where = "lightning.callbacks.image_logger.params"
     known = [*IMAGE_LOGGER, *IGNORED_IMAGE_LOGGER]
-    for key in params:
-        if key not in known:
-            raise unknown_name("parameter of ImageLogger", key, known, where)
+    check_names("parameter of ImageLogger", params, known, where)
     kwargs = dict(params.get("log_images_kwargs") or {})
     images = params.get("max_images", 4)
     result.add(

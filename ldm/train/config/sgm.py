@@ -12,7 +12,7 @@ from typing import Any
 
 from ldm.diffusion.step_noise import STEP_NOISE
 from ldm.loading.sgm import ENGINE
-from ldm.runtime.errors import unknown_name
+from ldm.runtime.errors import check_name, check_names, unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 from ldm.train.tasks.criterion import LOSS_TYPES
 
@@ -78,8 +78,7 @@ def _translate_loss(params: JsonMapping) -> JsonObject:
         if sampler is not None:
             objective["noise_levels"] = _translate_levels(sampler, f"{where}.sigma_sampler_config")
         loss_type = loss.pop("loss_type", loss.pop("type", "l2"))
-        if loss_type not in LOSS_TYPES:
-            raise unknown_name("loss_type", loss_type, LOSS_TYPES, where)
+        check_name("loss_type", loss_type, LOSS_TYPES, where)
         objective["loss_type"] = loss_type
         if offset := loss.pop("offset_noise_level", 0):
             objective |= {"offset_noise": offset, "offset_noise_by": "sample"}
@@ -100,9 +99,7 @@ def _translate_levels(spec: JsonMapping, where: str) -> JsonObject | None:
     name, params = _read(spec, ("DiscreteSampling", "EDMSampling"), where)
     if name == "DiscreteSampling":
         return None
-    for key in params:
-        if key not in NOISE_LEVELS:
-            raise unknown_name("parameter", key, NOISE_LEVELS, where)
+    check_names("parameter", params, NOISE_LEVELS, where)
     return {NOISE_LEVELS[key]: value for key, value in params.items()}
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from ldm.runtime.errors import unknown_name
+from ldm.runtime.errors import check_name
 from ldm.runtime.types import JsonObject
 from ldm.train.optim.adamw import AdamW
 
@@ -42,8 +42,7 @@ def make_optimizer(
         UnknownName: another name.
         ImportError: a package is missing.
     """
-    if name not in OPTIMIZERS:
-        raise unknown_name("optimizer", name, OPTIMIZERS, "lightning.optimizer")
+    check_name("optimizer", name, OPTIMIZERS, "lightning.optimizer")
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     parameters = [p for _, p in named]

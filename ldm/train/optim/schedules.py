@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
-from ldm.runtime.errors import unknown_name
+from ldm.runtime.errors import check_name, check_names, unknown_name
 from ldm.runtime.types import JsonMapping
 
 __all__ = ["WHERE", "LearningRate", "lr_multiplier"]
@@ -41,8 +41,7 @@ class LearningRate:
     schedule: JsonMapping | None = None  # a `scheduler_config`, replaces `warm_up` and `decay`
 
     def __post_init__(self) -> None:
-        if self.decay not in DECAYS:
-            raise unknown_name("decay", self.decay, DECAYS)
+        check_name("decay", self.decay, DECAYS)
         self(0, 0.0)  # raises before anything is computed
 
     def __call__(self, step: int, progress: float) -> float:
@@ -68,9 +67,7 @@ def lr_multiplier(spec: JsonMapping) -> Callable[[int], float]:
         raise unknown_name("scheduler", spec.get("target"), KEYS, WHERE)
     params = dict(spec.get("params") or {})
     params.pop("verbosity_interval", None)
-    for key in params:
-        if key not in KEYS[name]:
-            raise unknown_name(f"parameter of {name}", key, KEYS[name], WHERE)
+    check_names(f"parameter of {name}", params, KEYS[name], WHERE)
     missing = [f"`{key}`" for key in KEYS[name] if key not in params]
     if missing:
         raise ValueError(f"{WHERE}: {name} needs {', '.join(missing)}")

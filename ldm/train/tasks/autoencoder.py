@@ -26,7 +26,7 @@ from ldm.nets.autoencoder import AutoencoderKL
 from ldm.nets.blocks import GroupNorm
 from ldm.nets.discriminator import PatchDiscriminator
 from ldm.nets.lpips import LPIPS
-from ldm.runtime.errors import unknown_name
+from ldm.runtime.errors import check_name, check_names
 from ldm.runtime.files import find_file
 from ldm.train.tasks.task import Batch, Losses, Task
 
@@ -71,9 +71,7 @@ def build_autoencoder_task(
     is_adversarial = isinstance(losses, LossConfig)
     parameters = fields(Adversarial if is_adversarial else Reconstruction)
     keywords = [field.name for field in parameters if field.kw_only]
-    for key in objective:
-        if key not in keywords:
-            raise unknown_name("keyword", key, keywords, "lightning.objective")
+    check_names("keyword", objective, keywords, "lightning.objective")
     if not is_adversarial:
         return Reconstruction(model, **objective)
     options = {"learn_logvar": params.get("learn_logvar", False), **objective}
@@ -159,8 +157,7 @@ class LossConfig:
     def __post_init__(self) -> None:
         if self.use_actnorm or self.disc_conditional:
             raise ValueError("`use_actnorm` and `disc_conditional` can only be false")
-        if self.disc_loss not in DISC_LOSSES:
-            raise unknown_name("disc_loss", self.disc_loss, DISC_LOSSES)
+        check_name("disc_loss", self.disc_loss, DISC_LOSSES)
 
 
 @dataclass(eq=False)
@@ -379,8 +376,7 @@ def _outlier_loss(maxima: Iterable[Tensor]) -> Tensor:
 
 def _freeze_encoder(model: AutoencoderKL, parts: str) -> None:
     """Freeze what latents depend on, if only the decoder is trained."""
-    if parts not in ("all", "decoder"):
-        raise unknown_name("value of trained", parts, ("all", "decoder"), "lightning.objective")
+    check_name("value of trained", parts, ("all", "decoder"), "lightning.objective")
     if parts == "decoder":
         model.encoder.requires_grad_(False)
         model.quant_conv.requires_grad_(False)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ldm.diffusion.denoiser import SIGMA_DATA, scalings
 from ldm.diffusion.schedule import NoiseSchedule, Schedule
-from ldm.runtime.errors import ArgumentError, unknown_name
+from ldm.runtime.errors import ArgumentError, check_name, unknown_name
 
 __all__ = ["LOSS_TYPES", "WEIGHTINGS", "Criterion", "denoised_weights"]
 
@@ -43,8 +43,7 @@ class Criterion(nn.Module):
 
     def __post_init__(self) -> None:
         super().__init__()
-        if self.loss_type not in LOSS_TYPES:
-            raise unknown_name("loss_type", self.loss_type, LOSS_TYPES)
+        check_name("loss_type", self.loss_type, LOSS_TYPES)
         if self.weighting not in (None, *WEIGHTINGS):
             raise unknown_name("weighting", self.weighting, WEIGHTINGS)
         self.vlb_weights: Tensor | None = None  # (T,)
