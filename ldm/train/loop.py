@@ -144,6 +144,7 @@ def train_step(run: Run, work: Work, lr: float) -> Losses:
     task.step = state.step
     losses: Losses = {}
     is_finite = True
+    # The discriminator comes last: it is trained on what the updated model makes.
     for network in state.networks.values():
         if network is state.discriminator and not task.trains_discriminator:
             continue
@@ -151,6 +152,7 @@ def train_step(run: Run, work: Work, lr: float) -> Losses:
         norm = _clip_gradients(network, state.scale.value, run.settings.trainer.gradient_clip_val)
         is_finite &= math.isfinite(norm)
         if math.isfinite(norm):
+            # Until all networks are updated, there is nothing to resume from after an exception.
             state.is_consistent = False
             state.is_saved = False
             for group in network.optimizer.param_groups:
@@ -253,9 +255,10 @@ def _synchronizing(network: TrainedNetwork, *, is_last: bool) -> AbstractContext
 def _clip_gradients(network: TrainedNetwork, scale: float, limit: float | None) -> float:
     """Divide gradients by the loss scale and clip their norm; return the norm before."""
     gradients = [p.grad for p in network.module.parameters() if p.grad is not None]
+    # On all processes: the norm of sharded gradients is that of all shards together.
     total = parallel.gather({"norm": nn.utils.get_total_norm(gradients)})["norm"]
     norm = float(total) / scale
-    factor = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
+    factor = min(1.0, limit / (norm + 1e-6)) if limit else 1.0  # as clip_grad_norm_
     if math.isfinite(norm) and factor / scale != 1:
         torch._foreach_mul_(gradients, factor / scale)  # no public torch function takes a list
     return norm
@@ -268,6 +271,7 @@ def _agree(
     is_first = run.ranks.is_first
     due = {name: every(run.state.step) and is_first for name, (every, _) in actions.items()}
     requested = [due[name] or name in requests for name in actions]
+    # The first process's clock counts for all: the others add 0 to the maximum.
     total = run.state.seconds + seconds if is_first else 0.0
     run.state.seconds, stop, *flags = run.ranks.max([total, "stop" in requests, *requested])
     return bool(stop), [name for name, flag in zip(actions, flags, strict=True) if flag]
@@ -296,6 +300,7 @@ def _saving_on_error(run: Run) -> Iterator[None]:
         yield
     except Exception:
         state = run.state
+        # All processes save together: of several, the others may never come here.
         if run.ranks.world_size == 1 and state.is_consistent and state.step:
             with contextlib.suppress(OSError):
                 save(run)

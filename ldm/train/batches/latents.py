@@ -114,6 +114,7 @@ class LatentCache:
             def encode(batch: Sequence[LatentInput]) -> Iterator[Entry | None]:
                 samples = list(pool.map(self._transform_image, batch))
                 readable = [sample for sample in samples if sample is not None]
+                # What `prepare` draws depends on the batch, not on when it is computed.
                 key = self.key(batch[0].content, batch[0].size, batch[0].variant)
                 generator = torch.Generator().manual_seed(int(key[:15], 16))
                 entries = iter(_encode(model, readable, self.precision, generator))

@@ -80,6 +80,7 @@ class Evaluator:
         features, values = [], []
         for start in range(0, len(self.prompts), run.batch_size):
             prompts = self.prompts[start : start + run.batch_size]
+            # An image depends on its number alone, not on the batch size.
             seeds = list(range(start, start + len(prompts)))
             with run.autocast():
                 images = to_pil(txt2img(model, prompts, seeds=seeds, **sampling))

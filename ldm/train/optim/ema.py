@@ -32,6 +32,7 @@ class EMA:
     def update(self, module: nn.Module) -> None:
         """Move the average towards the weights of `module`."""
         self.updates += 1
+        # The warm-up is the original's: without it, initial weights would stay in for 1e4 steps.
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         parameters = dict(module.named_parameters())
         shadow = list(self.shadow.values())
@@ -46,6 +47,7 @@ class EMA:
             return
         reshard(module)  # FSDP may hold gathered weights after a forward pass
         parameters = dict(module.named_parameters())
+        # Values are copied, not tensors exchanged: optimizer and shards refer to the tensors.
         backup = {name: parameters[name].detach().clone() for name in self.shadow}
         _copy(self.shadow, parameters)
         try:

@@ -128,6 +128,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     x = matrix.float()
     is_tall = x.shape[0] > x.shape[1]
     x = x.mT if is_tall else x
+    # The iteration needs singular values up to 1; the Frobenius norm is no less than they are.
     x = x / (x.norm() + 1e-7)
     gram = x @ x.mT  # (m, m)
     identity = torch.eye(len(gram), device=x.device)
@@ -150,6 +151,7 @@ def _muon_update(grad: Tensor, state: Moments, group: Group) -> Tensor:
     look_ahead = grad.lerp(state["mean"], group["momentum"])  # Nesterov's
     matrix = look_ahead.full_tensor() if isinstance(look_ahead, DTensor) else look_ahead
     matrix = matrix.flatten(1)  # (m, n)
+    # The root mean square of an update is then 0.2, about AdamW's: one rate suits both.
     scale = 0.2 * max(matrix.shape) ** 0.5
     update: Tensor = (orthogonalize(matrix) * scale).view(grad.shape)
     if not isinstance(grad, DTensor):

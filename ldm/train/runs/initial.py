@@ -85,6 +85,7 @@ def _load(
     for name in rename_weights(dict.fromkeys(widened, torch.empty(0))):
         name = name.removeprefix(prefix)
         if name in state and name in current and _has_fewer_inputs(state[name], current[name]):
+            # New input channels have no effect yet: the fine-tune starts as the old model.
             wide = torch.zeros_like(current[name])
             wide[:, : state[name].shape[1]] = state[name]
             state[name] = wide

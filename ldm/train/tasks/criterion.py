@@ -60,6 +60,7 @@ class Criterion(nn.Module):
         """Compute the weights (B,) float32 of the errors at timesteps t."""
         sigma = self.schedule.t_to_sigma(t)
         c_out = scalings(self.parameterization, sigma, self.model_sigma_data)[1]
+        # Weights are of the denoised latent's error, which is |c_out| times the prediction's.
         if self.min_snr_gamma is not None:
             weights = (sigma**-2).clamp(max=self.min_snr_gamma) * c_out**2
         elif self.weighting is not None:
@@ -113,6 +114,7 @@ def _nearest_rows(schedule: NoiseSchedule, t: Tensor) -> Tensor:
     """Return the indices (B,) int64 of timesteps in tables with a row for each noise level."""
     if not t.is_floating_point():
         return t
+    # Continuous timesteps have no row of their own.
     first, last = schedule.t_range
     steps = len(schedule) - 1
     return ((t - first) / (last - first) * steps).round().long().clamp(0, steps)

@@ -132,6 +132,7 @@ class Diffusion(Task):
         elif "z_std" in batch:
             z = z + batch["z_std"] * torch.randn(z.shape, generator=generator).to(z)
 
+        # All draws are from one generator: another order would give other numbers for a seed.
         # Draw timesteps and noise.
         t = draw_timesteps(
             model.schedule,
@@ -157,6 +158,7 @@ class Diffusion(Task):
         return nullcontext()
 
     def _draw_noise(self, z: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        # On the CPU, so that a seed means the same noise on every device.
         noise = torch.randn(z.shape, generator=generator)
         if self.offset_noise:
             channels = z.shape[1] if self.offset_noise_by == "channel" else 1

@@ -24,6 +24,7 @@ class LogNormal:
 
     def sigmas(self, quantiles: Tensor) -> Tensor:
         """Return the noise levels float64 below which these fractions of all draws are."""
+        # The normal quantiles of 0 and 1 are infinite.
         normal: Tensor = torch.special.ndtri(quantiles.double().clamp(1e-6, 1 - 1e-6))
         return (self.mean + self.std * normal).exp()
 
@@ -56,6 +57,7 @@ def spread_timesteps(
 ) -> Tensor:
     """Draw n timesteps (n,) int64 in 0 … timesteps - 1, with the `noise_bias` of `Diffusion`."""
     quantiles = spread_quantiles(n, generator)
+    # The greatest quantile may be rounded to 1.
     return (quantiles ** (1 / bias) * timesteps).long().clamp(max=timesteps - 1)
 
 
