@@ -338,6 +338,7 @@ class _Dropout:
         replaced = [null if is_dropped else sample for sample, is_dropped in pairs]
         if "mutating-legacy-ucg" not in self.legacy:
             return samples, replaced
+        # There, the next encoder of the key draws anew, for samples that are replaced already.
         del self.draws[encoder.key]
         return replaced, replaced
 
@@ -370,5 +371,6 @@ class _Dropout:
 
     def _draw(self, key: str, n: int) -> Tensor:
         if key not in self.draws:
+            # Once per batch key, so that two encoders of a prompt drop the same samples.
             self.draws[key] = torch.rand(n, generator=self.generator)
         return self.draws[key]

@@ -134,6 +134,7 @@ class Denoiser:
         schedule = self.schedule
         is_step = not t.is_floating_point() and self.parameterization != "edm"
         if is_step and isinstance(schedule, Schedule) and schedule.tells_index:
+            # Rounded as the original's `q_sample`: dividing z + sigma noise would round otherwise.
             return self._run_network(schedule.add_noise(z, noise, t), t, cond)
         sigma = schedule.t_to_sigma(t)
         return self.predict(z + _column(sigma, z) * noise, sigma, cond)
@@ -148,6 +149,7 @@ class Denoiser:
         cond = cond or Cond()
         if cond.concat is not None:
             z_t = torch.cat([z_t, cond.concat.to(z_t.dtype)], dim=1)  # (B, C + concat, h, w)
+        # Also for networks in half precision, which could not tell 998 from 998.2.
         t = t.to(z_t.device, torch.float32).expand(len(z_t))
         slots = {"context": cond.crossattn, "y": cond.vector}
         if cond.context_mask is not None:

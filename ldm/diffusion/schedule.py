@@ -77,6 +77,7 @@ def make_betas(
         offset = cosine_s if name == "cosine" else 8e-3
         u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
         alpha_bar = torch.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2
+        # A beta of 1, the last one, would leave no signal (arXiv:2102.09672, section 3.2).
         return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(0, 0.999)
     allowed = ("linear", "sqrt_linear", "sqrt", "cosine", "squaredcos_cap_v2")
     raise unknown_name("beta schedule", name, allowed)
@@ -179,6 +180,7 @@ class Schedule(NoiseSchedule):
 
     def __post_init__(self) -> None:
         betas = rescale_zero_terminal_snr(self.betas) if self.zero_snr else self.betas.double()
+        # In float64: 1 / ᾱ - 1 of the first levels is 1e-3, and float32 would keep four digits.
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         object.__setattr__(self, "betas", betas)
         object.__setattr__(self, "alphas_cumprod", alphas_cumprod)
@@ -208,6 +210,7 @@ class Schedule(NoiseSchedule):
 
     def sigma_to_t(self, sigma: Tensor | float) -> Tensor:
         """Convert a noise level to a fractional timestep, clamped to 0 … T-1."""
+        # Between timesteps log ᾱ is linear, as in DPM-Solver (arXiv:2206.00927).
         table = self.alphas_cumprod.log().flip(0)
         return _interpolate(sigma, table, torch.arange(len(self) - 1, -1, -1))
 
@@ -240,6 +243,7 @@ class Schedule(NoiseSchedule):
         return self.network_levels[index]
 
     def _nearest(self, value: Tensor) -> Tensor:
+        # In float32, as sgm: which of two neighbours is the nearest may depend on it.
         return (value.float()[..., None] - self.network_levels.float()).abs().argmin(dim=-1)
 
     def add_noise(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -270,6 +274,7 @@ class Schedule(NoiseSchedule):
         else:
             variance = self.buffers()["posterior_variance"].double()
             weights = self.betas**2 / (2 * variance * (1 - self.betas) * (1 - alphas_cumprod))
+        # The first is infinite, as that posterior has no variance: the original repeats the next.
         return torch.cat([weights[1:2], weights[1:]])
 
     def buffers(self) -> dict[str, Tensor]:

@@ -66,6 +66,7 @@ def preprocess(
     if antialias and max(factors) > 1:
         for dim, factor in zip((-2, -1), factors, strict=True):
             image = _gaussian_blur(image, dim, *_window(factor, blur))
+    # Corners are aligned, as in the original's call of kornia.
     image = F.interpolate(image, (size, size), mode="bicubic", align_corners=True)
     mean, std = (image.new_tensor(values)[:, None, None] for values in (MEAN, STD))
     return ((image + 1) / 2 - mean) / std

@@ -291,6 +291,7 @@ class TextEncoder(Encoder):
         ids = self.token_ids
         if ids is None:
             return tokens
+        # Beyond the greatest id the last one is compared, which differs: row 0.
         indices = torch.searchsorted(ids, tokens).clamp(max=len(ids) - 1)
         return torch.where(ids[indices] == tokens, indices + 1, tokens.clamp(max=0))
 

@@ -386,6 +386,7 @@ def _init_block(
 ) -> None:
     """Initialize one of `layers` blocks, given the inputs and outputs of its residual branches."""
     width = inputs[0].shape[1]
+    # Standard deviations of OpenAI's CLIP: a deeper tower adds less in each residual branch.
     nn.init.normal_(cast(Linear, hidden).weight, std=(2 * width) ** -0.5)
     for weight in inputs:
         nn.init.normal_(weight, std=width**-0.5)

@@ -143,6 +143,7 @@ def inception_pixels(image: Image.Image, resize: str) -> Tensor:
         ]
         x = torch.from_numpy(np.stack([np.array(plane) for plane in planes]))[None]
         return (x.clamp(0, 255) - 128) / 128
+    # Without antialiasing a smaller image aliases, which "clean" avoids (arXiv:2104.11222).
     unit = torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0)[None] / 255
     return 2 * F.interpolate(unit, (side, side), mode="bilinear", align_corners=False) - 1
 

@@ -168,6 +168,7 @@ def _square_root(covariance: Tensor) -> Tensor:
 def _distance(mean: Tensor, covariance: Tensor, reference: Statistics, root: Tensor) -> float:
     """Compute the Fréchet distance; `root` is the square root of the reference's covariance."""
     product = root @ covariance @ root
+    # Symmetric but for rounding; eigenvalues of √C₁ C₂ √C₁ are those of C₁ C₂, and real.
     values = torch.linalg.eigvalsh((product + product.mT) / 2)
     traces = covariance.trace() + reference.covariance.trace()
     shift = (mean - reference.mean).square().sum()

@@ -77,9 +77,11 @@ def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if os.environ.get("ATTN_PRECISION", "fp32") == "fp32":
         dtype = torch.promote_types(q.dtype, torch.float32)
         q, k = q.to(dtype), k.to(dtype)
+    # Autocast would multiply q and k in half precision again.
     with torch.autocast(q.device.type, enabled=False):
         scores: Tensor = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, heads, N, M)
         if mask is not None:
+            # Not -inf, which would make NaN of a row without keys; the original's number.
             scores = scores.masked_fill(~mask, -torch.finfo(scores.dtype).max)
         return scores.softmax(-1).to(v.dtype) @ v  # (B, heads, N, d)
 

@@ -85,6 +85,7 @@ class DiagonalGaussian:
     def __init__(self, parameters: Tensor, deterministic: bool = False) -> None:
         self.parameters = parameters
         self.mean, logvar = parameters.chunk(2, dim=1)  # (B, C, h, w) each
+        # The original's limits, so that no standard deviation overflows float16.
         self.logvar = logvar.clamp(-30.0, 20.0)
         self.std = torch.zeros_like(self.mean) if deterministic else (0.5 * self.logvar).exp()
         self.deterministic = deterministic

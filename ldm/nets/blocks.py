@@ -109,6 +109,7 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000) -> Tensor
 
     f_k = max_period ** (-2k / dim); Vaswani et al. 2017 (arXiv:1706.03762), section 3.5.
     """
+    # In float32 whatever the network: angles go to 999, where float16 has steps of 0.5.
     half = dim // 2
     k = torch.arange(half, dtype=torch.float32, device=t.device)
     angles = t[:, None].float() * torch.exp(-math.log(max_period) * k / half)  # (B, dim // 2)

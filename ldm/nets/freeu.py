@@ -54,6 +54,7 @@ def scale_low_frequencies(x: Tensor, factor: float) -> Tensor:
         return x
     height, width = x.shape[-2:]
     rows, columns = (_waves(n, x.device) for n in (height, width))  # (3, h), (3, w)
+    # Autocast would sum over all positions in half precision.
     with torch.autocast(x.device.type, enabled=False):
         product = rows @ x.float() @ columns.T  # (B, C, 3, 3)
         # sin a = sin y cos y' - cos y sin y': a quarter turn of cos and sin, for both axes.

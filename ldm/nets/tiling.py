@@ -40,6 +40,7 @@ def apply_tiled(
                 total = part.new_zeros(height * factor, width * factor)
             overlap = tile * factor // 4
             ramps = (_ramp(side, overlap) for side in part.shape[-2:])
+            # Weights of neighbours need not add up to 1: the sum is divided by at the end.
             weight = torch.outer(*ramps).to(part)
             area = (..., _enlarge(rows, factor)[:, None], _enlarge(columns, factor))
             whole[area] += part * weight

@@ -142,6 +142,7 @@ class TransformerBlock(CheckpointedLayer):
             dim_head=d_head,
             dropout=dropout,
         )
+        # Built before `attn2`, as in the original: initial weights are drawn in this order.
         self.ff = FeedForward(dim=dim, glu=gated_ff, dropout=dropout)
         self.attn2 = CrossAttention(
             query_dim=dim, context_dim=context_dim, heads=n_heads, dim_head=d_head, dropout=dropout
@@ -183,7 +184,7 @@ class SpatialTransformer(Layer):
         super().__init__()
         inner = n_heads * d_head
         self.use_linear = use_linear
-        self.norm = GroupNorm(in_channels, eps=1e-6)
+        self.norm = GroupNorm(in_channels, eps=1e-6)  # residual blocks have 1e-5
         self.proj_in = Linear(in_channels, inner) if use_linear else Conv2d(in_channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(
