@@ -1,6 +1,7 @@
 """Build the parts of a run from its settings: the model as configured, its task, its state."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -19,10 +20,18 @@ from ldm.train.optim.optimizers import make_optimizer
 from ldm.train.state import LossScale, State, TrainedNetwork
 from ldm.train.tasks.adaptation import Adaptation
 from ldm.train.tasks.autoencoder import build_autoencoder_task
+from ldm.train.tasks.criterion import Criterion
 from ldm.train.tasks.diffusion import Diffusion
 from ldm.train.tasks.task import LossFunction, Task
 
-__all__ = ["build_state", "build_task", "configure_model", "diffusion_options", "set_checkpointing"]
+__all__ = [
+    "build_diffusion",
+    "build_state",
+    "build_task",
+    "configure_model",
+    "diffusion_options",
+    "set_checkpointing",
+]
 
 
 def configure_model(model: nn.Module, trainer: Trainer) -> None:
@@ -71,7 +80,7 @@ def build_task(model: nn.Module, settings: Settings, *, load_weights: bool = Tru
         raise ValueError(
             f"`{type(model).__name__}` cannot be trained, only LatentDiffusion and AutoencoderKL"
         )
-    task = Diffusion(model, **diffusion_options(params, settings.objective))
+    task = build_diffusion(model, **diffusion_options(params, settings.objective))
     lora, inversion = settings.lora, settings.textual_inversion
     if lora is None and inversion is None:
         return task
@@ -80,8 +89,14 @@ def build_task(model: nn.Module, settings: Settings, *, load_weights: bool = Tru
     )
 
 
+def build_diffusion(model: LatentDiffusion, **options: Any) -> Diffusion:
+    """Build the task out of its keywords and those of `Criterion`."""
+    criterion = {f.name: options.pop(f.name) for f in fields(Criterion) if f.name in options}
+    return Diffusion(model, criterion_options=criterion, **options)
+
+
 def diffusion_options(params: JsonMapping, objective: JsonMapping) -> JsonObject:
-    """Collect the keywords of `Diffusion` from a config.
+    """Collect the keywords of `build_diffusion` from a config.
 
     Args:
         params: of the model, with the original's keys; its `ucg_training` and `embedding_dropout`

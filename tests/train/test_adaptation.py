@@ -18,10 +18,10 @@ from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
 from ldm.loading.legacy import translate_config
 from ldm.train.batches.class_images import sample_class_images
+from ldm.train.build import build_diffusion
 from ldm.train.loop import train
 from ldm.train.run import Run
 from ldm.train.tasks.adaptation import Adaptation
-from ldm.train.tasks.diffusion import Diffusion
 from train.tinyrun import tiny_run
 
 # The base model has learned nothing, which the sanity check would say.
@@ -122,7 +122,7 @@ def test_the_recipes_fit_the_models(base: str, recipe: str, parts: set[str]) -> 
     model: Any = build_on_meta(translate_config(raw))
     settings = raw["lightning"]
     peft = (settings.get("lora"), settings.get("textual_inversion"))
-    task = Adaptation(Diffusion(model, **settings["objective"]), *peft)
+    task = Adaptation(build_diffusion(model, **settings["objective"]), *peft)
     assert task.trainable.keys() == parts
     if "lora" in parts and base != "demo/text2img":
         assert len(task.trainable["lora"]) == (722 if recipe == "lora-xl" else 192)

@@ -14,7 +14,7 @@ from ldm.encoders.text import collect_vocabulary
 from ldm.loading.config import instantiate
 from ldm.model import LatentDiffusion
 from ldm.nets.autoencoder import PixelSpace
-from ldm.train.build import diffusion_options
+from ldm.train.build import build_diffusion, diffusion_options
 from ldm.train.optim.ema import EMA
 from ldm.train.optim.optimizers import make_optimizer
 from ldm.train.runs.initial import measure_scale
@@ -136,7 +136,7 @@ class Recorder(nn.Module):
 def task_of(**options: Any) -> Diffusion:
     parts: dict[str, Any] = {"unet": Recorder(), "autoencoder": PixelSpace()}
     model = LatentDiffusion(conditioner=Conditioner(), schedule=SCHEDULE, **parts)
-    return Diffusion(model, **options)
+    return build_diffusion(model, **options)
 
 
 def input_noise(task: Diffusion) -> tuple[Tensor, float]:

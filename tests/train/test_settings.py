@@ -238,7 +238,7 @@ def test_the_keywords_of_tasks_are_known() -> None:
     keywords = {*signature(Reconstruction).parameters, *signature(Adversarial).parameters}
     assert {*schema.fields_of(schema.Reconstruction)} == keywords - {"model", "losses"}
     keywords = {*signature(Diffusion).parameters, *signature(Criterion).parameters}
-    given = {"model", "criterion", "schedule", "parameterization", "model_sigma_data"}
+    given = {"model", "criterion_options", "schedule", "parameterization", "model_sigma_data"}
     assert {*schema.fields_of(schema.Denoising)} == keywords - given
 
 

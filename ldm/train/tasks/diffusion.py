@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from dataclasses import KW_ONLY, dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ldm.conditioning import LEGACY_DROPOUT
 from ldm.data.source import to_device
 from ldm.model import LatentDiffusion
+from ldm.runtime.types import JsonMapping
 from ldm.train.tasks.criterion import Criterion
 from ldm.train.tasks.noise_levels import LogNormal, draw_timesteps
 from ldm.train.tasks.task import Batch, Losses, Task
@@ -20,68 +22,45 @@ ZERO_SIZES = "zero-sizes-in-previews"  # grids: the unconditional half has sizes
 QUIRKS = (*LEGACY_DROPOUT, ZERO_SIZES)
 
 
+@dataclass(eq=False)
 class Diffusion(Task):
-    """Training of the UNet of a LatentDiffusion, and of those encoders that are not frozen.
-
-    Args:
-        drop: probability of an empty caption, for classifier-free guidance; or probabilities by
-            batch key; or None for the `ucg_rate` of each encoder.
-        prior_weight: of the loss of the "prior" samples of a batch, images of the class beside
-            those of the subject (DreamBooth, arXiv:2208.12242).
-        noise_levels: keywords of `LogNormal`; None = all timesteps, or the defaults of `LogNormal`
-            where there are none.
-        timesteps: the first and the end of those that are trained; SDXL's refiner knows the lowest
-            200, (0, 200). None = all.
-        noise_bias: timesteps have the density t ** (noise_bias - 1): 1 is uniform, 2 prefers high
-            noise, where the caption alone decides.
-        offset_noise: standard deviation of a second noise that is constant over a channel, so that
-            the model learns to change the mean of an image; 0.1 is usual (Guttenberg 2023).
-        offset_noise_by: "channel", or "sample" for one constant of all channels.
-        input_perturbation: standard deviation of noise that is added to the input but not to the
-            target; 0.1 is usual (arXiv:2301.11706).
-        scale_by_std: export `scale_factor`, as it was measured.
-        legacy: quirks of the original, names in QUIRKS.
-        disable_first_stage_autocast: encode images in full precision, also under autocast.
-        criterion: keywords of `Criterion`.
-    """
+    """Training of the UNet of a LatentDiffusion, and of those encoders that are not frozen."""
 
     is_shardable: ClassVar[bool] = True
     model: LatentDiffusion
+    _: KW_ONLY
+    # Probability of an empty caption, for classifier-free guidance; or probabilities by batch key;
+    # or None for the `ucg_rate` of each encoder.
+    drop: float | Mapping[str, float] | None = 0.1
+    # Of the loss of the "prior" samples of a batch, images of the class beside those of the subject
+    # (DreamBooth, arXiv:2208.12242).
+    prior_weight: float = 1.0
+    # Keywords of `LogNormal`; None = all timesteps, or its defaults where there are none.
+    noise_levels: Mapping[str, float] | None = None
+    timesteps: Sequence[int] | None = None  # first and end, as (0, 200) of SDXL's refiner
+    # Timesteps have the density t ** (noise_bias - 1): 1 is uniform, 2 prefers high noise, where
+    # the caption alone decides.
+    noise_bias: float = 1.0
+    # Standard deviation of a second noise that is constant over a channel, so that the model learns
+    # to change the mean of an image; 0.1 is usual (Guttenberg 2023).
+    offset_noise: float = 0.0
+    offset_noise_by: str = "channel"  # or "sample" for one constant of all channels
+    # Standard deviation of noise in the input but not in the target; 0.1 is usual
+    # (arXiv:2301.11706).
+    input_perturbation: float = 0.0
+    scale_by_std: bool = False  # export `scale_factor`, as it was measured
+    legacy: Sequence[str] = ()  # quirks of the original, names in QUIRKS
+    disable_first_stage_autocast: bool = False  # encode images in full precision
+    criterion_options: JsonMapping = field(default_factory=dict)  # keywords of `Criterion`
 
-    def __init__(
-        self,
-        model: LatentDiffusion,
-        *,
-        drop: float | Mapping[str, float] | None = 0.1,
-        prior_weight: float = 1.0,
-        noise_levels: Mapping[str, float] | None = None,
-        timesteps: Sequence[int] | None = None,
-        noise_bias: float = 1.0,
-        offset_noise: float = 0.0,
-        offset_noise_by: str = "channel",
-        input_perturbation: float = 0.0,
-        scale_by_std: bool = False,
-        legacy: Sequence[str] = (),
-        disable_first_stage_autocast: bool = False,
-        **criterion: Any,
-    ) -> None:
-        self.model = model
-        self.drop = drop
-        self.prior_weight = prior_weight
-        self.noise_levels = None if noise_levels is None else LogNormal(**noise_levels)
-        self.timesteps = timesteps
-        self.noise_bias = noise_bias
-        self.offset_noise = offset_noise
-        self.offset_noise_by = offset_noise_by
-        self.input_perturbation = input_perturbation
-        self.scale_by_std = scale_by_std
-        self.legacy = legacy
-        self.disable_first_stage_autocast = disable_first_stage_autocast
+    def __post_init__(self) -> None:
+        model, levels = self.model, self.noise_levels
+        self.levels = None if levels is None else LogNormal(**levels)
         self.criterion = Criterion(
             model.schedule,
             model.parameterization,
             model_sigma_data=model.sigma_data,
-            **criterion,
+            **self.criterion_options,
         )
         self.criterion.to(model.device)
         model.autoencoder.requires_grad_(False)
@@ -138,7 +117,7 @@ class Diffusion(Task):
             model.schedule,
             len(z),
             generator,
-            levels=self.noise_levels,
+            levels=self.levels,
             bias=self.noise_bias,
             limits=self.timesteps,
         )  # (B,)
