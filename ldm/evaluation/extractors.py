@@ -5,7 +5,8 @@ CLIP, such as classifiers of one's own data.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -59,21 +60,17 @@ class PromptJudge(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
 class InceptionExtractor:
-    """The 2,048 features of FID.
+    """The 2,048 features of FID."""
 
-    Args:
-        resize: a name in RESIZES, see `inception_pixels`.
-        sha256: of the weights' file, to be printed.
-    """
+    dimensions: ClassVar[int] = INCEPTION_FEATURES
+    net: Inception
+    resize: str = "clean"  # a name in RESIZES, see `inception_pixels`
+    sha256: str | None = None  # of the weights' file, to be printed
 
-    dimensions = INCEPTION_FEATURES
-
-    def __init__(self, net: Inception, resize: str = "clean", sha256: str | None = None) -> None:
-        check_name("resize", resize, RESIZES, argument="resize")
-        self.net = net
-        self.resize = resize
-        self.sha256 = sha256
+    def __post_init__(self) -> None:
+        check_name("resize", self.resize, RESIZES, argument="resize")
 
     def describe(self) -> JsonObject:
         return {"name": "Inception", "resize": self.resize, "sha256": self.sha256}
@@ -84,19 +81,13 @@ class InceptionExtractor:
         return self.net(pixels.to(next(self.net.parameters()).device)).cpu()
 
 
+@dataclass(frozen=True, eq=False)
 class CLIPJudge:
-    """CLIP score: the cosine of the embeddings of image and prompt, -1 … 1.
+    """CLIP score: the cosine of the embeddings of image and prompt, -1 … 1."""
 
-    Args:
-        clip: with both towers.
-        name: of the model, to be printed.
-        sha256: of the weights' file.
-    """
-
-    def __init__(self, clip: CLIP, name: str = "CLIP", sha256: str | None = None) -> None:
-        self.clip = clip
-        self.name = name
-        self.sha256 = sha256
+    clip: CLIP
+    name: str = "CLIP"  # of the model, to be printed
+    sha256: str | None = None  # of the weights' file
 
     def describe(self) -> JsonObject:
         activation = self.clip.blocks[0].activation.__name__

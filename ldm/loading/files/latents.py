@@ -4,7 +4,7 @@ Ours also say how the image was made and of which autoencoder the latent is.
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +27,13 @@ INFO, SPACE = "ldm", "ldm.latent_space"  # keys of the texts
 FORMER_SCALE = 0.18215  # by which files without a version are scaled
 
 
+@dataclass(frozen=True, eq=False)
 class StoredLatent:
-    """The latent of a file.
+    """The latent of a file."""
 
-    Args:
-        latent: (1, C, h, w) float32, as the autoencoder has it.
-        space: the kind of latent; None = the file does not say it.
-    """
-
-    def __init__(self, path: str | Path, latent: Tensor, space: LatentSpace | None) -> None:
-        self.path = path
-        self.latent = latent
-        self.space = space
+    path: str | Path
+    latent: Tensor  # (1, C, h, w) float32, as the autoencoder has it
+    space: LatentSpace | None  # the kind of latent; None = the file does not say it
 
     def normalize(self, model: LatentDiffusion) -> Tensor:
         """Return it as the UNet of a model takes it, (1, C, h, w).
