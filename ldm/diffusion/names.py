@@ -85,14 +85,10 @@ class SLD:
         if isinstance(value, str):
             check_name("preset of sld", value, SLD_PRESETS, argument="sld")
             return SLD_PRESETS[value]
-        names = [field.name for field in fields(cls)]
-        if len(value) != len(names):
-            raise ArgumentError(
-                f"sld takes five numbers ({', '.join(names)}), got {len(value)}", "sld"
-            )
-        if value[0] % 1:  # of infinity and NaN, too
-            raise ArgumentError(f"sld: warmup {value[0]} is not a whole number", "sld")
-        return cls(int(value[0]), *map(float, value[1:]))
+        warmup, *others = _numbers("sld", value, fields(cls))
+        if warmup % 1:  # of infinity and NaN, too
+            raise ArgumentError(f"sld: warmup {warmup} is not a whole number", "sld")
+        return cls(int(warmup), *others)
 
 
 @dataclass(frozen=True)

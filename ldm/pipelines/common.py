@@ -378,13 +378,7 @@ def _sample_with_refiner(
     if run["z"] is not None:
         first, _ = quirks.first_step(run["strength"], steps, steps)
     end = max(Handover.of(options).index(model.schedule, sigmas, quirks), first)
-    callback = run.get("callback")
-
-    def on_step(offset: int) -> Callback | None:
-        """Count the steps of both models."""
-        total = steps - first
-        return callback and (lambda step, _, *latents: callback(step + offset, total, *latents))
-
+    on_step = partial(_count_on, run.get("callback"), steps - first)
     cond, uncond, further = conds
     base_run: SampleOptions = {
         **run, "sigmas": sigmas, "end": end, "callback": on_step(0), "further": further,
@@ -410,18 +404,14 @@ def _sample_and_double(
     run: SampleOptions,
 ) -> Tensor:
     """Sample, and sample latents of twice the size from the result with another model."""
-    legacy, callback = run.get("legacy", ()), run.get("callback")
+    legacy = run.get("legacy", ())
     sigmas = run_sigmas(model, Quirks.of(model, legacy), run)
     first, total = 0, len(sigmas) - 1
     if run["z"] is not None:
         first, _ = Quirks.of(model, legacy).first_step(run["strength"], total, total)
     steps: SamplingOptions = {"steps": upscaling.steps}
     total += len(run_sigmas(upscaling.model, Quirks(), steps)) - 1 - first
-
-    def on_step(offset: int) -> Callback | None:
-        """Count the steps of both models."""
-        return callback and (lambda step, _, *latents: callback(step + offset, total, *latents))
-
+    on_step = partial(_count_on, run.get("callback"), total)
     base_run: SampleOptions = {**run, "callback": on_step(0)}
     return double_latent(
         upscaling.model,
@@ -435,6 +425,11 @@ def _sample_and_double(
         unet_tile=run.get("unet_tile"),
         legacy=legacy,
     )
+
+
+def _count_on(callback: Callback | None, total: int, offset: int) -> Callback | None:
+    """Return a callback whose steps are counted in those of two models."""
+    return callback and (lambda step, _, *latents: callback(step + offset, total, *latents))
 
 
 def split_options(

@@ -30,7 +30,7 @@ def parse(*words):
     ("words", "message"),
     [
         (["--sld", "mild"], "unknown preset of sld `mild`, choose one of weak, medium, strong"),
-        (["--sld", "1,2,3"], "takes five numbers (warmup, scale, threshold, momentum_scale, "),
+        (["--sld", "1,2,3"], "takes 5 numbers (warmup, scale, threshold, momentum_scale, "),
         (["--sld", "1,2,x,0,0"], "`1,2,x,0,0` is not five numbers"),
         (["--sld", "1,2,0,0,2"], "beta must be in 0 … 1, got 2"),
         (["--sld", "max", "--sld-concept", "@concept.txt"], "no file `concept.txt`"),

@@ -214,7 +214,7 @@ def test_a_warmup_as_long_as_the_run_is_warned_of_and_changes_nothing(model):
     ("options", "message"),
     [
         ({"sld": "mild"}, "unknown preset of sld `mild`"),
-        ({"sld": [1, 2, 3]}, "takes five numbers .* got 3"),
+        ({"sld": [1, 2, 3]}, "takes 5 numbers .* got 3"),
         ({"sld": [0.5, 2, 3, 0, 0]}, "warmup 0.5 is not a whole number"),
         ({"sld": [0, 2, 0, 0, 1.5]}, "beta must be in 0 … 1"),
         ({"sld_concept": "a cat"}, "sld_concept needs sld"),
