@@ -119,7 +119,7 @@ def test_the_scale_of_an_autoencoder_is_kept(convert_family, tmp_path):
 @pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2"])
 def test_a_missing_text_encoder_is_said_in_one_line(folder, component):
     shutil.rmtree(folder / component)
-    with pytest.raises(FileFormatError, match=f"folder` has no `{component}/config.json`, the"):
+    with pytest.raises(FileFormatError, match=f"folder` has no `{component}/config.json`: "):
         ldm.load(folder)
 
 
