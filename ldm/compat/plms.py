@@ -40,17 +40,7 @@ WEIGHTS = {
 class PLMSSampler(TableSampler):
     """PLMS, which takes the output of any model for eps, as the original does."""
 
-    def make_schedule(
-        self,
-        ddim_num_steps: int,
-        ddim_discretize: str = "uniform",
-        ddim_eta: float = 0.0,
-        verbose: bool = True,
-    ) -> None:
-        if ddim_eta != 0:
-            raise ValueError("ddim_eta must be 0 for PLMS")
-        super().make_schedule(ddim_num_steps, ddim_discretize, ddim_eta, verbose)
-
+    takes_eta = False
     plms_sampling = TableSampler.walk
 
     def sampling(

@@ -83,11 +83,14 @@ class DiffusionModel(Protocol):
 
 
 class Sampler:
-    """A sampler over a model's `apply_model`; `make_schedule` and `sampling` are its own.
+    """A sampler over a model's `apply_model`.
 
     Args:
         device: Where the tables are; None for the model's device.
     """
+
+    make_schedule: Callable[..., None]
+    sampling: Callable[..., tuple[Tensor, Any]]  # latents (B, C, h, w), over that schedule
 
     def __init__(
         self, model: DiffusionModel, device: str | torch.device | None = None, **kwargs: object
@@ -99,20 +102,6 @@ class Sampler:
     def register_buffer(self, name: str, attr: object) -> None:
         """Set an attribute; tensors are moved to the device."""
         setattr(self, name, attr.to(self.device) if isinstance(attr, Tensor) else attr)
-
-    def make_schedule(
-        self,
-        ddim_num_steps: int,
-        ddim_discretize: str = "uniform",
-        ddim_eta: float = 0.0,
-        verbose: bool = True,
-    ) -> None:
-        """Choose timesteps, and compute the tables at them."""
-        raise NotImplementedError
-
-    def sampling(self, cond: Condition, shape: Sequence[int], **options: Any) -> Any:
-        """Sample latents of a shape (B, C, h, w) over the tables of `make_schedule`."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def sample(
@@ -155,7 +144,7 @@ class Sampler:
             DPM-Solver None.
         """
         self.make_schedule(ddim_num_steps=S, ddim_eta=eta, verbose=verbose)
-        result: tuple[Tensor, Any] = self.sampling(
+        return self.sampling(
             conditioning,
             (batch_size, *shape),
             callback=callback,
@@ -174,7 +163,6 @@ class Sampler:
             unconditional_conditioning=unconditional_conditioning,
             **unless_none(dynamic_threshold=dynamic_threshold, ucg_schedule=ucg_schedule),
         )
-        return result
 
 
 class TableSampler(Sampler):
@@ -186,6 +174,7 @@ class TableSampler(Sampler):
         ddim_sigmas: Standard deviations of new noise.
     """
 
+    takes_eta = True
     ddim_timesteps: np.ndarray
     ddim_alphas: Tensor
     ddim_alphas_prev: np.ndarray
@@ -219,6 +208,9 @@ class TableSampler(Sampler):
         ddim_eta: float = 0.0,
         verbose: bool = True,
     ) -> None:
+        """Choose timesteps, and compute the tables at them."""
+        if ddim_eta != 0 and not self.takes_eta:
+            raise ValueError("ddim_eta must be 0 for PLMS")
         if self._follows_model:
             self.device = self.model.device
         self.ddim_timesteps = make_ddim_timesteps(

@@ -119,7 +119,7 @@ class Task:
 
     def options(self) -> dict[str, tuple[Option, Value]]:
         """Return each option with its default, by name."""
-        return _options(self.name, tuple(self.groups().values()), tuple(self.defaults.items()))
+        return _options(tuple(self.groups().values()), tuple(self.defaults.items()))
 
     def request(self, values: Mapping[str, object] | None = None) -> Request:
         """Build a request for this task; options that are not in `values` have their defaults.
@@ -132,7 +132,7 @@ class Task:
 
 @cache
 def _options(
-    task: str, groups: tuple[type, ...], defaults: tuple[tuple[str, Value], ...]
+    groups: tuple[type, ...], defaults: tuple[tuple[str, Value], ...]
 ) -> dict[str, tuple[Option, Value]]:
     options: dict[str, tuple[Option, Value]] = {}
     for group in groups:
