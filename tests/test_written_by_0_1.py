@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import ldm
 import recipe
+from quick import some
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests/data/written_by_0_1"
@@ -33,6 +34,7 @@ LORA = DATA / f"logs/{RUNS}lora/checkpoints/last.safetensors"
 WORD = DATA / f"logs/{RUNS}word/checkpoints/last.safetensors"
 
 IMAGES = sorted(path.stem for path in (DATA / "images").glob("*.png") if "grid" not in path.name)
+QUICK_IMAGES = ("addons", "bf16", "img2img-legacy", "legacy", "mask", "plain", "prior", "upscale")
 # The machine-dependent columns of log.csv.
 MEASUREMENTS = {"images_per_second", "memory_gib"}
 
@@ -120,7 +122,7 @@ def runs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("name", some(IMAGES, *QUICK_IMAGES))
 def test_an_image_is_replayed(
     name: str, checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,10 +177,10 @@ def test_the_same_command_writes_the_same_json(
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
-        ("tiny", []),
+        pytest.param("tiny", [], marks=pytest.mark.slow),
         ("lora", ["data.params.latents.cache={}/cache", "data.params.texts.cache={}/cache"]),
         ("word", ["data.params.prior.root={}/logs/class"]),
-        ("autoencoder", []),
+        pytest.param("autoencoder", [], marks=pytest.mark.slow),
     ],
 )
 def test_a_run_goes_on_from_its_state(name: str, overrides: list[str], runs: Path) -> None:

@@ -160,8 +160,9 @@ CONFIGS = {"base_first_stage": "base_eps", "unclip_train": "unclip"}
     ("name", "case"),
     [
         ("get_input_concat", "inpaint"), ("get_input_concat", "depth"),
-        ("get_input_concat", "upscale"), ("get_input_more", "base_eps"),
-        ("get_input_more", "unclip_train"), ("get_input_more", "upscale_ft"),
+        ("get_input_more", "base_eps"), ("get_input_more", "unclip_train"),
+        pytest.param("get_input_concat", "upscale", marks=SLOW),
+        pytest.param("get_input_more", "upscale_ft", marks=SLOW),
         pytest.param("get_input_more", "unclip", marks=SLOW),
     ],
 )  # fmt: skip

@@ -19,6 +19,7 @@ from ldm.loading.diffusers.keys import scatter_weights, unet_keys
 from ldm.loading.diffusers.names import unet_layers
 from ldm.nets.blocks import timestep_embedding
 from ldm.nets.unet import UNet
+from quick import some
 from recipe import fill, fill_on_demand
 
 SMALL = ["adm", "depth", "inpaint", "misc", "unclip", "upscaler", "v1", "v2"]
@@ -40,7 +41,7 @@ def test_small_unet_equals_the_recorded_one(name):
         assert_close(ours, golden.outputs(case)["eps"], noise=noise_of(golden, case, "eps"))
 
 
-@pytest.mark.parametrize("name", FAITHFUL)
+@pytest.mark.parametrize("name", some(FAITHFUL, "v1", "v2", "x4", "unclip_h"))
 def test_narrow_unet_of_each_family_equals_the_recorded_one(name):
     golden = gold("unet_faithful_recipe")
     unet = build_from(golden, UNet, golden.meta[f"config_{name}"])

@@ -21,6 +21,7 @@ from ldm.train.runs.initial import measure_scale
 from ldm.train.tasks.criterion import Criterion
 from ldm.train.tasks.diffusion import Diffusion
 from ldm.train.tasks.noise_levels import spread_timesteps
+from quick import some
 
 SCHEDULE = Schedule(make_betas("linear", linear_start=0.00085, linear_end=0.012))
 PREFIX = "model.diffusion_model."
@@ -37,7 +38,7 @@ CASES += ["eps_l1", "logvar_init", "learn_logvar"]
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("mode", some(["train", "eval"], "train"))
 def test_losses_and_gradients_equal_the_originals(name: str, mode: str) -> None:
     """Tolerance: the recorder's own float32 differs from itself by 5e-7 in gradients of 0.1."""
     golden = gold("train_losses")

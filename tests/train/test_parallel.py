@@ -63,6 +63,7 @@ def ranks(processes: int, folder: Path, *cases: str) -> dict[str, tuple[str, str
         return work[0].result(timeout=900)
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_sharded_and_equal_one(tmp_path: Path) -> None:
     """The second step is taken from the state of the first, which ddp has saved, with fsdp."""
     (_, saved), (loaded, _) = ranks(2, tmp_path, "save:ddp-32-map", "go:fsdp-32-map").values()
