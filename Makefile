@@ -1,4 +1,4 @@
-.PHONY: format lint type test docs gpu
+.PHONY: format lint type test test-slow docs gpu
 
 format:
 	ruff format .
@@ -13,6 +13,9 @@ type:
 
 test: lint type
 	python -m pytest -q -n 2 --dist loadscope
+
+test-slow:
+	python -m pytest -q -n 2 --dist loadscope -m 'slow and not gpu and not weights'
 
 docs:
 	python -m pytest -q -m docs tests/documentation
