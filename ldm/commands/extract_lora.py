@@ -10,7 +10,7 @@ What a LoRA cannot hold, as norms and biases, is counted.
 
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,13 +18,21 @@ from typing import TYPE_CHECKING
 from ldm.commands.convert import DTYPES
 from ldm.generate.command_line import hint
 from ldm.runtime.command import CommandParser, run_command
+from ldm.runtime.errors import ArgumentError, LdmError, WrongFamily
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ldm.loading.addons.lora_tools import RankRule
     from ldm.model import LatentDiffusion
     from ldm.nets.lora import LoRA
 
-__all__ = ["add_rank_options", "check_target", "main", "make_rank_rule", "save_lora"]
+__all__ = ["add_rank_options", "check_target", "main", "make_rank_rule", "rank_hint", "save_lora"]
+
+FLAGS = {  # that set arguments of the library
+    "rank": "--rank", "share": "--keep-sum", "square_share": "--keep-squares", "ratio": "--ratio",
+    "conv_rank": "--conv-rank", "clamp_quantile": "--clamp-quantile", "model": "--model",
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -48,7 +56,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     add("--ema", action="store_true", help="use EMA weights instead of the raw ones, if any")
     add("--config", type=expanduser, metavar="FILE", help="YAML of both models")
     args = parser.parse(argv)
-    return run_command(lambda: _extract(args), parser.prog, verbose=args.verbose, hint=hint)
+    return run_command(lambda: _extract(args), parser.prog, verbose=args.verbose, hint=rank_hint)
+
+
+def rank_hint(error: BaseException) -> str:
+    """Name the flag that an error is about."""
+    if isinstance(error, LdmError) and not isinstance(error, WrongFamily):
+        flag = FLAGS.get(error.argument or "")
+        return f" ({flag})" if flag else hint(error)
+    return hint(error)
 
 
 def add_rank_options(parser: CommandParser) -> None:
@@ -70,27 +86,32 @@ def make_rank_rule(args: Namespace) -> "RankRule":
 
 
 def save_lora(
-    args: Namespace, lora: "LoRA", model: "LatentDiffusion", merged_from: Sequence[str]
+    args: Namespace,
+    lora: "LoRA",
+    model: "LatentDiffusion",
+    merged_from: Sequence[str],
+    others: Mapping[str, "Tensor"] | None = None,
 ) -> None:
-    """Write a LoRA, and print its path."""
+    """Write a LoRA, and other tensors of its file, and print its path."""
     import torch
 
     from ldm.loading.addons.lora import write_lora
     from ldm.loading.modelspec import MERGED_FROM
 
-    lora = lora.to(getattr(torch, args.dtype))
-    write_lora(lora, args.target, model, metadata={MERGED_FROM: ", ".join(merged_from)})
+    dtype = getattr(torch, args.dtype)
+    cast = {name: value.to(dtype) for name, value in (others or {}).items()}
+    sources: dict[str, str | int] = {MERGED_FROM: ", ".join(merged_from)}
+    write_lora(lora.to(dtype), args.target, model, metadata=sources, others=cast)
     print(args.target)
 
 
 def check_target(args: Namespace) -> None:
     """Raise for a target that is of another kind, or there already."""
-    from ldm.runtime.errors import ArgumentError, ExistingFile
+    from ldm.loading.convert import check_is_new
 
     if not args.target.endswith(".safetensors"):
         raise ArgumentError(f"`{args.target}`: must end in .safetensors", "target")
-    if Path(args.target).exists() and not args.force:
-        raise ExistingFile(f"`{args.target}` exists\nhint: `force` replaces it", "target")
+    check_is_new(args.target, force=args.force)
 
 
 def _extract(args: Namespace) -> None:
@@ -99,6 +120,8 @@ def _extract(args: Namespace) -> None:
     from ldm.loading.addons.lora_tools import RankRule, extract_lora
 
     check_target(args)
+    if args.conv_rank is not None and args.conv_rank < 1:
+        raise ArgumentError(f"rank {args.conv_rank}: must be at least 1", "conv_rank")
     with tqdm(unit="layer", disable=None) as bar:
         result = extract_lora(
             args.tuned,

@@ -60,17 +60,24 @@ from ldm.loading.weights import (
 )
 from ldm.model import LatentDiffusion
 from ldm.nets.latent_upscaler import LatentUpscalerUNet
-from ldm.runtime.errors import ArgumentError, ExistingFile, MissingArgument, WrongFamily
+from ldm.runtime.errors import (
+    ArgumentError,
+    ExistingFile,
+    MissingArgument,
+    WrongFamily,
+    errors_about,
+)
 from ldm.runtime.files import find_file, read_text
 from ldm.runtime.types import JsonObject
 from ldm.runtime.version import __version__
 
 __all__ = [
-    "LORA_PARTS", "SUFFIXES", "Conversion", "config_text", "convert", "plan_conversion",
-    "to_original_names",
+    "LORA_PARTS", "SUFFIXES", "Conversion", "check_is_new", "config_text", "convert",
+    "plan_conversion", "to_original_names",
 ]  # fmt: skip
 
 SUFFIXES = (".safetensors", ".ckpt", ".pth")
+OTHER_SUFFIXES = (".bin", ".pt", ".onnx", ".gguf")
 K_DIFFUSION_SUFFIX = ".pth"
 UPSCALER_INNER, UPSCALER_NOISE = "inner_model.", "low_res_noise_embed."
 LORAS = "ldm.loras"  # metadata key under which merged LoRAs are listed
@@ -137,6 +144,9 @@ def plan_conversion(
     file = read_weights(source, variant)
     target = Path(target).expanduser()
     is_file = target.suffix in SUFFIXES
+    if target.suffix in OTHER_SUFFIXES:
+        message = f"`{target}`: a file must end in {' or '.join(SUFFIXES)}, a folder in none"
+        raise ArgumentError(message, "target")
     text = config_text(file, config)
     if text is None and (loras or not is_file):
         message = f"`{file.path}` is of no known family\nhint: pass its config"
@@ -146,13 +156,16 @@ def plan_conversion(
     metadata = _provenance(file, text, ema)
     file, notes = to_original_names(file, model, ema=ema), []
     if vae is not None:
-        file = _replace_autoencoder(file, model, vae)
+        with errors_about("vae"):
+            file = _replace_autoencoder(file, model, vae)
         notes.append(f"autoencoder taken from {vae}")
     if text_encoder is not None:
-        file = _replace_text_encoder(file, model, text_encoder)
+        with errors_about("text_encoder"):
+            file = _replace_text_encoder(file, model, text_encoder)
         notes.append(f"text encoder taken from {text_encoder}")
     if loras:
-        file, metadata[LORAS], tokens = _merge_loras(file, model, loras, dtype)
+        with errors_about("loras"):
+            file, metadata[LORAS], tokens = _merge_loras(file, model, loras, dtype)
         notes.append(
             f"merged: {', '.join(f'{name} of weight {LoRAWeight.of(w)}' for name, w in loras)}"
         )
@@ -214,6 +227,12 @@ def convert(
     return target
 
 
+def check_is_new(target: str | Path, *, force: bool) -> None:
+    """Raise ExistingFile for what is there already, unless it may be replaced."""
+    if not force and Path(target).exists():
+        raise ExistingFile(f"`{target}` exists\nhint: `force` replaces it", "target")
+
+
 def _replace_folder(target: Path, new: Path) -> None:
     """Rename a folder to `target`, which is put back if that fails."""
     if not target.exists():
@@ -233,8 +252,7 @@ def _check_target(conversion: Conversion, force: bool) -> None:
     target = conversion.target
     if not target.exists():
         return
-    if not force:
-        raise ExistingFile(f"`{target}` exists\nhint: `force` replaces it", "target")
+    check_is_new(target, force=force)
     is_folder = target.is_dir()
     if is_folder != bool(conversion.texts) or (is_folder and not is_diffusers_folder(target)):
         kind = "not a diffusers folder" if is_folder else "a file"

@@ -22,7 +22,7 @@ from ldm.runtime.errors import ArgumentError
 
 __all__ = [
     "PROJECTION", "Addition", "LoRA", "LoRALayer", "MergedChanges", "Target", "WeightChange",
-    "merge_changes",
+    "merge_changes", "sum_additions",
 ]  # fmt: skip
 
 PROJECTION = "text_projection"
@@ -221,15 +221,19 @@ def merge_changes(changes: Iterable[WeightChange]) -> None:
         by_target.setdefault(change.target, []).append(change)
     for target, group in by_target.items():
         weight = target.weight.float()
-        deltas = [
-            change.delta().to(weight.device) for change in group if isinstance(change, Addition)
-        ]
-        if len(deltas) > 2:
-            # Floating-point sums of more than two depend on the order: here it is by size.
-            deltas = [torch.stack(deltas).sort(0).values.sum(0)]
-        if deltas:
-            weight = weight + functools.reduce(torch.add, deltas)
+        additions = [change for change in group if isinstance(change, Addition)]
+        if additions:
+            weight = weight + sum_additions(additions).to(weight.device)
         for change in group:
             if not isinstance(change, Addition):
                 weight = change.change_weight(weight)
         target.replace(weight)
+
+
+def sum_additions(additions: Sequence[Addition]) -> Tensor:
+    """Return what is added to one weight, float32; the order does not matter, bit by bit."""
+    deltas = [addition.delta() for addition in additions]
+    if len(deltas) > 2:
+        # Floating-point sums of more than two depend on the order: here it is by size.
+        return torch.stack(deltas).sort(0).values.sum(0)
+    return functools.reduce(torch.add, deltas)

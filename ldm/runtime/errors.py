@@ -18,7 +18,8 @@ Messages speak of arguments and files. Command lines know which flag sets an arg
 """
 
 import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ __all__ = [
     "WrongFamily",
     "check_name",
     "check_names",
+    "errors_about",
     "explain",
     "is_out_of_memory",
     "nearest_name",
@@ -145,6 +147,16 @@ class Stop(Exception):
     def __init__(self, latent: "Tensor | None" = None) -> None:
         super().__init__()
         self.latent = latent
+
+
+@contextmanager
+def errors_about(argument: str) -> Iterator[None]:
+    """Let errors that are raised inside, and name no argument, name this one."""
+    try:
+        yield
+    except LdmError as error:
+        error.argument = error.argument or argument
+        raise
 
 
 def nearest_name(name: str, allowed: Iterable[str]) -> str | None:

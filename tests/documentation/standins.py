@@ -103,6 +103,11 @@ def make_stand_ins(folder: Path) -> None:
         nn.init.normal_(layer.lora_up.weight, std=0.01)
     for name in ("style", "detail", "lcm-lora-sdv1-5"):
         write_lora(lora, folder / f"{name}.safetensors", sd1)
+    name, weight = next((layer.kohya, layer.target.weight) for layer in lora_targets(sd1)
+                        if layer.kohya.endswith("attn1_to_q"))  # fmt: skip
+    factors = {"w1": torch.ones(4, 4), "w2": torch.ones(weight.shape[0] // 4, weight.shape[1] // 4)}
+    kronecker = {f"{name}.lokr_{role}": value for role, value in factors.items()}
+    write_checkpoint(folder / "lokr.safetensors", kronecker)
     (folder / "embeddings").mkdir()
     save_file({"<cat>": torch.randn(1, tinyfamilies.WIDTH)}, folder / "embeddings/cat.safetensors")
     write_checker(folder / "sd-safety-checker")

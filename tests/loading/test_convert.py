@@ -466,6 +466,10 @@ def test_tokens_of_both_tokenizers_of_sdxl_are_known(tmp_path):
 def test_mistakes_are_said_in_one_line(folder, tmp_path, capsys):
     copy, target = tmp_path / "copy", tmp_path / "x"
     assert "no checkpoint" in fails(capsys, tmp_path / "none.ckpt", target)
+    for flag in ("--lora", "--vae", "--text-encoder"):
+        error = fails(capsys, folder, target, flag, "none.ckpt")
+        assert f"no checkpoint `none.ckpt` ({flag})" in error
+    assert "a folder in none" in fails(capsys, folder, tmp_path / "x.bin")
     assert "neither a diffusers folder" in fails(capsys, tmp_path, target)
     run(folder, copy)
     unet = copy / "unet/config.json"

@@ -7,14 +7,13 @@ from tinyfamilies import write
 
 from ldm.commands.extract_lora import main as extract
 from ldm.commands.merge_lora import main as merge
-from ldm.loading.addons.lora import read_lora, write_lora
+from ldm.loading.addons.lora import load_loras, read_lora, write_lora
 from ldm.loading.addons.lora_tools import (
     RankRule,
     decompose,
     extract_lora,
     join_loras,
     model_of_lora,
-    resize_lora,
 )
 from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
 from ldm.loading.weight_names import original_name, restore_names
@@ -22,6 +21,10 @@ from ldm.nets.lora import merge_changes
 from ldm.runtime.errors import LdmError
 
 FULL = RankRule()
+SPEC = (
+    "sai_model_spec", "implementation", "title", "resolution", "prediction_type", "date",
+    "hash_sha256", "merged_from",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -103,17 +106,20 @@ def test_rules_of_the_rank(rule, count):
     assert RankRule(**rule).count(torch.tensor([4.0, 3.0, 2.0, 1.0])) == count
 
 
-def test_a_smaller_lora_is_the_nearest_one_of_its_rank():
-    lora = random_adapter(tiny_model("sd1"), rank=6, alpha=3)
-    smaller, retained = resize_lora(lora, RankRule(rank=2))
-    before, after = deltas(lora), deltas(smaller)
+def test_a_smaller_lora_is_the_nearest_one_of_its_rank(tmp_path):
+    model, file = tiny_model("sd1"), tmp_path / "x.safetensors"
+    lora = random_adapter(model, rank=6, alpha=3)
+    write_lora(lora, file, model)
+    smaller = join_loras([(file, 1.0)], model, RankRule(rank=2))
+    before, after = deltas(lora), deltas(smaller.lora)
     kept = total = 0.0
     for name, delta in before.items():
         u, s, v = torch.linalg.svd(delta.flatten(1), full_matrices=False)
         best = (u[:, :2] * s[:2] @ v[:2]).view(delta.shape)
         torch.testing.assert_close(after[name], best, rtol=0, atol=1e-5)
         kept, total = kept + float(s[:2].square().sum()), total + float(s.square().sum())
-    assert retained == pytest.approx(kept / total, rel=1e-4)
+    assert smaller.retained == pytest.approx(kept / total, rel=1e-4)
+    assert smaller.ranks == sum(min(6, *delta.flatten(1).shape) for delta in before.values())
 
 
 @pytest.mark.parametrize("shape", [(8, 30), (30, 8)])
@@ -125,17 +131,110 @@ def test_a_matrix_of_lower_rank_is_decomposed(shape):
     torch.testing.assert_close(values, torch.linalg.svdvals(matrix), rtol=0, atol=1e-6)
 
 
+CONV, LINEAR = "lora_unet_mid_block_resnets_0_conv1", "lora_unet_mid_block_attentions_0_proj_in"
+NORM, TEXT = "lora_unet_conv_norm_out", "lora_te_text_model_encoder_layers_0_mlp_fc1"
+LOHA = {"hada_w1_a": (64, 2), "hada_w1_b": (2, 64), "hada_w2_a": (64, 2), "hada_w2_b": (2, 64)}
+LOKR = {"lokr_w1": (4, 4), "lokr_w2_a": (16, 2), "lokr_w2_b": (2, 16), "alpha": ()}
+TUCKER = {"lora_up": (64, 3, 1, 1), "lora_mid": (3, 3, 3, 3), "lora_down": (3, 64, 1, 1)}
+KINDS = {  # tensors, layer, rank of the sum
+    "LoHa": ({**LOHA, "alpha": ()}, LINEAR, 4),
+    "LoKr": (LOKR, LINEAR, 8),
+    "Tucker LoCon": ({f"{name}.weight": size for name, size in TUCKER.items()}, CONV, 3),
+    "full difference": ({"diff": (64, 64, 3, 3), "diff_b": (64,)}, CONV, 64),
+    "norm": ({"w_norm": (32,), "b_norm": (32,)}, NORM, 0),
+    "text tower": ({"diff": (96, 24), "diff_b": (96,)}, TEXT, 24),
+}
+
+
+def write_lycoris(path, *kinds):
+    torch.manual_seed(3)
+    state = {}
+    for kind in kinds:
+        tensors, layer, _ = KINDS[kind]
+        state |= {f"{layer}.{role}": torch.randn(shape) / 4 for role, shape in tensors.items()}
+    write_checkpoint(path, state)
+
+
+def weights(model):
+    return {name: value.detach() for name, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_lycoris_adds_is_joined_exactly_to_a_lora(kind, tmp_path):
+    """At the rank that the sum has."""
+    model, paths = tiny_model("sd1"), [tmp_path / f"{name}.safetensors" for name in "abc"]
+    write_lycoris(paths[0], kind)
+    write_lora(random_adapter(model, alpha=1), paths[1], model)
+    alone = join_loras([(paths[0], 1.0)], model)
+    layer = KINDS[kind][1]
+    assert {name: lora.rank for name, lora in alone.lora.layers.items() if name == layer} == (
+        {layer: KINDS[kind][2]} if KINDS[kind][2] else {}
+    )
+    files = [(paths[0], "0.5:-0.8"), (paths[1], 0.3)]
+    joined = join_loras(files, model)
+    write_lora(joined.lora, paths[2], model, others=joined.others)
+    theirs, ours = tiny_model("sd1"), model
+    theirs.load_state_dict(model.state_dict())
+    load_loras(ours, [(paths[2], 1.0)])
+    load_loras(theirs, files)
+    for name, value in weights(theirs).items():
+        torch.testing.assert_close(weights(ours)[name], value, rtol=0, atol=2e-6)
+
+
+def test_a_resized_loha_is_the_nearest_lora_of_its_rank(tmp_path):
+    model, file = tiny_model("sd1"), tmp_path / "x.safetensors"
+    write_lycoris(file, "LoHa", "norm")
+    (whole,) = deltas(join_loras([(file, 1.0)], model).lora).values()
+    small = join_loras([(file, 1.0)], model, RankRule(rank=2))
+    u, s, v = torch.linalg.svd(whole.flatten(1))
+    (delta,) = deltas(small.lora).values()
+    torch.testing.assert_close(delta.flatten(1), u[:, :2] * s[:2] @ v[:2], rtol=0, atol=1e-5)
+    assert (small.ranks, set(small.others)) == (4, {f"{NORM}.w_norm", f"{NORM}.b_norm"})
+    kept = float(s[:2].square().sum() / s.square().sum())
+    assert small.retained == pytest.approx(kept, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"oft_blocks": (8, 8, 8)},
+        {"weight": (64, 1), "on_input": ()},
+        {"diff": (64, 64, 3, 3), "dora_scale": (64, 1, 1, 1)},
+    ],
+)
+def test_what_scales_or_turns_weights_is_not_joined(tensors, tmp_path):
+    file = tmp_path / "x.safetensors"
+    write_checkpoint(file, {f"{CONV}.{role}": torch.ones(shape) for role, shape in tensors.items()})
+    with pytest.raises(LdmError, match="scales or turns weights .* use `convert` to merge it"):
+        join_loras([(file, 1.0)], tiny_model("sd1"))
+
+
+def test_textual_inversions_stay_in_a_joined_file(tmp_path):
+    model = tiny_model("sd1")
+    source, target = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+    write_lycoris(source, "LoHa")
+    bundle = {"bundle_emb.cat.emb_params": torch.ones(2, 24)}
+    write_checkpoint(source, read_checkpoint(source).state | bundle)
+    joined = join_loras([(source, 1.0)], model)
+    write_lora(joined.lora, target, model, others=joined.others)
+    load_loras(model, [(target, 1.0)])
+    assert torch.equal(model.conditioner.text.added_embeddings["cat"], torch.ones(2, 24))
+
+
 def test_joined_loras_do_what_all_do(tmp_path):
     model = tiny_model("sd1")
     loras = [random_adapter(model, rank=rank, seed=rank, alpha=1) for rank in (2, 3)]
     paths = [tmp_path / f"{number}.safetensors" for number in (0, 1)]
     for lora, path in zip(loras, paths, strict=True):
         write_lora(lora, path, model)
-    joined = join_loras([(read_lora(p, model), w) for p, w in zip(paths, (0.8, -0.5), strict=True)])
+    joined = join_loras(zip(paths, (0.8, "-0.5:2"), strict=True), model)
+    assert {layer.rank for layer in joined.lora.layers.values()} == {5}
     first, second = map(deltas, loras)
-    for name, delta in deltas(joined).items():
-        expected = 0.8 * first[name] - 0.5 * second[name]
-        torch.testing.assert_close(delta, expected, rtol=0, atol=1e-6)
+    for name, delta in deltas(joined.lora).items():
+        weight = 2 if name.startswith("lora_unet_") else -0.5
+        torch.testing.assert_close(
+            delta, 0.8 * first[name] + weight * second[name], rtol=0, atol=1e-6
+        )
 
 
 def test_the_commands_write_files_that_name_their_sources(files, tmp_path, capsys):
@@ -150,10 +249,14 @@ def test_the_commands_write_files_that_name_their_sources(files, tmp_path, capsy
     assert merge(words) == 0
     assert "of the squares" in capsys.readouterr().err
     metadata = read_checkpoint(joined).metadata
+    assert {f"modelspec.{name}" for name in SPEC} <= metadata.keys()
     assert metadata["modelspec.merged_from"] == "style.safetensors, style.safetensors"
     assert metadata["ss_network_dim"] == "Dynamic"
     assert merge(words) == 1
     assert "exists" in capsys.readouterr().err
+    for flag, value in (("--rank", "0"), ("--keep-sum", "2"), ("--ratio", "0.5")):
+        assert merge([style, f"{joined}.safetensors", flag, value]) == 1
+        assert capsys.readouterr().err.endswith(f" ({flag})\n")
 
 
 def test_the_family_of_a_file_is_recognised(tmp_path):

@@ -71,7 +71,8 @@ from ldm.runtime.types import JsonObject
 
 __all__ = [
     "LoRAFile", "TargetLayer", "add_loras", "detect_few_steps", "find_base", "load_loras",
-    "lora_targets", "read_changes", "read_lora", "read_loras", "set_loras", "write_lora",
+    "lora_targets", "read_bundled_embeddings", "read_changes", "read_lora", "read_loras",
+    "read_named_changes", "set_loras", "write_lora",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -253,9 +254,9 @@ def read_lora(path: str | Path, model: LatentDiffusion) -> LoRA:
         WeightsMismatch: it does not fit; says how many layers, and the likely family.
     """
     layers = {}
-    for name, change in _read_changes(path, model, LoRAWeight()):
+    for name, change in read_named_changes(path, model):
         if not isinstance(change, LoRALayer):
-            raise FileFormatError(f"`{path}` is not a plain LoRA: it can be merged only")
+            raise FileFormatError(f"`{path}` is not a plain LoRA, its changes can only be merged")
         layers[name] = change
     return LoRA(layers)
 
@@ -272,14 +273,15 @@ def read_changes(
         FileFormatError: it is not such a file, or of an unsupported kind.
         WeightsMismatch: it does not fit; says how many layers, and the likely family.
     """
-    changes = _read_changes(path, model, LoRAWeight.of(weight))
+    changes = read_named_changes(path, model, weight)
     return [change for _, change in changes if change.strength]
 
 
-def _read_changes(
-    path: str | Path, model: LatentDiffusion, weight: LoRAWeight
+def read_named_changes(
+    path: str | Path, model: LatentDiffusion, weight: Weight = 1.0
 ) -> list[tuple[str, WeightChange]]:
-    """Return the changes of a file with the names of their layers."""
+    """Return the changes of a file with kohya's names of their layers; see `read_changes`."""
+    weight = LoRAWeight.of(weight)
     targets = {layer.kohya: layer for layer in _all_targets(model)}
     aliases = _names_by_alias(targets.values(), model)
     blocks = find_blocks(name for name, _ in model.unet.named_parameters())
@@ -315,16 +317,24 @@ def find_base(path: str | Path) -> str | None:
     return _likely_family({name: tensors for layers in files for name, tensors in layers.items()})
 
 
+def read_bundled_embeddings(path: str | Path) -> Tensors:
+    """Return the tensors of textual inversions in a LoRA file or folder, by their names there."""
+    files = map(read_checkpoint, _files_of(path))
+    return {k: v for file in files for k, v in file.state.items() if k.startswith(BUNDLE)}
+
+
 def write_lora(
     lora: LoRA,
     path: str | Path,
     model: LatentDiffusion,
     style: Literal["kohya", "diffusers"] = "kohya",
     metadata: Mapping[str, str | int] | None = None,
+    others: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a LoRA file, its base model as metadata; its strength is not saved.
 
     Args:
+        others: Tensors that are no layers, by their names in the file.
         style: "kohya" opens in A1111, ComfyUI and diffusers. "diffusers" folds alpha / rank into
             `up`, as not every version of diffusers reads alpha.
     """
@@ -338,6 +348,7 @@ def write_lora(
             up = layer.lora_up.weight.detach().cpu()
             state[f"{names[name]}.lora_A.weight"] = layer.lora_down.weight.detach().cpu()
             state[f"{names[name]}.lora_B.weight"] = up * ratio if ratio != 1 else up
+    state |= others or {}
     notes |= metadata or {}
     write_checkpoint(path, state, describe_model(model, Path(path).stem, "lora", notes))
 
@@ -531,17 +542,17 @@ def _tensors_by_layer(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str,
         raise FileFormatError(f"`{file.path}` has no LoRA layers")
     if others:
         examples = ", ".join(f"`{key}`" for key in others[:3])
-        raise FileFormatError(
-            f"`{file.path}` is not a LoRA file: {len(others)} of its {len(file.state)} keys are "
-            f"not recognised: {examples}"
-        )
+        what = "is of an unsupported kind of LoRA" if layers else "is not a LoRA file"
+        count = f"{len(others)} of its {len(file.state)} keys {'is' if len(others) == 1 else 'are'}"
+        raise FileFormatError(f"`{file.path}` {what}: {count} not recognised: {examples}")
     incomplete = [name for name, tensors in layers.items() if not _is_complete(tensors)]
     if incomplete:
         roles = ", ".join(f"`{role}`" for role in layers[incomplete[0]])
-        message = f"{len(incomplete)} layers are incomplete: `{incomplete[0]}` has only {roles}"
+        count = "1 layer is" if len(incomplete) == 1 else f"{len(incomplete)} layers are"
+        message = f"{count} incomplete: `{incomplete[0]}` has only {roles}"
         raise FileFormatError(f"`{file.path}`: {message}")
     if wrong := [name for name, tensors in layers.items() if not _are_finite(tensors.values())]:
-        message = f"the numbers of {len(wrong)} layers are not finite: `{wrong[0]}`"
+        message = f"NaN or infinity in {len(wrong)} of its {len(layers)} layers: `{wrong[0]}`"
         raise FileFormatError(f"`{file.path}`: {message}")
     empty = [name for name, tensors in layers.items() if rank_of(tensors) == 0]
     if empty:
@@ -617,8 +628,8 @@ def _mismatch(
             f"`{path}` is a LoRA for {theirs}, the model is {model_title}: {remedy}"
         )
     return WeightsMismatch(
-        f"`{path}` does not fit this model: of its {len(layers)} layers {len(unknown)} are "
-        f"unknown, {len(mismatched)} have the wrong shape: "
+        f"`{path}` does not fit this model, {len(unknown)} of its {len(layers)} layers unknown, "
+        f"{len(mismatched)} of another shape: "
         f"{', '.join([*unknown, *mismatched][:3])}; {remedy}"
     )
 

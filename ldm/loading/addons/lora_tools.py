@@ -1,8 +1,8 @@
-"""Make LoRAs of others: extract them from two models, cut their rank, join several to one.
+"""Make LoRAs of others: extract them from two models, join several to one, cut their rank.
 
 extract   W_tuned - W_base = U S V;  up = U S, down = V, cut to a rank
-resize    up down = U S V, cut likewise
-join      up = [w1 up1, w2 up2], down = [down1; down2]: exact, the ranks add up
+join      up = [w1 up1, w2 up2], down = [down1; down2]: exact, the ranks add up; then cut likewise
+          of LyCORIS (LoHa, LoKr, Tucker LoCon, differences) w1 delta1 + w2 delta2 = U S V
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -10,9 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ldm.loading.addons.lora import find_base, lora_targets
+from ldm.loading.addons.lora import (
+    Weight,
+    find_base,
+    lora_targets,
+    read_bundled_embeddings,
+    read_named_changes,
+)
 from ldm.loading.build import build_on_meta, meta_device
 from ldm.loading.config import read_yaml
 from ldm.loading.convert import LORA_PARTS
@@ -21,10 +27,10 @@ from ldm.loading.legacy import translate_config
 from ldm.loading.matching import match_weights
 from ldm.loading.merge import ReadModel, check_fits, read_model
 from ldm.model import LatentDiffusion
-from ldm.nets.lora import LoRA, LoRALayer, Target
-from ldm.runtime.errors import ArgumentError, MissingArgument, WeightsMismatch
+from ldm.nets.lora import Addition, LoRA, LoRALayer, Target, sum_additions
+from ldm.runtime.errors import ArgumentError, FileFormatError, MissingArgument, WeightsMismatch
 
-__all__ = ["Extraction", "RankRule", "extract_lora", "join_loras", "model_of_lora", "resize_lora"]
+__all__ = ["Extraction", "Joined", "RankRule", "extract_lora", "join_loras", "model_of_lora"]
 
 ZERO = 1e-7  # of singular values, relative to the largest
 
@@ -50,7 +56,7 @@ class RankRule:
     @property
     def is_limited(self) -> bool:
         """Whether any rule is given."""
-        return self != RankRule()
+        return self != FULL
 
     def count(self, values: Tensor) -> int:
         """Return how many of the singular values (n,), which descend, are kept: at least 1."""
@@ -62,6 +68,26 @@ class RankRule:
         if self.ratio is not None:
             counts.append(int((values >= values[0] / self.ratio).sum()))
         return max(1, min(len(values), *counts))
+
+
+FULL = RankRule()
+
+
+@dataclass(frozen=True)
+class Joined:
+    """LoRAs joined to one.
+
+    Args:
+        others: What else they had, by its name in files: additions to norms and biases, textual
+            inversions.
+        ranks: Number of all layers' ranks before the rule.
+        retained: Part of the squared singular values that are kept by the rule.
+    """
+
+    lora: LoRA
+    others: dict[str, Tensor]
+    ranks: int
+    retained: float
 
 
 @dataclass(frozen=True)
@@ -142,48 +168,60 @@ def extract_lora(
 
 
 @torch.no_grad()
-def resize_lora(
-    lora: LoRA, rule: RankRule, *, progress: Callable[[int], object] = lambda count: None
-) -> tuple[LoRA, float]:
-    """Return the LoRA with fewer ranks, alpha = rank, and the part of the squared sum it keeps."""
-    layers, kept, total = {}, 0.0, 0.0
-    for name, layer in lora.layers.items():
-        up, down = layer.lora_up.weight.flatten(1), layer.lora_down.weight.flatten(1)
-        left, r_up = torch.linalg.qr(up.double() * float(layer.scale))
-        right, r_down = torch.linalg.qr(down.double().T)
-        u, values, v = decompose(r_up @ r_down.T)
+def join_loras(
+    files: Iterable[tuple[str | Path, Weight]],
+    model: LatentDiffusion,
+    rule: RankRule = FULL,
+    *,
+    progress: Callable[[int], object] = lambda count: None,
+) -> Joined:
+    """Join (file, weight) pairs to one LoRA, which does what all do together, alpha = rank.
+
+    Ranks of plain LoRAs add up: sums of `up` and of `down` would be another LoRA. What LyCORIS adds
+    to a layer in another form is added up with all else, and decomposed.
+
+    Args:
+        model: Whose layers they change; on the meta device, too.
+        rule: Which of the ranks of each layer are kept; of vectors nothing is cut.
+        progress: Called with the number of layers that are done.
+
+    Raises:
+        FileFormatError: A file scales or turns weights, which no LoRA does.
+        ValueError: As `read_changes`.
+    """
+    names: dict[Target, str] = {}
+    groups: dict[Target, list[Addition]] = {}
+    others: dict[str, Tensor] = {}
+    for path, weight in files:
+        for name, change in read_named_changes(path, model, weight):
+            if not isinstance(change, Addition):
+                raise FileFormatError(
+                    f"`{path}` scales or turns weights (DoRA, (IA)^3, GLoRA, OFT, BOFT), by what "
+                    "they are in a model, and no LoRA does so: use `convert` to merge it into a "
+                    "checkpoint, `extract-lora` to make a LoRA of that one's difference"
+                )
+            names[change.target] = name
+            groups.setdefault(change.target, []).append(change)
+        others |= read_bundled_embeddings(path)
+    layers: dict[str, LoRALayer] = {}
+    ranks, kept, total = 0, 0.0, 0.0
+    for target, group in groups.items():
         progress(1)
-        if not values.any():
+        if target.weight.dim() == 1:
+            others[f"{names[target]}.{_vector_role(target)}"] = sum_additions(group)
             continue
-        count = rule.count(values)
+        up, values, down = _decompose_sum(group, is_limited=rule.is_limited)
+        count = min(rule.count(values), int(values.count_nonzero()))
+        if count:
+            layers[names[target]] = _build_layer(
+                target, up[:, :count] * values[:count], down[:count]
+            )
+        ranks += len(values)
         kept += float(values[:count].square().sum())
         total += float(values.square().sum())
-        factors = left @ u[:, :count] * values[:count], v[:count] @ right.T
-        layers[name] = _build_layer(layer.target, *factors)
-    if not layers:
+    if not layers and not others:
         raise WeightsMismatch("all layers of the LoRA are zero")
-    return LoRA(layers), kept / total
-
-
-@torch.no_grad()
-def join_loras(loras: Sequence[tuple[LoRA, float]]) -> LoRA:
-    """Return one LoRA that does what all do together, each at its strength; alpha = rank.
-
-    Its rank is the sum of theirs: sums of `up` and of `down` would be another LoRA.
-    """
-    factors: dict[str, list[tuple[LoRALayer, float]]] = {}
-    for lora, strength in loras:
-        for name, layer in lora.layers.items():
-            factors.setdefault(name, []).append((layer, strength))
-    layers = {}
-    for name, group in factors.items():
-        ups = [
-            layer.lora_up.weight.flatten(1).float() * (float(layer.scale) * strength)
-            for layer, strength in group
-        ]
-        downs = [layer.lora_down.weight.flatten(1).float() for layer, _ in group]
-        layers[name] = _build_layer(group[0][0].target, torch.cat(ups, 1), torch.cat(downs))
-    return LoRA(layers)
+    return Joined(LoRA(layers), others, ranks, kept / total if total else 1.0)
 
 
 def model_of_lora(path: str | Path, base: str | Path | None = None) -> LatentDiffusion:
@@ -220,6 +258,35 @@ def decompose(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     values = values.masked_fill(is_zero, 0)
     v = u.T @ matrix / values.masked_fill(is_zero, 1)[:, None]
     return u, values, v.masked_fill(is_zero[:, None], 0)
+
+
+def _decompose_sum(
+    additions: Sequence[Addition], *, is_limited: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U (m, k), S (k,), V (k, n) whose product is the sum.
+
+    Those of plain LoRAs are decomposed only if ranks are cut; else S is 1.
+    """
+    plain = [addition for addition in additions if isinstance(addition, LoRALayer)]
+    if len(plain) < len(additions):
+        u, values, v = decompose(sum_additions(additions).flatten(1))
+        count = int(values.count_nonzero())
+        return u[:, :count], values[:count], v[:count]
+    up = torch.cat([a.lora_up.weight.flatten(1).double() * float(a.scale) for a in plain], 1)
+    down = torch.cat([a.lora_down.weight.flatten(1).double() for a in plain])
+    if not is_limited:
+        return up, torch.ones(len(down)), down
+    left, r_up = torch.linalg.qr(up)
+    right, r_down = torch.linalg.qr(down.T)
+    u, values, v = decompose(r_up @ r_down.T)
+    return left @ u, values, v @ right.T
+
+
+def _vector_role(target: Target) -> str:
+    """Return the name, in files, of what is added to a bias or to the weight of a norm."""
+    if not isinstance(target.layer, (nn.GroupNorm, nn.LayerNorm)):
+        return "diff_b"
+    return "w_norm" if target.name == "weight" else "b_norm"
 
 
 def _fill_mapped(model: ReadModel, base: ReadModel) -> LatentDiffusion:
