@@ -9,7 +9,8 @@
     GLoRA                W + s (W a1 a2 + b1 b2)              arXiv:2306.07967
     OFT, BOFT            R W, R block-wise orthogonal         arXiv:2306.07280, arXiv:2311.06243
 
-s = w alpha / rank, w the user's strength.
+s = w alpha / rank, w the user's strength. Of OFT and BOFT w is in the result, W + w (R W - W);
+lycoris-lora has it in each stage of BOFT.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -1,0 +1,189 @@
+"""LyCORIS files that `ldm convert` merges, beside lycoris-lora's merge into diffusers' networks."""
+
+import contextlib
+import importlib
+import io
+import warnings
+from math import prod
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tinyfamilies import write
+
+from ldm.commands.convert import main as convert
+from ldm.loading.addons.lora import lora_targets
+from ldm.loading.addons.lora_tools import model_of_lora
+from ldm.loading.files.checkpoint import write_checkpoint
+
+RANK = 4
+
+
+def locon(rows, columns, *kernel):
+    ones = [1] * len(kernel)
+    return {"lora_up.weight": (rows, RANK, *ones), "lora_down.weight": (RANK, columns, *kernel)}
+
+
+def loha(rows, columns, *kernel):
+    pair = {"a": (rows, RANK), "b": (RANK, columns * prod(kernel))}
+    return {f"hada_w{number}_{name}": size for number in (1, 2) for name, size in pair.items()}
+
+
+def lokr(rows, columns, *kernel):
+    return {"lokr_w1": (4, 4), "lokr_w2": (rows // 4, columns // 4, *kernel)}
+
+
+def dora(rows, columns, *kernel):
+    return {**locon(rows, columns, *kernel), "dora_scale": (rows, 1, *[1] * len(kernel))}
+
+
+def ia3(rows, columns, *kernel):
+    return {"weight": (1, rows, 1, 1) if kernel else (rows,), "on_input": ()}
+
+
+def oft(rows, columns, *kernel):
+    return {"oft_blocks": (rows // 4, 4, 4)}
+
+
+def boft(rows, columns, *kernel):
+    """As many blocks and stages as its butterfly needs for so many rows."""
+    size, count = importlib.import_module("lycoris.modules.boft").butterfly_factor(rows, 4)
+    stages = (count - 1).bit_count() + 1
+    return {
+        "oft_blocks": (stages, count, size, size),
+        "rescale": (rows, *[1] * (1 + len(kernel))),
+    }
+
+
+def full(rows, columns, *kernel):
+    return {"diff": (rows, columns, *kernel)}
+
+
+def norm(rows):
+    return {"w_norm": (rows,), "b_norm": (rows,)}
+
+
+KINDS = (locon, loha, lokr, dora, ia3, oft, boft, full)
+ALPHAS = {locon: 2.0, loha: 4.0, lokr: 2.0, dora: 2.0, oft: 0.001, boft: 0.001}
+
+
+class Network:
+    """Layers by their names in files, as lycoris-lora looks for them."""
+
+    def __init__(self, layers, prefix):
+        names = [name for name in layers if name.startswith(f"{prefix}_")]
+        self.layers = {name.removeprefix(f"{prefix}_"): layers[name] for name in names}
+
+    def named_modules(self):
+        return self.layers.items()
+
+
+def networks_of(folder, towers):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import diffusers
+        import transformers
+    classes = [transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection]
+    networks = {"unet": diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")}
+    for name, tower in zip(towers, classes, strict=False):
+        networks[name] = tower.from_pretrained(folder / name)
+    return networks
+
+
+def layer_of(networks, name):
+    """Version 5 of transformers has one level less."""
+    component, _, path = name.partition(".")
+    is_flat = not hasattr(networks[component], "text_model")
+    return networks[component].get_submodule(path.removeprefix("text_model." if is_flat else ""))
+
+
+def random_file(path, layers, choices):
+    """Layer n has a kind by turns; norms have differences."""
+    torch.manual_seed(0)
+    state, kinds = {}, {}
+    for number, (name, layer) in enumerate(layers.items()):
+        kind = norm if layer.weight.dim() == 1 else choices[number % len(choices)]
+        if layer.weight.shape[1:2] == (4,) or len(layer.weight) == 4:  # of latents
+            kind = full
+        if kind is boft and len(layer.weight).bit_count() > 1:  # no butterfly
+            kind = oft
+        kinds[name] = kind
+        for role, size in kind(*layer.weight.shape).items():
+            state[f"{name}.{role}"] = torch.randn(size) / 4
+        if kind in ALPHAS:
+            state[f"{name}.alpha"] = torch.tensor(ALPHAS[kind])
+        if kind is ia3:
+            state[f"{name}.on_input"] = torch.tensor(False)
+    write_checkpoint(path, state)
+    return state, kinds
+
+
+def merge_theirs(layers, towers, state, strength):
+    """Its merge of files does not take (IA)^3, as it passes `on_input` to what takes none."""
+    scaled = [name.removesuffix(".on_input") for name in state if name.endswith(".on_input")]
+    vectors = {name: state[f"{name}.weight"] for name in scaled}
+    rest = {key: value for key, value in state.items() if key.partition(".")[0] not in vectors}
+    networks = [Network(layers, prefix) for prefix in towers]
+    with contextlib.redirect_stdout(io.StringIO()):
+        importlib.import_module("lycoris.utils").merge(
+            networks, Network(layers, "lora_unet"), rest, strength
+        )
+    for name, vector in vectors.items():
+        module = importlib.import_module("lycoris.modules.ia3").IA3Module(name, layers[name])
+        module.weight.data.copy_(vector)
+        module.merge_to(strength)
+
+
+@pytest.mark.parametrize(
+    ("family", "strength", "towers", "norms"),
+    [
+        (
+            "sd1",
+            1.0,
+            {"lora_te": "text_encoder"},
+            {
+                "lora_unet_conv_norm_out": "unet.conv_norm_out",
+                "lora_te_text_model_encoder_layers_0_layer_norm1": (
+                    "text_encoder.text_model.encoder.layers.0.layer_norm1"
+                ),
+            },
+        ),
+        (
+            "xl",
+            0.7,
+            {"lora_te1": "text_encoder", "lora_te2": "text_encoder_2"},
+            {
+                "lora_unet_out_0": "unet.conv_norm_out",
+                "lora_te2_text_model_encoder_layers_0_layer_norm1": (
+                    "text_encoder_2.text_model.encoder.layers.0.layer_norm1"
+                ),
+            },
+        ),
+    ],
+)
+def test_convert_merges_all_kinds_into_unet_and_towers_as_lycoris_does(
+    family, strength, towers, norms, tmp_path
+):
+    """At most 1.2e-7 apart. What its merge does otherwise is left out: it scales LoHa twice (here
+    alpha is the rank); strengths go into DoRA's length alone, and into each stage of BOFT."""
+    choices = [kind for kind in KINDS if kind not in (dora, boft) or strength == 1]
+    base, file = tmp_path / "base.safetensors", tmp_path / "x.safetensors"
+    write(family, base)
+    assert convert([str(base), str(tmp_path / "theirs")]) == 0
+    networks = networks_of(tmp_path / "theirs", towers.values())
+    names = {layer.kohya: layer.diffusers for layer in lora_targets(model_of_lora(file, base))}
+    layers = {kohya: layer_of(networks, name) for kohya, name in (names | norms).items()}
+    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    state, kinds = random_file(file, layers, choices)
+    assert convert([str(base), str(tmp_path / "ours"), "--lora", f"{file}:{strength}"]) == 0
+    merge_theirs(layers, towers, state, strength)
+    merged = {}
+    for component in networks:
+        (path,) = (tmp_path / "ours" / component).glob("*.safetensors")
+        merged |= {f"{component}.{name}": value for name, value in load_file(path).items()}
+    for name, layer in layers.items():
+        ours, theirs = merged[f"{(names | norms)[name]}.weight"], layer.weight.detach()
+        assert (theirs - before[name]).abs().max() > 1e-3, name
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=f"{kinds[name]}: {name}")
+    for part in ("lora_unet_", "lora_te"):
+        assert {kinds[name] for name in layers if name.startswith(part)} == {*choices, norm}
