@@ -170,13 +170,14 @@ def test_loras_in_prompts_are_found_recorded_and_made_again(run, tiny, tmp_path)
     for seed, name in enumerate(("one", "two")):
         random_lora(tmp_path / f"loras/{name}.safetensors", model, seed)
     moved = shutil.copy(tiny.ckpt, tmp_path / "model.ckpt")
-    lines = ["a fox <lora:one:0.5>", "a fox", "a fox <lora:two:0.5:1>"]
+    lines = ["a fox <lora:one:0.5>", "a fox", "a fox <lora:two:0.5:1>", "a fox <lora:one:0>"]
     (tmp_path / "prompts.txt").write_text("\n".join(f"{line} --seed 3" for line in lines))
     flags = ["--ckpt", moved]
     infos = run(*flags, "--from-file", tmp_path / "prompts.txt")
-    assert [[lora["weight"] for lora in info["loras"]] for info in infos] == [[0.5], [], ["0.5:1"]]
+    weights = [[lora["weight"] for lora in info["loras"]] for info in infos]
+    assert weights == [[0.5], [], ["0.5:1"], [0]]
     hashes = [read_info(info["path"])["sha256"] for info in infos]
-    assert len({*hashes}) == 3
+    assert (len({*hashes}), hashes[3]) == (3, hashes[1])
     file = tmp_path / "loras/two.safetensors"
     (given,) = run(*flags, "--prompt=a fox", "--seed=3", "--lora", f"{file}:0.5:1")
     assert read_info(given["path"])["sha256"] == hashes[2]

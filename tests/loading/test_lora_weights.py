@@ -159,6 +159,60 @@ def test_set_loras_gives_the_bits_of_a_model_loaded_with_them(file, tmp_path):
         ldm.set_loras(fresh, [])
 
 
+LAYER = "lora_unet_mid_block_resnets_0_conv1"
+TURNING = {  # of a weight (64, 64, 3, 3)
+    "DoRA": {"diff": (64, 64, 3, 3), "dora_scale": (64, 1, 1, 1)},
+    "OFT": {"oft_blocks": (8, 8, 8)},
+    "BOFT": {"oft_blocks": (2, 8, 8, 8)},
+    "(IA)^3": {"weight": (1, 64, 1, 1), "on_input": ()},
+}
+
+
+def write_turning(path, kind, seed=0):
+    torch.manual_seed(seed)
+    sizes = {f"{LAYER}.{role}": size for role, size in TURNING[kind].items()}
+    save_file({name: torch.rand(size) + 0.1 for name, size in sizes.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("kind", TURNING)
+def test_the_weight_of_what_turns_weights_is_changed_and_taken_back_bit_by_bit(kind, tmp_path):
+    file, model = write_turning(tmp_path / "x.safetensors", kind), tiny_model()
+    base, states = weights_of(model), []
+    for weight in (1.0, 0.3, 0.0, -0.5):
+        ldm.set_loras(model, [(file, weight)])
+        fresh = tiny_model()
+        load_loras(fresh, [(file, weight)])
+        assert same(weights_of(model), weights_of(fresh))
+        states.append(same(weights_of(model), base))
+    assert states == [False, False, True, False]
+    ldm.set_loras(model, [])
+    assert same(weights_of(model), base)
+
+
+@pytest.mark.parametrize("kinds", [("DoRA", "OFT"), ("OFT", "BOFT"), ("BOFT", "DoRA")])
+def test_two_files_that_turn_a_weight_do_so_in_the_order_given_which_is_said(
+    kinds, file, tmp_path, caplog
+):
+    """After what is added to it, wherever that stands."""
+    paths = [write_turning(tmp_path / f"{n}.safetensors", kind, n) for n, kind in enumerate(kinds)]
+    results = []
+    for first, second in (paths, paths[::-1]):
+        caplog.clear()
+        model = tiny_model()
+        load_loras(model, [(first, 1.0), (file, 0.5), (second, 0.7)])
+        said = f"`{first.name}`, `{second.name}` scale or turn the same weights: they are applied"
+        assert [r.getMessage().startswith(said) for r in caplog.records] == [True]
+        expected = tiny_model()
+        for one in [(file, 0.5), (first, 1.0), (second, 0.7)]:
+            load_loras(expected, [one])
+        results.append(weights_of(model))
+        for name, value in weights_of(expected).items():
+            torch.testing.assert_close(results[-1][name], value, rtol=0, atol=1e-5)
+    name = "unet.middle_block.0.in_layers.2.weight"
+    assert (results[0][name] - results[1][name]).abs().max() > 0.01
+
+
 def test_set_loras_follows_a_model_that_was_converted(file):
     model = tiny_model()
     ldm.set_loras(model, [(file, 1.0)])
