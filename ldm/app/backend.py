@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ldm.app.catalogue import (
     CatalogueEntry,
+    check_lora,
     file_states,
     fits,
     list_addons,
@@ -223,6 +224,21 @@ class Backend:
     def checkpoint_names(self) -> list[str]:
         """Return all checkpoint files of the folder, also those that cannot be loaded."""
         return [name for name, path in list_checkpoints(self.folder).items() if path.is_file()]
+
+    def find_loras(self, info: JsonMapping) -> list[tuple[str, float | str]]:
+        """Return name and weight of each LoRA of an image; the name may be of none that is here."""
+        here = self.loras
+        found = []
+        for lora in info.get("loras") or ():
+            recorded = Path(lora["path"])
+            names = [
+                name for name, (file, _) in here.items()
+                if recorded.name in (Path(file).name, Path(file).stem)
+            ]  # fmt: skip
+            if len(names) > 1:
+                names.sort(key=lambda name: file_hash(here[name][0]) != lora.get("hash"))
+            found.append((next(iter(names), recorded.stem), lora.get("weight", 1.0)))
+        return found
 
     def is_sdxl(self, name: str | None) -> bool:
         """Return whether a model is Stable Diffusion XL's."""
@@ -451,6 +467,8 @@ class Backend:
         # As the image records, for the same rounding; but it may record any number.
         threads = threads and min(threads, os.cpu_count() or 1)
         try:
+            for lora, _ in request.model.lora:
+                check_lora(lora, Path(request.model.ckpt or ""))
             models = load_models(
                 request, threads=threads, load=self._models, load_checker=_load_checker
             )

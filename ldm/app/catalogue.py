@@ -30,8 +30,8 @@ from ldm.runtime.errors import MissingFile, WeightsMismatch
 from ldm.runtime.types import JsonObject
 
 __all__ = [
-    "Catalogue", "CatalogueEntry", "file_states", "fits", "list_addons", "list_checkpoints",
-    "read_catalogue",
+    "Catalogue", "CatalogueEntry", "check_lora", "file_states", "fits", "list_addons",
+    "list_checkpoints", "read_catalogue",
 ]  # fmt: skip
 
 SUFFIXES = (".ckpt", ".safetensors")
@@ -115,6 +115,13 @@ def fits(lora: str | Path, entry: CatalogueEntry) -> bool:
     return _fits(lora, entry.path, (file_states(lora), file_states(entry.path)))
 
 
+def check_lora(lora: str | Path, checkpoint: Path) -> None:
+    """Raise the error that a LoRA would get from a model which it does not fit."""
+    entry = _read_entry(checkpoint, file_states(checkpoint))
+    if isinstance(entry, CatalogueEntry) and not fits(lora, entry):
+        _read_changes(lora, entry)
+
+
 def read_catalogue(folder: str | Path) -> Catalogue:
     """Return the models of a folder, and published ones elsewhere on this machine.
 
@@ -195,10 +202,13 @@ def _fits(lora: str | Path, path: Path, states: object) -> bool:
     if not isinstance(entry, CatalogueEntry):
         return False
     try:
-        model = build_on_meta(entry.spec, where=path.name)
-        read_changes(lora, cast(LatentDiffusion, model))
+        _read_changes(lora, entry)
     except WeightsMismatch:
         return False
     except (OSError, ValueError):  # of a damaged file, which an attempt to use it will name
         return True
     return True
+
+
+def _read_changes(lora: str | Path, entry: CatalogueEntry) -> None:
+    read_changes(lora, cast(LatentDiffusion, build_on_meta(entry.spec, where=entry.path.name)))

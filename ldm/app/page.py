@@ -45,6 +45,7 @@ from ldm.imaging.metadata import parse_parameters
 from ldm.imaging.output import depth_path
 from ldm.imaging.reading import read_size
 from ldm.imaging.relief import can_save_reliefs
+from ldm.loading.load import takes_variant
 from ldm.runtime.errors import MissingArgument
 from ldm.runtime.types import JsonObject
 from ldm.runtime.version import __version__
@@ -55,6 +56,7 @@ FONT = ["system-ui", "sans-serif"]
 MONO_FONT = ["ui-monospace", "monospace"]
 INTERVAL = 0.2  # seconds between two updates
 LORA_SLOTS = 4  # sliders for weights
+MAX_WEIGHT = 2  # of these sliders
 MODEL_VAE = ("Automatic", "")
 RESTORE = "(stored, owner) => [localStorage.getItem('ldm-form') || '', owner]"
 SKETCH_FILES = """(sketch) => [!sketch?.background ? [] : [sketch.background, ...sketch.layers].map(
@@ -256,7 +258,7 @@ class Page:
                     info="is added to the prompt",
                 )  # fmt: skip
             self.weights = [
-                _skip_checks(gr.Slider(-2, 2, 1.0, step=0.05, label="LoRA weight", visible=False))
+                _skip_checks(gr.Slider(-MAX_WEIGHT, MAX_WEIGHT, 1.0, step=0.05, visible=False))
                 for _ in range(LORA_SLOTS)
             ]
             for field in (self.loras, self.tokens):
@@ -397,9 +399,12 @@ class Page:
         self.any_seed.click(None, None, seed, js="() => '-1'")
         for button in (self.last_seed, self.reuse_seed):
             button.click(_seed_of, [self.chosen, seed], seed, **QUIET)
-        self.reuse.click(self.fill, self.chosen, shared, **QUIET)
+        self.reuse.click(self.fill, [self.chosen, self.checkpoint], shared, **QUIET)
         self.paste.click(
-            self.paste_parameters, [self.fields["prompt"], self.chosen], shared, **QUIET
+            self.paste_parameters,
+            [self.fields["prompt"], self.chosen, self.checkpoint],
+            shared,
+            **QUIET,
         )
         self.download.click(
             self.pack_images, self.infos, self.archive, show_progress="hidden"
@@ -444,7 +449,7 @@ class Page:
     ) -> None:
         """Connect a button that puts an image with its parameters into a tab."""
         outputs = [*shared, *([self.images[name]] if name in self.images else [])]
-        inputs = [info] if source is None else [info, source]
+        inputs = [info, self.checkpoint, *([] if source is None else [source])]
         # Progress "on" another component: see the editor in `_connect`.
         event = button.click(
             partial(self.send, name), inputs, outputs, show_progress_on=button, **QUIET
@@ -458,7 +463,8 @@ class Page:
         ]
 
     def _shared_fields(self) -> list[Any]:
-        return [self.fields[name] for name in self.forms["txt2img"].common_fields]
+        fields = [self.fields[name] for name in self.forms["txt2img"].common_fields]
+        return [*fields, self.loras, *self.weights]
 
     # Jobs.
 
@@ -743,23 +749,45 @@ class Page:
         """Enable the buttons that send, if there is something to send."""
         return [gr.Button(interactive=chosen is not None)] * len(self.sends)
 
-    def fill(self, info: JsonObject | None) -> list[Any]:
-        """Return updates of the shared fields: what the info of an image has."""
+    def fill(
+        self, info: JsonObject | None, checkpoint: str | None, task: str = "txt2img"
+    ) -> list[Any]:
+        """Return updates of the shared fields, LoRAs and weights: what the info of an image has.
+
+        LoRAs that the checkpoint is not offered, and those whose weights no slider has, are named
+        in the prompt. Those of Stable Diffusion are nothing for models of other tasks.
+        """
         values = values_from_info(info) if info else {}
+        slots = [gr.skip()] * (1 + LORA_SLOTS)
         if info:
             for kind in ("refiner", "upscaler"):
                 values[kind] = self.backend.find_addon(kind, info)
-        return [values.get(name, gr.skip()) for name in self.forms["txt2img"].common_fields]
+        if info and "loras" in info and any(map(takes_variant, TASKS[task].families)):
+            found, here = self.backend.find_loras(info), self.backend.fitting_loras(checkpoint)
+            sliders = {
+                name: weight for name, weight in found
+                if name in here and not isinstance(weight, str) and abs(weight) <= MAX_WEIGHT
+            }  # fmt: skip
+            names = [*sliders][:LORA_SLOTS]
+            tags = [f"<lora:{name}:{weight}>" for name, weight in found if name not in names]
+            values["prompt"] = " ".join([str(values.get("prompt", "")), *tags]).strip()
+            slots = [names, *(sliders[name] for name in names), *slots[1 + len(names) :]]
+        fields = self.forms["txt2img"].common_fields
+        return [*(values.get(name, gr.skip()) for name in fields), *slots]
 
-    def paste_parameters(self, prompt: str, chosen: JsonObject | None) -> list[Any]:
+    def paste_parameters(
+        self, prompt: str, chosen: JsonObject | None, checkpoint: str | None
+    ) -> list[Any]:
         """Take the parameters in the prompt field apart; without any, those of the chosen image."""
         info = parse_parameters(prompt or "")
-        return self.fill(info if "steps" in info or "seed" in info else chosen)
+        return self.fill(info if "steps" in info or "seed" in info else chosen, checkpoint)
 
-    def send(self, name: str, info: JsonObject | None, path: str | None = None) -> list[Any]:
+    def send(
+        self, name: str, info: JsonObject | None, checkpoint: str | None, path: str | None = None
+    ) -> list[Any]:
         """Put an image into the image field of a tab, and its parameters into the form."""
         path = path or (info or {}).get("path")
-        fields = self.fill(info) if name != "replay" else self.fill(None)
+        fields = self.fill(info, checkpoint, name) if name in TASKS else self.fill(None, checkpoint)
         if name not in self.images:
             return fields
         sketch: JsonObject = {"background": path, "layers": [], "composite": None}

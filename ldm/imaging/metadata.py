@@ -109,7 +109,7 @@ SETTINGS: dict[str, tuple[str, Callable[[str], object]]] = {
     **SDXL_SETTINGS,
 }
 DDIM_CFG_PP = "DDIM CFG++"  # of A1111, where its scale counts 12.5 times less; not so in Forge
-LORA_TAGS = re.compile(r" ?<lora:[^<>]*>")
+LORA_TAGS = re.compile(r" ?<lora:([^<>:]*):?([^<>]*)>")  # name, weight
 REFINER_PATTERN = re.compile(r"(.+?)(?: \[([0-9a-f]+)\])?")  # name, hash
 SETTING_PATTERN = re.compile(r'\s*(\w[^:,"]*):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
 
@@ -244,6 +244,14 @@ def _hashes(files: Iterable[Mapping[str, str]] | None, key: str) -> str:
     return ", ".join(f"{name}: {digest}" for name, digest in pairs if digest)
 
 
+def _parse_weight(text: str) -> float | str:
+    """Return the weight of a LoRA: a number, or the text of one by tower and block."""
+    try:
+        return float(text)
+    except ValueError:
+        return text or 1.0
+
+
 def _refiner_start(info: JsonMapping) -> float | None:
     """Return the fraction of the steps before the refiner, as A1111 counts."""
     strength = info.get("refiner_strength")
@@ -301,6 +309,8 @@ def parse_parameters(parameters: str) -> JsonObject:
     is_ours = str(info.get("version")).startswith("ldm ")
     info.setdefault("syntax", "plain" if is_ours else "a1111")
     if is_ours:
+        tags = LORA_TAGS.findall(info["prompt"])
+        info["loras"] = [{"path": name, "weight": _parse_weight(text)} for name, text in tags]
         info["prompt"] = LORA_TAGS.sub("", info["prompt"])
     version = str(info.get("version") or "")
     if other.get("Sampler") == DDIM_CFG_PP and "scale" in info and not version.startswith("f"):

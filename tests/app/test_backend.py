@@ -24,7 +24,7 @@ from ldm.app.view import describe_info, show_preview, show_progress
 from ldm.commands.main import main
 from ldm.generate.request import ModelChoice
 from ldm.generate.tasks import TASKS
-from ldm.imaging.metadata import read_info, write_png
+from ldm.imaging.metadata import parameters_text, read_info, write_png
 from ldm.loading.addons.embeddings import write_embeddings
 from ldm.loading.config import format_yaml
 from ldm.loading.files.checkpoint import read_checkpoint, write_checkpoint
@@ -370,6 +370,55 @@ def test_chosen_loras_change_the_image_and_are_found_again_by_content(files, ans
 
 
 @pytest.mark.parametrize(
+    ("loras", "prompt", "chosen"),
+    [
+        ([], "a fox", [[]]),
+        ([("b.pt", -0.5), ("a.pt", 1.0)], "a fox", [["b", "a"], -0.5, 1.0]),
+        ([("a.pt", "0.5:1"), ("b.pt", 5.0), ("c.pt", 0.8)],
+         "a fox <lora:a:0.5:1> <lora:b:5.0> <lora:c:0.8>", [[]]),
+    ],
+)  # fmt: skip
+def test_reuse_brings_loras_back_in_sliders_or_else_in_the_prompt(
+    files, tmp_path, loras, prompt, chosen
+):
+    """`c` is not here: its name in the prompt is an error that says so."""
+    given = [(str(tmp_path / f"{name}.pt"), 1.0) for name in "ab"]
+    for file, _ in given:
+        Path(file).write_bytes(b"")
+    page = Page(backend_with(files, tmp_path / "out", loras=given))
+    recorded = [{"path": path, "weight": weight} for path, weight in loras]
+    info = {"prompt": "a fox", "seed": 1, "loras": recorded}
+    fields = list(page.forms["txt2img"].common_fields)
+    filled = page.fill(info, "base_v.safetensors")
+    assert filled[fields.index("prompt")] == prompt
+    assert filled[len(fields) :][: len(chosen)] == chosen
+    text = parameters_text({**info, "ldm": "1.0", "steps": 2, "size": [64, 64]})
+    pasted = page.paste_parameters(text, None, "base_v.safetensors")
+    assert (pasted[fields.index("prompt")], pasted[len(fields) :]) == (
+        prompt, filled[len(fields) :]
+    )  # fmt: skip
+    untouched = page.fill(None, None)[len(fields) :]
+    assert page.fill({"prompt": "of another program"}, None)[len(fields) :] == untouched
+    assert page.send("upscale", info, "upscale.safetensors")[len(fields) :] == untouched
+
+
+def test_a_lora_of_another_family_is_refused_before_the_model_is_loaded(
+    files, answers, tmp_path, monkeypatch
+):
+    """Also one that the prompt names."""
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    state = {f"{name}.lora_down.weight": torch.ones(2, 2048)}
+    state[f"{name}.lora_up.weight"] = torch.ones(320, 2)
+    write_checkpoint(tmp_path / "xl.safetensors", state)
+    given = [(str(tmp_path / "xl.safetensors"), 1.0)]
+    backend = backend_with(files, tmp_path / "out", loras=given)
+    monkeypatch.setattr("ldm.app.model_cache.ModelCache.__call__", pytest.fail)
+    for changes in ({"lora": ["xl:1"]}, {"prompt": "a fox <lora:xl:1>"}):
+        job = run(backend, "txt2img", answers("txt2img", **changes))
+        assert "`xl.safetensors` is a LoRA for Stable Diffusion XL, the model is" in job.message
+
+
+@pytest.mark.parametrize(
     ("chosen", "message"),
     [
         (["/etc/passwd"], "no LoRA `/etc/passwd`; available: style"),
@@ -487,7 +536,7 @@ def test_an_upscaler_is_chosen_by_name_and_its_image_fills_the_form_and_is_made_
     with Image.open(info["path"]) as image:
         assert image.size == (128, 128)
     page = Page(backend)
-    filled = dict(zip(page.forms["txt2img"].common_fields, page.fill(info), strict=True))
+    filled = dict(zip(page.forms["txt2img"].common_fields, page.fill(info, None), strict=False))
     assert filled.items() >= (changes | {"upscaler_scale": "0.0", "width": 64}).items()
     assert backend.replay(info["path"], Progress()) == "identical"
     assert request(**changes | {"upscaler": ""}).upscaling == task.request().upscaling
