@@ -21,7 +21,7 @@ LAYERS = {
     "ldm": 5,  # `import ldm`, the public names
     "ldm.train": 5, "ldm.generate": 5, "ldm.evaluation": 5, "ldm.compat": 5, "ldm.models": 5,
     "ldm.app": 6,
-    "ldm.commands": 7,
+    "ldm.commands": 7, "ldm.__main__": 7,
     "scripts": 7,
 }  # fmt: skip
 

@@ -22,4 +22,5 @@ def main(name: str, argv: Sequence[str] | None = None, prog: str | None = None) 
 
         run_request(request, Console(request.output.json))
 
-    return run_command(work, parser.prog, verbose=args.verbose, hint=partial(hint, task=task))
+    advise = partial(hint, task=task, given=parser.given)
+    return run_command(work, parser.prog, verbose=args.verbose, hint=advise)

@@ -71,3 +71,7 @@ def _help() -> str:
     return "\n".join(
         ["usage: ldm COMMAND [flags]", "", *lines, "", "ldm COMMAND --help says more."]
     )
+
+
+if __name__ == "__main__":  # `python -m ldm.commands.main`
+    raise SystemExit(main())

@@ -23,14 +23,16 @@ class StepNoise:
     s_tmax: float | None = None  # None = no upper limit
     s_noise: float = 1.0  # standard deviation of all that noise
 
-    def check(self, sampler: str) -> None:
-        """Raise ArgumentError for a value out of range, or one that a sampler does not take."""
+    def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if value is not None and not 0 <= value < math.inf:
                 raise ArgumentError(f"{name} must be 0 or more, got {value:g}", name)
         if self.s_tmax is not None and self.s_tmax < self.s_tmin:
             message = f"s_tmax must be s_tmin ({self.s_tmin:g}) or more, got {self.s_tmax:g}"
             raise ArgumentError(message, "s_tmax")
+
+    def check(self, sampler: str) -> None:
+        """Raise ArgumentError for a value that a sampler does not take."""
         for name, value, takers in (
             ("eta", self.eta or 0.0, TAKES_ETA),
             ("s_churn", self.s_churn, TAKES_CHURN),

@@ -8,7 +8,7 @@ hint             an error of the library -> what to do about it on the command l
 
 import argparse
 from argparse import Action, ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 from ldm.generate.options import Option, Value, encode_option, options_of
@@ -21,6 +21,7 @@ from ldm.runtime.errors import (
     MissingFile,
     WrongFamily,
     is_out_of_memory,
+    unknown_name,
 )
 
 __all__ = ["add_options", "build_parser", "hint", "parse_request", "to_argv"]
@@ -107,7 +108,7 @@ def parse_request(
     try:
         return task.request(values), args
     except ArgumentError as error:
-        parser.error(f"{error}{hint(error, task)}")
+        parser.error(f"{error}{hint(error, task, parser.given)}")
 
 
 def to_argv(request: Request) -> list[str]:
@@ -129,23 +130,32 @@ def to_argv(request: Request) -> list[str]:
     return arguments
 
 
-def flag_of(argument: str, task: Task | None = None) -> str | None:
-    """Find the flag that sets an argument of the library, in this task or in any."""
+def flag_of(argument: str, task: Task | None = None, given: Container[str] = ()) -> str | None:
+    """Find the flag that sets an argument of the library, in this task or in any.
+
+    Args:
+        given: the flags of the command line, of which one is preferred to its synonyms.
+    """
     for options in (each.options() for each in ([task] if task else TASKS.values())):
-        if argument in options and options[argument][0].flags:
-            return options[argument][0].flags[0]
+        name = argument if argument in options else argument.removesuffix("s")  # "loras": --lora
+        if name in options and (flags := options[name][0].flags):
+            return next((flag for flag in flags if flag in given), flags[0])
     return None
 
 
-def hint(error: BaseException, task: Task | None = None) -> str:
-    """Return what to do about an error on the command line, to append to its message."""
+def hint(error: BaseException, task: Task | None = None, given: Container[str] = ()) -> str:
+    """Return what to do about an error on the command line, to append to its message.
+
+    Args:
+        given: see `flag_of`.
+    """
     if is_out_of_memory(error):
         return MEMORY_HINT
     if isinstance(error, WrongFamily):
         command = error.task and COMMANDS.get(error.task, error.task)
         return f" (ldm {command}, scripts/{command}.py)" if command else ""
     if isinstance(error, LdmError) and error.argument:
-        flag = flag_of(error.argument, task)
+        flag = flag_of(error.argument, task, given)
         return f" ({flag})" if flag and flag not in str(error) else ""
     return ""
 
@@ -155,6 +165,8 @@ def _argparse_type(option: Option) -> Callable[[str], Value]:
 
     def parse(argument: str) -> Value:
         try:
+            if option.choices and argument not in option.choices:
+                raise unknown_name("choice", argument, option.choices)
             return option.parse(option.read(argument))
         except (ArgumentError, MissingFile) as error:
             raise argparse.ArgumentTypeError(str(error)) from error

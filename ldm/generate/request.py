@@ -407,10 +407,11 @@ class Request:
 
     def __post_init__(self) -> None:
         sampling = self.sampling
+        noise = StepNoise(
+            self.eta, sampling.s_churn, sampling.s_tmin, sampling.s_tmax, sampling.s_noise
+        )
         if sampling.sampler is not None:
-            StepNoise(
-                self.eta, sampling.s_churn, sampling.s_tmin, sampling.s_tmax, sampling.s_noise
-            ).check(sampling.sampler)
+            noise.check(sampling.sampler)
         if sampling.sigmas is not None:
             for name in ("scheduler", "rho"):
                 if vars(sampling)[name] is not None:

@@ -78,7 +78,9 @@ def make_mask(
     elif alpha is not None:
         result = ImageOps.invert(alpha)
     else:
-        raise ArgumentError(f"`{image}` has no transparency: a mask file or a box is needed")
+        raise ArgumentError(
+            f"`{image}` has no transparency: a mask file or a box is needed", "mask"
+        )
     highest = np.asarray(result).max()
     if highest < THRESHOLD:
         raise ArgumentError(

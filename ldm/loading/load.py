@@ -82,6 +82,7 @@ from ldm.runtime.errors import (
     MissingFile,
     WeightsMismatch,
     WrongFamily,
+    errors_about,
     unknown_name,
 )
 from ldm.runtime.files import find_file
@@ -177,8 +178,10 @@ def load(
     model = build_on_meta(spec, allow=tuple(allow), where=where, skipped=skipped)
     adapters: list[LoRAFile] = []
     if isinstance(model, LatentDiffusion):  # what does not fit is refused before weights are read
-        check_embeddings(model, embeddings)
-        adapters = read_loras(model, loras)
+        with errors_about("embeddings"):
+            check_embeddings(model, embeddings)
+        with errors_about("loras"):
+            adapters = read_loras(model, loras)
     found = _choose_variant(model, weights, variant, adapters)
     if ema:
         weights.use_ema(model.state_dict())
@@ -187,13 +190,15 @@ def load(
     provenance = {"config": source, **_provenance(raw, weights, ema, skipped)}
     if isinstance(model, LatentDiffusion):
         model.upcast_autoencoder &= not is_finite_in_half(weights.source)
-    tiny = None if vae is None else read_tiny_autoencoder(vae)
-    if tiny is not None:
-        provenance["vae"] = _leave_out_autoencoder(model, weights, tiny)
-    elif vae is not None:
-        provenance["vae"] = _replace_autoencoder(model, weights, vae)
+    with errors_about("vae"):
+        tiny = None if vae is None else read_tiny_autoencoder(vae)
+        if tiny is not None:
+            provenance["vae"] = _leave_out_autoencoder(model, weights, tiny)
+        elif vae is not None:
+            provenance["vae"] = _replace_autoencoder(model, weights, vae)
     if text_encoder is not None:
-        provenance["text_encoder"] = _replace_text_encoder(model, weights, text_encoder)
+        with errors_about("text_encoder"):
+            provenance["text_encoder"] = _replace_text_encoder(model, weights, text_encoder)
     if isinstance(model, LatentDiffusion) and weights.family and weights.family.name == "x2":
         _complete(model, weights, base)
     if add_depth_network(model.state_dict(), weights.state, weights.path, midas):

@@ -31,6 +31,9 @@ class CommandParser(ArgumentParser):
         original: flags of the original scripts; an abbreviation of one of them keeps its meaning
             even if it fits a newer flag, too.
         overrides: whether `key=value` arguments are accepted, as `args.overrides`.
+
+    Attributes:
+        given: what was parsed last, with its flags as they were declared.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class CommandParser(ArgumentParser):
         self.actions_by_flag: dict[str, Action] = {}
         self.original = frozenset(original) | {"--help"}
         self.takes_overrides = overrides
+        self.given: frozenset[str] = frozenset()
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **settings)
         self.add_argument(
@@ -69,9 +73,9 @@ class CommandParser(ArgumentParser):
         """Parse a command line (None = of this process); a mistake exits with status 2."""
         arguments = list(sys.argv[1:] if argv is None else argv)
         end = arguments.index("--") if "--" in arguments else len(arguments)
-        args, rest = self.parse_known_args(
-            [self._complete(w) for w in arguments[:end]] + arguments[end:]
-        )
+        completed = [self._complete(argument) for argument in arguments[:end]]
+        self.given = frozenset(argument.partition("=")[0] for argument in completed)
+        args, rest = self.parse_known_args(completed + arguments[end:])
         overrides = [
             argument for argument in rest if "=" in argument and not argument.startswith("-")
         ]

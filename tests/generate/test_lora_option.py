@@ -94,4 +94,4 @@ def test_a_learned_word_changes_the_picture_and_is_written_down(shot, tiny, tmp_
 def test_a_lora_that_is_not_there_is_one_line(shot):
     status, err = shot("--lora", "none.safetensors:0.5")
     assert status == 1
-    assert err.splitlines()[-1].endswith("error: no checkpoint `none.safetensors`")
+    assert err.splitlines()[-1].endswith("error: no checkpoint `none.safetensors` (--lora)")

@@ -36,7 +36,7 @@ def parse(*words):
         (["--sld", "max", "--sld-concept", "@concept.txt"], "no file `concept.txt`"),
         (["--sld-concept", "a cat"], "sld_concept needs sld (--sld-concept)"),
         (["--unsafe", "black"], "unsafe needs safety_checker (--unsafe)"),
-        (["--safety-checker", "x", "--unsafe", "rick"], "invalid choice: 'rick'"),
+        (["--safety-checker", "x", "--unsafe", "rick"], "unknown choice `rick`"),
     ],
 )
 def test_a_wrong_value_is_named_at_once(capsys, words, message):

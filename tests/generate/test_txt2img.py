@@ -240,6 +240,8 @@ def test_out_of_memory_names_three_flags(run, monkeypatch):
     [
         (["--ckpt", "missing.ckpt"], "no checkpoint `missing.ckpt`"),
         (["--config", "missing.yaml"], "no file `missing.yaml`"),
+        (["--vae", "missing.ckpt"], "no checkpoint `missing.ckpt` (--vae)"),
+        (["--embedding", "missing.pt"], "no checkpoint `missing.pt` (--embedding)"),
         (["--from-file", "missing.txt"], "missing.txt: No such file or directory"),
         (["--device", "toaster"], "device `toaster` is not available here, choose one of"),
         (["model.params.typo=1"], "typo"),

@@ -62,7 +62,9 @@ def load_embeddings(
     """
     files = []
     for path in map(Path, paths):
-        for file in embedding_files(path):
+        if not (found := embedding_files(path)):
+            log.warning("`%s` has no textual inversions", path)
+        for file in found:
             try:
                 tokens = read_embeddings(file)
                 add_embeddings(model, tokens, file)
