@@ -20,8 +20,8 @@ from ldm.runtime.errors import (
     LdmError,
     MissingFile,
     WrongFamily,
+    check_name,
     is_out_of_memory,
-    unknown_name,
 )
 
 __all__ = ["add_options", "build_parser", "hint", "parse_request", "to_argv"]
@@ -165,8 +165,8 @@ def _argparse_type(option: Option) -> Callable[[str], Value]:
 
     def parse(argument: str) -> Value:
         try:
-            if option.choices and argument not in option.choices:
-                raise unknown_name("choice", argument, option.choices)
+            if option.choices:
+                check_name("choice", argument, option.choices)
             return option.parse(option.read(argument))
         except (ArgumentError, MissingFile) as error:
             raise argparse.ArgumentTypeError(str(error)) from error
