@@ -331,7 +331,7 @@ def collect_vocabulary(texts: Iterable[str], encoder: TextEncoder) -> Tensor:
     rows = len(encoder.token_ids)
     if len(ids) > rows:
         raise ValueError(f"`compact_vocab` is too small: {len(ids)} tokens occur, plus one row")
-    spare = torch.arange(rows - len(ids)) + 49408
+    spare = torch.arange(rows - len(ids)) + VOCAB
     return torch.cat([ids, spare])
 
 

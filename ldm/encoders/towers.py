@@ -20,7 +20,7 @@ from ldm.nets import cpu
 from ldm.nets.attention import attention
 from ldm.nets.blocks import CheckpointedLayer, Conv2d, Layer, LayerNorm, Linear
 
-VOCAB = 49408
+VOCAB = 49408  # tokens of CLIP
 
 
 def quick_gelu(x: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ from ldm.loading.matching import match_weights, translate_names
 from ldm.loading.modelspec import MERGED_FROM, describe_model, kept_metadata
 from ldm.loading.tiny_autoencoder import read_tiny_autoencoder
 from ldm.loading.weight_names import (
+    AUTOENCODER,
     TEXT,
     has_engine_names,
     original_name,
@@ -52,7 +53,6 @@ from ldm.loading.weight_names import (
     restore_names,
 )
 from ldm.loading.weights import (
-    AUTOENCODER,
     identify_weights,
     read_autoencoder,
     read_text_encoder,

@@ -133,7 +133,7 @@ TO_K = "attn2to_kweight"
 
 
 SD_TURBO = re.compile(r"sd[-_ ]?turbo")
-BIAS_LIMIT = 0.09
+BIAS_LIMIT = 0.09  # ComfyUI's
 PROBE_LIMIT = -1.0
 
 

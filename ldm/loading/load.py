@@ -62,9 +62,8 @@ from ldm.loading.variants import (
     Found,
     detect_variant,
 )
-from ldm.loading.weight_names import TEXT, our_names, restore_names
+from ldm.loading.weight_names import AUTOENCODER, TEXT, our_names, restore_names
 from ldm.loading.weights import (
-    AUTOENCODER,
     Weights,
     has_transposed_projection,
     identify_weights,

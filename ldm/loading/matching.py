@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.encoders.text import OpenCLIPText
+from ldm.encoders.towers import VOCAB
 from ldm.loading.diffusers.keys import (
     OLD_VAE_NAMES,
     TEXT_COMPONENTS,
@@ -19,7 +20,7 @@ from ldm.loading.diffusers.keys import (
     locate_weights,
 )
 from ldm.loading.families import recognise_family
-from ldm.loading.weight_names import TEXT, TEXT_2, has_engine_names, original_name
+from ldm.loading.weight_names import AUTOENCODER, TEXT, TEXT_2, has_engine_names, original_name
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import WeightsMismatch
 
@@ -36,7 +37,6 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 PARTS = ("unet.", "autoencoder.", "conditioner.")
-AUTOENCODER = "autoencoder."
 # Parts that a file of a model may be without.
 REMOVABLE_PARTS = {
     AUTOENCODER: "autoencoder", TEXT: "text encoder", TEXT_2: "second text encoder"
@@ -46,7 +46,6 @@ UNUSED_WEIGHTS = ("position_ids", "text_projection.weight", "logit_scale")
 TEXT_BLOCKS = f"{TEXT}model.transformer.resblocks."
 # Of a compact vocabulary: the ids in CLIP's, and the rows of the embedding.
 TOKEN_IDS, TOKEN_TABLE = f"{TEXT}token_ids", f"{TEXT}model.token_embedding.weight"
-VOCABULARY = 49408  # tokens of CLIP
 # Beside the weights of quantised layers.
 QUANTISED = re.compile(r"scale_weight|scale_input|weight_scale|absmax|quant_(map|state)|\.SCB$")
 MAX_LISTED = 10  # names of each kind in a message
@@ -247,7 +246,7 @@ def _in_shape(name: str, value: Tensor, expected: Tensor | None, file: str | Pat
         return value
     if drop_1x1(value.shape) == drop_1x1(expected.shape):
         return value.reshape(expected.shape)
-    is_table = name.endswith("token_embedding.weight") and len(expected) >= VOCABULARY
+    is_table = name.endswith("token_embedding.weight") and len(expected) >= VOCAB
     if is_table and value[: len(expected)].shape == expected.shape:
         added = len(value) - len(expected)
         log.warning("`%s`: %d added tokens without a name are left out", file, added)

@@ -35,8 +35,8 @@ from ldm.loading.files.checkpoint import (
 )
 from ldm.loading.legacy import translate_config
 from ldm.loading.modelspec import LICENSE, MERGED_FROM, describe_model, kept_metadata
-from ldm.loading.weight_names import our_names
-from ldm.loading.weights import AUTOENCODER, identify_weights, read_weights
+from ldm.loading.weight_names import AUTOENCODER, our_names
+from ldm.loading.weights import identify_weights, read_weights
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import ArgumentError, MissingArgument, WeightsMismatch, WrongFamily
 from ldm.runtime.version import __version__

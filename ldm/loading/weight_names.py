@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "DERIVED_WEIGHTS", "MARKERS", "SECOND_TEXT", "TEXT", "TEXT_2", "has_engine_names",
-    "layer_alias", "loss_weights", "original_name", "our_names", "rename_weights",
-    "restore_names", "schedule_tables", "without_wrappers",
+    "AUTOENCODER", "DERIVED_WEIGHTS", "MARKERS", "SECOND_TEXT", "TEXT", "TEXT_2",
+    "has_engine_names", "layer_alias", "loss_weights", "original_name", "our_names",
+    "rename_weights", "restore_names", "schedule_tables", "without_wrappers",
 ]  # fmt: skip
 
 # (the original's prefix, ours); renaming back takes the first that fits.
@@ -59,7 +59,7 @@ ATTENTION_WORDS = {
     "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "group_norm": "norm",
     "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out",
 }  # fmt: skip
-TEXT, TEXT_2 = "conditioner.text.", "conditioner.text_2."
+AUTOENCODER, TEXT, TEXT_2 = "autoencoder.", "conditioner.text.", "conditioner.text_2."
 SECOND_TEXT = "2_"  # prefix in `layer_alias`
 # `transformer.text_model.` of SD 1's text tower, in part or behind the tower's name in ComfyUI.
 TEXT_MODEL = re.compile(

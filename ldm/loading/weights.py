@@ -17,6 +17,7 @@ from ldm.loading.matching import match_weights
 from ldm.loading.published import find_checkpoint
 from ldm.loading.variants import name_of_file
 from ldm.loading.weight_names import (
+    AUTOENCODER,
     MARKERS,
     TEXT,
     has_engine_names,
@@ -37,7 +38,6 @@ __all__ = [
 RUN_WEIGHTS = ("checkpoints/last.safetensors", "checkpoints/last.ckpt", "checkpoints/*.safetensors",
                "checkpoints/*.ckpt")  # fmt: skip
 RUN_CONFIGS = ("config.yaml", "configs/*-project.yaml")
-AUTOENCODER = "autoencoder."
 PROJECTIONS = tuple(f"conditioner.{name}.model.text_projection" for name in ("text_2", "text"))
 # Entry [0, 1] of the projection, 0.0218 as published.
 TRANSPOSED_ENTRY, ENTRY_TOLERANCE = -0.0037, 1e-3
