@@ -238,14 +238,27 @@ def test_samplers_of_k_diffusion_give_its_numbers(name, eta, expected):
     assert float(x) == pytest.approx(expected, rel=1e-12)  # observed: 4e-16
 
 
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SD = Schedule(make_betas("linear", linear_start=0.00085, linear_end=0.012))
+
+
+def their_result(scheduler, start: Tensor, sigmas: Tensor, **options) -> Tensor:
+    """The latent after all steps of a scheduler of diffusers, as z_t, from `start` as x."""
+    z = start / math.sqrt(1 + float(sigmas[0]) ** 2)
+    for t, sigma in zip(scheduler.timesteps, sigmas.tolist(), strict=False):
+        x = z * math.sqrt(1 + sigma**2)
+        eps = (x - saturating_denoise(x, sigma)) / sigma
+        z = scheduler.step(eps, t, z, **options).prev_sample
+    return z
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("steps", [4, 20])
 @pytest.mark.parametrize("name", ["deis", "unipc"])
 def test_unipc_and_deis_give_the_numbers_of_diffusers(diffusers, name, steps, order):
     """Observed: 2.5e-7 for UniPC, 6.8e-6 for DEIS of order 3; theirs are in float32."""
-    options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    options |= {"solver_order": order, "timestep_spacing": "linspace"}
+    options = {**BETAS, "solver_order": order, "timestep_spacing": "linspace"}
     if name == "unipc":
         scheduler = diffusers.UniPCMultistepScheduler(**options, final_sigmas_type="zero")
     else:
@@ -253,11 +266,7 @@ def test_unipc_and_deis_give_the_numbers_of_diffusers(diffusers, name, steps, or
     scheduler.set_timesteps(steps)
     sigmas = scheduler.sigmas.double()
     start = torch.linspace(-2, 2, 5).view(1, 1, 1, 5) * sigmas[0].float()
-    z = start / math.sqrt(1 + float(sigmas[0]) ** 2)
-    for t, sigma in zip(scheduler.timesteps, sigmas.tolist(), strict=False):
-        x = z * math.sqrt(1 + sigma**2)
-        z = scheduler.step((x - saturating_denoise(x, sigma)) / sigma, t, z).prev_sample
-    theirs = z * math.sqrt(1 + float(sigmas[-1]) ** 2)
+    theirs = their_result(scheduler, start, sigmas) * math.sqrt(1 + float(sigmas[-1]) ** 2)
     if sigmas[-1] == sigmas[-2]:  # DEIS there repeats the least level instead of going to 0
         sigmas = sigmas[:-1]
     ours = SAMPLERS[name](saturating_denoise, start.double(), sigmas, order=order)
@@ -297,8 +306,7 @@ def test_dpm_solver_gives_the_numbers_of_k_diffusion(name, evaluations, eta, exp
 @pytest.mark.parametrize(("steps", "again", "times"), [(10, 0, 0), (20, 9, 1), (40, 10, 2)])
 def test_restart_goes_back_from_a_low_level_with_noise(steps, again, times):
     """With an estimate of 0, Heun's method scales x by the ratio of levels exactly."""
-    schedule = Schedule(make_betas("linear", linear_start=0.00085, linear_end=0.012))
-    sigmas, levels, x_seen = schedule.step_sigmas(steps, "karras"), [], []
+    sigmas, levels, x_seen = SD.step_sigmas(steps, "karras"), [], []
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         levels.append(sigma)
@@ -314,7 +322,7 @@ def test_restart_goes_back_from_a_low_level_with_noise(steps, again, times):
     if not times:
         assert torch.equal(ends.double(), sigmas[:-1].float().double()) or steps == 10
         return
-    base = schedule.step_sigmas(steps - again * times, "karras")
+    base = SD.step_sigmas(steps - again * times, "karras")
     low, high = ((base - sigma).abs().argmin() for sigma in (0.1, 2.0))
     expected = karras_between(base[high], base[low], again + 1)
     for i in raised:
@@ -363,21 +371,16 @@ def test_cfg_pp_takes_the_slope_of_the_unconditional_estimate(eta):
 
 def test_ddpm_gives_the_numbers_of_diffusers(diffusers, monkeypatch):
     """Observed: 8.9e-7; theirs are in float32."""
-    options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    scheduler = diffusers.DDPMScheduler(**options, clip_sample=False, timestep_spacing="trailing")
+    scheduler = diffusers.DDPMScheduler(**BETAS, clip_sample=False, timestep_spacing="trailing")
     scheduler.set_timesteps(8)
     monkeypatch.setattr(
         "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda shape, **_: torch.ones(shape)
     )
-    schedule = Schedule(make_betas("linear", linear_start=0.00085, linear_end=0.012))
-    sigmas = schedule.step_sigmas(8, "trailing")
+    sigmas = SD.step_sigmas(8, "trailing")
     start = torch.linspace(-2, 2, 5).view(1, 1, 1, 5) * sigmas[0].float()
-    z = start / math.sqrt(1 + float(sigmas[0]) ** 2)
-    for t, sigma in zip(scheduler.timesteps, sigmas.tolist(), strict=False):
-        x = z * math.sqrt(1 + sigma**2)
-        z = scheduler.step((x - saturating_denoise(x, sigma)) / sigma, t, z).prev_sample
+    theirs = their_result(scheduler, start, sigmas)
     x = SAMPLERS["ddpm"](saturating_denoise, start.double(), sigmas, noise=torch.ones_like)
-    torch.testing.assert_close(x.float(), z, rtol=0, atol=5e-6)
+    torch.testing.assert_close(x.float(), theirs, rtol=0, atol=5e-6)
 
 
 def test_lcm_adds_new_noise_to_each_estimate_but_the_last():
@@ -390,21 +393,15 @@ def test_lcm_adds_new_noise_to_each_estimate_but_the_last():
 @pytest.mark.parametrize("steps", [1, 4, 8])
 def test_tcd_gives_the_numbers_of_diffusers(diffusers, steps, eta, monkeypatch):
     """Observed: 1.8e-6; theirs are in float32."""
-    options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    scheduler = diffusers.TCDScheduler(**options)
+    scheduler = diffusers.TCDScheduler(**BETAS)
     scheduler.set_timesteps(steps)
     monkeypatch.setattr(
         "diffusers.schedulers.scheduling_tcd.randn_tensor", lambda shape, **_: torch.ones(shape)
     )
-    schedule = Schedule(make_betas("linear", linear_start=0.00085, linear_end=0.012))
-    sigmas = schedule.step_sigmas(steps, "tcd")
+    sigmas = SD.step_sigmas(steps, "tcd")
     start = torch.linspace(-2, 2, 5).view(1, 1, 1, 5) * sigmas[0].float()
-    z = start / math.sqrt(1 + float(sigmas[0]) ** 2)
-    for t, sigma in zip(scheduler.timesteps, sigmas.tolist(), strict=False):
-        x = z * math.sqrt(1 + sigma**2)
-        eps = (x - saturating_denoise(x, sigma)) / sigma
-        z = scheduler.step(eps, t, z, eta=eta).prev_sample
-    options = {"eta": eta, "scale_time": schedule.scale_time, "noise": torch.ones_like}
+    theirs = their_result(scheduler, start, sigmas, eta=eta)
+    options = {"eta": eta, "scale_time": SD.scale_time, "noise": torch.ones_like}
     x = SAMPLERS["tcd"](saturating_denoise, start.double(), sigmas, **options)
     ours = x / math.sqrt(1 + float(sigmas[-1]) ** 2)
-    torch.testing.assert_close(ours.float(), z, rtol=0, atol=2e-5)
+    torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=2e-5)
