@@ -23,6 +23,11 @@ def test_numbers_are_read_as_omegaconf_reads_them_and_overrides_come_last():
     assert raw == {"a": {"b": 1, "c": [3], "d": {"e": None}}}
 
 
+def test_what_is_parsed_twice_may_be_changed():
+    parse_yaml("a: {b: [1]}")["a"]["b"].append(2)
+    assert parse_yaml("a: {b: [1]}") == {"a": {"b": [1]}}
+
+
 @pytest.mark.parametrize("override", ["modle.params.x=1", "model", "=3"])
 def test_overrides_that_do_not_fit_are_errors(override):
     with pytest.raises(ValueError, match="invalid override .* of tiny.yaml"):
