@@ -24,6 +24,12 @@ gc.disable()
 from windows import windows  # noqa: E402, F401
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Leave Lightning, a base class of the original's models that takes 6 s, to slow runs."""
+    if "not slow" in config.option.markexpr:
+        sys.modules["pytorch_lightning"] = None
+
+
 def pytest_collection_finish() -> None:
     """Never look for garbage among what imports have made: that took a fifth of collecting."""
     gc.enable()

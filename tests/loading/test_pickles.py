@@ -85,8 +85,8 @@ def pretend(monkeypatch):
         made.__module__, made.__qualname__, made.__name__ = module, name, name
         parts = module.split(".")
         for i in range(1, len(parts) + 1):
-            if ".".join(parts[:i]) not in sys.modules or i == len(parts):
-                part = ".".join(parts[:i])
+            part = ".".join(parts[:i])
+            if sys.modules.get(part) is None or i == len(parts):
                 monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
         setattr(sys.modules[module], name, made)
         return made
