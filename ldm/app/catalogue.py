@@ -35,6 +35,7 @@ __all__ = [
 ]  # fmt: skip
 
 SUFFIXES = (".ckpt", ".safetensors")
+MIDAS = "ldm.encoders.depth.MiDaSDepth"
 ADDON_FOLDERS = {  # by names in small letters
     "lora": ("lora", "loras"),
     "embedding": ("embedding", "embeddings"),
@@ -162,7 +163,7 @@ def _read_entry(path: Path, states: object) -> CatalogueEntry | str:
         if spec["target"] != legacy.MODEL:
             return f"`{path}` is not a complete model"
         parts = spec["params"]
-        conditioner = build_on_meta(parts["conditioner"], where=path.name)
+        conditioner = build_on_meta(_without_midas(parts["conditioner"]), where=path.name)
         downscale = _downscale(build_on_meta(parts["autoencoder"], where=path.name))
     except (OSError, ValueError, KeyError) as error:
         return str(error).splitlines()[0]
@@ -190,6 +191,15 @@ def _read_entry(path: Path, states: object) -> CatalogueEntry | str:
         spec=spec,
         text=text,
     )
+
+
+def _without_midas(spec: JsonObject) -> JsonObject:
+    """Leave MiDaS out of a conditioner's spec: to import timm takes seconds."""
+    depth = spec.get("params", {}).get("depth")
+    if depth is None or depth["target"] != MIDAS:
+        return spec
+    depth = {**depth, "params": {**depth.get("params", {}), "model_type": None}}
+    return {**spec, "params": {**spec["params"], "depth": depth}}
 
 
 def _downscale(autoencoder: nn.Module) -> int:

@@ -17,6 +17,13 @@ def test_the_demo_model_serves_what_text_is_enough_for(tmp_path):
     assert catalogue.skipped == []
 
 
+def test_a_depth_model_is_listed_without_its_network(files, tmp_path, monkeypatch):
+    for file in files["depth"][1::2]:
+        shutil.copy(file, tmp_path)
+    monkeypatch.setattr("ldm.encoders.depth._build_backbone", None)
+    assert read_catalogue(tmp_path).models["depth.safetensors"].tasks == ("depth2img",)
+
+
 def test_files_that_are_no_models_are_skipped_with_a_line_each(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(DEMO.read_bytes()[:100_000])
     (tmp_path / "empty.ckpt").touch()
