@@ -40,7 +40,7 @@ from ldm.generate.tasks import PreparedTask
 from ldm.imaging.output import OutputFolder
 from ldm.imaging.relief import check_trimesh
 from ldm.imaging.rgbd import place_beside, split_depth
-from ldm.loading.addons.lora import set_loras
+from ldm.loading.addons.lora import read_changes, set_loras
 from ldm.model import LatentDiffusion
 from ldm.pipelines.common import TaskOptions, check_clip_skip
 from ldm.pipelines.guidance import GuidanceOptions
@@ -91,6 +91,7 @@ def run_request(
             lines[key] = lines.get(key) or changed.task.prepare(changed)
         if models is None:
             models = load(_with_loras(lines[()], batches))
+            _check_loras(models.base, batches)
             for note in notes:
                 listener.warn(note)
             _warn_about_prompts(batches, request, models.base, listener)
@@ -115,6 +116,14 @@ def _with_loras(prepared: PreparedTask, batches: Sequence[Batch]) -> PreparedTas
     changed = copy.copy(prepared)
     changed.request = replace(request, model=replace(request.model, lora=loras))
     return changed
+
+
+def _check_loras(model: LatentDiffusion, batches: Sequence[Batch]) -> None:
+    """Raise what a LoRA of a later image would, where images have their own, before the first."""
+    sets = dict.fromkeys(batch[0].loras for batch in batches)
+    if len(sets) > 1:
+        for file, weight in dict.fromkeys(lora for loras in sets for lora in loras):
+            read_changes(file, model, weight)
 
 
 def _generate_batches(

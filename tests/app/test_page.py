@@ -327,6 +327,10 @@ def test_loras_are_offered_where_they_fit_and_none_is_chosen_at_first(app, page)
     generate(page)
     assert [lora["weight"] for lora in read_info(newest(app))["loras"]] == [-0.5]
     assert "<lora:style:-0.5>" in page.locator("#about textarea").input_value()  # F15
+    weight.fill("1")
+    weight.press("Tab")
+    page.locator("#reuse-all").click()
+    wait_for_value(page, "input[aria-label='number input for Weight of style']", "-0.5")
     page.locator("#send-upscale").click()
     note = page.locator("#note .failed")
     note.wait_for()

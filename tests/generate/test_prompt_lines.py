@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 import ldm
 from ldm.commands.main import main
@@ -14,6 +15,7 @@ from ldm.generate.prompt_file import PromptLine, read_prompt_file
 from ldm.generate.tasks import TASKS
 from ldm.generate.wildcards import DynamicPrompts
 from ldm.imaging.metadata import parameters_text, parse_parameters, read_info
+from ldm.loading.files.checkpoint import write_checkpoint
 from picturehelp import random_lora
 
 QUICK = ["--steps=1", "--n_samples=1", "--n_iter=1", "--H=64", "--W=64", "--precision=full"]
@@ -149,6 +151,16 @@ def test_expanded_prompts_are_recorded_and_made_again(run, tiny):
     assert info["prompt"] in ("a red fox", "a green fox")
     assert info["prompt"] in parameters_text(info)
     assert main(["replay", info["path"], "--ckpt", str(tiny.ckpt)]) == 0
+
+
+def test_a_lora_of_a_later_image_that_does_not_fit_is_refused_before_the_first(run, tmp_path):
+    (tmp_path / "loras").mkdir()
+    state = {"lora_unet_conv_in.diff": torch.zeros(5, 4, 3, 3)}
+    write_checkpoint(tmp_path / "loras/wide.safetensors", state)
+    (tmp_path / "prompts.txt").write_text("a fox\na fox <lora:wide:0.5>")
+    error = run("--from-file", tmp_path / "prompts.txt", "--lora-dir", tmp_path / "loras")
+    assert "wide.safetensors` does not fit this model, 0 of its 1 layers unknown, 1 of" in error
+    assert not list((tmp_path / "out").rglob("*.png"))
 
 
 def test_tags_are_taken_out_of_a_prompt():
