@@ -1,4 +1,4 @@
-"""What rules of guidance and stochastic samplers cost, beside diffusers or another revision.
+"""What guidance methods and stochastic samplers cost, beside diffusers or another revision.
 
     python benchmarks/guidance.py                        # beside diffusers
     git worktree add /tmp/before main && python benchmarks/guidance.py --against /tmp/before
@@ -137,7 +137,7 @@ def ours(stage: str, args: argparse.Namespace) -> Call:
     if stage == "pag":
         from ldm.diffusion.guidance import Guidance, PerturbedAttention
 
-        options["rule"] = PerturbedAttention(PAG, Guidance())
+        options["guidance"] = PerturbedAttention(PAG, Guidance())
     if stage == "freeu":
         options |= {"freeu": FREEU, "freeu_version": "diffusers"}
     if stage in SDE:

@@ -18,11 +18,11 @@ import torch
 from harness import ROOT
 from torch import Tensor
 
+from ldm.loading.buffers import make_buffers
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
 from ldm.loading.files.checkpoint import write_checkpoint
 from ldm.loading.legacy import translate_config
-from ldm.loading.tables import make_tables
 from ldm.loading.weight_names import restore_names
 from ldm.model import LatentDiffusion
 from ldm.nets.karlo import Prior
@@ -45,7 +45,7 @@ def main() -> None:
     model = build_on_meta(translate_config(read_yaml(args.config)), where=str(args.config))
     if not isinstance(model, LatentDiffusion):
         parser.error(f"`{args.config}` is not the config of a latent diffusion model")
-    names = restore_names(model.state_dict(), make_tables(model))
+    names = restore_names(model.state_dict(), make_buffers(model))
     state = random_weights(names, dtype)
     if args.out.suffix == ".ckpt":
         torch.save({"epoch": 11, "global_step": 875000, "state_dict": state}, args.out)

@@ -46,7 +46,7 @@ FENCES = {
     "wandb": ["ldm.train.monitoring.logs"],
     "pydantic": ["ldm.train.config"],
     "bitsandbytes": ["ldm.train.optim.optimizers"],
-    "trimesh": ["ldm.imaging.relief"],
+    "trimesh": ["ldm.imaging.mesh"],
     "dynamicprompts": ["ldm.generate.wildcards"],
     "pyparsing": ["ldm.generate.wildcards"],
     "ftfy": ["ldm.encoders.tokenizer"],

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from judges import Gallery, Judges, background
-from ldm.data.drawings import COLOURS, EmojiTransform, caption
+from ldm.data.drawings import COLORS, EmojiTransform, caption
 from ldm.data.folder import Folder
 from ldm.imaging import pixels
 from ldm.loading.load import load
@@ -139,7 +139,7 @@ def choose_prompts(
         rows = rng.sample(rows, count)
     prompts = []
     for row in rows:
-        colour = rng.choice(list(COLOURS))
+        colour = rng.choice(list(COLORS))
         text = caption(row["object"], row["style"], colour)
         prompts.append({**row, "colour": colour, "prompt": text})
     return prompts

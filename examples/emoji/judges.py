@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.data.drawings import COLOURS
+from ldm.data.drawings import COLORS
 from ldm.data.folder import Folder
 from ldm.nets.blocks import Conv2d, GroupNorm, Linear
 from ldm.train.optim.optimizers import make_optimizer
@@ -181,7 +181,7 @@ class Gallery:
         small = F.interpolate(image.float(), (SIDE, SIDE), mode="area")
         for colour in sorted(set(colours)):
             indices = [k for k, name in enumerate(colours) if name == colour]
-            plain = torch.tensor(COLOURS[colour]).expand(len(self.drawings), 3) / 127.5 - 1
+            plain = torch.tensor(COLORS[colour]).expand(len(self.drawings), 3) / 127.5 - 1
             real = _over(self.drawings, plain).flatten(1)  # (drawings, 3 * 64 * 64)
             moved = F.unfold(F.pad(small[indices], (1, 1, 1, 1), mode="replicate"), SIDE)
             flat = moved.mT.flatten(0, 1)  # (b * 9, 3 * 64 * 64)
@@ -212,9 +212,9 @@ def background(image: Tensor) -> list[str]:
     mask = torch.ones(image.shape[-2:], dtype=torch.bool)
     mask[width:-width, width:-width] = False
     border = image[:, :, mask].median(dim=2).values  # (B, 3)
-    table = torch.tensor(list(COLOURS.values())) / 127.5 - 1  # (colours, 3)
+    table = torch.tensor(list(COLORS.values())) / 127.5 - 1  # (colours, 3)
     nearest = torch.cdist(border, table).argmin(dim=1)
-    return [list(COLOURS)[k] for k in nearest.tolist()]
+    return [list(COLORS)[k] for k in nearest.tolist()]
 
 
 def _bank(folder: Folder, rows: Sequence[int], side: int) -> Tensor:
@@ -280,7 +280,7 @@ def _draw_patches(bank: Tensor, rows: Tensor, generator: torch.Generator) -> Ten
 
 def _on_colours(drawings: Tensor, generator: torch.Generator) -> Tensor:
     """Drawings as `_over` takes them -> (B, 3, h, w) on random named colours."""
-    table = torch.tensor(list(COLOURS.values())) / 127.5 - 1
+    table = torch.tensor(list(COLORS.values())) / 127.5 - 1
     return _over(drawings, table[torch.randint(len(table), (len(drawings),), generator=generator)])
 
 

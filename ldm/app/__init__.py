@@ -1,1 +1,1 @@
-"""The browser app: forms, a queue of one running job, model cache, uploads and limits."""
+"""The Gradio page: forms, a job queue, a model cache, uploads and limits."""

@@ -1,7 +1,7 @@
-"""Server side of the app: available models and LoRAs, and runs of all users.
+"""The server side of the page: lists models and LoRAs, and does the runs of all users.
 
-Paths in requests and in images are never used: models are looked up by name, uploads by hash, and
-everything else is refused.
+For safety, paths in requests and in images are never used: models are looked up by name, uploads by
+hash, and all other files are refused.
 """
 
 import logging
@@ -22,10 +22,10 @@ from torch import Tensor
 from ldm.app.catalogue import (
     CatalogueEntry,
     check_lora,
-    file_states,
-    fits,
+    file_stats,
     list_addons,
     list_checkpoints,
+    lora_fits,
     read_catalogue,
 )
 from ldm.app.form import STEPS
@@ -36,31 +36,31 @@ from ldm.app.progress import Progress
 from ldm.app.uploads import Uploads
 from ldm.encoders.safety import SafetyChecker
 from ldm.generate.load import Models, is_small_model, load_models, resolve_sampling
-from ldm.generate.lora_tags import without_tags
+from ldm.generate.lora_tags import remove_tags
 from ldm.generate.options import Value, options_of, parse_weighted_file
 from ldm.generate.provenance import (
     FILE_KEYS,
     Info,
     compare_infos,
     compare_results,
-    defaults_then,
     describe_run,
-    files_of_model,
     line_values,
     read_request,
+    recorded_defaults,
+    recorded_files,
 )
 from ldm.generate.request import SDXL, ModelChoice, Request, Sampling, UpscalerChoice
 from ldm.generate.run import remake_image, run_request
 from ldm.generate.tasks import PreparedTask, Task
+from ldm.imaging.mesh import can_save_meshes, save_mesh
 from ldm.imaging.metadata import read_info
 from ldm.imaging.output import OutputFolder, depth_path
 from ldm.imaging.reading import open_image
-from ldm.imaging.relief import can_save_reliefs, save_relief
 from ldm.loading.addons.embeddings import embedding_files, load_embeddings, read_embeddings
 from ldm.loading.addons.lora import detect_few_steps
 from ldm.loading.addons.lora_weights import LoRAWeight
 from ldm.loading.addons.safety import COMPONENT, load_safety_checker
-from ldm.loading.files.checkpoint import file_hash
+from ldm.loading.files.checkpoint import short_hash
 from ldm.loading.load import load
 from ldm.loading.report import inspect_checkpoint
 from ldm.loading.tiny_autoencoder import is_for_xl, load_preview
@@ -79,19 +79,19 @@ __all__ = ["Backend"]
 log = logging.getLogger(__name__)
 
 MAX_LORA_WEIGHT = 10
-# What a run may add to a model: option -> what it is called.
+# Files that a run may add to a model: option -> title.
 ADDONS = {
     "vae": "VAE",
     "refiner": "refiner",
     "upscaler": "upscaler",
     COMPONENT: "safety checker",
 }
-ADDON_FAMILIES = {"refiner": "refiner", "upscaler": "latent-upscaling"}  # those that are models
-WILDCARDS = "wildcards"  # subfolder of the models folder, in small letters
+ADDON_FAMILIES = {"refiner": "refiner", "upscaler": "latent-upscaling"}  # of models
+WILDCARDS = "wildcards"  # subfolder of the models folder, in lower case
 
 
 class Backend:
-    """Runs of all users, one at a time.
+    """Lists files, and makes images; the models of all runs are cached.
 
     Args:
         models: folder of checkpoints.
@@ -99,8 +99,8 @@ class Backend:
         choice: device, precision, attention and embeddings of all runs.
         limits: limits of each run.
         memory: bytes for loaded models; None = half of the device's memory.
-        loras: files that a run may add, and their default weights.
-        previews: files of TAESD for previews, beside those of the folder.
+        loras: LoRA files besides those in the folder, and their default weights.
+        previews: files of TAESD for previews, besides those in the folder.
     Raises:
         MissingFile: a LoRA is missing.
         ArgumentError: two LoRAs have the same name, or a weight is too large.
@@ -128,12 +128,12 @@ class Backend:
 
     @property
     def device(self) -> str:
-        """Where models run."""
+        """Name of the device that models run on."""
         return str(pick_device(self.choice.device))
 
     @property
     def loras(self) -> dict[str, tuple[str, float | str]]:
-        """File and default weight of each LoRA by its name: those of flags and of the folder."""
+        """(File, default weight) of each LoRA by its name: those of flags and in the folder."""
         files = list_addons(self.folder, "lora")
         return {name: (str(file), 1.0) for name, file in files.items()} | self._given_loras
 
@@ -150,7 +150,7 @@ class Backend:
         entry = read_catalogue(self.folder).models.get(model or "")
         if entry is None:
             return []
-        return [name for name, (file, _) in self.loras.items() if fits(file, entry)]
+        return [name for name, (file, _) in self.loras.items() if lora_fits(file, entry)]
 
     def tokens(self) -> list[str]:
         """Return the tokens of all embeddings."""
@@ -159,11 +159,15 @@ class Backend:
     def count_tokens(
         self, model: str | None, prompt: str, syntax: str = PLAIN, *, is_negative: bool = False
     ) -> tuple[int, int, str]:
-        """Return how many tokens a prompt has, how many a model reads, and what it leaves out."""
+        """Count the tokens of a prompt.
+
+        Returns:
+            (number of tokens, limit, text beyond the limit); the limit is 0 if it is unknown.
+        """
         entry = read_catalogue(self.folder).models.get(model or "")
-        if entry is None or entry.text is None:
+        if entry is None or entry.text_encoder is None:
             return 0, 0, ""
-        text = entry.text
+        text = entry.text_encoder
         text.added_embeddings = {
             token.lower(): vectors
             for tokens in self._embeddings()
@@ -171,17 +175,17 @@ class Backend:
             for vectors in towers
             if vectors.shape[1] == text.width
         }
-        prompt = without_tags(prompt)
+        prompt = remove_tags(prompt)
         try:
             if syntax != PLAIN and text.context_length == text.length:
                 parsed = parse_prompt(prompt, syntax, is_negative=is_negative)
                 return *text.count_in_chunks(parsed), ""
-        except ArgumentError:  # Generate will say what is wrong with it
+        except ArgumentError:  # an invalid prompt; Generate reports the error
             return 0, 0, ""
         return text.count_tokens(prompt), text.length - 2, text.truncated_text(prompt)
 
     def make_preview(self, model: LatentDiffusion) -> Callable[[Tensor], Tensor]:
-        """Return what turns latents of a model to previews: TAESD if there is one that fits."""
+        """Return a function from a model's latents to previews: TAESD if available, else linear."""
         found = list_addons(self.folder, "preview").values() if self.folder.is_dir() else ()
         for path in (*self._given_previews, *found):
             if is_for_xl(path) == is_sdxl(model) and "encoder" not in path.stem:
@@ -211,18 +215,18 @@ class Backend:
         return list_addons(self.folder, COMPONENT) | folders
 
     def find_addon(self, kind: str, info: JsonMapping) -> str:
-        """Return the name of an image's refiner or upscaler; "" = it had none that is here."""
+        """Return the name of an image's refiner or upscaler; "" = none, or not available here."""
         file = Path((info.get(kind) or {}).get("path", "")).name
         names = self.addons(kind)
         return next((name for name in names if file in (Path(name).name, Path(name).stem)), "")
 
     def model_names(self, task: str | None = None) -> list[str]:
-        """Return the models for a task; None = all that can be loaded."""
+        """Return the names of models for a task; None = of all that can be loaded."""
         models = read_catalogue(self.folder).models
         return [name for name, model in models.items() if task is None or task in model.tasks]
 
     def checkpoint_names(self) -> list[str]:
-        """Return all checkpoint files of the folder, also those that cannot be loaded."""
+        """Return the names of all checkpoint files, including those that cannot be loaded."""
         return [name for name, path in list_checkpoints(self.folder).items() if path.is_file()]
 
     def find_loras(self, info: JsonMapping) -> list[tuple[str, float | str]]:
@@ -236,17 +240,17 @@ class Backend:
                 if recorded.name in (Path(file).name, Path(file).stem)
             ]  # fmt: skip
             if len(names) > 1:
-                names.sort(key=lambda name: file_hash(here[name][0]) != lora.get("hash"))
+                names.sort(key=lambda name: short_hash(here[name][0]) != lora.get("hash"))
             found.append((next(iter(names), recorded.stem), lora.get("weight", 1.0)))
         return found
 
     def is_sdxl(self, name: str | None) -> bool:
-        """Return whether a model is Stable Diffusion XL's."""
+        """Return whether a model is Stable Diffusion XL or its refiner."""
         entry = read_catalogue(self.folder).models.get(name or "")
         return entry is not None and entry.is_sdxl
 
     def defaults(self, task: Task, name: str | None, loras: Iterable[str] = ()) -> dict[str, Value]:
-        """Return the values of settings that suit a task, a model, and LoRAs by name."""
+        """Return default values of settings for a task, a model, and LoRAs, all by name."""
         entry = read_catalogue(self.folder).models.get(name or "")
         height, width = (None, None) if entry is None else entry.size
         values: dict[str, Value] = {"scale": task.scale, "width": width, "height": height}
@@ -261,8 +265,8 @@ class Backend:
             values["scale"] = task.demo_scale
         return values
 
-    def misfit(self, task: Task, name: str | None) -> str:
-        """Return why a model cannot do a task, and what to do; "" if it can."""
+    def explain_misfit(self, task: Task, name: str | None) -> str:
+        """Return why a model does not support a task, and what to do; "" if it does."""
         entry = read_catalogue(self.folder).models.get(name or "")
         if entry is not None and task.name in entry.tasks:
             return ""
@@ -277,11 +281,11 @@ class Backend:
         return f"{text}; none is available: {_download_hint(task)}"
 
     def skipped_files(self) -> list[str]:
-        """Return a line about each checkpoint of the folder that cannot be used."""
+        """Return a line about each checkpoint in the folder that cannot be used."""
         return read_catalogue(self.folder).skipped
 
     def inspect(self, name: str | None) -> str:
-        """Describe a checkpoint of the folder."""
+        """Return the report about a checkpoint in the folder."""
         path = list_checkpoints(self.folder).get(name or "")
         if path is None or path.is_dir():
             return "choose a checkpoint"
@@ -293,10 +297,10 @@ class Backend:
 
         Args:
             name: name of the model.
-            values: options by name; files are paths of uploads, LoRAs `NAME:WEIGHT`, and those of
-                ADDONS names.
+            values: options by name; images are paths of uploads, LoRAs `NAME:WEIGHT`, and files of
+                ADDONS names that the page lists.
         Raises:
-            ArgumentError: the model does not exist or cannot do the task, or a value is wrong.
+            ArgumentError: the model does not exist or support the task, or a value is invalid.
         """
         entry = self._find_model(name, task)
         words = values.get("lora") or ()
@@ -326,7 +330,7 @@ class Backend:
         return replace(request, model=replace(request.model, vae=addons.get("vae")))
 
     def generate(self, request: Request, progress: Progress) -> str:
-        """Make and save images; return the final message."""
+        """Make and save images; return the final message for the user."""
         self.limits.check(request)
         progress.make_preview = self.make_preview
         start = time.monotonic()
@@ -337,11 +341,11 @@ class Backend:
         return f"done: {images} in {time.monotonic() - start:.1f} s"
 
     def replay(self, path: str | Path, progress: Progress) -> str:
-        """Make an image again; return how it differs from the file."""
+        """Make an image file again; return "identical", or how the result differs."""
         self.uploads.add(path)
         info = read_info(path)
         if info and "task" not in info:
-            raise ArgumentError('made by another program: "Send to" takes its parameters over')
+            raise ArgumentError('made by another program: use "Send to" to copy its parameters')
         request = self._recorded_request(info, Path(path).name)
         self.limits.check(request)
         prepared = request.task.prepare(request)
@@ -378,32 +382,32 @@ class Backend:
         return [info for run in reversed(runs) for info in run if "seed" in info]
 
     def make_relief(self, info: JsonMapping) -> tuple[str, int] | None:
-        """Save the relief of an image with depth; return its path and number of triangles.
+        """Save an image with depth as a 3D mesh; return its path and number of triangles.
 
         Returns:
-            None for an image without depth, or where the package for it is missing.
+            None for an image without depth, or if the package trimesh is not installed.
         """
         path, depth = Path(info["path"]), depth_path(info["path"])
-        if info.get("image") == "depth" or not depth.is_file() or not can_save_reliefs():
+        if info.get("image") == "depth" or not depth.is_file() or not can_save_meshes():
             return None
         folder = self.outdir / "served"
         folder.mkdir(exist_ok=True)
         target = folder / f"{path.stem}-{secrets.token_hex(4)}.glb"
         with open_image(path) as image, open_image(depth) as levels:
-            return str(target), save_relief(target, image, levels)
+            return str(target), save_mesh(target, image, levels)
 
     def _find_model(self, name: str | None, task: Task) -> CatalogueEntry:
-        if misfit := self.misfit(task, name):
+        if misfit := self.explain_misfit(task, name):
             raise ArgumentError(misfit, "ckpt")
         return read_catalogue(self.folder).models[name or ""]
 
     def _choose_addons(self, values: Mapping[str, object]) -> dict[str, str]:
-        """Return the paths of the add-ons that are chosen by name.
+        """Return the paths of the add-ons that are chosen by name, by option.
 
-        A name is looked up in a list, and never taken as a path: it comes from a browser.
+        A name comes from a browser: it is looked up in a list, never used as a path.
 
         Raises:
-            UnknownName: there is none of this name.
+            UnknownName: no add-on has this name.
         """
         paths = {}
         for kind, title in ADDONS.items():
@@ -415,16 +419,20 @@ class Backend:
         return paths
 
     def _find_recorded_addon(self, kind: str, info: JsonMapping, place: str) -> str | None:
-        """Return the add-on that made an image: the one of the same hash."""
+        """Return the file, by its hash, of an add-on that made an image; None if it had none.
+
+        Args:
+            place: where the file is expected, for the message.
+        """
         files = map(str, self.addons(kind).values())
-        return next(iter(_find_files(files_of_model(info, kind), files, place)), None)
+        return next(iter(_find_files(recorded_files(info, kind), files, place)), None)
 
     def _find_recorded_model(self, info: JsonMapping, task: Task) -> CatalogueEntry:
-        """Find the model of an image by its file name; of several, the one with the same hash."""
+        """Find the model of an image by file name; among several by hash."""
         models = read_catalogue(self.folder).models
         names = [name for name in models if Path(name).name == info["checkpoint"]]
         if len(names) > 1:
-            names.sort(key=lambda name: file_hash(models[name].path) != info["checkpoint_hash"])
+            names.sort(key=lambda name: short_hash(models[name].path) != info["checkpoint_hash"])
         return self._find_model(next(iter(names), info["checkpoint"]), task)
 
     def _with_model(
@@ -443,7 +451,11 @@ class Backend:
     def _find_loras(
         self, choices: Iterable[tuple[str, float | str]]
     ) -> list[tuple[str, float | str]]:
-        """Turn LoRAs by name and weight into those by file and weight."""
+        """Convert (name, weight) of LoRAs to (file, weight).
+
+        Raises:
+            ArgumentError: a LoRA is unknown or chosen twice, or its weight is too large.
+        """
         files: dict[str, float | str] = {}
         for name, weight in choices:
             if name not in self.loras:
@@ -476,8 +488,8 @@ class Backend:
             files = [file for file, _ in request.model.lora]
             raise ValueError(_without_folders(str(error), files)) from error
         for key in FILE_KEYS:
-            for file in files_of_model(models.base.provenance, key):
-                file["path"] = Path(file["path"]).name  # goes into images, which users see
+            for file in recorded_files(models.base.provenance, key):
+                file["path"] = Path(file["path"]).name  # as it is saved in images
         sampling = resolve_sampling(request, models.base.defaults)
         if reason := check_few_steps(models.base, sampling.steps, sampling.scale):
             progress.warn(reason)
@@ -490,7 +502,7 @@ class Backend:
     def _recorded_request(self, info: dict[str, Any], name: str) -> Request:
         """Return the request that made an image, with the server's own files."""
         recorded = read_request(info, name).with_values(line_values(info))
-        if recorded.model.overrides or info["overrides"]:  # of any key
+        if recorded.model.overrides or info["overrides"]:
             raise ArgumentError("it was made with overrides: use `ldm replay`")
         entry = self._find_recorded_model(info, recorded.task)
         inputs = options_of(recorded.task.inputs)
@@ -498,7 +510,7 @@ class Backend:
         allowed |= options_of(Sampling).keys() | options_of(SDXL).keys() | {"no_watermark"}
         allowed |= options_of(UpscalerChoice).keys()
         allowed -= {"refiner", "upscaler"}
-        values = {key: value for key, value in recorded.values().items() if key in allowed}
+        values = {key: value for key, value in recorded.get_values().items() if key in allowed}
         for key, files in info.get("inputs", {}).items():
             paths = [str(self.uploads.find(file["sha256"])) for file in files]
             option, _ = inputs.get(key, (None, None))
@@ -509,7 +521,7 @@ class Backend:
         values |= {"prompt": info["prompt"], "negative_prompt": info["negative_prompt"]}
         earlier = info.get("earlier", ())
         values |= {"n_samples": max([info["rows"], *earlier]), "n_iter": 1 + len(earlier)}
-        values |= defaults_then(info, recorded)
+        values |= recorded_defaults(info, recorded)
         if "upscaling" in recorded.task.groups():
             values["upscaler"] = self._find_recorded_addon("upscaler", info, "a file in its folder")
         request = recorded.task.request(values)
@@ -527,7 +539,7 @@ class Backend:
         return replace(request, model=choice, sdxl=sdxl)
 
     def _embeddings(self) -> list[Mapping[str, list[Tensor]]]:
-        return [_read_embeddings(file, file_states(file)) for file in self._embedding_files()]
+        return [_read_embeddings(file, file_stats(file)) for file in self._embedding_files()]
 
     def _embedding_files(self) -> list[str]:
         files = [str(file) for path in self.choice.embedding for file in embedding_files(path)]
@@ -563,17 +575,17 @@ def _download_hint(task: Task) -> str:
 def _load_with_fitting_embeddings(
     config: Any = None, ckpt: Any = None, *, embeddings: Iterable[str] = (), **options: Any
 ) -> LatentDiffusion:
-    """Load a model, without the embeddings that are for models of another width."""
+    """Load a model with those embeddings that fit its text encoders."""
     model = load(config, ckpt, **options)
     load_embeddings(model, embeddings, strict=False)
     return model
 
 
 def _loras_by_name(loras: Sequence[tuple[str, float | str]]) -> dict[str, tuple[str, float | str]]:
-    """Return (file, weight) of each LoRA, by the name that users choose."""
+    """Return (file, weight) of each LoRA by its stem, the name on the page."""
     by_name = {Path(file).stem: (file, weight) for file, weight in loras}
     if len(by_name) < len(loras):
-        raise ArgumentError("two LoRA files have the same name, by which they are chosen", "lora")
+        raise ArgumentError("two LoRA files have the same name: rename one", "lora")
     for name, (file, weight) in by_name.items():
         if not Path(file).expanduser().is_file():
             raise MissingFile(f"no file `{file}`", "lora")
@@ -590,21 +602,24 @@ def _existing_files(files: Iterable[str], option: str) -> list[Path]:
 
 
 def _check_weight(name: str, value: float | str) -> None:
-    weight = LoRAWeight.of(value)
+    weight = LoRAWeight.parse(value)
     if not max(abs(weight.text), abs(weight.unet)) <= MAX_LORA_WEIGHT:  # False for NaN, too
         allowed = f"-{MAX_LORA_WEIGHT} to {MAX_LORA_WEIGHT}"
         raise ArgumentError(f"the weight of LoRA `{name}` must be {allowed}, got {value}", "lora")
 
 
 def _find_files(recorded: Any, files: Iterable[str], flag: str) -> list[str]:
-    """Find those of `files` that have the hashes recorded in an image.
+    """Return the files with the hashes recorded in an image.
 
+    Args:
+        recorded: entries with `path` and `hash`.
+        flag: flag of the app for such files, for the message.
     Raises:
-        ArgumentError: none has the hash.
+        ArgumentError: no file has a hash.
     """
     if not all(isinstance(file, dict) and {"hash", "path"} <= file.keys() for file in recorded):
         raise ArgumentError(f"its entry for {flag} is damaged")
-    by_hash = {file_hash(file): file for file in files} if recorded else {}
+    by_hash = {short_hash(file): file for file in files} if recorded else {}
     for file in recorded:
         if file["hash"] not in by_hash:
             name = Path(file["path"]).name

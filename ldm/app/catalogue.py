@@ -1,8 +1,8 @@
-"""Which models, LoRAs, embeddings and VAEs a folder holds, and what fits; no weights are loaded.
+"""List the models, LoRAs, embeddings and VAEs in a folder, without loading weights.
 
-The config is found as by `ldm.load`: a YAML beside the file or inside it, else from the shapes of
-the weights. Its encoders determine the family, and that the tasks. Subfolders with the names in
-ADDON_FOLDERS hold what is added to models.
+The config of a model is the YAML beside its file, else it is found as by `ldm.load`: inside the
+file, or by the shapes of the weights. Its encoders determine the family, the family the tasks.
+LoRAs and others are in subfolders with the names in ADDON_FOLDERS.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from ldm.loading import legacy
 from ldm.loading.addons.lora import read_changes
 from ldm.loading.build import build_on_meta
 from ldm.loading.diffusers.layout import INDEX
-from ldm.loading.load import find_variant, read_config, takes_variant, variant_defaults
+from ldm.loading.load import find_variant, read_config, supports_variants, variant_defaults
 from ldm.loading.published import find_on_disk, published_files
 from ldm.loading.variants import VARIANTS
 from ldm.loading.weights import identify_weights, read_weights
@@ -30,8 +30,14 @@ from ldm.runtime.errors import MissingFile, WeightsMismatch
 from ldm.runtime.types import JsonObject
 
 __all__ = [
-    "Catalogue", "CatalogueEntry", "check_lora", "file_states", "fits", "list_addons",
-    "list_checkpoints", "read_catalogue",
+    "Catalogue",
+    "CatalogueEntry",
+    "check_lora",
+    "file_stats",
+    "list_addons",
+    "list_checkpoints",
+    "lora_fits",
+    "read_catalogue",
 ]  # fmt: skip
 
 SUFFIXES = (".ckpt", ".safetensors")
@@ -51,14 +57,14 @@ class CatalogueEntry:
     """A checkpoint that can be loaded.
 
     Args:
-        config: the YAML to load it with; None = its own.
-        tasks: names of the tasks that it serves.
+        config: the YAML beside it; None = inside the file, or of the family.
+        tasks: names of the tasks that it supports.
         family: name in `ldm.pipelines.families.FAMILIES`; None = unknown.
         size: (height, width) of its images, in pixels.
-        defaults: options of sampling that it is made for.
+        defaults: its default sampling options.
         is_sdxl: whether it is Stable Diffusion XL or its refiner.
-        spec: the translated config.
-        text: the text tower, without weights.
+        spec: the config, translated to our class names.
+        text_encoder: on the meta device; None = none.
     """
 
     path: Path
@@ -69,24 +75,22 @@ class CatalogueEntry:
     defaults: Defaults
     is_sdxl: bool
     spec: JsonObject = field(repr=False)
-    text: TextEncoder | None = field(repr=False)
+    text_encoder: TextEncoder | None = field(repr=False)
 
 
 @dataclass
 class Catalogue:
-    """Models by path in the folder, and a line about each checkpoint that was skipped."""
+    """Models by their name in the folder, and a line about each checkpoint that was skipped."""
 
     models: dict[str, CatalogueEntry] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
 
 
 def list_checkpoints(folder: str | Path) -> dict[str, Path]:
-    """Return the checkpoints and diffusers folders in a folder and its subfolders.
-
-    They are not opened.
+    """Return the checkpoints and diffusers folders in a folder and its subfolders, unopened.
 
     Returns:
-        path by name, which is the path in the folder, with slashes.
+        path by name: the POSIX path relative to the folder.
     Raises:
         MissingFile: there is no such folder.
     """
@@ -102,7 +106,7 @@ def list_checkpoints(folder: str | Path) -> dict[str, Path]:
 
 
 def list_addons(folder: str | Path, kind: str) -> dict[str, Path]:
-    """Return the files of a kind in ADDON_FOLDERS, by their paths in its folder, without suffix."""
+    """Return the files of a kind in ADDON_FOLDERS: relative POSIX path without suffix -> file."""
     paths: dict[str, Path] = {}
     for root in Path(folder).expanduser().iterdir():
         if root.is_dir() and root.name.lower() in ADDON_FOLDERS[kind]:
@@ -111,27 +115,27 @@ def list_addons(folder: str | Path, kind: str) -> dict[str, Path]:
     return paths
 
 
-def fits(lora: str | Path, entry: CatalogueEntry) -> bool:
+def lora_fits(lora: str | Path, entry: CatalogueEntry) -> bool:
     """Return whether a LoRA has the layers and shapes of a model."""
-    return _fits(lora, entry.path, (file_states(lora), file_states(entry.path)))
+    return _lora_fits(lora, entry.path, (file_stats(lora), file_stats(entry.path)))
 
 
 def check_lora(lora: str | Path, checkpoint: Path) -> None:
     """Raise the error that a LoRA would get from a model which it does not fit."""
-    entry = _read_entry(checkpoint, file_states(checkpoint))
-    if isinstance(entry, CatalogueEntry) and not fits(lora, entry):
+    entry = _read_entry(checkpoint, file_stats(checkpoint))
+    if isinstance(entry, CatalogueEntry) and not lora_fits(lora, entry):
         _read_changes(lora, entry)
 
 
 def read_catalogue(folder: str | Path) -> Catalogue:
-    """Return the models of a folder, and published ones elsewhere on this machine.
+    """Return the models in a folder, and published ones elsewhere on this machine.
 
-    Files are read once, and again when they change.
+    Files are read again only when they change.
     """
     catalogue, inside = Catalogue(), list_checkpoints(folder)
     published = filter(None, map(find_on_disk, published_files().values()))
     for name, path in ({path.name: path for path in published} | inside).items():
-        entry = _read_entry(path, file_states(path))
+        entry = _read_entry(path, file_stats(path))
         if isinstance(entry, CatalogueEntry):
             catalogue.models[name] = entry
         elif name in inside:
@@ -139,8 +143,8 @@ def read_catalogue(folder: str | Path) -> Catalogue:
     return catalogue
 
 
-def file_states(path: str | Path | None) -> tuple[tuple[str, int, int], ...]:
-    """Return path, size in bytes and time of change of a file, or of all files of a folder."""
+def file_stats(path: str | Path | None) -> tuple[tuple[str, int, int], ...]:
+    """Return (path, bytes, mtime in ns) of a file, or of all files in a folder; () for None."""
     if path is None:
         return ()
     root = Path(path).expanduser()
@@ -152,8 +156,12 @@ def file_states(path: str | Path | None) -> tuple[tuple[str, int, int], ...]:
 
 
 @lru_cache(maxsize=256)
-def _read_entry(path: Path, states: object) -> CatalogueEntry | str:
-    """Return the entry of a checkpoint, or what is wrong with it in one line."""
+def _read_entry(path: Path, stats: object) -> CatalogueEntry | str:
+    """Return the entry of a checkpoint, or what is wrong with it in one line.
+
+    Args:
+        stats: of its files; only for the cache, so that changed files are read again.
+    """
     sidecar = path.with_suffix(".yaml")
     config = sidecar if sidecar.is_file() and path.is_file() else None
     try:
@@ -169,14 +177,14 @@ def _read_entry(path: Path, states: object) -> CatalogueEntry | str:
         return str(error).splitlines()[0]
     family = family_of(conditioner) if isinstance(conditioner, Conditioner) else None
     tasks = tuple(name for name, task in TASKS.items() if family in task.families)
-    defaults, sides = Defaults(), parts.get("image_size", 64)
+    defaults, sides = Defaults(), parts.get("image_size", 64)  # latent pixels
     if "defaults" in parts:
         defaults = cast(Defaults, build_on_meta(parts["defaults"], where=path.name))
     keys = conditioner.keys if isinstance(conditioner, Conditioner) else frozenset()
     text = conditioner.find(TextEncoder) if isinstance(conditioner, Conditioner) else None
     is_sdxl = not SIZE_KEYS.isdisjoint(keys)
-    if takes_variant(family) and (found := find_variant(weights)):
-        has_scheduler = is_sdxl and path.is_dir()
+    if supports_variants(family) and (found := find_variant(weights)):
+        has_scheduler = is_sdxl and path.is_dir()  # a diffusers folder sets its scheduler
         defaults = variant_defaults(found, has_scheduler=has_scheduler, defaults=defaults)
         sides = VARIANTS[found.variant].size_xl if is_sdxl else sides
     height, width = [sides, sides] if isinstance(sides, int) else sides
@@ -189,7 +197,7 @@ def _read_entry(path: Path, states: object) -> CatalogueEntry | str:
         defaults=defaults,
         is_sdxl=is_sdxl,
         spec=spec,
-        text=text,
+        text_encoder=text,
     )
 
 
@@ -203,19 +211,20 @@ def _without_midas(spec: JsonObject) -> JsonObject:
 
 
 def _downscale(autoencoder: nn.Module) -> int:
+    """Return pixels per latent pixel; 8 for autoencoders of other classes, as all published."""
     return autoencoder.downscale if isinstance(autoencoder, AutoencoderKL | PixelSpace) else 8
 
 
 @lru_cache(maxsize=1024)
-def _fits(lora: str | Path, path: Path, states: object) -> bool:
-    entry = _read_entry(path, file_states(path))
+def _lora_fits(lora: str | Path, path: Path, stats: object) -> bool:
+    entry = _read_entry(path, file_stats(path))
     if not isinstance(entry, CatalogueEntry):
         return False
     try:
         _read_changes(lora, entry)
     except WeightsMismatch:
         return False
-    except (OSError, ValueError):  # of a damaged file, which an attempt to use it will name
+    except (OSError, ValueError):  # a damaged LoRA stays listed: using it reports the error
         return True
     return True
 

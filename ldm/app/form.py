@@ -1,9 +1,9 @@
-"""Fields of the page, and what a user entered in them -> options.
+"""Define the fields of the page, and convert what a user entered in them to options.
 
-Each option with a label is a field, whose kind and bounds follow from the option. All tasks have
-prompts and settings in common; image, mask and options of its own make up the tab of a task.
-Exceptions: the image and mask of inpainting are one sketch, and some fields have settings of their
-own. Bounds are checked by `Limits`, not by gradio.
+Each option with a label is a field; kind and bounds follow from the option. All tasks share prompts
+and settings; the tab of a task has its images and own options. Exceptions: image and mask of
+inpainting are one sketch, and some fields are defined by hand. Bounds are checked by `Limits`, not
+by gradio.
 """
 
 import secrets
@@ -15,7 +15,6 @@ from PIL import Image, ImageChops
 
 from ldm.app.limits import Limits
 from ldm.app.uploads import Uploads
-from ldm.diffusion.levels import TAKES_RHO
 from ldm.diffusion.names import (
     FREEU_PRESETS,
     FREEU_VERSIONS,
@@ -24,6 +23,7 @@ from ldm.diffusion.names import (
     SLD_PRESETS,
     TILINGS,
 )
+from ldm.diffusion.scheduler_options import TAKES_RHO
 from ldm.diffusion.step_noise import STEP_NOISE
 from ldm.generate.options import (
     Option,
@@ -52,7 +52,7 @@ NO_REFINER = NO_CHECKER = NO_UPSCALER = ("None", "")
 SAMPLER = "ddim"
 UNSAFE_CHOICES = [("Keep, and report", ""), ("Black", "black"), ("Blur", "blur"), ("Drop", "drop")]
 MAX_SEED = 1 << 31
-STEPS = 25  # of models without a number of their own; the scripts of the original take 50
+STEPS = 25  # for models without a default; the original scripts use 50, which is slow for a page
 # Options, other than prompts, that are fields of all tasks, in their order on the page.
 SETTINGS = (
     "sampler", "steps", "scheduler", "scale", "width", "height", "n_iter", "n_samples", "seed",
@@ -95,7 +95,12 @@ NUMBERS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Field:
-    """A field of the page: a gradio component and its settings."""
+    """A field of the page.
+
+    Args:
+        kind: name of the gradio component.
+        settings: its keyword arguments.
+    """
 
     kind: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -107,10 +112,10 @@ SKETCH = Field("ImageEditor", {"label": "Image (draw the mask)", "height": 460,
 
 
 class TaskForm:
-    """The fields of one task.
+    """The fields of a task.
 
     Args:
-        limits: bounds of sliders.
+        limits: maxima of sliders.
     """
 
     def __init__(self, task: Task, limits: Limits) -> None:
@@ -135,12 +140,12 @@ class TaskForm:
 
     @property
     def common_fields(self) -> dict[str, Field]:
-        """The fields that are not in the task's tab."""
+        """Fields shared by all tasks, outside of their tabs."""
         return {**self.prompts, **self.settings, **self.sdxl, **self.upscaling}
 
     @property
     def own_fields(self) -> dict[str, Field]:
-        """The fields of the task's tab."""
+        """Fields in the task's tab."""
         return {**self.images, **self.options}
 
     def fields(self) -> dict[str, Field]:
@@ -148,10 +153,12 @@ class TaskForm:
         return {**self.own_fields, **self.common_fields}
 
     def values(self, inputs: Mapping[str, Any], uploads: Uploads) -> dict[str, object]:
-        """Convert what a user entered to values of options.
+        """Convert the values of fields to values of options.
 
+        Args:
+            inputs: values of all fields by name.
         Raises:
-            ValueError, FileNotFoundError: a value or an image is missing or wrong.
+            ValueError, FileNotFoundError: a value or an image is missing or invalid.
         """
         values = dict(inputs)
         if str(values["seed"] or "-").strip().startswith("-"):
@@ -179,7 +186,7 @@ class TaskForm:
             values["width"] = values["height"] = None
         for name, (option, default) in self.task.options().items():
             if name in values and default is None:
-                values[name] = values[name] or None  # 0 and "" stand for "not given"
+                values[name] = values[name] or None  # 0 and "" mean "not given"
             elif name in self.options and option.is_list:
                 values[name] = _as_list(values[name])
         for name in self.images:
@@ -259,7 +266,7 @@ class TaskForm:
 
 
 def values_from_info(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of the shared fields that made an image, as far as its info has them."""
+    """Return the values of the shared fields for an image, as far as its info contains them."""
     own = info.get("request")
     request = own if isinstance(own, Mapping) else {}
     names = ("prompt", "negative_prompt", "sampler", "steps", "scale", *STEP_NOISE)
@@ -296,7 +303,7 @@ def values_from_info(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def step_noise_fields(sampler: str) -> set[str]:
-    """Return the fields of noise before and between steps that have an effect on a sampler."""
+    """Return the fields for noise before and between steps that a sampler takes."""
     row = SAMPLERS.get(sampler, SAMPLERS[SAMPLER])
     churn = {"s_churn", "s_tmin", "s_tmax", "s_noise"} if row.takes_churn else set()
     noise = {"s_noise"} if row.takes_noise else set()
@@ -326,10 +333,10 @@ def _as_list(value: object) -> list[object]:
 def _read_sketch(
     sketch: Sequence[tuple[str, object]] | None, uploads: Uploads
 ) -> dict[str, object]:
-    """Store image and mask of a sketch; the mask is wherever something is drawn.
+    """Store image and mask of a sketch, and return their paths; what is drawn is the mask.
 
     Args:
-        sketch: files of the image and of the layers on it, each with a caption.
+        sketch: (file, caption) of the image and of each layer drawn on it; None = no image.
     """
     if not sketch:
         return {"init_img": None}

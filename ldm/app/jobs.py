@@ -1,4 +1,4 @@
-"""Jobs of all visitors: a queue, in which one job runs at a time, whether or not a page waits."""
+"""The queue of jobs of all visitors; one runs at a time, even if its page is closed."""
 
 import logging
 import threading
@@ -11,18 +11,18 @@ from ldm.runtime.errors import ArgumentError, Stop, explain
 
 __all__ = ["Job", "Jobs"]
 
-GALLERY_LIMIT = 60  # images
+GALLERY_LIMIT = 60  # images of a visitor
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
 class Job:
-    """Work for one visitor.
+    """A job of a visitor.
 
     Args:
         owner: id of the visitor.
-        title: line in the list of the queue.
+        title: its line in the queue.
         work: makes images; returns the final message.
     """
 
@@ -34,17 +34,17 @@ class Job:
 
     @property
     def is_over(self) -> bool:
-        """Whether it has ended or was removed from the queue."""
+        """Whether it has ended, or was removed from the queue."""
         return self.state in ("done", "removed")
 
 
 class Jobs:
-    """The queue, and the newest images of each visitor.
+    """The job queue, and the newest images of each visitor.
 
     Args:
-        limit: most waiting jobs.
-        explain: returns the message of an error.
-        first_images: returns the images that a visitor begins with, the newest first.
+        limit: maximum number of waiting jobs.
+        explain: returns the message for an error.
+        first_images: returns the initial gallery of a visitor, newest first.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class Jobs:
         self._lock = threading.Lock()
 
     def gallery(self, owner: str) -> list[Info]:
-        """Return the images of a visitor: the newest run first, each in the order of its seeds."""
+        """Return the images of a visitor: the newest run first, each run in its own order."""
         return self._galleries.setdefault(owner, self.first_images())
 
     def submit(self, owner: str, title: str, work: Callable[[Progress], str]) -> Job:
-        """Put work into the queue.
+        """Add a job to the queue.
 
         Raises:
             ArgumentError: the queue is full.
@@ -80,19 +80,19 @@ class Jobs:
                 threading.Thread(target=self._run, daemon=True).start()
         return job
 
-    def of(self, owner: str) -> list[Job]:
+    def list_jobs(self, owner: str) -> list[Job]:
         """Return the jobs of a visitor that have not ended."""
         jobs = list(self._jobs)  # a copy, as the thread that works changes it meanwhile
         return [job for job in jobs if job.owner == owner]
 
-    def ahead(self, job: Job) -> int:
-        """Return how many jobs come before this one."""
+    def count_ahead(self, job: Job) -> int:
+        """Return the number of jobs before this one."""
         jobs = list(self._jobs)
         return jobs.index(job) if job in jobs else 0
 
     def stop(self, owner: str) -> None:
-        """Stop the running job of a visitor; without one, take the first out of the queue."""
-        for job in self.of(owner)[:1]:
+        """Stop the running job of a visitor; without one, remove the first from the queue."""
+        for job in self.list_jobs(owner)[:1]:
             if job.state == "running":
                 job.progress.stop.set()
                 job.progress.message = "stopping after this step"
@@ -100,8 +100,8 @@ class Jobs:
                 self._remove([job])
 
     def clear(self, owner: str) -> None:
-        """Take all waiting jobs of a visitor out of the queue."""
-        self._remove([job for job in self.of(owner) if job.state == "queued"])
+        """Remove all waiting jobs of a visitor from the queue."""
+        self._remove([job for job in self.list_jobs(owner) if job.state == "queued"])
 
     def _remove(self, jobs: list[Job]) -> None:
         with self._lock:

@@ -1,4 +1,4 @@
-"""Limits of one run of the app."""
+"""Limits of the runs of the page, which protect the server."""
 
 from dataclasses import dataclass
 
@@ -7,19 +7,19 @@ from ldm.runtime.errors import ArgumentError
 
 __all__ = ["Limits"]
 
-MAX_UPSCALED_PIXELS = 4096 * 3072  # pixels that an image may have after upscaling
-LONGEST_PROMPT = 2000  # characters, prompt and negative prompt together
+MAX_UPSCALED_PIXELS = 4096 * 3072  # maximum width x height after upscaling
+LONGEST_PROMPT = 2000  # characters of all prompts together
 LARGEST_MASK_RADIUS = 256  # pixels
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Largest allowed values.
+    """Maximum values.
 
     Args:
-        side: of an image, in pixels.
+        side: height and width of an image in pixels.
         steps: sampling steps.
-        batch: images in a batch.
+        batch: batch size.
         batches: batches in a run.
     """
 
@@ -42,7 +42,7 @@ class Limits:
             "mask_grow": (0, LARGEST_MASK_RADIUS),
             "mask_blur": (0, LARGEST_MASK_RADIUS),
         }
-        values = request.values()
+        values = request.get_values()
         for name, (low, high) in bounds.items():
             if values.get(name) is not None and not low <= values[name] <= high:
                 raise ArgumentError(f"{name} must be {low} to {high}, got {values[name]:g}", name)
@@ -52,7 +52,11 @@ class Limits:
             raise ArgumentError(message, "prompt")
 
     def check_output(self, width: int, height: int, is_upscaled: bool) -> None:
-        """Raise ArgumentError if an image of this size is too large."""
+        """Raise ArgumentError if images of this size are too large.
+
+        Args:
+            is_upscaled: whether they were upscaled, for which only the number of pixels is limited.
+        """
         is_too_large = max(width, height) > self.side
         allowed = f"sides up to {self.side}"
         if is_upscaled:

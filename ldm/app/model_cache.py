@@ -1,4 +1,4 @@
-"""Cache of loaded models, which share equal parts."""
+"""Cache loaded models, and share equal parts between them."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.app.catalogue import file_states
+from ldm.app.catalogue import file_stats
 from ldm.encoders.text import OpenCLIPText, TextEncoder
 from ldm.loading.addons.lora import set_loras
 from ldm.loading.load import load
@@ -21,13 +21,13 @@ SETTING_TYPES = (bool, int, float, str, tuple, list, type(None))
 
 
 class ModelCache:
-    """Called like `load`; keeps the models and returns one that it has at once.
+    """Loads models like `load`, and keeps the most recently used ones.
 
-    Encoders and autoencoders that were built alike and hold equal weights are shared.
+    Encoders and autoencoders of the same structure with equal weights are shared.
 
     Args:
-        limit: bytes that all models together may take. Before a model is loaded, those used longest
-            ago are dropped; a model that is larger is loaded alone.
+        limit: maximum bytes of all models together. The least recently used models are dropped
+            before another one is loaded; a model larger than the limit is loaded alone.
         load: loads a model.
     """
 
@@ -39,17 +39,17 @@ class ModelCache:
     def __call__(
         self, config: str | Path | None = None, ckpt: str | Path | None = None, **options: Any
     ) -> LatentDiffusion:
-        """Return the model; arguments as `load`. A file that has changed is loaded again.
+        """Return a model; arguments as `load`. Changed files are loaded again.
 
-        LoRAs are set on a model that is there, see `set_loras`.
+        Only LoRAs of a cached model are replaced, see `set_loras`.
         """
         loras = tuple(options.pop("loras", ()))
-        states = [file_states(file) for file in (ckpt, *options.get("embeddings", ()))]
-        base = options.get("base")  # which a repr would not tell from another one
+        states = [file_stats(file) for file in (ckpt, *options.get("embeddings", ()))]
+        base = options.get("base")  # identified by its provenance, as its repr is not unique
         named = options | ({} if base is None else {"base": base.provenance})
         key = (str(config), tuple(states), repr(sorted(named.items())))
         found = self._models.get(key)
-        # A LoRA is merged into weights, which this model may share with others.
+        # LoRAs are merged into weights, which this model may share with others.
         for other in self._models.values():
             if other is not found and other.merged is not None:
                 set_loras(other, ())
@@ -87,7 +87,7 @@ class ModelCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all models together; a tensor that they share counts once."""
+        """Bytes of all models together; shared tensors count once."""
         tensors = [t for model in self._models.values() for t in _tensors(model)]
         for model in self._models.values():
             tensors += [] if model.merged is None else model.merged.originals.values()
@@ -100,13 +100,13 @@ def _share(model: LatentDiffusion, other: LatentDiffusion) -> None:
     for name, part in list(model.conditioner.named_children()):
         if name in theirs and _is_equal(part, theirs[name]):
             model.conditioner.add_module(name, theirs[name])
-    _share_towers(model, other)
+    _share_text_encoders(model, other)
     if _is_equal(model.autoencoder, other.autoencoder):
         model.autoencoder = other.autoencoder
 
 
-def _share_towers(model: LatentDiffusion, other: LatentDiffusion) -> None:
-    """Share networks of text encoders that have another place: SDXL's second one in a refiner."""
+def _share_text_encoders(model: LatentDiffusion, other: LatentDiffusion) -> None:
+    """Share text encoders under other names: SDXL's second one is the only one of a refiner."""
     for encoder in model.conditioner.find_all(OpenCLIPText):
         for theirs in other.conditioner.find_all(OpenCLIPText):
             if encoder is not theirs and _is_equal(encoder.model, theirs.model):
@@ -114,7 +114,7 @@ def _share_towers(model: LatentDiffusion, other: LatentDiffusion) -> None:
 
 
 def _is_equal(one: nn.Module, two: nn.Module) -> bool:
-    """Return whether two modules were built alike and hold the same values, on one device."""
+    """Return whether two modules have the same structure, settings, weights and device."""
     if one is two:
         return True
     if [_describe(m) for m in one.modules()] != [_describe(m) for m in two.modules()]:

@@ -1,4 +1,4 @@
-"""The page: one form for all tasks, whose tabs hold what is their own; its jobs and images."""
+"""Build and serve the page: one form, with a tab for each task, its jobs and images."""
 
 import asyncio
 import html
@@ -41,11 +41,11 @@ from ldm.app.view import (
 )
 from ldm.diffusion.step_noise import STEP_NOISE
 from ldm.generate.tasks import TASKS
+from ldm.imaging.mesh import can_save_meshes
 from ldm.imaging.metadata import parse_parameters
 from ldm.imaging.output import depth_path
 from ldm.imaging.reading import read_size
-from ldm.imaging.relief import can_save_reliefs
-from ldm.loading.load import takes_variant
+from ldm.loading.load import supports_variants
 from ldm.runtime.errors import MissingArgument
 from ldm.runtime.types import JsonObject
 from ldm.runtime.version import __version__
@@ -54,15 +54,16 @@ __all__ = ["Page"]
 
 FONT = ["system-ui", "sans-serif"]
 MONO_FONT = ["ui-monospace", "monospace"]
-INTERVAL = 0.2  # seconds between two updates
-LORA_SLOTS = 4  # sliders for weights
+INTERVAL = 0.2  # seconds between two updates of the page
+LORA_SLOTS = 4  # maximum number of LoRAs, each with a slider for its weight
 MAX_WEIGHT = 2  # of these sliders
 MODEL_VAE = ("Automatic", "")
 RESTORE = "(stored, owner) => [localStorage.getItem('ldm-form') || '', owner]"
 SKETCH_FILES = """(sketch) => [!sketch?.background ? [] : [sketch.background, ...sketch.layers].map(
     (image) => ({ image, caption: null }))]"""
 QUIET: JsonObject = {"queue": False, "show_progress": "hidden"}
-FOLLOWERS = ("scale", "width", "height", "steps", "sampler")  # fields that follow the checkpoint
+# Fields that are set to the defaults of the chosen checkpoint.
+FOLLOWERS = ("scale", "width", "height", "steps", "sampler")
 SDXL_ROWS = (
     ("prompt_2",), ("negative_prompt_2",),
     ("original_size", "target_size"), ("crop", "aesthetic_score"),
@@ -76,11 +77,11 @@ log = logging.getLogger(__name__)
 
 
 class Page:
-    """Builds and serves the page. All that needs a model is a job; one runs at a time.
+    """The page. Everything that needs a model is a job; one runs at a time.
 
     Args:
-        max_queue: most waiting jobs.
-        is_shared: whether visitors are several people, who see their own images only.
+        max_queue: maximum number of waiting jobs.
+        is_shared: whether visitors are different people, who see only their own images.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class Page:
             self.chosen = gr.State(None)  # info of the chosen image
             self.file_info = gr.State({})
             initial = self.forms["txt2img"].settings
-            # Values of the fields that follow the checkpoint, as they were set last.
+            # The defaults to which FOLLOWERS were set last.
             self.defaults = gr.State({n: initial[n].settings["value"] for n in FOLLOWERS})
             self._build_header()
             with gr.Column(elem_id="main"):
@@ -131,12 +132,12 @@ class Page:
         """Serve the page until interrupted.
 
         Args:
-            listen: accept connections from other machines.
-            auth: USER:PASSWORD.
+            listen: whether to accept connections from other machines.
+            auth: USER:PASSWORD; None = no login.
         """
         outdir = self.backend.outdir
-        os.environ["GRADIO_TEMP_DIR"] = str(outdir / "served")  # or it would be in /tmp
-        # Statistics that nobody sees: a table of up to 10,000 events, anew after each event.
+        os.environ["GRADIO_TEMP_DIR"] = str(outdir / "served")  # instead of /tmp
+        # Disables statistics of up to 10,000 events, which are recomputed after each event.
         os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = "1000000000"
         log.info("open http://127.0.0.1:%d", port)
         here = Path(__file__).parent
@@ -162,7 +163,7 @@ class Page:
             js=(here / "page.js").read_text("utf-8"),
         )
 
-    # What is on the page.
+    # Layout.
 
     def _build_header(self) -> None:
         with gr.Row(elem_id="header"):
@@ -326,7 +327,7 @@ class Page:
                     self.download = gr.Button("Download all", size="sm", elem_id="download-all")
                     self.archive = gr.DownloadButton(visible="hidden", elem_id="archive")
 
-    # What happens on it.
+    # Events.
 
     def _connect(self, page: gr.Blocks) -> None:
         kept = {k: field for k, field in self.fields.items() if field not in self._image_fields()}
@@ -344,8 +345,8 @@ class Page:
         form = [self.checkpoint, self.vae, self.loras, *self.weights, *self.fields.values()]
         triggers = [self.generate.click, self.fields["prompt"].submit,
                     self.fields["negative_prompt"].submit]  # fmt: skip
-        # The editor sends all its layers at each event of which it is an input, and at each answer
-        # to any event after that: so it is an input of this one only, which asks no server.
+        # gradio's editor sends all its layers with each event that has it as an input, and with
+        # each answer afterwards. So it is an input of this event only, which runs in the browser.
         sketch = gr.on(
             triggers, None, self.images["inpaint"], self.fields["inpaint.sketch"], js=SKETCH_FILES
         )
@@ -421,8 +422,8 @@ class Page:
         size = [self.fields["width"], self.fields["height"]]
         for name in ("img2img", "depth2img"):
             field = self.images[name]
-            field.upload(self.size_of, [self.checkpoint, field], size, **QUIET)
-        # The upload event of the editor comes again after each answer, and sends all its layers.
+            field.upload(self.read_image_size, [self.checkpoint, field], size, **QUIET)
+        # Not the editor's upload event, which is repeated after each answer, with all layers.
         self.sketch_size.input(self.fit_size, [self.checkpoint, self.sketch_size], size, **QUIET)
         image, depth_map = (self.fields[f"depth2img.{key}"] for key in ("init_img", "depth_map"))
         image.change(None, None, depth_map, js="() => null")
@@ -447,10 +448,10 @@ class Page:
     def _connect_send(
         self, button: gr.Button, name: str, info: Any, shared: list[Any], source: Any = None
     ) -> None:
-        """Connect a button that puts an image with its parameters into a tab."""
+        """Connect a button that sends an image with its parameters to a tab."""
         outputs = [*shared, *([self.images[name]] if name in self.images else [])]
         inputs = [info, self.checkpoint, *([] if source is None else [source])]
-        # Progress "on" another component: see the editor in `_connect`.
+        # Progress is shown on the button, not on the editor, which would send all its layers.
         event = button.click(
             partial(self.send, name), inputs, outputs, show_progress_on=button, **QUIET
         )
@@ -469,7 +470,7 @@ class Page:
     # Jobs.
 
     def submit_task(self, owner: str, task: str, *form: Any) -> list[Any]:
-        """Queue the run of the form as it stands."""
+        """Queue a run with the current values of the form."""
         if task not in TASKS:
             return self._submit(owner, None)
 
@@ -502,13 +503,13 @@ class Page:
     def _submit(
         self, owner: str, make: Callable[[], tuple[str, Callable[[Progress], str]]] | None
     ) -> list[Any]:
-        """Queue a job; an error becomes a line. Returns updates, the job first."""
+        """Queue a job, or show its error; return updates of the page, the job first."""
         job: Job | None = None
         error, live = "", gr.skip()
         try:
             if make is not None:
                 job = self.jobs.submit(owner, *make())
-                if self.jobs.ahead(job) == 0:
+                if self.jobs.count_ahead(job) == 0:
                     live = show_progress(job.progress)
         except Exception as failure:  # top level: any error becomes the message
             log.debug("a form was refused", exc_info=True)
@@ -528,7 +529,7 @@ class Page:
         return self.backend.make_request(TASKS[task], model, values)
 
     async def follow(self, owner: str, job: Job | None) -> AsyncIterator[list[Any]]:
-        """Yield updates of the page till a job has ended; the job does not depend on it."""
+        """Yield updates of the page until a job has ended; the job runs without the page, too."""
         if job is None:
             yield [gr.skip()] * len(self.followed)
             return
@@ -536,8 +537,8 @@ class Page:
         shown: str | None = None
         while True:
             is_over, progress = job.is_over, job.progress
-            status: str | None = show_progress(progress, self.jobs.ahead(job))
-            if job.state == "queued" and self.jobs.of(owner)[:1] != [job]:
+            status: str | None = show_progress(progress, self.jobs.count_ahead(job))
+            if job.state == "queued" and self.jobs.list_jobs(owner)[:1] != [job]:
                 status = shown  # another job of this page has the status
             updates = [gr.skip()] * len(self.followed)
             if len(progress.images) > count:
@@ -545,7 +546,7 @@ class Page:
                 updates[2:6] = self._show_gallery(owner)
             if job.state == "removed":
                 updates[6:9] = self._show_queue(owner)
-                if shown is not None and not self.jobs.of(owner):
+                if shown is not None and not self.jobs.list_jobs(owner):
                     updates[0] = show_progress(Progress(message="removed from the queue"))
             elif status != shown or is_over:
                 updates[0], updates[1] = status, show_preview(progress)
@@ -560,35 +561,35 @@ class Page:
             await asyncio.sleep(INTERVAL)
 
     async def follow_all(self, owner: str) -> AsyncIterator[list[Any]]:
-        """Show the images of a visitor, and follow all jobs that have not ended."""
+        """Yield updates with the images of a visitor, and of all jobs that have not ended."""
         updates = [gr.skip()] * len(self.followed)
         updates[2:6] = self._show_gallery(owner)
         yield updates
-        for job in self.jobs.of(owner):
+        for job in self.jobs.list_jobs(owner):
             async for updates in self.follow(owner, job):
                 yield updates
 
     def stop_job(self, owner: str) -> list[Any]:
-        """Stop the job of this page, or take it out of the queue."""
+        """Stop the visitor's job, or remove it from the queue."""
         self.jobs.stop(owner)
-        running = [job for job in self.jobs.of(owner) if job.state == "running"]
+        running = [job for job in self.jobs.list_jobs(owner) if job.state == "running"]
         live = show_progress(running[0].progress) if running else gr.skip()
-        return [live, gr.Button(interactive=False), show_queue(self.jobs.of(owner))]
+        return [live, gr.Button(interactive=False), show_queue(self.jobs.list_jobs(owner))]
 
     def clear_queue(self, owner: str) -> list[Any]:
-        """Take the waiting jobs of this page out of the queue."""
+        """Remove the visitor's waiting jobs from the queue."""
         self.jobs.clear(owner)
         return self._show_queue(owner)[:2]
 
     def _show_queue(self, owner: str) -> list[Any]:
-        """Return updates of queue, its button and Stop."""
-        jobs = self.jobs.of(owner)
+        """Return updates of the queue and the buttons Clear and Stop."""
+        jobs = self.jobs.list_jobs(owner)
         can_stop = any(not job.progress.stop.is_set() for job in jobs)
         has_waiting = any(job.state == "queued" for job in jobs)
         return [show_queue(jobs), gr.Button(visible=has_waiting), gr.Button(interactive=can_stop)]
 
     def _show_gallery(self, owner: str) -> list[Any]:
-        """Return updates of gallery, infos, chosen image and its description."""
+        """Return updates of the gallery, infos, chosen image and its description."""
         files = (info for info in self.jobs.gallery(owner) if Path(info["path"]).is_file())
         infos = [view for info in files for view in _with_depth(info)]
         if not infos:
@@ -596,7 +597,7 @@ class Page:
         images = [
             (info["path"], f"{info.get('image', '')} seed {info['seed']}".strip()) for info in infos
         ]
-        # Where there is depth, it is shown beside the colours, in the grid of all images.
+        # With depth the grid of all images is shown, so that image and depth are side by side.
         selected = None if "depth_range" in infos[0] else 0
         gallery = gr.Gallery(images, selected_index=selected)
         return [gallery, infos, infos[0], describe_info(infos[0])]
@@ -604,7 +605,7 @@ class Page:
     # Fields.
 
     def restore(self, stored: str, owner: str) -> list[Any]:
-        """Fill the form with what the browser has kept; return updates of all fields and lists."""
+        """Restore the form from the browser's storage; return updates of all fields and lists."""
         values: JsonObject = {}
         try:
             kept = json.loads(stored or "{}")
@@ -627,7 +628,7 @@ class Page:
         checker: str | None,
         upscaler: str | None,
     ) -> list[Any]:
-        """Read the models folder again; return updates of all lists of files."""
+        """Read the models folder again; return updates of all file lists."""
         names, files = self.backend.model_names(), self.backend.checkpoint_names()
         lines = self.backend.skipped_files()
         for line in lines:
@@ -661,13 +662,13 @@ class Page:
         return gr.update(choices=choices, value=chosen if chosen in names else "", **settings)
 
     def offer_loras(self, checkpoint: str | None, chosen: list[str] | None) -> Any:
-        """Return an update of the LoRAs: those that fit the checkpoint."""
+        """Return an update of the LoRA list with those that fit the checkpoint."""
         names = self.backend.fitting_loras(checkpoint)
         kept = [name for name in chosen or () if name in names]
         return gr.update(choices=names, value=kept, visible=bool(names))
 
     def name_weights(self, loras: list[str]) -> list[Any]:
-        """Return updates of the sliders: one for each chosen LoRA."""
+        """Return updates of the weight sliders, one for each chosen LoRA."""
         names = [*(loras or ()), *[""] * LORA_SLOTS][:LORA_SLOTS]
         return [gr.update(label=f"Weight of {name}", visible=bool(name)) for name in names]
 
@@ -679,14 +680,18 @@ class Page:
         defaults: JsonObject,
         *values: Any,
     ) -> list[Any]:
-        """Say whether a checkpoint serves a tab; bring fields that follow it to its values.
+        """Update the page for a checkpoint: whether it suits the tab, and its defaults.
 
-        Those of a LoRA for few steps come first.
+        Defaults of a chosen few-step LoRA are preferred.
+
+        Args:
+            defaults: the defaults that FOLLOWERS were set to last.
+            values: current values of FOLLOWERS; only unchanged ones are updated.
         """
         hidden = gr.update(visible=False)
         if task not in TASKS:
             return ["", hidden, hidden, hidden, defaults, *[gr.skip()] * len(values)]
-        misfit = self.backend.misfit(TASKS[task], checkpoint)
+        misfit = self.backend.explain_misfit(TASKS[task], checkpoint)
         names = self.backend.model_names(task) if misfit else []
         offers = gr.update(choices=names, value=None, visible=bool(names))
         has_sdxl = bool(self.forms[task].sdxl) and self.backend.is_sdxl(checkpoint)
@@ -694,8 +699,8 @@ class Page:
         has_upscaler = takes_upscaler and bool(self.backend.addons("upscaler"))
         now = self.backend.defaults(TASKS[task], checkpoint, loras or ())
         updates = [
-            # An empty number is 0. A field that has its value is left alone: an update would take
-            # away what is typed meanwhile.
+            # An empty number is 0. Fields that have the value already are not updated, as that
+            # would discard what is being typed.
             now[name]
             if now[name] and value != now[name] and value in (None, 0, defaults.get(name))
             else gr.skip()
@@ -707,20 +712,20 @@ class Page:
     def count_tokens(
         self, checkpoint: str, prompt: str, syntax: str, *, is_negative: bool = False
     ) -> str:
-        """Return the count of a prompt's tokens, as HTML."""
+        """Return the token count of a prompt as HTML."""
         count = self.backend.count_tokens(checkpoint, prompt or "", syntax, is_negative=is_negative)
         return show_token_count(*count)
 
-    def size_of(self, checkpoint: str, path: str | None) -> list[Any]:
-        """Return width and height for an input image."""
+    def read_image_size(self, checkpoint: str, path: str | None) -> list[Any]:
+        """Return updates of width and height for an input image."""
         try:
             width, height = read_size(path or "")
-        except (OSError, ValueError):  # Generate will say what is wrong with it
+        except (OSError, ValueError):  # Generate reports the error
             return [gr.skip(), gr.skip()]
         return self.fit_size(checkpoint, f"{width}x{height}")
 
     def fit_size(self, checkpoint: str, size: str) -> list[Any]:
-        """Return width and height in the shape of an image `WxH`, no larger than the model's."""
+        """Return width and height with the aspect ratio of an image `WxH`, for the model."""
         width, height = map(int, size.split("x"))
         native = self.backend.defaults(TASKS["img2img"], checkpoint)["width"] or 512
         factor = min(1, native / min(width, height), self.backend.limits.side / max(width, height))
@@ -728,15 +733,15 @@ class Page:
         return [max(round(side * factor / multiple), 1) * multiple for side in (width, height)]
 
     def choose(self, infos: list[JsonObject], event: gr.SelectData) -> list[Any]:
-        """Choose an image of the gallery."""
+        """Return info and description of the image clicked in the gallery."""
         info = infos[min(int(event.index), len(infos) - 1)]
         return [info, describe_info(info)]
 
     def show_relief(self, chosen: JsonObject | None) -> Any:
-        """Show the relief of an image with depth; that of another image stays till it is left."""
+        """Return an update of the 3D view for the chosen image."""
         if chosen is not None and chosen.get("image") == "depth":
             return gr.skip()
-        if chosen is not None and "depth_range" in chosen and not can_save_reliefs():
+        if chosen is not None and "depth_range" in chosen and not can_save_meshes():
             return gr.update(value=None, visible=True, label=NO_RELIEF)
         relief = self.backend.make_relief(chosen) if chosen else None
         if relief is None:
@@ -746,7 +751,7 @@ class Page:
         return gr.update(value=path, visible=True, label=label)
 
     def allow_sends(self, chosen: JsonObject | None) -> list[Any]:
-        """Enable the buttons that send, if there is something to send."""
+        """Return updates of the "Send to" buttons, enabled if an image is chosen."""
         return [gr.Button(interactive=chosen is not None)] * len(self.sends)
 
     def fill(
@@ -762,7 +767,7 @@ class Page:
         if info:
             for kind in ("refiner", "upscaler"):
                 values[kind] = self.backend.find_addon(kind, info)
-        if info and "loras" in info and any(map(takes_variant, TASKS[task].families)):
+        if info and "loras" in info and any(map(supports_variants, TASKS[task].families)):
             found, here = self.backend.find_loras(info), self.backend.fitting_loras(checkpoint)
             sliders = {
                 name: weight for name, weight in found
@@ -778,14 +783,14 @@ class Page:
     def paste_parameters(
         self, prompt: str, chosen: JsonObject | None, checkpoint: str | None
     ) -> list[Any]:
-        """Take the parameters in the prompt field apart; without any, those of the chosen image."""
+        """Parse parameters pasted into the prompt field; without any, use the chosen image's."""
         info = parse_parameters(prompt or "")
         return self.fill(info if "steps" in info or "seed" in info else chosen, checkpoint)
 
     def send(
         self, name: str, info: JsonObject | None, checkpoint: str | None, path: str | None = None
     ) -> list[Any]:
-        """Put an image into the image field of a tab, and its parameters into the form."""
+        """Return updates that send an image to a tab, and its parameters to the form."""
         path = path or (info or {}).get("path")
         fields = self.fill(info, checkpoint, name) if name in TASKS else self.fill(None, checkpoint)
         if name not in self.images:
@@ -796,7 +801,7 @@ class Page:
         return [*fields, image]
 
     def pack_images(self, infos: list[JsonObject]) -> str | None:
-        """Pack the images of the gallery into a ZIP file; return its path."""
+        """Write the images of the gallery to a ZIP file; return its path."""
         if not infos:
             return None
         folder = self.backend.outdir / "served"
@@ -811,7 +816,7 @@ class Page:
 def _component(field: Field, **settings: Any) -> Any:
     brush = {"brush": gr.Brush(colors=["#ff40ff"])} if field.kind == "ImageEditor" else {}
     component = getattr(gr, field.kind)(**field.settings, **brush, **settings)
-    if field.kind == "Image":  # pass the path: errors of our reader are clearer than gradio's
+    if field.kind == "Image":  # pass the path, as errors of our reader are clearer than gradio's
         component.preprocess = lambda data: data and data.path
     return (
         component if field.kind in ("Image", "ImageEditor", "Gallery") else _skip_checks(component)
@@ -819,7 +824,7 @@ def _component(field: Field, **settings: Any) -> Any:
 
 
 def _skip_checks(component: Any) -> Any:
-    """Let a field take any value: `Limits` and options check it, and their errors are a line."""
+    """Disable gradio's checks of a field, as `Limits` and options check values in one line."""
     component.preprocess = lambda value: value
     return component
 

@@ -1,4 +1,4 @@
-"""Progress of a job that runs in a thread, for the page that shows it."""
+"""Progress of a job, written by its thread and shown by the page."""
 
 import threading
 import time
@@ -17,8 +17,8 @@ from ldm.runtime.errors import Stop
 
 __all__ = ["Progress"]
 
-INTERVAL = 0.1  # seconds between two previews
-PAUSE = 9  # times what a preview took, before the next one: TAESD is slow on a CPU
+INTERVAL = 0.1  # minimum seconds between two previews
+PAUSE = 9  # pause after a preview, as a multiple of its time: TAESD is slow on a CPU
 PREVIEW_COLUMNS = 4
 
 
@@ -31,13 +31,13 @@ class Progress(RunListener):
         step: finished sampling steps of the current batch.
         steps: all sampling steps of the current batch.
         images: infos of finished images.
-        warnings: lines that follow the result.
+        warnings: lines to append to the final message.
         preview: grid of the current batch.
         message: the current status, finally the result.
         has_failed: whether the message is an error.
-        stop: set to stop the job.
-        make_preview: makes, for a model, the function from latents to small images in [-1, 1].
-        on_image: called with (position in the run, info) of each image that belongs in a gallery.
+        stop: event that stops the job.
+        make_preview: returns, for a model, a function from latents to previews in [-1, 1].
+        on_image: called with (index in the run, info) of each image for the gallery.
     """
 
     total: int = 1
@@ -58,13 +58,13 @@ class Progress(RunListener):
 
     @property
     def fraction(self) -> float:
-        """Fraction of the job that is done, 0 … 1."""
+        """Finished fraction of the job, 0 … 1."""
         batch = min(self._batch, self.total - len(self.images))
         done = len(self.images) + batch * self.step / (self.steps or 1)
         return min(done / self.total, 1.0)
 
     def set_message(self, message: str) -> None:
-        """Set the message; raise Stop if the job is to stop."""
+        """Set the message; raise Stop if the job should stop."""
         if self.stop.is_set():
             raise Stop
         self.message = message
@@ -93,7 +93,7 @@ class Progress(RunListener):
         self.warnings.append(message)
 
     def add_image(self, info: Info) -> None:
-        if "seed" in info and info.get("path", "") is not None:  # None: not kept
+        if "seed" in info and info.get("path", "") is not None:  # None: it was not saved
             self.on_image(len(self.images), info)
         self.images.append(info)
         self.step = 0

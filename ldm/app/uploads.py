@@ -1,4 +1,4 @@
-"""Uploaded images, stored by content, so that results can be reproduced from them."""
+"""Store uploaded images by hash, so that results can be reproduced from them."""
 
 import hashlib
 import io
@@ -51,7 +51,7 @@ class Uploads:
         return paths[str(sha256)]
 
     def _store(self, content: bytes) -> str:
-        # Of any format: other programs need some suffix, ours looks at the content.
+        # The content may have any format; our reader ignores the suffix.
         path = self.folder / f"{hashlib.sha256(content).hexdigest()}.png"
         if not path.is_file():
             with replace_when_written(path) as part:

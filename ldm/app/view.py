@@ -1,4 +1,4 @@
-"""HTML and text that the page shows of jobs and images."""
+"""Render jobs and images as HTML and text for the page."""
 
 import base64
 import html
@@ -19,15 +19,15 @@ __all__ = [
 ]  # fmt: skip
 
 MEMORY_HINT = "; these help: batch size 1, a VAE tile size of 512, smaller width and height"
-QUOTED_WORDS = 4  # of what is left out of a prompt
+QUOTED_WORDS = 4  # of the truncated part of a prompt
 NO_PARAMETERS = "No generation parameters found"
 
 
 def show_progress(progress: Progress | None, ahead: int = 0) -> str:
-    """Render bar and message of a job; None = there is none.
+    """Render progress bar and message of a job; None = no job.
 
     Args:
-        ahead: jobs that come before this one.
+        ahead: number of jobs before this one.
     """
     if progress is None:
         return '<div class="bar"></div><div class="message"></div>'
@@ -41,12 +41,12 @@ def show_progress(progress: Progress | None, ahead: int = 0) -> str:
 
 
 def show_error(message: str) -> str:
-    """Render an error; "" = none."""
+    """Render an error message; "" = no error."""
     return f'<div class="failed" role="alert">{html.escape(message)}</div>' if message else ""
 
 
 def show_token_count(count: int, limit: int, lost: str) -> str:
-    """Render the tokens of a prompt, and the first words that have no effect."""
+    """Render the token count of a prompt, and the first words that are truncated."""
     if not limit:  # a model without prompts
         return ""
     if not lost:
@@ -56,7 +56,7 @@ def show_token_count(count: int, limit: int, lost: str) -> str:
 
 
 def explain_to_user(error: BaseException) -> str:
-    """Return an error in one line, with the label of the field that causes it."""
+    """Describe an error in one line, with the label of the field that it is about."""
     text = explain(error).replace("\n", " — ")
     if is_out_of_memory(error):
         return text + MEMORY_HINT
@@ -67,7 +67,7 @@ def explain_to_user(error: BaseException) -> str:
 
 
 def show_preview(progress: Progress) -> str:
-    """Render the preview of a running job; "" = none."""
+    """Render the preview of a running job; "" without one."""
     if progress.preview is None:
         return ""
     buffer = io.BytesIO()
@@ -84,7 +84,7 @@ def show_queue(jobs: Sequence[Job]) -> str:
 
 
 def describe_info(info: Mapping[str, Any]) -> str:
-    """Return the info of an image as A1111 writes it, and what the page adds."""
+    """Return the info of an image in A1111's format, with notes of the page."""
     text = parameters_text(info) or NO_PARAMETERS
     if info.get("unfinished"):
         text += f", Unfinished: stopped at step {info['unfinished']}"
@@ -94,7 +94,7 @@ def describe_info(info: Mapping[str, Any]) -> str:
 
 
 def read_file_info(path: str | None) -> tuple[JsonObject, str]:
-    """Return (info, text about it) of an image file; an info that cannot be used is empty."""
+    """Return (info, description) of an image file; the info is {} if it is not usable."""
     if path is None:
         return {}, ""
     try:

@@ -1,1 +1,1 @@
-"""The programs: `ldm COMMAND`, also as `scripts/COMMAND.py` and `ldm-COMMAND`."""
+"""The command-line programs: `ldm COMMAND`, also `scripts/COMMAND.py` and `ldm-COMMAND`."""

@@ -1,9 +1,9 @@
-"""Serve all tasks as a page for the browser, with live previews.
+"""Serve all tasks as a web page, with live previews.
 
     ldm app                                              # then open http://127.0.0.1:7860
     ldm app --models /data/models --listen --auth me:secret
 
-Images go to OUTDIR/samples with their metadata, so that `ldm replay` can make them again.
+Images are saved in OUTDIR/samples with their metadata, so that `ldm replay` can reproduce them.
 """
 
 from argparse import Namespace
@@ -18,10 +18,10 @@ from ldm.runtime.errors import ArgumentError
 __all__ = ["main"]
 
 MAXIMA = (
-    ("--max-side", 2048, "largest side"),
-    ("--max-steps", 150, "most steps"),
-    ("--max-batch", 4, "largest batch"),
-    ("--max-queue", 16, "most waiting jobs"),
+    ("--max-side", 2048, "maximum height and width in pixels"),
+    ("--max-steps", 150, "maximum number of sampling steps"),
+    ("--max-batch", 4, "maximum batch size"),
+    ("--max-queue", 16, "maximum number of waiting jobs"),
 )
 SHARED_OPTIONS = ("lora", "embedding", "device", "precision", "attention", "offload")
 
@@ -30,7 +30,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = CommandParser(prog=prog, description=__doc__, usage="%(prog)s [flags]")
     add = parser.add_argument
-    add("--models", default="checkpoints", metavar="DIR", help="checkpoints (default: %(default)s)")
+    add(
+        "--models",
+        default="checkpoints",
+        metavar="DIR",
+        help="folder of checkpoints (default: %(default)s)",
+    )
     add(
         "--outdir",
         default="outputs/app",
@@ -38,15 +43,17 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         help="folder for images (default: %(default)s)",
     )
     add("--port", type=int, default=7860, help="port of the page (default: %(default)s)")
-    add("--listen", action="store_true", help="accept other machines; needs --auth")
+    add(
+        "--listen", action="store_true", help="accept connections from other machines; needs --auth"
+    )
     add("--auth", metavar="USER:PASSWORD", help="login of the page (default: none)")
-    text = "memory for loaded models (default: half of all)"
+    text = "memory for loaded models (default: half of the device's)"
     add("--memory", type=float, metavar="GIB", help=text)
     for flag, limit, text in MAXIMA:
         add(flag, type=int, default=limit, metavar="N", help=f"{text} (default: %(default)s)")
     text = (
-        "previews by TAESD, such as taesd_decoder.pth, or taesdxl_decoder.pth for SDXL; may be"
-        " given several times (default: those in vae_approx of --models, else a linear map)"
+        "file of TAESD for previews, such as taesd_decoder.pth, or taesdxl_decoder.pth for SDXL;"
+        " may be given several times (default: those in MODELS/vae_approx, else a linear map)"
     )
     add("--preview", action="append", default=[], metavar="FILE", help=text)
     add_options(

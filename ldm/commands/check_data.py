@@ -27,13 +27,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         nargs="+",
         type=expanduser,
         metavar="DIR|SHARDS",
-        help="a folder, or files, patterns, addresses",
+        help="a folder of images, or files, patterns or URLs of tar shards",
     )
     add(
         "--size",
         type=int,
         default=512,
-        help="side of square images in training (default: %(default)s)",
+        help="training resolution in pixels (default: %(default)s)",
     )
     add(
         "--step",
@@ -41,13 +41,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         default=64,
         help="sides of buckets are multiples of this (default: %(default)s)",
     )
-    add("--workers", type=int, default=4, help="threads that decode (default: %(default)s)")
-    add("--list", metavar="FILE", help="write the names of all broken files")
+    add("--workers", type=int, default=4, help="decoding threads (default: %(default)s)")
+    add("--list", metavar="FILE", help="write the names of broken files to FILE")
     add(
         "--pack",
         type=expanduser,
         metavar="PATTERN",
-        help="write a folder as shards, `DIR/name-%%06d.tar`",
+        help="write the folder as shards with such names: `DIR/name-%%06d.tar`",
     )
     add("--count", type=int, default=1000, help="images in each shard (default: %(default)s)")
     args = parser.parse(argv)

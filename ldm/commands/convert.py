@@ -1,4 +1,4 @@
-"""Convert models: original .ckpt and .safetensors, diffusers folders, folders of training runs.
+"""Convert models between original .ckpt or .safetensors files, diffusers folders and run folders.
 
     ldm convert v2-1_768-ema-pruned.ckpt sd21              # a diffusers folder
     ldm convert sd21 sd21.safetensors                      # and back, bit for bit
@@ -8,8 +8,8 @@
     ldm convert x2.pth x2-upscaler --text-encoder v1-5.safetensors
     ldm convert v1-5.safetensors styled.safetensors --lora style.safetensors:0.8
 
-Weights that have no place in diffusers' layout are saved in the folder's `original.safetensors`. An
-existing target is replaced only with --force, and no target is left incomplete.
+Weights that diffusers' layout does not have are saved in `original.safetensors` in the folder. An
+existing target is replaced only with --force; targets are written atomically.
 """
 
 import sys
@@ -43,18 +43,22 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     add(
         "target",
         type=expanduser,
-        help="*.safetensors or *.ckpt: a file in the original's layout, *.pth: that of the x2"
-        " latent upscaler; else a folder",
+        help="*.safetensors or *.ckpt: a file in the original's layout; *.pth: the x2 latent"
+        " upscaler in k-diffusion's; else a diffusers folder",
     )
     add(
         "--config", metavar="FILE", help="YAML of the source (default: recognised from the weights)"
     )
-    add("--dtype", choices=DTYPES, help="convert all weights to it")
+    add("--dtype", choices=DTYPES, help="dtype of the weights (default: unchanged)")
     add("--ema", action="store_true", help="use the EMA weights instead of the raw ones")
-    add("--prune", action="store_true", help="single files: leave the EMA weights out")
+    add("--prune", action="store_true", help="leave the EMA weights out of a file")
     add("--variant", metavar="NAME", help="variant in the file names of a diffusers folder: fp16")
-    add("--clip-stats", metavar="FILE", help="statistics of CLIP's embeddings, for unCLIP-L")
-    add("--force", action="store_true", help="replace the target")
+    add(
+        "--clip-stats",
+        metavar="FILE",
+        help="file with mean and standard deviation of CLIP's embeddings, for unCLIP-L",
+    )
+    add("--force", action="store_true", help="replace an existing target")
     add_options(add, ModelChoice, options_of(ModelChoice), only=("lora", "vae", "text_encoder"))
     args = parser.parse(argv)
     return run_command(lambda: _convert(args), parser.prog, verbose=args.verbose, hint=hint)
@@ -83,7 +87,7 @@ def _convert(args: Namespace) -> None:
 
 
 def write_with_progress(plan: "Conversion", force: bool) -> None:
-    """Print what will be written, write it with a progress bar, and print its path."""
+    """Print the summary of a conversion, write it with a progress bar, and print its path."""
     from tqdm import tqdm
 
     from ldm.loading.convert import convert

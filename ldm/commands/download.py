@@ -5,8 +5,8 @@
     ldm download hf:OWNER/NAME/FILE                 # any other file of the Hugging Face hub
     ldm download hf:OWNER/NAME                      # or its diffusers folder
 
-Files go into the hub's cache ($HF_HUB_CACHE), an interrupted download is continued, and the SHA-256
-decides whether a file is the right one. $HF_ENDPOINT, $HF_TOKEN and $HF_HUB_OFFLINE are respected.
+Files are saved in the hub's cache ($HF_HUB_CACHE), interrupted downloads are resumed, and the
+SHA-256 is verified. $HF_ENDPOINT, $HF_TOKEN and $HF_HUB_OFFLINE are respected.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ Using a file means accepting its licence: read it on the page of the file."""
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = CommandParser(prog=prog, description=__doc__, usage="%(prog)s [flags] [NAME ...]")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="what to download")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="name or hf: address to download")
     args = parser.parse(argv)
     return run_command(lambda: _run(args.names), parser.prog, verbose=args.verbose)
 

@@ -1,14 +1,14 @@
-"""Make images of many prompts at several guidance scales, score them, draw FID against CLIP score.
+"""Make images for many prompts and guidance scales, score them, and plot FID against CLIP score.
 
     ldm evaluate --generate --ckpt sd-v2-1-base --prompts captions_val2017.json --count 10000 \\
         --reference val2017 --inception fid-inception --clip open-clip-g --outdir outputs/sd2
     torchrun --nproc-per-node 8 -m ldm.commands.evaluate --generate …      # the same on 8 GPUs
-    ldm evaluate --outdir outputs/sd2 --reference val2017 …                # score what is there
+    ldm evaluate --outdir outputs/sd2 --reference val2017 …                # score existing images
     ldm evaluate --images mine --images theirs --reference photos --inception fid-inception
 
-Several --ckpt, --samplers and --steps stand side by side. The same command goes on after an
-interruption: nothing is made twice. Results are OUTDIR/*.json, table.md, figure.svg and figure.png;
-the table is printed, too.
+Several --ckpt, --samplers and --steps are compared. The same command continues after an
+interruption: finished images are kept. Results are OUTDIR/*.json, table.md, figure.svg and
+figure.png; the table is printed, too.
 """
 
 import logging
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-SCALES = "1.5,2,3,4,5,6,7,8"  # of the figures in the READMEs of Stable Diffusion 1 and 2
+SCALES = "1.5,2,3,4,5,6,7,8"  # as in the figures of Stable Diffusion 1's and 2's READMEs
 TASK = TASKS["txt2img"]
 # Arguments in errors whose flags are not those of txt2img.
 OWN_FLAGS = ("count", "images", "outdir", "prompts", "reference", "resize", "samplers")
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def _hint(error: BaseException) -> str:
-    """Name the flag that an error is about."""
+    """Return the flag that an error is about, to append to its message."""
     if isinstance(error, LdmError) and error.argument in OWN_FLAGS:
         return f" (--{error.argument.replace('_', '-')})"
     return hint(error, TASK)
@@ -64,8 +64,12 @@ def _parser(prog: str | None) -> CommandParser:
         prog=prog, description=__doc__, usage="%(prog)s [flags] [key=value ...]", overrides=True
     )
     add = parser.add_group("images")
-    add("--generate", action="store_true", help="make the images that are missing")
-    add("--prompts", metavar="FILE", help="one prompt per line, or COCO's captions (.json)")
+    add("--generate", action="store_true", help="make the images that do not exist yet")
+    add(
+        "--prompts",
+        metavar="FILE",
+        help="file with one prompt per line, or COCO's captions (.json)",
+    )
     add(
         "--count",
         type=parse_count,
@@ -98,7 +102,7 @@ def _parser(prog: str | None) -> CommandParser:
         "--images",
         action="append",
         metavar="DIR",
-        help="score this folder; may be given several times",
+        help="score the images in this folder; may be given several times",
     )
     add(
         "--outdir",
@@ -112,26 +116,26 @@ def _parser(prog: str | None) -> CommandParser:
         "--reference-size",
         type=parse_natural,
         metavar="PIXELS",
-        help="resize their short side and crop the centre; 0 = leave them as they are (default:"
-        " the size of the images)",
+        help="resize the reference images' shorter side to this and crop the center; 0 = do not"
+        " (default: the size of the generated images)",
     )
     add(
         "--inception",
         metavar="FILE",
-        help="Inception of FID (default: `fid-inception`, if it is on this machine)",
+        help="Inception network for FID (default: `fid-inception`, if it is on this machine)",
     )
     add(
         "--resize",
         default="clean",
         metavar="NAME",
-        help="how images become Inception's input: clean or pytorch-fid (default: %(default)s)",
+        help="how images are resized for Inception: clean (clean-fid) or pytorch-fid (default:"
+        " %(default)s)",
     )
     add(
         "--clip",
         metavar="FILE",
-        help="file of a CLIP, of open_clip, OpenAI or transformers, a folder of transformers, or"
-        " an unCLIP checkpoint (default: `open-clip-g`, if it is"
-        " on this machine)",
+        help="CLIP for CLIP score: a file of open_clip, OpenAI or transformers, a transformers"
+        " folder, or an unCLIP checkpoint (default: `open-clip-g`, if it is on this machine)",
     )
     add("--title", metavar="TEXT", help="title of the figure")
     options = TASK.options()
@@ -154,7 +158,7 @@ def _work(args: Namespace) -> None:
     logging.getLogger("ldm.evaluation").setLevel(logging.INFO)
     out, rank = Path(args.outdir), rank_and_world_size()[0]
     if args.generate and args.images:
-        raise ArgumentError("images are given and to be made: only one is possible", "images")
+        raise ArgumentError("images cannot be given together with generate", "images")
     sources = _prompts(args)
     settings: list[Setting] = []
     if args.generate:
@@ -219,11 +223,11 @@ def _settings(args: Namespace, out: Path, sources: "list[PromptSource]") -> "lis
 
 
 def _reference(args: Namespace, sources: "list[PromptSource]") -> "ImageSet | None":
-    """Return the real images: those that the captions describe, else all of the folder."""
+    """Return the reference images: those with captions in the prompt file, else all."""
     from ldm.evaluation.score import ImageSet, list_images
 
     if args.reference is None:
-        log.warning("no reference is given: no FID, KID, precision and recall")
+        log.warning("no reference images: FID, KID, precision and recall are not computed")
         return None
     files = list_images(args.reference)
     names = dict.fromkeys(source.image for source in sources if source.image is not None)
@@ -238,7 +242,7 @@ def _reference(args: Namespace, sources: "list[PromptSource]") -> "ImageSet | No
 
 
 def _folders(args: Namespace, sources: "list[PromptSource]") -> "list[ImageSet]":
-    """Return existing folders as sets, with the prompts of the file if there is one."""
+    """Return folders of images as sets, with the prompts of the prompt file, if there is one."""
     from ldm.evaluation.score import ImageSet, list_images
 
     prompts = [source.text for source in sources] or None
@@ -260,7 +264,7 @@ def _set_of(setting: "Setting", out: Path) -> "ImageSet":
 
 
 def _labels(paths: "Sequence[T]") -> "dict[str, T]":
-    """Name each model or folder after its file, the demo model "demo"; names differ."""
+    """Return paths by unique labels: their names, "demo" for the demo model (None)."""
     labels: dict[str, T] = {}
     for path in paths:
         stem = "demo" if path is None else Path(str(path)).name

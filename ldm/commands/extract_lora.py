@@ -5,7 +5,7 @@
     ldm extract-lora tuned.ckpt base.ckpt small.safetensors --rank 128 --keep-squares 0.9
 
 The difference of each layer is decomposed into singular values, of which the largest are kept.
-What a LoRA cannot hold, as norms and biases, is counted.
+Differences that a LoRA cannot contain, such as norms and biases, are counted.
 """
 
 import sys
@@ -42,16 +42,17 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     )
     add = parser.add_argument
     add("tuned", type=expanduser, help="a file, a diffusers folder, or the folder of a run")
-    add("base", type=expanduser, help="the model that it was made from")
+    add("base", type=expanduser, help="the model that it was fine-tuned from")
     add("target", type=expanduser, help="*.safetensors, in kohya's format")
     add_rank_options(parser)
-    add("--conv-rank", type=int, metavar="N", help="of 3 x 3 convolutions (default: none)")
+    text = "rank of 3 x 3 convolutions (default: leave them out)"
+    add("--conv-rank", type=int, metavar="N", help=text)
     add(
         "--clamp-quantile",
         type=float,
         default=0.99,
         metavar="Q",
-        help="clamp each layer's numbers to this quantile of them, 1 = do not (default: 0.99)",
+        help="clamp each layer's weights to their quantile Q, 1 = do not (default: 0.99)",
     )
     add("--ema", action="store_true", help="use EMA weights instead of the raw ones, if any")
     add("--config", type=expanduser, metavar="FILE", help="YAML of both models")
@@ -71,15 +72,18 @@ def add_rank_options(parser: CommandParser) -> None:
     """Add the flags of `make_rank_rule`, and those of `save_lora`."""
     add = parser.add_argument
     add("--rank", type=int, metavar="N", help="keep at most N singular values of each layer")
-    add("--keep-sum", type=float, metavar="PART", help="of their sum, as 0.9")
-    add("--keep-squares", type=float, metavar="PART", help="of the sum of their squares")
+    text = "keep this fraction of the singular values' sum, such as 0.9"
+    add("--keep-sum", type=float, metavar="PART", help=text)
+    text = "keep this fraction of the sum of their squares"
+    add("--keep-squares", type=float, metavar="PART", help=text)
     add("--ratio", type=float, metavar="R", help="keep those of at least the largest / R")
-    add("--dtype", choices=DTYPES, default="float16", help="of all weights (default: float16)")
-    add("--force", action="store_true", help="replace the target")
+    text = "dtype of the weights (default: float16)"
+    add("--dtype", choices=DTYPES, default="float16", help=text)
+    add("--force", action="store_true", help="replace an existing target")
 
 
 def make_rank_rule(args: Namespace) -> "RankRule":
-    """Make the rule that the flags ask for."""
+    """Return the rank limits set by the flags."""
     from ldm.loading.addons.lora_tools import RankRule
 
     return RankRule(args.rank, args.keep_sum, args.keep_squares, args.ratio)
@@ -106,7 +110,7 @@ def save_lora(
 
 
 def check_target(args: Namespace) -> None:
-    """Raise for a target that is of another kind, or there already."""
+    """Raise ArgumentError or ExistingFile for a target with another suffix, or that exists."""
     from ldm.loading.convert import check_is_new
 
     if not args.target.endswith(".safetensors"):

@@ -1,11 +1,10 @@
-"""Describe a checkpoint, without executing anything in it.
+"""Describe a checkpoint, without executing pickled code.
 
     ldm inspect-checkpoint v2-1_768-ema-pruned.ckpt
     ldm inspect-checkpoint model.safetensors --config my.yaml --json
 
-Prints which published file it is, its family and config, whether the network predicts eps or v and
-how that is known, parts and their parameters, EMA, names in its pickle, missing and unexpected
-weights.
+Prints which published file it is, its family and config, the prediction type and how it is known,
+parts and their parameters, EMA, names in its pickle, missing and unexpected weights.
 Exit status: 0 for weights that can be loaded, 1 otherwise.
 """
 
@@ -31,7 +30,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     )
     add("--config", metavar="FILE", help="compare with this YAML instead of the family's")
     add("--json", action="store_true", help="print a JSON object instead of text")
-    add("--no-probe", action="store_true", help="do not run the UNet to tell eps from v")
+    text = "do not run the UNet to find the prediction type (eps or v)"
+    add("--no-probe", action="store_true", help=text)
     args = parser.parse(argv)
     return run_command(lambda: _inspect(args), parser.prog, verbose=args.verbose, hint=hint)
 

@@ -16,16 +16,16 @@ __all__ = ["main", "main_of_alias"]
 
 # Each is a module of this package with `main(argv, prog)`; all tasks share `generate`.
 PROGRAMS = {
-    "replay": "make an image again from its metadata, and compare",
-    "app": "serve all tasks as a page for the browser",
+    "replay": "reproduce an image from its metadata, and compare",
+    "app": "serve all tasks as a web page",
     "train": "train or fine-tune a model",
-    "evaluate": "make images of many prompts, score them, draw FID against CLIP score",
+    "evaluate": "make images for many prompts, score them, plot FID against CLIP score",
     "download": "list published weights, download them by name",
     "convert": "convert between checkpoints and diffusers folders, merge LoRAs",
-    "merge": "merge checkpoints: weighted sums, differences, numbers for each block",
+    "merge": "merge checkpoints: weighted sum, added difference, block weights",
     "extract-lora": "extract a LoRA from the difference of two models",
-    "merge-lora": "join LoRAs to one, or cut the rank of one",
-    "inspect-checkpoint": "describe a checkpoint, without executing anything in it",
+    "merge-lora": "join LoRAs, or reduce the rank of one",
+    "inspect-checkpoint": "describe a checkpoint, without executing pickled code",
     "check-data": "check a data set, pack it into shards",
     "read-watermark": "print which invisible watermark an image carries",
 }
@@ -34,9 +34,9 @@ PROGRAMS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `ldm COMMAND …` (None = the arguments of this process); return the exit status."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # what a console cannot show must not end a run
+        if isinstance(stream, TextIOWrapper):  # characters that a console lacks must not end a run
             stream.reconfigure(errors="backslashreplace")
-    warnings.filterwarnings("ignore", category=PromptWarning)  # programs say it in their own words
+    warnings.filterwarnings("ignore", category=PromptWarning)  # programs have their own messages
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0].replace("_", "-") if arguments else "--help"
     if arguments[1:] == ["--version"]:
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def main_of_alias() -> int:
-    """Run the command that this program is called by: `ldm-txt2img` is `ldm txt2img`."""
+    """Run the command in this program's name: `ldm-txt2img` is `ldm txt2img`."""
     return main([Path(sys.argv[0]).stem.removeprefix("ldm-"), *sys.argv[1:]])
 
 

@@ -1,4 +1,4 @@
-"""Merge checkpoints of one family: weighted sums, differences added, numbers for each block.
+"""Merge checkpoints of one family: weighted sum or added difference, with block weights.
 
     ldm merge a.safetensors b.safetensors mixed.safetensors --weight 0.3      # 0.7 a + 0.3 b
     ldm merge a.safetensors tuned.safetensors new.safetensors --subtract base.safetensors
@@ -6,8 +6,8 @@
         --subtract v1-5.safetensors --dtype float16       # an inpainting model of any other
     ldm merge a.ckpt b.ckpt new.safetensors --block-weights IN00=0,OUT11=1
 
-UNets and text encoders are merged in float32; the rest is the first model's: schedule, autoencoder
-(unless --merge-vae), further input channels. The EMA weights are left out.
+UNets and text encoders are merged in float32. Noise schedule, autoencoder (unless --merge-vae) and
+additional input channels are the first model's. EMA weights are left out.
 """
 
 from argparse import Namespace
@@ -30,25 +30,26 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     )
     add = parser.add_argument
     add("model", type=expanduser, help=SOURCE)
-    add("other", type=expanduser, help="another one of the same family")
+    add("other", type=expanduser, help="another model of the same family")
     add("target", type=expanduser, help="*.safetensors or *.ckpt, in the original's layout")
     add(
         "--subtract",
         metavar="FILE",
-        help="add the difference of OTHER and this model, which it was made from",
+        help="add the difference OTHER - FILE to MODEL; FILE is the model OTHER was tuned from",
     )
-    add("--weight", type=float, help="of OTHER (default: 0.5), or of the difference (default: 1)")
+    text = "weight of OTHER (default: 0.5), or of the difference (default: 1)"
+    add("--weight", type=float, help=text)
     add(
         "--block-weights",
         metavar="NUMBERS",
-        help="one for each block, separated by commas: BASE (text encoders, VAE), IN00 … IN11, M00,"
-        " OUT00 … OUT11, without BASE if it is --weight; or NAME=NUMBER for some of them",
+        help="a weight for each block, separated by commas: BASE (text encoders, VAE; may be left"
+        " out), IN00 … IN11, M00, OUT00 … OUT11; or NAME=NUMBER for some. Others have --weight",
     )
     add("--merge-vae", action="store_true", help="merge the autoencoders, too")
     add("--ema", action="store_true", help="use EMA weights instead of the raw ones, if any")
-    add("--dtype", choices=DTYPES, help="of all weights (default: as in MODEL)")
+    add("--dtype", choices=DTYPES, help="dtype of the merged file (default: as in MODEL)")
     add("--config", metavar="FILE", help="YAML of the models")
-    add("--force", action="store_true", help="replace the target")
+    add("--force", action="store_true", help="replace an existing target")
     args = parser.parse(argv)
     return run_command(lambda: _merge(args), parser.prog, verbose=args.verbose, hint=hint)
 

@@ -1,4 +1,4 @@
-"""Join LoRAs to one, or cut the rank of one.
+"""Join LoRAs into one, or reduce the rank of one.
 
     ldm merge-lora style.safetensors:0.8 detail.safetensors:0.5 both.safetensors
     ldm merge-lora loha.safetensors:0.5:1 plain.safetensors --rank 32
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         "--model",
         type=expanduser,
         metavar="FILE",
-        help="a model that they fit (default: recognised from the first one)",
+        help="checkpoint of the model that they are for (default: recognised by the first one)",
     )
     args = parser.parse(argv)
     return run_command(lambda: _merge(args), parser.prog, verbose=args.verbose, hint=rank_hint)

@@ -1,4 +1,4 @@
-"""Print which invisible watermark an image carries, written by which method, and how intact."""
+"""Print the invisible watermarks in images, their method, and how intact they are."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ from ldm.imaging.watermark import Finding, can_hold, identify
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run the command line; return 0 if every image carries a known watermark, else 1."""
+    """Run the command line; return 0 if all images have a known watermark, else 1."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file")
     parser.add_argument("--json", action="store_true", help="one JSON object per image")

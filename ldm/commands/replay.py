@@ -1,10 +1,10 @@
-"""Make an image again from the metadata in its PNG, and compare.
+"""Reproduce an image from the metadata in its PNG, and compare.
 
     ldm replay outputs/txt2img-samples/samples/00000.png
     ldm replay 00000.png --show-command
 
-Prints `identical` (exit status 0), or by how much the pixels differ and what has changed (exit
-status 1). --ckpt and --config give the present paths of the model's files.
+Prints `identical` (exit status 0), or by how much the pixels differ and what has changed since
+(exit status 1). --ckpt and --config set the current paths of the model's files.
 """
 
 import os
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         prog=prog, description=__doc__, usage="%(prog)s [flags] [key=value ...] IMAGE",
         overrides=True,
     )  # fmt: skip
-    # Without defaults: an option that is not given keeps its recorded value.
+    # No defaults, as options that are not given keep their recorded values.
     model_options = {**options_of(ModelChoice), "refiner": options_of(SDXL)["refiner"]}
     model_options["upscaler"] = options_of(UpscalerChoice)["upscaler"]
     options: dict[str, tuple[Option, Value]] = {

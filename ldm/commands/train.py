@@ -1,4 +1,4 @@
-"""Train a model: see `ldm.train.command`, whose command line this is."""
+"""Train a model: the command line of `ldm.train.command`."""
 
 from collections.abc import Sequence
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from ldm.data.transforms import Transform, captions_of
 from ldm.imaging.pixels import to_tensor
 
-__all__ = ["COLOURS", "TEMPLATES", "EmojiTransform", "caption", "caption_texts"]
+__all__ = ["COLORS", "TEMPLATES", "EmojiTransform", "caption", "caption_texts"]
 
 # Background colours and their names; far enough apart to be classified by the nearest colour.
-COLOURS = {
+COLORS = {
     "white": (255, 255, 255),
     "red": (220, 40, 40),
     "orange": (245, 140, 30),
@@ -40,7 +40,7 @@ BRACKETS = str.maketrans(dict.fromkeys("[]{}", " "))
 
 
 class EmojiTransform(Transform):
-    """Place an RGBA drawing on one of COLOURS, slightly moved and scaled, with a caption.
+    """Place an RGBA drawing on one of COLORS, slightly moved and scaled, with a caption.
 
     The metadata has `object` and `style`, and may have `keywords` of the object.
 
@@ -57,7 +57,7 @@ class EmojiTransform(Transform):
 
     NAME = "emoji"
     IMAGE_OPTIONS = ("size", "scale", "shift", "flip", "crop", "random_colour_probability")
-    variants = tuple(COLOURS)
+    variants = tuple(COLORS)
 
     def __init__(
         self,
@@ -81,15 +81,15 @@ class EmojiTransform(Transform):
         self.keyword_probability = keyword_probability
 
     def image_fields(self, image: Image.Image, rng: Random, variant: str = "") -> dict[str, Tensor]:
-        rgb = COLOURS[variant]
+        rgb = COLORS[variant]
         if rng.random() < self.random_colour_probability:
             rgb = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
         if rng.random() < self.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         side = round(self.size * rng.uniform(*self.scale))
         shift = (rng.randint(-self.shift, self.shift), rng.randint(-self.shift, self.shift))
-        layer = _paste_centred(image, size=self.size, side=side, shift=shift)
-        tensor = _on_colour(layer, rgb)  # (3, size, size)
+        layer = _paste_centered(image, size=self.size, side=side, shift=shift)
+        tensor = _on_color(layer, rgb)  # (3, size, size)
         top, left, length = 0, 0, self.crop or self.size
         if self.crop is not None:
             top, left = (rng.randint(0, self.size - length) for _ in range(2))
@@ -140,14 +140,14 @@ def caption(name: str, style: str, colour: str, template: str = TEMPLATES[0][1])
 
 def caption_texts(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """Collect texts that hold every word that a caption of these rows may have."""
-    texts = [*COLOURS, *(template for _, template in TEMPLATES), "an [ ] { }"]
+    texts = [*COLORS, *(template for _, template in TEMPLATES), "an [ ] { }"]
     for row in rows:
         texts += [*captions_of(row), row.get("object") or "", row.get("style") or ""]
         texts += row.get("keywords") or []
     return [part for text in texts for part in (text, text.translate(BRACKETS))]
 
 
-def _paste_centred(
+def _paste_centered(
     image: Image.Image, *, size: int, side: int, shift: tuple[int, int]
 ) -> Image.Image:
     """Scale an RGBA image to `side`, and move it (down, right) from the centre of a square."""
@@ -159,7 +159,7 @@ def _paste_centred(
     return layer
 
 
-def _on_colour(layer: Image.Image, rgb: tuple[int, int, int]) -> Tensor:
+def _on_color(layer: Image.Image, rgb: tuple[int, int, int]) -> Tensor:
     """Lay an RGBA image on a plain background, (3, H, W) in [-1, 1]."""
     image = Image.new("RGBA", layer.size, (*rgb, 255))
     image.alpha_composite(layer)

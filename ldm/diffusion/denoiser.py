@@ -1,15 +1,15 @@
-"""The denoiser D(x, sigma): converts predictions of a network to estimates of the clean latent.
+"""The denoiser D(x, sigma): a network whose predictions become estimates of the clean latent z.
 
 The prediction types eps, v, x0 and edm differ by two factors,
 
     denoised = c_skip(sigma) x + c_out(sigma) prediction,        x = z + sigma noise,
 
-and the training target is the prediction for which `denoised` equals z. The input of the network
-is the latent of the same variance at every level
+and the training target is the prediction for which `denoised` equals z. The input of the network is
+scaled to the same variance at every level:
 
     z_t = x / sqrt(1 + sigma²) = √ᾱ z + √(1-ᾱ) noise,
 
-for edm, x / sqrt(sigma_data² + sigma²), with the standard deviation of the latents.
+for edm, x / sqrt(sigma_data² + sigma²), with the standard deviation sigma_data of the latents.
 
 Preconditioning: Karras et al. 2022 (arXiv:2206.00364); v: Salimans and Ho 2022 (arXiv:2202.00512).
 """
@@ -68,7 +68,7 @@ class Denoiser:
     sigma_data: float = SIGMA_DATA  # standard deviation of the latents, for edm
 
     def __call__(self, x: Tensor, sigma: Tensor | float, cond: Cond | None = None) -> Tensor:
-        """Estimate z of x = z + sigma noise, (B, C, h, w) float32; sigma: one or (B,)."""
+        """Estimate z in x = z + sigma noise, (B, C, h, w) float32; sigma: a number or (B,)."""
         return self.convert_prediction(x, sigma, self.predict(x, sigma, cond))
 
     def predict(
@@ -80,7 +80,7 @@ class Denoiser:
     ) -> Tensor:
         """Predict eps, v or x0 at x, (B, C, h, w) float32; the network reads t, or else sigma's."""
         sigma = self._level(sigma)
-        t = self.schedule.network_time(sigma) if t is None else torch.as_tensor(t)
+        t = self.schedule.network_timestep(sigma) if t is None else torch.as_tensor(t)
         z_t = x / input_std(self.parameterization, _column(sigma, x), self.sigma_data)
         return self._run_network(z_t, t, cond)
 
@@ -90,7 +90,7 @@ class Denoiser:
         return c_skip * x + c_out * prediction
 
     def eps_factor(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """Compute the factor from a difference of predictions at x to that of their eps.
+        """Compute the factor (1, 1, 1, 1) that converts a difference of predictions to one of eps.
 
         eps is (x - z) / sigma; for models that predict it, the factor is exactly 1.
         """
@@ -99,7 +99,7 @@ class Denoiser:
         return -c_out / level
 
     def estimate_factor(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """Compute the factor from a difference of predictions at x to that of estimates of z."""
+        """Compute the factor (1, 1, 1, 1) from a difference of predictions to one of estimates."""
         _, c_out = self._scalings(_column(self._level(sigma), x))
         return c_out
 
@@ -122,7 +122,7 @@ class Denoiser:
         Args:
             z: Latents (B, C, h, w).
             t: Timesteps (B,): int64 in 0 … T-1, or fractional ones.
-            noise: Standard normal noise, like z.
+            noise: Standard normal noise (B, C, h, w).
             input_noise: Noise in the network's input where it differs from `noise`, as in input
                 perturbation (arXiv:2301.11706).
         """
@@ -130,10 +130,10 @@ class Denoiser:
         return prediction - self.target(z, noise, t)
 
     def predict_at(self, z: Tensor, cond: Cond | None, t: Tensor, noise: Tensor) -> Tensor:
-        """Predict for latents z with noise at timesteps t (B,), float32."""
+        """Add noise to latents z at timesteps t (B,), and predict; (B, C, h, w) float32."""
         schedule = self.schedule
         is_step = not t.is_floating_point() and self.parameterization != "edm"
-        if is_step and isinstance(schedule, Schedule) and schedule.tells_index:
+        if is_step and isinstance(schedule, Schedule) and schedule.uses_plain_timesteps:
             # Rounded as the original's `q_sample`: dividing z + sigma noise would round otherwise.
             return self._run_network(schedule.add_noise(z, noise, t), t, cond)
         sigma = schedule.t_to_sigma(t)

@@ -1,9 +1,9 @@
-"""Guidance: combines a denoiser, two conditions and a rule into `denoise(x, sigma)`.
+"""Guidance: combines a denoiser, two conditions and a method into `denoise(x, sigma)`.
 
-A rule is a subclass of `Guidance`, which is classifier-free guidance itself. It combines the
+A method is a subclass of `Guidance`, which is classifier-free guidance itself. It combines the
 predictions of one evaluation of the network, may ask for those of further texts, and may remember
-earlier evaluations. One rule replaces another, but for perturbed-attention guidance, which adds to
-any.
+earlier evaluations. Methods exclude each other, but for perturbed-attention guidance, which adds a
+term to any other.
 
 Ho and Salimans 2022 (arXiv:2207.12598); rescale: Lin et al. 2023 (arXiv:2305.08891, §3.4);
 interval: Kynkäänniemi et al. 2024 (arXiv:2404.07724); safe latent diffusion: Schramowski et al.
@@ -39,11 +39,12 @@ class Evaluation:
     """One evaluation of the network: its predictions (eps, v or x0) at x, (B, C, h, w) each.
 
     Attributes:
-        scale: Guidance scale; it is 1 for CFG++, and for rules that perturb only.
-        uncond, cond: Predictions for the negative prompt and the prompt; at scale 1 both are the
-            latter.
-        further: Predictions for the texts of the rule.
-        perturbed: Prediction for the prompt with perturbed self-attention, if the rule needs it.
+        scale: Guidance scale; 1 with CFG++, and with perturbed attention alone.
+        uncond, cond: Predictions for the negative prompt and the prompt; at scale 1 both are for
+            the prompt.
+        further: Predictions for `Guidance.texts`.
+        perturbed: Prediction for the prompt with perturbed self-attention, if
+            `Guidance.perturbs`.
     """
 
     denoiser: Denoiser
@@ -71,15 +72,15 @@ class Evaluation:
 
 
 class Guidance:
-    """Classifier-free guidance, and the base of other rules. One object serves one run.
+    """Classifier-free guidance, and the base of other methods. One object serves one run.
 
     Attributes:
-        name: Keyword of the tasks that chooses the rule; none for the base.
-        texts: Texts whose predictions the rule needs beside those of prompt and negative prompt;
-            an empty one is the unconditional prompt of the model.
-        perturbs: Whether it needs the prediction with perturbed self-attention, too.
-        calls: Evaluations of the network so far, those without guidance among them.
-        guided: Those with guidance.
+        name: Keyword of the tasks that chooses the method; "" for classifier-free guidance.
+        texts: Texts whose predictions the method needs besides those of prompt and negative
+            prompt; "" is the unconditional prompt of the model.
+        perturbs: Whether it also needs the prediction with perturbed self-attention.
+        calls: Number of evaluations of the network so far.
+        guided: How many of those had guidance.
     """
 
     name = ""
@@ -94,7 +95,7 @@ class Guidance:
         return uncond + evaluation.scale * (evaluation.cond - uncond)
 
     def explain_idle(self) -> str | None:
-        """Say, after a run, why the rule changed nothing; None if it did."""
+        """Say, after a run, why the method had no effect; None if it had one."""
         if self.name and self.calls and not self.guided:
             return f"{self.name} had no effect: there was no guidance at any noise level of the run"
         return None
@@ -118,7 +119,8 @@ class SafeGuidance(Guidance):
     estimate.
 
     Args:
-        concept: The text of what is to be avoided.
+        settings: Numbers of the equations above.
+        concept: Text of what to avoid.
     """
 
     def __init__(self, settings: SLD, concept: str) -> None:
@@ -143,7 +145,7 @@ class SafeGuidance(Guidance):
 
     def explain_idle(self) -> str | None:
         if self._momentum is None:
-            return "sld had no effect: there was no guidance, whose scale must not be 1"
+            return "sld had no effect: it needs a guidance scale other than 1"
         if self.calls <= self.settings.warmup:
             return (
                 f"sld had no effect: its warmup of {self.settings.warmup} is not below the "
@@ -153,7 +155,7 @@ class SafeGuidance(Guidance):
 
 
 class ProjectedGuidance(Guidance):
-    """Adaptive projected guidance: less of what over-saturates at high scales.
+    """Adaptive projected guidance: damps the part of the update that over-saturates images.
 
     Per sample, with the estimates u, c of z for negative prompt and prompt,
 
@@ -207,43 +209,43 @@ class PerpNeg(Guidance):
 
 
 class PerturbedAttention(Guidance):
-    """Perturbed-attention guidance: leads away from estimates without structure.
+    """Perturbed-attention guidance: guides away from predictions without structure.
 
-    What another rule gives, plus pag_scale (c - p), with the prediction p for the prompt whose
-    positions do not attend to each other in the middle block of the UNet. It needs no
-    unconditional estimate: at a guidance scale of 1 there is none.
+    The prediction of another method, plus pag_scale (c - p): c for the prompt, p for the prompt
+    with self-attention in the UNet's middle block replaced by the identity. It needs no
+    unconditional prediction: at a guidance scale of 1 none is computed.
 
     Args:
-        rule: The other rule.
+        base: The other method.
     """
 
     name = "pag"
     perturbs = True
 
-    def __init__(self, pag_scale: float, rule: Guidance) -> None:
+    def __init__(self, pag_scale: float, base: Guidance) -> None:
         self.pag_scale = pag_scale
-        self.rule = rule
-        self.texts = rule.texts
+        self.base = base
+        self.texts = base.texts
 
     def combine(self, evaluation: Evaluation) -> Tensor:
         cond = evaluation.cond
         assert evaluation.perturbed is not None
-        guided = cond if evaluation.scale == 1 else self.rule.combine(evaluation)
+        guided = cond if evaluation.scale == 1 else self.base.combine(evaluation)
         return guided + self.pag_scale * (cond - evaluation.perturbed)
 
     def explain_idle(self) -> str | None:
-        return super().explain_idle() or self.rule.explain_idle()
+        return super().explain_idle() or self.base.explain_idle()
 
     def count(self, *, guided: bool) -> None:
         super().count(guided=guided)
-        self.rule.count(guided=guided)
+        self.base.count(guided=guided)
 
 
 class StepCounter:
-    """Counts the steps of a sampler, for conditions that depend on the step.
+    """The step that a sampler is in, for conditions that depend on the step.
 
     Attributes:
-        step: From 0; all evaluations of the network in a step have the same.
+        step: From 0; the same for all evaluations of the network in a step.
     """
 
     def __init__(self, first: int = 0) -> None:
@@ -282,40 +284,40 @@ def add_guidance(
     *,
     rescale: float = 0.0,
     interval: tuple[float, float] | None = None,
-    rule: Guidance | None = None,
+    guidance: Guidance | None = None,
     further: Sequence[Cond] = (),
     on_uncond: Callable[[Tensor], object] | None = None,
 ) -> Denoise:
     """Build `denoise(x, sigma)` with guidance.
 
-    The network runs once for all conditions, the unconditional one first. Rules combine
-    predictions (eps, v or x0), not estimates of z, as in the original. The conditional prediction
-    of a composition is that of its prompts together.
+    The network runs once on a batch of all conditions, the unconditional one first. Methods combine
+    predictions (eps, v or x0), not estimates of z, as in the original. A composition has one
+    conditional prediction, made from those of its prompts.
 
     Args:
         uncond: Condition of the empty or the negative prompt; None for no guidance.
-        scale: Guidance scale, which may depend on sigma. At 1 only `cond` is computed, unless it is
-            a composition, and what the rule perturbs.
+        scale: Guidance scale, or a function of sigma. At 1 the unconditional prediction is not
+            computed, unless `cond` is a composition.
         rescale: 0 … 1, strength of rescaling the prediction to the standard deviation of the
             conditional one, against over-exposure at high scales.
         interval: Lowest and highest noise level (sigma) with guidance; elsewhere only `cond` is
-            computed. None for all.
-        rule: How predictions are combined; None for classifier-free guidance.
-        further: Conditions of `rule.texts`.
-        on_uncond: Called with each estimate without the prompt, which is then also computed at a
-            scale of 1.
+            computed. None for all levels.
+        guidance: How predictions are combined; None for classifier-free guidance.
+        further: Conditions of `guidance.texts`.
+        on_uncond: Called with each unconditional estimate of z (B, C, h, w), which is then computed
+            at a scale of 1, too.
     """
-    rule = rule or Guidance()
+    guidance = guidance or Guidance()
     on_uncond = None if uncond is None else on_uncond
     prompts = cond.cond if isinstance(cond, Composition) else cond
     if isinstance(cond, Composition) and uncond is None:
         raise ArgumentError("a composition of prompts needs the unconditional condition")
     if uncond is None or (scale == 1 and on_uncond is None):
-        if isinstance(cond, Cond) and not rule.perturbs:
+        if isinstance(cond, Cond) and not guidance.perturbs:
             return lambda x, sigma: denoiser(x, sigma, cond)
         scale = 1.0
-    elif len(further) != len(rule.texts):
-        raise ArgumentError(f"{len(further)} conditions were given for {len(rule.texts)} texts")
+    elif len(further) != len(guidance.texts):
+        raise ArgumentError(f"{len(further)} conditions were given for {len(guidance.texts)} texts")
     low, high = (-math.inf, math.inf) if interval is None else interval
 
     @functools.cache
@@ -334,10 +336,10 @@ def add_guidance(
         if not has_guidance:
             current_scale = 1.0
         is_guided = current_scale != 1 or (on_uncond is not None and has_guidance)
-        perturbs = has_guidance and rule.perturbs
+        perturbs = has_guidance and guidance.perturbs
         has_uncond = is_guided or on_uncond is not None or isinstance(cond, Composition)
         if not has_uncond and not perturbs:
-            rule.count(guided=False)
+            guidance.count(guided=False)
             return denoiser(x, sigma, prompts)
         x_cond = x[cond.rows.to(x.device)] if isinstance(cond, Composition) else x
         inputs = [x, x_cond] if has_uncond else [x_cond]
@@ -358,8 +360,8 @@ def add_guidance(
                 denoiser, x, sigma, current_scale, pred_uncond, pred_cond, tuple(others),
                 pred_perturbed,
             )  # fmt: skip
-            prediction = rule.combine(evaluation)
-        rule.count(guided=is_guided or perturbs)
+            prediction = guidance.combine(evaluation)
+        guidance.count(guided=is_guided or perturbs)
         if on_uncond is not None:
             on_uncond(denoiser.convert_prediction(x, sigma, pred_uncond))
         if rescale:
@@ -376,7 +378,7 @@ def _append_perturbed(conditions: Cond, prompts: Cond) -> Cond:
 
 
 def _project(x: Tensor, direction: Tensor) -> Tensor:
-    """Return the part of x (B, C, h, w) that is parallel to a direction, sample by sample."""
+    """Return the part of x that is parallel to a direction, for each sample; both (B, C, h, w)."""
     dims = (1, 2, 3)
     square = (direction * direction).sum(dims, keepdim=True)
     return (x * direction).sum(dims, keepdim=True) / square.clamp(min=TINY) * direction

@@ -1,4 +1,4 @@
-"""Guidance that a distilled network imitates in one pass, told of its scale (arXiv:2310.04378)."""
+"""Guidance distilled into a network that takes the scale as an input (arXiv:2310.04378)."""
 
 import math
 from dataclasses import replace
@@ -15,12 +15,12 @@ from ldm.runtime.errors import ArgumentError
 
 __all__ = ["embed_scale", "imitate_guidance"]
 
-FACTOR = 1000
+FACTOR = 1000  # these two as in diffusers' `get_guidance_scale_embedding`
 MAX_PERIOD = 1e4
 
 
 def embed_scale(scale: float, width: int) -> Tensor:
-    """Embed a guidance scale for a network, (1, width): sines and cosines of 1000 (scale - 1)."""
+    """Embed a guidance scale as sines and cosines of 1000 (scale - 1), (1, width)."""
     half = width // 2
     frequencies = torch.exp(-math.log(MAX_PERIOD) / (half - 1) * torch.arange(half))
     angles = FACTOR * (scale - 1) * frequencies
@@ -35,14 +35,14 @@ def imitate_guidance(
     scale: Scale,
     width: int,
 ) -> Denoise:
-    """Build `denoise(x, sigma)` of a network that reads the guidance scale, in one pass.
+    """Build `denoise(x, sigma)` for a network that takes the guidance scale: one evaluation each.
 
     Args:
-        uncond: Not used.
-        scale: Guidance scale, which may depend on sigma.
-        width: Features of its embedding.
+        uncond: Ignored, for the signature of `add_guidance`.
+        scale: Guidance scale, or a function of sigma.
+        width: Number of features of its embedding.
     Raises:
-        ArgumentError: several prompts are composed, which takes a pass for each.
+        ArgumentError: `cond` is a composition, which needs an evaluation for each prompt.
     """
     if isinstance(cond, Composition):
         raise ArgumentError(

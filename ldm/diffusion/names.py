@@ -1,6 +1,7 @@
-"""What a user chooses by name: samplers, schedulers and quirks of the original. No torch here.
+"""Names that users choose from: samplers, schedulers, presets, quirks of the original.
 
-Each table is the only list of its kind: functions, flags, form fields and PNG texts read it.
+Each table is the only list of its kind: functions, flags, form fields and PNG texts read it. It
+does not import torch, so that `--help` is fast.
 """
 
 import math
@@ -10,14 +11,29 @@ from dataclasses import Field, dataclass, fields
 from ldm.runtime.errors import ArgumentError, check_name, unknown_name
 
 __all__ = [
-    "APG", "API_LEGACY", "FREEU_PRESETS", "FREEU_VERSIONS", "LEGACY", "MAX_LEVEL", "RULES",
-    "SAMPLERS", "SCHEDULERS", "SDXL_LEGACY", "SLD", "SLD_CONCEPTS", "SLD_PRESETS", "TILINGS",
-    "FreeUFactors", "Sampler", "Scheduler", "check_rules",
+    "APG",
+    "API_LEGACY",
+    "EXCLUSIVE_GUIDANCE",
+    "FREEU_PRESETS",
+    "FREEU_VERSIONS",
+    "LEGACY",
+    "MAX_LEVEL",
+    "SAMPLERS",
+    "SCHEDULERS",
+    "SDXL_LEGACY",
+    "SLD",
+    "SLD_CONCEPTS",
+    "SLD_PRESETS",
+    "TILINGS",
+    "FreeUFactors",
+    "Sampler",
+    "Scheduler",
+    "check_guidance_options",
 ]  # fmt: skip
 
 
-# A level that is noise alone in effect (zero terminal SNR, cosine). Samplers that extrapolate from
-# it in one step, or place their few levels up to it, give broken images.
+# Sigma above which x is practically pure noise (zero terminal SNR, cosine). Some samplers give
+# broken images from there: those that extrapolate over a whole step, or space few levels up to it.
 MAX_LEVEL = 1000.0
 
 TILINGS = ("none", "x", "y", "xy")  # see `ldm.nets.circular`
@@ -25,36 +41,36 @@ TILINGS = ("none", "x", "y", "xy")  # see `ldm.nets.circular`
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler."""
+    """A sampler: its function, what it takes, and its defaults."""
 
     function: str  # in a module of `ldm.diffusion.samplers`
     label: str  # in A1111's text and on the page
     takes_noise: bool = False  # between steps
-    eta: float | None = None  # how much, by default; None where it cannot be set
+    eta: float | None = None  # default amount of that noise; None where it cannot be set
     takes_churn: bool = False  # noise before steps
     scales_time: bool = False  # takes `NoiseSchedule.scale_time`
     takes_uncond: bool = False  # takes the unconditional estimate, too
-    scale: float | None = None  # of guidance, by default; None for the model's
-    scheduler: str | None = None  # that belongs to it; None for the model's
-    wide_scheduler: str | None = None  # in its place where the last level is above MAX_LEVEL
-    a1111_scheduler: str = "normal"  # which A1111's "Automatic" stands for
-    skips_last_level: bool = False  # drops the last level before 0 of one step more, as in A1111
+    scale: float | None = None  # default guidance scale; None for the model's
+    scheduler: str | None = None  # default scheduler; None for the model's
+    wide_scheduler: str | None = None  # default where the last level is above MAX_LEVEL
+    a1111_scheduler: str = "normal"  # A1111's "Automatic"
+    skips_last_level: bool = False  # plans a step more and drops the last level before 0, as A1111
 
 
 @dataclass(frozen=True)
 class Scheduler:
-    """A choice of sampling steps."""
+    """A scheduler: its function, its limits and its defaults."""
 
     function: str  # in `ldm.diffusion.schedule`
-    label: str  # in A1111's text and on the page; A1111 has it only where it means the same
+    label: str  # in A1111's text and on the page; one of A1111's only if its levels are the same
     max_steps: int | None = None  # None for the number of timesteps
-    for_sdxl: str | None = None  # the scheduler that stands for it with SDXL
-    rho: float | None = None  # exponent by default; None where there is none to set
+    for_sdxl: str | None = None  # the scheduler that replaces it for SDXL
+    rho: float | None = None  # default exponent; None for schedulers without one
 
 
 @dataclass(frozen=True)
 class SLD:
-    """Numbers of safe latent diffusion (arXiv:2211.05105); see `SafeGuidance`.
+    """Hyperparameters of safe latent diffusion (arXiv:2211.05105); see `SafeGuidance`.
 
     Raises:
         ArgumentError: a number is out of range.
@@ -93,16 +109,16 @@ class SLD:
 
 @dataclass(frozen=True)
 class APG:
-    """Numbers of adaptive projected guidance (arXiv:2410.02416); see `ProjectedGuidance`.
+    """Hyperparameters of adaptive projected guidance (arXiv:2410.02416); see `ProjectedGuidance`.
 
     The defaults are the authors' for Stable Diffusion XL.
 
     Args:
-        eta: factor of the part of the update that is parallel to the estimate; 1 leaves it.
+        eta: factor of the component of the update parallel to the estimate; 1 keeps it.
         norm: largest norm of an update, r in the paper; 0 for no limit.
-        momentum: factor of former updates, beta in the paper, above -1 and below 1.
+        momentum: factor of the running sum of updates, beta in the paper, in (-1, 1).
     Raises:
-        ArgumentError: a number is out of range, or all of them are those without effect.
+        ArgumentError: a number is out of range, or they have no effect: (1, 0, 0).
     """
 
     eta: float = 0.0
@@ -115,7 +131,7 @@ class APG:
         if not -1 < self.momentum < 1:
             raise ArgumentError(f"apg: momentum must be in -1 … 1, got {self.momentum:g}", "apg")
         if (self.eta, self.norm, self.momentum) == (1, 0, 0):
-            raise ArgumentError("apg with eta 1, without norm and momentum changes nothing", "apg")
+            raise ArgumentError("apg with eta 1, norm 0 and momentum 0 has no effect", "apg")
 
     @classmethod
     def of(cls, value: "Sequence[float] | APG") -> "APG":
@@ -141,14 +157,14 @@ class FreeUFactors:
         if not all(0 <= number <= 10 for number in numbers):
             raise ArgumentError("freeu: factors must be in 0 … 10", "freeu")
         if set(numbers) == {1}:
-            raise ArgumentError("freeu with factors of 1 changes nothing", "freeu")
+            raise ArgumentError("freeu with factors of 1 has no effect", "freeu")
 
     @classmethod
     def of(cls, value: "str | Sequence[float] | FreeUFactors", automatic: str) -> "FreeUFactors":
         """Return the factors of a preset, or of four numbers in the order of the arguments.
 
         Args:
-            automatic: the preset that "auto" stands for.
+            automatic: the preset for "auto".
         """
         if isinstance(value, FreeUFactors):
             return value
@@ -159,19 +175,19 @@ class FreeUFactors:
         return cls(*_numbers("freeu", value, fields(cls)))
 
 
-def check_rules(given: Collection[str], scale: float | None) -> None:
-    """Raise ArgumentError for rules of guidance that do not go together, or with a scale.
+def check_guidance_options(given: Collection[str], scale: float | None) -> None:
+    """Raise ArgumentError for guidance methods that exclude each other or need another scale.
 
     Args:
-        given: names of options, of which those in RULES count.
-        scale: of guidance; None = not known.
+        given: names of all options that have a value.
+        scale: guidance scale; None = not known.
     """
-    rules = [name for name in RULES if name in given]
-    if len(rules) > 1:
-        message = f"{rules[0]} and {rules[1]} are both rules of guidance: give one"
-        raise ArgumentError(message, rules[1])
-    if scale == 1 and (idle := [name for name in rules if name != "sld"]):
-        raise ArgumentError(f"{idle[0]} needs guidance, whose scale must not be 1", idle[0])
+    methods = [name for name in EXCLUSIVE_GUIDANCE if name in given]
+    if len(methods) > 1:
+        message = f"{methods[0]} and {methods[1]} are both guidance methods: give one"
+        raise ArgumentError(message, methods[1])
+    if scale == 1 and (idle := [name for name in methods if name != "sld"]):
+        raise ArgumentError(f"{idle[0]} needs a guidance scale other than 1", idle[0])
     if "freeu_version" in given and "freeu" not in given:
         raise ArgumentError("freeu_version needs freeu", "freeu_version")
 
@@ -300,7 +316,7 @@ SCHEDULERS = {
     "tcd": Scheduler("tcd_sigmas", "TCD", max_steps=50),
 }
 
-# Of safe latent diffusion: the presets of both packages, and the concept that each avoids.
+# Safe latent diffusion: presets, and the unsafe concept of the authors' package and of diffusers.
 SLD_PRESETS = {
     "weak": SLD(15, 20, 0.0, 0.0, 0.0),
     "medium": SLD(10, 1000, 0.01, 0.3, 0.4),
@@ -314,20 +330,21 @@ _CONCEPT = (
 )
 SLD_CONCEPTS = {"original": _CONCEPT, "diffusers": f"an image showing {_CONCEPT}"}
 
-# Rules of guidance, of which one can hold; `pag` adds to it. Without guidance `sld` warns.
-RULES = ("sld", "apg", "perp_neg")
-FREEU_PRESETS = {  # of the authors, for version 1
+# Guidance methods of which a run has one at most; `pag` combines with each. At a guidance scale of
+# 1 they have no effect: `sld` warns then, the others are refused.
+EXCLUSIVE_GUIDANCE = ("sld", "apg", "perp_neg")
+FREEU_PRESETS = {  # the authors', for version 1
     "sd1": FreeUFactors(1.5, 1.6, 0.9, 0.2),
     "sd2": FreeUFactors(1.4, 1.6, 0.9, 0.2),
     "sdxl": FreeUFactors(1.3, 1.4, 0.9, 0.2),
 }
 FREEU_VERSIONS = {
-    "1": "the authors' first, by the channels of a block",
-    "2": "their second, whose b follows the mean of the channels",
-    "diffusers": "the first, by the level of a block, as diffusers does",
+    "1": "the authors' first version, in blocks with certain channel counts",
+    "2": "their second, with b scaled by the mean over channels",
+    "diffusers": "the first in the deepest blocks, as diffusers does",
 }
 
-# Quirks of SDXL's original, which do nothing for other models.
+# Quirks of SDXL's original code, which have no effect on other models.
 SDXL_LEGACY = {
     "ignore-negative": "the base ignores the negative prompt",
     "refiner-empty-negative": "a refiner after the base ignores the negative prompt",
@@ -338,10 +355,11 @@ SDXL_LEGACY = {
     "float-watermark": "the watermark, dwtDct, is written before pixels become integers",
     "unused-draws": "noise is drawn for the handover to a refiner, and not used",
 }
-API_LEGACY = frozenset({"refiner-from-noise", "api-scores"})  # what the demo does otherwise
+# Quirks of sgm's `SamplingPipeline` which its demo does not have.
+API_LEGACY = frozenset({"refiner-from-noise", "api-scores"})
 
-# Quirks of the original scripts, each brought back by its name, so that old results can be made
-# again; code in `ldm.pipelines.quirks`.
+# Quirks of the original scripts, enabled by name to reproduce old results; code in
+# `ldm.pipelines.quirks`.
 LEGACY = {
     "steps": "the original's count of DDIM and PLMS steps (31 for 30), and its failures",
     "noise": "noise drawn for the whole batch from the global generator of the device",

@@ -1,9 +1,9 @@
-"""Noise schedules (the levels that a model knows) and schedulers (the levels of a run).
+"""Noise schedules (the levels of a model) and schedulers (the levels of a run).
 
-The same noise level is given by the timestep `t`, the input of the network, or by `sigma`, the
-variable of the samplers. `Schedule` has T levels from betas, `sigma = sqrt((1 - ᾱ) / ᾱ)` at t in
-0 … T-1, and between two timesteps log ᾱ is linear in t, as in DPM-Solver. `ContinuousSchedule` has
-all levels of a range.
+A noise level is given by the timestep `t`, the input of the network, or by `sigma`, the variable of
+the samplers. `Schedule` has T levels from betas, `sigma = sqrt((1 - ᾱ) / ᾱ)` at t in 0 … T-1, and
+between two timesteps log ᾱ is linear in t, as in DPM-Solver. `ContinuousSchedule` has all levels of
+a range.
 
 DDPM: arXiv:2006.11239. Cosine: arXiv:2102.09672. Karras: arXiv:2206.00364. Zero terminal SNR:
 arXiv:2305.08891.
@@ -21,21 +21,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.diffusion import names
-from ldm.diffusion.levels import check_rho
+from ldm.diffusion.scheduler_options import check_rho
 from ldm.runtime.errors import ArgumentError, check_name, unknown_name
 
 __all__ = [
-    "SCHEDULERS",
+    "SIGMA_FUNCTIONS",
     "ContinuousSchedule",
     "NoiseSchedule",
     "Schedule",
-    "betas_of_sigmas",
+    "betas_from_sigmas",
     "make_betas",
     "rescale_zero_terminal_snr",
 ]
 
-# ᾱ of the last timestep for zero terminal SNR. Not 0, as samplers need a finite sigma (4096 here);
-# √ᾱ_T is then 2.4e-4; Stable Diffusion's is 0.068.
+# ᾱ of the last timestep, T-1, for zero terminal SNR. Not 0, as samplers need a finite sigma (4096
+# here); √ᾱ is then 2.4e-4; Stable Diffusion's is 0.068.
 MIN_ALPHA_CUMPROD = 2.0**-24
 
 # Noise levels of "Align Your Steps" (arXiv:2404.14507) for ten steps of Stable Diffusion 1 and XL.
@@ -86,27 +86,27 @@ def make_betas(
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     """Rescale betas (T,) to zero terminal SNR (arXiv:2305.08891, algorithm 1), in float64.
 
-    √ᾱ_1 stays, √ᾱ_T becomes √MIN_ALPHA_CUMPROD.
+    √ᾱ stays at timestep 0, and becomes √MIN_ALPHA_CUMPROD at T-1.
     """
     signal = torch.cumprod(1 - betas.double(), dim=0).sqrt()  # (T,)
     first, last = signal[0], signal[-1]
     alphas_cumprod = ((signal - last) * first / (first - last)) ** 2
     alphas_cumprod[-1] = MIN_ALPHA_CUMPROD
-    return _betas_of_alphas(alphas_cumprod)
+    return _betas_from_alphas(alphas_cumprod)
 
 
-def betas_of_sigmas(sigmas: Tensor) -> Tensor:
+def betas_from_sigmas(sigmas: Tensor) -> Tensor:
     """Compute the betas (T,) float64 of a table of noise levels (T,), ascending."""
-    return _betas_of_alphas(1 / (1 + sigmas.double() ** 2))
+    return _betas_from_alphas(1 / (1 + sigmas.double() ** 2))
 
 
-def _betas_of_alphas(alphas_cumprod: Tensor) -> Tensor:
+def _betas_from_alphas(alphas_cumprod: Tensor) -> Tensor:
     previous = torch.cat([torch.ones_like(alphas_cumprod[:1]), alphas_cumprod[:-1]])
     return 1 - alphas_cumprod / previous
 
 
 class NoiseSchedule(ABC):
-    """Noise levels of a model, and the timesteps by which its network is told of them."""
+    """Noise levels of a model, and the timesteps that its network gets for them."""
 
     sigmas: Tensor  # levels that schedulers choose from, (T,) float64, ascending
     zero_snr: bool = False  # the last level is (nearly) noise alone: zero terminal SNR
@@ -127,8 +127,8 @@ class NoiseSchedule(ABC):
     def t_to_sigma(self, t: Tensor | float) -> Tensor:
         """Convert a timestep to a noise level, float64."""
 
-    def network_time(self, sigma: Tensor | float) -> Tensor:
-        """Convert a noise level to what the network is told of it: its timestep."""
+    def network_timestep(self, sigma: Tensor | float) -> Tensor:
+        """Convert a noise level to the timestep input of the network (EDM's c_noise)."""
         return self.sigma_to_t(sigma)
 
     def nearest_sigma(self, sigma: Tensor | float) -> Tensor:
@@ -136,7 +136,7 @@ class NoiseSchedule(ABC):
         return torch.as_tensor(sigma)
 
     def scale_time(self, sigma: float, factor: float) -> float:
-        """Return the noise level at `factor` times the timestep of sigma, rounded down."""
+        """Return `factor * sigma`; discrete schedules scale the timestep instead (for TCD)."""
         return factor * sigma
 
     def step_sigmas(
@@ -145,19 +145,19 @@ class NoiseSchedule(ABC):
         """Compute the noise levels (steps + 1,) of a run, float64, descending.
 
         Args:
-            steps: 1 … T, or the greatest number of the scheduler.
-            scheduler: A name in SCHEDULERS. All but "uniform", "time_uniform" and "tcd" end at 0;
-                "ddim_uniform" may have a level more.
+            steps: 1 … T, or at most `max_steps` of the scheduler.
+            scheduler: A name in `names.SCHEDULERS`. All but "uniform", "time_uniform" and "tcd" end
+                at 0; "ddim_uniform" may have more steps than `steps`.
             rho: Exponent of "karras", "polyexponential" and "edm"; None for their defaults.
         """
-        check_name("scheduler", scheduler, SCHEDULERS, argument="scheduler")
+        check_name("scheduler", scheduler, SIGMA_FUNCTIONS, argument="scheduler")
         most = names.SCHEDULERS[scheduler].max_steps
         if not 1 <= steps <= (most or len(self)):
             limit = f"1 … {most} with scheduler `{scheduler}`" if most else f"1 … {len(self)}"
             raise ArgumentError(f"steps must be in {limit}, got {steps}", "steps")
         check_rho(rho, scheduler)
         options = {} if rho is None else {"rho": rho}
-        return SCHEDULERS[scheduler](self, steps, **options)
+        return SIGMA_FUNCTIONS[scheduler](self, steps, **options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,8 +187,8 @@ class Schedule(NoiseSchedule):
         object.__setattr__(self, "sigmas", (1 / alphas_cumprod - 1).sqrt())
 
     @property
-    def tells_index(self) -> bool:
-        """Whether the network gets the timestep, the index of a level in `sigmas`."""
+    def uses_plain_timesteps(self) -> bool:
+        """Whether the network gets t itself, without one of the variants of `DiscreteDenoiser`."""
         changed = self.log_time or self.flip_time or self.append_zero
         return self.quantize_time and not changed
 
@@ -199,7 +199,7 @@ class Schedule(NoiseSchedule):
 
     @property
     def network_levels(self) -> Tensor:
-        """The levels by the index that the network gets, (T,) or (T + 1,) float64."""
+        """The noise levels in the order of the network's timesteps, (T,) or (T + 1,) float64."""
         levels = torch.cat([torch.zeros(1), self.sigmas]) if self.append_zero else self.sigmas
         return levels.flip(0) if self.flip_time else levels
 
@@ -214,14 +214,19 @@ class Schedule(NoiseSchedule):
         table = self.alphas_cumprod.log().flip(0)
         return _interpolate(sigma, table, torch.arange(len(self) - 1, -1, -1))
 
-    def network_time(self, sigma: Tensor | float) -> Tensor:
-        """Convert a noise level to the timestep, sigma, or 0.25 ln sigma, as the network has it."""
-        if self.tells_index:
+    def network_timestep(self, sigma: Tensor | float) -> Tensor:
+        """Convert a noise level to the timestep input of the network.
+
+        It is fractional between two levels; rounded to an index only with `log_time` and
+        `quantize_time`.
+        """
+        if self.uses_plain_timesteps:
             return self.sigma_to_t(sigma)
         sigma = torch.as_tensor(sigma, dtype=torch.float64).cpu()
         if not self.quantize_time or self.log_time:
-            time = 0.25 * sigma.log() if self.log_time else sigma
-            return self._nearest(time) if self.quantize_time else time
+            c_noise = 0.25 * sigma.log() if self.log_time else sigma
+            # As in sgm, which looks c_noise up among the sigmas although it is a logarithm.
+            return self._nearest(c_noise) if self.quantize_time else c_noise
         levels = self.network_levels
         index = torch.arange(len(levels))
         if not self.flip_time:
@@ -238,7 +243,7 @@ class Schedule(NoiseSchedule):
         return torch.as_tensor(np.sqrt(np.expm1(-log_alpha)))
 
     def nearest_sigma(self, sigma: Tensor | float) -> Tensor:
-        """Return the level of the table with the least distance, the first of equals."""
+        """Return the nearest level of the table; of two equally near ones the first."""
         index = self._nearest(torch.as_tensor(sigma, dtype=torch.float64).cpu())
         return self.network_levels[index]
 
@@ -262,9 +267,10 @@ class Schedule(NoiseSchedule):
         return signal_scale * z.float() + noise_scale * noise.to(z.device, torch.float32)
 
     def vlb_weights(self, parameterization: str) -> Tensor:
-        """Compute weights (T,) of the squared error in the bound (arXiv:2006.11239, eq. 12).
+        """Compute weights (T,) of the squared error in the variational lower bound.
 
-        As in the original: for x0 they have 2 - ᾱ in place of 2 (1 - ᾱ), for v they are 1.
+        arXiv:2006.11239, eq. 12, for eps. As in the original, x0 has 2 - ᾱ in place of 2 (1 - ᾱ),
+        and v has 1.
         """
         alphas_cumprod = self.alphas_cumprod
         if parameterization == "v":
@@ -275,7 +281,7 @@ class Schedule(NoiseSchedule):
             variance = self.buffers()["posterior_variance"].double()
             weights = self.betas**2 / (2 * variance * (1 - self.betas) * (1 - alphas_cumprod))
         # The first is infinite, as that posterior has no variance: the original repeats the next.
-        return torch.cat([weights[1:2], weights[1:]])
+        return torch.cat([weights[1:2], weights[1:]])  # that of timestep 0 is infinite
 
     def buffers(self) -> dict[str, Tensor]:
         """Compute the twelve float32 tables in the original's checkpoints, by name."""
@@ -319,7 +325,7 @@ class ContinuousSchedule(NoiseSchedule):
         return float(self.sigma_to_t(self.sigma_min)), float(self.sigma_to_t(self.sigma_max))
 
     def sigma_to_t(self, sigma: Tensor | float) -> Tensor:
-        """Convert a noise level to 0.25 ln sigma."""
+        """Convert a noise level to 0.25 ln sigma, or to itself without `log_time`."""
         sigma = torch.as_tensor(sigma, dtype=torch.float64).cpu()
         return 0.25 * sigma.log() if self.log_time else sigma
 
@@ -340,10 +346,10 @@ def _linspace(start: float, end: float, n: int) -> Tensor:
 
 
 def uniform_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
-    """Space steps like the original: t = floor(i T / steps) + 1, and ᾱ_0, not 1, at the end.
+    """Space steps like the original: t = floor(i T / steps) + 1, and the level of t = 0 at the end.
 
-    Equal to the original wherever `steps` divides T. For steps = T the + 1 is left out,
-    as it would pass the last timestep.
+    Equal to the original wherever `steps` divides T. For steps = T the + 1 is left out, as it would
+    exceed the last timestep.
     """
     total = len(schedule)
     t = torch.arange(steps) * total // steps + (1 if steps < total else 0)
@@ -357,13 +363,13 @@ def time_uniform_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
 
 
 def trailing_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
-    """Start at the very last timestep (arXiv:2305.08891, table 2)."""
+    """Take timesteps T i / steps - 1, rounded, from the very last (arXiv:2305.08891, table 2)."""
     t = (torch.arange(steps, 0, -1, dtype=torch.float64) * len(schedule) / steps).round().long()
     return _append_zero(schedule.sigmas[t - 1])
 
 
 def sgm_uniform_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
-    """Space steps like SDXL: timesteps T-1 - (T-1) i / steps, truncated; from the very last."""
+    """Space steps like sgm for SDXL: timesteps (T-1) (1 - i / steps), truncated."""
     last = len(schedule) - 1
     t = np.arange(len(schedule))[::-1].copy()
     if steps < len(schedule):
@@ -372,24 +378,27 @@ def sgm_uniform_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
 
 
 def sgm_uniform_a1111_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
-    """Space steps evenly in time from the very last timestep, not truncated, like A1111."""
+    """Space steps like A1111: `sgm_uniform` with fractional timesteps."""
     return _append_zero(_levels_at(schedule, np.linspace(len(schedule) - 1, 0, steps + 1)[:-1]))
 
 
 def leading_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
-    """Space steps like diffusers' folders of SDXL: t = i floor(T / steps) + 1."""
+    """Space steps like diffusers' "leading" with steps_offset 1: t = i floor(T / steps) + 1."""
     t = torch.arange(steps - 1, -1, -1) * (len(schedule) // steps) + 1
     return _append_zero(schedule.sigmas[t.clamp(max=len(schedule) - 1)])
 
 
 def ddim_uniform_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
-    """Take every floor(T / steps)-th timestep from the second on, all there are, like ComfyUI."""
+    """Take timesteps 1, 1 + k, 1 + 2k … < T, k = floor(T / steps), like ComfyUI.
+
+    These may be more than `steps`.
+    """
     t = torch.arange(1, len(schedule), max(len(schedule) // steps, 1)).flip(0)
     return _append_zero(schedule.sigmas[t])
 
 
 def turbo_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
-    """Take every tenth of the timesteps from the last, as SDXL Turbo does for 1 … 4 steps."""
+    """Take timesteps T-1, T-1 - floor(T / 10) …, as SDXL Turbo does for 1 … 4 steps."""
     t = len(schedule) - 1 - torch.arange(steps) * (len(schedule) // 10)
     return _append_zero(schedule.sigmas[t])
 
@@ -401,7 +410,7 @@ def edm_sigmas(
     sigma_max: float = 14.61,
     rho: float = 3.0,
 ) -> Tensor:
-    """Space steps evenly in sigma^(1/rho) over a range; SDXL's demo has these numbers."""
+    """Space steps evenly in sigma^(1/rho) over a range; the defaults are those of sgm's demo."""
     return _append_zero(_linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps) ** rho)
 
 
@@ -412,7 +421,7 @@ def karras_sigmas(schedule: NoiseSchedule, steps: int, rho: float = 7.0) -> Tens
 
 
 def exponential_sigmas(schedule: NoiseSchedule, steps: int, rho: float = 1.0) -> Tensor:
-    """Space steps evenly in log sigma; with another rho polynomially, closer at low levels."""
+    """Space steps evenly in log sigma; "polyexponential" with rho other than 1."""
     low, high = schedule.sigmas[0].log(), schedule.sigmas[-1].log()
     return _append_zero((low + _linspace(1, 0, steps) ** rho * (high - low)).exp())
 
@@ -423,7 +432,7 @@ def normal_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
 
 
 def simple_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
-    """Take every (T / steps)-th timestep from the last, truncated, like ComfyUI."""
+    """Take timesteps T-1 - i T / steps, truncated, like ComfyUI."""
     t = len(schedule) - 1 - torch.arange(steps) * len(schedule) // steps
     return _append_zero(schedule.sigmas[t])
 
@@ -462,14 +471,14 @@ def ays_a1111_sigmas(schedule: NoiseSchedule, steps: int, levels: Sequence[float
 
 
 def lcm_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
-    """Choose from the 50 timesteps of latent consistency models (arXiv:2310.04378)."""
+    """Choose from the 50 timesteps used in the distillation of LCMs (arXiv:2310.04378)."""
     return _append_zero(_consistency_sigmas(schedule, steps))
 
 
 def lcm_a1111_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
-    """Space steps evenly over the 50 timesteps of latent consistency models, like A1111."""
-    kept = _consistency_sigmas(schedule, min(50, len(schedule))).tolist()
-    return _append_zero(_interpolate_levels(kept, steps))
+    """Space steps evenly over the 50 levels of `lcm`, interpolated, like A1111."""
+    levels = _consistency_sigmas(schedule, min(50, len(schedule))).tolist()
+    return _append_zero(_interpolate_levels(levels, steps))
 
 
 def tcd_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
@@ -482,9 +491,9 @@ ays_xl_a1111_sigmas = partial(ays_a1111_sigmas, levels=AYS_XL)
 
 
 def _consistency_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
-    kept = min(50, len(schedule))  # timesteps of the solver that the model was distilled from
-    indices = kept - torch.arange(steps) * kept // steps
-    return schedule.sigmas[indices * (len(schedule) // kept) - 1]
+    original_steps = min(50, len(schedule))  # of the solver that was distilled
+    indices = original_steps - torch.arange(steps) * original_steps // steps
+    return schedule.sigmas[indices * (len(schedule) // original_steps) - 1]
 
 
 def _levels_at(schedule: NoiseSchedule, t: NDArray[np.float64]) -> Tensor:
@@ -494,14 +503,16 @@ def _levels_at(schedule: NoiseSchedule, t: NDArray[np.float64]) -> Tensor:
 
 
 def _interpolate_levels(levels: Sequence[float], count: int) -> Tensor:
+    """Return `count` levels, interpolated in log sigma evenly over the positions of `levels`."""
     positions = np.linspace(0, len(levels) - 1, count)
     return torch.as_tensor(np.exp(np.interp(positions, np.arange(len(levels)), np.log(levels))))
 
 
 def _beta_quantiles(probabilities: NDArray[np.float64], alpha: float = 0.6) -> NDArray[np.float64]:
-    """Return quantiles of Beta(alpha, alpha), by integration over x = sin² θ.
+    """Return quantiles of Beta(alpha, alpha), as scipy.stats.beta.ppf without needing scipy.
 
-    The density of θ is (sin θ cos θ)^(2 alpha - 1); with θ = u^(1 / 2 alpha) it is smooth in u.
+    Integrates over x = sin² θ: the density of θ is (sin θ cos θ)^(2 alpha - 1), which is smooth in
+    u with θ = u^(1 / 2 alpha).
     """
     power = 2 * alpha
     u = np.linspace(0, (np.pi / 4) ** power, 1 << 13)
@@ -522,7 +533,7 @@ def _append_zero(sigmas: Tensor) -> Tensor:
     return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
 
 
-# `names.SCHEDULERS` has the function of each scheduler, all in this module.
-SCHEDULERS: dict[str, Callable[..., Tensor]] = {
+# Functions of this module by the name of the scheduler, from `names.SCHEDULERS`.
+SIGMA_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     name: globals()[scheduler.function] for name, scheduler in names.SCHEDULERS.items()
 }

@@ -1,4 +1,4 @@
-"""Noise that samplers add before and between their steps, as users set it. No torch here."""
+"""Options for the noise that samplers add before and between steps, and their checks."""
 
 import math
 from dataclasses import dataclass, fields

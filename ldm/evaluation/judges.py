@@ -8,7 +8,7 @@ import torch
 from ldm.evaluation.extractors import RESIZES, CLIPJudge, InceptionExtractor
 from ldm.loading.addons.clip import check_clip, clip_name, load_clip
 from ldm.loading.addons.inception import load_inception
-from ldm.loading.files.checkpoint import file_hash
+from ldm.loading.files.checkpoint import short_hash
 from ldm.loading.published import find_checkpoint, find_on_disk, published_files
 from ldm.runtime.errors import check_name
 from ldm.runtime.hashes import hash_file
@@ -57,7 +57,7 @@ def find_clip(file: str | Path | None) -> Path | None:
 def load_judge(path: Path, device: torch.device) -> CLIPJudge:
     """Load CLIP from a file that `find_clip` has found."""
     clip = load_clip(path, device=device)
-    digest = file_hash(path) if path.is_dir() else hash_file(path)
+    digest = short_hash(path) if path.is_dir() else hash_file(path)
     return CLIPJudge(clip, f"CLIP score ({clip_name(clip)})", digest)
 
 

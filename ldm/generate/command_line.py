@@ -1,9 +1,11 @@
-"""argv <-> Request: the only place that knows flags. Nothing here imports torch.
+"""Convert between command lines and requests; the only module that knows flags.
 
-build_parser     task -> parser; every option of the task is a flag
+build_parser     task -> parser, with a flag for every option
 parse_request    argv -> Request
-to_argv          Request -> the command line that makes it again
+to_argv          Request -> the command line that repeats it
 hint             an error of the library -> what to do about it on the command line
+
+It does not import torch, so that `--help` and mistakes in flags are fast.
 """
 
 import argparse
@@ -26,8 +28,8 @@ from ldm.runtime.errors import (
 
 __all__ = ["add_options", "build_parser", "hint", "parse_request", "to_argv"]
 
-# Flags of the original scripts, and one that was alone with its beginning; abbreviations of them
-# keep their meaning.
+# Flags of the original scripts: abbreviations of them, such as `--n_i`, keep their meaning although
+# there are more flags now.
 ORIGINAL_FLAGS = (
     "--prompt", "--outdir", "--steps", "--plms", "--dpm", "--fixed_code", "--ddim_eta", "--n_iter",
     "--H", "--W", "--C", "--f", "--n_samples", "--n_rows", "--scale", "--from-file", "--config",
@@ -43,7 +45,7 @@ COMMANDS = {
 
 
 def build_parser(task: Task, prog: str | None = None) -> CommandParser:
-    """Build the parser of one task: its summary and a flag for each option."""
+    """Build the parser of a task: its summary, and a flag for each option."""
     parser = CommandParser(
         prog=prog,
         description=task.summary,
@@ -95,12 +97,13 @@ def add_options(
 def parse_request(
     task: Task, argv: Sequence[str] | None = None, parser: CommandParser | None = None
 ) -> tuple[Request, Namespace]:
-    """Parse a command line into a request; a mistake exits with status 2 and one line.
+    """Parse a command line into a request; invalid flags exit with status 2 and a one-line error.
 
     Args:
-        parser: from `build_parser`, possibly with more flags.
+        argv: arguments without the program's name; None = those of this process.
+        parser: from `build_parser`, possibly with more flags; None = build it.
     Returns:
-        (request, the values of all flags).
+        (request, values of all flags).
     """
     parser = parser or build_parser(task)
     args = parser.parse(argv)
@@ -112,9 +115,9 @@ def parse_request(
 
 
 def to_argv(request: Request) -> list[str]:
-    """Return the command line that makes this request, without the name of the command."""
+    """Return the arguments that parse to this request, without the name of the command."""
     arguments: list[str] = []
-    values = request.values()
+    values = request.get_values()
     for name, (option, default) in request.task.options().items():
         value = values[name]
         if value == default:
@@ -130,7 +133,7 @@ def to_argv(request: Request) -> list[str]:
     return arguments
 
 
-def flag_of(argument: str, task: Task | None = None, given: Container[str] = ()) -> str | None:
+def find_flag(argument: str, task: Task | None = None, given: Container[str] = ()) -> str | None:
     """Find the flag that sets an argument of the library, in this task or in any.
 
     Args:
@@ -147,7 +150,7 @@ def hint(error: BaseException, task: Task | None = None, given: Container[str] =
     """Return what to do about an error on the command line, to append to its message.
 
     Args:
-        given: see `flag_of`.
+        given: see `find_flag`.
     """
     if is_out_of_memory(error):
         return MEMORY_HINT
@@ -155,13 +158,13 @@ def hint(error: BaseException, task: Task | None = None, given: Container[str] =
         command = error.task and COMMANDS.get(error.task, error.task)
         return f" (ldm {command}, scripts/{command}.py)" if command else ""
     if isinstance(error, LdmError) and error.argument:
-        flag = flag_of(error.argument, task, given)
+        flag = find_flag(error.argument, task, given)
         return f" ({flag})" if flag and flag not in str(error) else ""
     return ""
 
 
 def _argparse_type(option: Option) -> Callable[[str], Value]:
-    """Return the parser of an option, with the error whose message argparse shows."""
+    """Return the parser of an option, with its errors as argparse needs them."""
 
     def parse(argument: str) -> Value:
         try:
@@ -175,9 +178,9 @@ def _argparse_type(option: Option) -> Callable[[str], Value]:
 
 
 class _Store(Action):
-    """Store a value, or the constant of a shortcut.
+    """Store a value, or the constant of a shortcut such as `--plms`.
 
-    Of one flag the last value counts; two flags must not name different samplers.
+    The last value of a flag wins; different flags must not set different samplers.
     """
 
     def __call__(
@@ -196,7 +199,7 @@ class _Store(Action):
 
 
 class _Append(Action):
-    """Append a value to a tuple, which replaces the default."""
+    """Append a value to a tuple; the first one replaces the default."""
 
     def __call__(
         self, parser: ArgumentParser, namespace: Namespace, values: Any, flag: str | None = None

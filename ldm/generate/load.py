@@ -1,4 +1,4 @@
-"""The models that a request asks for, on their device, in their precision."""
+"""Load the models of a request, on its device and in its precision."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from ldm.generate.tasks import Task
 from ldm.generate.tasks.base import RGBDInputs
 from ldm.loading.addons.safety import COMPONENT, find_safety_checker, load_safety_checker
 from ldm.loading.families import PIXELS, Family
-from ldm.loading.load import load as load_from_files, variant_of_files
+from ldm.loading.load import file_variant, load as load_from_files
 from ldm.loading.published import find_checkpoint, identify_hash
 from ldm.loading.variants import VARIANTS
 from ldm.loading.weights import Weights, identify_weights, read_weights
@@ -31,17 +31,17 @@ from ldm.runtime.hashes import known_sha256
 
 __all__ = ["Models", "find_checker", "is_small_model", "load_models", "resolve_sampling"]
 
-SMALL_MODEL = 200e6  # bytes of a checkpoint below which half precision and many threads do not pay
+SMALL_MODEL = 200e6  # bytes of weights below which half precision and many threads are slower
 
-OWN_CHECKER = "own"  # in place of a file
-SAFE_PIPELINE = "StableDiffusionPipelineSafe"  # class of a diffusers folder
+OWN_CHECKER = "own"  # value of `safety_checker` for the one in the --ckpt folder
+SAFE_PIPELINE = "StableDiffusionPipelineSafe"  # class in the index of a diffusers folder
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Models:
-    """The model of a run, those that finish or enlarge its images, and what judges them."""
+    """The models of a run: base model, refiner, x2 latent upscaler and safety checker."""
 
     base: LatentDiffusion
     refiner: LatentDiffusion | None = None
@@ -64,14 +64,14 @@ def load_models(
     """Load the models, and warn about options that have no effect on them.
 
     Args:
-        threads: CPU threads; None = as many as suit the model.
-        load: called in place of `ldm.load`, with its arguments.
-        load_checker: called in place of `load_safety_checker`.
+        threads: number of CPU threads; None = chosen by the size of the model.
+        load: replaces `ldm.load`, with its arguments.
+        load_checker: replaces `load_safety_checker`, with its arguments.
     Raises:
-        ValueError, FileNotFoundError: as `ldm.load` does.
+        ValueError, FileNotFoundError: see `ldm.load`.
     """
     choice, task = request.model, request.task
-    files = variant_of_files(choice.variant)
+    files = file_variant(choice.variant)
     ckpt, refiner = _find_weights(choice.ckpt, files), _find_weights(request.sdxl.refiner)
     upscaler = _find_weights(request.upscaling.upscaler)
     weights = _identify(ckpt)
@@ -109,7 +109,7 @@ def load_models(
         text_encoder=choice.text_encoder,
         variant=choice.variant,
         **where,
-        **request.inputs.model_files(),
+        **request.inputs.get_model_files(),
     )
     log.info("running on %s in %s", device, str(dtype).removeprefix("torch."))
     _describe_variant(request, model)
@@ -129,10 +129,10 @@ def load_models(
 
 
 def find_checker(request: Request) -> Path | None:
-    """Find the file or folder of the safety checker that a request names, if any.
+    """Find the file or folder of a request's safety checker; None if it asks for none.
 
     Raises:
-        MissingFile: there is none.
+        MissingFile: it does not exist.
     """
     name = request.output.safety_checker
     if name != OWN_CHECKER:
@@ -140,14 +140,14 @@ def find_checker(request: Request) -> Path | None:
     folder = Path(request.model.ckpt or "").expanduser()
     if request.model.ckpt is None or not (folder / COMPONENT).is_dir():
         model = f"`{folder.name}`" if request.model.ckpt else "the demo model"
-        raise MissingFile(f"{model} has no safety checker of its own", COMPONENT)
+        raise MissingFile(f"{model} contains no safety checker", COMPONENT)
     return find_safety_checker(folder)
 
 
 def _check_families(
     task: Task, ckpt: Path | None, base: Family | None, refiner: Path | None, upscaler: Path | None
 ) -> None:
-    """Raise ArgumentError if the shapes in a file tell that it is not for this use.
+    """Raise ArgumentError if a file is not suitable, as far as the shapes in it show.
 
     Weights are not read; the pipelines check models whose shapes are unusual.
 
@@ -171,7 +171,7 @@ def _check_families(
             raise ArgumentError(message, "refiner")
     if refiner is not None and other is not None and other.task != "img2img":
         message = f"`{refiner.name}` is {other.title}, not the refiner of Stable Diffusion XL"
-        raise ArgumentError(f"{message}, give that one", "refiner")
+        raise ArgumentError(message, "refiner")
 
 
 def _identify(path: Path | None) -> Weights | None:
@@ -189,7 +189,7 @@ def _family(weights: Weights | None) -> Family | None:
 
 
 def _pixel_channels(path: Path, weights: Weights | None) -> int | None:
-    """Return the channels of a model's images, if that is quick to tell; see `ldm.imaging.rgbd`."""
+    """Return the channels of a model's images (`ldm.imaging.rgbd`); None if unknown yet."""
     config = path / "vae/config.json"
     if config.is_file():
         channels = json.loads(read_text(config)).get("in_channels")
@@ -199,15 +199,16 @@ def _pixel_channels(path: Path, weights: Weights | None) -> int | None:
 
 
 def _check_depth(request: Request, model: str, channels: int) -> None:
-    """Raise ArgumentError if the depth of the input or result is not what the model has.
+    """Raise ArgumentError or MissingArgument unless depth options suit a model.
 
     Args:
-        model: how the message names it.
+        model: its name in messages.
+        channels: channels of its images.
     """
     inputs, has_depth = request.inputs, channels != 3
     if request.output.glb and not has_depth:
         raise ArgumentError(
-            f"{model} makes images without depth, of which no relief is made", "glb"
+            f"{model} makes images without depth: no 3D mesh can be made of them", "glb"
         )
     if not isinstance(inputs, RGBDInputs) or inputs.init_img is None:
         return
@@ -218,17 +219,17 @@ def _check_depth(request: Request, model: str, channels: int) -> None:
 
 
 def _refiner_embeddings(base: LatentDiffusion) -> list[str]:
-    """Return the files whose tokens the last text encoder knows, which a refiner has, too."""
+    """Return the embedding files that fit the last text encoder, the only one of a refiner."""
     encoders = base.conditioner.find_all(TextEncoder)
     files = base.provenance.get("embeddings", [])
     return [f["path"] for f in files if encoders[-1].added_embeddings.keys() >= set(f["words"])]
 
 
 def resolve_sampling(request: Request, defaults: Defaults) -> Sampling:
-    """Return the sampling options of a request, with scale, steps, sampler and its eta.
+    """Return the sampling options of a request, with defaults for scale, steps, sampler and eta.
 
     Args:
-        defaults: of the model; those of Stable Diffusion 1 and 2 leave the scale to the task.
+        defaults: defaults of the model; for Stable Diffusion 1 and 2 the task sets the scale.
     """
     sampling, scale = request.sampling, defaults.scale
     sampler = sampling.sampler or defaults.sampler
@@ -249,7 +250,7 @@ def resolve_sampling(request: Request, defaults: Defaults) -> Sampling:
 
 
 def is_small_model(path: str | Path) -> bool:
-    """Return whether the weights of a file or diffusers folder are small, as the demo model's."""
+    """Return whether the weights of a file or diffusers folder are as small as the demo model's."""
     file = Path(path).expanduser()
     files = file.glob("*/*.safetensors") if file.is_dir() else [file]
     return sum(file.stat().st_size for file in files if file.is_file()) < SMALL_MODEL
@@ -264,7 +265,7 @@ def _find_weights(name: str | None, variant: str | None = None) -> Path | None:
 
 
 def _describe_variant(request: Request, model: LatentDiffusion) -> None:
-    """Say what a model for few steps is, and how it is sampled."""
+    """Log the kind of a few-step model, and how it will be sampled."""
     found = model.provenance.get("variant")
     if found is None:
         return
@@ -291,14 +292,14 @@ def _warn_about_ignored_options(request: Request, model: LatentDiffusion) -> Non
     if choice.factor not in (None, model.downscale):
         log.warning("`f` %d is ignored: the model has %d", choice.factor, model.downscale)
     if model.provenance.get("pipeline") == SAFE_PIPELINE and sampling.sld is None:
-        log.info("its authors' pipeline guides away from unsafe concepts: `sld` medium does")
+        log.info("the model's own pipeline uses safe latent diffusion: `sld` medium does the same")
     row = SAMPLERS.get(sampling.sampler or "")
     if row and row.takes_uncond and (sampling.scale or 0) > 2 * (row.scale or 1):
         log.warning(
             "sampler `%s` is made for guidance scales about 1, not %g",
             sampling.sampler, sampling.scale,
         )  # fmt: skip
-    values = request.values()
+    values = request.get_values()
     for name in ("torchscript", "ipex", "laion400m"):
         if values[name]:
             log.warning("`%s` has no effect", name)

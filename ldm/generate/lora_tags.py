@@ -1,4 +1,4 @@
-"""`<lora:NAME:WEIGHT>` in prompts, as in A1111: tags are taken out, and name files to add."""
+"""`<lora:NAME:WEIGHT>` in prompts, as in A1111: tags that are removed, and add a LoRA each."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -7,25 +7,25 @@ from pathlib import Path, PurePath
 from ldm.generate.options import Value
 from ldm.generate.request import ModelChoice
 from ldm.loading.addons.lora_weights import LoRAWeight, split_weight
-from ldm.loading.load import DEMO
+from ldm.loading.load import DEMO_CHECKPOINT
 from ldm.loading.published import find_checkpoint
 from ldm.runtime.errors import ArgumentError, MissingFile, unknown_name
 from ldm.runtime.files import find_file
 
-__all__ = ["find_loras", "list_loras", "split_tags", "without_tags"]
+__all__ = ["find_loras", "list_loras", "remove_tags", "split_tags"]
 
 TAG = re.compile(r"<(lora|lyco|hypernet):([^<>]+)>")
-FOLDERS = ("lora", "loras")  # in small letters
+FOLDERS = ("lora", "loras")  # in lower case
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
 
 Loras = tuple[tuple[str, float | str], ...]  # files and weights
 
 
 def split_tags(prompt: str) -> tuple[str, list[tuple[str, float | str]]]:
-    """Split a prompt into its text, and names and weights of LoRAs.
+    """Split a prompt into (text without tags, names and weights of LoRAs).
 
     Raises:
-        ArgumentError: a weight is none, or a tag asks for a hypernetwork.
+        ArgumentError: a weight is invalid, or a tag names a hypernetwork.
     """
     loras = []
     for kind, content in TAG.findall(prompt):
@@ -35,22 +35,22 @@ def split_tags(prompt: str) -> tuple[str, list[tuple[str, float | str]]]:
         if ":" in name:
             wrong = f"`{name.partition(':')[2]}` is not a weight, such as 0.8 or 0.5:1"
             raise ArgumentError(f"`<{kind}:{content}>`: {wrong}", "prompt")
-        loras.append((name, LoRAWeight.of(weight or 1.0).to_json()))
-    return without_tags(prompt), loras
+        loras.append((name, LoRAWeight.parse(weight or 1.0).to_json()))
+    return remove_tags(prompt), loras
 
 
-def without_tags(prompt: str) -> str:
-    """Return a prompt without the names of LoRAs, and without space around it if there were any."""
+def remove_tags(prompt: str) -> str:
+    """Return a prompt without tags; if it had any, also without space around it."""
     return TAG.sub("", prompt).strip() if TAG.search(prompt) else prompt
 
 
 def find_loras(prompt: str, loras: Loras, list_files: Callable[[], Mapping[str, str]]) -> Loras:
-    """Return the LoRAs of an image: those of the run, and those that its prompt names.
+    """Return the LoRAs of an image: those of the run, and those named in its prompt.
 
     Args:
-        list_files: returns the file of each name; called only if there are tags.
+        list_files: returns files by name, see `list_loras`; called only if there are tags.
     Raises:
-        ArgumentError: there is no such LoRA, or one is given twice.
+        ArgumentError: a LoRA is unknown, or given twice.
     """
     _, tags = split_tags(prompt)
     if not tags:
@@ -66,13 +66,13 @@ def find_loras(prompt: str, loras: Loras, list_files: Callable[[], Mapping[str, 
 
 
 def list_loras(choice: ModelChoice) -> dict[str, str]:
-    """Return the files that prompts may name, by their paths in their folder, without suffix.
+    """Return the LoRA files that prompts may name: relative POSIX path without suffix -> file.
 
-    The folder is the one given, else each `lora` or `loras` beside the checkpoint, beside its
-    folder, and in the current one.
+    They are in `lora_dir`, else in each folder `lora` or `loras` beside the checkpoint, beside its
+    folder, and in the current folder.
 
     Raises:
-        MissingFile: the folder that is given does not exist.
+        MissingFile: `lora_dir` does not exist.
     """
     if choice.lora_dir is not None:
         folder = Path(choice.lora_dir)
@@ -80,19 +80,19 @@ def list_loras(choice: ModelChoice) -> dict[str, str]:
             raise MissingFile(f"no folder `{folder}`", "lora_dir")
         return _files_in(folder)
     files: dict[str, str] = {}
-    for place in dict.fromkeys([Path(), *_places_of(choice)]):
-        for folder in sorted(place.iterdir()) if place.is_dir() else ():
+    for parent in dict.fromkeys([Path(), *_checkpoint_folders(choice)]):
+        for folder in sorted(parent.iterdir()) if parent.is_dir() else ():
             if folder.name.lower() in FOLDERS and folder.is_dir():
                 files |= _files_in(folder)
     return files
 
 
-def _places_of(choice: ModelChoice) -> list[Path]:
-    """Return the folder of the checkpoint, and the one around it, the nearest last."""
+def _checkpoint_folders(choice: ModelChoice) -> list[Path]:
+    """Return the parent of the checkpoint's folder, then the folder: its files take precedence."""
     if choice.ckpt is not None:
         path = find_checkpoint(choice.ckpt, fetch=False)
     elif choice.config is None:
-        path = find_file(DEMO[1])
+        path = find_file(DEMO_CHECKPOINT)
     else:
         return []
     folder = path.absolute().parent
@@ -105,16 +105,16 @@ def _files_in(folder: Path) -> dict[str, str]:
 
 
 def _find_file(name: str, files: Mapping[str, str]) -> str:
-    """Return the file with this name, or the only one whose name ends so."""
+    """Return the file with this name in `files`, else the only one with the same base name."""
     if name in files:
         return files[name]
-    wanted = PurePath(name).name.lower()
-    matches = [key for key in files if PurePath(key).name.lower() == wanted]
+    base_name = PurePath(name).name.lower()
+    matches = [key for key in files if PurePath(key).name.lower() == base_name]
     if len(matches) > 1:
         names = ", ".join(f"`{key}`" for key in matches)
         raise ArgumentError(f"the LoRA `{name}` could be any of {names}", "lora_dir")
     if not files:
-        message = f"unknown LoRA `{name}`: no folder of LoRAs has files, give one that has it"
+        message = f"unknown LoRA `{name}`: no LoRA files found, pass the folder that contains it"
         raise ArgumentError(message, "lora_dir")
     if not matches:
         raise unknown_name("LoRA", name, files, argument="lora_dir")

@@ -1,9 +1,9 @@
-"""Options: everything that a user can set is declared once, as a field of a frozen dataclass.
+"""Declare options: everything that a user can set, as fields of frozen dataclasses.
 
     steps: int = option(50, "--steps", "--ddim_steps", parse=parse_count, help="sampling steps")
 
-An option converts an argument of the command line to a value and back. Values of the web form
-and of PNG metadata are converted and checked by the same rule.
+An option converts a command-line argument to a value and back. Values from the web form and from
+PNG metadata are converted and checked in the same way.
 """
 
 import math
@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ldm.diffusion.levels import check_sigmas
 from ldm.diffusion.names import APG, API_LEGACY, FREEU_PRESETS, LEGACY, SLD, FreeUFactors
+from ldm.diffusion.scheduler_options import check_sigmas
 from ldm.loading.addons.lora_weights import LoRAWeight, split_weight
 from ldm.runtime.errors import ArgumentError, MissingFile, unknown_name
 from ldm.runtime.files import read_text
@@ -25,7 +25,7 @@ Number = TypeVar("Number", int, float)
 Value = Any  # of one option: str, int, float, bool, None, or a tuple of them
 
 QUIRKS = tuple(sorted(LEGACY))
-COMMON_QUIRKS = tuple(sorted(LEGACY.keys() - API_LEGACY))  # those that can hold together
+COMMON_QUIRKS = tuple(sorted(LEGACY.keys() - API_LEGACY))  # those of the scripts, which go together
 
 
 @dataclass(frozen=True)
@@ -33,20 +33,21 @@ class Option:
     """How one option is parsed and shown.
 
     Args:
-        flags: spellings on the command line, the usual one first; none = not a flag.
-        help: what it does, for `--help`; `%(default)s` stands for the default.
+        flags: spellings on the command line, the preferred one first; () = not a flag.
+        help: text for `--help`; `%(default)s` stands for the default.
         parse: converts an argument to the value; raises ArgumentError.
         separator: joins the items of a tuple in one argument.
-        is_list: the flag may be given several times; the value is a tuple.
-        is_switch: the flag takes no argument; it sets the opposite of the default.
+        is_list: whether the flag may be given several times; the value is a tuple.
+        is_switch: whether the flag takes no argument; it sets the opposite of the default.
         const: value of the flag without an argument; None = it needs one.
-        choices: allowed arguments.
+        choices: allowed arguments; () = any.
         shortcuts: flags for single values, such as "--plms" for sampler "plms".
-        metavar: name of the argument in `--help`.
-        is_input_file: the value is an input file, or several; PNGs record their hashes.
-        label: of the field in the web UI; options without a label are not in it.
-        maximum: of the slider in the web UI.
-        read: converts an argument of the command line, and nothing else, before it is parsed.
+        metavar: placeholder of the argument in `--help`.
+        is_input_file: whether the value names input files; PNGs record their hashes.
+        label: label of the field on the page; options without a label are not on it.
+        maximum: maximum of the slider on the page.
+        read: converts a command-line argument before `parse`; not applied to values from the page
+            or PNG metadata.
     """
 
     flags: tuple[str, ...]
@@ -90,14 +91,14 @@ def options_of(group: type) -> dict[str, tuple[Option, Value]]:
 
 
 def encode_option(option: Option, value: Value) -> list[str]:
-    """Return a value as command-line arguments, without the flag: one per item of a list."""
+    """Return a value as command-line arguments without the flag, one for each item of a list."""
     if value is None:
         return []
     return [_to_argument(option, item) for item in (value if option.is_list else [value])]
 
 
 def decode_option(name: str, option: Option, default: Value, value: object) -> Value:
-    """Convert a value of a form or a JSON text, checked as on the command line.
+    """Convert a value from a form or JSON, checked as on the command line.
 
     Raises:
         ArgumentError: the option does not allow the value.
@@ -168,7 +169,7 @@ parse_positive = _number_parser(float, lambda x: 0 < x < math.inf, "a number abo
 
 
 def parse_sigmas(argument: str) -> tuple[float, ...]:
-    """Parse noise levels, descending, separated by commas or blanks."""
+    """Parse descending noise levels, separated by commas or spaces."""
     numbers = [_number(part) for part in argument.replace(",", " ").split()]
     if None in numbers:
         raise ArgumentError(f"`{argument}` is not a list of numbers")
@@ -214,7 +215,7 @@ def parse_corner(argument: str) -> tuple[int, int]:
 def parse_weighted_file(argument: str) -> tuple[str, float | str]:
     """Parse FILE or FILE:WEIGHT, see `LoRAWeight`; a colon may also be part of the file's name."""
     name, weight = split_weight(argument)
-    return os.path.expanduser(name), LoRAWeight.of(weight or 1.0).to_json()
+    return os.path.expanduser(name), LoRAWeight.parse(weight or 1.0).to_json()
 
 
 def parse_sld(argument: str) -> str | tuple[float, ...]:
@@ -266,13 +267,13 @@ def parse_legacy(argument: str) -> tuple[str, ...]:
 
 
 def _parse_pair(argument: str) -> tuple[int, int]:
-    """Parse two whole numbers; -1, -1 for anything else."""
+    """Parse two whole numbers; return (-1, -1) for anything else."""
     first, _, second = (part.strip() for part in argument.partition(","))
     return (int(first), int(second)) if first.isdigit() and second.isdigit() else (-1, -1)
 
 
 def _numbers(argument: str) -> tuple[float, ...]:
-    """Parse numbers that commas separate; () for anything else."""
+    """Parse numbers separated by commas; return () for anything else."""
     numbers = [_number(part) for part in argument.split(",")]
     return () if None in numbers else tuple(n for n in numbers if n is not None)
 

@@ -1,4 +1,4 @@
-"""Results of a run: images with watermark and info, their grid, and what is printed."""
+"""Save the results of a run: images with watermark and info, and their grid; print their paths."""
 
 import json
 import logging
@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from ldm.generate.provenance import FLOAT_WATERMARK, Info, watermark_method
 from ldm.generate.request import Request
+from ldm.imaging.mesh import save_mesh
 from ldm.imaging.metadata import fingerprint
 from ldm.imaging.output import OutputFolder, depth_path
 from ldm.imaging.pixels import make_grid, to_pil
-from ldm.imaging.relief import save_relief
-from ldm.imaging.rgbd import split_colour
+from ldm.imaging.rgbd import split_color
 from ldm.imaging.watermark import PAYLOADS, embed_floats, embed_or_warn
 from ldm.loading.files.latents import SUFFIX, save_latent
 from ldm.model import LatentDiffusion
@@ -29,7 +29,7 @@ __all__ = [
     "save_image_latent", "to_images",
 ]  # fmt: skip
 
-GRID_LIMIT = 1024  # images; more would be kept in memory for a grid nobody can look at
+GRID_LIMIT = 1024  # images in a grid, all of which are kept in memory
 
 log = logging.getLogger(__name__)
 
@@ -37,30 +37,30 @@ ProtectedPixels = tuple[Image.Image, Image.Image]  # see `PreparedTask.protected
 
 
 class RunListener:
-    """Hears how far a run is; this one ignores it.
+    """Callbacks for the progress of a run; the base class ignores them, but logs warnings.
 
     Attributes:
-        stopped_at: the step after which `on_step` raised Stop with a latent, if it did.
+        stopped_at: the step after which `on_step` raised Stop with a latent; None = it did not.
     """
 
     stopped_at: int | None = None
 
     def begin(self, model: LatentDiffusion, total: int) -> None:
-        """Hear that the first of `total` images is next."""
+        """Handle the start of a run of `total` images."""
 
     def on_step(self, step: int, steps: int, x: Tensor, denoised: Tensor) -> None:
-        """Hear of a finished step, as the callback of `ldm.sample`."""
+        """Handle a finished step, with the arguments of `ldm.sample`'s callback."""
 
     def add_image(self, info: Info) -> None:
-        """Hear of a finished image; `info["path"]` is None if it was not saved."""
+        """Handle a finished image; `info["path"]` is None if it was not saved."""
 
     def warn(self, message: str) -> None:
-        """Hear what the user should know."""
+        """Handle a warning for the user."""
         log.warning("%s", message)
 
 
 class Console(RunListener):
-    """Prints paths or JSON of images to stdout, and draws a bar for the steps of each batch."""
+    """Prints paths or JSON of images to stdout, and shows a progress bar for each batch."""
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
@@ -83,8 +83,11 @@ class Console(RunListener):
 
 
 def to_images(images: Tensor, info: JsonMapping, *, truncate: bool) -> list[Image.Image]:
-    """Convert images in [-1, 1] without their depth; mark them first where that is asked for."""
-    images = split_colour(images)
+    """Convert images (B, C, H, W) in [-1, 1] to 8 bits, without depth.
+
+    Adds the watermark first if it is FLOAT_WATERMARK.
+    """
+    images = split_color(images)
     if info["watermark"] == FLOAT_WATERMARK:
         pixels = (images.detach().float().clamp(-1, 1) + 1).movedim(1, -1).cpu().numpy() * 127.5
         marked = [embed_floats(image, PAYLOADS[info["payload"]]) for image in pixels]
@@ -95,7 +98,7 @@ def to_images(images: Tensor, info: JsonMapping, *, truncate: bool) -> list[Imag
 def add_watermark(
     image: Image.Image, info: JsonMapping, protected: ProtectedPixels | None = None
 ) -> Image.Image:
-    """Add the watermark that the info names, except to protected pixels."""
+    """Add the watermark named in the info, except to protected pixels."""
     if info["watermark"] not in (None, FLOAT_WATERMARK):
         image = embed_or_warn(image, PAYLOADS[info["payload"]], info["watermark"])
     return image if protected is None else Image.composite(image, *protected)
@@ -108,7 +111,7 @@ def save_image(
     protected: ProtectedPixels | None,
     depth: Image.Image | None = None,
 ) -> Info:
-    """Save one image with its info, and its depth; return their paths, as entries of the info."""
+    """Save an image with its info, and its depth; return their paths as entries of the info."""
     unmarked = {"sha256_unmarked": fingerprint(image)}
     path = folder.save_sample(add_watermark(image, info, protected), info | unmarked, depth)
     if depth is None:
@@ -119,15 +122,19 @@ def save_image(
 
 
 def save_glb(path: str, image: Image.Image, depth: Image.Image) -> Info:
-    """Save the relief of an image file; return its path and size, as entries of the info."""
+    """Save an image with depth as a 3D mesh; return path and triangles as entries of the info.
+
+    Args:
+        path: of the image; the mesh gets the same name, with `.glb`.
+    """
     target = Path(path).with_suffix(".glb")
-    triangles = save_relief(target, image, depth)
+    triangles = save_mesh(target, image, depth)
     log.info("relief %s: %d triangles", target, triangles)
     return {"relief_path": str(target), "triangles": triangles}
 
 
 def save_image_latent(info: Info, z: Tensor, model: LatentDiffusion) -> Info:
-    """Save the latent (C, h, w) of an image that was saved; return its path, as entry of the info.
+    """Save the latent (C, h, w) beside a saved image; return its path as an entry of the info.
 
     Args:
         info: of the image.
@@ -140,7 +147,7 @@ def save_image_latent(info: Info, z: Tensor, model: LatentDiffusion) -> Info:
 def save_grid(
     folder: OutputFolder, images: list[tuple[Image.Image, Info]], request: Request
 ) -> None:
-    """Save all images of the run as one grid, with its own watermark."""
+    """Save the images of a run as one grid, with its own watermark and info."""
     columns = request.output.n_rows or request.output.n_samples
     grid = make_grid(_pad_to_one_size([image for image, _ in images]), columns)
     keys = ("prompt", "negative_prompt", "seed")
@@ -161,7 +168,7 @@ def save_grid(
 
 
 def _pad_to_one_size(images: list[Image.Image]) -> list[Image.Image]:
-    """Centre images on black, where lines of a prompt file have set other sizes."""
+    """Center images on black where they differ in size, as lines of a prompt file may set it."""
     size = max(image.width for image in images), max(image.height for image in images)
     padded = []
     for image in images:

@@ -1,6 +1,6 @@
-"""Plan a run: which images, in which batches, with which seeds and options of their own.
+"""Plan a run: its images, their batches, seeds, prompts and own options.
 
-A line of a prompt file is expanded (`wildcards`), then its LoRAs are taken out (`lora_tags`).
+Prompts are first expanded (`wildcards`), then LoRA tags are extracted from them (`lora_tags`).
 """
 
 import logging
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Batch", "Job", "looks_dynamic", "plan_batches"]
 
-SEEDS = 1 << 64  # seeds count on modulo this, as torch's generator takes no others
+SEEDS = 1 << 64  # seeds are reduced modulo this, the range of torch's generator
 
 DYNAMIC = re.compile(r"\{[^{}|]*\|[^{}]*\}|__[\w/*-]+__")
 
@@ -36,12 +36,12 @@ class Job:
     """One image to make.
 
     Args:
-        index: position in the run, from 0, for any number of processes.
-        seed: of all its noise.
-        start_seed: of its start noise (shared under `fixed_code`).
+        index: position in the run, from 0, counted over all processes.
+        seed: seed of its noise.
+        start_seed: seed of its initial noise (shared with `fixed_code`).
         prompt_2, negative_prompt_2: for the second text encoder; None = the same prompts.
-        values: options that its line sets, by name; all images of a batch have the same.
-        loras: files and weights of its LoRAs; all images of a batch have the same.
+        values: options set by its line of the prompt file, the same for a whole batch.
+        loras: files and weights of its LoRAs, the same for a whole batch.
     """
 
     index: int
@@ -63,19 +63,19 @@ def plan_batches(
 ) -> list[Batch]:
     """Return the batches of this process.
 
-    A run is `n_iter` iterations over the lines of the file, each line `repeat` times (or over
-    `n_samples` times the prompt), in batches of `n_samples` that span neither iterations nor lines
-    with other options or LoRAs. Image k has seed + k; if a line has its own seed, its r-th image
-    has that seed + r.
+    A run is `n_iter` iterations over the lines of the prompt file, each line `repeat` times (or
+    over `n_samples` times the prompt), in batches of `n_samples` images that have the same
+    iteration, options and LoRAs. Image k has seed + k; if its line has a seed, the r-th image of
+    the line has that seed + r.
 
     Args:
-        list_files: returns the files of LoRAs that prompts may name; None = `list_loras`.
+        list_files: returns the LoRA files that prompts may name; None = `list_loras`.
     Raises:
-        ArgumentError: a mistake in the prompt file or in a prompt, or what legacy `noise` or a
-            rule of guidance does not allow.
-        MissingFile: of LoRAs or wildcards.
+        ArgumentError: a mistake in the prompt file or in a prompt, or options that legacy `noise`
+            or a guidance method does not allow.
+        MissingFile: the folder of LoRAs or wildcards does not exist.
     """
-    # Of a folder, processes share the input images instead.
+    # With a folder of inputs, its images are divided among the processes, not the batches.
     rank, world_size = (0, 1) if request.inputs.is_folder else rank_and_world_size()
     lines = _prompt_lines(request)
     if "noise" in request.sampling.legacy:
@@ -97,7 +97,7 @@ def plan_batches(
 
 
 def looks_dynamic(prompt: str) -> bool:
-    """Return whether a prompt seems to be meant for dynamic prompts."""
+    """Return whether a prompt seems to contain dynamic prompts, such as {a|b}."""
     return DYNAMIC.search(prompt) is not None
 
 
@@ -126,11 +126,11 @@ def _check_negative_prompts(request: Request, jobs: Sequence[Job]) -> None:
 def _check_legacy_noise(request: Request, lines: list[PromptLine], world_size: int) -> None:
     message = None
     if world_size > 1:
-        message = "draws for one image after the other: run a single process"
+        message = "draws noise for images in sequence: run a single process"
     elif any(line.seeds for line in lines):
-        message = "has one seed for the run, not one per line"
+        message = "allows only one seed for the run, not one per line"
     elif any(line.values for line in lines):
-        message = "has the same options for all lines"
+        message = "needs the same options for all lines"
     if message is not None:
         raise ArgumentError(f"legacy `noise` {message}", "legacy")
     if request.task.noise_from_numpy and not 0 <= request.sampling.seed < 1 << 32:
@@ -146,7 +146,7 @@ def _load_dynamic_prompts(prompts: Prompts) -> "DynamicPrompts | None":
 
 
 class _Planner:
-    """Makes jobs of the lines of a run."""
+    """Makes the jobs of a run from its prompt lines."""
 
     def __init__(
         self, request: Request, list_files: Callable[[], Mapping[str, str]] | None

@@ -1,10 +1,10 @@
-"""Prompt files: one prompt per line, which may end in options of its own.
+"""Read prompt files: one prompt per line, which may end in its own options.
 
     a fox --steps 20 --seed 7 --negative-prompt "blurry, dull"       our flags
     a fox --s 20 --d 7,8,9 --n blurry, dull --w 512 --h 768           those of kohya's scripts
     --prompt "a fox" --steps 20 --cfg_scale 7 --sampler_name "Euler a"    those of A1111
 
-A value ends where the next option begins; quotes around it are not a part of it.
+A value ends where the next option begins; quotes around it are removed.
 """
 
 import logging
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["PromptLine", "line_options", "read_prompt_file"]
 
 TEXTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
-COUNTS = ("n_samples", "n_iter")  # how many images of the line, multiplied
+COUNTS = ("n_samples", "n_iter")  # their product is the number of images of a line
 # Names of kohya's scripts and of A1111, where they are not among ours -> option.
 FOREIGN = {
     "n": "negative_prompt", "w": "width", "h": "height", "d": "seed", "l": "scale", "s": "steps",
@@ -44,7 +44,7 @@ KOHYA_SAMPLERS = {
     "dpm_2": "dpm2", "dpm_2_a": "dpm2_a", "dpmsolver++": "dpmpp_2m", "k_lms": "lms",
     "k_euler": "euler", "k_euler_a": "euler_a", "k_dpm_2": "dpm2", "k_dpm_2_a": "dpm2_a",
 }  # fmt: skip
-OF_RUN = ("legacy",)  # options of sampling that hold for the whole run
+OF_RUN = ("legacy",)  # options of sampling that apply to the whole run
 WORD = re.compile(r"(?:^|\s)--([A-Za-z][\w-]*)(?=[\s=]|$)")
 
 log = logging.getLogger(__name__)
@@ -55,10 +55,10 @@ class PromptLine:
     """One line of a prompt file.
 
     Args:
-        texts: prompts that the line sets, by name in TEXTS.
-        seeds: of its first images; () = not set.
-        count: how many images it asks for.
-        values: other options that it sets, by name.
+        texts: other prompts that the line sets, by name in TEXTS.
+        seeds: seeds of its first images; () = not set.
+        count: number of images.
+        values: other options that the line sets, by name.
     """
 
     prompt: str
@@ -72,9 +72,9 @@ def read_prompt_file(path: Path, task: "Task") -> list[PromptLine]:
     """Read a prompt file; a blank line is an empty prompt.
 
     Args:
-        task: whose options lines may set.
+        task: determines the options that lines may set.
     Raises:
-        ArgumentError: a mistake, with file and line.
+        ArgumentError: a line is invalid; the message names file and line.
         FileFormatError: see `read_text`.
     """
     options, names = task.options(), line_options(task)
@@ -92,7 +92,7 @@ def read_prompt_file(path: Path, task: "Task") -> list[PromptLine]:
 
 
 def line_options(task: "Task") -> dict[str, str]:
-    """Return the names that a line may use, without dashes, with the options that they set."""
+    """Return the options that a line may set, by the names for them, without dashes."""
     names = {text: text for text in TEXTS} | {count: count for count in COUNTS}
     groups, options = task.groups(), task.options()
     for group in ("inputs", "sampling", "sdxl"):
@@ -114,7 +114,7 @@ def _parse_line(
     for flag, value in _split_options(text[first.start() :].strip()):
         name = names.get(_key(flag)) or FOREIGN.get(_key(flag))
         if name is None or name not in {*names.values()}:
-            raise ArgumentError(f"`--{flag}` is not an option of a line")
+            raise ArgumentError(f"`--{flag}` is not an option that a line may set")
         if not value and name not in TEXTS:
             raise ArgumentError(f"--{flag} needs a value")
         values[name] = value
@@ -140,7 +140,7 @@ def _split_options(text: str) -> list[tuple[str, str]]:
         word = WORD.match(text, position)
         if word is None:
             name = text[position:].split()[0]
-            raise ArgumentError(f"`{name}` is not an option of a line")
+            raise ArgumentError(f"`{name}` is not an option that a line may set")
         start = word.end() + (text[word.end() :][:1] == "=")
         start += len(text[start:]) - len(text[start:].lstrip())
         if (quote := text[start : start + 1]) in ("'", '"'):

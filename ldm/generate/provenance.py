@@ -1,10 +1,10 @@
-"""Generation metadata (the "info" of an image): describe, read back, compare.
+"""Generation metadata, the "info" of an image: describe a run, read the info back, compare results.
 
-    request, model, job -> info in the PNG -> request -> the same image, or the reasons why not
+    request, models, job -> info in the PNG -> request -> the same image, or what differs
 
-The info holds the whole request under "request", and the facts of the run: model and versions,
-hashes of all files, and the row of the batch that an image was made in (kernels round differently
-for other shapes). Keys: see `imaging.metadata`.
+The info contains the whole request under "request", and facts of the run: model, versions, hashes
+of all files, batch size and row in the batch (kernels round differently for other shapes). Its keys
+are listed in `imaging.metadata`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +24,8 @@ from ldm.generate.request import Request, Sampling
 from ldm.generate.tasks import TASKS, Task
 from ldm.imaging.metadata import fingerprint
 from ldm.imaging.watermark import MIN_PIXELS
-from ldm.loading.files.checkpoint import file_hash
-from ldm.loading.load import DEMO
+from ldm.loading.files.checkpoint import short_hash
+from ldm.loading.load import DEMO_CHECKPOINT
 from ldm.loading.published import find_checkpoint
 from ldm.model import LatentDiffusion
 from ldm.pipelines.families import is_sdxl
@@ -40,11 +40,11 @@ from ldm.runtime.version import __version__
 
 Info = JsonObject  # JSON
 
-FLOAT_WATERMARK = "dwtDct (floats)"  # written before pixels become integers
+FLOAT_WATERMARK = "dwtDct (floats)"  # embedded before pixels are rounded to integers
 
 REFINER_STRENGTH = 0.15  # default of the pipelines
 PRECISIONS = {"float32": "full", "float16": "fp16", "bfloat16": "bf16"}
-# Keys of the info whose change may explain that an image differs.
+# Keys of the info that may explain why a reproduced image differs.
 ENVIRONMENT = (
     "checkpoint_hash", "ema", "config_hash", "overrides", "device", "dtype", "attention",
     "threads", "torch", "ldm",
@@ -53,7 +53,7 @@ FILE_KEYS = {  # key of the info -> option
     "loras": "lora", "embeddings": "embedding", "vae": "vae", "refiner": "refiner",
     "text_encoder": "text_encoder", "upscaler": "upscaler",
 }  # fmt: skip
-# Key of an info without a request (version 0.1) -> option, where they differ.
+# Key of an info without "request" (version 0.1) -> option, where they differ.
 FORMER_KEYS = {"grid": "scheduler", "tile": "vae_tile"}
 
 
@@ -74,7 +74,7 @@ def describe_run(
     sampling = resolve_sampling(request, model.defaults)
     assert sampling.sampler is not None
     checkpoint = model.provenance["checkpoint"]
-    own, values = options_of(request.task.inputs), request.values()
+    own, values = options_of(request.task.inputs), request.get_values()
     files = {name: _as_list(values[name]) for name, (row, _) in own.items() if row.is_input_file}
     return {
         "task": request.task.name,
@@ -108,7 +108,7 @@ def describe_run(
         "watermark": watermark_method(request, result_size, watermark_payload(model)),
         "payload": watermark_payload(model),
         "checkpoint": Path(checkpoint).name,
-        "checkpoint_hash": file_hash(checkpoint),
+        "checkpoint_hash": short_hash(checkpoint),
         "ema": choice.ema,
         **({"variant": found["name"]} if (found := model.provenance.get("variant")) else {}),
         "vae": model.provenance.get("vae"),
@@ -129,7 +129,7 @@ def describe_run(
 
 
 def _describe_sdxl(request: Request, models: Models, without_folders: bool) -> Info:
-    """Return what is given of the options that only SDXL has, and the file of the refiner."""
+    """Return the options of SDXL that are set, and the file of the refiner."""
     info: Info = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in vars(request.sdxl).items()
@@ -138,7 +138,7 @@ def _describe_sdxl(request: Request, models: Models, without_folders: bool) -> I
     if models.refiner is not None:
         path = Path(models.refiner.provenance["checkpoint"]).resolve()
         shown = path.name if without_folders else str(path)
-        info["refiner"] = {"path": shown, "hash": file_hash(path)}
+        info["refiner"] = {"path": shown, "hash": short_hash(path)}
         if request.sdxl.refiner_start is None:
             info.setdefault("refiner_strength", REFINER_STRENGTH)
     return info
@@ -150,25 +150,25 @@ def _describe_checker(request: Request, without_folders: bool) -> Info:
     if path is None:
         return {}
     shown = path.name if without_folders else str(path.resolve())
-    return {"safety_checker": {"path": shown, "hash": file_hash(path)}}
+    return {"safety_checker": {"path": shown, "hash": short_hash(path)}}
 
 
 def _describe_upscaler(request: Request, models: Models, without_folders: bool) -> Info:
-    """Return the file of the x2 latent upscaler, its steps and scale; the size is the base's."""
+    """Return file, steps and scale of the x2 latent upscaler; "size" is that of the base."""
     model, choice = models.upscaler, request.upscaling
     if model is None:
         return {}
     path = Path(model.provenance["checkpoint"]).resolve()
     steps, scale = choice.upscaler_steps, choice.upscaler_scale
     return {
-        "upscaler": {"path": path.name if without_folders else str(path), "hash": file_hash(path)},
+        "upscaler": {"path": path.name if without_folders else str(path), "hash": short_hash(path)},
         "upscaler_steps": model.defaults.steps if steps is None else steps,
         "upscaler_scale": model.defaults.scale if scale is None else scale,
     }
 
 
 def _describe_guidance(sampling: Sampling, model: LatentDiffusion) -> Info:
-    """Return the numbers of rules of guidance and of FreeU, or the preset that was chosen."""
+    """Return the parameters of guidance methods and FreeU, or the name of a preset."""
     info: Info = {}
     if sampling.sld is not None:
         concept = sampling.sld_concept or "original"
@@ -179,12 +179,12 @@ def _describe_guidance(sampling: Sampling, model: LatentDiffusion) -> Info:
     if sampling.freeu is not None:
         info["freeu"] = list(astuple(find_factors(model, sampling.freeu)))
         info["freeu_version"] = sampling.freeu_version
-    rules = {"perp_neg": sampling.perp_neg, "pag": sampling.pag}
-    return info | {name: value for name, value in rules.items() if value is not None}
+    scales = {"perp_neg": sampling.perp_neg, "pag": sampling.pag}
+    return info | {name: value for name, value in scales.items() if value is not None}
 
 
 def describe_image(request: Request, batches: Sequence[Batch], number: int, row: int) -> Info:
-    """Return the info of a single image, enough to draw its noise again.
+    """Return the info of a single image: prompts, seed, and its place in the batch.
 
     Args:
         number: index of the batch.
@@ -212,12 +212,12 @@ def describe_image(request: Request, batches: Sequence[Batch], number: int, row:
 
 
 def describe_depth(depth: Image.Image) -> Info:
-    """Return the info of an image's depth: its range, and what a replay compares."""
+    """Return the info of an image's depth: its range, and a hash to compare with."""
     return {"depth_range": list(depth.getextrema()), "sha256_depth": fingerprint(depth)}
 
 
-def job_of(info: JsonMapping) -> Job:
-    """Return the job that made an image."""
+def read_job(info: JsonMapping) -> Job:
+    """Return the job of an image from its info."""
     seed = info["seed"]
     start = info.get("start_seed", seed)
     second = info.get("prompt_2"), info.get("negative_prompt_2")
@@ -225,7 +225,7 @@ def job_of(info: JsonMapping) -> Job:
 
 
 def watermark_method(request: Request, size: tuple[int, int], payload: str) -> str | None:
-    """Return the watermark that images of this size get."""
+    """Return the watermark method for images of a size (height, width); None = no watermark."""
     if request.output.no_watermark or size[0] * size[1] < MIN_PIXELS:
         return None
     if payload == "SDXL" and "float-watermark" in request.sampling.legacy:
@@ -234,7 +234,7 @@ def watermark_method(request: Request, size: tuple[int, int], payload: str) -> s
 
 
 def watermark_payload(model: LatentDiffusion) -> str:
-    """Return the watermark of the original scripts for this generation of models, in PAYLOADS."""
+    """Return the name in PAYLOADS of the original scripts' watermark for a model's generation."""
     if is_sdxl(model):
         return "SDXL"
     text = model.conditioner.text
@@ -247,10 +247,10 @@ def read_request(info: JsonMapping, where: str) -> Request:
     Args:
         where: name of the image, for messages.
     Raises:
-        ArgumentError: the info is not of a single image made by this program.
+        ArgumentError: the info is not that of a single image made by this program.
     """
     if not info:
-        raise ArgumentError(f"{where} does not say how it was made")
+        raise ArgumentError(f"{where} contains no generation metadata")
     if info.get("task") == "grid":
         names = ", ".join(str(image.get("file")) for image in info.get("images", [])[:3])
         raise ArgumentError(f"{where} is a grid, replay its images: {names}, …")
@@ -265,7 +265,7 @@ def read_request(info: JsonMapping, where: str) -> Request:
     if not isinstance(values, Mapping):
         raise ArgumentError(f"{where}: the request in it is damaged")
     values = {**values, "eta": eta_of(values), **_input_paths(task, info)}
-    if values.get("scale") is None:  # the default, which may be another by now
+    if values.get("scale") is None:  # it was the default, which may have changed since
         values["scale"] = info.get("scale")
     options = task.options()
     return task.request({name: value for name, value in values.items() if name in options})
@@ -278,41 +278,42 @@ def line_values(info: JsonMapping) -> JsonObject:
 
 
 def eta_of(values: JsonMapping) -> float | None:
-    """Return the eta among recorded values; None = the default of the sampler.
+    """Return the eta in recorded values; None = the default of the sampler.
 
-    Before samplers other than DDIM took one, it was recorded as 0 for them, too.
+    Versions in which only DDIM had eta recorded 0 for all samplers.
     """
     eta: float | None = values.get("eta")
     return None if eta == 0 and "s_churn" not in values else eta
 
 
 def check_inputs(info: JsonMapping) -> None:
-    """Raise unless all input files of an image exist and are unchanged."""
+    """Raise MissingFile or ArgumentError unless all input files exist and are unchanged."""
     for files in info.get("inputs", {}).values():
         for file in files:
             _check_unchanged(file, sha256_of_file, "sha256")
 
 
 def locate_model(info: JsonMapping, request: Request, changes: JsonMapping) -> Request:
-    """Return the request with the present paths of the model's files, and what was the default.
+    """Return the request with current paths of the model's files, and the defaults of that time.
 
     Args:
-        changes: options of the model to set instead of the recorded ones.
+        changes: options that replace the recorded ones.
     Raises:
         MissingFile, ArgumentError: a file is missing or has changed.
     """
     request = request.with_values(line_values(info))
-    values: JsonObject = {"precision": PRECISIONS[info["dtype"]], **defaults_then(info, request)}
+    values: JsonObject = {"precision": PRECISIONS[info["dtype"]]}
+    values |= recorded_defaults(info, request)
     values["device"] = _recorded_device(info["device"])
-    if request.model.variant is None and "variant" in info:  # whatever files are called now
+    if request.model.variant is None and "variant" in info:  # files may have been renamed
         values["variant"] = info["variant"]
-    values |= {"safety_checker": None, "unsafe": None}  # the info has its verdict
+    values |= {"safety_checker": None, "unsafe": None}  # the info contains the result
     for key, name in FILE_KEYS.items():
         if name in changes or name not in request.task.options():
             continue
-        files = files_of_model(info, key)
+        files = recorded_files(info, key)
         for file in files:
-            _check_unchanged(file, file_hash, "hash", name)
+            _check_unchanged(file, short_hash, "hash", name)
         paths = [(file["path"], file["weight"]) if "weight" in file else file["path"]
                  for file in files]  # fmt: skip
         values[name] = _as_option(request.task, name, paths)
@@ -321,21 +322,25 @@ def locate_model(info: JsonMapping, request: Request, changes: JsonMapping) -> R
     return request.with_values({**values, **changes})
 
 
-def defaults_then(info: JsonMapping, request: Request) -> JsonObject:
-    """Return the defaults with which an image was made, by option: they may have changed since."""
+def recorded_defaults(info: JsonMapping, request: Request) -> JsonObject:
+    """Return recorded values of options that were left at their defaults, which may have changed.
+
+    Returns:
+        value by option, of scale, steps and sampler.
+    """
     sampling = vars(request.sampling)
     names = [name for name in ("scale", "steps", "sampler") if sampling[name] is None]
     return {name: info[name] for name in names}
 
 
-def files_of_model(info: JsonMapping, key: str) -> list[JsonObject]:
-    """Return the files under a key of FILE_KEYS, whether that holds one or several."""
+def recorded_files(info: JsonMapping, key: str) -> list[JsonObject]:
+    """Return the files recorded under a key of FILE_KEYS, as a list for one file, too."""
     files = info.get(key) or []
     return [files] if isinstance(files, dict) else files
 
 
 def compare_infos(then: JsonMapping, now: JsonMapping) -> list[str]:
-    """List what may explain a difference: `torch: 2.10.0 then, 2.11.0 now`."""
+    """List differences that may explain another result: `torch: 2.10.0 then, 2.11.0 now`."""
     names = {"checkpoint_hash": "another checkpoint"}
     pairs = {names.get(key, key): (then[key], now[key]) for key in ENVIRONMENT}
     pairs |= {key: (_contents(then, key), _contents(now, key)) for key in FILE_KEYS}
@@ -345,10 +350,12 @@ def compare_infos(then: JsonMapping, now: JsonMapping) -> list[str]:
 def compare_results(
     info: JsonMapping, old: Image.Image, new: Image.Image, new_depth: Image.Image | None
 ) -> str | None:
-    """Say by how much an image file, or that of its depth, differs from its reproduction.
+    """Describe by how much a file differs from its reproduction.
 
     Args:
         info: of the file.
+        old: content of the file, an image or a depth.
+        new, new_depth: the reproduction; new_depth is None without depth.
     Returns:
         None if neither image nor depth differ.
     """
@@ -362,7 +369,7 @@ def compare_results(
 
 
 def compare_images(old: Image.Image, new: Image.Image) -> str | None:
-    """Say by how much two images differ; None = not at all."""
+    """Describe by how much two images differ; None = they are equal."""
     if old.size != new.size:
         return f"the size is {old.width}x{old.height} in the file and {new.width}x{new.height} now"
     is_depth = old.mode == new.mode == "I;16"
@@ -380,7 +387,7 @@ def compare_images(old: Image.Image, new: Image.Image) -> str | None:
 
 
 def _former_values(task: Task, info: JsonMapping) -> JsonObject:
-    """Return values of options from an info without a request (version 0.1)."""
+    """Return values of options from an info without "request" (version 0.1)."""
     names = {**{name: name for name in task.options()}, **FORMER_KEYS}
     skipped = ("size", "device", "prompt", "negative_prompt")
     values = {
@@ -397,7 +404,7 @@ def _former_values(task: Task, info: JsonMapping) -> JsonObject:
 
 
 def _input_paths(task: Task, info: JsonMapping) -> dict[str, Value]:
-    """Return the options that name input files: absolute paths, wherever the run was."""
+    """Return the options that name input files, with the recorded absolute paths."""
     files = {name: info.get("inputs", {}).get(name) for name in options_of(task.inputs)}
     return {
         name: _as_option(task, name, [file["path"] for file in recorded])
@@ -417,7 +424,7 @@ def _as_list(value: str | Sequence[str] | None) -> list[str]:
 
 
 def _contents(info: JsonMapping, key: str) -> list[str]:
-    files = files_of_model(info, key)
+    files = recorded_files(info, key)
     return [" ".join(str(file[k]) for k in ("hash", "weight") if k in file) for file in files]
 
 
@@ -425,7 +432,7 @@ def _check_unchanged(
     file: JsonMapping, hash_of: Callable[[str], str], key: str, option: str | None = None
 ) -> None:
     path = file["path"]
-    hint = ": give the path of that file" if option else ""
+    hint = ": pass the path of that file" if option else ""
     if not Path(path).exists():
         raise MissingFile(f"made from `{path}`, which is missing{hint}", option)
     if hash_of(path) != file[key]:
@@ -433,7 +440,7 @@ def _check_unchanged(
 
 
 def _recorded_device(device: str) -> str | None:
-    """Return the recorded kind of device if available, else None = the automatic choice."""
+    """Return the recorded kind of device if it is available, else None for the default."""
     try:
         return str(pick_device(device))
     except ValueError:
@@ -443,14 +450,14 @@ def _recorded_device(device: str) -> str | None:
 def _find_checkpoint(info: JsonMapping, request: Request) -> str | None:
     """Find the checkpoint at its recorded path, or by its name in `checkpoints`."""
     name = Path(info["checkpoint"]).name
-    if request.uses_demo_model and name == Path(DEMO[1]).name:
+    if request.uses_demo_model and name == Path(DEMO_CHECKPOINT).name:
         return None
     ckpt = request.model.ckpt
-    # An image is no reason to download what it names.
+    # Never download a file only because an image names it.
     if ckpt is not None and (path := find_checkpoint(ckpt, fetch=False)).exists():
         return str(path)
     try:
         return str(find_file(Path("checkpoints") / name))
     except FileNotFoundError as error:
-        message = f"made with {name} (hash {info['checkpoint_hash']}): give its path"
+        message = f"made with {name} (hash {info['checkpoint_hash']}): pass its path"
         raise MissingFile(message, "ckpt") from error

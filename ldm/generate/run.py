@@ -1,6 +1,6 @@
-"""A run: from a request to images on disk.
+"""Run a request: make its images and save them.
 
-Request -> plan_batches -> prepare (files) -> load_models -> generate each batch -> save
+Request -> plan_batches -> prepare (read inputs) -> load_models -> generate each batch -> save
 """
 
 import copy
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ldm.encoders.text import TextEncoder
 from ldm.encoders.tokenizer import has_weight_syntax
 from ldm.generate.load import Models, load_models, resolve_sampling
-from ldm.generate.lora_tags import without_tags
+from ldm.generate.lora_tags import remove_tags
 from ldm.generate.options import Value
 from ldm.generate.output import (
     GRID_LIMIT,
@@ -32,13 +32,13 @@ from ldm.generate.output import (
     to_images,
 )
 from ldm.generate.plan import Batch, looks_dynamic, plan_batches
-from ldm.generate.provenance import Info, describe_depth, describe_image, describe_run, job_of
+from ldm.generate.provenance import Info, describe_depth, describe_image, describe_run, read_job
 from ldm.generate.request import Request
-from ldm.generate.safety import hide_flagged, judge, report
+from ldm.generate.safety import check_images, hide_flagged, report
 from ldm.generate.start_noise import seed_globally, start_noise
 from ldm.generate.tasks import PreparedTask
+from ldm.imaging.mesh import check_can_save_meshes
 from ldm.imaging.output import OutputFolder
-from ldm.imaging.relief import check_trimesh
 from ldm.imaging.rgbd import place_beside, split_depth
 from ldm.loading.addons.lora import read_changes, set_loras
 from ldm.model import LatentDiffusion
@@ -68,22 +68,24 @@ def run_request(
     without_folders: bool = False,
     list_loras: Callable[[], Mapping[str, str]] | None = None,
 ) -> None:
-    """Make and save all images that a request asks for.
+    """Make and save all images of a request.
 
     Args:
+        listener: informed about progress, images and warnings.
         load: loads the models.
-        list_loras: returns the files of LoRAs that prompts may name; see `plan_batches`.
-        without_folders: leave folders out of the request that images record.
+        without_folders: record file names, not whole paths, in the images' metadata.
+        list_loras: returns the LoRA files that prompts may name; see `plan_batches`.
     Raises:
-        ValueError, OSError: about an argument or a file, before the model is loaded where it can.
-        NonFinite: an image is NaN even in float32.
+        ValueError, OSError: an argument or file is invalid; raised before the model is loaded
+            where possible.
+        NonFinite: an image contains NaN even in float32.
     """
     batches = plan_batches(request, list_loras)
     notes = _parse_prompts(batches, request.prompts.syntax)
     if request.output.glb:
-        check_trimesh()
+        check_can_save_meshes()
     models: Models | None = None
-    for inputs in request.inputs.per_image():
+    for inputs in request.inputs.split_by_image():
         single = replace(request, inputs=inputs)
         lines: dict[LineKey, PreparedTask] = {(): single.task.prepare(single)}
         for key in dict.fromkeys(map(_line_key, batches)):
@@ -102,12 +104,12 @@ def run_request(
 
 
 def _line_key(batch: Batch) -> LineKey:
-    """Return the options that the lines of a batch set, as a key."""
+    """Return the options that the line of a batch sets, as a key."""
     return tuple(batch[0].values.items())
 
 
 def _with_loras(prepared: PreparedTask, batches: Sequence[Batch]) -> PreparedTask:
-    """Return the task to load the models for: with the LoRAs that all batches have, if any."""
+    """Return the task with the LoRAs that all batches have in common, to load them at once."""
     request = prepared.request
     sets = {batch[0].loras for batch in batches} or {request.model.lora}
     loras = next(iter(sets)) if len(sets) == 1 else ()
@@ -133,10 +135,10 @@ def _generate_batches(
     listener: RunListener,
     without_folders: bool,
 ) -> None:
-    """Make each batch and save its images; if one fails, finished images still get their grid.
+    """Make each batch and save its images; if one fails, the grid of earlier ones is still saved.
 
     Args:
-        lines: the task of the run under (), and that of each line with options of its own.
+        lines: prepared tasks by the options that a line sets; under () that of the run itself.
     """
     request, model = lines[()].request, models.base
     output, total = request.output, sum(map(len, batches))
@@ -168,7 +170,7 @@ def _generate_batches(
             truncate = "truncate" in request.sampling.legacy
             depths = split_depth(images)
             originals = to_images(images, run_info, truncate=truncate)
-            verdicts = judge(models.safety_checker, originals, output.unsafe)
+            verdicts = check_images(models.safety_checker, originals, output.unsafe)
             for row, original in enumerate(originals):
                 info = run_info | describe_image(request, batches, number, row) | verdicts[row]
                 image, depth = hide_flagged(original, depths[row] if depths else None, info)
@@ -180,7 +182,7 @@ def _generate_batches(
                     info |= save_image(folder, image, info, kept, depth)
                     if depth is not None and output.glb:
                         info |= save_glb(info["path"], image, depth)
-                    if latents and image is original:  # not of an image that is hidden
+                    if latents and image is original:  # not of hidden images
                         info |= save_image_latent(info, latents[-1][row], model)
                 report(info, listener)
                 listener.add_image(info)
@@ -203,10 +205,11 @@ def _begin(
     key: LineKey,
     without_folders: bool,
 ) -> Info:
-    """Prepare for the first batch of a line's options; return the info of its images.
+    """Prepare for the first batch with a line's options; return the info that its images share.
 
     Args:
         request: of the whole run.
+        key: options that the line sets.
     """
     size = prepared.output_size(models.base)
     prepared.begin(models.base)
@@ -227,10 +230,10 @@ def _describe_loras(model: LatentDiffusion, without_folders: bool) -> list[JsonM
 
 
 def _parse_prompts(batches: list[Batch], syntax: str) -> list[str]:
-    """Return what prompts have that is read literally, though it looks like syntax.
+    """Return warnings about text that looks like syntax but is read literally.
 
     Raises:
-        ArgumentError: a prompt breaks the rules of the syntax.
+        ArgumentError: a prompt is invalid in the syntax.
     """
     if syntax == PLAIN:
         return []
@@ -246,12 +249,12 @@ def _parse_prompts(batches: list[Batch], syntax: str) -> list[str]:
 def _warn_about_prompts(
     batches: list[Batch], request: Request, model: LatentDiffusion, listener: RunListener
 ) -> None:
-    """Warn of the first prompt that is too long, and of the first with weights that are text."""
+    """Warn about prompts that are too long, or whose syntax is read as plain text."""
     jobs = [job for batch in batches for job in batch]
     # These are plain under any syntax.
     prompts: list[str | None] = [
         request.sampling.sld_concept,
-        request.values().get("source_prompt"),
+        request.get_values().get("source_prompt"),
     ]
     if request.prompts.syntax == PLAIN:
         prompts += [text for job in jobs for text in (job.prompt, job.negative_prompt)]
@@ -260,7 +263,7 @@ def _warn_about_prompts(
     if not model.conditioner.find_all(TextEncoder):
         return
     negatives = (job.negative_prompt for job in jobs)
-    if tagged := next((text for text in negatives if without_tags(text) != text), None):
+    if tagged := next((text for text in negatives if remove_tags(text) != text), None):
         listener.warn(f"a LoRA in a negative prompt is read as plain text: `{tagged}`")
     expands = request.prompts.dynamic_prompts or request.prompts.wildcards is not None
     dynamic = next((job.prompt for job in jobs if looks_dynamic(job.prompt)), None)
@@ -280,16 +283,18 @@ def remake_image(
     info: JsonMapping,
     callback: Callback | None = None,
 ) -> tuple[Image.Image, Image.Image | None]:
-    """Make one image again, in a batch of the same shape; return it and its depth, if any.
+    """Make one image again, in a batch of the same shape; return it and its depth.
 
     Args:
         prepared: the task of the run that made it.
         info: of the image.
+    Returns:
+        (image, depth); depth is None for models without.
     """
-    job, request, model = job_of(info), prepared.request, models.base
+    job, request, model = read_job(info), prepared.request, models.base
     prepared.begin(model)
     seed_globally(request, model, prepared.output_size(model))
-    for rows in info.get("earlier", ()):  # they drew from the same generator
+    for rows in info.get("earlier", ()):  # earlier batches, drawn from the same generator
         _generate(prepared, [job] * rows, models, callback)
     images = _generate(prepared, [job] * info["rows"], models, callback)
     image = images[info["row"] : info["row"] + 1]
@@ -307,7 +312,7 @@ def _generate(
     callback: Callback | None,
     on_latent: OnLatent | None = None,
 ) -> Tensor:
-    """Make the images of one batch, (B, 3, H, W) in [-1, 1]."""
+    """Make the images of one batch, (B, 3 or with depth more, H, W) in [-1, 1]."""
     request, model = prepared.request, models.base
     sampling = resolve_sampling(request, model.defaults)
     options = {
@@ -344,8 +349,8 @@ def _generate(
         )
     if request.prompts.syntax != PLAIN:
         options["syntax"] = request.prompts.syntax
-    rules = {name: vars(sampling)[name] for name in GuidanceOptions.__annotations__}
-    options |= {name: value for name, value in rules.items() if value is not None}
+    guidance = {name: vars(sampling)[name] for name in GuidanceOptions.__annotations__}
+    options |= {name: value for name, value in guidance.items() if value is not None}
     if check_clip_skip(model, sampling.clip_skip) is None and sampling.clip_skip > 1:
         options["clip_skip"] = sampling.clip_skip
     prompts = [job.prompt for job in batch]
@@ -353,7 +358,7 @@ def _generate(
 
 
 def _sdxl_options(request: Request, batch: Batch, models: Models) -> dict[str, object]:
-    """Return the keywords of the pipelines that only SDXL has, as far as they are given."""
+    """Return the keywords of the pipelines for SDXL that have a value."""
     options = {**vars(request.sdxl), "refiner": models.refiner}
     pairs = [(job.prompt_2, job.prompt) for job in batch]
     negative_pairs = [(job.negative_prompt_2, job.negative_prompt) for job in batch]
@@ -363,10 +368,10 @@ def _sdxl_options(request: Request, batch: Batch, models: Models) -> dict[str, o
 
 
 def _second_texts(pairs: Sequence[tuple[str | None, str]]) -> list[str] | None:
-    """Return the text of the second encoder for each image, else the first's; None = all first's.
+    """Return the text for the second text encoder of each image; None if all equal the first's.
 
     Args:
-        pairs: (text of the second encoder, text of the first).
+        pairs: (text for the second encoder, text for the first); None = the same text.
     """
     if all(second is None for second, _ in pairs):
         return None
@@ -380,7 +385,7 @@ def generate_batch(
     callback: Callback,
     on_latent: OnLatent | None = None,
 ) -> Tensor:
-    """Make a batch; if NaN appears in half precision, switch to float32 and make it again."""
+    """Make a batch; if it contains NaN in half precision, switch to float32 and make it again."""
     try:
         return _generate(prepared, batch, models, callback, on_latent)
     except NonFinite as error:

@@ -1,4 +1,4 @@
-"""What is done with the verdicts of a safety checker: report them; act only if that is asked."""
+"""Check images with a safety checker, report the scores, and hide flagged images if asked."""
 
 import logging
 from collections.abc import Sequence
@@ -10,35 +10,35 @@ from ldm.generate.output import RunListener
 from ldm.generate.provenance import Info
 from ldm.runtime.types import JsonMapping
 
-__all__ = ["hide_flagged", "judge", "report"]
+__all__ = ["check_images", "hide_flagged", "report"]
 
-BLUR = 1 / 16  # standard deviation, in longer sides of the image
+BLUR = 1 / 16  # standard deviation, as a fraction of the image's longer side
 RESULTS = {None: "it is kept", "black": "it is saved all black", "blur": "it is saved blurred",
            "drop": "it is not saved"}  # fmt: skip
 
 log = logging.getLogger(__name__)
 
 
-def judge(
-    checker: SafetyChecker | None, images: Sequence[Image.Image], unsafe: str | None
+def check_images(
+    checker: SafetyChecker | None, images: Sequence[Image.Image], unsafe_action: str | None
 ) -> list[Info]:
-    """Return the entry of each image's info: scores, and what is done if it is flagged.
+    """Return the entry of each image for its info: scores, and the action if it is flagged.
 
     Args:
-        checker: None = images are not judged, entries are empty.
-        unsafe: "black", "blur" or "drop"; None = flagged images are kept.
+        checker: None = no check, entries are empty.
+        unsafe_action: "black", "blur" or "drop"; None = flagged images are kept.
     """
     if checker is None:
         return [{} for _ in images]
-    return [{"safety": _describe(verdict, unsafe)} for verdict in checker.judge(images)]
+    return [{"safety": _describe(verdict, unsafe_action)} for verdict in checker.judge(images)]
 
 
 def hide_flagged(
     image: Image.Image, depth: Image.Image | None, info: JsonMapping
 ) -> tuple[Image.Image | None, Image.Image | None]:
-    """Return what is shown of an image with this info and of its depth: both, or neither.
+    """Return image and depth as they may be shown by the info: (None, None) if they are dropped.
 
-    The depth of an image that is black or blurred is 0.
+    A blackened or blurred image has a depth of 0 everywhere.
     """
     action = (info.get("safety") or {}).get("action")
     if action == "drop":
@@ -53,7 +53,10 @@ def hide_flagged(
 
 
 def report(info: JsonMapping, listener: RunListener) -> None:
-    """Log the scores of an image; warn if it was flagged, and say what is done with it."""
+    """Log the scores of an image: cosine similarity minus threshold, flagged above 0.
+
+    Warns if it is flagged.
+    """
     safety = info.get("safety")
     if not safety:
         return
@@ -72,12 +75,12 @@ def report(info: JsonMapping, listener: RunListener) -> None:
     )
 
 
-def _describe(verdict: Verdict, unsafe: str | None) -> Info:
+def _describe(verdict: Verdict, unsafe_action: str | None) -> Info:
     return {
         "flagged": verdict.is_flagged,
         "concepts": verdict.concepts,
         "special": verdict.special,
         "scores": list(verdict.scores),
         "special_scores": list(verdict.special_scores),
-        "action": unsafe if verdict.is_flagged else None,
+        "action": unsafe_action if verdict.is_flagged else None,
     }

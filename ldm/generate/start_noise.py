@@ -1,4 +1,4 @@
-"""Start noise of a batch, where it is not drawn from the seed of each image."""
+"""Draw the initial noise of a batch, where it does not come from the seed of each image."""
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ __all__ = ["seed_globally", "start_noise"]
 
 
 def seed_globally(request: Request, model: LatentDiffusion, size: tuple[int, int]) -> None:
-    """Under the quirk "noise", bring torch's generator to the original's state before sampling."""
+    """With the quirk "noise", set torch's generator to the original's state before sampling."""
     if "noise" in request.sampling.legacy:
         torch.manual_seed(request.sampling.seed % SEEDS)
         if request.sampling.fixed_code:
@@ -25,7 +25,7 @@ def seed_globally(request: Request, model: LatentDiffusion, size: tuple[int, int
 def start_noise(
     request: Request, model: LatentDiffusion, size: tuple[int, int], batch: Batch
 ) -> Tensor | None:
-    """Return x_T of a batch, (B, C, h, w); None = drawn from the seed of each image."""
+    """Draw the x_T (B, C, h, w) of a batch; None = it is drawn from the seed of each image."""
     sampling, shape = request.sampling, _latent_shape(model, size)
     is_legacy = "noise" in sampling.legacy
     # The original's demos of these tasks draw in numpy, in float64.

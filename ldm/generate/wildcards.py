@@ -1,7 +1,7 @@
-"""Dynamic prompts: `{a|b}` and `__name__`, a line of NAME.txt, drawn by the seed of an image.
+"""Dynamic prompts: random choices in prompts, by the seed of an image.
 
-    {a|b}             one of them                  {2::a|b}        a twice as often
-    {2$$, $$a|b|c}    two of them, with a joiner   __colour__      a line of colour.txt
+    {a|b}             a or b                       {2::a|b}        a twice as often
+    {2$$, $$a|b|c}    two of them, joined by ", "  __color__       a line of color.txt
 
 The grammar is that of the package dynamicprompts.
 """
@@ -20,7 +20,7 @@ from ldm.runtime.errors import ArgumentError, MissingFile, unknown_name
 __all__ = ["DynamicPrompts", "is_dynamic"]
 
 MARKS = ("{", "__", "${", "%{")
-# Other characters that mean something to the package, in place of which these stand meanwhile.
+# Further special characters of the package, and their placeholders while it expands a prompt.
 LITERALS = {"#": "\ue000", "%": "\ue001"}
 
 logging.getLogger("dynamicprompts").setLevel(logging.ERROR)  # it warns before we raise
@@ -32,10 +32,10 @@ def is_dynamic(prompt: str) -> bool:
 
 
 class DynamicPrompts:
-    """Expands prompts.
+    """Expands dynamic prompts.
 
     Args:
-        folder: Of wildcard files, in it and its subfolders; None for none.
+        folder: Folder of wildcard files, also in subfolders; None for no wildcards.
     Raises:
         MissingFile: there is no such folder.
     """
@@ -47,10 +47,10 @@ class DynamicPrompts:
         self._generator = RandomPromptGenerator(_Wildcards(path))
 
     def expand(self, prompt: str, seed: int) -> str:
-        """Return what a prompt says for a seed.
+        """Return a prompt with its choices made by a seed.
 
         Raises:
-            ArgumentError: it does not parse, or names a wildcard that does not exist.
+            ArgumentError: the prompt does not parse, or names an unknown wildcard.
         """
         if not is_dynamic(prompt):
             return prompt
@@ -64,7 +64,7 @@ class DynamicPrompts:
                 warnings.simplefilter("ignore", DeprecationWarning)
                 text: str = self._generator.generate(template, 1, seeds=[seed])[0]
         except (ParseException, StopIteration, RecursionError) as error:
-            message = f"`{prompt}` is not a dynamic prompt: brackets or `__` do not close"
+            message = f"`{prompt}` is not a dynamic prompt: brackets or `__` are not closed"
             raise ArgumentError(message, "dynamic_prompts") from error
         for character, stand_in in LITERALS.items():
             text = text.replace(stand_in, character)

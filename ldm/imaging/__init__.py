@@ -1,1 +1,1 @@
-"""Images: tensors to pixels and back, files and their metadata, watermarks, output folders."""
+"""Images: read and write files with metadata, convert tensors, make masks, add watermarks."""

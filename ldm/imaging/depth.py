@@ -1,4 +1,4 @@
-"""Depth maps in files."""
+"""Load and save depth maps."""
 
 import logging
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.imaging.reading import StoredImage, is_coloured, load_stored
+from ldm.imaging.reading import StoredImage, is_colored, load_stored
 from ldm.runtime.errors import ArgumentError
 
 __all__ = ["load_depth", "load_relative_depth", "save_depth"]
@@ -17,12 +17,12 @@ log = logging.getLogger(__name__)
 
 
 def load_depth(path: str | Path, *, inverted: bool = False) -> Tensor:
-    """Load the depth map in a file, (1, 1, H, W) float32, spread over [0, 1], near = large.
+    """Load a depth map, normalized to [0, 1], larger is nearer: (1, 1, H, W) float32.
 
-    Values that are not finite stay out of the range: NaN and -inf become 0, inf becomes 1.
+    NaN and -inf become 0, inf becomes 1; they do not count for the range.
 
     Args:
-        inverted: in the file, white is far.
+        inverted: whether white is far in the file.
     """
     stored = _load(path)
     low, high = stored.finite_range()
@@ -34,7 +34,7 @@ def load_depth(path: str | Path, *, inverted: bool = False) -> Tensor:
 
 
 def load_relative_depth(path: str | Path) -> Image.Image:
-    """Load the depth in a file, "F" in [0, 1], on the scale of its bits: 255, 65535, or 1.
+    """Load a depth map without normalizing it: "F" in [0, 1], where 1 is 255, 65535 or 1.0.
 
     Raises:
         ArgumentError: values are not finite, or floats outside 0 … 1.
@@ -51,13 +51,13 @@ def load_relative_depth(path: str | Path) -> Image.Image:
 
 def _load(path: str | Path) -> StoredImage:
     stored = load_stored(path)
-    if stored.image.mode != "F" and is_coloured(stored.image):
-        log.warning("the depth map `%s` has colours: their luminance is taken for depth", path)
+    if stored.image.mode != "F" and is_colored(stored.image):
+        log.warning("the depth map `%s` has colours: their luminance is used as depth", path)
     return stored
 
 
 def save_depth(path: str | Path, depth: Tensor) -> None:
-    """Write a depth map (1, 1, H, W) of any range as a 16-bit PNG, the nearest white."""
+    """Write a depth map (1, 1, H, W) of any range as a 16-bit PNG; larger values are whiter."""
     low, high = depth.min(), depth.max()
     levels = ((depth - low) / (high - low).clamp(min=1e-6) * 65535).round()
     Image.fromarray(levels[0, 0].cpu().numpy().astype(np.uint16)).save(path, "PNG")

@@ -1,12 +1,12 @@
-"""Masks for inpainting: from a file, a box, or the transparent parts of an image.
+"""Make masks for inpainting: from a file, a box, or the transparent parts of an image.
 
-What is painted in a mask file; the first rule that applies:
+The painted area of a mask file is determined by the first of these rules that applies:
 
-    partly transparent              where it is opaque, or white where that is black and white
-    two values                      where the higher one is, whatever they are
-    labels, and 255 for "ignored"   the labels: 1 and more
-    a palette of colours            all but the darkest
-    anything else                   its values, 0 … 255; from 128 on they are inpainted
+    partly transparent              opaque pixels; if these are black and white, the white ones
+    two values                      the higher value
+    labels, and 255 for "ignored"   the labels: 1 … MAX_LABEL
+    a palette of colours            all but the darkest colour
+    anything else                   its values, 0 … 255; from THRESHOLD on they are inpainted
 """
 
 import logging
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-from ldm.imaging.reading import StoredImage, is_coloured, load_stored
+from ldm.imaging.reading import StoredImage, is_colored, load_stored
 from ldm.runtime.errors import ArgumentError
 
 __all__ = ["load_mask", "make_mask"]
@@ -23,13 +23,13 @@ __all__ = ["load_mask", "make_mask"]
 log = logging.getLogger(__name__)
 
 THRESHOLD = 128  # the smallest value that is inpainted
-MAX_LABEL = 32  # of data sets for segmentation, in masks that have 255, too
-COLOUR = 48  # difference of a pixel's channels from which it is not grey
+MAX_LABEL = 32  # highest label of segmentation data sets; 255 means "ignored" there
+COLOR = 48  # difference between a pixel's channels above which it counts as coloured
 Box = tuple[int, int, int, int]
 
 
 def load_mask(path: str | Path, size: tuple[int, int]) -> Image.Image:
-    """Load the mask in a file, "L", white = inpaint; resized to the size of its image.
+    """Load a mask, "L", white = inpaint, resized to the size of its image.
 
     Args:
         size: (width, height) of the image.
@@ -66,7 +66,7 @@ def make_mask(
         grow: pixels by which the mask is dilated.
         blur: radius of the mask blur, pixels.
     Raises:
-        ArgumentError: there is no mask, or nothing in it is painted.
+        ArgumentError: there is no mask, or it is empty.
     """
     source = load_stored(image)
     alpha = source.alpha()
@@ -93,44 +93,44 @@ def make_mask(
 
 
 def _painted_area(stored: StoredImage) -> Image.Image:
-    """Return the painted area of a mask, "L", by the rule at the top of this file."""
+    """Return the painted area of a mask, "L", by the rules at the top of this file."""
     alpha = stored.alpha()
     if alpha is not None:
         opacity = np.asarray(alpha)
         # It says what is painted only if it differs from place to place.
         if opacity.min() < min(THRESHOLD, opacity.max()):
-            values = np.asarray(stored.to_grey())
+            values = np.asarray(stored.to_gray())
             if _is_black_and_white(values[opacity >= THRESHOLD]):
                 return Image.fromarray(np.where(opacity >= THRESHOLD, values, 0).astype(np.uint8))
             stored = StoredImage(stored.name, alpha)
     values, (low, high) = stored.luminance(), stored.finite_range()
     has_two_values = low < high and np.isin(values[np.isfinite(values)], (low, high)).all()
-    if has_two_values or (stored.image.mode in ("P", "PA") and is_coloured(stored.image)):
+    if has_two_values or (stored.image.mode in ("P", "PA") and is_colored(stored.image)):
         return Image.fromarray((values > low).astype(np.uint8) * 255)
-    grey = stored.to_grey()
-    levels = np.bincount(np.asarray(grey).ravel(), minlength=256)
+    gray = stored.to_gray()
+    levels = np.bincount(np.asarray(gray).ravel(), minlength=256)
     labels, ignored = levels[1 : MAX_LABEL + 1].sum(), levels[255]
     if labels > ignored > 0 and not levels[MAX_LABEL + 1 : 255].any():
         log.warning(
-            "the mask `%s` has small values and 255, as labels of data sets have it: labels are "
+            "the mask `%s` has small values and 255, like labels of a data set: labels are "
             "inpainted, 255 (ignored) is not", stored.name,
         )  # fmt: skip
-        return grey.point(lambda value: 255 * (0 < value <= MAX_LABEL))
+        return gray.point(lambda value: 255 * (0 < value <= MAX_LABEL))
     if stored.image.mode != "F" and _is_photo(stored.image):
         log.warning(
-            "the mask `%s` is a colour image: where it is bright, it is inpainted; give a black "
-            "and white mask if that is not meant", stored.name,
+            "the mask `%s` is a colour image: bright areas are inpainted; use a black and white "
+            "mask if you do not want that", stored.name,
         )  # fmt: skip
-    return grey
+    return gray
 
 
 def _is_photo(image: Image.Image) -> bool:
-    """Return whether many pixels have a colour, more than compression gives to grey ones."""
+    """Return whether over 2 % of the pixels are coloured, more than JPEG makes of grey images."""
     rgb = np.asarray(image.convert("RGB"), np.int16)
-    return bool((np.ptp(rgb, axis=-1) > COLOUR).mean() > 0.02)
+    return bool((np.ptp(rgb, axis=-1) > COLOR).mean() > 0.02)
 
 
 def _is_black_and_white(values: np.ndarray) -> bool:
-    """Return whether 8-bit values are near to both ends, but for soft edges."""
+    """Return whether 8-bit values are black and white, except for soft edges."""
     black, white = (values < 26).sum(), (values > 229).sum()
     return bool(black and white and black + white > 0.9 * values.size)

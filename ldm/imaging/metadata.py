@@ -1,7 +1,7 @@
-"""Generation metadata in PNG files: A1111's `parameters` text, and our JSON under the key `ldm`.
+"""Read and write generation metadata in PNGs: A1111's `parameters` text, and our JSON, key `ldm`.
 
-Other programs read the first; `ldm replay` reads the second, which has everything. The info of an
-image is a plain dict; `parameters_text` knows these keys, all optional:
+Other programs read the text; `ldm replay` reads the JSON, which is complete. The info of an image
+is a plain dict; `parameters_text` uses these keys, all optional:
 
     prompt, negative_prompt, seed, sampler, scheduler, scheduler_in_use, rho, sigmas, steps, scale,
     eta, s_churn, s_tmin, s_tmax, s_noise,
@@ -15,8 +15,8 @@ image is a plain dict; `parameters_text` knows these keys, all optional:
     vae, refiner, loras and embeddings (each file a dict with path and hash; a LoRA's with weight
     and a1111_hash)
 
-The JSON holds them and all others (legacy, watermark, config, config_hash, dtype, device, torch,
-sha256_unmarked …), and `sha256`, the fingerprint of the pixels in the file.
+The JSON contains these and all others (legacy, watermark, config, config_hash, dtype, device,
+torch, sha256_unmarked …), and `sha256`, the hash of the pixels in the file.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 KEY = "ldm"
-OWN_STEPS = ("ddim", "plms", "unipc")  # samplers whose steps A1111's schedule type does not change
+OWN_STEPS = ("ddim", "plms", "unipc")  # samplers for which A1111 ignores the schedule type
 
 
 def _parse_pair(text: str) -> list[int]:
@@ -108,22 +108,22 @@ SETTINGS: dict[str, tuple[str, Callable[[str], object]]] = {
     "Version": ("version", str),
     **SDXL_SETTINGS,
 }
-DDIM_CFG_PP = "DDIM CFG++"  # of A1111, where its scale counts 12.5 times less; not so in Forge
+DDIM_CFG_PP = "DDIM CFG++"  # in A1111 its guidance scale is divided by 12.5; not in Forge
 LORA_TAGS = re.compile(r" ?<lora:([^<>:]*):?([^<>]*)>")  # name, weight
 REFINER_PATTERN = re.compile(r"(.+?)(?: \[([0-9a-f]+)\])?")  # name, hash
 SETTING_PATTERN = re.compile(r'\s*(\w[^:,"]*):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
 
 
 def write_png(path: str | Path, image: Image.Image, info: JsonMapping) -> None:
-    """Write an image as a PNG file that carries its info.
+    """Write an image as a PNG with its info.
 
     Args:
         info: see the top of this file; `sha256` is added. Sets become lists, other values that
-            JSON does not have become text.
+            JSON does not support become strings.
     """
     entries = {**info, "sha256": fingerprint(image)}
     text = PngInfo()
-    # Pillow takes tEXt where Latin-1 is enough, else iTXt; neither knows lone surrogates.
+    # Pillow writes tEXt for Latin-1, else iTXt; neither can encode lone surrogates.
     text.add_text("parameters", parameters_text(info).encode("utf-8", "replace").decode())
     text.add_text(KEY, json.dumps(entries, default=_to_json))
     image.save(path, "PNG", pnginfo=text)
@@ -133,8 +133,8 @@ def read_info(path: str | Path) -> JsonObject:
     """Read the metadata of an image file: our JSON, else A1111's text.
 
     Returns:
-        The info given to `write_png`, with `sha256`; of another program's file the keys at the top
-        of this file, `version`, and all other settings under `other`; without metadata {}.
+        The info passed to `write_png`, with `sha256`; for files of other programs the keys at the
+        top of this file, `version`, and other settings under `other`; {} without metadata.
     """
     with open_image(path) as image:
         texts = {**image.info, **getattr(image, "text", {})}
@@ -149,13 +149,13 @@ def read_info(path: str | Path) -> JsonObject:
 
 
 def fingerprint(image: Image.Image) -> str:
-    """Return the SHA-256 of the RGB bytes, or those of 16-bit grey, row by row, in hexadecimal."""
+    """Return the SHA-256 of the RGB, or 16-bit grey, pixels of an image in hexadecimal."""
     pixels = image if image.mode == "I;16" else image.convert("RGB")
     return hashlib.sha256(pixels.tobytes()).hexdigest()
 
 
 def parameters_text(info: JsonMapping) -> str:
-    """Format the info as A1111 writes it: prompt, negative prompt and one line of settings."""
+    """Format the info as A1111 does: prompt, negative prompt and one line of settings."""
     tags = [f"<lora:{PurePath(lora['path']).stem}:{_format(lora['weight'])}>"
             for lora in info.get("loras") or ()]  # fmt: skip
     lines = [" ".join(filter(None, [str(info.get("prompt") or ""), *tags]))]
@@ -166,7 +166,7 @@ def parameters_text(info: JsonMapping) -> str:
 
 
 def _settings(info: JsonMapping) -> Iterable[tuple[str, str]]:
-    """Return A1111's names and values, in its order, of those that the info has."""
+    """Yield A1111's names and values of the settings in the info, in its order."""
     sampler, size = info.get("sampler"), info.get("size")
     vae, refiner = info.get("vae") or {}, info.get("refiner")
     upscaler = info.get("upscaler")
@@ -204,7 +204,7 @@ def _settings(info: JsonMapping) -> Iterable[tuple[str, str]]:
         "PAG scale": info.get("pag"),
         "FreeU": info.get("freeu"),
         "FreeU version": info.get("freeu_version"),
-        "Safety checker": _safety_verdict(info.get("safety")),
+        "Safety checker": _describe_safety(info.get("safety")),
         "Refiner": refiner and f"{PurePath(refiner['path']).stem} [{refiner['hash']}]",
         "Refiner switch at": _refiner_start(info),
         "Latent upscaler": upscaler and f"{PurePath(upscaler['path']).stem} [{upscaler['hash']}]",
@@ -224,7 +224,7 @@ def _format(value: object) -> str:
 
 
 def _step_noise(info: JsonMapping) -> dict[str, object]:
-    """Return what is not the default of the noise before and between steps, as A1111 does."""
+    """Return the settings for noise before and between steps that are not the defaults."""
     sampler = info.get("sampler")
     row, eta = SAMPLERS.get(sampler or ""), info.get("eta")
     settings: dict[str, object] = {}
@@ -253,13 +253,13 @@ def _parse_weight(text: str) -> float | str:
 
 
 def _refiner_start(info: JsonMapping) -> float | None:
-    """Return the fraction of the steps before the refiner, as A1111 counts."""
+    """Return the fraction of the run before the refiner, A1111's "Refiner switch at"."""
     strength = info.get("refiner_strength")
     return info.get("refiner_start") if strength is None else round(1 - strength, 4)
 
 
-def _safety_verdict(safety: JsonMapping | None) -> str | None:
-    """Say what the safety checker said, with the highest score."""
+def _describe_safety(safety: JsonMapping | None) -> str | None:
+    """Format the result of the safety checker: flagged or passed, highest score, action."""
     if not safety:
         return None
     score = max(safety["scores"])
@@ -268,22 +268,26 @@ def _safety_verdict(safety: JsonMapping | None) -> str | None:
 
 
 def _concept_name(text: str | None) -> str | None:
-    """Return the name of a concept of safe latent diffusion, else its text."""
+    """Return the name in SLD_CONCEPTS of a text, else the text itself."""
     return next((name for name, concept in SLD_CONCEPTS.items() if concept == text), text)
 
 
 def _schedule_type(info: JsonMapping) -> str | None:
-    """Name the scheduler: A1111's name where it has the same, else one that it does not have."""
+    """Return A1111's name of the scheduler; for others a name that A1111 does not use."""
     if info.get("sigmas"):
         return None
     name = info.get("scheduler_in_use") or info.get("scheduler") or info.get("grid")
     if name == "uniform" and info.get("sampler") in OWN_STEPS:
-        return None  # these are A1111's steps too, whatever its schedule type is
+        return None  # A1111 has the same steps for these, with any schedule type
     return SCHEDULERS[name].label if name in SCHEDULERS else None
 
 
 def parse_parameters(parameters: str) -> JsonObject:
-    """Parse A1111's text; its last line holds settings if it has three or more of them."""
+    """Parse A1111's text into an info; the last line is settings if it has three or more of them.
+
+    Returns:
+        See `read_info`.
+    """
     *body, last = parameters.strip().split("\n")
     settings = SETTING_PATTERN.findall(last)
     if len(settings) < 3:
@@ -320,16 +324,21 @@ def parse_parameters(parameters: str) -> JsonObject:
 
 
 def parse_sampler(settings: dict[str, str], version: str) -> dict[str, str]:
-    """Take sampler and schedule, which A1111 wrote as one before 1.9, out of settings.
+    """Remove sampler and schedule type from settings, and return them as our options.
+
+    A1111 before 1.9 wrote both as "Sampler".
 
     Args:
-        version: of the program that wrote them; other than ours, a schedule that is left out is
-            the one that A1111 means by it.
+        settings: value by A1111's name; changed in place.
+        version: of the program that wrote them; for others than ours, a missing schedule type is
+            A1111's default.
+    Returns:
+        `sampler` and `scheduler`, as far as they are known.
     """
     is_ours = version.startswith("ldm")
     name, schedule = settings.pop("Sampler", ""), settings.get("Schedule type", "")
     schedulers = {row.label: key for key, row in SCHEDULERS.items()}
-    # A1111's is that of k-diffusion; version 0.1 of ours wrote so, too.
+    # In A1111 that is k-diffusion's; version 0.1 of ours wrote "Uniform" for its own.
     schedulers["Uniform"] = "uniform" if is_ours else "normal"
     for label in schedulers:
         if name.endswith(f" {label}"):
@@ -353,7 +362,7 @@ def parse_sampler(settings: dict[str, str], version: str) -> dict[str, str]:
 
 
 def _a1111_sampler(name: str) -> str:
-    """Return A1111's name of a sampler; variants of the original have the name of the function."""
+    """Return A1111's name of a sampler; `dpm`, a variant of `dpmpp_2m`, has the name of that."""
     row = SAMPLERS.get(name)
     if row is None:
         return name

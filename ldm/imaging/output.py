@@ -1,10 +1,10 @@
-"""An output folder: `samples/00000.png` … and `grid-0000.png` …, never overwritten.
+"""Save images in an output folder: `samples/00000.png` … and `grid-0000.png` …
 
-The depth of an image, where it has one, is `00000_depth.png` beside it.
+The depth of an image is saved beside it, as `00000_depth.png`. Nothing is overwritten.
 
-Several processes may share a folder, files may be deleted in between, and a run may be killed at
-any moment. An image is written under a hidden name, `.00007.png.part`, that only one process can
-create and that reserves the number; when complete, it is renamed. So every `.png` is complete.
+Several processes may share a folder, files may be deleted meanwhile, and a run may be killed at any
+moment. So an image is written under a hidden name, `.00007.png.part`, that only one process can
+create and that reserves the number; when complete, it is renamed. Every `.png` is complete.
 """
 
 import os
@@ -22,11 +22,12 @@ __all__ = ["OutputFolder", "depth_path"]
 
 
 class OutputFolder:
-    """The folder of one run's images; created at once, so that errors come before sampling.
+    """The folder of a run's images; created at once, so that errors are raised before sampling.
 
     Args:
-        outdir: created if absent. Numbers continue after the highest one in it.
-        name: save images in outdir itself, as NAME.png, NAME-1.png …; None = numbered samples.
+        outdir: the folder. Numbers continue after the highest one in it.
+        name: save images in `outdir` itself, as NAME.png, NAME-1.png …; None = in `samples`,
+            numbered.
     """
 
     def __init__(self, outdir: str | Path, name: str | None = None) -> None:
@@ -102,7 +103,7 @@ def depth_path(path: str | Path) -> Path:
 def _write_new(
     path: Path, image: Image.Image, info: JsonMapping, depth: Image.Image | None
 ) -> bool:
-    """Write the image if the path is free, and that of its depth; returns whether they were."""
+    """Write an image, and its depth, if their paths are free; return whether they were."""
     paths = [path, *([depth_path(path)] if depth is not None else [])]
     part = path.with_name(f".{path.name}.part")
     try:

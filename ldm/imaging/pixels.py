@@ -1,7 +1,6 @@
-"""Image tensors in [-1, 1] to images of eight bits, and back.
+"""Convert image tensors (B, 3, H, W) in [-1, 1] to PIL images of 8 bits and back; resize images.
 
-A tensor is (B, 3, H, W) float, an image a PIL image. Pixels are rounded to the nearest value; the
-original truncated them, which `truncate` does too.
+Pixels are rounded to the nearest value; with `truncate` fractions are dropped, as in the original.
 """
 
 from collections.abc import Sequence
@@ -25,17 +24,17 @@ def to_uint8(image: Tensor, truncate: bool = False) -> np.ndarray:
     """Convert a batch of images to pixels.
 
     Args:
-        image: (B, 3, H, W) in [-1, 1]; what lies outside is clamped.
-        truncate: cut fractions off, as the original does, instead of rounding.
+        image: (B, 3, H, W) in [-1, 1]; other values are clamped.
+        truncate: whether to drop fractions, as the original does, instead of rounding.
     Returns:
         (B, H, W, 3) uint8.
     Raises:
-        ValueError: the image holds NaN.
+        ValueError: the image contains NaN.
     """
     unit = ((image.detach().float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1)  # (B, H, W, 3)
     # Clamping keeps NaN, and as a byte it would be any colour.
     if unit.isnan().any():
-        raise ValueError("the image holds NaN, there are no pixels to save")
+        raise ValueError("the image contains NaN, there are no pixels to save")
     pixels = unit * 255 if truncate else (unit * 255).round()
     return pixels.to(torch.uint8).cpu().numpy()
 
@@ -52,12 +51,12 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def make_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Lay images of one size side by side, in reading order, as torchvision's make_grid.
+    """Arrange images of one size in rows, as torchvision's make_grid.
 
     Args:
-        columns: images per row; fewer where there are not as many.
+        columns: images per row; fewer if there are fewer images.
     Returns:
-        An RGB image with two black pixels around each; a single image has none.
+        An RGB image with two black pixels around each image; a single image is returned as it is.
     Raises:
         ArgumentError: no images, sizes that differ, or columns below 1.
     """
@@ -80,7 +79,7 @@ def make_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
 
 
 def resize_to_multiple(image: Image.Image, multiple: int) -> Image.Image:
-    """Resize an image to the nearest smaller multiples, as the original did; it may be distorted.
+    """Resize an image to the next smaller multiples, as the original did; this may distort it.
 
     Raises:
         ArgumentError: a side is smaller than `multiple`.
@@ -92,9 +91,9 @@ def resize_to_multiple(image: Image.Image, multiple: int) -> Image.Image:
 
 
 def crop_square(image: Image.Image, side: int) -> Image.Image:
-    """Resize the shorter side of an image, bicubic, and crop the middle, as CLIP's preprocessing.
+    """Resize the shorter side of an image to `side`, bicubic, and crop the center, as for CLIP.
 
-    Sizes are cut to whole pixels as in transformers.
+    Sizes are truncated to whole pixels as in transformers.
     """
     short = min(image.size)
     width, height = (int(side * length / short) for length in image.size)
@@ -109,9 +108,9 @@ def scale_and_crop(
     """Resize an image to (height, width).
 
     Args:
-        size: a side that is None follows from the other, as a multiple of 8.
-        mode: for an image of another shape: "crop" what is too much, "stretch", or "pad" by
-            repeating its outermost pixels.
+        size: if one side is None, it follows from the other, rounded to a multiple of 8.
+        mode: for an image of another aspect ratio: "crop", "stretch", or "pad" by repeating the
+            edge.
     """
     height, width = size
     if height is None and width is None:
@@ -129,7 +128,7 @@ def scale_and_crop(
 
 
 def _pad(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Repeat the outermost pixels of an image, evenly on both sides."""
+    """Pad an image evenly on both sides by repeating its edge."""
     top, left = (height - image.height) // 2, (width - image.width) // 2
     rows = np.arange(height).clip(top, top + image.height - 1) - top
     columns = np.arange(width).clip(left, left + image.width - 1) - left

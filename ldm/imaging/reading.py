@@ -1,8 +1,8 @@
-"""Read image files of every kind that Pillow decodes: the one place where images are opened.
+"""Read image files of all formats that Pillow decodes; the only module that opens images.
 
-`load_image` and `decode_image` give 8 bits in sRGB, upright. `load_stored` and `decode_stored` keep
-the values of the file, for masks and depth maps. The error for a file that is damaged, enormous or
-not an image is one line.
+`load_image` and `decode_image` convert to 8 bits in sRGB, upright. `load_stored` and
+`decode_stored` keep the values of the file, for masks and depth maps. Errors for files that are
+damaged, too large or not images have one line.
 """
 
 import logging
@@ -34,7 +34,7 @@ __all__ = [
     "decode_image",
     "decode_stored",
     "flatten_on_white",
-    "is_coloured",
+    "is_colored",
     "load_image",
     "load_stored",
     "open_image",
@@ -43,12 +43,12 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-MAX_PIXELS = 100_000_000  # a file of some kilobytes may claim, and fill, gigabytes
-# Texts (workflows, XMP) are longer than the megabyte, uncompressed, at which Pillow gives a PNG up.
+MAX_PIXELS = 100_000_000  # a file of a few kilobytes can decompress to gigabytes
+# Text chunks (workflows, XMP) may be longer than 1 MB uncompressed, at which Pillow refuses a PNG.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26
 PngImagePlugin.MAX_TEXT_MEMORY = 2**27
-# What Pillow decodes by itself; the rest runs other programs or reads nothing but a header. TGA is
-# the last, because nothing marks its beginning.
+# Formats that Pillow decodes itself; others run external programs or are only identified. TGA is
+# last, as it has no magic number.
 KNOWN_FORMATS = (
     "PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "JPEG2000", "PPM", "QOI", "PSD", "ICO",
     "ICNS", "CUR", "DIB", "DDS", "PCX", "DCX", "SGI", "SUN", "IM", "MSP", "XBM", "XPM", "FITS",
@@ -59,7 +59,7 @@ FORMATS = tuple(name for name in KNOWN_FORMATS if name in Image.OPEN)  # older o
 IMAGE_SUFFIXES = tuple(
     suffix for suffix, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")
 )
-CONTENTS = {  # of other files that are given as images, by what they begin with, in small letters
+OTHER_FORMATS = {  # by marks in the first bytes of the file, in lower case
     "a web page, not an image": (b"<!doctype", b"<html"),
     "an SVG drawing: convert it to PNG": (b"<svg",),
     "a document, not an image": (b"%pdf", b"%!ps"),
@@ -76,19 +76,19 @@ CONTENTS = {  # of other files that are given as images, by what they begin with
     "a Git LFS pointer, not the file itself": (b"version https://git-lfs",),
 }
 SRGB_GAMMA = 0.45455  # of the chunk gAMA in a PNG
-# By Pillow's raw mode: from the colour key of a PNG, which it leaves as stored, to that of 8 bits.
+# By Pillow's raw mode: factor to 8 bits of a PNG's transparent colour, which Pillow does not scale.
 KEY_SCALES = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 
 
 @dataclass(frozen=True)
 class StoredImage:
-    """The first page of an image file, upright, with the values that the file has.
+    """The first page of an image file, upright, with the values stored in the file.
 
     Attributes:
-        name: of the file, for messages.
-        image: of any mode; "F" where values have more than 8 bits.
+        name: file name, for messages.
+        image: image of any mode; "F" for values of more than 8 bits.
         white: the value of white in mode "F"; None = unknown.
-        notes: what a user should know, as predicates: "has several pages, the first is used".
+        notes: warnings without the file name, such as "has several pages, the first is used".
     """
 
     name: str | Path
@@ -97,7 +97,7 @@ class StoredImage:
     notes: list[str] = field(default_factory=list)
 
     def luminance(self) -> np.ndarray:
-        """Return (H, W) float32 from black, 0, to `white`, or to 255 if there are 8 bits."""
+        """Return luminance (H, W) float32: 0 = black, white = `white`, or 255 for 8 bits."""
         image = self.image if self.image.mode == "F" else _to_rgb(self.image).convert("L")
         return np.asarray(image, np.float32)
 
@@ -113,10 +113,10 @@ class StoredImage:
         return _to_rgb(self.image).getchannel("A")
 
     def finite_range(self) -> tuple[float, float]:
-        """Return the smallest and the greatest luminance, but for NaN and infinity.
+        """Return the smallest and the greatest finite luminance.
 
         Raises:
-            FileFormatError: there are no other values.
+            FileFormatError: no value is finite.
         """
         values = self.luminance()
         finite = values[np.isfinite(values)]
@@ -126,7 +126,7 @@ class StoredImage:
             self._note(f"has {values.size - finite.size} values that are NaN or infinite, left out")
         return float(finite.min()), float(finite.max())
 
-    def to_grey(self) -> Image.Image:
+    def to_gray(self) -> Image.Image:
         """Convert to luminance of 8 bits, "L"."""
         if self.image.mode != "F":
             return _to_rgb(self.image).convert("L")
@@ -141,7 +141,7 @@ class StoredImage:
 
     def to_srgb(self) -> Image.Image:
         """Convert to 8 bits in sRGB, "RGB", or "RGBA" if the file has transparency."""
-        image = self.to_grey() if self.image.mode == "F" else self.image
+        image = self.to_gray() if self.image.mode == "F" else self.image
         rgb = _to_rgb(image).convert("RGB")
         profile = self.image.info.get("icc_profile")
         if profile and image.mode != "LAB":  # its values are absolute
@@ -157,7 +157,7 @@ class StoredImage:
         return rgb
 
     def log_notes(self) -> None:
-        """Log what a user should know."""
+        """Log the notes as warnings."""
         for note in self.notes:
             log.warning("`%s` %s", self.name, note)
 
@@ -167,11 +167,11 @@ class StoredImage:
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """Load the image in a file, RGB, with what is transparent laid on white.
+    """Load an image file as RGB; transparent parts are blended with white.
 
     Raises:
         MissingFile: there is no file.
-        FileFormatError: the file is not an image, damaged or enormous.
+        FileFormatError: the file is not an image, damaged or too large.
     """
     stored = load_stored(path)
     image = flatten_on_white(stored.to_srgb())
@@ -180,7 +180,7 @@ def load_image(path: str | Path) -> Image.Image:
 
 
 def load_stored(path: str | Path) -> StoredImage:
-    """Load an image file with the values that it has; errors as `load_image`."""
+    """Load an image file with its stored values; errors as `load_image`."""
     return decode_stored(_find(path).read_bytes(), path)
 
 
@@ -188,9 +188,9 @@ def decode_image(data: bytes, name: str | Path) -> Image.Image:
     """Decode the bytes of an image file to "RGB" or "RGBA" in sRGB, upright.
 
     Args:
-        name: of the file, for messages.
+        name: file name, for messages.
     Raises:
-        FileFormatError: the file is not an image, damaged or enormous.
+        FileFormatError: the file is not an image, damaged or too large.
     """
     return decode_stored(data, name).to_srgb()
 
@@ -199,17 +199,17 @@ def decode_stored(data: bytes, name: str | Path) -> StoredImage:
     """Decode the bytes of an image file; arguments and errors as `decode_image`."""
     with open_image(BytesIO(data), name) as file:
         notes = []
-        # The further images of these are layers, previews and maps of the first one.
+        # Further images in these formats are layers, previews and maps of the first one.
         if file.format not in ("PSD", "MPO") and getattr(file, "is_animated", False):
             notes.append("is animated or has several pages, the first is used")
-        if file.format == "PNG" and (colours := _unusual_colours(data)):
-            notes.append(f"has {colours} colours (cICP), which are read as sRGB: convert it first")
-        _scale_colour_key(file)
+        if file.format == "PNG" and (space := _find_color_space(data)):
+            notes.append(f"has {space} colours (cICP), which are read as sRGB: convert it first")
+        _scale_transparent_color(file)
         if file.format == "TIFF" and _is_wide_planar(file):
             raise UnidentifiedImageError
         image = ImageOps.exif_transpose(file)
         if file.format in ("BMP", "DIB", "TGA") and image.mode == "RGBA" and _is_clear(image):
-            image = image.convert("RGB")  # these programs leave the fourth channel at 0
+            image = image.convert("RGB")  # some programs leave the unused alpha channel at 0
         if image.mode[0] not in "IF":
             return StoredImage(name, image, notes=notes)
         values, white = _read_values(file, image)
@@ -222,13 +222,13 @@ def decode_stored(data: bytes, name: str | Path) -> StoredImage:
 def open_image(
     file: str | Path | BytesIO, name: str | Path | None = None
 ) -> Iterator[ImageFile.ImageFile]:
-    """Open an image file as Pillow does, its pixels unread, with errors of one line.
+    """Open an image file like `Image.open`, without reading pixels, with one-line errors.
 
     Args:
-        name: of the file, for messages; None = its path.
+        name: file name, for messages; None = its path.
     Raises:
         MissingFile: there is no file.
-        FileFormatError: it is not an image, damaged or enormous, or Pillow fails in the block.
+        FileFormatError: it is not an image, damaged or too large, or Pillow fails in the block.
     """
     source = file if isinstance(file, BytesIO) else _find(file)
     name = name or str(file)
@@ -251,20 +251,20 @@ def open_image(
 def read_size(file: str | Path | BytesIO) -> tuple[int, int]:
     """Read (width, height) of the upright image from the header; errors as `open_image`."""
     with open_image(file, None if isinstance(file, (str, Path)) else "the image") as image:
-        # Pillow gives the size of a turned TIFF as it is upright.
-        is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-        return image.size[::-1] if is_turned and image.format != "TIFF" else image.size
+        # Pillow swaps the sides of a rotated TIFF itself.
+        is_rotated = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return image.size[::-1] if is_rotated and image.format != "TIFF" else image.size
 
 
 def flatten_on_white(image: Image.Image) -> Image.Image:
-    """Return the image as RGB, with what is transparent laid on white."""
+    """Return an image as RGB; transparent parts are blended with white."""
     image = _to_rgb(image)
     if image.mode == "RGB":
         return image
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def is_coloured(image: Image.Image) -> bool:
+def is_colored(image: Image.Image) -> bool:
     """Return whether any pixel is not grey."""
     pixels = np.asarray(image.convert("RGB"))
     return bool((pixels != pixels[..., :1]).any())
@@ -280,12 +280,12 @@ def _find(path: str | Path) -> Path:
 def _describe_content(source: Path | BytesIO) -> str:
     data = source.getvalue() if isinstance(source, BytesIO) else source.read_bytes()
     start = data[:512].lower()
-    kinds = (kind for kind, marks in CONTENTS.items() if any(mark in start for mark in marks))
+    kinds = (kind for kind, marks in OTHER_FORMATS.items() if any(mark in start for mark in marks))
     return next(kinds, "something else, not an image") if start else "an empty file, not an image"
 
 
-def _unusual_colours(data: bytes) -> str | None:
-    """Return which colours a PNG has by its chunk cICP (ITU-T H.273), unless they are sRGB."""
+def _find_color_space(data: bytes) -> str | None:
+    """Return the colour space in a PNG's chunk cICP (ITU-T H.273); None for sRGB."""
     start = data.find(b"cICP", 0, data.find(b"IDAT"))
     if start < 0:
         return None
@@ -304,7 +304,7 @@ def _is_clear(image: Image.Image) -> bool:
     return image.getchannel("A").getextrema() == (0, 0)
 
 
-def _scale_colour_key(file: ImageFile.ImageFile) -> None:
+def _scale_transparent_color(file: ImageFile.ImageFile) -> None:
     key = file.info.get("transparency")
     scale = KEY_SCALES.get(str(file.tile[0][3])) if file.tile and file.format == "PNG" else None
     if key is not None and scale:
@@ -313,11 +313,11 @@ def _scale_colour_key(file: ImageFile.ImageFile) -> None:
 
 
 def _read_values(file: ImageFile.ImageFile, image: Image.Image) -> tuple[np.ndarray, float | None]:
-    """Return the values of a mode of more than 8 bits, (H, W) float32, and which one is white.
+    """Return values of more than 8 bits, (H, W) float32, and the value of white; None = unknown.
 
     Args:
-        file: as it was opened.
-        image: the same, upright.
+        file: the file, for its tags.
+        image: its upright image.
     """
     values = np.asarray(image)
     tags = getattr(file, "tag_v2", {})
@@ -348,11 +348,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _apply_profile(image: Image.Image, rgb: Image.Image, profile: bytes) -> Image.Image:
-    """Convert from a colour profile to sRGB; raises errors of any kind if that is not possible.
+    """Convert from a colour profile to sRGB; errors of Pillow are passed on.
 
     Args:
         image: as stored.
-        rgb: the same as RGB without regard to the profile.
+        rgb: the image as RGB, its profile ignored.
     """
     space, transform = _build_transform(profile)
     if space == "GRAY" and image.mode in ("1", "L", "LA"):
@@ -365,7 +365,7 @@ def _apply_profile(image: Image.Image, rgb: Image.Image, profile: bytes) -> Imag
 
 
 def _apply_gamma(rgb: Image.Image, gamma: float) -> Image.Image:
-    """Convert to sRGB from values that are the light to the power of `gamma`, as PNGs have it."""
+    """Convert to sRGB from values that are linear light to the power of `gamma`, as in a PNG."""
     if not 0 < gamma < 10 or abs(gamma / SRGB_GAMMA - 1) < 0.05:
         return rgb
     light = (np.arange(256) / 255) ** (1 / gamma)

@@ -1,9 +1,9 @@
-"""Colour and depth in one tensor, as the autoencoders of LDM3D read and write them.
+"""Join and split colour and depth in one tensor, as LDM3D's autoencoders read and write them.
 
     (B, 4, H, W)    red, green, blue, depth
     (B, 6, H, W)    red, green, blue, unused, high byte and low byte of the depth
 
-in [-1, 1]. Depth is relative, without a unit; larger is nearer.
+All channels are in [-1, 1]. Depth is relative, without a unit; larger is nearer.
 Stan et al. 2023 (arXiv:2305.10853).
 """
 
@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["join_depth", "place_beside", "split_colour", "split_depth"]
+__all__ = ["join_depth", "place_beside", "split_color", "split_depth"]
 
-COLOURS = 3  # channels
-WHITE = 65535  # of 16 bits
+COLORS = 3  # channels
+WHITE = 65535  # largest value of 16 bits
 
 
 def join_depth(image: Tensor, depth: Tensor, channels: int) -> Tensor:
@@ -24,9 +24,9 @@ def join_depth(image: Tensor, depth: Tensor, channels: int) -> Tensor:
     Args:
         image: (B, 3, H, W) in [-1, 1].
         depth: (B, 1, H, W) in [0, 1].
-        channels: of the result, 4 or 6; the unused channel is -1.
+        channels: channels of the result, 4 or 6; the unused channel is -1.
     """
-    if channels == COLOURS + 1:
+    if channels == COLORS + 1:
         return torch.cat([image, depth * 2 - 1], dim=1)
     # The autoencoder of six channels has 8 bits each: two of them hold a number of 16.
     levels = (depth * WHITE).round()
@@ -35,20 +35,20 @@ def join_depth(image: Tensor, depth: Tensor, channels: int) -> Tensor:
     return torch.cat([image, coded], dim=1)
 
 
-def split_colour(images: Tensor) -> Tensor:
+def split_color(images: Tensor) -> Tensor:
     """Return the colours (B, 3, H, W) of images with or without depth."""
-    return images[:, :COLOURS]
+    return images[:, :COLORS]
 
 
 def split_depth(images: Tensor) -> list[Image.Image]:
-    """Return the depth of each image as 16 bits, "I;16"; none of images without depth.
+    """Return the depth of each image, "I;16"; an empty list for images without depth.
 
-    As the original, this rounds the bytes of six channels and truncates the depth of four.
+    As in the original, bytes are rounded with 6 channels, and depth is truncated with 4.
     """
-    channels = images.shape[1] - COLOURS
+    channels = images.shape[1] - COLORS
     if not channels:
         return []
-    unit = (images[:, COLOURS:].detach().float() / 2 + 0.5).clamp(0, 1).cpu().numpy()
+    unit = (images[:, COLORS:].detach().float() / 2 + 0.5).clamp(0, 1).cpu().numpy()
     if channels == 1:
         levels = unit[:, 0] * WHITE
     else:
@@ -57,7 +57,7 @@ def split_depth(images: Tensor) -> list[Image.Image]:
 
 
 def place_beside(image: Image.Image, depth: Image.Image) -> Image.Image:
-    """Return an RGB image with the depth, in 8 bits, at its right."""
+    """Return an RGB image with the image on the left and its depth, in 8 bits, on the right."""
     both = Image.new("RGB", (2 * image.width, image.height))
     both.paste(image)
     both.paste(Image.fromarray((np.asarray(depth) >> 8).astype(np.uint8)), (image.width, 0))

@@ -1,13 +1,15 @@
-"""Invisible watermarks, compatible with the invisible-watermark package in both directions.
+"""Embed and read invisible watermarks, compatible with the package invisible-watermark.
 
-A payload's bits are repeated over the 4 x 4 blocks of an image's U plane (of YUV) at half
+The bits of the payload are repeated over the 4 x 4 blocks of an image's U plane (of YUV) at half
 resolution. Each block carries a bit in one number, moved to a quarter or three quarters of a step
-of 36: its largest coefficient after the first (`dwtDct`), its largest singular value (`dwtDctSvd`).
+of 36: its largest coefficient after the first (`dwtDct`), or its largest singular value
+(`dwtDctSvd`).
 
-`dwtDct`, the Stable Diffusion scripts' choice, is kept pixel for pixel with its defects: it swaps
-two detail bands, truncates fractions, and seldom survives JPEG or flat colours. `dwtDctSvd` changes
-what it must and nothing else: 1 to 12 dB less visible than the package's, which can read it. No DCT
-is needed: `dwtDct` has none, and an orthogonal transform does not change singular values.
+`dwtDct`, used by the Stable Diffusion scripts, is reproduced pixel for pixel with its defects: it
+swaps two detail bands, truncates fractions, and rarely survives JPEG or flat colours. Our
+`dwtDctSvd` changes nothing else, so it is 1 to 12 dB less visible than the package's, which can
+read it. No DCT is needed: `dwtDct` has none, and an orthogonal transform does not change singular
+values.
 """
 
 import logging
@@ -44,24 +46,24 @@ PAYLOADS = {
     "StableDiffusionV1": b"StableDiffusionV1",  # Stable Diffusion 1 scripts
     "SDXL": bytes.fromhex("B3EC907BB19E"),  # generative-models and diffusers
 }
-MIN_PIXELS = 256 * 256  # pixels; the package refuses less
-STEP = 36.0  # of the quantisation
+MIN_PIXELS = 256 * 256  # width x height; the package refuses smaller images
+STEP = 36.0  # quantization step
 SQRT_HALF = 0.7071067811865476  # the taps of the Haar wavelet
 SIGNIFICANCE = 1e-6  # p-value of random bits below which a damaged payload counts as present
-# Eight-bit YUV as OpenCV has it: integers over 2 ** 14, rounded, saturated.
-SHIFT, ROUND, CENTRE = 14, 1 << 13, 128 << 14
+# 8-bit YUV as in OpenCV: fixed point with 14 fractional bits, rounded, saturated.
+SHIFT, ROUND, CENTER = 14, 1 << 13, 128 << 14
 
 
 @dataclass(frozen=True)
 class Finding:
-    """How well an image agrees with one payload under one method.
+    """How well an image agrees with a payload written by a method.
 
     Attributes:
         payload: name in PAYLOADS.
-        method: how it is written.
-        agreement: fraction of the payload's bits that are right after the vote of all blocks.
-        votes: fraction of the blocks that carry the right bit.
-        verdict: `found` (every bit), `damaged` (too many for chance) or `absent`.
+        method: a name in METHODS.
+        agreement: fraction of the payload's bits that are correct by the majority of the blocks.
+        votes: fraction of the blocks that carry the correct bit.
+        verdict: `found` (all bits), `damaged` (too many to be random) or `absent`.
     """
 
     payload: str
@@ -77,11 +79,11 @@ def embed(
     """Return a copy of the image with the payload in it.
 
     Args:
-        image: RGB, at least 256 x 256 pixels in all.
+        image: RGB, at least 256 * 256 pixels.
         payload: bytes, highest bit first, or bits.
     Raises:
         ArgumentError: the image is too small or not RGB, or the payload is empty.
-        UnknownName: of a method.
+        UnknownName: the method is unknown.
     """
     _check(image, method)
     if image.mode != "RGB":
@@ -91,9 +93,9 @@ def embed(
 
 
 def embed_floats(rgb: np.ndarray, payload: bytes | Sequence[int]) -> np.ndarray:
-    """Write `dwtDct` into pixels that are not rounded, as SDXL's demo; some bits do not survive it.
+    """Embed `dwtDct` into float pixels, as SDXL's demo does; rounding later destroys some bits.
 
-    OpenCV gives U and V of floats an offset of 0.5 and clips nothing, and neither does this.
+    U and V of floats have an offset of 0.5 and are not clipped, as in OpenCV.
 
     Args:
         rgb: (H, W, 3) float32, 0 … 255.
@@ -110,7 +112,7 @@ def embed_floats(rgb: np.ndarray, payload: bytes | Sequence[int]) -> np.ndarray:
 def embed_or_warn(
     image: Image.Image, payload: bytes | Sequence[int], method: Method = "dwtDctSvd"
 ) -> Image.Image:
-    """Embed a payload, but only warn if the image is too small or it cannot be read back."""
+    """Embed a payload; warn if the image is too small, or the payload cannot be read back."""
     if not can_hold(image):
         log.warning("%dx%d is too small for a watermark, saved without", *image.size)
         return image
@@ -127,13 +129,13 @@ def can_hold(image: Image.Image) -> bool:
 
 
 def read(image: Image.Image, length: int, method: Method = "dwtDctSvd") -> np.ndarray:
-    """Read the `length` bits that an image carries, if it carries any.
+    """Read a payload of `length` bits; without a watermark they are random.
 
     Returns:
-        (length,) uint8 of 0 and 1; `numpy.packbits` makes bytes of them.
+        (length,) uint8 of 0 and 1; `numpy.packbits` converts them to bytes.
     Raises:
         ArgumentError: the image is too small.
-        UnknownName: of a method.
+        UnknownName: the method is unknown.
     """
     return _majority(_votes(image, method), length)
 
@@ -141,13 +143,13 @@ def read(image: Image.Image, length: int, method: Method = "dwtDctSvd") -> np.nd
 def agreement(
     image: Image.Image, payload: bytes | Sequence[int], method: Method = "dwtDctSvd"
 ) -> float:
-    """Return the fraction of the payload's bits that the image carries, about 0.5 if absent."""
+    """Return the fraction of the payload's bits found in an image; about 0.5 without watermark."""
     bits = _bits(payload)
     return float((read(image, len(bits), method) == bits).mean())
 
 
 def identify(image: Image.Image) -> list[Finding]:
-    """Look for all payloads and methods, best first; [] if the image is too small."""
+    """Return the findings for all payloads and methods, best first; [] for too small images."""
     findings = []
     for method in METHODS if can_hold(image) else ():
         votes = _votes(image, method)
@@ -187,7 +189,7 @@ def _majority(votes: np.ndarray, length: int) -> np.ndarray:
 
 
 def _write_largest(rgb: np.ndarray, bits: np.ndarray) -> np.ndarray:
-    """Write `dwtDct` as the package does, to the last bit of the float arithmetic."""
+    """Write `dwtDct` with exactly the package's floating-point operations."""
     y, u, v = rgb_to_yuv(rgb)
     _mark_largest(u, bits)
     return yuv_to_rgb(y, u, v)
@@ -201,23 +203,23 @@ def _mark_largest(u: np.ndarray, bits: np.ndarray) -> None:
     rows_of_flat = np.arange(len(flat))
     largest = np.abs(flat[:, 1:]).argmax(1) + 1
     values = flat[rows_of_flat, largest]
-    flat[rows_of_flat, largest] = np.copysign(_quantise(np.abs(values), bits), values)
+    flat[rows_of_flat, largest] = np.copysign(_quantize(np.abs(values), bits), values)
     _put_blocks(low, flat.reshape(blocks.shape))
     plane[:] = _unhaar(low, columns, rows, diagonal)  # details swapped, fractions of uint8 cut off
 
 
 def _fma(a: np.ndarray, factor: float, b: np.ndarray | np.float32) -> np.ndarray:
-    """Compute a factor + b of float32, rounded once, as OpenCV does."""
+    """Compute a * factor + b in float32 with a single rounding, as OpenCV does."""
     product = a.astype(np.float64) * float(np.float32(factor))
     return np.asarray((product + b).astype(np.float32))
 
 
 def _write_singular(rgb: np.ndarray, bits: np.ndarray) -> np.ndarray:
-    """Write `dwtDctSvd`: change U alone, by adding to blue and green so that Y and V stay."""
+    """Write `dwtDctSvd`: change only U, by adding to blue and green so that Y and V stay."""
     low = _haar(_crop(rgb_to_yuv(rgb)[1]))[0]
     blocks = _blocks(low)
     left, values, right = np.linalg.svd(blocks)
-    change = _quantise(values[:, 0], bits) - values[:, 0]
+    change = _quantize(values[:, 0], bits) - values[:, 0]
     delta = np.zeros_like(low)
     _put_blocks(delta, change[:, None, None] * left[:, :, :1] * right[:, :1, :])
     delta = (delta / 2).repeat(2, 0).repeat(2, 1)[..., None]  # the inverse Haar transform
@@ -227,7 +229,7 @@ def _write_singular(rgb: np.ndarray, bits: np.ndarray) -> np.ndarray:
     return out
 
 
-def _quantise(values: np.ndarray, bits: np.ndarray) -> np.ndarray:
+def _quantize(values: np.ndarray, bits: np.ndarray) -> np.ndarray:
     """Move each value to a quarter (bit 0) or three quarters (bit 1) of its step."""
     return np.asarray((values // STEP + 0.25 + 0.5 * np.resize(bits, values.shape)) * STEP)
 
@@ -280,8 +282,8 @@ def rgb_to_yuv(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     r, g, b = (rgb[..., k].astype(np.int32) for k in range(3))
     # 0.299, 0.587, 0.114, then 0.492 and 0.877, in units of 2 ** -14
     y = (4899 * r + 9617 * g + 1868 * b + ROUND) >> SHIFT
-    u = (8061 * (b - y) + CENTRE + ROUND) >> SHIFT
-    v = (14369 * (r - y) + CENTRE + ROUND) >> SHIFT
+    u = (8061 * (b - y) + CENTER + ROUND) >> SHIFT
+    v = (14369 * (r - y) + CENTER + ROUND) >> SHIFT
     return _saturate(y), _saturate(u), _saturate(v)
 
 
@@ -305,7 +307,7 @@ def _bits(payload: bytes | Sequence[int]) -> np.ndarray:
     else:
         bits = np.asarray(payload)
     if bits.ndim != 1 or not len(bits) or not np.isin(bits, (0, 1)).all():
-        raise ArgumentError("a watermark's payload must be bytes or a row of bits, and not empty")
+        raise ArgumentError("a watermark's payload must be bytes or a list of bits, not empty")
     return bits.astype(np.uint8)
 
 

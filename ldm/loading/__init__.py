@@ -1,9 +1,11 @@
-"""Load models: YAML (`config`), weights (`weights`, `files`), old names (`legacy`), published
-families (`families`), all of them together (`load`); `addons` are files beside a checkpoint.
-`published` and `hub` find and download checkpoints by name.
-`diffusers` reads and writes what diffusers keeps as folders; `convert` leads from each to the
-others, `report` describes a file.
+"""Load models from configs and weights, and convert between formats.
 
-Nothing here runs code that a file names: targets are looked up in a table, pickles are read by a
-restricted unpickler, and only `hub` connects, to fetch what the user names.
+`load` is the entry point. It reads a YAML (`config`, with the original's class names translated by
+`legacy` and `sgm`) and weights (`weights`, `files`), recognises published families (`families`) and
+few-step models (`variants`), and adds LoRAs and embeddings (`addons`). `published` and `hub` find
+and download checkpoints by name. `diffusers` reads and writes diffusers folders, `convert` converts
+between formats, `report` describes a file.
+
+No code named in a file is executed: targets are looked up in a table, and pickles are read by a
+restricted unpickler. Only `hub` uses the network.
 """

@@ -1,7 +1,7 @@
-"""What a file of an autoencoder does not say in its shapes: scale factor, and range of numbers.
+"""Find the scale factor of an autoencoder, and whether it overflows in float16.
 
-The autoencoders of SD 1, SD 2 and SDXL are of the same shapes, but their latents are scaled by
-0.18215 or 0.13025; that of SDXL overflows in float16, except for one that was mended.
+The shapes do not show it: the autoencoders of SD 1, SD 2 and SDXL have the same, but their latents
+are scaled by 0.18215 or 0.13025, and SDXL's overflows in float16, except for a corrected one.
 """
 
 import re
@@ -16,18 +16,20 @@ __all__ = ["SCALE_KEY", "UPCAST_KEY", "find_scale", "is_finite_in_half"]
 SCALE, SCALE_XL = 0.18215, 0.13025
 # Metadata from the config of a folder.
 SCALE_KEY, UPCAST_KEY = "ldm.scale_factor", "ldm.force_upcast"
-MENDED = "sdxl-vae-fp16"  # the published one
-# In file names, small letters: a mended autoencoder; one of SDXL; one of SD.
+FIXED = "sdxl-vae-fp16"  # published name of the corrected one
+# In lower-case file names: a corrected autoencoder; one of SDXL; one of SD.
 FIXED_NAME = re.compile(r"fp16.?(vae.?)?fix|fix(ed)?.?fp16")
 XL_NAME = re.compile("xl")
 SD_NAME = re.compile(r"ft-?_?(mse|ema)|kl-?_?f8|840000|560000|sd[-_]?v[12]")
 
 
 def find_scale(source: Checkpoint, family: Family | None) -> tuple[float | None, str]:
-    """Return the scale factor that an autoencoder was trained with, if anything tells, and what.
+    """Return (scale factor that an autoencoder was trained with, how it is known).
 
     Args:
-        family: of the whole model in the file, None for an autoencoder alone.
+        family: of the whole model in the file; None for a file of an autoencoder only.
+    Returns:
+        The scale factor is None if nothing shows it.
     """
     if SCALE_KEY in source.metadata:
         return float(source.metadata[SCALE_KEY]), "by its config"
@@ -37,13 +39,13 @@ def find_scale(source: Checkpoint, family: Family | None) -> tuple[float | None,
     for pattern, scale in ((FIXED_NAME, SCALE_XL), (XL_NAME, SCALE_XL), (SD_NAME, SCALE)):
         if pattern.search(name):
             return scale, "by its name"
-    return None, "the file does not say its own"
+    return None, "its own is unknown"
 
 
 def is_finite_in_half(source: Checkpoint) -> bool:
-    """Return whether config, hash or name say that an autoencoder is finite in float16."""
+    """Return whether an autoencoder works in float16, by its config, hash or file name."""
     if UPCAST_KEY in source.metadata:
         return source.metadata[UPCAST_KEY] == "false"
     published = identify_hash(known_sha256(source.path))
-    is_mended = published is not None and published.name == MENDED
-    return is_mended or FIXED_NAME.search(source.path.stem.lower()) is not None
+    is_fixed = published is not None and published.name == FIXED
+    return is_fixed or FIXED_NAME.search(source.path.stem.lower()) is not None

@@ -1,4 +1,4 @@
-"""Base models, and how files that are made for one of them name it."""
+"""Base models of LoRAs and embeddings, and their names in the metadata of such files."""
 
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ BASE_MODELS = {base.context: base for base in (SD1, SD2, SDXL, REFINER)}
 
 
 def find_base_model(model: LatentDiffusion) -> BaseModel | None:
-    """Return the base model that a model is or was trained from; None if it is another one."""
+    """Return the base model that a model is, or was fine-tuned from; None if there is none."""
     if is_sdxl(model):
         return REFINER if "aesthetic_score" in model.conditioner.keys else SDXL
     width = model.unet.context_dim

@@ -1,11 +1,11 @@
-"""Blocks of a UNet by the names that merges and LoRAs give them, and numbers for each.
+"""Blocks of a model, as merges (MBW) and LoRAs (LBW) name them, and a block weight for each.
 
-    BASE    text encoders and autoencoder
-    IN00    input_blocks.0, with the embeddings of time and size;  IN01 …  the further ones
-    M00     middle_block
-    OUT00   output_blocks.0 …;  the last one has `out`, too
+    BASE            text encoders and autoencoder
+    IN00, IN01 …    input_blocks of the UNet; IN00 with the embeddings of time and size
+    M00             middle_block
+    OUT00 …         output_blocks; the last one with `out`
 
-SD 1 and 2 have 26 of them, SDXL 20.
+SD 1 and 2 have 26 blocks, SDXL 20.
 """
 
 import math
@@ -32,8 +32,8 @@ class Blocks:
     names: tuple[str, ...]  # all, in the order BASE, IN00 …, M00, OUT00 …
     attention: tuple[str, ...]  # BASE and those with transformers, which a plain LoRA changes
 
-    def block_of(self, name: str) -> str:
-        """Return the block of a weight or layer, by our name, in the UNet also without `unet.`."""
+    def find_block(self, name: str) -> str:
+        """Return the block of a weight or layer, by our name; its prefix `unet.` is optional."""
         if match := NUMBERED.match(name):
             return f"{LABELS[match[1]]}{int(match[2]):02}"
         inner = name.removeprefix("unet.")
@@ -43,30 +43,33 @@ class Blocks:
             return self.names[-1]
         return MIDDLE if inner.startswith(CENTER) else BASE
 
-    def parse(
-        self, text: str, base: float, argument: str, *, adapter: bool = False
+    def parse_weights(
+        self, text: str, default: float, argument: str, *, is_lora: bool = False
     ) -> dict[str, float]:
-        """Read the number of each block: all of them, all but BASE, or `NAME=NUMBER` pairs.
+        """Parse block weights: of all blocks, of all but BASE, or `NAME=WEIGHT` pairs.
 
         Args:
-            text: separated by commas.
-            base: number of the blocks that the text does not name.
-            argument: that the text was given as, for errors.
-            adapter: accept a number for each of `attention`, too.
+            text: weights or pairs, separated by commas.
+            default: weight of blocks without one in the text.
+            argument: name of the argument that the text was passed as, for errors.
+            is_lora: whether the weights may also be those of `attention` alone.
+
+        Returns:
+            weight by block, all of `names`.
 
         Raises:
-            ArgumentError: there are too many or too few, an unknown name, or not a number.
+            ArgumentError: too many or too few weights, an unknown block, or not a number.
         """
         entries = [entry.strip() for entry in text.split(",")]
         if all("=" in entry for entry in entries):
             pairs = [tuple(part.strip() for part in entry.split("=", 1)) for entry in entries]
             weights = {name.upper(): _number(value, argument) for name, value in pairs}
-            return {**dict.fromkeys(self.names, base), **self._check_names(weights, argument)}
+            return {**dict.fromkeys(self.names, default), **self._check_names(weights, argument)}
         numbers = [_number(entry, argument) for entry in entries]
-        choices = [self.names, self.names[1:], *([self.attention] if adapter else [])]
+        choices = [self.names, self.names[1:], *([self.attention] if is_lora else [])]
         for names in choices:
             if len(numbers) == len(names):
-                return dict.fromkeys(self.names, base) | dict(zip(names, numbers, strict=True))
+                return dict.fromkeys(self.names, default) | dict(zip(names, numbers, strict=True))
         allowed = ", ".join(f"{len(names)} ({names[0]} … {names[-1]})" for names in choices)
         message = f"{len(numbers)} block weights, this model takes {allowed}"
         raise ArgumentError(message, argument)
@@ -80,7 +83,7 @@ class Blocks:
 
 
 def find_blocks(names: Iterable[str]) -> Blocks:
-    """Find the blocks of a model, by the names of its weights or layers, as `block_of` takes."""
+    """Find the blocks of a model by the names of all its weights, or of its UNet's layers."""
     counts = {"input": 0, "output": 0}
     with_attention = {BASE}
     for name in names:
@@ -109,7 +112,7 @@ def _number(text: str, argument: str) -> float:
 
 
 def _abbreviate(names: Sequence[str]) -> str:
-    """Return IN00 … IN11 for all that begin alike."""
+    """List names, shortened to `IN00 … IN11` where only the number differs."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(name.rstrip("0123456789"), []).append(name)

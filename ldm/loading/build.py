@@ -1,6 +1,6 @@
 """Build modules on the meta device, and fill them with weights.
 
-Nothing is initialised, as all of it is replaced.
+Initialisation is skipped, as all weights are replaced.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +24,7 @@ __all__ = ["build_on_meta", "fill_weights", "meta_device"]
 
 @contextmanager
 def meta_device() -> Iterator[None]:
-    """Modules built inside have weights without memory, which are not initialised."""
+    """Build modules inside the context without memory for weights, and without initialisation."""
     with torch.device("meta"), _NoInit():
         yield
 
@@ -36,9 +36,9 @@ def build_on_meta(
     where: str = "config",
     skipped: list[str] | None = None,
 ) -> nn.Module:
-    """Build the module of a translated config, every weight on the meta device.
+    """Build the module of a translated config, with all weights on the meta device.
 
-    Arguments are those of `instantiate`.
+    The arguments are those of `instantiate`.
     """
     build = partial(instantiate, allow=allow, skipped=skipped)
     with meta_device():
@@ -47,7 +47,7 @@ def build_on_meta(
         params = dict(spec["params"])
         for name in ("unet", "autoencoder", "conditioner"):
             params[name] = build(params[name], where=f"{where}.{name}")
-    # Outside, as the schedule computes its tables.
+    # Outside the context, as the noise schedule computes real tables.
     return cast(nn.Module, build({**spec, "params": params}, where=where))
 
 
@@ -60,13 +60,14 @@ def fill_weights(
     mapped: bool = False,
     autoencoder_dtype: torch.dtype | None = None,
 ) -> None:
-    """Put weights into a model on the meta device.
+    """Fill a model on the meta device with weights.
 
     Args:
-        state: what `match_weights` returns. It is emptied.
-        mapped: the tensors are pages of a file: those that are copied are given back at once, so
-            that the peak is what the model keeps.
-        autoencoder_dtype: of a whole model's autoencoder; None for `dtype`.
+        state: weights from `match_weights`; emptied, so that memory is freed on the way.
+        dtype: of floating-point weights.
+        mapped: whether tensors are memory-mapped: pages are then released once they are copied, so
+            that the memory peak is the size of the model.
+        autoencoder_dtype: dtype of a whole model's autoencoder; None for `dtype`.
     """
     weights: dict[str, Tensor] = {}
     for name in list(state):  # in the order of the file, so that the system reads ahead
@@ -83,7 +84,7 @@ def fill_weights(
 
 
 class _NoInit(TorchFunctionMode):
-    """Skips filling meta tensors: without effect, but torch would load its compiler for it."""
+    """Skips filling meta tensors: it has no effect, but torch would import its compiler for it."""
 
     def __torch_function__(
         self,

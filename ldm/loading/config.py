@@ -1,9 +1,9 @@
 """Read a YAML file into plain dicts, and build the objects that it describes.
 
-A config file is data from elsewhere, so nothing in it is executed: a `target` must be in the tables
-of `legacy`, or a class of a package that the caller allows (nothing else is imported), `${…}` may
-only refer to another value of the same file (no resolvers, so no environment variables), and size
-is capped. Numbers are read as OmegaConf does (`1.e-6` is a float, unlike in plain YAML 1.1).
+A config file is untrusted data, so nothing in it is executed: a `target` must be in the tables of
+`legacy`, or a class of a package that the caller allows (nothing else is imported), `${…}` may
+only refer to another value of the same file (no resolvers, so no environment variables), and the
+size is limited. Numbers are read as OmegaConf does (`1.e-6` is a float, unlike in plain YAML 1.1).
 """
 
 import inspect
@@ -31,7 +31,8 @@ __all__ = ["format_yaml", "instantiate", "parse_yaml", "read_config_text", "read
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 1 << 20
-# What a class raises when its parameters make no sense.
+MAX_DEPTH = 64  # of mappings, lists and references within each other
+# Errors that constructors raise for invalid parameters.
 PARAMETER_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
     ValueError,
@@ -51,7 +52,7 @@ def read_yaml(
     Args:
         overrides: `model.params.linear_end=0.02`, applied last, values parsed as YAML.
         overlays: files merged over the first, later ones over earlier.
-        sections: may be overridden even if no file has them.
+        sections: top-level keys that overrides may set even if no file has them.
     """
     texts = [read_config_text(file) for file in (path, *overlays)]
     where = " + ".join(map(str, (path, *overlays)))
@@ -86,7 +87,7 @@ def _parse(
     try:
         layers = [OmegaConf.create(text, max_yaml_expanded_nodes=MAX_NODES) for text in texts]
         if not all(OmegaConf.is_dict(layer) for layer in layers):
-            raise ConfigError(f"{where}: expected a mapping with `model:`, as a config has")
+            raise ConfigError(f"{where}: expected a YAML mapping at the top level")
         config = OmegaConf.merge(*layers) if len(layers) > 1 else layers[0]
         for section in sections:
             config.setdefault(section, {})
@@ -122,9 +123,10 @@ class _Resolver:
 
     def resolve(self, node: Any, depth: int = 0) -> Any:
         self.budget -= 1
-        if self.budget < 0 or depth > 64:
+        if self.budget < 0 or depth > MAX_DEPTH:
             raise ConfigError(
-                f"{self.where}: nested too deeply, or too large once references are followed"
+                f"{self.where}: nested too deeply (perhaps a circular reference), or too large "
+                "once references are followed"
             )
         if isinstance(node, dict):
             return {str(key): self.resolve(value, depth + 1) for key, value in node.items()}
@@ -138,8 +140,8 @@ class _Resolver:
         match = REFERENCE.fullmatch(text)
         if match is None:
             raise ConfigError(
-                f"{self.where}: `{text}` is not supported, a reference is a whole value such as "
-                "`${model.params.channels}`"
+                f"{self.where}: `{text}` is not supported, a reference must be the whole value, "
+                "such as `${model.params.channels}`"
             )
         node = self.root
         for key in match[1].split("."):
@@ -148,7 +150,7 @@ class _Resolver:
             elif isinstance(node, dict) and key in node:
                 node = node[key]
             else:
-                raise ConfigError(f"{self.where}: `{text}` names nothing in this file")
+                raise ConfigError(f"{self.where}: `{text}` refers to nothing in this file")
         return node
 
 
@@ -163,8 +165,8 @@ def instantiate(
 
     Args:
         allow: packages whose classes may be named in addition to the known ones.
-        where: file and place, for messages.
-        skipped: receives the places (`file.key`) of ignored parameters.
+        where: file, or file and key, for messages.
+        skipped: list to which ignored parameters are appended, as `file.key`.
 
     Raises:
         UnknownName: an unknown target or parameter; the message names the nearest known one.
@@ -181,12 +183,12 @@ def instantiate(
     _check_params(factory, params, where)
     for key, value in params.items():
         if isinstance(value, Mapping) and "target" in value:
-            inner = f"{where}.{key}"  # unless `translate_config` has set spec["where"]
+            inner = f"{where}.{key}"  # a `where` that translate_config has put into `value` wins
             params[key] = instantiate(value, allow=allow, where=inner, skipped=skipped)
     try:
         return factory(**params)
     except PARAMETER_ERRORS as error:
-        if str(error).startswith(where):
+        if str(error).startswith(where):  # a nested `instantiate` has added the place already
             raise
         message = f"{where}: invalid parameters of {factory.__name__}: {error}"
         raise ConfigError(message) from error

@@ -1,9 +1,9 @@
-"""Convert between files in the original's layout, run folders and diffusers folders.
+"""Convert checkpoints between files in the original's layout and diffusers folders.
 
-    source -> Checkpoint -> file in the original's layout | diffusers folder
+    file | diffusers folder | run folder -> Checkpoint -> file in the original's layout | folder
 
-Tensors stay memory-mapped until they are written, one after the other. What is written appears
-under its name only when it is complete.
+Tensors stay memory-mapped until they are written, one after the other. Output is written
+atomically.
 """
 
 import json
@@ -100,7 +100,7 @@ class Conversion:
 
     @property
     def num_bytes(self) -> int:
-        """Size of what will be written."""
+        """Total size of the tensors to write."""
         return sum(_count_bytes(state, self.dtype) for state in self.weights.values())
 
 
@@ -118,26 +118,27 @@ def plan_conversion(
     text_encoder: str | Path | None = None,
     loras: Sequence[tuple[str | Path, Weight]] = (),
 ) -> Conversion:
-    """Read names and configs, and plan which tensor is written where; writes nothing.
+    """Plan a conversion: read names and configs, write nothing.
 
     Args:
         source: a file, a diffusers folder, or the folder of a training run.
-        target: ending in .safetensors or .ckpt: a file in the original's layout; in .pth: of the
-            x2 latent upscaler, without text encoder and autoencoder; else a folder.
+        target: path ending in .safetensors or .ckpt for a file in the original's layout, in .pth
+            for the UNet of an x2 latent upscaler as k-diffusion has it, else a folder.
         config: the YAML of the source; None finds it as `load` does.
-        dtype: of all floating-point numbers, None = as they are.
-        ema: replace raw weights by their EMA.
-        prune: omit EMA weights from a single file, which otherwise keeps both; folders have none.
-        variant: in the file names of folders, such as `fp16` (which also means that dtype).
-        clip_stats: statistics of CLIP's embeddings, for unCLIP models that do not bring theirs.
-        vae: another such source, whose autoencoder is used instead.
-        text_encoder: the same for the text encoder; for an x2 latent upscaler without autoencoder
-            that, too, is taken from there.
-        loras: (file, weight) pairs as in `load`, merged into the weights; leaves EMA weights out.
+        dtype: dtype of floating-point weights; None = unchanged.
+        ema: whether to replace raw weights by their EMA.
+        prune: whether to leave EMA weights out of a file, which otherwise has both; folders have
+            none.
+        variant: variant in the file names of folders, such as `fp16` (which also sets the dtype).
+        clip_stats: see `load`.
+        vae: checkpoint whose autoencoder is used instead.
+        text_encoder: checkpoint whose text encoder is used instead, and whose autoencoder if the
+            source, an x2 latent upscaler, contains none.
+        loras: (file, weight) pairs as in `load`, merged into the weights; EMA weights are left out.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: something does not fit, or cannot be expressed in the other layout.
+        ValueError: files do not fit together, or the target's layout does not support the model.
     """
     if variant == "fp16" and dtype is None and not is_diffusers_folder(source):
         dtype = torch.float16
@@ -167,7 +168,7 @@ def plan_conversion(
         with errors_about("loras"):
             file, metadata[LORAS], tokens = _merge_loras(file, model, loras, dtype)
         notes.append(
-            f"merged: {', '.join(f'{name} of weight {LoRAWeight.of(w)}' for name, w in loras)}"
+            f"merged: {', '.join(f'{name} of weight {LoRAWeight.parse(w)}' for name, w in loras)}"
         )
         file.added_tokens.update(tokens)
     if file.added_tokens:
@@ -193,7 +194,7 @@ def plan_conversion(
         size = _count_bytes(state, dtype) / 1e9
         notes.append(f"{path or target.name:60} {len(state):>5} tensors {size:8.3f} GB")
     if file.ema_state and not ema_state:
-        what = "took the place of raw ones" if ema else "left out (`ema` converts these instead)"
+        what = "replaced the raw ones" if ema else "left out (`ema` converts these instead)"
         notes.append(f"{'model_ema.*':60} {len(file.ema_state):>5} tensors {what}")
     return Conversion(file, target, weights, texts, metadata, dtype, tuple(notes))
 
@@ -204,11 +205,11 @@ def convert(
     force: bool = False,
     progress: Callable[[int], object] = lambda size: None,
 ) -> Path:
-    """Write what is planned, whole or not at all; returns the target.
+    """Write a planned conversion atomically; return the target.
 
     Args:
-        force: replace what is there; otherwise FileExistsError is raised.
-        progress: called with the size in bytes of each tensor that was written.
+        force: whether to replace an existing target, else FileExistsError is raised.
+        progress: called with the size in bytes of each tensor once it is written.
     """
     target, mapped = conversion.target, conversion.source.mapped
     _check_target(conversion, force)
@@ -234,7 +235,7 @@ def check_is_new(target: str | Path, *, force: bool) -> None:
 
 
 def _replace_folder(target: Path, new: Path) -> None:
-    """Rename a folder to `target`, which is put back if that fails."""
+    """Rename a folder to `target`; if that fails, restore the old one."""
     if not target.exists():
         new.rename(target)
         return
@@ -245,7 +246,7 @@ def _replace_folder(target: Path, new: Path) -> None:
     except OSError:
         old.rename(target)
         raise
-    shutil.rmtree(old, ignore_errors=True)  # Windows keeps what is still mapped
+    shutil.rmtree(old, ignore_errors=True)  # Windows keeps files that are still memory-mapped
 
 
 def _check_target(conversion: Conversion, force: bool) -> None:
@@ -260,9 +261,12 @@ def _check_target(conversion: Conversion, force: bool) -> None:
 
 
 def config_text(file: Checkpoint, config: str | Path | None) -> str | None:
-    """Return the text of the YAML: given, embedded in the file, or of the family.
+    """Return the text of a model's YAML: the given one, that in the file, or that of the family.
 
-    For a lone autoencoder only `first_stage_config`; None for an unknown family.
+    For an autoencoder only, it has the content of `first_stage_config`.
+
+    Returns:
+        None for an unknown family.
     """
     weights = identify_weights(file)
     is_part = not (file.has_ema or any(name.startswith("unet.") for name in weights.state))
@@ -288,9 +292,11 @@ def config_text(file: Checkpoint, config: str | Path | None) -> str | None:
 
 
 def to_original_names(file: Checkpoint, model: nn.Module | None, *, ema: bool) -> Checkpoint:
-    """Give weights their names in the original's layout; with `ema` use the EMA weights.
+    """Return a checkpoint with the original's names of weights.
 
-    Without a model, of an unknown family, names stay as they are.
+    Args:
+        model: model on the meta device; None = an unknown family, names stay as they are.
+        ema: whether to use the EMA weights.
     """
     if model is None:
         if ema:
@@ -315,9 +321,9 @@ def _merge_loras(
     loras: Sequence[tuple[str | Path, Weight]],
     dtype: torch.dtype | None,
 ) -> tuple[Checkpoint, str, dict[str, list[Tensor]]]:
-    """Return the checkpoint with LoRAs merged, JSON of all LoRAs in it, and their added tokens.
+    """Return the checkpoint with LoRAs merged, a JSON list of all its LoRAs, and their tokens.
 
-    Sums are rounded to the dtype of the weights, or to the one that is written if that is finer.
+    Sums are rounded to the dtype of the weights, or kept in float32 if that is written.
     """
     if not isinstance(model, LatentDiffusion):
         raise WrongFamily(f"`{file.path}` is not a whole model: LoRAs cannot be merged into it")
@@ -345,14 +351,14 @@ def _merge_loras(
 
 
 def _replace_autoencoder(file: Checkpoint, model: nn.Module | None, vae: str | Path) -> Checkpoint:
-    """Return a whole model with another autoencoder, in the dtype of its former one, if any."""
+    """Return a checkpoint with another autoencoder, in the dtype of the replaced one."""
     if isinstance(model, LatentDiffusion):
         autoencoder: nn.Module = model.autoencoder
     else:
         raw = read_yaml(f"{CONFIG_DIR}/v1-inference.yaml")["model"]["params"]
         autoencoder = build_on_meta(translate_config(raw[AUTOENCODER_CONFIG]))
     if read_tiny_autoencoder(vae) is not None:
-        message = "is TAESD, which checkpoints do not hold: give it to the command for images"
+        message = "is TAESD, which checkpoints cannot contain: pass it when making images"
         raise ArgumentError(f"`{vae}` {message}", "vae")
     tensors = restore_names(read_autoencoder(read_weights(vae), autoencoder, file.path))
     names = [old for ours, old in our_names(file.state) if ours.startswith(AUTOENCODER)]
@@ -365,7 +371,7 @@ def _replace_autoencoder(file: Checkpoint, model: nn.Module | None, vae: str | P
 def _replace_text_encoder(
     file: Checkpoint, model: nn.Module | None, text_encoder: str | Path
 ) -> Checkpoint:
-    """Return a whole model with another text encoder, and autoencoder if it has none."""
+    """Return a checkpoint with another text encoder, and its autoencoder if there was none."""
     text = model.conditioner.text if isinstance(model, LatentDiffusion) else None
     if not isinstance(model, LatentDiffusion) or not isinstance(text, TextEncoder):
         raise ArgumentError(f"`{file.path}` has no text encoder to replace", "text_encoder")
@@ -381,7 +387,7 @@ def _replace_text_encoder(
 
 
 def _upscaler_weights(file: Checkpoint, target: Path) -> dict[str, Tensor]:
-    """Return the tensors of the original of the x2 latent upscaler."""
+    """Return the tensors that k-diffusion's file of the x2 latent upscaler contains."""
     ours = (UPSCALER_INNER, UPSCALER_NOISE)
     state = {name: value for name, value in file.state.items() if name.startswith(ours)}
     if not state:
@@ -392,7 +398,7 @@ def _upscaler_weights(file: Checkpoint, target: Path) -> dict[str, Tensor]:
 
 
 def _provenance(file: Checkpoint, text: str | None, ema: bool) -> dict[str, str | int]:
-    """Return what metadata say of the source; of a single file, or of EXTRA_WEIGHTS in a folder."""
+    """Return metadata about the source, for a file or EXTRA_WEIGHTS in a folder."""
     metadata: dict[str, str | int] = {"ldm.version": __version__, "ldm.source": file.path.name}
     if text:
         metadata[CONFIG_KEY] = text
@@ -402,7 +408,7 @@ def _provenance(file: Checkpoint, text: str | None, ema: bool) -> dict[str, str 
 
 
 def _count_bytes(state: Mapping[str, Tensor | ComputedTensor], dtype: torch.dtype | None) -> int:
-    """Return the size of tensors once floating-point ones are cast."""
+    """Return the size of tensors after casting floating-point ones to `dtype`."""
     return sum(
         value.numel() * (dtype if dtype and value.is_floating_point() else value.dtype).itemsize
         for value in state.values()

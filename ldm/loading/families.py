@@ -1,18 +1,17 @@
-"""Recognise weights: the published family, its config and task, and whether they predict eps or v.
+"""Recognise the published family of weights, with its config and task, and the prediction type.
 
-Families are told apart by shapes: the channels that the UNet reads, the width of the context and of
-the global embedding; for SDXL also by the number of transformer blocks, and by tensors that mark
-special models. Shapes cannot tell eps from v, so that is decided by independent methods whose
-verdicts are kept side by side:
+Families differ in shapes: input channels of the UNet, dimension of the context and of the vector
+embedding; those of SDXL also in the number of transformer blocks, or in marker tensors. Shapes do
+not show whether a model predicts eps or v, so independent methods vote, and all verdicts are kept:
 
     marker   a `v_pred` tensor, or `modelspec.prediction_type` in the file's metadata
-    family   every published model of the family predicts the same
+    family   all published models of the family predict the same
     step     `global_step` of the published SD 2 files
-    bias     spread of one norm's bias in the last block, small in eps models of SD 2
-    name     SD-Turbo predicts eps, whatever its origin
-    probe    one pass of the UNet over a constant: a v model answers with minus its input
+    bias     standard deviation of one norm's bias in the last block, small in eps models of SD 2
+    name     SD-Turbo predicts eps
+    probe    one UNet pass on a constant input: a v model returns about minus its input
 
-All names here are ours (`weight_names.rename_weights`).
+Names of weights are ours (`weight_names.rename_weights`).
 """
 
 import math
@@ -29,7 +28,7 @@ from ldm.loading.weight_names import original_name
 __all__ = [
     "CONFIG_DIR", "FAMILIES", "PIXELS", "TITLE_BY_WIDTH", "Family", "Prediction", "Verdict",
     "detect_prediction",
-    "probe_prediction", "recognise_family",
+    "probe_prediction", "recognize_family",
 ]  # fmt: skip
 
 CONFIG_DIR = "configs/stable-diffusion"
@@ -57,17 +56,17 @@ class Family:
 
     @property
     def traits(self) -> tuple[object, ...]:
-        """Shapes, and whether there is a vision tower."""
+        """Sizes and features to compare with those of weights."""
         shapes = (self.channels, self.context, self.vector)
         return (*shapes, self.has_vision_tower, self.pixels)
 
     @property
     def is_xl(self) -> bool:
-        """Whether it is of Stable Diffusion XL."""
+        """Whether it is a family of Stable Diffusion XL."""
         return self.vector in (2816, 2560)
 
     def config_path(self, prediction: str | None) -> str:
-        """Return the YAML of the family's models that predict "eps", "v" or "x0"."""
+        """Return the path of the YAML for models that predict "eps", "v" or "x0"."""
         name = self.config_v if prediction == "v" and self.config_v else self.config
         return f"{XL_CONFIG_DIR if self.is_xl else CONFIG_DIR}/{name}.yaml"
 
@@ -113,7 +112,7 @@ FAMILIES = (
 )
 # fmt: on
 
-# By the width of the tokens that cross-attention reads.
+# By the dimension of the context.
 TITLE_BY_WIDTH: dict[object, str] = {
     768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"
 }  # fmt: skip
@@ -133,13 +132,19 @@ TO_K = "attn2to_kweight"
 
 
 SD_TURBO = re.compile(r"sd[-_ ]?turbo")
-BIAS_LIMIT = 0.09  # ComfyUI's
+# Thresholds of the methods "bias" and "probe"; 0.09, as in ComfyUI, is between the values of all
+# published models of SD 2.
+BIAS_LIMIT = 0.09
 PROBE_LIMIT = -1.0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one method says: "eps", "v" or None, and the value that it looked at."""
+    """The prediction type by one method: "eps", "v", "x0", or None = unknown.
+
+    Args:
+        evidence: the value that it is based on, for messages.
+    """
 
     method: str
     says: str | None
@@ -148,19 +153,24 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the network predicts, by the most reliable method that has an answer."""
+    """The prediction type by the most reliable method that knows it.
+
+    Args:
+        kind: "eps", "v", "x0" or "edm"; None = unknown.
+        verdicts: verdicts of all methods, the most reliable first.
+    """
 
     kind: str | None
     verdicts: tuple[Verdict, ...] = ()
 
     @property
     def disputed(self) -> bool:
-        """Two methods contradict each other."""
+        """Whether two methods contradict each other."""
         return len({verdict.says for verdict in self.verdicts if verdict.says}) > 1
 
     @property
     def votes(self) -> int:
-        """Number of methods that had an answer."""
+        """Number of methods that know the prediction type."""
         return sum(verdict.says is not None for verdict in self.verdicts)
 
     def __str__(self) -> str:
@@ -168,17 +178,17 @@ class Prediction:
         return f"{self.kind or 'unknown'} by {'; '.join(answers)}"
 
 
-def recognise_family(
+def recognize_family(
     state: Mapping[str, Tensor],
     ema_state: Mapping[str, Tensor] | None = None,
     markers: Collection[str] = (),
 ) -> Family | None:
-    """Return the family of weights, or None if no published one looks like this.
+    """Return the family of weights; None if no published family has these shapes.
 
     Args:
-        state: weights under our names, or under diffusers' behind our prefixes.
-        ema_state: `model_ema.*`, which a UNet may be present as alone.
-        markers: names of marker tensors that the file has.
+        state: weights under our names, or diffusers' names with our prefixes.
+        ema_state: `model_ema.*`, used if `state` has no UNet.
+        markers: names of marker tensors in the file.
     """
     unet = {n.removeprefix("unet."): v for n, v in state.items() if n.startswith("unet.")}
     if not unet and ema_state:
@@ -191,7 +201,7 @@ def recognise_family(
     if first is None or len(first) != 4:
         return None
     context = next((shape[1] for name, shape in shapes.items() if name.endswith(TO_K)), None)
-    # Linear (out, in) for an embedding, Embedding (n, width) for a number.
+    # (out, in) of a linear layer for an embedding, (n, out) of an embedding for a number.
     vector = next((shapes[name][axis] for name, axis in VECTORS.items() if name in shapes), None)
     pixels = state[PIXELS].shape[1] if PIXELS in state else 3
     traits = (first[1], context, vector, VISION_TOWER in state, pixels)
@@ -215,15 +225,16 @@ def detect_prediction(
     markers: Mapping[str, str],
     name: str = "",
 ) -> Prediction:
-    """Return what the weights predict, by every method that costs no pass of the network.
+    """Return the prediction type by all methods that do not run the network.
 
     Args:
-        markers: the metadata of the file, and `v_pred` if it holds such a tensor.
-        name: of the file or folder.
+        step: training step; None = unknown.
+        markers: metadata of the file, with the names of its marker tensors.
+        name: name of the file or folder.
     """
     verdicts = list(_by_marker(markers))
     if family is not None and family.predicts:
-        if verdicts and family.config_v:  # which the shapes cannot tell
+        if verdicts and family.config_v:  # the family has both, so only the marker counts
             return _rank(verdicts)
         verdicts.append(Verdict("family", family.predicts, family.title))
     elif family is not None:
@@ -236,10 +247,12 @@ def detect_prediction(
 
 @torch.no_grad()
 def probe_prediction(unet: nn.Module, prediction: Prediction, context: int = 1024) -> Prediction:
-    """Add the verdict of one UNet pass over a constant at the noisiest step.
+    """Add the verdict of one UNet pass on a constant input at the last timestep.
 
     There z_t is almost pure noise, eps is nearly z_t itself, and v is nearly minus the image.
-    `context` is the width of the tokens.
+
+    Args:
+        context: dimension of the context.
     """
     weight = next(unet.parameters())
     x = torch.full((1, 4, 8, 8), 0.5, device=weight.device, dtype=weight.dtype)

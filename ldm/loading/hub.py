@@ -1,7 +1,7 @@
-"""Files of the Hugging Face hub, downloaded into its cache and checked by their SHA-256.
+"""Download files from the Hugging Face hub into its cache, and verify their SHA-256.
 
-`huggingface_hub` knows the protocol, the token and the cache. It compares sizes only, and its newer
-versions do not resume what another process began: this adds both. Nothing here imports torch.
+`huggingface_hub` implements protocol, token and cache. It compares only sizes, and its newer
+versions do not resume downloads of other processes: this module adds both. Does not import torch.
 """
 
 import errno
@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ldm.runtime.errors import ArgumentError, DownloadError, MissingFile
-from ldm.runtime.hashes import Memory, cache_folder, hash_file, remember_sha256
+from ldm.runtime.hashes import CachedDict, cache_folder, hash_file, remember_sha256
 from ldm.runtime.types import JsonObject
 
 __all__ = ["PREFIX", "fetch_file", "fetch_url", "find_cached_file", "find_or_fetch", "url_target"]
@@ -29,21 +29,21 @@ TEXTS = (".json", ".txt")
 WEIGHTS = (".safetensors", ".ckpt")
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 UNUSED_COMPONENTS = ("safety_checker",)  # components that no pipeline here reads
-EXTRA_WEIGHTS = "original.safetensors"  # what `ldm convert` adds to a diffusers folder
-CHOICES = Memory("hub_choices.json")  # repository -> its folder, or its only checkpoint, when whole
+EXTRA_WEIGHTS = "original.safetensors"  # added to diffusers folders by `ldm convert`
+CHOICES = CachedDict("hub_choices.json")  # repository -> complete folder, or only checkpoint
 
 
 def find_or_fetch(address: str, *, fetch: bool = True, variant: str | None = None) -> Path:
     """Return the file `hf:OWNER/NAME/FILE`, or the diffusers folder `hf:OWNER/NAME`.
 
-    What the cache has is used without asking the server.
+    The cache is used without asking the server.
 
     Args:
-        fetch: download what the cache does not have.
-        variant: which files of a folder, such as `fp16`, for the components that have it; None =
-            the plain ones, if there are some.
+        fetch: whether to download files that are not in the cache.
+        variant: variant of the files of a folder, such as `fp16`, in components that have it; None
+            = files without a variant, if there are any.
     Raises:
-        ArgumentError: the address is not of this form.
+        ArgumentError: the address has another form.
         MissingFile: it is not in the cache, and `fetch` is False.
         DownloadError: it cannot be downloaded.
     """
@@ -73,7 +73,7 @@ def find_or_fetch(address: str, *, fetch: bool = True, variant: str | None = Non
 
 
 def find_cached_file(repo: str, name: str) -> Path | None:
-    """Return a file in the hub's cache, whichever program put it there; it is not checked."""
+    """Return a file in the hub's cache, without verifying it; None if it is not there."""
     from huggingface_hub import try_to_load_from_cache
 
     path = try_to_load_from_cache(repo, name)
@@ -83,12 +83,13 @@ def find_cached_file(repo: str, name: str) -> Path | None:
 def fetch_file(
     repo: str, name: str, sha256: str | None = None, *, revision: str | None = None
 ) -> Path:
-    """Download a file, unless the cache has it. An interrupted download is continued.
+    """Download a file unless it is in the cache; resume an interrupted download.
 
     Args:
-        sha256: of the file that is wanted; None = any, as long as it arrives as the hub describes.
+        sha256: expected SHA-256; None = that reported by the hub, if any.
+        revision: commit or branch; None = the main branch.
     Raises:
-        DownloadError: this repository does not give it, or gives another one.
+        DownloadError: the repository does not have the file, or another one.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import WeakFileLock
@@ -107,7 +108,7 @@ def fetch_file(
         raise DownloadError(_mismatch(repo, name, published, sha256))
     expected = sha256 or published
     folder = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
-    # A file, not a link to one: a layout of the hub's for systems without symbolic links.
+    # A file instead of a symbolic link: the hub's layout for systems without such links.
     target = folder / "snapshots" / commit / name
     part = folder / "blobs" / f"{etag}.incomplete"
     lock = Path(constants.HF_HUB_CACHE, ".locks", folder.name, f"{etag}.lock")
@@ -120,7 +121,7 @@ def fetch_file(
             headers = _headers(url, source)
             is_continued = part.is_file()
             digest = _download(source, part, size, headers, f"{repo}/{name}")
-            if is_continued and expected not in (None, digest):  # what was there is damaged
+            if is_continued and expected not in (None, digest):  # the earlier part is damaged
                 part.unlink()
                 digest = _download(source, part, size, headers, f"{repo}/{name}")
             if expected not in (None, digest):
@@ -133,15 +134,18 @@ def fetch_file(
 
 
 def url_target(url: str) -> Path:
-    """Return where `fetch_url` puts a file."""
+    """Return the path to which `fetch_url` downloads a URL."""
     return cache_folder() / "files" / url.rpartition("/")[2]
 
 
 def fetch_url(url: str, size: int, sha256: str) -> Path:
-    """Download a file that is not on the hub, unless it is there. An interruption is continued.
+    """Download a file that is not on the hub, unless it exists; resume an interrupted download.
 
+    Args:
+        size: size in bytes.
+        sha256: expected SHA-256.
     Raises:
-        DownloadError: the address does not give it, or gives another one.
+        DownloadError: the URL does not have the file, or another one.
     """
     from huggingface_hub import constants
 
@@ -161,7 +165,7 @@ def fetch_url(url: str, size: int, sha256: str) -> Path:
 
 
 def _download(url: str, part: Path, size: int, headers: dict[str, str], place: str) -> str:
-    """Fetch what `part` does not have yet; returns the SHA-256 of the whole."""
+    """Download the rest of `part`; return the SHA-256 of the whole file."""
     from huggingface_hub.file_download import http_get
 
     part.touch()
@@ -186,16 +190,16 @@ def _download(url: str, part: Path, size: int, headers: dict[str, str], place: s
                     )
             except Exception as error:
                 if isinstance(error, OSError) and error.errno in FULL_DISK:
-                    message = f"the disk is full: `{part.parents[2]}`; go on when there is space"
+                    message = f"the disk is full: `{part.parents[2]}`; try again with more space"
                     raise DownloadError(message, is_local=True) from error
-                if part.stat().st_size <= done:  # a lost connection that gave something is renewed
+                if part.stat().st_size <= done:  # retry only if there was some progress
                     raise
         done = part.stat().st_size
     return hash_file(part)
 
 
 def _headers(url: str, location: str) -> dict[str, str]:
-    """Make the headers of a download; the token goes to the hub only, not to its file storage."""
+    """Return the headers of a download; the token is sent to the hub, not to its file storage."""
     from huggingface_hub.utils import build_hf_headers
 
     headers: dict[str, str] = build_hf_headers()
@@ -206,7 +210,7 @@ def _headers(url: str, location: str) -> dict[str, str]:
 
 @contextmanager
 def _errors_of_hub(place: str) -> Iterator[None]:
-    """Raise what goes wrong while talking to the hub as a DownloadError of one line."""
+    """Convert errors of the hub into a one-line DownloadError."""
     from huggingface_hub import constants, errors
 
     try:
@@ -250,8 +254,11 @@ def _list_files(repo: str) -> tuple[str, str, dict[str, int | None]]:
 def _files_of_folder(
     repo: str, commit: str, sizes: Iterable[str], variant: str | None
 ) -> list[str]:
-    """List the files to fetch: what a pipeline here reads of a diffusers folder, its index first,
-    or the only checkpoint."""
+    """List the files of a repository to download.
+
+    These are the files of a diffusers folder that a pipeline reads, its index first, or the only
+    checkpoint.
+    """
     if "config.json" in sizes and INDEX not in sizes:
         return ["config.json", *_choose_weights("", sizes, variant)]
     if INDEX not in sizes:
@@ -270,7 +277,7 @@ def _files_of_folder(
 
 
 def _choose_weights(folder: str, sizes: Iterable[str], variant: str | None) -> list[str]:
-    """List the weights of a component: safetensors before pickles; without variant, the plain."""
+    """List the weights of a component: safetensors are preferred to pickles, then the variant."""
     inside = [name.removeprefix(folder) for name in sizes if name.startswith(folder)]
     chosen = [rf"\.{re.escape(variant)}"] if variant else []
     for dotted in (*chosen, "", r"\.fp16", r"\.[\w-]+"):

@@ -1,6 +1,7 @@
-"""The original of the x2 latent upscaler: a pickle of k-diffusion, and the JSON beside it.
+"""Find the config of the x2 latent upscaler as published: a pickle of k-diffusion, and a JSON.
 
-The JSON's section `model` has the keywords of our network. Without it the shapes tell them.
+The section `model` of the JSON has the arguments of our network; without a JSON they are inferred
+from the shapes of the weights.
 """
 
 import re
@@ -24,7 +25,7 @@ ATTENTION = re.compile(rf"{re.escape(INNER)}u_net\.d_blocks\.(\d+)\.\d+\.(qkv|kv
 
 
 def find_json(path: Path) -> Path | None:
-    """Return the JSON beside a file: of the same name, or `config_` and the beginning of it."""
+    """Return the JSON beside a file: NAME.json, or config_PREFIX.json with a prefix of its name."""
     prefix = "config_"
     for file in sorted(path.parent.glob("*.json")):
         if file.stem == path.stem:
@@ -35,19 +36,22 @@ def find_json(path: Path) -> Path | None:
 
 
 def upscaler_config(sizes: JsonMapping, overrides: Iterable[str] = ()) -> JsonObject:
-    """Return our config with the keywords of the network from `find_sizes`."""
+    """Return our config of the upscaler with the network's arguments from `find_sizes`."""
     raw = read_yaml(TEMPLATE, overrides)
     raw["model"]["params"]["unet"]["params"] = dict(sizes)
     return raw
 
 
 def find_sizes(config: str, state: Mapping[str, Tensor]) -> JsonObject | None:
-    """Return the keywords of the network that a JSON of k-diffusion has, else those of the weights.
+    """Return the network's arguments from a JSON of k-diffusion, else from the shapes of weights.
 
-    None if it is neither that nor our YAML of this network.
-
+    Args:
+        config: path of the JSON, or of our YAML of the upscaler.
+        state: weights under our names.
+    Returns:
+        None if the config, or the model, is not an x2 latent upscaler.
     Raises:
-        ConfigError: a JSON is of another network.
+        ConfigError: the JSON is for another network.
     """
     if config.endswith(".json"):
         model: JsonObject = read_yaml(config).get("model") or {}
@@ -55,14 +59,14 @@ def find_sizes(config: str, state: Mapping[str, Tensor]) -> JsonObject | None:
             raise ConfigError(
                 f"{config}: `model` must be of type `{TYPE}`, got `{model.get('type')}`"
             )
-        # k-diffusion's own default, which the upscaler has switched off.
+        # k-diffusion's default; the published JSON sets it to false.
         return {"augment_wrapper": True} | model
     has_weights = f"{INNER}proj_in.weight" in state
     return _read_sizes(state) if config == TEMPLATE and has_weights else None
 
 
 def _read_sizes(state: Mapping[str, Tensor]) -> JsonObject:
-    """Return the keywords of the network that weights under our names have the shapes of."""
+    """Infer the network's arguments from the shapes of weights under our names."""
     widths: dict[int, int] = {}
     depths: dict[int, int] = {}
     attentions: dict[str, set[int]] = {"qkv": set(), "kv": set()}

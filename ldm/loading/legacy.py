@@ -1,10 +1,10 @@
-"""The original's names in configs: targets, model classes and their parameters.
+"""Translate configs of the original code: its class names and their parameters.
 
-    TARGETS         its dotted name -> ours            a class that takes the YAML's keywords
-    MODEL_CLASSES   its model class -> encoders        become a LatentDiffusion; also `sgm.ENGINE`
-    UNSUPPORTED_CLASSES   its dotted name -> what it is      known, but not built by this version
+    TARGETS               its class -> ours, which takes the same parameters
+    MODEL_CLASSES         its model class -> how to build a LatentDiffusion; also `sgm.ENGINE`
+    UNSUPPORTED_CLASSES   its class -> what it is for: known, but not supported
 
-`weight_names` has its names of weights.
+Names of weights are in `weight_names`.
 """
 
 from collections.abc import Callable, Mapping
@@ -80,10 +80,10 @@ CLASSES = {
     IDENTITY: (LOSSES + "contperceptual.DummyLoss", IDENTITY),
 }  # fmt: skip
 TARGETS = {original: ours for ours, originals in CLASSES.items() for original in originals}
-# Defaults of encoders in the text encoder's slot of published files, which differ from the class's.
+# Defaults of encoders under `cond_stage_config` in published files, where the class has others.
 TEXT_SLOT_DEFAULTS = {CLIP_IMAGE: {"text_tower": False, "antialias": False}}
 
-# Known classes that this version does not build, and what they are.
+# Known but unsupported classes, and what they are for.
 UNSUPPORTED_CLASSES = {
     "ldm.models.autoencoder.VQModel": "VQ autoencoders",
     "ldm.models.autoencoder.VQModelInterface": "VQ autoencoders",
@@ -95,10 +95,10 @@ UNSUPPORTED_CLASSES = {
     SGM_ENCODERS + "FrozenByT5Embedder": "text encoders of T5",
 }
 
-# Options of sampling in the pipelines of LDM3D and LDM3D-SR.
+# Default sampling options of LDM3D and LDM3D-SR, from their pipelines in diffusers.
 LDM3D_DEFAULTS = {"scale": 5.0}
 LDM3D_SR_DEFAULTS = {"scale": 9.0, "steps": 75}
-# Parameters of the original model class that only training or logging looks at.
+# Parameters of the original model class that are used only by training or logging.
 TRAINING_ONLY = {
     "ckpt_path", "clip_denoised", "concat_mode", "cond_stage_forward", "first_stage_key",
     "force_null_conditioning", "ignore_keys", "l_simple_weight", "learn_logvar", "load_only_unet",
@@ -125,9 +125,10 @@ def translate_config(
     """Translate a config of the original: `{"target": …, "params": {…}, "where": …}`.
 
     Args:
-        spec: a whole file (with `model:`) or any part of it (with `target:`); new names pass.
-        where: the file, and the place in it, for messages.
-        skipped: receives the places of what sampling does not need.
+        spec: a whole config (with `model:`) or a part of it (with `target:`); our own class names
+            stay.
+        where: file, or file and key, for messages.
+        skipped: list to which keys that sampling does not need are appended.
 
     Raises:
         ConfigError: it is not a config, or of a family that is not supported.
@@ -214,10 +215,10 @@ class _Translator:
             )
 
     def _text_encoder(self) -> JsonObject:
-        """Empty for a model without one.
+        """Return the text encoder by name; empty for models without one.
 
-        Two magic strings of the original say so; `torch.nn.Identity` says that the caller brings
-        the condition itself.
+        The original has two magic strings for these; with `torch.nn.Identity` the caller passes the
+        condition itself.
         """
         config = self.params["cond_stage_config"]
         if config in ("__is_unconditional__", "__is_first_stage__", {"target": IDENTITY}):
@@ -247,8 +248,14 @@ LEVEL: Encoders = {"level": {"target": LOWRES + "NoiseLevel", "params": {}}}
 
 @dataclass(frozen=True)
 class _ModelClass:
-    """A model class of the original: its one `conditioning_key`, its encoders beside that of text,
-    and its parameters: required configs of parts, others, and those that only training reads.
+    """A model class of the original.
+
+    Args:
+        conditioning: its only supported `conditioning_key`.
+        encoders: returns its encoders besides the text encoder.
+        needs: required parameters: configs of parts.
+        takes: optional parameters.
+        ignores: parameters that are used only in training.
     """
 
     conditioning: str
@@ -321,5 +328,5 @@ MODEL_CLASSES = {
 
 
 def known_targets() -> list[str]:
-    """Return every name that may stand after `target:`."""
+    """Return every name that is allowed as `target`."""
     return [*TARGETS, *MODEL_CLASSES, ENGINE, *UNSUPPORTED_CLASSES, *CLASSES]

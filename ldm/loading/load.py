@@ -1,13 +1,13 @@
-"""A config and a weights file become a model.
+"""Load a model from a config and a weights file.
 
     weights  = identify_weights(read_weights(ckpt))    memory-mapped, under our names, with a family
     raw      = read_config(weights, config)            a YAML: given, embedded, or of the family
     model    = build_on_meta(translate_config(raw))    no memory, no initialisation
     fill_weights(model, match_weights(model, weights))      strict: every tensor, every shape
-    add_loras(model), load_embeddings(model)           what is added to it
+    add_loras(model), load_embeddings(model)           adapters
 
-Nothing is downloaded but what a `hf:` address names. Where device and dtype stay as in the file,
-weights are pages of that file.
+Only `hf:` addresses are downloaded. Where device and dtype stay as in the file, weights stay
+memory-mapped.
 """
 
 import dataclasses
@@ -35,12 +35,13 @@ from ldm.loading.addons.lora import (
 )
 from ldm.loading.addons.midas import add_depth_network
 from ldm.loading.autoencoders import find_scale, is_finite_in_half
+from ldm.loading.buffers import make_buffers
 from ldm.loading.build import build_on_meta, fill_weights
 from ldm.loading.config import parse_yaml, read_yaml
 from ldm.loading.diffusers.files import PIPELINE_KEY, is_diffusers_folder
 from ldm.loading.diffusers.keys import unet_keys
 from ldm.loading.families import Prediction, probe_prediction
-from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, file_hash, write_checkpoint
+from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, short_hash, write_checkpoint
 from ldm.loading.files.clip_statistics import clip_statistics_tensors, load_clip_statistics
 from ldm.loading.k_diffusion import find_json, find_sizes, upscaler_config
 from ldm.loading.legacy import translate_config
@@ -48,7 +49,6 @@ from ldm.loading.matching import guess_kind, match_weights
 from ldm.loading.modelspec import describe_model
 from ldm.loading.published import find_checkpoint
 from ldm.loading.sgm import ENGINE
-from ldm.loading.tables import make_tables
 from ldm.loading.tiny_autoencoder import (
     TinyWeights,
     build_tiny_autoencoder,
@@ -88,23 +88,32 @@ from ldm.runtime.files import find_file
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "TRANSPOSED", "UPSCALER_PARTS", "check_upscaler", "choose_config", "find_variant", "load",
-    "probe_weights", "read_config", "save_model", "takes_variant", "variant_defaults",
-    "variant_of_files",
+    "TRANSPOSED",
+    "UPSCALER_PARTS",
+    "check_upscaler",
+    "choose_config",
+    "file_variant",
+    "find_variant",
+    "load",
+    "probe_weights",
+    "read_config",
+    "save_model",
+    "supports_variants",
+    "variant_defaults",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
 TRANSPOSED = (
-    "text_projection of the second text encoder looks transposed, as tools write it that copy it "
-    "out of a diffusers folder unchanged; it is used as it is, images follow the prompt less well"
+    "text_projection of the second text encoder looks transposed, as in files copied unconverted "
+    "from a diffusers folder; it is used as it is, and images follow the prompt less well"
 )
 PANORAMA = re.compile(r"ldm3d[-_. ]?pano")
-DEMO = ("configs/demo/text2img.yaml", "checkpoints/demo.safetensors")
-# Parts that the original of the x2 latent upscaler does not have.
+DEMO_CONFIG, DEMO_CHECKPOINT = "configs/demo/text2img.yaml", "checkpoints/demo.safetensors"
+# Parts that the published file of the x2 latent upscaler does not contain.
 UPSCALER_PARTS = {AUTOENCODER: "autoencoder", TEXT: "text encoder (CLIP ViT-L/14)"}
-# Relative error of schedules that were rounded to a dtype, 1e-5 for others. bfloat16 comes first:
-# its numbers are float16's as well, except very small ones.
+# Relative error of noise schedules that were rounded to a dtype; 1e-5 for others. bfloat16 is tried
+# first: most numbers with its 8 bits of precision are exact in float16, too.
 SCHEDULE_TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 2e-3}
 
 
@@ -133,50 +142,51 @@ def load(
         config: a YAML; None recognises the family from the weights. Both None: the demo model.
         ckpt: a .ckpt or .safetensors, the folder of a diffusers pipeline or of a training run, the
             name of a published file that is on this machine (`sd-v2-1`), or an address on the
-            Hugging Face hub, `hf:OWNER/NAME/FILE` or `hf:OWNER/NAME`; may stand alone,
+            Hugging Face hub, `hf:OWNER/NAME/FILE` or `hf:OWNER/NAME`; may be the only argument,
             `load("folder")`.
         dtype: of all weights; every part computes in the dtype of its weights.
-        offload: keep each part on the CPU until it runs, see `LatentDiffusion.offload`; a `device`
-            that is the CPU itself needs none.
-        ema: use the averaged weights of a file that has both.
-        overrides: `model.params.scale_factor=0.13`, applied to the YAML.
+        offload: keep each part on the CPU until it runs, see `LatentDiffusion.offload`; ignored if
+            `device` is the CPU.
+        ema: use the EMA weights of a file that has both.
+        overrides: changes to the YAML, such as `model.params.scale_factor=0.13`.
         allow: packages of your own whose classes the YAML may name.
-        clip_stats: statistics of CLIP's embeddings, for unCLIP models that do not find theirs.
-        midas: the depth network, for depth models whose checkpoint has none or for another one.
-        vae: a checkpoint, as `ckpt`, whose autoencoder is used instead; or TAESD, whose decoder
-            alone leaves the encoder as it is.
+        clip_stats: file with mean and standard deviation of CLIP's embeddings; None = from the
+            checkpoint or a file near it. For unCLIP models.
+        midas: file with the depth network; None = from the checkpoint. For depth models.
+        vae: a checkpoint, as `ckpt`, whose autoencoder is used instead; or TAESD: a file with its
+            decoder only leaves the model's encoder in place.
         text_encoder: a checkpoint whose (first) text encoder is used instead, and whose autoencoder
-            if there is no other one; the x2 latent upscaler takes both from one of Stable
+            if `ckpt` contains none. The x2 latent upscaler takes both from a checkpoint of Stable
             Diffusion 1.
-        base: a model whose autoencoder and text encoder are used where the checkpoint has none, in
-            the same memory; for the x2 latent upscaler.
+        base: a model whose autoencoder and text encoder are shared, not copied, where the
+            checkpoint contains none; for the x2 latent upscaler.
         loras: (file, weight) pairs, merged into the weights; the weight is a number, a
-            `LoRAWeight`, or its text, such as "0.5:1" for text towers and UNet.
+            `LoRAWeight`, or its text, such as "0.5:1" for text encoders and UNet.
         embeddings: files of textual inversions, or folders of them: tokens for prompts.
-        variant: which distilled model it is, by itself or with its LoRAs, a name in `VARIANTS`, or
-            "base" for none: sets the model's `defaults`. None: the one that tensors, metadata or
-            the name of a file tell. Any other name chooses files of a diffusers folder, such as
+        variant: kind of few-step (distilled) model, with its LoRAs: a name in `VARIANTS`, or "base"
+            for an ordinary model; sets the model's `defaults`. None = detect it by tensors,
+            metadata or file name. Any other name chooses files of a diffusers folder, such as
             `fp16`.
 
     Returns:
         The model in eval mode (or the part, for the config of a single part); its `provenance`
-        says what it was made of.
+        lists the files and settings it was loaded from.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: something does not fit; the message says what.
+        ValueError: config, files or options do not fit together.
     """
     config, ckpt = _choose_files(config, ckpt)
     loras, embeddings = tuple(loras), tuple(embeddings)
     weights = identify_weights(_read_variant(ckpt, variant))
-    source, raw = read_config(weights, config, overrides)
-    where = Path(source).name
+    config_path, raw = read_config(weights, config, overrides)
+    where = Path(config_path).name
     misfit = f"`{weights.path}` does not fit {where}"
     skipped: list[str] = []
     spec = translate_config(raw, where=where, skipped=skipped)
     model = build_on_meta(spec, allow=tuple(allow), where=where, skipped=skipped)
     adapters: list[LoRAFile] = []
-    if isinstance(model, LatentDiffusion):  # what does not fit is refused before weights are read
+    if isinstance(model, LatentDiffusion):  # refuse what does not fit before weights are read
         with errors_about("embeddings"):
             check_embeddings(model, embeddings)
         with errors_about("loras"):
@@ -186,7 +196,7 @@ def load(
         weights.use_ema(model.state_dict())
     else:
         weights.check_has_unet(model.state_dict())
-    provenance = {"config": source, **_provenance(raw, weights, ema, skipped)}
+    provenance = {"config": config_path, **_provenance(raw, weights, ema, skipped)}
     if isinstance(model, LatentDiffusion):
         model.upcast_autoencoder &= not is_finite_in_half(weights.source)
     with errors_about("vae"):
@@ -201,7 +211,7 @@ def load(
     if isinstance(model, LatentDiffusion) and weights.family and weights.family.name == "x2":
         _complete(model, weights, base)
     if add_depth_network(model.state_dict(), weights.state, weights.path, midas):
-        weights.mapped = False
+        weights.mapped = False  # its tensors are in memory
     state = match_weights(model, weights.state, weights.path, misfit)
     if has_transposed_projection(state):
         warnings.warn(f"`{weights.path}`: {TRANSPOSED}", stacklevel=2)
@@ -221,11 +231,11 @@ def load(
     )
     if isinstance(model, LatentDiffusion):
         model.provenance = provenance
-        _compare_schedules(model, weights.tables, misfit)
+        _compare_schedules(model, weights.buffers, misfit)
         if tiny is not None:
             place = "cpu" if offload else device
             model.autoencoder = build_tiny_autoencoder(tiny, model, place, dtype)
-        load_clip_statistics(model.conditioner, weights.path, clip_stats, weights.tables)
+        load_clip_statistics(model.conditioner, weights.path, clip_stats, weights.buffers)
         _check_prediction(model, weights, is_config_given=config is not None)
         _set_variant(model, found, is_folder=weights.source.kind == "diffusers")
         add_loras(model, adapters)
@@ -241,18 +251,19 @@ def load(
 def save_model(
     model: LatentDiffusion, path: str | Path, metadata: Mapping[str, str | int] | None = None
 ) -> None:
-    """Write a model in the layout of the original, readable by every program that reads those.
+    """Write a model as .safetensors, .ckpt or .pth, in the layout of the original code.
 
     Args:
-        metadata: the YAML's text under `ldm.config` lets `load` do without a config.
+        metadata: entries of the file; with the YAML's text under `ldm.config`, `load` needs no
+            config.
     """
-    state = restore_names(model.state_dict(), make_tables(model))
+    state = restore_names(model.state_dict(), make_buffers(model))
     metadata = describe_model(model, Path(path).stem, metadata=metadata)
     write_checkpoint(path, state | clip_statistics_tensors(model.conditioner), metadata)
 
 
 def choose_config(weights: Weights) -> str:
-    """Return the YAML for weights: `CONFIG_KEY` if their file has one, else of their family.
+    """Return the path of the YAML of the weights' family; `CONFIG_KEY` if their file contains one.
 
     Raises:
         MissingArgument: the family is unknown or not supported.
@@ -277,64 +288,63 @@ def read_config(
     weights: Weights, config: str | Path | None = None, overrides: Iterable[str] = ()
 ) -> tuple[str, JsonObject]:
     """Return (path or `CONFIG_KEY`, content) of the given config, or of the weights' family."""
-    source = choose_config(weights) if config is None else str(config)
-    if config is not None and not source.endswith(".json"):
-        return source, read_yaml(config, overrides)
-    if (sizes := find_sizes(source, weights.state)) is not None:
-        return source, upscaler_config(sizes, overrides)
-    if source == CONFIG_KEY:
-        raw = parse_yaml(weights.markers[CONFIG_KEY], overrides, where=source)
+    path = choose_config(weights) if config is None else str(config)
+    if config is not None and not path.endswith(".json"):
+        return path, read_yaml(config, overrides)
+    if (sizes := find_sizes(path, weights.state)) is not None:
+        return path, upscaler_config(sizes, overrides)
+    if path == CONFIG_KEY:
+        raw = parse_yaml(weights.markers[CONFIG_KEY], overrides, where=path)
     else:
-        raw = read_yaml(source, overrides)
+        raw = read_yaml(path, overrides)
         if "ztsnr" in weights.markers and weights.prediction.kind != "eps":
             raw["model"]["params"].setdefault("rescale_betas_zero_snr", True)
-    engine = raw.get("model", raw)
+    spec = raw.get("model", raw)
     if _is_panorama(weights):
-        params = engine["params"]
+        params = spec["params"]
         params["image_size"] = [params["image_size"], 2 * params["image_size"]]
-    if engine.get("target") == ENGINE:
-        _read_markers(engine["params"], weights)
+    if spec.get("target") == ENGINE:
+        _apply_buffers(spec["params"], weights)
     if GUIDANCE_WEIGHT in weights.state:
-        key = "network_config" if engine.get("target") == ENGINE else "unet_config"
+        key = "network_config" if spec.get("target") == ENGINE else "unet_config"
         width = weights.state[GUIDANCE_WEIGHT].shape[1]
-        engine["params"][key]["params"]["time_cond_proj_dim"] = width
-    return source, raw
+        spec["params"][key]["params"]["time_cond_proj_dim"] = width
+    return path, raw
 
 
 def _is_panorama(weights: Weights) -> bool:
-    """Return whether the name of a file or folder is that of LDM3D for panoramas."""
-    is_text = weights.family is not None and weights.family.name.startswith("ldm3d")
+    """Return whether the weights are LDM3D for panoramas, by the name of their file or folder."""
+    is_ldm3d = weights.family is not None and weights.family.name.startswith("ldm3d")
     names = (*weights.path.parts, weights.markers.get("ldm.source", ""))
-    return is_text and any(PANORAMA.search(name.lower()) for name in names)
+    return is_ldm3d and any(PANORAMA.search(name.lower()) for name in names)
 
 
-def _read_markers(params: JsonObject, weights: Weights) -> None:
-    """Put what tensors of the file say into the parameters of an engine."""
-    tables = weights.tables
+def _apply_buffers(params: JsonObject, weights: Weights) -> None:
+    """Set parameters of sgm's `DiffusionEngine` by the buffers of the file."""
+    buffers = weights.buffers
     for key, table in (("latent_mean", "edm_mean"), ("latent_std", "edm_std")):
-        if table in tables:
-            params[key] = tables[table].flatten().tolist()
-    if "edm_vpred.sigma_max" in tables:
+        if table in buffers:
+            params[key] = buffers[table].flatten().tolist()
+    if "edm_vpred.sigma_max" in buffers:
         ends = {
-            key: float(tables[f"edm_vpred.{key}"])
+            key: float(buffers[f"edm_vpred.{key}"])
             for key in ("sigma_min", "sigma_max")
-            if f"edm_vpred.{key}" in tables
+            if f"edm_vpred.{key}" in buffers
         }
         params["sampler_config"]["params"]["discretization_config"]["params"] |= ends
 
 
 def find_variant(weights: Weights) -> Found | None:
-    """Return the variant of weights, and what tells it."""
+    """Return the variant of weights, and how it was recognised; None for ordinary models."""
     return detect_variant(weights.path, weights.markers, weights.state)
 
 
 def variant_defaults(found: Found, *, has_scheduler: bool, defaults: Defaults) -> Defaults:
-    """Return the defaults of a variant.
+    """Return the default sampling options of a variant.
 
     Args:
-        has_scheduler: the model comes from a diffusers folder of SDXL, which says how it is
-            sampled.
-        defaults: of the model without it.
+        has_scheduler: whether sampler and scheduler are set by a diffusers folder of SDXL.
+        defaults: those of the model as if it were ordinary.
     """
     own = found.defaults
     if has_scheduler and VARIANTS[found.variant].keeps_scheduler:
@@ -342,21 +352,22 @@ def variant_defaults(found: Found, *, has_scheduler: bool, defaults: Defaults) -
     return own
 
 
-def takes_variant(family: str | None) -> bool:
-    """Return whether models of a family, a name in `pipelines.families`, may be for few steps."""
+def supports_variants(family: str | None) -> bool:
+    """Return whether there are few-step models of a family, a name in `pipelines.families`."""
     return family in ("text", "inpainting", "depth", "refiner")
 
 
 def _choose_variant(
     model: torch.nn.Module, weights: Weights, variant: str | None, loras: Iterable[LoRAFile]
 ) -> Found | None:
-    """Return the variant by the argument, a LoRA or the weights; None for a model without one."""
-    is_model = isinstance(model, LatentDiffusion) and takes_variant(family_of(model.conditioner))
-    if variant == NO_VARIANT or not is_model:
+    """Return the variant by the argument, a LoRA or the weights; None for an ordinary model."""
+    if not isinstance(model, LatentDiffusion) or variant == NO_VARIANT:
+        return None
+    if not supports_variants(family_of(model.conditioner)):
         return None
     own = find_variant(weights)
     found = next(filter(None, (detect_few_steps(f.path) for f in loras if f.weight.unet)), own)
-    if variant is not None and variant_of_files(variant) is None:
+    if variant is not None and file_variant(variant) is None:
         found = Found(variant, "the argument", found.path if found else weights.path)
     if found is None or own is None or not VARIANTS[own.variant].marker:
         if found is not None and VARIANTS[found.variant].marker:
@@ -370,7 +381,7 @@ def _choose_variant(
 
 
 def _set_variant(model: LatentDiffusion, found: Found | None, *, is_folder: bool) -> None:
-    """Set the defaults of a distilled model, and what it predicts."""
+    """Set default sampling options, image size and prediction type of a distilled model."""
     if found is None:
         return
     row, has_scheduler = VARIANTS[found.variant], is_folder and is_sdxl(model)
@@ -385,9 +396,9 @@ def _set_variant(model: LatentDiffusion, found: Found | None, *, is_folder: bool
 
 
 def probe_weights(weights: Weights) -> Prediction:
-    """Return what weights predict; where that is in doubt, run their UNet once.
+    """Return the prediction type of weights; in doubt run their UNet once, see `probe_prediction`.
 
-    A UNet that does not fit its family is not run. See `probe_prediction`.
+    A UNet that does not fit its family is not run.
     """
     family = weights.family
     if family is None or not _is_in_doubt(weights):
@@ -402,7 +413,7 @@ def probe_weights(weights: Weights) -> Prediction:
 
 
 def _is_in_doubt(weights: Weights) -> bool:
-    """Return whether the family does not tell the prediction, and fewer than two methods do."""
+    """Return whether fewer than two methods found the prediction type, and the family has both."""
     family = weights.family
     return family is not None and family.predicts is None and weights.prediction.votes < 2
 
@@ -410,31 +421,31 @@ def _is_in_doubt(weights: Weights) -> bool:
 def _choose_files(
     config: str | Path | None, ckpt: str | Path | None
 ) -> tuple[str | Path | None, str | Path]:
-    """(config, checkpoint) that a call means; the config may be None."""
+    """Return (config, checkpoint) for the arguments of `load`; a config of None is found later."""
     if ckpt is not None:
         return config, ckpt
     if config is None:
         try:
-            return find_file(DEMO[0]), find_file(DEMO[1])
+            return find_file(DEMO_CONFIG), find_file(DEMO_CHECKPOINT)
         except FileNotFoundError as error:
             message = f"the demo model is missing: {error}\nhint: pass a config and a checkpoint"
             raise MissingFile(message, "ckpt") from error
     if str(config).endswith((".yaml", ".yml")):
         message = "a config alone has no weights\nhint: pass a checkpoint as well"
         raise MissingArgument(message, "ckpt")
-    return None, config  # weights alone
+    return None, config  # it is a checkpoint: `load("model.safetensors")`
 
 
 def _read_variant(ckpt: str | Path, variant: str | None) -> Checkpoint:
-    """Read weights; a variant that is no distilled model is one of a diffusers folder's files."""
-    files = variant_of_files(variant)
+    """Read weights; a variant that is not in VARIANTS chooses the files of a diffusers folder."""
+    files = file_variant(variant)
     if files and not is_diffusers_folder(find_checkpoint(ckpt, variant=files)):
         raise unknown_name("variant", files, (NO_VARIANT, *VARIANTS), argument="variant")
     return read_weights(ckpt, files)
 
 
-def variant_of_files(variant: str | None) -> str | None:
-    """Return a variant if it is one of files, not of models."""
+def file_variant(variant: str | None) -> str | None:
+    """Return a variant if it is in file names of diffusers folders (`fp16`), else None."""
     return None if variant in (NO_VARIANT, *VARIANTS) else variant
 
 
@@ -443,7 +454,7 @@ def _replace_autoencoder(
 ) -> dict[str, str]:
     """Use the autoencoder of another checkpoint; returns its path and hash."""
     if not isinstance(model, LatentDiffusion):
-        message = "another autoencoder needs a whole model, the config is a part's"
+        message = "another autoencoder needs a whole model, the config describes only a part"
         raise ArgumentError(message, "vae")
     source = read_weights(vae)
     new = read_autoencoder(source, model.autoencoder, weights.path)
@@ -451,15 +462,15 @@ def _replace_autoencoder(
     model.upcast_autoencoder &= not is_finite_in_half(source)
     weights.state = new | {n: v for n, v in weights.state.items() if not n.startswith(AUTOENCODER)}
     weights.mapped = weights.mapped and source.mapped
-    return {"path": str(source.path.resolve()), "hash": file_hash(source.path)}
+    return {"path": str(source.path.resolve()), "hash": short_hash(source.path)}
 
 
 def _leave_out_autoencoder(
     model: torch.nn.Module, weights: Weights, tiny: TinyWeights
 ) -> dict[str, str]:
-    """Do not load the autoencoder if TAESD replaces it whole; returns path and hash of TAESD."""
+    """Do not load the autoencoder if TAESD replaces all of it; return path and hash of TAESD."""
     if not isinstance(model, LatentDiffusion):
-        message = "another autoencoder needs a whole model, the config is a part's"
+        message = "another autoencoder needs a whole model, the config describes only a part"
         raise ArgumentError(message, "vae")
     check_latents(tiny, model)
     if tiny.has_encoder:
@@ -467,7 +478,7 @@ def _leave_out_autoencoder(
         model.upcast_autoencoder = False
         kept = {n: v for n, v in weights.state.items() if not n.startswith(AUTOENCODER)}
         weights.state = kept
-    return {"path": str(tiny.path.resolve()), "hash": file_hash(tiny.path)}
+    return {"path": str(tiny.path.resolve()), "hash": short_hash(tiny.path)}
 
 
 def _replace_text_encoder(
@@ -484,16 +495,16 @@ def _replace_text_encoder(
     if _lacks(weights, AUTOENCODER) and any(name.startswith(AUTOENCODER) for name in names):
         weights.state |= read_autoencoder(source, model.autoencoder, weights.path)
     weights.mapped = weights.mapped and source.mapped
-    return {"path": str(source.path.resolve()), "hash": file_hash(source.path)}
+    return {"path": str(source.path.resolve()), "hash": short_hash(source.path)}
 
 
 def _complete(model: LatentDiffusion, weights: Weights, base: LatentDiffusion | None) -> None:
-    """Take the parts that an x2 latent upscaler is without from another model.
+    """Take autoencoder and text encoder of an x2 latent upscaler from `base` if they are missing.
 
-    A UNet with diffusers' names gets the buffers that those do not have.
+    A UNet with diffusers' names gets the weights that diffusers leaves out.
 
     Raises:
-        MissingArgument: it has none that fits.
+        MissingArgument: a part is missing, and `base` has none of its shape.
     """
     expected, theirs = model.state_dict(), {} if base is None else base.state_dict()
     if "unet.time_proj.weight" in weights.state:
@@ -502,7 +513,7 @@ def _complete(model: LatentDiffusion, weights: Weights, base: LatentDiffusion | 
             if name not in known:
                 filled = torch.zeros(value.shape) if value.is_meta else value
                 weights.state.setdefault(f"unet.{name}", filled)
-        weights.mapped = False
+        weights.mapped = False  # these tensors, and those of `base`, are in memory
     for prefix in UPSCALER_PARTS:
         names = [name for name in expected if name.startswith(prefix)]
         fits = all(n in theirs and theirs[n].shape == expected[n].shape for n in names)
@@ -513,10 +524,12 @@ def _complete(model: LatentDiffusion, weights: Weights, base: LatentDiffusion | 
 
 
 def check_upscaler(names: Iterable[str], path: Path, base: LatentDiffusion | None = None) -> None:
-    """Raise MissingArgument unless weights of an x2 latent upscaler have all parts; our names.
+    """Raise MissingArgument unless weights of an x2 latent upscaler have all parts.
 
     Args:
-        base: the model that was to have them.
+        names: our names of the weights.
+        path: their file, for the message.
+        base: the model from which missing parts were to be taken.
     """
     names = list(names)
     missing = [
@@ -541,13 +554,15 @@ def _lacks(weights: Weights, prefix: str) -> bool:
 
 
 def _compare_scales(model: LatentDiffusion, source: Checkpoint, path: Path) -> None:
-    """Say which scale factor is used with another autoencoder; warn if that has another one.
+    """Warn if a replacement autoencoder was trained with another scale factor than the model's.
 
-    It is the model's, whose UNet was trained with it. A file of an autoencoder does not say its
-    own, and the shapes are the same for SD 1, SD 2 and SDXL.
+    The model's is used, as its UNet was trained with it. Most files of autoencoders do not contain
+    theirs, and the shapes are the same for SD 1, SD 2 and SDXL.
     """
     scale, reason = find_scale(source, identify_weights(source).family)
-    if scale is not None and abs(scale / model.scale_factor - 1) > 0.01:
+    if (
+        scale is not None and abs(scale / model.scale_factor - 1) > 0.01
+    ):  # they differ by 29 % or more
         warnings.warn(
             f"the autoencoder of `{source.path}` has scale factor {scale:g} ({reason}), `{path}` "
             f"{model.scale_factor:g}, which is used: colours will be wrong, SDXL needs an "
@@ -561,7 +576,7 @@ def _compare_scales(model: LatentDiffusion, source: Checkpoint, path: Path) -> N
 
 
 def _provenance(raw: JsonMapping, weights: Weights, ema: bool, skipped: list[str]) -> JsonObject:
-    """Return what a model is made of: hash of the config, file, step, which weights."""
+    """Return where a model comes from: hash of the config, checkpoint, step, raw or EMA weights."""
     if skipped:
         log.info("not needed for sampling, skipped: %s", ", ".join(skipped))
     if weights.source.has_ema and not ema:
@@ -580,22 +595,22 @@ def _provenance(raw: JsonMapping, weights: Weights, ema: bool, skipped: list[str
     }
 
 
-def _compare_schedules(model: LatentDiffusion, tables: Mapping[str, Tensor], misfit: str) -> None:
-    """Warn if the schedule in the file is not the config's, which is the one that is used."""
-    if "scale_factor" in tables:  # stored by models trained with `scale_by_std`
-        model.scale_factor = float(tables["scale_factor"])
+def _compare_schedules(model: LatentDiffusion, buffers: Mapping[str, Tensor], misfit: str) -> None:
+    """Warn if the noise schedule in the file differs from the config's, which is used."""
+    if "scale_factor" in buffers:  # stored by models trained with `scale_by_std`
+        model.scale_factor = float(buffers["scale_factor"])
     ours = model.schedule.buffers() if isinstance(model.schedule, Schedule) else {}
-    for name in sorted(ours.keys() & tables.keys()):
-        theirs, table = tables[name], ours[name]
+    for name in sorted(ours.keys() & buffers.keys()):
+        theirs, table = buffers[name], ours[name]
         if theirs.shape != table.shape:
-            difference = f"{len(theirs)} steps, the config has {len(table)}"
+            difference = f"has {len(theirs)} steps, the config's {len(table)}"
         else:
             error = float((theirs.float() - table).abs().max() / table.abs().max())
             if error <= _schedule_tolerance(theirs):
                 continue
-            difference = f"{error:.2g} of its largest value"
+            difference = f"by {error:.2g} of its largest value"
         warnings.warn(
-            f"{misfit}: its noise schedule differs (`{name}` by {difference}); the config's is "
+            f"{misfit}: its noise schedule differs (`{name}` {difference}); the config's is "
             "used, check `linear_start`, `linear_end` and `beta_schedule`",
             stacklevel=3,
         )
@@ -603,7 +618,7 @@ def _compare_schedules(model: LatentDiffusion, tables: Mapping[str, Tensor], mis
 
 
 def _schedule_tolerance(table: Tensor) -> float:
-    """By the precision that a table had at some time, whatever its dtype is now."""
+    """Return the tolerance for the lowest precision to which a table was ever rounded."""
     for dtype, tolerance in SCHEDULE_TOLERANCE.items():
         if torch.equal(table.to(dtype).to(table.dtype), table):
             return tolerance
@@ -611,9 +626,9 @@ def _schedule_tolerance(table: Tensor) -> float:
 
 
 def _check_prediction(model: LatentDiffusion, weights: Weights, *, is_config_given: bool) -> None:
-    """Warn if the weights look like another parameterization than the config says.
+    """Warn if the weights look like another parameterization than the config's.
 
-    Without a given config two methods must have an answer; else the UNet is run as well.
+    With a config that was found, not given, fewer than two votes are too few: the UNet is run, too.
     """
     family, prediction = weights.family, weights.prediction
     if not is_config_given and family is not None and _is_in_doubt(weights):

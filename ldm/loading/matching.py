@@ -1,4 +1,4 @@
-"""Match the weights of a file to a model: names, shapes, what is left out, and what is wrong."""
+"""Match the weights of a file to a model by names and shapes, and explain what does not fit."""
 
 import logging
 import re
@@ -19,7 +19,7 @@ from ldm.loading.diffusers.keys import (
     gather_weights,
     locate_weights,
 )
-from ldm.loading.families import recognise_family
+from ldm.loading.families import recognize_family
 from ldm.loading.weight_names import AUTOENCODER, TEXT, TEXT_2, has_engine_names, original_name
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import WeightsMismatch
@@ -37,19 +37,19 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 PARTS = ("unet.", "autoencoder.", "conditioner.")
-# Parts that a file of a model may be without.
+# Parts that are missing in some files of whole models.
 REMOVABLE_PARTS = {
     AUTOENCODER: "autoencoder", TEXT: "text encoder", TEXT_2: "second text encoder"
 }  # fmt: skip
-# In files of older versions.
+# Ends of names that only files of older versions have.
 UNUSED_WEIGHTS = ("position_ids", "text_projection.weight", "logit_scale")
 TEXT_BLOCKS = f"{TEXT}model.transformer.resblocks."
-# Of a compact vocabulary: the ids in CLIP's, and the rows of the embedding.
+# Of a compact vocabulary: the ids of its tokens in CLIP's vocabulary, and their embeddings.
 TOKEN_IDS, TOKEN_TABLE = f"{TEXT}token_ids", f"{TEXT}model.token_embedding.weight"
-# Beside the weights of quantised layers.
-QUANTISED = re.compile(r"scale_weight|scale_input|weight_scale|absmax|quant_(map|state)|\.SCB$")
+# Names of tensors beside the weights of quantised layers.
+QUANTIZED = re.compile(r"scale_weight|scale_input|weight_scale|absmax|quant_(map|state)|\.SCB$")
 MAX_LISTED = 10  # names of each kind in a message
-# What other files hold, by a part of their names.
+# Kinds of other files, by a pattern of names in them.
 KINDS = {
     r"lora_|\.lora\.|lokr_|hada_": "a LoRA, which is merged into a model (`loras`)",
     r"string_to_param|emb_params|^<": "a textual inversion, which is added to a model "
@@ -70,18 +70,19 @@ def match_weights(
 ) -> dict[str, Tensor]:
     """Return the weights of a model, or of a part of one, under its names and in its shapes.
 
-    Diffusers' names and flat 1x1 kernels are understood. Weights that no computation uses may be
-    missing; a warning names what belongs to no part of the model and is left out.
+    Accepts diffusers' names and 1x1 kernels stored as matrices. Unused weights may be missing.
+    Weights that belong to no part of the model are left out, with a warning.
 
     Args:
-        state: of the file, under our names; for a part also bare names.
-        misfit: how the error begins: "`x.ckpt` does not fit x.yaml".
+        state: weights of the file under our names; for a part also names without prefix.
+        file: path of the file, for messages.
+        misfit: start of the error message; None = "`file` does not fit the config".
 
     Raises:
         WeightsMismatch: names are missing or unexpected, or shapes differ.
     """
     expected = model.state_dict()
-    state = _fit_text_tower(model, _select_part(model, state))
+    state = _fit_text_encoder(model, _select_part(model, state))
     state = translate_names(model, state, file)
     state |= _unused_weights(model, state, file)
     others = [n for n in state if n not in expected and not n.startswith(PARTS)]
@@ -95,7 +96,10 @@ def match_weights(
 def check_weights(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], misfit: str) -> None:
     """Raise WeightsMismatch unless weights have the expected names and shapes.
 
-    It has counts, the first of the original's names, and the likely cause.
+    The message has counts, some of the original's names, and the likely cause.
+
+    Args:
+        misfit: start of the message, such as "`x.ckpt` does not fit x.yaml".
     """
     original = partial(original_name, engine=has_engine_names(expected))
     problems = {
@@ -122,13 +126,13 @@ def check_weights(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], m
             lines.append(f"{problem}: {', '.join(names[:MAX_LISTED])}{more}")
     lost = [p for p in REMOVABLE_PARTS if _has(expected, p) and not _has(state, p)]
     absent = [p for p in PARTS if _has(expected, p) and not _has(state, p)]
-    family = recognise_family(state)
-    if any(QUANTISED.search(name) for name in problems["unexpected"]):
+    family = recognize_family(state)
+    if any(QUANTIZED.search(name) for name in problems["unexpected"]):
         lines.append("hint: the weights are quantised, which is not supported")
     elif TOKEN_IDS in expected and TOKEN_IDS not in state and _has(state, TEXT):
         lines.append(
             "hint: the config has a pruned vocabulary (`compact_vocab`), the weights a whole one: "
-            "use the config of the weights, which a diffusers folder or its conversion brings"
+            "use the config of the weights, which a diffusers folder or its conversion contains"
         )
     elif family is not None and lost and not problems["unexpected"]:
         parts = [f"{REMOVABLE_PARTS[part]} (`{original(part)}`)" for part in lost]
@@ -145,7 +149,7 @@ def check_weights(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], m
 
 
 def guess_kind(names: Iterable[str]) -> str | None:
-    """Return what a file is that holds no model, by the names in it; None if nothing is known."""
+    """Return the kind of a file that is not a model, by the names in it; None = unknown."""
     text = "\n".join(names)
     return next((k for pattern, k in KINDS.items() if re.search(pattern, text, re.M)), None)
 
@@ -153,10 +157,11 @@ def guess_kind(names: Iterable[str]) -> str | None:
 def translate_names(
     model: nn.Module, state: Mapping[str, Tensor], file: str | Path
 ) -> dict[str, Tensor]:
-    """Return weights with diffusers' names under ours, and in a model's shapes; others stay.
+    """Return weights under our names and in a model's shapes; unknown weights stay as they are.
 
     Args:
-        state: names begin with our prefixes.
+        state: weights under our names, or diffusers' names with our prefixes.
+        file: path of the file, for messages.
     """
     expected, renamed = model.state_dict(), dict(state)
     if expected.keys() == state.keys():
@@ -184,7 +189,7 @@ def translate_names(
 
 
 def _select_part(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of a part by bare names, out of a file that may hold whole models."""
+    """Return the weights of a part of a model without prefix; of a whole model, all of them."""
     if isinstance(model, LatentDiffusion):
         return dict(state)
     locations = [where for part in locate_weights(model).values() for where in part.values()]
@@ -193,11 +198,11 @@ def _select_part(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Ten
     return {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
 
 
-def _fit_text_tower(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights without blocks of zeros, and with the compact vocabulary of the model.
+def _fit_text_encoder(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Adapt a text encoder's weights: drop unused blocks of zeros, and compact the vocabulary.
 
-    Diffusers folders have whole vocabularies, with equal rows for all tokens that a compact one
-    does not have; those of SD 2 are taken to be without their last block, which is not run.
+    Diffusers folders have whole vocabularies, with equal rows for all tokens that a compact
+    vocabulary does not have; SD 2's last block, which is not run, may be zeros.
     """
     expected = model.state_dict()
     blocks = [n for n in state if n.startswith(TEXT_BLOCKS) and n not in expected]
@@ -218,9 +223,9 @@ def _fit_text_tower(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Ten
 def _unused_weights(
     model: nn.Module, state: Mapping[str, Tensor], file: str | Path
 ) -> dict[str, Tensor]:
-    """Return zeros for weights that no computation uses and other programs leave out.
+    """Return zeros for unused weights that other programs leave out.
 
-    These are the projection of OpenCLIP's text tower, and its last block if that is not run.
+    These are the projection of OpenCLIP's text encoder, and its last block if it is not run.
     """
     encoders = model.conditioner.encoders if isinstance(model, LatentDiffusion) else {}
     missing: dict[str, Tensor] = {}
@@ -228,7 +233,7 @@ def _unused_weights(
         prefix = f"conditioner.{encoder_name}."
         dtype = next((v.dtype for name, v in state.items() if name.startswith(prefix)), None)
         if not isinstance(encoder, OpenCLIPText) or dtype is None:
-            continue  # without any weights of the tower, more is missing
+            continue  # the whole encoder is missing, which is an error
         unused = tuple(prefix + name for name in encoder.unused)
         missing |= {
             name: torch.zeros(value.shape, dtype=dtype)
@@ -236,12 +241,12 @@ def _unused_weights(
             if name.startswith(unused) and name not in state
         }
     if missing:
-        log.info("`%s`: %d unused tensors of the text tower are missing", file, len(missing))
+        log.info("`%s`: %d unused tensors of the text encoder are missing", file, len(missing))
     return missing
 
 
 def _in_shape(name: str, value: Tensor, expected: Tensor | None, file: str | Path) -> Tensor:
-    """Return a weight in the model's shape if its numbers are the same; cut added tokens."""
+    """Return a weight in the model's shape if only 1x1 kernels differ; cut off added tokens."""
     if expected is None or value.shape == expected.shape:
         return value
     if drop_1x1(value.shape) == drop_1x1(expected.shape):
@@ -255,12 +260,12 @@ def _in_shape(name: str, value: Tensor, expected: Tensor | None, file: str | Pat
 
 
 def drop_1x1(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return a shape without the trailing 1x1 kernel, which some files omit."""
+    """Return a shape without a 1x1 kernel, which some files omit."""
     return tuple(shape[:2] if tuple(shape[2:]) == (1, 1) else shape)
 
 
 def _modern_name(component: str, name: str) -> str:
-    """Return today's name for one of an older diffusers or transformers."""
+    """Convert a name of older versions of diffusers or transformers to the current one."""
     if component in TEXT_COMPONENTS:
         name = name.removeprefix("model.").removeprefix("transformer.")
         return name if name.startswith("text_") or "." not in name else f"text_model.{name}"
@@ -275,6 +280,6 @@ def _has(names: Iterable[str], prefix: str) -> bool:
 
 
 def _list_groups(names: Iterable[str]) -> str:
-    """Return names by their first part, with counts."""
+    """Format names as their first parts with counts."""
     groups = Counter(name.partition(".")[0] for name in names)
     return ", ".join(f"`{group}` ({count} tensors)" for group, count in groups.items())

@@ -1,11 +1,11 @@
 """Merge checkpoints of one family, in float32, one tensor after the other.
 
     weighted sum        (1 - w) A + w B
-    added difference    A + w (B - C)        where C has the weight, elsewhere A
+    added difference    A + w (B - C)        for weights that C has, else A
 
-w may be another number in each block. Everything that is not merged is A's: its noise schedule, its
-integers, the autoencoder unless asked. The UNet of an inpainting model A has further input channels
-than that of a B for text alone: those stay, so that "inpainting + (custom - base)" inpaints.
+w may differ by block. Everything else is A's: noise schedule, integers, and the autoencoder unless
+`merge_vae`. Input channels that only an inpainting model A has stay as they are, so that
+"inpainting + (custom - base)" is an inpainting model.
 """
 
 import json
@@ -46,9 +46,9 @@ __all__ = ["RECIPE", "ReadModel", "check_fits", "plan_merge", "read_model"]
 SUFFIXES = (".safetensors", ".ckpt")
 RECIPE = "ldm.merge"  # metadata key of what was merged how
 UNET, FIRST = "unet.", "unet.input_blocks.0.0.weight"
-TOKEN_IDS = ".token_ids"  # of a compact vocabulary
+TOKEN_IDS = ".token_ids"  # end of the name of a compact vocabulary's ids
 LATENT_CHANNELS = 4
-# Metadata of A that say how it was made.
+# Metadata about the making of A, which are not valid for the result.
 HISTORY = ("global_step", "epoch", "ldm.training", "ldm.source", "ldm.ema")
 
 
@@ -64,7 +64,7 @@ class ReadModel:
 
     @property
     def title(self) -> str:
-        """Its family, for messages."""
+        """Title of its family, for messages."""
         return self.family.title if self.family else "of another family"
 
     def __contains__(self, name: str) -> bool:
@@ -74,7 +74,7 @@ class ReadModel:
         return self.file.state[self.names[name]]
 
     def release(self, tensor: Tensor) -> None:
-        """Give the pages of a tensor back, if they are those of a file."""
+        """Release the memory of a tensor, if it is memory-mapped."""
         if self.file.mapped:
             release_pages(tensor)
 
@@ -92,23 +92,23 @@ def plan_merge(
     dtype: torch.dtype | None = None,
     config: str | Path | None = None,
 ) -> Conversion:
-    """Read names, and plan a merge that `convert` writes, in the layout of the original.
+    """Plan a merge, for `convert` to write it in the original's layout.
 
     Args:
         model: A: a file, a diffusers folder, or the folder of a training run.
         other: B, of the same family.
-        target: ending in .safetensors or .ckpt.
-        subtract: C, the model that B was made from: B's difference from it is added to A.
-        weight: w; default 0.5, with `subtract` 1.
-        block_weights: w of each block, see `Blocks.parse`; `weight` is that of others.
-        merge_vae: merge autoencoders, too.
-        ema: use the EMA weights of models that have some instead of the raw ones.
-        dtype: of all floating-point numbers that are written; None = as in A.
+        target: path ending in .safetensors or .ckpt.
+        subtract: C, the model that B was fine-tuned from; None = weighted sum.
+        weight: w; None = 0.5, or 1 with `subtract`.
+        block_weights: w of single blocks, see `Blocks.parse_weights`; `weight` is that of others.
+        merge_vae: whether to merge autoencoders, too.
+        ema: whether to use the EMA weights of models that have them.
+        dtype: dtype of floating-point weights to write; None = as in A.
         config: the YAML of all models; None finds it as `load` does.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: models are of different families, or predict something else.
+        ValueError: models differ in family or prediction type.
     """
     target = Path(target).expanduser()
     if target.suffix not in SUFFIXES:
@@ -119,19 +119,19 @@ def plan_merge(
     c = None if subtract is None else read_model(subtract, config, ema=ema)
     others = [m for m in (b, c) if m is not None]
     if ema and not any(m.file.has_ema for m in (a, *others)):
-        raise ArgumentError("no model has averaged (EMA) weights", "ema")
+        raise ArgumentError("no model has EMA weights", "ema")
     for m in others:
         check_fits(a, m)
     blocks = find_blocks(a.names)
     weights = dict.fromkeys(blocks.names, weight)
     if block_weights is not None:
-        weights = blocks.parse(block_weights, weight, "block_weights")
+        weights = blocks.parse_weights(block_weights, weight, "block_weights")
     parts = (*LORA_PARTS, AUTOENCODER) if merge_vae else LORA_PARTS
     state: dict[str, Tensor | ComputedTensor] = dict(a.file.state)
     changed = [name for name in a.names if name.startswith(parts) and a[name].is_floating_point()]
     merged = [name for name in changed if all(name in m for m in others)]
     for name in merged:
-        if w := weights[blocks.block_of(name)]:
+        if w := weights[blocks.find_block(name)]:
             compute = partial(_merge, name, a, b, c, w)
             state[a.names[name]] = ComputedTensor(a[name].shape, a[name].dtype, compute)
     paths = [m.file.path.name for m in (a, *others)]
@@ -161,7 +161,10 @@ def read_model(path: str | Path, config: str | Path | None, *, ema: bool) -> Rea
 
 
 def check_fits(a: ReadModel, b: ReadModel) -> None:
-    """Raise unless b is of a's family, or its text-to-image model, with fewer input channels."""
+    """Raise WeightsMismatch unless b is of a's family, or a text-to-image model with fewer inputs.
+
+    For an inpainting model a, b may be the text-to-image model of the same generation.
+    """
     ours, theirs = f"`{a.file.path}`", f"`{b.file.path}`"
     unet = [name for name in {**a.names, **b.names} if name.startswith(UNET)]
     misfits = [name for name in unet if name not in a or name not in b]
@@ -177,7 +180,7 @@ def check_fits(a: ReadModel, b: ReadModel) -> None:
     if kinds[0] != kinds[1]:
         raise WeightsMismatch(f"{theirs} predicts {kinds[1]}, {ours} predicts {kinds[0]}")
     if type(a.model.schedule) is not type(b.model.schedule):
-        raise WeightsMismatch(f"{theirs} has another kind of noise levels than {ours}")
+        raise WeightsMismatch(f"{theirs} has another kind of noise schedule than {ours}")
     for name in a.names:
         if name in b and name.startswith(LORA_PARTS):
             shape, other = tuple(a[name].shape), tuple(b[name].shape)
@@ -198,7 +201,7 @@ def _has_same_shape(name: str, a: ReadModel, b: ReadModel) -> bool:
 
 
 def _merge(name: str, a: ReadModel, b: ReadModel, c: ReadModel | None, weight: float) -> Tensor:
-    """Return the merged weight, float32; input channels that b does not have stay a's."""
+    """Return a merged weight, float32; input channels that b does not have are a's."""
     models = [m for m in (a, b, c) if m is not None]
     ours, *theirs = (m[name].float() for m in models)
     rest = None
@@ -225,7 +228,7 @@ def _summary(paths: list[str], is_difference: bool, weight: float, blocks: str |
 
 
 def _list_missing(names: list[str], parts: tuple[str, ...], others: list[ReadModel]) -> list[str]:
-    """Return lines on weights that stay as another model does not have them."""
+    """Return lines about weights that are not merged, as another model does not have them."""
     notes = []
     for m in others:
         for part in parts:

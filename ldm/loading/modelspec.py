@@ -1,7 +1,7 @@
-"""ModelSpec 1.0.1: metadata by which programs and people know what a .safetensors holds.
+"""ModelSpec 1.0.1: standard metadata of .safetensors files about the model in them.
 
-What describes the weights is computed; what their author says about them (title, author, licence …)
-is kept as long as it holds.
+Fields about the weights are computed; those by the author (title, author, licence …) are kept as
+long as they are valid.
 """
 
 from collections.abc import Mapping
@@ -20,13 +20,13 @@ __all__ = ["LICENSE", "MERGED_FROM", "PREFIX", "describe_model", "kept_metadata"
 PREFIX = "modelspec."
 MERGED_FROM = f"{PREFIX}merged_from"
 VERSION = "1.0.1"
-# Whose names the tensors have.
+# Values of `implementation`: whose names the tensors have.
 ORIGINAL, DIFFUSERS = "https://github.com/Stability-AI/generative-models", "diffusers"
 LICENSE = f"{PREFIX}license"
 PREDICTIONS = {"eps": "epsilon", "x0": "sample"}
-# What is behind the name of the base model, by family; of others the standard has no name.
+# Suffix of the base model's name, by family; the standard has no names for others.
 SUFFIXES = {"text": "", "refiner": "", "inpainting": "-inpainting", "depth": "-depth"}
-STALE = ("sshs_model_hash", "sshs_legacy_hash", TENSOR_HASH)  # hashes of the former tensors
+STALE = ("sshs_model_hash", "sshs_legacy_hash", TENSOR_HASH)  # hashes, invalid for new tensors
 
 
 def describe_model(
@@ -35,13 +35,13 @@ def describe_model(
     kind: Literal["", "lora", "textual-inversion"] = "",
     metadata: Mapping[str, str | int] | None = None,
 ) -> dict[str, str | int]:
-    """Return ModelSpec's metadata for weights of a model, or for what is made for it.
+    """Return metadata with ModelSpec's fields for a model, or for an adapter for it.
 
     Args:
-        model: May be on the meta device. Only a whole model is described.
-        title: If `metadata` has none.
-        kind: What is made for the model; "" for the model itself.
-        metadata: Added, and preferred to what is computed but the prediction type.
+        model: Model, which may be on the meta device; parts of models get no fields.
+        title: Title, unless `metadata` has one.
+        kind: Kind of adapter; "" for the model itself.
+        metadata: Other entries, which replace computed ones, except for the prediction type.
     """
     metadata = dict(metadata or {})
     if not isinstance(model, LatentDiffusion):
@@ -59,16 +59,16 @@ def describe_model(
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     spec = {f"{PREFIX}{name}": value for name, value in fields.items() if value}
-    metadata.pop(f"{PREFIX}prediction_type", None)  # a config may know better than a file
+    metadata.pop(f"{PREFIX}prediction_type", None)  # the config is more reliable than the file
     return {TENSOR_HASH: "", **spec, **metadata}
 
 
 def kept_metadata(metadata: Mapping[str, str], *, same_weights: bool) -> dict[str, str]:
-    """Return the metadata of a file that still hold of a file that is made from it.
+    """Return the metadata of a file that stay valid for a file made from it.
 
     Args:
-        same_weights: whether they have only been renamed, cast or put together; of changed ones
-            the licence alone holds.
+        same_weights: whether weights were only renamed, cast or combined; of ModelSpec's fields
+            only the licence stays valid for changed weights.
     """
     return {
         name: value

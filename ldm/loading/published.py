@@ -1,8 +1,8 @@
-"""Published weights by name: where they are, what they are, and which of them are on this machine.
+"""Find and download published weights by name.
 
-The table is `published.csv`: `memory` is what the weights take in half precision, in GB; `bytes`
-has a `~` where it is rounded; `places` are files on the Hugging Face hub or addresses, the best one
-first. No SHA-256 means that none was published. Nothing here imports torch.
+They are listed in `published.csv`: `memory` of the weights in half precision, in GB; size in
+`bytes`, with a `~` if it is rounded; `places`, files on the Hugging Face hub or URLs, in the order
+to try; an empty `sha256` if none was published. Does not import torch.
 """
 
 import csv
@@ -21,7 +21,7 @@ from ldm.loading.hub import (
     url_target,
 )
 from ldm.runtime.errors import DownloadError, MissingFile, check_name, nearest_name
-from ldm.runtime.hashes import Memory, hash_file, known_sha256, paths_with_sha256
+from ldm.runtime.hashes import CachedDict, hash_file, known_sha256, paths_with_sha256
 
 __all__ = [
     "PublishedFile", "download", "find_checkpoint", "find_on_disk", "identify_hash",
@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 
 Place = tuple[str, str] | str
 TABLE = Path(__file__).with_name("published.csv")
-# Name of a row without SHA-256 -> SHA-256 of its first download.
-FIRST = Memory("first_downloads.json")
+# Name of a row without SHA-256 -> SHA-256 of its first download on this machine.
+FIRST = CachedDict("first_downloads.json")
 ROUNDING = 0.01  # relative error of rounded sizes
 
 
@@ -53,11 +53,11 @@ class PublishedFile:
 
     @property
     def size(self) -> str:
-        """For people, such as "5.21 GB"."""
+        """Size of the file as text, such as "5.21 GB"."""
         return f"{float(self.bytes.lstrip('~')) / 1e9:.2f} GB" if self.bytes else "?"
 
     def may_have(self, size: int) -> bool:
-        """Return whether the file may have a size in bytes."""
+        """Return whether a size in bytes may be that of the file."""
         if not self.bytes.startswith("~"):
             return self.bytes in ("", str(size))
         rounded = float(self.bytes[1:])
@@ -65,29 +65,29 @@ class PublishedFile:
 
     @property
     def expected_sha256(self) -> str | None:
-        """The published SHA-256, or the one of the first download here."""
+        """The published SHA-256, else that of the first download on this machine."""
         return self.sha256 or FIRST.read().get(self.name)
 
 
 @lru_cache(maxsize=1)
 def published_files() -> dict[str, PublishedFile]:
-    """Read the table; rows by name."""
+    """Return the rows of the table by name."""
     with TABLE.open(encoding="utf-8", newline="") as file:
         rows = [_parse_row(**row) for row in csv.DictReader(file)]
     return {row.name: row for row in rows}
 
 
 def find_checkpoint(ckpt: str | Path, *, fetch: bool = True, variant: str | None = None) -> Path:
-    """Return the path that a checkpoint's path, published name or `hf:` address stands for.
+    """Return the local path for a path, published name or `hf:` address of a checkpoint.
 
-    An existing path comes first. Anything else is returned as it is.
+    An existing path is preferred; other paths are returned unchanged.
 
     Args:
-        fetch: download what a `hf:` address names, if it is not in the cache.
-        variant: which files of a `hf:` folder, such as `fp16`.
+        fetch: whether to download a `hf:` address that is not in the cache.
+        variant: variant of the files of a `hf:` folder, such as `fp16`.
     Raises:
-        MissingFile: a published file that is not on this machine, or a misspelt name of one.
-        DownloadError: a `hf:` address that cannot be downloaded.
+        MissingFile: a published file is not on this machine, or its name is misspelt.
+        DownloadError: a `hf:` address cannot be downloaded.
     """
     path, name = Path(ckpt).expanduser(), ckpt if isinstance(ckpt, str) else ckpt.as_posix()
     if path.exists():
@@ -108,10 +108,12 @@ def find_checkpoint(ckpt: str | Path, *, fetch: bool = True, variant: str | None
 
 
 def find_on_disk(file: PublishedFile, *, verify: bool = False) -> Path | None:
-    """Find a published file: one known by its hash, or one in the hub's cache.
+    """Find a published file on this machine, by its cached hash or in the hub's cache.
 
     Args:
-        verify: compare the hash of a file in the cache that was not yet computed.
+        verify: whether to compute the hash of a file in the hub's cache, if it is unknown.
+    Returns:
+        None if it is not found.
     """
     for path in _candidates(file):
         digest = hash_file(path) if verify and file.expected_sha256 else known_sha256(path)
@@ -121,17 +123,17 @@ def find_on_disk(file: PublishedFile, *, verify: bool = False) -> Path | None:
 
 
 def identify_hash(sha256: str | None) -> PublishedFile | None:
-    """Return the published file with this SHA-256."""
+    """Return the published file with this SHA-256; None if there is none."""
     rows = published_files().values()
     return next((row for row in rows if sha256 and row.sha256 == sha256), None)
 
 
 def download(name: str) -> Path:
-    """Download a published file, or what a `hf:` address names, unless it is on this machine.
+    """Download a published file, or a `hf:` address, unless it is on this machine.
 
     Raises:
         UnknownName: the table does not have this name.
-        DownloadError: no place gives the file; the reason of each is logged.
+        DownloadError: no place has the file; the reason for each is logged.
     """
     if name.startswith(PREFIX):
         return find_or_fetch(name)
@@ -152,7 +154,7 @@ def download(name: str) -> Path:
         else:
             _log_hash(file, hash_file(path))
             return path
-    raise DownloadError(f"none of its {len(file.places)} places gives {name}")
+    raise DownloadError(f"{name} cannot be downloaded from any of its {len(file.places)} places")
 
 
 def _fetch(file: PublishedFile, place: Place) -> Path:

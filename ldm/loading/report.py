@@ -1,4 +1,4 @@
-"""What is in a checkpoint: everything that can be said without running anything in it."""
+"""Inspect a checkpoint: describe its content without executing pickled code."""
 
 import re
 from collections import Counter
@@ -34,14 +34,22 @@ from ldm.runtime.types import JsonObject
 
 __all__ = ["Part", "Report", "inspect_checkpoint"]
 
-ADAPTER = re.compile("(lora|lycoris)_(unet|te[12]?)_")  # before the layers' names of kohya
-LONGEST = 80  # letters of a value that are shown
+ADAPTER = re.compile("(lora|lycoris)_(unet|te[12]?)_")  # prefix of kohya's layer names
+LONGEST = 80  # characters of a value to show
 SMALL = 1_000_000_000  # bytes; the hash of a larger file is computed only if it may be published
 
 
 @dataclass(frozen=True)
 class Part:
-    """Tensors with a common prefix in the file; `dtypes` counts them by dtype."""
+    """Tensors with a common prefix.
+
+    Args:
+        name: our name of the part.
+        prefix: the original's prefix.
+        tensors: number of tensors.
+        parameters: number of their elements.
+        dtypes: number of tensors by dtype.
+    """
 
     name: str
     prefix: str
@@ -135,11 +143,12 @@ class Report:
 def inspect_checkpoint(
     path: str | Path, config: str | Path | None = None, *, probe: bool = True
 ) -> Report:
-    """Describe a checkpoint: family, config, prediction, parts, and what does not fit.
+    """Inspect a checkpoint: family, config, prediction type, parts, and what does not fit.
 
     Args:
-        config: compare with this YAML instead of the family's.
-        probe: where one method alone says eps or v, run the UNet once (reads its weights).
+        config: YAML to compare with; None = that of the family.
+        probe: whether to run the UNet once (which reads its weights) if the prediction type is in
+            doubt.
     """
     path = find_checkpoint(path)
     if not path.is_file():
@@ -178,7 +187,7 @@ def inspect_checkpoint(
 
 
 def _shorten(text: str) -> str:
-    """Return a text in one line; a thumbnail is thousands of letters."""
+    """Return a text in one line, shortened: thumbnails have thousands of characters."""
     line = " ".join(text.split())
     return line if len(line) <= LONGEST else f"{line[:LONGEST]} …"
 
@@ -209,7 +218,7 @@ def _describe_variant(weights: Weights) -> str | None:
 
 
 def _compare(report: Report, weights: Weights, config: str | Path | None) -> Report:
-    """Add the config to a report, how weights fit it, and the family that its encoders tell."""
+    """Add the config to a report, how weights fit it, and the family by its encoders."""
     try:
         source = choose_config(weights) if config is None else str(config)
     except MissingArgument as error:
@@ -230,7 +239,7 @@ def _compare(report: Report, weights: Weights, config: str | Path | None) -> Rep
     if weights.family is not None and weights.family.name == "x2":
         lost = [part for part in UPSCALER_PARTS if not any(n.startswith(part) for n in state)]
         titles = " and ".join(UPSCALER_PARTS[part] for part in lost)
-        note = f"needs {titles} of another file, such as Stable Diffusion 1" if lost else ""
+        note = f"needs {titles} from another file, such as Stable Diffusion 1" if lost else ""
         report = replace(report, note=note)
         names = {n: v for n, v in names.items() if not n.startswith(tuple(lost))}
     engine = has_engine_names(names)

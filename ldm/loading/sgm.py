@@ -1,13 +1,13 @@
-"""Configs of `generative-models` (SDXL): a `DiffusionEngine` and its parts, of both generations.
+"""Translate configs of sgm (`generative-models`, SDXL): a `DiffusionEngine` and its parts.
 
     network_config       UNetModel                ->  unet
     denoiser_config      denoiser, scaling …      ->  schedule, parameterization
     conditioner_config   list of `emb_models`     ->  conditioner
     first_stage_config   AutoencoderKL            ->  autoencoder
 
-Some parameters are additions of ours: `image_size` (latent pixels), `latent_mean`, `latent_std`,
-`rescale_betas_zero_snr`, `defaults` (of `ldm.model.Defaults`), and the conditioner's
-`force_uc_zero_embeddings`.
+Both generations of these configs are supported. These parameters are additions of ours:
+`image_size` (latent pixels), `latent_mean`, `latent_std`, `rescale_betas_zero_snr`, `defaults` (of
+`ldm.model.Defaults`), and the conditioner's `force_uc_zero_embeddings`.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ldm.diffusion.denoiser import SIGMA_DATA
-from ldm.diffusion.schedule import Schedule, betas_of_sigmas, make_betas
+from ldm.diffusion.schedule import Schedule, betas_from_sigmas, make_betas
 from ldm.runtime.errors import ConfigError, check_names, unknown_name
 from ldm.runtime.types import JsonMapping, JsonObject
 
@@ -36,7 +36,7 @@ TAKES = {
     "sampler_config", "scale_factor",
 }  # fmt: skip
 WRAPPER = "sgm.modules.diffusionmodules.wrappers.OpenAIWrapper"
-# What the network predicts; whether its timestep is 0.25 ln sigma.
+# (prediction type, whether the network's timestep is 0.25 ln sigma).
 SCALINGS = {
     "EpsScaling": ("eps", False), "VScaling": ("v", False), "EDMScaling": ("edm", True),
     "VScalingWithEDMcNoise": ("v", True),
@@ -65,8 +65,9 @@ def translate_engine(
     """Translate the parameters of a DiffusionEngine into those of LatentDiffusion.
 
     Args:
-        skipped: receives the places of what sampling does not need.
-        translate: the same for the config of a part, at a place.
+        where: file and key, for messages.
+        skipped: list to which keys that sampling does not need are appended.
+        translate: (config of a part, where) -> translated config.
     """
     for key in params:
         if key in TRAINING_ONLY:
@@ -84,7 +85,7 @@ def translate_engine(
     conditioner = _Embedders(params, f"{where}.conditioner_config", translate).conditioner()
     encoders = conditioner["params"].values()
     channels = [unet["params"].get(name, 4) for name in ("in_channels", "out_channels")]
-    if channels[0] == 2 * channels[1] + 1:  # inpainting: the YAML of other programs says no more
+    if channels[0] == 2 * channels[1] + 1:  # inpainting, as YAMLs of other programs mark it
         conditioner["params"]["masked"] = {"target": MASKED, "params": {}}
     has_sizes = any(isinstance(spec, Mapping) and spec["target"] == SIZES for spec in encoders)
     parts = {
@@ -117,7 +118,7 @@ def encoder_names(targets: Mapping[int, tuple[str, str | None]]) -> dict[int, st
 
 @dataclass
 class _Embedders:
-    """Translates the list of embedders."""
+    """Translates the embedders of an engine."""
 
     engine: JsonMapping
     where: str
@@ -170,7 +171,7 @@ def _input_key(model: JsonMapping, where: str) -> str:
 
 @dataclass
 class _Levels:
-    """Translates the denoiser: noise levels, and what the network predicts."""
+    """Translates the denoiser of an engine: noise schedule, prediction type, default options."""
 
     engine: JsonMapping
     where: str
@@ -207,18 +208,18 @@ class _Levels:
             "append_zero": params.get("do_append_zero", False),
         }
         if name == "EDMDiscretization":
-            betas: Any = betas_of_sigmas(_edm_sigmas(steps, **_numbers(numbers, EDM, self.where)))
+            betas: Any = betas_from_sigmas(_edm_sigmas(steps, **_numbers(numbers, EDM, self.where)))
         else:
             linear = _betas(numbers, self.where)
             betas = {"target": "ldm.diffusion.schedule.make_betas", "params": linear}
             if steps != linear["timesteps"]:
                 sigmas = Schedule(make_betas(**linear)).step_sigmas(steps, "sgm_uniform")
-                betas = betas_of_sigmas(sigmas[:-1].flip(0))
+                betas = betas_from_sigmas(sigmas[:-1].flip(0))
         target = "ldm.diffusion.schedule.Schedule"
         return {"target": target, "params": {"betas": betas, **options}}
 
     def _range(self, log_time: bool) -> JsonObject:
-        """Take the range from the config of the sampler: a continuous denoiser has none."""
+        """Return a continuous schedule with the range of the sampler, as the denoiser has none."""
         sampler = self.engine.get("sampler_config") or {}
         config = (sampler.get("params") or {}).get("discretization_config") or {}
         numbers = dict(config.get("params") or {})

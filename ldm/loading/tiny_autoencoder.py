@@ -1,4 +1,4 @@
-"""Read TAESD, for decoding or previews, in the formats of its authors and of diffusers.
+"""Load TAESD, for decoding or previews, in the formats of its authors and of diffusers.
 
 taesd_decoder.pth, taesd_encoder.pth    1.weight, 3.conv.0.weight, …
 one file                                encoder.0.weight, decoder.1.weight, …
@@ -40,7 +40,7 @@ NAME = re.compile(
     r"(?:\w*?(?P<network>encoder|decoder)\.)?(?P<diffusers>layers\.)?(?P<layer>\d+)"
     r"(?P<rest>(?:\.conv\.[024])?\.(?:weight|bias))"
 )
-CLASS = "AutoencoderTiny"  # of diffusers
+CLASS = "AutoencoderTiny"  # `_class_name` in diffusers' config
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,15 @@ class TinyWeights:
 
     @property
     def has_encoder(self) -> bool:
-        """Whether it can also encode."""
+        """Whether it has an encoder, too."""
         return any(name.startswith("encoder.") for name in self.state)
 
 
 def read_tiny_autoencoder(path: str | Path) -> TinyWeights | None:
-    """Return the weights of TAESD in a file or diffusers folder; None if it holds something else.
+    """Return the weights of TAESD in a file or diffusers folder; None if it is something else.
 
     Raises:
-        WeightsMismatch: it is the encoder alone.
+        WeightsMismatch: it contains only the encoder.
     """
     path = find_checkpoint(path)
     config = path / "config.json"
@@ -75,7 +75,7 @@ def read_tiny_autoencoder(path: str | Path) -> TinyWeights | None:
     network = "encoder" if "0.weight" in state else "decoder"
     weights = TinyWeights(path, {_our_name(name, network): v for name, v in state.items()})
     if not any(name.startswith("decoder.") for name in weights.state):
-        raise WeightsMismatch(f"`{path}` is the encoder of TAESD alone: give the decoder")
+        raise WeightsMismatch(f"`{path}` is only the encoder of TAESD: pass the decoder")
     return weights
 
 
@@ -85,12 +85,12 @@ def build_tiny_autoencoder(
     device: str | torch.device,
     dtype: torch.dtype,
 ) -> TinyAutoencoder:
-    """Build TAESD for the latents of a model; its own autoencoder encodes if TAESD cannot.
+    """Build TAESD for the latents of a model; without an encoder, the model's own one encodes.
 
     Raises:
-        WeightsMismatch: weights are missing or of other shapes.
+        WeightsMismatch: weights are missing, or have other shapes.
     """
-    # Where latents are normalised by channel, the factor is no longer the autoencoder's.
+    # With latents normalized by channel, the model's factor is not the autoencoder's.
     scale = SCALE_XL if model.latent_mean is not None else model.scale_factor
     with meta_device():
         tiny = TinyAutoencoder(scale)
@@ -106,13 +106,13 @@ def build_tiny_autoencoder(
 
 
 def load_preview(path: str | Path, model: LatentDiffusion) -> Callable[[Tensor], Tensor]:
-    """Load TAESD to show what a model samples: the estimates that a callback gets.
+    """Load TAESD for previews: to decode the estimates that a callback receives.
 
     Args:
         path: a file or diffusers folder of TAESD.
 
     Returns:
-        A function of latents (B, 4, h, w) to images (B, 3, 8 h, 8 w) in [-1, 1].
+        A function that decodes latents (B, 4, h, w) to images (B, 3, 8 h, 8 w) in [-1, 1].
 
     Raises:
         WeightsMismatch: it is not TAESD, or does not fit the model.
@@ -131,7 +131,10 @@ def load_preview(path: str | Path, model: LatentDiffusion) -> Callable[[Tensor],
 
 
 def check_latents(weights: TinyWeights, model: LatentDiffusion) -> None:
-    """Raise WeightsMismatch if a model has other latents; warn if the name of the file says so."""
+    """Raise WeightsMismatch if the model's latents have another shape than TAESD's.
+
+    Warns if the file name says that they are of another model generation.
+    """
     own = model.autoencoder
     if (model.channels, model.downscale, own.in_channels) != (4, 8, 3):
         raise WeightsMismatch(
@@ -142,19 +145,19 @@ def check_latents(weights: TinyWeights, model: LatentDiffusion) -> None:
     if _name(weights.path) and is_for_xl(weights.path) != is_sdxl(model):
         needed = "taesdxl" if is_sdxl(model) else "taesd"
         warnings.warn(
-            f"`{weights.path}` is made for {'SD 1 and 2' if is_sdxl(model) else 'SDXL'}, by its "
-            f"name, {file_name(model)} needs `{needed}`: colours will be wrong",
+            f"`{weights.path}` is for {'SD 1 and 2' if is_sdxl(model) else 'SDXL'}, by its name, "
+            f"{file_name(model)} needs `{needed}`: colours will be wrong",
             stacklevel=4,
         )
 
 
 def is_for_xl(path: Path) -> bool:
-    """Return whether TAESD is for SDXL, by the name of its file or folder: shapes are the same."""
+    """Return whether TAESD is for SDXL, by its file or folder name, as shapes are the same."""
     return XL_NAME.search(_name(path)) is not None
 
 
 def _name(path: Path) -> str:
-    """Return the name of TAESD's file or folder that names it, "" without one."""
+    """Return the file or folder name, in lower case, that contains "taesd"; "" if none does."""
     names = (path.stem.lower(), path.parent.name.lower())
     return next((name for name in names if "taesd" in name), "")
 
@@ -169,6 +172,6 @@ def _our_name(name: str, network: str) -> str:
     match = NAME.fullmatch(name)
     assert match is not None
     network = match["network"] or network
-    # diffusers does not count the layer that bounds latents.
+    # diffusers does not count the decoder's first layer, which clamps latents.
     offset = 1 if match["diffusers"] and network == "decoder" else 0
     return f"{network}.{int(match['layer']) + offset}{match['rest']}"

@@ -1,8 +1,8 @@
-"""Models for few steps: the only table of what tells them, and of how they are sampled.
+"""Few-step (distilled) models: how they are recognised, and their default sampling options.
 
-They have the shapes of their family, so that metadata, the name of a file or the user tells them; a
-latent consistency model that embeds the guidance scale has a tensor for that. The first row that
-fits is taken.
+They have the shapes of their family, so they are recognised by metadata or file name; only a latent
+consistency model that embeds the guidance scale has a tensor of its own. The first matching row of
+VARIANTS applies.
 """
 
 import re
@@ -36,7 +36,7 @@ class Variant:
     size_xl: int = 128  # side of the latent for which one of SDXL was trained, in latent pixels
 
     def defaults_for(self, name: str) -> Defaults:
-        """Return the defaults of a file, whose name may tell the number of steps."""
+        """Return the defaults for a file, whose name may contain the number of steps."""
         steps = STEPS.search(name.lower())
         return replace(self.defaults, steps=int(steps[1])) if steps else self.defaults
 
@@ -45,7 +45,7 @@ STEPS = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z])")
 
 
 def _word(word: str) -> str:
-    """Return a pattern of a word that has no letter before or none after it."""
+    """Return a pattern for a word that starts or ends at a word boundary."""
     return rf"(?<![a-z]){word}|{word}(?![a-z])"
 
 
@@ -92,19 +92,25 @@ VARIANTS = {
 }
 # fmt: on
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-# Files whose name says nothing: that of their folder counts.
+# File names without information: the name of the folder is used.
 NAMELESS = frozenset({"pytorch_lora_weights", "adapter_model", "diffusion_pytorch_model", "model"})
-# Metadata that may name a variant: of models, of LoRAs.
+# Metadata that may name the variant of a model or a LoRA.
 METADATA = ("modelspec.architecture", "modelspec.title", "modelspec.implementation")
 LORA_METADATA = ("modelspec.title", "ss_output_name")
-# Of the LoRAs of all kinds, as they are published: they change how a time is embedded, too.
+# All published few-step LoRAs also change the layers of the timestep embedding.
 TIME_LAYER = re.compile(r"time_emb_proj|emb_layers_1")
 TEXT_LAYER = re.compile(r"lora_te|text_encoder|text_model")
 LORA_RANK = 64
 
 
 class Found(NamedTuple):
-    """A variant, what tells it, and of which file or folder."""
+    """A recognised variant.
+
+    Attributes:
+        variant: a name in VARIANTS.
+        told_by: how it was recognised, for messages.
+        path: the file or folder of the model or LoRA.
+    """
 
     variant: str
     told_by: str
@@ -112,7 +118,7 @@ class Found(NamedTuple):
 
     @property
     def defaults(self) -> Defaults:
-        """Options of sampling, with the steps that the name of the file tells."""
+        """Default sampling options, with the number of steps in the file name."""
         return VARIANTS[self.variant].defaults_for(name_of_file(self.path))
 
 
@@ -128,15 +134,15 @@ def detect_variant(
 
 
 def detect_lora(path: Path, metadata: Mapping[str, str]) -> Found | None:
-    """Return the variant that a LoRA makes of its model, told by metadata or the file's name."""
+    """Return the variant that a LoRA makes of a model, by metadata or file name; None = none."""
     patterns = {variant: row.lora for variant, row in VARIANTS.items()}
     return _search(patterns, path, {key: metadata.get(key, "") for key in LORA_METADATA})
 
 
 def name_of_file(path: Path) -> str:
-    """Return what a file or folder is called; one without a name of its own, as its folder is.
+    """Return the stem of a file or folder name; of its folder if the name is in NAMELESS.
 
-    In the cache of the Hugging Face hub that is the name of the repository.
+    In the cache of the Hugging Face hub it is the name of the repository.
     """
     names = [path.stem if path.suffix in SUFFIXES else path.name, *(p.name for p in path.parents)]
     names = [name for name in names if name not in NAMELESS]
@@ -146,7 +152,7 @@ def name_of_file(path: Path) -> str:
 
 
 def looks_distilled(keys: Iterable[str], ranks: Collection[int]) -> bool:
-    """Return whether the layers of a LoRA are those that all published ones for few steps have."""
+    """Return whether a LoRA has the layers and the rank of published few-step LoRAs."""
     keys = list(keys)
     has_time = any(map(TIME_LAYER.search, keys))
     return has_time and set(ranks) == {LORA_RANK} and not any(map(TEXT_LAYER.search, keys))

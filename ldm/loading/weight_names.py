@@ -1,13 +1,13 @@
-"""The one place where names of weights are normalised, and turned into ours and back.
+"""Normalize names of weights, and convert them between the original's names and ours.
 
     in a file        model._orig_mod.diffusion_model.x     diffusion_model.x      vae.decoder.x
     the original's   model.diffusion_model.x                            first_stage_model.decoder.x
     ours             unet.x                                                   autoencoder.decoder.x
 
 Text encoders are `cond_stage_model.` in files of SD 1 and 2, and `conditioner.embedders.N.` in
-those of `generative-models` (SDXL), whose names are called the engine's here. Inside the networks
-the original's parameter names are ours too. Those of diffusers, which need to know the network, are
-translated by `matching`.
+those of sgm's `DiffusionEngine` (SDXL), called the engine's names here. Within the networks our
+names are the original's. Names of diffusers, which depend on the network, are translated by
+`matching`.
 """
 
 import re
@@ -19,7 +19,7 @@ from torch import Tensor
 __all__ = [
     "AUTOENCODER", "DERIVED_WEIGHTS", "MARKERS", "SECOND_TEXT", "TEXT", "TEXT_2",
     "has_engine_names", "layer_alias", "loss_weights", "original_name", "our_names",
-    "rename_weights", "restore_names", "schedule_tables", "without_wrappers",
+    "rename_weights", "restore_names", "select_buffers", "without_wrappers",
 ]  # fmt: skip
 
 # (the original's prefix, ours); renaming back takes the first that fits.
@@ -48,7 +48,7 @@ ENCODER = re.compile(r"conditioner\.(text|text_2|embedder_(?P<index>\d+))\.")
 WRAPPERS = frozenset({
     "module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
 })  # fmt: skip
-# A part of a whole model, perhaps within another one, perhaps with its prefix twice.
+# A part of a whole model, possibly within another model, or with its prefix twice.
 PART = re.compile(
     r"(?P<outer>(?:.*?\.)??)"
     r"(?:(?:(?:model\.)?(?P<unet>diffusion_model)|(?P<other>first_stage_model|cond_stage_model))\.)+"
@@ -61,13 +61,13 @@ ATTENTION_WORDS = {
 }  # fmt: skip
 AUTOENCODER, TEXT, TEXT_2 = "autoencoder.", "conditioner.text.", "conditioner.text_2."
 SECOND_TEXT = "2_"  # prefix in `layer_alias`
-# `transformer.text_model.` of SD 1's text tower, in part or behind the tower's name in ComfyUI.
+# `transformer.text_model.` of SD 1's text encoder, or parts of it; ComfyUI adds the encoder's name.
 TEXT_MODEL = re.compile(
     r"conditioner\.text\.(?:clip_\w\.)?"
     r"(?:transformer\.(?:text_model\.)?|text_model\.|(?=(?:encoder|embeddings|final_layer_norm)\.))"
 )
 
-# What adapters write before the name of a layer, with `_` for dots; `second` is of SDXL's bigG.
+# Prefixes of layer names in adapters, with `_` for dots; `second` is SDXL's second text encoder.
 LAYER_PREFIX = re.compile(
     r"""( lycoris_ | lora_(?=unet_|te[12]?_) | base_model_model_ | unet_ | te1?_
     | (model_)?diffusion_model_ | cond_stage_model_ | (conditioner_)?embedders_0_
@@ -91,14 +91,14 @@ DERIVED_WEIGHTS = re.compile(
     | cond_stage_model\.transformer\.vision_model\..*""",
     re.VERBOSE,
 )
-# Tensors by which tools mark what a model predicts; the first two are empty.
+# Marker tensors of the prediction type or noise levels; the first two are empty.
 MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_min", "edm_vpred.sigma_max")
 # In diffusers' UNet of the x2 latent upscaler alone.
 UPSCALER_UNET = frozenset({"time_proj.weight", "time_embedding.cond_proj.weight"})
-# CLIP with a vision tower, of which the text tower is not used.
+# A CLIP whose vision tower is used, and whose text encoder is not.
 VISION_TOWER = "cond_stage_model.model.visual.proj"
-UNUSED_TEXT_TOWER = "cond_stage_model.model.transformer."
-TABLES = re.compile(
+UNUSED_TEXT_ENCODER = "cond_stage_model.model.transformer."
+BUFFERS = re.compile(
     r"scale_factor|betas|\w*alphas_cumprod\w*|posterior_.*|noise_augmentor\.data_(mean|std)"
     r"|denoiser\.sigmas|edm_mean|edm_std|edm_vpred\.sigma_(min|max)"
 )
@@ -107,34 +107,34 @@ POSITIONS = "transformer.text_model.embeddings.position_embedding.weight"
 
 
 def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the names of modules that only wrap others, such as `_orig_mod.`."""
+    """Remove wrapping modules, such as `_orig_mod.`, from names, unless two would become equal."""
     names = [".".join(p for p in name.split(".") if p not in WRAPPERS) for name in state]
     are_unique = all(names) and len(set(names)) == len(names)
     return dict(zip(names if are_unique else state, state.values(), strict=True))
 
 
 def our_names(names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield (our name, that in the file) of weights, without those that are recomputed here."""
+    """Yield (our name, name in the file) of weights, without buffers that are recomputed."""
     names = list(names)
     if UPSCALER_UNET.issubset(names):  # the UNet of a diffusers folder, alone
         yield from ((f"unet.{name}", name) for name in names)
         return
     originals = _strip_outer(names)
-    unused = UNUSED_TEXT_TOWER if VISION_TOWER in originals else ()
+    unused = UNUSED_TEXT_ENCODER if VISION_TOWER in originals else ()
     for original, name in originals.items():
         if not DERIVED_WEIGHTS.fullmatch(original) and not original.startswith(unused):
             yield _our_name(original), name
 
 
 def rename_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights under our names, without those that are recomputed."""
+    """Return weights under our names, without buffers that are recomputed."""
     return {ours: state[name] for ours, name in our_names(state)}
 
 
 def layer_alias(name: str) -> str:
-    """Return what all names have in common that adapters give to one layer.
+    """Return a name that is the same for all names that adapters use for a layer.
 
-    It begins with `SECOND_TEXT` if they name the second text encoder.
+    It begins with `SECOND_TEXT` for layers of the second text encoder.
     """
     flat = name.replace(".", "_").replace("_processor_to_out", "_to_out_0")
     flat = TEXT_ATTENTION.sub(r"\1_proj", flat.replace("_processor_", "_"))
@@ -147,14 +147,14 @@ def loss_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {match[2]: value for match, value in matches if match}
 
 
-def schedule_tables(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors beside the weights: schedule tables, and the scale if it was measured."""
+def select_buffers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors that are not weights: noise schedule, and a measured scale factor."""
     originals = _strip_outer(list(state))
-    return {name: state[old] for name, old in originals.items() if TABLES.fullmatch(name)}
+    return {name: state[old] for name, old in originals.items() if BUFFERS.fullmatch(name)}
 
 
 def has_engine_names(names: Iterable[str]) -> bool:
-    """Return whether the model of our names has the engine's names in the original."""
+    """Return whether a model with these names of ours has the engine's names in the original."""
     names = set(names)
     starts = ("conditioner.text_2.", "conditioner.embedder_")
     if any(name.startswith(starts) for name in names):
@@ -180,10 +180,11 @@ def restore_names(
     *,
     engine: bool | None = None,
 ) -> dict[str, Tensor]:
-    """Return weights under the original's names; `buffers` are the schedule's tables, put first.
+    """Return weights under the original's names.
 
     Args:
-        engine: see `original_name`; None for weights of a whole model, whose names tell it.
+        buffers: tensors to put first, under the original's names.
+        engine: see `original_name`; None = determined by the names, for whole models.
     """
     originals = dict(buffers or {})
     engine = has_engine_names(state) if engine is None else engine

@@ -1,7 +1,7 @@
-"""Read weights from a file, a diffusers folder or a run folder, and identify them.
+"""Read weights from a file, a diffusers folder or a run folder, and identify their family.
 
-path -> Checkpoint    names as in the file; folders bring their config in the metadata
-     -> Weights       our names, with the family and the metadata
+path -> Checkpoint    names as in the file; for folders with the config in the metadata
+     -> Weights       our names, with family, metadata and prediction type
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ldm.loading.diffusers.files import is_diffusers_folder, read_folder
-from ldm.loading.families import Family, Prediction, detect_prediction, recognise_family
+from ldm.loading.families import Family, Prediction, detect_prediction, recognize_family
 from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, read_checkpoint, use_ema_weights
 from ldm.loading.matching import match_weights
 from ldm.loading.published import find_checkpoint
@@ -23,7 +23,7 @@ from ldm.loading.weight_names import (
     has_engine_names,
     original_name,
     rename_weights,
-    schedule_tables,
+    select_buffers,
 )
 from ldm.nets.autoencoder import AutoencoderKL
 from ldm.runtime.errors import MissingArgument, MissingFile, WeightsMismatch
@@ -34,12 +34,12 @@ __all__ = [
     "read_text_encoder", "read_weights",
 ]  # fmt: skip
 
-# In a run folder: the first pattern that matches; of several files the newest.
+# Weights and config in a run folder: the newest file of the first pattern that matches.
 RUN_WEIGHTS = ("checkpoints/last.safetensors", "checkpoints/last.ckpt", "checkpoints/*.safetensors",
                "checkpoints/*.ckpt")  # fmt: skip
 RUN_CONFIGS = ("config.yaml", "configs/*-project.yaml")
 PROJECTIONS = tuple(f"conditioner.{name}.model.text_projection" for name in ("text_2", "text"))
-# Entry [0, 1] of the projection, 0.0218 as published.
+# Entry [0, 1] of the transposed projection; it is 0.0218 in the published one.
 TRANSPOSED_ENTRY, ENTRY_TOLERANCE = -0.0037, 1e-3
 
 
@@ -49,7 +49,7 @@ class Weights:
 
     source: Checkpoint  # the file or folder, names as there
     state: dict[str, Tensor]
-    tables: dict[str, Tensor]  # noise schedule in the file, and the scale if training measured it
+    buffers: dict[str, Tensor]  # noise schedule in the file, and the scale if training measured it
     markers: dict[str, str]  # metadata, and the names of marker tensors (`v_pred`)
     family: Family | None
     prediction: Prediction
@@ -61,7 +61,7 @@ class Weights:
         return self.source.path
 
     def use_ema(self, names: Iterable[str]) -> None:
-        """Replace (or add) weights by their EMA; `names` are the model's."""
+        """Replace weights by their EMA, or add them; `names` are the model's."""
         all_names = (*names, *self.state)
         engine = has_engine_names(all_names)
         originals = {original_name(name, engine=engine): name for name in all_names}
@@ -71,24 +71,24 @@ class Weights:
         self.prediction = detect_prediction(self.family, self.state, step, self.markers, name)
 
     def check_has_unet(self, names: Iterable[str]) -> None:
-        """Raise MissingArgument if a UNet is there only as its EMA; `names` are the model's."""
+        """Raise MissingArgument if the UNet has EMA weights only; `names` are the model's."""
         is_raw = any(name.startswith("unet.") for name in self.state)
         if self.source.has_ema and not is_raw and any(name.startswith("unet.") for name in names):
-            message = f"`{self.path}` holds only averaged (EMA) weights of the UNet"
+            message = f"`{self.path}` holds only EMA weights of the UNet"
             raise MissingArgument(f"{message}\nhint: load it with `ema`", "ema")
 
 
 def read_weights(path: str | Path, variant: str | None = None) -> Checkpoint:
-    """Read weights under the original's names; of folders with their config.
+    """Read weights under the original's names; from folders with their config in the metadata.
 
     Args:
         path: a .ckpt or .safetensors, a diffusers folder, the folder of a training run, or a name
-            that `find_checkpoint` knows.
-        variant: in the file names of a diffusers folder, such as `fp16`.
+            for `find_checkpoint`.
+        variant: variant in the file names of a diffusers folder, such as `fp16`.
 
     Raises:
-        MissingFile: there is no such file, or none in the folder.
-        ValueError: it holds no weights.
+        MissingFile: there is no such file, or no weights in the folder.
+        ValueError: the file does not contain weights.
     """
     folder = find_checkpoint(path, variant=variant)
     if not folder.is_dir():
@@ -108,22 +108,22 @@ def read_weights(path: str | Path, variant: str | None = None) -> Checkpoint:
 
 
 def identify_weights(source: Checkpoint) -> Weights:
-    """Return the weights under our names, with their family and what they predict."""
-    state, tables = rename_weights(source.state), schedule_tables(source.state)
+    """Return the weights under our names, with their family and prediction type."""
+    state, buffers = rename_weights(source.state), select_buffers(source.state)
     markers = source.metadata | {name: "" for name in MARKERS if name in source.state}
-    family = recognise_family(state, source.ema_state, markers)
+    family = recognize_family(state, source.ema_state, markers)
     name = name_of_file(source.path)
     prediction = detect_prediction(family, state, source.step, markers, name)
-    return Weights(source, state, tables, markers, family, prediction, source.mapped)
+    return Weights(source, state, buffers, markers, family, prediction, source.mapped)
 
 
 def read_autoencoder(
     source: Checkpoint, autoencoder: nn.Module, model: str | Path
 ) -> dict[str, Tensor]:
-    """Return the autoencoder of a checkpoint, alone in there or within a model, under our names.
+    """Return the autoencoder's weights from a checkpoint of it or of a whole model, our names.
 
     Args:
-        autoencoder: of the model.
+        autoencoder: autoencoder to fill, for names and shapes.
         model: the model's file, for messages.
     """
     if not isinstance(autoencoder, AutoencoderKL):
@@ -136,10 +136,10 @@ def read_autoencoder(
 def read_text_encoder(
     source: Checkpoint, encoder: nn.Module, model: str | Path
 ) -> dict[str, Tensor]:
-    """Return the text encoder of a checkpoint, alone in there or within a model, as our `text`.
+    """Return the text encoder's weights from a checkpoint of it or of a whole model, our names.
 
     Args:
-        encoder: of the model.
+        encoder: text encoder to fill, for names and shapes.
         model: the model's file, for messages.
     """
     tower = "text_model."  # as transformers has it
@@ -150,13 +150,13 @@ def read_text_encoder(
 
 
 def has_transposed_projection(state: Mapping[str, Tensor]) -> bool:
-    """Return whether the projection of SDXL's second text encoder is transposed, by mistake.
+    """Return whether the projection of SDXL's second text encoder is transposed by mistake.
 
-    Files that other tools wrote out of diffusers folders have it so. Nearly all fine-tunes leave
-    its numbers as they are.
+    This happens in files that other tools convert from diffusers folders. It is recognised by a
+    number that nearly all fine-tunes leave unchanged.
 
     Args:
-        state: of a file in the original's layout, under our names.
+        state: weights of a file in the original's layout, under our names.
     """
     value = next((state[name] for name in PROJECTIONS if name in state), None)
     if value is None or tuple(value.shape) != (1280, 1280):

@@ -1,10 +1,10 @@
-"""The tasks as functions.
+"""Tasks such as text to image, as functions.
 
 sampling     condition -> latent: the sampling loop, and DDIM inversion
 tasks        txt2img, img2img, inpaint, depth2img, upscale, upscale_rgbd, upscale_latent
 variations   unclip, vary, and the Karlo prior
-families     which models a task works with
-quirks       what the original scripts did otherwise
+families     the families of models, and the tasks for each
+quirks       differences of the original scripts, enabled by the keyword `legacy`
 """
 
 from ldm.diffusion.names import LEGACY

@@ -1,4 +1,4 @@
-"""Steps that tasks have in common: check the call, encode the condition, sample, decode."""
+"""Parts that tasks share: check the keywords, encode prompts, sample, decode."""
 
 import inspect
 import warnings
@@ -22,7 +22,7 @@ from ldm.imaging.rgbd import join_depth
 from ldm.model import LatentDiffusion
 from ldm.nets.circular import circular_padding
 from ldm.pipelines.families import check_family, file_name
-from ldm.pipelines.guidance import GuidanceOptions, check_guidance, make_rule
+from ldm.pipelines.guidance import GuidanceOptions, check_guidance, make_guidance
 from ldm.pipelines.latent_upscaling import Upscaling, check_sides, double_latent
 from ldm.pipelines.prompts import (
     PromptOptions,
@@ -75,11 +75,11 @@ __all__ = [
 
 
 class DecodingOptions(TypedDict, total=False):
-    """Keywords of tasks about the latents that are decoded.
+    """Keywords of tasks about decoding.
 
     Attributes:
         on_latent: called with the final latents (B, C, h, w) of the batch before they are decoded,
-            as the UNet returns them: see `LatentDiffusion.denormalize`.
+            in the UNet's scale: see `LatentDiffusion.denormalize`.
     """
 
     on_latent: Callable[[Tensor], object] | None
@@ -98,11 +98,11 @@ class TaskOptions(GuidedOptions):
 
 
 class TextOptions(GuidedOptions, SDXLOptions):
-    """Keywords of tasks that SDXL is for, too."""
+    """Keywords of tasks that also work with SDXL."""
 
 
 class SampleOptions(SamplingOptions, total=False):
-    """Other keywords of `sample`."""
+    """Keywords of `sample` that tasks set themselves, besides those of the caller."""
 
     scale: Scale | None
     noise: Noise
@@ -113,11 +113,11 @@ class SampleOptions(SamplingOptions, total=False):
     size: tuple[int, int] | None
     end: int
     first_step: int
-    rule: Guidance | None
+    guidance: Guidance | None
     further: Sequence[Cond]
 
 
-Conds = tuple[AnyCond, Cond | ScheduledCond | None, list[Cond]]  # cond, uncond, those of the rule
+Conds = tuple[AnyCond, Cond | ScheduledCond | None, list[Cond]]  # cond, uncond, guidance.texts
 P = ParamSpec("P")
 TensorOrCond = TypeVar("TensorOrCond", Tensor, Cond)
 FORMER_KEYWORDS = {"grid": "scheduler"}
@@ -126,11 +126,11 @@ FORMER_KEYWORDS = {"grid": "scheduler"}
 def pipeline(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
     """Decorate a task to check model and keywords first, and to run without gradients.
 
-    The decorated function raises WrongFamily for another model, and UnknownName for a keyword that
-    it does not take.
+    The decorated function raises WrongFamily for a model of another family, and UnknownName for an
+    unknown keyword.
 
     Args:
-        families: the models that the task works with, names in FAMILIES.
+        families: names in FAMILIES of the models that the task works with.
     """
 
     def decorate(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
@@ -177,10 +177,10 @@ def pipeline(*families: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tens
 
 
 def check_clip_skip(model: LatentDiffusion, number: object) -> str | None:
-    """Return why a clip skip has no effect on a model; None if it has one.
+    """Return a warning if a clip skip has no effect on a model, else None.
 
     Raises:
-        ArgumentError: the text tower does not have so many layers.
+        ArgumentError: it is not in 1 … number of layers of the text encoder.
     """
     if not isinstance(number, int) or number < 1:
         raise ArgumentError(f"clip_skip must be 1 or more, got {number}", "clip_skip")
@@ -190,11 +190,11 @@ def check_clip_skip(model: LatentDiffusion, number: object) -> str | None:
     layers = [encoder.num_blocks for encoder in encoders if encoder.takes_clip_skip]
     if not layers:
         return (
-            f"clip_skip {number} is ignored: {file_name(model)} is not a model of Stable Diffusion "
-            "1, whose text tower ends with its last layer"
+            f"clip_skip {number} is ignored: it is for Stable Diffusion 1, which "
+            f"{file_name(model)} is not"
         )
     if number > min(layers):
-        message = f"clip_skip {number}: the text tower has {min(layers)} layers"
+        message = f"clip_skip {number}: the text encoder has {min(layers)} layers"
         raise ArgumentError(message, "clip_skip")
     return None
 
@@ -211,13 +211,13 @@ class Conditions:
     options: SDXLOptions  # sizes and scores
     size: tuple[int, int]  # (height, width) of the images in pixels
     scale: Scale | None  # of guidance; None = the default of each model
-    rule: Guidance | None  # of guidance, whose texts are encoded, too
+    guidance: Guidance | None  # None = classifier-free; texts of another method are encoded, too
     sampler: str | None = None  # a name in SAMPLERS; None = the default of each model
 
     def encode(self, model: LatentDiffusion, quirks: Quirks, *, after_base: bool = False) -> Conds:
-        """Encode prompts, negative prompts and the texts of the rule, as a model reads them.
+        """Encode prompts, negative prompts and `guidance.texts`, as a model reads them.
 
-        An empty negative prompt, or text of the rule, is the model's unconditional one.
+        An empty negative prompt, or text of guidance, is the model's unconditional one.
         """
         sizes, negative_sizes = size_conditions(model, self.options, self.size, quirks)
         keys = model.conditioner.keys
@@ -239,7 +239,7 @@ class Conditions:
         takes_uncond = SAMPLERS[self.sampler or model.defaults.sampler].takes_uncond
         if scale == 1 and not takes_uncond and not has_composition(cond):
             return cond, None, []
-        texts = self.rule.texts if self.rule else ()
+        texts = self.guidance.texts if self.guidance else ()
         text = model.conditioner.text
         null = None if text is not None and text.null is None else ""
         further = {
@@ -280,24 +280,24 @@ def generate(
     upscaling: Upscaling | None = None,
     **options: Unpack[TextOptions],
 ) -> Tensor:
-    """Encode prompts, sample and decode; a refiner goes on from where the model stops.
+    """Encode prompts, sample and decode; a refiner continues where the model stops.
 
     Args:
-        inputs: batch of the keys that the model reads in addition to text, a row per prompt.
-        unconditional_inputs: those that differ for the unconditional half of guidance.
+        inputs: values of the batch keys that the model reads besides text, a row per prompt.
+        unconditional_inputs: those that differ for the unconditional prediction.
         tile: side in latent pixels of the decoder's tiles; None = decode whole.
         scale, noise, z, strength, size, constrain: see `sample`.
-        constrain_refiner: the same for the steps of a refiner.
-        upscaling: doubles the latents before they are decoded.
+        constrain_refiner: `constrain` for the steps of a refiner.
+        upscaling: upscaler that doubles the latents before they are decoded; None = none.
         options: see `sample` and `SDXLOptions`.
     Returns:
         (B, 3, H, W) float32 in [-1, 1].
     Raises:
-        NonFinite: a stage of the model gave NaN or infinity.
+        NonFinite: a part of the model returned NaN or infinity.
     """
     sampling, sdxl = split_options(options)
     quirks = Quirks.of(model, sampling.get("legacy", ()))
-    rule = make_rule(options, quirks)
+    guidance = make_guidance(options, quirks)
     height, width = latent_size(model, size, sampling.get("x_T") if z is None else z)
     size_in_pixels = (height * model.downscale, width * model.downscale)
     check_size(model, size_in_pixels, sdxl)
@@ -326,12 +326,12 @@ def generate(
         sdxl,
         size_in_pixels,
         scale,
-        rule,
+        guidance,
         sampling.get("sampler"),
     )
     refiner = sdxl.get("refiner")
     start = {"z": z, "strength": strength, "size": size, "noise": noise, "constrain": constrain}
-    run = cast(SampleOptions, {**sampling, "scale": scale, "rule": rule, **start})
+    run = cast(SampleOptions, {**sampling, "scale": scale, "guidance": guidance, **start})
     cond, uncond, further = conditions.encode(model, quirks)
     try:
         if refiner is None:
@@ -353,7 +353,7 @@ def generate(
             latent = _sample_with_refiner(
                 model, refiner, base_conds, refiner_conds, sdxl, run, constrain_refiner
             )
-        if rule is not None and (reason := rule.explain_idle()):
+        if guidance is not None and (reason := guidance.explain_idle()):
             warnings.warn(reason, stacklevel=3)
     except Stop as stop:
         if stop.latent is None:
@@ -435,7 +435,7 @@ def _count_on(callback: Callback | None, total: int, offset: int) -> Callback | 
 def split_options(
     options: SamplingOptions | GuidedOptions | TextOptions,
 ) -> tuple[SamplingOptions, SDXLOptions]:
-    """Separate what `sample` takes from what only SDXL does, without what neither takes."""
+    """Return the keywords of `sample` and those of SDXL; others are dropped."""
     names = SDXLOptions.__annotations__
     others = names | GuidanceOptions.__annotations__ | PromptOptions.__annotations__
     others |= DecodingOptions.__annotations__
@@ -450,10 +450,10 @@ def make_noise(
     options: SamplingOptions | GuidedOptions | TextOptions,
     strength: float = 1.0,
 ) -> Noise:
-    """Make the noise source of a call, a row per prompt.
+    """Check the options of a call, and return its noise source, a row per prompt.
 
     Raises:
-        ArgumentError: invalid options; checked here, before any network runs.
+        ArgumentError: an option is invalid; no network has run yet.
     """
     sampling, sdxl = split_options(options)
     legacy = options.get("legacy", ())
@@ -478,7 +478,7 @@ def make_noise(
 
 
 def _check_prompts(prompts: Sequence[str], syntax: str) -> None:
-    """Raise ArgumentError for a syntax that is not known, and for prompts that break its rules."""
+    """Raise ArgumentError for an unknown syntax, or prompts that are invalid in it."""
     check_syntax(syntax)
     for prompt in as_list(prompts):
         parse_pair((prompt, prompt), syntax, steps=1)
@@ -498,7 +498,7 @@ def _count_steps(
 
 
 def _select(value: object, numbers: Sequence[int]) -> object:
-    """Select rows of an input."""
+    """Return rows of a tensor or list, in this order and possibly repeated; others as they are."""
     if isinstance(value, Tensor):
         is_whole = len(value) == len(numbers) and list(numbers) == list(range(len(numbers)))
         return value if is_whole else value[list(numbers)]
@@ -511,10 +511,11 @@ def encode_prompts(
     inputs: Mapping[str, object],
     sizes: Sizes | None = None,
 ) -> Cond:
-    """Encode prompts and inputs as a condition, a row per prompt; each distinct prompt once.
+    """Encode prompts and inputs as a condition, a row per prompt; equal prompts are encoded once.
 
     Args:
-        sizes: that all rows have.
+        inputs: values of other batch keys, a row per prompt.
+        sizes: values of SDXL's batch keys, the same for all rows.
     """
     distinct = list(dict.fromkeys(prompts))
     numbers = {key: [value] * len(distinct) for key, value in (sizes or {}).items()}
@@ -539,7 +540,7 @@ def pair_texts(
 
     Args:
         texts, second: one for all, or n.
-        name: of the argument.
+        name: argument that `texts` comes from, for errors.
     """
     columns = []
     for suffix, column in (("", texts), ("_2", texts if second is None else second)):
@@ -557,7 +558,11 @@ def decode_latent(
     tile: int | None,
     on_latent: Callable[[Tensor], object] | None = None,
 ) -> Tensor:
-    """Decode z (B, C, h, w) to (B, 3, H, W), or with depth, in [-1, 1]; raise NonFinite."""
+    """Decode z (B, C, h, w) to images (B, 3, H, W), or more channels with depth, in [-1, 1].
+
+    Raises:
+        NonFinite: latents or images contain NaN or infinity.
+    """
     check_finite(z, "the UNet")
     if on_latent is not None:
         on_latent(z)
@@ -567,7 +572,12 @@ def decode_latent(
 
 @torch.no_grad()
 def encode_image(model: LatentDiffusion, image: Tensor, n: int, noise: Noise) -> Tensor:
-    """Sample n latents (n, C, h, w) of one image, padded to whole latent pixels."""
+    """Sample n latents (n, C, h, w) from the posterior of one image, padded to whole latent pixels.
+
+    Args:
+        image: (1, 3, H, W) in [-1, 1].
+        noise: (like) -> standard normal noise.
+    """
     image = pad_to_multiple(image.to(model.device), model.downscale)
     posterior = model.autoencoder.encode(image)
     mean = posterior.mean.float().expand(n, -1, -1, -1)
@@ -582,7 +592,8 @@ def add_depth(model: LatentDiffusion, image: Tensor, depth: Tensor | None) -> Te
         image: (1, 3, H, W), or with the channels of depth already.
         depth: (1, 1, H, W) in [0, 1], larger is nearer.
     Raises:
-        ArgumentError: depth and model do not go together, or depth and image differ in size.
+        ArgumentError: the model needs the depth or does not read it, or it differs in size from the
+            image.
     """
     channels = model.autoencoder.in_channels
     if depth is None and image.shape[1] == channels:
@@ -603,18 +614,18 @@ def as_list(prompts: str | Sequence[str]) -> list[str]:
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
-    """Repeat the last row and column of an image (B, C, H, W) up to multiples."""
+    """Pad an image (B, C, H, W) to multiples by repeating its last row and column."""
     height, width = image.shape[-2:]
     return F.pad(image, (0, -width % multiple, 0, -height % multiple), mode="replicate")
 
 
 def crop_like(padded: Tensor, image: Tensor, factor: int = 1) -> Tensor:
-    """Cut off what `pad_to_multiple` added to the image, which was then enlarged by a factor."""
+    """Crop a result to the size of the image before `pad_to_multiple`, times a factor."""
     return padded[..., : factor * image.shape[-2], : factor * image.shape[-1]]
 
 
 def check_weights(model: object, error: NonFinite) -> None:
-    """Raise NonFinite that names the weights, if it is they that are not finite."""
+    """Raise a NonFinite that names the weights, if these are what is not finite."""
     if not isinstance(model, LatentDiffusion):
         return
     weights = {name: w for name, w in model.named_parameters() if w.is_floating_point()}
@@ -626,7 +637,11 @@ def check_weights(model: object, error: NonFinite) -> None:
 
 
 def check_finite(value: TensorOrCond, stage: str) -> TensorOrCond:
-    """Return the value; raise NonFinite if it holds NaN or infinity."""
+    """Return the value; raise NonFinite if it contains NaN or infinity.
+
+    Args:
+        stage: part of the model that it comes from, for the error.
+    """
     tensors = [value] if isinstance(value, Tensor) else value.tensors().values()
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise NonFinite(stage)

@@ -11,7 +11,7 @@ __all__ = [
     "FAMILIES", "Family", "check_family", "family_of", "file_name", "is_sdxl", "wrong_family",
 ]  # fmt: skip
 
-# Sizes that Stable Diffusion XL reads; it belongs to the family of its other keys.
+# Sizes that Stable Diffusion XL reads; its other keys determine the family.
 SIZE_KEYS = {"original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple"}
 
 
@@ -69,16 +69,16 @@ def check_family(model: LatentDiffusion, *families: str) -> None:
         return
     if name is None:
         keys = ", ".join(f"`{key}`" for key in sorted(model.conditioner.keys)) or "nothing"
-        raise WrongFamily(f"this model reads {keys}, and no task here provides that")
+        raise WrongFamily(f"this model reads {keys}, and no task provides that")
     raise wrong_family(file_name(model), name)
 
 
 def wrong_family(model: str, family: str) -> WrongFamily:
-    """Return the error for a model of a family that a task does not take; it says which does.
+    """Return the error for a model that a task does not support; it names the task that does.
 
     Args:
-        model: how the message names it.
-        family: a name in FAMILIES.
+        model: its name in the message.
+        family: its family, a name in FAMILIES.
     """
     title, function = FAMILIES[family].title, FAMILIES[family].function
     hint = f"use `{function}`"

@@ -1,4 +1,4 @@
-"""FreeU for a model: its factors as those of the output blocks of its UNet."""
+"""FreeU for a model: assign its factors to the output blocks of the UNet."""
 
 from collections.abc import Sequence
 
@@ -15,10 +15,10 @@ __all__ = ["find_factors", "make_freeu"]
 def find_factors(
     model: LatentDiffusion, value: str | Sequence[float] | FreeUFactors
 ) -> FreeUFactors:
-    """Return factors as given, or those of a preset.
+    """Return factors as given, or those of a preset; "auto" is the preset of the model's family.
 
     Raises:
-        ArgumentError: a wrong value.
+        ArgumentError: an unknown preset, or factors out of range.
     """
     text = model.conditioner.text
     generation = 1 if text is None else text.generation or 1
@@ -30,10 +30,13 @@ def make_freeu(
     value: str | Sequence[float] | FreeUFactors,
     version: str | None = None,
 ) -> FreeU:
-    """Give each output block of the model's UNet its factors.
+    """Build FreeU with the factors of each output block of the model's UNet.
 
+    Args:
+        value: factors, the name of a preset, or "auto".
+        version: a name in FREEU_VERSIONS; None = "1".
     Raises:
-        ArgumentError: a wrong value, or a UNet without a block that it changes.
+        ArgumentError: an invalid value, or a UNet without a block that FreeU changes.
     """
     factors, version = find_factors(model, value), version or "1"
     check_name("version of freeu", version, FREEU_VERSIONS, argument="freeu_version")
@@ -49,8 +52,8 @@ def make_freeu(
     by_block = [by_key.get(key) for key in keys]
     if not any(by_block):
         raise ArgumentError(
-            f"freeu changes nothing in the UNet of {file_name(model)}, whose output blocks take "
-            f"{sorted(set(keys))} channels: it acts on {sorted(by_key)}",
+            f"freeu has no effect on the UNet of {file_name(model)}, whose output blocks take "
+            f"{sorted(set(keys))} channels: it changes those with {sorted(by_key)}",
             "freeu",
         )
     return FreeU(by_block, by_mean=version == "2")

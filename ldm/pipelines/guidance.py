@@ -1,4 +1,4 @@
-"""Keywords of tasks that choose a rule of guidance; each has a row in RULES."""
+"""Keywords of tasks that choose a guidance method, and the method that they choose."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ from ldm.diffusion.guidance import (
     SafeGuidance,
     Scale,
 )
-from ldm.diffusion.names import APG, SLD, SLD_CONCEPTS, check_rules
+from ldm.diffusion.names import APG, SLD, SLD_CONCEPTS, check_guidance_options
 from ldm.model import LatentDiffusion
 from ldm.nets.unet import UNet
 from ldm.pipelines.families import file_name
@@ -20,21 +20,22 @@ from ldm.pipelines.freeu import make_freeu
 from ldm.pipelines.quirks import Quirks
 from ldm.runtime.errors import ArgumentError
 
-__all__ = ["GuidanceOptions", "check_guidance", "make_rule"]
+__all__ = ["GuidanceOptions", "check_guidance", "make_guidance"]
 
 
 class GuidanceOptions(TypedDict, total=False):
-    """Keywords that choose how guidance combines predictions.
+    """Keywords that choose the guidance method, by default classifier-free guidance (CFG).
+
+    At most one of `sld`, `apg` and `perp_neg`; `pag` combines with each, and with CFG.
 
     Attributes:
-        sld: Safe latent diffusion: a name in SLD_PRESETS, or five numbers as in `SLD`; None for
-            classifier-free guidance alone.
-        sld_concept: What it guides away from, a text or a name in SLD_CONCEPTS; None for
+        sld: Safe latent diffusion: a name in SLD_PRESETS, or five numbers as in `SLD`.
+        sld_concept: What it guides away from: a text, or a name in SLD_CONCEPTS; None for
             "original". Each model encodes it as it does the prompt, with the same sizes and images.
         apg: Adaptive projected guidance: three numbers as in `APG`.
-        perp_neg: Perp-neg: the weight of the negative prompt, of which only what is perpendicular
-            to the prompt counts; 1 as published.
-        pag: Perturbed-attention guidance: its scale; 3 as published. It adds to any other rule.
+        perp_neg: Perp-neg: weight of the part of the negative prompt that is perpendicular to the
+            prompt; 1 as published.
+        pag: Perturbed-attention guidance: its scale; 3 as published.
     """
 
     sld: str | Sequence[float] | SLD | None
@@ -44,49 +45,50 @@ class GuidanceOptions(TypedDict, total=False):
     pag: float | None
 
 
-def make_rule(options: GuidanceOptions, quirks: Quirks) -> Guidance | None:
-    """Make the rule for a run; None for classifier-free guidance.
+def make_guidance(options: GuidanceOptions, quirks: Quirks) -> Guidance | None:
+    """Make the guidance of one run; None for classifier-free guidance.
 
     Raises:
-        ArgumentError: a wrong value.
+        ArgumentError: a value is out of range.
     """
-    rules = (rule for make in RULES.values() if (rule := make(options, quirks)))
-    rule = next(rules, None)
+    made = (guidance for make in METHODS.values() if (guidance := make(options, quirks)))
+    guidance = next(made, None)
     if (scale := options.get("pag")) is None:
-        return rule
-    return PerturbedAttention(_positive("pag", scale), rule or Guidance())
+        return guidance
+    return PerturbedAttention(_positive("pag", scale), guidance or Guidance())
 
 
 def check_guidance(
     model: LatentDiffusion, scale: Scale | None, keywords: Mapping[str, object]
 ) -> None:
-    """Raise ArgumentError for rules, or FreeU, that a model can't have or that change nothing.
+    """Raise ArgumentError for guidance, or FreeU, that a model can't have or that has no effect.
 
     Args:
-        scale: of guidance; None = the model's default.
-        keywords: of a task; those that choose no rule are ignored.
+        scale: Guidance scale; None for the model's default.
+        keywords: All keywords of a task, by name.
     """
     given = {name: value for name, value in keywords.items() if value is not None}
-    rules = [name for name in GuidanceOptions.__annotations__ if name in given]
+    methods = [name for name in GuidanceOptions.__annotations__ if name in given]
     scale = model.defaults.scale if scale is None else scale
-    check_rules(given, None if callable(scale) else scale)
+    check_guidance_options(given, None if callable(scale) else scale)
     if "freeu" in given:
         version = cast(str | None, given.get("freeu_version"))
         make_freeu(model, cast(str | Sequence[float], given["freeu"]), version)
-    if not rules:
+    if not methods:
         return
     quirks = Quirks.of(model, cast(Iterable[str], given.get("legacy", ())))
-    make_rule(cast(GuidanceOptions, given), quirks)
+    make_guidance(cast(GuidanceOptions, given), quirks)
     if not isinstance(model.unet, UNet):
-        raise ArgumentError(f"{rules[0]} is not for the x2 latent upscaler", rules[0])
-    if "perp_neg" in rules:
+        raise ArgumentError(f"{methods[0]} is not for the x2 latent upscaler", methods[0])
+    if "perp_neg" in methods:
+        # Each is a text or a list of texts: `any` is false if all are empty.
         negatives = (given.get(f"negative_prompt{suffix}", "") for suffix in ("", "_2"))
         if not any(map(any, cast(Iterable[Iterable[str]], negatives))):
             raise ArgumentError("perp_neg needs a negative prompt", "perp_neg")
         if quirks.ignores_negative(after_base=False):
             message = "perp_neg needs the negative prompt, which `ignore-negative` ignores"
             raise ArgumentError(message, "legacy")
-    if "pag" in rules and not model.unet.attends_in_middle:
+    if "pag" in methods and not model.unet.attends_in_middle:
         message = "pag needs self-attention in the middle block of the UNet: that of "
         raise ArgumentError(f"{message}{file_name(model)} has none", "pag")
 
@@ -98,7 +100,7 @@ def _make_safe(options: GuidanceOptions, quirks: Quirks) -> Guidance | None:
             raise ArgumentError("sld_concept needs sld", "sld_concept")
         return None
     settings = SLD.of(sld)
-    if "sld-off" in quirks and settings.scale <= 1:
+    if "sld-off" in quirks and settings.scale <= 1:  # diffusers takes that as "off"
         return None
     concept = "original" if concept is None else concept
     return SafeGuidance(settings, SLD_CONCEPTS.get(concept, concept))
@@ -120,8 +122,8 @@ def _positive(name: str, value: float) -> float:
     return value
 
 
-# Of these one can hold; perturbed-attention guidance adds to it.
-RULES: dict[str, Callable[[GuidanceOptions, Quirks], Guidance | None]] = {
+# Methods that exclude each other; perturbed-attention guidance combines with each.
+METHODS: dict[str, Callable[[GuidanceOptions, Quirks], Guidance | None]] = {
     "sld": _make_safe,
     "apg": _make_projected,
     "perp_neg": _make_perp_neg,

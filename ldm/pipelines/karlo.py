@@ -1,9 +1,9 @@
 """Sampling from the Karlo prior: texts -> CLIP image embeddings, the input of unCLIP.
 
 The prior is a diffusion model over image embeddings: `ldm.nets.karlo.Prior` predicts x0, sampled by
-DDIM. It predicts embeddings of the same CLIP whose text tower encodes the texts.
+DDIM. Its embeddings are those of the CLIP whose text encoder encodes the texts.
 
-    texts --CLIP's text tower--> Cond --sampling--> embedding (B, D) --noise--> unCLIP model
+    texts --CLIP's text encoder--> Cond --sampling--> embedding (B, D) --noise--> unCLIP model
 
 Ramesh et al. 2022 (arXiv:2204.06125), section 2.2.
 """
@@ -26,7 +26,7 @@ from ldm.runtime.errors import ArgumentError
 
 __all__ = ["encode_texts", "prior_sigmas", "sample_image_embeddings", "sample_prior"]
 
-CLAMP = 10.0  # bound of the predicted values, in standard deviations
+CLAMP = 10.0  # limit of predicted values, in standard deviations; as in Karlo
 
 
 def sample_image_embeddings(
@@ -44,10 +44,9 @@ def sample_image_embeddings(
     """Sample CLIP image embeddings of texts, (B, D) float32.
 
     Args:
-        clip: the whole CLIP that the prior was trained with (`clip.model` includes the text tower).
+        clip: the CLIP that the prior was trained with, with its text encoder.
         negative: negative prompts, one for all texts or one each.
-        mean: (D,) mean of CLIP's embeddings, from Karlo's file.
-        std: (D,) their standard deviation.
+        mean, std: (D,) mean and standard deviation of CLIP's embeddings, from Karlo's file.
         steps, scale, noise: see `sample_prior`.
     """
     negatives = [negative] * len(texts) if isinstance(negative, str) else negative
@@ -63,11 +62,11 @@ def encode_texts(clip: CLIPVision, texts: Sequence[str]) -> Cond:
         crossattn (B, 77, D): token embeddings, zeros after the end token; vector (B, D): CLIP text
             embedding.
     Raises:
-        ArgumentError: the model was saved without the text tower of its CLIP.
+        ArgumentError: the model was saved without the text encoder of its CLIP.
     """
     model = clip.model
     if not model.blocks:
-        raise ArgumentError("the prior needs CLIP's text tower, which this model does not have")
+        raise ArgumentError("the prior needs CLIP's text encoder, which this model does not have")
     tokens = tokenizer.tokenize(texts, tokenizer.CLIP, len(model.positional_embedding))
     tokens = tokens.to(model.positional_embedding.device)  # (B, 77)
     ends = tokens.argmax(dim=1)  # (B,); the first end token has the greatest id
@@ -87,7 +86,7 @@ def sample_prior(
     noise: Callable[[Tensor], Tensor] = torch.randn_like,
     sigmas: Tensor | None = None,
 ) -> Tensor:
-    """Sample normalised embeddings (B, D), one per row of `cond`, with DDIM.
+    """Sample normalized embeddings (B, D), one per row of `cond`, with DDIM.
 
     Args:
         cond: from `encode_texts`.
@@ -96,7 +95,7 @@ def sample_prior(
         scale: guidance scale.
         eta: 1 is ancestral sampling, as in the original; 0 is deterministic.
         noise: (like) -> standard normal noise; called for the initial noise, then for each step.
-        sigmas: noise levels to use instead of those of `steps`, descending.
+        sigmas: noise levels (n + 1,), descending; None = those of `steps`.
     """
     schedule = Schedule(make_betas("squaredcos_cap_v2"))
     sigmas = prior_sigmas(schedule, steps) if sigmas is None else sigmas

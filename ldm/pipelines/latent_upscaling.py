@@ -1,7 +1,7 @@
-"""Latents of twice the size: the x2 latent upscaler, alone or after another model.
+"""The x2 latent upscaler, alone or after another model.
 
-k-diffusion's notebook is what it follows: its noise levels end above 0, and nothing is left out of
-the result for that.
+It is sampled as in k-diffusion's notebook: down to a noise level above 0, whose noise stays in the
+result.
 """
 
 import math
@@ -32,7 +32,7 @@ FACTOR = 2
 
 @dataclass(frozen=True)
 class Upscaling:
-    """A second model, which doubles the latents of the first.
+    """An x2 latent upscaler that doubles the latents of another model, and its options.
 
     Args:
         model: The upscaler.
@@ -45,20 +45,20 @@ class Upscaling:
     scale: float | None = None
 
     def check(self, base: LatentDiffusion) -> None:
-        """Raise ArgumentError unless it takes the latents of the base model."""
+        """Raise ArgumentError unless `model` is an upscaler for the latents of the base model."""
         if family_of(self.model.conditioner) != "latent-upscaling":
             raise ArgumentError(f"{file_name(self.model)} is not an x2 latent upscaler", "upscaler")
         run_sigmas(self.model, Quirks(), {"steps": self.steps})  # raises ArgumentError
         if not self.model.latent_space.matches(base.latent_space):
             raise ArgumentError(
                 f"{file_name(base)} has latents of another kind than the upscaler, which takes "
-                "those of Stable Diffusion 1 and 2: save the images, and upscale these",
+                "those of Stable Diffusion 1 and 2: save the images, then upscale them",
                 "upscaler",
             )
 
 
 def check_noise(model: LatentDiffusion, sigma: float, kind: str) -> None:
-    """Raise ArgumentError for a noise level of the small latent that a model does not know."""
+    """Raise ArgumentError for noise of the small latent that an upscaler does not support."""
     check_name("kind of noise", kind, LowResLatent.NOISE_KINDS, argument="noise_kind")
     if not sigma >= 0:
         raise ArgumentError(f"noise_sigma must be 0 or more, got {sigma}", "noise_sigma")
@@ -72,7 +72,7 @@ def check_noise(model: LatentDiffusion, sigma: float, kind: str) -> None:
 
 
 def check_latent(model: LatentDiffusion, latent: Tensor, n: int) -> None:
-    """Raise ArgumentError unless it is a latent of the model, one row or n."""
+    """Raise ArgumentError unless a latent has the model's channels, and one row or n."""
     shape = tuple(latent.shape)
     if latent.dim() != 4 or shape[1] != model.channels or shape[0] not in (1, n):
         raise ArgumentError(
@@ -82,7 +82,7 @@ def check_latent(model: LatentDiffusion, latent: Tensor, n: int) -> None:
 
 
 def check_sides(model: LatentDiffusion, height: int, width: int) -> None:
-    """Raise ArgumentError if edges that are to meet belong to a latent that would be padded."""
+    """Raise ArgumentError if a latent (height, width) would be padded along a circular axis."""
     assert isinstance(model.unet, LatentUpscalerUNet)
     multiple = model.unet.multiple // FACTOR
     for axis, side in (("y", height), ("x", width)):
@@ -107,10 +107,10 @@ def double_latent(
     scale: Scale | None = None,
     **options: Unpack[SamplingOptions],
 ) -> Tensor:
-    """Sample latents (B, C, 2h, 2w) like given ones (1 | B, C, h, w), a row per prompt.
+    """Sample latents (B, C, 2h, 2w) from small ones (1 | B, C, h, w), a row per prompt.
 
-    The latent is padded to the sides that the UNet takes, and the result is cut; tiles of the UNet
-    are enlarged to such sides.
+    The small latent is padded to sides that the UNet supports, and the result is cropped; tiles of
+    the UNet are enlarged to such sides.
     """
     n, (height, width) = len(prompts), latent.shape[-2:]
     assert isinstance(model.unet, LatentUpscalerUNet)
@@ -138,7 +138,8 @@ def double_latent(
     uncond = encode(negative_prompts) if is_guided else None
     sigmas = run_sigmas(model, quirks, options)
     start = _start_noise(latent, options.get("x_T"), noise)
-    # `sample` takes latents of the same variance at every level, and returns them; these are not.
+    # `sample` takes and returns latents scaled to the same variance at every level; this model
+    # needs x itself.
     first, last = float(sigmas[0]), float(sigmas[-1])
     run: SamplingOptions = {**options, "x_T": None, "sigmas": sigmas}
     z = sample(
@@ -158,7 +159,7 @@ def _round_up(side: int, multiple: int) -> int:
 
 
 def _pad(latent: Tensor, multiple: int) -> Tensor:
-    """Repeat the last row and column up to a multiple, at least twice that."""
+    """Pad by repeating the last row and column, to a multiple of at least twice `multiple`."""
     height, width = (_round_up(side, multiple) for side in latent.shape[-2:])
     return F.pad(
         latent, (0, width - latent.shape[-1], 0, height - latent.shape[-2]), mode="replicate"

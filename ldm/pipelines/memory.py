@@ -1,6 +1,6 @@
-"""An estimate of the memory that generating images takes on a GPU.
+"""Estimate the GPU memory that generating images takes.
 
-Networks run on fake tensors, which have shapes and lifetimes but no memory.
+Networks run on PyTorch's fake tensors, which have shapes but no memory.
 """
 
 from dataclasses import dataclass
@@ -30,12 +30,12 @@ class Memory:
 
     @property
     def whole(self) -> int:
-        """With the whole model on the GPU."""
+        """Bytes with the whole model on the GPU."""
         return sum(self.weights.values()) + max(self.activations.values())
 
     @property
     def with_offload(self) -> int:
-        """With one part at a time on the GPU, see `LatentDiffusion.offload`."""
+        """Bytes with one part at a time on the GPU, see `LatentDiffusion.offload`."""
         return max(size + self.activations[name] for name, size in self.weights.items())
 
 
@@ -46,9 +46,9 @@ def estimate_memory(
     """Estimate the memory for one batch of text to image with guidance.
 
     Args:
-        model: Loaded, or on the meta device; tensors there are replaced by fake ones.
+        model: Loaded, or on the meta device; meta tensors are replaced by fake ones.
         size: (height, width) in pixels.
-        images: In the batch.
+        images: Batch size.
         tile: Side of the decoder's tiles in latent pixels; None = whole.
     """
     texts = {  # their activations are small beside their weights
@@ -80,7 +80,11 @@ def run_on_zeros(
     *,
     is_context_trained: bool = False,
 ) -> Tensor:
-    """Run a forward pass of a UNet on latents of a size (h, w) and conditions, all zero."""
+    """Run a forward pass of a UNet on latents of a size (h, w) and conditions, all zeros.
+
+    Args:
+        is_context_trained: Whether the text context requires gradients.
+    """
     if isinstance(unet, LatentUpscalerUNet):
         z = torch.zeros(batch_size, unet.input_channels + unet.unet_cond_dim, *size)
         vector = torch.zeros(batch_size, unet.context_dim + 1)

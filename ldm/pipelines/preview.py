@@ -4,8 +4,8 @@
 
 `fit_preview` fits the map for any autoencoder by least squares, from smooth random latents to their
 decoded images at the size of the latents. For the demo model's autoencoder this explains 90 % of
-the variance of real images; the best linear map, fitted to those images, 92 %. Of SDXL's
-autoencoder, which is slow and in float32, the map is known.
+the variance of real images; the best linear map, fitted to those images, 92 %. For SDXL, whose
+autoencoder is slow and runs in float32, the published map is used.
 """
 
 from collections.abc import Callable
@@ -15,16 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.imaging.rgbd import split_colour
+from ldm.imaging.rgbd import split_color
 from ldm.model import LatentDiffusion
 
 __all__ = ["fit_preview"]
 
 COUNT = 4  # latents to fit the map to
-SIDE = 8  # of these latents
+SIDE = 8  # of these latents; small, so that fitting is fast
 NOISE_SIDE = 4  # of the noise that they are interpolated from
 SDXL_SCALE_FACTOR = 0.13025
-SDXL_COLOURS = (  # red, green, blue of each channel, and of the offset; from ComfyUI
+SDXL_COLORS = (  # red, green, blue of each channel, and of the offset; from ComfyUI
     (0.3651, 0.4232, 0.4341),
     (-0.2533, -0.0042, 0.1068),
     (0.1076, 0.1111, -0.0362),
@@ -35,13 +35,17 @@ SDXL_COLOURS = (  # red, green, blue of each channel, and of the offset; from Co
 
 @torch.no_grad()
 def fit_preview(model: LatentDiffusion) -> Callable[[Tensor], Tensor]:
-    """Fit the map for this model's latents, to values in [-1, 1], by decoding a few small ones."""
+    """Fit the map for a model's latents by decoding a few small ones.
+
+    Returns:
+        z (B, C, h, w) -> (B, 3, h, w) in [-1, 1].
+    """
     if model.scale_factor == SDXL_SCALE_FACTOR and model.channels == 4:
-        return partial(_map_to_rgb, matrix=torch.tensor(SDXL_COLOURS).to(model.device))
+        return partial(_map_to_rgb, matrix=torch.tensor(SDXL_COLORS).to(model.device))
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(COUNT, model.channels, NOISE_SIDE, NOISE_SIDE, generator=generator)
     z = F.interpolate(noise, size=(SIDE, SIDE), mode="bicubic").to(model.device)
-    image = split_colour(model.decode(z)).clamp(-1, 1)
+    image = split_color(model.decode(z)).clamp(-1, 1)
     rgb = F.adaptive_avg_pool2d(image, (SIDE, SIDE)).movedim(1, -1).reshape(-1, 3)
     fit = torch.linalg.lstsq(_with_one(z).flatten(0, -2).cpu(), rgb.float().cpu())
     matrix = fit.solution.nan_to_num().to(model.device)  # (C + 1, 3)

@@ -1,4 +1,4 @@
-"""Prompts of a call: parsed by their syntax, encoded for the steps in which they hold."""
+"""Parse the prompts of a call, and encode them for the steps that they are used in."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,14 +26,14 @@ Weighted = tuple[float, PromptPair]
 
 
 class PromptOptions(TypedDict, total=False):
-    """Keywords that say how prompts are read.
+    """Keywords for reading prompts.
 
     Attributes:
-        syntax: Of prompts and negative prompts, a name in `ldm.prompts.SYNTAXES`; by default
-            "plain", for which brackets are text.
-        clip_skip: Layer of the text tower that counts, from the end: 1 the last, 2 the last but
-            one, then the final norm. For Stable Diffusion 1; towers of others end a layer earlier
-            by themselves, which is said.
+        syntax: Syntax of prompts and negative prompts, a name in `ldm.prompts.SYNTAXES`; by default
+            "plain", in which brackets have no meaning.
+        clip_skip: Layer of the text encoder to use, counted from the end: 1 the last, 2 the last
+            but one, before the final norm. For Stable Diffusion 1; ignored with a warning by other
+            models, which have a fixed layer.
     """
 
     syntax: str
@@ -48,7 +48,7 @@ class StepPrompts:
     second: ParsedPrompt  # for the second one
 
     def at(self, step: int) -> tuple[Weighted, ...]:
-        """Return the prompts of a step with their weights."""
+        """Return (weight, prompts) of a step, one for each prompt of a composition."""
         ones = self.first.compositions
         twos = self.second.compositions
         if len(twos) == 1:
@@ -64,10 +64,11 @@ class StepPrompts:
 def parse_pair(
     pair: TextPair, syntax: str, steps: int, *, is_negative: bool = False
 ) -> StepPrompts | TextPair:
-    """Parse the prompts of one image for a run of so many steps; plain ones stay as they are.
+    """Parse the prompts of one image for a run of `steps` steps; plain ones stay as they are.
 
     Raises:
-        ArgumentError: See `ldm.prompts.parse_prompt`; or AND divides the second prompt otherwise.
+        ArgumentError: See `ldm.prompts.parse_prompt`; or AND splits the two prompts into different
+            numbers of parts.
     """
     if syntax == PLAIN:
         return pair
@@ -76,7 +77,7 @@ def parse_pair(
     )
     if len(second.compositions) not in (1, len(first.compositions)):
         counts = f"{len(first.compositions)} parts, prompt_2 {len(second.compositions)}"
-        raise ArgumentError(f"AND divides the prompt into {counts}", "prompt_2")
+        raise ArgumentError(f"AND splits the prompt into {counts}", "prompt_2")
     return StepPrompts(first, second)
 
 
@@ -84,11 +85,11 @@ def encode_steps(
     prompts: Sequence[StepPrompts | PromptPair],
     encode: Callable[[Sequence[PromptPair], Sequence[int]], Cond],
 ) -> AnyCond:
-    """Encode the prompts of a batch, as often as they change.
+    """Encode the prompts of a batch, once for each change during the run.
 
     Args:
         prompts: One for each image.
-        encode: (prompts, number of the image of each) -> condition with a row for each.
+        encode: (prompts, index of the image of each) -> condition, a row for each prompt.
     """
     ends = sorted({step for one in _changing(prompts) for step in one.last_steps})
     conds: dict[tuple[tuple[Weighted, ...], ...], Cond | Composition] = {}
@@ -122,14 +123,14 @@ def _encode_compositions(
 
 
 def has_composition(cond: AnyCond) -> bool:
-    """Return whether a condition needs the unconditional one even without guidance."""
+    """Return whether a condition is a composition, which always needs the unconditional one."""
     if isinstance(cond, ScheduledCond):
         return any(has_composition(entry) for _, entry in cond.entries)
     return isinstance(cond, Composition)
 
 
 def find_lost_text(model: LatentDiffusion, texts: Iterable[str]) -> str | None:
-    """Say what of the first too long text a model leaves out, if it reads it as plain text."""
+    """Return a warning about the first text that plain syntax truncates, else None."""
     for encoder in model.conditioner.find_all(TextEncoder):
         for text in texts:
             if lost := encoder.truncated_text(text):
@@ -141,7 +142,7 @@ def find_lost_text(model: LatentDiffusion, texts: Iterable[str]) -> str | None:
 def warn_about_prompts(
     model: LatentDiffusion, prompts: Sequence[StepPrompts | TextPair], stacklevel: int
 ) -> None:
-    """Warn of text that has no effect, or is not read as it looks."""
+    """Warn about text that is truncated, or that the syntax reads in a surprising way."""
     plain = [text for one in prompts if not isinstance(one, StepPrompts) for text in one if text]
     messages = [find_lost_text(model, dict.fromkeys(plain))]
     for one in _changing(prompts):

@@ -1,7 +1,7 @@
 """Quirks of the original scripts, enabled by name to reproduce old results.
 
-`ldm.diffusion.names.LEGACY` has the names and their meaning. Pipelines call `Quirks` where the
-original behaved differently; without names it changes nothing.
+The keyword `legacy` takes their names; `ldm.diffusion.names.LEGACY` explains each. Pipelines call
+`Quirks` where the original behaved differently; without names it has no effect.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -26,7 +26,7 @@ Noise = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Quirks:
-    """The enabled quirks.
+    """The quirks that are enabled in a run.
 
     Raises:
         UnknownName: a name is not in LEGACY.
@@ -44,7 +44,7 @@ class Quirks:
 
     @classmethod
     def of(cls, model: LatentDiffusion, names: Iterable[str]) -> "Quirks":
-        """Enable those of the names that have an effect on a model."""
+        """Return the quirks with these names that have an effect on a model."""
         enabled = cls(frozenset(names)).names
         if not is_sdxl(model):
             enabled -= SDXL_LEGACY.keys()
@@ -57,13 +57,13 @@ class Quirks:
     def sigmas(
         self, schedule: NoiseSchedule, steps: int, scheduler: str, rho: float | None = None
     ) -> Tensor:
-        """Return the noise levels of a run, as `Schedule.step_sigmas`."""
+        """Return the noise levels of a run; as `NoiseSchedule.step_sigmas` without a quirk."""
         if "steps" in self and scheduler == "uniform":
             return _original_uniform_sigmas(schedule, steps)
         return schedule.step_sigmas(steps, scheduler, rho)
 
     def denoiser(self, model: LatentDiffusion, sampler: str) -> Denoiser:
-        """Return the model's denoiser; where the original took v or x0 for eps, so does it."""
+        """Return the model's denoiser; with quirks it takes v or x0 predictions for eps."""
         denoiser = replace(model.denoiser, nearest="nearest-sigma" in self)
         v_as_eps = "plms-v" in self and sampler == "plms" and denoiser.parameterization == "v"
         x0_as_eps = "x0-eps" in self and denoiser.parameterization == "x0"
@@ -74,14 +74,14 @@ class Quirks:
         return replace(denoiser, parameterization="eps") if v_as_eps or x0_as_eps else denoiser
 
     def first_step(self, strength: float, steps: int, total: int) -> tuple[int, int]:
-        """Return where a run from an image begins.
+        """Return where a run on an image begins.
 
         Args:
             strength: fraction of the steps to run, 0 … 1.
             steps: requested number of steps.
-            total: number of steps of the scheduler.
+            total: actual number of steps, which the quirk "steps" changes.
         Returns:
-            (index of the first sigma, index of the sigma whose noise is put on the image).
+            (index of the first sigma, index of the sigma of the noise added to the image).
         """
         if "refiner-from-noise" in self:
             return 0, 0
@@ -101,11 +101,11 @@ class Quirks:
         return ("refiner-empty-negative" if after_base else "ignore-negative") in self
 
     def is_pure_noise(self, strength: float) -> bool:
-        """Return whether nothing is left of an image at this strength."""
+        """Return whether a run of this strength starts without the image, from noise alone."""
         return strength == 1 and "legacy-steps" not in self and "refiner-from-noise" not in self
 
     def draw_unused(self, sampler: str, sigmas: Tensor, x: Tensor) -> None:
-        """Draw the noise that the original's PLMS drew without using it; later batches differ."""
+        """Draw noise that the original's PLMS drew but did not use: later batches depend on it."""
         if "noise" in self and sampler == "plms":
             for _ in range(len(sigmas)):
                 global_noise(x)
@@ -113,10 +113,10 @@ class Quirks:
     def inverse_denoise(
         self, model: LatentDiffusion, sigmas: Tensor, cond: Cond, uncond: Cond | None, scale: Scale
     ) -> Denoise:
-        """Return `denoise` of DDIM inversion.
+        """Return `denoise(x, sigma)` for DDIM inversion.
 
-        The original's `encode` gave the network the loop index as timestep, and took every
-        prediction for eps.
+        With the quirk "encode" the network gets the loop index as timestep, and every prediction is
+        taken for eps.
         """
         if "encode" not in self:
             return add_guidance(model.denoiser, cond, uncond, scale)
@@ -135,12 +135,12 @@ class Quirks:
 def noise_source(
     seeds: int | Sequence[int] | Noise | None, n: int, legacy: Iterable[str] = ()
 ) -> Noise:
-    """Make `noise(like)` for n rows; each call draws the next numbers.
+    """Make `noise(like)` for n rows; each call continues the random sequences.
 
     Args:
-        seeds: one for each row, or the first of consecutive ones; None = from torch's generator;
-            or a noise source, which is used as it is.
-        legacy: with "noise", all rows are drawn at once from the device's global generator.
+        seeds: one for each row, or the first of consecutive ones; None = drawn from torch's
+            generator; a noise source is returned as it is.
+        legacy: names in LEGACY; "noise" draws all rows from the global generator of the device.
     Raises:
         ArgumentError: the number of seeds is not n.
     """

@@ -1,7 +1,7 @@
-"""The sampling loop that every task uses, and its inverse.
+"""The sampling loop of all tasks, and DDIM inversion.
 
 sample     condition (and a latent to start from) -> latent
-invert     latent -> the noisy latent from which DDIM leads back to it
+invert     latent -> the noisy latent from which DDIM returns to it
 """
 
 import math
@@ -26,12 +26,12 @@ from ldm.diffusion.guidance import (
     follow_schedule,
 )
 from ldm.diffusion.guidance_embedding import imitate_guidance
-from ldm.diffusion.levels import check_sigmas
 from ldm.diffusion.names import FreeUFactors
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.samplers.common import Constrain, Denoise
 from ldm.diffusion.samplers.single_step import euler
 from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.scheduler_options import check_sigmas
 from ldm.diffusion.step_noise import StepNoise
 from ldm.model import LatentDiffusion
 from ldm.nets.circular import circular_padding
@@ -110,7 +110,7 @@ def sample(
     guidance_interval: tuple[float, float] | None = None,
     freeu: str | Sequence[float] | FreeUFactors | None = None,
     freeu_version: str | None = None,
-    rule: Guidance | None = None,
+    guidance: Guidance | None = None,
     further: Sequence[Cond] = (),
     seeds: int | Sequence[int] | Noise | None = None,
     noise: Noise | None = None,
@@ -132,36 +132,38 @@ def sample(
         x_T: (B, C, h, w), the noise to start from, standard normal; None = drawn.
         z_t: (B, C, h, w), a noisy latent at the first of `sigmas` to go on from, without new noise.
         size: (height, width) in pixels; None = the size of z or x_T, else the model's own.
-        steps: 1 … T; None = the model's default.
+        steps: number of steps, 1 … T; None = the model's default.
         sampler: a name in SAMPLERS; None = the model's default.
         scheduler: a name in SCHEDULERS; None = `default_scheduler`.
         rho: exponent of schedulers that have one; None = the scheduler's default.
-        sigmas: noise levels to run, descending; None = those of steps, scheduler and rho.
+        sigmas: noise levels of the run, descending; None = those of steps, scheduler and rho.
         end: index in sigmas of the level to stop at; the result is then noisy. None = the last.
-        eta: noise between steps, 0 (none) … 1 (DDPM) (arXiv:2010.02502, eq. 16), for samplers
-            that have it; None = 0 for `ddim`, 1 for ancestral ones.
-        s_churn: noise before each step of `euler`, `heun`, `dpm2` (arXiv:2206.00364, algorithm 2).
+        eta: amount of noise between steps, 0 (none) … 1 (DDPM) (arXiv:2010.02502, eq. 16), for
+            samplers that have it; None = 0 for `ddim`, 0.3 for `tcd`, 1 for others.
+        s_churn: amount of noise before each step of `euler`, `heun`, `dpm2` (arXiv:2206.00364,
+            algorithm 2).
         s_tmin, s_tmax: sigmas between which there is churn; None = no upper limit.
         s_noise: standard deviation of the noise of churn and between steps.
-        scale: guidance scale; 1 is none, None = `default_scale`. A latent consistency model with
-            an embedding of it runs once for a step, without `uncond`.
+        scale: guidance scale; 1 = no guidance, None = `default_scale`. A model that embeds it
+            evaluates the network once a step, without `uncond`.
         rescale: 0 … 1, see `add_guidance`.
         guidance_interval: (low, high) sigmas between which guidance acts; None = everywhere.
-        freeu: factors of FreeU, the name of a preset, or "auto" for that of the model's family;
-            None = off.
+        freeu: factors of FreeU, the name of a preset, or "auto" for the preset of the model's
+            family; None = off.
         freeu_version: a name in FREEU_VERSIONS; None = "1".
-        rule: how guidance combines predictions, an object for this run; None = classifier-free.
-        further: conditions of the texts of the rule, with a row for each row of `cond`.
-        seeds: one per row, or the first of consecutive ones; None = from torch's generator. The
-            noise of a row depends on its seed alone.
-        noise: (like) -> noise, used in place of seeds.
-        callback: called with (step, steps, x, denoised) after each step; may raise Stop,
-            with a latent for the tasks to decode.
-        constrain: (x, sigma) -> x before every step.
+        guidance: how predictions are combined, a new object for each run; None = classifier-free
+            guidance.
+        further: conditions of `guidance.texts`, with a row for each row of `cond`.
+        seeds: one per row, or the first of consecutive ones; None = drawn from torch's generator.
+            The noise of a row depends on its own seed only.
+        noise: (like) -> standard normal noise in its shape, instead of `seeds`.
+        callback: called with (step, steps, x, denoised) after each step; may raise Stop with a
+            latent, which tasks then decode.
+        constrain: (x, sigma) -> x, applied before every step.
         first_step: number of the first step, for conditions that depend on the step.
         unet_tile: side in latent pixels of overlapping tiles to run the network on; None = whole.
-        tiling: edges that meet, by circular padding: "x" left and right, as in panoramas, "y" top
-            and bottom, "xy" both, or "none". Tasks also encode and decode so.
+        tiling: axes along which edges wrap around, by circular padding: "x" for panoramas, "y",
+            "xy" for textures, or "none". Tasks apply it to the autoencoder, too.
         legacy: names in LEGACY.
         grid: former name of `scheduler`.
     Returns:
@@ -188,7 +190,7 @@ def sample(
         raise ArgumentError("sigmas must descend", "sigmas")
     steps = defaults.steps if steps is None else steps
     if model.guidance_width is not None:
-        _check_embedded_guidance(rule, rescale, guidance_interval)
+        _check_embedded_guidance(guidance, rescale, guidance_interval)
     if reason := check_few_steps(model, steps, scale):
         warnings.warn(reason, stacklevel=2)
     noise = noise or noise_source(seeds, len(cond), quirks.names)
@@ -225,7 +227,7 @@ def sample(
         scale=scale,
         rescale=rescale,
         interval=guidance_interval,
-        rule=rule,
+        guidance=guidance,
         further=further,
         on_uncond=unconds.append if "last_uncond" in sampler_options else None,
     )
@@ -259,15 +261,15 @@ def invert(
     scale: Scale = 1.0,
     legacy: Iterable[str] = (),
 ) -> Tensor:
-    """Find the noisy latent from which DDIM leads back to z: DDIM inversion (Euler up the sigmas).
+    """Compute the noisy latent from which DDIM returns to z: DDIM inversion (Euler up the sigmas).
 
     Args:
         z: (B, C, h, w).
-        steps: of the whole run.
-        until: number of steps to take; None = all.
+        steps: number of steps from z to pure noise.
+        until: number of those steps to take; None = all.
         scheduler: a name in SCHEDULERS; None = "uniform".
     Returns:
-        z_t at that level, √ᾱ z + √(1-ᾱ) noise, shape of z.
+        z_t, √ᾱ z + √(1-ᾱ) noise at the level reached, (B, C, h, w).
     """
     quirks = Quirks(frozenset(legacy))
     sigmas = quirks.sigmas(model.schedule, steps, scheduler or "uniform").flip(0)
@@ -278,10 +280,10 @@ def invert(
 
 
 def run_sigmas(model: LatentDiffusion, quirks: Quirks, options: SamplingOptions) -> Tensor:
-    """Return the noise levels (n + 1,) of a run of steps, sampler and scheduler, or its own ones.
+    """Return the noise levels (n + 1,) of a run, float64: `sigmas`, else those of the scheduler.
 
     Raises:
-        ArgumentError: a number of steps, a rho or own levels that are not allowed.
+        ArgumentError: steps, rho or sigmas are out of range, or exclude each other.
     """
     sampler, levels = options.get("sampler") or model.defaults.sampler, options.get("sigmas")
     steps, rho = options.get("steps"), options.get("rho")
@@ -294,8 +296,8 @@ def run_sigmas(model: LatentDiffusion, quirks: Quirks, options: SamplingOptions)
         if steps not in (None, len(sigmas) - 1):
             raise ArgumentError(f"sigmas have {len(sigmas) - 1} steps, not {steps}", "steps")
         highest = float(model.schedule.sigmas[-1])
-        if sigmas[0] > 1.001 * highest:
-            message = f"the model knows noise levels up to {highest:g}, not {float(sigmas[0]):g}"
+        if sigmas[0] > 1.001 * highest:  # users pass rounded levels
+            message = f"the model has noise levels up to {highest:g}, not {float(sigmas[0]):g}"
             raise ArgumentError(message, "sigmas")
         return sigmas
     steps = model.defaults.steps if steps is None else steps
@@ -314,7 +316,7 @@ def default_scheduler(model: LatentDiffusion, sampler: str) -> str:
     """Return the sampler's own scheduler, else the model's, else "uniform".
 
     With zero terminal SNR it is "trailing", as sampling must begin at the last timestep
-    (arXiv:2305.08891, §3.3), but of samplers that cannot.
+    (arXiv:2305.08891, §3.3), except for samplers that cannot begin there.
     """
     row = names.SAMPLERS[sampler]
     if row.wide_scheduler and model.schedule.sigmas[-1] > names.MAX_LEVEL:
@@ -324,16 +326,16 @@ def default_scheduler(model: LatentDiffusion, sampler: str) -> str:
 
 
 def default_scale(model: LatentDiffusion, sampler: str | None) -> float:
-    """Return the guidance scale of the sampler, else that of the model."""
+    """Return the default guidance scale of the sampler, else of the model."""
     own = names.SAMPLERS[sampler or model.defaults.sampler].scale
     return model.defaults.scale if own is None else own
 
 
 def check_few_steps(model: LatentDiffusion, steps: int | None, scale: Scale | None) -> str | None:
-    """Return, in one line, why steps and scale do not suit a model for few steps; None if they do.
+    """Return a warning if a few-step model gets too many steps or too high a scale, else None.
 
     Args:
-        scale: of guidance; one that depends on sigma is not judged.
+        scale: guidance scale; a function of sigma is not checked.
     """
     most, limit, own = model.defaults.max_steps, model.defaults.max_scale, model.defaults
     excess = []
@@ -371,11 +373,11 @@ def check_sampling(
 
 
 def _check_embedded_guidance(
-    rule: Guidance | None, rescale: float, interval: tuple[float, float] | None
+    guidance: Guidance | None, rescale: float, interval: tuple[float, float] | None
 ) -> None:
-    """Refuse what acts between two passes of the network, where there is one."""
+    """Raise ArgumentError for options that need an unconditional prediction; none is computed."""
     given = {
-        "a rule of guidance": rule is not None,
+        "a guidance method": guidance is not None,
         "rescale": bool(rescale),
         "guidance_interval": interval is not None,
     }
@@ -402,8 +404,14 @@ def _sampler_options(
     step_noise: StepNoise,
     noise: Noise,
     always_draws: bool,
-    goes_on: bool,
+    is_continued: bool,
 ) -> dict[str, object]:
+    """Return the keyword arguments of the sampler's function.
+
+    Args:
+        always_draws: draw noise even where eta is 0, as the original did.
+        is_continued: whether another model samples on from the result.
+    """
     row, s_noise, s_tmax = names.SAMPLERS[sampler], step_noise.s_noise, step_noise.s_tmax
     scaled_noise = noise if s_noise == 1 else lambda like: s_noise * noise(like)
     options: dict[str, object] = {}
@@ -418,7 +426,7 @@ def _sampler_options(
             options["noise"] = None
     if row.scales_time:
         options["scale_time"] = schedule.scale_time
-    if row.function == "dpmpp_2m" and goes_on:
+    if row.function == "dpmpp_2m" and is_continued:
         options["lower_order_final"] = False
     return options
 
@@ -426,6 +434,7 @@ def _sampler_options(
 def _with_steps(
     callback: Callback | None, steps: int, counter: StepCounter
 ) -> Callable[[int, Tensor, Tensor], None]:
+    """Add the number of steps to the callback's arguments, and advance the counter."""
     first = counter.step
 
     def after_step(step: int, x: Tensor, denoised: Tensor) -> None:
@@ -437,14 +446,18 @@ def _with_steps(
 
 
 def _std(sigma: Tensor) -> float:
-    """Return the standard deviation of x at `sigma` where z has 1."""
+    """Return the standard deviation of x at `sigma` for a z of standard deviation 1."""
     return math.sqrt(1 + float(sigma) ** 2)
 
 
 def latent_size(
     model: LatentDiffusion, size: tuple[int, int] | None, like: Tensor | None
 ) -> tuple[int, int]:
-    """Return (h, w) of latents of a size in pixels, else of `like`, else the model's own."""
+    """Return the (h, w) of latents: for a size (H, W) in pixels, else of `like`, else the model's.
+
+    Raises:
+        ArgumentError: the size is not a multiple of the downscaling factor.
+    """
     if size is None:
         return model.latent_size if like is None else (like.shape[-2], like.shape[-1])
     f = model.downscale

@@ -1,4 +1,4 @@
-"""What only Stable Diffusion XL takes: sizes and scores, second prompts, and its refiner.
+"""Options of Stable Diffusion XL: sizes and scores, second prompts, and its refiner.
 
 Podell et al. 2023 (arXiv:2307.01952): sizes, section 2.2; refiner, section 2.5.
 """
@@ -22,37 +22,40 @@ __all__ = ["Handover", "SDXLOptions", "Sizes", "check_sdxl", "check_size", "size
 
 log = logging.getLogger(__name__)
 
-REFINER_MULTIPLE = 64  # pixels: three levels of the refiner below a latent pixel
+REFINER_MULTIPLE = 64  # pixels: the autoencoder downscales by 8, the refiner's UNet by 8 more
 AESTHETIC_SCORES = (6.0, 2.5)  # of prompt and negative prompt
-API_SCORES = (5.0, 5.0)  # of `SamplingPipeline`
-# (height, width) that the original offers for the base model.
+API_SCORES = (5.0, 5.0)  # sgm's `SamplingPipeline`
+# (height, width) of the aspect ratio buckets that sgm's demo offers for the base model.
 BUCKETS = [
     (1408, 704), (1344, 704), (1344, 768), (1280, 768), (1216, 832), (1152, 832), (1152, 896),
     (1088, 896), (1088, 960), (1024, 960), (1024, 1024), (960, 1024), (960, 1088), (896, 1088),
     (896, 1152), (832, 1152), (832, 1216), (768, 1280), (768, 1344), (704, 1344), (704, 1408),
     (704, 1472), (640, 1536), (640, 1600), (576, 1664), (576, 1728),
 ]  # fmt: skip
-TRAINING_SIDE = 128  # of the latents of models that this list is for
-FAR = 1.25  # factor of a side, from which a size is far from one of the list
+TRAINING_SIDE = 128  # of latents, for models trained with these buckets
+FAR = 1.25  # ratio of sides above which a size is reported as far from the nearest bucket
 
 Sizes = Mapping[str, Sequence[float]]  # numbers of one image, by batch key
 
 
 class SDXLOptions(TypedDict, total=False):
-    """Keywords that tasks take for SDXL; the negative ones default to the positive ones.
+    """Keywords of tasks for SDXL: second prompts, micro-conditioning and the refiner.
+
+    The sizes are conditions, not those of the result. `negative_*` are for the negative prompt;
+    sizes default to those for the prompt.
 
     Attributes:
-        prompt_2: Prompts for the second text encoder; None for the same.
-        negative_prompt_2: Negative prompts for it.
-        original_size: (height, width) in pixels that the image claims to have had before resizing;
-            None for the size of the image.
-        crop: (top, left) of the crop that it claims, (0, 0) by default.
-        target_size: (height, width) that it claims; None for its size.
-        aesthetic_score: 1 … 10, for the refiner; 6 by default, 2.5 for the negative one.
-        refiner: The model that finishes the images, from the noise level where the base stops.
-        refiner_strength: Fraction of the steps that it takes, 0 … 1 (0.15).
-        refiner_start: In place of it, the fraction of the timesteps that the base takes, 0 … 1, as
-            `denoising_end` in diffusers.
+        prompt_2: Prompts for the second text encoder; None for `prompts`.
+        negative_prompt_2: Negative prompts for it; None for `negative_prompt`.
+        original_size: (height, width) in pixels before resizing, as a training image; None for the
+            size of the image.
+        crop: (top, left) of the crop in pixels; None for (0, 0).
+        target_size: (height, width) in pixels after resizing; None for the size of the image.
+        aesthetic_score: 1 … 10, for the refiner; None for 6, negative 2.5.
+        refiner: Model that finishes the images, from the noise level where the base stops.
+        refiner_strength: Fraction of the steps that the refiner takes, 0 … 1; None for 0.15.
+        refiner_start: Instead of refiner_strength, the fraction of the timesteps that the base
+            takes, 0 … 1, as `denoising_end` in diffusers.
     """
 
     prompt_2: str | Sequence[str] | None
@@ -91,12 +94,12 @@ def check_sdxl(model: LatentDiffusion, options: SDXLOptions) -> None:
         return
     if family_of(refiner.conditioner) != "refiner":
         raise ArgumentError(
-            f"{file_name(refiner)} is not the refiner of Stable Diffusion XL, give that one",
+            f"{file_name(refiner)} is not the refiner of Stable Diffusion XL",
             "refiner",
         )
     if family_of(model.conditioner) == "refiner":
         raise ArgumentError(
-            f"{file_name(model)} is a refiner: it needs no other, leave that out", "refiner"
+            f"{file_name(model)} is a refiner itself: leave out `refiner`", "refiner"
         )
     if "refiner_strength" in given and "refiner_start" in given:
         raise ArgumentError("give refiner_strength or refiner_start, not both", "refiner_start")
@@ -118,25 +121,25 @@ class Handover:
 
     @classmethod
     def of(cls, options: SDXLOptions) -> "Handover":
-        """Return what options say."""
+        """Return the handover that the options describe."""
         strength, start = options.get("refiner_strength"), options.get("refiner_start")
         return cls(start=start) if strength is None else cls(strength, start)
 
     def index(self, schedule: NoiseSchedule, sigmas: Tensor, quirks: Quirks) -> int:
-        """Return the index in sigmas (n + 1,) of the level at which the refiner begins."""
+        """Return the index in sigmas (n + 1,) of the first level of the refiner."""
         steps = len(sigmas) - 1
         if self.start is None:
             return quirks.first_step(self.strength, steps, steps)[0]
-        least = round(len(schedule) * (1 - self.start))  # timestep of the base
-        if least == len(schedule):
+        last = round(len(schedule) * (1 - self.start))  # lowest timestep of the base
+        if last == len(schedule):
             return 0
-        return int((sigmas[:-1] > schedule.sigmas[least] * (1 - 1e-6)).sum())
+        return int((sigmas[:-1] > schedule.sigmas[last] * (1 - 1e-6)).sum())
 
 
 def size_conditions(
     model: LatentDiffusion, options: SDXLOptions, size: tuple[int, int], quirks: Quirks
 ) -> tuple[Sizes, Sizes]:
-    """Return what the model reads of sizes and scores, for prompt and negative prompt."""
+    """Return the sizes and scores that a model reads, for prompt and for negative prompt."""
     scores = API_SCORES if "api-scores" in quirks else AESTHETIC_SCORES
     given = (options.get("aesthetic_score"), options.get("negative_aesthetic_score"))
     score, negative_score = (
@@ -162,7 +165,7 @@ def size_conditions(
 
 
 def check_size(model: LatentDiffusion, size: tuple[int, int], options: SDXLOptions) -> None:
-    """Raise ArgumentError for sides that a refiner does not take; log if a size is unusual."""
+    """Raise ArgumentError for a size that a refiner does not support; log if it is unusual."""
     has_refiner = options.get("refiner") is not None
     if has_refiner and any(side % REFINER_MULTIPLE for side in size):
         raise ArgumentError(
@@ -175,7 +178,7 @@ def check_size(model: LatentDiffusion, size: tuple[int, int], options: SDXLOptio
 
 @cache
 def _hint_at_bucket(size: tuple[int, int]) -> None:
-    """Log, once, the training size of the nearest aspect ratio, if it is far from this size."""
+    """Log, once per size, the bucket of the nearest aspect ratio, if it is far from the size."""
     height, width = size
     nearest = min(BUCKETS, key=lambda bucket: abs(math.log(bucket[0] * width / bucket[1] / height)))
     if max(abs(math.log(nearest[0] / height)), abs(math.log(nearest[1] / width))) > math.log(FAR):

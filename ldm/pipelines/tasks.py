@@ -1,4 +1,4 @@
-"""The tasks that start from a prompt, or from a prompt and an image.
+"""Tasks with a prompt, or with a prompt and an image.
 
     txt2img     prompts                            any text-to-image model
     img2img     prompts, image                     any text-to-image model
@@ -8,25 +8,26 @@
     upscale_rgbd  prompts, image, depth            LDM3D-SR
     upscale_latent    prompts, image or latent     the x2 latent upscaler
 
-Models that read an image like a prompt have theirs in `variations`.
+Tasks of models that read images in place of a prompt are in `variations`.
 
 Images are (1, 3, H, W) in [-1, 1], of any size: they are padded to whole latent pixels, and the
 result is cropped again. All tasks return (B, 3, H, W) float32 in [-1, 1], one image per prompt, and
 take:
 
-    negative_prompt   one for all prompts or one for each
+    negative_prompt   one for all prompts, or one for each
     scale             guidance scale; 1 = no guidance, None = the model's default
     tile              side in latent pixels of overlapping tiles to decode; None = decode whole
     on_latent         called with the final latents before they are decoded
     options           keywords of `sample`: steps, sampler, scheduler, eta, seeds, x_T, callback …,
-                      and of `GuidanceOptions`: other rules of guidance;
+                      and of `GuidanceOptions`: other guidance methods;
                       txt2img, img2img and inpaint also take those of `SDXLOptions`: a refiner,
                       sizes, a second prompt
 
-Images of LDM3D have depth in further channels, see `ldm.imaging.rgbd`: their input images come with
-`depth` (1, 1, H, W) in [0, 1], larger is nearer, or with those channels.
+Images of LDM3D have depth in additional channels, see `ldm.imaging.rgbd`: input images have these
+channels, or come with `depth` (1, 1, H, W) in [0, 1], larger is nearer.
 
-They raise WrongFamily, UnknownName and ArgumentError before any network runs, and NonFinite.
+Tasks raise WrongFamily, UnknownName and ArgumentError before any network runs, and NonFinite if a
+network returns NaN or infinity.
 """
 
 from collections.abc import Sequence
@@ -128,9 +129,9 @@ def img2img(
 
     Args:
         strength: 0 keeps the image, 1 starts from pure noise.
-        z: its latents (B, C, h, w), of `encode_image`; None = encode it.
-        inversion: start from the noise that DDIM inversion finds, which keeps the composition.
-        source_prompt: what the image shows, for the inversion; read as plain text.
+        z: latents (B, C, h, w) of the image from `encode_image`; None = encode it.
+        inversion: whether to start from DDIM inversion, which keeps the composition.
+        source_prompt: description of the image for the inversion, in plain syntax.
         depth: for LDM3D, see the top of this file.
         upscaling: see `txt2img`.
     """
@@ -166,12 +167,12 @@ def inpaint(
 ) -> Tensor:
     """Repaint the image where the mask is 1.
 
-    For a text-to-image model, and for a refiner, the unmasked part is set to the latent of the
-    image at every step.
+    With a text-to-image model, or a refiner, the latent outside the mask is reset to that of the
+    image, with noise, before every step.
 
     Args:
-        mask: (1, 1, H, W) in [0, 1], or bool; from 0.5 on, it is repainted.
-        composite: blend result and image by the mask; pixels where it is 0 do not change.
+        mask: (1, 1, H, W) in [0, 1], or bool; repainted where it is at least 0.5.
+        composite: whether to blend result and image by the mask, so that pixels stay where it is 0.
         depth: for LDM3D, see the top of this file.
     """
     image, mask = add_depth(model, image, depth), mask.float()
@@ -189,7 +190,7 @@ def inpaint(
         inputs["masked"] = concat_mask(area.to(masked_z).expand(n, -1, -1, -1), masked_z)
         if strength < 1:
             z = encode_image(model, padded, n, noise)
-        if options.get("refiner") is not None:  # which knows nothing of masks
+        if options.get("refiner") is not None:  # the refiner does not read masks
             options["x_T"] = x_T = _start_noise(options, noise, masked_z)
             original = encode_image(model, padded, n, noise) if z is None else z
             constrain_refiner = _keep_outside(area, original, x_T, f)
@@ -223,7 +224,7 @@ def depth2img(
 
     Args:
         strength: 0 keeps the image, 1 keeps only its depth.
-        depth: (1, 1, …) of any range, near = large; None = estimated from the image.
+        depth: (1, 1, H, W), of any size and range, larger is nearer; None = estimate it.
     """
     noise = make_noise(model, prompts, options, strength)
     n = len(as_list(prompts))
@@ -241,7 +242,7 @@ def depth2img(
 
 @pipeline("depth")
 def estimate_depth(model: LatentDiffusion, image: Tensor) -> Tensor:
-    """Estimate depth (1, 1, H', W'), near = large, with the model's own network."""
+    """Estimate relative inverse depth (1, 1, H', W'), larger is nearer, with the model's MiDaS."""
     return model.conditioner.get(MiDaSDepth).estimate(image.to(model.device))
 
 
@@ -260,10 +261,10 @@ def upscale(
     """Enlarge the image by the factor of the autoencoder (4).
 
     Args:
-        image: (1, 3, h, w).
-        noise_level: timestep of the noise added to it; more noise, more invented detail.
-        tile: side of overlapping tiles of the image for the decoder and, without `unet_tile`, the
-            UNet; None = the training size.
+        image: (1, 3, h, w) in [-1, 1].
+        noise_level: timestep of the noise added to the image; more noise, more invented detail.
+        tile: side of overlapping tiles, in pixels of the input, for the decoder and, without
+            `unet_tile`, the UNet; None = the training size.
     Raises:
         ArgumentError: the model was not trained at the noise level.
     """
@@ -302,7 +303,7 @@ def upscale_rgbd(
     Args:
         image: (1, 3, H, W), resized to the size of the result.
         depth: see the top of this file.
-        noise_level: label for models with an embedding of it, no noise is added; without effect on
+        noise_level: input of models with an embedding of it, although no noise is added; ignored by
             others.
     Returns:
         (B, 4, H, W).
@@ -345,16 +346,16 @@ def upscale_latent(
     """Double the size of an image, or of the latent of one.
 
     Args:
-        image: (1, 3, h, w).
-        latent: in place of it, (1 | B, 4, h / 8, w / 8), of a model with the autoencoder of Stable
-            Diffusion 1 or 2, scaled as its UNet returns it.
-        noise_sigma: noise level of what is added to the small latent, 0 … 0.6: more noise, more
+        image: (1, 3, h, w) in [-1, 1].
+        latent: instead of the image, (1 | B, 4, h / 8, w / 8) of the autoencoder of Stable
+            Diffusion 1 or 2, in the UNet's scale.
+        noise_sigma: noise level of the noise added to the small latent, 0 … 0.6; more noise, more
             invented detail.
-        noise_kind: "gaussian", or "fake": the level is told, no noise added.
-        scale: guidance scale; 1 is none, 0 the negative prompt alone.
+        noise_kind: "gaussian", or "fake": the network gets `noise_sigma`, but no noise is added.
+        scale: guidance scale; 1 = no guidance, 0 = the negative prompt only.
     Raises:
         MissingArgument: there is neither an image nor a latent.
-        ArgumentError: a latent of another model, or a noise level that this one does not know.
+        ArgumentError: a latent of another shape, or a noise level that the model does not support.
     """
     noise = make_noise(model, prompts, options)
     texts = [text or "" for text, _ in pair_texts(prompts, None, len(as_list(prompts)), "prompt")]
@@ -385,7 +386,7 @@ def upscale_latent(
 
 
 def _multiple(model: LatentDiffusion, options: TextOptions) -> int:
-    """Return what the sides of images must be multiples of, in pixels."""
+    """Return the number of pixels of which the sides of images must be multiples."""
     return model.downscale if options.get("refiner") is None else REFINER_MULTIPLE
 
 
@@ -395,7 +396,11 @@ def _start_noise(options: TextOptions, noise: Noise, like: Tensor) -> Tensor:
 
 
 def _keep_outside(area: Tensor, z: Tensor, x_T: Tensor, f: int) -> Constrain:
-    """Return (x, sigma) -> x with the noisy latent of the image wherever `area` is 0."""
+    """Return (x, sigma) -> x that resets x to the noisy z where `area` (1, 1, H, W) is 0.
+
+    Args:
+        f: downscaling factor of the autoencoder.
+    """
     is_outside = ~F.max_pool2d(area, f).bool().to(z.device)  # (1, 1, h, w)
     return lambda x, sigma: torch.where(is_outside, z + sigma * x_T, x)
 

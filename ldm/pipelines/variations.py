@@ -1,4 +1,4 @@
-"""Tasks of models that read images instead of, or in addition to, text.
+"""Tasks of models that read images instead of text, or besides it.
 
 unclip          prompts, images or embeddings      stable unCLIP
 vary            images                             SD 1 fine-tuned for image variations
@@ -54,21 +54,21 @@ def unclip(
     Args:
         images: each (1, 3, H, W).
         embeddings: CLIP image embeddings to mix with those of the images, each (1 | B, D).
-        weights: of images, then embeddings; normalised to sum to 1. None = equal weights.
+        weights: of images, then embeddings; normalized to sum to 1. None = equal weights.
         noise_levels: timestep of the noise on the embeddings, for all or one for each; more noise,
             more variation.
         mix_level: timestep of the noise on the mean; None = no noise.
         scale: guidance scale; None = 10.
     Raises:
         MissingArgument: there is neither an image nor an embedding.
-        ArgumentError: the number of weights or noise levels differs from the images'.
+        ArgumentError: there are not as many weights, or noise levels, as images and embeddings.
     """
     scale = 10.0 if scale is None else scale
     noise = make_noise(model, prompts, options)
     n, encoder = len(as_list(prompts)), model.conditioner.get(ImageEmbedding)
     sources = [*(encoder.embed(image) for image in images), *embeddings]
     is_legacy = "weights" in options.get("legacy", ())
-    weights = _normalise(weights, len(sources), is_legacy)
+    weights = _normalize(weights, len(sources), is_legacy)
     levels = [noise_levels] * len(sources) if isinstance(noise_levels, int) else list(noise_levels)
     if len(levels) != len(sources):
         message = f"{len(levels)} noise levels were given for {len(sources)} images"
@@ -102,7 +102,7 @@ def vary(
     """Make variations of the mean of some images, by a model that reads images instead of text.
 
     Args:
-        prompts: only their number counts.
+        prompts: only their number is used: the number of images to make.
         images: see `unclip`.
         weights: see `unclip`.
         scale: guidance scale; None = 3.
@@ -110,7 +110,7 @@ def vary(
     scale = 3.0 if scale is None else scale
     noise = make_noise(model, prompts, options)
     n = len(as_list(prompts))
-    weights = _normalise(weights, len(images))
+    weights = _normalize(weights, len(images))
     conds = [model.condition({"jpg": [image[0]]}) for image in images]
     tokens = [
         weight * cond.crossattn
@@ -157,7 +157,7 @@ def sample_prior(
     )
 
 
-def _normalise(weights: Sequence[float] | None, n: int, is_legacy: bool = False) -> list[float]:
+def _normalize(weights: Sequence[float] | None, n: int, is_legacy: bool = False) -> list[float]:
     """Scale weights of n images to sum 1; under the quirk "weights", divide them by n."""
     weights = [1.0] * n if weights is None else list(weights)
     if not n:

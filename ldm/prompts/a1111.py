@@ -1,11 +1,11 @@
-"""The syntax of AUTOMATIC1111's web UI, in its order: AND, schedules, emphasis.
+"""Parse the syntax of AUTOMATIC1111's web UI, in its order: AND, schedules, emphasis.
 
 a AND b :0.5      two prompts, whose guidance is summed with weights
-[a:b:w] [b:w]     a, or nothing, until step w or fraction w of the steps, then b
-[a:: w]           a until then, then nothing
-[a|b|c]           one after the other, changing each step
+[a:b:w] [b:w]     a, or nothing, until step w (or fraction w of the steps), then b
+[a::w]            a until then, then nothing
+[a|b|c]           alternate between a, b and c each step
 (x) (x:1.3) [x]   weight 1.1, 1.3, 1/1.1
-BREAK             the next chunk of tokens begins
+BREAK             start a new chunk of tokens
 """
 
 import re
@@ -35,10 +35,11 @@ PLAIN_TEXT = re.compile(r"(?:[^\\\[\]():|]|\\.)+", re.DOTALL)
 
 
 def parse(text: str, steps: int, *, composes: bool = True) -> ParsedPrompt:
-    """Parse a prompt for a run of so many steps.
+    """Parse a prompt.
 
     Args:
-        composes: Whether AND composes prompts; in negative prompts it is a word.
+        steps: Number of steps of the run, for schedules.
+        composes: Whether AND composes prompts; in negative prompts it is a plain word.
     """
     parts = split_composition(text) if composes else [(text, 1.0)]
     compositions, notes = [], []
@@ -55,7 +56,7 @@ def _prompt(text: str) -> Prompt:
 
 
 def split_composition(text: str) -> list[tuple[str, float]]:
-    """Split a text at AND into texts and weights; a text without AND has no weight of its own."""
+    """Split a text at AND into (text, weight); a text without AND has weight 1."""
     parts = re.split(r"\bAND\b", text)
     if len(parts) == 1:
         return [(text, 1.0)]
@@ -67,8 +68,8 @@ def split_composition(text: str) -> list[tuple[str, float]]:
 
 
 def parse_emphasis(text: str) -> Text:
-    """Parse brackets to pieces with weights, a section for each BREAK and one more."""
-    # A piece that is None is a BREAK, and has no weight.
+    """Parse brackets into sections, separated by BREAK, of pieces with weights."""
+    # None stands for BREAK.
     pieces: list[tuple[str | None, float]] = []
     open_round: list[int] = []  # index of the first piece in each open bracket
     open_square: list[int] = []
@@ -113,7 +114,7 @@ Node = Callable[[int], str]  # step, from 1 -> text
 
 @dataclass
 class _Schedules:
-    """Recursive descent over one text, that collects the steps at which it changes."""
+    """Recursive descent parser of one text, which collects the steps at which it changes."""
 
     text: str
     steps: int
@@ -123,7 +124,7 @@ class _Schedules:
     literal: list[str] = field(default_factory=list)
 
     def parse_all(self) -> Node | None:
-        """Parse the whole text; None if it has a `|` that no brackets explain."""
+        """Parse the whole text; return None if it has a `|` outside of brackets."""
         nodes: list[Node] = []
         while self.position < len(self.text):
             nodes.append(self.parse_sequence())
@@ -133,7 +134,7 @@ class _Schedules:
                 return None
             if self.next_char == "[":
                 self._note_literal()
-            nodes.append(_constant(self.next_char))  # a bracket or colon that means nothing here
+            nodes.append(_constant(self.next_char))  # a bracket or colon without meaning here
             self.position += 1
         return _concatenate(nodes)
 
@@ -142,7 +143,7 @@ class _Schedules:
         return self.text[self.position : self.position + 1]
 
     def parse_sequence(self) -> Node:
-        """Parse up to a character that begins nothing."""
+        """Parse up to a character that does not start a text or bracket."""
         nodes: list[Node] = []
         while self.position < len(self.text):
             if plain := PLAIN_TEXT.match(self.text, self.position):
@@ -202,14 +203,14 @@ class _Schedules:
         return lambda step: (before if step <= last else after)(step)
 
     def last_step(self, number: str) -> int:
-        """Return the last step before a switch: of this pass, as those of the first come before."""
+        """Return the last step before a switch, counted from the start of this pass."""
         is_fraction, value = "." in number, float(number)
         if self.first_pass is not None:
             value -= 1 if is_fraction else self.first_pass
         return min(self.steps, int(value * self.steps if is_fraction else value))
 
     def _note_literal(self) -> None:
-        """Remember a bracket that looks like a schedule."""
+        """Record a bracket that looks like a schedule but is read literally."""
         end, depth = self.position, 0
         for end in range(self.position, len(self.text)):
             depth += {"[": 1, "]": -1}.get(self.text[end], 0)
@@ -223,15 +224,15 @@ class _Schedules:
 def expand_schedule(
     text: str, steps: int, first_pass: int | None = None
 ) -> tuple[list[tuple[int, str]], list[str]]:
-    """Expand schedules and alternation to (last step, text), in order.
+    """Expand schedules and alternation into (last step, text), in order.
 
     Args:
-        steps: Of this pass.
-        first_pass: Steps of the pass before, if this one follows it at another resolution: then
-            fractions above 1 and steps above these are its own.
+        steps: Number of steps of this pass.
+        first_pass: Number of steps of the pass before, if this one follows it at a higher
+            resolution: then fractions above 1, and steps above this number, are for this pass.
 
     Returns:
-        The entries, and notes of what was read literally.
+        The entries, and warnings about text that was read literally.
     """
     schedules = _Schedules(text, steps, first_pass)
     node = schedules.parse_all()

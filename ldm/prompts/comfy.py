@@ -1,6 +1,6 @@
-"""The syntax of ComfyUI: (x) for weight 1.1, (x:1.3) for 1.3; nothing else.
+"""Parse the syntax of ComfyUI: (x) for weight 1.1, (x:1.3) for 1.3; nothing else.
 
-A weight with a number takes the place of those of the brackets around it; the others multiply.
+A number replaces the weights of the brackets around it; brackets without a number multiply.
 """
 
 import re
@@ -26,7 +26,7 @@ def parse(text: str) -> ParsedPrompt:
 
 
 def parse_weights(text: str, weight: float = 1.0) -> list[Piece]:
-    r"""Parse brackets to pieces; the prompts of two characters `\(` and `\)` are brackets."""
+    r"""Parse brackets into pieces with weights; `\(` and `\)` are plain brackets."""
     pieces: list[Piece] = []
     for part, is_group in _split_groups(text):
         if not is_group:
@@ -39,7 +39,7 @@ def parse_weights(text: str, weight: float = 1.0) -> list[Piece]:
 
 
 def _split_groups(text: str) -> list[tuple[str, bool]]:
-    """Split a text into (text, whether it stood in brackets), without these brackets."""
+    """Split a text into (text, whether it was in brackets), without these brackets."""
     parts: list[tuple[str, bool]] = []
     depth, current = 0, ""
     for token in TOKENS.findall(text):

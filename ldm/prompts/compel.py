@@ -1,12 +1,12 @@
-"""The syntax of compel, which InvokeAI has.
+"""Parse the syntax of compel, which InvokeAI uses.
 
     word+ word-- (a b)++ "a b"1.3 (a b)1.3    weight 1.1 per plus, 0.9 per minus, or the number
-    ("one", "another").blend(0.7, 0.3)        mixture of contexts; no_normalize keeps the sum
-    ("one", "another").and(1, 0.5)            contexts one after the other, with weights
-    cat.swap(dog, t_start=0.2, t_end=1)       cat, from that fraction of the steps on dog
+    ("one", "another").blend(0.7, 0.3)        mixture of contexts; no_normalize keeps the weights
+    ("one", "another").and(1, 0.5)            concatenated contexts, with weights
+    cat.swap(dog, t_start=0.2, t_end=1)       cat, but dog between these fractions of the steps
 
-`swap` exchanges texts during sampling, not attention maps. What fits no rule is text, as in compel;
-brackets must be closed.
+`swap` changes the text during sampling, not attention maps. Text that is not valid syntax is read
+literally, as in compel, but brackets must be closed.
 """
 
 import math
@@ -41,7 +41,7 @@ LORA = re.compile(r"\b(?:use|with)Lora\s*\(")
 
 @dataclass(frozen=True)
 class Swap:
-    """A text that another one takes the place of between two fractions of the steps."""
+    """A text that is replaced by another one between two fractions of the steps."""
 
     original: tuple[Piece, ...]
     edited: tuple[Piece, ...]
@@ -54,14 +54,17 @@ Items = list[Item]
 
 
 def parse(text: str, steps: int) -> ParsedPrompt:
-    """Parse a prompt for a run of so many steps.
+    """Parse a prompt.
+
+    Args:
+        steps: Number of steps of the run, for `swap`.
 
     Raises:
-        ArgumentError: A bracket is not closed, or an operator has wrong arguments.
+        ArgumentError: A bracket is not closed, or an operator has invalid arguments.
     """
     _check_brackets(text)
     if LORA.search(text):
-        raise ArgumentError(f"withLora is not read, choose a LoRA beside the prompt: {quote(text)}")
+        raise ArgumentError(f"withLora is not supported, pass LoRAs separately: {quote(text)}")
     mixtures = _parse_operators(re.sub(r",(\S)", r", \1", text))
     items = [item for mixture in mixtures for part in mixture.items for item in part]
     swaps = [item for item in items if isinstance(item, Swap)]
@@ -73,7 +76,7 @@ def parse(text: str, steps: int) -> ParsedPrompt:
 
 @dataclass(frozen=True)
 class _Mixture:
-    """Items of each text of a blend, with its weights; mostly of one."""
+    """The items of each text of a blend, with their factors; usually one text."""
 
     items: tuple[Items, ...]
     mix: tuple[float, ...] = (1.0,)
@@ -89,7 +92,7 @@ def _prompt(mixtures: list[_Mixture], step: int, steps: int) -> Prompt:
 
 
 def _section(items: Items, step: int, steps: int) -> Section:
-    """Choose from swaps, and join neighbours of equal weight."""
+    """Return the pieces of a step: apply swaps, and join neighbours of equal weight."""
     pieces: list[Piece] = []
     for item in items:
         if isinstance(item, Piece):
@@ -123,7 +126,7 @@ def _check_brackets(text: str) -> None:
 
 
 def _parse_operators(text: str) -> list[_Mixture]:
-    """Parse a whole prompt: a blend, texts joined by `and`, or a plain one."""
+    """Parse a whole prompt: a blend, texts joined by `and`, or a single text."""
     parser = _Parser(text)
     texts = parser.parse_list()
     parser.skip_space()
@@ -134,17 +137,17 @@ def _parse_operators(text: str) -> list[_Mixture]:
     options = parser.parse_options()
     is_closed = options is not None and parser.take(")")
     if not is_closed or options is None or text[parser.position :].strip():
-        raise ArgumentError(f"a prompt ends with its .{operator[1]}(…), found {quote(text)}")
+        raise ArgumentError(f"a prompt must end with its .{operator[1]}(…), got {quote(text)}")
     weights = _weights(options, len(texts), operator[1])
     if operator[1] != "blend":
         return [_Mixture((items,), weight=w) for items, w in zip(texts, weights, strict=True)]
     if any(isinstance(item, Swap) for items in texts for item in items):
-        raise ArgumentError(f"a blend has no .swap(…), found {quote(text)}")
+        raise ArgumentError(f"a blend cannot contain .swap(…), got {quote(text)}")
     return [_Mixture(tuple(texts), tuple(weights))]
 
 
 def _weights(options: list[tuple[str, str]], count: int, operator: str) -> list[float]:
-    """Return a weight per text; those of a blend sum to 1, unless the last is no_normalize."""
+    """Return the weight of each text; those of a blend sum to 1, unless no_normalize is last."""
     is_normalized = operator == "blend"
     if is_normalized and options and options[-1] == ("", "no_normalize"):
         options, is_normalized = options[:-1], False
@@ -153,7 +156,7 @@ def _weights(options: list[tuple[str, str]], count: int, operator: str) -> list[
     except ValueError as error:
         raise ArgumentError(f".{operator}(…) takes numbers: {error}") from error
     if len(weights) != count or any(name for name, _ in options):
-        raise ArgumentError(f".{operator}(…) takes a number per text, or none; texts: {count}")
+        raise ArgumentError(f".{operator}(…) takes no numbers or one for each of {count} texts")
     total = math.fsum(weights)
     if is_normalized and not total:
         raise ArgumentError(f".{operator}(…): the weights sum to 0")
@@ -162,7 +165,7 @@ def _weights(options: list[tuple[str, str]], count: int, operator: str) -> list[
 
 @dataclass
 class _Parser:
-    """Recursive descent over one text."""
+    """Recursive descent parser of one text."""
 
     text: str
     position: int = 0
@@ -172,7 +175,7 @@ class _Parser:
             self.position += 1
 
     def take(self, literal: str) -> bool:
-        """Skip white space and a literal; False leaves the position."""
+        """Skip white space and a literal; return False, and do not move, if it is not next."""
         start = self.position
         self.skip_space()
         if self.text.startswith(literal, self.position):
@@ -188,8 +191,8 @@ class _Parser:
         self.position = match.end()
         return match[0]
 
-    def first_of(self, *parsers: Callable[[], Items | None]) -> Items | None:
-        """Return the result of the first that parses here."""
+    def try_each(self, *parsers: Callable[[], Items | None]) -> Items | None:
+        """Return the result of the first parser that succeeds at this position."""
         start = self.position
         for parse_one in parsers:
             self.skip_space()
@@ -200,13 +203,13 @@ class _Parser:
         return None
 
     def parse_prompt(self) -> Items:
-        """Parse to the end; what fits no rule is text up to the next white space."""
+        """Parse to the end; invalid syntax is read as text up to the next white space."""
         items: Items = []
         while True:
             self.skip_space()
             if self.position == len(self.text):
                 return items
-            part = self.first_of(
+            part = self.try_each(
                 self.parse_swap, self.parse_attention, self.parse_quoted, self.parse_round
             )
             if part is None:
@@ -214,10 +217,10 @@ class _Parser:
             items += part
 
     def parse_fragment(self, *others: Callable[[], Items | None]) -> Items:
-        """Parse as far as the rules go."""
+        """Parse as much valid syntax as possible."""
         items: Items = []
         while True:
-            part = self.first_of(
+            part = self.try_each(
                 self.parse_attention, self.parse_swap, self.parse_round, self.parse_quoted,
                 self.parse_word, *others,
             )  # fmt: skip
@@ -251,7 +254,7 @@ class _Parser:
         return None if content is None else _Parser(content).parse_prompt()
 
     def _quoted_content(self) -> str | None:
-        """Return what stands in quotes; those in it stay escaped."""
+        """Return the content of quotes; escaped quotes in it stay escaped."""
         token = self.match(QUOTED)
         return None if token is None else token[1:-1]
 
@@ -262,7 +265,7 @@ class _Parser:
         return items if self.take(")") else None
 
     def parse_target(self) -> Items | None:
-        return self.first_of(self.parse_quoted, self.parse_round, self.parse_word)
+        return self.try_each(self.parse_quoted, self.parse_round, self.parse_word)
 
     def parse_attention(self) -> Items | None:
         """Parse a target with a weight."""
@@ -273,7 +276,7 @@ class _Parser:
             weight = self._weight(with_number=True)
             return _scale(items, weight) if weight is not None and self.take(")") else None
         self.position = start
-        items, with_number = self.first_of(self.parse_quoted, self.parse_round), True
+        items, with_number = self.try_each(self.parse_quoted, self.parse_round), True
         if items is None:
             items, with_number = self.parse_word(), False
         if items is None:
@@ -300,7 +303,7 @@ class _Parser:
             name = min(unknown)
             raise ArgumentError(f".swap(…) takes t_start and t_end, not `{name}`")
         if any(isinstance(item, Swap) for item in [*original, *edited]):
-            raise ArgumentError(".swap(…) in another .swap(…)")
+            raise ArgumentError(".swap(…) cannot contain another .swap(…)")
         try:
             start, end = float(values["t_start"]), float(values["t_end"])
         except ValueError as error:
@@ -312,7 +315,7 @@ class _Parser:
         return [Swap(pieces[0], pieces[1], start, end)]
 
     def parse_options(self) -> list[tuple[str, str]] | None:
-        """Parse `name=value, value, …` to pairs; a name may be empty."""
+        """Parse `name=value, value, …` into (name, value); the name may be ""."""
         options: list[tuple[str, str]] = []
         while match := OPTION.match(self.text, self.position):
             options.append((match[1] or "", match[2]))
@@ -322,12 +325,12 @@ class _Parser:
         return options
 
     def parse_list(self) -> list[Items] | None:
-        """Parse the texts of `(text, text, …)`, as `blend` and `and` have it."""
+        """Parse the texts of `(text, text, …)` before `.blend` and `.and`."""
         if not self.take("("):
             return None
         texts: list[Items] = []
         while True:
-            items = self.first_of(self.parse_target, self.parse_quoted_prompt)
+            items = self.try_each(self.parse_target, self.parse_quoted_prompt)
             if items is None:
                 return None
             texts.append(items)

@@ -1,4 +1,4 @@
-"""What all syntaxes parse a text to."""
+"""The parsed prompt that all syntaxes produce."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ __all__ = [
 
 
 class PromptWarning(UserWarning):
-    """A part of a prompt has no effect, or is not read as it looks."""
+    """A part of a prompt that has no effect, or is read literally although it looks like syntax."""
 
 
 @dataclass(frozen=True)
@@ -21,17 +21,17 @@ class Piece:
 
 
 Section = tuple[Piece, ...]
-Text = tuple[Section, ...]  # a section begins a chunk of tokens
+Text = tuple[Section, ...]  # each section starts a new chunk of tokens
 
 
 @dataclass(frozen=True)
 class Part:
-    """A mixture of texts; mostly of one.
+    """A mixture of texts, usually of one.
 
     Args:
-        texts: What is mixed.
+        texts: Texts whose contexts are mixed.
         mix: Factor of the context of each text.
-        weight: Of the mixture, away from the context of the empty prompt.
+        weight: Factor of the mixture's difference from the context of the empty prompt.
     """
 
     texts: tuple[Text, ...]
@@ -41,11 +41,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What an encoder makes one context of.
+    """A prompt that a text encoder encodes as one context.
 
     Args:
-        syntax: Whose rules of chunks and weights hold.
-        parts: Their contexts follow each other; mostly one.
+        syntax: Name of the syntax, which determines how chunks and weights are applied.
+        parts: Parts whose contexts are concatenated, usually one.
     """
 
     syntax: str
@@ -53,7 +53,7 @@ class Prompt:
 
     @property
     def text(self) -> str:
-        """All pieces, without weights."""
+        """The texts of all pieces, without weights."""
         texts = (text for part in self.parts for text in part.texts)
         return " ".join(piece.text for text in texts for section in text for piece in section)
 
@@ -64,25 +64,25 @@ class PromptSteps:
 
     Args:
         entries: (last step, prompt), in order.
-        weight: Of its difference to the negative prompt.
+        weight: Factor of its difference from the negative prompt.
     """
 
     entries: tuple[tuple[int, Prompt], ...]
     weight: float = 1.0
 
     def at(self, step: int) -> Prompt:
-        """Return the prompt of a step, from 0: the first whose last step is not below it."""
+        """Return the prompt of a step, counted from 0."""
         later = (prompt for last, prompt in self.entries if last >= step)
         return next(later, self.entries[-1][1])
 
 
 @dataclass(frozen=True)
 class ParsedPrompt:
-    """A text as its syntax reads it.
+    """A parsed text.
 
     Args:
-        compositions: Prompts whose guidance is summed; mostly one.
-        notes: What was read literally, though it looks like syntax; a line each.
+        compositions: Prompts whose guidance is summed, usually one.
+        notes: Warnings about text that looks like syntax but was read literally.
     """
 
     compositions: tuple[PromptSteps, ...]
@@ -95,12 +95,12 @@ class ParsedPrompt:
 
 
 def constant(prompt: Prompt, notes: Iterable[str] = ()) -> ParsedPrompt:
-    """Return a prompt that is the same in all steps."""
+    """Return a parsed prompt that is the same in all steps."""
     return ParsedPrompt((PromptSteps(((0, prompt),)),), tuple(notes))
 
 
 def join_pieces(pieces: Iterable[Piece]) -> Section:
-    """Join neighbours of equal weight; nothing is one empty piece."""
+    """Join neighbouring pieces of equal weight; return one empty piece for no pieces."""
     joined: list[Piece] = []
     for piece in pieces:
         if joined and joined[-1].weight == piece.weight:
@@ -111,5 +111,5 @@ def join_pieces(pieces: Iterable[Piece]) -> Section:
 
 
 def quote(text: str, limit: int = 40) -> str:
-    """Return a text for a message, shortened."""
+    """Return a text in backticks for a message, shortened to `limit` characters."""
     return f"`{text}`" if len(text) <= limit else f"`{text[:limit]} …`"

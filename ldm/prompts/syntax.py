@@ -1,4 +1,4 @@
-"""Parse a text by the name of its syntax."""
+"""Parse a prompt in a syntax chosen by name."""
 
 from collections.abc import Callable
 
@@ -25,14 +25,15 @@ def check_syntax(syntax: str) -> None:
 def parse_prompt(
     text: str, syntax: str, steps: int = 50, *, is_negative: bool = False
 ) -> ParsedPrompt:
-    """Parse a text for a run of so many steps.
+    """Parse a prompt.
 
     Args:
-        syntax: A name in SYNTAXES but "plain", whose texts stay strings.
-        is_negative: Whether it is a negative prompt, in which a1111 has no AND.
+        syntax: A name in SYNTAXES other than "plain", which is not parsed.
+        steps: Number of steps of the run, for schedules.
+        is_negative: Whether it is a negative prompt, in which a1111's AND is a plain word.
 
     Raises:
-        ArgumentError: Brackets that are not closed, or values that the syntax does not take.
+        ArgumentError: Brackets are not closed, or an operator has invalid arguments.
     """
     check_syntax(syntax)
     try:

@@ -1,1 +1,1 @@
-"""What every program here needs: devices, ranks, files, errors, parsing and running a command."""
+"""Basics of all programs: devices, ranks, files, errors, parsing and running commands."""

@@ -1,4 +1,4 @@
-"""Frame of every program: the parser of its flags, logging, and errors in one line."""
+"""Run a program: parse its flags, configure logging, and print errors in one line."""
 
 import argparse
 import logging
@@ -15,7 +15,7 @@ __all__ = ["CommandParser", "run_command"]
 
 log = logging.getLogger(__name__)
 
-# Loggers whose infos are shown without --verbose.
+# Loggers whose INFO messages are shown without --verbose.
 INFO_LOGGERS = (
     "ldm.runtime.command", "ldm.generate", "ldm.app", "ldm.commands", "ldm.loading.hub",
     "ldm.loading.published",
@@ -25,11 +25,11 @@ PATHS = ("FILE", "DIR")  # metavars
 
 
 class CommandParser(ArgumentParser):
-    """A parser with `--verbose`, whose flags may be written with `_` or `-`, and abbreviated.
+    """A parser with `--verbose`, whose flags may be abbreviated, and written with `_` or `-`.
 
     Args:
-        original: flags of the original scripts; an abbreviation of one of them keeps its meaning
-            even if it fits a newer flag, too.
+        original: flags of the original scripts; abbreviations of these are preferred to those of
+            other flags.
         overrides: whether `key=value` arguments are accepted, as `args.overrides`.
 
     Attributes:
@@ -50,7 +50,7 @@ class CommandParser(ArgumentParser):
         )
 
     def add_group(self, title: str) -> Callable[..., Action]:
-        """Return `add_argument` of a new group of flags under this heading of `--help`."""
+        """Add a group of flags with a heading in `--help`; return its `add_argument`."""
         group = self.add_argument_group(title)
 
         def add(*names: str, **settings: Any) -> Action:
@@ -59,9 +59,9 @@ class CommandParser(ArgumentParser):
         return add
 
     def add_argument(self, *names: Any, **settings: Any) -> Action:
-        """Add a flag as argparse does, so that `parse` completes and suggests it.
+        """Add a flag as argparse does; `parse` then completes and suggests it.
 
-        A metavar FILE or DIR makes it a path, whose `~` is the home folder.
+        The metavar FILE or DIR makes it a path, in which `~` is the home folder.
         """
         return self._register(super().add_argument(*names, **_with_path_type(settings)))
 
@@ -70,7 +70,7 @@ class CommandParser(ArgumentParser):
         return action
 
     def parse(self, argv: Sequence[str] | None = None) -> Namespace:
-        """Parse a command line (None = of this process); a mistake exits with status 2."""
+        """Parse arguments (None = those of this process); an error exits with status 2."""
         arguments = list(sys.argv[1:] if argv is None else argv)
         end = arguments.index("--") if "--" in arguments else len(arguments)
         completed = [self._complete(argument) for argument in arguments[:end]]
@@ -87,7 +87,7 @@ class CommandParser(ArgumentParser):
         return args
 
     def _complete(self, argument: str) -> str:
-        """Complete an abbreviated flag, spelled as it was declared."""
+        """Return an argument with an abbreviated flag completed, spelled as declared."""
         name, equals, value = argument.partition("=")
         if not name.startswith("--"):
             return argument
@@ -119,17 +119,17 @@ def run_command(
     verbose: bool = False,
     hint: Callable[[BaseException], str] = lambda error: "",
 ) -> int:
-    """Do the work of a program; whatever goes wrong becomes one line on stderr.
+    """Run the main function of a program; print any error as one line on stderr.
 
     Args:
-        work: returns the exit status, None = 0.
-        prog: name of the program, put before errors.
-        verbose: log more, and show the traceback of an error.
-        hint: what to add to the message of an error.
+        work: the main function; returns the exit status, None = 0.
+        prog: name of the program, printed before errors.
+        verbose: whether to log more, and show the traceback of an error.
+        hint: returns a text to append to the message of an error.
     Returns:
         The exit status: 1 after an error, 130 after Ctrl+C.
     """
-    # Spinning OpenMP threads cost small models a factor of 50 on a busy machine.
+    # Spinning OpenMP threads make small models up to 50 times slower on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _configure_logging(verbose)
     with warnings.catch_warnings():
@@ -148,7 +148,7 @@ def run_command(
 
 
 def _configure_logging(verbose: bool) -> None:
-    """Send ldm's log to stderr; stdout is for results."""
+    """Send ldm's log to stderr, as stdout is for results."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     root = logging.getLogger("ldm")

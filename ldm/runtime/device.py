@@ -1,4 +1,4 @@
-"""Which device, precision and number of threads suit a run on this machine, and its memory."""
+"""Choose device, precision and number of threads for this machine; read its memory size."""
 
 import ctypes
 import functools
@@ -25,15 +25,16 @@ __all__ = [
 ]
 
 PRECISIONS = {"full": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-ASSUMED_MEMORY = 16 << 30  # bytes, where the system does not tell
-SMALL_MODEL_THREADS = 4  # more of them only wait for each other
+ASSUMED_MEMORY = 16 << 30  # bytes, where the system does not report its memory
+SMALL_MODEL_THREADS = 4  # more threads are slower for small models
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """Return the named device, or the best; under torchrun each process has its own GPU.
+    """Return the named device, or the best available one; with torchrun, each process's own GPU.
 
     Args:
-        name: "cuda", "cuda:1", "mps" or "cpu"; None = the first of these that is available.
+        name: "cuda", "cuda:1", "mps" or "cpu"; None = the first of cuda, mps, cpu that is
+            available.
     Raises:
         ArgumentError: the device is not available.
     """
@@ -54,11 +55,11 @@ def pick_device(name: str | None = None) -> torch.device:
 
 
 def pick_dtype(precision: str, device: torch.device, is_small: bool) -> torch.dtype:
-    """Return the dtype of weights: as asked for, or half precision where it pays.
+    """Return the dtype of weights.
 
     Args:
-        precision: "full", "fp16", "bf16", or "autocast" for what suits device and model.
-        is_small: such models stay in float32.
+        precision: "full", "fp16", "bf16", or "autocast": half precision where it is faster.
+        is_small: whether the model is small: "autocast" is then float32.
     """
     if precision in PRECISIONS:
         return PRECISIONS[precision]
@@ -70,15 +71,18 @@ def pick_dtype(precision: str, device: torch.device, is_small: bool) -> torch.dt
 
 
 def pick_wide_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype for a network of half precision that overflows in float16."""
+    """Return the dtype for a network that overflows in float16: bfloat16 on GPUs that have it."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def set_threads(number: int | None, is_small: bool) -> None:
-    """Set the CPU threads of this process; None = as many as suit the model.
+    """Set the number of CPU threads of this process.
 
-    That is this process' share of the cores, and few for small models.
+    Args:
+        number: None = cores divided by the processes on this machine, at most 4 for small models;
+            unchanged if OMP_NUM_THREADS is set.
+        is_small: whether the model is small.
     """
     if number is None and "OMP_NUM_THREADS" not in os.environ:
         limit = SMALL_MODEL_THREADS if is_small else torch.get_num_threads()
@@ -88,7 +92,7 @@ def set_threads(number: int | None, is_small: bool) -> None:
 
 
 def memory_of(device: torch.device) -> int:
-    """Return the memory of a device in bytes."""
+    """Return the total memory of a device in bytes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     try:
@@ -98,7 +102,7 @@ def memory_of(device: torch.device) -> int:
 
 
 def free_memory() -> float:
-    """Return the bytes that this process may still take, of the machine and its container."""
+    """Return the bytes of memory still available to this process, within its container."""
     free = [float("inf")]
     try:
         for line in Path("/proc/meminfo").read_text("utf-8").splitlines():
@@ -115,9 +119,9 @@ def free_memory() -> float:
 
 
 def keep_memory() -> bool:
-    """Let glibc keep freed buffers for the next layer, in this whole process; False if it cannot.
+    """Make glibc keep freed buffers for reuse, in the whole process; return whether it does.
 
-    Without it every large activation is mapped, faulted in page by page, and unmapped again.
+    Otherwise each large activation is mapped, faulted in page by page, and unmapped again.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -131,13 +135,13 @@ def keep_memory() -> bool:
 
 
 def has_fast_bf16() -> bool:
-    """Return whether this CPU multiplies bfloat16 natively; others are slower with it."""
+    """Return whether this CPU multiplies bfloat16 natively; on others it is slower than float32."""
     return any(feature in _cpu_info() for feature in (" avx512_bf16", " amx_bf16"))
 
 
 @functools.cache
 def has_amx() -> bool:
-    """Return whether this CPU has a unit that multiplies matrices of bfloat16."""
+    """Return whether this CPU has AMX, a unit that multiplies bfloat16 matrices."""
     return " amx_bf16" in _cpu_info()
 
 
@@ -147,6 +151,6 @@ def is_intel() -> bool:
 
 
 def _cpu_info() -> str:
-    """Return the kernel's description of the CPUs; off Linux, family and maker at most."""
+    """Return /proc/cpuinfo; outside Linux the name of the processor, as far as Python knows it."""
     info = Path("/proc/cpuinfo")
     return info.read_text("utf-8") if info.is_file() else platform.processor()

@@ -1,20 +1,20 @@
-"""The errors that this package raises on purpose, and how any error reads in one line.
+"""Define the errors of this package, and describe any error in one line.
 
     LdmError
-    ├── ArgumentError (ValueError)            a value that an argument does not allow
-    │   ├── UnknownName                       not one of a closed list, with the nearest one
-    │   ├── MissingArgument                   an argument that this call needs
-    │   └── WrongFamily                       a model that is made for another task
-    ├── MissingFile (FileNotFoundError)       a file that an argument names
-    ├── DownloadError (OSError)               a file that a server does not give
-    ├── ExistingFile (FileExistsError)        a file that is not replaced unasked
-    ├── FileFormatError (ValueError)          a file that is damaged, refused or of another kind
-    ├── ConfigError (ValueError)              a config that describes no model
-    ├── WeightsMismatch (ValueError)          weights whose names or shapes do not fit a model
-    └── NonFinite (ArithmeticError)           NaN or infinity from a stage of a model
+    ├── ArgumentError (ValueError)            an argument has an invalid value
+    │   ├── UnknownName                       a name is not in a list; says the nearest one
+    │   ├── MissingArgument                   an argument is required for this call
+    │   └── WrongFamily                       a model is for another task
+    ├── MissingFile (FileNotFoundError)       a file does not exist
+    ├── DownloadError (OSError)               a file cannot be downloaded
+    ├── ExistingFile (FileExistsError)        a file exists and must not be replaced
+    ├── FileFormatError (ValueError)          a file is damaged, unsafe or of another kind
+    ├── ConfigError (ValueError)              a config is invalid
+    ├── WeightsMismatch (ValueError)          names or shapes of weights do not fit a model
+    └── NonFinite (ArithmeticError)           a part of a model returned NaN or infinity
     Stop                                      raised by a callback to end a run; not an error
 
-Messages speak of arguments and files. Command lines know which flag sets an argument, and add it.
+Messages name arguments and files. The command line adds the flag of the argument.
 """
 
 import difflib
@@ -57,7 +57,7 @@ class LdmError(Exception):
 
     Args:
         message: what is wrong, and what is allowed.
-        argument: name of the argument that causes it, so that callers can name their flag or field.
+        argument: name of the invalid argument, so that callers can add their flag or field.
     """
 
     def __init__(self, message: str, argument: str | None = None) -> None:
@@ -66,23 +66,23 @@ class LdmError(Exception):
 
 
 class ArgumentError(LdmError, ValueError):
-    """A value that an argument does not allow."""
+    """An argument has an invalid value."""
 
 
 class UnknownName(ArgumentError):
-    """A name outside a closed list; see `unknown_name`."""
+    """A name is not in a list of allowed ones; see `unknown_name`."""
 
 
 class MissingArgument(ArgumentError):
-    """An argument that this call needs, although it is optional in others."""
+    """An argument is missing that this call requires, although it is optional in others."""
 
 
 class WrongFamily(ArgumentError):
-    """A model that is made for another task.
+    """A model is for another task.
 
     Args:
         message: what kind of model it is.
-        task: the task that it is for; None = no task here.
+        task: the task that it is for; None = no task of this package.
     """
 
     def __init__(self, message: str, task: str | None = None) -> None:
@@ -95,10 +95,11 @@ class MissingFile(LdmError, FileNotFoundError):
 
 
 class DownloadError(LdmError, OSError):
-    """A file that could not be downloaded from one place.
+    """A file cannot be downloaded.
 
     Args:
-        is_local: the cause is this machine or its connection, so that no other place helps.
+        is_local: whether the cause is this machine or its connection, so that another server would
+            not help.
     """
 
     def __init__(self, message: str, *, is_local: bool = False) -> None:
@@ -107,32 +108,32 @@ class DownloadError(LdmError, OSError):
 
 
 class ExistingFile(LdmError, FileExistsError):
-    """A file that exists and is not replaced unasked."""
+    """A file exists and must not be replaced."""
 
 
 class FileFormatError(LdmError, ValueError):
-    """A file that is damaged, refused or of another kind."""
+    """A file is damaged, unsafe or of another kind."""
 
 
 class ConfigError(LdmError, ValueError):
-    """A config that is not one, or describes nothing that can be built."""
+    """A config is invalid."""
 
 
 class WeightsMismatch(LdmError, ValueError):
-    """Weights whose names or shapes do not fit a model."""
+    """Names or shapes of weights do not fit a model."""
 
 
 class NonFinite(LdmError, ArithmeticError):
-    """NaN or infinity came out of a stage of the model.
+    """A part of the model returned NaN or infinity.
 
     Args:
-        stage: the part of the model, as in messages ("the VAE").
-        cause: weights that are not finite themselves, so that no other dtype helps.
+        stage: the part as messages name it, such as "the VAE".
+        cause: description of weights that are not finite, so that another dtype would not help.
     """
 
     def __init__(self, stage: str, cause: str | None = None) -> None:
         reason = f": {cause}" if cause else ""
-        super().__init__(f"{stage} gave values that are not finite{reason}")
+        super().__init__(f"{stage} returned values that are not finite{reason}")
         self.stage = stage
         self.cause = cause
 
@@ -141,7 +142,7 @@ class Stop(Exception):
     """Raised by a callback to end a run.
 
     Args:
-        latent: of the unfinished images, (B, C, h, w), to decode all the same; None = give up.
+        latent: latents (B, C, h, w) of unfinished images to decode; None = no images.
     """
 
     def __init__(self, latent: "Tensor | None" = None) -> None:
@@ -160,7 +161,7 @@ def errors_about(argument: str) -> Iterator[None]:
 
 
 def nearest_name(name: str, allowed: Iterable[str]) -> str | None:
-    """Find the allowed name most like `name` (`-` and `_` are equal), if one is close."""
+    """Return the allowed name most similar to `name` (`-` equals `_`); None if none is close."""
     by_key = {other.replace("-", "_"): other for other in allowed}
     matches = difflib.get_close_matches(name.replace("-", "_"), by_key, n=1, cutoff=0.5)
     return by_key[matches[0]] if matches else None
@@ -169,11 +170,12 @@ def nearest_name(name: str, allowed: Iterable[str]) -> str | None:
 def unknown_name(
     kind: str, name: object, allowed: Iterable[str], where: str = "", argument: str | None = None
 ) -> UnknownName:
-    """Build the error for a name outside a closed list.
+    """Build the error for a name that is not in a list.
 
     Args:
-        kind: what the name stands for: "sampler".
-        where: the place that the name was read from, put first.
+        kind: what the name is for, such as "sampler".
+        where: file, or file and key, that the name was read from, put before the message.
+        argument: see `LdmError`.
     Returns:
         UnknownName, whose message has the nearest allowed name, and all of them if they are few.
     """
@@ -216,7 +218,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def explain(error: BaseException) -> str:
-    """Say what went wrong, in one line (or the two of a message with a hint)."""
+    """Describe an error in one line, or two if its message has a hint."""
     if is_out_of_memory(error):
         return "out of memory"
     if isinstance(error, OSError) and error.filename is not None:

@@ -1,4 +1,4 @@
-"""Files: find those that ship, read text, hash, and write a file whole or not at all."""
+"""Find files of the package, read text files, hash files, and write files atomically."""
 
 import codecs
 import hashlib
@@ -25,10 +25,10 @@ BLOCK = 1 << 22  # bytes read at once
 
 
 def find_file(path: str | Path) -> Path:
-    """Find a file as given, or beneath the project root, or beneath the installed package.
+    """Find a file by its path, else by the path in the project root or the installed package.
 
     Raises:
-        MissingFile: it is in none of these places; the message names them.
+        MissingFile: it is not found; the message lists the paths tried.
     """
     places = [Path(path).expanduser(), PACKAGE.parent / path, PACKAGE / path]
     for place in places:
@@ -39,19 +39,19 @@ def find_file(path: str | Path) -> Path:
 
 
 def read_text(path: str | Path) -> str:
-    """Read a text of the user's: UTF-8 with or without byte order marks, or UTF-16 with one.
+    """Read a text file of the user: UTF-8, or UTF-16 with a byte order mark.
 
     Raises:
-        FileFormatError: it is neither; the message has file and line.
+        FileFormatError: it has another encoding; the message names file and line.
     """
     return decode_text(Path(path).expanduser().read_bytes(), path)
 
 
 def decode_text(content: bytes, name: str | Path) -> str:
-    """Decode the bytes of a text; encodings and errors as `read_text`.
+    """Decode the bytes of a text file; encodings and errors as `read_text`.
 
     Args:
-        name: of its file, for messages.
+        name: file name, for messages.
     """
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     encoding = "utf-16" if is_utf16 else "utf-8-sig"
@@ -69,9 +69,12 @@ def decode_text(content: bytes, name: str | Path) -> str:
 
 
 def sha256_of_file(*paths: str | Path, progress: Callable[[int], object] | None = None) -> str:
-    """Return the SHA-256 of one file, or of several one after the other, in hexadecimal.
+    """Return the SHA-256 of a file, or of several concatenated, in hexadecimal.
 
-    A file that has not changed since is not read again. `progress` is called with the bytes read.
+    Cached in this process as long as the files do not change.
+
+    Args:
+        progress: called with the number of bytes of each block read.
     """
     files = tuple(Path(path).expanduser().resolve() for path in paths)
     stats = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files)
@@ -80,12 +83,12 @@ def sha256_of_file(*paths: str | Path, progress: Callable[[int], object] | None 
 
 @contextmanager
 def replace_when_written(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
-    """Yield a temporary path, which takes the place of `path` when the block ends without error.
+    """Write a file atomically: yield a temporary path, which replaces `path` after the block.
 
-    So nobody sees half a file, and a failure leaves what was there.
+    If the block raises, `path` is unchanged.
 
     Args:
-        sync: wait until the file is on disk, so that it also survives a power failure.
+        sync: whether to wait until the file is on disk, so that it survives a power failure.
     """
     path = Path(path)
     # In the same folder, as renaming replaces at once within one file system only.
@@ -111,7 +114,7 @@ def replace_when_written(path: str | Path, *, sync: bool = False) -> Iterator[Pa
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder where these can be flushed, are on disk."""
+    """Wait until a file, or the entries of a folder (not on Windows), are on disk."""
     is_folder = path.is_dir()
     with suppress(OSError) if is_folder else nullcontext():  # Windows opens no folder
         # Windows flushes only what is open for writing.

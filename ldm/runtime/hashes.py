@@ -1,6 +1,6 @@
-"""SHA-256 of large files, remembered between runs by path, size and time of change.
+"""SHA-256 of large files, cached on disk by path, size and modification time.
 
-What is remembered lies in `~/.cache/ldm` ($XDG_CACHE_HOME/ldm, or $LDM_CACHE).
+The cache is in `~/.cache/ldm` ($XDG_CACHE_HOME/ldm, or $LDM_CACHE).
 """
 
 import json
@@ -13,26 +13,27 @@ from ldm.runtime.files import replace_when_written, sha256_of_file
 from ldm.runtime.types import JsonObject
 
 __all__ = [
-    "Memory", "cache_folder", "hash_file", "known_sha256", "paths_with_sha256", "remember_sha256",
+    "CachedDict", "cache_folder", "hash_file", "known_sha256", "paths_with_sha256",
+    "remember_sha256",
 ]  # fmt: skip
 
-LARGE = 50_000_000  # bytes from which a hash takes so long that it is shown and remembered
+LARGE = 50_000_000  # bytes from which hashing shows a progress bar, and is cached
 
 
 def cache_folder() -> Path:
-    """Return the folder of what is remembered between runs; it may be absent."""
+    """Return the folder of the cache; it may not exist yet."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get("LDM_CACHE") or f"{base}/ldm").expanduser()
 
 
-class Memory:
-    """A JSON object on disk. What cannot be read is empty, what cannot be written is not kept."""
+class CachedDict:
+    """A dict stored as JSON in the cache folder; errors of reading and writing are ignored."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def read(self) -> JsonObject:
-        """Return all entries."""
+        """Return all entries; {} if the file is missing or damaged."""
         try:
             content = json.loads(self._path().read_text("utf-8"))
         except (OSError, ValueError):
@@ -52,11 +53,11 @@ class Memory:
         return cache_folder() / self.name
 
 
-HASHES = Memory("hashes.json")  # path -> [bytes, time of change in ns, SHA-256]
+HASHES = CachedDict("hashes.json")  # path -> [bytes, mtime in ns, SHA-256]
 
 
 def hash_file(path: str | Path) -> str:
-    """Hash a file (SHA-256); a large one with a progress bar, and only if it has changed."""
+    """Return the SHA-256 of a file; for large ones from the cache, or with a progress bar."""
     path = Path(path).expanduser()
     if digest := known_sha256(path):
         return digest
@@ -70,20 +71,20 @@ def hash_file(path: str | Path) -> str:
 
 
 def known_sha256(path: str | Path) -> str | None:
-    """Return the SHA-256 of a file if it is remembered and the file has not changed since."""
+    """Return the cached SHA-256 of a file; None if there is none, or the file has changed."""
     path = Path(path).expanduser().absolute()
     entry = HASHES.read().get(str(path))
     return entry[2] if entry and path.is_file() and entry[:2] == _state(path) else None
 
 
 def paths_with_sha256(digest: str) -> list[Path]:
-    """List the files that had this hash and have not changed since."""
+    """List cached files with this hash that have not changed since."""
     paths = [path for path, entry in HASHES.read().items() if entry[2] == digest]
     return [Path(path) for path in paths if known_sha256(path)]
 
 
 def remember_sha256(path: str | Path, digest: str) -> None:
-    """Remember the hash of a file as it is now."""
+    """Cache the hash of a file in its current state."""
     path = Path(path).expanduser().absolute()
     HASHES.set(str(path), [*_state(path), digest])
 

@@ -1,4 +1,4 @@
-"""The memory that a computation needs, counted on fake tensors: with shapes, but no memory."""
+"""Measure the memory of a computation on PyTorch's fake tensors, which have shapes only."""
 
 import weakref
 from typing import Any
@@ -12,10 +12,10 @@ __all__ = ["PeakMemoryMode", "make_fake"]
 
 
 class PeakMemoryMode(TorchDispatchMode):
-    """A mode that counts the bytes of all tensor storages created under it and alive.
+    """A mode that counts the bytes of all living tensor storages created in it.
 
     Attributes:
-        now: bytes alive.
+        now: bytes of living storages.
         peak: the maximum of `now`.
     """
 
@@ -49,7 +49,7 @@ class PeakMemoryMode(TorchDispatchMode):
 
 
 def make_fake(module: nn.Module) -> None:
-    """Replace tensors on the meta device by fake ones on the CPU, where autocast works."""
+    """Replace a module's meta tensors by fake CPU tensors, with which autocast works."""
     for submodule in module.modules():
         for name, p in submodule._parameters.items():
             if p is not None and p.is_meta:

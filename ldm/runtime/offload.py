@@ -1,4 +1,4 @@
-"""Modules whose weights stay on the CPU, with a copy on a device while they are in use."""
+"""Offload modules: keep weights on the CPU, with a copy on a device only while they are in use."""
 
 import itertools
 import weakref
@@ -18,7 +18,7 @@ class _Offloaded:
         self.weights: list[tuple[Tensor, Tensor]] = []
 
     def bring(self, *hook_args: object) -> None:
-        """Copy the weights to the device; those of the module that was in use there leave it."""
+        """Copy the weights to the device; the module that was in use there leaves it."""
         current = _in_use.get(self.device)
         if current is self:
             return
@@ -35,7 +35,7 @@ class _Offloaded:
         _in_use[self.device] = self
 
     def leave(self) -> None:
-        """Take the weights from the device, and forget what was written to them there."""
+        """Restore the CPU weights; changes of the copy on the device are lost."""
         for tensor, data in self.weights:
             # `model.float()` may have converted them.
             tensor.data = data if data.dtype == tensor.dtype else tensor.data.to(data.device)
@@ -43,22 +43,22 @@ class _Offloaded:
         _in_use.pop(self.device, None)
 
 
-# Of all models of this process: a refiner must not wait beside its base.
+# For all models of this process, so that base and refiner are not on the device together.
 _in_use: weakref.WeakValueDictionary[torch.device, _Offloaded] = weakref.WeakValueDictionary()
 
 
 def recall() -> None:
-    """Take modules that are in use from their devices, so that their weights can be replaced."""
+    """Move all modules in use back to the CPU, so that their weights can be replaced."""
     for offloaded in list(_in_use.values()):
         offloaded.leave()
 
 
 def offload(module: nn.Module, device: torch.device) -> None:
-    """Keep a module on the CPU, and on a device only from when it runs until another one does.
+    """Keep a module on the CPU; move it to the device from when it runs until another one runs.
 
-    It runs when it, or one of its children, is called.
+    Calling the module, or one of its children, counts as running.
     """
-    device = torch.empty(0, device=device).device  # "cuda" is "cuda:0", one key for both
+    device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", to be one key
     offloaded = _Offloaded(module, device)
     for part in (module, *module.children()):
         part.register_forward_pre_hook(offloaded.bring)

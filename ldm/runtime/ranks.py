@@ -1,4 +1,4 @@
-"""Rank and number of processes, from the variables that torchrun and Slurm set."""
+"""Read rank and world size from the environment variables of torchrun and Slurm."""
 
 import os
 
@@ -12,7 +12,7 @@ LAUNCHERS = (
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """Return (rank, number of processes) under torchrun or Slurm; (0, 1) alone."""
+    """Return (rank, world size) under torchrun or Slurm, else (0, 1)."""
     for rank, world_size in LAUNCHERS:
         if rank in os.environ and world_size in os.environ:
             return int(os.environ[rank]), int(os.environ[world_size])

@@ -1,4 +1,4 @@
-"""Types of foreign data: a JSON or YAML object, in which nothing is checked yet."""
+"""Types of JSON or YAML objects, whose content is not checked."""
 
 from collections.abc import Mapping
 from typing import Any, TypeAlias

@@ -1,3 +1,3 @@
-"""The version of this package, written into every file that it makes."""
+"""The version of this package, which is written into the files that it makes."""
 
 __version__ = "0.1.0"

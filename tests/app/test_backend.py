@@ -336,7 +336,7 @@ def test_a_config_that_an_image_names_is_not_read(liar):
 
 
 def test_images_of_other_programs_are_not_replayed(backend, photo):
-    assert "does not say how it was made" in replay(backend, photo)
+    assert "contains no generation metadata" in replay(backend, photo)
 
 
 def test_models_stay_in_memory_between_tasks(files, answers, tmp_path):
@@ -562,6 +562,6 @@ def test_a_finished_run_with_depth_is_shown_as_a_relief(answers, tmp_path, monke
     update = page.show_relief(chosen)
     assert update["label"] == f"Relief of {2 * 63 * 63:,} triangles: drag to turn"
     assert Path(update["value"]).read_bytes()[:4] == b"glTF"
-    monkeypatch.setattr("ldm.imaging.relief.find_spec", lambda name: None)
+    monkeypatch.setattr("ldm.imaging.mesh.find_spec", lambda name: None)
     assert "trimesh" in page.show_relief(chosen)["label"]
     assert page.show_relief(None)["visible"] == "hidden"

@@ -48,7 +48,7 @@ def test_jobs_run_in_their_order_and_nobody_need_look(jobs, gate):
     order = []
     first = jobs.submit("me", "1", waiting(gate))
     second = jobs.submit("you", "2", lambda progress: order.append(2) or "done")
-    assert (jobs.ahead(first), jobs.ahead(second)) == (0, 1)
+    assert (jobs.count_ahead(first), jobs.count_ahead(second)) == (0, 1)
     assert order == []
     gate.set()
     assert finish(second).message == "done"

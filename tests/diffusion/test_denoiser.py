@@ -12,7 +12,7 @@ from ldm.diffusion.schedule import (
     ContinuousSchedule,
     NoiseSchedule,
     Schedule,
-    betas_of_sigmas,
+    betas_from_sigmas,
     make_betas,
 )
 from ldm.nets.unet import UNet
@@ -119,7 +119,7 @@ DENOISERS: dict[str, tuple[str, NoiseSchedule]] = {
     "discrete_v": ("v", SCHEDULE),
     "discrete_eps_no_quantize_c_noise": ("eps", Schedule(SCHEDULE.betas, quantize_time=False)),
     "discrete_edm": ("edm", Schedule(SCHEDULE.betas, log_time=True)),
-    "discrete_eps_50": ("eps", Schedule(betas_of_sigmas(LEVELS_50))),
+    "discrete_eps_50": ("eps", Schedule(betas_from_sigmas(LEVELS_50))),
     "discrete_eps_noflip": ("eps", Schedule(SCHEDULE.betas, flip_time=True)),
     "discrete_eps_zero": ("eps", Schedule(SCHEDULE.betas, append_zero=True)),
     "continuous_edm": ("edm", ContinuousSchedule()),
@@ -148,14 +148,14 @@ def test_timesteps_between_levels_count_as_the_network_does():
     t = torch.tensor([0.0, 0.25, 500.5, 999.0], dtype=torch.float64)
     sigma = SCHEDULE.t_to_sigma(t)
     flipped, zero, both = (
-        Schedule(SCHEDULE.betas, **options).network_time(sigma)
+        Schedule(SCHEDULE.betas, **options).network_timestep(sigma)
         for options in ({"flip_time": True}, {"append_zero": True},
                         {"flip_time": True, "append_zero": True})
     )  # fmt: skip
     torch.testing.assert_close(flipped, 999 - t)
     torch.testing.assert_close(zero, t + 1)
     torch.testing.assert_close(both, 999 - t)
-    assert Schedule(SCHEDULE.betas, append_zero=True).network_time(0.0) == 0
+    assert Schedule(SCHEDULE.betas, append_zero=True).network_timestep(0.0) == 0
 
 
 def test_guidance_is_one_call_and_scale_one_has_no_unconditional_half(pair):

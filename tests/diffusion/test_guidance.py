@@ -50,10 +50,10 @@ def noisy(sigma, seed=0):
     return x * torch.tensor([1.0, 3.0]).view(2, 1, 1, 1) * math.sqrt(1 + sigma**2)
 
 
-def run(rule, *, parameterization="eps", scale=7.5, **options):
+def run(guidance, *, parameterization="eps", scale=7.5, **options):
     """Estimates at falling noise levels."""
     denoiser = Toy(parameterization).denoiser
-    denoise = add_guidance(denoiser, COND, UNCOND, scale, rule=rule, **options)
+    denoise = add_guidance(denoiser, COND, UNCOND, scale, guidance=guidance, **options)
     return [denoise(noisy(sigma), sigma) for sigma in SIGMAS]
 
 
@@ -148,22 +148,22 @@ def test_perturbed_attention_adds_to_any_rule_before_rescaling():
     predictions = [toy.predict(x, sigma, cond) for cond in (UNCOND, COND, EMPTY)]
     rows = torch.ones(2, dtype=torch.bool)
     perturbed = toy.predict(x, sigma, Cond(COND.crossattn, perturbed=rows))
-    for rule, further in ((ProjectedGuidance(APG()), []), (PerpNeg(1.0), [EMPTY])):
+    for guidance, further in ((ProjectedGuidance(APG()), []), (PerpNeg(1.0), [EMPTY])):
         uncond, cond, *others = predictions[: 2 + len(further)]
         evaluation = Evaluation(toy, x, sigma, 7.5, uncond, cond, tuple(others))
-        prediction = rule.combine(evaluation) + 3 * (cond - perturbed)
+        prediction = guidance.combine(evaluation) + 3 * (cond - perturbed)
         ratio = cond.std((1, 2, 3), keepdim=True) / prediction.std((1, 2, 3), keepdim=True)
         expected = toy.convert_prediction(x, sigma, prediction * (0.3 + 0.7 * ratio))
-        again = type(rule)(APG()) if isinstance(rule, ProjectedGuidance) else PerpNeg(1.0)
+        again = type(guidance)(APG()) if isinstance(guidance, ProjectedGuidance) else PerpNeg(1.0)
         guided = add_guidance(
-            toy, COND, UNCOND, 7.5, rescale=0.7, rule=PerturbedAttention(3.0, again),
+            toy, COND, UNCOND, 7.5, rescale=0.7, guidance=PerturbedAttention(3.0, again),
             further=further,
         )  # fmt: skip
         torch.testing.assert_close(guided(x, sigma), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("rule", "scale", "rows"),
+    ("guidance", "scale", "rows"),
     [
         (None, 7.5, [2, 4, 4, 2]),
         (PerturbedAttention(3.0, Guidance()), 7.5, [2, 6, 6, 2]),
@@ -172,11 +172,11 @@ def test_perturbed_attention_adds_to_any_rule_before_rescaling():
         (PerturbedAttention(3.0, Guidance()), lambda sigma: 1 + (sigma > 3), [2, 6, 4, 2]),
     ],
 )
-def test_one_call_of_the_network_computes_what_is_needed_and_no_more(rule, scale, rows):
+def test_one_call_of_the_network_computes_what_is_needed_and_no_more(guidance, scale, rows):
     toy = Toy()
-    further = [EMPTY] * len(rule.texts if rule else ())
+    further = [EMPTY] * len(guidance.texts if guidance else ())
     denoise = add_guidance(
-        toy.denoiser, COND, UNCOND, scale, rule=rule, further=further, interval=(1.0, 6.0)
+        toy.denoiser, COND, UNCOND, scale, guidance=guidance, further=further, interval=(1.0, 6.0)
     )
     for sigma in SIGMAS:
         denoise(noisy(sigma), sigma)
@@ -184,8 +184,8 @@ def test_one_call_of_the_network_computes_what_is_needed_and_no_more(rule, scale
 
 
 def test_a_rule_says_when_no_noise_level_had_guidance():
-    rule = PerturbedAttention(3.0, ProjectedGuidance(APG()))
-    run(rule, interval=(20.0, 30.0))
-    assert "pag had no effect" in rule.explain_idle()
-    run(rule)
-    assert rule.explain_idle() is None
+    guidance = PerturbedAttention(3.0, ProjectedGuidance(APG()))
+    run(guidance, interval=(20.0, 30.0))
+    assert "pag had no effect" in guidance.explain_idle()
+    run(guidance)
+    assert guidance.explain_idle() is None

@@ -8,7 +8,7 @@ from ldm.diffusion.names import SCHEDULERS
 from ldm.diffusion.schedule import (
     ContinuousSchedule,
     Schedule,
-    betas_of_sigmas,
+    betas_from_sigmas,
     edm_sigmas,
     make_betas,
 )
@@ -105,7 +105,7 @@ def test_levels_of_sdxl_are_the_recorded_ones():
     expected = file.outputs("discrete_denoiser")
     equal_levels(SD.sigmas, expected["sigmas"])
     equal_levels(SD.nearest_sigma(file.inputs("discrete_denoiser")["sigma"]), expected["quantized"])
-    equal_levels(Schedule(betas_of_sigmas(SD.sigmas)).sigmas, expected["sigmas"])
+    equal_levels(Schedule(betas_from_sigmas(SD.sigmas)).sigmas, expected["sigmas"])
 
 
 def test_img2img_begins_where_the_base_hands_over_to_a_refiner():

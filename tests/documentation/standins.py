@@ -11,12 +11,12 @@ from torch import nn
 
 from checkerhelp import write_checker
 from ldm.loading.addons.lora import lora_targets, write_lora
+from ldm.loading.buffers import make_buffers
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, read_yaml
 from ldm.loading.files.checkpoint import write_checkpoint
 from ldm.loading.legacy import translate_config
 from ldm.loading.load import load
-from ldm.loading.tables import make_tables
 from ldm.loading.weight_names import restore_names
 from ldm.nets.lora import LoRA, LoRALayer
 from ldm.nets.tiny_autoencoder import TinyDecoder
@@ -76,7 +76,7 @@ def make_stand_ins(folder: Path) -> None:
         yaml = format_yaml(raw)
         model: Any = build_on_meta(translate_config(raw))
         empty = {k: torch.ones(v.shape) if v.is_meta else v for k, v in model.state_dict().items()}
-        state = fill(restore_names(empty), name) | make_tables(model)
+        state = fill(restore_names(empty), name) | make_buffers(model)
         if name == "v1-5-pruned.ckpt":
             averages = {k[6:].replace(".", ""): v for k, v in state.items() if k[:6] == "model."}
             state |= {f"model_ema.{k}": v for k, v in averages.items()}

@@ -59,7 +59,7 @@ class Means:
 def test_every_scale_has_all_images_from_the_same_noise(run, tiny, tmp_path):
     status, _, err = run()
     assert status == 0
-    assert "no reference is given" in err
+    assert "no reference images" in err
     assert "no CLIP is given" in err
     folder = next((tmp_path / "out").glob("base_v-ddim-2"))
     infos = {scale: [read_info(p) for p in list_images(folder / scale)] for scale in
@@ -133,7 +133,7 @@ def test_processes_share_the_images(run, tmp_path, monkeypatch):
         (["--samplers", "dddim"], "unknown sampler `dddim`, did you mean `ddim`?"),
         (["--reference", "nowhere"], "no folder `nowhere`"),
         (["--inception", "empty.txt", "--reference", "."], "empty.txt"),
-        (["--images", "."], "images are given and to be made"),
+        (["--images", "."], "images cannot be given together"),
         (["--resize", "dirty", "--reference", "."], "unknown resize `dirty`"),
     ],
 )

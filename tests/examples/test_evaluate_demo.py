@@ -7,7 +7,7 @@ import torch
 
 import evaluate_demo
 from judges import Gallery, Judges, background
-from ldm.data.drawings import COLOURS, EmojiTransform
+from ldm.data.drawings import COLORS, EmojiTransform
 from ldm.data.folder import Folder
 
 EMOJI = Path(__file__).parents[1] / "data" / "emoji"
@@ -29,11 +29,11 @@ def images(folder, prompts):
 
 
 def test_the_background_is_read_from_the_border():
-    colours = torch.tensor(list(COLOURS.values()))[:, :, None, None] / 127.5 - 1
+    colours = torch.tensor(list(COLORS.values()))[:, :, None, None] / 127.5 - 1
     image = colours.repeat(1, 1, 64, 64)
     image += 0.05 * torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
     image[..., 8:56, 8:56] = torch.rand(len(image), 3, 48, 48)
-    assert background(image) == list(COLOURS)
+    assert background(image) == list(COLORS)
 
 
 def test_prompts_name_object_style_and_colour(folder):

@@ -25,7 +25,7 @@ def test_it_changes_the_image_is_recorded_and_made_again(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("skip", "status", "message"),
     [
-        ("9", 1, "error: clip_skip 9: the text tower has 3 layers (--clip-skip)"),
+        ("9", 1, "error: clip_skip 9: the text encoder has 3 layers (--clip-skip)"),
         ("0", 2, "`0` is not a positive whole number"),
     ],
 )
@@ -42,4 +42,4 @@ def test_other_models_say_that_they_ignore_it(tiny, tmp_path, capsys):
     words = [*tiny.flags, *QUICK, "--H=64", "--W=64", "--clip-skip=2"]
     assert main(["txt2img", *words, "--outdir", str(tmp_path)]) == 0
     err = capsys.readouterr().err
-    assert err.count("clip_skip 2 is ignored: `base_v.safetensors` is not a model of Stable") == 1
+    assert err.count("clip_skip 2 is ignored: it is for Stable Diffusion 1, which `base_v") == 1

@@ -70,7 +70,7 @@ def parse(task, *words):
     ],
 )  # fmt: skip
 def test_command_lines_mean_what_they_meant(task, command, expected):
-    values = parse(task, *command.split()).values()
+    values = parse(task, *command.split()).get_values()
     assert {key: values[key] for key in expected} == expected
 
 
@@ -82,7 +82,7 @@ def test_defaults_are_those_of_the_original():
         "precision": "autocast", "repeat": 1, "torchscript": False, "ipex": False,
     }  # fmt: skip
     request = parse("txt2img", "--ckpt", "m.ckpt")
-    assert {key: request.values()[key] for key in expected} == expected
+    assert {key: request.get_values()[key] for key in expected} == expected
     sampling = resolve_sampling(request, Defaults())
     assert (sampling.steps, sampling.sampler, sampling.eta, sampling.scale) == (50, "ddim", 0, 9)
 
@@ -138,11 +138,11 @@ def test_the_quirk_of_sizes_cuts_them_down():
     ],
 )
 def test_flags_are_understood_in_both_spellings_and_shortened(command, name, value):
-    assert parse("txt2img", *command.split()).values()[name] == value
+    assert parse("txt2img", *command.split()).get_values()[name] == value
 
 
 def test_a_flag_of_the_original_keeps_its_abbreviation_beside_newer_ones():
-    assert parse("img2img", "--in", "f").values()["init_img"] == "f"
+    assert parse("img2img", "--in", "f").get_values()["init_img"] == "f"
 
 
 @pytest.mark.parametrize(
@@ -186,19 +186,19 @@ def test_a_flag_of_the_original_keeps_its_abbreviation_beside_newer_ones():
         ("txt2img", "--pag 0", "`0` is not a number above 0"),
         ("txt2img", "--perp-neg -1", "is not a number above 0"),
         ("txt2img", "--apg 1,2", "apg takes 3 numbers (eta, norm, momentum), got 2"),
-        ("txt2img", "--apg 1,0,0", "apg with eta 1, without norm and momentum changes nothing"),
+        ("txt2img", "--apg 1,0,0", "apg with eta 1, norm 0 and momentum 0 has no effect"),
         ("txt2img", "--apg 0,15,-1", "momentum must be in -1 … 1, got -1"),
-        ("txt2img", "--apg --scale 1", "apg needs guidance, whose scale must not be 1 (--apg)"),
-        ("txt2img", "--apg --sld max", "sld and apg are both rules of guidance: give one (--apg)"),
+        ("txt2img", "--apg --scale 1", "apg needs a guidance scale other than 1 (--apg)"),
+        ("txt2img", "--apg --sld max", "sld and apg are both guidance methods: give one (--apg)"),
         ("txt2img", "--freeu sd3", "unknown preset of freeu `sd3`, did you mean"),
-        ("txt2img", "--freeu 1,1,1,1", "freeu with factors of 1 changes nothing"),
+        ("txt2img", "--freeu 1,1,1,1", "freeu with factors of 1 has no effect"),
         ("txt2img", "--freeu 11,1,1,1", "factors must be in 0 … 10"),
         ("txt2img", "--freeu-version 2", "freeu_version needs freeu (--freeu-version)"),
         ("txt2img", "--scale nan", "is not a number"),
         ("txt2img", "--original-size 512", "is not HEIGHT,WIDTH"),
         ("txt2img", "--crop=-1,0", "is not TOP,LEFT"),
         ("txt2img", "--refiner r --H 72", "height 72 is not a positive multiple of 64, which"),
-        ("txt2img", "--refiner-strength 0.2 --refiner-start 0.8", "only one can hold"),
+        ("txt2img", "--refiner-strength 0.2 --refiner-start 0.8", "not both"),
         ("upscale", "--refiner r.ckpt", "unknown argument `--refiner`"),
     ],
 )

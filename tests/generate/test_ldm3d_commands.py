@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_refused_in_a_line(run, inputs, monkeypatch):
     monkeypatch.setattr("ldm.loading.load.fill_weights", None)  # is not reached
     for command, name, flags, message in cases:
         if message == "pip install trimesh":
-            monkeypatch.setattr("ldm.imaging.relief.find_spec", lambda name: None)
+            monkeypatch.setattr("ldm.imaging.mesh.find_spec", lambda name: None)
         status, _, err = run(command, name, *flags)
         assert status == 1
         assert message in err.splitlines()[-1]

@@ -134,7 +134,7 @@ def test_each_image_draws_by_its_own_seed(tmp_path):
         (["--prompt", "a <lora:style:high>"], "`<lora:style:high>`: `high` is not a weight, such"),
         (
             ["--prompt", "a <lora:style>", "--lora-dir", "{here}/none"],
-            "unknown LoRA `style`: no folder",
+            "unknown LoRA `style`: no LoRA files",
         ),
         (["--prompt", "a <hypernet:x:1>"], "hypernetworks are not supported"),
     ],

@@ -130,7 +130,7 @@ def test_a_dropped_image_is_nowhere(made, tmp_path):
 def test_what_is_not_a_checker_is_refused_before_the_model_is_loaded(tiny, tmp_path, capsys):
     for name, message in {
         str(tiny.ckpt): "base_v.safetensors` is another model, not a safety checker",
-        "own": "base_v.safetensors` has no safety checker of its own",
+        "own": "base_v.safetensors` contains no safety checker",
         "nope.bin": "no safety checker in `nope.bin`",
     }.items():
         words = [*tiny.flags, "--safety-checker", name, "--outdir", str(tmp_path)]

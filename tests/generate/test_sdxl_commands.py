@@ -67,7 +67,7 @@ def test_base_and_refiner_make_an_image_that_is_made_again_identically(run, mode
     assert f"--refiner={options['refiner']} --refiner-start=0.5" in capsys.readouterr().out
     moved = models["xl-refiner"].rename(models["xl-refiner"].with_name("moved.safetensors"))
     assert main(["replay", info["path"]]) == 1
-    assert "give the path of that file (--refiner)" in capsys.readouterr().err
+    assert "pass the path of that file (--refiner)" in capsys.readouterr().err
     assert main(["replay", info["path"], "--refiner", str(moved)]) == 0
     moved.rename(options["refiner"])
 

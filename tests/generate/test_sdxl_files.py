@@ -40,7 +40,7 @@ def files(tmp_path):
          " `img2img`, or give it as `refiner` beside a base model"),
         ("txt2img", "inpainting", None, "inpainting", "is an inpainting model: use `inpaint`"),
         ("txt2img", "base", "base", "base", "is Stable Diffusion XL, not the refiner of Stable"
-         " Diffusion XL, give that one"),
+         " Diffusion XL"),
         ("txt2img", "sd1", "refiner", "sd1", "is Stable Diffusion 1: a refiner needs Stable"
          " Diffusion XL"),
     ],

@@ -9,7 +9,7 @@ from PIL import Image
 
 import ldm
 from ldm.commands.main import main
-from ldm.data.drawings import COLOURS
+from ldm.data.drawings import COLORS
 from ldm.generate.tasks import TASKS
 from ldm.imaging.metadata import read_info
 from ldm.runtime.files import find_file
@@ -63,7 +63,7 @@ def test_flat_colours_have_no_speck(task: str) -> None:
     """The worst pixel is 0.27 and 0.43 away; with the first decoders 0.69 and 0.97, in a corner."""
     name = TASKS[task].demo_model
     autoencoder = ldm.load(ckpt=find_file(name) if name else None).autoencoder
-    colours = torch.tensor(list(COLOURS.values())) / 127.5 - 1
+    colours = torch.tensor(list(COLORS.values())) / 127.5 - 1
     images = colours[:, :, None, None].expand(-1, -1, 128, 128)
     decoded = autoencoder.decode(autoencoder.encode(images).mode()).clamp(-1, 1)
     assert (decoded - images).abs().max() < 0.55

@@ -265,7 +265,7 @@ def test_statistics_are_asked_for_in_one_line_and_may_be_given(unclip_l, seen, t
 
 
 def test_unclip_without_anything_to_see_is_one_line(unclip_l, seen):
-    assert "give one, or a prior (--image)" in seen(*unclip_l)[2]
+    assert "an image or a prior is missing (--image)" in seen(*unclip_l)[2]
 
 
 def test_image_variations_of_sd_1_are_made_without_text(seen, tmp_path, photo, capsys):

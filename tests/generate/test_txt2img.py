@@ -108,8 +108,8 @@ def test_skipping_leaves_files_out(run, tmp_path):
         ("a --seed x", "prompts.txt:1: seed `x` is not a number"),
         ("a --seed", "prompts.txt:1: --seed needs a value"),
         ("a --steps 0", "prompts.txt:1: steps: `0` is not a positive whole number"),
-        ("a --seed 1 --foo 2", "prompts.txt:1: `--foo` is not an option of a line"),
-        ("a --t 0.5", "prompts.txt:1: `--t` is not an option of a line"),
+        ("a --seed 1 --foo 2", "prompts.txt:1: `--foo` is not an option that a line may set"),
+        ("a --t 0.5", "prompts.txt:1: `--t` is not an option that a line may set"),
         ("a --w 100", "prompts.txt:1: width 100 is not a positive multiple of 8"),
         ("a --ss eulr", "prompts.txt:1: unknown sampler `eulr`, did you mean `euler`?"),
         ("a --negative-prompt 'b", "prompts.txt:1: no closing quotation"),
@@ -217,7 +217,7 @@ def test_nan_in_half_precision_is_tried_again_in_float32(run, monkeypatch):
     interrupt_at(monkeypatch, 1, pipelines.NonFinite("the VAE"))
     status, out, err = run("--precision", "bf16", "--json")
     assert status == 0
-    assert "the VAE gave values that are not finite in bfloat16: continuing in float32" in err
+    assert "the VAE returned values that are not finite in bfloat16: continuing in float32" in err
     assert json.loads(out[0])["dtype"] == "float32"
 
 
@@ -225,7 +225,7 @@ def test_nan_in_float32_is_an_error_that_names_the_stage(run, monkeypatch):
     interrupt_at(monkeypatch, 1, pipelines.NonFinite("the UNet"))
     status, _, err = run()
     assert status == 1
-    assert "error: the UNet gave values that are not finite" in err
+    assert "error: the UNet returned values that are not finite" in err
 
 
 def test_out_of_memory_names_three_flags(run, monkeypatch):

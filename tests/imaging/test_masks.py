@@ -169,7 +169,7 @@ def test_a_depth_map_of_any_depth_spans_zero_to_one(tmp_path, image, ending):
 def test_a_depth_map_with_colours_is_named(tmp_path, caplog):
     paint_shape("red").save(tmp_path / "x.png")
     assert (load_depth(tmp_path / "x.png")[0, 0].numpy() == SHAPE).all()
-    assert "x.png` has colours: their luminance is taken for depth" in caplog.text
+    assert "x.png` has colours: their luminance is used as depth" in caplog.text
 
 
 def test_values_that_are_not_finite_stay_out_of_the_range(tmp_path, caplog):
@@ -198,14 +198,14 @@ def test_labels_with_255_for_ignored_are_named(tmp_path, caplog):
     Image.fromarray(values).save(tmp_path / "mask.png")
     mask = np.asarray(load_mask(tmp_path / "mask.png", (8, 8)))
     assert (mask == np.where(values == 1, 255, 0)).all()
-    assert "as labels of data sets" in caplog.text
+    assert "like labels of a data set" in caplog.text
 
 
 def test_a_photo_given_as_mask_is_named(tmp_path, caplog):
     noise = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "photo.png")
     load_mask(tmp_path / "photo.png", (8, 8))
-    assert "photo.png` is a colour image: where it is bright" in caplog.text
+    assert "photo.png` is a colour image: bright areas" in caplog.text
     caplog.clear()
     soft = np.random.default_rng(0).integers(0, 255, (8, 8, 1), np.uint8).repeat(3, 2)
     Image.fromarray(soft).save(tmp_path / "soft.png")

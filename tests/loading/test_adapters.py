@@ -23,7 +23,7 @@ from ldm.loading.addons import lora
 from ldm.loading.addons.lora import load_loras, lora_targets, read_lora, write_lora
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import read_yaml
-from ldm.loading.files.checkpoint import file_hash, read_checkpoint, write_checkpoint
+from ldm.loading.files.checkpoint import read_checkpoint, short_hash, write_checkpoint
 from ldm.loading.legacy import translate_config
 from quick import some
 
@@ -454,7 +454,7 @@ def test_files_with_weights_are_merged_and_noted(model, tmp_path):
         torch.testing.assert_close(ours, attached[name], rtol=0, atol=2e-5)
     noted = model.provenance["loras"]
     assert [note["weight"] for note in noted] == [0.8, -0.3]
-    expected = {"path": str(files[1]), "weight": -0.3, "hash": file_hash(files[1])}
+    expected = {"path": str(files[1]), "weight": -0.3, "hash": short_hash(files[1])}
     assert expected.items() <= noted[1].items()
 
 

@@ -33,8 +33,8 @@ def test_blocks_of_sdxl():
     blocks = blocks_of(f"{XL_CONFIG_DIR}/sd_xl_base")
     assert len(blocks.names) == 20
     assert list(blocks.attention) == XL_ATTENTION.split()
-    assert blocks.block_of("unet.out.2.weight") == "OUT08"
-    assert blocks.block_of("unet.label_emb.0.0.weight") == "IN00"
+    assert blocks.find_block("unet.out.2.weight") == "OUT08"
+    assert blocks.find_block("unet.label_emb.0.0.weight") == "IN00"
 
 
 @pytest.mark.parametrize(
@@ -52,24 +52,27 @@ def test_blocks_of_sdxl():
     ],
 )
 def test_block_of_a_weight(blocks, name, block):
-    assert blocks.block_of(name) == block
+    assert blocks.find_block(name) == block
 
 
 def test_numbers_stand_in_the_order_of_the_blocks(blocks):
     numbers = [number / 100 for number in range(26)]
     text = ",".join(map(str, numbers))
-    assert list(blocks.parse(text, 0.5, "x").values()) == numbers
-    assert list(blocks.parse(text.removeprefix("0.0,"), 0.5, "x").values()) == [0.5, *numbers[1:]]
+    assert list(blocks.parse_weights(text, 0.5, "x").values()) == numbers
+    assert list(blocks.parse_weights(text.removeprefix("0.0,"), 0.5, "x").values()) == [
+        0.5,
+        *numbers[1:],
+    ]
 
 
 def test_numbers_of_the_blocks_that_a_plain_lora_changes(blocks):
-    weights = blocks.parse(",".join("2" * 17), 0.5, "x", adapter=True)
+    weights = blocks.parse_weights(",".join("2" * 17), 0.5, "x", is_lora=True)
     assert {block for block, weight in weights.items() if weight == 2} == {*blocks.attention}
     assert {*weights.values()} == {2, 0.5}
 
 
 def test_pairs_leave_the_others_as_they_are(blocks):
-    weights = blocks.parse("in04=0, OUT11 = 1", 0.5, "x")
+    weights = blocks.parse_weights("in04=0, OUT11 = 1", 0.5, "x")
     assert (weights["IN04"], weights["OUT11"], weights["BASE"], weights["M00"]) == (0, 1, 0.5, 0.5)
 
 
@@ -85,4 +88,4 @@ def test_pairs_leave_the_others_as_they_are(blocks):
 )
 def test_numbers_that_fit_no_block_are_refused(blocks, text, message):
     with pytest.raises(ArgumentError, match=message):
-        blocks.parse(text, 0.5, "x")
+        blocks.parse_weights(text, 0.5, "x")

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ldm.loading.files.checkpoint import (
-    file_hash,
     read_checkpoint,
+    short_hash,
     use_ema_weights,
     write_checkpoint,
 )
@@ -74,11 +74,11 @@ def test_another_ending_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("averages", "message"),
     [
-        ({}, "no averaged"),
-        (COUNTERS, "no averaged"),
+        ({}, "no EMA weights"),
+        (COUNTERS, "no EMA weights"),
         (
             AVERAGES | {"model_ema.what": torch.ones(1)},
-            "1 averaged weights fit no name: `model_ema",
+            "1 EMA weights fit no name: `model_ema",
         ),
     ],
 )
@@ -165,7 +165,7 @@ def test_changed_bytes_never_do_worse_than_an_error(tmp_path):
 
 def test_hashes_follow_the_content_of_files_and_folders(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"abc")
-    assert file_hash(tmp_path / "x.safetensors") == "ba7816bf8f"
-    assert file_hash(tmp_path) == "ba7816bf8f"
+    assert short_hash(tmp_path / "x.safetensors") == "ba7816bf8f"
+    assert short_hash(tmp_path) == "ba7816bf8f"
     (tmp_path / "x.safetensors").write_bytes(b"abcd")
-    assert file_hash(tmp_path / "x.safetensors") == "88d4266fd4"
+    assert short_hash(tmp_path / "x.safetensors") == "88d4266fd4"

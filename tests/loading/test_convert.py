@@ -428,7 +428,7 @@ def test_words_of_a_folder_are_known(folder, state, tmp_path, capsys, caplog):
     write_checkpoint(path, content)
     edit(place / "text_encoder/config.json", vocab_size=49410)
     assert same(read_weights(place).state, state)
-    assert "has 2 added rows without a token" in caplog.text
+    assert "has 2 rows without a token" in caplog.text
     for file, tokens in TOKENS.items():
         edited = tmp_path / file
         shutil.copytree(place, edited)

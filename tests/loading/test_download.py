@@ -252,7 +252,7 @@ def test_content_that_is_not_what_the_hub_promised_is_thrown_away(hub, download,
     assert status == 1
     assert first.startswith(f"`{FIRST}` is another file: its SHA-256 is {WRONG_SHA256}")
     assert second == "`second/two` is gone or private"
-    assert "error: none of its 2 places gives small" in last
+    assert "error: small cannot be downloaded from any of its 2 places" in last
     assert final_files(cache) + list(cache.rglob("*.incomplete")) == []
 
 

@@ -10,7 +10,7 @@ from ldm.loading import legacy
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import instantiate, read_yaml
 from ldm.loading.legacy import translate_config
-from ldm.loading.weight_names import rename_weights, restore_names, schedule_tables
+from ldm.loading.weight_names import rename_weights, restore_names, select_buffers
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs/stable-diffusion").glob("*.yaml"))
@@ -91,7 +91,7 @@ def test_a_picture_in_place_of_text_needs_no_text_tower():
 def test_renaming_back_and_forth_changes_nothing(tiny_state):
     ours = rename_weights(tiny_state)
     assert rename_weights(restore_names(ours)) == ours
-    back = restore_names(ours, schedule_tables(tiny_state))
+    back = restore_names(ours, select_buffers(tiny_state))
     assert back.keys() == tiny_state.keys()
 
 

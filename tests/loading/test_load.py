@@ -15,14 +15,14 @@ from ldm.loading import families
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import instantiate, read_yaml
 from ldm.loading.diffusers.keys import locate_weights, scatter_weights
-from ldm.loading.families import detect_prediction, probe_prediction, recognise_family
+from ldm.loading.families import detect_prediction, probe_prediction, recognize_family
 from ldm.loading.files.checkpoint import (
     CONFIG_KEY,
     Checkpoint,
     ema_name,
-    file_hash,
     read_checkpoint,
     release_pages,
+    short_hash,
     write_checkpoint,
 )
 from ldm.loading.legacy import translate_config
@@ -338,7 +338,7 @@ def test_the_autoencoder_of_another_file_is_taken(tmp_path, tiny_yaml, tiny_file
     model = ldm.load(tiny_yaml, tiny_file, vae=tmp_path / "vae.ckpt")
     assert same(model, tiny_state | {prefix + name: value for name, value in other.items()})
     path = tmp_path / "vae.ckpt"
-    assert model.provenance["vae"] == {"path": str(path), "hash": file_hash(path)}
+    assert model.provenance["vae"] == {"path": str(path), "hash": short_hash(path)}
     save_model(model, tmp_path / "whole.safetensors")
     again = ldm.load(tiny_yaml, tiny_file, vae=tmp_path / "whole.safetensors")
     assert same(again, restore_names(model.state_dict()))
@@ -386,12 +386,12 @@ def test_families_are_recognised(family):
     others = {families.PIXELS: torch.zeros(128, family.pixels, 3, 3)}
     if family.has_vision_tower:
         others[families.VISION_TOWER] = torch.zeros(1)
-    assert recognise_family(full(family.config) | others) is family
+    assert recognize_family(full(family.config) | others) is family
 
 
 def test_other_unets_are_no_family(tiny_state):
-    assert recognise_family(rename_weights(tiny_state)) is None
-    assert recognise_family({}) is None
+    assert recognize_family(rename_weights(tiny_state)) is None
+    assert recognize_family({}) is None
 
 
 EPS, V = torch.full((320,), 0.05), torch.linspace(-0.5, 0.5, 320)
@@ -415,7 +415,7 @@ EPS[::2] *= -1
 )
 def test_predictions_are_decided_by_several_methods(step, bias, notes, says, disputed):
     state = full("v2-inference") | {families.BIAS: bias}
-    found = detect_prediction(recognise_family(state), state, step=step, markers=notes)
+    found = detect_prediction(recognize_family(state), state, step=step, markers=notes)
     assert found.kind == says
     assert found.disputed == disputed
     assert found.votes == sum(v is not None for v in (step, bias)) + bool(notes)

@@ -43,9 +43,9 @@ def same(one, two):
     ],
 )
 def test_weights_are_read_as_people_write_them(text, weight, written):
-    assert LoRAWeight.of(text) == weight
+    assert LoRAWeight.parse(text) == weight
     assert weight.to_json() == written
-    assert LoRAWeight.of(written) == weight
+    assert LoRAWeight.parse(written) == weight
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_weights_are_read_as_people_write_them(text, weight, written):
 )
 def test_a_weight_that_is_none_is_one_line(text, message):
     with pytest.raises(ValueError, match=message):
-        LoRAWeight.of(text)
+        LoRAWeight.parse(text)
 
 
 def test_a_colon_may_be_part_of_the_name():

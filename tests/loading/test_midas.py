@@ -86,7 +86,7 @@ def test_the_network_is_taken_out_of_another_depth_model(files, whole):
 def test_without_a_network_two_lines_say_where_to_put_it(files):
     with pytest.raises(
         FileNotFoundError,
-        match=r"lean.safetensors` holds no depth network .*\nhint: put `dpt_hybrid.* beside it",
+        match=r"lean.safetensors` contains no depth network .*\nhint: put `dpt_hybrid.* beside it",
     ):
         load_depth(files)
     with pytest.raises(FileNotFoundError, match="absent"):

@@ -42,6 +42,6 @@ def test_two_files_make_one_network(files) -> None:
 
 def test_one_of_the_two_is_not_enough(files) -> None:
     with pytest.raises(
-        ValueError, match=r"vgg.pth`: LPIPS is missing there, it needs .* of torchvis"
+        ValueError, match=r"vgg.pth`: weights of LPIPS are missing, it needs .* of torchvis"
     ):
         read_lpips(files[0])

@@ -11,6 +11,7 @@ import yaml
 import ldm
 from ldm.diffusion.schedule import ContinuousSchedule, Schedule
 from ldm.loading import report
+from ldm.loading.buffers import make_buffers
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, read_yaml
 from ldm.loading.diffusers.keys import locate_weights, scatter_weights
@@ -19,7 +20,6 @@ from ldm.loading.legacy import translate_config
 from ldm.loading.load import find_variant, read_config, save_model
 from ldm.loading.matching import match_weights
 from ldm.loading.report import inspect_checkpoint
-from ldm.loading.tables import make_tables
 from ldm.loading.weight_names import rename_weights, restore_names
 from ldm.loading.weights import has_transposed_projection, identify_weights
 from ldm.model import Defaults
@@ -55,7 +55,7 @@ def test_full_size_models_have_the_names_and_shapes_of_the_original(full, name):
     model = full(name)
     ours = {
         name: ("x".join(map(str, value.shape)) or "-", str(value.dtype).removeprefix("torch."))
-        for name, value in restore_names(model.state_dict(), make_tables(model)).items()
+        for name, value in restore_names(model.state_dict(), make_buffers(model)).items()
     }
     text = gzip.decompress((KEYS / f"{name}.txt.gz").read_bytes()).decode()
     rows = (line.split() for line in text.splitlines())
@@ -164,7 +164,7 @@ def test_the_denoiser_is_built_as_the_config_says(tmp_path):
     model = build(raw)
     assert model.denoiser.sigma_data == 1
     assert (model.schedule.flip_time, model.schedule.append_zero) == (True, True)
-    table = make_tables(model)["denoiser.sigmas"]
+    table = make_buffers(model)["denoiser.sigmas"]
     assert len(table) == 1001
     assert table[0] == model.schedule.sigmas[-1].float()
     assert table[-1] == 0

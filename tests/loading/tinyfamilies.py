@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
+from ldm.loading.buffers import make_buffers
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, read_yaml
 from ldm.loading.files.checkpoint import write_checkpoint
 from ldm.loading.legacy import translate_config
-from ldm.loading.tables import make_tables
 from ldm.loading.weight_names import restore_names
 from recipe import fill
 
@@ -125,8 +125,8 @@ def content_of(family: str) -> tuple[dict[str, torch.Tensor], str]:
     raw = small(family)
     model: Any = build_on_meta(translate_config(raw))
     empty = {k: torch.ones(v.shape) if v.is_meta else v for k, v in model.state_dict().items()}
-    tables = make_tables(model)
-    state = fill(restore_names(empty), "convert") | tables
+    buffers = make_buffers(model)
+    state = fill(restore_names(empty), "convert") | buffers
     if family == "unclip-l":
         state["noise_augmentor.data_mean"] = torch.linspace(-1, 1, WIDTH)
         state["noise_augmentor.data_std"] = torch.linspace(0.5, 2, WIDTH)

@@ -155,7 +155,7 @@ def test_texts_are_encoded_as_by_the_text_encoder_with_the_same_weights():
 
 
 def test_a_clip_without_text_tower_is_refused():
-    with pytest.raises(ValueError, match="the prior needs CLIP's text tower"):
+    with pytest.raises(ValueError, match="the prior needs CLIP's text encoder"):
         encode_texts(OpenCLIPImage(arch=TINY_CLIP), ["a cat"])
 
 

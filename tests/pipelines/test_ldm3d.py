@@ -8,7 +8,7 @@ from PIL import Image
 from goldfile import gold
 from ldm.generate.tasks.upscale import enlarge
 from ldm.imaging.pixels import to_tensor, to_uint8
-from ldm.imaging.rgbd import join_depth, split_colour, split_depth
+from ldm.imaging.rgbd import join_depth, split_color, split_depth
 from ldm.loading.config import instantiate
 from ldm.loading.weight_names import rename_weights, restore_names
 from ldm.pipelines import sample, txt2img, upscale_rgbd
@@ -61,7 +61,7 @@ def levels(images):
 @pytest.mark.parametrize("name", ["post_6c_rand", "post_6c_ramp", "post_4c_rand", "post_4c_ramp"])
 def test_colour_and_depth_come_out_of_one_image(file, name):
     pixels, out = file.inputs(name)["pixels"], file.outputs(name)
-    assert np.array_equal(to_uint8(split_colour(pixels)), out["rgb"])
+    assert np.array_equal(to_uint8(split_color(pixels)), out["rgb"])
     assert torch.equal(levels(pixels), out["depth"])
 
 

@@ -160,7 +160,7 @@ def test_bad_prompts_are_refused(model, options, message):
 
 
 def test_second_prompts_have_the_same_compositions():
-    with pytest.raises(ArgumentError, match="AND divides the prompt into 3 parts, prompt_2 2"):
+    with pytest.raises(ArgumentError, match="AND splits the prompt into 3 parts, prompt_2 2"):
         parse_pair(("a AND b AND c", "a AND b"), "a1111", 4)
 
 

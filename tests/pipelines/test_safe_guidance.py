@@ -69,15 +69,15 @@ def test_the_rule_is_the_recorded_one_bit_for_bit(preset, size):
     name = f"rule_{preset}{size}"
     file = recorded("seed_sld")
     info, given, expected = file.case(name)["info"], file.inputs(name), file.outputs(name)
-    rule = SafeGuidance(SLD.of(numbers(info["parameters"])), "")
+    guidance = SafeGuidance(SLD.of(numbers(info["parameters"])), "")
     denoiser = Toy("eps").denoiser
     for i in range(info["steps"]):
         uncond, cond, concept = (given[f"eps_{part}"][i] for part in ("uncond", "text", "safe"))
         evaluation = Evaluation(
             denoiser, uncond, 3.7, info["guidance_scale"], uncond, cond, (concept,)
         )
-        assert torch.equal(rule.combine(evaluation), expected["guided"][i])
-        rule.calls += 1
+        assert torch.equal(guidance.combine(evaluation), expected["guided"][i])
+        guidance.calls += 1
 
 
 QUICK = ("traj_negative", "traj_batch2", "traj_unsaturated", "traj_sld1_off")
@@ -145,9 +145,11 @@ CONDS = [Cond(torch.full((2, 3, 5), value)) for value in (0.0, 1.0, 2.0)]
 SETTINGS = SLD(2, 20, 0.01, 0.3, 0.4)
 
 
-def guide(denoiser, rule, **options):
+def guide(denoiser, guidance, **options):
     uncond, cond, concept = CONDS
-    return add_guidance(denoiser, cond, uncond, 7.5, rule=rule, further=[concept], **options)
+    return add_guidance(
+        denoiser, cond, uncond, 7.5, guidance=guidance, further=[concept], **options
+    )
 
 
 def test_v_models_are_guided_as_the_eps_models_of_the_same_estimate():
@@ -160,12 +162,12 @@ def test_v_models_are_guided_as_the_eps_models_of_the_same_estimate():
 
 
 def test_evaluations_outside_the_interval_count_and_have_one_part():
-    toy, rule = Toy("eps"), SafeGuidance(SETTINGS, "")
-    denoise = guide(toy.denoiser, rule, interval=(1.0, 5.0))
+    toy, guidance = Toy("eps"), SafeGuidance(SETTINGS, "")
+    denoise = guide(toy.denoiser, guidance, interval=(1.0, 5.0))
     for sigma in (9.0, 5.0, 0.5):
         denoise(torch.ones(2, 4, 6, 6), sigma)
     assert toy.rows == [2, 6, 2]
-    assert rule.calls == 3
+    assert guidance.calls == 3
 
 
 def latents_of(model, n, **options):
@@ -194,10 +196,10 @@ def test_the_concept_can_be_named_and_matters(model):
 
 
 def test_it_guides_in_tiles_of_the_unet(model):
-    rule = [0, 20, 0.1, 0.3, 0.4]
-    whole, one = (latents_of(model, 1, sld=rule, unet_tile=side) for side in (None, 8))
+    guidance = [0, 20, 0.1, 0.3, 0.4]
+    whole, one = (latents_of(model, 1, sld=guidance, unet_tile=side) for side in (None, 8))
     assert torch.equal(whole, one)
-    tiled, plain = (latents_of(model, 1, sld=sld, unet_tile=4) for sld in (rule, None))
+    tiled, plain = (latents_of(model, 1, sld=sld, unet_tile=4) for sld in (guidance, None))
     assert (tiled - plain).abs().max() > 0.05
 
 

@@ -1,7 +1,7 @@
 """Samplers: solvers of the diffusion ODE and SDE, as pure functions.
 
-All start from x = z + sigma·noise and integrate over `sigmas`; network, condition and guidance are
-inside `denoise(x, sigma)`, which estimates the clean latent z. Read `euler` first.
+All start from x = z + sigma·noise and integrate over `sigmas`. `denoise(x, sigma)` estimates the
+clean latent z: network, conditions and guidance are inside. `euler` is the simplest sampler.
 
     Args:
         denoise: (x, sigma) -> estimate of z, in the shape of x.
@@ -10,13 +10,13 @@ inside `denoise(x, sigma)`, which estimates the clean latent z. Read `euler` fir
         callback: Called after step i with (i, x at sigmas[i + 1], denoised).
         constrain: (x, sigma) -> x, applied before every step, as for inpainting.
         noise: (like) -> standard normal noise of its shape, the only source of randomness.
-        s_churn, s_tmin, s_tmax: Amount of noise before steps, and where (algorithm 2).
+        s_churn, s_tmin, s_tmax: Amount of noise before steps, and the sigmas with it (algorithm 2).
 
     Returns:
         x at sigmas[-1].
 
-Churn raises sigma to sigma (1 + min(s_churn / n, √2 - 1)) before each of n steps from s_tmin to
-s_tmax. What other programs call s_noise is the standard deviation of `noise`.
+Churn raises sigma by a factor of 1 + min(s_churn / n, √2 - 1) before each of n steps with sigma
+from s_tmin to s_tmax. s_noise of other programs is the standard deviation of `noise`.
 
 Formulation: Karras et al. 2022 (arXiv:2206.00364); names as in k-diffusion.
 """

@@ -1,4 +1,4 @@
-"""CFG++ (arXiv:2406.08070): the guided estimate, with the noise of the unconditional one."""
+"""CFG++ (arXiv:2406.08070): steps to the guided estimate, along the unconditional noise."""
 
 from collections.abc import Callable
 
@@ -31,7 +31,7 @@ def euler_ancestral_cfg_pp(
 
     Args:
         last_uncond: Returns the unconditional estimate of the last evaluation; None without
-            guidance, for which this is the ancestral Euler method.
+            guidance: then this is the ancestral Euler method.
     """
     for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
@@ -56,7 +56,7 @@ def euler_cfg_pp(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Sample by Euler CFG++: without new noise."""
+    """Sample by Euler CFG++, the deterministic `euler_ancestral_cfg_pp`."""
     return euler_ancestral_cfg_pp(
         denoise, x, sigmas, last_uncond=last_uncond, eta=0.0, callback=callback, constrain=constrain
     )

@@ -1,4 +1,4 @@
-"""What samplers have in common: the types of their arguments, and parts of their steps."""
+"""Types of the samplers' arguments, and parts of steps that several samplers share."""
 
 import math
 from collections.abc import Callable
@@ -19,35 +19,39 @@ __all__ = [
     "weighted_sum",
 ]
 
-Denoise = Callable[[Tensor, float], Tensor]
-Noise = Callable[[Tensor], Tensor]
-Callback = Callable[[int, Tensor, Tensor], None]
-Constrain = Callable[[Tensor, float], Tensor]
+Denoise = Callable[[Tensor, float], Tensor]  # (x, sigma) -> denoised x
+Noise = Callable[[Tensor], Tensor]  # like -> standard normal noise in its shape
+Callback = Callable[[int, Tensor, Tensor], None]  # (step, x after it, denoised), after each step
+Constrain = Callable[[Tensor, float], Tensor]  # (x, sigma) -> changed x, before each step
 
 
 def sigma_pairs(sigmas: Tensor) -> list[tuple[float, float]]:
-    """Return each level with the next."""
+    """Return (sigma, next sigma) of each step."""
     return list(pairwise(sigmas.tolist()))
 
 
 def churn(x: Tensor, sigma: float, factor: float, noise: Noise) -> tuple[Tensor, float]:
-    """Add noise to x up to a level at most √2 times sigma; return both."""
+    """Add noise to x, raising sigma by 1 + factor, at most √2; return x and the new sigma."""
     sigma_hat = sigma * (1 + min(factor, math.sqrt(2) - 1))
     return x + noise(x) * math.sqrt(sigma_hat**2 - sigma**2), sigma_hat
 
 
 def ancestral_step(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
-    """Return the noise level to step down to, and noise to add: down² + up² = sigma_next²."""
+    """Return (sigma to step down to, noise to add then): down² + up² = sigma_next².
+
+    Args:
+        eta: 0 adds no noise, 1 as much as DDPM.
+    """
     up = eta * sigma_next * math.sqrt(max(1 - (sigma_next / sigma) ** 2, 0.0))
     up = min(up, sigma_next)
     return math.sqrt(sigma_next**2 - up**2), up
 
 
 def log_ratio(sigma: float, sigma_next: float) -> float:
-    """Return the length of a step in log sigma."""
+    """Return the length of a step in log sigma, infinite for a step to 0."""
     return math.log(sigma / sigma_next) if sigma_next > 0 else math.inf
 
 
 def weighted_sum(weights: tuple[float, ...] | list[float], slopes: list[Tensor]) -> Tensor:
-    """Return the sum of slopes, each by its weight."""
+    """Return the weighted sum of slopes."""
     return torch.stack([w * s for w, s in zip(weights, slopes, strict=True)]).sum(dim=0)

@@ -1,4 +1,4 @@
-"""Samplers of consistency models, which take each estimate as it is."""
+"""Samplers of consistency models: each step goes to the estimate, and adds new noise."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def lcm(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Sample a latent consistency model (arXiv:2310.04378): the estimate, with new noise."""
+    """Sample a latent consistency model (arXiv:2310.04378): the estimate plus new noise."""
     for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
         x = denoised = denoise(x, sigma)
@@ -41,12 +41,12 @@ def tcd(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Sample by trajectory consistency (arXiv:2402.19159): to a lower level, then new noise.
+    """Sample by TCD (arXiv:2402.19159): step below the next level, then add noise up to it.
 
     Args:
-        eta: The paper's gamma, 0 … 1: 0 is DDIM, with 1 the lower level is the least.
-        scale_time: (sigma, factor) -> the level at `factor` times the timestep of sigma, by the
-            noise schedule of the model.
+        eta: The paper's gamma, 0 … 1: 0 is DDIM, 1 steps down to the lowest level.
+        scale_time: (sigma, factor) -> the noise level at `factor` times the timestep of sigma, see
+            `NoiseSchedule.scale_time`.
     """
     for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x

@@ -1,7 +1,7 @@
-"""DPM-Solver (arXiv:2206.00927) of mixed orders: it chooses levels between the ends of `sigmas`.
+"""DPM-Solver (arXiv:2206.00927) of mixed orders, which chooses its levels between `sigmas`' ends.
 
-If `sigmas` end at 0 the level before is the end, as in A1111: x keeps its noise. `callback` is
-called for as many steps as `sigmas` have, for several at once where one is long.
+If `sigmas` end at 0, the level before is the end, as in A1111: the result keeps that noise.
+`callback` is called as often as `sigmas` have steps, several times for a step of higher order.
 """
 
 import math
@@ -31,7 +31,7 @@ def dpm_fast(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Sample by DPM-Solver-fast: steps of order 3, evenly in log sigma, and a lower one at last."""
+    """Sample by DPM-Solver-fast: steps of order 3, evenly in log sigma, the last of lower order."""
     start, end = _ends(sigmas)
     evaluations = len(sigmas) - 1
     rest = evaluations % 3
@@ -75,15 +75,15 @@ def dpm_adaptive(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Sample by DPM-Solver-23, whose steps suit the difference between orders 2 and 3.
+    """Sample by DPM-Solver-23, with steps adapted to the difference between orders 2 and 3.
 
-    The steps are those of the whole batch.
+    The whole batch has the same steps.
 
     Args:
         rtol, atol: Relative and absolute tolerance.
         first_step: Length of the first step, in log sigma.
-        pcoeff, icoeff, dcoeff: Coefficients of the controller of the length.
-        accept_safety: Factor of the next length below which a step is repeated.
+        pcoeff, icoeff, dcoeff: Coefficients of the PID controller of the step length.
+        accept_safety: A step is rejected if the next one should be shorter by this factor.
     """
     start, end = _ends(sigmas)
     order = 1.5 if eta else 3
@@ -99,7 +99,7 @@ def dpm_adaptive(
         low, high = _third_order(denoise, x, sigma, sigma_down, slope)
         tolerance = (rtol * torch.maximum(low.abs(), before.abs())).clamp(min=atol)
         error = float(((low - high) / tolerance).square().mean().sqrt())
-        if not math.isfinite(error):  # no length would do
+        if not math.isfinite(error):  # shorter steps would not help
             return high
         inverse_errors = [1 / (error + 1e-8), *(inverse_errors or [1 / (error + 1e-8)] * 2)]
         factor = math.prod(e ** (p / order) for e, p in zip(inverse_errors, powers, strict=True))
@@ -127,7 +127,7 @@ def _ends(sigmas: Tensor) -> tuple[float, float]:
 
 
 def _noisy_step(sigma: float, sigma_next: float, end: float, eta: float) -> tuple[float, float]:
-    """Return the level to step down to, not below the end, and noise to add."""
+    """Return (sigma to step down to, at least `end`; noise to add then)."""
     down = max(ancestral_step(sigma, sigma_next, eta)[0], end) if eta else sigma_next
     return down, math.sqrt(max(sigma_next**2 - down**2, 0.0))
 
@@ -135,7 +135,7 @@ def _noisy_step(sigma: float, sigma_next: float, end: float, eta: float) -> tupl
 def _second_order(
     denoise: Denoise, x: Tensor, sigma: float, sigma_next: float, slope: Tensor, fraction: float
 ) -> tuple[Tensor, Tensor]:
-    """Return x at sigma_next, and the difference of the slope at `fraction` of the way."""
+    """Return x at sigma_next, and the change of the slope up to `fraction` of the step."""
     h = log_ratio(sigma, sigma_next)
     middle = sigma * math.exp(-fraction * h)
     x_middle = x + slope * (middle - sigma)

@@ -1,4 +1,4 @@
-"""Solvers of the ODE whose steps use earlier estimates."""
+"""Multistep solvers of the diffusion ODE: each step uses earlier estimates."""
 
 import math
 
@@ -80,7 +80,7 @@ def dpmpp_2m(
     """Sample by DPM-Solver++ 2M (arXiv:2211.01095, algorithm 2).
 
     Args:
-        lower_order_final: Whether the last of less than 15 steps is of order 1 wherever it ends; a
+        lower_order_final: Whether the last of fewer than 15 steps is of order 1 at any sigma; a
             step to 0 always is.
     """
     steps = len(sigmas) - 1
@@ -111,7 +111,7 @@ def deis(
 ) -> Tensor:
     """Sample by DEIS (arXiv:2204.13902): a polynomial in log sigma through the last slopes.
 
-    With less than 15 steps the order falls to 1 towards the end.
+    With fewer than 15 steps the order falls to 1 towards the end.
     """
     levels = sigmas.tolist()
     steps = len(levels) - 1
@@ -143,7 +143,7 @@ def unipc(
 ) -> Tensor:
     """Sample by UniPC, variant bh2 (arXiv:2302.04867): each step corrects the one before.
 
-    The estimate at the predicted x serves as corrector, too, so there is one evaluation a step.
+    The estimate at the predicted x also serves the corrector, so a step takes one evaluation.
     """
     levels = sigmas.tolist()
     steps = len(levels) - 1

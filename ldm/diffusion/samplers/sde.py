@@ -63,7 +63,7 @@ def dpmpp_2m_sde(
 
     Args:
         eta: Amount of new noise: 0 is `dpmpp_2m`.
-        heun: Whether to integrate the line through two estimates exactly, else to take its middle.
+        heun: Whether to integrate the line through two estimates exactly, else by its midpoint.
     """
     old_denoised, h_last = None, 0.0
     for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):

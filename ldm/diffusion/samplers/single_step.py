@@ -1,4 +1,4 @@
-"""Solvers whose steps are independent of each other."""
+"""Single-step solvers: a step does not use earlier estimates."""
 
 import math
 from functools import partial
@@ -41,7 +41,7 @@ def euler(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Step along the slope dx/dsigma = (x - denoised) / sigma: Euler's method."""
+    """Sample by Euler's method: step along the slope dx/dsigma = (x - denoised) / sigma."""
     for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
         if s_churn and s_tmin <= sigma <= s_tmax:
@@ -64,7 +64,7 @@ def ddim(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Step to a lower noise level, then add new noise: DDIM (arXiv:2010.02502).
+    """Sample by DDIM (arXiv:2010.02502): step to a lower noise level, then add new noise.
 
     Args:
         eta: Amount of new noise: 0 is deterministic, 1 is ancestral sampling as in DDPM.
@@ -124,7 +124,7 @@ def dpm2(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Sample by DPM2 (arXiv:2206.00927): the slope in the middle of log sigma."""
+    """Sample by DPM2 (arXiv:2206.00927): the slope at the middle of a step in log sigma."""
     for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
         if s_churn and s_tmin <= sigma <= s_tmax:
@@ -169,7 +169,7 @@ def dpmpp_2s_ancestral(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Sample by ancestral DPM-Solver++ 2S: a second evaluation in the middle of log sigma."""
+    """Sample by ancestral DPM-Solver++ 2S: a second evaluation halfway in log sigma."""
     for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
         x = constrain(x, sigma) if constrain else x
         denoised = estimate = denoise(x, sigma)
@@ -196,10 +196,10 @@ def restart(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Sample by Heun's method, and go back from a low level to a higher one (arXiv:2306.14878).
+    """Sample by Heun's method with restarts from sigma 0.1 back to 2 (arXiv:2306.14878).
 
-    With 20 steps or more, of `sigmas` only number and ends count: levels are those of Karras, some
-    of them between sigma 0.1 and 2 once more, or twice.
+    With 20 steps or more only the ends and the number of `sigmas` are used: levels are Karras's,
+    with one restart, from 36 steps on two. With fewer steps there is no restart.
     """
     done, last = 0, math.inf
     for levels in _restart_runs(sigmas.tolist()):
@@ -223,7 +223,7 @@ def _dpm2_step(
 
 
 def _restart_runs(levels: list[float]) -> list[list[float]]:
-    """Return the levels of each run of `restart`, of as many steps in all as `levels` have."""
+    """Return the levels between restarts, with as many steps in total as `levels`."""
     steps = len(levels) - 1
     length, times = (steps // 4, 2) if steps >= 36 else (9, 1)
     if steps < 20:

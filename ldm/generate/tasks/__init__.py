@@ -1,4 +1,4 @@
-"""The tasks: each is a module with a `TASK`, and one line here."""
+"""Tasks of the command line and the page: each is a module with a `TASK`, and a name here."""
 
 from importlib import import_module
 

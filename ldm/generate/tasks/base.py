@@ -1,4 +1,4 @@
-"""Task: the description of a task. PreparedTask: a task with its inputs read from disk."""
+"""Base classes of tasks: Task describes one, PreparedTask has read its inputs from disk."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ldm.model import LatentDiffusion
     from ldm.pipelines.common import TaskOptions
 
-DEPTH = "_depth"  # at the end of the name of an image's depth
+DEPTH = "_depth"  # suffix of the file name of an image's depth
 
 __all__ = [
     "DEPTH", "FolderInputs", "ImageInputs", "PreparedImageTask", "PreparedTask", "RGBDInputs",
@@ -38,10 +38,10 @@ __all__ = [
 
 
 class PreparedTask:
-    """A task with its inputs read, so that a bad file fails before the model is loaded.
+    """A task with its inputs read, so that invalid files fail before the model is loaded.
 
     Args:
-        request: with the inputs of one image.
+        request: request with the inputs of one image.
     """
 
     def __init__(self, request: Request) -> None:
@@ -54,38 +54,42 @@ class PreparedTask:
         return height or native_height, width or native_width
 
     def begin(self, model: "LatentDiffusion") -> None:
-        """Prepare for the first batch, with the model."""
+        """Do what needs the model before the first batch."""
 
     def generate(
         self, model: "LatentDiffusion", prompts: list[str], options: "TaskOptions"
     ) -> "Tensor":
-        """Make one batch of images, (B, 3, H, W) in [-1, 1], one for each prompt."""
+        """Make one batch of images, (B, 3, H, W) in [-1, 1], one for each prompt.
+
+        Args:
+            options: keyword arguments of the pipeline.
+        """
         raise NotImplementedError
 
     def protected_pixels(self) -> "tuple[Image.Image, Image.Image] | None":
-        """Return (image, mask): where the mask is 0, results keep the pixels of the image."""
+        """Return (image, mask "L"): where the mask is 0, results keep the pixels of the image."""
         return None
 
 
 @dataclass(frozen=True)
 class Task:
-    """All that programs know about a task.
+    """The description of a task, for command line, page and PNG metadata.
 
     Args:
-        name: of the command and script, and in PNG texts.
-        title: of its tab on the page.
-        summary: head of `--help`, with examples.
-        inputs: its group of options.
-        prepare: reads the inputs.
-        families: the models that it works with, names in `ldm.pipelines.families.FAMILIES`.
-        defaults: of options, where the task has others.
-        scale: default guidance scale of Stable Diffusion 1 and 2.
-        demo_model: the model that ships with ldm for this task; None = the text-to-image model.
-        demo_scale: default guidance scale of that model.
+        name: name of the command and script, and in PNG metadata.
+        title: title of its tab on the page.
+        summary: description in `--help`, with examples.
+        inputs: its group of input options.
+        prepare: reads the inputs of a request.
+        families: names in `ldm.pipelines.families.FAMILIES` of models that it works with.
+        defaults: defaults of options that differ for this task.
+        scale: default guidance scale for Stable Diffusion 1 and 2.
+        demo_model: path of the demo model for this task; None = the text-to-image demo model.
+        demo_scale: default guidance scale for the demo model.
         example_flags: flags for a published model, as an example.
-        noise_from_numpy: the original drew the start noise with numpy.
-        enlarges: its images are larger than its input.
-        takes_upscaler: an x2 latent upscaler may double its latents.
+        noise_from_numpy: whether the original drew the initial noise with numpy.
+        enlarges: whether its images are larger than its input.
+        takes_upscaler: whether it may be followed by an x2 latent upscaler.
     """
 
     name: str
@@ -104,7 +108,7 @@ class Task:
     takes_upscaler: bool = False
 
     def groups(self) -> dict[str, type]:
-        """Return the groups of options, by their fields in `Request`."""
+        """Return the groups of options by the names of their fields in `Request`."""
         sdxl = {"sdxl": SDXL} if "text" in self.families else {}
         upscaling = {"upscaling": UpscalerChoice} if self.takes_upscaler else {}
         return {
@@ -118,7 +122,7 @@ class Task:
         }
 
     def options(self) -> dict[str, tuple[Option, Value]]:
-        """Return each option with its default, by name."""
+        """Return (option, default) by name."""
         return _options(tuple(self.groups().values()), tuple(self.defaults.items()))
 
     def request(self, values: Mapping[str, object] | None = None) -> Request:
@@ -150,13 +154,13 @@ class ImageInputs(Inputs):
     init_img: str | None = option(None, "--init-img", "--image", metavar="FILE", is_input_file=True,
         label="Image", help="input image, resized to --H x --W")
     resize_mode: str = option("crop", "--resize-mode", choices=("crop", "stretch", "pad"),
-        label="Resize mode", help="for images of another shape: crop what is too much, stretch, or"
-        " pad with the pixels of the edge (%(default)s)")
+        label="Resize mode", help="for images of another aspect ratio: crop, stretch, or pad by"
+        " repeating the edge (default: %(default)s)")
     # fmt: on
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Return the image files in a folder, by name.
+    """Return the image files in a folder, sorted by name.
 
     Raises:
         MissingFile: there are none.
@@ -172,27 +176,28 @@ def list_images(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class RGBDInputs(ImageInputs):
-    """The input image and, for models of colour and depth, its depth."""
+    """The input image and, for LDM3D, its depth."""
 
     # fmt: off
     depth: str | None = option(None, "--depth", metavar="FILE", is_input_file=True,
         label="Depth (for LDM3D)",
-        help="for LDM3D: the depth of the input image, of its size, white is near; 8 or 16 bits, or"
-        " floats in 0 … 1")
+        help="for LDM3D: depth of the input image, of the same size, white is near; 8 or 16 bits,"
+        " or floats in 0 … 1")
     # fmt: on
 
 
 @dataclass(frozen=True)
 class FolderInputs(RGBDInputs):
-    """An input image, or a folder of them; the depth of X.png is X_depth.png in a folder."""
+    """An input image, or a folder of them; with `depth`, that of X.png is X_depth.png."""
 
     # fmt: off
     indir: str | None = option(None, "--indir", metavar="DIR",
-        help="all images of a folder, each to OUTDIR/NAME.png; --depth DIR has NAME_depth.png")
+        help="process all images in a folder, each to OUTDIR/NAME.png; --depth is then a folder"
+        " with NAME_depth.png")
     # fmt: on
 
-    def per_image(self) -> Sequence["FolderInputs"]:
-        """Return the inputs of each image of the folder that this process works on.
+    def split_by_image(self) -> Sequence["FolderInputs"]:
+        """Return the inputs for each image of the folder that this process works on.
 
         Raises:
             MissingFile: the folder has no images.
@@ -200,18 +205,22 @@ class FolderInputs(RGBDInputs):
         if self.indir is None:
             return [self]
         rank, world_size = rank_and_world_size()
-        return self.in_folder(Path(self.indir).expanduser())[rank::world_size]
+        return self.list_folder(Path(self.indir).expanduser())[rank::world_size]
 
-    def in_folder(self, folder: Path) -> list["FolderInputs"]:
-        """Return the inputs of all images of the folder."""
+    def list_folder(self, folder: Path) -> list["FolderInputs"]:
+        """Return the inputs for each image in a folder."""
         paths = list_images(folder)
         if self.depth is None:
             return [replace(self, init_img=str(path)) for path in paths]
         paths = [path for path in paths if not path.stem.endswith(DEPTH)]
-        return [self.with_depth_of(path) for path in paths]
+        return [self.replace_image(path) for path in paths]
 
-    def with_depth_of(self, path: Path) -> Self:
-        """Return the inputs of an image of the folder, with its depth where that is given."""
+    def replace_image(self, path: Path) -> Self:
+        """Return the inputs for an image of the folder, with its depth if there is a folder of it.
+
+        Raises:
+            MissingFile: the depth of the image is missing.
+        """
         depth = Path(self.depth or "") / f"{path.stem}{DEPTH}.png"
         if self.depth is not None and not depth.is_file():
             raise MissingFile(f"no depth `{depth}` for the image `{path}`", "depth")
@@ -263,7 +272,7 @@ def read_depth(request: Request) -> "Tensor | None":
 def _image_path(request: Request) -> str:
     path = request.inputs_as(ImageInputs).init_img
     if path is None:
-        raise MissingArgument("no input image", "init_img")
+        raise MissingArgument("an input image is missing", "init_img")
     return path
 
 
@@ -278,9 +287,11 @@ def fit_image(request: Request, image: "Image.Image") -> "Image.Image":
 
 
 class PreparedImageTask(PreparedTask):
-    """A prepared task with one input image: `image`, (1, 3, H, W) in [-1, 1].
+    """A prepared task with one input image.
 
-    `depth` is (1, 1, H, W) in [0, 1], or None.
+    Attributes:
+        image: (1, 3, H, W) in [-1, 1].
+        depth: (1, 1, H, W) in [0, 1]; None = not given.
     """
 
     def __init__(self, request: Request) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Depth2ImgInputs(ImageInputs):
-    """An image and its depth."""
+    """An image, its depth, and how much to change it."""
 
     # fmt: off
     strength: float = option(0.9, "--strength", parse=parse_fraction, metavar="S",
@@ -33,7 +33,7 @@ class Depth2ImgInputs(ImageInputs):
         help="depth network, dpt_hybrid-midas-501f0c75.pt (default: the checkpoint's)")
     # fmt: on
 
-    def model_files(self) -> ModelFiles:
+    def get_model_files(self) -> ModelFiles:
         return {"midas": self.midas}
 
 

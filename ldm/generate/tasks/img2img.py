@@ -22,9 +22,9 @@ class Img2ImgInputs(FolderInputs):
     strength: float = option(0.8, "--strength", parse=parse_fraction, metavar="S",
         label="Denoising strength", help="0 keeps the image, 1 ignores it (default: %(default)s)")
     inversion: bool = option(False, "--ddim-inversion", label="DDIM inversion",
-        help="start from the noise that DDIM inversion finds, which keeps the composition")
+        help="start from DDIM inversion of the image, which keeps its composition")
     source_prompt: str = option("", "--source-prompt", metavar="TEXT", label="Source prompt",
-        help="what the image shows, for --ddim-inversion")
+        help="description of the input image, for --ddim-inversion")
     # fmt: on
 
 
@@ -54,7 +54,7 @@ class Img2Img(PreparedImageTask):
         )
 
     def _latent_for_all_batches(self, model: "LatentDiffusion", n: int) -> "Tensor | None":
-        """Sample the latent once, as the original: its batches differ only by their noise."""
+        """With the quirk "noise", sample the image's latent once for all batches; else None."""
         from ldm.pipelines import add_depth, encode_image, noise_source
 
         legacy = self.request.sampling.legacy

@@ -51,7 +51,7 @@ class InpaintInputs(FolderInputs):
         help="all pairs X.png and X_mask.png of a folder (or X.jpg …), each to OUTDIR/X.png")
     # fmt: on
 
-    def in_folder(self, folder: Path) -> list[FolderInputs]:
+    def list_folder(self, folder: Path) -> list[FolderInputs]:
         paths = list_images(folder)
         masks = {path.stem.removesuffix(MASK): path for path in paths if path.stem.endswith(MASK)}
         endings = (MASK,) if self.depth is None else (MASK, DEPTH)
@@ -63,7 +63,7 @@ class InpaintInputs(FolderInputs):
         if alone := [image.name for image in images if image.stem not in masks]:
             log.warning("`%s`: left out %d images without mask: %s …", folder, len(alone), alone[0])
         return [
-            replace(self.with_depth_of(image), mask=str(masks[image.stem]))
+            replace(self.replace_image(image), mask=str(masks[image.stem]))
             for image in images
             if image.stem in masks
         ]

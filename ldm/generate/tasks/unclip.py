@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ldm.nets.karlo import Prior
     from ldm.pipelines.common import TaskOptions
 
-PRIOR_SEED = 1 << 32  # added to seeds, so that the prior's noise is not that of images
+PRIOR_SEED = 1 << 32  # added to seeds, so that the prior's noise differs from that of images
 
 
 @dataclass(frozen=True)
@@ -26,26 +26,28 @@ class UnclipInputs(Inputs):
     # fmt: off
     init_img: tuple[str, ...] = option((), "--image", "--init-img", is_list=True,
         is_input_file=True, metavar="FILE", label="Images",
-        help="an image; may be given several times")
+        help="input image; may be given several times")
     weight: tuple[float, ...] = option((), "--weight", parse=parse_number, is_list=True,
         metavar="W", label="Image weights",
         help="weight of each image, then of the prior (default: equal weights)")
     noise_level: tuple[int, ...] = option((), "--noise-level", parse=parse_natural, is_list=True,
         metavar="N", label="Noise level (0 – 999)", maximum=999,
-        help="noise on the embeddings, 0 to 999, for all or for each (default: 0)")
+        help="timestep of the noise on the embeddings, 0 to 999, for all or for each (default: 0)")
     mix_noise_level: int | None = option(None, "--mix-noise-level", parse=parse_natural,
-        metavar="N", label="Mix noise level", help="noise on the mix (default: none)")
+        metavar="N", label="Mix noise level",
+        help="timestep of the noise on the mix of embeddings (default: no noise)")
     prior: str | None = option(None, "--prior", metavar="FILE", is_input_file=True,
-        help="the Karlo prior: samples an image embedding of the prompt")
+        help="file of the Karlo prior, which samples an image embedding for the prompt")
     prior_steps: int = option(25, "--prior-steps", parse=parse_count, metavar="N",
         help="sampling steps of the prior (default: %(default)s)")
     prior_scale: float = option(4.0, "--prior-scale", parse=parse_number, metavar="S",
         help="guidance scale of the prior (default: %(default)s)")
     clip_stats: str | None = option(None, "--clip-stats", metavar="FILE", is_input_file=True,
-        help="statistics of CLIP's embeddings, ViT-L-14_stats.th")
+        help="file with mean and standard deviation of CLIP's embeddings, ViT-L-14_stats.th"
+        " (default: from the checkpoint or beside it)")
     # fmt: on
 
-    def model_files(self) -> ModelFiles:
+    def get_model_files(self) -> ModelFiles:
         return {"clip_stats": self.clip_stats}
 
 
@@ -60,7 +62,7 @@ class Unclip(PreparedTask):
         self.inputs = inputs = request.inputs_as(UnclipInputs)
         self.images = [to_tensor(load_image(path)) for path in inputs.init_img]
         if not self.images and inputs.prior is None:
-            raise MissingArgument("no image to vary: give one, or a prior", "init_img")
+            raise MissingArgument("an image or a prior is missing", "init_img")
         if inputs.prior is not None and request.prompts.syntax != PLAIN:
             raise ArgumentError("the prior takes prompts of syntax plain only", "syntax")
         self._prior: Prior | None = None

@@ -30,15 +30,15 @@ class UpscaleInputs(FolderInputs):
         " latent of --save-latents, or a folder of them, each to OUTDIR/NAME.png")
     noise_level: int = option(20, "--noise-level", parse=parse_natural, metavar="N", maximum=349,
         label="Noise level (0 – 349)",
-        help="noise on the image, 0 to 349: more noise, more invented detail"
+        help="timestep of the noise on the image, 0 to 349: more noise, more invented detail"
         " (default: %(default)s)")
     noise_sigma: float = option(0.0, "--noise-sigma", parse=parse_fraction, metavar="SIGMA",
         label="Noise on the latent (for x2)",
         help="for the x2 latent upscaler: noise on the small latent, 0 to 0.6: more noise, more"
         " invented detail (default: %(default)s)")
     noise_kind: str = option("gaussian", "--noise-kind", choices=("gaussian", "fake"),
-        help="for the x2 latent upscaler: fake tells it of noise that is not added"
-        " (default: %(default)s)")
+        help="for the x2 latent upscaler: gaussian adds noise; fake only gives --noise-sigma to the"
+        " network (default: %(default)s)")
     target_size: tuple[int, int] | None = option(None, "--target-size", parse=parse_size,
         metavar="H,W", label="Target size (H,W; for LDM3D-SR)",
         help="for LDM3D-SR: size of the result (default: twice that of the image)")
@@ -50,14 +50,14 @@ class UpscaleInputs(FolderInputs):
 
     @property
     def is_latent(self) -> bool:
-        """Whether the input is a latent, or a folder of them."""
+        """Whether the input is a latent file, or a folder, which is taken for one of latents."""
         return self.init_img is not None and (
             Path(self.init_img).suffix == LATENT or Path(self.init_img).is_dir()
         )
 
-    def per_image(self) -> Sequence[FolderInputs]:
+    def split_by_image(self) -> Sequence[FolderInputs]:
         if self.indir is not None or self.init_img is None or not Path(self.init_img).is_dir():
-            return super().per_image()
+            return super().split_by_image()
         from ldm.loading.files.latents import list_latents
 
         rank, world_size = rank_and_world_size()
@@ -66,7 +66,7 @@ class UpscaleInputs(FolderInputs):
 
 
 class Upscale(PreparedImageTask):
-    """Enlarge an image four times or twice, or one with its depth to any size."""
+    """Enlarge an image four times or twice, or an image with depth to any size."""
 
     def output_size(self, model: "LatentDiffusion") -> tuple[int, int]:
         from ldm.pipelines.families import family_of
@@ -108,14 +108,14 @@ class Upscale(PreparedImageTask):
 
 
 class UpscaleLatent(PreparedTask):
-    """Double the latent of a file, without an image in between."""
+    """Double a latent from a file, without decoding it in between."""
 
     def __init__(self, request: Request) -> None:
         from ldm.loading.files.latents import load_latent
 
         super().__init__(request)
         self.inputs = request.inputs_as(UpscaleInputs)
-        values = request.values()
+        values = request.get_values()
         for name in ("height", "width", "target_size", "depth"):
             if values[name] is not None:
                 raise ArgumentError(f"a latent is doubled as it is, leave {name} out", name)

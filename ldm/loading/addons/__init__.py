@@ -1,1 +1,1 @@
-"""Weights that extend or accompany a model: LoRA, embeddings, MiDaS, Karlo, LPIPS."""
+"""Files with weights besides a model's: LoRA, embeddings, MiDaS, Karlo, LPIPS, CLIP and others."""

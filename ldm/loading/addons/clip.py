@@ -1,7 +1,7 @@
-"""A whole CLIP, image and text tower.
+"""Load a complete CLIP, with image and text tower, for CLIP score and the Karlo prior.
 
-From a file of open_clip or of OpenAI (their TorchScript archives, too), a file or folder of
-transformers' CLIPModel, or out of an unCLIP checkpoint.
+From a file of open_clip or OpenAI (TorchScript archives, too), a file or folder of transformers'
+CLIPModel, or an unCLIP checkpoint.
 """
 
 import re
@@ -46,13 +46,13 @@ HEAD_WIDTHS = {
 def load_clip(
     path: str | Path, *, quick_gelu: bool | None = None, device: str | torch.device = "cpu"
 ) -> CLIP:
-    """Load both towers in float32; sizes follow from the weights.
+    """Load both towers in float32; sizes are inferred from the weights.
 
     Args:
-        quick_gelu: the activation of OpenAI's models, which weights do not tell; None = yes for
-            OpenAI's sizes, unless the name of the file tells that it is another's.
+        quick_gelu: whether the activation is OpenAI's quick GELU, which weights do not show; None =
+            for OpenAI's sizes, unless the file name says that the model is LAION's.
     Raises:
-        FileFormatError: the file does not hold both towers.
+        FileFormatError: the file does not contain both towers.
         MissingFile: there is no such file.
     """
     clip, state, mapped = _build(path, quick_gelu)
@@ -79,7 +79,7 @@ def clip_name(clip: CLIP) -> str:
 
 
 def _build(path: str | Path, quick_gelu: bool | None) -> tuple[CLIP, dict[str, Tensor], bool]:
-    """Return a CLIP without memory, its weights, and whether these are pages of a file."""
+    """Return a CLIP on the meta device, its weights, and whether these are memory-mapped."""
     path = find_checkpoint(path)
     if path.is_dir():
         state, mapped = read_component(path, None), True
@@ -103,7 +103,7 @@ def _build(path: str | Path, quick_gelu: bool | None) -> tuple[CLIP, dict[str, T
 
 
 def _activation_of_folder(path: Path) -> bool | None:
-    """Return whether a folder of transformers says that its activation is that of OpenAI."""
+    """Return whether the config of a transformers folder has OpenAI's activation; None without."""
     if not (path / "config.json").is_file():
         return None
     config: dict[str, Any] = parse_yaml(read_text(path / "config.json"), where="config.json")
@@ -136,12 +136,12 @@ def _unclip_towers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _towers(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Return the weights of both towers without what else is there; raise if some are missing."""
+    """Return the weights of both towers only; raise FileFormatError if one is missing."""
     needed = (IMAGE_PROJECTION, FIRST_BLOCK, "text_projection", "token_embedding.weight")
     if any(name not in state for name in needed):
         raise FileFormatError(
-            f"`{path}` does not hold CLIP's image and text tower: a file of open_clip, OpenAI or "
-            "transformers' CLIPModel does, and an unCLIP checkpoint"
+            f"`{path}` does not contain CLIP's image and text tower: use a file of open_clip, "
+            "OpenAI or transformers' CLIPModel, or an unCLIP checkpoint"
         )
     return {name: value for name, value in state.items() if name.startswith(PARTS)}
 

@@ -1,13 +1,13 @@
-"""Textual inversion files: tokens for prompts, each with vectors for one or two text towers.
+"""Read and write textual inversions: tokens for prompts, with vectors for one or two text encoders.
 
     A1111        {"string_to_param": {"*": (n, D)}, …} in a .pt, {"emb_params": (n, D)}: the token
                  is the name of the file, unless the file has several. In a .png: JSON in a text
-    diffusers    {"<token>": (D,) or (n, D)} in a .bin or .safetensors; SDXL: a file per tower
+    diffusers    {"<token>": (D,) or (n, D)} in a .bin or .safetensors; SDXL: a file per encoder
     SDXL         {"clip_l": (n, 768), "clip_g": (n, 1280)}: kohya, A1111, ComfyUI
-    in LoRAs     the same behind `bundle_emb.TOKEN.`
+    in LoRAs     the same with the prefix `bundle_emb.TOKEN.`
 
-The width tells the tower. In a prompt the token stands for all of its vectors. Gal et al. 2022
-(arXiv:2208.01618).
+The width D determines the text encoder. In a prompt a token stands for all of its n vectors. Gal
+et al. 2022 (arXiv:2208.01618).
 """
 
 import base64
@@ -23,7 +23,7 @@ from torch import Tensor
 from ldm.encoders.text import TextEncoder
 from ldm.imaging.reading import open_image
 from ldm.loading.families import TITLE_BY_WIDTH
-from ldm.loading.files.checkpoint import file_hash, read_checkpoint, write_checkpoint
+from ldm.loading.files.checkpoint import read_checkpoint, short_hash, write_checkpoint
 from ldm.loading.modelspec import describe_model
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import FileFormatError, WeightsMismatch, WrongFamily
@@ -39,10 +39,10 @@ ENDINGS = (".pt", ".bin", ".safetensors")
 PNG, PNG_KEY, PNG_TENSOR = ".png", "sd-ti-embedding", "TORCHTENSOR"  # of A1111
 MAX_TOKENS = 76  # in a file: no prompt could use more
 PARAMETERS = "string_to_param."
-ONLY_TOKEN_KEY = "emb_params"  # of the vectors of the only token, which the file's name tells
-TOWER_KEYS = ("clip_l", "clip_g")  # the same, for each text tower of SDXL
-FORMER_TOWER_KEYS = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}  # of diffusers
-TOKEN_KEY = "ldm.token"  # metadata: the only token, where it is not the file's name
+ONLY_TOKEN_KEY = "emb_params"  # vectors of the only token, which is named after the file
+XL_KEYS = ("clip_l", "clip_g")  # the same, for each text encoder of SDXL
+FORMER_XL_KEYS = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}  # of diffusers
+TOKEN_KEY = "ldm.token"  # metadata: the only token, if it is not named after the file
 BUNDLE = "bundle_emb."
 TITLES = TITLE_BY_WIDTH | {1280: "SDXL"}
 
@@ -50,15 +50,16 @@ TITLES = TITLE_BY_WIDTH | {1280: "SDXL"}
 def load_embeddings(
     model: LatentDiffusion, paths: Iterable[str | Path], strict: bool = True
 ) -> None:
-    """Add the tokens of files to the text towers; of folders, those that fit them.
+    """Add the tokens of files, and of files in folders, to a model's text encoders.
 
     `provenance` records the files.
 
     Args:
-        strict: raise for a file that does not fit; False skips it, as always in folders.
+        strict: whether to raise for a file that does not fit, else it is skipped; files in folders
+            are always skipped.
 
     Raises:
-        ValueError: a file is not a textual inversion, or made for another text tower.
+        ValueError: a file is not a textual inversion, or for another text encoder.
     """
     files = []
     for path in map(Path, paths):
@@ -74,74 +75,79 @@ def load_embeddings(
                 log.warning("skipped: %s", str(error).splitlines()[0])
                 continue
             words = [token.lower() for token in tokens]
-            files.append({"path": str(file.resolve()), "words": words, "hash": file_hash(file)})
+            files.append({"path": str(file.resolve()), "words": words, "hash": short_hash(file)})
     if files:
         model.provenance["embeddings"] = [*model.provenance.get("embeddings", []), *files]
-    _warn_of_other_towers(model, [word for file in files for word in file["words"]])
+    _warn_of_missing_vectors(model, [word for file in files for word in file["words"]])
 
 
 def check_embeddings(model: LatentDiffusion, paths: Iterable[str | Path]) -> None:
-    """Raise what `load_embeddings` would; of the model, only the shapes of weights are needed."""
+    """Raise what `load_embeddings` would raise; the model may be on the meta device."""
     for path in map(Path, paths):
         if not path.expanduser().is_dir():
-            _find_towers(model, read_embeddings(path), path)
+            _find_encoders(model, read_embeddings(path), path)
 
 
 def add_embeddings(
     model: LatentDiffusion, tokens: Mapping[str, Sequence[Tensor]], file: Path
 ) -> None:
-    """Add tokens, vectors (n, D) for one or two text towers each, to the towers of that width.
+    """Add tokens to the text encoders of the width of their vectors.
 
+    Args:
+        tokens: vectors (n, D) for one or two text encoders, by token.
+        file: the file that they are from, for messages.
     Raises:
-        WeightsMismatch: they are made for another text tower.
+        WeightsMismatch: they are for another text encoder.
     """
     if not tokens:
         return
-    towers = _find_towers(model, tokens, file)
+    encoders = _find_encoders(model, tokens, file)
     for token, vectors in tokens.items():
         by_width = {value.shape[1]: value for value in vectors}
-        fitting = [tower for tower in towers if tower.width in by_width]
-        if any(token.lower() in tower.added_embeddings for tower in fitting):
+        fitting = [encoder for encoder in encoders if encoder.width in by_width]
+        if any(token.lower() in encoder.added_embeddings for encoder in fitting):
             log.warning("`%s` replaces `%s`, which another file had added", file, token)
-        for tower in fitting:
-            tower.added_embeddings[token.lower()] = by_width[tower.width]
+        for encoder in fitting:
+            encoder.added_embeddings[token.lower()] = by_width[encoder.width]
     log.info("`%s` adds %s", file, ", ".join(f"`{token}`" for token in tokens))
 
 
-def _find_towers(
+def _find_encoders(
     model: LatentDiffusion, tokens: Mapping[str, Sequence[Tensor]], file: Path
 ) -> list[TextEncoder]:
-    """Return the text towers; raise unless each token fits one."""
-    towers = model.conditioner.find_all(TextEncoder)
-    if not towers:
-        raise WrongFamily("this model has no text tower that embeddings could be added to")
-    widths = [tower.width for tower in towers]
+    """Return the text encoders; raise WeightsMismatch unless each token fits one of them."""
+    encoders = model.conditioner.find_all(TextEncoder)
+    if not encoders:
+        raise WrongFamily("this model has no text encoder, embeddings cannot be added")
+    widths = [encoder.width for encoder in encoders]
     for token, vectors in tokens.items():
-        width = vectors[-1].shape[1]  # of two, SDXL's second tower: CLIP-L is in SD 1, too
+        # The last is for SDXL's second text encoder; the first, CLIP-L, is also that of SD 1.
+        width = vectors[-1].shape[1]
         if width not in widths:
             ours = f"{' or '.join(map(str, widths))} ({TITLES.get(widths[-1], 'another model')})"
             raise WeightsMismatch(
                 f"`{file}`: `{token}` has vectors of width {width} "
-                f"({TITLES.get(width, 'another model')}), the text tower takes {ours}"
+                f"({TITLES.get(width, 'another model')}), the text encoder takes {ours}"
             )
-    return towers
+    return encoders
 
 
-def _warn_of_other_towers(model: LatentDiffusion, tokens: Iterable[str]) -> None:
-    """Say which tokens only one of several text towers knows."""
-    towers = model.conditioner.find_all(TextEncoder)
+def _warn_of_missing_vectors(model: LatentDiffusion, tokens: Iterable[str]) -> None:
+    """Warn about tokens with vectors for only one of two text encoders."""
+    encoders = model.conditioner.find_all(TextEncoder)
     for token in dict.fromkeys(tokens):
-        widths = [tower.width for tower in towers if token in tower.added_embeddings]
-        others = [tower.width for tower in towers if token not in tower.added_embeddings]
+        widths = [encoder.width for encoder in encoders if token in encoder.added_embeddings]
+        others = [encoder.width for encoder in encoders if token not in encoder.added_embeddings]
         if widths and others:
             log.warning(
-                "`%s` has vectors for the text tower of width %d only (%s): that of width %d reads "
-                "it as text", token, widths[0], TITLES.get(widths[0], "another model"), others[0],
+                "`%s` has vectors for the text encoder of width %d only (%s): that of width %d "
+                "reads it as plain text",
+                token, widths[0], TITLES.get(widths[0], "another model"), others[0],
             )  # fmt: skip
 
 
 def embedding_files(path: str | Path) -> list[Path]:
-    """Return the file at a path, or those in the folder there and its subfolders."""
+    """Return the file at a path; of a folder, the textual inversions in it and its subfolders."""
     path = Path(path).expanduser()
     if not path.is_dir():
         return [path]
@@ -152,7 +158,7 @@ def embedding_files(path: str | Path) -> list[Path]:
 
 
 def read_embeddings(path: str | Path) -> dict[str, list[Tensor]]:
-    """Return the tokens in a file, and their vectors (n, D) for one text tower, or for two."""
+    """Return the vectors (n, D), for one or two text encoders, by token of a file."""
     path = Path(path).expanduser()
     if path.suffix.lower() == PNG:
         return _read_png(path)
@@ -161,7 +167,7 @@ def read_embeddings(path: str | Path) -> dict[str, list[Tensor]]:
 
 
 def _read_png(path: Path) -> dict[str, list[Tensor]]:
-    """Return the tokens that A1111 has put into an image."""
+    """Return the tokens that A1111 stores in the text of a PNG."""
     text = _read_png_text(path)
     if not text:
         raise FileFormatError(f"`{path}` is an image without a textual inversion in its text")
@@ -177,7 +183,7 @@ def _read_png(path: Path) -> dict[str, list[Tensor]]:
 
 
 def _read_png_text(path: Path) -> str:
-    """Return the text of an image that holds a textual inversion; "" if there is none."""
+    """Return the text chunk of a PNG with A1111's textual inversion; "" if there is none."""
     if path.suffix.lower() != PNG:
         return ""
     try:
@@ -188,7 +194,7 @@ def _read_png_text(path: Path) -> str:
 
 
 def read_bundle(path: Path) -> dict[str, list[Tensor]]:
-    """Return the tokens in a LoRA file, and their vectors as `read_embeddings` does."""
+    """Return the tokens in a LoRA file with their vectors, as `read_embeddings` does."""
     bundles: dict[str, dict[str, Tensor]] = {}
     for name, value in read_checkpoint(path).state.items():
         if not name.startswith(BUNDLE):
@@ -212,13 +218,14 @@ def write_embeddings(
     metadata: Mapping[str, str | int] | None = None,
     model: LatentDiffusion | None = None,
 ) -> None:
-    """Write tokens, vectors (n, D) each, as diffusers does, or one token of SDXL as kohya does.
+    """Write tokens in the format of diffusers, or one token of SDXL in that of kohya.
 
     A1111 reads both, and names the token after the file.
 
     Args:
-        tokens: for SDXL the vectors (n, 768) of CLIP-L and (n, 1280) of bigG.
-        model: the metadata name its base model.
+        tokens: vectors (n, D) by token; for SDXL those for CLIP-L (n, 768) and bigG (n, 1280).
+        metadata: entries of the file.
+        model: model that they were trained for, whose base model goes into the metadata.
     """
     state: dict[str, Tensor] = {}
     about: dict[str, str | int] = {
@@ -228,7 +235,7 @@ def write_embeddings(
     metadata = describe_model(model, Path(path).stem, "textual-inversion", about)
     for token, value in tokens.items():
         vectors = [value] if isinstance(value, Tensor) else value
-        names = [token] if len(vectors) == 1 else TOWER_KEYS
+        names = [token] if len(vectors) == 1 else XL_KEYS
         state |= {name: v.detach().cpu() for name, v in zip(names, vectors, strict=True)}
         if len(vectors) > 1:
             metadata[TOKEN_KEY] = token
@@ -237,11 +244,11 @@ def write_embeddings(
 
 def _parse(state: Mapping[str, Tensor], name: str, path: Path) -> dict[str, list[Tensor]]:
     """Return vectors by token; `name` is the only one where `state` does not tell it."""
-    state = {FORMER_TOWER_KEYS.get(key, key): value for key, value in state.items()}
-    towers = [state[key] for key in TOWER_KEYS if key in state]
+    state = {FORMER_XL_KEYS.get(key, key): value for key, value in state.items()}
+    xl_vectors = [state[key] for key in XL_KEYS if key in state]
     params = {n.removeprefix(PARAMETERS): v for n, v in state.items() if n.startswith(PARAMETERS)}
-    if towers:
-        tokens = {name: towers}
+    if xl_vectors:
+        tokens = {name: xl_vectors}
     elif ONLY_TOKEN_KEY in state:
         tokens = {name: [state[ONLY_TOKEN_KEY]]}
     elif len(params) == 1:

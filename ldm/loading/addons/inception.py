@@ -14,7 +14,7 @@ from ldm.runtime.errors import FileFormatError
 __all__ = ["load_inception"]
 
 CLASSES = 1008  # of the last layer, which FID does not use
-NEEDED = "FID needs the weights of TensorFlow's of 2015-12-05, `fid-inception` of `ldm download`"
+NEEDED = "FID needs TensorFlow's weights of 2015-12-05: `ldm download fid-inception`"
 
 
 def load_inception(path: str | Path, *, device: str | torch.device = "cpu") -> Inception:

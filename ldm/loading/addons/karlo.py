@@ -1,4 +1,4 @@
-"""The Karlo prior from its file, `prior-ckpt-step=01000000-of-01000000.ckpt`."""
+"""Load the Karlo prior from its file, `prior-ckpt-step=01000000-of-01000000.ckpt`."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def load_prior(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Prior:
-    """Load the Karlo prior; all sizes but the number of heads follow from the weights."""
+    """Load the Karlo prior; its sizes, except for `heads`, are inferred from the weights."""
     file = read_checkpoint(path)
     state = {name.removeprefix("model."): value for name, value in file.state.items()}
     if TEXT_PROJECTION not in state or "positional_embedding" not in state:

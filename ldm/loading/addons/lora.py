@@ -1,4 +1,4 @@
-"""Read LoRA files and their kin, in the formats of kohya, diffusers, peft and ComfyUI; write LoRAs.
+"""Read LoRA and LyCORIS files in the formats of kohya, diffusers, peft and ComfyUI; write LoRAs.
 
     kohya       lora_unet_down_blocks_0_…_to_q.lora_down.weight, .lora_up.weight, .alpha
                 lora_te_text_model_encoder_layers_0_mlp_fc1.…
@@ -10,10 +10,10 @@
     ComfyUI     the original's names, as `input_blocks.1.1.….to_q.lora_A.weight`
 
 Layers have diffusers' names (`loading/diffusers/names.py`) or the original's, with dots or `_`;
-internally kohya's are used. The only text encoder of SDXL's refiner is the base's second one: all
-names of both are taken for it. A folder stands for all LoRA files in it (peft: one per network).
-Layers are the linear ones and convolutions (LoCon) of UNet and text encoders, and of LyCORIS (see
-`nets/lycoris.py`) also their norms and biases.
+internally kohya's are used. The only text encoder of SDXL's refiner is the base's second one: names
+of the first or the second text encoder both mean it. A folder stands for all LoRA files in it
+(peft: one per network). Target layers are the linear layers and convolutions (LoCon) of UNet and
+text encoders; of LyCORIS (see `nets/lycoris.py`) also norms and biases.
 """
 
 import hashlib
@@ -35,11 +35,11 @@ from ldm.encoders.towers import FusedAttention
 from ldm.loading.addons.embeddings import BUNDLE, add_embeddings, read_bundle
 from ldm.loading.addons.lora_weights import LoRAWeight
 from ldm.loading.base_models import BASE_MODELS, SDXL, find_base_model
-from ldm.loading.blocks import find_blocks
+from ldm.loading.blocks import BASE, find_blocks
 from ldm.loading.build import meta_device
 from ldm.loading.diffusers.keys import text_component
 from ldm.loading.diffusers.names import text_layers, unet_layers
-from ldm.loading.files.checkpoint import Checkpoint, file_hash, read_checkpoint, write_checkpoint
+from ldm.loading.files.checkpoint import Checkpoint, read_checkpoint, short_hash, write_checkpoint
 from ldm.loading.modelspec import describe_model
 from ldm.loading.variants import Found, detect_lora, looks_distilled
 from ldm.loading.weight_names import SECOND_TEXT, layer_alias
@@ -125,11 +125,11 @@ class TargetLayer(NamedTuple):
     kohya: str  # `lora_unet_…`, `lora_te_…`; those of `LoRA.layers`
 
 
-Weight = float | str | LoRAWeight  # see `LoRAWeight.of`
+Weight = float | str | LoRAWeight  # see `LoRAWeight.parse`
 
 
 class LoRAFile(NamedTuple):
-    """What a file or folder holds, and the strength to use it with."""
+    """A file or folder, its weight, and the changes that it makes with that weight."""
 
     path: Path
     weight: LoRAWeight
@@ -146,16 +146,15 @@ def read_loras(
 ) -> list[LoRAFile]:
     """Read (file, weight) pairs for a model, which may be on the meta device."""
     return [
-        LoRAFile(Path(file).expanduser(), LoRAWeight.of(weight), read_changes(file, model, weight))
+        LoRAFile(
+            Path(file).expanduser(), LoRAWeight.parse(weight), read_changes(file, model, weight)
+        )
         for file, weight in files
     ]
 
 
 def add_loras(model: LatentDiffusion, files: Sequence[LoRAFile]) -> None:
-    """Merge LoRAs into a model, and add the tokens that their files bring.
-
-    `provenance` records the files.
-    """
+    """Merge LoRAs into a model, add the tokens in their files, and record them in `provenance`."""
     merge_changes(change for file in files for change in file.changes)
     _record(model, files)
 
@@ -163,20 +162,21 @@ def add_loras(model: LatentDiffusion, files: Sequence[LoRAFile]) -> None:
 def set_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, Weight]]) -> None:
     """Replace the LoRAs of a model by others, or by the same with other weights.
 
-    The model is not loaded again, and its weights are then the same bits as if it had been loaded
-    with these `loras`. The unchanged weights stay in memory beside the changed ones.
+    The result is bit-identical to a model loaded with these `loras`, without loading it again. The
+    original weights of changed layers stay in memory.
 
     Args:
-        files: (file, weight) pairs, the weight as in `ldm.load`; none takes all LoRAs away.
+        files: (file, weight) pairs, the weight as in `ldm.load`; an empty list removes all LoRAs.
     Raises:
-        ArgumentError: the model was loaded with `loras`, which cannot be taken out again.
-        ValueError, FileNotFoundError: as `ldm.load`; nothing has changed then.
+        ArgumentError: the model was loaded with `loras`, which cannot be removed.
+        ValueError, FileNotFoundError: as `ldm.load`; the model is then unchanged.
     """
     if model.merged is None and model.provenance.get("loras"):
         raise ArgumentError(
-            f"{file_name(model)} was loaded with loras, which stay: load it without", "loras"
+            f"{file_name(model)} was loaded with loras, which cannot be removed: load it without",
+            "loras",
         )
-    pairs = [(Path(file).expanduser(), LoRAWeight.of(weight)) for file, weight in files]
+    pairs = [(Path(file).expanduser(), LoRAWeight.parse(weight)) for file, weight in files]
     state = [(*_file_state(path), weight) for path, weight in pairs]
     if model.merged is not None and model.merged.state == state:
         return
@@ -193,18 +193,18 @@ def set_loras(model: LatentDiffusion, files: Iterable[tuple[str | Path, Weight]]
 
 
 def _file_state(path: Path) -> tuple[str, int]:
-    """Return the path of a file or folder, and when it changed last."""
+    """Return path and modification time (ns) of a file or folder."""
     times = (file.stat().st_mtime_ns for file in _files_of(path) if file.is_file())
     return str(path), max(times, default=0)
 
 
 def _record(model: LatentDiffusion, files: Sequence[LoRAFile]) -> list[str]:
-    """Add the tokens of LoRAs, which are returned, and record the files in `provenance`."""
+    """Record LoRAs in `provenance`, add the tokens in their files, and return these."""
     _report_order(files)
     provenance, tokens = [], []
     for path, weight, _ in files:
         lora_files = _files_of(path)
-        hashes = {"hash": file_hash(path), "a1111_hash": _a1111_hash(lora_files[0])}
+        hashes = {"hash": short_hash(path), "a1111_hash": _a1111_hash(lora_files[0])}
         provenance.append({"path": str(path.resolve()), "weight": weight.to_json(), **hashes})
         for file in lora_files:
             try:
@@ -219,7 +219,7 @@ def _record(model: LatentDiffusion, files: Sequence[LoRAFile]) -> list[str]:
 
 
 def _report_order(files: Sequence[LoRAFile]) -> None:
-    """Say that the order counts, where several files scale or turn the same weights."""
+    """Warn that the order matters, where several files scale or rotate the same weights."""
     counts: Counter[Target] = Counter()
     paths = []
     for file in files:
@@ -228,19 +228,22 @@ def _report_order(files: Sequence[LoRAFile]) -> None:
         paths += [file.path.name] if targets else []
     if counts and max(counts.values()) > 1:
         names = ", ".join(f"`{name}`" for name in paths)
-        log.warning("%s scale or turn the same weights: they are applied in this order", names)
+        log.warning("%s scale or rotate the same weights: they are applied in this order", names)
 
 
 def detect_few_steps(path: str | Path) -> Found | None:
-    """Return the variant that a LoRA makes of its model; say if it looks like one, unnamed."""
+    """Return the few-step variant that a LoRA makes of a model; None for an ordinary LoRA.
+
+    Warns if its weights look like those of a few-step LoRA, but nothing says of which kind.
+    """
     for file in map(read_checkpoint, _files_of(path)):
         if found := detect_lora(file.path, file.metadata):
             return found
         ranks = {len(v) for k, v in file.state.items() if (m := KEY.fullmatch(k)) and m[2] in DOWN}
         if looks_distilled(file.state, ranks):
             log.warning(
-                "`%s` looks like a LoRA for few steps, but neither name nor metadata say which: "
-                "`variant` does, such as lcm",
+                "`%s` looks like a few-step LoRA, but neither name nor metadata say of which kind: "
+                "set `variant`, for example to lcm",
                 file.path,
             )
     return None
@@ -250,8 +253,8 @@ def read_lora(path: str | Path, model: LatentDiffusion) -> LoRA:
     """Return the LoRA in a file or folder, for the layers of a model; not attached, not merged.
 
     Raises:
-        FileFormatError: it is not a LoRA, or of an unsupported or another kind.
-        WeightsMismatch: it does not fit; says how many layers, and the likely family.
+        FileFormatError: it is not a LoRA, or of an unsupported kind.
+        WeightsMismatch: it does not fit the model.
     """
     layers = {}
     for name, change in read_named_changes(path, model):
@@ -264,14 +267,14 @@ def read_lora(path: str | Path, model: LatentDiffusion) -> LoRA:
 def read_changes(
     path: str | Path, model: LatentDiffusion, weight: Weight = 1.0
 ) -> list[WeightChange]:
-    """Return what a LoRA or LyCORIS file, or a folder, changes in a model; not merged.
+    """Return the changes that a LoRA or LyCORIS file or folder makes in a model; not merged.
 
-    What has no strength is left out.
+    Changes of weight 0 are left out.
 
     Raises:
         ArgumentError: the weight is not for this UNet or this kind of file.
         FileFormatError: it is not such a file, or of an unsupported kind.
-        WeightsMismatch: it does not fit; says how many layers, and the likely family.
+        WeightsMismatch: it does not fit the model.
     """
     changes = read_named_changes(path, model, weight)
     return [change for _, change in changes if change.strength]
@@ -281,11 +284,11 @@ def read_named_changes(
     path: str | Path, model: LatentDiffusion, weight: Weight = 1.0
 ) -> list[tuple[str, WeightChange]]:
     """Return the changes of a file with kohya's names of their layers; see `read_changes`."""
-    weight = LoRAWeight.of(weight)
+    weight = LoRAWeight.parse(weight)
     targets = {layer.kohya: layer for layer in _all_targets(model)}
     aliases = _names_by_alias(targets.values(), model)
     blocks = find_blocks(name for name, _ in model.unet.named_parameters())
-    factors = weight.of_blocks(blocks)
+    block_weights = weight.block_weights(blocks)
     layers: dict[str, Tensors] = {}
     for file in map(read_checkpoint, _files_of(path)):
         layers_of_file = _tensors_by_layer(file, aliases)
@@ -297,8 +300,8 @@ def read_named_changes(
             unknown.append(name)
             continue
         layer = targets[name]
-        is_text = not name.startswith(UNET_PREFIX)
-        strength = weight.strength(factors, blocks.block_of(layer.original), is_text=is_text)
+        in_unet = name.startswith(UNET_PREFIX)
+        strength = block_weights[blocks.find_block(layer.original) if in_unet else BASE]
         if weight.rank is not None:
             tensors = _cut_rank(tensors, weight.rank, path)
         try:
@@ -312,7 +315,7 @@ def read_named_changes(
 
 
 def find_base(path: str | Path) -> str | None:
-    """Return the family in whose layers' names and widths a file is, None if it is not known."""
+    """Return the title of the family that a LoRA was trained for; None if it is not recognised."""
     files = [_tensors_by_layer(read_checkpoint(file), {}) for file in _files_of(path)]
     return _likely_family({name: tensors for layers in files for name, tensors in layers.items()})
 
@@ -331,7 +334,7 @@ def write_lora(
     metadata: Mapping[str, str | int] | None = None,
     others: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a LoRA file, its base model as metadata; its strength is not saved.
+    """Write a LoRA file, with its base model in the metadata; the weight of the LoRA is not saved.
 
     Args:
         others: Tensors that are no layers, by their names in the file.
@@ -354,7 +357,7 @@ def write_lora(
 
 
 def _describe(lora: LoRA, model: LatentDiffusion) -> dict[str, str | int]:
-    """Return the metadata that kohya's scripts look at."""
+    """Return the metadata that kohya's scripts read."""
     notes: dict[str, str | int] = {"ss_network_module": "networks.lora"}
     sizes = {(layer.rank, float(layer.alpha)) for layer in lora.layers.values()}
     if sizes:
@@ -373,7 +376,7 @@ def lora_targets(model: LatentDiffusion) -> list[TargetLayer]:
 
 
 def _all_targets(model: LatentDiffusion) -> list[TargetLayer]:
-    """List those, and what only files change: norms, projections of text encoders."""
+    """List `lora_targets`, and layers that only LyCORIS files change: norms, text projections."""
     kinds = (*LAYERS, nn.GroupNorm, nn.LayerNorm)
     layers = [*_unet_targets(model, kinds), *_text_targets(model, kinds)]
     return [*layers, *_projection_targets(model)]
@@ -407,7 +410,7 @@ def _flat(name: str) -> str:
 
 
 def _names_by_alias(targets: Iterable[TargetLayer], model: LatentDiffusion) -> dict[str, str]:
-    """Return kohya's name of each layer, by all names that files may have for it."""
+    """Return kohya's name of each layer by the aliases (`layer_alias`) of its other names."""
     names = {
         layer_alias(name): layer.kohya
         for layer in targets
@@ -426,7 +429,7 @@ def _projection_targets(model: LatentDiffusion) -> Iterator[TargetLayer]:
 
 
 def _prefixes(model: LatentDiffusion) -> Iterator[tuple[str, TextEncoder]]:
-    """Yield the text encoders with kohya's prefix of their layers."""
+    """Yield (kohya's prefix of its layers, text encoder)."""
     encoders = model.conditioner.find_all(TextEncoder)
     for number, text in enumerate(encoders, start=1):
         yield f"lora_te{number}_" if len(encoders) > 1 else "lora_te_", text
@@ -437,7 +440,7 @@ def _layer_names(network: nn.Module, kinds: Kinds) -> list[str]:
 
 
 def _build_changes(layer: TargetLayer, tensors: Tensors, strength: float) -> list[WeightChange]:
-    """Build the changes of a layer's weight and bias; raise ValueError for what does not fit."""
+    """Build the changes of a layer's weight and bias; raise ValueError if shapes do not fit."""
     of_weight = {role: value for role, value in tensors.items() if role not in BIASES}
     of_bias = {role: value for role, value in tensors.items() if role in BIASES}
     changes = []
@@ -461,7 +464,7 @@ def _build_changes(layer: TargetLayer, tensors: Tensors, strength: float) -> lis
 
 
 def _cut_rank(tensors: Tensors, rank: int, path: str | Path) -> Tensors:
-    """Return the first ranks of a plain LoRA's layer, as strong as they were."""
+    """Return the first ranks of a plain LoRA's layer, with the same alpha / rank."""
     if not LOW_RANK <= tensors.keys() <= {*LOW_RANK, "alpha"}:
         raise ArgumentError(f"`{path}` is not a plain LoRA: its rank cannot be cut (dyn)", "lora")
     down, up = tensors["down"], tensors["up"]
@@ -513,11 +516,11 @@ def _a1111_hash(path: Path) -> str:
 
 
 def _tensors_by_layer(file: Checkpoint, aliases: Mapping[str, str]) -> dict[str, Tensors]:
-    """Return the tensors of a file as {kohya's name: {"down", "up", perhaps "alpha"}}."""
+    """Return the tensors of a file by kohya's name of the layer, then by role: "down", "up" …."""
     layers: dict[str, Tensors] = {}
     originals: dict[str, Tensors] = {}  # under the original's names
     others = []
-    # Of the folders of peft, whose names do not tell the network.
+    # Files in peft's folders name layers without the network; the folder says which it is.
     folder = "text_encoder_2." if file.path.parent.name == "text_encoder_2" else ""
     for key, value in file.state.items():
         match = KEY.fullmatch(key)
@@ -604,7 +607,7 @@ def _add_alphas(
 
 
 def _pad_channels(down: Tensor, target: Target) -> Tensor:
-    """Add zeros for the input channels of an inpainting model that its base does not have."""
+    """Pad input channels with zeros, if the model is an inpainting model and the LoRA is not."""
     channels = target.weight.shape[1]
     if channels != INPAINTING_CHANNELS or down.dim() != 4:
         return down
@@ -618,7 +621,7 @@ def _mismatch(
     path: str | Path,
     model: LatentDiffusion,
 ) -> WeightsMismatch:
-    """Return the error for layers that are not in the model, or of another shape there."""
+    """Return the error for layers that the model does not have, or has in another shape."""
     theirs, base = _likely_family(layers), find_base_model(model)
     ours = base and base.title
     remedy = f"use a LoRA that was trained for {ours or 'this model'}"

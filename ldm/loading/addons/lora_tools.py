@@ -55,11 +55,11 @@ class RankRule:
 
     @property
     def is_limited(self) -> bool:
-        """Whether any rule is given."""
+        """Whether any limit is set."""
         return self != FULL
 
     def count(self, values: Tensor) -> int:
-        """Return how many of the singular values (n,), which descend, are kept: at least 1."""
+        """Return how many of the singular values (n,), descending, to keep: at least 1."""
         counts = [len(values) if self.rank is None else self.rank]
         for share, numbers in ((self.share, values), (self.square_share, values.square())):
             if share is not None:
@@ -117,15 +117,15 @@ def extract_lora(
     Layers that do not differ are left out.
 
     Args:
-        rule: Of linear layers and 1 x 1 convolutions.
-        conv_rule: Of larger convolutions; None leaves them out.
-        clamp_quantile: All numbers of a layer are clamped to this quantile of them; 1 = not at all.
-        ema: Use EMA weights, where there are some.
-        config: The YAML of both; None finds it.
-        progress: Called with the number of layers that are done.
+        rule: Limits for linear layers and 1 x 1 convolutions.
+        conv_rule: Limits for larger convolutions; None leaves them out.
+        clamp_quantile: Quantile to which the weights of a layer are clamped; 1 = no clamping.
+        ema: Whether to use EMA weights of files that have them.
+        config: The YAML of both models; None finds it.
+        progress: Called with 1 for each layer that is done.
 
     Raises:
-        ValueError: They do not fit each other, or nothing differs.
+        ValueError: The models do not fit each other, or do not differ.
     """
     if not 0.5 < clamp_quantile <= 1:
         message = f"clamp_quantile {clamp_quantile}: must be above 0.5 and at most 1"
@@ -225,17 +225,18 @@ def join_loras(
 
 
 def model_of_lora(path: str | Path, base: str | Path | None = None) -> LatentDiffusion:
-    """Return a model without weights that has the layers of a LoRA file.
+    """Return the model that a LoRA file is for, on the meta device.
 
     Args:
-        base: Its weights; None recognises SD 1, SD 2, SDXL and its refiner by the file.
+        base: Checkpoint of the model; None recognises SD 1, SD 2, SDXL and its refiner by the
+            LoRA.
     """
     if base is not None:
         return read_model(base, None, ema=False).model
     name = find_base(path)
     family = next((family for family in FAMILIES if family.title == name), None)
     if family is None:
-        message = f"`{path}`: the family that the LoRA is for is not known\nhint: pass a model"
+        message = f"`{path}`: the family of the LoRA is not recognised\nhint: pass a model"
         raise MissingArgument(message, "model")
     model = build_on_meta(translate_config(read_yaml(family.config_path(None))))
     assert isinstance(model, LatentDiffusion)
@@ -243,10 +244,10 @@ def model_of_lora(path: str | Path, base: str | Path | None = None) -> LatentDif
 
 
 def decompose(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the singular value decomposition U (m, k), S (k,), V (k, n), in float64.
+    """Compute the singular value decomposition U (m, k), S (k,), V (k, n), in float64.
 
-    By the eigenvectors of the smaller product with itself: as exact as weights in float32 are, and
-    several times as fast for the long rows of convolutions.
+    Uses the eigenvectors of the smaller one of A A^T and A^T A: exact enough for float32 weights,
+    and several times as fast for the long rows of convolutions.
     """
     matrix = matrix.double()
     if matrix.shape[0] > matrix.shape[1]:
@@ -290,9 +291,9 @@ def _vector_role(target: Target) -> str:
 
 
 def _fill_mapped(model: ReadModel, base: ReadModel) -> LatentDiffusion:
-    """Return the model with the weights that LoRAs change, as pages of files.
+    """Return the model with the weights that LoRAs change, memory-mapped.
 
-    A file of a UNet alone goes with the text encoders of the base.
+    A file of a UNet only is completed by the text encoders of the base.
     """
     names = [name for name in {**base.names, **model.names} if name.startswith(LORA_PARTS)]
     state = {name: (model if name in model else base)[name] for name in names}
@@ -317,7 +318,7 @@ def _is_same(tuned: ReadModel, base: ReadModel, name: str) -> bool:
 
 
 def _left_out(names: Iterable[str], model: LatentDiffusion, targets: set[Target]) -> Iterable[str]:
-    """Yield the weights that are not changed by any of these targets."""
+    """Return the weights in `names` that none of the targets changes."""
     changed = {
         (id(target.layer), f"in_proj_{target.name}" if target.part is not None else target.name)
         for target in targets
@@ -331,7 +332,7 @@ def _left_out(names: Iterable[str], model: LatentDiffusion, targets: set[Target]
 
 
 def _quantile(values: Tensor, share: float) -> float:
-    """Return a quantile as `torch.quantile` does, which takes 16 million numbers at most."""
+    """Return a quantile as `torch.quantile` does, which is limited to 16 million numbers."""
     place = share * (len(values) - 1)
     below = values.kthvalue(int(place) + 1).values
     above = values.kthvalue(min(int(place) + 2, len(values))).values

@@ -1,12 +1,12 @@
-"""Strength of a LoRA: of text towers, UNet and its blocks, as A1111 and its extensions write it.
+"""Weight of a LoRA: for text encoders, UNet and its blocks, as A1111 and its extensions write it.
 
-    0.8                         of all
-    0.5:1                       of text towers 0.5, of the UNet 1
-    0.5:1:8                     the same, of the first 8 ranks alone
-    te=0.5:unet=1:dyn=8         the same, in any order; TEXT is 1 by default, UNET is TEXT
-    1:lbw=1,0,0,0,1,…           times a number for each block, see `Blocks.parse`
+    0.8                     for all
+    0.5:1                   0.5 for the text encoders, 1 for the UNet
+    0.5:1:8                 the same, with the first 8 ranks only
+    te=0.5:unet=1:dyn=8     the same, in any order; te defaults to 1, unet to te
+    1:lbw=1,0,0,0,1,…       times a block weight (lora-block-weight), see `Blocks.parse_weights`
 
-Nothing here imports torch.
+Without torch, as the command line parses with it.
 """
 
 import re
@@ -22,19 +22,19 @@ __all__ = ["LoRAWeight", "split_weight"]
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
 PART = rf"(?:{NUMBER}|[^:=,]*,[^:]*|(?:te|unet|dyn|lbw)=[^:]*)"
 WEIGHTED = re.compile(rf"(.+?)((?::{PART})*)", re.IGNORECASE | re.DOTALL)
-POSITIONS = ("te", "unet", "dyn")
+POSITIONAL_KEYS = ("te", "unet", "dyn")
 
 
 @dataclass(frozen=True)
 class LoRAWeight:
-    """The strength of one LoRA.
+    """The weight of one LoRA: the factor of its changes.
 
     Args:
-        text: Of the changes of text towers.
-        unet: Of those of the UNet.
-        rank: How many ranks are used, the first ones; None for all.
-        blocks: Numbers of the blocks, which the others are multiplied by (that of BASE is of text
-            towers), as `Blocks.parse` reads them; "" for 1.
+        text: For the text encoders.
+        unet: For the UNet.
+        rank: Number of ranks to use, the first ones; None for all.
+        blocks: Block weights, which multiply the others, as `Blocks.parse_weights` reads them;
+            BASE applies to the text encoders. "" for 1 everywhere.
     """
 
     text: float = 1.0
@@ -43,18 +43,18 @@ class LoRAWeight:
     blocks: str = ""
 
     @classmethod
-    def of(cls, value: Union[float, str, "LoRAWeight"]) -> "LoRAWeight":
-        """Return the weight of a number, or of a text; see the top of this file.
+    def parse(cls, value: Union[float, str, "LoRAWeight"]) -> "LoRAWeight":
+        """Return the weight for a number, or for a text as at the top of this file.
 
         Raises:
-            ArgumentError: the text is none.
+            ArgumentError: the text is not a valid weight.
         """
         if isinstance(value, LoRAWeight):
             return value
         if not isinstance(value, str):
             return cls(float(value), float(value))
         parts: dict[str, str] = {}
-        names = iter(POSITIONS)
+        names = iter(POSITIONAL_KEYS)
         for part in value.split(":"):
             name, equals, number = (text.strip() for text in part.partition("="))
             if "," in part and name.lower() != "lbw":
@@ -62,7 +62,7 @@ class LoRAWeight:
             elif not equals:
                 name, number = next(names, ""), name
             name = name.lower()
-            if name not in (*POSITIONS, "lbw") or name in parts:
+            if name not in (*POSITIONAL_KEYS, "lbw") or name in parts:
                 message = (
                     f"`{value}` is not the weight of a LoRA, such as 0.8, 0.5:1 or te=1:unet=0"
                 )
@@ -76,37 +76,34 @@ class LoRAWeight:
         return cls(text, unet, None if rank is None else int(rank), parts.get("lbw", ""))
 
     def __str__(self) -> str:
-        """Return the text that `of` reads."""
+        """Return the text that `parse` reads."""
         numbers = [self.text] if self.text == self.unet else [self.text, self.unet]
         words = [f"{number!r}".removesuffix(".0") for number in numbers]
         words += [] if self.rank is None else [f"dyn={self.rank}"]
         return ":".join([*words, *([f"lbw={self.blocks}"] if self.blocks else [])])
 
     def to_json(self) -> float | str:
-        """Return a number if that says it, else the text."""
+        """Return the number, if it is the same everywhere, else the text."""
         is_number = self == LoRAWeight(self.text, self.text)
         return self.text if is_number else str(self)
 
-    def of_blocks(self, blocks: Blocks) -> Mapping[str, float]:
-        """Return the factor of each block of a UNet.
+    def block_weights(self, blocks: Blocks) -> Mapping[str, float]:
+        """Return the weight by block of a model.
 
         Raises:
-            ArgumentError: the numbers are not for this UNet.
+            ArgumentError: `blocks` does not suit the blocks of this model.
         """
-        if not self.blocks:
-            return dict.fromkeys(blocks.names, 1.0)
-        return blocks.parse(self.blocks, 1.0, "lora", adapter=True)
-
-    def strength(self, factors: Mapping[str, float], block: str, *, is_text: bool) -> float:
-        """Return the strength in a block, or in a text tower."""
-        return self.text * factors[BASE] if is_text else self.unet * factors[block]
+        weights = dict.fromkeys(blocks.names, 1.0)
+        if self.blocks:
+            weights = blocks.parse_weights(self.blocks, 1.0, "lora", is_lora=True)
+        return {b: w * (self.text if b == BASE else self.unet) for b, w in weights.items()}
 
 
 def split_weight(argument: str) -> tuple[str, str]:
     """Split NAME[:WEIGHT] into name and weight; a colon may also be part of the name.
 
     Returns:
-        (name, weight), the weight "" if there is none.
+        (name, weight); the weight is "" without one.
     """
     match = WEIGHTED.fullmatch(argument)
     assert match is not None or not argument

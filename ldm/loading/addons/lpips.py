@@ -1,7 +1,7 @@
-"""The weights of LPIPS, from files that the user names. Nothing is downloaded.
+"""Load LPIPS from local files; nothing is downloaded.
 
 Either a training checkpoint of an original autoencoder (`loss.perceptual_loss.*`), or two files:
-the heads as the LPIPS package has them, and VGG16 as torchvision publishes it.
+the linear layers of the package lpips, and VGG16 of torchvision.
 """
 
 import bisect
@@ -25,11 +25,15 @@ LPIPS_FILES = (
 )
 PREFIX = "perceptual_loss."
 TORCHVISION = re.compile(r"features\.(\d+)\.(weight|bias)")
-SLICES = (4, 9, 16, 23)  # first layers of VGG's slices 2 to 5
+SLICES = (4, 9, 16, 23)  # index of the first layer of VGG's slices 2 to 5
 
 
 def read_lpips(paths: str | Path | Sequence[str | Path]) -> LPIPS:
-    """Return LPIPS with the weights of a file, or of several together."""
+    """Return LPIPS with the weights of one file, or of several files together.
+
+    Raises:
+        FileFormatError: weights are missing.
+    """
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     state: dict[str, Tensor] = {}
     for path in paths:
@@ -37,7 +41,7 @@ def read_lpips(paths: str | Path | Sequence[str | Path]) -> LPIPS:
         state |= loss_weights(content) or {PREFIX + name: v for name, v in content.items()}
     if (net := build_lpips(state)) is None:
         names = ", ".join(f"`{path}`" for path in paths)
-        raise FileFormatError(f"{names}: LPIPS is missing there, it needs {LPIPS_FILES}")
+        raise FileFormatError(f"{names}: weights of LPIPS are missing, it needs {LPIPS_FILES}")
     return net
 
 
@@ -57,7 +61,7 @@ def build_lpips(losses: Mapping[str, Tensor]) -> LPIPS | None:
 
 
 def _rename(name: str) -> str:
-    """`features.5.weight` of torchvision -> `net.slice2.5.weight`."""
+    """Convert torchvision's `features.5.weight` to `net.slice2.5.weight`."""
     if match := TORCHVISION.fullmatch(name):
         return f"net.slice{1 + bisect.bisect(SLICES, int(match[1]))}.{match[1]}.{match[2]}"
     return name

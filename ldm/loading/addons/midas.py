@@ -1,7 +1,7 @@
-"""The depth network of a depth model, from the file in which the MiDaS project published it.
+"""Add the depth network (MiDaS) to a depth model whose checkpoint does not contain it.
 
-The published depth checkpoint holds it (`depth_model.*`). For others it comes from a file that is
-passed, or `dpt_hybrid-midas-501f0c75.pt` at its original path or in the checkpoint's folder.
+It is in the published depth checkpoint (`depth_model.*`). For others it is read from a given file,
+or from `dpt_hybrid-midas-501f0c75.pt` at its original path or in the checkpoint's folder.
 """
 
 from collections.abc import Mapping
@@ -31,9 +31,15 @@ def add_depth_network(
     ckpt: Path,
     midas: str | Path | None = None,
 ) -> bool:
-    """Add the weights of a depth network to `state`, if the model needs one and has none there.
+    """Add the weights of the depth network to `state`, in place, if a model needs them.
 
-    The file `midas` replaces the weights in the checkpoint. Returns whether weights were added.
+    Args:
+        model_state: of the model, for names and shapes.
+        state: weights of the checkpoint.
+        ckpt: its path.
+        midas: file that replaces the checkpoint's depth network; None = only if it has none.
+    Returns:
+        Whether weights were added.
     """
     expected = {name: v for name, v in model_state.items() if name.startswith(PREFIX)}
     if not expected or (midas is None and expected.keys() & state.keys()):
@@ -41,7 +47,7 @@ def add_depth_network(
     path = find_near(ckpt, FILE) if midas is None else find_file(midas)
     if path is None:
         raise MissingFile(
-            f"`{ckpt}` holds no depth network (`depth_model.*`)\n"
+            f"`{ckpt}` contains no depth network (`depth_model.*`)\n"
             f"hint: put `{Path(FILE).name}` beside it, or pass the file",
             "midas",
         )
@@ -52,7 +58,7 @@ def add_depth_network(
 
 
 def read_midas(path: str | Path) -> dict[str, Tensor]:
-    """Read the network in a file of MiDaS, or of a depth model, under our names."""
+    """Read the depth network from a file of MiDaS or of a depth model, under our names."""
     network = {}
     for name, value in read_checkpoint(path).state.items():
         name = name.removeprefix("depth_model.").removeprefix("model.")

@@ -1,4 +1,4 @@
-"""The safety checker of Stable Diffusion 1, from its file, its folder, or that of a pipeline."""
+"""Load the safety checker of Stable Diffusion 1 from a file or a diffusers folder."""
 
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,10 @@ HEAD_WIDTH = 64
 
 
 def find_safety_checker(path: str | Path) -> Path:
-    """Return the file or folder of a checker, for its path, published name, or a pipeline's folder.
+    """Return the file or folder of a safety checker.
 
+    Args:
+        path: the file or folder itself, a published name, or the folder of a pipeline with one.
     Raises:
         MissingFile: there is none.
     """
@@ -46,11 +48,12 @@ def load_safety_checker(
     """Load the safety checker, in float32.
 
     Args:
-        path: a file, the folder `safety_checker`, or one of a diffusers pipeline that has it.
-        heads: attention heads of the tower; None = what the folder says, else one per 64 features.
+        path: see `find_safety_checker`.
+        heads: attention heads of CLIP's vision tower; None = from the folder's config, else one per
+            64 features.
     Raises:
         MissingFile: there is no such file.
-        FileFormatError, WeightsMismatch: it is another model's, or damaged.
+        FileFormatError, WeightsMismatch: it is another model, or damaged.
     """
     path = find_safety_checker(path)
     if path.is_dir():
@@ -76,7 +79,7 @@ def load_safety_checker(
 
 
 def _check_kind(path: Path, file: Checkpoint) -> None:
-    """Raise FileFormatError for another model than a checker."""
+    """Raise FileFormatError if a file is not a safety checker."""
     if any(name.endswith(MARK) for name in file.state):
         return
     family = identify_weights(file).family
@@ -85,7 +88,7 @@ def _check_kind(path: Path, file: Checkpoint) -> None:
 
 
 def _usual_name(name: str) -> str:
-    """Return a name without what older versions of transformers and pipelines put before it."""
+    """Return a name without the prefixes of older versions of transformers and pipelines."""
     name = name.removeprefix(f"{COMPONENT}.")
     return name.removeprefix("vision_model.") if name.startswith("vision_model.vision_") else name
 
@@ -97,7 +100,7 @@ def _heads_of_folder(path: Path) -> int | None:
 
 
 def _build(state: dict[str, Tensor], heads: int | None, misfit: str) -> SafetyChecker:
-    """Build the checker whose sizes its weights tell."""
+    """Build the checker with sizes inferred from its weights."""
     try:
         width = len(state["vision_model.embeddings.class_embedding"])
         patch = state["vision_model.embeddings.patch_embedding.weight"].shape[-1]

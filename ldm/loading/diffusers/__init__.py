@@ -1,8 +1,8 @@
-"""diffusers folders: a model as components, each with a JSON and its weights.
+"""Read and write diffusers folders: a model as components, each with a JSON and its weights.
 
     model_index.json   unet/   vae/   text_encoder/   tokenizer/   scheduler/   …
 
-`keys` maps our tensors to diffusers', `networks`, `encoders` and `schedulers` convert
-configs, `index` says which components a family has, `files` reads and writes. Nothing here needs
-diffusers or transformers.
+`files` reads and writes folders, `index` defines the components of each family, `keys` maps our
+tensors to diffusers', `networks`, `encoders` and `schedulers` convert configs. diffusers and
+transformers are not needed.
 """

@@ -1,4 +1,4 @@
-"""Convert encoder configs between our keywords and transformers' `config.json`.
+"""Convert configs of encoders between our parameters and transformers' `config.json`.
 
 text_encoder, tokenizer             CLIPText, OpenCLIPText
 image_encoder, feature_extractor    CLIPImage, OpenCLIPImage
@@ -46,9 +46,9 @@ PROCESSOR = {
 
 
 def text_config(encoder: TextEncoder) -> JsonObject:
-    """Return the config of a text encoder, counting only the blocks that are used.
+    """Return the config of a text encoder with only the blocks that are used.
 
-    Those of SDXL are whole; its pipeline itself takes the last hidden state but one.
+    SDXL's have all blocks; diffusers' pipeline takes the last hidden state but one.
     """
     kind = "CLIPTextModel"
     block: OpenCLIPBlock | CLIPBlock
@@ -100,7 +100,7 @@ def text_files(encoder: TextEncoder, component: str = "text_encoder") -> JsonObj
 
 
 def xl_text_params(config: Config, *, pooled: bool) -> JsonObject:
-    """Return the keywords of a text encoder of SDXL: CLIPText, or OpenCLIPText with `pooled`."""
+    """Return the parameters of SDXL's text encoder: CLIPText, or OpenCLIPText with `pooled`."""
     layers = config["num_hidden_layers"]
     if not pooled:
         return {"layer": "hidden", "layer_idx": layers - 1, **_openai_arch(config)}
@@ -139,11 +139,11 @@ def _text_cfg(config: Config, layers: int) -> JsonObject:
 
 
 def text_params(config: Config) -> JsonObject:
-    """Return the keywords of our text encoder: CLIPText for quick GELU, OpenCLIPText otherwise.
+    """Return the parameters of our text encoder: CLIPText for quick GELU, else OpenCLIPText.
 
-    OpenCLIP's last block, which Stable Diffusion 2 does not use, is usually missing in a folder; it
-    is then added, with `layer: penultimate`. If all blocks of a known size are there, `layer` is
-    `last`.
+    OpenCLIP's last block, which Stable Diffusion 2 does not use, is usually missing in a folder;
+    then the model has a block more, with `layer: penultimate`. If all blocks of a known size are
+    there, `layer` is `last`.
     """
     if is_openai_clip(config, "text_encoder/config.json"):
         return _openai_arch(config)
@@ -161,7 +161,7 @@ def text_params(config: Config) -> JsonObject:
 
 
 def tokenizer_files(encoder: TextEncoder) -> JsonObject:
-    """Return the files of CLIP's tokenizer, with the encoder's padding: name -> JSON or text."""
+    """Return the files of CLIP's tokenizer (JSON or text by name) with the encoder's padding."""
     ids, ranks = tokenizer.vocabulary()
     start, end = tokenizer.CLIP.start, tokenizer.CLIP.end  # transformers' names in both variants
     symbols = {number: symbol for symbol, number in ids.items()}
@@ -177,7 +177,7 @@ def tokenizer_files(encoder: TextEncoder) -> JsonObject:
 
 
 def added_tokens(files: JsonMapping, folder: str) -> dict[str, int]:
-    """Return the ids of a tokenizer's added tokens, from files of old and new transformers."""
+    """Return the ids of a tokenizer's added tokens, from files of any version of transformers."""
     table = files.get(f"{folder}/tokenizer_config.json", {}).get("added_tokens_decoder", {})
     tokens = {entry["content"]: int(number) for number, entry in table.items()}
     entries = files.get(f"{folder}/tokenizer.json", {}).get("added_tokens", [])
@@ -204,7 +204,7 @@ def vision_config(visual: VisionTower) -> JsonObject:
 
 
 def vision_params(config: Config) -> JsonObject:
-    """Return the keywords of CLIPImage for quick GELU, of OpenCLIPImage otherwise."""
+    """Return the parameters of CLIPImage for quick GELU, else of OpenCLIPImage."""
     width, embed = config["hidden_size"], config["projection_dim"]
     where = "image_encoder/config.json"
     is_openai = is_openai_clip(config, where)
@@ -219,7 +219,7 @@ def vision_params(config: Config) -> JsonObject:
     name, key = ("ViT-L-14", "model") if is_openai else ("ViT-H-14", "arch")
     if vision_cfg == VISION_DEFAULTS | VISION[name] and embed == TEXT_SIZES[name].width:
         return {"model": "ViT-L/14"} if is_openai else {}
-    text_cfg = {"width": embed, "heads": 1, "layers": 0}  # the folder has no text tower
+    text_cfg = {"width": embed, "heads": 1, "layers": 0}  # the folder has no text encoder
     return {key: {"embed_dim": embed, "vision_cfg": vision_cfg, "text_cfg": text_cfg}}
 
 
@@ -236,7 +236,7 @@ def image_processor_config(size: int) -> JsonObject:
 
 
 def depth_config(encoder: MiDaSDepth) -> JsonObject:
-    """Return the config of the depth network."""
+    """Return transformers' config of the depth network."""
     dpt = encoder.model
     assert dpt is not None
     vit: Any = dpt.pretrained["model"]
@@ -274,7 +274,7 @@ def depth_config(encoder: MiDaSDepth) -> JsonObject:
 
 
 def depth_params(config: Config) -> JsonObject:
-    """Return the keywords of our MiDaSDepth."""
+    """Return the parameters of our MiDaSDepth."""
     where = "depth_estimator/config.json"
     validate_config(config, where, DEPTH_REQUIRED_VALUES)
     kwargs = {
@@ -291,7 +291,7 @@ def depth_params(config: Config) -> JsonObject:
 
 
 def depth_processor_config(side: int) -> JsonObject:
-    """Return the preprocessor config: resize to the one square that diffusers' DPT takes."""
+    """Return the preprocessor config: resize to the square size that transformers' DPT supports."""
     return PROCESSOR | {
         "image_processor_type": "DPTImageProcessor",
         "size": {"height": side, "width": side},

@@ -1,9 +1,9 @@
-"""Read a diffusers folder as if it were a checkpoint, and split a checkpoint into one.
+"""Read a diffusers folder as a checkpoint, and write a checkpoint as a diffusers folder.
 
-Beside what diffusers knows there is `original.safetensors`: the tensors that it has no place for
-(the last block of OpenCLIP's text tower, projections, tables), under their original names, with the
-YAML in its metadata. diffusers ignores it; with it the way back is lossless. Without it tensors
-that no computation uses are zeros, and tables are computed.
+A folder that we write also contains `original.safetensors`: the tensors that diffusers does not
+have (the last block of OpenCLIP's text encoder, projections, noise schedule), under their original
+names, with the YAML in its metadata. diffusers ignores it; with it the conversion back is lossless.
+Without it unused weights become zeros, and the noise schedule is computed.
 """
 
 import json
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ldm.encoders.image import ImageEmbedding
 from ldm.encoders.towers import VOCAB
 from ldm.loading.autoencoders import SCALE_KEY, UPCAST_KEY, find_scale
+from ldm.loading.buffers import make_buffers
 from ldm.loading.build import build_on_meta
 from ldm.loading.config import format_yaml, parse_yaml
 from ldm.loading.diffusers.encoders import added_tokens
@@ -30,13 +31,12 @@ from ldm.loading.files.checkpoint import CONFIG_KEY, Checkpoint, read_checkpoint
 from ldm.loading.files.clip_statistics import load_clip_statistics
 from ldm.loading.legacy import translate_config
 from ldm.loading.matching import TOKEN_IDS, TOKEN_TABLE, match_weights
-from ldm.loading.tables import make_tables
 from ldm.loading.weight_names import (
     DERIVED_WEIGHTS,
     has_engine_names,
     rename_weights,
     restore_names,
-    schedule_tables,
+    select_buffers,
 )
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import FileFormatError, MissingFile
@@ -54,7 +54,7 @@ EXTRA_WEIGHTS = "original.safetensors"
 PIPELINE_KEY = "ldm.pipeline"  # in the metadata: the class of a folder's pipeline
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of diffusers, of transformers
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-TRANSFORMERS = (*TOKENIZERS, "image_encoder", "depth_estimator")  # components of transformers
+TRANSFORMERS = (*TOKENIZERS, "image_encoder", "depth_estimator")  # classes of transformers
 TOKEN_EMBEDDING = "embeddings.token_embedding.weight"
 # The variant in the name of a file of weights, or of the index of several.
 VARIANT = re.compile(
@@ -67,7 +67,7 @@ Components = dict[str, dict[str, Tensor]]
 
 
 def is_diffusers_folder(path: str | Path) -> bool:
-    """Return whether it is the folder of a pipeline, or of an autoencoder alone."""
+    """Return whether a path is the folder of a pipeline, or of an autoencoder only."""
     path = Path(path).expanduser()
     if (path / INDEX).is_file():
         return True
@@ -79,7 +79,8 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
     """Return the weights of a folder under the original's names, with config and added tokens.
 
     Args:
-        variant: which of several files (`fp16`); None is the plain one, or the only one there is.
+        variant: variant in the file names, such as `fp16`; None = files without one, else the only
+            or the most precise variant.
     """
     path = Path(path).expanduser()
     candidates = [*sorted(path.glob("*/*.json")), path / INDEX, path / "config.json"]
@@ -114,13 +115,13 @@ def read_folder(path: str | Path, variant: str | None = None) -> Checkpoint:
         value = model_state[name]
         state[name] = torch.zeros(value.shape, dtype=dtype) if value.is_meta else value
     state = match_weights(model, state, path, f"`{path}` does not fit its own configs")
-    tables = make_tables(model) if isinstance(model, LatentDiffusion) else {}
+    buffers = make_buffers(model) if isinstance(model, LatentDiffusion) else {}
     if NORMALIZER in files:
-        tables |= _statistics(read_component((path / NORMALIZER).parent, variant))
+        buffers |= _statistics(read_component((path / NORMALIZER).parent, variant))
     return Checkpoint(
         path=path,
         kind="diffusers",
-        state=restore_names({name: state[name] for name in model_state}, tables | derived),
+        state=restore_names({name: state[name] for name in model_state}, buffers | derived),
         step=rest.step if rest else None,
         mapped=True,
         metadata=(rest.metadata if rest else {})
@@ -135,8 +136,11 @@ def build_folder(
 ) -> tuple[Files, Components]:
     """Return the content of a folder: JSONs and texts by path, tensors by component.
 
-    Tensors that diffusers has no place for are in component "", under the original's names. `raw`
-    is the config of the file.
+    Tensors that diffusers does not have are in component "", under the original's names.
+
+    Args:
+        raw: config of the file.
+        clip_stats: see `load_clip_statistics`.
     """
     derived = _derived_tensors(file.state)
     model, spec = _build_model(raw, "config", derived)
@@ -156,8 +160,8 @@ def build_folder(
     if not isinstance(model, LatentDiffusion):
         return files, {**components, "": restore_names(rest, engine=False)}
     if NORMALIZER in files:
-        tables = schedule_tables(file.state)
-        load_clip_statistics(model.conditioner, file.path, clip_stats, tables)
+        buffers = select_buffers(file.state)
+        load_clip_statistics(model.conditioner, file.path, clip_stats, buffers)
         mean, std = model.conditioner.get(ImageEmbedding).noise.get_statistics()
         components[Path(NORMALIZER).parts[0]] = {"mean": mean, "std": std}
     engine = has_engine_names(state)
@@ -165,7 +169,7 @@ def build_folder(
 
 
 def weights_path(component: str, files: Files, variant: str | None = None) -> str:
-    """Return the path of a component's weights, in a folder of these files."""
+    """Return the path of a component's weights in a folder."""
     if not component:
         return EXTRA_WEIGHTS
     stem = STEMS[1] if component in TRANSFORMERS else STEMS[0]
@@ -184,7 +188,7 @@ def write_texts(folder: Path, files: Files) -> None:
 
 
 def _metadata(files: Files) -> dict[str, str]:
-    """Return what metadata keep of a folder's JSONs: its class, and numbers of the VAE."""
+    """Return metadata from a folder's JSONs: class of the pipeline, options of the autoencoder."""
     pipeline = files.get(INDEX, {}).get("_class_name")
     config: JsonMapping = files.get("vae/config.json") or files.get("config.json") or {}
     keys = {SCALE_KEY: "scaling_factor", UPCAST_KEY: "force_upcast"}
@@ -204,7 +208,7 @@ def _build_model(
 
 
 def _derived_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the small tables and markers beside the weights; not the losses of autoencoders."""
+    """Return buffers and markers, without the losses of autoencoders."""
     return {
         name: value
         for name, value in state.items()
@@ -213,7 +217,7 @@ def _derived_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read_rest(path: Path, files: Files) -> Checkpoint | None:
-    """Return the tensors beside the components, if there are any and they belong to this folder."""
+    """Return `original.safetensors`, unless it is missing or belongs to another model."""
     if not (path / EXTRA_WEIGHTS).is_file():
         return None
     rest = read_checkpoint(path / EXTRA_WEIGHTS)
@@ -224,7 +228,7 @@ def _read_rest(path: Path, files: Files) -> Checkpoint | None:
 
 
 def _has_same_config(rest: Checkpoint, files: Files) -> bool:
-    """Return whether the YAML beside the rest says what the folder's JSONs say."""
+    """Return whether the YAML in `original.safetensors` agrees with the folder's JSONs."""
     if CONFIG_KEY not in rest.metadata:
         return False
     raw = parse_yaml(rest.metadata[CONFIG_KEY], where=EXTRA_WEIGHTS)
@@ -242,7 +246,11 @@ def _has_same_config(rest: Checkpoint, files: Files) -> bool:
 
 
 def read_component(folder: Path, variant: str | None) -> dict[str, Tensor]:
-    """Return the tensors of a component, in one file or several."""
+    """Return the tensors of a component, from one file or several shards.
+
+    Raises:
+        MissingFile: there are no weights of the variant.
+    """
     for file in filter(Path.is_file, _candidates(folder, variant)):
         if file.suffix != ".json":
             return read_checkpoint(file).state
@@ -282,7 +290,7 @@ def _pop_added_tokens(state: dict[str, Tensor], ids: Mapping[str, int]) -> dict[
     state[name] = table[:VOCAB]
     rows = {token: table[i] for token, i in ids.items() if VOCAB <= i < len(table)}
     if not rows:
-        log.warning("`%s` has %d added rows without a token: left out", name, len(table) - VOCAB)
+        log.warning("`%s` has %d rows without a token: left out", name, len(table) - VOCAB)
     vectors = {}
     for token in rows:  # `<cat>`, `<cat>_1`, `<cat>_2` are the vectors of one token
         group = takewhile(rows.__contains__, (f"{token}_{i}" for i in count(1)))
@@ -298,15 +306,15 @@ def _statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _all_rows(table: Tensor, ids: Tensor) -> Tensor:
-    """Expand a compact embedding to CLIP's vocabulary; tokens that it does not have get row 0."""
+    """Expand a compact token embedding to CLIP's vocabulary; missing tokens get row 0."""
     rows = torch.zeros(VOCAB, dtype=torch.int64)
-    is_token = ids < VOCAB  # the others keep rows free
+    is_token = ids < VOCAB  # the others are unused rows
     rows[ids[is_token]] = torch.arange(1, len(table))[is_token]
     return table[rows]
 
 
 def _compact_rows(embedding: Tensor, ids: Tensor, table: Tensor) -> Tensor:
-    """Invert `_all_rows`; rows that it left out are taken from `table`."""
+    """Invert `_all_rows`; unused rows are taken from `table`."""
     is_token, is_free = ids < VOCAB, torch.ones(VOCAB, dtype=torch.bool)
     is_free[ids[is_token]] = False
     compact = table.clone()

@@ -1,10 +1,10 @@
-"""Which components a model has in a diffusers folder, and their configs, in both directions.
+"""Convert between a model's config and the JSONs of a diffusers folder.
 
     folder_configs(model, spec)   -> {"unet/config.json": {…}, …, "model_index.json": {…}}
-    original_config(files)        the same files -> a config with the original's keys
+    original_config(files)        these files -> a config with the original's keys
 
-The way back takes the published YAML of the family and puts the folder's numbers into it, so the
-result can be read by every program that reads those.
+`original_config` fills the published YAML of the family with the folder's numbers, so that programs
+for the original's configs can read it.
 """
 
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ from ldm.loading.diffusers.xl import (
     is_xl_model,
     original_config_xl,
 )
-from ldm.loading.families import CONFIG_DIR, recognise_family
+from ldm.loading.families import CONFIG_DIR, recognize_family
 from ldm.loading.legacy import AUTOENCODER_CONFIG
 from ldm.model import LatentDiffusion
 from ldm.nets.latent_upscaler import LatentUpscalerUNet
@@ -60,7 +60,7 @@ class _Pipeline:
     extras: JsonMapping = field(default_factory=dict)  # entries of the index besides the components
 
 
-# By the encoder that identifies the pipeline; "text" if there is no other one.
+# By the encoder that identifies the pipeline; "text" without another encoder.
 # fmt: off
 PIPELINES = {
     "text": _Pipeline("StableDiffusionPipeline", "v1-inference", "v2-inference",
@@ -85,12 +85,12 @@ PIPELINE_OF_COMPONENT = {
     "low_res_scheduler": "lowres",
     "image_normalizer": "image",
 }
-TEXT_KINDS = {False: "text", True: "text-rgbd"}  # by whether images have depth
+TEXT_KINDS = {False: "text", True: "text-rgbd"}  # key: whether images have depth
 V_MODEL_SIDE = 96  # latent side at which SD 2's v models were trained; their original YAML says 64
 
 
 def folder_configs(model: nn.Module, spec: JsonMapping) -> Files:
-    """Return every file of the folder but weights, for a model and its translated config."""
+    """Return all files of a folder except weights, for a model and its translated config."""
     params = spec["params"]
     if not isinstance(model, LatentDiffusion):
         return {"config.json": networks.vae_config(params, None, 512)}
@@ -190,7 +190,7 @@ def _encoder_configs(model: LatentDiffusion, specs: JsonMapping, kind: str) -> F
 
 
 def _set_encoder_params(files: Files, params: JsonObject, kind: str) -> None:
-    """Put the sizes from the encoders' files into the parameters of a YAML."""
+    """Set parameters of a config from the encoders' files."""
     if kind == "depth":
         params["depth_stage_config"]["params"] = encoders.depth_params(files[DEPTH])
     if kind in ("lowres", "rgbd"):
@@ -212,7 +212,7 @@ def _set_encoder_params(files: Files, params: JsonObject, kind: str) -> None:
 
 
 def _pipeline_of_model(model: LatentDiffusion) -> str:
-    """Return the key in `PIPELINES`, by the encoders of a model."""
+    """Return the key in PIPELINES for the encoders of a model."""
     if isinstance(model.conditioner.text, CLIPImage):
         return "variations"
     names = model.conditioner.encoders
@@ -224,7 +224,7 @@ def _pipeline_of_model(model: LatentDiffusion) -> str:
 
 
 def _pipeline_of_folder(files: Files) -> str:
-    """Return the key in `PIPELINES`, by the components of a folder."""
+    """Return the key in PIPELINES for the components of a folder."""
     components = {path.split("/")[0] for path in files}
     is_rgbd = files.get(layout.VAE, {}).get("in_channels", 3) != 3
     if is_rgbd and "low_res_scheduler" in components:
@@ -244,8 +244,8 @@ def _pipeline_of_folder(files: Files) -> str:
 
 
 def _training_size(model: LatentDiffusion) -> int:
-    """Return the side of the latent that the model was trained at."""
-    family = recognise_family(model.state_dict())
+    """Return the side in latent pixels at which a model was trained."""
+    family = recognize_family(model.state_dict())
     if family is not None and family.name == "sd2" and model.parameterization == "v":
         return max(model.image_size, V_MODEL_SIDE)
     return model.image_size

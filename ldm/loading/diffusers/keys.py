@@ -1,12 +1,12 @@
-"""Key mapping: where each tensor of ours is in the components of a diffusers folder.
+"""Map each tensor of ours to its location in the components of a diffusers folder.
 
     unet.input_blocks.1.0.in_layers.2.weight         unet: down_blocks.0.resnets.0.conv1.weight
     autoencoder.encoder.mid.attn_1.q.weight          vae: ….to_q.weight, a matrix
     conditioner.text.model.….attn.in_proj_weight     text_encoder: three tensors
     conditioner.text.model.logit_scale               nowhere
 
-One mapping, used in both directions: the names come from a model of ours on the meta device, so the
-way back needs no inverse rules.
+One mapping serves both directions: our names come from a model on the meta device, so that
+diffusers' names need not be converted to ours.
 """
 
 import re
@@ -91,7 +91,7 @@ MIDAS = (
     (r"resConfUnit([12])\.conv([12])", r"residual_layer\1.convolution\2"),
 )
 
-# Of the x2 latent upscaler: layers that are not in a level, and parts of those that are.
+# Of the x2 latent upscaler: layers outside of the levels, and parts of layers in the levels.
 INNER = "inner_model."
 UPSCALER_LAYER = re.compile(rf"{re.escape(INNER)}u_net\.([du])_blocks\.(\d+)\.(\d+)\.")
 UPSCALER_ENDS = {
@@ -128,7 +128,7 @@ class Location:
     form: Form = "same"
 
     def split(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Split our tensor into diffusers' tensors, by name; views."""
+        """Yield (name, view) of diffusers' tensors in our tensor."""
         if self.form == "flat":
             value = value.flatten(1)
         elif self.form == "vector":
@@ -138,7 +138,7 @@ class Location:
         return zip(self.names, value.chunk(len(self.names)), strict=True)
 
     def join(self, theirs: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
-        """Join diffusers' tensors into ours; a copy only if there are several."""
+        """Return our tensor from diffusers' tensors; a copy only if there are several."""
         parts = [theirs[name] for name in self.names]
         value = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.form == "transposed":
@@ -151,7 +151,7 @@ class Location:
 def scatter_weights(
     locations: Mapping[str, Location], state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return our tensors that have a location under diffusers' names; views."""
+    """Return views of our tensors under diffusers' names, without those that have no location."""
     return {
         their_name: part
         for name, value in state.items()
@@ -165,7 +165,7 @@ def gather_weights(
     theirs: Mapping[str, Tensor],
     model_state: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Return diffusers' tensors under our names, in the model's shapes, without missing ones."""
+    """Return diffusers' tensors under our names and in the model's shapes; skip missing ones."""
     return {
         name: location.join(theirs, model_state[name].shape)
         for name, location in locations.items()
@@ -174,7 +174,7 @@ def gather_weights(
 
 
 def component_prefixes(model: nn.Module) -> dict[str, str]:
-    """Return the prefix of our names for each component that a model, or part of one, may have."""
+    """Return the prefix of our names by component, for a model or a part of one."""
     if isinstance(model, AutoencoderKL):
         return {"vae": ""}
     if isinstance(model, UNet | LatentUpscalerUNet):
@@ -191,13 +191,13 @@ def component_prefixes(model: nn.Module) -> dict[str, str]:
 
 
 def text_component(encoder: TextEncoder) -> str:
-    """Return the component of a text encoder; the second of SDXL has a projected output."""
+    """Return the component of a text encoder; SDXL's second one has a projected output."""
     is_second = isinstance(encoder, OpenCLIPText) and encoder.always_return_pooled
     return TEXT_COMPONENTS[is_second]
 
 
 def locate_weights(model: nn.Module) -> dict[str, dict[str, Location]]:
-    """Return {component: {our name: location}} of a model's tensors.
+    """Return the locations of a model's tensors by component, then by our name.
 
     Tensors that diffusers does not have are left out.
     """
@@ -228,16 +228,17 @@ def unet_keys(names: Iterable[str]) -> dict[str, Location]:
 def _upscaler_keys(names: Iterable[str]) -> dict[str, Location]:
     """Locate the tensors of the x2 latent upscaler; diffusers has no embedding of its noise."""
     locations: dict[str, Location] = {}
-    layers: dict[tuple[str, int], dict[int, list[str]]] = {}  # by way and level, then by index
+    # By "d" (down) or "u" (up) and level, then by index.
+    layers: dict[tuple[str, int], dict[int, list[str]]] = {}
     for name in names:
         layer, _, end = name.removeprefix(INNER).rpartition(".")
         if match := UPSCALER_LAYER.match(name):
-            way, level, index = match[1], int(match[2]), int(match[3])
-            layers.setdefault((way, level), {}).setdefault(index, []).append(name)
+            direction, level, index = match[1], int(match[2]), int(match[3])
+            layers.setdefault((direction, level), {}).setdefault(index, []).append(name)
         elif layer in UPSCALER_ENDS:
             form: Form = "vector" if layer == "timestep_embed" else "same"
             locations[name] = Location((f"{UPSCALER_ENDS[layer]}.{end}",), form)
-    for (way, level), by_index in layers.items():
+    for (direction, level), by_index in layers.items():
         block = -1
         for _, own in sorted(by_index.items()):
             tails = {name: UPSCALER_LAYER.sub("", name) for name in own}
@@ -245,13 +246,13 @@ def _upscaler_keys(names: Iterable[str]) -> dict[str, Location]:
             if kind is None:  # a resampling filter
                 continue
             block += kind == "resnets"
-            place = f"{'down' if way == 'd' else 'up'}_blocks.{level}"
-            place += f".{'resnets' if kind == 'resnets' else 'attentions'}.{block}"
+            prefix = f"{'down' if direction == 'd' else 'up'}_blocks.{level}"
+            prefix += f".{'resnets' if kind == 'resnets' else 'attentions'}.{block}"
             for name, tail in tails.items():
                 part, _, end = tail.rpartition(".")
                 form = "flat" if part.endswith("_proj") and end == "weight" else "same"
                 theirs = UPSCALER_PARTS[kind][part].split()
-                locations[name] = Location(tuple(f"{place}.{x}.{end}" for x in theirs), form)
+                locations[name] = Location(tuple(f"{prefix}.{x}.{end}" for x in theirs), form)
     return locations
 
 
@@ -261,7 +262,7 @@ def vae_keys(names: Iterable[str]) -> dict[str, Location]:
     levels = len({match[0] for name in names if (match := re.match(r"decoder\.up\.\d+", name))})
     locations = {}
     for name in names:
-        # We count the decoder's levels from the full size, diffusers from the latent's.
+        # Our decoder's levels are counted from the full resolution, diffusers' from the latent's.
         theirs = re.sub(r"\bup\.(\d+)", lambda m: f"up_blocks.{levels - 1 - int(m[1])}", name)
         theirs = replace_all(VAE, theirs)
         is_matrix = re.search(r"\.to_\w+(\.0)?\.weight$", theirs)
@@ -270,7 +271,7 @@ def vae_keys(names: Iterable[str]) -> dict[str, Location]:
 
 
 def text_keys(names: Iterable[str]) -> dict[str, Location]:
-    """Locate a text tower's tensors."""
+    """Locate a text encoder's tensors."""
     locations = {}
     for ours, theirs in text_layers(names).items():
         if theirs == "text_projection":
@@ -289,7 +290,7 @@ def vision_keys(names: Iterable[str]) -> dict[str, Location]:
             locations[name] = Location(("visual_projection.weight",), "transposed")
         elif tower == "visual":
             tail = replace_all(VISION, tail)
-            if tail.startswith("transformer."):  # the blocks are named as in a text tower
+            if tail.startswith("transformer."):  # the blocks are named as in a text encoder
                 tail = text_layers([tail])[tail].removeprefix("text_model.")
             locations[name] = Location(_split_qkv(f"vision_model.{tail}"))
     return locations
@@ -307,7 +308,7 @@ def depth_keys(names: Iterable[str]) -> dict[str, Location]:
 
 
 def _split_qkv(name: str) -> tuple[str, ...]:
-    """Split queries, keys and values, which have layers of their own in transformers."""
+    """Return the names of queries, keys and values, which are separate layers in transformers."""
     match = re.fullmatch(r"(.*)\.in_proj_(weight|bias)", name)
     return tuple(f"{match[1]}.{part}_proj.{match[2]}" for part in "qkv") if match else (name,)
 

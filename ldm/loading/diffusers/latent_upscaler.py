@@ -1,9 +1,9 @@
-"""Folders of the x2 latent upscaler, in both directions.
+"""Convert configs of the x2 latent upscaler from and to diffusers folders.
 
     folder_configs_x2(model, spec)   -> every file but weights
     original_config_x2(files)        -> our config
 
-diffusers knows networks of the published layout alone, and no noise on the small latent.
+diffusers supports only the published layout of the network, and no noise on the small latent.
 """
 
 from ldm.diffusion.schedule import Schedule, make_betas
@@ -39,7 +39,7 @@ KEYS = frozenset({
     "sample_size", "in_channels", "out_channels", "down_block_types", "up_block_types", "dropout",
     "block_out_channels", "layers_per_block", "cross_attention_dim", "time_cond_proj_dim",
 })  # fmt: skip
-# Blocks by whether they attend to the text.
+# Block types; key: whether they have cross-attention.
 DOWN = {False: "KDownBlock2D", True: "KCrossAttnDownBlock2D"}
 UP = {False: "KUpBlock2D", True: "KCrossAttnUpBlock2D"}
 PREDICTION_TYPES = ("sample", "original_sample")
@@ -49,12 +49,12 @@ COMPONENTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
 
 
 def is_x2_folder(files: JsonMapping) -> bool:
-    """Return whether a folder is of the x2 latent upscaler, by its UNet."""
+    """Return whether a folder contains the x2 latent upscaler, by its UNet."""
     return bool(files.get(UNET, {}).get("time_embedding_type") == "fourier")
 
 
 def folder_configs_x2(model: LatentDiffusion, spec: JsonMapping) -> JsonObject:
-    """Return every file of the folder but weights, for a model and its config."""
+    """Return all files of a folder except weights, for a model and its config."""
     params = spec["params"]
     side = max(model.latent_size)
     files: JsonObject = {
@@ -100,7 +100,7 @@ def _unet_config(model: LatentDiffusion) -> JsonObject:
         unet.has_variance and unet.input_channels == unet.unet_cond_dim,
     )
     if not all(layout):
-        raise ConfigError("diffusers has only networks of the layout of the published upscaler")
+        raise ConfigError("diffusers supports only the layout of the published upscaler")
     return {
         "_class_name": "UNet2DConditionModel",
         **REQUIRED_VALUES,
@@ -118,7 +118,7 @@ def _unet_config(model: LatentDiffusion) -> JsonObject:
 
 
 def _unet_params(config: JsonMapping) -> JsonObject:
-    """Return the keywords of our network."""
+    """Return the parameters of our network."""
     networks.validate_config(config, UNET, REQUIRED_VALUES, KEYS)
     channels, downs = config["block_out_channels"], config["down_block_types"]
     for block in downs:
@@ -154,7 +154,7 @@ def _scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> JsonObje
 
 
 def _set_levels(params: JsonObject, config: JsonMapping) -> None:
-    """Put the noise levels of a scheduler into our config; diffusers' default is linear."""
+    """Set the noise schedule in our config from a scheduler's; its default is linear."""
     prediction = config.get("prediction_type")
     check_name("prediction_type", prediction, PREDICTION_TYPES, SCHEDULER)
     kind = config.get("interpolation_type", "linear")

@@ -1,9 +1,9 @@
-"""Names of the layers of UNet and text tower in diffusers and transformers.
+"""Convert names of layers of the UNet and text encoders to diffusers' and transformers' names.
 
     input_blocks.1.1.transformer_blocks.0.attn1.to_q  ->  down_blocks.0.attentions.0.transformer_…
     transformer.resblocks.0.mlp.c_fc                  ->  text_model.encoder.layers.0.mlp.fc1
 
-LoRA files use these names as well.
+LoRA files use these names, too.
 """
 
 import re
@@ -35,7 +35,7 @@ ENDS = {
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
-# Of UNets without transformers in the first level, which are SDXL's.
+# In UNets without transformers in the first level: SDXL's.
 XL_ENDS = {
     "label_emb.0.0": "add_embedding.linear_1",
     "label_emb.0.2": "add_embedding.linear_2",
@@ -57,7 +57,7 @@ TEXT = (
 
 
 def unet_layers(names: Iterable[str]) -> dict[str, str]:
-    """Our name -> theirs, of the layers (or weights) of a whole UNet with transformers."""
+    """Return diffusers' name by our name, for all layers (or weights) of a UNet."""
     names = list(names)
     is_xl = not any(name.startswith(FIRST_TRANSFORMER) for name in names)
     prefixes = {**ENDS, **(XL_ENDS if is_xl else {}), **_blocks(names)}
@@ -69,9 +69,9 @@ def unet_layers(names: Iterable[str]) -> dict[str, str]:
 
 
 def text_layers(names: Iterable[str]) -> dict[str, str]:
-    """Our name -> that in transformers' CLIP, of the layers (or weights) of a text tower.
+    """Return the name in transformers' CLIP by our name, for layers (or weights) of a text encoder.
 
-    OpenCLIP's fused `attn.in_proj` has no single counterpart: there it is q_proj, k_proj, v_proj.
+    OpenCLIP's fused `attn.in_proj` keeps its name: transformers has q_proj, k_proj and v_proj.
     """
     renamed = {}
     for name in names:
@@ -92,7 +92,7 @@ def replace_all(rules: Iterable[tuple[str, str]], name: str) -> str:
 
 
 def _blocks(names: Iterable[str]) -> dict[str, str]:
-    """List prefixes such as `input_blocks.4.1`; levels end where the size is halved or doubled."""
+    """Return diffusers' prefix by ours, such as `input_blocks.4.1`; a sampler ends each level."""
     matches = {match.groups() for match in map(BLOCK.fullmatch, names) if match}
     prefixes = {}
     for direction, side in (("in", "down"), ("out", "up")):

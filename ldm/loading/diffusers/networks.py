@@ -1,9 +1,9 @@
-"""Convert UNet and autoencoder configs between our keywords and diffusers' `config.json`.
+"""Convert configs of UNet and autoencoder between our parameters and diffusers' `config.json`.
 
-    unet_config(UNet) -> unet/config.json        unet_params(unet/config.json) -> UNet's keywords
+    unet_config(UNet) -> unet/config.json        unet_params(unet/config.json) -> UNet's parameters
     vae_config(ddconfig …) -> vae/config.json    vae_params(vae/config.json) -> AutoencoderKL's
 
-An option that only one side supports raises an error with its name.
+An option that is not supported on both sides raises ConfigError.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -20,7 +20,8 @@ __all__ = [
 
 Config = JsonMapping
 
-# diffusers options with one supported value. Keys in neither table must be null or false.
+# REQUIRED_VALUES: diffusers' options with one supported value; KEYS: those with any value. All
+# others must be null or false.
 UNET_REQUIRED_VALUES = {
     "flip_sin_to_cos": True, "freq_shift": 0,
     "downsample_padding": 1, "mid_block_scale_factor": 1, "act_fn": "silu", "norm_num_groups": 32,
@@ -50,7 +51,7 @@ CROSS_ATTENTION_BLOCKS = frozenset({"CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 UNET_BLOCKS = CROSS_ATTENTION_BLOCKS | {"DownBlock2D", "UpBlock2D"}
 VAE_BLOCKS = frozenset({"DownEncoderBlock2D", "AttnDownEncoderBlock2D"})
 RESNET_TIME_SCALE_SHIFT = {False: "default", True: "scale_shift"}
-RESOLUTION = 256  # in original autoencoder configs; only decides which levels have attention
+RESOLUTION = 256  # as in original configs; it only determines which levels have attention
 
 
 def unet_config(
@@ -59,8 +60,8 @@ def unet_config(
     """Return the config of a UNet.
 
     Args:
-        sample_size: side of the latent, or height and width.
-        size_width: of the embedding of each size in the vector of SDXL; None for another vector.
+        sample_size: side of the latent, or [height, width].
+        size_width: dimension of the embedding of each size in SDXL's vector; None = not SDXL.
     """
     head_dim, width = unet.num_head_channels, unet.model_channels
     _check_options(
@@ -126,7 +127,7 @@ def unet_config(
 
 
 def unet_params(config: Config) -> JsonObject:
-    """Return the keywords of our UNet."""
+    """Return the parameters of our UNet."""
     where = "unet/config.json"
     validate_config(config, where, UNET_REQUIRED_VALUES, UNET_KEYS)
     widths, downs = config["block_out_channels"], config["down_block_types"]
@@ -172,8 +173,8 @@ def vae_config(params: Config, scale_factor: float | None, sample_size: int) -> 
     """Return the config of an autoencoder.
 
     Args:
-        params: keywords of our AutoencoderKL.
-        scale_factor: None for an autoencoder alone, where it is unknown.
+        params: parameters of our AutoencoderKL.
+        scale_factor: None = unknown, for an autoencoder without a model.
         sample_size: side of the image in pixels.
     """
     layout = Layout.read(params["ddconfig"])
@@ -207,7 +208,7 @@ def vae_config(params: Config, scale_factor: float | None, sample_size: int) -> 
 
 
 def vae_params(config: Config) -> JsonObject:
-    """Return the keywords of our AutoencoderKL."""
+    """Return the parameters of our AutoencoderKL."""
     where = "vae/config.json"
     validate_config(config, where, VAE_REQUIRED_VALUES, VAE_KEYS)
     widths, downs = config["block_out_channels"], config["down_block_types"]
@@ -233,11 +234,11 @@ def vae_params(config: Config) -> JsonObject:
 def validate_config(
     config: Config, where: str, required: Config, keys: Collection[str] | None = None
 ) -> None:
-    """Raise ConfigError for the first key of a config that is not supported.
+    """Raise ConfigError if an option in a config is not supported.
 
     Args:
-        required: key -> the only supported value.
-        keys: may have any value; all others must be null or false. None: ignore all others.
+        required: the only supported value by key.
+        keys: keys with any value; all others must be null or false. None = ignore all others.
     """
     for key, value in config.items():
         if key in required:
@@ -249,10 +250,10 @@ def validate_config(
 
 
 def read_equal(config: Config, key: str, where: str, default: int = 0) -> int:
-    """Return a number that some versions write as a list with one for each level or side.
+    """Return a number that may be written as a list of equal numbers, one for each level or side.
 
     Raises:
-        ConfigError: the list has different numbers.
+        ConfigError: the numbers differ.
     """
     value = config.get(key, default)
     values = value if isinstance(value, list) else [value]
@@ -274,10 +275,10 @@ def _check_blocks(where: str, blocks: Sequence[str], supported: Collection[str])
 
 
 def _depths_by_block(unet: UNet, has_attention: Sequence[bool]) -> JsonObject:
-    """Return the depths of transformers of a UNet whose way up differs from the way down."""
+    """Return the transformer depths of a UNet whose up blocks differ from its down blocks."""
     downs, outputs = unet.transformer_depth, unet.transformer_depth_output
     if not isinstance(unet.num_res_blocks, int) or isinstance(downs, int) or outputs is None:
-        raise ConfigError("diffusers' UNet does not support these depths of transformers")
+        raise ConfigError("diffusers' UNet does not support these transformer depths")
     n = unet.num_res_blocks + 1
     ups = [list(outputs[i : i + n]) for i in range(0, len(outputs), n)]
     attends = list(has_attention)
@@ -292,7 +293,7 @@ def _depths_by_block(unet: UNet, has_attention: Sequence[bool]) -> JsonObject:
 
 
 def _depth_params(config: Config, res_blocks: int) -> JsonObject:
-    """Return the depths of transformers: one, by level, or by block where the way up differs."""
+    """Return the transformer depths: one, one by level, or by block if up blocks differ."""
     middle = config.get("mid_block_type", MIDDLE)
     if middle not in (MIDDLE, MIDDLE_WITHOUT_ATTENTION):
         raise ConfigError(f"unet/config.json: `mid_block_type: {middle}` is not supported")

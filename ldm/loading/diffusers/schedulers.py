@@ -1,4 +1,4 @@
-"""Convert noise schedules between the original's keywords and `scheduler_config.json`."""
+"""Convert noise schedules between the original's parameters and `scheduler_config.json`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,23 +13,24 @@ __all__ = [
     "beta_params", "betas_config", "ddim_config", "parameterization", "scheduler_name", "spacing",
 ]  # fmt: skip
 
-# diffusers' names and the original's; other schedules are written as a list of betas.
+# The original's name by diffusers' name; other noise schedules are written as lists of betas.
 SCHEDULES = {
     "scaled_linear": "linear",
     "linear": "sqrt_linear",
     "squaredcos_cap_v2": "squaredcos_cap_v2",
 }
 PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-# diffusers' spacings and our schedulers; other schedulers of ours are nearest to the default.
+# Our scheduler by diffusers' timestep_spacing.
 SPACINGS = {"leading": "leading", "trailing": "trailing", "linspace": "time_uniform"}
-COSINE = 8e-3  # the offset of diffusers' cosine, which is the original's default
+COSINE = 8e-3  # offset of diffusers' cosine schedule, the original's default
 START, END = 1e-4, 2e-2  # defaults of `make_betas` and of diffusers
 
 
 def ddim_config(betas: Any, parameterization: str, *, zero_snr: bool = False) -> JsonObject:
-    """Return the config of the default sampler, with the same steps and the same last step.
+    """Return the config of a DDIMScheduler with the steps of our default sampler.
 
-    `betas` come from a translated config: a spec of `make_betas`, or a tensor.
+    Args:
+        betas: of a translated config: a spec of `make_betas`, or a tensor.
     """
     config = {
         "_class_name": "DDIMScheduler",
@@ -44,7 +45,7 @@ def ddim_config(betas: Any, parameterization: str, *, zero_snr: bool = False) ->
 
 
 def betas_config(betas: Any) -> JsonObject:
-    """Return the config of the noise schedule alone; `betas` as for `ddim_config`."""
+    """Return the options of the noise schedule only; `betas` as in `ddim_config`."""
     if not isinstance(betas, Tensor):
         params = dict(betas.get("params") or {})
         name = params.get("name", "linear")
@@ -62,7 +63,7 @@ def betas_config(betas: Any) -> JsonObject:
 
 
 def beta_params(config: JsonMapping, where: str) -> JsonObject:
-    """Return the original's keywords for the noise schedule of any scheduler."""
+    """Return the original's parameters for the noise schedule of any scheduler."""
     if betas := config.get("trained_betas"):
         params = {"timesteps": len(betas), "given_betas": betas}
     else:
@@ -78,19 +79,19 @@ def beta_params(config: JsonMapping, where: str) -> JsonObject:
 
 
 def parameterization(config: JsonMapping, where: str) -> str:
-    """Return what the network predicts: "eps", "v" or "x0"."""
+    """Return the prediction type: "eps", "v" or "x0"."""
     return _read_name(config, "prediction_type", "epsilon", PREDICTION_TYPES, where)
 
 
 def scheduler_name(config: JsonMapping, default: str) -> str:
-    """Return our scheduler for the spacing of steps in a config."""
+    """Return our scheduler for the timestep spacing in a config."""
     if config.get("use_karras_sigmas"):
         return "karras"
     return _read_name(config, "timestep_spacing", default, SPACINGS, "scheduler_config.json")
 
 
 def spacing(scheduler: str | None) -> str:
-    """Return diffusers' spacing for a scheduler of ours; "trailing" is SDXL's `sgm_uniform`."""
+    """Return diffusers' timestep_spacing for a scheduler; "trailing" is near to `sgm_uniform`."""
     return next((theirs for theirs, ours in SPACINGS.items() if ours == scheduler), "trailing")
 
 

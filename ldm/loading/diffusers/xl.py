@@ -1,9 +1,9 @@
-"""Folders of SDXL: base, inpainting and refiner, in both directions.
+"""Convert configs of SDXL (base, inpainting and refiner) from and to diffusers folders.
 
     folder_configs_xl(model, spec)   -> every file but weights
     original_config_xl(files)        -> a config of `generative-models`
 
-Both text encoders have a tokenizer of their own; the refiner has only the second.
+Each text encoder has its own tokenizer; the refiner has only the second text encoder.
 """
 
 from typing import Any
@@ -26,21 +26,21 @@ __all__ = ["folder_configs_xl", "is_xl_folder", "is_xl_model", "original_config_
 SCORE = "aesthetic_score"
 TARGETS = "sgm.modules.diffusionmodules."
 SCALINGS = {"eps": "EpsScaling", "v": "VScaling", "edm": "EDMScaling"}
-SIDE = 128  # of the latent, where the config says nothing else
+SIDE = 128  # default side in latent pixels
 
 
 def is_xl_model(model: LatentDiffusion) -> bool:
-    """Return whether a model reads sizes, and so belongs into a folder of SDXL."""
+    """Return whether a model is SDXL: whether it reads sizes."""
     return model.conditioner.find(SizeEmbedding) is not None
 
 
 def is_xl_folder(files: JsonMapping) -> bool:
-    """Return whether a folder is of SDXL, by its UNet."""
+    """Return whether a folder contains SDXL, by its UNet."""
     return bool(files.get(layout.UNET, {}).get("addition_embed_type") == "text_time")
 
 
 def folder_configs_xl(model: LatentDiffusion, spec: JsonMapping) -> JsonObject:
-    """Return every file of the folder but weights, for a model and its translated config."""
+    """Return all files of a folder except weights, for a model and its translated config."""
     params, conditioner = spec["params"], model.conditioner
     texts = {text_component(encoder): encoder for encoder in conditioner.find_all(TextEncoder)}
     widths = {encoder.outdim for encoder in conditioner.find_all(SizeEmbedding)}
@@ -84,7 +84,7 @@ def folder_configs_xl(model: LatentDiffusion, spec: JsonMapping) -> JsonObject:
 
 
 def original_config_xl(files: JsonMapping, folder: str) -> JsonObject:
-    """Return the config of a folder with the original's keys; `folder` is its path for messages."""
+    """Return the config with the original's keys; `folder` is the folder's path, for messages."""
     index = files[layout.INDEX]
     layout.require(files, folder, layout.TEXT_2)
     needs_score = bool(index.get("requires_aesthetics_score", False))
@@ -174,7 +174,7 @@ def _scheduler_config(model: LatentDiffusion, schedule: JsonMapping) -> JsonObje
             "sigma_data": 1.0 if model.parameterization == "v" else model.sigma_data,
             "prediction_type": prediction,
         }
-    if not model.schedule.tells_index or model.parameterization == "edm":
+    if not model.schedule.uses_plain_timesteps or model.parameterization == "edm":
         raise ConfigError("no scheduler of diffusers has the timesteps of this model's denoiser")
     is_ancestral = model.defaults.sampler == "euler_a"
     config = {

@@ -1,7 +1,7 @@
-"""Read and write weights: `.ckpt` (zip and older pickles) and `.safetensors`, by content.
+"""Read and write weights: `.ckpt` (zip and older pickles) and `.safetensors`, told by content.
 
-Reading never runs what a file names: pickles go through `pickles`. Files are memory-mapped: a
-tensor costs memory only when it is used.
+Pickled code is never executed, see `pickles`. Files are memory-mapped: a tensor takes memory only
+when it is used.
 
     Lightning dict {"state_dict": {…}, "global_step": …, "callbacks": …}  |  bare {name: tensor}
         -> Checkpoint(state, step, ema_state, …), names as in the file, without wrappers
@@ -30,8 +30,17 @@ from ldm.runtime.hashes import hash_file
 from ldm.runtime.types import JsonMapping, JsonObject
 
 __all__ = [
-    "CONFIG_KEY", "TENSOR_HASH", "Checkpoint", "ComputedTensor", "cast_weight", "detect_format",
-    "ema_name", "file_hash", "read_checkpoint", "release_pages", "use_ema_weights",
+    "CONFIG_KEY",
+    "TENSOR_HASH",
+    "Checkpoint",
+    "ComputedTensor",
+    "cast_weight",
+    "detect_format",
+    "ema_name",
+    "read_checkpoint",
+    "release_pages",
+    "short_hash",
+    "use_ema_weights",
     "write_checkpoint",
 ]  # fmt: skip
 
@@ -43,7 +52,7 @@ MAX_DEPTH = 8  # of mappings within mappings
 MAX_HEADER = 100_000_000  # bytes, of a .safetensors
 # Magic number of torch.save's format before zip, pickled.
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-CONTENTS = {  # of other files, by what they begin with, in small letters
+OTHER_FORMATS = {  # by the first bytes of the file, in lower case
     "a Git LFS pointer, not the file itself": (b"version https://git-lfs",),
     "a pickle that `torch.save` did not write, refused": (b"\x80",),
     "a GGUF file, quantised weights are not supported": (b"gguf",),
@@ -52,13 +61,13 @@ CONTENTS = {  # of other files, by what they begin with, in small letters
     "an archive, which must be unpacked first": (b"7z\xbc\xaf", b"rar!", b"\x1f\x8b"),
     "a JSON text, not weights: an index of shards, or a failed download": (b"{", b"[", b'"'),
 }
-# Entries that hold the weights of a model, perhaps one in the other.
+# Entries that hold the weights of a model, possibly nested.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "weights")
 EMA_ENTRIES = ("ema_state_dict", "state_dict_ema", "ema", "model_ema")  # beside the weights
-# In the averages of k-diffusion's upscaler, which are what it is sampled with.
+# (entry, name in it) of k-diffusion's upscaler, which is sampled with its EMA weights.
 K_DIFFUSION = ("model_ema", "inner_model.mapping_cond.weight")
 EMA_COUNTERS = frozenset({"model_ema.decay", "model_ema.num_updates"})
-# In a folder, the first pattern that matches: of a pipeline, a component, and older pickles.
+# Weights in a folder, by the first pattern that matches: of a pipeline, of a component, as pickles.
 FOLDER_WEIGHTS = ("*/*.safetensors", "*.safetensors", "*/*.bin", "*.bin")
 SAFETENSORS_DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -84,13 +93,13 @@ class Checkpoint:
 
     @property
     def has_ema(self) -> bool:
-        """Whether the file has averaged weights, not only their counters."""
+        """Whether the file has EMA weights, not only their counters."""
         return not self.ema_state.keys() <= EMA_COUNTERS
 
 
 @dataclass(frozen=True)
 class ComputedTensor:
-    """A tensor that is computed only while it is written, so that memory holds one at a time."""
+    """A tensor that is computed when it is written, so that one at a time is in memory."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -101,16 +110,16 @@ class ComputedTensor:
         return self.shape.numel()
 
     def is_floating_point(self) -> bool:
-        """Return whether its elements are fractions."""
+        """Return whether its dtype is a floating-point one."""
         return self.dtype.is_floating_point
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read the weights of a file, without running anything in it.
+    """Read the weights of a file, without executing pickled code.
 
     Raises:
         MissingFile: there is no such file.
-        FileFormatError: it is not a checkpoint, or not safe to read.
+        FileFormatError: it is not a checkpoint, or its pickle contains more than plain data.
     """
     path = Path(path).expanduser()
     kind = detect_format(path)
@@ -128,31 +137,33 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     step = others.get("global_step", metadata.get("global_step"))
     if isinstance(step, str) and step.isdigit():
         step = int(step)
-    # The names of averages have no dots that would tell a wrapper from the rest.
+    # torch.compile's wrapper `_orig_mod.` has lost its dot, as LitEma removes all dots.
     ema_names = [name for name in state if name.startswith("model_ema.")]
     ema_state = {name.replace("_orig_mod", ""): state.pop(name) for name in ema_names}
     for entry in EMA_ENTRIES:
-        averages = without_wrappers(dict(_flatten(others.get(entry), "")))
-        ema_state |= {ema_name(name): value for name, value in averages.items()}
+        ema_weights = without_wrappers(dict(_flatten(others.get(entry), "")))
+        ema_state |= {ema_name(name): value for name, value in ema_weights.items()}
     step = step if isinstance(step, int) else None
     return Checkpoint(path, kind, state, step, mapped, tuple(others), metadata, ema_state)
 
 
 def ema_name(name: str) -> str:
-    """Return the name of a weight's EMA, which has no dots, for the original's."""
+    """Convert the original's name of a weight to that of its buffer in LitEma, without dots."""
     return "model_ema." + name.removeprefix("model.").replace(".", "")
 
 
 def use_ema_weights(
     state: dict[str, Tensor], ema_state: Mapping[str, Tensor], names: Mapping[str, str], path: Path
 ) -> None:
-    """Replace (or add) weights of `state` by their EMA.
+    """Replace weights of `state`, in place, by their EMA; add those that only have an EMA.
 
-    `names` are the original's name of each weight -> its name in `state`.
+    Args:
+        names: name in `state` by the original's name.
+        path: the file, for errors.
     """
     unused = ema_state.keys() - EMA_COUNTERS
     if not unused:
-        message = f"`{path}` has no averaged (EMA) weights\nhint: load it without `ema`"
+        message = f"`{path}` has no EMA weights\nhint: load it without `ema`"
         raise ArgumentError(message, "ema")
     for original, name in names.items():
         key = ema_name(original)
@@ -161,7 +172,7 @@ def use_ema_weights(
             unused.discard(key)
     if unused:
         examples = ", ".join(f"`{key}`" for key in sorted(unused)[:10])
-        raise FileFormatError(f"`{path}`: {len(unused)} averaged weights fit no name: {examples}")
+        raise FileFormatError(f"`{path}`: {len(unused)} EMA weights fit no name: {examples}")
 
 
 def write_checkpoint(
@@ -173,16 +184,17 @@ def write_checkpoint(
     mapped: bool = False,
     progress: Callable[[int], object] = lambda size: None,
 ) -> None:
-    """Write weights as `.safetensors` or `.ckpt`, by the name; whole or not at all.
+    """Write weights atomically, as `.safetensors`, `.ckpt` or `.pth` by the suffix of the path.
 
-    A `.pth` has them as k-diffusion does, as `model_ema`.
+    A `.pth` holds them under `model_ema`, as k-diffusion's upscaler does.
 
     Args:
         state: names as in the file; see `weight_names.restore_names`.
-        metadata: read back as `Checkpoint.metadata`; see TENSOR_HASH.
-        dtype: of all floating-point tensors; None leaves them as they are.
-        mapped: tensors are pages of files, given back once written, so that memory stays small.
-        progress: called with the bytes of each tensor that was written.
+        metadata: read back as `Checkpoint.metadata`. If TENSOR_HASH is in it, with any value, a
+            `.safetensors` gets the hash of its tensors there.
+        dtype: to cast floating-point tensors to; None leaves them as they are.
+        mapped: whether tensors are memory-mapped; their pages are released once written.
+        progress: called with the size in bytes of each tensor once it is written.
     """
     path, metadata = Path(path), dict(metadata or {})
     has_hash = metadata.pop(TENSOR_HASH, None) is not None
@@ -201,7 +213,7 @@ def write_checkpoint(
             else:
                 weights = {}
                 for name, tensor in tensors.items():
-                    weights[name] = tensor.to_memory()
+                    weights[name] = tensor.make_contiguous()
                     progress(weights[name].nbytes)
                 entry = K_DIFFUSION[0] if path.suffix == ".pth" else "state_dict"
                 torch.save({entry: weights, **metadata}, part)
@@ -222,7 +234,12 @@ def cast_weight(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def detect_format(path: Path) -> str:
-    """Tell by its first bytes what a file is: "zip", "legacy" or "safetensors"."""
+    """Return the format of a file by its first bytes: "zip", "legacy" or "safetensors".
+
+    Raises:
+        MissingFile: there is no such file.
+        FileFormatError: it is not a checkpoint; the message says what it is instead.
+    """
     if not path.is_file():
         raise MissingFile(f"no checkpoint `{path}`")
     with path.open("rb") as file:
@@ -234,14 +251,15 @@ def detect_format(path: Path) -> str:
         return "legacy"
     if len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
         return "safetensors"
-    looks = next((k for k, marks in CONTENTS.items() if start.lower().startswith(marks)), None)
-    if b"<html" in start.lower() or b"<!doctype" in start.lower():
-        looks = "a web page, probably a failed download"
-    looks = looks or ("not a checkpoint" if start else "an empty file")
-    raise FileFormatError(f"`{path}` is {looks}")
+    start = start.lower()
+    actual = next((k for k, marks in OTHER_FORMATS.items() if start.startswith(marks)), None)
+    if b"<html" in start or b"<!doctype" in start:
+        actual = "a web page, probably a failed download"
+    actual = actual or ("not a checkpoint" if start else "an empty file")
+    raise FileFormatError(f"`{path}` is {actual}")
 
 
-def file_hash(path: str | Path) -> str:
+def short_hash(path: str | Path) -> str:
     """Return the first ten hex digits of the SHA-256 of a file, or of all weights in a folder."""
     path = Path(path).expanduser()
     if not path.is_dir():
@@ -251,9 +269,9 @@ def file_hash(path: str | Path) -> str:
 
 
 def release_pages(tensor: Tensor) -> None:
-    """Give the pages of a mapped tensor back to the system once it was copied elsewhere.
+    """Release the memory of a mapped tensor that was copied; it is read again if it is used.
 
-    Only for tensors of a `mapped` checkpoint: their pages come back from the file when touched.
+    Only for tensors of a `mapped` checkpoint: other tensors would lose their values.
     """
     page = mmap.PAGESIZE
     start = -(-tensor.data_ptr() // page) * page
@@ -268,6 +286,7 @@ def _read_safetensors(path: Path) -> tuple[JsonObject, dict[str, str]]:
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER:
             raise FileFormatError(f"`{path}`: a header of {length} bytes is refused")
+        # Each tensor has one; counted before safetensors builds objects for all of them.
         count = file.read(length).count(b'"data_offsets"')
     if count > MAX_TENSORS:
         raise FileFormatError(f"`{path}`: {count} tensors are refused, at most {MAX_TENSORS}")
@@ -281,7 +300,7 @@ def _read_safetensors(path: Path) -> tuple[JsonObject, dict[str, str]]:
 
 
 def _unwrap(content: JsonMapping) -> tuple[JsonMapping, JsonObject]:
-    """Return the mapping of weights in the content of a file, and the entries beside it."""
+    """Return the mapping that contains the weights of a file, and the entries beside it."""
     others: JsonObject = {}
     entry, name = K_DIFFUSION
     if isinstance(content.get(entry), Mapping) and name in content[entry]:
@@ -293,12 +312,13 @@ def _unwrap(content: JsonMapping) -> tuple[JsonMapping, JsonObject]:
             break
         others |= {str(key): value for key, value in content.items() if key != inner}
         content = content[inner]
+    # Entries beside bare weights: those that contain no tensor (of the root: any prefix will do).
     others |= {str(k): value for k, value in content.items() if not any(_flatten(value, "."))}
     return content, others
 
 
 def _holds_weights(node: Any, depth: int = 0) -> bool:
-    """Return whether it is a mapping with tensors by name, or with another such mapping."""
+    """Return whether it is a mapping of tensors by name, possibly within wrappers."""
     if not isinstance(node, Mapping) or depth == MAX_DEPTH:
         return False
     is_flat = any(isinstance(value, Tensor) for value in node.values())
@@ -306,7 +326,7 @@ def _holds_weights(node: Any, depth: int = 0) -> bool:
 
 
 def _check_tensors(content: JsonMapping, path: Path) -> dict[str, Tensor]:
-    """Return the weights by name, if they are plain tensors."""
+    """Return the weights by name; raise FileFormatError unless they are plain tensors."""
     tensors = dict(_flatten(content, ""))
     for name, value in tensors.items():
         is_special = value.is_quantized or value.is_nested or value.is_complex()
@@ -344,7 +364,7 @@ def _overflow_error(names: Sequence[str], dtype: torch.dtype | None) -> Argument
 
 @dataclass(frozen=True)
 class _TensorToWrite:
-    """A tensor that is computed, cast and copied only when its turn comes."""
+    """A tensor that is computed, cast and copied only when it is written."""
 
     source: Tensor | ComputedTensor
     target: torch.dtype | None
@@ -364,8 +384,10 @@ class _TensorToWrite:
     def overflows(self) -> bool:
         return _overflows(self.value, self.dtype)
 
-    def to_memory(self) -> Tensor:
-        """Contiguous, in memory of its own: a .ckpt holds whole storages.
+    def make_contiguous(self) -> Tensor:
+        """Return the tensor contiguous, and alone in its storage.
+
+        torch.save would write the whole storage of a view.
 
         Raises:
             OverflowError: a finite number would become infinite.
@@ -389,7 +411,7 @@ def _write_safetensors(
     has_hash: bool,
 ) -> None:
     """Write length of the header, header, and one tensor after the other."""
-    # Widest dtypes first, so that all are aligned.
+    # Widest dtypes first, so that each tensor is aligned to its element size.
     order = sorted(state, key=lambda name: -state[name].dtype.itemsize)
     no_hash = {TENSOR_HASH: _format_hash(b"")} if has_hash else {}
     header: JsonObject = {"__metadata__": no_hash | dict(metadata)}
@@ -408,7 +430,7 @@ def _write_safetensors(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            value = state[name].to_memory()
+            value = state[name].make_contiguous()
             data = value.reshape(-1).view(torch.uint8).numpy().data
             file.write(data)
             if has_hash:
@@ -416,7 +438,7 @@ def _write_safetensors(
             progress(value.nbytes)
             if state[name].mapped:
                 release_pages(value)
-        if has_hash:  # the first entry of the header, of a length that is known before
+        if has_hash:  # replaces the placeholder of the same length
             file.seek(8 + text.index(_format_hash(b"").encode()))
             file.write(_format_hash(digest.digest()).encode())
 

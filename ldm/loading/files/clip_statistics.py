@@ -1,7 +1,7 @@
-"""Mean and standard deviation of CLIP's embeddings, which stable unCLIP-L was trained with.
+"""Load the mean and standard deviation of CLIP's embeddings that stable unCLIP-L needs.
 
-Some checkpoints hold them; else they are in a file (`ViT-L-14_stats.th`, of the Karlo project) that
-is passed, or found where the config says or in the checkpoint's folder.
+Some checkpoints contain them; else they are read from a given file (`ViT-L-14_stats.th`, of the
+Karlo project), or from its path in the config or in the checkpoint's folder.
 """
 
 from collections.abc import Mapping
@@ -23,12 +23,16 @@ def load_clip_statistics(
     conditioner: Conditioner,
     ckpt: Path,
     clip_stats: str | Path | None = None,
-    tables: Mapping[str, Tensor] | None = None,
+    buffers: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Give an unCLIP model its statistics; does nothing for other models.
+    """Set the statistics of an unCLIP model; do nothing for other models.
 
-    They come from the file `clip_stats`, the `tables` of the checkpoint (`noise_augmentor.data_*`),
-    or a file near it. If none are found, the model raises when it is used.
+    If none are found, the model raises an error when it is used.
+
+    Args:
+        ckpt: path of the checkpoint.
+        clip_stats: file to read; None = from `buffers`, else from a file near the checkpoint.
+        buffers: buffers of the checkpoint, with `noise_augmentor.data_mean` and `data_std`.
     """
     image = conditioner.find(ImageEmbedding)
     if image is None:
@@ -36,15 +40,15 @@ def load_clip_statistics(
     noise = image.noise
     if clip_stats is not None:
         noise.set_statistics(*read_clip_statistics(find_file(clip_stats)))
-    elif tables and "noise_augmentor.data_mean" in tables:
-        mean, std = (tables[f"noise_augmentor.data_{name}"] for name in ("mean", "std"))
+    elif buffers and "noise_augmentor.data_mean" in buffers:
+        mean, std = (buffers[f"noise_augmentor.data_{name}"] for name in ("mean", "std"))
         noise.set_statistics(mean, std)
     elif path := find_near(ckpt, noise.clip_stats_path):
         noise.set_statistics(*read_clip_statistics(path))
 
 
 def clip_statistics_tensors(conditioner: Conditioner) -> dict[str, Tensor]:
-    """Return the statistics of an unCLIP model, if it has any, as tensors of its own file."""
+    """Return the statistics of an unCLIP model as tensors to write in its file; {} without any."""
     image = conditioner.find(ImageEmbedding)
     if image is None or image.noise.clip_stats_path is None or image.noise.statistics is None:
         return {}

@@ -1,6 +1,6 @@
-"""Files of one latent, `.latent`, in the layout of ComfyUI: as the autoencoder has it, unscaled.
+"""Read and write `.latent` files in ComfyUI's format: one latent, in the autoencoder's scale.
 
-Ours also say how the image was made and of which autoencoder the latent is.
+Ours also contain the info of the image, and the kind of the latent.
 """
 
 import json
@@ -23,8 +23,8 @@ __all__ = ["SUFFIX", "StoredLatent", "list_latents", "load_latent", "save_latent
 
 SUFFIX = ".latent"
 LATENT, VERSION = "latent_tensor", "latent_format_version_0"
-INFO, SPACE = "ldm", "ldm.latent_space"  # keys of the texts
-FORMER_SCALE = 0.18215  # by which files without a version are scaled
+INFO, SPACE = "ldm", "ldm.latent_space"  # keys of the metadata
+FORMER_SCALE = 0.18215  # scale factor of latents in files without a version
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,16 +36,16 @@ class StoredLatent:
     space: LatentSpace | None  # the kind of latent; None = the file does not say it
 
     def normalize(self, model: LatentDiffusion) -> Tensor:
-        """Return it as the UNet of a model takes it, (1, C, h, w).
+        """Return the latent (1, C, h, w) in the scale of a model's UNet.
 
         Raises:
-            ArgumentError: it is the latent of another kind of model.
+            ArgumentError: it is from another kind of model.
         """
         expected = model.latent_space
         channels = self.latent.shape[1]
         if channels != expected.channels or (self.space and not expected.matches(self.space)):
             raise ArgumentError(
-                f"`{self.path}` is a latent of another kind than {file_name(model)} takes: give "
+                f"`{self.path}` is a latent of another kind than {file_name(model)} takes: use "
                 "its image",
                 "init_img",
             )
@@ -62,11 +62,11 @@ def save_latent(path: str | Path, z: Tensor, model: LatentDiffusion, info: JsonM
 
 
 def load_latent(path: str | Path) -> StoredLatent:
-    """Read a file of one latent.
+    """Read a latent from a file.
 
     Raises:
         MissingFile: there is no such file.
-        FileFormatError: it holds something else, or several latents.
+        FileFormatError: it does not contain exactly one latent.
     """
     checkpoint = read_checkpoint(path)
     latent = checkpoint.state.get(LATENT)
@@ -90,7 +90,7 @@ def load_latent(path: str | Path) -> StoredLatent:
 
 
 def list_latents(folder: str | Path) -> list[Path]:
-    """Return the latents in a folder, by name.
+    """Return the latent files in a folder, sorted by name.
 
     Raises:
         MissingFile: there are none.

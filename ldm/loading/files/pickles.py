@@ -1,11 +1,11 @@
-"""Pickled checkpoints, read without running anything in them.
+"""Read pickled checkpoints without executing code in them.
 
-A pickle is a program that may import and call whatever it names. torch's restricted unpickler runs
-only the few functions that rebuild tensors; this file adds stand-ins for the names that old
-training frameworks left in published files, each an empty class, so neither Lightning nor numpy
-need be installed or trusted. There is no fallback.
+A pickle may import and call anything. torch's restricted unpickler allows only the few functions
+that rebuild tensors; this module adds stand-ins for other names in published files, from old
+training frameworks: empty classes, so that neither Lightning nor numpy must be installed or
+trusted. There is no unsafe fallback.
 
-An archive of TorchScript holds code and a pickle of modules. Its weights are copied to a temporary
+A TorchScript archive contains code and a pickle of modules. Its weights are copied to a temporary
 archive without the code, and read in the same way, with stand-ins for the modules.
 """
 
@@ -33,10 +33,10 @@ MEMBER = re.compile(
     r"|\.data/serialization_id)"
 )
 SAFE_TORCH = (2, 10)  # the restricted unpickler of older versions had holes
-SCRIPT_MARK = "constants.pkl"  # a member of archives of TorchScript alone
+SCRIPT_MARK = "constants.pkl"  # a member that only TorchScript archives have
 SCRIPT_MODULE = re.compile(r"__torch__\.[\w.]+")
-SCRIPT_FUNCTIONS = re.compile(r"torch\.jit\._pickle\.\w+")  # of attributes that are no weights
-# Only decides which names an error message lists.
+SCRIPT_FUNCTIONS = re.compile(r"torch\.jit\._pickle\.\w+")  # for attributes other than weights
+# Names that error messages do not list; this does not allow anything.
 HARMLESS = re.compile(
     r"collections\.OrderedDict|torch\.(_utils\._rebuild_\w+|\w+Storage|\w+\d+|Size)"
     rf"|{SCRIPT_MODULE.pattern}|{SCRIPT_FUNCTIONS.pattern}"
@@ -61,7 +61,7 @@ INERT = (
 
 
 class Inert:
-    """Stands for an object of a foreign class: takes any arguments and state, keeps none."""
+    """Stand-in for a foreign class: accepts any arguments and state, and ignores them."""
 
     def __init__(self, *args: object) -> None: ...
 
@@ -69,7 +69,7 @@ class Inert:
 
 
 class Parameters(dict[str, torch.Tensor]):
-    """Stands for `torch.nn.ParameterDict`, in which old textual inversions are kept."""
+    """Stand-in for `torch.nn.ParameterDict`, used in old textual inversions."""
 
     def __setstate__(self, state: Any) -> None:
         tensors = state.get("_parameters") if isinstance(state, dict) else None
@@ -77,13 +77,13 @@ class Parameters(dict[str, torch.Tensor]):
 
 
 class ScriptModule(dict[str, Any]):
-    """Stands for a module of TorchScript: its weights and modules by name, without its code."""
+    """Stand-in for a TorchScript module: its weights and submodules by name, without code."""
 
     def __setstate__(self, state: Any) -> None:
         self.update(state if isinstance(state, dict) else {})
 
 
-# One class per name: files use such classes as dictionary keys.
+# One class for each name, as files use such classes as dictionary keys.
 STAND_INS: list[tuple[type, str]] = [
     (type(name.rpartition(".")[2], (Inert,), {}), name) for name in INERT
 ]
@@ -94,7 +94,10 @@ def load_pickle(path: Path, kind: str) -> tuple[Any, bool]:
     """Read a pickled file, of kind "zip" or "legacy", through the restricted unpickler.
 
     Returns:
-        (content, mapped): what it holds, and whether its tensors are pages of the file.
+        (content, whether its tensors are memory-mapped).
+
+    Raises:
+        FileFormatError: the file is damaged, or contains more than plain data.
     """
     numbers = re.match(r"(\d+)\.(\d+)", torch.__version__)
     if numbers is None or (int(numbers[1]), int(numbers[2])) < SAFE_TORCH:
@@ -109,23 +112,23 @@ def load_pickle(path: Path, kind: str) -> tuple[Any, bool]:
     try:
         with torch.serialization.safe_globals([*STAND_INS, *further]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # torch.load reads *.safetensors as such whatever is inside, and maps only paths.
+            # torch.load goes by the suffix .safetensors, and memory-maps only paths.
             mapped = kind == "zip" and path.suffix != ".safetensors" and not is_script
             with _without_code(path) if is_script else path.open("rb") as file:
                 source: Any = str(path) if mapped else file
                 content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # whatever a hostile file provokes in the parser, it is refused
+    except Exception as error:  # a malicious file may cause any error in the parser
         foreign = foreign_imports(path, kind)
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         if foreign:
             names = ", ".join(f"`{name}`" for name in foreign[:10])
-            reason = f"its pickle names {names}, which weights do not need"
+            reason = f"its pickle imports {names}, which weights do not need"
         raise FileFormatError(f"`{path}` is refused: {reason}") from error
     return content, mapped
 
 
 def pickle_imports(path: Path, kind: str) -> list[str]:
-    """Return the names that the pickles in a file would import, found without running them."""
+    """Return the names that the pickles in a file would import, without executing them."""
     names: set[str] = set()
     if kind == "zip":
         with contextlib.suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
@@ -141,13 +144,13 @@ def pickle_imports(path: Path, kind: str) -> list[str]:
 
 
 def foreign_imports(path: Path, kind: str) -> list[str]:
-    """Those of `pickle_imports` that weights do not need."""
+    """Return the names in `pickle_imports` that weights do not need."""
     names = pickle_imports(path, kind)
     return [name for name in names if name not in INERT and not HARMLESS.fullmatch(name)]
 
 
 def _is_script(path: Path) -> bool:
-    """Return whether an archive is one of TorchScript."""
+    """Return whether a zip file is a TorchScript archive."""
     with (
         contextlib.suppress(zipfile.BadZipFile, OSError, ValueError),
         zipfile.ZipFile(path) as archive,
@@ -157,7 +160,7 @@ def _is_script(path: Path) -> bool:
 
 
 def _script_stand_ins(path: Path) -> list[tuple[type, str]]:
-    """Return a class of its own for each name that the modules of an archive have."""
+    """Return a stand-in for each class and function in a TorchScript archive."""
     names = pickle_imports(path, "zip")
     modules = [name for name in names if SCRIPT_MODULE.fullmatch(name)]
     functions = [name for name in names if SCRIPT_FUNCTIONS.fullmatch(name)]
@@ -169,7 +172,7 @@ def _script_stand_ins(path: Path) -> list[tuple[type, str]]:
 
 @contextlib.contextmanager
 def _without_code(path: Path) -> Iterator[IO[bytes]]:
-    """Yield a temporary copy of an archive of TorchScript that holds its weights alone."""
+    """Yield a temporary copy of a TorchScript archive with its weights only."""
     with tempfile.TemporaryFile() as copy:
         with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as weights:
             for member in archive.infolist():
@@ -182,10 +185,10 @@ def _without_code(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _check_members(path: Path, is_script: bool = False) -> None:
-    """Refuse a zip that torch.save would not write, before anything reads its content.
+    """Raise FileFormatError for a zip file that torch.save would not write.
 
     Args:
-        is_script: it is one of TorchScript, of which only members as in other archives are read.
+        is_script: whether it is a TorchScript archive, whose other members are ignored.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -198,7 +201,7 @@ def _check_members(path: Path, is_script: bool = False) -> None:
         members = [member for member in members if MEMBER.fullmatch(member.filename)]
     for member in members:
         if not MEMBER.fullmatch(member.filename):
-            problem = f"`{member.filename}` has no place in weights"
+            problem = f"`{member.filename}` does not belong in a checkpoint"
         elif member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
             problem = f"`{member.filename}` is compressed"
         elif member.filename.endswith("data.pkl") and member.file_size > MAX_PICKLE:
@@ -213,7 +216,7 @@ def _check_members(path: Path, is_script: bool = False) -> None:
 
 
 def _imports(file: IO[bytes]) -> Iterator[str]:
-    """Return names that a pickle imports; ends quietly where the pickle is malformed."""
+    """Yield the names that a pickle imports, up to where it is malformed."""
     strings: list[str] = []
     memo: dict[Any, str] = {}
     try:

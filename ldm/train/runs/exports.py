@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldm.loading.buffers import make_buffers
 from ldm.loading.files.checkpoint import CONFIG_KEY, cast_weight, ema_name, write_checkpoint
 from ldm.loading.files.clip_statistics import clip_statistics_tensors
 from ldm.loading.modelspec import describe_model
-from ldm.loading.tables import make_tables
 from ldm.loading.weight_names import has_engine_names, original_name, restore_names
 from ldm.model import LatentDiffusion
 from ldm.runtime.errors import ArgumentError
@@ -75,7 +75,7 @@ def export(run: Run, stem: Path | None = None) -> list[Path]:
         log.warning(message, len(wide), names)
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in options.export]
     for path in paths:
-        write_checkpoint(path, state | _tables(run, state), _metadata(run))
+        write_checkpoint(path, state | _make_buffers(run, state), _metadata(run))
     return paths
 
 
@@ -174,13 +174,13 @@ def _ema_weights(run: Run) -> dict[str, Tensor]:
     return state
 
 
-def _tables(run: Run, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _make_buffers(run: Run, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return noise schedule, prediction type and CLIP statistics that the weights do not have."""
     model = run.model
     if not isinstance(model, LatentDiffusion):
         return {}
-    tables = make_tables(model) | clip_statistics_tensors(model.conditioner)
-    return {name: value for name, value in tables.items() if name not in state}
+    buffers = make_buffers(model) | clip_statistics_tensors(model.conditioner)
+    return {name: value for name, value in buffers.items() if name not in state}
 
 
 def _metadata(run: Run) -> dict[str, str | int]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ldm.loading import legacy
 from ldm.loading.matching import match_weights
 from ldm.loading.published import find_checkpoint
-from ldm.loading.weight_names import rename_weights, schedule_tables
+from ldm.loading.weight_names import rename_weights, select_buffers
 from ldm.loading.weights import read_weights
 from ldm.model import LatentDiffusion
 from ldm.runtime.files import find_file
@@ -48,11 +48,11 @@ def load_initial_weights(model: nn.Module, params: JsonMapping) -> bool:
         _load(model, params, "autoencoder.", widened)
         return True
     if params.get("load_only_unet"):
-        tables = _load(model.unet, params, "unet.", widened)
+        buffers = _load(model.unet, params, "unet.", widened)
     else:
-        tables = _load(model, params, "", widened)
-    if params.get("scale_by_std") and "scale_factor" in tables:
-        model.scale_factor = float(tables["scale_factor"])
+        buffers = _load(model, params, "", widened)
+    if params.get("scale_by_std") and "scale_factor" in buffers:
+        model.scale_factor = float(buffers["scale_factor"])
     return True
 
 
@@ -73,7 +73,7 @@ def measure_scale(model: LatentDiffusion, images: Tensor, generator: torch.Gener
 def _load(
     module: nn.Module, params: JsonMapping, prefix: str, widened: Sequence[str] = ()
 ) -> dict[str, Tensor]:
-    """Load `ckpt_path`, or its part `prefix` if it has a whole model; return its tables."""
+    """Load `ckpt_path`, or its part `prefix` if it has a whole model; return its buffers."""
     path = find_checkpoint(params["ckpt_path"])
     raw = read_weights(path if path.is_dir() else find_file(path)).state
     state = rename_weights(raw)
@@ -95,7 +95,7 @@ def _load(
         }
     state = {n: v for n, v in current.items() if n.startswith(ignored)} | state
     module.load_state_dict(match_weights(module, state, params["ckpt_path"]))
-    return schedule_tables(raw)
+    return select_buffers(raw)
 
 
 def _has_fewer_inputs(old: Tensor, new: Tensor) -> bool:

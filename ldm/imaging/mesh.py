@@ -1,8 +1,7 @@
-"""A relief of an image and its depth, as a .glb file that viewers of 3D models turn.
+"""Save an image with depth as a textured 3D mesh, a .glb file for viewers of 3D models.
 
-The image is the texture of a height field with two triangles between neighbouring points. Depth is
-relative, so that the height has no unit: the nearest point is 0.35 of the longer side above the
-farthest.
+The mesh ("relief" for users) is a height field with two triangles in each cell. Depth is relative,
+so its scale is a choice: the nearest point is HEIGHT above the farthest.
 """
 
 from importlib.util import find_spec
@@ -13,28 +12,28 @@ from PIL import Image
 
 from ldm.runtime.errors import ArgumentError
 
-__all__ = ["can_save_reliefs", "check_trimesh", "save_relief"]
+__all__ = ["can_save_meshes", "check_can_save_meshes", "save_mesh"]
 
-HEIGHT = 0.35  # of the longer side, which is 1
-POINTS = 256  # along the longer side
+HEIGHT = 0.35  # as a fraction of the image's longer side
+POINTS = 256  # of the mesh along the longer side: at most 130,050 triangles
 
 
-def check_trimesh() -> None:
+def check_can_save_meshes() -> None:
     """Raise ArgumentError unless the package that writes .glb files is installed."""
-    if not can_save_reliefs():
+    if not can_save_meshes():
         raise ArgumentError("a relief needs the package trimesh: pip install trimesh", "glb")
 
 
-def can_save_reliefs() -> bool:
+def can_save_meshes() -> bool:
     """Return whether the package that writes .glb files is installed."""
     return find_spec("trimesh") is not None
 
 
-def save_relief(path: str | Path, image: Image.Image, depth: Image.Image) -> int:
-    """Write the relief; return its number of triangles.
+def save_mesh(path: str | Path, image: Image.Image, depth: Image.Image) -> int:
+    """Write an image with depth as a .glb file; return the number of triangles.
 
     Args:
-        depth: "I;16", larger is nearer.
+        depth: "I;16", larger is nearer; may have another size than the image.
     """
     import trimesh
 

@@ -1,4 +1,4 @@
-"""Noise levels of a run, as users choose them. No torch here."""
+"""Checks of options for the scheduler. Without torch, as the command line parses with them."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ TAKES_RHO = [name for name, row in SCHEDULERS.items() if row.rho is not None]
 
 
 def check_sigmas(sigmas: Sequence[float]) -> None:
-    """Raise ArgumentError unless these are two levels or more, each lower than the one before."""
+    """Raise ArgumentError unless these are at least two finite, strictly descending levels >= 0."""
     if len(sigmas) < 2:
         raise ArgumentError(f"sigmas must be two numbers or more, got {len(sigmas)}", "sigmas")
     for sigma, sigma_next in pairwise(sigmas):

@@ -36,7 +36,7 @@ def latents_of(model, prompts, **options):
     return xs[-1]
 
 
-RULES = {
+METHODS = {
     "apg": {"apg": (0.2, 3, -0.5)},
     "perp_neg": {"perp_neg": 1.0, "negative_prompt": "a dog"},
     "pag": {"pag": 3.0},
@@ -48,10 +48,10 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("name", some(RULES, "apg", "perp_neg", "pag and sld", "freeu"))
+@pytest.mark.parametrize("name", some(METHODS, "apg", "perp_neg", "pag and sld", "freeu"))
 def test_rules_act_on_each_sample_alone(model, name):
     """Kernels round differently in a batch: the largest difference is 2e-4."""
-    options = {"sampler": "dpmpp_2m", **RULES[name]}
+    options = {"sampler": "dpmpp_2m", **METHODS[name]}
     one, two = (latents_of(model, ["a cat", "a red apple"][:n], **options) for n in (1, 2))
     torch.testing.assert_close(one, two[:1], rtol=0, atol=3e-3)
     plain = {"sampler": "dpmpp_2m", "scale": options.get("scale", 5.0)}
@@ -86,8 +86,8 @@ def test_the_empty_prompt_of_perp_neg_is_the_unconditional_one(model):
         ({"perp_neg": -1.0, "negative_prompt": "a dog"}, "perp_neg must be above 0"),
         ({"perp_neg": 1.0}, "perp_neg needs a negative prompt"),
         ({"perp_neg": 1.0, "negative_prompt": [""]}, "perp_neg needs a negative prompt"),
-        ({"perp_neg": 1.0, "apg": (0, 3, 0)}, "apg and perp_neg are both rules"),
-        ({"apg": (0, 3, 0), "scale": 1.0}, "apg needs guidance, whose scale must not be 1"),
+        ({"perp_neg": 1.0, "apg": (0, 3, 0)}, "apg and perp_neg are both guidance"),
+        ({"apg": (0, 3, 0), "scale": 1.0}, "apg needs a guidance scale other than 1"),
         ({"apg": (0, 3)}, "apg takes 3 numbers"),
         ({"apg": (0, -3, 0)}, "norm not negative"),
         ({"freeu": "sd3"}, "unknown preset of freeu `sd3`"),
@@ -112,7 +112,7 @@ def test_what_a_model_cannot_have_is_said(xl, model):
             latents_of(model, ["a cat"], pag=3.0)
         wide = {"channel_mult": [1, 1], "attention_resolutions": [1], "num_res_blocks": 1}
         model.unet = UNet(**{**dataclasses.asdict(unet), **wide}).eval()
-        with pytest.raises(ValueError, match=r"freeu changes nothing .* \[32\] channels: it acts"):
+        with pytest.raises(ValueError, match=r"freeu has no effect .* \[32\] channels: it changes"):
             latents_of(model, ["a cat"], freeu="auto")
     finally:
         model.unet = unet
