@@ -296,14 +296,6 @@ def test_a_model_of_another_family_is_one_line(run, photo, task, name, own):
     assert err.strip().endswith(f"model: use `{own}` (ldm {own}, scripts/{own}.py)")
 
 
-@pytest.mark.parametrize("script", ["img2img", "inpaint", "depth2img", "upscale", "unclip"])
-def test_a_missing_picture_is_one_line(run, script):
-    status, _, err = run(script, "base_v", "--init-img", "absent.png")
-    assert status == 1
-    assert "no image `absent.png`" in err
-    assert "Traceback" not in err
-
-
 def test_the_upscaler_decodes_in_float32_whatever_its_precision(run, files, photo):
     flags, name = files["upscale"], "upscale"
     model = ldm.load(flags[3], flags[1], dtype=torch.float16)
