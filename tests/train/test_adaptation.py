@@ -44,6 +44,7 @@ def adapted(folder: Path, base: Path, *overrides: str) -> Run:
     return tiny_run(folder, *SHORT, f"model.params.ckpt_path={base}", *overrides)
 
 
+@pytest.mark.usefixtures("no_states")
 def test_a_lora_of_a_frozen_model_is_trained_and_used(base: Path, tmp_path: Path) -> None:
     run = adapted(tmp_path / "lora", base, *LORA)
     frozen = {name: value.clone() for name, value in run.model.state_dict().items()}
@@ -61,6 +62,7 @@ def test_a_lora_of_a_frozen_model_is_trained_and_used(base: Path, tmp_path: Path
     assert any(low.delta().abs().max() > 0 for low in adapter.values())
 
 
+@pytest.mark.usefixtures("no_states")
 def test_an_embedding_is_trained_and_used(base: Path, tmp_path: Path) -> None:
     run = adapted(tmp_path / "word", base, *WORD, "lightning.textual_inversion.init=a cat")
     text: Any = run.model.conditioner.text

@@ -31,6 +31,7 @@ def overrides(tmp_path):
     ]
 
 
+@pytest.mark.usefixtures("no_states")
 def test_scores_of_each_scale_are_logged(tmp_path, overrides):
     run = tiny_run(tmp_path / "run", *overrides)
     train(run)

@@ -73,6 +73,7 @@ def test_a_signal_stops_the_run_after_the_step(
     assert [path.name for path in run.checkpoints.glob("state-*")] == ["state-00000001"]
 
 
+@pytest.mark.usefixtures("no_states")
 def test_steps_without_finite_gradients_are_skipped(tmp_path: Path) -> None:
     run = tiny_run(tmp_path, STEPS + "3")
     fail_at(run, {1})
@@ -150,6 +151,7 @@ def test_a_state_that_would_run_code_is_refused(four_steps: Run, tmp_path: Path)
         run.resume()
 
 
+@pytest.mark.usefixtures("no_states")
 def test_a_run_ends_by_time(four_steps: Run, tmp_path: Path) -> None:
     time = "lightning.trainer.max_time=0.2"
     run = resume_copy(four_steps, tmp_path, "lightning.trainer.max_steps=null", time)
@@ -159,6 +161,7 @@ def test_a_run_ends_by_time(four_steps: Run, tmp_path: Path) -> None:
     assert run.progress() >= 1
 
 
+@pytest.mark.usefixtures("no_states")
 def test_an_exported_autoencoder_has_standard_latents(tmp_path: Path) -> None:
     config = tiny_config(STEPS + "2")
     autoencoder = config["model"]["params"]["first_stage_config"]
