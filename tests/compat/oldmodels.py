@@ -36,8 +36,9 @@ def build_recorded(name, config="config"):
 
 def assert_recorded(file: Gold, case: str, **outputs):
     """Compare with a case: within 1e-4 of the largest value, and ten times the original's noise."""
+    expected = file.outputs(case)
     for name, ours in outputs.items():
-        theirs, ours = file.outputs(case)[name], torch.as_tensor(ours)
+        theirs, ours = expected[name], torch.as_tensor(ours)
         assert ours.shape == theirs.shape, name
         noise = file.case(case).get("noise_mkldnn_off_1thread", {}).get(name, 0.0)
         limit = 1e-4 * max(1.0, float(theirs.abs().max())) + 10 * noise
