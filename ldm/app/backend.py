@@ -102,7 +102,7 @@ class Backend:
         loras: LoRA files besides those in the folder, and their default weights.
         previews: files of TAESD for previews, besides those in the folder.
     Raises:
-        MissingFile: a LoRA is missing.
+        MissingFile: the folder or a LoRA is missing.
         ArgumentError: two LoRAs have the same name, or a weight is too large.
     """
 
@@ -116,7 +116,8 @@ class Backend:
         loras: Sequence[tuple[str, float | str]] = (),
         previews: Sequence[str] = (),
     ) -> None:
-        self.folder = Path(models)
+        list_checkpoints(models)  # raises for a missing folder
+        self.folder = Path(models).expanduser()
         self.outdir = Path(outdir).resolve()
         self.choice = choice
         self.limits = limits

@@ -13,7 +13,7 @@ from ldm.generate.command_line import add_options, hint
 from ldm.generate.options import options_of
 from ldm.generate.request import ModelChoice
 from ldm.runtime.command import CommandParser, run_command
-from ldm.runtime.errors import ArgumentError
+from ldm.runtime.errors import ArgumentError, LdmError
 
 __all__ = ["main"]
 
@@ -23,6 +23,7 @@ MAXIMA = (
     ("--max-batch", 4, "maximum batch size"),
     ("--max-queue", 16, "maximum number of waiting jobs"),
 )
+OWN_FLAGS = ("models", "preview")  # arguments in errors that tasks do not have
 SHARED_OPTIONS = ("lora", "embedding", "device", "precision", "attention", "offload")
 
 
@@ -60,7 +61,14 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         parser.add_group("models"), ModelChoice, options_of(ModelChoice), only=SHARED_OPTIONS
     )
     args = parser.parse(argv)
-    return run_command(lambda: _serve(args), parser.prog, verbose=args.verbose, hint=hint)
+    return run_command(lambda: _serve(args), parser.prog, verbose=args.verbose, hint=_hint)
+
+
+def _hint(error: BaseException) -> str:
+    """Name the flag that an error is about."""
+    if isinstance(error, LdmError) and error.argument in OWN_FLAGS:
+        return f" (--{error.argument})"
+    return hint(error)
 
 
 def _serve(args: Namespace) -> None:
@@ -69,7 +77,6 @@ def _serve(args: Namespace) -> None:
 
     from ldm.app.backend import Backend
     from ldm.app.limits import Limits
-    from ldm.app.page import Page
 
     choice = ModelChoice(
         embedding=args.embedding,
@@ -81,5 +88,7 @@ def _serve(args: Namespace) -> None:
     limits = Limits(side=args.max_side, steps=args.max_steps, batch=args.max_batch)
     memory = args.memory and args.memory * 2**30
     backend = Backend(args.models, args.outdir, choice, limits, memory, args.lora, args.preview)
+    from ldm.app.page import Page  # imports gradio, which takes seconds
+
     page = Page(backend, args.max_queue, is_shared=args.listen)
     page.serve(args.port, listen=args.listen, auth=args.auth)

@@ -529,6 +529,13 @@ def test_other_machines_are_not_let_in_without_a_password(capsys, auth):
     assert "--listen needs a login: --auth USER:PASSWORD" in capsys.readouterr().err
 
 
+def test_a_missing_folder_or_file_is_named_with_its_flag(capsys, tmp_path):
+    for flag in ("--models", "--preview", "--lora"):
+        words = [] if flag == "--models" else ["--models", str(tmp_path)]
+        assert main(["app", *words, flag, str(tmp_path / "none")]) == 1
+        assert capsys.readouterr().err.endswith(f"`{tmp_path / 'none'}` ({flag})\n")
+
+
 def test_help_needs_neither_torch_nor_gradio():
     code = "import sys, ldm.commands.app; print({'torch', 'gradio', 'PIL'} & {*sys.modules})"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
