@@ -16,12 +16,12 @@ from ldm.compat.util import get_obj_from_str, instantiate_from_config
 from ldm.loading.build import meta_device
 from ldm.loading.diffusers.keys import scatter_weights, unet_keys
 from nets import nethelp
+from quick import some
 from recipe import fill, fill_on_demand
 
 SLOW = pytest.mark.slow
-UNETS = ["v1", "v2", "misc"]
-OTHER_UNETS = ["adm", "depth", "inpaint", "unclip", "upscaler"]
-UNETS += [pytest.param(name, marks=SLOW) for name in OTHER_UNETS]
+QUICK_UNETS = ("v1", "v2", "misc")
+UNETS = some([*QUICK_UNETS, "adm", "depth", "inpaint", "unclip", "upscaler"], *QUICK_UNETS)
 FAITHFUL = ["v1", "v2", "inpaint", "depth", "x4", "unclip_h", "unclip_l"]
 DECODER = "ldm.modules.diffusionmodules.model.Decoder"
 DDCONFIG = {

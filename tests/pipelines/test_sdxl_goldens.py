@@ -18,6 +18,7 @@ from ldm.imaging.pixels import to_uint8
 from ldm.model import LatentDiffusion
 from ldm.pipelines import img2img, sample, txt2img
 from pipelines.goldmodels import model_of
+from quick import some
 
 SAMPLERS = {
     "EulerEDMSampler": "euler",
@@ -79,18 +80,16 @@ def keywords(info: dict) -> dict:
     }
 
 
-def also_slowly(quick: list[str], slow: list[str]) -> list:
-    """Cases, and those that show little more than these and the recorded samplers do."""
-    return [*quick, *(pytest.param(name, marks=pytest.mark.slow) for name in slow)]
-
-
-TXT2IMG = also_slowly(
-    ["euler_negative", "heun_edm_sizes", "v_model"], ["euler", "dpmpp2m", "euler_a"]
-)
-IMG2IMG = also_slowly(
-    ["base_s075", "base_s1", "base_s0", "refiner_s05"],
-    ["base_s03_dpmpp2m", "base_euler_a", "base_offset_noise", "v_s06"],
-)
+# Others show little more than these and the recorded samplers do.
+TXT2IMG = some(
+    ["euler_negative", "heun_edm_sizes", "v_model", "euler", "dpmpp2m", "euler_a"],
+    "euler_negative", "heun_edm_sizes", "v_model",
+)  # fmt: skip
+IMG2IMG = some(
+    ["base_s075", "base_s1", "base_s0", "refiner_s05", "base_s03_dpmpp2m", "base_euler_a",
+     "base_offset_noise", "v_s06"],
+    "base_s075", "base_s1", "base_s0", "refiner_s05",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TXT2IMG)

@@ -11,6 +11,7 @@ from ldm.nets.discriminator import PatchDiscriminator
 from ldm.nets.lpips import LPIPS
 from ldm.train import estimate
 from ldm.train.config.settings import read_settings
+from quick import some
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,7 +37,7 @@ def test_the_peak_counts_storages_that_are_alive() -> None:
     assert mode.peak == 8000
 
 
-@pytest.mark.parametrize("parameterization", ["v", "eps"])
+@pytest.mark.parametrize("parameterization", some(["v", "eps"], "v"))
 def test_every_part_of_the_memory_is_counted(parameterization: str) -> None:
     model = f"model.params.parameterization={parameterization}"
     whole = memory("lightning.optimizer.name=adamw", model)
