@@ -23,7 +23,7 @@ from ldm.encoders.text import TextEncoder
 from ldm.nets.autoencoder import AutoencoderKL, PixelSpace
 from ldm.nets.latent_upscaler import LatentUpscalerUNet
 from ldm.nets.lora import MergedChanges
-from ldm.nets.tiling import apply_tiled
+from ldm.nets.tiled import apply_tiled
 from ldm.nets.tiny_autoencoder import TinyAutoencoder
 from ldm.nets.unet import UNet
 from ldm.runtime.errors import ArgumentError

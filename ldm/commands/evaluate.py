@@ -150,7 +150,7 @@ def _parser(prog: str | None) -> CommandParser:
 
 def _work(args: Namespace) -> None:
     from ldm.evaluation.generate import generate_settings, wait_for_images
-    from ldm.evaluation.judges import find_clip, load_extractor, load_judge
+    from ldm.evaluation.load import find_clip, load_extractor, load_judge
     from ldm.evaluation.report import format_choices, format_table, save_figure, save_results
     from ldm.evaluation.score import score_sets, sets_of_run
     from ldm.runtime.device import pick_device

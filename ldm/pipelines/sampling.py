@@ -36,7 +36,7 @@ from ldm.diffusion.step_noise import StepNoise
 from ldm.model import LatentDiffusion
 from ldm.nets.circular import circular_padding
 from ldm.nets.cpu import cache_weights
-from ldm.nets.tiling import apply_tiled
+from ldm.nets.tiled import apply_tiled
 from ldm.pipelines.families import file_name, is_sdxl
 from ldm.pipelines.freeu import make_freeu
 from ldm.pipelines.quirks import Noise, Quirks, noise_source

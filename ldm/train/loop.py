@@ -25,10 +25,10 @@ from ldm.model import LatentDiffusion
 from ldm.train.distributed import parallel
 from ldm.train.distributed.signals import SignalHandler
 from ldm.train.monitoring import sanity
-from ldm.train.monitoring.cadence import Every, StepTimer
 from ldm.train.monitoring.evaluation import Evaluator
 from ldm.train.monitoring.logs import Loggers, Progress
 from ldm.train.monitoring.samples import draw_samples
+from ldm.train.monitoring.timers import Every, StepTimer
 from ldm.train.monitoring.timesteps import TimestepLog
 from ldm.train.monitoring.validation import validate
 from ldm.train.run import Run, seed_batch

@@ -8,7 +8,7 @@ from torch import nn
 from ldm.nets.autoencoder import Downsample
 from ldm.nets.blocks import Conv2d, Upsample
 from ldm.nets.circular import circular_padding
-from ldm.nets.tiling import apply_tiled
+from ldm.nets.tiled import apply_tiled
 from ldm.runtime.errors import ArgumentError
 
 

@@ -8,7 +8,7 @@ import torch
 import ldm
 from goldfile import gold
 from ldm.nets.karlo import Prior
-from ldm.nets.tiling import apply_tiled
+from ldm.nets.tiled import apply_tiled
 from ldm.pipelines import (
     depth2img,
     encode_image,

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from ldm.train.distributed.parallel import Ranks
-from ldm.train.monitoring import cadence
-from ldm.train.monitoring.cadence import Every
+from ldm.train.monitoring import timers
 from ldm.train.monitoring.logs import CsvLogger, Loggers, Progress
+from ldm.train.monitoring.timers import Every
 from ldm.train.monitoring.timesteps import TimestepLog
 
 
@@ -130,8 +130,8 @@ def test_the_loss_is_logged_by_timestep(tmp_path: Path) -> None:
 
 def test_time_spent_asleep_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(cadence.time, "monotonic", lambda: now[0])
-    timer = cadence.StepTimer()
+    monkeypatch.setattr(timers.time, "monotonic", lambda: now[0])
+    timer = timers.StepTimer()
     durations = []
     for seconds in (5, 1, 1, 1, 1, 1, 3600, 1):
         now[0] += seconds

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ldm.conditioning import Conditioner
-from ldm.evaluation.judges import find_clip, load_extractor, load_judge
+from ldm.evaluation.load import find_clip, load_extractor, load_judge
 from ldm.evaluation.prompts import draw_prompts, read_prompts
 from ldm.evaluation.score import ImageSet, compute_scores, list_images, read_features
 from ldm.imaging.pixels import to_pil
